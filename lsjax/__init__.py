@@ -1,0 +1,39 @@
+"""LayerSkip in JAX: early-exit training and lossless self-speculative decoding of Llamas.
+
+>>> import lsjax
+>>> model = lsjax.load("path/to/model")
+>>> engine = lsjax.Engine(model, lsjax.load_tokenizer("path/to/model"))
+>>> print(engine.generate(["Once upon a time"], max_new_tokens=32)[0].text)
+"""
+
+from lsjax.config import ConfigError, LlamaConfig, RopeScaling
+from lsjax.data.tokenizer_files import load_tokenizer
+from lsjax.decoding.autoregressive import Autoregressive, EarlyExit
+from lsjax.decoding.completion import Completion
+from lsjax.decoding.generate import Engine
+from lsjax.decoding.self_speculative import SelfSpeculative
+from lsjax.model.cache import KVCache
+from lsjax.model.checkpoint import CheckpointError, load
+from lsjax.model.huggingface import GenerationDefaults, read_generation_defaults, save
+from lsjax.model.llama import Llama, stacked, unstacked
+
+__all__ = [
+    "Autoregressive",
+    "CheckpointError",
+    "Completion",
+    "ConfigError",
+    "EarlyExit",
+    "Engine",
+    "GenerationDefaults",
+    "KVCache",
+    "Llama",
+    "LlamaConfig",
+    "RopeScaling",
+    "SelfSpeculative",
+    "load",
+    "load_tokenizer",
+    "read_generation_defaults",
+    "save",
+    "stacked",
+    "unstacked",
+]

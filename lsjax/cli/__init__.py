@@ -1,0 +1,1 @@
+"""Command line programs: each parses, calls the library and prints."""

@@ -1,0 +1,66 @@
+"""Converts a checkpoint: a Hugging Face directory or a GGUF file into a Hugging Face directory.
+
+The result holds config.json, safetensors and the tokenizer, and is read by lsjax and by
+transformers. It appears under its name only when it is whole.
+"""
+
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+from rich.console import Console
+from rich.progress import track
+
+from lsjax.cli.errors import one_line_errors
+from lsjax.data.tokenizer_files import load_tokenizer
+from lsjax.model.checkpoint import CheckpointError, assemble, open_source
+from lsjax.model.huggingface import check_destination, read_generation_defaults, save
+
+
+def convert(
+    source: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")],
+    destination: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DESTINATION")],
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+) -> None:
+    """Converts a Hugging Face directory or a GGUF file into a Hugging Face directory.
+
+    Args:
+        source: directory with config.json and safetensors, or a GGUF file; with its tokenizer.
+        destination: directory to write; new or empty.
+        dtype: of the weights that are written. GGUF weights are dequantised in any case.
+    """
+    console = Console(stderr=True)
+
+    def bar(title: str):
+        def tracked(steps: Sequence[Any]) -> Iterator[Any]:
+            hidden = not console.is_terminal
+            yield from track(steps, title, console=console, disable=hidden, transient=True)
+
+        return tracked
+
+    check_destination(destination)  # before the long part
+    opened = open_source(source)
+    tokenizer, vocab_size = load_tokenizer(source), opened.config.vocab_size
+    if tokenizer.vocab_size > vocab_size:
+        raise CheckpointError(
+            f"{source}: the tokenizer has {tokenizer.vocab_size} tokens, but the model's "
+            f"vocabulary {vocab_size}: they do not belong together"
+        )
+    model = assemble(opened, dtype=dtype, track=bar("reading"))
+    generation = read_generation_defaults(source)
+    save(model, destination, generation=generation, tokenizer=tokenizer, track=bar("writing"))
+    parameters = model.config.num_params / 1e6
+    print(f"{destination}: {parameters:.1f} million parameters in {dtype}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the program; exits with 2 on bad input."""
+    with one_line_errors():
+        tyro.cli(convert, args=argv, prog="lsjax.cli.convert")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,28 @@
+"""What a program does with an error that is the input's fault."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Turns bad input into one line on stderr and exit code 2, Ctrl-C into a quiet 130.
+
+    Bad input is an OSError or a ValueError of this package's own (ConfigError, CheckpointError,
+    TokenizerError and their like). Anything else is a bug, and keeps its traceback.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except (OSError, ValueError) as error:
+        ours = type(error).__module__.partition(".")[0] == "lsjax"
+        if not ours and not isinstance(error, OSError):
+            raise
+        console = Console(stderr=True, soft_wrap=True, highlight=False)
+        console.print("error: ", style="bold red", end="")
+        console.print(" ".join(str(error).split()), markup=False)
+        sys.exit(2)

@@ -1,0 +1,39 @@
+"""What every program does before it works: where compiled programs are kept, precision."""
+
+import hashlib
+import os
+import platform
+from pathlib import Path
+
+import jax
+
+
+def cache_directory() -> Path:
+    """For what can be made again: $LSJAX_CACHE, else lsjax below $XDG_CACHE_HOME or ~/.cache."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("LSJAX_CACHE") or Path(base) / "lsjax")
+
+
+def keep_compiled_programs() -> None:
+    """Keeps compiled programs on disk, so that a second run starts at once.
+
+    JAX_COMPILATION_CACHE_DIR, if set, holds. Programs compiled for one processor are not offered
+    to another: home directories travel between machines.
+    """
+    if jax.config.jax_compilation_cache_dir is None:
+        processor = hashlib.sha256(_processor().encode()).hexdigest()[:12]
+        jax.config.update("jax_compilation_cache_dir", str(cache_directory() / "xla" / processor))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def exact_products() -> None:
+    """Matrix products in full float32: accelerators use fewer bits unless told."""
+    jax.config.update("jax_default_matmul_precision", "highest")
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.platform() + platform.processor()
+    return "\n".join(sorted({line for line in lines if line.startswith(("model name", "flags"))}))

@@ -1,0 +1,186 @@
+"""Configurations: frozen, hashable dataclasses that say what is wrong with a bad value."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Literal
+
+
+class ConfigError(ValueError):
+    """A value that cannot work; the message names the value, the limit and the fix."""
+
+
+def check(condition: bool, message: str) -> None:
+    """Raises ConfigError(message) unless the condition holds."""
+    if not condition:
+        raise ConfigError(message)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RopeScaling:
+    """How rotary frequencies are stretched beyond the context that they were trained on.
+
+    kind: "linear" divides every frequency by `factor` (position interpolation); "llama3" divides
+      the low frequencies, keeps the high ones and blends between the two (Llama 3.1).
+    low_freq_factor, high_freq_factor, original_context: read by "llama3" only.
+    """
+
+    kind: Literal["linear", "llama3"]
+    factor: float
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_context: int = 8192
+
+    def __post_init__(self):
+        check(
+            self.kind in ("linear", "llama3"),
+            f"rope scaling {self.kind!r} is not supported: use linear or llama3",
+        )
+        check(self.factor >= 1.0, f"rope scaling factor {self.factor} must be at least 1")
+        check(
+            self.kind != "llama3" or 0 < self.low_freq_factor < self.high_freq_factor,
+            f"rope scaling needs 0 < low_freq_factor ({self.low_freq_factor}) < "
+            f"high_freq_factor ({self.high_freq_factor})",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LlamaConfig:
+    """The shape of a Llama. Letters: V, D, F, L, N, K, H as in lsjax/model/llama.py."""
+
+    vocab_size: int  # V
+    hidden_size: int  # D
+    intermediate_size: int  # F
+    num_layers: int  # L
+    num_heads: int  # N
+    num_kv_heads: int  # K; N for multi-head attention, fewer for grouped-query attention
+    head_dim: int  # H; usually D / N, but a checkpoint may say otherwise
+    max_context: int  # positions that the model was trained on
+    rope_theta: float = 10_000.0
+    rope_scaling: RopeScaling | None = None
+    norm_eps: float = 1e-5
+    tie_embeddings: bool = False  # the head is the embedding
+    attention_bias: bool = False  # biases on q, k, v and o
+    mlp_bias: bool = False  # biases on gate, up and down
+    init_std: float = 0.02  # of the normal initializer
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            if field.type is int:
+                value = getattr(self, field.name)
+                check(
+                    isinstance(value, int) and value >= 1,
+                    f"{field.name} {value!r} must be a whole number of at least 1",
+                )
+        check(
+            self.num_heads % self.num_kv_heads == 0,
+            f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}",
+        )
+        check(self.head_dim % 2 == 0, f"head_dim {self.head_dim} must be even for rope")
+        check(self.rope_theta > 0, f"rope_theta {self.rope_theta} must be above 0")
+        check(self.norm_eps > 0, f"norm_eps {self.norm_eps} must be above 0")
+
+    @property
+    def layer_params(self) -> int:
+        """Parameters of one transformer block."""
+        d, f = self.hidden_size, self.intermediate_size
+        q, kv = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        biases = self.attention_bias * (q + 2 * kv + d) + self.mlp_bias * (2 * f + d)
+        return d * (2 * q + 2 * kv) + 3 * d * f + 2 * d + biases
+
+    @property
+    def head_params(self) -> int:
+        """Parameters that one pass through the head reads."""
+        return self.vocab_size * self.hidden_size
+
+    @property
+    def num_params(self) -> int:
+        """All parameters; a tied head counts once."""
+        tables = 1 if self.tie_embeddings else 2
+        return self.num_layers * self.layer_params + tables * self.head_params + self.hidden_size
+
+    def cache_bytes(self, batch: int, capacity: int, itemsize: int) -> int:
+        """Bytes of a key/value cache of `capacity` slots for `batch` rows."""
+        return 2 * self.num_layers * batch * capacity * self.num_kv_heads * self.head_dim * itemsize
+
+    @classmethod
+    def tiny(cls, **changes) -> "LlamaConfig":
+        """Small enough for a test: 4 layers, width 64, 4 heads over 2 K/V heads."""
+        return _preset(changes, 258, 64, 128, 4, 4, 2, 512, init_std=0.2)
+
+    @classmethod
+    def smollm2_135m(cls, **changes) -> "LlamaConfig":
+        """SmolLM2-135M (Hugging Face, 2024): deep and narrow, a tied head of 8 layers' weight."""
+        return _preset(
+            changes, 49_152, 576, 1_536, 30, 9, 3, 8_192, rope_theta=1e5, tie_embeddings=True
+        )
+
+    @classmethod
+    def layerskip_1_5b(cls, **changes) -> "LlamaConfig":
+        """The paper's Llama 1.5B (its Table 10); the feed-forward width, not given, is ours."""
+        return _preset(changes, 32_000, 2_048, 5_632, 24, 16, 16, 4_096)
+
+    @classmethod
+    def llama_7b(cls, **changes) -> "LlamaConfig":
+        """Llama 7B (Touvron et al., 2023)."""
+        return _preset(changes, 32_000, 4_096, 11_008, 32, 32, 32, 2_048, norm_eps=1e-6)
+
+    @classmethod
+    def llama2_7b(cls, **changes) -> "LlamaConfig":
+        """Llama-2 7B."""
+        return _preset(changes, 32_000, 4_096, 11_008, 32, 32, 32, 4_096)
+
+    @classmethod
+    def llama2_13b(cls, **changes) -> "LlamaConfig":
+        """Llama-2 13B."""
+        return _preset(changes, 32_000, 5_120, 13_824, 40, 40, 40, 4_096)
+
+    @classmethod
+    def llama2_70b(cls, **changes) -> "LlamaConfig":
+        """Llama-2 70B."""
+        return _preset(changes, 32_000, 8_192, 28_672, 80, 64, 8, 4_096)
+
+    @classmethod
+    def code_llama_7b(cls, **changes) -> "LlamaConfig":
+        """Code Llama 7B."""
+        return _preset(changes, 32_016, 4_096, 11_008, 32, 32, 32, 16_384, rope_theta=1e6)
+
+    @classmethod
+    def code_llama_34b(cls, **changes) -> "LlamaConfig":
+        """Code Llama 34B."""
+        return _preset(changes, 32_000, 8_192, 22_016, 48, 64, 8, 16_384, rope_theta=1e6)
+
+    @classmethod
+    def llama3_8b(cls, **changes) -> "LlamaConfig":
+        """Llama-3 8B."""
+        return _preset(changes, 128_256, 4_096, 14_336, 32, 32, 8, 8_192, rope_theta=5e5)
+
+    @classmethod
+    def llama3_2_1b(cls, **changes) -> "LlamaConfig":
+        """Llama-3.2 1B."""
+        return _preset(
+            changes,
+            128_256,
+            2_048,
+            8_192,
+            16,
+            32,
+            8,
+            131_072,
+            rope_theta=5e5,
+            rope_scaling=RopeScaling(kind="llama3", factor=32.0),
+            tie_embeddings=True,
+        )
+
+
+def _preset(changes: dict, v, d, f, layers, heads, kv_heads, context, **rest) -> LlamaConfig:
+    shape = dict(
+        vocab_size=v,
+        hidden_size=d,
+        intermediate_size=f,
+        num_layers=layers,
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=d // heads,
+        max_context=context,
+    )
+    return LlamaConfig(**(shape | rest | changes))

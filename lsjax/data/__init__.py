@@ -1,0 +1,1 @@
+"""Text to batches: tokenizers, chat templates, sources and the input pipeline."""

@@ -1,0 +1,158 @@
+"""Chat templates: jinja2 source that comes with a model, rendered in a sandbox.
+
+The template is data from whoever made the model file. jinja2's immutable sandbox keeps it from
+Python's internals and from changing its arguments, and limits `range` to 100000. Added here: what
+the sandbox forbids is an error instead of nothing, `**` and ways to pad a string are gone, and the
+template, the result of `*` and the output have limits. What stays open is time and memory: nested
+loops without output, doubling a string again and again, huge widths in `format` or `indent`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from datetime import datetime
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from jinja2 import TemplateError, nodes
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
+
+if TYPE_CHECKING:
+    from lsjax.data.tokenizers import Tokenizer
+
+MAX_TEMPLATE_CHARACTERS = 1_000_000  # real ones have up to 20 thousand
+MAX_VALUE_LENGTH = 1_000_000
+MAX_OUTPUT_CHARACTERS = 50_000_000
+PADDING = {"center", "ljust", "rjust", "zfill", "expandtabs"}  # methods of str, of any width
+
+
+class ChatTemplateError(ValueError):
+    """A chat template is missing, wrong, or refuses the messages; one line."""
+
+
+class _Generation(Extension):
+    """`{% generation %}`, with which training code marks replies: its content as it is."""
+
+    tags = {"generation"}
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        parser.stream.skip()
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+class _Environment(ImmutableSandboxedEnvironment):
+    # Also keeps jinja2 from computing constant products while it compiles.
+    intercepted_binops = frozenset({"*", "**", "%"})
+
+    def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
+        padding = isinstance(obj, str) and attr in PADDING
+        return not padding and super().is_safe_attribute(obj, attr, value)
+
+    def unsafe_undefined(self, obj: Any, attribute: str) -> NoReturn:
+        raise SecurityError(f"access to {attribute!r} of a {type(obj).__name__} is not allowed")
+
+    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        if operator == "**":
+            raise SecurityError("'**' is not allowed")
+        if operator == "%" and isinstance(left, str):
+            raise SecurityError("'%' on strings is not allowed: use '~'")
+        if operator == "*":
+            for value, times in ((left, right), (right, left)):
+                sized = isinstance(value, str | list | tuple)
+                if sized and isinstance(times, int) and len(value) * times > MAX_VALUE_LENGTH:
+                    raise SecurityError(f"a value of more than {MAX_VALUE_LENGTH} elements")
+        return super().call_binop(context, operator, left, right)
+
+
+def render_chat(
+    template: str,
+    messages: list[dict[str, Any]],
+    *,
+    add_generation_prompt: bool = True,
+    special_tokens: dict[str, str],
+) -> str:
+    """The prompt that `template` makes of `messages`, as transformers' apply_chat_template does.
+
+    Args:
+      template: jinja2 source.
+      messages: dicts with "role" and "content".
+      add_generation_prompt: end with the opening of the assistant's turn.
+      special_tokens: `bos_token` and `eos_token`, for the template to place;
+        one that is missing is empty.
+
+    Returns:
+      Text to be encoded with `allow_special=True, add_bos=False`.
+
+    Raises:
+      ChatTemplateError: the template is wrong, asks for something forbidden, exceeds a limit of
+        this module, or refuses the messages.
+    """
+    if len(template) > MAX_TEMPLATE_CHARACTERS:
+        raise ChatTemplateError(
+            f"the chat template has {len(template)} characters, more than {MAX_TEMPLATE_CHARACTERS}"
+        )
+    environment = _Environment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _Generation]
+    )
+    for name in ("center", "format"):  # of any width
+        del environment.filters[name]
+    environment.filters["tojson"] = _to_json
+    environment.globals["raise_exception"] = _raise_exception
+    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    variables = {
+        "bos_token": "",
+        "eos_token": "",
+        **special_tokens,
+        "messages": messages,
+        "add_generation_prompt": add_generation_prompt,
+    }
+    pieces, length = [], 0
+    try:
+        for piece in environment.from_string(template).generate(variables):
+            length += len(piece)
+            if length > MAX_OUTPUT_CHARACTERS:
+                raise SecurityError(f"an output of more than {MAX_OUTPUT_CHARACTERS} characters")
+            pieces.append(piece)
+    except Exception as error:
+        where = f"line {error.lineno}: " if getattr(error, "lineno", None) else ""
+        name = "" if isinstance(error, TemplateError) else f"{type(error).__name__}: "
+        what = " ".join(str(error).split())[:300]
+        raise ChatTemplateError(f"the chat template fails: {where}{name}{what}") from error
+    return "".join(pieces)
+
+
+def chat_prompt(
+    tokenizer: Tokenizer,
+    user: str,
+    system: str | None = None,
+    history: Sequence[dict[str, Any]] = (),
+) -> str:
+    """The prompt for the next reply: `system`, the messages of `history`, then `user`.
+
+    Encode it with `allow_special=True, add_bos=False`. Raises ChatTemplateError as `render_chat`
+    does, and for a tokenizer without a template.
+    """
+    if tokenizer.chat_template is None:
+        raise ChatTemplateError("this model has no chat template: use --prompt without --chat")
+    messages = [] if system is None else [{"role": "system", "content": system}]
+    messages += [*history, {"role": "user", "content": user}]
+    return render_chat(tokenizer.chat_template, messages, special_tokens=tokenizer.special_tokens)
+
+
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """jinja2's own escapes <, > and &, which a prompt must not."""
+    return json.dumps(
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )
+
+
+def _raise_exception(message: str) -> NoReturn:
+    raise TemplateError(message)

@@ -1,0 +1,138 @@
+"""The tokenizer that a GGUF carries (keys tokenizer.ggml.*), through the `gguf` package."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from tokenizers import pre_tokenizers
+
+from lsjax.data.tokenizer_bpe import BYTE_PIECE, added_token, byte_level_bpe, llama3_words
+from lsjax.data.tokenizer_huggingface import HuggingFaceTokenizer
+from lsjax.data.tokenizer_sentencepiece import SentencePieceTokenizer
+from lsjax.data.tokenizers import Tokenizer, TokenizerError
+
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4  # token types of GGUF and of SentencePiece
+
+
+def load_gguf(file: Path) -> Tokenizer:
+    """The tokenizer that `file` carries. Raises TokenizerError, or what gguf does on garbage."""
+    fields = _tokenizer_fields(file)
+    kind, tokens = fields.get("ggml.model"), fields.get("ggml.tokens")
+    if not kind or not tokens:
+        raise TokenizerError(f"{file} carries no tokenizer: name one with --tokenizer")
+    if kind not in ("llama", "gpt2"):
+        raise TokenizerError(f"{file} has a tokenizer of kind {kind!r}; known are gpt2 and llama")
+    types = fields.get("ggml.token_type", [NORMAL] * len(tokens))
+    ends = [fields.get(f"ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
+    eos_ids = list(dict.fromkeys(i for i in ends if i is not None))
+    bos_id = fields.get("ggml.bos_token_id")
+    for i in [*eos_ids, *([] if bos_id is None else [bos_id])]:
+        if not 0 <= i < len(tokens):
+            raise TokenizerError(f"{file} names token {i}, but has {len(tokens)}: a damaged file")
+    chat_template = fields.get("chat_template")
+    if kind == "llama":
+        model = _sentencepiece_model(
+            zip(tokens, fields["ggml.scores"], types, strict=True),
+            add_dummy_prefix=fields.get("ggml.add_space_prefix", True),
+            unk_id=fields.get("ggml.unknown_token_id", 0),
+            bos_id=bos_id,
+            eos_id=eos_ids[0] if eos_ids else None,
+        )
+        add_bos = fields.get("ggml.add_bos_token", True)
+        return SentencePieceTokenizer(
+            model, add_bos=add_bos, eos_ids=eos_ids, chat_template=chat_template
+        )
+    pre = fields.get("ggml.pre", "default")
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    words = {
+        "default": byte_level,
+        "gpt-2": byte_level,
+        "smollm": pre_tokenizers.Sequence([digits, byte_level]),
+        "llama-bpe": llama3_words(),
+    }
+    if pre not in words:
+        raise TokenizerError(f"{file} splits words by {pre!r}; known are {', '.join(words)}")
+    vocab = {token: i for i, token in enumerate(tokens)}
+    if len(vocab) != len(tokens) or len(types) != len(tokens):
+        raise TokenizerError(f"{file} has tokens twice or without a type: a damaged file")
+    merges = [tuple(merge.split(" ", 1)) for merge in fields["ggml.merges"]]
+    backend = byte_level_bpe(vocab, merges, words[pre], whole_words=pre == "llama-bpe")
+    typed = list(zip(tokens, types, strict=True))
+    backend.add_special_tokens([added_token(t) for t, kind in typed if kind in (UNKNOWN, CONTROL)])
+    backend.add_tokens([added_token(t, special=False) for t, kind in typed if kind == USER_DEFINED])
+    add_bos = bool(fields.get("ggml.add_bos_token", pre == "llama-bpe"))
+    return HuggingFaceTokenizer(
+        backend, bos_id=bos_id, eos_ids=eos_ids, add_bos=add_bos, chat_template=chat_template
+    )
+
+
+def _tokenizer_fields(file: Path) -> dict[str, Any]:
+    """Values of the keys tokenizer.*, named without that prefix."""
+    if not file.is_file():
+        raise TokenizerError(f"{file} does not exist: check the path")
+    try:
+        from gguf import GGUFReader
+    except ImportError as error:
+        raise TokenizerError(f"reading {file} needs gguf: pip install 'lsjax[gguf]'") from error
+
+    class Reader(GGUFReader):
+        def _get(self, offset: int, dtype: Any, count: int = 1, *order: Any, **kwargs: Any) -> Any:
+            # The library reads nothing behind the end: a false length would loop for years.
+            values = super()._get(offset, dtype, count, *order, **kwargs)
+            if len(values) < count:
+                raise TokenizerError(f"{file} is truncated: download it again")
+            return values
+
+    prefix = "tokenizer."
+    return {
+        name.removeprefix(prefix): value.contents()
+        for name, value in Reader(file).fields.items()
+        if name.startswith(prefix)
+    }
+
+
+def _sentencepiece_model(
+    pieces: Iterable[tuple[str, float, int]],
+    *,
+    add_dummy_prefix: bool,
+    unk_id: int,
+    bos_id: int | None,
+    eos_id: int | None,
+) -> bytes:
+    """A serialized ModelProto of a BPE, written by hand since protobuf is no dependency.
+
+    Field numbers are those of sentencepiece_model.proto.
+    """
+
+    def varint(value: int) -> bytes:
+        value &= (1 << 64) - 1  # negative ones as in two's complement
+        head = bytearray()
+        while value > 127:
+            head.append(value & 127 | 128)
+            value >>= 7
+        return bytes([*head, value])
+
+    def number(field: int, value: int) -> bytes:
+        return varint(field << 3) + varint(value)
+
+    def block(field: int, value: bytes) -> bytes:
+        return varint(field << 3 | 2) + varint(len(value)) + value
+
+    pieces = list(pieces)
+    model = b"".join(
+        block(1, block(1, p.encode()) + b"\x15" + struct.pack("<f", score) + number(3, kind))
+        for p, score, kind in pieces
+    )
+    has_bytes = any(BYTE_PIECE.fullmatch(piece) for piece, _, _ in pieces)
+    ids = {40: unk_id, 41: -1 if bos_id is None else bos_id, 42: -1 if eos_id is None else eos_id}
+    trainer = number(3, 2) + number(4, len(pieces)) + number(35, has_bytes)  # model_type 2 is BPE
+    trainer += b"".join(number(field, i) for field, i in {**ids, 43: -1}.items())
+    # The library looks bos, eos and unk up by name.
+    names = {field + 5: pieces[i][0] for field, i in ids.items() if i >= 0}
+    trainer += b"".join(block(field, name.encode()) for field, name in names.items())
+    normalizer = block(1, b"identity") + number(3, bool(add_dummy_prefix)) + number(4, 0)
+    return model + block(2, trainer) + block(3, normalizer + number(5, 1))

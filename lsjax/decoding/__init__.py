@@ -1,0 +1,1 @@
+"""Decoding: autoregressive, early exit and self-speculative, each one jitted while-loop."""

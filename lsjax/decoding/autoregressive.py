@@ -1,0 +1,59 @@
+"""One token per round: with the whole model, or from an early exit without verification."""
+
+from dataclasses import dataclass, field
+
+from lsjax.config import LlamaConfig, check
+from lsjax.decoding.state import DecodeState, Strategy
+from lsjax.model.llama import Llama
+
+
+@dataclass(frozen=True)
+class Autoregressive(Strategy):
+    """Greedy decoding with all layers: the reference for every other strategy."""
+
+    name = "autoregressive"
+
+    def validate(self, config: LlamaConfig) -> None:
+        """Fits every model."""
+
+    def depth(self, config: LlamaConfig) -> int:
+        """All layers."""
+        return config.num_layers
+
+    def step(self, model: Llama, state: DecodeState) -> DecodeState:
+        """The next token of every row."""
+        return next_token(model, state, model.config.num_layers)
+
+
+@dataclass(frozen=True)
+class EarlyExit(Strategy):
+    """Greedy decoding with layers 0..exit_layer-1 and the shared head ("early exit" in the
+    paper's tables): fast, and as good as the exit is."""
+
+    name = "early_exit"
+    exit_layer: int = field()
+
+    def validate(self, config: LlamaConfig) -> None:
+        """Raises ConfigError unless 1 <= exit_layer <= L."""
+        check(
+            1 <= self.exit_layer <= config.num_layers,
+            f"exit layer {self.exit_layer} is not in 1..{config.num_layers}, the layers of this "
+            "model: choose --exit-layer in that range",
+        )
+
+    def depth(self, config: LlamaConfig) -> int:
+        """The exit layer."""
+        return self.exit_layer
+
+    def step(self, model: Llama, state: DecodeState) -> DecodeState:
+        """The next token of every row."""
+        return next_token(model, state, self.exit_layer)
+
+
+def next_token(model: Llama, state: DecodeState, depth: int) -> DecodeState:
+    """Runs the pending token through `depth` layers and the head and commits the best token."""
+    x_BTD = model.embed(state.pending_B[:, None])
+    positions_BT = state.length_B[:, None] - 1
+    x_BTD, cache = model.run_layers(x_BTD, 0, depth, positions_BT, state.cache)
+    token_BT = model.unembed(x_BTD).argmax(-1).astype(state.tokens_BS.dtype)
+    return state.with_cache(cache).commit(token_BT, 1)

@@ -1,0 +1,182 @@
+"""What a row of the decode loop gave: its text, and the statistics of how it was found."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+import numpy as np
+from jaxtyping import Bool, Int
+
+from lsjax.data.detokenize import StreamDecoder
+from lsjax.data.tokenizers import Tokenizer
+from lsjax.decoding.state import EOS, LENGTH, RUNNING, STOP, DecodeState, Strategy
+
+FINISH_REASONS = {EOS: "eos", LENGTH: "length", STOP: "stop"}
+
+
+@dataclass(frozen=True)
+class Trace:
+    """The n new tokens of a row and where each came from (the buffers of DecodeState).
+
+    tokens_n: ids. accepted_n: an accepted draft. replaced_n: the draft's token that was refused
+    in favour of this one, or -1. round_n: at the last token of a round, 1 + tokens drafted in it.
+    The first token is the prefill's: a round of its own that is no round of decoding.
+    """
+
+    tokens_n: Int[np.ndarray, " n"]
+    accepted_n: Bool[np.ndarray, " n"]
+    replaced_n: Int[np.ndarray, " n"]
+    round_n: Int[np.ndarray, " n"]
+
+    @classmethod
+    def of(cls, state: DecodeState, row: int, start: int) -> "Trace":
+        """The tokens of a row from position `start` on."""
+        new = slice(start, int(state.length_B[row]))
+        buffers = (state.tokens_BS, state.accepted_BS, state.replaced_BS, state.round_BS)
+        return cls(*(np.asarray(buffer)[row, new] for buffer in buffers))
+
+    def __len__(self) -> int:
+        return len(self.tokens_n)
+
+    def cut(self, count: int) -> "Trace":
+        """The first `count` tokens. What lies behind the cut was neither drafted nor accepted: a
+        round that is cut inside has drafted just the tokens that are kept of it."""
+        round_n = self.round_n[:count].copy()
+        if count and not round_n[-1]:
+            kept = count - 1 - np.flatnonzero(round_n)[-1]
+            round_n[-1] = 1 + kept
+        return Trace(
+            self.tokens_n[:count], self.accepted_n[:count], self.replaced_n[:count], round_n
+        )
+
+    @property
+    def rounds(self) -> int:
+        """Rounds of decoding."""
+        return int((self.round_n[1:] > 0).sum())
+
+    def by_position(self) -> tuple[list[int], list[int]]:
+        """Tokens drafted and accepted at each position of a draft, first position first."""
+        ends = np.flatnonzero(self.round_n)
+        drafted = self.round_n[ends[1:]] - 1
+        accepted = np.add.reduceat(self.accepted_n, ends[:-1] + 1) if len(ends) > 1 else drafted
+        longest = max(drafted, default=0)
+        return (
+            [int((drafted > position).sum()) for position in range(longest)],
+            [int((accepted > position).sum()) for position in range(longest)],
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Completion:
+    """One prompt's result; the fields of decode.py's JSON lines. Undefined figures are None.
+
+    token_ids: new tokens only, the end token included; the text is without it and without a stop
+    string. prefill_seconds: of the row's batch. decode_seconds: from the first new token to the
+    row's last one. compile_seconds: spent before, in neither of them. tokens_per_second: new
+    tokens after the first over decode_seconds. acceptance_rate: accepted / drafted.
+    tokens_per_round: new tokens after the first over rounds.
+    """
+
+    prompt: str
+    text: str
+    token_ids: list[int]
+    num_prompt_tokens: int
+    num_new_tokens: int
+    prefill_seconds: float
+    decode_seconds: float
+    tokens_per_second: float | None
+    compile_seconds: float
+    strategy: str
+    exit_layer: int | None
+    num_draft_tokens: int | None
+    rounds: int
+    drafted: int
+    accepted: int
+    acceptance_rate: float | None
+    tokens_per_round: float | None
+    drafted_by_position: list[int]
+    accepted_by_position: list[int]
+    finish_reason: str
+    trace: Trace
+
+    @classmethod
+    def of(cls, trace: Trace, *, strategy: Strategy, decode_seconds: float, **rest) -> "Completion":
+        """Derives every figure from the trace."""
+        drafted, accepted = trace.by_position()
+        later = len(trace) - 1
+        timed = later > 0 and decode_seconds > 0
+        return cls(
+            token_ids=trace.tokens_n.tolist(),
+            num_new_tokens=len(trace),
+            decode_seconds=decode_seconds,
+            tokens_per_second=later / decode_seconds if timed else None,
+            strategy=strategy.name,
+            exit_layer=strategy.exit_layer,
+            num_draft_tokens=strategy.num_draft_tokens,
+            rounds=trace.rounds,
+            drafted=sum(drafted),
+            accepted=sum(accepted),
+            acceptance_rate=sum(accepted) / sum(drafted) if drafted else None,
+            tokens_per_round=later / trace.rounds if trace.rounds else None,
+            drafted_by_position=drafted,
+            accepted_by_position=accepted,
+            trace=trace,
+            **rest,
+        )
+
+    def to_json(self) -> dict:
+        """The fields that belong in a JSON line."""
+        return {key: value for key, value in asdict(self).items() if key != "trace"}
+
+
+class RowText:
+    """Turns a row's tokens into text as they come, and finds the stop strings in it."""
+
+    def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int], stop: Sequence[str]):
+        self._decoder = StreamDecoder(tokenizer, prompt_ids)
+        self._stop = stop
+        self._read = 0  # tokens of the trace that are in the text
+        self._shown = 0  # characters that `look` has given out
+        self.text = ""
+
+    def look(self, trace: Trace, finish: int) -> tuple[str, Trace, str | None]:
+        """Reads the tokens that are new since the last look.
+
+        Returns the text that is safe to show now, the trace (cut behind a stop string) and the
+        reason why the row has ended, or None.
+        """
+        end = len(trace) - (finish == EOS)  # the end token is no text
+        while self._read < end:
+            self.text += self._decoder.push([int(trace.tokens_n[self._read])])
+            self._read += 1
+            if self._cut_at_stop():
+                return self._show(0), trace.cut(self._read), FINISH_REASONS[STOP]
+        if finish == RUNNING:
+            return self._show(self._held_back()), trace, None
+        self.text += self._decoder.finish()
+        return self._show(0), trace, FINISH_REASONS[finish]
+
+    def _cut_at_stop(self) -> bool:
+        """Cuts the text at the first stop string in what nobody has seen yet."""
+        found = [self.text.find(stop, self._shown) for stop in self._stop]
+        found = [at for at in found if at >= 0]
+        if found:
+            self.text = self.text[: min(found)]
+        return bool(found)
+
+    def _held_back(self) -> int:
+        """Characters at the end of the text that may be the beginning of a stop string."""
+        return max(
+            (
+                size
+                for stop in self._stop
+                for size in range(1, min(len(stop), len(self.text) - self._shown + 1))
+                if self.text.endswith(stop[:size])
+            ),
+            default=0,
+        )
+
+    def _show(self, held_back: int) -> str:
+        end = len(self.text) - held_back
+        piece = self.text[self._shown : end]
+        self._shown = end
+        return piece

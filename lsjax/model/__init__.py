@@ -1,0 +1,1 @@
+"""Llama: the model, its cache, and how checkpoints become one."""

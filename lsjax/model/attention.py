@@ -1,0 +1,96 @@
+"""Scaled dot-product attention with grouped queries: whole sequences, and against a cache."""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
+
+# Slots of the cache that one step of `cached_attention` reads.
+BLOCK = 256
+
+
+def attention(
+    q_BTNH: Float[Array, "B T N H"],
+    k_BSKH: Float[Array, "B S K H"],
+    v_BSKH: Float[Array, "B S K H"],
+    mask_BTS: Bool[Array, "B T S"],
+) -> Float[Array, "B T N H"]:
+    """Attention of T queries to S keys where `mask_BTS` is true; softmax in float32 or wider."""
+    wide = jnp.promote_types(q_BTNH.dtype, jnp.float32)
+    scores = jnp.einsum(
+        "BTKGH,BSKH->BKGTS", _grouped(q_BTNH, k_BSKH.shape[2]), k_BSKH, preferred_element_type=wide
+    )
+    scores = jnp.where(mask_BTS[:, None, None], scores, -jnp.inf)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v_BSKH.dtype)
+    mixed = jnp.einsum("BKGTS,BSKH->BTKGH", weights, v_BSKH)
+    return mixed.reshape(q_BTNH.shape)
+
+
+def cached_attention(
+    q_BTNH: Float[Array, "B T N H"],
+    k_BKSH: Float[Array, "B K S H"],
+    v_BKSH: Float[Array, "B K S H"],
+    positions_BT: Int[Array, "B T"],
+) -> Float[Array, "B T N H"]:
+    """Attention of T new queries to the slots at or before their own positions.
+
+    Reads the cache in blocks up to the furthest query of the batch, with an online softmax
+    (Milakov and Gimelshein, 2018), so that the cost follows the length in use and not the
+    capacity. A block beyond a row's own length adds exact zeros to it: rows do not see how long
+    their batch mates are.
+    """
+    batch, steps, heads, size = q_BTNH.shape
+    kv_heads, capacity = k_BKSH.shape[1:3]
+    wide = jnp.promote_types(q_BTNH.dtype, jnp.float32)
+    rows = heads // kv_heads * steps
+    q_BKRH = (
+        _grouped(q_BTNH, kv_heads).transpose(0, 2, 3, 1, 4).reshape(batch, kv_heads, rows, size)
+    )
+    position_BR = jnp.tile(positions_BT, (1, heads // kv_heads))  # of row r = (g, t)
+    block = min(BLOCK, capacity)
+
+    def step(index, carry):
+        top, total, mixed = carry
+        # The last block starts earlier where the capacity is no multiple of the block, and skips
+        # what the block before it has read.
+        start = jnp.minimum(index * block, capacity - block)
+        k_block = lax.dynamic_slice_in_dim(k_BKSH, start, block, axis=2)
+        v_block = lax.dynamic_slice_in_dim(v_BKSH, start, block, axis=2)
+        slots = start + jnp.arange(block)
+        visible_BRS = (slots <= position_BR[:, :, None]) & (slots >= index * block)
+        scores = jnp.einsum("BKRH,BKSH->BKRS", q_BKRH, k_block, preferred_element_type=wide)
+        scores = jnp.where(visible_BRS[:, None], scores, -jnp.inf)
+        new_top = jnp.maximum(top, scores.max(-1))
+        shrink = jnp.exp(top - new_top)
+        weights = jnp.exp(scores - new_top[..., None])
+        added = jnp.einsum("BKRS,BKSH->BKRH", weights.astype(v_block.dtype), v_block)
+        return (
+            new_top,
+            total * shrink + weights.sum(-1),
+            mixed * shrink[..., None] + added.astype(wide),
+        )
+
+    # Slot 0 is visible to every query, so the first block makes `top` finite.
+    empty = (
+        jnp.full((batch, kv_heads, rows), -jnp.inf, wide),
+        jnp.zeros((batch, kv_heads, rows), wide),
+        jnp.zeros((batch, kv_heads, rows, size), wide),
+    )
+    # A loop even where one block is all: without it XLA:CPU copies the cache before it writes.
+    used = positions_BT.max() // block + 1
+    _, total, mixed = lax.fori_loop(0, used, step, empty)
+    mixed = (mixed / total[..., None]).astype(q_BTNH.dtype)
+    mixed = mixed.reshape(batch, kv_heads, heads // kv_heads, steps, size)
+    return mixed.transpose(0, 3, 1, 2, 4).reshape(q_BTNH.shape)
+
+
+def causal_mask(batch: int, steps: int) -> Bool[Array, "B T T"]:
+    """Query t sees keys 0..t."""
+    mask_TT = jnp.tril(jnp.ones((steps, steps), bool))
+    return jnp.broadcast_to(mask_TT, (batch, steps, steps))
+
+
+def _grouped(q_BTNH: Float[Array, "B T N H"], kv_heads: int) -> Float[Array, "B T K G H"]:
+    """Scaled queries beside the K/V head that they share (G = N / K of them each)."""
+    batch, steps, heads, size = q_BTNH.shape
+    return (q_BTNH * size**-0.5).reshape(batch, steps, kv_heads, heads // kv_heads, size)

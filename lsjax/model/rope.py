@@ -1,0 +1,53 @@
+"""Rotary position embeddings (Su et al., 2021), in the half-split form of Llama checkpoints.
+
+Letters: h = H / 2, the pairs of channels that turn together.
+"""
+
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
+
+from lsjax.config import LlamaConfig, RopeScaling
+
+
+def rope_frequencies(config: LlamaConfig) -> Float[np.ndarray, " h"]:
+    """Radians per position of each pair of channels, after scaling; float32, as in training."""
+    exponents = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
+    frequencies = np.float32(1.0) / np.float32(config.rope_theta) ** exponents
+    match config.rope_scaling:
+        case None:
+            return frequencies
+        case RopeScaling(kind="linear", factor=factor):
+            return frequencies / np.float32(factor)
+        case scaling:
+            return _llama3_scaled(frequencies, scaling)
+
+
+def _llama3_scaled(frequencies: np.ndarray, scaling: RopeScaling) -> np.ndarray:
+    """Llama 3.1: wavelengths beyond the old context / low_freq_factor are stretched by factor,
+    those below the old context / high_freq_factor are kept, and those between are blended."""
+    turns = scaling.original_context * frequencies / (2 * np.pi)  # in the old context
+    keep = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    keep = np.clip(keep, 0.0, 1.0)
+    return (frequencies * (keep + (1 - keep) / scaling.factor)).astype(np.float32)
+
+
+def rope_angles(
+    positions_BT: Int[Array, "B T"], config: LlamaConfig, dtype: DTypeLike
+) -> tuple[Float[Array, "B T 1 h"], Float[Array, "B T 1 h"]]:
+    """Sine and cosine for each position, in float32 or wider: bfloat16 cannot count to 300."""
+    wide = jnp.promote_types(dtype, jnp.float32)
+    angles = positions_BT[:, :, None, None].astype(wide) * rope_frequencies(config).astype(wide)
+    return jnp.sin(angles), jnp.cos(angles)
+
+
+def rotate(
+    x_BTNH: Float[Array, "B T N H"],
+    sin: Float[Array, "B T 1 h"],
+    cos: Float[Array, "B T 1 h"],
+) -> Float[Array, "B T N H"]:
+    """Turns channel pairs (i, i + H/2) by their angle."""
+    first, second = jnp.split(x_BTNH.astype(sin.dtype), 2, axis=-1)
+    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return turned.astype(x_BTNH.dtype)

@@ -1,0 +1,54 @@
+"""Everything runs on CPUs, in exact float32, with shapes checked at run time."""
+
+import os
+from pathlib import Path
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ.setdefault(
+    "JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".cache" / "xla")
+)
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "0"
+
+import jax
+import jaxtyping
+import pytest
+
+jax.config.update("jax_default_matmul_precision", "highest")
+
+# Not the modules of pytrees (cache, state, self_speculative): jax also builds those from
+# placeholders that have no shape.
+CHECKED = [
+    "lsjax.config",
+    "lsjax.data",
+    *(f"lsjax.model.{name}" for name in ("attention", "checkpoint", "huggingface", "gguf")),
+    *(f"lsjax.model.{name}" for name in ("llama", "rope", "safetensors_files")),
+    *(f"lsjax.decoding.{name}" for name in ("autoregressive", "completion", "generate")),
+]
+with jaxtyping.install_import_hook(CHECKED, "beartype.beartype"):
+    import lsjax  # noqa: F401
+
+from flax import nnx
+
+from lsjax.config import LlamaConfig
+from lsjax.data.tokenizer_huggingface import ByteTokenizer
+from lsjax.data.tokenizers import Tokenizer
+from lsjax.model.llama import Llama
+
+
+@pytest.fixture(scope="session")
+def config() -> LlamaConfig:
+    """Four layers, grouped queries, a vocabulary of bytes."""
+    return LlamaConfig.tiny()
+
+
+@pytest.fixture(scope="session")
+def model(config) -> Llama:
+    """A random Llama whose exits agree now and then, so that drafts are accepted and refused."""
+    return jax.jit(lambda: Llama(config, rngs=nnx.Rngs(0)))()
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Tokenizer:
+    """Bytes: every token of the tiny model is one."""
+    return ByteTokenizer(add_bos=False)

@@ -1,0 +1,109 @@
+"""Chat templates: what transformers offers them, and what the sandbox keeps from them."""
+
+import pytest
+
+from lsjax.data.chat import ChatTemplateError, chat_prompt, render_chat
+from lsjax.data.tokenizer_huggingface import ByteTokenizer
+
+CHATML = """\
+{%- if messages[0].role != 'system' %}
+    {{- bos_token + 'default' + eos_token }}
+{%- endif %}
+{% for message in messages %}
+    {%- if message.role == 'tool' %}
+        {%- continue %}
+    {%- endif %}
+<|{{ message.role }}|>
+{{ message.content }}{{ eos_token }}
+{% endfor %}
+{% if add_generation_prompt %}
+<|assistant|>
+{% endif %}
+"""
+
+
+def render(template, messages=(), **variables):
+    return render_chat(template, list(messages), special_tokens=variables)
+
+
+def test_conversation_is_rendered_with_block_lines_trimmed():
+    tokenizer = ByteTokenizer(chat_template=CHATML)
+    history = [
+        {"role": "user", "content": "one"},
+        {"role": "tool", "content": "left out"},
+        {"role": "assistant", "content": "two"},
+    ]
+    prompt = chat_prompt(tokenizer, "three", system="be brief", history=history)
+    assert prompt == (
+        "<|system|>\nbe brief</s>\n<|user|>\none</s>\n<|assistant|>\ntwo</s>\n"
+        "<|user|>\nthree</s>\n<|assistant|>\n"
+    )
+    assert chat_prompt(tokenizer, "x").startswith("<s>default</s>")
+
+
+def test_generation_prompt_is_optional():
+    messages = [{"role": "user", "content": "x"}]
+    rendered = render_chat(CHATML, messages, add_generation_prompt=False, special_tokens={})
+    assert "assistant" not in rendered
+
+
+def test_tojson_keeps_html_and_unicode():
+    message = {"role": "user", "content": "<b> & 'é'"}
+    assert render("{{ messages[0].content | tojson }}", [message]) == "\"<b> & 'é'\""
+
+
+def test_generation_marks_leave_their_content():
+    assert render("a{% generation %}b{{ 1 }}{% endgeneration %}c") == "ab1c"
+
+
+def test_date():
+    assert render("{{ strftime_now('%Y') }}").startswith("20")
+
+
+def test_template_refuses_messages_in_its_own_words():
+    with pytest.raises(ChatTemplateError, match="roles must alternate") as error:
+        render("{{ raise_exception('roles must\n alternate') }}")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ ''.__class__.__mro__ }}",
+        "{{ ''['__class__'] }}",
+        "{{ messages.__class__.__base__.__subclasses__() }}",
+        "{{ raise_exception.__globals__ }}",
+        "{{ strftime_now.__globals__['json'] }}",
+        "{{ messages.append(1) }}",
+        "{{ '{0.__class__}'.format(1) }}",
+        "{% include '/etc/hostname' %}",
+        "{{ range(100000000) | list | length }}",
+        "{{ 'a' * 100000000 }}",
+        "{{ 100000000 * [1] }}",
+        "{{ 10 ** 10 ** 10 }}",
+        "{{ '%0100000000d' % 1 }}",
+        "{{ 'a' | center(100000000) }}",
+        "{{ 'a'.ljust(100000000) }}",
+        "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+        "{% for a in range(99999) %}{{ 'a' * 999999 }}{% endfor %}",
+        "{{ 1 / 0 }}",
+        "{{ undefined.attribute }}",
+        "{% if %}",
+        "{{ unclosed",
+        "x" * 1_000_001,
+    ],
+)
+def test_hostile_or_broken_template_is_one_clear_error(template):
+    with pytest.raises(ChatTemplateError) as error:
+        print(render(template)[:100])
+    assert "\n" not in str(error.value)
+
+
+def test_syntax_error_names_its_line():
+    with pytest.raises(ChatTemplateError, match="line 3"):
+        render("a\nb\n{% nonsense %}")
+
+
+def test_tokenizer_without_template():
+    with pytest.raises(ChatTemplateError, match="--prompt without --chat"):
+        chat_prompt(ByteTokenizer(), "hello")

@@ -1,0 +1,141 @@
+"""The tokenizer in a GGUF equals the one it was made of; bad files are one error."""
+
+import json
+import random
+
+import pytest
+import sentencepiece
+from tokenizers import Regex, pre_tokenizers
+
+from lsjax.data.tokenizer_bpe import LLAMA3_SPLIT
+from lsjax.data.tokenizer_files import load_tokenizer
+from lsjax.data.tokenizers import TokenizerError
+
+NORMAL, UNKNOWN, CONTROL, BYTE = 1, 2, 3, 6
+
+
+def write_gguf(file, *, model, tokens, types, **settings):
+    gguf = pytest.importorskip("gguf")
+    writer = gguf.GGUFWriter(file, "llama")
+    writer.add_tokenizer_model(model)
+    writer.add_token_list(tokens)
+    writer.add_token_types(types)
+    for name, value in settings.items():
+        if value is not None:
+            getattr(writer, f"add_{name}")(value)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    return file
+
+
+def write_bpe_gguf(file, backend, pre, **settings):
+    model = json.loads(backend.to_str())["model"]
+    tokens = [backend.id_to_token(i) for i in range(backend.get_vocab_size())]
+    types = [CONTROL if i < 3 else NORMAL for i in range(len(tokens))]
+    merges = [" ".join(merge) for merge in model["merges"]]
+    return write_gguf(
+        file, model="gpt2", tokens=tokens, types=types, token_merges=merges, tokenizer_pre=pre,
+        **settings,
+    )  # fmt: skip
+
+
+def write_sentencepiece_gguf(file, model_file, **settings):
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(model_file))
+    ids = range(processor.vocab_size())
+    types = [
+        UNKNOWN if processor.is_unknown(i) else
+        CONTROL if processor.is_control(i) else
+        BYTE if processor.is_byte(i) else NORMAL
+        for i in ids
+    ]  # fmt: skip
+    tokens, scores = ([f(i) for i in ids] for f in (processor.id_to_piece, processor.get_score))
+    return write_gguf(
+        file, model="llama", tokens=tokens, types=types, token_scores=scores,
+        bos_token_id=1, eos_token_id=2, unk_token_id=0, **settings,
+    )  # fmt: skip
+
+
+def test_sentencepiece_is_the_same_model(sentencepiece_model, texts, tmp_path):
+    original = load_tokenizer(sentencepiece_model)
+    file = write_sentencepiece_gguf(tmp_path / "m.gguf", sentencepiece_model, eot_token_id=5)
+    tokenizer = load_tokenizer(file)
+    for text in texts:
+        assert tokenizer.encode(text) == original.encode(text)
+    assert tokenizer.fingerprint == original.fingerprint
+    assert (tokenizer.bos_id, tokenizer.eos_ids, tokenizer.add_bos) == (1, (2, 5), True)
+    tokenizer.save(tmp_path / "saved")
+    again = load_tokenizer(tmp_path / "saved")
+    assert again.fingerprint == tokenizer.fingerprint and again.eos_ids == (2, 5)
+
+
+def test_without_the_space_put_first(sentencepiece_model, tmp_path):
+    file = write_sentencepiece_gguf(
+        tmp_path / "m.gguf", sentencepiece_model, add_space_prefix=False, add_bos_token=False
+    )
+    tokenizer = load_tokenizer(file)
+    ids = tokenizer.encode("little house")
+    assert tokenizer.decode([ids[0]])[0] == "l"
+    space = tokenizer.encode(" little")
+    assert tokenizer.decode(space) == " little"
+
+
+@pytest.mark.parametrize("pre", ["smollm", "gpt-2", "default", "llama-bpe", None])
+def test_bpe_equals_the_trained_pipeline(pre, train_bpe, texts, tmp_path):
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pre != "llama-bpe")
+    first = {
+        "smollm": [pre_tokenizers.Digits(individual_digits=True)],
+        "llama-bpe": [pre_tokenizers.Split(Regex(LLAMA3_SPLIT), "isolated")],
+    }.get(pre, [])
+    backend = train_bpe(pre_tokenizers.Sequence([*first, byte_level]))
+    file = write_bpe_gguf(
+        tmp_path / "m.gguf", backend, pre, bos_token_id=0, eos_token_id=1, chat_template="c"
+    )
+    tokenizer = load_tokenizer(file)
+    assert tokenizer.add_bos == (pre == "llama-bpe") and tokenizer.chat_template == "c"
+    for text in texts:
+        assert tokenizer.encode(text, add_bos=False) == backend.encode(text).ids
+    assert tokenizer.encode("</s>", add_bos=False) == [1]
+    tokenizer.save(tmp_path / "saved")
+    again = load_tokenizer(tmp_path / "saved")
+    assert [again.encode(t) for t in texts] == [tokenizer.encode(t) for t in texts]
+    assert again.fingerprint == tokenizer.fingerprint
+
+
+def test_smollm_splits_digits(train_bpe, tmp_path):
+    backend = train_bpe(pre_tokenizers.ByteLevel(add_prefix_space=False))  # has joined digits
+    assert len(backend.encode("12345").ids) < 5
+    smollm = load_tokenizer(write_bpe_gguf(tmp_path / "a.gguf", backend, "smollm"))
+    gpt2 = load_tokenizer(write_bpe_gguf(tmp_path / "b.gguf", backend, "gpt-2"))
+    digits = [backend.token_to_id(digit) for digit in "12345"]
+    assert smollm.encode("12345") == digits
+    assert gpt2.encode("12345") == backend.encode("12345").ids != digits
+
+
+def test_bad_files_are_one_line_that_names_them(train_bpe, tmp_path):
+    backend = train_bpe(pre_tokenizers.ByteLevel(add_prefix_space=False))
+    good = write_bpe_gguf(tmp_path / "good.gguf", backend, "smollm").read_bytes()
+    cases = {
+        "pre": write_bpe_gguf(tmp_path / "pre.gguf", backend, "unheard-of"),
+        "eos": write_bpe_gguf(tmp_path / "eos.gguf", backend, "smollm", eos_token_id=10**6),
+        "kind": write_gguf(tmp_path / "kind.gguf", model="t5", tokens=["a"], types=[1]),
+        "scores": write_gguf(tmp_path / "scores.gguf", model="llama", tokens=["a"], types=[1]),
+    }
+    for part in (0, 3, 30, len(good) // 2, len(good) - 9):
+        cases[f"cut at {part}"] = tmp_path / f"cut{part}.gguf"
+        cases[f"cut at {part}"].write_bytes(good[:part])
+    cases["garbage"] = tmp_path / "garbage.gguf"
+    cases["garbage"].write_bytes(random.Random(2).randbytes(3000))
+    cases["missing"] = tmp_path / "missing.gguf"
+    cases["endless array"] = tmp_path / "endless.gguf"
+    key, array_of_bytes = b"tokenizer.x", b"\x09\0\0\0" + b"\0\0\0\0" + b"\xff" * 7 + b"\0"
+    cases["endless array"].write_bytes(
+        b"GGUF\x03\0\0\0" + bytes(8) + b"\x01" + bytes(7)
+        + len(key).to_bytes(8, "little") + key + array_of_bytes
+    )  # fmt: skip
+    for name, file in cases.items():
+        with pytest.raises(TokenizerError) as error:
+            print(name, load_tokenizer(file))
+        assert str(file) in str(error.value) and "\n" not in str(error.value)
+    with pytest.raises(TokenizerError, match="unheard-of.*smollm"):
+        load_tokenizer(cases["pre"])
