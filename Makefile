@@ -27,7 +27,7 @@ lint: $(VENV)/installed
 
 # The real SmolLM2 against numbers that transformers computed (scripts/parity.py).
 parity: $(VENV)/installed $(SMOLLM2)
-	$(BIN)/python scripts/parity.py --model $(SMOLLM2)
+	$(BIN)/python scripts/parity.py $(SMOLLM2)
 
 # torch and transformers, for benchmarks and scripts/make_golden.py only.
 peers: $(VENV)/installed

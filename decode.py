@@ -9,9 +9,11 @@ import dataclasses
 import json
 import sys
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TextIO
 
 import jax
 import tyro
@@ -21,17 +23,17 @@ from rich.progress import Progress
 from lsjax.cli.errors import one_line_errors
 from lsjax.cli.prompts import read_prompts
 from lsjax.cli.setup import exact_products, keep_compiled_programs
-from lsjax.cli.show import LEGEND, coloured, summary
+from lsjax.cli.show import LEGEND, coloured, summary, verbatim
 from lsjax.config import ConfigError, check
 from lsjax.data.chat import chat_prompt
 from lsjax.data.tokenizer_files import load_tokenizer
 from lsjax.data.tokenizers import Tokenizer
 from lsjax.decoding.autoregressive import Autoregressive, EarlyExit
 from lsjax.decoding.completion import Completion
-from lsjax.decoding.generate import Engine
+from lsjax.decoding.generate import Engine, check_settings, encode_prompt
 from lsjax.decoding.self_speculative import SelfSpeculative
 from lsjax.decoding.state import Strategy
-from lsjax.model.checkpoint import load
+from lsjax.model.checkpoint import assemble, open_source
 from lsjax.model.huggingface import read_generation_defaults
 
 
@@ -90,16 +92,35 @@ def decode(arguments: Arguments) -> None:
     """
     check(
         arguments.temperature == 0,
-        f"temperature {arguments.temperature} is not supported: only 0, greedy decoding, is"
-        if arguments.temperature > 0
-        else f"temperature {arguments.temperature} is below 0: use 0, greedy decoding",
+        f"temperature {arguments.temperature} is below 0: use 0, greedy decoding"
+        if arguments.temperature < 0
+        else f"temperature {arguments.temperature} is not supported: use 0, greedy decoding",
     )
-    check(arguments.chat or arguments.system is None, "--system needs --chat")
+    check(arguments.chat or arguments.system is None, "--system needs --chat: give both or neither")
     check("" not in arguments.stop, "--stop is empty: give the text to stop at")
-    prompts = read_prompts(arguments.prompt, arguments.prompt_file)
-    strategy = choose_strategy(arguments)
     to_stdout = arguments.json == Path("-")
+    prompts = read_prompts(arguments.prompt, arguments.prompt_file)
+    source = open_source(arguments.model)
+    strategy, tokenizer = choose_strategy(arguments), load_tokenizer(arguments.model)
+    max_new_tokens, max_length = arguments.max_new_tokens, arguments.max_length
+    batch_size = min(arguments.batch_size, len(prompts))
+    check_settings(source.config, tokenizer, strategy, batch_size=batch_size, max_length=max_length)
+    encoded = [
+        encode_prompt(
+            prompt_ids(tokenizer, prompt, arguments),
+            tokenizer,
+            source.config,
+            max_new_tokens=max_new_tokens,
+            max_length=max_length,
+        )
+        for prompt in prompts
+    ]
     if arguments.json is not None and not to_stdout:
+        check(
+            arguments.prompt_file is None
+            or arguments.json.resolve() != arguments.prompt_file.resolve(),
+            f"--json {arguments.json} would overwrite the prompts: name another file",
+        )
         arguments.json.open("a").close()  # better to fail now than after the work
 
     keep_compiled_programs()
@@ -108,80 +129,76 @@ def decode(arguments: Arguments) -> None:
         dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     if dtype == "float32":
         exact_products()
-    people = Console(stderr=to_stdout, highlight=False, soft_wrap=True)
-    notes = Console(stderr=True, highlight=False, soft_wrap=True, style="dim")
+    plain = partial(Console, highlight=False, markup=False, emoji=False, soft_wrap=True)
+    people, notes = plain(stderr=to_stdout), plain(stderr=True, style="dim")
 
-    tokenizer = load_tokenizer(arguments.model)
     with Progress(console=notes, transient=True, disable=not notes.is_terminal) as progress:
-        model = load(
-            arguments.model,
+        model = assemble(
+            source,
             dtype=dtype,
             track=lambda parts: progress.track(parts, description="loading"),
         )
-    engine = Engine(
-        model,
-        tokenizer,
-        strategy,
-        batch_size=min(arguments.batch_size, max(len(prompts), 1)),
-        max_length=arguments.max_length,
-    )
-    encoded = [
-        engine.encode(prompt_ids(tokenizer, prompt, arguments), arguments.max_new_tokens)
-        for prompt in prompts
-    ]
-    weights, cache = engine.memory_bytes(max(map(len, encoded)) + arguments.max_new_tokens)
+    engine = Engine(model, tokenizer, strategy, batch_size=batch_size, max_length=max_length)
+    weights, cache = engine.memory_bytes(max(map(len, encoded)) + max_new_tokens)
     notes.print(
         f"{arguments.model.name}: {model.config.num_params / 1e6:.0f}M parameters, "
         f"{weights / 1e6:.0f} MB in {dtype}; cache {cache / 1e6:.0f} MB for {engine.batch_size} "
         f"row{'s' * (engine.batch_size > 1)}"
     )
 
-    lines = sys.stdout if to_stdout else arguments.json and arguments.json.open("w")
     completions: list[Completion] = []
+    with json_lines(arguments.json) as lines:
 
-    def finish(index: int, completion: Completion) -> None:
-        completion = dataclasses.replace(completion, prompt=prompts[index])
-        completions.append(completion)
-        if lines:
-            print(json.dumps(completion.to_json(), ensure_ascii=False), file=lines, flush=True)
+        def finish(index: int, completion: Completion) -> None:
+            completion = dataclasses.replace(completion, prompt=prompts[index])
+            completions.append(completion)
+            if lines:
+                print(json.dumps(completion.to_json(), ensure_ascii=False), file=lines, flush=True)
 
-    if len(prompts) == 1 and not arguments.show_drafts and not to_stdout:
-        people.print(prompts[0], style="dim", end="", markup=False)
-        for piece in engine.stream(
-            encoded[0], max_new_tokens=arguments.max_new_tokens, stop=arguments.stop
-        ):
-            if isinstance(piece, Completion):
-                finish(0, piece)
-            else:
-                people.print(piece, end="", markup=False)
-        people.print()
-    else:
-        if arguments.show_drafts:
-            people.print(LEGEND)
-        with Progress(console=notes, transient=True, disable=not notes.is_terminal) as progress:
-            task = progress.add_task("decoding", total=len(prompts))
-
-            def show(index: int, completion: Completion) -> None:
-                finish(index, completion)
-                progress.advance(task)
-                if to_stdout:
-                    return
-                people.print(prompts[index], style="dim", end="", markup=False)
-                if arguments.show_drafts:
-                    people.print(coloured(tokenizer, encoded[index], completion))
+        if len(prompts) == 1 and not arguments.show_drafts and not to_stdout:
+            people.print(verbatim(prompts[0]), style="dim")
+            for piece in engine.stream(
+                encoded[0], max_new_tokens=max_new_tokens, stop=arguments.stop
+            ):
+                if isinstance(piece, Completion):
+                    finish(0, piece)
                 else:
-                    people.print(completion.text, markup=False)
+                    people.print(verbatim(piece))
+            people.print()
+        else:
+            if arguments.show_drafts:
+                people.print(LEGEND)
+            with Progress(console=notes, transient=True, disable=not notes.is_terminal) as progress:
+                task = progress.add_task("decoding", total=len(prompts))
 
-            engine.generate(
-                encoded,
-                max_new_tokens=arguments.max_new_tokens,
-                stop=arguments.stop,
-                on_completion=show,
-            )
+                def show(index: int, completion: Completion) -> None:
+                    finish(index, completion)
+                    progress.advance(task)
+                    if to_stdout:
+                        return
+                    people.print(verbatim(prompts[index]), style="dim")
+                    if arguments.show_drafts:
+                        people.print(coloured(tokenizer, encoded[index], completion))
+                    else:
+                        people.print(verbatim(completion.text + "\n"))
+
+                engine.generate(
+                    encoded,
+                    max_new_tokens=max_new_tokens,
+                    stop=arguments.stop,
+                    on_completion=show,
+                )
     notes.print(
         f"{summary(completions, engine.decode_seconds)}; {engine.compile_seconds:.1f} s compiling"
     )
     advise(notes, strategy, completions)
+
+
+def json_lines(path: Path | None) -> AbstractContextManager[TextIO | None]:
+    """Where the JSON lines go, if anywhere; a file that exists is emptied."""
+    if path is None or path == Path("-"):
+        return nullcontext(sys.stdout if path else None)
+    return path.open("w", encoding="utf-8")
 
 
 def prompt_ids(tokenizer: Tokenizer, prompt: str, arguments: Arguments) -> list[int]:

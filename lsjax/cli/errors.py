@@ -22,7 +22,7 @@ def one_line_errors() -> Iterator[None]:
         ours = type(error).__module__.partition(".")[0] == "lsjax"
         if not ours and not isinstance(error, OSError):
             raise
-        console = Console(stderr=True, soft_wrap=True, highlight=False)
+        console = Console(stderr=True, soft_wrap=True, highlight=False, emoji=False)
         console.print("error: ", style="bold red", end="")
         console.print(" ".join(str(error).split()), markup=False)
         sys.exit(2)

@@ -7,7 +7,8 @@ from lsjax.config import ConfigError, check
 
 
 def read_prompts(prompt: str | None, file: Path | None) -> list[str]:
-    """The prompt, or those of a file: .txt is one prompt, .jsonl an object with "prompt" a line.
+    """The prompt, or those of a file: .txt is one prompt, .jsonl has an object on each line with
+    "prompt", or with Spec-Bench's "turns", of which the first is taken.
 
     Raises ConfigError with file and line for what is not that.
     """
@@ -16,18 +17,19 @@ def read_prompts(prompt: str | None, file: Path | None) -> list[str]:
         "give one of --prompt and --prompt-file" + (" and not both" if prompt else ""),
     )
     if file is None:
-        return [_nonempty(prompt, "--prompt")]
+        return [_valid(prompt, "--prompt")]
     try:
-        text = file.read_text(encoding="utf-8")
+        text = file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ConfigError(f"{file} is not UTF-8 text (byte {error.start})") from None
+        line = 1 + error.object.count(b"\n", 0, error.start)
+        raise ConfigError(f"{file}, line {line} is not UTF-8 text: save it as UTF-8") from None
     match file.suffix:
         case ".txt":
-            return [_nonempty(text.removesuffix("\n"), str(file))]
+            return [_valid(text.removesuffix("\n"), str(file))]
         case ".jsonl":
-            lines = enumerate(text.splitlines(), start=1)
+            lines = enumerate(text.split("\n"), start=1)  # JSON may hold other line separators
             prompts = [_from_line(line, f"{file}, line {n}") for n, line in lines if line.strip()]
-            check(bool(prompts), f"{file} has no prompts in it")
+            check(bool(prompts), f"{file} has no prompts in it: it needs at least one")
             return prompts
         case suffix:
             raise ConfigError(f"{file}: prompts come from .txt or .jsonl, not {suffix or 'that'}")
@@ -36,15 +38,17 @@ def read_prompts(prompt: str | None, file: Path | None) -> list[str]:
 def _from_line(line: str, where: str) -> str:
     try:
         row = json.loads(line)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise ConfigError(f"{where} is not JSON: {error}") from None
-    check(
-        isinstance(row, dict) and isinstance(row.get("prompt"), str),
-        f'{where} is no object with a text under "prompt"',
-    )
-    return _nonempty(row["prompt"], where)
+    except (ValueError, RecursionError) as error:
+        problem = getattr(error, "msg", error)  # without the line: there is but one
+        raise ConfigError(f'{where} is not JSON ({problem}): write {{"prompt": "..."}}') from None
+    match row:
+        case {"prompt": str(prompt)} | {"turns": [str(prompt), *_]}:
+            return _valid(prompt, where)
+    raise ConfigError(f'{where} is no object with a text under "prompt": write {{"prompt": "..."}}')
 
 
-def _nonempty(prompt: str, where: str) -> str:
+def _valid(prompt: str, where: str) -> str:
     check(bool(prompt), f"{where} is an empty prompt: it needs at least one character")
+    half = next((c for c in prompt if "\ud800" <= c <= "\udfff"), None)
+    check(half is None, f"{where} holds {half!r}, half a character: give valid Unicode")
     return prompt

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from rich.segment import Segment, Segments
 from rich.text import Text
 
 from lsjax.data.detokenize import StreamDecoder
@@ -33,14 +34,20 @@ def coloured(tokenizer: Tokenizer, prompt_ids: Sequence[int], completion: Comple
         trace.tokens_n, trace.accepted_n, trace.replaced_n, strict=True
     ):
         if replaced >= 0:
-            text.append(_visible(tokenizer.token_bytes(int(replaced))), REFUSED)
+            refused = tokenizer.token_bytes(int(replaced), skip_special=False)
+            text.append(_visible(refused), REFUSED)
         style = ACCEPTED if accepted else CORRECTED if replaced >= 0 else ADDED
         piece = stream.push([int(token)])
         # The completion's text ends before a stop string, the tokens behind it.
-        text.append(piece[: len(completion.text) - shown], style)
+        text.append(piece[: max(0, len(completion.text) - shown)], style)
         shown += len(piece)
     text.append(stream.finish()[: max(0, len(completion.text) - shown)])
     return text
+
+
+def verbatim(text: str) -> Segments:
+    """For a console's print: rich expands tabs and turns ":smile:" into a picture otherwise."""
+    return Segments([Segment(text)])
 
 
 def summary(completions: Sequence[Completion], wall_seconds: float) -> str:

@@ -80,7 +80,7 @@ def _tokenizer_fields(file: Path) -> dict[str, Any]:
         raise TokenizerError(f"reading {file} needs gguf: pip install 'lsjax[gguf]'") from error
 
     class Reader(GGUFReader):
-        def _get(self, offset: int, dtype: Any, count: int = 1, *order: Any, **kwargs: Any) -> Any:
+        def _get(self, offset: int, dtype: Any, count: Any = 1, *order: Any, **kwargs: Any) -> Any:
             # The library reads nothing behind the end: a false length would loop for years.
             values = super()._get(offset, dtype, count, *order, **kwargs)
             if len(values) < count:

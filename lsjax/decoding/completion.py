@@ -152,8 +152,9 @@ class RowText:
                 return self._show(0), trace.cut(self._read), FINISH_REASONS[STOP]
         if finish == RUNNING:
             return self._show(self._held_back()), trace, None
-        self.text += self._decoder.finish()
-        return self._show(0), trace, FINISH_REASONS[finish]
+        self.text += self._decoder.finish()  # may be U+FFFD, which a stop string may hold
+        reason = STOP if self._cut_at_stop() else finish
+        return self._show(0), trace, FINISH_REASONS[reason]
 
     def _cut_at_stop(self) -> bool:
         """Cuts the text at the first stop string in what nobody has seen yet."""

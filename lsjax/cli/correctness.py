@@ -1,0 +1,145 @@
+"""Checks that self-speculation gives the tokens of autoregressive decoding on real prompts.
+
+    python -m lsjax.cli.correctness --model PATH --prompt-file question.jsonl --every 15 \\
+        --exit-layers 8 15 23 --num-draft-tokens 2 4 8
+
+Exit code 1 if tokens differ where the two best logits lie further apart than rounding explains.
+"""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import tyro
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from lsjax.cli.errors import one_line_errors
+from lsjax.cli.prompts import read_prompts
+from lsjax.cli.setup import exact_products, keep_compiled_programs
+from lsjax.config import check
+from lsjax.data.tokenizer_files import load_tokenizer
+from lsjax.decoding.autoregressive import Autoregressive
+from lsjax.decoding.completion import Completion
+from lsjax.decoding.generate import Engine, check_settings, encode_prompt
+from lsjax.decoding.self_speculative import SelfSpeculative
+from lsjax.decoding.state import Strategy
+from lsjax.evaluation.exactness import FLOAT32_MARGIN, first_difference
+from lsjax.model.checkpoint import assemble, open_source
+
+PROMPT = "Once upon a time, there was a little girl named Lily who"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arguments:
+    """Checks that self-speculation gives the tokens of autoregressive decoding."""
+
+    model: Path
+    """Hugging Face directory or .gguf file."""
+    exit_layers: tuple[int, ...]
+    """Exits to draft from."""
+    num_draft_tokens: tuple[int, ...]
+    """Draft lengths; every exit is tried with every length."""
+    prompt_file: Path | None = None
+    """.txt or .jsonl ("prompt", or Spec-Bench's "turns"); one prompt is built in."""
+    every: int = 1
+    """Takes every n-th prompt of the file."""
+    max_new_tokens: int = 64
+    """Tokens to compare."""
+    batch_size: int = 1
+    """Prompts side by side in the self-speculative runs; the autoregressive ones go alone."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """In the 16-bit types differences are counted and shown, and are no failure."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the program; 0 if all agree, 1 if not, 2 on bad input."""
+    arguments = tyro.cli(Arguments, args=argv, description=__doc__)
+    with one_line_errors():
+        return correctness(arguments)
+
+
+def correctness(arguments: Arguments) -> int:
+    """Compares and prints a row for every exit and draft length."""
+    check(arguments.every >= 1, f"--every {arguments.every} is below 1: choose 1 or more")
+    prompts = read_prompts(None if arguments.prompt_file else PROMPT, arguments.prompt_file)
+    prompts = prompts[:: arguments.every]
+    source = open_source(arguments.model)
+    tokenizer = load_tokenizer(arguments.model)
+    strategies = [
+        SelfSpeculative(exit_layer, drafts)
+        for exit_layer in arguments.exit_layers
+        for drafts in arguments.num_draft_tokens
+    ]
+    for strategy in strategies:
+        check_settings(
+            source.config,
+            tokenizer,
+            strategy,
+            batch_size=arguments.batch_size,
+            max_length=None,
+        )
+    encoded = [
+        encode_prompt(
+            prompt,
+            tokenizer,
+            source.config,
+            max_new_tokens=arguments.max_new_tokens,
+            max_length=None,
+        )
+        for prompt in prompts
+    ]
+    keep_compiled_programs()
+    exact_products()
+    model = assemble(source, dtype=arguments.dtype)
+    table = Table(
+        *("exit", "drafts", "prompts", "equal", "widest margin", "acceptance", "tokens/round"),
+        title=f"{arguments.model.name}, {arguments.dtype}, {arguments.max_new_tokens} new tokens",
+    )
+    wrong = 0
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("decoding", total=len(prompts) * (1 + len(strategies)))
+
+        def run(strategy: Strategy, batch_size: int) -> list[Completion]:
+            engine = Engine(model, tokenizer, strategy, batch_size=batch_size)
+            return engine.generate(
+                encoded,
+                max_new_tokens=arguments.max_new_tokens,
+                on_completion=lambda *_: progress.advance(task),
+            )
+
+        expected = run(Autoregressive(), 1)
+        for strategy in strategies:
+            found = run(strategy, arguments.batch_size)
+            differences = [
+                first_difference(model, ids, one.token_ids, other.token_ids)
+                for ids, one, other in zip(encoded, expected, found, strict=True)
+            ]
+            margins = [d.margin for d in differences if d is not None]
+            if arguments.dtype == "float32":
+                wrong += sum(margin > FLOAT32_MARGIN for margin in margins)
+            drafted = sum(c.drafted for c in found)
+            rounds = sum(c.rounds for c in found)
+            table.add_row(
+                str(strategy.exit_layer),
+                str(strategy.num_draft_tokens),
+                str(len(prompts)),
+                str(len(prompts) - len(margins)),
+                f"{max(margins):.1e}" if margins else "-",
+                f"{sum(c.accepted for c in found) / drafted:.3f}" if drafted else "-",
+                f"{sum(c.num_new_tokens - 1 for c in found) / rounds:.2f}" if rounds else "-",
+            )
+    console = Console()
+    console.print(table)
+    if wrong:
+        console.print(f"[bold red]{wrong} differences are wider than {FLOAT32_MARGIN:.0e}")
+    elif arguments.dtype == "float32":
+        console.print("[green]Self-speculation gives the tokens of autoregressive decoding.")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Evaluation: what a model gives at every exit, and whether strategies agree."""

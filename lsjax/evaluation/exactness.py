@@ -1,0 +1,64 @@
+"""Whether two greedy decodings agree, and by how little the model decided where they do not.
+
+Self-speculation is lossless in exact arithmetic. In floating point the products of one token and
+of d + 1 tokens round differently, so where the two best logits are all but equal, either may win.
+A difference with a wider margin than rounding explains is a fault.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from lsjax.model.llama import Llama
+
+# The widest margin of the two best logits that rounding in float32 may turn over.
+FLOAT32_MARGIN = 1e-4
+
+
+@dataclass(frozen=True)
+class Difference:
+    """The first place where two decodings differ.
+
+    index: of the new token. margin: of the two best logits there, by the whole model; infinite
+    if one decoding merely ends earlier.
+    """
+
+    index: int
+    expected: int | None
+    found: int | None
+    margin: float
+
+
+def first_difference(
+    model: Llama, prompt: Sequence[int], expected: Sequence[int], found: Sequence[int]
+) -> Difference | None:
+    """Where `found` leaves `expected`, both new tokens after `prompt`; None if they are equal."""
+    if list(expected) == list(found):
+        return None
+    pairs = zip(expected, found, strict=False)
+    index = next((i for i, (a, b) in enumerate(pairs) if a != b), None)
+    if index is None:
+        index = min(len(expected), len(found))
+        ends = [tokens[index] if index < len(tokens) else None for tokens in (expected, found)]
+        return Difference(index, *ends, margin=np.inf)
+    logits_V = last_logits(model, [*prompt, *expected[:index]])
+    second, first = np.sort(logits_V)[-2:]
+    return Difference(index, expected[index], found[index], margin=float(first - second))
+
+
+def last_logits(model: Llama, tokens: Sequence[int]) -> Float[np.ndarray, " V"]:
+    """Logits of the token that follows, by one pass over the whole text, without a cache."""
+    padded = np.zeros((1, -(-len(tokens) // 128) * 128), np.int32)  # few shapes to compile
+    padded[0, : len(tokens)] = tokens
+    return np.asarray(_logits_at(model, padded, np.int32(len(tokens) - 1)))
+
+
+@jax.jit
+def _logits_at(
+    model: Llama, tokens_BT: Int[Array, "1 T"], index: Int[Array, ""]
+) -> Float[Array, " V"]:
+    return model.unembed(jnp.take(model.exits(tokens_BT)[-1, 0], index, axis=0))

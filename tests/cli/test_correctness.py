@@ -1,0 +1,76 @@
+"""The program that compares self-speculation with autoregressive decoding."""
+
+import json
+
+import numpy as np
+import pytest
+
+from lsjax.cli import correctness
+from lsjax.cli.correctness import main
+from lsjax.evaluation.exactness import Difference
+
+
+@pytest.fixture(autouse=True)
+def wide_terminal(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+
+
+def compare(directory, *options: str) -> int:
+    given = ["--model", str(directory), "--max-new-tokens", "16", *options]
+    return main([*given, "--num-draft-tokens", "4", "--exit-layers", "3"])
+
+
+def test_a_row_for_every_exit_and_length(model_directory, tmp_path, capsys):
+    """Of five prompts every second is taken, two side by side."""
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"turns": [c * 5, "x"]}) + "\n" for c in "abcde"))
+    options = ["--prompt-file", str(prompts), "--every", "2", "--batch-size", "2"]
+    given = ["--model", str(model_directory), "--max-new-tokens", "16", *options]
+    assert main([*given, "--exit-layers", "1", "3", "--num-draft-tokens", "4"]) == 0
+    printed = capsys.readouterr()
+    cells = [line.split("│")[1:5] for line in printed.out.splitlines() if line.startswith("│")]
+    assert [[cell.strip() for cell in row] for row in cells] == [
+        ["1", "4", "3", "3"],
+        ["3", "4", "3", "3"],
+    ]
+    assert "Self-speculation gives the tokens of autoregressive decoding." in printed.out
+    assert "float32, 16 new tokens" in printed.out
+
+
+@pytest.mark.parametrize(
+    "dtype, margin, code, words",
+    [
+        ("float32", 1e-5, 0, "Self-speculation gives the tokens"),  # rounding explains it
+        ("float32", 1e-3, 1, "1 differences are wider than 1e-04"),
+        ("float32", np.inf, 1, "1 differences are wider"),
+        ("bfloat16", 1.0, 0, "1.0e+00"),  # shown, and no failure
+    ],
+)
+def test_differences(model_directory, monkeypatch, capsys, dtype, margin, code, words):
+    difference = Difference(0, 1, 2, margin=margin)
+    monkeypatch.setattr(correctness, "first_difference", lambda *_: difference)
+    assert compare(model_directory, "--dtype", dtype) == code
+    out = capsys.readouterr().out
+    assert words in out and ("gives the tokens" in out) == (code == 0 and dtype == "float32")
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        (["--model", "/nowhere"], "/nowhere: does not exist"),
+        (["--every", "0"], "--every 0 is below 1: choose 1 or more"),
+        (["--exit-layers", "3", "4"], "exit layer 4 is not in 1..3"),
+        (["--num-draft-tokens", "0"], "num_draft_tokens 0 is below 1"),
+        (["--batch-size", "0"], "batch size 0 is below 1"),
+        (["--max-new-tokens", "0"], "max_new_tokens 0 is below 1"),
+        (["--max-new-tokens", "600"], "600 new ones do not fit the length of 512"),
+        (["--prompt-file", "/nowhere.jsonl"], "'/nowhere.jsonl'"),
+    ],
+)
+def test_bad_input(model_directory, refused, monkeypatch, changes, words):
+    """Before the model is loaded."""
+    monkeypatch.delattr(correctness, "assemble")
+    given = {"--model": [model_directory], "--exit-layers": [3], "--num-draft-tokens": [4]}
+    name, *values = changes
+    given[name] = values
+    assert words in refused(main, *(part for name, v in given.items() for part in (name, *v)))

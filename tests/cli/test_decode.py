@@ -1,0 +1,326 @@
+"""The decode program: what it prints and writes, and how it refuses."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rich.text import Text
+
+import decode
+from decode import main
+from lsjax.cli.show import ACCEPTED, ADDED, CORRECTED, REFUSED, coloured, summary
+from lsjax.data.tokenizer_huggingface import ByteTokenizer
+from lsjax.decoding.autoregressive import Autoregressive
+from lsjax.decoding.completion import Completion, Trace
+from lsjax.decoding.generate import Engine
+from lsjax.decoding.self_speculative import SelfSpeculative
+
+ROOT = Path(__file__).parents[2]
+NEW = 24
+PROMPT = "Once\tupon :smile: [bold]a"  # rich would change each of these
+FIELDS = """prompt text token_ids num_prompt_tokens num_new_tokens prefill_seconds decode_seconds
+tokens_per_second compile_seconds strategy exit_layer num_draft_tokens rounds drafted accepted
+acceptance_rate tokens_per_round drafted_by_position accepted_by_position finish_reason""".split()
+SELF = ["--strategy", "self_speculative"]
+
+
+@pytest.fixture(scope="module")
+def expected(model, tokenizer):
+    """What the library says to the prompt."""
+    engine = Engine(model, tokenizer, Autoregressive())
+    return engine.generate([PROMPT], max_new_tokens=NEW)[0]
+
+
+@pytest.fixture
+def run(model_directory, capfdbinary):
+    """Runs the program; what it printed (line breaks as they were)."""
+
+    def run_(*options) -> tuple[str, str]:
+        given = ["--model", model_directory, "--max-new-tokens", NEW, *options]
+        assert main([str(option) for option in given]) == 0
+        sys.stdout.flush()
+        return tuple(stream.decode() for stream in capfdbinary.readouterr())
+
+    return run_
+
+
+def lines_of(text: str) -> list[dict]:
+    return [json.loads(line) for line in text.removesuffix("\n").split("\n")]
+
+
+@pytest.mark.parametrize(
+    "options, exit_layer, drafts",
+    [
+        ([], None, None),
+        (["--strategy", "early_exit", "--exit-layer", "4"], 4, None),
+        (SELF, 3, 4),  # from generation_config.json
+        ([*SELF, "--num-draft-tokens", "2"], 3, 2),
+        ([*SELF, "--exit-layer", "1"], 1, 4),
+    ],
+    ids=["autoregressive", "early_exit", "of the model", "drafts", "exit"],
+)
+def test_strategies(run, expected, tmp_path, options, exit_layer, drafts):
+    """All give the same tokens; the text is printed as it is, the figures are written."""
+    file = tmp_path / "out.jsonl"
+    file.write_text("an older run\n")
+    out, err = run("--prompt", PROMPT, "--json", file, *options)
+    assert out == PROMPT + expected.text + "\n"
+    (line,) = lines_of(file.read_text(encoding="utf-8"))
+    assert list(line) == FIELDS
+    same = ("token_ids", "text", "num_prompt_tokens", "num_new_tokens", "finish_reason")
+    assert {key: line[key] for key in same} == {key: getattr(expected, key) for key in same}
+    assert line["prompt"] == PROMPT
+    assert line["strategy"] == (options[1] if options else "autoregressive")
+    assert (line["exit_layer"], line["num_draft_tokens"]) == (exit_layer, drafts)
+    drafted = sum(line["drafted_by_position"])
+    assert line["drafted"] == drafted and (drafted > 0) == (drafts is not None)
+    assert line["accepted"] == sum(line["accepted_by_position"])
+    assert line["acceptance_rate"] == (line["accepted"] / drafted if drafted else None)
+    assert line["tokens_per_round"] == (NEW - 1) / line["rounds"]
+    assert line["tokens_per_second"] == (NEW - 1) / line["decode_seconds"]
+    assert line["prefill_seconds"] > 0 and line["compile_seconds"] > 0
+    assert "tiny [x] :smile:: 0M parameters" in err and f"{NEW} new tokens at" in err
+    assert ("drafts accepted" in err) == bool(drafts)
+
+
+def test_batches_and_json_to_stdout(run, expected, tmp_path):
+    """Nothing but JSON there, in the file's order."""
+    file = tmp_path / "prompts.jsonl"
+    prompts = [PROMPT, "a", "bc"]
+    file.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
+    found = [
+        lines_of(run("--prompt-file", file, "--json", "-", "--batch-size", size, *SELF)[0])
+        for size in ("1", "2", "9")
+    ]
+    for lines in found:
+        assert [list(line) for line in lines] == [FIELDS] * 3
+        assert sorted(line["prompt"] for line in lines) == sorted(prompts)
+        by_prompt = {line["prompt"]: line["token_ids"] for line in lines}
+        assert by_prompt == {line["prompt"]: line["token_ids"] for line in found[0]}
+        assert by_prompt[PROMPT] == expected.token_ids
+
+
+def test_text_file_and_stop_strings(run, expected, tmp_path):
+    file = tmp_path / "prompt.txt"
+    file.write_text(PROMPT + "\n")
+    text = expected.text
+    late, early = text[8:10], text[4:6]
+    out, err = run("--prompt-file", file, "--stop", late, "--stop", early, *SELF)
+    assert out == PROMPT + text[: min(text.index(late), text.index(early))] + "\n"
+    assert "1 ended by stop" in err
+
+
+def test_show_drafts(run, expected, model, tokenizer, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    out, _ = run("--prompt", "a", "--show-drafts", *SELF)
+    legend, *rest = out.split("\n")
+    assert "accepted draft" in legend and "\x1b[1;32m" in legend
+    engine = Engine(model, tokenizer, SelfSpeculative(3, 4))
+    (completion,) = engine.generate(["a"], max_new_tokens=NEW)
+    assert "\n".join(rest).count("\x1b[2;9;31m") >= sum(completion.trace.replaced_n >= 0) > 0
+
+
+def test_chat(run, model_directory, expected, tmp_path, capsys):
+    directory = shutil.copytree(model_directory, tmp_path / "chat")
+    template = "{% for m in messages %}{{ m.role }}={{ m.content }};{% endfor %}"
+    file = directory / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"chat_template": template}))
+    given = ["--chat", "--system", "s", "--prompt", "hi", "--json", "-", "--model", directory]
+    (line,) = lines_of(run(*given)[0])
+    assert line["prompt"] == "hi" and line["num_prompt_tokens"] == len("system=s;user=hi;")
+
+
+def parts(text: Text) -> list[tuple[str, str]]:
+    """Neighbours of one style are one part."""
+    found = []
+    for span in text.spans:
+        piece = text.plain[span.start : span.end]
+        if found and found[-1][1] == span.style:
+            piece = found.pop()[0] + piece
+        found.append((piece, str(span.style)))
+    return found
+
+
+def completion_of(text: str, tokens: bytes, accepted: str, replaced: dict[int, int]) -> Completion:
+    """accepted: y or n for each token; replaced: by index, the draft's token."""
+    n = len(tokens)
+    trace = Trace(
+        np.frombuffer(tokens, np.uint8).astype(np.int32),
+        np.array([letter == "y" for letter in accepted]),
+        np.array([replaced.get(i, -1) for i in range(n)], np.int32),
+        np.ones(n, np.int32),
+    )
+    rest = dict(prompt="", num_prompt_tokens=1, prefill_seconds=0.0, compile_seconds=0.0)
+    return Completion.of(
+        trace,
+        strategy=SelfSpeculative(1, 2),
+        decode_seconds=1.0,
+        text=text,
+        finish_reason="stop",
+        **rest,
+    )
+
+
+@pytest.mark.parametrize(
+    "text, tokens, accepted, replaced, shown",
+    [
+        (
+            "abcXdef",
+            b"abcXdef",
+            "nyynyyn",
+            {3: ord("\n")},
+            [("a", ADDED), ("bc", ACCEPTED), ("\\n", REFUSED), ("X", CORRECTED)]
+            + [("de", ACCEPTED), ("f", ADDED)],
+        ),
+        ("ab", b"ab", "nn", {1: 257}, [("a", ADDED), ("</s>", REFUSED), ("b", CORRECTED)]),
+        ("ab", b"ab", "nn", {1: 0xC3}, [("a", ADDED), ("�", REFUSED), ("b", CORRECTED)]),
+        ("é", "é".encode(), "ny", {}, [("é", ACCEPTED)]),  # of the token that completes it
+        ("a", b"aEND", "nyyy", {}, [("a", ADDED)]),  # ended by a stop string
+        ("a", b"aN\xc3D", "nyyy", {}, [("a", ADDED)]),  # the last token adds two characters
+        ("aE", b"aE", "nn", {}, [("aE", ADDED)]),
+    ],
+)
+def test_colours_of_a_trace(tokenizer, text, tokens, accepted, replaced, shown):
+    completion = completion_of(text, tokens, accepted, replaced)
+    assert parts(coloured(tokenizer, [65], completion)) == shown
+
+
+@pytest.mark.parametrize("stop", [[], ["Z"]])
+@pytest.mark.parametrize("prompt", [PROMPT, "é".encode()[:1], "bc"])
+def test_colours_of_a_real_completion(model, tokenizer, prompt, stop):
+    """Without the refused tokens it is the completion's text; each refused token is there."""
+    ids = list(prompt) if isinstance(prompt, bytes) else tokenizer.encode(prompt)
+    engine = Engine(model, tokenizer, SelfSpeculative(3, 4))
+    (completion,) = engine.generate([ids], max_new_tokens=NEW, stop=stop)
+    text = coloured(tokenizer, ids, completion)
+    refused = [span for span in text.spans if span.style == REFUSED]
+    assert len(refused) == (completion.trace.replaced_n >= 0).sum()
+    plain = text.plain
+    for span in reversed(refused):
+        plain = plain[: span.start] + plain[span.end :]
+    assert plain == completion.text
+
+
+def test_summary():
+    completion = completion_of("abcXdef", b"abcXdef", "nnnnnnn", {})
+    assert summary([completion] * 2, wall_seconds=4.0) == (
+        "14 new tokens at 3.0 tokens/s; 2 ended by stop"
+    )
+
+
+@pytest.fixture(scope="module")
+def bad(model_directory, tmp_path_factory):
+    """A directory of damaged models and prompt files."""
+    root = tmp_path_factory.mktemp("bad")
+    (root / "empty.gguf").touch()
+    (root / "notes.bin").write_text("hello, no model")
+    cut = shutil.copytree(model_directory, root / "cut") / "model.safetensors"
+    cut.write_bytes(cut.read_bytes()[:-100])
+    bare = shutil.copytree(model_directory, root / "bare")
+    (bare / "tokenizer.json").unlink()
+    other = shutil.copytree(ROOT / "tests" / "golden" / "gqa_tied", root / "other")
+    ByteTokenizer().save(other)
+    silent = shutil.copytree(model_directory, root / "silent")
+    (silent / "generation_config.json").write_text("{}")
+    (root / "good.txt").write_text("a")
+    (root / "empty.txt").touch()
+    (root / "bad.jsonl").write_text('{"prompt": "a"}\n{"prompt": 3}\n')
+    return root
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ("--model nowhere", "nowhere: does not exist: give an existing directory"),
+        (f"--model nowhere {' '.join(SELF)}", "nowhere: does not exist"),
+        ("--model {bad}/empty.gguf", "empty.gguf: is empty"),
+        ("--model {bad}/notes.bin", "notes.bin: starts with b'hell', which no model file does"),
+        ("--model {bad}/cut", "cut/model.safetensors: "),
+        ("--model {bad}/bare", "bare has neither tokenizer.json nor tokenizer.model"),
+        ("--model {bad}/other", "the tokenizer has 258 tokens and the model 64"),
+        ("--strategy self_speculative --exit-layer 0", "exit layer 0 is not in 1..3"),
+        ("--strategy self_speculative --exit-layer 4", "exit layer 4 is not in 1..3"),
+        ("--strategy self_speculative --exit-layer 5", "exit layer 5 is not in 1..3"),
+        ("--strategy early_exit --exit-layer 0", "exit layer 0 is not in 1..4"),
+        ("--strategy early_exit --exit-layer 5", "layer 5 is not in 1..4, .*: choose --exit-layer"),
+        ("--strategy early_exit", "early_exit needs --exit-layer"),
+        ("--strategy self_speculative --model {bad}/silent", "needs --exit-layer and --num-draft"),
+        ("--strategy self_speculative --num-draft-tokens 0", "num_draft_tokens 0 is below 1: choo"),
+        ("--exit-layer 2", "--exit-layer means nothing to autoregressive"),
+        ("--num-draft-tokens 2", "--num-draft-tokens means nothing to autoregressive"),
+        ("--prompt " + "a" * 600, "600 tokens and 128 new ones .* length of 512: shorten the"),
+        ("--max-new-tokens 0", "max_new_tokens 0 is below 1: ask for 1 or more"),
+        ("--max-new-tokens 512", "1 tokens and 512 new ones .* length of 512: .* lower --max-new"),
+        ("--max-length 100", "128 new ones .* length of 100: .* or raise --max-length"),
+        ("--max-length 1", "max length 1 is not in 2..512, .* choose --max-length there"),
+        ("--max-length 513", "max length 513 is not in 2..512"),
+        ("--temperature -1", r"temperature -1.0 is below 0: use 0"),
+        ("--temperature 0.7", r"temperature 0.7 is not supported: use 0"),
+        ("--temperature nan", r"temperature nan is not supported: use 0"),
+        ("--prompt=", "--prompt is an empty prompt: it needs at least one character"),
+        ("--stop=", "--stop is empty: give the text to stop at"),
+        ("--batch-size 0", "batch size 0 is below 1: choose --batch-size 1 or more"),
+        ("--system s", "--system needs --chat: give both or neither"),
+        ("--chat", "no chat template: use --prompt without --chat"),
+        ("--prompt-file {bad}/good.txt", "give one of --prompt and --prompt-file and not both"),
+        ("--no-prompt", "give one of --prompt and --prompt-file$"),
+        ("--no-prompt --prompt-file {bad}/empty.txt", "empty.txt is an empty prompt"),
+        ("--no-prompt --prompt-file {bad}/bad.jsonl", "bad.jsonl, line 2 is no object with a text"),
+        ("--no-prompt --prompt-file nowhere.txt", "No such file or directory: 'nowhere.txt'"),
+        ("--json {bad}", "Is a directory: '.*bad"),
+        ("--json {bad}/nowhere/out.jsonl", "No such file or directory: '.*/nowhere/out.jsonl'"),
+        (
+            "--no-prompt --prompt-file {bad}/good.txt --json {bad}/good.txt",
+            "good.txt would overwrite the prompts: name another file",
+        ),
+    ],
+)
+def test_bad_input(model_directory, bad, refused, monkeypatch, tmp_path, options, words):
+    """Refused before the model is loaded; what an older run has written stays as it is."""
+    monkeypatch.delattr(decode, "assemble")
+    old = tmp_path / "old.jsonl"
+    old.write_text("an older run\n")
+    given = [option.format(bad=bad) for option in options.split(" ")]
+    if "--no-prompt" in given:
+        given.remove("--no-prompt")
+    elif not options.startswith("--prompt") or "--prompt-file" in options:
+        given = ["--prompt", "a", *given]
+    if "--model" not in given:
+        given = ["--model", model_directory, *given]
+    if "--json" not in given:
+        given += ["--json", old]
+    assert re.search(words, refused(main, *given).strip())
+    assert old.read_text() == "an older run\n"
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["old.jsonl"]
+
+
+def test_bad_input_makes_no_file(model_directory, refused, tmp_path):
+    given = ["--model", model_directory, "--prompt", "a" * 600]
+    refused(main, *given, "--json", tmp_path / "new.jsonl")
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("options", [["--strategy", "beam"], ["--no-such-flag"]])
+def test_unknown_options(model_directory, capsys, options):
+    with pytest.raises(SystemExit) as exit_:
+        main(["--model", str(model_directory), "--prompt", "a", *options])
+    assert exit_.value.code == 2
+    assert options[-1] in capsys.readouterr().err
+
+
+def test_as_a_script(model_directory, expected):
+    given = ["--model", str(model_directory), "--prompt", PROMPT, "--max-new-tokens", str(NEW)]
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "decode.py", *given, "--json", "-"],
+        cwd=ROOT,
+        capture_output=True,
+        encoding="utf-8",
+    )
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+    (line,) = lines_of(done.stdout)
+    assert line["token_ids"] == expected.token_ids

@@ -1,0 +1,68 @@
+"""What XLA makes of the decode loops: nothing large is copied in them."""
+
+import re
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lsjax.decoding.autoregressive import Autoregressive, EarlyExit
+from lsjax.decoding.generate import decode
+from lsjax.decoding.self_speculative import SelfSpeculative
+from lsjax.decoding.state import DecodeState
+
+CAPACITY = 613  # a number that no other array has as a dimension
+
+
+def compiled_loop(model, strategy, batch):
+    state = DecodeState.create(
+        model.config,
+        [[1, 2, 3]] * batch,
+        [9] * batch,
+        np.array([-1]),
+        capacity=CAPACITY,
+        slack=strategy.slack,
+        num_layers=strategy.depth(model.config),
+        dtype=jnp.float32,
+    )
+    program = jax.jit(partial(decode, strategy=strategy), donate_argnums=1)
+    return program.lower(model, state, np.int32(9)).compile(), state
+
+
+def copies(text: str) -> list[tuple[str, tuple[int, ...]]]:
+    """(computation, shape) of every copy in a compiled program, the entry's own left out: it
+    runs once."""
+    found, computation = [], ""
+    for line in text.splitlines():
+        if header := re.match(r"(ENTRY )?%?([\w.-]+) .*\{$", line):
+            computation = "" if header[1] else header[2]
+        if computation and (copy := re.search(r"= \w+\[([\d,]+)\]\S* copy\(", line)):
+            found.append((computation, tuple(map(int, copy[1].split(",")))))
+    return found
+
+
+@pytest.mark.parametrize("batch", [1, 3, 9])
+@pytest.mark.parametrize("strategy", [Autoregressive(), EarlyExit(2), SelfSpeculative(2, 3)])
+def test_no_copy_of_weights_or_cache_in_the_loop(model, strategy, batch):
+    program, state = compiled_loop(model, strategy, batch)
+    smallest = min(leaf.size for leaf in jax.tree.leaves(model) if leaf.ndim > 1)
+    large = [
+        copy
+        for copy in copies(program.as_text())
+        if np.prod(copy[1]) >= smallest or (CAPACITY in copy[1] and len(copy[1]) > 2)
+    ]
+    assert not large
+    # What the program needs beside its arguments is less than one layer's keys and values.
+    memory = program.memory_analysis()
+    layer = 2 * state.cache.keys[0].nbytes
+    assert memory.temp_size_in_bytes < layer
+    assert memory.alias_size_in_bytes >= sum(x.nbytes for x in jax.tree.leaves(state.cache))
+
+
+def test_the_search_for_copies_finds_one():
+    """A loop that swaps two buffers has to copy."""
+    swap = jax.jit(lambda x, y: jax.lax.fori_loop(0, 3, lambda _, pair: pair[::-1], (x, y)))
+    text = swap.lower(jnp.zeros((64, 64)), jnp.ones((64, 64))).compile().as_text()
+    assert any(shape == (64, 64) for _, shape in copies(text))

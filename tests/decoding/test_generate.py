@@ -1,0 +1,236 @@
+"""The engine: streaming, stop strings, batches, buckets of programs, limits."""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from lsjax.config import ConfigError, LlamaConfig
+from lsjax.data.tokenizer_huggingface import ByteTokenizer
+from lsjax.decoding.autoregressive import Autoregressive, EarlyExit
+from lsjax.decoding.completion import Completion
+from lsjax.decoding.generate import Engine
+from lsjax.decoding.self_speculative import SelfSpeculative
+from lsjax.decoding.state import DecodeState
+from lsjax.evaluation.exactness import last_logits
+from lsjax.model.llama import Llama
+
+PROMPTS = [[7], [1, 2, 3], list(range(40, 60)), [104, 105] * 8]
+NEW = 24
+STRATEGIES = [Autoregressive(), SelfSpeculative(3, 4)]
+by_name = pytest.mark.parametrize("strategy", STRATEGIES, ids=lambda strategy: strategy.name)
+
+
+@pytest.fixture(scope="module")
+def engine_of(model, tokenizer):
+    """One engine for each strategy and batch size."""
+    return functools.cache(
+        lambda strategy, batch_size=1: Engine(model, tokenizer, strategy, batch_size=batch_size)
+    )
+
+
+@pytest.fixture(scope="module")
+def expected(engine_of):
+    """What the model says, one prompt at a time."""
+    return engine_of(Autoregressive()).generate(PROMPTS, max_new_tokens=NEW)
+
+
+def results(completions):
+    return [(c.text, c.token_ids, c.finish_reason) for c in completions]
+
+
+def streamed(engine, prompt, **options) -> Completion:
+    """The last item of a stream, whose pieces must make its text."""
+    *pieces, completion = engine.stream(prompt, **options)
+    assert all(isinstance(piece, str) and piece for piece in pieces)
+    assert "".join(pieces) == completion.text
+    return completion
+
+
+@by_name
+def test_stream_equals_generate(engine_of, expected, strategy):
+    found = [streamed(engine_of(strategy), prompt, max_new_tokens=NEW) for prompt in PROMPTS]
+    assert results(found) == results(expected)
+    for prompt, completion in zip(PROMPTS, found, strict=True):
+        assert completion.num_prompt_tokens == len(prompt)
+        assert completion.prompt == ByteTokenizer().decode(prompt)
+
+
+def test_a_stream_comes_in_pieces(engine_of):
+    """Not all at the end: somebody waits for it."""
+    assert sum(1 for _ in engine_of(Autoregressive()).stream(PROMPTS[2], max_new_tokens=NEW)) > 4
+
+
+@pytest.fixture(scope="module")
+def stops(expected):
+    """Pairs of characters from all over the texts that the model writes."""
+    return [c.text[at : at + 2] for c in expected[1:3] for at in range(0, len(c.text) - 1, 3)]
+
+
+def test_stop_strings_do_not_depend_on_strategy_batch_or_streaming(engine_of, expected, stops):
+    inside = 0
+    for stop in stops:
+        ways = []
+        for strategy in STRATEGIES:
+            alone = [
+                streamed(engine_of(strategy), prompt, max_new_tokens=NEW, stop=[stop])
+                for prompt in PROMPTS
+            ]
+            together = engine_of(strategy, 4).generate(PROMPTS, max_new_tokens=NEW, stop=[stop])
+            ways += [alone, together]
+            inside += sum(bool(c.finish_reason == "stop" and c.trace.accepted_n[-1]) for c in alone)
+        for one, *others in zip(expected, *ways, strict=True):
+            text, ids, reason = results(others[:1])[0]
+            assert results(others) == [(text, ids, reason)] * 4
+            assert text == one.text.partition(stop)[0]
+            assert ids == one.token_ids[: len(ids)]
+            assert reason == ("stop" if stop in one.text else one.finish_reason)
+    assert inside, "no stop string ended inside accepted drafts"
+
+
+def test_figures_of_a_stopped_text_count_what_is_kept(engine_of, stops):
+    engine = engine_of(SelfSpeculative(3, 4), 4)
+    for stop in stops:
+        for c in engine.generate(PROMPTS, max_new_tokens=NEW, stop=[stop]):
+            own = c.rounds - bool(c.trace.accepted_n[-1])  # the verification's own tokens
+            assert len(c.token_ids) == c.num_new_tokens == 1 + c.accepted + own, stop
+
+
+def test_a_bucket_has_one_program(model, tokenizer):
+    """Prompts of every length of a bucket share it; the next bucket adds a prefill only."""
+    engine = Engine(model, tokenizer, SelfSpeculative(3, 4))
+    assert engine.num_programs == 0
+    for length, programs in [(1, 2), (17, 2), (32, 2), (33, 3), (64, 3), (5, 3)]:
+        for new in (1, 3):
+            engine.generate([[65] * length], max_new_tokens=new)
+            assert engine.num_programs == programs, (length, new)
+    spent = engine.compile_seconds
+    (completion,) = engine.generate([[65] * 20], max_new_tokens=2)
+    assert completion.compile_seconds == 0 and engine.compile_seconds == spent > 0
+
+
+@by_name
+@pytest.mark.parametrize("count", [1, 3, 4, 6])
+def test_batches_of_any_number_of_prompts(engine_of, expected, strategy, count):
+    """More prompts than rows, and rows without a prompt: each gives what it gives alone."""
+    order = [index % len(PROMPTS) for index in range(count)]
+    told = {}
+    found = engine_of(strategy, 4).generate(
+        [PROMPTS[index] for index in order],
+        max_new_tokens=NEW,
+        on_completion=lambda index, completion: told.update({index: completion}),
+    )
+    assert results(found) == results(expected[index] for index in order)
+    assert [told[index] for index in range(count)] == found and len(told) == count
+
+
+def test_no_prompts_no_completions(engine_of):
+    assert engine_of(Autoregressive()).generate([]) == []
+
+
+def test_text_prompts_are_encoded(engine_of):
+    text, ids = engine_of(Autoregressive()).generate(["é!", "é!".encode()], max_new_tokens=2)
+    assert text.token_ids == ids.token_ids and text.num_prompt_tokens == 3
+
+
+@pytest.mark.parametrize(
+    "prompt, new, length, words",
+    [
+        ("", 5, None, "the prompt is empty: it needs at least one token"),
+        ([], 5, None, "the prompt is empty"),
+        ([1], 0, None, "max_new_tokens 0 is below 1: ask for 1 or more"),
+        ([1], -3, None, "max_new_tokens -3 is below 1"),
+        ([5, 258], 5, None, r"token ids 5..258 .* vocabulary of 258: give ids in 0..257"),
+        ([-1, 7], 5, None, r"token ids -1..7 .* vocabulary of 258"),
+        (
+            [1] * 510,
+            3,
+            None,
+            "a prompt of 510 tokens and 3 new ones .* length of 512: shorten the prompt, lower "
+            "--max-new-tokens$",
+        ),
+        ([1] * 10, 7, 16, "10 tokens and 7 new ones .* length of 16: .* or raise --max-length$"),
+    ],
+)
+def test_bad_prompts_are_refused(model, tokenizer, prompt, new, length, words):
+    engine = Engine(model, tokenizer, max_length=length)
+    for refuse in (
+        lambda: engine.encode(prompt, new),
+        lambda: engine.generate([[1], prompt], max_new_tokens=new),
+        lambda: next(engine.stream(prompt, max_new_tokens=new)),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            refuse()
+    assert engine.num_programs == 0
+
+
+@pytest.mark.parametrize("length", [2, 16, 512])
+def test_max_length_is_reached(model, tokenizer, length):
+    engine = Engine(model, tokenizer, max_length=length)
+    assert len(engine.encode([1] * (length - 1), 1)) == length - 1
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"max_length": 1}, r"max length 1 is not in 2..512, .*: choose --max-length there"),
+        ({"max_length": 513}, r"max length 513 is not in 2..512"),
+        ({"batch_size": 0}, "batch size 0 is below 1: choose --batch-size 1 or more"),
+    ],
+)
+def test_bad_settings_are_refused(model, tokenizer, options, words):
+    with pytest.raises(ConfigError, match=words):
+        Engine(model, tokenizer, **options)
+
+
+def test_the_tokenizer_must_fit(tokenizer):
+    smaller = nnx.eval_shape(lambda: Llama(LlamaConfig.tiny(vocab_size=200), rngs=nnx.Rngs(0)))
+    with pytest.raises(ConfigError, match="has 258 tokens and the model 200"):
+        Engine(smaller, tokenizer)
+
+
+def test_a_prompt_longer_than_the_largest_chunk(tokenizer):
+    """Read in two goes, beside a short one: each new token is the plain forward's best."""
+    config = LlamaConfig.tiny(max_context=2048)
+    model = jax.jit(lambda: Llama(config, rngs=nnx.Rngs(0)))()
+    prompts = [np.random.default_rng(0).integers(0, 256, length).tolist() for length in (700, 3)]
+    engine = Engine(model, tokenizer, batch_size=2)
+    for prompt, completion in zip(prompts, engine.generate(prompts, max_new_tokens=4), strict=True):
+        for index, token in enumerate(completion.token_ids):
+            so_far = prompt + completion.token_ids[:index]
+            assert last_logits(model, so_far).argmax() == token, (len(prompt), index)
+
+
+@pytest.mark.parametrize("strategy", [*STRATEGIES, EarlyExit(4)], ids=lambda s: s.name)
+def test_tokens_at_the_end_of_the_cache(model, tokenizer, strategy):
+    """A row that ends in the last slot before the slack, where a round writes beyond its end."""
+    prompt = np.random.default_rng(1).integers(0, 256, 500).tolist()
+    engine = Engine(model, tokenizer, strategy)
+    assert engine.capacity(512) == 512 + strategy.slack
+    (completion,) = engine.generate([prompt], max_new_tokens=12)
+    assert completion.num_new_tokens == 12
+    for index, token in enumerate(completion.token_ids):
+        assert last_logits(model, prompt + completion.token_ids[:index]).argmax() == token, index
+
+
+@pytest.mark.parametrize("capacity, fits", [(20, True), (19, False)])
+def test_a_state_needs_room_for_the_slack(config, capacity, fits):
+    def create():
+        return DecodeState.create(
+            config,
+            [[1, 2, 3], [4] * 8],
+            [9, 7],  # 12 and 15 tokens in the end
+            np.array([-1]),
+            capacity=capacity,
+            slack=5,
+            num_layers=2,
+            dtype=np.float32,
+        )
+
+    if fits:
+        assert create().end_B.tolist() == [12, 15]
+    else:
+        with pytest.raises(ConfigError, match="15 tokens and 5 slots of slack .* 19 slots"):
+            create()

@@ -1,0 +1,147 @@
+"""The model: causality, cached equals whole, separate equals stacked, precision."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from lsjax.config import ConfigError, LlamaConfig
+from lsjax.model.attention import BLOCK, attention, cached_attention
+from lsjax.model.cache import MAX_UNROLLED_ROWS, KVCache, write
+from lsjax.model.llama import Llama, stacked, unstacked
+
+TOKENS = jax.random.randint(jax.random.key(1), (3, 21), 0, 258)
+
+
+def cached_exits(model, tokens_BT, sizes, capacity=600):
+    """Outputs of every layer when the tokens come in pieces of the given sizes."""
+    cache = KVCache.create(model.config, len(tokens_BT), capacity, model.dtype)
+    pieces, start = [], 0
+    for size in sizes:
+        positions = jnp.broadcast_to(jnp.arange(start, start + size), (len(tokens_BT), size))
+        x, outputs = model.embed(tokens_BT[:, start : start + size]), []
+        for layer in range(model.config.num_layers):
+            x, cache = model.run_layers(x, layer, layer + 1, positions, cache)
+            outputs.append(x)
+        pieces.append(jnp.stack(outputs))
+        start += size
+    return jnp.concatenate(pieces, axis=2)
+
+
+@pytest.mark.parametrize("sizes", [(21,), (5, 1, 1, 1, 6, 7)])
+def test_cached_equals_the_whole_forward_at_every_exit(model, sizes):
+    whole = jax.jit(lambda model: model.exits(TOKENS))(model)
+    found = jax.jit(lambda model: cached_exits(model, TOKENS, sizes))(model)
+    np.testing.assert_allclose(model.unembed(found), model.unembed(whole), atol=2e-4)
+
+
+def test_no_output_depends_on_a_later_token(model):
+    """The gradient of position t's output with respect to the embeddings after t is zero."""
+    size = TOKENS.shape[1]
+
+    def output(x_TD, t):
+        mapped = jax.tree.map(lambda leaf: leaf, model)
+        mapped.embedding = nnx.Param(x_TD)  # then token i is embedded as x_TD[i]
+        return (mapped.exits(jnp.arange(size)[None])[-1, 0, t] * jnp.arange(x_TD.shape[1])).sum()
+
+    for t in (0, 7, size - 1):
+        gradient_TD = jax.jit(jax.grad(output), static_argnums=1)(model.embed(TOKENS[:1])[0], t)
+        reach_T = np.abs(gradient_TD).max(-1)
+        assert (reach_T[t + 1 :] == 0).all()
+        assert (reach_T[: t + 1] > 0).all()
+
+
+def test_stacked_and_separate_layers_are_the_same_model(model):
+    forward = jax.jit(lambda model: model.exits(TOKENS))
+    np.testing.assert_allclose(forward(stacked(model)), forward(model), atol=1e-5)
+    again = unstacked(stacked(model))
+    assert jax.tree.structure(again) == jax.tree.structure(model)
+    assert all(map(np.array_equal, jax.tree.leaves(again), jax.tree.leaves(model)))
+
+
+def test_rows_do_not_see_their_neighbours(model):
+    """A longer neighbour makes more blocks of the cache be read: they add exact zeros."""
+    attend = jax.jit(cached_attention)
+    keys = jax.random.split(jax.random.key(2), 3)
+    q = jax.random.normal(keys[0], (2, 3, 4, 16))
+    k, v = (jax.random.normal(key, (2, 2, 3 * BLOCK - 7, 16)) for key in keys[1:])
+    near = jnp.array([[5, 6, 7], [5, 6, 7]])
+    far = near.at[1].set(jnp.array([2 * BLOCK + 1, 2 * BLOCK + 2, 2 * BLOCK + 3]))
+    np.testing.assert_array_equal(attend(q, k, v, near)[0], attend(q, k, v, far)[0])
+
+
+@pytest.mark.parametrize("position", [0, 5, BLOCK - 1, BLOCK, 2 * BLOCK - 1, 3 * BLOCK - 8])
+def test_blocks_of_the_cache_equal_plain_attention(position):
+    """At every border of the blocks, and in the last block of a capacity that is no multiple."""
+    capacity = 3 * BLOCK - 7
+    keys = jax.random.split(jax.random.key(3), 3)
+    q = jax.random.normal(keys[0], (1, 1, 4, 16))
+    k, v = (jax.random.normal(key, (1, 2, capacity, 16)) for key in keys[1:])
+    mask = jnp.arange(capacity)[None, None] <= position
+    plain = attention(q, k.swapaxes(1, 2), v.swapaxes(1, 2), mask)
+    found = cached_attention(q, k, v, jnp.array([[position]]))
+    np.testing.assert_allclose(found, plain, atol=1e-6)
+
+
+def test_float64_stays_float64():
+    with jax.enable_x64(True):
+        config = LlamaConfig.tiny()
+        wide = Llama(config, rngs=nnx.Rngs(0), dtype=jnp.float64)
+        assert wide(TOKENS[:1]).dtype == jnp.float64
+
+
+def test_bfloat16_weights_give_float32_logits(model):
+    narrow = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), model)
+    logits = narrow(TOKENS)
+    assert logits.dtype == jnp.float32
+    assert narrow.exits(TOKENS).dtype == jnp.bfloat16
+    assert np.corrcoef(logits.ravel(), model(TOKENS).ravel())[0, 1] > 0.99
+
+
+@pytest.mark.parametrize("batch", [1, 3, MAX_UNROLLED_ROWS + 1])
+def test_writes_land_at_each_row_s_position(batch):
+    """Both ways of writing, up to the last slot."""
+    capacity, steps = 16, 3
+    cache = jax.random.normal(jax.random.key(0), (batch, 2, capacity, 4))
+    new = jax.random.normal(jax.random.key(1), (batch, steps, 2, 4))
+    start = jnp.arange(batch) % (capacity - steps) + 1
+    expected = np.array(cache)
+    for row in range(batch):
+        expected[row, :, start[row] : start[row] + steps] = new[row].swapaxes(0, 1)
+    np.testing.assert_array_equal(write(cache, new, start), expected)
+
+
+@pytest.mark.parametrize(
+    "preset, published",
+    [
+        ("smollm2_135m", 134_515_008),
+        ("llama3_2_1b", 1_235_814_400),
+        ("llama_7b", 6_738_415_616),
+        ("llama2_7b", 6_738_415_616),
+        ("llama2_13b", 13_015_864_320),
+        ("llama2_70b", 68_976_648_192),
+        ("llama3_8b", 8_030_261_248),
+        ("code_llama_7b", 6_738_546_688),
+        ("code_llama_34b", 33_743_970_304),
+    ],
+)
+def test_presets_have_the_published_number_of_parameters(preset, published):
+    config = getattr(LlamaConfig, preset)()
+    assert config.num_params == published
+    abstract = jax.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0)))
+    assert sum(leaf.size for leaf in jax.tree.leaves(abstract)) == config.num_params
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"num_heads": 3}, "num_heads 3 is not a multiple of num_kv_heads 2"),
+        ({"head_dim": 15}, "head_dim 15 must be even"),
+        ({"num_layers": 0}, "num_layers 0"),
+        ({"rope_theta": -1.0}, "rope_theta -1.0"),
+    ],
+)
+def test_impossible_shapes_are_refused(changes, words):
+    with pytest.raises(ConfigError, match=words):
+        LlamaConfig.tiny(**changes)
