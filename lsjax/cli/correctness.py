@@ -15,7 +15,6 @@ from typing import Literal
 import tyro
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
 
 from lsjax.cli.errors import one_line_errors
 from lsjax.cli.prompts import read_prompts
@@ -30,6 +29,8 @@ from lsjax.decoding.state import Strategy
 from lsjax.evaluation.exactness import FLOAT32_MARGIN, first_difference
 from lsjax.model.checkpoint import assemble, open_source
 
+HEADER = ("exit", "drafts", "equal", "differ", "widest margin", "acceptance", "tokens/round")
+ROW = "{:>4}  {:>6}  {:>5}  {:>6}  {:>13}  {:>10}  {:>12}"
 PROMPT = "Once upon a time, there was a little girl named Lily who"
 
 
@@ -95,9 +96,10 @@ def correctness(arguments: Arguments) -> int:
     keep_compiled_programs()
     exact_products()
     model = assemble(source, dtype=arguments.dtype)
-    table = Table(
-        *("exit", "drafts", "prompts", "equal", "widest margin", "acceptance", "tokens/round"),
-        title=f"{arguments.model.name}, {arguments.dtype}, {arguments.max_new_tokens} new tokens",
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(
+        f"{arguments.model.name}, {arguments.dtype}, {len(prompts)} prompts, "
+        f"{arguments.max_new_tokens} new tokens\n" + ROW.format(*HEADER)
     )
     wrong = 0
     with Progress(console=Console(stderr=True), transient=True) as progress:
@@ -123,17 +125,17 @@ def correctness(arguments: Arguments) -> int:
                 wrong += sum(margin > FLOAT32_MARGIN for margin in margins)
             drafted = sum(c.drafted for c in found)
             rounds = sum(c.rounds for c in found)
-            table.add_row(
-                str(strategy.exit_layer),
-                str(strategy.num_draft_tokens),
-                str(len(prompts)),
-                str(len(prompts) - len(margins)),
-                f"{max(margins):.1e}" if margins else "-",
-                f"{sum(c.accepted for c in found) / drafted:.3f}" if drafted else "-",
-                f"{sum(c.num_new_tokens - 1 for c in found) / rounds:.2f}" if rounds else "-",
+            console.print(
+                ROW.format(
+                    strategy.exit_layer,
+                    strategy.num_draft_tokens,
+                    len(prompts) - len(margins),
+                    len(margins),
+                    f"{max(margins):.1e}" if margins else "-",
+                    f"{sum(c.accepted for c in found) / drafted:.3f}" if drafted else "-",
+                    f"{sum(c.num_new_tokens - 1 for c in found) / rounds:.2f}" if rounds else "-",
+                )
             )
-    console = Console()
-    console.print(table)
     if wrong:
         console.print(f"[bold red]{wrong} differences are wider than {FLOAT32_MARGIN:.0e}")
     elif arguments.dtype == "float32":

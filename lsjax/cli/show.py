@@ -70,4 +70,5 @@ def summary(completions: Sequence[Completion], wall_seconds: float) -> str:
 
 def _visible(token: bytes) -> str:
     """A refused token's text on one line; a line break in it would move the text around it."""
-    return token.decode("utf-8", errors="replace").replace("\n", "\\n").replace("\r", "")
+    text = token.decode("utf-8", errors="replace")
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
