@@ -30,7 +30,8 @@ from lsjax.data.tokenizer_files import load_tokenizer
 from lsjax.data.tokenizers import Tokenizer
 from lsjax.decoding.autoregressive import Autoregressive, EarlyExit
 from lsjax.decoding.completion import Completion
-from lsjax.decoding.generate import Engine, check_settings, encode_prompt
+from lsjax.decoding.engine import Engine
+from lsjax.decoding.request import check_settings, encode_prompt
 from lsjax.decoding.self_speculative import SelfSpeculative
 from lsjax.decoding.state import Strategy
 from lsjax.model.checkpoint import assemble, open_source

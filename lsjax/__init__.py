@@ -10,7 +10,7 @@ from lsjax.config import ConfigError, LlamaConfig, RopeScaling
 from lsjax.data.tokenizer_files import load_tokenizer
 from lsjax.decoding.autoregressive import Autoregressive, EarlyExit
 from lsjax.decoding.completion import Completion
-from lsjax.decoding.generate import Engine
+from lsjax.decoding.engine import Engine
 from lsjax.decoding.self_speculative import SelfSpeculative
 from lsjax.model.cache import KVCache
 from lsjax.model.checkpoint import CheckpointError, load

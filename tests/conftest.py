@@ -23,7 +23,8 @@ CHECKED = [
     "lsjax.data",
     *(f"lsjax.model.{name}" for name in ("attention", "checkpoint", "huggingface", "gguf")),
     *(f"lsjax.model.{name}" for name in ("llama", "rope", "safetensors_files")),
-    *(f"lsjax.decoding.{name}" for name in ("autoregressive", "completion", "generate")),
+    *(f"lsjax.decoding.{name}" for name in ("autoregressive", "completion", "engine", "loops")),
+    "lsjax.decoding.request",
 ]
 with jaxtyping.install_import_hook(CHECKED, "beartype.beartype"):
     import lsjax  # noqa: F401

@@ -23,7 +23,8 @@ from lsjax.config import check
 from lsjax.data.tokenizer_files import load_tokenizer
 from lsjax.decoding.autoregressive import Autoregressive
 from lsjax.decoding.completion import Completion
-from lsjax.decoding.generate import Engine, check_settings, encode_prompt
+from lsjax.decoding.engine import Engine
+from lsjax.decoding.request import check_settings, encode_prompt
 from lsjax.decoding.self_speculative import SelfSpeculative
 from lsjax.decoding.state import Strategy
 from lsjax.evaluation.exactness import FLOAT32_MARGIN, first_difference

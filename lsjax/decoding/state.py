@@ -25,7 +25,7 @@ class DecodeState:
 
     A row has `length_B` tokens, prompt and new ones. The last of them is pending: its keys and
     values are not in the cache yet, those of all before it are. The last four buffers are a trace
-    from which the host derives text, colours and statistics (generate.py).
+    from which the host derives text, colours and statistics (completion.py).
     """
 
     cache: KVCache

@@ -18,7 +18,7 @@ from lsjax.cli.show import ACCEPTED, ADDED, CORRECTED, REFUSED, coloured, summar
 from lsjax.data.tokenizer_huggingface import ByteTokenizer
 from lsjax.decoding.autoregressive import Autoregressive
 from lsjax.decoding.completion import Completion, Trace
-from lsjax.decoding.generate import Engine
+from lsjax.decoding.engine import Engine
 from lsjax.decoding.self_speculative import SelfSpeculative
 
 ROOT = Path(__file__).parents[2]

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from lsjax.decoding.autoregressive import Autoregressive, EarlyExit
-from lsjax.decoding.generate import decode
+from lsjax.decoding.loops import decode
 from lsjax.decoding.self_speculative import SelfSpeculative
 from lsjax.decoding.state import DecodeState
 

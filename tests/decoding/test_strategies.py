@@ -9,7 +9,7 @@ import pytest
 
 from lsjax.config import ConfigError
 from lsjax.decoding.autoregressive import Autoregressive, EarlyExit
-from lsjax.decoding.generate import Engine
+from lsjax.decoding.engine import Engine
 from lsjax.decoding.self_speculative import SelfSpeculative
 
 PROMPTS = [[7], [1, 2, 3], list(range(40, 60)), [200, 100] * 17]

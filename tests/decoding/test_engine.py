@@ -11,7 +11,7 @@ from lsjax.config import ConfigError, LlamaConfig
 from lsjax.data.tokenizer_huggingface import ByteTokenizer
 from lsjax.decoding.autoregressive import Autoregressive, EarlyExit
 from lsjax.decoding.completion import Completion
-from lsjax.decoding.generate import Engine
+from lsjax.decoding.engine import Engine
 from lsjax.decoding.self_speculative import SelfSpeculative
 from lsjax.decoding.state import DecodeState
 from lsjax.evaluation.exactness import last_logits

@@ -1,4 +1,4 @@
-"""From prompts to completions: prefill, the compiled loop, batches, streaming."""
+"""From prompts to completions: batches, streaming, and the programs compiled for them."""
 
 import dataclasses
 import time
@@ -8,13 +8,12 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
-from jaxtyping import Array, Int
 
-from lsjax.config import LlamaConfig, check
 from lsjax.data.tokenizers import Tokenizer
 from lsjax.decoding.autoregressive import Autoregressive
 from lsjax.decoding.completion import Completion, RowText, Trace
+from lsjax.decoding.loops import decode, prefill
+from lsjax.decoding.request import check_settings, encode_prompt
 from lsjax.decoding.state import RUNNING, STOP, DecodeState, Strategy
 from lsjax.model.llama import Llama
 
@@ -24,101 +23,6 @@ CHUNKS = (32, 64, 128, 256, 512)
 MIN_CAPACITY = 512  # slots of a row's cache: this, or a larger power of two
 # Rounds between two looks at the text, where somebody waits for it or a stop string may be in it.
 ROUNDS_PER_LOOK = 4
-
-
-def prefill(model: Llama, state: DecodeState, *, chunk: int, depth: int) -> DecodeState:
-    """Runs the prompts through the first `depth` layers, filling the cache, and commits the first
-    new token of every row. The prompts are read `chunk` positions at a time."""
-    batch = state.length_B.shape[0]
-
-    def read(index, carry):
-        cache, last_BD = carry
-        positions_T = index * chunk + jnp.arange(chunk)
-        tokens_BT = lax.dynamic_slice_in_dim(state.tokens_BS, index * chunk, chunk, axis=1)
-        positions_BT = jnp.broadcast_to(positions_T, (batch, chunk))
-        x_BTD, cache = model.run_layers(model.embed(tokens_BT), 0, depth, positions_BT, cache)
-        offset_B = state.length_B - 1 - index * chunk  # of the prompt's last token, if it is here
-        x_BD = jnp.take_along_axis(x_BTD, jnp.clip(offset_B, 0, chunk - 1)[:, None, None], 1)[:, 0]
-        here_B = (offset_B >= 0) & (offset_B < chunk)
-        return cache, jnp.where(here_B[:, None], x_BD, last_BD)
-
-    last_BD = jnp.zeros((batch, model.config.hidden_size), model.dtype)
-    chunks = (state.length_B.max() + chunk - 1) // chunk
-    cache, last_BD = lax.fori_loop(0, chunks, read, (state.cache, last_BD))
-    token_B = model.unembed(last_BD).argmax(-1).astype(state.tokens_BS.dtype)
-    return state.with_cache(cache).commit(token_B[:, None], 1)
-
-
-def decode(
-    model: Llama, state: DecodeState, rounds: Int[Array, ""], *, strategy: Strategy
-) -> DecodeState:
-    """At most `rounds` rounds; returns as soon as a row that ran has ended, so that the host can
-    take its time and put another row in its place."""
-
-    def more(carry):
-        done, current = carry
-        return (done < rounds) & current.running_B.any() & (current.running_B == running_B).all()
-
-    def step(carry):
-        done, current = carry
-        return done + 1, strategy.step(model, current)
-
-    running_B = state.running_B
-    return lax.while_loop(more, step, (0, state))[1]
-
-
-def check_settings(
-    config: LlamaConfig,
-    tokenizer: Tokenizer,
-    strategy: Strategy,
-    *,
-    batch_size: int,
-    max_length: int | None,
-) -> None:
-    """Raises ConfigError where an Engine could not work; no weights are needed to tell."""
-    strategy.validate(config)
-    check(
-        tokenizer.vocab_size <= config.vocab_size,
-        f"the tokenizer has {tokenizer.vocab_size} tokens and the model {config.vocab_size}: "
-        "this is not the model's tokenizer",
-    )
-    check(batch_size >= 1, f"batch size {batch_size} is below 1: choose --batch-size 1 or more")
-    check(
-        max_length is None or 2 <= max_length <= config.max_context,
-        f"max length {max_length} is not in 2..{config.max_context}, the model's context: "
-        "choose --max-length there",
-    )
-
-
-def encode_prompt(
-    prompt: str | Sequence[int],
-    tokenizer: Tokenizer,
-    config: LlamaConfig,
-    *,
-    max_new_tokens: int,
-    max_length: int | None,
-) -> list[int]:
-    """The prompt's token ids.
-
-    Raises ConfigError for an empty prompt, one that leaves no room for max_new_tokens, and ids
-    that the model does not have.
-    """
-    ids = tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
-    limit = config.max_context if max_length is None else max_length
-    check(len(ids) > 0, "the prompt is empty: it needs at least one token")
-    check(max_new_tokens >= 1, f"max_new_tokens {max_new_tokens} is below 1: ask for 1 or more")
-    check(
-        min(ids) >= 0 and max(ids) < config.vocab_size,
-        f"token ids {min(ids)}..{max(ids)} are not all in the vocabulary of {config.vocab_size}: "
-        f"give ids in 0..{config.vocab_size - 1}",
-    )
-    check(
-        len(ids) + max_new_tokens <= limit,
-        f"a prompt of {len(ids)} tokens and {max_new_tokens} new ones do not fit the length of "
-        f"{limit}: shorten the prompt, lower --max-new-tokens"
-        + (" or raise --max-length" if limit < config.max_context else ""),
-    )
-    return ids
 
 
 class Engine:

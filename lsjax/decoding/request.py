@@ -1,0 +1,61 @@
+"""What can be asked of a model: checked before its weights are read."""
+
+from collections.abc import Sequence
+
+from lsjax.config import LlamaConfig, check
+from lsjax.data.tokenizers import Tokenizer
+from lsjax.decoding.state import Strategy
+
+
+def check_settings(
+    config: LlamaConfig,
+    tokenizer: Tokenizer,
+    strategy: Strategy,
+    *,
+    batch_size: int,
+    max_length: int | None,
+) -> None:
+    """Raises ConfigError where an Engine could not work; no weights are needed to tell."""
+    strategy.validate(config)
+    check(
+        tokenizer.vocab_size <= config.vocab_size,
+        f"the tokenizer has {tokenizer.vocab_size} tokens and the model {config.vocab_size}: "
+        "this is not the model's tokenizer",
+    )
+    check(batch_size >= 1, f"batch size {batch_size} is below 1: choose --batch-size 1 or more")
+    check(
+        max_length is None or 2 <= max_length <= config.max_context,
+        f"max length {max_length} is not in 2..{config.max_context}, the model's context: "
+        "choose --max-length there",
+    )
+
+
+def encode_prompt(
+    prompt: str | Sequence[int],
+    tokenizer: Tokenizer,
+    config: LlamaConfig,
+    *,
+    max_new_tokens: int,
+    max_length: int | None,
+) -> list[int]:
+    """The prompt's token ids.
+
+    Raises ConfigError for an empty prompt, one that leaves no room for max_new_tokens, and ids
+    that the model does not have.
+    """
+    ids = tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+    limit = config.max_context if max_length is None else max_length
+    check(len(ids) > 0, "the prompt is empty: it needs at least one token")
+    check(max_new_tokens >= 1, f"max_new_tokens {max_new_tokens} is below 1: ask for 1 or more")
+    check(
+        min(ids) >= 0 and max(ids) < config.vocab_size,
+        f"token ids {min(ids)}..{max(ids)} are not all in the vocabulary of {config.vocab_size}: "
+        f"give ids in 0..{config.vocab_size - 1}",
+    )
+    check(
+        len(ids) + max_new_tokens <= limit,
+        f"a prompt of {len(ids)} tokens and {max_new_tokens} new ones do not fit the length of "
+        f"{limit}: shorten the prompt, lower --max-new-tokens"
+        + (" or raise --max-length" if limit < config.max_context else ""),
+    )
+    return ids
