@@ -21,15 +21,17 @@ from rich.console import Console
 from rich.progress import Progress
 
 from lsjax.cli.errors import one_line_errors
-from lsjax.cli.prompts import read_prompts
-from lsjax.cli.setup import exact_products, keep_compiled_programs
+from lsjax.cli.prompts import encode_prompts, read_prompts
+from lsjax.cli.setup import cache_directory, exact_products, keep_compiled_programs
 from lsjax.cli.show import LEGEND, coloured, summary, verbatim
 from lsjax.config import ConfigError, check
 from lsjax.data.chat import chat_prompt
+from lsjax.data.token_counts import find_counts
 from lsjax.data.tokenizer_files import load_tokenizer
 from lsjax.data.tokenizers import Tokenizer
 from lsjax.decoding.autoregressive import Autoregressive, EarlyExit
 from lsjax.decoding.completion import Completion
+from lsjax.decoding.draft_vocabulary import DraftVocabulary
 from lsjax.decoding.engine import Engine
 from lsjax.decoding.request import check_settings, encode_prompt
 from lsjax.decoding.self_speculative import SelfSpeculative
@@ -56,6 +58,9 @@ class Arguments:
     generation_config.json (assistant_early_exit) if that has it."""
     num_draft_tokens: int | None = None
     """Tokens drafted in a round (from num_assistant_tokens of the model, if it has that)."""
+    draft_vocab: int | None = None
+    """Drafts from this many of the most frequent tokens only: a cheaper head, the same text.
+    python -m lsjax.cli.count_tokens counts them."""
     max_new_tokens: int = 128
     """Ends a text that does not end by itself."""
     temperature: float = 0.0
@@ -102,27 +107,31 @@ def decode(arguments: Arguments) -> None:
     to_stdout = arguments.json == Path("-")
     prompts = read_prompts(arguments.prompt, arguments.prompt_file)
     source = open_source(arguments.model)
-    strategy, tokenizer = choose_strategy(arguments), load_tokenizer(arguments.model)
+    tokenizer = load_tokenizer(arguments.model)
+    strategy = choose_strategy(arguments, tokenizer)
     max_new_tokens, max_length = arguments.max_new_tokens, arguments.max_length
     batch_size = min(arguments.batch_size, len(prompts))
     check_settings(source.config, tokenizer, strategy, batch_size=batch_size, max_length=max_length)
-    encoded = [
-        encode_prompt(
-            prompt_ids(tokenizer, prompt, arguments),
-            tokenizer,
-            source.config,
-            max_new_tokens=max_new_tokens,
-            max_length=max_length,
-        )
-        for prompt in prompts
-    ]
+
+    def encode(prompt: str) -> list[int]:
+        ids = prompt_ids(tokenizer, prompt, arguments)
+        limits = dict(max_new_tokens=max_new_tokens, max_length=max_length)
+        return encode_prompt(ids, tokenizer, source.config, **limits)
+
+    encoded = encode_prompts(prompts, encode)
     if arguments.json is not None and not to_stdout:
         check(
             arguments.prompt_file is None
             or arguments.json.resolve() != arguments.prompt_file.resolve(),
             f"--json {arguments.json} would overwrite the prompts: name another file",
         )
-        arguments.json.open("a").close()  # better to fail now than after the work
+        try:
+            arguments.json.open("a").close()  # better to fail now than after the work
+        except OSError as error:
+            raise ConfigError(
+                f"--json {arguments.json} can't be written ({error.strerror}): name a file in a "
+                "directory that exists and is yours"
+            ) from None
 
     keep_compiled_programs()
     dtype = arguments.dtype
@@ -210,7 +219,7 @@ def prompt_ids(tokenizer: Tokenizer, prompt: str, arguments: Arguments) -> list[
     return tokenizer.encode(text, add_bos=False)
 
 
-def choose_strategy(arguments: Arguments) -> Strategy:
+def choose_strategy(arguments: Arguments, tokenizer: Tokenizer) -> Strategy:
     """The strategy that the arguments name; a self-speculative one may leave exit and draft
     length to the model's directory.
 
@@ -218,7 +227,8 @@ def choose_strategy(arguments: Arguments) -> Strategy:
     """
     exit_layer, drafts = arguments.exit_layer, arguments.num_draft_tokens
     if arguments.strategy != "self_speculative":
-        check(drafts is None, f"--num-draft-tokens means nothing to {arguments.strategy}")
+        for name, value in (("num-draft-tokens", drafts), ("draft-vocab", arguments.draft_vocab)):
+            check(value is None, f"--{name} means nothing to {arguments.strategy}")
     match arguments.strategy:
         case "autoregressive":
             check(exit_layer is None, "--exit-layer means nothing to autoregressive decoding")
@@ -234,7 +244,11 @@ def choose_strategy(arguments: Arguments) -> Strategy:
             f"self_speculative needs --exit-layer and --num-draft-tokens: {arguments.model} does "
             "not say them"
         )
-    return SelfSpeculative(exit_layer, drafts)
+    vocabulary = None
+    if arguments.draft_vocab is not None:
+        counts = find_counts(arguments.model, cache_directory(), tokenizer)
+        vocabulary = DraftVocabulary.most_frequent(counts, arguments.draft_vocab)
+    return SelfSpeculative(exit_layer, drafts, vocabulary)
 
 
 def advise(notes: Console, strategy: Strategy, completions: Sequence[Completion]) -> None:

@@ -91,19 +91,13 @@ def own(
     model: lsjax.Llama, tokenizer: Tokenizer, new_tokens: int
 ) -> Callable[[list[int]], tuple[list[int], float]]:
     """lsjax: the new tokens, and the seconds for all but the first."""
-    engine = lsjax.Engine(model, without_end(tokenizer))
+    engine = lsjax.Engine(model, tokenizer, ignore_end=True)
 
     def run(prompt: list[int]) -> tuple[list[int], float]:
         (completion,) = engine.generate([prompt], max_new_tokens=new_tokens)
         return completion.token_ids, completion.decode_seconds
 
     return run
-
-
-def without_end(tokenizer: Tokenizer) -> Tokenizer:
-    """The tokenizer with no end token, so that every text has the same length."""
-    tokenizer.eos_ids = ()
-    return tokenizer
 
 
 def peer(

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from lsjax.cli.errors import one_line_errors
-from lsjax.cli.prompts import read_prompts
+from lsjax.cli.prompts import encode_prompts, read_prompts
 from lsjax.cli.setup import exact_products, keep_compiled_programs
 from lsjax.config import check
 from lsjax.data.tokenizer_files import load_tokenizer
@@ -84,16 +84,10 @@ def correctness(arguments: Arguments) -> int:
             batch_size=arguments.batch_size,
             max_length=None,
         )
-    encoded = [
-        encode_prompt(
-            prompt,
-            tokenizer,
-            source.config,
-            max_new_tokens=arguments.max_new_tokens,
-            max_length=None,
-        )
-        for prompt in prompts
-    ]
+    limits = dict(max_new_tokens=arguments.max_new_tokens, max_length=None)
+    encoded = encode_prompts(
+        prompts, lambda prompt: encode_prompt(prompt, tokenizer, source.config, **limits)
+    )
     keep_compiled_programs()
     exact_products()
     model = assemble(source, dtype=arguments.dtype)

@@ -1,6 +1,7 @@
 """Prompts from the command line or a file."""
 
 import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from lsjax.config import ConfigError, check
@@ -33,6 +34,18 @@ def read_prompts(prompt: str | None, file: Path | None) -> list[str]:
             return prompts
         case suffix:
             raise ConfigError(f"{file}: prompts come from .txt or .jsonl, not {suffix or 'that'}")
+
+
+def encode_prompts(prompts: Sequence[str], encode: Callable[[str], list[int]]) -> list[list[int]]:
+    """Each prompt's token ids. Of several prompts, an error names the one that it is about."""
+    encoded = []
+    for number, prompt in enumerate(prompts, start=1):
+        try:
+            encoded.append(encode(prompt))
+        except ConfigError as error:
+            where = f"prompt {number} of {len(prompts)}: " if len(prompts) > 1 else ""
+            raise ConfigError(f"{where}{error}") from None
+    return encoded
 
 
 def _from_line(line: str, where: str) -> str:

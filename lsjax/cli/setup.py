@@ -21,8 +21,7 @@ def keep_compiled_programs() -> None:
     to another: home directories travel between machines.
     """
     if jax.config.jax_compilation_cache_dir is None:
-        processor = hashlib.sha256(_processor().encode()).hexdigest()[:12]
-        jax.config.update("jax_compilation_cache_dir", str(cache_directory() / "xla" / processor))
+        jax.config.update("jax_compilation_cache_dir", str(cache_directory() / "xla" / machine()))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
@@ -31,9 +30,12 @@ def exact_products() -> None:
     jax.config.update("jax_default_matmul_precision", "highest")
 
 
-def _processor() -> str:
+def machine() -> str:
+    """A name for this kind of processor and the cores that we may use."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
-        return platform.platform() + platform.processor()
-    return "\n".join(sorted({line for line in lines if line.startswith(("model name", "flags"))}))
+        lines = [f"model name {platform.platform()} {platform.processor()}"]
+    kind = sorted({line for line in lines if line.startswith(("model name", "flags"))})
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return hashlib.sha256("\n".join([*kind, str(cores)]).encode()).hexdigest()[:12]

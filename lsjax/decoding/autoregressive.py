@@ -20,7 +20,7 @@ class Autoregressive(Strategy):
         """All layers."""
         return config.num_layers
 
-    def step(self, model: Llama, state: DecodeState) -> DecodeState:
+    def step(self, model: Llama, state: DecodeState, arguments: tuple[()]) -> DecodeState:
         """The next token of every row."""
         return next_token(model, state, model.config.num_layers)
 
@@ -45,7 +45,7 @@ class EarlyExit(Strategy):
         """The exit layer."""
         return self.exit_layer
 
-    def step(self, model: Llama, state: DecodeState) -> DecodeState:
+    def step(self, model: Llama, state: DecodeState, arguments: tuple[()]) -> DecodeState:
         """The next token of every row."""
         return next_token(model, state, self.exit_layer)
 

@@ -88,6 +88,7 @@ class Completion:
     strategy: str
     exit_layer: int | None
     num_draft_tokens: int | None
+    draft_vocab: int | None
     rounds: int
     drafted: int
     accepted: int
@@ -112,6 +113,7 @@ class Completion:
             strategy=strategy.name,
             exit_layer=strategy.exit_layer,
             num_draft_tokens=strategy.num_draft_tokens,
+            draft_vocab=strategy.draft_vocab,
             rounds=trace.rounds,
             drafted=sum(drafted),
             accepted=sum(accepted),

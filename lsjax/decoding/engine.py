@@ -21,6 +21,7 @@ from lsjax.model.llama import Llama
 # the largest: as many programs as there are sizes, whatever the prompts.
 CHUNKS = (32, 64, 128, 256, 512)
 MIN_CAPACITY = 512  # slots of a row's cache: this, or a larger power of two
+SLACK = 16  # and a multiple of this for drafts beyond the end, so that strategies share programs
 # Rounds between two looks at the text, where somebody waits for it or a stop string may be in it.
 ROUNDS_PER_LOOK = 4
 
@@ -30,6 +31,8 @@ class Engine:
 
     batch_size: rows that decode side by side; what a row gives does not depend on the others.
     max_length: prompt and new tokens of a row; the model's context by default.
+    ignore_end: decode behind the end of a text, for measurements.
+    min_capacity: slots of a row's cache at least.
 
     Raises ConfigError where the strategy or the length does not fit the model.
     """
@@ -42,6 +45,8 @@ class Engine:
         *,
         batch_size: int = 1,
         max_length: int | None = None,
+        ignore_end: bool = False,
+        min_capacity: int = 0,
     ):
         config = model.config
         self.strategy = Autoregressive() if strategy is None else strategy
@@ -50,13 +55,25 @@ class Engine:
         )
         self.max_length = config.max_context if max_length is None else max_length
         self.model = model
+        self._arguments = self.strategy.arguments(model)
         # A flat list is quicker to hand over than a module (70 us against 0.5 ms).
         self._leaves, self._structure = jax.tree.flatten(model)
         self.tokenizer = tokenizer
+        self.ignore_end = ignore_end
+        self.min_capacity = min_capacity
         self.batch_size = batch_size
         self.compile_seconds = 0.0  # of all programs so far
         self.decode_seconds = 0.0  # of all batches so far, after their first tokens
         self._programs: dict[tuple, Callable] = {}
+
+    def use(self, strategy: Strategy) -> None:
+        """Decodes with another strategy from now on; programs that fit it are used again.
+
+        Raises ConfigError where it does not fit the model.
+        """
+        strategy.validate(self.model.config)
+        self.strategy = strategy
+        self._arguments = strategy.arguments(self.model)
 
     @property
     def num_programs(self) -> int:
@@ -66,9 +83,9 @@ class Engine:
     def capacity(self, total: int) -> int:
         """Slots of a row's cache for `total` tokens: few sizes, so that few programs are needed."""
         slots = MIN_CAPACITY
-        while slots < total:
+        while slots < max(total, self.min_capacity):
             slots *= 2
-        return slots + self.strategy.slack
+        return slots + -(-self.strategy.slack // SLACK) * SLACK
 
     def memory_bytes(self, total: int) -> tuple[int, int]:
         """Bytes of the model and of the cache for rows of `total` tokens."""
@@ -139,7 +156,9 @@ class Engine:
         chunk = next((size for size in CHUNKS if size >= max(map(len, prompts))), CHUNKS[-1])
         depth = self.strategy.depth(self.model.config)
         run_prefill = self._compiled(partial(prefill, chunk=chunk, depth=depth), state)
-        run_decode = self._compiled(partial(decode, strategy=self.strategy), state, rounds)
+        run_decode = self._compiled(
+            partial(decode, strategy=self.strategy), state, rounds, self._arguments
+        )
         compile_seconds = self.compile_seconds - before
 
         state, prefill_seconds = _timed(run_prefill, state)
@@ -168,7 +187,7 @@ class Engine:
             if not texts:
                 return
             state = dataclasses.replace(state, finish_B=jnp.asarray(finish_B))
-            state, seconds = _timed(run_decode, state, rounds)
+            state, seconds = _timed(run_decode, state, rounds, self._arguments)
             decode_seconds += seconds
             self.decode_seconds += seconds
 
@@ -180,7 +199,7 @@ class Engine:
             self.model.config,
             prompts + [[0]] * fillers,
             [max_new_tokens] * len(prompts) + [0] * fillers,
-            np.array(self.tokenizer.eos_ids or [-1]),
+            np.array([-1] if self.ignore_end else self.tokenizer.eos_ids or [-1]),
             capacity=self.capacity(total),
             slack=self.strategy.slack,
             num_layers=self.strategy.depth(self.model.config),
@@ -190,7 +209,8 @@ class Engine:
     def _compiled(self, function: partial, state: DecodeState, *rest) -> Callable:
         """The program of `function(model, state, *rest)` for such a state; it consumes the state
         (its buffers are donated)."""
-        key = (function.func, tuple(function.keywords.items()), state.tokens_BS.shape)
+        static = (getattr(value, "program", value) for value in function.keywords.values())
+        key = (function.func, *static, state.tokens_BS.shape, len(state.cache.keys))
         if key not in self._programs:
 
             def run(leaves, state, *rest):

@@ -1,5 +1,7 @@
 """The two compiled programs of decoding: read the prompts, and run rounds."""
 
+from typing import Any
+
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Int
@@ -32,10 +34,10 @@ def prefill(model: Llama, state: DecodeState, *, chunk: int, depth: int) -> Deco
 
 
 def decode(
-    model: Llama, state: DecodeState, rounds: Int[Array, ""], *, strategy: Strategy
+    model: Llama, state: DecodeState, rounds: Int[Array, ""], arguments: Any, *, strategy: Strategy
 ) -> DecodeState:
-    """At most `rounds` rounds; returns as soon as a row that ran has ended, so that the host can
-    take its time and put another row in its place."""
+    """At most `rounds` rounds of the strategy with these `arguments` of it; returns as soon as a
+    row that ran has ended, so that the host can take its time and put another in its place."""
 
     def more(carry):
         done, current = carry
@@ -43,7 +45,7 @@ def decode(
 
     def step(carry):
         done, current = carry
-        return done + 1, strategy.step(model, current)
+        return done + 1, strategy.step(model, current, arguments)
 
     running_B = state.running_B
     return lax.while_loop(more, step, (0, state))[1]

@@ -17,15 +17,19 @@ states and reads the draft's keys and values. The last draft token passes the fi
 without a head, because nothing is drafted after it.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from lsjax.config import LlamaConfig, check
+from lsjax.decoding.draft_vocabulary import DraftHead, DraftVocabulary
 from lsjax.decoding.state import DecodeState, Strategy
+from lsjax.model.cache import KVCache
 from lsjax.model.llama import Llama
 
 
@@ -35,8 +39,8 @@ class Draft:
     """What the first E layers leave for the verification.
 
     state: with the draft's keys and values in the cache. hidden_BTD: the exit hidden states of
-    the pending token and the d drafts, T = d + 1. tokens_BT: the drafts, d of T columns in use;
-    of row b the first count_B[b].
+    the pending token and the drafts. tokens_BT: the drafts, of row b the first count_B[b]
+    columns. T is one more than the longest draft that the program knows.
     """
 
     state: DecodeState
@@ -45,49 +49,126 @@ class Draft:
     count_B: Int[Array, " B"]
 
 
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Settings:
+    """What a compiled round takes beside model and state: exit, draft length, the draft's head."""
+
+    exit_layer: Int[Array, ""]
+    num_draft_tokens: Int[Array, ""]
+    head: DraftHead | None
+
+
+@dataclass(frozen=True)
+class Choices:
+    """Exits and draft lengths that one compiled program serves, each in rising order.
+
+    The layers between two exits are a segment under `lax.cond`, and there is a verification for
+    each length, for d + 1 positions. A draft that ends early takes the shortest that holds it.
+    """
+
+    exit_layers: tuple[int, ...]
+    num_draft_tokens: tuple[int, ...]
+
+    def __post_init__(self):
+        for name, values in vars(self).items():
+            check(
+                bool(values) and list(values) == sorted(set(values)),
+                f"{name} {values} must rise from one to the next",
+            )
+
+
 @dataclass(frozen=True)
 class SelfSpeculative(Strategy):
     """Greedy self-speculation: the same tokens as Autoregressive, in fewer passes of the model.
 
-    exit_layer: E, layers of the draft. num_draft_tokens: d, drafts per round and row.
+    exit_layer: E, layers of the draft. num_draft_tokens: d, drafts per round and row; 0 makes a
+    plain step of a round. vocabulary: tokens that the draft may propose, all by default; the
+    verification weighs all of them, so the result is the same. choices: exits and lengths to
+    compile for, these two alone by default.
     """
 
     name = "self_speculative"
     exit_layer: int = field()
     num_draft_tokens: int = field()
+    vocabulary: DraftVocabulary | None = None
+    choices: Choices | None = None
+
+    @property
+    def draft_vocab(self) -> int | None:
+        """Tokens that the draft may propose, None for all."""
+        return None if self.vocabulary is None else len(self.vocabulary)
+
+    @property
+    def exits(self) -> tuple[int, ...]:
+        """Exits that the program serves."""
+        return self.choices.exit_layers if self.choices else (self.exit_layer,)
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Draft lengths that the program serves."""
+        return self.choices.num_draft_tokens if self.choices else (self.num_draft_tokens,)
+
+    @property
+    def slack(self) -> int:
+        """A round writes the pending token and the longest draft."""
+        return 1 + self.lengths[-1]
+
+    @property
+    def program(self) -> tuple:
+        """All that `step` reads; the rest comes with `arguments`."""
+        return type(self), self.exits, self.lengths, self.draft_vocab
 
     def validate(self, config: LlamaConfig) -> None:
-        """Raises ConfigError unless 1 <= exit_layer < L and num_draft_tokens >= 1."""
+        """Raises ConfigError unless 1 <= exit_layer < L, num_draft_tokens >= 0, both are among
+        the choices, and the vocabulary is a part of the model's."""
+        for exit_layer in (self.exit_layer, *self.exits):
+            check(
+                1 <= exit_layer < config.num_layers,
+                f"exit layer {exit_layer} is not in 1..{config.num_layers - 1}: the draft must "
+                f"run some and not all of the {config.num_layers} layers; choose --exit-layer "
+                "there",
+            )
+        for drafts in (self.num_draft_tokens, *self.lengths):
+            check(
+                drafts >= 0,
+                f"num_draft_tokens {drafts} is below 0: choose --num-draft-tokens 1 or more",
+            )
         check(
-            1 <= self.exit_layer < config.num_layers,
-            f"exit layer {self.exit_layer} is not in 1..{config.num_layers - 1}: the draft must "
-            f"run some and not all of the {config.num_layers} layers; choose --exit-layer there",
+            self.exit_layer in self.exits and self.num_draft_tokens <= self.lengths[-1],
+            f"exit layer {self.exit_layer} and {self.num_draft_tokens} drafts are not among the "
+            f"choices {self.exits} and {self.lengths}",
         )
-        check(
-            self.num_draft_tokens >= 1,
-            f"num_draft_tokens {self.num_draft_tokens} is below 1: choose --num-draft-tokens 1 "
-            "or more",
-        )
+        if self.vocabulary is not None:
+            self.vocabulary.validate(config)
 
     def depth(self, config: LlamaConfig) -> int:
         """All layers: the verification decides every token."""
         return config.num_layers
 
-    def step(self, model: Llama, state: DecodeState) -> DecodeState:
-        """One round: draft, verify, commit what agrees and one token more."""
-        draft = self.draft(model, state)
-        return self.verify(model, draft)
+    def arguments(self, model: Llama) -> Settings:
+        """Exit and length as numbers, and the rows of the head that the draft uses."""
+        head = None if self.vocabulary is None else self.vocabulary.head(model)
+        return Settings(jnp.int32(self.exit_layer), jnp.int32(self.num_draft_tokens), head)
 
-    def draft(self, model: Llama, state: DecodeState) -> Draft:
+    def step(self, model: Llama, state: DecodeState, arguments: Settings) -> DecodeState:
+        """One round: draft, verify, commit what agrees and one token more."""
+        return self.verify(model, self.draft(model, state, arguments), arguments)
+
+    def draft(self, model: Llama, state: DecodeState, settings: Settings) -> Draft:
         """Up to d tokens per row from the exit.
 
         A row drafts no further than its end (the verification adds one token of its own) and
         not beyond a stop token; the loop ends when no row drafts.
         """
-        batch = state.length_B.shape[0]
-        d = self.num_draft_tokens
+        batch, steps = state.length_B.shape[0], 1 + self.lengths[-1]
         room_B = jnp.where(state.running_B, state.end_B - state.length_B - 1, 0)
-        limit_B = jnp.minimum(room_B, d)
+        limit_B = jnp.minimum(room_B, settings.num_draft_tokens)
+
+        def best(x_BTD: Float[Array, "B 1 D"]) -> Int[Array, " B"]:
+            if settings.head is not None:
+                return settings.head.best(model, x_BTD[:, 0])
+            return model.unembed(x_BTD[:, 0]).argmax(-1).astype(jnp.int32)
 
         def more(carry):
             return carry[0]
@@ -96,16 +177,17 @@ class SelfSpeculative(Strategy):
             _, i, cache, token_B, hidden_BTD, draft_BT, drafted_B, active_B = carry
             positions_BT = state.length_B[:, None] - 1 + i
             x_BTD = model.embed(token_B[:, None])
-            x_BTD, cache = model.run_layers(x_BTD, 0, self.exit_layer, positions_BT, cache)
+            for lo, hi in pairwise((0, *self.exits)):
+                x_BTD, cache = _run_if(
+                    True if lo == 0 else settings.exit_layer >= hi,
+                    lambda x, cache, lo=lo, hi=hi: model.run_layers(x, lo, hi, positions_BT, cache),
+                    x_BTD,
+                    cache,
+                )
             hidden_BTD = lax.dynamic_update_slice_in_dim(hidden_BTD, x_BTD, i, axis=1)
             active_B &= i < limit_B
-            token_B = lax.cond(
-                active_B.any(),
-                lambda x_BTD: model.unembed(x_BTD[:, 0]).argmax(-1).astype(token_B.dtype),
-                lambda x_BTD: token_B,
-                x_BTD,
-            )
-            # Column d is a spare: the last pass drafts nothing.
+            token_B = lax.cond(active_B.any(), best, lambda x_BTD: token_B, x_BTD)
+            # The last column is a spare: the last pass drafts nothing.
             draft_BT = lax.dynamic_update_slice_in_dim(draft_BT, token_B[:, None], i, axis=1)
             drafted_B += active_B
             active_B &= ~state.is_stop(token_B)
@@ -117,23 +199,42 @@ class SelfSpeculative(Strategy):
             0,
             state.cache,
             state.pending_B,
-            jnp.zeros((batch, d + 1, model.config.hidden_size), model.dtype),
-            jnp.zeros((batch, d + 1), state.tokens_BS.dtype),
+            jnp.zeros((batch, steps, model.config.hidden_size), model.dtype),
+            jnp.zeros((batch, steps), state.tokens_BS.dtype),
             jnp.zeros(batch, jnp.int32),
             state.running_B,
         )
         _, _, cache, _, hidden_BTD, draft_BT, drafted_B, _ = lax.while_loop(more, step, start)
         return Draft(state.with_cache(cache), hidden_BTD, draft_BT, drafted_B)
 
-    def verify(self, model: Llama, draft: Draft) -> DecodeState:
+    def verify(self, model: Llama, draft: Draft, settings: Settings) -> DecodeState:
         """The remaining layers on the pending token and the drafts, all at once; then the
         longest prefix of the draft that the whole model agrees with, and its next token."""
         state, steps = draft.state, draft.tokens_BT.shape[1]
-        positions_BT = state.length_B[:, None] - 1 + jnp.arange(steps)
-        x_BTD, cache = model.run_layers(
-            draft.hidden_BTD, self.exit_layer, model.config.num_layers, positions_BT, state.cache
-        )
-        target_BT = model.unembed(x_BTD).argmax(-1).astype(draft.tokens_BT.dtype)
+        longest = draft.count_B.max()
+
+        def targets(cache: KVCache, target_BT: Int[Array, "B T"], length: int):
+            """What the whole model says after the pending token and `length` drafts."""
+            positions_BT = state.length_B[:, None] - 1 + jnp.arange(1 + length)
+            x_BTD = draft.hidden_BTD[:, : 1 + length]
+            for lo, hi in pairwise((*self.exits, model.config.num_layers)):
+                x_BTD, cache = _run_if(
+                    True if lo == self.exits[-1] else settings.exit_layer <= lo,
+                    lambda x, cache, lo=lo, hi=hi: model.run_layers(x, lo, hi, positions_BT, cache),
+                    x_BTD,
+                    cache,
+                )
+            best_BT = model.unembed(x_BTD).argmax(-1).astype(target_BT.dtype)
+            return cache, lax.dynamic_update_slice(target_BT, best_BT, (0, 0))
+
+        cache, target_BT = state.cache, jnp.zeros_like(draft.tokens_BT)
+        for shorter, length in pairwise((-1, *self.lengths)):
+            cache, target_BT = _run_if(
+                True if len(self.lengths) == 1 else (shorter < longest) & (longest <= length),
+                lambda *carry, length=length: targets(*carry, length),
+                cache,
+                target_BT,
+            )
         agrees_BT = (draft.tokens_BT == target_BT) & (jnp.arange(steps) < draft.count_B[:, None])
         accepted_B = jnp.cumprod(agrees_BT, axis=1).sum(1)
         return state.with_cache(cache).commit(
@@ -143,3 +244,11 @@ class SelfSpeculative(Strategy):
             drafted_B=draft.count_B,
             draft_BT=draft.tokens_BT,
         )
+
+
+def _run_if(condition: Bool[Array, ""] | bool, run: Callable, *carry):
+    """`run(*carry)`, or the carry as it is; no branch where the condition is known. Other than
+    `lax.switch` over whole programs, a `cond` around a part updates the cache in place."""
+    if condition is True:
+        return run(*carry)
+    return lax.cond(condition, run, lambda *carry: carry, *carry)

@@ -2,8 +2,9 @@
 
 import dataclasses
 from abc import ABC, abstractmethod
+from collections.abc import Hashable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -150,16 +151,26 @@ class DecodeState:
 
 
 class Strategy(ABC):
-    """How new tokens are found. Frozen and hashable: a static argument of the compiled loop."""
+    """How new tokens are found. Frozen and hashable.
+
+    What is compiled depends on `program` only; `arguments` are handed to it at each call. So
+    strategies that differ in nothing but their arguments share a compiled loop.
+    """
 
     name: ClassVar[str]
     exit_layer: int | None = None
     num_draft_tokens: int | None = None
+    draft_vocab: int | None = None
 
     @property
     def slack(self) -> int:
         """Slots that one round may write beyond the end of a row."""
-        return 1 + (self.num_draft_tokens or 0)
+        return 1
+
+    @property
+    def program(self) -> Hashable:
+        """Strategies with equal ones share their programs."""
+        return self
 
     @abstractmethod
     def validate(self, config: LlamaConfig) -> None:
@@ -169,6 +180,10 @@ class Strategy(ABC):
     def depth(self, config: LlamaConfig) -> int:
         """Layers that run for a token that counts: the exit layer, or all."""
 
+    def arguments(self, model: Llama) -> Any:
+        """A pytree of arrays: what `step` needs beside the model."""
+        return ()
+
     @abstractmethod
-    def step(self, model: Llama, state: DecodeState) -> DecodeState:
+    def step(self, model: Llama, state: DecodeState, arguments: Any) -> DecodeState:
         """One round: at least one token for every running row."""

@@ -204,9 +204,19 @@ class Llama(nnx.Module):
             outputs.append(x_BTD)
         return jnp.stack(outputs)
 
-    def unembed(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
-        """Final norm and head, shared by every exit; logits in float32 or wider."""
-        table_VD = (self.embedding if self.head is None else self.head)[...].astype(x.dtype)
+    @property
+    def head_table(self) -> Float[Array, "V D"]:
+        """The head's rows; the embedding where the two are tied."""
+        return (self.embedding if self.head is None else self.head)[...]
+
+    def unembed(
+        self, x: Float[Array, "*batch D"], table_VD: Float[Array, "V D"] | None = None
+    ) -> Float[Array, "*batch V"]:
+        """Final norm and head, shared by every exit; logits in float32 or wider.
+
+        table_VD: some of the head's rows, for their logits only.
+        """
+        table_VD = (self.head_table if table_VD is None else table_VD).astype(x.dtype)
         x = self.norm(x)
         rows_RD = x.reshape(-1, x.shape[-1])
         # The table is the left operand: XLA:CPU then runs any number of rows near the speed of

@@ -27,8 +27,9 @@ PROMPT = "Once\tupon :smile: [bold]a"  # rich would change each of these
 FIELDS = [
     *("prompt", "text", "token_ids", "num_prompt_tokens", "num_new_tokens"),
     *("prefill_seconds", "decode_seconds", "tokens_per_second", "compile_seconds"),
-    *("strategy", "exit_layer", "num_draft_tokens", "rounds", "drafted", "accepted"),
-    *("acceptance_rate", "tokens_per_round", "drafted_by_position", "accepted_by_position"),
+    *("strategy", "exit_layer", "num_draft_tokens", "draft_vocab", "rounds"),
+    *("drafted", "accepted", "acceptance_rate", "tokens_per_round"),
+    *("drafted_by_position", "accepted_by_position"),
     "finish_reason",
 ]
 SELF = ["--strategy", "self_speculative"]
@@ -243,6 +244,7 @@ def bad(model_directory, tmp_path_factory):
     (root / "good.txt").write_text("a")
     (root / "empty.txt").touch()
     (root / "bad.jsonl").write_text('{"prompt": "a"}\n{"prompt": 3}\n')
+    (root / "long.jsonl").write_text(f'{{"prompt": "a"}}\n{{"prompt": "{"b" * 600}"}}\n')
     return root
 
 
@@ -263,10 +265,11 @@ def bad(model_directory, tmp_path_factory):
         ("--strategy early_exit --exit-layer 5", "layer 5 is not in 1..4, .*: choose --exit-layer"),
         ("--strategy early_exit", "early_exit needs --exit-layer"),
         ("--strategy self_speculative --model {bad}/silent", "needs --exit-layer and --num-draft"),
-        ("--strategy self_speculative --num-draft-tokens 0", "num_draft_tokens 0 is below 1: choo"),
+        ("--strategy self_speculative --num-draft-tokens -1", "tokens -1 is below 0: choose --num"),
         ("--exit-layer 2", "--exit-layer means nothing to autoregressive"),
         ("--num-draft-tokens 2", "--num-draft-tokens means nothing to autoregressive"),
         ("--prompt " + "a" * 600, "600 tokens and 128 new ones .* length of 512: shorten the"),
+        ("--no-prompt --prompt-file {bad}/long.jsonl", "prompt 2 of 2: a prompt of 600 tokens and"),
         ("--max-new-tokens 0", "max_new_tokens 0 is below 1: ask for 1 or more"),
         ("--max-new-tokens 512", "1 tokens and 512 new ones .* length of 512: .* lower --max-new"),
         ("--max-length 100", "128 new ones .* length of 100: .* or raise --max-length"),
@@ -285,8 +288,8 @@ def bad(model_directory, tmp_path_factory):
         ("--no-prompt --prompt-file {bad}/empty.txt", "empty.txt is an empty prompt"),
         ("--no-prompt --prompt-file {bad}/bad.jsonl", "bad.jsonl, line 2 is no object with a text"),
         ("--no-prompt --prompt-file nowhere.txt", "No such file or directory: 'nowhere.txt'"),
-        ("--json {bad}", "Is a directory: '.*bad"),
-        ("--json {bad}/nowhere/out.jsonl", "No such file or directory: '.*/nowhere/out.jsonl'"),
+        ("--json {bad}", "--json .*bad can't be written .Is a directory.: name a file"),
+        ("--json {bad}/nowhere/out.jsonl", "nowhere/out.jsonl can't be written .No such file"),
         (
             "--no-prompt --prompt-file {bad}/good.txt --json {bad}/good.txt",
             "good.txt would overwrite the prompts: name another file",

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from lsjax.decoding.autoregressive import Autoregressive, EarlyExit
+from lsjax.decoding.draft_vocabulary import DraftVocabulary
 from lsjax.decoding.loops import decode
-from lsjax.decoding.self_speculative import SelfSpeculative
+from lsjax.decoding.self_speculative import Choices, SelfSpeculative
 from lsjax.decoding.state import DecodeState
 
 CAPACITY = 613  # a number that no other array has as a dimension
@@ -28,7 +29,8 @@ def compiled_loop(model, strategy, batch):
         dtype=jnp.float32,
     )
     program = jax.jit(partial(decode, strategy=strategy), donate_argnums=1)
-    return program.lower(model, state, np.int32(9)).compile(), state
+    arguments = strategy.arguments(model)
+    return program.lower(model, state, np.int32(9), arguments).compile(), state
 
 
 def copies(text: str) -> list[tuple[str, tuple[int, ...]]]:
@@ -44,7 +46,17 @@ def copies(text: str) -> list[tuple[str, tuple[int, ...]]]:
 
 
 @pytest.mark.parametrize("batch", [1, 3, 9])
-@pytest.mark.parametrize("strategy", [Autoregressive(), EarlyExit(2), SelfSpeculative(2, 3)])
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        Autoregressive(),
+        EarlyExit(2),
+        SelfSpeculative(2, 3),
+        SelfSpeculative(2, 3, choices=Choices((1, 2, 3), (0, 2, 3))),
+        SelfSpeculative(2, 3, DraftVocabulary(np.arange(50))),
+    ],
+    ids=["autoregressive", "early_exit", "self_speculative", "choices", "draft_vocabulary"],
+)
 def test_no_copy_of_weights_or_cache_in_the_loop(model, strategy, batch):
     program, state = compiled_loop(model, strategy, batch)
     smallest = min(leaf.size for leaf in jax.tree.leaves(model) if leaf.ndim > 1)

@@ -9,8 +9,9 @@ import pytest
 
 from lsjax.config import ConfigError
 from lsjax.decoding.autoregressive import Autoregressive, EarlyExit
+from lsjax.decoding.draft_vocabulary import DraftVocabulary
 from lsjax.decoding.engine import Engine
-from lsjax.decoding.self_speculative import SelfSpeculative
+from lsjax.decoding.self_speculative import Choices, SelfSpeculative
 
 PROMPTS = [[7], [1, 2, 3], list(range(40, 60)), [200, 100] * 17]
 NEW = 24
@@ -66,6 +67,63 @@ def test_self_speculation_is_lossless(model, tokenizer, expected, exit_layer, dr
         assert_same_tokens(model, prompt, one, other)
 
 
+def test_choices_share_a_program(model, tokenizer, expected):
+    """Every exit with every length, and lengths between those compiled for: the same tokens, the
+    same statistics as a program of its own, and two programs in all."""
+    choices = Choices((1, 2, 3), (0, 2, 5))
+    engine = Engine(model, tokenizer, SelfSpeculative(1, 2, choices=choices), batch_size=4)
+    for exit_layer in choices.exit_layers:
+        for drafts in range(6):
+            engine.use(SelfSpeculative(exit_layer, drafts, choices=choices))
+            found = engine.generate(PROMPTS, max_new_tokens=NEW)
+            for prompt, one, other in zip(PROMPTS, expected, found, strict=True):
+                assert_same_tokens(model, prompt, one, other.token_ids)
+                assert drafts or (other.drafted == 0 and other.tokens_per_round == 1)
+            if (exit_layer, drafts) in [(2, 5), (3, 2)]:
+                own = Engine(model, tokenizer, SelfSpeculative(exit_layer, drafts), batch_size=4)
+                for one, other in zip(
+                    own.generate(PROMPTS, max_new_tokens=NEW), found, strict=True
+                ):
+                    assert one.trace.round_n.tolist() == other.trace.round_n.tolist()
+                    assert one.accepted_by_position == other.accepted_by_position
+    assert engine.num_programs == 2
+
+
+@pytest.mark.parametrize("choices", [(4, 3), (), (2, 2)])
+def test_choices_rise(choices):
+    with pytest.raises(ConfigError, match="must rise"):
+        Choices((1,), choices)
+
+
+@pytest.mark.parametrize("size", [1, 50, 257])
+def test_a_draft_vocabulary_is_lossless(model, tokenizer, expected, size):
+    """The draft proposes no other tokens, and the text is the same."""
+    vocabulary = DraftVocabulary(np.arange(258 - size, 258))
+    found = Engine(model, tokenizer, SelfSpeculative(3, 4, vocabulary), batch_size=4).generate(
+        PROMPTS, max_new_tokens=NEW
+    )
+    for prompt, one, other in zip(PROMPTS, expected, found, strict=True):
+        assert_same_tokens(model, prompt, one, other.token_ids)
+        proposed = other.trace.tokens_n[other.trace.accepted_n].tolist()
+        proposed += other.trace.replaced_n[other.trace.replaced_n >= 0].tolist()
+        assert set(proposed) <= set(vocabulary.ids_N.tolist())
+        assert other.drafted > 0
+    if size == 257:  # the whole vocabulary but a token that nobody says
+        whole = Engine(model, tokenizer, SelfSpeculative(3, 4), batch_size=4)
+        for one, other in zip(whole.generate(PROMPTS, max_new_tokens=NEW), found, strict=True):
+            assert 0 in one.token_ids or one.accepted == other.accepted
+
+
+def test_the_most_frequent_tokens():
+    counts = {7: 5, 3: 9, 200: 5, 4: 1}
+    assert DraftVocabulary.most_frequent(counts, 1).ids_N.tolist() == [3]
+    assert DraftVocabulary.most_frequent(counts, 2).ids_N.tolist() == [3, 7]
+    # Tokens that were never seen: the lowest ids.
+    assert DraftVocabulary.most_frequent(counts, 7).ids_N.tolist() == [0, 1, 2, 3, 4, 7, 200]
+    with pytest.raises(ConfigError, match="draft vocabulary of 0 is empty"):
+        DraftVocabulary.most_frequent(counts, 0)
+
+
 def test_drafts_are_accepted_and_refused(model, tokenizer):
     """Else the test above would say nothing."""
     engine = Engine(model, tokenizer, SelfSpeculative(3, 4), batch_size=4)
@@ -93,11 +151,11 @@ def test_a_draft_by_the_whole_model_is_always_right(model, tokenizer, expected):
 def test_end_token_inside_a_draft(model, tokenizer, expected):
     """Any token of the expected text may be the end: the text stops at its first occurrence."""
     inside = 0
+    ending = copy.copy(tokenizer)
+    engine = Engine(model, ending, SelfSpeculative(3, 5))
     for prompt, new in list(zip(PROMPTS, expected, strict=True))[1:3]:
         for end in sorted(set(new)):
-            ending = copy.copy(tokenizer)
             ending.eos_ids = (end,)
-            engine = Engine(model, ending, SelfSpeculative(3, 5))
             (completion,) = engine.generate([prompt], max_new_tokens=NEW)
             assert completion.token_ids == new[: new.index(end) + 1]
             assert completion.finish_reason == "eos"
@@ -119,7 +177,12 @@ def test_max_new_tokens_1_needs_no_round(model, tokenizer, expected):
     [
         (SelfSpeculative(0, 4), "exit layer 0 is not in 1..3"),
         (SelfSpeculative(4, 4), "exit layer 4 is not in 1..3"),
-        (SelfSpeculative(2, 0), "num_draft_tokens 0"),
+        (SelfSpeculative(2, -1), "num_draft_tokens -1 is below 0"),
+        (SelfSpeculative(2, 3, choices=Choices((1, 3), (2, 4))), "exit layer 2 and 3 drafts are"),
+        (SelfSpeculative(1, 5, choices=Choices((1, 3), (2, 4))), "exit layer 1 and 5 drafts are"),
+        (SelfSpeculative(1, 2, choices=Choices((1, 4), (2, 4))), "exit layer 4 is not in 1..3"),
+        (SelfSpeculative(1, 2, DraftVocabulary(np.arange(258))), "258 does not make the head"),
+        (SelfSpeculative(1, 2, DraftVocabulary(np.array([3, 258]))), "has ids 3..258, the model"),
         (EarlyExit(0), "exit layer 0 is not in 1..4"),
         (EarlyExit(5), "exit layer 5 is not in 1..4"),
     ],

@@ -1,0 +1,350 @@
+"""Strategies side by side on the same prompts: speed, speedup, and how far it is from the limit.
+
+    python -m lsjax.cli.benchmark --model PATH --exit-layers 4 8 --num-draft-tokens 4 8
+    python -m lsjax.cli.benchmark --model PATH --identity-tail 2 --exit-layers 2 4 8 15 \\
+        --num-draft-tokens 2 4 8 12 --draft-vocab 2048
+
+One process, the strategies in turns after a warm-up, medians over prompts and repeats. The columns
+are defined in docs/performance.md.
+"""
+
+import json
+import statistics
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import jax
+import tyro
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from rich.text import Text
+
+from lsjax.cli.errors import one_line_errors
+from lsjax.cli.prompts import encode_prompts, read_prompts
+from lsjax.cli.setup import cache_directory, exact_products, keep_compiled_programs, machine
+from lsjax.config import check
+from lsjax.data.token_counts import find_counts
+from lsjax.data.tokenizer_files import load_tokenizer
+from lsjax.decoding.autoregressive import Autoregressive
+from lsjax.decoding.calibration import calibrated, memory_bandwidth
+from lsjax.decoding.completion import Completion
+from lsjax.decoding.cost import Costs, ideal_speedup, weight_bytes
+from lsjax.decoding.draft_vocabulary import DraftVocabulary
+from lsjax.decoding.engine import Engine
+from lsjax.decoding.request import check_settings
+from lsjax.decoding.self_speculative import Choices, SelfSpeculative
+from lsjax.decoding.state import Strategy
+from lsjax.evaluation.identity_tail import identity_tail
+from lsjax.model.checkpoint import assemble, open_source
+
+PROMPTS = (
+    "Once upon a time, there was a little girl named Lily who",
+    "The Eiffel Tower is a wrought-iron lattice tower on the Champ de Mars in Paris. It",
+    "Photosynthesis is the process by which plants",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arguments:
+    """Strategies side by side on the same prompts."""
+
+    model: Path
+    """Hugging Face directory or .gguf file."""
+    exit_layers: tuple[int, ...] = ()
+    """Exits to draft from; none measures autoregressive decoding alone."""
+    num_draft_tokens: tuple[int, ...] = (4,)
+    """Draft lengths; every exit is tried with every length."""
+    draft_vocab: int | None = None
+    """Also drafts from this many of the most frequent tokens (lsjax.cli.count_tokens; with an
+    identity tail the tokens of the model's own output are counted)."""
+    identity_tail: int | None = None
+    """Lets the layers from this one on add nothing, so that every draft of a later exit is right:
+    the machinery without the training."""
+    prompt: str | None = None
+    """Text to continue; three are built in."""
+    prompt_file: Path | None = None
+    """.txt or .jsonl ("prompt", or Spec-Bench's "turns")."""
+    prompt_length: int | None = None
+    """Cuts or repeats every prompt to this many tokens."""
+    new_tokens: int = 64
+    """Tokens per prompt; ends of text are ignored."""
+    repeats: int = 5
+    """Turns of each strategy with each prompt, after one to warm up."""
+    capacity: int = 0
+    """Least slots of the cache, for what an unused part of it costs."""
+    separate_programs: bool = False
+    """Compiles a program for each exit and length instead of one for all."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Of weights and cache; auto is float32 on CPUs and bfloat16 on accelerators."""
+    json: Path | None = None
+    """Writes a JSON object a strategy to this file."""
+
+
+@dataclass
+class Row:
+    """What one strategy gave. Undefined figures are None; lists are by draft position."""
+
+    strategy: str
+    exit_layer: int | None
+    num_draft_tokens: int | None
+    draft_vocab: int | None
+    tokens_per_second: float
+    slowest: float
+    fastest: float
+    speedup: float
+    acceptance_rate: float | None
+    acceptance_by_position: list[float]
+    tokens_per_round: float | None
+    ideal: float | None = None
+    share_of_ideal: float | None = None
+    predicted: float | None = None
+    round_over_parts: float | None = None
+    bandwidth: float | None = None
+    share_of_bandwidth: float | None = None
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the program; exits with 2 on bad input."""
+    arguments = tyro.cli(Arguments, args=argv, description=__doc__)
+    with one_line_errors():
+        benchmark(arguments)
+    return 0
+
+
+def benchmark(arguments: Arguments) -> None:
+    """Measures, prints the table and writes the rows."""
+    for name in ("new_tokens", "repeats"):
+        value = getattr(arguments, name)
+        low = 2 if name == "new_tokens" else 1
+        check(value >= low, f"--{name.replace('_', '-')} {value} is below {low}: choose {low} up")
+    source = open_source(arguments.model)
+    config, tokenizer = source.config, load_tokenizer(arguments.model)
+    texts = list(PROMPTS)
+    if arguments.prompt is not None or arguments.prompt_file is not None:
+        texts = read_prompts(arguments.prompt, arguments.prompt_file)
+    length = arguments.prompt_length
+    check(length is None or length >= 1, f"--prompt-length {length} is below 1: choose 1 up")
+    prompts = [
+        ids if length is None else (ids * (length // len(ids) + 1))[:length]
+        for ids in encode_prompts(texts, tokenizer.encode)
+    ]
+    tail = arguments.identity_tail
+    check(
+        tail is None or 1 <= tail < config.num_layers,
+        f"--identity-tail {tail} is not in 1..{config.num_layers - 1}: choose a layer there",
+    )
+    plain = strategies(arguments, None)
+    for strategy in plain:
+        check_settings(config, tokenizer, strategy, batch_size=1, max_length=None)
+    own_counts = arguments.draft_vocab is not None and tail is not None
+    counts = None
+    if arguments.draft_vocab is not None and not own_counts:
+        counts = find_counts(arguments.model, cache_directory(), tokenizer)
+
+    keep_compiled_programs()
+    dtype = arguments.dtype
+    if dtype == "auto":
+        dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    if dtype == "float32":
+        exact_products()
+    model = assemble(source, dtype=dtype)
+    if tail is not None:
+        model = identity_tail(model, tail)
+    engine = Engine(model, tokenizer, ignore_end=True, min_capacity=arguments.capacity)
+    for ids in prompts:
+        engine.encode(ids, arguments.new_tokens)
+
+    console = Console(highlight=False, markup=False, emoji=False)
+    if not console.is_terminal:
+        console.width = 160  # a file has room for the table
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        if own_counts:
+            counts = own_tokens(engine, prompts, arguments.new_tokens)
+        vocabulary = None
+        if counts is not None:
+            vocabulary = DraftVocabulary.most_frequent(counts, arguments.draft_vocab)
+            vocabulary.validate(config)
+        everything = [
+            Autoregressive(),
+            *plain,
+            *(strategies(arguments, vocabulary) if vocabulary else ()),
+        ]
+        task = progress.add_task(
+            "decoding", total=len(everything) * len(prompts) * (1 + arguments.repeats)
+        )
+        runs = measure(engine, everything, prompts, arguments, lambda: progress.advance(task))
+        bandwidth = memory_bandwidth()
+        costs = None
+        if plain:
+            progress.update(task, description="timing the parts")
+            costs = calibrated(
+                cache_directory(),
+                machine(),
+                model,
+                arguments.num_draft_tokens,
+                [len(vocabulary)] if vocabulary else [],
+                again=True,  # beside what it is compared with
+            )
+    rows = list(table_rows(engine, everything, runs, costs, bandwidth))
+    what = f"{arguments.model.name}, {dtype}, {len(prompts)} prompts of "
+    what += f"{min(map(len, prompts))} to {max(map(len, prompts))} tokens, "
+    what += f"{arguments.new_tokens} new ones, {arguments.repeats} repeats"
+    if tail is not None:
+        what += f"; identity tail from layer {tail} on"
+    show(console, what, rows)
+    weights = weight_bytes(config, model.dtype.itemsize)
+    console.print(
+        f"{engine.num_programs} programs, {engine.compile_seconds:.1f} s compiling; autoregressive "
+        f"decoding reads {weights / 1e6:.0f} MB of weights a token, "
+        f"{rows[0].bandwidth / 1e9:.1f} GB/s, {rows[0].share_of_bandwidth:.0%} of this memory's "
+        f"{bandwidth / 1e9:.1f} GB/s"
+    )
+    if costs is not None:
+        one = costs.pass_seconds(config.num_layers, 1)
+        passes = ", ".join(
+            f"{width} at {costs.pass_seconds(config.num_layers, width) / one:.2f}"
+            for width in costs.head
+            if width > 1
+        )
+        console.print(f"A pass of one position takes {one * 1e3:.1f} ms; times that, {passes}")
+    if arguments.json is not None:
+        with arguments.json.open("w") as lines:
+            for row in rows:
+                print(json.dumps(asdict(row)), file=lines)
+
+
+def strategies(arguments: Arguments, vocabulary: DraftVocabulary | None) -> list[SelfSpeculative]:
+    """Every exit with every length, in one program unless told otherwise."""
+    exits, lengths = sorted(set(arguments.exit_layers)), sorted(set(arguments.num_draft_tokens))
+    choices = None
+    if not arguments.separate_programs and len(exits) * len(lengths) > 1:
+        choices = Choices(tuple(exits), tuple(lengths))
+    return [
+        SelfSpeculative(exit_layer, drafts, vocabulary, choices)
+        for exit_layer in exits
+        for drafts in lengths
+    ]
+
+
+def own_tokens(engine: Engine, prompts: list[list[int]], new_tokens: int) -> dict[int, int]:
+    """How often the model says each token, by decoding the prompts."""
+    counts: dict[int, int] = {}
+    for completion in engine.generate(prompts, max_new_tokens=new_tokens):
+        for token in completion.token_ids:
+            counts[token] = counts.get(token, 0) + 1
+    return counts
+
+
+def measure(
+    engine: Engine,
+    everything: Sequence[Strategy],
+    prompts: list[list[int]],
+    arguments: Arguments,
+    advance,
+) -> list[list[list[Completion]]]:
+    """Completions by repeat, strategy and prompt; the warm-up is left out."""
+    runs = []
+    for repeat in range(1 + arguments.repeats):
+        of_repeat: list[list[Completion]] = [[] for _ in everything]
+        for prompt in prompts:
+            for index, strategy in enumerate(everything):
+                engine.use(strategy)
+                of_repeat[index] += engine.generate([prompt], max_new_tokens=arguments.new_tokens)
+                advance()
+        if repeat:
+            runs.append(of_repeat)
+    return runs
+
+
+def table_rows(
+    engine: Engine,
+    everything: Sequence[Strategy],
+    runs: list[list[list[Completion]]],
+    costs: Costs | None,
+    bandwidth: float,
+) -> Iterator[Row]:
+    """The figures of each strategy."""
+    config, itemsize = engine.model.config, engine.model.dtype.itemsize
+    for index, strategy in enumerate(everything):
+        pairs = [
+            (base, own)
+            for repeat in runs
+            for base, own in zip(repeat[0], repeat[index], strict=True)
+        ]
+        done = [own for _, own in pairs]
+        speeds = [own.tokens_per_second for own in done]
+        drafted, accepted = sum(c.drafted for c in done), sum(c.accepted for c in done)
+        longest = max(len(c.drafted_by_position) for c in done)
+        row = Row(
+            strategy=strategy.name,
+            exit_layer=strategy.exit_layer,
+            num_draft_tokens=strategy.num_draft_tokens,
+            draft_vocab=strategy.draft_vocab,
+            tokens_per_second=statistics.median(speeds),
+            slowest=min(speeds),
+            fastest=max(speeds),
+            # Of each prompt and repeat against its own neighbour in time.
+            speedup=statistics.median(
+                base.decode_seconds / own.decode_seconds for base, own in pairs
+            ),
+            acceptance_rate=accepted / drafted if drafted else None,
+            acceptance_by_position=[
+                sum(c.accepted_by_position[i] for c in done if i < len(c.accepted_by_position))
+                / sum(c.drafted_by_position[i] for c in done if i < len(c.drafted_by_position))
+                for i in range(longest)
+            ],
+            tokens_per_round=sum(c.num_new_tokens - 1 for c in done) / sum(c.rounds for c in done),
+        )
+        if isinstance(strategy, SelfSpeculative):
+            rounds = sum(c.rounds for c in done)
+            # The last round of a text may be a shorter one.
+            cell = (strategy.exit_layer, drafted / rounds, row.acceptance_rate or 0.0)
+            row.ideal = ideal_speedup(config, *cell, strategy.draft_vocab)
+            row.share_of_ideal = row.speedup / row.ideal
+            cost = dict(width=strategy.num_draft_tokens + 1, draft_vocab=strategy.draft_vocab)
+            row.predicted = costs.speedup(config.num_layers, *cell, **cost)
+            parts = costs.round(config.num_layers, *cell[:2], **cost)
+            seconds = statistics.median(c.decode_seconds / c.rounds for c in done)
+            row.round_over_parts = seconds / parts
+        else:
+            row.bandwidth = row.tokens_per_second * weight_bytes(config, itemsize)
+            row.share_of_bandwidth = row.bandwidth / bandwidth
+        yield row
+
+
+def show(console: Console, title: str, rows: Sequence[Row]) -> None:
+    """The rows as a table; the best speedup is green."""
+    table = Table(title=Text(title), title_justify="left", box=None, pad_edge=False)
+    names = ["", "E", "d", "N", "tokens/s", "from", "to", "speedup", "accepted", "tokens/round"]
+    for name in (*names, "ideal", "share", "predicted", "off by", "round/parts"):
+        table.add_column(name, justify="right" if name else "left")
+    best = max(row.speedup for row in rows)
+    for row in rows:
+        off = None if row.predicted is None else row.predicted / row.speedup - 1
+        cells = [
+            row.strategy.replace("_", " "),
+            *(
+                "-" if value is None else str(value)
+                for value in (row.exit_layer, row.num_draft_tokens, row.draft_vocab)
+            ),
+            *(f"{x:.1f}" for x in (row.tokens_per_second, row.slowest, row.fastest)),
+            f"{row.speedup:.2f}x",
+            *(_or_dash(row.acceptance_rate, ".3f"), _or_dash(row.tokens_per_round, ".2f")),
+            *(_or_dash(row.ideal, ".2f"), _or_dash(row.share_of_ideal, ".2f")),
+            *(_or_dash(row.predicted, ".2f"), _or_dash(off, "+.0%")),
+            _or_dash(row.round_over_parts, ".2f"),
+        ]
+        table.add_row(*cells, style="bold green" if row.speedup == best > 1 else None)
+    console.print(table)
+
+
+def _or_dash(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

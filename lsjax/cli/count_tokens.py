@@ -1,0 +1,118 @@
+"""Counts the tokens of a text, so that self-speculation can draft from the most frequent ones.
+
+    python -m lsjax.cli.count_tokens --model PATH --text domain.txt more.jsonl
+    python decode.py --model PATH --strategy self_speculative ... --draft-vocab 2048
+
+The counts are kept in the cache for every model with this tokenizer, or where --output says.
+"""
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+from rich.console import Console
+from rich.progress import Progress
+
+from lsjax.cli.errors import one_line_errors
+from lsjax.cli.setup import cache_directory
+from lsjax.config import ConfigError
+from lsjax.data.token_counts import cached_counts, count_tokens, write_counts
+from lsjax.data.tokenizer_files import load_tokenizer
+
+PIECE = 1 << 20  # characters that are encoded at a time
+SHARES = (1024, 2048, 4096, 8192)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arguments:
+    """Counts the tokens of a text."""
+
+    model: Path
+    """Hugging Face directory or .gguf file, for its tokenizer."""
+    text: tuple[Path, ...]
+    """Files of text; of .jsonl files, every text in the objects of the lines."""
+    output: Path | None = None
+    """File to write; token_counts.json in a model's directory is found by decode.py."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the program; exits with 2 on bad input."""
+    arguments = tyro.cli(Arguments, args=argv, description=__doc__)
+    with one_line_errors():
+        count(arguments)
+    return 0
+
+
+def count(arguments: Arguments) -> None:
+    """Counts, writes and says what share of the text the most frequent tokens make."""
+    tokenizer = load_tokenizer(arguments.model)
+    output = arguments.output or cached_counts(cache_directory(), tokenizer)
+    total = sum(file.stat().st_size for file in arguments.text)
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("counting", total=total)
+
+        def pieces() -> Iterator[str]:
+            for file in arguments.text:
+                for piece in read_pieces(file):
+                    yield piece
+                    progress.advance(task, len(piece.encode(errors="replace")))
+
+        counts = count_tokens(tokenizer, pieces())
+    write_counts(output, tokenizer, counts)
+    print(f"{output}: {counts.total()} tokens, {len(counts)} different ones")
+    ranked = [n for _, n in counts.most_common()]
+    for size in (size for size in SHARES if size < len(ranked)):
+        print(f"the {size} most frequent make {sum(ranked[:size]) / counts.total():.1%}")
+
+
+def read_pieces(file: Path) -> Iterator[str]:
+    """A file's text in pieces that end at line breaks.
+
+    Raises ConfigError with the line for what is not UTF-8, or not JSON in a .jsonl file.
+    """
+    held: list[str] = []
+    size = 0
+    with file.open(encoding="utf-8-sig", newline="\n") as lines:
+        number = 0
+        while True:
+            number += 1
+            try:
+                line = lines.readline()
+                texts = list(_texts(json.loads(line))) if _is_row(file, line) else [line]
+            except UnicodeDecodeError:
+                raise ConfigError(
+                    f"{file}, near line {number}, is not UTF-8 text: save it as UTF-8"
+                ) from None
+            except (ValueError, RecursionError) as error:
+                problem = getattr(error, "msg", error)
+                raise ConfigError(f"{file}, line {number} is not JSON ({problem})") from None
+            held += texts
+            size += sum(map(len, texts))
+            if size >= PIECE or not line:
+                yield "".join(held)
+                held, size = [], 0
+            if not line:
+                return
+
+
+def _is_row(file: Path, line: str) -> bool:
+    return file.suffix == ".jsonl" and bool(line.strip())
+
+
+def _texts(value: object) -> Iterator[str]:
+    """Every string in a JSON value, keys left out."""
+    match value:
+        case str():
+            yield value
+        case list():
+            for item in value:
+                yield from _texts(item)
+        case dict():
+            yield from _texts(list(value.values()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,206 @@
+"""Measures what the parts of a round cost on this machine (`cost.Costs`)."""
+
+import dataclasses
+import hashlib
+import json
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from lsjax.decoding.autoregressive import Autoregressive
+from lsjax.decoding.cost import Costs
+from lsjax.decoding.self_speculative import SelfSpeculative
+from lsjax.decoding.state import DecodeState
+from lsjax.model.cache import KVCache
+from lsjax.model.llama import Llama
+
+LENGTH = 128  # tokens in the cache while the parts are timed
+TIMED_SECONDS = 0.1  # of one timing, so that calling the program is a small part of it
+REPEATS = 7
+DRAFTS = 8  # of the round whose draft steps are timed
+
+Loop = Callable[[int], None]  # runs a part that often, and waits for it
+
+
+def memory_bandwidth(num_bytes: int = 1 << 30) -> float:
+    """Bytes per second: median of sums over float32 numbers, with all threads that XLA has."""
+    x = jnp.ones((1 << 10, num_bytes >> 12), jnp.float32)
+    total = jax.jit(lambda x: x.sum(1)).lower(x).compile()
+
+    def run(times: int) -> None:
+        for _ in range(times):
+            jax.block_until_ready(total(x))
+
+    return num_bytes / _median_seconds([run])[0]
+
+
+def calibrated(
+    cache: Path,
+    machine: str,
+    model: Llama,
+    lengths: Sequence[int],
+    draft_vocabs: Sequence[int] = (),
+    *,
+    again: bool = False,
+) -> Costs:
+    """`calibrate`, kept in the directory `cache` under the machine's name, the version of jax and
+    the model's shape and dtype. Measures where something asked for is not known yet, or `again`."""
+    key = f"{machine} {jax.__version__} {jax.devices()[0].device_kind} {model.config} {model.dtype}"
+    file = cache / "costs" / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
+    known = _read(file)
+    if known is not None and not again:
+        widths = {1, *(length + 1 for length in lengths)}
+        if widths <= known.head.keys() and {*draft_vocabs} <= known.draft_head.keys():
+            return known
+        lengths = sorted({*lengths, *(width - 1 for width in known.head)})
+        draft_vocabs = sorted({*draft_vocabs, *known.draft_head})
+    costs = calibrate(model, lengths, draft_vocabs)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_suffix(".partial")
+    partial.write_text(json.dumps(asdict(costs)))
+    partial.replace(file)
+    return costs
+
+
+def calibrate(model: Llama, lengths: Sequence[int], draft_vocabs: Sequence[int] = ()) -> Costs:
+    """Times the parts in turns: one row, LENGTH tokens in the cache. Compiles a program a part.
+
+    lengths: draft lengths d, for verifications of d + 1 positions. draft_vocabs: sizes of the
+    draft's head.
+    """
+    widths = sorted({1, *(length + 1 for length in lengths)})
+    parts = [
+        *(_layers(model, width) for width in widths),
+        *(_head(model, model.head_table, width) for width in widths),
+        *(_head(model, model.head_table[:size], 1) for size in draft_vocabs),
+        _rounds(model),
+        _draft(model),
+    ]
+    seconds = iter(_median_seconds(parts))
+    layer = {width: next(seconds) / model.config.num_layers for width in widths}
+    head = {width: next(seconds) for width in widths}
+    draft_head = {size: next(seconds) for size in draft_vocabs}
+    step = next(seconds) - model.config.num_layers * layer[1] - head[1]
+    draft_step = (next(seconds) - (DRAFTS + 1) * layer[1]) / DRAFTS - head[1]
+    return Costs(layer, head, draft_head, draft_step=max(0.0, draft_step), step=max(0.0, step))
+
+
+def _layers(model: Llama, width: int) -> Loop:
+    """All layers on `width` positions."""
+    start = jnp.ones((1, width, model.config.hidden_size), model.dtype)
+    cache = KVCache.create(model.config, 1, 2 * LENGTH + width, model.dtype)
+    positions_BT = jnp.arange(LENGTH, LENGTH + width)[None]
+
+    def body(model, carry):
+        x_BTD, cache = carry
+        # What comes in depends on what came out, or the compiler would run the layers once.
+        return model.run_layers(
+            start + 1e-6 * x_BTD, 0, model.config.num_layers, positions_BT, cache
+        )
+
+    return _loop(model, body, (start, cache))
+
+
+def _head(model: Llama, table_VD: jax.Array, width: int) -> Loop:
+    """The head and its best token at `width` positions."""
+    start = jnp.ones((width, model.config.hidden_size), model.dtype)
+
+    def body(pair, x_TD):
+        model, table_VD = pair
+        return start + 1e-9 * model.unembed(x_TD, table_VD).argmax(-1)[:, None].astype(start.dtype)
+
+    return _loop((model, table_VD), body, start)
+
+
+def _rounds(model: Llama) -> Loop:
+    """Rounds of autoregressive decoding, always at the same place."""
+    state = _state(model, 1)
+
+    def body(model, state):
+        done = Autoregressive().step(model, state, ())
+        return dataclasses.replace(done, length_B=state.length_B, finish_B=state.finish_B)
+
+    return _loop(model, body, state)
+
+
+def _draft(model: Llama) -> Loop:
+    """DRAFTS draft steps of one layer."""
+    strategy = SelfSpeculative(1, DRAFTS)
+    settings = strategy.arguments(model)
+
+    def body(model, state):
+        draft = strategy.draft(model, state, settings)
+        # The drafts are used, or the compiler would leave out the head.
+        pending_BT = state.pending_B[:, None] + draft.tokens_BT[:, :1] % 2
+        tokens_BS = lax.dynamic_update_slice(state.tokens_BS, pending_BT % 2, (0, LENGTH - 1))
+        return dataclasses.replace(draft.state, tokens_BS=tokens_BS)
+
+    return _loop(model, body, _state(model, strategy.slack))
+
+
+def _state(model: Llama, slack: int) -> DecodeState:
+    return DecodeState.create(
+        model.config,
+        [[1] * LENGTH],
+        [LENGTH],
+        np.array([-1]),
+        capacity=2 * LENGTH + slack,
+        slack=slack,
+        num_layers=model.config.num_layers,
+        dtype=model.dtype,
+    )
+
+
+def _loop(constants: Any, body: Callable[[Any, Any], Any], start: Any) -> Loop:
+    """A compiled loop of `body(constants, carry)`, whose carry goes from call to call."""
+    leaves, structure = jax.tree.flatten(constants)
+
+    def program(leaves, carry, times):
+        constants = jax.tree.unflatten(structure, leaves)
+        return lax.fori_loop(0, times, lambda _, carry: body(constants, carry), carry)
+
+    compiled = jax.jit(program, donate_argnums=1).lower(leaves, start, np.int32(1)).compile()
+    held = [start]
+
+    def run(times: int) -> None:
+        held[0] = jax.block_until_ready(compiled(leaves, held[0], np.int32(times)))
+
+    return run
+
+
+def _median_seconds(loops: Sequence[Loop]) -> list[float]:
+    """Seconds of one turn of each loop, the median of repeats in which the loops take turns."""
+    times = []
+    for loop in loops:
+        loop(1)
+        times.append(max(1, int(TIMED_SECONDS / _seconds(loop, 2) * 2)))
+    measured = [
+        [_seconds(loop, n) / n for loop, n in zip(loops, times, strict=True)]
+        for _ in range(REPEATS)
+    ]
+    return [statistics.median(column) for column in zip(*measured, strict=True)]
+
+
+def _seconds(loop: Loop, times: int) -> float:
+    begin = time.perf_counter()
+    loop(times)
+    return time.perf_counter() - begin
+
+
+def _read(file: Path) -> Costs | None:
+    """Costs from a file, None where there is none, or none that this version wrote."""
+    try:
+        raw = json.loads(file.read_text())
+        for name in ("layer", "head", "draft_head"):
+            raw[name] = {int(count): seconds for count, seconds in raw[name].items()}
+        return Costs(**raw)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None

@@ -1,0 +1,106 @@
+"""What a round of decoding costs, and what self-speculation can gain.
+
+Two views of the same round of exit E and d drafts, on L layers and a head as dear as k layers:
+
+    d (E + k_d)          d draft steps; k_d = k N / V with a draft vocabulary of N, else k
+    E                    the last draft token passes the first layers without a head
+    (L - E) and k        the verification of d + 1 positions
+
+The ideal counts bytes: d + 1 positions cost what one does, and the last draft token's layers
+belong to the verification. The prediction takes the measured seconds of each part (calibration.py).
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from lsjax.config import LlamaConfig
+
+
+def tokens_per_round(acceptance: float, drafts: float) -> float:
+    """New tokens of a round: the accepted drafts and one of the verification."""
+    return 1 + acceptance * drafts
+
+
+def acceptance_rate(alpha: float, drafts: int) -> float:
+    """Accepted / drafted where each draft is right with probability alpha and the first wrong one
+    ends the run (Leviathan et al., 2023): the sum of alpha^i over i = 1..d, over d."""
+    return sum(alpha**i for i in range(1, drafts + 1)) / drafts
+
+
+def ideal_speedup(
+    config: LlamaConfig,
+    exit_layer: int,
+    drafts: float,
+    acceptance: float,
+    draft_vocab: int | None = None,
+) -> float:
+    """Speedup over autoregressive decoding if time were bytes of weights."""
+    head = config.head_params / config.layer_params
+    draft_head = head * (draft_vocab or config.vocab_size) / config.vocab_size
+    whole = config.num_layers + head
+    tokens = tokens_per_round(acceptance, drafts)
+    return tokens * whole / (drafts * (exit_layer + draft_head) + whole)
+
+
+def weight_bytes(config: LlamaConfig, itemsize: int) -> int:
+    """Bytes of weights that one token reads: all layers and the head."""
+    return (config.num_layers * config.layer_params + config.head_params) * itemsize
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Measured seconds. Keys are numbers of positions T that pass at once.
+
+    layer, head: one layer, and the head with its argmax. draft_head: of one position, by size of
+    the draft vocabulary. draft_step: what a draft step takes beside layers and head. step: what
+    an autoregressive round does.
+    """
+
+    layer: Mapping[int, float]
+    head: Mapping[int, float]
+    draft_head: Mapping[int, float]
+    draft_step: float
+    step: float
+
+    def autoregressive(self, num_layers: int) -> float:
+        """Seconds of a token."""
+        return self.step + num_layers * self.layer[1] + self.head[1]
+
+    def pass_seconds(self, num_layers: int, width: int) -> float:
+        """Seconds of `width` positions through all layers and the head."""
+        return num_layers * self.layer[width] + self.head[width]
+
+    def round(
+        self,
+        num_layers: int,
+        exit_layer: int,
+        drafts: float,
+        *,
+        width: int,
+        draft_vocab: int | None = None,
+    ) -> float:
+        """Seconds of a round of self-speculation with `drafts` draft steps (on average) and a
+        verification of `width` positions."""
+        head = self.head[1] if draft_vocab is None else self.draft_head[draft_vocab]
+        return (
+            drafts * (exit_layer * self.layer[1] + head + self.draft_step)
+            + exit_layer * self.layer[1]
+            + (num_layers - exit_layer) * self.layer[width]
+            + self.head[width]
+            + self.step
+        )
+
+    def speedup(
+        self,
+        num_layers: int,
+        exit_layer: int,
+        drafts: float,
+        acceptance: float,
+        *,
+        width: int,
+        draft_vocab: int | None = None,
+    ) -> float:
+        """Predicted speedup over autoregressive decoding."""
+        gain = tokens_per_round(acceptance, drafts) * self.autoregressive(num_layers)
+        cost = self.round(num_layers, exit_layer, drafts, width=width, draft_vocab=draft_vocab)
+        return gain / cost

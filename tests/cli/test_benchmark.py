@@ -1,0 +1,74 @@
+"""The benchmark's figures: what must hold whatever the clock says."""
+
+import json
+
+import pytest
+
+from lsjax.cli import benchmark
+from lsjax.cli.benchmark import main
+from lsjax.decoding import calibration
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch, tmp_path):
+    monkeypatch.setenv("LSJAX_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(benchmark, "keep_compiled_programs", lambda: None)
+    monkeypatch.setattr(benchmark, "memory_bandwidth", lambda: 1e9)
+    monkeypatch.setattr(calibration, "TIMED_SECONDS", 1e-3)
+    monkeypatch.setattr(calibration, "REPEATS", 1)
+
+
+def rows(tmp_path, *options) -> list[dict]:
+    file = tmp_path / "rows.jsonl"
+    given = ["--new-tokens", 16, "--repeats", 1, "--json", file, *options]
+    assert main([str(option) for option in given]) == 0
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def test_with_an_identity_tail_every_draft_is_right(model_directory, tmp_path, capsys):
+    grid = ("--exit-layers", 1, 2, "--num-draft-tokens", 2, 4)
+    options = ("--identity-tail", 1, "--draft-vocab", 64, "--prompt-length", 30)
+    found = rows(tmp_path, "--model", model_directory, *grid, *options)
+    cells = [(r["exit_layer"], r["num_draft_tokens"], r["draft_vocab"]) for r in found]
+    assert cells == [(None, None, None)] + [
+        (e, d, v) for v in (None, 64) for e in (1, 2) for d in (2, 4)
+    ]
+    base, *others = found
+    assert base["speedup"] == 1 and base["tokens_per_round"] == 1
+    assert base["share_of_bandwidth"] == base["bandwidth"] / 1e9
+    for row in others:
+        # 64 tokens hold all that the model says, which were counted.
+        assert row["acceptance_rate"] == 1 == min(row["acceptance_by_position"])
+        # 15 tokens after the first: rounds of d + 1.
+        assert row["tokens_per_round"] == 15 / -(-15 // (row["num_draft_tokens"] + 1))
+        assert row["share_of_ideal"] == row["speedup"] / row["ideal"]
+        assert row["predicted"] > 0 and row["round_over_parts"] > 0
+    # One to read prompts, one without drafts, and one for each vocabulary.
+    assert "4 programs" in capsys.readouterr().out
+
+
+def test_of_a_trained_model_drafts_are_refused_too(model_directory, tmp_path):
+    options = ("--exit-layers", 3, "--prompt-length", 40, "--capacity", 1000)
+    base, row = rows(tmp_path, "--model", model_directory, *options)
+    assert 0 < row["acceptance_rate"] < 1
+    assert row["acceptance_by_position"][0] >= row["acceptance_by_position"][-1]
+
+
+def test_autoregressive_alone(model_directory, tmp_path):
+    assert len(rows(tmp_path, "--model", model_directory)) == 1
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        (("--new-tokens", 1), "--new-tokens 1 is below 2"),
+        (("--repeats", 0), "--repeats 0 is below 1"),
+        (("--prompt-length", 0), "--prompt-length 0 is below 1"),
+        (("--identity-tail", 4), "--identity-tail 4 is not in 1..3"),
+        (("--exit-layers", 4), "exit layer 4 is not in 1..3"),
+        (("--exit-layers", 1, "--draft-vocab", 9), "needs token counts"),
+        (("--prompt-length", 500), "a prompt of 500 tokens and 64 new ones do not fit"),
+    ],
+)
+def test_bad_input(model_directory, refused, options, words):
+    assert words in refused(main, "--model", model_directory, *options)

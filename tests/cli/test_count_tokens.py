@@ -1,0 +1,65 @@
+"""The program that counts tokens, and decoding with what it counted."""
+
+import json
+
+import pytest
+
+import decode
+from lsjax.cli import count_tokens
+from lsjax.cli.count_tokens import main, read_pieces
+from lsjax.config import ConfigError
+
+
+@pytest.fixture(autouse=True)
+def cache(monkeypatch, tmp_path):
+    """Not the user's own."""
+    monkeypatch.setenv("LSJAX_CACHE", str(tmp_path / "cache"))
+
+
+def test_counts_are_kept_and_used(model_directory, tmp_path, capsys):
+    text = tmp_path / "text.jsonl"
+    text.write_text(json.dumps({"prompt": "aaab", "more": ["b", {"x": "c"}]}) + "\n")
+    given = ["--model", str(model_directory)]
+    drafts = [*given, "--prompt", "a", "--strategy", "self_speculative", "--max-new-tokens", "20"]
+    assert main([*given, "--text", str(text)]) == 0
+    assert "6 tokens, 3 different ones" in capsys.readouterr().out
+    results = []
+    for vocabulary in ([], ["--draft-vocab", "100"]):
+        assert decode.main([*drafts, *vocabulary, "--json", "-"]) == 0
+        results.append(json.loads(capsys.readouterr().out))
+    assert results[0]["token_ids"] == results[1]["token_ids"]
+    assert [result["draft_vocab"] for result in results] == [None, 100]
+
+
+def test_draft_vocabularies_without_counts(model_directory, refused):
+    given = ["--model", model_directory, "--prompt", "a", "--strategy", "self_speculative"]
+    words = "make them by python -m lsjax.cli.count_tokens --model"
+    assert words in refused(decode.main, *given, "--draft-vocab", 100)
+
+
+def test_other_strategies_have_none(model_directory, refused):
+    given = ["--model", model_directory, "--prompt", "a", "--draft-vocab", 100]
+    assert "--draft-vocab means nothing to autoregressive" in refused(decode.main, *given)
+
+
+@pytest.mark.parametrize("piece", [4, 1 << 20])
+def test_pieces_end_at_line_breaks(tmp_path, monkeypatch, piece):
+    monkeypatch.setattr(count_tokens, "PIECE", piece)
+    file = tmp_path / "a.txt"
+    file.write_text("one\ntwo two\n\nend", newline="")
+    pieces = list(read_pieces(file))
+    assert "".join(pieces) == "one\ntwo two\n\nend"
+    assert (len(pieces) > 2) == (piece == 4)
+
+
+@pytest.mark.parametrize(
+    "name, content, words",
+    [
+        ("a.txt", b"a\nb\xff", "near line [12], is not UTF-8"),
+        ("a.jsonl", b'{"a": "b"}\n{"a"\n', "line 2 is not JSON"),
+    ],
+)
+def test_damaged_text(tmp_path, name, content, words):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ConfigError, match=words):
+        list(read_pieces(tmp_path / name))

@@ -1,0 +1,63 @@
+"""Counts of tokens: made, kept, found, refused."""
+
+import json
+from collections import Counter
+
+import pytest
+
+from lsjax.config import ConfigError
+from lsjax.data.token_counts import (
+    NAME,
+    cached_counts,
+    count_tokens,
+    find_counts,
+    read_counts,
+    write_counts,
+)
+from lsjax.data.tokenizer_huggingface import ByteTokenizer
+
+TOKENIZER = ByteTokenizer()
+
+
+def test_counts_every_token_but_special_ones():
+    assert count_tokens(TOKENIZER, ["aab", "b<eos>"[:1]]) == Counter({ord("a"): 2, ord("b"): 2})
+
+
+def test_the_models_own_file_comes_first(tmp_path):
+    model, cache = tmp_path / "model", tmp_path / "cache"
+    model.mkdir()
+    command = rf"python -m lsjax.cli.count_tokens --model {model} --text FILE"
+    with pytest.raises(ConfigError, match=command):
+        find_counts(model, cache, TOKENIZER)
+    write_counts(cached_counts(cache, TOKENIZER), TOKENIZER, Counter({1: 2}))
+    assert find_counts(model, cache, TOKENIZER) == {1: 2}
+    write_counts(model / NAME, TOKENIZER, Counter({3: 4, 5: 6}))
+    assert find_counts(model, cache, TOKENIZER) == {3: 4, 5: 6}
+    assert [file.name for file in model.iterdir()] == [NAME]
+
+
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        ("[1", "has no token counts in it"),
+        ("[1]", "has no token counts in it"),
+        ('{"tokenizer": "x", "counts": 3}', "has no token counts in it"),
+        ('{"tokenizer": "x", "counts": {"1": 2}}', "was counted with another tokenizer"),
+        ({"counts": {"999": 2}}, "counts tokens that there are not"),
+        ({"counts": {"1": -2}}, "counts tokens that there are not"),
+        ({"counts": {}}, "counts tokens that there are not"),
+    ],
+)
+def test_damaged_files_are_named(tmp_path, content, words):
+    file = tmp_path / NAME
+    if isinstance(content, dict):
+        content = json.dumps(content | {"tokenizer": TOKENIZER.fingerprint})
+    file.write_text(content)
+    with pytest.raises(ConfigError, match=f"{NAME} {words}"):
+        read_counts(file, TOKENIZER)
+
+
+def test_an_empty_text_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="no tokens"):
+        write_counts(tmp_path / NAME, TOKENIZER, Counter())
+    assert not list(tmp_path.iterdir())
