@@ -1,12 +1,14 @@
 """Scaled dot-product attention with grouped queries: whole sequences, and against a cache."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-# Slots of the cache that one step of `cached_attention` reads.
-BLOCK = 256
+# Slots of the cache that one step of `cached_attention` reads; LARGE is a multiple of SMALL.
+SMALL, LARGE = 256, 1024
 
 
 def attention(
@@ -17,9 +19,8 @@ def attention(
 ) -> Float[Array, "B T N H"]:
     """Attention of T queries to S keys where `mask_BTS` is true; softmax in float32 or wider."""
     wide = jnp.promote_types(q_BTNH.dtype, jnp.float32)
-    scores = jnp.einsum(
-        "BTKGH,BSKH->BKGTS", _grouped(q_BTNH, k_BSKH.shape[2]), k_BSKH, preferred_element_type=wide
-    )
+    q_BTKGH = _grouped(q_BTNH, k_BSKH.shape[2]) * q_BTNH.shape[-1] ** -0.5
+    scores = jnp.einsum("BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH, preferred_element_type=wide)
     scores = jnp.where(mask_BTS[:, None, None], scores, -jnp.inf)
     weights = jax.nn.softmax(scores, axis=-1).astype(v_BSKH.dtype)
     mixed = jnp.einsum("BKGTS,BSKH->BTKGH", weights, v_BSKH)
@@ -36,8 +37,8 @@ def cached_attention(
 
     Reads the cache in blocks up to the furthest query of the batch, with an online softmax
     (Milakov and Gimelshein, 2018), so that the cost follows the length in use and not the
-    capacity. A block beyond a row's own length adds exact zeros to it: rows do not see how long
-    their batch mates are.
+    capacity: LARGE blocks as far as they are full, then SMALL ones. What lies beyond a row's own
+    length adds exact zeros to it: rows do not see their batch mates.
     """
     batch, steps, heads, size = q_BTNH.shape
     kv_heads, capacity = k_BKSH.shape[1:3]
@@ -47,16 +48,19 @@ def cached_attention(
         _grouped(q_BTNH, kv_heads).transpose(0, 2, 3, 1, 4).reshape(batch, kv_heads, rows, size)
     )
     position_BR = jnp.tile(positions_BT, (1, heads // kv_heads))  # of row r = (g, t)
-    block = min(BLOCK, capacity)
+    last = positions_BT.max()
 
-    def step(index, carry):
+    def step(block, index, carry):
         top, total, mixed = carry
         # The last block starts earlier where the capacity is no multiple of the block, and skips
         # what the block before it has read.
         start = jnp.minimum(index * block, capacity - block)
-        k_block = lax.dynamic_slice_in_dim(k_BKSH, start, block, axis=2)
-        v_block = lax.dynamic_slice_in_dim(v_BKSH, start, block, axis=2)
         slots = start + jnp.arange(block)
+        # Both blocks are copied before a product reads them. What makes the copy a computation
+        # lets XLA:CPU share it among the threads (docs/performance.md).
+        k_block = lax.dynamic_slice_in_dim(k_BKSH, start, block, axis=2) * size**-0.5
+        v_block = lax.dynamic_slice_in_dim(v_BKSH, start, block, axis=2)
+        v_block = jnp.where((slots <= last)[:, None], v_block, 0)
         visible_BRS = (slots <= position_BR[:, :, None]) & (slots >= index * block)
         scores = jnp.einsum("BKRH,BKSH->BKRS", q_BKRH, k_block, preferred_element_type=wide)
         scores = jnp.where(visible_BRS[:, None], scores, -jnp.inf)
@@ -71,14 +75,18 @@ def cached_attention(
         )
 
     # Slot 0 is visible to every query, so the first block makes `top` finite.
-    empty = (
+    carry = (
         jnp.full((batch, kv_heads, rows), -jnp.inf, wide),
         jnp.zeros((batch, kv_heads, rows), wide),
         jnp.zeros((batch, kv_heads, rows, size), wide),
     )
-    # A loop even where one block is all: without it XLA:CPU copies the cache before it writes.
-    used = positions_BT.max() // block + 1
-    _, total, mixed = lax.fori_loop(0, used, step, empty)
+    # Loops even where one block is all: without them XLA:CPU copies the cache before it writes.
+    small, done = min(SMALL, capacity), 0
+    if capacity >= LARGE:
+        full = (last + 1) // LARGE
+        carry = lax.fori_loop(0, full, partial(step, LARGE), carry)
+        done = full * (LARGE // SMALL)
+    _, total, mixed = lax.fori_loop(done, last // small + 1, partial(step, small), carry)
     mixed = (mixed / total[..., None]).astype(q_BTNH.dtype)
     mixed = mixed.reshape(batch, kv_heads, heads // kv_heads, steps, size)
     return mixed.transpose(0, 3, 1, 2, 4).reshape(q_BTNH.shape)
@@ -91,6 +99,6 @@ def causal_mask(batch: int, steps: int) -> Bool[Array, "B T T"]:
 
 
 def _grouped(q_BTNH: Float[Array, "B T N H"], kv_heads: int) -> Float[Array, "B T K G H"]:
-    """Scaled queries beside the K/V head that they share (G = N / K of them each)."""
+    """Queries beside the K/V head that they share (G = N / K of them each)."""
     batch, steps, heads, size = q_BTNH.shape
-    return (q_BTNH * size**-0.5).reshape(batch, steps, kv_heads, heads // kv_heads, size)
+    return q_BTNH.reshape(batch, steps, kv_heads, heads // kv_heads, size)
