@@ -18,15 +18,15 @@ from rich.progress import Progress
 
 from lsjax.cli.errors import one_line_errors
 from lsjax.cli.prompts import encode_prompts, read_prompts
-from lsjax.cli.setup import exact_products, keep_compiled_programs
+from lsjax.cli.setup import cache_directory, exact_products, keep_compiled_programs
 from lsjax.config import check
+from lsjax.data.token_counts import find_counts
 from lsjax.data.tokenizer_files import load_tokenizer
-from lsjax.decoding.autoregressive import Autoregressive
 from lsjax.decoding.completion import Completion
+from lsjax.decoding.draft_vocabulary import DraftVocabulary
 from lsjax.decoding.engine import Engine
 from lsjax.decoding.request import check_settings, encode_prompt
-from lsjax.decoding.self_speculative import SelfSpeculative
-from lsjax.decoding.state import Strategy
+from lsjax.decoding.self_speculative import Choices, SelfSpeculative
 from lsjax.evaluation.exactness import FLOAT32_MARGIN, first_difference
 from lsjax.model.checkpoint import assemble, open_source
 
@@ -47,6 +47,8 @@ class Arguments:
     """Draft lengths; every exit is tried with every length."""
     prompt_file: Path | None = None
     """.txt or .jsonl ("prompt", or Spec-Bench's "turns"); one prompt is built in."""
+    draft_vocab: int | None = None
+    """Drafts from this many of the most frequent tokens only (lsjax.cli.count_tokens)."""
     every: int = 1
     """Takes every n-th prompt of the file."""
     max_new_tokens: int = 64
@@ -71,10 +73,16 @@ def correctness(arguments: Arguments) -> int:
     prompts = prompts[:: arguments.every]
     source = open_source(arguments.model)
     tokenizer = load_tokenizer(arguments.model)
+    vocabulary = None
+    if arguments.draft_vocab is not None:
+        counts = find_counts(arguments.model, cache_directory(), tokenizer)
+        vocabulary = DraftVocabulary.most_frequent(counts, arguments.draft_vocab)
+    exits, lengths = sorted({*arguments.exit_layers}), sorted({*arguments.num_draft_tokens})
+    choices = Choices(tuple(exits), tuple(lengths))
     strategies = [
-        SelfSpeculative(exit_layer, drafts)
-        for exit_layer in arguments.exit_layers
-        for drafts in arguments.num_draft_tokens
+        SelfSpeculative(exit_layer, drafts, vocabulary, choices)
+        for exit_layer in exits
+        for drafts in lengths
     ]
     for strategy in strategies:
         check_settings(
@@ -100,17 +108,18 @@ def correctness(arguments: Arguments) -> int:
     with Progress(console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("decoding", total=len(prompts) * (1 + len(strategies)))
 
-        def run(strategy: Strategy, batch_size: int) -> list[Completion]:
-            engine = Engine(model, tokenizer, strategy, batch_size=batch_size)
+        def run(engine: Engine) -> list[Completion]:
             return engine.generate(
                 encoded,
                 max_new_tokens=arguments.max_new_tokens,
                 on_completion=lambda *_: progress.advance(task),
             )
 
-        expected = run(Autoregressive(), 1)
+        expected = run(Engine(model, tokenizer))
+        engine = Engine(model, tokenizer, strategies[0], batch_size=arguments.batch_size)
         for strategy in strategies:
-            found = run(strategy, arguments.batch_size)
+            engine.use(strategy)
+            found = run(engine)
             differences = [
                 first_difference(model, ids, one.token_ids, other.token_ids)
                 for ids, one, other in zip(encoded, expected, found, strict=True)

@@ -17,8 +17,8 @@ from jax import lax
 
 from lsjax.decoding.autoregressive import Autoregressive
 from lsjax.decoding.cost import Costs
-from lsjax.decoding.self_speculative import SelfSpeculative
-from lsjax.decoding.state import DecodeState
+from lsjax.decoding.self_speculative import Draft, SelfSpeculative
+from lsjax.decoding.state import DecodeState, Strategy
 from lsjax.model.cache import KVCache
 from lsjax.model.llama import Llama
 
@@ -39,7 +39,7 @@ def memory_bandwidth(num_bytes: int = 1 << 30) -> float:
         for _ in range(times):
             jax.block_until_ready(total(x))
 
-    return num_bytes / _median_seconds([run])[0]
+    return num_bytes / median_seconds([run])[0]
 
 
 def calibrated(
@@ -77,14 +77,15 @@ def calibrate(model: Llama, lengths: Sequence[int], draft_vocabs: Sequence[int] 
     draft's head.
     """
     widths = sorted({1, *(length + 1 for length in lengths)})
+    draft = SelfSpeculative(1, DRAFTS)
     parts = [
-        *(_layers(model, width) for width in widths),
-        *(_head(model, model.head_table, width) for width in widths),
-        *(_head(model, model.head_table[:size], 1) for size in draft_vocabs),
-        _rounds(model),
-        _draft(model),
+        *(layers_loop(model, width) for width in widths),
+        *(head_loop(model, model.head_table, width) for width in widths),
+        *(head_loop(model, model.head_table[:size], 1) for size in draft_vocabs),
+        rounds_loop(model, Autoregressive()),
+        draft_loop(model, draft),
     ]
-    seconds = iter(_median_seconds(parts))
+    seconds = iter(median_seconds(parts))
     layer = {width: next(seconds) / model.config.num_layers for width in widths}
     head = {width: next(seconds) for width in widths}
     draft_head = {size: next(seconds) for size in draft_vocabs}
@@ -93,7 +94,7 @@ def calibrate(model: Llama, lengths: Sequence[int], draft_vocabs: Sequence[int] 
     return Costs(layer, head, draft_head, draft_step=max(0.0, draft_step), step=max(0.0, step))
 
 
-def _layers(model: Llama, width: int) -> Loop:
+def layers_loop(model: Llama, width: int) -> Loop:
     """All layers on `width` positions."""
     start = jnp.ones((1, width, model.config.hidden_size), model.dtype)
     cache = KVCache.create(model.config, 1, 2 * LENGTH + width, model.dtype)
@@ -106,10 +107,10 @@ def _layers(model: Llama, width: int) -> Loop:
             start + 1e-6 * x_BTD, 0, model.config.num_layers, positions_BT, cache
         )
 
-    return _loop(model, body, (start, cache))
+    return compiled_loop(model, body, (start, cache))
 
 
-def _head(model: Llama, table_VD: jax.Array, width: int) -> Loop:
+def head_loop(model: Llama, table_VD: jax.Array, width: int) -> Loop:
     """The head and its best token at `width` positions."""
     start = jnp.ones((width, model.config.hidden_size), model.dtype)
 
@@ -117,57 +118,70 @@ def _head(model: Llama, table_VD: jax.Array, width: int) -> Loop:
         model, table_VD = pair
         return start + 1e-9 * model.unembed(x_TD, table_VD).argmax(-1)[:, None].astype(start.dtype)
 
-    return _loop((model, table_VD), body, start)
+    return compiled_loop((model, table_VD), body, start)
 
 
-def _rounds(model: Llama) -> Loop:
-    """Rounds of autoregressive decoding, always at the same place."""
-    state = _state(model, 1)
+def rounds_loop(
+    model: Llama, strategy: Strategy, *, length: int = LENGTH, capacity: int = 0
+) -> Loop:
+    """Whole rounds, always at the same place: the row is shortened again after each."""
+    settings = strategy.arguments(model)
+    state = _state(model, strategy, length, capacity)
 
     def body(model, state):
-        done = Autoregressive().step(model, state, ())
+        done = strategy.step(model, state, settings)
         return dataclasses.replace(done, length_B=state.length_B, finish_B=state.finish_B)
 
-    return _loop(model, body, state)
+    return compiled_loop(model, body, state)
 
 
-def _draft(model: Llama) -> Loop:
-    """DRAFTS draft steps of one layer."""
-    strategy = SelfSpeculative(1, DRAFTS)
+def draft_loop(model: Llama, strategy: SelfSpeculative) -> Loop:
+    """The drafts of a round."""
     settings = strategy.arguments(model)
 
     def body(model, state):
         draft = strategy.draft(model, state, settings)
-        # The drafts are used, or the compiler would leave out the head.
-        pending_BT = state.pending_B[:, None] + draft.tokens_BT[:, :1] % 2
-        tokens_BS = lax.dynamic_update_slice(state.tokens_BS, pending_BT % 2, (0, LENGTH - 1))
+        # The drafts decide the pending token, or the compiler would leave out the head.
+        pending_BT = draft.tokens_BT[:, :1]
+        tokens_BS = lax.dynamic_update_slice(draft.state.tokens_BS, pending_BT, (0, LENGTH - 1))
         return dataclasses.replace(draft.state, tokens_BS=tokens_BS)
 
-    return _loop(model, body, _state(model, strategy.slack))
+    return compiled_loop(model, body, _state(model, strategy, LENGTH))
 
 
-def _state(model: Llama, slack: int) -> DecodeState:
-    return DecodeState.create(
-        model.config,
-        [[1] * LENGTH],
-        [LENGTH],
-        np.array([-1]),
-        capacity=2 * LENGTH + slack,
-        slack=slack,
-        num_layers=model.config.num_layers,
-        dtype=model.dtype,
-    )
+def verify_loop(model: Llama, strategy: SelfSpeculative) -> Loop:
+    """The verification of a round, of full drafts."""
+    settings = strategy.arguments(model)
+    state = _state(model, strategy, LENGTH)
+    steps = 1 + strategy.num_draft_tokens
+    hidden_BTD = jnp.ones((1, steps, model.config.hidden_size), model.dtype)
+
+    def body(model, state):
+        tokens_BT = jnp.broadcast_to(state.pending_B[:, None], (1, steps))
+        count_B = jnp.full(1, strategy.num_draft_tokens, jnp.int32)
+        draft = Draft(state, hidden_BTD + 1e-9 * tokens_BT[..., None], tokens_BT, count_B)
+        done = strategy.verify(model, draft, settings)
+        return dataclasses.replace(done, length_B=state.length_B, finish_B=state.finish_B)
+
+    return compiled_loop(model, body, state)
 
 
-def _loop(constants: Any, body: Callable[[Any, Any], Any], start: Any) -> Loop:
-    """A compiled loop of `body(constants, carry)`, whose carry goes from call to call."""
+def compiled_loop(
+    constants: Any,
+    body: Callable[[Any, Any], Any],
+    start: Any,
+    compiler_options: dict[str, Any] | None = None,
+) -> Loop:
+    """A loop of `body(constants, carry)` on the device; the carry goes from call to call."""
     leaves, structure = jax.tree.flatten(constants)
+    start = jax.tree.map(jnp.copy, start)  # it is donated
 
     def program(leaves, carry, times):
         constants = jax.tree.unflatten(structure, leaves)
         return lax.fori_loop(0, times, lambda _, carry: body(constants, carry), carry)
 
-    compiled = jax.jit(program, donate_argnums=1).lower(leaves, start, np.int32(1)).compile()
+    lowered = jax.jit(program, donate_argnums=1).lower(leaves, start, np.int32(1))
+    compiled = lowered.compile(compiler_options=compiler_options)
     held = [start]
 
     def run(times: int) -> None:
@@ -176,7 +190,7 @@ def _loop(constants: Any, body: Callable[[Any, Any], Any], start: Any) -> Loop:
     return run
 
 
-def _median_seconds(loops: Sequence[Loop]) -> list[float]:
+def median_seconds(loops: Sequence[Loop]) -> list[float]:
     """Seconds of one turn of each loop, the median of repeats in which the loops take turns."""
     times = []
     for loop in loops:
@@ -187,6 +201,19 @@ def _median_seconds(loops: Sequence[Loop]) -> list[float]:
         for _ in range(REPEATS)
     ]
     return [statistics.median(column) for column in zip(*measured, strict=True)]
+
+
+def _state(model: Llama, strategy: Strategy, length: int, capacity: int = 0) -> DecodeState:
+    return DecodeState.create(
+        model.config,
+        [[1] * length],
+        [LENGTH],
+        np.array([-1]),
+        capacity=max(capacity, length + LENGTH + strategy.slack),
+        slack=strategy.slack,
+        num_layers=strategy.depth(model.config),
+        dtype=model.dtype,
+    )
 
 
 def _seconds(loop: Loop, times: int) -> float:

@@ -89,6 +89,7 @@ def test_figures(trace):
         "strategy": "self_speculative",
         "exit_layer": 2,
         "num_draft_tokens": 3,
+        "draft_vocab": None,
         "rounds": 3,
         "drafted": 7,
         "accepted": 6,

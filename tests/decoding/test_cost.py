@@ -115,5 +115,5 @@ def test_median_of_loops(monkeypatch):
 
         return run
 
-    found = calibration._median_seconds([loop(0.02), loop(0.3)])
+    found = calibration.median_seconds([loop(0.02), loop(0.3)])
     assert np.allclose(found, [0.02, 0.3])

@@ -1,0 +1,99 @@
+"""What a round is made of, and what a longer text costs: measured apart from any text.
+
+    python benchmarks/rounds.py models/smollm2
+
+Every figure comes from a loop on the device that repeats one thing at one place, all loops in
+turns. First: rounds of self-speculation beside the sum of their draft and their verification, each
+in a program of its own. Then: autoregressive rounds at several lengths and capacities beside what
+the bytes of weights, keys and values predict from the first line.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+import lsjax
+from lsjax.cli.setup import exact_products, keep_compiled_programs
+from lsjax.decoding.calibration import (
+    draft_loop,
+    median_seconds,
+    memory_bandwidth,
+    rounds_loop,
+    verify_loop,
+)
+from lsjax.decoding.cost import weight_bytes
+from lsjax.decoding.self_speculative import Choices, SelfSpeculative
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """What a round is made of, and what a longer text costs."""
+
+    model: tyro.conf.Positional[Path]
+    """Hugging Face directory or .gguf file."""
+    exit_layers: tuple[int, ...] = (2, 8, 15)
+    """Exits."""
+    num_draft_tokens: tuple[int, ...] = (2, 8, 12)
+    """Draft lengths; every exit is tried with every length."""
+    lengths: tuple[int, ...] = (200, 2000, 8000)
+    """Tokens in the cache."""
+
+
+def main(arguments: Arguments) -> None:
+    """Measures and prints both tables."""
+    keep_compiled_programs()
+    exact_products()
+    model = lsjax.load(arguments.model)
+    console = Console(highlight=False)
+    choices = Choices(arguments.exit_layers, arguments.num_draft_tokens)
+    cells = [
+        SelfSpeculative(exit_layer, drafts, choices=choices)
+        for exit_layer in choices.exit_layers
+        for drafts in choices.num_draft_tokens
+    ]
+    table = Table("E", "d", "draft ms", "verification ms", "round ms", "round/sum", "one program")
+    for cell in cells:
+        alone = SelfSpeculative(cell.exit_layer, cell.num_draft_tokens)
+        loops = [draft_loop(model, alone), verify_loop(model, alone)]
+        loops += [rounds_loop(model, alone), rounds_loop(model, cell)]
+        draft, verification, own, shared = (1e3 * x for x in median_seconds(loops))
+        table.add_row(
+            *(str(x) for x in (cell.exit_layer, cell.num_draft_tokens)),
+            *(f"{x:.1f}" for x in (draft, verification, own)),
+            f"{own / (draft + verification):.3f}",
+            f"{shared / own:.3f}",
+        )
+    console.print(table)
+    console.print("one program: the round in a program for all these exits and lengths, over it")
+
+    places = [(length, 0) for length in arguments.lengths]
+    places.insert(1, (arguments.lengths[0], max(arguments.lengths) + 192))
+    loops = [
+        rounds_loop(model, lsjax.Autoregressive(), length=length, capacity=capacity)
+        for length, capacity in places
+    ]
+    seconds = median_seconds(loops)
+    read = [
+        weight_bytes(model.config, model.dtype.itemsize)
+        + model.config.cache_bytes(1, length, model.dtype.itemsize)
+        for length, _ in places
+    ]
+    bandwidth = memory_bandwidth()
+    table = Table("tokens", "slots", "ms", "GB/s", "of the memory's", "over prediction")
+    for (length, capacity), second, size in zip(places, seconds, read, strict=True):
+        predicted = seconds[0] * size / read[0]
+        table.add_row(
+            *(str(length), str(max(capacity, length)), f"{second * 1e3:.1f}"),
+            *(f"{size / second / 1e9:.1f}", f"{size / second / bandwidth:.0%}"),
+            f"{second / predicted:.2f}",
+        )
+    console.print(table)
+    console.print(f"jax {jax.__version__}, memory {bandwidth / 1e9:.1f} GB/s")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Arguments, description=__doc__))
