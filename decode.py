@@ -20,7 +20,7 @@ import tyro
 from rich.console import Console
 from rich.progress import Progress
 
-from lsjax.cli.errors import one_line_errors
+from lsjax.cli.errors import check_output, one_line_errors
 from lsjax.cli.prompts import encode_prompts, read_prompts
 from lsjax.cli.setup import cache_directory, exact_products, keep_compiled_programs
 from lsjax.cli.show import LEGEND, coloured, summary, verbatim
@@ -125,13 +125,7 @@ def decode(arguments: Arguments) -> None:
             or arguments.json.resolve() != arguments.prompt_file.resolve(),
             f"--json {arguments.json} would overwrite the prompts: name another file",
         )
-        try:
-            arguments.json.open("a").close()  # better to fail now than after the work
-        except OSError as error:
-            raise ConfigError(
-                f"--json {arguments.json} can't be written ({error.strerror}): name a file in a "
-                "directory that exists and is yours"
-            ) from None
+        check_output(arguments.json)
 
     keep_compiled_programs()
     dtype = arguments.dtype

@@ -19,6 +19,7 @@ from rich.table import Table
 import lsjax
 from lsjax.cli.setup import exact_products, keep_compiled_programs
 from lsjax.decoding.calibration import (
+    LENGTH,
     draft_loop,
     median_seconds,
     memory_bandwidth,
@@ -49,7 +50,8 @@ def main(arguments: Arguments) -> None:
     exact_products()
     model = lsjax.load(arguments.model)
     console = Console(highlight=False)
-    choices = Choices(arguments.exit_layers, arguments.num_draft_tokens)
+    exits, drafts = arguments.exit_layers, arguments.num_draft_tokens
+    choices = Choices(tuple(sorted({*exits})), tuple(sorted({*drafts})))
     cells = [
         SelfSpeculative(exit_layer, drafts, choices=choices)
         for exit_layer in choices.exit_layers
@@ -70,8 +72,8 @@ def main(arguments: Arguments) -> None:
     console.print(table)
     console.print("one program: the round in a program for all these exits and lengths, over it")
 
-    places = [(length, 0) for length in arguments.lengths]
-    places.insert(1, (arguments.lengths[0], max(arguments.lengths) + 192))
+    places = [(length, length + LENGTH + 1) for length in arguments.lengths]
+    places.insert(1, (places[0][0], places[-1][1]))
     loops = [
         rounds_loop(model, lsjax.Autoregressive(), length=length, capacity=capacity)
         for length, capacity in places
@@ -87,7 +89,7 @@ def main(arguments: Arguments) -> None:
     for (length, capacity), second, size in zip(places, seconds, read, strict=True):
         predicted = seconds[0] * size / read[0]
         table.add_row(
-            *(str(length), str(max(capacity, length)), f"{second * 1e3:.1f}"),
+            *(str(length), str(capacity), f"{second * 1e3:.1f}"),
             *(f"{size / second / 1e9:.1f}", f"{size / second / bandwidth:.0%}"),
             f"{second / predicted:.2f}",
         )

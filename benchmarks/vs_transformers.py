@@ -74,7 +74,7 @@ def main(arguments: Arguments) -> None:
     lsjax_name, peer_name = list(sides)[:2]
     for prompt, found, expected in zip(prompts, tokens[lsjax_name], tokens[peer_name], strict=True):
         difference = first_difference(model, prompt, expected, found)
-        if difference is not None and difference.margin > FLOAT32_MARGIN:
+        if difference is not None and not difference.margin <= FLOAT32_MARGIN:
             raise SystemExit(f"the two float32 sides disagree: {difference}")
 
     base = statistics.median(speeds[peer_name])

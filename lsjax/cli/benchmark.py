@@ -23,7 +23,7 @@ from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
 
-from lsjax.cli.errors import one_line_errors
+from lsjax.cli.errors import check_output, one_line_errors
 from lsjax.cli.prompts import encode_prompts, read_prompts
 from lsjax.cli.setup import cache_directory, exact_products, keep_compiled_programs, machine
 from lsjax.config import check
@@ -35,7 +35,7 @@ from lsjax.decoding.completion import Completion
 from lsjax.decoding.cost import Costs, ideal_speedup, weight_bytes
 from lsjax.decoding.draft_vocabulary import DraftVocabulary
 from lsjax.decoding.engine import Engine
-from lsjax.decoding.request import check_settings
+from lsjax.decoding.request import check_settings, encode_prompt
 from lsjax.decoding.self_speculative import Choices, SelfSpeculative
 from lsjax.decoding.state import Strategy
 from lsjax.evaluation.identity_tail import identity_tail
@@ -128,22 +128,35 @@ def benchmark(arguments: Arguments) -> None:
         texts = read_prompts(arguments.prompt, arguments.prompt_file)
     length = arguments.prompt_length
     check(length is None or length >= 1, f"--prompt-length {length} is below 1: choose 1 up")
-    prompts = [
-        ids if length is None else (ids * (length // len(ids) + 1))[:length]
-        for ids in encode_prompts(texts, tokenizer.encode)
-    ]
+
+    def encode(text: str) -> list[int]:
+        ids = tokenizer.encode(text)
+        if ids and length is not None:
+            ids = (ids * (length // len(ids) + 1))[:length]
+        limits = dict(max_new_tokens=arguments.new_tokens, max_length=None)
+        return encode_prompt(ids, tokenizer, config, **limits)
+
+    prompts = encode_prompts(texts, encode)
     tail = arguments.identity_tail
     check(
         tail is None or 1 <= tail < config.num_layers,
         f"--identity-tail {tail} is not in 1..{config.num_layers - 1}: choose a layer there",
     )
+    check(
+        bool(arguments.num_draft_tokens) or not arguments.exit_layers,
+        "--exit-layers needs --num-draft-tokens, one draft length or several",
+    )
     plain = strategies(arguments, None)
-    for strategy in plain:
+    for strategy in [Autoregressive(), *plain]:
         check_settings(config, tokenizer, strategy, batch_size=1, max_length=None)
-    own_counts = arguments.draft_vocab is not None and tail is not None
-    counts = None
-    if arguments.draft_vocab is not None and not own_counts:
+    size = arguments.draft_vocab if plain else None
+    counts = {}
+    if size is not None and tail is None:
         counts = find_counts(arguments.model, cache_directory(), tokenizer)
+    if size is not None:
+        DraftVocabulary.most_frequent(counts, size).validate(config)
+    if arguments.json is not None:
+        check_output(arguments.json)
 
     keep_compiled_programs()
     dtype = arguments.dtype
@@ -155,19 +168,15 @@ def benchmark(arguments: Arguments) -> None:
     if tail is not None:
         model = identity_tail(model, tail)
     engine = Engine(model, tokenizer, ignore_end=True, min_capacity=arguments.capacity)
-    for ids in prompts:
-        engine.encode(ids, arguments.new_tokens)
-
     console = Console(highlight=False, markup=False, emoji=False)
     if not console.is_terminal:
         console.width = 160  # a file has room for the table
     with Progress(console=Console(stderr=True), transient=True) as progress:
-        if own_counts:
-            counts = own_tokens(engine, prompts, arguments.new_tokens)
         vocabulary = None
-        if counts is not None:
-            vocabulary = DraftVocabulary.most_frequent(counts, arguments.draft_vocab)
-            vocabulary.validate(config)
+        if size is not None:
+            if tail is not None:
+                counts = own_tokens(engine, prompts, arguments.new_tokens)
+            vocabulary = DraftVocabulary.most_frequent(counts, size)
         everything = [
             Autoregressive(),
             *plain,

@@ -126,7 +126,7 @@ def correctness(arguments: Arguments) -> int:
             ]
             margins = [d.margin for d in differences if d is not None]
             if arguments.dtype == "float32":
-                wrong += sum(margin > FLOAT32_MARGIN for margin in margins)
+                wrong += sum(not margin <= FLOAT32_MARGIN for margin in margins)
             drafted = sum(c.drafted for c in found)
             rounds = sum(c.rounds for c in found)
             console.print(

@@ -58,7 +58,7 @@ def count(arguments: Arguments) -> None:
             for file in arguments.text:
                 for piece in read_pieces(file):
                     yield piece
-                    progress.advance(task, len(piece.encode(errors="replace")))
+                    progress.advance(task, len(piece.encode()))
 
         counts = count_tokens(tokenizer, pieces())
     write_counts(output, tokenizer, counts)
@@ -69,49 +69,47 @@ def count(arguments: Arguments) -> None:
 
 
 def read_pieces(file: Path) -> Iterator[str]:
-    """A file's text in pieces that end at line breaks.
+    """A file's text in pieces: of .jsonl every string by itself, of others PIECE characters and
+    what is left of the line.
 
     Raises ConfigError with the line for what is not UTF-8, or not JSON in a .jsonl file.
     """
-    held: list[str] = []
-    size = 0
+    rows = file.suffix == ".jsonl"
     with file.open(encoding="utf-8-sig", newline="\n") as lines:
-        number = 0
+        line, held = 0, ""
         while True:
-            number += 1
+            line += 1
             try:
-                line = lines.readline()
-                texts = list(_texts(json.loads(line))) if _is_row(file, line) else [line]
-            except UnicodeDecodeError:
+                text = lines.readline()
+                strings = list(_strings(json.loads(text))) if rows and text.strip() else []
+                "".join(strings).encode()  # JSON may hold half a character
+            except UnicodeError:
                 raise ConfigError(
-                    f"{file}, near line {number}, is not UTF-8 text: save it as UTF-8"
+                    f"{file}, near line {line}, is not UTF-8 text: save it as UTF-8"
                 ) from None
             except (ValueError, RecursionError) as error:
                 problem = getattr(error, "msg", error)
-                raise ConfigError(f"{file}, line {number} is not JSON ({problem})") from None
-            held += texts
-            size += sum(map(len, texts))
-            if size >= PIECE or not line:
-                yield "".join(held)
-                held, size = [], 0
-            if not line:
+                raise ConfigError(f"{file}, line {line} is not JSON ({problem})") from None
+            yield from strings
+            if not rows:
+                held += text
+            if held and (len(held) >= PIECE or not text):
+                yield held
+                held = ""
+            if not text:
                 return
 
 
-def _is_row(file: Path, line: str) -> bool:
-    return file.suffix == ".jsonl" and bool(line.strip())
-
-
-def _texts(value: object) -> Iterator[str]:
+def _strings(value: object) -> Iterator[str]:
     """Every string in a JSON value, keys left out."""
     match value:
         case str():
             yield value
         case list():
             for item in value:
-                yield from _texts(item)
+                yield from _strings(item)
         case dict():
-            yield from _texts(list(value.values()))
+            yield from _strings(list(value.values()))
 
 
 if __name__ == "__main__":

@@ -3,8 +3,22 @@
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from rich.console import Console
+
+from lsjax.config import ConfigError
+
+
+def check_output(file: Path) -> None:
+    """Raises ConfigError where a file can't be written: better now than after the work."""
+    try:
+        file.open("a").close()
+    except OSError as error:
+        raise ConfigError(
+            f"{file} can't be written ({error.strerror}): name a file in a directory that exists "
+            "and is yours"
+        ) from None
 
 
 @contextmanager

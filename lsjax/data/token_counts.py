@@ -54,7 +54,14 @@ def read_counts(file: Path, tokenizer: Tokenizer) -> Counter[int]:
         content = json.loads(file.read_text(encoding="utf-8"))
         counts = Counter({int(token): int(n) for token, n in content["counts"].items()})
         fingerprint = content["tokenizer"]
-    except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
+    except (
+        ValueError,
+        RecursionError,
+        LookupError,
+        TypeError,
+        ArithmeticError,
+        AttributeError,
+    ) as error:
         raise ConfigError(f"{file} has no token counts in it ({error}): count again") from None
     check(
         fingerprint == tokenizer.fingerprint,

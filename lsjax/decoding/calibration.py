@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -56,15 +57,16 @@ def calibrated(
     key = f"{machine} {jax.__version__} {jax.devices()[0].device_kind} {model.config} {model.dtype}"
     file = cache / "costs" / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
     known = _read(file)
-    if known is not None and not again:
+    if known is not None:
         widths = {1, *(length + 1 for length in lengths)}
-        if widths <= known.head.keys() and {*draft_vocabs} <= known.draft_head.keys():
+        enough = widths <= known.head.keys() and {*draft_vocabs} <= known.draft_head.keys()
+        if enough and not again:
             return known
         lengths = sorted({*lengths, *(width - 1 for width in known.head)})
         draft_vocabs = sorted({*draft_vocabs, *known.draft_head})
     costs = calibrate(model, lengths, draft_vocabs)
     file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_suffix(".partial")
+    partial = file.with_suffix(f".{os.getpid()}")
     partial.write_text(json.dumps(asdict(costs)))
     partial.replace(file)
     return costs
@@ -91,7 +93,7 @@ def calibrate(model: Llama, lengths: Sequence[int], draft_vocabs: Sequence[int] 
     draft_head = {size: next(seconds) for size in draft_vocabs}
     step = next(seconds) - model.config.num_layers * layer[1] - head[1]
     draft_step = (next(seconds) - (DRAFTS + 1) * layer[1]) / DRAFTS - head[1]
-    return Costs(layer, head, draft_head, draft_step=max(0.0, draft_step), step=max(0.0, step))
+    return Costs(layer, head, draft_head, draft_step=draft_step, step=step)
 
 
 def layers_loop(model: Llama, width: int) -> Loop:
@@ -125,45 +127,43 @@ def rounds_loop(
     model: Llama, strategy: Strategy, *, length: int = LENGTH, capacity: int = 0
 ) -> Loop:
     """Whole rounds, always at the same place: the row is shortened again after each."""
-    settings = strategy.arguments(model)
     state = _state(model, strategy, length, capacity)
 
-    def body(model, state):
-        done = strategy.step(model, state, settings)
+    def body(pair, state):
+        done = strategy.step(pair[0], state, pair[1])
         return dataclasses.replace(done, length_B=state.length_B, finish_B=state.finish_B)
 
-    return compiled_loop(model, body, state)
+    return compiled_loop((model, strategy.arguments(model)), body, state)
 
 
 def draft_loop(model: Llama, strategy: SelfSpeculative) -> Loop:
     """The drafts of a round."""
-    settings = strategy.arguments(model)
 
-    def body(model, state):
-        draft = strategy.draft(model, state, settings)
+    def body(pair, state):
+        draft = strategy.draft(pair[0], state, pair[1])
         # The drafts decide the pending token, or the compiler would leave out the head.
         pending_BT = draft.tokens_BT[:, :1]
         tokens_BS = lax.dynamic_update_slice(draft.state.tokens_BS, pending_BT, (0, LENGTH - 1))
         return dataclasses.replace(draft.state, tokens_BS=tokens_BS)
 
-    return compiled_loop(model, body, _state(model, strategy, LENGTH))
+    constants = (model, strategy.arguments(model))
+    return compiled_loop(constants, body, _state(model, strategy, LENGTH))
 
 
 def verify_loop(model: Llama, strategy: SelfSpeculative) -> Loop:
     """The verification of a round, of full drafts."""
-    settings = strategy.arguments(model)
     state = _state(model, strategy, LENGTH)
     steps = 1 + strategy.num_draft_tokens
     hidden_BTD = jnp.ones((1, steps, model.config.hidden_size), model.dtype)
 
-    def body(model, state):
+    def body(pair, state):
         tokens_BT = jnp.broadcast_to(state.pending_B[:, None], (1, steps))
         count_B = jnp.full(1, strategy.num_draft_tokens, jnp.int32)
         draft = Draft(state, hidden_BTD + 1e-9 * tokens_BT[..., None], tokens_BT, count_B)
-        done = strategy.verify(model, draft, settings)
+        done = strategy.verify(pair[0], draft, pair[1])
         return dataclasses.replace(done, length_B=state.length_B, finish_B=state.finish_B)
 
-    return compiled_loop(model, body, state)
+    return compiled_loop((model, strategy.arguments(model)), body, state)
 
 
 def compiled_loop(

@@ -32,7 +32,8 @@ class Trace:
         """The tokens of a row from position `start` on."""
         new = slice(start, int(state.length_B[row]))
         buffers = (state.tokens_BS, state.accepted_BS, state.replaced_BS, state.round_BS)
-        return cls(*(np.asarray(buffer)[row, new] for buffer in buffers))
+        # Copies: a view would keep the whole batch's buffers.
+        return cls(*(np.asarray(buffer)[row, new].copy() for buffer in buffers))
 
     def __len__(self) -> int:
         return len(self.tokens_n)

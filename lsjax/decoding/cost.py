@@ -21,12 +21,6 @@ def tokens_per_round(acceptance: float, drafts: float) -> float:
     return 1 + acceptance * drafts
 
 
-def acceptance_rate(alpha: float, drafts: int) -> float:
-    """Accepted / drafted where each draft is right with probability alpha and the first wrong one
-    ends the run (Leviathan et al., 2023): the sum of alpha^i over i = 1..d, over d."""
-    return sum(alpha**i for i in range(1, drafts + 1)) / drafts
-
-
 def ideal_speedup(
     config: LlamaConfig,
     exit_layer: int,
@@ -53,7 +47,7 @@ class Costs:
 
     layer, head: one layer, and the head with its argmax. draft_head: of one position, by size of
     the draft vocabulary. draft_step: what a draft step takes beside layers and head. step: what
-    an autoregressive round does.
+    an autoregressive round does. Noise may make these two fall below zero.
     """
 
     layer: Mapping[int, float]

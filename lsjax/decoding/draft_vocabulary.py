@@ -59,10 +59,11 @@ class DraftVocabulary:
     def validate(self, config: LlamaConfig) -> None:
         """Raises ConfigError where the model has no such tokens, or no others."""
         check(
-            len(self) < config.vocab_size,
+            0 < len(self) < config.vocab_size,
             f"a draft vocabulary of {len(self)} does not make the head of {config.vocab_size} "
             "smaller: choose a smaller --draft-vocab, or none",
         )
+        check(bool((np.diff(self.ids_N) > 0).all()), "the draft vocabulary's ids do not rise")
         check(
             bool(0 <= self.ids_N[0] and self.ids_N[-1] < config.vocab_size),
             f"the draft vocabulary has ids {self.ids_N[0]}..{self.ids_N[-1]}, the model "

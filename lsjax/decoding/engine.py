@@ -151,14 +151,13 @@ class Engine:
     ) -> Iterator[tuple[int, str, Completion | None]]:
         """Decodes one batch; yields (row, new text, its completion once it has ended)."""
         before = self.compile_seconds
+        strategy, arguments = self.strategy, self._arguments  # `use` may come in between
         state = self._start(prompts, max_new_tokens)
         rounds = np.int32(ROUNDS_PER_LOOK if look else np.iinfo(np.int32).max)
         chunk = next((size for size in CHUNKS if size >= max(map(len, prompts))), CHUNKS[-1])
-        depth = self.strategy.depth(self.model.config)
+        depth = strategy.depth(self.model.config)
         run_prefill = self._compiled(partial(prefill, chunk=chunk, depth=depth), state)
-        run_decode = self._compiled(
-            partial(decode, strategy=self.strategy), state, rounds, self._arguments
-        )
+        run_decode = self._compiled(partial(decode, strategy=strategy), state, rounds, arguments)
         compile_seconds = self.compile_seconds - before
 
         state, prefill_seconds = _timed(run_prefill, state)
@@ -174,7 +173,7 @@ class Engine:
                     finish_B[row] = finish_B[row] or STOP
                     completion = Completion.of(
                         trace,
-                        strategy=self.strategy,
+                        strategy=strategy,
                         prompt=self.tokenizer.decode(prompts[row]),
                         text=texts.pop(row).text,
                         num_prompt_tokens=len(prompts[row]),
@@ -187,7 +186,7 @@ class Engine:
             if not texts:
                 return
             state = dataclasses.replace(state, finish_B=jnp.asarray(finish_B))
-            state, seconds = _timed(run_decode, state, rounds, self._arguments)
+            state, seconds = _timed(run_decode, state, rounds, arguments)
             decode_seconds += seconds
             self.decode_seconds += seconds
 

@@ -37,7 +37,7 @@ def decode(
     model: Llama, state: DecodeState, rounds: Int[Array, ""], arguments: Any, *, strategy: Strategy
 ) -> DecodeState:
     """At most `rounds` rounds of the strategy with these `arguments` of it; returns as soon as a
-    row that ran has ended, so that the host can take its time and put another in its place."""
+    row that ran has ended, so that the host can note its time."""
 
     def more(carry):
         done, current = carry

@@ -120,8 +120,8 @@ class SelfSpeculative(Strategy):
         return type(self), self.exits, self.lengths, self.draft_vocab
 
     def validate(self, config: LlamaConfig) -> None:
-        """Raises ConfigError unless 1 <= exit_layer < L, num_draft_tokens >= 0, both are among
-        the choices, and the vocabulary is a part of the model's."""
+        """Raises ConfigError unless 1 <= exit_layer < L, num_draft_tokens >= 0, the choices
+        cover both, and the vocabulary is a part of the model's."""
         for exit_layer in (self.exit_layer, *self.exits):
             check(
                 1 <= exit_layer < config.num_layers,
@@ -132,7 +132,13 @@ class SelfSpeculative(Strategy):
         for drafts in (self.num_draft_tokens, *self.lengths):
             check(
                 drafts >= 0,
-                f"num_draft_tokens {drafts} is below 0: choose --num-draft-tokens 1 or more",
+                f"num_draft_tokens {drafts} is below 0: choose --num-draft-tokens 1 or more, or "
+                "0 to draft nothing",
+            )
+            check(
+                drafts <= config.max_context,
+                f"num_draft_tokens {drafts} is above the model's context of {config.max_context}: "
+                "choose a smaller --num-draft-tokens",
             )
         check(
             self.exit_layer in self.exits and self.num_draft_tokens <= self.lengths[-1],

@@ -23,8 +23,8 @@ FLOAT32_MARGIN = 1e-4
 class Difference:
     """The first place where two decodings differ.
 
-    index: of the new token. margin: of the two best logits there, by the whole model; infinite
-    if one decoding merely ends earlier.
+    index: of the new token. margin: by how much the whole model's best logit there exceeds the
+    worse of the two tokens'; infinite if one decoding merely ends earlier. NaN stays NaN.
     """
 
     index: int
@@ -46,8 +46,8 @@ def first_difference(
         ends = [tokens[index] if index < len(tokens) else None for tokens in (expected, found)]
         return Difference(index, *ends, margin=np.inf)
     logits_V = last_logits(model, [*prompt, *expected[:index]])
-    second, first = np.sort(logits_V)[-2:]
-    return Difference(index, expected[index], found[index], margin=float(first - second))
+    worse = np.minimum(logits_V[expected[index]], logits_V[found[index]])
+    return Difference(index, expected[index], found[index], margin=float(logits_V.max() - worse))
 
 
 def last_logits(model: Llama, tokens: Sequence[int]) -> Float[np.ndarray, " V"]:

@@ -37,8 +37,8 @@ def cached_attention(
 
     Reads the cache in blocks up to the furthest query of the batch, with an online softmax
     (Milakov and Gimelshein, 2018), so that the cost follows the length in use and not the
-    capacity: LARGE blocks as far as they are full, then SMALL ones. What lies beyond a row's own
-    length adds exact zeros to it: rows do not see their batch mates.
+    capacity: LARGE blocks as far as they are half full or more, then SMALL ones. What lies
+    beyond a row's own length adds exact zeros to it: rows do not see their batch mates.
     """
     batch, steps, heads, size = q_BTNH.shape
     kv_heads, capacity = k_BKSH.shape[1:3]
@@ -83,7 +83,7 @@ def cached_attention(
     # Loops even where one block is all: without them XLA:CPU copies the cache before it writes.
     small, done = min(SMALL, capacity), 0
     if capacity >= LARGE:
-        full = (last + 1) // LARGE
+        full = (last + 1 + LARGE // 2) // LARGE
         carry = lax.fori_loop(0, full, partial(step, LARGE), carry)
         done = full * (LARGE // SMALL)
     _, total, mixed = lax.fori_loop(done, last // small + 1, partial(step, small), carry)

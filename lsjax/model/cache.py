@@ -48,11 +48,6 @@ class KVCache:
             values=tuple(jnp.zeros(shape, dtype) for _ in layers),
         )
 
-    @property
-    def capacity(self) -> int:
-        """Slots of a row, S."""
-        return self.keys[0].shape[2]
-
 
 def write(
     cache_BKSH: Float[Array, "B K S H"],

@@ -25,7 +25,7 @@ def rows(tmp_path, *options) -> list[dict]:
     return [json.loads(line) for line in file.read_text().splitlines()]
 
 
-def test_with_an_identity_tail_every_draft_is_right(model_directory, tmp_path, capsys):
+def test_with_an_identity_tail_every_draft_is_right(model, model_directory, tmp_path, capsys):
     grid = ("--exit-layers", 1, 2, "--num-draft-tokens", 2, 4)
     options = ("--identity-tail", 1, "--draft-vocab", 64, "--prompt-length", 30)
     found = rows(tmp_path, "--model", model_directory, *grid, *options)
@@ -35,7 +35,11 @@ def test_with_an_identity_tail_every_draft_is_right(model_directory, tmp_path, c
     ]
     base, *others = found
     assert base["speedup"] == 1 and base["tokens_per_round"] == 1
-    assert base["share_of_bandwidth"] == base["bandwidth"] / 1e9
+    # The tiny model's weights are read for every token.
+    assert base["bandwidth"] == pytest.approx(
+        base["tokens_per_second"] * 4 * (4 * model.config.layer_params + 258 * 64)
+    )
+    assert base["share_of_bandwidth"] == pytest.approx(base["bandwidth"] / 1e9)
     for row in others:
         # 64 tokens hold all that the model says, which were counted.
         assert row["acceptance_rate"] == 1 == min(row["acceptance_by_position"])
@@ -67,8 +71,16 @@ def test_autoregressive_alone(model_directory, tmp_path):
         (("--identity-tail", 4), "--identity-tail 4 is not in 1..3"),
         (("--exit-layers", 4), "exit layer 4 is not in 1..3"),
         (("--exit-layers", 1, "--draft-vocab", 9), "needs token counts"),
-        (("--prompt-length", 500), "a prompt of 500 tokens and 64 new ones do not fit"),
+        (("--exit-layers", 1, "--num-draft-tokens"), "--exit-layers needs --num-draft-tokens"),
+        (
+            ("--exit-layers", 1, "--identity-tail", 1, "--draft-vocab", 258),
+            "a draft vocabulary of 258 does not make the head of 258 smaller",
+        ),
+        (("--prompt-length", 500), "prompt 1 of 3: a prompt of 500 tokens and 64 new ones do not"),
+        (("--json", "/nowhere/rows.jsonl"), "/nowhere/rows.jsonl can't be written"),
     ],
 )
-def test_bad_input(model_directory, refused, options, words):
+def test_bad_input(model_directory, refused, monkeypatch, options, words):
+    """Before the model is loaded."""
+    monkeypatch.delattr(benchmark, "assemble")
     assert words in refused(main, "--model", model_directory, *options)

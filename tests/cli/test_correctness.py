@@ -40,6 +40,7 @@ def test_a_row_for_every_exit_and_length(model_directory, tmp_path, capsys):
         ("float32", 1e-5, 0, "Self-speculation gives the tokens"),  # rounding explains it
         ("float32", 1e-3, 1, "1 differences are wider than 1e-04"),
         ("float32", np.inf, 1, "1 differences are wider"),
+        ("float32", np.nan, 1, "1 differences are wider"),
         ("bfloat16", 1.0, 0, "1.0e+00"),  # shown, and no failure
     ],
 )

@@ -8,6 +8,7 @@ import decode
 from lsjax.cli import count_tokens
 from lsjax.cli.count_tokens import main, read_pieces
 from lsjax.config import ConfigError
+from lsjax.decoding.draft_vocabulary import DraftVocabulary
 
 
 @pytest.fixture(autouse=True)
@@ -16,19 +17,27 @@ def cache(monkeypatch, tmp_path):
     monkeypatch.setenv("LSJAX_CACHE", str(tmp_path / "cache"))
 
 
-def test_counts_are_kept_and_used(model_directory, tmp_path, capsys):
+def test_counts_are_kept_and_used(model_directory, tmp_path, capsys, monkeypatch):
     text = tmp_path / "text.jsonl"
     text.write_text(json.dumps({"prompt": "aaab", "more": ["b", {"x": "c"}]}) + "\n")
     given = ["--model", str(model_directory)]
     drafts = [*given, "--prompt", "a", "--strategy", "self_speculative", "--max-new-tokens", "20"]
     assert main([*given, "--text", str(text)]) == 0
     assert "6 tokens, 3 different ones" in capsys.readouterr().out
+    seen = []
+    most_frequent = DraftVocabulary.most_frequent
+    monkeypatch.setattr(
+        DraftVocabulary,
+        "most_frequent",
+        lambda counts, size: seen.append(counts) or most_frequent(counts, size),
+    )
     results = []
     for vocabulary in ([], ["--draft-vocab", "100"]):
         assert decode.main([*drafts, *vocabulary, "--json", "-"]) == 0
         results.append(json.loads(capsys.readouterr().out))
     assert results[0]["token_ids"] == results[1]["token_ids"]
     assert [result["draft_vocab"] for result in results] == [None, 100]
+    assert seen == [{ord("a"): 3, ord("b"): 2, ord("c"): 1}]
 
 
 def test_draft_vocabularies_without_counts(model_directory, refused):
@@ -49,7 +58,14 @@ def test_pieces_end_at_line_breaks(tmp_path, monkeypatch, piece):
     file.write_text("one\ntwo two\n\nend", newline="")
     pieces = list(read_pieces(file))
     assert "".join(pieces) == "one\ntwo two\n\nend"
-    assert (len(pieces) > 2) == (piece == 4)
+    assert len(pieces) == (3 if piece == 4 else 1)
+    assert all(piece.endswith("\n") for piece in pieces[:-1])
+
+
+def test_strings_of_json_are_texts_of_their_own(tmp_path):
+    file = tmp_path / "a.jsonl"
+    file.write_text('{"a": "one", "b": ["two", {"c": 3}]}\n\n"three"\n')
+    assert list(read_pieces(file)) == ["one", "two", "three"]
 
 
 @pytest.mark.parametrize(
@@ -57,6 +73,7 @@ def test_pieces_end_at_line_breaks(tmp_path, monkeypatch, piece):
     [
         ("a.txt", b"a\nb\xff", "near line [12], is not UTF-8"),
         ("a.jsonl", b'{"a": "b"}\n{"a"\n', "line 2 is not JSON"),
+        ("a.jsonl", b'{"a": "b"}\n"\\ud800"\n', "near line 2, is not UTF-8"),
     ],
 )
 def test_damaged_text(tmp_path, name, content, words):

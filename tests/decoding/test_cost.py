@@ -11,9 +11,7 @@ from lsjax.decoding import calibration
 from lsjax.decoding.calibration import calibrate, calibrated
 from lsjax.decoding.cost import (
     Costs,
-    acceptance_rate,
     ideal_speedup,
-    tokens_per_round,
     weight_bytes,
 )
 
@@ -39,11 +37,6 @@ def test_the_paper_has_a_share_of_its_ideal():
     """Llama-2 7B, CNN/DM, exit 8, 12 drafts, 68.9% accepted, 1.86x (the paper's Table 3)."""
     share = 1.86 / ideal_speedup(LlamaConfig.llama2_7b(), 8, 12, 0.689)
     assert 0.75 < share < 1.05
-
-
-def test_acceptance_by_hand():
-    assert acceptance_rate(0.5, 3) == pytest.approx((0.5 + 0.25 + 0.125) / 3)
-    assert tokens_per_round(acceptance_rate(1.0, 4), 4) == 5
 
 
 def test_bytes_of_a_token():
@@ -72,7 +65,7 @@ def test_calibration_knows_every_part(model, quick):
     assert set(costs.draft_head) == {10, 20}
     seconds = [*costs.layer.values(), *costs.head.values(), *costs.draft_head.values()]
     assert all(0 < value < 1 for value in seconds)
-    assert costs.draft_step >= 0 and costs.step >= 0
+    assert abs(costs.draft_step) < 1 and abs(costs.step) < 1
 
 
 def test_calibration_is_kept(model, quick, tmp_path, monkeypatch):
@@ -95,7 +88,7 @@ def test_calibration_is_kept(model, quick, tmp_path, monkeypatch):
     assert measured[1:] == [([0, 2, 4], [10])]
     assert calibrated(tmp_path, "machine", model, [2, 4]).draft_head == {10: 0.5}
     assert len(measured) == 2
-    calibrated(tmp_path, "machine", model, [2], again=True)
+    assert set(calibrated(tmp_path, "machine", model, [2], again=True).head) == {1, 3, 5}
     calibrated(tmp_path, "another machine", model, [2])
     assert len(measured) == 4
     for file in (tmp_path / "costs").iterdir():

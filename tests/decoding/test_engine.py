@@ -11,10 +11,12 @@ from lsjax.config import ConfigError, LlamaConfig
 from lsjax.data.tokenizer_huggingface import ByteTokenizer
 from lsjax.decoding.autoregressive import Autoregressive, EarlyExit
 from lsjax.decoding.completion import Completion
+from lsjax.decoding.draft_vocabulary import DraftVocabulary
 from lsjax.decoding.engine import Engine
 from lsjax.decoding.self_speculative import SelfSpeculative
 from lsjax.decoding.state import DecodeState
 from lsjax.evaluation.exactness import last_logits
+from lsjax.evaluation.identity_tail import identity_tail
 from lsjax.model.llama import Llama
 
 PROMPTS = [[7], [1, 2, 3], list(range(40, 60)), [104, 105] * 8]
@@ -96,6 +98,32 @@ def test_figures_of_a_stopped_text_count_what_is_kept(engine_of, stops):
         for c in engine.generate(PROMPTS, max_new_tokens=NEW, stop=[stop]):
             own = c.rounds - bool(c.trace.accepted_n[-1])  # the verification's own tokens
             assert len(c.token_ids) == c.num_new_tokens == 1 + c.accepted + own, stop
+
+
+def test_a_stream_keeps_its_strategy(model, tokenizer):
+    """What the engine is told to use meanwhile is for the next text."""
+    tail = identity_tail(model, 2)
+    engine = Engine(tail, tokenizer, SelfSpeculative(2, 3))
+    (expected,) = Engine(tail, tokenizer).generate([[5, 6]], max_new_tokens=NEW)
+    for other in (SelfSpeculative(2, 12), Autoregressive()):
+        engine.use(SelfSpeculative(2, 3))
+        stream = engine.stream([5, 6], max_new_tokens=NEW)
+        pieces = [next(stream)]
+        engine.use(other)
+        *rest, completion = stream
+        assert completion.token_ids == expected.token_ids
+        assert completion.num_draft_tokens == 3 and pieces and rest
+
+
+def test_vocabularies_of_one_size_share_a_program_and_no_tokens(model, tokenizer):
+    engine = Engine(model, tokenizer)
+    for first in (0, 100):
+        vocabulary = DraftVocabulary(np.arange(first, first + 100))
+        engine.use(SelfSpeculative(3, 4, vocabulary))
+        (completion,) = engine.generate([[5, 6]], max_new_tokens=NEW)
+        drafts = completion.trace.replaced_n[completion.trace.replaced_n >= 0]
+        assert len(drafts) and (first <= drafts).all() and (drafts < first + 100).all()
+    assert engine.num_programs == 2
 
 
 def test_a_bucket_has_one_program(model, tokenizer):
