@@ -34,6 +34,7 @@ from lsjax.decoding.completion import Completion
 from lsjax.decoding.draft_vocabulary import DraftVocabulary
 from lsjax.decoding.engine import Engine
 from lsjax.decoding.request import check_settings, encode_prompt
+from lsjax.decoding.sampling import Sampling
 from lsjax.decoding.self_speculative import SelfSpeculative
 from lsjax.decoding.state import Strategy
 from lsjax.model.checkpoint import assemble, open_source
@@ -64,7 +65,18 @@ class Arguments:
     max_new_tokens: int = 128
     """Ends a text that does not end by itself."""
     temperature: float = 0.0
-    """0 is greedy: the likeliest token each time."""
+    """0 is greedy: the likeliest token each time. Above 0 tokens are drawn, with logits divided by
+    this."""
+    top_k: int = 0
+    """Draws from the k likeliest tokens only; 0 is all."""
+    top_p: float = 1.0
+    """Draws from the fewest tokens whose probabilities sum up to p."""
+    min_p: float = 0.0
+    """Draws from tokens at least min_p times as likely as the likeliest."""
+    seed: int = 0
+    """Of the first text; each further one has the next number."""
+    num_samples: int = 1
+    """Texts for each prompt."""
     stop: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     """Ends a text where it would contain this; may be given several times."""
     chat: bool = False
@@ -97,15 +109,15 @@ def decode(arguments: Arguments) -> None:
     Raises ConfigError, CheckpointError, TokenizerError or OSError with one line for bad input.
     """
     check(
-        arguments.temperature == 0,
-        f"temperature {arguments.temperature} is below 0: use 0, greedy decoding"
-        if arguments.temperature < 0
-        else f"temperature {arguments.temperature} is not supported: use 0, greedy decoding",
+        arguments.num_samples >= 1,
+        f"--num-samples {arguments.num_samples} is below 1: choose 1 or more",
     )
     check(arguments.chat or arguments.system is None, "--system needs --chat: give both or neither")
     check("" not in arguments.stop, "--stop is empty: give the text to stop at")
     to_stdout = arguments.json == Path("-")
     prompts = read_prompts(arguments.prompt, arguments.prompt_file)
+    prompts = [prompt for prompt in prompts for _ in range(arguments.num_samples)]
+    samplings = choose_samplings(arguments, len(prompts))
     source = open_source(arguments.model)
     tokenizer = load_tokenizer(arguments.model)
     strategy = choose_strategy(arguments, tokenizer)
@@ -162,7 +174,10 @@ def decode(arguments: Arguments) -> None:
         if len(prompts) == 1 and not arguments.show_drafts and not to_stdout:
             people.print(verbatim(prompts[0]), style="dim")
             for piece in engine.stream(
-                encoded[0], max_new_tokens=max_new_tokens, stop=arguments.stop
+                encoded[0],
+                max_new_tokens=max_new_tokens,
+                stop=arguments.stop,
+                sampling=samplings[0],
             ):
                 if isinstance(piece, Completion):
                     finish(0, piece)
@@ -190,6 +205,7 @@ def decode(arguments: Arguments) -> None:
                     encoded,
                     max_new_tokens=max_new_tokens,
                     stop=arguments.stop,
+                    sampling=samplings,
                     on_completion=show,
                 )
     notes.print(
@@ -243,6 +259,26 @@ def choose_strategy(arguments: Arguments, tokenizer: Tokenizer) -> Strategy:
         counts = find_counts(arguments.model, cache_directory(), tokenizer)
         vocabulary = DraftVocabulary.most_frequent(counts, arguments.draft_vocab)
     return SelfSpeculative(exit_layer, drafts, vocabulary)
+
+
+def choose_samplings(arguments: Arguments, count: int) -> list[Sampling]:
+    """How each text is drawn, each with a seed of its own.
+
+    Raises ConfigError for a number out of its range, and for one that greedy decoding ignores.
+    """
+    numbers = {name: getattr(arguments, name) for name in ("top_k", "top_p", "min_p")}
+    if arguments.temperature == 0:
+        defaults = {"top_k": 0, "top_p": 1.0, "min_p": 0.0, "num_samples": 1, "seed": 0}
+        for name, default in defaults.items():
+            check(
+                getattr(arguments, name) == default,
+                f"--{name.replace('_', '-')} means nothing to greedy decoding: choose a "
+                "--temperature above 0",
+            )
+    return [
+        Sampling(temperature=arguments.temperature, seed=arguments.seed + index, **numbers)
+        for index in range(count)
+    ]
 
 
 def advise(notes: Console, strategy: Strategy, completions: Sequence[Completion]) -> None:

@@ -24,7 +24,7 @@ from lsjax.cli.setup import exact_products
 from lsjax.config import LlamaConfig
 from lsjax.decoding.calibration import compiled_loop, median_seconds
 from lsjax.model.attention import cached_attention
-from lsjax.model.cache import write
+from lsjax.model.cache import write_slots
 
 CAPACITY = 8192
 
@@ -138,7 +138,7 @@ def writes_loop(config: LlamaConfig, batch: int, slices: bool):
     def body(new_BTKH, carry):
         caches, start_B = carry
         with patch("lsjax.model.cache.MAX_UNROLLED_ROWS", batch if slices else 0):
-            caches = [write(cache, new_BTKH, start_B) for cache in caches]
+            caches = [write_slots(cache, new_BTKH, start_B) for cache in caches]
         return caches, (start_B + 1) % 1024
 
     return compiled_loop(new_BTKH, body, (caches, jnp.arange(batch, dtype=jnp.int32)))

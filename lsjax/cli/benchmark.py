@@ -195,7 +195,7 @@ def benchmark(arguments: Arguments) -> None:
                 machine(),
                 model,
                 arguments.num_draft_tokens,
-                [len(vocabulary)] if vocabulary else [],
+                [config.vocab_size, *([len(vocabulary)] if vocabulary else [])],
                 again=True,  # beside what it is compared with
             )
     rows = list(table_rows(engine, everything, runs, costs, bandwidth))
@@ -217,7 +217,6 @@ def benchmark(arguments: Arguments) -> None:
         passes = ", ".join(
             f"{width} at {costs.pass_seconds(config.num_layers, width) / one:.2f}"
             for width in costs.head
-            if width > 1
         )
         console.print(f"A pass of one position takes {one * 1e3:.1f} ms; times that, {passes}")
     if arguments.json is not None:
@@ -314,7 +313,8 @@ def table_rows(
             cell = (strategy.exit_layer, drafted / rounds, row.acceptance_rate or 0.0)
             row.ideal = ideal_speedup(config, *cell, strategy.draft_vocab)
             row.share_of_ideal = row.speedup / row.ideal
-            cost = dict(width=strategy.num_draft_tokens + 1, draft_vocab=strategy.draft_vocab)
+            size = strategy.draft_vocab or config.vocab_size
+            cost = dict(width=strategy.num_draft_tokens + 1, draft_vocab=size)
             row.predicted = costs.speedup(config.num_layers, *cell, **cost)
             parts = costs.round(config.num_layers, *cell[:2], **cost)
             seconds = statistics.median(c.decode_seconds / c.rounds for c in done)

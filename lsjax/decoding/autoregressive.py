@@ -9,7 +9,7 @@ from lsjax.model.llama import Llama
 
 @dataclass(frozen=True)
 class Autoregressive(Strategy):
-    """Greedy decoding with all layers: the reference for every other strategy."""
+    """Decoding with all layers: the reference for every other strategy."""
 
     name = "autoregressive"
 
@@ -27,7 +27,7 @@ class Autoregressive(Strategy):
 
 @dataclass(frozen=True)
 class EarlyExit(Strategy):
-    """Greedy decoding with layers 0..exit_layer-1 and the shared head ("early exit" in the
+    """Decoding with layers 0..exit_layer-1 and the shared head ("early exit" in the
     paper's tables): fast, and as good as the exit is."""
 
     name = "early_exit"
@@ -51,9 +51,9 @@ class EarlyExit(Strategy):
 
 
 def next_token(model: Llama, state: DecodeState, depth: int) -> DecodeState:
-    """Runs the pending token through `depth` layers and the head and commits the best token."""
+    """Runs the pending token through `depth` layers and the head and commits a token."""
     x_BTD = model.embed(state.pending_B[:, None])
     positions_BT = state.length_B[:, None] - 1
     x_BTD, cache = model.run_layers(x_BTD, 0, depth, positions_BT, state.cache)
-    token_BT = model.unembed(x_BTD).argmax(-1).astype(state.tokens_BS.dtype)
-    return state.with_cache(cache).commit(token_BT, 1)
+    token_B = state.choose(model.unembed(x_BTD[:, 0]))
+    return state.with_cache(cache).commit(token_B[:, None], 1)

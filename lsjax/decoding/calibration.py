@@ -16,9 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from lsjax.decoding.acceptance import Draft, Proposals
 from lsjax.decoding.autoregressive import Autoregressive
 from lsjax.decoding.cost import Costs
-from lsjax.decoding.self_speculative import Draft, SelfSpeculative
+from lsjax.decoding.draft_vocabulary import DraftVocabulary
+from lsjax.decoding.self_speculative import SelfSpeculative
 from lsjax.decoding.state import DecodeState, Strategy
 from lsjax.model.cache import KVCache
 from lsjax.model.llama import Llama
@@ -48,7 +50,7 @@ def calibrated(
     machine: str,
     model: Llama,
     lengths: Sequence[int],
-    draft_vocabs: Sequence[int] = (),
+    vocabularies: Sequence[int],
     *,
     again: bool = False,
 ) -> Costs:
@@ -58,13 +60,13 @@ def calibrated(
     file = cache / "costs" / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
     known = _read(file)
     if known is not None:
-        widths = {1, *(length + 1 for length in lengths)}
-        enough = widths <= known.head.keys() and {*draft_vocabs} <= known.draft_head.keys()
+        enough = {d + 1 for d in lengths} <= known.head.keys()
+        enough = enough and {*vocabularies} <= known.draft.keys()
         if enough and not again:
             return known
         lengths = sorted({*lengths, *(width - 1 for width in known.head)})
-        draft_vocabs = sorted({*draft_vocabs, *known.draft_head})
-    costs = calibrate(model, lengths, draft_vocabs)
+        vocabularies = sorted({*vocabularies, *known.draft})
+    costs = calibrate(model, lengths, vocabularies)
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_suffix(f".{os.getpid()}")
     partial.write_text(json.dumps(asdict(costs)))
@@ -72,28 +74,32 @@ def calibrated(
     return costs
 
 
-def calibrate(model: Llama, lengths: Sequence[int], draft_vocabs: Sequence[int] = ()) -> Costs:
+def calibrate(model: Llama, lengths: Sequence[int], vocabularies: Sequence[int]) -> Costs:
     """Times the parts in turns: one row, LENGTH tokens in the cache. Compiles a program a part.
 
-    lengths: draft lengths d, for verifications of d + 1 positions. draft_vocabs: sizes of the
-    draft's head.
+    lengths: draft lengths d above 0, for verifications of d + 1 positions. vocabularies: sizes of
+    what drafts are chosen from.
     """
-    widths = sorted({1, *(length + 1 for length in lengths)})
-    draft = SelfSpeculative(1, DRAFTS)
+    widths = sorted({length + 1 for length in lengths})
     parts = [
-        *(layers_loop(model, width) for width in widths),
-        *(head_loop(model, model.head_table, width) for width in widths),
-        *(head_loop(model, model.head_table[:size], 1) for size in draft_vocabs),
         rounds_loop(model, Autoregressive()),
-        draft_loop(model, draft),
+        *(layers_loop(model, width) for width in (1, *widths)),
+        *(head_loop(model, width) for width in widths),
+        *(draft_loop(model, _drafting(model, size)) for size in vocabularies),
     ]
+    # Products of one position are timed where they stand: alone they may take longer.
     seconds = iter(median_seconds(parts))
-    layer = {width: next(seconds) / model.config.num_layers for width in widths}
+    token = next(seconds)
+    layer = {width: next(seconds) / model.config.num_layers for width in (1, *widths)}
     head = {width: next(seconds) for width in widths}
-    draft_head = {size: next(seconds) for size in draft_vocabs}
-    step = next(seconds) - model.config.num_layers * layer[1] - head[1]
-    draft_step = (next(seconds) - (DRAFTS + 1) * layer[1]) / DRAFTS - head[1]
-    return Costs(layer, head, draft_head, draft_step=draft_step, step=step)
+    draft = {size: (next(seconds) - (DRAFTS + 1) * layer[1]) / DRAFTS for size in vocabularies}
+    return Costs(token, layer, head, draft)
+
+
+def _drafting(model: Llama, size: int) -> SelfSpeculative:
+    """Drafts of one layer from a vocabulary of that size."""
+    whole = size == model.config.vocab_size
+    return SelfSpeculative(1, DRAFTS, None if whole else DraftVocabulary(np.arange(size)))
 
 
 def layers_loop(model: Llama, width: int) -> Loop:
@@ -112,15 +118,14 @@ def layers_loop(model: Llama, width: int) -> Loop:
     return compiled_loop(model, body, (start, cache))
 
 
-def head_loop(model: Llama, table_VD: jax.Array, width: int) -> Loop:
-    """The head and its best token at `width` positions."""
+def head_loop(model: Llama, width: int) -> Loop:
+    """The head and its likeliest token at `width` positions."""
     start = jnp.ones((width, model.config.hidden_size), model.dtype)
 
-    def body(pair, x_TD):
-        model, table_VD = pair
-        return start + 1e-9 * model.unembed(x_TD, table_VD).argmax(-1)[:, None].astype(start.dtype)
+    def body(model, x_TD):
+        return start + 1e-9 * model.unembed(x_TD).argmax(-1)[:, None].astype(start.dtype)
 
-    return compiled_loop((model, table_VD), body, start)
+    return compiled_loop(model, body, start)
 
 
 def rounds_loop(
@@ -159,7 +164,8 @@ def verify_loop(model: Llama, strategy: SelfSpeculative) -> Loop:
     def body(pair, state):
         tokens_BT = jnp.broadcast_to(state.pending_B[:, None], (1, steps))
         count_B = jnp.full(1, strategy.num_draft_tokens, jnp.int32)
-        draft = Draft(state, hidden_BTD + 1e-9 * tokens_BT[..., None], tokens_BT, count_B)
+        hidden_now_BTD = hidden_BTD + 1e-9 * tokens_BT[..., None]
+        draft = Draft(state, hidden_now_BTD, tokens_BT, count_B, Proposals(tokens_BT, None))
         done = strategy.verify(pair[0], draft, pair[1])
         return dataclasses.replace(done, length_B=state.length_B, finish_B=state.finish_B)
 
@@ -226,7 +232,7 @@ def _read(file: Path) -> Costs | None:
     """Costs from a file, None where there is none, or none that this version wrote."""
     try:
         raw = json.loads(file.read_text())
-        for name in ("layer", "head", "draft_head"):
+        for name in ("layer", "head", "draft"):
             raw[name] = {int(count): seconds for count, seconds in raw[name].items()}
         return Costs(**raw)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):

@@ -74,7 +74,7 @@ class Completion:
     string. prefill_seconds: of the row's batch. decode_seconds: from the first new token to the
     row's last one. compile_seconds: spent before, in neither of them. tokens_per_second: new
     tokens after the first over decode_seconds. acceptance_rate: accepted / drafted.
-    tokens_per_round: new tokens after the first over rounds.
+    tokens_per_round: new tokens after the first over rounds. seed: None if greedy.
     """
 
     prompt: str
@@ -90,6 +90,7 @@ class Completion:
     exit_layer: int | None
     num_draft_tokens: int | None
     draft_vocab: int | None
+    seed: int | None
     rounds: int
     drafted: int
     accepted: int

@@ -43,45 +43,32 @@ def weight_bytes(config: LlamaConfig, itemsize: int) -> int:
 
 @dataclass(frozen=True)
 class Costs:
-    """Measured seconds. Keys are numbers of positions T that pass at once.
+    """Measured seconds.
 
-    layer, head: one layer, and the head with its argmax. draft_head: of one position, by size of
-    the draft vocabulary. draft_step: what a draft step takes beside layers and head. step: what
-    an autoregressive round does. Noise may make these two fall below zero.
+    token: a round of autoregressive decoding. layer: one layer, by the number of positions that
+    pass at once. head: the head and its likeliest tokens, likewise, without 1. draft: a draft step
+    but for its layers, by the size of the draft's vocabulary.
     """
 
+    token: float
     layer: Mapping[int, float]
     head: Mapping[int, float]
-    draft_head: Mapping[int, float]
-    draft_step: float
-    step: float
-
-    def autoregressive(self, num_layers: int) -> float:
-        """Seconds of a token."""
-        return self.step + num_layers * self.layer[1] + self.head[1]
+    draft: Mapping[int, float]
 
     def pass_seconds(self, num_layers: int, width: int) -> float:
         """Seconds of `width` positions through all layers and the head."""
-        return num_layers * self.layer[width] + self.head[width]
+        return self.token if width == 1 else num_layers * self.layer[width] + self.head[width]
 
     def round(
-        self,
-        num_layers: int,
-        exit_layer: int,
-        drafts: float,
-        *,
-        width: int,
-        draft_vocab: int | None = None,
+        self, num_layers: int, exit_layer: int, drafts: float, *, width: int, draft_vocab: int
     ) -> float:
         """Seconds of a round of self-speculation with `drafts` draft steps (on average) and a
         verification of `width` positions."""
-        head = self.head[1] if draft_vocab is None else self.draft_head[draft_vocab]
         return (
-            drafts * (exit_layer * self.layer[1] + head + self.draft_step)
+            drafts * (exit_layer * self.layer[1] + self.draft[draft_vocab])
             + exit_layer * self.layer[1]
             + (num_layers - exit_layer) * self.layer[width]
             + self.head[width]
-            + self.step
         )
 
     def speedup(
@@ -92,9 +79,8 @@ class Costs:
         acceptance: float,
         *,
         width: int,
-        draft_vocab: int | None = None,
+        draft_vocab: int,
     ) -> float:
         """Predicted speedup over autoregressive decoding."""
-        gain = tokens_per_round(acceptance, drafts) * self.autoregressive(num_layers)
         cost = self.round(num_layers, exit_layer, drafts, width=width, draft_vocab=draft_vocab)
-        return gain / cost
+        return tokens_per_round(acceptance, drafts) * self.token / cost

@@ -26,10 +26,6 @@ class DraftHead:
     ids_N: Int[Array, " N"]
     table_ND: Float[Array, "N D"]
 
-    def best(self, model: Llama, x_BD: Float[Array, "B D"]) -> Int[Array, " B"]:
-        """The likeliest of the N tokens."""
-        return self.ids_N[model.unembed(x_BD, self.table_ND).argmax(-1)]
-
 
 @dataclass(frozen=True, eq=False)
 class DraftVocabulary:

@@ -9,11 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lsjax.config import check
 from lsjax.data.tokenizers import Tokenizer
 from lsjax.decoding.autoregressive import Autoregressive
 from lsjax.decoding.completion import Completion, RowText, Trace
 from lsjax.decoding.loops import decode, prefill
 from lsjax.decoding.request import check_settings, encode_prompt
+from lsjax.decoding.sampling import GREEDY, Sampling
 from lsjax.decoding.state import RUNNING, STOP, DecodeState, Strategy
 from lsjax.model.llama import Llama
 
@@ -110,18 +112,28 @@ class Engine:
         *,
         max_new_tokens: int = 128,
         stop: Sequence[str] = (),
+        sampling: Sampling | Sequence[Sampling] = GREEDY,
         on_completion: Callable[[int, Completion], None] | None = None,
     ) -> list[Completion]:
-        """Continues every prompt (text or token ids) greedily; completions in the same order.
+        """Continues every prompt (text or token ids); completions in the same order.
 
+        sampling: of every prompt, or one for each; greedy by default. A text depends on its own
+        prompt, settings and seed only.
         stop: strings that end a text, wherever token borders lie; they are cut off.
         on_completion: called with index and completion as each one ends.
         """
         encoded = [self.encode(prompt, max_new_tokens) for prompt in prompts]
+        samplings = [sampling] * len(encoded) if isinstance(sampling, Sampling) else list(sampling)
+        check(
+            len(samplings) == len(encoded),
+            f"{len(samplings)} samplings for {len(encoded)} prompts: give one, or one for each",
+        )
         completions: list[Completion | None] = [None] * len(encoded)
         for first in range(0, len(encoded), self.batch_size):
-            batch = encoded[first : first + self.batch_size]
-            for row, _, completion in self._run(batch, max_new_tokens, tuple(stop), bool(stop)):
+            part = slice(first, first + self.batch_size)
+            for row, _, completion in self._run(
+                encoded[part], samplings[part], max_new_tokens, tuple(stop), look=bool(stop)
+            ):
                 if completion is not None:
                     completions[first + row] = completion
                     if on_completion is not None:
@@ -134,25 +146,33 @@ class Engine:
         *,
         max_new_tokens: int = 128,
         stop: Sequence[str] = (),
+        sampling: Sampling = GREEDY,
     ) -> Iterator[str | Completion]:
         """Pieces of one prompt's new text as they are found, and at the end its Completion.
 
         Pieces end between characters, and text that may be the beginning of a stop string waits.
         """
         ids = self.encode(prompt, max_new_tokens)
-        for _, piece, completion in self._run([ids], max_new_tokens, tuple(stop), look=True):
+        for _, piece, completion in self._run(
+            [ids], [sampling], max_new_tokens, tuple(stop), look=True
+        ):
             if piece:
                 yield piece
             if completion is not None:
                 yield completion
 
     def _run(
-        self, prompts: list[list[int]], max_new_tokens: int, stop: tuple[str, ...], look: bool
+        self,
+        prompts: list[list[int]],
+        samplings: list[Sampling],
+        max_new_tokens: int,
+        stop: tuple[str, ...],
+        look: bool,
     ) -> Iterator[tuple[int, str, Completion | None]]:
         """Decodes one batch; yields (row, new text, its completion once it has ended)."""
         before = self.compile_seconds
         strategy, arguments = self.strategy, self._arguments  # `use` may come in between
-        state = self._start(prompts, max_new_tokens)
+        state = self._start(prompts, samplings, max_new_tokens)
         rounds = np.int32(ROUNDS_PER_LOOK if look else np.iinfo(np.int32).max)
         chunk = next((size for size in CHUNKS if size >= max(map(len, prompts))), CHUNKS[-1])
         depth = strategy.depth(self.model.config)
@@ -174,6 +194,7 @@ class Engine:
                     completion = Completion.of(
                         trace,
                         strategy=strategy,
+                        seed=samplings[row].seed if samplings[row].temperature else None,
                         prompt=self.tokenizer.decode(prompts[row]),
                         text=texts.pop(row).text,
                         num_prompt_tokens=len(prompts[row]),
@@ -190,7 +211,9 @@ class Engine:
             decode_seconds += seconds
             self.decode_seconds += seconds
 
-    def _start(self, prompts: list[list[int]], max_new_tokens: int) -> DecodeState:
+    def _start(
+        self, prompts: list[list[int]], samplings: list[Sampling], max_new_tokens: int
+    ) -> DecodeState:
         """Rows for a batch; what is missing to the batch size is filled with rows that ended."""
         fillers = self.batch_size - len(prompts)
         total = max(map(len, prompts)) + max_new_tokens
@@ -203,13 +226,14 @@ class Engine:
             slack=self.strategy.slack,
             num_layers=self.strategy.depth(self.model.config),
             dtype=self.model.dtype,
+            sampling=samplings + [GREEDY] * fillers,
         )
 
     def _compiled(self, function: partial, state: DecodeState, *rest) -> Callable:
         """The program of `function(model, state, *rest)` for such a state; it consumes the state
         (its buffers are donated)."""
         static = (getattr(value, "program", value) for value in function.keywords.values())
-        key = (function.func, *static, state.tokens_BS.shape, len(state.cache.keys))
+        key = (function.func, *static, state.tokens_BS.shape, jax.tree.structure(state))
         if key not in self._programs:
 
             def run(leaves, state, *rest):

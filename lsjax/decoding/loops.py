@@ -29,7 +29,7 @@ def prefill(model: Llama, state: DecodeState, *, chunk: int, depth: int) -> Deco
     last_BD = jnp.zeros((batch, model.config.hidden_size), model.dtype)
     chunks = (state.length_B.max() + chunk - 1) // chunk
     cache, last_BD = lax.fori_loop(0, chunks, read, (state.cache, last_BD))
-    token_B = model.unembed(last_BD).argmax(-1).astype(state.tokens_BS.dtype)
+    token_B = state.choose(model.unembed(last_BD))
     return state.with_cache(cache).commit(token_B[:, None], 1)
 
 

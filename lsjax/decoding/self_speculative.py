@@ -27,26 +27,12 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from lsjax.config import LlamaConfig, check
+from lsjax.decoding.acceptance import Draft, Proposals, accept_by_ratio, accept_equal
 from lsjax.decoding.draft_vocabulary import DraftHead, DraftVocabulary
+from lsjax.decoding.sampling import Purpose
 from lsjax.decoding.state import DecodeState, Strategy
 from lsjax.model.cache import KVCache
 from lsjax.model.llama import Llama
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class Draft:
-    """What the first E layers leave for the verification.
-
-    state: with the draft's keys and values in the cache. hidden_BTD: the exit hidden states of
-    the pending token and the drafts. tokens_BT: the drafts, of row b the first count_B[b]
-    columns. T is one more than the longest draft that the program knows.
-    """
-
-    state: DecodeState
-    hidden_BTD: Float[Array, "B T D"]
-    tokens_BT: Int[Array, "B T"]
-    count_B: Int[Array, " B"]
 
 
 @jax.tree_util.register_dataclass
@@ -80,7 +66,8 @@ class Choices:
 
 @dataclass(frozen=True)
 class SelfSpeculative(Strategy):
-    """Greedy self-speculation: the same tokens as Autoregressive, in fewer passes of the model.
+    """Self-speculation: the tokens of Autoregressive in fewer passes of the model; sampled, tokens
+    of the same distribution.
 
     exit_layer: E, layers of the draft. num_draft_tokens: d, drafts per round and row; 0 makes a
     plain step of a round. vocabulary: tokens that the draft may propose, all by default; the
@@ -171,16 +158,27 @@ class SelfSpeculative(Strategy):
         room_B = jnp.where(state.running_B, state.end_B - state.length_B - 1, 0)
         limit_B = jnp.minimum(room_B, settings.num_draft_tokens)
 
-        def best(x_BTD: Float[Array, "B 1 D"]) -> Int[Array, " B"]:
-            if settings.head is not None:
-                return settings.head.best(model, x_BTD[:, 0])
-            return model.unembed(x_BTD[:, 0]).argmax(-1).astype(jnp.int32)
+        draws = state.draws
+
+        def choose(carry: Proposals, x_BTD: Float[Array, "B 1 D"], i: Int[Array, ""]) -> Proposals:
+            """Draft number i, by the exit's logits."""
+            table = None if settings.head is None else settings.head.table_ND
+            logits_BTN = model.unembed(x_BTD, table)
+            if draws is None:
+                index_B = logits_BTN[:, 0].argmax(-1).astype(jnp.int32)
+                log_q_BTN = carry.log_q_BTN
+            else:
+                log_BTN = draws.log_probs(logits_BTN)
+                index_B = draws.token(log_BTN[:, 0], state.length_B + i, Purpose.DRAFT)
+                log_q_BTN = lax.dynamic_update_slice_in_dim(carry.log_q_BTN, log_BTN, i, axis=1)
+            index_BT = lax.dynamic_update_slice_in_dim(carry.index_BT, index_B[:, None], i, axis=1)
+            return Proposals(index_BT, log_q_BTN)
 
         def more(carry):
             return carry[0]
 
         def step(carry):
-            _, i, cache, token_B, hidden_BTD, draft_BT, drafted_B, active_B = carry
+            _, i, cache, token_B, hidden_BTD, proposals, drafted_B, active_B = carry
             positions_BT = state.length_B[:, None] - 1 + i
             x_BTD = model.embed(token_B[:, None])
             for lo, hi in pairwise((0, *self.exits)):
@@ -192,35 +190,41 @@ class SelfSpeculative(Strategy):
                 )
             hidden_BTD = lax.dynamic_update_slice_in_dim(hidden_BTD, x_BTD, i, axis=1)
             active_B &= i < limit_B
-            token_B = lax.cond(active_B.any(), best, lambda x_BTD: token_B, x_BTD)
-            # The last column is a spare: the last pass drafts nothing.
-            draft_BT = lax.dynamic_update_slice_in_dim(draft_BT, token_B[:, None], i, axis=1)
+            # The last pass drafts nothing; its column is a spare.
+            proposals = lax.cond(
+                active_B.any(), choose, lambda carry, *_: carry, proposals, x_BTD, i
+            )
+            token_B = _tokens(proposals.index_BT[:, i], settings.head)
             drafted_B += active_B
             active_B &= ~state.is_stop(token_B)
             going = active_B.any()  # then the new token must pass the first layers too
-            return going, i + 1, cache, token_B, hidden_BTD, draft_BT, drafted_B, active_B
+            return going, i + 1, cache, token_B, hidden_BTD, proposals, drafted_B, active_B
 
+        size = self.draft_vocab or model.config.vocab_size
         start = (
             True,
             0,
             state.cache,
             state.pending_B,
             jnp.zeros((batch, steps, model.config.hidden_size), model.dtype),
-            jnp.zeros((batch, steps), state.tokens_BS.dtype),
+            Proposals(
+                jnp.zeros((batch, steps), jnp.int32),
+                None if draws is None else jnp.zeros((batch, steps, size), jnp.float32),
+            ),
             jnp.zeros(batch, jnp.int32),
             state.running_B,
         )
-        _, _, cache, _, hidden_BTD, draft_BT, drafted_B, _ = lax.while_loop(more, step, start)
-        return Draft(state.with_cache(cache), hidden_BTD, draft_BT, drafted_B)
+        _, _, cache, _, hidden_BTD, proposals, count_B, _ = lax.while_loop(more, step, start)
+        tokens_BT = _tokens(proposals.index_BT, settings.head)
+        return Draft(state.with_cache(cache), hidden_BTD, tokens_BT, count_B, proposals)
 
     def verify(self, model: Llama, draft: Draft, settings: Settings) -> DecodeState:
-        """The remaining layers on the pending token and the drafts, all at once; then the
-        longest prefix of the draft that the whole model agrees with, and its next token."""
-        state, steps = draft.state, draft.tokens_BT.shape[1]
-        longest = draft.count_B.max()
+        """The remaining layers on the pending token and the drafts, all at once; then the drafts
+        that stand, and one token of the whole model's."""
+        state, longest = draft.state, draft.count_B.max()
 
-        def targets(cache: KVCache, target_BT: Int[Array, "B T"], length: int):
-            """What the whole model says after the pending token and `length` drafts."""
+        def judged(cache: KVCache, new_BT: Int[Array, "B T"], _, length: int):
+            """The verification for `length` drafts at most: tokens, and how many are drafts."""
             positions_BT = state.length_B[:, None] - 1 + jnp.arange(1 + length)
             x_BTD = draft.hidden_BTD[:, : 1 + length]
             for lo, hi in pairwise((*self.exits, model.config.num_layers)):
@@ -230,26 +234,30 @@ class SelfSpeculative(Strategy):
                     x_BTD,
                     cache,
                 )
-            best_BT = model.unembed(x_BTD).argmax(-1).astype(target_BT.dtype)
-            return cache, lax.dynamic_update_slice(target_BT, best_BT, (0, 0))
+            rule = accept_equal if state.draws is None else accept_by_ratio
+            found_BT, accepted_B = rule(model.unembed(x_BTD), draft, settings.head)
+            return cache, lax.dynamic_update_slice(new_BT, found_BT, (0, 0)), accepted_B
 
-        cache, target_BT = state.cache, jnp.zeros_like(draft.tokens_BT)
+        carry = (state.cache, jnp.zeros_like(draft.tokens_BT), jnp.zeros_like(draft.count_B))
         for shorter, length in pairwise((-1, *self.lengths)):
-            cache, target_BT = _run_if(
+            carry = _run_if(
                 True if len(self.lengths) == 1 else (shorter < longest) & (longest <= length),
-                lambda *carry, length=length: targets(*carry, length),
-                cache,
-                target_BT,
+                lambda *carry, length=length: judged(*carry, length),
+                *carry,
             )
-        agrees_BT = (draft.tokens_BT == target_BT) & (jnp.arange(steps) < draft.count_B[:, None])
-        accepted_B = jnp.cumprod(agrees_BT, axis=1).sum(1)
+        cache, new_BT, accepted_B = carry
         return state.with_cache(cache).commit(
-            target_BT,
+            new_BT,
             accepted_B + 1,
             accepted_B=accepted_B,
             drafted_B=draft.count_B,
             draft_BT=draft.tokens_BT,
         )
+
+
+def _tokens(index: Int[Array, "*any"], head: DraftHead | None) -> Int[Array, "*any"]:
+    """Token ids of indices among the tokens that may be drafted."""
+    return index if head is None else head.ids_N[index]
 
 
 def _run_if(condition: Bool[Array, ""] | bool, run: Callable, *carry):

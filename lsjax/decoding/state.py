@@ -2,7 +2,7 @@
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -10,10 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from lsjax.config import LlamaConfig, check
-from lsjax.model.cache import KVCache
+from lsjax.decoding.sampling import Draws, Purpose, Sampling
+from lsjax.model.cache import KVCache, write
 from lsjax.model.llama import Llama
 
 RUNNING, EOS, LENGTH, STOP = range(4)  # why a row ended, if it did; STOP is set by the host
@@ -38,6 +39,7 @@ class DecodeState:
     accepted_BS: Bool[Array, "B S"]  # a draft proposed this token and the verification agreed
     replaced_BS: Int[Array, "B S"]  # the draft's token that the verification refused here, or -1
     round_BS: Int[Array, "B S"]  # at the last token of a round 1 + tokens drafted in it, else 0
+    draws: Draws | None = None  # how tokens are drawn; None takes the likeliest
 
     @classmethod
     def create(
@@ -51,11 +53,12 @@ class DecodeState:
         slack: int,
         num_layers: int,
         dtype: DTypeLike,
+        sampling: Sequence[Sampling] | None = None,
     ) -> "DecodeState":
         """Rows with their prompts and an empty cache for the first `num_layers` layers.
 
         slack: slots that a round may write beyond a row's end. A row with max_new_tokens 0 is a
-        filler that has ended from the start.
+        filler that has ended from the start. sampling: of each row, greedy by default.
 
         Raises ConfigError where a row and the slack do not fit the capacity.
         """
@@ -81,6 +84,7 @@ class DecodeState:
             accepted_BS=jnp.zeros((batch, capacity), bool),
             replaced_BS=jnp.full((batch, capacity), -1, jnp.int32),
             round_BS=jnp.zeros((batch, capacity), jnp.int32),
+            draws=None if sampling is None else Draws.create(sampling),
         )
 
     @property
@@ -100,6 +104,13 @@ class DecodeState:
     def with_cache(self, cache: KVCache) -> "DecodeState":
         """The same rows with a cache that has seen more tokens."""
         return dataclasses.replace(self, cache=cache)
+
+    def choose(self, logits_BV: Float[Array, "B V"]) -> Int[Array, " B"]:
+        """The next token of each row by the whole model's logits."""
+        if self.draws is None:
+            return logits_BV.argmax(-1).astype(self.tokens_BS.dtype)
+        log_BV = self.draws.log_probs(logits_BV[:, None])[:, 0]
+        return self.draws.token(log_BV, self.length_B, Purpose.TOKEN)
 
     def commit(
         self,
@@ -133,11 +144,7 @@ class DecodeState:
         finish_B = jnp.where(ends_B, LENGTH, self.finish_B)
 
         def put(buffer_BS, values_BT):
-            for row in range(buffer_BS.shape[0]):
-                buffer_BS = jax.lax.dynamic_update_slice(
-                    buffer_BS, values_BT[row : row + 1], (row, self.length_B[row])
-                )
-            return buffer_BS
+            return write(buffer_BS, values_BT, self.length_B)
 
         return dataclasses.replace(
             self,

@@ -17,11 +17,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
 from lsjax.config import LlamaConfig
 
-# Above this many rows one scatter beats a chain of slice updates (docs/performance.md).
+# Above this many rows one scatter instead of a chain of slice updates: as fast, and compiled sooner
+# (docs/performance.md). TPUs like slices better.
 MAX_UNROLLED_ROWS = 8
 
 
@@ -49,24 +50,34 @@ class KVCache:
         )
 
 
-def write(
+def write_slots(
     cache_BKSH: Float[Array, "B K S H"],
     new_BTKH: Float[Array, "B T K H"],
     start_B: Int[Array, " B"],
 ) -> Float[Array, "B K S H"]:
-    """Puts T new slots at `start_B` of each row.
+    """Puts T new slots at `start_B` of each row; see `write`."""
+    return write(cache_BKSH, new_BTKH.swapaxes(1, 2).astype(cache_BKSH.dtype), start_B, axis=2)
+
+
+def write(
+    buffer: Shaped[Array, "B *S"],
+    new: Shaped[Array, "B *T"],
+    start_B: Int[Array, " B"],
+    axis: int = 1,
+) -> Shaped[Array, "B *S"]:
+    """Puts `new` into `buffer` at `start_B` of each row along `axis`.
 
     The caller keeps start + T <= S: `dynamic_update_slice` would clamp the start without a word
     and overwrite older slots (DecodeState.create sees to the slack).
     """
-    new_BKTH = new_BTKH.swapaxes(1, 2).astype(cache_BKSH.dtype)
-    batch, steps = new_BTKH.shape[:2]
-    if batch <= MAX_UNROLLED_ROWS:
-        for row in range(batch):
-            cache_BKSH = lax.dynamic_update_slice(
-                cache_BKSH, new_BKTH[row : row + 1], (row, 0, start_B[row], 0)
-            )
-        return cache_BKSH
-    rows = jnp.arange(batch)[:, None]
-    slots = start_B[:, None] + jnp.arange(steps)
-    return cache_BKSH.at[rows, :, slots].set(new_BKTH.swapaxes(1, 2), mode="drop")
+    batch = buffer.shape[0]
+    if batch > MAX_UNROLLED_ROWS:
+        rows = jnp.arange(batch)[:, None]
+        slots = start_B[:, None] + jnp.arange(new.shape[axis])
+        where = (rows, *[slice(None)] * (axis - 1), slots)
+        return buffer.at[where].set(jnp.moveaxis(new, axis, 1), mode="drop")
+    for row in range(batch):
+        start = [row] + [0] * (buffer.ndim - 1)
+        start[axis] = start_B[row]
+        buffer = lax.dynamic_update_slice(buffer, new[row : row + 1], start)
+    return buffer

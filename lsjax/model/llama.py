@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int
 
 from lsjax.config import LlamaConfig
 from lsjax.model.attention import attention, cached_attention, causal_mask
-from lsjax.model.cache import KVCache, write
+from lsjax.model.cache import KVCache, write_slots
 from lsjax.model.rope import rope_angles, rotate
 
 
@@ -129,8 +129,8 @@ class Block(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], Float[Array, "B K S H"], Float[Array, "B K S H"]]:
         """The layer on T tokens that follow those in the cache; also gives the longer cache."""
         q, k, v = self.attention.project(self.attention_norm(x_BTD), rope)
-        keys_BKSH = write(keys_BKSH, k, positions_BT[:, 0])
-        values_BKSH = write(values_BKSH, v, positions_BT[:, 0])
+        keys_BKSH = write_slots(keys_BKSH, k, positions_BT[:, 0])
+        values_BKSH = write_slots(values_BKSH, v, positions_BT[:, 0])
         mixed = cached_attention(q, keys_BKSH, values_BKSH, positions_BT)
         x_BTD = x_BTD + self.attention.merge(mixed)
         x_BTD = x_BTD + self.feed_forward(self.feed_forward_norm(x_BTD))

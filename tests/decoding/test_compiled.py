@@ -14,16 +14,14 @@ from lsjax.decoding.loops import decode
 from lsjax.decoding.self_speculative import Choices, SelfSpeculative
 from lsjax.decoding.state import DecodeState
 
-CAPACITY = 613  # a number that no other array has as a dimension
 
-
-def compiled_loop(model, strategy, batch):
+def compiled_loop(model, strategy, batch, capacity):
     state = DecodeState.create(
         model.config,
         [[1, 2, 3]] * batch,
         [9] * batch,
         np.array([-1]),
-        capacity=CAPACITY,
+        capacity=capacity,
         slack=strategy.slack,
         num_layers=strategy.depth(model.config),
         dtype=jnp.float32,
@@ -45,7 +43,8 @@ def copies(text: str) -> list[tuple[str, tuple[int, ...]]]:
     return found
 
 
-@pytest.mark.parametrize("batch", [1, 3, 9])
+# Capacities below and above LARGE, numbers that no other array has as a dimension.
+@pytest.mark.parametrize("batch, capacity", [(1, 613), (1, 1613), (3, 613), (9, 1613)])
 @pytest.mark.parametrize(
     "strategy",
     [
@@ -57,13 +56,13 @@ def copies(text: str) -> list[tuple[str, tuple[int, ...]]]:
     ],
     ids=["autoregressive", "early_exit", "self_speculative", "choices", "draft_vocabulary"],
 )
-def test_no_copy_of_weights_or_cache_in_the_loop(model, strategy, batch):
-    program, state = compiled_loop(model, strategy, batch)
+def test_no_copy_of_weights_or_cache_in_the_loop(model, strategy, batch, capacity):
+    program, state = compiled_loop(model, strategy, batch, capacity)
     smallest = min(leaf.size for leaf in jax.tree.leaves(model) if leaf.ndim > 1)
     large = [
         copy
         for copy in copies(program.as_text())
-        if np.prod(copy[1]) >= smallest or (CAPACITY in copy[1] and len(copy[1]) > 2)
+        if np.prod(copy[1]) >= smallest or (capacity in copy[1] and len(copy[1]) > 2)
     ]
     assert not large
     # What the program needs beside its arguments is less than one layer's keys and values.

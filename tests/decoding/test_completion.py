@@ -70,6 +70,7 @@ def completion_of(trace, strategy, decode_seconds) -> Completion:
         num_prompt_tokens=1,
         prefill_seconds=0.5,
         compile_seconds=0.0,
+        seed=None,
         finish_reason="eos",
     )
 
@@ -90,6 +91,7 @@ def test_figures(trace):
         "exit_layer": 2,
         "num_draft_tokens": 3,
         "draft_vocab": None,
+        "seed": None,
         "rounds": 3,
         "drafted": 7,
         "accepted": 6,

@@ -1,6 +1,5 @@
 """The cost model: golden numbers worked out by hand, and its calibration."""
 
-import dataclasses
 import json
 
 import numpy as np
@@ -45,12 +44,14 @@ def test_bytes_of_a_token():
 
 
 def test_round_by_hand():
-    costs = Costs({1: 1.0, 3: 1.5}, {1: 4.0, 3: 5.0}, {7: 0.5}, draft_step=0.25, step=2.0)
-    assert costs.autoregressive(10) == 2 + 10 + 4
-    # Two steps of 3 layers, head and overhead; 3 layers once more; 7 layers and head at width 3.
-    assert costs.round(10, 3, 2, width=3) == 2 * (3 + 4 + 0.25) + 3 + 7 * 1.5 + 5 + 2
-    assert costs.round(10, 3, 2, width=3, draft_vocab=7) == 2 * 3.75 + 3 + 7 * 1.5 + 5 + 2
-    assert costs.speedup(10, 3, 2, 1.0, width=3) == pytest.approx(3 * 16 / 35)
+    costs = Costs(16.0, {1: 1.0, 3: 1.5}, {3: 5.0}, {99: 4.25, 7: 0.75})
+    assert costs.pass_seconds(10, 1) == 16
+    assert costs.pass_seconds(10, 3) == 10 * 1.5 + 5
+    # Two steps of 3 layers and the rest; 3 layers once more; 7 layers and head at width 3.
+    assert costs.round(10, 3, 2, width=3, draft_vocab=99) == 2 * (3 + 4.25) + 3 + 7 * 1.5 + 5
+    assert costs.round(10, 3, 2, width=3, draft_vocab=7) == 2 * (3 + 0.75) + 3 + 7 * 1.5 + 5
+    # Half of the drafts stand: two tokens for 33 seconds instead of 32.
+    assert costs.speedup(10, 3, 2, 0.5, width=3, draft_vocab=99) == pytest.approx(2 * 16 / 33)
 
 
 @pytest.fixture
@@ -60,40 +61,38 @@ def quick(monkeypatch):
 
 
 def test_calibration_knows_every_part(model, quick):
-    costs = calibrate(model, [2, 5], [10, 20])
-    assert set(costs.layer) == set(costs.head) == {1, 3, 6}
-    assert set(costs.draft_head) == {10, 20}
-    seconds = [*costs.layer.values(), *costs.head.values(), *costs.draft_head.values()]
+    costs = calibrate(model, [2, 5], [10, 258])
+    assert set(costs.layer) == {1, 3, 6} and set(costs.head) == {3, 6}
+    assert set(costs.draft) == {10, 258}
+    seconds = [costs.token, *costs.layer.values(), *costs.head.values()]
     assert all(0 < value < 1 for value in seconds)
-    assert abs(costs.draft_step) < 1 and abs(costs.step) < 1
+    assert all(abs(value) < 1 for value in costs.draft.values())
+    assert costs.token > costs.layer[1]
 
 
 def test_calibration_is_kept(model, quick, tmp_path, monkeypatch):
     """And measured again for what it lacks, for another model, and where the file is damaged."""
     measured = []
-    parts = Costs({1: 1.0}, {1: 1.0}, {}, 0.0, 0.0)
 
-    def fake(model, lengths, draft_vocabs):
-        measured.append((list(lengths), list(draft_vocabs)))
-        widths = {1: 1.0} | {d + 1: 2.0 for d in lengths}
-        return dataclasses.replace(
-            parts, layer=widths, head=widths, draft_head=dict.fromkeys(draft_vocabs, 0.5)
-        )
+    def fake(model, lengths, vocabularies):
+        measured.append((list(lengths), list(vocabularies)))
+        widths = {d + 1: 2.0 for d in lengths}
+        return Costs(9.0, {1: 1.0} | widths, widths, dict.fromkeys(vocabularies, 0.5))
 
     monkeypatch.setattr(calibration, "calibrate", fake)
-    first = calibrated(tmp_path, "machine", model, [2])
-    assert calibrated(tmp_path, "machine", model, [2]) == first
-    assert measured == [([2], [])]
+    first = calibrated(tmp_path, "machine", model, [2], [258])
+    assert calibrated(tmp_path, "machine", model, [2], [258]) == first
+    assert measured == [([2], [258])]
     calibrated(tmp_path, "machine", model, [4], [10])
-    assert measured[1:] == [([0, 2, 4], [10])]
-    assert calibrated(tmp_path, "machine", model, [2, 4]).draft_head == {10: 0.5}
+    assert measured[1:] == [([2, 4], [10, 258])]
+    assert calibrated(tmp_path, "machine", model, [2, 4], []).draft == {10: 0.5, 258: 0.5}
     assert len(measured) == 2
-    assert set(calibrated(tmp_path, "machine", model, [2], again=True).head) == {1, 3, 5}
-    calibrated(tmp_path, "another machine", model, [2])
+    assert set(calibrated(tmp_path, "machine", model, [2], [], again=True).head) == {3, 5}
+    calibrated(tmp_path, "another machine", model, [2], [])
     assert len(measured) == 4
     for file in (tmp_path / "costs").iterdir():
         file.write_text(json.dumps({"layer": 3}))
-    calibrated(tmp_path, "machine", model, [2])
+    calibrated(tmp_path, "machine", model, [2], [])
     assert len(measured) == 5
 
 

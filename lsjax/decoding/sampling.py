@@ -1,0 +1,163 @@
+"""Sampling: from which distribution a token is drawn, and the draws.
+
+A distribution is a row of log-probabilities [V], -inf for a token that may not be drawn. A row of
+temperature 0 is greedy: all of its probability is on the likeliest token.
+
+The filters look for a threshold by bisection instead of sorting the vocabulary. A draw depends on
+the row's key, the position of the token and the purpose of the draw alone, so a row's tokens do
+not depend on its batch mates.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from enum import IntEnum
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int, UInt32
+
+from lsjax.config import check
+
+
+class Purpose(IntEnum):
+    """What a draw at a position is for; each purpose has a random stream of its own."""
+
+    TOKEN = 0  # the whole model's own token, or what replaces a refused draft
+    DRAFT = 1
+    ACCEPT = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How the tokens of a text are drawn.
+
+    temperature: what logits are divided by; 0 takes the likeliest token and ignores the rest.
+    top_k: only the k likeliest tokens, 0 for all; ties with the last of them stay. top_p: only the
+    fewest likeliest tokens whose probabilities sum up to p (Holtzman et al., 2020). min_p: only
+    tokens at least min_p times as likely as the likeliest (Nguyen et al., 2024). They apply in
+    this order, each to what the one before has left. seed: of the text's random stream.
+
+    Raises ConfigError for a number out of its range.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int = 0
+
+    def __post_init__(self):
+        check(
+            0 <= self.temperature < float("inf"),
+            f"temperature {self.temperature} is not a number of 0 or more: 0 is greedy, 1 draws "
+            "from what the model says",
+        )
+        check(self.top_k >= 0, f"top_k {self.top_k} is below 0: choose 0 for all tokens, or more")
+        check(0 < self.top_p <= 1, f"top_p {self.top_p} is not in (0, 1]: choose 1 for all tokens")
+        check(0 <= self.min_p <= 1, f"min_p {self.min_p} is not in [0, 1]: choose 0 for all tokens")
+        check(0 <= self.seed < 2**32, f"seed {self.seed} is not in 0..{2**32 - 1}: choose another")
+
+
+GREEDY = Sampling()
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class Draws:
+    """How each row of a batch is sampled, as arrays. filters: those that some row has on; the
+    others are left out of the program."""
+
+    temperature_B: Float[Array, " B"]
+    top_k_B: Int[Array, " B"]
+    top_p_B: Float[Array, " B"]
+    min_p_B: Float[Array, " B"]
+    key_B2: UInt32[Array, "B 2"]
+    filters: frozenset[str] = field(metadata=dict(static=True))
+
+    @classmethod
+    def create(cls, rows: Sequence[Sampling]) -> "Draws | None":
+        """Row b is sampled as rows[b] says; None if all are greedy."""
+        if all(row.temperature == 0 for row in rows):
+            return None
+        return cls(
+            **{
+                f"{name}_B": jnp.asarray([getattr(row, name) for row in rows])
+                for name in ("temperature", "top_k", "top_p", "min_p")
+            },
+            key_B2=jnp.stack([jax.random.key_data(jax.random.key(row.seed)) for row in rows]),
+            filters=frozenset(
+                name
+                for name in ("top_k", "top_p", "min_p")
+                if any(getattr(row, name) != getattr(GREEDY, name) for row in rows)
+            ),
+        )
+
+    def log_probs(self, logits_BTV: Float[Array, "B T V"]) -> Float[Array, "B T V"]:
+        """The distributions that a token is drawn from, normalised."""
+        greedy_B11 = (self.temperature_B == 0)[:, None, None]
+        temperature_B11 = jnp.where(greedy_B11, 1, self.temperature_B[:, None, None])
+        top_BT1 = logits_BTV.max(-1, keepdims=True)
+        below_BTV = (top_BT1 - logits_BTV) / temperature_B11  # how far below the likeliest
+        limit_BT1 = jnp.full_like(top_BT1, jnp.inf)  # tokens further below are left out
+        if "top_k" in self.filters:
+            k_B11 = self.top_k_B[:, None, None]
+            found_BT1 = _smallest(
+                lambda m: (below_BTV <= m).sum(-1, keepdims=True) >= k_B11, top_BT1
+            )
+            limit_BT1 = jnp.where(k_B11 == 0, jnp.inf, found_BT1)
+        if "top_p" in self.filters:
+            weight_BTV = jnp.where(below_BTV <= limit_BT1, jnp.exp(-below_BTV), 0)
+            wanted_BT1 = self.top_p_B[:, None, None] * weight_BTV.sum(-1, keepdims=True)
+
+            def enough(m):
+                return jnp.where(below_BTV <= m, weight_BTV, 0).sum(-1, keepdims=True) >= wanted_BT1
+
+            all_B11 = self.top_p_B[:, None, None] == 1
+            found_BT1 = jnp.minimum(limit_BT1, _smallest(enough, top_BT1))
+            limit_BT1 = jnp.where(all_B11, limit_BT1, found_BT1)
+        if "min_p" in self.filters:
+            limit_BT1 = jnp.minimum(limit_BT1, -jnp.log(self.min_p_B)[:, None, None])
+        log_BTV = jax.nn.log_softmax(jnp.where(below_BTV <= limit_BT1, -below_BTV, -jnp.inf))
+        likeliest_BTV = jnp.arange(logits_BTV.shape[-1]) == logits_BTV.argmax(-1)[..., None]
+        return jnp.where(greedy_B11, jnp.where(likeliest_BTV, 0, -jnp.inf), log_BTV)
+
+    def token(
+        self, log_BV: Float[Array, "B V"], position_B: Int[Array, " B"], purpose: Purpose
+    ) -> Int[Array, " B"]:
+        """Draws an index for each row, for the token at its position (the Gumbel trick). The
+        log-probabilities need not be normalised."""
+        size = log_BV.shape[-1:]
+        noise_BV = jax.vmap(lambda key: jax.random.gumbel(key, size, log_BV.dtype))(
+            self._keys(position_B, purpose)
+        )
+        return (log_BV + noise_BV).argmax(-1).astype(jnp.int32)
+
+    def uniform(self, position_BT: Int[Array, "B T"], purpose: Purpose) -> Float[Array, "B T"]:
+        """A number in [0, 1) for each position."""
+        keys = jax.vmap(self._keys, in_axes=(1, None), out_axes=1)(position_BT, purpose)
+        return jax.vmap(jax.vmap(jax.random.uniform))(keys)
+
+    def _keys(self, position_B: Int[Array, " B"], purpose: Purpose) -> Array:
+        """A key for each row's draw at its position."""
+        keys_B = jax.random.wrap_key_data(self.key_B2)
+        return jax.vmap(
+            lambda key, position: jax.random.fold_in(jax.random.fold_in(key, position), purpose)
+        )(keys_B, position_B)
+
+
+def _smallest(
+    holds: Callable[[Float[Array, "B T 1"]], Bool[Array, "B T 1"]], like: Float[Array, "B T 1"]
+) -> Float[Array, "B T 1"]:
+    """The smallest number m >= 0 for which `holds(m)`, which stays true from there on; infinity
+    if none. By bisection of the bits, whose order is that of the numbers."""
+
+    def step(_, bounds):
+        low, high = bounds  # holds is false at low, true at high
+        middle = low + (high - low) // 2
+        true = holds(lax.bitcast_convert_type(middle, jnp.float32))
+        return jnp.where(true, low, middle), jnp.where(true, middle, high)
+
+    low = jnp.full(like.shape, -1, jnp.int32)
+    high = jnp.full(like.shape, 0x7F800000, jnp.int32)  # infinity
+    return lax.bitcast_convert_type(lax.fori_loop(0, 31, step, (low, high))[1], jnp.float32)
