@@ -356,3 +356,19 @@ def test_as_a_script(model_directory, expected):
     assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
     (line,) = lines_of(done.stdout)
     assert line["token_ids"] == expected.token_ids
+
+
+@pytest.mark.parametrize("options", [[], SELF], ids=["autoregressive", "self_speculative"])
+def test_samples(run, tmp_path, options):
+    """Two texts for each of two prompts, seeds in a row; one seed repeats, alone and in a batch."""
+    file = tmp_path / "prompts.jsonl"
+    file.write_text('{"prompt": "ab"}\n{"prompt": "c"}\n')
+    drawn = ["--temperature", "1", "--top-p", "0.9", "--json", "-", *options]
+    given = ["--prompt-file", file, "--num-samples", "2", "--seed", "7", *drawn]
+    lines = lines_of(run(*given, "--batch-size", "4")[0])
+    found = {(line["prompt"], line["seed"]): line["token_ids"] for line in lines}
+    assert sorted(found) == [("ab", 7), ("ab", 8), ("c", 9), ("c", 10)]
+    assert found["ab", 7] != found["ab", 8]
+    (alone,) = lines_of(run("--prompt", "c", "--seed", "10", *drawn)[0])
+    assert alone["token_ids"] == found["c", 10]
+    assert run("--prompt", "c", "--json", "-", *options)[0].find('"seed": null') > 0
