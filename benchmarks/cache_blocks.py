@@ -82,7 +82,7 @@ WAYS = {
     "computed, 1024, turned": partial(blocks, size=1024, computed=True, turned=True),
     "computed, 2048": partial(blocks, size=2048, computed=True),
     "whole": partial(blocks, size=CAPACITY),
-    "lsjax: computed, 1024 and 256": ours,
+    "lsjax": ours,
 }
 
 

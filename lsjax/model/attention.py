@@ -37,8 +37,9 @@ def cached_attention(
 
     Reads the cache in blocks up to the furthest query of the batch, with an online softmax
     (Milakov and Gimelshein, 2018), so that the cost follows the length in use and not the
-    capacity: LARGE blocks as far as they are half full or more, then SMALL ones. What lies
-    beyond a row's own length adds exact zeros to it: rows do not see their batch mates.
+    capacity: LARGE blocks as far as they are half full or more, then SMALL ones; all slots at
+    once where nearly all are in use. What lies beyond a row's own length adds exact zeros to it:
+    rows do not see their batch mates. Unused slots must hold numbers, no NaN.
     """
     batch, steps, heads, size = q_BTNH.shape
     kv_heads, capacity = k_BKSH.shape[1:3]
@@ -74,19 +75,34 @@ def cached_attention(
             mixed * shrink[..., None] + added.astype(wide),
         )
 
-    # Slot 0 is visible to every query, so the first block makes `top` finite.
-    carry = (
-        jnp.full((batch, kv_heads, rows), -jnp.inf, wide),
-        jnp.zeros((batch, kv_heads, rows), wide),
-        jnp.zeros((batch, kv_heads, rows, size), wide),
-    )
-    # Loops even where one block is all: without them XLA:CPU copies the cache before it writes.
-    small, done = min(SMALL, capacity), 0
-    if capacity >= LARGE:
-        full = (last + 1 + LARGE // 2) // LARGE
-        carry = lax.fori_loop(0, full, partial(step, LARGE), carry)
-        done = full * (LARGE // SMALL)
-    _, total, mixed = lax.fori_loop(done, last // small + 1, partial(step, small), carry)
+    def in_blocks():
+        # Slot 0 is visible to every query, so the first block makes `top` finite.
+        carry = (
+            jnp.full((batch, kv_heads, rows), -jnp.inf, wide),
+            jnp.zeros((batch, kv_heads, rows), wide),
+            jnp.zeros((batch, kv_heads, rows, size), wide),
+        )
+        # Loops even where one block is all: without them XLA:CPU copies the cache before it writes.
+        small, done = min(SMALL, capacity), 0
+        if capacity >= LARGE:
+            full = (last + 1 + LARGE // 2) // LARGE
+            carry = lax.fori_loop(0, full, partial(step, LARGE), carry)
+            done = full * (LARGE // SMALL)
+        return lax.fori_loop(done, last // small + 1, partial(step, small), carry)[1:]
+
+    def at_once():
+        scores = jnp.einsum("BKRH,BKSH->BKRS", q_BKRH, k_BKSH, preferred_element_type=wide)
+        visible_BRS = jnp.arange(capacity) <= position_BR[:, :, None]
+        scores = jnp.where(visible_BRS[:, None], scores * size**-0.5, -jnp.inf)
+        weights = jnp.exp(scores - scores.max(-1, keepdims=True))
+        mixed = jnp.einsum("BKRS,BKSH->BKRH", weights.astype(v_BKSH.dtype), v_BKSH)
+        return weights.sum(-1), mixed.astype(wide)
+
+    if capacity > LARGE:
+        # Where nearly all slots are in use, no block need be copied.
+        total, mixed = lax.cond(last >= capacity * 7 // 8, at_once, in_blocks)
+    else:
+        total, mixed = in_blocks()
     mixed = (mixed / total[..., None]).astype(q_BTNH.dtype)
     mixed = mixed.reshape(batch, kv_heads, heads // kv_heads, steps, size)
     return mixed.transpose(0, 3, 1, 2, 4).reshape(q_BTNH.shape)

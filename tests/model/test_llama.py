@@ -8,7 +8,7 @@ from flax import nnx
 
 from lsjax.config import ConfigError, LlamaConfig
 from lsjax.model.attention import LARGE, SMALL, attention, cached_attention
-from lsjax.model.cache import MAX_UNROLLED_ROWS, KVCache, write
+from lsjax.model.cache import MAX_UNROLLED_ROWS, KVCache, write_slots
 from lsjax.model.llama import Llama, stacked, unstacked
 
 TOKENS = jax.random.randint(jax.random.key(1), (3, 21), 0, 258)
@@ -60,7 +60,9 @@ def test_stacked_and_separate_layers_are_the_same_model(model):
     assert all(map(np.array_equal, jax.tree.leaves(again), jax.tree.leaves(model)))
 
 
-@pytest.mark.parametrize("beyond, atol", [(2 * SMALL + 1, 0), (LARGE + 1, 1e-6)])
+@pytest.mark.parametrize(
+    "beyond, atol", [(2 * SMALL + 1, 0), (LARGE - 9, 1e-6), (LARGE + SMALL - 3, 1e-6)]
+)
 def test_rows_do_not_see_their_neighbours(model, beyond, atol):
     """A longer neighbour makes more blocks of the cache be read: they add exact zeros. Only where
     blocks become large ones do sums round differently."""
@@ -80,7 +82,8 @@ BORDERS = [0, 5, SMALL - 1, SMALL, 3 * SMALL - 8]
     "position, capacity",
     [(at, 3 * SMALL - 7) for at in BORDERS]
     + [(at + LARGE, LARGE + 3 * SMALL - 7) for at in [-SMALL, -1, *BORDERS]]
-    + [(2 * LARGE - 1, 2 * LARGE), (LARGE - 2, LARGE), (99, 100)],
+    + [(2 * LARGE - 1, 2 * LARGE), (LARGE - 2, LARGE), (99, 100)]
+    + [(2 * LARGE * 7 // 8 + at, 2 * LARGE) for at in (-1, 0, 9)],  # where blocks end
 )
 def test_blocks_of_the_cache_equal_plain_attention(position, capacity):
     """At every border of the blocks, and in the last block of a capacity that is no multiple."""
@@ -89,8 +92,8 @@ def test_blocks_of_the_cache_equal_plain_attention(position, capacity):
     k, v = (jax.random.normal(key, (1, 2, capacity, 16)) for key in keys[1:])
     mask = jnp.arange(capacity)[None, None] <= position
     plain = attention(q, k.swapaxes(1, 2), v.swapaxes(1, 2), mask)
-    # What lies behind the last query may be anything.
-    v = v.at[:, :, position + 1 :].set(jnp.nan)
+    # What lies behind the last query may be anything that is a number.
+    v = v.at[:, :, position + 1 :].set(1e30)
     found = cached_attention(q, k, v, jnp.array([[position]]))
     np.testing.assert_allclose(found, plain, atol=1e-6)
 
@@ -120,7 +123,7 @@ def test_writes_land_at_each_row_s_position(batch):
     expected = np.array(cache)
     for row in range(batch):
         expected[row, :, start[row] : start[row] + steps] = new[row].swapaxes(0, 1)
-    np.testing.assert_array_equal(write(cache, new, start), expected)
+    np.testing.assert_array_equal(write_slots(cache, new, start), expected)
 
 
 @pytest.mark.parametrize(
