@@ -15,14 +15,13 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal, TextIO
 
-import jax
 import tyro
 from rich.console import Console
 from rich.progress import Progress
 
 from lsjax.cli.errors import check_output, one_line_errors
 from lsjax.cli.prompts import encode_prompts, read_prompts
-from lsjax.cli.setup import cache_directory, exact_products, keep_compiled_programs
+from lsjax.cli.setup import cache_directory, choose_dtype, keep_compiled_programs
 from lsjax.cli.show import LEGEND, coloured, summary, verbatim
 from lsjax.config import ConfigError, check
 from lsjax.data.chat import chat_prompt
@@ -140,11 +139,7 @@ def decode(arguments: Arguments) -> None:
         check_output(arguments.json)
 
     keep_compiled_programs()
-    dtype = arguments.dtype
-    if dtype == "auto":
-        dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    if dtype == "float32":
-        exact_products()
+    dtype = choose_dtype(arguments.dtype)
     plain = partial(Console, highlight=False, markup=False, emoji=False, soft_wrap=True)
     people, notes = plain(stderr=to_stdout), plain(stderr=True, style="dim")
 

@@ -9,14 +9,12 @@ are defined in docs/performance.md.
 """
 
 import json
-import statistics
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-import jax
 import tyro
 from rich.console import Console
 from rich.progress import Progress
@@ -25,20 +23,21 @@ from rich.text import Text
 
 from lsjax.cli.errors import check_output, one_line_errors
 from lsjax.cli.prompts import encode_prompts, read_prompts
-from lsjax.cli.setup import cache_directory, exact_products, keep_compiled_programs, machine
+from lsjax.cli.setup import cache_directory, choose_dtype, keep_compiled_programs, machine
 from lsjax.config import check
 from lsjax.data.token_counts import find_counts
 from lsjax.data.tokenizer_files import load_tokenizer
 from lsjax.decoding.autoregressive import Autoregressive
 from lsjax.decoding.calibration import calibrated, memory_bandwidth
 from lsjax.decoding.completion import Completion
-from lsjax.decoding.cost import Costs, ideal_speedup, weight_bytes
+from lsjax.decoding.cost import weight_bytes
 from lsjax.decoding.draft_vocabulary import DraftVocabulary
 from lsjax.decoding.engine import Engine
 from lsjax.decoding.request import check_settings, encode_prompt
 from lsjax.decoding.self_speculative import Choices, SelfSpeculative
 from lsjax.decoding.state import Strategy
 from lsjax.evaluation.identity_tail import identity_tail
+from lsjax.evaluation.speed import Row, compare
 from lsjax.model.checkpoint import assemble, open_source
 
 PROMPTS = (
@@ -82,29 +81,6 @@ class Arguments:
     """Of weights and cache; auto is float32 on CPUs and bfloat16 on accelerators."""
     json: Path | None = None
     """Writes a JSON object a strategy to this file."""
-
-
-@dataclass
-class Row:
-    """What one strategy gave. Undefined figures are None; lists are by draft position."""
-
-    strategy: str
-    exit_layer: int | None
-    num_draft_tokens: int | None
-    draft_vocab: int | None
-    tokens_per_second: float
-    slowest: float
-    fastest: float
-    speedup: float
-    acceptance_rate: float | None
-    acceptance_by_position: list[float]
-    tokens_per_round: float | None
-    ideal: float | None = None
-    share_of_ideal: float | None = None
-    predicted: float | None = None
-    round_over_parts: float | None = None
-    bandwidth: float | None = None
-    share_of_bandwidth: float | None = None
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -159,11 +135,7 @@ def benchmark(arguments: Arguments) -> None:
         check_output(arguments.json)
 
     keep_compiled_programs()
-    dtype = arguments.dtype
-    if dtype == "auto":
-        dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    if dtype == "float32":
-        exact_products()
+    dtype = choose_dtype(arguments.dtype)
     model = assemble(source, dtype=dtype)
     if tail is not None:
         model = identity_tail(model, tail)
@@ -198,7 +170,7 @@ def benchmark(arguments: Arguments) -> None:
                 [config.vocab_size, *([len(vocabulary)] if vocabulary else [])],
                 again=True,  # beside what it is compared with
             )
-    rows = list(table_rows(engine, everything, runs, costs, bandwidth))
+    rows = list(compare(config, model.dtype.itemsize, everything, runs, costs, bandwidth))
     what = f"{arguments.model.name}, {dtype}, {len(prompts)} prompts of "
     what += f"{min(map(len, prompts))} to {max(map(len, prompts))} tokens, "
     what += f"{arguments.new_tokens} new ones, {arguments.repeats} repeats"
@@ -266,63 +238,6 @@ def measure(
         if repeat:
             runs.append(of_repeat)
     return runs
-
-
-def table_rows(
-    engine: Engine,
-    everything: Sequence[Strategy],
-    runs: list[list[list[Completion]]],
-    costs: Costs | None,
-    bandwidth: float,
-) -> Iterator[Row]:
-    """The figures of each strategy."""
-    config, itemsize = engine.model.config, engine.model.dtype.itemsize
-    for index, strategy in enumerate(everything):
-        pairs = [
-            (base, own)
-            for repeat in runs
-            for base, own in zip(repeat[0], repeat[index], strict=True)
-        ]
-        done = [own for _, own in pairs]
-        speeds = [own.tokens_per_second for own in done]
-        drafted, accepted = sum(c.drafted for c in done), sum(c.accepted for c in done)
-        longest = max(len(c.drafted_by_position) for c in done)
-        row = Row(
-            strategy=strategy.name,
-            exit_layer=strategy.exit_layer,
-            num_draft_tokens=strategy.num_draft_tokens,
-            draft_vocab=strategy.draft_vocab,
-            tokens_per_second=statistics.median(speeds),
-            slowest=min(speeds),
-            fastest=max(speeds),
-            # Of each prompt and repeat against its own neighbour in time.
-            speedup=statistics.median(
-                base.decode_seconds / own.decode_seconds for base, own in pairs
-            ),
-            acceptance_rate=accepted / drafted if drafted else None,
-            acceptance_by_position=[
-                sum(c.accepted_by_position[i] for c in done if i < len(c.accepted_by_position))
-                / sum(c.drafted_by_position[i] for c in done if i < len(c.drafted_by_position))
-                for i in range(longest)
-            ],
-            tokens_per_round=sum(c.num_new_tokens - 1 for c in done) / sum(c.rounds for c in done),
-        )
-        if isinstance(strategy, SelfSpeculative):
-            rounds = sum(c.rounds for c in done)
-            # The last round of a text may be a shorter one.
-            cell = (strategy.exit_layer, drafted / rounds, row.acceptance_rate or 0.0)
-            row.ideal = ideal_speedup(config, *cell, strategy.draft_vocab)
-            row.share_of_ideal = row.speedup / row.ideal
-            size = strategy.draft_vocab or config.vocab_size
-            cost = dict(width=strategy.num_draft_tokens + 1, draft_vocab=size)
-            row.predicted = costs.speedup(config.num_layers, *cell, **cost)
-            parts = costs.round(config.num_layers, *cell[:2], **cost)
-            seconds = statistics.median(c.decode_seconds / c.rounds for c in done)
-            row.round_over_parts = seconds / parts
-        else:
-            row.bandwidth = row.tokens_per_second * weight_bytes(config, itemsize)
-            row.share_of_bandwidth = row.bandwidth / bandwidth
-        yield row
 
 
 def show(console: Console, title: str, rows: Sequence[Row]) -> None:

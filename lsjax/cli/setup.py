@@ -30,6 +30,15 @@ def exact_products() -> None:
     jax.config.update("jax_default_matmul_precision", "highest")
 
 
+def choose_dtype(dtype: str) -> str:
+    """`auto` is float32 on CPUs and bfloat16 on accelerators; float32 gets exact products."""
+    if dtype == "auto":
+        dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    if dtype == "float32":
+        exact_products()
+    return dtype
+
+
 def machine() -> str:
     """A name for this kind of processor and the cores that we may use."""
     try:
