@@ -1,18 +1,10 @@
-"""Configurations: frozen, hashable dataclasses that say what is wrong with a bad value."""
+"""The shape of a Llama."""
 
 import dataclasses
 from dataclasses import dataclass
 from typing import Literal
 
-
-class ConfigError(ValueError):
-    """A value that cannot work; the message names the value, the limit and the fix."""
-
-
-def check(condition: bool, message: str) -> None:
-    """Raises ConfigError(message) unless the condition holds."""
-    if not condition:
-        raise ConfigError(message)
+from lsjax.config.errors import check
 
 
 @dataclass(frozen=True, kw_only=True)

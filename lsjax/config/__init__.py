@@ -1,0 +1,6 @@
+"""Configurations: frozen, hashable dataclasses that say what is wrong with a bad value."""
+
+from lsjax.config.errors import ConfigError, check
+from lsjax.config.llama import LlamaConfig, RopeScaling
+
+__all__ = ["ConfigError", "LlamaConfig", "RopeScaling", "check"]
