@@ -38,6 +38,7 @@ from lsjax.decoding.self_speculative import SelfSpeculative
 from lsjax.decoding.state import Strategy
 from lsjax.model.checkpoint import assemble, open_source
 from lsjax.model.huggingface import read_generation_defaults
+from lsjax.model.llama import stacked
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +87,9 @@ class Arguments:
     """Prompts decoded side by side."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Of weights and cache; auto is float32 on CPUs and bfloat16 on accelerators."""
+    stack_layers: bool = False
+    """Runs the layers in a loop: for models so deep that programs with every layer in them take
+    too long to compile. Each token takes longer."""
     max_length: int | None = None
     """Of prompt and new tokens together; the model's context by default."""
     json: Path | None = None
@@ -149,6 +153,8 @@ def decode(arguments: Arguments) -> None:
             dtype=dtype,
             track=lambda parts: progress.track(parts, description="loading"),
         )
+    if arguments.stack_layers:
+        model = stacked(model)
     engine = Engine(model, tokenizer, strategy, batch_size=batch_size, max_length=max_length)
     weights, cache = engine.memory_bytes(max(map(len, encoded)) + max_new_tokens)
     notes.print(

@@ -39,6 +39,7 @@ from lsjax.decoding.state import Strategy
 from lsjax.evaluation.identity_tail import identity_tail
 from lsjax.evaluation.speed import Row, compare
 from lsjax.model.checkpoint import assemble, open_source
+from lsjax.model.llama import stacked
 
 PROMPTS = (
     "Once upon a time, there was a little girl named Lily who",
@@ -77,6 +78,8 @@ class Arguments:
     """Least slots of the cache, for what an unused part of it costs."""
     separate_programs: bool = False
     """Compiles a program for each exit and length instead of one for all."""
+    stack_layers: bool = False
+    """Runs the layers in a loop, as decode.py --stack-layers does."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Of weights and cache; auto is float32 on CPUs and bfloat16 on accelerators."""
     json: Path | None = None
@@ -139,6 +142,8 @@ def benchmark(arguments: Arguments) -> None:
     model = assemble(source, dtype=dtype)
     if tail is not None:
         model = identity_tail(model, tail)
+    if arguments.stack_layers:
+        model = stacked(model)
     engine = Engine(model, tokenizer, ignore_end=True, min_capacity=arguments.capacity)
     console = Console(highlight=False, markup=False, emoji=False)
     if not console.is_terminal:

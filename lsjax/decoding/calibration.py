@@ -55,8 +55,10 @@ def calibrated(
     again: bool = False,
 ) -> Costs:
     """`calibrate`, kept in the directory `cache` under the machine's name, the version of jax and
-    the model's shape and dtype. Measures where something asked for is not known yet, or `again`."""
-    key = f"{machine} {jax.__version__} {jax.devices()[0].device_kind} {model.config} {model.dtype}"
+    the model's shape, form and dtype. Measures where something asked for is not known yet, or `again`."""
+    form = "stacked" if model.is_stacked else "separate"
+    kind = jax.devices()[0].device_kind
+    key = f"{machine} {jax.__version__} {kind} {model.config} {model.dtype} {form}"
     file = cache / "costs" / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
     known = _read(file)
     if known is not None:
@@ -105,7 +107,8 @@ def _drafting(model: Llama, size: int) -> SelfSpeculative:
 def layers_loop(model: Llama, width: int) -> Loop:
     """All layers on `width` positions."""
     start = jnp.ones((1, width, model.config.hidden_size), model.dtype)
-    cache = KVCache.create(model.config, 1, 2 * LENGTH + width, model.dtype)
+    capacity = 2 * LENGTH + width
+    cache = KVCache.create(model.config, 1, capacity, model.dtype, stacked=model.is_stacked)
     positions_BT = jnp.arange(LENGTH, LENGTH + width)[None]
 
     def body(model, carry):
@@ -219,6 +222,7 @@ def _state(model: Llama, strategy: Strategy, length: int, capacity: int = 0) -> 
         slack=strategy.slack,
         num_layers=strategy.depth(model.config),
         dtype=model.dtype,
+        stacked=model.is_stacked,
     )
 
 

@@ -226,6 +226,7 @@ class Engine:
             slack=self.strategy.slack,
             num_layers=self.strategy.depth(self.model.config),
             dtype=self.model.dtype,
+            stacked=self.model.is_stacked,
             sampling=samplings + [GREEDY] * fillers,
         )
 

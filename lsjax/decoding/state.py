@@ -53,9 +53,11 @@ class DecodeState:
         slack: int,
         num_layers: int,
         dtype: DTypeLike,
+        stacked: bool = False,
         sampling: Sequence[Sampling] | None = None,
     ) -> "DecodeState":
-        """Rows with their prompts and an empty cache for the first `num_layers` layers.
+        """Rows with their prompts and an empty cache for the first `num_layers` layers, stacked if
+        the model's are.
 
         slack: slots that a round may write beyond a row's end. A row with max_new_tokens 0 is a
         filler that has ended from the start. sampling: of each row, greedy by default.
@@ -75,7 +77,7 @@ class DecodeState:
         for row, prompt in enumerate(prompts):
             tokens_BS[row, : len(prompt)] = prompt
         return cls(
-            cache=KVCache.create(config, batch, capacity, dtype, num_layers),
+            cache=KVCache.create(config, batch, capacity, dtype, num_layers, stacked=stacked),
             length_B=jnp.asarray(length_B),
             end_B=jnp.asarray(end_B),
             finish_B=jnp.asarray(np.where(end_B > length_B, RUNNING, LENGTH).astype(np.int32)),

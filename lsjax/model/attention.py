@@ -7,6 +7,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from lsjax.model.cache import read_slots
+
 # Slots of the cache that one step of `cached_attention` reads; LARGE is a multiple of SMALL.
 SMALL, LARGE = 256, 1024
 
@@ -29,11 +31,13 @@ def attention(
 
 def cached_attention(
     q_BTNH: Float[Array, "B T N H"],
-    k_BKSH: Float[Array, "B K S H"],
-    v_BKSH: Float[Array, "B K S H"],
+    keys: Float[Array, "*L B K S H"],
+    values: Float[Array, "*L B K S H"],
     positions_BT: Int[Array, "B T"],
+    layer: Int[Array, ""] | None = None,
 ) -> Float[Array, "B T N H"]:
-    """Attention of T new queries to the slots at or before their own positions.
+    """Attention of T new queries to the slots at or before their own positions; of a stacked cache
+    to those of one layer.
 
     Reads the cache in blocks up to the furthest query of the batch, with an online softmax
     (Milakov and Gimelshein, 2018), so that the cost follows the length in use and not the
@@ -42,7 +46,7 @@ def cached_attention(
     rows do not see their batch mates. Unused slots must hold numbers, no NaN.
     """
     batch, steps, heads, size = q_BTNH.shape
-    kv_heads, capacity = k_BKSH.shape[1:3]
+    kv_heads, capacity = keys.shape[-3:-1]
     wide = jnp.promote_types(q_BTNH.dtype, jnp.float32)
     rows = heads // kv_heads * steps
     q_BKRH = (
@@ -59,8 +63,8 @@ def cached_attention(
         slots = start + jnp.arange(block)
         # Both blocks are copied before a product reads them. What makes the copy a computation
         # lets XLA:CPU share it among the threads (docs/performance.md).
-        k_block = lax.dynamic_slice_in_dim(k_BKSH, start, block, axis=2) * size**-0.5
-        v_block = lax.dynamic_slice_in_dim(v_BKSH, start, block, axis=2)
+        k_block = read_slots(keys, start, block, layer) * size**-0.5
+        v_block = read_slots(values, start, block, layer)
         v_block = jnp.where((slots <= last)[:, None], v_block, 0)
         visible_BRS = (slots <= position_BR[:, :, None]) & (slots >= index * block)
         scores = jnp.einsum("BKRH,BKSH->BKRS", q_BKRH, k_block, preferred_element_type=wide)
@@ -91,14 +95,14 @@ def cached_attention(
         return lax.fori_loop(done, last // small + 1, partial(step, small), carry)[1:]
 
     def at_once():
-        scores = jnp.einsum("BKRH,BKSH->BKRS", q_BKRH, k_BKSH, preferred_element_type=wide)
+        scores = jnp.einsum("BKRH,BKSH->BKRS", q_BKRH, keys, preferred_element_type=wide)
         visible_BRS = jnp.arange(capacity) <= position_BR[:, :, None]
         scores = jnp.where(visible_BRS[:, None], scores * size**-0.5, -jnp.inf)
         weights = jnp.exp(scores - scores.max(-1, keepdims=True))
-        mixed = jnp.einsum("BKRS,BKSH->BKRH", weights.astype(v_BKSH.dtype), v_BKSH)
+        mixed = jnp.einsum("BKRS,BKSH->BKRH", weights.astype(values.dtype), values)
         return weights.sum(-1), mixed.astype(wide)
 
-    if capacity > LARGE:
+    if capacity > LARGE and layer is None:
         # Where nearly all slots are in use, no block need be copied.
         total, mixed = lax.cond(last >= capacity * 7 // 8, at_once, in_blocks)
     else:

@@ -31,53 +31,83 @@ MAX_UNROLLED_ROWS = 8
 class KVCache:
     """Keys and values of every layer, [B, K, S, H] so that a head's slots are contiguous.
 
-    keys, values: tuples of arrays, layer l at index l.
+    keys, values: a tuple with an array for each layer, or one array [L, B, K, S, H] for a model
+    whose layers are stacked.
     """
 
-    keys: tuple[Float[Array, "B K S H"], ...]
-    values: tuple[Float[Array, "B K S H"], ...]
+    keys: tuple[Float[Array, "B K S H"], ...] | Float[Array, "L B K S H"]
+    values: tuple[Float[Array, "B K S H"], ...] | Float[Array, "L B K S H"]
 
     @classmethod
     def create(
-        cls, config: LlamaConfig, batch: int, capacity: int, dtype: DTypeLike, num_layers=None
+        cls,
+        config: LlamaConfig,
+        batch: int,
+        capacity: int,
+        dtype: DTypeLike,
+        num_layers: int | None = None,
+        *,
+        stacked: bool = False,
     ) -> "KVCache":
         """An empty cache for the first `num_layers` layers (all of them by default)."""
         shape = (batch, config.num_kv_heads, capacity, config.head_dim)
-        layers = range(config.num_layers if num_layers is None else num_layers)
-        return cls(
-            keys=tuple(jnp.zeros(shape, dtype) for _ in layers),
-            values=tuple(jnp.zeros(shape, dtype) for _ in layers),
-        )
+        layers = config.num_layers if num_layers is None else num_layers
+
+        def empty():
+            if stacked:
+                return jnp.zeros((layers, *shape), dtype)
+            return tuple(jnp.zeros(shape, dtype) for _ in range(layers))
+
+        return cls(keys=empty(), values=empty())
 
 
 def write_slots(
-    cache_BKSH: Float[Array, "B K S H"],
+    cache: Float[Array, "*L B K S H"],
     new_BTKH: Float[Array, "B T K H"],
     start_B: Int[Array, " B"],
-) -> Float[Array, "B K S H"]:
-    """Puts T new slots at `start_B` of each row; see `write`."""
-    return write(cache_BKSH, new_BTKH.swapaxes(1, 2).astype(cache_BKSH.dtype), start_B, axis=2)
+    layer: Int[Array, ""] | None = None,
+) -> Float[Array, "*L B K S H"]:
+    """Puts T new slots at `start_B` of each row, in a stacked cache those of one layer; see
+    `write`."""
+    new_BKTH = new_BTKH.swapaxes(1, 2).astype(cache.dtype)
+    return write(cache, new_BKTH, start_B, axis=2, before=() if layer is None else (layer,))
+
+
+def read_slots(
+    cache: Float[Array, "*L B K S H"],
+    start: Int[Array, ""] | int,
+    count: int,
+    layer: Int[Array, ""] | None = None,
+) -> Float[Array, "B K T H"]:
+    """`count` slots from `start` on of every row, in a stacked cache those of one layer."""
+    if layer is None:
+        return lax.dynamic_slice_in_dim(cache, start, count, axis=2)
+    _, batch, kv_heads, _, size = cache.shape
+    sizes = (1, batch, kv_heads, count, size)
+    return lax.dynamic_slice(cache, (layer, 0, 0, start, 0), sizes)[0]
 
 
 def write(
-    buffer: Shaped[Array, "B *S"],
+    buffer: Shaped[Array, "..."],
     new: Shaped[Array, "B *T"],
     start_B: Int[Array, " B"],
     axis: int = 1,
-) -> Shaped[Array, "B *S"]:
-    """Puts `new` into `buffer` at `start_B` of each row along `axis`.
+    before: tuple[Int[Array, ""], ...] = (),
+) -> Shaped[Array, "..."]:
+    """Puts `new` into `buffer[before]` at `start_B` of each row along `axis`.
 
     The caller keeps start + T <= S: `dynamic_update_slice` would clamp the start without a word
     and overwrite older slots (DecodeState.create sees to the slack).
     """
-    batch = buffer.shape[0]
+    batch = new.shape[0]
     if batch > MAX_UNROLLED_ROWS:
         rows = jnp.arange(batch)[:, None]
         slots = start_B[:, None] + jnp.arange(new.shape[axis])
-        where = (rows, *[slice(None)] * (axis - 1), slots)
+        where = (*before, rows, *[slice(None)] * (axis - 1), slots)
         return buffer.at[where].set(jnp.moveaxis(new, axis, 1), mode="drop")
     for row in range(batch):
-        start = [row] + [0] * (buffer.ndim - 1)
+        start = [row] + [0] * (new.ndim - 1)
         start[axis] = start_B[row]
-        buffer = lax.dynamic_update_slice(buffer, new[row : row + 1], start)
+        part = new[row : row + 1].reshape((1,) * (len(before) + 1) + new.shape[1:])
+        buffer = lax.dynamic_update_slice(buffer, part, (*before, *start))
     return buffer

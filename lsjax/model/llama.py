@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
@@ -32,9 +33,9 @@ class RMSNorm(nnx.Module):
     def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
         wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         mean_square = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
-        return (wide * jax.lax.rsqrt(mean_square + self.eps)).astype(x.dtype) * self.scale[
-            ...
-        ].astype(x.dtype)
+        return (wide * lax.rsqrt(mean_square + self.eps)).astype(x.dtype) * self.scale[...].astype(
+            x.dtype
+        )
 
 
 class Linear(nnx.Module):
@@ -124,22 +125,27 @@ class Block(nnx.Module):
         x_BTD: Float[Array, "B T D"],
         rope: tuple[Array, Array],
         positions_BT: Int[Array, "B T"],
-        keys_BKSH: Float[Array, "B K S H"],
-        values_BKSH: Float[Array, "B K S H"],
-    ) -> tuple[Float[Array, "B T D"], Float[Array, "B K S H"], Float[Array, "B K S H"]]:
-        """The layer on T tokens that follow those in the cache; also gives the longer cache."""
+        keys: Float[Array, "*L B K S H"],
+        values: Float[Array, "*L B K S H"],
+        layer: Int[Array, ""] | None = None,
+    ) -> tuple[Float[Array, "B T D"], Float[Array, "*L B K S H"], Float[Array, "*L B K S H"]]:
+        """The layer on T tokens that follow those in the cache; also gives the longer cache.
+
+        layer: which one of a stacked cache it is.
+        """
         q, k, v = self.attention.project(self.attention_norm(x_BTD), rope)
-        keys_BKSH = write_slots(keys_BKSH, k, positions_BT[:, 0])
-        values_BKSH = write_slots(values_BKSH, v, positions_BT[:, 0])
-        mixed = cached_attention(q, keys_BKSH, values_BKSH, positions_BT)
+        keys = write_slots(keys, k, positions_BT[:, 0], layer)
+        values = write_slots(values, v, positions_BT[:, 0], layer)
+        mixed = cached_attention(q, keys, values, positions_BT, layer)
         x_BTD = x_BTD + self.attention.merge(mixed)
         x_BTD = x_BTD + self.feed_forward(self.feed_forward_norm(x_BTD))
-        return x_BTD, keys_BKSH, values_BKSH
+        return x_BTD, keys, values
 
 
 class Llama(nnx.Module):
     """A Llama whose layers are separate (`nnx.List` of Block: decoding) or stacked (one Block
-    with [L, ...] leaves: training); `stacked` and `unstacked` turn one form into the other.
+    with [L, ...] leaves: training, and decoding of models so deep that a program with every layer
+    in it takes too long to compile); `stacked` and `unstacked` turn one form into the other.
 
     Raises nothing by itself: shapes are checked by `LlamaConfig` and by the loaders.
     """
@@ -154,6 +160,11 @@ class Llama(nnx.Module):
         )
         self.norm = RMSNorm(config.hidden_size, config.norm_eps, dtype)
         self.head = None if config.tie_embeddings else nnx.Param(init(rngs.params(), table, dtype))
+
+    @property
+    def is_stacked(self) -> bool:
+        """Whether the layers are one Block with [L, ...] leaves."""
+        return isinstance(self.layers, Block)
 
     @property
     def dtype(self) -> jnp.dtype:
@@ -174,9 +185,20 @@ class Llama(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], KVCache]:
         """Layers lo..hi-1 on T new tokens per row, at consecutive positions, with their cache.
 
-        Separate layers only (`unstacked`).
+        Stacked layers run in a loop: a small program, which copies each layer's weights.
         """
         rope = rope_angles(positions_BT, self.config, x_BTD.dtype)
+        if self.is_stacked:
+
+            def run(layer, carry):
+                block = jax.tree.map(
+                    lambda leaf: lax.dynamic_index_in_dim(leaf, layer, keepdims=False), self.layers
+                )
+                x_BTD, keys, values = carry
+                return block.extend(x_BTD, rope, positions_BT, keys, values, layer)
+
+            x_BTD, *parts = lax.fori_loop(lo, hi, run, (x_BTD, cache.keys, cache.values))
+            return x_BTD, KVCache(*parts)
         keys, values = list(cache.keys), list(cache.values)
         for layer in range(lo, hi):
             x_BTD, keys[layer], values[layer] = self.layers[layer].extend(
@@ -196,8 +218,8 @@ class Llama(nnx.Module):
             x_BTD = block(x_BTD, rope, mask_BTT)
             return x_BTD, x_BTD
 
-        if isinstance(self.layers, Block):
-            return jax.lax.scan(run, x_BTD, self.layers)[1]
+        if self.is_stacked:
+            return lax.scan(run, x_BTD, self.layers)[1]
         outputs = []
         for block in self.layers:
             x_BTD, _ = run(x_BTD, block)
@@ -243,7 +265,7 @@ def unstacked(model: Llama) -> Llama:
 
 
 def _separate_blocks(model: Llama) -> Sequence[Block]:
-    if not isinstance(model.layers, Block):
+    if not model.is_stacked:
         return list(model.layers)
     return [
         jax.tree.map(lambda leaf, index=index: leaf[index], model.layers)

@@ -52,7 +52,7 @@ def test_with_an_identity_tail_every_draft_is_right(model, model_directory, tmp_
 
 
 def test_of_a_trained_model_drafts_are_refused_too(model_directory, tmp_path):
-    options = ("--exit-layers", 3, "--prompt-length", 40, "--capacity", 1000)
+    options = ("--exit-layers", 3, "--prompt-length", 40, "--capacity", 1000, "--stack-layers")
     base, row = rows(tmp_path, "--model", model_directory, *options)
     assert 0 < row["acceptance_rate"] < 1
     assert row["acceptance_by_position"][0] >= row["acceptance_by_position"][-1]

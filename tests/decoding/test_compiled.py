@@ -13,6 +13,7 @@ from lsjax.decoding.draft_vocabulary import DraftVocabulary
 from lsjax.decoding.loops import decode
 from lsjax.decoding.self_speculative import Choices, SelfSpeculative
 from lsjax.decoding.state import DecodeState
+from lsjax.model.llama import stacked
 
 
 def compiled_loop(model, strategy, batch, capacity):
@@ -25,6 +26,7 @@ def compiled_loop(model, strategy, batch, capacity):
         slack=strategy.slack,
         num_layers=strategy.depth(model.config),
         dtype=jnp.float32,
+        stacked=model.is_stacked,
     )
     program = jax.jit(partial(decode, strategy=strategy), donate_argnums=1)
     arguments = strategy.arguments(model)
@@ -70,6 +72,18 @@ def test_no_copy_of_weights_or_cache_in_the_loop(model, strategy, batch, capacit
     layer = 2 * state.cache.keys[0].nbytes
     assert memory.temp_size_in_bytes < layer
     assert memory.alias_size_in_bytes >= sum(x.nbytes for x in jax.tree.leaves(state.cache))
+
+
+@pytest.mark.parametrize("batch, capacity", [(1, 613), (3, 1613), (9, 613)])
+@pytest.mark.parametrize("strategy", [Autoregressive(), SelfSpeculative(2, 3)])
+def test_no_copy_of_a_stacked_cache(model, strategy, batch, capacity):
+    """Stacked layers are read out one by one, their cache is updated in place."""
+    program, state = compiled_loop(stacked(model), strategy, batch, capacity)
+    assert not [copy for copy in copies(program.as_text()) if capacity in copy[1][2:]]
+    memory = program.memory_analysis()
+    weights = sum(leaf.size for leaf in jax.tree.leaves(model.layers[0])) * 4
+    assert memory.temp_size_in_bytes < 2 * state.cache.keys[0].nbytes + 2 * weights
+    assert memory.alias_size_in_bytes >= state.cache.keys.nbytes + state.cache.values.nbytes
 
 
 def test_the_search_for_copies_finds_one():

@@ -13,6 +13,7 @@ from lsjax.decoding.draft_vocabulary import DraftVocabulary
 from lsjax.decoding.engine import Engine
 from lsjax.decoding.self_speculative import Choices, SelfSpeculative
 from lsjax.evaluation.identity_tail import identity_tail
+from lsjax.model.llama import stacked
 
 PROMPTS = [[7], [1, 2, 3], list(range(40, 60)), [200, 100] * 17]
 NEW = 24
@@ -64,6 +65,14 @@ def test_early_exit_equals_the_truncated_forward(model, tokenizer, exit_layer):
 def test_self_speculation_is_lossless(model, tokenizer, expected, exit_layer, drafts):
     """Four ragged prompts side by side: each gives what it gives alone."""
     found = tokens(model, tokenizer, SelfSpeculative(exit_layer, drafts), PROMPTS, batch_size=4)
+    for prompt, one, other in zip(PROMPTS, expected, found, strict=True):
+        assert_same_tokens(model, prompt, one, other)
+
+
+@pytest.mark.parametrize("strategy", [Autoregressive(), EarlyExit(4), SelfSpeculative(2, 3)])
+def test_stacked_layers_give_the_same_tokens(model, tokenizer, expected, strategy):
+    """The form for very deep models: a loop over the layers and one cache for all of them."""
+    found = tokens(stacked(model), tokenizer, strategy, PROMPTS, batch_size=4)
     for prompt, one, other in zip(PROMPTS, expected, found, strict=True):
         assert_same_tokens(model, prompt, one, other)
 

@@ -16,7 +16,8 @@ TOKENS = jax.random.randint(jax.random.key(1), (3, 21), 0, 258)
 
 def cached_exits(model, tokens_BT, sizes, capacity=600):
     """Outputs of every layer when the tokens come in pieces of the given sizes."""
-    cache = KVCache.create(model.config, len(tokens_BT), capacity, model.dtype)
+    batch, dtype = len(tokens_BT), model.dtype
+    cache = KVCache.create(model.config, batch, capacity, dtype, stacked=model.is_stacked)
     pieces, start = [], 0
     for size in sizes:
         positions = jnp.broadcast_to(jnp.arange(start, start + size), (len(tokens_BT), size))
@@ -29,10 +30,11 @@ def cached_exits(model, tokens_BT, sizes, capacity=600):
     return jnp.concatenate(pieces, axis=2)
 
 
+@pytest.mark.parametrize("form", [unstacked, stacked])
 @pytest.mark.parametrize("sizes", [(21,), (5, 1, 1, 1, 6, 7)])
-def test_cached_equals_the_whole_forward_at_every_exit(model, sizes):
+def test_cached_equals_the_whole_forward_at_every_exit(model, sizes, form):
     whole = jax.jit(lambda model: model.exits(TOKENS))(model)
-    found = jax.jit(lambda model: cached_exits(model, TOKENS, sizes))(model)
+    found = jax.jit(lambda model: cached_exits(model, TOKENS, sizes))(form(model))
     np.testing.assert_allclose(model.unembed(found), model.unembed(whole), atol=2e-4)
 
 
