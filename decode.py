@@ -3,99 +3,46 @@
     python decode.py --model PATH --prompt "Once upon a time"
     python decode.py --model PATH --prompt-file prompts.jsonl --strategy self_speculative \\
         --exit-layer 8 --num-draft-tokens 4 --json results.jsonl
+    python decode.py --model PATH --interactive
 """
 
 import dataclasses
 import json
 import sys
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal, TextIO
+from typing import TextIO
 
 import tyro
 from rich.console import Console
 from rich.progress import Progress
 
+from lsjax.cli.chat import chat
+from lsjax.cli.decoding_options import (
+    Arguments,
+    check_together,
+    choose_requests,
+    choose_strategy,
+    default_request,
+    prompt_ids,
+)
 from lsjax.cli.errors import check_output, one_line_errors
-from lsjax.cli.prompts import encode_prompts, read_prompts
-from lsjax.cli.setup import cache_directory, choose_dtype, keep_compiled_programs
-from lsjax.cli.show import LEGEND, coloured, summary, verbatim
-from lsjax.config import ConfigError, check
+from lsjax.cli.prompts import encode_prompts
+from lsjax.cli.setup import choose_dtype, keep_compiled_programs
+from lsjax.cli.show import LEGEND, Colours, coloured, stream, summary, verbatim
+from lsjax.config import check
 from lsjax.data.chat import chat_prompt
-from lsjax.data.token_counts import find_counts
 from lsjax.data.tokenizer_files import load_tokenizer
-from lsjax.data.tokenizers import Tokenizer
-from lsjax.decoding.autoregressive import Autoregressive, EarlyExit
 from lsjax.decoding.completion import Completion
-from lsjax.decoding.draft_vocabulary import DraftVocabulary
 from lsjax.decoding.engine import Engine
-from lsjax.decoding.request import check_settings, encode_prompt
-from lsjax.decoding.sampling import Sampling
-from lsjax.decoding.self_speculative import SelfSpeculative
+from lsjax.decoding.request import Request, check_settings, encode_prompt
 from lsjax.decoding.state import Strategy
 from lsjax.model.checkpoint import assemble, open_source
-from lsjax.model.huggingface import read_generation_defaults
 from lsjax.model.llama import stacked
 
-
-@dataclass(frozen=True, kw_only=True)
-class Arguments:
-    """Continues prompts with a Llama."""
-
-    model: Path
-    """Hugging Face directory (config.json, safetensors, tokenizer) or .gguf file."""
-    prompt: str | None = None
-    """Text to continue."""
-    prompt_file: Path | None = None
-    """Prompts: .txt is one prompt, .jsonl has an object with "prompt" on each line."""
-    strategy: Literal["autoregressive", "early_exit", "self_speculative"] = "autoregressive"
-    """All layers for each token; the first layers only; or drafts by the first layers that the
-    others verify: the same tokens as autoregressive."""
-    exit_layer: int | None = None
-    """Layers that draft, or that early_exit runs. Self-speculation takes it from the model's
-    generation_config.json (assistant_early_exit) if that has it."""
-    num_draft_tokens: int | None = None
-    """Tokens drafted in a round (from num_assistant_tokens of the model, if it has that)."""
-    draft_vocab: int | None = None
-    """Drafts from this many of the most frequent tokens only: a cheaper head, the same text.
-    python -m lsjax.cli.count_tokens counts them."""
-    max_new_tokens: int = 128
-    """Ends a text that does not end by itself."""
-    temperature: float = 0.0
-    """0 is greedy: the likeliest token each time. Above 0 tokens are drawn, with logits divided by
-    this."""
-    top_k: int = 0
-    """Draws from the k likeliest tokens only; 0 is all."""
-    top_p: float = 1.0
-    """Draws from the fewest tokens whose probabilities sum up to p."""
-    min_p: float = 0.0
-    """Draws from tokens at least min_p times as likely as the likeliest."""
-    seed: int = 0
-    """Of the first text; each further one has the next number."""
-    num_samples: int = 1
-    """Texts for each prompt."""
-    stop: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
-    """Ends a text where it would contain this; may be given several times."""
-    chat: bool = False
-    """Puts the prompt into the model's chat template, as a user's message."""
-    system: str | None = None
-    """With --chat: the system message."""
-    batch_size: int = 1
-    """Prompts decoded side by side."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Of weights and cache; auto is float32 on CPUs and bfloat16 on accelerators."""
-    stack_layers: bool = False
-    """Runs the layers in a loop: for models so deep that programs with every layer in them take
-    too long to compile. Each token takes longer."""
-    max_length: int | None = None
-    """Of prompt and new tokens together; the model's context by default."""
-    json: Path | None = None
-    """Writes a JSON object a prompt to this file ("-": to standard output, and nothing else)."""
-    show_drafts: bool = False
-    """Shows which tokens the draft proposed and what the verification made of them."""
+Show = Callable[[int, Completion], None]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -111,29 +58,24 @@ def decode(arguments: Arguments) -> None:
 
     Raises ConfigError, CheckpointError, TokenizerError or OSError with one line for bad input.
     """
-    check(
-        arguments.num_samples >= 1,
-        f"--num-samples {arguments.num_samples} is below 1: choose 1 or more",
-    )
-    check(arguments.chat or arguments.system is None, "--system needs --chat: give both or neither")
-    check("" not in arguments.stop, "--stop is empty: give the text to stop at")
+    check_together(arguments)
     to_stdout = arguments.json == Path("-")
-    prompts = read_prompts(arguments.prompt, arguments.prompt_file)
-    prompts = [prompt for prompt in prompts for _ in range(arguments.num_samples)]
-    samplings = choose_samplings(arguments, len(prompts))
+    requests = [] if arguments.interactive else choose_requests(arguments)
     source = open_source(arguments.model)
     tokenizer = load_tokenizer(arguments.model)
     strategy = choose_strategy(arguments, tokenizer)
-    max_new_tokens, max_length = arguments.max_new_tokens, arguments.max_length
-    batch_size = min(arguments.batch_size, len(prompts))
+    max_length = arguments.max_length
+    batch_size = min(arguments.batch_size, max(len(requests), 1))
     check_settings(source.config, tokenizer, strategy, batch_size=batch_size, max_length=max_length)
 
-    def encode(prompt: str) -> list[int]:
-        ids = prompt_ids(tokenizer, prompt, arguments)
-        limits = dict(max_new_tokens=max_new_tokens, max_length=max_length)
+    def encode(request: Request) -> list[int]:
+        ids = prompt_ids(tokenizer, request.prompt, arguments)
+        limits = dict(max_new_tokens=request.max_new_tokens, max_length=max_length)
         return encode_prompt(ids, tokenizer, source.config, **limits)
 
-    encoded = encode_prompts(prompts, encode)
+    encoded = encode_prompts(requests, encode)
+    if arguments.interactive:
+        chat_prompt(tokenizer, "", arguments.system)  # whether there is a template
     if arguments.json is not None and not to_stdout:
         check(
             arguments.prompt_file is None
@@ -156,7 +98,10 @@ def decode(arguments: Arguments) -> None:
     if arguments.stack_layers:
         model = stacked(model)
     engine = Engine(model, tokenizer, strategy, batch_size=batch_size, max_length=max_length)
-    weights, cache = engine.memory_bytes(max(map(len, encoded)) + max_new_tokens)
+    totals = [
+        len(ids) + request.max_new_tokens for request, ids in zip(requests, encoded, strict=True)
+    ]
+    weights, cache = engine.memory_bytes(max(totals, default=arguments.max_new_tokens))
     notes.print(
         f"{arguments.model.name}: {model.config.num_params / 1e6:.0f}M parameters, "
         f"{weights / 1e6:.0f} MB in {dtype}; cache {cache / 1e6:.0f} MB for {engine.batch_size} "
@@ -166,34 +111,42 @@ def decode(arguments: Arguments) -> None:
     completions: list[Completion] = []
     with json_lines(arguments.json) as lines:
 
-        def finish(index: int, completion: Completion) -> None:
-            completion = dataclasses.replace(completion, prompt=prompts[index])
+        def finish(prompt: str, completion: Completion) -> None:
+            completion = dataclasses.replace(completion, prompt=prompt)
             completions.append(completion)
             if lines:
                 print(json.dumps(completion.to_json(), ensure_ascii=False), file=lines, flush=True)
 
-        if len(prompts) == 1 and not arguments.show_drafts and not to_stdout:
+        if arguments.interactive:
+            chat(
+                engine,
+                default_request(arguments),
+                people,
+                notes,
+                system=arguments.system,
+                show_drafts=arguments.show_drafts,
+                finish=finish,
+            )
+            return
+        prompts = [request.prompt for request in requests]
+        asked = [
+            dataclasses.replace(request, prompt=ids)
+            for request, ids in zip(requests, encoded, strict=True)
+        ]
+        if len(asked) == 1 and not to_stdout:
+            if arguments.show_drafts:
+                people.print(LEGEND)
             people.print(verbatim(prompts[0]), style="dim")
-            for piece in engine.stream(
-                encoded[0],
-                max_new_tokens=max_new_tokens,
-                stop=arguments.stop,
-                sampling=samplings[0],
-            ):
-                if isinstance(piece, Completion):
-                    finish(0, piece)
-                else:
-                    people.print(verbatim(piece))
-            people.print()
+            colours = Colours(tokenizer, encoded[0]) if arguments.show_drafts else None
+            finish(prompts[0], stream(people, engine.watch(asked[0]), colours))
         else:
             if arguments.show_drafts:
                 people.print(LEGEND)
             with Progress(console=notes, transient=True, disable=not notes.is_terminal) as progress:
-                task = progress.add_task("decoding", total=len(prompts))
+                task = progress.add_task("decoding", total=len(asked))
 
                 def show(index: int, completion: Completion) -> None:
-                    finish(index, completion)
-                    progress.advance(task)
+                    finish(prompts[index], completion)
                     if to_stdout:
                         return
                     people.print(verbatim(prompts[index]), style="dim")
@@ -202,17 +155,40 @@ def decode(arguments: Arguments) -> None:
                     else:
                         people.print(verbatim(completion.text + "\n"))
 
-                engine.generate(
-                    encoded,
-                    max_new_tokens=max_new_tokens,
-                    stop=arguments.stop,
-                    sampling=samplings,
-                    on_completion=show,
-                )
+                with in_order(show) as put:
+
+                    def ended(index: int, completion: Completion) -> None:
+                        put(index, completion)
+                        progress.advance(task)
+
+                    engine.generate(asked, on_completion=ended)
     notes.print(
         f"{summary(completions, engine.decode_seconds)}; {engine.compile_seconds:.1f} s compiling"
     )
     advise(notes, strategy, completions)
+
+
+@contextmanager
+def in_order(
+    show: Callable[[int, Completion], None],
+) -> Iterator[Callable[[int, Completion], None]]:
+    """Texts end in any order; `show` gets them in that of the prompts. Where decoding is broken
+    off, it gets at the end what has waited for another text."""
+    waiting: dict[int, Completion] = {}
+    shown = 0
+
+    def put(index: int, completion: Completion) -> None:
+        nonlocal shown
+        waiting[index] = completion
+        while shown in waiting:
+            show(shown, waiting.pop(shown))
+            shown += 1
+
+    try:
+        yield put
+    finally:
+        for index in sorted(waiting):
+            show(index, waiting[index])
 
 
 def json_lines(path: Path | None) -> AbstractContextManager[TextIO | None]:
@@ -220,66 +196,6 @@ def json_lines(path: Path | None) -> AbstractContextManager[TextIO | None]:
     if path is None or path == Path("-"):
         return nullcontext(sys.stdout if path else None)
     return path.open("w", encoding="utf-8")
-
-
-def prompt_ids(tokenizer: Tokenizer, prompt: str, arguments: Arguments) -> list[int]:
-    """Token ids of a prompt, in the chat template if asked for."""
-    if not arguments.chat:
-        return tokenizer.encode(prompt)
-    text = chat_prompt(tokenizer, prompt, arguments.system)
-    return tokenizer.encode(text, add_bos=False)
-
-
-def choose_strategy(arguments: Arguments, tokenizer: Tokenizer) -> Strategy:
-    """The strategy that the arguments name; a self-speculative one may leave exit and draft
-    length to the model's directory.
-
-    Raises ConfigError for a missing number, and for one that the strategy does not use.
-    """
-    exit_layer, drafts = arguments.exit_layer, arguments.num_draft_tokens
-    if arguments.strategy != "self_speculative":
-        for name, value in (("num-draft-tokens", drafts), ("draft-vocab", arguments.draft_vocab)):
-            check(value is None, f"--{name} means nothing to {arguments.strategy}")
-    match arguments.strategy:
-        case "autoregressive":
-            check(exit_layer is None, "--exit-layer means nothing to autoregressive decoding")
-            return Autoregressive()
-        case "early_exit":
-            check(exit_layer is not None, "early_exit needs --exit-layer, the layers to run")
-            return EarlyExit(exit_layer)
-    defaults = read_generation_defaults(arguments.model)
-    exit_layer = defaults.exit_layer if exit_layer is None else exit_layer
-    drafts = defaults.num_draft_tokens if drafts is None else drafts
-    if exit_layer is None or drafts is None:
-        raise ConfigError(
-            f"self_speculative needs --exit-layer and --num-draft-tokens: {arguments.model} does "
-            "not say them"
-        )
-    vocabulary = None
-    if arguments.draft_vocab is not None:
-        counts = find_counts(arguments.model, cache_directory(), tokenizer)
-        vocabulary = DraftVocabulary.most_frequent(counts, arguments.draft_vocab)
-    return SelfSpeculative(exit_layer, drafts, vocabulary)
-
-
-def choose_samplings(arguments: Arguments, count: int) -> list[Sampling]:
-    """How each text is drawn, each with a seed of its own.
-
-    Raises ConfigError for a number out of its range, and for one that greedy decoding ignores.
-    """
-    numbers = {name: getattr(arguments, name) for name in ("top_k", "top_p", "min_p")}
-    if arguments.temperature == 0:
-        defaults = {"top_k": 0, "top_p": 1.0, "min_p": 0.0, "num_samples": 1, "seed": 0}
-        for name, default in defaults.items():
-            check(
-                getattr(arguments, name) == default,
-                f"--{name.replace('_', '-')} means nothing to greedy decoding: choose a "
-                "--temperature above 0",
-            )
-    return [
-        Sampling(temperature=arguments.temperature, seed=arguments.seed + index, **numbers)
-        for index in range(count)
-    ]
 
 
 def advise(notes: Console, strategy: Strategy, completions: Sequence[Completion]) -> None:

@@ -1,10 +1,21 @@
-"""Prompts from the command line or a file."""
+"""Prompts from the command line or a file, and requests, which have settings of their own."""
 
+import dataclasses
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from lsjax.config import ConfigError, check
+from lsjax.decoding.request import Request
+from lsjax.decoding.sampling import Sampling
+
+# What an object of a .jsonl file may say beside its prompt, with the kind of the value.
+OPTIONS: dict[str, Any] = {
+    **{"max_new_tokens": int, "top_k": int, "seed": int, "no_repeat_ngram": int},
+    **{"temperature": float, "top_p": float, "min_p": float, "repetition_penalty": float},
+    **{"stop": str, "stop_ids": int},  # one or a list
+}
 
 
 def read_prompts(prompt: str | None, file: Path | None) -> list[str]:
@@ -13,12 +24,26 @@ def read_prompts(prompt: str | None, file: Path | None) -> list[str]:
 
     Raises ConfigError with file and line for what is not that.
     """
+    return [text for text, _, _ in _read(prompt, file)]
+
+
+def read_requests(prompt: str | None, file: Path | None, default: Request) -> list[Request]:
+    """The same as requests: `default` with the prompt, and with what an object of a .jsonl file
+    says of its own (OPTIONS).
+
+    Raises ConfigError with file and line.
+    """
+    return [_request(text, row, where, default) for text, row, where in _read(prompt, file)]
+
+
+def _read(prompt: str | None, file: Path | None) -> list[tuple[str, dict, str]]:
+    """Prompts with the objects that held them and where they stood."""
     check(
         (prompt is None) != (file is None),
         "give one of --prompt and --prompt-file" + (" and not both" if prompt else ""),
     )
     if file is None:
-        return [_valid(prompt, "--prompt")]
+        return [(_valid(prompt, "--prompt"), {}, "--prompt")]
     try:
         text = file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
@@ -26,12 +51,12 @@ def read_prompts(prompt: str | None, file: Path | None) -> list[str]:
         raise ConfigError(f"{file}, line {line} is not UTF-8 text: save it as UTF-8") from None
     match file.suffix:
         case ".txt":
-            return [_valid(text.removesuffix("\n"), str(file))]
+            return [(_valid(text.removesuffix("\n"), str(file)), {}, str(file))]
         case ".jsonl":
             lines = enumerate(text.split("\n"), start=1)  # JSON may hold other line separators
-            prompts = [_from_line(line, f"{file}, line {n}") for n, line in lines if line.strip()]
-            check(bool(prompts), f"{file} has no prompts in it: it needs at least one")
-            return prompts
+            rows = [_from_line(line, f"{file}, line {n}") for n, line in lines if line.strip()]
+            check(bool(rows), f"{file} has no prompts in it: it needs at least one")
+            return rows
         case suffix:
             raise ConfigError(f"{file}: prompts come from .txt or .jsonl, not {suffix or 'that'}")
 
@@ -48,7 +73,7 @@ def encode_prompts(prompts: Sequence[str], encode: Callable[[str], list[int]]) -
     return encoded
 
 
-def _from_line(line: str, where: str) -> str:
+def _from_line(line: str, where: str) -> tuple[str, dict, str]:
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
@@ -56,8 +81,33 @@ def _from_line(line: str, where: str) -> str:
         raise ConfigError(f'{where} is not JSON ({problem}): write {{"prompt": "..."}}') from None
     match row:
         case {"prompt": str(prompt)} | {"turns": [str(prompt), *_]}:
-            return _valid(prompt, where)
+            return _valid(prompt, where), row, where
     raise ConfigError(f'{where} is no object with a text under "prompt": write {{"prompt": "..."}}')
+
+
+def _request(prompt: str, row: dict, where: str, default: Request) -> Request:
+    given = {}
+    for name, kind in OPTIONS.items():
+        if (value := row.get(name)) is None:
+            continue
+        several = name in ("stop", "stop_ids")
+        values = value if several and isinstance(value, list) else [value]
+        kinds = (int, float) if kind is float else kind
+        check(
+            all(isinstance(value, kinds) and not isinstance(value, bool) for value in values),
+            f"{where}: {name} is {json.dumps(value)}, but must be {kind.__name__}"
+            + (" or a list of such" if several else ""),
+        )
+        given[name] = tuple(values) if several else kind(value)
+    own = {field.name for field in dataclasses.fields(Sampling)}
+    try:
+        sampling = dataclasses.replace(
+            default.sampling, **{name: value for name, value in given.items() if name in own}
+        )
+        rest = {name: value for name, value in given.items() if name not in own}
+        return dataclasses.replace(default, prompt=prompt, sampling=sampling, **rest)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from None
 
 
 def _valid(prompt: str, where: str) -> str:

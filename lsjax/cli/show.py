@@ -1,13 +1,16 @@
 """What people see of a completion: the text in the colours of its origin, and a line of figures."""
 
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterable, Sequence
 
+from rich.console import Console
 from rich.segment import Segment, Segments
 from rich.text import Text
 
 from lsjax.data.detokenize import StreamDecoder
 from lsjax.data.tokenizers import Tokenizer
-from lsjax.decoding.completion import Completion
+from lsjax.decoding.completion import Completion, Trace
+from lsjax.decoding.run import Update
 
 ACCEPTED = "bold green"
 CORRECTED = "bold red"
@@ -24,25 +27,57 @@ LEGEND = Text.assemble(
 )
 
 
+class Colours:
+    """New text as it is found, each token in the colour of where it came from (see LEGEND)."""
+
+    def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int]):
+        self._tokenizer = tokenizer
+        self._decoder = StreamDecoder(tokenizer, prompt_ids)
+        self._read = 0  # tokens of the trace
+        self._waiting: deque[tuple[str, str]] = deque()  # text and style
+
+    def push(self, trace: Trace, text: str, *, last: bool = False) -> Text:
+        """The next piece of the text in colours, and what was refused on the way. last: what the
+        trace holds behind the piece is no text, a stop string."""
+        for index in range(self._read, len(trace)):
+            accepted, replaced = trace.accepted_n[index], int(trace.replaced_n[index])
+            if replaced >= 0:
+                refused = self._tokenizer.token_bytes(replaced, skip_special=False)
+                self._waiting.append((_visible(refused), REFUSED))
+            style = ACCEPTED if accepted else CORRECTED if replaced >= 0 else ADDED
+            self._waiting.append((self._decoder.push([int(trace.tokens_n[index])]), style))
+        self._read = len(trace)
+        if last:
+            self._waiting.append((self._decoder.finish(), ""))
+        shown, left = Text(), len(text)
+        while self._waiting:
+            piece, style = self._waiting.popleft()
+            if style == REFUSED:
+                shown.append(piece, style)
+                continue
+            shown.append(piece[:left], style)
+            if len(piece) > left and not last:
+                self._waiting.appendleft((piece[left:], style))
+                break
+            left -= min(left, len(piece))
+        return shown
+
+
 def coloured(tokenizer: Tokenizer, prompt_ids: Sequence[int], completion: Completion) -> Text:
-    """The new text, each token in the colour of where it came from (see LEGEND)."""
-    trace = completion.trace
-    stream = StreamDecoder(tokenizer, prompt_ids)
-    text = Text()
-    shown = 0
-    for token, accepted, replaced in zip(
-        trace.tokens_n, trace.accepted_n, trace.replaced_n, strict=True
-    ):
-        if replaced >= 0:
-            refused = tokenizer.token_bytes(int(replaced), skip_special=False)
-            text.append(_visible(refused), REFUSED)
-        style = ACCEPTED if accepted else CORRECTED if replaced >= 0 else ADDED
-        piece = stream.push([int(token)])
-        # The completion's text ends before a stop string, the tokens behind it.
-        text.append(piece[: max(0, len(completion.text) - shown)], style)
-        shown += len(piece)
-    text.append(stream.finish()[: max(0, len(completion.text) - shown)])
-    return text
+    """A whole text in colours."""
+    return Colours(tokenizer, prompt_ids).push(completion.trace, completion.text, last=True)
+
+
+def stream(people: Console, updates: Iterable[Update], colours: Colours | None) -> Completion:
+    """Shows one text as it is found, in colours if there are some; gives its completion."""
+    for update in updates:
+        if colours is None:
+            people.print(verbatim(update.text))
+        else:
+            last = update.completion is not None
+            people.print(colours.push(update.trace, update.text, last=last), end="")
+    people.print()
+    return update.completion
 
 
 def verbatim(text: str) -> Segments:

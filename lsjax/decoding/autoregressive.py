@@ -51,9 +51,8 @@ class EarlyExit(Strategy):
 
 
 def next_token(model: Llama, state: DecodeState, depth: int) -> DecodeState:
-    """Runs the pending token through `depth` layers and the head and commits a token."""
+    """Runs the pending token through `depth` layers and the head and appends a token."""
     x_BTD = model.embed(state.pending_B[:, None])
     positions_BT = state.length_B[:, None] - 1
     x_BTD, cache = model.run_layers(x_BTD, 0, depth, positions_BT, state.cache)
-    token_B = state.choose(model.unembed(x_BTD[:, 0]))
-    return state.with_cache(cache).commit(token_B[:, None], 1)
+    return state.with_cache(cache).append(model.unembed(x_BTD[:, 0]))

@@ -20,6 +20,7 @@ from lsjax.decoding.acceptance import Draft, Proposals
 from lsjax.decoding.autoregressive import Autoregressive
 from lsjax.decoding.cost import Costs
 from lsjax.decoding.draft_vocabulary import DraftVocabulary
+from lsjax.decoding.sampling import GREEDY
 from lsjax.decoding.self_speculative import SelfSpeculative
 from lsjax.decoding.state import DecodeState, Strategy
 from lsjax.model.cache import KVCache
@@ -55,7 +56,8 @@ def calibrated(
     again: bool = False,
 ) -> Costs:
     """`calibrate`, kept in the directory `cache` under the machine's name, the version of jax and
-    the model's shape, form and dtype. Measures where something asked for is not known yet, or `again`."""
+    the model's shape, form and dtype. Measures where something asked for is not known yet, or
+    `again`."""
     form = "stacked" if model.is_stacked else "separate"
     kind = jax.devices()[0].device_kind
     key = f"{machine} {jax.__version__} {kind} {model.config} {model.dtype} {form}"
@@ -217,12 +219,13 @@ def _state(model: Llama, strategy: Strategy, length: int, capacity: int = 0) -> 
         model.config,
         [[1] * length],
         [LENGTH],
-        np.array([-1]),
+        [[-1]],
         capacity=max(capacity, length + LENGTH + strategy.slack),
         slack=strategy.slack,
         num_layers=strategy.depth(model.config),
         dtype=model.dtype,
         stacked=model.is_stacked,
+        sampling=[GREEDY],
     )
 
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 
 from lsjax.data.detokenize import StreamDecoder
 from lsjax.data.tokenizers import Tokenizer
@@ -19,19 +19,23 @@ class Trace:
 
     tokens_n: ids. accepted_n: an accepted draft. replaced_n: the draft's token that was refused
     in favour of this one, or -1. round_n: at the last token of a round, 1 + tokens drafted in it.
-    The first token is the prefill's: a round of its own that is no round of decoding.
+    log_probs_n: of the tokens, or None. The first token is the prefill's: a round of its own that
+    is no round of decoding.
     """
 
     tokens_n: Int[np.ndarray, " n"]
     accepted_n: Bool[np.ndarray, " n"]
     replaced_n: Int[np.ndarray, " n"]
     round_n: Int[np.ndarray, " n"]
+    log_probs_n: Float[np.ndarray, " n"] | None = None
 
     @classmethod
     def of(cls, state: DecodeState, row: int, start: int) -> "Trace":
         """The tokens of a row from position `start` on."""
         new = slice(start, int(state.length_B[row]))
         buffers = (state.tokens_BS, state.accepted_BS, state.replaced_BS, state.round_BS)
+        if state.log_probs_BS is not None:
+            buffers += (state.log_probs_BS,)
         # Copies: a view would keep the whole batch's buffers.
         return cls(*(np.asarray(buffer)[row, new].copy() for buffer in buffers))
 
@@ -45,8 +49,13 @@ class Trace:
         if count and not round_n[-1]:
             kept = count - 1 - np.flatnonzero(round_n)[-1]
             round_n[-1] = 1 + kept
+        log_probs_n = self.log_probs_n
         return Trace(
-            self.tokens_n[:count], self.accepted_n[:count], self.replaced_n[:count], round_n
+            self.tokens_n[:count],
+            self.accepted_n[:count],
+            self.replaced_n[:count],
+            round_n,
+            None if log_probs_n is None else log_probs_n[:count],
         )
 
     @property
@@ -71,10 +80,12 @@ class Completion:
     """One prompt's result; the fields of decode.py's JSON lines. Undefined figures are None.
 
     token_ids: new tokens only, the end token included; the text is without it and without a stop
-    string. prefill_seconds: of the row's batch. decode_seconds: from the first new token to the
-    row's last one. compile_seconds: spent before, in neither of them. tokens_per_second: new
-    tokens after the first over decode_seconds. acceptance_rate: accepted / drafted.
-    tokens_per_round: new tokens after the first over rounds. seed: None if greedy.
+    string. prefill_seconds: reading the prompt. decode_seconds: from the first new token to the
+    row's last one; in a batch the reading of other prompts counts in. compile_seconds: spent
+    before, in neither of them. tokens_per_second: new tokens after the first over decode_seconds.
+    acceptance_rate: accepted / drafted. tokens_per_round: new tokens after the first over rounds.
+    seed: None if greedy. log_probs: of the new tokens by the logits of what ran for them, before
+    penalties, temperature and filters; None unless asked for.
     """
 
     prompt: str
@@ -98,6 +109,7 @@ class Completion:
     tokens_per_round: float | None
     drafted_by_position: list[int]
     accepted_by_position: list[int]
+    log_probs: list[float] | None
     finish_reason: str
     trace: Trace
 
@@ -123,6 +135,7 @@ class Completion:
             tokens_per_round=later / trace.rounds if trace.rounds else None,
             drafted_by_position=drafted,
             accepted_by_position=accepted,
+            log_probs=None if trace.log_probs_n is None else trace.log_probs_n.tolist(),
             trace=trace,
             **rest,
         )

@@ -21,9 +21,11 @@ from lsjax.model.llama import Llama
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class DraftHead:
-    """The head's rows of the tokens that may be drafted."""
+    """The head's rows of the tokens that may be drafted. places_V: where a token stands among
+    them, N if it does not."""
 
     ids_N: Int[Array, " N"]
+    places_V: Int[Array, " V"]
     table_ND: Float[Array, "N D"]
 
 
@@ -69,4 +71,6 @@ class DraftVocabulary:
     def head(self, model: Llama) -> DraftHead:
         """Its rows of the model's head."""
         ids_N = jnp.asarray(self.ids_N)
-        return DraftHead(ids_N, model.head_table[ids_N])
+        places_V = jnp.full(model.config.vocab_size, len(self), jnp.int32)
+        places_V = places_V.at[ids_N].set(jnp.arange(len(self)))
+        return DraftHead(ids_N, places_V, model.head_table[ids_N])

@@ -1,39 +1,29 @@
-"""From prompts to completions: batches, streaming, and the programs compiled for them."""
+"""Holds what decoding needs, and takes requests."""
 
-import dataclasses
-import time
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
-
-import jax
-import jax.numpy as jnp
-import numpy as np
 
 from lsjax.config import check
 from lsjax.data.tokenizers import Tokenizer
 from lsjax.decoding.autoregressive import Autoregressive
-from lsjax.decoding.completion import Completion, RowText, Trace
-from lsjax.decoding.loops import decode, prefill
-from lsjax.decoding.request import check_settings, encode_prompt
+from lsjax.decoding.completion import Completion
+from lsjax.decoding.conversation import Conversation
+from lsjax.decoding.programs import Programs
+from lsjax.decoding.request import Request, check_settings, encode_prompt
+from lsjax.decoding.run import Run, Update
 from lsjax.decoding.sampling import GREEDY, Sampling
-from lsjax.decoding.state import RUNNING, STOP, DecodeState, Strategy
+from lsjax.decoding.state import Strategy
 from lsjax.model.llama import Llama
 
-# A prompt is read in chunks of the smallest of these that holds it, a longer one in several of
-# the largest: as many programs as there are sizes, whatever the prompts.
-CHUNKS = (32, 64, 128, 256, 512)
 MIN_CAPACITY = 512  # slots of a row's cache: this, or a larger power of two
 SLACK = 16  # and a multiple of this for drafts beyond the end, so that strategies share programs
-# Rounds between two looks at the text, where somebody waits for it or a stop string may be in it.
-ROUNDS_PER_LOOK = 4
 
 
 class Engine:
     """A model, its tokenizer, a strategy and the programs compiled for them.
 
-    batch_size: rows that decode side by side; what a row gives does not depend on the others.
-    max_length: prompt and new tokens of a row; the model's context by default.
-    ignore_end: decode behind the end of a text, for measurements.
+    batch_size: rows that decode side by side; what a row gives does not depend on the others. A
+    row that ends is given the next request at once. max_length: prompt and new tokens of a row;
+    the model's context by default. ignore_end: decode behind the end of a text, for measurements.
     min_capacity: slots of a row's cache at least.
 
     Raises ConfigError where the strategy or the length does not fit the model.
@@ -57,16 +47,14 @@ class Engine:
         )
         self.max_length = config.max_context if max_length is None else max_length
         self.model = model
-        self._arguments = self.strategy.arguments(model)
-        # A flat list is quicker to hand over than a module (70 us against 0.5 ms).
-        self._leaves, self._structure = jax.tree.flatten(model)
+        self.arguments = self.strategy.arguments(model)
         self.tokenizer = tokenizer
         self.ignore_end = ignore_end
         self.min_capacity = min_capacity
         self.batch_size = batch_size
-        self.compile_seconds = 0.0  # of all programs so far
-        self.decode_seconds = 0.0  # of all batches so far, after their first tokens
-        self._programs: dict[tuple, Callable] = {}
+        self.programs = Programs(model)
+        self.prefill_seconds = 0.0  # of all prompts so far
+        self.decode_seconds = 0.0  # of all rounds so far
 
     def use(self, strategy: Strategy) -> None:
         """Decodes with another strategy from now on; programs that fit it are used again.
@@ -75,12 +63,17 @@ class Engine:
         """
         strategy.validate(self.model.config)
         self.strategy = strategy
-        self._arguments = strategy.arguments(self.model)
+        self.arguments = strategy.arguments(self.model)
 
     @property
     def num_programs(self) -> int:
         """Programs compiled so far."""
-        return len(self._programs)
+        return len(self.programs)
+
+    @property
+    def compile_seconds(self) -> float:
+        """Spent on them."""
+        return self.programs.compile_seconds
 
     def capacity(self, total: int) -> int:
         """Slots of a row's cache for `total` tokens: few sizes, so that few programs are needed."""
@@ -90,10 +83,12 @@ class Engine:
         return slots + -(-self.strategy.slack // SLACK) * SLACK
 
     def memory_bytes(self, total: int) -> tuple[int, int]:
-        """Bytes of the model and of the cache for rows of `total` tokens."""
+        """Bytes of the model and of the cache for rows of `total` tokens; beside a batch there is a
+        row in which the next prompt is read."""
         config, itemsize = self.model.config, self.model.dtype.itemsize
         layers = self.strategy.depth(config) / config.num_layers
-        cache = config.cache_bytes(self.batch_size, self.capacity(total), itemsize)
+        rows = self.batch_size + (self.batch_size > 1)
+        cache = config.cache_bytes(rows, self.capacity(total), itemsize)
         return config.num_params * itemsize, int(cache * layers)
 
     def encode(self, prompt: str | Sequence[int], max_new_tokens: int) -> list[int]:
@@ -108,146 +103,76 @@ class Engine:
 
     def generate(
         self,
-        prompts: Sequence[str | Sequence[int]],
+        prompts: Sequence[str | Sequence[int] | Request],
         *,
-        max_new_tokens: int = 128,
-        stop: Sequence[str] = (),
         sampling: Sampling | Sequence[Sampling] = GREEDY,
         on_completion: Callable[[int, Completion], None] | None = None,
+        **options,
     ) -> list[Completion]:
-        """Continues every prompt (text or token ids); completions in the same order.
+        """Continues every prompt; completions in the same order.
 
-        sampling: of every prompt, or one for each; greedy by default. A text depends on its own
-        prompt, settings and seed only.
-        stop: strings that end a text, wherever token borders lie; they are cut off.
+        prompts: text, token ids, or a `Request`, to which the other arguments do not apply.
+        sampling: of every prompt, or one for each. options: the other fields of `Request`.
         on_completion: called with index and completion as each one ends.
+
+        Raises ConfigError for what `Request` and `encode_prompt` refuse.
         """
-        encoded = [self.encode(prompt, max_new_tokens) for prompt in prompts]
-        samplings = [sampling] * len(encoded) if isinstance(sampling, Sampling) else list(sampling)
+        samplings = [sampling] * len(prompts) if isinstance(sampling, Sampling) else list(sampling)
         check(
-            len(samplings) == len(encoded),
-            f"{len(samplings)} samplings for {len(encoded)} prompts: give one, or one for each",
+            len(samplings) == len(prompts),
+            f"{len(samplings)} samplings for {len(prompts)} prompts: give one, or one for each",
         )
-        completions: list[Completion | None] = [None] * len(encoded)
-        for first in range(0, len(encoded), self.batch_size):
-            part = slice(first, first + self.batch_size)
-            for row, _, completion in self._run(
-                encoded[part], samplings[part], max_new_tokens, tuple(stop), look=bool(stop)
-            ):
-                if completion is not None:
-                    completions[first + row] = completion
-                    if on_completion is not None:
-                        on_completion(first + row, completion)
+        asked = [
+            self._ask(prompt, sampling=sampling, **options)
+            for prompt, sampling in zip(prompts, samplings, strict=True)
+        ]
+        completions: list[Completion | None] = [None] * len(asked)
+        for update in Run(self, asked).updates() if asked else ():
+            if update.completion is not None:
+                completions[update.index] = update.completion
+                if on_completion is not None:
+                    on_completion(update.index, update.completion)
         return completions
 
     def stream(
-        self,
-        prompt: str | Sequence[int],
-        *,
-        max_new_tokens: int = 128,
-        stop: Sequence[str] = (),
-        sampling: Sampling = GREEDY,
+        self, prompt: str | Sequence[int] | Request, **options
     ) -> Iterator[str | Completion]:
         """Pieces of one prompt's new text as they are found, and at the end its Completion.
 
         Pieces end between characters, and text that may be the beginning of a stop string waits.
+        options: as for `watch`.
         """
-        ids = self.encode(prompt, max_new_tokens)
-        for _, piece, completion in self._run(
-            [ids], [sampling], max_new_tokens, tuple(stop), look=True
-        ):
-            if piece:
-                yield piece
-            if completion is not None:
-                yield completion
+        for update in self.watch(prompt, **options):
+            if update.text:
+                yield update.text
+            if update.completion is not None:
+                yield update.completion
 
-    def _run(
+    def watch(
         self,
-        prompts: list[list[int]],
-        samplings: list[Sampling],
-        max_new_tokens: int,
-        stop: tuple[str, ...],
-        look: bool,
-    ) -> Iterator[tuple[int, str, Completion | None]]:
-        """Decodes one batch; yields (row, new text, its completion once it has ended)."""
-        before = self.compile_seconds
-        strategy, arguments = self.strategy, self._arguments  # `use` may come in between
-        state = self._start(prompts, samplings, max_new_tokens)
-        rounds = np.int32(ROUNDS_PER_LOOK if look else np.iinfo(np.int32).max)
-        chunk = next((size for size in CHUNKS if size >= max(map(len, prompts))), CHUNKS[-1])
-        depth = strategy.depth(self.model.config)
-        run_prefill = self._compiled(partial(prefill, chunk=chunk, depth=depth), state)
-        run_decode = self._compiled(partial(decode, strategy=strategy), state, rounds, arguments)
-        compile_seconds = self.compile_seconds - before
+        prompt: str | Sequence[int] | Request,
+        *,
+        conversation: Conversation | None = None,
+        cancelled: Callable[[], bool] = lambda: False,
+        **options,
+    ) -> Iterator[Update]:
+        """What every look at one prompt's new text finds.
 
-        state, prefill_seconds = _timed(run_prefill, state)
-        decode_seconds = 0.0
-        texts = {row: RowText(self.tokenizer, ids, stop) for row, ids in enumerate(prompts)}
-        while True:
-            finish_B = np.array(state.finish_B)
-            for row in [row for row in texts if look or finish_B[row] != RUNNING]:
-                trace = Trace.of(state, row, len(prompts[row]))
-                piece, trace, reason = texts[row].look(trace, int(finish_B[row]))
-                completion = None
-                if reason is not None:
-                    finish_B[row] = finish_B[row] or STOP
-                    completion = Completion.of(
-                        trace,
-                        strategy=strategy,
-                        seed=samplings[row].seed if samplings[row].temperature else None,
-                        prompt=self.tokenizer.decode(prompts[row]),
-                        text=texts.pop(row).text,
-                        num_prompt_tokens=len(prompts[row]),
-                        prefill_seconds=prefill_seconds,
-                        decode_seconds=decode_seconds,
-                        compile_seconds=compile_seconds,
-                        finish_reason=reason,
-                    )
-                yield row, piece, completion
-            if not texts:
-                return
-            state = dataclasses.replace(state, finish_B=jnp.asarray(finish_B))
-            state, seconds = _timed(run_decode, state, rounds, arguments)
-            decode_seconds += seconds
-            self.decode_seconds += seconds
-
-    def _start(
-        self, prompts: list[list[int]], samplings: list[Sampling], max_new_tokens: int
-    ) -> DecodeState:
-        """Rows for a batch; what is missing to the batch size is filled with rows that ended."""
-        fillers = self.batch_size - len(prompts)
-        total = max(map(len, prompts)) + max_new_tokens
-        return DecodeState.create(
-            self.model.config,
-            prompts + [[0]] * fillers,
-            [max_new_tokens] * len(prompts) + [0] * fillers,
-            np.array([-1] if self.ignore_end else self.tokenizer.eos_ids or [-1]),
-            capacity=self.capacity(total),
-            slack=self.strategy.slack,
-            num_layers=self.strategy.depth(self.model.config),
-            dtype=self.model.dtype,
-            stacked=self.model.is_stacked,
-            sampling=samplings + [GREEDY] * fillers,
+        conversation: keeps the cache for the next text, also where this one is left early; it
+        needs an engine with one row. cancelled: ends the text, with finish_reason "cancelled", as
+        soon as it is true. options: the other fields of `Request`.
+        """
+        check(
+            conversation is None or self.batch_size == 1,
+            f"a conversation needs an engine with batch_size 1, not {self.batch_size}",
         )
+        asked = [self._ask(prompt, **options)]
+        run = Run(self, asked, stream=True, conversation=conversation, cancelled=cancelled)
+        yield from run.updates()
 
-    def _compiled(self, function: partial, state: DecodeState, *rest) -> Callable:
-        """The program of `function(model, state, *rest)` for such a state; it consumes the state
-        (its buffers are donated)."""
-        static = (getattr(value, "program", value) for value in function.keywords.values())
-        key = (function.func, *static, state.tokens_BS.shape, jax.tree.structure(state))
-        if key not in self._programs:
-
-            def run(leaves, state, *rest):
-                return function(jax.tree.unflatten(self._structure, leaves), state, *rest)
-
-            begin = time.perf_counter()
-            lowered = jax.jit(run, donate_argnums=1).lower(self._leaves, state, *rest)
-            self._programs[key] = lowered.compile()
-            self.compile_seconds += time.perf_counter() - begin
-        return partial(self._programs[key], self._leaves)
-
-
-def _timed(program: Callable, *arguments) -> tuple[DecodeState, float]:
-    begin = time.perf_counter()
-    state = jax.block_until_ready(program(*arguments))
-    return state, time.perf_counter() - begin
+    def _ask(self, prompt: str | Sequence[int] | Request, **options) -> tuple[Request, list[int]]:
+        """The request and its prompt's ids."""
+        if not isinstance(prompt, Request):
+            options = {k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}
+            prompt = Request(prompt=prompt, **options)
+        return prompt, self.encode(prompt.prompt, prompt.max_new_tokens)

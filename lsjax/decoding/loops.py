@@ -1,36 +1,56 @@
-"""The two compiled programs of decoding: read the prompts, and run rounds."""
+"""The compiled programs of decoding: read prompts, put a row into a batch, and run rounds."""
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Int
 
 from lsjax.decoding.state import DecodeState, Strategy
+from lsjax.model.cache import KVCache
 from lsjax.model.llama import Llama
 
 
-def prefill(model: Llama, state: DecodeState, *, chunk: int, depth: int) -> DecodeState:
-    """Runs the prompts through the first `depth` layers, filling the cache, and commits the first
-    new token of every row. The prompts are read `chunk` positions at a time."""
-    batch = state.length_B.shape[0]
+def prefill(
+    model: Llama, state: DecodeState, start: Int[Array, ""], *, chunk: int, depth: int
+) -> DecodeState:
+    """Runs the prompts from position `start` on through the first `depth` layers, filling the
+    cache, and appends the first new token of every row. What comes before is in the cache. The
+    prompts are read `chunk` positions at a time."""
+    batch, capacity = state.tokens_BS.shape
 
     def read(index, carry):
         cache, last_BD = carry
-        positions_T = index * chunk + jnp.arange(chunk)
-        tokens_BT = lax.dynamic_slice_in_dim(state.tokens_BS, index * chunk, chunk, axis=1)
-        positions_BT = jnp.broadcast_to(positions_T, (batch, chunk))
+        # At the end of the cache a few positions are read again rather than written beyond it.
+        begin = jnp.minimum(start + index * chunk, capacity - chunk)
+        tokens_BT = lax.dynamic_slice_in_dim(state.tokens_BS, begin, chunk, axis=1)
+        positions_BT = jnp.broadcast_to(begin + jnp.arange(chunk), (batch, chunk))
         x_BTD, cache = model.run_layers(model.embed(tokens_BT), 0, depth, positions_BT, cache)
-        offset_B = state.length_B - 1 - index * chunk  # of the prompt's last token, if it is here
+        offset_B = state.length_B - 1 - begin  # of the prompt's last token, if it is here
         x_BD = jnp.take_along_axis(x_BTD, jnp.clip(offset_B, 0, chunk - 1)[:, None, None], 1)[:, 0]
         here_B = (offset_B >= 0) & (offset_B < chunk)
         return cache, jnp.where(here_B[:, None], x_BD, last_BD)
 
     last_BD = jnp.zeros((batch, model.config.hidden_size), model.dtype)
-    chunks = (state.length_B.max() + chunk - 1) // chunk
+    chunks = (state.length_B.max() - start + chunk - 1) // chunk
     cache, last_BD = lax.fori_loop(0, chunks, read, (state.cache, last_BD))
-    token_B = state.choose(model.unembed(last_BD))
-    return state.with_cache(cache).commit(token_B[:, None], 1)
+    return state.with_cache(cache).append(model.unembed(last_BD))
+
+
+def insert(
+    model: Llama, state: DecodeState, single: DecodeState, row: Int[Array, ""]
+) -> DecodeState:
+    """The batch with the one row of `single` in the place of one of its own."""
+
+    def put(axis: int):
+        return lambda batch, one: lax.dynamic_update_slice_in_dim(batch, one, row, axis)
+
+    # The rows of a stacked cache stand behind its layers.
+    cache = jax.tree.map(put(1 if model.is_stacked else 0), state.cache, single.cache)
+    empty = KVCache((), ())
+    rest = jax.tree.map(put(0), state.with_cache(empty), single.with_cache(empty))
+    return rest.with_cache(cache)
 
 
 def decode(

@@ -1,10 +1,40 @@
 """What can be asked of a model: checked before its weights are read."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from lsjax.config import LlamaConfig, check
 from lsjax.data.tokenizers import Tokenizer
+from lsjax.decoding.sampling import GREEDY, Sampling
 from lsjax.decoding.state import Strategy
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """A prompt, how its text goes on, and what ends it.
+
+    prompt: text or token ids. max_new_tokens: ends a text that does not end by itself. stop:
+    strings that end it, wherever token borders lie; they are cut off. stop_ids: tokens that do the
+    same, beside the tokenizer's own. sampling: how tokens are chosen; a text depends on its own
+    request only, not on its batch mates. log_probs: whether the completion says how likely each
+    token was.
+
+    Raises ConfigError for an empty stop string and for negative stop ids.
+    """
+
+    prompt: str | Sequence[int]
+    max_new_tokens: int = 128
+    stop: tuple[str, ...] = ()
+    stop_ids: tuple[int, ...] = ()
+    sampling: Sampling = GREEDY
+    log_probs: bool = False
+
+    def __post_init__(self):
+        check("" not in self.stop, "a stop string is empty: give the text to stop at")
+        check(
+            all(token >= 0 for token in self.stop_ids),
+            f"stop ids {list(self.stop_ids)} are not all 0 or more: give token ids",
+        )
 
 
 def check_settings(

@@ -30,13 +30,16 @@ class Purpose(IntEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How the tokens of a text are drawn.
+    """How the tokens of a text are chosen.
 
-    temperature: what logits are divided by; 0 takes the likeliest token and ignores the rest.
-    top_k: only the k likeliest tokens, 0 for all; ties with the last of them stay. top_p: only the
-    fewest likeliest tokens whose probabilities sum up to p (Holtzman et al., 2020). min_p: only
-    tokens at least min_p times as likely as the likeliest (Nguyen et al., 2024). They apply in
-    this order, each to what the one before has left. seed: of the text's random stream.
+    temperature: what logits are divided by; 0 takes the likeliest token and ignores the filters
+    and the seed. top_k: only the k likeliest tokens, 0 for all; ties with the last of them stay.
+    top_p: only the fewest likeliest tokens whose probabilities sum up to p (Holtzman et al., 2020).
+    min_p: only tokens at least min_p times as likely as the likeliest (Nguyen et al., 2024). They
+    apply in this order, each to what the one before has left. seed: of the text's random stream.
+    repetition_penalty: what divides the logit of a token of the prompt or the text if it is above
+    0, and multiplies it otherwise (Keskar et al., 2019). no_repeat_ngram: n of the n-grams that are
+    not said twice, prompt included; 0 forbids nothing.
 
     Raises ConfigError for a number out of its range.
     """
@@ -46,6 +49,8 @@ class Sampling:
     top_p: float = 1.0
     min_p: float = 0.0
     seed: int = 0
+    repetition_penalty: float = 1.0
+    no_repeat_ngram: int = 0
 
     def __post_init__(self):
         check(
@@ -57,6 +62,19 @@ class Sampling:
         check(0 < self.top_p <= 1, f"top_p {self.top_p} is not in (0, 1]: choose 1 for all tokens")
         check(0 <= self.min_p <= 1, f"min_p {self.min_p} is not in [0, 1]: choose 0 for all tokens")
         check(0 <= self.seed < 2**32, f"seed {self.seed} is not in 0..{2**32 - 1}: choose another")
+        check(
+            1 <= self.repetition_penalty < float("inf"),
+            f"repetition_penalty {self.repetition_penalty} is not a number of 1 or more: 1 is none",
+        )
+        check(
+            self.no_repeat_ngram >= 0,
+            f"no_repeat_ngram {self.no_repeat_ngram} is below 0: choose 0 for none, or more",
+        )
+
+    @property
+    def repeats(self) -> bool:
+        """Whether anything is said about repetition."""
+        return self.repetition_penalty != 1 or self.no_repeat_ngram > 0
 
 
 GREEDY = Sampling()
@@ -76,9 +94,13 @@ class Draws:
     filters: frozenset[str] = field(metadata=dict(static=True))
 
     @classmethod
-    def create(cls, rows: Sequence[Sampling]) -> "Draws | None":
-        """Row b is sampled as rows[b] says; None if all are greedy."""
-        if all(row.temperature == 0 for row in rows):
+    def create(
+        cls, rows: Sequence[Sampling], among: Sequence[Sampling] | None = None
+    ) -> "Draws | None":
+        """Row b is sampled as rows[b] says; None if all are greedy. among: all rows that share the
+        program, these by default."""
+        among = rows if among is None else among
+        if all(row.temperature == 0 for row in among):
             return None
         return cls(
             **{
@@ -89,7 +111,7 @@ class Draws:
             filters=frozenset(
                 name
                 for name in ("top_k", "top_p", "min_p")
-                if any(getattr(row, name) != getattr(GREEDY, name) for row in rows)
+                if any(getattr(row, name) != getattr(GREEDY, name) for row in among)
             ),
         )
 

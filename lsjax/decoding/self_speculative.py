@@ -162,8 +162,14 @@ class SelfSpeculative(Strategy):
 
         def choose(carry: Proposals, x_BTD: Float[Array, "B 1 D"], i: Int[Array, ""]) -> Proposals:
             """Draft number i, by the exit's logits."""
-            table = None if settings.head is None else settings.head.table_ND
-            logits_BTN = model.unembed(x_BTD, table)
+            head = settings.head
+            logits_BTN = model.unembed(x_BTD, None if head is None else head.table_ND)
+            logits_BTN = state.penalised(
+                logits_BTN,
+                i,
+                _tokens(carry.index_BT, head),
+                None if head is None else head.places_V,
+            )
             if draws is None:
                 index_B = logits_BTN[:, 0].argmax(-1).astype(jnp.int32)
                 log_q_BTN = carry.log_q_BTN
@@ -223,8 +229,9 @@ class SelfSpeculative(Strategy):
         that stand, and one token of the whole model's."""
         state, longest = draft.state, draft.count_B.max()
 
-        def judged(cache: KVCache, new_BT: Int[Array, "B T"], _, length: int):
-            """The verification for `length` drafts at most: tokens, and how many are drafts."""
+        def judged(cache: KVCache, new_BT, _, log_probs_BT, length: int):
+            """The verification for `length` drafts at most: tokens, how many are drafts, and their
+            log-probabilities."""
             positions_BT = state.length_B[:, None] - 1 + jnp.arange(1 + length)
             x_BTD = draft.hidden_BTD[:, : 1 + length]
             for lo, hi in pairwise((*self.exits, model.config.num_layers)):
@@ -235,23 +242,37 @@ class SelfSpeculative(Strategy):
                     cache,
                 )
             rule = accept_equal if state.draws is None else accept_by_ratio
-            found_BT, accepted_B = rule(model.unembed(x_BTD), draft, settings.head)
-            return cache, lax.dynamic_update_slice(new_BT, found_BT, (0, 0)), accepted_B
+            logits_BTV = model.unembed(x_BTD)
+            changed_BTV = state.penalised(logits_BTV, 0, draft.tokens_BT)
+            found_BT, accepted_B = rule(changed_BTV, draft, settings.head)
+            found = (found_BT, state.log_probs(logits_BTV, found_BT))
+            new_BT, log_probs_BT = jax.tree.map(
+                lambda buffer, new: lax.dynamic_update_slice(buffer, new, (0, 0)),
+                (new_BT, log_probs_BT),
+                found,
+            )
+            return cache, new_BT, accepted_B, log_probs_BT
 
-        carry = (state.cache, jnp.zeros_like(draft.tokens_BT), jnp.zeros_like(draft.count_B))
+        carry = (
+            state.cache,
+            jnp.zeros_like(draft.tokens_BT),
+            jnp.zeros_like(draft.count_B),
+            None if state.log_probs_BS is None else jnp.zeros(draft.tokens_BT.shape, jnp.float32),
+        )
         for shorter, length in pairwise((-1, *self.lengths)):
             carry = _run_if(
                 True if len(self.lengths) == 1 else (shorter < longest) & (longest <= length),
                 lambda *carry, length=length: judged(*carry, length),
                 *carry,
             )
-        cache, new_BT, accepted_B = carry
+        cache, new_BT, accepted_B, log_probs_BT = carry
         return state.with_cache(cache).commit(
             new_BT,
             accepted_B + 1,
             accepted_B=accepted_B,
             drafted_B=draft.count_B,
             draft_BT=draft.tokens_BT,
+            log_probs_BT=log_probs_BT,
         )
 
 

@@ -13,6 +13,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from lsjax.config import LlamaConfig, check
+from lsjax.decoding.penalties import Penalties
 from lsjax.decoding.sampling import Draws, Purpose, Sampling
 from lsjax.model.cache import KVCache, write
 from lsjax.model.llama import Llama
@@ -26,20 +27,22 @@ class DecodeState:
     """A batch of B rows with S slots each; everything that the decode loop carries.
 
     A row has `length_B` tokens, prompt and new ones. The last of them is pending: its keys and
-    values are not in the cache yet, those of all before it are. The last four buffers are a trace
-    from which the host derives text, colours and statistics (completion.py).
+    values are not in the cache yet, those of all before it are. The buffers [B, S] are a trace from
+    which the host derives text, colours and statistics (completion.py).
     """
 
     cache: KVCache
     length_B: Int[Array, " B"]
     end_B: Int[Array, " B"]  # no token at this position or beyond
     finish_B: Int[Array, " B"]  # RUNNING, EOS, LENGTH or STOP
-    stop_ids: Int[Array, " n"]  # tokens that end a row; -1 is none
+    stop_Bn: Int[Array, "B n"]  # tokens that end a row; -1 is none
     tokens_BS: Int[Array, "B S"]
     accepted_BS: Bool[Array, "B S"]  # a draft proposed this token and the verification agreed
     replaced_BS: Int[Array, "B S"]  # the draft's token that the verification refused here, or -1
     round_BS: Int[Array, "B S"]  # at the last token of a round 1 + tokens drafted in it, else 0
-    draws: Draws | None = None  # how tokens are drawn; None takes the likeliest
+    log_probs_BS: Float[Array, "B S"] | None  # of the tokens, if somebody wants them
+    draws: Draws | None  # how tokens are drawn; None takes the likeliest
+    penalties: Penalties | None
 
     @classmethod
     def create(
@@ -47,20 +50,26 @@ class DecodeState:
         config: LlamaConfig,
         prompts: list[list[int]],
         max_new_tokens: list[int],
-        stop_ids: Int[np.ndarray, " n"],
+        stop_ids: Sequence[Sequence[int]],
         *,
         capacity: int,
         slack: int,
         num_layers: int,
         dtype: DTypeLike,
         stacked: bool = False,
-        sampling: Sequence[Sampling] | None = None,
+        sampling: Sequence[Sampling],
+        among: Sequence[Sampling] | None = None,
+        log_probs: bool = False,
+        cache: KVCache | None = None,
     ) -> "DecodeState":
-        """Rows with their prompts and an empty cache for the first `num_layers` layers, stacked if
-        the model's are.
+        """Rows with their prompts and a cache for the first `num_layers` layers, stacked if the
+        model's are.
 
-        slack: slots that a round may write beyond a row's end. A row with max_new_tokens 0 is a
-        filler that has ended from the start. sampling: of each row, greedy by default.
+        stop_ids: tokens that end each row, for every row as many (-1 is none). slack: slots that a
+        round may write beyond a row's end. A row with max_new_tokens 0 is a filler that has ended
+        from the start. sampling: of each row. among: of all rows that will share the program, these
+        alone by default. log_probs: keep the tokens' log-probabilities. cache: an empty one by
+        default.
 
         Raises ConfigError where a row and the slack do not fit the capacity.
         """
@@ -76,17 +85,21 @@ class DecodeState:
         tokens_BS = np.zeros((batch, capacity), np.int32)
         for row, prompt in enumerate(prompts):
             tokens_BS[row, : len(prompt)] = prompt
+        if cache is None:
+            cache = KVCache.create(config, batch, capacity, dtype, num_layers, stacked=stacked)
         return cls(
-            cache=KVCache.create(config, batch, capacity, dtype, num_layers, stacked=stacked),
+            cache=cache,
             length_B=jnp.asarray(length_B),
             end_B=jnp.asarray(end_B),
             finish_B=jnp.asarray(np.where(end_B > length_B, RUNNING, LENGTH).astype(np.int32)),
-            stop_ids=jnp.asarray(stop_ids, jnp.int32),
+            stop_Bn=jnp.asarray(stop_ids, jnp.int32),
             tokens_BS=jnp.asarray(tokens_BS),
             accepted_BS=jnp.zeros((batch, capacity), bool),
             replaced_BS=jnp.full((batch, capacity), -1, jnp.int32),
             round_BS=jnp.zeros((batch, capacity), jnp.int32),
-            draws=None if sampling is None else Draws.create(sampling),
+            log_probs_BS=jnp.zeros((batch, capacity), jnp.float32) if log_probs else None,
+            draws=Draws.create(sampling, among),
+            penalties=Penalties.create(sampling, among),
         )
 
     @property
@@ -99,20 +112,52 @@ class DecodeState:
         """The last token of each row."""
         return jnp.take_along_axis(self.tokens_BS, self.length_B[:, None] - 1, axis=1)[:, 0]
 
-    def is_stop(self, tokens: Int[Array, "*any"]) -> Bool[Array, "*any"]:
+    def is_stop(self, tokens: Int[Array, "B *T"]) -> Bool[Array, "B *T"]:
         """Whether a token ends its row."""
-        return (tokens[..., None] == self.stop_ids).any(-1)
+        stop = jnp.expand_dims(self.stop_Bn, tuple(range(1, tokens.ndim)))
+        return (tokens[..., None] == stop).any(-1)
 
     def with_cache(self, cache: KVCache) -> "DecodeState":
         """The same rows with a cache that has seen more tokens."""
         return dataclasses.replace(self, cache=cache)
 
-    def choose(self, logits_BV: Float[Array, "B V"]) -> Int[Array, " B"]:
-        """The next token of each row by the whole model's logits."""
+    def penalised(
+        self,
+        logits_BTN: Float[Array, "B T N"],
+        first: Int[Array, ""] | int = 0,
+        draft_BT: Int[Array, "B D"] | None = None,
+        places_V: Int[Array, " V"] | None = None,
+    ) -> Float[Array, "B T N"]:
+        """Logits of T tokens for each row, number `first` and on of the new ones, changed by the
+        penalties. draft_BT: what new tokens there would be; places_V: of a draft vocabulary."""
+        if self.penalties is None:
+            return logits_BTN
+        history_BS = self.tokens_BS
+        if draft_BT is not None:
+            history_BS = write(history_BS, draft_BT, self.length_B)
+        position_BT = self.length_B[:, None] + first + jnp.arange(logits_BTN.shape[1])
+        return self.penalties.apply(logits_BTN, history_BS, position_BT, places_V)
+
+    def log_probs(
+        self, logits_BTV: Float[Array, "B T V"], tokens_BT: Int[Array, "B T"]
+    ) -> Float[Array, "B T"] | None:
+        """Log-probabilities of the tokens by these logits as they are; None if nobody asks."""
+        if self.log_probs_BS is None:
+            return None
+        chosen_BT = jnp.take_along_axis(logits_BTV, tokens_BT[..., None], axis=2)[..., 0]
+        return chosen_BT - jax.nn.logsumexp(logits_BTV, axis=-1)
+
+    def append(self, logits_BV: Float[Array, "B V"]) -> "DecodeState":
+        """One more token in every running row, chosen by the logits of what runs for it."""
+        logits_BTV = logits_BV[:, None]
+        changed_BTV = self.penalised(logits_BTV)
         if self.draws is None:
-            return logits_BV.argmax(-1).astype(self.tokens_BS.dtype)
-        log_BV = self.draws.log_probs(logits_BV[:, None])[:, 0]
-        return self.draws.token(log_BV, self.length_B, Purpose.TOKEN)
+            token_B = changed_BTV[:, 0].argmax(-1).astype(self.tokens_BS.dtype)
+        else:
+            log_BV = self.draws.log_probs(changed_BTV)[:, 0]
+            token_B = self.draws.token(log_BV, self.length_B, Purpose.TOKEN)
+        new_BT = token_B[:, None]
+        return self.commit(new_BT, 1, log_probs_BT=self.log_probs(logits_BTV, new_BT))
 
     def commit(
         self,
@@ -122,11 +167,13 @@ class DecodeState:
         accepted_B: Int[Array, " B"] | int = 0,
         drafted_B: Int[Array, " B"] | int = 0,
         draft_BT: Int[Array, "B T"] | None = None,
+        log_probs_BT: Float[Array, "B T"] | None = None,
     ) -> "DecodeState":
         """Appends the first `count_B` of T tokens to every running row and ends rows.
 
         Tokens behind a stop token or a row's end are dropped. The first `accepted_B` of the
         tokens came from a draft of `drafted_B`; `draft_BT` says what the draft had proposed.
+        `log_probs_BT` is needed where the state keeps them.
         """
         steps = new_BT.shape[1]
         index_T = jnp.arange(steps)
@@ -148,8 +195,10 @@ class DecodeState:
         def put(buffer_BS, values_BT):
             return write(buffer_BS, values_BT, self.length_B)
 
+        kept = self.log_probs_BS
         return dataclasses.replace(
             self,
+            log_probs_BS=None if kept is None else put(kept, log_probs_BT),
             length_B=self.length_B + count_B,
             finish_B=jnp.where(stops_B, EOS, finish_B),
             tokens_BS=put(self.tokens_BS, new_BT),

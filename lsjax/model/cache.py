@@ -60,6 +60,27 @@ class KVCache:
 
         return cls(keys=empty(), values=empty())
 
+    @property
+    def capacity(self) -> int:
+        """Slots of a row, S."""
+        return jax.tree.leaves(self.keys)[0].shape[-2]
+
+    @property
+    def num_layers(self) -> int:
+        """Layers whose keys and values it holds."""
+        return len(self.keys)
+
+    def grown(self, capacity: int) -> "KVCache":
+        """The same slots and empty ones behind them, up to `capacity`; itself if it has as many."""
+        more = capacity - self.capacity
+        if more <= 0:
+            return self
+
+        def longer(leaf):
+            return jnp.pad(leaf, [(0, 0)] * (leaf.ndim - 2) + [(0, more), (0, 0)])
+
+        return jax.tree.map(longer, self)
+
 
 def write_slots(
     cache: Float[Array, "*L B K S H"],

@@ -30,7 +30,7 @@ FIELDS = [
     *("strategy", "exit_layer", "num_draft_tokens", "draft_vocab", "seed", "rounds"),
     *("drafted", "accepted", "acceptance_rate", "tokens_per_round"),
     *("drafted_by_position", "accepted_by_position"),
-    "finish_reason",
+    *("log_probs", "finish_reason"),
 ]
 SELF = ["--strategy", "self_speculative"]
 
@@ -286,7 +286,7 @@ def bad(model_directory, tmp_path_factory):
         ("--prompt=", "--prompt is an empty prompt: it needs at least one character"),
         ("--stop=", "--stop is empty: give the text to stop at"),
         ("--batch-size 0", "batch size 0 is below 1: choose --batch-size 1 or more"),
-        ("--system s", "--system needs --chat: give both or neither"),
+        ("--system s", "--system needs --chat or --interactive"),
         ("--chat", "no chat template: use --prompt without --chat"),
         ("--prompt-file {bad}/good.txt", "give one of --prompt and --prompt-file and not both"),
         ("--no-prompt", "give one of --prompt and --prompt-file$"),

@@ -11,6 +11,7 @@ import pytest
 from lsjax.decoding.autoregressive import Autoregressive, EarlyExit
 from lsjax.decoding.draft_vocabulary import DraftVocabulary
 from lsjax.decoding.loops import decode
+from lsjax.decoding.sampling import GREEDY
 from lsjax.decoding.self_speculative import Choices, SelfSpeculative
 from lsjax.decoding.state import DecodeState
 from lsjax.model.llama import stacked
@@ -21,12 +22,13 @@ def compiled_loop(model, strategy, batch, capacity):
         model.config,
         [[1, 2, 3]] * batch,
         [9] * batch,
-        np.array([-1]),
+        [[-1]] * batch,
         capacity=capacity,
         slack=strategy.slack,
         num_layers=strategy.depth(model.config),
         dtype=jnp.float32,
         stacked=model.is_stacked,
+        sampling=[GREEDY] * batch,
     )
     program = jax.jit(partial(decode, strategy=strategy), donate_argnums=1)
     arguments = strategy.arguments(model)

@@ -99,6 +99,7 @@ def test_figures(trace):
         "tokens_per_round": 8 / 3,
         "drafted_by_position": [3, 3, 1],
         "accepted_by_position": [3, 3, 0],
+        "log_probs": None,
         "finish_reason": "eos",
     }
 

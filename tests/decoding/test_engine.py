@@ -13,6 +13,7 @@ from lsjax.decoding.autoregressive import Autoregressive, EarlyExit
 from lsjax.decoding.completion import Completion
 from lsjax.decoding.draft_vocabulary import DraftVocabulary
 from lsjax.decoding.engine import Engine
+from lsjax.decoding.sampling import GREEDY
 from lsjax.decoding.self_speculative import SelfSpeculative
 from lsjax.decoding.state import DecodeState
 from lsjax.evaluation.exactness import last_logits
@@ -260,11 +261,12 @@ def test_a_state_needs_room_for_the_slack(config, capacity, fits):
             config,
             [[1, 2, 3], [4] * 8],
             [9, 7],  # 12 and 15 tokens in the end
-            np.array([-1]),
+            [[-1]] * 2,
             capacity=capacity,
             slack=5,
             num_layers=2,
             dtype=np.float32,
+            sampling=[GREEDY] * 2,
         )
 
     if fits:

@@ -113,7 +113,7 @@ def texts(model, strategy, sampling: Sampling, new: int = 4) -> np.ndarray:
         model.config,
         prompts,
         [new] * BATCH,
-        np.array([-1]),
+        [[-1]] * BATCH,
         capacity=24,
         slack=strategy.slack,
         num_layers=3,
@@ -126,7 +126,8 @@ def texts(model, strategy, sampling: Sampling, new: int = 4) -> np.ndarray:
             jnp.arange(run * BATCH, (run + 1) * BATCH)
         )
         draws = Draws(**(vars(base.draws) | {"key_B2": keys}))
-        state = run_prefill(model, DecodeState(**(vars(base) | {"draws": draws})))
+        start = DecodeState(**(vars(base) | {"draws": draws}))
+        state = run_prefill(model, start, np.int32(0))
         while np.asarray(state.running_B).any():
             state = run_decode(model, state, np.int32(99), arguments)
         tokens = np.asarray(state.tokens_BS)

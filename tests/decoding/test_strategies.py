@@ -79,7 +79,7 @@ def test_stacked_layers_give_the_same_tokens(model, tokenizer, expected, strateg
 
 def test_choices_share_a_program(model, tokenizer, expected):
     """Every exit with every length, and lengths between those compiled for: the same tokens, the
-    same statistics as a program of its own, and two programs in all."""
+    same statistics as a program of its own, and one program for all rounds."""
     choices = Choices((1, 2, 3), (0, 2, 5))
     engine = Engine(model, tokenizer, SelfSpeculative(1, 2, choices=choices), batch_size=4)
     for exit_layer in choices.exit_layers:
@@ -96,7 +96,7 @@ def test_choices_share_a_program(model, tokenizer, expected):
                 ):
                     assert one.trace.round_n.tolist() == other.trace.round_n.tolist()
                     assert one.accepted_by_position == other.accepted_by_position
-    assert engine.num_programs == 2
+    assert engine.num_programs == 4  # two sizes of prompts, into the batch, rounds
 
 
 @pytest.mark.parametrize("choices", [(4, 3), (), (2, 2)])

@@ -1,0 +1,42 @@
+"""The compiled programs of a model."""
+
+import time
+from collections.abc import Callable, Hashable
+from functools import partial
+from typing import Any
+
+import jax
+
+from lsjax.decoding.state import DecodeState
+from lsjax.model.llama import Llama
+
+
+class Programs:
+    """Compiles `function(model, state, *rest)` once for each kind of state."""
+
+    def __init__(self, model: Llama):
+        # A flat list is quicker to hand over than a module (70 us against 0.5 ms).
+        self._leaves, self._structure = jax.tree.flatten(model)
+        self._compiled: dict[Hashable, Callable] = {}
+        self.compile_seconds = 0.0
+
+    def __len__(self) -> int:
+        return len(self._compiled)
+
+    def get(self, function: partial, state: DecodeState, *rest: Any) -> Callable:
+        """The program for arguments of these shapes; it consumes the state (its buffers are
+        donated). Strategies among the function's keywords are told apart by what they compile."""
+        static = (getattr(value, "program", value) for value in function.keywords.values())
+        leaves, structure = jax.tree.flatten((state, rest))
+        shapes = tuple((leaf.shape, str(leaf.dtype)) for leaf in leaves)
+        key = (function.func, *static, shapes, structure)
+        if key not in self._compiled:
+
+            def run(leaves, state, *rest):
+                return function(jax.tree.unflatten(self._structure, leaves), state, *rest)
+
+            begin = time.perf_counter()
+            lowered = jax.jit(run, donate_argnums=1).lower(self._leaves, state, *rest)
+            self._compiled[key] = lowered.compile()
+            self.compile_seconds += time.perf_counter() - begin
+        return partial(self._compiled[key], self._leaves)

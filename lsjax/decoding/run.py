@@ -1,0 +1,247 @@
+"""One run of an engine: requests enter the rows of a batch, and leave them as they end.
+
+requests   0 1 2 3 4 5 ...        a prompt is read in a state of one row ("single"), with what
+           | | |                  it shares with the prompt before, and put into the batch
+row 0      0 0 0 0 3 3 3 3        (`insert`); rounds go on until a row ends; the row is given
+row 1      1 1 2 2 2 2 4 4  -> t  to the next request while the others wait for its prompt only
+"""
+
+import dataclasses
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lsjax.decoding.completion import Completion, RowText, Trace
+from lsjax.decoding.conversation import Conversation, shared_prefix
+from lsjax.decoding.loops import decode, insert, prefill
+from lsjax.decoding.request import Request
+from lsjax.decoding.state import EOS, RUNNING, STOP, DecodeState
+
+if TYPE_CHECKING:
+    from lsjax.decoding.engine import Engine
+
+# A prompt is read in chunks of the smallest of these that holds it, a longer one in several of
+# the largest: as many programs as there are sizes, whatever the prompts.
+CHUNKS = (32, 64, 128, 256, 512)
+STOP_IDS = 4  # room for stop ids in a row: a multiple of this
+# Rounds between two looks at the text, where somebody waits for it or a stop string may be in it.
+ROUNDS_PER_LOOK = 4
+ALL_ROUNDS = np.iinfo(np.int32).max
+
+
+@dataclass(frozen=True)
+class Update:
+    """What one look at a row found: text that nobody has seen yet (text that may be the beginning
+    of a stop string waits), the trace so far, and at the end the completion."""
+
+    index: int  # of the request
+    text: str
+    trace: Trace
+    completion: Completion | None
+
+
+@dataclass
+class Row:
+    """A request in a row of the batch."""
+
+    index: int
+    request: Request
+    ids: list[int]
+    text: RowText
+    prefill_seconds: float
+    began: float  # seconds of work of the run when the first token was there
+
+
+class Run:
+    """Decodes requests with the engine's strategy of this moment.
+
+    asked: requests and the ids of their prompts. stream: look at the texts every few rounds.
+    conversation: where the cache comes from and is left, for an engine with one row. cancelled:
+    asked at each look; what runs then ends.
+    """
+
+    def __init__(
+        self,
+        engine: "Engine",
+        asked: Sequence[tuple[Request, list[int]]],
+        *,
+        stream: bool = False,
+        conversation: Conversation | None = None,
+        cancelled: Callable[[], bool] = lambda: False,
+    ):
+        self._engine, self._asked, self._stream = engine, asked, stream
+        self._strategy, self._arguments = engine.strategy, engine.arguments
+        self._depth = self._strategy.depth(engine.model.config)
+        self._conversation = conversation or Conversation()
+        self._cancelled = cancelled
+        self._capacity = engine.capacity(
+            max(len(ids) + request.max_new_tokens for request, ids in asked)
+        )
+        self._rows: dict[int, Row] = {}
+        self._worked = 0.0
+        before = engine.compile_seconds
+        self._compile()
+        self._compile_seconds = engine.compile_seconds - before
+
+    def _compile(self) -> None:
+        """Gets all programs that the requests will need."""
+        get, batch = self._engine.programs.get, self._engine.batch_size
+        single, known = self._single(*self._asked[0])
+        # A prompt is read where it parts from the one before.
+        unread = [len(self._asked[0][1]) - known]
+        unread += [len(b) - shared_prefix(a, b) for (_, a), (_, b) in pairwise(self._asked)]
+        self._reads = {
+            chunk: get(partial(prefill, chunk=chunk, depth=self._depth), single, np.int32(0))
+            for chunk in sorted({_chunk(count, CHUNKS) for count in unread})
+        }
+        self._state, self._first = single, (single, known)
+        if batch > 1:
+            self._state = self._create([None] * batch, self._capacity)
+            self._insert = get(partial(insert), self._state, single, np.int32(0))
+        decoding = partial(decode, strategy=self._strategy)
+        self._decode = get(decoding, self._state, np.int32(0), self._arguments)
+
+    def updates(self) -> Iterator[Update]:
+        """Everything that is found, until all requests have ended."""
+        waiting, free = deque(enumerate(self._asked)), deque(range(self._engine.batch_size))
+        try:
+            while waiting or self._rows:
+                while waiting and free:
+                    index, (request, ids) = waiting.popleft()
+                    self._admit(free.popleft(), index, request, ids)
+                finish_B = np.array(self._state.finish_B)
+                for row in list(self._rows):
+                    update = self._look(row, finish_B)
+                    if update is None:
+                        continue
+                    if update.completion is not None:
+                        free.append(row)
+                    yield update
+                self._state = dataclasses.replace(self._state, finish_B=jnp.asarray(finish_B))
+                if self._rows and not (waiting and free):
+                    self._advance()
+        finally:
+            if self._engine.batch_size == 1:
+                self._conversation.keep(self._state)
+
+    def _admit(self, row: int, index: int, request: Request, ids: list[int]) -> None:
+        """Reads a prompt and gives it a row."""
+        alone = self._engine.batch_size == 1
+        if index == 0:
+            single, known = self._first
+            self._first = None
+        else:
+            if alone:
+                self._conversation.keep(self._state)
+            single, known = self._single(request, ids)
+        read = self._reads[_chunk(len(ids) - known, list(self._reads))]
+        single, seconds = _timed(read, single, np.int32(known))
+        if alone:
+            self._state = single
+        else:
+            self._state, more = _timed(self._insert, self._state, single, np.int32(row))
+            self._conversation.keep(single)
+            seconds += more
+        self._worked += seconds
+        self._engine.prefill_seconds += seconds
+        text = RowText(self._engine.tokenizer, ids, request.stop)
+        self._rows[row] = Row(index, request, ids, text, seconds, self._worked)
+
+    def _look(self, row: int, finish_B: np.ndarray) -> Update | None:
+        """Reads what is new in a row, if it has ended or somebody waits for it; marks in `finish_B`
+        that it has ended."""
+        live = self._rows[row]
+        cancelled = self._cancelled()
+        waits = self._stream or live.request.stop or cancelled
+        if finish_B[row] == RUNNING and not waits:
+            return None
+        trace = Trace.of(self._state, row, len(live.ids))
+        text, trace, reason = live.text.look(trace, int(finish_B[row]))
+        if reason is None and cancelled:
+            rest, trace, reason = live.text.look(trace, STOP)
+            text, reason = text + rest, "cancelled"
+        completion = None
+        if reason is not None:
+            if finish_B[row] == EOS and trace.tokens_n[-1] in live.request.stop_ids:
+                reason = "stop"
+            finish_B[row] = finish_B[row] or STOP
+            completion = self._complete(live, trace, reason)
+            del self._rows[row]
+        return Update(live.index, text, trace, completion)
+
+    def _advance(self) -> None:
+        """Rounds, until a row ends or it is time to look."""
+        looks = self._stream or any(live.request.stop for live in self._rows.values())
+        rounds = np.int32(ROUNDS_PER_LOOK if looks else ALL_ROUNDS)
+        self._state, seconds = _timed(self._decode, self._state, rounds, self._arguments)
+        self._worked += seconds
+        self._engine.decode_seconds += seconds
+
+    def _complete(self, live: Row, trace: Trace, reason: str) -> Completion:
+        """What a row that has ended gave."""
+        sampling = live.request.sampling
+        if not live.request.log_probs:
+            trace = dataclasses.replace(trace, log_probs_n=None)
+        return Completion.of(
+            trace,
+            strategy=self._strategy,
+            seed=sampling.seed if sampling.temperature else None,
+            prompt=self._engine.tokenizer.decode(live.ids),
+            text=live.text.text,
+            num_prompt_tokens=len(live.ids),
+            prefill_seconds=live.prefill_seconds,
+            decode_seconds=self._worked - live.began,
+            compile_seconds=self._compile_seconds,
+            finish_reason=reason,
+        )
+
+    def _single(self, request: Request, ids: list[int]) -> tuple[DecodeState, int]:
+        """A state with this row, and how many of its tokens its cache holds."""
+        cache, known = self._conversation.take(ids, self._capacity, self._depth)
+        capacity = self._capacity if cache is None else cache.capacity
+        return self._create([(request, ids)], capacity, cache), known
+
+    def _create(self, rows, capacity: int, cache=None) -> DecodeState:
+        """A state of these requests and ids, None for a row that has ended from the start; it fits
+        the programs for all that is asked."""
+        engine, requests = self._engine, [request for request, _ in self._asked]
+        own = [] if engine.ignore_end else list(engine.tokenizer.eos_ids)
+        room = max(1, *(len(own) + len(request.stop_ids) for request in requests))
+        room = -(-room // STOP_IDS) * STOP_IDS
+        filler = (Request(prompt=(), max_new_tokens=0), [0])
+        rows = [filler if row is None else row for row in rows]
+        stop_ids = [own + list(request.stop_ids) for request, _ in rows]
+        return DecodeState.create(
+            engine.model.config,
+            [ids for _, ids in rows],
+            [request.max_new_tokens for request, _ in rows],
+            [ids + [-1] * (room - len(ids)) for ids in stop_ids],
+            capacity=capacity,
+            slack=self._strategy.slack,
+            num_layers=self._depth,
+            dtype=engine.model.dtype,
+            stacked=engine.model.is_stacked,
+            sampling=[request.sampling for request, _ in rows],
+            among=[request.sampling for request in requests],
+            log_probs=any(request.log_probs for request in requests),
+            cache=cache,
+        )
+
+
+def _chunk(count: int, sizes: Sequence[int]) -> int:
+    """The size in which so many tokens are read."""
+    return next((size for size in sizes if size >= count), sizes[-1])
+
+
+def _timed(program: Callable, *arguments) -> tuple[DecodeState, float]:
+    begin = time.perf_counter()
+    state = jax.block_until_ready(program(*arguments))
+    return state, time.perf_counter() - begin
