@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from lsjax.decoding.draft_vocabulary import DraftHead
-from lsjax.decoding.sampling import Purpose
+from lsjax.decoding.sampling import Purpose, likeliest
 from lsjax.decoding.state import DecodeState
 
 
@@ -51,7 +51,7 @@ def accept_equal(
     Returns the whole model's tokens and the number of drafts that stand.
     """
     steps = logits_BTV.shape[1]
-    best_BT = logits_BTV.argmax(-1).astype(jnp.int32)
+    best_BT = likeliest(logits_BTV)
     agrees_BT = (draft.tokens_BT[:, :steps] == best_BT) & draft.exists_BT[:, :steps]
     return best_BT, jnp.cumprod(agrees_BT, axis=1).sum(1)
 
@@ -89,6 +89,6 @@ def accept_by_ratio(
     rest_BV = jnp.maximum(rest_BV, 0)
     # Where rounding leaves nothing, p and q are equal.
     rest_BV = jnp.where(rest_BV.sum(1, keepdims=True) > 0, rest_BV, p_BV)
-    token_B = draws.token(jnp.log(rest_BV), state.length_B + accepted_B, Purpose.TOKEN)
+    token_B = draws.token(rest_BV, state.length_B + accepted_B, Purpose.TOKEN)
     is_draft_BT = jnp.arange(steps) < accepted_B[:, None]
     return jnp.where(is_draft_BT, drafts_BT, token_B[:, None]), accepted_B

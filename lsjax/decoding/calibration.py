@@ -20,7 +20,7 @@ from lsjax.decoding.acceptance import Draft, Proposals
 from lsjax.decoding.autoregressive import Autoregressive
 from lsjax.decoding.cost import Costs
 from lsjax.decoding.draft_vocabulary import DraftVocabulary
-from lsjax.decoding.sampling import GREEDY
+from lsjax.decoding.sampling import GREEDY, Sampling, likeliest
 from lsjax.decoding.self_speculative import SelfSpeculative
 from lsjax.decoding.state import DecodeState, Strategy
 from lsjax.model.cache import KVCache
@@ -128,16 +128,21 @@ def head_loop(model: Llama, width: int) -> Loop:
     start = jnp.ones((width, model.config.hidden_size), model.dtype)
 
     def body(model, x_TD):
-        return start + 1e-9 * model.unembed(x_TD).argmax(-1)[:, None].astype(start.dtype)
+        return start + 1e-9 * likeliest(model.unembed(x_TD))[:, None].astype(start.dtype)
 
     return compiled_loop(model, body, start)
 
 
 def rounds_loop(
-    model: Llama, strategy: Strategy, *, length: int = LENGTH, capacity: int = 0
+    model: Llama,
+    strategy: Strategy,
+    *,
+    length: int = LENGTH,
+    capacity: int = 0,
+    sampling: Sampling = GREEDY,
 ) -> Loop:
     """Whole rounds, always at the same place: the row is shortened again after each."""
-    state = _state(model, strategy, length, capacity)
+    state = _state(model, strategy, length, capacity, sampling)
 
     def body(pair, state):
         done = strategy.step(pair[0], state, pair[1])
@@ -214,7 +219,13 @@ def median_seconds(loops: Sequence[Loop]) -> list[float]:
     return [statistics.median(column) for column in zip(*measured, strict=True)]
 
 
-def _state(model: Llama, strategy: Strategy, length: int, capacity: int = 0) -> DecodeState:
+def _state(
+    model: Llama,
+    strategy: Strategy,
+    length: int,
+    capacity: int = 0,
+    sampling: Sampling = GREEDY,
+) -> DecodeState:
     return DecodeState.create(
         model.config,
         [[1] * length],
@@ -225,7 +236,7 @@ def _state(model: Llama, strategy: Strategy, length: int, capacity: int = 0) -> 
         num_layers=strategy.depth(model.config),
         dtype=model.dtype,
         stacked=model.is_stacked,
-        sampling=[GREEDY],
+        sampling=[sampling],
     )
 
 

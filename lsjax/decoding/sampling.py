@@ -19,6 +19,8 @@ from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from lsjax.config import check
 
+BLOCK = 256  # tokens that a draw takes together first
+
 
 class Purpose(IntEnum):
     """What a draw at a position is for; each purpose has a random stream of its own."""
@@ -141,19 +143,23 @@ class Draws:
         if "min_p" in self.filters:
             limit_BT1 = jnp.minimum(limit_BT1, -jnp.log(self.min_p_B)[:, None, None])
         log_BTV = jax.nn.log_softmax(jnp.where(below_BTV <= limit_BT1, -below_BTV, -jnp.inf))
-        likeliest_BTV = jnp.arange(logits_BTV.shape[-1]) == logits_BTV.argmax(-1)[..., None]
-        return jnp.where(greedy_B11, jnp.where(likeliest_BTV, 0, -jnp.inf), log_BTV)
+        is_likeliest_BTV = jnp.arange(logits_BTV.shape[-1]) == likeliest(logits_BTV)[..., None]
+        return jnp.where(greedy_B11, jnp.where(is_likeliest_BTV, 0, -jnp.inf), log_BTV)
 
     def token(
-        self, log_BV: Float[Array, "B V"], position_B: Int[Array, " B"], purpose: Purpose
+        self, weight_BV: Float[Array, "B V"], position_B: Int[Array, " B"], purpose: Purpose
     ) -> Int[Array, " B"]:
-        """Draws an index for each row, for the token at its position (the Gumbel trick). The
-        log-probabilities need not be normalised."""
-        size = log_BV.shape[-1:]
-        noise_BV = jax.vmap(lambda key: jax.random.gumbel(key, size, log_BV.dtype))(
-            self._keys(position_B, purpose)
-        )
-        return (log_BV + noise_BV).argmax(-1).astype(jnp.int32)
+        """Draws an index for each row, for the token at its position; weights need not sum up to 1.
+
+        First a block of tokens by its sum, then one of the block: two short searches instead of a
+        random number for every token of the vocabulary.
+        """
+        batch, size = weight_BV.shape
+        weight_BMb = jnp.pad(weight_BV, ((0, 0), (0, -size % BLOCK))).reshape(batch, -1, BLOCK)
+        u_B2 = jax.vmap(lambda key: jax.random.uniform(key, (2,)))(self._keys(position_B, purpose))
+        block_B = _first_beyond(weight_BMb.sum(-1), u_B2[:, 0])
+        inside_Bb = jnp.take_along_axis(weight_BMb, block_B[:, None, None], axis=1)[:, 0]
+        return block_B * BLOCK + _first_beyond(inside_Bb, u_B2[:, 1])
 
     def uniform(self, position_BT: Int[Array, "B T"], purpose: Purpose) -> Float[Array, "B T"]:
         """A number in [0, 1) for each position."""
@@ -166,6 +172,26 @@ class Draws:
         return jax.vmap(
             lambda key, position: jax.random.fold_in(jax.random.fold_in(key, position), purpose)
         )(keys_B, position_B)
+
+
+def likeliest(logits: Float[Array, "*any V"]) -> Int[Array, "*any"]:
+    """The index of the largest logit, the first of equals. Two passes that a CPU runs in vectors,
+    which it does not for `argmax` (docs/performance.md)."""
+    size = logits.shape[-1]
+    is_top = logits == logits.max(-1, keepdims=True)
+    index = jnp.where(is_top, jnp.arange(size, dtype=jnp.int32), size - 1)
+    return index.min(-1)
+
+
+def _first_beyond(weight_BN: Float[Array, "B N"], u_B: Float[Array, " B"]) -> Int[Array, " B"]:
+    """The first index at which the running sum exceeds the share u of the whole; never one of
+    weight 0, whatever the rounding."""
+    sum_BN = jnp.cumsum(weight_BN, axis=-1)
+    index = jnp.arange(weight_BN.shape[-1])
+    some_BN = weight_BN > 0
+    beyond_BN = some_BN & (sum_BN > u_B[:, None] * sum_BN[:, -1:])
+    first_B = jnp.where(beyond_BN, index, index.size).min(-1)
+    return jnp.minimum(first_B, jnp.where(some_BN, index, 0).max(-1)).astype(jnp.int32)
 
 
 def _smallest(

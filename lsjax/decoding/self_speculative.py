@@ -29,7 +29,7 @@ from jaxtyping import Array, Bool, Float, Int
 from lsjax.config import LlamaConfig, check
 from lsjax.decoding.acceptance import Draft, Proposals, accept_by_ratio, accept_equal
 from lsjax.decoding.draft_vocabulary import DraftHead, DraftVocabulary
-from lsjax.decoding.sampling import Purpose
+from lsjax.decoding.sampling import Purpose, likeliest
 from lsjax.decoding.state import DecodeState, Strategy
 from lsjax.model.cache import KVCache
 from lsjax.model.llama import Llama
@@ -171,11 +171,11 @@ class SelfSpeculative(Strategy):
                 None if head is None else head.places_V,
             )
             if draws is None:
-                index_B = logits_BTN[:, 0].argmax(-1).astype(jnp.int32)
+                index_B = likeliest(logits_BTN[:, 0])
                 log_q_BTN = carry.log_q_BTN
             else:
                 log_BTN = draws.log_probs(logits_BTN)
-                index_B = draws.token(log_BTN[:, 0], state.length_B + i, Purpose.DRAFT)
+                index_B = draws.token(jnp.exp(log_BTN[:, 0]), state.length_B + i, Purpose.DRAFT)
                 log_q_BTN = lax.dynamic_update_slice_in_dim(carry.log_q_BTN, log_BTN, i, axis=1)
             index_BT = lax.dynamic_update_slice_in_dim(carry.index_BT, index_B[:, None], i, axis=1)
             return Proposals(index_BT, log_q_BTN)

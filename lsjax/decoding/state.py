@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from lsjax.config import LlamaConfig, check
 from lsjax.decoding.penalties import Penalties
-from lsjax.decoding.sampling import Draws, Purpose, Sampling
+from lsjax.decoding.sampling import Draws, Purpose, Sampling, likeliest
 from lsjax.model.cache import KVCache, write
 from lsjax.model.llama import Llama
 
@@ -152,10 +152,10 @@ class DecodeState:
         logits_BTV = logits_BV[:, None]
         changed_BTV = self.penalised(logits_BTV)
         if self.draws is None:
-            token_B = changed_BTV[:, 0].argmax(-1).astype(self.tokens_BS.dtype)
+            token_B = likeliest(changed_BTV[:, 0])
         else:
-            log_BV = self.draws.log_probs(changed_BTV)[:, 0]
-            token_B = self.draws.token(log_BV, self.length_B, Purpose.TOKEN)
+            p_BV = jnp.exp(self.draws.log_probs(changed_BTV)[:, 0])
+            token_B = self.draws.token(p_BV, self.length_B, Purpose.TOKEN)
         new_BT = token_B[:, None]
         return self.commit(new_BT, 1, log_probs_BT=self.log_probs(logits_BTV, new_BT))
 
