@@ -10,7 +10,10 @@ from lsjax.config import ConfigError, LlamaConfig, RopeScaling
 from lsjax.data.tokenizer_files import load_tokenizer
 from lsjax.decoding.autoregressive import Autoregressive, EarlyExit
 from lsjax.decoding.completion import Completion
+from lsjax.decoding.conversation import Conversation
 from lsjax.decoding.engine import Engine
+from lsjax.decoding.request import Request
+from lsjax.decoding.sampling import Sampling
 from lsjax.decoding.self_speculative import SelfSpeculative
 from lsjax.model.cache import KVCache
 from lsjax.model.checkpoint import CheckpointError, load
@@ -22,13 +25,16 @@ __all__ = [
     "CheckpointError",
     "Completion",
     "ConfigError",
+    "Conversation",
     "EarlyExit",
     "Engine",
     "GenerationDefaults",
     "KVCache",
     "Llama",
     "LlamaConfig",
+    "Request",
     "RopeScaling",
+    "Sampling",
     "SelfSpeculative",
     "load",
     "load_tokenizer",
