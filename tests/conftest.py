@@ -22,9 +22,10 @@ CHECKED = [
     "lsjax.config",
     "lsjax.data",
     *(f"lsjax.model.{name}" for name in ("attention", "checkpoint", "huggingface", "gguf")),
-    *(f"lsjax.model.{name}" for name in ("llama", "rope", "safetensors_files")),
+    *(f"lsjax.model.{name}" for name in ("llama", "parts", "rope", "safetensors_files")),
     *(f"lsjax.decoding.{name}" for name in ("autoregressive", "completion", "engine", "loops")),
     "lsjax.decoding.request",
+    "lsjax.sharding",
 ]
 with jaxtyping.install_import_hook(CHECKED, "beartype.beartype"):
     import lsjax  # noqa: F401

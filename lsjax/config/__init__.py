@@ -2,5 +2,6 @@
 
 from lsjax.config.errors import ConfigError, check
 from lsjax.config.llama import LlamaConfig, RopeScaling
+from lsjax.config.mesh import MeshConfig
 
-__all__ = ["ConfigError", "LlamaConfig", "RopeScaling", "check"]
+__all__ = ["ConfigError", "LlamaConfig", "MeshConfig", "RopeScaling", "check"]

@@ -1,23 +1,26 @@
 """From the tensors of a file to a Llama: what every checkpoint format shares.
 
 A format (huggingface.py, gguf.py) offers its tensors one by one, under their Hugging Face names,
-as a `TensorSource`; `TENSORS` says which parameter each of them is a part of. Nothing is ever
+as a `TensorSource`; parts.py says which parameter each of them is a part of. Nothing is ever
 filled in: a tensor that is missing, strange or not finite is a `CheckpointError`.
 """
 
-import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh, Sharding
+from jaxtyping import Array
 
 from lsjax.config import LlamaConfig
 from lsjax.model.llama import Llama
+from lsjax.model.parts import Index, Part, model_parts
+from lsjax.sharding import sharding_of
 
 
 class CheckpointError(ValueError):
@@ -33,7 +36,8 @@ class TensorSource(Protocol):
     shapes: Mapping[str, tuple[int, ...]]  # of every tensor, by its Hugging Face name
 
     def read(self, name: str) -> np.ndarray:
-        """One tensor, in its stored dtype, or in float32 if it was quantised."""
+        """One tensor, in its stored dtype, or in float32 if it was quantised. Mapped from the file
+        where that can be, so that only the part that somebody slices out is read."""
         ...
 
     def where(self, name: str) -> str:
@@ -41,63 +45,6 @@ class TensorSource(Protocol):
         ...
 
 
-class Part(NamedTuple):
-    """A tensor of the file as a part of one of our parameters."""
-
-    tensor: str  # its Hugging Face name
-    parameter: str  # path in Llama
-    slot: int | slice | None  # where in the last but one axis; None: it is the whole parameter
-
-    def shape(self, parameter_shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Of this part of a parameter."""
-        if self.slot is None:
-            return parameter_shape
-        *lead, slots, last = parameter_shape
-        taken = range(slots)[self.slot]
-        return (*lead, last) if isinstance(taken, int) else (*lead, len(taken), last)
-
-    def stored_shape(self, parameter_shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Of the tensor in the file: kernels are [out, in] there, biases flat."""
-        part = self.shape(parameter_shape)
-        if self.is_kernel:
-            return (math.prod(part[1:]), part[0])
-        return (math.prod(part),) if self.parameter.endswith("bias") else part
-
-    def view(self, parameter: np.ndarray) -> np.ndarray:
-        """This part of a parameter, without a copy."""
-        return parameter if self.slot is None else parameter[..., self.slot, :]
-
-    @property
-    def is_kernel(self) -> bool:
-        """Whether the file holds it transposed."""
-        return self.parameter.endswith("kernel")
-
-
-_LAYER = "model.layers.{}."
-_QKV = "layers.{}.attention.qkv."
-_GATE_UP = "layers.{}.feed_forward.gate_up."
-# A K/V head's slots are its G queries, its key and its value.
-TENSORS = (
-    Part("model.embed_tokens.weight", "embedding", None),
-    Part(_LAYER + "input_layernorm.weight", "layers.{}.attention_norm.scale", None),
-    Part(_LAYER + "self_attn.q_proj.weight", _QKV + "kernel", slice(None, -2)),
-    Part(_LAYER + "self_attn.k_proj.weight", _QKV + "kernel", -2),
-    Part(_LAYER + "self_attn.v_proj.weight", _QKV + "kernel", -1),
-    Part(_LAYER + "self_attn.q_proj.bias", _QKV + "bias", slice(None, -2)),
-    Part(_LAYER + "self_attn.k_proj.bias", _QKV + "bias", -2),
-    Part(_LAYER + "self_attn.v_proj.bias", _QKV + "bias", -1),
-    Part(_LAYER + "self_attn.o_proj.weight", "layers.{}.attention.out.kernel", None),
-    Part(_LAYER + "self_attn.o_proj.bias", "layers.{}.attention.out.bias", None),
-    Part(_LAYER + "post_attention_layernorm.weight", "layers.{}.feed_forward_norm.scale", None),
-    Part(_LAYER + "mlp.gate_proj.weight", _GATE_UP + "kernel", 0),
-    Part(_LAYER + "mlp.up_proj.weight", _GATE_UP + "kernel", 1),
-    Part(_LAYER + "mlp.gate_proj.bias", _GATE_UP + "bias", 0),
-    Part(_LAYER + "mlp.up_proj.bias", _GATE_UP + "bias", 1),
-    Part(_LAYER + "mlp.down_proj.weight", "layers.{}.feed_forward.down.kernel", None),
-    Part(_LAYER + "mlp.down_proj.bias", "layers.{}.feed_forward.down.bias", None),
-    Part("model.norm.weight", "norm.scale", None),
-    Part("lm_head.weight", "head", None),
-)
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 # Constants that transformers < 4.32 and llama.cpp store beside the weights.
 _DERIVED = re.compile(r"(.*\.)?(rotary_emb\.inv_freq|attn_rot_embd\.weight|rope_freqs\.weight)")
@@ -105,17 +52,21 @@ _DERIVED = re.compile(r"(.*\.)?(rotary_emb\.inv_freq|attn_rot_embd\.weight|rope_
 Track = Callable[[Sequence[Any]], Iterable[Any]]  # hands a sequence on, and may show how far
 
 
-def load(path: str | Path, *, dtype: Any = None, track: Track = iter) -> Llama:
+def load(
+    path: str | Path, *, dtype: Any = None, track: Track = iter, mesh: Mesh | None = None
+) -> Llama:
     """The model in a Hugging Face directory or a GGUF file, with a Block per layer.
 
     Args:
         path: the directory, or the file.
         dtype: of the parameters, whatever the file has; float32 if not given.
         track: wraps the sequence of parameters that is walked, for a progress bar.
+        mesh: the devices to spread the parameters over (lsjax/sharding.py); one by default.
     Raises:
         CheckpointError: whatever is wrong with the file, in one line.
     """
-    return assemble(open_source(path), dtype=jnp.float32 if dtype is None else dtype, track=track)
+    dtype = jnp.float32 if dtype is None else dtype
+    return assemble(open_source(path), dtype=dtype, track=track, mesh=mesh)
 
 
 def open_source(path: str | Path) -> TensorSource:
@@ -146,8 +97,13 @@ def open_source(path: str | Path) -> TensorSource:
     )
 
 
-def assemble(source: TensorSource, *, dtype: Any, track: Track = iter) -> Llama:
-    """Builds the model parameter by parameter, each straight in its dtype."""
+def assemble(
+    source: TensorSource, *, dtype: Any, track: Track = iter, mesh: Mesh | None = None
+) -> Llama:
+    """Builds the model parameter by parameter, each straight in its dtype and where it belongs.
+
+    The host holds one shard of one parameter at a time, and reads each once.
+    """
     config, shapes, dtype = source.config, source.shapes, jnp.dtype(dtype)
     if config.num_layers > len(shapes):  # before a model of that many layers is laid out
         raise CheckpointError(
@@ -164,11 +120,31 @@ def assemble(source: TensorSource, *, dtype: Any, track: Track = iter) -> Llama:
     _check_tensors(
         source, [(part, shape) for name, shape in wanted.items() for part in parts[name]]
     )
-    arrays = [
-        nnx.Param(jnp.asarray(read_parameter(source, parts[name], wanted[name], dtype)))
-        for name in track(list(wanted))
-    ]
+    arrays = []
+    for name in track(list(wanted)):
+        shape = wanted[name]
+        read = parameter_reader(source, parts[name], shape, dtype)
+        sharding = None if mesh is None else sharding_of(name, shape, mesh)
+        arrays.append(nnx.Param(_placed(read, shape, sharding)))
     return jax.tree.unflatten(structure, arrays)
+
+
+def _placed(
+    read: Callable[[Index], np.ndarray], shape: tuple[int, ...], sharding: Sharding | None
+) -> Array:
+    """The array that `read` gives shard by shard, each once for all devices that hold it."""
+    if sharding is None:
+        return jnp.asarray(read((slice(None),) * len(shape)))
+    holders: dict[str, tuple[Index, list[jax.Device]]] = {}
+    for device, index in sharding.addressable_devices_indices_map(shape).items():
+        holders.setdefault(str(index), (index, []))[1].append(device)
+
+    def put(index: Index, devices: Sequence[jax.Device]) -> list[Array]:
+        shard = read(index)
+        return jax.block_until_ready([jax.device_put(shard, device) for device in devices])
+
+    shards = [array for held in holders.values() for array in put(*held)]
+    return jax.make_array_from_single_device_arrays(shape, sharding, shards)
 
 
 def named_parameters(model: Llama) -> tuple[dict[str, nnx.Param], jax.tree_util.PyTreeDef]:
@@ -180,36 +156,37 @@ def named_parameters(model: Llama) -> tuple[dict[str, nnx.Param], jax.tree_util.
     return named, structure
 
 
-def model_parts(config: LlamaConfig) -> Iterable[Part]:
-    """`TENSORS` for every layer; also those that this config has no parameter for."""
-    for part in TENSORS:
-        layers = config.num_layers if "{}" in part.tensor else 1
-        for layer in range(layers):
-            yield Part(part.tensor.format(layer), part.parameter.format(layer), part.slot)
-
-
-def read_parameter(
+def parameter_reader(
     source: TensorSource, parts: Sequence[Part], shape: tuple[int, ...], dtype: np.dtype
-) -> np.ndarray:
-    """One parameter, filled tensor by tensor."""
-    parameter = np.zeros(shape, dtype)
-    for part in parts:
-        tensor, view = source.read(part.tensor), part.view(parameter)
-        if part.is_kernel:
-            tensor = np.moveaxis(tensor.reshape(*view.shape[1:], view.shape[0]), -1, 0)
-        with np.errstate(over="ignore", invalid="ignore"):  # told below, by name
-            view[...] = tensor.reshape(view.shape)
-        finite = np.isfinite(view)
-        if not finite.all():
-            in_file = not np.isfinite(tensor).all()
-            problem = (
-                "values are NaN or infinite: the checkpoint is damaged"
-                if in_file
-                else f"values are too large for {dtype.name}: use float32 or bfloat16"
-            )
-            count = view.size - np.count_nonzero(finite)
-            raise CheckpointError(f"{source.where(part.tensor)}: {count} of {view.size} {problem}")
-    return parameter
+) -> Callable[[Index], np.ndarray]:
+    """Reads shards of one parameter, each filled tensor by tensor.
+
+    Raises CheckpointError for values that are not finite.
+    """
+    tensors = [source.read(part.tensor) for part in parts]
+
+    def read(index: Index) -> np.ndarray:
+        sizes = (range(size)[taken] for size, taken in zip(shape, index, strict=True))
+        shard = np.zeros([len(taken) for taken in sizes], dtype)
+        for part, tensor in zip(parts, tensors, strict=True):
+            view = part.view(shard)
+            tensor = part.as_parameter(tensor, shape)[part.index(index)]
+            with np.errstate(over="ignore", invalid="ignore"):  # told below, by name
+                view[...] = tensor
+            # In pieces, because the answer is as long as the values.
+            if not all(np.isfinite(piece).all() for piece in np.array_split(view, 64)):
+                in_file = not np.isfinite(tensor).all()
+                problem = (
+                    "values are NaN or infinite: the checkpoint is damaged"
+                    if in_file
+                    else f"values are too large for {dtype.name}: use float32 or bfloat16"
+                )
+                count = view.size - np.count_nonzero(np.isfinite(view))
+                where = source.where(part.tensor)
+                raise CheckpointError(f"{where}: {count} of {view.size} {problem}")
+        return shard
+
+    return read
 
 
 def _check_tensors(source: TensorSource, wanted: Sequence[tuple[Part, tuple[int, ...]]]) -> None:

@@ -15,8 +15,9 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
-from lsjax.model.checkpoint import CheckpointError, Part, Track, model_parts, named_parameters, take
+from lsjax.model.checkpoint import CheckpointError, Track, named_parameters, take
 from lsjax.model.llama import Llama
+from lsjax.model.parts import Part, model_parts
 
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _MAX_HEADER_BYTES = 100_000_000  # as the safetensors library has it
@@ -181,7 +182,7 @@ def _write_shard(file: Path, header: Mapping[str, Any], tensors: Iterable[np.nda
 
 
 def _stored(part: Part, parameter: Any) -> np.ndarray:
-    """A tensor as the file has it: the inverse of `read_parameter`."""
+    """A tensor as the file has it: the inverse of `parameter_reader`."""
     view = part.view(np.asarray(parameter))
     if part.is_kernel:
         view = np.moveaxis(view, 0, -1)

@@ -1,0 +1,54 @@
+"""How the devices are laid out."""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+
+from lsjax.config.errors import check
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+    """Sizes of the mesh's axes; -1 on one of them is what the others leave of the devices.
+
+    One device by default. What each axis shards is in lsjax/sharding.py.
+    """
+
+    data: int = 1
+    """Devices that share out the rows of a batch."""
+    fsdp: int = 1
+    """Devices that share out the weights along the model's width."""
+    tensor: int = 1
+    """Devices that share out heads, feed-forward channels and vocabulary."""
+
+    def __post_init__(self):
+        sizes = dataclasses.asdict(self)
+        for name, size in sizes.items():
+            check(
+                size == -1 or size >= 1,
+                f"mesh.{name} {size} is not a size: choose 1 or more, or -1 for all that is left",
+            )
+        rest = [name for name, size in sizes.items() if size == -1]
+        check(
+            len(rest) <= 1,
+            f"mesh.{' and mesh.'.join(rest)} are both -1: leave the rest to one of them",
+        )
+
+    def sizes(self, num_devices: int) -> dict[str, int]:
+        """Size of each axis on a machine of that many devices; all ones leave the others idle.
+
+        Raises ConfigError where the devices do not suffice, or not divide into a -1.
+        """
+        sizes = dataclasses.asdict(self)
+        asked = " x ".join(f"{name} {size}" for name, size in sizes.items() if size != 1)
+        fixed = math.prod(size for size in sizes.values() if size != -1)
+        check(
+            fixed <= num_devices,
+            f"a mesh of {asked} needs {fixed} devices, but there are {num_devices}: "
+            "choose smaller --mesh sizes",
+        )
+        check(
+            -1 not in sizes.values() or num_devices % fixed == 0,
+            f"a mesh of {asked} does not fit {num_devices} devices: {fixed} does not divide them",
+        )
+        return {name: num_devices // fixed if size == -1 else size for name, size in sizes.items()}

@@ -1,0 +1,91 @@
+"""What lies where on a mesh of devices: one table for parameters, batches and caches.
+
+The mesh has three axes (any of them may be 1):
+
+    data    shares out the rows of a batch
+    fsdp    shares out the weights along D
+    tensor  shares out the weights along K (heads), F and V, the cache along K, the logits along V
+
+A size that an axis does not divide is not sharded over it: the array is the same on all devices of
+the axis there. Two kinds of weights have a second choice before that: qkv where the K/V heads are
+fewer than the devices is sharded along D, which it multiplies (the heads, their cache and the
+attention itself are then the same on all devices of the tensor axis); a table whose vocabulary does
+not divide likewise.
+"""
+
+import math
+import re
+from typing import Any
+
+import jax
+from jax import lax
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array
+
+from lsjax.config import MeshConfig
+
+# (path, what its axes are shared out over: the first choice that divides). Other paths are the
+# same everywhere. A parameter of stacked layers has one axis more, in front.
+TABLE: tuple[tuple[str, tuple[P, ...]], ...] = (
+    # Sharding V costs a sum of [B, T, D] to look up and nothing to unembed.
+    (r"(embedding|head|table_ND)$", (P("tensor", "fsdp"), P(None, ("fsdp", "tensor")))),
+    (r"qkv\.kernel$", (P("fsdp", "tensor"), P(("fsdp", "tensor")))),  # [D, K, G + 2, H]
+    (r"qkv\.bias$", (P("tensor"),)),
+    (r"out\.kernel$", (P("tensor", "fsdp"),)),  # [N * H, D]
+    (r"gate_up\.kernel$", (P("fsdp", None, "tensor"),)),  # [D, 2, F]
+    (r"gate_up\.bias$", (P(None, "tensor"),)),
+    (r"down\.kernel$", (P("tensor", "fsdp"),)),  # [F, D]
+    (r"(keys|values)\.\d+$", (P("data", "tensor"),)),  # [B, K, S, H]
+    (r"_B\w*$", (P("data"),)),  # names of arrays say their axes
+)
+_STACKED = re.compile(r"(^|\.)layers\.\D")
+
+
+def make_mesh(config: MeshConfig) -> Mesh:
+    """The mesh of this config on the first devices, for `jax.set_mesh`.
+
+    Raises ConfigError where it does not fit the devices.
+    """
+    devices = jax.devices()
+    sizes = config.sizes(len(devices))
+    used = devices[: math.prod(sizes.values())]
+    return jax.make_mesh(
+        tuple(sizes.values()), tuple(sizes), (AxisType.Auto,) * len(sizes), devices=used
+    )
+
+
+def sharding_of(path: str, shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
+    """Where an array lies that has this path in its tree ("layers.0.attention.qkv.kernel")."""
+    choices = next((choices for regex, choices in TABLE if re.search(regex, path)), (P(),))
+    if _STACKED.search(path):
+        choices = [P(None, *choice) for choice in choices]
+    whole = (choice for choice in choices if fitted(choice, shape, mesh) == choice)
+    return NamedSharding(mesh, next(whole, fitted(choices[-1], shape, mesh)))
+
+
+def shardings(tree: Any, mesh: Mesh) -> Any:
+    """`sharding_of` every leaf of a model, a decode state or the like."""
+
+    def one(path, leaf):
+        name = jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value")
+        return sharding_of(name, leaf.shape, mesh)
+
+    return jax.tree_util.tree_map_with_path(one, tree)
+
+
+def fitted(spec: P, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> P:
+    """The spec without the axes of the mesh that do not divide the array's."""
+
+    def divides(size, names):
+        names = (names,) if isinstance(names, str) else names or ()
+        return size % math.prod(mesh.shape[name] for name in names) == 0
+
+    return P(*[n if divides(size, n) else None for size, n in zip(shape, spec, strict=False)])
+
+
+def constrain(x: Array, *spec: str | None) -> Array:
+    """Says over which axes of the mesh in use x is shared out, axis by axis, where they divide; all
+    the rest is the same everywhere. Does nothing without a mesh."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return x if mesh.empty else lax.with_sharding_constraint(x, fitted(P(*spec), x.shape, mesh))
