@@ -15,6 +15,7 @@ not divide likewise.
 
 import math
 import re
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -26,7 +27,7 @@ from jaxtyping import Array
 from lsjax.config import MeshConfig
 
 # (path, what its axes are shared out over: the first choice that divides). Other paths are the
-# same everywhere. A parameter of stacked layers has one axis more, in front.
+# same everywhere. Parameters and cache of stacked layers have one axis more, in front.
 TABLE: tuple[tuple[str, tuple[P, ...]], ...] = (
     # Sharding V costs a sum of [B, T, D] to look up and nothing to unembed.
     (r"(embedding|head|table_ND)$", (P("tensor", "fsdp"), P(None, ("fsdp", "tensor")))),
@@ -36,10 +37,10 @@ TABLE: tuple[tuple[str, tuple[P, ...]], ...] = (
     (r"gate_up\.kernel$", (P("fsdp", None, "tensor"),)),  # [D, 2, F]
     (r"gate_up\.bias$", (P(None, "tensor"),)),
     (r"down\.kernel$", (P("tensor", "fsdp"),)),  # [F, D]
-    (r"(keys|values)\.\d+$", (P("data", "tensor"),)),  # [B, K, S, H]
+    (r"(keys|values)(\.\d+)?$", (P("data", "tensor"),)),  # [B, K, S, H]
     (r"_B\w*$", (P("data"),)),  # names of arrays say their axes
 )
-_STACKED = re.compile(r"(^|\.)layers\.\D")
+_STACKED = re.compile(r"(^|\.)(layers\.\D|(keys|values)$)")
 
 
 def make_mesh(config: MeshConfig) -> Mesh:
@@ -89,3 +90,32 @@ def constrain(x: Array, *spec: str | None) -> Array:
     the rest is the same everywhere. Does nothing without a mesh."""
     mesh = jax.sharding.get_abstract_mesh()
     return x if mesh.empty else lax.with_sharding_constraint(x, fitted(P(*spec), x.shape, mesh))
+
+
+def on_each_device(
+    function: Callable, arguments: Sequence[Array], specs: Sequence[P], outputs: Any
+) -> Any:
+    """`function(*arguments)`, by each device on its own share and without communication; the plain
+    call without a mesh.
+
+    For what the compiler does not see to be independent along the sharded axes. An axis of the
+    mesh that does not divide one of the arguments is left out for all of them.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return function(*arguments)
+    left_out = {
+        name
+        for spec, array in zip(specs, arguments, strict=True)
+        for name, kept in zip(spec, fitted(spec, array.shape, mesh), strict=True)
+        if name != kept
+    }
+    specs, outputs = jax.tree.map(
+        lambda spec: P(*[None if name in left_out else name for name in spec]),
+        (tuple(specs), outputs),
+        is_leaf=lambda spec: isinstance(spec, P),
+    )
+    mapped = jax.shard_map(
+        function, mesh=mesh, in_specs=specs, out_specs=outputs, check_vma=False
+    )
+    return mapped(*arguments)

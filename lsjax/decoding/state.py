@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
@@ -17,6 +18,7 @@ from lsjax.decoding.penalties import Penalties
 from lsjax.decoding.sampling import Draws, Purpose, Sampling, likeliest
 from lsjax.model.cache import KVCache, write
 from lsjax.model.llama import Llama
+from lsjax.sharding import on_each_device
 
 RUNNING, EOS, LENGTH, STOP = range(4)  # why a row ended, if it did; STOP is set by the host
 
@@ -183,7 +185,9 @@ class DecodeState:
         count_B = jnp.minimum(jnp.minimum(count_B, to_stop_B), room_B)
         count_B = jnp.where(self.running_B, count_B, 0)
         last_BT = index_T == count_B[:, None] - 1
-        is_accepted_BT = index_T < jnp.reshape(accepted_B, (-1, 1))
+        is_accepted_BT = jnp.broadcast_to(
+            index_T < jnp.reshape(accepted_B, (-1, 1)), new_BT.shape
+        )
         refused_BT = jnp.full_like(new_BT, -1)
         if draft_BT is not None:
             was_drafted_BT = index_T < jnp.reshape(drafted_B, (-1, 1))
@@ -193,7 +197,8 @@ class DecodeState:
         finish_B = jnp.where(ends_B, LENGTH, self.finish_B)
 
         def put(buffer_BS, values_BT):
-            return write(buffer_BS, values_BT, self.length_B)
+            rows, arguments = P("data"), (buffer_BS, values_BT, self.length_B)
+            return on_each_device(write, arguments, (rows,) * 3, rows)
 
         kept = self.log_probs_BS
         return dataclasses.replace(

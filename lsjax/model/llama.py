@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
+from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
@@ -21,6 +22,7 @@ from lsjax.config import LlamaConfig
 from lsjax.model.attention import attention, cached_attention, causal_mask
 from lsjax.model.cache import KVCache, write_slots
 from lsjax.model.rope import rope_angles, rotate
+from lsjax.sharding import constrain, on_each_device
 
 
 class RMSNorm(nnx.Module):
@@ -134,12 +136,30 @@ class Block(nnx.Module):
         layer: which one of a stacked cache it is.
         """
         q, k, v = self.attention.project(self.attention_norm(x_BTD), rope)
+mixed, keys, values = _attend(q, k, v, keys, values, positions_BT, layer)
+        x_BTD = constrain(x_BTD + self.attention.merge(mixed), "data")
+        x_BTD = constrain(x_BTD + self.feed_forward(self.feed_forward_norm(x_BTD)), "data")
+        return x_BTD, keys, values
+
+
+def _attend(q, k, v, keys, values, positions_BT, layer):
+    """Puts new keys and values into the cache and looks at all of it. On a mesh each device does
+    that for its own rows and heads, without communication."""
+
+    def attend(q, k, v, keys, values, positions_BT):
         keys = write_slots(keys, k, positions_BT[:, 0], layer)
         values = write_slots(values, v, positions_BT[:, 0], layer)
-        mixed = cached_attention(q, keys, values, positions_BT, layer)
-        x_BTD = x_BTD + self.attention.merge(mixed)
-        x_BTD = x_BTD + self.feed_forward(self.feed_forward_norm(x_BTD))
-        return x_BTD, keys, values
+        return cached_attention(q, keys, values, positions_BT, layer), keys, values
+
+    new, cache = P("data", None, "tensor"), P("data", "tensor")
+    if layer is not None:
+        cache = P(None, *cache)
+    return on_each_device(
+        attend,
+        (q, k, v, keys, values, positions_BT),
+        (new, new, new, cache, cache, P("data")),
+        (new, cache, cache),
+    )
 
 
 class Llama(nnx.Module):
@@ -188,6 +208,7 @@ class Llama(nnx.Module):
         Stacked layers run in a loop: a small program, which copies each layer's weights.
         """
         rope = rope_angles(positions_BT, self.config, x_BTD.dtype)
+        x_BTD = constrain(x_BTD, "data")
         if self.is_stacked:
 
             def run(layer, carry):
