@@ -115,7 +115,5 @@ def on_each_device(
         (tuple(specs), outputs),
         is_leaf=lambda spec: isinstance(spec, P),
     )
-    mapped = jax.shard_map(
-        function, mesh=mesh, in_specs=specs, out_specs=outputs, check_vma=False
-    )
+    mapped = jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=outputs, check_vma=False)
     return mapped(*arguments)

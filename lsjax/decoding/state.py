@@ -185,9 +185,7 @@ class DecodeState:
         count_B = jnp.minimum(jnp.minimum(count_B, to_stop_B), room_B)
         count_B = jnp.where(self.running_B, count_B, 0)
         last_BT = index_T == count_B[:, None] - 1
-        is_accepted_BT = jnp.broadcast_to(
-            index_T < jnp.reshape(accepted_B, (-1, 1)), new_BT.shape
-        )
+        is_accepted_BT = jnp.broadcast_to(index_T < jnp.reshape(accepted_B, (-1, 1)), new_BT.shape)
         refused_BT = jnp.full_like(new_BT, -1)
         if draft_BT is not None:
             was_drafted_BT = index_T < jnp.reshape(drafted_B, (-1, 1))

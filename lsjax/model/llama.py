@@ -136,7 +136,7 @@ class Block(nnx.Module):
         layer: which one of a stacked cache it is.
         """
         q, k, v = self.attention.project(self.attention_norm(x_BTD), rope)
-mixed, keys, values = _attend(q, k, v, keys, values, positions_BT, layer)
+        mixed, keys, values = _attend(q, k, v, keys, values, positions_BT, layer)
         x_BTD = constrain(x_BTD + self.attention.merge(mixed), "data")
         x_BTD = constrain(x_BTD + self.feed_forward(self.feed_forward_norm(x_BTD)), "data")
         return x_BTD, keys, values
