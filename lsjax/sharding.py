@@ -56,7 +56,7 @@ def make_mesh(config: MeshConfig) -> Mesh:
     )
 
 
-def sharding_of(path: str, shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
+def sharding_of(path: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> NamedSharding:
     """Where an array lies that has this path in its tree ("layers.0.attention.qkv.kernel")."""
     choices = next((choices for regex, choices in TABLE if re.search(regex, path)), (P(),))
     if _STACKED.search(path):
@@ -65,7 +65,7 @@ def sharding_of(path: str, shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, next(whole, fitted(choices[-1], shape, mesh)))
 
 
-def shardings(tree: Any, mesh: Mesh) -> Any:
+def shardings(tree: Any, mesh: Mesh | AbstractMesh) -> Any:
     """`sharding_of` every leaf of a model, a decode state or the like."""
 
     def one(path, leaf):
@@ -73,6 +73,11 @@ def shardings(tree: Any, mesh: Mesh) -> Any:
         return sharding_of(name, leaf.shape, mesh)
 
     return jax.tree_util.tree_map_with_path(one, tree)
+
+
+def placed(tree: Any, mesh: Mesh | None) -> Any:
+    """The tree with every array where it belongs; as it is without a mesh."""
+    return tree if mesh is None else jax.device_put(tree, shardings(tree, mesh))
 
 
 def fitted(spec: P, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> P:

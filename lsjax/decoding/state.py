@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
@@ -18,7 +19,7 @@ from lsjax.decoding.penalties import Penalties
 from lsjax.decoding.sampling import Draws, Purpose, Sampling, likeliest
 from lsjax.model.cache import KVCache, write
 from lsjax.model.llama import Llama
-from lsjax.sharding import on_each_device
+from lsjax.sharding import on_each_device, placed
 
 RUNNING, EOS, LENGTH, STOP = range(4)  # why a row ended, if it did; STOP is set by the host
 
@@ -63,9 +64,10 @@ class DecodeState:
         among: Sequence[Sampling] | None = None,
         log_probs: bool = False,
         cache: KVCache | None = None,
+        mesh: Mesh | None = None,
     ) -> "DecodeState":
         """Rows with their prompts and a cache for the first `num_layers` layers, stacked if the
-        model's are.
+        model's are; shared out over a mesh (lsjax/sharding.py).
 
         stop_ids: tokens that end each row, for every row as many (-1 is none). slack: slots that a
         round may write beyond a row's end. A row with max_new_tokens 0 is a filler that has ended
@@ -88,8 +90,10 @@ class DecodeState:
         for row, prompt in enumerate(prompts):
             tokens_BS[row, : len(prompt)] = prompt
         if cache is None:
-            cache = KVCache.create(config, batch, capacity, dtype, num_layers, stacked=stacked)
-        return cls(
+            cache = KVCache.create(
+                config, batch, capacity, dtype, num_layers, stacked=stacked, mesh=mesh
+            )
+        state = cls(
             cache=cache,
             length_B=jnp.asarray(length_B),
             end_B=jnp.asarray(end_B),
@@ -103,6 +107,7 @@ class DecodeState:
             draws=Draws.create(sampling, among),
             penalties=Penalties.create(sampling, among),
         )
+        return placed(state, mesh)
 
     @property
     def running_B(self) -> Bool[Array, " B"]:

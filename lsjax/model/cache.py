@@ -16,10 +16,12 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Shaped
 
 from lsjax.config import LlamaConfig
+from lsjax.sharding import sharding_of
 
 # Above this many rows one scatter instead of a chain of slice updates: as fast, and compiled sooner
 # (docs/performance.md). TPUs like slices better.
@@ -48,17 +50,23 @@ class KVCache:
         num_layers: int | None = None,
         *,
         stacked: bool = False,
+        mesh: Mesh | None = None,
     ) -> "KVCache":
-        """An empty cache for the first `num_layers` layers (all of them by default)."""
+        """An empty cache for the first `num_layers` layers (all of them by default); on a mesh
+        each device makes its own share."""
         shape = (batch, config.num_kv_heads, capacity, config.head_dim)
         layers = config.num_layers if num_layers is None else num_layers
 
-        def empty():
-            if stacked:
-                return jnp.zeros((layers, *shape), dtype)
-            return tuple(jnp.zeros(shape, dtype) for _ in range(layers))
+        def empty(name):
+            def zeros(path, shape):
+                device = None if mesh is None else sharding_of(path, shape, mesh)
+                return jnp.zeros(shape, dtype, device=device)
 
-        return cls(keys=empty(), values=empty())
+            if stacked:
+                return zeros(name, (layers, *shape))
+            return tuple(zeros(f"{name}.{layer}", shape) for layer in range(layers))
+
+        return cls(keys=empty("keys"), values=empty("values"))
 
     @property
     def capacity(self) -> int:

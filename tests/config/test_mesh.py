@@ -1,0 +1,37 @@
+"""Sizes of a mesh's axes, and what is said of sizes that cannot be."""
+
+import pytest
+
+from lsjax.config import ConfigError, MeshConfig
+
+
+@pytest.mark.parametrize(
+    "config, devices, sizes",
+    [
+        (MeshConfig(), 8, (1, 1, 1)),
+        (MeshConfig(data=4, tensor=2), 8, (4, 1, 2)),
+        (MeshConfig(data=-1, tensor=2), 8, (4, 1, 2)),
+        (MeshConfig(fsdp=-1), 6, (1, 6, 1)),
+        (MeshConfig(data=8, tensor=-1), 8, (8, 1, 1)),
+        (MeshConfig(tensor=3), 8, (1, 1, 3)),
+    ],
+)
+def test_sizes(config, devices, sizes):
+    assert config.sizes(devices) == dict(zip(("data", "fsdp", "tensor"), sizes, strict=True))
+
+
+@pytest.mark.parametrize(
+    "sizes, devices, message",
+    [
+        (dict(data=0), 8, "mesh.data 0 is not a size: choose 1 or more, or -1"),
+        (dict(tensor=-2), 8, "mesh.tensor -2 is not a size"),
+        (dict(data=-1, fsdp=-1), 8, "mesh.data and mesh.fsdp are both -1"),
+        (dict(data=4, tensor=4), 8, "data 4 x tensor 4 needs 16 devices, but there are 8"),
+        (dict(data=-1, tensor=16), 8, "data -1 x tensor 16 needs 16 devices, but there are 8"),
+        (dict(data=-1, tensor=3), 8, "data -1 x tensor 3 does not fit 8 devices: 3 does not"),
+    ],
+)
+def test_sizes_that_cannot_be(sizes, devices, message):
+    with pytest.raises(ConfigError, match=message) as error:
+        MeshConfig(**sizes).sizes(devices)
+    assert "\n" not in str(error.value)

@@ -1,0 +1,99 @@
+"""The table of what lies where; and what eight devices do with it, in a process of their own."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+from jax.sharding import AbstractMesh, AxisType
+from jax.sharding import PartitionSpec as P
+
+from lsjax.config import LlamaConfig
+from lsjax.model.llama import Llama, stacked, unstacked
+from lsjax.sharding import constrain, on_each_device, shardings
+
+CONFIG = LlamaConfig.tiny(num_layers=2, attention_bias=True, mlp_bias=True)  # K 2, V 258, D 64
+# On data 2, fsdp 2, tensor 2 all sizes divide.
+ALL_DIVIDE = {
+    "embedding": P("tensor", "fsdp"),
+    "head": P("tensor", "fsdp"),
+    "norm.scale": P(),
+    "layers.1.attention_norm.scale": P(),
+    "layers.1.attention.qkv.kernel": P("fsdp", "tensor"),
+    "layers.1.attention.qkv.bias": P("tensor"),
+    "layers.1.attention.out.kernel": P("tensor", "fsdp"),
+    "layers.1.attention.out.bias": P(),
+    "layers.1.feed_forward.gate_up.kernel": P("fsdp", None, "tensor"),
+    "layers.1.feed_forward.gate_up.bias": P(None, "tensor"),
+    "layers.1.feed_forward.down.kernel": P("tensor", "fsdp"),
+    "layers.1.feed_forward.down.bias": P(),
+}
+# On tensor 8 neither the K/V heads nor the vocabulary do.
+SECOND_CHOICE = {
+    "embedding": P(None, ("fsdp", "tensor")),
+    "layers.1.attention.qkv.kernel": P(("fsdp", "tensor")),
+    "layers.1.attention.qkv.bias": P(None),
+    "layers.1.attention.out.kernel": P("tensor", "fsdp"),
+    "layers.1.feed_forward.gate_up.kernel": P("fsdp", None, "tensor"),
+}
+
+
+def specs(form, **sizes) -> dict[str, P]:
+    names = ("data", "fsdp", "tensor")
+    mesh = AbstractMesh(
+        tuple(sizes.get(name, 1) for name in names), names, axis_types=(AxisType.Auto,) * 3
+    )
+    model = jax.eval_shape(lambda: form(Llama(CONFIG, rngs=nnx.Rngs(0))))
+    return {
+        jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value"): leaf.spec
+        for path, leaf in jax.tree_util.tree_leaves_with_path(shardings(model, mesh))
+    }
+
+
+def test_every_parameter_has_its_place():
+    found = specs(unstacked, data=2, fsdp=2, tensor=2)
+    for name, spec in ALL_DIVIDE.items():
+        assert found.pop(name) == spec, name
+    assert all(name.startswith("layers.0.") or "feed_forward_norm" in name for name in found)
+
+
+def test_sizes_that_do_not_divide():
+    found = specs(unstacked, tensor=8)
+    for name, spec in SECOND_CHOICE.items():
+        assert found[name] == spec, name
+    nowhere = specs(unstacked, fsdp=7, tensor=5)
+    assert all(names is None for spec in nowhere.values() for names in spec)
+
+
+@pytest.mark.parametrize("sizes", [dict(data=2, fsdp=2, tensor=2), dict(tensor=8)])
+def test_stacked_layers_have_one_axis_more(sizes):
+    separate, together = specs(unstacked, **sizes), specs(stacked, **sizes)
+    for name, spec in separate.items():
+        if name.startswith("layers.1."):
+            assert together[name.replace("layers.1.", "layers.")] == P(None, *spec)
+        elif not name.startswith("layers."):
+            assert together[name] == spec
+
+
+def test_nothing_happens_without_a_mesh():
+    x = jnp.ones((4, 3))
+    assert constrain(x, "data", "tensor") is x
+    assert on_each_device(lambda x: x, (x,), (P("data"),), P("data")) is x
+
+
+def test_eight_devices():
+    """The checks of eight_devices.py: the number of devices is fixed when jax starts."""
+    checks = Path(__file__).with_name("eight_devices.py")
+    flags = "--xla_force_host_platform_device_count=8"
+    result = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", checks],
+        env=os.environ | {"XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {flags}".strip()},
+        cwd=checks.parents[1],
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stdout[-10_000:] + result.stderr[-2_000:]
