@@ -32,7 +32,7 @@ from lsjax.cli.errors import check_output, one_line_errors
 from lsjax.cli.prompts import encode_prompts
 from lsjax.cli.setup import choose_dtype, keep_compiled_programs
 from lsjax.cli.show import LEGEND, Colours, coloured, stream, summary, verbatim
-from lsjax.config import check
+from lsjax.config import MeshConfig, check
 from lsjax.data.chat import chat_prompt
 from lsjax.data.tokenizer_files import load_tokenizer
 from lsjax.decoding.completion import Completion
@@ -41,6 +41,7 @@ from lsjax.decoding.request import Request, check_settings, encode_prompt
 from lsjax.decoding.state import Strategy
 from lsjax.model.checkpoint import assemble, open_source
 from lsjax.model.llama import stacked
+from lsjax.sharding import make_mesh
 
 Show = Callable[[int, Completion], None]
 
@@ -65,8 +66,18 @@ def decode(arguments: Arguments) -> None:
     tokenizer = load_tokenizer(arguments.model)
     strategy = choose_strategy(arguments, tokenizer)
     max_length = arguments.max_length
-    batch_size = min(arguments.batch_size, max(len(requests), 1))
-    check_settings(source.config, tokenizer, strategy, batch_size=batch_size, max_length=max_length)
+    mesh = None if arguments.mesh == MeshConfig() else make_mesh(arguments.mesh)
+    data_axis = 1 if mesh is None else mesh.shape["data"]
+    needed = -(-max(len(requests), 1) // data_axis) * data_axis
+    batch_size = min(arguments.batch_size, needed)
+    check_settings(
+        source.config,
+        tokenizer,
+        strategy,
+        batch_size=batch_size,
+        max_length=max_length,
+        data_axis=data_axis,
+    )
 
     def encode(request: Request) -> list[int]:
         ids = prompt_ids(tokenizer, request.prompt, arguments)
@@ -94,10 +105,13 @@ def decode(arguments: Arguments) -> None:
             source,
             dtype=dtype,
             track=lambda parts: progress.track(parts, description="loading"),
+            mesh=mesh,
         )
     if arguments.stack_layers:
         model = stacked(model)
-    engine = Engine(model, tokenizer, strategy, batch_size=batch_size, max_length=max_length)
+    engine = Engine(
+        model, tokenizer, strategy, batch_size=batch_size, max_length=max_length, mesh=mesh
+    )
     totals = [
         len(ids) + request.max_new_tokens for request, ids in zip(requests, encoded, strict=True)
     ]

@@ -1,10 +1,13 @@
 """What holds on a mesh of eight devices; run by test_sharding.py in a process that has them."""
 
+import json
 import math
+import os
 import re
 import tracemalloc
 from functools import partial
 from pathlib import Path
+from unittest.mock import patch
 
 import jax
 import jax.numpy as jnp
@@ -12,11 +15,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from lsjax.config import LlamaConfig, MeshConfig
+import decode as decode_program
+from lsjax.config import ConfigError, LlamaConfig, MeshConfig
 from lsjax.decoding.autoregressive import Autoregressive, EarlyExit
 from lsjax.decoding.draft_vocabulary import DraftVocabulary
+from lsjax.decoding.engine import Engine
 from lsjax.decoding.loops import decode, prefill
-from lsjax.decoding.sampling import Sampling
+from lsjax.decoding.sampling import GREEDY, Sampling
 from lsjax.decoding.self_speculative import Choices, SelfSpeculative
 from lsjax.decoding.state import DecodeState
 from lsjax.evaluation.exactness import FLOAT32_MARGIN, first_difference
@@ -38,30 +43,30 @@ NEW, CAPACITY = 16, 613  # a capacity that no other array has as a dimension
 DATA_AND_TENSOR = MeshConfig(data=4, tensor=2)
 FEW_HEADS = MeshConfig(tensor=8)  # K = 2
 ALL_AXES = MeshConfig(data=2, fsdp=2, tensor=2)
-DRAWN = Sampling(temperature=1.0, top_k=40, top_p=0.95, min_p=0.01, seed=5)
+DRAWN = Sampling(temperature=1.0, top_p=0.95, seed=5)
 
 
-def programs(model, strategy, prompts, mesh=None, sampling=None):
+def programs(model, strategy, prompts, mesh=None, sampling=GREEDY):
     """Model, state, the strategy's arguments and the two programs, all of it on the mesh."""
     model = placed(model, mesh)
     state = DecodeState.create(
         model.config,
         prompts,
         [NEW] * len(prompts),
-        np.array([-1]),
+        [[-1]] * len(prompts),
         capacity=CAPACITY,
         slack=strategy.slack,
         num_layers=strategy.depth(model.config),
         dtype=model.dtype,
         stacked=model.is_stacked,
-        sampling=sampling and [sampling] * len(prompts),
+        sampling=[sampling] * len(prompts),
         mesh=mesh,
     )
     arguments = placed(strategy.arguments(model), mesh)
     compile_ = partial(jax.jit, donate_argnums=1, out_shardings=mesh and shardings(state, mesh))
     depth = strategy.depth(model.config)
     with jax.set_mesh(mesh) if mesh else jax.default_device(jax.devices()[0]):
-        first = compile_(partial(prefill, chunk=32, depth=depth)).lower(model, state)
+        first = compile_(partial(prefill, chunk=32, depth=depth)).lower(model, state, np.int32(0))
         rest = compile_(partial(decode, strategy=strategy))
         rest = rest.lower(model, state, np.int32(NEW), arguments)
         return model, state, arguments, first.compile(), rest.compile()
@@ -69,7 +74,7 @@ def programs(model, strategy, prompts, mesh=None, sampling=None):
 
 def tokens(model, state, settings, run_prefill, run_decode) -> list[list[int]]:
     starts = np.asarray(state.length_B)
-    state = run_prefill(model, state)
+    state = run_prefill(model, state, np.int32(0))
     while np.asarray(state.running_B).any():
         state = run_decode(model, state, np.int32(NEW), settings)
     rows = zip(np.asarray(state.tokens_BS), starts, np.asarray(state.length_B), strict=True)
@@ -79,12 +84,11 @@ def tokens(model, state, settings, run_prefill, run_decode) -> list[list[int]]:
 # Each strategy, each kind of state and each form of the model on some mesh.
 VOCABULARY = DraftVocabulary(np.arange(0, 258, 2))
 CASES = [
-    (DATA_AND_TENSOR, Autoregressive(), None, "separate"),
     (DATA_AND_TENSOR, SelfSpeculative(2, 2, VOCABULARY), DRAWN, "separate"),
-    (DATA_AND_TENSOR, SelfSpeculative(2, 2), None, "stacked"),
-    (FEW_HEADS, SelfSpeculative(2, 2, VOCABULARY), None, "separate"),
-    (FEW_HEADS, EarlyExit(2), DRAWN, "separate"),
-    (ALL_AXES, SelfSpeculative(2, 2, choices=Choices((1, 2), (0, 2))), None, "separate"),
+    (DATA_AND_TENSOR, SelfSpeculative(2, 2), GREEDY, "stacked"),
+    (FEW_HEADS, SelfSpeculative(2, 2, VOCABULARY), GREEDY, "separate"),
+    (FEW_HEADS, EarlyExit(2), GREEDY, "separate"),
+    (ALL_AXES, SelfSpeculative(2, 2, choices=Choices((1, 2), (0, 2))), GREEDY, "separate"),
 ]
 
 
@@ -105,7 +109,7 @@ def test_tokens_of_one_device(model, greedy, mesh, strategy, sampling, form):
     found = programs(as_formed, strategy, PROMPTS, make_mesh(mesh), sampling)
     check_loop(found[-1].as_text(), model)
     found = tokens(*found)
-    if sampling is not None:
+    if sampling is not GREEDY or strategy.depth(model.config) < model.config.num_layers:
         assert found == tokens(*programs(as_formed, strategy, PROMPTS, None, sampling))
         return
     for prompt, expected, new in zip(PROMPTS, greedy, found, strict=True):
@@ -137,6 +141,42 @@ def collectives(text: str) -> list[tuple[int, ...]]:
         for results in re.findall(rf"= (.*?) (?:{kinds})(?:-start)?\(", text)
         for shape in re.findall(r"\w+\[([\d,]*)\]", results)
     ]
+
+
+@pytest.fixture(scope="module")
+def texts(model, tokenizer) -> list[list[int]]:
+    engine = Engine(model, tokenizer)
+    return [c.token_ids for c in engine.generate([*PROMPTS, "abc"], max_new_tokens=NEW)]
+
+
+def test_engine(model, tokenizer, texts):
+    """Batches that are not full, rows that end early, a second strategy in the same engine."""
+    mesh = make_mesh(DATA_AND_TENSOR)
+    engine = Engine(model, tokenizer, Autoregressive(), batch_size=4, mesh=mesh)
+    found = engine.generate([*PROMPTS, "abc"], max_new_tokens=NEW)
+    assert [completion.token_ids for completion in found] == texts
+    engine.use(SelfSpeculative(2, 2))
+    stop = found[1].text[3:6]
+    found = engine.generate([*PROMPTS, "abc"], max_new_tokens=NEW, stop=[stop])
+    assert found[1].finish_reason == "stop"
+    for completion, tokens in zip(found, texts, strict=True):
+        assert completion.token_ids == tokens[: completion.num_new_tokens]
+
+
+def test_decode_program(model, tokenizer, texts, tmp_path):
+    """The data axis may be longer than the list of prompts."""
+    save(model, tmp_path / "model", tokenizer=tokenizer)
+    options = f"--prompt abc --max-new-tokens {NEW} --mesh.data 2 --mesh.tensor -1 --batch-size 8"
+    output = tmp_path / "out.jsonl"
+    with patch.dict(os.environ, LSJAX_CACHE=str(tmp_path)):
+        model, output = ["--model", str(tmp_path / "model")], ["--json", str(output)]
+        assert decode_program.main([*options.split(), *model, *output]) == 0
+    assert json.loads(Path(output[1]).read_text())["token_ids"] == texts[-1]
+
+
+def test_engine_refuses_a_batch_that_the_data_axis_does_not_divide(model, tokenizer):
+    with pytest.raises(ConfigError, match="batch size 6 does not divide into the mesh's data axis"):
+        Engine(model, tokenizer, batch_size=6, mesh=make_mesh(DATA_AND_TENSOR))
 
 
 class Counted(np.ndarray):
@@ -182,9 +222,14 @@ def saved(tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize(
-    "mesh", [MeshConfig(data=8), DATA_AND_TENSOR, ALL_AXES, MeshConfig(tensor=8)]
+    "mesh, dtype",
+    [
+        (MeshConfig(data=8), jnp.float32),
+        (DATA_AND_TENSOR, jnp.bfloat16),
+        (ALL_AXES, jnp.float32),
+        (MeshConfig(tensor=8), jnp.bfloat16),
+    ],
 )
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_each_shard_is_read_once(saved, mesh, dtype, monkeypatch):
     """Every number once, whether devices share it or not; and never more than a shard is held."""
     held, largest = [], 4096 * 64 * jnp.dtype(dtype).itemsize

@@ -9,7 +9,7 @@ import tyro
 
 from lsjax.cli.prompts import read_requests
 from lsjax.cli.setup import cache_directory
-from lsjax.config import ConfigError, check
+from lsjax.config import ConfigError, MeshConfig, check
 from lsjax.data.chat import chat_prompt
 from lsjax.data.token_counts import find_counts
 from lsjax.data.tokenizers import Tokenizer
@@ -84,6 +84,8 @@ class Arguments:
     too long to compile. Each token takes longer."""
     max_length: int | None = None
     """Of prompt and new tokens together; the model's context by default."""
+    mesh: MeshConfig = MeshConfig()
+    """Devices to decode on; one by default."""
     json: Path | None = None
     """Writes a JSON object a text to this file ("-": to standard output, and nothing else)."""
     show_drafts: bool = False

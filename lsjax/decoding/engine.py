@@ -2,6 +2,8 @@
 
 from collections.abc import Callable, Iterator, Sequence
 
+from jax.sharding import Mesh
+
 from lsjax.config import check
 from lsjax.data.tokenizers import Tokenizer
 from lsjax.decoding.autoregressive import Autoregressive
@@ -13,6 +15,7 @@ from lsjax.decoding.run import Run, Update
 from lsjax.decoding.sampling import GREEDY, Sampling
 from lsjax.decoding.state import Strategy
 from lsjax.model.llama import Llama
+from lsjax.sharding import placed
 
 MIN_CAPACITY = 512  # slots of a row's cache: this, or a larger power of two
 SLACK = 16  # and a multiple of this for drafts beyond the end, so that strategies share programs
@@ -24,9 +27,10 @@ class Engine:
     batch_size: rows that decode side by side; what a row gives does not depend on the others. A
     row that ends is given the next request at once. max_length: prompt and new tokens of a row;
     the model's context by default. ignore_end: decode behind the end of a text, for measurements.
-    min_capacity: slots of a row's cache at least.
+    min_capacity: slots of a row's cache at least. mesh: devices to decode on (lsjax/sharding.py).
 
-    Raises ConfigError where the strategy or the length does not fit the model.
+    Raises ConfigError where the strategy or the length does not fit the model, or the batch not
+    the mesh.
     """
 
     def __init__(
@@ -39,20 +43,27 @@ class Engine:
         max_length: int | None = None,
         ignore_end: bool = False,
         min_capacity: int = 0,
+        mesh: Mesh | None = None,
     ):
         config = model.config
         self.strategy = Autoregressive() if strategy is None else strategy
         check_settings(
-            config, tokenizer, self.strategy, batch_size=batch_size, max_length=max_length
+            config,
+            tokenizer,
+            self.strategy,
+            batch_size=batch_size,
+            max_length=max_length,
+            data_axis=1 if mesh is None else mesh.shape["data"],
         )
         self.max_length = config.max_context if max_length is None else max_length
-        self.model = model
-        self.arguments = self.strategy.arguments(model)
+        self.mesh = mesh
+        self.model = placed(model, mesh)
+        self.arguments = placed(self.strategy.arguments(self.model), mesh)
         self.tokenizer = tokenizer
         self.ignore_end = ignore_end
         self.min_capacity = min_capacity
         self.batch_size = batch_size
-        self.programs = Programs(model)
+        self.programs = Programs(self.model, mesh)
         self.prefill_seconds = 0.0  # of all prompts so far
         self.decode_seconds = 0.0  # of all rounds so far
 
@@ -63,7 +74,7 @@ class Engine:
         """
         strategy.validate(self.model.config)
         self.strategy = strategy
-        self.arguments = strategy.arguments(self.model)
+        self.arguments = placed(strategy.arguments(self.model), self.mesh)
 
     @property
     def num_programs(self) -> int:

@@ -44,8 +44,12 @@ def check_settings(
     *,
     batch_size: int,
     max_length: int | None,
+    data_axis: int = 1,
 ) -> None:
-    """Raises ConfigError where an Engine could not work; no weights are needed to tell."""
+    """Raises ConfigError where an Engine could not work; no weights are needed to tell.
+
+    data_axis: devices that share out the rows of a batch.
+    """
     strategy.validate(config)
     check(
         tokenizer.vocab_size <= config.vocab_size,
@@ -53,6 +57,11 @@ def check_settings(
         "this is not the model's tokenizer",
     )
     check(batch_size >= 1, f"batch size {batch_size} is below 1: choose --batch-size 1 or more")
+    check(
+        batch_size % data_axis == 0,
+        f"batch size {batch_size} does not divide into the mesh's data axis of {data_axis}: choose "
+        "a multiple of it as --batch-size, or another --mesh.data",
+    )
     check(
         max_length is None or 2 <= max_length <= config.max_context,
         f"max length {max_length} is not in 2..{config.max_context}, the model's context: "

@@ -16,7 +16,6 @@ from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from lsjax.decoding.completion import Completion, RowText, Trace
@@ -125,7 +124,8 @@ class Run:
                     if update.completion is not None:
                         free.append(row)
                     yield update
-                self._state = dataclasses.replace(self._state, finish_B=jnp.asarray(finish_B))
+                finish_B = jax.device_put(finish_B, self._state.finish_B.sharding)
+                self._state = dataclasses.replace(self._state, finish_B=finish_B)
                 if self._rows and not (waiting and free):
                     self._advance()
         finally:
@@ -233,6 +233,7 @@ class Run:
             among=[request.sampling for request in requests],
             log_probs=any(request.log_probs for request in requests),
             cache=cache,
+            mesh=engine.mesh,
         )
 
 

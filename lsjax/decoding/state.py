@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from lsjax.config import LlamaConfig, check
 from lsjax.decoding.penalties import Penalties
@@ -141,7 +141,7 @@ class DecodeState:
             return logits_BTN
         history_BS = self.tokens_BS
         if draft_BT is not None:
-            history_BS = write(history_BS, draft_BT, self.length_B)
+            history_BS = self._written(history_BS, draft_BT)
         position_BT = self.length_B[:, None] + first + jnp.arange(logits_BTN.shape[1])
         return self.penalties.apply(logits_BTN, history_BS, position_BT, places_V)
 
@@ -153,6 +153,13 @@ class DecodeState:
             return None
         chosen_BT = jnp.take_along_axis(logits_BTV, tokens_BT[..., None], axis=2)[..., 0]
         return chosen_BT - jax.nn.logsumexp(logits_BTV, axis=-1)
+
+    def _written(
+        self, buffer_BS: Shaped[Array, "B S"], new_BT: Shaped[Array, "B T"]
+    ) -> Shaped[Array, "B S"]:
+        """The buffer with these values behind the tokens of each row."""
+        rows = P("data")
+        return on_each_device(write, (buffer_BS, new_BT, self.length_B), (rows,) * 3, rows)
 
     def append(self, logits_BV: Float[Array, "B V"]) -> "DecodeState":
         """One more token in every running row, chosen by the logits of what runs for it."""
@@ -199,11 +206,7 @@ class DecodeState:
         stops_B = (last_BT & stop_BT).any(1)
         finish_B = jnp.where(ends_B, LENGTH, self.finish_B)
 
-        def put(buffer_BS, values_BT):
-            rows, arguments = P("data"), (buffer_BS, values_BT, self.length_B)
-            return on_each_device(write, arguments, (rows,) * 3, rows)
-
-        kept = self.log_probs_BS
+        put, kept = self._written, self.log_probs_BS
         return dataclasses.replace(
             self,
             log_probs_BS=None if kept is None else put(kept, log_probs_BT),

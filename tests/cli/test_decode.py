@@ -286,6 +286,8 @@ def bad(model_directory, tmp_path_factory):
         ("--prompt=", "--prompt is an empty prompt: it needs at least one character"),
         ("--stop=", "--stop is empty: give the text to stop at"),
         ("--batch-size 0", "batch size 0 is below 1: choose --batch-size 1 or more"),
+        ("--mesh.tensor 2", "a mesh of tensor 2 needs 2 devices, but there are 1"),
+        ("--mesh.data -2", "mesh.data -2 is not a size: choose 1 or more, or -1"),
         ("--system s", "--system needs --chat or --interactive"),
         ("--chat", "no chat template: use --prompt without --chat"),
         ("--prompt-file {bad}/good.txt", "give one of --prompt and --prompt-file and not both"),
