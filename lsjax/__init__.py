@@ -6,7 +6,7 @@
 >>> print(engine.generate(["Once upon a time"], max_new_tokens=32)[0].text)
 """
 
-from lsjax.config import ConfigError, LlamaConfig, RopeScaling
+from lsjax.config import ConfigError, LlamaConfig, MeshConfig, RopeScaling
 from lsjax.data.tokenizer_files import load_tokenizer
 from lsjax.decoding.autoregressive import Autoregressive, EarlyExit
 from lsjax.decoding.completion import Completion
@@ -19,6 +19,7 @@ from lsjax.model.cache import KVCache
 from lsjax.model.checkpoint import CheckpointError, load
 from lsjax.model.huggingface import GenerationDefaults, read_generation_defaults, save
 from lsjax.model.llama import Llama, stacked, unstacked
+from lsjax.sharding import make_mesh
 
 __all__ = [
     "Autoregressive",
@@ -32,12 +33,14 @@ __all__ = [
     "KVCache",
     "Llama",
     "LlamaConfig",
+    "MeshConfig",
     "Request",
     "RopeScaling",
     "Sampling",
     "SelfSpeculative",
     "load",
     "load_tokenizer",
+    "make_mesh",
     "read_generation_defaults",
     "save",
     "stacked",

@@ -98,20 +98,22 @@ def constrain(x: Array, *spec: str | None) -> Array:
 
 
 def on_each_device(
-    function: Callable, arguments: Sequence[Array], specs: Sequence[P], outputs: Any
+    function: Callable, arguments: Sequence[Any], specs: Sequence[P], outputs: Any
 ) -> Any:
     """`function(*arguments)`, by each device on its own share and without communication; the plain
     call without a mesh.
 
-    For what the compiler does not see to be independent along the sharded axes. An axis of the
-    mesh that does not divide one of the arguments is left out for all of them.
+    For what the compiler does not see to be independent along the sharded axes. specs: of all the
+    arrays in each argument. An axis of the mesh that does not divide one of the arrays is left out
+    for all of them.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return function(*arguments)
     left_out = {
         name
-        for spec, array in zip(specs, arguments, strict=True)
+        for spec, argument in zip(specs, arguments, strict=True)
+        for array in jax.tree.leaves(argument)
         for name, kept in zip(spec, fitted(spec, array.shape, mesh), strict=True)
         if name != kept
     }

@@ -18,6 +18,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from lsjax.config import check
+from lsjax.sharding import constrain
 
 BLOCK = 256  # tokens that a draw takes together first
 
@@ -119,6 +120,8 @@ class Draws:
 
     def log_probs(self, logits_BTV: Float[Array, "B T V"]) -> Float[Array, "B T V"]:
         """The distributions that a token is drawn from, normalised."""
+        # Gathered once rather than summed over devices in every step of a bisection.
+        logits_BTV = constrain(logits_BTV, "data")
         greedy_B11 = (self.temperature_B == 0)[:, None, None]
         temperature_B11 = jnp.where(greedy_B11, 1, self.temperature_B[:, None, None])
         top_BT1 = logits_BTV.max(-1, keepdims=True)

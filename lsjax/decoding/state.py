@@ -143,7 +143,9 @@ class DecodeState:
         if draft_BT is not None:
             history_BS = self._written(history_BS, draft_BT)
         position_BT = self.length_B[:, None] + first + jnp.arange(logits_BTN.shape[1])
-        return self.penalties.apply(logits_BTN, history_BS, position_BT, places_V)
+        arguments = (self.penalties, logits_BTN, history_BS, position_BT, places_V)
+        rows = P("data")
+        return on_each_device(Penalties.apply, arguments, (*[rows] * 4, P()), rows)
 
     def log_probs(
         self, logits_BTV: Float[Array, "B T V"], tokens_BT: Int[Array, "B T"]

@@ -1,16 +1,14 @@
-"""What holds on a mesh of eight devices; run by test_sharding.py in a process that has them."""
+"""Decoding on a mesh; run by test_sharding.py in a process that has eight devices."""
 
 import json
 import math
 import os
 import re
-import tracemalloc
 from functools import partial
 from pathlib import Path
 from unittest.mock import patch
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -21,21 +19,14 @@ from lsjax.decoding.autoregressive import Autoregressive, EarlyExit
 from lsjax.decoding.draft_vocabulary import DraftVocabulary
 from lsjax.decoding.engine import Engine
 from lsjax.decoding.loops import decode, prefill
+from lsjax.decoding.programs import Programs
 from lsjax.decoding.sampling import GREEDY, Sampling
 from lsjax.decoding.self_speculative import Choices, SelfSpeculative
 from lsjax.decoding.state import DecodeState
 from lsjax.evaluation.exactness import FLOAT32_MARGIN, first_difference
-from lsjax.model import checkpoint
-from lsjax.model.checkpoint import (
-    CheckpointError,
-    assemble,
-    load,
-    open_source,
-    parameter_reader,
-)
 from lsjax.model.huggingface import save
 from lsjax.model.llama import Llama, stacked
-from lsjax.sharding import make_mesh, placed, shardings
+from lsjax.sharding import make_mesh, placed
 from tests.decoding.test_compiled import copies
 
 PROMPTS = [[7], [1, 2, 3], list(range(40, 60)), [200, 100] * 7]
@@ -46,37 +37,33 @@ ALL_AXES = MeshConfig(data=2, fsdp=2, tensor=2)
 DRAWN = Sampling(temperature=1.0, top_p=0.95, seed=5)
 
 
-def programs(model, strategy, prompts, mesh=None, sampling=GREEDY):
-    """Model, state, the strategy's arguments and the two programs, all of it on the mesh."""
-    model = placed(model, mesh)
+def programs(model, strategy, mesh=None, sampling=GREEDY):
+    """A state with the prompts, the strategy's arguments and the two programs, on the mesh."""
+    model, depth = placed(model, mesh), strategy.depth(model.config)
     state = DecodeState.create(
         model.config,
-        prompts,
-        [NEW] * len(prompts),
-        [[-1]] * len(prompts),
+        PROMPTS,
+        [NEW] * len(PROMPTS),
+        [[-1]] * len(PROMPTS),
         capacity=CAPACITY,
         slack=strategy.slack,
-        num_layers=strategy.depth(model.config),
+        num_layers=depth,
         dtype=model.dtype,
         stacked=model.is_stacked,
-        sampling=[sampling] * len(prompts),
+        sampling=[sampling] * len(PROMPTS),
         mesh=mesh,
     )
-    arguments = placed(strategy.arguments(model), mesh)
-    compile_ = partial(jax.jit, donate_argnums=1, out_shardings=mesh and shardings(state, mesh))
-    depth = strategy.depth(model.config)
-    with jax.set_mesh(mesh) if mesh else jax.default_device(jax.devices()[0]):
-        first = compile_(partial(prefill, chunk=32, depth=depth)).lower(model, state, np.int32(0))
-        rest = compile_(partial(decode, strategy=strategy))
-        rest = rest.lower(model, state, np.int32(NEW), arguments)
-        return model, state, arguments, first.compile(), rest.compile()
+    arguments, get = placed(strategy.arguments(model), mesh), Programs(model, mesh).get
+    run_prefill = get(partial(prefill, chunk=32, depth=depth), state, np.int32(0))
+    run_decode = get(partial(decode, strategy=strategy), state, np.int32(NEW), arguments)
+    return state, arguments, run_prefill, run_decode
 
 
-def tokens(model, state, settings, run_prefill, run_decode) -> list[list[int]]:
+def tokens(state, arguments, run_prefill, run_decode) -> list[list[int]]:
     starts = np.asarray(state.length_B)
-    state = run_prefill(model, state, np.int32(0))
+    state = run_prefill(state, np.int32(0))
     while np.asarray(state.running_B).any():
-        state = run_decode(model, state, np.int32(NEW), settings)
+        state = run_decode(state, np.int32(NEW), arguments)
     rows = zip(np.asarray(state.tokens_BS), starts, np.asarray(state.length_B), strict=True)
     return [row[start:end].tolist() for row, start, end in rows]
 
@@ -99,18 +86,18 @@ def model() -> Llama:
 
 @pytest.fixture(scope="module")
 def greedy(model):
-    return tokens(*programs(model, Autoregressive(), PROMPTS))
+    return tokens(*programs(model, Autoregressive()))
 
 
 @pytest.mark.parametrize("mesh, strategy, sampling, form", CASES)
 def test_tokens_of_one_device(model, greedy, mesh, strategy, sampling, form):
     """And the program for the mesh copies and gathers nothing large in its loop."""
     as_formed = stacked(model) if form == "stacked" else model
-    found = programs(as_formed, strategy, PROMPTS, make_mesh(mesh), sampling)
-    check_loop(found[-1].as_text(), model)
+    found = programs(as_formed, strategy, make_mesh(mesh), sampling)
+    check_loop(found[-1].func.as_text(), model)
     found = tokens(*found)
     if sampling is not GREEDY or strategy.depth(model.config) < model.config.num_layers:
-        assert found == tokens(*programs(as_formed, strategy, PROMPTS, None, sampling))
+        assert found == tokens(*programs(as_formed, strategy, None, sampling))
         return
     for prompt, expected, new in zip(PROMPTS, greedy, found, strict=True):
         difference = first_difference(model, prompt, expected, new)
@@ -128,9 +115,9 @@ def check_loop(text: str, model: Llama) -> None:
 def test_what_a_step_sends(model):
     """What tensor parallelism needs: two sums for a layer and one for the embedding, and the best
     logit of each device with its index, not the logits. And whether to go on."""
-    *_, program = programs(model, Autoregressive(), PROMPTS, make_mesh(DATA_AND_TENSOR))
+    *_, program = programs(model, Autoregressive(), make_mesh(DATA_AND_TENSOR))
     sums = [(1, 1, model.config.hidden_size)] * (2 * model.config.num_layers + 1)
-    assert sorted(collectives(program.as_text())) == sorted([*sums, (1, 2), (1, 2), (), ()])
+    assert sorted(collectives(program.func.as_text())) == sorted([*sums, (1, 2), (1, 2), (), ()])
 
 
 def collectives(text: str) -> list[tuple[int, ...]]:
@@ -177,95 +164,3 @@ def test_decode_program(model, tokenizer, texts, tmp_path):
 def test_engine_refuses_a_batch_that_the_data_axis_does_not_divide(model, tokenizer):
     with pytest.raises(ConfigError, match="batch size 6 does not divide into the mesh's data axis"):
         Engine(model, tokenizer, batch_size=6, mesh=make_mesh(DATA_AND_TENSOR))
-
-
-class Counted(np.ndarray):
-    """A tensor of a file that tells `count` what is sliced out of it."""
-
-    def __array_finalize__(self, base):
-        self.count = getattr(base, "count", None)
-
-    def __getitem__(self, index):
-        piece = super().__getitem__(index)
-        self.count(piece)
-        return piece
-
-
-class CountingSource:
-    """A source that counts how often each number of each tensor is read."""
-
-    def __init__(self, source):
-        self.path, self.config, self.shapes = source.path, source.config, source.shapes
-        self.where, self._source = source.where, source
-        self.counts = {name: np.zeros(shape, np.int64) for name, shape in source.shapes.items()}
-
-    def read(self, name: str) -> np.ndarray:
-        tensor, flat = self._source.read(name).view(Counted), self.counts[name].reshape(-1)
-        origin = tensor.ctypes.data
-
-        def count(piece):
-            first = (piece.ctypes.data - origin) // piece.itemsize
-            strides = [stride // piece.itemsize * flat.itemsize for stride in piece.strides]
-            np.lib.stride_tricks.as_strided(flat[first:], piece.shape, strides)[...] += 1
-
-        tensor.count = count
-        return tensor
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory) -> Path:
-    """A checkpoint whose largest tensor is its embedding."""
-    config = LlamaConfig.tiny(num_layers=2, vocab_size=4096, attention_bias=True, mlp_bias=True)
-    path = tmp_path_factory.mktemp("saved") / "model"
-    save(jax.jit(lambda: Llama(config, rngs=nnx.Rngs(1)))(), path)
-    return path
-
-
-@pytest.mark.parametrize(
-    "mesh, dtype",
-    [
-        (MeshConfig(data=8), jnp.float32),
-        (DATA_AND_TENSOR, jnp.bfloat16),
-        (ALL_AXES, jnp.float32),
-        (MeshConfig(tensor=8), jnp.bfloat16),
-    ],
-)
-def test_each_shard_is_read_once(saved, mesh, dtype, monkeypatch):
-    """Every number once, whether devices share it or not; and never more than a shard is held."""
-    held, largest = [], 4096 * 64 * jnp.dtype(dtype).itemsize
-
-    def measured(*arguments):
-        read = parameter_reader(*arguments)
-
-        def measure(index):
-            before = tracemalloc.get_traced_memory()[0]
-            tracemalloc.reset_peak()
-            shard = read(index)
-            held.append(tracemalloc.get_traced_memory()[1] - before)
-            return shard
-
-        return measure
-
-    monkeypatch.setattr(checkpoint, "parameter_reader", measured)
-    source, mesh = CountingSource(open_source(saved)), make_mesh(mesh)
-    tracemalloc.start()
-    model = assemble(source, dtype=dtype, mesh=mesh)
-    tracemalloc.stop()
-    assert all((counts == 1).all() for counts in source.counts.values())
-    smallest_part = 1 if mesh.shape["tensor"] * mesh.shape["fsdp"] == 1 else 2
-    assert max(held) <= largest / smallest_part + 20_000  # and the objects of Python
-    for placed_, whole in zip(
-        jax.tree.leaves(model), jax.tree.leaves(load(saved, dtype=dtype)), strict=True
-    ):
-        np.testing.assert_array_equal(placed_, whole)
-    expected = jax.tree.leaves(shardings(model, mesh))
-    assert [leaf.sharding for leaf in jax.tree.leaves(model)] == expected
-
-
-def test_damage_in_any_shard_is_found(saved, tmp_path):
-    model = load(saved)
-    gate_up = model.layers[1].feed_forward.gate_up.kernel
-    gate_up[...] = gate_up[...].at[63, 1, 127].set(jnp.nan)
-    save(model, tmp_path / "damaged")
-    with pytest.raises(CheckpointError, match=r"layers.1.mlp.up_proj.weight': 1 of \d+ values are"):
-        load(tmp_path / "damaged", mesh=make_mesh(DATA_AND_TENSOR))
