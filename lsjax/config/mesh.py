@@ -11,7 +11,7 @@ from lsjax.config.errors import check
 class MeshConfig:
     """Sizes of the mesh's axes; -1 on one of them is what the others leave of the devices.
 
-    One device by default. What each axis shards is in lsjax/sharding.py.
+    One device by default. What each axis shares out is in lsjax/sharding.py.
     """
 
     data: int = 1
@@ -21,7 +21,12 @@ class MeshConfig:
     tensor: int = 1
     """Devices that share out heads, feed-forward channels and vocabulary."""
 
-    def __post_init__(self):
+    def sizes(self, num_devices: int) -> dict[str, int]:
+        """Size of each axis on a machine of that many devices; those beyond the mesh stay idle.
+
+        Raises ConfigError where a size is none, the devices do not suffice, or a -1 does not
+        come out even.
+        """
         sizes = dataclasses.asdict(self)
         for name, size in sizes.items():
             check(
@@ -31,15 +36,8 @@ class MeshConfig:
         rest = [name for name, size in sizes.items() if size == -1]
         check(
             len(rest) <= 1,
-            f"mesh.{' and mesh.'.join(rest)} are both -1: leave the rest to one of them",
+            f"mesh.{' and mesh.'.join(rest)} are -1: leave the rest to one of them only",
         )
-
-    def sizes(self, num_devices: int) -> dict[str, int]:
-        """Size of each axis on a machine of that many devices; all ones leave the others idle.
-
-        Raises ConfigError where the devices do not suffice, or not divide into a -1.
-        """
-        sizes = dataclasses.asdict(self)
         asked = " x ".join(f"{name} {size}" for name, size in sizes.items() if size != 1)
         fixed = math.prod(size for size in sizes.values() if size != -1)
         check(
@@ -48,7 +46,7 @@ class MeshConfig:
             "choose smaller --mesh sizes",
         )
         check(
-            -1 not in sizes.values() or num_devices % fixed == 0,
+            not rest or num_devices % fixed == 0,
             f"a mesh of {asked} does not fit {num_devices} devices: {fixed} does not divide them",
         )
-        return {name: num_devices // fixed if size == -1 else size for name, size in sizes.items()}
+        return sizes | dict.fromkeys(rest, num_devices // fixed)

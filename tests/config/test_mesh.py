@@ -25,7 +25,7 @@ def test_sizes(config, devices, sizes):
     [
         (dict(data=0), 8, "mesh.data 0 is not a size: choose 1 or more, or -1"),
         (dict(tensor=-2), 8, "mesh.tensor -2 is not a size"),
-        (dict(data=-1, fsdp=-1), 8, "mesh.data and mesh.fsdp are both -1"),
+        (dict(data=-1, fsdp=-1), 8, "mesh.data and mesh.fsdp are -1"),
         (dict(data=4, tensor=4), 8, "data 4 x tensor 4 needs 16 devices, but there are 8"),
         (dict(data=-1, tensor=16), 8, "data -1 x tensor 16 needs 16 devices, but there are 8"),
         (dict(data=-1, tensor=3), 8, "data -1 x tensor 3 does not fit 8 devices: 3 does not"),
