@@ -1,7 +1,21 @@
 """Configurations: frozen, hashable dataclasses that say what is wrong with a bad value."""
 
+from lsjax.config.early_exit import EarlyExitConfig
 from lsjax.config.errors import ConfigError, check
+from lsjax.config.layer_dropout import LayerDropoutConfig
 from lsjax.config.llama import LlamaConfig, RopeScaling
 from lsjax.config.mesh import MeshConfig
+from lsjax.config.optimizer import OptimizerConfig
+from lsjax.config.step import StepConfig
 
-__all__ = ["ConfigError", "LlamaConfig", "MeshConfig", "RopeScaling", "check"]
+__all__ = [
+    "ConfigError",
+    "EarlyExitConfig",
+    "LayerDropoutConfig",
+    "LlamaConfig",
+    "MeshConfig",
+    "OptimizerConfig",
+    "RopeScaling",
+    "StepConfig",
+    "check",
+]

@@ -1,0 +1,58 @@
+"""How often layers are left out in training."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from lsjax.config.errors import check
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerDropoutConfig:
+    """Rate at which layer l is left out at step t: p(l, t) = S(t) D(l) p_max (LayerSkip, eq. 2).
+
+    LayerSkip: the defaults with a p_max; from scratch also schedule "exponential". LayerDrop (Fan
+    et al., 2020): distribution "uniform", per_batch. PLD (Zhang and He, 2020): distribution
+    "linear", schedule "saturating", p_max = 1 - its keep rate, per_batch, rescale. "Don't Drop
+    Dropout" (Elhoushi et al., 2026): distribution "linear", schedule "decreasing", rescale.
+    """
+
+    p_max: float = 0.0
+    """Rate of the layer that is left out most; 0 is no layer dropout."""
+    distribution: Literal["exponential", "linear", "uniform"] = "exponential"
+    """D(l): 2^(l / (L-1)) - 1 (eq. 3), l / (L-1), or 1."""
+    layers: tuple[int, ...] | None = None
+    """Layers 0..L-1 that may be left out; all of them by default."""
+    schedule: Literal["constant", "exponential", "decreasing", "saturating"] = "constant"
+    """S(t): 1, 2^(t / (T-1)) - 1 (eq. 4), 1 - t / (T-1), or 1 - exp(-gamma t)."""
+    gamma: float | None = None
+    """Of the saturating schedule, per step; 100 / T by default, as in PLD."""
+    rescale: bool = False
+    """Whether what a layer adds, when kept, is divided by 1 - p; the paper does not."""
+    per_batch: bool = False
+    """Whether a layer is left out for the whole batch, which then costs nothing, or for each
+    sequence by itself, as in the paper."""
+
+    def __post_init__(self):
+        check(0 <= self.p_max <= 1, f"layer_dropout.p_max {self.p_max} must be from 0 to 1")
+        check(
+            self.distribution in ("exponential", "linear", "uniform"),
+            f"layer_dropout.distribution {self.distribution!r} is unknown: use exponential, "
+            "linear or uniform",
+        )
+        check(
+            self.schedule in ("constant", "exponential", "decreasing", "saturating"),
+            f"layer_dropout.schedule {self.schedule!r} is unknown: use constant, exponential, "
+            "decreasing or saturating",
+        )
+        check(
+            self.gamma is None or self.gamma > 0,
+            f"layer_dropout.gamma {self.gamma} must be above 0",
+        )
+
+    def check_layers(self, num_layers: int) -> None:
+        """Raises ConfigError where `layers` names one that a model of L layers does not have."""
+        for layer in self.layers or ():
+            check(
+                0 <= layer < num_layers,
+                f"layer_dropout.layers has {layer}, but the layers are 0..{num_layers - 1}",
+            )

@@ -1,0 +1,1 @@
+"""Training: layer dropout, the early-exit loss, and the step that they are part of."""

@@ -1,0 +1,73 @@
+"""The early-exit loss: which exits are in it at each step, and with what weight (LayerSkip, 4.1.2).
+
+    J(t) = sum over exits E of w(t, E) CE(unembed(output of layer E - 1), labels)    (eq. 5)
+    w(t, E) = C(t, E) e(E - 1) / sum over i of C(t, i) e(i - 1)
+
+C is the curriculum, e the weights (eq. 6). Exit E = L is always on. Functions of the step alone:
+nothing to save, nothing to go wrong at a restart. Arrays over exits have exit E at index E - 1.
+"""
+
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+from jaxtyping import Array, Bool, Float
+
+from lsjax.config import EarlyExitConfig
+
+
+def exit_weights(config: EarlyExitConfig, num_layers: int) -> Float[np.ndarray, " L"]:
+    """Weights before curriculum and normalisation: e(l), l = E - 1, of eq. 6 for the paper's."""
+    config.check_layers(num_layers)
+    if config.weights == "custom":
+        return np.array(config.custom_weights, float)
+    if config.weights == "uniform" or num_layers == 1:
+        return np.ones(num_layers)
+    depth = np.arange(num_layers)
+    weights = config.e_scale * depth * (depth + 1) / 2
+    last = num_layers - 1
+    weights[last] = last + config.e_scale * (last - 1) * last / 2
+    return weights
+
+
+def enabled_exits(
+    config: EarlyExitConfig, num_layers: int, step: ArrayLike, num_steps: int
+) -> Bool[Array, " L"]:
+    """Which exits are in the loss of step t of T: C(t, E), and those of weight 0 left out."""
+    exits = np.arange(1, num_layers + 1)
+    match config.curriculum:
+        case "none":
+            on = np.zeros(num_layers, bool)
+        case "rotational":
+            on = (exits - 1) % config.rotation == jnp.asarray(step) % config.rotation
+        case "gradual":
+            # t >= (L - E + 1) T / (2L), in whole numbers.
+            first_step = -(-(num_layers - exits + 1) * num_steps // (2 * num_layers))
+            on = jnp.asarray(step) >= first_step
+        case "all":
+            on = np.ones(num_layers, bool)
+        case "subset":
+            on = np.isin(exits, config.exits)
+    on = on & (exit_weights(config, num_layers) > 0)
+    return jnp.asarray(on | (exits == num_layers))
+
+
+def loss_weights(
+    config: EarlyExitConfig, num_layers: int, step: ArrayLike, num_steps: int
+) -> Float[Array, " L"]:
+    """w(t, E): the weights of the exits that are on, which sum to 1; 0 for the others."""
+    enabled_L = enabled_exits(config, num_layers, step, num_steps)
+    weights_L = exit_weights(config, num_layers)
+    # The last exit weighs 1 and the others follow, which float32 holds at any depth.
+    on_L = jnp.where(enabled_L, (weights_L / weights_L[-1]).astype(np.float32), 0)
+    return on_L / on_L.sum()
+
+
+def most_exits(config: EarlyExitConfig, num_layers: int, num_steps: int) -> int:
+    """The most intermediate exits that are on in any step."""
+    match config.curriculum:
+        case "rotational":
+            steps = range(min(config.rotation, num_steps))
+        case _:
+            steps = (num_steps - 1,)  # no curriculum turns an exit off again
+    enabled = [np.asarray(enabled_exits(config, num_layers, step, num_steps)) for step in steps]
+    return max(int(exits[:-1].sum()) for exits in enabled)
