@@ -1,5 +1,6 @@
 """Configurations: frozen, hashable dataclasses that say what is wrong with a bad value."""
 
+from lsjax.config.data import DataConfig
 from lsjax.config.early_exit import EarlyExitConfig
 from lsjax.config.errors import ConfigError, check
 from lsjax.config.layer_dropout import LayerDropoutConfig
@@ -10,6 +11,7 @@ from lsjax.config.step import StepConfig
 
 __all__ = [
     "ConfigError",
+    "DataConfig",
     "EarlyExitConfig",
     "LayerDropoutConfig",
     "LlamaConfig",
