@@ -27,10 +27,6 @@ def test_long_documents_by_default(rest, expected):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (
-            {"source": "csv"},
-            "'csv' is unknown: choose one of python_source, text, jsonl, tsv, tfds",
-        ),
         ({"source": "text"}, "source text needs paths"),
         ({"paths": ("a.txt",)}, "paths are read by text, jsonl, tsv, not by source python_source"),
         ({"validation_paths": ("a.txt",)}, "validation_paths are read by text, jsonl, tsv"),
