@@ -8,8 +8,12 @@ from lsjax.config.llama import LlamaConfig, RopeScaling
 from lsjax.config.mesh import MeshConfig
 from lsjax.config.optimizer import OptimizerConfig
 from lsjax.config.step import StepConfig
+from lsjax.config.train import CheckpointConfig, EvaluationConfig, TrainConfig
 
 __all__ = [
+    "CheckpointConfig",
+    "EvaluationConfig",
+    "TrainConfig",
     "ConfigError",
     "DataConfig",
     "EarlyExitConfig",
