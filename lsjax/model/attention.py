@@ -17,7 +17,7 @@ def attention(
     q_BTNH: Float[Array, "B T N H"],
     k_BSKH: Float[Array, "B S K H"],
     v_BSKH: Float[Array, "B S K H"],
-    mask_BTS: Bool[Array, "B T S"],
+    mask_BTS: Bool[Array, "#B T S"],
 ) -> Float[Array, "B T N H"]:
     """Attention of T queries to S keys where `mask_BTS` is true; softmax in float32 or wider."""
     wide = jnp.promote_types(q_BTNH.dtype, jnp.float32)
@@ -27,6 +27,23 @@ def attention(
     weights = jax.nn.softmax(scores, axis=-1).astype(v_BSKH.dtype)
     mixed = jnp.einsum("BKGTS,BSKH->BTKGH", weights, v_BSKH)
     return mixed.reshape(q_BTNH.shape)
+
+
+def self_attention(
+    q_BTNH: Float[Array, "B T N H"],
+    k_BTKH: Float[Array, "B T K H"],
+    v_BTKH: Float[Array, "B T K H"],
+    segments_BT: Int[Array, "B T"] | None = None,
+) -> Float[Array, "B T N H"]:
+    """Causal attention within whole sequences, of each token to those of its own segment.
+
+    segments_BT: number of the document that a token belongs to; one document by default.
+    """
+    steps = q_BTNH.shape[1]
+    mask_BTT = jnp.tril(jnp.ones((1, steps, steps), bool))
+    if segments_BT is not None:
+        mask_BTT &= segments_BT[:, :, None] == segments_BT[:, None]
+    return attention(q_BTNH, k_BTKH, v_BTKH, mask_BTT)
 
 
 def cached_attention(
@@ -110,12 +127,6 @@ def cached_attention(
     mixed = (mixed / total[..., None]).astype(q_BTNH.dtype)
     mixed = mixed.reshape(batch, kv_heads, heads // kv_heads, steps, size)
     return mixed.transpose(0, 3, 1, 2, 4).reshape(q_BTNH.shape)
-
-
-def causal_mask(batch: int, steps: int) -> Bool[Array, "B T T"]:
-    """Query t sees keys 0..t."""
-    mask_TT = jnp.tril(jnp.ones((steps, steps), bool))
-    return jnp.broadcast_to(mask_TT, (batch, steps, steps))
 
 
 def _grouped(q_BTNH: Float[Array, "B T N H"], kv_heads: int) -> Float[Array, "B T K G H"]:

@@ -19,7 +19,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from lsjax.config import LlamaConfig
-from lsjax.model.attention import attention, cached_attention, causal_mask
+from lsjax.model.attention import cached_attention, self_attention
 from lsjax.model.cache import KVCache, write_slots
 from lsjax.model.rope import rope_angles, rotate
 from lsjax.sharding import constrain, on_each_device
@@ -115,11 +115,14 @@ class Block(nnx.Module):
         self.feed_forward = FeedForward(config, dtype=dtype, rngs=rngs)
 
     def __call__(
-        self, x_BTD: Float[Array, "B T D"], rope: tuple[Array, Array], mask_BTT: Array
+        self,
+        x_BTD: Float[Array, "B T D"],
+        rope: tuple[Array, Array],
+        segments_BT: Int[Array, "B T"] | None = None,
     ) -> Float[Array, "B T D"]:
-        """The layer on whole sequences, without a cache."""
+        """The layer on whole sequences, without a cache; segments do not see one another."""
         q, k, v = self.attention.project(self.attention_norm(x_BTD), rope)
-        x_BTD = x_BTD + self.attention.merge(attention(q, k, v, mask_BTT))
+        x_BTD = x_BTD + self.attention.merge(self_attention(q, k, v, segments_BT))
         return x_BTD + self.feed_forward(self.feed_forward_norm(x_BTD))
 
     def extend(
@@ -227,16 +230,23 @@ class Llama(nnx.Module):
             )
         return x_BTD, KVCache(tuple(keys), tuple(values))
 
-    def exits(self, tokens_BT: Int[Array, "B T"]) -> Float[Array, "L B T D"]:
-        """The output of every layer on whole sequences; index E - 1 is what exit E unembeds."""
-        batch, steps = tokens_BT.shape
+    def exits(
+        self,
+        tokens_BT: Int[Array, "B T"],
+        positions_BT: Int[Array, "B T"] | None = None,
+        segments_BT: Int[Array, "B T"] | None = None,
+    ) -> Float[Array, "L B T D"]:
+        """The output of every layer on whole sequences; index E - 1 is what exit E unembeds.
+
+        Rows of several documents come with positions that restart and a segment number for each.
+        """
+        if positions_BT is None:
+            positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
         x_BTD = self.embed(tokens_BT)
-        positions_BT = jnp.broadcast_to(jnp.arange(steps), (batch, steps))
         rope = rope_angles(positions_BT, self.config, x_BTD.dtype)
-        mask_BTT = causal_mask(batch, steps)
 
         def run(x_BTD, block):
-            x_BTD = block(x_BTD, rope, mask_BTT)
+            x_BTD = block(x_BTD, rope, segments_BT)
             return x_BTD, x_BTD
 
         if self.is_stacked:

@@ -31,24 +31,27 @@ def exit_weights(config: EarlyExitConfig, num_layers: int) -> Float[np.ndarray, 
 
 def enabled_exits(
     config: EarlyExitConfig, num_layers: int, step: ArrayLike, num_steps: int
-) -> Bool[Array, " L"]:
-    """Which exits are in the loss of step t of T: C(t, E), and those of weight 0 left out."""
+) -> Bool[Array | np.ndarray, " L"]:
+    """Which exits are in the loss of step t of T: C(t, E), and those of weight 0 left out.
+
+    In numpy where the step is a number and not an array.
+    """
     exits = np.arange(1, num_layers + 1)
     match config.curriculum:
         case "none":
             on = np.zeros(num_layers, bool)
         case "rotational":
-            on = (exits - 1) % config.rotation == jnp.asarray(step) % config.rotation
+            on = (exits - 1) % config.rotation == step % config.rotation
         case "gradual":
             # t >= (L - E + 1) T / (2L), in whole numbers.
             first_step = -(-(num_layers - exits + 1) * num_steps // (2 * num_layers))
-            on = jnp.asarray(step) >= first_step
+            on = step >= first_step
         case "all":
             on = np.ones(num_layers, bool)
         case "subset":
             on = np.isin(exits, config.exits)
     on = on & (exit_weights(config, num_layers) > 0)
-    return jnp.asarray(on | (exits == num_layers))
+    return on | (exits == num_layers)
 
 
 def loss_weights(
@@ -69,5 +72,5 @@ def most_exits(config: EarlyExitConfig, num_layers: int, num_steps: int) -> int:
             steps = range(min(config.rotation, num_steps))
         case _:
             steps = (num_steps - 1,)  # no curriculum turns an exit off again
-    enabled = [np.asarray(enabled_exits(config, num_layers, step, num_steps)) for step in steps]
+    enabled = (enabled_exits(config, num_layers, step, num_steps) for step in steps)
     return max(int(exits[:-1].sum()) for exits in enabled)

@@ -1,0 +1,157 @@
+"""Cross entropy of many hidden states through one head, without their logits ever being held.
+
+Positions in the loss come first in each row; chunks of them go through the head one after the
+other, as many as the fullest row has. A chunk's gradient is computed beside its loss, so that the
+head passes over it three times (logits, gradient of the states, gradient of the table) and not a
+fourth time in the backward pass.
+
+Letters: S slots of hidden states (exits), C positions of a chunk.
+"""
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from lsjax.model.llama import Llama, RMSNorm
+
+# Logits of a chunk, on each device.
+CHUNK_LOGITS = 2**25
+
+
+class Head(NamedTuple):
+    """Final norm and head, in the dtype of the parameters."""
+
+    norm: RMSNorm
+    table_VD: Float[Array, "V D"]
+
+
+class Positions(NamedTuple):
+    """Which positions of each slot's rows are in the loss."""
+
+    order_SBT: Int[Array, "S B T"]  # those in the loss first
+    counts_SB: Int[Array, "S B"]  # how many they are
+    scales_SB: Float[Array, "S B"]  # what each of them stands for
+
+
+def head_of(model: Llama) -> Head:
+    """The part of the model that every exit shares."""
+    return Head(model.norm, model.head_table)
+
+
+def _chunk_steps(batch: int, steps: int, vocab: int) -> int:
+    """C: positions of each row in a chunk; chunks are about equal."""
+    mesh = jax.sharding.get_abstract_mesh()
+    devices = 1 if mesh.empty else mesh.size
+    most = max(1, min(steps, CHUNK_LOGITS * devices // (batch * vocab)))
+    return -(-steps // -(-steps // most))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def head_loss(
+    target: str,
+    z_loss: float,
+    head: Head,
+    x_SBTD: Float[Array, "S B T D"],
+    labels_BT: Int[Array, "B T"],
+    positions: Positions,
+    weights_S: Float[Array, " S"],
+) -> tuple[Float[Array, ""], Float[Array, " S"]]:
+    """Weighted sum over slots of their summed losses, and each slot's sum.
+
+    target: what slots but the last learn: "labels", or the "final" slot's distribution (their loss
+    is then the divergence of theirs from it, through which nothing flows back). z_loss: weight of
+    log(Z)^2, which the weighted sum includes and the sums do not.
+    """
+    return _forward(target, z_loss, head, x_SBTD, labels_BT, positions, weights_S)[0]
+
+
+def _forward(target, z_loss, head, x_SBTD, labels_BT, positions, weights_S):
+    slots, batch, steps, width = x_SBTD.shape
+    vocab = len(head.table_VD)
+    chunk = _chunk_steps(batch, steps, vocab)
+    chunks = -(-steps // chunk)
+    wide = jnp.promote_types(x_SBTD.dtype, jnp.float32)
+    table_VD = head.table_VD.astype(x_SBTD.dtype)
+
+    def logits_of(normed_BCD):
+        return jnp.einsum("BCD,VD->BCV", normed_BCD, table_VD, preferred_element_type=wide)
+
+    def slot_loss(learns, slot, carry):
+        """Adds one slot's loss and gradients."""
+        total, sums_S, dnorm, dtable_VD, dx_SBTD = carry
+        x_BTD, weight = x_SBTD[slot], weights_S[slot].astype(wide)
+        order_BT, count_B = positions.order_SBT[slot], positions.counts_SB[slot]
+        scale_B = positions.scales_SB[slot].astype(wide)
+        padding = chunks * chunk - steps
+        padded_BT = jnp.pad(order_BT, ((0, 0), (0, padding)))
+
+        def chunk_loss(index, carry):
+            total, sum_, dnorm, dtable_VD, sorted_BTD = carry
+            start = index * chunk
+            at_BC = lax.dynamic_slice_in_dim(padded_BT, start, chunk, 1)
+            counted_BC = start + jnp.arange(chunk) < count_B[:, None]
+            scale_BC = jnp.where(counted_BC, scale_B[:, None], 0)
+            x_BCD = jnp.take_along_axis(x_BTD, at_BC[:, :, None], 1)
+            normed_BCD, norm_backward = jax.vjp(lambda norm, x: norm(x), head.norm, x_BCD)
+            logits_BCV = logits_of(normed_BCD)
+            log_z_BC = jax.nn.logsumexp(logits_BCV, axis=-1)
+            if learns == "labels":
+                label_BC = jnp.take_along_axis(labels_BT, at_BC, 1)
+                wanted_BCV = jnp.arange(vocab) == label_BC[:, :, None]
+                loss_BC = log_z_BC - jnp.where(wanted_BCV, logits_BCV, 0).sum(-1)
+            else:
+                final_BCD = jnp.take_along_axis(x_SBTD[-1], at_BC[:, :, None], 1)
+                log_wanted_BCV = jax.nn.log_softmax(logits_of(head.norm(final_BCD)))
+                wanted_BCV = jnp.exp(log_wanted_BCV)
+                log_ratio_BCV = log_wanted_BCV - logits_BCV + log_z_BC[:, :, None]
+                loss_BC = (wanted_BCV * log_ratio_BCV).sum(-1)
+            added = (scale_BC * loss_BC).sum()
+            total += weight * (added + z_loss * (scale_BC * jnp.square(log_z_BC)).sum())
+            # d loss / d logits, in the dtype of the products that follow.
+            softmax_BCV = jnp.exp(logits_BCV - log_z_BC[:, :, None])
+            pull_BC1 = 1 + 2 * z_loss * log_z_BC[:, :, None]
+            dlogits_BCV = weight * scale_BC[:, :, None] * (softmax_BCV * pull_BC1 - wanted_BCV)
+            dlogits_BCV = dlogits_BCV.astype(x_BCD.dtype)
+            dnormed_BCD = jnp.einsum("BCV,VD->BCD", dlogits_BCV, table_VD)
+            dtable_VD += jnp.einsum(
+                "BCV,BCD->VD", dlogits_BCV, normed_BCD, preferred_element_type=wide
+            ).astype(dtable_VD.dtype)
+            more_dnorm, dx_BCD = norm_backward(dnormed_BCD)
+            dnorm = jax.tree.map(jnp.add, dnorm, more_dnorm)
+            sorted_BTD = lax.dynamic_update_slice_in_dim(sorted_BTD, dx_BCD, start, 1)
+            return total, sum_ + added, dnorm, dtable_VD, sorted_BTD
+
+        sorted_BTD = jnp.zeros((batch, chunks * chunk, width), x_SBTD.dtype)
+        full = -(-count_B.max() // chunk)
+        carry = (total, jnp.zeros((), wide), dnorm, dtable_VD, sorted_BTD)
+        total, sum_, dnorm, dtable_VD, sorted_BTD = lax.fori_loop(0, full, chunk_loss, carry)
+        back_BT = jnp.argsort(order_BT, axis=1)
+        dx_BTD = jnp.take_along_axis(sorted_BTD, back_BT[:, :, None], 1)
+        dx_SBTD = lax.dynamic_update_index_in_dim(dx_SBTD, dx_BTD, slot, 0)
+        return total, sums_S.at[slot].set(sum_), dnorm, dtable_VD, dx_SBTD
+
+    carry = (
+        jnp.zeros((), wide),
+        jnp.zeros(slots, wide),
+        jax.tree.map(jnp.zeros_like, head.norm),
+        jnp.zeros_like(head.table_VD),
+        jnp.zeros_like(x_SBTD),
+    )
+    if slots > 1:
+        carry = lax.fori_loop(0, slots - 1, partial(slot_loss, target), carry)
+    total, sums_S, dnorm, dtable_VD, dx_SBTD = slot_loss("labels", slots - 1, carry)
+    return (total, sums_S), (Head(dnorm, dtable_VD), dx_SBTD)
+
+
+def _backward(target, z_loss, gradients, cotangents):
+    """Nothing flows back from the sums: they are for people."""
+    scale = cotangents[0]
+    head, x_SBTD = jax.tree.map(lambda leaf: leaf * scale.astype(leaf.dtype), gradients)
+    return head, x_SBTD, None, None, None
+
+
+head_loss.defvjp(_forward, _backward)

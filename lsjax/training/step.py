@@ -1,0 +1,134 @@
+"""One training step: gradients of the objective, and AdamW."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+from jaxtyping import Array, Int
+
+from lsjax.config import StepConfig
+from lsjax.model.llama import Llama, stacked
+from lsjax.training.early_exit import enabled_exits
+from lsjax.training.objective import objective
+from lsjax.training.optimizer import directions, learning_rates
+
+Batch = dict[str, Array]  # tokens_BT, labels_BT, segments_BT, positions_BT
+Metrics = dict[str, Array]
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["model", "opt_state", "step", "skipped", "skipped_in_a_row"],
+    meta_fields=[],
+)
+@dataclass(frozen=True)
+class TrainState:
+    """All that a step changes."""
+
+    model: Llama  # stacked
+    opt_state: optax.OptState
+    step: Int[Array, ""]  # steps done, those skipped included
+    skipped: Int[Array, ""]  # steps whose loss or gradient was no number
+    skipped_in_a_row: Int[Array, ""]  # up to now
+
+
+def init_state(config: StepConfig, model: Llama) -> TrainState:
+    """The state before the first step, which takes the model's arrays over: steps overwrite them.
+
+    model: stacked or not. Raises ConfigError where config and model do not fit.
+    """
+    config.check_model(model.config)
+    model = model if model.is_stacked else stacked(model)
+    opt_state = directions(config.optimizer).init(model)
+    return TrainState(model, opt_state, *(jnp.zeros((), jnp.int32) for _ in range(3)))
+
+
+def make_train_step(
+    config: StepConfig,
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    """The compiled step (state, batch) -> (state, metrics), which takes the state's memory over.
+
+    A step whose loss or gradient is not finite changes nothing but the counters. Metrics: loss (of
+    the objective), last_exit_loss, exit_loss_L and enabled_L (cross entropy, or divergence, of the
+    exits that are on, exit E at E - 1), grad_norm (before clipping), learning_rate, tokens (that
+    carry a label), skipped and skipped_in_a_row.
+    """
+    optimizer = directions(config.optimizer)
+    schedule = learning_rates(config.optimizer, config.num_steps)
+
+    @partial(jax.jit, donate_argnums=0)
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        num_labels = (batch["labels_BT"] >= 0).sum()
+        (loss, sums_L), gradients = _gradients(config, state, batch, num_labels)
+        grad_norm = optax.global_norm(gradients)
+        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+        if config.optimizer.clip_norm is not None:
+            shrink = jnp.minimum(1, config.optimizer.clip_norm / jnp.maximum(grad_norm, 1e-30))
+            gradients = jax.tree.map(lambda g: g * shrink.astype(g.dtype), gradients)
+        learning_rate = schedule(state.step)
+        updates, opt_state = optimizer.update(gradients, state.opt_state, state.model)
+        model = jax.tree.map(
+            lambda leaf, update: leaf - learning_rate.astype(leaf.dtype) * update,
+            state.model,
+            updates,
+        )
+        model, opt_state = jax.tree.map(
+            lambda new, old: jnp.where(finite, new, old),
+            (model, opt_state),
+            (state.model, state.opt_state),
+        )
+        skipped = jnp.where(finite, state.skipped, state.skipped + 1)
+        in_a_row = jnp.where(finite, 0, state.skipped_in_a_row + 1)
+        layers = state.model.config.num_layers
+        exit_loss_L = sums_L / jnp.maximum(num_labels, 1)
+        metrics = dict(
+            loss=loss,
+            last_exit_loss=exit_loss_L[-1],
+            exit_loss_L=exit_loss_L,
+            enabled_L=enabled_exits(config.early_exit, layers, state.step, config.num_steps),
+            grad_norm=grad_norm,
+            learning_rate=learning_rate,
+            tokens=num_labels,
+            skipped=skipped,
+            skipped_in_a_row=in_a_row,
+        )
+        return TrainState(model, opt_state, state.step + 1, skipped, in_a_row), metrics
+
+    return train_step
+
+
+def _gradients(config: StepConfig, state: TrainState, batch: Batch, num_labels: Int[Array, ""]):
+    """Loss, sums and gradients of the batch, one micro-batch after the other.
+
+    Micro-batch m of M takes the rows m, M + m, 2 M + m ...: each device then has its part of every
+    micro-batch already.
+    """
+    rows = len(batch["tokens_BT"])
+    parts = config.micro_batches
+    config.check_batch(rows)
+    compute = jax.value_and_grad(partial(objective, config), has_aux=True)
+
+    def one(part, rows_B):
+        return compute(state.model, part, state.step, rows_B, num_labels)
+
+    rows_B = jnp.arange(rows)
+    if parts == 1:
+        return one(batch, rows_B)
+
+    def split(leaf):
+        return leaf.reshape(rows // parts, parts, *leaf.shape[1:]).swapaxes(0, 1)
+
+    split_batch = jax.tree.map(split, (batch, rows_B))
+    zeros = jax.tree.map(
+        lambda leaf: jnp.zeros(leaf.shape, leaf.dtype),
+        jax.eval_shape(one, *jax.tree.map(lambda leaf: leaf[0], split_batch)),
+    )
+
+    def add(total, part):
+        return jax.tree.map(jnp.add, total, one(*part)), None
+
+    return lax.scan(add, zeros, split_batch)[0]
