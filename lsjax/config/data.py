@@ -100,6 +100,16 @@ class DataConfig:
         return self.prompt_template != ""
 
     @property
+    def has_validation_set(self) -> bool:
+        """Whether there is a validation set of its own."""
+        return bool(self.validation_paths or self.validation_split)
+
+    @property
+    def held_out_fraction(self) -> float:
+        """Share of the source's documents that is kept for validation."""
+        return 0.0 if self.has_validation_set else self.validation_fraction
+
+    @property
     def long_documents(self) -> Literal["split", "truncate", "drop"]:
         """`too_long`, with the default resolved."""
         return self.too_long or ("truncate" if self.has_prompts else "split")

@@ -1,0 +1,190 @@
+"""Documents of any length to rows of one length.
+
+                 row 0                     row 1                      row 2
+    split        a a a a b b b b | b b c c c c c d | d d . . . . . .    all rows full but the last
+    first-fit    a a a a d d d . | b b b b b b . . | c c c c c . . .    documents stay whole
+
+A row is a list of pieces, and a piece a stretch of one document. Nothing is copied until a row is
+read.
+"""
+
+import hashlib
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from jaxtyping import Int64
+
+from lsjax.config import check
+from lsjax.data.batch import Batch
+from lsjax.data.token_store import TokenStore
+
+OPEN_ROWS = 1024  # rows, the newest, that first-fit still looks at
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """Rows of seq_len tokens: row r is the pieces first_R1[r] to first_R1[r + 1].
+
+    start_P, length_P: the piece's place in store.tokens. document_P: the document that it is of.
+    train_on_prompt: whether the tokens of prompts are labels.
+    num_documents, num_truncated, num_dropped: documents in the rows, those of them that lost their
+    end, and those left out.
+    """
+
+    store: TokenStore
+    seq_len: int
+    train_on_prompt: bool
+    first_R1: Int64[np.ndarray, "R+1"]
+    start_P: Int64[np.ndarray, "P"]
+    length_P: Int64[np.ndarray, "P"]
+    document_P: Int64[np.ndarray, "P"]
+    num_documents: int
+    num_truncated: int = 0
+    num_dropped: int = 0
+
+    def __len__(self) -> int:
+        return len(self.first_R1) - 1
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens in all rows, padding left out."""
+        return int(self.length_P.sum())
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash (hex) of what the rows hold."""
+        whole = hashlib.sha256(f"{self.store.fingerprint} {self.train_on_prompt}".encode())
+        for numbers in (self.first_R1, self.start_P, self.length_P):
+            whole.update(np.ascontiguousarray(numbers, np.int64).data)
+        return whole.hexdigest()[:16]
+
+    def describe(self) -> str:
+        """One line: documents, tokens, rows, how full they are, and what was lost."""
+        full = self.num_tokens / (len(self) * self.seq_len)
+        lost = [f"{self.num_truncated:,} truncated"] * (self.num_truncated > 0)
+        lost += [f"{self.num_dropped:,} dropped"] * (self.num_dropped > 0)
+        return ", ".join(
+            [
+                f"{self.num_documents:,} documents, {self.num_tokens:,} tokens",
+                f"{len(self):,} rows of {self.seq_len:,}, {full:.1%} full",
+                *lost,
+            ]
+        )
+
+    def read(self, rows: np.ndarray) -> Batch:
+        """The rows of these numbers, as int32; a number of -1 is a row of padding."""
+        shape = (len(rows), self.seq_len)
+        tokens, segments, positions = (np.zeros(shape, np.int32) for _ in range(3))
+        labels = np.full(shape, -1, np.int32)
+        source, starts = self.store.tokens, self.store.starts_N1
+        for b, row in enumerate(rows):
+            if row < 0:
+                continue
+            at = 0
+            for number, piece in enumerate(range(self.first_R1[row], self.first_R1[row + 1]), 1):
+                start, length = int(self.start_P[piece]), int(self.length_P[piece])
+                document = self.document_P[piece]
+                to = at + length
+                tokens[b, at:to] = source[start : start + length]
+                segments[b, at:to] = number
+                positions[b, at:to] = np.arange(length)
+                # Labels are the tokens after the piece's own, from the response's first on.
+                prompt = 0 if self.train_on_prompt else int(self.store.prompts_N[document])
+                first = max(start + 1, int(starts[document]) + prompt)
+                last = min(start + length + 1, int(starts[document + 1]))
+                if first < last:
+                    offset = at - start - 1
+                    labels[b, first + offset : last + offset] = source[first:last]
+                at = to
+        return Batch(
+            tokens_BT=tokens, labels_BT=labels, segments_BT=segments, positions_BT=positions
+        )
+
+
+def pack(
+    store: TokenStore,
+    documents_M: Int64[np.ndarray, "M"],
+    seq_len: int,
+    *,
+    packing: bool,
+    long_documents: str,
+    train_on_prompt: bool,
+) -> Rows:
+    """Rows of the given documents of the store, taken in this order.
+
+    packing, long_documents: as in DataConfig. A document that is truncated to a prompt without a
+    label is dropped.
+
+    Raises ConfigError where no row is left.
+    """
+    check(seq_len >= 2, f"seq_len {seq_len} must be at least 2: a token and the one that follows")
+    lengths_M = store.lengths_N[documents_M]
+    truncated = dropped = 0
+    if long_documents == "split":
+        which_P, offset_P, length_P, row_P = split(lengths_M, seq_len, packing)
+    else:
+        prompts_M = 0 if train_on_prompt else store.prompts_N[documents_M]
+        keep_M = (lengths_M >= 2) & (prompts_M < lengths_M) & (prompts_M <= seq_len)
+        long_M = lengths_M > seq_len
+        if long_documents == "drop":
+            keep_M &= ~long_M
+        truncated, dropped = int((keep_M & long_M).sum()), int((~keep_M).sum())
+        which_P = np.flatnonzero(keep_M)
+        length_P = np.minimum(lengths_M[which_P], seq_len)
+        offset_P = np.zeros_like(which_P)
+        row_P = first_fit(length_P, seq_len) if packing else np.arange(len(which_P))
+    check(
+        len(row_P) > 0,
+        f"no document fits a row of {seq_len} tokens ({dropped} are too long): raise seq_len",
+    )
+    order = np.argsort(row_P, kind="stable")
+    document_P = documents_M[which_P[order]]
+    return Rows(
+        store=store,
+        seq_len=seq_len,
+        train_on_prompt=train_on_prompt,
+        first_R1=np.searchsorted(row_P[order], np.arange(row_P.max() + 2)),
+        start_P=store.starts_N1[document_P] + offset_P[order],
+        length_P=length_P[order],
+        document_P=document_P,
+        num_documents=len(np.unique(which_P)),
+        num_truncated=truncated,
+        num_dropped=dropped,
+    )
+
+
+def split(
+    lengths_M: Int64[np.ndarray, "M"], seq_len: int, packing: bool
+) -> tuple[Int64[np.ndarray, "P"], ...]:
+    """Pieces of documents laid end to end and cut at the ends of rows; with packing off each
+    document begins a row.
+
+    Returns:
+      Of each piece: its document (an index into lengths_M), its offset in it, length and row.
+    """
+    room_M = lengths_M if packing else -(-lengths_M // seq_len) * seq_len
+    ends_M = np.cumsum(room_M)
+    begins_M = ends_M - room_M
+    cut_P = np.union1d(begins_M[lengths_M > 0], np.arange(0, ends_M[-1], seq_len))
+    which_P = np.searchsorted(begins_M, cut_P, side="right") - 1
+    offset_P = cut_P - begins_M[which_P]
+    next_P = np.append(cut_P[1:], ends_M[-1])
+    length_P = np.minimum(next_P - cut_P, lengths_M[which_P] - offset_P)
+    return which_P, offset_P, length_P, cut_P // seq_len
+
+
+def first_fit(lengths_P: Int64[np.ndarray, "P"], seq_len: int) -> Int64[np.ndarray, "P"]:
+    """Row of each document: the first of the newest OPEN_ROWS that has room, else a new one."""
+    row_P = np.empty(len(lengths_P), np.int64)
+    room = np.zeros(len(lengths_P), np.int64)  # of each row, as many as there may be
+    rows = 0
+    for number, length in enumerate(lengths_P):
+        low = max(0, rows - OPEN_ROWS)
+        fits = room[low:rows] >= length
+        row = low + int(fits.argmax()) if fits.any() else rows
+        if row == rows:
+            room[row], rows = seq_len, rows + 1
+        room[row] -= length
+        row_P[number] = row
+    return row_P

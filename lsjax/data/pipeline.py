@@ -1,0 +1,222 @@
+"""One stream of rows, shuffled anew each epoch, of which each host reads its own.
+
+The stream is a function of the data and the seed: its order does not depend on the batch size nor
+on the number of hosts, and it goes on across the ends of epochs. So its whole state is the number
+of rows that were taken, and going on from there costs nothing.
+
+        the stream:  r0 r1 r2 r3 | r4 r5 r6 r7 | ...      batches of 4
+        host 0 of 2: r0 r1       | r4 r5       | ...
+        host 1 of 2:       r2 r3 |       r6 r7 | ...
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import grain
+import numpy as np
+
+from lsjax.config import ConfigError, DataConfig, check
+from lsjax.data.batch import Batch
+from lsjax.data.packing import Rows, pack
+from lsjax.data.splits import check_split, choose, held_out
+from lsjax.data.token_store import token_store
+from lsjax.data.tokenizers import Tokenizer
+
+PREFETCH = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
+
+
+class Pipeline:
+    """Batches without end, for one host.
+
+    Args:
+      rows: what the stream is made of.
+      batch_size: rows of all hosts together.
+      seed: of the order, 0 <= seed < 2^32.
+      host, num_hosts: which of how many equal blocks of each batch `next` gives. Hosts that share
+        rows (a mesh with an axis of weights across hosts) have the same number.
+    """
+
+    def __init__(
+        self, rows: Rows, *, batch_size: int, seed: int, host: int = 0, num_hosts: int = 1
+    ):
+        check(0 <= seed < 1 << 32, f"seed {seed} must be at least 0 and below 2^32")
+        self.rows = rows
+        self._batch_size, self._seed = batch_size, seed
+        self._block = host_block(batch_size, host, num_hosts)
+        self._order = grain.MapDataset.range(len(rows)).seed(seed).shuffle().repeat()
+        self._taken = 0
+        self._start()
+
+    def next(self) -> Batch:
+        """The next rows of this host, [batch_size / num_hosts, T]."""
+        batch = next(self._batches)
+        self._taken += self._batch_size
+        return batch
+
+    @property
+    def epoch(self) -> float:
+        """Passes over the data so far."""
+        return self._taken / len(self.rows)
+
+    def state(self) -> dict:
+        """Where the stream is, for JSON; the same on all hosts after the same number of batches."""
+        return {
+            "rows_taken": self._taken,
+            "num_rows": len(self.rows),
+            "seq_len": self.rows.seq_len,
+            "seed": self._seed,
+            "data": self.rows.fingerprint,
+        }
+
+    def restore(self, state: dict) -> None:
+        """Goes on with the row after the last one that was taken, at once.
+
+        The batch size and the number of hosts may differ from those of the state.
+
+        Raises ConfigError if the stream is another one.
+        """
+        own = self.state()
+        for name, was in state.items():
+            check(
+                name == "rows_taken" or own.get(name) == was,
+                f"the saved position is one in other data ({name} was {was}, now "
+                f"{own.get(name)}): go on with the data, seq_len and seed of the run, or begin "
+                "a new one",
+            )
+        self._taken = state["rows_taken"]
+        self._start()
+
+    def _start(self) -> None:
+        rows, block = self.rows, self._block
+        batches = self._order[self._taken :].batch(self._batch_size)
+        reader = batches.map(lambda numbers_B: rows.read(numbers_B[block]))
+        self._batches = iter(reader.to_iter_dataset(PREFETCH))
+
+
+class OnePass:
+    """Every row of a split once, in a fixed order, for one host; can be iterated again and again.
+
+    The last batch is filled up with padding (segments 0, labels -1).
+    """
+
+    def __init__(
+        self,
+        rows: Rows,
+        *,
+        batch_size: int,
+        host: int = 0,
+        num_hosts: int = 1,
+        max_batches: int | None = None,
+    ):
+        self.rows = rows
+        self._batch_size, self._block = batch_size, host_block(batch_size, host, num_hosts)
+        batches = -(-len(rows) // batch_size)
+        self._num_batches = batches if max_batches is None else min(batches, max_batches)
+
+    def __len__(self) -> int:
+        return self._num_batches
+
+    def __iter__(self) -> Iterator[Batch]:
+        for first in range(0, self._num_batches * self._batch_size, self._batch_size):
+            numbers_B = np.arange(first, first + self._batch_size)
+            numbers_B[numbers_B >= len(self.rows)] = -1
+            yield self.rows.read(numbers_B[self._block])
+
+
+def make_pipeline(
+    config: DataConfig,
+    tokenizer: Tokenizer,
+    *,
+    batch_size: int,
+    seq_len: int,
+    split: str,
+    seed: int,
+    cache: Path,
+    host: int = 0,
+    num_hosts: int = 1,
+) -> Pipeline:
+    """The stream of a split, "train" or "validation".
+
+    Tokens are made and kept in `cache` if they are not there yet. All hosts must have the same
+    data; with a cache on a shared disk, let one make the tokens before the others begin.
+
+    Raises ConfigError for missing or unreadable data, for a split without documents, and for a
+    batch that the hosts do not divide.
+    """
+    host_block(batch_size, host, num_hosts)  # complains before the work
+    rows = make_rows(config, tokenizer, seq_len=seq_len, split=split, cache=cache)
+    return Pipeline(rows, batch_size=batch_size, seed=seed, host=host, num_hosts=num_hosts)
+
+
+def one_pass(
+    config: DataConfig,
+    tokenizer: Tokenizer,
+    *,
+    batch_size: int,
+    seq_len: int,
+    split: str,
+    cache: Path,
+    host: int = 0,
+    num_hosts: int = 1,
+    max_batches: int | None = None,
+) -> OnePass:
+    """Every row of a split once, for evaluation; with max_batches a fixed sample of them.
+
+    Raises ConfigError as make_pipeline does.
+    """
+    host_block(batch_size, host, num_hosts)
+    rows = make_rows(config, tokenizer, seq_len=seq_len, split=split, cache=cache)
+    return OnePass(
+        rows, batch_size=batch_size, host=host, num_hosts=num_hosts, max_batches=max_batches
+    )
+
+
+def make_rows(
+    config: DataConfig, tokenizer: Tokenizer, *, seq_len: int, split: str, cache: Path
+) -> Rows:
+    """The packed rows of a split.
+
+    No document of "validation" is in "train": a validation set of its own is left without those
+    documents that are also in the training data.
+    """
+    check_split(split)
+    store = token_store(config, tokenizer, cache=cache)
+    if split == "validation" and config.has_validation_set:
+        seen = store.keys_N
+        store = token_store(config, tokenizer, cache=cache, validation=True)
+        chosen_N = ~np.isin(store.keys_N, seen)
+    else:
+        chosen_N = held_out(store.keys_N, config.held_out_fraction) == (split == "validation")
+    check(
+        bool(chosen_N.any()),
+        f"of {len(chosen_N)} documents none is for {split}: "
+        + (
+            "all of them are in the training data too"
+            if config.has_validation_set
+            else f"validation_fraction {config.validation_fraction} is too "
+            + ("small" if split == "validation" else "large")
+        ),
+    )
+    return pack(
+        store,
+        choose(store.keys_N, chosen_N),
+        seq_len,
+        packing=config.packing,
+        long_documents=config.long_documents,
+        train_on_prompt=config.train_on_prompt,
+    )
+
+
+def host_block(batch_size: int, host: int, num_hosts: int) -> slice:
+    """The rows of a batch that are a host's.
+
+    Raises ConfigError where the hosts do not divide the batch.
+    """
+    check(0 <= host < num_hosts, f"host {host} is none of {num_hosts}: number them from 0 to n - 1")
+    if batch_size < 1 or batch_size % num_hosts:
+        raise ConfigError(
+            f"a batch of {batch_size} rows can't be shared out equally among {num_hosts} hosts: "
+            f"choose a multiple of {num_hosts}"
+        )
+    rows = batch_size // num_hosts
+    return slice(host * rows, (host + 1) * rows)

@@ -1,0 +1,107 @@
+"""Files with a row on each line, and the templates that make documents of rows."""
+
+import json
+import string
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lsjax.config import ConfigError, DataConfig, check
+from lsjax.data.documents import Document, Source
+from lsjax.data.text_files import find_files, read_lines
+
+
+class RowFiles(Source):
+    """Rows of .jsonl files (an object on each line) or .tsv files (columns under a header).
+
+    Args:
+      paths: files or patterns.
+      config: its source says which kind, its templates what a row becomes.
+    """
+
+    def __init__(self, paths: Sequence[str], config: DataConfig):
+        self.files, self.name = find_files(paths), " ".join(paths)
+        self._rows = json_rows if config.source == "jsonl" else tab_separated_rows
+        self._config = config
+
+    def documents(self) -> Iterator[Document]:
+        """The document of each row; rows whose text or response is blank are left out."""
+        for file in self.files:
+            for line, row in self._rows(file):
+                document = row_document(row, self._config, f"{file}, line {line}")
+                if document.text.strip():
+                    yield document
+
+
+def json_rows(file: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    """Line numbers and objects; blank lines are skipped.
+
+    Raises ConfigError with file and line.
+    """
+    for number, line in read_lines(file):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            problem = getattr(error, "msg", error)
+            raise ConfigError(f"{file}, line {number} is not JSON ({problem}): mend it") from None
+        check(isinstance(row, dict), f"{file}, line {number} is no object: write {{...}}")
+        yield number, row
+
+
+def tab_separated_rows(file: Path) -> Iterator[tuple[int, Mapping[str, str]]]:
+    """Line numbers and columns by the names in the header; quotes are plain characters.
+
+    Raises ConfigError with file and line.
+    """
+    names: list[str] = []
+    for number, line in read_lines(file):
+        if not line.strip():
+            continue
+        columns = line.removesuffix("\n").split("\t")
+        names = names or columns
+        if names is columns:
+            continue
+        check(
+            len(columns) == len(names),
+            f"{file}, line {number} has {len(columns)} columns, the header {len(names)}: a tab "
+            "or a line too many?",
+        )
+        yield number, dict(zip(names, columns, strict=True))
+
+
+def row_document(row: Mapping[str, Any], config: DataConfig, where: str) -> Document:
+    """The document that the templates make of a row.
+
+    Raises ConfigError, beginning with `where`, for a field that the row lacks, that is no text or
+    number, or that holds half a character.
+    """
+    if config.has_prompts:
+        prompt = fill(config.prompt_template, row, where)
+        check(prompt.strip() != "", f"{where} has an empty prompt: remove the row")
+        return Document(fill(config.response_template, row, where), prompt)
+    return Document(fill(config.text_template, row, where))
+
+
+def fill(template: str, row: Mapping[str, Any], where: str) -> str:
+    """The template with each {field} replaced by what the row has under that name."""
+    parts = []
+    for literal, field, _, _ in string.Formatter().parse(template):
+        parts.append(literal)
+        if field is None:
+            continue
+        check(
+            field in row,
+            f"{where} has no field {field!r}, it has {', '.join(map(str, row))}: change "
+            "the template",
+        )
+        value = row[field]
+        value = value.decode(errors="replace") if isinstance(value, bytes) else value
+        good = isinstance(value, str | int | float) and not isinstance(value, bool)
+        check(good, f"{where}: {field} is {value!r:.40}, but must be a text or a number")
+        parts.append(str(value))
+    text = "".join(parts)
+    half = next((c for c in text if "\ud800" <= c <= "\udfff"), None)
+    check(half is None, f"{where} holds {half!r}, half a character: give valid Unicode")
+    return text

@@ -1,0 +1,150 @@
+"""The tokens of a source: made once, kept on disk, and read from there without loading them.
+
+A directory of the cache, named by a hash of the source's content, the tokenizer and all settings
+that the tokens depend on:
+
+    tokens.npy   the tokens of all documents, one after the other, uint16 or uint32
+    starts.npy   where each document begins, and where the last one ends
+    prompts.npy  how many of each document's tokens are its prompt
+    keys.npy     the hash of each document
+    store.json   a hash of the four, written last
+"""
+
+import hashlib
+import json
+from array import array
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Int32, Int64, UInt64
+from rich.console import Console
+from rich.progress import Progress
+
+from lsjax.config import DataConfig, check
+from lsjax.data.documents import Document, Source
+from lsjax.data.sources import open_source
+from lsjax.data.tokenizers import Tokenizer
+from lsjax.data.whole_files import whole_directory
+
+FORMAT = 1  # to be raised when other code makes other tokens of the same text
+ARRAYS = ("tokens", "starts", "prompts", "keys")
+BLOCK = 1 << 20  # tokens that are written at a time
+MARK = "\x01"  # a character that SentencePiece never joins with what follows
+
+
+@dataclass(frozen=True, eq=False)
+class TokenStore:
+    """Tokens of N documents: document n is tokens[starts_N1[n] : starts_N1[n + 1]].
+
+    tokens: 1-D, memory-mapped. fingerprint: hash (hex) of all four arrays.
+    """
+
+    tokens: np.ndarray
+    starts_N1: Int64[np.ndarray, "N+1"]
+    prompts_N: Int32[np.ndarray, "N"]
+    keys_N: UInt64[np.ndarray, "N"]
+    fingerprint: str
+
+    @property
+    def lengths_N(self) -> Int64[np.ndarray, "N"]:
+        """Number of tokens of each document."""
+        return np.diff(self.starts_N1)
+
+
+def token_store(
+    config: DataConfig, tokenizer: Tokenizer, *, cache: Path, validation: bool = False
+) -> TokenStore:
+    """The tokens of the config's source, or of its own validation set; made unless in the cache.
+
+    Raises ConfigError where data are missing or can't be read, where no document is found, and for
+    a tokenizer without the end token that the config asks for.
+    """
+    check(
+        not config.append_end or bool(tokenizer.eos_ids),
+        "this tokenizer has no end token: set append_end to False",
+    )
+    source = open_source(config, validation=validation)
+    limit = None if validation else config.max_documents
+    directory = cache / "tokens" / _name(config, tokenizer, source, limit)
+    if not (directory / "store.json").is_file():
+        with whole_directory(directory) as partial:
+            _write(partial, config, tokenizer, source, limit)
+    arrays = {name: np.load(directory / f"{name}.npy", mmap_mode="r") for name in ARRAYS}
+    return TokenStore(
+        # A plain view: slices of a memmap cost several times those of an array.
+        tokens=np.asarray(arrays["tokens"]).view(np.ndarray),
+        starts_N1=np.array(arrays["starts"]),
+        prompts_N=np.array(arrays["prompts"]),
+        keys_N=np.array(arrays["keys"]),
+        fingerprint=json.loads((directory / "store.json").read_text())["fingerprint"],
+    )
+
+
+def encode_document(
+    document: Document, config: DataConfig, tokenizer: Tokenizer
+) -> tuple[list[int], int]:
+    """Token ids of a document, and how many of them are its prompt.
+
+    A prompt is encoded by itself, as it is when decoding; the beginning-of-text token, where the
+    tokenizer adds one, is part of it.
+    """
+    special = config.allow_special
+    if config.has_prompts:
+        prompt = tokenizer.encode(document.prompt, allow_special=special)
+        ids = prompt + _continuation(document.text, tokenizer, special)
+    else:
+        prompt, ids = [], tokenizer.encode(document.text, allow_special=special)
+    return ids + [*tokenizer.eos_ids[:1]] * config.append_end, len(prompt)
+
+
+def _continuation(text: str, tokenizer: Tokenizer, special: bool) -> list[int]:
+    """Ids of a text that goes on, without the space that SentencePiece puts before a text."""
+    if not tokenizer.leading_spaces:
+        return tokenizer.encode(text, add_bos=False, allow_special=special)
+    mark = tokenizer.encode(MARK, add_bos=False)
+    ids = tokenizer.encode(MARK + text, add_bos=False, allow_special=special)
+    return ids[len(mark) :]
+
+
+def _name(config: DataConfig, tokenizer: Tokenizer, source: Source, limit: int | None) -> str:
+    made_of = [
+        *(FORMAT, source.fingerprint(), tokenizer.fingerprint, tokenizer.add_bos, limit),
+        *(tokenizer.bos_id, tokenizer.eos_ids[:1], config.append_end, config.allow_special),
+        *(config.source, config.separator),
+        *(config.text_template, config.prompt_template, config.response_template),
+    ]
+    return hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:32]
+
+
+def _write(
+    folder: Path, config: DataConfig, tokenizer: Tokenizer, source: Source, limit: int | None
+) -> None:
+    small = tokenizer.vocab_size <= 1 << 16
+    starts, prompts, keys = array("q", [0]), array("i"), array("Q")
+    raw, held = folder / "tokens.raw", array("H" if small else "I")
+    with raw.open("wb") as file, Progress(console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task(f"tokens of {source.name}", total=source.num_bytes())
+        for document in islice(source.documents(), limit):
+            ids, prompt = encode_document(document, config, tokenizer)
+            held.extend(ids)
+            starts.append(starts[-1] + len(ids))
+            prompts.append(prompt)
+            keys.append(document.key)
+            progress.advance(task, len(document.prompt) + len(document.text))
+            if len(held) >= BLOCK:
+                held.tofile(file)
+                del held[:]
+        held.tofile(file)
+    check(len(keys) > 0, f"{source.name} holds no text: every document of it is empty")
+    dtype = np.uint16 if small else np.uint32
+    tokens = np.memmap(raw, dtype=dtype, mode="r", shape=(starts[-1],))
+    digest = hashlib.sha256()
+    kinds = (None, np.int64, np.int32, np.uint64)
+    for name, values, kind in zip(ARRAYS, (tokens, starts, prompts, keys), kinds, strict=True):
+        whole = tokens if kind is None else np.array(values, kind)
+        np.save(folder / f"{name}.npy", whole)
+        digest.update(np.ascontiguousarray(whole).data)
+    raw.unlink()
+    (folder / "store.json").write_text(json.dumps({"fingerprint": digest.hexdigest()}))

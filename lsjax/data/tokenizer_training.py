@@ -1,0 +1,110 @@
+"""The tokenizer that a configuration names: one that exists, plain bytes, or one trained here."""
+
+import hashlib
+import heapq
+import io
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+import sentencepiece
+
+from lsjax.config import ConfigError, DataConfig, check
+from lsjax.data.documents import Document
+from lsjax.data.sources import training_documents
+from lsjax.data.tokenizer_files import load_tokenizer
+from lsjax.data.tokenizer_huggingface import ByteTokenizer
+from lsjax.data.tokenizer_sentencepiece import SentencePieceTokenizer
+from lsjax.data.tokenizers import Tokenizer, first_line
+from lsjax.data.whole_files import write_whole
+
+SAMPLE = 20_000_000  # characters that a vocabulary is trained on at most
+SETTINGS = dict(
+    model_type="bpe",
+    byte_fallback=True,  # any text can be written, and comes back as it was
+    split_digits=True,
+    normalization_rule_name="identity",
+    add_dummy_prefix=False,
+    remove_extra_whitespaces=False,
+    allow_whitespace_only_pieces=True,  # indentation
+    max_sentence_length=1 << 20,
+    num_threads=1,  # the same vocabulary each time
+)
+
+
+def make_tokenizer(config: DataConfig, *, cache: Path) -> Tokenizer:
+    """The tokenizer of config.tokenizer.
+
+    A trained one is made from the training documents only, kept in the cache under the hash of
+    their content, and the same for the same content.
+
+    Raises ConfigError (no data; too little text for the vocabulary), TokenizerError (a path).
+    """
+    match config.tokenizer:
+        case "bytes":
+            return ByteTokenizer()
+        case "sentencepiece":
+            return train_tokenizer(training_documents(config), config.vocab_size, cache=cache)
+        case path:
+            return load_tokenizer(Path(path).expanduser())
+
+
+def train_tokenizer(
+    documents: Iterable[Document], vocab_size: int, *, cache: Path, sample: int = SAMPLE
+) -> SentencePieceTokenizer:
+    """A SentencePiece BPE of vocab_size: <unk> 0, <s> 1, </s> 2, 256 bytes, then pieces.
+
+    Text comes back as it was. Of more than `sample` characters it reads a random part, chosen by
+    the documents' hashes.
+
+    Raises ConfigError where the text is too little, or has too many different characters.
+    """
+    texts = _sample(documents, sample)
+    check(bool(texts), "there are no documents to train a vocabulary on: check the source")
+    settings = dict(vocab_size=vocab_size, **SETTINGS)
+    digest = hashlib.sha256(f"{sentencepiece.__version__} {sorted(settings.items())}".encode())
+    for text in texts:
+        digest.update(hashlib.sha256(text.encode()).digest())
+    file = cache / "vocabularies" / f"{digest.hexdigest()[:32]}.model"
+    if not file.is_file():
+        write_whole(file, _train(texts, settings))
+    return SentencePieceTokenizer(file.read_bytes())
+
+
+def _train(texts: list[str], settings: dict) -> bytes:
+    model, vocab_size = io.BytesIO(), settings["vocab_size"]
+    lines = (line for text in texts for line in text.split("\n") if line)
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=lines, model_writer=model, minloglevel=2, **settings
+        )
+    except RuntimeError as error:
+        characters = sum(map(len, texts))
+        if most := re.search(r"set it to a value <= (\d+)", str(error)):
+            raise ConfigError(
+                f"{characters} characters of text are too few for a vocabulary of {vocab_size}: "
+                f"choose a vocab_size of at most {most[1]}, or bytes, or more text"
+            ) from None
+        if least := re.search(r"required_chars\. \d+ vs (\d+)", str(error)):
+            raise ConfigError(
+                f"a vocabulary of {vocab_size} has no room for the bytes and the characters of "
+                f"this text: choose a vocab_size of at least {least[1]}, or bytes"
+            ) from None
+        raise ConfigError(
+            f"SentencePiece can't train a vocabulary on this text ({first_line(error)})"
+        ) from error
+    return model.getvalue()
+
+
+def _sample(documents: Iterable[Document], limit: int) -> list[str]:
+    """Texts of documents with the smallest hashes, of at most `limit` characters (but at least one
+    document), in the order of the hashes: none of it depends on the order of the documents."""
+    kept: list[tuple[int, str]] = []  # a heap, the largest hash on top
+    total = 0
+    for document in documents:
+        text = document.prompt + document.text
+        heapq.heappush(kept, (-document.key, text))
+        total += len(text)
+        while total > limit and len(kept) > 1:
+            total -= len(heapq.heappop(kept)[1])
+    return [text for _, text in sorted(kept, reverse=True)]
