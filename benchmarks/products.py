@@ -3,8 +3,9 @@
     python benchmarks/products.py --rows 1 2 3 5 9 13
 
 Weights of SmolLM2-135M's shape (30 layers, then the head), random, float32; milliseconds for all
-layers, the formulations in turns. Chosen from this: kernels [in, out] with `x @ w`, the head as
-the left operand (docs/performance.md).
+layers, the formulations in turns; then the search for the likeliest of a vocabulary. Chosen from
+this: kernels [in, out] with `x @ w`, the head as the left operand, `likeliest`
+(docs/performance.md).
 """
 
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from rich.table import Table
 from lsjax.cli.setup import exact_products
 from lsjax.config import LlamaConfig
 from lsjax.decoding.calibration import compiled_loop, median_seconds
+from lsjax.decoding.sampling import likeliest
 
 # jax 0.10 and newer give float32 products to a library (YNNPACK); without it Eigen has them.
 OPTIONS = {"": {}, ", Eigen": {"xla_cpu_experimental_ynn_fusion_type": ""}}
@@ -29,6 +31,7 @@ LAYERS: dict[str, tuple[bool, Callable]] = {  # whether the kernel is [out, in],
     "(w @ x.T).T": (True, lambda x, w: (w @ x.T).T),
     "row by row": (False, lambda x, w: jnp.concatenate([row[None] @ w for row in x])),
 }
+SEARCHES = {"argmax": lambda logits: logits.argmax(-1), "likeliest": likeliest}
 HEADS = {name: form for name, form in LAYERS.items() if name != "row by row"}
 
 
@@ -88,6 +91,21 @@ def main(arguments: Arguments) -> None:
         for form, name in cells:
             table.add_row(form + name, *(f"{next(seconds) * 1e3:.1f}" for _ in arguments.rows))
         Console(width=100).print(table)
+
+    def search(find):
+        # The index goes back into the logits, so that no search can be left out.
+        return lambda _, logits_TV: logits_TV.at[:, 0].add(1e-9 * find(logits_TV))
+
+    loops = [
+        compiled_loop(None, search(find), jax.random.normal(keys[0], (rows, config.vocab_size)))
+        for find in SEARCHES.values()
+        for rows in arguments.rows
+    ]
+    seconds = iter(median_seconds(loops))
+    table = Table("likeliest", *(f"T = {rows}" for rows in arguments.rows))
+    for name in SEARCHES:
+        table.add_row(name, *(f"{next(seconds) * 1e3:.2f}" for _ in arguments.rows))
+    Console(width=100).print(table)
     print(f"ms, jax {jax.__version__}")
 
 

@@ -76,6 +76,15 @@ class Engine:
         self.strategy = strategy
         self.arguments = placed(strategy.arguments(self.model), self.mesh)
 
+    def use_model(self, model: Llama) -> None:
+        """Decodes with another model of the same form from now on, by the same programs.
+
+        Raises ConfigError where the form is not the same.
+        """
+        self.model = placed(model, self.mesh)
+        self.programs.use(self.model)
+        self.use(self.strategy)
+
     @property
     def num_programs(self) -> int:
         """Programs compiled so far."""

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from lsjax.config import check
 from lsjax.decoding.state import DecodeState
 from lsjax.model.llama import Llama
 from lsjax.sharding import shardings
@@ -23,6 +24,18 @@ class Programs:
         self._mesh = mesh
         self._compiled: dict[Hashable, Callable] = {}
         self.compile_seconds = 0.0
+
+    def use(self, model: Llama) -> None:
+        """Runs the programs on another model. Raises ConfigError unless it has the same form."""
+        leaves, structure = jax.tree.flatten(model)
+        before = [(leaf.shape, leaf.dtype) for leaf in self._leaves]
+        check(
+            structure == self._structure
+            and [(leaf.shape, leaf.dtype) for leaf in leaves] == before,
+            "the model differs in form from the one that the programs were compiled for: make a "
+            "new Engine",
+        )
+        self._leaves = leaves
 
     def __len__(self) -> int:
         return len(self._compiled)

@@ -1,0 +1,36 @@
+"""Llama 7B, finetuned on 5.2B tokens of code (the paper's section 5.3, Tables 8 and 10).
+
+    python train.py --config configs/finetune_code.py --workdir runs/finetune_code \
+        --init-from models/llama-7b --data.paths 'code/**/*.py' --data.tokenizer models/llama-7b
+
+All numbers are the paper's but warm-up, decay and the rest of AdamW. It gives a context of 2048;
+its number of tokens is that of 4096 (10k steps of 128 rows), which is beyond what Llama 7B was
+trained on, so the context is 2048 here. Expect in the paper: exit 6 with 12 drafts accepts 45% on
+HumanEval and decodes 1.82 times as fast.
+"""
+
+from lsjax.config import (
+    CheckpointConfig,
+    DataConfig,
+    EarlyExitConfig,
+    LayerDropoutConfig,
+    LlamaConfig,
+    MeshConfig,
+    OptimizerConfig,
+    TrainConfig,
+)
+
+config = TrainConfig(
+    model=LlamaConfig.llama_7b(),
+    init_from="models/llama-7b",
+    data=DataConfig(source="text", paths=("code/**/*.py",), tokenizer="models/llama-7b"),
+    num_steps=10_000,
+    batch_size=128,  # 32 GPUs with 4 rows each
+    seq_len=2_048,
+    layer_dropout=LayerDropoutConfig(p_max=0.1),
+    early_exit=EarlyExitConfig(curriculum="rotational", rotation=16, e_scale=1.0),
+    optimizer=OptimizerConfig(learning_rate=1e-4, warmup_steps=100),
+    remat="dots_with_no_batch_dims_saveable",
+    mesh=MeshConfig(fsdp=-1),
+    checkpoints=CheckpointConfig(every=500),
+)

@@ -1,0 +1,33 @@
+"""Progressive layer dropping (Zhang and He, 2020, arXiv 2010.13369): rates rise towards the last
+layer and, quickly at first, with time, up to half at the last layer.
+
+    python train.py --config configs/pld.py --workdir runs/pld \
+        --init-from models/llama2-7b --data.paths 'corpus/*.txt'
+
+A layer that is left out of the batch costs nothing: expect steps about a quarter shorter once the
+rates have risen.
+"""
+
+from lsjax.config import (
+    DataConfig,
+    LayerDropoutConfig,
+    LlamaConfig,
+    MeshConfig,
+    OptimizerConfig,
+    TrainConfig,
+)
+
+config = TrainConfig(
+    model=LlamaConfig.llama2_7b(),
+    init_from="models/llama2-7b",
+    data=DataConfig(source="text", paths=("corpus/*.txt",), tokenizer="models/llama2-7b"),
+    num_steps=10_000,
+    batch_size=128,
+    seq_len=4_096,
+    layer_dropout=LayerDropoutConfig(
+        p_max=0.5, distribution="linear", schedule="saturating", per_batch=True, rescale=True
+    ),
+    optimizer=OptimizerConfig(learning_rate=2e-5, warmup_steps=100),
+    remat="dots_with_no_batch_dims_saveable",
+    mesh=MeshConfig(fsdp=-1),
+)

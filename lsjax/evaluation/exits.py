@@ -1,0 +1,113 @@
+"""Loss, perplexity and agreement of every exit, in one pass over a text: how good each exit is as a
+model, and how often it would draft what the model itself says (the paper's Figures 6 and 8)."""
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from lsjax.decoding.sampling import likeliest
+from lsjax.model.llama import Llama
+
+# Logits that are held at a time, on each device.
+CHUNK_LOGITS = 2**23
+
+
+@dataclass(frozen=True)
+class ExitScores:
+    """What the exits 1..L make of a text; index E - 1 is exit E."""
+
+    loss_E: tuple[float, ...]
+    """Cross entropy, nats per labelled token."""
+    agreement_E: tuple[float, ...]
+    """Share of the labelled tokens at which the likeliest token is that of exit L: what greedy
+    drafts of this exit would have accepted, one at a time, along this text."""
+    tokens: int
+    """Labelled tokens."""
+
+    @property
+    def perplexity_E(self) -> tuple[float, ...]:
+        """exp(loss); infinite where that is beyond a float."""
+        return tuple(math.exp(loss) if loss < 700 else math.inf for loss in self.loss_E)
+
+    def to_json(self) -> dict:
+        """Lists and numbers."""
+        return {
+            "loss_E": list(self.loss_E),
+            "agreement_E": list(self.agreement_E),
+            "tokens": self.tokens,
+        }
+
+
+def score_exits(model: Llama, batches: Iterable[Mapping[str, np.ndarray]]) -> ExitScores:
+    """Scores every exit on batches of tokens_BT, labels_BT, segments_BT and positions_BT.
+
+    Labels of -1 do not count. Raises ValueError where no token is labelled.
+    """
+    totals = None
+    for batch in batches:
+        sums = jax.device_get(_sums(model, dict(batch)))
+        sums = jax.tree.map(lambda part: np.asarray(part, np.float64), sums)
+        totals = sums if totals is None else jax.tree.map(np.add, totals, sums)
+    if totals is None or totals[2] == 0:
+        raise ValueError("no token is labelled: there is nothing to score")
+    loss_E, agreed_E, count = totals
+    return ExitScores(
+        tuple((loss_E / count).tolist()), tuple((agreed_E / count).tolist()), int(count)
+    )
+
+
+@jax.jit
+def _sums(model: Llama, batch: dict[str, Array]):
+    """Sums over the labelled tokens of loss [L] and agreement [L], and their number.
+
+    The scan over layers keeps two numbers of each token and exit, neither states nor logits.
+    """
+    labels_BT = batch["labels_BT"]
+    labelled_BT = labels_BT >= 0
+    loss_LBT, token_LBT = model.exits(
+        batch["tokens_BT"],
+        batch["positions_BT"],
+        batch["segments_BT"],
+        read=partial(_score, model, labels_BT),
+    )
+    agreed_LBT = token_LBT == token_LBT[-1]
+
+    def count(values_LBT: Array) -> Array:
+        return jnp.where(labelled_BT, values_LBT, 0).sum((1, 2), dtype=loss_LBT.dtype)
+
+    return count(loss_LBT), count(agreed_LBT), labelled_BT.sum()
+
+
+def _score(
+    model: Llama, labels_BT: Int[Array, "B T"], x_BTD: Float[Array, "B T D"]
+) -> tuple[Float[Array, "B T"], Int[Array, "B T"]]:
+    """Loss and likeliest token at each position, a chunk of positions at a time."""
+    batch, steps, width = x_BTD.shape
+    chunk = max(1, min(steps, CHUNK_LOGITS // (batch * model.config.vocab_size)))
+    chunks = -(-steps // chunk)
+    padding = ((0, 0), (0, chunks * chunk - steps))
+
+    def split(array: Array) -> Array:
+        """[B, T, ...] -> [chunks, B, C, ...]"""
+        padded = jnp.pad(array, padding + ((0, 0),) * (array.ndim - 2))
+        return padded.reshape(batch, chunks, chunk, *array.shape[2:]).swapaxes(0, 1)
+
+    def score(parts):
+        x_BCD, label_BC = parts
+        logits_BCV = model.unembed(x_BCD)
+        log_z_BC = jax.nn.logsumexp(logits_BCV, axis=-1)
+        label_BC = jnp.maximum(label_BC, 0)  # those that do not count are left out later
+        wanted_BC = jnp.take_along_axis(logits_BCV, label_BC[:, :, None], -1)[:, :, 0]
+        return log_z_BC - wanted_BC, likeliest(logits_BCV)
+
+    def join(parts: Array) -> Array:
+        return parts.swapaxes(0, 1).reshape(batch, chunks * chunk)[:, :steps]
+
+    return jax.tree.map(join, lax.map(score, (split(x_BTD), split(labels_BT))))

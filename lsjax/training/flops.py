@@ -1,0 +1,61 @@
+"""What a training step has to compute, and what the devices could: model FLOPs utilisation.
+
+The count is that of the plain model, whatever LayerSkip adds or saves, so that utilisations of
+runs with and without it compare (Chowdhery et al., 2022, appendix B).
+"""
+
+import time
+
+import jax
+import jax.numpy as jnp
+
+from lsjax.config import LlamaConfig
+
+# Dense bfloat16 FLOPs per second of one jax device, by what its `device_kind` starts with (the
+# makers' data sheets).
+PEAKS = {
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5p": 459e12,
+    "TPU v5": 459e12,
+    "TPU v6": 918e12,
+    "NVIDIA A100": 312e12,
+    "NVIDIA H100": 989e12,
+    "NVIDIA H200": 989e12,
+}
+
+
+def step_flops(config: LlamaConfig, batch_size: int, seq_len: int) -> float:
+    """FLOPs of one plain training step: forward, and twice as many backward.
+
+    Two for each weight of a matrix and token, head included and look-up not; attention counts the
+    scores and sums that causality leaves, half of T^2.
+    """
+    matrices = config.num_layers * config.layer_params + config.head_params
+    attention = config.num_layers * config.num_heads * config.head_dim * seq_len
+    return 3.0 * (2.0 * matrices + 2.0 * attention) * batch_size * seq_len
+
+
+def peak_flops() -> float | None:
+    """FLOPs per second of all devices together; of CPUs what a large float32 product reaches here,
+    None for an accelerator that is not known."""
+    device = jax.devices()[0]
+    if device.platform == "cpu":
+        return _measured()
+    found = [peak for kind, peak in PEAKS.items() if device.device_kind.startswith(kind)]
+    return found[0] * jax.device_count() if found else None
+
+
+def _measured(size: int = 1536, repeats: int = 4) -> float:
+    """The best of a few products, as others may use the machine too."""
+    x = jnp.ones((size, size), jnp.float32)
+    product = jax.jit(jnp.matmul).lower(x, x).compile()
+    best = min(_seconds(product, x) for _ in range(repeats))
+    return 2.0 * size**3 / best
+
+
+def _seconds(product, x) -> float:
+    start = time.perf_counter()
+    jax.block_until_ready(product(x, x))
+    return time.perf_counter() - start

@@ -1,0 +1,94 @@
+"""What a run measured, line by line: metrics.jsonl, and TensorBoard where it is asked for."""
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lsjax.config import ConfigError
+
+FILE = "metrics.jsonl"
+
+
+class MetricsLog:
+    """Rows {"kind": ..., "step": n, ...}, appended as they come; a step that was lost in a crash
+    and is done again is not in the file twice."""
+
+    def __init__(self, directory: Path, *, from_step: int, tensorboard: bool = False):
+        """Keeps the rows of steps up to `from_step`, after which the run goes on."""
+        self._path = directory / FILE
+        kept = [row for row in read_metrics(self._path) if row["step"] <= from_step]
+        if self._path.exists():
+            whole = "".join(json.dumps(row) + "\n" for row in kept)
+            fresh = self._path.with_suffix(".new")
+            fresh.write_text(whole)
+            fresh.replace(self._path)  # at once: a crash here loses nothing
+        self._file = self._path.open("a")
+        self._board = _open_board(directory / "tensorboard", from_step) if tensorboard else None
+
+    def write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
+        """One row. Numbers that JSON does not have become null; TensorBoard gets the plain ones."""
+        row = {"kind": kind, "step": step, **{k: _plain(v) for k, v in values.items()}}
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+        if self._board is not None:
+            for name, value in row.items():
+                if name not in ("kind", "step"):
+                    self._add(f"{kind}/{name}", value, step)
+
+    def _add(self, name: str, value: Any, step: int) -> None:
+        if isinstance(value, list):
+            for index, item in enumerate(value):
+                self._add(f"{name}/{index + 1}", item, step)
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            self._board.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Writes out what is left."""
+        self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """All rows of a metrics.jsonl; a last line that a crash cut off is left out.
+
+    Raises ConfigError for another line that is no row.
+    """
+    if not path.exists():
+        return []
+    lines = path.read_text().splitlines()
+    rows = []
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+            row["step"], row["kind"]
+        except (ValueError, TypeError, KeyError):
+            if number == len(lines):
+                break
+            raise ConfigError(
+                f"{path}:{number}: is no row of metrics: remove the line, or the file"
+            ) from None
+        rows.append(row)
+    return rows
+
+
+def _plain(value: Any) -> Any:
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def _open_board(directory: Path, from_step: int):
+    try:
+        from tensorboardX import SummaryWriter
+    except ImportError:
+        raise ConfigError(
+            "TensorBoard needs tensorboardX: pip install 'lsjax[tensorboard]', or leave it off"
+        ) from None
+    return SummaryWriter(str(directory), purge_step=from_step + 1)
