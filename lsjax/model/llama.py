@@ -8,7 +8,8 @@ Letters, here and everywhere: B batch, T query length, S cache slots, L layers, 
 F feed-forward width, N heads, K K/V heads, G = N / K, H head size, V vocabulary, E exit.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -235,8 +236,11 @@ class Llama(nnx.Module):
         tokens_BT: Int[Array, "B T"],
         positions_BT: Int[Array, "B T"] | None = None,
         segments_BT: Int[Array, "B T"] | None = None,
-    ) -> Float[Array, "L B T D"]:
-        """The output of every layer on whole sequences; index E - 1 is what exit E unembeds.
+        *,
+        read: Callable[[Float[Array, "B T D"]], Any] = lambda x_BTD: x_BTD,
+    ) -> Any:
+        """What `read` makes of each layer's output on whole sequences, [L, ...]: the outputs
+        themselves, [L, B, T, D], by default. Index E - 1 is of what exit E unembeds.
 
         Rows of several documents come with positions that restart and a segment number for each.
         """
@@ -247,15 +251,15 @@ class Llama(nnx.Module):
 
         def run(x_BTD, block):
             x_BTD = block(x_BTD, rope, segments_BT)
-            return x_BTD, x_BTD
+            return x_BTD, read(x_BTD)
 
         if self.is_stacked:
             return lax.scan(run, x_BTD, self.layers)[1]
         outputs = []
         for block in self.layers:
-            x_BTD, _ = run(x_BTD, block)
-            outputs.append(x_BTD)
-        return jnp.stack(outputs)
+            x_BTD, output = run(x_BTD, block)
+            outputs.append(output)
+        return jax.tree.map(lambda *leaves: jnp.stack(leaves), *outputs)
 
     @property
     def head_table(self) -> Float[Array, "V D"]:

@@ -1,0 +1,93 @@
+"""Scores of every exit against a plain computation on whole logits."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import lsjax
+from lsjax.config import LlamaConfig
+from lsjax.evaluation import exits
+from lsjax.evaluation.exits import ExitScores, score_exits
+
+LENGTHS = ((9, 7), (16,))  # of the documents in each row
+
+
+@pytest.fixture(scope="module")
+def model():
+    return lsjax.Llama(LlamaConfig.tiny(vocab_size=37), rngs=nnx.Rngs(3))
+
+
+@pytest.fixture(scope="module")
+def batch():
+    """Two rows of 16 tokens, the first of two documents; some labels are off."""
+    random = np.random.default_rng(0)
+    tokens = random.integers(0, 37, (2, 16)).astype(np.int32)
+    labels = np.roll(tokens, -1, 1)
+    segments = np.zeros((2, 16), np.int32)
+    positions = np.zeros((2, 16), np.int32)
+    for row, lengths in enumerate(LENGTHS):
+        start = 0
+        for number, length in enumerate(lengths, 1):
+            segments[row, start : start + length] = number
+            positions[row, start : start + length] = np.arange(length)
+            labels[row, start + length - 1] = -1
+            start += length
+    labels[1, 3:6] = -1
+    names = ("tokens_BT", "labels_BT", "segments_BT", "positions_BT")
+    return dict(zip(names, (tokens, labels, segments, positions), strict=True))
+
+
+def plain_scores(model, batch) -> ExitScores:
+    """Document by document, all logits at once."""
+    losses, agreements = [], []
+    for row, lengths in enumerate(LENGTHS):
+        start = 0
+        for length in lengths:
+            piece = slice(start, start + length)
+            start += length
+            labels = batch["labels_BT"][row, piece]
+            tokens = jnp.asarray(batch["tokens_BT"][row, piece])[None]
+            logits_LTV = model.unembed(model.exits(tokens))[:, 0]
+            log_probs = jax.nn.log_softmax(logits_LTV)
+            counted = labels >= 0
+            at = np.flatnonzero(counted)
+            losses.append(-log_probs[:, at, labels[counted]])
+            best = logits_LTV.argmax(-1)
+            agreements.append((best == best[-1])[:, at])
+    loss_LN, agreed_LN = np.concatenate(losses, 1), np.concatenate(agreements, 1)
+    return ExitScores(
+        tuple(loss_LN.mean(1).tolist()), tuple(agreed_LN.mean(1).tolist()), loss_LN.shape[1]
+    )
+
+
+@pytest.mark.parametrize("chunk_logits", [2 * 37, 2 * 37 * 5, 2**23])
+def test_scores_are_those_of_the_documents_one_by_one(model, batch, chunk_logits, monkeypatch):
+    monkeypatch.setattr(exits, "CHUNK_LOGITS", chunk_logits)
+    jax.clear_caches()
+    scores = score_exits(model, [batch])
+    expected = plain_scores(model, batch)
+    assert scores.tokens == expected.tokens == 9 - 1 + 7 - 1 + 16 - 1 - 3
+    np.testing.assert_allclose(scores.loss_E, expected.loss_E, rtol=1e-5)
+    np.testing.assert_allclose(scores.agreement_E, expected.agreement_E, rtol=1e-6)
+    assert scores.agreement_E[-1] == 1 > scores.agreement_E[0]
+
+
+def test_stacked_layers_and_batches_in_parts_give_the_same(model, batch):
+    whole = score_exits(model, [batch])
+    rows = [{name: value[row : row + 1] for name, value in batch.items()} for row in (0, 1)]
+    parts = score_exits(lsjax.stacked(model), rows)
+    np.testing.assert_allclose(parts.loss_E, whole.loss_E, rtol=1e-6)
+    np.testing.assert_allclose(parts.agreement_E, whole.agreement_E, rtol=1e-6)
+
+
+def test_a_text_without_labels_is_refused(model, batch):
+    with pytest.raises(ValueError, match="no token is labelled"):
+        score_exits(model, [{**batch, "labels_BT": np.full_like(batch["labels_BT"], -1)}])
+
+
+def test_perplexity_is_exp_of_the_loss():
+    assert ExitScores((np.log(20.0), 800.0), (0.5, 1.0), 3).perplexity_E == pytest.approx(
+        (20.0, np.inf)
+    )
