@@ -1,6 +1,7 @@
 """Sampling: the filters against a sort, and every strategy against the exact distribution."""
 
-import functools
+import dataclasses
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ from scipy.stats import chisquare
 
 from lsjax.config import ConfigError, LlamaConfig
 from lsjax.data.tokenizer_huggingface import ByteTokenizer
-from lsjax.decoding import acceptance, self_speculative
+from lsjax.decoding import self_speculative
 from lsjax.decoding.acceptance import accept_by_ratio
 from lsjax.decoding.autoregressive import Autoregressive
 from lsjax.decoding.draft_vocabulary import DraftVocabulary
@@ -20,10 +21,12 @@ from lsjax.decoding.sampling import Draws, Purpose, Sampling
 from lsjax.decoding.self_speculative import SelfSpeculative
 from lsjax.decoding.state import DecodeState
 from lsjax.model.llama import Llama
+from tests.decoding.test_penalties import penalised
 
 V = 12  # a vocabulary so small that every token is drawn often
-BATCH, RUNS = 512, 40  # 20,480 texts
-PROMPTS = ([3, 1, 4], [7])
+ROWS, RUNS = 512, 20  # 10,240 texts of each setting for each of the two prompts
+PROMPTS = [[3, 1, 4], [7]]
+NEW = 3  # tokens that are looked at together
 
 
 def by_sorting(logits, sampling: Sampling) -> np.ndarray:
@@ -48,6 +51,10 @@ FILTERS = [
     Sampling(temperature=1.0, top_p=0.8),
     Sampling(temperature=1.3, min_p=0.2),
     Sampling(temperature=1.0, top_k=6, top_p=0.9, min_p=0.05),
+]
+SETTINGS = [
+    *FILTERS,
+    Sampling(temperature=1.0, top_p=0.9, repetition_penalty=1.5, no_repeat_ngram=2),
 ]
 
 
@@ -75,106 +82,103 @@ def test_ties_with_the_last_one_stay():
 
 
 def test_an_unlikely_token_is_never_drawn_and_streams_are_apart():
-    draws = Draws.create([Sampling(temperature=1.0, seed=seed) for seed in (1, 2, 1)])
-    log_BV = jnp.log(jnp.array([[0.5, 0.5, 0.0]] * 3))
-    tokens = np.array(
-        [
-            [draws.token(log_BV, jnp.full(3, position), purpose) for position in range(50)]
-            for purpose in (Purpose.TOKEN, Purpose.DRAFT)
-        ]
+    rows = [Sampling(temperature=1.0, seed=seed) for seed in (1, 2, 1)] * 50
+    draws, position_B = Draws.create(rows), jnp.arange(50).repeat(3)
+    weight_BV = jnp.tile(jnp.array([0.7, 0.7, 0.0]), (150, 1))  # a sum of 1 is not asked for
+    token = jax.jit(draws.token, static_argnums=2)
+    first, draft = (
+        np.array(token(weight_BV, position_B, purpose)).reshape(50, 3)
+        for purpose in (Purpose.TOKEN, Purpose.DRAFT)
     )
-    assert (tokens < 2).all()
-    assert (tokens[..., 0] == tokens[..., 2]).all()  # the seed decides, not the row
-    for one, other in [(tokens[0, :, 0], tokens[0, :, 1]), (tokens[0, :, 0], tokens[1, :, 0])]:
+    assert (first < 2).all() and (draft < 2).all()
+    assert (first[:, 0] == first[:, 2]).all()  # the seed decides, not the row
+    for one, other in [(first[:, 0], first[:, 1]), (first[:, 0], draft[:, 0])]:
         assert 10 < (one == other).sum() < 40
 
 
 @pytest.fixture(scope="module")
 def small() -> Llama:
     """A model of V tokens whose exits differ from its end, but not in everything."""
-    config = LlamaConfig.tiny(vocab_size=V, num_layers=3)
+    sizes = dict(hidden_size=16, intermediate_size=32, num_heads=2, num_kv_heads=1)
+    config = LlamaConfig.tiny(vocab_size=V, num_layers=3, init_std=0.5, **sizes)
     return jax.jit(lambda: Llama(config, rngs=nnx.Rngs(5)))()
 
 
-@functools.cache
-def program(strategy_program, strategy, part):
-    if part == "prefill":
-        return jax.jit(functools.partial(prefill, chunk=8, depth=3))
-    return jax.jit(functools.partial(decode, strategy=strategy))
+run_prefill = jax.jit(partial(prefill, chunk=4, depth=3))
+forward = jax.jit(lambda model, tokens: model(tokens)[:, -1])
 
 
-def texts(model, strategy, sampling: Sampling, new: int = 4) -> np.ndarray:
-    """[RUNS * BATCH, new] tokens, prompts in turns within a batch: it is ragged."""
-    key = (strategy.program, strategy)
-    run_prefill, run_decode = (program(*key, part) for part in ("prefill", "decode"))
-    arguments, out = strategy.arguments(model), []
-    prompts = [PROMPTS[row % 2] for row in range(BATCH)]
+def texts(model, strategy, settings=SETTINGS) -> np.ndarray:
+    """[settings, prompts, texts, NEW] tokens: the prefill's and those of two rounds. All settings
+    and both prompts are rows of one ragged batch, each row with a seed of its own."""
+    samplings = [sampling for sampling in settings for _ in range(2 * ROWS)]
+    prompts = PROMPTS * (len(settings) * ROWS)
     base = DecodeState.create(
         model.config,
         prompts,
-        [new] * BATCH,
-        [[-1]] * BATCH,
-        capacity=24,
+        [7] * len(prompts),  # two rounds of a draft of two do not end before
+        [[-1]] * len(prompts),
+        capacity=16,
         slack=strategy.slack,
         num_layers=3,
         dtype=jnp.float32,
-        sampling=[sampling] * BATCH,
+        sampling=samplings,
     )
-    lengths = np.array([len(prompt) for prompt in prompts])
+    run_decode, arguments = jax.jit(partial(decode, strategy=strategy)), strategy.arguments(model)
+    make_keys = jax.jit(jax.vmap(lambda seed: jax.random.key_data(jax.random.key(seed))))
+    rows, out = np.arange(len(prompts)), []
+    places = np.array([len(prompt) for prompt in prompts])[:, None] + np.arange(NEW)
     for run in range(RUNS):
-        keys = jax.vmap(lambda seed: jax.random.key_data(jax.random.key(seed)))(
-            jnp.arange(run * BATCH, (run + 1) * BATCH)
-        )
-        draws = Draws(**(vars(base.draws) | {"key_B2": keys}))
-        start = DecodeState(**(vars(base) | {"draws": draws}))
-        state = run_prefill(model, start, np.int32(0))
-        while np.asarray(state.running_B).any():
-            state = run_decode(model, state, np.int32(99), arguments)
-        tokens = np.asarray(state.tokens_BS)
-        out.append(np.stack([tokens[np.arange(BATCH), lengths + i] for i in range(new)], 1))
-    return np.concatenate(out)
+        draws = dataclasses.replace(base.draws, key_B2=make_keys(run * len(prompts) + rows))
+        state = run_prefill(model, dataclasses.replace(base, draws=draws), np.int32(0))
+        state = run_decode(model, state, np.int32(2), arguments)
+        out.append(np.take_along_axis(np.asarray(state.tokens_BS), places, axis=1))
+    found = np.stack(out).reshape(RUNS, len(settings), ROWS, 2, NEW).transpose(1, 3, 0, 2, 4)
+    return found.reshape(len(settings), 2, RUNS * ROWS, NEW)
 
 
 def exact(model, sampling: Sampling, prompt) -> np.ndarray:
-    """Probabilities [V, V] of the first two tokens after a prompt, by the plain forward."""
-    forward = jax.jit(lambda model, tokens: model(tokens)[:, -1])
-    first = by_sorting(forward(model, jnp.array([prompt]))[0], sampling)
-    after = forward(model, jnp.array([[*prompt, token] for token in range(V)]))
-    return first[:, None] * np.stack([by_sorting(row, sampling) for row in after])
+    """Probabilities [V, V, V] of the first three tokens after a prompt, by the plain forward."""
+    joint = np.ones(())
+    for count in range(NEW):
+        texts = [[*prompt, *said] for said in np.ndindex((V,) * count)]
+        logits = np.asarray(forward(model, jnp.array(texts)))
+        changed = [penalised(x, text, sampling) for x, text in zip(logits, texts, strict=True)]
+        joint = joint[..., None] * np.reshape(
+            [by_sorting(x, sampling) for x in changed], (V,) * (count + 1)
+        )
+    return joint
 
 
-def p_values(model, strategy, sampling: Sampling) -> list[float]:
-    """Of the first two tokens together, for each of the two prompts."""
-    found, values = texts(model, strategy, sampling), []
-    for index, prompt in enumerate(PROMPTS):
-        mine = found[index::2]
-        seen = np.bincount(mine[:, 0] * V + mine[:, 1], minlength=V * V)
-        expected = exact(model, sampling, prompt).ravel() * len(mine)
-        assert (seen[expected == 0] == 0).all(), "a token that may not be drawn"
-        rare = (expected > 0) & (expected < 5)  # one class together
-        seen = np.append(seen[expected >= 5], seen[rare].sum())
-        expected = np.append(expected[expected >= 5], expected[rare].sum())
-        if expected[-1] < 5:
-            seen[-2] += seen[-1]
-            expected[-2] += expected[-1]
-            seen, expected = seen[:-1], expected[:-1]
-        values.append(chisquare(seen, expected * seen.sum() / expected.sum()).pvalue)
-    return values
+def p_value(model, sampling: Sampling, prompt, found) -> float:
+    """Of the first tokens together."""
+    seen = np.bincount(np.ravel_multi_index(found.T, (V,) * NEW), minlength=V**NEW)
+    expected = exact(model, sampling, prompt).ravel() * len(found)
+    assert (seen[expected == 0] == 0).all(), "a token that may not be drawn"
+    order = np.argsort(expected)
+    order = order[expected[order] > 0]
+    rare = 1 + max((expected[order] < 5).sum(), np.searchsorted(expected[order].cumsum(), 5))
+    seen, expected = (  # what is rare is one class together
+        np.append(counts[order[:rare]].sum(), counts[order[rare:]]) for counts in (seen, expected)
+    )
+    return chisquare(seen, expected * seen.sum() / expected.sum()).pvalue
 
 
 VOCABULARY = DraftVocabulary(np.array([0, 2, 3, 5, 8, 9]))
 
 
-@pytest.mark.parametrize("sampling", FILTERS, ids=lambda s: str(s).removeprefix("Sampling"))
 @pytest.mark.parametrize(
     "strategy",
     [Autoregressive(), SelfSpeculative(1, 2), SelfSpeculative(2, 2, VOCABULARY)],
     ids=["autoregressive", "self_speculative", "draft_vocabulary"],
 )
-def test_texts_have_the_models_distribution(small, strategy, sampling):
-    """Chi-square over 20,480 texts: the first token is the prefill's, the second comes from the
-    first round, drafted, accepted or replaced."""
-    assert min(p_values(small, strategy, sampling)) > 0.01
+def test_texts_have_the_models_distribution(small, strategy):
+    """Chi-square over 20,480 texts of each setting: the first token is the prefill's, the others
+    come from two rounds, drafted, accepted or replaced."""
+    found = texts(small, strategy)
+    for sampling, of_prompts in zip(SETTINGS, found, strict=True):
+        values = [p_value(small, sampling, *pair) for pair in zip(PROMPTS, of_prompts, strict=True)]
+        assert min(values) > 0.01, sampling
 
 
 def accept_always(logits_BTV, draft, head):
@@ -185,9 +189,9 @@ def accept_always(logits_BTV, draft, head):
 def resample_from_the_target(logits_BTV, draft, head):
     """Replaces a refused draft by a token from p instead of max(0, p - q)."""
     tokens_BT, accepted_B = accept_by_ratio(logits_BTV, draft, head)
-    log_BTV = draft.state.draws.log_probs(logits_BTV)
-    log_BV = jnp.take_along_axis(log_BTV, accepted_B[:, None, None], axis=1)[:, 0]
-    token_B = draft.state.draws.token(log_BV, draft.state.length_B + accepted_B, Purpose.TOKEN)
+    p_BTV = jnp.exp(draft.state.draws.log_probs(logits_BTV))
+    p_BV = jnp.take_along_axis(p_BTV, accepted_B[:, None, None], axis=1)[:, 0]
+    token_B = draft.state.draws.token(p_BV, draft.state.length_B + accepted_B, Purpose.TOKEN)
     place_BT = jnp.arange(tokens_BT.shape[1]) == accepted_B[:, None]
     return jnp.where(place_BT, token_B[:, None], tokens_BT), accepted_B
 
@@ -195,44 +199,16 @@ def resample_from_the_target(logits_BTV, draft, head):
 def another_temperature(logits_BTV, draft, head):
     """The ratio takes other probabilities than those that the draft was drawn from."""
     wrong = jax.nn.log_softmax(draft.proposals.log_q_BTN / 2)
-    proposals = acceptance.Proposals(draft.proposals.index_BT, wrong)
-    return accept_by_ratio(
-        logits_BTV, acceptance.Draft(**(vars(draft) | {"proposals": proposals})), head
-    )
+    proposals = dataclasses.replace(draft.proposals, log_q_BTN=wrong)
+    return accept_by_ratio(logits_BTV, dataclasses.replace(draft, proposals=proposals), head)
 
 
 @pytest.mark.parametrize("rule", [accept_always, resample_from_the_target, another_temperature])
 def test_a_broken_rule_is_found(small, monkeypatch, rule):
     monkeypatch.setattr(self_speculative, "accept_by_ratio", rule)
-    # A strategy of its own, so that no program of the right rule is used.
-    strategy = SelfSpeculative(1, 3 + [accept_always, resample_from_the_target].count(rule))
-    program.cache_clear()
-    assert min(p_values(small, strategy, FILTERS[0])) < 1e-4
-    program.cache_clear()
-
-
-def test_a_row_is_sampled_alone_as_in_a_batch(model, tokenizer):
-    """Greedy rows beside sampled ones, a seed each; two seeds differ, one seed repeats."""
-    from lsjax.decoding.engine import Engine
-
-    prompts = [[7], [1, 2, 3], [40, 41], [1, 2, 3]]
-    samplings = [
-        Sampling(temperature=1.0, seed=3),
-        Sampling(temperature=0.8, top_k=20, seed=4),
-        Sampling(),
-        Sampling(temperature=0.8, top_k=20, seed=5),
-    ]
-    for strategy in (Autoregressive(), SelfSpeculative(2, 3)):
-        together = Engine(model, tokenizer, strategy, batch_size=4).generate(
-            prompts, max_new_tokens=20, sampling=samplings
-        )
-        engine = Engine(model, tokenizer, strategy)
-        for prompt, sampling, one in zip(prompts, samplings, together, strict=True):
-            (alone,) = engine.generate([prompt], max_new_tokens=20, sampling=sampling)
-            assert alone.token_ids == one.token_ids
-        assert together[1].token_ids != together[3].token_ids
-        (greedy,) = engine.generate([prompts[2]], max_new_tokens=20)
-        assert greedy.token_ids == together[2].token_ids
+    (found,) = texts(small, SelfSpeculative(1, 2), FILTERS[:1])
+    values = [p_value(small, FILTERS[0], *pair) for pair in zip(PROMPTS, found, strict=True)]
+    assert max(values) < 1e-4
 
 
 @pytest.mark.parametrize(
