@@ -7,6 +7,9 @@ not fit a window of `max_length` inputs take several; the last one has its full 
     window 1  c  0  1  2 -> 0  1  2  3
     window 2  3  4  5  6 -> 4  5  6  7
     window 3  5  6  7  8 -> .  .  8  9
+
+Windows whose inputs begin those of another share its row: answers of one token to one question
+cost one pass.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -49,6 +52,20 @@ class Score:
     num_tokens: int
 
 
+@dataclass
+class Row:
+    """Tokens that the model reads, and the windows that are scored by what it says of them, with
+    the number of the text that each is of."""
+
+    inputs: Sequence[int]
+    pieces: list[tuple[int, Text]]
+
+    @property
+    def count(self) -> int:
+        """Scored tokens."""
+        return sum(text.count for _, text in self.pieces)
+
+
 def score(
     model: Llama,
     texts: Sequence[Text],
@@ -61,8 +78,8 @@ def score(
 ) -> list[Score]:
     """Scores of the texts, in their order, by the first `exit_layer` layers (all by default).
 
-    Windows of similar length share a batch, and batches are padded to few sizes: a program for
-    each power of two, whatever the texts. max_length: inputs of a window, the model's context by
+    Rows of similar length share a batch, and batches are padded to few sizes: a program for each
+    power of two, whatever the texts. max_length: inputs of a window, the model's context by
     default. track: wraps the sequence of batches, for a progress bar.
 
     Raises ConfigError for an exit or a length that the model does not have, for ids beyond its
@@ -80,7 +97,7 @@ def score(
         f"max length {max_length} is not in 1..{config.max_context}, the model's context",
     )
     check(batch_size >= 1, f"batch size {batch_size} is below 1: choose 1 or more")
-    pieces = []  # windows, and the texts that they are of
+    pieces = []
     for index, text in enumerate(texts):
         check(
             0 <= text.count < len(text.tokens),
@@ -93,14 +110,12 @@ def score(
             f"0..{config.vocab_size - 1}",
         )
         pieces += [(index, window) for window in windows(text, max_length)]
-    pieces.sort(key=lambda piece: -len(piece[1].tokens))  # the largest program first
+    rows = shared_rows(pieces)
     log_prob_N, is_greedy_N = np.zeros(len(texts)), np.ones(len(texts), bool)
-    for begin in track(range(0, len(pieces), batch_size)):
-        batch = pieces[begin : begin + batch_size]
-        owners = np.repeat([index for index, _ in batch], [window.count for _, window in batch])
-        log_prob_n, is_greedy_n = _score_batch(
-            model, [window for _, window in batch], batch_size, exit_layer, mesh
-        )
+    for begin in track(range(0, len(rows), batch_size)):
+        batch = rows[begin : begin + batch_size]
+        owners = [index for row in batch for index, text in row.pieces for _ in range(text.count)]
+        log_prob_n, is_greedy_n = _score_batch(model, batch, batch_size, exit_layer, mesh)
         np.add.at(log_prob_N, owners, log_prob_n.astype(np.float64))
         np.logical_and.at(is_greedy_N, owners, is_greedy_n)
     return [
@@ -117,20 +132,37 @@ def windows(text: Text, max_length: int) -> Iterator[Text]:
         yield Text(tokens[max(0, end - max_length - 1) : end], end - begin)
 
 
+def shared_rows(pieces: Sequence[tuple[int, Text]]) -> list[Row]:
+    """Rows that score all these windows, the longest first."""
+    rows: list[Row] = []
+    # Backwards in the order of dictionaries a list follows right behind those that it begins.
+    for index, window in sorted(pieces, key=lambda piece: list(piece[1].tokens[:-1]), reverse=True):
+        inputs = window.tokens[:-1]
+        last = rows[-1] if rows else None
+        # A program has room for as many scored tokens as it has inputs.
+        room = 0 if last is None else max(MIN_LENGTH, len(last.inputs)) - last.count
+        if room >= window.count and list(last.inputs[: len(inputs)]) == list(inputs):
+            last.pieces.append((index, window))
+        else:
+            rows.append(Row(inputs, [(index, window)]))
+    return sorted(rows, key=lambda row: -len(row.inputs))
+
+
 def _score_batch(
-    model: Llama, texts: Sequence[Text], batch_size: int, exit_layer: int, mesh: Mesh | None
+    model: Llama, rows: Sequence[Row], batch_size: int, exit_layer: int, mesh: Mesh | None
 ) -> tuple[Float[np.ndarray, " n"], Bool[np.ndarray, " n"]]:
-    """Of the scored tokens of all these windows, one after the other."""
+    """Of the scored tokens of all these rows, one after the other."""
     length = MIN_LENGTH
-    while length < max(len(tokens) - 1 for tokens, _ in texts):
+    while length < max(len(row.inputs) for row in rows):
         length *= 2
     tokens_BT = np.zeros((batch_size, length), np.int32)
     places, targets = [], []
-    for row, (tokens, count) in enumerate(texts):
-        inputs = len(tokens) - 1
-        tokens_BT[row, :inputs] = tokens[:-1]
-        places.append(row * length + np.arange(inputs - count, inputs))
-        targets.append(tokens[len(tokens) - count :])
+    for number, row in enumerate(rows):
+        tokens_BT[number, : len(row.inputs)] = row.inputs
+        for _, (tokens, count) in row.pieces:
+            end = number * length + len(tokens) - 1
+            places.append(np.arange(end - count, end))
+            targets.append(tokens[len(tokens) - count :])
     count = sum(map(len, targets))
     place_P, target_P = np.zeros((2, batch_size * length), np.int32)
     place_P[:count], target_P[:count] = np.concatenate(places), np.concatenate(targets)

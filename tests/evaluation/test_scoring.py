@@ -6,7 +6,7 @@ import pytest
 
 from lsjax.config import ConfigError
 from lsjax.evaluation import scoring
-from lsjax.evaluation.scoring import Score, Text, score, windows
+from lsjax.evaluation.scoring import Score, Text, score, shared_rows, windows
 from lsjax.model.llama import stacked
 
 
@@ -90,8 +90,37 @@ def test_few_programs(model, config):
     score(model, [Text([1] * 33, 1), Text([1] * 65, 64)], batch_size=3)
     score(model, [Text([1] * 33, 1)], batch_size=3)
     before = program._cache_size()
-    score(model, [Text([2] * n, c) for n in range(2, 66, 3) for c in {1, n - 1}], batch_size=3)
+    score(model, [Text([n] * n, c) for n in range(2, 66, 3) for c in {1, n - 1}], batch_size=3)
     assert program._cache_size() == before
+
+
+def test_what_begins_another_shares_its_row():
+    texts = [
+        Text([5, 6, 1], 1),
+        Text([5, 6, 2], 1),
+        Text([5, 6, 3, 4], 2),
+        Text([5, 7, 1], 2),
+        Text([5, 6, 2, 2], 1),
+        Text([5, 1], 1),
+    ]
+    rows = shared_rows(list(enumerate(texts)))
+    found = {tuple(row.inputs): sorted(index for index, _ in row.pieces) for row in rows}
+    assert found == {(5, 6, 3): [2], (5, 6, 2): [0, 1, 4, 5], (5, 7): [3]}
+    # A row of 32 inputs has room for 32 scored tokens.
+    rows = shared_rows([(n, Text([5, n], 1)) for n in range(40)])
+    assert [(list(row.inputs), row.count) for row in rows] == [([5], 32), ([5], 8)]
+
+
+def test_answers_to_one_question_share_a_pass(model, log_probs):
+    """Of one token, of several, and more of them than a row has room for."""
+    question = [9, 8, 7, 6]
+    texts = [Text([*question, n], 1) for n in range(70)]
+    texts += [Text([*question, n, n + 1, n], 3) for n in range(3)] + [Text(question, 2)]
+    of_TV = log_probs(question)[-1]
+    found = score(model, texts, batch_size=3)
+    np.testing.assert_allclose([one.log_prob for one in found[:70]], of_TV[-1, :70], rtol=1e-5)
+    assert [one.is_greedy for one in found[:70]] == [n == of_TV[-1].argmax() for n in range(70)]
+    assert_same(found[70:], [expected(log_probs, text, 4) for text in texts[70:]])
 
 
 def test_windows_by_hand():
