@@ -71,7 +71,8 @@ def loss_positions(
     scales_SB = jnp.ones(counts_SB.shape)
     order_SBT = jnp.broadcast_to(order_BT, (slots, *order_BT.shape))
     if slots > 1 and share < 1:
-        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), step), -1)
+        key = jax.random.fold_in(jax.random.key(config.seed), step)
+        key = jax.random.fold_in(key, 2**31 - 1)  # the layers below have layer dropout
 
         def draw(exit, row):
             row_key = jax.random.fold_in(jax.random.fold_in(key, exit), row)

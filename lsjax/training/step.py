@@ -64,7 +64,7 @@ def make_train_step(
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         num_labels = (batch["labels_BT"] >= 0).sum()
         (loss, sums_L), gradients = _gradients(config, state, batch, num_labels)
-        grad_norm = optax.global_norm(gradients)
+        grad_norm = optax.tree.norm(gradients)
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
         if config.optimizer.clip_norm is not None:
             shrink = jnp.minimum(1, config.optimizer.clip_norm / jnp.maximum(grad_norm, 1e-30))

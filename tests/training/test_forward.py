@@ -1,0 +1,108 @@
+"""The layers in training: dropout, segments, remat."""
+
+import dataclasses
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lsjax.config import EarlyExitConfig, LayerDropoutConfig, StepConfig
+from lsjax.model.rope import rope_angles
+from lsjax.training.layer_dropout import keep_mask
+from lsjax.training.objective import objective
+
+EXITS = EarlyExitConfig(curriculum="rotational", rotation=2, e_scale=0.5)
+PLAIN = StepConfig(num_steps=8, early_exit=EXITS)
+
+
+def dropping(**changes) -> StepConfig:
+    return StepConfig(num_steps=8, early_exit=EXITS, layer_dropout=LayerDropoutConfig(**changes))
+
+
+def assert_equal(found, expected):
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+def assert_close(found, expected, atol=1e-12):
+    jax.tree.map(partial(np.testing.assert_allclose, atol=atol), found, expected)
+
+
+@pytest.mark.parametrize("per_batch", [False, True])
+def test_rate_zero_is_no_dropout_bit_for_bit(small, packed, evaluate, per_batch):
+    """Here with masks, all of which keep."""
+    none = dropping(p_max=0.5, distribution="uniform", layers=(), per_batch=per_batch)
+    assert_equal(evaluate(none, small, packed, 1), evaluate(PLAIN, small, packed, 1))
+
+
+@pytest.mark.parametrize("changes", [dict(), dict(per_batch=True), dict(rescale=True)])
+def test_rate_one_is_the_model_without_the_layer(wide, packed, evaluate, changes):
+    last_only = StepConfig(num_steps=8)
+    config = StepConfig(
+        num_steps=8,
+        layer_dropout=LayerDropoutConfig(p_max=1.0, distribution="uniform", layers=(2,), **changes),
+    )
+    (loss, _), gradients = evaluate(config, wide, packed)
+    shorter = jax.tree.map(lambda leaf: leaf, wide)
+    shorter.layers = jax.tree.map(lambda leaf: jnp.delete(leaf, 2, axis=0), wide.layers)
+    shorter.config = dataclasses.replace(wide.config, num_layers=4)
+    (expected, _), expected_gradients = evaluate(last_only, shorter, packed)
+    np.testing.assert_allclose(loss, expected, rtol=1e-12)
+    for leaf in jax.tree.leaves(gradients.layers):
+        assert (leaf[2] == 0).all()
+    kept = jax.tree.map(lambda leaf: jnp.delete(leaf, 2, axis=0), gradients.layers)
+    assert_close(jax.tree.leaves(kept), jax.tree.leaves(expected_gradients.layers))
+
+
+@pytest.mark.parametrize("rescale", [False, True])
+def test_each_row_goes_without_the_layers_of_its_mask(wide, packed, evaluate, rescale):
+    """Against a loop over rows and layers."""
+    config = StepConfig(
+        num_steps=8,
+        seed=4,
+        layer_dropout=LayerDropoutConfig(p_max=0.5, distribution="uniform", rescale=rescale),
+    )
+    keep_LB = np.asarray(keep_mask(jnp.full(5, 0.5), 4, 3, jnp.arange(4)))
+    assert (keep_LB.any(1) & ~keep_LB.all(1)).sum() >= 3  # layers that rows differ in
+    batch = {name: jnp.asarray(array) for name, array in packed.items()}
+    x_BTD = wide.embed(batch["tokens_BT"])
+    rope = rope_angles(batch["positions_BT"], wide.config, x_BTD.dtype)
+    for index, keep_B in enumerate(keep_LB):
+        block = jax.tree.map(lambda leaf, index=index: leaf[index], wide.layers)
+        added_BTD = block(x_BTD, rope, batch["segments_BT"]) - x_BTD
+        x_BTD += keep_B[:, None, None] * added_BTD * (2 if rescale else 1)
+    logp_BTV = jax.nn.log_softmax(wide.unembed(x_BTD))
+    expected = -sum(
+        logp_BTV[row, at, packed["labels_BT"][row, at]]
+        for row, at in np.argwhere(packed["labels_BT"] >= 0)
+    )
+    (_, sums_L), _ = evaluate(config, wide, packed, 3)
+    np.testing.assert_allclose(sums_L[-1], expected, rtol=1e-12)
+
+
+def test_segments_never_see_one_another(small, packed):
+    """The gradient of a token's loss reaches the tokens of its own document up to it, no others."""
+    config = StepConfig(num_steps=1)
+    segments = packed["segments_BT"][0]
+
+    @jax.jit
+    def reach(labels_T):
+        batch = {name: jnp.asarray(array[:1]) for name, array in packed.items()}
+        # Each token is another one, so that the gradient of its embedding is that of the token.
+        batch |= {"tokens_BT": jnp.arange(9)[None], "labels_BT": labels_T[None]}
+        differentiated = jax.grad(partial(objective, config), has_aux=True)
+        gradient, _ = differentiated(small, batch, 0, jnp.arange(1), 1)
+        return jnp.abs(gradient.embedding[...]).max(1)[:9]
+
+    for at in (0, 2, 3, 4, 6, 8):
+        reached = np.asarray(reach(jnp.full(9, -1).at[at].set(5))) > 0
+        expected = (segments == segments[at]) & (np.arange(9) <= at)
+        np.testing.assert_array_equal(reached, expected)
+
+
+@pytest.mark.parametrize("remat", ["nothing_saveable", "dots_with_no_batch_dims_saveable"])
+def test_remat_changes_nothing(wide, packed, evaluate, remat):
+    plain = dropping(p_max=0.4, distribution="uniform")
+    again = dataclasses.replace(plain, remat=remat)
+    assert_close(evaluate(again, wide, packed, 1), evaluate(plain, wide, packed, 1))

@@ -1,0 +1,102 @@
+"""The chunked loss against plain log-softmax, value and gradients, in float64."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lsjax.model.llama import RMSNorm
+from lsjax.training import loss as module
+from lsjax.training.loss import Head, Positions, head_loss
+
+S, B, T, D, V = 3, 2, 11, 6, 13
+
+
+@pytest.fixture
+def wide():
+    with jax.enable_x64(True):
+        yield
+
+
+def example(dtype=jnp.float32):
+    """Hidden states of three slots, ragged labels, and other positions for each slot."""
+    keys = jax.random.split(jax.random.key(0), 6)
+    norm = RMSNorm(D, 1e-5, dtype)
+    norm.scale[...] = 1 + 0.3 * jax.random.normal(keys[0], D, dtype)
+    head = Head(norm, jax.random.normal(keys[1], (V, D), dtype))
+    x_SBTD = jax.random.normal(keys[2], (S, B, T, D), dtype)
+    labels_BT = jax.random.randint(keys[3], (B, T), 0, V)
+    order_SBT = jnp.argsort(jax.random.uniform(keys[4], (S, B, T)), axis=2)
+    counts_SB = jnp.array([[3, 0], [0, 0], [11, 7]])
+    scales_SB = jnp.array([[2.5, 9.0], [1.0, 1.0], [1.0, 1.0]])
+    weights_S = jnp.array([0.3, 0.5, 0.7])
+    return head, x_SBTD, labels_BT, Positions(order_SBT, counts_SB, scales_SB), weights_S
+
+
+def plain(target, z_loss, head, x_SBTD, labels_BT, positions, weights_S):
+    """The same with all logits at once."""
+    logits = head.norm(x_SBTD) @ head.table_VD.T
+    logp = jax.nn.log_softmax(logits)
+    loss_SBT = -jnp.take_along_axis(logp, labels_BT[None, :, :, None], 3)[..., 0]
+    if target == "final":
+        final = jax.lax.stop_gradient(logp[-1])
+        loss_SBT = loss_SBT.at[:-1].set((jnp.exp(final) * (final - logp[:-1])).sum(-1))
+    rank_SBT = jnp.argsort(positions.order_SBT, axis=2)
+    scale_SBT = (rank_SBT < positions.counts_SB[:, :, None]) * positions.scales_SB[:, :, None]
+    z_SBT = jnp.square(jax.nn.logsumexp(logits, axis=-1))
+    sums_S = (scale_SBT * loss_SBT).sum((1, 2))
+    return (weights_S * (scale_SBT * (loss_SBT + z_loss * z_SBT)).sum((1, 2))).sum(), sums_S
+
+
+@pytest.mark.parametrize(
+    "target, z_loss, chunk",
+    [("labels", 0.0, 1), ("labels", 0.1, 4), ("labels", 0.0, 100), ("final", 0.1, 3)],
+)
+def test_chunks_equal_all_logits_at_once(target, z_loss, chunk, wide, monkeypatch):
+    monkeypatch.setattr(module, "CHUNK_LOGITS", chunk * B * V)
+    head, x_SBTD, *rest = example(jnp.float64)
+
+    def compare(function):
+        def scaled(head, x_SBTD):
+            loss, sums_S = function(target, z_loss, head, x_SBTD, *rest)
+            return 1.7 * loss, sums_S
+
+        return jax.jit(jax.value_and_grad(scaled, argnums=(0, 1), has_aux=True))(head, x_SBTD)
+
+    found, expected = compare(head_loss), compare(plain)
+    assert found[0][0].dtype == jnp.float64
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-12), found, expected)
+
+
+@pytest.mark.parametrize("chunk", [3, 100])
+def test_no_array_holds_the_logits_of_more_than_a_chunk(chunk, monkeypatch):
+    monkeypatch.setattr(module, "CHUNK_LOGITS", chunk * B * V)
+    head, x_SBTD, *rest = example()
+    run = jax.value_and_grad(lambda *args: head_loss("labels", 0.0, *args)[0], argnums=(0, 1))
+    text = jax.jit(run).lower(head, x_SBTD, *rest).as_text()
+    assert (f"{B}x{T}x{V}xf32" in text) == (chunk >= T)
+    assert f"{S}x{B}x{T}x{V}x" not in text
+
+
+@pytest.mark.parametrize(
+    "batch, steps, vocab, expected",
+    [
+        (4, 256, 512, 256),
+        (8, 1024, 49_152, 79),  # at most 85 positions, so 13 chunks
+        (1, 1, 128_256, 1),
+        (512, 4096, 128_256, 1),
+    ],
+)
+def test_chunks_are_about_equal(batch, steps, vocab, expected):
+    assert module._chunk_steps(batch, steps, vocab) == expected
+
+
+def test_bfloat16_states_give_float32_sums_and_gradients_of_the_table():
+    head, x_SBTD, *rest = example()
+    run = jax.value_and_grad(lambda *args: head_loss("labels", 0.0, *args)[0], argnums=(0, 1))
+    loss, (head_gradient, x_gradient) = jax.jit(run)(head, x_SBTD.astype(jnp.bfloat16), *rest)
+    exact, (exact_gradient, _) = jax.jit(run)(head, x_SBTD, *rest)
+    assert loss.dtype == head_gradient.table_VD.dtype == jnp.float32
+    assert x_gradient.dtype == jnp.bfloat16
+    np.testing.assert_allclose(loss, exact, rtol=0.02)
+    np.testing.assert_allclose(head_gradient.table_VD, exact_gradient.table_VD, atol=0.2)
