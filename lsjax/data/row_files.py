@@ -1,6 +1,7 @@
 """Files with a row on each line, and the templates that make documents of rows."""
 
 import json
+import numbers
 import string
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -98,7 +99,7 @@ def fill(template: str, row: Mapping[str, Any], where: str) -> str:
         )
         value = row[field]
         value = value.decode(errors="replace") if isinstance(value, bytes) else value
-        good = isinstance(value, str | int | float) and not isinstance(value, bool)
+        good = isinstance(value, str | numbers.Real) and not isinstance(value, bool)
         check(good, f"{where}: {field} is {value!r:.40}, but must be a text or a number")
         parts.append(str(value))
     text = "".join(parts)

@@ -1,0 +1,70 @@
+"""TensorFlow data sets without TensorFlow, written here and read back."""
+
+import shutil
+import sys
+
+import pytest
+import tensorflow_datasets as tfds
+
+from lsjax.config import ConfigError, DataConfig
+from lsjax.data.documents import Document
+from lsjax.data.splits import SPLITS
+from lsjax.data.tfds_source import TfdsSource
+from tests.data import tiny_questions  # noqa: F401 (TFDS knows it from then on)
+
+PAIRS = dict(prompt_template="{question}", response_template=" {answer} ({number})")
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+    """Prepared by TFDS itself, as it is by the first use of a data set that downloads."""
+    folder = str(tmp_path_factory.mktemp("tfds"))
+    tfds.disable_progress_bar()
+    TfdsSource(config(folder), "train")
+    return folder
+
+
+def config(folder, name="tiny_questions", **rest):
+    return DataConfig(source="tfds", tfds_name=name, tfds_data_dir=folder, **(PAIRS | rest))
+
+
+def test_every_row_of_a_split_or_a_part_is_a_document(data_dir):
+    expected = {Document(f" It is {n + 1}. ({n})", f"What is {n} + 1?") for n in range(20)}
+    documents = list(TfdsSource(config(data_dir), "train").documents())
+    assert set(documents) == expected and len(documents) == 20
+    part = list(TfdsSource(config(data_dir), "train[:25%]").documents())
+    assert part == documents[:5]
+    assert "tensorflow" not in sys.modules
+
+
+def test_the_fingerprint_tells_parts_and_splits_apart(data_dir):
+    splits = (*SPLITS, "train[:25%]", "train")
+    prints = [TfdsSource(config(data_dir), split).fingerprint() for split in splits]
+    assert prints[0] == prints[3] and len(set(prints)) == 3
+
+
+def test_what_is_not_there_is_one_clear_line(data_dir):
+    cases = [
+        ("tiny_questions", "test", "has no split 'test' .* choose one of train, validation"),
+        ("tiny_questions", "train[:x]", "has no split .* or a part such as train"),
+        ("topv2", "train", "has no 'topv2': use source tsv with its files"),
+        ("human_eval", "train", "has no 'human_eval': use source jsonl"),
+        ("tiny_answers", "train", "check its spelling, or name the tfds_data_dir"),
+        ("tiny questions", "train", "tfds_name 'tiny questions': "),
+        ("by_hand", "train", "files that TFDS does not download: Get questions.zip from the lib"),
+    ]
+    for name, split, message in cases:
+        with pytest.raises(ConfigError, match=message) as error:
+            TfdsSource(config(data_dir, name), split)
+        assert "\n" not in str(error.value)
+    broken = config(data_dir, response_template="{reply}")
+    with pytest.raises(ConfigError, match="train, row 0 has no field 'reply', it has answer, numb"):
+        list(TfdsSource(broken, "train").documents())
+
+
+def test_a_data_set_that_only_tensorflow_reads_is_refused(data_dir, tmp_path):
+    shutil.copytree(data_dir, tmp_path, dirs_exist_ok=True)
+    info = next(tmp_path.glob("tiny_questions/*/dataset_info.json"))
+    info.write_text(info.read_text().replace("array_record", "tfrecord"))
+    with pytest.raises(ConfigError, match="was prepared as tfrecord, which only TensorFlow reads"):
+        TfdsSource(config(str(tmp_path)), "train")
