@@ -1,4 +1,4 @@
-"""Converts a checkpoint: a Hugging Face directory or a GGUF file into a Hugging Face directory.
+"""Converts a Hugging Face directory, a GGUF file or a training run into a Hugging Face directory.
 
 The result holds config.json, safetensors and the tokenizer, and is read by lsjax and by
 transformers. It appears under its name only when it is whole.
@@ -24,10 +24,11 @@ def convert(
     destination: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DESTINATION")],
     dtype: Literal["float32", "bfloat16", "float16"] = "float32",
 ) -> None:
-    """Converts a Hugging Face directory or a GGUF file into a Hugging Face directory.
+    """Converts a model of any kind into a Hugging Face directory.
 
     Args:
-        source: directory with config.json and safetensors, or a GGUF file; with its tokenizer.
+        source: directory with config.json and safetensors, GGUF file, or directory of a run
+            (RUN@200 and RUN@best are steps of it); with its tokenizer.
         destination: directory to write; new or empty.
         dtype: of the weights that are written. GGUF weights are dequantised in any case.
     """

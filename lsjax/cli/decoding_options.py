@@ -27,7 +27,8 @@ class Arguments:
     """Continues prompts with a Llama."""
 
     model: Path
-    """Hugging Face directory (config.json, safetensors, tokenizer) or .gguf file."""
+    """Hugging Face directory (config.json, safetensors, tokenizer), .gguf file, or directory of a
+    training run (RUN@200 and RUN@best are steps of it)."""
     prompt: str | None = None
     """Text to continue."""
     prompt_file: Path | None = None

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from lsjax.config import ConfigError, check
+from lsjax.config.run_path import split_step
 from lsjax.data.tokenizers import Tokenizer
 
 NAME = "token_counts.json"
@@ -77,6 +78,7 @@ def find_counts(model: Path, cache: Path, tokenizer: Tokenizer) -> Counter[int]:
 
     Raises ConfigError, with the command that makes them, where there are none.
     """
+    model, _ = split_step(model)
     candidates = [model / NAME] if model.is_dir() else []
     for file in (*candidates, cached_counts(cache, tokenizer)):
         if file.is_file():

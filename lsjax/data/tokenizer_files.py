@@ -9,6 +9,7 @@ from pathlib import Path
 
 import tokenizers
 
+from lsjax.config.run_path import split_step
 from lsjax.data.tokenizer_bpe import (
     added_token,
     all_merges,
@@ -37,7 +38,8 @@ LLAMA3_NAMED_SPECIALS = {  # offset from the first special token; all the others
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
     """Loads a tokenizer.json, a tokenizer.model (SentencePiece or tiktoken), a *.gguf, or a
-    directory with one of the first two.
+    directory with one of the first two, such as that of a training run (a step after its @ is
+    read over).
 
     Of both in one directory tokenizer.json wins: it is what transformers reads, and only it has
     tokens added later. But if the other is a SentencePiece model of the same size, that is taken:
@@ -47,7 +49,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     Raises:
       TokenizerError: missing, empty, truncated or unsuitable files.
     """
-    path = Path(path)
+    path, _ = split_step(path)
     try:
         return _load(path)
     except TokenizerError as error:

@@ -18,6 +18,7 @@ from jax.sharding import Mesh, Sharding
 from jaxtyping import Array
 
 from lsjax.config import LlamaConfig
+from lsjax.config.run_path import split_step
 from lsjax.model.llama import Llama
 from lsjax.model.parts import Index, Part, model_parts
 from lsjax.sharding import sharding_of
@@ -45,6 +46,18 @@ class TensorSource(Protocol):
         ...
 
 
+@runtime_checkable
+class ModelSource(Protocol):
+    """An opened checkpoint that holds a model's own parameters (run_directory.py)."""
+
+    path: Path
+    config: LlamaConfig
+
+    def assemble(self, *, dtype: Any, track: "Track", mesh: Mesh | None) -> Llama:
+        """See `assemble`."""
+        ...
+
+
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 # Constants that transformers < 4.32 and llama.cpp store beside the weights.
 _DERIVED = re.compile(r"(.*\.)?(rotary_emb\.inv_freq|attn_rot_embd\.weight|rope_freqs\.weight)")
@@ -55,10 +68,11 @@ Track = Callable[[Sequence[Any]], Iterable[Any]]  # hands a sequence on, and may
 def load(
     path: str | Path, *, dtype: Any = None, track: Track = iter, mesh: Mesh | None = None
 ) -> Llama:
-    """The model in a Hugging Face directory or a GGUF file, with a Block per layer.
+    """The model in a Hugging Face directory, a GGUF file or a training run, with a Block per layer.
 
     Args:
-        path: the directory, or the file.
+        path: the directory, or the file. Of a run it is the newest step that is whole;
+            "run@200" is step 200, "run@best" the one with the lowest held-out loss.
         dtype: of the parameters, whatever the file has; float32 if not given.
         track: wraps the sequence of parameters that is walked, for a progress bar.
         mesh: the devices to spread the parameters over (lsjax/sharding.py); one by default.
@@ -69,15 +83,16 @@ def load(
     return assemble(open_source(path), dtype=dtype, track=track, mesh=mesh)
 
 
-def open_source(path: str | Path) -> TensorSource:
-    """Opens a checkpoint of either format and checks all but the numbers in it."""
+def open_source(path: str | Path) -> TensorSource | ModelSource:
+    """Opens a checkpoint of any kind and checks all but the numbers in it."""
     # Here, because the formats import this module.
     from lsjax.model.gguf import GGUFSource
     from lsjax.model.huggingface import HuggingFaceSource
+    from lsjax.model.run_directory import RunSource, is_run
 
-    path = Path(path)
+    path, step = split_step(path)
     if path.is_dir():
-        return HuggingFaceSource(path)
+        return RunSource(path, step) if is_run(path) else HuggingFaceSource(path)
     if not path.exists():
         raise CheckpointError(f"{path}: does not exist: give an existing directory or GGUF file")
     with path.open("rb") as file:
@@ -98,12 +113,18 @@ def open_source(path: str | Path) -> TensorSource:
 
 
 def assemble(
-    source: TensorSource, *, dtype: Any, track: Track = iter, mesh: Mesh | None = None
+    source: TensorSource | ModelSource,
+    *,
+    dtype: Any,
+    track: Track = iter,
+    mesh: Mesh | None = None,
 ) -> Llama:
     """Builds the model parameter by parameter, each straight in its dtype and where it belongs.
 
-    The host holds one shard of one parameter at a time, and reads each once.
+    Of a file with tensors the host holds one shard of one parameter at a time, and reads each once.
     """
+    if not isinstance(source, TensorSource):
+        return source.assemble(dtype=dtype, track=track, mesh=mesh)
     config, shapes, dtype = source.config, source.shapes, jnp.dtype(dtype)
     if config.num_layers > len(shapes):  # before a model of that many layers is laid out
         raise CheckpointError(

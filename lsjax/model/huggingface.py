@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lsjax.config import ConfigError, LlamaConfig, RopeScaling
+from lsjax.config.run_path import split_step
 from lsjax.model.checkpoint import CheckpointError, Track, take
 from lsjax.model.llama import Llama, unstacked
 from lsjax.model.safetensors_files import read_entries, read_json, write_json, write_weights
@@ -33,7 +34,7 @@ def read_generation_defaults(path: str | Path) -> GenerationDefaults:
     Raises:
         CheckpointError: a file that is not JSON, or a value that is not a number of at least 1.
     """
-    path, found = Path(path), {}
+    path, found = split_step(path)[0], {}
     names = {"exit_layer": "assistant_early_exit", "num_draft_tokens": "num_assistant_tokens"}
     for file in (path / "generation_config.json", path / "config.json"):
         raw = read_json(file) if file.is_file() else {}

@@ -1,0 +1,141 @@
+"""The directory of a training run, and the model in it.
+
+    config.json     the run's configuration, with the model's shape (lsjax/config/json_form.py)
+    tokenizer.*     the tokenizer's files; generation_config.json, token_counts.json if there are
+    metrics.jsonl   a line of figures for each logged step
+    checkpoints/    the saved steps (saved_steps.py)
+
+A run is a model like any other: the newest of its steps that is whole, or the one that follows an
+@ in its path. Nothing of training is imported to load it.
+"""
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
+from jaxtyping import Array
+
+from lsjax.config import LlamaConfig, TrainConfig, check
+from lsjax.config.json_form import from_json, versioned, without_version
+from lsjax.model.checkpoint import CheckpointError, Track, named_parameters
+from lsjax.model.llama import Llama
+from lsjax.model.plain import NAMES
+from lsjax.model.safetensors_files import read_json, write_json
+from lsjax.model.saved_steps import PARAMS, SavedStep, best_first, first_good, saved_steps
+from lsjax.sharding import sharding_of
+
+if TYPE_CHECKING:
+    from lsjax.data.tokenizers import Tokenizer
+
+CONFIG, CHECKPOINTS = "config.json", "checkpoints"
+
+
+def is_run(directory: Path) -> bool:
+    """Whether a training run has begun in this directory."""
+    file = directory / CONFIG
+    return file.is_file() and {"version", "model"} <= read_json(file).keys()
+
+
+def begin_run(directory: Path, config: TrainConfig, tokenizer: "Tokenizer") -> None:
+    """Writes what a run's directory has from the start, for a config whose model is known.
+
+    config.json comes last: where it is, the rest is.
+    Raises ConfigError where tokenizer and model do not fit, or the directory holds another model.
+    """
+    assert config.model is not None
+    size, rows = tokenizer.vocab_size, config.model.vocab_size
+    check(
+        size <= rows < 2 * size,
+        f"the tokenizer has {size} tokens, but the model's vocabulary is {rows}: choose another "
+        "data.tokenizer, or set model.vocab_size (a little more than the tokenizer has is fine)",
+    )
+    file = directory / CONFIG
+    check(
+        not file.exists() or is_run(directory),
+        f"{directory} holds another model: choose a new directory",
+    )
+    directory.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(directory)
+    partial = file.with_name(f".{CONFIG}.partial")
+    write_json(partial, versioned(config))
+    partial.replace(file)
+
+
+def read_config(directory: Path) -> TrainConfig:
+    """The configuration of the run in a directory; raises ConfigError for what is none."""
+    file = directory / CONFIG
+    return from_json(TrainConfig, without_version(read_json(file), str(file)), str(file))
+
+
+class RunSource:
+    """A run that is opened as a model: its shape is known, nothing large has been read."""
+
+    def __init__(self, directory: Path, step: int | str | None = None):
+        self.path = directory
+        file = directory / CONFIG
+        # The rest of the config may be of another version's training.
+        shape = without_version(read_json(file), str(file))["model"]
+        self.config = from_json(LlamaConfig, shape, f"{file}: model")
+        self._best = step == "best"
+        self._steps = saved_steps(directory / CHECKPOINTS)
+        if not self._steps:
+            raise CheckpointError(f"{directory}: has no saved step yet: wait for the first one")
+        if isinstance(step, int):
+            numbers = ", ".join(str(saved.number) for saved in reversed(self._steps))
+            self._steps = [saved for saved in self._steps if saved.number == step]
+            if not self._steps:
+                raise CheckpointError(f"{directory}: has no step {step}: there are {numbers}")
+
+    def assemble(self, *, dtype: Any, track: Track, mesh: Mesh | None) -> Llama:
+        """The model of the first step that is whole, with a Block per layer.
+
+        Raises CheckpointError where there is none, or where a value does not fit the dtype.
+        """
+
+        def read(step: SavedStep) -> Llama:
+            return _assemble(step, self.config, jnp.dtype(dtype), track, mesh)
+
+        return first_good(best_first(self._steps) if self._best else self._steps, read)[0]
+
+
+def _assemble(
+    step: SavedStep, config: LlamaConfig, dtype: jnp.dtype, track: Track, mesh: Mesh | None
+) -> Llama:
+    """One stacked parameter after the other is read and shared out among the layers, so that no
+    more than one is there twice."""
+    model = jax.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0), dtype=dtype))
+    parameters, structure = named_parameters(model)
+    together: dict[str, list[str]] = {}  # path in a stacked model -> paths here
+    for path in parameters:
+        together.setdefault(re.sub(r"^layers\.\d+\.", "layers.", path), []).append(path)
+    saved = step.meta["arrays"][PARAMS]
+    strange = saved.keys() - {NAMES[path] for path in together}
+    if strange:
+        raise CheckpointError(
+            f"{step.directory / PARAMS}: {min(strange)} has no place in this Llama: the config is "
+            "of another model"
+        )
+    arrays: dict[str, Array] = {}
+    for stacked_path, paths in track(list(together.items())):
+        name, shape = NAMES[stacked_path], parameters[paths[0]].shape
+        is_stacked = stacked_path != paths[0]
+        if is_stacked:
+            shape = (len(paths), *shape)
+        sharding = None if mesh is None else sharding_of(stacked_path, shape, mesh)
+        stored = saved[name]["dtype"] if name in saved else dtype
+        want = jax.ShapeDtypeStruct(shape, stored, sharding=sharding)
+        leaf = step.read(PARAMS, {name: want})[name]
+        if not jnp.isfinite(leaf.astype(dtype)).all():
+            fault = "too large for it" if jnp.isfinite(leaf).all() else "NaN or infinite"
+            where = f"{step.directory / PARAMS}: {name}"
+            raise CheckpointError(f"{where} as {dtype.name} has values that are {fault}")
+        for path, part in zip(paths, leaf if is_stacked else [leaf], strict=True):
+            part = part.astype(dtype)
+            arrays[path] = (
+                part if mesh is None else jax.device_put(part, sharding_of(path, part.shape, mesh))
+            )
+    return jax.tree.unflatten(structure, [nnx.Param(arrays[path]) for path in parameters])

@@ -1,0 +1,181 @@
+"""Saving a training run, and going on with it.
+
+A step is written in the background, under another name until it is complete. What is on disk, and
+how damage to it is found, is in lsjax/model/saved_steps.py.
+"""
+
+import math
+import platform
+import shutil
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+from jax.experimental.multihost_utils import sync_global_devices
+
+from lsjax.config import CheckpointConfig, TrainConfig
+from lsjax.config.json_form import to_json
+from lsjax.model.checkpoint import CheckpointError
+from lsjax.model.plain import from_named, named_leaves, nested
+from lsjax.model.saved_steps import (
+    META,
+    PARAMS,
+    TRAIN,
+    DamagedStep,
+    Report,
+    SavedStep,
+    described,
+    first_good,
+    log,
+    saved_steps,
+    sealed,
+)
+from lsjax.training.step import TrainState
+
+_MODEL = "model."  # what names of parameters begin with in a state
+_PACKAGES = ("lsjax", "jax", "flax", "optax", "orbax-checkpoint", "numpy")
+
+
+class Restored(NamedTuple):
+    """A run as it was saved."""
+
+    state: TrainState
+    step: int
+    data: dict[str, Any]  # position in the data
+
+
+class Checkpoints:
+    """The saved steps of one run. Leaving its context waits for the last one to be written.
+
+    report: is told of each damaged step, in one line.
+    """
+
+    def __init__(self, directory: Path, config: CheckpointConfig, report: Report = log.warning):
+        self._directory, self._config, self._report = directory.absolute(), config, report
+        self._manager: Any = None
+        self._losses: dict[int, float | None] = {}
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self._manager is not None:
+            self._manager.close()
+
+    def restore(self, like: TrainState) -> Restored | None:
+        """The newest step that is whole; None where nothing has been saved yet.
+
+        Newer ones, which are damaged, are put aside as 80.damaged: they are saved anew.
+
+        like: the state's shapes (`jax.eval_shape`), with shardings where there is a mesh.
+        Raises CheckpointError where no step is whole, or what was saved is of another shape.
+        """
+        wanted = _items(named_leaves(like))
+
+        def read(step: SavedStep) -> Restored:
+            for item, leaves in wanted.items():
+                strange = step.meta["arrays"][item].keys() - leaves.keys()
+                if strange:
+                    raise CheckpointError(
+                        f"{step.directory / item}: {min(strange)} has no place in this run's "
+                        "state: it is of another model or optimizer"
+                    )
+            params, train = (step.read(item, leaves) for item, leaves in wanted.items())
+            leaves = {_MODEL + name: leaf for name, leaf in params.items()} | train
+            return Restored(from_named(leaves, like), step.number, step.meta["data"])
+
+        found = first_good(saved_steps(self._directory), read, self._report)
+        if found is None:
+            return None
+        restored, damaged = found
+        self._put_aside(damaged)
+        return restored
+
+    def save(
+        self,
+        state: TrainState,
+        *,
+        step: int,
+        config: TrainConfig,
+        data: Mapping[str, Any],
+        metrics: Mapping[str, Any] | None = None,
+        loss: float | None = None,
+    ) -> None:
+        """Begins to save the state after `step` steps; waits for the save before it, if that is
+        still being written. Does nothing where this step is saved already.
+
+        data, metrics: position in the data, and what the step was measured to be, as JSON has them.
+        loss: held out, if this step was evaluated; the best steps are kept by it.
+        Raises what writing the save before it raised.
+        """
+        manager = self._open()
+        if step in manager.all_steps():
+            return
+        import orbax.checkpoint as ocp
+
+        items = _items(named_leaves(state))
+        loss = loss if loss is not None and math.isfinite(loss) else None
+        meta = {
+            "config": to_json(config),
+            "data": data,
+            "metrics": metrics,
+            "loss": loss,
+            "arrays": described(items),
+            "versions": {"python": platform.python_version()}
+            | {name: version(name) for name in _PACKAGES},
+        }
+        self._losses[step] = loss
+        arrays = {item: ocp.args.StandardSave(nested(leaves)) for item, leaves in items.items()}
+        args = ocp.args.Composite(**arrays, **{META: ocp.args.JsonSave(sealed(meta))})
+        manager.save(step, args=args, force=True)
+
+    def wait(self) -> None:
+        """Until the last step is on disk; raises what writing it raised."""
+        if self._manager is not None:
+            self._manager.wait_until_finished()
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        """Orbax's question which of the steps to keep, in the order of their numbers."""
+        steps = [checkpoint.step for checkpoint in checkpoints]
+        scored = [step for step in steps if self._losses.get(step) is not None]
+        best = sorted(scored, key=lambda step: (self._losses[step], -step))
+        kept = {*steps[-self._config.keep_last :], *best[: self._config.keep_best]}
+        return [step in kept for step in steps]
+
+    def _open(self) -> Any:
+        if self._manager is None:
+            import orbax.checkpoint as ocp
+
+            for step in saved_steps(self._directory):
+                try:
+                    self._losses[step.number] = step.meta["loss"]
+                except DamagedStep:
+                    self._losses[step.number] = None
+            options = ocp.CheckpointManagerOptions(
+                preservation_policy=self,
+                cleanup_tmp_directories=True,  # what a killed program left
+                save_root_metadata=False,
+                lightweight_initialize=True,
+            )
+            self._manager = ocp.CheckpointManager(self._directory, options=options)
+        return self._manager
+
+    def _put_aside(self, damaged: Sequence[SavedStep]) -> None:
+        if damaged and jax.process_index() == 0:
+            for step in damaged:
+                aside = step.directory.with_name(f"{step.number}.damaged")
+                shutil.rmtree(aside, ignore_errors=True)
+                step.directory.rename(aside)
+        if damaged and jax.process_count() > 1:
+            sync_global_devices("damaged steps are put aside")
+
+
+def _items(leaves: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Leaves of a state, parameters by themselves."""
+    params = {
+        name.removeprefix(_MODEL): leaf for name, leaf in leaves.items() if name.startswith(_MODEL)
+    }
+    train = {name: leaf for name, leaf in leaves.items() if not name.startswith(_MODEL)}
+    return {PARAMS: params, TRAIN: train}
