@@ -37,7 +37,7 @@ from lsjax.data.chat import chat_prompt
 from lsjax.data.tokenizer_files import load_tokenizer
 from lsjax.decoding.completion import Completion
 from lsjax.decoding.engine import Engine
-from lsjax.decoding.request import Request, check_settings, encode_prompt
+from lsjax.decoding.request import Request, check_settings, check_stop_ids, encode_prompt
 from lsjax.decoding.state import Strategy
 from lsjax.model.checkpoint import assemble, open_source
 from lsjax.model.llama import stacked
@@ -80,6 +80,7 @@ def decode(arguments: Arguments) -> None:
     )
 
     def encode(request: Request) -> list[int]:
+        check_stop_ids(request, source.config)
         ids = prompt_ids(tokenizer, request.prompt, arguments)
         limits = dict(max_new_tokens=request.max_new_tokens, max_length=max_length)
         return encode_prompt(ids, tokenizer, source.config, **limits)

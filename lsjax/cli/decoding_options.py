@@ -173,7 +173,9 @@ def choose_requests(arguments: Arguments) -> list[Request]:
     Raises ConfigError for a number out of its range, and for one that greedy decoding ignores.
     """
     default = default_request(arguments)
-    requests = read_requests(arguments.prompt, arguments.prompt_file, default)
+    requests = read_requests(
+        arguments.prompt, arguments.prompt_file, default, arguments.num_samples
+    )
     if all(request.sampling.temperature == 0 for request in requests):
         plain = {"top_k": 0, "top_p": 1.0, "min_p": 0.0, "num_samples": 1, "seed": 0}
         for name, value in plain.items():
@@ -182,11 +184,4 @@ def choose_requests(arguments: Arguments) -> list[Request]:
                 f"--{name.replace('_', '-')} means nothing to greedy decoding: choose a "
                 "--temperature above 0",
             )
-    texts = []
-    for request in requests:
-        for sample in range(arguments.num_samples):
-            own = request.sampling.seed != default.sampling.seed
-            seed = request.sampling.seed + (sample if own else len(texts))
-            sampling = dataclasses.replace(request.sampling, seed=seed)
-            texts.append(dataclasses.replace(request, sampling=sampling))
-    return texts
+    return requests

@@ -27,13 +27,23 @@ def read_prompts(prompt: str | None, file: Path | None) -> list[str]:
     return [text for text, _, _ in _read(prompt, file)]
 
 
-def read_requests(prompt: str | None, file: Path | None, default: Request) -> list[Request]:
-    """The same as requests: `default` with the prompt, and with what an object of a .jsonl file
-    says of its own (OPTIONS).
+def read_requests(
+    prompt: str | None, file: Path | None, default: Request, num_samples: int = 1
+) -> list[Request]:
+    """The same as requests, `num_samples` for each prompt: `default` with the prompt, and with what
+    an object of a .jsonl file says of its own (OPTIONS).
+
+    Text number i of all has the seed of `default` + i; where an object has a seed of its own, its
+    texts count from that.
 
     Raises ConfigError with file and line.
     """
-    return [_request(text, row, where, default) for text, row, where in _read(prompt, file)]
+    requests: list[Request] = []
+    for text, row, where in _read(prompt, file):
+        for sample in range(num_samples):
+            number = len(requests) if row.get("seed") is None else sample
+            requests.append(_request(text, row, where, default, number))
+    return requests
 
 
 def _read(prompt: str | None, file: Path | None) -> list[tuple[str, dict, str]]:
@@ -85,8 +95,8 @@ def _from_line(line: str, where: str) -> tuple[str, dict, str]:
     raise ConfigError(f'{where} is no object with a text under "prompt": write {{"prompt": "..."}}')
 
 
-def _request(prompt: str, row: dict, where: str, default: Request) -> Request:
-    given = {}
+def _request(prompt: str, row: dict, where: str, default: Request, number: int) -> Request:
+    given: dict[str, Any] = {}
     for name, kind in OPTIONS.items():
         if (value := row.get(name)) is None:
             continue
@@ -99,13 +109,12 @@ def _request(prompt: str, row: dict, where: str, default: Request) -> Request:
             + (" or a list of such" if several else ""),
         )
         given[name] = tuple(values) if several else kind(value)
-    own = {field.name for field in dataclasses.fields(Sampling)}
+    given["seed"] = given.get("seed", default.sampling.seed) + number
+    names = {field.name for field in dataclasses.fields(Sampling)}
     try:
-        sampling = dataclasses.replace(
-            default.sampling, **{name: value for name, value in given.items() if name in own}
-        )
-        rest = {name: value for name, value in given.items() if name not in own}
-        return dataclasses.replace(default, prompt=prompt, sampling=sampling, **rest)
+        sampling = {name: given.pop(name) for name in names & given.keys()}
+        sampling = dataclasses.replace(default.sampling, **sampling)
+        return dataclasses.replace(default, prompt=prompt, sampling=sampling, **given)
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from None
 

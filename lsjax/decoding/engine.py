@@ -10,7 +10,7 @@ from lsjax.decoding.autoregressive import Autoregressive
 from lsjax.decoding.completion import Completion
 from lsjax.decoding.conversation import Conversation
 from lsjax.decoding.programs import Programs
-from lsjax.decoding.request import Request, check_settings, encode_prompt
+from lsjax.decoding.request import Request, check_settings, check_stop_ids, encode_prompt
 from lsjax.decoding.run import Run, Update
 from lsjax.decoding.sampling import GREEDY, Sampling
 from lsjax.decoding.state import Strategy
@@ -135,7 +135,7 @@ class Engine:
         sampling: of every prompt, or one for each. options: the other fields of `Request`.
         on_completion: called with index and completion as each one ends.
 
-        Raises ConfigError for what `Request` and `encode_prompt` refuse.
+        Raises ConfigError for what `Request`, `check_stop_ids` and `encode_prompt` refuse.
         """
         samplings = [sampling] * len(prompts) if isinstance(sampling, Sampling) else list(sampling)
         check(
@@ -195,4 +195,5 @@ class Engine:
         if not isinstance(prompt, Request):
             options = {k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}
             prompt = Request(prompt=prompt, **options)
+        check_stop_ids(prompt, self.model.config)
         return prompt, self.encode(prompt.prompt, prompt.max_new_tokens)

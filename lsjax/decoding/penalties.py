@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from lsjax.decoding.sampling import Sampling
+from lsjax.decoding.sampling import Sampling, as_array
 
 
 @jax.tree_util.register_dataclass
@@ -31,8 +31,8 @@ class Penalties:
         if not any(row.repeats for row in (rows if among is None else among)):
             return None
         return cls(
-            repetition_B=jnp.asarray([row.repetition_penalty for row in rows], jnp.float32),
-            ngram_B=jnp.asarray([row.no_repeat_ngram for row in rows], jnp.int32),
+            repetition_B=as_array([row.repetition_penalty for row in rows], jnp.float32),
+            ngram_B=as_array([row.no_repeat_ngram for row in rows], jnp.int32),
         )
 
     def apply(
@@ -68,13 +68,19 @@ class Penalties:
         """Whether the history's token s, said again at the position, would complete an n-gram that
         ends in slot s: whether the n - 1 tokens before both are the same."""
         slots = jnp.arange(history_BS.shape[1])
+        ngram_B11 = self.ngram_B[:, None, None]
 
-        def further(k, same_BTS):
+        def undecided(carry):  # however long the n-gram, few steps
+            k, same_BTS = carry
+            return (same_BTS & (k < ngram_B11)).any()
+
+        def further(carry):
+            k, same_BTS = carry
             before_BS = jnp.where(slots >= k, jnp.roll(history_BS, k, axis=1), -1)
             last_BT = jnp.take_along_axis(history_BS, jnp.maximum(position_BT - k, 0), axis=1)
             last_BT = jnp.where(position_BT >= k, last_BT, -2)
             equal_BTS = before_BS[:, None] == last_BT[..., None]
-            return same_BTS & (equal_BTS | (k >= self.ngram_B)[:, None, None])
+            return k + 1, same_BTS & (equal_BTS | (k >= ngram_B11))
 
-        on_BTS = (self.ngram_B > 0)[:, None, None] & (slots < position_BT[..., None])
-        return lax.fori_loop(1, self.ngram_B.max(), further, on_BTS)
+        on_BTS = (ngram_B11 > 0) & (slots < position_BT[..., None])
+        return lax.while_loop(undecided, further, (1, on_BTS))[1]

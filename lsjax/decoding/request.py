@@ -37,6 +37,15 @@ class Request:
         )
 
 
+def check_stop_ids(request: Request, config: LlamaConfig) -> None:
+    """Raises ConfigError for stop ids that the model does not have."""
+    check(
+        max(request.stop_ids, default=0) < config.vocab_size,
+        f"stop ids {list(request.stop_ids)} are not all in the vocabulary of {config.vocab_size}: "
+        f"give ids in 0..{config.vocab_size - 1}",
+    )
+
+
 def check_settings(
     config: LlamaConfig,
     tokenizer: Tokenizer,

@@ -213,12 +213,19 @@ class Run:
         """A state of these requests and ids, None for a row that has ended from the start; it fits
         the programs for all that is asked."""
         engine, requests = self._engine, [request for request, _ in self._asked]
-        own = [] if engine.ignore_end else list(engine.tokenizer.eos_ids)
-        room = max(1, *(len(own) + len(request.stop_ids) for request in requests))
+        vocab = engine.model.config.vocab_size
+        # A tokenizer may name ends that the model does not have: nothing ends there.
+        own = () if engine.ignore_end else engine.tokenizer.eos_ids
+        own = [token for token in own if 0 <= token < vocab]
+
+        def ends(request: Request) -> list[int]:
+            return list(dict.fromkeys([*own, *request.stop_ids]))
+
+        room = max(1, *(len(ends(request)) for request in requests))
         room = -(-room // STOP_IDS) * STOP_IDS
         filler = (Request(prompt=(), max_new_tokens=0), [0])
         rows = [filler if row is None else row for row in rows]
-        stop_ids = [own + list(request.stop_ids) for request, _ in rows]
+        stop_ids = [ends(request) for request, _ in rows]
         return DecodeState.create(
             engine.model.config,
             [ids for _, ids in rows],

@@ -15,7 +15,8 @@ from enum import IntEnum
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int, UInt32
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Int, Shaped, UInt32
 
 from lsjax.config import check
 from lsjax.sharding import constrain
@@ -64,7 +65,10 @@ class Sampling:
         check(self.top_k >= 0, f"top_k {self.top_k} is below 0: choose 0 for all tokens, or more")
         check(0 < self.top_p <= 1, f"top_p {self.top_p} is not in (0, 1]: choose 1 for all tokens")
         check(0 <= self.min_p <= 1, f"min_p {self.min_p} is not in [0, 1]: choose 0 for all tokens")
-        check(0 <= self.seed < 2**32, f"seed {self.seed} is not in 0..{2**32 - 1}: choose another")
+        check(
+            isinstance(self.seed, int) and 0 <= self.seed < 2**32,
+            f"seed {self.seed} is not in 0..{2**32 - 1}: choose a whole number there",
+        )
         check(
             1 <= self.repetition_penalty < float("inf"),
             f"repetition_penalty {self.repetition_penalty} is not a number of 1 or more: 1 is none",
@@ -106,10 +110,10 @@ class Draws:
         if all(row.temperature == 0 for row in among):
             return None
         return cls(
-            **{
-                f"{name}_B": jnp.asarray([getattr(row, name) for row in rows])
-                for name in ("temperature", "top_k", "top_p", "min_p")
-            },
+            temperature_B=as_array([row.temperature for row in rows], jnp.float32),
+            top_k_B=as_array([row.top_k for row in rows], jnp.int32),
+            top_p_B=as_array([row.top_p for row in rows], jnp.float32),
+            min_p_B=as_array([row.min_p for row in rows], jnp.float32),
             key_B2=jnp.stack([jax.random.key_data(jax.random.key(row.seed)) for row in rows]),
             filters=frozenset(
                 name
@@ -175,6 +179,16 @@ class Draws:
         return jax.vmap(
             lambda key, position: jax.random.fold_in(jax.random.fold_in(key, position), purpose)
         )(keys_B, position_B)
+
+
+def as_array(numbers: Sequence[float], dtype: DTypeLike) -> Shaped[Array, " B"]:
+    """The numbers, none below 0, as an array of this type: one that is beyond the type's range or
+    too close to 0 for it becomes the next that it has."""
+    if jnp.issubdtype(dtype, jnp.integer):
+        smallest, largest = 1, jnp.iinfo(dtype).max
+    else:
+        smallest, largest = float(jnp.finfo(dtype).tiny), float(jnp.finfo(dtype).max)
+    return jnp.asarray([n and min(max(n, smallest), largest) for n in numbers], dtype)
 
 
 def likeliest(logits: Float[Array, "*any V"]) -> Int[Array, "*any"]:

@@ -1,11 +1,14 @@
-"""Prompts from files."""
+"""Prompts from files, and requests with settings of their own."""
 
+import json
 import re
 
 import pytest
 
-from lsjax.cli.prompts import read_prompts
+from lsjax.cli.prompts import read_prompts, read_requests
 from lsjax.config import ConfigError
+from lsjax.decoding.request import Request
+from lsjax.decoding.sampling import Sampling
 
 
 @pytest.mark.parametrize(
@@ -75,3 +78,91 @@ def test_one_source_of_prompts(tmp_path, prompt, both):
 def test_refuses_an_empty_prompt():
     with pytest.raises(ConfigError, match="--prompt is an empty prompt"):
         read_prompts("", None)
+
+
+DEFAULT = Request(
+    prompt="",
+    max_new_tokens=9,
+    stop=("x",),
+    stop_ids=(5,),
+    sampling=Sampling(temperature=0.5, top_k=4, seed=40),
+    log_probs=True,
+)
+
+
+def requests_of(tmp_path, *rows, num_samples=1):
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return read_requests(None, tmp_path / "p.jsonl", DEFAULT, num_samples)
+
+
+def test_an_object_says_what_is_its_own(tmp_path):
+    """Each option there, the rest by default; one stop or a list of them, which may be empty."""
+    numbers = dict(temperature=1, top_k=7, top_p=0.9, min_p=0.1, seed=3)
+    repeats = dict(repetition_penalty=1.5, no_repeat_ngram=2)
+    ends = dict(max_new_tokens=3, stop="end", stop_ids=7)
+    found = requests_of(
+        tmp_path,
+        {"prompt": "a"} | numbers | repeats | ends,
+        {"prompt": "b", "stop": ["y", "z"], "stop_ids": [1, 2], "reference": "left alone"},
+        {"turns": ["c", "d"], "stop": [], "temperature": 0, "top_p": None},
+    )
+    assert found[0] == Request(
+        prompt="a",
+        max_new_tokens=3,
+        stop=("end",),
+        stop_ids=(7,),
+        sampling=Sampling(**numbers, **repeats),
+        log_probs=True,
+    )
+    assert found[1] == Request(
+        prompt="b",
+        max_new_tokens=9,
+        stop=("y", "z"),
+        stop_ids=(1, 2),
+        sampling=Sampling(temperature=0.5, top_k=4, seed=41),
+        log_probs=True,
+    )
+    assert (found[2].prompt, found[2].stop, found[2].stop_ids) == ("c", (), (5,))
+    assert found[2].sampling == Sampling(temperature=0, top_k=4, seed=42)
+
+
+def test_seeds(tmp_path):
+    """They count over all texts; one of an object's own holds, also where it is the default."""
+    rows = [
+        {"prompt": "a"},
+        {"prompt": "b", "seed": 40},
+        {"prompt": "c", "seed": 0},
+        {"prompt": "d"},
+    ]
+    assert [r.sampling.seed for r in requests_of(tmp_path, *rows)] == [40, 40, 0, 43]
+    found = requests_of(tmp_path, *rows, num_samples=2)
+    assert [r.prompt for r in found] == list("aabbccdd")
+    assert [r.sampling.seed for r in found] == [40, 41, 40, 41, 0, 1, 46, 47]
+    alone = read_requests("a", None, DEFAULT, 3)
+    assert [r.sampling.seed for r in alone] == [40, 41, 42]
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"temperature": "hot"}, 'temperature is "hot", but must be float'),
+        ({"temperature": True}, "temperature is true, but must be float"),
+        ({"temperature": -1}, "temperature -1.0 is not a number of 0 or more"),
+        ({"temperature": float("nan")}, "temperature nan is not"),
+        ({"top_k": 1.5}, "top_k is 1.5, but must be int"),
+        ({"top_p": [0.5]}, "top_p is [0.5], but must be float"),
+        ({"max_new_tokens": "9"}, 'max_new_tokens is "9", but must be int'),
+        ({"seed": 2**32}, "seed 4294967296 is not in 0..4294967295"),
+        ({"seed": -1}, "seed -1 is not in"),
+        ({"stop": 3}, "stop is 3, but must be str or a list of such"),
+        ({"stop": ["a", 3]}, 'stop is ["a", 3], but must be str or a list'),
+        ({"stop": ["a", ""]}, "a stop string is empty"),
+        ({"stop_ids": ["a"]}, 'stop_ids is ["a"], but must be int or a list of such'),
+        ({"stop_ids": -2}, "stop ids [-2] are not all 0 or more"),
+        ({"no_repeat_ngram": -2}, "no_repeat_ngram -2 is below 0"),
+    ],
+)
+def test_options_are_refused_with_file_and_line(tmp_path, options, words):
+    with pytest.raises(ConfigError) as error:
+        requests_of(tmp_path, {"prompt": "a"}, {"prompt": "b"} | options)
+    assert str(error.value).startswith(f"{tmp_path / 'p.jsonl'}, line 2: {words}")

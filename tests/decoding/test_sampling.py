@@ -81,6 +81,29 @@ def test_ties_with_the_last_one_stay():
     assert np.isfinite(equal).all()
 
 
+@pytest.mark.parametrize("number, nearest", [(1e-60, 1e-37), (1e60, 1e38)])
+def test_numbers_beyond_float32(number, nearest):
+    """They do what the next numbers do that float32 has; whole numbers beyond int32 likewise."""
+    logits = jax.random.normal(jax.random.key(0), (1, 1, 50)) * 3
+    for name in ("temperature", "top_p", "min_p"):
+        if number > 1 and name != "temperature":
+            continue
+        rows = [
+            Sampling(**{"temperature": 1.0, "top_k": 2**40, name: value})
+            for value in (number, nearest)
+        ]
+        draws = Draws.create(rows, rows)
+        found, expected = np.exp(draws.log_probs(jnp.tile(logits, (2, 1, 1))))
+        assert expected.sum() == pytest.approx(1)
+        np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
+def test_seeds_of_32_bits_differ():
+    seeds = [0, 1, 2**31 - 1, 2**31, 2**32 - 1]
+    draws = Draws.create([Sampling(temperature=1.0, seed=seed) for seed in seeds])
+    assert len({tuple(key) for key in np.asarray(draws.key_B2).tolist()}) == len(seeds)
+
+
 def test_an_unlikely_token_is_never_drawn_and_streams_are_apart():
     rows = [Sampling(temperature=1.0, seed=seed) for seed in (1, 2, 1)] * 50
     draws, position_B = Draws.create(rows), jnp.arange(50).repeat(3)
@@ -224,6 +247,7 @@ def test_a_broken_rule_is_found(small, monkeypatch, rule):
         ({"min_p": 1.5}, "min_p 1.5 is not in"),
         ({"seed": -1}, "seed -1 is not in"),
         ({"seed": 2**32}, "seed 4294967296 is not in"),
+        ({"seed": 1.5}, "seed 1.5 is not in .*: choose a whole number there"),
     ],
 )
 def test_bad_numbers(changes, words):
