@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 
+import numpy as np
+
 from lsjax.decoding.state import DecodeState
 from lsjax.model.cache import KVCache
 
@@ -29,8 +31,9 @@ class Conversation:
         has consumed."""
         if state.length_B.is_deleted():
             return
-        # The last token is pending: it is not in the cache.
-        self.ids = state.tokens_BS[0, : int(state.length_B[0]) - 1].tolist()
+        # The last token is pending: it is not in the cache. Sliced by the host: the device would
+        # compile a program for each length.
+        self.ids = np.asarray(state.tokens_BS)[0, : int(state.length_B[0]) - 1].tolist()
         self._cache = state.cache
 
 

@@ -7,7 +7,6 @@ import pytest
 from lsjax.config import ConfigError
 from lsjax.decoding.engine import Engine
 from lsjax.decoding.request import Request
-from lsjax.decoding.sampling import Sampling
 from lsjax.decoding.self_speculative import SelfSpeculative
 
 PROMPT, NEW = [1, 2, 3], 24
@@ -60,18 +59,6 @@ def test_a_request_has_settings_of_its_own(engine, whole):
         whole[: 1 + whole.index(*stop_ids)],
     ]
     assert [c.finish_reason for c in found] == ["length", "length", "stop"]
-
-
-def test_log_probs_are_for_who_asks(engine):
-    requests = [Request(prompt=PROMPT, max_new_tokens=3, log_probs=asks) for asks in (True, False)]
-    one, other = engine.generate(requests)
-    assert one.token_ids == other.token_ids and len(one.log_probs) == 3 and other.log_probs is None
-
-
-def test_seeds_are_of_sampled_texts(engine):
-    samplings = [Sampling(seed=5), Sampling(temperature=1.0, seed=5)]
-    found = engine.generate([PROMPT] * 2, max_new_tokens=2, sampling=samplings)
-    assert [c.seed for c in found] == [None, 5]
 
 
 @pytest.mark.parametrize(
