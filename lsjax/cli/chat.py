@@ -3,19 +3,23 @@
 import contextlib
 import dataclasses
 import signal
+import sys
 from collections.abc import Callable, Iterator
 
 from rich.console import Console
 
 from lsjax.cli.show import LEGEND, Colours, stream, summary
 from lsjax.config import ConfigError
+from lsjax.data.chat import ChatTemplateError
 from lsjax.data.dialogue import Dialogue
+from lsjax.data.tokenizers import TokenizerError
 from lsjax.decoding.completion import Completion
 from lsjax.decoding.conversation import Conversation
 from lsjax.decoding.engine import Engine
 from lsjax.decoding.request import Request
 
 HELP = "Ctrl-C stops an answer, /new forgets the chat, Ctrl-D ends."
+PROMPT = "> "
 
 
 def chat(
@@ -31,7 +35,8 @@ def chat(
     """Reads messages and streams replies until the input ends. The cache stays between turns: only
     what is new is read. Each turn has the next seed.
 
-    finish: called with message and completion after each turn.
+    A Ctrl-C ends an answer where it is, and the chat goes on from there; a second one before the
+    turn is over takes the whole turn back. finish: called with message and completion after each.
     """
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  (editing and history for `input`)
@@ -41,9 +46,26 @@ def chat(
         people.print(LEGEND)
     dialogue, conversation = Dialogue(engine.tokenizer, system), Conversation()
     seed = default.sampling.seed
+
+    def turn(message: str, interrupted: Callable[[], bool]) -> None:
+        prompt = dialogue.prompt(message)
+        sampling = dataclasses.replace(default.sampling, seed=seed)
+        request = dataclasses.replace(default, prompt=prompt[1], sampling=sampling)
+        colours = Colours(engine.tokenizer, prompt[1]) if show_drafts else None
+        updates = engine.watch(request, conversation=conversation, cancelled=interrupted)
+        with contextlib.closing(updates):
+            completion = stream(people, updates, colours)
+        notes.print(summary([completion], completion.decode_seconds))
+        finish(message, completion)
+        ids = completion.token_ids
+        if completion.finish_reason == "eos":
+            ids = ids[:-1]
+        known = completion.finish_reason != "stop"  # a stop string may end inside a token
+        dialogue.add(message, prompt, completion.text, ids if known else None)
+
     while True:
         try:
-            message = input("> ")
+            message = ask(people)
         except EOFError:
             people.print()
             return
@@ -51,30 +73,31 @@ def chat(
             people.print()
             notes.print(HELP)
             continue
+        except UnicodeDecodeError:
+            notes.print("that was not UTF-8: say it again")
+            continue
         if message.strip() == "/new":
             dialogue, conversation = Dialogue(engine.tokenizer, system), Conversation()
         elif message.strip():
-            prompt = dialogue.prompt(message)
-            sampling = dataclasses.replace(default.sampling, seed=seed)
-            request = dataclasses.replace(default, prompt=prompt[1], sampling=sampling)
-            colours = Colours(engine.tokenizer, prompt[1]) if show_drafts else None
             try:
                 with noted_interrupt() as interrupted:
-                    updates = engine.watch(
-                        request, conversation=conversation, cancelled=interrupted
-                    )
-                    completion = stream(people, updates, colours)
+                    turn(message, interrupted)
+                seed = (seed + 1) % 2**32
             except ConfigError as error:  # the chat has become too long
                 notes.print(f"{error}; /new forgets the chat")
-                continue
-            seed += 1
-            notes.print(summary([completion], completion.decode_seconds))
-            ids = completion.token_ids
-            if completion.finish_reason == "eos":
-                ids = ids[:-1]
-            known = completion.finish_reason != "stop"  # a stop string may end inside a token
-            dialogue.add(message, prompt, completion.text, ids if known else None)
-            finish(message, completion)
+            except (ChatTemplateError, TokenizerError) as error:
+                notes.print(str(error))
+            except KeyboardInterrupt:
+                people.print()
+                notes.print("broken off: this message and its answer are forgotten")
+
+
+def ask(people: Console) -> str:
+    """A line of input. The prompt goes where people look, which may not be standard output."""
+    if people.file is sys.stdout:
+        return input(PROMPT)
+    people.print(PROMPT, end="")
+    return input()
 
 
 @contextlib.contextmanager

@@ -21,7 +21,7 @@ class Dialogue:
     def __init__(self, tokenizer: Tokenizer, system: str | None = None):
         self._tokenizer, self._system = tokenizer, system
         self.messages: list[dict[str, str]] = []
-        self._text, self._ids = "", []  # up to the end of the last reply
+        self._known: tuple[str, list[int]] = "", []  # text and ids to the end of the last reply
 
     def prompt(self, user: str) -> tuple[str, list[int]]:
         """Text and ids of the prompt for a reply to `user`.
@@ -29,9 +29,9 @@ class Dialogue:
         Raises ChatTemplateError as `chat_prompt` does.
         """
         text = chat_prompt(self._tokenizer, user, self._system, self.messages)
-        if self._ids and text.startswith(self._text) and not self._tokenizer.leading_spaces:
-            rest = self._tokenizer.encode(text[len(self._text) :], add_bos=False)
-            return text, self._ids + rest
+        known, ids = self._known
+        if ids and text.startswith(known) and not self._tokenizer.leading_spaces:
+            return text, ids + self._tokenizer.encode(text[len(known) :], add_bos=False)
         return text, self._tokenizer.encode(text, add_bos=False)
 
     def add(
@@ -43,5 +43,4 @@ class Dialogue:
             {"role": "assistant", "content": reply},
         ]
         text, ids = prompt
-        self._text = text + reply
-        self._ids = [] if reply_ids is None else ids + reply_ids
+        self._known = text + reply, [] if reply_ids is None else ids + reply_ids

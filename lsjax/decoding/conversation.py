@@ -26,14 +26,15 @@ class Conversation:
             return None, 0
         return cache.grown(capacity), shared_prefix(known, ids)
 
-    def keep(self, state: DecodeState) -> None:
+    def keep(self, state: DecodeState, count: int | None = None) -> None:
         """Takes the cache of a state with one row; nothing from one that an interrupted program
-        has consumed."""
+        has consumed. count: tokens that the cache holds, by default all but the last one, which is
+        pending."""
         if state.length_B.is_deleted():
             return
-        # The last token is pending: it is not in the cache. Sliced by the host: the device would
-        # compile a program for each length.
-        self.ids = np.asarray(state.tokens_BS)[0, : int(state.length_B[0]) - 1].tolist()
+        count = int(state.length_B[0]) - 1 if count is None else count
+        # Sliced by the host: the device would compile a program for each length.
+        self.ids = np.asarray(state.tokens_BS)[0, :count].tolist()
         self._cache = state.cache
 
 

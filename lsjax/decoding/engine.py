@@ -179,7 +179,7 @@ class Engine:
         """What every look at one prompt's new text finds.
 
         conversation: keeps the cache for the next text, also where this one is left early; it
-        needs an engine with one row. cancelled: ends the text, with finish_reason "cancelled", as
+        needs an engine with one row. cancelled: ends the text, with finish_reason "interrupt", as
         soon as it is true. options: the other fields of `Request`.
         """
         check(

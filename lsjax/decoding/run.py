@@ -130,20 +130,21 @@ class Run:
                     self._advance()
         finally:
             if self._engine.batch_size == 1:
-                self._conversation.keep(self._state)
+                # Before its prompt is read, a row has what it shares with the text before.
+                self._conversation.keep(self._state, self._first and self._first[1])
 
     def _admit(self, row: int, index: int, request: Request, ids: list[int]) -> None:
         """Reads a prompt and gives it a row."""
         alone = self._engine.batch_size == 1
         if index == 0:
             single, known = self._first
-            self._first = None
         else:
             if alone:
                 self._conversation.keep(self._state)
             single, known = self._single(request, ids)
         read = self._reads[_chunk(len(ids) - known, list(self._reads))]
         single, seconds = _timed(read, single, np.int32(known))
+        self._first = None
         if alone:
             self._state = single
         else:
@@ -167,7 +168,7 @@ class Run:
         text, trace, reason = live.text.look(trace, int(finish_B[row]))
         if reason is None and cancelled:
             rest, trace, reason = live.text.look(trace, STOP)
-            text, reason = text + rest, "cancelled"
+            text, reason = text + rest, "interrupt"
         completion = None
         if reason is not None:
             if finish_B[row] == EOS and trace.tokens_n[-1] in live.request.stop_ids:
