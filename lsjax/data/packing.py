@@ -136,7 +136,7 @@ def pack(
         row_P = first_fit(length_P, seq_len) if packing else np.arange(len(which_P))
     check(
         len(row_P) > 0,
-        f"no document fits a row of {seq_len} tokens ({dropped} are too long): raise seq_len",
+        f"no document fits a row of {seq_len} tokens ({dropped} are dropped): raise seq_len",
     )
     order = np.argsort(row_P, kind="stable")
     document_P = documents_M[which_P[order]]

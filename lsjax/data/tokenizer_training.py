@@ -97,14 +97,17 @@ def _train(texts: list[str], settings: dict) -> bytes:
 
 
 def _sample(documents: Iterable[Document], limit: int) -> list[str]:
-    """Texts of documents with the smallest hashes, of at most `limit` characters (but at least one
-    document), in the order of the hashes: none of it depends on the order of the documents."""
+    """Texts of the documents with the smallest hashes, as many as make `limit` characters (but at
+    least one), in the order of the hashes: none of it depends on the order of the documents."""
     kept: list[tuple[int, str]] = []  # a heap, the largest hash on top
-    total = 0
+    total, bound = 0, 1 << 64
     for document in documents:
+        if document.key >= bound:
+            continue
         text = document.prompt + document.text
         heapq.heappush(kept, (-document.key, text))
         total += len(text)
         while total > limit and len(kept) > 1:
-            total -= len(heapq.heappop(kept)[1])
+            key, text = heapq.heappop(kept)
+            total, bound = total - len(text), -key
     return [text for _, text in sorted(kept, reverse=True)]

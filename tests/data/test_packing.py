@@ -1,0 +1,199 @@
+"""Rows worked out by hand, and what holds for rows of any documents."""
+
+import numpy as np
+import pytest
+
+from lsjax.config import ConfigError
+from lsjax.data.packing import OPEN_ROWS, first_fit, pack, split
+from lsjax.data.token_store import TokenStore
+
+#   a: 1 2 3 4         b: 11 ... 16        c: 21 ... 25      d: 31 32 33
+GOLDEN = [[1, 2, 3, 4], [11, 12, 13, 14, 15, 16], [21, 22, 23, 24, 25], [31, 32, 33]]
+
+
+def store(documents, prompts=None):
+    tokens = np.array([token for document in documents for token in document], np.uint16)
+    starts_N1 = np.cumsum([0, *map(len, documents)])
+    prompts_N = np.array(prompts or [0] * len(documents), np.int32)
+    return TokenStore(tokens, starts_N1, prompts_N, np.zeros(len(documents), np.uint64), "hash")
+
+
+def make(documents, seq_len, prompts=None, **settings):
+    settings = dict(packing=True, long_documents="split", train_on_prompt=False) | settings
+    return pack(store(documents, prompts), np.arange(len(documents)), seq_len, **settings)
+
+
+def read(rows):
+    batch = rows.read(np.arange(len(rows)))
+    assert all(array.dtype == np.int32 for array in batch.values())
+    return {name.removesuffix("_BT"): array.tolist() for name, array in batch.items()}
+
+
+def test_split_by_hand():
+    rows = make(GOLDEN, 8)
+    assert read(rows) == {
+        "tokens": [
+            [1, 2, 3, 4, 11, 12, 13, 14],
+            [15, 16, 21, 22, 23, 24, 25, 31],
+            [32, 33, 0, 0, 0, 0, 0, 0],
+        ],
+        # 14 is followed by 15 and 31 by 32, though in the next row; 4, 16, 25 and 33 by nothing.
+        "labels": [
+            [2, 3, 4, -1, 12, 13, 14, 15],
+            [16, -1, 22, 23, 24, 25, -1, 32],
+            [33, -1, -1, -1, -1, -1, -1, -1],
+        ],
+        "segments": [
+            [1, 1, 1, 1, 2, 2, 2, 2],
+            [1, 1, 2, 2, 2, 2, 2, 3],
+            [1, 1, 0, 0, 0, 0, 0, 0],
+        ],
+        "positions": [
+            [0, 1, 2, 3, 0, 1, 2, 3],
+            [0, 1, 0, 1, 2, 3, 4, 0],
+            [0, 1, 0, 0, 0, 0, 0, 0],
+        ],
+    }
+    assert rows.describe() == "4 documents, 18 tokens, 3 rows of 8, 75.0% full"
+
+
+def test_whole_documents_by_hand():
+    """a and d share a row, for b and c leave no room for either; prompts are unlabelled."""
+    rows = make(GOLDEN, 8, [2, 4, 1, 1], long_documents="truncate")
+    assert read(rows) == {
+        "tokens": [
+            [1, 2, 3, 4, 31, 32, 33, 0],
+            [11, 12, 13, 14, 15, 16, 0, 0],
+            [21, 22, 23, 24, 25, 0, 0, 0],
+        ],
+        # The last token of a prompt has the first one of the response as its label.
+        "labels": [
+            [-1, 3, 4, -1, 32, 33, -1, -1],
+            [-1, -1, -1, 15, 16, -1, -1, -1],
+            [22, 23, 24, 25, -1, -1, -1, -1],
+        ],
+        "segments": [
+            [1, 1, 1, 1, 2, 2, 2, 0],
+            [1, 1, 1, 1, 1, 1, 0, 0],
+            [1, 1, 1, 1, 1, 0, 0, 0],
+        ],
+        "positions": [
+            [0, 1, 2, 3, 0, 1, 2, 0],
+            [0, 1, 2, 3, 4, 5, 0, 0],
+            [0, 1, 2, 3, 4, 0, 0, 0],
+        ],
+    }
+    assert (rows.num_truncated, rows.num_dropped) == (0, 0)
+
+
+def test_prompts_are_labelled_if_asked_for():
+    labels = read(make(GOLDEN, 8, [2, 4, 1, 1], long_documents="drop", train_on_prompt=True))
+    assert labels["labels"][1] == [12, 13, 14, 15, 16, -1, -1, -1]
+
+
+def test_too_long_examples_are_truncated_or_dropped_and_counted():
+    # In rows of 4: b keeps 15 as the label of its last token, c has only its prompt left.
+    rows = make(GOLDEN, 4, [2, 4, 4, 1], long_documents="truncate")
+    assert read(rows)["tokens"] == [
+        [1, 2, 3, 4],
+        [11, 12, 13, 14],
+        [21, 22, 23, 24],
+        [31, 32, 33, 0],
+    ]
+    assert read(rows)["labels"][1:3] == [[-1, -1, -1, 15], [-1, -1, -1, 25]]
+    assert (rows.num_documents, rows.num_truncated, rows.num_dropped) == (4, 2, 0)
+    rows = make(GOLDEN, 4, [2, 5, 4, 1], long_documents="truncate")
+    assert (rows.num_documents, rows.num_truncated, rows.num_dropped) == (3, 1, 1)
+    assert rows.describe().endswith("1 truncated, 1 dropped")
+    rows = make(GOLDEN, 4, [2, 4, 4, 1], long_documents="drop")
+    assert read(rows)["tokens"] == [[1, 2, 3, 4], [31, 32, 33, 0]]
+    assert (rows.num_documents, rows.num_truncated, rows.num_dropped) == (2, 0, 2)
+
+
+def test_without_packing_each_document_begins_a_row():
+    rows = read(make(GOLDEN, 5, packing=False))
+    assert rows["tokens"] == [
+        [1, 2, 3, 4, 0],
+        [11, 12, 13, 14, 15],
+        [16, 0, 0, 0, 0],
+        [21, 22, 23, 24, 25],
+        [31, 32, 33, 0, 0],
+    ]
+    assert rows["labels"][1:3] == [[12, 13, 14, 15, 16], [-1] * 5]
+    whole = read(make(GOLDEN, 6, packing=False, long_documents="drop"))
+    assert [row[0] for row in whole["tokens"]] == [1, 11, 21, 31]
+
+
+def test_first_fit_looks_at_the_newest_rows_only():
+    assert first_fit(np.array([6, 5, 3, 4, 2, 1]), 8).tolist() == [0, 1, 1, 2, 0, 2]
+    lengths = np.array([7, *[8] * OPEN_ROWS, 1])
+    assert first_fit(lengths[1:], 8)[-1] == OPEN_ROWS
+    assert first_fit(lengths[:-2].tolist() + [1], 8)[-1] == 0
+    assert first_fit(lengths, 8)[-1] == OPEN_ROWS + 1  # the first row is closed by then
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("packing", [True, False])
+@pytest.mark.parametrize("long_documents", ["split", "truncate", "drop"])
+def test_rows_hold_the_documents_and_nothing_leaks(seed, packing, long_documents):
+    """Token n of the store is n + 1, so a token tells where it is from."""
+    draw = np.random.default_rng(seed)
+    lengths = draw.integers(1, 30, draw.integers(2, 60))
+    prompts = (draw.random(len(lengths)) * lengths).astype(int) if seed % 2 else 0 * lengths
+    ends = np.cumsum(lengths)
+    documents = [np.arange(end - n, end) + 1 for n, end in zip(lengths, ends, strict=True)]
+    rows = make(documents, 11, prompts.tolist(), packing=packing, long_documents=long_documents)
+    batch = rows.read(np.arange(len(rows)))
+    document_of = np.searchsorted(ends, np.arange(ends[-1]), side="right")
+    labelled, seen = [], []
+    for tokens, labels, segments, positions in zip(*batch.values(), strict=True):
+        assert (np.diff(segments) <= 1).all() and segments[0] == 1
+        for number in range(1, segments.max() + 1):
+            inside = segments == number
+            piece = tokens[inside]
+            assert len(set(document_of[piece - 1])) == 1, "two documents in one segment"
+            assert (np.diff(piece) == 1).all() and np.array_equal(
+                positions[inside], range(len(piece))
+            )
+            document = document_of[piece[0] - 1]
+            first_label = documents[document][0] + prompts[document]
+            for token, label in zip(piece, labels[inside], strict=True):
+                follows = token + 1 <= ends[document] and token + 1 >= first_label
+                assert label == (token + 1 if follows else -1)
+            seen += piece.tolist()
+            labelled += labels[inside][labels[inside] >= 0].tolist()
+        padding = segments == 0
+        assert not tokens[padding].any() and (labels[padding] == -1).all()
+        assert packing or segments.max() == 1
+    assert len(set(seen)) == len(seen) and len(set(labelled)) == len(labelled)
+    if long_documents == "split":
+        assert sorted(seen) == list(range(1, ends[-1] + 1)), "a token was lost"
+        # Every token is predicted once, but prompts and the first of each document.
+        first = {d[0] for d in documents}
+        free = {t for d, p in zip(documents, prompts, strict=True) for t in d[p:]}
+        assert sorted(labelled) == sorted(free - first)
+
+
+def test_split_gives_pieces_of_every_document():
+    which, offset, length, row = split(np.array([3, 9, 1]), 4, True)
+    assert which.tolist() == [0, 1, 1, 1, 2]
+    assert offset.tolist() == [0, 0, 1, 5, 0]
+    assert length.tolist() == [3, 1, 4, 4, 1]
+    assert row.tolist() == [0, 0, 1, 2, 3]
+
+
+def test_rows_of_nothing_and_of_one_token_are_refused():
+    with pytest.raises(ConfigError, match="seq_len 1 must be at least 2"):
+        make(GOLDEN, 1)
+    with pytest.raises(ConfigError, match=r"no document fits a row of 2 tokens \(4 are dropped\)"):
+        make(GOLDEN, 2, long_documents="drop")
+
+
+def test_the_fingerprint_tells_rows_apart():
+    prints = [
+        make(GOLDEN, 8).fingerprint,
+        make(GOLDEN, 7).fingerprint,
+        make(GOLDEN, 8, packing=False).fingerprint,
+        make(GOLDEN, 8, train_on_prompt=True).fingerprint,
+    ]
+    assert len(set(prints)) == 4 and make(GOLDEN, 8).fingerprint == prints[0]
