@@ -1,0 +1,249 @@
+"""What a training step costs: LayerSkip beside plain training, and plain training beside torch.
+
+    python benchmarks/train_step.py --shape smollm2
+    python benchmarks/train_step.py --shape small_vocab --batch-size 8
+    python benchmarks/train_step.py --shape small_vocab --no-time --memory --compile
+    python benchmarks/train_step.py --shape smollm2 --no-time --torch       # extra: peers
+
+Random parameters and tokens, float32 on CPUs. Steps run in turns, one of each kind after the other:
+
+    plain       loss of the last exit, AdamW
+    nothing on  rising layer dropout and gradual exits, at a step that has neither yet
+    rotational  R = 8, p_max = 0.1, one step of each of the 8 phases
+
+`predicted` is the ratio of FLOPs: 2 for each parameter of a layer and of the head that a token
+passes, and 4 T N H for attention in each layer, 3 times for forward and backward. A layer that is
+left out of some rows is computed for all of them, so layer dropout saves nothing here.
+"""
+
+import os
+import statistics
+import time
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+from flax import nnx
+from rich.console import Console
+from rich.table import Table
+
+from lsjax.cli.setup import exact_products
+from lsjax.config import EarlyExitConfig, LayerDropoutConfig, LlamaConfig, StepConfig
+from lsjax.model.llama import Llama, stacked
+from lsjax.training.early_exit import enabled_exits
+from lsjax.training.step import init_state, make_train_step
+
+STEPS = 80
+PLAIN = StepConfig(num_steps=STEPS)
+NOTHING_ON = StepConfig(
+    num_steps=STEPS,
+    layer_dropout=LayerDropoutConfig(p_max=0.1, schedule="exponential"),
+    early_exit=EarlyExitConfig(curriculum="gradual"),
+)
+ROTATIONAL = StepConfig(
+    num_steps=STEPS,
+    layer_dropout=LayerDropoutConfig(p_max=0.1),
+    early_exit=EarlyExitConfig(curriculum="rotational", rotation=8, e_scale=0.2),
+)
+ALL_ON = StepConfig(num_steps=STEPS, early_exit=EarlyExitConfig(curriculum="all"))
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """What a training step costs."""
+
+    shape: Literal["smollm2", "small_vocab"] = "smollm2"
+    """SmolLM2-135M, or 16 layers of width 512 with a vocabulary of 512."""
+    batch_size: int = 4
+    """Rows."""
+    seq_len: int = 256
+    """Tokens of a row."""
+    layers: int | None = None
+    """Layers instead of the shape's."""
+    repeats: int = 1
+    """Rounds of 8 steps."""
+    remat: str = "none"
+    """What layers keep for the backward pass."""
+    time: bool = True
+    """Measure times of steps."""
+    torch: bool = False
+    """Measure torch's eager step on the same model in the same run."""
+    memory: bool = False
+    """Temporary memory of the compiled steps, from the compiler."""
+    compile: bool = False
+    """Time to compile at 8 and at 32 layers."""
+
+
+def shape_of(arguments: Arguments) -> LlamaConfig:
+    """The model's shape."""
+    changes = {} if arguments.layers is None else {"num_layers": arguments.layers}
+    if arguments.shape == "smollm2":
+        return LlamaConfig.smollm2_135m(**changes)
+    small = dict(vocab_size=512, hidden_size=512, intermediate_size=1_408, num_layers=16)
+    heads = dict(num_heads=8, num_kv_heads=4, head_dim=64, init_std=0.02, tie_embeddings=True)
+    return LlamaConfig.tiny(**(small | heads | changes))
+
+
+def make_batch(shape: LlamaConfig, arguments: Arguments) -> dict[str, np.ndarray]:
+    """Random tokens, one document a row, every token labelled."""
+    rows, steps = arguments.batch_size, arguments.seq_len
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, shape.vocab_size, (rows, steps + 1), dtype=np.int32)
+    return dict(
+        tokens_BT=tokens[:, :-1],
+        labels_BT=tokens[:, 1:],
+        segments_BT=np.ones((rows, steps), np.int32),
+        positions_BT=np.broadcast_to(np.arange(steps, dtype=np.int32), (rows, steps)),
+    )
+
+
+def step_flops(shape: LlamaConfig, arguments: Arguments, heads: float) -> float:
+    """Of a step in which each token passes the head that often."""
+    attention = 4 * arguments.seq_len * shape.num_heads * shape.head_dim
+    layers = shape.num_layers * (2 * shape.layer_params + attention)
+    tokens = arguments.batch_size * arguments.seq_len
+    return 3 * tokens * (layers + 2 * heads * shape.head_params)
+
+
+def jax_step(config: StepConfig, shape: LlamaConfig, batch):
+    """A function that runs one step and gives its seconds; `first` is the step's number."""
+    state = init_state(config, jax.jit(lambda: stacked(Llama(shape, rngs=nnx.Rngs(0))))())
+    step = make_train_step(config)
+
+    def run(first: int) -> float:
+        nonlocal state
+        state = replace(state, step=jnp.int32(first))
+        jax.block_until_ready(state)
+        start = time.perf_counter()
+        state, metrics = step(state, batch)
+        jax.block_until_ready((state, metrics))
+        return time.perf_counter() - start
+
+    return run
+
+
+def torch_step(shape: LlamaConfig, batch):
+    """The same for transformers' Llama in torch, eager, with fused attention."""
+    import torch
+    import transformers
+
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    config = transformers.LlamaConfig(
+        vocab_size=shape.vocab_size,
+        hidden_size=shape.hidden_size,
+        intermediate_size=shape.intermediate_size,
+        num_hidden_layers=shape.num_layers,
+        num_attention_heads=shape.num_heads,
+        num_key_value_heads=shape.num_kv_heads,
+        head_dim=shape.head_dim,
+        tie_word_embeddings=shape.tie_embeddings,
+        use_cache=False,
+    )
+    model = transformers.LlamaForCausalLM(config).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, betas=(0.9, 0.95))
+    tokens = torch.tensor(batch["tokens_BT"], dtype=torch.long)
+    labels = torch.tensor(batch["labels_BT"], dtype=torch.long).flatten()
+
+    def run(_: int) -> float:
+        start = time.perf_counter()
+        logits = model(input_ids=tokens).logits.flatten(0, 1)
+        torch.nn.functional.cross_entropy(logits, labels).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return time.perf_counter() - start
+
+    return run
+
+
+def times(arguments: Arguments, shape: LlamaConfig) -> Table:
+    """Steps of each kind in turns."""
+    batch = make_batch(shape, arguments)
+    configs = {"plain": PLAIN}
+    if arguments.time:
+        configs |= {"nothing on": NOTHING_ON, "rotational": ROTATIONAL}
+    configs = {name: replace(one, remat=arguments.remat) for name, one in configs.items()}
+    runs = {name: jax_step(config, shape, batch) for name, config in configs.items()}
+    if arguments.torch:
+        runs["torch"] = torch_step(shape, batch)
+    for run in runs.values():
+        run(0)
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(arguments.repeats):
+        for phase in range(8):
+            for name, run in runs.items():
+                seconds[name].append(run(phase if name == "rotational" else 0))
+    phases = [enabled_exits(ROTATIONAL.early_exit, shape.num_layers, t, STEPS) for t in range(8)]
+    heads = {"rotational": statistics.mean(int(exits.sum()) for exits in phases)}
+    columns = ("seconds", "GFLOP/s", "over plain", "predicted", "over predicted")
+    table = Table("step", *columns, title=title(arguments, shape))
+    plain = step_flops(shape, arguments, 1)
+    for name in runs:
+        flops = step_flops(shape, arguments, heads.get(name, 1))
+        # Of neighbours in time, so that a busy machine slows both; the mean of a whole rotation.
+        ratios = np.array(seconds[name]) / np.array(seconds["plain"])
+        by_round = ratios.reshape(arguments.repeats, 8).mean(1)
+        ratio = float(np.median(by_round if name == "rotational" else ratios))
+        mean = statistics.mean(seconds[name]) if name in heads else statistics.median(seconds[name])
+        cells = (mean, flops / mean / 1e9, ratio, flops / plain, ratio * plain / flops)
+        formats = ("{:.3f}", "{:.0f}", "{:.3f}", "{:.3f}", "{:.3f}")
+        table.add_row(name, *(form.format(cell) for form, cell in zip(formats, cells, strict=True)))
+    return table
+
+
+def compiled(config: StepConfig, shape: LlamaConfig, arguments: Arguments):
+    """The compiled step and the seconds that it took, from abstract arguments."""
+    state = jax.eval_shape(lambda: init_state(config, stacked(Llama(shape, rngs=nnx.Rngs(0)))))
+    lowered = make_train_step(config).lower(state, make_batch(shape, arguments))
+    start = time.perf_counter()
+    program = lowered.compile()
+    return program, time.perf_counter() - start
+
+
+def memory(arguments: Arguments, shape: LlamaConfig) -> Table:
+    """Temporary memory of steps with one exit, a rotation of 8, and all of them."""
+    table = Table("exits", "temporary MB", "over one exit", title=title(arguments, shape))
+    first = None
+    for name, config in (("one", PLAIN), ("rotational", ROTATIONAL), ("all", ALL_ON)):
+        program, _ = compiled(replace(config, remat=arguments.remat), shape, arguments)
+        size = program.memory_analysis().temp_size_in_bytes
+        first = first or size
+        table.add_row(name, f"{size / 1e6:.0f}", f"{size / first:.3f}")
+    return table
+
+
+def compile_times(arguments: Arguments, shape: LlamaConfig) -> Table:
+    """Seconds to compile the rotational step, by the number of layers."""
+    jax.config.update("jax_enable_compilation_cache", False)
+    table = Table("layers", "seconds", title=f"compile, {arguments.shape}")
+    for layers in (8, 32, 8, 32):
+        _, seconds = compiled(ROTATIONAL, replace(shape, num_layers=layers), arguments)
+        table.add_row(str(layers), f"{seconds:.2f}")
+    return table
+
+
+def title(arguments: Arguments, shape: LlamaConfig) -> str:
+    """What was measured."""
+    return (
+        f"{arguments.shape}, {shape.num_layers} layers, batch {arguments.batch_size} x "
+        f"{arguments.seq_len}, remat {arguments.remat}, jax {jax.__version__}"
+    )
+
+
+def main(arguments: Arguments) -> None:
+    """Measures and prints what was asked for."""
+    exact_products()
+    shape, console = shape_of(arguments), Console(width=110)
+    if arguments.time or arguments.torch:
+        console.print(times(arguments, shape))
+    if arguments.memory:
+        console.print(memory(arguments, shape))
+    if arguments.compile:
+        console.print(compile_times(arguments, shape))
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Arguments, description=__doc__))
