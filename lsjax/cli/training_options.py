@@ -1,0 +1,75 @@
+"""The command line of train.py: a configuration file, and its fields as flags."""
+
+import argparse
+import runpy
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from lsjax.config import ConfigError, TrainConfig, check
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """What a run is asked to be, and where it lies."""
+
+    config: TrainConfig
+    workdir: Path
+
+
+def parse(argv: Sequence[str], description: str) -> Arguments:
+    """Reads `--config FILE --workdir DIRECTORY` and any field of the configuration.
+
+    Raises ConfigError for what is wrong with the file or a value; exits with 2 for flags that
+    there are not.
+    """
+    first = argparse.ArgumentParser(
+        prog="train.py",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        add_help=False,
+        allow_abbrev=False,
+    )
+    first.add_argument("--config", type=Path, metavar="FILE", help="configs/NAME.py")
+    first.add_argument("--workdir", type=Path, metavar="DIRECTORY", help="of the run")
+    known, rest = first.parse_known_args(argv)
+    if known.config is None:
+        if {"-h", "--help"} & {*rest}:
+            first.print_help()
+            raise SystemExit(0)
+        raise ConfigError("--config is missing: name a file such as configs/quickstart.py")
+    default = read_config_file(known.config)
+    config = tyro.cli(
+        TrainConfig,
+        args=rest,
+        default=default,
+        description=description,
+        config=(tyro.conf.AvoidSubcommands,),
+    )
+    check(known.workdir is not None, "--workdir is missing: name the directory of the run")
+    return Arguments(config, known.workdir)
+
+
+def read_config_file(file: Path) -> TrainConfig:
+    """The `config` of a Python file.
+
+    Raises ConfigError, with the line, where the file fails or holds none.
+    """
+    check(file.is_file(), f"--config {file} is no file: name one such as configs/quickstart.py")
+    try:
+        found = runpy.run_path(str(file))
+    except ConfigError as error:
+        raise ConfigError(f"{file}: {error}") from None
+    except Exception as error:
+        frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename == str(file)]
+        line = getattr(error, "lineno", None) or (frames[-1].lineno if frames else "?")
+        raise ConfigError(f"{file}:{line}: {type(error).__name__}: {error}") from None
+    config = found.get("config")
+    check(
+        isinstance(config, TrainConfig),
+        f"{file}: has no `config` that is a TrainConfig: set config = TrainConfig(...)",
+    )
+    return config

@@ -1,0 +1,38 @@
+"""What may change between the parts of one run."""
+
+import dataclasses
+
+from lsjax.config import TrainConfig, check
+from lsjax.config.json_form import differences, to_json
+
+# How the steps are computed, saved and shown, and not what they are.
+FREE = frozenset(
+    {
+        "mesh",
+        "checkpoints",
+        "evaluation",
+        "tensorboard",
+        "max_skipped",
+        "micro_batches",
+        "remat",
+        "dtype",
+        "init_from",
+    }
+)
+
+
+def check_same_run(before: TrainConfig, now: TrainConfig, where: str) -> TrainConfig:
+    """The configuration to go on with; its model is that of the run.
+
+    Raises ConfigError for the first field that makes it another run: schedules are stretched over
+    num_steps, and the order of the data follows from the seed.
+    """
+    if now.model is None:
+        now = dataclasses.replace(now, model=before.model)
+    for path, old, new in differences(to_json(before), to_json(now)):
+        check(
+            path.partition(".")[0] in FREE,
+            f"{where} was begun with {path} {old}, now it is {new}: a run can't change it; take "
+            "another --workdir, or the value of before",
+        )
+    return now

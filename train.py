@@ -1,0 +1,263 @@
+"""Trains a Llama with layer dropout and the early-exit loss, from scratch or from a checkpoint.
+
+    python train.py --config configs/quickstart.py --workdir runs/quickstart
+    python train.py --config configs/quickstart.py --workdir runs/b --optimizer.learning-rate 3e-3
+    python decode.py --model runs/quickstart --prompt "import " --strategy self_speculative \\
+        --exit-layer 4 --num-draft-tokens 4
+
+The same command again goes on with a run that was stopped. Fields of the configuration are flags:
+`python train.py --config configs/quickstart.py --help` lists them.
+"""
+
+import dataclasses
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+
+import jax
+import numpy as np
+from flax import nnx
+from lsjax.model.run_directory import CHECKPOINTS, begin_run, is_run, read_config
+from lsjax.training.checkpoint import Checkpoints
+from rich.console import Console
+
+from lsjax.cli.errors import one_line_errors
+from lsjax.cli.setup import cache_directory, exact_products, keep_compiled_programs
+from lsjax.cli.training_hooks import evaluation_hook, sample_hook
+from lsjax.cli.training_options import Arguments, parse
+from lsjax.cli.training_show import TrainingProgress
+from lsjax.config import LlamaConfig, MeshConfig, TrainConfig, check
+from lsjax.data.packing import Rows
+from lsjax.data.pipeline import make_pipeline, one_pass
+from lsjax.data.token_counts import NAME, write_counts
+from lsjax.data.tokenizer_training import make_tokenizer
+from lsjax.model.checkpoint import load, open_source
+from lsjax.model.llama import Llama, stacked
+from lsjax.sharding import make_mesh, placed, shardings
+from lsjax.training.flops import peak_flops, step_flops
+from lsjax.training.metrics_log import MetricsLog
+from lsjax.training.resume import check_same_run
+from lsjax.training.step import TrainState, init_state, make_train_step
+from lsjax.training.trainer import Interrupted, Loop, TooManySkipped, run
+
+COUNTED = 4_000_000  # tokens that the draft vocabulary is counted from
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the program; exits with 2 on bad input, 1 where training fails, 128 + the signal's
+    number where one stopped it."""
+    with one_line_errors():
+        arguments = parse(sys.argv[1:] if argv is None else argv, __doc__)
+        return train(arguments)
+
+
+def train(arguments: Arguments) -> int:
+    """Checks all that can be checked, then compiles and trains."""
+    console = Console(highlight=False, soft_wrap=True, emoji=False)
+    config, workdir = arguments.config, arguments.workdir
+    previous = is_run(workdir)
+    if previous:
+        config = check_same_run(read_config(workdir), config, str(workdir))
+    if config.init_from and not previous:
+        config = with_model(config, open_source(config.init_from).config)
+    mesh = None if config.mesh == MeshConfig() else make_mesh(config.mesh)
+    check_mesh(config, mesh)
+
+    cache = cache_directory()
+    data = dict(seq_len=config.seq_len, cache=cache)
+    with console.status("reading the data"):
+        tokenizer = make_tokenizer(config.data, cache=cache)
+        pipeline = make_pipeline(
+            config.data,
+            tokenizer,
+            batch_size=config.batch_size,
+            split="train",
+            seed=config.seed,
+            **data,
+        )
+        held_out = one_pass(
+            config.data,
+            tokenizer,
+            batch_size=config.batch_size,
+            split="validation",
+            max_batches=config.evaluation.batches,
+            **data,
+        )
+    begin_run(workdir, config, tokenizer)
+    write_counts(workdir / NAME, tokenizer, count_labels(pipeline.rows))
+    console.print(describe(config, workdir, pipeline.rows))
+
+    keep_compiled_programs()
+    if config.dtype == "float32":
+        exact_products()
+    with (
+        nullcontext() if mesh is None else jax.set_mesh(mesh),
+        Checkpoints(
+            workdir / CHECKPOINTS,
+            config.checkpoints,
+            report=partial(console.print, style="yellow", markup=False),
+        ) as checkpoints,
+    ):
+        like = abstract_state(config, mesh)
+        restored = checkpoints.restore(like) if previous else None
+        if restored is None:
+            state, first = initial_state(config, mesh, like), 0
+        else:
+            state, first = restored.state, restored.step
+            pipeline.restore(restored.data)
+            console.print(f"going on after step {first}")
+        if first == config.num_steps:
+            console.print(f"all {first} steps are done: nothing to do")
+            return 0
+
+        def save(step, state, row):
+            checkpoints.save(
+                state,
+                step=step,
+                config=config,
+                data=pipeline.state(),
+                loss=None if row is None else row.get("last_exit_loss"),
+            )
+
+        progress = TrainingProgress(
+            console,
+            num_steps=config.num_steps,
+            first_step=first,
+            step_tokens=config.batch_size * config.seq_len,
+            step_flops=step_flops(config.model, config.batch_size, config.seq_len),
+            peak_flops=peak_flops(),
+        )
+        place = partial(placed, mesh=mesh)
+        settings = config.evaluation
+        hooks = [evaluation_hook(settings, list(held_out), workdir, console.print, place)]
+        if settings.sample_tokens:
+            prompt = sample_prompt(config, tokenizer, held_out)
+            hooks.append(
+                sample_hook(settings, config.model, tokenizer, prompt, console.print, mesh)
+            )
+        loop = Loop(
+            num_steps=config.num_steps,
+            train_step=make_train_step(config),
+            next_batch=lambda: place(pipeline.next()),
+            save=save,
+            save_every=config.checkpoints.every,
+            hooks=hooks,
+            max_skipped=config.max_skipped,
+            show=progress.show,
+        )
+        log = MetricsLog(workdir, from_step=first, tensorboard=config.tensorboard)
+        try:
+            with progress:
+                run(loop, state, log)
+        except Interrupted as stopped:
+            checkpoints.wait()
+            console.print(
+                f"stopped after step {stopped.step}, which is saved: the same command goes on"
+            )
+            return stopped.code
+        except TooManySkipped as failure:
+            console.print(f"error: {failure}", style="bold red", markup=False)
+            return 1
+        finally:
+            log.close()
+    console.print(f"done: python decode.py --model {workdir} --prompt ...", markup=False)
+    return 0
+
+
+def with_model(config: TrainConfig, model: LlamaConfig) -> TrainConfig:
+    """The config with the shape of the checkpoint that it starts from.
+
+    Raises ConfigError where it gives another one.
+    """
+    if config.model is not None:
+        for field in dataclasses.fields(model):
+            own, other = getattr(config.model, field.name), getattr(model, field.name)
+            # What only a new model is made with, or how far a checkpoint says it reaches.
+            if field.name not in ("init_std", "max_context"):
+                check(
+                    own == other,
+                    f"model.{field.name} is {own}, but that of {config.init_from} is {other}: "
+                    "leave the model out of the config, or correct it",
+                )
+    config = dataclasses.replace(config, model=model)
+    config.check_model(model)
+    return config
+
+
+def check_mesh(config: TrainConfig, mesh) -> None:
+    """Raises ConfigError where the rows of a micro-batch are no multiple of the data axis."""
+    if mesh is None:
+        return
+    rows, axis = config.batch_size // config.micro_batches, mesh.shape["data"]
+    check(
+        rows % axis == 0,
+        f"{rows} rows (batch_size / micro_batches) can't be shared out among mesh.data {axis}: "
+        f"choose a multiple of {axis}",
+    )
+
+
+def abstract_state(config: TrainConfig, mesh) -> TrainState:
+    """Shapes of the state, with where they lie on a mesh."""
+    like = jax.eval_shape(partial(_fresh_state, config), jax.random.key(0))
+    if mesh is None:
+        return like
+    return jax.tree.map(
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+        like,
+        shardings(like, mesh),
+    )
+
+
+def initial_state(config: TrainConfig, mesh, like: TrainState) -> TrainState:
+    """The state before the first step: of the checkpoint to start from, or random; made where it
+    belongs."""
+    places = None if mesh is None else shardings(like, mesh)
+    if not config.init_from:
+        fresh = jax.jit(partial(_fresh_state, config), out_shardings=places)
+        return fresh(jax.random.key(config.seed))
+    model = stacked(load(config.init_from, mesh=mesh))
+    return jax.jit(partial(init_state, config), out_shardings=places, donate_argnums=0)(model)
+
+
+def _fresh_state(config: TrainConfig, key: jax.Array) -> TrainState:
+    return init_state(config, Llama(config.model, rngs=nnx.Rngs(key)))
+
+
+def count_labels(rows: Rows, most: int = COUNTED) -> Counter[int]:
+    """How often each token is learned in the first rows: what a draft vocabulary is chosen by."""
+    counts: Counter[int] = Counter()
+    step = 256
+    for first in range(0, min(len(rows), most // rows.seq_len + 1), step):
+        labels_BT = rows.read(np.arange(first, min(first + step, len(rows))))["labels_BT"]
+        tokens, times = np.unique(labels_BT[labels_BT >= 0], return_counts=True)
+        counts.update(dict(zip(tokens.tolist(), times.tolist(), strict=True)))
+    return counts
+
+
+def sample_prompt(config: TrainConfig, tokenizer, held_out) -> list[int]:
+    """What samples continue: the configured text, or the start of a held-out document (of a row
+    with a prompt, that)."""
+    if config.evaluation.sample_prompt:
+        return tokenizer.encode(config.evaluation.sample_prompt)
+    batch = next(iter(held_out))
+    tokens_T, labels_T = batch["tokens_BT"][0], batch["labels_BT"][0]
+    first_label = int(np.argmax(labels_T >= 0))
+    length = first_label + 1 if first_label else min(32, config.seq_len // 2)
+    return tokens_T[:length].tolist()
+
+
+def describe(config: TrainConfig, workdir: Path, rows: Rows) -> str:
+    """Two lines: the model and the data."""
+    tokens = config.num_steps * config.batch_size * config.seq_len
+    return (
+        f"{workdir}: {config.model.num_params / 1e6:.1f}M parameters, {config.model.num_layers} "
+        f"layers; {config.num_steps} steps of {config.batch_size} x {config.seq_len} tokens, "
+        f"{tokens / len(rows) / rows.seq_len:.2g} passes over\n{rows.describe()}"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
