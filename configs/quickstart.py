@@ -1,0 +1,38 @@
+"""A small deep Llama learns to write Python, with LayerSkip, from the standard library's source.
+
+    python train.py --config configs/quickstart.py --workdir runs/quickstart
+
+Needs no data but what comes with Python.
+"""
+
+from lsjax.config import (
+    CheckpointConfig,
+    EarlyExitConfig,
+    EvaluationConfig,
+    LayerDropoutConfig,
+    LlamaConfig,
+    OptimizerConfig,
+    TrainConfig,
+)
+
+config = TrainConfig(
+    model=LlamaConfig(
+        vocab_size=512,
+        hidden_size=96,
+        intermediate_size=256,
+        num_layers=16,
+        num_heads=3,
+        num_kv_heads=3,
+        head_dim=32,
+        max_context=512,
+        tie_embeddings=True,
+    ),
+    num_steps=400,
+    batch_size=32,
+    seq_len=128,
+    layer_dropout=LayerDropoutConfig(p_max=0.1),
+    early_exit=EarlyExitConfig(curriculum="rotational", rotation=4, e_scale=0.2),
+    optimizer=OptimizerConfig(learning_rate=4e-3, warmup_steps=40),
+    checkpoints=CheckpointConfig(every=200),
+    evaluation=EvaluationConfig(every=200, batches=8),
+)
