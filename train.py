@@ -20,8 +20,6 @@ from pathlib import Path
 import jax
 import numpy as np
 from flax import nnx
-from lsjax.model.run_directory import CHECKPOINTS, begin_run, is_run, read_config
-from lsjax.training.checkpoint import Checkpoints
 from rich.console import Console
 
 from lsjax.cli.errors import one_line_errors
@@ -36,7 +34,9 @@ from lsjax.data.token_counts import NAME, write_counts
 from lsjax.data.tokenizer_training import make_tokenizer
 from lsjax.model.checkpoint import load, open_source
 from lsjax.model.llama import Llama, stacked
+from lsjax.model.run_directory import CHECKPOINTS, begin_run, is_run, read_config
 from lsjax.sharding import make_mesh, placed, shardings
+from lsjax.training.checkpoint import Checkpoints
 from lsjax.training.flops import peak_flops, step_flops
 from lsjax.training.metrics_log import MetricsLog
 from lsjax.training.resume import check_same_run

@@ -52,7 +52,9 @@ def plot_training(metrics: Sequence[Mapping[str, Any]], path: Path, *, title: st
     losses, by_exit, rates = axes
     at = [row["step"] for row in steps]
     losses.plot(at, [row["loss"] for row in steps], color="#BBBBBB", lw=1, label="objective")
-    losses.plot(at, [row["last_loss"] for row in steps], color=COLOURS[0], lw=1, label="last exit")
+    losses.plot(
+        at, [row["last_exit_loss"] for row in steps], color=COLOURS[0], lw=1, label="last exit"
+    )
     if evaluations:
         last = len(evaluations[0]["loss_E"])
         when = [row["step"] for row in evaluations]
