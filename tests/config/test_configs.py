@@ -1,0 +1,66 @@
+"""The files in configs/ against the numbers that the paper gives (its Tables 8 to 10)."""
+
+from pathlib import Path
+
+import pytest
+
+from lsjax.cli.training_options import read_config_file
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+FILES = sorted(CONFIGS.glob("*.py"))
+
+# L, p_max, e_scale, R (0: gradual), schedule of the rates, learning rate, rows, steps, context.
+PAPER = {
+    "continual_llama2_7b": (32, 0.1, 0.2, 8, "constant", 3e-5, 64 * 4, 50_000, 4096),
+    "continual_llama2_13b": (40, 0.1, 0.1, 39, "constant", 2e-5, 64 * 4, 50_000, 4096),
+    "continual_llama3_8b": (32, 0.1, 0.1, 8, "constant", None, None, None, None),
+    "continual_llama3_2_1b": (16, 0.1, 0.1, 8, "constant", None, None, None, None),
+    "from_scratch_1_5b": (24, 0.1, 0.2, 23, "exponential", 8e-4, 32 * 4, 50_000, 4096),
+    "from_scratch_7b": (32, 0.2, 0.2, 31, "exponential", 8e-4, 32 * 4, 50_000, 4096),
+    "finetune_code": (32, 0.1, 1.0, 16, "constant", 1e-4, 32 * 4, 10_000, 2048),
+    "finetune_topv2": (24, 0.2, 1.0, 0, "constant", 1e-4, 8 * 32, 5_800, None),
+}
+TOKENS = {  # that the paper says the run sees
+    "continual_llama2_7b": 52e9,
+    "continual_llama2_13b": 52e9,
+    "continual_llama3_8b": 419e9,
+    "continual_llama3_2_1b": 839e9,
+    "from_scratch_1_5b": 26e9,
+    "from_scratch_7b": 26e9,
+}
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_the_papers_numbers(name):
+    config = read_config_file(CONFIGS / f"{name}.py")
+    layers, p_max, e_scale, rotation, schedule, rate, rows, steps, context = PAPER[name]
+    dropout, exits = config.layer_dropout, config.early_exit
+    assert config.model.num_layers == layers
+    assert (dropout.p_max, dropout.distribution, dropout.schedule) == (
+        p_max,
+        "exponential",
+        schedule,
+    )
+    assert not dropout.rescale and not dropout.per_batch
+    assert (exits.weights, exits.e_scale) == ("paper", e_scale)
+    assert exits.curriculum == ("rotational" if rotation else "gradual")
+    assert rotation in (0, exits.rotation)
+    given = (config.optimizer.learning_rate, config.batch_size, config.num_steps, config.seq_len)
+    for own, paper in zip(given, (rate, rows, steps, context), strict=True):
+        assert paper in (None, own)
+    if name in TOKENS:
+        tokens = config.num_steps * config.batch_size * config.seq_len
+        assert tokens == pytest.approx(TOKENS[name], rel=0.01)
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_every_file_names_its_command(file):
+    config = read_config_file(file)
+    assert f"--config configs/{file.name} --workdir runs/" in " ".join(file.read_text().split())
+    assert config.model is not None
+
+
+def test_all_of_them_are_there():
+    siblings = {"lite", "layerdrop", "pld", "dont_drop_dropout"}
+    ours = {"quickstart", "continual_smollm2_135m"}
+    assert {file.stem for file in FILES} == {*PAPER, *siblings, *ours}

@@ -1,0 +1,185 @@
+"""train.py from its command line: a tiny model on a few lines of text."""
+
+import json
+import re
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+import decode
+import lsjax
+import train
+from lsjax.cli.training_options import read_config_file
+from lsjax.model.saved_steps import saved_steps
+from lsjax.training.metrics_log import FILE, read_metrics
+
+CONFIG = """
+from lsjax.config import *
+
+config = TrainConfig(
+    model=LlamaConfig.tiny(num_layers=3, hidden_size=32, intermediate_size=32, head_dim=8),
+    data=DataConfig(
+        source="text", paths=({text!r},), separator="blank_line", tokenizer="bytes",
+        validation_fraction=0.3,
+    ),
+    num_steps=6,
+    batch_size=4,
+    seq_len=16,
+    layer_dropout=LayerDropoutConfig(p_max=0.5),
+    early_exit=EarlyExitConfig(curriculum="rotational", rotation=2),
+    checkpoints=CheckpointConfig(every=2, keep_last=9),
+    evaluation=EvaluationConfig(every=3, batches=1, sample_tokens=4, num_draft_tokens=2),
+)
+"""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LSJAX_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    """A configuration file, and the text that it names."""
+    directory = tmp_path_factory.mktemp("config")
+    text = directory / "text.txt"
+    numbers = np.random.default_rng(0).integers(0, 1000, (40, 8))
+    text.write_text("\n\n".join(" ".join(map(str, line)) for line in numbers))
+    file = directory / "tiny.py"
+    file.write_text(CONFIG.format(text=str(text)))
+    return file
+
+
+def launch(config, workdir, *flags):
+    return train.main(["--config", str(config), "--workdir", str(workdir), *flags])
+
+
+@pytest.fixture(scope="module")
+def finished(config, tmp_path_factory):
+    """The directory of a run that nothing disturbed."""
+    workdir = tmp_path_factory.mktemp("runs") / "whole"
+    assert launch(config, workdir) == 0
+    return workdir
+
+
+def last_arrays(workdir):
+    """Fingerprints of all arrays of the last step: parameters and the optimizer's."""
+    return saved_steps(workdir / "checkpoints")[0].meta["arrays"]
+
+
+def rows_of(workdir):
+    """The rows of metrics, without times."""
+    rows = read_metrics(workdir / FILE)
+    return [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
+
+
+def test_a_run_shows_every_exit_and_leaves_pictures_and_samples(finished):
+    rows = rows_of(finished)
+    assert [row["step"] for row in rows if row["kind"] == "step"] == [1, 2, 3, 4, 5, 6]
+    evaluations = [row for row in rows if row["kind"] == "evaluation"]
+    assert [row["step"] for row in evaluations] == [3, 6]
+    assert len(evaluations[-1]["loss_E"]) == 3 and evaluations[-1]["agreement_E"][-1] == 1
+    assert evaluations[-1]["loss_E"][-1] < evaluations[0]["loss_E"][-1]
+    # Rotation 2 of 3 exits: exit 1 on even steps t, exit 2 on odd ones, exit 3 always.
+    exits = [row["exits"] for row in rows if row["kind"] == "step"]
+    assert exits == [[1, 3], [2, 3]] * 3
+    assert [row["kind"] for row in rows].count("sample") == 2
+    for name in ("exits.png", "training.png"):
+        assert (finished / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_going_on_gives_the_run_that_nothing_disturbed_bit_for_bit(config, finished, tmp_path):
+    """Parameters, optimizer, masks (through the losses) and the next batches."""
+    cut = tmp_path / "cut"
+    shutil.copytree(finished, cut)
+    for step in (4, 6):
+        shutil.rmtree(cut / "checkpoints" / str(step))
+    assert saved_steps(cut / "checkpoints")[0].number == 2
+    assert launch(config, cut) == 0
+    assert last_arrays(cut) == last_arrays(finished)
+    assert rows_of(cut) == rows_of(finished)
+
+
+def test_one_seed_repeats_and_two_differ(config, finished, tmp_path):
+    assert launch(config, tmp_path / "again") == 0
+    assert launch(config, tmp_path / "other", "--seed", "1") == 0
+    assert rows_of(tmp_path / "again") == rows_of(finished)
+    assert last_arrays(tmp_path / "again") == last_arrays(finished)
+    first, other = rows_of(finished)[0], rows_of(tmp_path / "other")[0]
+    assert first["loss"] != other["loss"]
+
+
+def test_a_run_is_a_model_for_decode_and_for_other_runs(config, finished, tmp_path, capsys):
+    model, tokenizer = lsjax.load(finished), lsjax.load_tokenizer(finished)
+    assert tokenizer.decode(tokenizer.encode("12 34")) == "12 34"
+    arguments = ["--model", str(finished), "--prompt", "1", "--max-new-tokens", "8", "--json"]
+    speculative = ["--strategy", "self_speculative", "--exit-layer", "1"]
+    speculative += ["--num-draft-tokens", "2", "--draft-vocab", "64"]  # counts come with the run
+    for name, flags in (("plain", []), ("drafted", speculative)):
+        assert decode.main([*arguments, str(tmp_path / name), *flags]) == 0
+    texts = [
+        json.loads((tmp_path / name).read_text())["token_ids"] for name in ("plain", "drafted")
+    ]
+    assert texts[0] == texts[1]
+    capsys.readouterr()
+    workdir = tmp_path / "finetuned"
+    flags = ["--init-from", str(finished), "--num-steps", "1", "--optimizer.learning-rate", "0"]
+    assert launch(config, workdir, *flags) == 0
+    leaves = jax.tree.leaves(model), jax.tree.leaves(lsjax.load(workdir))
+    assert all((a == b).all() for a, b in zip(*leaves, strict=True))
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--data.paths", "missing.txt"], "missing.txt"),
+        (["--micro-batches", "3"], "micro_batches 3 does not divide the batch of 4 rows"),
+        (["--optimizer.learning-rat", "1"], "learning-rat"),
+        (["--model.vocab-size", "300", "--data.tokenizer", "sentencepiece"], "vocab"),
+        (["--model.vocab-size", "100"], "tokenizer has 257 tokens.*vocabulary is 100"),
+        (["--seq-len", "1024"], "seq_len 1024 is longer than the model's context of 512"),
+        (["--mesh.data", "2"], "a mesh of data 2 needs 2 devices, but there are 1"),
+    ],
+)
+def test_bad_input_ends_with_2_before_anything_is_compiled(
+    config, tmp_path, capsys, flags, message
+):
+    with pytest.raises(SystemExit) as end:
+        launch(config, tmp_path / "run", *flags)
+    shown = capsys.readouterr()
+    # What tyro finds is in a box: without its borders the words stand in a line again.
+    text = " ".join(re.sub(r"[│╭╮╰╯─]", " ", shown.err + shown.out).split())
+    assert end.value.code == 2 and re.search(message, text) and "Traceback" not in text
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_can_not_become_another(config, finished, capsys):
+    with pytest.raises(SystemExit) as end:
+        launch(config, finished, "--num-steps", "7")
+    assert end.value.code == 2
+    assert "num_steps 6, now it is 7" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ("config = 1", "has no `config`"),
+        ("x = 1\nconfig = y", ":2: NameError"),
+        ("def f(:", ":1: SyntaxError"),
+        ("from lsjax.config import *\nDataConfig(source='x')", "source 'x' is unknown"),
+    ],
+)
+def test_a_configuration_file_says_what_is_wrong_with_it(tmp_path, content, message):
+    file = tmp_path / "config.py"
+    file.write_text(content)
+    with pytest.raises(lsjax.ConfigError, match=message):
+        read_config_file(file)
+
+
+def test_nothing_to_do_for_a_run_that_is_done(config, finished, capsys):
+    assert launch(config, finished) == 0
+    assert "all 6 steps are done" in capsys.readouterr().out

@@ -1,0 +1,106 @@
+"""The loop with a step that only counts: when it saves, shows, stops."""
+
+import os
+import signal
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from lsjax.training.metrics_log import FILE, MetricsLog, read_metrics
+from lsjax.training.trainer import Hook, Interrupted, Loop, TooManySkipped, run
+
+
+def counting_step(broken=(), signal_at=None):
+    """state.step + 1; the steps in `broken` are skipped; sends SIGTERM in one of them."""
+
+    def train_step(state, batch):
+        step = state.step + 1
+        in_a_row = state.in_a_row + 1 if step in broken else 0
+        if step == signal_at:
+            os.kill(os.getpid(), signal.SIGTERM)
+        metrics = dict(
+            loss=np.float32(np.nan if step in broken else 10 - step),
+            last_exit_loss=np.float32(9 - step),
+            exit_loss_L=np.float32([3, 0, 1]),
+            enabled_L=np.array([True, False, True]),
+            learning_rate=np.float32(0.5),
+            skipped=np.int32(0),
+            skipped_in_a_row=np.int32(in_a_row),
+        )
+        return SimpleNamespace(step=step, in_a_row=in_a_row, model=f"model {step}"), metrics
+
+    return train_step
+
+
+def start(step=0):
+    return SimpleNamespace(step=step, in_a_row=0, model="model 0")
+
+
+def loop(tmp_path, saved, seen, *, steps=7, from_step=0, **options):
+    def evaluate(step, model):
+        seen.append((step, model))
+        return {"x": step}
+
+    settings = dict(
+        num_steps=steps,
+        train_step=counting_step(),
+        next_batch=lambda: None,
+        save=lambda step, state, row: saved.append((step, state.step, row)),
+        save_every=3,
+        hooks=[
+            Hook("evaluation", 2, lambda step, model: seen.append((step, model)) or {"x": step})
+        ],
+    )
+    log = MetricsLog(tmp_path, from_step=from_step)
+    return Loop(**(settings | options)), log
+
+
+def test_saves_and_hooks_come_at_their_steps_and_after_the_last(tmp_path):
+    saved, seen, shown = [], [], []
+    one, log = loop(tmp_path, saved, seen, show=shown.append)
+    final = run(one, start(), log)
+    assert final.step == 7
+    assert seen == [(step, f"model {step}") for step in (2, 4, 6, 7)]
+    assert saved == [(3, 3, None), (6, 6, {"x": 6}), (7, 7, {"x": 7})]
+    assert [report.step for report in shown] == [1, 2, 3, 4, 5, 6, 7]
+    rows = read_metrics(tmp_path / FILE)
+    assert [row["step"] for row in rows if row["kind"] == "step"] == [1, 2, 3, 4, 5, 6, 7]
+    assert rows[0]["exits"] == [1, 3] and rows[0]["exit_losses"] == [3, 1]
+    assert [row["step"] for row in rows if row["kind"] == "evaluation"] == [2, 4, 6, 7]
+
+
+def test_a_signal_ends_the_run_with_its_step_saved(tmp_path):
+    saved, seen = [], []
+    one, log = loop(tmp_path, saved, seen, train_step=counting_step(signal_at=5))
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(Interrupted) as stopped:
+        run(one, start(), log)
+    assert stopped.value.code == 128 + signal.SIGTERM and stopped.value.step == 5
+    assert saved[-1] == (5, 5, None)
+    assert read_metrics(tmp_path / FILE)[-1]["step"] == 5
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_many_skipped_steps_in_a_row_stop_the_run_without_a_checkpoint(tmp_path):
+    saved, seen = [], []
+    broken = counting_step(broken=(2, 4, 5, 6))
+    one, log = loop(tmp_path, saved, seen, train_step=broken, max_skipped=3, steps=20)
+    with pytest.raises(TooManySkipped, match="3 steps in a row, up to step 6.*those of step 3"):
+        run(one, start(), log)
+    assert [step for step, *_ in saved] == [3]
+    assert read_metrics(tmp_path / FILE)[-1]["loss"] is None  # NaN is no JSON
+
+
+def test_steps_that_are_done_again_are_in_the_log_once(tmp_path):
+    saved, seen = [], []
+    one, log = loop(tmp_path, saved, seen)
+    run(one, start(), log)
+    log.close()
+    with (tmp_path / FILE).open("a") as file:
+        file.write('{"kind": "step", "st')  # a crash in the middle of a line
+    again, log = loop(tmp_path, saved, seen, from_step=3)
+    run(again, start(3), log)
+    log.close()
+    rows = read_metrics(tmp_path / FILE)
+    assert [row["step"] for row in rows if row["kind"] == "step"] == [1, 2, 3, 4, 5, 6, 7]
