@@ -11,7 +11,7 @@ A run is a model like any other: the newest of its steps that is whole, or the o
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,15 +21,14 @@ from jaxtyping import Array
 
 from lsjax.config import LlamaConfig, TrainConfig, check
 from lsjax.config.json_form import from_json, versioned, without_version
+from lsjax.data.tokenizer_files import load_tokenizer
+from lsjax.data.tokenizers import Tokenizer, TokenizerError
 from lsjax.model.checkpoint import CheckpointError, Track, named_parameters
 from lsjax.model.llama import Llama
 from lsjax.model.plain import NAMES
 from lsjax.model.safetensors_files import read_json, write_json
 from lsjax.model.saved_steps import PARAMS, SavedStep, best_first, first_good, saved_steps
 from lsjax.sharding import sharding_of
-
-if TYPE_CHECKING:
-    from lsjax.data.tokenizers import Tokenizer
 
 CONFIG, CHECKPOINTS = "config.json", "checkpoints"
 
@@ -40,7 +39,7 @@ def is_run(directory: Path) -> bool:
     return file.is_file() and {"version", "model"} <= read_json(file).keys()
 
 
-def begin_run(directory: Path, config: TrainConfig, tokenizer: "Tokenizer") -> None:
+def begin_run(directory: Path, config: TrainConfig, tokenizer: Tokenizer) -> None:
     """Writes what a run's directory has from the start, for a config whose model is known.
 
     config.json comes last: where it is, the rest is.
@@ -53,6 +52,8 @@ def begin_run(directory: Path, config: TrainConfig, tokenizer: "Tokenizer") -> N
         f"the tokenizer has {size} tokens, but the model's vocabulary is {rows}: choose another "
         "data.tokenizer, or set model.vocab_size (a little more than the tokenizer has is fine)",
     )
+    if config.init_from:
+        _check_tokenizer_of(config.init_from, tokenizer)
     file = directory / CONFIG
     check(
         not file.exists() or is_run(directory),
@@ -63,6 +64,19 @@ def begin_run(directory: Path, config: TrainConfig, tokenizer: "Tokenizer") -> N
     partial = file.with_name(f".{CONFIG}.partial")
     write_json(partial, versioned(config))
     partial.replace(file)
+
+
+def _check_tokenizer_of(model: str, tokenizer: Tokenizer) -> None:
+    """Raises ConfigError where a model that is trained on had another tokenizer."""
+    try:
+        own = load_tokenizer(model)
+    except TokenizerError:  # it has none: nobody knows
+        return
+    check(
+        own.fingerprint == tokenizer.fingerprint,
+        f"data.tokenizer is not the one of {model}, whose table has other tokens in the same "
+        f"rows: set data.tokenizer to {model}",
+    )
 
 
 def read_config(directory: Path) -> TrainConfig:

@@ -18,6 +18,7 @@ import lsjax
 from lsjax.cli import convert
 from lsjax.config import ConfigError, LlamaConfig, TrainConfig
 from lsjax.data.token_counts import NAME, find_counts
+from lsjax.data.tokenizer_huggingface import ByteTokenizer
 from lsjax.model.checkpoint import CheckpointError
 from lsjax.model.run_directory import begin_run, is_run, read_config
 from lsjax.training.checkpoint import Checkpoints
@@ -178,3 +179,13 @@ def test_what_a_run_begins_with(tmp_path, tokenizer, model):
     with pytest.raises(ConfigError, match="other holds another model: choose a new directory"):
         begin_run(tmp_path / "other", CONFIG, tokenizer)
     assert equal(lsjax.load(tmp_path / "other"), model)
+
+
+def test_going_on_from_a_model_needs_its_tokenizer(run, tmp_path, tokenizer, monkeypatch):
+    config = dataclasses.replace(CONFIG, init_from=f"{run}@6")
+    begin_run(tmp_path / "same", config, tokenizer)
+    assert read_config(tmp_path / "same") == config
+    other = ByteTokenizer(add_bos=False)
+    monkeypatch.setattr(other, "_pieces", {**other._pieces, 97: b"b"})
+    with pytest.raises(ConfigError, match="data.tokenizer is not the one of .*run@6, whose table"):
+        begin_run(tmp_path / "another", config, other)
