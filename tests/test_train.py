@@ -84,9 +84,9 @@ def test_a_run_shows_every_exit_and_leaves_pictures_and_samples(finished):
     assert [row["step"] for row in evaluations] == [3, 6]
     assert len(evaluations[-1]["loss_E"]) == 3 and evaluations[-1]["agreement_E"][-1] == 1
     assert evaluations[-1]["loss_E"][-1] < evaluations[0]["loss_E"][-1]
-    # Rotation 2 of 3 exits: exit 1 on even steps t, exit 2 on odd ones, exit 3 always.
+    # Rotation 2 of 3 exits: exit 1 on even steps t, but its weight is 0; exit 2 on odd ones.
     exits = [row["exits"] for row in rows if row["kind"] == "step"]
-    assert exits == [[1, 3], [2, 3]] * 3
+    assert exits == [[3], [2, 3]] * 3
     assert [row["kind"] for row in rows].count("sample") == 2
     for name in ("exits.png", "training.png"):
         assert (finished / name).read_bytes().startswith(b"\x89PNG")
@@ -140,7 +140,7 @@ def test_a_run_is_a_model_for_decode_and_for_other_runs(config, finished, tmp_pa
         (["--micro-batches", "3"], "micro_batches 3 does not divide the batch of 4 rows"),
         (["--optimizer.learning-rat", "1"], "learning-rat"),
         (["--model.vocab-size", "300", "--data.tokenizer", "sentencepiece"], "vocab"),
-        (["--model.vocab-size", "100"], "tokenizer has 257 tokens.*vocabulary is 100"),
+        (["--model.vocab-size", "100"], "tokenizer has 258 tokens.*vocabulary is 100"),
         (["--seq-len", "1024"], "seq_len 1024 is longer than the model's context of 512"),
         (["--mesh.data", "2"], "a mesh of data 2 needs 2 devices, but there are 1"),
     ],
@@ -170,7 +170,7 @@ def test_a_run_can_not_become_another(config, finished, capsys):
         ("config = 1", "has no `config`"),
         ("x = 1\nconfig = y", ":2: NameError"),
         ("def f(:", ":1: SyntaxError"),
-        ("from lsjax.config import *\nDataConfig(source='x')", "source 'x' is unknown"),
+        ("from lsjax.config import *\nDataConfig(max_documents=0)", "max_documents 0 must be"),
     ],
 )
 def test_a_configuration_file_says_what_is_wrong_with_it(tmp_path, content, message):

@@ -7,8 +7,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from lsjax.training import trainer
 from lsjax.training.metrics_log import FILE, MetricsLog, read_metrics
-from lsjax.training.trainer import Hook, Interrupted, Loop, TooManySkipped, run
+from lsjax.training.trainer import Hook, Interrupted, Loop, TooManySkipped
 
 
 def counting_step(broken=(), signal_at=None):
@@ -56,6 +57,14 @@ def loop(tmp_path, saved, seen, *, steps=7, from_step=0, **options):
     return Loop(**(settings | options)), log
 
 
+def run(loop, state, log):
+    """`trainer.run`, and the log closed however it ends."""
+    try:
+        return trainer.run(loop, state, log)
+    finally:
+        log.close()
+
+
 def test_saves_and_hooks_come_at_their_steps_and_after_the_last(tmp_path):
     saved, seen, shown = [], [], []
     one, log = loop(tmp_path, saved, seen, show=shown.append)
@@ -96,11 +105,9 @@ def test_steps_that_are_done_again_are_in_the_log_once(tmp_path):
     saved, seen = [], []
     one, log = loop(tmp_path, saved, seen)
     run(one, start(), log)
-    log.close()
     with (tmp_path / FILE).open("a") as file:
         file.write('{"kind": "step", "st')  # a crash in the middle of a line
     again, log = loop(tmp_path, saved, seen, from_step=3)
     run(again, start(3), log)
-    log.close()
     rows = read_metrics(tmp_path / FILE)
     assert [row["step"] for row in rows if row["kind"] == "step"] == [1, 2, 3, 4, 5, 6, 7]
