@@ -62,9 +62,9 @@ class Pipeline:
         """Where the stream is, for JSON; the same on all hosts after the same number of batches."""
         return {
             "rows_taken": self._taken,
-            "num_rows": len(self.rows),
-            "seq_len": self.rows.seq_len,
             "seed": self._seed,
+            "seq_len": self.rows.seq_len,
+            "num_rows": len(self.rows),
             "data": self.rows.fingerprint,
         }
 
@@ -88,7 +88,7 @@ class Pipeline:
 
     def _start(self) -> None:
         rows, block = self.rows, self._block
-        batches = self._order[self._taken :].batch(self._batch_size)
+        batches = self._order[self._taken :].batch(self._batch_size, drop_remainder=True)
         reader = batches.map(lambda numbers_B: rows.read(numbers_B[block]))
         self._batches = iter(reader.to_iter_dataset(PREFETCH))
 

@@ -1,5 +1,6 @@
 """Text that every machine has: the standard library of the Python that runs this."""
 
+import os
 import platform
 import sysconfig
 from collections.abc import Iterator
@@ -18,14 +19,12 @@ class PythonSource(Source):
 
     def __init__(self):
         self.name = f"standard library of Python {platform.python_version()}"
-        root = Path(sysconfig.get_path("stdlib"))
-        found = (path.relative_to(root) for path in root.rglob("*.py"))
-        chosen = (
-            path
-            for path in found
-            if not LEFT_OUT & set(path.parts) and not path.name.startswith(OF_ONE_MACHINE)
-        )
-        self.files = [root / path for path in sorted(chosen, key=Path.as_posix)]
+        root, found = Path(sysconfig.get_path("stdlib")), []
+        for folder, folders, names in os.walk(root):
+            folders[:] = [name for name in folders if name not in LEFT_OUT]  # not walked into
+            own = (name for name in names if not name.startswith(OF_ONE_MACHINE))
+            found += [Path(folder, name) for name in own if name.endswith(".py")]
+        self.files = sorted(found, key=Path.as_posix)
         check(
             bool(self.files),
             f"{root} has no .py files: this Python comes without its source, choose --data.source",

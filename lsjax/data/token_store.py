@@ -7,11 +7,12 @@ that the tokens depend on:
     starts.npy   where each document begins, and where the last one ends
     prompts.npy  how many of each document's tokens are its prompt
     keys.npy     the hash of each document
-    store.json   a hash of the four, written last
+    store.json   a hash of the four, and their lengths
 """
 
 import hashlib
 import json
+import shutil
 from array import array
 from dataclasses import dataclass
 from itertools import islice
@@ -68,18 +69,14 @@ def token_store(
     source = open_source(config, validation=validation)
     limit = None if validation else config.max_documents
     directory = cache / "tokens" / _name(config, tokenizer, source, limit)
-    if not (directory / "store.json").is_file():
+    store = _load(directory)
+    if store is None:
+        shutil.rmtree(directory, ignore_errors=True)  # a damaged one
         with whole_directory(directory) as partial:
             _write(partial, config, tokenizer, source, limit)
-    arrays = {name: np.load(directory / f"{name}.npy", mmap_mode="r") for name in ARRAYS}
-    return TokenStore(
-        # A plain view: slices of a memmap cost several times those of an array.
-        tokens=np.asarray(arrays["tokens"]).view(np.ndarray),
-        starts_N1=np.array(arrays["starts"]),
-        prompts_N=np.array(arrays["prompts"]),
-        keys_N=np.array(arrays["keys"]),
-        fingerprint=json.loads((directory / "store.json").read_text())["fingerprint"],
-    )
+        store = _load(directory)
+        check(store is not None, f"{directory} can't be read back: is the disk in order?")
+    return store
 
 
 def encode_document(
@@ -106,6 +103,20 @@ def _continuation(text: str, tokenizer: Tokenizer, special: bool) -> list[int]:
     mark = tokenizer.encode(MARK, add_bos=False)
     ids = tokenizer.encode(MARK + text, add_bos=False, allow_special=special)
     return ids[len(mark) :]
+
+
+def _load(directory: Path) -> TokenStore | None:
+    """The store in a directory; None if it is not there, or not as it was written."""
+    try:
+        about = json.loads((directory / "store.json").read_text())
+        arrays = [np.load(directory / f"{name}.npy", mmap_mode="r") for name in ARRAYS]
+        if [len(array) for array in arrays] != about["lengths"]:
+            return None
+    except (OSError, ValueError, LookupError, EOFError):
+        return None
+    tokens, *others = arrays
+    # A plain view of the tokens: slices of a memmap cost several times those of an array.
+    return TokenStore(tokens.view(np.ndarray), *map(np.array, others), about["fingerprint"])
 
 
 def _name(config: DataConfig, tokenizer: Tokenizer, source: Source, limit: int | None) -> str:
@@ -140,11 +151,11 @@ def _write(
     check(len(keys) > 0, f"{source.name} holds no text: every document of it is empty")
     dtype = np.uint16 if small else np.uint32
     tokens = np.memmap(raw, dtype=dtype, mode="r", shape=(starts[-1],))
+    arrays = (tokens, np.array(starts), np.array(prompts), np.array(keys))
     digest = hashlib.sha256()
-    kinds = (None, np.int64, np.int32, np.uint64)
-    for name, values, kind in zip(ARRAYS, (tokens, starts, prompts, keys), kinds, strict=True):
-        whole = tokens if kind is None else np.array(values, kind)
-        np.save(folder / f"{name}.npy", whole)
-        digest.update(np.ascontiguousarray(whole).data)
+    for name, values in zip(ARRAYS, arrays, strict=True):
+        np.save(folder / f"{name}.npy", values)
+        digest.update(values.data)
     raw.unlink()
-    (folder / "store.json").write_text(json.dumps({"fingerprint": digest.hexdigest()}))
+    about = {"fingerprint": digest.hexdigest(), "lengths": [len(values) for values in arrays]}
+    (folder / "store.json").write_text(json.dumps(about))

@@ -60,8 +60,7 @@ def test_the_cache_is_by_content(tmp_path, monkeypatch):
 def test_any_text_comes_back_and_digits_stand_alone(tmp_path, texts):
     tokenizer = train_tokenizer(DOCUMENTS, 320, cache=tmp_path)
     for text in [*texts, "  \n\n  x", "\r\n"]:
-        if "\u0000" not in text:  # SentencePiece's own mark for the end of a text
-            assert tokenizer.decode(tokenizer.encode(text, allow_special=False)) == text
+        assert tokenizer.decode(tokenizer.encode(text, allow_special=False)) == text
     digits = [tokenizer.token_bytes(i).strip() for i in tokenizer.encode("in 2024", add_bos=False)]
     assert digits[-4:] == [b"2", b"0", b"2", b"4"]
 
