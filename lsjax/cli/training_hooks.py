@@ -38,12 +38,14 @@ def evaluation_hook(
     def evaluate(step: int, model: Llama) -> dict[str, Any]:
         scores = score_exits(model, map(place, batches))
         print(exit_table(f"step {step}, {scores.tokens:,} held-out tokens", scores))
+        row = {**scores.to_json(), "last_exit_loss": scores.loss_E[-1]}
+        rows = [*read_metrics(workdir / FILE), {"kind": "evaluation", "step": step, **row}]
         try:
             plot_exits({f"step {step}": scores}, workdir / "exits.png", title=workdir.name)
-            plot_training(read_metrics(workdir / FILE), workdir / "training.png")
+            plot_training(rows, workdir / "training.png")
         except ConfigError as error:  # no matplotlib: the figures are in metrics.jsonl
             print(str(error), style="dim")
-        return {**scores.to_json(), "last_exit_loss": scores.loss_E[-1]}
+        return row
 
     return Hook("evaluation", config.every, evaluate)
 
