@@ -16,6 +16,7 @@ import json
 import logging
 import re
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -122,14 +123,15 @@ class SavedStep:
         if not path.is_dir():
             missing = f"has no {item}" if any(self.directory.iterdir()) else "is empty"
             raise DamagedStep(f"{self.directory}: {missing}")
-        try:
-            return read(ocp, path)
-        except (MemoryError, jax.errors.JaxRuntimeError):
-            raise
-        except Exception as error:
-            reason = _reason(error)
-        with _no_unraisable():  # what else failed at the same time, orbax leaves lying about
+        with _one_error_is_enough():
+            try:
+                return read(ocp, path)
+            except (MemoryError, jax.errors.JaxRuntimeError):
+                raise
+            except Exception as error:
+                reason = _reason(error)
             gc.collect()
+            time.sleep(0.2)
         raise DamagedStep(f"{path}: cannot be read ({reason})")
 
 
@@ -191,8 +193,18 @@ def _reason(error: BaseException) -> str:
 
 
 @contextmanager
-def _no_unraisable() -> Iterator[None]:
-    before, sys.unraisablehook = sys.unraisablehook, lambda _: None
+def _one_error_is_enough() -> Iterator[None]:
+    """Where one array cannot be read, orbax drops the readers of the others, whose errors Python
+    would print one after the other: they come when the readers are collected, or a moment later
+    when they find that nobody waits for them."""
+    before = sys.unraisablehook
+
+    def hook(unraisable: Any) -> None:
+        said = str(unraisable.exc_value)
+        if not said.startswith(("Encountered error while reading", "Event loop is closed")):
+            before(unraisable)
+
+    sys.unraisablehook = hook
     try:
         yield
     finally:
