@@ -1,0 +1,243 @@
+"""Chats: in a terminal of their own, and turn by turn."""
+
+import io
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from rich.console import Console
+
+import lsjax
+from lsjax.cli.chat import HELP, chat
+from lsjax.config import LlamaConfig
+from lsjax.data.tokenizer_huggingface import ByteTokenizer
+from lsjax.decoding.engine import Engine
+from lsjax.decoding.request import Request
+from lsjax.decoding.sampling import Sampling
+from lsjax.decoding.self_speculative import SelfSpeculative
+from lsjax.evaluation.identity_tail import identity_tail
+from lsjax.model.huggingface import GenerationDefaults
+from lsjax.model.llama import Llama
+
+ROOT = Path(__file__).parents[2]
+TEMPLATE = (
+    "{% for m in messages %}{{ m.content }}{% if m.role == 'assistant' %}/{% endif %}{% endfor %}"
+)
+IN_A_TERMINAL = "import os, pty, sys; sys.exit(os.waitstatus_to_exitcode(pty.spawn(sys.argv[1:])))"
+
+
+@pytest.fixture(scope="module")
+def alphabet(tmp_path_factory) -> Path:
+    """A model that says the alphabet from the last letter of its prompt on, and ends with y; z it
+    says without end. Layers that add nothing, so that a token says which one is next."""
+    config = LlamaConfig.tiny(num_layers=2, max_context=2**17)
+    model = identity_tail(jax.jit(lambda: Llama(config, rngs=nnx.Rngs(0)))(), 0)
+    following = {ord(a): ord(a) + 1 for a in "abcdefghijklmnopqrstuvwx"}
+    following |= {ord("y"): 257, ord("z"): ord("z")}
+    embedding = np.asarray(model.embedding[...])
+    head = np.zeros_like(embedding)
+    for token, after in following.items():
+        head[after] += embedding[token]
+    model.head = nnx.Param(jnp.asarray(head))
+    directory = tmp_path_factory.mktemp("alphabet")
+    tokenizer = ByteTokenizer(add_bos=False, chat_template=TEMPLATE)
+    defaults = GenerationDefaults(exit_layer=1, num_draft_tokens=3)
+    lsjax.save(model, directory, generation=defaults, tokenizer=tokenizer)
+    return directory
+
+
+class Terminal:
+    """A program in a pseudo-terminal: what it shows, and keys for it."""
+
+    def __init__(self, command: list[str]):
+        self.shown, self._read = "", 0
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", IN_A_TERMINAL, *command],
+            cwd=ROOT,
+            env=os.environ | {"TERM": "dumb"},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            bufsize=0,
+        )
+
+    def press(self, keys: str) -> None:
+        self._process.stdin.write(keys.encode())
+
+    def until(self, text: str) -> str:
+        """What comes up to this text, which must come."""
+        end = time.monotonic() + 60
+        while text not in self.shown[self._read :]:
+            ready, _, _ = select.select([self._process.stdout], [], [], end - time.monotonic())
+            piece = os.read(self._process.stdout.fileno(), 65536).decode() if ready else ""
+            assert piece, f"no {text!r} in {self.shown[self._read :]!r}"
+            self.shown += piece.replace("\r\n", "\n")
+        begin, self._read = self._read, self.shown.index(text, self._read) + len(text)
+        return self.shown[begin : self._read]
+
+    def ended(self) -> int:
+        return self._process.wait(timeout=60)
+
+    def __enter__(self) -> "Terminal":
+        return self
+
+    def __exit__(self, *_) -> None:
+        with self._process:  # the program ends with its terminal
+            self._process.kill()
+
+
+def test_ten_turns_in_a_terminal(alphabet, tmp_path):
+    """With a Ctrl-C in an answer without end, one at the prompt, a new chat, and Ctrl-D."""
+    options = ["--interactive", "--strategy", "self_speculative", "--max-new-tokens", "100000"]
+    options += ["--model", str(alphabet), "--json", str(tmp_path / "chat.jsonl")]
+    with Terminal([sys.executable, "-W", "error", "decode.py", *options]) as terminal:
+        assert HELP in terminal.until("> ")
+        for message in ("a", "k", "x", "hello", "z", "v", "/new", "m", "", "zz", "q", "a"):
+            terminal.press(message + "\n")
+            if "z" in message:
+                terminal.until("zzzzz")  # beyond the echo of the message
+                terminal.press("\x03")
+                assert "1 ended by interrupt" in terminal.until("\n> ")
+                continue
+            shown = terminal.until("\n> ")
+            if message not in ("", "/new"):
+                answer = "abcdefghijklmnopqrstuvwxy".partition(message[-1])[2]
+                assert f"\n{answer}\n" in shown and "1 ended by eos" in shown
+        terminal.press("\x03")
+        assert HELP in terminal.until("> ")
+        terminal.press("\x04")
+        assert terminal.ended() == 0, terminal.shown
+
+    turns = [json.loads(line) for line in (tmp_path / "chat.jsonl").read_text().splitlines()]
+    assert [turn["prompt"] for turn in turns] == [
+        "a",
+        "k",
+        "x",
+        "hello",
+        "z",
+        "v",
+        "m",
+        "zz",
+        "q",
+        "a",
+    ]
+    history = 0
+    for number, turn in enumerate(turns):
+        if number == 6:
+            history = 0  # the new chat
+        assert turn["num_prompt_tokens"] == history + len(turn["prompt"])
+        if turn["prompt"][0] == "z":
+            assert turn["finish_reason"] == "interrupt"
+            assert turn["text"] == "z" * turn["num_new_tokens"] and len(turn["text"]) > 3
+        else:
+            assert turn["finish_reason"] == "eos" and turn["acceptance_rate"] in (1.0, None)
+        history = turn["num_prompt_tokens"] + len(turn["text"]) + 1  # a slash
+
+
+class Interrupting(io.StringIO):
+    """Presses Ctrl-C while text is shown, as often as it is told."""
+
+    presses = 0
+
+    def write(self, text: str) -> int:
+        if text.strip() and self.presses:
+            self.presses -= 1
+            signal.raise_signal(signal.SIGINT)
+        return super().write(text)
+
+
+@pytest.fixture
+def talk(model, monkeypatch):
+    """Lets a chat go over these messages; a number before one is how often Ctrl-C is pressed in its
+    answer. Gives the prompts, the completions, what was shown, and the notes."""
+
+    def run(*inputs, strategy=None, sampling=None, max_new_tokens=20):
+        tokenizer = ByteTokenizer(add_bos=False, chat_template=TEMPLATE)
+        engine = Engine(model, tokenizer, strategy)
+        shown, notes, prompts, completions = Interrupting(), io.StringIO(), [], []
+        said = iter(inputs)
+
+        def read(prompt=""):
+            one = next(said, EOFError)
+            if isinstance(one, int):
+                shown.presses = one
+                one = next(said)
+            if isinstance(one, str):
+                return one
+            raise one
+
+        watch = engine.watch
+
+        def watched(request, **options):
+            prompts.append(request.prompt)
+            return watch(request, **options)
+
+        monkeypatch.setattr("builtins.input", read)
+        monkeypatch.setattr(engine, "watch", watched)
+        default = Request(prompt="", max_new_tokens=max_new_tokens, sampling=sampling or Sampling())
+        chat(
+            engine,
+            default,
+            Console(file=shown, soft_wrap=True),
+            Console(file=notes, soft_wrap=True),
+            finish=lambda message, completion: completions.append(completion),
+        )
+        return prompts, completions, shown.getvalue(), notes.getvalue()
+
+    return run
+
+
+@pytest.mark.parametrize("strategy", [None, SelfSpeculative(3, 4)], ids=["plain", "speculative"])
+def test_a_turn_behind_an_interrupted_one(model, tokenizer, talk, strategy):
+    """Says what a fresh engine says to the same history, the broken answer in it."""
+    prompts, found, _, notes = talk("hi", 1, "and then?", "so", "bye", strategy=strategy)
+    assert [c.finish_reason for c in found] == ["length", "interrupt", "length", "length"]
+    assert 0 < found[1].num_new_tokens < 20
+    fresh = Engine(model, tokenizer)
+    for prompt, completion in zip(prompts, found, strict=True):
+        (expected,) = fresh.generate([prompt], max_new_tokens=completion.num_new_tokens)
+        assert completion.token_ids == expected.token_ids
+    for before, after, message, c in zip(
+        prompts, prompts[1:], ["and then?", "so", "bye"], found, strict=False
+    ):
+        assert after == [*before, *c.token_ids, *tokenizer.encode(f"/{message}")]
+    assert "1 ended by interrupt" in notes
+
+
+def test_a_second_ctrl_c_takes_the_turn_back(model, tokenizer, talk):
+    prompts, found, _, notes = talk("hi", 2, "never mind", "so")
+    assert len(found) == 2 and "this message and its answer are forgotten" in notes
+    assert prompts[2] == [*prompts[0], *found[0].token_ids, *tokenizer.encode("/so")]
+    (expected,) = Engine(model, tokenizer).generate([prompts[2]], max_new_tokens=20)
+    assert found[1].token_ids == expected.token_ids
+
+
+def test_what_is_no_message(talk):
+    """The chat goes on behind it."""
+    broken = UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid start byte")
+    prompts, found, _, notes = talk("", "  ", broken, KeyboardInterrupt, "\udcff", "a" * 600, "hi")
+    assert prompts[-1] == list(b"hi") and len(found) == 1
+    for words in ("that was not UTF-8", HELP, "lone surrogate", "do not fit the length of 512"):
+        assert words in notes
+
+
+def test_each_turn_has_the_next_seed(talk):
+    sampling = Sampling(temperature=1.0, seed=2**32 - 2)
+    _, found, *_ = talk("hi", "/new", "hi", "/new", "hi", sampling=sampling)
+    assert [c.seed for c in found] == [2**32 - 2, 2**32 - 1, 0]
+    assert len({tuple(c.token_ids) for c in found}) == 3
+
+
+def test_the_prompt_is_for_people(talk):
+    """It goes where the answers go, which with --json - is not standard output."""
+    _, (completion,), shown, _ = talk("hi", max_new_tokens=3)
+    assert shown == f"> {completion.text}\n> \n"
