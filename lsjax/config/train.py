@@ -103,14 +103,3 @@ class TrainConfig(StepConfig):
             f"evaluation.exit_layer {exit_layer} is not in 1..{model.num_layers - 1}, which can "
             f"draft for a model of {model.num_layers} layers",
         )
-
-    def check_devices(self, num_devices: int) -> None:
-        """Raises ConfigError where the mesh does not fit that many devices, or cannot share out
-        the rows of a micro-batch."""
-        data = self.mesh.sizes(num_devices)["data"]
-        parts = data * self.micro_batches
-        check(
-            self.batch_size % parts == 0,
-            f"batch_size {self.batch_size} does not divide into {self.micro_batches} micro-batches "
-            f"over {data} devices: choose a multiple of {parts}",
-        )

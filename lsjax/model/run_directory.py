@@ -42,8 +42,9 @@ def is_run(directory: Path) -> bool:
 def begin_run(directory: Path, config: TrainConfig, tokenizer: Tokenizer) -> None:
     """Writes what a run's directory has from the start, for a config whose model is known.
 
-    config.json comes last: where it is, the rest is.
-    Raises ConfigError where tokenizer and model do not fit, or the directory holds another model.
+    config.json comes last: where it is, the rest is. A run that goes on gets a new config.json.
+    Raises ConfigError where tokenizer and model do not fit, the directory holds another model, or
+    the run has begun with another tokenizer.
     """
     assert config.model is not None
     size, rows = tokenizer.vocab_size, config.model.vocab_size
@@ -52,31 +53,39 @@ def begin_run(directory: Path, config: TrainConfig, tokenizer: Tokenizer) -> Non
         f"the tokenizer has {size} tokens, but the model's vocabulary is {rows}: choose another "
         "data.tokenizer, or set model.vocab_size (a little more than the tokenizer has is fine)",
     )
-    if config.init_from:
-        _check_tokenizer_of(config.init_from, tokenizer)
     file = directory / CONFIG
     check(
         not file.exists() or is_run(directory),
         f"{directory} holds another model: choose a new directory",
     )
+    if file.exists():
+        same = _has_tokenizer(directory, tokenizer)
+        check(
+            same is not False,
+            f"{directory} was begun with another tokenizer than data.tokenizer gives now: the data "
+            "or the Python that it is trained from changed; begin another run in a new directory",
+        )
+    else:
+        same = None
+        check(
+            not config.init_from or _has_tokenizer(config.init_from, tokenizer) is not False,
+            f"data.tokenizer is not the one of {config.init_from}, whose table has other tokens in "
+            f"the same rows: set data.tokenizer to {config.init_from}",
+        )
     directory.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(directory)
+    if not same:
+        tokenizer.save(directory)
     partial = file.with_name(f".{CONFIG}.partial")
     write_json(partial, versioned(config))
     partial.replace(file)
 
 
-def _check_tokenizer_of(model: str, tokenizer: Tokenizer) -> None:
-    """Raises ConfigError where a model that is trained on had another tokenizer."""
+def _has_tokenizer(model: str | Path, tokenizer: Tokenizer) -> bool | None:
+    """Whether a model's tokenizer is this one; None where it has none that can be read."""
     try:
-        own = load_tokenizer(model)
-    except TokenizerError:  # it has none: nobody knows
-        return
-    check(
-        own.fingerprint == tokenizer.fingerprint,
-        f"data.tokenizer is not the one of {model}, whose table has other tokens in the same "
-        f"rows: set data.tokenizer to {model}",
-    )
+        return load_tokenizer(model).fingerprint == tokenizer.fingerprint
+    except TokenizerError:
+        return None
 
 
 def read_config(directory: Path) -> TrainConfig:

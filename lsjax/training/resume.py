@@ -17,6 +17,9 @@ FREE = frozenset(
         "remat",
         "dtype",
         "init_from",
+        # Of a model that has begun to learn:
+        "model.init_std",
+        "model.max_context",
     }
 )
 
@@ -31,8 +34,8 @@ def check_same_run(before: TrainConfig, now: TrainConfig, where: str) -> TrainCo
         now = dataclasses.replace(now, model=before.model)
     for path, old, new in differences(to_json(before), to_json(now)):
         check(
-            path.partition(".")[0] in FREE,
+            path in FREE or path.partition(".")[0] in FREE,
             f"{where} was begun with {path} {old}, now it is {new}: a run can't change it; take "
             "another --workdir, or the value of before",
         )
-    return now
+    return dataclasses.replace(now, model=before.model)

@@ -187,5 +187,11 @@ def test_going_on_from_a_model_needs_its_tokenizer(run, tmp_path, tokenizer, mon
     assert read_config(tmp_path / "same") == config
     other = ByteTokenizer(add_bos=False)
     monkeypatch.setattr(other, "_pieces", {**other._pieces, 97: b"b"})
+    with pytest.raises(ConfigError, match="run was begun with another tokenizer than data.token"):
+        begin_run(run, CONFIG, other)
+    assert lsjax.load_tokenizer(run).fingerprint == tokenizer.fingerprint
+    (run / "tokenizer.json").write_text("{")  # cut off by a kill
+    begin_run(run, CONFIG, tokenizer)
+    assert lsjax.load_tokenizer(run).fingerprint == tokenizer.fingerprint
     with pytest.raises(ConfigError, match="data.tokenizer is not the one of .*run@6, whose table"):
         begin_run(tmp_path / "another", config, other)
