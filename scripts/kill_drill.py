@@ -5,7 +5,7 @@
          --checkpoints.every 5 --checkpoints.keep-last 3"
 
 The command runs to its end in DIRECTORY/undisturbed. Then it runs in DIRECTORY/killed, gets kill -9
-at a random moment (of every second run from its start on, of the others once it trains), and is
+at a random moment (of every second run once it trains, of the others from its start on), and is
 started again, until it has been killed often enough and may end too. Parameters, optimizer state,
 counters, the position in the data and the logged losses must then be the same, bit for bit, no
 saved step may have been damaged, and no restart may have gone back behind a saved step.
@@ -61,16 +61,16 @@ def main(command: str, directory: Path, kills: int = 20, seed: int = 0) -> None:
     print(f"undisturbed: {end:.1f} s, {ready:.1f} s of them before the first step", flush=True)
 
     moments = random.Random(seed)
+    share = 1.5 * (end - ready) / kills  # of the training, so that some is left for the last kill
     for number in range(1, kills + 1):
-        before = newest(killed)
-        # So that some of the run is left for the last kill.
-        share = 1.5 * (end - ready) / kills
+        before, began = newest(killed), time.monotonic()
         with start(command, killed) as program:
             if number % 2:
-                delay = moments.uniform(0, ready + share)
-            else:
-                until_it_trains(program, killed)
+                training = until_it_trains(program, killed)
+                ready = training - began if training else ready
                 delay = moments.uniform(0, share)
+            else:
+                delay = moments.uniform(0, ready + share)
             with suppress(subprocess.TimeoutExpired):
                 program.wait(delay)
         check(
