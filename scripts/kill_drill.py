@@ -61,7 +61,7 @@ def main(command: str, directory: Path, kills: int = 20, seed: int = 0) -> None:
     print(f"undisturbed: {end:.1f} s, {ready:.1f} s of them before the first step", flush=True)
 
     moments = random.Random(seed)
-    share = 1.5 * (end - ready) / kills  # of the training, so that some is left for the last kill
+    share = 2.2 * (end - ready) / kills  # of the training, so that some is left for the last kill
     for number in range(1, kills + 1):
         before, began = newest(killed), time.monotonic()
         with start(command, killed) as program:
