@@ -18,8 +18,8 @@ class DataConfig:
     """
 
     source: Literal["python_source", "text", "jsonl", "tsv", "tfds"] = "python_source"
-    """The standard library's source of the running interpreter; files of text; files with an object
-    (jsonl) or tab-separated columns under a header (tsv) on each line; a TensorFlow data set."""
+    """The standard library's source of the running interpreter; text files; jsonl files with an
+    object on each line; tsv files with columns under a header; a TensorFlow data set."""
     paths: tuple[str, ...] = ()
     """Files of text, jsonl and tsv, or patterns such as books/**/*.txt."""
     separator: str = "file"
@@ -28,8 +28,8 @@ class DataConfig:
     text_template: str = "{text}"
     """The document of a row of jsonl, tsv or tfds; its fields in braces."""
     prompt_template: str = ""
-    """The prompt of a row, such as "Question: {question}\\nAnswer:"; with response_template it
-    replaces text_template."""
+    """The prompt of a row, such as "Question: {question} Answer:". Both templates together replace
+    that of the text."""
     response_template: str = ""
     """The response of a row, such as " {answer}"."""
     train_on_prompt: bool = False

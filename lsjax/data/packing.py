@@ -29,7 +29,8 @@ class Rows:
     start_P, length_P: the piece's place in store.tokens. document_P: the document that it is of.
     train_on_prompt: whether the tokens of prompts are labels.
     num_documents, num_truncated, num_dropped: documents in the rows, those of them that lost their
-    end, and those left out.
+    end, and those left out. num_shared: documents of a validation set that are not in the rows
+    because they are in the training data too.
     """
 
     store: TokenStore
@@ -42,6 +43,7 @@ class Rows:
     num_documents: int
     num_truncated: int = 0
     num_dropped: int = 0
+    num_shared: int = 0
 
     def __len__(self) -> int:
         return len(self.first_R1) - 1
@@ -64,6 +66,7 @@ class Rows:
         full = self.num_tokens / (len(self) * self.seq_len)
         lost = [f"{self.num_truncated:,} truncated"] * (self.num_truncated > 0)
         lost += [f"{self.num_dropped:,} dropped"] * (self.num_dropped > 0)
+        lost += [f"{self.num_shared:,} left out that training has too"] * (self.num_shared > 0)
         return ", ".join(
             [
                 f"{self.num_documents:,} documents, {self.num_tokens:,} tokens",

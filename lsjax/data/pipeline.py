@@ -9,6 +9,7 @@ of rows that were taken, and going on from there costs nothing.
         host 1 of 2:       r2 r3 |       r6 r7 | ...
 """
 
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -197,7 +198,7 @@ def make_rows(
             + ("small" if split == "validation" else "large")
         ),
     )
-    return pack(
+    rows = pack(
         store,
         choose(store.keys_N, chosen_N),
         seq_len,
@@ -205,6 +206,8 @@ def make_rows(
         long_documents=config.long_documents,
         train_on_prompt=config.train_on_prompt,
     )
+    shared = int((~chosen_N).sum()) if config.has_validation_set else 0
+    return dataclasses.replace(rows, num_shared=shared)
 
 
 def host_block(batch_size: int, host: int, num_hosts: int) -> slice:
