@@ -37,6 +37,7 @@ from lsjax.training.early_exit import enabled_exits
 from lsjax.training.step import init_state, make_train_step
 
 STEPS = 80
+PAUSE = 0.5  # seconds before each step, in which the threads of the other library go to sleep
 PLAIN = StepConfig(num_steps=STEPS)
 NOTHING_ON = StepConfig(
     num_steps=STEPS,
@@ -115,6 +116,7 @@ def jax_step(config: StepConfig, shape: LlamaConfig, batch):
 
     def run(first: int) -> float:
         nonlocal state
+        time.sleep(PAUSE)
         state = replace(state, step=jnp.int32(first))
         jax.block_until_ready(state)
         start = time.perf_counter()
@@ -148,6 +150,7 @@ def torch_step(shape: LlamaConfig, batch):
     labels = torch.tensor(batch["labels_BT"], dtype=torch.long).flatten()
 
     def run(_: int) -> float:
+        time.sleep(PAUSE)
         start = time.perf_counter()
         logits = model(input_ids=tokens).logits.flatten(0, 1)
         torch.nn.functional.cross_entropy(logits, labels).backward()

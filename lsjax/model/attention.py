@@ -20,12 +20,21 @@ def attention(
     mask_BTS: Bool[Array, "#B T S"],
 ) -> Float[Array, "B T N H"]:
     """Attention of T queries to S keys where `mask_BTS` is true; softmax in float32 or wider."""
+    batch, steps, heads, size = q_BTNH.shape
+    slots, kv_heads = k_BSKH.shape[1:3]
     wide = jnp.promote_types(q_BTNH.dtype, jnp.float32)
-    q_BTKGH = _grouped(q_BTNH, k_BSKH.shape[2]) * q_BTNH.shape[-1] ** -0.5
-    scores = jnp.einsum("BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH, preferred_element_type=wide)
+    # All queries of a K/V head in one product, r = (g, t), and heads before positions: XLA:CPU
+    # copies what lies otherwise, and more of it in the backward pass.
+    q_BKGTH = _grouped(q_BTNH, kv_heads).transpose(0, 2, 3, 1, 4) * size**-0.5
+    q_BKRH = q_BKGTH.reshape(batch, kv_heads, -1, size)
+    k_BKSH, v_BKSH = k_BSKH.swapaxes(1, 2), v_BSKH.swapaxes(1, 2)
+    scores = jnp.einsum("BKRH,BKSH->BKRS", q_BKRH, k_BKSH, preferred_element_type=wide)
+    scores = scores.reshape(batch, kv_heads, -1, steps, slots)
     scores = jnp.where(mask_BTS[:, None, None], scores, -jnp.inf)
     weights = jax.nn.softmax(scores, axis=-1).astype(v_BSKH.dtype)
-    mixed = jnp.einsum("BKGTS,BSKH->BTKGH", weights, v_BSKH)
+    weights_BKRS = weights.reshape(batch, kv_heads, -1, slots)
+    mixed = jnp.einsum("BKRS,BKSH->BKRH", weights_BKRS, v_BKSH)
+    mixed = mixed.reshape(batch, kv_heads, -1, steps, size).transpose(0, 3, 1, 2, 4)
     return mixed.reshape(q_BTNH.shape)
 
 
