@@ -69,9 +69,11 @@ def token_store(
     source = open_source(config, validation=validation)
     limit = None if validation else config.max_documents
     directory = cache / "tokens" / _name(config, tokenizer, source, limit)
+    was_there = directory.is_dir()  # then it was whole: directories appear when they are
     store = _load(directory)
     if store is None:
-        shutil.rmtree(directory, ignore_errors=True)  # a damaged one
+        if was_there:
+            shutil.rmtree(directory, ignore_errors=True)
         with whole_directory(directory) as partial:
             _write(partial, config, tokenizer, source, limit)
         store = _load(directory)

@@ -142,6 +142,23 @@ def test_a_store_that_lost_a_file_is_made_again(rows, tmp_path):
         assert again.tokens.tolist() == expected
 
 
+def test_a_store_that_another_process_finishes_meanwhile_stays(rows, tmp_path, monkeypatch):
+    load, first = module._load, iter([True])
+
+    def finished_just_after(directory):
+        if next(first, False):
+            other = token_store(config(rows), ByteTokenizer(), cache=tmp_path)
+            (directory / "mark").touch()
+            assert other is not None
+            return None
+        return load(directory)
+
+    monkeypatch.setattr(module, "_load", finished_just_after)
+    store = token_store(config(rows), ByteTokenizer(), cache=tmp_path)
+    (folder,) = (tmp_path / "tokens").iterdir()
+    assert (folder / "mark").exists() and len(store.keys_N) == len(ROWS)
+
+
 def test_nothing_to_learn_from_is_one_clear_line(tmp_path):
     file = tmp_path / "empty.txt"
     file.write_text("\n \n")
