@@ -73,14 +73,18 @@ class Terminal:
     def press(self, keys: str) -> None:
         self._process.stdin.write(keys.encode())
 
-    def until(self, text: str) -> str:
-        """What comes up to this text, which must come."""
+    def until(self, text: str, again: str = "") -> str:
+        """What comes up to this text, which must come. again: keys to press while it does not."""
         end = time.monotonic() + 60
         while text not in self.shown[self._read :]:
-            ready, _, _ = select.select([self._process.stdout], [], [], end - time.monotonic())
-            piece = os.read(self._process.stdout.fileno(), 65536).decode() if ready else ""
-            assert piece, f"no {text!r} in {self.shown[self._read :]!r}"
-            self.shown += piece.replace("\r\n", "\n")
+            assert time.monotonic() < end, f"no {text!r} in {self.shown[self._read :]!r}"
+            ready, _, _ = select.select([self._process.stdout], [], [], 2)
+            if not ready:
+                self.press(again)
+                continue
+            piece = os.read(self._process.stdout.fileno(), 65536)
+            assert piece, f"ended without {text!r} in {self.shown[self._read :]!r}"
+            self.shown += piece.decode().replace("\r\n", "\n")
         begin, self._read = self._read, self.shown.index(text, self._read) + len(text)
         return self.shown[begin : self._read]
 
@@ -112,24 +116,15 @@ def test_ten_turns_in_a_terminal(alphabet, tmp_path):
             if message not in ("", "/new"):
                 answer = "abcdefghijklmnopqrstuvwxy".partition(message[-1])[2]
                 assert f"\n{answer}\n" in shown and "1 ended by eos" in shown
-        terminal.press("\x03")
-        assert HELP in terminal.until("> ")
+        terminal.press("\x03")  # lost if it comes just before `input` waits
+        terminal.until(HELP, again="\x03")
+        terminal.until("> ")
         terminal.press("\x04")
         assert terminal.ended() == 0, terminal.shown
 
     turns = [json.loads(line) for line in (tmp_path / "chat.jsonl").read_text().splitlines()]
-    assert [turn["prompt"] for turn in turns] == [
-        "a",
-        "k",
-        "x",
-        "hello",
-        "z",
-        "v",
-        "m",
-        "zz",
-        "q",
-        "a",
-    ]
+    said = [turn["prompt"] for turn in turns]
+    assert said == ["a", "k", "x", "hello", "z", "v", "m", "zz", "q", "a"]
     history = 0
     for number, turn in enumerate(turns):
         if number == 6:
