@@ -15,6 +15,7 @@ from lsjax.decoding.run import Update
 ACCEPTED = "bold green"
 CORRECTED = "bold red"
 REFUSED = "dim red strike"
+GAP = "dim red"  # the space before a refused word: struck, it would look like a dash
 ADDED = "bold blue"
 
 LEGEND = Text.assemble(
@@ -23,7 +24,7 @@ LEGEND = Text.assemble(
     ("refused draft", REFUSED),
     (" its correction", CORRECTED),
     "   ",
-    ("the model's own token after a draft that was all right", ADDED),
+    ("the model's own, after a draft that was all right", ADDED),
 )
 
 
@@ -53,7 +54,9 @@ class Colours:
         while self._waiting:
             piece, style = self._waiting.popleft()
             if style == REFUSED:
-                shown.append(piece, style)
+                word = piece.lstrip(" ")
+                shown.append(piece[: len(piece) - len(word)], GAP)
+                shown.append(word, style)
                 continue
             shown.append(piece[:left], style)
             if len(piece) > left and not last:
@@ -91,7 +94,7 @@ def summary(completions: Sequence[Completion], wall_seconds: float) -> str:
     later = tokens - len(completions)
     drafted = sum(c.drafted for c in completions)
     rounds = sum(c.rounds for c in completions)
-    parts = [f"{tokens} new tokens"]
+    parts = [f"{tokens} new token{'s' * (tokens != 1)}"]
     if later and wall_seconds > 0:
         parts[0] += f" at {later / wall_seconds:.1f} tokens/s"
     if drafted:
@@ -104,6 +107,9 @@ def summary(completions: Sequence[Completion], wall_seconds: float) -> str:
 
 
 def _visible(token: bytes) -> str:
-    """A refused token's text on one line; a line break in it would move the text around it."""
+    """A refused token's text on one line; a line break in it would move the text around it, and
+    spaces alone would not be seen."""
     text = token.decode("utf-8", errors="replace")
+    if text.isspace():
+        text = text.replace(" ", "␣")
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)

@@ -14,7 +14,7 @@ from rich.text import Text
 
 import decode
 from decode import main
-from lsjax.cli.show import ACCEPTED, ADDED, CORRECTED, REFUSED, coloured, summary
+from lsjax.cli.show import ACCEPTED, ADDED, CORRECTED, GAP, REFUSED, coloured, summary
 from lsjax.data.tokenizer_huggingface import ByteTokenizer
 from lsjax.decoding.autoregressive import Autoregressive
 from lsjax.decoding.completion import Completion, Trace
@@ -194,6 +194,7 @@ def completion_of(text: str, tokens: bytes, accepted: str, replaced: dict[int, i
         ),
         ("ab", b"ab", "nn", {1: 257}, [("a", ADDED), ("</s>", REFUSED), ("b", CORRECTED)]),
         ("ab", b"ab", "nn", {1: 0xC3}, [("a", ADDED), ("�", REFUSED), ("b", CORRECTED)]),
+        ("ab", b"ab", "nn", {1: ord(" ")}, [("a", ADDED), ("␣", REFUSED), ("b", CORRECTED)]),
         ("é", "é".encode(), "ny", {}, [("é", ACCEPTED)]),  # of the token that completes it
         ("a", b"aEND", "nyyy", {}, [("a", ADDED)]),  # ended by a stop string
         ("a", b"aN\xc3D", "nyyy", {}, [("a", ADDED)]),  # the last token adds two characters
@@ -219,6 +220,19 @@ def test_colours_of_a_real_completion(model, tokenizer, prompt, stop):
     for span in reversed(refused):
         plain = plain[: span.start] + plain[span.end :]
     assert plain == strip_control_codes(completion.text)  # rich leaves out bells and their like
+
+
+class Words(ByteTokenizer):
+    """A byte that is a digit stands for a word with a space before it."""
+
+    def token_bytes(self, token_id: int, *, skip_special: bool = True) -> bytes:
+        return f" w{chr(token_id)}".encode() if chr(token_id).isdigit() else b"-"
+
+
+def test_the_space_before_a_refused_word_is_not_struck():
+    text = coloured(Words(add_bos=False), [65], completion_of(" w1 w2", b"12", "nn", {1: ord("3")}))
+    assert text.plain == " w1 w3 w2"
+    assert parts(text) == [(" w1", ADDED), (" ", GAP), ("w3", REFUSED), (" w2", CORRECTED)]
 
 
 def test_summary():
