@@ -21,8 +21,11 @@ jax.config.update("jax_default_matmul_precision", "highest")
 CHECKED = [
     "lsjax.config",
     "lsjax.data",
-    *(f"lsjax.model.{name}" for name in ("attention", "checkpoint", "huggingface", "gguf")),
-    *(f"lsjax.model.{name}" for name in ("llama", "parts", "rope", "safetensors_files")),
+    *(f"lsjax.model.{name}" for name in ("attention", "block", "checkpoint", "gguf")),
+    *(
+        f"lsjax.model.{name}"
+        for name in ("huggingface", "llama", "parts", "rope", "safetensors_files")
+    ),
     *(f"lsjax.model.{name}" for name in ("fingerprint", "plain", "run_directory", "saved_steps")),
     *(f"lsjax.decoding.{name}" for name in ("autoregressive", "completion", "engine", "loops")),
     "lsjax.decoding.request",

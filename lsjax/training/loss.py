@@ -16,7 +16,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from lsjax.model.llama import Llama, RMSNorm
+from lsjax.model.block import RMSNorm
+from lsjax.model.llama import Llama
 
 # Logits of a chunk, on each device.
 CHUNK_LOGITS = 2**25

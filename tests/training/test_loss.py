@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lsjax.model.llama import RMSNorm
+from lsjax.model.block import RMSNorm
 from lsjax.training import loss as module
 from lsjax.training.loss import Head, Positions, head_loss
 

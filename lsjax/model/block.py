@@ -1,0 +1,158 @@
+"""One transformer layer: RMSNorm, rotary grouped-query attention, SwiGLU.
+
+Letters as in llama.py.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+from jax.sharding import PartitionSpec as P
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
+
+from lsjax.config import LlamaConfig
+from lsjax.model.attention import cached_attention, self_attention
+from lsjax.model.cache import write_slots
+from lsjax.model.rope import rotate
+from lsjax.sharding import constrain, on_each_device
+
+
+class RMSNorm(nnx.Module):
+    """x / rms(x) * scale (Zhang and Sennrich, 2019), in float32 or wider."""
+
+    def __init__(self, size: int, eps: float, dtype: DTypeLike):
+        self.eps = eps
+        self.scale = nnx.Param(jnp.ones(size, dtype))
+
+    def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
+        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        mean_square = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
+        return (wide * lax.rsqrt(mean_square + self.eps)).astype(x.dtype) * self.scale[...].astype(
+            x.dtype
+        )
+
+
+class Linear(nnx.Module):
+    """A matrix [inputs, *outputs], and a bias [*outputs] where the config says so."""
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: tuple[int, ...],
+        *,
+        bias: bool,
+        std: float,
+        dtype: DTypeLike,
+        rngs: nnx.Rngs,
+    ):
+        init = nnx.initializers.normal(std)
+        self.kernel = nnx.Param(init(rngs.params(), (inputs, *outputs), dtype))
+        self.bias = nnx.Param(jnp.zeros(outputs, dtype)) if bias else None
+
+    def __call__(self, x: Float[Array, "B T I"]) -> Float[Array, "B T ..."]:
+        y = jnp.tensordot(x, self.kernel[...].astype(x.dtype), axes=1)
+        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+
+
+class Attention(nnx.Module):
+    """Grouped-query self-attention.
+
+    Queries, keys and values come from one matrix [D, K, G + 2, H], a K/V head beside the query
+    heads that share it: one product instead of three, and it shards along K without a gather.
+    """
+
+    def __init__(self, config: LlamaConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        d, k, h = config.hidden_size, config.num_kv_heads, config.head_dim
+        self.group = config.num_heads // k
+        rest = dict(bias=config.attention_bias, std=config.init_std, dtype=dtype, rngs=rngs)
+        self.qkv = Linear(d, (k, self.group + 2, h), **rest)
+        self.out = Linear(config.num_heads * h, (d,), **rest)
+
+    def project(
+        self, x_BTD: Float[Array, "B T D"], rope: tuple[Array, Array]
+    ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T K H"], Float[Array, "B T K H"]]:
+        """Queries and keys, turned to their positions, and values."""
+        qkv_BTKPH = self.qkv(x_BTD)
+        batch, steps, kv_heads, _, size = qkv_BTKPH.shape
+        q = qkv_BTKPH[:, :, :, : self.group].reshape(batch, steps, kv_heads * self.group, size)
+        k, v = qkv_BTKPH[:, :, :, self.group], qkv_BTKPH[:, :, :, self.group + 1]
+        return rotate(q, *rope), rotate(k, *rope), v
+
+    def merge(self, mixed_BTNH: Float[Array, "B T N H"]) -> Float[Array, "B T D"]:
+        """Heads back into the model's width."""
+        return self.out(mixed_BTNH.reshape(*mixed_BTNH.shape[:2], -1))
+
+
+class FeedForward(nnx.Module):
+    """SwiGLU (Shazeer, 2020): down(silu(gate(x)) * up(x)), gate and up in one matrix [D, 2, F]."""
+
+    def __init__(self, config: LlamaConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        d, f = config.hidden_size, config.intermediate_size
+        rest = dict(bias=config.mlp_bias, std=config.init_std, dtype=dtype, rngs=rngs)
+        self.gate_up = Linear(d, (2, f), **rest)
+        self.down = Linear(f, (d,), **rest)
+
+    def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        gate_up_BT2F = self.gate_up(x_BTD)
+        return self.down(jax.nn.silu(gate_up_BT2F[:, :, 0]) * gate_up_BT2F[:, :, 1])
+
+
+class Block(nnx.Module):
+    """One transformer layer, f_l in x_{l+1} = x_l + f_l(x_l) of the paper's equation 1."""
+
+    def __init__(self, config: LlamaConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        self.attention_norm = RMSNorm(config.hidden_size, config.norm_eps, dtype)
+        self.attention = Attention(config, dtype=dtype, rngs=rngs)
+        self.feed_forward_norm = RMSNorm(config.hidden_size, config.norm_eps, dtype)
+        self.feed_forward = FeedForward(config, dtype=dtype, rngs=rngs)
+
+    def __call__(
+        self,
+        x_BTD: Float[Array, "B T D"],
+        rope: tuple[Array, Array],
+        segments_BT: Int[Array, "B T"] | None = None,
+    ) -> Float[Array, "B T D"]:
+        """The layer on whole sequences, without a cache; segments do not see one another."""
+        q, k, v = self.attention.project(self.attention_norm(x_BTD), rope)
+        x_BTD = x_BTD + self.attention.merge(self_attention(q, k, v, segments_BT))
+        return x_BTD + self.feed_forward(self.feed_forward_norm(x_BTD))
+
+    def extend(
+        self,
+        x_BTD: Float[Array, "B T D"],
+        rope: tuple[Array, Array],
+        positions_BT: Int[Array, "B T"],
+        keys: Float[Array, "*L B K S H"],
+        values: Float[Array, "*L B K S H"],
+        layer: Int[Array, ""] | None = None,
+    ) -> tuple[Float[Array, "B T D"], Float[Array, "*L B K S H"], Float[Array, "*L B K S H"]]:
+        """The layer on T tokens that follow those in the cache; also gives the longer cache.
+
+        layer: which one of a stacked cache it is.
+        """
+        q, k, v = self.attention.project(self.attention_norm(x_BTD), rope)
+        mixed, keys, values = _attend(q, k, v, keys, values, positions_BT, layer)
+        x_BTD = constrain(x_BTD + self.attention.merge(mixed), "data")
+        x_BTD = constrain(x_BTD + self.feed_forward(self.feed_forward_norm(x_BTD)), "data")
+        return x_BTD, keys, values
+
+
+def _attend(q, k, v, keys, values, positions_BT, layer):
+    """Puts new keys and values into the cache and looks at all of it. On a mesh each device does
+    that for its own rows and heads, without communication."""
+
+    def attend(q, k, v, keys, values, positions_BT):
+        keys = write_slots(keys, k, positions_BT[:, 0], layer)
+        values = write_slots(values, v, positions_BT[:, 0], layer)
+        return cached_attention(q, keys, values, positions_BT, layer), keys, values
+
+    new, cache = P("data", None, "tensor"), P("data", "tensor")
+    if layer is not None:
+        cache = P(None, *cache)
+    return on_each_device(
+        attend,
+        (q, k, v, keys, values, positions_BT),
+        (new, new, new, cache, cache, P("data")),
+        (new, cache, cache),
+    )
