@@ -29,6 +29,7 @@ from lsjax.cli.decoding_options import (
     prompt_ids,
 )
 from lsjax.cli.errors import check_output, one_line_errors
+from lsjax.cli.loading import load_shown
 from lsjax.cli.prompts import encode_prompts
 from lsjax.cli.setup import choose_dtype, keep_compiled_programs
 from lsjax.cli.show import LEGEND, Colours, coloured, stream, summary, verbatim
@@ -39,8 +40,7 @@ from lsjax.decoding.completion import Completion
 from lsjax.decoding.engine import Engine
 from lsjax.decoding.request import Request, check_settings, check_stop_ids, encode_prompt
 from lsjax.decoding.state import Strategy
-from lsjax.model.checkpoint import assemble, open_source
-from lsjax.model.llama import stacked
+from lsjax.model.checkpoint import open_source
 from lsjax.sharding import make_mesh
 
 Show = Callable[[int, Completion], None]
@@ -101,15 +101,7 @@ def decode(arguments: Arguments) -> None:
     plain = partial(Console, highlight=False, markup=False, emoji=False, soft_wrap=True)
     people, notes = plain(stderr=to_stdout), plain(stderr=True, style="dim")
 
-    with Progress(console=notes, transient=True, disable=not notes.is_terminal) as progress:
-        model = assemble(
-            source,
-            dtype=dtype,
-            track=lambda parts: progress.track(parts, description="loading"),
-            mesh=mesh,
-        )
-    if arguments.stack_layers:
-        model = stacked(model)
+    model = load_shown(source, notes, dtype=dtype, stack_layers=arguments.stack_layers, mesh=mesh)
     engine = Engine(
         model, tokenizer, strategy, batch_size=batch_size, max_length=max_length, mesh=mesh
     )

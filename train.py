@@ -19,7 +19,6 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from flax import nnx
 from rich.console import Console
 
 from lsjax.cli.errors import one_line_errors
@@ -32,15 +31,15 @@ from lsjax.data.packing import Rows
 from lsjax.data.pipeline import make_pipeline, one_pass
 from lsjax.data.token_counts import NAME, write_counts
 from lsjax.data.tokenizer_training import make_tokenizer
-from lsjax.model.checkpoint import load, open_source
-from lsjax.model.llama import Llama, stacked
+from lsjax.model.checkpoint import open_source
 from lsjax.model.run_directory import CHECKPOINTS, begin_run, is_run, read_config
-from lsjax.sharding import make_mesh, placed, shardings
+from lsjax.sharding import make_mesh, placed
 from lsjax.training.checkpoint import Checkpoints
 from lsjax.training.flops import peak_flops, step_flops
 from lsjax.training.metrics_log import MetricsLog
 from lsjax.training.resume import check_same_run
-from lsjax.training.step import TrainState, init_state, make_train_step
+from lsjax.training.start import abstract_state, initial_state
+from lsjax.training.step import make_train_step
 from lsjax.training.trainer import Interrupted, Loop, TooManySkipped, run
 
 COUNTED = 4_000_000  # tokens that the draft vocabulary is counted from
@@ -197,33 +196,6 @@ def check_mesh(config: TrainConfig, mesh) -> None:
         f"{rows} rows (batch_size / micro_batches) can't be shared out among mesh.data {axis}: "
         f"choose a multiple of {axis}",
     )
-
-
-def abstract_state(config: TrainConfig, mesh) -> TrainState:
-    """Shapes of the state, with where they lie on a mesh."""
-    like = jax.eval_shape(partial(_fresh_state, config), jax.random.key(0))
-    if mesh is None:
-        return like
-    return jax.tree.map(
-        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
-        like,
-        shardings(like, mesh),
-    )
-
-
-def initial_state(config: TrainConfig, mesh, like: TrainState) -> TrainState:
-    """The state before the first step: of the checkpoint to start from, or random; made where it
-    belongs."""
-    places = None if mesh is None else shardings(like, mesh)
-    if not config.init_from:
-        fresh = jax.jit(partial(_fresh_state, config), out_shardings=places)
-        return fresh(jax.random.key(config.seed))
-    model = stacked(load(config.init_from, mesh=mesh))
-    return jax.jit(partial(init_state, config), out_shardings=places, donate_argnums=0)(model)
-
-
-def _fresh_state(config: TrainConfig, key: jax.Array) -> TrainState:
-    return init_state(config, Llama(config.model, rngs=nnx.Rngs(key)))
 
 
 def count_labels(rows: Rows, most: int = COUNTED) -> Counter[int]:

@@ -19,12 +19,12 @@ from typing import Any, Literal
 
 import tyro
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
 
 from lsjax.cli import decoding_options
 from lsjax.cli.errors import check_output, one_line_errors
+from lsjax.cli.loading import load_shown
 from lsjax.cli.setup import choose_dtype, keep_compiled_programs
 from lsjax.config import ConfigError, MeshConfig, check
 from lsjax.data.chat import chat_prompt
@@ -34,8 +34,7 @@ from lsjax.decoding.engine import Engine
 from lsjax.decoding.request import check_settings
 from lsjax.decoding.state import Strategy
 from lsjax.evaluation.answers import Answer, acceptance_rate
-from lsjax.model.checkpoint import assemble, open_source
-from lsjax.model.llama import stacked
+from lsjax.model.checkpoint import open_source
 from lsjax.sharding import make_mesh
 
 StrategyName = Literal["autoregressive", "early_exit", "self_speculative"]
@@ -131,15 +130,7 @@ def harness(arguments: Arguments) -> None:
     keep_compiled_programs()
     dtype = choose_dtype(arguments.dtype)
     notes = Console(stderr=True, highlight=False, markup=False, style="dim")
-    with Progress(console=notes, transient=True, disable=not notes.is_terminal) as progress:
-        model = assemble(
-            source,
-            dtype=dtype,
-            track=lambda parts: progress.track(parts, description="loading"),
-            mesh=mesh,
-        )
-    if arguments.stack_layers:
-        model = stacked(model)
+    model = load_shown(source, notes, dtype=dtype, stack_layers=arguments.stack_layers, mesh=mesh)
     engine = Engine(
         model,
         tokenizer,

@@ -56,7 +56,7 @@ def no_lm_eval(monkeypatch):
 )
 def test_bad_input(model_directory, refused, no_lm_eval, monkeypatch, options, words):
     """Before the model is loaded."""
-    monkeypatch.delattr(harness, "assemble")
+    monkeypatch.delattr(harness, "load_shown")
     given = ("--model", model_directory) if "--model" not in options else ()
     tasks = ("--tasks", "tiny_choice") if "--tasks" not in options else ()
     assert words in refused(main, *given, *tasks, *options)

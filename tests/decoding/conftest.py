@@ -1,8 +1,26 @@
-"""What an engine does, counted."""
+"""What an engine does, counted; the strategies that must give the same text."""
 
+import numpy as np
 import pytest
 
+from lsjax.decoding.autoregressive import Autoregressive, EarlyExit
+from lsjax.decoding.draft_vocabulary import DraftVocabulary
 from lsjax.decoding.loops import prefill
+from lsjax.decoding.self_speculative import SelfSpeculative
+
+
+@pytest.fixture(
+    params=[
+        Autoregressive(),
+        EarlyExit(4),
+        SelfSpeculative(3, 4),
+        SelfSpeculative(3, 4, DraftVocabulary(np.arange(0, 258, 2))),
+    ],
+    ids=["autoregressive", "early_exit", "self_speculative", "draft_vocabulary"],
+)
+def strategy(request):
+    """Each of those that give the whole tiny model's text."""
+    return request.param
 
 
 @pytest.fixture

@@ -8,13 +8,11 @@ import numpy as np
 import pytest
 
 from lsjax.config import ConfigError
-from lsjax.decoding.autoregressive import Autoregressive, EarlyExit
-from lsjax.decoding.draft_vocabulary import DraftVocabulary
+from lsjax.decoding.autoregressive import Autoregressive
 from lsjax.decoding.engine import Engine
 from lsjax.decoding.penalties import Penalties
 from lsjax.decoding.request import Request
 from lsjax.decoding.sampling import Sampling
-from lsjax.decoding.self_speculative import SelfSpeculative
 
 MARGIN = 1e-4  # where two computations differ in rounding, a tie of this size may fall either way
 NEW = 32
@@ -116,16 +114,6 @@ def test_each_token_is_the_best_of_the_penalised_logits(model, expected):
 
 
 @pytest.mark.parametrize("batch_size", [1, 4])
-@pytest.mark.parametrize(
-    "strategy",
-    [
-        Autoregressive(),
-        EarlyExit(4),
-        SelfSpeculative(3, 4),
-        SelfSpeculative(3, 4, DraftVocabulary(np.arange(0, 258, 2))),
-    ],
-    ids=["autoregressive", "early_exit", "self_speculative", "draft_vocabulary"],
-)
 def test_all_strategies_give_the_same_text(
     model, tokenizer, single, expected, strategy, batch_size
 ):

@@ -5,11 +5,8 @@ import codecs
 import numpy as np
 import pytest
 
-from lsjax.decoding.autoregressive import Autoregressive, EarlyExit
-from lsjax.decoding.draft_vocabulary import DraftVocabulary
 from lsjax.decoding.engine import Engine
 from lsjax.decoding.request import Request
-from lsjax.decoding.self_speculative import SelfSpeculative
 
 PROMPTS = [[7], [1, 2, 3], list(range(40, 60)), [104, 105] * 8]
 NEW = 24
@@ -59,16 +56,6 @@ def cases(single):
 
 
 @pytest.mark.parametrize("batch_size", [1, 4])
-@pytest.mark.parametrize(
-    "strategy",
-    [
-        Autoregressive(),
-        EarlyExit(4),
-        SelfSpeculative(3, 4),
-        SelfSpeculative(3, 4, DraftVocabulary(np.arange(0, 258, 2))),
-    ],
-    ids=["autoregressive", "early_exit", "self_speculative", "draft_vocabulary"],
-)
 def test_every_strategy_cuts_at_the_same_place(
     model, tokenizer, single, cases, strategy, batch_size
 ):

@@ -1,0 +1,21 @@
+"""FLOPs of a step, counted by hand."""
+
+from lsjax.config import LlamaConfig
+from lsjax.training.flops import step_flops
+
+
+def test_a_step_of_a_small_model():
+    config = LlamaConfig.tiny(num_layers=2, tie_embeddings=True)  # D 64, F 128, N 4, K 2, H 16
+    q, kv, out = 64 * 64, 2 * 64 * 32, 64 * 64
+    norms = 2 * 64
+    layer = q + kv + out + 3 * 64 * 128 + norms
+    weights = 2 * layer + 258 * 64
+    # A query sees half of T = 10 keys on average: 2 FLOPs for the score, 2 for the sum, N H wide.
+    attention = 2 * (4 * 16) * (10 / 2) * (2 + 2)
+    forward = 3 * 10 * (2 * weights + attention)  # 3 rows of 10 tokens
+    assert step_flops(config, 3, 10) == 3 * forward
+
+
+def test_an_untied_head_costs_the_same():
+    tied, untied = (LlamaConfig.tiny(tie_embeddings=tie) for tie in (True, False))
+    assert step_flops(tied, 2, 8) == step_flops(untied, 2, 8)
