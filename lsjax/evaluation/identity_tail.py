@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 
 from lsjax.model.llama import Llama, unstacked
 
@@ -15,7 +16,7 @@ def identity_tail(model: Llama, exit_layer: int) -> Llama:
     tail = jax.tree.map(lambda leaf: leaf, unstacked(model))
     for block in list(tail.layers)[exit_layer:]:
         for linear in (block.attention.out, block.feed_forward.down):
-            linear.kernel = jnp.zeros_like(linear.kernel[...])
+            linear.kernel = nnx.Param(jnp.zeros_like(linear.kernel[...]))
             if linear.bias is not None:
-                linear.bias = jnp.zeros_like(linear.bias[...])
+                linear.bias = nnx.Param(jnp.zeros_like(linear.bias[...]))
     return tail

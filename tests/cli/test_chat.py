@@ -88,8 +88,15 @@ class Terminal:
         begin, self._read = self._read, self.shown.index(text, self._read) + len(text)
         return self.shown[begin : self._read]
 
-    def ended(self) -> int:
-        return self._process.wait(timeout=60)
+    def ended(self, again: str = "") -> int:
+        """The exit code. again: keys to press while it does not end."""
+        end = time.monotonic() + 60
+        while True:
+            try:
+                return self._process.wait(timeout=2)
+            except subprocess.TimeoutExpired:
+                assert time.monotonic() < end, f"goes on after {self.shown[-200:]!r}"
+                self.press(again)
 
     def __enter__(self) -> "Terminal":
         return self
@@ -119,8 +126,8 @@ def test_ten_turns_in_a_terminal(alphabet, tmp_path):
         terminal.press("\x03")  # lost if it comes just before `input` waits
         terminal.until(HELP, again="\x03")
         terminal.until("> ")
-        terminal.press("\x04")
-        assert terminal.ended() == 0, terminal.shown
+        terminal.press("\x04")  # lost likewise
+        assert terminal.ended(again="\x04") == 0, terminal.shown
 
     turns = [json.loads(line) for line in (tmp_path / "chat.jsonl").read_text().splitlines()]
     said = [turn["prompt"] for turn in turns]

@@ -142,9 +142,10 @@ def test_drafts_are_accepted_and_refused(model, tokenizer):
     assert 0.1 < accepted / sum(c.drafted for c in completions) < 0.9
 
 
-def test_a_draft_by_the_whole_model_is_always_right(model, tokenizer, expected):
+@pytest.mark.parametrize("form", [lambda model: model, stacked], ids=["separate", "stacked"])
+def test_a_draft_by_the_whole_model_is_always_right(model, tokenizer, expected, form):
     """Layers that add nothing behind the exit: every draft is accepted, nothing is overshot."""
-    cut = identity_tail(model, 2)
+    cut = form(identity_tail(model, 2))
     for drafts in (1, 4, 7):
         engine = Engine(cut, tokenizer, SelfSpeculative(2, drafts))
         (completion,) = engine.generate([[5, 6]], max_new_tokens=NEW)
