@@ -11,25 +11,28 @@ The same command again goes on with a run that was stopped. Fields of the config
 
 import dataclasses
 import sys
-from collections import Counter
 from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
 import jax
-import numpy as np
 from rich.console import Console
 
 from lsjax.cli.errors import one_line_errors
-from lsjax.cli.setup import cache_directory, exact_products, keep_compiled_programs
+from lsjax.cli.run_files import held_out_prompts, write_run_files
+from lsjax.cli.setup import (
+    cache_directory,
+    exact_products,
+    keep_compiled_programs,
+    keep_freed_memory,
+)
 from lsjax.cli.training_hooks import evaluation_hook, sample_hook
 from lsjax.cli.training_options import Arguments, parse
 from lsjax.cli.training_show import TrainingProgress
 from lsjax.config import LlamaConfig, MeshConfig, TrainConfig, check
 from lsjax.data.packing import Rows
 from lsjax.data.pipeline import make_pipeline, one_pass
-from lsjax.data.token_counts import NAME, write_counts
 from lsjax.data.tokenizer_training import make_tokenizer
 from lsjax.model.checkpoint import open_source
 from lsjax.model.run_directory import CHECKPOINTS, begin_run, is_run, read_config
@@ -42,8 +45,6 @@ from lsjax.training.start import abstract_state, initial_state
 from lsjax.training.step import make_train_step
 from lsjax.training.trainer import Interrupted, Loop, TooManySkipped, run
 
-COUNTED = 4_000_000  # tokens that the draft vocabulary is counted from
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the program; exits with 2 on bad input, 1 where training fails, 128 + the signal's
@@ -55,6 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def train(arguments: Arguments) -> int:
     """Checks all that can be checked, then compiles and trains."""
+    keep_freed_memory()
     console = Console(highlight=False, soft_wrap=True, emoji=False)
     config, workdir = arguments.config, arguments.workdir
     previous = is_run(workdir)
@@ -86,7 +88,7 @@ def train(arguments: Arguments) -> int:
             **data,
         )
     begin_run(workdir, config, tokenizer)
-    write_counts(workdir / NAME, tokenizer, count_labels(pipeline.rows))
+    write_run_files(workdir, tokenizer, pipeline.rows, held_out)
     console.print(describe(config, workdir, pipeline.rows))
 
     keep_compiled_programs()
@@ -133,7 +135,8 @@ def train(arguments: Arguments) -> int:
         settings = config.evaluation
         hooks = [evaluation_hook(settings, list(held_out), workdir, console.print, place)]
         if settings.sample_tokens:
-            prompt = sample_prompt(config, tokenizer, held_out)
+            given = settings.sample_prompt
+            prompt = tokenizer.encode(given) if given else held_out_prompts(held_out, 1)[0]
             hooks.append(
                 sample_hook(settings, config.model, tokenizer, prompt, console.print, mesh)
             )
@@ -196,29 +199,6 @@ def check_mesh(config: TrainConfig, mesh) -> None:
         f"{rows} rows (batch_size / micro_batches) can't be shared out among mesh.data {axis}: "
         f"choose a multiple of {axis}",
     )
-
-
-def count_labels(rows: Rows, most: int = COUNTED) -> Counter[int]:
-    """How often each token is learned in the first rows: what a draft vocabulary is chosen by."""
-    counts: Counter[int] = Counter()
-    step = 256
-    for first in range(0, min(len(rows), most // rows.seq_len + 1), step):
-        labels_BT = rows.read(np.arange(first, min(first + step, len(rows))))["labels_BT"]
-        tokens, times = np.unique(labels_BT[labels_BT >= 0], return_counts=True)
-        counts.update(dict(zip(tokens.tolist(), times.tolist(), strict=True)))
-    return counts
-
-
-def sample_prompt(config: TrainConfig, tokenizer, held_out) -> list[int]:
-    """What samples continue: the configured text, or the start of a held-out document (of a row
-    with a prompt, that)."""
-    if config.evaluation.sample_prompt:
-        return tokenizer.encode(config.evaluation.sample_prompt)
-    batch = next(iter(held_out))
-    tokens_T, labels_T = batch["tokens_BT"][0], batch["labels_BT"][0]
-    first_label = int(np.argmax(labels_T >= 0))
-    length = first_label + 1 if first_label else min(32, config.seq_len // 2)
-    return tokens_T[:length].tolist()
 
 
 def describe(config: TrainConfig, workdir: Path, rows: Rows) -> str:

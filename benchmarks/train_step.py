@@ -30,7 +30,7 @@ from flax import nnx
 from rich.console import Console
 from rich.table import Table
 
-from lsjax.cli.setup import exact_products
+from lsjax.cli.setup import exact_products, keep_freed_memory
 from lsjax.config import EarlyExitConfig, LayerDropoutConfig, LlamaConfig, StepConfig
 from lsjax.model.llama import Llama, stacked
 from lsjax.training.early_exit import enabled_exits
@@ -72,6 +72,8 @@ class Arguments:
     """Measure times of steps."""
     torch: bool = False
     """Measure torch's eager step on the same model in the same run."""
+    keep_freed_memory: bool = True
+    """As train.py does, for torch too."""
     memory: bool = False
     """Temporary memory of the compiled steps, from the compiler."""
     compile: bool = False
@@ -239,6 +241,8 @@ def title(arguments: Arguments, shape: LlamaConfig) -> str:
 def main(arguments: Arguments) -> None:
     """Measures and prints what was asked for."""
     exact_products()
+    if arguments.keep_freed_memory:
+        keep_freed_memory()
     shape, console = shape_of(arguments), Console(width=110)
     if arguments.time or arguments.torch:
         console.print(times(arguments, shape))

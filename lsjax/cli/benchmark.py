@@ -11,7 +11,7 @@ are defined in docs/performance.md.
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -34,6 +34,7 @@ from lsjax.decoding.cost import weight_bytes
 from lsjax.decoding.draft_vocabulary import DraftVocabulary
 from lsjax.decoding.engine import Engine
 from lsjax.decoding.request import check_settings, encode_prompt
+from lsjax.decoding.sampling import Sampling
 from lsjax.decoding.self_speculative import Choices, SelfSpeculative
 from lsjax.decoding.state import Strategy
 from lsjax.evaluation.identity_tail import identity_tail
@@ -74,6 +75,8 @@ class Arguments:
     """Tokens per prompt; ends of text are ignored."""
     repeats: int = 5
     """Turns of each strategy with each prompt, after one to warm up."""
+    temperature: float = 0.0
+    """Of the sampling; 0 is greedy. Every strategy has the same seeds, and its own texts."""
     capacity: int = 0
     """Least slots of the cache, for what an unused part of it costs."""
     separate_programs: bool = False
@@ -100,6 +103,7 @@ def benchmark(arguments: Arguments) -> None:
         value = getattr(arguments, name)
         low = 2 if name == "new_tokens" else 1
         check(value >= low, f"--{name.replace('_', '-')} {value} is below {low}: choose {low} up")
+    Sampling(temperature=arguments.temperature)  # complains before the work
     source = open_source(arguments.model)
     config, tokenizer = source.config, load_tokenizer(arguments.model)
     texts = list(PROMPTS)
@@ -179,6 +183,8 @@ def benchmark(arguments: Arguments) -> None:
     what = f"{arguments.model.name}, {dtype}, {len(prompts)} prompts of "
     what += f"{min(map(len, prompts))} to {max(map(len, prompts))} tokens, "
     what += f"{arguments.new_tokens} new ones, {arguments.repeats} repeats"
+    if arguments.temperature:
+        what += f", temperature {arguments.temperature:g}"
     if tail is not None:
         what += f"; identity tail from layer {tail} on"
     show(console, what, rows)
@@ -233,12 +239,16 @@ def measure(
 ) -> list[list[list[Completion]]]:
     """Completions by repeat, strategy and prompt; the warm-up is left out."""
     runs = []
+    sampling = Sampling(temperature=arguments.temperature)
     for repeat in range(1 + arguments.repeats):
         of_repeat: list[list[Completion]] = [[] for _ in everything]
-        for prompt in prompts:
+        for number, prompt in enumerate(prompts):
+            sampling = replace(sampling, seed=repeat * len(prompts) + number)
             for index, strategy in enumerate(everything):
                 engine.use(strategy)
-                of_repeat[index] += engine.generate([prompt], max_new_tokens=arguments.new_tokens)
+                of_repeat[index] += engine.generate(
+                    [prompt], sampling=sampling, max_new_tokens=arguments.new_tokens
+                )
                 advance()
         if repeat:
             runs.append(of_repeat)

@@ -1,5 +1,6 @@
-"""What every program does before it works: where compiled programs are kept, precision."""
+"""What every program does before it works: where compiled programs are kept, precision, memory."""
 
+import ctypes
 import hashlib
 import os
 import platform
@@ -28,6 +29,22 @@ def keep_compiled_programs() -> None:
 def exact_products() -> None:
     """Matrix products in full float32: accelerators use fewer bits unless told."""
     jax.config.update("jax_default_matmul_precision", "highest")
+
+
+def keep_freed_memory() -> None:
+    """Lets the C library keep large freed blocks instead of handing them back to the system.
+
+    On CPUs a training step asks for all of its temporary memory at once and frees it at the end;
+    got from the system anew, each of its pages costs a fault (docs/training.md has the figures).
+    Does nothing where the C library is not glibc.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is None:
+        return
+    trim_threshold, mmap_max, arena_max = -1, -4, -8  # M_TRIM_THRESHOLD ... of malloc.h
+    mallopt(mmap_max, 0)  # no block of its own for a large request,
+    mallopt(trim_threshold, -1)  # nothing handed back,
+    mallopt(arena_max, 1)  # and one pool for all threads
 
 
 def choose_dtype(dtype: str) -> str:

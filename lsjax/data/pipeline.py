@@ -97,7 +97,8 @@ class Pipeline:
 class OnePass:
     """Every row of a split once, in a fixed order, for one host; can be iterated again and again.
 
-    The last batch is filled up with padding (segments 0, labels -1).
+    With max_batches fewer rows, evenly spaced: of a few long documents the first rows would show
+    but the first. The last batch is filled up with padding (segments 0, labels -1).
     """
 
     def __init__(
@@ -120,7 +121,8 @@ class OnePass:
     def __iter__(self) -> Iterator[Batch]:
         for first in range(0, self._num_batches * self._batch_size, self._batch_size):
             numbers_B = np.arange(first, first + self._batch_size)
-            numbers_B[numbers_B >= len(self.rows)] = -1
+            taken = min(len(self.rows), len(self) * self._batch_size)
+            numbers_B = np.where(numbers_B < taken, numbers_B * len(self.rows) // taken, -1)
             yield self.rows.read(numbers_B[self._block])
 
 

@@ -58,6 +58,14 @@ def test_of_a_trained_model_drafts_are_refused_too(model_directory, tmp_path):
     assert row["acceptance_by_position"][0] >= row["acceptance_by_position"][-1]
 
 
+def test_sampled_drafts_are_accepted_as_often_as_the_distributions_agree(model_directory, tmp_path):
+    options = ("--identity-tail", 2, "--exit-layers", 2, "--num-draft-tokens", 3)
+    found = rows(tmp_path, "--model", model_directory, *options, "--temperature", 1.5)
+    assert found[1]["acceptance_rate"] == 1, "exit and model are one distribution"
+    options = ("--exit-layers", 1, "--num-draft-tokens", 3, "--temperature", 1.5)
+    assert 0 < rows(tmp_path, "--model", model_directory, *options)[1]["acceptance_rate"] < 1
+
+
 def test_autoregressive_alone(model_directory, tmp_path):
     assert len(rows(tmp_path, "--model", model_directory)) == 1
 
@@ -67,6 +75,7 @@ def test_autoregressive_alone(model_directory, tmp_path):
     [
         (("--new-tokens", 1), "--new-tokens 1 is below 2"),
         (("--repeats", 0), "--repeats 0 is below 1"),
+        (("--temperature", -1), "temperature -1.0 is not a number of 0 or more"),
         (("--prompt-length", 0), "--prompt-length 0 is below 1"),
         (("--identity-tail", 4), "--identity-tail 4 is not in 1..3"),
         (("--exit-layers", 4), "exit layer 4 is not in 1..3"),

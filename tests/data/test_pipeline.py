@@ -176,7 +176,9 @@ def test_one_pass_is_every_row_once_padded_for_every_host(passes, make):
         assert not (tokens.any() or segments.any() or positions.any()) and (labels == -1).all()
     again = passes(16)
     assert np.array_equal(joined(again), joined(again)), "a pass can be made again"
-    assert np.array_equal(joined(passes(16, max_batches=2)), joined(islice(again, 2)))
+    few = joined(passes(4, max_batches=2))
+    at = [k * len(rows) // 8 for k in range(8)]
+    assert np.array_equal(few, joined(again)[at]), "from one end of the rows to the other"
 
 
 def test_rows_decode_to_the_documents_of_their_split(make, passes):

@@ -1,0 +1,57 @@
+"""What a training run's directory gets for decoding: token counts, and held-out prompts.
+
+token_counts.json   how often each token is learned: what a draft vocabulary is chosen by
+prompts.jsonl       beginnings of held-out rows, for --prompt-file
+"""
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import numpy as np
+
+from lsjax.data.packing import Rows
+from lsjax.data.token_counts import NAME, write_counts
+from lsjax.data.tokenizers import Tokenizer
+
+PROMPTS = "prompts.jsonl"
+COUNTED = 4_000_000  # tokens that the draft vocabulary is counted from
+MOST_PROMPTS = 16
+
+
+def write_run_files(
+    workdir: Path, tokenizer: Tokenizer, rows: Rows, held_out: Iterable[Mapping[str, np.ndarray]]
+) -> None:
+    """Writes both files, from the training rows and batches of held-out ones."""
+    write_counts(workdir / NAME, tokenizer, count_labels(rows))
+    with (workdir / PROMPTS).open("w", encoding="utf-8") as lines:
+        for prompt in held_out_prompts(held_out, MOST_PROMPTS):
+            print(json.dumps({"prompt": tokenizer.decode(prompt)}, ensure_ascii=False), file=lines)
+
+
+def count_labels(rows: Rows, most: int = COUNTED) -> Counter[int]:
+    """How often each token is learned in the first rows."""
+    counts: Counter[int] = Counter()
+    step = 256
+    for first in range(0, min(len(rows), most // rows.seq_len + 1), step):
+        labels_BT = rows.read(np.arange(first, min(first + step, len(rows))))["labels_BT"]
+        tokens, times = np.unique(labels_BT[labels_BT >= 0], return_counts=True)
+        counts.update(dict(zip(tokens.tolist(), times.tolist(), strict=True)))
+    return counts
+
+
+def held_out_prompts(held_out: Iterable[Mapping[str, np.ndarray]], most: int) -> list[list[int]]:
+    """One from each of the first rows: the prompt of a row that has one, else its first tokens, a
+    quarter of the row but no more than 32."""
+    prompts: list[list[int]] = []
+    for batch in held_out:
+        for tokens_T, labels_T in zip(batch["tokens_BT"], batch["labels_BT"], strict=True):
+            if len(prompts) == most:
+                return prompts
+            if not (labels_T >= 0).any():
+                continue  # padding of the last batch
+            first_label = int(np.argmax(labels_T >= 0))
+            length = first_label + 1 if first_label else max(1, min(32, len(tokens_T) // 4))
+            prompts.append(tokens_T[:length].tolist())
+    return prompts
