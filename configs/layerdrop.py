@@ -24,7 +24,7 @@ config = TrainConfig(
     batch_size=128,
     seq_len=4_096,
     layer_dropout=LayerDropoutConfig(
-        p_max=0.2, distribution="uniform", layers=tuple(range(1, 32, 2)), per_batch=True
+        p_max=0.2, distribution="uniform", layers=tuple(range(1, 32, 2)), skip="batch"
     ),
     optimizer=OptimizerConfig(learning_rate=2e-5, warmup_steps=100),
     remat="dots_with_no_batch_dims_saveable",

@@ -25,7 +25,7 @@ config = TrainConfig(
     batch_size=128,
     seq_len=4_096,
     layer_dropout=LayerDropoutConfig(
-        p_max=0.5, distribution="linear", schedule="saturating", per_batch=True, rescale=True
+        p_max=0.5, distribution="linear", schedule="saturating", skip="batch", rescale=True
     ),
     optimizer=OptimizerConfig(learning_rate=2e-5, warmup_steps=100),
     remat="dots_with_no_batch_dims_saveable",

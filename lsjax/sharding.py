@@ -97,6 +97,13 @@ def constrain(x: Array, *spec: str | None) -> Array:
     return x if mesh.empty else lax.with_sharding_constraint(x, fitted(P(*spec), x.shape, mesh))
 
 
+def row_shards(rows: int) -> int:
+    """Parts of a batch of that many rows that lie on different devices of the mesh in use."""
+    mesh = jax.sharding.get_abstract_mesh()
+    sharded = not mesh.empty and rows % mesh.shape["data"] == 0
+    return mesh.shape["data"] if sharded else 1
+
+
 def on_each_device(
     function: Callable, arguments: Sequence[Any], specs: Sequence[P], outputs: Any
 ) -> Any:

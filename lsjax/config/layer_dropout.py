@@ -11,8 +11,8 @@ class LayerDropoutConfig:
     """Rate at which layer l is left out at step t: p(l, t) = S(t) D(l) p_max (LayerSkip, eq. 2).
 
     LayerSkip: the defaults with a p_max; from scratch also schedule "exponential". LayerDrop (Fan
-    et al., 2020): distribution "uniform", per_batch. PLD (Zhang and He, 2020): distribution
-    "linear", schedule "saturating", p_max = 1 - its keep rate, per_batch, rescale. "Don't Drop
+    et al., 2020): distribution "uniform", skip "batch". PLD (Zhang and He, 2020): distribution
+    "linear", schedule "saturating", p_max = 1 - its keep rate, skip "batch", rescale. "Don't Drop
     Dropout" (Elhoushi et al., 2026): distribution "linear", schedule "decreasing", rescale.
     """
 
@@ -28,9 +28,10 @@ class LayerDropoutConfig:
     """Of the saturating schedule, per step; 100 / T by default, as in PLD."""
     rescale: bool = False
     """Whether what a layer adds, when kept, is divided by 1 - p; the paper does not."""
-    per_batch: bool = False
-    """Whether a layer is left out for the whole batch, which then costs nothing, or for each
-    sequence by itself, as in the paper."""
+    skip: Literal["mask", "gather", "batch"] = "mask"
+    """How a layer is left out. mask: of each sequence by itself, as in the paper; it is computed
+    for all of them, and its effect dropped. gather: of each sequence, and computed only for those
+    that keep it, which are as many as one of a few fixed numbers. batch: of all at once."""
 
     def __post_init__(self):
         check(0 <= self.p_max <= 1, f"layer_dropout.p_max {self.p_max} must be from 0 to 1")
@@ -43,6 +44,10 @@ class LayerDropoutConfig:
             self.schedule in ("constant", "exponential", "decreasing", "saturating"),
             f"layer_dropout.schedule {self.schedule!r} is unknown: use constant, exponential, "
             "decreasing or saturating",
+        )
+        check(
+            self.skip in ("mask", "gather", "batch"),
+            f"layer_dropout.skip {self.skip!r} is unknown: use mask, gather or batch",
         )
         check(
             self.gamma is None or self.gamma > 0,

@@ -1,8 +1,6 @@
 """The layers in training: a scan over stacked blocks, with layer dropout, and the outputs that the
 exits in the loss unembed."""
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -11,8 +9,9 @@ from jaxtyping import Array, Bool, Float, Int
 from lsjax.config import StepConfig
 from lsjax.model.llama import Llama
 from lsjax.model.rope import rope_angles
-from lsjax.sharding import constrain
-from lsjax.training.layer_dropout import drop_rates, keep_mask
+from lsjax.sharding import constrain, row_shards
+from lsjax.training.kept_rows import Kept, run_on_kept
+from lsjax.training.layer_dropout import drop_rates, keep_counted, keep_mask, row_counts
 
 
 def exit_states(
@@ -41,8 +40,7 @@ def exit_states(
     dropout = None
     if config.layer_dropout.p_max > 0:
         rates_L = drop_rates(config.layer_dropout, model.config.num_layers, step, config.num_steps)
-        rows_B = jnp.zeros_like(rows_B[:1]) if config.layer_dropout.per_batch else rows_B
-        dropout = keep_mask(rates_L, config.seed, step, rows_B), rates_L
+        dropout = rates_L, kept_rows(config, rates_L, step, rows_B)
 
     def layer(carry, inputs):
         x_BTD, slots_SBTD = carry
@@ -57,30 +55,55 @@ def exit_states(
     return x_BTD[None] if slots_SBTD is None else slots_SBTD
 
 
+def kept_rows(config: StepConfig, rates_L, step, rows_B) -> Kept:
+    """Which rows keep each layer, as shards of rows."""
+    match config.layer_dropout.skip:
+        case "mask":
+            return Kept(keep_mask(rates_L, config.seed, step, rows_B)[:, None], None)
+        case "batch":
+            keep_L1 = keep_mask(rates_L, config.seed, step, jnp.zeros_like(rows_B[:1]))
+            return Kept(keep_L1[:, None], None)
+        case "gather":
+            rows_SR = rows_B.reshape(row_shards(len(rows_B)), -1)
+            return Kept(*keep_counted(rates_L, config.seed, step, rows_SR))
+
+
 def layer_runner(config: StepConfig, rope, segments_BT):
-    """(block, x_BTD, None or (keep_B, rate)) -> x_BTD after one layer, or without it for the rows
+    """(block, x_BTD, None or (rate, Kept)) -> x_BTD after one layer, or without it for the rows
     that do not keep it."""
 
-    def run(block, x_BTD):
-        return block(x_BTD, rope, segments_BT)
+    def run(block, x_BTD, others):
+        return block(x_BTD, *others)
 
     if config.remat != "none":
         policy = getattr(jax.checkpoint_policies, config.remat)
         run = jax.checkpoint(run, policy=policy, prevent_cse=False)  # the scan prevents it
 
-    def rescaled(block, x_BTD, rate):
-        y_BTD = run(block, x_BTD)
+    def rescaled(block, x_BTD, others, rate):
+        y_BTD = run(block, x_BTD, others)
         if not config.layer_dropout.rescale:
             return y_BTD
-        kept = jnp.where(rate < 1, 1 - rate, 1).astype(x_BTD.dtype)
-        return x_BTD + (y_BTD - x_BTD) / kept
+        share = jnp.where(rate < 1, 1 - rate, 1).astype(x_BTD.dtype)
+        return x_BTD + (y_BTD - x_BTD) / share
 
     def run_or_drop(block, x_BTD, dropout):
+        others = rope, segments_BT
         if dropout is None:
-            return run(block, x_BTD)
-        keep_B, rate = dropout
-        if config.layer_dropout.per_batch:
-            return lax.cond(keep_B[0], partial(rescaled, block), lambda x, _: x, x_BTD, rate)
-        return jnp.where(keep_B[:, None, None], rescaled(block, x_BTD, rate), x_BTD)
+            return run(block, x_BTD, others)
+        rate, kept = dropout
+        match config.layer_dropout.skip:
+            case "mask":
+                keep_B11 = kept.keep_SR.reshape(-1, 1, 1)
+                return jnp.where(keep_B11, rescaled(block, x_BTD, others, rate), x_BTD)
+            case "batch":
+                return lax.cond(
+                    kept.keep_SR[0, 0],
+                    lambda x_BTD: rescaled(block, x_BTD, others, rate),
+                    lambda x_BTD: x_BTD,
+                    x_BTD,
+                )
+            case "gather":
+                counts = row_counts(kept.keep_SR.shape[1])
+                return run_on_kept(rescaled, counts, block, x_BTD, others, rate, kept)
 
     return run_or_drop

@@ -15,6 +15,11 @@ from jaxtyping import Array, Bool, Float, Int
 
 from lsjax.config import LayerDropoutConfig
 
+# Numbers of rows that a layer is compiled for, beside none.
+COUNTS = 4
+# In place of a row's number, for the draw that all rows share.
+ROUNDING = 2**31 - 1
+
 
 def drop_rates(
     config: LayerDropoutConfig, num_layers: int, step: ArrayLike, num_steps: int
@@ -61,11 +66,48 @@ def keep_mask(
 ) -> Bool[Array, "L B"]:
     """Which layers each row keeps. rows_B: numbers of the rows in the whole batch of the step; a
     mask for the whole batch gives all of them the same number."""
+    layer_keys = _layer_keys(len(rates_L), seed, step)
+    return _draws(layer_keys, rows_B) >= rates_L[:, None]
+
+
+def row_counts(rows: int) -> tuple[int, ...]:
+    """Numbers of rows that a layer is compiled for: none, and up to COUNTS even parts of all."""
+    parts = min(COUNTS, rows)
+    return tuple(rows * part // parts for part in range(parts + 1))
+
+
+def keep_counted(
+    rates_L: Float[Array, " L"], seed: int, step: ArrayLike, rows_SR: Int[Array, "S R"]
+) -> tuple[Bool[Array, "L S R"], Int[Array, " L"]]:
+    """Which layers each row keeps where a layer runs on one of `row_counts(R)` rows of each shard;
+    also which of these counts it is, the same for all shards.
+
+    (1 - p) R is rounded to one of its two neighbours among the counts, up as often as makes it the
+    mean; each set of that many rows of a shard is as likely as any other. So each row keeps the
+    layer with probability 1 - p, as in `keep_mask`. rows_SR: numbers of the rows, as there.
+    """
+    counts = jnp.array(row_counts(rows_SR.shape[1]))
+    mean_L = (1 - rates_L) * rows_SR.shape[1]
+    below_L = jnp.searchsorted(counts[1:-1], mean_L, side="right")
+    share_L = (mean_L - counts[below_L]) / jnp.diff(counts)[below_L]
+    layer_keys = _layer_keys(len(rates_L), seed, step)
+    rounding_keys = jax.vmap(jax.random.fold_in, (0, None))(layer_keys, ROUNDING)
+    count_L = below_L + (_draws(rounding_keys, rows_SR[0, :1])[:, 0] < share_L)
+    # The rows with the largest draws.
+    draws_LSR = _draws(layer_keys, rows_SR.reshape(-1)).reshape(-1, *rows_SR.shape)
+    rank_LSR = jnp.argsort(jnp.argsort(-draws_LSR, axis=2), axis=2)
+    return rank_LSR < counts[count_L][:, None, None], count_L
+
+
+def _layer_keys(num_layers: int, seed: int, step: ArrayLike):
     key = jax.random.fold_in(jax.random.key(seed), step)
+    return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(num_layers))
 
-    def draw(layer, row):
-        return jax.random.uniform(jax.random.fold_in(jax.random.fold_in(key, layer), row))
 
-    layers = jnp.arange(len(rates_L))
-    draws_LB = jax.vmap(jax.vmap(draw, (None, 0)), (0, None))(layers, rows_B)
-    return draws_LB >= rates_L[:, None]
+def _draws(layer_keys, rows_B: Int[Array, " B"]) -> Float[Array, "L B"]:
+    """Uniform numbers, one for each layer and row."""
+
+    def draw(key, row):
+        return jax.random.uniform(jax.random.fold_in(key, row))
+
+    return jax.vmap(jax.vmap(draw, (None, 0)), (0, None))(layer_keys, rows_B)

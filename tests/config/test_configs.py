@@ -41,7 +41,7 @@ def test_the_papers_numbers(name):
         "exponential",
         schedule,
     )
-    assert not dropout.rescale and not dropout.per_batch
+    assert not dropout.rescale and dropout.skip == "mask"
     assert (exits.weights, exits.e_scale) == ("paper", e_scale)
     assert exits.curriculum == ("rotational" if rotation else "gradual")
     assert rotation in (0, exits.rotation)

@@ -29,14 +29,23 @@ def assert_close(found, expected, atol=1e-12):
     jax.tree.map(partial(np.testing.assert_allclose, atol=atol), found, expected)
 
 
-@pytest.mark.parametrize("per_batch", [False, True])
-def test_rate_zero_is_no_dropout_bit_for_bit(small, packed, evaluate, per_batch):
+@pytest.mark.parametrize("skip", ["mask", "gather", "batch"])
+def test_rate_zero_is_no_dropout_bit_for_bit(small, packed, evaluate, skip):
     """Here with masks, all of which keep."""
-    none = dropping(p_max=0.5, distribution="uniform", layers=(), per_batch=per_batch)
+    none = dropping(p_max=0.5, distribution="uniform", layers=(), skip=skip)
     assert_equal(evaluate(none, small, packed, 1), evaluate(PLAIN, small, packed, 1))
 
 
-@pytest.mark.parametrize("changes", [dict(), dict(per_batch=True), dict(rescale=True)])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(),
+        dict(skip="batch"),
+        dict(skip="gather"),
+        dict(skip="gather", rescale=True),
+        dict(rescale=True),
+    ],
+)
 def test_rate_one_is_the_model_without_the_layer(wide, packed, evaluate, changes):
     last_only = StepConfig(num_steps=8)
     config = StepConfig(
