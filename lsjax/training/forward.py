@@ -75,8 +75,11 @@ def layer_runner(config: StepConfig, rope, segments_BT):
     def run(block, x_BTD, others):
         return block(x_BTD, *others)
 
-    if config.remat != "none":
-        policy = getattr(jax.checkpoint_policies, config.remat)
+    remat = config.remat
+    if remat == "none" and config.layer_dropout.p_max > 0 and config.layer_dropout.skip == "gather":
+        remat = "dots_saveable"  # what is kept is copied once more: the rest is cheaper anew
+    if remat != "none":
+        policy = getattr(jax.checkpoint_policies, remat)
         run = jax.checkpoint(run, policy=policy, prevent_cse=False)  # the scan prevents it
 
     def rescaled(block, x_BTD, others, rate):

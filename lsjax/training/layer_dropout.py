@@ -4,8 +4,12 @@
     p(l, t) = S(t) D(l) p_max                                                        (eq. 2)
 
 No state: the masks of a step are a function of seed, step, layer and the row's number in the
-batch, so they are the same after a restart, under accumulation, and on any mesh.
+batch, so they are the same after a restart, under accumulation, and on any mesh. Where only kept
+rows are computed (`keep_counted`), of the rows that lie together on a device or in a micro-batch
+too.
 """
+
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -79,24 +83,33 @@ def row_counts(rows: int) -> tuple[int, ...]:
 def keep_counted(
     rates_L: Float[Array, " L"], seed: int, step: ArrayLike, rows_SR: Int[Array, "S R"]
 ) -> tuple[Bool[Array, "L S R"], Int[Array, " L"]]:
-    """Which layers each row keeps where a layer runs on one of `row_counts(R)` rows of each shard;
-    also which of these counts it is, the same for all shards.
+    """Which layers each row keeps, where a layer runs on one of `row_counts(R)` rows in each of S
+    shards; and which of these counts it is, the same for all shards.
 
-    (1 - p) R is rounded to one of its two neighbours among the counts, up as often as makes it the
-    mean; each set of that many rows of a shard is as likely as any other. So each row keeps the
-    layer with probability 1 - p, as in `keep_mask`. rows_SR: numbers of the rows, as there.
+    The count is (1 - p) R on average, and each set of that many rows of a shard is as likely as any
+    other: so each row keeps the layer with probability 1 - p, as in `keep_mask`. rows_SR: numbers
+    of the rows, as there.
     """
-    counts = jnp.array(row_counts(rows_SR.shape[1]))
-    mean_L = (1 - rates_L) * rows_SR.shape[1]
-    below_L = jnp.searchsorted(counts[1:-1], mean_L, side="right")
-    share_L = (mean_L - counts[below_L]) / jnp.diff(counts)[below_L]
+    counts = row_counts(rows_SR.shape[1])
     layer_keys = _layer_keys(len(rates_L), seed, step)
     rounding_keys = jax.vmap(jax.random.fold_in, (0, None))(layer_keys, ROUNDING)
-    count_L = below_L + (_draws(rounding_keys, rows_SR[0, :1])[:, 0] < share_L)
+    draws_L = _draws(rounding_keys, rows_SR[0, :1])[:, 0]
+    which_L = stochastic_rounding((1 - rates_L) * rows_SR.shape[1], counts, draws_L)
     # The rows with the largest draws.
     draws_LSR = _draws(layer_keys, rows_SR.reshape(-1)).reshape(-1, *rows_SR.shape)
     rank_LSR = jnp.argsort(jnp.argsort(-draws_LSR, axis=2), axis=2)
-    return rank_LSR < counts[count_L][:, None, None], count_L
+    return rank_LSR < jnp.array(counts)[which_L][:, None, None], which_L
+
+
+def stochastic_rounding(
+    means_L: Float[Array, " L"], counts: Sequence[int], draws_L: Float[Array, " L"]
+) -> Int[Array, " L"]:
+    """Which of its two neighbours among the counts each mean becomes: the upper one as often as
+    makes it the mean. draws_L: uniform from 0 to 1."""
+    counts = jnp.array(counts)
+    below_L = jnp.searchsorted(counts[1:-1], means_L, side="right")
+    share_L = (means_L - counts[below_L]) / jnp.diff(counts)[below_L]
+    return below_L + (draws_L < share_L)
 
 
 def _layer_keys(num_layers: int, seed: int, step: ArrayLike):

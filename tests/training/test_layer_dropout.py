@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from lsjax.config import LayerDropoutConfig
-from lsjax.training.layer_dropout import drop_rates, keep_mask
+from lsjax.training.layer_dropout import drop_rates, keep_counted, keep_mask, row_counts
 
 # p_max = 0.2, T = 1001. By hand: D(l) = 2^(l / (L-1)) - 1, S(t) = 2^(t / (T-1)) - 1. At the middle
 # of the run S(500) = sqrt(2) - 1 = 0.41421356; D of layer 8 of 24 is 2^(8/23) - 1 = 0.2726415.
@@ -102,3 +102,71 @@ def test_masks_keep_layers_at_their_rates():
     assert dropped_L[0] == 0 and dropped_L[3] == 1
     # 10,000 draws: four standard deviations of the mean are 0.02.
     np.testing.assert_allclose(dropped_L, RATES, atol=0.02)
+
+
+def test_counts_are_even_parts():
+    assert row_counts(16) == (0, 4, 8, 12, 16)
+    assert row_counts(6) == (0, 1, 3, 4, 6)
+    assert row_counts(3) == (0, 1, 2, 3)
+    assert row_counts(1) == (0, 1)
+
+
+COUNTED_RATES = jnp.array([0, 0.3, 0.5, 0.9, 1])
+
+
+@pytest.fixture(scope="module")
+def counted():
+    """Masks of 4,000 steps for three shards of eight rows, and their counts; T L S R, T L."""
+    rows_SR = jnp.arange(24).reshape(3, 8)
+    keep = jax.jit(jax.vmap(lambda step: keep_counted(COUNTED_RATES, 5, step, rows_SR)))
+    return [np.asarray(array) for array in keep(jnp.arange(4_000))]
+
+
+def test_counted_rows_are_one_of_the_two_counts_around_the_mean(counted):
+    """(1 - p) 8 = 5.6 is 4 with probability 0.2, else 6: the variance is 1.6 * 0.4 = 0.64, that of
+    eight independent rows 8 * 0.3 * 0.7 = 1.68."""
+    keep_TLSR, which_TL = counted
+    count_TL = np.array(row_counts(8))[which_TL]
+    np.testing.assert_array_equal(
+        keep_TLSR.sum(3), np.broadcast_to(count_TL[..., None], (4000, 5, 3))
+    )
+    assert [set(column) for column in count_TL.T.tolist()] == [{8}, {4, 6}, {4}, {0, 2}, {0}]
+    for layer, (mean, variance) in {1: (5.6, 0.64), 3: (0.8, 0.96)}.items():
+        error = np.sqrt(variance / 4_000)
+        np.testing.assert_allclose(count_TL[:, layer].mean(), mean, atol=4 * error)
+        np.testing.assert_allclose(count_TL[:, layer].var(), variance, rtol=0.1)
+
+
+def test_each_row_keeps_a_layer_at_its_rate(counted):
+    kept_LSR = counted[0].mean(0)
+    for rate, kept_SR in zip(COUNTED_RATES, kept_LSR, strict=True):
+        error = np.sqrt(rate * (1 - rate) / 4_000)
+        np.testing.assert_allclose(kept_SR, 1 - rate, atol=4 * error)
+
+
+def test_all_sets_of_rows_are_as_likely():
+    """Chi-square over the 70 sets of 4 of 8 rows: 99.9% of such sums with 69 degrees of freedom lie
+    below 111."""
+    rows_SR = jnp.arange(8)[None]
+    keep = jax.vmap(lambda step: keep_counted(jnp.array([0.5]), 1, step, rows_SR)[0][0, 0])
+    sets = np.asarray(keep(jnp.arange(7_000))) @ 2 ** np.arange(8)
+    _, times = np.unique(sets, return_counts=True)
+    assert len(times) == 70
+    assert ((times - 100) ** 2 / 100).sum() < 111
+
+
+def test_counted_masks_depend_on_seed_step_layer_and_rows():
+    rows = jnp.arange(64)[None]
+    rates = jnp.full(2, 0.4)
+    keep, _ = keep_counted(rates, 5, 7, rows)
+    np.testing.assert_array_equal(keep, keep_counted(rates, 5, 7, rows)[0])
+    others = keep_counted(rates, 6, 7, rows), keep_counted(rates, 5, 8, rows)
+    others += (keep_counted(rates, 5, 7, rows + 64),)
+    for other, _ in others:
+        assert (keep != other).any(axis=2).all()
+    assert (keep[0] != keep[1]).any()
+
+
+def test_shards_draw_their_own_rows(counted):
+    keep_TLSR = counted[0]
+    assert (keep_TLSR[:, 2, 0] != keep_TLSR[:, 2, 1]).any(axis=1).mean() > 0.9
