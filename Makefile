@@ -7,9 +7,22 @@ LOCK := $(wildcard constraints/py$(VERSION).txt)
 SMOLLM2 = models/SmolLM2-135M-Instruct.Q4_1.gguf
 STORY = "Once upon a time, there was a little girl named Lily who"
 
-.PHONY: quickstart test lint parity peers lock clean
+.PHONY: quickstart smollm2 test lint parity peers lock clean
 
-quickstart: $(VENV)/installed $(SMOLLM2)
+# Trains with LayerSkip, then decodes held-out prompts with what came out.
+RUN ?= runs/quickstart
+EXIT = --exit-layer 2 --num-draft-tokens 4
+quickstart: $(VENV)/installed
+	$(BIN)/python train.py --config configs/quickstart.py --workdir $(RUN)
+	$(BIN)/python decode.py --model $(RUN) --prompt-file $(RUN)/prompts.jsonl --max-new-tokens 64 \
+		--strategy self_speculative $(EXIT) --show-drafts
+	$(BIN)/python -m lsjax.cli.correctness --model $(RUN) --prompt-file $(RUN)/prompts.jsonl \
+		--exit-layers 1 2 4 --num-draft-tokens 4
+	$(BIN)/python -m lsjax.cli.benchmark --model $(RUN) --prompt-file $(RUN)/prompts.jsonl \
+		--exit-layers 1 2 4 --num-draft-tokens 4 --repeats 3
+
+# A real model decodes: SmolLM2-135M was not trained with LayerSkip, so it is exact, but no faster.
+smollm2: $(VENV)/installed $(SMOLLM2)
 	$(BIN)/python decode.py --model $(SMOLLM2) --prompt $(STORY) --max-new-tokens 48
 	$(BIN)/python decode.py --model $(SMOLLM2) --prompt $(STORY) --max-new-tokens 48 \
 		--strategy self_speculative --exit-layer 24 --num-draft-tokens 3 --show-drafts

@@ -11,6 +11,7 @@ import pytest
 import decode
 import lsjax
 import train
+from lsjax.cli import exits
 from lsjax.cli.training_options import read_config_file
 from lsjax.model.saved_steps import saved_steps
 from lsjax.training.metrics_log import FILE, read_metrics
@@ -85,8 +86,8 @@ def test_a_run_shows_every_exit_and_leaves_pictures_and_samples(finished):
     assert len(evaluations[-1]["loss_E"]) == 3 and evaluations[-1]["agreement_E"][-1] == 1
     assert evaluations[-1]["loss_E"][-1] < evaluations[0]["loss_E"][-1]
     # Rotation 2 of 3 exits: exit 1 on even steps t, but its weight is 0; exit 2 on odd ones.
-    exits = [row["exits"] for row in rows if row["kind"] == "step"]
-    assert exits == [[3], [2, 3]] * 3
+    on = [row["exits"] for row in rows if row["kind"] == "step"]
+    assert on == [[3], [2, 3]] * 3
     assert [row["kind"] for row in rows].count("sample") == 2
     # A quarter of each row of the one held-out batch; the first begins with the start token.
     lines = (finished / "prompts.jsonl").read_text().splitlines()
@@ -135,6 +136,25 @@ def test_a_run_is_a_model_for_decode_and_for_other_runs(config, finished, tmp_pa
     assert launch(config, workdir, *flags) == 0
     leaves = jax.tree.leaves(model), jax.tree.leaves(lsjax.load(workdir))
     assert all((a == b).all() for a, b in zip(*leaves, strict=True))
+
+
+def test_the_exits_of_runs_are_compared_on_the_held_out_data(finished, tmp_path, capsys):
+    other = tmp_path / "other"
+    shutil.copytree(finished, other)
+    shutil.rmtree(other / "checkpoints" / "6")
+    picture, file = tmp_path / "exits.png", tmp_path / "scores.jsonl"
+    flags = ["--runs", str(finished), str(other), "--batches", "1"]
+    assert exits.main([*flags, "--output", str(picture), "--json", str(file)]) == 0
+    first, second = map(json.loads, file.read_text().splitlines())
+    (*_, evaluated) = (row for row in rows_of(finished) if row["kind"] == "evaluation")
+    assert first["loss_E"] == pytest.approx(evaluated["loss_E"], rel=1e-6)
+    assert second["loss_E"][-1] > first["loss_E"][-1], "it has learned for two steps less"
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert f"{first['loss_E'][-1]:.3f}" in capsys.readouterr().out
+    for wrong, words in (([str(tmp_path)], "is no training run"), ([flags[1]] * 2, "rename")):
+        with pytest.raises(SystemExit) as end:
+            exits.main(["--runs", *wrong])
+        assert end.value.code == 2 and words in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -2,12 +2,12 @@
 
 from functools import partial
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from lsjax.model.cache import read_slots
+from lsjax.model.products import mix
 
 # Slots of the cache that one step of `cached_attention` reads; LARGE is a multiple of SMALL.
 SMALL, LARGE = 256, 1024
@@ -21,19 +21,14 @@ def attention(
 ) -> Float[Array, "B T N H"]:
     """Attention of T queries to S keys where `mask_BTS` is true; softmax in float32 or wider."""
     batch, steps, heads, size = q_BTNH.shape
-    slots, kv_heads = k_BSKH.shape[1:3]
-    wide = jnp.promote_types(q_BTNH.dtype, jnp.float32)
+    kv_heads = k_BSKH.shape[2]
     # All queries of a K/V head in one product, r = (g, t), and heads before positions: XLA:CPU
     # copies what lies otherwise, and more of it in the backward pass.
     q_BKGTH = _grouped(q_BTNH, kv_heads).transpose(0, 2, 3, 1, 4) * size**-0.5
     q_BKRH = q_BKGTH.reshape(batch, kv_heads, -1, size)
     k_BKSH, v_BKSH = k_BSKH.swapaxes(1, 2), v_BSKH.swapaxes(1, 2)
-    scores = jnp.einsum("BKRH,BKSH->BKRS", q_BKRH, k_BKSH, preferred_element_type=wide)
-    scores = scores.reshape(batch, kv_heads, -1, steps, slots)
-    scores = jnp.where(mask_BTS[:, None, None], scores, -jnp.inf)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v_BSKH.dtype)
-    weights_BKRS = weights.reshape(batch, kv_heads, -1, slots)
-    mixed = jnp.einsum("BKRS,BKSH->BKRH", weights_BKRS, v_BKSH)
+    mask_B1RS = jnp.tile(mask_BTS[:, None], (1, 1, heads // kv_heads, 1))
+    mixed = mix(q_BKRH, k_BKSH, v_BKSH, mask_B1RS)
     mixed = mixed.reshape(batch, kv_heads, -1, steps, size).transpose(0, 3, 1, 2, 4)
     return mixed.reshape(q_BTNH.shape)
 

@@ -3,7 +3,6 @@
 Letters as in llama.py.
 """
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
@@ -14,6 +13,7 @@ from jaxtyping import Array, Float, Int
 from lsjax.config import LlamaConfig
 from lsjax.model.attention import cached_attention, self_attention
 from lsjax.model.cache import write_slots
+from lsjax.model.products import linear, swiglu
 from lsjax.model.rope import rotate
 from lsjax.sharding import constrain, on_each_device
 
@@ -51,7 +51,7 @@ class Linear(nnx.Module):
         self.bias = nnx.Param(jnp.zeros(outputs, dtype)) if bias else None
 
     def __call__(self, x: Float[Array, "B T I"]) -> Float[Array, "B T ..."]:
-        y = jnp.tensordot(x, self.kernel[...].astype(x.dtype), axes=1)
+        y = linear(x, self.kernel[...].astype(x.dtype))
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
 
 
@@ -94,8 +94,7 @@ class FeedForward(nnx.Module):
         self.down = Linear(f, (d,), **rest)
 
     def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        gate_up_BT2F = self.gate_up(x_BTD)
-        return self.down(jax.nn.silu(gate_up_BT2F[:, :, 0]) * gate_up_BT2F[:, :, 1])
+        return self.down(swiglu(self.gate_up(x_BTD)))
 
 
 class Block(nnx.Module):

@@ -4,7 +4,7 @@ exits in the loss unembed."""
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from lsjax.config import StepConfig
 from lsjax.model.llama import Llama
@@ -20,23 +20,25 @@ def exit_states(
     batch: dict[str, Array],
     step: Int[Array, ""],
     rows_B: Int[Array, " B"],
-    enabled_L: Bool[Array, " L"],
-    num_slots: int,
+    exit_S: Int[Array, " S"],
 ) -> Float[Array, "S B T D"]:
-    """Outputs of the layers whose exits are on, in order; the last slot is the model's output.
+    """Outputs of the layers exit_S, in order; the last slot is the model's output.
 
     model: stacked, in the dtype of the computation. rows_B: numbers of the rows in the batch of the
-    step. num_slots: S, which no step's exits exceed; slots that no exit takes hold zeros.
+    step. exit_S: each layer but the last once at most; what slots of L - 1 hold before the last
+    one is of no meaning.
 
     Every layer writes its output to a slot: to that of its exit, or to the last one, where the last
     layer has the last word. So no more than S outputs are held, whatever the number of layers.
+    Where S = L, slot and layer are one, and the outputs are those of the scan.
     """
     x_BTD = constrain(model.embed(batch["tokens_BT"]), "data")
     rope = rope_angles(batch["positions_BT"], model.config, x_BTD.dtype)
     run = layer_runner(config, rope, batch["segments_BT"])
-    slot_L = (
-        jnp.where(enabled_L, jnp.cumsum(enabled_L) - 1, num_slots - 1).at[-1].set(num_slots - 1)
-    )
+    num_slots, num_layers = len(exit_S), model.config.num_layers
+    picks = 1 < num_slots < num_layers
+    slot_L = jnp.full(num_layers, num_slots - 1).at[exit_S].set(jnp.arange(num_slots))
+    slot_L = slot_L.at[-1].set(num_slots - 1)
     dropout = None
     if config.layer_dropout.p_max > 0:
         rates_L = drop_rates(config.layer_dropout, model.config.num_layers, step, config.num_steps)
@@ -46,13 +48,17 @@ def exit_states(
         x_BTD, slots_SBTD = carry
         block, slot, dropout = inputs
         x_BTD = constrain(run(block, x_BTD, dropout), "data")
-        if num_slots > 1:
+        if picks:
             slots_SBTD = lax.dynamic_update_index_in_dim(slots_SBTD, x_BTD, slot, 0)
-        return (x_BTD, slots_SBTD), None
+        return (x_BTD, slots_SBTD), x_BTD if num_slots == num_layers else None
 
-    slots_SBTD = jnp.zeros((num_slots, *x_BTD.shape), x_BTD.dtype) if num_slots > 1 else None
-    (x_BTD, slots_SBTD), _ = lax.scan(layer, (x_BTD, slots_SBTD), (model.layers, slot_L, dropout))
-    return x_BTD[None] if slots_SBTD is None else slots_SBTD
+    slots_SBTD = jnp.zeros((num_slots, *x_BTD.shape), x_BTD.dtype) if picks else None
+    (x_BTD, slots_SBTD), x_LBTD = lax.scan(
+        layer, (x_BTD, slots_SBTD), (model.layers, slot_L, dropout)
+    )
+    if num_slots == num_layers:
+        return x_LBTD
+    return slots_SBTD if picks else x_BTD[None]
 
 
 def kept_rows(config: StepConfig, rates_L, step, rows_B) -> Kept:

@@ -143,10 +143,12 @@ def _forward(target, z_loss, head, x_SBTD, labels_BT, positions, weights_S):
     )
     if slots > 1:
         used_S = (positions.counts_SB[:-1] > 0).any(1)
-        used = jnp.max(
-            jnp.where(used_S, jnp.arange(1, slots), 0)
-        )  # slots that are taken come first
-        carry = lax.fori_loop(0, used, partial(slot_loss, target), carry)
+        order_S = jnp.argsort(~used_S, stable=True)
+
+        def used_slot_loss(index, carry):
+            return slot_loss(target, order_S[index], carry)
+
+        carry = lax.fori_loop(0, used_S.sum(), used_slot_loss, carry)
     total, sums_S, dnorm, dtable_VD, dx_SBTD = slot_loss("labels", slots - 1, carry)
     return (total, sums_S), (Head(dnorm, dtable_VD), dx_SBTD)
 

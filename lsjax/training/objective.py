@@ -29,15 +29,11 @@ def objective(
     shape = model.config
     enabled_L = enabled_exits(config.early_exit, shape.num_layers, step, config.num_steps)
     weights_L = loss_weights(config.early_exit, shape.num_layers, step, config.num_steps)
-    num_slots = most_exits(config.early_exit, shape.num_layers, config.num_steps) + 1
+    most = most_exits(config.early_exit, shape.num_layers, config.num_steps)
+    exit_S, taken_S = slots(enabled_L, most)
     narrow = in_dtype(model, compute_dtype(config, model))
-    x_SBTD = exit_states(config, narrow, batch, step, rows_B, enabled_L, num_slots)
+    x_SBTD = exit_states(config, narrow, batch, step, rows_B, exit_S)
 
-    # Exits of the slots, as indices: those that are on, the last one in the last slot.
-    last = shape.num_layers - 1
-    (exit_S,) = jnp.nonzero(enabled_L[:-1], size=num_slots - 1, fill_value=last)
-    taken_S = jnp.append(exit_S < last, True)
-    exit_S = jnp.append(exit_S, last)
     weights_S = jnp.where(taken_S, weights_L[exit_S], 0) / jnp.maximum(num_labels, 1)
     positions = loss_positions(config, batch["labels_BT"], step, rows_B, exit_S, taken_S)
     loss, sums_S = head_loss(
@@ -51,6 +47,20 @@ def objective(
     )
     sums_L = jnp.zeros(shape.num_layers, sums_S.dtype).at[exit_S].add(jnp.where(taken_S, sums_S, 0))
     return loss, sums_L
+
+
+def slots(enabled_L: Bool[Array, " L"], most: int) -> tuple[Int[Array, " S"], Bool[Array, " S"]]:
+    """Layers of the exits that have a slot, the last one in the last slot, and whether the exit is
+    on.
+
+    most: exits beside the last one that are on in any step. Their slots are taken in order; where
+    nearly all exits are on in some step, each has a slot of its own, which costs the scan less.
+    """
+    last = len(enabled_L) - 1
+    if last and most + 1 >= last:
+        return jnp.arange(last + 1), jnp.append(enabled_L[:-1], True)
+    (exit_S,) = jnp.nonzero(enabled_L[:-1], size=most, fill_value=last)
+    return jnp.append(exit_S, last), jnp.append(exit_S < last, True)
 
 
 def loss_positions(

@@ -1,0 +1,120 @@
+"""Loss and agreement of every exit of one or several training runs, on the held-out data of the
+first.
+
+    python -m lsjax.cli.exits --runs runs/quickstart runs/plain --output exits.png
+
+One table, a row for each of some exits; a picture with a line for each run (the paper's Figures 6
+and 8).
+"""
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from lsjax.cli.errors import check_output, one_line_errors
+from lsjax.cli.setup import cache_directory, choose_dtype, keep_compiled_programs
+from lsjax.config import check
+from lsjax.data.pipeline import one_pass
+from lsjax.data.tokenizer_files import load_tokenizer
+from lsjax.evaluation.exits import ExitScores, score_exits
+from lsjax.evaluation.plots import plot_exits
+from lsjax.model.checkpoint import assemble, open_source
+from lsjax.model.llama import stacked
+from lsjax.model.run_directory import is_run, read_config
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arguments:
+    """Loss and agreement of every exit of training runs."""
+
+    runs: tuple[Path, ...]
+    """Directories of training runs with one vocabulary."""
+    batches: int = 64
+    """Batches of held-out rows, of the first run's size."""
+    output: Path | None = None
+    """A picture to draw (.png)."""
+    json: Path | None = None
+    """Writes a JSON object a run to this file."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the program; exits with 2 on bad input."""
+    arguments = tyro.cli(Arguments, args=argv, description=__doc__)
+    with one_line_errors():
+        compare(arguments)
+    return 0
+
+
+def compare(arguments: Arguments) -> None:
+    """Scores the runs, prints the table, draws the picture."""
+    check(arguments.batches >= 1, f"--batches {arguments.batches} is below 1: choose 1 up")
+    check(len(arguments.runs) >= 1, "--runs is empty: name the directory of a run")
+    for run in arguments.runs:
+        check(is_run(run), f"{run} is no training run: name the --workdir of train.py")
+    names = [run.name for run in arguments.runs]
+    check(len(set(names)) == len(names), f"runs of one name ({names}) would be one line: rename")
+    first = arguments.runs[0]
+    tokenizer = load_tokenizer(first)
+    for run in arguments.runs[1:]:
+        check(
+            load_tokenizer(run).fingerprint == tokenizer.fingerprint,
+            f"{run} has another tokenizer than {first}: their losses can't be compared",
+        )
+    for file in (arguments.output, arguments.json):
+        if file is not None:
+            check_output(file)
+    config = read_config(first)
+    keep_compiled_programs()
+    batches = list(
+        one_pass(
+            config.data,
+            tokenizer,
+            batch_size=config.batch_size,
+            seq_len=config.seq_len,
+            split="validation",
+            cache=cache_directory(),
+            max_batches=arguments.batches,
+        )
+    )
+    dtype = choose_dtype("auto")
+    scores: dict[str, ExitScores] = {}
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        for name, run in zip(names, arguments.runs, strict=True):
+            model = stacked(assemble(open_source(run), dtype=dtype))
+            scores[name] = score_exits(model, progress.track(batches, description=name))
+    Console(highlight=False, soft_wrap=True).print(table(scores))
+    if arguments.output is not None:
+        plot_exits(scores, arguments.output)
+    if arguments.json is not None:
+        with arguments.json.open("w") as lines:
+            for name, score in scores.items():
+                print(json.dumps({"run": name, **score.to_json()}), file=lines)
+
+
+def table(scores: Mapping[str, ExitScores]) -> Table:
+    """Loss and agreement at the first exit, at each quarter of the layers, and at the last."""
+    tokens = next(iter(scores.values())).tokens
+    shown = Table(title=f"{tokens:,} held-out tokens", title_justify="left", box=None)
+    shown.add_column("exit", justify="right")
+    for name in scores:
+        shown.add_column(f"{name}: loss", justify="right")
+        shown.add_column("agreement", justify="right")
+    layers = min(len(score.loss_E) for score in scores.values())
+    for exit_layer in sorted({1, *(max(1, layers * quarter // 4) for quarter in (1, 2, 3, 4))}):
+        cells = [str(exit_layer)]
+        for score in scores.values():
+            cells.append(f"{score.loss_E[exit_layer - 1]:.3f}")
+            cells.append(f"{score.agreement_E[exit_layer - 1]:.3f}")
+        shown.add_row(*cells)
+    return shown
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,101 @@
+"""Products whose backward passes are written out: what autodiff makes of them is slower.
+
+Each gives the same values and gradients as the plain expression in its docstring, up to rounding;
+docs/training.md has what they save. They have no forward-mode derivative.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float
+
+
+@jax.custom_vjp
+def linear(x: Float[Array, "*batch I"], w: Float[Array, "I *O"]) -> Float[Array, "..."]:
+    """tensordot(x, w, 1): [*batch, *O].
+
+    The gradient of w comes out as it lies, [I, *O]. Autodiff makes [*O, I] of it and transposes it
+    in every layer, and the gradient of the output before that.
+    """
+    return jnp.tensordot(x, w, axes=1)
+
+
+def _linear_forward(x, w):
+    return jnp.tensordot(x, w, axes=1), (x, w)
+
+
+def _linear_backward(residuals, dy):
+    x, w = residuals
+    rows, outputs = tuple(range(x.ndim - 1)), w.ndim - 1
+    over_outputs = tuple(range(dy.ndim - outputs, dy.ndim)), tuple(range(1, w.ndim))
+    dx = lax.dot_general(dy, w, (over_outputs, ((), ())))
+    dw = lax.dot_general(x, dy, ((rows, rows), ((), ())))
+    return dx, dw
+
+
+linear.defvjp(_linear_forward, _linear_backward)
+
+
+@jax.custom_vjp
+def swiglu(gate_up: Float[Array, "*batch 2 F"]) -> Float[Array, "*batch F"]:
+    """silu(gate) * up (Shazeer, 2020).
+
+    Keeps its input for the backward pass and nothing else; the gradient is written once, not as
+    two padded halves that are added.
+    """
+    return jax.nn.silu(gate_up[..., 0, :]) * gate_up[..., 1, :]
+
+
+def _swiglu_forward(gate_up):
+    return jax.nn.silu(gate_up[..., 0, :]) * gate_up[..., 1, :], gate_up
+
+
+def _swiglu_backward(gate_up, dy):
+    gate, up = gate_up[..., 0, :], gate_up[..., 1, :]
+    sigmoid = jax.nn.sigmoid(gate)
+    silu = gate * sigmoid
+    dgate = dy * up * (sigmoid + silu * (1 - sigmoid))
+    # As a choice for each element: XLA:CPU joins arrays on one thread.
+    is_gate = jnp.arange(2)[:, None] == 0
+    return (jnp.where(is_gate, dgate[..., None, :], (dy * silu)[..., None, :]),)
+
+
+swiglu.defvjp(_swiglu_forward, _swiglu_backward)
+
+
+@jax.custom_vjp
+def mix(
+    q: Float[Array, "B K R H"],
+    k: Float[Array, "B K S H"],
+    v: Float[Array, "B K S H"],
+    mask: Bool[Array, "#B #K R S"],
+) -> Float[Array, "B K R H"]:
+    """softmax(q k^T where mask) v, the softmax in float32 or wider; every query sees some key.
+
+    The backward pass keeps the weights alone and needs their sum with their gradients, which is
+    that of the output with its own (Dao et al., 2022): no pass over [R, S] is for a sum.
+    """
+    return _mix_forward(q, k, v, mask)[0]
+
+
+def _mix_forward(q, k, v, mask):
+    wide = jnp.promote_types(q.dtype, jnp.float32)
+    scores = jnp.einsum("BKRH,BKSH->BKRS", q, k, preferred_element_type=wide)
+    weights = jax.nn.softmax(jnp.where(mask, scores, -jnp.inf), axis=-1).astype(v.dtype)
+    y = jnp.einsum("BKRS,BKSH->BKRH", weights, v)
+    return y, (q, k, v, weights, y)
+
+
+def _mix_backward(residuals, dy):
+    q, k, v, weights, y = residuals
+    wide = jnp.promote_types(q.dtype, jnp.float32)
+    dweights = jnp.einsum("BKRH,BKSH->BKRS", dy, v, preferred_element_type=wide)
+    together = (dy.astype(wide) * y.astype(wide)).sum(-1, keepdims=True)
+    dscores = (weights * (dweights - together)).astype(q.dtype)
+    dq = jnp.einsum("BKRS,BKSH->BKRH", dscores, k)
+    dk = jnp.einsum("BKRS,BKRH->BKSH", dscores, q)
+    dv = jnp.einsum("BKRS,BKRH->BKSH", weights, dy)
+    return dq, dk, dv, None
+
+
+mix.defvjp(_mix_forward, _mix_backward)

@@ -1,0 +1,64 @@
+"""Products with backward passes of their own: the values and gradients of the plain expressions."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lsjax.model.products import linear, mix, swiglu
+
+
+def plain_mix(q, k, v, mask):
+    scores = jnp.where(mask, q @ k.swapaxes(-1, -2), -jnp.inf)
+    return jax.nn.softmax(scores, axis=-1) @ v
+
+
+def plain_swiglu(gate_up):
+    gate, up = jnp.unstack(gate_up, axis=-2)
+    return gate / (1 + jnp.exp(-gate)) * up
+
+
+CASES = {
+    "linear": (linear, lambda x, w: jnp.einsum("bti,ikh->btkh", x, w), [(2, 3, 4), (4, 2, 5)]),
+    "swiglu": (swiglu, plain_swiglu, [(2, 3, 2, 5)]),
+    "mix": (mix, plain_mix, [(2, 2, 6, 4), (2, 2, 3, 4), (2, 2, 3, 4)]),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_values_and_gradients_of_the_plain_expression(name):
+    product, plain, shapes = CASES[name]
+    keys = jax.random.split(jax.random.key(0), len(shapes) + 1)
+    with jax.enable_x64():
+        arrays = [
+            jax.random.normal(key, shape, jnp.float64)
+            for key, shape in zip(keys, shapes, strict=False)
+        ]
+        rest = ()
+        if name == "mix":
+            rest = (jnp.tile(jnp.tril(jnp.ones((3, 3), bool)), (1, 1, 2, 1)),)
+        out = product(*arrays, *rest)
+        np.testing.assert_allclose(out, plain(*arrays, *rest), rtol=1e-12)
+        along = jax.random.normal(keys[-1], out.shape, jnp.float64)
+        found, expected = (
+            jax.grad(
+                lambda arrays, f=f: (f(*arrays, *rest) * along).sum(),
+            )(arrays)
+            for f in (product, plain)
+        )
+    for one, other in zip(found, expected, strict=True):
+        assert one.dtype == jnp.float64
+        np.testing.assert_allclose(one, other, rtol=1e-10, atol=1e-12)
+
+
+def test_gradients_have_the_dtype_of_the_arrays():
+    """The cotangents of bfloat16 are bfloat16, with the softmax in between in float32."""
+    q = jax.random.normal(jax.random.key(1), (1, 1, 4, 8)).astype(jnp.bfloat16)
+    mask = jnp.ones((1, 1, 4, 4), bool)
+    found = jax.grad(lambda q, k, v: mix(q, k, v, mask).astype(jnp.float32).sum(), (0, 1, 2))(
+        q, q, q
+    )
+    assert {leaf.dtype for leaf in found} == {jnp.dtype(jnp.bfloat16)}
+    wide = q.astype(jnp.float32)
+    expected = jax.grad(lambda k: plain_mix(wide, k, wide, mask).sum())(wide)
+    np.testing.assert_allclose(found[1].astype(jnp.float32), expected, atol=0.05)
