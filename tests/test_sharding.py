@@ -88,8 +88,7 @@ def test_nothing_happens_without_a_mesh():
 def test_eight_devices():
     """The checks in eight_devices: the number of devices is fixed when jax starts."""
     checks = sorted(Path(__file__).with_name("eight_devices").glob("*.py"))
-    # Optimised less, they are compiled sooner; the loops that are looked at are the same.
-    flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+    flags = "--xla_force_host_platform_device_count=8"
     result = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *checks],
         env=os.environ | {"XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {flags}".strip()},

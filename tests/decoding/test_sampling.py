@@ -22,6 +22,7 @@ from lsjax.decoding.self_speculative import SelfSpeculative
 from lsjax.decoding.state import DecodeState
 from lsjax.model.llama import Llama
 from tests.decoding.test_penalties import penalised
+from tests.optimised import OPTIMISED
 
 V = 12  # a vocabulary so small that every token is drawn often
 ROWS, RUNS = 512, 20  # 10,240 texts of each setting for each of the two prompts
@@ -127,32 +128,33 @@ def small() -> Llama:
     return jax.jit(lambda: Llama(config, rngs=nnx.Rngs(5)))()
 
 
-run_prefill = jax.jit(partial(prefill, chunk=4, depth=3))
+run_prefill = jax.jit(partial(prefill, chunk=4, depth=3), compiler_options=OPTIMISED)
 forward = jax.jit(lambda model, tokens: model(tokens)[:, -1])
 
 
 def texts(model, strategy, settings=SETTINGS) -> np.ndarray:
     """[settings, prompts, texts, NEW] tokens: the prefill's and those of two rounds. All settings
     and both prompts are rows of one ragged batch, each row with a seed of its own."""
-    samplings = [sampling for sampling in settings for _ in range(2 * ROWS)]
-    prompts = PROMPTS * (len(settings) * ROWS)
     base = DecodeState.create(
         model.config,
-        prompts,
-        [7] * len(prompts),  # two rounds of a draft of two do not end before
-        [[-1]] * len(prompts),
+        PROMPTS * len(settings),
+        [7] * 2 * len(settings),  # two rounds of a draft of two do not end before
+        [[-1]] * 2 * len(settings),
         capacity=16,
         slack=strategy.slack,
         num_layers=3,
         dtype=jnp.float32,
-        sampling=samplings,
+        sampling=[sampling for sampling in settings for _ in PROMPTS],
     )
-    run_decode, arguments = jax.jit(partial(decode, strategy=strategy)), strategy.arguments(model)
+    pairs = np.arange(2 * len(settings)).reshape(-1, 1, 2).repeat(ROWS, axis=1)
+    base = jax.tree.map(lambda leaf: leaf[pairs.ravel()], base)
+    run_decode = jax.jit(partial(decode, strategy=strategy), compiler_options=OPTIMISED)
+    arguments = strategy.arguments(model)
     make_keys = jax.jit(jax.vmap(lambda seed: jax.random.key_data(jax.random.key(seed))))
-    rows, out = np.arange(len(prompts)), []
-    places = np.array([len(prompt) for prompt in prompts])[:, None] + np.arange(NEW)
+    rows, out = np.arange(pairs.size), []
+    places = np.asarray(base.length_B)[:, None] + np.arange(NEW)
     for run in range(RUNS):
-        draws = dataclasses.replace(base.draws, key_B2=make_keys(run * len(prompts) + rows))
+        draws = dataclasses.replace(base.draws, key_B2=make_keys(run * rows.size + rows))
         state = run_prefill(model, dataclasses.replace(base, draws=draws), np.int32(0))
         state = run_decode(model, state, np.int32(2), arguments)
         out.append(np.take_along_axis(np.asarray(state.tokens_BS), places, axis=1))

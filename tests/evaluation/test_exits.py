@@ -1,7 +1,6 @@
 """Scores of every exit against a plain computation on whole logits."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -16,7 +15,7 @@ LENGTHS = ((9, 7), (16,))  # of the documents in each row
 
 @pytest.fixture(scope="module")
 def model():
-    return lsjax.Llama(LlamaConfig.tiny(vocab_size=37), rngs=nnx.Rngs(3))
+    return jax.jit(lambda: lsjax.Llama(LlamaConfig.tiny(vocab_size=37), rngs=nnx.Rngs(3)))()
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +38,12 @@ def batch():
     return dict(zip(names, (tokens, labels, segments, positions), strict=True))
 
 
+@jax.jit
+def all_logits(model, tokens_T):
+    """After every token, at every exit: [L, T, V]."""
+    return model.unembed(model.exits(tokens_T[None]))[:, 0]
+
+
 def plain_scores(model, batch) -> ExitScores:
     """Document by document, all logits at once."""
     losses, agreements = [], []
@@ -48,8 +53,9 @@ def plain_scores(model, batch) -> ExitScores:
             piece = slice(start, start + length)
             start += length
             labels = batch["labels_BT"][row, piece]
-            tokens = jnp.asarray(batch["tokens_BT"][row, piece])[None]
-            logits_LTV = model.unembed(model.exits(tokens))[:, 0]
+            tokens = batch["tokens_BT"][row, piece]
+            padded = np.pad(tokens, (0, 16 - length))  # behind all that is seen
+            logits_LTV = all_logits(model, padded)[:, :length]
             log_probs = jax.nn.log_softmax(logits_LTV)
             counted = labels >= 0
             at = np.flatnonzero(counted)

@@ -130,8 +130,8 @@ def test_going_on_equals_not_stopping(fresh, like, tmp_path):
 
 
 def test_dtypes_come_back(tmp_path):
-    model = Llama(CONFIG.model, rngs=nnx.Rngs(1), dtype=jnp.bfloat16)
-    state = init_state(CONFIG, model)
+    make = partial(Llama, CONFIG.model, dtype=jnp.bfloat16)
+    state = jax.jit(lambda: init_state(CONFIG, make(rngs=nnx.Rngs(1))))()
     strange = jnp.array([jnp.nan, -0.0, jnp.inf, 1e-40] * 16, jnp.float32)
     state = dataclasses.replace(state, skipped=strange)
     with open_(tmp_path) as checkpoints:

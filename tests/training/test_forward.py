@@ -77,9 +77,10 @@ def test_each_row_goes_without_the_layers_of_its_mask(wide, packed, evaluate, re
     batch = {name: jnp.asarray(array) for name, array in packed.items()}
     x_BTD = wide.embed(batch["tokens_BT"])
     rope = rope_angles(batch["positions_BT"], wide.config, x_BTD.dtype)
+    run = jax.jit(lambda block, x_BTD: block(x_BTD, rope, batch["segments_BT"]))
     for index, keep_B in enumerate(keep_LB):
         block = jax.tree.map(lambda leaf, index=index: leaf[index], wide.layers)
-        added_BTD = block(x_BTD, rope, batch["segments_BT"]) - x_BTD
+        added_BTD = run(block, x_BTD) - x_BTD
         x_BTD += keep_B[:, None, None] * added_BTD * (2 if rescale else 1)
     logp_BTV = jax.nn.log_softmax(wide.unembed(x_BTD))
     expected = -sum(

@@ -12,6 +12,12 @@ from lsjax.training.early_exit import loss_weights
 from lsjax.training.objective import loss_positions, objective
 
 
+@jax.jit
+def log_probs(model, tokens_T):
+    """After every token, at every exit: [L, T, V]."""
+    return jax.nn.log_softmax(model.unembed(model.exits(tokens_T[None])[:, 0]))
+
+
 def exit_sums(model, batch, target="labels"):
     """Summed loss of every exit; each document runs alone, from position 0."""
     sums = np.zeros(model.config.num_layers)
@@ -19,14 +25,15 @@ def exit_sums(model, batch, target="labels"):
         for segment in range(1, segments.max() + 1):
             at = segments == segment
             labels = batch["labels_BT"][row, at]
-            exits = model.exits(jnp.asarray(batch["tokens_BT"][row, at])[None])[:, 0]
-            logp = jax.nn.log_softmax(model.unembed(exits))[:, labels >= 0]
+            tokens = batch["tokens_BT"][row, at]
+            padded = np.pad(tokens, (0, len(segments) - len(tokens)))  # behind all that is seen
+            logp = np.array(log_probs(model, padded))[:, : len(tokens)][:, labels >= 0]
             labels = labels[labels >= 0]
             losses = -logp[:, np.arange(len(labels)), labels]
             if target == "final":
                 final = logp[-1]
-                losses = losses.at[:-1].set((jnp.exp(final) * (final - logp[:-1])).sum(-1))
-            sums += np.asarray(losses.sum(1))
+                losses[:-1] = (np.exp(final) * (final - logp[:-1])).sum(-1)
+            sums += losses.sum(1)
     return sums
 
 

@@ -1,7 +1,7 @@
 """The step: AdamW against a plain one in numpy, accumulation, steps that are no numbers."""
 
 import dataclasses
-from functools import partial
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -32,15 +32,22 @@ CONFIG = StepConfig(
 )
 
 
+@pytest.fixture(scope="module")
+def step_of():
+    """The step of a config, compiled once for all tests."""
+    return functools.cache(make_train_step)
+
+
 def copied(tree):
     """Steps take the memory of their state over."""
     return jax.tree.map(jnp.copy, tree)
 
 
-def test_steps_are_those_of_adamw(wide, packed, evaluate):
+def test_steps_are_those_of_adamw(wide, packed, evaluate, step_of):
     """Three steps with warm-up, clipping and decay, by the equations of Loshchilov and Hutter."""
     optimizer = CONFIG.optimizer
-    state, step = init_state(CONFIG, copied(wide)), make_train_step(CONFIG)
+    state, step = init_state(CONFIG, copied(wide)), step_of(CONFIG)
+    programs = step._cache_size()
     params, structure = jax.tree.flatten(wide)
     decayed = jax.tree.leaves(decays(wide))
     assert 0 < sum(decayed) < len(decayed)
@@ -63,7 +70,7 @@ def test_steps_are_those_of_adamw(wide, packed, evaluate):
         np.testing.assert_allclose(metrics["grad_norm"], norm, rtol=1e-6)
         np.testing.assert_allclose(metrics["learning_rate"], rate, rtol=1e-6)
         assert metrics["tokens"] == (packed["labels_BT"] >= 0).sum()
-    assert state.step == 3 and step._cache_size() == 1
+    assert state.step == 3 and step._cache_size() <= programs + 1
     for found, expected in zip(jax.tree.leaves(state.model), params, strict=True):
         np.testing.assert_allclose(found, expected, atol=1e-7)
 
@@ -75,16 +82,16 @@ def test_norms_and_biases_do_not_decay(small):
 
 
 @pytest.mark.parametrize("parts", [2, 4])
-def test_accumulation_is_the_step_of_the_whole_batch(wide, packed, parts):
+def test_accumulation_is_the_step_of_the_whole_batch(wide, packed, step_of, parts):
     """Rows with 7, 6, 0 and 7 labels."""
-    whole = make_train_step(CONFIG)(init_state(CONFIG, copied(wide)), packed)
+    whole = step_of(CONFIG)(init_state(CONFIG, copied(wide)), packed)
     config = dataclasses.replace(CONFIG, micro_batches=parts)
-    found = make_train_step(config)(init_state(config, copied(wide)), packed)
-    jax.tree.map(partial(np.testing.assert_allclose, atol=1e-9), found, whole)
+    found = step_of(config)(init_state(config, copied(wide)), packed)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-9), found, whole)
 
 
-def test_a_step_that_is_no_number_changes_nothing(small, packed):
-    step = make_train_step(CONFIG)
+def test_a_step_that_is_no_number_changes_nothing(small, packed, step_of):
+    step = step_of(CONFIG)
     state, _ = step(init_state(CONFIG, copied(small)), packed)
     scale = state.model.norm.scale[...]
     for times in (1, 2):
@@ -101,9 +108,9 @@ def test_a_step_that_is_no_number_changes_nothing(small, packed):
     assert metrics["skipped"] == 2 and metrics["skipped_in_a_row"] == 0
 
 
-def test_two_seeds_differ_and_one_repeats(small, packed):
+def test_two_seeds_differ_and_one_repeats(small, packed, step_of):
     def losses(config):
-        state, step, found = init_state(config, copied(small)), make_train_step(config), []
+        state, step, found = init_state(config, copied(small)), step_of(config), []
         for _ in range(3):
             state, metrics = step(state, packed)
             found.append(float(metrics["loss"]))
@@ -122,7 +129,7 @@ def test_one_layer_one_step_and_no_labels(packed):
         layer_dropout=LayerDropoutConfig(p_max=0.5, schedule="exponential"),
     )
     step = make_train_step(config)
-    model = Llama(shape, rngs=nnx.Rngs(0))
+    model = jax.jit(lambda: Llama(shape, rngs=nnx.Rngs(0)))()
     state, metrics = step(init_state(config, model), packed)
     assert np.isfinite(metrics["loss"]) and metrics["exit_loss_L"].shape == (1,)
     empty = packed | {"labels_BT": np.full_like(packed["labels_BT"], -1)}
