@@ -9,8 +9,8 @@ os.environ.setdefault(
 )
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "0"
-# Most of the time goes into compiling. XLA's own passes stay; LLVM's are left out, except where a
-# test asks for them (optimised.py). What XLA_FLAGS says already comes later and holds.
+# Most of the time goes into compiling. XLA's own passes stay, so that compiled programs read the
+# same; LLVM's behind them are left out, unless XLA_FLAGS asks for them.
 os.environ["XLA_FLAGS"] = f"--xla_backend_optimization_level=0 {os.environ.get('XLA_FLAGS', '')}"
 
 import jax

@@ -15,7 +15,6 @@ from lsjax.decoding.sampling import GREEDY
 from lsjax.decoding.self_speculative import Choices, SelfSpeculative
 from lsjax.decoding.state import DecodeState
 from lsjax.model.llama import stacked
-from tests.optimised import OPTIMISED
 
 
 def compiled_loop(model, strategy, batch, capacity):
@@ -33,7 +32,7 @@ def compiled_loop(model, strategy, batch, capacity):
     )
     program = jax.jit(partial(decode, strategy=strategy), donate_argnums=1)
     arguments = strategy.arguments(model)
-    return program.lower(model, state, np.int32(9), arguments).compile(OPTIMISED), state
+    return program.lower(model, state, np.int32(9), arguments).compile(), state
 
 
 def copies(text: str) -> list[tuple[str, tuple[int, ...]]]:

@@ -22,12 +22,13 @@ from lsjax.decoding.self_speculative import SelfSpeculative
 from lsjax.decoding.state import DecodeState
 from lsjax.model.llama import Llama
 from tests.decoding.test_penalties import penalised
-from tests.optimised import OPTIMISED
 
 V = 12  # a vocabulary so small that every token is drawn often
 ROWS, RUNS = 512, 20  # 10,240 texts of each setting for each of the two prompts
 PROMPTS = [[3, 1, 4], [7]]
 NEW = 3  # tokens that are looked at together
+# Many texts are drawn: LLVM's passes, which conftest.py leaves out, are worth their time here.
+OPTIMISED = {"xla_backend_optimization_level": 3}
 
 
 def by_sorting(logits, sampling: Sampling) -> np.ndarray:

@@ -42,6 +42,23 @@ def expected(model, tokenizer):
     return tokens(model, tokenizer, Autoregressive(), PROMPTS)
 
 
+@pytest.fixture(scope="module")
+def engine(model, tokenizer):
+    """Four rows; for all strategies, so that what they share is compiled once."""
+    return Engine(model, tokenizer, batch_size=4)
+
+
+def complete(engine, strategy):
+    """Four ragged prompts side by side."""
+    engine.use(strategy)
+    return engine.generate(PROMPTS, max_new_tokens=NEW)
+
+
+@jax.jit
+def all_exits(model, tokens):
+    return model.unembed(model.exits(tokens))
+
+
 def test_autoregressive_equals_the_full_forward(model, expected):
     """Without a cache: the best next token of every prefix."""
     forward = jax.jit(lambda model, tokens: model(tokens).argmax(-1))
@@ -52,21 +69,20 @@ def test_autoregressive_equals_the_full_forward(model, expected):
 
 @pytest.mark.parametrize("exit_layer", [1, 2, 3, 4])
 def test_early_exit_equals_the_truncated_forward(model, tokenizer, exit_layer):
-    forward = jax.jit(lambda model, tokens: model.unembed(model.exits(tokens)[exit_layer - 1]))
     found = tokens(model, tokenizer, EarlyExit(exit_layer), PROMPTS[:2])
     for prompt, new in zip(PROMPTS, found, strict=False):
-        logits = np.asarray(forward(model, jnp.asarray([prompt + new])))[0]
+        logits = np.asarray(all_exits(model, jnp.asarray([prompt + new])))[exit_layer - 1, 0]
         chosen = np.take_along_axis(logits[len(prompt) - 1 : -1], np.array(new)[:, None], 1)[:, 0]
         assert (logits[len(prompt) - 1 : -1].max(-1) - chosen < MARGIN).all()
 
 
 @pytest.mark.parametrize("drafts", range(1, 9))
 @pytest.mark.parametrize("exit_layer", [1, 2, 3])
-def test_self_speculation_is_lossless(model, tokenizer, expected, exit_layer, drafts):
-    """Four ragged prompts side by side: each gives what it gives alone."""
-    found = tokens(model, tokenizer, SelfSpeculative(exit_layer, drafts), PROMPTS, batch_size=4)
+def test_self_speculation_is_lossless(model, engine, expected, exit_layer, drafts):
+    """Each prompt gives what it gives alone."""
+    found = complete(engine, SelfSpeculative(exit_layer, drafts))
     for prompt, one, other in zip(PROMPTS, expected, found, strict=True):
-        assert_same_tokens(model, prompt, one, other)
+        assert_same_tokens(model, prompt, one, other.token_ids)
 
 
 @pytest.mark.parametrize("strategy", [Autoregressive(), EarlyExit(4), SelfSpeculative(2, 3)])
@@ -77,26 +93,23 @@ def test_stacked_layers_give_the_same_tokens(model, tokenizer, expected, strateg
         assert_same_tokens(model, prompt, one, other)
 
 
-def test_choices_share_a_program(model, tokenizer, expected):
+def test_choices_share_a_program(model, tokenizer, engine, expected):
     """Every exit with every length, and lengths between those compiled for: the same tokens, the
     same statistics as a program of its own, and one program for all rounds."""
     choices = Choices((1, 2, 3), (0, 2, 5))
-    engine = Engine(model, tokenizer, SelfSpeculative(1, 2, choices=choices), batch_size=4)
+    shared = Engine(model, tokenizer, SelfSpeculative(1, 2, choices=choices), batch_size=4)
     for exit_layer in choices.exit_layers:
         for drafts in range(6):
-            engine.use(SelfSpeculative(exit_layer, drafts, choices=choices))
-            found = engine.generate(PROMPTS, max_new_tokens=NEW)
+            found = complete(shared, SelfSpeculative(exit_layer, drafts, choices=choices))
             for prompt, one, other in zip(PROMPTS, expected, found, strict=True):
                 assert_same_tokens(model, prompt, one, other.token_ids)
                 assert drafts or (other.drafted == 0 and other.tokens_per_round == 1)
             if (exit_layer, drafts) in [(2, 5), (3, 2)]:
-                own = Engine(model, tokenizer, SelfSpeculative(exit_layer, drafts), batch_size=4)
-                for one, other in zip(
-                    own.generate(PROMPTS, max_new_tokens=NEW), found, strict=True
-                ):
+                own = complete(engine, SelfSpeculative(exit_layer, drafts))
+                for one, other in zip(own, found, strict=True):
                     assert one.trace.round_n.tolist() == other.trace.round_n.tolist()
                     assert one.accepted_by_position == other.accepted_by_position
-    assert engine.num_programs == 4  # two sizes of prompts, into the batch, rounds
+    assert shared.num_programs == 4  # two sizes of prompts, into the batch, rounds
 
 
 @pytest.mark.parametrize("choices", [(4, 3), (), (2, 2)])
@@ -106,12 +119,10 @@ def test_choices_rise(choices):
 
 
 @pytest.mark.parametrize("size", [1, 50, 257])
-def test_a_draft_vocabulary_is_lossless(model, tokenizer, expected, size):
+def test_a_draft_vocabulary_is_lossless(model, engine, expected, size):
     """The draft proposes no other tokens, and the text is the same."""
     vocabulary = DraftVocabulary(np.arange(258 - size, 258))
-    found = Engine(model, tokenizer, SelfSpeculative(3, 4, vocabulary), batch_size=4).generate(
-        PROMPTS, max_new_tokens=NEW
-    )
+    found = complete(engine, SelfSpeculative(3, 4, vocabulary))
     for prompt, one, other in zip(PROMPTS, expected, found, strict=True):
         assert_same_tokens(model, prompt, one, other.token_ids)
         proposed = other.trace.tokens_n[other.trace.accepted_n].tolist()
@@ -119,8 +130,8 @@ def test_a_draft_vocabulary_is_lossless(model, tokenizer, expected, size):
         assert set(proposed) <= set(vocabulary.ids_N.tolist())
         assert other.drafted > 0
     if size == 257:  # the whole vocabulary but a token that nobody says
-        whole = Engine(model, tokenizer, SelfSpeculative(3, 4), batch_size=4)
-        for one, other in zip(whole.generate(PROMPTS, max_new_tokens=NEW), found, strict=True):
+        whole = complete(engine, SelfSpeculative(3, 4))
+        for one, other in zip(whole, found, strict=True):
             assert 0 in one.token_ids or one.accepted == other.accepted
 
 
@@ -134,10 +145,9 @@ def test_the_most_frequent_tokens():
         DraftVocabulary.most_frequent(counts, 0)
 
 
-def test_drafts_are_accepted_and_refused(model, tokenizer):
+def test_drafts_are_accepted_and_refused(engine):
     """Else the test above would say nothing."""
-    engine = Engine(model, tokenizer, SelfSpeculative(3, 4), batch_size=4)
-    completions = engine.generate(PROMPTS, max_new_tokens=NEW)
+    completions = complete(engine, SelfSpeculative(3, 4))
     accepted = sum(c.accepted for c in completions)
     assert 0.1 < accepted / sum(c.drafted for c in completions) < 0.9
 
@@ -145,9 +155,9 @@ def test_drafts_are_accepted_and_refused(model, tokenizer):
 @pytest.mark.parametrize("form", [lambda model: model, stacked], ids=["separate", "stacked"])
 def test_a_draft_by_the_whole_model_is_always_right(model, tokenizer, expected, form):
     """Layers that add nothing behind the exit: every draft is accepted, nothing is overshot."""
-    cut = form(identity_tail(model, 2))
+    engine = Engine(form(identity_tail(model, 2)), tokenizer)
     for drafts in (1, 4, 7):
-        engine = Engine(cut, tokenizer, SelfSpeculative(2, drafts))
+        engine.use(SelfSpeculative(2, drafts))
         (completion,) = engine.generate([[5, 6]], max_new_tokens=NEW)
         assert completion.acceptance_rate == 1.0
         assert completion.num_new_tokens == NEW
@@ -172,8 +182,8 @@ def test_end_token_inside_a_draft(model, tokenizer, expected):
     assert inside, "no end token was an accepted draft"
 
 
-def test_max_new_tokens_1_needs_no_round(model, tokenizer, expected):
-    engine = Engine(model, tokenizer, SelfSpeculative(1, 4), batch_size=2)
+def test_max_new_tokens_1_needs_no_round(engine, expected):
+    engine.use(SelfSpeculative(1, 4))
     completions = engine.generate(PROMPTS, max_new_tokens=1)
     assert [c.token_ids for c in completions] == [new[:1] for new in expected]
     assert all(c.rounds == 0 and c.tokens_per_second is None for c in completions)
