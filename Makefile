@@ -30,17 +30,20 @@ smollm2: $(VENV)/installed $(SMOLLM2)
 		--exit-layers 24 --num-draft-tokens 3
 
 # Compiling, most of what the tests do, keeps one core busy: two processes share them. Each shows
-# what it found when it has ended, where make can do so (from 4.0 on).
+# what it found when it has ended, where make can do so (from 4.0 on), and has a compilation cache
+# of its own: jax would also read entries that another process has written half.
 HALF = tests/cli tests/decoding tests/evaluation
 test: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	@echo "The tests run in two halves at once; each shows what it found when it has ended."
-	@$(MAKE) -j2 $(if $(filter output-sync,$(.FEATURES)),--output-sync=target) test-half test-other-half
+	@$(MAKE) --no-print-directory -j2 test-half test-other-half \
+		$(if $(filter output-sync,$(.FEATURES)),--output-sync=target)
 
 test-half: $(VENV)/installed
 	$(BIN)/python -m pytest $(HALF)
 
+test-other-half: export JAX_COMPILATION_CACHE_DIR = $(CURDIR)/.cache/xla-other-half
 test-other-half: $(VENV)/installed
 	$(BIN)/python -m pytest $(addprefix --ignore=,$(HALF))
 
