@@ -131,11 +131,12 @@ def test_a_run_is_a_model_for_decode_and_for_other_runs(config, finished, tmp_pa
     ]
     assert texts[0] == texts[1]
     capsys.readouterr()
-    workdir = tmp_path / "finetuned"
     flags = ["--init-from", str(finished), "--num-steps", "1", "--optimizer.learning-rate", "0"]
-    assert launch(config, workdir, *flags) == 0
-    leaves = jax.tree.leaves(model), jax.tree.leaves(lsjax.load(workdir))
-    assert all((a == b).all() for a, b in zip(*leaves, strict=True))
+    for name, adapters in (("finetuned", []), ("adapted", ["--lora.rank", "2"])):
+        workdir = tmp_path / name
+        assert launch(config, workdir, *flags, *adapters) == 0
+        leaves = jax.tree.leaves(model), jax.tree.leaves(lsjax.load(workdir))
+        assert all((a == b).all() for a, b in zip(*leaves, strict=True))
 
 
 def test_the_exits_of_runs_are_compared_on_the_held_out_data(finished, tmp_path, capsys):

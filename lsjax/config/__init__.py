@@ -5,6 +5,7 @@ from lsjax.config.early_exit import EarlyExitConfig
 from lsjax.config.errors import ConfigError, check
 from lsjax.config.layer_dropout import LayerDropoutConfig
 from lsjax.config.llama import LlamaConfig, RopeScaling
+from lsjax.config.lora import LoraConfig
 from lsjax.config.mesh import MeshConfig
 from lsjax.config.optimizer import OptimizerConfig
 from lsjax.config.step import StepConfig
@@ -19,6 +20,7 @@ __all__ = [
     "EarlyExitConfig",
     "LayerDropoutConfig",
     "LlamaConfig",
+    "LoraConfig",
     "MeshConfig",
     "OptimizerConfig",
     "RopeScaling",

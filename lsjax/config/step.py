@@ -7,6 +7,7 @@ from lsjax.config.early_exit import EarlyExitConfig
 from lsjax.config.errors import check
 from lsjax.config.layer_dropout import LayerDropoutConfig
 from lsjax.config.llama import LlamaConfig
+from lsjax.config.lora import LoraConfig
 from lsjax.config.optimizer import OptimizerConfig
 
 Remat = Literal["none", "nothing_saveable", "dots_saveable", "dots_with_no_batch_dims_saveable"]
@@ -23,6 +24,7 @@ class StepConfig:
     layer_dropout: LayerDropoutConfig = LayerDropoutConfig()
     early_exit: EarlyExitConfig = EarlyExitConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
+    lora: LoraConfig = LoraConfig()
     z_loss: float = 0.0
     """Weight of the squared log of the softmax's denominator (PaLM, 2022: 1e-4)."""
     micro_batches: int = 1

@@ -86,6 +86,11 @@ class TrainConfig(StepConfig):
             self.model is not None or self.init_from != "",
             "there is no model: give its shape in model, or a checkpoint in init_from",
         )
+        check(
+            self.lora.rank == 0 or self.init_from != "",
+            f"lora.rank {self.lora.rank} trains adapters of a model that has learned: name its "
+            "checkpoint in init_from",
+        )
         self.check_batch(self.batch_size)
         if self.model is not None:
             self.check_model(self.model)

@@ -34,7 +34,8 @@ class RMSNorm(nnx.Module):
 
 
 class Linear(nnx.Module):
-    """A matrix [inputs, *outputs], and a bias [*outputs] where the config says so."""
+    """A matrix [inputs, *outputs], a bias [*outputs] where the config says so, and in finetuning
+    perhaps an adapter."""
 
     def __init__(
         self,
@@ -49,10 +50,13 @@ class Linear(nnx.Module):
         init = nnx.initializers.normal(std)
         self.kernel = nnx.Param(init(rngs.params(), (inputs, *outputs), dtype))
         self.bias = nnx.Param(jnp.zeros(outputs, dtype)) if bias else None
+        self.adapter = nnx.data(None)  # or an Adapter (lora.py)
 
     def __call__(self, x: Float[Array, "B T I"]) -> Float[Array, "B T ..."]:
         y = linear(x, self.kernel[...].astype(x.dtype))
-        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+        if self.bias is not None:
+            y += self.bias[...].astype(x.dtype)
+        return y if self.adapter is None else y + self.adapter(x)
 
 
 class Attention(nnx.Module):

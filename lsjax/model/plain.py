@@ -32,6 +32,12 @@ NAMES = {
     "layers.feed_forward.down.kernel": "layers.down",
     "layers.feed_forward.down.bias": "layers.down_bias",
 }
+NAMES |= {
+    path.replace("kernel", f"adapter.{part}"): f"{name}_lora_{part}"
+    for path, name in NAMES.items()
+    if path.endswith("kernel")
+    for part in ("a", "b")
+}
 
 
 def named_leaves(tree: Any) -> dict[str, Any]:

@@ -20,12 +20,13 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array
 
-from lsjax.config import LlamaConfig, TrainConfig, check
+from lsjax.config import LlamaConfig, LoraConfig, TrainConfig, check
 from lsjax.config.json_form import from_json, versioned, without_version
 from lsjax.data.tokenizer_files import load_tokenizer
 from lsjax.data.tokenizers import Tokenizer, TokenizerError
 from lsjax.model.checkpoint import CheckpointError, Track, named_parameters
 from lsjax.model.llama import Llama
+from lsjax.model.lora import with_product
 from lsjax.model.plain import NAMES
 from lsjax.model.safetensors_files import read_json, write_json
 from lsjax.model.saved_steps import PARAMS, SavedStep, best_first, first_good, saved_steps
@@ -126,6 +127,18 @@ class RunSource:
         return first_good(best_first(self._steps) if self._best else self._steps, read)[0]
 
 
+def _with_adapter(step: SavedStep, name: str, kernel: Array, mesh: Mesh | None) -> Array:
+    """The matrix of a finetuned model, whose adapter is saved beside it."""
+    config = from_json(LoraConfig, step.meta["config"]["lora"], f"{step.directory}: lora")
+    wanted = {}
+    for part in (f"{name}_lora_a", f"{name}_lora_b"):
+        saved = step.meta["arrays"][PARAMS][part]
+        shape = tuple(saved["shape"])
+        sharding = None if mesh is None else sharding_of(part, shape, mesh)
+        wanted[part] = jax.ShapeDtypeStruct(shape, saved["dtype"], sharding=sharding)
+    return with_product(kernel, *step.read(PARAMS, wanted).values(), config.scale)
+
+
 def _assemble(
     step: SavedStep, config: LlamaConfig, dtype: jnp.dtype, track: Track, mesh: Mesh | None
 ) -> Llama:
@@ -137,7 +150,9 @@ def _assemble(
     for path in parameters:
         together.setdefault(re.sub(r"^layers\.\d+\.", "layers.", path), []).append(path)
     saved = step.meta["arrays"][PARAMS]
-    strange = saved.keys() - {NAMES[path] for path in together}
+    known = {NAMES[path] for path in together}
+    adapters = {f"{name}_lora_{part}" for name in known for part in ("a", "b")}
+    strange = saved.keys() - known - adapters
     if strange:
         raise CheckpointError(
             f"{step.directory / PARAMS}: {min(strange)} has no place in this Llama: the config is "
@@ -153,6 +168,8 @@ def _assemble(
         stored = saved[name]["dtype"] if name in saved else dtype
         want = jax.ShapeDtypeStruct(shape, stored, sharding=sharding)
         leaf = step.read(PARAMS, {name: want})[name]
+        if f"{name}_lora_a" in saved:
+            leaf = _with_adapter(step, name, leaf, mesh)
         if not jnp.isfinite(leaf.astype(dtype)).all():
             fault = "too large for it" if jnp.isfinite(leaf).all() else "NaN or infinite"
             where = f"{step.directory / PARAMS}: {name}"

@@ -12,6 +12,7 @@ from jaxtyping import Array, Int
 
 from lsjax.config import StepConfig
 from lsjax.model.llama import Llama, stacked
+from lsjax.model.lora import joined, split, with_adapters
 from lsjax.training.early_exit import enabled_exits
 from lsjax.training.objective import objective
 from lsjax.training.optimizer import directions, learning_rates
@@ -39,11 +40,14 @@ class TrainState:
 def init_state(config: StepConfig, model: Llama) -> TrainState:
     """The state before the first step, which takes the model's arrays over: steps overwrite them.
 
+    With `lora` the model gets adapters, and only these are trained and have an optimizer state.
     model: stacked or not. Raises ConfigError where config and model do not fit.
     """
     config.check_model(model.config)
     model = model if model.is_stacked else stacked(model)
-    opt_state = directions(config.optimizer).init(model)
+    if config.lora.rank > 0:
+        model = with_adapters(model, config.lora, config.seed)
+    opt_state = directions(config.optimizer).init(split(model)[0])
     return TrainState(model, opt_state, *(jnp.zeros((), jnp.int32) for _ in range(3)))
 
 
@@ -70,17 +74,17 @@ def make_train_step(
             shrink = jnp.minimum(1, config.optimizer.clip_norm / jnp.maximum(grad_norm, 1e-30))
             gradients = jax.tree.map(lambda g: g * shrink.astype(g.dtype), gradients)
         learning_rate = schedule(state.step)
-        updates, opt_state = optimizer.update(gradients, state.opt_state, state.model)
-        model = jax.tree.map(
-            lambda leaf, update: leaf - learning_rate.astype(leaf.dtype) * update,
-            state.model,
-            updates,
+        before, frozen = split(state.model)
+        updates, opt_state = optimizer.update(gradients, state.opt_state, before)
+        after = jax.tree.map(
+            lambda leaf, update: leaf - learning_rate.astype(leaf.dtype) * update, before, updates
         )
-        model, opt_state = jax.tree.map(
+        after, opt_state = jax.tree.map(
             lambda new, old: jnp.where(finite, new, old),
-            (model, opt_state),
-            (state.model, state.opt_state),
+            (after, opt_state),
+            (before, state.opt_state),
         )
+        model = joined(after, frozen)
         skipped = jnp.where(finite, state.skipped, state.skipped + 1)
         in_a_row = jnp.where(finite, 0, state.skipped_in_a_row + 1)
         layers = state.model.config.num_layers
@@ -102,7 +106,7 @@ def make_train_step(
 
 
 def _gradients(config: StepConfig, state: TrainState, batch: Batch, num_labels: Int[Array, ""]):
-    """Loss, sums and gradients of the batch, one micro-batch after the other.
+    """Loss, sums and gradients of what is trained, one micro-batch after the other.
 
     Micro-batch m of M takes the rows m, M + m, 2 M + m ...: each device then has its part of every
     micro-batch already.
@@ -110,19 +114,23 @@ def _gradients(config: StepConfig, state: TrainState, batch: Batch, num_labels: 
     rows = len(batch["tokens_BT"])
     parts = config.micro_batches
     config.check_batch(rows)
-    compute = jax.value_and_grad(partial(objective, config), has_aux=True)
+    trained, frozen = split(state.model)
+
+    def loss(trained, part, rows_B):
+        model = joined(trained, frozen)
+        return objective(config, model, part, state.step, rows_B, num_labels)
 
     def one(part, rows_B):
-        return compute(state.model, part, state.step, rows_B, num_labels)
+        return jax.value_and_grad(loss, has_aux=True)(trained, part, rows_B)
 
     rows_B = jnp.arange(rows)
     if parts == 1:
         return one(batch, rows_B)
 
-    def split(leaf):
+    def apart(leaf):
         return leaf.reshape(rows // parts, parts, *leaf.shape[1:]).swapaxes(0, 1)
 
-    split_batch = jax.tree.map(split, (batch, rows_B))
+    split_batch = jax.tree.map(apart, (batch, rows_B))
     zeros = jax.tree.map(
         lambda leaf: jnp.zeros(leaf.shape, leaf.dtype),
         jax.eval_shape(one, *jax.tree.map(lambda leaf: leaf[0], split_batch)),

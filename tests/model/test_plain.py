@@ -36,7 +36,12 @@ def test_golden_names():
             "down_bias": (4, 64),
         },
     }
-    assert set(NAMES.values()) == set(unnested(plain))
+    adapters = {
+        f"layers.{name}_lora_{part}"
+        for name in ("qkv", "out", "gate_up", "down")
+        for part in ("a", "b")
+    }
+    assert set(NAMES.values()) == set(unnested(plain)) | adapters
     assert "head" not in named_leaves(shapes(tie_embeddings=True))
 
 

@@ -1,0 +1,116 @@
+"""Low-rank adapters beside the matrices of a Llama (LoRA; Hu et al., 2021).
+
+    y = x W + scale (x A) B      A [inputs, R] random, B [R, *outputs] zero at the start
+
+Letters: R rank.
+"""
+
+from typing import get_args
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+from jaxtyping import Array, Float
+
+from lsjax.config import LoraConfig
+from lsjax.config.lora import Target
+from lsjax.model.block import Attention, Block, FeedForward, Linear
+from lsjax.model.llama import Llama
+from lsjax.model.products import linear
+
+
+class Adapter(nnx.Module):
+    """A and B of one matrix, or of one in each of L layers."""
+
+    def __init__(self, a: Float[Array, "... R"], b: Float[Array, "..."], scale: float):
+        self.a, self.b = nnx.Param(a), nnx.Param(b)
+        self.scale = scale
+
+    def __call__(self, x: Float[Array, "B T I"]) -> Float[Array, "B T ..."]:
+        """scale (x A) B."""
+        x_BTR = linear(x, self.a[...].astype(x.dtype)) * self.scale
+        return linear(x_BTR, self.b[...].astype(x.dtype))
+
+
+def with_adapters(model: Llama, config: LoraConfig, seed: int) -> Llama:
+    """The model, stacked, with new adapters; it computes what it did before."""
+
+    def adapted(name: str, linear: Linear) -> Linear:
+        layers, inputs, *outputs = linear.kernel.shape
+        key = jax.random.fold_in(jax.random.key(seed), get_args(Target).index(name))
+        dtype = linear.kernel[...].dtype
+        a = jax.random.normal(key, (layers, inputs, config.rank), dtype) * inputs**-0.5
+        b = jnp.zeros((layers, config.rank, *outputs), dtype)
+        return _with(linear, adapter=Adapter(a, b, config.scale))
+
+    return _each_matrix(
+        model, lambda name, linear: adapted(name, linear) if name in config.targets else linear
+    )
+
+
+def merged(model: Llama) -> Llama:
+    """An ordinary model that computes the same up to rounding: adapters added to their matrices."""
+
+    def one(name: str, linear: Linear) -> Linear:
+        adapter = linear.adapter
+        if adapter is None:
+            return linear
+        kernel = with_product(linear.kernel[...], adapter.a[...], adapter.b[...], adapter.scale)
+        return _with(linear, kernel=nnx.Param(kernel), adapter=None)
+
+    return _each_matrix(model, one)
+
+
+def with_product(kernel: Array, a: Array, b: Array, scale: float) -> Array:
+    """W + scale A B, of all layers at once."""
+    flat = b.reshape(*b.shape[:2], -1)
+    product = jnp.einsum("LIR,LRO->LIO", a, flat, precision=lax.Precision.HIGHEST)
+    return kernel + scale * product.reshape(kernel.shape)
+
+
+def split(model: Llama) -> tuple[Llama, Llama]:
+    """What is trained, which is the adapters, or without any the whole model; and what is frozen.
+    Each has None in place of the other's parameters."""
+
+    def is_adapter(path, _) -> bool:
+        return ".adapter." in jax.tree_util.keystr(path, simple=True, separator=".")
+
+    found = jax.tree_util.tree_map_with_path(is_adapter, model)
+    if not any(jax.tree.leaves(found)):
+        found = jax.tree.map(lambda _: True, model)
+    trained = jax.tree.map(lambda leaf, on: leaf if on else None, model, found)
+    frozen = jax.tree.map(lambda leaf, on: None if on else leaf, model, found)
+    return trained, frozen
+
+
+def joined(trained: Llama, frozen: Llama) -> Llama:
+    """The model that was split."""
+    return jax.tree.map(
+        lambda one, other: other if one is None else one,
+        trained,
+        frozen,
+        is_leaf=lambda leaf: leaf is None,
+    )
+
+
+def _each_matrix(model: Llama, change) -> Llama:
+    block: Block = model.layers
+    attention: Attention = block.attention
+    feed_forward: FeedForward = block.feed_forward
+    attention = _with(attention, qkv=change("qkv", attention.qkv), out=change("out", attention.out))
+    feed_forward = _with(
+        feed_forward,
+        gate_up=change("gate_up", feed_forward.gate_up),
+        down=change("down", feed_forward.down),
+    )
+    return _with(model, layers=_with(block, attention=attention, feed_forward=feed_forward))
+
+
+def _with(module, **parts):
+    """A copy that shares all but these parts."""
+    leaves, structure = jax.tree.flatten(module)
+    copy = jax.tree.unflatten(structure, leaves)
+    for name, part in parts.items():
+        setattr(copy, name, part)
+    return copy
