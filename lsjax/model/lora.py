@@ -36,28 +36,28 @@ class Adapter(nnx.Module):
 def with_adapters(model: Llama, config: LoraConfig, seed: int) -> Llama:
     """The model, stacked, with new adapters; it computes what it did before."""
 
-    def adapted(name: str, linear: Linear) -> Linear:
-        layers, inputs, *outputs = linear.kernel.shape
+    def adapted(name: str, matrix: Linear) -> Linear:
+        if name not in config.targets:
+            return matrix
+        layers, inputs, *outputs = matrix.kernel.shape
         key = jax.random.fold_in(jax.random.key(seed), get_args(Target).index(name))
-        dtype = linear.kernel[...].dtype
+        dtype = matrix.kernel[...].dtype
         a = jax.random.normal(key, (layers, inputs, config.rank), dtype) * inputs**-0.5
         b = jnp.zeros((layers, config.rank, *outputs), dtype)
-        return _with(linear, adapter=Adapter(a, b, config.scale))
+        return _with(matrix, adapter=Adapter(a, b, config.scale))
 
-    return _each_matrix(
-        model, lambda name, linear: adapted(name, linear) if name in config.targets else linear
-    )
+    return _each_matrix(model, adapted)
 
 
 def merged(model: Llama) -> Llama:
     """An ordinary model that computes the same up to rounding: adapters added to their matrices."""
 
-    def one(name: str, linear: Linear) -> Linear:
-        adapter = linear.adapter
+    def one(name: str, matrix: Linear) -> Linear:
+        adapter = matrix.adapter
         if adapter is None:
-            return linear
-        kernel = with_product(linear.kernel[...], adapter.a[...], adapter.b[...], adapter.scale)
-        return _with(linear, kernel=nnx.Param(kernel), adapter=None)
+            return matrix
+        kernel = with_product(matrix.kernel[...], adapter.a[...], adapter.b[...], adapter.scale)
+        return _with(matrix, kernel=nnx.Param(kernel), adapter=None)
 
     return _each_matrix(model, one)
 
