@@ -2,7 +2,10 @@
 
     python train.py --config configs/quickstart.py --workdir runs/quickstart
 
-Needs no data but what comes with Python.
+Needs no data but what comes with Python. Four to five minutes on 2 cores; held-out loss 2.6, and
+exits 4 and 8 agree with the last one at 0.65 and 0.82 of the tokens (0.28 and 0.40 without
+LayerSkip: docs/results.md). All exits count alike: the paper's weights, which grow with the square
+of the layer, leave the first exits of so short a training behind.
 """
 
 from lsjax.config import (
@@ -31,8 +34,8 @@ config = TrainConfig(
     batch_size=8,
     seq_len=128,
     layer_dropout=LayerDropoutConfig(p_max=0.1),
-    early_exit=EarlyExitConfig(curriculum="rotational", rotation=4, e_scale=1.0),
+    early_exit=EarlyExitConfig(curriculum="rotational", rotation=8, weights="uniform"),
     optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=100),
     checkpoints=CheckpointConfig(every=300),
-    evaluation=EvaluationConfig(every=300, batches=32),
+    evaluation=EvaluationConfig(every=300, batches=32, exit_layer=2),
 )

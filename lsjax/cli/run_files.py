@@ -17,7 +17,7 @@ from lsjax.data.tokenizers import Tokenizer
 
 PROMPTS = "prompts.jsonl"
 COUNTED = 4_000_000  # tokens that the draft vocabulary is counted from
-MOST_PROMPTS = 16
+MOST_PROMPTS = 8
 
 
 def write_run_files(
@@ -42,16 +42,15 @@ def count_labels(rows: Rows, most: int = COUNTED) -> Counter[int]:
 
 
 def held_out_prompts(held_out: Iterable[Mapping[str, np.ndarray]], most: int) -> list[list[int]]:
-    """One from each of the first rows: the prompt of a row that has one, else its first tokens, a
-    quarter of the row but no more than 32."""
+    """The beginnings of rows, evenly spaced: the prompt of a row that has one, else its first
+    tokens, a quarter of the row but no more than 32."""
     prompts: list[list[int]] = []
     for batch in held_out:
         for tokens_T, labels_T in zip(batch["tokens_BT"], batch["labels_BT"], strict=True):
-            if len(prompts) == most:
-                return prompts
             if not (labels_T >= 0).any():
                 continue  # padding of the last batch
             first_label = int(np.argmax(labels_T >= 0))
             length = first_label + 1 if first_label else max(1, min(32, len(tokens_T) // 4))
             prompts.append(tokens_T[:length].tolist())
-    return prompts
+    most = min(most, len(prompts))
+    return [prompts[number * len(prompts) // most] for number in range(most)]

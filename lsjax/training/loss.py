@@ -77,6 +77,7 @@ def _forward(target, z_loss, head, x_SBTD, labels_BT, positions, weights_S):
     chunks = -(-steps // chunk)
     wide = jnp.promote_types(x_SBTD.dtype, jnp.float32)
     table_VD = head.table_VD.astype(x_SBTD.dtype)
+    table_DV = table_VD.T
 
     def logits_of(normed_BCD):
         # The table is the left operand here too: the products are the quicker for it on XLA:CPU.
@@ -116,7 +117,8 @@ def _forward(target, z_loss, head, x_SBTD, labels_BT, positions, weights_S):
             softmax_VBC = jnp.exp(logits_VBC - log_z_BC)
             dlogits_VBC = softmax_VBC * (1 + 2 * z_loss * log_z_BC) - wanted_VBC
             dlogits_VBC = (weight * scale_BC * dlogits_VBC).astype(x_BCD.dtype)
-            dnormed_BCD = jnp.einsum("VBC,VD->BCD", dlogits_VBC, table_VD)
+            # The table is turned once for all chunks, the logits would be for each.
+            dnormed_BCD = jnp.einsum("DV,VBC->DBC", table_DV, dlogits_VBC).transpose(1, 2, 0)
             dtable_VD += jnp.einsum(
                 "VBC,BCD->VD", dlogits_VBC, normed_BCD, preferred_element_type=wide
             ).astype(dtable_VD.dtype)
