@@ -11,15 +11,15 @@ STORY = "Once upon a time, there was a little girl named Lily who"
 
 # Trains with LayerSkip, then decodes held-out prompts with what came out.
 RUN ?= runs/quickstart
-EXIT = --exit-layer 2 --num-draft-tokens 4
+EXIT = --exit-layer 4 --num-draft-tokens 3
 quickstart: $(VENV)/installed
 	$(BIN)/python train.py --config configs/quickstart.py --workdir $(RUN)
 	$(BIN)/python decode.py --model $(RUN) --prompt-file $(RUN)/prompts.jsonl --max-new-tokens 64 \
 		--strategy self_speculative $(EXIT) --show-drafts
 	$(BIN)/python -m lsjax.cli.correctness --model $(RUN) --prompt-file $(RUN)/prompts.jsonl \
-		--exit-layers 1 2 4 --num-draft-tokens 4
+		--exit-layers 2 4 --num-draft-tokens 3
 	$(BIN)/python -m lsjax.cli.benchmark --model $(RUN) --prompt-file $(RUN)/prompts.jsonl \
-		--exit-layers 1 2 4 --num-draft-tokens 4 --repeats 3
+		--exit-layers 2 4 --num-draft-tokens 3 --repeats 3
 
 # A real model decodes: SmolLM2-135M was not trained with LayerSkip, so it is exact, but no faster.
 smollm2: $(VENV)/installed $(SMOLLM2)

@@ -37,5 +37,5 @@ config = TrainConfig(
     early_exit=EarlyExitConfig(curriculum="rotational", rotation=8, weights="uniform"),
     optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=100),
     checkpoints=CheckpointConfig(every=300),
-    evaluation=EvaluationConfig(every=300, batches=32, exit_layer=2),
+    evaluation=EvaluationConfig(every=300, batches=32, num_draft_tokens=3),
 )

@@ -152,7 +152,11 @@ def test_the_exits_of_runs_are_compared_on_the_held_out_data(finished, tmp_path,
     assert second["loss_E"][-1] > first["loss_E"][-1], "it has learned for two steps less"
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert f"{first['loss_E'][-1]:.3f}" in capsys.readouterr().out
-    for wrong, words in (([str(tmp_path)], "is no training run"), ([flags[1]] * 2, "rename")):
+    for wrong, words in (
+        ([str(tmp_path)], "is no training run"),
+        ([flags[1]] * 2, "rename"),
+        ([flags[1], "--output", "scores.txt"], "name a .png"),
+    ):
         with pytest.raises(SystemExit) as end:
             exits.main(["--runs", *wrong])
         assert end.value.code == 2 and words in capsys.readouterr().err

@@ -156,7 +156,7 @@ def benchmark(arguments: Arguments) -> None:
         vocabulary = None
         if size is not None:
             if tail is not None:
-                counts = own_tokens(engine, prompts, arguments.new_tokens)
+                counts = own_tokens(engine, prompts, arguments)
             vocabulary = DraftVocabulary.most_frequent(counts, size)
         everything = [
             Autoregressive(),
@@ -221,10 +221,13 @@ def strategies(arguments: Arguments, vocabulary: DraftVocabulary | None) -> list
     ]
 
 
-def own_tokens(engine: Engine, prompts: list[list[int]], new_tokens: int) -> dict[int, int]:
+def own_tokens(engine: Engine, prompts: list[list[int]], arguments: Arguments) -> dict[int, int]:
     """How often the model says each token, by decoding the prompts."""
+    options = dict(
+        max_new_tokens=arguments.new_tokens, sampling=Sampling(temperature=arguments.temperature)
+    )
     counts: dict[int, int] = {}
-    for completion in engine.generate(prompts, max_new_tokens=new_tokens):
+    for completion in engine.generate(prompts, **options):
         for token in completion.token_ids:
             counts[token] = counts.get(token, 0) + 1
     return counts

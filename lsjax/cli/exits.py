@@ -24,7 +24,7 @@ from lsjax.config import check
 from lsjax.data.pipeline import one_pass
 from lsjax.data.tokenizer_files import load_tokenizer
 from lsjax.evaluation.exits import ExitScores, score_exits
-from lsjax.evaluation.plots import plot_exits
+from lsjax.evaluation.plots import check_plots, plot_exits
 from lsjax.model.checkpoint import assemble, open_source
 from lsjax.model.llama import stacked
 from lsjax.model.run_directory import is_run, read_config
@@ -67,9 +67,16 @@ def compare(arguments: Arguments) -> None:
             load_tokenizer(run).fingerprint == tokenizer.fingerprint,
             f"{run} has another tokenizer than {first}: their losses can't be compared",
         )
+    if arguments.output is not None:
+        check(
+            arguments.output.suffix == ".png",
+            f"--output {arguments.output} is no picture that can be drawn: name a .png",
+        )
+        check_plots()
     for file in (arguments.output, arguments.json):
         if file is not None:
             check_output(file)
+    sources = [open_source(run) for run in arguments.runs]
     config = read_config(first)
     keep_compiled_programs()
     batches = list(
@@ -86,16 +93,16 @@ def compare(arguments: Arguments) -> None:
     dtype = choose_dtype("auto")
     scores: dict[str, ExitScores] = {}
     with Progress(console=Console(stderr=True), transient=True) as progress:
-        for name, run in zip(names, arguments.runs, strict=True):
-            model = stacked(assemble(open_source(run), dtype=dtype))
+        for name, source in zip(names, sources, strict=True):
+            model = stacked(assemble(source, dtype=dtype))
             scores[name] = score_exits(model, progress.track(batches, description=name))
     Console(highlight=False, soft_wrap=True).print(table(scores))
-    if arguments.output is not None:
-        plot_exits(scores, arguments.output)
     if arguments.json is not None:
         with arguments.json.open("w") as lines:
             for name, score in scores.items():
                 print(json.dumps({"run": name, **score.to_json()}), file=lines)
+    if arguments.output is not None:
+        plot_exits(scores, arguments.output)
 
 
 def table(scores: Mapping[str, ExitScores]) -> Table:

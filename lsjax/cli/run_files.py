@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from lsjax.config import check
 from lsjax.data.packing import Rows
 from lsjax.data.token_counts import NAME, write_counts
 from lsjax.data.tokenizers import Tokenizer
@@ -23,11 +24,13 @@ MOST_PROMPTS = 8
 def write_run_files(
     workdir: Path, tokenizer: Tokenizer, rows: Rows, held_out: Iterable[Mapping[str, np.ndarray]]
 ) -> None:
-    """Writes both files, from the training rows and batches of held-out ones."""
-    write_counts(workdir / NAME, tokenizer, count_labels(rows))
-    with (workdir / PROMPTS).open("w", encoding="utf-8") as lines:
-        for prompt in held_out_prompts(held_out, MOST_PROMPTS):
-            print(json.dumps({"prompt": tokenizer.decode(prompt)}, ensure_ascii=False), file=lines)
+    """Writes those that are not there yet, from the training rows and batches of held-out ones."""
+    if not (workdir / NAME).exists():
+        write_counts(workdir / NAME, tokenizer, count_labels(rows))
+    if not (workdir / PROMPTS).exists():
+        texts = map(tokenizer.decode, held_out_prompts(held_out, MOST_PROMPTS))
+        lines = [json.dumps({"prompt": text}, ensure_ascii=False) for text in texts if text]
+        (workdir / PROMPTS).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
 
 def count_labels(rows: Rows, most: int = COUNTED) -> Counter[int]:
@@ -43,7 +46,10 @@ def count_labels(rows: Rows, most: int = COUNTED) -> Counter[int]:
 
 def held_out_prompts(held_out: Iterable[Mapping[str, np.ndarray]], most: int) -> list[list[int]]:
     """The beginnings of rows, evenly spaced: the prompt of a row that has one, else its first
-    tokens, a quarter of the row but no more than 32."""
+    tokens, a quarter of the row but no more than 32.
+
+    Raises ConfigError where no token is labelled: there is nothing to evaluate either.
+    """
     prompts: list[list[int]] = []
     for batch in held_out:
         for tokens_T, labels_T in zip(batch["tokens_BT"], batch["labels_BT"], strict=True):
@@ -52,5 +58,10 @@ def held_out_prompts(held_out: Iterable[Mapping[str, np.ndarray]], most: int) ->
             first_label = int(np.argmax(labels_T >= 0))
             length = first_label + 1 if first_label else max(1, min(32, len(tokens_T) // 4))
             prompts.append(tokens_T[:length].tolist())
+    check(
+        bool(prompts),
+        "no token of the held-out rows has a label: raise seq_len so that more than the prompts "
+        "fits, or evaluation.batches",
+    )
     most = min(most, len(prompts))
     return [prompts[number * len(prompts) // most] for number in range(most)]

@@ -4,6 +4,7 @@ import ctypes
 import hashlib
 import os
 import platform
+import sys
 from pathlib import Path
 
 import jax
@@ -38,6 +39,8 @@ def keep_freed_memory() -> None:
     got from the system anew, each of its pages costs a fault (docs/training.md has the figures).
     Does nothing where the C library is not glibc.
     """
+    if sys.platform != "linux":
+        return
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:
         return

@@ -77,6 +77,11 @@ def plot_training(metrics: Sequence[Mapping[str, Any]], path: Path, *, title: st
     _save(figure, path, title)
 
 
+def check_plots() -> None:
+    """Raises ConfigError where no plot can be made: better now than after the work."""
+    _figure(1, 2, (1, 1))
+
+
 def _figure(rows: int, columns: int, size: tuple[float, float]):
     """A figure of its own, without pyplot's global state: plots are also made beside training."""
     try:
