@@ -96,7 +96,10 @@ def compare(arguments: Arguments) -> None:
         for name, source in zip(names, sources, strict=True):
             model = stacked(assemble(source, dtype=dtype))
             scores[name] = score_exits(model, progress.track(batches, description=name))
-    Console(highlight=False, soft_wrap=True).print(table(scores))
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = 160  # a file has room for the table
+    console.print(table(scores))
     if arguments.json is not None:
         with arguments.json.open("w") as lines:
             for name, score in scores.items():
