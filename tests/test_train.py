@@ -5,6 +5,7 @@ import re
 import shutil
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -118,7 +119,9 @@ def test_one_seed_repeats_and_two_differ(config, finished, tmp_path):
     assert first["loss"] != other["loss"]
 
 
-def test_a_run_is_a_model_for_decode_and_for_other_runs(config, finished, tmp_path, capsys):
+def test_a_run_is_a_model_for_decode_and_for_other_runs(
+    config, finished, tmp_path, capsys, monkeypatch
+):
     model, tokenizer = lsjax.load(finished), lsjax.load_tokenizer(finished)
     assert tokenizer.decode(tokenizer.encode("12 34")) == "12 34"
     arguments = ["--model", str(finished), "--prompt", "1", "--max-new-tokens", "8", "--json"]
@@ -130,6 +133,9 @@ def test_a_run_is_a_model_for_decode_and_for_other_runs(config, finished, tmp_pa
         json.loads((tmp_path / name).read_text())["token_ids"] for name in ("plain", "drafted")
     ]
     assert texts[0] == texts[1]
+    monkeypatch.chdir(finished.parent)
+    again = lsjax.load(finished.name)  # a path relative to the working directory
+    assert jax.tree.all(jax.tree.map(jnp.array_equal, again, model))
     capsys.readouterr()
     flags = ["--init-from", str(finished), "--num-steps", "1", "--optimizer.learning-rate", "0"]
     for name, adapters in (("finetuned", []), ("adapted", ["--lora.rank", "2"])):

@@ -64,4 +64,4 @@ def held_out_prompts(held_out: Iterable[Mapping[str, np.ndarray]], most: int) ->
         "fits, or evaluation.batches",
     )
     most = min(most, len(prompts))
-    return [prompts[number * len(prompts) // most] for number in range(most)]
+    return [prompts[(2 * number + 1) * len(prompts) // (2 * most)] for number in range(most)]

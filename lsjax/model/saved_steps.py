@@ -119,7 +119,7 @@ class SavedStep:
         """`read`, with whatever orbax raises as DamagedStep."""
         import orbax.checkpoint as ocp  # here: it takes a while, and few programs need it
 
-        path = self.directory / item
+        path = (self.directory / item).absolute()  # orbax reads no others
         if not path.is_dir():
             missing = f"has no {item}" if any(self.directory.iterdir()) else "is empty"
             raise DamagedStep(f"{self.directory}: {missing}")
