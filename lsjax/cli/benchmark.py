@@ -10,8 +10,9 @@ are defined in docs/performance.md.
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -103,7 +104,7 @@ def benchmark(arguments: Arguments) -> None:
         value = getattr(arguments, name)
         low = 2 if name == "new_tokens" else 1
         check(value >= low, f"--{name.replace('_', '-')} {value} is below {low}: choose {low} up")
-    Sampling(temperature=arguments.temperature)  # complains before the work
+    sampling = Sampling(temperature=arguments.temperature)
     source = open_source(arguments.model)
     config, tokenizer = source.config, load_tokenizer(arguments.model)
     texts = list(PROMPTS)
@@ -156,7 +157,7 @@ def benchmark(arguments: Arguments) -> None:
         vocabulary = None
         if size is not None:
             if tail is not None:
-                counts = own_tokens(engine, prompts, arguments)
+                counts = own_tokens(engine, prompts, arguments.new_tokens, sampling)
             vocabulary = DraftVocabulary.most_frequent(counts, size)
         everything = [
             Autoregressive(),
@@ -166,7 +167,8 @@ def benchmark(arguments: Arguments) -> None:
         task = progress.add_task(
             "decoding", total=len(everything) * len(prompts) * (1 + arguments.repeats)
         )
-        runs = measure(engine, everything, prompts, arguments, lambda: progress.advance(task))
+        advance = partial(progress.advance, task)
+        runs = measure(engine, everything, prompts, arguments, sampling, advance)
         bandwidth = memory_bandwidth()
         costs = None
         if plain:
@@ -221,13 +223,12 @@ def strategies(arguments: Arguments, vocabulary: DraftVocabulary | None) -> list
     ]
 
 
-def own_tokens(engine: Engine, prompts: list[list[int]], arguments: Arguments) -> dict[int, int]:
+def own_tokens(
+    engine: Engine, prompts: list[list[int]], new_tokens: int, sampling: Sampling
+) -> dict[int, int]:
     """How often the model says each token, by decoding the prompts."""
-    options = dict(
-        max_new_tokens=arguments.new_tokens, sampling=Sampling(temperature=arguments.temperature)
-    )
     counts: dict[int, int] = {}
-    for completion in engine.generate(prompts, **options):
+    for completion in engine.generate(prompts, max_new_tokens=new_tokens, sampling=sampling):
         for token in completion.token_ids:
             counts[token] = counts.get(token, 0) + 1
     return counts
@@ -238,11 +239,12 @@ def measure(
     everything: Sequence[Strategy],
     prompts: list[list[int]],
     arguments: Arguments,
-    advance,
+    sampling: Sampling,
+    advance: Callable[[], None],
 ) -> list[list[list[Completion]]]:
-    """Completions by repeat, strategy and prompt; the warm-up is left out."""
+    """Completions by repeat, strategy and prompt; the warm-up is left out. A text has the same seed
+    under every strategy."""
     runs = []
-    sampling = Sampling(temperature=arguments.temperature)
     for repeat in range(1 + arguments.repeats):
         of_repeat: list[list[Completion]] = [[] for _ in everything]
         for number, prompt in enumerate(prompts):
