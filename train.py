@@ -10,6 +10,7 @@ The same command again goes on with a run that was stopped. Fields of the config
 """
 
 import dataclasses
+import math
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -36,7 +37,7 @@ from lsjax.data.pipeline import make_pipeline, one_pass
 from lsjax.data.tokenizer_training import make_tokenizer
 from lsjax.model.checkpoint import open_source
 from lsjax.model.run_directory import CHECKPOINTS, begin_run, is_run, read_config
-from lsjax.sharding import make_mesh, placed
+from lsjax.sharding import ROWS, make_mesh, placed
 from lsjax.training.checkpoint import Checkpoints
 from lsjax.training.flops import peak_flops, step_flops
 from lsjax.training.metrics_log import MetricsLog
@@ -190,14 +191,15 @@ def with_model(config: TrainConfig, model: LlamaConfig) -> TrainConfig:
 
 
 def check_mesh(config: TrainConfig, mesh) -> None:
-    """Raises ConfigError where the rows of a micro-batch are no multiple of the data axis."""
+    """Raises ConfigError where the devices that share out rows do not divide a micro-batch."""
     if mesh is None:
         return
-    rows, axis = config.batch_size // config.micro_batches, mesh.shape["data"]
+    rows = config.batch_size // config.micro_batches
+    shards = math.prod(mesh.shape[name] for name in ROWS)
     check(
-        rows % axis == 0,
-        f"{rows} rows (batch_size / micro_batches) can't be shared out among mesh.data {axis}: "
-        f"choose a multiple of {axis}",
+        rows % shards == 0,
+        f"{rows} rows (batch_size / micro_batches) can't be shared out among {shards} devices "
+        f"(mesh.data x mesh.fsdp): choose a multiple of {shards}",
     )
 
 

@@ -3,8 +3,12 @@
 The mesh has three axes (any of them may be 1):
 
     data    shares out the rows of a batch
-    fsdp    shares out the weights along D
+    fsdp    shares out the weights along D, and in training the rows too
     tensor  shares out the weights along K (heads), F and V, the cache along K, the logits along V
+
+In training each layer's weights are gathered along fsdp when their turn comes, since the rows are
+many (Rajbhandari et al., 2020). In decoding they are few: the weights stay, and each device
+multiplies its share of D.
 
 A size that an axis does not divide is not sharded over it: the array is the same on all devices of
 the axis there. Two kinds of weights have a second choice before that: qkv where the K/V heads are
@@ -26,6 +30,8 @@ from jaxtyping import Array
 
 from lsjax.config import MeshConfig
 
+# What shares out the rows of a batch in training.
+ROWS = ("data", "fsdp")
 # (path, what its axes are shared out over: the first choice that divides). Other paths are the
 # same everywhere. Parameters and cache of stacked layers have one axis more, in front.
 TABLE: tuple[tuple[str, tuple[P, ...]], ...] = (
@@ -38,7 +44,8 @@ TABLE: tuple[tuple[str, tuple[P, ...]], ...] = (
     (r"gate_up\.bias$", (P(None, "tensor"),)),
     (r"down\.kernel$", (P("tensor", "fsdp"),)),  # [F, D]
     (r"(keys|values)(\.\d+)?$", (P("data", "tensor"),)),  # [B, K, S, H]
-    (r"_B\w*$", (P("data"),)),  # names of arrays say their axes
+    (r"_BT$", (P(ROWS), P("data"))),  # of training; names of arrays say their axes
+    (r"_B\w*$", (P("data"),)),  # of decoding
 )
 _STACKED = re.compile(r"(^|\.)(layers\.\D|(keys|values)$)")
 
@@ -90,7 +97,7 @@ def fitted(spec: P, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> P:
     return P(*[n if divides(size, n) else None for size, n in zip(shape, spec, strict=False)])
 
 
-def constrain(x: Array, *spec: str | None) -> Array:
+def constrain(x: Array, *spec: str | tuple[str, ...] | None) -> Array:
     """Says over which axes of the mesh in use x is shared out, axis by axis, where they divide; all
     the rest is the same everywhere. Does nothing without a mesh."""
     mesh = jax.sharding.get_abstract_mesh()
@@ -98,10 +105,11 @@ def constrain(x: Array, *spec: str | None) -> Array:
 
 
 def row_shards(rows: int) -> int:
-    """Parts of a batch of that many rows that lie on different devices of the mesh in use."""
+    """Parts of a batch of that many rows that training has on different devices of the mesh in
+    use."""
     mesh = jax.sharding.get_abstract_mesh()
-    sharded = not mesh.empty and rows % mesh.shape["data"] == 0
-    return mesh.shape["data"] if sharded else 1
+    shards = 1 if mesh.empty else math.prod(mesh.shape[name] for name in ROWS)
+    return shards if rows % shards == 0 else 1
 
 
 def on_each_device(

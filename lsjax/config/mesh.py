@@ -17,7 +17,7 @@ class MeshConfig:
     data: int = 1
     """Devices that share out the rows of a batch."""
     fsdp: int = 1
-    """Devices that share out the weights along the model's width."""
+    """Devices that share out the weights along the model's width, and in training the rows too."""
     tensor: int = 1
     """Devices that share out heads, feed-forward channels and vocabulary."""
 

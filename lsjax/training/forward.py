@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Int
 from lsjax.config import StepConfig
 from lsjax.model.llama import Llama
 from lsjax.model.rope import rope_angles
-from lsjax.sharding import constrain, row_shards
+from lsjax.sharding import ROWS, constrain, row_shards
 from lsjax.training.kept_rows import Kept, run_on_kept
 from lsjax.training.layer_dropout import drop_rates, keep_counted, keep_mask, row_counts
 
@@ -32,7 +32,7 @@ def exit_states(
     layer has the last word. So no more than S outputs are held, whatever the number of layers.
     Where S = L, slot and layer are one, and the outputs are those of the scan.
     """
-    x_BTD = constrain(model.embed(batch["tokens_BT"]), "data")
+    x_BTD = embedded(model, batch["tokens_BT"])
     rope = rope_angles(batch["positions_BT"], model.config, x_BTD.dtype)
     run = layer_runner(config, rope, batch["segments_BT"])
     num_slots, num_layers = len(exit_S), model.config.num_layers
@@ -47,7 +47,7 @@ def exit_states(
     def layer(carry, inputs):
         x_BTD, slots_SBTD = carry
         block, slot, dropout = inputs
-        x_BTD = constrain(run(block, x_BTD, dropout), "data")
+        x_BTD = constrain(run(block, x_BTD, dropout), ROWS)
         if picks:
             slots_SBTD = lax.dynamic_update_index_in_dim(slots_SBTD, x_BTD, slot, 0)
         return (x_BTD, slots_SBTD), x_BTD if num_slots == num_layers else None
@@ -59,6 +59,16 @@ def exit_states(
     if num_slots == num_layers:
         return x_LBTD
     return slots_SBTD if picks else x_BTD[None]
+
+
+def embedded(model: Llama, tokens_BT: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+    """Token embeddings, shared out by rows.
+
+    The table is shared out along D: looked up for the rows of all devices that have parts of it,
+    each then gets its rows whole. So no device holds all of the table or of its gradient.
+    """
+    x_BTD = model.embed(constrain(tokens_BT, "data"))
+    return constrain(constrain(x_BTD, "data", None, "fsdp"), ROWS)
 
 
 def kept_rows(config: StepConfig, rates_L, step, rows_B) -> Kept:

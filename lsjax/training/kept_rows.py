@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from lsjax.sharding import constrain
+from lsjax.sharding import ROWS, constrain
 
 # (block, x_BTD, other arrays with an axis B in front, rate) -> x_BTD, each row by itself
 Run = Callable[[Any, Array, Any, Array], Array]
@@ -202,7 +202,7 @@ def _put_back(y: Array, x: Array, keep_SR: Bool[Array, "S R"]) -> Array:
 def _taken(x: Array, at_SC: Int[Array, "S C"]) -> Array:
     """Rows of each shard by their numbers there."""
     shards = len(at_SC)
-    x = constrain(x.reshape(shards, -1, *x.shape[1:]), "data")
+    x = constrain(x.reshape(shards, -1, *x.shape[1:]), ROWS)
     at = at_SC.reshape(*at_SC.shape, *[1] * (x.ndim - 2))
     taken = jnp.take_along_axis(x, at, axis=1, mode="promise_in_bounds")
-    return constrain(taken.reshape(-1, *x.shape[2:]), "data")
+    return constrain(taken.reshape(-1, *x.shape[2:]), ROWS)

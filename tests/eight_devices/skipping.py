@@ -47,7 +47,7 @@ def test_a_step_is_that_of_the_same_masks_and_moves_no_rows(sizes, monkeypatch):
     program, (state, metrics) = step_on(make_mesh(sizes), GATHER)
 
     def counted_mask(rates_L, seed, step, rows_B):
-        keep_LSR, _ = keep_counted(rates_L, seed, step, rows_B.reshape(sizes.data, -1))
+        keep_LSR, _ = keep_counted(rates_L, seed, step, rows_B.reshape(sizes.data * sizes.fsdp, -1))
         return keep_LSR.reshape(len(rates_L), -1)
 
     monkeypatch.setattr(forward, "keep_mask", counted_mask)
