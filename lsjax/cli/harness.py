@@ -22,22 +22,19 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from lsjax.cli import decoding_options
 from lsjax.cli.errors import check_output, one_line_errors
 from lsjax.cli.loading import load_shown
 from lsjax.cli.setup import choose_dtype, keep_compiled_programs
+from lsjax.cli.strategies import StrategyName, choose_strategies
 from lsjax.config import ConfigError, MeshConfig, check
 from lsjax.data.chat import chat_prompt
 from lsjax.data.tokenizer_files import load_tokenizer
-from lsjax.data.tokenizers import Tokenizer
 from lsjax.decoding.engine import Engine
 from lsjax.decoding.request import check_settings
 from lsjax.decoding.state import Strategy
 from lsjax.evaluation.answers import Answer, acceptance_rate
 from lsjax.model.checkpoint import open_source
 from lsjax.sharding import make_mesh
-
-StrategyName = Literal["autoregressive", "early_exit", "self_speculative"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,7 +106,15 @@ def harness(arguments: Arguments) -> None:
     path = arguments.task_path
     check(path is None or path.is_dir(), f"--task-path {path} is no directory: name one")
     source, tokenizer = open_source(arguments.model), load_tokenizer(arguments.model)
-    strategies = choose_strategies(arguments, tokenizer)
+    strategies = choose_strategies(
+        arguments.model,
+        tokenizer,
+        arguments.strategy,
+        arguments.exit_layers,
+        arguments.num_draft_tokens,
+        arguments.draft_vocab,
+        flag="--strategy",
+    )
     mesh = None if arguments.mesh == MeshConfig() else make_mesh(arguments.mesh)
     for strategy in strategies:
         check_settings(
@@ -178,34 +183,6 @@ def need_lm_eval() -> ModuleType:
             "pip install 'lsjax[eval]'"
         ) from None
     return harness
-
-
-def choose_strategies(arguments: Arguments, tokenizer: Tokenizer) -> list[Strategy]:
-    """Each strategy, those that exit early at every exit; ConfigError for what does not fit."""
-    names = list(dict.fromkeys(arguments.strategy))
-    check(bool(names), "--strategy names no strategy")
-    exits = list(dict.fromkeys(arguments.exit_layers))
-    check(
-        not exits or names != ["autoregressive"],
-        "--exit-layers means nothing to autoregressive decoding: add --strategy early_exit or "
-        "self_speculative",
-    )
-    check(bool(exits) or "early_exit" not in names, "early_exit needs --exit-layers, one or more")
-    drafts = {"num_draft_tokens": arguments.num_draft_tokens, "draft_vocab": arguments.draft_vocab}
-    for name, value in drafts.items():
-        check(
-            value is None or "self_speculative" in names,
-            f"--{name.replace('_', '-')} needs --strategy self_speculative",
-        )
-    strategies = []
-    for name in names:
-        own = drafts if name == "self_speculative" else {}
-        for exit_layer in [None] if name == "autoregressive" else exits or [None]:
-            options = decoding_options.Arguments(
-                model=arguments.model, strategy=name, exit_layer=exit_layer, **own
-            )
-            strategies.append(decoding_options.choose_strategy(options, tokenizer))
-    return strategies
 
 
 def figures(

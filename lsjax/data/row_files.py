@@ -1,15 +1,16 @@
 """Files with a row on each line, and the templates that make documents of rows."""
 
+import csv
 import json
 import numbers
 import string
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from lsjax.config import ConfigError, DataConfig, check
 from lsjax.data.documents import Document, Source
-from lsjax.data.text_files import find_files, read_lines
+from lsjax.data.text_files import find_files, read_lines, stop_at
 
 
 class RowFiles(Source):
@@ -34,42 +35,76 @@ class RowFiles(Source):
                     yield document
 
 
-def json_rows(file: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
+def json_rows(
+    file: Path, refuse: Callable[[ConfigError], None] = stop_at
+) -> Iterator[tuple[int, Mapping[str, Any]]]:
     """Line numbers and objects; blank lines are skipped.
 
-    Raises ConfigError with file and line.
+    Raises ConfigError with file and line, or hands it to `refuse` and leaves the line out.
     """
-    for number, line in read_lines(file):
+    for number, line in read_lines(file, refuse):
         if not line.strip():
             continue
+        where, row = f"{file}, line {number}", None
         try:
             row = json.loads(line)
+            problem = None if isinstance(row, dict) else "is no object: write {...}"
         except (ValueError, RecursionError) as error:
-            problem = getattr(error, "msg", error)
-            raise ConfigError(f"{file}, line {number} is not JSON ({problem}): mend it") from None
-        check(isinstance(row, dict), f"{file}, line {number} is no object: write {{...}}")
-        yield number, row
+            problem = f"is not JSON ({getattr(error, 'msg', error)}): mend it"
+        if problem is None:
+            yield number, row
+        else:
+            refuse(ConfigError(f"{where} {problem}"))
 
 
-def tab_separated_rows(file: Path) -> Iterator[tuple[int, Mapping[str, str]]]:
+def tab_separated_rows(
+    file: Path, refuse: Callable[[ConfigError], None] = stop_at
+) -> Iterator[tuple[int, Mapping[str, str]]]:
     """Line numbers and columns by the names in the header; quotes are plain characters.
 
-    Raises ConfigError with file and line.
+    Raises ConfigError with file and line, or hands it to `refuse` and leaves the line out.
     """
+    lines = ((n, line.removesuffix("\n").split("\t")) for n, line in read_lines(file, refuse))
+    yield from _named_columns(file, lines, refuse)
+
+
+def comma_separated_rows(
+    file: Path, refuse: Callable[[ConfigError], None] = stop_at
+) -> Iterator[tuple[int, Mapping[str, str]]]:
+    """The same of a .csv file, whose quoted columns may hold commas and line ends."""
+    begin = 1
+
+    def lines() -> Iterator[tuple[int, list[str]]]:
+        nonlocal begin
+        reader = csv.reader(line for _, line in read_lines(file, refuse))
+        for columns in reader:
+            yield begin, columns
+            begin = reader.line_num + 1
+
+    try:
+        yield from _named_columns(file, lines(), refuse)
+    except csv.Error as error:  # a column of more than 128 KB, say: where the next begins is unsure
+        raise ConfigError(f"{file}, line {begin} is not CSV ({error}): mend it") from None
+
+
+def _named_columns(
+    file: Path, lines: Iterator[tuple[int, list[str]]], refuse: Callable[[ConfigError], None]
+) -> Iterator[tuple[int, Mapping[str, str]]]:
     names: list[str] = []
-    for number, line in read_lines(file):
-        if not line.strip():
+    for number, columns in lines:
+        if not "".join(columns).strip():
             continue
-        columns = line.removesuffix("\n").split("\t")
-        names = names or columns
-        if names is columns:
-            continue
-        check(
-            len(columns) == len(names),
-            f"{file}, line {number} has {len(columns)} columns, the header {len(names)}: a tab "
-            "or a line too many?",
-        )
-        yield number, dict(zip(names, columns, strict=True))
+        if not names:
+            names = columns
+        elif len(columns) == len(names):
+            yield number, dict(zip(names, columns, strict=True))
+        else:
+            refuse(
+                ConfigError(
+                    f"{file}, line {number} has {len(columns)} columns, the header {len(names)}: "
+                    "a tab or a line too many?"
+                )
+            )
 
 
 def row_document(row: Mapping[str, Any], config: DataConfig, where: str) -> Document:

@@ -1,8 +1,9 @@
 """Files of plain text, and the patterns that name them."""
 
 import glob
+import gzip
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from lsjax.config import ConfigError, check
@@ -66,14 +67,28 @@ def read_text(file: Path) -> str:
     return "".join(line for _, line in read_lines(file))
 
 
-def read_lines(file: Path) -> Iterator[tuple[int, str]]:
-    """The same line by line, with the lines' numbers and their ends."""
-    with file.open("rb") as lines:
-        for number, line in enumerate(lines, 1):
-            try:
-                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-            except UnicodeDecodeError:
-                raise ConfigError(
-                    f"{file}, line {number} is not UTF-8 text: save it as UTF-8"
-                ) from None
-            yield number, text[:-2] + "\n" if text.endswith("\r\n") else text
+def stop_at(error: ConfigError) -> None:
+    """What is done about a bad line unless told otherwise."""
+    raise error
+
+
+def read_lines(
+    file: Path, refuse: Callable[[ConfigError], None] = stop_at
+) -> Iterator[tuple[int, str]]:
+    """The same line by line, with the lines' numbers and their ends; a .gz file is unpacked.
+
+    refuse: called with the error of a line that can't be read; if it returns, the line is left out.
+    """
+    try:
+        with gzip.open(file) if file.suffix == ".gz" else file.open("rb") as lines:
+            for number, line in enumerate(lines, 1):
+                try:
+                    text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+                except UnicodeDecodeError:
+                    refuse(
+                        ConfigError(f"{file}, line {number} is not UTF-8 text: save it as UTF-8")
+                    )
+                    continue
+                yield number, text[:-2] + "\n" if text.endswith("\r\n") else text
+    except (gzip.BadGzipFile, EOFError) as error:
+        raise ConfigError(f"{file} can't be unpacked ({error}): get it again") from None

@@ -7,8 +7,9 @@ its directory, also without the class that made it.
 """
 
 import importlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import tensorflow_datasets as tfds
 from tensorflow_datasets.core.registered import DatasetNotFoundError
@@ -58,11 +59,14 @@ class TfdsSource(Source):
                 f"{', '.join(builder.info.splits)}, or a part such as train[:10%]"
             ) from None
 
+    def rows(self) -> Iterator[tuple[int, Mapping[str, Any]]]:
+        """Numbers and fields of the rows; texts are bytes."""
+        return ((number, self._rows[number]) for number in range(len(self._rows)))
+
     def documents(self) -> Iterator[Document]:
         """The document of each row; rows whose text or response is blank are left out."""
-        for number in range(len(self._rows)):
-            where = f"{self.name}, row {number}"
-            document = row_document(self._rows[number], self._config, where)
+        for number, row in self.rows():
+            document = row_document(row, self._config, f"{self.name}, row {number}")
             if document.text.strip():
                 yield document
 

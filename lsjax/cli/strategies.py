@@ -1,0 +1,65 @@
+"""Several strategies side by side, as programs are asked for them."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal
+
+from lsjax.cli import decoding_options
+from lsjax.config import check
+from lsjax.data.tokenizers import Tokenizer
+from lsjax.decoding.self_speculative import Choices, SelfSpeculative
+from lsjax.decoding.state import Strategy
+
+StrategyName = Literal["autoregressive", "early_exit", "self_speculative"]
+
+
+def choose_strategies(
+    model: Path,
+    tokenizer: Tokenizer,
+    names: Sequence[StrategyName],
+    exit_layers: Sequence[int],
+    num_draft_tokens: int | None,
+    draft_vocab: int | None,
+    *,
+    flag: str,
+) -> list[Strategy]:
+    """Each strategy, those that exit early at every exit.
+
+    flag: that names the strategies, for messages. Raises ConfigError for what does not fit.
+    """
+    names, exits = list(dict.fromkeys(names)), list(dict.fromkeys(exit_layers))
+    check(bool(names), f"{flag} names no strategy")
+    check(
+        not exits or names != ["autoregressive"],
+        f"--exit-layers means nothing to autoregressive decoding: add {flag} early_exit or "
+        "self_speculative",
+    )
+    check(bool(exits) or "early_exit" not in names, "early_exit needs --exit-layers, one or more")
+    drafts = {"num_draft_tokens": num_draft_tokens, "draft_vocab": draft_vocab}
+    for name, value in drafts.items():
+        check(
+            value is None or "self_speculative" in names,
+            f"--{name.replace('_', '-')} needs {flag} self_speculative",
+        )
+    strategies = []
+    for name in names:
+        own = drafts if name == "self_speculative" else {}
+        for exit_layer in [None] if name == "autoregressive" else exits or [None]:
+            options = decoding_options.Arguments(
+                model=model, strategy=name, exit_layer=exit_layer, **own
+            )
+            strategies.append(decoding_options.choose_strategy(options, tokenizer))
+    return strategies
+
+
+def in_one_program(strategies: Sequence[Strategy]) -> list[Strategy]:
+    """The same strategies; those that speculate share one compiled program."""
+    drafting = [one for one in strategies if isinstance(one, SelfSpeculative)]
+    if len(drafting) < 2:
+        return list(strategies)
+    choices = Choices(
+        tuple(sorted({one.exit_layer for one in drafting})),
+        tuple(sorted({one.num_draft_tokens for one in drafting})),
+    )
+    return [replace(one, choices=choices) if one in drafting else one for one in strategies]

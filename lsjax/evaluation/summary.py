@@ -1,0 +1,85 @@
+"""What a file of results says: scores, speed and acceptance of each strategy."""
+
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+Line = Mapping[str, Any]
+
+# Groups that are no category.
+WHOLE = ALL, UNSEEN = "all", "not seen in training"
+
+
+def summarise(answers: Sequence[Line]) -> list[dict[str, Any]]:
+    """Figures of each strategy in the order in which they first answered: of all its answers
+    (group ALL), of each category if there are several, and of the examples that training has not
+    seen if it has seen some."""
+    by_strategy: dict[str, list[Line]] = {}
+    for answer in answers:
+        by_strategy.setdefault(answer["strategy"], []).append(answer)
+    found = []
+    for strategy, own in by_strategy.items():
+        parts = {ALL: own}
+        if any(answer["seen"] for answer in own):
+            parts[UNSEEN] = [answer for answer in own if not answer["seen"]]
+        groups = sorted({answer["group"] for answer in own})
+        if len(groups) > 1:
+            parts |= {group: [a for a in own if a["group"] == group] for group in groups}
+        for part, some in parts.items():
+            if some:
+                found.append({"strategy": strategy, "group": part, **figures(some)})
+    plain = {row["group"]: row for row in found if row["strategy"] == "autoregressive"}
+    for row in found:
+        ms, base = row["ms_per_token"], plain.get(row["group"], {}).get("ms_per_token")
+        row["speedup"] = base / ms if ms and base else None
+    return found
+
+
+def figures(answers: Sequence[Line]) -> dict[str, Any]:
+    """Of some answers of one strategy; what is undefined is None.
+
+    scores: mean and standard error over the examples, of the mean over an example's samples.
+    tokens_per_second: new tokens after the first of each text over the time of decoding.
+    ms_per_token: its inverse. ms_per_token_with_prompt: all new tokens, and the reading of the
+    prompts counts.
+    """
+    total = {
+        name: sum(answer[name] for answer in answers)
+        for name in ("num_new_tokens", "rounds", "drafted", "accepted", "seconds")
+    }
+    later = total["num_new_tokens"] - len(answers)
+    reading = sum(answer["prefill_seconds"] for answer in answers)
+    seconds = total["seconds"]
+    return {
+        "examples": len({answer["id"] for answer in answers}),
+        "answers": len(answers),
+        "scores": {
+            name: {"mean": statistics.fmean(values), "stderr": standard_error(values)}
+            for name, values in scores(answers).items()
+        },
+        "tokens_per_second": later / seconds if later and seconds else None,
+        "ms_per_token": 1e3 * seconds / later if later else None,
+        "ms_per_token_with_prompt": 1e3 * (seconds + reading) / total["num_new_tokens"],
+        "acceptance_rate": total["accepted"] / total["drafted"] if total["drafted"] else None,
+        "tokens_per_round": later / total["rounds"] if total["rounds"] else None,
+        "new_tokens": total["num_new_tokens"],
+    }
+
+
+def scores(answers: Iterable[Line]) -> dict[str, list[float]]:
+    """Of each score, an example's mean over its samples, by example."""
+    samples: dict[str, dict[str, list[float]]] = {}
+    for answer in answers:
+        for name, value in answer["scores"].items():
+            samples.setdefault(name, {}).setdefault(answer["id"], []).append(value)
+    return {
+        name: [statistics.fmean(values) for values in by_example.values()]
+        for name, by_example in samples.items()
+    }
+
+
+def standard_error(values: Sequence[float]) -> float | None:
+    """Of the mean; None for a single value."""
+    if len(values) < 2:
+        return None
+    return statistics.stdev(values) / len(values) ** 0.5

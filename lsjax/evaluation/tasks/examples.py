@@ -1,0 +1,152 @@
+"""From the rows of files or of a TensorFlow data set to the examples of a task."""
+
+import random
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+
+from lsjax.config import ConfigError, DataConfig, check
+from lsjax.data.documents import Document
+from lsjax.data.row_files import (
+    comma_separated_rows,
+    json_rows,
+    row_document,
+    tab_separated_rows,
+)
+from lsjax.data.text_files import find_files, stop_at
+from lsjax.evaluation.tasks.task import Example, Row, Task
+
+# By the end of a file's name, behind which .gz may stand.
+READERS = {".jsonl": json_rows, ".tsv": tab_separated_rows, ".csv": comma_separated_rows}
+
+Refuse = Callable[[ConfigError], None]
+
+
+def file_rows(paths: Sequence[str], refuse: Refuse = stop_at) -> Iterator[tuple[str, str, Row]]:
+    """Of each row of the files: a short name, where it stands, and its fields.
+
+    Raises ConfigError for a missing file, one of another kind, and a bad row, unless `refuse`,
+    which is called with each bad row's error, returns.
+    """
+    for file in find_files(paths):
+        kind = Path(file.stem).suffix if file.suffix == ".gz" else file.suffix
+        check(
+            kind in READERS,
+            f"{file}: rows come from {', '.join(READERS)}, not from {kind or 'that'}",
+        )
+        for number, row in READERS[kind](file, refuse):
+            yield f"{file.name}:{number}", f"{file}, line {number}", row
+
+
+def tfds_rows(name: str, split: str, data_dir: str) -> Iterator[tuple[str, str, Row]]:
+    """The same of a TensorFlow data set."""
+    # Only here: its import takes a second.
+    from lsjax.data.tfds_source import TfdsSource
+
+    config = DataConfig(source="tfds", tfds_name=name, tfds_data_dir=data_dir)
+    for number, row in TfdsSource(config, split).rows():
+        yield f"{split}:{number}", f"{name} {split}, row {number}", row
+
+
+def templates(task: Task, trained: DataConfig | None, row: Row) -> DataConfig:
+    """How prompts and responses are made: as they were for training, if the model was finetuned on
+    rows with these fields, else as the task says.
+
+    trained: the data of the run, if the model is one. row: any of the task's.
+    """
+    own = DataConfig(
+        source="jsonl",
+        paths=(task.name,),
+        prompt_template=task.prompt_template,
+        response_template=task.response_template,
+    )
+    if trained is None or not trained.has_prompts:
+        return own
+    try:
+        row_document(task.fields(row), trained, "")
+    except ConfigError:
+        return own
+    return trained
+
+
+def make_examples(
+    task: Task,
+    data: DataConfig,
+    rows: Iterable[tuple[str, str, Row]],
+    *,
+    shots: str = "",
+    seen: frozenset[str] = frozenset(),
+    accept: Callable[[Example], None] = lambda example: None,
+    refuse: Refuse = stop_at,
+) -> Iterator[Example]:
+    """The examples of a task, one of each good row.
+
+    data: the templates. shots: stands before each prompt. seen: prompts of training rows. accept:
+    may raise ConfigError for an example that the model can't be asked.
+
+    Raises ConfigError, with where the row stands, for a bad one, or calls `refuse` with it.
+    """
+    for name, where, row in rows:
+        try:
+            example = _example(task, data, name, where, row, shots, seen)
+            try:
+                accept(example)
+            except ConfigError as error:
+                raise ConfigError(f"{where}: {error}") from None
+        except ConfigError as error:
+            refuse(error)
+            continue
+        yield example
+
+
+def prompts_of(task: Task, data: DataConfig, rows: Iterable[tuple[str, str, Row]]) -> set[str]:
+    """The prompts of rows, without shots, as `make_examples` compares them."""
+    return {row_document(task.fields(row), data, where).prompt.strip() for _, where, row in rows}
+
+
+def choose_shots(
+    task: Task,
+    data: DataConfig,
+    rows: Iterable[tuple[str, str, Row]],
+    count: int,
+    seed: int,
+) -> str:
+    """The text of `count` rows, drawn by the seed, that stands before every prompt.
+
+    Raises ConfigError where there are fewer.
+    """
+    documents = [row_document(task.fields(row), data, where) for _, where, row in rows]
+    check(
+        len(documents) >= count,
+        f"{count} shots are asked for, but there are {len(documents)} rows for them: lower "
+        "--num-shots",
+    )
+    chosen = random.Random(seed).sample(documents, count)
+    return "".join(f"{shot.prompt}{shot.text}{task.between_shots}" for shot in chosen)
+
+
+def _example(
+    task: Task,
+    data: DataConfig,
+    name: str,
+    where: str,
+    row: Row,
+    shots: str,
+    seen: frozenset[str],
+) -> Example:
+    try:
+        fields = task.fields(row)
+    except ConfigError as error:
+        raise ConfigError(f"{where} {error}") from None
+    document: Document = row_document(fields, data, where)
+    check(
+        bool(document.text.strip()) or not task.needs_reference,
+        f"{where} has an empty response: there is nothing to compare with",
+    )
+    return Example(
+        id=str(fields.get(task.id, name)) if task.id else name,
+        prompt=shots + document.prompt,
+        reference=document.text,
+        group=str(fields.get(task.group, "")) if task.group else "",
+        seen=document.prompt.strip() in seen,
+        row=fields,
+    )

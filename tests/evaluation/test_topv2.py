@@ -1,0 +1,53 @@
+"""TOPv2's trees, and what counts as the same."""
+
+import pytest
+
+from lsjax.evaluation.tasks.task import Example
+from lsjax.evaluation.tasks.topv2 import Tree, normalised, parse_tree, score
+
+ALARM = "[IN:CREATE_ALARM set alarm [SL:DATE_TIME for 2 hours ] ]"
+NESTED = (
+    "[IN:GET_EVENT what [SL:CATEGORY_EVENT plays ] are near "
+    "[SL:LOCATION the [IN:GET_LOCATION [SL:POINT_ON_MAP Met ] museum ] ] ]"
+)
+
+
+def test_a_tree_is_read_whatever_the_white_space():
+    tree = Tree("IN:CREATE_ALARM", ("set", "alarm", Tree("SL:DATE_TIME", ("for", "2", "hours"))))
+    assert parse_tree(ALARM) == tree
+    assert parse_tree("\n[IN:CREATE_ALARM  set alarm[SL:DATE_TIME for 2 hours]]  ") == tree
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "set alarm", ALARM[:-1], f"{ALARM} ]", f"{ALARM} {ALARM}", f"{ALARM} now", f"x {ALARM}"],
+)
+def test_what_is_no_tree(text):
+    assert parse_tree(text) is None
+    example = Example(id="1", prompt="p", reference="set alarm")
+    assert score(text, example)["tree_match"] == 0
+
+
+def test_words_that_are_no_value_are_left_out():
+    where = Tree("IN:GET_LOCATION", (Tree("SL:POINT_ON_MAP", ("Met",)),))
+    assert normalised(parse_tree(NESTED)) == Tree(
+        "IN:GET_EVENT",
+        (Tree("SL:CATEGORY_EVENT", ("plays",)), Tree("SL:LOCATION", (where,))),
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "exact", "tree"),
+    [
+        (ALARM, 1, 1),
+        (f"\n{ALARM} ", 1, 1),
+        ("[IN:CREATE_ALARM set an alarm [SL:DATE_TIME for 2 hours ] ]", 0, 1),
+        (ALARM.replace(" ]", "]"), 0, 1),
+        (ALARM.replace("2", "3"), 0, 0),
+        (ALARM.replace("CREATE", "DELETE"), 0, 0),
+        ("[IN:CREATE_ALARM set alarm [SL:DATE_TIME for ] [SL:DATE_TIME 2 hours ] ]", 0, 0),
+    ],
+)  # fmt: skip
+def test_scores(text, exact, tree):
+    found = score(text, Example(id="1", prompt="p", reference=ALARM))
+    assert found == {"exact_match": exact, "tree_match": tree}
