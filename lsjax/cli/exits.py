@@ -24,7 +24,8 @@ from lsjax.config import check
 from lsjax.data.pipeline import one_pass
 from lsjax.data.tokenizer_files import load_tokenizer
 from lsjax.evaluation.exits import ExitScores, score_exits
-from lsjax.evaluation.plots import check_plots, plot_exits
+from lsjax.evaluation.figures import check_plots
+from lsjax.evaluation.plots import plot_exits
 from lsjax.model.checkpoint import assemble, open_source
 from lsjax.model.llama import stacked
 from lsjax.model.run_directory import is_run, read_config

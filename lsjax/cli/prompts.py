@@ -27,6 +27,29 @@ def read_prompts(prompt: str | None, file: Path | None) -> list[str]:
     return [text for text, _, _ in _read(prompt, file)]
 
 
+def read_encoded(
+    file: Path,
+    encode: Callable[[str], list[int]],
+    *,
+    every: int = 1,
+    skip: Callable[[str], None] | None = None,
+) -> list[list[int]]:
+    """Token ids of every n-th prompt of a file (`read_prompts`).
+
+    skip: is told of a row that is no prompt, or one that `encode` refuses, and the others are
+    taken. Without it such a row is a ConfigError with file and line, as is a file in which nothing
+    is left.
+    """
+    encoded = []
+    for text, _, where in _read(None, file, skip)[::every]:
+        try:
+            encoded.append(encode(text))
+        except ConfigError as error:
+            _refuse(f"{where}: {error}", skip)
+    check(bool(encoded), f"{file}: no prompt is left: none of its rows can be decoded")
+    return encoded
+
+
 def read_requests(
     prompt: str | None, file: Path | None, default: Request, num_samples: int = 1
 ) -> list[Request]:
@@ -46,7 +69,9 @@ def read_requests(
     return requests
 
 
-def _read(prompt: str | None, file: Path | None) -> list[tuple[str, dict, str]]:
+def _read(
+    prompt: str | None, file: Path | None, skip: Callable[[str], None] | None = None
+) -> list[tuple[str, dict, str]]:
     """Prompts with the objects that held them and where they stood."""
     check(
         (prompt is None) != (file is None),
@@ -54,17 +79,19 @@ def _read(prompt: str | None, file: Path | None) -> list[tuple[str, dict, str]]:
     )
     if file is None:
         return [(_valid(prompt, "--prompt"), {}, "--prompt")]
-    try:
-        text = file.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = 1 + error.object.count(b"\n", 0, error.start)
-        raise ConfigError(f"{file}, line {line} is not UTF-8 text: save it as UTF-8") from None
+    lines = file.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
     match file.suffix:
         case ".txt":
+            text = "\n".join(_text(line, f"{file}, line {n}") for n, line in enumerate(lines, 1))
             return [(_valid(text.removesuffix("\n"), str(file)), {}, str(file))]
         case ".jsonl":
-            lines = enumerate(text.split("\n"), start=1)  # JSON may hold other line separators
-            rows = [_from_line(line, f"{file}, line {n}") for n, line in lines if line.strip()]
+            rows = []
+            for number, line in enumerate(lines, start=1):
+                try:
+                    if line.strip():
+                        rows.append(_from_line(line, f"{file}, line {number}"))
+                except ConfigError as error:
+                    _refuse(str(error), skip)
             check(bool(rows), f"{file} has no prompts in it: it needs at least one")
             return rows
         case suffix:
@@ -83,9 +110,23 @@ def encode_prompts(prompts: Sequence[str], encode: Callable[[str], list[int]]) -
     return encoded
 
 
-def _from_line(line: str, where: str) -> tuple[str, dict, str]:
+def _refuse(message: str, skip: Callable[[str], None] | None) -> None:
+    if skip is None:
+        raise ConfigError(message)
+    skip(message)
+
+
+def _text(line: bytes, where: str) -> str:
     try:
-        row = json.loads(line)
+        return line.decode().removesuffix("\r")
+    except UnicodeDecodeError:
+        raise ConfigError(f"{where} is not UTF-8 text: save it as UTF-8") from None
+
+
+def _from_line(line: bytes, where: str) -> tuple[str, dict, str]:
+    text = _text(line, where)
+    try:
+        row = json.loads(text)
     except (ValueError, RecursionError) as error:
         problem = getattr(error, "msg", error)  # without the line: there is but one
         raise ConfigError(f'{where} is not JSON ({problem}): write {{"prompt": "..."}}') from None

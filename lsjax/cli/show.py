@@ -27,6 +27,14 @@ LEGEND = Text.assemble(
     ("the model's own, after a draft that was all right", ADDED),
 )
 
+ORIGINS = {
+    ACCEPTED: "accepted",
+    CORRECTED: "corrected",
+    REFUSED: "refused",
+    GAP: "refused",
+    ADDED: "added",
+}
+
 
 class Colours:
     """New text as it is found, each token in the colour of where it came from (see LEGEND)."""
@@ -69,6 +77,13 @@ class Colours:
 def coloured(tokenizer: Tokenizer, prompt_ids: Sequence[int], completion: Completion) -> Text:
     """A whole text in colours."""
     return Colours(tokenizer, prompt_ids).push(completion.trace, completion.text, last=True)
+
+
+def origins(text: Text) -> list[tuple[str, str]]:
+    """Coloured text in pieces: each with where it came from, a word of ORIGINS or ""."""
+    pieces = [(text.plain[span.start : span.end], ORIGINS[str(span.style)]) for span in text.spans]
+    end = text.spans[-1].end if text.spans else 0
+    return [*pieces, (text.plain[end:], "")] if end < len(text.plain) else pieces
 
 
 def stream(people: Console, updates: Iterable[Update], colours: Colours | None) -> Completion:

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from lsjax.cli import benchmark
+from lsjax.cli import benchmark, grid
 from lsjax.cli.benchmark import main
 from lsjax.decoding import calibration
 
@@ -91,5 +91,5 @@ def test_autoregressive_alone(model_directory, tmp_path):
 )
 def test_bad_input(model_directory, refused, monkeypatch, options, words):
     """Before the model is loaded."""
-    monkeypatch.delattr(benchmark, "assemble")
+    monkeypatch.delattr(grid, "assemble")
     assert words in refused(main, "--model", model_directory, *options)

@@ -1,0 +1,105 @@
+"""A sweep over exits and draft lengths that is killed and goes on."""
+
+import json
+
+import pytest
+
+from lsjax.cli import grid, sweep
+from lsjax.cli.result_log import ResultLog
+from lsjax.cli.sweep import main
+from lsjax.decoding import calibration
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch, tmp_path):
+    monkeypatch.setenv("LSJAX_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(sweep, "keep_compiled_programs", lambda: None)
+    monkeypatch.setattr(sweep, "memory_bandwidth", lambda: 1e9)
+    monkeypatch.setattr(calibration, "TIMED_SECONDS", 1e-3)
+    monkeypatch.setattr(calibration, "REPEATS", 1)
+
+
+def run(directory, output, *options) -> None:
+    given = ["--model", directory, "--output", output, "--new-tokens", 12]
+    assert main([str(option) for option in [*given, *options]]) == 0
+
+
+def lines(output) -> list[dict]:
+    return [json.loads(line) for line in (output / "texts.jsonl").read_text().splitlines()]
+
+
+def test_a_killed_sweep_goes_on(model_directory, tmp_path, monkeypatch, capsys):
+    """Killed in the second prompt's second cell, with half a line behind it."""
+    output, prompts = tmp_path / "sweep", tmp_path / "prompts.jsonl"
+    rows = [{"prompt": "Hello, "}, {"text": 1}, {"prompt": "<b>"}, {"prompt": "x" * 600}]
+    prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    cells = ("--exit-layers", 1, 3, "--num-draft-tokens", 2)
+    options = (*cells, "--prompt-file", prompts, "--skip-bad-rows")
+    write, written = ResultLog.write, []
+
+    def killed(self, row):
+        if len(written) == 1 + 5:
+            raise KeyboardInterrupt
+        written.append(row)
+        write(self, row)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ResultLog, "write", killed)
+        with pytest.raises(SystemExit) as stop:
+            run(model_directory, output, *options)
+    assert stop.value.code == 130
+    errors = capsys.readouterr().err
+    assert 'prompts.jsonl, line 2 is no object with a text under "prompt"' in errors
+    assert "prompts.jsonl, line 4: a prompt of 600 tokens and 12 new ones do not fit" in errors
+    with (output / "texts.jsonl").open("a") as file:
+        file.write('{"repeat": 1, "prom')
+    assert not (output / "sweep.json").exists()
+
+    run(model_directory, output, *options)
+    printed = capsys.readouterr()
+    assert "5 of 6 texts are there already" in printed.err
+    decoded = [(row["prompt"], row["exit_layer"]) for row in lines(output)[1:]]
+    # The last cell has autoregressive decoding beside it once more.
+    assert decoded == [(0, None), (0, 1), (0, 3), (1, None), (1, 1), (1, None), (1, 3)]
+    summary = json.loads((output / "sweep.json").read_text())
+    found = [(row["exit_layer"], row["num_draft_tokens"]) for row in summary["rows"]]
+    assert found == [(None, None), (1, 2), (3, 2)]
+    assert "2 prompts of 3 to 7 tokens, 12 new ones, 1 repeat" in summary["title"]
+    assert [sample["prompt"] for sample in summary["samples"]] == ["Hello, ", "<b>"]
+    assert {kind for s in summary["samples"] for _, kind in s["pieces"]} <= {
+        *("accepted", "refused", "corrected", "added", ""),
+    }
+    for name in ("sweep.png", "acceptance.png"):
+        assert (output / name).read_bytes().startswith(b"\x89PNG")
+
+    # With everything there nothing is decoded but the samples.
+    before = (output / "texts.jsonl").read_bytes()
+    run(model_directory, output, *options)
+    assert (output / "texts.jsonl").read_bytes() == before
+    with pytest.raises(SystemExit) as stop:
+        run(model_directory, output, *options, "--new-tokens", 13)
+    assert stop.value.code == 2
+    assert "was begun with new tokens 12, and this is 13" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        (("--exit-layers",), "--exit-layers is empty: name exits to draft from"),
+        (("--repeats", 0), "--repeats 0 is below 1"),
+        (("--exit-layers", 4), "exit layer 4 is not in 1..3"),
+        (("--prompt-file", "bad.jsonl"), "bad.jsonl, line 2 is not JSON"),
+        (("--prompt-file", "long.jsonl"), "long.jsonl, line 1: a prompt of 600 tokens and 64 new"),
+        (("--prompt-file", "bad.jsonl", "--prompt", "x"), "give one of --prompt and"),
+        (("--skip-bad-rows",), "--skip-bad-rows needs --prompt-file"),
+        (("--output", "bad.jsonl/x"), "bad.jsonl"),
+    ],
+)
+def test_bad_input(model_directory, refused, monkeypatch, tmp_path, options, words):
+    """Before the model is loaded."""
+    monkeypatch.delattr(grid, "assemble")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "bad.jsonl").write_text('{"prompt": "x"}\n{"prom\n')
+    (tmp_path / "long.jsonl").write_text(json.dumps({"prompt": "x" * 600}))
+    given = ("--model", model_directory, "--exit-layers", 1, "--output", "out", *options)
+    assert words in refused(main, *given)
