@@ -113,14 +113,19 @@ def row_shards(rows: int) -> int:
 
 
 def on_each_device(
-    function: Callable, arguments: Sequence[Any], specs: Sequence[P], outputs: Any
+    function: Callable,
+    arguments: Sequence[Any],
+    specs: Sequence[P],
+    outputs: Any,
+    axes: Sequence[str] | None = None,
 ) -> Any:
     """`function(*arguments)`, by each device on its own share and without communication; the plain
     call without a mesh.
 
     For what the compiler does not see to be independent along the sharded axes. specs: of all the
     arrays in each argument. An axis of the mesh that does not divide one of the arrays is left out
-    for all of them.
+    for all of them. axes: of the mesh, over which that holds; what is shared out over the others
+    stays the compiler's. All of them by default.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
@@ -137,5 +142,12 @@ def on_each_device(
         (tuple(specs), outputs),
         is_leaf=lambda spec: isinstance(spec, P),
     )
-    mapped = jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=outputs, check_vma=False)
+    mapped = jax.shard_map(
+        function,
+        mesh=mesh,
+        in_specs=specs,
+        out_specs=outputs,
+        axis_names={*(mesh.axis_names if axes is None else axes)},
+        check_vma=False,
+    )
     return mapped(*arguments)

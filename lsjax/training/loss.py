@@ -14,10 +14,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from lsjax.model.block import RMSNorm
 from lsjax.model.llama import Llama
+from lsjax.sharding import ROWS, on_each_device
 
 # Logits of a chunk, on each device.
 CHUNK_LOGITS = 2**25
@@ -71,12 +73,35 @@ def head_loss(
 
 
 def _forward(target, z_loss, head, x_SBTD, labels_BT, positions, weights_S):
+    """Each device goes through the head with its own rows, and adds up the gradient of the table
+    that they give; the sum over devices is taken once, at the end."""
+    _, batch, steps, _ = x_SBTD.shape
+    chunk = _chunk_steps(batch, steps, len(head.table_VD))
+    chunks_S = -(-positions.counts_SB.max(1) // chunk)
+    narrow = Head(head.norm, head.table_VD.astype(x_SBTD.dtype))
+    sums, dx_SBTD = on_each_device(
+        partial(_own_rows, target, z_loss, chunk),
+        (narrow, x_SBTD, labels_BT, positions, weights_S, chunks_S),
+        (P(), P(None, ROWS), P(ROWS), P(None, ROWS), P(), P()),
+        (P(ROWS), P(None, ROWS)),
+        axes=ROWS,
+    )
+    losses, dhead = jax.tree.map(lambda leaf: leaf.sum(0), sums)
+    dhead = jax.tree.map(lambda gradient, leaf: gradient.astype(leaf.dtype), dhead, head)
+    return losses, (dhead, dx_SBTD)
+
+
+def _own_rows(target, z_loss, chunk, head, x_SBTD, labels_BT, positions, weights_S, chunks_S):
+    """Losses and gradients of a device's rows: what is to be summed over devices, with an axis of
+    1 in front, and the gradient of the states.
+
+    chunks_S: that there are in each slot's fullest row, of all rows.
+    """
     slots, batch, steps, width = x_SBTD.shape
     vocab = len(head.table_VD)
-    chunk = _chunk_steps(batch, steps, vocab)
     chunks = -(-steps // chunk)
     wide = jnp.promote_types(x_SBTD.dtype, jnp.float32)
-    table_VD = head.table_VD.astype(x_SBTD.dtype)
+    table_VD = head.table_VD
     table_DV = table_VD.T
 
     def logits_of(normed_BCD):
@@ -121,16 +146,17 @@ def _forward(target, z_loss, head, x_SBTD, labels_BT, positions, weights_S):
             dnormed_BCD = jnp.einsum("DV,VBC->DBC", table_DV, dlogits_VBC).transpose(1, 2, 0)
             dtable_VD += jnp.einsum(
                 "VBC,BCD->VD", dlogits_VBC, normed_BCD, preferred_element_type=wide
-            ).astype(dtable_VD.dtype)
+            )
             more_dnorm, dx_BCD = norm_backward(dnormed_BCD)
             dnorm = jax.tree.map(jnp.add, dnorm, more_dnorm)
             sorted_BTD = lax.dynamic_update_slice_in_dim(sorted_BTD, dx_BCD, start, 1)
             return total, sum_ + added, dnorm, dtable_VD, sorted_BTD
 
         sorted_BTD = jnp.zeros((batch, chunks * chunk, width), x_SBTD.dtype)
-        full = -(-count_B.max() // chunk)
         carry = (total, jnp.zeros((), wide), dnorm, dtable_VD, sorted_BTD)
-        total, sum_, dnorm, dtable_VD, sorted_BTD = lax.fori_loop(0, full, chunk_loss, carry)
+        total, sum_, dnorm, dtable_VD, sorted_BTD = lax.fori_loop(
+            0, chunks_S[slot], chunk_loss, carry
+        )
         back_BT = jnp.argsort(order_BT, axis=1)
         dx_BTD = jnp.take_along_axis(sorted_BTD, back_BT[:, :, None], 1)
         dx_SBTD = lax.dynamic_update_index_in_dim(dx_SBTD, dx_BTD, slot, 0)
@@ -140,11 +166,11 @@ def _forward(target, z_loss, head, x_SBTD, labels_BT, positions, weights_S):
         jnp.zeros((), wide),
         jnp.zeros(slots, wide),
         jax.tree.map(jnp.zeros_like, head.norm),
-        jnp.zeros_like(head.table_VD),
+        jnp.zeros(table_VD.shape, wide),
         jnp.zeros_like(x_SBTD),
     )
     if slots > 1:
-        used_S = (positions.counts_SB[:-1] > 0).any(1)
+        used_S = chunks_S[:-1] > 0
         order_S = jnp.argsort(~used_S, stable=True)
 
         def used_slot_loss(index, carry):
@@ -152,7 +178,8 @@ def _forward(target, z_loss, head, x_SBTD, labels_BT, positions, weights_S):
 
         carry = lax.fori_loop(0, used_S.sum(), used_slot_loss, carry)
     total, sums_S, dnorm, dtable_VD, dx_SBTD = slot_loss("labels", slots - 1, carry)
-    return (total, sums_S), (Head(dnorm, dtable_VD), dx_SBTD)
+    sums = (total, sums_S), Head(dnorm, dtable_VD)
+    return jax.tree.map(lambda leaf: leaf[None], sums), dx_SBTD
 
 
 def _backward(target, z_loss, gradients, cotangents):
