@@ -56,8 +56,9 @@ class GridArguments:
     """Text to continue; three are built in."""
     prompt_file: Path | None = None
     """.txt or .jsonl ("prompt", or Spec-Bench's "turns")."""
-    skip_bad_rows: bool = False
-    """Leaves out rows of the prompt file that are no prompts or too long, and says which."""
+    bad_rows: Literal["refuse", "skip"] = "refuse"
+    """What becomes of a row of the prompt file that is no prompt, or is too long; either way it is
+    named."""
     prompt_length: int | None = None
     """Cuts or repeats every prompt to this many tokens."""
     new_tokens: int = 64
@@ -167,9 +168,8 @@ class Grid:
             "give one of --prompt and --prompt-file and not both",
         )
         if arguments.prompt_file is not None:
-            skip = warn if arguments.skip_bad_rows else None
+            skip = warn if arguments.bad_rows == "skip" else None
             return read_encoded(arguments.prompt_file, encode, skip=skip)
-        check(not arguments.skip_bad_rows, "--skip-bad-rows needs --prompt-file")
         return encode_prompts(PROMPTS if arguments.prompt is None else [arguments.prompt], encode)
 
     def _cells(self, vocabulary: DraftVocabulary | None) -> list[SelfSpeculative]:

@@ -29,7 +29,6 @@ from rich.progress import Progress
 
 from lsjax.cli.errors import check_output, one_line_errors
 from lsjax.cli.grid import Grid, GridArguments, show, wide_console
-from lsjax.cli.result_log import ResultLog
 from lsjax.cli.setup import keep_compiled_programs, machine
 from lsjax.cli.show import coloured, origins
 from lsjax.config import check
@@ -37,6 +36,7 @@ from lsjax.decoding.calibration import memory_bandwidth
 from lsjax.decoding.engine import Engine
 from lsjax.decoding.state import Strategy
 from lsjax.evaluation.figures import check_plots
+from lsjax.evaluation.results import append, resume
 from lsjax.evaluation.speed import Timed, cell_of, compare, take_turns
 from lsjax.evaluation.speed_plots import best_row, plot_acceptance, plot_sweep
 from lsjax.model.checkpoint import named_parameters
@@ -77,24 +77,22 @@ def sweep(arguments: Arguments) -> None:
     engine = grid.load()
     everything = grid.strategies(engine)
     settings = settings_of(grid, engine)
-    with (
-        ResultLog(arguments.output / TEXTS, settings) as log,
-        Progress(console=notes, transient=True) as progress,
-    ):
-        wanted = {
-            (repeat, number, cell_of(strategy))
-            for repeat in range(1, 1 + arguments.repeats)
-            for number in range(len(grid.prompts))
-            for strategy in everything
-        }
-        texts = [Timed(**row) for row in log.rows]
-        texts = [one for one in texts if (one.repeat, one.prompt, cell_of(one)) in wanted]
-        done = {(one.repeat, one.prompt, cell_of(one)) for one in texts}
-        if done:
-            notes.print(f"{len(done)} of {len(wanted)} texts are there already")
+    wanted = {
+        (repeat, number, cell_of(strategy))
+        for repeat in range(1, 1 + arguments.repeats)
+        for number in range(len(grid.prompts))
+        for strategy in everything
+    }
+    texts = [Timed(**row) for row in resume(arguments.output / TEXTS, settings)]
+    texts = [one for one in texts if (one.repeat, one.prompt, cell_of(one)) in wanted]
+    done = {(one.repeat, one.prompt, cell_of(one)) for one in texts}
+    if done:
+        notes.print(f"{len(done)} of {len(wanted)} texts are there already")
+    with Progress(console=notes, transient=True) as progress:
+        task = progress.add_task("compiling", total=len(wanted))
         if done < wanted:
             warm_up(engine, everything, grid, arguments)
-        task = progress.add_task("decoding", total=len(wanted))
+        progress.update(task, description="decoding")
         for one in take_turns(
             engine,
             everything,
@@ -105,7 +103,7 @@ def sweep(arguments: Arguments) -> None:
             done=done,
             advance=partial(progress.advance, task),
         ):
-            log.write(asdict(one))
+            append(arguments.output / TEXTS, asdict(one))
             texts.append(one)
         progress.update(task, description="timing the parts")
         figures = (grid.costs(engine), memory_bandwidth())

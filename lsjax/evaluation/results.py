@@ -58,12 +58,11 @@ def read(file: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
             row = None
         check(
             isinstance(row, dict) and (HEADER in row) == (number == 1),
-            f"{file}, line {number} is no line of results: name a file that lsjax.cli.evaluate "
-            "wrote, or remove it",
+            f"{file}, line {number} is no line of results: name another --output, or remove it",
         )
         rows.append(row)
     if not rows:
-        raise ConfigError(f"{file} holds no results: name a file that lsjax.cli.evaluate wrote")
+        raise ConfigError(f"{file} holds no results: name another --output, or remove it")
     return rows[0][HEADER], rows[1:]
 
 

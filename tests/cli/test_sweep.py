@@ -5,9 +5,9 @@ import json
 import pytest
 
 from lsjax.cli import grid, sweep
-from lsjax.cli.result_log import ResultLog
 from lsjax.cli.sweep import main
 from lsjax.decoding import calibration
+from lsjax.evaluation.results import append
 
 
 @pytest.fixture(autouse=True)
@@ -34,17 +34,17 @@ def test_a_killed_sweep_goes_on(model_directory, tmp_path, monkeypatch, capsys):
     rows = [{"prompt": "Hello, "}, {"text": 1}, {"prompt": "<b>"}, {"prompt": "x" * 600}]
     prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
     cells = ("--exit-layers", 1, 3, "--num-draft-tokens", 2)
-    options = (*cells, "--prompt-file", prompts, "--skip-bad-rows")
-    write, written = ResultLog.write, []
+    options = (*cells, "--prompt-file", prompts, "--bad-rows", "skip")
+    written = []
 
-    def killed(self, row):
-        if len(written) == 1 + 5:
+    def killed(file, row):
+        if len(written) == 5:
             raise KeyboardInterrupt
         written.append(row)
-        write(self, row)
+        append(file, row)
 
     with monkeypatch.context() as patch:
-        patch.setattr(ResultLog, "write", killed)
+        patch.setattr(sweep, "append", killed)
         with pytest.raises(SystemExit) as stop:
             run(model_directory, output, *options)
     assert stop.value.code == 130
@@ -79,7 +79,7 @@ def test_a_killed_sweep_goes_on(model_directory, tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit) as stop:
         run(model_directory, output, *options, "--new-tokens", 13)
     assert stop.value.code == 2
-    assert "was begun with new tokens 12, and this is 13" in capsys.readouterr().err
+    assert "new_tokens was 12 and is now 13" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -91,7 +91,6 @@ def test_a_killed_sweep_goes_on(model_directory, tmp_path, monkeypatch, capsys):
         (("--prompt-file", "bad.jsonl"), "bad.jsonl, line 2 is not JSON"),
         (("--prompt-file", "long.jsonl"), "long.jsonl, line 1: a prompt of 600 tokens and 64 new"),
         (("--prompt-file", "bad.jsonl", "--prompt", "x"), "give one of --prompt and"),
-        (("--skip-bad-rows",), "--skip-bad-rows needs --prompt-file"),
         (("--output", "bad.jsonl/x"), "bad.jsonl"),
     ],
 )
