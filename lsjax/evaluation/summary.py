@@ -54,8 +54,9 @@ def figures(answers: Sequence[Line]) -> dict[str, Any]:
         "examples": len({answer["id"] for answer in answers}),
         "answers": len(answers),
         "scores": {
-            name: {"mean": statistics.fmean(values), "stderr": standard_error(values)}
-            for name, values in scores(answers).items()
+            name: {"mean": statistics.fmean(means), "stderr": standard_error(means)}
+            for name, by_example in scores_by_example(answers).items()
+            if (means := list(by_example.values()))
         },
         "tokens_per_second": later / seconds if later and seconds else None,
         "ms_per_token": 1e3 * seconds / later if later else None,
@@ -66,14 +67,14 @@ def figures(answers: Sequence[Line]) -> dict[str, Any]:
     }
 
 
-def scores(answers: Iterable[Line]) -> dict[str, list[float]]:
-    """Of each score, an example's mean over its samples, by example."""
+def scores_by_example(answers: Iterable[Line]) -> dict[str, dict[str, float]]:
+    """Of each score, the mean over an example's samples, by the example's id."""
     samples: dict[str, dict[str, list[float]]] = {}
     for answer in answers:
         for name, value in answer["scores"].items():
             samples.setdefault(name, {}).setdefault(answer["id"], []).append(value)
     return {
-        name: [statistics.fmean(values) for values in by_example.values()]
+        name: {example: statistics.fmean(values) for example, values in by_example.items()}
         for name, by_example in samples.items()
     }
 
