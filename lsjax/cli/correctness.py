@@ -2,61 +2,65 @@
 
     python -m lsjax.cli.correctness --model PATH --prompt-file question.jsonl --every 15 \\
         --exit-layers 8 15 23 --num-draft-tokens 2 4 8
+    python -m lsjax.cli.correctness --model PATH --dtype bfloat16 --prompt-file gsm8k/test.jsonl \\
+        --prompt-template '{question}' --limit 100 --exit-layers 8 --num-draft-tokens 4
 
-Exit code 1 if tokens differ where the two best logits lie further apart than rounding explains.
+Exit code 1 if tokens differ in float32 where the two best logits lie further apart than rounding
+explains. Where texts differ, the margins of the first differing tokens are shown.
 """
 
+import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from math import isfinite
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import tyro
 from rich.console import Console
 from rich.progress import Progress
 
-from lsjax.cli.errors import one_line_errors
-from lsjax.cli.prompts import encode_prompts, read_prompts
+from lsjax.cli.errors import check_output, one_line_errors
+from lsjax.cli.prompts import PromptArguments, read_encoded
 from lsjax.cli.setup import cache_directory, exact_products, keep_compiled_programs
-from lsjax.config import check
 from lsjax.data.token_counts import find_counts
 from lsjax.data.tokenizer_files import load_tokenizer
+from lsjax.data.tokenizers import Tokenizer
 from lsjax.decoding.completion import Completion
 from lsjax.decoding.draft_vocabulary import DraftVocabulary
 from lsjax.decoding.engine import Engine
 from lsjax.decoding.request import check_settings, encode_prompt
 from lsjax.decoding.self_speculative import Choices, SelfSpeculative
-from lsjax.evaluation.exactness import FLOAT32_MARGIN, first_difference
+from lsjax.evaluation.exactness import FLOAT32_MARGIN, Difference, first_difference
 from lsjax.model.checkpoint import assemble, open_source
 
 HEADER = ("exit", "drafts", "equal", "differ", "widest margin", "acceptance", "tokens/round")
 ROW = "{:>4}  {:>6}  {:>5}  {:>6}  {:>13}  {:>10}  {:>12}"
+SHOWN = 10  # differing texts
 PROMPT = "Once upon a time, there was a little girl named Lily who"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Arguments:
+class Arguments(PromptArguments):
     """Checks that self-speculation gives the tokens of autoregressive decoding."""
 
     model: Path
-    """Hugging Face directory or .gguf file."""
+    """Hugging Face directory, .gguf file, or directory of a training run."""
     exit_layers: tuple[int, ...]
     """Exits to draft from."""
     num_draft_tokens: tuple[int, ...]
     """Draft lengths; every exit is tried with every length."""
-    prompt_file: Path | None = None
-    """.txt or .jsonl ("prompt", or Spec-Bench's "turns"); one prompt is built in."""
     draft_vocab: int | None = None
     """Drafts from this many of the most frequent tokens only (lsjax.cli.count_tokens)."""
-    every: int = 1
-    """Takes every n-th prompt of the file."""
     max_new_tokens: int = 64
     """Tokens to compare."""
     batch_size: int = 1
     """Prompts side by side in the self-speculative runs; the autoregressive ones go alone."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """In the 16-bit types differences are counted and shown, and are no failure."""
+    json: Path | None = None
+    """Writes a JSON object a cell to this file, with every text that differs."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -68,9 +72,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def correctness(arguments: Arguments) -> int:
     """Compares and prints a row for every exit and draft length."""
-    check(arguments.every >= 1, f"--every {arguments.every} is below 1: choose 1 or more")
-    prompts = read_prompts(None if arguments.prompt_file else PROMPT, arguments.prompt_file)
-    prompts = prompts[:: arguments.every]
     source = open_source(arguments.model)
     tokenizer = load_tokenizer(arguments.model)
     vocabulary = None
@@ -93,9 +94,15 @@ def correctness(arguments: Arguments) -> int:
             max_length=None,
         )
     limits = dict(max_new_tokens=arguments.max_new_tokens, max_length=None)
-    encoded = encode_prompts(
-        prompts, lambda prompt: encode_prompt(prompt, tokenizer, source.config, **limits)
+    notes = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
+    prompts = read_encoded(
+        arguments,
+        [PROMPT],
+        lambda prompt: encode_prompt(prompt, tokenizer, source.config, **limits),
+        notes.print,
     )
+    if arguments.json is not None:
+        check_output(arguments.json)
     keep_compiled_programs()
     exact_products()
     model = assemble(source, dtype=arguments.dtype)
@@ -104,13 +111,13 @@ def correctness(arguments: Arguments) -> int:
         f"{arguments.model.name}, {arguments.dtype}, {len(prompts)} prompts, "
         f"{arguments.max_new_tokens} new tokens\n" + ROW.format(*HEADER)
     )
-    wrong = 0
-    with Progress(console=Console(stderr=True), transient=True) as progress:
+    cells = []
+    with Progress(console=notes, transient=True) as progress:
         task = progress.add_task("decoding", total=len(prompts) * (1 + len(strategies)))
 
         def run(engine: Engine) -> list[Completion]:
             return engine.generate(
-                encoded,
+                prompts,
                 max_new_tokens=arguments.max_new_tokens,
                 on_completion=lambda *_: progress.advance(task),
             )
@@ -120,31 +127,84 @@ def correctness(arguments: Arguments) -> int:
         for strategy in strategies:
             engine.use(strategy)
             found = run(engine)
-            differences = [
-                first_difference(model, ids, one.token_ids, other.token_ids)
-                for ids, one, other in zip(encoded, expected, found, strict=True)
-            ]
-            margins = [d.margin for d in differences if d is not None]
-            if arguments.dtype == "float32":
-                wrong += sum(not margin <= FLOAT32_MARGIN for margin in margins)
-            drafted = sum(c.drafted for c in found)
-            rounds = sum(c.rounds for c in found)
-            console.print(
-                ROW.format(
-                    strategy.exit_layer,
-                    strategy.num_draft_tokens,
-                    len(prompts) - len(margins),
-                    len(margins),
-                    f"{max(margins):.1e}" if margins else "-",
-                    f"{sum(c.accepted for c in found) / drafted:.3f}" if drafted else "-",
-                    f"{sum(c.num_new_tokens - 1 for c in found) / rounds:.2f}" if rounds else "-",
-                )
+            texts = zip(prompts, expected, found, strict=True)
+            cell = Cell(
+                strategy.exit_layer,
+                strategy.num_draft_tokens,
+                {
+                    number: difference
+                    for number, (ids, one, other) in enumerate(texts, start=1)
+                    if (difference := first_difference(model, ids, one.token_ids, other.token_ids))
+                },
             )
+            console.print(cell.line(found))
+            cells.append(cell)
+    show_differences(console, cells, tokenizer, arguments.dtype)
+    if arguments.json is not None:
+        with arguments.json.open("w") as lines:
+            for cell in cells:
+                print(json.dumps(cell.to_json()), file=lines)
+    if arguments.dtype != "float32":
+        return 0
+    margins = [one.margin for cell in cells for one in cell.differences.values()]
+    wrong = sum(not margin <= FLOAT32_MARGIN for margin in margins)
     if wrong:
         console.print(f"[bold red]{wrong} differences are wider than {FLOAT32_MARGIN:.0e}")
-    elif arguments.dtype == "float32":
-        console.print("[green]Self-speculation gives the tokens of autoregressive decoding.")
-    return 1 if wrong else 0
+        return 1
+    console.print("[green]Self-speculation gives the tokens of autoregressive decoding.")
+    return 0
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One exit and draft length; the texts that differ, by the number of the prompt."""
+
+    exit_layer: int
+    num_draft_tokens: int
+    differences: dict[int, Difference]
+
+    def to_json(self) -> dict[str, Any]:
+        """Its fields; a margin that is no finite number is null."""
+        row = asdict(self)
+        for one in row["differences"].values():
+            one |= {k: None for k, v in one.items() if isinstance(v, float) and not isfinite(v)}
+        return row
+
+    def line(self, found: Sequence[Completion]) -> str:
+        """Its row of the table."""
+        margins = [one.margin for one in self.differences.values()]
+        drafted = sum(one.drafted for one in found)
+        rounds = sum(one.rounds for one in found)
+        return ROW.format(
+            self.exit_layer,
+            self.num_draft_tokens,
+            len(found) - len(margins),
+            len(margins),
+            f"{max(margins):.1e}" if margins else "-",
+            f"{sum(one.accepted for one in found) / drafted:.3f}" if drafted else "-",
+            f"{sum(one.num_new_tokens - 1 for one in found) / rounds:.2f}" if rounds else "-",
+        )
+
+
+def show_differences(
+    console: Console, cells: Sequence[Cell], tokenizer: Tokenizer, dtype: str
+) -> None:
+    """The differing tokens with the widest margins, and where they are."""
+    everything = [
+        (one, f"prompt {number}, exit {cell.exit_layer}, {cell.num_draft_tokens} drafts")
+        for cell in cells
+        for number, one in cell.differences.items()
+    ]
+    everything.sort(key=lambda pair: -pair[0].margin)
+    if everything:
+        console.print(f"{len(everything)} texts differ; the widest margins:")
+    for one, where in everything[:SHOWN]:
+        tokens = " became ".join(
+            "the end" if token is None else repr(tokenizer.decode([token]))
+            for token in (one.expected, one.found)
+        )
+        margin = f"margin {one.margin:.1e}, {one.roundings:.1f} roundings of {dtype}"
+        console.print(f"  {where}: new token {1 + one.index}, {tokens}, {margin}", markup=False)
 
 
 if __name__ == "__main__":

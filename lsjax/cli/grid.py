@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from lsjax.cli.prompts import encode_prompts, read_encoded
+from lsjax.cli.prompts import PromptArguments, read_encoded
 from lsjax.cli.setup import cache_directory, choose_dtype, machine
 from lsjax.config import check
 from lsjax.data.token_counts import find_counts
@@ -37,7 +37,7 @@ PROMPTS = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class GridArguments:
+class GridArguments(PromptArguments):
     """A model, prompts, and a grid of exits and draft lengths."""
 
     model: Path
@@ -54,11 +54,6 @@ class GridArguments:
     the machinery without the training."""
     prompt: str | None = None
     """Text to continue; three are built in."""
-    prompt_file: Path | None = None
-    """.txt or .jsonl ("prompt", or Spec-Bench's "turns")."""
-    bad_rows: Literal["refuse", "skip"] = "refuse"
-    """What becomes of a row of the prompt file that is no prompt, or is too long; either way it is
-    named."""
     prompt_length: int | None = None
     """Cuts or repeats every prompt to this many tokens."""
     new_tokens: int = 64
@@ -167,10 +162,8 @@ class Grid:
             arguments.prompt is None or arguments.prompt_file is None,
             "give one of --prompt and --prompt-file and not both",
         )
-        if arguments.prompt_file is not None:
-            skip = warn if arguments.bad_rows == "skip" else None
-            return read_encoded(arguments.prompt_file, encode, skip=skip)
-        return encode_prompts(PROMPTS if arguments.prompt is None else [arguments.prompt], encode)
+        built_in = PROMPTS if arguments.prompt is None else [arguments.prompt]
+        return read_encoded(arguments, built_in, encode, warn)
 
     def _cells(self, vocabulary: DraftVocabulary | None) -> list[SelfSpeculative]:
         """Every exit with every length, in one program unless told otherwise."""

@@ -2,13 +2,18 @@
 
 import dataclasses
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from lsjax.config import ConfigError, check
+from lsjax.data.row_files import fill
+from lsjax.data.text_files import stop_at
 from lsjax.decoding.request import Request
 from lsjax.decoding.sampling import Sampling
+from lsjax.evaluation.tasks.examples import file_rows
 
 # What an object of a .jsonl file may say beside its prompt, with the kind of the value.
 OPTIONS: dict[str, Any] = {
@@ -27,26 +32,66 @@ def read_prompts(prompt: str | None, file: Path | None) -> list[str]:
     return [text for text, _, _ in _read(prompt, file)]
 
 
-def read_encoded(
-    file: Path,
-    encode: Callable[[str], list[int]],
-    *,
-    every: int = 1,
-    skip: Callable[[str], None] | None = None,
-) -> list[list[int]]:
-    """Token ids of every n-th prompt of a file (`read_prompts`).
+@dataclass(frozen=True, kw_only=True)
+class PromptArguments:
+    """Which prompts of a file are taken."""
 
-    skip: is told of a row that is no prompt, or one that `encode` refuses, and the others are
-    taken. Without it such a row is a ConfigError with file and line, as is a file in which nothing
-    is left.
+    prompt_file: Path | None = None
+    """.txt is one prompt, .jsonl has an object with "prompt" (or Spec-Bench's "turns") on each
+    line; with --prompt-template also .tsv and .csv, each also as .gz."""
+    prompt_template: str | None = None
+    """What makes a prompt of a row, its fields in braces: '{question}'."""
+    every: int = 1
+    """Takes every n-th row of the file."""
+    limit: int | None = None
+    """Takes no more than so many prompts."""
+    bad_rows: Literal["refuse", "skip"] = "refuse"
+    """What becomes of a row that is no prompt, or is too long; either way it is named."""
+
+
+def read_encoded(
+    arguments: PromptArguments,
+    built_in: Sequence[str],
+    encode: Callable[[str], list[int]],
+    warn: Callable[[str], None],
+) -> list[list[int]]:
+    """Token ids of the prompts of the file, or of the built-in ones where there is none.
+
+    warn: is told of each row that is skipped. Raises ConfigError with file and line for a bad row
+    that is not, among them those that `encode` refuses, and for a file in which nothing is left.
     """
-    encoded = []
-    for text, _, where in _read(None, file, skip)[::every]:
+    for name in ("every", "limit"):
+        value = getattr(arguments, name)
+        check(value is None or value >= 1, f"--{name} {value} is below 1: choose 1 or more")
+    file, template = arguments.prompt_file, arguments.prompt_template
+    if file is None:
+        check(template is None, "--prompt-template needs --prompt-file, whose rows it is for")
+        return encode_prompts(built_in, encode)
+
+    def skip(error: ConfigError) -> None:
+        warn(f"skipped: {error}")
+
+    refuse = skip if arguments.bad_rows == "skip" else stop_at
+
+    def prompts() -> Iterator[tuple[str, str]]:
+        if template is None:
+            yield from ((text, where) for text, _, where in _read(None, file, refuse))
+            return
+        for _, where, row in file_rows([str(file)], refuse):
+            try:
+                yield _valid(fill(template, row, where), where), where
+            except ConfigError as error:
+                refuse(error)
+
+    encoded: list[list[int]] = []
+    for text, where in islice(prompts(), 0, None, arguments.every):
         try:
             encoded.append(encode(text))
         except ConfigError as error:
-            _refuse(f"{where}: {error}", skip)
-    check(bool(encoded), f"{file}: no prompt is left: none of its rows can be decoded")
+            refuse(ConfigError(f"{where}: {error}"))
+        if len(encoded) == arguments.limit:
+            break
+    check(bool(encoded), f"{file}: no row of it can be decoded: give another file")
     return encoded
 
 
@@ -70,7 +115,7 @@ def read_requests(
 
 
 def _read(
-    prompt: str | None, file: Path | None, skip: Callable[[str], None] | None = None
+    prompt: str | None, file: Path | None, refuse: Callable[[ConfigError], None] = stop_at
 ) -> list[tuple[str, dict, str]]:
     """Prompts with the objects that held them and where they stood."""
     check(
@@ -91,7 +136,7 @@ def _read(
                     if line.strip():
                         rows.append(_from_line(line, f"{file}, line {number}"))
                 except ConfigError as error:
-                    _refuse(str(error), skip)
+                    refuse(error)
             check(bool(rows), f"{file} has no prompts in it: it needs at least one")
             return rows
         case suffix:
@@ -108,12 +153,6 @@ def encode_prompts(prompts: Sequence[str], encode: Callable[[str], list[int]]) -
             where = f"prompt {number} of {len(prompts)}: " if len(prompts) > 1 else ""
             raise ConfigError(f"{where}{error}") from None
     return encoded
-
-
-def _refuse(message: str, skip: Callable[[str], None] | None) -> None:
-    if skip is None:
-        raise ConfigError(message)
-    skip(message)
 
 
 def _text(line: bytes, where: str) -> str:

@@ -25,12 +25,15 @@ class Difference:
 
     index: of the new token. margin: by how much the whole model's best logit there exceeds the
     worse of the two tokens'; infinite if one decoding merely ends earlier. NaN stays NaN.
+    roundings: the same in units of the largest logit's last place in the model's type: a few to
+    some tens are what the sums of all layers leave.
     """
 
     index: int
     expected: int | None
     found: int | None
     margin: float
+    roundings: float
 
 
 def first_difference(
@@ -44,10 +47,12 @@ def first_difference(
     if index is None:
         index = min(len(expected), len(found))
         ends = [tokens[index] if index < len(tokens) else None for tokens in (expected, found)]
-        return Difference(index, *ends, margin=np.inf)
+        return Difference(index, *ends, margin=np.inf, roundings=np.inf)
     logits_V = last_logits(model, [*prompt, *expected[:index]])
     worse = np.minimum(logits_V[expected[index]], logits_V[found[index]])
-    return Difference(index, expected[index], found[index], margin=float(logits_V.max() - worse))
+    margin = float(logits_V.max() - worse)
+    last_place = float(jnp.finfo(model.dtype).eps) * float(np.abs(logits_V).max())
+    return Difference(index, expected[index], found[index], margin, margin / last_place)
 
 
 def last_logits(model: Llama, tokens: Sequence[int]) -> Float[np.ndarray, " V"]:

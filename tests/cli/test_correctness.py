@@ -45,11 +45,29 @@ def test_a_row_for_every_exit_and_length(model_directory, tmp_path, capsys):
     ],
 )
 def test_differences(model_directory, monkeypatch, capsys, dtype, margin, code, words):
-    difference = Difference(0, 1, 2, margin=margin)
+    difference = Difference(0, 65, None, margin=margin, roundings=2 * margin)
     monkeypatch.setattr(correctness, "first_difference", lambda *_: difference)
     assert compare(model_directory, "--dtype", dtype) == code
     out = capsys.readouterr().out
+    where = "prompt 1, exit 3, 4 drafts: new token 1, 'A' became the end"
+    assert f"{where}, margin {margin:.1e}, {2 * margin:.1f} roundings of {dtype}" in out
     assert words in out and ("gives the tokens" in out) == (code == 0 and dtype == "float32")
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_sixteen_bits_and_rows_of_a_task(model_directory, tmp_path, capsys, dtype):
+    """Of six rows the second, the fourth (which is bad) and the last, of which no more is taken."""
+    rows = tmp_path / "rows.tsv"
+    rows.write_text("id\tquery\n1\tab\n2\tcd\n3\tef\n4\t\n5\tgh\n6\tij\n7\tkl\n")
+    taken = ["--prompt-template", "{query}?", "--every", "2", "--limit", "3", "--bad-rows", "skip"]
+    file = tmp_path / "cells.jsonl"
+    options = ["--prompt-file", str(rows), *taken, "--dtype", dtype, "--json", str(file)]
+    assert compare(model_directory, *options) == 0
+    (cell,) = map(json.loads, file.read_text().splitlines())
+    assert (cell["exit_layer"], cell["num_draft_tokens"]) == (3, 4)
+    assert cell["differences"].keys() <= {"1", "2", "3"}
+    printed = capsys.readouterr()
+    assert f"{dtype}, 3 prompts, 16 new tokens" in printed.out
 
 
 @pytest.mark.parametrize(
@@ -63,6 +81,9 @@ def test_differences(model_directory, monkeypatch, capsys, dtype, margin, code, 
         (["--max-new-tokens", "0"], "max_new_tokens 0 is below 1"),
         (["--max-new-tokens", "600"], "600 new ones do not fit the length of 512"),
         (["--prompt-file", "/nowhere.jsonl"], "'/nowhere.jsonl'"),
+        (["--limit", "0"], "--limit 0 is below 1"),
+        (["--prompt-template", "{a}"], "--prompt-template needs --prompt-file"),
+        (["--json", "/nowhere/x"], "/nowhere/x can't be written"),
     ],
 )
 def test_bad_input(model_directory, refused, monkeypatch, changes, words):

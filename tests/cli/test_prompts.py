@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from lsjax.cli.prompts import read_prompts, read_requests
+from lsjax.cli.prompts import PromptArguments, read_encoded, read_prompts, read_requests
 from lsjax.config import ConfigError
 from lsjax.decoding.request import Request
 from lsjax.decoding.sampling import Sampling
@@ -166,3 +166,67 @@ def test_options_are_refused_with_file_and_line(tmp_path, options, words):
     with pytest.raises(ConfigError) as error:
         requests_of(tmp_path, {"prompt": "a"}, {"prompt": "b"} | options)
     assert str(error.value).startswith(f"{tmp_path / 'p.jsonl'}, line 2: {words}")
+
+
+ROWS = """{"q": "a", "n": 1}
+{"q": 2}
+{"q": "long one", "n": 3}
+[]
+{"n": 4}
+{"q": "", "n": ""}
+{"q": "e", "n": 6}
+"""
+
+
+def encode(text: str) -> list[int]:
+    if len(text) > 6:
+        raise ConfigError("too long")
+    return [ord(c) for c in text]
+
+
+def test_rows_become_prompts_by_a_template(tmp_path):
+    """Every bad row is named, and the others are taken."""
+    (tmp_path / "rows.jsonl").write_text(ROWS)
+    arguments = PromptArguments(
+        prompt_file=tmp_path / "rows.jsonl", prompt_template="{q}:{n}", bad_rows="skip"
+    )
+    warnings: list[str] = []
+    found = read_encoded(arguments, [], encode, warnings.append)
+    assert found == [[97, 58, 49], [58], [101, 58, 54]]
+    assert [warning.split(" ", 4)[3].rstrip(":") for warning in warnings] == ["2", "3", "4", "5"]
+    words = ("has no field 'n'", "too long", "is no object", "has no field 'q'")
+    assert all(word in warning for word, warning in zip(words, warnings, strict=True))
+
+
+@pytest.mark.parametrize(
+    "options, found",
+    [
+        ({"every": 2}, ["a", "c", "e"]),
+        ({"every": 2, "limit": 2}, ["a", "c"]),
+        ({"limit": 9}, ["a", "b", "c", "d", "e"]),
+    ],
+)
+def test_some_of_the_prompts(tmp_path, options, found):
+    (tmp_path / "p.jsonl").write_text("".join(f'{{"prompt": "{c}"}}\n' for c in "abcde"))
+    arguments = PromptArguments(prompt_file=tmp_path / "p.jsonl", **options)
+    assert read_encoded(arguments, [], encode, print) == [[ord(c)] for c in found]
+
+
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        ('{"prompt": "a"}\n{"prompt": 1}\n', "p.jsonl, line 2 is no object with a text"),
+        ('{"prompt": "a"}\n\n{"prompt": "long one"}\n', "p.jsonl, line 3: too long"),
+    ],
+)
+def test_a_bad_row_is_refused(tmp_path, content, words):
+    (tmp_path / "p.jsonl").write_text(content)
+    with pytest.raises(ConfigError, match=words):
+        read_encoded(PromptArguments(prompt_file=tmp_path / "p.jsonl"), [], encode, print)
+
+
+def test_a_file_in_which_nothing_is_left(tmp_path):
+    (tmp_path / "p.jsonl").write_text('{"prompt": "long one"}\n')
+    arguments = PromptArguments(prompt_file=tmp_path / "p.jsonl", bad_rows="skip")
+    with pytest.raises(ConfigError, match="p.jsonl: no row of it can be decoded"):
+        read_encoded(arguments, [], encode, lambda _: None)

@@ -25,6 +25,8 @@ def test_margin(model, monkeypatch, logits, found, margin):
     difference = first_difference(model, [7, 8], [4, 0, 2], [4, found, 9])
     assert (difference.index, difference.expected, difference.found) == (1, 0, found)
     assert difference.margin == pytest.approx(margin, nan_ok=True)
+    last_place = np.max(np.abs(logits)) * 2.0**-23
+    assert difference.roundings == pytest.approx(margin / last_place, nan_ok=True)
     assert seen == [[7, 8, 4]]
 
 
@@ -32,4 +34,4 @@ def test_equal_and_shorter(model):
     assert first_difference(model, [7], [1, 2], [1, 2]) is None
     difference = first_difference(model, [7], [1, 2], [1])
     assert (difference.index, difference.expected, difference.found) == (1, 2, None)
-    assert difference.margin == np.inf
+    assert difference.margin == difference.roundings == np.inf
