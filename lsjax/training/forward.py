@@ -8,6 +8,7 @@ from jaxtyping import Array, Float, Int
 
 from lsjax.config import StepConfig
 from lsjax.model.llama import Llama
+from lsjax.model.products import rows_where
 from lsjax.model.rope import rope_angles
 from lsjax.sharding import ROWS, constrain, row_shards
 from lsjax.training.kept_rows import Kept, run_on_kept
@@ -112,8 +113,8 @@ def layer_runner(config: StepConfig, rope, segments_BT):
         rate, kept = dropout
         match config.layer_dropout.skip:
             case "mask":
-                keep_B11 = kept.keep_SR.reshape(-1, 1, 1)
-                return jnp.where(keep_B11, rescaled(block, x_BTD, others, rate), x_BTD)
+                keep_B = kept.keep_SR.reshape(-1)
+                return rows_where(keep_B, rescaled(block, x_BTD, others, rate), x_BTD)
             case "batch":
                 return lax.cond(
                     kept.keep_SR[0, 0],

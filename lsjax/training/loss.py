@@ -23,6 +23,8 @@ from lsjax.sharding import ROWS, on_each_device
 
 # Logits of a chunk, on each device.
 CHUNK_LOGITS = 2**25
+# The loops of which only a step knows the trip counts, by their names in the compiled program.
+EXITS, CHUNKS = "exit_losses", "loss_chunks"
 
 
 class Head(NamedTuple):
@@ -109,9 +111,9 @@ def _own_rows(target, z_loss, chunk, head, x_SBTD, labels_BT, positions, weights
         return jnp.einsum("VD,BCD->VBC", table_VD, normed_BCD, preferred_element_type=wide)
 
     def slot_loss(learns, slot, carry):
-        """Adds one slot's loss and gradients."""
-        total, sums_S, dnorm, dtable_VD, dx_SBTD = carry
-        x_BTD, weight = x_SBTD[slot], weights_S[slot].astype(wide)
+        """Adds one slot's loss and gradients; that of its states takes their place."""
+        total, sums_S, dnorm, dtable_VD, slots_SBTD = carry
+        x_BTD, weight = slots_SBTD[slot], weights_S[slot].astype(wide)
         order_BT, count_B = positions.order_SBT[slot], positions.counts_SB[slot]
         scale_B = positions.scales_SB[slot].astype(wide)
         padding = chunks * chunk - steps
@@ -132,7 +134,7 @@ def _own_rows(target, z_loss, chunk, head, x_SBTD, labels_BT, positions, weights
                 wanted_VBC = jnp.arange(vocab)[:, None, None] == label_BC
                 loss_BC = log_z_BC - jnp.where(wanted_VBC, logits_VBC, 0).sum(0)
             else:
-                final_BCD = jnp.take_along_axis(x_SBTD[-1], at_BC[:, :, None], 1)
+                final_BCD = jnp.take_along_axis(slots_SBTD[-1], at_BC[:, :, None], 1)
                 log_wanted_VBC = jax.nn.log_softmax(logits_of(head.norm(final_BCD)), axis=0)
                 wanted_VBC = jnp.exp(log_wanted_VBC)
                 loss_BC = (wanted_VBC * (log_wanted_VBC - logits_VBC + log_z_BC)).sum(0)
@@ -154,20 +156,20 @@ def _own_rows(target, z_loss, chunk, head, x_SBTD, labels_BT, positions, weights
 
         sorted_BTD = jnp.zeros((batch, chunks * chunk, width), x_SBTD.dtype)
         carry = (total, jnp.zeros((), wide), dnorm, dtable_VD, sorted_BTD)
-        total, sum_, dnorm, dtable_VD, sorted_BTD = lax.fori_loop(
-            0, chunks_S[slot], chunk_loss, carry
-        )
+        with jax.named_scope(CHUNKS):
+            carry = lax.fori_loop(0, chunks_S[slot], chunk_loss, carry)
+        total, sum_, dnorm, dtable_VD, sorted_BTD = carry
         back_BT = jnp.argsort(order_BT, axis=1)
         dx_BTD = jnp.take_along_axis(sorted_BTD, back_BT[:, :, None], 1)
-        dx_SBTD = lax.dynamic_update_index_in_dim(dx_SBTD, dx_BTD, slot, 0)
-        return total, sums_S.at[slot].set(sum_), dnorm, dtable_VD, dx_SBTD
+        slots_SBTD = lax.dynamic_update_index_in_dim(slots_SBTD, dx_BTD, slot, 0)
+        return total, sums_S.at[slot].set(sum_), dnorm, dtable_VD, slots_SBTD
 
     carry = (
         jnp.zeros((), wide),
         jnp.zeros(slots, wide),
         jax.tree.map(jnp.zeros_like, head.norm),
         jnp.zeros(table_VD.shape, wide),
-        jnp.zeros_like(x_SBTD),
+        x_SBTD,
     )
     if slots > 1:
         used_S = chunks_S[:-1] > 0
@@ -176,7 +178,11 @@ def _own_rows(target, z_loss, chunk, head, x_SBTD, labels_BT, positions, weights
         def used_slot_loss(index, carry):
             return slot_loss(target, order_S[index], carry)
 
-        carry = lax.fori_loop(0, used_S.sum(), used_slot_loss, carry)
+        with jax.named_scope(EXITS):
+            carry = lax.fori_loop(0, used_S.sum(), used_slot_loss, carry)
+        *rest, slots_SBTD = carry
+        keep_S = jnp.append(used_S, True)[:, None, None, None]
+        carry = *rest, jnp.where(keep_S, slots_SBTD, 0)
     total, sums_S, dnorm, dtable_VD, dx_SBTD = slot_loss("labels", slots - 1, carry)
     sums = (total, sums_S), Head(dnorm, dtable_VD)
     return jax.tree.map(lambda leaf: leaf[None], sums), dx_SBTD
