@@ -104,6 +104,13 @@ def constrain(x: Array, *spec: str | tuple[str, ...] | None) -> Array:
     return x if mesh.empty else lax.with_sharding_constraint(x, fitted(P(*spec), x.shape, mesh))
 
 
+def platform() -> str:
+    """Where the program that is being traced will run ("cpu", "gpu", "tpu"): on the devices of the
+    mesh in use, which need not be there, or those that there are."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform
+
+
 def row_shards(rows: int) -> int:
     """Parts of a batch of that many rows that training has on different devices of the mesh in
     use."""

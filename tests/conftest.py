@@ -30,6 +30,7 @@ CHECKED = [
         for name in ("huggingface", "llama", "parts", "rope", "safetensors_files")
     ),
     *(f"lsjax.model.{name}" for name in ("fingerprint", "plain", "run_directory", "saved_steps")),
+    "lsjax.model.self_attention",
     *(f"lsjax.decoding.{name}" for name in ("autoregressive", "completion", "engine", "loops")),
     "lsjax.decoding.request",
     "lsjax.sharding",

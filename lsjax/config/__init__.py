@@ -8,10 +8,11 @@ from lsjax.config.llama import LlamaConfig, RopeScaling
 from lsjax.config.lora import LoraConfig
 from lsjax.config.mesh import MeshConfig
 from lsjax.config.optimizer import OptimizerConfig
-from lsjax.config.step import StepConfig
+from lsjax.config.step import AttentionKernel, StepConfig
 from lsjax.config.train import CheckpointConfig, EvaluationConfig, TrainConfig
 
 __all__ = [
+    "AttentionKernel",
     "CheckpointConfig",
     "EvaluationConfig",
     "TrainConfig",

@@ -10,6 +10,7 @@ from lsjax.config.llama import LlamaConfig
 from lsjax.config.lora import LoraConfig
 from lsjax.config.optimizer import OptimizerConfig
 
+AttentionKernel = Literal["auto", "xla", "splash", "cudnn"]
 Remat = Literal["none", "nothing_saveable", "dots_saveable", "dots_with_no_batch_dims_saveable"]
 
 
@@ -32,6 +33,9 @@ class StepConfig:
     remat: Remat = "none"
     """What a layer keeps for its backward pass: all that it needs, or what jax's checkpoint policy
     of that name keeps; the rest is computed again."""
+    attention: AttentionKernel = "auto"
+    """What computes it: auto is splash on TPUs, cudnn on GPUs and xla elsewhere, and xla where
+    these do not take the arrays (lsjax/model/self_attention.py)."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the computation: auto is bfloat16 on accelerators and that of the parameters on CPUs."""
 
@@ -43,6 +47,10 @@ class StepConfig:
         check(
             self.remat in get_args(Remat),
             f"remat {self.remat!r} is unknown: use {', '.join(get_args(Remat))}",
+        )
+        check(
+            self.attention in get_args(AttentionKernel),
+            f"attention {self.attention!r} is unknown: use {', '.join(get_args(AttentionKernel))}",
         )
         check(
             self.dtype in ("auto", "float32", "bfloat16"),

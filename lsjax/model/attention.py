@@ -1,4 +1,4 @@
-"""Scaled dot-product attention with grouped queries: whole sequences, and against a cache."""
+"""Scaled dot-product attention with grouped queries: under a mask, and against a cache."""
 
 from functools import partial
 
@@ -31,23 +31,6 @@ def attention(
     mixed = mix(q_BKRH, k_BKSH, v_BKSH, mask_B1RS)
     mixed = mixed.reshape(batch, kv_heads, -1, steps, size).transpose(0, 3, 1, 2, 4)
     return mixed.reshape(q_BTNH.shape)
-
-
-def self_attention(
-    q_BTNH: Float[Array, "B T N H"],
-    k_BTKH: Float[Array, "B T K H"],
-    v_BTKH: Float[Array, "B T K H"],
-    segments_BT: Int[Array, "B T"] | None = None,
-) -> Float[Array, "B T N H"]:
-    """Causal attention within whole sequences, of each token to those of its own segment.
-
-    segments_BT: number of the document that a token belongs to; one document by default.
-    """
-    steps = q_BTNH.shape[1]
-    mask_BTT = jnp.tril(jnp.ones((1, steps, steps), bool))
-    if segments_BT is not None:
-        mask_BTT &= segments_BT[:, :, None] == segments_BT[:, None]
-    return attention(q_BTNH, k_BTKH, v_BTKH, mask_BTT)
 
 
 def cached_attention(

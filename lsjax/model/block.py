@@ -10,11 +10,12 @@ from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from lsjax.config import LlamaConfig
-from lsjax.model.attention import cached_attention, self_attention
+from lsjax.config import AttentionKernel, LlamaConfig
+from lsjax.model.attention import cached_attention
 from lsjax.model.cache import write_slots
 from lsjax.model.products import linear, swiglu
 from lsjax.model.rope import rotate
+from lsjax.model.self_attention import self_attention
 from lsjax.sharding import constrain, on_each_device
 
 
@@ -115,10 +116,14 @@ class Block(nnx.Module):
         x_BTD: Float[Array, "B T D"],
         rope: tuple[Array, Array],
         segments_BT: Int[Array, "B T"] | None = None,
+        kernel: AttentionKernel = "auto",
     ) -> Float[Array, "B T D"]:
-        """The layer on whole sequences, without a cache; segments do not see one another."""
+        """The layer on whole sequences, without a cache; segments do not see one another.
+
+        kernel: of the attention (self_attention.py).
+        """
         q, k, v = self.attention.project(self.attention_norm(x_BTD), rope)
-        x_BTD = x_BTD + self.attention.merge(self_attention(q, k, v, segments_BT))
+        x_BTD = x_BTD + self.attention.merge(self_attention(q, k, v, segments_BT, kernel))
         return x_BTD + self.feed_forward(self.feed_forward_norm(x_BTD))
 
     def extend(

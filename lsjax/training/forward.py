@@ -10,6 +10,7 @@ from lsjax.config import StepConfig
 from lsjax.model.llama import Llama
 from lsjax.model.products import rows_where
 from lsjax.model.rope import rope_angles
+from lsjax.model.self_attention import SAVED
 from lsjax.sharding import ROWS, constrain, row_shards
 from lsjax.training.kept_rows import Kept, run_on_kept
 from lsjax.training.layer_dropout import drop_rates, keep_counted, keep_mask, row_counts
@@ -90,13 +91,17 @@ def layer_runner(config: StepConfig, rope, segments_BT):
     that do not keep it."""
 
     def run(block, x_BTD, others):
-        return block(x_BTD, *others)
+        return block(x_BTD, *others, config.attention)
 
     remat = config.remat
     if remat == "none" and config.layer_dropout.p_max > 0 and config.layer_dropout.skip == "gather":
         remat = "dots_saveable"  # what is kept is copied once more: the rest is cheaper anew
     if remat != "none":
-        policy = getattr(jax.checkpoint_policies, remat)
+        policies = jax.checkpoint_policies
+        policy = getattr(policies, remat)
+        if remat != "nothing_saveable":
+            # A kernel's result is one of products too.
+            policy = policies.save_from_both_policies(policy, policies.save_only_these_names(SAVED))
         run = jax.checkpoint(run, policy=policy, prevent_cse=False)  # the scan prevents it
 
     def rescaled(block, x_BTD, others, rate):

@@ -7,6 +7,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from lsjax.config import StepConfig
 from lsjax.model.llama import Llama
+from lsjax.sharding import platform
 from lsjax.training.early_exit import enabled_exits, loss_weights, most_exits
 from lsjax.training.forward import exit_states
 from lsjax.training.loss import Positions, head_loss, head_of
@@ -101,7 +102,7 @@ def compute_dtype(config: StepConfig, model: Llama) -> DTypeLike:
     """bfloat16 on accelerators and the parameters' on CPUs, unless the config says otherwise."""
     if config.dtype != "auto":
         return jnp.dtype(config.dtype)
-    return model.dtype if jax.default_backend() == "cpu" else jnp.dtype(jnp.bfloat16)
+    return model.dtype if platform() == "cpu" else jnp.dtype(jnp.bfloat16)
 
 
 def in_dtype(model: Llama, dtype: DTypeLike) -> Llama:

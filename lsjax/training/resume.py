@@ -15,6 +15,7 @@ FREE = frozenset(
         "max_skipped",
         "micro_batches",
         "remat",
+        "attention",
         "dtype",
         "init_from",
         # Of a model that has begun to learn:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from lsjax.config import EarlyExitConfig, LayerDropoutConfig, StepConfig
+from lsjax.model import self_attention
 from lsjax.model.rope import rope_angles
 from lsjax.training.layer_dropout import keep_mask
 from lsjax.training.objective import objective
@@ -116,3 +117,22 @@ def test_remat_changes_nothing(wide, packed, evaluate, remat):
     plain = dropping(p_max=0.4, distribution="uniform")
     again = dataclasses.replace(plain, remat=remat)
     assert_close(evaluate(again, wide, packed, 1), evaluate(plain, wide, packed, 1))
+
+
+def test_the_kernel_of_attention_changes_nothing(small, packed, evaluate):
+    """Where it is wrapped most: gathered rows, in branches, with what it gives saved by name."""
+    batch = {name: array[:2] for name, array in packed.items()}
+    plain = dropping(p_max=0.6, distribution="linear", skip="gather")
+    splash = dataclasses.replace(plain, attention="splash")
+    assert_close(evaluate(splash, small, batch, 1), evaluate(plain, small, batch, 1), atol=2e-5)
+
+
+@pytest.mark.parametrize("remat, runs", [("dots_saveable", 1), ("nothing_saveable", 2)])
+def test_what_a_kernel_gives_is_kept_as_products_are(small, packed, monkeypatch, remat, runs):
+    """How often the gradient's program for a TPU runs the kernel forward, beside two backward."""
+    monkeypatch.setattr(self_attention, "platform", lambda: "tpu")
+    config = StepConfig(num_steps=1, attention="splash", remat=remat)
+    differentiated = jax.jit(jax.grad(partial(objective, config), has_aux=True))
+    traced = differentiated.trace(small, packed, 0, jnp.arange(4), 9)
+    program = traced.lower(lowering_platforms=("tpu",)).as_text()
+    assert program.count("tpu_custom_call") == runs + 2

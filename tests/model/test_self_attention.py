@@ -1,0 +1,113 @@
+"""Attention's kernels against plain expressions; the TPU's is interpreted."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lsjax.config import ConfigError
+from lsjax.model import self_attention as module
+from lsjax.model.self_attention import self_attention
+
+B, T, N, K, H = 2, 200, 4, 2, 16  # no whole number of blocks
+# Two documents and padding; three documents.
+SEGMENTS = np.stack([np.repeat([1, 2, 0], [90, 80, 30]), np.repeat([1, 2, 3], [130, 1, 69])])
+SEGMENTS = jnp.asarray(SEGMENTS.astype(np.int32))
+
+
+def arrays(dtype=jnp.float32, shapes=((B, T, N, H), (B, T, K, H), (B, T, K, H), (B, T, N, H))):
+    rng = np.random.default_rng(0)
+    return [jnp.asarray(rng.normal(size=shape), dtype) for shape in shapes]
+
+
+def plain(q, k, v, segments):
+    """In NumPy's order of things: every query beside its own copy of a key."""
+    k, v = (jnp.repeat(x, q.shape[2] // x.shape[2], axis=2) for x in (k, v))
+    scores = jnp.einsum("btnh,bsnh->bnts", q, k) / q.shape[-1] ** 0.5
+    seen = np.tril(np.ones((q.shape[1],) * 2, bool))
+    if segments is not None:
+        seen = seen & (segments[:, None, :, None] == segments[:, None, None, :])
+    return jnp.einsum("bnts,bsnh->btnh", jax.nn.softmax(jnp.where(seen, scores, -1e30)), v)
+
+
+@partial(jax.jit, static_argnums=0)
+def with_gradients(attend, q, k, v, segments, dy):
+    y, pullback = jax.vjp(lambda q, k, v: attend(q, k, v, segments), q, k, v)
+    return y, *pullback(dy)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_blocks():
+    """Several of them, so that some are skipped and some are cut by the diagonal."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "BLOCKS", (128,))
+        yield
+
+
+@pytest.fixture(scope="module")
+def splash():
+    q, k, v, dy = arrays()
+    dy = dy * (SEGMENTS > 0)[:, :, None, None]  # of no label, no gradient
+    run = partial(self_attention, kernel="splash")
+    return with_gradients(run, q, k, v, SEGMENTS, dy)
+
+
+@pytest.mark.parametrize("kernel", ["plain", "xla"])
+def test_splash_is_the_same_attention_gradients_too(splash, kernel):
+    q, k, v, dy = arrays()
+    dy = dy * (SEGMENTS > 0)[:, :, None, None]
+    other = plain if kernel == "plain" else partial(self_attention, kernel="xla")
+    expected = with_gradients(other, q, k, v, SEGMENTS, dy)
+    for found, wanted in zip(splash, expected, strict=True):
+        np.testing.assert_allclose(found, wanted, atol=2e-5)
+    without = with_gradients(other, q, k, v, jnp.ones_like(SEGMENTS), dy)
+    for found, wanted in zip(splash, without, strict=True):
+        assert np.abs(found - wanted).max() > 0.1
+
+
+def test_padding_gives_numbers_and_no_gradients(splash):
+    y, *gradients = splash
+    assert np.isfinite(y).all()
+    for gradient in gradients:
+        assert (gradient[0, 170:] == 0).all()
+        assert (np.abs(gradient[0, 90:170]).max((1, 2)) > 0).all()
+
+
+def test_one_document_and_bfloat16():
+    shapes = ((1, 128, 2, H),) * 4  # a query head to each key head
+    exact = with_gradients(plain, *arrays(shapes=shapes)[:3], None, arrays(shapes=shapes)[3])
+    q, k, v, dy = arrays(jnp.bfloat16, shapes)
+    found = with_gradients(partial(self_attention, kernel="splash"), q, k, v, None, dy)
+    for one, other in zip(found, exact, strict=True):
+        assert one.dtype == jnp.bfloat16
+        np.testing.assert_allclose(one.astype(jnp.float32), other, atol=0.06)
+
+
+def test_the_devices_choose(monkeypatch):
+    q, k, v, _ = arrays(jnp.bfloat16)
+
+    def kernels(q, kernel="auto"):
+        run = partial(self_attention, segments_BT=SEGMENTS[:, : q.shape[1]], kernel=kernel)
+        return str(jax.make_jaxpr(run)(q, q, q))
+
+    assert "pallas_call" not in kernels(q)
+    monkeypatch.setattr(module, "platform", lambda: "tpu")
+    assert "name=splash_mha_fwd_segmented" in kernels(q)
+    with jax.enable_x64():
+        assert "pallas_call" not in kernels(jnp.zeros(q.shape, float))
+    monkeypatch.setattr(module, "platform", lambda: "gpu")
+    assert "pallas_call" not in kernels(q)  # no GPU here
+    monkeypatch.setattr(module, "_capability", lambda: 9.0)
+    with pytest.raises(RuntimeError, match="cuDNN is not detected"):
+        kernels(q)
+    kernels(q.astype(jnp.float32))
+    kernels(q[:, :-1])
+    for array, kernel, message in (
+        (q, "splash", "'splash' is for TPUs, but this program is for gpu"),
+        (q.astype(jnp.float32), "cudnn", "takes float16 and bfloat16, not float32"),
+        (q[..., :-1], "cudnn", "takes head sizes of 8, 16, ... 128, not 15"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            kernels(array, kernel)
