@@ -127,6 +127,9 @@ class Arguments:
     stop: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     """Ends a text where it would contain this, beside what the task says; may be given several
     times."""
+    allow_code_execution: bool = False
+    """Runs the texts of human_eval against its tests, with limits that guard against accidents; it
+    is no security boundary (docs/evaluation.md)."""
     chat: bool = False
     """Puts prompts into the model's chat template."""
     system: str | None = None
@@ -190,6 +193,7 @@ def evaluate(arguments: Arguments) -> None:
     examples, data = read_examples(task, arguments, encode, problems)
     questions = ask(examples, [encode(one.prompt, data) for one in examples], task, arguments)
     check_output(arguments.output)
+    task.score("", examples[0])  # whether that can be done here, before the work
 
     keep_compiled_programs()
     dtype = choose_dtype(arguments.dtype)
@@ -270,6 +274,12 @@ def with_options(task: Task, arguments: Arguments) -> Task:
         for name in ("max_new_tokens", "num_shots", "prompt_template", "response_template")
         if (value := getattr(arguments, name)) is not None
     }
+    if arguments.allow_code_execution:
+        check(
+            task.score_by_running is not None,
+            f"--allow-code-execution means nothing to {task.name}, whose texts are no programs",
+        )
+        changes["score"] = task.score_by_running
     return dataclasses.replace(task, stop=task.stop + arguments.stop, **changes)
 
 
@@ -410,6 +420,8 @@ def what_is_asked(
         "response_template": data.response_template,
         "num_shots": task.num_shots,
         "chat": arguments.chat,
+        "system": arguments.system,
+        "allow_code_execution": arguments.allow_code_execution,
         "strategies": [str(Answer.by(strategy)) for strategy in strategies],
         "max_new_tokens": task.max_new_tokens,
         "stop": list(task.stop),

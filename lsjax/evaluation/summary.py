@@ -1,5 +1,6 @@
 """What a file of results says: scores, speed and acceptance of each strategy."""
 
+import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -8,6 +9,7 @@ Line = Mapping[str, Any]
 
 # Groups that are no category.
 WHOLE = ALL, UNSEEN = "all", "not seen in training"
+PASS_AT = (1, 10, 100)
 
 
 def summarise(answers: Sequence[Line]) -> list[dict[str, Any]]:
@@ -68,15 +70,27 @@ def figures(answers: Sequence[Line]) -> dict[str, Any]:
 
 
 def scores_by_example(answers: Iterable[Line]) -> dict[str, dict[str, float]]:
-    """Of each score, the mean over an example's samples, by the example's id."""
+    """Of each score, the mean over an example's samples, by the example's id; of `passed`, the
+    unbiased estimates of pass@k that the samples are enough for."""
     samples: dict[str, dict[str, list[float]]] = {}
     for answer in answers:
         for name, value in answer["scores"].items():
             samples.setdefault(name, {}).setdefault(answer["id"], []).append(value)
-    return {
+    found = {
+        f"pass@{k}": {one: pass_at_k(len(p), int(sum(p)), k) for one, p in passed.items()}
+        for passed in [samples.pop("passed", {})]
+        for k in PASS_AT
+        if k <= min(map(len, passed.values()), default=0)
+    }
+    return found | {
         name: {example: statistics.fmean(values) for example, values in by_example.items()}
         for name, by_example in samples.items()
     }
+
+
+def pass_at_k(samples: int, passed: int, k: int) -> float:
+    """How likely one of k samples passes, from more of them (Chen et al., 2021, equation 1)."""
+    return 1 - math.comb(samples - passed, k) / math.comb(samples, k)
 
 
 def standard_error(values: Sequence[float]) -> float | None:

@@ -30,11 +30,12 @@ class Task:
     """One task.
 
     prompt_template, response_template: as in DataConfig; their fields are those of the rows.
-    score: figures of a text, each from 0 to 1, the main one first; an example without a reference
-    may have none. max_new_tokens, num_shots, stop: unless asked otherwise. between_shots: what
-    follows each shot. tfds: name of the TensorFlow data set, its split, and that of its shots.
-    fields: changes a row before the templates see it. id: the field that is a row's id; where it
-    stands, by default. group: the field that holds its category.
+    score: figures of a text, each from 0 to 1, the main one first; some examples may have none.
+    score_by_running: the same, and runs the text as a program. max_new_tokens, num_shots, stop:
+    unless asked otherwise. between_shots: what follows each shot. tfds: name of the TensorFlow
+    data set, its split, and that of its shots. fields: changes a row before the templates see it;
+    raises ConfigError that goes on from where the row stands. id: the field that is a row's id;
+    where it stands, by default. group: the field that holds its category.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Task:
     response_template: str
     score: Callable[[str, Example], dict[str, float]]
     max_new_tokens: int
+    score_by_running: Callable[[str, Example], dict[str, float]] | None = None
     num_shots: int = 0
     between_shots: str = "\n"
     stop: tuple[str, ...] = ()

@@ -1,0 +1,113 @@
+"""Runs a program that a model wrote, with limits. A guard against accidents, no security boundary:
+run what may be hostile in a machine of its own.
+
+    time                        a deadline here, and RLIMIT_CPU
+    memory, output              RLIMIT_AS, RLIMIT_FSIZE
+    processes, files, sockets   an audit hook in the program's interpreter (sandbox_child.py)
+    network                     namespaces of its own, where bubblewrap or unshare work
+
+The program gets an empty environment and the standard library alone. When it ends, everything in
+its process group is killed.
+"""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import BinaryIO
+
+from lsjax.config import check
+from lsjax.evaluation import sandbox_child
+
+SECONDS = 5.0
+MEMORY = 1 << 30  # bytes of address space
+OUTPUT = 1 << 20  # bytes
+
+BUBBLEWRAP = (
+    *("bwrap", "--unshare-all", "--die-with-parent", "--new-session"),
+    *("--ro-bind", "/", "/", "--dev", "/dev", "--proc", "/proc"),
+)
+UNSHARE = (
+    *("unshare", "--user", "--map-root-user", "--net", "--ipc", "--pid"),
+    *("--fork", "--kill-child", "--mount-proc"),
+)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Whether a program ran to its end without an error, and what happened otherwise."""
+
+    passed: bool
+    what: str
+
+
+def run_program(
+    source: str, *, seconds: float = SECONDS, memory: int = MEMORY, output: int = OUTPUT
+) -> Outcome:
+    """Runs Python source in an interpreter of its own.
+
+    seconds: of the clock and of computing. memory: bytes of address space. output: bytes that it
+    may print. Raises ConfigError where the system has no such limits.
+    """
+    check(os.name == "posix", "programs are only run where there are POSIX limits: leave it out")
+    with tempfile.TemporaryDirectory(prefix="lsjax-program-") as folder:
+        program, printed = Path(folder, "program.py"), Path(folder, "printed.txt")
+        program.write_text(source, encoding="utf-8", errors="replace")
+        command = [
+            *(*isolation(), sys.executable, "-I", "-S", "-B", sandbox_child.__file__),
+            *(str(program), str(seconds), str(memory), str(output)),
+        ]
+        with printed.open("wb") as stream:
+            code = _run(command, folder, stream, seconds)
+        last = printed.read_bytes()[-400:].decode(errors="replace").strip().splitlines()[-1:]
+    if code is None:
+        return Outcome(False, f"took longer than {seconds:g} s")
+    if code == sandbox_child.PASSED:
+        return Outcome(True, "passed")
+    return Outcome(False, last[0] if last else f"ended early with exit code {code}")
+
+
+@lru_cache
+def isolation() -> tuple[str, ...]:
+    """What stands before a command to run it in namespaces of its own; nothing where that can't be
+    had."""
+    for prefix in (BUBBLEWRAP, UNSHARE):
+        if shutil.which(prefix[0]):
+            tried = subprocess.run([*prefix, "true"], capture_output=True, timeout=60)
+            if tried.returncode == 0:
+                return prefix
+    return ()
+
+
+def _run(command: list[str], folder: str, stream: BinaryIO, seconds: float) -> int | None:
+    """The exit code; None for a program that had to be stopped."""
+    started = subprocess.Popen(
+        command,
+        cwd=folder,
+        env={},
+        stdin=subprocess.DEVNULL,
+        stdout=stream,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + seconds
+    ended = False
+    try:
+        while not ended and time.monotonic() < deadline:
+            time.sleep(0.005)
+            # Without reaping it: as long as it is there, its group's number is its own.
+            flags = os.WEXITED | os.WNOHANG | os.WNOWAIT
+            ended = os.waitid(os.P_PID, started.pid, flags) is not None
+    finally:
+        # What macOS says of a group that has ended.
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(started.pid, signal.SIGKILL)
+        code = started.wait()
+    return code if ended else None

@@ -1,0 +1,110 @@
+"""Programs that a model may write: good ones pass, bad ones are stopped and have failed."""
+
+import os
+import time
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from lsjax.evaluation import sandbox
+from lsjax.evaluation.sandbox import run_program
+
+run = partial(run_program, seconds=10.0)
+
+CAUGHT = "try:\n    {}\nexcept BaseException:\n    pass\n"
+
+
+@pytest.fixture(params=["isolated", "hook alone"])
+def layers(request, monkeypatch):
+    """With the namespaces that this machine has, and without."""
+    if request.param == "hook alone":
+        monkeypatch.setattr(sandbox, "isolation", lambda: ())
+    elif not sandbox.isolation():
+        pytest.skip("neither bubblewrap nor unshare works here")
+
+
+def test_good_programs_pass(layers):
+    assert run("import math, random, re, typing\nassert math.gcd(4, 6) == 2\nprint('é')").passed
+    assert run("import threading\nt = threading.Thread(target=print); t.start(); t.join()").passed
+
+
+@pytest.mark.parametrize(
+    ("source", "what"),
+    [
+        ("assert 1 == 2, 'one'", "AssertionError: one"),
+        ("def f(:\n", "SyntaxError"),
+        ("import sys; sys.exit()", "exit code 0"),
+        ("import os; os._exit(0)", "exit code 0"),
+        ("raise SystemExit(0)", "exit code 0"),
+        ("import numpy", "ModuleNotFoundError"),
+        ("import os; assert os.environ.get('HOME')", "AssertionError"),
+        ("input()", "EOFError"),
+    ],
+)
+def test_a_program_that_fails_or_ends_before_its_end(source, what):
+    outcome = run(source)
+    assert not outcome.passed and what in outcome.what, outcome
+
+
+@pytest.mark.parametrize(
+    ("source", "what"),
+    [
+        ("import os; os.fork()", "os.fork"),
+        ("import subprocess; subprocess.run(['true'])", "subprocess.Popen"),
+        ("import os; os.system('true')", "os.system"),
+        ("import socket; socket.socket()", "socket.__new__"),
+        ("import urllib.request; urllib.request.urlopen('http://127.0.0.1:9')", "socket"),
+        ("open('file', 'w')", "open"),
+        ("import os; os.open('file', os.O_CREAT | os.O_WRONLY)", "open"),
+        ("import os; os.remove('program.py')", "os.remove"),
+        ("import os; os.kill(os.getppid(), 9)", "os.kill"),
+        ("import ctypes", "ctypes.dlopen"),
+        ("import resource; resource.setrlimit(resource.RLIMIT_AS, (-1, -1))", "resource.setrlimit"),
+    ],
+)
+def test_what_is_forbidden_ends_a_program_even_if_it_catches_errors(layers, source, what):
+    outcome = run(CAUGHT.format(source.replace("; ", "\n    ")))
+    assert not outcome.passed and f"was stopped at {what}" in outcome.what, outcome
+
+
+def test_allocating():
+    outcome = run("x = []\nwhile True:\n    x.append(bytearray(10**7))", memory=2**28)
+    assert not outcome.passed and "MemoryError" in outcome.what
+
+
+def test_printing_without_end():
+    began = time.monotonic()
+    outcome = run("while True: print('x' * 1000)", output=10**5, seconds=60.0)
+    assert not outcome.passed and time.monotonic() - began < 30
+
+
+@pytest.mark.parametrize(
+    "source", ["while True: pass", "import time\ntime.sleep(60)", CAUGHT.format("while True: pass")]
+)
+def test_looping(source):
+    outcome = run(source, seconds=1.0)
+    assert not outcome.passed and outcome.what == "took longer than 1 s"
+
+
+def test_what_a_program_leaves_behind_is_killed_with_it(tmp_path):
+    """Were a process started in spite of all."""
+    for command, ended in (("sleep 60 & echo $!", 0), ("sleep 60 & echo $!; sleep 60", None)):
+        with (tmp_path / "printed").open("wb") as stream:
+            assert sandbox._run(["/bin/sh", "-c", command], str(tmp_path), stream, 1.0) == ended
+        child = int((tmp_path / "printed").read_text())
+        for _ in range(200):
+            if not is_running(child):
+                break
+            time.sleep(0.01)
+        assert not is_running(child)
+
+
+def is_running(process: int) -> bool:
+    """Whether it is there and no zombie."""
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    stat = Path(f"/proc/{process}/stat")
+    return not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] != "Z"
