@@ -1,12 +1,23 @@
 """The program that answers tasks: every strategy, going on after a kill, bad rows."""
 
+import dataclasses
+import gzip
 import json
 
 import pytest
+import tensorflow_datasets as tfds
 
 from lsjax.cli import evaluate
 from lsjax.cli.evaluate import main
+from lsjax.config import DataConfig, TrainConfig
+from lsjax.data.row_files import RowFiles
+from lsjax.data.token_store import encode_document
 from lsjax.evaluation.results import read
+from lsjax.evaluation.tasks.all_tasks import TASKS
+from lsjax.model.run_directory import begin_run
+from lsjax.training.checkpoint import Checkpoints
+from lsjax.training.step import init_state
+from tests.data import tiny_questions  # noqa: F401 (TFDS knows it from then on)
 
 ROWS = ["en_query\ten_parse\tdomain"] + [
     f"{text}\t[IN:GET_{domain.upper()} {text} ]\t{domain}"
@@ -40,10 +51,11 @@ def rows(tmp_path_factory):
 def run(model_directory, rows, tmp_path):
     """Runs the program on the rows; the answers of the file that it writes."""
 
-    def evaluate(*options, output="out.jsonl"):
-        argv = ["--model", model_directory, "--task", "topv2", "--max-new-tokens", 12]
+    def evaluate(*options, output="out.jsonl", data=("--data", rows)):
+        argv = ["--model", model_directory, "--max-new-tokens", 12]
+        argv += [] if "--task" in options else ["--task", "topv2"]
         argv += ["--output", tmp_path / output]
-        argv += [] if "--data" in options else ["--data", rows]
+        argv += [] if "--data" in options else data
         assert main([str(word) for word in (*argv, *options)]) == 0
         return read(tmp_path / output)[1]
 
@@ -146,6 +158,96 @@ def test_bad_rows(run, rows, tmp_path, refused, model_directory, capsys):
     assert f"skipped: {bad}, line 3 has 1 columns" in capsys.readouterr().err
 
 
+def test_a_run_is_asked_in_its_own_template(model, tokenizer, rows, tmp_path):
+    """With the tokens that training has before a response, and its end token ends the answer."""
+    data = DataConfig(
+        source="tsv",
+        paths=(str(rows),),
+        prompt_template="Parse: {en_query} ->",
+        response_template=" {en_parse}",
+        tokenizer="bytes",
+    )
+    config = TrainConfig(model=model.config, data=data, num_steps=4, batch_size=2, seq_len=16)
+    directory = tmp_path / "run"
+    begin_run(directory, config, tokenizer)
+    with Checkpoints(directory / "checkpoints", config.checkpoints) as checkpoints:
+        state = init_state(config, model)
+        checkpoints.save(state, step=1, config=config, data={}, loss=1.0)
+    asked = []
+
+    def spy(engine, task, strategies, questions, done, keep):
+        asked.extend(questions)
+
+    words = ("--task", "topv2", "--data", rows, "--output", tmp_path / "out.jsonl")
+    argv = [str(word) for word in ("--model", directory, *words, "--max-new-tokens", 4)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluate, "answer_all", spy)
+        main(argv)
+    trained = list(RowFiles(data.paths, data).documents())
+    for question, document in zip(asked, trained, strict=True):
+        ids, count = encode_document(document, data, tokenizer)
+        assert list(question.request.prompt) == ids[:count]
+        assert question.example.reference == document.text
+    assert asked[0].example.prompt == "Parse: will it rain ->"
+
+
+def test_shots_of_a_tensorflow_data_set(run, tmp_path, monkeypatch):
+    tfds.disable_progress_bar()
+    task = dataclasses.replace(TASKS["gsm8k"], tfds=("tiny_questions", "validation", "train"))
+    monkeypatch.setitem(evaluate.TASKS, "gsm8k", task)
+    (tmp_path / "tfds").mkdir()
+    words = ("--task", "gsm8k", "--num-shots", 2, "--limit", 2, "--max-length", 256)
+    answers = run(*words, "--tfds-data-dir", tmp_path / "tfds", data=())
+    assert [answer["id"] for answer in answers] == ["validation:0", "validation:1"]
+    assert answers[0]["reference"].startswith(" It is ")
+    # Two shots of 41 to 45 characters, and a question.
+    assert all(105 < answer["num_prompt_tokens"] < 125 for answer in answers)
+    assert set(answers[0]["scores"]) == {"accuracy"}
+
+
+def test_programs_are_run_only_if_allowed(run, tmp_path, capsys):
+    pytest.importorskip("rouge_score")
+    problem = {
+        "prompt": "def one():\n",
+        "canonical_solution": "    return 1\n",
+        "test": "def check(f):\n    assert f() == 1\n",
+        "entry_point": "one",
+    }
+    file = tmp_path / "HumanEval.jsonl.gz"
+    with gzip.open(file, "wt") as stream:
+        for number in range(2):
+            stream.write(json.dumps(problem | {"task_id": f"HumanEval/{number}"}) + "\n")
+    words = ("--task", "human_eval", "--temperature", 0.9, "--num-samples", 2, "--data", file)
+    answers = run(*words, output="rouge.jsonl")
+    assert set(answers[0]["scores"]) == {"rouge1", "rouge2", "rouge3", "rougeL"}
+    answers = run(*words, "--allow-code-execution", "--seed", 7)
+    assert [answer["scores"]["passed"] for answer in answers] == [0] * 4
+    assert [(a["id"], a["sample"], a["seed"]) for a in answers] == [
+        *(("HumanEval/0", 0, 7), ("HumanEval/0", 1, 8)),
+        *(("HumanEval/1", 0, 9), ("HumanEval/1", 1, 10)),
+    ]
+    assert len({answer["text"] for answer in answers}) > 1
+    assert "pass@1" in capsys.readouterr().out
+
+
+def test_categories(run, tmp_path, capsys):
+    pytest.importorskip("rouge_score")
+    rows = [
+        {"question_id": 81, "category": "writing", "turns": ["Write.", "Again."]},
+        {"question_id": 82, "category": "stem", "turns": ["Why?", "Really?"]},
+        {"question_id": 90, "category": "math_reasoning", "turns": ["?"], "reference": ["#### 3"]},
+    ]
+    file = tmp_path / "question.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run("--task", "spec_bench", "--groups", "--data", file)
+    printed = capsys.readouterr().out.splitlines()
+    assert [line.split()[:3] for line in printed[2:]] == [
+        ["autoregressive", "all", "3"],
+        ["math_reasoning", "1", "0"],
+        ["mt_bench", "2", "-"],
+    ]
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -160,6 +262,9 @@ def test_bad_rows(run, rows, tmp_path, refused, model_directory, capsys):
         (("--output", "/nowhere/out.jsonl"), "/nowhere/out.jsonl can't be written"),
         (("--output", "out.json"), "--output out.json is no .jsonl"),
         (("--system", "x"), "--system needs --chat"),
+        (("--chat",), "this model has no chat template"),
+        (("--allow-code-execution",), "--allow-code-execution means nothing to topv2"),
+        (("--tfds-split", "test"), "--tfds-split means nothing to --data"),
     ],
 )
 def test_bad_input(model_directory, rows, tmp_path, refused, monkeypatch, options, words):

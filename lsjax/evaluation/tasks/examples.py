@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 
 from lsjax.config import ConfigError, DataConfig, check
@@ -17,6 +18,8 @@ from lsjax.evaluation.tasks.task import Example, Row, Task
 
 # By the end of a file's name, behind which .gz may stand.
 READERS = {".jsonl": json_rows, ".tsv": tab_separated_rows, ".csv": comma_separated_rows}
+
+SHOT_ROWS = 10_000
 
 Refuse = Callable[[ConfigError], None]
 
@@ -110,11 +113,12 @@ def choose_shots(
     count: int,
     seed: int,
 ) -> str:
-    """The text of `count` rows, drawn by the seed, that stands before every prompt.
+    """What stands before every prompt: `count` rows, drawn by the seed from the first SHOT_ROWS.
 
     Raises ConfigError where there are fewer.
     """
-    documents = [row_document(task.fields(row), data, where) for _, where, row in rows]
+    some = islice(rows, SHOT_ROWS)
+    documents = [row_document(task.fields(row), data, where) for _, where, row in some]
     check(
         len(documents) >= count,
         f"{count} shots are asked for, but there are {len(documents)} rows for them: lower "
@@ -141,6 +145,10 @@ def _example(
     check(
         bool(document.text.strip()) or not task.needs_reference,
         f"{where} has an empty response: there is nothing to compare with",
+    )
+    check(
+        not shots or document.prompt + document.text not in shots,
+        f"{where} is one of the shots: draw them from other rows",
     )
     return Example(
         id=str(fields.get(task.id, name)) if task.id else name,

@@ -1,0 +1,264 @@
+"""Prompts as they are asked, letter by letter, and scores that were worked out by hand."""
+
+import dataclasses
+import gzip
+import json
+from decimal import Decimal
+
+import pytest
+
+from lsjax.config import ConfigError, DataConfig
+from lsjax.evaluation.rouge import rouge
+from lsjax.evaluation.summary import pass_at_k, scores_by_example
+from lsjax.evaluation.tasks.all_tasks import TASKS
+from lsjax.evaluation.tasks.examples import (
+    choose_shots,
+    file_rows,
+    make_examples,
+    prompts_of,
+    templates,
+)
+from lsjax.evaluation.tasks.gsm8k import final_number
+from lsjax.evaluation.tasks.human_eval import function_body
+from lsjax.evaluation.tasks.task import Example
+
+NUMBERS = " ".join(map(str, range(120)))
+FIRST = " ".join(map(str, range(100)))
+REST = " ".join(map(str, range(100, 120)))
+
+ROWS = {  # task: fields, id, prompt, reference, group
+    "cnn_dm_summarization": (
+        {"article": "A dog ran.", "highlights": "Dog runs.", "id": "x"},
+        *("rows.jsonl:1", "Article: A dog ran.\nSummary:", " Dog runs.", ""),
+    ),
+    "cnn_dm_lm": (
+        {"article": NUMBERS, "highlights": "-"},
+        *("rows.jsonl:1", FIRST, f" {REST}", ""),
+    ),
+    "xsum_summarization": (
+        {"document": "A dog ran.", "summary": "Dog runs.", "id": 7},
+        *("rows.jsonl:1", "Article: A dog ran.\nSummary:", " Dog runs.", ""),
+    ),
+    "human_eval": (
+        {
+            "task_id": "HumanEval/0",
+            "prompt": "def one():\n",
+            "canonical_solution": "    return 1\n",
+            "test": "def check(f):\n    assert f() == 1\n",
+            "entry_point": "one",
+        },
+        *("HumanEval/0", "def one():\n", "    return 1\n", ""),
+    ),
+    "topv2": (
+        {"en_query": "stop it", "en_parse": "[IN:STOP stop it ]", "domain": "timer"},
+        *("rows.jsonl:1", "stop it\n", "[IN:STOP stop it ]", "timer"),
+    ),
+    "gsm8k": (
+        {"question": "1 + 1?", "answer": "It is 2.\n#### 2"},
+        *("rows.jsonl:1", "Question: 1 + 1?\nAnswer:", " It is 2.\n#### 2", ""),
+    ),
+    "spec_bench": (
+        {"question_id": 81, "category": "coding", "turns": ["Sort.", "Now faster."]},
+        *("81", "Sort.", "", "mt_bench"),
+    ),
+    "pairs": (
+        {"prompt": "2 * 3 =", "response": " 6"},
+        *("rows.jsonl:1", "2 * 3 =", " 6", ""),
+    ),
+}
+
+
+@pytest.fixture
+def examples(tmp_path):
+    """Examples of a task that is given its rows."""
+
+    def make(name, *rows, problems=None, shots="", seen=frozenset()):
+        file = tmp_path / "rows.jsonl"
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        task = TASKS[name]
+        refuse = {} if problems is None else {"refuse": problems.append}
+        data = templates(task, None, {})
+        rows = file_rows([str(file)])
+        return list(make_examples(task, data, rows, shots=shots, seen=seen, **refuse))
+
+    return make
+
+
+def test_every_task_is_here():
+    assert ROWS.keys() == TASKS.keys()
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_prompts_and_references(examples, name):
+    fields, id_, prompt, reference, group = ROWS[name]
+    (example,) = examples(name, fields)
+    assert (example.id, example.prompt, example.reference) == (id_, prompt, reference)
+    assert example.group == group and not example.seen
+
+
+def test_shots_stand_before_the_prompt(tmp_path):
+    file = tmp_path / "train.csv"  # quoted commas and line ends
+    file.write_text('article,highlights\n"A, b\nc",one\nD,two\nE,three\n')
+    task = TASKS["cnn_dm_summarization"]
+    data = templates(task, None, {})
+    shots = choose_shots(task, data, file_rows([str(file)]), 2, seed=0)
+    three = {"Article: A, b\nc\nSummary: one\n", "Article: D\nSummary: two\n"}
+    three |= {"Article: E\nSummary: three\n"}
+    pairs = {a + b for a in three for b in three - {a}}
+    assert shots in pairs
+    assert shots == choose_shots(task, data, file_rows([str(file)]), 2, seed=0)
+    drawn = {choose_shots(task, data, file_rows([str(file)]), 2, seed=seed) for seed in range(40)}
+    assert drawn == pairs
+    with pytest.raises(ConfigError, match="4 shots are asked for, but there are 3 rows"):
+        choose_shots(task, data, file_rows([str(file)]), 4, seed=0)
+
+    found, problems = [], []
+    rows = file_rows([str(file)])
+    found = list(make_examples(task, data, rows, shots=shots, refuse=problems.append))
+    assert [one.prompt for one in found] == [f"{shots}{found[0].prompt.removeprefix(shots)}"]
+    assert len(problems) == 2 and "is one of the shots" in str(problems[0])
+
+
+def test_gsm8k_shots_stand_a_line_apart():
+    task = TASKS["gsm8k"]
+    rows = [("a", "a", {"question": "1 + 1?", "answer": "#### 2"})]
+    shots = choose_shots(task, templates(task, None, {}), rows, 1, seed=0)
+    assert shots == "Question: 1 + 1?\nAnswer: #### 2\n\n"
+
+
+def test_prompts_that_training_has_seen(examples):
+    rows = [{"prompt": p, "response": "r"} for p in ("a", " b", "c")]
+    task = TASKS["pairs"]
+    training = [("x", "x", {"prompt": "b ", "response": "other"})]
+    seen = frozenset(prompts_of(task, templates(task, None, {}), training))
+    assert [one.seen for one in examples("pairs", *rows, seen=seen)] == [False, True, False]
+
+
+def test_a_finetuned_model_is_asked_as_it_was_trained():
+    row = {"utterance": "stop", "semantic_parse": "[IN:STOP ]", "en_query": "stop"}
+    row["en_parse"] = row["semantic_parse"]
+    trained = DataConfig(
+        source="tsv",
+        paths=("train.tsv",),
+        prompt_template="Parse {utterance}:",
+        response_template=" {semantic_parse}",
+    )
+    task = TASKS["topv2"]
+    assert templates(task, trained, row) is trained
+    (example,) = make_examples(task, trained, [("a", "a", row)])
+    assert (example.prompt, example.reference) == ("Parse stop:", " [IN:STOP ]")
+    for other in (None, DataConfig(), dataclasses.replace(trained, prompt_template="{question}")):
+        assert templates(task, other, row).prompt_template == "{en_query}\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "problem"),
+    [
+        ("pairs", {"prompt": "a"}, "line 2 has no field 'response', it has prompt"),
+        ("pairs", {"prompt": "", "response": "b"}, "line 2 has an empty prompt"),
+        ("pairs", {"prompt": "a", "response": " "}, "line 2 has an empty response"),
+        ("pairs", {"prompt": None, "response": "b"}, "line 2: prompt is None"),
+        ("spec_bench", {"turns": ["a"]}, "line 2 is no question of Spec-Bench"),
+        ("spec_bench", {"turns": [], "category": "qa"}, "line 2 is no question of Spec-Bench"),
+        ("cnn_dm_lm", {"highlights": "a"}, "line 2 has no text under 'article'"),
+        ("cnn_dm_lm", {"article": "too short"}, "line 2 has an empty response"),
+    ],
+)
+def test_bad_rows_are_named(examples, name, row, problem):
+    good = ROWS[name][0]
+    with pytest.raises(ConfigError, match="rows.jsonl, line 2") as error:
+        examples(name, good, row, good)
+    assert problem in str(error.value)
+    problems = []
+    assert len(examples(name, good, row, good, problems=problems)) == 2
+    assert [problem in str(one) for one in problems] == [True]
+
+
+def test_files_of_every_kind(tmp_path):
+    with gzip.open(tmp_path / "a.jsonl.gz", "wt") as stream:
+        stream.write('{"x": 1}\n')
+    (tmp_path / "b.tsv").write_text("x\n2\n")
+    (tmp_path / "c.csv").write_text('x,y\n"a\nb",1\n\nc,2,3\nd,4\n')
+    problems = []
+    rows = list(file_rows([str(tmp_path / "?.*")], problems.append))
+    assert [(name, row) for name, _, row in rows] == [
+        ("a.jsonl.gz:1", {"x": 1}),
+        ("b.tsv:2", {"x": "2"}),
+        ("c.csv:2", {"x": "a\nb", "y": "1"}),
+        ("c.csv:6", {"x": "d", "y": "4"}),
+    ]
+    assert "c.csv, line 5 has 3 columns, the header 2" in str(problems[0])
+    (tmp_path / "d.gz").write_text("")
+    with pytest.raises(ConfigError, match="rows come from .jsonl, .tsv, .csv, not from that"):
+        next(file_rows([str(tmp_path / "d.gz")]))
+    (tmp_path / "e.jsonl.gz").write_text("{}\n")
+    with pytest.raises(ConfigError, match="can't be unpacked"):
+        next(file_rows([str(tmp_path / "e.jsonl.gz")]))
+
+
+def test_rouge_by_hand():
+    """Of 6 words 5 are shared, in order; of 5 pairs 3; of 4 triples 1."""
+    pytest.importorskip("rouge_score")
+    found = rouge("The cat sat on the mat", "the cat is on the mat!")
+    expected = {"rouge2": 3 / 5, "rouge1": 5 / 6, "rouge3": 1 / 4, "rougeL": 5 / 6}
+    assert found == pytest.approx(expected) and next(iter(found)) == "rouge2"
+    assert set(rouge("", "the cat").values()) == {0.0}
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("so 3 + 4 = 7 ducks", "7"),
+        (" He has $1,234.50 left.", "1234.50"),
+        ("2 * 9 = 18\n#### 18\nQuestion: 5?", "18"),
+        ("it is -5", "-5"),
+        ("#### -$5", "-5"),
+        ("5 remain (16-3)", "3"),
+        ("no number", None),
+        ("12 and ####", None),
+    ],
+)
+def test_final_number(text, number):
+    assert final_number(text) == (None if number is None else Decimal(number))
+
+
+def test_gsm8k_accuracy():
+    example = Example(id="1", prompt="", reference="9 * 2 = <<9*2=18>>18\n#### 18")
+    score = TASKS["gsm8k"].score
+    assert score("That makes 18.00.", example) == {"accuracy": 1}
+    assert score("18 minus 1", example) == {"accuracy": 0}
+
+
+def test_spec_bench_scores_what_has_a_reference(examples):
+    rows = [
+        {"question_id": 1, "category": "math_reasoning", "turns": ["?"], "reference": ["#### 3"]},
+        {"question_id": 2, "category": "rag", "turns": ["?"], "reference": [["a name"]]},
+        {"question_id": 3, "category": "math", "turns": ["?", "?"], "reference": ["3", ""]},
+    ]
+    score = TASKS["spec_bench"].score
+    made = examples("spec_bench", *rows)
+    assert [one.group for one in made] == ["math_reasoning", "rag", "mt_bench"]
+    assert [score("3", one) for one in made] == [{"accuracy": 1}, {}, {}]
+
+
+def test_a_function_ends_where_the_next_thing_begins():
+    body = "    if x:\n        return 1\n    # no\n    return 2\n"
+    for rest in ("\ndef other():\n    pass", "\nclass A:", "\n# Test", "\nif x:", "\nprint(1)"):
+        assert function_body(body + rest + body) == body
+    assert function_body(body) == body
+
+
+def test_pass_at_k():
+    """Of 5 samples 2 passed: 2 drawn at once both fail with 3/5 * 2/4."""
+    assert pass_at_k(5, 2, 1) == pytest.approx(2 / 5)
+    assert pass_at_k(5, 2, 2) == pytest.approx(1 - 3 / 5 * 2 / 4)
+    assert (pass_at_k(5, 0, 2), pass_at_k(5, 4, 2)) == (0, 1)
+    answers = [
+        {"id": name, "scores": {"passed": float(number < good), "rouge2": 0.5}}
+        for name, good in (("a", 1), ("b", 0))
+        for number in range(10)
+    ]
+    found = scores_by_example(answers)
+    assert list(found) == ["pass@1", "pass@10", "rouge2"]
+    assert found["pass@1"] == pytest.approx({"a": 0.1, "b": 0.0})
+    assert found["pass@10"] == {"a": 1, "b": 0}
