@@ -2,7 +2,8 @@
 
 A dataclass is an object of its fields, a tuple is a list, a path is a string. Where a field may
 hold one of several dataclasses, the object says which in "type". A file has a "version" beside the
-fields; it counts up when files of before cannot be read any more.
+fields; it counts up when the fields of before are no longer those of now, and `CHANGES` makes the
+new ones of them.
 """
 
 import dataclasses
@@ -18,7 +19,7 @@ from typing import Any, Literal, TypeVar
 
 from lsjax.config.errors import ConfigError, check
 
-VERSION = 1
+VERSION = 2
 T = TypeVar("T")
 
 
@@ -46,7 +47,7 @@ def versioned(config: Any) -> dict[str, Any]:
 
 
 def without_version(raw: Any, where: str) -> dict[str, Any]:
-    """The fields of what `versioned` made.
+    """The fields of what `versioned` made, now or when they were others.
 
     Raises ConfigError for what is no such object, or of a version that is not known here.
     """
@@ -60,7 +61,23 @@ def without_version(raw: Any, where: str) -> dict[str, Any]:
         f"{where}: version {version} was written by a newer lsjax; this one reads up to version "
         f"{VERSION}: update lsjax",
     )
+    for change in CHANGES[version - 1 :]:
+        fields = change(fields)
     return fields
+
+
+def _per_batch_to_skip(fields: dict[str, Any]) -> dict[str, Any]:
+    """layer_dropout.per_batch, of the first runs of version 1, became one of three ways."""
+    dropout = fields.get("layer_dropout")
+    if not isinstance(dropout, Mapping) or "per_batch" not in dropout:
+        return fields
+    rest = {key: value for key, value in dropout.items() if key != "per_batch"}
+    skip = "batch" if dropout["per_batch"] else "mask"
+    return {**fields, "layer_dropout": {**rest, "skip": skip}}
+
+
+# From version 1 to 2, and so on.
+CHANGES = (_per_batch_to_skip,)
 
 
 def differences(one: Any, other: Any, path: str = "") -> list[tuple[str, Any, Any]]:

@@ -8,7 +8,14 @@ from typing import Literal
 
 import pytest
 
-from lsjax.config import ConfigError, LlamaConfig, MeshConfig, RopeScaling
+from lsjax.config import (
+    ConfigError,
+    LayerDropoutConfig,
+    LlamaConfig,
+    MeshConfig,
+    RopeScaling,
+    TrainConfig,
+)
 from lsjax.config.json_form import (
     VERSION,
     differences,
@@ -17,9 +24,11 @@ from lsjax.config.json_form import (
     versioned,
     without_version,
 )
+from lsjax.model.run_directory import read_config
+from lsjax.training.resume import check_same_run
 
 LLAMA3_2_1B = """{
-  "version": 1,
+  "version": 2,
   "vocab_size": 128256,
   "hidden_size": 2048,
   "intermediate_size": 8192,
@@ -197,6 +206,36 @@ def test_versions(raw, message):
     with pytest.raises(ConfigError) as error:
         without_version(raw, "config.json")
     assert str(error.value).startswith("config.json: ") and message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "written, skip", [({"per_batch": True}, "batch"), ({"per_batch": False}, "mask")]
+)
+def test_a_run_of_before_goes_on(tmp_path, written, skip):
+    """Its config.json has the fields of then; the command is that of now."""
+    dropout = {"p_max": 0.2, "distribution": "linear", **written}
+    old = {"version": 1, "num_steps": 9, "seq_len": 64, "batch_size": 8, "init_from": ""}
+    old |= {"model": TINY, "layer_dropout": dropout, "remat": "none"}
+    (tmp_path / "config.json").write_text(json.dumps(old))
+    now = TrainConfig(
+        num_steps=9,
+        seq_len=64,
+        batch_size=8,
+        model=LlamaConfig.tiny(),
+        layer_dropout=LayerDropoutConfig(p_max=0.2, distribution="linear", skip=skip),
+    )
+    assert read_config(tmp_path) == now
+    assert check_same_run(read_config(tmp_path), now, "runs/a") == now
+    other = dataclasses.replace(now.layer_dropout, skip="gather")
+    with pytest.raises(ConfigError, match=f"layer_dropout.skip {skip}, now it is gather"):
+        check_same_run(
+            read_config(tmp_path), dataclasses.replace(now, layer_dropout=other), "runs/a"
+        )
+
+
+def test_the_fields_of_before_are_not_those_of_now():
+    fields = {"layer_dropout": {"per_batch": True}}
+    assert without_version({"version": VERSION, **fields}, "config.json") == fields
 
 
 def test_what_json_does_not_have():
