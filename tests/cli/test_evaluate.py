@@ -107,30 +107,32 @@ def test_every_strategy_answers_every_row(run, rows, tmp_path, capsys):
 
 
 def test_a_killed_run_goes_on(run, rows, tmp_path, monkeypatch):
-    whole = run(*EVERY, "--batch-size", 2, output="whole.jsonl")
+    two = ("--strategies", "autoregressive", "early_exit", "--exit-layers", 1, "--limit", 4)
+    two += ("--batch-size", 2)
+    whole = run(*two, output="whole.jsonl")
     add, count = evaluate.append, 0
 
     def killed(file, answer):
         nonlocal count
         count += 1
-        if count == 8:
+        if count == 6:
             with file.open("a") as stream:
-                stream.write('{"strategy": "autoreg')
+                stream.write('{"strategy": "early ex')
             raise KeyboardInterrupt
         add(file, answer)
 
     monkeypatch.setattr(evaluate, "append", killed)
     with pytest.raises(SystemExit) as exit_:
-        run(*EVERY, "--batch-size", 2)
+        run(*two)
     assert exit_.value.code == 130
     before = (tmp_path / "out.jsonl").read_text().splitlines()
-    assert len(before) == 1 + 7 + 1
+    assert len(before) == 1 + 5 + 1
     monkeypatch.setattr(evaluate, "append", add)
-    answers = run(*EVERY, "--batch-size", 2)
-    assert (tmp_path / "out.jsonl").read_text().splitlines()[:8] == before[:8]
+    answers = run(*two)
+    assert (tmp_path / "out.jsonl").read_text().splitlines()[:6] == before[:6]
     assert untimed(answers) == untimed(whole)
     again = (tmp_path / "out.jsonl").read_bytes()
-    run(*EVERY, "--batch-size", 2)  # nothing is left to do
+    run(*two)  # nothing is left to do
     assert (tmp_path / "out.jsonl").read_bytes() == again
 
 

@@ -96,6 +96,12 @@ def test_prompts_and_references(examples, name):
     assert example.group == group and not example.seen
 
 
+def test_columns_of_topv2_itself(examples):
+    row = {"domain": "timer", "utterance": "stop it", "semantic_parse": "[IN:STOP stop it ]"}
+    (example,) = examples("topv2", row)
+    assert (example.prompt, example.reference) == ("stop it\n", "[IN:STOP stop it ]")
+
+
 def test_shots_stand_before_the_prompt(tmp_path):
     file = tmp_path / "train.csv"  # quoted commas and line ends
     file.write_text('article,highlights\n"A, b\nc",one\nD,two\nE,three\n')

@@ -8,7 +8,7 @@ An intent (IN) holds words and slots, a slot (SL) words or an intent.
 import re
 from dataclasses import dataclass
 
-from lsjax.evaluation.tasks.task import Example, Task
+from lsjax.evaluation.tasks.task import Example, Row, Task
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,13 @@ def normalised(tree: Tree) -> Tree:
     return Tree(tree.label, trees)
 
 
+def english_columns(row: Row) -> Row:
+    """The row with its query and parse under the names of the Hinglish-TOP files, which have
+    TOPv2's English rows; TOPv2's own files say utterance and semantic_parse."""
+    names = {"en_query": "utterance", "en_parse": "semantic_parse"}
+    return {new: row[old] for new, old in names.items() if old in row} | dict(row)
+
+
 def score(text: str, example: Example) -> dict[str, float]:
     """exact_match: the same text, but for white space around it. tree_match: the same intents,
     slots and values of slots in the same order."""
@@ -65,5 +72,6 @@ TOPV2 = Task(
     response_template="{en_parse}",
     score=score,
     max_new_tokens=80,
+    fields=english_columns,
     group="domain",
 )
