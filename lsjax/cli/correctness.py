@@ -203,7 +203,7 @@ def show_differences(
             "the end" if token is None else repr(tokenizer.decode([token]))
             for token in (one.expected, one.found)
         )
-        margin = f"margin {one.margin:.1e}, {one.roundings:.1f} roundings of {dtype}"
+        margin = f"margin {one.margin:.1e}, {one.roundings:.2g} roundings of {dtype}"
         console.print(f"  {where}: new token {1 + one.index}, {tokens}, {margin}", markup=False)
 
 

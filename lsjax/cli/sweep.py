@@ -43,7 +43,7 @@ from lsjax.model.checkpoint import named_parameters
 from lsjax.model.fingerprint import fingerprints
 
 TEXTS, SUMMARY = "texts.jsonl", "sweep.json"
-SAMPLES = 2  # texts of the best cell that are kept
+SAMPLES = 3  # texts of the best cell that are kept
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,7 +3,8 @@
 Needs the `plots` extra (matplotlib).
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
@@ -28,6 +29,18 @@ def figure(rows: int, columns: int, size: tuple[float, float], **options):
         one.grid(alpha=0.3)
         one.spines[["top", "right"]].set_visible(False)
     return drawn, axes
+
+
+@contextmanager
+def dark() -> Iterator[None]:
+    """Plots made inside are bright on nothing: for dark pages."""
+    import matplotlib
+
+    bright = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
+    nothing = ("figure.facecolor", "axes.facecolor")
+    changes = dict.fromkeys(bright, "#DDDDDD") | dict.fromkeys(nothing, "none")
+    with matplotlib.rc_context(changes):
+        yield
 
 
 def check_plots() -> None:

@@ -1,0 +1,114 @@
+"""What lies in the directories of runs, sweeps and evaluations, read for a report."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from lsjax.config import ConfigError, LlamaConfig, check
+from lsjax.config.json_form import from_json, without_version
+from lsjax.evaluation.exits import ExitScores
+from lsjax.evaluation.speed import Row
+from lsjax.model.run_directory import CONFIG, is_run
+from lsjax.model.safetensors_files import read_json
+from lsjax.training.metrics_log import FILE, read_metrics
+
+SWEEP, EVALUATION = "sweep.json", ".summary.json"
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A sweep.json of lsjax.cli.sweep."""
+
+    name: str
+    title: str
+    rows: list[Row]
+    samples: list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A .summary.json of lsjax.cli.evaluate."""
+
+    name: str
+    asked: dict[str, Any]
+    bad_rows: list[str]
+    figures: list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Found:
+    """Everything that a directory or file holds; what it lacks is empty or None."""
+
+    name: str
+    config: dict[str, Any] | None = None  # as it is in the file: it may be another version's
+    model: LlamaConfig | None = None
+    metrics: list[dict[str, Any]] = field(default_factory=list)
+    sweeps: list[Sweep] = field(default_factory=list)
+    evaluations: list[Evaluation] = field(default_factory=list)
+
+    @property
+    def scores(self) -> ExitScores | None:
+        """Of every exit, at the run's last evaluation."""
+        rows = [row for row in self.metrics if row["kind"] == "evaluation"]
+        if not rows:
+            return None
+        return ExitScores(
+            tuple(rows[-1]["loss_E"]), tuple(rows[-1]["agreement_E"]), rows[-1]["tokens"]
+        )
+
+    @property
+    def step(self) -> int | None:
+        """The last step that was logged."""
+        return self.metrics[-1]["step"] if self.metrics else None
+
+
+def find(path: Path) -> Found:
+    """What a training run's directory holds, and the sweeps and evaluations in it or one level
+    below; or what any other directory or a single file of theirs holds.
+
+    Raises ConfigError where there is nothing, or a file that is not what its name says.
+    """
+    check(path.exists(), f"{path} does not exist: name a run, a sweep or an evaluation")
+    if path.is_dir():
+        places = [path, *sorted(p for p in path.iterdir() if p.is_dir())]
+        files = [file for place in places for file in sorted(place.iterdir())]
+    else:
+        files = [path]
+    run = path.is_dir() and is_run(path)
+    config = without_version(read_json(path / CONFIG), str(path / CONFIG)) if run else None
+    found = Found(
+        path.resolve().name,
+        config,
+        from_json(LlamaConfig, config["model"], f"{path / CONFIG}: model") if run else None,
+        read_metrics(path / FILE) if run else [],
+        [_read(file, _sweep) for file in files if file.name == SWEEP],
+        [_read(file, _evaluation) for file in files if file.name.endswith(EVALUATION)],
+    )
+    check(
+        run or bool(found.sweeps or found.evaluations),
+        f"{path} holds nothing to report: name a --workdir of train.py, or what lsjax.cli.sweep or "
+        "lsjax.cli.evaluate wrote",
+    )
+    return found
+
+
+def _sweep(file: Path, raw: dict[str, Any]) -> Sweep:
+    rows = [Row(**row) for row in raw["rows"]]
+    return Sweep(file.resolve().parent.name, raw["title"], rows, raw["samples"])
+
+
+def _evaluation(file: Path, raw: dict[str, Any]) -> Evaluation:
+    name = file.name.removesuffix(EVALUATION)
+    return Evaluation(name, raw["asked"], raw["bad_rows"], raw["figures"])
+
+
+def _read(file: Path, make: Callable[[Path, dict[str, Any]], T]) -> T:
+    try:
+        return make(file, json.loads(file.read_text(encoding="utf-8")))
+    except (ValueError, TypeError, KeyError) as error:
+        raise ConfigError(
+            f"{file} is not what its name says ({error!r}): remove it, or write it again"
+        ) from None

@@ -1,0 +1,106 @@
+"""What the curves of a training show."""
+
+import io
+
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+
+from lsjax.config import ConfigError
+from lsjax.evaluation.exits import ExitScores
+from lsjax.evaluation.figures import dark
+from lsjax.evaluation.plots import plot_exits, plot_training
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """The figures that are saved."""
+    figures, savefig = [], Figure.savefig
+    monkeypatch.setattr(
+        Figure, "savefig", lambda self, *a, **k: (figures.append(self), savefig(self, *a, **k))
+    )
+    return figures
+
+
+def step(number: int, exits: list[int]) -> dict:
+    loss = None if number == 2 else 4.0 - number / 10
+    return {
+        "kind": "step",
+        "step": number,
+        "last_exit_loss": loss,
+        "exits": exits,
+        "exit_losses": [5.0 - number / 10] * (len(exits) - 1) + [loss],
+        "grad_norm": 1.0,
+        "learning_rate": 0.1,
+        "tokens": 100,
+        "seconds": 50.0 if number == 1 else 0.5,
+    }
+
+
+METRICS = [step(1, [1, 4]), step(2, [2, 4]), step(3, [1, 4])] + [
+    {"kind": "evaluation", "step": 3, "loss_E": [4, 3, 2, 1], "agreement_E": [0.1, 0.2, 0.3, 1]},
+    {"kind": "sample", "step": 3, "text": "x"},
+]
+
+
+def lines(axis) -> dict[str, list]:
+    return {
+        line.get_label(): list(zip(*line.get_data(), strict=True))
+        for line in axis.lines
+        if not line.get_label().startswith("_")
+    }
+
+
+def test_training(drawn):
+    file = io.BytesIO()
+    plot_training(METRICS, file, title="a $run")
+    assert file.getvalue().startswith(b"\x89PNG")
+    losses, agreements, _, speeds, *_ = drawn[0].axes
+    found = lines(losses)
+    # Exit 3 was never trained, so that the nearest stand for the quarters; a null is a gap.
+    assert list(found) == ["exit 1", "exit 2", "exit 4", "held out"]
+    assert found["exit 1"] == [(1, 4.9), (3, 4.7)]
+    np.testing.assert_equal(found["exit 4"], [(1, 3.9), (2, np.nan), (3, 3.7)])
+    assert lines(agreements) == {"1": [(3, 0.1)], "2": [(3, 0.2)], "4": [(3, 1)]}
+    # Without the first step, which compiles.
+    assert list(speeds.lines[-1].get_ydata()) == [200, 200]
+
+
+def test_a_run_that_has_just_begun(drawn):
+    plot_training(METRICS[:1], io.BytesIO())
+    assert lines(drawn[0].axes[0])["exit 4"] == [(1, 3.9)]
+
+
+def test_nothing_to_plot():
+    with pytest.raises(ConfigError, match="there are no steps to plot"):
+        plot_training(METRICS[3:], io.BytesIO())
+
+
+def test_smooth_curves_of_long_runs(drawn):
+    """Means over a fortieth of the steps, over fewer at the ends."""
+    rows = [step(number, [1, 4]) for number in range(1, 201)]
+    rows[100]["last_exit_loss"] = rows[100]["exit_losses"][-1] = 1000.0
+    plot_training(rows, io.BytesIO())
+    curve = np.array(lines(drawn[0].axes[0])["exit 4"])[:, 1]
+    plain = 4.0 - np.arange(1, 201) / 10
+    np.testing.assert_allclose(curve[5:95], plain[5:95], atol=1e-12)
+    np.testing.assert_allclose(curve[98:103], plain[98:103] + (1000 - plain[100]) / 5, atol=1e-12)
+    np.testing.assert_allclose(curve[-1], plain[-3:].mean(), atol=1e-12)
+
+
+def test_exits_of_several_models(drawn):
+    scores = {
+        "with $x$": ExitScores((3.0, 2.0), (0.5, 1.0), 9),
+        "without": ExitScores((4.0, 3.0, 2.0), (0.1, 0.5, 1.0), 9),
+    }
+    with dark():
+        plot_exits(scores, io.BytesIO())
+    losses, agreements = drawn[0].axes
+    assert lines(losses) == {
+        r"with \$x\$": [(1, 3.0), (2, 2.0)],
+        "without": [(1, 4.0), (2, 3.0), (3, 2.0)],
+    }
+    assert lines(agreements)["without"] == [(1, 0.1), (2, 0.5), (3, 1.0)]
+    assert drawn[0].get_facecolor()[3] == 0, "nothing behind it"
+    plot_exits(scores, io.BytesIO())
+    assert drawn[1].get_facecolor() == (1, 1, 1, 1)
