@@ -21,6 +21,14 @@ import jax
 from rich.console import Console
 
 from lsjax.cli.errors import one_line_errors
+from lsjax.cli.hosts import (
+    check_same,
+    ending_together,
+    in_turn,
+    is_first,
+    start,
+    wait_to_see,
+)
 from lsjax.cli.run_files import held_out_prompts, write_run_files
 from lsjax.cli.setup import (
     cache_directory,
@@ -37,7 +45,7 @@ from lsjax.data.pipeline import make_pipeline, one_pass
 from lsjax.data.tokenizer_training import make_tokenizer
 from lsjax.model.checkpoint import open_source
 from lsjax.model.run_directory import CHECKPOINTS, begin_run, is_run, read_config
-from lsjax.sharding import ROWS, make_mesh, placed
+from lsjax.sharding import ROWS, make_mesh, own_rows, placed_rows
 from lsjax.training.checkpoint import Checkpoints
 from lsjax.training.flops import peak_flops, step_flops
 from lsjax.training.metrics_log import MetricsLog
@@ -50,27 +58,31 @@ from lsjax.training.trainer import Interrupted, Loop, TooManySkipped, run
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the program; exits with 2 on bad input, 1 where training fails, 128 + the signal's
     number where one stopped it."""
-    with one_line_errors():
+    with ending_together(), one_line_errors():
         arguments = parse(sys.argv[1:] if argv is None else argv, __doc__)
+        start(arguments.hosts)
         return train(arguments)
 
 
 def train(arguments: Arguments) -> int:
     """Checks all that can be checked, then compiles and trains."""
     keep_freed_memory()
-    console = Console(highlight=False, soft_wrap=True, emoji=False)
+    console = Console(highlight=False, soft_wrap=True, emoji=False, quiet=not is_first())
     config, workdir = arguments.config, arguments.workdir
     previous = is_run(workdir)
     if previous:
         config = check_same_run(read_config(workdir), config, str(workdir))
     if config.init_from and not previous:
         config = with_model(config, open_source(config.init_from).config)
-    mesh = None if config.mesh == MeshConfig() else make_mesh(config.mesh)
+    alone = jax.process_count() == 1 and config.mesh == MeshConfig()
+    mesh = None if alone else make_mesh(config.mesh)
     check_mesh(config, mesh)
+    check_same("the configurations and the states of --workdir", f"{config} {previous}")
 
     cache = cache_directory()
-    data = dict(seq_len=config.seq_len, cache=cache)
-    with console.status("reading the data"):
+    own_B = own_rows(config.batch_size, mesh)
+    data = dict(seq_len=config.seq_len, cache=cache, own_B=own_B)
+    with console.status("reading the data"), in_turn("the data are read"):
         tokenizer = make_tokenizer(config.data, cache=cache)
         pipeline = make_pipeline(
             config.data,
@@ -88,8 +100,14 @@ def train(arguments: Arguments) -> int:
             max_batches=config.evaluation.batches,
             **data,
         )
-    begin_run(workdir, config, tokenizer)
-    write_run_files(workdir, tokenizer, pipeline.rows, held_out)
+    fingerprints = tokenizer.fingerprint, pipeline.rows.fingerprint, held_out.rows.fingerprint
+    check_same("the tokenizers and the data", f"{fingerprints}")
+    prompts = held_out.whole()  # the same on all hosts
+    with in_turn("the run has begun"):
+        if is_first():
+            begin_run(workdir, config, tokenizer)
+            write_run_files(workdir, tokenizer, pipeline.rows, prompts)
+        wait_to_see(lambda: is_run(workdir), f"the run in {workdir}")
     console.print(describe(config, workdir, pipeline.rows))
 
     keep_compiled_programs()
@@ -132,12 +150,12 @@ def train(arguments: Arguments) -> int:
             step_flops=step_flops(config.model, config.batch_size, config.seq_len),
             peak_flops=peak_flops(),
         )
-        place = partial(placed, mesh=mesh)
+        place = partial(placed_rows, rows=config.batch_size, mesh=mesh)
         settings = config.evaluation
         hooks = [evaluation_hook(settings, list(held_out), workdir, console.print, place)]
         if settings.sample_tokens:
             given = settings.sample_prompt
-            prompt = tokenizer.encode(given) if given else held_out_prompts(held_out, 1)[0]
+            prompt = tokenizer.encode(given) if given else held_out_prompts(prompts, 1)[0]
             hooks.append(
                 sample_hook(settings, config.model, tokenizer, prompt, console.print, mesh)
             )
@@ -151,7 +169,9 @@ def train(arguments: Arguments) -> int:
             max_skipped=config.max_skipped,
             show=progress.show,
         )
-        log = MetricsLog(workdir, from_step=first, tensorboard=config.tensorboard)
+        log = MetricsLog(
+            workdir if is_first() else None, from_step=first, tensorboard=config.tensorboard
+        )
         try:
             with progress:
                 run(loop, state, log)

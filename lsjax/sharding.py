@@ -19,16 +19,17 @@ not divide likewise.
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jax import lax
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
-from lsjax.config import MeshConfig
+from lsjax.config import MeshConfig, check
 
 # What shares out the rows of a batch in training.
 ROWS = ("data", "fsdp")
@@ -44,7 +45,7 @@ TABLE: tuple[tuple[str, tuple[P, ...]], ...] = (
     (r"gate_up\.bias$", (P(None, "tensor"),)),
     (r"down\.kernel$", (P("tensor", "fsdp"),)),  # [F, D]
     (r"(keys|values)(\.\d+)?$", (P("data", "tensor"),)),  # [B, K, S, H]
-    (r"_BT$", (P(ROWS), P("data"))),  # of training; names of arrays say their axes
+    (r"_BT$", (P(ROWS),)),  # of training; names of arrays say their axes
     (r"_B\w*$", (P("data"),)),  # of decoding
 )
 _STACKED = re.compile(r"(^|\.)(layers\.\D|(keys|values)$)")
@@ -53,11 +54,16 @@ _STACKED = re.compile(r"(^|\.)(layers\.\D|(keys|values)$)")
 def make_mesh(config: MeshConfig) -> Mesh:
     """The mesh of this config on the first devices, for `jax.set_mesh`.
 
-    Raises ConfigError where it does not fit the devices.
+    Raises ConfigError where it does not fit the devices, or leaves some of several hosts idle.
     """
     devices = jax.devices()
     sizes = config.sizes(len(devices))
     used = devices[: math.prod(sizes.values())]
+    check(
+        len(used) == len(devices) or jax.process_count() == 1,
+        f"a mesh of {len(used)} devices, but {jax.process_count()} processes have {len(devices)}: "
+        "set one of --mesh.data, --mesh.fsdp and --mesh.tensor to -1, which takes what is left",
+    )
     return jax.make_mesh(
         tuple(sizes.values()), tuple(sizes), (AxisType.Auto,) * len(sizes), devices=used
     )
@@ -87,14 +93,42 @@ def placed(tree: Any, mesh: Mesh | None) -> Any:
     return tree if mesh is None else jax.device_put(tree, shardings(tree, mesh))
 
 
+def own_rows(rows: int, mesh: Mesh | None) -> np.ndarray:
+    """Numbers of the rows of a training batch that lie on this process's devices, in order.
+
+    Devices of one host need not be neighbours in the mesh, so these need not be either; and hosts
+    between which only weights are shared out have the same rows.
+    """
+    numbers_B = np.arange(rows)
+    if mesh is None:
+        return numbers_B
+    place = sharding_of("tokens_BT", (rows, 1), mesh)
+    indices = place.addressable_devices_indices_map((rows, 1)).values()
+    return np.unique(np.concatenate([numbers_B[index[0]] for index in indices]))
+
+
+def placed_rows(batch: Mapping[str, np.ndarray], rows: int, mesh: Mesh | None) -> dict[str, Any]:
+    """A batch of so many rows, of which each process gives its `own_rows`, where it belongs."""
+
+    def one(name: str, own: np.ndarray) -> Array:
+        shape = (rows, *own.shape[1:])
+        return jax.make_array_from_process_local_data(sharding_of(name, shape, mesh), own, shape)
+
+    return dict(batch) if mesh is None else {name: one(name, own) for name, own in batch.items()}
+
+
 def fitted(spec: P, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> P:
-    """The spec without the axes of the mesh that do not divide the array's."""
+    """The spec without the axes of the mesh that do not divide the array's; of several for one
+    axis the first ones stay."""
 
-    def divides(size, names):
-        names = (names,) if isinstance(names, str) else names or ()
-        return size % math.prod(mesh.shape[name] for name in names) == 0
+    def fit(size, names):
+        if isinstance(names, str | None):
+            names = (names,) if names else ()
+        while size % math.prod(mesh.shape[name] for name in names):
+            names = names[:-1]
+        return names if len(names) > 1 else next(iter(names), None)
 
-    return P(*[n if divides(size, n) else None for size, n in zip(shape, spec, strict=False)])
+    return P(*[fit(size, names) for size, names in zip(shape, spec, strict=False)])
 
 
 def constrain(x: Array, *spec: str | tuple[str, ...] | None) -> Array:
@@ -115,8 +149,10 @@ def row_shards(rows: int) -> int:
     """Parts of a batch of that many rows that training has on different devices of the mesh in
     use."""
     mesh = jax.sharding.get_abstract_mesh()
-    shards = 1 if mesh.empty else math.prod(mesh.shape[name] for name in ROWS)
-    return shards if rows % shards == 0 else 1
+    if mesh.empty:
+        return 1
+    place = NamedSharding(mesh, fitted(P(ROWS), (rows,), mesh))
+    return rows // place.shard_shape((rows,))[0]
 
 
 def on_each_device(

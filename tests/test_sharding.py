@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 from lsjax.config import LlamaConfig
 from lsjax.model.llama import Llama, stacked, unstacked
-from lsjax.sharding import constrain, on_each_device, shardings
+from lsjax.sharding import constrain, fitted, on_each_device, shardings
 
 CONFIG = LlamaConfig.tiny(num_layers=2, attention_bias=True, mlp_bias=True)  # K 2, V 258, D 64
 # On data 2, fsdp 2, tensor 2 all sizes divide.
@@ -77,6 +77,20 @@ def test_stacked_layers_have_one_axis_more(sizes):
             assert together[name.replace("layers.1.", "layers.")] == P(None, *spec)
         elif not name.startswith("layers."):
             assert together[name] == spec
+
+
+@pytest.mark.parametrize(
+    "shape, spec, expected",
+    [
+        ((8, 3), P(("data", "fsdp"), "tensor"), P(("data", "fsdp"), None)),
+        ((6, 4), P(("data", "fsdp"), "tensor"), P("data", "tensor")),
+        ((3, 4), P(("data", "fsdp")), P(None)),
+        ((8,), P("fsdp"), P("fsdp")),
+    ],
+)
+def test_axes_that_do_not_divide_are_left_out(shape, spec, expected):
+    mesh = AbstractMesh((2, 4, 2), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+    assert fitted(spec, shape, mesh) == expected
 
 
 def test_nothing_happens_without_a_mesh():

@@ -8,6 +8,7 @@ import numpy as np
 from jax.sharding import Mesh
 from rich.table import Table
 
+from lsjax.cli.hosts import is_first
 from lsjax.cli.show import coloured, verbatim
 from lsjax.config import ConfigError, EvaluationConfig, LlamaConfig
 from lsjax.data.tokenizers import Tokenizer
@@ -40,6 +41,8 @@ def evaluation_hook(
         scores = score_exits(merged(model), map(place, batches))
         print(exit_table(f"step {step}, {scores.tokens:,} held-out tokens", scores))
         row = {**scores.to_json(), "last_exit_loss": scores.loss_E[-1]}
+        if not is_first():
+            return row
         rows = [*read_metrics(workdir / FILE), {"kind": "evaluation", "step": step, **row}]
         try:
             plot_exits({f"step {step}": scores}, workdir / "exits.png", title=workdir.name)

@@ -6,9 +6,11 @@ import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 
+from lsjax.cli.hosts import Hosts
 from lsjax.config import ConfigError, TrainConfig, check
 
 
@@ -18,6 +20,13 @@ class Arguments:
 
     config: TrainConfig
     workdir: Path
+    hosts: Hosts
+
+
+@dataclass(frozen=True)
+class _Flags:
+    config: Annotated[TrainConfig, tyro.conf.arg(name="")]
+    distributed: Hosts = Hosts()
 
 
 def parse(argv: Sequence[str], description: str) -> Arguments:
@@ -42,15 +51,15 @@ def parse(argv: Sequence[str], description: str) -> Arguments:
             raise SystemExit(0)
         raise ConfigError("--config is missing: name a file such as configs/quickstart.py")
     default = read_config_file(known.config)
-    config = tyro.cli(
-        TrainConfig,
+    flags = tyro.cli(
+        _Flags,
         args=rest,
-        default=default,
+        default=_Flags(default),
         description=description,
         config=(tyro.conf.AvoidSubcommands,),
     )
     check(known.workdir is not None, "--workdir is missing: name the directory of the run")
-    return Arguments(config, known.workdir)
+    return Arguments(flags.config, known.workdir, flags.distributed)
 
 
 def read_config_file(file: Path) -> TrainConfig:

@@ -4,25 +4,26 @@ The stream is a function of the data and the seed: its order does not depend on 
 on the number of hosts, and it goes on across the ends of epochs. So its whole state is the number
 of rows that were taken, and going on from there costs nothing.
 
-        the stream:  r0 r1 r2 r3 | r4 r5 r6 r7 | ...      batches of 4
-        host 0 of 2: r0 r1       | r4 r5       | ...
-        host 1 of 2:       r2 r3 |       r6 r7 | ...
+        the stream:       r0 r1 r2 r3 | r4 r5 r6 r7 | ...      batches of 4
+        a host's [0, 1]:  r0 r1       | r4 r5       | ...
+        another's [2, 3]:       r2 r3 |       r6 r7 | ...
 """
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import grain
 import numpy as np
 
-from lsjax.config import ConfigError, DataConfig, check
+from lsjax.config import DataConfig, check
 from lsjax.data.batch import Batch
 from lsjax.data.packing import Rows, pack
 from lsjax.data.splits import check_split, choose, held_out
 from lsjax.data.token_store import token_store
 from lsjax.data.tokenizers import Tokenizer
 
+Own = Sequence[int] | np.ndarray | None
 PREFETCH = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
 
 
@@ -33,23 +34,21 @@ class Pipeline:
       rows: what the stream is made of.
       batch_size: rows of all hosts together.
       seed: of the order, 0 <= seed < 2^32.
-      host, num_hosts: which of how many equal blocks of each batch `next` gives. Hosts that share
-        rows (a mesh with an axis of weights across hosts) have the same number.
+      own_B: numbers of this host's rows in each batch, which `next` gives; all by default. Hosts
+        that share rows have the same.
     """
 
-    def __init__(
-        self, rows: Rows, *, batch_size: int, seed: int, host: int = 0, num_hosts: int = 1
-    ):
+    def __init__(self, rows: Rows, *, batch_size: int, seed: int, own_B: Own = None):
         check(0 <= seed < 1 << 32, f"seed {seed} must be at least 0 and below 2^32")
         self.rows = rows
         self._batch_size, self._seed = batch_size, seed
-        self._block = host_block(batch_size, host, num_hosts)
+        self._own_B = check_own(batch_size, own_B)
         self._order = grain.MapDataset.range(len(rows)).seed(seed).shuffle().repeat()
         self._taken = 0
         self._start()
 
     def next(self) -> Batch:
-        """The next rows of this host, [batch_size / num_hosts, T]."""
+        """The next rows of this host, [rows of its own, T]."""
         batch = next(self._batches)
         self._taken += self._batch_size
         return batch
@@ -88,9 +87,9 @@ class Pipeline:
         self._start()
 
     def _start(self) -> None:
-        rows, block = self.rows, self._block
+        rows, own_B = self.rows, self._own_B
         batches = self._order[self._taken :].batch(self._batch_size, drop_remainder=True)
-        reader = batches.map(lambda numbers_B: rows.read(numbers_B[block]))
+        reader = batches.map(lambda numbers_B: rows.read(numbers_B[own_B]))
         self._batches = iter(reader.to_iter_dataset(PREFETCH))
 
 
@@ -106,24 +105,27 @@ class OnePass:
         rows: Rows,
         *,
         batch_size: int,
-        host: int = 0,
-        num_hosts: int = 1,
+        own_B: Own = None,
         max_batches: int | None = None,
     ):
         self.rows = rows
-        self._batch_size, self._block = batch_size, host_block(batch_size, host, num_hosts)
+        self._batch_size, self._own_B = batch_size, check_own(batch_size, own_B)
         batches = -(-len(rows) // batch_size)
         self._num_batches = batches if max_batches is None else min(batches, max_batches)
 
     def __len__(self) -> int:
         return self._num_batches
 
+    def whole(self) -> "OnePass":
+        """The same batches with the rows of all hosts."""
+        return OnePass(self.rows, batch_size=self._batch_size, max_batches=self._num_batches)
+
     def __iter__(self) -> Iterator[Batch]:
         for first in range(0, self._num_batches * self._batch_size, self._batch_size):
             numbers_B = np.arange(first, first + self._batch_size)
             taken = min(len(self.rows), len(self) * self._batch_size)
             numbers_B = np.where(numbers_B < taken, numbers_B * len(self.rows) // taken, -1)
-            yield self.rows.read(numbers_B[self._block])
+            yield self.rows.read(numbers_B[self._own_B])
 
 
 def make_pipeline(
@@ -135,20 +137,19 @@ def make_pipeline(
     split: str,
     seed: int,
     cache: Path,
-    host: int = 0,
-    num_hosts: int = 1,
+    own_B: Own = None,
 ) -> Pipeline:
     """The stream of a split, "train" or "validation".
 
     Tokens are made and kept in `cache` if they are not there yet. All hosts must have the same
     data; with a cache on a shared disk, let one make the tokens before the others begin.
 
-    Raises ConfigError for missing or unreadable data, for a split without documents, and for a
-    batch that the hosts do not divide.
+    Raises ConfigError for missing or unreadable data, for a split without documents, and for rows
+    that the batch does not have.
     """
-    host_block(batch_size, host, num_hosts)  # complains before the work
+    check_own(batch_size, own_B)  # complains before the work
     rows = make_rows(config, tokenizer, seq_len=seq_len, split=split, cache=cache)
-    return Pipeline(rows, batch_size=batch_size, seed=seed, host=host, num_hosts=num_hosts)
+    return Pipeline(rows, batch_size=batch_size, seed=seed, own_B=own_B)
 
 
 def one_pass(
@@ -159,19 +160,16 @@ def one_pass(
     seq_len: int,
     split: str,
     cache: Path,
-    host: int = 0,
-    num_hosts: int = 1,
+    own_B: Own = None,
     max_batches: int | None = None,
 ) -> OnePass:
     """Every row of a split once, for evaluation; with max_batches a fixed sample of them.
 
     Raises ConfigError as make_pipeline does.
     """
-    host_block(batch_size, host, num_hosts)
+    check_own(batch_size, own_B)
     rows = make_rows(config, tokenizer, seq_len=seq_len, split=split, cache=cache)
-    return OnePass(
-        rows, batch_size=batch_size, host=host, num_hosts=num_hosts, max_batches=max_batches
-    )
+    return OnePass(rows, batch_size=batch_size, own_B=own_B, max_batches=max_batches)
 
 
 def make_rows(
@@ -212,16 +210,18 @@ def make_rows(
     return dataclasses.replace(rows, num_shared=shared)
 
 
-def host_block(batch_size: int, host: int, num_hosts: int) -> slice:
-    """The rows of a batch that are a host's.
+def check_own(batch_size: int, own_B: Own) -> np.ndarray:
+    """The numbers of a host's rows, in order; all of them for None.
 
-    Raises ConfigError where the hosts do not divide the batch.
+    Raises ConfigError where the batch does not have them.
     """
-    check(0 <= host < num_hosts, f"host {host} is none of {num_hosts}: number them from 0 to n - 1")
-    if batch_size < 1 or batch_size % num_hosts:
-        raise ConfigError(
-            f"a batch of {batch_size} rows can't be shared out equally among {num_hosts} hosts: "
-            f"choose a multiple of {num_hosts}"
-        )
-    rows = batch_size // num_hosts
-    return slice(host * rows, (host + 1) * rows)
+    check(batch_size >= 1, f"a batch of {batch_size} rows is none: choose 1 or more")
+    if own_B is None:
+        return np.arange(batch_size)
+    numbers_B = np.asarray(own_B)
+    numbers = numbers_B.tolist()
+    check(
+        numbers == sorted({*numbers} & {*range(batch_size)}) != [],
+        f"rows {numbers} of a host are not some of 0..{batch_size - 1}, in order",
+    )
+    return numbers_B

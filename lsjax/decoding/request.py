@@ -67,7 +67,7 @@ def check_settings(
     )
     check(batch_size >= 1, f"batch size {batch_size} is below 1: choose --batch-size 1 or more")
     check(
-        batch_size % data_axis == 0,
+        batch_size == 1 or batch_size % data_axis == 0,  # a single row is computed everywhere
         f"batch size {batch_size} does not divide into the mesh's data axis of {data_axis}: choose "
         "a multiple of it as --batch-size, or another --mesh.data",
     )

@@ -22,7 +22,7 @@ from lsjax.config import LlamaConfig
 from lsjax.model.block import Block, RMSNorm
 from lsjax.model.cache import KVCache
 from lsjax.model.rope import rope_angles
-from lsjax.sharding import constrain
+from lsjax.sharding import ROWS, constrain
 
 
 class Llama(nnx.Module):
@@ -57,6 +57,15 @@ class Llama(nnx.Module):
     def embed(self, tokens_BT: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """Token embeddings: the input of layer 0."""
         return self.embedding[...][tokens_BT]
+
+    def embed_rows(self, tokens_BT: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        """Token embeddings of whole sequences, shared out over a mesh by rows.
+
+        The table is shared out along D: looked up for the rows of all devices that have parts of
+        it, each then gets its rows whole. So no device holds all of the table or of its gradient.
+        """
+        x_BTD = self.embed(constrain(tokens_BT, "data"))
+        return constrain(constrain(x_BTD, "data", None, "fsdp"), ROWS)
 
     def run_layers(
         self,
@@ -105,11 +114,11 @@ class Llama(nnx.Module):
         """
         if positions_BT is None:
             positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
-        x_BTD = self.embed(tokens_BT)
+        x_BTD = self.embed_rows(tokens_BT)
         rope = rope_angles(positions_BT, self.config, x_BTD.dtype)
 
         def run(x_BTD, block):
-            x_BTD = block(x_BTD, rope, segments_BT)
+            x_BTD = constrain(block(x_BTD, rope, segments_BT), ROWS)
             return x_BTD, read(x_BTD)
 
         if self.is_stacked:

@@ -25,6 +25,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
+import numpy as np
+from jax.experimental.multihost_utils import process_allgather
 from jax.sharding import SingleDeviceSharding
 from jaxtyping import Array
 
@@ -123,16 +125,22 @@ class SavedStep:
         if not path.is_dir():
             missing = f"has no {item}" if any(self.directory.iterdir()) else "is empty"
             raise DamagedStep(f"{self.directory}: {missing}")
+        result, reason = None, ""
         with _one_error_is_enough():
             try:
-                return read(ocp, path)
+                result = read(ocp, path)
             except (MemoryError, jax.errors.JaxRuntimeError):
                 raise
             except Exception as error:
                 reason = _reason(error)
-            gc.collect()
-            time.sleep(0.2)
-        raise DamagedStep(f"{path}: cannot be read ({reason})")
+            if reason:
+                gc.collect()
+                time.sleep(0.2)
+        if jax.process_count() > 1 and not process_allgather(np.array(not reason)).all():
+            reason = reason or "another host can't read its part"
+        if reason:
+            raise DamagedStep(f"{path}: cannot be read ({reason})")
+        return result
 
 
 def saved_steps(directory: Path) -> list[SavedStep]:

@@ -47,7 +47,8 @@ class Restored(NamedTuple):
 
 
 class Checkpoints:
-    """The saved steps of one run. Leaving its context waits for the last one to be written.
+    """The saved steps of one run. Leaving its context waits for the last one to be written, but
+    after an error on one of several hosts does not: the others may have ended.
 
     report: is told of each damaged step, in one line.
     """
@@ -60,8 +61,8 @@ class Checkpoints:
     def __enter__(self) -> "Checkpoints":
         return self
 
-    def __exit__(self, *_) -> None:
-        if self._manager is not None:
+    def __exit__(self, error, *_) -> None:
+        if self._manager is not None and (error is None or jax.process_count() == 1):
             self._manager.close()
 
     def restore(self, like: TrainState) -> Restored | None:

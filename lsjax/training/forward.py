@@ -34,7 +34,7 @@ def exit_states(
     layer has the last word. So no more than S outputs are held, whatever the number of layers.
     Where S = L, slot and layer are one, and the outputs are those of the scan.
     """
-    x_BTD = embedded(model, batch["tokens_BT"])
+    x_BTD = model.embed_rows(batch["tokens_BT"])
     rope = rope_angles(batch["positions_BT"], model.config, x_BTD.dtype)
     run = layer_runner(config, rope, batch["segments_BT"])
     num_slots, num_layers = len(exit_S), model.config.num_layers
@@ -61,16 +61,6 @@ def exit_states(
     if num_slots == num_layers:
         return x_LBTD
     return slots_SBTD if picks else x_BTD[None]
-
-
-def embedded(model: Llama, tokens_BT: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-    """Token embeddings, shared out by rows.
-
-    The table is shared out along D: looked up for the rows of all devices that have parts of it,
-    each then gets its rows whole. So no device holds all of the table or of its gradient.
-    """
-    x_BTD = model.embed(constrain(tokens_BT, "data"))
-    return constrain(constrain(x_BTD, "data", None, "fsdp"), ROWS)
 
 
 def kept_rows(config: StepConfig, rates_L, step, rows_B) -> Kept:

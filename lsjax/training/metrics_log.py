@@ -13,10 +13,16 @@ FILE = "metrics.jsonl"
 
 class MetricsLog:
     """Rows {"kind": ..., "step": n, ...}, appended as they come; a step that was lost in a crash
-    and is done again is not in the file twice."""
+    and is done again is not in the file twice.
 
-    def __init__(self, directory: Path, *, from_step: int, tensorboard: bool = False):
+    One of several processes writes, the others have no directory.
+    """
+
+    def __init__(self, directory: Path | None, *, from_step: int, tensorboard: bool = False):
         """Keeps the rows of steps up to `from_step`, after which the run goes on."""
+        self._file = self._board = None
+        if directory is None:
+            return
         self._path = directory / FILE
         kept = [row for row in read_metrics(self._path) if row["step"] <= from_step]
         if self._path.exists():
@@ -29,6 +35,8 @@ class MetricsLog:
 
     def write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
         """One row. Numbers that JSON does not have become null; TensorBoard gets the plain ones."""
+        if self._file is None:
+            return
         row = {"kind": kind, "step": step, **{k: _plain(v) for k, v in values.items()}}
         self._file.write(json.dumps(row) + "\n")
         self._file.flush()
@@ -46,7 +54,8 @@ class MetricsLog:
 
     def close(self) -> None:
         """Writes out what is left."""
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
         if self._board is not None:
             self._board.close()
 

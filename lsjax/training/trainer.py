@@ -4,10 +4,8 @@ What is shown of the model on the way (evaluation, samples, plots) comes as hook
 knows neither decoding nor evaluation.
 """
 
-import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +15,7 @@ import numpy as np
 from lsjax.model.llama import Llama
 from lsjax.training.metrics_log import MetricsLog
 from lsjax.training.step import Batch, Metrics, TrainState
+from lsjax.training.stopping import signals
 
 
 @dataclass(frozen=True)
@@ -94,26 +93,27 @@ def run(loop: Loop, state: TrainState, log: MetricsLog) -> TrainState:
                 f"step {number - in_a_row}, and the last checkpoint is of step {saved}"
             )
 
-    with _caught(signal.SIGTERM, signal.SIGINT) as signals:
+    with signals() as stop:
         while step < loop.num_steps:
             state, metrics = loop.train_step(state, loop.next_batch())
             step += 1
             report()  # of the step before, while this one runs
             waiting = step, metrics
-            last = step == loop.num_steps or bool(signals)
+            stopped_by = stop(step)
+            last = step == loop.num_steps or stopped_by is not None
             due = [hook for hook in loop.hooks if _is_due(step, hook.every, loop.num_steps)]
             if not (last or due or step % loop.save_every == 0):
                 continue
             report()
             row = None
-            for hook in [] if signals else due:
+            for hook in due if stopped_by is None else []:
                 row = hook.call(step, state.model)
                 log.write(hook.kind, step, row)
             if last or step % loop.save_every == 0:
                 loop.save(step, state, row)
                 saved = step
-            if signals and step < loop.num_steps:
-                raise Interrupted(signals[0], step)
+            if stopped_by is not None and step < loop.num_steps:
+                raise Interrupted(stopped_by, step)
             mark = time.perf_counter()  # hooks and saving are no part of a step
     return state
 
@@ -131,22 +131,3 @@ def _by_exit(values: Mapping[str, Any]) -> dict[str, Any]:
     rest["exits"] = (on + 1).tolist()
     rest["exit_losses"] = values["exit_loss_L"][on].tolist()
     return rest
-
-
-@contextmanager
-def _caught(*numbers: int):
-    """Collects these signals instead of ending at once; a second one of a kind ends at once."""
-    received: list[int] = []
-    before = {}
-
-    def note(number, frame):
-        received.append(number)
-        signal.signal(number, before[number])
-
-    for number in numbers:
-        before[number] = signal.signal(number, note)
-    try:
-        yield received
-    finally:
-        for number in numbers:
-            signal.signal(number, before[number])

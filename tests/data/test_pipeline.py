@@ -84,15 +84,19 @@ def test_one_seed_repeats_and_two_differ(make):
     assert np.array_equal(one, same) and not np.array_equal(one, other)
 
 
-@pytest.mark.parametrize("num_hosts", [1, 2, 4])
-def test_hosts_share_out_one_stream(make, num_hosts):
+def blocks(batch_size, num_hosts):
+    """The numbers of each host's rows."""
+    return np.split(np.arange(batch_size), num_hosts)
+
+
+@pytest.mark.parametrize("own_B", [range(8), range(4, 8), [0, 1, 4, 5], [7]])
+def test_hosts_share_out_one_stream(make, own_B):
     batches = 2 * len(make().rows) // 8 + 3  # into the third epoch
-    whole = take(make(8), batches).reshape(batches, num_hosts, 8 // num_hosts, 4, SEQ_LEN)
-    for host in range(num_hosts):
-        pipeline = make(8, host=host, num_hosts=num_hosts)
-        own = take(pipeline, batches).reshape(batches, 8 // num_hosts, 4, SEQ_LEN)
-        assert np.array_equal(own, whole[:, host])
-        assert pipeline.state()["rows_taken"] == 8 * batches
+    whole = take(make(8), batches).reshape(batches, 8, 4, SEQ_LEN)
+    pipeline = make(8, own_B=own_B)
+    own = take(pipeline, batches).reshape(batches, len(own_B), 4, SEQ_LEN)
+    assert np.array_equal(own, whole[:, list(own_B)])
+    assert pipeline.state()["rows_taken"] == 8 * batches
 
 
 def test_the_stream_does_not_depend_on_the_batch_size(make):
@@ -111,8 +115,8 @@ def test_going_on_gives_the_very_next_row_at_any_position(make):
         assert state["rows_taken"] == 4 * taken
         for batch_size, num_hosts in ((4, 1), (2, 1), (4, 2), (8, 4)):
             rows = []
-            for host in range(num_hosts):
-                after = make(batch_size, host=host, num_hosts=num_hosts)
+            for own_B in blocks(batch_size, num_hosts):
+                after = make(batch_size, own_B=own_B)
                 after.next()  # a pipeline in use can go back as well
                 after.restore(state)
                 rows.append(take(after, 2).reshape(2, -1, 4, SEQ_LEN))
@@ -148,16 +152,15 @@ def test_a_state_of_other_data_is_refused(make, config):
         assert pipeline.state()["rows_taken"] == 0
 
 
-def test_hosts_that_do_not_divide_the_batch_are_refused_before_any_work(config, tmp_path):
+def test_rows_that_the_batch_does_not_have_are_refused_before_any_work(config, tmp_path):
     for function in (make_pipeline, one_pass):
         settings = dict(seq_len=8, split="train", cache=tmp_path)
         settings |= {"seed": 0} if function is make_pipeline else {}
-        with pytest.raises(
-            ConfigError, match="batch of 6 rows .* among 4 hosts: choose a multiple"
-        ):
-            function(config, ByteTokenizer(), batch_size=6, num_hosts=4, **settings)
-        with pytest.raises(ConfigError, match="host 2 is none of 2"):
-            function(config, ByteTokenizer(), batch_size=6, host=2, num_hosts=2, **settings)
+        for own_B in ([4, 5, 6], [-1, 0], [1, 0], [2, 2], []):
+            with pytest.raises(ConfigError, match=r"rows \[.*\] of a host are not some of 0..5"):
+                function(config, ByteTokenizer(), batch_size=6, own_B=own_B, **settings)
+        with pytest.raises(ConfigError, match="batch of 0 rows is none"):
+            function(config, ByteTokenizer(), batch_size=0, **settings)
     assert not list(tmp_path.iterdir())
 
 
@@ -166,7 +169,7 @@ def test_one_pass_is_every_row_once_padded_for_every_host(passes, make):
     every = rows.read(np.arange(len(rows)))
     assert len(rows) % 16
     for num_hosts in (1, 2, 4):
-        parts = [passes(16, host=host, num_hosts=num_hosts) for host in range(num_hosts)]
+        parts = [passes(16, own_B=own_B) for own_B in blocks(16, num_hosts)]
         assert {len(part) for part in parts} == {-(-len(rows) // 16)}
         batches = [np.concatenate([joined([b]) for b in bs]) for bs in zip(*parts, strict=True)]
         whole = np.concatenate(batches)
@@ -177,6 +180,7 @@ def test_one_pass_is_every_row_once_padded_for_every_host(passes, make):
     again = passes(16)
     assert np.array_equal(joined(again), joined(again)), "a pass can be made again"
     few = joined(passes(4, max_batches=2))
+    assert np.array_equal(few, joined(passes(4, max_batches=2, own_B=[3]).whole()))
     at = [k * len(rows) // 8 for k in range(8)]
     assert np.array_equal(few, joined(again)[at]), "from one end of the rows to the other"
 

@@ -1,0 +1,181 @@
+"""Several processes for one run: how they find one another, take turns, and end together.
+
+On a pod each host runs the same program. They are one run from `start` on: arrays are spread over
+the devices of all of them, and each must do the same steps.
+"""
+
+import hashlib
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax.experimental.multihost_utils import process_allgather, sync_global_devices
+
+from lsjax.config import ConfigError, check
+
+SEEN = 60.0  # seconds after which a file must be there for all hosts
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hosts:
+    """The processes of the run. TPU VMs and SLURM are found without a word; elsewhere say all three
+    of coordinator, num_processes and process_id."""
+
+    coordinator: str | None = None
+    """host:port of process 0, at a port that is free there."""
+    num_processes: int | None = None
+    """How many there are."""
+    process_id: int | None = None
+    """Which one this is, from 0."""
+    heartbeat_timeout: int = 40
+    """Seconds without a sign of life after which a process counts as dead, and the others end."""
+    start_timeout: int = 300
+    """Seconds in which all must have started."""
+
+    def __post_init__(self):
+        check(
+            self.heartbeat_timeout >= 1 and self.start_timeout >= 1,
+            f"distributed.heartbeat_timeout {self.heartbeat_timeout} and start_timeout "
+            f"{self.start_timeout} must be at least 1",
+        )
+        given = self.coordinator, self.num_processes, self.process_id
+        if given == (None,) * 3:
+            return
+        check(
+            None not in given,
+            "--distributed.coordinator, --distributed.num-processes and --distributed.process-id "
+            "belong together: give all three, or none under SLURM and on TPU VMs",
+        )
+        host, _, port = self.coordinator.rpartition(":")
+        check(
+            host != "" and port.isdecimal(),
+            f"distributed.coordinator {self.coordinator!r} is no host:port",
+        )
+        check(
+            0 <= self.process_id < self.num_processes,
+            f"distributed.process_id {self.process_id} is not in 0..{self.num_processes - 1}",
+        )
+
+
+def start(hosts: Hosts) -> None:
+    """Joins the other processes, if there are to be any; before anything else is done with jax.
+
+    Raises ConfigError where they do not come together in time.
+    """
+    if hosts.coordinator is not None:
+        how = dict(
+            coordinator_address=hosts.coordinator,
+            num_processes=hosts.num_processes,
+            process_id=hosts.process_id,
+            cluster_detection_method="deactivate",
+        )
+    elif under_slurm():
+        how = dict(cluster_detection_method="slurm")
+    elif on_tpu_vm():
+        how = {}
+    else:
+        return
+    try:
+        jax.distributed.initialize(
+            **how,
+            heartbeat_timeout_seconds=hosts.heartbeat_timeout,
+            initialization_timeout=hosts.start_timeout,
+        )
+    except (RuntimeError, ValueError) as error:
+        raise ConfigError(f"the processes of this run did not come together ({error})") from error
+
+
+def under_slurm() -> bool:
+    """Whether srun started several of this program."""
+    return "SLURM_STEP_NODELIST" in os.environ and int(os.environ.get("SLURM_NTASKS", 1)) > 1
+
+
+def on_tpu_vm() -> bool:
+    """Whether this machine has TPU chips that jax may use."""
+    wanted = os.environ.get("JAX_PLATFORMS") or "tpu"
+    chips = [*Path("/dev").glob("accel[0-9]*"), *Path("/dev/vfio").glob("[0-9]*")]
+    return "tpu" in wanted and bool(chips) and find_spec("libtpu") is not None
+
+
+def is_first() -> bool:
+    """Whether this is the process that speaks and writes for all."""
+    return jax.process_index() == 0
+
+
+@contextmanager
+def in_turn(what: str) -> Iterator[None]:
+    """The first process goes through the block before the others do: what it leaves on a shared
+    disk is there for them."""
+    if not is_first():
+        _meet(what)
+    yield
+    if is_first():
+        _meet(what)
+
+
+def check_same(what: str, value: str) -> None:
+    """Raises ConfigError on all processes unless they agree on a value."""
+    digest = np.frombuffer(hashlib.sha256(value.encode()).digest(), np.uint32)
+    if jax.process_count() > 1:
+        others = process_allgather(digest)
+        different = np.flatnonzero((others != others[0]).any(1)).tolist()
+        check(
+            not different,
+            f"{what} are not the same for processes 0 and {different}: start all with the same "
+            "command, on a disk that they share",
+        )
+
+
+def wait_to_see(condition: Callable[[], bool], what: str) -> None:
+    """Until something that the first process wrote is there; files on network disks take a moment.
+
+    Raises ConfigError after a minute.
+    """
+    end = time.monotonic() + SEEN
+    while not condition():
+        check(
+            time.monotonic() < end,
+            f"process {jax.process_index()} does not see {what}, which process 0 wrote: give a "
+            "--workdir on a disk that all hosts share",
+        )
+        time.sleep(0.1)
+
+
+@contextmanager
+def ending_together() -> Iterator[None]:
+    """Where there are several processes, one that fails ends at once: an ordinary exit would wait
+    for the others, which wait for this one. They then end too (docs/hosts.md)."""
+    try:
+        yield
+    except BaseException as error:
+        if not jax.distributed.is_initialized():
+            raise
+        match error:
+            case SystemExit(code=int(code)):
+                pass
+            case jax.errors.JaxRuntimeError() if "RESOURCE_EXHAUSTED" not in str(error):
+                code, line = 1, str(error).partition("\n")[0][:300]
+                print(
+                    f"error: process {jax.process_index()} can't go on, most likely because "
+                    f"another one has ended ({line}): start all of them again",
+                    file=sys.stderr,
+                )
+            case _:
+                code = 1
+                traceback.print_exception(error)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def _meet(what: str) -> None:
+    if jax.process_count() > 1:
+        sync_global_devices(what)
