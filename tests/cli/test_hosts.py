@@ -1,0 +1,147 @@
+"""Several processes of one run: two real ones over loopback, and what is wrong with the flags."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lsjax.cli import hosts
+from lsjax.cli.hosts import Hosts, ending_together, in_turn, start, under_slurm
+from lsjax.config import ConfigError
+
+PROGRAM = """
+import signal
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax.experimental.multihost_utils import process_allgather
+
+from lsjax.cli.hosts import Hosts, check_same, ending_together, in_turn, start, wait_to_see
+from lsjax.config import ConfigError, MeshConfig
+from lsjax.sharding import make_mesh, own_rows, placed_rows
+from lsjax.training.stopping import signals
+
+port, number, directory = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3])
+
+
+def refused(function, *arguments):
+    try:
+        function(*arguments)
+    except ConfigError as error:
+        print(error)
+
+
+with ending_together():
+    start(Hosts(coordinator=f"127.0.0.1:{port}", num_processes=2, process_id=number))
+
+    with in_turn("written"):
+        if number == 0:
+            time.sleep(0.5)
+            (directory / "file").write_text("here")
+        wait_to_see((directory / "file").exists, "the file")
+    check_same("the files", (directory / "file").read_text())
+    refused(check_same, "the numbers", f"{number}")
+    refused(make_mesh, MeshConfig())
+
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2))
+    tokens_BT = np.arange(24, dtype=np.int32).reshape(8, 3)
+    own_B = own_rows(8, mesh)
+    print(own_B.tolist())
+    placed = placed_rows({"tokens_BT": tokens_BT[own_B]}, 8, mesh)["tokens_BT"]
+    assert len(placed.addressable_shards) == 2
+    assert np.array_equal(process_allgather(placed, tiled=True), tokens_BT)
+
+    with signals() as stop:
+        for step in range(1, 1000):
+            jax.block_until_ready(placed + 1)
+            if step == 5 and number == 1:
+                signal.raise_signal(signal.SIGTERM)
+            if stop(step) is not None:
+                break
+            time.sleep(0.02)
+    print("stopped after", process_allgather(np.array(step)).tolist() == [step, step], step > 4)
+    sys.stdout.flush()
+    if number == 1:
+        raise RuntimeError("this one fails")
+    jax.block_until_ready(placed.sum())
+    time.sleep(60)
+"""
+
+
+def test_two_processes(tmp_path):
+    """They take turns, share out rows, stop together, and end when one fails."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    flags = os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=2"
+    programs = [
+        subprocess.Popen(
+            [sys.executable, "-c", PROGRAM, str(port), str(number), str(tmp_path)],
+            env=os.environ | {"XLA_FLAGS": flags},
+            cwd=Path(__file__).parents[2],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for number in range(2)
+    ]
+    try:
+        out, err = programs[1].communicate(timeout=300)
+    finally:
+        programs[0].kill()
+    first, _ = programs[0].communicate()
+    assert programs[1].returncode == 1 and err.rstrip().endswith("RuntimeError: this one fails")
+    said = [
+        "the numbers are not the same for processes 0 and [1]: start all with the same command, on "
+        "a disk that they share",
+        "a mesh of 1 devices, but 2 processes have 4: set one of --mesh.data, --mesh.fsdp and "
+        "--mesh.tensor to -1, which takes what is left",
+    ]
+    lines = [line for line in out.splitlines() if not line.startswith("[Gloo]")]
+    assert lines == [*said, "[4, 5, 6, 7]", "stopped after True True"]
+    lines = [line for line in first.splitlines() if not line.startswith("[Gloo]")]
+    assert lines == [*said, "[0, 1, 2, 3]", "stopped after True True"]
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        (dict(coordinator="a:1"), "belong together: give all three"),
+        (dict(num_processes=2, process_id=0), "belong together: give all three"),
+        (dict(coordinator="a", num_processes=2, process_id=0), "'a' is no host:port"),
+        (dict(coordinator="a:1", num_processes=2, process_id=2), "process_id 2 is not in 0..1"),
+        (dict(heartbeat_timeout=0), "heartbeat_timeout 0 and start_timeout 300 must be"),
+    ],
+)
+def test_what_is_wrong_with_the_flags(given, message):
+    with pytest.raises(ConfigError, match=message):
+        Hosts(**given)
+
+
+def test_slurm_and_tpu_vms_are_found_without_a_flag(monkeypatch):
+    asked = []
+    monkeypatch.setattr(hosts.jax.distributed, "initialize", lambda **how: asked.append(how))
+    start(Hosts())
+    assert asked == []
+    monkeypatch.setenv("SLURM_STEP_NODELIST", "node[1-2]")
+    monkeypatch.setenv("SLURM_NTASKS", "1")
+    assert not under_slurm()
+    monkeypatch.setenv("SLURM_NTASKS", "2")
+    start(Hosts(heartbeat_timeout=7))
+    times = dict(heartbeat_timeout_seconds=7, initialization_timeout=300)
+    assert asked == [dict(cluster_detection_method="slurm", **times)]
+    monkeypatch.delenv("SLURM_NTASKS")
+    monkeypatch.setattr(hosts, "on_tpu_vm", lambda: True)
+    start(Hosts(heartbeat_timeout=7))
+    assert asked[1:] == [times]
+
+
+def test_one_process_is_as_it_was():
+    with in_turn("nothing to wait for"), pytest.raises(SystemExit), ending_together():
+        raise SystemExit(3)
