@@ -20,7 +20,7 @@ from lsjax.evaluation.tasks.human_eval import HUMAN_EVAL, program
 def main(argv: Sequence[str]) -> int:
     """Prints what fails, and how many pass."""
     rows = file_rows(argv)
-    examples = list(make_examples(HUMAN_EVAL, templates(HUMAN_EVAL, None, {}), rows))
+    examples = list(make_examples(HUMAN_EVAL, templates(HUMAN_EVAL, None), rows))
     console, passed, empty_passed = Console(highlight=False, markup=False), 0, 0
     for example in track(examples, console=Console(stderr=True), transient=True):
         outcome = run_program(program(example.reference, example))

@@ -101,6 +101,7 @@ def evaluate(arguments: Arguments) -> None:
     model = load_shown(source, notes, dtype=dtype, stack_layers=arguments.stack_layers, mesh=mesh)
     asked = what_is_asked(arguments, task, data, strategies, questions, model, dtype, mesh)
     answers = resume(arguments.output, asked)
+    notes.print(f"prompts are like {data.prompt_template!r}, responses {data.response_template!r}")
     if answers:
         notes.print(f"{arguments.output} has {len(answers)} answers already")
     engine = Engine(

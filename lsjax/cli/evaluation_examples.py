@@ -1,7 +1,7 @@
 """The examples that lsjax.cli.evaluate is asked for, and what the model is asked about each."""
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain, islice
 
 from rich.console import Console
@@ -27,6 +27,8 @@ from lsjax.evaluation.tasks.examples import (
 from lsjax.evaluation.tasks.task import Example, Row, Task
 from lsjax.model.run_directory import is_run, read_config
 
+LOOKED_AT = 100  # rows that tell whether they are of the kind that the model was finetuned on
+
 
 class Problems:
     """Bad rows: the first one ends the program, or each is named and left out."""
@@ -50,9 +52,14 @@ def read_examples(
 ) -> tuple[list[Example], DataConfig]:
     """The examples that are asked for, and the templates that made them."""
     rows = open_rows(task, arguments, problems)
-    first = next(rows, None)
-    check(first is not None, "the data have no rows: name other ones")
-    data = choose_templates(task, arguments, first[2])
+    first: list[tuple[str, str, Row]] = []
+
+    def looked_at() -> Iterator[Row]:
+        for row in islice(rows, LOOKED_AT):
+            first.append(row)
+            yield row[-1]
+
+    data = choose_templates(task, arguments, looked_at())
     seen = frozenset(prompts_of(task, data, file_rows(arguments.without_seen)))
     count, shots = task.num_shots, ""
     if count:
@@ -60,7 +67,7 @@ def read_examples(
     examples = make_examples(
         task,
         data,
-        chain([first], rows),
+        chain(first, rows),
         shots=shots,
         seen=seen,
         accept=lambda example: encode(example.prompt, data) and None,
@@ -70,7 +77,9 @@ def read_examples(
     chosen = list(islice(examples, arguments.offset, last))
     check(
         bool(chosen),
-        f"the data have no examples behind the first {arguments.offset}: choose a smaller --offset",
+        f"the data have no examples behind the first {arguments.offset}: choose a smaller --offset"
+        if arguments.offset
+        else "the data have no examples: name other ones",
     )
     by_id: dict[str, Example] = {}
     for example in chosen:
@@ -108,13 +117,13 @@ def shot_rows(task: Task, arguments: Arguments) -> Iterator:
     return tfds_rows(name, split, arguments.tfds_data_dir)
 
 
-def choose_templates(task: Task, arguments: Arguments, row: Row) -> DataConfig:
+def choose_templates(task: Task, arguments: Arguments, rows: Iterable[Row]) -> DataConfig:
     """Those of the arguments, of the run, or of the task."""
     directory, _ = split_step(arguments.model)
     trained = None
     if arguments.prompt_template is None and arguments.response_template is None:
         trained = read_config(directory).data if is_run(directory) else None
-    return templates(task, trained, row)
+    return templates(task, trained, rows)
 
 
 def prompt_ids(

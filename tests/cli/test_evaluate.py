@@ -180,7 +180,10 @@ def test_a_run_is_asked_in_its_own_template(model, tokenizer, rows, tmp_path):
     def spy(engine, task, strategies, questions, done, keep):
         asked.extend(questions)
 
-    words = ("--task", "topv2", "--data", rows, "--output", tmp_path / "out.jsonl")
+    bad = tmp_path / "bad.tsv"  # with a bad row first
+    bad.write_text("\n".join([ROWS[0], "no query\t\tx", *ROWS[1:]]))
+    words = ("--task", "topv2", "--data", bad, "--output", tmp_path / "out.jsonl")
+    words += ("--bad-rows", "skip")
     argv = [str(word) for word in ("--model", directory, *words, "--max-new-tokens", 4)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(evaluate, "answer_all", spy)

@@ -77,7 +77,7 @@ def examples(tmp_path):
         file.write_text("".join(json.dumps(row) + "\n" for row in rows))
         task = TASKS[name]
         refuse = {} if problems is None else {"refuse": problems.append}
-        data = templates(task, None, {})
+        data = templates(task, None)
         rows = file_rows([str(file)])
         return list(make_examples(task, data, rows, shots=shots, seen=seen, **refuse))
 
@@ -106,7 +106,7 @@ def test_shots_stand_before_the_prompt(tmp_path):
     file = tmp_path / "train.csv"  # quoted commas and line ends
     file.write_text('article,highlights\n"A, b\nc",one\nD,two\nE,three\n')
     task = TASKS["cnn_dm_summarization"]
-    data = templates(task, None, {})
+    data = templates(task, None)
     shots = choose_shots(task, data, file_rows([str(file)]), 2, seed=0)
     three = {"Article: A, b\nc\nSummary: one\n", "Article: D\nSummary: two\n"}
     three |= {"Article: E\nSummary: three\n"}
@@ -128,7 +128,7 @@ def test_shots_stand_before_the_prompt(tmp_path):
 def test_gsm8k_shots_stand_a_line_apart():
     task = TASKS["gsm8k"]
     rows = [("a", "a", {"question": "1 + 1?", "answer": "#### 2"})]
-    shots = choose_shots(task, templates(task, None, {}), rows, 1, seed=0)
+    shots = choose_shots(task, templates(task, None), rows, 1, seed=0)
     assert shots == "Question: 1 + 1?\nAnswer: #### 2\n\n"
 
 
@@ -136,7 +136,7 @@ def test_prompts_that_training_has_seen(examples):
     rows = [{"prompt": p, "response": "r"} for p in ("a", " b", "c")]
     task = TASKS["pairs"]
     training = [("x", "x", {"prompt": "b ", "response": "other"})]
-    seen = frozenset(prompts_of(task, templates(task, None, {}), training))
+    seen = frozenset(prompts_of(task, templates(task, None), training))
     assert [one.seen for one in examples("pairs", *rows, seen=seen)] == [False, True, False]
 
 
@@ -150,11 +150,11 @@ def test_a_finetuned_model_is_asked_as_it_was_trained():
         response_template=" {semantic_parse}",
     )
     task = TASKS["topv2"]
-    assert templates(task, trained, row) is trained
+    assert templates(task, trained, [{}, {"utterance": "x"}, row]) is trained
     (example,) = make_examples(task, trained, [("a", "a", row)])
     assert (example.prompt, example.reference) == ("Parse stop:", " [IN:STOP ]")
     for other in (None, DataConfig(), dataclasses.replace(trained, prompt_template="{question}")):
-        assert templates(task, other, row).prompt_template == "{en_query}\n"
+        assert templates(task, other, [row]).prompt_template == "{en_query}\n"
 
 
 @pytest.mark.parametrize(

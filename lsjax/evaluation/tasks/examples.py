@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 
@@ -50,11 +51,12 @@ def tfds_rows(name: str, split: str, data_dir: str) -> Iterator[tuple[str, str, 
         yield f"{split}:{number}", f"{name} {split}, row {number}", row
 
 
-def templates(task: Task, trained: DataConfig | None, row: Row) -> DataConfig:
+def templates(task: Task, trained: DataConfig | None, rows: Iterable[Row] = ()) -> DataConfig:
     """How prompts and responses are made: as they were for training, if the model was finetuned on
     rows with these fields, else as the task says.
 
-    trained: the data of the run, if the model is one. row: any of the task's.
+    trained: the data of the run, if the model is one. rows: some of the task's; the first that
+    either can be made of decides.
     """
     own = DataConfig(
         source="jsonl",
@@ -64,11 +66,12 @@ def templates(task: Task, trained: DataConfig | None, row: Row) -> DataConfig:
     )
     if trained is None or not trained.has_prompts:
         return own
-    try:
-        row_document(task.fields(row), trained, "")
-    except ConfigError:
-        return own
-    return trained
+    for row in rows:
+        for data in (trained, own):
+            with suppress(ConfigError):
+                row_document(task.fields(row), data, "")
+                return data
+    return own
 
 
 def make_examples(
