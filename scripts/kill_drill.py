@@ -9,14 +9,20 @@ at a random moment (of every second run once it trains, of the others from its s
 started again, until it has been killed often enough and may end too. Parameters, optimizer state,
 counters, the position in the data and the logged losses must then be the same, bit for bit, no
 saved step may have been damaged, and no restart may have gone back behind a saved step.
+
+With --processes 2 the command is started twice, as two hosts of one run, and a random one of the
+two is killed. The other must end by itself, --within a minute and with a message. --terms sends
+SIGTERM to a random one too, once it trains: all must end with the step saved that they say.
 """
 
 import json
 import os
 import random
+import re
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -34,17 +40,30 @@ from lsjax.config import check
 from lsjax.model.run_directory import CHECKPOINTS
 from lsjax.model.saved_steps import PARAMS, TRAIN, SavedStep, saved_steps
 
-POLL = 0.005  # seconds between looks at the run
+POLL = 0.02  # seconds between looks at the run
+# What a process says that ends because another one has; the second one is of jax itself.
+MESSAGE = re.compile("another one has ended|another task died|did not come together")
 
 
-def main(command: str, directory: Path, kills: int = 20, seed: int = 0) -> None:
+def main(
+    command: str,
+    directory: Path,
+    kills: int = 20,
+    terms: int = 0,
+    processes: int = 1,
+    within: float = 60,
+    seed: int = 0,
+) -> None:
     """Runs the drill; exits with 1 where the two runs differ.
 
     Args:
         command: the training command, with {workdir} for its directory.
         directory: where the two runs are made, anew.
         kills: how often the second run is killed.
-        seed: of the moments.
+        terms: how often it is stopped by SIGTERM, after that.
+        processes: of the run.
+        within: seconds in which all must end when one has been killed or stopped.
+        seed: of the moments, and of which process is killed.
     """
     check("{workdir}" in command, "--command must hold {workdir}, the directory of the run")
     directory.mkdir(parents=True, exist_ok=True)
@@ -52,70 +71,107 @@ def main(command: str, directory: Path, kills: int = 20, seed: int = 0) -> None:
     for run in (calm, killed):
         shutil.rmtree(run, ignore_errors=True)
     began = time.monotonic()
-    with start(command, calm) as program:
-        training = until_it_trains(program, calm)
-        check(program.wait() == 0, f"the undisturbed run failed: see {log_of(calm)}")
+    with start(command, calm, processes) as programs:
+        training = until_it_trains(programs, calm)
+        check(not any(ends(programs)), f"the undisturbed run failed: see {log_of(calm)}")
     end = time.monotonic() - began
     check(training is not None, f"{calm} logged nothing: is it the command's work directory?")
     ready = training - began
     print(f"undisturbed: {end:.1f} s, {ready:.1f} s of them before the first step", flush=True)
 
-    moments = random.Random(seed)
-    share = 2.2 * (end - ready) / kills  # of the training, so that some is left for the last kill
-    for number in range(1, kills + 1):
+    chance = random.Random(seed)
+    stops = kills + terms
+    share = 2.2 * (end - ready) / stops  # of the training, so that some is left for the last kill
+    slowest = 0.0
+    for number in range(1, stops + 1):
         before, began = newest(killed), time.monotonic()
-        with start(command, killed) as program:
-            if number % 2:
-                training = until_it_trains(program, killed)
+        kind = signal.SIGKILL if number <= kills else signal.SIGTERM
+        with start(command, killed, processes) as programs:
+            if number % 2 or kind == signal.SIGTERM:
+                training = until_it_trains(programs, killed)
                 ready = training - began if training else ready
-                delay = moments.uniform(0, share)
+                delay = chance.uniform(0, share)
             else:
-                delay = moments.uniform(0, ready + share)
-            with suppress(subprocess.TimeoutExpired):
-                program.wait(delay)
-        check(
-            program.returncode == -signal.SIGKILL,
-            f"the run ended by itself (exit code {program.returncode}) after {number - 1} kills: "
-            f"see {log_of(killed)}, or give it more steps",
-        )
+                delay = chance.uniform(0, ready + share)
+            time.sleep(delay)
+            victim = chance.randrange(processes)
+            check(
+                all(program.poll() is None for program in programs),
+                f"the run ended by itself after {number - 1} stops: see {log_of(killed)}, or give "
+                "it more steps",
+            )
+            os.killpg(programs[victim].pid, kind)
+            began = time.monotonic()
+            codes, took = ends(programs, within), time.monotonic() - began
+            slowest = max(slowest, took)
         after = newest(killed)
-        print(f"kill {number}: step {after} is saved", flush=True)
+        said = f"{kind.name} to process {victim}: all ended after {took:.1f} s with {codes}"
+        print(f"{number}. {said}; step {after} is saved", flush=True)
         check(after >= before, f"step {before} was saved, and is gone")
-    with start(command, killed) as program:
-        check(program.wait() == 0, f"the last run failed: see {log_of(killed)}")
+        for other, code in enumerate(codes):
+            log = log_of(killed, other)
+            if kind == signal.SIGTERM:
+                check(code == 128 + kind, f"process {other} ended with {code}: see {log}")
+            elif other != victim:
+                check(code not in (0, None), f"process {other} did not end by itself: see {log}")
+                check(MESSAGE.search(log.read_text()) is not None, f"{log} does not say why")
+        if kind == signal.SIGTERM:
+            step = re.findall(r"stopped after step (\d+)", log_of(killed).read_text())[-1]
+            check(after == int(step), f"step {step} is not saved, but {after}")
+    with start(command, killed, processes) as programs:
+        check(not any(ends(programs)), f"the last run failed: see {log_of(killed)}")
 
     different = list(differences(calm, killed))
     for line in different:
         print(line)
     if different:
         sys.exit(1)
-    print(f"{kills} kills, and the same end: step {newest(killed)}, bit for bit")
+    print(f"{kills} kills and {terms} stops, all ended within {slowest:.1f} s", end="; ")
+    print(f"and the same end: step {newest(killed)}, bit for bit")
 
 
 @contextmanager
-def start(command: str, run: Path) -> Iterator[subprocess.Popen]:
-    """The command in a group of processes of its own, which does not outlive the context."""
-    with log_of(run).open("a") as log:
-        program = subprocess.Popen(
-            shlex.split(command.replace("{workdir}", str(run))),
-            stdout=log,
-            stderr=log,
-            start_new_session=True,
-        )
+def start(command: str, run: Path, processes: int = 1) -> Iterator[list[subprocess.Popen]]:
+    """The command in groups of processes of their own, which do not outlive the context."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    programs = []
     try:
-        yield program
+        for number in range(processes):
+            hosts = (
+                f" --distributed.coordinator 127.0.0.1:{port}"
+                f" --distributed.num-processes {processes} --distributed.process-id {number}"
+            )
+            asked = command.replace("{workdir}", str(run)) + hosts * (processes > 1)
+            with log_of(run, number).open("w") as log:
+                program = subprocess.Popen(
+                    shlex.split(asked), stdout=log, stderr=log, start_new_session=True
+                )
+            programs.append(program)
+        yield programs
     finally:
-        if program.poll() is None:
-            os.killpg(program.pid, signal.SIGKILL)
-        program.wait()
+        for program in programs:
+            if program.poll() is None:
+                os.killpg(program.pid, signal.SIGKILL)
+            program.wait()
 
 
-def log_of(run: Path) -> Path:
-    """What a run prints."""
-    return run.with_name(f"{run.name}.log")
+def ends(programs: list[subprocess.Popen], within: float | None = None) -> list[int | None]:
+    """Exit codes of programs that end; None of those that do not, in that many seconds."""
+    last = None if within is None else time.monotonic() + within
+    for program in programs:
+        with suppress(subprocess.TimeoutExpired):
+            program.wait(None if last is None else max(0, last - time.monotonic()))
+    return [program.returncode for program in programs]
 
 
-def until_it_trains(program: subprocess.Popen, run: Path) -> float | None:
+def log_of(run: Path, process: int = 0) -> Path:
+    """What a process of a run prints."""
+    return run.with_name(f"{run.name}.{process}.log" if process else f"{run.name}.log")
+
+
+def until_it_trains(programs: list[subprocess.Popen], run: Path) -> float | None:
     """Waits until the run logs a step; the time of it, or None if it ends before."""
     file = run / "metrics.jsonl"
 
@@ -123,7 +179,7 @@ def until_it_trains(program: subprocess.Popen, run: Path) -> float | None:
         return max((row["step"] for row in rows(file)), default=0)
 
     before, seen = newest(run), file.stat().st_mtime_ns if file.exists() else 0
-    while program.poll() is None:
+    while programs[0].poll() is None:
         now = file.stat().st_mtime_ns if file.exists() else 0
         if now != seen and last() > before:
             return time.monotonic()

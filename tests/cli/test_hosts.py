@@ -142,6 +142,17 @@ def test_slurm_and_tpu_vms_are_found_without_a_flag(monkeypatch):
     assert asked[1:] == [times]
 
 
+def test_a_start_that_fails(monkeypatch):
+    def fail(**how):
+        raise ValueError("coordinator_address should be defined.")
+
+    monkeypatch.setattr(hosts.jax.distributed, "initialize", fail)
+    monkeypatch.setattr(hosts, "on_tpu_vm", lambda: True)
+    start(Hosts())  # a TPU without neighbours
+    with pytest.raises(ConfigError, match="did not come together .coordinator_address should"):
+        start(Hosts(coordinator="a:1", num_processes=2, process_id=0))
+
+
 def test_one_process_is_as_it_was():
     with in_turn("nothing to wait for"), pytest.raises(SystemExit), ending_together():
         raise SystemExit(3)

@@ -151,6 +151,12 @@ def test_engine(model, tokenizer, texts):
         assert completion.token_ids == tokens[: completion.num_new_tokens]
 
 
+def test_a_single_row_is_computed_on_all_devices(model, tokenizer, texts):
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2))
+    (found,) = Engine(model, tokenizer, mesh=mesh).generate([PROMPTS[1]], max_new_tokens=NEW)
+    assert found.token_ids == texts[1]
+
+
 def test_decode_program(model, tokenizer, texts, tmp_path):
     """The data axis may be longer than the list of prompts."""
     save(model, tmp_path / "model", tokenizer=tokenizer)

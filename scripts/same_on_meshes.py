@@ -1,0 +1,220 @@
+"""Takes the same training steps on one device, on meshes, and on two processes that find one
+another over loopback; and saves a run on one and restores it on the other.
+
+    python scripts/same_on_meshes.py --directory /tmp/meshes
+
+Prints how far each is from one device: the gradient of one step in float32, relative, and the
+parameters after ten steps in float64. The mask path of layer dropout is used, whose masks are the
+same on any mesh. What is restored must be what was saved, bit for bit. Exits with 1 where not.
+"""
+
+import os
+import runpy
+import shutil
+import socket
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from lsjax.config import MeshConfig
+
+CONFIG = runpy.run_path(str(Path(__file__).with_name("drill_config.py")))["config"]
+STEPS = 10
+MOST_F32, MOST_F64 = 1e-5, 1e-9
+
+
+@dataclass(frozen=True)
+class Case:
+    """Where the steps are taken."""
+
+    name: str
+    mesh: MeshConfig
+    devices: int = 8  # of each process
+    processes: int = 1
+
+
+ONE = Case("1 device", MeshConfig(), devices=1)
+TWO_PROCESSES = Case("2 processes x 4, fsdp 8", MeshConfig(fsdp=8), 4, 2)
+CASES = (
+    ONE,
+    Case("data 2 x fsdp 2", MeshConfig(data=2, fsdp=2)),
+    Case("data 4 x fsdp 2", MeshConfig(data=4, fsdp=2)),
+    Case("data 4 x tensor 2", MeshConfig(data=4, tensor=2)),
+    Case("data 2 x fsdp 2 x tensor 2", MeshConfig(data=2, fsdp=2, tensor=2)),
+    TWO_PROCESSES,
+    Case("2 processes x 4, tensor 2 x fsdp 4", MeshConfig(fsdp=4, tensor=2), 4, 2),
+)
+
+
+def main(directory: Path) -> None:
+    """Prints both tables; exits with 1 where one of them is not as it should be."""
+    directory.mkdir(parents=True, exist_ok=True)
+    good = same_steps(directory)
+    good &= same_after_restoring(directory)
+    sys.exit(0 if good else 1)
+
+
+def same_steps(directory: Path) -> bool:
+    """The table of differences from one device."""
+    import numpy as np
+
+    print(f"{'':<42}{'gradient, f32':>15}{f'{STEPS} steps, f64':>15}", flush=True)
+    good, first = True, None
+    for index, case in enumerate(CASES):
+        file = directory / f"{index}.npz"
+        launch(case, "steps", directory, file)
+        found = dict(np.load(file))
+        first = first or found
+        names = {part: [n for n in found if n.startswith(part)] for part in ("gradient", "after")}
+        relative = max(
+            np.linalg.norm(found[name] - first[name]) / np.linalg.norm(first[name])
+            for name in names["gradient"]
+        )
+        apart = max(np.abs(found[name] - first[name]).max() for name in names["after"])
+        assert all(first[name].dtype == np.float64 for name in names["after"])
+        good &= relative <= MOST_F32 and apart <= MOST_F64
+        print(f"{case.name:<42}{relative:>15.1e}{apart:>15.1e}", flush=True)
+    return good
+
+
+def same_after_restoring(directory: Path) -> bool:
+    """Two processes save, one device restores and saves, two processes restore and save."""
+    from kill_drill import arrays
+
+    from lsjax.model.saved_steps import PARAMS, TRAIN, saved_steps
+
+    a, b, c = runs = [directory / name for name in "abc"]
+    for run in runs:
+        shutil.rmtree(run, ignore_errors=True)
+    launch(TWO_PROCESSES, "save", directory, a)
+    launch(ONE, "restore", a, b)
+    launch(TWO_PROCESSES, "restore", b, c)
+    steps = [saved_steps(run)[0] for run in runs]
+    good = True
+    for item in (PARAMS, TRAIN):
+        first, *others = (arrays(step, item) for step in steps)
+        for other in others:
+            good &= first.keys() == other.keys()
+            good &= all(first[name].tobytes() == other[name].tobytes() for name in first)
+    there, back = f"{TWO_PROCESSES.name} -> {ONE.name}", "and back"
+    print(f"{there}, {back}: {len(first)} arrays of {TRAIN} and the parameters are", end=" ")
+    print("equal bit for bit" if good else "NOT EQUAL")
+    return good
+
+
+def launch(case: Case, task: str, source: Path, target: Path) -> None:
+    """Runs a worker in each of the case's processes."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    flags = f"--xla_force_host_platform_device_count={case.devices}"
+    workers = [
+        subprocess.Popen(
+            [sys.executable, __file__, "worker"]
+            + [str(CASES.index(case)), task, str(source), str(target), str(port), str(number)],
+            env=os.environ
+            | {"JAX_PLATFORMS": "cpu", "JAX_ENABLE_X64": "1", "XLA_FLAGS": flags}
+            | {"PYTHONPATH": str(Path(__file__).parents[1])},
+        )
+        for number in range(case.processes)
+    ]
+    if any([worker.wait() for worker in workers]):
+        raise SystemExit(f"a worker of {case.name} failed")
+
+
+def worker(case: Case, task: str, source: Path, target: Path, port: int, number: int) -> None:
+    """One process of a case."""
+    import jax
+
+    from lsjax.cli.hosts import Hosts, start
+    from lsjax.cli.setup import exact_products
+    from lsjax.sharding import make_mesh
+    from lsjax.training.checkpoint import Checkpoints
+    from lsjax.training.start import abstract_state, initial_state
+
+    if case.processes > 1:
+        start(Hosts(coordinator=f"127.0.0.1:{port}", num_processes=2, process_id=number))
+    exact_products()
+    mesh = make_mesh(case.mesh)
+    with jax.set_mesh(mesh):
+        if task == "steps":
+            take_steps(source, target, mesh)
+            return
+        like = abstract_state(CONFIG, mesh)
+        if task == "save":
+            state = initial_state(CONFIG, mesh, like)
+            state, _ = next(iter(steps(CONFIG, state, source, mesh)))
+        else:
+            state = Checkpoints(source, CONFIG.checkpoints).restore(like).state
+        with Checkpoints(target, CONFIG.checkpoints) as checkpoints:
+            checkpoints.save(state, step=1, config=CONFIG, data={})
+
+
+def take_steps(cache: Path, file: Path, mesh) -> None:
+    """Writes the float32 gradient of the first step, and the float64 parameters after the last."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+    from flax import nnx
+    from jax.experimental.multihost_utils import process_allgather
+
+    from lsjax.model.llama import Llama
+    from lsjax.model.plain import named_leaves
+    from lsjax.sharding import shardings
+    from lsjax.training.step import init_state
+
+    found = {}
+    for dtype in (jnp.float32, jnp.float64):
+
+        def make(dtype=dtype):
+            return init_state(CONFIG, Llama(CONFIG.model, rngs=nnx.Rngs(0), dtype=dtype))
+
+        places = shardings(jax.eval_shape(make), mesh)
+        first = jax.jit(make, out_shardings=places)()
+        for number, (state, _) in enumerate(steps(CONFIG, first, cache, mesh), 1):
+            if dtype == jnp.float32:
+                # AdamW's first moment is (1 - b1) of the first gradient.
+                leaves = named_leaves(state).items()
+                chosen = {f"gradient {name}": leaf for name, leaf in leaves if ".mu." in name}
+                break
+            if number == STEPS:
+                leaves = named_leaves(state.model).items()
+                chosen = {f"after {name}": leaf for name, leaf in leaves}
+                break
+        found |= {name: process_allgather(leaf, tiled=True) for name, leaf in chosen.items()}
+    if jax.process_index() == 0:
+        np.savez(file, **found)
+
+
+def steps(config, state, cache: Path, mesh):
+    """(state, metrics) after each step."""
+    from lsjax.data.pipeline import make_pipeline
+    from lsjax.data.tokenizer_huggingface import ByteTokenizer
+    from lsjax.sharding import own_rows, placed_rows
+    from lsjax.training.step import make_train_step
+
+    pipeline = make_pipeline(
+        config.data,
+        ByteTokenizer(),
+        batch_size=config.batch_size,
+        seq_len=config.seq_len,
+        split="train",
+        seed=config.seed,
+        cache=cache,
+        own_B=own_rows(config.batch_size, mesh),
+    )
+    step = make_train_step(config)
+    while True:
+        state, metrics = step(state, placed_rows(pipeline.next(), config.batch_size, mesh))
+        yield state, metrics
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["worker"]:
+        index, task, source, target, port, number = sys.argv[2:]
+        worker(CASES[int(index)], task, Path(source), Path(target), int(port), int(number))
+    else:
+        tyro.cli(main, description=__doc__)
