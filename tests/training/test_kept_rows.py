@@ -1,6 +1,7 @@
 """Layers computed only for the rows that keep them: against masks on all rows."""
 
 import dataclasses
+import itertools
 from functools import partial
 
 import jax
@@ -12,14 +13,17 @@ from lsjax.config import EarlyExitConfig, LayerDropoutConfig, OptimizerConfig, S
 from lsjax.training import forward, layer_dropout
 from lsjax.training.layer_dropout import drop_rates, keep_counted
 from lsjax.training.objective import objective
+from lsjax.training.optimizer import directions
 from lsjax.training.step import init_state, make_train_step
 
 CONFIG = StepConfig(
     num_steps=8,
     seed=6,
-    layer_dropout=LayerDropoutConfig(p_max=0.8, distribution="linear", skip="gather"),
+    layer_dropout=LayerDropoutConfig(p_max=0.8, distribution="linear", skip="gather", rescale=True),
     early_exit=EarlyExitConfig(curriculum="rotational", rotation=2, e_scale=0.5),
-    optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=0),
+    optimizer=OptimizerConfig(
+        learning_rate=1e-2, warmup_steps=0, schedule="constant", clip_norm=None
+    ),
 )
 
 
@@ -31,28 +35,13 @@ def eight_rows(packed):
     return {name: np.concatenate([packed[name], other[name]]) for name in packed}
 
 
-@pytest.fixture
-def as_masks(monkeypatch):
-    """A config's masks are those of "gather", but its layers run on all rows."""
-
-    def counted_mask(rates_L, seed, step, rows_B):
-        return keep_counted(rates_L, seed, step, rows_B[None])[0][:, 0]
-
-    monkeypatch.setattr(forward, "keep_mask", counted_mask)
-
-    def change(config: StepConfig) -> StepConfig:
-        dropout = dataclasses.replace(config.layer_dropout, skip="mask")
-        return dataclasses.replace(config, layer_dropout=dropout)
-
-    return change
-
-
 def changed(config: StepConfig, **dropout) -> StepConfig:
     dropout = dataclasses.replace(config.layer_dropout, **dropout)
     return dataclasses.replace(config, layer_dropout=dropout)
 
 
 def differentiated(config, model, batch, step):
+    """(loss, sums_L), gradients."""
     rows_B = jnp.arange(len(batch["tokens_BT"]))
     num_labels = (batch["labels_BT"] >= 0).sum()
     return jax.value_and_grad(partial(objective, config), has_aux=True)(
@@ -60,70 +49,105 @@ def differentiated(config, model, batch, step):
     )
 
 
-@pytest.mark.parametrize(
-    "rows, remat", [(8, "none"), (3, "nothing_saveable"), (1, "dots_with_no_batch_dims_saveable")]
-)
-def test_loss_and_gradients_are_those_of_the_same_masks(wide, eight_rows, as_masks, rows, remat):
-    config = dataclasses.replace(changed(CONFIG, rescale=True), remat=remat)
-    batch = {name: array[-rows:] for name, array in eight_rows.items()}
-    rates_L = drop_rates(config.layer_dropout, 5, 3, 8)
-    _, which_L = keep_counted(rates_L, config.seed, 3, jnp.arange(rows)[None])
-    assert len(set(which_L.tolist())) >= min(3, rows + 1) and 0 in which_L
-    run = jax.jit(differentiated, static_argnums=0)
-    found, expected = run(config, wide, batch, 3), run(as_masks(config), wide, batch, 3)
-    jax.tree.map(partial(np.testing.assert_allclose, atol=1e-12), found, expected)
-
-
-def test_steps_with_rising_rates_and_accumulation(wide, eight_rows, as_masks):
-    """One program for all rates; each micro-batch draws its own count and rows."""
-    config = dataclasses.replace(changed(CONFIG, schedule="exponential"), micro_batches=2)
-    states, programs = [], []
-    for one in (config, as_masks(config)):
-        state, step = init_state(one, jax.tree.map(jnp.copy, wide)), make_train_step(one)
-        for at in (0, 3, 7):
-            state, _ = step(dataclasses.replace(state, step=jnp.int32(at)), eight_rows)
-        states.append(state)
-        programs.append(step._cache_size())
-    assert programs == [1, 1]
-    jax.tree.map(partial(np.testing.assert_allclose, atol=1e-9), *states)
-
-
-def mean_gradient(config, model, batch, draws):
-    """Mean over draws of the masks, and its standard error; the rates are constant in time."""
-
-    @jax.jit
-    def sums(model):
-        def add(total, step):
-            _, gradient = differentiated(config, model, batch, step)
-            gradient = jnp.concatenate([leaf.ravel() for leaf in jax.tree.leaves(gradient)])
-            return (total[0] + gradient, total[1] + gradient**2), None
-
-        size = sum(leaf.size for leaf in jax.tree.leaves(model))
-        return jax.lax.scan(add, (jnp.zeros(size), jnp.zeros(size)), jnp.arange(draws))[0]
-
-    total, squares = (np.asarray(array, float) for array in sums(model))
-    mean = total / draws
-    return mean, np.sqrt(np.maximum(squares / draws - mean**2, 0) / draws)
-
-
-def test_mean_gradient_is_that_of_masks(small, packed, monkeypatch):
-    """Of 10,512 numbers the furthest is 2.9 standard errors away; 28 with counts rounded to the
-    nearest, which for two rows are 2, 2, 1, 1 and 0 instead of 2, 1.6, 1.2, 0.8 and 0.4."""
-    draws = 1_000
-    config = dataclasses.replace(CONFIG, num_steps=draws, early_exit=EarlyExitConfig())
-    batch = {name: jnp.asarray(array[:2]) for name, array in packed.items()}
-
-    def furthest() -> float:
-        found, error = mean_gradient(config, small, batch, draws)
-        allowed = np.sqrt(error**2 + expected_error**2) + 1e-9
-        return np.abs((found - expected) / allowed).max()
-
-    expected, expected_error = mean_gradient(changed(config, skip="mask"), small, batch, draws)
-    assert furthest() < 5
+@partial(jax.jit, static_argnums=0)
+def gathered(config, model, batch, step, nearest=False):
+    """nearest: a fault, counts that are rounded to the nearest."""
     rule = layer_dropout.stochastic_rounding
 
-    def nearest(means_L, counts, draws_L):
-        return rule(means_L, counts, jnp.full_like(draws_L, 0.5))
+    def rounding(means_L, counts, draws_L):
+        return rule(means_L, counts, jnp.where(nearest, 0.5, draws_L))
 
-    monkeypatch.setattr(layer_dropout, "stochastic_rounding", nearest)
-    assert furthest() > 10
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(layer_dropout, "stochastic_rounding", rounding)
+        return differentiated(config, model, batch, step)
+
+
+@jax.jit
+def masked(model, batch, step, rates_L, keep_LB):
+    """All layers on all rows, under these masks."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(forward, "drop_rates", lambda *_: rates_L)
+        patch.setattr(forward, "keep_mask", lambda *_: keep_LB)
+        return differentiated(changed(CONFIG, skip="mask"), model, batch, step)
+
+
+def labelled(batch, rows):
+    """The same batch, where only these rows count."""
+    labels = np.full_like(batch["labels_BT"], -1)
+    labels[rows] = batch["labels_BT"][rows]
+    return {**batch, "labels_BT": labels}
+
+
+def assert_close(found, expected, atol=1e-12):
+    jax.tree.map(partial(np.testing.assert_allclose, atol=atol), found, expected)
+
+
+@pytest.mark.parametrize(
+    "rows, remat", [(2, "nothing_saveable"), (1, "dots_with_no_batch_dims_saveable")]
+)
+def test_loss_and_gradients_are_those_of_the_same_masks(wide, eight_rows, rows, remat):
+    config = dataclasses.replace(CONFIG, remat=remat)
+    rates_L = drop_rates(config.layer_dropout, 5, 3, 8)
+    keep_LSR, which_L = keep_counted(rates_L, config.seed, 3, jnp.arange(rows)[None])
+    assert len(set(which_L.tolist())) >= min(3, rows + 1) and 0 in which_L
+    keep_LB = np.ones((5, 8), bool)
+    keep_LB[:, -rows:] = keep_LSR[:, 0]
+    batch = {name: array[-rows:] for name, array in eight_rows.items()}
+    found = gathered(config, wide, batch, 3)
+    assert_close(found, masked(wide, labelled(eight_rows, slice(-rows, None)), 3, rates_L, keep_LB))
+
+
+def test_steps_with_rising_rates_and_accumulation(wide, eight_rows):
+    """One program for all rates; each micro-batch draws its own count and rows. Rates are float32,
+    and their last bit depends on how they are compiled."""
+    config = dataclasses.replace(changed(CONFIG, schedule="exponential"), micro_batches=2)
+    state, step = init_state(config, jax.tree.map(jnp.copy, wide)), make_train_step(config)
+    optimizer = directions(config.optimizer)
+    model, opt_state, counts = wide, optimizer.init(wide), set()
+    for at in (0, 3, 7):
+        rates_L = drop_rates(config.layer_dropout, 5, at, 8)
+        parts = [
+            keep_counted(rates_L, config.seed, at, jnp.arange(part, 8, 2)[None]) for part in (0, 1)
+        ]
+        counts.add(tuple(tuple(which_L.tolist()) for _, which_L in parts))
+        keep_LB = np.stack([keep_LSR[:, 0] for keep_LSR, _ in parts], axis=2).reshape(5, 8)
+        (loss, _), gradients = masked(model, eight_rows, at, rates_L, keep_LB)
+        updates, opt_state = optimizer.update(gradients, opt_state, model)
+        model = jax.tree.map(lambda leaf, update: leaf - 1e-2 * update, model, updates)
+        state, metrics = step(dataclasses.replace(state, step=jnp.int32(at)), eight_rows)
+        assert_close((metrics["loss"], state.model), (loss, model), atol=1e-7)
+    assert step._cache_size() == 1
+    assert len(counts) == 3 and any(one != other for one, other in counts)
+
+
+def flat(gradients):
+    return np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(gradients)])
+
+
+def test_mean_gradient_is_that_of_masks(wide, eight_rows):
+    """Of its numbers the furthest is 2.9 standard errors away; 15 with counts rounded to the
+    nearest, which for two rows are 2, 2, 1, 1 and 0 instead of 2, 1.6, 1.2, 0.8 and 0.4."""
+    rates_L = drop_rates(CONFIG.layer_dropout, 5, 1, 8)
+    expected = 0
+    # A row's gradient is its own, so the mean is over the masks of one row, all there are.
+    batch = labelled(eight_rows, slice(2))
+    for keep_L in itertools.product([True], *[[False, True]] * 4):
+        probability = np.where(keep_L, 1 - rates_L, rates_L).astype(float).prod()
+        keep_LB = np.tile(np.array(keep_L)[:, None], 8)
+        expected += probability * flat(
+            masked(wide, batch, 1, jnp.asarray(rates_L, jnp.float32), keep_LB)[1]
+        )
+
+    config = dataclasses.replace(CONFIG, remat="nothing_saveable")
+    batch = {name: array[:2] for name, array in eight_rows.items()}
+
+    def mean_and_error(nearest, draws=250):
+        # The same exits are on in every other step.
+        steps = range(1, 1 + 2 * draws, 2)
+        drawn = np.stack([flat(gathered(config, wide, batch, at, nearest)[1]) for at in steps])
+        return drawn.mean(0), drawn.std(0) / np.sqrt(draws) + 1e-9
+
+    mean, error = mean_and_error(nearest=False)
+    assert np.abs((mean - expected) / error).max() < 5
+    wrong, _ = mean_and_error(nearest=True)
+    assert np.abs((wrong - expected) / error).max() > 12
