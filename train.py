@@ -10,7 +10,6 @@ The same command again goes on with a run that was stopped. Fields of the config
 """
 
 import dataclasses
-import math
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -45,12 +44,12 @@ from lsjax.data.pipeline import make_pipeline, one_pass
 from lsjax.data.tokenizer_training import make_tokenizer
 from lsjax.model.checkpoint import open_source
 from lsjax.model.run_directory import CHECKPOINTS, begin_run, is_run, read_config
-from lsjax.sharding import ROWS, make_mesh, own_rows, placed_rows
+from lsjax.sharding import make_mesh, own_rows, placed_rows
 from lsjax.training.checkpoint import Checkpoints
 from lsjax.training.flops import peak_flops, step_flops
 from lsjax.training.metrics_log import MetricsLog
 from lsjax.training.resume import check_same_run
-from lsjax.training.start import abstract_state, initial_state
+from lsjax.training.start import abstract_state, check_rows, initial_state
 from lsjax.training.step import make_train_step
 from lsjax.training.trainer import Interrupted, Loop, TooManySkipped, run
 
@@ -76,7 +75,7 @@ def train(arguments: Arguments) -> int:
         config = with_model(config, open_source(config.init_from).config)
     alone = jax.process_count() == 1 and config.mesh == MeshConfig()
     mesh = None if alone else make_mesh(config.mesh)
-    check_mesh(config, mesh)
+    check_rows(config, mesh)
     check_same("the configurations and the states of --workdir", f"{config} {previous}")
 
     cache = cache_directory()
@@ -208,19 +207,6 @@ def with_model(config: TrainConfig, model: LlamaConfig) -> TrainConfig:
     config = dataclasses.replace(config, model=model)
     config.check_model(model)
     return config
-
-
-def check_mesh(config: TrainConfig, mesh) -> None:
-    """Raises ConfigError where the devices that share out rows do not divide a micro-batch."""
-    if mesh is None:
-        return
-    rows = config.batch_size // config.micro_batches
-    shards = math.prod(mesh.shape[name] for name in ROWS)
-    check(
-        rows % shards == 0,
-        f"{rows} rows (batch_size / micro_batches) can't be shared out among {shards} devices "
-        f"(mesh.data x mesh.fsdp): choose a multiple of {shards}",
-    )
 
 
 def describe(config: TrainConfig, workdir: Path, rows: Rows) -> str:

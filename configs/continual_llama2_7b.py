@@ -30,6 +30,6 @@ config = TrainConfig(
     early_exit=EarlyExitConfig(curriculum="rotational", rotation=8, e_scale=0.2),
     optimizer=OptimizerConfig(learning_rate=3e-5, warmup_steps=500),
     remat="dots_with_no_batch_dims_saveable",
-    mesh=MeshConfig(fsdp=-1),
+    mesh=MeshConfig(data=-1, fsdp=16),  # 64 devices, as in v5p:4x4x4
     checkpoints=CheckpointConfig(every=1_000),
 )

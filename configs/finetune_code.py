@@ -31,6 +31,6 @@ config = TrainConfig(
     early_exit=EarlyExitConfig(curriculum="rotational", rotation=16, e_scale=1.0),
     optimizer=OptimizerConfig(learning_rate=1e-4, warmup_steps=100),
     remat="dots_with_no_batch_dims_saveable",
-    mesh=MeshConfig(fsdp=-1),
+    mesh=MeshConfig(data=-1, fsdp=16),  # 32 devices, as in v5p:2x4x4
     checkpoints=CheckpointConfig(every=500),
 )

@@ -40,6 +40,6 @@ config = TrainConfig(
     layer_dropout=LayerDropoutConfig(p_max=0.2),
     early_exit=EarlyExitConfig(curriculum="gradual", e_scale=1.0),
     optimizer=OptimizerConfig(learning_rate=1e-4, warmup_steps=100),
-    mesh=MeshConfig(fsdp=-1),
+    mesh=MeshConfig(fsdp=-1),  # 8 devices, as in v5p:2x2x2
     checkpoints=CheckpointConfig(every=500),
 )

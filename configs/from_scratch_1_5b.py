@@ -30,6 +30,6 @@ config = TrainConfig(
     early_exit=EarlyExitConfig(curriculum="rotational", rotation=23, e_scale=0.2),
     optimizer=OptimizerConfig(learning_rate=8e-4, warmup_steps=2_000),
     remat="dots_with_no_batch_dims_saveable",
-    mesh=MeshConfig(fsdp=-1),
+    mesh=MeshConfig(data=-1, fsdp=8),  # 32 devices, as in v5p:2x4x4
     checkpoints=CheckpointConfig(every=1_000),
 )

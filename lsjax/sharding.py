@@ -25,6 +25,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax import lax
+from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
@@ -51,12 +52,13 @@ TABLE: tuple[tuple[str, tuple[P, ...]], ...] = (
 _STACKED = re.compile(r"(^|\.)(layers\.\D|(keys|values)$)")
 
 
-def make_mesh(config: MeshConfig) -> Mesh:
+def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """The mesh of this config on the first devices, for `jax.set_mesh`.
 
-    Raises ConfigError where it does not fit the devices, or leaves some of several hosts idle.
+    devices: those that there are, by default. Raises ConfigError where it does not fit them, or
+    leaves some of several hosts idle.
     """
-    devices = jax.devices()
+    devices = jax.devices() if devices is None else devices
     sizes = config.sizes(len(devices))
     used = devices[: math.prod(sizes.values())]
     check(
@@ -64,9 +66,11 @@ def make_mesh(config: MeshConfig) -> Mesh:
         f"a mesh of {len(used)} devices, but {jax.process_count()} processes have {len(devices)}: "
         "set one of --mesh.data, --mesh.fsdp and --mesh.tensor to -1, which takes what is left",
     )
-    return jax.make_mesh(
-        tuple(sizes.values()), tuple(sizes), (AxisType.Auto,) * len(sizes), devices=used
+    # Unlike jax.make_mesh, also where an axis takes a part of the torus's: 16 of 8 x 8.
+    places = mesh_utils.create_device_mesh(
+        tuple(sizes.values()), used, allow_split_physical_axes=True
     )
+    return Mesh(places, tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
 
 
 def sharding_of(path: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> NamedSharding:

@@ -35,22 +35,9 @@ def parse(argv: Sequence[str], description: str) -> Arguments:
     Raises ConfigError for what is wrong with the file or a value; exits with 2 for flags that
     there are not.
     """
-    first = argparse.ArgumentParser(
-        prog="train.py",
-        description=description,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        add_help=False,
-        allow_abbrev=False,
-    )
-    first.add_argument("--config", type=Path, metavar="FILE", help="configs/NAME.py")
+    first = config_parser("train.py", description)
     first.add_argument("--workdir", type=Path, metavar="DIRECTORY", help="of the run")
-    known, rest = first.parse_known_args(argv)
-    if known.config is None:
-        if {"-h", "--help"} & {*rest}:
-            first.print_help()
-            raise SystemExit(0)
-        raise ConfigError("--config is missing: name a file such as configs/quickstart.py")
-    default = read_config_file(known.config)
+    known, default, rest = read_config(first, argv)
     flags = tyro.cli(
         _Flags,
         args=rest,
@@ -60,6 +47,35 @@ def parse(argv: Sequence[str], description: str) -> Arguments:
     )
     check(known.workdir is not None, "--workdir is missing: name the directory of the run")
     return Arguments(flags.config, known.workdir, flags.distributed)
+
+
+def config_parser(prog: str, description: str) -> argparse.ArgumentParser:
+    """Reads the name of the configuration file before all else."""
+    parser = argparse.ArgumentParser(
+        prog=prog,
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        add_help=False,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", type=Path, metavar="FILE", help="configs/NAME.py")
+    return parser
+
+
+def read_config(
+    parser: argparse.ArgumentParser, argv: Sequence[str]
+) -> tuple[argparse.Namespace, TrainConfig, list[str]]:
+    """What the parser knows, the configuration of the file, and the other arguments.
+
+    Raises ConfigError where no file is named, and for what is wrong with it.
+    """
+    known, rest = parser.parse_known_args(argv)
+    if known.config is None:
+        if {"-h", "--help"} & {*rest}:
+            parser.print_help()
+            raise SystemExit(0)
+        raise ConfigError("--config is missing: name a file such as configs/quickstart.py")
+    return known, read_config_file(known.config), rest
 
 
 def read_config_file(file: Path) -> TrainConfig:

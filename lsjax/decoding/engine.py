@@ -21,6 +21,14 @@ MIN_CAPACITY = 512  # slots of a row's cache: this, or a larger power of two
 SLACK = 16  # and a multiple of this for drafts beyond the end, so that strategies share programs
 
 
+def cache_slots(total: int, strategy: Strategy) -> int:
+    """Slots of a row's cache for `total` tokens: few sizes, so that few programs are needed."""
+    slots = MIN_CAPACITY
+    while slots < total:
+        slots *= 2
+    return slots + -(-strategy.slack // SLACK) * SLACK
+
+
 class Engine:
     """A model, its tokenizer, a strategy and the programs compiled for them.
 
@@ -96,11 +104,8 @@ class Engine:
         return self.programs.compile_seconds
 
     def capacity(self, total: int) -> int:
-        """Slots of a row's cache for `total` tokens: few sizes, so that few programs are needed."""
-        slots = MIN_CAPACITY
-        while slots < max(total, self.min_capacity):
-            slots *= 2
-        return slots + -(-self.strategy.slack // SLACK) * SLACK
+        """Slots of a row's cache for `total` tokens."""
+        return cache_slots(max(total, self.min_capacity), self.strategy)
 
     def memory_bytes(self, total: int) -> tuple[int, int]:
         """Bytes of the model and of the cache for rows of `total` tokens; beside a batch there is a

@@ -11,6 +11,9 @@ from lsjax.decoding.state import DecodeState, Strategy
 from lsjax.model.cache import KVCache
 from lsjax.model.llama import Llama
 
+# Names of the loops in compiled programs.
+PROMPT_CHUNKS, ROUNDS = "prompt_chunks", "rounds"
+
 
 def prefill(
     model: Llama, state: DecodeState, start: Int[Array, ""], *, chunk: int, depth: int
@@ -34,7 +37,8 @@ def prefill(
 
     last_BD = jnp.zeros((batch, model.config.hidden_size), model.dtype)
     chunks = (state.length_B.max() - start + chunk - 1) // chunk
-    cache, last_BD = lax.fori_loop(0, chunks, read, (state.cache, last_BD))
+    with jax.named_scope(PROMPT_CHUNKS):
+        cache, last_BD = lax.fori_loop(0, chunks, read, (state.cache, last_BD))
     return state.with_cache(cache).append(model.unembed(last_BD))
 
 
@@ -68,4 +72,5 @@ def decode(
         return done + 1, strategy.step(model, current, arguments)
 
     running_B = state.running_B
-    return lax.while_loop(more, step, (0, state))[1]
+    with jax.named_scope(ROUNDS):
+        return lax.while_loop(more, step, (0, state))[1]

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 from jax.sharding import Mesh
+from jax.stages import Lowered
 
 from lsjax.config import check
 from lsjax.decoding.state import DecodeState
@@ -48,15 +49,19 @@ class Programs:
         shapes = tuple((leaf.shape, str(leaf.dtype)) for leaf in leaves)
         key = (function.func, *static, shapes, structure)
         if key not in self._compiled:
-
-            def run(leaves, state, *rest):
-                return function(jax.tree.unflatten(self._structure, leaves), state, *rest)
-
             begin = time.perf_counter()
-            mesh = self._mesh
-            places = None if mesh is None else shardings(state, mesh)
-            program = jax.jit(run, donate_argnums=1, out_shardings=places)
-            with nullcontext() if mesh is None else jax.set_mesh(mesh):
-                self._compiled[key] = program.lower(self._leaves, state, *rest).compile()
+            self._compiled[key] = self.lower(function, state, *rest).compile()
             self.compile_seconds += time.perf_counter() - begin
         return partial(self._compiled[key], self._leaves)
+
+    def lower(self, function: partial, state: DecodeState, *rest: Any) -> Lowered:
+        """The program before it is compiled; shapes suffice for it, of the model too."""
+
+        def run(leaves, state, *rest):
+            return function(jax.tree.unflatten(self._structure, leaves), state, *rest)
+
+        mesh = self._mesh
+        places = None if mesh is None else shardings(state, mesh)
+        program = jax.jit(run, donate_argnums=1, out_shardings=places)
+        with nullcontext() if mesh is None else jax.set_mesh(mesh):
+            return program.lower(self._leaves, state, *rest)

@@ -34,6 +34,8 @@ from lsjax.decoding.state import DecodeState, Strategy
 from lsjax.model.cache import KVCache
 from lsjax.model.llama import Llama
 
+DRAFT = "draft"  # the loop's name in compiled programs
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
@@ -220,7 +222,9 @@ class SelfSpeculative(Strategy):
             jnp.zeros(batch, jnp.int32),
             state.running_B,
         )
-        _, _, cache, _, hidden_BTD, proposals, count_B, _ = lax.while_loop(more, step, start)
+        with jax.named_scope(DRAFT):
+            end = lax.while_loop(more, step, start)
+        _, _, cache, _, hidden_BTD, proposals, count_B, _ = end
         tokens_BT = _tokens(proposals.index_BT, settings.head)
         return Draft(state.with_cache(cache), hidden_BTD, tokens_BT, count_B, proposals)
 

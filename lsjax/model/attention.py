@@ -2,6 +2,7 @@
 
 from functools import partial
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
@@ -11,6 +12,8 @@ from lsjax.model.products import mix
 
 # Slots of the cache that one step of `cached_attention` reads; LARGE is a multiple of SMALL.
 SMALL, LARGE = 256, 1024
+# The loops over these, by their names in compiled programs.
+SMALL_BLOCKS, LARGE_BLOCKS = "small_cache_blocks", "large_cache_blocks"
 
 
 def attention(
@@ -94,9 +97,11 @@ def cached_attention(
         small, done = min(SMALL, capacity), 0
         if capacity >= LARGE:
             full = (last + 1 + LARGE // 2) // LARGE
-            carry = lax.fori_loop(0, full, partial(step, LARGE), carry)
+            with jax.named_scope(LARGE_BLOCKS):
+                carry = lax.fori_loop(0, full, partial(step, LARGE), carry)
             done = full * (LARGE // SMALL)
-        return lax.fori_loop(done, last // small + 1, partial(step, small), carry)[1:]
+        with jax.named_scope(SMALL_BLOCKS):
+            return lax.fori_loop(done, last // small + 1, partial(step, small), carry)[1:]
 
     def at_once():
         scores = jnp.einsum("BKRH,BKSH->BKRS", q_BKRH, keys, preferred_element_type=wide)

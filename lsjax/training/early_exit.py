@@ -65,6 +65,16 @@ def loss_weights(
     return on_L / on_L.sum()
 
 
+def mean_exits(config: EarlyExitConfig, num_layers: int, num_steps: int) -> float:
+    """Intermediate exits that are on, on average over the run."""
+    whole = config.curriculum == "rotational" and config.rotation <= num_steps
+    steps = range(config.rotation if whole else num_steps)  # a rotation stands for all of them
+    if config.curriculum not in ("rotational", "gradual"):
+        steps = range(1)
+    counts = [enabled_exits(config, num_layers, step, num_steps)[:-1].sum() for step in steps]
+    return float(np.mean(counts))
+
+
 def most_exits(config: EarlyExitConfig, num_layers: int, num_steps: int) -> int:
     """The most intermediate exits that are on in any step."""
     match config.curriculum:

@@ -9,7 +9,8 @@ import time
 import jax
 import jax.numpy as jnp
 
-from lsjax.config import LlamaConfig
+from lsjax.config import EarlyExitConfig, LlamaConfig
+from lsjax.training.early_exit import mean_exits
 
 # Dense bfloat16 FLOPs per second of one jax device, by what its `device_kind` starts with (the
 # makers' data sheets).
@@ -35,6 +36,15 @@ def step_flops(config: LlamaConfig, batch_size: int, seq_len: int) -> float:
     matrices = config.num_layers * config.layer_params + config.head_params
     attention = config.num_layers * config.num_heads * config.head_dim * seq_len
     return 3.0 * (2.0 * matrices + 2.0 * attention) * batch_size * seq_len
+
+
+def exit_flops(
+    early_exit: EarlyExitConfig, config: LlamaConfig, tokens: int, num_steps: int
+) -> float:
+    """FLOPs that the intermediate exits add to a step of so many tokens, on average over the run:
+    three passes through the head for each token that an exit learns."""
+    exits = mean_exits(early_exit, config.num_layers, num_steps) * early_exit.token_share
+    return 3.0 * 2.0 * config.head_params * tokens * exits
 
 
 def peak_flops() -> float | None:

@@ -47,8 +47,8 @@ def head_of(model: Llama) -> Head:
     return Head(model.norm, model.head_table)
 
 
-def _chunk_steps(batch: int, steps: int, vocab: int) -> int:
-    """C: positions of each row in a chunk; chunks are about equal."""
+def chunk_steps(batch: int, steps: int, vocab: int) -> int:
+    """C: positions of each row in a chunk, on the mesh in use; chunks are about equal."""
     mesh = jax.sharding.get_abstract_mesh()
     devices = 1 if mesh.empty else mesh.size
     most = max(1, min(steps, CHUNK_LOGITS * devices // (batch * vocab)))
@@ -78,7 +78,7 @@ def _forward(target, z_loss, head, x_SBTD, labels_BT, positions, weights_S):
     """Each device goes through the head with its own rows, and adds up the gradient of the table
     that they give; the sum over devices is taken once, at the end."""
     _, batch, steps, _ = x_SBTD.shape
-    chunk = _chunk_steps(batch, steps, len(head.table_VD))
+    chunk = chunk_steps(batch, steps, len(head.table_VD))
     chunks_S = -(-positions.counts_SB.max(1) // chunk)
     narrow = Head(head.norm, head.table_VD.astype(x_SBTD.dtype))
     sums, dx_SBTD = on_each_device(

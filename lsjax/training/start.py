@@ -1,16 +1,30 @@
 """The state that a run begins with."""
 
+import math
 from functools import partial
 
 import jax
 from flax import nnx
 from jax.sharding import Mesh
 
-from lsjax.config import TrainConfig
+from lsjax.config import TrainConfig, check
 from lsjax.model.checkpoint import load
 from lsjax.model.llama import Llama, stacked
-from lsjax.sharding import shardings
+from lsjax.sharding import ROWS, shardings
 from lsjax.training.step import TrainState, init_state
+
+
+def check_rows(config: TrainConfig, mesh: Mesh | None) -> None:
+    """Raises ConfigError where the devices that share out rows do not divide a micro-batch."""
+    if mesh is None:
+        return
+    rows = config.batch_size // config.micro_batches
+    shards = math.prod(mesh.shape[name] for name in ROWS)
+    check(
+        rows % shards == 0,
+        f"{rows} rows (batch_size / micro_batches) can't be shared out among {shards} devices "
+        f"(mesh.data x mesh.fsdp): choose a multiple of {shards}",
+    )
 
 
 def abstract_state(config: TrainConfig, mesh: Mesh | None) -> TrainState:

@@ -87,7 +87,7 @@ def test_no_array_holds_the_logits_of_more_than_a_chunk(chunk, monkeypatch):
     ],
 )
 def test_chunks_are_about_equal(batch, steps, vocab, expected):
-    assert module._chunk_steps(batch, steps, vocab) == expected
+    assert module.chunk_steps(batch, steps, vocab) == expected
 
 
 def test_bfloat16_states_give_float32_sums_and_gradients_of_the_table():

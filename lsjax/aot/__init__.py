@@ -1,0 +1,1 @@
+"""What programs for TPUs cost, from compiling them on a machine without one."""

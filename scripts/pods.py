@@ -1,0 +1,129 @@
+"""Compiles the paper's configurations for slices of TPUs, and prints the table of docs/pods.md.
+
+    python scripts/pods.py --directory build/pods
+    python scripts/pods.py --directory build/pods --only continual_llama2_7b
+
+Needs libtpu (pip install 'lsjax[tpu]'), no TPU. A program takes a minute on two quiet cores. The
+reports are kept in the directory, and those that are there are not made again.
+"""
+
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+NOTHING = "--remat nothing_saveable"
+# Configuration, slice, and what differs from the file there.
+ROWS = (
+    ("continual_llama2_7b", "v5p:4x4x4", "--beside-plain"),
+    ("continual_llama2_13b", "v5p:4x4x4", "--beside-plain"),
+    ("continual_llama2_7b", "v5e:16x16", f"--mesh.fsdp 32 {NOTHING}"),
+    ("continual_llama2_7b", "v6e:8x8", "--micro-batches 4"),
+    ("continual_llama3_8b", "v5p:4x4x4", ""),
+    ("continual_llama3_2_1b", "v5p:4x4x4", ""),
+    ("from_scratch_7b", "v5p:4x4x4", ""),
+    ("from_scratch_1_5b", "v5p:2x4x4", ""),
+    ("finetune_code", "v5p:2x4x4", ""),
+    ("finetune_topv2", "v5p:2x2x2", ""),
+    ("continual_llama2_13b", "v5e:16x16", f"--mesh.fsdp 32 --micro-batches 1 {NOTHING}"),
+    ("continual_llama2_13b", "v6e:8x16", "--mesh.fsdp 32"),
+    ("continual_llama3_8b", "v5e:16x16", f"--mesh.fsdp 32 --micro-batches 1 {NOTHING}"),
+    ("continual_llama3_8b", "v6e:8x8", f"--micro-batches 4 {NOTHING}"),
+    ("continual_llama3_2_1b", "v5e:16x16", ""),
+    ("continual_llama3_2_1b", "v6e:8x8", "--micro-batches 2"),
+    ("from_scratch_7b", "v5e:8x16", f"--mesh.fsdp 32 {NOTHING}"),
+    ("from_scratch_7b", "v6e:8x8", "--micro-batches 2"),
+    ("from_scratch_1_5b", "v5e:8x8", "--micro-batches 2"),
+    ("from_scratch_1_5b", "v6e:4x8", "--micro-batches 2"),
+    ("finetune_code", "v5e:8x8", "--mesh.fsdp 32 --micro-batches 2"),
+    ("finetune_code", "v6e:4x8", "--micro-batches 2"),
+    ("finetune_topv2", "v5e:4x4", "--remat dots_with_no_batch_dims_saveable"),
+    ("finetune_topv2", "v6e:2x4", ""),
+)
+COLUMNS = (
+    "configuration",
+    "slice",
+    "data x fsdp",
+    "micro-batches",
+    "remat",
+    "GiB a device",
+    "of HBM",
+    "a step takes at least, s",
+    "sending alone, s",
+    "plain FLOPs of peak, at most",
+    "exits' FLOPs",
+)
+REMAT = {"dots_with_no_batch_dims_saveable": "dots", "nothing_saveable": "nothing", "none": "none"}
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """The table of docs/pods.md."""
+
+    directory: Path = Path("build/pods")
+    """Of the reports."""
+    only: str = ""
+    """Configuration whose rows are wanted; all by default."""
+
+
+def main(arguments: Arguments) -> int:
+    """Prints a line as soon as it is known; gives 1 where something does not fit."""
+    arguments.directory.mkdir(parents=True, exist_ok=True)
+    print("| " + " | ".join(COLUMNS) + " |", "|---" * len(COLUMNS) + "|", sep="\n", flush=True)
+    failed = False
+    for config, topology, flags in ROWS:
+        if arguments.only not in ("", config):
+            continue
+        file = arguments.directory / f"{config}-{topology.replace(':', '-')}.json"
+        if not is_report(file):
+            command = f"--config configs/{config}.py --topology {topology} --programs train {flags}"
+            program = [sys.executable, "-m", "lsjax.cli.aot", *command.split()]
+            done = subprocess.run(
+                [*program, "--output", str(file)], capture_output=True, text=True, check=False
+            )
+            if not is_report(file):
+                print(f"{command}: {done.stderr[-2000:]}", file=sys.stderr)
+                failed = True
+                continue
+        cells = row(config, json.loads(file.read_text()))
+        print("| " + " | ".join(cells) + " |", flush=True)
+    return int(failed)
+
+
+def is_report(file: Path) -> bool:
+    """Whether the report is there."""
+    return file.exists() and file.stat().st_size > 0
+
+
+def row(config: str, report: dict) -> list[str]:
+    """Cells of a report."""
+    (train, *_), training = report["programs"], report["training"]
+    mesh = report["meshes"]["train"]
+    layout = [
+        config,
+        report["topology"],
+        f"{mesh['data']} x {mesh['fsdp']}",
+        str(training["micro_batches"]),
+        REMAT[training["remat"]],
+    ]
+    exits = f"{training['exit_flops'] / training['plain_flops']:.1%}"
+    if train["memory"] is None:
+        return [*layout, "too large", "", "", "", "", exits]
+    memory = train["memory"]
+    utilisation = training["plain_flops"] / training["peak_flops"] / train["seconds"]
+    return [
+        *layout,
+        f"{memory['total'] / 2**30:.1f}",
+        f"{memory['total'] / memory['hbm']:.0%}",
+        f"{train['seconds']:.2f}",
+        f"{train['sent_seconds']:.2f}",
+        f"{utilisation:.0%}",
+        exits,
+    ]
+
+
+if __name__ == "__main__":
+    sys.exit(main(tyro.cli(Arguments, description=__doc__)))

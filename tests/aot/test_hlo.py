@@ -1,0 +1,183 @@
+"""Reading compiled programs, on small ones written by hand, and what they cost."""
+
+import numpy as np
+import pytest
+
+from lsjax.aot.costs import _groups, program_costs
+from lsjax.aot.hlo import parse, shape_bytes
+from lsjax.aot.report import kernel_flops
+
+MESH = dict(data=2, fsdp=4, tensor=1)
+# A loop of 6 trips around a loop of unknown length, as the TPU compiler writes them: counters and
+# constants travel in the tuple, layouts have brackets, long tuples have comments.
+TEXT = """\
+HloModule jit_step, is_scheduled=true, entry_computation_layout={(f32[8,128]{1,0})->f32[]}
+
+%add (a: f32[], b: f32[]) -> f32[] {
+  %a = f32[]{:T(128)} parameter(0)
+  %b = f32[]{:T(128)} parameter(1)
+  ROOT %c = f32[]{:T(128)} add(%a, %b), backend_config={"window_config":{"estimated_cycles":"999"}}
+}
+
+%all-reduce-scatter.1 (x: bf16[64,128]) -> bf16[16,128] {
+  %x = bf16[64,128]{1,0:T(8,128)(2,1)} parameter(0)
+  %sum.1 = bf16[64,128]{1,0:T(8,128)(2,1)} all-reduce(%x), replica_groups={{0,1,2,3},{4,5,6,7}}, \
+to_apply=%add
+  ROOT %part = bf16[16,128]{1,0} dynamic-slice(%sum.1), dynamic_slice_sizes={16,128}
+}
+
+%inner_cond (p: (s32[], s32[])) -> pred[] {
+  %p = (s32[]{:T(128)}, s32[]{:T(128)}) parameter(0)
+  %i = s32[]{:T(128)} get-tuple-element(%p), index=0
+  %n = s32[]{:T(128)} get-tuple-element(%p), index=1
+  ROOT %lt = pred[]{:T(512)} compare(%i, %n), direction=LT
+}
+
+%inner (p.1: (s32[], s32[])) -> (s32[], s32[]) {
+  %p.1 = (s32[]{:T(128)}, s32[]{:T(128)}) parameter(0)
+  %work = f32[8]{0} fusion(%p.1), kind=kLoop, calls=%add, \
+backend_config={"window_config":{"estimated_cycles":"10"}}
+  ROOT %t.1 = (s32[], s32[]) tuple(%p.1)
+}
+
+%cond (q: (s32[], f32[8,128], s32[])) -> pred[] {
+  %q = (s32[]{:T(128)}, f32[8,128]{1,0:T(8,128)S(1)}, /*index=2*/s32[]) parameter(0)
+  %j = s32[]{:T(128)} get-tuple-element(%q), index=0
+  %limit = s32[]{:T(128)} get-tuple-element(%q), index=2
+  ROOT %lt.1 = pred[]{:T(512)} compare(%j, %limit), direction=LT
+}
+
+%body (r: (s32[], f32[8,128], s32[])) -> (s32[], f32[8,128], s32[]) {
+  %r = (s32[]{:T(128)}, f32[8,128]{1,0:T(8,128)S(1)}, /*index=2*/s32[]) parameter(0)
+  %k = s32[]{:T(128)} get-tuple-element(%r), index=0
+  %two = s32[]{:T(128)} constant(2)
+  %copy = s32[]{:T(128)S(6)} copy(%k)
+  %next = s32[]{:T(128)} add(%copy, %two)
+  %x.1 = f32[8,128]{1,0:T(8,128)S(1)} get-tuple-element(%r), index=1
+  %gathered = f32[32,128]{1,0:T(8,128)} all-gather(%x.1), replica_groups=[2,4]<=[8], \
+dimensions={0}, metadata={op_name="jit(step)/while/body/dot_general"}
+  %scattered = bf16[16,128]{1,0} fusion(%gathered), kind=kCustom, calls=%all-reduce-scatter.1, \
+backend_config={"window_config":{"estimated_cycles":"100"}}
+  %bound = s32[] get-tuple-element(%r), index=2
+  %start = (s32[], s32[]) tuple(%two, %k)
+  %chunks = (s32[], s32[]) while(%start), condition=%inner_cond, body=%inner, \
+metadata={op_name="jit(step)/while/body/chunks/while"}
+  ROOT %t = (s32[], f32[8,128], s32[]) tuple(%next, %x.1, %bound)
+}
+
+%cheap (x.2: f32[8]) -> f32[8] {
+  ROOT %x.2 = f32[8]{0} parameter(0)
+}
+
+%dear (x.3: f32[8]) -> f32[8] {
+  %x.3 = f32[8]{0} parameter(0)
+  ROOT %y = f32[8]{0} fusion(%x.3), kind=kLoop, calls=%add, \
+backend_config={"window_config":{"estimated_cycles":"1000"}}
+}
+
+ENTRY %main.9_spmd (x.4: f32[8,128]) -> f32[8,128] {
+  %x.4 = f32[8,128]{1,0:T(8,128)} parameter(0)
+  %zero = s32[]{:T(128)} constant(0)
+  %twelve = s32[]{:T(128)} constant(12)
+  %t.2 = (s32[], f32[8,128], s32[]) tuple(%zero, %x.4, %twelve)
+  %loop = (s32[], f32[8,128], s32[]) while(%t.2), condition=%cond, body=%body, \
+metadata={op_name="jit(step)/while"}
+  %q8 = bf16[2,4,64,32]{3,2,1,0} bitcast(%x.4)
+  %splash_mha_fwd_residuals.7 = (f32[8]{0}, bf16[2,4,64,32]{3,2,1,0}) custom-call(%q8, %zero), \
+custom_call_target="tpu_custom_call"
+  %begun = (f32[4,128]{1,0}, f32[8,128]{1,0}) all-gather-start(%x.4), \
+replica_groups=mesh['a'=4,'b'=2], device_ids=([2,4]T(1,0)) {'b'}, dimensions={0}
+  %ended = f32[8,128]{1,0} all-gather-done(%begun)
+  ROOT %either = f32[8,128]{1,0} conditional(%zero, %x.4, %x.4), \
+branch_computations={%cheap, %dear}
+}
+"""
+
+
+@pytest.fixture(scope="module")
+def costs():
+    return program_costs(parse(TEXT), MESH, {"jit(step)/while/body/chunks/while": 5}.get)
+
+
+def test_trip_counts_are_read_from_counters():
+    """0, 2, ... 10 for the outer loop; the inner one's limit is known when it runs only."""
+    program = parse(TEXT)
+    assert program.entry == "main.9_spmd"
+    entry, body = program.computations["main.9_spmd"], program.computations["body"]
+    assert program.trip_count(entry, entry.instructions["loop"]) == 6
+    assert program.trip_count(body, body.instructions["chunks"]) is None
+
+
+def test_a_known_trip_count_holds():
+    known = 'backend_config={"known_trip_count":{"n":"3"}}'
+    text = TEXT.replace('metadata={op_name="jit(step)/while"}', known)
+    program = parse(text)
+    entry = program.computations["main.9_spmd"]
+    assert program.trip_count(entry, entry.instructions["loop"]) == 3
+
+
+def test_cycles_are_counted_as_often_as_they_run(costs):
+    """The dearer branch once; a fusion has its own estimate and not that of what it calls."""
+    assert costs.cycles == 6 * (100 + 5 * 10) + 1000
+    assert not costs.unknown_loops
+
+
+def test_a_loop_of_unknown_length_counts_once():
+    costs = program_costs(parse(TEXT), MESH, lambda name: None)
+    assert costs.cycles == 6 * (100 + 10) + 1000
+    assert costs.unknown_loops == {"jit(step)/while/body/chunks/while"}
+
+
+def test_collectives_by_kind_axes_and_bytes(costs):
+    found = {one.kind + " " + one.shape: (one, count) for one, count in costs.collectives.items()}
+    assert len(found) == 3
+    gather, times = found["all-gather f32[32,128]"]
+    assert (gather.axes, times, gather.bytes) == (("fsdp",), 6, 32 * 128 * 4)
+    assert gather.sent == gather.bytes * 3 // 4 and gather.op_name.endswith("dot_general")
+    # An all-reduce in a fusion that keeps a part of it.
+    scatter, times = found["reduce-scatter bf16[64,128]"]
+    assert (scatter.axes, times, scatter.bytes) == (("fsdp",), 6, 64 * 128 * 2)
+    assert scatter.sent == scatter.bytes * 3 // 4
+    # Devices 0 and 4 and so on, which the text names by a mesh of its own.
+    begun, times = found["all-gather f32[8,128]"]
+    assert (begun.axes, times, begun.sent) == (("data",), 1, 8 * 128 * 4 // 2)
+
+
+def test_kernels_are_listed(costs):
+    (((name, shape), times),) = costs.kernels.items()
+    assert (name, shape, times) == ("splash_mha_fwd_residuals", "bf16[2,4,64,32]", 1)
+    # Half of the scores and half of the sums.
+    assert kernel_flops(name, shape) == 2 * (2 * 64 * 64 * 32) * 2 * 4 / 2
+    assert kernel_flops("splash_mha_dkv_x", shape) == 2 * kernel_flops(name, shape)
+    assert kernel_flops("other", shape) == 0
+
+
+@pytest.mark.parametrize(
+    "attributes, expected",
+    [
+        ("replica_groups={{0,2},{1,3}}, x=1", [[0, 2], [1, 3]]),
+        ("replica_groups=[2,2]<=[4], x", [[0, 1], [2, 3]]),
+        ("replica_groups=[2,2]<=[2,2]T(1,0), x", [[0, 2], [1, 3]]),
+        ("replica_groups=mesh['a'=2,'b'=1,'c'=2] {'a'}, x", [[0, 2], [1, 3]]),
+        ("replica_groups=mesh['a'=2,'c'=2] {'a','c'}, x", [[0, 1, 2, 3]]),
+        ("replica_groups={}, x={{9}}", [[0, 1, 2, 3]]),
+        ("source_target_pairs={{0,1},{1,0}}, x", [[0, 1], [1, 0]]),
+    ],
+)
+def test_ways_to_write_groups(attributes, expected):
+    np.testing.assert_array_equal(_groups(attributes, 4), expected)
+
+
+@pytest.mark.parametrize(
+    "shape, expected",
+    [
+        ("f32[2,3]{1,0:T(8,128)S(1)}", 24),
+        ("(bf16[4], pred[8], s32[])", 8 + 8 + 4),
+        ("f8e4m3fn[10]", 10),
+        ("s4[10]", 5),
+        ("c64[2]", 16),
+        ("token[]", 0),
+    ],
+)
+def test_bytes_of_shapes(shape, expected):
+    assert shape_bytes(shape) == expected

@@ -1,0 +1,88 @@
+"""Programs lowered from shapes alone, compiled for eight devices, and what they cost there."""
+
+import math
+
+import jax
+import pytest
+
+from lsjax.aot.costs import program_costs
+from lsjax.aot.hlo import parse
+from lsjax.aot.programs import Decoding, decoding, train_step
+from lsjax.config import (
+    ConfigError,
+    EarlyExitConfig,
+    LayerDropoutConfig,
+    LlamaConfig,
+    MeshConfig,
+    TrainConfig,
+)
+from lsjax.sharding import make_mesh
+from lsjax.training.start import abstract_state
+
+CONFIG = TrainConfig(
+    model=LlamaConfig.tiny(num_layers=2, vocab_size=250),
+    num_steps=10,
+    batch_size=8,
+    seq_len=12,
+    layer_dropout=LayerDropoutConfig(p_max=0.5),
+    early_exit=EarlyExitConfig(curriculum="rotational", rotation=1, weights="uniform"),
+    remat="nothing_saveable",
+    mesh=MeshConfig(data=2, fsdp=4),
+)
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    return make_mesh(CONFIG.mesh, jax.devices())
+
+
+def test_the_step(mesh):
+    """All loops are known; each layer's four matrices are gathered in its turn, forward and
+    backward, and no more than one layer's at once; nothing has the size of the logits."""
+    lowered, trips = train_step(CONFIG, mesh)
+    compiled = lowered.compile()
+    costs = program_costs(parse(compiled.as_text()), dict(mesh.shape), trips)
+    assert not costs.unknown_loops
+    model, layers = CONFIG.model, CONFIG.model.num_layers
+    gathers = {
+        one: count
+        for one, count in costs.collectives.items()
+        if one.kind == "all-gather" and one.axes == ("fsdp",) and one.bytes > 1024
+    }
+    assert sum(count for count in gathers.values()) >= 2 * 4 * layers
+    largest = max(model.layer_params, model.head_params)
+    rows = CONFIG.batch_size * CONFIG.seq_len // mesh.size
+    logits = rows * model.vocab_size
+    for one in costs.collectives:
+        assert one.bytes <= 4 * largest, one
+        assert one.bytes != 4 * logits, one
+    # The state comes in once, in shares.
+    leaves = jax.tree.leaves(abstract_state(CONFIG, mesh))
+    state = sum(4 * math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in leaves)
+    batch = 4 * 4 * rows
+    assert compiled.memory_analysis().argument_size_in_bytes == state + batch
+
+
+def test_trips_of_the_exits(mesh):
+    """Exit 1 at each step, with every position."""
+    _, trips = train_step(CONFIG, mesh)
+    assert trips("jit(train_step)/jvp()/shard_map/exit_losses/while") == 1
+    assert trips("jit(train_step)/jvp()/shard_map/exit_losses/while/body/loss_chunks/while") == 1
+    assert trips("jit(train_step)/jvp()/while") is None
+
+
+def test_decoding(mesh):
+    """Prefill and a round of self-speculation on two devices that share out the heads."""
+    few = make_mesh(MeshConfig(tensor=2), jax.devices())
+    asked = Decoding(batch_size=2, prompt_tokens=300, new_tokens=20, num_draft_tokens=3)
+    programs = decoding(CONFIG.model, asked, few, dtype=jax.numpy.float32)
+    assert set(programs) == {"prefill", "decode"}
+    for lowered, trips in programs.values():
+        costs = program_costs(parse(lowered.compile().as_text()), dict(few.shape), trips)
+        assert not costs.unknown_loops
+        assert {one.axes for one in costs.collectives} == {("tensor",)}
+    _, trips = programs["decode"]
+    assert trips("jit(run)/rounds/while") == 1
+    assert trips("jit(run)/rounds/while/body/draft/while") == 4
+    with pytest.raises(ConfigError, match="300 tokens and 999 new ones are beyond"):
+        decoding(CONFIG.model, Decoding(prompt_tokens=300, new_tokens=999), few)
