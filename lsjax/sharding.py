@@ -11,10 +11,10 @@ many (Rajbhandari et al., 2020). In decoding they are few: the weights stay, and
 multiplies its share of D.
 
 A size that an axis does not divide is not sharded over it: the array is the same on all devices of
-the axis there. Of two axes for one size the first one stays, if it divides. Two kinds of weights have a second choice before that: qkv where the K/V heads are
-fewer than the devices is sharded along D, which it multiplies (the heads, their cache and the
-attention itself are then the same on all devices of the tensor axis); a table whose vocabulary does
-not divide likewise.
+the axis there. Of two axes for one size the first one stays, if it divides. Two kinds of weights
+have a second choice before that: qkv where the K/V heads are fewer than the devices is sharded
+along D, which it multiplies (the heads, their cache and the attention itself are then the same on
+all devices of the tensor axis); a table whose vocabulary does not divide likewise.
 """
 
 import math
