@@ -103,7 +103,7 @@ def test_every_section(page):
         *("At a glance", "Exits", "Configuration", "Training", "Speed: sweep", "Every cell"),
         *("Acceptance by draft position", "Drafts and what became of them", "Evaluation: topv2"),
         *("1,234 tokens", "3.250", "0.625", "E = 1, d = 2", "1.70x", "0.750", "0.85", "1.80"),
-        *("early exit, exit 2", "0.375 ± 0.01", "80.00", "1 rows were left out", "rows, line 3"),
+        *("early exit, exit 2", "0.375 ± 0.01", "80.00", "1 row was left out", "rows, line 3"),
         *("num_layers 4", "num_layers 2", "seed 5", "own <script>", "1 of 2 drafts accepted"),
     ):
         assert words in text, words
