@@ -29,6 +29,7 @@ class Collective(NamedTuple):
     shape: str  # of the larger side: what is gathered, reduced, or exchanged
     sent: int  # bytes that leave each device, by ring algorithms
     op_name: str
+    channel: str | None  # parts of one that the compiler spreads over several fusions share it
 
     @property
     def bytes(self) -> int:
@@ -66,15 +67,16 @@ def program_costs(program: Program, mesh: Mapping[str, int], trips: Trips) -> Co
     def of(name: str) -> Costs:
         if name not in done:
             done[name] = total = Costs()
-            computation = program.computations[name]
+            computation, seen = program.computations[name], set()
             for instruction in computation.instructions.values():
-                _add(total, program, computation, instruction, mesh, trips, of)
+                _add(total, program, computation, instruction, mesh, trips, of, seen)
         return done[name]
 
     return of(program.entry)
 
 
-def _add(total, program, computation, instruction, mesh, trips, of) -> None:
+def _add(total, program, computation, instruction, mesh, trips, of, seen) -> None:
+    """Adds one instruction. seen: channels of what this computation has sent already."""
     match instruction.opcode:
         case "while":
             count = program.trip_count(computation, instruction)
@@ -98,6 +100,9 @@ def _add(total, program, computation, instruction, mesh, trips, of) -> None:
                 inner = of(name)
                 scatters = name.startswith("all-reduce-scatter")
                 for one, count in inner.collectives.items():
+                    if one.channel in seen:
+                        continue
+                    seen |= {one.channel} - {None}
                     total.collectives[_scattered(one, mesh) if scatters else one] += count
         case "custom-call" if instruction.attribute(r'custom_call_target="(tpu_custom_call)"'):
             operands = (computation.instructions.get(name) for name in instruction.operands)
@@ -107,7 +112,8 @@ def _add(total, program, computation, instruction, mesh, trips, of) -> None:
         case _:
             total.cycles += instruction.estimated_cycles
             found = _collective(computation, instruction, mesh)
-            if found is not None:
+            if found is not None and found.channel not in seen:
+                seen |= {found.channel} - {None}
                 total.collectives[found] += 1
 
 
@@ -121,9 +127,8 @@ def _collective(computation: Computation, instruction: Instruction, mesh) -> Col
     if instruction.opcode.endswith("-start"):
         sides = sides[:1] if kind == "all-reduce" else [sides[0], _last(instruction.shape)]
     shape = max(sides, key=shape_bytes)
-    return Collective(
-        kind, _axes(groups, mesh), shape, _sent(kind, shape, groups), instruction.op_name
-    )
+    sent, channel = _sent(kind, shape, groups), instruction.attribute(r"channel_id=(\d+)")
+    return Collective(kind, _axes(groups, mesh), shape, sent, instruction.op_name, channel)
 
 
 def _sent(kind: str, shape: str, groups: np.ndarray) -> int:

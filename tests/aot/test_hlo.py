@@ -26,6 +26,18 @@ to_apply=%add
   ROOT %part = bf16[16,128]{1,0} dynamic-slice(%sum.1), dynamic_slice_sizes={16,128}
 }
 
+%step.1 (x.5: f32[8,128]) -> f32[32,128] {
+  %x.5 = f32[8,128]{1,0} parameter(0)
+  ROOT %piece.1 = f32[32,128]{1,0} all-gather(%x.5), channel_id=7, replica_groups=[2,4]<=[8], \
+dimensions={0}, metadata={op_name="jit(step)/while/body/dot_general"}
+}
+
+%step.2 (x.6: f32[8,128]) -> f32[32,128] {
+  %x.6 = f32[8,128]{1,0} parameter(0)
+  ROOT %piece.2 = f32[32,128]{1,0} all-gather(%x.6), channel_id=7, replica_groups=[2,4]<=[8], \
+dimensions={0}, metadata={op_name="jit(step)/while/body/dot_general"}
+}
+
 %inner_cond (p: (s32[], s32[])) -> pred[] {
   %p = (s32[]{:T(128)}, s32[]{:T(128)}) parameter(0)
   %i = s32[]{:T(128)} get-tuple-element(%p), index=0
@@ -54,8 +66,8 @@ backend_config={"window_config":{"estimated_cycles":"10"}}
   %copy = s32[]{:T(128)S(6)} copy(%k)
   %next = s32[]{:T(128)} add(%copy, %two)
   %x.1 = f32[8,128]{1,0:T(8,128)S(1)} get-tuple-element(%r), index=1
-  %gathered = f32[32,128]{1,0:T(8,128)} all-gather(%x.1), replica_groups=[2,4]<=[8], \
-dimensions={0}, metadata={op_name="jit(step)/while/body/dot_general"}
+  %begun.1 = f32[32,128]{1,0:T(8,128)} fusion(%x.1), kind=kCustom, calls=%step.1
+  %gathered = f32[32,128]{1,0:T(8,128)} fusion(%x.1), kind=kCustom, calls=%step.2
   %scattered = bf16[16,128]{1,0} fusion(%gathered), kind=kCustom, calls=%all-reduce-scatter.1, \
 backend_config={"window_config":{"estimated_cycles":"100"}}
   %bound = s32[] get-tuple-element(%r), index=2
@@ -131,6 +143,7 @@ def test_a_loop_of_unknown_length_counts_once():
 def test_collectives_by_kind_axes_and_bytes(costs):
     found = {one.kind + " " + one.shape: (one, count) for one, count in costs.collectives.items()}
     assert len(found) == 3
+    # In two parts, beside two other computations.
     gather, times = found["all-gather f32[32,128]"]
     assert (gather.axes, times, gather.bytes) == (("fsdp",), 6, 32 * 128 * 4)
     assert gather.sent == gather.bytes * 3 // 4 and gather.op_name.endswith("dot_general")
