@@ -146,7 +146,7 @@ def train(arguments: Arguments) -> int:
             num_steps=config.num_steps,
             first_step=first,
             step_tokens=config.batch_size * config.seq_len,
-            step_flops=step_flops(config.model, config.batch_size, config.seq_len),
+            step_flops=step_flops(config.model, config.batch_size, config.seq_len, config.lora),
             peak_flops=peak_flops(),
         )
         place = partial(placed_rows, rows=config.batch_size, mesh=mesh)

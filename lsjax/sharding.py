@@ -45,6 +45,12 @@ TABLE: tuple[tuple[str, tuple[P, ...]], ...] = (
     (r"gate_up\.kernel$", (P("fsdp", None, "tensor"),)),  # [D, 2, F]
     (r"gate_up\.bias$", (P(None, "tensor"),)),
     (r"down\.kernel$", (P("tensor", "fsdp"),)),  # [F, D]
+    # Of adapters [I, R] and [R, *O] the axes that their matrix has.
+    (r"(qkv|gate_up)\.adapter\.a$", (P("fsdp"),)),
+    (r"(out|down)\.adapter\.a$", (P("tensor"),)),
+    (r"qkv\.adapter\.b$", (P(None, "tensor"),)),
+    (r"gate_up\.adapter\.b$", (P(None, None, "tensor"),)),
+    (r"(out|down)\.adapter\.b$", (P(None, "fsdp"),)),
     (r"(keys|values)(\.\d+)?$", (P("data", "tensor"),)),  # [B, K, S, H]
     (r"_BT$", (P(ROWS),)),  # of training; names of arrays say their axes
     (r"_B\w*$", (P("data"),)),  # of decoding

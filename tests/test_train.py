@@ -12,7 +12,7 @@ import pytest
 import decode
 import lsjax
 import train
-from lsjax.cli import exits
+from lsjax.cli import convert, exits
 from lsjax.cli.training_options import read_config_file
 from lsjax.model.saved_steps import saved_steps
 from lsjax.training.metrics_log import FILE, read_metrics
@@ -143,6 +143,30 @@ def test_a_run_is_a_model_for_decode_and_for_other_runs(
         assert launch(config, workdir, *flags, *adapters) == 0
         leaves = jax.tree.leaves(model), jax.tree.leaves(lsjax.load(workdir))
         assert all((a == b).all() for a, b in zip(*leaves, strict=True))
+
+
+def test_adapters_go_on_and_the_export_decodes_as_the_run(config, finished, tmp_path, capsys):
+    """Bit for bit, beside weights that never change; through the programs."""
+    flags = ["--init-from", str(finished), "--lora.rank", "2", "--num-steps", "4"]
+    flags += ["--optimizer.learning-rate", "0.1"]
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert launch(config, whole, *flags) == 0
+    shutil.copytree(whole, cut)
+    shutil.rmtree(cut / "checkpoints" / "4")
+    assert launch(config, cut, *flags) == 0
+    assert last_arrays(cut) == last_arrays(whole)
+    assert rows_of(cut) == rows_of(whole)
+    saved, base = last_arrays(whole)["params"], last_arrays(finished)["params"]
+    assert saved.keys() - base.keys() == {name for name in saved if "_lora_" in name}
+    assert {name: saved[name] for name in base} == base
+
+    exported, texts = tmp_path / "exported", []
+    assert convert.main([str(whole), str(exported)]) == 0
+    for model in (whole, exported, finished):
+        arguments = ["--model", str(model), "--prompt", "1", "--max-new-tokens", "12"]
+        assert decode.main([*arguments, "--json", str(tmp_path / "text")]) == 0
+        texts.append(json.loads((tmp_path / "text").read_text())["token_ids"])
+    assert texts[0] == texts[1] != texts[2]
 
 
 def test_the_exits_of_runs_are_compared_on_the_held_out_data(finished, tmp_path, capsys):

@@ -18,7 +18,6 @@ from lsjax.decoding.self_speculative import SelfSpeculative
 from lsjax.evaluation.exits import ExitScores, score_exits
 from lsjax.evaluation.plots import plot_exits, plot_training
 from lsjax.model.llama import Llama
-from lsjax.model.lora import merged
 from lsjax.training.metrics_log import FILE, read_metrics
 from lsjax.training.trainer import Hook
 
@@ -38,7 +37,7 @@ def evaluation_hook(
     """
 
     def evaluate(step: int, model: Llama) -> dict[str, Any]:
-        scores = score_exits(merged(model), map(place, batches))
+        scores = score_exits(model, map(place, batches))
         print(exit_table(f"step {step}, {scores.tokens:,} held-out tokens", scores))
         row = {**scores.to_json(), "last_exit_loss": scores.loss_E[-1]}
         if not is_first():
@@ -90,8 +89,7 @@ def sample_hook(
     engine: Engine | None = None
 
     def sample(step: int, model: Llama) -> dict[str, Any]:
-        nonlocal engine
-        model = merged(model)
+        nonlocal engine  # which holds the run's own arrays: the next step takes them over
         if engine is None:
             strategy = SelfSpeculative(exit_layer, config.num_draft_tokens)
             engine = Engine(model, tokenizer, strategy, mesh=mesh)

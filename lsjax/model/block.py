@@ -6,6 +6,7 @@ Letters as in llama.py.
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
@@ -17,6 +18,9 @@ from lsjax.model.products import linear, swiglu
 from lsjax.model.rope import rotate
 from lsjax.model.self_attention import self_attention
 from lsjax.sharding import constrain, on_each_device
+
+# Name of what a matrix and its adapter give together, for remat policies: they need not keep both.
+ADAPTED = "adapted"
 
 
 class RMSNorm(nnx.Module):
@@ -57,7 +61,9 @@ class Linear(nnx.Module):
         y = linear(x, self.kernel[...].astype(x.dtype))
         if self.bias is not None:
             y += self.bias[...].astype(x.dtype)
-        return y if self.adapter is None else y + self.adapter(x)
+        if self.adapter is None:
+            return y
+        return checkpoint_name(y + self.adapter(x), ADAPTED)
 
 
 class Attention(nnx.Module):

@@ -49,24 +49,29 @@ def with_adapters(model: Llama, config: LoraConfig, seed: int) -> Llama:
     return _each_matrix(model, adapted)
 
 
-def merged(model: Llama) -> Llama:
-    """An ordinary model that computes the same up to rounding: adapters added to their matrices."""
+def merged(
+    kernel: Float[Array, "L I *O"],
+    a: Float[Array, "L I R"],
+    b: Float[Array, "L R *O"],
+    scale: float,
+) -> Float[Array, "L I *O"]:
+    """W + scale A B of each layer, in the place of W and laid out as it is.
 
-    def one(name: str, matrix: Linear) -> Linear:
-        adapter = matrix.adapter
-        if adapter is None:
-            return matrix
-        kernel = with_product(matrix.kernel[...], adapter.a[...], adapter.b[...], adapter.scale)
-        return _with(matrix, kernel=nnx.Param(kernel), adapter=None)
+    One layer after the other, so that no more than one product is held.
+    """
 
-    return _each_matrix(model, one)
+    def merge(kernel, a, b):
+        return lax.map(lambda layer: _with_product(*layer, scale), (kernel, a, b))
+
+    return jax.jit(merge, donate_argnums=0, out_shardings=kernel.sharding)(kernel, a, b)
 
 
-def with_product(kernel: Array, a: Array, b: Array, scale: float) -> Array:
-    """W + scale A B, of all layers at once."""
-    flat = b.reshape(*b.shape[:2], -1)
-    product = jnp.einsum("LIR,LRO->LIO", a, flat, precision=lax.Precision.HIGHEST)
-    return kernel + scale * product.reshape(kernel.shape)
+def _with_product(kernel, a, b, scale: float):
+    wide = jnp.promote_types(kernel.dtype, jnp.float32)
+    product = jnp.tensordot(
+        a, b, axes=1, precision=lax.Precision.HIGHEST, preferred_element_type=wide
+    )
+    return (kernel + scale * product).astype(kernel.dtype)
 
 
 def split(model: Llama) -> tuple[Llama, Llama]:

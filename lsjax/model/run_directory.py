@@ -26,7 +26,7 @@ from lsjax.data.tokenizer_files import load_tokenizer
 from lsjax.data.tokenizers import Tokenizer, TokenizerError
 from lsjax.model.checkpoint import CheckpointError, Track, named_parameters
 from lsjax.model.llama import Llama
-from lsjax.model.lora import with_product
+from lsjax.model.lora import merged
 from lsjax.model.plain import NAMES
 from lsjax.model.safetensors_files import read_json, write_json
 from lsjax.model.saved_steps import PARAMS, SavedStep, best_first, first_good, saved_steps
@@ -127,16 +127,18 @@ class RunSource:
         return first_good(best_first(self._steps) if self._best else self._steps, read)[0]
 
 
-def _with_adapter(step: SavedStep, name: str, kernel: Array, mesh: Mesh | None) -> Array:
+def _with_adapter(step: SavedStep, path: str, kernel: Array, mesh: Mesh | None) -> Array:
     """The matrix of a finetuned model, whose adapter is saved beside it."""
     config = from_json(LoraConfig, step.meta["config"]["lora"], f"{step.directory}: lora")
     wanted = {}
-    for part in (f"{name}_lora_a", f"{name}_lora_b"):
-        saved = step.meta["arrays"][PARAMS][part]
+    for part in ("a", "b"):
+        part_path = path.replace("kernel", f"adapter.{part}")
+        saved = step.meta["arrays"][PARAMS][NAMES[part_path]]
         shape = tuple(saved["shape"])
-        sharding = None if mesh is None else sharding_of(part, shape, mesh)
-        wanted[part] = jax.ShapeDtypeStruct(shape, saved["dtype"], sharding=sharding)
-    return with_product(kernel, *step.read(PARAMS, wanted).values(), config.scale)
+        sharding = None if mesh is None else sharding_of(part_path, shape, mesh)
+        wanted[NAMES[part_path]] = jax.ShapeDtypeStruct(shape, saved["dtype"], sharding=sharding)
+    arrays = step.read(PARAMS, wanted)
+    return merged(kernel, *(arrays[name] for name in wanted), config.scale)
 
 
 def _assemble(
@@ -169,7 +171,7 @@ def _assemble(
         want = jax.ShapeDtypeStruct(shape, stored, sharding=sharding)
         leaf = step.read(PARAMS, {name: want})[name]
         if f"{name}_lora_a" in saved:
-            leaf = _with_adapter(step, name, leaf, mesh)
+            leaf = _with_adapter(step, stacked_path, leaf, mesh)
         if not jnp.isfinite(leaf.astype(dtype)).all():
             fault = "too large for it" if jnp.isfinite(leaf).all() else "NaN or infinite"
             where = f"{step.directory / PARAMS}: {name}"

@@ -1,7 +1,8 @@
 """What a training step has to compute, and what the devices could: model FLOPs utilisation.
 
 The count is that of the plain model, whatever LayerSkip adds or saves, so that utilisations of
-runs with and without it compare (Chowdhery et al., 2022, appendix B).
+runs with and without it compare (Chowdhery et al., 2022, appendix B). Of frozen weights no gradient
+is needed and none is counted.
 """
 
 import time
@@ -9,7 +10,7 @@ import time
 import jax
 import jax.numpy as jnp
 
-from lsjax.config import EarlyExitConfig, LlamaConfig
+from lsjax.config import EarlyExitConfig, LlamaConfig, LoraConfig
 from lsjax.training.early_exit import mean_exits
 
 # Dense bfloat16 FLOPs per second of one jax device, by what its `device_kind` starts with (the
@@ -27,15 +28,35 @@ PEAKS = {
 }
 
 
-def step_flops(config: LlamaConfig, batch_size: int, seq_len: int) -> float:
-    """FLOPs of one plain training step: forward, and twice as many backward.
+def step_flops(
+    config: LlamaConfig, batch_size: int, seq_len: int, lora: LoraConfig | None = None
+) -> float:
+    """FLOPs of one plain training step: forward, and backward as many for the inputs and as many
+    for the weights that are trained.
 
     Two for each weight of a matrix and token, head included and look-up not; attention counts the
     scores and sums that causality leaves, half of T^2.
     """
     matrices = config.num_layers * config.layer_params + config.head_params
     attention = config.num_layers * config.num_heads * config.head_dim * seq_len
-    return 3.0 * (2.0 * matrices + 2.0 * attention) * batch_size * seq_len
+    products = 3.0 * (2.0 * matrices + 2.0 * attention)
+    if lora is not None and lora.rank > 0:
+        adapters = config.num_layers * adapter_params(config, lora)
+        products += 3 * 2.0 * adapters - 2.0 * matrices
+    return products * batch_size * seq_len
+
+
+def adapter_params(config: LlamaConfig, lora: LoraConfig) -> int:
+    """Parameters of the adapters of one layer."""
+    d, f, heads = config.hidden_size, config.intermediate_size, config.num_heads
+    qkv = (heads + 2 * config.num_kv_heads) * config.head_dim
+    sizes = {  # inputs + outputs
+        "qkv": d + qkv,
+        "out": heads * config.head_dim + d,
+        "gate_up": d + 2 * f,
+        "down": f + d,
+    }
+    return lora.rank * sum(sizes[target] for target in lora.targets)
 
 
 def exit_flops(

@@ -7,6 +7,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from lsjax.config import StepConfig
+from lsjax.model.block import ADAPTED
 from lsjax.model.llama import Llama
 from lsjax.model.products import rows_where
 from lsjax.model.rope import rope_angles
@@ -90,8 +91,9 @@ def layer_runner(config: StepConfig, rope, segments_BT):
         policies = jax.checkpoint_policies
         policy = getattr(policies, remat)
         if remat != "nothing_saveable":
-            # A kernel's result is one of products too.
-            policy = policies.save_from_both_policies(policy, policies.save_only_these_names(SAVED))
+            # Attention's kernel gives results of products too.
+            named = policies.save_only_these_names(SAVED, ADAPTED)
+            policy = policies.save_from_both_policies(policy, named)
         run = jax.checkpoint(run, policy=policy, prevent_cse=False)  # the scan prevents it
 
     def rescaled(block, x_BTD, others, rate):

@@ -51,6 +51,26 @@ def test_values_and_gradients_of_the_plain_expression(name):
         np.testing.assert_allclose(one, other, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("name", ["linear", "swiglu"])
+def test_in_bfloat16_only_the_results_are_rounded(name):
+    """Sums are wider: of 512 products the error is that of one rounding, not of many."""
+    product, plain, shapes = CASES[name]
+    shapes = [(2, 3, 512), (512, 2, 5)] if name == "linear" else shapes
+    rng = np.random.default_rng(0)
+    arrays = [jnp.asarray(rng.normal(size=shape), jnp.bfloat16) for shape in shapes]
+    wide = [array.astype(jnp.float32) for array in arrays]
+    y, pullback = jax.vjp(product, *arrays)
+    exact, exact_pullback = jax.vjp(plain, *wide)
+    dy = jnp.asarray(rng.normal(size=y.shape), jnp.bfloat16)
+    found, expected = (y, *pullback(dy)), (exact, *exact_pullback(dy.astype(jnp.float32)))
+    # SwiGLU has some roundings in a row, and a difference of numbers that may be near each other.
+    bound, share = (2**-8, 1e-2) if name == "linear" else (2**-6, 0.5)
+    for one, other in zip(found, expected, strict=True):
+        assert one.dtype == jnp.bfloat16
+        error = np.abs(one.astype(jnp.float32) - other)
+        assert (error <= bound * (np.abs(other) + share * np.abs(other).max())).all()
+
+
 def test_gradients_have_the_dtype_of_the_arrays():
     """The cotangents of bfloat16 are bfloat16, with the softmax in between in float32."""
     q = jax.random.normal(jax.random.key(1), (1, 1, 4, 8)).astype(jnp.bfloat16)

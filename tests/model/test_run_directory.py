@@ -139,7 +139,7 @@ def change_config(run: Path, **changes) -> None:
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"version": 2}, "config.json: version 2 was written by a newer lsjax"),
+        ({"version": 99}, "config.json: version 99 was written by a newer lsjax"),
         ({"model": None}, "config.json: model: it is null, but must be an object with the keys of"),
         ({"model": {"num_layers": 3}}, "config.json: model: vocab_size is missing: LlamaConfig"),
     ],

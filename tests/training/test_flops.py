@@ -1,6 +1,6 @@
 """FLOPs of a step, counted by hand."""
 
-from lsjax.config import LlamaConfig
+from lsjax.config import LlamaConfig, LoraConfig
 from lsjax.training.flops import step_flops
 
 
@@ -19,3 +19,20 @@ def test_a_step_of_a_small_model():
 def test_an_untied_head_costs_the_same():
     tied, untied = (LlamaConfig.tiny(tie_embeddings=tie) for tie in (True, False))
     assert step_flops(tied, 2, 8) == step_flops(untied, 2, 8)
+
+
+def test_frozen_matrices_have_no_gradient():
+    config = LlamaConfig.tiny(num_layers=2, tie_embeddings=True)
+    tokens = 3 * 10
+    whole = step_flops(config, 3, 10)
+    layer = 64 * 64 + 2 * 64 * 32 + 64 * 64 + 3 * 64 * 128 + 2 * 64
+    weights = 2 * layer + 258 * 64
+    assert step_flops(config, 3, 10, LoraConfig(rank=0)) == whole
+    qkv = 5 * (64 + 64 + 2 * 32)  # rank, inputs and outputs
+    gate_up = 5 * (64 + 2 * 128)
+    found = step_flops(config, 3, 10, LoraConfig(rank=5, targets=("qkv", "gate_up")))
+    assert found == whole - 2 * weights * tokens + 3 * 2 * 2 * (qkv + gate_up) * tokens
+    out, down = 5 * (64 + 64), 5 * (128 + 64)
+    found = step_flops(config, 3, 10, LoraConfig(rank=5))
+    added = qkv + out + gate_up + down
+    assert found == whole - 2 * weights * tokens + 3 * 2 * 2 * added * tokens

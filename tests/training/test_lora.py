@@ -1,6 +1,7 @@
 """Finetuning of adapters: what moves and what does not, going on, and the run as a model."""
 
 import dataclasses
+from collections import Counter
 from functools import partial
 
 import jax
@@ -17,15 +18,21 @@ from lsjax.config import (
     LlamaConfig,
     LoraConfig,
     OptimizerConfig,
+    StepConfig,
     TrainConfig,
 )
 from lsjax.data.tokenizer_huggingface import ByteTokenizer
 from lsjax.decoding.autoregressive import Autoregressive
 from lsjax.decoding.engine import Engine
 from lsjax.model.llama import Llama, stacked, unstacked
-from lsjax.model.lora import joined, merged, split, with_adapters
+from lsjax.model.lora import joined, split, with_adapters
+from lsjax.model.rope import rope_angles
 from lsjax.model.run_directory import begin_run
+from lsjax.training import forward
 from lsjax.training.checkpoint import Checkpoints
+from lsjax.training.forward import layer_runner
+from lsjax.training.layer_dropout import keep_counted
+from lsjax.training.objective import objective
 from lsjax.training.step import init_state, make_train_step
 
 SHAPE = LlamaConfig.tiny(num_layers=4, vocab_size=260, init_std=0.1)
@@ -91,7 +98,6 @@ def test_at_the_start_it_is_the_base(base, targets):
     model = with_adapters(base, config, seed=0)
     assert len(jax.tree.leaves(split(model)[0])) == 2 * len(targets)
     assert_equal(logits(model), logits(base))
-    assert_equal(merged(model), base)
     assert_equal(joined(*split(model)), model)
     assert jax.tree.structure(joined(*split(model))) == jax.tree.structure(model)
 
@@ -111,16 +117,78 @@ def test_the_optimizer_has_adapters_only(base, finetuned):
     assert held == 2 * trained + 1  # two moments, and a count of steps
 
 
-def test_merged_it_computes_the_same(finetuned):
-    found, expected = logits(merged(finetuned.model)), logits(finetuned.model)
-    np.testing.assert_allclose(found, expected, atol=2e-5)
-    assert np.abs(logits(split_off(finetuned.model)) - expected).max() > 1e-2
+def test_the_loss_of_each_exit_reaches_the_adapters_below_it(finetuned):
+    """Of exits 1, 2 and 3 in steps 0, 1 and 2; the last one is in the loss of each."""
+    config = dataclasses.replace(
+        CONFIG,
+        layer_dropout=LayerDropoutConfig(),
+        early_exit=EarlyExitConfig(curriculum="rotational", rotation=4, weights="uniform"),
+    )
+    trained, frozen = split(finetuned.model)
+
+    @jax.jit
+    def gradients(step):
+        def loss(trained):
+            rows = jax.tree.map(jnp.asarray, batch(0))
+            model = joined(trained, frozen)
+            return objective(config, model, rows, step, jnp.arange(4), rows["labels_BT"].size)[0]
+
+        return jax.tree.leaves(jax.grad(loss)(trained))
+
+    last_only = gradients(3)
+    for exit_layer in (1, 2, 3):
+        for both, last in zip(gradients(exit_layer - 1), last_only, strict=True):
+            of_exit_L = np.abs(2 * both - last).max(axis=tuple(range(1, last.ndim)))
+            assert (of_exit_L[:exit_layer] > 1e-5).all()
+            assert (of_exit_L[exit_layer:] < 1e-7).all()
 
 
-def split_off(model):
-    """The base of a finetuned model."""
-    zeros = jax.tree.map(jnp.zeros_like, split(model)[0])
-    return joined(zeros, split(model)[1])
+def test_rows_that_skip_layers_and_micro_batches(base):
+    """Against the same masks on all rows at once."""
+    dropout = LayerDropoutConfig(p_max=0.8, distribution="linear", skip="gather")
+    gather = dataclasses.replace(CONFIG, layer_dropout=dropout, micro_batches=2)
+    mask = dataclasses.replace(CONFIG, layer_dropout=dataclasses.replace(dropout, skip="mask"))
+
+    def same_masks(rates_L, seed, step, rows_B):
+        parts = [keep_counted(rates_L, seed, step, rows_B[None, part::2])[0] for part in (0, 1)]
+        return jnp.stack([keep_LSR[:, 0] for keep_LSR in parts], axis=2).reshape(4, 4)
+
+    expected, metrics = make_train_step_with(mask, same_masks)(init_state(mask, copied(base)))
+    found, others = make_train_step(gather)(init_state(gather, copied(base)), batch(0))
+    for name in ("loss", "grad_norm"):
+        np.testing.assert_allclose(others[name], metrics[name], rtol=1e-5)
+    moved = split(expected.model)[0]
+    jax.tree.map(partial(np.testing.assert_allclose, atol=1e-4), split(found.model)[0], moved)
+
+
+def make_train_step_with(config, keep_mask):
+    """The step on batch 0, with other masks."""
+
+    def step(state):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(forward, "keep_mask", keep_mask)
+            return make_train_step(config)(state, batch(0))
+
+    return step
+
+
+@pytest.mark.parametrize("remat", ["dots_saveable", "dots_with_no_batch_dims_saveable"])
+def test_of_a_matrix_and_its_adapter_one_result_is_kept(finetuned, base, remat):
+    config = StepConfig(num_steps=1, remat=remat)
+    x_BTD = jnp.zeros((4, 8, SHAPE.hidden_size))
+    rope = rope_angles(jnp.asarray(batch(0)["positions_BT"]), SHAPE, x_BTD.dtype)
+    run = layer_runner(config, rope, None)
+
+    def kept(model):
+        """Shapes of all that the backward pass gets of the rows."""
+        block = jax.tree.map(lambda leaf: leaf[0], model.layers)
+        pullback = jax.eval_shape(
+            lambda *a: jax.vjp(lambda b, x: run(b, x, None), *a)[1], block, x_BTD
+        )
+        return Counter(leaf.shape for leaf in jax.tree.leaves(pullback) if leaf.shape[:2] == (4, 8))
+
+    rank = {(4, 8, CONFIG.lora.rank): 4}
+    assert kept(finetuned.model) == kept(base) + Counter(rank)
 
 
 def test_no_gradient_of_the_base_is_computed(base):
@@ -152,7 +220,14 @@ def test_a_run_goes_on_and_is_an_ordinary_model(base, train_step, finetuned, tmp
     assert_equal(on, stepped(state, train_step, range(3, 5)))
     model = lsjax.load(tmp_path)
     assert jax.tree.structure(stacked(model)) == jax.tree.structure(base)
-    assert_equal(stacked(model), merged(finetuned.model))
+    for (path, found), expected in zip(
+        jax.tree_util.tree_leaves_with_path(stacked(model)),
+        jax.tree.leaves(by_hand(finetuned.model)),
+        strict=True,
+    ):
+        np.testing.assert_allclose(found, expected, atol=1e-6, err_msg=str(path))
+    np.testing.assert_allclose(logits(stacked(model)), logits(finetuned.model), atol=2e-5)
+    assert np.abs(logits(base) - logits(finetuned.model)).max() > 1e-2
 
     def decoded(model):
         engine = Engine(model, ByteTokenizer(add_bos=False), Autoregressive())
@@ -160,6 +235,19 @@ def test_a_run_goes_on_and_is_an_ordinary_model(base, train_step, finetuned, tmp
         return done.token_ids
 
     assert decoded(model) == decoded(unstacked(finetuned.model))
+
+
+def by_hand(model):
+    """An ordinary model: W + alpha / rank A B, in NumPy."""
+    model = copied(model)
+    for part in (model.layers.attention, model.layers.feed_forward):
+        for name in ("qkv", "out") if part is model.layers.attention else ("gate_up", "down"):
+            matrix = getattr(part, name)
+            a, b = (np.asarray(leaf, float) for leaf in jax.tree.leaves(matrix.adapter))
+            products = [np.tensordot(a, b, 1) for a, b in zip(a, b, strict=True)]
+            matrix.kernel = nnx.Param(matrix.kernel[...] + 2.0 * np.stack(products))
+            matrix.adapter = None
+    return model
 
 
 def test_bad_values_are_refused():
