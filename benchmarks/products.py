@@ -1,11 +1,12 @@
 """Formulations of a layer's matrix products, by the number of rows T that pass at once.
 
     python benchmarks/products.py --rows 1 2 3 5 9 13
+    python benchmarks/products.py --rows 1 2 3 5 9 --width 128 --num-layers 24 --vocab-size 512
 
-Weights of SmolLM2-135M's shape (30 layers, then the head), random, float32; milliseconds for all
-layers, the formulations in turns; then the search for the likeliest of a vocabulary. Chosen from
-this: kernels [in, out] with `x @ w`, the head as the left operand, `likeliest`
-(docs/performance.md).
+Weights of SmolLM2-135M's shape (30 layers, then the head) or of its proportions, random, float32;
+milliseconds for all layers, the formulations in turns; then the search for the likeliest of a
+vocabulary. Chosen from this: kernels [in, out] with `x @ w`, the head as the left operand, Eigen
+for small models, `likeliest` (docs/performance.md).
 """
 
 from collections.abc import Callable
@@ -19,7 +20,6 @@ from rich.console import Console
 from rich.table import Table
 
 from lsjax.cli.setup import exact_products
-from lsjax.config import LlamaConfig
 from lsjax.decoding.calibration import compiled_loop, median_seconds
 from lsjax.decoding.sampling import likeliest
 
@@ -41,16 +41,21 @@ class Arguments:
 
     rows: tuple[int, ...] = (1, 2, 3, 5, 9, 13)
     """Rows T."""
+    width: int = 576
+    """D of the model; its other widths are those of SmolLM2 in proportion."""
+    num_layers: int = 30
+    """Layers."""
+    vocab_size: int = 49_152
+    """Tokens of the head."""
 
 
 def main(arguments: Arguments) -> None:
     """Measures and prints both tables."""
     exact_products()
-    config = LlamaConfig.smollm2_135m()
-    d, f = config.hidden_size, config.intermediate_size
-    qkv = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
+    d = arguments.width
+    qkv, f = d * 5 // 3, d * 8 // 3
     shapes = [(d, qkv), (d, d), (d, 2 * f), (f, d)]
-    keys = jax.random.split(jax.random.key(0), config.num_layers)
+    keys = jax.random.split(jax.random.key(0), arguments.num_layers)
     weights = [
         [jax.random.normal(key, shape) * shape[0] ** -0.5 for shape in shapes] for key in keys
     ]
@@ -70,7 +75,7 @@ def main(arguments: Arguments) -> None:
     def head(product):
         return lambda table, x_TD: x_TD + 1e-3 * product(x_TD, table)[:, :d]
 
-    table_DV = jax.random.normal(keys[0], (d, config.vocab_size))
+    table_DV = jax.random.normal(keys[0], (d, arguments.vocab_size))
     for title, forms, part, arrays in (
         ("layers", LAYERS, layers, (weights, turned)),
         ("head", HEADS, head, (table_DV, jnp.asarray(table_DV.T).copy())),
@@ -89,7 +94,7 @@ def main(arguments: Arguments) -> None:
         seconds = iter(median_seconds(loops))
         table = Table(title, *(f"T = {rows}" for rows in arguments.rows))
         for form, name in cells:
-            table.add_row(form + name, *(f"{next(seconds) * 1e3:.1f}" for _ in arguments.rows))
+            table.add_row(form + name, *(f"{next(seconds) * 1e3:.3g}" for _ in arguments.rows))
         Console(width=100).print(table)
 
     def search(find):
@@ -97,7 +102,7 @@ def main(arguments: Arguments) -> None:
         return lambda _, logits_TV: logits_TV.at[:, 0].add(1e-9 * find(logits_TV))
 
     loops = [
-        compiled_loop(None, search(find), jax.random.normal(keys[0], (rows, config.vocab_size)))
+        compiled_loop(None, search(find), jax.random.normal(keys[0], (rows, arguments.vocab_size)))
         for find in SEARCHES.values()
         for rows in arguments.rows
     ]
