@@ -6,6 +6,7 @@ the devices of all of them, and each must do the same steps.
 
 import hashlib
 import os
+import re
 import sys
 import time
 import traceback
@@ -21,6 +22,8 @@ from jax.experimental.multihost_utils import process_allgather, sync_global_devi
 
 from lsjax.config import ConfigError, check
 
+# How errors read that come of another process's end, whatever their class is.
+LOST = re.compile(r"Gloo|UNAVAILABLE|DEADLINE_EXCEEDED|[Hh]eartbeat|Connection (reset|closed)")
 SEEN = 60.0  # seconds after which a file must be there for all hosts
 
 
@@ -163,7 +166,7 @@ def ending_together() -> Iterator[None]:
         match error:
             case SystemExit(code=int(code)):
                 pass
-            case jax.errors.JaxRuntimeError() if "RESOURCE_EXHAUSTED" not in str(error):
+            case Exception() if LOST.search(str(error)):
                 code, line = 1, str(error).partition("\n")[0][:300]
                 print(
                     f"error: process {jax.process_index()} can't go on, most likely because "

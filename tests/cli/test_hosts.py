@@ -153,6 +153,24 @@ def test_a_start_that_fails(monkeypatch):
         start(Hosts(coordinator="a:1", num_processes=2, process_id=0))
 
 
+@pytest.mark.parametrize(
+    "error, code, said",
+    [
+        (ValueError("UNKNOWN: Gloo AllGather failed: Read error"), 1, "error: process 0 can't go"),
+        (RuntimeError("DEADLINE_EXCEEDED: Barrier timed out"), 1, "error: process 0 can't go"),
+        (RuntimeError("RESOURCE_EXHAUSTED: Out of memory"), 1, "Traceback"),
+        (SystemExit(2), 2, ""),
+    ],
+)
+def test_a_process_that_fails_says_why_and_ends(monkeypatch, capfd, error, code, said):
+    codes = []
+    monkeypatch.setattr(hosts.jax.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(hosts.os, "_exit", codes.append)
+    with ending_together():
+        raise error
+    assert codes == [code] and capfd.readouterr().err.startswith(said)
+
+
 def test_one_process_is_as_it_was():
     with in_turn("nothing to wait for"), pytest.raises(SystemExit), ending_together():
         raise SystemExit(3)
