@@ -126,7 +126,7 @@ def figures(
     config, shape = arguments.config, arguments.config.model
     devices = math.prod(meshes.get("train", {}).values())
     tokens = config.batch_size * config.seq_len
-    plain = step_flops(shape, config.batch_size, config.seq_len)
+    plain = step_flops(shape, config.batch_size, config.seq_len, config.lora)
     return {
         "topology": arguments.topology,
         "chip": asdict(chip) | {"peak_flops": chip.peak_flops, "clock": chip.clock},
