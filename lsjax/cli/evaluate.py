@@ -28,11 +28,11 @@ from lsjax.cli.evaluation_options import Arguments, check_numbers, with_options
 from lsjax.cli.evaluation_table import show
 from lsjax.cli.loading import load_shown
 from lsjax.cli.setup import choose_dtype, keep_compiled_programs
-from lsjax.cli.strategies import choose_strategies, in_one_program
-from lsjax.config import DataConfig, MeshConfig
+from lsjax.cli.strategies import choose_strategies, fitting_mesh, in_one_program
+from lsjax.config import DataConfig
 from lsjax.data.tokenizer_files import load_tokenizer
 from lsjax.decoding.engine import Engine
-from lsjax.decoding.request import check_settings, encode_prompt
+from lsjax.decoding.request import encode_prompt
 from lsjax.decoding.self_speculative import SelfSpeculative
 from lsjax.decoding.state import Strategy
 from lsjax.evaluation.answering import Question, answer_all, key_of
@@ -44,7 +44,6 @@ from lsjax.evaluation.tasks.task import Task
 from lsjax.model.checkpoint import open_source
 from lsjax.model.fingerprint import fingerprints
 from lsjax.model.llama import Llama
-from lsjax.sharding import make_mesh
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -70,16 +69,14 @@ def evaluate(arguments: Arguments) -> None:
         arguments.draft_vocab,
         flag="--strategies",
     )
-    mesh = None if arguments.mesh == MeshConfig() else make_mesh(arguments.mesh)
-    for strategy in strategies:
-        check_settings(
-            source.config,
-            tokenizer,
-            strategy,
-            batch_size=arguments.batch_size,
-            max_length=arguments.max_length,
-            data_axis=1 if mesh is None else mesh.shape["data"],
-        )
+    mesh = fitting_mesh(
+        arguments.mesh,
+        strategies,
+        source.config,
+        tokenizer,
+        batch_size=arguments.batch_size,
+        max_length=arguments.max_length,
+    )
     problems = Problems(arguments.bad_rows, notes)
 
     def encode(prompt: str, data: DataConfig) -> list[int]:

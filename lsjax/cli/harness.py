@@ -25,16 +25,14 @@ from rich.text import Text
 from lsjax.cli.errors import check_output, one_line_errors
 from lsjax.cli.loading import load_shown
 from lsjax.cli.setup import choose_dtype, keep_compiled_programs
-from lsjax.cli.strategies import StrategyName, choose_strategies
+from lsjax.cli.strategies import StrategyName, choose_strategies, fitting_mesh
 from lsjax.config import ConfigError, MeshConfig, check
 from lsjax.data.chat import chat_prompt
 from lsjax.data.tokenizer_files import load_tokenizer
 from lsjax.decoding.engine import Engine
-from lsjax.decoding.request import check_settings
 from lsjax.decoding.state import Strategy
 from lsjax.evaluation.answers import Answer, acceptance_rate
 from lsjax.model.checkpoint import open_source
-from lsjax.sharding import make_mesh
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,16 +113,14 @@ def harness(arguments: Arguments) -> None:
         arguments.draft_vocab,
         flag="--strategy",
     )
-    mesh = None if arguments.mesh == MeshConfig() else make_mesh(arguments.mesh)
-    for strategy in strategies:
-        check_settings(
-            source.config,
-            tokenizer,
-            strategy,
-            batch_size=arguments.batch_size,
-            max_length=arguments.max_length,
-            data_axis=1 if mesh is None else mesh.shape["data"],
-        )
+    mesh = fitting_mesh(
+        arguments.mesh,
+        strategies,
+        source.config,
+        tokenizer,
+        batch_size=arguments.batch_size,
+        max_length=arguments.max_length,
+    )
     if arguments.chat:
         chat_prompt(tokenizer, "", arguments.system)  # whether there is a template
     for file in files:

@@ -5,11 +5,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
+from jax.sharding import Mesh
+
 from lsjax.cli import decoding_options
-from lsjax.config import check
+from lsjax.config import LlamaConfig, MeshConfig, check
 from lsjax.data.tokenizers import Tokenizer
+from lsjax.decoding.request import check_settings
 from lsjax.decoding.self_speculative import Choices, SelfSpeculative
 from lsjax.decoding.state import Strategy
+from lsjax.sharding import make_mesh
 
 StrategyName = Literal["autoregressive", "early_exit", "self_speculative"]
 
@@ -51,6 +55,33 @@ def choose_strategies(
             )
             strategies.append(decoding_options.choose_strategy(options, tokenizer))
     return strategies
+
+
+def fitting_mesh(
+    mesh_config: MeshConfig,
+    strategies: Sequence[Strategy],
+    config: LlamaConfig,
+    tokenizer: Tokenizer,
+    *,
+    batch_size: int,
+    max_length: int | None,
+) -> Mesh | None:
+    """The mesh that was asked for, None for one device.
+
+    Raises ConfigError where it does not fit the devices, or a strategy, the batch or the length do
+    not fit the model and it.
+    """
+    mesh = None if mesh_config == MeshConfig() else make_mesh(mesh_config)
+    for strategy in strategies:
+        check_settings(
+            config,
+            tokenizer,
+            strategy,
+            batch_size=batch_size,
+            max_length=max_length,
+            data_axis=1 if mesh is None else mesh.shape["data"],
+        )
+    return mesh
 
 
 def in_one_program(strategies: Sequence[Strategy]) -> list[Strategy]:
