@@ -111,16 +111,17 @@ def layers_loop(model: Llama, width: int) -> Loop:
     start = jnp.ones((1, width, model.config.hidden_size), model.dtype)
     capacity = 2 * LENGTH + width
     cache = KVCache.create(model.config, 1, capacity, model.dtype, stacked=model.is_stacked)
+    # In the carry: where the compiler knows the positions, it makes other programs of the layers.
     positions_BT = jnp.arange(LENGTH, LENGTH + width)[None]
 
     def body(model, carry):
-        x_BTD, cache = carry
+        x_BTD, cache, positions_BT = carry
         # What comes in depends on what came out, or the compiler would run the layers once.
-        return model.run_layers(
-            start + 1e-6 * x_BTD, 0, model.config.num_layers, positions_BT, cache
-        )
+        x_BTD = start + 1e-6 * x_BTD
+        x_BTD, cache = model.run_layers(x_BTD, 0, model.config.num_layers, positions_BT, cache)
+        return x_BTD, cache, positions_BT
 
-    return compiled_loop(model, body, (start, cache))
+    return compiled_loop(model, body, (start, cache, positions_BT))
 
 
 def head_loop(model: Llama, width: int) -> Loop:

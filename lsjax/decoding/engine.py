@@ -17,7 +17,7 @@ from lsjax.decoding.state import Strategy
 from lsjax.model.llama import Llama
 from lsjax.sharding import placed
 
-MIN_CAPACITY = 512  # slots of a row's cache: this, or a larger power of two
+MIN_CAPACITY = 256  # slots of a row's cache: this, or a larger power of two
 SLACK = 16  # and a multiple of this for drafts beyond the end, so that strategies share programs
 
 

@@ -49,8 +49,8 @@ def cached_attention(
     Reads the cache in blocks up to the furthest query of the batch, with an online softmax
     (Milakov and Gimelshein, 2018), so that the cost follows the length in use and not the
     capacity: LARGE blocks as far as they are half full or more, then SMALL ones; all slots at
-    once where nearly all are in use. What lies beyond a row's own length adds exact zeros to it:
-    rows do not see their batch mates. Unused slots must hold numbers, no NaN.
+    once where these would be most of them (`reads_all`). What lies beyond a row's own length adds
+    exact zeros to it: rows do not see their batch mates. Unused slots must hold numbers, no NaN.
     """
     batch, steps, heads, size = q_BTNH.shape
     kv_heads, capacity = keys.shape[-3:-1]
@@ -93,7 +93,8 @@ def cached_attention(
             jnp.zeros((batch, kv_heads, rows), wide),
             jnp.zeros((batch, kv_heads, rows, size), wide),
         )
-        # Loops even where one block is all: without them XLA:CPU copies the cache before it writes.
+        # Loops even where one block is all, as there is a branch for all slots: without either
+        # XLA:CPU copies the cache before it writes.
         small, done = min(SMALL, capacity), 0
         if capacity >= LARGE:
             full = (last + 1 + LARGE // 2) // LARGE
@@ -111,14 +112,20 @@ def cached_attention(
         mixed = jnp.einsum("BKRS,BKSH->BKRH", weights.astype(values.dtype), values)
         return weights.sum(-1), mixed.astype(wide)
 
-    if capacity > LARGE and layer is None:
-        # Where nearly all slots are in use, no block need be copied.
-        total, mixed = lax.cond(last >= capacity * 7 // 8, at_once, in_blocks)
+    if layer is None:
+        total, mixed = lax.cond(reads_all(last, capacity), at_once, in_blocks)
     else:
         total, mixed = in_blocks()
     mixed = (mixed / total[..., None]).astype(q_BTNH.dtype)
     mixed = mixed.reshape(batch, kv_heads, heads // kv_heads, steps, size)
     return mixed.transpose(0, 3, 1, 2, 4).reshape(q_BTNH.shape)
+
+
+def reads_all(last: Int[Array, ""], capacity: int) -> Bool[Array, ""]:
+    """Whether all slots at once take no longer than the blocks up to the last one in use, which
+    have to be copied: half of a small cache, nearly all of a large one (docs/performance.md)."""
+    in_blocks = (last // SMALL + 1) * SMALL
+    return in_blocks >= (capacity // 2 if capacity <= LARGE else capacity * 7 // 8)
 
 
 def _grouped(q_BTNH: Float[Array, "B T N H"], kv_heads: int) -> Float[Array, "B T K G H"]:
