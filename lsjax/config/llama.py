@@ -39,21 +39,36 @@ class RopeScaling:
 class LlamaConfig:
     """The shape of a Llama. Letters: V, D, F, L, N, K, H as in lsjax/model/llama.py."""
 
-    vocab_size: int  # V
-    hidden_size: int  # D
-    intermediate_size: int  # F
-    num_layers: int  # L
-    num_heads: int  # N
-    num_kv_heads: int  # K; N for multi-head attention, fewer for grouped-query attention
-    head_dim: int  # H; usually D / N, but a checkpoint may say otherwise
-    max_context: int  # positions that the model was trained on
+    vocab_size: int
+    """V: tokens of the vocabulary."""
+    hidden_size: int
+    """D: width of the model."""
+    intermediate_size: int
+    """F: width of the feed-forward part."""
+    num_layers: int
+    """L: layers."""
+    num_heads: int
+    """N: heads that ask."""
+    num_kv_heads: int
+    """K: heads with keys and values; N for multi-head attention, fewer for grouped-query."""
+    head_dim: int
+    """H: size of a head; usually D / N, but a checkpoint may say otherwise."""
+    max_context: int
+    """Positions that the model was trained on."""
     rope_theta: float = 10_000.0
+    """Base of the rotary frequencies."""
     rope_scaling: RopeScaling | None = None
+    """How they are stretched for a longer context."""
     norm_eps: float = 1e-5
-    tie_embeddings: bool = False  # the head is the embedding
-    attention_bias: bool = False  # biases on q, k, v and o
-    mlp_bias: bool = False  # biases on gate, up and down
-    init_std: float = 0.02  # of the normal initializer
+    """Added to the mean square in RMSNorm."""
+    tie_embeddings: bool = False
+    """Whether the head is the embedding."""
+    attention_bias: bool = False
+    """Biases on queries, keys, values and the output of attention."""
+    mlp_bias: bool = False
+    """Biases on gate, up and down."""
+    init_std: float = 0.02
+    """Standard deviation of new weights, normally distributed."""
 
     def __post_init__(self):
         for field in dataclasses.fields(self):

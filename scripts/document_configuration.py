@@ -1,0 +1,98 @@
+"""Writes docs/configuration.md: every field of a training configuration, from its classes.
+
+    python scripts/document_configuration.py
+
+tests/config/test_documentation.py fails where the page is not what this makes.
+"""
+
+import ast
+import dataclasses
+import inspect
+import sys
+import textwrap
+import types
+import typing
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Literal
+
+from lsjax.config import LlamaConfig, TrainConfig
+
+PAGE = Path(__file__).parents[1] / "docs" / "configuration.md"
+INTRODUCTION = """\
+# Configuration
+
+A file in configs/ is Python that sets `config` to a `lsjax.config.TrainConfig`. Every field is a
+flag of train.py too, with dots between the names and hyphens in them: `early_exit.e_scale` is
+`--early-exit.e-scale`. Flags win over the file. A run keeps what it was started with in its
+config.json. A value that can't work ends the program with one line before anything is compiled.
+(This page is made by `python scripts/document_configuration.py`.)
+"""
+
+
+def main() -> int:
+    """Writes the page."""
+    PAGE.write_text(page())
+    return 0
+
+
+def page() -> str:
+    """A table for each class: the fields of TrainConfig, then those of its parts."""
+    return "\n".join([INTRODUCTION, *_tables(TrainConfig, "")]) + "\n"
+
+
+def _tables(kind: type, path: str) -> list[str]:
+    rows, parts = [], []
+    texts = _texts(kind)
+    for field in dataclasses.fields(kind):
+        part = LlamaConfig if field.name == "model" else field.type
+        name = f"{path}{field.name}"
+        if dataclasses.is_dataclass(part):
+            parts += _tables(part, f"{name}.")
+        else:
+            cells = (f"`{name}`", _values(field.type), _default(field), _cell(texts[field.name]))
+            rows.append(f"| {' | '.join(cells)} |")
+    lines = [f"## {path.rstrip('.') or 'The run'}", "", inspect.getdoc(kind), ""]
+    header = ["| field | values | default | what |", "|---|---|---|---|"]
+    return ["\n".join([*lines, *header, *rows, ""]), *parts]
+
+
+def _texts(kind: type) -> dict[str, str]:
+    """The docstring below each field, as it stands in the source of the class or its bases."""
+    found: dict[str, str] = {}
+    for base in filter(dataclasses.is_dataclass, reversed(kind.__mro__)):
+        (tree,) = ast.parse(textwrap.dedent(inspect.getsource(base))).body
+        for field, text in pairwise(tree.body):
+            if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr):
+                found[field.target.id] = ast.literal_eval(text.value)
+    return found
+
+
+def _values(kind: Any) -> str:
+    """A type in words: the choices of a Literal, else as Python writes it."""
+    if typing.get_origin(kind) is Literal:
+        return ", ".join(_code(str(value)) for value in typing.get_args(kind))
+    if typing.get_origin(kind) is tuple:
+        return f"any number of {_values(typing.get_args(kind)[0])}"
+    if typing.get_origin(kind) in (typing.Union, types.UnionType):
+        return " or ".join(_values(one) for one in typing.get_args(kind))
+    return "`None`" if kind is type(None) else _code(kind.__name__)
+
+
+def _default(field: dataclasses.Field) -> str:
+    if field.default is dataclasses.MISSING:
+        return "must be given"
+    value = field.default
+    return _code(value if isinstance(value, str) and value else repr(value))
+
+
+def _code(text: str) -> str:
+    return f"`{text}`"
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.split()).replace("|", "\\|")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
