@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lsjax.config import ConfigError, check
-from lsjax.training.flops import PEAKS
+from lsjax.training.flops import device_peak
 
 EXAMPLES = "name a chip and a slice of it, such as v5e:8x8, v5p:4x4x4 or v6e:8x8"
 # What libtpu wants to know on a machine that is no TPU host.
@@ -34,7 +34,7 @@ class Chip:
     @property
     def peak_flops(self) -> float:
         """FLOPs per second, bfloat16."""
-        return PEAKS[self.kind]
+        return device_peak(self.kind)
 
     @property
     def clock(self) -> float:

@@ -74,8 +74,13 @@ def peak_flops() -> float | None:
     device = jax.devices()[0]
     if device.platform == "cpu":
         return _measured()
-    found = [peak for kind, peak in PEAKS.items() if device.device_kind.startswith(kind)]
-    return found[0] * jax.device_count() if found else None
+    peak = device_peak(device.device_kind)
+    return None if peak is None else peak * jax.device_count()
+
+
+def device_peak(device_kind: str) -> float | None:
+    """FLOPs per second of an accelerator by jax's name of it, None for one that is not known."""
+    return next((peak for kind, peak in PEAKS.items() if device_kind.startswith(kind)), None)
 
 
 def _measured(size: int = 1536, repeats: int = 4) -> float:
