@@ -4,7 +4,6 @@ import pytest
 
 from lsjax.aot.chips import CHIPS, Chip
 
-
 CLOCKS = {"v5e": 1.5e9, "v5p": 1.75e9, "v6e": 1.75e9}
 
 
