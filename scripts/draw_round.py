@@ -1,6 +1,6 @@
 """Draws one round of self-speculation, docs/round.png (needs the plots extra).
 
-python scripts/draw_round.py docs/round.png
+python scripts/draw_round.py
 """
 
 import sys
@@ -12,6 +12,7 @@ matplotlib.use("agg")
 import matplotlib.pyplot as plt
 from matplotlib.patches import FancyBboxPatch
 
+PICTURE = Path(__file__).parents[1] / "docs" / "round.png"
 DRAFT, VERIFY, IDLE = "#9ecae9", "#f5b971", "#eeeeee"
 GREEN, RED, BLUE, GREY = "#2a8c3f", "#c0392b", "#2457a7", "#777777"
 TOKENS = ["the", "cat", "sat", "on"]  # the pending token and three drafts
@@ -19,9 +20,9 @@ JUDGED = ["cat", "sat", "by", ""]  # what the whole model says after each
 LAYERS, EXIT = 8, 2
 
 
-def main(file: Path) -> int:
+def main() -> int:
     """Draws the two passes beside each other."""
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.6), width_ratios=(4, 4))
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.6))
     titles = (
         f"Draft: layers 1 to {EXIT}, one token after the other",
         f"Verify: layers {EXIT + 1} to {LAYERS}, all tokens at once",
@@ -94,7 +95,7 @@ def main(file: Path) -> int:
     )
     draft.text(2, -1.35, "“the” is known; “cat sat on” is drafted", ha="center", color=GREY, size=9)
     figure.tight_layout()
-    figure.savefig(file, dpi=130)
+    figure.savefig(PICTURE, dpi=130)
     return 0
 
 
@@ -116,4 +117,4 @@ def _arrow(colour: str) -> dict:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1])))
+    sys.exit(main())

@@ -50,7 +50,8 @@ def cached_attention(
     (Milakov and Gimelshein, 2018), so that the cost follows the length in use and not the
     capacity: LARGE blocks as far as they are half full or more, then SMALL ones; all slots at
     once where these would be most of them (`reads_all`). What lies beyond a row's own length adds
-    exact zeros to it: rows do not see their batch mates. Unused slots must hold numbers, no NaN.
+    exact zeros to it: rows do not see their batch mates, but for the rounding of the way that is
+    taken. Unused slots must hold numbers, no NaN.
     """
     batch, steps, heads, size = q_BTNH.shape
     kv_heads, capacity = keys.shape[-3:-1]
