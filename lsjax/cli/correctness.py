@@ -13,6 +13,7 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from math import isfinite
 from pathlib import Path
 from typing import Any, Literal
@@ -24,6 +25,7 @@ from rich.progress import Progress
 from lsjax.cli.errors import check_output, one_line_errors
 from lsjax.cli.prompts import PromptArguments, read_encoded
 from lsjax.cli.setup import cache_directory, exact_products, keep_compiled_programs
+from lsjax.cli.strategies import in_one_program
 from lsjax.data.token_counts import find_counts
 from lsjax.data.tokenizer_files import load_tokenizer
 from lsjax.data.tokenizers import Tokenizer
@@ -31,7 +33,7 @@ from lsjax.decoding.completion import Completion
 from lsjax.decoding.draft_vocabulary import DraftVocabulary
 from lsjax.decoding.engine import Engine
 from lsjax.decoding.request import check_settings, encode_prompt
-from lsjax.decoding.self_speculative import Choices, SelfSpeculative
+from lsjax.decoding.self_speculative import SelfSpeculative
 from lsjax.evaluation.exactness import FLOAT32_MARGIN, Difference, first_difference
 from lsjax.model.checkpoint import assemble, open_source
 
@@ -53,6 +55,8 @@ class Arguments(PromptArguments):
     """Draft lengths; every exit is tried with every length."""
     draft_vocab: int | None = None
     """Drafts from this many of the most frequent tokens only (lsjax.cli.count_tokens)."""
+    draft_confidence: float | None = None
+    """Ends a draft before the token with which the exit gives it less than this probability."""
     max_new_tokens: int = 64
     """Tokens to compare."""
     batch_size: int = 1
@@ -78,13 +82,16 @@ def correctness(arguments: Arguments) -> int:
     if arguments.draft_vocab is not None:
         counts = find_counts(arguments.model, cache_directory(), tokenizer)
         vocabulary = DraftVocabulary.most_frequent(counts, arguments.draft_vocab)
-    exits, lengths = sorted({*arguments.exit_layers}), sorted({*arguments.num_draft_tokens})
-    choices = Choices(tuple(exits), tuple(lengths))
-    strategies = [
-        SelfSpeculative(exit_layer, drafts, vocabulary, choices)
-        for exit_layer in exits
-        for drafts in lengths
-    ]
+    cell = partial(
+        SelfSpeculative, vocabulary=vocabulary, draft_confidence=arguments.draft_confidence
+    )
+    strategies = in_one_program(
+        [
+            cell(exit_layer, drafts)
+            for exit_layer in sorted({*arguments.exit_layers})
+            for drafts in sorted({*arguments.num_draft_tokens})
+        ]
+    )
     for strategy in strategies:
         check_settings(
             source.config,

@@ -47,6 +47,9 @@ class Arguments:
     draft_vocab: int | None = None
     """Drafts from this many of the most frequent tokens only: a cheaper head, the same text.
     python -m lsjax.cli.count_tokens counts them."""
+    draft_confidence: float | None = None
+    """Ends a draft before the token with which the exit gives it less than this probability: fewer
+    drafts in vain, the same text."""
     max_new_tokens: int = 128
     """Ends a text that does not end by itself."""
     temperature: float = 0.0
@@ -109,8 +112,11 @@ def choose_strategy(arguments: Arguments, tokenizer: Tokenizer) -> Strategy:
     """
     exit_layer, drafts = arguments.exit_layer, arguments.num_draft_tokens
     if arguments.strategy != "self_speculative":
-        for name, value in (("num-draft-tokens", drafts), ("draft-vocab", arguments.draft_vocab)):
-            check(value is None, f"--{name} means nothing to {arguments.strategy}")
+        for name in ("num_draft_tokens", "draft_vocab", "draft_confidence"):
+            check(
+                getattr(arguments, name) is None,
+                f"--{name.replace('_', '-')} means nothing to {arguments.strategy}",
+            )
     match arguments.strategy:
         case "autoregressive":
             check(exit_layer is None, "--exit-layer means nothing to autoregressive decoding")
@@ -130,7 +136,9 @@ def choose_strategy(arguments: Arguments, tokenizer: Tokenizer) -> Strategy:
     if arguments.draft_vocab is not None:
         counts = find_counts(arguments.model, cache_directory(), tokenizer)
         vocabulary = DraftVocabulary.most_frequent(counts, arguments.draft_vocab)
-    return SelfSpeculative(exit_layer, drafts, vocabulary)
+    return SelfSpeculative(
+        exit_layer, drafts, vocabulary, draft_confidence=arguments.draft_confidence
+    )
 
 
 def check_together(arguments: Arguments) -> None:

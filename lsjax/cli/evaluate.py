@@ -67,6 +67,7 @@ def evaluate(arguments: Arguments) -> None:
         arguments.exit_layers,
         arguments.num_draft_tokens,
         arguments.draft_vocab,
+        arguments.draft_confidence,
         flag="--strategies",
     )
     mesh = fitting_mesh(

@@ -59,6 +59,8 @@ class Arguments:
     """Tokens drafted in a round (from the model, if it says so)."""
     draft_vocab: int | None = None
     """Drafts from this many of the most frequent tokens only (lsjax.cli.count_tokens)."""
+    draft_confidence: float | None = None
+    """Ends a draft before the token with which the exit gives it less than this probability."""
     max_new_tokens: int | None = None
     """Ends a text that does not end by itself; the task's own number by default."""
     temperature: float = 0.0

@@ -12,6 +12,7 @@ from rich.text import Text
 
 from lsjax.cli.prompts import PromptArguments, read_encoded
 from lsjax.cli.setup import cache_directory, choose_dtype, machine
+from lsjax.cli.strategies import in_one_program
 from lsjax.config import check
 from lsjax.data.token_counts import find_counts
 from lsjax.data.tokenizer_files import load_tokenizer
@@ -22,7 +23,7 @@ from lsjax.decoding.draft_vocabulary import DraftVocabulary
 from lsjax.decoding.engine import Engine
 from lsjax.decoding.request import check_settings, encode_prompt
 from lsjax.decoding.sampling import Sampling
-from lsjax.decoding.self_speculative import Choices, SelfSpeculative
+from lsjax.decoding.self_speculative import SelfSpeculative
 from lsjax.decoding.state import Strategy
 from lsjax.evaluation.identity_tail import identity_tail
 from lsjax.evaluation.speed import Row
@@ -49,6 +50,8 @@ class GridArguments(PromptArguments):
     draft_vocab: int | None = None
     """Also drafts from this many of the most frequent tokens (lsjax.cli.count_tokens; with an
     identity tail the tokens of the model's own output are counted)."""
+    draft_confidence: float | None = None
+    """Ends a draft before the token with which the exit gives it less than this probability."""
     identity_tail: int | None = None
     """Lets the layers from this one on add nothing, so that every draft of a later exit is right:
     the machinery without the training."""
@@ -133,8 +136,10 @@ class Grid:
         if not self.arguments.exit_layers:
             return None
         sizes = [self.config.vocab_size, *([self._draft_vocab] if self._draft_vocab else [])]
-        lengths = self.arguments.num_draft_tokens
-        return calibrated(cache_directory(), machine(), engine.model, lengths, sizes, again=True)
+        lengths = {length for cell in self._cells(None) for length in cell.lengths}
+        return calibrated(
+            cache_directory(), machine(), engine.model, sorted(lengths - {0}), sizes, again=True
+        )
 
     @property
     def title(self) -> str:
@@ -144,6 +149,8 @@ class Grid:
         what += f"{max(lengths)} tokens, {arguments.new_tokens} new ones"
         if arguments.temperature:
             what += f", temperature {arguments.temperature:g}"
+        if arguments.draft_confidence is not None:
+            what += f", drafts at {arguments.draft_confidence:g} or more"
         if arguments.identity_tail is not None:
             what += f"; identity tail from layer {arguments.identity_tail} on"
         return what
@@ -169,11 +176,11 @@ class Grid:
         """Every exit with every length, in one program unless told otherwise."""
         arguments = self.arguments
         exits, lengths = sorted({*arguments.exit_layers}), sorted({*arguments.num_draft_tokens})
-        choices = None
-        if not arguments.separate_programs and len(exits) * len(lengths) > 1:
-            choices = Choices(tuple(exits), tuple(lengths))
-        cell = partial(SelfSpeculative, vocabulary=vocabulary, choices=choices)
-        return [cell(exit_layer, drafts) for exit_layer in exits for drafts in lengths]
+        cell = partial(
+            SelfSpeculative, vocabulary=vocabulary, draft_confidence=arguments.draft_confidence
+        )
+        cells = [cell(exit_layer, drafts) for exit_layer in exits for drafts in lengths]
+        return cells if arguments.separate_programs else in_one_program(cells)
 
     def _own_tokens(self, engine: Engine) -> dict[int, int]:
         """How often the model says each token, by decoding the prompts."""

@@ -54,6 +54,8 @@ class Arguments:
     """Tokens drafted in a round (from the model, if it says so)."""
     draft_vocab: int | None = None
     """Drafts from this many of the most frequent tokens only (lsjax.cli.count_tokens)."""
+    draft_confidence: float | None = None
+    """Ends a draft before the token with which the exit gives it less than this probability."""
     num_fewshot: int | None = None
     """Examples before each question; the task's own number by default."""
     limit: float | None = None
@@ -111,6 +113,7 @@ def harness(arguments: Arguments) -> None:
         arguments.exit_layers,
         arguments.num_draft_tokens,
         arguments.draft_vocab,
+        arguments.draft_confidence,
         flag="--strategy",
     )
     mesh = fitting_mesh(

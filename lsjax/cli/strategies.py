@@ -25,6 +25,7 @@ def choose_strategies(
     exit_layers: Sequence[int],
     num_draft_tokens: int | None,
     draft_vocab: int | None,
+    draft_confidence: float | None,
     *,
     flag: str,
 ) -> list[Strategy]:
@@ -40,7 +41,11 @@ def choose_strategies(
         "self_speculative",
     )
     check(bool(exits) or "early_exit" not in names, "early_exit needs --exit-layers, one or more")
-    drafts = {"num_draft_tokens": num_draft_tokens, "draft_vocab": draft_vocab}
+    drafts = {
+        "num_draft_tokens": num_draft_tokens,
+        "draft_vocab": draft_vocab,
+        "draft_confidence": draft_confidence,
+    }
     for name, value in drafts.items():
         check(
             value is None or "self_speculative" in names,
@@ -89,8 +94,5 @@ def in_one_program(strategies: Sequence[Strategy]) -> list[Strategy]:
     drafting = [one for one in strategies if isinstance(one, SelfSpeculative)]
     if len(drafting) < 2:
         return list(strategies)
-    choices = Choices(
-        tuple(sorted({one.exit_layer for one in drafting})),
-        tuple(sorted({one.num_draft_tokens for one in drafting})),
-    )
+    choices = Choices.serving(drafting)
     return [replace(one, choices=choices) if one in drafting else one for one in strategies]

@@ -135,7 +135,13 @@ def settings_of(grid: Grid, engine: Engine) -> dict[str, Any]:
         "draft_vocab": None if vocabulary is None else f"{len(vocabulary)} {_digest(vocabulary)}",
         **{
             name: getattr(arguments, name)
-            for name in ("identity_tail", "new_tokens", "temperature", "capacity")
+            for name in (
+                "draft_confidence",
+                "identity_tail",
+                "new_tokens",
+                "temperature",
+                "capacity",
+            )
         },
         **{name: getattr(arguments, name) for name in ("separate_programs", "stack_layers")},
         "dtype": grid.dtype,

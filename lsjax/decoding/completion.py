@@ -101,6 +101,7 @@ class Completion:
     exit_layer: int | None
     num_draft_tokens: int | None
     draft_vocab: int | None
+    draft_confidence: float | None
     seed: int | None
     rounds: int
     drafted: int
@@ -128,6 +129,7 @@ class Completion:
             exit_layer=strategy.exit_layer,
             num_draft_tokens=strategy.num_draft_tokens,
             draft_vocab=strategy.draft_vocab,
+            draft_confidence=strategy.draft_confidence,
             rounds=trace.rounds,
             drafted=sum(drafted),
             accepted=sum(accepted),

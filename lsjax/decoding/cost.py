@@ -46,8 +46,8 @@ class Costs:
     """Measured seconds.
 
     token: a round of autoregressive decoding. layer: one layer, by the number of positions that
-    pass at once. head: the head and its likeliest tokens, likewise, without 1. draft: a draft step
-    but for its layers, by the size of the draft's vocabulary.
+    pass at once. head: the head and its likeliest tokens, likewise, without 1, which `token` has.
+    draft: a draft step but for its layers, by the size of the draft's vocabulary.
     """
 
     token: float
@@ -60,15 +60,25 @@ class Costs:
         return self.token if width == 1 else num_layers * self.layer[width] + self.head[width]
 
     def round(
-        self, num_layers: int, exit_layer: int, drafts: float, *, width: int, draft_vocab: int
+        self,
+        num_layers: int,
+        exit_layer: int,
+        drafts: float,
+        *,
+        widths: Mapping[int, float],
+        draft_vocab: int,
     ) -> float:
-        """Seconds of a round of self-speculation with `drafts` draft steps (on average) and a
-        verification of `width` positions."""
+        """Seconds of a round of self-speculation with `drafts` draft steps (on average).
+
+        widths: by the number of positions, the share of rounds that verify so many.
+        """
         return (
             drafts * (exit_layer * self.layer[1] + self.draft[draft_vocab])
             + exit_layer * self.layer[1]
-            + (num_layers - exit_layer) * self.layer[width]
-            + self.head[width]
+            + sum(
+                share * (self.pass_seconds(num_layers, width) - exit_layer * self.layer[width])
+                for width, share in widths.items()
+            )
         )
 
     def speedup(
@@ -78,9 +88,9 @@ class Costs:
         drafts: float,
         acceptance: float,
         *,
-        width: int,
+        widths: Mapping[int, float],
         draft_vocab: int,
     ) -> float:
         """Predicted speedup over autoregressive decoding."""
-        cost = self.round(num_layers, exit_layer, drafts, width=width, draft_vocab=draft_vocab)
+        cost = self.round(num_layers, exit_layer, drafts, widths=widths, draft_vocab=draft_vocab)
         return tokens_per_round(acceptance, drafts) * self.token / cost

@@ -17,7 +17,7 @@ states and reads the draft's keys and values. The last draft token passes the fi
 without a head, because nothing is drafted after it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -40,11 +40,13 @@ DRAFT = "draft"  # the loop's name in compiled programs
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Settings:
-    """What a compiled round takes beside model and state: exit, draft length, the draft's head."""
+    """What a compiled round takes beside model and state: exit, draft length, the draft's head, and
+    the probability below which a draft ends, if it may."""
 
     exit_layer: Int[Array, ""]
     num_draft_tokens: Int[Array, ""]
     head: DraftHead | None
+    confidence: Float[Array, ""] | None
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,14 @@ class Choices:
                 f"{name} {values} must rise from one to the next",
             )
 
+    @classmethod
+    def serving(cls, strategies: "Sequence[SelfSpeculative]") -> "Choices":
+        """All that these strategies ask for by themselves."""
+        return cls(
+            tuple(sorted({one.exit_layer for one in strategies})),
+            tuple(sorted({length for one in strategies for length in one.lengths})),
+        )
+
 
 @dataclass(frozen=True)
 class SelfSpeculative(Strategy):
@@ -74,7 +84,9 @@ class SelfSpeculative(Strategy):
     exit_layer: E, layers of the draft. num_draft_tokens: d, drafts per round and row; 0 makes a
     plain step of a round. vocabulary: tokens that the draft may propose, all by default; the
     verification weighs all of them, so the result is the same. choices: exits and lengths to
-    compile for, these two alone by default.
+    compile for, by default these two alone and, where drafts may end early, the lengths 0 and d / 2
+    too. draft_confidence: a draft ends before the token with which it would be less probable than
+    this, by the exit's probabilities of its likeliest tokens; by default it goes on to d.
     """
 
     name = "self_speculative"
@@ -82,6 +94,7 @@ class SelfSpeculative(Strategy):
     num_draft_tokens: int = field()
     vocabulary: DraftVocabulary | None = None
     choices: Choices | None = None
+    draft_confidence: float | None = None
 
     @property
     def draft_vocab(self) -> int | None:
@@ -96,7 +109,11 @@ class SelfSpeculative(Strategy):
     @property
     def lengths(self) -> tuple[int, ...]:
         """Draft lengths that the program serves."""
-        return self.choices.num_draft_tokens if self.choices else (self.num_draft_tokens,)
+        if self.choices:
+            return self.choices.num_draft_tokens
+        if self.draft_confidence is None:
+            return (self.num_draft_tokens,)
+        return tuple(sorted({0, self.num_draft_tokens // 2, self.num_draft_tokens}))
 
     @property
     def slack(self) -> int:
@@ -106,11 +123,17 @@ class SelfSpeculative(Strategy):
     @property
     def program(self) -> tuple:
         """All that `step` reads; the rest comes with `arguments`."""
-        return type(self), self.exits, self.lengths, self.draft_vocab
+        unsure = self.draft_confidence is not None
+        return type(self), self.exits, self.lengths, self.draft_vocab, unsure
 
     def validate(self, config: LlamaConfig) -> None:
         """Raises ConfigError unless 1 <= exit_layer < L, num_draft_tokens >= 0, the choices
-        cover both, and the vocabulary is a part of the model's."""
+        cover both, the vocabulary is a part of the model's, and 0 <= draft_confidence <= 1."""
+        check(
+            self.draft_confidence is None or 0 <= self.draft_confidence <= 1,
+            f"draft_confidence {self.draft_confidence} is not in 0..1: choose a --draft-confidence "
+            "there",
+        )
         for exit_layer in (self.exit_layer, *self.exits):
             check(
                 1 <= exit_layer < config.num_layers,
@@ -142,9 +165,12 @@ class SelfSpeculative(Strategy):
         return config.num_layers
 
     def arguments(self, model: Llama) -> Settings:
-        """Exit and length as numbers, and the rows of the head that the draft uses."""
+        """Exit, length and confidence as numbers, and the rows of the head that the draft uses."""
         head = None if self.vocabulary is None else self.vocabulary.head(model)
-        return Settings(jnp.int32(self.exit_layer), jnp.int32(self.num_draft_tokens), head)
+        confidence = self.draft_confidence
+        confidence = None if confidence is None else jnp.float32(confidence)
+        numbers = jnp.int32(self.exit_layer), jnp.int32(self.num_draft_tokens)
+        return Settings(*numbers, head, confidence)
 
     def step(self, model: Llama, state: DecodeState, arguments: Settings) -> DecodeState:
         """One round: draft, verify, commit what agrees and one token more."""
@@ -153,8 +179,9 @@ class SelfSpeculative(Strategy):
     def draft(self, model: Llama, state: DecodeState, settings: Settings) -> Draft:
         """Up to d tokens per row from the exit.
 
-        A row drafts no further than its end (the verification adds one token of its own) and
-        not beyond a stop token; the loop ends when no row drafts.
+        A row drafts no further than its end (the verification adds one token of its own), not
+        beyond a stop token, and no longer than the exit is sure of the whole draft; the loop ends
+        when no row drafts.
         """
         batch, steps = state.length_B.shape[0], 1 + self.lengths[-1]
         room_B = jnp.where(state.running_B, state.end_B - state.length_B - 1, 0)
@@ -162,9 +189,13 @@ class SelfSpeculative(Strategy):
 
         draws = state.draws
 
-        def choose(carry: Proposals, x_BTD: Float[Array, "B 1 D"], i: Int[Array, ""]) -> Proposals:
-            """Draft number i, by the exit's logits."""
-            head = settings.head
+        def choose(
+            found: tuple[Proposals, Float[Array, " B"]],
+            x_BTD: Float[Array, "B 1 D"],
+            i: Int[Array, ""],
+        ) -> tuple[Proposals, Float[Array, " B"]]:
+            """Draft number i, by the exit's logits, and how probable the draft is with it."""
+            (carry, probability_B), head = found, settings.head
             logits_BTN = model.unembed(x_BTD, None if head is None else head.table_ND)
             logits_BTN = state.penalised(
                 logits_BTN,
@@ -176,17 +207,22 @@ class SelfSpeculative(Strategy):
                 index_B = likeliest(logits_BTN[:, 0])
                 log_q_BTN = carry.log_q_BTN
             else:
-                log_BTN = draws.log_probs(logits_BTN)
-                index_B = draws.token(jnp.exp(log_BTN[:, 0]), state.length_B + i, Purpose.DRAFT)
-                log_q_BTN = lax.dynamic_update_slice_in_dim(carry.log_q_BTN, log_BTN, i, axis=1)
+                logits_BTN = draws.log_probs(logits_BTN)
+                index_B = draws.token(jnp.exp(logits_BTN[:, 0]), state.length_B + i, Purpose.DRAFT)
+                log_q_BTN = lax.dynamic_update_slice_in_dim(carry.log_q_BTN, logits_BTN, i, axis=1)
+            if settings.confidence is not None:
+                # Of the likeliest tokens, not of those that were drawn: if what is drawn decided
+                # whether it counts, texts would not have the model's distribution.
+                over_BTN = jnp.exp(logits_BTN - logits_BTN.max(-1, keepdims=True))
+                probability_B = probability_B / over_BTN[:, 0].sum(-1)
             index_BT = lax.dynamic_update_slice_in_dim(carry.index_BT, index_B[:, None], i, axis=1)
-            return Proposals(index_BT, log_q_BTN)
+            return Proposals(index_BT, log_q_BTN), probability_B
 
         def more(carry):
             return carry[0]
 
         def step(carry):
-            _, i, cache, token_B, hidden_BTD, proposals, drafted_B, active_B = carry
+            _, i, cache, token_B, hidden_BTD, proposals, probability_B, drafted_B, active_B = carry
             positions_BT = state.length_B[:, None] - 1 + i
             x_BTD = model.embed(token_B[:, None])
             for lo, hi in pairwise((0, *self.exits)):
@@ -199,14 +235,18 @@ class SelfSpeculative(Strategy):
             hidden_BTD = lax.dynamic_update_slice_in_dim(hidden_BTD, x_BTD, i, axis=1)
             active_B &= i < limit_B
             # The last pass drafts nothing; its column is a spare.
-            proposals = lax.cond(
-                active_B.any(), choose, lambda carry, *_: carry, proposals, x_BTD, i
+            found = proposals, probability_B
+            proposals, probability_B = lax.cond(
+                active_B.any(), choose, lambda found, *_: found, found, x_BTD, i
             )
+            if settings.confidence is not None:
+                active_B &= probability_B >= settings.confidence
             token_B = _tokens(proposals.index_BT[:, i], settings.head)
             drafted_B += active_B
             active_B &= ~state.is_stop(token_B)
             going = active_B.any()  # then the new token must pass the first layers too
-            return going, i + 1, cache, token_B, hidden_BTD, proposals, drafted_B, active_B
+            found = hidden_BTD, proposals, probability_B
+            return going, i + 1, cache, token_B, *found, drafted_B, active_B
 
         size = self.draft_vocab or model.config.vocab_size
         start = (
@@ -219,12 +259,13 @@ class SelfSpeculative(Strategy):
                 jnp.zeros((batch, steps), jnp.int32),
                 None if draws is None else jnp.zeros((batch, steps, size), jnp.float32),
             ),
+            jnp.ones(batch, jnp.float32),
             jnp.zeros(batch, jnp.int32),
             state.running_B,
         )
         with jax.named_scope(DRAFT):
             end = lax.while_loop(more, step, start)
-        _, _, cache, _, hidden_BTD, proposals, count_B, _ = end
+        _, _, cache, _, hidden_BTD, proposals, _, count_B, _ = end
         tokens_BT = _tokens(proposals.index_BT, settings.head)
         return Draft(state.with_cache(cache), hidden_BTD, tokens_BT, count_B, proposals)
 

@@ -232,6 +232,7 @@ class Strategy(ABC):
     exit_layer: int | None = None
     num_draft_tokens: int | None = None
     draft_vocab: int | None = None
+    draft_confidence: float | None = None
 
     @property
     def slack(self) -> int:

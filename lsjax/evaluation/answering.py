@@ -75,6 +75,7 @@ def line(task: Task, question: Question, completion: Completion, seconds: float)
         "exit_layer": completion.exit_layer,
         "num_draft_tokens": completion.num_draft_tokens,
         "draft_vocab": completion.draft_vocab,
+        "draft_confidence": completion.draft_confidence,
         "id": example.id,
         "sample": question.sample,
         "group": example.group,

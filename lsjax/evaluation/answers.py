@@ -26,6 +26,7 @@ class Answer:
     exit_layer: int | None = None
     num_draft_tokens: int | None = None
     draft_vocab: int | None = None
+    draft_confidence: float | None = None
     num_new_tokens: int | None = None
     drafted: int | None = None
     accepted: int | None = None
@@ -43,6 +44,7 @@ class Answer:
             exit_layer=strategy.exit_layer,
             num_draft_tokens=strategy.num_draft_tokens,
             draft_vocab=strategy.draft_vocab,
+            draft_confidence=strategy.draft_confidence,
         )
 
     @classmethod
@@ -63,6 +65,8 @@ class Answer:
         if self.num_draft_tokens is not None:
             of = "" if self.draft_vocab is None else f" of {self.draft_vocab} tokens"
             parts.append(f"{self.num_draft_tokens} drafts{of}")
+        if self.draft_confidence is not None:
+            parts.append(f"at {self.draft_confidence:g} or more")
         return ", ".join(parts)
 
 

@@ -91,6 +91,7 @@ class HarnessModel(TemplateLM):
             "exit_layer": answer.exit_layer,
             "num_draft_tokens": answer.num_draft_tokens,
             "draft_vocab": answer.draft_vocab,
+            "draft_confidence": answer.draft_confidence,
             "loglikelihood_layers": self.depth,
             "model_dtype": str(self.engine.model.dtype),
             "max_length": self.engine.max_length,

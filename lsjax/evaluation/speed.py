@@ -3,6 +3,7 @@
 import statistics
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from itertools import pairwise
 from typing import Any
 
 from lsjax.config import LlamaConfig
@@ -149,7 +150,7 @@ def compare(
             row.ideal = ideal_speedup(config, *cell, strategy.draft_vocab)
             row.share_of_ideal = row.speedup / row.ideal
             size = strategy.draft_vocab or config.vocab_size
-            cost = dict(width=strategy.num_draft_tokens + 1, draft_vocab=size)
+            cost = dict(widths=_widths(strategy, drafted, rounds), draft_vocab=size)
             row.predicted = costs.speedup(config.num_layers, *cell, **cost)
             parts = costs.round(config.num_layers, *cell[:2], **cost)
             seconds = statistics.median(own.decode_seconds / own.rounds for own in done)
@@ -170,6 +171,22 @@ def _beside(base: Cell, texts: Iterable[Timed]) -> Mapping[Cell, list[tuple[Time
             latest = own
         pairs.setdefault(cell_of(own), {})[own.repeat, own.prompt] = (latest, own)
     return {cell: list(found.values()) for cell, found in pairs.items()}
+
+
+def _widths(strategy: SelfSpeculative, drafted: Sequence[int], rounds: int) -> dict[int, float]:
+    """Positions that a round verifies, each with its share of the rounds.
+
+    drafted: rounds that have drafted at each position. A round takes the shortest verification of
+    the program that holds its drafts.
+    """
+    lengths = strategy.lengths
+    more = [sum(drafted[length : length + 1]) for length in lengths[:-1]]  # rounds that need more
+    counts = [left - right for left, right in pairwise([rounds, *more, 0])]
+    return {
+        1 + length: count / rounds
+        for length, count in zip(lengths, counts, strict=True)
+        if count > 0
+    }
 
 
 def _by_position(counts: Sequence[Sequence[int]]) -> list[int]:

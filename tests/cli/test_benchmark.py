@@ -56,6 +56,9 @@ def test_of_a_trained_model_drafts_are_refused_too(model_directory, tmp_path):
     base, row = rows(tmp_path, "--model", model_directory, *options)
     assert 0 < row["acceptance_rate"] < 1
     assert row["acceptance_by_position"][0] >= row["acceptance_by_position"][-1]
+    _, sure = rows(tmp_path, "--model", model_directory, *options, "--draft-confidence", 0.15)
+    assert sure["acceptance_rate"] > row["acceptance_rate"]
+    assert sure["ideal"] > row["ideal"] and sure["predicted"] > 0
 
 
 def test_sampled_drafts_are_accepted_as_often_as_the_distributions_agree(model_directory, tmp_path):

@@ -27,7 +27,8 @@ PROMPT = "Once\tupon :smile: [bold]a"  # rich would change each of these
 FIELDS = [
     *("prompt", "text", "token_ids", "num_prompt_tokens", "num_new_tokens"),
     *("prefill_seconds", "decode_seconds", "tokens_per_second", "compile_seconds"),
-    *("strategy", "exit_layer", "num_draft_tokens", "draft_vocab", "seed", "rounds"),
+    *("strategy", "exit_layer", "num_draft_tokens", "draft_vocab", "draft_confidence"),
+    *("seed", "rounds"),
     *("drafted", "accepted", "acceptance_rate", "tokens_per_round"),
     *("drafted_by_position", "accepted_by_position"),
     *("log_probs", "finish_reason"),
@@ -295,6 +296,11 @@ def bad(model_directory, tmp_path_factory):
         ("--temperature 1 --top-p 0", r"top_p 0.0 is not in \(0, 1\]: choose 1 for all"),
         ("--top-k 5", "--top-k means nothing to greedy decoding: choose a --temperature above 0"),
         ("--num-samples 2", "--num-samples means nothing to greedy decoding"),
+        ("--draft-confidence 0.5", "--draft-confidence means nothing to autoregressive"),
+        (
+            "--strategy self_speculative --draft-confidence 2",
+            "draft_confidence 2.0 is not in 0..1: choose a --draft-confidence there",
+        ),
         ("--temperature 1 --num-samples 0", "--num-samples 0 is below 1: choose 1 or more"),
         ("--temperature 1 --seed -1", "seed -1 is not in 0.."),
         ("--prompt=", "--prompt is an empty prompt: it needs at least one character"),

@@ -91,6 +91,7 @@ def test_figures(trace):
         "exit_layer": 2,
         "num_draft_tokens": 3,
         "draft_vocab": None,
+        "draft_confidence": None,
         "seed": None,
         "rounds": 3,
         "drafted": 7,

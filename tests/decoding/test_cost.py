@@ -48,10 +48,15 @@ def test_round_by_hand():
     assert costs.pass_seconds(10, 1) == 16
     assert costs.pass_seconds(10, 3) == 10 * 1.5 + 5
     # Two steps of 3 layers and the rest; 3 layers once more; 7 layers and head at width 3.
-    assert costs.round(10, 3, 2, width=3, draft_vocab=99) == 2 * (3 + 4.25) + 3 + 7 * 1.5 + 5
-    assert costs.round(10, 3, 2, width=3, draft_vocab=7) == 2 * (3 + 0.75) + 3 + 7 * 1.5 + 5
+    three = {"widths": {3: 1.0}}
+    assert costs.round(10, 3, 2, **three, draft_vocab=99) == 2 * (3 + 4.25) + 3 + 7 * 1.5 + 5
+    assert costs.round(10, 3, 2, **three, draft_vocab=7) == 2 * (3 + 0.75) + 3 + 7 * 1.5 + 5
     # Half of the drafts stand: two tokens for 33 seconds instead of 32.
-    assert costs.speedup(10, 3, 2, 0.5, width=3, draft_vocab=99) == pytest.approx(2 * 16 / 33)
+    assert costs.speedup(10, 3, 2, 0.5, **three, draft_vocab=99) == pytest.approx(2 * 16 / 33)
+    # A quarter of the rounds drafts nothing, and verifies by 7 layers and the head of one position.
+    mixed = {"widths": {1: 0.25, 3: 0.75}}
+    expected = 1.5 * (3 + 0.75) + 3 + 0.25 * (16 - 3) + 0.75 * (7 * 1.5 + 5)
+    assert costs.round(10, 3, 1.5, **mixed, draft_vocab=7) == pytest.approx(expected)
 
 
 @pytest.fixture

@@ -195,8 +195,13 @@ VOCABULARY = DraftVocabulary(np.array([0, 2, 3, 5, 8, 9]))
 
 @pytest.mark.parametrize(
     "strategy",
-    [Autoregressive(), SelfSpeculative(1, 2), SelfSpeculative(2, 2, VOCABULARY)],
-    ids=["autoregressive", "self_speculative", "draft_vocabulary"],
+    [
+        Autoregressive(),
+        SelfSpeculative(1, 2),
+        SelfSpeculative(2, 2, VOCABULARY),
+        SelfSpeculative(2, 2, draft_confidence=0.3),
+    ],
+    ids=["autoregressive", "self_speculative", "draft_vocabulary", "draft_confidence"],
 )
 def test_texts_have_the_models_distribution(small, strategy):
     """Chi-square over 20,480 texts of each setting: the first token is the prefill's, the others

@@ -54,6 +54,16 @@ def complete(engine, strategy):
     return engine.generate(PROMPTS, max_new_tokens=NEW)
 
 
+def rounds_of(trace):
+    """Drafts of each round, and how many of them were accepted."""
+    ends = np.flatnonzero(trace.round_n)
+    return zip(
+        trace.round_n[ends[1:]] - 1,
+        np.add.reduceat(trace.accepted_n.astype(int), ends[:-1] + 1),
+        strict=True,
+    )
+
+
 @jax.jit
 def all_exits(model, tokens):
     return model.unembed(model.exits(tokens))
@@ -110,6 +120,31 @@ def test_choices_share_a_program(model, tokenizer, engine, expected):
                     assert one.trace.round_n.tolist() == other.trace.round_n.tolist()
                     assert one.accepted_by_position == other.accepted_by_position
     assert shared.num_programs == 4  # two sizes of prompts, into the batch, rounds
+
+
+@pytest.mark.parametrize("confidence", [0.003, 0.1, 0.9])
+def test_a_draft_ends_where_the_exit_is_unsure(model, engine, expected, confidence):
+    """Every draft is likely enough by a forward pass of its own, and with the token that would have
+    come next it is not, unless the draft ended for another reason."""
+    strategy = SelfSpeculative(2, 4, draft_confidence=confidence)
+    found, ends = complete(engine, strategy), 0
+    for prompt, want, one in zip(PROMPTS, expected, found, strict=True):
+        assert_same_tokens(model, prompt, want, one.token_ids)
+        logits = all_exits(model, jnp.asarray([prompt + one.token_ids]))[1, 0]
+        sure = np.asarray(jax.nn.softmax(logits, -1).max(-1))[len(prompt) - 1 :]
+        at = 0  # new tokens that are there before a round
+        for drafted, accepted in rounds_of(one.trace):
+            at += 1
+            # What follows a refused draft is another text than the one that was drafted on.
+            known = min(drafted, accepted + 1)
+            assert sure[at : at + known].prod() > confidence - 1e-6
+            room = min(4, NEW - at - 1)
+            if drafted == accepted and drafted < room:
+                assert sure[at : at + drafted + 1].prod() < confidence + 1e-6
+                ends += 1
+            at += accepted
+        assert at == len(one.token_ids) - 1
+    assert ends > 0
 
 
 @pytest.mark.parametrize("choices", [(4, 3), (), (2, 2)])
@@ -202,6 +237,8 @@ def test_max_new_tokens_1_needs_no_round(engine, expected):
         (SelfSpeculative(2, 3, choices=Choices((1, 3), (2, 4))), "exit layer 2 and 3 drafts are"),
         (SelfSpeculative(1, 5, choices=Choices((1, 3), (2, 4))), "exit layer 1 and 5 drafts are"),
         (SelfSpeculative(1, 2, choices=Choices((1, 4), (2, 4))), "exit layer 4 is not in 1..3"),
+        (SelfSpeculative(1, 2, draft_confidence=1.1), "draft_confidence 1.1 is not in 0..1"),
+        (SelfSpeculative(1, 2, draft_confidence=-0.1), "draft_confidence -0.1 is not in 0..1"),
         (SelfSpeculative(1, 2, DraftVocabulary(np.arange(258))), "258 does not make the head"),
         (SelfSpeculative(1, 2, DraftVocabulary(np.array([3, 258]))), "has ids 3..258, the model"),
         (EarlyExit(0), "exit layer 0 is not in 1..4"),

@@ -25,6 +25,11 @@ VOCABULARY = DraftVocabulary.most_frequent({1: 2, 7: 1}, 2)
             "self speculative, exit 2, 4 drafts of 2 tokens",
             {"exit_layer": 2, "num_draft_tokens": 4, "draft_vocab": 2},
         ),
+        (
+            SelfSpeculative(2, 4, draft_confidence=0.5),
+            "self speculative, exit 2, 4 drafts, at 0.5 or more",
+            {"exit_layer": 2, "num_draft_tokens": 4, "draft_confidence": 0.5},
+        ),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

@@ -106,6 +106,18 @@ def test_figures_by_hand():
     assert first.round_over_parts == pytest.approx((3 / 4 + 50 / 8) / 2 / parts)
 
 
+def test_what_rounds_verify_by_hand():
+    """10 rounds of at most 6 drafts: 2 have none, 3 have 1 to 3, and 5 have 4 to 6."""
+    sure = SelfSpeculative(1, 6, draft_confidence=0.5)
+    drafted, accepted = [8, 7, 6, 5, 3, 1], [5, 0, 0, 0, 0, 0]
+    texts = [timed(PLAIN, 9.0), timed(sure, 3.0, 0, drafted, accepted, rounds=10)]
+    costs = Costs(40.0, {1: 8.0, 4: 2.0, 7: 3.0}, {4: 1.0, 7: 2.0}, {100: 0.5})
+    _, row = compare(LlamaConfig.tiny(vocab_size=100), 4, [PLAIN, sure], texts, costs, 1e6)
+    parts = 3.0 * (8.0 + 0.5) + 8.0  # 30 drafts by one layer of four
+    parts += 0.2 * (40.0 - 8.0) + 0.3 * (3 * 2.0 + 1.0) + 0.5 * (3 * 3.0 + 2.0)
+    assert row.predicted == pytest.approx((1 + 5 / 10) * 40.0 / parts)
+
+
 PROMPT = [72, 101, 108]
 
 
