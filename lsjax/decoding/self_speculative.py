@@ -84,7 +84,7 @@ class SelfSpeculative(Strategy):
     exit_layer: E, layers of the draft. num_draft_tokens: d, drafts per round and row; 0 makes a
     plain step of a round. vocabulary: tokens that the draft may propose, all by default; the
     verification weighs all of them, so the result is the same. choices: exits and lengths to
-    compile for, by default these two alone and, where drafts may end early, the lengths 0 and d / 2
+    compile for, by default these two alone and, where drafts may end early, the quarters of d
     too. draft_confidence: a draft ends before the token with which it would be less probable than
     this, by the exit's probabilities of its likeliest tokens; by default it goes on to d.
     """
@@ -113,7 +113,7 @@ class SelfSpeculative(Strategy):
             return self.choices.num_draft_tokens
         if self.draft_confidence is None:
             return (self.num_draft_tokens,)
-        return tuple(sorted({0, self.num_draft_tokens // 2, self.num_draft_tokens}))
+        return tuple(sorted({self.num_draft_tokens * part // 4 for part in range(5)}))
 
     @property
     def slack(self) -> int:

@@ -107,14 +107,17 @@ def test_figures_by_hand():
 
 
 def test_what_rounds_verify_by_hand():
-    """10 rounds of at most 6 drafts: 2 have none, 3 have 1 to 3, and 5 have 4 to 6."""
-    sure = SelfSpeculative(1, 6, draft_confidence=0.5)
-    drafted, accepted = [8, 7, 6, 5, 3, 1], [5, 0, 0, 0, 0, 0]
+    """10 rounds of at most 8 drafts: 2 have none, 1 has one or two, 3 three or four, none five or
+    six, and 4 more."""
+    sure = SelfSpeculative(1, 8, draft_confidence=0.5)
+    drafted, accepted = [8, 7, 7, 6, 4, 4, 4, 1], [5, 0, 0, 0, 0, 0, 0, 0]
     texts = [timed(PLAIN, 9.0), timed(sure, 3.0, 0, drafted, accepted, rounds=10)]
-    costs = Costs(40.0, {1: 8.0, 4: 2.0, 7: 3.0}, {4: 1.0, 7: 2.0}, {100: 0.5})
+    layer, head = {1: 8.0, 3: 1.0, 5: 2.0, 9: 3.0}, {3: 0.5, 5: 1.0, 9: 2.0}
+    costs = Costs(40.0, layer, head, {100: 0.5})
     _, row = compare(LlamaConfig.tiny(vocab_size=100), 4, [PLAIN, sure], texts, costs, 1e6)
-    parts = 3.0 * (8.0 + 0.5) + 8.0  # 30 drafts by one layer of four
-    parts += 0.2 * (40.0 - 8.0) + 0.3 * (3 * 2.0 + 1.0) + 0.5 * (3 * 3.0 + 2.0)
+    parts = 4.1 * (8.0 + 0.5) + 8.0  # 41 drafts by one layer of four
+    parts += 0.2 * (40.0 - 8.0) + 0.1 * (3 * 1.0 + 0.5) + 0.3 * (3 * 2.0 + 1.0)
+    parts += 0.4 * (3 * 3.0 + 2.0)
     assert row.predicted == pytest.approx((1 + 5 / 10) * 40.0 / parts)
 
 
