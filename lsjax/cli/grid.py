@@ -136,10 +136,13 @@ class Grid:
         if not self.arguments.exit_layers:
             return None
         sizes = [self.config.vocab_size, *([self._draft_vocab] if self._draft_vocab else [])]
-        lengths = {length for cell in self._cells(None) for length in cell.lengths}
-        return calibrated(
-            cache_directory(), machine(), engine.model, sorted(lengths - {0}), sizes, again=True
-        )
+        lengths = [length for length in self.lengths if length > 0]
+        return calibrated(cache_directory(), machine(), engine.model, lengths, sizes, again=True)
+
+    @property
+    def lengths(self) -> list[int]:
+        """Draft lengths that rounds are verified for."""
+        return sorted({length for cell in self._cells(None) for length in cell.lengths})
 
     @property
     def title(self) -> str:

@@ -143,6 +143,7 @@ def settings_of(grid: Grid, engine: Engine) -> dict[str, Any]:
                 "capacity",
             )
         },
+        "lengths": None if arguments.draft_confidence is None else grid.lengths,
         **{name: getattr(arguments, name) for name in ("separate_programs", "stack_layers")},
         "dtype": grid.dtype,
         "machine": machine(),

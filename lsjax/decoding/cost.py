@@ -3,6 +3,7 @@
 Two views of the same round of exit E and d drafts, on L layers and a head as dear as k layers:
 
     d (E + k_d)          d draft steps; k_d = k N / V with a draft vocabulary of N, else k
+    u k_d                the head once more in the share u of rounds whose draft ends unsure
     E                    the last draft token passes the first layers without a head
     (L - E) and k        the verification of d + 1 positions
 
@@ -27,13 +28,18 @@ def ideal_speedup(
     drafts: float,
     acceptance: float,
     draft_vocab: int | None = None,
+    unsure: float = 0.0,
 ) -> float:
-    """Speedup over autoregressive decoding if time were bytes of weights."""
+    """Speedup over autoregressive decoding if time were bytes of weights.
+
+    unsure: share of rounds whose draft ends by its confidence, after the head has given its next
+    token.
+    """
     head = config.head_params / config.layer_params
     draft_head = head * (draft_vocab or config.vocab_size) / config.vocab_size
     whole = config.num_layers + head
     tokens = tokens_per_round(acceptance, drafts)
-    return tokens * whole / (drafts * (exit_layer + draft_head) + whole)
+    return tokens * whole / (drafts * (exit_layer + draft_head) + unsure * draft_head + whole)
 
 
 def weight_bytes(config: LlamaConfig, itemsize: int) -> int:
@@ -67,14 +73,16 @@ class Costs:
         *,
         widths: Mapping[int, float],
         draft_vocab: int,
+        unsure: float = 0.0,
     ) -> float:
         """Seconds of a round of self-speculation with `drafts` draft steps (on average).
 
-        widths: by the number of positions, the share of rounds that verify so many.
+        widths: by the number of positions, the share of rounds that verify so many. unsure: share
+        of rounds whose draft ends by its confidence.
         """
         return (
-            drafts * (exit_layer * self.layer[1] + self.draft[draft_vocab])
-            + exit_layer * self.layer[1]
+            (drafts + 1) * exit_layer * self.layer[1]
+            + (drafts + unsure) * self.draft[draft_vocab]
             + sum(
                 share * (self.pass_seconds(num_layers, width) - exit_layer * self.layer[width])
                 for width, share in widths.items()
@@ -90,7 +98,15 @@ class Costs:
         *,
         widths: Mapping[int, float],
         draft_vocab: int,
+        unsure: float = 0.0,
     ) -> float:
         """Predicted speedup over autoregressive decoding."""
-        cost = self.round(num_layers, exit_layer, drafts, widths=widths, draft_vocab=draft_vocab)
+        cost = self.round(
+            num_layers,
+            exit_layer,
+            drafts,
+            widths=widths,
+            draft_vocab=draft_vocab,
+            unsure=unsure,
+        )
         return tokens_per_round(acceptance, drafts) * self.token / cost

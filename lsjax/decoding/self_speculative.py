@@ -14,7 +14,8 @@ One round for one row, exit E = 2 of L = 4 layers, d = 3 drafts. The pending tok
 
 Layers 0..E-1 never run twice on a token: the verification starts from the draft's exit hidden
 states and reads the draft's keys and values. The last draft token passes the first layers
-without a head, because nothing is drafted after it.
+without a head, because nothing is drafted after it; where a draft ends because its exit is unsure,
+the head is what says so.
 """
 
 from collections.abc import Callable, Sequence
@@ -203,18 +204,18 @@ class SelfSpeculative(Strategy):
                 _tokens(carry.index_BT, head),
                 None if head is None else head.places_V,
             )
+            if settings.confidence is not None:
+                # Of the likeliest tokens, not of those that are drawn: if what is drawn decided
+                # whether it counts, texts would not have the model's distribution.
+                over_BTN = jnp.exp(logits_BTN - logits_BTN.max(-1, keepdims=True))
+                probability_B = probability_B / over_BTN[:, 0].sum(-1)
             if draws is None:
                 index_B = likeliest(logits_BTN[:, 0])
                 log_q_BTN = carry.log_q_BTN
             else:
-                logits_BTN = draws.log_probs(logits_BTN)
-                index_B = draws.token(jnp.exp(logits_BTN[:, 0]), state.length_B + i, Purpose.DRAFT)
-                log_q_BTN = lax.dynamic_update_slice_in_dim(carry.log_q_BTN, logits_BTN, i, axis=1)
-            if settings.confidence is not None:
-                # Of the likeliest tokens, not of those that were drawn: if what is drawn decided
-                # whether it counts, texts would not have the model's distribution.
-                over_BTN = jnp.exp(logits_BTN - logits_BTN.max(-1, keepdims=True))
-                probability_B = probability_B / over_BTN[:, 0].sum(-1)
+                log_BTN = draws.log_probs(logits_BTN)
+                index_B = draws.token(jnp.exp(log_BTN[:, 0]), state.length_B + i, Purpose.DRAFT)
+                log_q_BTN = lax.dynamic_update_slice_in_dim(carry.log_q_BTN, log_BTN, i, axis=1)
             index_BT = lax.dynamic_update_slice_in_dim(carry.index_BT, index_B[:, None], i, axis=1)
             return Proposals(index_BT, log_q_BTN), probability_B
 

@@ -147,10 +147,16 @@ def compare(
         if isinstance(strategy, SelfSpeculative):
             # The last round of a text may be a shorter one.
             cell = (strategy.exit_layer, sum(drafted) / rounds, row.acceptance_rate or 0.0)
-            row.ideal = ideal_speedup(config, *cell, strategy.draft_vocab)
+            unsure = 0.0
+            if strategy.draft_confidence is not None:
+                # All but a text's end and a stop token, which are few.
+                full = sum(drafted[strategy.num_draft_tokens - 1 : strategy.num_draft_tokens])
+                unsure = 1 - full / rounds
+            row.ideal = ideal_speedup(config, *cell, strategy.draft_vocab, unsure)
             row.share_of_ideal = row.speedup / row.ideal
             size = strategy.draft_vocab or config.vocab_size
-            cost = dict(widths=_widths(strategy, drafted, rounds), draft_vocab=size)
+            widths = _widths(strategy, drafted, rounds)
+            cost = dict(widths=widths, draft_vocab=size, unsure=unsure)
             row.predicted = costs.speedup(config.num_layers, *cell, **cost)
             parts = costs.round(config.num_layers, *cell[:2], **cost)
             seconds = statistics.median(own.decode_seconds / own.rounds for own in done)

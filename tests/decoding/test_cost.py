@@ -30,6 +30,8 @@ def test_ideal_speedup_of_a_draft_vocabulary_by_hand():
     # k_d = 7.9975 x 2,048 / 49,152 = 0.33323: 13 x 37.9975 / (12 x 2.33323 + 37.9975).
     assert ideal_speedup(SMOL, 2, 12, 1.0, 2048) == pytest.approx(7.484, rel=1e-3)
     assert ideal_speedup(SMOL, 2, 12, 1.0, SMOL.vocab_size) == ideal_speedup(SMOL, 2, 12, 1.0)
+    # The head once more in half of the rounds: 13 x 37.9975 / (12 x 2.33323 + 0.5 x 0.33323 + ...).
+    assert ideal_speedup(SMOL, 2, 12, 1.0, 2048, unsure=0.5) == pytest.approx(7.465, rel=1e-3)
 
 
 def test_the_paper_has_a_share_of_its_ideal():
@@ -57,6 +59,9 @@ def test_round_by_hand():
     mixed = {"widths": {1: 0.25, 3: 0.75}}
     expected = 1.5 * (3 + 0.75) + 3 + 0.25 * (16 - 3) + 0.75 * (7 * 1.5 + 5)
     assert costs.round(10, 3, 1.5, **mixed, draft_vocab=7) == pytest.approx(expected)
+    # In half of the rounds the head gives one token in vain.
+    vain = costs.round(10, 3, 1.5, **mixed, draft_vocab=7, unsure=0.5)
+    assert vain == pytest.approx(expected + 0.5 * 0.75)
 
 
 @pytest.fixture
