@@ -12,19 +12,18 @@ STORY = "Once upon a time, there was a little girl named Lily who"
 # Trains with LayerSkip, then decodes held-out prompts with what came out. Each of two cores is a
 # device of its own: operations of so small a model are too short to share (docs/training.md).
 RUN ?= runs/quickstart
-EXIT = 6
+EXIT = 4
 DRAFTS = 5
-COMPARE = --model $(RUN) --prompt-file $(RUN)/prompts.jsonl --exit-layers $(EXIT)
+COMPARE = --model $(RUN) --prompt-file $(RUN)/prompts.jsonl --num-draft-tokens $(DRAFTS)
 quickstart: $(VENV)/installed
 	JAX_PLATFORMS=cpu JAX_NUM_CPU_DEVICES=2 GLIBC_TUNABLES=glibc.malloc.hugetlb=1 \
 		$(BIN)/python train.py --config configs/quickstart.py --workdir $(RUN) --mesh.data 2
 	$(BIN)/python decode.py --model $(RUN) --prompt-file $(RUN)/prompts.jsonl --max-new-tokens 64 \
 		--strategy self_speculative --exit-layer $(EXIT) --num-draft-tokens $(DRAFTS) --show-drafts
-	$(BIN)/python -m lsjax.cli.correctness $(COMPARE) --num-draft-tokens $(DRAFTS)
-	$(BIN)/python -m lsjax.cli.benchmark $(COMPARE) --num-draft-tokens 3 $(DRAFTS) --new-tokens 128 \
-		--repeats 3
-	$(BIN)/python -m lsjax.cli.benchmark $(COMPARE) --num-draft-tokens 2 3 --new-tokens 128 \
-		--repeats 3 --temperature 1
+	$(BIN)/python -m lsjax.cli.correctness $(COMPARE) --exit-layers $(EXIT)
+	$(BIN)/python -m lsjax.cli.benchmark $(COMPARE) --exit-layers 2 $(EXIT) --new-tokens 128 --repeats 2
+	$(BIN)/python -m lsjax.cli.benchmark $(COMPARE) --exit-layers $(EXIT) --new-tokens 128 --repeats 2 \
+		--temperature 1
 
 # A real model decodes: SmolLM2-135M was not trained with LayerSkip, so it is exact, but no faster.
 smollm2: $(VENV)/installed $(SMOLLM2)

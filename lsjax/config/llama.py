@@ -1,6 +1,7 @@
 """The shape of a Llama."""
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -69,6 +70,9 @@ class LlamaConfig:
     """Biases on gate, up and down."""
     init_std: float = 0.02
     """Standard deviation of new weights, normally distributed."""
+    scaled_init: bool = False
+    """Whether what writes to the residual stream starts smaller than that by sqrt(2 L): each layer
+    adds twice (GPT-2; Radford et al., 2019)."""
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
@@ -104,6 +108,11 @@ class LlamaConfig:
         """All parameters; a tied head counts once."""
         tables = 1 if self.tie_embeddings else 2
         return self.num_layers * self.layer_params + tables * self.head_params + self.hidden_size
+
+    @property
+    def residual_std(self) -> float:
+        """Standard deviation of new weights that write to the residual stream."""
+        return self.init_std / math.sqrt(2 * self.num_layers if self.scaled_init else 1)
 
     def cache_bytes(self, batch: int, capacity: int, itemsize: int) -> int:
         """Bytes of a key/value cache of `capacity` slots for `batch` rows."""

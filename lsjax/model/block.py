@@ -76,9 +76,9 @@ class Attention(nnx.Module):
     def __init__(self, config: LlamaConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
         d, k, h = config.hidden_size, config.num_kv_heads, config.head_dim
         self.group = config.num_heads // k
-        rest = dict(bias=config.attention_bias, std=config.init_std, dtype=dtype, rngs=rngs)
-        self.qkv = Linear(d, (k, self.group + 2, h), **rest)
-        self.out = Linear(config.num_heads * h, (d,), **rest)
+        rest = dict(bias=config.attention_bias, dtype=dtype, rngs=rngs)
+        self.qkv = Linear(d, (k, self.group + 2, h), std=config.init_std, **rest)
+        self.out = Linear(config.num_heads * h, (d,), std=config.residual_std, **rest)
 
     def project(
         self, x_BTD: Float[Array, "B T D"], rope: tuple[Array, Array]
@@ -100,9 +100,9 @@ class FeedForward(nnx.Module):
 
     def __init__(self, config: LlamaConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
         d, f = config.hidden_size, config.intermediate_size
-        rest = dict(bias=config.mlp_bias, std=config.init_std, dtype=dtype, rngs=rngs)
-        self.gate_up = Linear(d, (2, f), **rest)
-        self.down = Linear(f, (d,), **rest)
+        rest = dict(bias=config.mlp_bias, dtype=dtype, rngs=rngs)
+        self.gate_up = Linear(d, (2, f), std=config.init_std, **rest)
+        self.down = Linear(f, (d,), std=config.residual_std, **rest)
 
     def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         return self.down(swiglu(self.gate_up(x_BTD)))

@@ -20,6 +20,7 @@ FREE = frozenset(
         "init_from",
         # Of a model that has begun to learn:
         "model.init_std",
+        "model.scaled_init",
         "model.max_context",
     }
 )

@@ -49,7 +49,8 @@ LLAMA3_2_1B = """{
   "tie_embeddings": true,
   "attention_bias": false,
   "mlp_bias": false,
-  "init_std": 0.02
+  "init_std": 0.02,
+  "scaled_init": false
 }"""
 
 

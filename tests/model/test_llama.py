@@ -130,6 +130,18 @@ def test_writes_land_at_each_row_s_position(batch):
     np.testing.assert_array_equal(write_slots(cache, new, start), expected)
 
 
+@pytest.mark.parametrize("scaled, expected", [(False, 0.02), (True, 0.005)])
+def test_what_writes_to_the_residual_stream_may_start_smaller(scaled, expected):
+    """0.02 / sqrt(2 * 8) is 0.005; what reads from it starts at 0.02 either way."""
+    config = LlamaConfig.tiny(num_layers=8, init_std=0.02, scaled_init=scaled)
+    new = jax.jit(lambda: stacked(Llama(config, rngs=nnx.Rngs(0))))()
+    attention, feed_forward = new.layers.attention, new.layers.feed_forward
+    for writes in (attention.out, feed_forward.down):
+        np.testing.assert_allclose(jnp.std(writes.kernel[...]), expected, rtol=0.02)
+    for reads in (attention.qkv, feed_forward.gate_up):
+        np.testing.assert_allclose(jnp.std(reads.kernel[...]), 0.02, rtol=0.02)
+
+
 @pytest.mark.parametrize(
     "preset, published",
     [
