@@ -112,6 +112,8 @@ def train(arguments: Arguments) -> int:
     keep_compiled_programs()
     if config.dtype == "float32":
         exact_products()
+    # Under a mesh every device would compute the whole product that is timed.
+    peak = peak_flops()
     with (
         nullcontext() if mesh is None else jax.set_mesh(mesh),
         Checkpoints(
@@ -147,7 +149,7 @@ def train(arguments: Arguments) -> int:
             first_step=first,
             step_tokens=config.batch_size * config.seq_len,
             step_flops=step_flops(config.model, config.batch_size, config.seq_len, config.lora),
-            peak_flops=peak_flops(),
+            peak_flops=peak,
         )
         place = partial(placed_rows, rows=config.batch_size, mesh=mesh)
         settings = config.evaluation

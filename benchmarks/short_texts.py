@@ -3,7 +3,7 @@
     python benchmarks/short_texts.py
     python benchmarks/short_texts.py --width 576 --num-layers 8
 
-One row, float32, random weights in the proportions of configs/quickstart.py; milliseconds for all
+One row, float32, random weights in the proportions of a small Llama; milliseconds for all
 layers on T positions behind the length, both ways in turns. docs/performance.md has what follows.
 """
 
