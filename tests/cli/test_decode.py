@@ -131,6 +131,7 @@ def test_streamed_text_is_printed_as_it_is(run, model, tokenizer):
 
 def test_show_drafts(run, model, tokenizer, monkeypatch):
     monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm")
     out, _ = run("--prompt", "a", "--show-drafts", *SELF)
     legend, *rest = out.split("\n")
     assert "accepted draft" in legend and "\x1b[1;32m" in legend
