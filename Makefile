@@ -10,7 +10,7 @@ STORY = "Once upon a time, there was a little girl named Lily who"
 .PHONY: quickstart smollm2 test test-half test-other-half lint parity peers lock clean
 
 # Trains with LayerSkip, then decodes held-out prompts with what came out. Each of two cores is a
-# device of its own: operations of so small a model are too short to share (docs/training.md).
+# device of its own, as docs/results.md has it (what that gives: docs/training.md).
 RUN ?= runs/quickstart
 EXIT = 4
 DRAFTS = 5
