@@ -113,7 +113,7 @@ def evaluate(arguments: Arguments) -> None:
     answers += answer_shown(engine, task, strategies, questions, answers, arguments.output)
     names = [str(Answer.by(strategy)) for strategy in strategies]
     answers.sort(key=lambda answer: names.index(answer["strategy"]))
-    rows = summarise(answers)
+    rows = summarise(answers, source.config)
     summary = {"asked": asked, "bad_rows": problems.found, "figures": rows}
     summary_file(arguments.output).write_text(
         json.dumps(summary, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
@@ -171,6 +171,7 @@ def what_is_asked(
     }
     devices = jax.devices()[:1] if mesh is None else mesh.devices.flat
     return {
+        "version": 2,
         "task": task.name,
         "model": arguments.model.name,
         "weights": digest(sorted(fingerprints(leaves).items())),

@@ -18,7 +18,8 @@ def show(title: str, rows: Sequence[Mapping[str, Any]]) -> None:
     for name in ("strategy", "examples of"):
         table.add_column(name)
     names = [part for name in scores for part in (name, "±")]
-    for name in ("n", *names, "tokens/s", "ms/token", "speedup", "accepted", "tokens/round"):
+    speed = ("tokens/s", "ms/token", "speedup", "accepted", "tokens/round", "ideal", "share")
+    for name in ("n", *names, *speed):
         table.add_column(name, justify="right")
     before = None
     for row in rows:
@@ -36,6 +37,8 @@ def show(title: str, rows: Sequence[Mapping[str, Any]]) -> None:
             _or_dash(row["speedup"], ".2f"),
             _or_dash(row["acceptance_rate"], ".3f"),
             _or_dash(row["tokens_per_round"], ".2f"),
+            _or_dash(row["ideal"], ".2f"),
+            _or_dash(row["share_of_ideal"], ".2f"),
         )
         before = row["strategy"]
     console.print(table)

@@ -198,6 +198,7 @@ def evaluation_section(one: Evaluation) -> dict[str, Any]:
                 cells[-1] += f" ± {score['stderr']:.2g}"
         figures = (("tokens_per_second", ".1f"), ("ms_per_token", ".2f"), ("speedup", ".2f"))
         figures += (("acceptance_rate", ".3f"), ("tokens_per_round", ".2f"))
+        figures += (("ideal", ".2f"), ("share_of_ideal", ".2f"))
         rows.append(cells + [_or_dash(row[name], form) for name, form in figures])
     return {
         "name": one.name,

@@ -11,7 +11,7 @@ The ideal counts bytes: d + 1 positions cost what one does, and the last draft t
 belong to the verification. The prediction takes the measured seconds of each part (calibration.py).
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from lsjax.config import LlamaConfig
@@ -20,6 +20,14 @@ from lsjax.config import LlamaConfig
 def tokens_per_round(acceptance: float, drafts: float) -> float:
     """New tokens of a round: the accepted drafts and one of the verification."""
     return 1 + acceptance * drafts
+
+
+def unsure_share(drafted_by_position: Sequence[int], num_draft_tokens: int, rounds: int) -> float:
+    """Share of the rounds whose draft ended by its confidence, before its last position.
+
+    The end of a text and a stop token end a few drafts too.
+    """
+    return 1 - sum(drafted_by_position[num_draft_tokens - 1 : num_draft_tokens]) / rounds
 
 
 def ideal_speedup(

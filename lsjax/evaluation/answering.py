@@ -88,6 +88,8 @@ def line(task: Task, question: Question, completion: Completion, seconds: float)
         "rounds": completion.rounds,
         "drafted": completion.drafted,
         "accepted": completion.accepted,
+        "drafted_by_position": completion.drafted_by_position,
+        "accepted_by_position": completion.accepted_by_position,
         "prefill_seconds": completion.prefill_seconds,
         "seconds": seconds,
         "finish_reason": completion.finish_reason,

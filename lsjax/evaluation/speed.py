@@ -8,7 +8,7 @@ from typing import Any
 
 from lsjax.config import LlamaConfig
 from lsjax.decoding.completion import Completion
-from lsjax.decoding.cost import Costs, ideal_speedup, weight_bytes
+from lsjax.decoding.cost import Costs, ideal_speedup, unsure_share, weight_bytes
 from lsjax.decoding.engine import Engine
 from lsjax.decoding.sampling import Sampling
 from lsjax.decoding.self_speculative import SelfSpeculative
@@ -149,9 +149,7 @@ def compare(
             cell = (strategy.exit_layer, sum(drafted) / rounds, row.acceptance_rate or 0.0)
             unsure = 0.0
             if strategy.draft_confidence is not None:
-                # All but a text's end and a stop token, which are few.
-                full = sum(drafted[strategy.num_draft_tokens - 1 : strategy.num_draft_tokens])
-                unsure = 1 - full / rounds
+                unsure = unsure_share(drafted, strategy.num_draft_tokens, rounds)
             row.ideal = ideal_speedup(config, *cell, strategy.draft_vocab, unsure)
             row.share_of_ideal = row.speedup / row.ideal
             size = strategy.draft_vocab or config.vocab_size

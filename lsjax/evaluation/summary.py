@@ -1,9 +1,13 @@
-"""What a file of results says: scores, speed and acceptance of each strategy."""
+"""What a file of results says: scores, speed, share of the ideal and acceptance by strategy."""
 
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import zip_longest
 from typing import Any
+
+from lsjax.config import LlamaConfig
+from lsjax.decoding.cost import ideal_speedup, unsure_share
 
 Line = Mapping[str, Any]
 
@@ -12,7 +16,7 @@ WHOLE = ALL, UNSEEN = "all", "not seen in training"
 PASS_AT = (1, 10, 100)
 
 
-def summarise(answers: Sequence[Line]) -> list[dict[str, Any]]:
+def summarise(answers: Sequence[Line], config: LlamaConfig) -> list[dict[str, Any]]:
     """Figures of each strategy in the order in which they first answered: of all its answers
     (group ALL), of each category if there are several, and of the examples that training has not
     seen if it has seen some."""
@@ -29,21 +33,23 @@ def summarise(answers: Sequence[Line]) -> list[dict[str, Any]]:
             parts |= {group: [a for a in own if a["group"] == group] for group in groups}
         for part, some in parts.items():
             if some:
-                found.append({"strategy": strategy, "group": part, **figures(some)})
+                found.append({"strategy": strategy, "group": part, **figures(some, config)})
     plain = {row["group"]: row for row in found if row["strategy"] == "autoregressive"}
     for row in found:
         ms, base = row["ms_per_token"], plain.get(row["group"], {}).get("ms_per_token")
         row["speedup"] = base / ms if ms and base else None
+        both = row["speedup"] and row["ideal"]
+        row["share_of_ideal"] = row["speedup"] / row["ideal"] if both else None
     return found
 
 
-def figures(answers: Sequence[Line]) -> dict[str, Any]:
+def figures(answers: Sequence[Line], config: LlamaConfig) -> dict[str, Any]:
     """Of some answers of one strategy; what is undefined is None.
 
     scores: mean and standard error over the examples, of the mean over an example's samples.
     tokens_per_second: new tokens after the first of each text over the time of decoding.
     ms_per_token: its inverse. ms_per_token_with_prompt: all new tokens, and the reading of the
-    prompts counts.
+    prompts counts. ideal: speedup of such drafts if time were bytes of weights (cost.py).
     """
     total = {
         name: sum(answer[name] for answer in answers)
@@ -66,7 +72,25 @@ def figures(answers: Sequence[Line]) -> dict[str, Any]:
         "acceptance_rate": total["accepted"] / total["drafted"] if total["drafted"] else None,
         "tokens_per_round": later / total["rounds"] if total["rounds"] else None,
         "new_tokens": total["num_new_tokens"],
+        "ideal": ideal(answers, total, config) if total["drafted"] else None,
     }
+
+
+def ideal(answers: Sequence[Line], total: Mapping[str, float], config: LlamaConfig) -> float:
+    """Speedup of one strategy's drafts if time were bytes of weights."""
+    strategy, unsure = answers[0], 0.0
+    if strategy["draft_confidence"] is not None:
+        columns = zip_longest(*(one["drafted_by_position"] for one in answers), fillvalue=0)
+        drafted = [sum(column) for column in columns]
+        unsure = unsure_share(drafted, strategy["num_draft_tokens"], total["rounds"])
+    return ideal_speedup(
+        config,
+        strategy["exit_layer"],
+        total["drafted"] / total["rounds"],
+        total["accepted"] / total["drafted"],
+        strategy["draft_vocab"],
+        unsure,
+    )
 
 
 def scores_by_example(answers: Iterable[Line]) -> dict[str, dict[str, float]]:
