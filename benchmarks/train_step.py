@@ -10,6 +10,7 @@ Random parameters and tokens, float32 on CPUs. Steps run in turns, one of each k
     plain       loss of the last exit, AdamW
     nothing on  rising layer dropout and gradual exits, at a step that has neither yet
     rotational  R = 8, p_max = 0.1, one step of each of the 8 phases
+    bfloat16    plain, its computation in bfloat16 (--bfloat16)
 
 `predicted` is the ratio of FLOPs: 2 for each parameter of a layer and of the head that a token
 passes, and 4 T N H for attention in each layer, 3 times for forward and backward. A layer that is
@@ -70,6 +71,8 @@ class Arguments:
     """What layers keep for the backward pass."""
     time: bool = True
     """Measure times of steps."""
+    bfloat16: bool = False
+    """Measure the plain step with its computation in bfloat16 too."""
     torch: bool = False
     """Measure torch's eager step on the same model in the same run."""
     keep_freed_memory: bool = True
@@ -170,6 +173,8 @@ def times(arguments: Arguments, shape: LlamaConfig) -> Table:
     configs = {"plain": PLAIN}
     if arguments.time:
         configs |= {"nothing on": NOTHING_ON, "rotational": ROTATIONAL}
+    if arguments.bfloat16:
+        configs["bfloat16"] = replace(PLAIN, dtype="bfloat16")
     configs = {name: replace(one, remat=arguments.remat) for name, one in configs.items()}
     runs = {name: jax_step(config, shape, batch) for name, config in configs.items()}
     if arguments.torch:

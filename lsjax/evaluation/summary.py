@@ -83,14 +83,13 @@ def ideal(answers: Sequence[Line], total: Mapping[str, float], config: LlamaConf
         columns = zip_longest(*(one["drafted_by_position"] for one in answers), fillvalue=0)
         drafted = [sum(column) for column in columns]
         unsure = unsure_share(drafted, strategy["num_draft_tokens"], total["rounds"])
-    return ideal_speedup(
-        config,
-        strategy["exit_layer"],
-        total["drafted"] / total["rounds"],
-        total["accepted"] / total["drafted"],
-        strategy["draft_vocab"],
-        unsure,
-    )
+    # Where an accepted draft ends a text, its round has no token of the verification: short texts
+    # have fewer tokens a round than 1 + a d.
+    later = total["num_new_tokens"] - len(answers)
+    useful = (later - total["rounds"]) / total["drafted"]
+    drafts = total["drafted"] / total["rounds"]
+    exit_layer, vocabulary = strategy["exit_layer"], strategy["draft_vocab"]
+    return ideal_speedup(config, exit_layer, drafts, useful, vocabulary, unsure)
 
 
 def scores_by_example(answers: Iterable[Line]) -> dict[str, dict[str, float]]:

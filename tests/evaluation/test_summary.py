@@ -27,12 +27,12 @@ def answer(strategy, example, counts, *, seen=False, confidence=None, drafts=4, 
 
 @pytest.mark.parametrize("confidence, unsure", [(None, 0.0), (0.5, 0.75)])
 def test_speed_by_hand(confidence, unsure):
-    """Four rounds draft 4 + 1 + 2 + 1 tokens, of which 3 + 1 + 0 + 0 are accepted: one of the four
-    drafts was as long as it may be."""
+    """Four rounds draft 4 + 1 + 2 + 1 tokens, of which 3 + 1 + 0 + 1 are accepted: one of the four
+    drafts was as long as it may be. The last draft ends its text: nothing comes behind it."""
     plain = [answer("autoregressive", id_, (5, 4, 0, 0, [], 8.0)) for id_ in "ab"]
     drafting = [
         answer("drafting", "a", (7, 2, 5, 4, [2, 1, 1, 1], 4.0), confidence=confidence),
-        answer("drafting", "b", (3, 2, 3, 0, [2, 1], 4.0), confidence=confidence, score=0.0),
+        answer("drafting", "b", (3, 2, 3, 1, [2, 1], 4.0), confidence=confidence, score=0.0),
     ]
     base, row = summarise([*plain, *drafting], CONFIG)
     assert (base["group"], base["speedup"], base["ideal"]) == (ALL, 1.0, None)
@@ -40,9 +40,9 @@ def test_speed_by_hand(confidence, unsure):
     assert row["scores"]["match"] == {"mean": 0.5, "stderr": pytest.approx(0.5)}
     assert (row["ms_per_token"], row["speedup"], row["tokens_per_round"]) == (1000, 2.0, 2.0)
     head = CONFIG.head_params / CONFIG.layer_params
-    # Two drafts a round, half of them accepted, with a quarter of the head.
+    # Two drafts a round, with a quarter of the head.
     read = 2 * (2 + head / 4) + unsure * head / 4 + 4 + head
-    assert row["ideal"] == pytest.approx(2 * (4 + head) / read)
+    assert row["ideal"] == pytest.approx(2.0 * (4 + head) / read)
     assert row["share_of_ideal"] == pytest.approx(2.0 / row["ideal"])
 
 
