@@ -33,7 +33,8 @@ def summarise(answers: Sequence[Line], config: LlamaConfig) -> list[dict[str, An
             parts |= {group: [a for a in own if a["group"] == group] for group in groups}
         for part, some in parts.items():
             if some:
-                found.append({"strategy": strategy, "group": part, **figures(some, config)})
+                row = {"strategy": strategy, "group": part, **figures(some)}
+                found.append(row | {"ideal": ideal(some, config)})
     plain = {row["group"]: row for row in found if row["strategy"] == "autoregressive"}
     for row in found:
         ms, base = row["ms_per_token"], plain.get(row["group"], {}).get("ms_per_token")
@@ -43,13 +44,13 @@ def summarise(answers: Sequence[Line], config: LlamaConfig) -> list[dict[str, An
     return found
 
 
-def figures(answers: Sequence[Line], config: LlamaConfig) -> dict[str, Any]:
+def figures(answers: Sequence[Line]) -> dict[str, Any]:
     """Of some answers of one strategy; what is undefined is None.
 
     scores: mean and standard error over the examples, of the mean over an example's samples.
     tokens_per_second: new tokens after the first of each text over the time of decoding.
     ms_per_token: its inverse. ms_per_token_with_prompt: all new tokens, and the reading of the
-    prompts counts. ideal: speedup of such drafts if time were bytes of weights (cost.py).
+    prompts counts.
     """
     total = {
         name: sum(answer[name] for answer in answers)
@@ -72,12 +73,15 @@ def figures(answers: Sequence[Line], config: LlamaConfig) -> dict[str, Any]:
         "acceptance_rate": total["accepted"] / total["drafted"] if total["drafted"] else None,
         "tokens_per_round": later / total["rounds"] if total["rounds"] else None,
         "new_tokens": total["num_new_tokens"],
-        "ideal": ideal(answers, total, config) if total["drafted"] else None,
     }
 
 
-def ideal(answers: Sequence[Line], total: Mapping[str, float], config: LlamaConfig) -> float:
-    """Speedup of one strategy's drafts if time were bytes of weights."""
+def ideal(answers: Sequence[Line], config: LlamaConfig) -> float | None:
+    """Speedup of a strategy's drafts if time were bytes of weights (cost.py); None without any."""
+    names = ("num_new_tokens", "rounds", "drafted")
+    total = {name: sum(answer[name] for answer in answers) for name in names}
+    if not total["drafted"]:
+        return None
     strategy, unsure = answers[0], 0.0
     if strategy["draft_confidence"] is not None:
         columns = zip_longest(*(one["drafted_by_position"] for one in answers), fillvalue=0)
