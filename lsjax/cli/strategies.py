@@ -10,8 +10,9 @@ from jax.sharding import Mesh
 from lsjax.cli import decoding_options
 from lsjax.config import LlamaConfig, MeshConfig, check
 from lsjax.data.tokenizers import Tokenizer
+from lsjax.decoding.choices import Choices
 from lsjax.decoding.request import check_settings
-from lsjax.decoding.self_speculative import Choices, SelfSpeculative
+from lsjax.decoding.self_speculative import SelfSpeculative
 from lsjax.decoding.state import Strategy
 from lsjax.sharding import make_mesh
 
@@ -94,5 +95,8 @@ def in_one_program(strategies: Sequence[Strategy]) -> list[Strategy]:
     drafting = [one for one in strategies if isinstance(one, SelfSpeculative)]
     if len(drafting) < 2:
         return list(strategies)
-    choices = Choices.serving(drafting)
+    choices = Choices.covering(
+        (one.exit_layer for one in drafting),
+        (length for one in drafting for length in one.lengths),
+    )
     return [replace(one, choices=choices) if one in drafting else one for one in strategies]

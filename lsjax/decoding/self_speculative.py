@@ -18,7 +18,7 @@ without a head, because nothing is drafted after it; where a draft ends because 
 the head is what says so.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -29,6 +29,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from lsjax.config import LlamaConfig, check
 from lsjax.decoding.acceptance import Draft, Proposals, accept_by_ratio, accept_equal
+from lsjax.decoding.choices import Choices
 from lsjax.decoding.draft_vocabulary import DraftHead, DraftVocabulary
 from lsjax.decoding.sampling import Purpose, likeliest
 from lsjax.decoding.state import DecodeState, Strategy
@@ -48,33 +49,6 @@ class Settings:
     num_draft_tokens: Int[Array, ""]
     head: DraftHead | None
     confidence: Float[Array, ""] | None
-
-
-@dataclass(frozen=True)
-class Choices:
-    """Exits and draft lengths that one compiled program serves, each in rising order.
-
-    The layers between two exits are a segment under `lax.cond`, and there is a verification for
-    each length, for d + 1 positions. A draft that ends early takes the shortest that holds it.
-    """
-
-    exit_layers: tuple[int, ...]
-    num_draft_tokens: tuple[int, ...]
-
-    def __post_init__(self):
-        for name, values in vars(self).items():
-            check(
-                bool(values) and list(values) == sorted(set(values)),
-                f"{name} {values} must rise from one to the next",
-            )
-
-    @classmethod
-    def serving(cls, strategies: "Sequence[SelfSpeculative]") -> "Choices":
-        """All that these strategies ask for by themselves."""
-        return cls(
-            tuple(sorted({one.exit_layer for one in strategies})),
-            tuple(sorted({length for one in strategies for length in one.lengths})),
-        )
 
 
 @dataclass(frozen=True)

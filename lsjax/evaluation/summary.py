@@ -39,8 +39,8 @@ def summarise(answers: Sequence[Line], config: LlamaConfig) -> list[dict[str, An
     for row in found:
         ms, base = row["ms_per_token"], plain.get(row["group"], {}).get("ms_per_token")
         row["speedup"] = base / ms if ms and base else None
-        both = row["speedup"] and row["ideal"]
-        row["share_of_ideal"] = row["speedup"] / row["ideal"] if both else None
+        known = row["speedup"] is not None and row["ideal"] is not None
+        row["share_of_ideal"] = row["speedup"] / row["ideal"] if known else None
     return found
 
 

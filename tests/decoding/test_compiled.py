@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 
 from lsjax.decoding.autoregressive import Autoregressive, EarlyExit
+from lsjax.decoding.choices import Choices
 from lsjax.decoding.draft_vocabulary import DraftVocabulary
 from lsjax.decoding.loops import decode
 from lsjax.decoding.sampling import GREEDY
-from lsjax.decoding.self_speculative import Choices, SelfSpeculative
+from lsjax.decoding.self_speculative import SelfSpeculative
 from lsjax.decoding.state import DecodeState
 from lsjax.model.llama import stacked
 

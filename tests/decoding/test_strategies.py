@@ -9,9 +9,10 @@ import pytest
 
 from lsjax.config import ConfigError
 from lsjax.decoding.autoregressive import Autoregressive, EarlyExit
+from lsjax.decoding.choices import Choices
 from lsjax.decoding.draft_vocabulary import DraftVocabulary
 from lsjax.decoding.engine import Engine
-from lsjax.decoding.self_speculative import Choices, SelfSpeculative
+from lsjax.decoding.self_speculative import SelfSpeculative
 from lsjax.evaluation.identity_tail import identity_tail
 from lsjax.model.llama import stacked
 

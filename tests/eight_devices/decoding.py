@@ -16,12 +16,13 @@ from flax import nnx
 import decode as decode_program
 from lsjax.config import ConfigError, LlamaConfig, MeshConfig
 from lsjax.decoding.autoregressive import Autoregressive, EarlyExit
+from lsjax.decoding.choices import Choices
 from lsjax.decoding.draft_vocabulary import DraftVocabulary
 from lsjax.decoding.engine import Engine
 from lsjax.decoding.loops import decode, prefill
 from lsjax.decoding.programs import Programs
 from lsjax.decoding.sampling import GREEDY, Sampling
-from lsjax.decoding.self_speculative import Choices, SelfSpeculative
+from lsjax.decoding.self_speculative import SelfSpeculative
 from lsjax.decoding.state import DecodeState
 from lsjax.evaluation.exactness import FLOAT32_MARGIN, first_difference
 from lsjax.evaluation.scoring import Text, score

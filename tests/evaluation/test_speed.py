@@ -9,10 +9,11 @@ import pytest
 
 from lsjax.config import LlamaConfig
 from lsjax.decoding.autoregressive import Autoregressive
+from lsjax.decoding.choices import Choices
 from lsjax.decoding.cost import Costs
 from lsjax.decoding.engine import Engine
 from lsjax.decoding.sampling import GREEDY
-from lsjax.decoding.self_speculative import Choices, SelfSpeculative
+from lsjax.decoding.self_speculative import SelfSpeculative
 from lsjax.evaluation.identity_tail import identity_tail
 from lsjax.evaluation.speed import Timed, cell_of, compare, take_turns
 

@@ -9,11 +9,11 @@ CONFIG = LlamaConfig.tiny(vocab_size=100)  # four layers
 COUNTS = ["num_new_tokens", "rounds", "drafted", "accepted", "drafted_by_position", "seconds"]
 
 
-def answer(strategy, example, counts, *, seen=False, confidence=None, drafts=4, score=1.0):
+def answer(strategy, example, counts, *, seen=False, confidence=None, score=1.0):
     own = {
         "strategy": strategy,
         "exit_layer": 2,
-        "num_draft_tokens": drafts,
+        "num_draft_tokens": 4,
         "draft_vocab": 25,
         "draft_confidence": confidence,
         "id": example,
