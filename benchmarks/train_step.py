@@ -249,7 +249,7 @@ def main(arguments: Arguments) -> None:
     if arguments.keep_freed_memory:
         keep_freed_memory()
     shape, console = shape_of(arguments), Console(width=110)
-    if arguments.time or arguments.torch:
+    if arguments.time or arguments.torch or arguments.bfloat16:
         console.print(times(arguments, shape))
     if arguments.memory:
         console.print(memory(arguments, shape))
