@@ -174,12 +174,15 @@ def test_the_exits_of_runs_are_compared_on_the_held_out_data(finished, tmp_path,
     shutil.copytree(finished, other)
     shutil.rmtree(other / "checkpoints" / "6")
     picture, file = tmp_path / "exits.png", tmp_path / "scores.jsonl"
-    flags = ["--runs", str(finished), str(other), "--batches", "1"]
+    exported = tmp_path / "exported"
+    assert convert.main([str(other), str(exported)]) == 0
+    flags = ["--runs", str(finished), str(other), str(exported), "--batches", "1"]
     assert exits.main([*flags, "--output", str(picture), "--json", str(file)]) == 0
-    first, second = map(json.loads, file.read_text().splitlines())
+    first, second, third = map(json.loads, file.read_text().splitlines())
     (*_, evaluated) = (row for row in rows_of(finished) if row["kind"] == "evaluation")
     assert first["loss_E"] == pytest.approx(evaluated["loss_E"], rel=1e-6)
     assert second["loss_E"][-1] > first["loss_E"][-1], "it has learned for two steps less"
+    assert third["loss_E"] == second["loss_E"], "the run's weights without the run around them"
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert f"{first['loss_E'][-1]:.3f}" in capsys.readouterr().out
     for wrong, words in (

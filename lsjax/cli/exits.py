@@ -1,10 +1,11 @@
-"""Loss and agreement of every exit of one or several training runs, on the held-out data of the
-first.
+"""Loss and agreement of every exit of one or several models, on the held-out data of the first,
+which is a training run.
 
     python -m lsjax.cli.exits --runs runs/quickstart runs/plain --output exits.png
+    python -m lsjax.cli.exits --runs runs/smollm2 models/smollm2 --output exits.png
 
-One table, a row for each of some exits; a picture with a line for each run (the paper's Figures 6
-and 8).
+The second compares a run with the model that it began from. One table, a row for each of some
+exits; a picture with a line for each model (the paper's Figures 6 and 8).
 """
 
 import json
@@ -33,10 +34,10 @@ from lsjax.model.run_directory import is_run, read_config
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
-    """Loss and agreement of every exit of training runs."""
+    """Loss and agreement of every exit of training runs and models."""
 
     runs: tuple[Path, ...]
-    """Directories of training runs with one vocabulary."""
+    """A training run, and what to set beside it: other runs or models with its tokenizer."""
     batches: int = 64
     """Batches of held-out rows, of the first run's size."""
     output: Path | None = None
@@ -57,11 +58,10 @@ def compare(arguments: Arguments) -> None:
     """Scores the runs, prints the table, draws the picture."""
     check(arguments.batches >= 1, f"--batches {arguments.batches} is below 1: choose 1 up")
     check(len(arguments.runs) >= 1, "--runs is empty: name the directory of a run")
-    for run in arguments.runs:
-        check(is_run(run), f"{run} is no training run: name the --workdir of train.py")
+    first = arguments.runs[0]
+    check(is_run(first), f"{first} is no training run: name the --workdir of train.py first")
     names = [run.name for run in arguments.runs]
     check(len(set(names)) == len(names), f"runs of one name ({names}) would be one line: rename")
-    first = arguments.runs[0]
     tokenizer = load_tokenizer(first)
     for run in arguments.runs[1:]:
         check(
@@ -118,7 +118,8 @@ def table(scores: Mapping[str, ExitScores]) -> Table:
         shown.add_column(f"{name}: loss", justify="right")
         shown.add_column("agreement", justify="right")
     layers = min(len(score.loss_E) for score in scores.values())
-    for exit_layer in sorted({1, *(max(1, layers * quarter // 4) for quarter in (1, 2, 3, 4))}):
+    # As in the paper's tables, quarters of 30 layers are 8, 15 and 23.
+    for exit_layer in sorted({1, *(-(-layers * quarter // 4) for quarter in (1, 2, 3, 4))}):
         cells = [str(exit_layer)]
         for score in scores.values():
             cells.append(f"{score.loss_E[exit_layer - 1]:.3f}")
