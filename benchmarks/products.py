@@ -5,8 +5,8 @@
 
 Weights of SmolLM2-135M's shape (30 layers, then the head) or of its proportions, random, float32;
 milliseconds for all layers, the formulations in turns; then the search for the likeliest of a
-vocabulary. Chosen from this: kernels [in, out] with `x @ w`, the head as the left operand, Eigen
-for small models, `likeliest` (docs/performance.md).
+vocabulary. Chosen from this: kernels [in, out] with `x @ w`, the head as the left operand,
+`likeliest` (docs/performance.md).
 """
 
 from collections.abc import Callable

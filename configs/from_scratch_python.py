@@ -1,7 +1,7 @@
 """A deep small Llama reads the standard library's source byte by byte, with LayerSkip: the paper's
 training from scratch at the size of two CPU cores.
 
-    python train.py --config configs/from_scratch_python.py --dtype bfloat16 --workdir runs/python
+    python train.py --config configs/from_scratch_python.py --workdir runs/python --dtype bfloat16
 
 27 million parameters; needs no data but what comes with Python. 40 minutes on 2 cores with AMX,
 3.5 million bytes (docs/results.md). Exits 2 and 4 alone have a loss beside the last one: it is

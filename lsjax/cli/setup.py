@@ -36,7 +36,7 @@ def keep_freed_memory() -> None:
     """Lets the C library keep large freed blocks instead of handing them back to the system.
 
     On CPUs a training step asks for all of its temporary memory at once and frees it at the end;
-    got from the system anew, each of its pages costs a fault (docs/training.md has the figures).
+    got from the system anew, each of its pages costs a fault (docs/training.md).
     Does nothing where the C library is not glibc.
     """
     if sys.platform != "linux":

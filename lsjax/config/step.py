@@ -21,7 +21,8 @@ class StepConfig:
     num_steps: int
     """T: optimizer steps of the whole run; schedules and curricula are stretched over them."""
     seed: int = 0
-    """Of layer dropout and of the tokens that the exits are trained on."""
+    """Of new weights, of the order of the rows, of layer dropout, and of the tokens that the exits
+    are trained on."""
     layer_dropout: LayerDropoutConfig = LayerDropoutConfig()
     early_exit: EarlyExitConfig = EarlyExitConfig()
     optimizer: OptimizerConfig = OptimizerConfig()

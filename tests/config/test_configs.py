@@ -62,5 +62,6 @@ def test_every_file_names_its_command(file):
 
 def test_all_of_them_are_there():
     siblings = {"lite", "layerdrop", "pld", "dont_drop_dropout"}
-    ours = {"quickstart", "continual_smollm2_135m", "finetune_topv2_smollm2"}
-    assert {file.stem for file in FILES} == {*PAPER, *siblings, *ours}
+    ours = {"quickstart", "from_scratch_python"}
+    smollm2 = {"continual_smollm2_135m", "finetune_topv2_smollm2"}
+    assert {file.stem for file in FILES} == {*PAPER, *siblings, *ours, *smollm2}

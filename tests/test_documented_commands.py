@@ -1,0 +1,53 @@
+"""Every command of the README and of docs/ is one that its program takes."""
+
+import importlib
+import re
+import shlex
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import tyro
+
+from lsjax.cli import aot, training_options
+
+ROOT = Path(__file__).parents[1]
+COMMAND = re.compile(
+    r"python (train\.py|decode\.py|-m lsjax\.cli\.\w+|benchmarks/\w+\.py)([^\n`|;]*)"
+)
+LEFT_OUT = {"lsjax.cli.convert", "benchmarks/peers.py"}  # runs when parsed; needs torch
+
+
+def commands() -> Iterator[tuple[str, str, str]]:
+    """Page, program and flags."""
+    for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
+        text = re.sub(r"\\\n\s*", " ", page.read_text())
+        for program, flags in COMMAND.findall(text):
+            program = program.removeprefix("-m ")
+            shown_in_part = "..." in flags or flags.strip() in ("", "--help")
+            if not shown_in_part and program not in LEFT_OUT:
+                yield page.name, program, flags
+
+
+def words(flags: str) -> list[str]:
+    """What a shell makes of them, without the quote that ends around them and [--optional]'s
+    brackets; a configuration that the reader chooses is one of the paper's."""
+    if flags.count('"') % 2:
+        flags = flags.rpartition('"')[0]
+    flags = re.sub(r"--config (configs/X\.py|FILE)", "--config configs/from_scratch_7b.py", flags)
+    return shlex.split(re.sub(r"\[(--[^]]*)\]", r"\1", flags), comments=True)
+
+
+@pytest.mark.parametrize("page, program, flags", list(commands()))
+def test_a_documented_command_is_taken(page, program, flags, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "path", [str(ROOT), str(ROOT / "benchmarks"), *sys.path])
+    given = words(flags)
+    if program == "train.py":
+        training_options.parse(given, "").config.mesh.sizes(64)
+    elif program == "lsjax.cli.aot":
+        aot.parse(given).config.mesh.sizes(64)
+    else:
+        name = program.removesuffix(".py").replace("/", ".")
+        tyro.cli(importlib.import_module(name).Arguments, args=given)
