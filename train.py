@@ -101,7 +101,7 @@ def train(arguments: Arguments) -> int:
         )
     fingerprints = tokenizer.fingerprint, pipeline.rows.fingerprint, held_out.rows.fingerprint
     check_same("the tokenizers and the data", f"{fingerprints}")
-    prompts = held_out.whole()  # the same on all hosts
+    prompts = held_out_prompts(held_out.whole(), config.evaluation)  # the same on all hosts
     with in_turn("the run has begun"):
         if is_first():
             begin_run(workdir, config, tokenizer)
@@ -156,7 +156,7 @@ def train(arguments: Arguments) -> int:
         hooks = [evaluation_hook(settings, list(held_out), workdir, console.print, place)]
         if settings.sample_tokens:
             given = settings.sample_prompt
-            prompt = tokenizer.encode(given) if given else held_out_prompts(prompts, 1)[0]
+            prompt = tokenizer.encode(given) if given else prompts[len(prompts) // 2]
             hooks.append(
                 sample_hook(settings, config.model, tokenizer, prompt, console.print, mesh)
             )

@@ -42,5 +42,7 @@ config = TrainConfig(
     early_exit=EarlyExitConfig(curriculum="subset", exits=(2, 4), weights="uniform"),
     optimizer=OptimizerConfig(learning_rate=2e-3, warmup_steps=100),
     checkpoints=CheckpointConfig(every=200),
-    evaluation=EvaluationConfig(every=425, batches=32, exit_layer=4),
+    evaluation=EvaluationConfig(
+        every=425, batches=32, exit_layer=4, num_prompts=24, prompt_tokens=128
+    ),
 )

@@ -90,10 +90,10 @@ def test_a_run_shows_every_exit_and_leaves_pictures_and_samples(finished):
     on = [row["exits"] for row in rows if row["kind"] == "step"]
     assert on == [[3], [2, 3]] * 3
     assert [row["kind"] for row in rows].count("sample") == 2
-    # A quarter of each row of the one held-out batch; the first begins with the start token.
+    # Half of each row of the one held-out batch; the first begins with the start token.
     lines = (finished / "prompts.jsonl").read_text().splitlines()
     prompts = [json.loads(line)["prompt"] for line in lines]
-    assert [len(prompt) for prompt in prompts] == [3, 4, 4, 4]
+    assert [len(prompt) for prompt in prompts] == [7, 8, 8, 8]
     for name in ("exits.png", "training.png"):
         assert (finished / name).read_bytes().startswith(b"\x89PNG")
 

@@ -24,7 +24,7 @@ from lsjax.cli.setup import cache_directory, choose_dtype, keep_compiled_program
 from lsjax.config import check
 from lsjax.data.pipeline import one_pass
 from lsjax.data.tokenizer_files import load_tokenizer
-from lsjax.evaluation.exits import ExitScores, score_exits
+from lsjax.evaluation.exits import ExitScores, exits_to_show, score_exits
 from lsjax.evaluation.figures import check_plots
 from lsjax.evaluation.plots import plot_exits
 from lsjax.model.checkpoint import assemble, open_source
@@ -110,7 +110,7 @@ def compare(arguments: Arguments) -> None:
 
 
 def table(scores: Mapping[str, ExitScores]) -> Table:
-    """Loss and agreement at the first exit, at each quarter of the layers, and at the last."""
+    """Loss and agreement at the first exit and at each eighth of the layers."""
     tokens = next(iter(scores.values())).tokens
     shown = Table(title=f"{tokens:,} held-out tokens", title_justify="left", box=None)
     shown.add_column("exit", justify="right")
@@ -118,8 +118,7 @@ def table(scores: Mapping[str, ExitScores]) -> Table:
         shown.add_column(f"{name}: loss", justify="right")
         shown.add_column("agreement", justify="right")
     layers = min(len(score.loss_E) for score in scores.values())
-    # As in the paper's tables, quarters of 30 layers are 8, 15 and 23.
-    for exit_layer in sorted({1, *(-(-layers * quarter // 4) for quarter in (1, 2, 3, 4))}):
+    for exit_layer in exits_to_show(layers):
         cells = [str(exit_layer)]
         for score in scores.values():
             cells.append(f"{score.loss_E[exit_layer - 1]:.3f}")

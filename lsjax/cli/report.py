@@ -25,13 +25,11 @@ from rich.console import Console
 from lsjax.cli.errors import check_output, one_line_errors
 from lsjax.cli.report_files import Evaluation, Found, Sweep, find
 from lsjax.config import check
-from lsjax.evaluation.exits import ExitScores
+from lsjax.evaluation.exits import ExitScores, exits_to_show
 from lsjax.evaluation.figures import check_plots, dark
 from lsjax.evaluation.plots import plot_exits, plot_training
 from lsjax.evaluation.speed import Row
 from lsjax.evaluation.speed_plots import best_row, plot_acceptance, plot_sweep
-
-MOST_EXITS = 9  # rows of a table
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,10 +136,8 @@ def _plain(value: Any) -> str:
 def exits(scores: dict[str, ExitScores]) -> dict[str, Any]:
     """Loss and agreement by exit of all runs that have been evaluated."""
     layers = max(len(score.loss_E) for score in scores.values())
-    count = min(layers, MOST_EXITS)
-    shown = sorted({round(1 + i * (layers - 1) / max(1, count - 1)) for i in range(count)})
     rows = []
-    for exit_layer in shown:
+    for exit_layer in exits_to_show(layers):
         cells = [str(exit_layer)]
         for score in scores.values():
             there = exit_layer <= len(score.loss_E)

@@ -6,29 +6,28 @@ prompts.jsonl       beginnings of held-out rows, for --prompt-file
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from lsjax.config import check
+from lsjax.config import EvaluationConfig, check
 from lsjax.data.packing import Rows
 from lsjax.data.token_counts import NAME, write_counts
 from lsjax.data.tokenizers import Tokenizer
 
 PROMPTS = "prompts.jsonl"
 COUNTED = 4_000_000  # tokens that the draft vocabulary is counted from
-MOST_PROMPTS = 8
 
 
 def write_run_files(
-    workdir: Path, tokenizer: Tokenizer, rows: Rows, held_out: Iterable[Mapping[str, np.ndarray]]
+    workdir: Path, tokenizer: Tokenizer, rows: Rows, prompts: Sequence[Sequence[int]]
 ) -> None:
-    """Writes those that are not there yet, from the training rows and batches of held-out ones."""
+    """Writes those that are not there yet, from the training rows and held-out prompts."""
     if not (workdir / NAME).exists():
         write_counts(workdir / NAME, tokenizer, count_labels(rows))
     if not (workdir / PROMPTS).exists():
-        texts = map(tokenizer.decode, held_out_prompts(held_out, MOST_PROMPTS))
+        texts = map(tokenizer.decode, prompts)
         lines = [json.dumps({"prompt": text}, ensure_ascii=False) for text in texts if text]
         (workdir / PROMPTS).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
@@ -44,9 +43,11 @@ def count_labels(rows: Rows, most: int = COUNTED) -> Counter[int]:
     return counts
 
 
-def held_out_prompts(held_out: Iterable[Mapping[str, np.ndarray]], most: int) -> list[list[int]]:
+def held_out_prompts(
+    held_out: Iterable[Mapping[str, np.ndarray]], config: EvaluationConfig
+) -> list[list[int]]:
     """The beginnings of rows, evenly spaced: the prompt of a row that has one, else its first
-    tokens, a quarter of the row but no more than 32.
+    `prompt_tokens`, at most half of the row.
 
     Raises ConfigError where no token is labelled: there is nothing to evaluate either.
     """
@@ -56,12 +57,16 @@ def held_out_prompts(held_out: Iterable[Mapping[str, np.ndarray]], most: int) ->
             if not (labels_T >= 0).any():
                 continue  # padding of the last batch
             first_label = int(np.argmax(labels_T >= 0))
-            length = first_label + 1 if first_label else max(1, min(32, len(tokens_T) // 4))
+            length = (
+                first_label + 1
+                if first_label
+                else max(1, min(config.prompt_tokens, len(tokens_T) // 2))
+            )
             prompts.append(tokens_T[:length].tolist())
     check(
         bool(prompts),
         "no token of the held-out rows has a label: raise seq_len so that more than the prompts "
         "fits, or evaluation.batches",
     )
-    most = min(most, len(prompts))
+    most = min(config.num_prompts, len(prompts))
     return [prompts[(2 * number + 1) * len(prompts) // (2 * most)] for number in range(most)]

@@ -15,7 +15,7 @@ from lsjax.data.tokenizers import Tokenizer
 from lsjax.decoding.completion import Completion
 from lsjax.decoding.engine import Engine
 from lsjax.decoding.self_speculative import SelfSpeculative
-from lsjax.evaluation.exits import ExitScores, score_exits
+from lsjax.evaluation.exits import ExitScores, exits_to_show, score_exits
 from lsjax.evaluation.plots import plot_exits, plot_training
 from lsjax.model.llama import Llama
 from lsjax.training.metrics_log import FILE, read_metrics
@@ -53,13 +53,12 @@ def evaluation_hook(
     return Hook("evaluation", config.every, evaluate)
 
 
-def exit_table(title: str, scores: ExitScores, most: int = 8) -> Table:
-    """Loss, perplexity and agreement of some exits, the first, the last and those between."""
+def exit_table(title: str, scores: ExitScores) -> Table:
+    """Loss, perplexity and agreement of the first exit and of each eighth of the layers."""
     table = Table(title=title, title_justify="left", box=None, pad_edge=False)
     for name in ("exit", "loss", "perplexity", "agreement"):
         table.add_column(name, justify="right")
-    layers = len(scores.loss_E)
-    for exit_layer in sorted({round(1 + i * (layers - 1) / (most - 1)) for i in range(most)}):
+    for exit_layer in exits_to_show(len(scores.loss_E)):
         i = exit_layer - 1
         table.add_row(
             str(exit_layer),

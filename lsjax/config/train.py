@@ -42,6 +42,10 @@ class EvaluationConfig:
     """Exit that drafts it; a quarter of the layers by default."""
     num_draft_tokens: int = 4
     """Drafts a round."""
+    num_prompts: int = 8
+    """How many held-out beginnings prompts.jsonl has at most, for decoding afterwards."""
+    prompt_tokens: int = 32
+    """Their length, at most half of a row; a row of a prompt and its response gives its prompt."""
 
     def __post_init__(self):
         check(self.every >= 1, f"evaluation.every {self.every} must be at least 1")
@@ -50,10 +54,9 @@ class EvaluationConfig:
             self.sample_tokens >= 0,
             f"evaluation.sample_tokens {self.sample_tokens} must not be negative",
         )
-        check(
-            self.num_draft_tokens >= 1,
-            f"evaluation.num_draft_tokens {self.num_draft_tokens} must be at least 1",
-        )
+        for name in ("num_draft_tokens", "num_prompts", "prompt_tokens"):
+            value = getattr(self, name)
+            check(value >= 1, f"evaluation.{name} {value} must be at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)

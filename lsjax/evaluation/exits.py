@@ -85,6 +85,12 @@ def _sums(model: Llama, batch: dict[str, Array]):
     return count(loss_LBT), count(agreed_LBT), labelled_BT.sum()
 
 
+def exits_to_show(layers: int) -> list[int]:
+    """Rows of a table: the first exit, and each eighth of the layers, rounded up: in the paper's
+    tables quarters of 30 layers are 8, 15 and 23."""
+    return sorted({1, *(-(-layers * eighth // 8) for eighth in range(1, 9))})
+
+
 def _score(
     model: Llama, labels_BT: Int[Array, "B T"], x_BTD: Float[Array, "B T D"]
 ) -> tuple[Float[Array, "B T"], Int[Array, "B T"]]:
