@@ -43,6 +43,7 @@ from flax import nnx
 from lsjax.config import LlamaConfig
 from lsjax.data.tokenizer_huggingface import ByteTokenizer
 from lsjax.data.tokenizers import Tokenizer
+from lsjax.decoding import calibration
 from lsjax.model.llama import Llama
 
 
@@ -62,3 +63,15 @@ def model(config) -> Llama:
 def tokenizer() -> Tokenizer:
     """Bytes: every token of the tiny model is one."""
     return ByteTokenizer(add_bos=False)
+
+
+@pytest.fixture
+def numbered_times(monkeypatch):
+    """Calibration runs each part once; the first takes 1 ms, the next 2 ms, whatever the clock."""
+
+    def median_seconds(loops):
+        for loop in loops:
+            loop(1)
+        return [1e-3 * number for number in range(1, len(loops) + 1)]
+
+    monkeypatch.setattr(calibration, "median_seconds", median_seconds)

@@ -6,16 +6,13 @@ import pytest
 
 from lsjax.cli import benchmark, grid
 from lsjax.cli.benchmark import main
-from lsjax.decoding import calibration
 
 
 @pytest.fixture(autouse=True)
-def quick(monkeypatch, tmp_path):
+def quick(monkeypatch, tmp_path, numbered_times):
     monkeypatch.setenv("LSJAX_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(benchmark, "keep_compiled_programs", lambda: None)
     monkeypatch.setattr(benchmark, "memory_bandwidth", lambda: 1e9)
-    monkeypatch.setattr(calibration, "TIMED_SECONDS", 1e-3)
-    monkeypatch.setattr(calibration, "REPEATS", 1)
 
 
 def rows(tmp_path, *options) -> list[dict]:

@@ -6,17 +6,14 @@ import pytest
 
 from lsjax.cli import grid, sweep
 from lsjax.cli.sweep import main
-from lsjax.decoding import calibration
 from lsjax.evaluation.results import append
 
 
 @pytest.fixture(autouse=True)
-def quick(monkeypatch, tmp_path):
+def quick(monkeypatch, tmp_path, numbered_times):
     monkeypatch.setenv("LSJAX_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(sweep, "keep_compiled_programs", lambda: None)
     monkeypatch.setattr(sweep, "memory_bandwidth", lambda: 1e9)
-    monkeypatch.setattr(calibration, "TIMED_SECONDS", 1e-3)
-    monkeypatch.setattr(calibration, "REPEATS", 1)
 
 
 def run(directory, output, *options) -> None:

@@ -64,23 +64,17 @@ def test_round_by_hand():
     assert vain == pytest.approx(expected + 0.5 * 0.75)
 
 
-@pytest.fixture
-def quick(monkeypatch):
-    monkeypatch.setattr(calibration, "TIMED_SECONDS", 1e-3)
-    monkeypatch.setattr(calibration, "REPEATS", 1)
-
-
-def test_calibration_knows_every_part(model, quick):
+def test_calibration_knows_every_part(model, numbered_times):
+    """Milliseconds: 1 of a token, 2 to 4 of all layers, 5 and 6 of the head, 7 and 8 of drafts."""
     costs = calibrate(model, [2, 5], [10, 258])
-    assert set(costs.layer) == {1, 3, 6} and set(costs.head) == {3, 6}
-    assert set(costs.draft) == {10, 258}
-    seconds = [costs.token, *costs.layer.values(), *costs.head.values()]
-    assert all(0 < value < 1 for value in seconds)
-    assert all(abs(value) < 1 for value in costs.draft.values())
-    assert costs.token > costs.layer[1]
+    assert costs.token == pytest.approx(1e-3)
+    assert costs.layer == pytest.approx({1: 2e-3 / 4, 3: 3e-3 / 4, 6: 4e-3 / 4})
+    assert costs.head == pytest.approx({3: 5e-3, 6: 6e-3})
+    # Eight draft steps of one layer, which passes once more for the last token.
+    assert costs.draft == pytest.approx({10: (7e-3 - 9 * 5e-4) / 8, 258: (8e-3 - 9 * 5e-4) / 8})
 
 
-def test_calibration_is_kept(model, quick, tmp_path, monkeypatch):
+def test_calibration_is_kept(model, tmp_path, monkeypatch):
     """And measured again for what it lacks, for another model, and where the file is damaged."""
     measured = []
 
