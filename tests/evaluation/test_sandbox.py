@@ -89,9 +89,10 @@ def test_looping(source):
 
 def test_what_a_program_leaves_behind_is_killed_with_it(tmp_path):
     """Were a process started in spite of all."""
-    for command, ended in (("sleep 60 & echo $!", 0), ("sleep 60 & echo $!; sleep 60", None)):
+    cases = (("sleep 60 & echo $!", 30.0, 0), ("sleep 60 & echo $!; sleep 60", 3.0, None))
+    for command, seconds, ended in cases:
         with (tmp_path / "printed").open("wb") as stream:
-            assert sandbox._run(["/bin/sh", "-c", command], str(tmp_path), stream, 1.0) == ended
+            assert sandbox._run(["/bin/sh", "-c", command], str(tmp_path), stream, seconds) == ended
         child = int((tmp_path / "printed").read_text())
         for _ in range(200):
             if not is_running(child):
