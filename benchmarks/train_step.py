@@ -5,7 +5,8 @@
     python benchmarks/train_step.py --shape small_vocab --no-time --memory --compile
     python benchmarks/train_step.py --shape smollm2 --no-time --torch       # extra: peers
 
-Random parameters and tokens, float32 on CPUs. Steps run in turns, one of each kind after the other:
+Random parameters and tokens, float32 on CPUs. Steps run in turns, in an order that is drawn for
+each turn, so that none always follows the same one:
 
     plain       loss of the last exit, AdamW
     nothing on  rising layer dropout and gradual exits, at a step that has neither yet
@@ -14,13 +15,17 @@ Random parameters and tokens, float32 on CPUs. Steps run in turns, one of each k
 
 `predicted` is the ratio of FLOPs: 2 for each parameter of a layer and of the head that a token
 passes, and 4 T N H for attention in each layer, 3 times for forward and backward. A layer that is
-left out of some rows is computed for all of them, so layer dropout saves nothing here.
+left out of some rows is computed for all of them, so layer dropout saves nothing here. Seconds are
+means over the 8 phases, of medians over the repeats; `from` and `to` are the ratios of single
+rounds.
 """
 
 import os
 import statistics
 import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal
 
 import jax
@@ -65,8 +70,8 @@ class Arguments:
     """Tokens of a row."""
     layers: int | None = None
     """Layers instead of the shape's."""
-    repeats: int = 1
-    """Rounds of 8 steps."""
+    repeats: int = 3
+    """Rounds of 8 steps of each kind."""
     remat: str = "none"
     """What layers keep for the backward pass."""
     time: bool = True
@@ -115,7 +120,8 @@ def step_flops(shape: LlamaConfig, arguments: Arguments, heads: float) -> float:
 
 
 def jax_step(config: StepConfig, shape: LlamaConfig, batch):
-    """A function that runs one step and gives its seconds; `first` is the step's number."""
+    """A function that runs one step and gives its seconds; `first` is the step's number. What the
+    step measured is `metrics` of the function."""
     state = init_state(config, jax.jit(lambda: stacked(Llama(shape, rngs=nnx.Rngs(0))))())
     step = make_train_step(config)
 
@@ -127,6 +133,7 @@ def jax_step(config: StepConfig, shape: LlamaConfig, batch):
         start = time.perf_counter()
         state, metrics = step(state, batch)
         jax.block_until_ready((state, metrics))
+        run.metrics = metrics
         return time.perf_counter() - start
 
     return run
@@ -167,6 +174,27 @@ def torch_step(shape: LlamaConfig, batch):
     return run
 
 
+def in_turns(
+    runs: Mapping[str, Callable[[int], float]], phases: int, repeats: int
+) -> dict[str, np.ndarray]:
+    """Seconds [repeats, phases] of each run, all of them in each turn."""
+    for run in runs.values():
+        run(0)
+    rng = np.random.default_rng(0)
+    seconds = {name: np.zeros((repeats, phases)) for name in runs}
+    for turn in np.ndindex(repeats, phases):
+        for name in rng.permutation([*runs]):
+            seconds[name][turn] = runs[name](turn[1])
+    return seconds
+
+
+def compared(seconds: Mapping[str, np.ndarray], name: str, base: str) -> tuple[float, ...]:
+    """Seconds of a step, the ratio to the base, and the least and greatest of one round."""
+    mean, other = (float(np.median(seconds[one], 0).mean()) for one in (name, base))
+    ratios = seconds[name].sum(1) / seconds[base].sum(1)
+    return mean, mean / other, float(ratios.min()), float(ratios.max())
+
+
 def times(arguments: Arguments, shape: LlamaConfig) -> Table:
     """Steps of each kind in turns."""
     batch = make_batch(shape, arguments)
@@ -177,39 +205,32 @@ def times(arguments: Arguments, shape: LlamaConfig) -> Table:
         configs["bfloat16"] = replace(PLAIN, dtype="bfloat16")
     configs = {name: replace(one, remat=arguments.remat) for name, one in configs.items()}
     runs = {name: jax_step(config, shape, batch) for name, config in configs.items()}
+    for name in runs.keys() - {"rotational"}:
+        runs[name] = partial(lambda run, _: run(0), runs[name])  # always its step 0
     if arguments.torch:
         runs["torch"] = torch_step(shape, batch)
-    for run in runs.values():
-        run(0)
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(arguments.repeats):
-        for phase in range(8):
-            for name, run in runs.items():
-                seconds[name].append(run(phase if name == "rotational" else 0))
+    seconds = in_turns(runs, 8, arguments.repeats)
     phases = [enabled_exits(ROTATIONAL.early_exit, shape.num_layers, t, STEPS) for t in range(8)]
     heads = {"rotational": statistics.mean(int(exits.sum()) for exits in phases)}
-    columns = ("seconds", "GFLOP/s", "over plain", "predicted", "over predicted")
+    columns = ("seconds", "GFLOP/s", "over plain", "from", "to", "predicted", "over predicted")
     table = Table("step", *columns, title=title(arguments, shape))
     plain = step_flops(shape, arguments, 1)
     for name in runs:
         flops = step_flops(shape, arguments, heads.get(name, 1))
-        # Of neighbours in time, so that a busy machine slows both; the mean of a whole rotation.
-        ratios = np.array(seconds[name]) / np.array(seconds["plain"])
-        by_round = ratios.reshape(arguments.repeats, 8).mean(1)
-        ratio = float(np.median(by_round if name == "rotational" else ratios))
-        mean = statistics.mean(seconds[name]) if name in heads else statistics.median(seconds[name])
-        cells = (mean, flops / mean / 1e9, ratio, flops / plain, ratio * plain / flops)
-        formats = ("{:.3f}", "{:.0f}", "{:.3f}", "{:.3f}", "{:.3f}")
+        mean, *ratios = compared(seconds, name, "plain")
+        cells = (mean, flops / mean / 1e9, *ratios, flops / plain, ratios[0] * plain / flops)
+        formats = ("{:.3f}", "{:.0f}", *["{:.3f}"] * 5)
         table.add_row(name, *(form.format(cell) for form, cell in zip(formats, cells, strict=True)))
     return table
 
 
 def compiled(config: StepConfig, shape: LlamaConfig, arguments: Arguments):
-    """The compiled step and the seconds that it took, from abstract arguments."""
+    """The compiled step and the seconds that it took, tracing among them, from abstract
+    arguments."""
     state = jax.eval_shape(lambda: init_state(config, stacked(Llama(shape, rngs=nnx.Rngs(0)))))
-    lowered = make_train_step(config).lower(state, make_batch(shape, arguments))
+    batch = make_batch(shape, arguments)
     start = time.perf_counter()
-    program = lowered.compile()
+    program = make_train_step(config).lower(state, batch).compile()
     return program, time.perf_counter() - start
 
 
@@ -226,12 +247,18 @@ def memory(arguments: Arguments, shape: LlamaConfig) -> Table:
 
 
 def compile_times(arguments: Arguments, shape: LlamaConfig) -> Table:
-    """Seconds to compile the rotational step, by the number of layers."""
+    """Seconds to trace and compile the rotational step, by the number of layers: medians of 5."""
     jax.config.update("jax_enable_compilation_cache", False)
-    table = Table("layers", "seconds", title=f"compile, {arguments.shape}")
-    for layers in (8, 32, 8, 32):
-        _, seconds = compiled(ROTATIONAL, replace(shape, num_layers=layers), arguments)
-        table.add_row(str(layers), f"{seconds:.2f}")
+    seconds: dict[int, list[float]] = {8: [], 32: []}
+    for _ in range(5):
+        for layers, found in seconds.items():
+            found.append(compiled(ROTATIONAL, replace(shape, num_layers=layers), arguments)[1])
+    table = Table("layers", "seconds", "over 8 layers", title=f"compile, {title(arguments, shape)}")
+    for layers, found in seconds.items():
+        median = statistics.median(found)
+        ratios = [one / first for one, first in zip(found, seconds[8], strict=True)]
+        row = f"{median:.2f}", f"{statistics.median(ratios):.3f}"
+        table.add_row(str(layers), *row)
     return table
 
 

@@ -85,12 +85,13 @@ def main(
     share = 1.4 * (end - ready) / stops
     slowest = 0.0
     for number in range(1, stops + 1):
-        before, began = newest(killed), time.monotonic()
+        before, began, trains = newest(killed), time.monotonic(), False
         kind = signal.SIGKILL if number <= kills else signal.SIGTERM
         with start(command, killed, processes) as programs:
             if number % 2 or kind == signal.SIGTERM:
                 training = until_it_trains(programs, killed)
-                ready = training - began if training else ready
+                trains = training is not None
+                ready = training - began if trains else ready
                 delay = chance.uniform(0, share)
             else:
                 delay = chance.uniform(0, ready + share)
@@ -109,6 +110,7 @@ def main(
         said = f"{kind.name} to process {victim}: all ended after {took:.1f} s with {codes}"
         print(f"{number}. {said}; step {after} is saved", flush=True)
         check(after >= before, f"step {before} was saved, and is gone")
+        check_goes_on(killed, before, trains)
         for other, code in enumerate(codes):
             log = log_of(killed, other)
             if kind == signal.SIGTERM:
@@ -119,8 +121,10 @@ def main(
         if kind == signal.SIGTERM:
             step = re.findall(r"stopped after step (\d+)", log_of(killed).read_text())[-1]
             check(after == int(step), f"step {step} is not saved, but {after}")
+    before = newest(killed)
     with start(command, killed, processes) as programs:
         check(not any(ends(programs)), f"the last run failed: see {log_of(killed)}")
+    check_goes_on(killed, before, trains=True)
 
     different = list(differences(calm, killed))
     for line in different:
@@ -186,6 +190,19 @@ def until_it_trains(programs: list[subprocess.Popen], run: Path) -> float | None
             return time.monotonic()
         time.sleep(POLL)
     return None
+
+
+def check_goes_on(run: Path, before: int, trains: bool) -> None:
+    """Raises ConfigError where the run that was started last did not go on after step `before`.
+
+    trains: whether it came so far; else it may have been killed before it said where it goes on.
+    """
+    said = re.search(r"going on after step (\d+)", log_of(run).read_text())
+    step = int(said[1]) if said else 0
+    check(
+        step == before or not (said or trains),
+        f"step {before} was saved, but the run went on after step {step}: see {log_of(run)}",
+    )
 
 
 def newest(run: Path) -> int:

@@ -98,7 +98,9 @@ def test_a_run_shows_every_exit_and_leaves_pictures_and_samples(finished):
         assert (finished / name).read_bytes().startswith(b"\x89PNG")
 
 
-def test_going_on_gives_the_run_that_nothing_disturbed_bit_for_bit(config, finished, tmp_path):
+def test_going_on_gives_the_run_that_nothing_disturbed_bit_for_bit(
+    config, finished, tmp_path, capsys
+):
     """Parameters, optimizer, masks (through the losses) and the next batches."""
     cut = tmp_path / "cut"
     shutil.copytree(finished, cut)
@@ -106,6 +108,7 @@ def test_going_on_gives_the_run_that_nothing_disturbed_bit_for_bit(config, finis
         shutil.rmtree(cut / "checkpoints" / str(step))
     assert saved_steps(cut / "checkpoints")[0].number == 2
     assert launch(config, cut) == 0
+    assert "going on after step 2\n" in capsys.readouterr().out
     assert last_arrays(cut) == last_arrays(finished)
     assert rows_of(cut) == rows_of(finished)
 
@@ -153,7 +156,9 @@ def test_adapters_go_on_and_the_export_decodes_as_the_run(config, finished, tmp_
     assert launch(config, whole, *flags) == 0
     shutil.copytree(whole, cut)
     shutil.rmtree(cut / "checkpoints" / "4")
+    capsys.readouterr()
     assert launch(config, cut, *flags) == 0
+    assert "going on after step 2\n" in capsys.readouterr().out
     assert last_arrays(cut) == last_arrays(whole)
     assert rows_of(cut) == rows_of(whole)
     saved, base = last_arrays(whole)["params"], last_arrays(finished)["params"]

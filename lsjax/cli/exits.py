@@ -111,8 +111,7 @@ def compare(arguments: Arguments) -> None:
 
 def table(scores: Mapping[str, ExitScores]) -> Table:
     """Loss and agreement at the first exit and at each eighth of the layers."""
-    tokens = next(iter(scores.values())).tokens
-    shown = Table(title=f"{tokens:,} held-out tokens", title_justify="left", box=None)
+    shown = Table(title=next(iter(scores.values())).describe(), title_justify="left", box=None)
     shown.add_column("exit", justify="right")
     for name in scores:
         shown.add_column(f"{name}: loss", justify="right")

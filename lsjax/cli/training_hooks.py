@@ -38,7 +38,7 @@ def evaluation_hook(
 
     def evaluate(step: int, model: Llama) -> dict[str, Any]:
         scores = score_exits(model, map(place, batches))
-        print(exit_table(f"step {step}, {scores.tokens:,} held-out tokens", scores))
+        print(exit_table(f"step {step}, {scores.describe()}", scores))
         row = {**scores.to_json(), "last_exit_loss": scores.loss_E[-1]}
         if not is_first():
             return row

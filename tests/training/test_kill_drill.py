@@ -8,10 +8,11 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
+from lsjax.config import ConfigError
 from lsjax.model.llama import Llama
 from lsjax.training.checkpoint import Checkpoints
 from lsjax.training.step import init_state
-from scripts.kill_drill import differences, newest
+from scripts.kill_drill import check_goes_on, differences, log_of, newest
 from tests.training.test_checkpoint import CONFIG
 
 
@@ -58,3 +59,25 @@ def test_differences(run):
     assert losses == "the losses in metrics.jsonl differ"
     shutil.move(other / "checkpoints" / "3", other / "checkpoints" / "4")
     assert "the last step is 4, not 3" in list(differences(one, other))
+
+
+@pytest.mark.parametrize(
+    "said, before, trains, step",
+    [
+        ("going on after step 20\n", 20, True, None),
+        ("", 0, True, None),  # killed before it had saved anything
+        ("", 20, False, None),  # killed before it said anything
+        ("", 20, True, 0),
+        ("going on after step 15\n", 20, False, 15),
+    ],
+)
+def test_a_run_that_began_anew_or_further_back(tmp_path, said, before, trains, step):
+    run = tmp_path / "killed"
+    log_of(run).write_text(f"reading the data\n{said}")
+    if step is None:
+        check_goes_on(run, before, trains)
+    else:
+        with pytest.raises(
+            ConfigError, match=f"step 20 was saved, but .* went on after step {step}:"
+        ):
+            check_goes_on(run, before, trains)
