@@ -28,7 +28,7 @@ from lsjax.cli.hosts import (
     start,
     wait_to_see,
 )
-from lsjax.cli.run_files import held_out_prompts, write_run_files
+from lsjax.cli.run_files import held_out_prompts, sample_prompt, write_run_files
 from lsjax.cli.setup import (
     cache_directory,
     exact_products,
@@ -47,7 +47,7 @@ from lsjax.model.run_directory import CHECKPOINTS, begin_run, is_run, read_confi
 from lsjax.sharding import make_mesh, own_rows, placed_rows
 from lsjax.training.checkpoint import Checkpoints
 from lsjax.training.flops import peak_flops, step_flops
-from lsjax.training.metrics_log import MetricsLog
+from lsjax.training.metrics_log import MetricsLog, check_board
 from lsjax.training.resume import check_same_run
 from lsjax.training.start import abstract_state, check_rows, initial_state
 from lsjax.training.step import make_train_step
@@ -76,6 +76,8 @@ def train(arguments: Arguments) -> int:
     alone = jax.process_count() == 1 and config.mesh == MeshConfig()
     mesh = None if alone else make_mesh(config.mesh)
     check_rows(config, mesh)
+    if config.tensorboard:
+        check_board()
     check_same("the configurations and the states of --workdir", f"{config} {previous}")
 
     cache = cache_directory()
@@ -102,6 +104,7 @@ def train(arguments: Arguments) -> int:
     fingerprints = tokenizer.fingerprint, pipeline.rows.fingerprint, held_out.rows.fingerprint
     check_same("the tokenizers and the data", f"{fingerprints}")
     prompts = held_out_prompts(held_out.whole(), config.evaluation)  # the same on all hosts
+    sampled = sample_prompt(config.evaluation, config.model, tokenizer, prompts)
     with in_turn("the run has begun"):
         if is_first():
             begin_run(workdir, config, tokenizer)
@@ -155,10 +158,8 @@ def train(arguments: Arguments) -> int:
         settings = config.evaluation
         hooks = [evaluation_hook(settings, list(held_out), workdir, console.print, place)]
         if settings.sample_tokens:
-            given = settings.sample_prompt
-            prompt = tokenizer.encode(given) if given else prompts[len(prompts) // 2]
             hooks.append(
-                sample_hook(settings, config.model, tokenizer, prompt, console.print, mesh)
+                sample_hook(settings, config.model, tokenizer, sampled, console.print, mesh)
             )
         loop = Loop(
             num_steps=config.num_steps,
@@ -200,7 +201,7 @@ def with_model(config: TrainConfig, model: LlamaConfig) -> TrainConfig:
         for field in dataclasses.fields(model):
             own, other = getattr(config.model, field.name), getattr(model, field.name)
             # What only a new model is made with, or how far a checkpoint says it reaches.
-            if field.name not in ("init_std", "max_context"):
+            if field.name not in ("init_std", "scaled_init", "max_context"):
                 check(
                     own == other,
                     f"model.{field.name} is {own}, but that of {config.init_from} is {other}: "

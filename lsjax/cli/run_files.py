@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lsjax.config import EvaluationConfig, check
+from lsjax.config import EvaluationConfig, LlamaConfig, check
 from lsjax.data.packing import Rows
 from lsjax.data.token_counts import NAME, write_counts
 from lsjax.data.tokenizers import Tokenizer
@@ -70,3 +70,24 @@ def held_out_prompts(
     )
     most = min(config.num_prompts, len(prompts))
     return [prompts[(2 * number + 1) * len(prompts) // (2 * most)] for number in range(most)]
+
+
+def sample_prompt(
+    config: EvaluationConfig,
+    model: LlamaConfig,
+    tokenizer: Tokenizer,
+    prompts: Sequence[Sequence[int]],
+) -> list[int]:
+    """What samples continue: the configured text, or the one of the prompts in the middle.
+
+    Raises ConfigError where it leaves no room in the model's context.
+    """
+    if not config.sample_prompt:
+        return list(prompts[len(prompts) // 2])
+    prompt = tokenizer.encode(config.sample_prompt)
+    check(
+        0 < len(prompt) < model.max_context,
+        f"evaluation.sample_prompt has {len(prompt)} tokens, but must have 1 to "
+        f"{model.max_context - 1}, as the model's context is of {model.max_context}",
+    )
+    return prompt

@@ -1,12 +1,13 @@
 """What a run measured, line by line: metrics.jsonl, and TensorBoard where it is asked for."""
 
+import importlib.util
 import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lsjax.config import ConfigError
+from lsjax.config import ConfigError, check
 
 FILE = "metrics.jsonl"
 
@@ -93,11 +94,15 @@ def _plain(value: Any) -> Any:
     return value
 
 
+def check_board() -> None:
+    """Raises ConfigError where TensorBoard's files can't be written."""
+    check(
+        importlib.util.find_spec("tensorboardX") is not None,
+        "TensorBoard needs tensorboardX: pip install 'lsjax[tensorboard]', or leave it off",
+    )
+
+
 def _open_board(directory: Path, from_step: int):
-    try:
-        from tensorboardX import SummaryWriter
-    except ImportError:
-        raise ConfigError(
-            "TensorBoard needs tensorboardX: pip install 'lsjax[tensorboard]', or leave it off"
-        ) from None
+    from tensorboardX import SummaryWriter
+
     return SummaryWriter(str(directory), purge_step=from_step + 1)

@@ -65,13 +65,48 @@ def test_rotational_curriculum(depth, rotation, step, expected):
     assert enabled(config, depth, step, 1000) == expected
 
 
-def test_rotational_weights():
-    """L = 32, R = 8, e_scale = 0.2 at t = 0: e = 7.2, 27.2, 60 and 124, in all 218.4."""
-    config = EarlyExitConfig(curriculum="rotational", rotation=8, e_scale=0.2)
-    weights = loss_weights(config, 32, 16, 1000)
-    expected = {9: 7.2 / 218.4, 17: 27.2 / 218.4, 25: 60 / 218.4, 32: 124 / 218.4}
-    for exit in range(1, 33):
-        np.testing.assert_allclose(weights[exit - 1], expected.get(exit, 0), rtol=1e-6)
+# w(t, E): e of the exits that are on (as above), over their sum. T = 1000, the paper's e_scale: 1.0
+# at L = 24, 0.2 at 32, 0.1 at 40.
+#   (L, curriculum, t): {exit: e}
+NORMALISED = {
+    # R = 23: exit 18 has e = 17 * 18 / 2 = 153, exit 11 10 * 11 / 2 = 55.
+    (24, "rotational", 0): {24: 276},
+    (24, "rotational", 500): {18: 153, 24: 276},
+    (24, "rotational", 999): {11: 55, 24: 276},
+    # R = 8: 0.2 * 8 * 9 / 2 = 7.2, 0.2 * 16 * 17 / 2 = 27.2, and so on.
+    (32, "rotational", 0): {9: 7.2, 17: 27.2, 25: 60, 32: 124},
+    (32, "rotational", 500): {5: 2, 13: 15.6, 21: 42, 29: 81.2, 32: 124},
+    (32, "rotational", 999): {8: 5.6, 16: 24, 24: 55.2, 32: 124},
+    # R = 39: 0.1 * 32 * 33 / 2 = 52.8, 0.1 * 24 * 25 / 2 = 30.
+    (40, "rotational", 0): {40: 113.1},
+    (40, "rotational", 500): {33: 52.8, 40: 113.1},
+    (40, "rotational", 999): {25: 30, 40: 113.1},
+    (24, "gradual", 0): {24: 276},
+    (24, "gradual", 42): {23: 253, 24: 276},  # exit 23 joins at 2 * 1000 / 48 = 41.7, 22 at 62.5
+    (32, "gradual", 0): {32: 124},
+    (32, "gradual", 32): {31: 93, 32: 124},
+    (40, "gradual", 0): {40: 113.1},
+    (40, "gradual", 25): {39: 74.1, 40: 113.1},
+    # All of them: exit E has s (E - 1) E / 2.
+    (24, "gradual", 500): {**{E: (E - 1) * E / 2 for E in range(2, 24)}, 24: 276},
+    (24, "gradual", 999): {**{E: (E - 1) * E / 2 for E in range(2, 24)}, 24: 276},
+    (32, "gradual", 500): {**{E: 0.1 * (E - 1) * E for E in range(2, 32)}, 32: 124},
+    (32, "gradual", 999): {**{E: 0.1 * (E - 1) * E for E in range(2, 32)}, 32: 124},
+    (40, "gradual", 500): {**{E: 0.05 * (E - 1) * E for E in range(2, 40)}, 40: 113.1},
+    (40, "gradual", 999): {**{E: 0.05 * (E - 1) * E for E in range(2, 40)}, 40: 113.1},
+}
+PAPER = {24: (1.0, 23), 32: (0.2, 8), 40: (0.1, 39)}  # e_scale, R
+
+
+@pytest.mark.parametrize("depth, curriculum, step", NORMALISED)
+def test_normalised_weights(depth, curriculum, step):
+    e_scale, rotation = PAPER[depth]
+    config = EarlyExitConfig(curriculum=curriculum, rotation=rotation, e_scale=e_scale)
+    expected = NORMALISED[depth, curriculum, step]
+    weights = loss_weights(config, depth, step, 1000)
+    for exit in range(1, depth + 1):
+        wanted = expected.get(exit, 0) / sum(expected.values())
+        np.testing.assert_allclose(weights[exit - 1], wanted, rtol=1e-6)
 
 
 def test_a_rotation_visits_every_exit_once():
@@ -89,13 +124,19 @@ GRADUAL = [
     (24, 4800, 2299, list(range(3, 25))),
     (24, 4800, 2300, list(range(2, 25))),
     (24, 4800, 4799, list(range(2, 25))),  # exit 1 joins at 2400 and weighs 0
+    (24, 4800, 2400, list(range(2, 25))),
+    (32, 1000, 0, [32]),
     (32, 1000, 31, [32]),  # exit 31 at 2 * 1000 / 64 = 31.25
     (32, 1000, 32, [31, 32]),
     (32, 1000, 250, list(range(17, 33))),  # exit 17: 16 * 1000 / 64 = 250
+    (32, 1000, 500, list(range(2, 33))),
     (32, 1000, 999, list(range(2, 33))),
+    (40, 1000, 0, [40]),
     (40, 1000, 24, [40]),  # exit 39 at 25
     (40, 1000, 25, [39, 40]),
+    (40, 1000, 499, list(range(2, 41))),  # exit 2: 39 * 1000 / 80 = 487.5
     (40, 1000, 500, list(range(2, 41))),
+    (40, 1000, 999, list(range(2, 41))),
 ]
 
 

@@ -78,6 +78,33 @@ def test_no_array_holds_the_logits_of_more_than_a_chunk(chunk, monkeypatch):
 
 
 @pytest.mark.parametrize(
+    "counts, expected",
+    [
+        # Chunks of 3 positions, as many as the fullest row needs.
+        ([[3, 0], [0, 0], [11, 7]], 1 + 0 + 4),
+        ([[0, 0], [0, 0], [11, 7]], 4),  # exits that are off, or have weight 0
+        ([[4, 7], [1, 1], [0, 1]], 3 + 1 + 1),
+    ],
+)
+def test_what_is_not_in_the_loss_does_not_pass_the_head(counts, expected, monkeypatch):
+    """A softmax is counted when it runs; one pass of the head each."""
+    monkeypatch.setattr(module, "CHUNK_LOGITS", 3 * B * V)
+    passes, logsumexp = [], jax.nn.logsumexp
+
+    def counted(logits, axis):
+        jax.debug.callback(lambda: passes.append(logits.shape))
+        return logsumexp(logits, axis=axis)
+
+    monkeypatch.setattr(jax.nn, "logsumexp", counted)
+    head, x_SBTD, labels_BT, positions, weights_S = example()
+    positions = positions._replace(counts_SB=jnp.array(counts))
+    run = jax.value_and_grad(lambda *args: head_loss("labels", 0.0, *args)[0], argnums=(0, 1))
+    jax.block_until_ready(jax.jit(run)(head, x_SBTD, labels_BT, positions, weights_S))
+    jax.effects_barrier()
+    assert passes == [(V, B, 3)] * expected
+
+
+@pytest.mark.parametrize(
     "batch, steps, vocab, expected",
     [
         (4, 256, 512, 256),

@@ -120,6 +120,12 @@ def test_two_seeds_differ_and_one_repeats(small, packed, step_of):
     assert losses(CONFIG) != losses(dataclasses.replace(CONFIG, seed=3))
 
 
+def test_the_new_state_takes_the_memory_of_the_old_one(small, packed, step_of):
+    state = init_state(CONFIG, copied(small))
+    step_of(CONFIG)(state, packed)
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves((state.model, state.opt_state)))
+
+
 def test_one_layer_one_step_and_no_labels(packed):
     """A batch without a label has no gradient, but no division by zero either."""
     shape = LlamaConfig.tiny(num_layers=1, vocab_size=23, hidden_size=16, head_dim=4)

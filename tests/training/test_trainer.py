@@ -2,13 +2,16 @@
 
 import os
 import signal
+import struct
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from tensorboardX.proto.event_pb2 import Event
 
-from lsjax.training import trainer
-from lsjax.training.metrics_log import FILE, MetricsLog, read_metrics
+from lsjax.config import ConfigError
+from lsjax.training import metrics_log, trainer
+from lsjax.training.metrics_log import FILE, MetricsLog, check_board, read_metrics
 from lsjax.training.trainer import Hook, Interrupted, Loop, TooManySkipped
 
 
@@ -111,3 +114,50 @@ def test_steps_that_are_done_again_are_in_the_log_once(tmp_path):
     run(again, start(3), log)
     rows = read_metrics(tmp_path / FILE)
     assert [row["step"] for row in rows if row["kind"] == "step"] == [1, 2, 3, 4, 5, 6, 7]
+
+
+def test_a_step_is_fetched_while_the_next_one_runs(tmp_path, monkeypatch):
+    """Except before what needs a finished step: hooks at 4, the end."""
+    order, count, fetch = [], counting_step(), trainer.jax.device_get
+
+    def train_step(state, batch):
+        order.append(f"run {state.step + 1}")
+        return count(state, batch)
+
+    def device_get(metrics):
+        order.append(f"fetch {10 - int(metrics['loss'])}")
+        return fetch(metrics)
+
+    monkeypatch.setattr(trainer.jax, "device_get", device_get)
+    hook = Hook("evaluation", 4, lambda step, model: order.append("look") or {})
+    one, log = loop(tmp_path, [], [], train_step=train_step, hooks=[hook], save_every=9, steps=5)
+    run(one, start(), log)
+    assert order[:7] == ["run 1", "run 2", "fetch 1", "run 3", "fetch 2", "run 4", "fetch 3"]
+    assert order[7:] == ["fetch 4", "look", "run 5", "fetch 5", "look"]
+
+
+def test_tensorboard_gets_the_numbers(tmp_path):
+    """Scalars of the step and of each exit, read back from its file."""
+    log = MetricsLog(tmp_path, from_step=0, tensorboard=True)
+    log.write("step", 3, {"loss": np.float32(1.5), "exits": [2, 4], "on": True, "text": "x"})
+    log.write("evaluation", 3, {"loss_E": [0.25, np.nan]})
+    log.close()
+    (file,) = (tmp_path / "tensorboard").iterdir()
+    data, found = file.read_bytes(), {}
+    while data:  # length, its checksum, an event, its checksum
+        (size,) = struct.unpack("<Q", data[:8])
+        event = Event.FromString(data[12 : 12 + size])
+        found |= {(value.tag, event.step): value.simple_value for value in event.summary.value}
+        data = data[16 + size :]
+    assert found == {
+        ("step/loss", 3): 1.5,
+        ("step/exits/1", 3): 2,
+        ("step/exits/2", 3): 4,
+        ("evaluation/loss_E/1", 3): 0.25,
+    }
+
+
+def test_tensorboard_that_is_not_there(monkeypatch):
+    monkeypatch.setattr(metrics_log.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match="pip install 'lsjax\\[tensorboard\\]'"):
+        check_board()
