@@ -6,7 +6,8 @@ alone, at rates that rise towards the last layer and fall with time; what is kep
         --data.paths 'corpus/*.txt' --data.tokenizer tokenizers/llama3
 
 Shape and rate are near its 1.8B run (p_max 0.6), the learning rate is ours. A quarter of p_max is
-the mean share of the blocks that are left out.
+the mean share of the blocks that are left out, and of the layers' computing that can be saved
+(`--layer-dropout.skip gather`: docs/training.md has what it saves).
 """
 
 from lsjax.config import (

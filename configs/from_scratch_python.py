@@ -1,5 +1,5 @@
-"""A deep small Llama reads the standard library's source byte by byte, with LayerSkip: the paper's
-training from scratch at the size of two CPU cores.
+"""A deep small Llama reads the standard library's source byte by byte, with LayerSkip: training
+from scratch at the size of two CPU cores, with a recipe of our own (linear dropout, two exits).
 
     python train.py --config configs/from_scratch_python.py --workdir runs/python --dtype bfloat16
 

@@ -12,6 +12,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from lsjax.config import ConfigError
 from lsjax.decoding.sampling import likeliest
 from lsjax.model.llama import Llama
 
@@ -52,7 +53,7 @@ class ExitScores:
 def score_exits(model: Llama, batches: Iterable[Mapping[str, np.ndarray]]) -> ExitScores:
     """Scores every exit on batches of tokens_BT, labels_BT, segments_BT and positions_BT.
 
-    Labels of -1 do not count. Raises ValueError where no token is labelled.
+    Labels of -1 do not count. Raises ConfigError where no token is labelled.
     """
     totals = None
     for batch in batches:
@@ -60,7 +61,7 @@ def score_exits(model: Llama, batches: Iterable[Mapping[str, np.ndarray]]) -> Ex
         sums = jax.tree.map(lambda part: np.asarray(part, np.float64), sums)
         totals = sums if totals is None else jax.tree.map(np.add, totals, sums)
     if totals is None or totals[2] == 0:
-        raise ValueError("no token is labelled: there is nothing to score")
+        raise ConfigError("no token is labelled: raise the number of batches, or the row length")
     loss_E, agreed_E, count = totals
     return ExitScores(
         tuple((loss_E / count).tolist()), tuple((agreed_E / count).tolist()), int(count)
