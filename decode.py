@@ -15,7 +15,6 @@ from functools import partial
 from pathlib import Path
 from typing import TextIO
 
-import tyro
 from rich.console import Console
 from rich.progress import Progress
 
@@ -29,6 +28,7 @@ from lsjax.cli.decoding_options import (
     prompt_ids,
 )
 from lsjax.cli.errors import check_output, one_line_errors
+from lsjax.cli.flags import parse_flags
 from lsjax.cli.loading import load_shown
 from lsjax.cli.prompts import encode_prompts
 from lsjax.cli.setup import choose_dtype, keep_compiled_programs
@@ -48,9 +48,8 @@ Show = Callable[[int, Completion], None]
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the program; exits with 2 on bad input."""
-    arguments = tyro.cli(Arguments, args=argv, description=__doc__)
     with one_line_errors():
-        decode(arguments)
+        decode(parse_flags(Arguments, argv, __doc__))
     return 0
 
 

@@ -76,7 +76,7 @@ def train(arguments: Arguments) -> int:
     alone = jax.process_count() == 1 and config.mesh == MeshConfig()
     mesh = None if alone else make_mesh(config.mesh)
     check_rows(config, mesh)
-    if config.tensorboard:
+    if config.tensorboard and is_first():
         check_board()
     check_same("the configurations and the states of --workdir", f"{config} {previous}")
 
@@ -104,7 +104,8 @@ def train(arguments: Arguments) -> int:
     fingerprints = tokenizer.fingerprint, pipeline.rows.fingerprint, held_out.rows.fingerprint
     check_same("the tokenizers and the data", f"{fingerprints}")
     prompts = held_out_prompts(held_out.whole(), config.evaluation)  # the same on all hosts
-    sampled = sample_prompt(config.evaluation, config.model, tokenizer, prompts)
+    if config.evaluation.sample_tokens:
+        sampled = sample_prompt(config.evaluation, config.model, tokenizer, prompts)
     with in_turn("the run has begun"):
         if is_first():
             begin_run(workdir, config, tokenizer)

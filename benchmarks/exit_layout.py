@@ -8,10 +8,10 @@ Steps with the same loss and gradients run in turns, one of each kind after the 
 
     slots            what lsjax does: outputs of the exits that are on, then their losses
     in scan          each layer's loss and gradients under `cond`; the scan keeps them
-    in scan, again   under `cond` too, but computed again in the backward pass, so it keeps nothing
+    in scan, again   under `cond` too, but computed again in the backward pass, so that it keeps no
+                     more than the layer's output
 
-Rotational is R = 8, a round being one step of each of its 8 phases. Memory is what the compiler
-says.
+A round is 8 steps, one of each phase where R = 8. Memory is what the compiler says.
 """
 
 from dataclasses import dataclass, replace
@@ -20,6 +20,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import tyro
 from jax import lax
 from rich.console import Console
@@ -123,9 +124,9 @@ def measure(arguments: Arguments) -> Table:
         memory[name] = program.memory_analysis().temp_size_in_bytes
         runs[name] = jax_step(config, shape, batch)
         runs[name](0)
-        norms[name] = runs[name].metrics["grad_norm"]
-    phases = config.early_exit.rotation if arguments.curriculum == "rotational" else 1
-    seconds = in_turns(runs, phases, arguments.repeats)
+        norms[name] = float(runs[name].metrics["grad_norm"])
+    np.testing.assert_allclose([*norms.values()], norms["slots"], rtol=1e-4)
+    seconds = in_turns(runs, 8, arguments.repeats)
     columns = ("seconds", "over slots", "from", "to", "temporary MB", "gradient norm")
     table = Table("losses", *columns, title=f"{title(arguments, shape)}, {arguments.curriculum}")
     for name in runs:

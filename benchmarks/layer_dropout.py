@@ -4,10 +4,10 @@
     python benchmarks/layer_dropout.py --remat nothing_saveable
     python benchmarks/layer_dropout.py --no-time --memory
 
-Random parameters and tokens, p(l) = p_max l / (L - 1). Steps run in turns, one of each kind after
-the other. `predicted` is the share of FLOPs that is left: a layer counts by the rows that it ran
-on in these very steps, the head in full (attention and optimizer as in train_step.py). `of what is
-predicted` is the time saved over the FLOPs saved.
+Random parameters and tokens, p(l) = p_max l / (L - 1). Steps run in turns, in an order that is
+drawn for each. `predicted` is the share of FLOPs that is left: a layer counts by the rows that it
+ran on in these very steps, the head in full (attention and optimizer as in train_step.py). `of what
+is predicted` is the time saved over the FLOPs saved.
 """
 
 import statistics
@@ -80,12 +80,12 @@ def times(arguments: Arguments, shape: LlamaConfig) -> Table:
     for run in runs.values():
         run(0)
     seconds: dict[str | None, list[float]] = {kind: [] for kind in runs}
-    left = []
+    left, rng = [], np.random.default_rng(0)
     plain = step_flops(shape, arguments, 1)
     head = plain - step_flops(shape, arguments, 0)
     for step in range(arguments.repeats):
-        for kind, run in runs.items():
-            seconds[kind].append(run(step))
+        for turn in rng.permutation(len(kinds)):
+            seconds[kinds[turn]].append(runs[kinds[turn]](step))
         rows = rows_left(arguments, shape, step)
         left.append((rows * (plain - head) + head) / plain)
     columns = ("seconds", "over p = 0", "predicted", "of what is predicted")
@@ -102,7 +102,7 @@ def times(arguments: Arguments, shape: LlamaConfig) -> Table:
 
 def memory(arguments: Arguments, shape: LlamaConfig) -> Table:
     """Temporary memory of steps of each kind."""
-    columns = ("remat", "temporary MB", "over p = 0", "seconds to compile")
+    columns = ("remat", "temporary MB", "over p = 0", "seconds to trace and compile")
     table = Table("skip", *columns, title=title(arguments, shape))
     jax.config.update("jax_enable_compilation_cache", False)
     for remat in ("none", "nothing_saveable"):

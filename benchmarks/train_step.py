@@ -252,8 +252,10 @@ def compile_times(arguments: Arguments, shape: LlamaConfig) -> Table:
     seconds: dict[int, list[float]] = {8: [], 32: []}
     for _ in range(5):
         for layers, found in seconds.items():
-            found.append(compiled(ROTATIONAL, replace(shape, num_layers=layers), arguments)[1])
-    table = Table("layers", "seconds", "over 8 layers", title=f"compile, {title(arguments, shape)}")
+            config = replace(ROTATIONAL, remat=arguments.remat)
+            found.append(compiled(config, replace(shape, num_layers=layers), arguments)[1])
+    what = f"compile, {arguments.shape}, remat {arguments.remat}, jax {jax.__version__}"
+    table = Table("layers", "seconds", "over 8 layers", title=what)
     for layers, found in seconds.items():
         median = statistics.median(found)
         ratios = [one / first for one, first in zip(found, seconds[8], strict=True)]

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 COMMAND = re.compile(
     r"python (train\.py|decode\.py|-m lsjax\.cli\.\w+|benchmarks/\w+\.py)([^\n`|;]*)"
 )
-LEFT_OUT = {"lsjax.cli.convert", "benchmarks/peers.py"}  # runs when parsed; needs torch
+LEFT_OUT = {"benchmarks/peers.py"}  # needs torch
 
 
 def commands() -> Iterator[tuple[str, str, str]]:

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import re
 import shutil
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -205,10 +206,11 @@ def test_the_exits_of_runs_are_compared_on_the_held_out_data(finished, tmp_path,
     "flags, message",
     [
         (["--data.paths", "missing.txt"], "missing.txt"),
+        (["--optimizer.learning-rate", "-1"], "optimizer.learning_rate -1.0 must not be negative"),
         (["--micro-batches", "3"], "micro_batches 3 does not divide the batch of 4 rows"),
         (
             ["--optimizer.learning-rat", "1"],
-            "rat is not known; the nearest is --optimizer.learning-rate,",
+            "learning-rat, 1; Perhaps you meant: --optimizer.learning-rate FLOAT",
         ),
         (
             ["--data.tokenizer", "sentencepiece", "--data.vocab-size", "270"],
@@ -230,6 +232,14 @@ def test_bad_input_ends_with_2_before_anything_is_compiled(
     assert end.value.code == 2
     assert re.fullmatch(f"error: .*{message}.*", capsys.readouterr().err.strip())
     assert not (tmp_path / "run").exists()
+
+
+def test_tensorboard_that_is_not_there(config, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorboardX", None)
+    monkeypatch.delattr(train, "keep_compiled_programs")
+    with pytest.raises(SystemExit) as end:
+        launch(config, tmp_path / "run", "--tensorboard")
+    assert end.value.code == 2 and "pip install 'lsjax[tensorboard]'" in capsys.readouterr().err
 
 
 def test_a_run_can_not_become_another(config, finished, capsys):

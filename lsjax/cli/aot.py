@@ -25,6 +25,7 @@ from lsjax.aot.programs import Decoding, decoding, train_step
 from lsjax.aot.report import Report, compile_report
 from lsjax.cli.aot_show import collectives_table, programs_table, training_lines
 from lsjax.cli.errors import check_output, one_line_errors
+from lsjax.cli.flags import parse_flags
 from lsjax.cli.training_options import config_parser, read_config
 from lsjax.config import EarlyExitConfig, LayerDropoutConfig, MeshConfig, TrainConfig, check
 from lsjax.sharding import make_mesh
@@ -57,17 +58,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def parse(argv: Sequence[str]) -> Arguments:
-    """Raises ConfigError for what is wrong with the configuration; exits with 2 for flags that
-    there are not."""
+    """Raises ConfigError for what is wrong with the configuration or the flags."""
     parser = config_parser("python -m lsjax.cli.aot", __doc__)
     parser.add_argument("--topology", metavar="CHIP:SLICE", help="such as v5p:4x4x4")
     known, default, rest = read_config(parser, argv)
     check(known.topology is not None, "--topology is missing: name a slice such as v5p:4x4x4")
-    return tyro.cli(
+    return parse_flags(
         Arguments,
-        args=rest,
+        rest,
+        __doc__,
         default=Arguments(config=default, topology=known.topology),
-        description=__doc__,
         config=(tyro.conf.AvoidSubcommands,),
     )
 

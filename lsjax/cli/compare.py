@@ -19,6 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lsjax.cli.errors import check_output, one_line_errors
+from lsjax.cli.flags import parse_flags
 from lsjax.config import check
 from lsjax.evaluation.bootstrap import compare
 from lsjax.evaluation.results import read
@@ -45,9 +46,8 @@ class Arguments:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the program; exits with 2 on bad input."""
-    arguments = tyro.cli(Arguments, args=argv, description=__doc__)
     with one_line_errors():
-        show_comparisons(arguments)
+        show_comparisons(parse_flags(Arguments, argv, __doc__))
     return 0
 
 

@@ -6,6 +6,7 @@ transformers. It appears under its name only when it is whole.
 
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -14,24 +15,31 @@ from rich.console import Console
 from rich.progress import track
 
 from lsjax.cli.errors import one_line_errors
+from lsjax.cli.flags import parse_flags
 from lsjax.data.tokenizer_files import load_tokenizer
 from lsjax.model.checkpoint import CheckpointError, assemble, open_source
 from lsjax.model.huggingface import check_destination, read_generation_defaults, save
 
 
-def convert(
-    source: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")],
-    destination: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DESTINATION")],
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32",
-) -> None:
-    """Converts a model of any kind into a Hugging Face directory.
+@dataclass(frozen=True, kw_only=True)
+class Arguments:
+    """Converts a model of any kind into a Hugging Face directory."""
 
-    Args:
-        source: directory with config.json and safetensors, GGUF file, or directory of a run
-            (RUN@200 and RUN@best are steps of it); with its tokenizer.
-        destination: directory to write; new or empty.
-        dtype: of the weights that are written. GGUF weights are dequantised in any case.
+    source: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
+    """Directory with config.json and safetensors, GGUF file, or directory of a run (RUN@200 and
+    RUN@best are steps of it); with its tokenizer."""
+    destination: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DESTINATION")]
+    """Directory to write; new or empty."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Of the weights that are written. GGUF weights are dequantised in any case."""
+
+
+def convert(arguments: Arguments) -> None:
+    """Reads and writes the model.
+
+    Raises CheckpointError where model and tokenizer do not belong together.
     """
+    source, destination, dtype = arguments.source, arguments.destination, arguments.dtype
     console = Console(stderr=True)
 
     def bar(title: str):
@@ -59,7 +67,7 @@ def convert(
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the program; exits with 2 on bad input."""
     with one_line_errors():
-        tyro.cli(convert, args=argv, prog="lsjax.cli.convert")
+        convert(parse_flags(Arguments, argv, __doc__))
     return 0
 
 

@@ -18,11 +18,11 @@ from math import isfinite
 from pathlib import Path
 from typing import Any, Literal
 
-import tyro
 from rich.console import Console
 from rich.progress import Progress
 
 from lsjax.cli.errors import check_output, one_line_errors
+from lsjax.cli.flags import parse_flags
 from lsjax.cli.prompts import PromptArguments, read_encoded
 from lsjax.cli.setup import cache_directory, exact_products, keep_compiled_programs
 from lsjax.cli.strategies import in_one_program
@@ -69,9 +69,8 @@ class Arguments(PromptArguments):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the program; 0 if all agree, 1 if not, 2 on bad input."""
-    arguments = tyro.cli(Arguments, args=argv, description=__doc__)
     with one_line_errors():
-        return correctness(arguments)
+        return correctness(parse_flags(Arguments, argv, __doc__))
 
 
 def correctness(arguments: Arguments) -> int:

@@ -12,11 +12,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import tyro
 from rich.console import Console
 from rich.progress import Progress
 
 from lsjax.cli.errors import one_line_errors
+from lsjax.cli.flags import parse_flags
 from lsjax.cli.setup import cache_directory
 from lsjax.config import ConfigError
 from lsjax.data.token_counts import cached_counts, count_tokens, write_counts
@@ -40,9 +40,8 @@ class Arguments:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the program; exits with 2 on bad input."""
-    arguments = tyro.cli(Arguments, args=argv, description=__doc__)
     with one_line_errors():
-        count(arguments)
+        count(parse_flags(Arguments, argv, __doc__))
     return 0
 
 

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import tyro
 from jax.sharding import Mesh
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
@@ -26,6 +25,7 @@ from lsjax.cli.errors import check_output, one_line_errors
 from lsjax.cli.evaluation_examples import Problems, ask, prompt_ids, read_examples
 from lsjax.cli.evaluation_options import Arguments, check_numbers, with_options
 from lsjax.cli.evaluation_table import show
+from lsjax.cli.flags import parse_flags
 from lsjax.cli.loading import load_shown
 from lsjax.cli.setup import choose_dtype, keep_compiled_programs
 from lsjax.cli.strategies import choose_strategies, fitting_mesh, in_one_program
@@ -48,9 +48,8 @@ from lsjax.model.llama import Llama
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the program; exits with 2 on bad input."""
-    arguments = tyro.cli(Arguments, args=argv, description=__doc__)
     with one_line_errors():
-        evaluate(arguments)
+        evaluate(parse_flags(Arguments, argv, __doc__))
     return 0
 
 

@@ -14,17 +14,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import tyro
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
 from lsjax.cli.errors import check_output, one_line_errors
+from lsjax.cli.flags import parse_flags
 from lsjax.cli.setup import cache_directory, choose_dtype, keep_compiled_programs
 from lsjax.config import check
 from lsjax.data.pipeline import one_pass
 from lsjax.data.tokenizer_files import load_tokenizer
-from lsjax.evaluation.exits import ExitScores, exits_to_show, score_exits
+from lsjax.evaluation.exits import AGREEMENT, ExitScores, exits_to_show, score_exits
 from lsjax.evaluation.figures import check_plots
 from lsjax.evaluation.plots import plot_exits
 from lsjax.model.checkpoint import assemble, open_source
@@ -48,9 +48,8 @@ class Arguments:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the program; exits with 2 on bad input."""
-    arguments = tyro.cli(Arguments, args=argv, description=__doc__)
     with one_line_errors():
-        compare(arguments)
+        compare(parse_flags(Arguments, argv, __doc__))
     return 0
 
 
@@ -101,6 +100,7 @@ def compare(arguments: Arguments) -> None:
     if not console.is_terminal:
         console.width = 160  # a file has room for the table
     console.print(table(scores))
+    console.print(AGREEMENT, style="dim")
     if arguments.json is not None:
         with arguments.json.open("w") as lines:
             for name, score in scores.items():
@@ -111,7 +111,8 @@ def compare(arguments: Arguments) -> None:
 
 def table(scores: Mapping[str, ExitScores]) -> Table:
     """Loss and agreement at the first exit and at each eighth of the layers."""
-    shown = Table(title=next(iter(scores.values())).describe(), title_justify="left", box=None)
+    tokens = next(iter(scores.values())).tokens
+    shown = Table(title=f"{tokens:,} held-out tokens", title_justify="left", box=None)
     shown.add_column("exit", justify="right")
     for name in scores:
         shown.add_column(f"{name}: loss", justify="right")

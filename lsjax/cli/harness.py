@@ -17,12 +17,12 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
 
-import tyro
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from lsjax.cli.errors import check_output, one_line_errors
+from lsjax.cli.flags import parse_flags
 from lsjax.cli.loading import load_shown
 from lsjax.cli.setup import choose_dtype, keep_compiled_programs
 from lsjax.cli.strategies import StrategyName, choose_strategies, fitting_mesh
@@ -86,9 +86,8 @@ class Arguments:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the program; exits with 2 on bad input."""
-    arguments = tyro.cli(Arguments, args=argv, description=__doc__)
     with one_line_errors():
-        harness(arguments)
+        harness(parse_flags(Arguments, argv, __doc__))
     return 0
 
 

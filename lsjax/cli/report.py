@@ -23,6 +23,7 @@ import tyro
 from rich.console import Console
 
 from lsjax.cli.errors import check_output, one_line_errors
+from lsjax.cli.flags import parse_flags
 from lsjax.cli.report_files import Evaluation, Found, Sweep, find
 from lsjax.config import check
 from lsjax.evaluation.exits import ExitScores, exits_to_show
@@ -44,9 +45,8 @@ class Arguments:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the program; exits with 2 on bad input."""
-    arguments = tyro.cli(Arguments, args=argv, description=__doc__)
     with one_line_errors():
-        report(arguments)
+        report(parse_flags(Arguments, argv, __doc__))
     return 0
 
 

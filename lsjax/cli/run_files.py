@@ -80,10 +80,10 @@ def sample_prompt(
 ) -> list[int]:
     """What samples continue: the configured text, or the one of the prompts in the middle.
 
-    Raises ConfigError where it leaves no room in the model's context.
+    Raises ConfigError where the text leaves no room in the model's context.
     """
     if not config.sample_prompt:
-        return list(prompts[len(prompts) // 2])
+        return list(prompts[len(prompts) // 2])[: model.max_context - 1]
     prompt = tokenizer.encode(config.sample_prompt)
     check(
         0 < len(prompt) < model.max_context,

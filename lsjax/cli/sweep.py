@@ -23,11 +23,11 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import tyro
 from rich.console import Console
 from rich.progress import Progress
 
 from lsjax.cli.errors import check_output, one_line_errors
+from lsjax.cli.flags import parse_flags
 from lsjax.cli.grid import Grid, GridArguments, show, wide_console
 from lsjax.cli.setup import keep_compiled_programs, machine
 from lsjax.cli.show import coloured, origins
@@ -58,9 +58,8 @@ class Arguments(GridArguments):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the program; exits with 2 on bad input."""
-    arguments = tyro.cli(Arguments, args=argv, description=__doc__)
     with one_line_errors():
-        sweep(arguments)
+        sweep(parse_flags(Arguments, argv, __doc__))
     return 0
 
 

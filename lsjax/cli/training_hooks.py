@@ -15,7 +15,7 @@ from lsjax.data.tokenizers import Tokenizer
 from lsjax.decoding.completion import Completion
 from lsjax.decoding.engine import Engine
 from lsjax.decoding.self_speculative import SelfSpeculative
-from lsjax.evaluation.exits import ExitScores, exits_to_show, score_exits
+from lsjax.evaluation.exits import AGREEMENT, ExitScores, exits_to_show, score_exits
 from lsjax.evaluation.plots import plot_exits, plot_training
 from lsjax.model.llama import Llama
 from lsjax.training.metrics_log import FILE, read_metrics
@@ -38,7 +38,8 @@ def evaluation_hook(
 
     def evaluate(step: int, model: Llama) -> dict[str, Any]:
         scores = score_exits(model, map(place, batches))
-        print(exit_table(f"step {step}, {scores.describe()}", scores))
+        print(exit_table(f"step {step}, {scores.tokens:,} held-out tokens", scores))
+        print(AGREEMENT, style="dim")
         row = {**scores.to_json(), "last_exit_loss": scores.loss_E[-1]}
         if not is_first():
             return row

@@ -1,19 +1,18 @@
 """The command line of train.py: a configuration file, and its fields as flags."""
 
 import argparse
-import difflib
 import runpy
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import tyro
 
+from lsjax.cli.flags import parse_flags
 from lsjax.cli.hosts import Hosts
 from lsjax.config import ConfigError, TrainConfig, check
-from lsjax.config.json_form import to_json
 
 
 @dataclass(frozen=True)
@@ -34,41 +33,20 @@ class _Flags:
 def parse(argv: Sequence[str], description: str) -> Arguments:
     """Reads `--config FILE --workdir DIRECTORY` and any field of the configuration.
 
-    Raises ConfigError for what is wrong with the file or a value, and for flags that there are not;
-    exits with 2 for values of another type.
+    Raises ConfigError for what is wrong with the file, a flag or a value.
     """
     first = config_parser("train.py", description)
     first.add_argument("--workdir", type=Path, metavar="DIRECTORY", help="of the run")
     known, default, rest = read_config(first, argv)
-    flags, unknown = tyro.cli(
+    flags = parse_flags(
         _Flags,
-        args=rest,
+        rest,
+        description,
         default=_Flags(default),
-        description=description,
         config=(tyro.conf.AvoidSubcommands,),
-        return_unknown_args=True,
     )
-    if unknown:
-        names = [
-            *_names(to_json(flags.config)),
-            *_names(to_json(flags.distributed), "--distributed."),
-        ]
-        (close,) = difflib.get_close_matches(unknown[0], names, 1, 0)
-        raise ConfigError(
-            f"{unknown[0]} is not known; the nearest is {close}, and --help lists all of them"
-        )
     check(known.workdir is not None, "--workdir is missing: name the directory of the run")
     return Arguments(flags.config, known.workdir, flags.distributed)
-
-
-def _names(fields: Mapping[str, Any], prefix: str = "--") -> Iterator[str]:
-    """The flags of a configuration as JSON."""
-    for key, value in fields.items():
-        name = prefix + key.replace("_", "-")
-        if isinstance(value, Mapping):
-            yield from _names(value, f"{name}.")
-        else:
-            yield name
 
 
 def config_parser(prog: str, description: str) -> argparse.ArgumentParser:

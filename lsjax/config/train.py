@@ -105,12 +105,12 @@ class TrainConfig(StepConfig):
             self.seq_len <= model.max_context,
             f"seq_len {self.seq_len} is longer than the model's context of {model.max_context}",
         )
-        exit_layer = self.evaluation.exit_layer
         check(
             self.evaluation.sample_tokens == 0 or model.num_layers > 1,
             f"evaluation.sample_tokens {self.evaluation.sample_tokens} needs an exit that drafts, "
             "which a model of 1 layer does not have: set it to 0",
         )
+        exit_layer = self.evaluation.exit_layer
         check(
             exit_layer is None or 1 <= exit_layer < model.num_layers,
             f"evaluation.exit_layer {exit_layer} is not in 1..{model.num_layers - 1}, which can "

@@ -16,6 +16,7 @@ from lsjax.config import ConfigError
 from lsjax.decoding.sampling import likeliest
 from lsjax.model.llama import Llama
 
+AGREEMENT = "agreement: share of greedy drafts that would be accepted, teacher-forced"
 # Logits that are held at a time, on each device.
 CHUNK_LOGITS = 2**23
 
@@ -36,10 +37,6 @@ class ExitScores:
     def perplexity_E(self) -> tuple[float, ...]:
         """exp(loss); infinite where that is beyond a float."""
         return tuple(math.exp(loss) if loss < 700 else math.inf for loss in self.loss_E)
-
-    def describe(self) -> str:
-        """The title of a table of them."""
-        return f"{self.tokens:,} held-out tokens; agreement: greedy drafts accepted, teacher-forced"
 
     def to_json(self) -> dict:
         """Lists and numbers."""

@@ -1,13 +1,12 @@
 """What a run measured, line by line: metrics.jsonl, and TensorBoard where it is asked for."""
 
-import importlib.util
 import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lsjax.config import ConfigError, check
+from lsjax.config import ConfigError
 
 FILE = "metrics.jsonl"
 
@@ -84,6 +83,16 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def check_board() -> None:
+    """Raises ConfigError where TensorBoard's files can't be written."""
+    try:
+        import tensorboardX  # noqa: F401
+    except ImportError:
+        raise ConfigError(
+            "TensorBoard needs tensorboardX: pip install 'lsjax[tensorboard]', or leave it off"
+        ) from None
+
+
 def _plain(value: Any) -> Any:
     if hasattr(value, "tolist"):
         value = value.tolist()
@@ -92,14 +101,6 @@ def _plain(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
-
-
-def check_board() -> None:
-    """Raises ConfigError where TensorBoard's files can't be written."""
-    check(
-        importlib.util.find_spec("tensorboardX") is not None,
-        "TensorBoard needs tensorboardX: pip install 'lsjax[tensorboard]', or leave it off",
-    )
 
 
 def _open_board(directory: Path, from_step: int):

@@ -80,7 +80,7 @@ class Terminal:
 
     def until(self, text: str, again: str = "") -> str:
         """What comes up to this text, which must come. again: keys to press while it does not."""
-        end = time.monotonic() + 60
+        end = time.monotonic() + 300
         while text not in self.shown[self._read :]:
             assert time.monotonic() < end, f"no {text!r} in {self.shown[self._read :]!r}"
             ready, _, _ = select.select([self._process.stdout], [], [], 2)
@@ -95,7 +95,7 @@ class Terminal:
 
     def ended(self, again: str = "") -> int:
         """The exit code. again: keys to press while it does not end."""
-        end = time.monotonic() + 60
+        end = time.monotonic() + 300
         while True:
             try:
                 return self._process.wait(timeout=2)

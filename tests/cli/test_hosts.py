@@ -13,6 +13,7 @@ from lsjax.cli.hosts import Hosts, ending_together, in_turn, start, under_slurm
 from lsjax.config import ConfigError
 
 PROGRAM = """
+import itertools
 import signal
 import sys
 import time
@@ -64,7 +65,7 @@ with ending_together():
     assert np.array_equal(process_allgather(placed, tiled=True), tokens_BT)
 
     with signals() as stop:
-        for step in range(1, 1000):
+        for step in itertools.count(1):
             jax.block_until_ready(placed + 1)
             if step == 5 and number == 1:
                 signal.raise_signal(signal.SIGTERM)

@@ -6,7 +6,7 @@ import pytest
 from flax import nnx
 
 import lsjax
-from lsjax.config import LlamaConfig
+from lsjax.config import ConfigError, LlamaConfig
 from lsjax.evaluation import exits
 from lsjax.evaluation.exits import ExitScores, score_exits
 
@@ -89,7 +89,7 @@ def test_stacked_layers_and_batches_in_parts_give_the_same(model, batch):
 
 
 def test_a_text_without_labels_is_refused(model, batch):
-    with pytest.raises(ValueError, match="no token is labelled"):
+    with pytest.raises(ConfigError, match="no token is labelled"):
         score_exits(model, [{**batch, "labels_BT": np.full_like(batch["labels_BT"], -1)}])
 
 

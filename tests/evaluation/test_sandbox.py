@@ -10,7 +10,7 @@ import pytest
 from lsjax.evaluation import sandbox
 from lsjax.evaluation.sandbox import run_program
 
-run = partial(run_program, seconds=10.0)
+run = partial(run_program, seconds=60.0)
 
 CAUGHT = "try:\n    {}\nexcept BaseException:\n    pass\n"
 
@@ -74,9 +74,8 @@ def test_allocating():
 
 
 def test_printing_without_end():
-    began = time.monotonic()
-    outcome = run("while True: print('x' * 1000)", output=10**5, seconds=60.0)
-    assert not outcome.passed and time.monotonic() - began < 30
+    outcome = run("while True: print('x' * 1000)", output=10**5)
+    assert not outcome.passed and "took longer" not in outcome.what
 
 
 @pytest.mark.parametrize(
@@ -89,12 +88,12 @@ def test_looping(source):
 
 def test_what_a_program_leaves_behind_is_killed_with_it(tmp_path):
     """Were a process started in spite of all."""
-    cases = (("sleep 60 & echo $!", 30.0, 0), ("sleep 60 & echo $!; sleep 60", 3.0, None))
+    cases = (("sleep 60 & echo $!", 30.0, 0), ("sleep 60 & echo $!; sleep 60", 5.0, None))
     for command, seconds, ended in cases:
         with (tmp_path / "printed").open("wb") as stream:
             assert sandbox._run(["/bin/sh", "-c", command], str(tmp_path), stream, seconds) == ended
         child = int((tmp_path / "printed").read_text())
-        for _ in range(200):
+        for _ in range(1000):
             if not is_running(child):
                 break
             time.sleep(0.01)

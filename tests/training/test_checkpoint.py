@@ -319,7 +319,7 @@ def test_killed_while_saving(fresh, like, tmp_path):
     steps, from_ = 12, []
     for kill_after in (3, 2, None):
         with subprocess.Popen(
-            [sys.executable, "-c", LOOP, tmp_path, str(steps)],
+            [sys.executable, "-c", LOOP, tmp_path, str(10**6 if kill_after else steps)],
             stdout=subprocess.PIPE,
             text=True,
             env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},

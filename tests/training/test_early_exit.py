@@ -65,8 +65,7 @@ def test_rotational_curriculum(depth, rotation, step, expected):
     assert enabled(config, depth, step, 1000) == expected
 
 
-# w(t, E): e of the exits that are on (as above), over their sum. T = 1000, the paper's e_scale: 1.0
-# at L = 24, 0.2 at 32, 0.1 at 40.
+# w(t, E): e of the exits that are on (as above), over their sum; T = 1000.
 #   (L, curriculum, t): {exit: e}
 NORMALISED = {
     # R = 23: exit 18 has e = 17 * 18 / 2 = 153, exit 11 10 * 11 / 2 = 55.
@@ -95,12 +94,12 @@ NORMALISED = {
     (40, "gradual", 500): {**{E: 0.05 * (E - 1) * E for E in range(2, 40)}, 40: 113.1},
     (40, "gradual", 999): {**{E: 0.05 * (E - 1) * E for E in range(2, 40)}, 40: 113.1},
 }
-PAPER = {24: (1.0, 23), 32: (0.2, 8), 40: (0.1, 39)}  # e_scale, R
+SETTINGS = {24: (1.0, 23), 32: (0.2, 8), 40: (0.1, 39)}  # e_scale, R
 
 
 @pytest.mark.parametrize("depth, curriculum, step", NORMALISED)
 def test_normalised_weights(depth, curriculum, step):
-    e_scale, rotation = PAPER[depth]
+    e_scale, rotation = SETTINGS[depth]
     config = EarlyExitConfig(curriculum=curriculum, rotation=rotation, e_scale=e_scale)
     expected = NORMALISED[depth, curriculum, step]
     weights = loss_weights(config, depth, step, 1000)

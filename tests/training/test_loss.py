@@ -82,7 +82,7 @@ def test_no_array_holds_the_logits_of_more_than_a_chunk(chunk, monkeypatch):
     [
         # Chunks of 3 positions, as many as the fullest row needs.
         ([[3, 0], [0, 0], [11, 7]], 1 + 0 + 4),
-        ([[0, 0], [0, 0], [11, 7]], 4),  # exits that are off, or have weight 0
+        ([[0, 0], [0, 0], [11, 7]], 4),  # slots without an exit that is on
         ([[4, 7], [1, 1], [0, 1]], 3 + 1 + 1),
     ],
 )

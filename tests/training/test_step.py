@@ -120,7 +120,7 @@ def test_two_seeds_differ_and_one_repeats(small, packed, step_of):
     assert losses(CONFIG) != losses(dataclasses.replace(CONFIG, seed=3))
 
 
-def test_the_new_state_takes_the_memory_of_the_old_one(small, packed, step_of):
+def test_a_step_takes_over_the_state_that_it_is_given(small, packed, step_of):
     state = init_state(CONFIG, copied(small))
     step_of(CONFIG)(state, packed)
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves((state.model, state.opt_state)))

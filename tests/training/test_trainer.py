@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 from tensorboardX.proto.event_pb2 import Event
 
-from lsjax.config import ConfigError
-from lsjax.training import metrics_log, trainer
-from lsjax.training.metrics_log import FILE, MetricsLog, check_board, read_metrics
+from lsjax.training import trainer
+from lsjax.training.metrics_log import FILE, MetricsLog, read_metrics
 from lsjax.training.trainer import Hook, Interrupted, Loop, TooManySkipped
 
 
@@ -155,9 +154,3 @@ def test_tensorboard_gets_the_numbers(tmp_path):
         ("step/exits/2", 3): 4,
         ("evaluation/loss_E/1", 3): 0.25,
     }
-
-
-def test_tensorboard_that_is_not_there(monkeypatch):
-    monkeypatch.setattr(metrics_log.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match="pip install 'lsjax\\[tensorboard\\]'"):
-        check_board()

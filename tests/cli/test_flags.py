@@ -1,0 +1,59 @@
+"""Flags: what is wrong with them is said in one line."""
+
+from dataclasses import dataclass, field
+
+import pytest
+from tyro import _fmtlib
+
+from lsjax.cli.flags import parse_flags
+from lsjax.config import ConfigError, OptimizerConfig
+
+
+@dataclass(frozen=True)
+class Flags:
+    """A program's."""
+
+    number: int = 1
+    kind: str = "a"
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+
+
+def test_good_flags():
+    flags = parse_flags(Flags, ["--number", "3", "--optimizer.learning-rate", "0.5"], "")
+    assert flags == Flags(3, optimizer=OptimizerConfig(learning_rate=0.5))
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["--optimizer.learning-rate", "-1"], "optimizer.learning_rate -1.0 must not be negative"),
+        (
+            ["--optimizer.learning-rat", "1"],
+            "Unrecognized options: --optimizer.learning-rat, 1; Perhaps you meant: "
+            "--optimizer.learning-rate FLOAT The highest, after warm-up. (default: 0.0003); "
+            "--help lists all flags",
+        ),
+        (
+            ["--number", "x"],
+            "Error parsing --number: invalid literal for int() with base 10: 'x'; Argument "
+            "helptext: --number INT (default: 1); --help lists all flags",
+        ),
+        (["y"], "Unrecognized options: y; --help lists all flags"),
+    ],
+)
+@pytest.mark.parametrize("terminal", [False, True])
+def test_one_line(argv, message, terminal, capsys, monkeypatch):
+    if terminal:  # boxes of lines, and colours
+        monkeypatch.setattr(_fmtlib, "_FORCE_UTF8_BOXES", True)
+        monkeypatch.setattr(_fmtlib, "_FORCE_ANSI", True)
+    with pytest.raises(ConfigError) as error:
+        parse_flags(Flags, argv, "")
+    assert str(error.value) == message
+    assert capsys.readouterr().err == ""
+
+
+def test_help_goes_to_the_terminal(capsys):
+    with pytest.raises(SystemExit) as end:
+        parse_flags(Flags, ["--help"], "What it does.")
+    assert not end.value.code
+    assert "What it does." in capsys.readouterr().out
