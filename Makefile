@@ -9,14 +9,15 @@ STORY = "Once upon a time, there was a little girl named Lily who"
 
 .PHONY: quickstart smollm2 test test-half test-other-half lint parity peers lock clean
 
-# Trains with LayerSkip, then decodes held-out prompts with what came out.
+# Trains with LayerSkip, then decodes held-out prompts with what came out. Each of two cores is a
+# device of its own, as docs/results.md has it (what that gives: docs/training.md).
 RUN ?= runs/quickstart
 EXIT = 4
 DRAFTS = 5
 COMPARE = --model $(RUN) --prompt-file $(RUN)/prompts.jsonl --num-draft-tokens $(DRAFTS)
 quickstart: $(VENV)/installed
-	JAX_PLATFORMS=cpu GLIBC_TUNABLES=glibc.malloc.hugetlb=1 \
-		$(BIN)/python train.py --config configs/quickstart.py --workdir $(RUN)
+	JAX_PLATFORMS=cpu JAX_NUM_CPU_DEVICES=2 GLIBC_TUNABLES=glibc.malloc.hugetlb=1 \
+		$(BIN)/python train.py --config configs/quickstart.py --workdir $(RUN) --mesh.data 2
 	$(BIN)/python decode.py --model $(RUN) --prompt-file $(RUN)/prompts.jsonl --max-new-tokens 64 \
 		--strategy self_speculative --exit-layer $(EXIT) --num-draft-tokens $(DRAFTS) --show-drafts
 	$(BIN)/python -m lsjax.cli.correctness $(COMPARE) --exit-layers $(EXIT)
