@@ -21,8 +21,8 @@ quickstart: $(VENV)/installed
 	$(BIN)/python decode.py --model $(RUN) --prompt-file $(RUN)/prompts.jsonl --max-new-tokens 64 \
 		--strategy self_speculative --exit-layer $(EXIT) --num-draft-tokens $(DRAFTS) --show-drafts
 	$(BIN)/python -m lsjax.cli.correctness $(COMPARE) --exit-layers $(EXIT)
-	$(BIN)/python -m lsjax.cli.benchmark $(COMPARE) --exit-layers 2 $(EXIT) --new-tokens 128 --repeats 2
-	$(BIN)/python -m lsjax.cli.benchmark $(COMPARE) --exit-layers $(EXIT) --new-tokens 128 --repeats 2 \
+	$(BIN)/python -m lsjax.cli.benchmark $(COMPARE) --exit-layers 2 $(EXIT) --new-tokens 128 --repeats 1
+	$(BIN)/python -m lsjax.cli.benchmark $(COMPARE) --exit-layers $(EXIT) --new-tokens 128 --repeats 1 \
 		--temperature 1
 
 # A real model decodes: SmolLM2-135M was not trained with LayerSkip, so it is exact, but no faster.
