@@ -4,7 +4,7 @@
     python benchmarks/exit_layout.py --shape small_vocab --batch-size 8 --curriculum all
     python benchmarks/exit_layout.py --shape smollm2
 
-Steps with the same loss and gradients run in turns, one of each kind after the other:
+Steps with the same loss and gradients run in turns, in an order that is drawn:
 
     slots            what lsjax does: outputs of the exits that are on, then their losses
     in scan          each layer's loss and gradients under `cond`; the scan keeps them
@@ -28,6 +28,7 @@ from rich.table import Table
 from train_step import (
     ALL_ON,
     ROTATIONAL,
+    Workload,
     compared,
     compiled,
     in_turns,
@@ -48,23 +49,13 @@ from lsjax.training.objective import compute_dtype, in_dtype, loss_positions, ob
 
 
 @dataclass(frozen=True)
-class Arguments:
+class Arguments(Workload):
     """Where the losses of the exits are computed."""
 
-    shape: Literal["smollm2", "small_vocab"] = "small_vocab"
-    """SmolLM2-135M, or 16 layers of width 512 with a vocabulary of 512."""
-    batch_size: int = 4
-    """Rows."""
-    seq_len: int = 256
-    """Tokens of a row."""
-    layers: int | None = None
-    """Layers instead of the shape's."""
     curriculum: Literal["rotational", "all"] = "rotational"
     """Which exits are on."""
     repeats: int = 2
     """Rounds of steps."""
-    remat: str = "none"
-    """What layers keep for the backward pass."""
 
 
 def objective_in_scan(config, model, batch, step, rows_B, num_labels, *, again: bool):

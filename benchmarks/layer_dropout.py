@@ -12,7 +12,6 @@ is predicted` is the time saved over the FLOPs saved.
 
 import statistics
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +19,7 @@ import numpy as np
 import tyro
 from rich.console import Console
 from rich.table import Table
-from train_step import compiled, jax_step, make_batch, shape_of, step_flops
+from train_step import Workload, compiled, jax_step, make_batch, shape_of, step_flops
 
 from lsjax.cli.setup import exact_products
 from lsjax.config import LayerDropoutConfig, LlamaConfig, StepConfig
@@ -30,23 +29,17 @@ STEPS = 1_000
 
 
 @dataclass(frozen=True)
-class Arguments:
+class Arguments(Workload):
     """What layer dropout saves."""
 
-    shape: Literal["smollm2", "small_vocab"] = "small_vocab"
-    """SmolLM2-135M, or 16 layers of width 512 with a vocabulary of 512."""
     batch_size: int = 16
     """Rows."""
     seq_len: int = 128
     """Tokens of a row."""
-    layers: int | None = None
-    """Layers instead of the shape's."""
     p_max: float = 0.8
     """Rate of the last layer."""
     repeats: int = 10
     """Steps of each kind."""
-    remat: str = "none"
-    """What layers keep for the backward pass."""
     masks: bool = False
     """Run steps with masks on all rows, too."""
     time: bool = True

@@ -59,10 +59,10 @@ ALL_ON = StepConfig(num_steps=STEPS, early_exit=EarlyExitConfig(curriculum="all"
 
 
 @dataclass(frozen=True)
-class Arguments:
-    """What a training step costs."""
+class Workload:
+    """Model and batch that steps are measured on."""
 
-    shape: Literal["smollm2", "small_vocab"] = "smollm2"
+    shape: Literal["smollm2", "small_vocab"] = "small_vocab"
     """SmolLM2-135M, or 16 layers of width 512 with a vocabulary of 512."""
     batch_size: int = 4
     """Rows."""
@@ -70,10 +70,18 @@ class Arguments:
     """Tokens of a row."""
     layers: int | None = None
     """Layers instead of the shape's."""
-    repeats: int = 3
-    """Rounds of 8 steps of each kind."""
     remat: str = "none"
     """What layers keep for the backward pass."""
+
+
+@dataclass(frozen=True)
+class Arguments(Workload):
+    """What a training step costs."""
+
+    shape: Literal["smollm2", "small_vocab"] = "smollm2"
+    """SmolLM2-135M, or 16 layers of width 512 with a vocabulary of 512."""
+    repeats: int = 3
+    """Rounds of 8 steps of each kind."""
     time: bool = True
     """Measure times of steps."""
     bfloat16: bool = False
@@ -88,7 +96,7 @@ class Arguments:
     """Time to compile at 8 and at 32 layers."""
 
 
-def shape_of(arguments: Arguments) -> LlamaConfig:
+def shape_of(arguments: Workload) -> LlamaConfig:
     """The model's shape."""
     changes = {} if arguments.layers is None else {"num_layers": arguments.layers}
     if arguments.shape == "smollm2":
@@ -98,7 +106,7 @@ def shape_of(arguments: Arguments) -> LlamaConfig:
     return LlamaConfig.tiny(**(small | heads | changes))
 
 
-def make_batch(shape: LlamaConfig, arguments: Arguments) -> dict[str, np.ndarray]:
+def make_batch(shape: LlamaConfig, arguments: Workload) -> dict[str, np.ndarray]:
     """Random tokens, one document a row, every token labelled."""
     rows, steps = arguments.batch_size, arguments.seq_len
     rng = np.random.default_rng(0)
@@ -111,7 +119,7 @@ def make_batch(shape: LlamaConfig, arguments: Arguments) -> dict[str, np.ndarray
     )
 
 
-def step_flops(shape: LlamaConfig, arguments: Arguments, heads: float) -> float:
+def step_flops(shape: LlamaConfig, arguments: Workload, heads: float) -> float:
     """Of a step in which each token passes the head that often."""
     attention = 4 * arguments.seq_len * shape.num_heads * shape.head_dim
     layers = shape.num_layers * (2 * shape.layer_params + attention)
@@ -224,7 +232,7 @@ def times(arguments: Arguments, shape: LlamaConfig) -> Table:
     return table
 
 
-def compiled(config: StepConfig, shape: LlamaConfig, arguments: Arguments):
+def compiled(config: StepConfig, shape: LlamaConfig, arguments: Workload):
     """The compiled step and the seconds that it took, tracing among them, from abstract
     arguments."""
     state = jax.eval_shape(lambda: init_state(config, stacked(Llama(shape, rngs=nnx.Rngs(0)))))
@@ -264,7 +272,7 @@ def compile_times(arguments: Arguments, shape: LlamaConfig) -> Table:
     return table
 
 
-def title(arguments: Arguments, shape: LlamaConfig) -> str:
+def title(arguments: Workload, shape: LlamaConfig) -> str:
     """What was measured."""
     return (
         f"{arguments.shape}, {shape.num_layers} layers, batch {arguments.batch_size} x "

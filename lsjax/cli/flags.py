@@ -38,7 +38,7 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
 
 def _in_a_line(box: str) -> str:
     """What stands in tyro's box, drawn or in ASCII, coloured or not, below its title."""
-    _title, *lines = re.sub(r"\x1b\[[\d;]*m", "", box).splitlines()
+    _title, *lines = re.sub(r"\x1b\[[\d;]*m", "", box).splitlines() or [""]
     sections = [""]
     for line in lines:
         row = line.strip(" │╰╯")
