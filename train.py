@@ -117,7 +117,7 @@ def train(arguments: Arguments) -> int:
     if config.dtype == "float32":
         exact_products()
     # Under a mesh every device would compute the whole product that is timed.
-    peak = peak_flops()
+    peak = peak_flops(config.dtype)
     with (
         nullcontext() if mesh is None else jax.set_mesh(mesh),
         Checkpoints(

@@ -9,6 +9,7 @@ import time
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from lsjax.config import EarlyExitConfig, LlamaConfig, LoraConfig
 from lsjax.training.early_exit import mean_exits
@@ -68,12 +69,12 @@ def exit_flops(
     return 3.0 * 2.0 * config.head_params * tokens * exits
 
 
-def peak_flops() -> float | None:
-    """FLOPs per second of all devices together; of CPUs what a large float32 product reaches here,
-    None for an accelerator that is not known."""
+def peak_flops(dtype: DTypeLike) -> float | None:
+    """FLOPs per second of all devices together; of CPUs what a large product of this type reaches
+    here, None for an accelerator that is not known."""
     device = jax.devices()[0]
     if device.platform == "cpu":
-        return _measured()
+        return _measured(dtype)
     peak = device_peak(device.device_kind)
     return None if peak is None else peak * jax.device_count()
 
@@ -83,9 +84,9 @@ def device_peak(device_kind: str) -> float | None:
     return next((peak for kind, peak in PEAKS.items() if device_kind.startswith(kind)), None)
 
 
-def _measured(size: int = 1536, repeats: int = 4) -> float:
+def _measured(dtype: DTypeLike, size: int = 1536, repeats: int = 4) -> float:
     """The best of a few products, as others may use the machine too."""
-    x = jnp.ones((size, size), jnp.float32)
+    x = jnp.ones((size, size), dtype)
     product = jax.jit(jnp.matmul).lower(x, x).compile()
     best = min(_seconds(product, x) for _ in range(repeats))
     return 2.0 * size**3 / best

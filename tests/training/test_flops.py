@@ -1,7 +1,10 @@
 """FLOPs of a step, counted by hand."""
 
+import pytest
+
 from lsjax.config import LlamaConfig, LoraConfig
-from lsjax.training.flops import step_flops
+from lsjax.training import flops
+from lsjax.training.flops import peak_flops, step_flops
 
 
 def test_a_step_of_a_small_model():
@@ -36,3 +39,15 @@ def test_frozen_matrices_have_no_gradient():
     found = step_flops(config, 3, 10, LoraConfig(rank=5))
     added = qkv + out + gate_up + down
     assert found == whole - 2 * weights * tokens + 3 * 2 * 2 * added * tokens
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_processor_is_measured_in_the_type_that_the_run_computes_in(monkeypatch, dtype):
+    seconds = iter([4.0, 2.0, 8.0, 4.0])
+
+    def timed(product, x):
+        assert x.dtype == dtype == product(x, x).dtype
+        return next(seconds)
+
+    monkeypatch.setattr(flops, "_seconds", timed)
+    assert peak_flops(dtype) == 2 * 1536**3 / 2.0  # the best of the four
