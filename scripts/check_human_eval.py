@@ -7,11 +7,13 @@ Exit code 1 if one does not. Also runs each problem without a solution, which mu
 
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from rich.console import Console
 from rich.progress import track
 
 from lsjax.cli.errors import one_line_errors
+from lsjax.config import check
 from lsjax.evaluation.sandbox import isolation, run_program
 from lsjax.evaluation.tasks.examples import file_rows, make_examples, templates
 from lsjax.evaluation.tasks.human_eval import HUMAN_EVAL, program
@@ -19,6 +21,7 @@ from lsjax.evaluation.tasks.human_eval import HUMAN_EVAL, program
 
 def main(argv: Sequence[str]) -> int:
     """Prints what fails, and how many pass."""
+    check(bool(argv), "no file is named: give HumanEval.jsonl.gz")
     rows = file_rows(argv)
     examples = list(make_examples(HUMAN_EVAL, templates(HUMAN_EVAL, None), rows))
     console, passed, empty_passed = Console(highlight=False, markup=False), 0, 0
@@ -28,7 +31,7 @@ def main(argv: Sequence[str]) -> int:
         if not outcome.passed:
             console.print(f"{example.id}: {outcome.what}")
         empty_passed += run_program(program("    pass\n", example)).passed
-    layers = isolation()[0] if isolation() else "no namespaces"
+    layers = Path(isolation()[0]).name if isolation() else "no namespaces"
     console.print(
         f"{passed} of {len(examples)} canonical solutions pass, and {empty_passed} empty ones "
         f"({layers})"

@@ -23,7 +23,7 @@ from lsjax.cli.flags import parse_flags
 from lsjax.config import check
 from lsjax.evaluation.bootstrap import compare
 from lsjax.evaluation.results import read
-from lsjax.evaluation.summary import figures
+from lsjax.evaluation.summary import figures, scores_by_example
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def show_comparisons(arguments: Arguments) -> None:
     """Compares, prints the table and writes the rows."""
-    (asked, first), (_, second) = map(read, arguments.files)
+    (asked, first), (_, second) = map(read_answers, arguments.files)
     if arguments.unseen:
         first, second = ([one for one in part if not one["seen"]] for part in (first, second))
     for file, part in zip(arguments.files, (first, second), strict=True):
@@ -80,6 +80,17 @@ def show_comparisons(arguments: Arguments) -> None:
         arguments.json.write_text(lines, encoding="utf-8")
 
 
+def read_answers(file: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """What was asked and the answers. Raises ConfigError for what lsjax.cli.evaluate did not
+    write."""
+    asked, answers = read(file)
+    check(
+        "task" in asked,
+        f"{file} holds no answers to a task: name what lsjax.cli.evaluate wrote (--output)",
+    )
+    return asked, answers
+
+
 def comparisons(
     base: Sequence[dict[str, Any]],
     own: Sequence[dict[str, Any]],
@@ -92,7 +103,12 @@ def comparisons(
     ms, base_ms = (
         figures([one for one in part if one["id"] in both])["ms_per_token"] for part in (own, base)
     )
-    in_both = [score for score in own[0]["scores"] if score in base[0]["scores"]]
+    in_base = scores_by_example(base)
+    in_both = [score for score in scores_by_example(own) if score in in_base]
+    check(
+        bool(arguments.scores or in_both),
+        f"{name} and {arguments.baseline} have no score in common: compare answers to one task",
+    )
     return [
         {
             "strategy": name,

@@ -26,6 +26,7 @@ from lsjax.cli.flags import parse_flags
 from lsjax.cli.prompts import PromptArguments, read_encoded
 from lsjax.cli.setup import cache_directory, exact_products, keep_compiled_programs
 from lsjax.cli.strategies import in_one_program
+from lsjax.config import check
 from lsjax.data.token_counts import find_counts
 from lsjax.data.tokenizer_files import load_tokenizer
 from lsjax.data.tokenizers import Tokenizer
@@ -75,6 +76,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def correctness(arguments: Arguments) -> int:
     """Compares and prints a row for every exit and draft length."""
+    check(bool(arguments.exit_layers), "--exit-layers is empty: name exits to draft from")
+    check(bool(arguments.num_draft_tokens), "--num-draft-tokens is empty: name draft lengths")
     source = open_source(arguments.model)
     tokenizer = load_tokenizer(arguments.model)
     vocabulary = None

@@ -27,10 +27,11 @@ from lsjax.cli.evaluation_options import Arguments, check_numbers, with_options
 from lsjax.cli.evaluation_table import show
 from lsjax.cli.flags import parse_flags
 from lsjax.cli.loading import load_shown
-from lsjax.cli.setup import choose_dtype, keep_compiled_programs
+from lsjax.cli.setup import choose_dtype, keep_compiled_programs, machine
 from lsjax.cli.strategies import choose_strategies, fitting_mesh, in_one_program
-from lsjax.config import DataConfig
+from lsjax.config import DataConfig, check
 from lsjax.data.tokenizer_files import load_tokenizer
+from lsjax.data.tokenizers import Tokenizer
 from lsjax.decoding.engine import Engine
 from lsjax.decoding.request import encode_prompt
 from lsjax.decoding.self_speculative import SelfSpeculative
@@ -91,13 +92,21 @@ def evaluate(arguments: Arguments) -> None:
     examples, data = read_examples(task, arguments, encode, problems)
     questions = ask(examples, [encode(one.prompt, data) for one in examples], task, arguments)
     check_output(arguments.output)
-    task.score("", examples[0])  # whether that can be done here, before the work
+    for example in {one.group: one for one in examples}.values():
+        task.score("", example)  # whether that can be done here, before the work
 
     keep_compiled_programs()
     dtype = choose_dtype(arguments.dtype)
     model = load_shown(source, notes, dtype=dtype, stack_layers=arguments.stack_layers, mesh=mesh)
-    asked = what_is_asked(arguments, task, data, strategies, questions, model, dtype, mesh)
+    asked = what_is_asked(
+        arguments, task, data, strategies, questions, model, tokenizer, dtype, mesh
+    )
     answers = resume(arguments.output, asked)
+    check(
+        len({key_of(answer) for answer in answers}) == len(answers),
+        f"{arguments.output} holds an answer twice, as if two programs had written it: name "
+        "another --output, or remove it",
+    )
     notes.print(f"prompts are like {data.prompt_template!r}, responses {data.response_template!r}")
     if answers:
         notes.print(f"{arguments.output} has {len(answers)} answers already")
@@ -153,13 +162,15 @@ def what_is_asked(
     strategies: Sequence[Strategy],
     questions: Sequence[Question],
     model: Llama,
+    tokenizer: Tokenizer,
     dtype: str,
     mesh: Mesh | None,
 ) -> dict[str, Any]:
-    """All that the answers depend on: they are only continued where it is the same."""
+    """All that the answers and their times depend on: they are only continued where it is the
+    same."""
     leaves = {str(number): leaf for number, leaf in enumerate(jax.tree.leaves(model))}
     content = [
-        (one.example.id, one.request.prompt, one.example.reference, one.example.seen)
+        (one.request.prompt, one.example.seen, repr(sorted(one.example.row.items())))
         for one in questions
     ]
     sampling = dataclasses.asdict(questions[0].request.sampling)
@@ -170,12 +181,15 @@ def what_is_asked(
     }
     devices = jax.devices()[:1] if mesh is None else mesh.devices.flat
     return {
-        "version": 2,
+        "version": 3,
         "task": task.name,
         "model": arguments.model.name,
         "weights": digest(sorted(fingerprints(leaves).items())),
+        "tokenizer": digest([tokenizer.fingerprint, tokenizer.eos_ids]),
         "dtype": dtype,
         "devices": [device.device_kind for device in devices],
+        "machine": machine(),
+        "jax": jax.__version__,
         "questions": len(questions),
         "examples": digest(content),
         "prompt_template": data.prompt_template,

@@ -61,7 +61,7 @@ def read_examples(
 
     data = choose_templates(task, arguments, looked_at())
     seen = frozenset(prompts_of(task, data, file_rows(arguments.without_seen)))
-    count, shots = task.num_shots, ""
+    count, shots = task.num_shots, ()
     if count:
         shots = choose_shots(task, data, shot_rows(task, arguments), count, arguments.seed)
     examples = make_examples(

@@ -117,13 +117,10 @@ def table(scores: Mapping[str, ExitScores]) -> Table:
     for name in scores:
         shown.add_column(f"{name}: loss", justify="right")
         shown.add_column("agreement", justify="right")
-    layers = min(len(score.loss_E) for score in scores.values())
+    layers = max(len(score.loss_E) for score in scores.values())
     for exit_layer in exits_to_show(layers):
-        cells = [str(exit_layer)]
-        for score in scores.values():
-            cells.append(f"{score.loss_E[exit_layer - 1]:.3f}")
-            cells.append(f"{score.agreement_E[exit_layer - 1]:.3f}")
-        shown.add_row(*cells)
+        cells = (cell for score in scores.values() for cell in score.cells(exit_layer))
+        shown.add_row(str(exit_layer), *cells)
     return shown
 
 

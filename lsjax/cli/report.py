@@ -138,15 +138,8 @@ def exits(scores: dict[str, ExitScores]) -> dict[str, Any]:
     layers = max(len(score.loss_E) for score in scores.values())
     rows = []
     for exit_layer in exits_to_show(layers):
-        cells = [str(exit_layer)]
-        for score in scores.values():
-            there = exit_layer <= len(score.loss_E)
-            cells += (
-                [f"{score.loss_E[exit_layer - 1]:.3f}", f"{score.agreement_E[exit_layer - 1]:.3f}"]
-                if there
-                else ["-", "-"]
-            )
-        rows.append(cells)
+        cells = (cell for score in scores.values() for cell in score.cells(exit_layer))
+        rows.append([str(exit_layer), *cells])
     return {
         "picture": picture(lambda file: plot_exits(scores, file)),
         "names": list(scores),

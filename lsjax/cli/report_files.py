@@ -1,6 +1,7 @@
 """What lies in the directories of runs, sweeps and evaluations, read for a report."""
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +16,11 @@ from lsjax.model.safetensors_files import read_json
 from lsjax.training.metrics_log import FILE, read_metrics
 
 SWEEP, EVALUATION = "sweep.json", ".summary.json"
+# Of an evaluation's rows, what a report shows.
+FIGURES = (
+    *("strategy", "group", "examples", "scores", "tokens_per_second", "ms_per_token", "speedup"),
+    *("acceptance_rate", "tokens_per_round", "ideal", "share_of_ideal"),
+)
 T = TypeVar("T")
 
 
@@ -55,9 +61,12 @@ class Found:
         rows = [row for row in self.metrics if row["kind"] == "evaluation"]
         if not rows:
             return None
-        return ExitScores(
-            tuple(rows[-1]["loss_E"]), tuple(rows[-1]["agreement_E"]), rows[-1]["tokens"]
+        # What was no number when it was logged is null there.
+        loss_E, agreement_E = (
+            tuple(math.nan if value is None else value for value in rows[-1][name])
+            for name in ("loss_E", "agreement_E")
         )
+        return ExitScores(loss_E, agreement_E, rows[-1]["tokens"])
 
     @property
     def step(self) -> int | None:
@@ -102,7 +111,8 @@ def _sweep(file: Path, raw: dict[str, Any]) -> Sweep:
 
 def _evaluation(file: Path, raw: dict[str, Any]) -> Evaluation:
     name = file.name.removesuffix(EVALUATION)
-    return Evaluation(name, raw["asked"], raw["bad_rows"], raw["figures"])
+    figures = [{key: row[key] for key in FIGURES} for row in raw["figures"]]
+    return Evaluation(name, raw["asked"], raw["bad_rows"], figures)
 
 
 def _read(file: Path, make: Callable[[Path, dict[str, Any]], T]) -> T:

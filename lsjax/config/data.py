@@ -36,7 +36,8 @@ class DataConfig:
     """Whether the tokens of prompts are labels too."""
 
     tfds_name: str = ""
-    """Name of the TensorFlow data set, with its config if it has several: cnn_dailymail/3.0.0."""
+    """Name of the TensorFlow data set, with its config if it has several: cnn_dailymail,
+    wikipedia/20230601.en."""
     tfds_split: str = "train"
     """Split or part of one, such as train[:10%]."""
     tfds_data_dir: str = ""

@@ -3,6 +3,7 @@
 import glob
 import gzip
 import re
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -90,5 +91,5 @@ def read_lines(
                     )
                     continue
                 yield number, text[:-2] + "\n" if text.endswith("\r\n") else text
-    except (gzip.BadGzipFile, EOFError) as error:
+    except (gzip.BadGzipFile, zlib.error, EOFError) as error:
         raise ConfigError(f"{file} can't be unpacked ({error}): get it again") from None

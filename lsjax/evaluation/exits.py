@@ -38,6 +38,12 @@ class ExitScores:
         """exp(loss); infinite where that is beyond a float."""
         return tuple(math.exp(loss) if loss < 700 else math.inf for loss in self.loss_E)
 
+    def cells(self, exit_layer: int) -> tuple[str, str]:
+        """Loss and agreement of an exit as tables have them; dashes where there is no such exit."""
+        if exit_layer > len(self.loss_E):
+            return "-", "-"
+        return f"{self.loss_E[exit_layer - 1]:.3f}", f"{self.agreement_E[exit_layer - 1]:.3f}"
+
     def to_json(self) -> dict:
         """Lists and numbers."""
         return {

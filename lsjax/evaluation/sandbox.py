@@ -81,8 +81,9 @@ def run_program(
 def isolation() -> tuple[str, ...]:
     """What stands before a command to run it in namespaces of its own; nothing where that can't be
     had."""
-    for prefix in (BUBBLEWRAP, UNSHARE):
-        if shutil.which(prefix[0]):
+    for name, *options in (BUBBLEWRAP, UNSHARE):
+        if file := shutil.which(name):  # programs have no PATH to find it by
+            prefix = (file, *options)
             tried = subprocess.run([*prefix, "true"], capture_output=True, timeout=60)
             if tried.returncode == 0:
                 return prefix

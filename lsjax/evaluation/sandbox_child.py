@@ -38,6 +38,8 @@ def limit(seconds: float, memory: int, output: int) -> None:
         value = value if hard == resource.RLIM_INFINITY else min(value, hard)
         resource.setrlimit(kind, (value, value))
     signal.signal(signal.SIGXFSZ, signal.SIG_DFL)  # Python ignores it: writing would only fail
+    # Ends what sleeps on when the process with the deadline has been killed.
+    signal.setitimer(signal.ITIMER_REAL, seconds + 10)
 
 
 def guard(event: str, arguments: tuple, write=os.write, leave=os._exit) -> None:
@@ -54,6 +56,7 @@ def main(file: str, seconds: str, memory: str, output: str) -> None:
         source = stream.read()
     limit(float(seconds), int(memory), int(output))
     sys.argv = ["program"]
+    del os.mkfifo, os.mknod  # files that no event tells of
     sys.addaudithook(guard)
     exec(compile(source, "program.py", "exec"), {"__name__": "__main__"})
     sys.stdout.flush()

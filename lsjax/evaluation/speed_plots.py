@@ -68,12 +68,15 @@ def plot_sweep(rows: Sequence[Row], file: Path | IO[bytes], *, title: str = "") 
     drawn, axes = figure(len(speeds), 3, size)
     for column, (name, (maps, coloured_by)) in enumerate(kinds.items()):
         everything = np.stack([one.values_Ed for one in coloured_by])
-        marked = np.unravel_index(np.nanargmax(everything), everything.shape)
-        # An acceptance rate is a share of 1, a speed is best told from the others of the sweep.
-        low, top = (0, 1) if column == 2 else (np.nanmin(everything), np.nanmax(everything))
+        # An acceptance rate is a share of 1 (and none where nothing was drafted); a speed is best
+        # told from the others of the sweep, and the best one is marked.
+        low, top, marked = 0, 1, ()
+        if column < 2:
+            low, top = np.nanmin(everything), np.nanmax(everything)
+            marked = np.unravel_index(np.nanargmax(everything), everything.shape)
         for line, (shown, colour) in enumerate(zip(maps, coloured_by, strict=True)):
             axis = axes[line, column]
-            mark = marked[1:] if marked[0] == line and column < 2 else None
+            mark = marked[1:] if marked and marked[0] == line else None
             _draw(axis, colour, low, top, mark)
             head = f"drafts from {shown.draft_vocab} tokens" if shown.draft_vocab else "full head"
             axis.set_title(f"{name}, {head}" if len(speeds) > 1 else name, fontsize="medium")
@@ -136,5 +139,6 @@ def plot_acceptance(rows: Sequence[Row], file: Path | IO[bytes], *, title: str =
     if vocabularies:
         label = f"drafts from {' or '.join(map(str, vocabularies))} tokens"
         axis.plot([], [], color=GREY, ls="--", lw=1, label=label)
-    axis.legend(frameon=False)
+    if drafting:
+        axis.legend(frameon=False)
     save(drawn, file, title)

@@ -23,12 +23,33 @@ def results(tmp_path):
                         **{"strategy": strategy, "id": f"row:{number}", "sample": 0},
                         **{"seen": number == 0, "reference": "r", "rounds": 5, "drafted": 0},
                         **{"accepted": 0, "prefill_seconds": 1.0, "num_new_tokens": 11},
-                        **{"seconds": seconds, "scores": {"exact_match": value}},
+                        **{"seconds": seconds, "scores": scored(value)},
                     },
                 )
         return file
 
     return write
+
+
+def scored(value):
+    """The scores of one text."""
+    return value if isinstance(value, dict) else {"exact_match": value}
+
+
+@pytest.mark.parametrize(
+    "scores, names",
+    [
+        # HumanEval, whose `passed` is shown as pass@k.
+        ([{"passed": 1.0, "rouge2": 0.5}, {"passed": 0.0, "rouge2": 0.5}], ["pass@1", "rouge2"]),
+        # Spec-Bench, whose kinds of question have scores of their own, or none.
+        ([{}, {"accuracy": 1.0}, {"rouge2": 0.5}], ["accuracy", "rouge2"]),
+    ],
+)
+def test_scores_that_not_every_answer_has_in_this_form(results, tmp_path, scores, names):
+    file = results("a.jsonl", {name: (scores, 1.0) for name in ("autoregressive", "early exit")})
+    assert main([str(file), str(file), "--json", str(tmp_path / "out.json")]) == 0
+    rows = [json.loads(line) for line in (tmp_path / "out.json").read_text().splitlines()]
+    assert [(row["score"], row["difference"]) for row in rows] == [(name, 0.0) for name in names]
 
 
 def test_every_strategy_against_the_baseline(results, tmp_path, capsys):
@@ -57,6 +78,10 @@ def test_bad_input(results, tmp_path, refused):
     file = results("a.jsonl", {"autoregressive": ([1], 1.0)})
     (tmp_path / "b.jsonl").write_text("notes\n")
     assert "b.jsonl, line 1 is no line of results" in refused(main, file, tmp_path / "b.jsonl")
+    resume(tmp_path / "sweep.jsonl", {"model": "a sweep's"})
+    assert "sweep.jsonl holds no answers to a task" in refused(main, tmp_path / "sweep.jsonl", file)
+    none = results("none.jsonl", {"x": ([{}], 1.0)})
+    assert "x and autoregressive have no score in common" in refused(main, file, none)
     words = "is no strategy of " + str(file) + ": choose one of autoregressive"
     assert words in refused(main, file, file, "--baseline", "early exit, exit 3")
     assert "no example has the score rouge2" in refused(

@@ -75,6 +75,8 @@ def test_sixteen_bits_and_rows_of_a_task(model_directory, tmp_path, capsys, dtyp
     [
         (["--model", "/nowhere"], "/nowhere: does not exist"),
         (["--every", "0"], "--every 0 is below 1: choose 1 or more"),
+        (["--exit-layers"], "--exit-layers is empty: name exits to draft from"),
+        (["--num-draft-tokens"], "--num-draft-tokens is empty: name draft lengths"),
         (["--exit-layers", "3", "4"], "exit layer 4 is not in 1..3"),
         (["--num-draft-tokens", "-1"], "num_draft_tokens -1 is below 0"),
         (["--batch-size", "0"], "batch size 0 is below 1"),

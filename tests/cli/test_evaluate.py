@@ -142,6 +142,10 @@ def test_other_questions_are_not_mixed_in(run, rows, tmp_path, refused, model_di
     words = ("--model", model_directory, "--task", "topv2", "--max-new-tokens", 12)
     words += ("--output", tmp_path / "out.jsonl", "--data", rows)
     assert "questions was 1 and is now 2" in refused(main, *words, "--limit", 2)
+    *_, last = (tmp_path / "out.jsonl").read_text().splitlines(keepends=True)
+    with (tmp_path / "out.jsonl").open("a") as stream:
+        stream.write(last)
+    assert "out.jsonl holds an answer twice" in refused(main, *words, "--limit", 1)
 
 
 def test_bad_rows(run, rows, tmp_path, refused, model_directory, capsys):

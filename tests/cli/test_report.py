@@ -160,6 +160,7 @@ def test_parts_alone(tmp_path):
         (["nowhere"], "nowhere does not exist: name a run"),
         (["empty"], "empty holds nothing to report"),
         (["broken"], "sweep.json is not what its name says (KeyError('rows'))"),
+        (["old.summary.json"], "is not what its name says (KeyError('ideal'))"),
         (["sweep", "sweep"], "can't be told apart: rename"),
         (["sweep", "--output", "nowhere/x.html"], "nowhere/x.html can't be written"),
     ],
@@ -170,4 +171,16 @@ def test_bad_input(tmp_path, refused, monkeypatch, names, words):
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "sweep.json").write_text('{"title": 1}')
     write_sweep(tmp_path / "sweep")
+    write_evaluation(tmp_path / "old.summary.json")
+    summary = json.loads((tmp_path / "old.summary.json").read_text())
+    del summary["figures"][0]["ideal"]
+    (tmp_path / "old.summary.json").write_text(json.dumps(summary))
     assert words in refused(main, *names)
+
+
+def test_a_loss_that_was_no_number(tmp_path):
+    write_run(tmp_path / "run", 2)
+    file = tmp_path / "run" / "metrics.jsonl"
+    file.write_text(file.read_text().replace("[3.25, 3.25]", "[null, 3.25]"))
+    assert main([str(tmp_path / "run"), "--output", str(tmp_path / "page.html")]) == 0
+    assert "nan" in Balanced((tmp_path / "page.html").read_text()).text

@@ -1,13 +1,16 @@
 """Programs that a model may write: good ones pass, bad ones are stopped and have failed."""
 
 import os
+import signal
+import subprocess
+import sys
 import time
 from functools import partial
 from pathlib import Path
 
 import pytest
 
-from lsjax.evaluation import sandbox
+from lsjax.evaluation import sandbox, sandbox_child
 from lsjax.evaluation.sandbox import run_program
 
 run = partial(run_program, seconds=60.0)
@@ -40,6 +43,7 @@ def test_good_programs_pass(layers):
         ("import numpy", "ModuleNotFoundError"),
         ("import os; assert os.environ.get('HOME')", "AssertionError"),
         ("input()", "EOFError"),
+        ("import os; os.mkfifo('file')", "AttributeError"),
     ],
 )
 def test_a_program_that_fails_or_ends_before_its_end(source, what):
@@ -84,6 +88,28 @@ def test_printing_without_end():
 def test_looping(source):
     outcome = run(source, seconds=1.0)
     assert not outcome.passed and outcome.what == "took longer than 1 s"
+
+
+def test_what_sleeps_on_without_anyone_to_stop_it(tmp_path):
+    """A second later: the limit of -9 s, and the 10 behind it."""
+    program = tmp_path / "program.py"
+    program.write_text("import time\ntime.sleep(600)")
+    command = [sys.executable, "-I", "-S", "-B", sandbox_child.__file__, program, "-9"]
+    ended = subprocess.run([*command, str(2**30), str(2**20)], timeout=120)
+    assert ended.returncode == -signal.SIGALRM
+
+
+def test_namespaces_are_found_on_the_path_of_this_process(tmp_path, monkeypatch):
+    """And used where programs have none."""
+    tool = tmp_path / "unshare"
+    tool.write_text('#!/bin/sh\nwhile [ "$1" != -- ]; do shift; done\nshift\nexec "$@"\n')
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    monkeypatch.setattr(sandbox, "BUBBLEWRAP", ("no such tool",))
+    monkeypatch.setattr(sandbox, "UNSHARE", ("unshare", "--all", "--"))
+    monkeypatch.setattr(sandbox, "isolation", sandbox.isolation.__wrapped__)
+    assert sandbox.isolation() == (str(tool), "--all", "--")
+    assert run("pass").passed
 
 
 def test_what_a_program_leaves_behind_is_killed_with_it(tmp_path):

@@ -1,5 +1,7 @@
 """What a sweep's heat maps show."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -51,6 +53,15 @@ def drawn(monkeypatch, tmp_path):
         Figure, "savefig", lambda self, *a, **k: (figures.append(self), savefig(self, *a, **k))
     )
     return figures
+
+
+def test_where_nothing_was_drafted_there_is_no_acceptance(tmp_path, drawn):
+    """Drafts that end before their first token, in every cell."""
+    rows = [dataclasses.replace(row(8, 4, None, 0.9, ()), acceptance_rate=None)]
+    plot_sweep(rows, tmp_path / "sweep.png")
+    plot_acceptance(rows, tmp_path / "acceptance.png")
+    assert read_labels(drawn[0]) == [["9.0\n0.90x"], ["1.00"], []]
+    assert not drawn[1].axes[0].lines and drawn[1].axes[0].get_legend() is None
 
 
 def test_pictures(tmp_path, drawn):

@@ -8,10 +8,12 @@ from decimal import Decimal
 import pytest
 
 from lsjax.config import ConfigError, DataConfig
+from lsjax.data.tfds_source import _builder
 from lsjax.evaluation.rouge import rouge
 from lsjax.evaluation.summary import pass_at_k, scores_by_example
 from lsjax.evaluation.tasks.all_tasks import TASKS
 from lsjax.evaluation.tasks.examples import (
+    before_prompts,
     choose_shots,
     file_rows,
     make_examples,
@@ -72,14 +74,14 @@ ROWS = {  # task: fields, id, prompt, reference, group
 def examples(tmp_path):
     """Examples of a task that is given its rows."""
 
-    def make(name, *rows, problems=None, shots="", seen=frozenset()):
+    def make(name, *rows, problems=None, seen=frozenset()):
         file = tmp_path / "rows.jsonl"
         file.write_text("".join(json.dumps(row) + "\n" for row in rows))
         task = TASKS[name]
         refuse = {} if problems is None else {"refuse": problems.append}
         data = templates(task, None)
         rows = file_rows([str(file)])
-        return list(make_examples(task, data, rows, shots=shots, seen=seen, **refuse))
+        return list(make_examples(task, data, rows, seen=seen, **refuse))
 
     return make
 
@@ -104,32 +106,44 @@ def test_columns_of_topv2_itself(examples):
 
 def test_shots_stand_before_the_prompt(tmp_path):
     file = tmp_path / "train.csv"  # quoted commas and line ends
-    file.write_text('article,highlights\n"A, b\nc",one\nD,two\nE,three\n')
+    file.write_text('article,highlights\n"A, b\nc","one .\nmore ."\nD,two\nE,three\n')
     task = TASKS["cnn_dm_summarization"]
     data = templates(task, None)
-    shots = choose_shots(task, data, file_rows([str(file)]), 2, seed=0)
-    three = {"Article: A, b\nc\nSummary: one\n", "Article: D\nSummary: two\n"}
+
+    def drawn(seed):
+        shots = choose_shots(task, data, file_rows([str(file)]), 2, seed=seed)
+        return before_prompts(task, shots)
+
+    # Of a shot the summary is one line; the article is as it is.
+    three = {"Article: A, b\nc\nSummary: one . more .\n", "Article: D\nSummary: two\n"}
     three |= {"Article: E\nSummary: three\n"}
-    pairs = {a + b for a in three for b in three - {a}}
-    assert shots in pairs
-    assert shots == choose_shots(task, data, file_rows([str(file)]), 2, seed=0)
-    drawn = {choose_shots(task, data, file_rows([str(file)]), 2, seed=seed) for seed in range(40)}
-    assert drawn == pairs
+    assert drawn(0) == drawn(0)
+    assert {drawn(seed) for seed in range(40)} == {a + b + "\n" for a in three for b in three - {a}}
+    shots = choose_shots(task, data, file_rows([str(file)]), 2, seed=0)
     with pytest.raises(ConfigError, match="4 shots are asked for, but there are 3 rows"):
         choose_shots(task, data, file_rows([str(file)]), 4, seed=0)
 
     found, problems = [], []
     rows = file_rows([str(file)])
     found = list(make_examples(task, data, rows, shots=shots, refuse=problems.append))
-    assert [one.prompt for one in found] == [f"{shots}{found[0].prompt.removeprefix(shots)}"]
+    (left,) = {"A, b\nc", "D", "E"} - {
+        shot.prompt[len("Article: ") : -len("\nSummary:")] for shot in shots
+    }
+    assert [one.prompt for one in found] == [f"{drawn(0)}Article: {left}\nSummary:"]
     assert len(problems) == 2 and "is one of the shots" in str(problems[0])
 
 
 def test_gsm8k_shots_stand_a_line_apart():
     task = TASKS["gsm8k"]
     rows = [("a", "a", {"question": "1 + 1?", "answer": "#### 2"})]
-    shots = choose_shots(task, templates(task, None), rows, 1, seed=0)
-    assert shots == "Question: 1 + 1?\nAnswer: #### 2\n\n"
+    data = templates(task, None)
+    shots = choose_shots(task, data, rows, 1, seed=0)
+    before = "Question: 1 + 1?\nAnswer: #### 2\n\n"
+    assert before_prompts(task, shots) == before
+    # A row of which the shot has the letters is not the shot.
+    other = ("b", "b", {"question": "1 + 1?", "answer": "#"})
+    (example,) = make_examples(task, data, [other], shots=shots)
+    assert example.prompt == f"{before}Question: 1 + 1?\nAnswer:"
 
 
 def test_prompts_that_training_has_seen(examples):
@@ -200,15 +214,22 @@ def test_files_of_every_kind(tmp_path):
     (tmp_path / "e.jsonl.gz").write_text("{}\n")
     with pytest.raises(ConfigError, match="can't be unpacked"):
         next(file_rows([str(tmp_path / "e.jsonl.gz")]))
+    packed = bytearray(gzip.compress(b"{}\n"))
+    packed[10] |= 0b111  # behind the header: a block of a kind that there is not
+    (tmp_path / "f.jsonl.gz").write_bytes(packed)
+    with pytest.raises(ConfigError, match="can't be unpacked"):
+        next(file_rows([str(tmp_path / "f.jsonl.gz")]))
 
 
 def test_rouge_by_hand():
     """Of 6 words 5 are shared, in order; of 5 pairs 3; of 4 triples 1."""
     pytest.importorskip("rouge_score")
-    found = rouge("The cat sat on the mat", "the cat is on the mat!")
+    found = rouge("The cat sat on the mat!", "the cat is on the mat!")
     expected = {"rouge2": 3 / 5, "rouge1": 5 / 6, "rouge3": 1 / 4, "rougeL": 5 / 6}
     assert found == pytest.approx(expected) and next(iter(found)) == "rouge2"
     assert set(rouge("", "the cat").values()) == {0.0}
+    # Signs are words or parts of words: of 4 pairs 1 is among the other's 2.
+    assert rouge("x = y % 1.0", "x = y%1.0")["rouge2"] == pytest.approx(2 * 1 / (4 + 2))
 
 
 @pytest.mark.parametrize(
@@ -245,6 +266,26 @@ def test_spec_bench_scores_what_has_a_reference(examples):
     made = examples("spec_bench", *rows)
     assert [one.group for one in made] == ["math_reasoning", "rag", "mt_bench"]
     assert [score("3", one) for one in made] == [{"accuracy": 1}, {}, {}]
+
+
+def test_a_text_is_run_with_its_prompt_and_the_problem_s_tests(examples):
+    pytest.importorskip("rouge_score")
+    (example,) = examples("human_eval", ROWS["human_eval"][0])
+    run = TASKS["human_eval"].score_by_running
+    assert run("    return 1\n\ndef other(:", example)["passed"] == 1
+    assert run("    return 2\n", example)["passed"] == 0
+
+
+@pytest.mark.parametrize("change", [{"test": None}, {"entry_point": 1}])
+def test_a_problem_without_tests_is_a_bad_row(examples, change):
+    with pytest.raises(ConfigError, match=f"line 1 has no text under '{next(iter(change))}'"):
+        examples("human_eval", ROWS["human_eval"][0] | change)
+
+
+@pytest.mark.parametrize("name", [name for name, task in TASKS.items() if task.tfds])
+def test_tensorflow_data_sets_have_these_names(name, tmp_path):
+    builder = _builder(TASKS[name].tfds[0], data_dir=str(tmp_path))
+    assert {*TASKS[name].tfds[1:]} == {"test", "train"} and not builder.is_prepared()
 
 
 def test_a_function_ends_where_the_next_thing_begins():

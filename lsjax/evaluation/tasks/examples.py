@@ -79,14 +79,14 @@ def make_examples(
     data: DataConfig,
     rows: Iterable[tuple[str, str, Row]],
     *,
-    shots: str = "",
+    shots: Sequence[Document] = (),
     seen: frozenset[str] = frozenset(),
     accept: Callable[[Example], None] = lambda example: None,
     refuse: Refuse = stop_at,
 ) -> Iterator[Example]:
     """The examples of a task, one of each good row.
 
-    data: the templates. shots: stands before each prompt. seen: prompts of training rows. accept:
+    data: the templates. shots: stand before each prompt. seen: prompts of training rows. accept:
     may raise ConfigError for an example that the model can't be asked.
 
     Raises ConfigError, with where the row stands, for a bad one, or calls `refuse` with it.
@@ -106,7 +106,7 @@ def make_examples(
 
 def prompts_of(task: Task, data: DataConfig, rows: Iterable[tuple[str, str, Row]]) -> set[str]:
     """The prompts of rows, without shots, as `make_examples` compares them."""
-    return {row_document(task.fields(row), data, where).prompt.strip() for _, where, row in rows}
+    return {document(task, data, where, row).prompt.strip() for _, where, row in rows}
 
 
 def choose_shots(
@@ -115,20 +115,37 @@ def choose_shots(
     rows: Iterable[tuple[str, str, Row]],
     count: int,
     seed: int,
-) -> str:
-    """What stands before every prompt: `count` rows, drawn by the seed from the first SHOT_ROWS.
+) -> tuple[Document, ...]:
+    """`count` rows, drawn by the seed from the first SHOT_ROWS.
 
     Raises ConfigError where there are fewer.
     """
     some = islice(rows, SHOT_ROWS)
-    documents = [row_document(task.fields(row), data, where) for _, where, row in some]
+    documents = [document(task, data, where, row) for _, where, row in some]
     check(
         len(documents) >= count,
         f"{count} shots are asked for, but there are {len(documents)} rows for them: lower "
         "--num-shots",
     )
-    chosen = random.Random(seed).sample(documents, count)
-    return "".join(f"{shot.prompt}{shot.text}{task.between_shots}" for shot in chosen)
+    return tuple(random.Random(seed).sample(documents, count))
+
+
+def before_prompts(task: Task, shots: Sequence[Document]) -> str:
+    """What stands before every prompt."""
+    parts = (f"{one.prompt}{task.shot_response(one.text)}{task.between_shots}" for one in shots)
+    return "".join(parts) + task.after_shots if shots else ""
+
+
+def document(task: Task, data: DataConfig, where: str, row: Row) -> Document:
+    """Prompt and response of a row. Raises ConfigError, with where the row stands."""
+    return row_document(_fields(task, where, row), data, where)
+
+
+def _fields(task: Task, where: str, row: Row) -> Row:
+    try:
+        return task.fields(row)
+    except ConfigError as error:
+        raise ConfigError(f"{where} {error}") from None
 
 
 def _example(
@@ -137,27 +154,21 @@ def _example(
     name: str,
     where: str,
     row: Row,
-    shots: str,
+    shots: Sequence[Document],
     seen: frozenset[str],
 ) -> Example:
-    try:
-        fields = task.fields(row)
-    except ConfigError as error:
-        raise ConfigError(f"{where} {error}") from None
-    document: Document = row_document(fields, data, where)
+    fields = _fields(task, where, row)
+    own = row_document(fields, data, where)
     check(
-        bool(document.text.strip()) or not task.needs_reference,
+        bool(own.text.strip()) or not task.needs_reference,
         f"{where} has an empty response: there is nothing to compare with",
     )
-    check(
-        not shots or document.prompt + document.text not in shots,
-        f"{where} is one of the shots: draw them from other rows",
-    )
+    check(own not in shots, f"{where} is one of the shots: draw them from other rows")
     return Example(
         id=str(fields.get(task.id, name)) if task.id else name,
-        prompt=shots + document.prompt,
-        reference=document.text,
+        prompt=before_prompts(task, shots) + own.prompt,
+        reference=own.text,
         group=str(fields.get(task.group, "")) if task.group else "",
-        seen=document.prompt.strip() in seen,
+        seen=own.prompt.strip() in seen,
         row=fields,
     )

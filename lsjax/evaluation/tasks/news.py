@@ -27,6 +27,11 @@ def beginning_and_rest(row: Row) -> Row:
     }
 
 
+def one_line(text: str) -> str:
+    """A shot's summary: CNN/DM's have a sentence a line, and a line's end is to end a shot."""
+    return " ".join(text.splitlines())
+
+
 CNN_DM_SUMMARIZATION = Task(
     name="cnn_dm_summarization",
     prompt_template="Article: {article}\nSummary:",
@@ -34,7 +39,9 @@ CNN_DM_SUMMARIZATION = Task(
     score=score,
     max_new_tokens=512,
     num_shots=1,
-    tfds=("cnn_dailymail/3.0.0", "test", "train"),
+    shot_response=one_line,
+    after_shots="\n",
+    tfds=("cnn_dailymail", "test", "train"),
 )
 
 CNN_DM_LM = Task(
@@ -43,7 +50,7 @@ CNN_DM_LM = Task(
     response_template=" {rest}",
     score=score,
     max_new_tokens=512,
-    tfds=("cnn_dailymail/3.0.0", "test", "train"),
+    tfds=("cnn_dailymail", "test", "train"),
     fields=beginning_and_rest,
 )
 
@@ -53,5 +60,7 @@ XSUM_SUMMARIZATION = Task(
     response_template=" {summary}",
     score=score,
     max_new_tokens=512,
+    shot_response=one_line,
+    after_shots="\n",
     tfds=("xsum", "test", "train"),
 )

@@ -32,8 +32,9 @@ class Task:
     prompt_template, response_template: as in DataConfig; their fields are those of the rows.
     score: figures of a text, each from 0 to 1, the main one first; some examples may have none.
     score_by_running: the same, and runs the text as a program. max_new_tokens, num_shots, stop:
-    unless asked otherwise. between_shots: what follows each shot. tfds: name of the TensorFlow
-    data set, its split, and that of its shots. fields: changes a row before the templates see it;
+    unless asked otherwise. shot_response: changes the response of a shot. between_shots: what
+    follows each shot. after_shots: what follows all of them. tfds: name of the TensorFlow data
+    set, its split, and that of its shots. fields: changes a row before the templates see it;
     raises ConfigError that goes on from where the row stands. id: the field that is a row's id;
     where it stands, by default. group: the field that holds its category.
     """
@@ -45,7 +46,9 @@ class Task:
     max_new_tokens: int
     score_by_running: Callable[[str, Example], dict[str, float]] | None = None
     num_shots: int = 0
+    shot_response: Callable[[str], str] = str
     between_shots: str = "\n"
+    after_shots: str = ""
     stop: tuple[str, ...] = ()
     tfds: tuple[str, str, str] | None = None
     fields: Callable[[Row], Row] = dict
