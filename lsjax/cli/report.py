@@ -31,6 +31,7 @@ from lsjax.evaluation.figures import check_plots, dark
 from lsjax.evaluation.plots import plot_exits, plot_training
 from lsjax.evaluation.speed import Row
 from lsjax.evaluation.speed_plots import best_row, plot_acceptance, plot_sweep
+from lsjax.evaluation.summary import WHOLE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,18 +178,19 @@ def sweep_section(sweep: Sweep) -> dict[str, Any]:
 def evaluation_section(one: Evaluation) -> dict[str, Any]:
     """The scores and speeds of each strategy and group of examples."""
     names = list(dict.fromkeys(name for row in one.figures for name in row["scores"]))
-    rows = []
+    rows, categories = [], []
     for row in one.figures:
         cells = [row["strategy"], row["group"], str(row["examples"])]
         for name in names:
             score = row["scores"].get(name, {"mean": None, "stderr": None})
-            cells.append(_or_dash(score["mean"], ".4g"))
+            cells.append(_or_dash(score["mean"], ".3f"))
             if score["stderr"] is not None:
-                cells[-1] += f" ± {score['stderr']:.2g}"
+                cells[-1] += f" ± {score['stderr']:.3f}"
         figures = (("tokens_per_second", ".1f"), ("ms_per_token", ".2f"), ("speedup", ".2f"))
         figures += (("acceptance_rate", ".3f"), ("tokens_per_round", ".2f"))
         figures += (("ideal", ".2f"), ("share_of_ideal", ".2f"))
-        rows.append(cells + [_or_dash(row[name], form) for name, form in figures])
+        cells += [_or_dash(row[name], form) for name, form in figures]
+        (rows if row["group"] in WHOLE else categories).append(cells)
     return {
         "name": one.name,
         "asked": [
@@ -197,6 +199,7 @@ def evaluation_section(one: Evaluation) -> dict[str, Any]:
         "bad_rows": one.bad_rows,
         "scores": names,
         "rows": rows,
+        "categories": categories,
     }
 
 

@@ -60,7 +60,8 @@ def write_evaluation(file):
     scores = {f"match {EVIL}": {"mean": 0.375, "stderr": 0.01}}
     row = {"strategy": "early exit, exit 2", "group": "all", "scores": scores, **figures}
     asked = {"task": "topv2", "stop": [EVIL]}
-    summary = {"asked": asked, "bad_rows": [f"rows, line 3: {EVIL}"], "figures": [row]}
+    rows = [row, row | {"group": f"weather {EVIL}", "examples": 3}]
+    summary = {"asked": asked, "bad_rows": [f"rows, line 3: {EVIL}"], "figures": rows}
     file.write_text(json.dumps(summary))
 
 
@@ -104,7 +105,8 @@ def test_every_section(page):
         *("At a glance", "Exits", "Configuration", "Training", "Speed: sweep", "Every cell"),
         *("Acceptance by draft position", "Drafts and what became of them", "Evaluation: topv2"),
         *("1,234 tokens", "3.250", "0.625", "E = 1, d = 2", "1.70x", "0.750", "0.85", "1.80"),
-        *("early exit, exit 2", "0.375 ± 0.01", "80.00", "1 row was left out", "rows, line 3"),
+        *("early exit, exit 2", "0.375 ± 0.010", "80.00", "1 row was left out", "rows, line 3"),
+        *("By category", "weather <script>"),
         *("num_layers 4", "num_layers 2", "seed 5", "own <script>", "1 of 2 drafts accepted"),
     ):
         assert words in text, words
