@@ -116,8 +116,9 @@ def train(arguments: Arguments) -> int:
     keep_compiled_programs()
     if config.dtype == "float32":
         exact_products()
-    # Under a mesh every device would compute the whole product that is timed.
-    peak = peak_flops(config.dtype)
+    # Under a mesh every device would compute the whole product that is timed. "auto" computes in
+    # float32 where a product has to be timed.
+    peak = peak_flops("float32" if config.dtype == "auto" else config.dtype)
     with (
         nullcontext() if mesh is None else jax.set_mesh(mesh),
         Checkpoints(
