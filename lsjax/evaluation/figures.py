@@ -15,6 +15,7 @@ from lsjax.config import ConfigError
 COLOURS = ("#2A85C9", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#999999")
 GREY = "#AAAAAA"
 DOTS_PER_INCH = 150
+WIDE = 20  # times: from here on a linear axis draws the small as zero
 
 
 def figure(rows: int, columns: int, size: tuple[float, float], **options):
@@ -59,6 +60,14 @@ def whole_numbers(axes) -> None:
     from matplotlib.ticker import MaxNLocator
 
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+
+def magnitudes(axes) -> None:
+    """A logarithmic y axis where what is drawn is positive and differs by more than WIDE."""
+    low, high = axes.dataLim.intervaly
+    if 0 < low * WIDE < high:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter("{x:g}")
 
 
 def save(drawn, file: Path | IO[bytes], title: str) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 
 from lsjax.config import ConfigError
 from lsjax.evaluation.exits import ExitScores
-from lsjax.evaluation.figures import COLOURS, GREY, colours, figure, save, whole_numbers
+from lsjax.evaluation.figures import COLOURS, GREY, colours, figure, magnitudes, save, whole_numbers
 
 
 def plot_exits(
@@ -69,6 +69,7 @@ def plot_training(
     if evaluations:
         losses.plot([], [], color=GREY, ls="", marker="o", ms=4, label="held out")
     losses.set(xlabel="step", ylabel="loss (nats per token)")
+    magnitudes(losses)  # a finetuning's exits begin at 20 and end at 0.1
     losses.legend(frameon=False)
     agreements.set(xlabel="step", ylabel="held out: agreement with the last exit", ylim=(0, 1.03))
     rates.plot(at, _numbers(steps, "grad_norm"), color=GREY, lw=0.8)

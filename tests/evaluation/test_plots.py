@@ -71,6 +71,13 @@ def test_a_run_that_has_just_begun(drawn):
     assert lines(drawn[0].axes[0])["exit 4"] == [(1, 3.9)]
 
 
+@pytest.mark.parametrize(("last", "scale"), [(0.1, "log"), (1.0, "linear"), (0.0, "linear")])
+def test_losses_of_several_magnitudes(drawn, last, scale):
+    rows = [step(1, [1, 4]), step(3, [1, 4]) | {"last_exit_loss": last}]
+    plot_training(rows, io.BytesIO())
+    assert drawn[0].axes[0].get_yscale() == scale
+
+
 def test_nothing_to_plot():
     with pytest.raises(ConfigError, match="there are no steps to plot"):
         plot_training(METRICS[3:], io.BytesIO())
