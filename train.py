@@ -44,6 +44,7 @@ from lsjax.data.pipeline import make_pipeline, one_pass
 from lsjax.data.tokenizer_training import make_tokenizer
 from lsjax.model.checkpoint import open_source
 from lsjax.model.run_directory import CHECKPOINTS, begin_run, is_run, read_config
+from lsjax.model.saved_steps import saved_steps
 from lsjax.sharding import make_mesh, own_rows, placed_rows
 from lsjax.training.checkpoint import Checkpoints
 from lsjax.training.flops import peak_flops, step_flops
@@ -71,7 +72,7 @@ def train(arguments: Arguments) -> int:
     previous = is_run(workdir)
     if previous:
         config = check_same_run(read_config(workdir), config, str(workdir))
-    if config.init_from and not previous:
+    if config.init_from and not saved_steps(workdir / CHECKPOINTS):
         config = with_model(config, open_source(config.init_from).config)
     alone = jax.process_count() == 1 and config.mesh == MeshConfig()
     mesh = None if alone else make_mesh(config.mesh)
@@ -118,7 +119,9 @@ def train(arguments: Arguments) -> int:
         exact_products()
     # Under a mesh every device would compute the whole product that is timed. "auto" computes in
     # float32 where a product has to be timed.
-    peak = peak_flops("float32" if config.dtype == "auto" else config.dtype)
+    peak = peak_flops(
+        "float32" if config.dtype == "auto" else config.dtype, 1 if mesh is None else mesh.size
+    )
     with (
         nullcontext() if mesh is None else jax.set_mesh(mesh),
         Checkpoints(
@@ -139,13 +142,13 @@ def train(arguments: Arguments) -> int:
             console.print(f"all {first} steps are done: nothing to do")
             return 0
 
-        def save(step, state, row):
+        def save(step, state, rows):
             checkpoints.save(
                 state,
                 step=step,
                 config=config,
                 data=pipeline.state(),
-                loss=None if row is None else row.get("last_exit_loss"),
+                loss=rows.get("evaluation", {}).get("last_exit_loss"),
             )
 
         progress = TrainingProgress(

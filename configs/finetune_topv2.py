@@ -1,15 +1,15 @@
-"""Llama 1.5B, finetuned on TOPv2, from an utterance to its semantic parse (the paper's section 5.4,
-Tables 8 and 10).
+r"""Llama 1.5B, finetuned on TOPv2, from an utterance to its semantic parse (the paper's section
+5.4, Tables 8 and 10).
 
     python train.py --config configs/finetune_topv2.py --workdir runs/finetune_topv2 \
         --init-from runs/from_scratch_1_5b --data.paths topv2/train.tsv \
         --data.validation-paths topv2/validation.tsv
 
 Rates, weights, curriculum, learning rate, batch and steps are the paper's; context, warm-up and the
-rest of AdamW are ours. The files are tab-separated with the columns en_query and en_parse; other
-names go into `--data.prompt-template` and `--data.response-template`. Expect in the paper: 82.9%
-exact match (85.9% without LayerSkip); exit 6 with 8 drafts accepts 76% and decodes 2.0 times as
-fast.
+rest of AdamW are ours. The files are tab-separated with the columns en_query and en_parse, as
+Hinglish-TOP has them; for TOPv2's own files add `--data.prompt-template $'{utterance}\n'
+--data.response-template '{semantic_parse}'`. Expect in the paper: 82.9% exact match (85.9% without
+LayerSkip); exit 6 with 8 drafts accepts 76% and decodes 2.0 times as fast.
 """
 
 from lsjax.config import (

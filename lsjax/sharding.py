@@ -155,6 +155,12 @@ def platform() -> str:
     return jax.default_backend() if device is None else device.platform
 
 
+def devices_in_use() -> int:
+    """Of the mesh in use; 1 without one."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else mesh.size
+
+
 def row_shards(rows: int) -> int:
     """Parts of a batch of that many rows that training has on different devices of the mesh in
     use."""

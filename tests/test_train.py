@@ -100,6 +100,16 @@ def test_a_run_shows_every_exit_and_leaves_pictures_and_samples(finished):
         assert (finished / name).read_bytes().startswith(b"\x89PNG")
 
 
+def test_the_best_step_is_that_of_the_lowest_held_out_loss(finished):
+    logged = {
+        row["step"]: row["loss_E"][-1] for row in rows_of(finished) if row["kind"] == "evaluation"
+    }
+    steps = saved_steps(finished / "checkpoints")
+    assert {step.number: step.meta["loss"] for step in steps} == {2: None, 4: None, 6: logged[6]}
+    best, newest = lsjax.load(f"{finished}@best"), lsjax.load(finished)
+    assert jax.tree.all(jax.tree.map(jnp.array_equal, best, newest))
+
+
 def test_going_on_gives_the_run_that_nothing_disturbed_bit_for_bit(
     config, finished, tmp_path, capsys
 ):
@@ -263,6 +273,29 @@ def test_a_configuration_file_says_what_is_wrong_with_it(tmp_path, content, mess
     file.write_text(content)
     with pytest.raises(lsjax.ConfigError, match=message):
         read_config_file(file)
+
+
+def test_a_configuration_file_with_a_value_of_another_type(config, tmp_path):
+    """As after num_steps=5e4, which the type checks of the tests would refuse before."""
+    file = tmp_path / "config.py"
+    file.write_text(f"{config.read_text()}\nobject.__setattr__(config, 'num_steps', 5e4)")
+    with pytest.raises(lsjax.ConfigError, match="num_steps is 50000.0, but must be a whole number"):
+        read_config_file(file)
+
+
+def test_a_run_without_a_saved_step_begins_with_the_model_that_is_given(
+    config, finished, tmp_path, capsys
+):
+    """Not with the shape of the one that it was given before it was killed."""
+    workdir = tmp_path / "run"
+    assert launch(config, workdir, "--num-steps", "1", "--init-from", str(finished)) == 0
+    shutil.rmtree(workdir / "checkpoints")
+    other = tmp_path / "other"
+    assert launch(config, other, "--num-steps", "1", "--model.num-layers", "2") == 0
+    with pytest.raises(SystemExit) as end:
+        launch(config, workdir, "--num-steps", "1", "--init-from", str(other))
+    assert end.value.code == 2
+    assert "model.num_layers is 3, but that of" in capsys.readouterr().err
 
 
 def test_a_run_begins_with_a_model_that_was_drawn_in_another_way(config):

@@ -47,7 +47,7 @@ def evaluation_hook(
         try:
             plot_exits({f"step {step}": scores}, workdir / "exits.png", title=workdir.name)
             plot_training(rows, workdir / "training.png")
-        except ConfigError as error:  # no matplotlib: the figures are in metrics.jsonl
+        except (ConfigError, OSError) as error:  # no matplotlib, no room: metrics.jsonl has it all
             print(str(error), style="dim")
         return row
 

@@ -13,6 +13,7 @@ import tyro
 from lsjax.cli.flags import parse_flags
 from lsjax.cli.hosts import Hosts
 from lsjax.config import ConfigError, TrainConfig, check
+from lsjax.config.json_form import from_json, to_json
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,8 @@ def read_config(
 def read_config_file(file: Path) -> TrainConfig:
     """The `config` of a Python file.
 
-    Raises ConfigError, with the line, where the file fails or holds none.
+    Raises ConfigError, with the line, where the file fails or holds none, and for a value of
+    another type than its field's: 5e4 is no whole number.
     """
     check(file.is_file(), f"--config {file} is no file: name one such as configs/quickstart.py")
     try:
@@ -97,4 +99,7 @@ def read_config_file(file: Path) -> TrainConfig:
         isinstance(config, TrainConfig),
         f"{file}: has no `config` that is a TrainConfig: set config = TrainConfig(...)",
     )
-    return config
+    try:
+        return from_json(TrainConfig, to_json(config))
+    except ConfigError as error:
+        raise ConfigError(f"{file}: {error}") from None

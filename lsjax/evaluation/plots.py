@@ -43,7 +43,7 @@ def plot_training(
     metrics: Sequence[Mapping[str, Any]], file: Path | IO[bytes], *, title: str = ""
 ) -> None:
     """A run's curves by step: loss of the last and of some trained exits, held-out agreement of
-    these exits, gradient norm and learning rate, and tokens per second.
+    these exits, gradient norm and learning rate, and labelled tokens per second.
 
     metrics: rows of a run's metrics.jsonl. Losses and speed are means over a fortieth of the steps.
     """
@@ -81,7 +81,7 @@ def plot_training(
     speed = _numbers(steps, "tokens") / _numbers(steps, "seconds")
     speeds.plot(at[1:], speed[1:], color=GREY, lw=0.6, alpha=0.6)  # the first step compiles
     speeds.plot(at[1:], _smooth(speed[1:], len(steps)), color=COLOURS[0])
-    speeds.set(xlabel="step", ylabel="tokens per second", ylim=(0, None))
+    speeds.set(xlabel="step", ylabel="labelled tokens per second", ylim=(0, None))
     save(drawn, file, title)
 
 

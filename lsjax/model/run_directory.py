@@ -45,8 +45,8 @@ def begin_run(directory: Path, config: TrainConfig, tokenizer: Tokenizer) -> Non
     """Writes what a run's directory has from the start, for a config whose model is known.
 
     config.json comes last: where it is, the rest is. A run that goes on gets a new config.json.
-    Raises ConfigError where tokenizer and model do not fit, the directory holds another model, or
-    the run has begun with another tokenizer.
+    Raises ConfigError where tokenizer and model do not fit, the directory holds another model, the
+    run has begun with another tokenizer, or the model that it begins with has another one.
     """
     assert config.model is not None
     size, rows = tokenizer.vocab_size, config.model.vocab_size
@@ -69,8 +69,9 @@ def begin_run(directory: Path, config: TrainConfig, tokenizer: Tokenizer) -> Non
         )
     else:
         same = None
+    if config.init_from and not saved_steps(directory / CHECKPOINTS):
         check(
-            not config.init_from or _has_tokenizer(config.init_from, tokenizer) is not False,
+            _has_tokenizer(config.init_from, tokenizer) is not False,
             f"data.tokenizer is not the one of {config.init_from}, whose table has other tokens in "
             f"the same rows: set data.tokenizer to {config.init_from}",
         )

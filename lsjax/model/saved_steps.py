@@ -3,7 +3,7 @@ whole.
 
     checkpoints/80/params   parameters: plain nested dicts (plain.py), layers stacked
     checkpoints/80/train    optimizer state and counters, likewise
-    checkpoints/80/meta     JSON: config, position in the data, metrics, a fingerprint of each array
+    checkpoints/80/meta     JSON: config, position in the data, held-out loss, fingerprints
 
 A step is written under another name and renamed when it is complete, so a program that is killed
 leaves no half of one. What happens to the files later is caught here: every array that is read is
@@ -126,13 +126,13 @@ class SavedStep:
             missing = f"has no {item}" if any(self.directory.iterdir()) else "is empty"
             raise DamagedStep(f"{self.directory}: {missing}")
         result, reason = None, ""
-        with _one_error_is_enough():
+        with one_error_is_enough():
             try:
                 result = read(ocp, path)
             except (MemoryError, jax.errors.JaxRuntimeError):
                 raise
             except Exception as error:
-                reason = _reason(error)
+                reason = bottom(error)
             if reason:
                 gc.collect()
                 time.sleep(0.2)
@@ -193,19 +193,22 @@ def first_good(
     return None
 
 
-def _reason(error: BaseException) -> str:
-    """The first line of what was at the bottom of an error: storage names file and array."""
+def bottom(error: BaseException) -> str:
+    """The first line of what was at the bottom of an error: storage names array, file and, at the
+    end, what the system said."""
     while error.__cause__ is not None:
         error = error.__cause__
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:300]
+    line = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    return line if len(line) <= 300 else f"{line[:200]} ... {line[-95:]}"
 
 
 @contextmanager
-def _one_error_is_enough() -> Iterator[None]:
-    """Where one array cannot be read, orbax drops the readers of the others, whose errors Python
-    would print one after the other: they come when the readers are collected, or a moment later
-    when they find that nobody waits for them."""
+def one_error_is_enough() -> Iterator[None]:
+    """Where one array can't be read or written, orbax drops its work on the others and logs every
+    traceback, and Python would print the errors of what was dropped: they come when it is
+    collected, or a moment later when it finds that nobody waits. What went wrong is raised too."""
     before = sys.unraisablehook
+    loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
 
     def hook(unraisable: Any) -> None:
         said = str(unraisable.exc_value)
@@ -213,10 +216,19 @@ def _one_error_is_enough() -> Iterator[None]:
             before(unraisable)
 
     sys.unraisablehook = hook
+    for logger in loggers:
+        logger.addFilter(_is_no_storage_error)
     try:
         yield
     finally:
         sys.unraisablehook = before
+        for logger in loggers:
+            logger.removeFilter(_is_no_storage_error)
+
+
+def _is_no_storage_error(record: logging.LogRecord) -> bool:
+    dropped = "never retrieved" in record.msg and "async_serialize" in record.msg
+    return record.levelno < logging.ERROR or not (dropped or "orbax" in record.pathname)
 
 
 def _digest(meta: Any) -> str:

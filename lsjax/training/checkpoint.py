@@ -8,6 +8,7 @@ import math
 import platform
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,9 +27,11 @@ from lsjax.model.saved_steps import (
     DamagedStep,
     Report,
     SavedStep,
+    bottom,
     described,
     first_good,
     log,
+    one_error_is_enough,
     saved_steps,
     sealed,
 )
@@ -50,20 +53,35 @@ class Checkpoints:
     """The saved steps of one run. Leaving its context waits for the last one to be written, but
     after an error on one of several hosts does not: the others may have ended.
 
-    report: is told of each damaged step, in one line.
+    A step that could not be written does not end a run of one process: the next one may find room
+    again. Only where none follows is it an error.
+
+    report: is told of each step that is damaged or could not be written, in one line.
     """
 
     def __init__(self, directory: Path, config: CheckpointConfig, report: Report = log.warning):
         self._directory, self._config, self._report = directory.absolute(), config, report
         self._manager: Any = None
         self._losses: dict[int, float | None] = {}
+        self._quiet = ExitStack()
+        self._clean = True  # of what a killed program left
+        self._begun = 0  # the step that was saved last, and what went wrong with it at once
+        self._failure: Exception | None = None
 
     def __enter__(self) -> "Checkpoints":
+        self._quiet.enter_context(one_error_is_enough())
         return self
 
     def __exit__(self, error, *_) -> None:
-        if self._manager is not None and (error is None or jax.process_count() == 1):
-            self._manager.close()
+        with self._quiet:
+            if error is None:
+                self.wait()
+            elif jax.process_count() == 1:
+                self._wait_and_report()
+            else:
+                return
+            if self._manager is not None:
+                self._manager.close()
 
     def restore(self, like: TrainState) -> Restored | None:
         """The newest step that is whole; None where nothing has been saved yet.
@@ -101,16 +119,20 @@ class Checkpoints:
         step: int,
         config: TrainConfig,
         data: Mapping[str, Any],
-        metrics: Mapping[str, Any] | None = None,
         loss: float | None = None,
     ) -> None:
         """Begins to save the state after `step` steps; waits for the save before it, if that is
         still being written. Does nothing where this step is saved already.
 
-        data, metrics: position in the data, and what the step was measured to be, as JSON has them.
+        data: position in it, as JSON has it.
         loss: held out, if this step was evaluated; the best steps are kept by it.
-        Raises what writing the save before it raised.
+        Raises CheckpointError where one of several processes can't write: the others would wait for
+        it.
         """
+        if jax.process_count() > 1:
+            self.wait()
+        else:
+            self._wait_and_report()
         manager = self._open()
         if step in manager.all_steps():
             return
@@ -121,21 +143,45 @@ class Checkpoints:
         meta = {
             "config": to_json(config),
             "data": data,
-            "metrics": metrics,
             "loss": loss,
             "arrays": described(items),
             "versions": {"python": platform.python_version()}
             | {name: version(name) for name in _PACKAGES},
         }
         self._losses[step] = loss
+        self._begun = step
         arrays = {item: ocp.args.StandardSave(nested(leaves)) for item, leaves in items.items()}
         args = ocp.args.Composite(**arrays, **{META: ocp.args.JsonSave(sealed(meta))})
-        manager.save(step, args=args, force=True)
+        try:
+            manager.save(step, args=args, force=True)
+        except Exception as error:
+            self._failure = error
 
     def wait(self) -> None:
-        """Until the last step is on disk; raises what writing it raised."""
-        if self._manager is not None:
+        """Until the last step is on disk; raises CheckpointError where it can't be written."""
+        if self._manager is None:
+            return
+        failure, self._failure = self._failure, None
+        try:
             self._manager.wait_until_finished()
+        except Exception as error:
+            failure = failure or error
+        if failure is not None:
+            self._manager = None  # it would say so again
+            self._clean = False
+            # Orbax's threads may still be writing: what escapes this is removed at the next start.
+            for left in self._directory.glob(f"{self._begun}.*-tmp"):
+                shutil.rmtree(left, ignore_errors=True)
+            raise CheckpointError(
+                f"step {self._begun} could not be saved ({bottom(failure)}): make sure that "
+                f"{self._directory} is yours and has room, or let checkpoints.keep_last be fewer"
+            ) from failure
+
+    def _wait_and_report(self) -> None:
+        try:
+            self.wait()
+        except CheckpointError as error:
+            self._report(str(error))
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
         """Orbax's question which of the steps to keep, in the order of their numbers."""
@@ -156,7 +202,7 @@ class Checkpoints:
                     self._losses[step.number] = None
             options = ocp.CheckpointManagerOptions(
                 preservation_policy=self,
-                cleanup_tmp_directories=True,  # what a killed program left
+                cleanup_tmp_directories=self._clean,
                 save_root_metadata=False,
                 lightweight_initialize=True,
             )

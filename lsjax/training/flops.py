@@ -69,14 +69,14 @@ def exit_flops(
     return 3.0 * 2.0 * config.head_params * tokens * exits
 
 
-def peak_flops(dtype: DTypeLike) -> float | None:
-    """FLOPs per second of all devices together; of CPUs what a large product of this type reaches
-    here, None for an accelerator that is not known."""
+def peak_flops(dtype: DTypeLike, devices: int) -> float | None:
+    """FLOPs per second of so many devices together; of CPUs what a large product of this type
+    reaches here, for each process. None for an accelerator that is not known."""
     device = jax.devices()[0]
     if device.platform == "cpu":
-        return _measured(dtype)
+        return _measured(dtype) * jax.process_count()
     peak = device_peak(device.device_kind)
-    return None if peak is None else peak * jax.device_count()
+    return None if peak is None else peak * devices
 
 
 def device_peak(device_kind: str) -> float | None:

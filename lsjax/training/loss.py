@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int
 
 from lsjax.model.block import RMSNorm
 from lsjax.model.llama import Llama
-from lsjax.sharding import ROWS, on_each_device
+from lsjax.sharding import ROWS, devices_in_use, on_each_device
 
 # Logits of a chunk, on each device.
 CHUNK_LOGITS = 2**25
@@ -49,9 +49,7 @@ def head_of(model: Llama) -> Head:
 
 def chunk_steps(batch: int, steps: int, vocab: int) -> int:
     """C: positions of each row in a chunk, on the mesh in use; chunks are about equal."""
-    mesh = jax.sharding.get_abstract_mesh()
-    devices = 1 if mesh.empty else mesh.size
-    most = max(1, min(steps, CHUNK_LOGITS * devices // (batch * vocab)))
+    most = max(1, min(steps, CHUNK_LOGITS * devices_in_use() // (batch * vocab)))
     return -(-steps // -(-steps // most))
 
 

@@ -55,8 +55,9 @@ class Loop:
     num_steps: int
     train_step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
     next_batch: Callable[[], Batch]
-    save: Callable[[int, TrainState, Mapping[str, Any] | None], None]
-    """Saves a checkpoint (steps done, state, row of the last evaluation, if this step had one)."""
+    save: Callable[[int, TrainState, Mapping[str, Mapping[str, Any]]], None]
+    """Saves a checkpoint (steps done, state, rows of the hooks that looked at this step by their
+    kind)."""
     save_every: int
     hooks: Sequence[Hook] = ()
     max_skipped: int = 10
@@ -67,7 +68,8 @@ class Loop:
 def run(loop: Loop, state: TrainState, log: MetricsLog) -> TrainState:
     """Trains from the step of `state` to the last; gives the final state, which is saved too.
 
-    Raises TooManySkipped; Interrupted (an exit code) after SIGTERM or Ctrl-C, with the state saved.
+    Raises TooManySkipped; Interrupted (an exit code) after SIGTERM or Ctrl-C, with the state saved;
+    and what a hook raises, with the state saved by a single process (several may not be at one).
     """
     step = saved = int(state.step)
     waiting: tuple[int, Metrics] | None = None
@@ -93,6 +95,13 @@ def run(loop: Loop, state: TrainState, log: MetricsLog) -> TrainState:
                 f"step {number - in_a_row}, and the last checkpoint is of step {saved}"
             )
 
+    def look(due: Sequence[Hook]) -> dict[str, Mapping[str, Any]]:
+        rows = {}
+        for hook in due:
+            rows[hook.kind] = hook.call(step, state.model)
+            log.write(hook.kind, step, rows[hook.kind])
+        return rows
+
     with signals() as stop:
         while step < loop.num_steps:
             state, metrics = loop.train_step(state, loop.next_batch())
@@ -105,15 +114,19 @@ def run(loop: Loop, state: TrainState, log: MetricsLog) -> TrainState:
             if not (last or due or step % loop.save_every == 0):
                 continue
             report()
-            row = None
-            for hook in due if stopped_by is None else []:
-                row = hook.call(step, state.model)
-                log.write(hook.kind, step, row)
+            try:
+                rows = look(due if stopped_by is None else [])
+            except Exception:
+                if jax.process_count() == 1:
+                    loop.save(step, state, {})
+                raise
             if last or step % loop.save_every == 0:
-                loop.save(step, state, row)
+                loop.save(step, state, rows)
                 saved = step
-            if stopped_by is not None and step < loop.num_steps:
-                raise Interrupted(stopped_by, step)
+            if stopped_by is not None:
+                if step < loop.num_steps:
+                    raise Interrupted(stopped_by, step)
+                look(due)  # after saving: whoever sent the signal may not wait
             mark = time.perf_counter()  # hooks and saving are no part of a step
     return state
 

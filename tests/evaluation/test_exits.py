@@ -4,6 +4,7 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import AbstractMesh
 
 import lsjax
 from lsjax.cli.exits import table
@@ -87,6 +88,14 @@ def test_stacked_layers_and_batches_in_parts_give_the_same(model, batch):
     parts = score_exits(lsjax.stacked(model), rows)
     np.testing.assert_allclose(parts.loss_E, whole.loss_E, rtol=1e-6)
     np.testing.assert_allclose(parts.agreement_E, whole.agreement_E, rtol=1e-6)
+
+
+def test_more_devices_score_more_positions_at_a_time():
+    """256 rows of a vocabulary of 32,000 are one position on one device, and 16 a pass on 16."""
+    assert exits.chunk_steps(256, 4096, 32_000) == 1
+    with jax.sharding.use_abstract_mesh(AbstractMesh((4, 4), ("data", "fsdp"))):
+        assert exits.chunk_steps(256, 4096, 32_000) == 16
+        assert exits.chunk_steps(256, 7, 32_000) == 7
 
 
 def test_a_text_without_labels_is_refused(model, batch):

@@ -5,11 +5,13 @@ import gc
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -147,7 +149,7 @@ def test_the_last_and_the_best_stay(fresh, like, tmp_path):
     with open_(tmp_path, keep_last=2) as checkpoints:
         for loss in losses.values():
             state = advance(state)
-            save(checkpoints, state, loss=loss, metrics={"loss": loss and 1.0})
+            save(checkpoints, state, loss=loss)
             save(checkpoints, state, loss=loss)  # once is enough
         checkpoints.wait()
         assert numbers(tmp_path) == [6, 5, 2]
@@ -291,6 +293,52 @@ def test_a_newer_version_is_no_damage(copy, like):
     file.write_text(json.dumps(sealed(meta | {"version": 99})))
     with pytest.raises(ConfigError, match="3/meta: version 99 was written by a newer lsjax"):
         open_(copy).restore(like)
+
+
+@contextmanager
+def no_room():
+    """No file can grow beyond 20 kB, as where a disk is full."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_what_can_not_be_written_is_said_and_the_next_step_is_saved(
+    fresh, like, tmp_path, capfd, caplog
+):
+    lines: list[str] = []
+    with open_(tmp_path, lines.append) as checkpoints:
+        state = advance(fresh())
+        with no_room():
+            save(checkpoints, state)
+            state = advance(state)
+            save(checkpoints, state)
+            with pytest.raises(CheckpointError, match="^step 2 could not be saved .*has room"):
+                checkpoints.wait()
+        (line,) = lines
+        assert line.startswith("step 1 could not be saved (") and "\n" not in line
+        state = advance(state)
+        save(checkpoints, state)
+    assert numbers(tmp_path) == [3]
+    assert bits(open_(tmp_path).restore(like).state) == bits(state)
+    assert "Traceback" not in capfd.readouterr().err + caplog.text
+
+
+def test_a_run_does_not_end_well_without_its_last_step(fresh, tmp_path):
+    unsaved = pytest.raises(CheckpointError, match="step 1 could not be saved")
+    with no_room(), unsaved, open_(tmp_path) as checkpoints:
+        save(checkpoints, advance(fresh()))
+
+
+def test_the_directory_itself_can_not_be_written(fresh, tmp_path):
+    """What fails at once is like what fails in the background."""
+    (tmp_path / "checkpoints").write_text("no directory")
+    unsaved = pytest.raises(CheckpointError, match="step 1 could not be saved")
+    with unsaved, open_(tmp_path / "checkpoints") as checkpoints:
+        save(checkpoints, advance(fresh()))
 
 
 LOOP = """

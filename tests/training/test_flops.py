@@ -1,5 +1,7 @@
 """FLOPs of a step, counted by hand."""
 
+from types import SimpleNamespace
+
 import pytest
 
 from lsjax.config import LlamaConfig, LoraConfig
@@ -50,4 +52,10 @@ def test_a_processor_is_measured_in_the_type_that_the_run_computes_in(monkeypatc
         return next(seconds)
 
     monkeypatch.setattr(flops, "_seconds", timed)
-    assert peak_flops(dtype) == 2 * 1536**3 / 2.0  # the best of the four
+    assert peak_flops(dtype, 8) == 2 * 1536**3 / 2.0  # the best of the four
+
+
+def test_an_accelerator_that_the_run_does_not_use_is_not_counted(monkeypatch):
+    devices = [SimpleNamespace(platform="gpu", device_kind="NVIDIA H100 80GB HBM3")] * 8
+    monkeypatch.setattr(flops.jax, "devices", lambda: devices)
+    assert peak_flops("bfloat16", 1) == 989e12 and peak_flops("bfloat16", 4) == 4 * 989e12

@@ -1,5 +1,6 @@
 """The loop with a step that only counts: when it saves, shows, stops."""
 
+import dataclasses
 import os
 import signal
 import struct
@@ -41,15 +42,11 @@ def start(step=0):
 
 
 def loop(tmp_path, saved, seen, *, steps=7, from_step=0, **options):
-    def evaluate(step, model):
-        seen.append((step, model))
-        return {"x": step}
-
     settings = dict(
         num_steps=steps,
         train_step=counting_step(),
         next_batch=lambda: None,
-        save=lambda step, state, row: saved.append((step, state.step, row)),
+        save=lambda step, state, rows: saved.append((step, state.step, rows)),
         save_every=3,
         hooks=[
             Hook("evaluation", 2, lambda step, model: seen.append((step, model)) or {"x": step})
@@ -73,7 +70,8 @@ def test_saves_and_hooks_come_at_their_steps_and_after_the_last(tmp_path):
     final = run(one, start(), log)
     assert final.step == 7
     assert seen == [(step, f"model {step}") for step in (2, 4, 6, 7)]
-    assert saved == [(3, 3, None), (6, 6, {"x": 6}), (7, 7, {"x": 7})]
+    rows = [{"evaluation": {"x": step}} for step in (6, 7)]
+    assert saved == [(3, 3, {}), (6, 6, rows[0]), (7, 7, rows[1])]
     assert [report.step for report in shown] == [1, 2, 3, 4, 5, 6, 7]
     rows = read_metrics(tmp_path / FILE)
     assert [row["step"] for row in rows if row["kind"] == "step"] == [1, 2, 3, 4, 5, 6, 7]
@@ -88,9 +86,34 @@ def test_a_signal_ends_the_run_with_its_step_saved(tmp_path):
     with pytest.raises(Interrupted) as stopped:
         run(one, start(), log)
     assert stopped.value.code == 128 + signal.SIGTERM and stopped.value.step == 5
-    assert saved[-1] == (5, 5, None)
+    assert saved[-1] == (5, 5, {})
     assert read_metrics(tmp_path / FILE)[-1]["step"] == 5
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_a_signal_in_the_last_step_saves_before_it_looks(tmp_path):
+    saved, seen = [], []
+    one, log = loop(tmp_path, saved, seen, train_step=counting_step(signal_at=7))
+    look = Hook("evaluation", 2, lambda step, model: seen.append((step, [*saved])) or {})
+    run(dataclasses.replace(one, hooks=[look]), start(), log)
+    assert saved[-1] == (7, 7, {})
+    assert seen[-1] == (7, saved)
+
+
+def test_every_hook_of_a_step_is_saved_with_it(tmp_path):
+    saved = []
+    hooks = [Hook(kind, 6, lambda step, model, kind=kind: {kind: step}) for kind in "ab"]
+    one, log = loop(tmp_path, saved, [], hooks=hooks)
+    run(one, start(), log)
+    assert saved[1] == (6, 6, {"a": {"a": 6}, "b": {"b": 6}})
+
+
+def test_a_hook_that_fails_loses_no_step(tmp_path):
+    saved = []
+    one, log = loop(tmp_path, saved, [], hooks=[Hook("evaluation", 5, lambda *_: 1 / 0)])
+    with pytest.raises(ZeroDivisionError):
+        run(one, start(), log)
+    assert saved == [(3, 3, {}), (5, 5, {})]
 
 
 def test_many_skipped_steps_in_a_row_stop_the_run_without_a_checkpoint(tmp_path):
