@@ -24,17 +24,15 @@ from lsjax.cli.decoding_options import (
     check_together,
     choose_requests,
     choose_strategy,
-    default_request,
     prompt_ids,
 )
-from lsjax.cli.errors import check_output, one_line_errors
+from lsjax.cli.errors import check_output, ended_by_sigterm, one_line_errors
 from lsjax.cli.flags import parse_flags
 from lsjax.cli.loading import load_shown
 from lsjax.cli.prompts import encode_prompts
 from lsjax.cli.setup import choose_dtype, keep_compiled_programs
 from lsjax.cli.show import LEGEND, Colours, coloured, stream, summary, verbatim
-from lsjax.config import MeshConfig, check
-from lsjax.data.chat import chat_prompt
+from lsjax.config import MeshConfig
 from lsjax.data.tokenizer_files import load_tokenizer
 from lsjax.decoding.completion import Completion
 from lsjax.decoding.engine import Engine
@@ -48,7 +46,7 @@ Show = Callable[[int, Completion], None]
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the program; exits with 2 on bad input."""
-    with one_line_errors():
+    with one_line_errors(), ended_by_sigterm():
         decode(parse_flags(Arguments, argv, __doc__))
     return 0
 
@@ -60,7 +58,7 @@ def decode(arguments: Arguments) -> None:
     """
     check_together(arguments)
     to_stdout = arguments.json == Path("-")
-    requests = [] if arguments.interactive else choose_requests(arguments)
+    requests = choose_requests(arguments)
     source = open_source(arguments.model)
     tokenizer = load_tokenizer(arguments.model)
     strategy = choose_strategy(arguments, tokenizer)
@@ -85,15 +83,8 @@ def decode(arguments: Arguments) -> None:
         return encode_prompt(ids, tokenizer, source.config, **limits)
 
     encoded = encode_prompts(requests, encode)
-    if arguments.interactive:
-        chat_prompt(tokenizer, "", arguments.system)  # whether there is a template
     if arguments.json is not None and not to_stdout:
-        check(
-            arguments.prompt_file is None
-            or arguments.json.resolve() != arguments.prompt_file.resolve(),
-            f"--json {arguments.json} would overwrite the prompts: name another file",
-        )
-        check_output(arguments.json)
+        check_output(arguments.json, arguments.prompt_file)
 
     keep_compiled_programs()
     dtype = choose_dtype(arguments.dtype)
@@ -126,7 +117,7 @@ def decode(arguments: Arguments) -> None:
         if arguments.interactive:
             chat(
                 engine,
-                default_request(arguments),
+                requests[0],
                 people,
                 notes,
                 system=arguments.system,

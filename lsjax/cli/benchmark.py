@@ -52,7 +52,7 @@ def benchmark(arguments: Arguments) -> None:
     notes = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
     grid = Grid(arguments, notes.print)
     if arguments.json is not None:
-        check_output(arguments.json)
+        check_output(arguments.json, arguments.prompt_file)
     keep_compiled_programs()
     engine = grid.load()
     config, itemsize = grid.config, engine.model.dtype.itemsize
@@ -91,7 +91,7 @@ def benchmark(arguments: Arguments) -> None:
         )
         console.print(f"A pass of one position takes {one * 1e3:.1f} ms; times that, {passes}")
     if arguments.json is not None:
-        with arguments.json.open("w") as lines:
+        with arguments.json.open("w", encoding="utf-8") as lines:
             for row in rows:
                 print(json.dumps(asdict(row)), file=lines)
 

@@ -83,6 +83,7 @@ def correctness(arguments: Arguments) -> int:
     vocabulary = None
     if arguments.draft_vocab is not None:
         counts = find_counts(arguments.model, cache_directory(), tokenizer)
+        DraftVocabulary.check_size(arguments.draft_vocab, source.config.vocab_size)
         vocabulary = DraftVocabulary.most_frequent(counts, arguments.draft_vocab)
     cell = partial(
         SelfSpeculative, vocabulary=vocabulary, draft_confidence=arguments.draft_confidence
@@ -111,7 +112,7 @@ def correctness(arguments: Arguments) -> int:
         notes.print,
     )
     if arguments.json is not None:
-        check_output(arguments.json)
+        check_output(arguments.json, arguments.prompt_file)
     keep_compiled_programs()
     exact_products()
     model = assemble(source, dtype=arguments.dtype)
@@ -150,7 +151,7 @@ def correctness(arguments: Arguments) -> int:
             cells.append(cell)
     show_differences(console, cells, tokenizer, arguments.dtype)
     if arguments.json is not None:
-        with arguments.json.open("w") as lines:
+        with arguments.json.open("w", encoding="utf-8") as lines:
             for cell in cells:
                 print(json.dumps(cell.to_json()), file=lines)
     if arguments.dtype != "float32":

@@ -98,7 +98,7 @@ class Arguments:
 
 def prompt_ids(tokenizer: Tokenizer, prompt: str, arguments: Arguments) -> list[int]:
     """Token ids of a prompt, in the chat template if asked for."""
-    if not arguments.chat:
+    if not (arguments.chat or arguments.interactive):
         return tokenizer.encode(prompt)
     text = chat_prompt(tokenizer, prompt, arguments.system)
     return tokenizer.encode(text, add_bos=False)
@@ -135,6 +135,7 @@ def choose_strategy(arguments: Arguments, tokenizer: Tokenizer) -> Strategy:
     vocabulary = None
     if arguments.draft_vocab is not None:
         counts = find_counts(arguments.model, cache_directory(), tokenizer)
+        DraftVocabulary.check_size(arguments.draft_vocab, tokenizer.vocab_size)
         vocabulary = DraftVocabulary.most_frequent(counts, arguments.draft_vocab)
     return SelfSpeculative(
         exit_layer, drafts, vocabulary, draft_confidence=arguments.draft_confidence
@@ -152,6 +153,10 @@ def check_together(arguments: Arguments) -> None:
         "--system needs --chat or --interactive: give one of them, or no --system",
     )
     check("" not in arguments.stop, "--stop is empty: give the text to stop at")
+    check(
+        arguments.json is not None or not arguments.logprobs,
+        "--logprobs needs --json, the file that they are written to: give both or none",
+    )
     if arguments.interactive:
         for name in ("prompt", "prompt_file"):
             check(
@@ -176,14 +181,17 @@ def default_request(arguments: Arguments) -> Request:
 
 
 def choose_requests(arguments: Arguments) -> list[Request]:
-    """Every text that is asked for, each with a seed of its own.
+    """Every text that is asked for, each with a seed of its own; of a chat one that stands for its
+    turns.
 
     Raises ConfigError for a number out of its range, and for one that greedy decoding ignores.
     """
     default = default_request(arguments)
-    requests = read_requests(
-        arguments.prompt, arguments.prompt_file, default, arguments.num_samples
-    )
+    requests = [default]  # of a chat: what is asked in each turn
+    if not arguments.interactive:
+        requests = read_requests(
+            arguments.prompt, arguments.prompt_file, default, arguments.num_samples
+        )
     if all(request.sampling.temperature == 0 for request in requests):
         plain = {"top_k": 0, "top_p": 1.0, "min_p": 0.0, "num_samples": 1, "seed": 0}
         for name, value in plain.items():

@@ -1,5 +1,6 @@
 """What a program does with an error that is the input's fault."""
 
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,11 +8,16 @@ from pathlib import Path
 
 from rich.console import Console
 
-from lsjax.config import ConfigError
+from lsjax.config import ConfigError, check
 
 
-def check_output(file: Path) -> None:
-    """Raises ConfigError where a file can't be written: better now than after the work."""
+def check_output(file: Path, prompts: Path | None = None) -> None:
+    """Raises ConfigError where a file can't be written: better now than after the work; and where
+    it is that of the prompts."""
+    check(
+        prompts is None or file.resolve() != prompts.resolve(),
+        f"{file} would overwrite the prompts: name another file",
+    )
     try:
         file.open("a").close()
     except OSError as error:
@@ -19,6 +25,20 @@ def check_output(file: Path) -> None:
             f"{file} can't be written ({error.strerror}): name a file in a directory that exists "
             "and is yours"
         ) from None
+
+
+@contextmanager
+def ended_by_sigterm() -> Iterator[None]:
+    """SIGTERM leaves by the way of an exception, exit code 143: what is done is written."""
+
+    def leave(number, frame):
+        sys.exit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager

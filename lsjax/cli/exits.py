@@ -102,7 +102,7 @@ def compare(arguments: Arguments) -> None:
     console.print(table(scores))
     console.print(AGREEMENT, style="dim")
     if arguments.json is not None:
-        with arguments.json.open("w") as lines:
+        with arguments.json.open("w", encoding="utf-8") as lines:
             for name, score in scores.items():
                 print(json.dumps({"run": name, **score.to_json()}), file=lines)
     if arguments.output is not None:

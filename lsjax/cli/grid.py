@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from lsjax.cli.prompts import PromptArguments, read_encoded
+from lsjax.cli.prompts import PromptArguments, read_encoded, read_prompts
 from lsjax.cli.setup import cache_directory, choose_dtype, machine
 from lsjax.cli.strategies import in_one_program
 from lsjax.config import check
@@ -87,7 +87,18 @@ class Grid:
         self.source = open_source(arguments.model)
         self.config, self.tokenizer = self.source.config, load_tokenizer(arguments.model)
         length = arguments.prompt_length
-        check(length is None or length >= 1, f"--prompt-length {length} is below 1: choose 1 up")
+        context = self.config.max_context
+        check(
+            length is None or 1 <= length < context,
+            f"--prompt-length {length} is not in 1..{context - 1}: choose a length there, within "
+            "the model's context",
+        )
+        check(arguments.capacity >= 0, f"--capacity {arguments.capacity} is below 0: choose 0 up")
+        for name in ("draft_vocab", "draft_confidence"):
+            check(
+                bool(arguments.exit_layers) or getattr(arguments, name) is None,
+                f"--{name.replace('_', '-')} needs --exit-layers: name exits to draft from",
+            )
         self.prompts = self._prompts(warn)
         check(
             tail is None or 1 <= tail < self.config.num_layers,
@@ -106,6 +117,7 @@ class Grid:
         if self._draft_vocab is not None:
             if tail is None:
                 self._counts = find_counts(arguments.model, cache_directory(), self.tokenizer)
+            DraftVocabulary.check_size(self._draft_vocab, self.config.vocab_size)
             DraftVocabulary.most_frequent(self._counts, self._draft_vocab).validate(self.config)
         self.vocabulary: DraftVocabulary | None = None
         self.dtype = ""
@@ -165,14 +177,18 @@ class Grid:
         def encode(text: str) -> list[int]:
             ids = self.tokenizer.encode(text)
             if ids and length is not None:
-                ids = (ids * (length // len(ids) + 1))[:length]
+                begin = ids[:1] if ids[0] == self.tokenizer.bos_id else []
+                text_ids = ids[len(begin) :] or ids
+                ids = (begin + text_ids * (length // len(text_ids) + 1))[:length]
             return encode_prompt(ids, self.tokenizer, self.config, **limits)
 
         check(
             arguments.prompt is None or arguments.prompt_file is None,
             "give one of --prompt and --prompt-file and not both",
         )
-        built_in = PROMPTS if arguments.prompt is None else [arguments.prompt]
+        built_in = PROMPTS
+        if arguments.prompt is not None:
+            built_in = read_prompts(arguments.prompt, None)
         return read_encoded(arguments, built_in, encode, warn)
 
     def _cells(self, vocabulary: DraftVocabulary | None) -> list[SelfSpeculative]:

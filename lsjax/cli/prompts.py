@@ -188,12 +188,20 @@ def _request(prompt: str, row: dict, where: str, default: Request, number: int) 
             f"{where}: {name} is {json.dumps(value)}, but must be {kind.__name__}"
             + (" or a list of such" if several else ""),
         )
-        given[name] = tuple(values) if several else kind(value)
+        try:
+            given[name] = tuple(values) if several else kind(value)
+        except OverflowError:
+            raise ConfigError(f"{where}: {name} is beyond all floats: give a smaller one") from None
     given["seed"] = given.get("seed", default.sampling.seed) + number
     names = {field.name for field in dataclasses.fields(Sampling)}
     try:
         sampling = {name: given.pop(name) for name in names & given.keys()}
+        ignored = sorted({"top_k", "top_p", "min_p"} & sampling.keys())
         sampling = dataclasses.replace(default.sampling, **sampling)
+        check(
+            sampling.temperature > 0 or not ignored,
+            f"{', '.join(ignored)} means nothing to greedy decoding: give a temperature above 0",
+        )
         return dataclasses.replace(default, prompt=prompt, sampling=sampling, **given)
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from None

@@ -10,7 +10,8 @@ The directory --output gets
     sweep.png         heat maps: tokens per second, predicted speedup, acceptance rate
     acceptance.png    acceptance by position in the draft
 
-A larger grid and more repeats go on from the same directory too; anything else is another sweep.
+A larger grid and more repeats go on from the same directory too; anything else is another sweep, as
+are other draft lengths with --draft-confidence, for which rounds are verified then.
 """
 
 import hashlib
@@ -82,7 +83,7 @@ def sweep(arguments: Arguments) -> None:
         for number in range(len(grid.prompts))
         for strategy in everything
     }
-    texts = [Timed(**row) for row in resume(arguments.output / TEXTS, settings)]
+    texts = [Timed.read(row) for row in resume(arguments.output / TEXTS, settings)]
     texts = [one for one in texts if (one.repeat, one.prompt, cell_of(one)) in wanted]
     done = {(one.repeat, one.prompt, cell_of(one)) for one in texts}
     if done:
@@ -118,7 +119,8 @@ def sweep(arguments: Arguments) -> None:
         "rows": [asdict(row) for row in rows],
         "samples": samples(engine, strategy, grid, arguments.new_tokens),
     }
-    (arguments.output / SUMMARY).write_text(json.dumps(summary, ensure_ascii=False, indent=1))
+    file = arguments.output / SUMMARY
+    file.write_text(json.dumps(summary, ensure_ascii=False, indent=1), encoding="utf-8")
     plot_sweep(rows, arguments.output / "sweep.png", title=title)
     plot_acceptance(rows, arguments.output / "acceptance.png", title=arguments.model.name)
 
@@ -146,6 +148,7 @@ def settings_of(grid: Grid, engine: Engine) -> dict[str, Any]:
         **{name: getattr(arguments, name) for name in ("separate_programs", "stack_layers")},
         "dtype": grid.dtype,
         "machine": machine(),
+        "device": jax.devices()[0].device_kind,
         "jax": jax.__version__,
     }
 
@@ -157,12 +160,14 @@ def _digest(value: Any) -> str:
 def warm_up(
     engine: Engine, everything: Sequence[Strategy], grid: Grid, arguments: Arguments
 ) -> None:
-    """Compiles and runs each program once."""
+    """Compiles and runs each program once: there is one for each size of the cache."""
     programs = {strategy.program: strategy for strategy in everything}
+    new_tokens = arguments.new_tokens
     for strategy in programs.values():
         engine.use(strategy)
-        limits = dict(max_new_tokens=arguments.new_tokens, sampling=grid.sampling)
-        engine.generate(grid.prompts[:1], **limits)
+        sizes = {engine.capacity(len(prompt) + new_tokens): prompt for prompt in grid.prompts}
+        for prompt in sizes.values():
+            engine.generate([prompt], max_new_tokens=new_tokens, sampling=grid.sampling)
 
 
 def samples(

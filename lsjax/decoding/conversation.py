@@ -6,6 +6,7 @@ import numpy as np
 
 from lsjax.decoding.state import DecodeState
 from lsjax.model.cache import KVCache
+from lsjax.model.llama import Llama
 
 
 class Conversation:
@@ -14,28 +15,29 @@ class Conversation:
     def __init__(self):
         self.ids: list[int] = []  # tokens whose keys and values are in the cache
         self._cache: KVCache | None = None
+        self._model: Llama | None = None  # whose they are
 
     def take(
-        self, ids: Sequence[int], capacity: int, num_layers: int
+        self, ids: Sequence[int], capacity: int, num_layers: int, model: Llama
     ) -> tuple[KVCache | None, int]:
-        """A cache for so many layers and at least so many slots, and how many of these tokens it
-        holds. It is the caller's until `keep`; (None, 0) if there is none."""
-        cache, known = self._cache, self.ids
-        self._cache, self.ids = None, []
-        if cache is None or cache.num_layers != num_layers:
+        """A cache of this model for so many layers and at least so many slots, and how many of
+        these tokens it holds. It is the caller's until `keep`; (None, 0) if there is none."""
+        cache, known, whose = self._cache, self.ids, self._model
+        self._cache, self.ids, self._model = None, [], None
+        if cache is None or cache.num_layers != num_layers or whose is not model:
             return None, 0
         return cache.grown(capacity), shared_prefix(known, ids)
 
-    def keep(self, state: DecodeState, count: int | None = None) -> None:
-        """Takes the cache of a state with one row; nothing from one that an interrupted program
-        has consumed. count: tokens that the cache holds, by default all but the last one, which is
-        pending."""
+    def keep(self, state: DecodeState, model: Llama, count: int | None = None) -> None:
+        """Takes the cache of a state with one row, which this model filled; nothing from one that
+        an interrupted program has consumed. count: tokens that the cache holds, by default all but
+        the last one, which is pending."""
         if state.length_B.is_deleted():
             return
         count = int(state.length_B[0]) - 1 if count is None else count
         # Sliced by the host: the device would compile a program for each length.
         self.ids = np.asarray(state.tokens_BS)[0, :count].tolist()
-        self._cache = state.cache
+        self._cache, self._model = state.cache, model
 
 
 def shared_prefix(known: Sequence[int], ids: Sequence[int]) -> int:

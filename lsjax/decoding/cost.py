@@ -23,10 +23,13 @@ def tokens_per_round(acceptance: float, drafts: float) -> float:
 
 
 def unsure_share(drafted_by_position: Sequence[int], num_draft_tokens: int, rounds: int) -> float:
-    """Share of the rounds whose draft ended by its confidence, before its last position.
+    """Share of the rounds whose draft ended by its confidence, before its last position; none where
+    nothing is to be drafted.
 
     The end of a text and a stop token end a few drafts too.
     """
+    if num_draft_tokens == 0:
+        return 0.0
     return 1 - sum(drafted_by_position[num_draft_tokens - 1 : num_draft_tokens]) / rounds
 
 

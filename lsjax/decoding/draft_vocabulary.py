@@ -54,13 +54,20 @@ class DraftVocabulary:
             ranked.append(next(fill))
         return cls(np.sort(np.array(ranked, np.int32)))
 
+    @staticmethod
+    def check_size(size: int, vocab_size: int) -> None:
+        """Raises ConfigError where so many tokens are not fewer than all of the model's, or none.
+        To be asked before so many are counted."""
+        check(size >= 1, f"a draft vocabulary of {size} is empty: choose --draft-vocab 1 or more")
+        check(
+            size < vocab_size,
+            f"a draft vocabulary of {size} does not make the head of {vocab_size} smaller: choose "
+            "a smaller --draft-vocab, or none",
+        )
+
     def validate(self, config: LlamaConfig) -> None:
         """Raises ConfigError where the model has no such tokens, or no others."""
-        check(
-            0 < len(self) < config.vocab_size,
-            f"a draft vocabulary of {len(self)} does not make the head of {config.vocab_size} "
-            "smaller: choose a smaller --draft-vocab, or none",
-        )
+        self.check_size(len(self), config.vocab_size)
         check(bool((np.diff(self.ids_N) > 0).all()), "the draft vocabulary's ids do not rise")
         check(
             bool(0 <= self.ids_N[0] and self.ids_N[-1] < config.vocab_size),

@@ -57,6 +57,7 @@ class Row:
     text: RowText
     prefill_seconds: float
     began: float  # seconds of work of the run when the first token was there
+    looked: tuple[float, int]  # at the last look: seconds of work of the run, rounds of the row
 
 
 class Run:
@@ -131,7 +132,8 @@ class Run:
         finally:
             if self._engine.batch_size == 1:
                 # Before its prompt is read, a row has what it shares with the text before.
-                self._conversation.keep(self._state, self._first and self._first[1])
+                count = self._first and self._first[1]
+                self._conversation.keep(self._state, self._engine.model, count)
 
     def _admit(self, row: int, index: int, request: Request, ids: list[int]) -> None:
         """Reads a prompt and gives it a row."""
@@ -140,7 +142,7 @@ class Run:
             single, known = self._first
         else:
             if alone:
-                self._conversation.keep(self._state)
+                self._conversation.keep(self._state, self._engine.model)
             single, known = self._single(request, ids)
         read = self._reads[_chunk(len(ids) - known, list(self._reads))]
         single, seconds = _timed(read, single, np.int32(known))
@@ -149,12 +151,13 @@ class Run:
             self._state = single
         else:
             self._state, more = _timed(self._insert, self._state, single, np.int32(row))
-            self._conversation.keep(single)
+            self._conversation.keep(single, self._engine.model)
             seconds += more
         self._worked += seconds
         self._engine.prefill_seconds += seconds
         text = RowText(self._engine.tokenizer, ids, request.stop)
-        self._rows[row] = Row(index, request, ids, text, seconds, self._worked)
+        looked = (self._worked, 0)
+        self._rows[row] = Row(index, request, ids, text, seconds, self._worked, looked)
 
     def _look(self, row: int, finish_B: np.ndarray) -> Update | None:
         """Reads what is new in a row, if it has ended or somebody waits for it; marks in `finish_B`
@@ -164,8 +167,8 @@ class Run:
         waits = self._stream or live.request.stop or cancelled
         if finish_B[row] == RUNNING and not waits:
             return None
-        trace = Trace.of(self._state, row, len(live.ids))
-        text, trace, reason = live.text.look(trace, int(finish_B[row]))
+        whole = Trace.of(self._state, row, len(live.ids))
+        text, trace, reason = live.text.look(whole, int(finish_B[row]))
         if reason is None and cancelled:
             rest, trace, reason = live.text.look(trace, STOP)
             text, reason = text + rest, "interrupt"
@@ -174,8 +177,14 @@ class Run:
             if finish_B[row] == EOS and trace.tokens_n[-1] in live.request.stop_ids:
                 reason = "stop"
             finish_B[row] = finish_B[row] or STOP
-            completion = self._complete(live, trace, reason)
+            # Rounds behind a stop string, which is only seen at the next look, are not the text's.
+            seconds, rounds = live.looked
+            kept = trace.rounds - rounds, whole.rounds - rounds
+            share = kept[0] / kept[1] if kept[1] else 1.0
+            ended = seconds + share * (self._worked - seconds)
+            completion = self._complete(live, trace, reason, ended - live.began)
             del self._rows[row]
+        live.looked = (self._worked, whole.rounds)
         return Update(live.index, text, trace, completion)
 
     def _advance(self) -> None:
@@ -186,8 +195,8 @@ class Run:
         self._worked += seconds
         self._engine.decode_seconds += seconds
 
-    def _complete(self, live: Row, trace: Trace, reason: str) -> Completion:
-        """What a row that has ended gave."""
+    def _complete(self, live: Row, trace: Trace, reason: str, seconds: float) -> Completion:
+        """What a row that has ended gave, and the seconds that it took."""
         sampling = live.request.sampling
         if not live.request.log_probs:
             trace = dataclasses.replace(trace, log_probs_n=None)
@@ -199,14 +208,15 @@ class Run:
             text=live.text.text,
             num_prompt_tokens=len(live.ids),
             prefill_seconds=live.prefill_seconds,
-            decode_seconds=self._worked - live.began,
+            decode_seconds=seconds,
             compile_seconds=self._compile_seconds,
             finish_reason=reason,
         )
 
     def _single(self, request: Request, ids: list[int]) -> tuple[DecodeState, int]:
         """A state with this row, and how many of its tokens its cache holds."""
-        cache, known = self._conversation.take(ids, self._capacity, self._depth)
+        size = self._capacity, self._depth
+        cache, known = self._conversation.take(ids, *size, self._engine.model)
         capacity = self._capacity if cache is None else cache.capacity
         return self._create([(request, ids)], capacity, cache), known
 

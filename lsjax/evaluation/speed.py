@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields, replace
 from itertools import pairwise
 from typing import Any
 
-from lsjax.config import LlamaConfig
+from lsjax.config import LlamaConfig, check
 from lsjax.decoding.completion import Completion
 from lsjax.decoding.cost import Costs, ideal_speedup, unsure_share, weight_bytes
 from lsjax.decoding.engine import Engine
@@ -45,6 +45,17 @@ class Timed:
         """What counts of a completion."""
         names = [field.name for field in fields(cls)][2:]
         return cls(repeat, prompt, **{name: getattr(completion, name) for name in names})
+
+    @classmethod
+    def read(cls, row: Mapping[str, Any]) -> "Timed":
+        """One of a file; raises ConfigError for a row that is none."""
+        names = [field.name for field in fields(cls)]
+        check(
+            row.keys() == {*names},
+            f"a line of the results has {', '.join(row)} and not {', '.join(names)}: it is none of "
+            "this sweep's; name another --output, or remove it",
+        )
+        return cls(**row)
 
     @property
     def tokens_per_second(self) -> float:

@@ -1,11 +1,14 @@
 """The benchmark's figures: what must hold whatever the clock says."""
 
 import json
+import shutil
 
 import pytest
 
 from lsjax.cli import benchmark, grid
 from lsjax.cli.benchmark import main
+from lsjax.cli.grid import Grid, GridArguments
+from lsjax.data.tokenizer_huggingface import ByteTokenizer
 
 
 @pytest.fixture(autouse=True)
@@ -76,7 +79,16 @@ def test_autoregressive_alone(model_directory, tmp_path):
         (("--new-tokens", 1), "--new-tokens 1 is below 2"),
         (("--repeats", 0), "--repeats 0 is below 1"),
         (("--temperature", -1), "temperature -1.0 is not a number of 0 or more"),
-        (("--prompt-length", 0), "--prompt-length 0 is below 1"),
+        (("--prompt-length", 0), "--prompt-length 0 is not in 1..511"),
+        (("--prompt-length", 10**12), "--prompt-length 1000000000000 is not in 1..511"),
+        (("--prompt", ""), "--prompt is an empty prompt"),
+        (("--capacity", -5), "--capacity -5 is below 0"),
+        (("--draft-vocab", 9), "--draft-vocab needs --exit-layers"),
+        (("--draft-confidence", 0.5), "--draft-confidence needs --exit-layers"),
+        (
+            ("--exit-layers", 1, "--identity-tail", 1, "--draft-vocab", 10**12),
+            "a draft vocabulary of 1000000000000 does not make the head of 258 smaller",
+        ),
         (("--identity-tail", 4), "--identity-tail 4 is not in 1..3"),
         (("--exit-layers", 4), "exit layer 4 is not in 1..3"),
         (("--exit-layers", 1, "--draft-vocab", 9), "needs token counts"),
@@ -93,3 +105,22 @@ def test_bad_input(model_directory, refused, monkeypatch, options, words):
     """Before the model is loaded."""
     monkeypatch.delattr(grid, "assemble")
     assert words in refused(main, "--model", model_directory, *options)
+
+
+def test_the_prompts_are_not_overwritten(model_directory, refused, monkeypatch, tmp_path):
+    monkeypatch.delattr(grid, "assemble")
+    file = tmp_path / "prompts.jsonl"
+    file.write_text('{"prompt": "a"}')
+    given = ("--model", model_directory, "--prompt-file", file, "--json", file)
+    assert "prompts.jsonl would overwrite the prompts" in refused(main, *given)
+
+
+@pytest.mark.parametrize(
+    "length, ids", [(1, [256]), (3, [256, 97, 98]), (6, [256, 97, 98, 99, 97, 98])]
+)
+def test_a_prompt_that_is_repeated_begins_once(model_directory, tmp_path, length, ids):
+    """The token of the beginning stands in front of the text and nowhere in it."""
+    model = shutil.copytree(model_directory, tmp_path / "model")
+    ByteTokenizer(add_bos=True).save(model)
+    given = dict(model=model, prompt="abc", prompt_length=length)
+    assert Grid(GridArguments(**given), pytest.fail).prompts == [ids]

@@ -17,6 +17,7 @@ import pytest
 from flax import nnx
 from rich.console import Console
 
+import decode
 import lsjax
 from lsjax.cli.chat import HELP, chat
 from lsjax.config import LlamaConfig
@@ -248,3 +249,16 @@ def test_the_prompt_is_for_people(talk):
     """It goes where the answers go, which with --json - is not standard output."""
     _, (completion,), shown, _ = talk("hi", max_new_tokens=3)
     assert shown == f"> {completion.text}\n> \n"
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--max-new-tokens", 0), "max_new_tokens 0 is below 1"),
+        (("--max-length", 100), "128 new ones do not fit the length of 100"),
+    ],
+)
+def test_what_no_turn_could_be_asked(alphabet, refused, monkeypatch, options, words):
+    """Refused before the model is loaded, and not turn by turn."""
+    monkeypatch.delattr(decode, "load_shown")
+    assert words in refused(decode.main, "--model", alphabet, "--interactive", *options)

@@ -95,3 +95,13 @@ def test_bad_input(model_directory, refused, monkeypatch, changes, words):
     name, *values = changes
     given[name] = values
     assert words in refused(main, *(part for name, v in given.items() for part in (name, *v)))
+
+
+def test_the_prompts_are_not_overwritten(model_directory, refused, monkeypatch, tmp_path):
+    monkeypatch.delattr(correctness, "assemble")
+    file = tmp_path / "prompts.jsonl"
+    file.write_text('{"prompt": "a"}')
+    cell = ("--model", model_directory, "--exit-layers", 3, "--num-draft-tokens", 4)
+    words = refused(main, *cell, "--prompt-file", file, "--json", file)
+    assert "prompts.jsonl would overwrite the prompts" in words
+    assert file.read_text() == '{"prompt": "a"}'

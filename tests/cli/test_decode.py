@@ -1,8 +1,10 @@
 """The decode program: what it prints and writes, and how it refuses."""
 
 import json
+import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -310,6 +312,9 @@ def bad(model_directory, tmp_path_factory):
         ("--mesh.tensor 2", "a mesh of tensor 2 needs 2 devices, but there are 1"),
         ("--mesh.data -2", "mesh.data -2 is not a size: choose 1 or more, or -1"),
         ("--system s", "--system needs --chat or --interactive"),
+        ("--no-prompt --interactive --temperature -1", "temperature -1.0 is not a number of 0"),
+        ("--no-prompt --interactive --top-k 5", "--top-k means nothing to greedy decoding"),
+        ("--no-prompt --interactive --stop-ids 999", r"stop ids \[999\] are not all in the vocab"),
         ("--chat", "no chat template: use --prompt without --chat"),
         ("--prompt-file {bad}/good.txt", "give one of --prompt and --prompt-file and not both"),
         ("--no-prompt", "give one of --prompt and --prompt-file$"),
@@ -341,6 +346,33 @@ def test_bad_input(model_directory, bad, refused, monkeypatch, tmp_path, options
     assert re.search(words, refused(main, *given).strip())
     assert old.read_text() == "an older run\n"
     assert sorted(file.name for file in tmp_path.iterdir()) == ["old.jsonl"]
+
+
+def test_log_probs_that_nobody_would_see(model_directory, refused):
+    given = ["--model", model_directory, "--prompt", "a", "--logprobs"]
+    assert "--logprobs needs --json" in refused(main, *given)
+
+
+def test_sigterm_leaves_what_is_done(model_directory, tmp_path, monkeypatch):
+    """Texts that wait for the one before them are written too; exit code 143."""
+    file, prompts = tmp_path / "lines.jsonl", tmp_path / "prompts.jsonl"
+    rows = [{"prompt": "a", "max_new_tokens": 60}, {"prompt": "b", "max_new_tokens": 2}]
+    prompts.write_text("\n".join(map(json.dumps, rows)))
+    generate = Engine.generate
+
+    def killed(self, requests, *, on_completion):
+        def ended(index, completion):
+            on_completion(index, completion)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+        return generate(self, requests, on_completion=ended)
+
+    monkeypatch.setattr(Engine, "generate", killed)
+    given = ["--model", model_directory, "--prompt-file", prompts, "--batch-size", 2]
+    with pytest.raises(SystemExit) as end:
+        main([str(part) for part in [*given, "--json", file]])
+    assert end.value.code == 128 + signal.SIGTERM
+    assert [line["prompt"] for line in lines_of(file.read_text())] == ["b"]
 
 
 def test_bad_input_makes_no_file(model_directory, refused, tmp_path):

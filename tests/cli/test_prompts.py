@@ -160,6 +160,8 @@ def test_seeds(tmp_path):
         ({"stop_ids": ["a"]}, 'stop_ids is ["a"], but must be int or a list of such'),
         ({"stop_ids": -2}, "stop ids [-2] are not all 0 or more"),
         ({"no_repeat_ngram": -2}, "no_repeat_ngram -2 is below 0"),
+        ({"temperature": 10**400}, "temperature is beyond all floats"),
+        ({"temperature": 0, "top_k": 5}, "top_k means nothing to greedy decoding"),
     ],
 )
 def test_options_are_refused_with_file_and_line(tmp_path, options, words):

@@ -6,6 +6,7 @@ import pytest
 
 from lsjax.cli import grid, sweep
 from lsjax.cli.sweep import main
+from lsjax.decoding.engine import Engine
 from lsjax.evaluation.results import append
 
 
@@ -77,6 +78,31 @@ def test_a_killed_sweep_goes_on(model_directory, tmp_path, monkeypatch, capsys):
         run(model_directory, output, *options, "--new-tokens", 13)
     assert stop.value.code == 2
     assert "new_tokens was 12 and is now 13" in capsys.readouterr().err
+    append(output / "texts.jsonl", {"prompt": 0, "text": "of something else"})
+    with pytest.raises(SystemExit) as stop:
+        run(model_directory, output, *options)
+    assert stop.value.code == 2
+    assert "a line of the results has prompt, text and not repeat" in capsys.readouterr().err
+
+
+def test_every_size_of_the_cache_is_warmed_up(model_directory, tmp_path, monkeypatch):
+    """Before anything is timed: programs that have run before are faster."""
+    prompts, order = tmp_path / "prompts.jsonl", []
+    prompts.write_text("".join(json.dumps({"prompt": n * "x"}) + "\n" for n in (5, 300, 7)))
+    generate = Engine.generate
+
+    def noted(self, asked, **rest):
+        order.append((self.strategy.name, len(asked[0])))
+        return generate(self, asked, **rest)
+
+    monkeypatch.setattr(Engine, "generate", noted)
+    given = ("--exit-layers", 1, "--num-draft-tokens", 2, "--prompt-file", prompts)
+    run(model_directory, tmp_path / "sweep", *given)
+    assert sorted(order[:4]) == [
+        *[("autoregressive", length) for length in (7, 300)],
+        *[("self_speculative", length) for length in (7, 300)],
+    ]
+    assert len(order) == 4 + 6 + 1
 
 
 @pytest.mark.parametrize(

@@ -158,6 +158,18 @@ def test_another_strategy(engine, fresh, count_prefilled):
     assert counts == [20, 2, 20 + 2 * 13, 20 + 3 * 13]
 
 
+def test_another_model(model, tokenizer, fresh, count_prefilled):
+    """Of the same shape: what the other one has read is read again."""
+    other = jax.jit(lambda: Llama(model.config, rngs=nnx.Rngs(1)))()
+    engine, conversation = Engine(other, tokenizer), Conversation()
+    counts = count_prefilled(engine)
+    answer = say(engine, SAID[0], conversation).token_ids
+    engine.use_model(model)
+    history = [*SAID[0], *answer, 65]
+    assert say(engine, history, conversation).token_ids == fresh(Autoregressive(), history)
+    assert counts == [20, 20 + NEW + 1]
+
+
 def test_a_refused_turn_costs_nothing(engine, count_prefilled):
     counts, conversation = count_prefilled(engine), Conversation()
     first = say(engine, SAID[0], conversation).token_ids

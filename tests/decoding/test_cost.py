@@ -11,6 +11,7 @@ from lsjax.decoding.calibration import calibrate, calibrated
 from lsjax.decoding.cost import (
     Costs,
     ideal_speedup,
+    unsure_share,
     weight_bytes,
 )
 
@@ -32,6 +33,13 @@ def test_ideal_speedup_of_a_draft_vocabulary_by_hand():
     assert ideal_speedup(SMOL, 2, 12, 1.0, SMOL.vocab_size) == ideal_speedup(SMOL, 2, 12, 1.0)
     # The head once more in half of the rounds: 13 x 37.9975 / (12 x 2.33323 + 0.5 x 0.33323 + ...).
     assert ideal_speedup(SMOL, 2, 12, 1.0, 2048, unsure=0.5) == pytest.approx(7.465, rel=1e-3)
+
+
+def test_rounds_that_end_unsure_by_hand():
+    # Of 10 rounds 8 drafted first, 5 second, 3 third: 7 ended before the third of 3.
+    assert unsure_share([8, 5, 3], 3, 10) == pytest.approx(0.7)
+    assert unsure_share([8, 5], 3, 10) == 1
+    assert unsure_share([], 0, 10) == 0  # there was nothing to be unsure of
 
 
 def test_the_paper_has_a_share_of_its_ideal():

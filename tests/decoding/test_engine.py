@@ -9,6 +9,7 @@ from flax import nnx
 
 from lsjax.config import ConfigError, LlamaConfig
 from lsjax.data.tokenizer_huggingface import ByteTokenizer
+from lsjax.decoding import run
 from lsjax.decoding.autoregressive import Autoregressive, EarlyExit
 from lsjax.decoding.completion import Completion
 from lsjax.decoding.draft_vocabulary import DraftVocabulary
@@ -99,6 +100,18 @@ def test_figures_of_a_stopped_text_count_what_is_kept(engine_of, stops):
         for c in engine.generate(PROMPTS, max_new_tokens=NEW, stop=[stop]):
             own = c.rounds - bool(c.trace.accepted_n[-1])  # the verification's own tokens
             assert len(c.token_ids) == c.num_new_tokens == 1 + c.accepted + own, stop
+
+
+def test_the_time_behind_a_stop_string_is_not_the_text_s(engine_of, stops, monkeypatch):
+    """Four rounds between two looks take four seconds here, so a text takes one for each round."""
+    monkeypatch.setattr(run, "_timed", lambda program, *args: (program(*args), 4.0))
+    early = 0
+    for stop in stops:
+        found = engine_of(Autoregressive()).generate(PROMPTS, max_new_tokens=25, stop=[stop])
+        for c in found:
+            assert c.decode_seconds == pytest.approx(c.rounds)
+            early += c.rounds % 4 > 0
+    assert early, "every text ended at a look"
 
 
 def test_a_stream_keeps_its_strategy(model, tokenizer):
