@@ -187,8 +187,9 @@ def choose_requests(arguments: Arguments) -> list[Request]:
     Raises ConfigError for a number out of its range, and for one that greedy decoding ignores.
     """
     default = default_request(arguments)
-    requests = [default]  # of a chat: what is asked in each turn
-    if not arguments.interactive:
+    if arguments.interactive:
+        requests = [dataclasses.replace(default, prompt="?")]  # the shortest message
+    else:
         requests = read_requests(
             arguments.prompt, arguments.prompt_file, default, arguments.num_samples
         )
