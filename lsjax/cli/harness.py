@@ -124,7 +124,7 @@ def harness(arguments: Arguments) -> None:
         max_length=arguments.max_length,
     )
     if arguments.chat:
-        chat_prompt(tokenizer, "", arguments.system)  # whether there is a template
+        chat_prompt(tokenizer, "?", arguments.system)  # whether there is a template
     for file in files:
         check_output(file)
     lm_eval = need_lm_eval()

@@ -15,6 +15,7 @@ from lsjax.config import EvaluationConfig, LlamaConfig, check
 from lsjax.data.packing import Rows
 from lsjax.data.token_counts import NAME, write_counts
 from lsjax.data.tokenizers import Tokenizer
+from lsjax.data.whole_files import write_whole
 
 PROMPTS = "prompts.jsonl"
 COUNTED = 4_000_000  # tokens that the draft vocabulary is counted from
@@ -29,7 +30,7 @@ def write_run_files(
     if not (workdir / PROMPTS).exists():
         texts = map(tokenizer.decode, prompts)
         lines = [json.dumps({"prompt": text}, ensure_ascii=False) for text in texts if text]
-        (workdir / PROMPTS).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+        write_whole(workdir / PROMPTS, "".join(f"{line}\n" for line in lines).encode())
 
 
 def count_labels(rows: Rows, most: int = COUNTED) -> Counter[int]:

@@ -142,6 +142,12 @@ class DataConfig:
             if self.source == "tfds"
             else f"tfds_name is read by source tfds, not by {self.source}: choose that source",
         )
+        for name in ("tfds_split", "tfds_data_dir"):
+            default = type(self).__dataclass_fields__[name].default
+            check(
+                self.source == "tfds" or getattr(self, name) == default,
+                f"{name} is read by source tfds, not by {self.source}: leave it out",
+            )
         check(
             not self.validation_split or self.source == "tfds",
             f"validation_split is read by source tfds, not by {self.source}: use validation_paths",
@@ -155,6 +161,10 @@ class DataConfig:
         check(
             not self.has_prompts or self.source in ROWS,
             f"templates are read by {', '.join(ROWS)}, not by source {self.source}",
+        )
+        check(
+            self.text_template == "{text}" or self.source in ROWS,
+            f"text_template is read by {', '.join(ROWS)}, not by source {self.source}",
         )
         for name in ("text_template", "prompt_template", "response_template"):
             template = getattr(self, name)

@@ -12,6 +12,7 @@ from pathlib import Path
 from lsjax.config import ConfigError, check
 from lsjax.config.run_path import split_step
 from lsjax.data.tokenizers import Tokenizer
+from lsjax.data.whole_files import write_whole
 
 NAME = "token_counts.json"
 
@@ -40,10 +41,7 @@ def write_counts(file: Path, tokenizer: Tokenizer, counts: Counter[int]) -> None
         "total": counts.total(),
         "counts": {str(token): n for token, n in counts.most_common()},
     }
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f".{file.name}.partial")
-    partial.write_text(json.dumps(content), encoding="utf-8")
-    partial.replace(file)
+    write_whole(file, json.dumps(content).encode())
 
 
 def read_counts(file: Path, tokenizer: Tokenizer) -> Counter[int]:

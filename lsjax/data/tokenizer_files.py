@@ -120,8 +120,7 @@ def _load_model(file: Path) -> Tokenizer:
             f"tokenizer_config.json adds tokens ({beyond[0]}, ...) that {file} lacks: add the "
             "tokenizer.json of this model"
         )
-    spelled = {piece: i for i, piece in tokenizer.special_spelling.items()}
-    tokenizer.eos_ids = token_ids(settings.eos, spelled.get) or tokenizer.eos_ids
+    tokenizer.eos_ids = token_ids(settings.eos, tokenizer.piece_id) or tokenizer.eos_ids
     return tokenizer
 
 

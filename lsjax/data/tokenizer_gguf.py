@@ -14,6 +14,7 @@ from lsjax.data.tokenizer_huggingface import HuggingFaceTokenizer
 from lsjax.data.tokenizer_sentencepiece import SentencePieceTokenizer
 from lsjax.data.tokenizers import Tokenizer, TokenizerError
 
+LLAMA3_BEGIN = "<|begin_of_text|>"
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4  # token types of GGUF and of SentencePiece
 
 
@@ -22,7 +23,7 @@ def load_gguf(file: Path) -> Tokenizer:
     fields = _tokenizer_fields(file)
     kind, tokens = fields.get("ggml.model"), fields.get("ggml.tokens")
     if not kind or not tokens:
-        raise TokenizerError(f"{file} carries no tokenizer: name one with --tokenizer")
+        raise TokenizerError(f"{file} carries no tokenizer: take one that does")
     if kind not in ("llama", "gpt2"):
         raise TokenizerError(f"{file} has a tokenizer of kind {kind!r}; known are gpt2 and llama")
     types = fields.get("ggml.token_type", [NORMAL] * len(tokens))
@@ -45,7 +46,9 @@ def load_gguf(file: Path) -> Tokenizer:
         return SentencePieceTokenizer(
             model, add_bos=add_bos, eos_ids=eos_ids, chat_template=chat_template
         )
-    pre = fields.get("ggml.pre", "default")
+    # Files from before the key was there: those of Llama 3 are told by its tokens.
+    unnamed = "llama-bpe" if LLAMA3_BEGIN in tokens else "default"
+    pre = fields.get("ggml.pre", unnamed)
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
     digits = pre_tokenizers.Digits(individual_digits=True)
     words = {

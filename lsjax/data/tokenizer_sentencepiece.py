@@ -70,6 +70,11 @@ class SentencePieceTokenizer(Tokenizer):
             end = match.end()
         return ids + self._processor.encode(text[end:])
 
+    def piece_id(self, piece: str) -> int | None:
+        """Id of a token by its spelling; None if there is no such token."""
+        found = self._processor.piece_to_id(piece)  # the unknown token's where there is none
+        return found if self._processor.id_to_piece(found) == piece else None
+
     def save(self, directory: str | Path) -> None:
         """Writes tokenizer.model, tokenizer_config.json and, if it can be had, a tokenizer.json.
 

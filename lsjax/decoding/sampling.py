@@ -62,6 +62,9 @@ class Sampling:
             f"temperature {self.temperature} is not a number of 0 or more: 0 is greedy, 1 draws "
             "from what the model says",
         )
+        for name in ("top_k", "no_repeat_ngram"):
+            value = getattr(self, name)
+            check(isinstance(value, int), f"{name} is {value!r}, but must be a whole number")
         check(self.top_k >= 0, f"top_k {self.top_k} is below 0: choose 0 for all tokens, or more")
         check(0 < self.top_p <= 1, f"top_p {self.top_p} is not in (0, 1]: choose 1 for all tokens")
         check(0 <= self.min_p <= 1, f"min_p {self.min_p} is not in [0, 1]: choose 0 for all tokens")

@@ -25,7 +25,7 @@ from lm_eval.models.utils import maybe_truncate, normalize_gen_kwargs
 from lm_eval.tasks import TaskManager
 from tqdm import tqdm
 
-from lsjax.config import check
+from lsjax.config import ConfigError, check
 from lsjax.data.chat import render_chat
 from lsjax.decoding.engine import Engine
 from lsjax.decoding.request import Request
@@ -152,7 +152,10 @@ class HarnessModel(TemplateLM):
 
     def _request(self, context: str, settings: dict[str, Any], *, seed: int) -> Request:
         """lm_eval's request as the engine's."""
-        settings = dict(normalize_gen_kwargs(settings))
+        try:
+            settings = dict(normalize_gen_kwargs(settings))
+        except ValueError as error:
+            raise ConfigError(f"{error}: correct the task, or --gen-kwargs") from None
         until, room = settings.pop("until"), settings.pop("max_gen_toks")
         is_greedy = not settings.pop("do_sample", False)
         beams = settings.pop("num_beams", 1)
@@ -165,8 +168,13 @@ class HarnessModel(TemplateLM):
             "add a max_gen_toks there to --gen-kwargs",
         )
         sampling = {SAMPLING[name]: value for name, value in settings.items()}
-        if is_greedy:
-            sampling["temperature"] = 0.0
+        sampling["temperature"] = 0.0 if is_greedy else sampling.get("temperature", 1.0)
+        for name, value in sampling.items():
+            kinds = int if name in ("top_k", "no_repeat_ngram") else int | float
+            check(
+                isinstance(value, kinds),
+                f"{name} is {value!r}, but must be a number: correct the task, or --gen-kwargs",
+            )
         ids = self.tok_encode(context) or [self.prefix_token_id]
         ids, _ = maybe_truncate(ids, room, self.engine.max_length)
         # Texts are without special tokens: the spelling of one is meant to end them as a token.

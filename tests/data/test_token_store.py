@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+import sentencepiece
 
 from lsjax.config import ConfigError, DataConfig
 from lsjax.data import token_store as module
@@ -58,6 +59,19 @@ def test_prompts_are_encoded_as_in_decoding_and_the_text_is_whole(any_tokenizer,
             ids, length = encode_document(Document(text, prompt), settings, any_tokenizer)
             assert ids[:length] == any_tokenizer.encode(prompt)
             assert any_tokenizer.decode(ids) == prompt + text
+
+
+def test_a_response_has_no_space_of_its_own_whatever_the_normalizer_drops(tmp_path, texts):
+    """SentencePiece's default rule drops control characters, and with them the first mark."""
+    (tmp_path / "corpus.txt").write_text("\n".join(texts), encoding="utf-8")
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(tmp_path / "corpus.txt"), model_prefix=str(tmp_path / "m"), model_type="bpe",
+        vocab_size=420, byte_fallback=True, hard_vocab_limit=False, minloglevel=2,
+    )  # fmt: skip
+    tokenizer = load_tokenizer(tmp_path / "m.model")
+    assert tokenizer.encode("\x01", add_bos=False) == []
+    ids, length = encode_document(Document("[IN x]", "say:\n"), config("unread.jsonl"), tokenizer)
+    assert tokenizer.token_bytes(ids[length])[:1] == b"["
 
 
 def test_a_large_vocabulary_takes_four_bytes(rows, tmp_path, any_tokenizer):

@@ -29,9 +29,10 @@ def write_gguf(file, *, model, tokens, types, **settings):
     return file
 
 
-def write_bpe_gguf(file, backend, pre, **settings):
+def write_bpe_gguf(file, backend, pre, first=None, **settings):
     model = json.loads(backend.to_str())["model"]
     tokens = [backend.id_to_token(i) for i in range(backend.get_vocab_size())]
+    tokens[0] = first or tokens[0]
     types = [CONTROL if i < 3 else NORMAL for i in range(len(tokens))]
     merges = [" ".join(merge) for merge in model["merges"]]
     return write_gguf(
@@ -100,6 +101,21 @@ def test_bpe_equals_the_trained_pipeline(pre, train_bpe, texts, tmp_path):
     again = load_tokenizer(tmp_path / "saved")
     assert [again.encode(t) for t in texts] == [tokenizer.encode(t) for t in texts]
     assert again.fingerprint == tokenizer.fingerprint
+
+
+def test_llama_3_from_before_its_words_had_a_name(train_bpe, tmp_path):
+    """Told by its first token; what does not have it is GPT-2's kind (above)."""
+    split = pre_tokenizers.Split(Regex(LLAMA3_SPLIT), "isolated")
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend = train_bpe(pre_tokenizers.Sequence([split, byte_level]))
+    settings = dict(bos_token_id=0, eos_token_id=1)
+    named = write_bpe_gguf(tmp_path / "a.gguf", backend, "llama-bpe", **settings)
+    unnamed = write_bpe_gguf(
+        tmp_path / "b.gguf", backend, None, first="<|begin_of_text|>", **settings
+    )
+    text = "it's 12345 WE'LL"
+    assert load_tokenizer(unnamed).add_bos
+    assert load_tokenizer(unnamed).encode(text) == load_tokenizer(named).encode(text)
 
 
 def test_smollm_splits_digits(train_bpe, tmp_path):

@@ -53,6 +53,21 @@ def test_leading_spaces_follow_the_model(tmp_path, corpus, remove, prefix):
     assert load_tokenizer(tmp_path / "saved").encode("there") == tokenizer.encode("there")
 
 
+def test_an_end_that_is_an_ordinary_piece_is_saved_and_found(tmp_path, corpus):
+    """ChatML's, say, in a model of Llama 2's kind."""
+    (tmp_path / "corpus.txt").write_text("\n".join(corpus), encoding="utf-8")
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(tmp_path / "corpus.txt"), model_prefix=str(tmp_path / "m"), vocab_size=90,
+        model_type="unigram", user_defined_symbols=["<|im_end|>"], character_coverage=1.0,
+        hard_vocab_limit=False, minloglevel=2,
+    )  # fmt: skip
+    model = (tmp_path / "m.model").read_bytes()
+    end = SentencePieceTokenizer(model).piece_id("<|im_end|>")
+    assert end is not None and SentencePieceTokenizer(model).piece_id("<|im_start|>") is None
+    SentencePieceTokenizer(model, eos_ids=(end,)).save(tmp_path / "saved")
+    assert load_tokenizer(tmp_path / "saved").eos_ids == (end,)
+
+
 def test_saves_an_equal_tokenizer_json(sentencepiece_model, texts, tmp_path):
     tokenizer = load_tokenizer(sentencepiece_model)
     tokenizer.save(tmp_path)

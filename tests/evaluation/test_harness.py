@@ -149,6 +149,21 @@ def test_generation_settings_can_be_changed_and_documents_limited(run):
     assert found["n-samples"]["tiny_choice"]["effective"] == 2
 
 
+def test_sampling_without_a_temperature_draws(lm):
+    """At 1, as transformers does; greedy texts would all be the same."""
+    sampled = lm._request("a", {"until": [], "do_sample": True}, seed=3).sampling
+    assert (sampled.temperature, sampled.seed) == (1.0, 3)
+    assert lm._request("a", {"until": []}, seed=3).sampling.temperature == 0
+
+
+@pytest.mark.parametrize(
+    "settings", [{"temperature": "abc"}, {"max_gen_toks": "abc"}, {"top_p": "high"}, {"top_k": 2.5}]
+)
+def test_settings_that_are_no_numbers(lm, settings):
+    with pytest.raises(ConfigError):
+        lm._request("a", {"until": [], "do_sample": True, **settings}, seed=0)
+
+
 def test_greedy_flags(lm, engine):
     """A continuation that the model would say itself, and one that it would not."""
     for letter in "abcdefghijklmnopqrstuvwxyz":
