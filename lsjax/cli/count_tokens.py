@@ -31,7 +31,7 @@ class Arguments:
     """Counts the tokens of a text."""
 
     model: Path
-    """Hugging Face directory or .gguf file, for its tokenizer."""
+    """Hugging Face directory, .gguf file, or directory of a training run, for its tokenizer."""
     text: tuple[Path, ...]
     """Files of text; of .jsonl files, every text in the objects of the lines."""
     output: Path | None = None

@@ -40,7 +40,7 @@ class Arguments:
     """Tasks of lm-evaluation-harness at several exits and with several strategies."""
 
     model: Path
-    """Hugging Face directory or .gguf file."""
+    """Hugging Face directory, .gguf file, or directory of a training run."""
     tasks: tuple[str, ...]
     """Names or patterns of tasks, groups and tags."""
     task_path: Path | None = None
