@@ -147,7 +147,8 @@ def strategies(arguments: Arguments, tokenizer: Tokenizer) -> list[tuple[str, St
     found += [(f"self-speculative ({exit_layer}, {drafts})", speculative, True)]
     if arguments.draft_vocab is not None:
         counts = find_counts(arguments.model, cache_directory(), tokenizer)
-        vocabulary = DraftVocabulary.most_frequent(counts, arguments.draft_vocab)
+        size = arguments.draft_vocab
+        vocabulary = DraftVocabulary.most_frequent(counts, size, tokenizer.vocab_size)
         small = lsjax.SelfSpeculative(exit_layer, drafts, vocabulary)
         found += [(f"the same, drafts from {arguments.draft_vocab} tokens", small, True)]
     return found

@@ -155,10 +155,13 @@ def platform() -> str:
     return jax.default_backend() if device is None else device.platform
 
 
-def devices_in_use() -> int:
-    """Of the mesh in use; 1 without one."""
+def chunk_steps(batch: int, steps: int, vocab: int, logits: int) -> int:
+    """C: positions of each row in a chunk, so that each device of the mesh in use holds no more
+    than so many logits at a time; chunks are about equal."""
     mesh = jax.sharding.get_abstract_mesh()
-    return 1 if mesh.empty else mesh.size
+    devices = 1 if mesh.empty else mesh.size
+    most = max(1, min(steps, logits * devices // (batch * vocab)))
+    return -(-steps // -(-steps // most))
 
 
 def row_shards(rows: int) -> int:

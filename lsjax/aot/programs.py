@@ -24,9 +24,9 @@ from lsjax.decoding.self_speculative import DRAFT, SelfSpeculative
 from lsjax.decoding.state import DecodeState
 from lsjax.model.attention import LARGE, LARGE_BLOCKS, SMALL, SMALL_BLOCKS
 from lsjax.model.llama import Llama
-from lsjax.sharding import shardings
+from lsjax.sharding import chunk_steps, shardings
 from lsjax.training.early_exit import mean_exits
-from lsjax.training.loss import CHUNKS, EXITS, chunk_steps
+from lsjax.training.loss import CHUNK_LOGITS, CHUNKS, EXITS
 from lsjax.training.start import abstract_state, check_rows
 from lsjax.training.step import make_train_step
 
@@ -68,7 +68,7 @@ def train_step(config: TrainConfig, mesh: Mesh) -> tuple[Lowered, Trips]:
     rows = config.batch_size // config.micro_batches
     with jax.set_mesh(mesh):
         lowered = make_train_step(config).lower(state, placed_shapes(batch, mesh))
-        chunk = chunk_steps(rows, config.seq_len, config.model.vocab_size)
+        chunk = chunk_steps(rows, config.seq_len, config.model.vocab_size, CHUNK_LOGITS)
     exits = mean_exits(config.early_exit, config.model.num_layers, config.num_steps)
     share = math.ceil(config.seq_len * config.early_exit.token_share)
 

@@ -83,8 +83,8 @@ def correctness(arguments: Arguments) -> int:
     vocabulary = None
     if arguments.draft_vocab is not None:
         counts = find_counts(arguments.model, cache_directory(), tokenizer)
-        DraftVocabulary.check_size(arguments.draft_vocab, source.config.vocab_size)
-        vocabulary = DraftVocabulary.most_frequent(counts, arguments.draft_vocab)
+        size = arguments.draft_vocab
+        vocabulary = DraftVocabulary.most_frequent(counts, size, source.config.vocab_size)
     cell = partial(
         SelfSpeculative, vocabulary=vocabulary, draft_confidence=arguments.draft_confidence
     )

@@ -135,8 +135,8 @@ def choose_strategy(arguments: Arguments, tokenizer: Tokenizer) -> Strategy:
     vocabulary = None
     if arguments.draft_vocab is not None:
         counts = find_counts(arguments.model, cache_directory(), tokenizer)
-        DraftVocabulary.check_size(arguments.draft_vocab, tokenizer.vocab_size)
-        vocabulary = DraftVocabulary.most_frequent(counts, arguments.draft_vocab)
+        size = arguments.draft_vocab
+        vocabulary = DraftVocabulary.most_frequent(counts, size, tokenizer.vocab_size)
     return SelfSpeculative(
         exit_layer, drafts, vocabulary, draft_confidence=arguments.draft_confidence
     )

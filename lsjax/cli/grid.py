@@ -117,8 +117,7 @@ class Grid:
         if self._draft_vocab is not None:
             if tail is None:
                 self._counts = find_counts(arguments.model, cache_directory(), self.tokenizer)
-            DraftVocabulary.check_size(self._draft_vocab, self.config.vocab_size)
-            DraftVocabulary.most_frequent(self._counts, self._draft_vocab).validate(self.config)
+            self._most_frequent(self._counts).validate(self.config)
         self.vocabulary: DraftVocabulary | None = None
         self.dtype = ""
 
@@ -139,7 +138,7 @@ class Grid:
             counts = self._counts
             if self.arguments.identity_tail is not None:
                 counts = self._own_tokens(engine)
-            self.vocabulary = DraftVocabulary.most_frequent(counts, self._draft_vocab)
+            self.vocabulary = self._most_frequent(counts)
         small = self._cells(self.vocabulary) if self.vocabulary else ()
         return [Autoregressive(), *self._cells(None), *small]
 
@@ -200,6 +199,9 @@ class Grid:
         )
         cells = [cell(exit_layer, drafts) for exit_layer in exits for drafts in lengths]
         return cells if arguments.separate_programs else in_one_program(cells)
+
+    def _most_frequent(self, counts: dict[int, int]) -> DraftVocabulary:
+        return DraftVocabulary.most_frequent(counts, self._draft_vocab, self.config.vocab_size)
 
     def _own_tokens(self, engine: Engine) -> dict[int, int]:
         """How often the model says each token, by decoding the prompts."""

@@ -40,13 +40,15 @@ class DraftVocabulary:
         return len(self.ids_N)
 
     @classmethod
-    def most_frequent(cls, counts: Mapping[int, int], size: int) -> "DraftVocabulary":
+    def most_frequent(
+        cls, counts: Mapping[int, int], size: int, vocab_size: int
+    ) -> "DraftVocabulary":
         """The `size` tokens with the highest counts. Where fewer were seen, the lowest ids fill
         up: tokenizers give low ids to what they merged first.
 
-        Raises ConfigError for a size below 1.
+        Raises ConfigError for a size that is not in 1..vocab_size - 1.
         """
-        check(size >= 1, f"a draft vocabulary of {size} is empty: choose --draft-vocab 1 or more")
+        _check_size(size, vocab_size)
         ranked = sorted(counts, key=lambda token: (-counts[token], token))[:size]
         seen = set(ranked)
         fill = (token for token in range(size + len(seen)) if token not in seen)
@@ -54,20 +56,9 @@ class DraftVocabulary:
             ranked.append(next(fill))
         return cls(np.sort(np.array(ranked, np.int32)))
 
-    @staticmethod
-    def check_size(size: int, vocab_size: int) -> None:
-        """Raises ConfigError where so many tokens are not fewer than all of the model's, or none.
-        To be asked before so many are counted."""
-        check(size >= 1, f"a draft vocabulary of {size} is empty: choose --draft-vocab 1 or more")
-        check(
-            size < vocab_size,
-            f"a draft vocabulary of {size} does not make the head of {vocab_size} smaller: choose "
-            "a smaller --draft-vocab, or none",
-        )
-
     def validate(self, config: LlamaConfig) -> None:
         """Raises ConfigError where the model has no such tokens, or no others."""
-        self.check_size(len(self), config.vocab_size)
+        _check_size(len(self), config.vocab_size)
         check(bool((np.diff(self.ids_N) > 0).all()), "the draft vocabulary's ids do not rise")
         check(
             bool(0 <= self.ids_N[0] and self.ids_N[-1] < config.vocab_size),
@@ -81,3 +72,12 @@ class DraftVocabulary:
         places_V = jnp.full(model.config.vocab_size, len(self), jnp.int32)
         places_V = places_V.at[ids_N].set(jnp.arange(len(self)))
         return DraftHead(ids_N, places_V, model.head_table[ids_N])
+
+
+def _check_size(size: int, vocab_size: int) -> None:
+    check(size >= 1, f"a draft vocabulary of {size} is empty: choose --draft-vocab 1 or more")
+    check(
+        size < vocab_size,
+        f"a draft vocabulary of {size} does not make the head of {vocab_size} smaller: choose a "
+        "smaller --draft-vocab, or none",
+    )

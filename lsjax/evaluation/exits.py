@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int
 from lsjax.config import ConfigError
 from lsjax.decoding.sampling import likeliest
 from lsjax.model.llama import Llama
-from lsjax.sharding import devices_in_use
+from lsjax.sharding import chunk_steps
 
 AGREEMENT = "agreement: share of greedy drafts that would be accepted, teacher-forced"
 # Logits that are held at a time, on each device.
@@ -100,17 +100,12 @@ def exits_to_show(layers: int) -> list[int]:
     return sorted({1, *(-(-layers * eighth // 8) for eighth in range(1, 9))})
 
 
-def chunk_steps(batch: int, steps: int, vocab: int) -> int:
-    """C: positions of each row that are scored at a time, on the mesh in use."""
-    return max(1, min(steps, CHUNK_LOGITS * devices_in_use() // (batch * vocab)))
-
-
 def _score(
     model: Llama, labels_BT: Int[Array, "B T"], x_BTD: Float[Array, "B T D"]
 ) -> tuple[Float[Array, "B T"], Int[Array, "B T"]]:
     """Loss and likeliest token at each position, a chunk of positions at a time."""
     batch, steps, width = x_BTD.shape
-    chunk = chunk_steps(batch, steps, model.config.vocab_size)
+    chunk = chunk_steps(batch, steps, model.config.vocab_size, CHUNK_LOGITS)
     chunks = -(-steps // chunk)
     padding = ((0, 0), (0, chunks * chunk - steps))
 

@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int
 
 from lsjax.model.block import RMSNorm
 from lsjax.model.llama import Llama
-from lsjax.sharding import ROWS, devices_in_use, on_each_device
+from lsjax.sharding import ROWS, chunk_steps, on_each_device
 
 # Logits of a chunk, on each device.
 CHUNK_LOGITS = 2**25
@@ -47,12 +47,6 @@ def head_of(model: Llama) -> Head:
     return Head(model.norm, model.head_table)
 
 
-def chunk_steps(batch: int, steps: int, vocab: int) -> int:
-    """C: positions of each row in a chunk, on the mesh in use; chunks are about equal."""
-    most = max(1, min(steps, CHUNK_LOGITS * devices_in_use() // (batch * vocab)))
-    return -(-steps // -(-steps // most))
-
-
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def head_loss(
     target: str,
@@ -76,7 +70,7 @@ def _forward(target, z_loss, head, x_SBTD, labels_BT, positions, weights_S):
     """Each device goes through the head with its own rows, and adds up the gradient of the table
     that they give; the sum over devices is taken once, at the end."""
     _, batch, steps, _ = x_SBTD.shape
-    chunk = chunk_steps(batch, steps, len(head.table_VD))
+    chunk = chunk_steps(batch, steps, len(head.table_VD), CHUNK_LOGITS)
     chunks_S = -(-positions.counts_SB.max(1) // chunk)
     narrow = Head(head.norm, head.table_VD.astype(x_SBTD.dtype))
     sums, dx_SBTD = on_each_device(

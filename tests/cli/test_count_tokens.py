@@ -29,7 +29,7 @@ def test_counts_are_kept_and_used(model_directory, tmp_path, capsys, monkeypatch
     monkeypatch.setattr(
         DraftVocabulary,
         "most_frequent",
-        lambda counts, size: seen.append(counts) or most_frequent(counts, size),
+        lambda counts, *sizes: seen.append(counts) or most_frequent(counts, *sizes),
     )
     results = []
     for vocabulary in ([], ["--draft-vocab", "100"]):

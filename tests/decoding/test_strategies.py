@@ -173,12 +173,12 @@ def test_a_draft_vocabulary_is_lossless(model, engine, expected, size):
 
 def test_the_most_frequent_tokens():
     counts = {7: 5, 3: 9, 200: 5, 4: 1}
-    assert DraftVocabulary.most_frequent(counts, 1).ids_N.tolist() == [3]
-    assert DraftVocabulary.most_frequent(counts, 2).ids_N.tolist() == [3, 7]
+    assert DraftVocabulary.most_frequent(counts, 1, 258).ids_N.tolist() == [3]
+    assert DraftVocabulary.most_frequent(counts, 2, 258).ids_N.tolist() == [3, 7]
     # Tokens that were never seen: the lowest ids.
-    assert DraftVocabulary.most_frequent(counts, 7).ids_N.tolist() == [0, 1, 2, 3, 4, 7, 200]
+    assert DraftVocabulary.most_frequent(counts, 7, 258).ids_N.tolist() == [0, 1, 2, 3, 4, 7, 200]
     with pytest.raises(ConfigError, match="draft vocabulary of 0 is empty"):
-        DraftVocabulary.most_frequent(counts, 0)
+        DraftVocabulary.most_frequent(counts, 0, 258)
 
 
 def test_drafts_are_accepted_and_refused(engine):

@@ -7,7 +7,7 @@ from lsjax.decoding.draft_vocabulary import DraftVocabulary
 from lsjax.decoding.self_speculative import SelfSpeculative
 from lsjax.evaluation.answers import Answer, acceptance_rate
 
-VOCABULARY = DraftVocabulary.most_frequent({1: 2, 7: 1}, 2)
+VOCABULARY = DraftVocabulary.most_frequent({1: 2, 7: 1}, 2, 258)
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from lsjax.cli.exits import table
 from lsjax.config import ConfigError, LlamaConfig
 from lsjax.evaluation import exits
 from lsjax.evaluation.exits import ExitScores, score_exits
+from lsjax.sharding import chunk_steps
 
 LENGTHS = ((9, 7), (16,))  # of the documents in each row
 
@@ -92,10 +93,10 @@ def test_stacked_layers_and_batches_in_parts_give_the_same(model, batch):
 
 def test_more_devices_score_more_positions_at_a_time():
     """256 rows of a vocabulary of 32,000 are one position on one device, and 16 a pass on 16."""
-    assert exits.chunk_steps(256, 4096, 32_000) == 1
+    assert chunk_steps(256, 4096, 32_000, exits.CHUNK_LOGITS) == 1
     with jax.sharding.use_abstract_mesh(AbstractMesh((4, 4), ("data", "fsdp"))):
-        assert exits.chunk_steps(256, 4096, 32_000) == 16
-        assert exits.chunk_steps(256, 7, 32_000) == 7
+        assert chunk_steps(256, 4096, 32_000, exits.CHUNK_LOGITS) == 16
+        assert chunk_steps(256, 7, 32_000, exits.CHUNK_LOGITS) == 7
 
 
 def test_a_text_without_labels_is_refused(model, batch):

@@ -114,7 +114,7 @@ def test_what_is_not_in_the_loss_does_not_pass_the_head(counts, expected, monkey
     ],
 )
 def test_chunks_are_about_equal(batch, steps, vocab, expected):
-    assert module.chunk_steps(batch, steps, vocab) == expected
+    assert module.chunk_steps(batch, steps, vocab, module.CHUNK_LOGITS) == expected
 
 
 def test_bfloat16_states_give_float32_sums_and_gradients_of_the_table():
