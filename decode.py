@@ -60,7 +60,7 @@ def decode(arguments: Arguments) -> None:
     to_stdout = arguments.json == Path("-")
     requests = choose_requests(arguments)
     source = open_source(arguments.model)
-    tokenizer = load_tokenizer(arguments.model)
+    tokenizer = load_tokenizer(arguments.model).fitted(source.config.vocab_size)
     strategy = choose_strategy(arguments, tokenizer)
     max_length = arguments.max_length
     mesh = None if arguments.mesh == MeshConfig() else make_mesh(arguments.mesh)
@@ -69,7 +69,6 @@ def decode(arguments: Arguments) -> None:
     batch_size = min(arguments.batch_size, needed)
     check_settings(
         source.config,
-        tokenizer,
         strategy,
         batch_size=batch_size,
         max_length=max_length,

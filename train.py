@@ -43,7 +43,14 @@ from lsjax.data.packing import Rows
 from lsjax.data.pipeline import make_pipeline, one_pass
 from lsjax.data.tokenizer_training import make_tokenizer
 from lsjax.model.checkpoint import open_source
-from lsjax.model.run_directory import CHECKPOINTS, begin_run, is_run, read_config
+from lsjax.model.run_directory import (
+    CHECKPOINTS,
+    begin_run,
+    held_out_losses,
+    is_run,
+    read_config,
+    read_metrics,
+)
 from lsjax.model.saved_steps import saved_steps
 from lsjax.sharding import make_mesh, own_rows, placed_rows
 from lsjax.training.checkpoint import Checkpoints
@@ -85,7 +92,7 @@ def train(arguments: Arguments) -> int:
     own_B = own_rows(config.batch_size, mesh)
     data = dict(seq_len=config.seq_len, cache=cache, own_B=own_B)
     with console.status("reading the data"), in_turn("the data are read"):
-        tokenizer = make_tokenizer(config.data, cache=cache)
+        tokenizer = make_tokenizer(config.data, cache=cache).fitted(config.model.vocab_size)
         pipeline = make_pipeline(
             config.data,
             tokenizer,
@@ -110,7 +117,8 @@ def train(arguments: Arguments) -> int:
     with in_turn("the run has begun"):
         if is_first():
             begin_run(workdir, config, tokenizer)
-            write_run_files(workdir, tokenizer, pipeline.rows, prompts)
+            fresh = not saved_steps(workdir / CHECKPOINTS)
+            write_run_files(workdir, tokenizer, pipeline.rows, prompts, fresh=fresh)
         wait_to_see(lambda: is_run(workdir), f"the run in {workdir}")
     console.print(describe(config, workdir, pipeline.rows))
 
@@ -122,12 +130,14 @@ def train(arguments: Arguments) -> int:
     peak = peak_flops(
         "float32" if config.dtype == "auto" else config.dtype, 1 if mesh is None else mesh.size
     )
+    losses = held_out_losses(workdir)
     with (
         nullcontext() if mesh is None else jax.set_mesh(mesh),
         Checkpoints(
             workdir / CHECKPOINTS,
             config.checkpoints,
             report=partial(console.print, style="yellow", markup=False),
+            losses=losses,
         ) as checkpoints,
     ):
         like = abstract_state(config, mesh)
@@ -137,19 +147,33 @@ def train(arguments: Arguments) -> int:
         else:
             state, first = restored.state, restored.step
             pipeline.restore(restored.data)
-            console.print(f"going on after step {first}")
-        if first == config.num_steps:
-            console.print(f"all {first} steps are done: nothing to do")
-            return 0
-
-        def save(step, state, rows):
-            checkpoints.save(
-                state,
-                step=step,
-                config=config,
-                data=pipeline.state(),
-                loss=rows.get("evaluation", {}).get("last_exit_loss"),
+            # Runs that were begun before it was kept have none.
+            began_with = restored.data.get("held_out", held_out.rows.fingerprint)
+            check(
+                began_with == held_out.rows.fingerprint,
+                "the validation data are not those that the run was begun with (fingerprint "
+                f"{began_with}, now {held_out.rows.fingerprint}): give the same data, or begin a "
+                "new run",
             )
+            console.print(f"going on after step {first}")
+        place = partial(placed_rows, rows=config.batch_size, mesh=mesh)
+        settings = config.evaluation
+        hooks = [evaluation_hook(config, list(held_out), workdir, console.print, place, losses)]
+        if settings.sample_tokens:
+            hooks.append(
+                sample_hook(settings, config.model, tokenizer, sampled, console.print, mesh)
+            )
+        if first == config.num_steps:
+            # The program may have been killed while it looked at the last step.
+            done = {row["kind"] for row in read_metrics(workdir) if row["step"] == first}
+            hooks = [hook for hook in hooks if hook.kind not in done]
+            if not hooks:
+                console.print(f"all {first} steps are done: nothing to do")
+                return 0
+
+        def save(step, state):
+            position = {**pipeline.state(), "held_out": held_out.rows.fingerprint}
+            checkpoints.save(state, step=step, config=config, data=position)
 
         progress = TrainingProgress(
             console,
@@ -159,18 +183,12 @@ def train(arguments: Arguments) -> int:
             step_flops=step_flops(config.model, config.batch_size, config.seq_len, config.lora),
             peak_flops=peak,
         )
-        place = partial(placed_rows, rows=config.batch_size, mesh=mesh)
-        settings = config.evaluation
-        hooks = [evaluation_hook(settings, list(held_out), workdir, console.print, place)]
-        if settings.sample_tokens:
-            hooks.append(
-                sample_hook(settings, config.model, tokenizer, sampled, console.print, mesh)
-            )
         loop = Loop(
             num_steps=config.num_steps,
             train_step=make_train_step(config),
             next_batch=lambda: place(pipeline.next()),
             save=save,
+            wait=checkpoints.settle,
             save_every=config.checkpoints.every,
             hooks=hooks,
             max_skipped=config.max_skipped,

@@ -40,12 +40,13 @@ from train_step import (
 
 from lsjax.cli.setup import exact_products, keep_freed_memory
 from lsjax.config import LayerDropoutConfig
+from lsjax.model.llama import cast_matrices
 from lsjax.model.rope import rope_angles
 from lsjax.training import step as training_step
 from lsjax.training.early_exit import enabled_exits, loss_weights
 from lsjax.training.forward import layer_runner
 from lsjax.training.loss import head_loss, head_of
-from lsjax.training.objective import compute_dtype, in_dtype, loss_positions, objective
+from lsjax.training.objective import loss_positions, objective
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ def objective_in_scan(config, model, batch, step, rows_B, num_labels, *, again: 
     enabled_L = enabled_exits(config.early_exit, shape.num_layers, step, config.num_steps)
     weights_L = loss_weights(config.early_exit, shape.num_layers, step, config.num_steps)
     weights_L /= jnp.maximum(num_labels, 1)
-    narrow, head = in_dtype(model, compute_dtype(config, model)), head_of(model)
+    narrow, head = cast_matrices(model, config.dtype), head_of(model)
     positions = loss_positions(
         config, labels_BT, step, rows_B, jnp.zeros(1, int), jnp.ones(1, bool)
     )

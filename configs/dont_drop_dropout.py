@@ -30,5 +30,5 @@ config = TrainConfig(
     ),
     optimizer=OptimizerConfig(learning_rate=4e-4, warmup_steps=2_000),
     remat="dots_with_no_batch_dims_saveable",
-    mesh=MeshConfig(fsdp=-1),
+    mesh=MeshConfig(data=-1, fsdp=8),
 )

@@ -30,5 +30,5 @@ config = TrainConfig(
     ),
     optimizer=OptimizerConfig(learning_rate=2e-5, warmup_steps=100),
     remat="dots_with_no_batch_dims_saveable",
-    mesh=MeshConfig(fsdp=-1),
+    mesh=MeshConfig(data=-1, fsdp=16),
 )

@@ -4,8 +4,11 @@ layer and, quickly at first, with time, up to half at the last layer.
     python train.py --config configs/pld.py --workdir runs/pld \
         --init-from models/llama2-7b --data.paths 'corpus/*.txt'
 
-A layer that is left out of the batch costs nothing: expect steps about a quarter shorter once the
-rates have risen.
+This differs from the paper in three ways. One draw drops a whole block, where the paper gates
+attention and feed-forward separately. D(l) is l / (L - 1), where the paper has l / L: here the
+first layer is never left out, and the last one has the full rate. And this continues from a
+checkpoint, where the paper trains from scratch. A block that is left out of the batch costs
+nothing: expect steps about a quarter shorter once the rates have risen.
 """
 
 from lsjax.config import (
@@ -29,5 +32,5 @@ config = TrainConfig(
     ),
     optimizer=OptimizerConfig(learning_rate=2e-5, warmup_steps=100),
     remat="dots_with_no_batch_dims_saveable",
-    mesh=MeshConfig(fsdp=-1),
+    mesh=MeshConfig(data=-1, fsdp=16),
 )

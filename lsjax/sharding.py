@@ -164,6 +164,18 @@ def chunk_steps(batch: int, steps: int, vocab: int, logits: int) -> int:
     return -(-steps // -(-steps // most))
 
 
+def split_rows(tree: Any, parts: int) -> Any:
+    """Arrays of rows [B, ...] as parts of them [M, B / M, ...], for a scan.
+
+    Part m takes the rows m, M + m, 2 M + m ...: each device then has its share of every part.
+    """
+
+    def split(array: Array) -> Array:
+        return array.reshape(-1, parts, *array.shape[1:]).swapaxes(0, 1)
+
+    return jax.tree.map(split, tree)
+
+
 def row_shards(rows: int) -> int:
     """Parts of a batch of that many rows that training has on different devices of the mesh in
     use."""

@@ -4,6 +4,8 @@ import dataclasses
 import json
 import re
 import shutil
+import signal
+import subprocess
 import sys
 
 import jax
@@ -16,8 +18,8 @@ import lsjax
 import train
 from lsjax.cli import convert, exits
 from lsjax.cli.training_options import read_config_file
+from lsjax.model.run_directory import held_out_losses, read_metrics
 from lsjax.model.saved_steps import saved_steps
-from lsjax.training.metrics_log import FILE, read_metrics
 
 CONFIG = """
 from lsjax.config import *
@@ -77,7 +79,7 @@ def last_arrays(workdir):
 
 def rows_of(workdir):
     """The rows of metrics, without times."""
-    rows = read_metrics(workdir / FILE)
+    rows = read_metrics(workdir)
     return [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
 
 
@@ -105,7 +107,8 @@ def test_the_best_step_is_that_of_the_lowest_held_out_loss(finished):
         row["step"]: row["loss_E"][-1] for row in rows_of(finished) if row["kind"] == "evaluation"
     }
     steps = saved_steps(finished / "checkpoints")
-    assert {step.number: step.meta["loss"] for step in steps} == {2: None, 4: None, 6: logged[6]}
+    assert [step.number for step in steps] == [6, 4, 3, 2]
+    assert held_out_losses(finished) == logged and logged[6] < logged[3]
     best, newest = lsjax.load(f"{finished}@best"), lsjax.load(finished)
     assert jax.tree.all(jax.tree.map(jnp.array_equal, best, newest))
 
@@ -116,13 +119,76 @@ def test_going_on_gives_the_run_that_nothing_disturbed_bit_for_bit(
     """Parameters, optimizer, masks (through the losses) and the next batches."""
     cut = tmp_path / "cut"
     shutil.copytree(finished, cut)
-    for step in (4, 6):
+    for step in (3, 4, 6):
         shutil.rmtree(cut / "checkpoints" / str(step))
     assert saved_steps(cut / "checkpoints")[0].number == 2
     assert launch(config, cut) == 0
     assert "going on after step 2\n" in capsys.readouterr().out
     assert last_arrays(cut) == last_arrays(finished)
     assert rows_of(cut) == rows_of(finished)
+
+
+def test_data_and_tokenizer_may_move_but_not_change(config, finished, tmp_path, capsys):
+    """Their contents decide, and what differs is said."""
+    cut, moved = tmp_path / "cut", tmp_path / "moved"
+    shutil.copytree(finished, cut)
+    for step in (3, 4, 6):
+        shutil.rmtree(cut / "checkpoints" / str(step))
+    (text,) = config.parent.glob("*.txt")
+    moved.mkdir()
+    shutil.copy(text, moved / "elsewhere.txt")
+    for file in finished.glob("tokenizer*"):
+        shutil.copy(file, moved)
+    flags = ["--data.tokenizer", str(moved), "--data.paths"]
+    with pytest.raises(SystemExit, match="2"):
+        (moved / "other.txt").write_text(text.read_text() + "\n\n1 2 3")
+        launch(config, cut, *flags, str(moved / "other.txt"))
+    words = "the training data are not those that the run was begun with (fingerprint "
+    assert words in " ".join(capsys.readouterr().err.split())
+    assert launch(config, cut, *flags, str(moved / "elsewhere.txt")) == 0
+    assert last_arrays(cut) == last_arrays(finished)
+
+
+def test_validation_data_may_not_change(config, tmp_path, capsys):
+    (text,) = config.parent.glob("*.txt")
+    own = tmp_path / "own.txt"
+    own.write_text("7 8 9\n\n10 11 12")
+    flags = ["--data.validation-paths", str(own), "--num-steps", "3"]
+    assert launch(config, tmp_path / "run", *flags) == 0
+    own.write_text("7 8 9\n\n10 11 13")
+    with pytest.raises(SystemExit, match="2"):
+        launch(config, tmp_path / "run", *flags)
+    words = "the validation data are not those that the run was begun with (fingerprint "
+    assert words in " ".join(capsys.readouterr().err.split())
+
+
+KILLED_WHILE_EVALUATING = """
+import os, signal, sys
+import train
+from lsjax.cli import training_hooks
+
+def killed(*arguments, **options):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+training_hooks.score_exits = killed
+train.main(sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize("every, lost", [(3, [3]), (6, [])])
+def test_a_run_that_is_killed_while_it_evaluates_loses_nothing(config, tmp_path, every, lost):
+    """Before the first regular checkpoint, and after the last step; with accumulation."""
+    flags = ["--micro-batches", "2", "--checkpoints.every", "50", "--evaluation.every", str(every)]
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert launch(config, whole, *flags) == 0
+    argv = ["--config", str(config), "--workdir", str(cut), *flags]
+    killed = subprocess.run([sys.executable, "-c", KILLED_WHILE_EVALUATING, *argv], check=False)
+    assert killed.returncode == -signal.SIGKILL
+    assert [step.number for step in saved_steps(cut / "checkpoints")] == [every]
+    assert launch(config, cut, *flags) == 0
+    assert last_arrays(cut) == last_arrays(whole)
+    rows = [row for row in rows_of(whole) if row["kind"] == "step" or row["step"] not in lost]
+    assert rows_of(cut) == rows
 
 
 def test_one_seed_repeats_and_two_differ(config, finished, tmp_path):
@@ -167,7 +233,8 @@ def test_adapters_go_on_and_the_export_decodes_as_the_run(config, finished, tmp_
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     assert launch(config, whole, *flags) == 0
     shutil.copytree(whole, cut)
-    shutil.rmtree(cut / "checkpoints" / "4")
+    for step in (3, 4):
+        shutil.rmtree(cut / "checkpoints" / str(step))
     capsys.readouterr()
     assert launch(config, cut, *flags) == 0
     assert "going on after step 2\n" in capsys.readouterr().out
@@ -224,11 +291,11 @@ def test_the_exits_of_runs_are_compared_on_the_held_out_data(finished, tmp_path,
         ),
         (
             ["--data.tokenizer", "sentencepiece", "--data.vocab-size", "270"],
-            "tokenizer has 270 tokens.*vocabulary is 258",
+            r"contains '.*' \(token 2[56]\d\), for which the model's table of 258 rows has no row",
         ),
         (["--model.num-layers", "1"], "sample_tokens 4 needs an exit that drafts"),
         (["--evaluation.sample-prompt", "1" * 511], "sample_prompt has 512 tokens, .* 1 to 511"),
-        (["--model.vocab-size", "100"], "tokenizer has 258 tokens.*vocabulary is 100"),
+        (["--model.vocab-size", "100"], "tokenizer has 258 tokens, but the model's table 100 rows"),
         (["--seq-len", "1024"], "seq_len 1024 is longer than the model's context of 512"),
         (["--mesh.data", "2"], "a mesh of data 2 needs 2 devices, but there are 1"),
     ],

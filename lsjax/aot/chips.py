@@ -14,6 +14,8 @@ ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_ACCELERATOR_TYPE": "v5litepod-8",
     "TPU_WORKER_HOSTNAMES": "localhost",
+    # Compiling takes no chip, so two programs may do it at once.
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     # Warnings of the partitioner, to stderr and not to files.
     "TPU_STDERR_LOG_LEVEL": "1",
     "TPU_LOG_DIR": "disabled",

@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,13 +23,14 @@ from lsjax.decoding.run import STOP_IDS
 from lsjax.decoding.sampling import GREEDY
 from lsjax.decoding.self_speculative import DRAFT, SelfSpeculative
 from lsjax.decoding.state import DecodeState
+from lsjax.evaluation.exits import exit_sums
 from lsjax.model.attention import LARGE, LARGE_BLOCKS, SMALL, SMALL_BLOCKS
 from lsjax.model.llama import Llama
 from lsjax.sharding import chunk_steps, shardings
 from lsjax.training.early_exit import mean_exits
 from lsjax.training.loss import CHUNK_LOGITS, CHUNKS, EXITS
 from lsjax.training.start import abstract_state, check_rows
-from lsjax.training.step import make_train_step
+from lsjax.training.step import TrainState, make_train_step
 
 
 @dataclass(frozen=True)
@@ -57,17 +59,10 @@ class Decoding:
 def train_step(config: TrainConfig, mesh: Mesh) -> tuple[Lowered, Trips]:
     """The step of train.py and the trips of its loops: every position is labelled, and as many
     exits are on as on average over the run."""
-    check_rows(config, mesh)
-    # Outside of the mesh: jax makes small constants on devices that must be there.
-    state = abstract_state(config, mesh)
-    shape = (config.batch_size, config.seq_len)
-    batch = {
-        name: jax.ShapeDtypeStruct(shape, jnp.int32)
-        for name in ("tokens_BT", "labels_BT", "segments_BT", "positions_BT")
-    }
+    state, batch = _state_and_batch(config, mesh)
     rows = config.batch_size // config.micro_batches
     with jax.set_mesh(mesh):
-        lowered = make_train_step(config).lower(state, placed_shapes(batch, mesh))
+        lowered = make_train_step(config).lower(state, batch)
         chunk = chunk_steps(rows, config.seq_len, config.model.vocab_size, CHUNK_LOGITS)
     exits = mean_exits(config.early_exit, config.model.num_layers, config.num_steps)
     share = math.ceil(config.seq_len * config.early_exit.token_share)
@@ -77,6 +72,29 @@ def train_step(config: TrainConfig, mesh: Mesh) -> tuple[Lowered, Trips]:
         return {EXITS: exits, CHUNKS: math.ceil(learned / chunk)}.get(_loop(op_name))
 
     return lowered, trips
+
+
+def evaluation(config: TrainConfig, mesh: Mesh) -> tuple[Lowered, Trips]:
+    """How train.py scores every exit on a batch; the program says the trips of all its loops."""
+    state, batch = _state_and_batch(config, mesh)
+    with jax.set_mesh(mesh):
+        lowered = exit_sums.lower(
+            state.model,
+            batch,
+            dtype=config.dtype,
+            micro_batches=config.micro_batches,
+            attention=config.attention,
+        )
+    return lowered, lambda op_name: None
+
+
+def _state_and_batch(config: TrainConfig, mesh: Mesh) -> tuple[TrainState, dict[str, Any]]:
+    """Shapes of what a step takes. Not to be called within the mesh: there jax makes small
+    constants on devices that must exist."""
+    check_rows(config, mesh)
+    shape = jax.ShapeDtypeStruct((config.batch_size, config.seq_len), jnp.int32)
+    names = ("tokens_BT", "labels_BT", "segments_BT", "positions_BT")
+    return abstract_state(config, mesh), placed_shapes({name: shape for name in names}, mesh)
 
 
 def decoding(

@@ -14,14 +14,14 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import jax
 import tyro
 from rich.console import Console
 
 from lsjax.aot.chips import Chip, slice_of
-from lsjax.aot.programs import Decoding, decoding, train_step
+from lsjax.aot.programs import Decoding, decoding, evaluation, train_step
 from lsjax.aot.report import Report, compile_report
 from lsjax.cli.aot_show import collectives_table, programs_table, training_lines
 from lsjax.cli.errors import check_output, one_line_errors
@@ -31,6 +31,8 @@ from lsjax.config import EarlyExitConfig, LayerDropoutConfig, MeshConfig, TrainC
 from lsjax.sharding import make_mesh
 from lsjax.training.flops import exit_flops, step_flops
 
+Program = Literal["train", "evaluate", "prefill", "decode"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
@@ -39,8 +41,9 @@ class Arguments:
     config: Annotated[TrainConfig, tyro.conf.arg(name="")]
     topology: str
     """Chip and slice: v5e:8x8, v5p:4x4x4, v6e:16x16."""
-    programs: tuple[Literal["train", "prefill", "decode"], ...] = ("train", "prefill", "decode")
-    """What to compile: the training step, the reading of a prompt, a round of self-speculation."""
+    programs: tuple[Program, ...] = get_args(Program)
+    """What to compile: the training step, the scoring of a batch at every exit, the reading of a
+    prompt, a round of self-speculation."""
     beside_plain: bool = False
     """Compile the step without layer dropout and exits too, and compare."""
     decoding: Decoding = Decoding()
@@ -78,6 +81,8 @@ def report(arguments: Arguments) -> dict[str, Any]:
     Raises ConfigError for what does not fit, before anything is compiled.
     """
     jax.config.update("jax_platforms", "cpu")  # for the shapes alone
+    # Without a chip jax can write programs for it to the cache, but not read them.
+    jax.config.update("jax_enable_compilation_cache", False)
     config, asked = arguments.config, arguments.programs
     check(config.model is not None, "the configuration has no model, whose shape is needed here")
     if arguments.output is not None:
@@ -89,6 +94,8 @@ def report(arguments: Arguments) -> dict[str, Any]:
         lowered["train"] = mesh, *train_step(config, mesh)
         if arguments.beside_plain:
             lowered["plain"] = mesh, *train_step(without_layerskip(config), mesh)
+    if "evaluate" in asked:
+        lowered["evaluate"] = mesh, *evaluation(config, mesh)
     if {"prefill", "decode"} & {*asked}:
         few = make_mesh(arguments.decoding_mesh, devices)
         programs = decoding(config.model, arguments.decoding, few)

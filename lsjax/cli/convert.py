@@ -17,7 +17,7 @@ from rich.progress import track
 from lsjax.cli.errors import one_line_errors
 from lsjax.cli.flags import parse_flags
 from lsjax.data.tokenizer_files import load_tokenizer
-from lsjax.model.checkpoint import CheckpointError, assemble, open_source
+from lsjax.model.checkpoint import assemble, open_source
 from lsjax.model.huggingface import check_destination, read_generation_defaults, save
 
 
@@ -51,12 +51,8 @@ def convert(arguments: Arguments) -> None:
 
     check_destination(destination)  # before the long part
     opened = open_source(source)
-    tokenizer, vocab_size = load_tokenizer(source), opened.config.vocab_size
-    if tokenizer.vocab_size > vocab_size:
-        raise CheckpointError(
-            f"{source}: the tokenizer has {tokenizer.vocab_size} tokens, but the model's "
-            f"vocabulary {vocab_size}: they do not belong together"
-        )
+    tokenizer = load_tokenizer(source)
+    tokenizer.fitted(opened.config.vocab_size)  # complains before the long part
     model = assemble(opened, dtype=dtype, track=bar("reading"))
     generation = read_generation_defaults(source)
     save(model, destination, generation=generation, tokenizer=tokenizer, track=bar("writing"))

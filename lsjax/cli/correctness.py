@@ -79,7 +79,7 @@ def correctness(arguments: Arguments) -> int:
     check(bool(arguments.exit_layers), "--exit-layers is empty: name exits to draft from")
     check(bool(arguments.num_draft_tokens), "--num-draft-tokens is empty: name draft lengths")
     source = open_source(arguments.model)
-    tokenizer = load_tokenizer(arguments.model)
+    tokenizer = load_tokenizer(arguments.model).fitted(source.config.vocab_size)
     vocabulary = None
     if arguments.draft_vocab is not None:
         counts = find_counts(arguments.model, cache_directory(), tokenizer)
@@ -98,7 +98,6 @@ def correctness(arguments: Arguments) -> int:
     for strategy in strategies:
         check_settings(
             source.config,
-            tokenizer,
             strategy,
             batch_size=arguments.batch_size,
             max_length=None,

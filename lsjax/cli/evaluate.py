@@ -59,7 +59,8 @@ def evaluate(arguments: Arguments) -> None:
     check_numbers(arguments)
     notes = Console(stderr=True, highlight=False, markup=False, emoji=False, style="dim")
     task = with_options(TASKS[arguments.task], arguments)
-    source, tokenizer = open_source(arguments.model), load_tokenizer(arguments.model)
+    source = open_source(arguments.model)
+    tokenizer = load_tokenizer(arguments.model).fitted(source.config.vocab_size)
     strategies = choose_strategies(
         arguments.model,
         tokenizer,
@@ -74,7 +75,6 @@ def evaluate(arguments: Arguments) -> None:
         arguments.mesh,
         strategies,
         source.config,
-        tokenizer,
         batch_size=arguments.batch_size,
         max_length=arguments.max_length,
     )

@@ -85,7 +85,8 @@ class Grid:
         check(new_tokens >= 2, f"--new-tokens {new_tokens} is below 2: choose 2 up")
         self.sampling = Sampling(temperature=arguments.temperature)
         self.source = open_source(arguments.model)
-        self.config, self.tokenizer = self.source.config, load_tokenizer(arguments.model)
+        self.config = self.source.config
+        self.tokenizer = load_tokenizer(arguments.model).fitted(self.config.vocab_size)
         length = arguments.prompt_length
         context = self.config.max_context
         check(
@@ -111,7 +112,7 @@ class Grid:
         )
         plain = self._cells(None)
         for strategy in [Autoregressive(), *plain]:
-            check_settings(self.config, self.tokenizer, strategy, batch_size=1, max_length=None)
+            check_settings(self.config, strategy, batch_size=1, max_length=None)
         self._draft_vocab = arguments.draft_vocab if plain else None
         self._counts: dict[int, int] = {}
         if self._draft_vocab is not None:

@@ -104,7 +104,8 @@ def harness(arguments: Arguments) -> None:
     check(arguments.chat or arguments.system is None, "--system needs --chat: give both or none")
     path = arguments.task_path
     check(path is None or path.is_dir(), f"--task-path {path} is no directory: name one")
-    source, tokenizer = open_source(arguments.model), load_tokenizer(arguments.model)
+    source = open_source(arguments.model)
+    tokenizer = load_tokenizer(arguments.model).fitted(source.config.vocab_size)
     strategies = choose_strategies(
         arguments.model,
         tokenizer,
@@ -119,7 +120,6 @@ def harness(arguments: Arguments) -> None:
         arguments.mesh,
         strategies,
         source.config,
-        tokenizer,
         batch_size=arguments.batch_size,
         max_length=arguments.max_length,
     )

@@ -13,7 +13,6 @@ from lsjax.evaluation.exits import ExitScores
 from lsjax.evaluation.speed import Row
 from lsjax.model.run_directory import CONFIG, is_run
 from lsjax.model.safetensors_files import read_json
-from lsjax.training.metrics_log import FILE, read_metrics
 
 SWEEP, EVALUATION = "sweep.json", ".summary.json"
 # Of an evaluation's rows, what a report shows.
@@ -92,7 +91,7 @@ def find(path: Path) -> Found:
         path.resolve().name,
         config,
         from_json(LlamaConfig, config["model"], f"{path / CONFIG}: model") if run else None,
-        read_metrics(path / FILE) if run else [],
+        read_metrics(path) if run else [],
         [_read(file, _sweep) for file in files if file.name == SWEEP],
         [_read(file, _evaluation) for file in files if file.name.endswith(EVALUATION)],
     )

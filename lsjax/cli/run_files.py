@@ -22,12 +22,18 @@ COUNTED = 4_000_000  # tokens that the draft vocabulary is counted from
 
 
 def write_run_files(
-    workdir: Path, tokenizer: Tokenizer, rows: Rows, prompts: Sequence[Sequence[int]]
+    workdir: Path,
+    tokenizer: Tokenizer,
+    rows: Rows,
+    prompts: Sequence[Sequence[int]],
+    *,
+    fresh: bool,
 ) -> None:
-    """Writes those that are not there yet, from the training rows and held-out prompts."""
-    if not (workdir / NAME).exists():
+    """Writes those that are missing, from the training rows and held-out prompts; all of them if
+    `fresh`, as the data of a run without a saved step may still change."""
+    if fresh or not (workdir / NAME).exists():
         write_counts(workdir / NAME, tokenizer, count_labels(rows))
-    if not (workdir / PROMPTS).exists():
+    if fresh or not (workdir / PROMPTS).exists():
         texts = map(tokenizer.decode, prompts)
         lines = [json.dumps({"prompt": text}, ensure_ascii=False) for text in texts if text]
         write_whole(workdir / PROMPTS, "".join(f"{line}\n" for line in lines).encode())

@@ -67,7 +67,6 @@ def fitting_mesh(
     mesh_config: MeshConfig,
     strategies: Sequence[Strategy],
     config: LlamaConfig,
-    tokenizer: Tokenizer,
     *,
     batch_size: int,
     max_length: int | None,
@@ -81,7 +80,6 @@ def fitting_mesh(
     for strategy in strategies:
         check_settings(
             config,
-            tokenizer,
             strategy,
             batch_size=batch_size,
             max_length=max_length,

@@ -1,5 +1,6 @@
 """What a training shows of its model now and then: every exit's scores, a picture, a sample."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from rich.table import Table
 
 from lsjax.cli.hosts import is_first
 from lsjax.cli.show import coloured, verbatim
-from lsjax.config import ConfigError, EvaluationConfig, LlamaConfig
+from lsjax.config import ConfigError, EvaluationConfig, LlamaConfig, TrainConfig
 from lsjax.data.tokenizers import Tokenizer
 from lsjax.decoding.completion import Completion
 from lsjax.decoding.engine import Engine
@@ -18,32 +19,42 @@ from lsjax.decoding.self_speculative import SelfSpeculative
 from lsjax.evaluation.exits import AGREEMENT, ExitScores, exits_to_show, score_exits
 from lsjax.evaluation.plots import plot_exits, plot_training
 from lsjax.model.llama import Llama
-from lsjax.training.metrics_log import FILE, read_metrics
+from lsjax.model.run_directory import EVALUATION, read_metrics
 from lsjax.training.trainer import Hook
 
 Print = Callable[..., None]
 
 
 def evaluation_hook(
-    config: EvaluationConfig,
+    config: TrainConfig,
     batches: Sequence[Mapping[str, np.ndarray]],
     workdir: Path,
     print: Print,
     place: Callable[[Any], Any],
+    losses: dict[int, float],
 ) -> Hook:
-    """Scores every exit on the held-out batches; draws loss and agreement by exit.
+    """Scores every exit on the held-out batches, computing as a step does; draws loss and
+    agreement by exit.
 
-    place: puts a batch where the devices want it.
+    place: puts a batch where the devices want it. losses: gets the last exit's loss by step.
     """
 
     def evaluate(step: int, model: Llama) -> dict[str, Any]:
-        scores = score_exits(model, map(place, batches))
+        scores = score_exits(
+            model,
+            map(place, batches),
+            dtype=config.dtype,
+            micro_batches=config.micro_batches,
+            attention=config.attention,
+        )
         print(exit_table(f"step {step}, {scores.tokens:,} held-out tokens", scores))
         print(AGREEMENT, style="dim")
         row = {**scores.to_json(), "last_exit_loss": scores.loss_E[-1]}
+        if math.isfinite(scores.loss_E[-1]):
+            losses[step] = scores.loss_E[-1]
         if not is_first():
             return row
-        rows = [*read_metrics(workdir / FILE), {"kind": "evaluation", "step": step, **row}]
+        rows = [*read_metrics(workdir), {"kind": EVALUATION, "step": step, **row}]
         try:
             plot_exits({f"step {step}": scores}, workdir / "exits.png", title=workdir.name)
             plot_training(rows, workdir / "training.png")
@@ -51,7 +62,7 @@ def evaluation_hook(
             print(str(error), style="dim")
         return row
 
-    return Hook("evaluation", config.every, evaluate)
+    return Hook(EVALUATION, config.evaluation.every, evaluate)
 
 
 def exit_table(title: str, scores: ExitScores) -> Table:

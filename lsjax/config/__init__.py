@@ -8,12 +8,13 @@ from lsjax.config.llama import LlamaConfig, RopeScaling
 from lsjax.config.lora import LoraConfig
 from lsjax.config.mesh import MeshConfig
 from lsjax.config.optimizer import OptimizerConfig
-from lsjax.config.step import AttentionKernel, StepConfig
+from lsjax.config.step import AttentionKernel, ComputeDtype, StepConfig
 from lsjax.config.train import CheckpointConfig, EvaluationConfig, TrainConfig
 
 __all__ = [
     "AttentionKernel",
     "CheckpointConfig",
+    "ComputeDtype",
     "EvaluationConfig",
     "TrainConfig",
     "ConfigError",

@@ -11,6 +11,7 @@ from lsjax.config.lora import LoraConfig
 from lsjax.config.optimizer import OptimizerConfig
 
 AttentionKernel = Literal["auto", "xla", "splash", "cudnn"]
+ComputeDtype = Literal["auto", "float32", "bfloat16"]
 Remat = Literal["none", "nothing_saveable", "dots_saveable", "dots_with_no_batch_dims_saveable"]
 
 
@@ -37,7 +38,7 @@ class StepConfig:
     attention: AttentionKernel = "auto"
     """What computes it: auto is splash on TPUs, cudnn on GPUs and xla elsewhere, and xla where
     these do not take the arrays (lsjax/model/self_attention.py)."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    dtype: ComputeDtype = "auto"
     """Of the computation: auto is bfloat16 on accelerators and that of the parameters on CPUs."""
 
     def __post_init__(self):
@@ -54,8 +55,8 @@ class StepConfig:
             f"attention {self.attention!r} is unknown: use {', '.join(get_args(AttentionKernel))}",
         )
         check(
-            self.dtype in ("auto", "float32", "bfloat16"),
-            f"dtype {self.dtype!r} is unknown: use auto, float32 or bfloat16",
+            self.dtype in get_args(ComputeDtype),
+            f"dtype {self.dtype!r} is unknown: use {', '.join(get_args(ComputeDtype))}",
         )
         check(
             self.optimizer.warmup_steps <= self.num_steps,

@@ -71,18 +71,23 @@ class Pipeline:
     def restore(self, state: dict) -> None:
         """Goes on with the row after the last one that was taken, at once.
 
-        The batch size and the number of hosts may differ from those of the state.
+        The batch size, the number of hosts and the place of the data may differ from those of the
+        state.
 
-        Raises ConfigError if the stream is another one.
+        Raises ConfigError, with what differs, if the stream is another one.
         """
         own = self.state()
-        for name, was in state.items():
-            check(
-                name == "rows_taken" or own.get(name) == was,
-                f"the saved position is one in other data ({name} was {was}, now "
-                f"{own.get(name)}): go on with the data, seq_len and seed of the run, or begin "
-                "a new one",
-            )
+        named = {"seed": "seed", "seq_len": "seq_len", "num_rows": "rows", "data": "fingerprint"}
+        others = [
+            f"{name} {state[key]}, now {own[key]}"
+            for key, name in named.items()
+            if state[key] != own[key]
+        ]
+        check(
+            not others,
+            f"the training data are not those that the run was begun with ({'; '.join(others)}): "
+            "give the same data, seq_len and seed, or begin a new run",
+        )
         self._taken = state["rows_taken"]
         self._start()
 

@@ -129,6 +129,7 @@ def _name(config: DataConfig, tokenizer: Tokenizer, source: Source, limit: int |
     made_of = [
         *(FORMAT, source.fingerprint(), tokenizer.fingerprint, tokenizer.add_bos, limit),
         *(tokenizer.bos_id, tokenizer.eos_ids[:1], config.append_end, config.allow_special),
+        tokenizer.vocab_size,
         *(config.source, config.separator),
         *(config.text_template, config.prompt_template, config.response_template),
     ]

@@ -6,6 +6,7 @@ table of id -> bytes, the same for every kind of tokenizer.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import struct
@@ -21,6 +22,10 @@ from lsjax.data.detokenize import StreamDecoder
 PROBE = "Hello  world!\n\n\tdef f(x):\n        return 12345 + 6.78  # it's\r\n ¿Qué? 你好 ﬁ 🙂👍🏽 "
 
 
+# Tokens that a tokenizer may have more than the model's table has rows.
+MOST_EXTRA = 64
+
+
 class TokenizerError(ValueError):
     """A tokenizer cannot be loaded or used; one line with the file, the fault and the fix."""
 
@@ -29,7 +34,7 @@ class Tokenizer(ABC):
     """Text to token ids and back.
 
     Attributes:
-      vocab_size: largest id + 1.
+      vocab_size: largest id + 1; fewer if the model's table has fewer rows (`fitted`).
       bos_id: id of the beginning-of-text token, or None.
       eos_ids: ids that end a generated text, the tokenizer's own first.
       add_bos: whether `encode` puts `bos_id` first unless told otherwise.
@@ -69,7 +74,8 @@ class Tokenizer(ABC):
             training text. Tokens that were added but not declared special are always read.
 
         Raises:
-          TokenizerError: `text` holds lone surrogates, or there is no `bos_id` to add.
+          TokenizerError: `text` holds lone surrogates, or there is no `bos_id` to add, or the
+            model has no row for a token (`fitted`).
         """
         try:
             text.encode()
@@ -79,11 +85,37 @@ class Tokenizer(ABC):
                 "decode the input as UTF-8 with errors='replace'"
             ) from error
         ids = self._encode(text, allow_special)
-        if not (self.add_bos if add_bos is None else add_bos):
-            return ids
-        if self.bos_id is None:
-            raise TokenizerError("this tokenizer has no beginning-of-text token: add_bos=False")
-        return [self.bos_id, *ids]
+        if self.add_bos if add_bos is None else add_bos:
+            if self.bos_id is None:
+                raise TokenizerError("this tokenizer has no beginning-of-text token: add_bos=False")
+            ids = [self.bos_id, *ids]
+        extra = next((token for token in ids if token >= self.vocab_size), None)
+        if extra is not None:
+            spelling = self.token_bytes(extra, skip_special=False).decode(errors="replace")
+            raise TokenizerError(
+                f"the text contains {spelling!r} (token {extra}), for which the model's table of "
+                f"{self.vocab_size} rows has no row: remove it from the text"
+            )
+        return ids
+
+    def fitted(self, rows: int) -> Tokenizer:
+        """This tokenizer for a model whose table has so many rows.
+
+        A few tokens may be without a row, such as a <pad> that was added. `encode` then refuses a
+        text that contains one.
+
+        Raises TokenizerError where there are more than MOST_EXTRA of them.
+        """
+        if self.vocab_size <= rows:
+            return self
+        if self.vocab_size > rows + MOST_EXTRA:
+            raise TokenizerError(
+                f"the tokenizer has {self.vocab_size} tokens, but the model's table {rows} rows: "
+                "give the model's own tokenizer"
+            )
+        smaller = copy.copy(self)
+        smaller.vocab_size = rows
+        return smaller
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
         """Text of a whole sequence; bytes that are no UTF-8 become U+FFFD.
@@ -120,7 +152,7 @@ class Tokenizer(ABC):
         for token_id in sorted(self._pieces):
             piece = self.token_bytes(token_id, skip_special=False)
             digest.update(struct.pack("<II", token_id, len(piece)) + piece)
-        digest.update(json.dumps(self.encode(PROBE, add_bos=False)).encode())
+        digest.update(json.dumps(self._encode(PROBE, allow_special=True)).encode())
         return digest.hexdigest()
 
 

@@ -1,6 +1,7 @@
 """Holds what decoding needs, and takes requests."""
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 
 from jax.sharding import Mesh
 
@@ -38,7 +39,7 @@ class Engine:
     min_capacity: slots of a row's cache at least. mesh: devices to decode on (lsjax/sharding.py).
 
     Raises ConfigError where the strategy or the length does not fit the model, or the batch not
-    the mesh.
+    the mesh; TokenizerError where the tokenizer does not fit the model.
     """
 
     def __init__(
@@ -57,7 +58,6 @@ class Engine:
         self.strategy = Autoregressive() if strategy is None else strategy
         check_settings(
             config,
-            tokenizer,
             self.strategy,
             batch_size=batch_size,
             max_length=max_length,
@@ -67,7 +67,7 @@ class Engine:
         self.mesh = mesh
         self.model = placed(model, mesh)
         self.arguments = placed(self.strategy.arguments(self.model), mesh)
-        self.tokenizer = tokenizer
+        self.tokenizer = tokenizer.fitted(config.vocab_size)
         self.ignore_end = ignore_end
         self.min_capacity = min_capacity
         self.batch_size = batch_size
@@ -137,12 +137,15 @@ class Engine:
         """Continues every prompt; completions in the same order.
 
         prompts: text, token ids, or a `Request`, to which the other arguments do not apply.
-        sampling: of every prompt, or one for each. options: the other fields of `Request`.
+        sampling: one for each prompt, or one for all, of which prompt number i gets the seed + i,
+        so that equal prompts have different texts. options: the other fields of `Request`.
         on_completion: called with index and completion as each one ends.
 
         Raises ConfigError for what `Request`, `check_stop_ids` and `encode_prompt` refuse.
         """
-        samplings = [sampling] * len(prompts) if isinstance(sampling, Sampling) else list(sampling)
+        if isinstance(sampling, Sampling):
+            sampling = [replace(sampling, seed=sampling.seed + i) for i in range(len(prompts))]
+        samplings = list(sampling)
         check(
             len(samplings) == len(prompts),
             f"{len(samplings)} samplings for {len(prompts)} prompts: give one, or one for each",

@@ -48,7 +48,6 @@ def check_stop_ids(request: Request, config: LlamaConfig) -> None:
 
 def check_settings(
     config: LlamaConfig,
-    tokenizer: Tokenizer,
     strategy: Strategy,
     *,
     batch_size: int,
@@ -60,11 +59,6 @@ def check_settings(
     data_axis: devices that share out the rows of a batch.
     """
     strategy.validate(config)
-    check(
-        tokenizer.vocab_size <= config.vocab_size,
-        f"the tokenizer has {tokenizer.vocab_size} tokens and the model {config.vocab_size}: "
-        "this is not the model's tokenizer",
-    )
     check(batch_size >= 1, f"batch size {batch_size} is below 1: choose --batch-size 1 or more")
     check(
         batch_size == 1 or batch_size % data_axis == 0,  # a single row is computed everywhere

@@ -12,14 +12,14 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from lsjax.config import ConfigError
+from lsjax.config import AttentionKernel, ComputeDtype, ConfigError
 from lsjax.decoding.sampling import likeliest
-from lsjax.model.llama import Llama
-from lsjax.sharding import chunk_steps
+from lsjax.model.llama import Llama, cast_matrices
+from lsjax.sharding import chunk_steps, constrain, split_rows
 
 AGREEMENT = "agreement: share of greedy drafts that would be accepted, teacher-forced"
 # Logits that are held at a time, on each device.
-CHUNK_LOGITS = 2**23
+CHUNK_LOGITS = 2**25
 
 
 @dataclass(frozen=True)
@@ -54,14 +54,24 @@ class ExitScores:
         }
 
 
-def score_exits(model: Llama, batches: Iterable[Mapping[str, np.ndarray]]) -> ExitScores:
+def score_exits(
+    model: Llama,
+    batches: Iterable[Mapping[str, np.ndarray]],
+    *,
+    dtype: ComputeDtype = "auto",
+    micro_batches: int = 1,
+    attention: AttentionKernel = "auto",
+) -> ExitScores:
     """Scores every exit on batches of tokens_BT, labels_BT, segments_BT and positions_BT.
 
-    Labels of -1 do not count. Raises ConfigError where no token is labelled.
+    dtype, micro_batches, attention: of the computation, as in `StepConfig`. A training run gives
+    its own, so that scoring never needs more memory than a step. Labels of -1 do not count.
+    Raises ConfigError where no token is labelled.
     """
+    compiled = partial(exit_sums, dtype=dtype, micro_batches=micro_batches, attention=attention)
     totals = None
     for batch in batches:
-        sums = jax.device_get(_sums(model, dict(batch)))
+        sums = jax.device_get(compiled(model, dict(batch)))
         sums = jax.tree.map(lambda part: np.asarray(part, np.float64), sums)
         totals = sums if totals is None else jax.tree.map(np.add, totals, sums)
     if totals is None or totals[2] == 0:
@@ -72,26 +82,44 @@ def score_exits(model: Llama, batches: Iterable[Mapping[str, np.ndarray]]) -> Ex
     )
 
 
-@jax.jit
-def _sums(model: Llama, batch: dict[str, Array]):
+@partial(jax.jit, static_argnames=("dtype", "micro_batches", "attention"))
+def exit_sums(
+    model: Llama,
+    batch: dict[str, Array],
+    *,
+    dtype: ComputeDtype,
+    micro_batches: int,
+    attention: AttentionKernel,
+):
     """Sums over the labelled tokens of loss [L] and agreement [L], and their number.
 
     The scan over layers keeps two numbers of each token and exit, neither states nor logits.
     """
-    labels_BT = batch["labels_BT"]
-    labelled_BT = labels_BT >= 0
-    loss_LBT, token_LBT = model.exits(
-        batch["tokens_BT"],
-        batch["positions_BT"],
-        batch["segments_BT"],
-        read=partial(_score, model, labels_BT),
-    )
-    agreed_LBT = token_LBT == token_LBT[-1]
+    model = cast_matrices(model, dtype)
+    # Cast and gathered once, and not in each chunk.
+    table_VD = constrain(model.head_table.astype(model.compute_dtype), "tensor")
 
-    def count(values_LBT: Array) -> Array:
-        return jnp.where(labelled_BT, values_LBT, 0).sum((1, 2), dtype=loss_LBT.dtype)
+    def sums(part: dict[str, Array]):
+        labels_BT = part["labels_BT"]
+        labelled_BT = labels_BT >= 0
+        loss_LBT, token_LBT = model.exits(
+            part["tokens_BT"],
+            part["positions_BT"],
+            part["segments_BT"],
+            kernel=attention,
+            read=partial(_score, model, table_VD, labels_BT),
+        )
+        agreed_LBT = token_LBT == token_LBT[-1]
 
-    return count(loss_LBT), count(agreed_LBT), labelled_BT.sum()
+        def count(values_LBT: Array) -> Array:
+            return jnp.where(labelled_BT, values_LBT, 0).sum((1, 2), dtype=loss_LBT.dtype)
+
+        return count(loss_LBT), count(agreed_LBT), labelled_BT.sum()
+
+    if micro_batches == 1:
+        return sums(batch)
+    parts = lax.map(sums, split_rows(batch, micro_batches))
+    return jax.tree.map(lambda leaf: leaf.sum(0), parts)
 
 
 def exits_to_show(layers: int) -> list[int]:
@@ -101,7 +129,10 @@ def exits_to_show(layers: int) -> list[int]:
 
 
 def _score(
-    model: Llama, labels_BT: Int[Array, "B T"], x_BTD: Float[Array, "B T D"]
+    model: Llama,
+    table_VD: Float[Array, "V D"],
+    labels_BT: Int[Array, "B T"],
+    x_BTD: Float[Array, "B T D"],
 ) -> tuple[Float[Array, "B T"], Int[Array, "B T"]]:
     """Loss and likeliest token at each position, a chunk of positions at a time."""
     batch, steps, width = x_BTD.shape
@@ -116,7 +147,7 @@ def _score(
 
     def score(parts):
         x_BCD, label_BC = parts
-        logits_BCV = model.unembed(x_BCD)
+        logits_BCV = model.unembed(x_BCD, table_VD)
         log_z_BC = jax.nn.logsumexp(logits_BCV, axis=-1)
         label_BC = jnp.maximum(label_BC, 0)  # those that do not count are left out later
         wanted_BC = jnp.take_along_axis(logits_BCV, label_BC[:, :, None], -1)[:, :, 0]

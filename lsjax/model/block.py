@@ -33,9 +33,8 @@ class RMSNorm(nnx.Module):
     def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
         wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         mean_square = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
-        return (wide * lax.rsqrt(mean_square + self.eps)).astype(x.dtype) * self.scale[...].astype(
-            x.dtype
-        )
+        # The scale too: its gradient is a sum over all tokens.
+        return (wide * lax.rsqrt(mean_square + self.eps) * self.scale[...]).astype(x.dtype)
 
 
 class Linear(nnx.Module):
@@ -60,7 +59,9 @@ class Linear(nnx.Module):
     def __call__(self, x: Float[Array, "B T I"]) -> Float[Array, "B T ..."]:
         y = linear(x, self.kernel[...].astype(x.dtype))
         if self.bias is not None:
-            y += self.bias[...].astype(x.dtype)
+            # In float32 or wider: the bias's gradient is a sum over all tokens.
+            wide = jnp.promote_types(x.dtype, jnp.float32)
+            y = (y.astype(wide) + self.bias[...]).astype(x.dtype)
         if self.adapter is None:
             return y
         return checkpoint_name(y + self.adapter(x), ADAPTED)

@@ -13,6 +13,7 @@ import numpy as np
 from lsjax.config import ConfigError, LlamaConfig, RopeScaling
 from lsjax.config.run_path import split_step
 from lsjax.model.checkpoint import CheckpointError, Track, take
+from lsjax.model.huggingface_keys import check_keys
 from lsjax.model.llama import Llama, unstacked
 from lsjax.model.safetensors_files import read_entries, read_json, write_json, write_weights
 
@@ -85,6 +86,7 @@ def read_config(directory: Path) -> LlamaConfig:
         raise CheckpointError(f"{file}: hidden_act {raw['hidden_act']!r}; only 'silu' is supported")
     if raw.get("quantization_config") is not None:
         raise CheckpointError(f"{file}: quantization_config is not supported: dequantise it first")
+    check_keys(raw, file)
 
     def integer(key: str, default: int) -> int:
         return take(raw, key, int, default, file)

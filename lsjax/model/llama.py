@@ -18,11 +18,12 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from lsjax.config import LlamaConfig
+from lsjax.config import AttentionKernel, ComputeDtype, LlamaConfig
 from lsjax.model.block import Block, RMSNorm
 from lsjax.model.cache import KVCache
+from lsjax.model.products import lookup
 from lsjax.model.rope import rope_angles
-from lsjax.sharding import ROWS, constrain
+from lsjax.sharding import ROWS, constrain, platform
 
 
 class Llama(nnx.Module):
@@ -54,15 +55,22 @@ class Llama(nnx.Module):
         """Of the parameters."""
         return self.embedding[...].dtype
 
+    @property
+    def compute_dtype(self) -> jnp.dtype:
+        """Of the layers' matrices and of what passes through the layers (`cast_matrices`)."""
+        block = self.layers if self.is_stacked else self.layers[0]
+        return block.attention.qkv.kernel[...].dtype
+
     def embed(self, tokens_BT: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """Token embeddings: the input of layer 0."""
-        return self.embedding[...][tokens_BT]
+        return lookup(self.compute_dtype, self.embedding[...], tokens_BT)
 
     def embed_rows(self, tokens_BT: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-        """Token embeddings of whole sequences, shared out over a mesh by rows.
+        """Token embeddings of whole sequences, sharded over a mesh by rows.
 
-        The table is shared out along D: looked up for the rows of all devices that have parts of
-        it, each then gets its rows whole. So no device holds all of the table or of its gradient.
+        The table is sharded along D. It is looked up for the rows of all devices that have parts
+        of it; each device then gets its rows whole. So no device holds all of the table or of its
+        gradient.
         """
         x_BTD = self.embed(constrain(tokens_BT, "data"))
         return constrain(constrain(x_BTD, "data", None, "fsdp"), ROWS)
@@ -105,12 +113,14 @@ class Llama(nnx.Module):
         positions_BT: Int[Array, "B T"] | None = None,
         segments_BT: Int[Array, "B T"] | None = None,
         *,
+        kernel: AttentionKernel = "auto",
         read: Callable[[Float[Array, "B T D"]], Any] = lambda x_BTD: x_BTD,
     ) -> Any:
         """What `read` makes of each layer's output on whole sequences, [L, ...]: the outputs
         themselves, [L, B, T, D], by default. Index E - 1 is of what exit E unembeds.
 
         Rows of several documents come with positions that restart and a segment number for each.
+        kernel: of the attention (self_attention.py).
         """
         if positions_BT is None:
             positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
@@ -118,7 +128,7 @@ class Llama(nnx.Module):
         rope = rope_angles(positions_BT, self.config, x_BTD.dtype)
 
         def run(x_BTD, block):
-            x_BTD = constrain(block(x_BTD, rope, segments_BT), ROWS)
+            x_BTD = constrain(block(x_BTD, rope, segments_BT, kernel), ROWS)
             return x_BTD, read(x_BTD)
 
         if self.is_stacked:
@@ -165,6 +175,23 @@ def stacked(model: Llama) -> Llama:
 def unstacked(model: Llama) -> Llama:
     """The same model with a Block per layer, for decoding."""
     return _with_layers(model, nnx.List(_separate_blocks(model)))
+
+
+def cast_matrices(model: Llama, dtype: ComputeDtype) -> Llama:
+    """The model with its matrices in the dtype of a computation; auto is bfloat16 on accelerators
+    and the model's own on CPUs.
+
+    Embedding, norm scales and biases stay as they are. Their gradients are sums over all tokens,
+    which bfloat16 cannot hold.
+    """
+    if dtype == "auto":
+        dtype = model.dtype if platform() == "cpu" else "bfloat16"
+
+    def cast(path, leaf):
+        name = jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value")
+        return leaf if name.endswith(("embedding", "scale", "bias")) else leaf.astype(dtype)
+
+    return jax.tree_util.tree_map_with_path(cast, model)
 
 
 def _separate_blocks(model: Llama) -> Sequence[Block]:

@@ -1,14 +1,41 @@
-"""Products, and a choice, whose backward passes are written out: what autodiff makes of them is
-slower or larger.
+"""Operations whose backward passes are written out: what autodiff makes of them is slower, larger
+or less exact.
 
 Each gives the same values and gradients as the plain expression in its docstring, up to rounding;
 docs/training.md has what they save. They have no forward-mode derivative.
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Int
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def lookup(
+    dtype: DTypeLike, table_VD: Float[Array, "V D"], tokens: Int[Array, "*batch"]
+) -> Float[Array, "*batch D"]:
+    """table_VD[tokens] in this dtype.
+
+    The gradient is summed in the table's dtype: in bfloat16 the sum for a frequent token stops
+    growing. What devices exchange, rows and their gradients, is in the dtype of the rows.
+    """
+    return table_VD.astype(dtype)[tokens]
+
+
+def _lookup_forward(dtype, table_VD, tokens):
+    return lookup(dtype, table_VD, tokens), (table_VD, tokens)
+
+
+def _lookup_backward(dtype, residuals, dx):
+    table_VD, tokens = residuals
+    return jnp.zeros_like(table_VD).at[tokens].add(dx.astype(table_VD.dtype)), None
+
+
+lookup.defvjp(_lookup_forward, _lookup_backward)
 
 
 @jax.custom_vjp

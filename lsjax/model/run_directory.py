@@ -10,6 +10,7 @@ A run is a model like any other: the newest of its steps that is whole, or the o
 @ in its path. Nothing of training is imported to load it.
 """
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array
 
-from lsjax.config import LlamaConfig, LoraConfig, TrainConfig, check
+from lsjax.config import ConfigError, LlamaConfig, LoraConfig, TrainConfig, check
 from lsjax.config.json_form import from_json, versioned, without_version
 from lsjax.data.tokenizer_files import load_tokenizer
 from lsjax.data.tokenizers import Tokenizer, TokenizerError
@@ -32,7 +33,8 @@ from lsjax.model.safetensors_files import read_json, write_json
 from lsjax.model.saved_steps import PARAMS, SavedStep, best_first, first_good, saved_steps
 from lsjax.sharding import sharding_of
 
-CONFIG, CHECKPOINTS = "config.json", "checkpoints"
+CONFIG, CHECKPOINTS, METRICS = "config.json", "checkpoints", "metrics.jsonl"
+EVALUATION = "evaluation"  # kind of the rows of METRICS that have held-out losses
 
 
 def is_run(directory: Path) -> bool:
@@ -49,9 +51,9 @@ def begin_run(directory: Path, config: TrainConfig, tokenizer: Tokenizer) -> Non
     run has begun with another tokenizer, or the model that it begins with has another one.
     """
     assert config.model is not None
-    size, rows = tokenizer.vocab_size, config.model.vocab_size
+    size, rows = tokenizer.fitted(config.model.vocab_size).vocab_size, config.model.vocab_size
     check(
-        size <= rows < 2 * size,
+        rows < 2 * size,
         f"the tokenizer has {size} tokens, but the model's vocabulary is {rows}: choose another "
         "data.tokenizer, or set model.vocab_size (a little more than the tokenizer has is fine)",
     )
@@ -97,6 +99,40 @@ def read_config(directory: Path) -> TrainConfig:
     return from_json(TrainConfig, without_version(read_json(file), str(file)), str(file))
 
 
+def read_metrics(directory: Path) -> list[dict[str, Any]]:
+    """All rows of a run's metrics.jsonl; a last line that a crash cut off is left out.
+
+    Raises ConfigError for another line that is no row.
+    """
+    path = directory / METRICS
+    if not path.exists():
+        return []
+    lines = path.read_text().splitlines()
+    rows = []
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+            row["step"], row["kind"]
+        except (ValueError, TypeError, KeyError):
+            if number == len(lines):
+                break
+            raise ConfigError(
+                f"{path}:{number}: is no row of metrics: remove the line, or the file"
+            ) from None
+        rows.append(row)
+    return rows
+
+
+def held_out_losses(directory: Path) -> dict[int, float]:
+    """The last exit's loss by step, of the steps of a run that were evaluated."""
+    losses = {
+        row["step"]: row.get("last_exit_loss")
+        for row in read_metrics(directory)
+        if row["kind"] == EVALUATION
+    }
+    return {step: loss for step, loss in losses.items() if loss is not None}
+
+
 class RunSource:
     """A run that is opened as a model: its shape is known, nothing large has been read."""
 
@@ -106,10 +142,11 @@ class RunSource:
         # The rest of the config may be of another version's training.
         shape = without_version(read_json(file), str(file))["model"]
         self.config = from_json(LlamaConfig, shape, f"{file}: model")
-        self._best = step == "best"
         self._steps = saved_steps(directory / CHECKPOINTS)
         if not self._steps:
             raise CheckpointError(f"{directory}: has no saved step yet: wait for the first one")
+        if step == "best":
+            self._steps = best_first(self._steps, held_out_losses(directory))
         if isinstance(step, int):
             numbers = ", ".join(str(saved.number) for saved in reversed(self._steps))
             self._steps = [saved for saved in self._steps if saved.number == step]
@@ -125,7 +162,7 @@ class RunSource:
         def read(step: SavedStep) -> Llama:
             return _assemble(step, self.config, jnp.dtype(dtype), track, mesh)
 
-        return first_good(best_first(self._steps) if self._best else self._steps, read)[0]
+        return first_good(self._steps, read)[0]
 
 
 def _with_adapter(step: SavedStep, path: str, kernel: Array, mesh: Mesh | None) -> Array:

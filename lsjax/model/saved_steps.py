@@ -3,7 +3,7 @@ whole.
 
     checkpoints/80/params   parameters: plain nested dicts (plain.py), layers stacked
     checkpoints/80/train    optimizer state and counters, likewise
-    checkpoints/80/meta     JSON: config, position in the data, held-out loss, fingerprints
+    checkpoints/80/meta     JSON: config, position in the data, fingerprints
 
 A step is written under another name and renamed when it is complete, so a program that is killed
 leaves no half of one. What happens to the files later is caught here: every array that is read is
@@ -150,21 +150,15 @@ def saved_steps(directory: Path) -> list[SavedStep]:
     return sorted(steps, key=lambda step: step.number, reverse=True)
 
 
-def best_first(steps: Iterable[SavedStep], report: Report = log.warning) -> list[SavedStep]:
-    """The steps that have a held-out loss, the lowest first, and of equal ones the newest."""
+def best_first(steps: Iterable[SavedStep], losses: Mapping[int, float]) -> list[SavedStep]:
+    """The steps that have a held-out loss, the lowest first, and of equal ones the newest.
 
-    def loss(step: SavedStep) -> float | None:
-        try:
-            return step.meta["loss"]
-        except DamagedStep as error:
-            report(f"step {step.number} is damaged and is left out: {error}")
-            return None
-
-    losses = {step: loss(step) for step in steps}
-    scored = [step for step, loss in losses.items() if loss is not None]
+    Raises CheckpointError where no step has one.
+    """
+    scored = [step for step in steps if step.number in losses]
     if not scored:
         raise CheckpointError("no saved step has a held-out loss: there is no best one yet")
-    return sorted(scored, key=lambda step: (losses[step], -step.number))
+    return sorted(scored, key=lambda step: (losses[step.number], -step.number))
 
 
 def first_good(
@@ -227,7 +221,9 @@ def one_error_is_enough() -> Iterator[None]:
 
 
 def _is_no_storage_error(record: logging.LogRecord) -> bool:
-    dropped = "never retrieved" in record.msg and "async_serialize" in record.msg
+    dropped = "never retrieved" in record.msg and (
+        "async_serialize" in record.msg or "OCDBT database" in record.msg
+    )
     return record.levelno < logging.ERROR or not (dropped or "orbax" in record.pathname)
 
 

@@ -4,7 +4,6 @@ A step is written in the background, under another name until it is complete. Wh
 how damage to it is found, is in lsjax/model/saved_steps.py.
 """
 
-import math
 import platform
 import shutil
 from collections.abc import Mapping, Sequence
@@ -24,7 +23,6 @@ from lsjax.model.saved_steps import (
     META,
     PARAMS,
     TRAIN,
-    DamagedStep,
     Report,
     SavedStep,
     bottom,
@@ -56,13 +54,21 @@ class Checkpoints:
     A step that could not be written does not end a run of one process: the next one may find room
     again. Only where none follows is it an error.
 
-    report: is told of each step that is damaged or could not be written, in one line.
+    report: called with one line for each step that is damaged or could not be written. losses:
+    held-out loss by step, of the steps that were evaluated; it may grow meanwhile. The best steps
+    are kept by it.
     """
 
-    def __init__(self, directory: Path, config: CheckpointConfig, report: Report = log.warning):
+    def __init__(
+        self,
+        directory: Path,
+        config: CheckpointConfig,
+        report: Report = log.warning,
+        losses: Mapping[int, float] | None = None,
+    ):
         self._directory, self._config, self._report = directory.absolute(), config, report
+        self._losses = {} if losses is None else losses
         self._manager: Any = None
-        self._losses: dict[int, float | None] = {}
         self._quiet = ExitStack()
         self._clean = True  # of what a killed program left
         self._begun = 0  # the step that was saved last, and what went wrong with it at once
@@ -77,7 +83,7 @@ class Checkpoints:
             if error is None:
                 self.wait()
             elif jax.process_count() == 1:
-                self._wait_and_report()
+                self.settle()
             else:
                 return
             if self._manager is not None:
@@ -119,36 +125,28 @@ class Checkpoints:
         step: int,
         config: TrainConfig,
         data: Mapping[str, Any],
-        loss: float | None = None,
     ) -> None:
         """Begins to save the state after `step` steps; waits for the save before it, if that is
         still being written. Does nothing where this step is saved already.
 
         data: position in it, as JSON has it.
-        loss: held out, if this step was evaluated; the best steps are kept by it.
         Raises CheckpointError where one of several processes can't write: the others would wait for
         it.
         """
-        if jax.process_count() > 1:
-            self.wait()
-        else:
-            self._wait_and_report()
+        self.settle()
         manager = self._open()
         if step in manager.all_steps():
             return
         import orbax.checkpoint as ocp
 
         items = _items(named_leaves(state))
-        loss = loss if loss is not None and math.isfinite(loss) else None
         meta = {
             "config": to_json(config),
             "data": data,
-            "loss": loss,
             "arrays": described(items),
             "versions": {"python": platform.python_version()}
             | {name: version(name) for name in _PACKAGES},
         }
-        self._losses[step] = loss
         self._begun = step
         arrays = {item: ocp.args.StandardSave(nested(leaves)) for item, leaves in items.items()}
         args = ocp.args.Composite(**arrays, **{META: ocp.args.JsonSave(sealed(meta))})
@@ -177,16 +175,19 @@ class Checkpoints:
                 f"{self._directory} is yours and has room, or let checkpoints.keep_last be fewer"
             ) from failure
 
-    def _wait_and_report(self) -> None:
+    def settle(self) -> None:
+        """`wait`, but a single process reports a step that can't be written, and goes on."""
         try:
             self.wait()
         except CheckpointError as error:
+            if jax.process_count() > 1:
+                raise
             self._report(str(error))
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
         """Orbax's question which of the steps to keep, in the order of their numbers."""
         steps = [checkpoint.step for checkpoint in checkpoints]
-        scored = [step for step in steps if self._losses.get(step) is not None]
+        scored = [step for step in steps if step in self._losses]
         best = sorted(scored, key=lambda step: (self._losses[step], -step))
         kept = {*steps[-self._config.keep_last :], *best[: self._config.keep_best]}
         return [step in kept for step in steps]
@@ -195,11 +196,6 @@ class Checkpoints:
         if self._manager is None:
             import orbax.checkpoint as ocp
 
-            for step in saved_steps(self._directory):
-                try:
-                    self._losses[step.number] = step.meta["loss"]
-                except DamagedStep:
-                    self._losses[step.number] = None
             options = ocp.CheckpointManagerOptions(
                 preservation_policy=self,
                 cleanup_tmp_directories=self._clean,

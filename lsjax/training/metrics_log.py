@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lsjax.config import ConfigError
-
-FILE = "metrics.jsonl"
+from lsjax.model.run_directory import METRICS, read_metrics
 
 
 class MetricsLog:
@@ -23,14 +22,14 @@ class MetricsLog:
         self._file = self._board = None
         if directory is None:
             return
-        self._path = directory / FILE
-        kept = [row for row in read_metrics(self._path) if row["step"] <= from_step]
-        if self._path.exists():
+        path = directory / METRICS
+        kept = [row for row in read_metrics(directory) if row["step"] <= from_step]
+        if path.exists():
             whole = "".join(json.dumps(row) + "\n" for row in kept)
-            fresh = self._path.with_suffix(".new")
+            fresh = path.with_suffix(".new")
             fresh.write_text(whole)
-            fresh.replace(self._path)  # at once: a crash here loses nothing
-        self._file = self._path.open("a")
+            fresh.replace(path)  # at once: a crash here loses nothing
+        self._file = path.open("a")
         self._board = _open_board(directory / "tensorboard", from_step) if tensorboard else None
 
     def write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
@@ -58,29 +57,6 @@ class MetricsLog:
             self._file.close()
         if self._board is not None:
             self._board.close()
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """All rows of a metrics.jsonl; a last line that a crash cut off is left out.
-
-    Raises ConfigError for another line that is no row.
-    """
-    if not path.exists():
-        return []
-    lines = path.read_text().splitlines()
-    rows = []
-    for number, line in enumerate(lines, 1):
-        try:
-            row = json.loads(line)
-            row["step"], row["kind"]
-        except (ValueError, TypeError, KeyError):
-            if number == len(lines):
-                break
-            raise ConfigError(
-                f"{path}:{number}: is no row of metrics: remove the line, or the file"
-            ) from None
-        rows.append(row)
-    return rows
 
 
 def check_board() -> None:

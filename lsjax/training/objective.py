@@ -2,12 +2,10 @@
 
 import jax
 import jax.numpy as jnp
-from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from lsjax.config import StepConfig
-from lsjax.model.llama import Llama
-from lsjax.sharding import platform
+from lsjax.model.llama import Llama, cast_matrices
 from lsjax.training.early_exit import enabled_exits, loss_weights, most_exits
 from lsjax.training.forward import exit_states
 from lsjax.training.loss import Positions, head_loss, head_of
@@ -32,7 +30,7 @@ def objective(
     weights_L = loss_weights(config.early_exit, shape.num_layers, step, config.num_steps)
     most = most_exits(config.early_exit, shape.num_layers, config.num_steps)
     exit_S, taken_S = slots(enabled_L, most)
-    narrow = in_dtype(model, compute_dtype(config, model))
+    narrow = cast_matrices(model, config.dtype)
     x_SBTD = exit_states(config, narrow, batch, step, rows_B, exit_S)
 
     weights_S = jnp.where(taken_S, weights_L[exit_S], 0) / jnp.maximum(num_labels, 1)
@@ -96,15 +94,3 @@ def loss_positions(
         counts_SB = counts_SB.at[:-1].set(jnp.where(taken_S[:-1, None], part_B, 0))
         scales_SB = scales_SB.at[:-1].set(count_B / jnp.maximum(part_B, 1))
     return Positions(order_SBT, counts_SB, scales_SB)
-
-
-def compute_dtype(config: StepConfig, model: Llama) -> DTypeLike:
-    """bfloat16 on accelerators and the parameters' on CPUs, unless the config says otherwise."""
-    if config.dtype != "auto":
-        return jnp.dtype(config.dtype)
-    return model.dtype if platform() == "cpu" else jnp.dtype(jnp.bfloat16)
-
-
-def in_dtype(model: Llama, dtype: DTypeLike) -> Llama:
-    """The model with all its parameters in this dtype."""
-    return jax.tree.map(lambda leaf: leaf.astype(dtype), model)

@@ -18,6 +18,11 @@ FREE = frozenset(
         "attention",
         "dtype",
         "init_from",
+        # Where the data and the tokenizer lie. Their contents are compared by their fingerprints.
+        "data.paths",
+        "data.validation_paths",
+        "data.tfds_data_dir",
+        "data.tokenizer",
         # Of a model that has begun to learn:
         "model.init_std",
         "model.scaled_init",

@@ -13,6 +13,7 @@ from jaxtyping import Array, Int
 from lsjax.config import StepConfig
 from lsjax.model.llama import Llama, stacked
 from lsjax.model.lora import joined, split, with_adapters
+from lsjax.sharding import split_rows
 from lsjax.training.early_exit import enabled_exits
 from lsjax.training.objective import objective
 from lsjax.training.optimizer import directions, learning_rates
@@ -67,7 +68,7 @@ def make_train_step(
     @partial(jax.jit, donate_argnums=0)
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         num_labels = (batch["labels_BT"] >= 0).sum()
-        (loss, sums_L), gradients = _gradients(config, state, batch, num_labels)
+        (loss, sums_L), gradients = loss_and_gradients(config, state, batch, num_labels)
         grad_norm = optax.tree.norm(gradients)
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
         if config.optimizer.clip_norm is not None:
@@ -105,12 +106,10 @@ def make_train_step(
     return train_step
 
 
-def _gradients(config: StepConfig, state: TrainState, batch: Batch, num_labels: Int[Array, ""]):
-    """Loss, sums and gradients of what is trained, one micro-batch after the other.
-
-    Micro-batch m of M takes the rows m, M + m, 2 M + m ...: each device then has its part of every
-    micro-batch already.
-    """
+def loss_and_gradients(
+    config: StepConfig, state: TrainState, batch: Batch, num_labels: Int[Array, ""]
+):
+    """Loss, sums and gradients of what is trained, one micro-batch after the other."""
     rows = len(batch["tokens_BT"])
     parts = config.micro_batches
     config.check_batch(rows)
@@ -127,10 +126,7 @@ def _gradients(config: StepConfig, state: TrainState, batch: Batch, num_labels: 
     if parts == 1:
         return one(batch, rows_B)
 
-    def apart(leaf):
-        return leaf.reshape(rows // parts, parts, *leaf.shape[1:]).swapaxes(0, 1)
-
-    split_batch = jax.tree.map(apart, (batch, rows_B))
+    split_batch = split_rows((batch, rows_B), parts)
     zeros = jax.tree.map(
         lambda leaf: jnp.zeros(leaf.shape, leaf.dtype),
         jax.eval_shape(one, *jax.tree.map(lambda leaf: leaf[0], split_batch)),

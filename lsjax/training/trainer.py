@@ -55,9 +55,10 @@ class Loop:
     num_steps: int
     train_step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
     next_batch: Callable[[], Batch]
-    save: Callable[[int, TrainState, Mapping[str, Mapping[str, Any]]], None]
-    """Saves a checkpoint (steps done, state, rows of the hooks that looked at this step by their
-    kind)."""
+    save: Callable[[int, TrainState], None]
+    """Saves a checkpoint (steps done, state); does nothing where this step is saved."""
+    wait: Callable[[], None]
+    """Returns when the last checkpoint is on disk."""
     save_every: int
     hooks: Sequence[Hook] = ()
     max_skipped: int = 10
@@ -68,10 +69,16 @@ class Loop:
 def run(loop: Loop, state: TrainState, log: MetricsLog) -> TrainState:
     """Trains from the step of `state` to the last; gives the final state, which is saved too.
 
+    A step is saved before hooks look at it. The first look after a start may run out of memory, so
+    it waits until its step is on disk, whether or not a checkpoint is due. So the next start goes
+    on from there and does not fail at the same step again. After the last step the hooks look
+    once more.
+
     Raises TooManySkipped; Interrupted (an exit code) after SIGTERM or Ctrl-C, with the state saved;
     and what a hook raises, with the state saved by a single process (several may not be at one).
     """
     step = saved = int(state.step)
+    looked = False
     waiting: tuple[int, Metrics] | None = None
     mark = time.perf_counter()  # when the step before was done
 
@@ -95,13 +102,12 @@ def run(loop: Loop, state: TrainState, log: MetricsLog) -> TrainState:
                 f"step {number - in_a_row}, and the last checkpoint is of step {saved}"
             )
 
-    def look(due: Sequence[Hook]) -> dict[str, Mapping[str, Any]]:
-        rows = {}
+    def look(due: Sequence[Hook]) -> None:
         for hook in due:
-            rows[hook.kind] = hook.call(step, state.model)
-            log.write(hook.kind, step, rows[hook.kind])
-        return rows
+            log.write(hook.kind, step, hook.call(step, state.model))
 
+    if step == loop.num_steps:
+        look(loop.hooks)
     with signals() as stop:
         while step < loop.num_steps:
             state, metrics = loop.train_step(state, loop.next_batch())
@@ -111,22 +117,25 @@ def run(loop: Loop, state: TrainState, log: MetricsLog) -> TrainState:
             stopped_by = stop(step)
             last = step == loop.num_steps or stopped_by is not None
             due = [hook for hook in loop.hooks if _is_due(step, hook.every, loop.num_steps)]
-            if not (last or due or step % loop.save_every == 0):
+            first_look = bool(due) and not looked
+            saving = last or first_look or step % loop.save_every == 0
+            if not (due or saving):
                 continue
             report()
+            if saving:
+                loop.save(step, state)
+                saved = step
+            if first_look or last:
+                loop.wait()
+            if stopped_by is not None and step < loop.num_steps:
+                raise Interrupted(stopped_by, step)
             try:
-                rows = look(due if stopped_by is None else [])
+                look(due)
             except Exception:
                 if jax.process_count() == 1:
-                    loop.save(step, state, {})
+                    loop.save(step, state)
                 raise
-            if last or step % loop.save_every == 0:
-                loop.save(step, state, rows)
-                saved = step
-            if stopped_by is not None:
-                if step < loop.num_steps:
-                    raise Interrupted(stopped_by, step)
-                look(due)  # after saving: whoever sent the signal may not wait
+            looked = looked or bool(due)
             mark = time.perf_counter()  # hooks and saving are no part of a step
     return state
 

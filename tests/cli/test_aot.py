@@ -2,10 +2,13 @@
 
 import importlib.util
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
 import pytest
+from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
 from lsjax.aot import chips
 from lsjax.cli.aot import main
@@ -15,6 +18,16 @@ QUICKSTART = ("--config", CONFIGS / "quickstart.py")
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="needs the tpu extra"
 )
+
+
+@pytest.fixture(autouse=True)
+def compilation_cache():
+    """The program turns it off; jax looks at the setting once, unless it begins anew."""
+    before = jax.config.jax_enable_compilation_cache
+    reset_cache()
+    yield
+    jax.config.update("jax_enable_compilation_cache", before)
+    reset_cache()
 
 
 def test_missing_arguments(refused):
@@ -54,21 +67,41 @@ def test_what_does_not_fit(refused, flags, words):
 
 
 @needs_libtpu
+def test_two_at_once():
+    """Another program holds libtpu meanwhile, and ends when its input does."""
+    other = "import sys\nfrom lsjax.aot.chips import slice_of\nslice_of('v5e:2x2')\n"
+    other += "print('holds it', flush=True)\nsys.stdin.read()"
+    with subprocess.Popen(
+        [sys.executable, "-c", other], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as holder:
+        assert holder.stdout.readline() == "holds it\n"
+        # In a new process: this one may have loaded libtpu already.
+        subprocess.run([sys.executable, "-c", other], input="", text=True, check=True)
+
+
+@needs_libtpu
 def test_a_report_of_a_small_model(tmp_path, capsys):
     """The quickstart's model, cut to two layers, on four chips: what is there, and that devices
     gather each layer's weights once forward and once backward."""
     file = tmp_path / "report.json"
     flags = ["--mesh.data", "2", "--mesh.fsdp", "2", "--model.num-layers", "2"]
-    topology = ["--topology", "v5e:2x2", "--programs", "train", "--output", str(file)]
+    flags += ["--early-exit.exits", "1"]
+    topology = ["--topology", "v5e:2x2", "--programs", "train", "evaluate", "--output", str(file)]
     # As in the program: Mosaic refuses exact products, which the tests ask for, of bfloat16.
     with jax.default_matmul_precision("default"):
         assert main([*map(str, QUICKSTART), *topology, *flags]) == 0
     assert "per device" in capsys.readouterr().out
     found = json.loads(file.read_text())
-    (train,) = found["programs"]
-    assert found["meshes"] == {"train": {"data": 2, "fsdp": 2, "tensor": 1}}
+    train, evaluate = found["programs"]
+    assert 0 < evaluate["memory"]["temporaries"] < train["memory"]["temporaries"]
+    assert evaluate["unknown_loops"] == []
+    mesh = {"data": 2, "fsdp": 2, "tensor": 1}
+    assert found["meshes"] == {"train": mesh, "evaluate": mesh}
     assert train["too_large"] is None and train["unknown_loops"] == []
     assert 0 < train["memory"]["total"] < train["memory"]["hbm"]
     assert train["cycles"] > 0 and train["seconds"] > 0
+    # Rows of the embedding and their gradients; the sum of the table's gradient is wider.
+    exchanged = [one["shape"] for one in train["collectives"] if one["kind"] == "all-to-all"]
+    assert exchanged and all(shape.startswith("bf16[") for shape in exchanged)
     gathers = [one for one in train["collectives"] if one["kind"] == "all-gather"]
     assert any("fsdp" in one["axes"] and one["count"] == 2 for one in gathers)

@@ -13,6 +13,7 @@ from lsjax.cli.convert import main
 from lsjax.cli.errors import one_line_errors
 from lsjax.config import ConfigError
 from lsjax.data.tokenizer_files import load_tokenizer
+from lsjax.data.tokenizers import MOST_EXTRA
 from lsjax.model.checkpoint import load
 from lsjax.model.huggingface import GenerationDefaults, read_generation_defaults
 
@@ -66,10 +67,19 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path, capsys):
 
 
 def test_tokenizer_must_belong_to_the_model(tmp_path, capsys):
-    given = source(tmp_path, tokens=65)
-    assert "65 tokens, but the model's vocabulary 64" in refused(capsys, given, tmp_path / "made")
+    given = source(tmp_path, tokens=64 + MOST_EXTRA + 1)
+    words = "129 tokens, but the model's table 64 rows"
+    assert words in refused(capsys, given, tmp_path / "made")
     (given / "tokenizer.json").unlink()
     assert "tokenizer.json" in refused(capsys, given, tmp_path / "made")
+
+
+def test_a_few_tokens_without_a_row_are_kept(tmp_path, capsys):
+    """Such as a <pad> that somebody added."""
+    given, made = source(tmp_path, tokens=65), tmp_path / "made"
+    assert main([str(given), str(made)]) == 0
+    assert load_tokenizer(made).vocab_size == 65 and load(made).config.vocab_size == 64
+    capsys.readouterr()
 
 
 def test_help_explains(capsys):

@@ -178,7 +178,7 @@ def test_a_run_is_asked_in_its_own_template(model, tokenizer, rows, tmp_path):
     begin_run(directory, config, tokenizer)
     with Checkpoints(directory / "checkpoints", config.checkpoints) as checkpoints:
         state = init_state(config, model)
-        checkpoints.save(state, step=1, config=config, data={}, loss=1.0)
+        checkpoints.save(state, step=1, config=config, data={})
     asked = []
 
     def spy(engine, task, strategies, questions, done, keep):

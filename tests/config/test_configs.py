@@ -2,9 +2,11 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from lsjax.cli.training_options import read_config_file
+from lsjax.training.layer_dropout import layer_rates
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 FILES = sorted(CONFIGS.glob("*.py"))
@@ -58,6 +60,29 @@ def test_every_file_names_its_command(file):
     config = read_config_file(file)
     assert f"--config configs/{file.name} --workdir runs/" in " ".join(file.read_text().split())
     assert config.model is not None
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_meshes_follow_the_advice(file):
+    """A device has 128 of the model's width or more, on any number of devices (docs/pods.md)."""
+    config = read_config_file(file)
+    assert config.mesh.fsdp >= 1
+    assert config.model.hidden_size // config.mesh.fsdp >= 128 or config.mesh.fsdp == 1
+
+
+def test_topv2_has_one_example_in_each_row():
+    """So that rows are the paper's samples, each with layer dropout of its own."""
+    assert not read_config_file(CONFIGS / "finetune_topv2.py").data.packing
+
+
+def test_siblings_are_their_papers():
+    """LayerDrop leaves out any layer, PLD none of them first."""
+    layerdrop, pld = (
+        layer_rates(read_config_file(CONFIGS / f"{name}.py").layer_dropout, 32)
+        for name in ("layerdrop", "pld")
+    )
+    np.testing.assert_allclose(layerdrop, 0.2)
+    np.testing.assert_allclose(pld, 0.5 * np.arange(32) / 31, rtol=1e-6)
 
 
 def test_all_of_them_are_there():

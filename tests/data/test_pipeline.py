@@ -141,13 +141,13 @@ def test_restoring_reads_no_row_that_was_taken(make, monkeypatch):
 def test_a_state_of_other_data_is_refused(make, config):
     state = make().state()
     cases = {
-        "seed was 0, now 1": make(seed=1),
-        "seq_len was 16, now 8": make(seq_len=8),
-        "data was": make(config=DataConfig(**(vars(config) | {"train_on_prompt": True}))),
-        "num_rows was": make(config=DataConfig(**(vars(config) | {"max_documents": 30}))),
+        "seed 0, now 1": make(seed=1),
+        "seq_len 16, now 8; rows": make(seq_len=8),
+        "fingerprint": make(config=DataConfig(**(vars(config) | {"train_on_prompt": True}))),
+        "rows": make(config=DataConfig(**(vars(config) | {"max_documents": 30}))),
     }
     for message, pipeline in cases.items():
-        with pytest.raises(ConfigError, match=f"saved position .*{message}.* begin a new one"):
+        with pytest.raises(ConfigError, match=f"begun with .*{message}.* begin a new run"):
             pipeline.restore(state)
         assert pipeline.state()["rows_taken"] == 0
 

@@ -6,7 +6,7 @@ from tokenizers import pre_tokenizers
 
 from lsjax.data.tokenizer_files import load_tokenizer
 from lsjax.data.tokenizer_huggingface import ByteTokenizer, HuggingFaceTokenizer
-from lsjax.data.tokenizers import TokenizerError
+from lsjax.data.tokenizers import MOST_EXTRA, TokenizerError
 
 
 def test_save_and_load(any_tokenizer, texts, tmp_path):
@@ -27,6 +27,39 @@ def test_ids_without_a_token_add_nothing(any_tokenizer):
 def test_text_that_is_no_unicode(any_tokenizer):
     with pytest.raises(TokenizerError, match="surrogate"):
         any_tokenizer.encode("a\ud800")
+
+
+def test_tokens_without_a_row_are_refused_in_a_text(any_tokenizer, texts):
+    """Of a table with one row less, and with more."""
+    size, ids = any_tokenizer.vocab_size, {i for t in texts for i in any_tokenizer.encode(t)}
+    last = max(ids)
+    smaller = any_tokenizer.fitted(last) if last >= size - MOST_EXTRA else None
+    for text in texts:
+        found = any_tokenizer.encode(text)
+        assert any_tokenizer.fitted(size + 9).encode(text) == found
+        if smaller is not None and last in found:
+            with pytest.raises(TokenizerError, match=rf"\(token {last}\).*table of {last} rows"):
+                smaller.encode(text)
+        elif smaller is not None:
+            assert smaller.encode(text) == found
+    assert any_tokenizer.fitted(size - 1).fingerprint == any_tokenizer.fingerprint
+    with pytest.raises(TokenizerError, match=f"has {size} tokens, but the model's table 9 rows"):
+        any_tokenizer.fitted(9)
+
+
+def test_an_added_token_without_a_row(bpe_directory, tmp_path):
+    """As a special token, and as the start of a text."""
+    backend = tokenizers.Tokenizer.from_file(str(bpe_directory / "tokenizer.json"))
+    rows = backend.get_vocab_size()
+    backend.add_special_tokens(["<pad>"])
+    tokenizer = HuggingFaceTokenizer(backend).fitted(rows)
+    assert tokenizer.vocab_size == rows
+    assert tokenizer.encode("a<pad>", allow_special=False) and tokenizer.encode("a pad")
+    with pytest.raises(TokenizerError, match=rf"contains '<pad>' \(token {rows}\)"):
+        tokenizer.encode("a<pad>")
+    tokenizer.bos_id = rows
+    with pytest.raises(TokenizerError, match="contains '<pad>'"):
+        tokenizer.encode("a", add_bos=True)
 
 
 def test_fingerprints(sentencepiece_model, bpe_directory, tiktoken_file):

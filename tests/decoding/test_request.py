@@ -7,6 +7,7 @@ import pytest
 from lsjax.config import ConfigError
 from lsjax.decoding.engine import Engine
 from lsjax.decoding.request import Request
+from lsjax.decoding.sampling import Sampling
 from lsjax.decoding.self_speculative import SelfSpeculative
 
 PROMPT, NEW = [1, 2, 3], 24
@@ -93,3 +94,14 @@ def test_lists_of_ends_share_a_program(engine, monkeypatch):
         engine.generate([PROMPT], max_new_tokens=2, stop_ids=(250,))
         programs = engine.num_programs if count == 1 else programs
         assert engine.num_programs == programs
+
+
+def test_equal_prompts_are_sampled_with_seeds_that_count_up(engine):
+    """Prompt number i of all has the seed + i, as in decode.py; a request keeps its own seed."""
+    drawn = Sampling(temperature=1, seed=5)
+    own = Request(prompt=PROMPT, max_new_tokens=NEW, sampling=drawn)
+    found = engine.generate([PROMPT, own, PROMPT], sampling=drawn, max_new_tokens=NEW)
+    assert [c.seed for c in found] == [5, 5, 7]
+    assert found[0].token_ids == found[1].token_ids != found[2].token_ids
+    listed = engine.generate([PROMPT] * 2, sampling=[drawn] * 2, max_new_tokens=NEW)
+    assert [c.token_ids for c in listed] == [found[0].token_ids] * 2

@@ -1,5 +1,6 @@
 """Programs lowered from shapes alone, compiled for eight devices, and what they cost there."""
 
+import dataclasses
 import math
 
 import jax
@@ -7,7 +8,7 @@ import pytest
 
 from lsjax.aot.costs import program_costs
 from lsjax.aot.hlo import parse
-from lsjax.aot.programs import Decoding, decoding, train_step
+from lsjax.aot.programs import Decoding, decoding, evaluation, train_step
 from lsjax.config import (
     ConfigError,
     EarlyExitConfig,
@@ -61,6 +62,23 @@ def test_the_step(mesh):
     state = sum(4 * math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in leaves)
     batch = 4 * 4 * rows
     assert compiled.memory_analysis().argument_size_in_bytes == state + batch
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_the_evaluation(mesh, parts):
+    """Needs no more memory than the step, and the head's table is gathered once."""
+    config = dataclasses.replace(CONFIG, micro_batches=parts, batch_size=16)
+    programs = {}
+    for name, lower in (("step", train_step), ("evaluation", evaluation)):
+        lowered, trips = lower(config, mesh)
+        programs[name] = lowered.compile()
+    step, scoring = (program.memory_analysis() for program in programs.values())
+    assert scoring.temp_size_in_bytes <= step.temp_size_in_bytes
+    costs = program_costs(parse(programs["evaluation"].as_text()), dict(mesh.shape), trips)
+    assert not costs.unknown_loops
+    table = config.model.vocab_size * config.model.hidden_size * 4
+    gathered = [n for one, n in costs.collectives.items() if one.bytes == table]
+    assert gathered == [1]
 
 
 def test_trips_of_the_exits(mesh):

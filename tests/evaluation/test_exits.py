@@ -92,11 +92,23 @@ def test_stacked_layers_and_batches_in_parts_give_the_same(model, batch):
 
 
 def test_more_devices_score_more_positions_at_a_time():
-    """256 rows of a vocabulary of 32,000 are one position on one device, and 16 a pass on 16."""
-    assert chunk_steps(256, 4096, 32_000, exits.CHUNK_LOGITS) == 1
+    """256 rows of a vocabulary of 32,000 are 4 positions on one device, and 64 on 16."""
+    assert chunk_steps(256, 4096, 32_000, exits.CHUNK_LOGITS) == 4
     with jax.sharding.use_abstract_mesh(AbstractMesh((4, 4), ("data", "fsdp"))):
-        assert chunk_steps(256, 4096, 32_000, exits.CHUNK_LOGITS) == 16
+        assert chunk_steps(256, 4096, 32_000, exits.CHUNK_LOGITS) == 64
         assert chunk_steps(256, 7, 32_000, exits.CHUNK_LOGITS) == 7
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_scores_in_the_computation_of_a_step(model, batch, parts):
+    """In micro-batches the same scores; in bfloat16 close ones, by an embedding in float32."""
+    whole = score_exits(model, [batch])
+    found = score_exits(lsjax.stacked(model), [batch], micro_batches=parts, attention="xla")
+    np.testing.assert_allclose(found.loss_E, whole.loss_E, rtol=1e-6)
+    assert found.tokens == whole.tokens
+    narrow = score_exits(model, [batch], dtype="bfloat16", micro_batches=parts)
+    assert narrow.loss_E != whole.loss_E
+    np.testing.assert_allclose(narrow.loss_E, whole.loss_E, rtol=0.02)
 
 
 def test_a_text_without_labels_is_refused(model, batch):

@@ -1,6 +1,7 @@
 """Hugging Face directories: against transformers' own numbers, round trips, and damage."""
 
 import json
+import logging
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,7 @@ from safetensors.numpy import load_file, save_file
 from lsjax.config import LlamaConfig, RopeScaling
 from lsjax.model.checkpoint import CheckpointError, load, open_source
 from lsjax.model.huggingface import GenerationDefaults, read_generation_defaults, save
+from lsjax.model.huggingface_keys import NEUTRAL, check_keys
 from lsjax.model.llama import Llama, stacked
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -248,6 +250,12 @@ def test_redundant_head_must_be_the_embedding(tmp_path):
         (dict(rope_parameters={"rope_theta": "1e4"}), "rope: rope_theta is '1e4'"),
         (dict(rope_parameters={"rope_theta": -1}), "rope_theta -1.0 must be above 0"),
         (dict(partial_rotary_factor=0.5), "partial_rotary_factor"),
+        (dict(sliding_window=4096), "sliding_window is 4096, which changes the computation"),
+        (dict(attention_multiplier=0.5), "attention_multiplier is 0.5"),
+        (dict(embedding_multiplier=12.0), "embedding_multiplier is 12.0"),
+        (dict(logits_scaling=8), "logits_scaling is 8"),
+        (dict(residual_multiplier=0.22), "residual_multiplier is 0.22"),
+        (dict(num_local_experts=8), "num_local_experts is 8"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -257,6 +265,22 @@ def test_config_that_cannot_work(tmp_path, change, message):
     with pytest.raises(CheckpointError, match=message) as error:
         load(directory)
     assert str(directory) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_keys_that_change_nothing(tmp_path, caplog):
+    """Neutral values pass without a word; a key that nobody has heard of gets a warning."""
+    directory = copied(tmp_path, "mha_untied")
+    with caplog.at_level(logging.WARNING):
+        for key, values in NEUTRAL.items():
+            for value in (None, *values):
+                check_keys({key: value, "use_cache": False}, directory)
+        edit_json(directory / "config.json", lambda raw: raw.update(dict.fromkeys(NEUTRAL)))
+        load(directory)
+        assert not caplog.records
+        edit_json(directory / "config.json", lambda raw: raw.update(novel_gate=True))
+        load(directory)
+    (record,) = caplog.records
+    assert record.getMessage().endswith("config.json: key 'novel_gate' is unknown and ignored")
 
 
 def nan(tensors):

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lsjax.model.products import linear, mix, rows_where, swiglu
+from lsjax.model.products import linear, lookup, mix, rows_where, swiglu
 
 
 def plain_mix(q, k, v, mask):
@@ -49,6 +49,21 @@ def test_values_and_gradients_of_the_plain_expression(name):
     for one, other in zip(found, expected, strict=True):
         assert one.dtype == jnp.float64
         np.testing.assert_allclose(one, other, rtol=1e-10, atol=1e-12)
+
+
+def test_lookup():
+    """Rows of a table; the gradient of a row sums over all places of its token, in float32."""
+    table_VD = jax.random.normal(jax.random.key(0), (5, 3))
+    tokens_BT = jnp.array([[1, 1, 4], [1, 0, 1]])
+    x_BTD = lookup(jnp.bfloat16, table_VD, tokens_BT)
+    assert x_BTD.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(x_BTD, table_VD.astype(jnp.bfloat16)[tokens_BT])
+
+    many_T = jnp.ones(3000, int)  # bfloat16 counts to 256
+    gradient = jax.grad(lambda t: lookup(jnp.bfloat16, t, many_T).astype(jnp.float32).sum())
+    expected = np.zeros((5, 3))
+    expected[1] = 3000
+    np.testing.assert_array_equal(gradient(table_VD), expected)
 
 
 @pytest.mark.parametrize("name", ["linear", "swiglu"])

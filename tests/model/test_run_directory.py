@@ -20,7 +20,7 @@ from lsjax.config import ConfigError, LlamaConfig, TrainConfig
 from lsjax.data.token_counts import NAME, find_counts
 from lsjax.data.tokenizer_huggingface import ByteTokenizer
 from lsjax.model.checkpoint import CheckpointError
-from lsjax.model.run_directory import begin_run, is_run, read_config
+from lsjax.model.run_directory import METRICS, begin_run, is_run, read_config
 from lsjax.training.checkpoint import Checkpoints
 from lsjax.training.step import init_state
 
@@ -32,13 +32,18 @@ def made(model, tokenizer, tmp_path_factory):
     """A run with steps 3, 6 and 9, the second of which is the best; and the model of each."""
     directory = tmp_path_factory.mktemp("runs") / "run"
     begin_run(directory, CONFIG, tokenizer)
-    models = {}
+    models, losses = {}, {3: 2.0, 6: 1.0, 9: 1.5}
     config = dataclasses.replace(CONFIG.checkpoints, keep_last=3)
     with Checkpoints(directory / "checkpoints", config) as checkpoints:
-        for step, loss in ((3, 2.0), (6, 1.0), (9, 1.5)):
+        for step in losses:
             models[step] = jax.tree.map(lambda leaf, step=step: leaf + (9 - step), model)
             state = init_state(CONFIG, models[step])
-            checkpoints.save(state, step=step, config=CONFIG, data={}, loss=loss)
+            checkpoints.save(state, step=step, config=CONFIG, data={})
+    rows = [
+        {"kind": "evaluation", "step": step, "last_exit_loss": loss}
+        for step, loss in (losses | {7: 0.5, 8: None}).items()  # 7 was not saved, 8 was infinite
+    ]
+    (directory / METRICS).write_text("".join(json.dumps(row) + "\n" for row in rows))
     return directory, models
 
 

@@ -7,6 +7,7 @@ import pytest
 from lsjax.config import (
     CheckpointConfig,
     ConfigError,
+    DataConfig,
     LayerDropoutConfig,
     LlamaConfig,
     MeshConfig,
@@ -16,6 +17,7 @@ from lsjax.config import (
 from lsjax.training.resume import check_same_run
 
 CONFIG = TrainConfig(
+    data=DataConfig(source="text", paths=("a",), tokenizer="t"),
     num_steps=100,
     batch_size=8,
     seq_len=64,
@@ -38,6 +40,7 @@ def changed(**changes) -> TrainConfig:
         dict(mesh=MeshConfig(data=2)),
         dict(micro_batches=4, remat="nothing_saveable"),
         dict(checkpoints=CheckpointConfig(every=7), max_skipped=3),
+        dict(data=DataConfig(source="text", paths=("b",), validation_paths=("c",), tokenizer="d")),
     ],
 )
 def test_what_may_change(changes):
@@ -53,6 +56,10 @@ def test_what_may_change(changes):
         (dict(batch_size=16), "batch_size 8, now it is 16"),
         (dict(model=LlamaConfig.tiny(num_layers=5)), "model.num_layers 4, now it is 5"),
         (dict(layer_dropout=LayerDropoutConfig(p_max=0.2)), "layer_dropout.layers [1, 3], now "),
+        (
+            dict(data=dataclasses.replace(CONFIG.data, separator="blank_line")),
+            "data.separator file, now it is blank_line",
+        ),
         (dict(optimizer=OptimizerConfig(clip_norm=None)), "optimizer.learning_rate 0.001, now "),
     ],
 )

@@ -1,6 +1,5 @@
 """The loop with a step that only counts: when it saves, shows, stops."""
 
-import dataclasses
 import os
 import signal
 import struct
@@ -10,8 +9,9 @@ import numpy as np
 import pytest
 from tensorboardX.proto.event_pb2 import Event
 
+from lsjax.model.run_directory import METRICS, read_metrics
 from lsjax.training import trainer
-from lsjax.training.metrics_log import FILE, MetricsLog, read_metrics
+from lsjax.training.metrics_log import MetricsLog
 from lsjax.training.trainer import Hook, Interrupted, Loop, TooManySkipped
 
 
@@ -46,7 +46,8 @@ def loop(tmp_path, saved, seen, *, steps=7, from_step=0, **options):
         num_steps=steps,
         train_step=counting_step(),
         next_batch=lambda: None,
-        save=lambda step, state, rows: saved.append((step, state.step, rows)),
+        save=lambda step, state: saved.append(step) if step not in saved else None,
+        wait=lambda: None,
         save_every=3,
         hooks=[
             Hook("evaluation", 2, lambda step, model: seen.append((step, model)) or {"x": step})
@@ -70,10 +71,9 @@ def test_saves_and_hooks_come_at_their_steps_and_after_the_last(tmp_path):
     final = run(one, start(), log)
     assert final.step == 7
     assert seen == [(step, f"model {step}") for step in (2, 4, 6, 7)]
-    rows = [{"evaluation": {"x": step}} for step in (6, 7)]
-    assert saved == [(3, 3, {}), (6, 6, rows[0]), (7, 7, rows[1])]
+    assert saved == [2, 3, 6, 7]  # 2 is the first that is looked at
     assert [report.step for report in shown] == [1, 2, 3, 4, 5, 6, 7]
-    rows = read_metrics(tmp_path / FILE)
+    rows = read_metrics(tmp_path)
     assert [row["step"] for row in rows if row["kind"] == "step"] == [1, 2, 3, 4, 5, 6, 7]
     assert rows[0]["exits"] == [1, 3] and rows[0]["exit_losses"] == [3, 1]
     assert [row["step"] for row in rows if row["kind"] == "evaluation"] == [2, 4, 6, 7]
@@ -86,26 +86,46 @@ def test_a_signal_ends_the_run_with_its_step_saved(tmp_path):
     with pytest.raises(Interrupted) as stopped:
         run(one, start(), log)
     assert stopped.value.code == 128 + signal.SIGTERM and stopped.value.step == 5
-    assert saved[-1] == (5, 5, {})
-    assert read_metrics(tmp_path / FILE)[-1]["step"] == 5
+    assert saved[-1] == 5
+    assert read_metrics(tmp_path)[-1]["step"] == 5
     assert signal.getsignal(signal.SIGTERM) == before
 
 
-def test_a_signal_in_the_last_step_saves_before_it_looks(tmp_path):
-    saved, seen = [], []
-    one, log = loop(tmp_path, saved, seen, train_step=counting_step(signal_at=7))
-    look = Hook("evaluation", 2, lambda step, model: seen.append((step, [*saved])) or {})
-    run(dataclasses.replace(one, hooks=[look]), start(), log)
-    assert saved[-1] == (7, 7, {})
-    assert seen[-1] == (7, saved)
+def test_a_step_is_saved_before_hooks_look_at_it(tmp_path):
+    """The first look of a start also waits until its step is on disk. So does the last one, as
+    whoever sent a signal may not wait."""
+    order = []
 
+    def look(step, model):
+        order.append(("look", step))
+        return {}
 
-def test_every_hook_of_a_step_is_saved_with_it(tmp_path):
-    saved = []
-    hooks = [Hook(kind, 6, lambda step, model, kind=kind: {kind: step}) for kind in "ab"]
-    one, log = loop(tmp_path, saved, [], hooks=hooks)
+    one, log = loop(
+        tmp_path,
+        [],
+        [],
+        train_step=counting_step(signal_at=7),
+        save=lambda step, state: order.append(("save", step)),
+        wait=lambda: order.append("wait"),
+        hooks=[
+            Hook(kind, 2, lambda step, model: order.append(("look", step)) or {}) for kind in "ab"
+        ],
+    )
     run(one, start(), log)
-    assert saved[1] == (6, 6, {"a": {"a": 6}, "b": {"b": 6}})
+    looks = {step: [("look", step)] * 2 for step in (2, 4, 6, 7)}
+    assert order == [
+        *[("save", 2), "wait", *looks[2]],
+        *[("save", 3), *looks[4]],
+        *[("save", 6), *looks[6]],
+        *[("save", 7), "wait", *looks[7]],
+    ]
+
+
+def test_hooks_look_at_a_last_step_that_is_done(tmp_path):
+    saved, seen = [], []
+    one, log = loop(tmp_path, saved, seen, from_step=7)
+    run(one, start(7), log)
+    assert seen == [(7, "model 0")] and saved == []
 
 
 def test_a_hook_that_fails_loses_no_step(tmp_path):
@@ -113,7 +133,7 @@ def test_a_hook_that_fails_loses_no_step(tmp_path):
     one, log = loop(tmp_path, saved, [], hooks=[Hook("evaluation", 5, lambda *_: 1 / 0)])
     with pytest.raises(ZeroDivisionError):
         run(one, start(), log)
-    assert saved == [(3, 3, {}), (5, 5, {})]
+    assert saved == [3, 5]
 
 
 def test_many_skipped_steps_in_a_row_stop_the_run_without_a_checkpoint(tmp_path):
@@ -122,19 +142,19 @@ def test_many_skipped_steps_in_a_row_stop_the_run_without_a_checkpoint(tmp_path)
     one, log = loop(tmp_path, saved, seen, train_step=broken, max_skipped=3, steps=20)
     with pytest.raises(TooManySkipped, match="3 steps in a row, up to step 6.*those of step 3"):
         run(one, start(), log)
-    assert [step for step, *_ in saved] == [3]
-    assert read_metrics(tmp_path / FILE)[-1]["loss"] is None  # NaN is no JSON
+    assert saved == [2, 3]
+    assert read_metrics(tmp_path)[-1]["loss"] is None  # NaN is no JSON
 
 
 def test_steps_that_are_done_again_are_in_the_log_once(tmp_path):
     saved, seen = [], []
     one, log = loop(tmp_path, saved, seen)
     run(one, start(), log)
-    with (tmp_path / FILE).open("a") as file:
+    with (tmp_path / METRICS).open("a") as file:
         file.write('{"kind": "step", "st')  # a crash in the middle of a line
     again, log = loop(tmp_path, saved, seen, from_step=3)
     run(again, start(3), log)
-    rows = read_metrics(tmp_path / FILE)
+    rows = read_metrics(tmp_path)
     assert [row["step"] for row in rows if row["kind"] == "step"] == [1, 2, 3, 4, 5, 6, 7]
 
 
