@@ -122,7 +122,6 @@ def decoding(
                 [asked.new_tokens] * count,
                 [[-1] * STOP_IDS] * count,
                 capacity=capacity,
-                slack=strategy.slack,
                 num_layers=config.num_layers,
                 dtype=dtype,
                 sampling=[GREEDY] * count,

@@ -233,7 +233,6 @@ def _state(
         [LENGTH],
         [[-1]],
         capacity=max(capacity, length + LENGTH + strategy.slack),
-        slack=strategy.slack,
         num_layers=strategy.depth(model.config),
         dtype=model.dtype,
         stacked=model.is_stacked,

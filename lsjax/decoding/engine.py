@@ -1,8 +1,10 @@
 """Holds what decoding needs, and takes requests."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
+import jax
 from jax.sharding import Mesh
 
 from lsjax.config import check
@@ -16,18 +18,27 @@ from lsjax.decoding.run import Run, Update
 from lsjax.decoding.sampling import GREEDY, Sampling
 from lsjax.decoding.state import Strategy
 from lsjax.model.llama import Llama
-from lsjax.sharding import placed
+from lsjax.sharding import placed, sharding_of
 
 MIN_CAPACITY = 256  # slots of a row's cache: this, or a larger power of two
 SLACK = 16  # and a multiple of this for drafts beyond the end, so that strategies share programs
 
 
 def cache_slots(total: int, strategy: Strategy) -> int:
-    """Slots of a row's cache for `total` tokens: few sizes, so that few programs are needed."""
+    """Slots of a row's cache for `total` tokens: sizes that double, so that few programs are needed
+    and no more than half of the slots are empty for long."""
     slots = MIN_CAPACITY
     while slots < total:
         slots *= 2
     return slots + -(-strategy.slack // SLACK) * SLACK
+
+
+def free_memory() -> int | None:
+    """Bytes that the first device has left; None where it does not say."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    if "bytes_limit" not in stats:
+        return None
+    return stats["bytes_limit"] - stats["bytes_in_use"]
 
 
 class Engine:
@@ -65,13 +76,12 @@ class Engine:
         )
         self.max_length = config.max_context if max_length is None else max_length
         self.mesh = mesh
-        self.model = placed(model, mesh)
+        self.programs = Programs(placed(model, mesh), mesh)
         self.arguments = placed(self.strategy.arguments(self.model), mesh)
         self.tokenizer = tokenizer.fitted(config.vocab_size)
         self.ignore_end = ignore_end
         self.min_capacity = min_capacity
         self.batch_size = batch_size
-        self.programs = Programs(self.model, mesh)
         self.prefill_seconds = 0.0  # of all prompts so far
         self.decode_seconds = 0.0  # of all rounds so far
 
@@ -89,9 +99,13 @@ class Engine:
 
         Raises ConfigError where the form is not the same.
         """
-        self.model = placed(model, self.mesh)
-        self.programs.use(self.model)
+        self.programs.use(placed(model, self.mesh))
         self.use(self.strategy)
+
+    @property
+    def model(self) -> Llama:
+        """The model that decodes, on the mesh and laid out for its programs."""
+        return self.programs.model
 
     @property
     def num_programs(self) -> int:
@@ -115,6 +129,28 @@ class Engine:
         rows = self.batch_size + (self.batch_size > 1)
         cache = config.cache_bytes(rows, self.capacity(total), itemsize)
         return config.num_params * itemsize, int(cache * layers)
+
+    def check_memory(self, first: int, total: int) -> None:
+        """Raises ConfigError where the devices can't hold the cache for rows that begin with
+        `first` tokens and end with `total`. The last two caches are there together while it grows.
+        """
+        free = free_memory()
+        if free is None:
+            return
+        before, slots = self.capacity(first), self.capacity(total)
+        slots += slots // 2 if before < slots else 0
+        config, rows = self.model.config, self.batch_size + (self.batch_size > 1)
+        layers = self.strategy.depth(config)
+        shape = (rows, config.num_kv_heads, slots, config.head_dim)
+        place = None if self.mesh is None else sharding_of("keys.0", shape, self.mesh)
+        share = shape if place is None else place.shard_shape(shape)
+        needed = 2 * layers * math.prod(share) * self.model.dtype.itemsize
+        check(
+            needed <= free,
+            f"a cache for {rows} rows of {total} tokens needs {needed / 1e9:.2f} GB on each device "
+            f"while it grows, but {free / 1e9:.2f} GB are free: lower --max-new-tokens or "
+            "--batch-size, or shorten the prompts",
+        )
 
     def encode(self, prompt: str | Sequence[int], max_new_tokens: int) -> list[int]:
         """`encode_prompt` for this engine."""

@@ -57,15 +57,22 @@ def insert(
     return rest.with_cache(cache)
 
 
+def grow(model: Llama, state: DecodeState, *, capacity: int) -> DecodeState:
+    """The rows with more slots."""
+    return state.grown(capacity)
+
+
 def decode(
     model: Llama, state: DecodeState, rounds: Int[Array, ""], arguments: Any, *, strategy: Strategy
 ) -> DecodeState:
-    """At most `rounds` rounds of the strategy with these `arguments` of it; returns as soon as a
-    row that ran has ended, so that the host can note its time."""
+    """At most `rounds` rounds of the strategy with these `arguments` of it. Returns as soon as a
+    row that ran has ended, so that the host can note its time, and before a round that the cache
+    has no room for, so that the host can give it more."""
 
     def more(carry):
         done, current = carry
-        return (done < rounds) & current.running_B.any() & (current.running_B == running_B).all()
+        same = current.running_B.any() & (current.running_B == running_B).all()
+        return (done < rounds) & same & current.has_room(strategy.slack)
 
     def step(carry):
         done, current = carry

@@ -4,6 +4,9 @@ requests   0 1 2 3 4 5 ...        a prompt is read in a state of one row ("singl
            | | |                  it shares with the prompt before, and put into the batch
 row 0      0 0 0 0 3 3 3 3        (`insert`); rounds go on until a row ends; the row is given
 row 1      1 1 2 2 2 2 4 4  -> t  to the next request while the others wait for its prompt only
+
+The cache begins with room for the prompts. Where a row has no room for another round, cache and
+buffers grow to the next capacity, and the rows go on with the program for that one.
 """
 
 import dataclasses
@@ -12,15 +15,14 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import jax
 import numpy as np
 
 from lsjax.decoding.completion import Completion, RowText, Trace
-from lsjax.decoding.conversation import Conversation, shared_prefix
-from lsjax.decoding.loops import decode, insert, prefill
+from lsjax.decoding.conversation import Conversation
+from lsjax.decoding.loops import decode, grow, insert, prefill
 from lsjax.decoding.request import Request
 from lsjax.decoding.state import EOS, RUNNING, STOP, DecodeState
 
@@ -82,32 +84,20 @@ class Run:
         self._depth = self._strategy.depth(engine.model.config)
         self._conversation = conversation or Conversation()
         self._cancelled = cancelled
-        self._capacity = engine.capacity(
-            max(len(ids) + request.max_new_tokens for request, ids in asked)
-        )
         self._rows: dict[int, Row] = {}
         self._worked = 0.0
-        before = engine.compile_seconds
-        self._compile()
-        self._compile_seconds = engine.compile_seconds - before
-
-    def _compile(self) -> None:
-        """Gets all programs that the requests will need."""
-        get, batch = self._engine.programs.get, self._engine.batch_size
-        single, known = self._single(*self._asked[0])
-        # A prompt is read where it parts from the one before.
-        unread = [len(self._asked[0][1]) - known]
-        unread += [len(b) - shared_prefix(a, b) for (_, a), (_, b) in pairwise(self._asked)]
-        self._reads = {
-            chunk: get(partial(prefill, chunk=chunk, depth=self._depth), single, np.int32(0))
-            for chunk in sorted({_chunk(count, CHUNKS) for count in unread})
-        }
-        self._state, self._first = single, (single, known)
-        if batch > 1:
-            self._state = self._create([None] * batch, self._capacity)
-            self._insert = get(partial(insert), self._state, single, np.int32(0))
-        decoding = partial(decode, strategy=self._strategy)
-        self._decode = get(decoding, self._state, np.int32(0), self._arguments)
+        self._compiled_before = engine.compile_seconds
+        longest = 1 + max(len(ids) for _, ids in asked)
+        engine.check_memory(
+            longest, max(len(ids) + request.max_new_tokens for request, ids in asked)
+        )
+        if engine.batch_size == 1:
+            self._first = self._single(*asked[0])
+            self._state = self._first[0]
+        else:
+            self._first = None
+            self._state = self._create([None] * engine.batch_size, engine.capacity(longest))
+        self._decode = self._decode_program()
 
     def updates(self) -> Iterator[Update]:
         """Everything that is found, until all requests have ended."""
@@ -137,20 +127,23 @@ class Run:
 
     def _admit(self, row: int, index: int, request: Request, ids: list[int]) -> None:
         """Reads a prompt and gives it a row."""
-        alone = self._engine.batch_size == 1
-        if index == 0:
+        alone, programs = self._engine.batch_size == 1, self._engine.programs
+        if self._first is not None:
             single, known = self._first
         else:
             if alone:
                 self._conversation.keep(self._state, self._engine.model)
             single, known = self._single(request, ids)
-        read = self._reads[_chunk(len(ids) - known, list(self._reads))]
+        chunk = next((size for size in CHUNKS if size >= len(ids) - known), CHUNKS[-1])
+        read = programs.get(partial(prefill, chunk=chunk, depth=self._depth), single, np.int32(0))
         single, seconds = _timed(read, single, np.int32(known))
         self._first = None
         if alone:
             self._state = single
+            self._decode = self._decode_program()
         else:
-            self._state, more = _timed(self._insert, self._state, single, np.int32(row))
+            put = programs.get(partial(insert), self._state, single, np.int32(0))
+            self._state, more = _timed(put, self._state, single, np.int32(row))
             self._conversation.keep(single, self._engine.model)
             seconds += more
         self._worked += seconds
@@ -189,11 +182,31 @@ class Run:
 
     def _advance(self) -> None:
         """Rounds, until a row ends or it is time to look."""
+        self._grow()
         looks = self._stream or any(live.request.stop for live in self._rows.values())
         rounds = np.int32(ROUNDS_PER_LOOK if looks else ALL_ROUNDS)
         self._state, seconds = _timed(self._decode, self._state, rounds, self._arguments)
         self._worked += seconds
         self._engine.decode_seconds += seconds
+
+    def _grow(self) -> None:
+        """Gives the rows the next capacity if one of them has no room for another round."""
+        state, engine = self._state, self._engine
+        length_B, finish_B = np.array(state.length_B), np.array(state.finish_B)
+        longest = int(length_B[finish_B == RUNNING].max())
+        if longest + self._strategy.slack <= state.capacity:
+            return
+        larger = partial(grow, capacity=engine.capacity(longest + 1))
+        program = engine.programs.get(larger, state, donate=False)
+        self._state, seconds = _timed(program, state)
+        self._worked += seconds
+        engine.decode_seconds += seconds
+        self._decode = self._decode_program()
+
+    def _decode_program(self) -> Callable:
+        """The loop for the capacity of the rows."""
+        function = partial(decode, strategy=self._strategy)
+        return self._engine.programs.get(function, self._state, np.int32(0), self._arguments)
 
     def _complete(self, live: Row, trace: Trace, reason: str, seconds: float) -> Completion:
         """What a row that has ended gave, and the seconds that it took."""
@@ -209,15 +222,17 @@ class Run:
             num_prompt_tokens=len(live.ids),
             prefill_seconds=live.prefill_seconds,
             decode_seconds=seconds,
-            compile_seconds=self._compile_seconds,
+            compile_seconds=self._engine.compile_seconds - self._compiled_before,
             finish_reason=reason,
         )
 
     def _single(self, request: Request, ids: list[int]) -> tuple[DecodeState, int]:
-        """A state with this row, and how many of its tokens its cache holds."""
-        size = self._capacity, self._depth
-        cache, known = self._conversation.take(ids, *size, self._engine.model)
-        capacity = self._capacity if cache is None else cache.capacity
+        """A state with this row, and how many of its tokens its cache holds. Its capacity is that
+        of the batch; a row alone begins with what its prompt needs."""
+        alone = self._engine.batch_size == 1
+        capacity = self._engine.capacity(len(ids) + 1) if alone else self._state.capacity
+        cache, known = self._conversation.take(ids, capacity, self._depth, self._engine.model)
+        capacity = capacity if cache is None else cache.capacity
         return self._create([(request, ids)], capacity, cache), known
 
     def _create(self, rows, capacity: int, cache=None) -> DecodeState:
@@ -243,7 +258,6 @@ class Run:
             [request.max_new_tokens for request, _ in rows],
             [ids + [-1] * (room - len(ids)) for ids in stop_ids],
             capacity=capacity,
-            slack=self._strategy.slack,
             num_layers=self._depth,
             dtype=engine.model.dtype,
             stacked=engine.model.is_stacked,
@@ -253,11 +267,6 @@ class Run:
             cache=cache,
             mesh=engine.mesh,
         )
-
-
-def _chunk(count: int, sizes: Sequence[int]) -> int:
-    """The size in which so many tokens are read."""
-    return next((size for size in sizes if size >= count), sizes[-1])
 
 
 def _timed(program: Callable, *arguments) -> tuple[DecodeState, float]:

@@ -56,7 +56,6 @@ class DecodeState:
         stop_ids: Sequence[Sequence[int]],
         *,
         capacity: int,
-        slack: int,
         num_layers: int,
         dtype: DTypeLike,
         stacked: bool = False,
@@ -69,22 +68,21 @@ class DecodeState:
         """Rows with their prompts and a cache for the first `num_layers` layers, stacked if the
         model's are; shared out over a mesh (lsjax/sharding.py).
 
-        stop_ids: tokens that end each row, for every row as many (-1 is none). slack: slots that a
-        round may write beyond a row's end. A row with max_new_tokens 0 is a filler that has ended
-        from the start. sampling: of each row. among: of all rows that will share the program, these
-        alone by default. log_probs: keep the tokens' log-probabilities. cache: an empty one by
-        default.
+        capacity: slots of each row, which may be fewer than it will need (`grown`). stop_ids:
+        tokens that end each row, for every row as many (-1 is none). A row with max_new_tokens 0 is
+        a filler that has ended from the start. sampling: of each row. among: of all rows that will
+        share the program, these alone by default. log_probs: keep the tokens' log-probabilities.
+        cache: an empty one by default.
 
-        Raises ConfigError where a row and the slack do not fit the capacity.
+        Raises ConfigError where a prompt and a token do not fit the capacity.
         """
         batch = len(prompts)
         length_B = np.array([len(prompt) for prompt in prompts], np.int32)
         end_B = length_B + np.array(max_new_tokens, np.int32)
-        longest = int(end_B.max())
+        longest = int(length_B.max())
         check(
-            longest + slack <= capacity,
-            f"a row of {longest} tokens and {slack} slots of slack do not fit the cache of "
-            f"{capacity} slots",
+            longest < capacity,
+            f"a prompt of {longest} tokens and a new one do not fit the cache of {capacity} slots",
         )
         tokens_BS = np.zeros((batch, capacity), np.int32)
         for row, prompt in enumerate(prompts):
@@ -108,6 +106,33 @@ class DecodeState:
             penalties=Penalties.create(sampling, among),
         )
         return placed(state, mesh)
+
+    @property
+    def capacity(self) -> int:
+        """Slots of each row."""
+        return self.tokens_BS.shape[1]
+
+    def grown(self, capacity: int) -> "DecodeState":
+        """The same rows with empty slots behind theirs, up to `capacity`."""
+        more = capacity - self.capacity
+
+        def longer(buffer_BS, fill):
+            return jnp.pad(buffer_BS, ((0, 0), (0, more)), constant_values=fill)
+
+        kept = self.log_probs_BS
+        return dataclasses.replace(
+            self,
+            cache=self.cache.grown(capacity),
+            tokens_BS=longer(self.tokens_BS, 0),
+            accepted_BS=longer(self.accepted_BS, False),
+            replaced_BS=longer(self.replaced_BS, -1),
+            round_BS=longer(self.round_BS, 0),
+            log_probs_BS=None if kept is None else longer(kept, 0),
+        )
+
+    def has_room(self, slack: int) -> Bool[Array, ""]:
+        """Whether each running row has `slack` slots for another round."""
+        return jnp.where(self.running_B, self.length_B, 0).max() + slack <= self.capacity
 
     @property
     def running_B(self) -> Bool[Array, " B"]:

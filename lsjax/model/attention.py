@@ -8,7 +8,8 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from lsjax.model.cache import read_slots
-from lsjax.model.products import mix
+from lsjax.model.products import enough_rows, mix
+from lsjax.sharding import platform
 
 # Slots of the cache that one step of `cached_attention` reads; LARGE is a multiple of SMALL.
 SMALL, LARGE = 256, 1024
@@ -46,12 +47,16 @@ def cached_attention(
     """Attention of T new queries to the slots at or before their own positions; of a stacked cache
     to those of one layer.
 
-    Reads the cache in blocks up to the furthest query of the batch, with an online softmax
-    (Milakov and Gimelshein, 2018), so that the cost follows the length in use and not the
-    capacity: LARGE blocks as far as they are half full or more, then SMALL ones; all slots at
-    once where these would be most of them (`reads_all`). What lies beyond a row's own length adds
-    exact zeros to it: rows do not see their batch mates, but for the rounding of the way that is
-    taken. Unused slots must hold numbers, no NaN.
+    On accelerators it reads all slots, under a mask: a loop or a branch in each layer would stop
+    the device, and the capacity is at most twice the length in use (`cache_slots`).
+
+    On CPUs it reads the cache in blocks up to the furthest query of the batch, with an online
+    softmax (Milakov and Gimelshein, 2018), so that the cost follows the length in use: LARGE blocks
+    as far as they are half full or more, then SMALL ones; all slots at once where these would be
+    most of them (`reads_all`).
+
+    What lies beyond a row's own length adds exact zeros to it. So rows do not see their batch
+    mates, but for the rounding of the way that is taken. Unused slots must hold numbers, no NaN.
     """
     batch, steps, heads, size = q_BTNH.shape
     kv_heads, capacity = keys.shape[-3:-1]
@@ -106,14 +111,20 @@ def cached_attention(
             return lax.fori_loop(done, last // small + 1, partial(step, small), carry)[1:]
 
     def at_once():
-        scores = jnp.einsum("BKRH,BKSH->BKRS", q_BKRH, keys, preferred_element_type=wide)
+        k, v = keys, values
+        if layer is not None:
+            k, v = (lax.dynamic_index_in_dim(x, layer, keepdims=False) for x in (keys, values))
+        q = enough_rows(q_BKRH)
+        scores = jnp.einsum("BKRH,BKSH->BKRS", q, k, preferred_element_type=wide)[:, :, :rows]
         visible_BRS = jnp.arange(capacity) <= position_BR[:, :, None]
         scores = jnp.where(visible_BRS[:, None], scores * size**-0.5, -jnp.inf)
         weights = jnp.exp(scores - scores.max(-1, keepdims=True))
-        mixed = jnp.einsum("BKRS,BKSH->BKRH", weights.astype(values.dtype), values)
-        return weights.sum(-1), mixed.astype(wide)
+        mixed = jnp.einsum("BKRS,BKSH->BKRH", enough_rows(weights.astype(v.dtype)), v)
+        return weights.sum(-1), mixed[:, :, :rows].astype(wide)
 
-    if layer is None:
+    if platform() != "cpu":
+        total, mixed = at_once()
+    elif layer is None:
         total, mixed = lax.cond(reads_all(last, capacity), at_once, in_blocks)
     else:
         total, mixed = in_blocks()

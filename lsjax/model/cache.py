@@ -21,10 +21,10 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Shaped
 
 from lsjax.config import LlamaConfig
-from lsjax.sharding import sharding_of
+from lsjax.sharding import platform, sharding_of
 
-# Above this many rows one scatter instead of a chain of slice updates: as fast, and compiled sooner
-# (docs/performance.md). TPUs like slices better.
+# Above this many rows one scatter instead of a chain of slice updates. On CPUs it is as fast, and
+# compiled sooner (docs/performance.md). TPUs like slices better; on GPUs each is a kernel.
 MAX_UNROLLED_ROWS = 8
 
 
@@ -129,7 +129,7 @@ def write(
     and overwrite older slots (DecodeState.create sees to the slack).
     """
     batch = new.shape[0]
-    if batch > MAX_UNROLLED_ROWS:
+    if batch > (1 if platform() == "gpu" else MAX_UNROLLED_ROWS):
         rows = jnp.arange(batch)[:, None]
         slots = start_B[:, None] + jnp.arange(new.shape[axis])
         where = (*before, rows, *[slice(None)] * (axis - 1), slots)

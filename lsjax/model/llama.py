@@ -21,7 +21,7 @@ from jaxtyping import Array, Float, Int
 from lsjax.config import AttentionKernel, ComputeDtype, LlamaConfig
 from lsjax.model.block import Block, RMSNorm
 from lsjax.model.cache import KVCache
-from lsjax.model.products import lookup
+from lsjax.model.products import enough_rows, lookup
 from lsjax.model.rope import rope_angles
 from lsjax.sharding import ROWS, constrain, platform
 
@@ -154,12 +154,15 @@ class Llama(nnx.Module):
         table_VD = (self.head_table if table_VD is None else table_VD).astype(x.dtype)
         x = self.norm(x)
         rows_RD = x.reshape(-1, x.shape[-1])
+        count = len(rows_RD)
         # The table is the left operand: XLA:CPU then runs any number of rows near the speed of
         # memory, on jax 0.10 and 0.12 alike (docs/performance.md).
         logits_VR = jnp.matmul(
-            table_VD, rows_RD.T, preferred_element_type=jnp.promote_types(x.dtype, jnp.float32)
+            table_VD,
+            enough_rows(rows_RD).T,
+            preferred_element_type=jnp.promote_types(x.dtype, jnp.float32),
         )
-        return logits_VR.T.reshape(*x.shape[:-1], -1)
+        return logits_VR.T[:count].reshape(*x.shape[:-1], -1)
 
     def __call__(self, tokens_BT: Int[Array, "B T"]) -> Float[Array, "B T V"]:
         """Logits of the whole model."""

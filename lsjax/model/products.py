@@ -5,6 +5,7 @@ Each gives the same values and gradients as the plain expression in its docstrin
 docs/training.md has what they save. They have no forward-mode derivative.
 """
 
+import math
 from functools import partial
 
 import jax
@@ -12,6 +13,12 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
+
+from lsjax.sharding import platform
+
+# Rows that a TPU's matrix unit takes at least. XLA makes a product with one row a sum on the
+# vector unit, which is several times slower (docs/performance.md).
+ROWS = 8
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -38,6 +45,17 @@ def _lookup_backward(dtype, residuals, dx):
 lookup.defvjp(_lookup_forward, _lookup_backward)
 
 
+def enough_rows(x: Float[Array, "*batch R I"]) -> Float[Array, "*batch S I"]:
+    """x for the left side of a product: on TPUs with zeros behind its rows up to ROWS.
+
+    The barrier keeps XLA from dropping them again.
+    """
+    missing = ROWS - x.shape[-2]
+    if platform() != "tpu" or missing <= 0:
+        return x
+    return lax.optimization_barrier(jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, missing), (0, 0)]))
+
+
 @jax.custom_vjp
 def linear(x: Float[Array, "*batch I"], w: Float[Array, "I *O"]) -> Float[Array, "..."]:
     """tensordot(x, w, 1): [*batch, *O].
@@ -45,11 +63,15 @@ def linear(x: Float[Array, "*batch I"], w: Float[Array, "I *O"]) -> Float[Array,
     The gradient of w comes out as it lies, [I, *O]. Autodiff makes [*O, I] of it and transposes it
     in every layer, and the gradient of the output before that.
     """
-    return jnp.tensordot(x, w, axes=1)
+    rows = math.prod(x.shape[:-1])
+    if rows >= ROWS:
+        return jnp.tensordot(x, w, axes=1)
+    y = jnp.tensordot(enough_rows(x.reshape(rows, -1)), w, axes=1)[:rows]
+    return y.reshape(*x.shape[:-1], *w.shape[1:])
 
 
 def _linear_forward(x, w):
-    return jnp.tensordot(x, w, axes=1), (x, w)
+    return linear(x, w), (x, w)
 
 
 def _linear_backward(residuals, dy):

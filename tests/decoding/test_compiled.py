@@ -25,7 +25,6 @@ def compiled_loop(model, strategy, batch, capacity):
         [9] * batch,
         [[-1]] * batch,
         capacity=capacity,
-        slack=strategy.slack,
         num_layers=strategy.depth(model.config),
         dtype=jnp.float32,
         stacked=model.is_stacked,

@@ -9,6 +9,7 @@ from flax import nnx
 
 from lsjax.config import ConfigError, LlamaConfig
 from lsjax.data.tokenizer_huggingface import ByteTokenizer
+from lsjax.decoding import programs as compiled_programs
 from lsjax.decoding import run
 from lsjax.decoding.autoregressive import Autoregressive, EarlyExit
 from lsjax.decoding.completion import Completion
@@ -267,8 +268,29 @@ def test_tokens_at_the_end_of_the_cache(model, tokenizer, strategy, capacity):
         assert last_logits(model, prompt + completion.token_ids[:index]).argmax() == token, index
 
 
-@pytest.mark.parametrize("capacity, fits", [(20, True), (19, False)])
-def test_a_state_needs_room_for_the_slack(config, capacity, fits):
+@pytest.mark.parametrize("strategy", [SelfSpeculative(2, 3), EarlyExit(2)], ids=lambda s: s.name)
+def test_weights_are_laid_out_once_as_the_programs_want_them(
+    model, tokenizer, monkeypatch, strategy
+):
+    """On CPUs the compiler may choose layouts too; here it is let to, as on accelerators."""
+    (expected,) = Engine(model, tokenizer, strategy).generate([[5, 6]], max_new_tokens=NEW)
+    monkeypatch.setattr(compiled_programs, "chooses_layouts", lambda: True)
+    engine = Engine(model, tokenizer, strategy)
+    (found,) = engine.generate([[5, 6]], max_new_tokens=NEW)
+    assert found.token_ids == expected.token_ids
+    formats = engine.programs._formats
+    leaves = jax.tree.leaves(engine.model)
+    assert [leaf.format for leaf in leaves] == formats and len(formats) == len(leaves)
+    engine.use_model(model)
+    assert [leaf.format for leaf in jax.tree.leaves(engine.model)] == formats
+    (again,) = engine.generate([[5, 6]], max_new_tokens=NEW)
+    assert again.token_ids == expected.token_ids
+
+
+@pytest.mark.parametrize("capacity, fits", [(9, True), (8, False)])
+def test_a_state_needs_room_for_the_prompt(config, capacity, fits):
+    """And for a token more; the rest of a row may come later."""
+
     def create():
         return DecodeState.create(
             config,
@@ -276,7 +298,6 @@ def test_a_state_needs_room_for_the_slack(config, capacity, fits):
             [9, 7],  # 12 and 15 tokens in the end
             [[-1]] * 2,
             capacity=capacity,
-            slack=5,
             num_layers=2,
             dtype=np.float32,
             sampling=[GREEDY] * 2,
@@ -285,5 +306,5 @@ def test_a_state_needs_room_for_the_slack(config, capacity, fits):
     if fits:
         assert create().end_B.tolist() == [12, 15]
     else:
-        with pytest.raises(ConfigError, match="15 tokens and 5 slots of slack .* 19 slots"):
+        with pytest.raises(ConfigError, match="prompt of 8 tokens .* do not fit the cache of 8"):
             create()

@@ -142,7 +142,6 @@ def texts(model, strategy, settings=SETTINGS) -> np.ndarray:
         [7] * 2 * len(settings),  # two rounds of a draft of two do not end before
         [[-1]] * 2 * len(settings),
         capacity=16,
-        slack=strategy.slack,
         num_layers=3,
         dtype=jnp.float32,
         sampling=[sampling for sampling in settings for _ in PROMPTS],

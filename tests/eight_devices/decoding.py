@@ -48,7 +48,6 @@ def programs(model, strategy, mesh=None, sampling=GREEDY):
         [NEW] * len(PROMPTS),
         [[-1]] * len(PROMPTS),
         capacity=CAPACITY,
-        slack=strategy.slack,
         num_layers=depth,
         dtype=model.dtype,
         stacked=model.is_stacked,

@@ -175,3 +175,21 @@ def test_presets_have_the_published_number_of_parameters(preset, published):
 def test_impossible_shapes_are_refused(changes, words):
     with pytest.raises(ConfigError, match=words):
         LlamaConfig.tiny(**changes)
+
+
+@pytest.mark.parametrize("device", ["gpu", "tpu"])
+@pytest.mark.parametrize("steps", [1, 3])
+def test_attention_to_a_cache_on_accelerators(monkeypatch, device, steps):
+    """The same numbers as on CPUs, without a loop or a branch in the lowered program."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    q = jax.random.normal(keys[0], (2, steps, 4, 8))
+    k, v = (jax.random.normal(key, (2, 2, 600, 8)) for key in keys[1:])
+    positions_BT = jnp.array([[5], [411]]) + jnp.arange(steps)
+    expected = jax.jit(cached_attention)(q, k, v, positions_BT)
+    for module in ("attention", "products"):
+        monkeypatch.setattr(f"lsjax.model.{module}.platform", lambda: device)
+    lowered = jax.jit(lambda *arrays: cached_attention(*arrays)).lower(q, k, v, positions_BT)
+    np.testing.assert_allclose(lowered.compile()(q, k, v, positions_BT), expected, atol=1e-6)
+    text = lowered.as_text()
+    assert "stablehlo.while" not in text and "stablehlo.case" not in text
+    assert text.count("optimization_barrier") == (2 if device == "tpu" and 2 * steps < 8 else 0)

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lsjax.model import products
 from lsjax.model.products import linear, lookup, mix, rows_where, swiglu
 
 
@@ -49,6 +50,27 @@ def test_values_and_gradients_of_the_plain_expression(name):
     for one, other in zip(found, expected, strict=True):
         assert one.dtype == jnp.float64
         np.testing.assert_allclose(one, other, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 6), (2, 3, 6), (9, 1, 6)])
+def test_products_with_few_rows_on_tpus(monkeypatch, shape):
+    """Eight rows reach the matrix unit; those that were added are gone from the result."""
+    x, w = (
+        jax.random.normal(jax.random.key(0), shape),
+        jax.random.normal(jax.random.key(1), (6, 2, 5)),
+    )
+    expected = linear(x, w)
+    monkeypatch.setattr(products, "platform", lambda: "tpu")
+    lowered = jax.jit(lambda x, w: linear(x, w)).lower(x, w)
+    np.testing.assert_allclose(lowered.compile()(x, w), expected, rtol=1e-6)
+    few = shape[0] * shape[1] < products.ROWS
+    assert ("optimization_barrier" in lowered.as_text()) == few
+    assert ("tensor<8x6xf32>" in lowered.as_text()) == few
+    gradients = jax.grad(lambda x, w: (linear(x, w) ** 2).sum(), (0, 1))
+    found = gradients(x, w)
+    monkeypatch.undo()
+    for one, other in zip(found, gradients(x, w), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5)
 
 
 def test_lookup():

@@ -1,0 +1,123 @@
+"""Texts that outgrow their cache, twice: the same as those that had room from the start."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lsjax.config import ConfigError
+from lsjax.decoding import engine as engines
+from lsjax.decoding.autoregressive import Autoregressive
+from lsjax.decoding.conversation import Conversation
+from lsjax.decoding.engine import Engine
+from lsjax.decoding.request import Request
+from lsjax.decoding.sampling import GREEDY, Sampling
+from lsjax.decoding.self_speculative import SelfSpeculative
+from lsjax.decoding.state import DecodeState
+
+STRATEGIES = [Autoregressive(), SelfSpeculative(2, 3)]
+DRAWN = Sampling(temperature=1.0, seed=3)
+REQUESTS = [
+    Request(prompt=[1, 2, 3], max_new_tokens=60, log_probs=True),
+    Request(prompt=[4] * 9, max_new_tokens=20, sampling=DRAWN),
+    Request(prompt=[5, 6], max_new_tokens=70),
+    Request(prompt=list(range(40)), max_new_tokens=9),  # longer than the first cache
+    Request(prompt=[7] * 30, max_new_tokens=45, sampling=Sampling(repetition_penalty=1.3)),
+]
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Caches of 16, 32, 64 and 128 tokens, and 16 slots for drafts."""
+    monkeypatch.setattr(engines, "MIN_CAPACITY", 16)
+
+
+def same(found, expected):
+    assert [c.token_ids for c in found] == [c.token_ids for c in expected]
+    for one, other in zip(found, expected, strict=True):
+        assert one.finish_reason == other.finish_reason and one.text == other.text
+        assert (one.drafted, one.accepted) == (other.drafted, other.accepted)
+        if other.log_probs is not None:
+            np.testing.assert_allclose(one.log_probs, other.log_probs, atol=1e-5)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES, ids=lambda one: one.name)
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_texts_and_refill(model, tokenizer, small, strategy, batch_size):
+    """Rows of a batch grow together; requests enter rows of every capacity."""
+    grown = Engine(model, tokenizer, strategy, batch_size=batch_size)
+    roomy = Engine(model, tokenizer, strategy, batch_size=batch_size, min_capacity=128)
+    assert grown.capacity(3) == 32 and grown.capacity(72) == 144 == roomy.capacity(3)
+    expected = roomy.generate(REQUESTS)
+    same(grown.generate(REQUESTS), expected)
+    programs = grown.num_programs
+    same(grown.generate(REQUESTS), expected)
+    assert grown.num_programs == programs  # nothing is compiled twice
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES, ids=lambda one: one.name)
+def test_streams_and_stops(model, tokenizer, small, strategy):
+    """Pieces of a stream, and a stop string that is found after two growths."""
+    grown = Engine(model, tokenizer, strategy)
+    roomy = Engine(model, tokenizer, strategy, min_capacity=128)
+    options = dict(max_new_tokens=70, log_probs=True)
+    (whole,) = roomy.generate([[1, 2, 3]], **options)
+    *pieces, done = grown.stream([1, 2, 3], **options)
+    same([done], [whole])
+    assert "".join(pieces) == whole.text
+    at = len(tokenizer.decode(whole.token_ids[:65]))
+    stop = next(
+        whole.text[i : i + 2]
+        for i in range(at, len(whole.text) - 1)
+        if whole.text.find(whole.text[i : i + 2]) == i
+    )
+    same(
+        [list(grown.stream([1, 2, 3], stop=(stop,), **options))[-1]],
+        roomy.generate([[1, 2, 3]], stop=(stop,), **options),
+    )
+
+
+def test_conversation(model, tokenizer, small):
+    """The cache of a turn that has grown twice is kept, and the next turn grows it once more."""
+    engine, kept = Engine(model, tokenizer, STRATEGIES[1]), Conversation()
+    fresh = Engine(model, tokenizer, STRATEGIES[1], min_capacity=256)
+    prompt = [1, 2, 3]
+    for new in (60, 80):
+        *_, done = engine.stream(prompt, conversation=kept, max_new_tokens=new)
+        same([done], fresh.generate([prompt], max_new_tokens=new))
+        prompt = [*prompt, *done.token_ids, 9]
+        assert len(kept.ids) == len(prompt) - 2  # all but the pending token and the new one
+
+
+def test_grown_state(config):
+    """Empty slots behind those that there are; what is in them is kept."""
+    state = DecodeState.create(
+        config,
+        [[1, 2], [3]],
+        [5, 9],
+        [[-1]] * 2,
+        capacity=8,
+        num_layers=2,
+        dtype=jnp.float32,
+        sampling=[GREEDY] * 2,
+        log_probs=True,
+    )
+    grown = state.grown(20)
+    assert grown.capacity == grown.cache.capacity == 20
+    for name, fill in (("tokens", 0), ("accepted", 0), ("replaced", -1), ("round", 0)):
+        before, after = (getattr(one, f"{name}_BS") for one in (state, grown))
+        np.testing.assert_array_equal(after[:, :8], before)
+        assert (np.asarray(after[:, 8:]) == fill).all()
+    assert grown.log_probs_BS.shape == (2, 20)
+    assert state.has_room(6) and not state.has_room(7)
+
+
+def test_memory_for_the_last_two_caches(model, tokenizer, monkeypatch):
+    """4 layers of 2 K/V heads of 16 numbers, keys and values, 4 bytes: 1,024 bytes a slot."""
+    engine = Engine(model, tokenizer)
+    needed = 1024 * (528 + 264)  # for 512 tokens, beside the cache of half as many
+    monkeypatch.setattr(engines, "free_memory", lambda: needed)
+    engine.generate([[1]], max_new_tokens=300)
+    monkeypatch.setattr(engines, "free_memory", lambda: needed - 1)
+    with pytest.raises(ConfigError, match=r"1 rows of 301 tokens needs 0.00 GB .* lower --max-new"):
+        engine.generate([[1]], max_new_tokens=300)
+    engine.generate([[1]], max_new_tokens=200)  # one cache of 256
