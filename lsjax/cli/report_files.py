@@ -11,7 +11,7 @@ from lsjax.config import ConfigError, LlamaConfig, check
 from lsjax.config.json_form import from_json, without_version
 from lsjax.evaluation.exits import ExitScores
 from lsjax.evaluation.speed import Row
-from lsjax.model.run_directory import CONFIG, is_run
+from lsjax.model.run_directory import CONFIG, is_run, read_metrics
 from lsjax.model.safetensors_files import read_json
 
 SWEEP, EVALUATION = "sweep.json", ".summary.json"

@@ -9,6 +9,7 @@ from flax import nnx
 
 from lsjax.config import ConfigError, LlamaConfig
 from lsjax.data.tokenizer_huggingface import ByteTokenizer
+from lsjax.data.tokenizers import TokenizerError
 from lsjax.decoding import programs as compiled_programs
 from lsjax.decoding import run
 from lsjax.decoding.autoregressive import Autoregressive, EarlyExit
@@ -229,8 +230,8 @@ def test_bad_settings_are_refused(model, tokenizer, options, words):
 
 
 def test_the_tokenizer_must_fit(tokenizer):
-    smaller = nnx.eval_shape(lambda: Llama(LlamaConfig.tiny(vocab_size=200), rngs=nnx.Rngs(0)))
-    with pytest.raises(ConfigError, match="has 258 tokens and the model 200"):
+    smaller = nnx.eval_shape(lambda: Llama(LlamaConfig.tiny(vocab_size=190), rngs=nnx.Rngs(0)))
+    with pytest.raises(TokenizerError, match="has 258 tokens, but the model's table 190 rows"):
         Engine(smaller, tokenizer)
 
 
