@@ -2,8 +2,9 @@
 body counts as often as it runs.
 
 An operation takes the longest of its cycles, its FLOPs at the chip's peak, and its bytes at the
-memory's bandwidth. Of a conditional the branch that takes longest counts. Loops whose number of trips the program
-does not say are looked up by their name; those without one count once and are listed.
+memory's bandwidth. Of a conditional the branch that takes longest counts. Loops whose number of
+trips the program does not say are looked up by their name; those without one count once and are
+listed.
 """
 
 import math
@@ -172,6 +173,11 @@ class Counting:
 
     def _in_layer(self, instruction: Instruction) -> bool:
         return self._program.comes_from(instruction, LAYER_FILE)
+
+
+def program_costs(program: Program, mesh: Mapping[str, int], trips: Trips, chip: Chip) -> Costs:
+    """Costs of one run of a program; see `Counting`."""
+    return Counting(program, mesh, trips, chip).of(program.entry)
 
 
 def _collective(computation: Computation, instruction: Instruction, mesh) -> Collective | None:

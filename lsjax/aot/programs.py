@@ -151,10 +151,11 @@ def decoding(
     arguments = placed_shapes(jax.eval_shape(strategy.arguments, model), mesh)
     number = jax.ShapeDtypeStruct((), jnp.int32, sharding=NamedSharding(mesh, P()))
     programs = Programs(model, mesh)
-    read = partial(prefill, chunk=READS[-1], depth=config.num_layers)
+    size = next((size for size in READS if size >= asked.prompt_tokens), READS[-1])
+    read = partial(prefill, chunk=size, depth=config.num_layers)
     loop = partial(decode, strategy=strategy)
-    chunks = math.ceil(asked.prompt_tokens / READS[-1])
-    lengths = [min((chunk + 1) * READS[-1], asked.prompt_tokens) for chunk in range(chunks)]
+    chunks = math.ceil(asked.prompt_tokens / size)
+    lengths = [min((chunk + 1) * size, asked.prompt_tokens) for chunk in range(chunks)]
     return {
         "prefill": (
             programs.lower(read, rows(1), number),

@@ -20,7 +20,7 @@ from lsjax.decoding.loops import ROUNDS
 
 # What a warning of the compiler begins with, and what it means.
 WARNINGS = {
-    "Involuntary full rematerialization": "replicated by the partitioner: ",
+    "Involuntary full rematerialization": "replicated by the partitioner:",
     "Can't reduce memory use below": "the compiler can't reduce memory use below",
     "exceeds the base limit": "the program's memory exceeds the base limit",
 }
@@ -226,7 +226,7 @@ def problems(log: list[str]) -> Iterator[str]:
         for mark, meaning in WARNINGS.items():
             if mark in line:
                 detail = line.partition(mark)[2].partition("As the last")[0]
-                yield _one_line(f"{meaning}{detail}")
+                yield _one_line(f"{meaning} {detail.lstrip(' .')}")
 
 
 def _one_line(text: str, most: int = 400) -> str:

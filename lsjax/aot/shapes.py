@@ -56,7 +56,7 @@ def bare(shape: str) -> str:
 
 def started(shape: str) -> str:
     """The result in the shape of an asynchronous start: (operands, results, ...)."""
-    parts = list(_parts(shape))
+    parts = list(_parts(shape)) if shape.startswith("(") else []
     return parts[1] if len(parts) > 1 else shape
 
 
