@@ -126,7 +126,8 @@ CHIPS = (
 
 def slice_size(topology: str) -> int:
     """Devices of a slice: 64 of "v5p:4x4x4"."""
-    return math.prod(int(size) for size in re.findall(r"\d+", topology.partition(":")[2]))
+    sizes = re.findall(r"\d+", topology.partition(":")[2])
+    return math.prod(max(1, int(size)) for size in sizes)
 
 
 def slice_of(topology: str) -> tuple[Chip, list[Any]]:

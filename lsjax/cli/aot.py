@@ -7,8 +7,8 @@
         --programs prefill decode --decoding.strategy autoregressive
 
 Needs the chip's compiler (pip install 'lsjax[tpu]' or 'lsjax[cuda]') and a minute or more for each
-program. Any field of the
-configuration is a flag, as for train.py. docs/pods.md says what the figures mean.
+program. Any field of the configuration is a flag, as for train.py. docs/pods.md says what the
+figures mean.
 """
 
 import json
@@ -22,6 +22,7 @@ from typing import Annotated, Any, Literal, get_args
 import jax
 import jax.numpy as jnp
 import tyro
+from jax.sharding import Mesh
 from rich.console import Console
 
 from lsjax.aot.chips import Chip, slice_of, slice_size
@@ -37,6 +38,7 @@ from lsjax.sharding import make_mesh
 from lsjax.training.flops import exit_flops, step_flops
 
 Program = Literal["train", "evaluate", "prefill", "decode"]
+TRAINING = {"train", "evaluate"}  # on the configuration's mesh
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,11 +96,12 @@ def report(arguments: Arguments) -> dict[str, Any]:
     jax.config.update("jax_enable_compilation_cache", False)
     config, asked = arguments.config, arguments.programs
     check(config.model is not None, "the configuration has no model, whose shape is needed here")
+    check(bool(asked), f"--programs names none: choose from {', '.join(get_args(Program))}")
     if arguments.output is not None:
         check_output(arguments.output)
     chip, devices = slice_of(arguments.topology)
     lowered, needs = {}, {}
-    if {"train", "evaluate"} & {*asked}:
+    if TRAINING & {*asked}:
         mesh = make_mesh(config.mesh, devices)
     if "train" in asked:
         lowered["train"] = mesh, *train_step(config, mesh)
@@ -118,9 +121,8 @@ def report(arguments: Arguments) -> dict[str, Any]:
     for name, (place, program, trips) in lowered.items():
         with notes.status(f"compiling {name} for {arguments.topology}"):
             sizes = dict(place.shape)
-            one = compile_report(name, program, trips, chip, sizes, needs.get(name))
-            reports.append(one)
-    people.print(title(arguments, chip))
+            reports.append(compile_report(name, program, trips, chip, sizes, needs.get(name)))
+    people.print(title(arguments, chip, next(iter(lowered.values()))[0]))
     people.print(programs_table(reports))
     found = figures(arguments, chip, {name: dict(m.shape) for name, (m, *_) in lowered.items()})
     found["programs"] = [one.to_json() for one in reports]
@@ -167,11 +169,15 @@ def figures(
     }
 
 
-def title(arguments: Arguments, chip: Chip) -> str:
+def title(arguments: Arguments, chip: Chip, mesh: Mesh) -> str:
     """What was compiled."""
     config = arguments.config
-    found = f"{config.model.num_params / 1e9:.2f}B parameters on {arguments.topology}"
-    if not {"train", "evaluate"} & {*arguments.programs}:
+    sizes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items() if size > 1)
+    found = (
+        f"{config.model.num_params / 1e9:.2f}B parameters on {mesh.size} of {chip.name} "
+        f"({sizes or 'one device'})"
+    )
+    if not TRAINING & {*arguments.programs}:
         return found
     return (
         f"{found}; training with {config.batch_size} x {config.seq_len} tokens in "

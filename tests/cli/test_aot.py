@@ -45,6 +45,11 @@ def test_unknown_chips(refused):
     assert "'v9:2x2' is none of v5e, v5p, v6e, h100: name a chip" in words
 
 
+def test_no_programs(refused):
+    words = refused(main, *QUICKSTART, "--topology", "v5e:2x2", "--programs")
+    assert "--programs names none: choose from train, evaluate, prefill, decode" in words
+
+
 @pytest.mark.parametrize("topology, extra", [("v5e:2x2", "tpu"), ("h100:1", "cuda")])
 def test_without_a_compiler(refused, monkeypatch, topology, extra):
     monkeypatch.setattr(chips.importlib.util, "find_spec", lambda name: None)
