@@ -56,11 +56,7 @@ def _from_memory(computation: Computation, operand: Instruction) -> bool:
         return True
     if operand.opcode in ("bitcast", "get-tuple-element") or operand.target == "ConcatBitcast":
         source = computation.instructions.get(operand.operands[0])
-        return (
-            source is not None
-            and source.opcode != "parameter"
-            and (_from_memory(computation, source))
-        )
+        return source is not None and _from_memory(computation, source)
     return operand.opcode in ("copy-done", "slice-done")
 
 
