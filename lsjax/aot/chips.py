@@ -1,30 +1,65 @@
-"""TPU chips and slices of them, as devices to compile for."""
+"""Chips and slices of them, as devices to compile for."""
 
 import importlib.util
+import math
 import os
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from lsjax.config import ConfigError, check
 from lsjax.training.flops import device_peak
 
-EXAMPLES = "name a chip and a slice of it, such as v5e:8x8, v5p:4x4x4 or v6e:8x8"
-# What libtpu wants to know on a machine that is no TPU host.
-ENVIRONMENT = {
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-8",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    # Compiling takes no chip, so two programs may do it at once.
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-    # Warnings of the partitioner, to stderr and not to files.
-    "TPU_STDERR_LOG_LEVEL": "1",
-    "TPU_LOG_DIR": "disabled",
-}
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Compiler:
+    """What compiles for chips on a machine without them."""
+
+    platform: str  # jax's name of it
+    modules: tuple[str, ...]  # any of these packages has it
+    extra: str  # of lsjax, that installs it
+    slices: str  # regular expression that a slice matches
+    examples: str
+    options: Mapping[str, str]  # of jax's topology, by templates of chip and slice
+    environment: Mapping[str, str]
+
+
+TPU = Compiler(
+    platform="tpu",
+    modules=("libtpu",),
+    extra="tpu",
+    slices=r".+",
+    examples="v5e:8x8, v5p:4x4x4 or v6e:8x8",
+    options={"topology_name": "{chip}:{slice}"},
+    environment={
+        "TPU_SKIP_MDS_QUERY": "1",
+        "TPU_ACCELERATOR_TYPE": "v5litepod-8",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        # Compiling takes no chip, so two programs may do it at once.
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+        # Warnings of the partitioner, to stderr and not to files.
+        "TPU_STDERR_LOG_LEVEL": "1",
+        "TPU_LOG_DIR": "disabled",
+    },
+)
+CUDA = Compiler(
+    platform="cuda",
+    modules=("jax_cuda13_plugin", "jax_cuda12_plugin"),
+    extra="cuda",
+    slices=r"[1-8]",  # one host, whose cards NVLink joins
+    examples="h100:1 or h100:8",
+    options={"topology": "1x1x{slice}"},
+    environment={},
+)
 
 
 @dataclass(frozen=True)
 class Chip:
-    """Google's figures of a chip (the Cloud TPU documentation, "System architecture")."""
+    """The maker's figures of a chip: "System architecture" in Google's Cloud TPU documentation,
+    and NVIDIA's H100 data sheet (SXM)."""
 
     name: str
     kind: str  # jax's device_kind
@@ -32,6 +67,9 @@ class Chip:
     hbm_bandwidth: float  # bytes per second
     link_bandwidth: float  # bytes per second that all its links send, one way
     flops_per_cycle: int  # of its matrix units, bfloat16
+    compiler: Compiler = TPU
+    target: str = ""
+    """What the compiler has to be told of the chip: a GpuTargetConfigProto as text, for GPUs."""
 
     @property
     def peak_flops(self) -> float:
@@ -43,37 +81,88 @@ class Chip:
         """Cycles per second at which the matrix units reach the peak."""
         return self.peak_flops / self.flops_per_cycle
 
+    def seconds(self, cycles: float, flops: float, moved: float) -> float:
+        """The least time of an operation with these cycles, FLOPs and bytes."""
+        return max(cycles / self.clock, flops / self.peak_flops, moved / self.hbm_bandwidth)
 
-GIB = 2**30
+    def to_json(self) -> dict[str, Any]:
+        """The figures."""
+        names = ("name", "kind", "hbm", "hbm_bandwidth", "link_bandwidth", "peak_flops", "clock")
+        return {name: getattr(self, name) for name in names}
+
+
+# NVIDIA's data sheet, and the CUDA programming guide's table for compute capability 9.0.
+H100 = """
+gpu_device_info {
+  cuda_compute_capability { major: 9 }
+  core_count: 132
+  clock_rate_ghz: 1.98
+  fpus_per_core: 128
+  device_memory_size: 80000000000
+  memory_bandwidth: 3350000000000
+  l2_cache_size: 52428800
+  shared_memory_per_core: 233472
+  shared_memory_per_block: 49152
+  shared_memory_per_block_optin: 232448
+  registers_per_core_limit: 65536
+  registers_per_block_limit: 65536
+  threads_per_warp: 32
+  threads_per_core_limit: 2048
+  threads_per_block_limit: 1024
+  block_dim_limit_x: 2147483647
+  block_dim_limit_y: 65535
+  block_dim_limit_z: 65535
+}
+platform_name: "CUDA"
+device_description_str: "NVIDIA H100"
+"""
 CHIPS = (
     Chip("v5e", "TPU v5 lite", 16 * GIB, 819e9, 200e9, 4 * 2 * 128**2),
     Chip("v5p", "TPU v5", 95 * GIB, 2765e9, 600e9, 8 * 2 * 128**2),  # two cores as one device
     Chip("v6e", "TPU v6 lite", 32 * GIB, 1640e9, 400e9, 4 * 2 * 256**2),
+    Chip("h100", "NVIDIA H100", 80 * 10**9, 3350e9, 450e9, 132 * 4096, CUDA, H100),
 )
 
 
-def slice_of(topology: str) -> tuple[Chip, list[Any]]:
-    """The chip and the devices of a slice ("v5p:4x4x4"), for `jax.make_mesh`; they need not be
-    there.
+def slice_size(topology: str) -> int:
+    """Devices of a slice: 64 of "v5p:4x4x4"."""
+    sizes = re.findall(r"\d+", topology.partition(":")[2])
+    return math.prod(max(1, int(size)) for size in sizes)
 
-    Raises ConfigError for what is no such slice, and without libtpu, the compiler for TPUs.
+
+def slice_of(topology: str) -> tuple[Chip, list[Any]]:
+    """The chip and the devices of a slice ("v5p:4x4x4", "h100:8"), for `jax.make_mesh`; they need
+    not be there.
+
+    Raises ConfigError for an unknown slice, and without the chip's compiler.
     """
-    name = topology.partition(":")[0]
+    name, _, part = topology.partition(":")
     chip = next((chip for chip in CHIPS if chip.name == name), None)
     names = ", ".join(chip.name for chip in CHIPS)
-    check(chip is not None, f"--topology {topology!r} is none of {names}: {EXAMPLES}")
     check(
-        importlib.util.find_spec("libtpu") is not None,
-        "the compiler for TPUs is missing: pip install 'lsjax[tpu]'",
+        chip is not None,
+        f"--topology {topology!r} is none of {names}: name a chip and a slice of it, such as "
+        f"{TPU.examples}, {CUDA.examples}",
     )
-    for key, value in ENVIRONMENT.items():
+    compiler = chip.compiler
+    advice = f"use one such as {compiler.examples}"
+    check(
+        any(importlib.util.find_spec(module) for module in compiler.modules),
+        f"the compiler for {name} is missing: pip install 'lsjax[{compiler.extra}]'",
+    )
+    matches = re.fullmatch(compiler.slices, part)
+    check(matches is not None, f"--topology {topology!r} is no slice: {advice}")
+    for key, value in compiler.environment.items():
         os.environ.setdefault(key, value)
     from jax.errors import JaxRuntimeError
     from jax.experimental import topologies
 
+    options = {key: text.format(chip=name, slice=part) for key, text in compiler.options.items()}
+    if chip.target:
+        options["target_config"] = chip.target
     try:
-        found = topologies.get_topology_desc(platform="tpu", topology_name=topology)
+        found = topologies.get_topology_desc(platform=compiler.platform, **options)
     except JaxRuntimeError as error:
         reason = str(error).partition(": ")[2] or str(error)
-        raise ConfigError(f"--topology {topology!r} is no slice ({reason}): {EXAMPLES}") from None
+        raise ConfigError(f"--topology {topology!r} is no slice ({reason}): {advice}") from None
     return chip, list(found.devices)

@@ -1,8 +1,10 @@
-"""What one run of a compiled program costs: cycles and what devices send, a loop's body counted as
-often as it runs.
+"""What one run of a compiled program costs: time, memory traffic, and what devices send; a loop's
+body counts as often as it runs.
 
-Of a conditional the branch with the most cycles counts. Loops whose number of trips the program
-does not say are looked up by their name; those without one count once and are listed.
+An operation takes the longest of its cycles, its FLOPs at the chip's peak, and its bytes at the
+memory's bandwidth. Of a conditional the branch that takes longest counts. Loops whose number of
+trips the program does not say are looked up by their name; those without one count once and are
+listed.
 """
 
 import math
@@ -14,17 +16,22 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lsjax.aot.hlo import Computation, Instruction, Program, shape_bytes
+from lsjax.aot.chips import Chip
+from lsjax.aot.hlo import Computation, Instruction, Program
+from lsjax.aot.shapes import bare, shape_bytes, started
+from lsjax.aot.traffic import COLLECTIVES, moved_bytes, runs
+from lsjax.aot.work import largest_operand, operation_flops
 
-KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
-# op_name of a loop -> its trips, None if they are not known
+LAYER_FILE = "lsjax/model/block.py"
+# op_name of a loop -> its trips, None if they are not known; of a conditional -> the share of runs
+# that take the dearest branch, None for all.
 Trips = Callable[[str], float | None]
 
 
 class Collective(NamedTuple):
     """What devices do together."""
 
-    kind: str  # one of KINDS
+    kind: str  # one of COLLECTIVES
     axes: tuple[str, ...]  # of the mesh, over which
     shape: str  # of the larger side: what is gathered, reduced, or exchanged
     sent: int  # bytes that leave each device, by ring algorithms
@@ -41,91 +48,148 @@ class Collective(NamedTuple):
 class Costs:
     """Of one run of a program, or of a part of it."""
 
+    seconds: float = 0.0
+    """Of all operations, one after the other."""
     cycles: float = 0.0
+    flops: float = 0.0
+    """Of products that are no TPU's own operations, and of attention kernels."""
+    bytes: float = 0.0
+    """Read from the device's memory and written to it."""
+    operations: float = 0.0
+    """Kernels, on GPUs."""
+    layer_operations: float = 0.0
+    """Those of them that are in layers."""
+    control: Counter[tuple[str, bool]] = field(default_factory=Counter)
+    """Runs of loops and conditionals: "while" or "conditional", and whether in a layer."""
     collectives: Counter[Collective] = field(default_factory=Counter)
     kernels: Counter[tuple[str, str]] = field(default_factory=Counter)
-    """Custom kernels, for which the compiler has no estimate: name and largest operand."""
+    """Custom kernels: name and largest operand."""
     unknown_loops: set[str] = field(default_factory=set)
 
     def add(self, other: "Costs", times: float = 1) -> None:
         """Adds so many runs of a part."""
-        self.cycles += times * other.cycles
-        for mine, others in (
-            (self.collectives, other.collectives),
-            (self.kernels, other.kernels),
-        ):
-            for key, count in others.items():
+        for name in ("seconds", "cycles", "flops", "bytes", "operations", "layer_operations"):
+            setattr(self, name, getattr(self, name) + times * getattr(other, name))
+        for name in ("control", "collectives", "kernels"):
+            mine = getattr(self, name)
+            for key, count in getattr(other, name).items():
                 mine[key] += times * count
         self.unknown_loops |= other.unknown_loops
 
 
-def program_costs(program: Program, mesh: Mapping[str, int], trips: Trips) -> Costs:
-    """Costs of a run. mesh: sizes of its axes, in order; the devices of the program count along the
-    last axis first."""
-    done: dict[str, Costs] = {}
+class Counting:
+    """Counts what the computations of a program cost on a chip. mesh: sizes of its axes, in order;
+    the devices of the program count along the last axis first."""
 
-    def of(name: str) -> Costs:
-        if name not in done:
-            done[name] = total = Costs()
-            computation, seen = program.computations[name], set()
+    def __init__(self, program: Program, mesh: Mapping[str, int], trips: Trips, chip: Chip):
+        self._program, self._mesh, self._trips, self._chip = program, mesh, trips, chip
+        self._done: dict[str, Costs] = {}
+
+    def of(self, name: str) -> Costs:
+        """Costs of one run of a computation."""
+        if name not in self._done:
+            self._done[name] = total = Costs()
+            computation, seen = self._program.computations[name], set()
             for instruction in computation.instructions.values():
-                _add(total, program, computation, instruction, mesh, trips, of, seen)
-        return done[name]
+                self._add(total, computation, instruction, seen)
+        return self._done[name]
 
-    return of(program.entry)
+    def of_loop(self, scope: str) -> Costs | None:
+        """Costs of one trip of the loop in this named scope, if there is one."""
+        loop = self._program.loop(scope)
+        if loop is None:
+            return None
+        total = Costs()
+        for part in loop.computations("condition", "body"):
+            total.add(self.of(part))
+        return total
+
+    def _add(self, total: Costs, computation: Computation, instruction: Instruction, seen) -> None:
+        """Adds one instruction. seen: channels of what this computation has sent already."""
+        match instruction.opcode:
+            case "while":
+                total.control["while", self._in_layer(instruction)] += 1
+                count = self._program.trip_count(computation, instruction)
+                count = self._trips(instruction.op_name) if count is None else count
+                if count is None:
+                    total.unknown_loops.add(instruction.op_name or instruction.name)
+                    count = 1
+                for part in instruction.computations("condition", "body"):
+                    total.add(self.of(part), count)
+            case "conditional":
+                self._add_branches(total, instruction)
+            case "call" | "async-start":
+                for name in instruction.computations("calls", "to_apply"):
+                    total.add(self.of(name))
+            case "fusion":
+                # Its own estimate stands for all that is in it, but for what it sends.
+                self._add_operation(total, computation, instruction)
+                for name in instruction.computations("calls"):
+                    scatters = name.startswith("all-reduce-scatter")
+                    for one, count in self.of(name).collectives.items():
+                        if one.channel in seen:
+                            continue
+                        seen |= {one.channel} - {None}
+                        total.collectives[_scattered(one) if scatters else one] += count
+            case _:
+                self._add_operation(total, computation, instruction)
+                found = _collective(computation, instruction, self._mesh)
+                if found is not None and found.channel not in seen:
+                    seen |= {found.channel} - {None}
+                    total.collectives[found] += 1
+
+    def _add_branches(self, total: Costs, conditional: Instruction) -> None:
+        """The dearest branch, or as large a share of it as `trips` says for this name. Of loops and
+        conditionals, those of the branch that has most."""
+        inside = self._in_layer(conditional)
+        total.control["conditional", inside] += 1
+        roles = ("branch_computations", "true_computation", "false_computation")
+        branches = [self.of(name) for name in conditional.computations(*roles)]
+        branches.sort(key=lambda branch: (branch.seconds, branch.cycles))
+        share = None if inside else self._trips(conditional.op_name)
+        share = 1.0 if share is None else share
+        total.add(branches[-1], share)
+        if share < 1:
+            total.add(branches[0], 1 - share)
+        for key in {key for branch in branches for key in branch.control}:
+            counted = share * branches[-1].control[key] + (1 - share) * branches[0].control[key]
+            total.control[key] += max(branch.control[key] for branch in branches) - counted
+
+    def _add_operation(self, total: Costs, computation: Computation, one: Instruction) -> None:
+        cycles = one.estimated_cycles
+        flops = operation_flops(self._program, computation, one)
+        moved = moved_bytes(self._program, computation, one)
+        total.seconds += self._chip.seconds(cycles, flops, moved)
+        total.cycles += cycles
+        total.flops += flops
+        total.bytes += moved
+        if runs(one):
+            total.operations += 1
+            total.layer_operations += self._in_layer(one)
+        if one.opcode == "custom-call" and runs(one):
+            name = one.name if one.target == "tpu_custom_call" else one.target
+            name = re.sub(r"[.\d]+$", "", name)
+            total.kernels[name, largest_operand(computation, one)] += 1
+
+    def _in_layer(self, instruction: Instruction) -> bool:
+        return self._program.comes_from(instruction, LAYER_FILE)
 
 
-def _add(total, program, computation, instruction, mesh, trips, of, seen) -> None:
-    """Adds one instruction. seen: channels of what this computation has sent already."""
-    match instruction.opcode:
-        case "while":
-            count = program.trip_count(computation, instruction)
-            count = trips(instruction.op_name) if count is None else count
-            if count is None:
-                total.unknown_loops.add(instruction.op_name or instruction.name)
-                count = 1
-            for part in instruction.computations("condition", "body"):
-                total.add(of(part), count)
-        case "conditional":
-            roles = ("branch_computations", "true_computation", "false_computation")
-            branches = [of(name) for name in instruction.computations(*roles)]
-            total.add(max(branches, key=lambda branch: branch.cycles))
-        case "call" | "async-start":
-            for name in instruction.computations("calls", "to_apply"):
-                total.add(of(name))
-        case "fusion":
-            # Its own estimate stands for all that is in it, but for what it sends.
-            total.cycles += instruction.estimated_cycles
-            for name in instruction.computations("calls"):
-                inner = of(name)
-                scatters = name.startswith("all-reduce-scatter")
-                for one, count in inner.collectives.items():
-                    if one.channel in seen:
-                        continue
-                    seen |= {one.channel} - {None}
-                    total.collectives[_scattered(one, mesh) if scatters else one] += count
-        case "custom-call" if instruction.attribute(r'custom_call_target="(tpu_custom_call)"'):
-            operands = (computation.instructions.get(name) for name in instruction.operands)
-            shapes = [operand.shape for operand in operands if operand is not None]
-            kernel = re.sub(r"[.\d]+$", "", instruction.name)
-            total.kernels[kernel, _bare(max(shapes, key=shape_bytes, default=""))] += 1
-        case _:
-            total.cycles += instruction.estimated_cycles
-            found = _collective(computation, instruction, mesh)
-            if found is not None and found.channel not in seen:
-                seen |= {found.channel} - {None}
-                total.collectives[found] += 1
+def program_costs(program: Program, mesh: Mapping[str, int], trips: Trips, chip: Chip) -> Costs:
+    """Costs of one run of a program; see `Counting`."""
+    return Counting(program, mesh, trips, chip).of(program.entry)
 
 
 def _collective(computation: Computation, instruction: Instruction, mesh) -> Collective | None:
     kind = instruction.opcode.removesuffix("-start")
-    if kind not in KINDS:
+    if kind not in COLLECTIVES:
         return None
     groups = _groups(instruction.attributes, math.prod(mesh.values()))
     operands = (computation.instructions.get(name) for name in instruction.operands)
-    sides = [_bare("".join(found.shape for found in operands if found)), _bare(instruction.shape)]
-    if instruction.opcode.endswith("-start"):
-        sides = sides[:1] if kind == "all-reduce" else [sides[0], _last(instruction.shape)]
+    result = instruction.shape
+    if instruction.opcode.endswith("-start") and kind != "all-reduce":
+        result = started(result)
+    sides = [bare("".join(found.shape for found in operands if found)), bare(result)]
     shape = max(sides, key=shape_bytes)
     sent, channel = _sent(kind, shape, groups), instruction.attribute(r"channel_id=(\d+)")
     return Collective(kind, _axes(groups, mesh), shape, sent, instruction.op_name, channel)
@@ -137,7 +201,7 @@ def _sent(kind: str, shape: str, groups: np.ndarray) -> int:
     return int(share.get(kind, (size - 1) / size) * shape_bytes(shape))
 
 
-def _scattered(one: Collective, mesh: Mapping[str, int]) -> Collective:
+def _scattered(one: Collective) -> Collective:
     """An all-reduce of which each device keeps its share is a reduce-scatter."""
     return one._replace(kind="reduce-scatter", sent=one.sent // 2)
 
@@ -180,14 +244,3 @@ def _axes(groups: np.ndarray, mesh: Mapping[str, int]) -> tuple[str, ...]:
     places = np.unravel_index(groups, tuple(mesh.values()))
     differ = ((place != place[:, :1]).any() for place in places)
     return tuple(name for name, differs in zip(mesh, differ, strict=True) if differs)
-
-
-def _bare(shape: str) -> str:
-    """Without layouts."""
-    return ", ".join(re.findall(r"[a-z]+\d*[a-z\d]*\[[\d,]*\]", shape))
-
-
-def _last(shape: str) -> str:
-    """The result in the shape of an asynchronous start: (operand, result, ...)."""
-    arrays = _bare(shape).split("], ")
-    return max((f"{array.rstrip(']')}]" for array in arrays), key=shape_bytes)

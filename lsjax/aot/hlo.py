@@ -7,16 +7,15 @@
   ...
 """
 
-import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
-BITS = {"pred": 8, "token": 0, "opaque": 0, "c64": 64, "c128": 128}  # others say it: bf16, f8e4m3
+from lsjax.aot.frames import stack_files
+
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _NAME = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = ")
-_ARRAY = re.compile(r"([a-z]+\d*[a-z\d]*)\[([\d,<=]*)\]")
 
 
 @dataclass(frozen=True)
@@ -48,6 +47,11 @@ class Instruction:
         return self.attribute(r'op_name="([^"]*)"') or ""
 
     @property
+    def target(self) -> str:
+        """Of a custom call; "" for others."""
+        return self.attribute(r'custom_call_target="([^"]*)"') or ""
+
+    @property
     def estimated_cycles(self) -> int:
         """The TPU compiler's estimate; 0 where it gives none."""
         return int(self.attribute(r'"estimated_cycles":"(\d+)"') or 0)
@@ -57,11 +61,6 @@ class Instruction:
         """Of a get-tuple-element."""
         return int(self.attribute(r"\bindex=(\d+)") or 0)
 
-    @property
-    def bytes(self) -> int:
-        """Size of the result, without padding."""
-        return shape_bytes(self.shape)
-
 
 @dataclass(frozen=True)
 class Computation:
@@ -70,6 +69,24 @@ class Computation:
     name: str
     instructions: Mapping[str, Instruction]
     root: str
+
+    @cached_property
+    def users(self) -> Mapping[str, list[tuple[Instruction, int]]]:
+        """Who takes a result, and as which operand."""
+        found: dict[str, list[tuple[Instruction, int]]] = {}
+        for instruction in self.instructions.values():
+            for index, name in enumerate(instruction.operands):
+                found.setdefault(name, []).append((instruction, index))
+        return found
+
+    @cached_property
+    def parameters(self) -> Mapping[int, str]:
+        """Their names by number."""
+        return {
+            int(instruction.operands[0]): instruction.name
+            for instruction in self.instructions.values()
+            if instruction.opcode == "parameter"
+        }
 
     def operand(self, instruction: Instruction, index: int) -> Instruction | None:
         """What computes an operand, copies and casts looked through."""
@@ -103,6 +120,18 @@ class Program:
 
     computations: Mapping[str, Computation]
     entry: str
+    frames: Mapping[int, frozenset[str]] = field(default_factory=dict)
+    """Source files on the stack of each frame."""
+
+    def comes_from(self, instruction: Instruction, file: str) -> bool:
+        """Whether jax made it in a call from this source file ("model/block.py")."""
+        frame = int(instruction.attribute(r"\bstack_frame_id=(\d+)") or 0)
+        return any(name.endswith(file) for name in self.frames.get(frame, ()))
+
+    def loop(self, scope: str) -> Instruction | None:
+        """The loop in the named scope jit(run)/.../SCOPE/while."""
+        loops = (instruction for _, instruction in self.called_by.values())
+        return next((loop for loop in loops if loop.op_name.endswith(f"/{scope}/while")), None)
 
     @cached_property
     def called_by(self) -> Mapping[str, tuple[Computation, Instruction]]:
@@ -184,18 +213,7 @@ def parse(text: str) -> Program:
                 instruction = _instruction(found.group(2), line[found.end() :])
                 instructions[instruction.name] = instruction
                 root = instruction.name if found.group(1) else root
-    return Program(computations, entry)
-
-
-def shape_bytes(shape: str) -> int:
-    """Bytes of an array or of all arrays in a tuple, "(f32[8,128]{1,0}, s32[])"."""
-    total = 0.0
-    for kind, sizes in _ARRAY.findall(shape):
-        bits = BITS.get(kind)
-        if bits is None:
-            bits = int(re.search(r"\d+", kind).group())
-        total += math.prod(int(size.lstrip("<=")) for size in sizes.split(",") if size) * bits / 8
-    return int(total)
+    return Program(computations, entry, stack_files(text))
 
 
 def _instruction(name: str, rest: str) -> Instruction:

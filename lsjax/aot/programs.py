@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,7 @@ from jax.stages import Lowered
 
 from lsjax.aot.costs import Trips
 from lsjax.config import LlamaConfig, TrainConfig, check
+from lsjax.decoding.autoregressive import Autoregressive
 from lsjax.decoding.engine import cache_slots
 from lsjax.decoding.loops import PROMPT_CHUNKS, ROUNDS, decode, prefill
 from lsjax.decoding.programs import Programs
@@ -22,7 +23,7 @@ from lsjax.decoding.run import CHUNKS as READS
 from lsjax.decoding.run import STOP_IDS
 from lsjax.decoding.sampling import GREEDY
 from lsjax.decoding.self_speculative import DRAFT, SelfSpeculative
-from lsjax.decoding.state import DecodeState
+from lsjax.decoding.state import DecodeState, Strategy
 from lsjax.evaluation.exits import exit_sums
 from lsjax.model.attention import LARGE, LARGE_BLOCKS, SMALL, SMALL_BLOCKS
 from lsjax.model.llama import Llama
@@ -31,6 +32,9 @@ from lsjax.training.early_exit import mean_exits
 from lsjax.training.loss import CHUNK_LOGITS, CHUNKS, EXITS
 from lsjax.training.start import abstract_state, check_rows
 from lsjax.training.step import TrainState, make_train_step
+
+# What the conditional around the draft's head is called in compiled programs.
+DRAFT_HEAD = f"{DRAFT}/while/body/cond"
 
 
 @dataclass(frozen=True)
@@ -43,17 +47,30 @@ class Decoding:
     """Of each row; their number is also what a round finds in the cache."""
     new_tokens: int = 256
     """Of each row."""
+    strategy: Literal["self_speculative", "autoregressive"] = "self_speculative"
+    """How; a round of autoregressive decoding is one token."""
     exit_layer: int | None = None
     """Exit that drafts; a quarter of the layers by default."""
     num_draft_tokens: int = 4
     """Drafts a round."""
 
-    def strategy(self, model: LlamaConfig) -> SelfSpeculative:
-        """Raises ConfigError where it does not fit the model."""
-        exit_layer = self.exit_layer or max(1, model.num_layers // 4)
-        strategy = SelfSpeculative(exit_layer, self.num_draft_tokens)
+    def chosen(self, model: LlamaConfig) -> Strategy:
+        """The strategy. Raises ConfigError where it does not fit the model."""
+        if self.strategy == "autoregressive":
+            return Autoregressive()
+        strategy = SelfSpeculative(self._exit(model), self.num_draft_tokens)
         strategy.validate(model)
         return strategy
+
+    def passes(self, model: LlamaConfig) -> tuple[int, int]:
+        """How often a round passes a layer, and the head."""
+        if self.strategy == "autoregressive":
+            return model.num_layers, 1
+        again = self.num_draft_tokens * self._exit(model)
+        return model.num_layers + again, 1 + self.num_draft_tokens
+
+    def _exit(self, model: LlamaConfig) -> int:
+        return self.exit_layer or max(1, model.num_layers // 4)
 
 
 def train_step(config: TrainConfig, mesh: Mesh) -> tuple[Lowered, Trips]:
@@ -110,7 +127,7 @@ def decoding(
         f"{asked.prompt_tokens} tokens and {asked.new_tokens} new ones are beyond the model's "
         f"context of {config.max_context}: choose fewer",
     )
-    strategy = asked.strategy(config)
+    strategy = asked.chosen(config)
     model = jax.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0), dtype=dtype))
     capacity = cache_slots(total, strategy)
 
@@ -133,10 +150,11 @@ def decoding(
     arguments = placed_shapes(jax.eval_shape(strategy.arguments, model), mesh)
     number = jax.ShapeDtypeStruct((), jnp.int32, sharding=NamedSharding(mesh, P()))
     programs = Programs(model, mesh)
-    read = partial(prefill, chunk=READS[-1], depth=config.num_layers)
+    size = next((size for size in READS if size >= asked.prompt_tokens), READS[-1])
+    read = partial(prefill, chunk=size, depth=config.num_layers)
     loop = partial(decode, strategy=strategy)
-    chunks = math.ceil(asked.prompt_tokens / READS[-1])
-    lengths = [min((chunk + 1) * READS[-1], asked.prompt_tokens) for chunk in range(chunks)]
+    chunks = math.ceil(asked.prompt_tokens / size)
+    lengths = [min((chunk + 1) * size, asked.prompt_tokens) for chunk in range(chunks)]
     return {
         "prefill": (
             programs.lower(read, rows(1), number),
@@ -145,7 +163,14 @@ def decoding(
         "decode": (
             programs.lower(loop, rows(asked.batch_size), number, arguments),
             _decoding_trips(
-                {ROUNDS: 1, DRAFT: 1 + asked.num_draft_tokens}, [asked.prompt_tokens], capacity
+                {
+                    ROUNDS: 1,
+                    DRAFT: 1 + asked.num_draft_tokens,
+                    # The last draft passes no head.
+                    DRAFT_HEAD: asked.num_draft_tokens / (1 + asked.num_draft_tokens),
+                },
+                [asked.prompt_tokens],
+                capacity,
             ),
         ),
     }
@@ -175,5 +200,7 @@ def _decoding_trips(known: Mapping[str, float], lengths: list[int], capacity: in
 
 
 def _loop(op_name: str) -> str:
-    """The name of the scope that a loop is in: jit(step)/.../NAME/while."""
+    """The name of the scope that a loop is in, jit(step)/.../NAME/while, or DRAFT_HEAD."""
+    if op_name.endswith(f"/{DRAFT_HEAD}"):
+        return DRAFT_HEAD
     return op_name.removesuffix("/while").rpartition("/")[2]

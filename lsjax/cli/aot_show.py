@@ -1,4 +1,4 @@
-"""Tables of what programs for TPUs need."""
+"""Tables of what programs for TPUs and GPUs need."""
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -33,9 +33,11 @@ def programs_table(reports: Sequence[Report]) -> Table:
             f"{one.sent_seconds * 1e3:.1f} ms",
             f"{one.compile_seconds:.0f} s",
         )
+    kernels = ", ".join(f"{one.name} {one.attention}" for one in reports if one.memory)
+    table.caption = f"attention: {kernels}" if kernels else None
     for one in reports:
         problems = [] if one.too_large is None else [one.too_large]
-        problems += [f"replicated by the partitioner: {text}" for text in one.rematerialised]
+        problems += one.warnings
         problems += [f"a loop of unknown length: {name}" for name in one.costs.unknown_loops]
         more = len(problems) - MOST_PROBLEMS
         problems[MOST_PROBLEMS:] = [f"and {more} more"] if more > 0 else []
@@ -68,6 +70,25 @@ def training_lines(one: Report, reports: Sequence[Report], training: Mapping[str
             f"{one.seconds / other.seconds - 1:+.1%} of the time"
         )
     return "\n".join(lines)
+
+
+def round_lines(found: Mapping[str, Any], strategy: str) -> str:
+    """A round of decoding beside what it has to read; what runs in it."""
+    times = {name: f"{found[f'{name}_seconds'] * 1e3:.2f} ms" for name in ("weights", "once")}
+    both = (found["weights_seconds"] + found["cache_seconds"]) * 1e3
+    each = "a token" if strategy == "autoregressive" else "a round"
+    passes = found["operations_in_layers"] / found["layer_passes"]
+    return (
+        f"decode: {each} takes {found['seconds'] * 1e3:.2f} ms or more, and {times['once']} once "
+        f"per call\n"
+        f"  weights over bandwidth: {times['weights']} ({found['over_weights']:.2f} times that); "
+        f"with the cache in use: {both:.2f} ms ({found['over_weights_and_cache']:.2f} times)\n"
+        f"  kernels: {found['operations']:.0f}, of them {found['operations_in_layers']:.0f} in "
+        f"{found['layer_passes']} layers ({passes:.1f} each)\n"
+        f"  loops: {found['loops']:.0f}, of them {found['loops_in_layers']:.0f} in layers; "
+        f"conditionals: {found['conditionals']:.0f}, of them "
+        f"{found['conditionals_in_layers']:.0f} in layers"
+    )
 
 
 def collectives_table(one: Report) -> Table:

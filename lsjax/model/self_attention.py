@@ -21,6 +21,10 @@ BLOCKS = (512, 384, 256, 128)
 # What splash keeps for its backward pass, for remat policies that save by name.
 SAVED = "splash_attention"
 
+# Compute capability of cards that programs are compiled for without one (lsjax/aot/chips.py): jax's
+# meshes know the names of such devices only.
+CAPABILITIES = {"NVIDIA A100": 8.0, "NVIDIA H100": 9.0, "NVIDIA H200": 9.0}
+
 
 def self_attention(
     q_BTNH: Float[Array, "B T N H"],
@@ -77,11 +81,15 @@ def _problem(kernel: str, q_BTNH: Array) -> str | None:
 
 
 def _capability() -> float:
-    """Compute capability of an NVIDIA GPU; 0 for others."""
+    """Compute capability of the NVIDIA GPUs that the program being traced is for; 0 for others."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    local = jax.local_devices()
+    kind = local[0].device_kind if device is None else device.device_kind
+    here = next((one for one in local if one.device_kind == kind), None)
     try:
-        return float(jax.local_devices(backend="cuda")[0].compute_capability)
-    except RuntimeError:
-        return 0.0
+        return float(here.compute_capability)
+    except (AttributeError, ValueError):  # no GPU that is here, or none of NVIDIA's
+        return next((value for name, value in CAPABILITIES.items() if kind.startswith(name)), 0.0)
 
 
 def _mask(q_BTNH, segments_BT):

@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 
+from lsjax.aot.chips import CHIPS
 from lsjax.aot.costs import _groups, program_costs
-from lsjax.aot.hlo import parse, shape_bytes
-from lsjax.aot.report import kernel_flops
+from lsjax.aot.hlo import parse
+from lsjax.aot.work import kernel_flops
 
 MESH = dict(data=2, fsdp=4, tensor=1)
 # A loop of 6 trips around a loop of unknown length, as the TPU compiler writes them: counters and
@@ -108,7 +109,7 @@ branch_computations={%cheap, %dear}
 
 @pytest.fixture(scope="module")
 def costs():
-    return program_costs(parse(TEXT), MESH, {"jit(step)/while/body/chunks/while": 5}.get)
+    return program_costs(parse(TEXT), MESH, {"jit(step)/while/body/chunks/while": 5}.get, CHIPS[0])
 
 
 def test_trip_counts_are_read_from_counters():
@@ -135,7 +136,7 @@ def test_cycles_are_counted_as_often_as_they_run(costs):
 
 
 def test_a_loop_of_unknown_length_counts_once():
-    costs = program_costs(parse(TEXT), MESH, lambda name: None)
+    costs = program_costs(parse(TEXT), MESH, lambda name: None, CHIPS[0])
     assert costs.cycles == 6 * (100 + 10) + 1000
     assert costs.unknown_loops == {"jit(step)/while/body/chunks/while"}
 
@@ -179,18 +180,3 @@ def test_kernels_are_listed(costs):
 )
 def test_ways_to_write_groups(attributes, expected):
     np.testing.assert_array_equal(_groups(attributes, 4), expected)
-
-
-@pytest.mark.parametrize(
-    "shape, expected",
-    [
-        ("f32[2,3]{1,0:T(8,128)S(1)}", 24),
-        ("(bf16[4], pred[8], s32[])", 8 + 8 + 4),
-        ("f8e4m3fn[10]", 10),
-        ("s4[10]", 5),
-        ("c64[2]", 16),
-        ("token[]", 0),
-    ],
-)
-def test_bytes_of_shapes(shape, expected):
-    assert shape_bytes(shape) == expected

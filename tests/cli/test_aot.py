@@ -1,4 +1,5 @@
-"""The program that compiles for TPUs: what it refuses, and a report where libtpu is there."""
+"""The program that compiles for TPUs and GPUs: what it refuses, and reports where a compiler is
+there."""
 
 import importlib.util
 import json
@@ -17,6 +18,10 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 QUICKSTART = ("--config", CONFIGS / "quickstart.py")
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="needs the tpu extra"
+)
+needs_cuda = pytest.mark.skipif(
+    not any(importlib.util.find_spec(module) for module in chips.CUDA.modules),
+    reason="needs the cuda extra",
 )
 
 
@@ -37,13 +42,29 @@ def test_missing_arguments(refused):
 
 def test_unknown_chips(refused):
     words = refused(main, *QUICKSTART, "--topology", "v9:2x2")
-    assert "'v9:2x2' is none of v5e, v5p, v6e" in words
+    assert "'v9:2x2' is none of v5e, v5p, v6e, h100: name a chip" in words
 
 
-def test_without_libtpu(refused, monkeypatch):
+def test_no_programs(refused):
+    words = refused(main, *QUICKSTART, "--topology", "v5e:2x2", "--programs")
+    assert "--programs names none: choose from train, evaluate, prefill, decode" in words
+
+
+@pytest.mark.parametrize("topology, extra", [("v5e:2x2", "tpu"), ("h100:1", "cuda")])
+def test_without_a_compiler(refused, monkeypatch, topology, extra):
     monkeypatch.setattr(chips.importlib.util, "find_spec", lambda name: None)
-    words = refused(main, *QUICKSTART, "--topology", "v5e:2x2")
-    assert "pip install 'lsjax[tpu]'" in words
+    words = refused(main, *QUICKSTART, "--topology", topology)
+    assert (
+        f"the compiler for {topology.partition(':')[0]} is missing: pip install 'lsjax[{extra}]'"
+        in words
+    )
+
+
+@pytest.mark.parametrize("topology", ["h100", "h100:9", "h100:2x4"])
+def test_one_host_of_gpus(refused, monkeypatch, topology):
+    monkeypatch.setattr(chips.importlib.util, "find_spec", lambda name: True)
+    words = refused(main, *QUICKSTART, "--topology", topology)
+    assert f"{topology!r} is no slice: use one such as h100:1 or h100:8" in words
 
 
 @needs_libtpu
@@ -105,3 +126,35 @@ def test_a_report_of_a_small_model(tmp_path, capsys):
     assert exchanged and all(shape.startswith("bf16[") for shape in exchanged)
     gathers = [one for one in train["collectives"] if one["kind"] == "all-gather"]
     assert any("fsdp" in one["axes"] and one["count"] == 2 for one in gathers)
+
+
+@needs_cuda
+def test_a_report_for_a_gpu(tmp_path, capsys):
+    """A token of a small model on one card, and its training on two."""
+    file = tmp_path / "report.json"
+    flags = ["--output", str(file), "--model.num-layers", "2", "--early-exit.exits", "1"]
+    decoding = ["--programs", "decode", "--decoding.strategy", "autoregressive"]
+    decoding += ["--decoding.prompt-tokens", "64", "--decoding.new-tokens", "64"]
+    assert main([*map(str, QUICKSTART), "--topology", "h100:1", *decoding, *flags]) == 0
+    assert "a token takes" in capsys.readouterr().out
+    (decode,) = json.loads(file.read_text())["programs"]
+    found = decode["round"]
+    assert 0 < found["weights_seconds"] < found["seconds"]
+    assert 0 < found["operations_in_layers"] < found["operations"]
+    assert decode["unknown_loops"] == [] and decode["attention"] == "xla"
+
+    training = ["--programs", "train", "--mesh.data", "2"]
+    assert main([*map(str, QUICKSTART), "--topology", "h100:2", *training, *flags]) == 0
+    (train,) = json.loads(file.read_text())["programs"]
+    assert train["attention"] == "cudnn" and train["flops"] > 0
+    assert {one["kind"] for one in train["collectives"]} == {"all-reduce"}
+
+
+@needs_cuda
+def test_a_program_that_no_card_holds(capsys):
+    """The compiler takes it; the report compares it with the card."""
+    flags = ["--model.num-layers", "2", "--model.head-dim", "4096", "--early-exit.exits", "1"]
+    flags += ["--programs", "decode", "--decoding.batch-size", "3000"]
+    flags += ["--decoding.prompt-tokens", "64"]
+    assert main([*map(str, QUICKSTART), "--topology", "h100:1", *flags]) == 1
+    assert "decode needs" in capsys.readouterr().out

@@ -6,6 +6,7 @@ import math
 import jax
 import pytest
 
+from lsjax.aot.chips import CHIPS
 from lsjax.aot.costs import program_costs
 from lsjax.aot.hlo import parse
 from lsjax.aot.programs import Decoding, decoding, evaluation, train_step
@@ -42,7 +43,7 @@ def test_the_step(mesh):
     backward, and no more than one layer's at once; nothing has the size of the logits."""
     lowered, trips = train_step(CONFIG, mesh)
     compiled = lowered.compile()
-    costs = program_costs(parse(compiled.as_text()), dict(mesh.shape), trips)
+    costs = program_costs(parse(compiled.as_text()), dict(mesh.shape), trips, CHIPS[0])
     assert not costs.unknown_loops
     model, layers = CONFIG.model, CONFIG.model.num_layers
     gathers = {
@@ -74,7 +75,9 @@ def test_the_evaluation(mesh, parts):
         programs[name] = lowered.compile()
     step, scoring = (program.memory_analysis() for program in programs.values())
     assert scoring.temp_size_in_bytes <= step.temp_size_in_bytes
-    costs = program_costs(parse(programs["evaluation"].as_text()), dict(mesh.shape), trips)
+    costs = program_costs(
+        parse(programs["evaluation"].as_text()), dict(mesh.shape), trips, CHIPS[0]
+    )
     assert not costs.unknown_loops
     table = config.model.vocab_size * config.model.hidden_size * 4
     gathered = [n for one, n in costs.collectives.items() if one.bytes == table]
@@ -96,7 +99,7 @@ def test_decoding(mesh):
     programs = decoding(CONFIG.model, asked, few, dtype=jax.numpy.float32)
     assert set(programs) == {"prefill", "decode"}
     for lowered, trips in programs.values():
-        costs = program_costs(parse(lowered.compile().as_text()), dict(few.shape), trips)
+        costs = program_costs(parse(lowered.compile().as_text()), dict(few.shape), trips, CHIPS[0])
         assert not costs.unknown_loops
         assert {one.axes for one in costs.collectives} == {("tensor",)}
     _, trips = programs["decode"]

@@ -1,0 +1,65 @@
+"""Attention is chosen by the devices of the program, which need not be there."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType
+
+from lsjax.aot.chips import CHIPS
+from lsjax.model import self_attention as module
+
+NAMES = ("data", "fsdp", "tensor")
+
+
+def mesh_of(kind: str, platform: str) -> AbstractMesh:
+    device = AbstractDevice(device_kind=kind, num_cores=None, platform=platform)
+    types = (AxisType.Auto,) * len(NAMES)
+    return AbstractMesh((1, 1, 1), NAMES, axis_types=types, abstract_device=device)
+
+
+@pytest.mark.parametrize(
+    "kind, expected",
+    [("NVIDIA H100", 9.0), ("NVIDIA A100-SXM4-80GB", 8.0), ("Tesla V100-SXM2-16GB", 0.0)],
+)
+def test_devices_that_are_not_here(kind, expected):
+    with jax.sharding.use_abstract_mesh(mesh_of(kind, "gpu")):
+        assert module._capability() == expected
+
+
+class Local:
+    """A card of this machine."""
+
+    def __init__(self, kind: str, capability: str):
+        self.device_kind, self.compute_capability = kind, capability
+
+
+@pytest.mark.parametrize("capability, expected", [("7.5", 7.5), ("12.0", 12.0), ("gfx90a", 0.0)])
+def test_local_devices_know_it_themselves(monkeypatch, capability, expected):
+    monkeypatch.setattr(jax, "local_devices", lambda: [Local("Card", capability)])
+    assert module._capability() == expected
+    # On the same card, by its name in a mesh; not for a TPU elsewhere.
+    with jax.sharding.use_abstract_mesh(mesh_of("Card", "gpu")):
+        assert module._capability() == expected
+    with jax.sharding.use_abstract_mesh(mesh_of("TPU v5", "tpu")):
+        assert module._capability() == 0
+
+
+def test_cpus_have_none():
+    assert module._capability() == 0
+
+
+def test_all_gpus_of_the_table_have_it():
+    for chip in CHIPS:
+        if chip.compiler.platform == "cuda":
+            with jax.sharding.use_abstract_mesh(mesh_of(chip.kind, "gpu")):
+                assert module._capability() >= 8
+
+
+@pytest.mark.parametrize(
+    "kind, problem",
+    [("NVIDIA H100", None), ("Tesla V100-SXM2-16GB", "is for NVIDIA GPUs since Ampere")],
+)
+def test_cudnn_where_the_card_takes_it(kind, problem):
+    with jax.sharding.use_abstract_mesh(mesh_of(kind, "gpu")):
+        found = module._problem("cudnn", jnp.zeros((2, 4, 2, 8), jnp.bfloat16))
+    assert found is None if problem is None else problem in found

@@ -1,0 +1,159 @@
+"""A round of decoding apart from what happens once per call, on a program written by hand."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from lsjax.aot.chips import CHIPS
+from lsjax.aot.costs import Counting
+from lsjax.aot.hlo import parse
+from lsjax.aot.needs import round_needs
+from lsjax.aot.programs import DRAFT_HEAD, Decoding, _decoding_trips
+from lsjax.aot.report import Report, in_rounds, problems
+from lsjax.config import LlamaConfig, MeshConfig
+from lsjax.decoding.loops import ROUNDS
+from lsjax.sharding import make_mesh
+
+H100 = next(chip for chip in CHIPS if chip.name == "h100")
+# A weight is copied once per call. A round has a kernel in a layer, a loop of 3 trips in a layer,
+# the conditional around the draft's head, and a copy.
+TEXT = """\
+HloModule jit_run
+
+FileNames
+1 "lsjax/model/block.py"
+2 "lsjax/decoding/loops.py"
+
+FileLocations
+1 {file_name_id=1 function_name_id=1 line=1 end_line=1 column=1 end_column=2}
+2 {file_name_id=2 function_name_id=1 line=1 end_line=1 column=1 end_column=2}
+
+StackFrames
+1 {file_location_id=2 parent_frame_id=1}
+2 {file_location_id=1 parent_frame_id=2}
+
+%add (a: f32[1000], b: f32[1000]) -> f32[1000] {
+  %a = f32[1000]{0} parameter(0)
+  %b = f32[1000]{0} parameter(1)
+  ROOT %c = f32[1000]{0} add(%a, %b)
+}
+
+%more (q: f32[1000]) -> pred[] {
+  %q = f32[1000]{0} parameter(0)
+  ROOT %yes = pred[] constant(true)
+}
+
+%block (r: f32[1000]) -> f32[1000] {
+  %r = f32[1000]{0} parameter(0)
+  ROOT %s = f32[1000]{0} fusion(%r, %r), kind=kLoop, calls=%add, metadata={stack_frame_id=2}
+}
+
+%head (t: f32[1000]) -> f32[1000] {
+  %t = f32[1000]{0} parameter(0)
+  ROOT %u = f32[1000]{0} fusion(%t, %t), kind=kLoop, calls=%add, metadata={stack_frame_id=1}
+}
+
+%none (v: f32[1000]) -> f32[1000] {
+  ROOT %v = f32[1000]{0} parameter(0)
+}
+
+%round (x: f32[1000]) -> f32[1000] {
+  %x = f32[1000]{0} parameter(0)
+  %zero = s32[] constant(0)
+  %y = f32[1000]{0} fusion(%x, %x), kind=kLoop, calls=%add, metadata={stack_frame_id=2}
+  %z = f32[1000]{0} while(%y), condition=%more, body=%block, \
+backend_config={"known_trip_count":{"n":"3"}}, metadata={op_name="a/while" stack_frame_id=2}
+  %w = f32[1000]{0} conditional(%zero, %z, %z), branch_computations={%none, %head}, \
+metadata={op_name="jit(run)/rounds/while/body/draft/while/body/cond" stack_frame_id=1}
+  ROOT %end = f32[1000]{0} copy(%w)
+}
+
+ENTRY %main (in: f32[1000]) -> f32[1000] {
+  %in = f32[1000]{0} parameter(0)
+  %laid = f32[1000]{0} copy(%in)
+  ROOT %out = f32[1000]{0} while(%laid), condition=%more, body=%round, \
+metadata={op_name="jit(run)/rounds/while" stack_frame_id=1}
+}
+"""
+TRIPS = _decoding_trips({ROUNDS: 1, DRAFT_HEAD: 0.75}, [0], 0)
+SMALL = LlamaConfig.tiny()
+
+
+@pytest.fixture(scope="module")
+def costs():
+    program = parse(TEXT)
+    counting = Counting(program, {"tensor": 1}, TRIPS, H100)
+    return in_rounds(counting.of(program.entry), counting.of_loop(ROUNDS))
+
+
+def test_a_round_and_once_per_call(costs):
+    """A sum of two reads 8,000 bytes and writes 4,000; a copy moves 8,000. The head runs in three
+    of four drafts."""
+    each, once = costs
+    assert each.bytes == 12_000 * (1 + 3 + 0.75) + 8_000
+    assert once.bytes == 8_000
+    assert each.seconds == pytest.approx(each.bytes / H100.hbm_bandwidth)
+    assert once.seconds == pytest.approx(once.bytes / H100.hbm_bandwidth)
+
+
+def test_kernels_and_control_flow_in_layers(costs):
+    each, once = costs
+    assert (each.operations, each.layer_operations) == (1 + 3 + 0.75 + 1, 1 + 3)
+    assert {key: n for key, n in each.control.items() if n} == {
+        ("while", True): 1,
+        ("conditional", False): 1,
+    }
+    assert once.operations == 1
+    assert {key: n for key, n in once.control.items() if n} == {("while", False): 1}
+
+
+def test_a_program_without_rounds():
+    program = parse(TEXT.replace("rounds/while", "other/while"))
+    counting = Counting(program, {}, TRIPS, H100)
+    with pytest.raises(ValueError, match="no loop 'rounds'"):
+        in_rounds(counting.of(program.entry), counting.of_loop(ROUNDS))
+
+
+def test_what_a_round_has_to_read():
+    """Layers 0 of 4 draft three times and once more; the head runs three times and once."""
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    layer, head = SMALL.layer_params * 2, SMALL.head_params * 2
+    slots = 2 * 100 * 7 * SMALL.num_kv_heads * SMALL.head_dim * 2  # keys and values of 7 rows
+    asked = Decoding(batch_size=7, prompt_tokens=100, strategy="autoregressive")
+    token = round_needs(SMALL, asked, mesh, jnp.bfloat16)
+    assert token.layer_passes == 4
+    assert token.weights == pytest.approx(4 * layer + head)
+    assert token.cache == 4 * slots
+    asked = Decoding(batch_size=7, prompt_tokens=100, exit_layer=1, num_draft_tokens=3)
+    each = round_needs(SMALL, asked, mesh, jnp.bfloat16)
+    assert each.layer_passes == 4 * 1 + 3
+    assert each.weights == pytest.approx(7 * layer + 4 * head)
+    assert each.cache == 7 * slots
+
+
+def test_a_report_of_a_round(costs):
+    each, once = costs
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    needs = round_needs(SMALL, Decoding(prompt_tokens=100), mesh, jnp.bfloat16)
+    report = Report("decode", H100, 1.0, None, (), None, each, once, needs)
+    found = report.to_json()["round"]
+    assert found["seconds"] == each.seconds and found["once_seconds"] == once.seconds
+    assert found["over_weights"] == pytest.approx(each.bytes / needs.weights)
+    both = needs.weights + needs.cache
+    assert found["over_weights_and_cache"] == pytest.approx(each.bytes / both)
+    assert (found["loops"], found["loops_in_layers"]) == (1, 1)
+    assert (found["conditionals"], found["conditionals_in_layers"]) == (1, 0)
+
+
+def test_warnings_that_matter():
+    log = [
+        "W1 hlo_rematerialization.cc:3204] Can't reduce memory use below 56GiB by remat.\n",
+        "E2 spmd.cc:613] [spmd] Involuntary full rematerialization. The op is %x. As the last x\n",
+        "W3 other.cc:1] something else\n",
+        "W4 buffer.cc:1] The byte size 9 exceeds the base limit 8\n",
+    ]
+    assert list(problems(log)) == [
+        "the compiler can't reduce memory use below 56GiB by remat",
+        "replicated by the partitioner: The op is %x",
+        "the program's memory exceeds the base limit 8",
+    ]

@@ -1,0 +1,111 @@
+"""Bytes that operations move, on a small program written by hand."""
+
+import pytest
+
+from lsjax.aot.hlo import parse
+from lsjax.aot.traffic import moved_bytes
+
+TEXT = """\
+HloModule jit_step
+
+%all (p.1: bf16[8,4], q.1: bf16[8,4]) -> bf16[8,4] {
+  %p.1 = bf16[8,4]{1,0} parameter(0)
+  %q.1 = bf16[8,4]{1,0} parameter(1)
+  ROOT %sum.1 = bf16[8,4]{1,0} add(%p.1, %q.1)
+}
+
+%slices (p.2: bf16[8,4], i.2: s32[]) -> f32[2,4] {
+  %p.2 = bf16[8,4]{1,0} parameter(0)
+  %i.2 = s32[] parameter(1)
+  %view.2 = bf16[8,1,4]{2,1,0} bitcast(%p.2)
+  %wide.2 = f32[8,1,4]{2,1,0} convert(%view.2)
+  %part.2 = f32[2,1,4]{2,1,0} dynamic-slice(%wide.2, %i.2, %i.2, %i.2), \
+dynamic_slice_sizes={2,1,4}
+  ROOT %out.2 = f32[2,4]{1,0} bitcast(%part.2)
+}
+
+%updates (p.3: bf16[8,4], u.3: f32[1,4], i.3: s32[]) -> (bf16[8,4], f32[1,4]) {
+  %p.3 = bf16[8,4]{1,0} parameter(0)
+  %u.3 = f32[1,4]{1,0} parameter(1)
+  %i.3 = s32[] parameter(2)
+  %new.3 = bf16[1,4]{1,0} convert(%u.3)
+  %put.3 = bf16[8,4]{1,0} dynamic-update-slice(%p.3, %new.3, %i.3, %i.3)
+  %same.3 = f32[1,4]{1,0} negate(%u.3)
+  ROOT %out.3 = (bf16[8,4]{1,0}, f32[1,4]{1,0}) tuple(%put.3, %same.3)
+}
+
+%update_and_read (p.4: bf16[8,4], u.4: bf16[1,4], i.4: s32[]) -> (bf16[8,4], bf16[8,4]) {
+  %p.4 = bf16[8,4]{1,0} parameter(0)
+  %u.4 = bf16[1,4]{1,0} parameter(1)
+  %i.4 = s32[] parameter(2)
+  %put.4 = bf16[8,4]{1,0} dynamic-update-slice(%p.4, %u.4, %i.4, %i.4)
+  %read.4 = bf16[8,4]{1,0} negate(%put.4)
+  ROOT %out.4 = (bf16[8,4]{1,0}, bf16[8,4]{1,0}) tuple(%put.4, %read.4)
+}
+
+%nested (p.5: bf16[8,4], i.5: s32[]) -> f32[2,4] {
+  %p.5 = bf16[8,4]{1,0} parameter(0)
+  %i.5 = s32[] parameter(1)
+  ROOT %inner.5 = f32[2,4]{1,0} fusion(%p.5, %i.5), kind=kLoop, calls=%slices
+}
+
+ENTRY %main (x: bf16[8,4], u: f32[1,4], i: s32[]) -> bf16[8,4] {
+  %x = bf16[8,4]{1,0} parameter(0)
+  %u = f32[1,4]{1,0} parameter(1)
+  %v = bf16[1,4]{1,0} convert(%u)
+  %i = s32[] parameter(2)
+  %plain = bf16[8,4]{1,0} fusion(%x, %x), kind=kLoop, calls=%all
+  %sliced = f32[2,4]{1,0} fusion(%x, %i), kind=kLoop, calls=%slices
+  %nest = f32[2,4]{1,0} fusion(%x, %i), kind=kLoop, calls=%nested
+  %put = (bf16[8,4]{1,0}, f32[1,4]{1,0}) fusion(%x, %u, %i), kind=kLoop, calls=%updates
+  %both = (bf16[8,4]{1,0}, bf16[8,4]{1,0}) fusion(%x, %v, %i), kind=kLoop, \
+calls=%update_and_read
+  %copied = bf16[8,4]{0,1} copy(%x)
+  %part = bf16[2,4]{1,0} dynamic-slice(%x, %i, %i), dynamic_slice_sizes={2,4}
+  %placed = bf16[8,4]{1,0} dynamic-update-slice(%x, %v, %i, %i)
+  %view = bf16[32]{0} bitcast(%x)
+  %begun = ((bf16[8,4]{1,0}), bf16[4,4]{1,0:S(1)}, s32[]) slice-start(%x), slice={[0:4], [0:4]}
+  %fetched = bf16[4,4]{1,0:S(1)} slice-done(%begun)
+  %other = bf16[4,4]{1,0:S(1)} negate(%x)
+  %joined = bf16[8,4]{1,0:S(1)} custom-call(%fetched, %fetched), \
+custom_call_target="ConcatBitcast"
+  %uses = bf16[8,4]{1,0} fusion(%joined, %x), kind=kLoop, calls=%all
+  %near = bf16[4,4]{1,0:S(1)} negate(%other)
+  %gathered = bf16[16,4]{1,0} all-gather(%x), replica_groups={{0,1}}, dimensions={0}
+  ROOT %kernel = bf16[8,4]{1,0} custom-call(%x, %x), custom_call_target="tpu_custom_call"
+}
+"""
+WHOLE, INDEX = 8 * 4 * 2, 4
+
+
+@pytest.mark.parametrize(
+    "name, expected",
+    [
+        ("x", 0),
+        ("view", 0),
+        ("plain", 3 * WHOLE),
+        # 2 of 8 rows are read as bfloat16 and written as float32.
+        ("sliced", 2 * 4 * 2 + 2 * 4 * 4 + INDEX),
+        ("nest", 2 * 4 * 2 + 2 * 4 * 4 + INDEX),
+        # In place: a row is read, and written to both results.
+        ("put", 4 * 4 + INDEX + 4 * 2 + 4 * 4),
+        # What else reads the updated array reads all of it.
+        ("both", WHOLE + 4 * 2 + INDEX + 4 * 2 + WHOLE),
+        ("copied", 2 * WHOLE),
+        ("part", 2 * (2 * 4 * 2) + 2 * INDEX),
+        ("placed", 2 * (4 * 2) + 2 * INDEX),
+        # A copy ahead of time counts where it is used, and only what comes from memory.
+        ("begun", 0),
+        ("fetched", 0),
+        ("joined", 0),
+        ("uses", 3 * WHOLE),
+        ("other", WHOLE),
+        ("near", 0),
+        ("gathered", 0),
+        ("kernel", 3 * WHOLE),
+    ],
+)
+def test_bytes_of_operations(name, expected):
+    program = parse(TEXT)
+    entry = program.computations["main"]
+    assert moved_bytes(program, entry, entry.instructions[name]) == expected
