@@ -129,7 +129,7 @@ def decoding(
     )
     strategy = asked.chosen(config)
     model = jax.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0), dtype=dtype))
-    capacity = cache_slots(total, strategy)
+    capacity = cache_slots(asked.prompt_tokens + 1, strategy)
 
     def rows(count: int) -> DecodeState:
         state = jax.eval_shape(

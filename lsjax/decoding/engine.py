@@ -24,13 +24,13 @@ MIN_CAPACITY = 256  # slots of a row's cache: this, or a larger power of two
 SLACK = 16  # and a multiple of this for drafts beyond the end, so that strategies share programs
 
 
-def cache_slots(total: int, strategy: Strategy) -> int:
-    """Slots of a row's cache for `total` tokens: sizes that double, so that few programs are needed
-    and no more than half of the slots are empty for long."""
-    slots = MIN_CAPACITY
-    while slots < total:
+def cache_slots(length: int, strategy: Strategy) -> int:
+    """Slots of a cache in which rows of `length` tokens have room for another round: sizes that
+    double, so that few programs are needed and less than half of the slots stay empty for long."""
+    slots, more = MIN_CAPACITY, -(-strategy.slack // SLACK) * SLACK
+    while slots + more < length + strategy.slack:
         slots *= 2
-    return slots + -(-strategy.slack // SLACK) * SLACK
+    return slots + more
 
 
 def free_memory() -> int | None:
@@ -117,9 +117,9 @@ class Engine:
         """Spent on them."""
         return self.programs.compile_seconds
 
-    def capacity(self, total: int) -> int:
-        """Slots of a row's cache for `total` tokens."""
-        return cache_slots(max(total, self.min_capacity), self.strategy)
+    def capacity(self, length: int) -> int:
+        """Slots of a row's cache while it has `length` tokens."""
+        return cache_slots(max(length, self.min_capacity), self.strategy)
 
     def memory_bytes(self, total: int) -> tuple[int, int]:
         """Bytes of the model and of the cache for rows of `total` tokens; beside a batch there is a

@@ -196,7 +196,7 @@ class Run:
         longest = int(length_B[finish_B == RUNNING].max())
         if longest + self._strategy.slack <= state.capacity:
             return
-        larger = partial(grow, capacity=engine.capacity(longest + 1))
+        larger = partial(grow, capacity=engine.capacity(longest))
         program = engine.programs.get(larger, state, donate=False)
         self._state, seconds = _timed(program, state)
         self._worked += seconds

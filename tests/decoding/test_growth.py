@@ -27,7 +27,7 @@ REQUESTS = [
 
 @pytest.fixture
 def small(monkeypatch):
-    """Caches of 16, 32, 64 and 128 tokens, and 16 slots for drafts."""
+    """Caches of 16, 32, 64 and 128 slots, and 16 more for drafts."""
     monkeypatch.setattr(engines, "MIN_CAPACITY", 16)
 
 
@@ -46,7 +46,7 @@ def test_texts_and_refill(model, tokenizer, small, strategy, batch_size):
     """Rows of a batch grow together; requests enter rows of every capacity."""
     grown = Engine(model, tokenizer, strategy, batch_size=batch_size)
     roomy = Engine(model, tokenizer, strategy, batch_size=batch_size, min_capacity=128)
-    assert grown.capacity(3) == 32 and grown.capacity(72) == 144 == roomy.capacity(3)
+    assert grown.capacity(3) == 32 and grown.capacity(90) == 144 == roomy.capacity(3)
     expected = roomy.generate(REQUESTS)
     same(grown.generate(REQUESTS), expected)
     programs = grown.num_programs
