@@ -21,7 +21,9 @@ from lsjax.model.llama import Llama
 from lsjax.sharding import placed, sharding_of
 
 MIN_CAPACITY = 256  # slots of a row's cache: this, or a larger power of two
-SLACK = 16  # and a multiple of this for drafts beyond the end, so that strategies share programs
+# And a multiple of this for drafts beyond the end: so strategies share programs, and GPUs need no
+# padding.
+SLACK = 64
 
 
 def cache_slots(length: int, strategy: Strategy) -> int:

@@ -108,7 +108,9 @@ def cached_attention(
                 carry = lax.fori_loop(0, full, partial(step, LARGE), carry)
             done = full * (LARGE // SMALL)
         with jax.named_scope(SMALL_BLOCKS):
-            return lax.fori_loop(done, last // small + 1, partial(step, small), carry)[1:]
+            carry = lax.fori_loop(done, last // small + 1, partial(step, small), carry)
+        _, total, mixed = carry
+        return mixed / total[..., None]
 
     def at_once():
         k, v = keys, values
@@ -119,16 +121,20 @@ def cached_attention(
         visible_BRS = jnp.arange(capacity) <= position_BR[:, :, None]
         scores = jnp.where(visible_BRS[:, None], scores * size**-0.5, -jnp.inf)
         weights = jnp.exp(scores - scores.max(-1, keepdims=True))
+        total = weights.sum(-1, keepdims=True)
+        if not on_cpu:  # one kernel less; XLA:CPU divides fewer numbers behind the product
+            weights, total = weights / total, 1
         mixed = jnp.einsum("BKRS,BKSH->BKRH", enough_rows(weights.astype(v.dtype)), v)
-        return weights.sum(-1), mixed[:, :, :rows].astype(wide)
+        return mixed[:, :, :rows].astype(wide) / total
 
-    if platform() != "cpu":
-        total, mixed = at_once()
+    on_cpu = platform() == "cpu"
+    if not on_cpu:
+        mixed = at_once()
     elif layer is None:
-        total, mixed = lax.cond(reads_all(last, capacity), at_once, in_blocks)
+        mixed = lax.cond(reads_all(last, capacity), at_once, in_blocks)
     else:
-        total, mixed = in_blocks()
-    mixed = (mixed / total[..., None]).astype(q_BTNH.dtype)
+        mixed = in_blocks()
+    mixed = mixed.astype(q_BTNH.dtype)
     mixed = mixed.reshape(batch, kv_heads, heads // kv_heads, steps, size)
     return mixed.transpose(0, 3, 1, 2, 4).reshape(q_BTNH.shape)
 

@@ -250,11 +250,11 @@ def test_a_prompt_longer_than_the_largest_chunk(tokenizer):
 @pytest.mark.parametrize(
     "strategy, capacity",
     [
-        (Autoregressive(), 512 + 16),
-        (EarlyExit(4), 512 + 16),
-        (SelfSpeculative(3, 4), 512 + 16),
-        (SelfSpeculative(3, 15), 512 + 16),  # a round writes as much as the slack
-        (SelfSpeculative(3, 16), 512 + 32),
+        (Autoregressive(), 512 + 64),
+        (EarlyExit(4), 512 + 64),
+        (SelfSpeculative(3, 4), 512 + 64),
+        (SelfSpeculative(3, 63), 512 + 64),  # a round writes as much as the slack
+        (SelfSpeculative(3, 64), 512 + 128),
     ],
     ids=lambda value: getattr(value, "name", value),
 )

@@ -29,6 +29,7 @@ REQUESTS = [
 def small(monkeypatch):
     """Caches of 16, 32, 64 and 128 slots, and 16 more for drafts."""
     monkeypatch.setattr(engines, "MIN_CAPACITY", 16)
+    monkeypatch.setattr(engines, "SLACK", 16)
 
 
 def same(found, expected):
@@ -114,7 +115,7 @@ def test_grown_state(config):
 def test_memory_for_the_last_two_caches(model, tokenizer, monkeypatch):
     """4 layers of 2 K/V heads of 16 numbers, keys and values, 4 bytes: 1,024 bytes a slot."""
     engine = Engine(model, tokenizer)
-    needed = 1024 * (528 + 264)  # for 512 tokens, beside the cache of half as many
+    needed = 1024 * (576 + 288)  # 512 and 64 slots, beside the cache of half as many
     monkeypatch.setattr(engines, "free_memory", lambda: needed)
     engine.generate([[1]], max_new_tokens=300)
     monkeypatch.setattr(engines, "free_memory", lambda: needed - 1)
