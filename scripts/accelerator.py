@@ -61,6 +61,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     arguments = parser.parse_args(argv)
     if "all" in arguments.stage:
         arguments.stage = [*MODULES, "page"]
+    if arguments.part and len(arguments.stage) > 1:
+        parser.error("--part needs one stage")
     known = PARTS.get(arguments.stage[0], ())
     for part in arguments.part or ():
         if part not in known:
@@ -95,6 +97,8 @@ def run_stage(stage: str, arguments: argparse.Namespace) -> bool:
             print(f"{stage} {part}: left out, it is for GPUs", flush=True)
             continue
         rest = max(0.0, deadline - time.monotonic())
+        report = Report(arguments.output, stage, part, deadline)
+        report.put()  # forgets what an earlier run has found
         words = [sys.executable, __file__, "--stage", stage, "--part", *group]
         words += ["--output", str(arguments.output), "--minutes", f"{rest / 60}"]
         words += ["--tiny"] if arguments.tiny else []
@@ -104,8 +108,7 @@ def run_stage(stage: str, arguments: argparse.Namespace) -> bool:
             code = f"none within the {arguments.minutes:g} minutes"
         good &= code == 0
         if code not in (0, 1):  # it could not say what was wrong
-            report = Report(arguments.output, stage, part, deadline)
-            report.values |= read(arguments.output, stage).get(part, {})
+            report.values = read(arguments.output, stage)[part]
             report.fail(part, f"exit code {code}")
     return good
 
@@ -119,6 +122,8 @@ def run_parts(stage: str, arguments: argparse.Namespace) -> bool:
             "lsjax", f"{where[0]}/__init__.py", submodule_search_locations=where
         )
         sys.modules["lsjax"] = importlib.util.module_from_spec(spec)
+    # Where the time was over, a second run finds what the first has compiled.
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(arguments.output.resolve() / "xla"))
     deadline, good = time.monotonic() + 60 * arguments.minutes, True
     for part in arguments.part:
         if flags_of(part):  # before jax is imported

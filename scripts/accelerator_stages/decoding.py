@@ -33,7 +33,7 @@ def run(part: str, report: Report, tiny: bool) -> None:
     bandwidth = memory_bandwidth(1 << 24 if tiny else 1 << 32)
     report.put(bandwidth=bandwidth, dtype=(dtype := choose_dtype("auto")))
     report.say(f"{dtype}, memory {bandwidth / 1e9:.0f} GB/s; making the model")
-    eighth, quarter, half = (max(1, config.num_layers // part) for part in (8, 4, 2))
+    eighth, quarter, half = (max(1, config.num_layers // divisor) for divisor in (8, 4, 2))
     model = jax.block_until_ready(identity_tail(random_model(config, dtype), eighth))
     tokenizer = Numbers(config.vocab_size)
     for batch in (1, 2) if tiny else (1, 8, 32):

@@ -50,7 +50,7 @@ class Report:
         print(f"{self.stage} {self.part}: {line}", flush=True)
 
     def start(self, card: Row, **about: Any) -> None:
-        """Notes the device (`card`), and forgets what an earlier run of the part found."""
+        """Notes the device (`card`) and the flags; earlier results of the part are overwritten."""
         self.put(**card, flags=os.environ.get("XLA_FLAGS", ""), **about)
         self.say(f"{card['card']} ({card['platform']}), jax {card['jax']}")
 
@@ -63,16 +63,19 @@ class Report:
             self.put()
             return {}
         try:
-            row = function()
+            return self.row(name, function())
         except Exception as error:  # out of memory in one row says nothing about the others
             self.fail(name, error)
             return {}
         finally:
             self._longest = max(self._longest, time.monotonic() - began)
-        self.values["rows"].append({"": name} | row)
-        self.say(", ".join([name, *(f"{key} {shown(value)}" for key, value in row.items())]))
+
+    def row(self, name: str, values: Row) -> Row:
+        """Adds a row, prints it, and gives it back."""
+        self.values["rows"].append({"": name} | values)
+        self.say(", ".join([name, *(f"{key} {shown(value)}" for key, value in values.items())]))
         self.put()
-        return row
+        return values
 
     def fail(self, name: str, error: BaseException | str) -> None:
         """Notes an error and prints its first line."""
