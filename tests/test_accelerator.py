@@ -50,7 +50,7 @@ def test_the_tiny_form_measures_and_writes_a_page(tmp_path):
     run("--stage", "page")
     a, b, c = (json.loads((output / f"{stage}.json").read_text()) for stage in "abc")
 
-    assert a.keys() == {"float32", "bfloat16"} and len(a["float32"]["rows"]) == 9
+    assert a.keys() == {"float32", "bfloat16"} and len(a["float32"]["rows"]) == 6
     for part in (*a.values(), *b.values(), *c.values()):
         assert part["platform"] == "cpu" and part["card"] and part["jax"] and "flags" in part
         assert part["rows"] and not part["errors"] and not part["left_out"]
@@ -119,6 +119,30 @@ def test_a_part_that_breaks_is_one_line_and_the_next_goes_on(tmp_path, monkeypat
     # Time that is over leaves measurements out.
     assert accelerator.main([*asked[:3], "layerskip", *asked[5:], "--minutes", "0"]) == 0
     assert json.loads((tmp_path / "c.json").read_text())["layerskip"]["left_out"] == ["layerskip"]
+
+
+def test_a_process_that_is_too_slow_is_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    import accelerator
+
+    assert accelerator.main(["--stage", "d", "--minutes", "0", "--output", str(tmp_path)]) == 1
+    assert "d quickstart: quickstart: FAILED: exit code none" in capsys.readouterr().out
+    assert json.loads((tmp_path / "d.json").read_text())["quickstart"]["errors"]
+
+
+@pytest.mark.parametrize(
+    "hlo, kernel",
+    [
+        ('custom_call_target="__cudnn$fmhaSoftmaxBackward"', "cudnn"),
+        ('%splash_mha_fwd = custom-call(), custom_call_target="tpu_custom_call"', "splash"),
+        ('custom_call_target="__cublas$gemm"', "xla"),
+    ],
+)
+def test_the_attention_kernel_is_read_from_the_program(hlo, kernel, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    from accelerator_stages.training import attention_kernel
+
+    assert attention_kernel(hlo) == kernel
 
 
 def test_results_of_a_cpu_are_not_the_page_of_accelerators(tmp_path, monkeypatch, capsys):

@@ -40,27 +40,26 @@ class Cell:
 
 
 def cells(config: LlamaConfig, part: str, tiny: bool) -> list[Cell]:
-    """All of them; of tiny models a few, each another way through the program."""
+    """All of them; of tiny models a few, as each of them takes seconds to compile."""
     layers, half = config.num_layers, config.num_layers // 2
     vocabulary = DraftVocabulary(np.arange(config.vocab_size // 4, dtype=np.int32))
     choices = Choices.covering([half, layers - 1], [2, 5])
     first = Cell("a quarter of the layers, 4 drafts", SelfSpeculative(max(1, layers // 4), 4))
-    others = [
-        Cell("early exit", EarlyExit(half)),
-        Cell("half, 5 drafts, of several", SelfSpeculative(half, 5, choices=choices)),
-        Cell(f"half, 4 drafts, {ROWS} rows", SelfSpeculative(half, 4), rows=ROWS),
-        Cell("half, 4 drafts, stacked", SelfSpeculative(half, 4), is_stacked=True),
-    ]
+    several = Cell("half, 5 drafts, of several", SelfSpeculative(half, 5, choices=choices))
+    batch = Cell(f"half, 4 drafts, {ROWS} rows", SelfSpeculative(half, 4), rows=ROWS)
     if tiny:
-        return [first, *others] if part == "float32" else [first]
+        return [first, several, batch] if part == "float32" else [first]
     return [
         first,
+        several,
+        batch,
+        Cell(f"autoregressive, {ROWS} rows", Autoregressive(), rows=ROWS),
         Cell("all but one, 8 drafts", SelfSpeculative(layers - 1, 8)),
         Cell("no drafts", SelfSpeculative(half, 0)),
         Cell("half, 4 drafts of a vocabulary", SelfSpeculative(half, 4, vocabulary)),
         Cell("half, 4 drafts by confidence", SelfSpeculative(half, 4, draft_confidence=0.2)),
-        *others,
-        Cell(f"autoregressive, {ROWS} rows", Autoregressive(), rows=ROWS),
+        Cell("half, 4 drafts, stacked", SelfSpeculative(half, 4), is_stacked=True),
+        Cell("early exit", EarlyExit(half)),
     ]
 
 
