@@ -126,8 +126,10 @@ def run_parts(stage: str, arguments: argparse.Namespace) -> bool:
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(arguments.output.resolve() / "xla"))
     deadline, good = time.monotonic() + 60 * arguments.minutes, True
     for part in arguments.part:
-        if flags_of(part):  # before jax is imported
-            os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags_of(part)}"
+        # Before jax is imported. Tiny programs compile for longer than they run.
+        for flag in (flags_of(part), "--xla_backend_optimization_level=0" * arguments.tiny):
+            if flag not in (flags := os.environ.get("XLA_FLAGS", "")):
+                os.environ["XLA_FLAGS"] = f"{flags} {flag}".strip()
         report = Report(arguments.output, stage, part, deadline)
         try:
             module = importlib.import_module(f"accelerator_stages.{MODULES[stage]}")
