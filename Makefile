@@ -7,7 +7,7 @@ LOCK := $(wildcard constraints/py$(VERSION).txt)
 SMOLLM2 = models/SmolLM2-135M-Instruct.Q4_1.gguf
 STORY = "Once upon a time, there was a little girl named Lily who"
 
-.PHONY: quickstart smollm2 test test-half test-other-half lint parity peers lock clean
+.PHONY: quickstart smollm2 accelerator test test-half test-other-half lint parity peers lock clean
 
 # Trains with LayerSkip, then decodes held-out prompts with what came out. Each of two cores is a
 # device of its own, as docs/results.md has it (what that gives: docs/training.md).
@@ -32,6 +32,25 @@ smollm2: $(VENV)/installed $(SMOLLM2)
 		--strategy self_speculative --exit-layer 24 --num-draft-tokens 3 --show-drafts
 	$(BIN)/python -m lsjax.cli.correctness --model $(SMOLLM2) --max-new-tokens 48 \
 		--exit-layers 24 --num-draft-tokens 3
+
+# Checks and measures on an accelerator, and writes docs/accelerators.md. EXTRA is cuda, cuda12 or
+# tpu. INSTALL=no takes PYTHON as it is: stages a to c need jax, flax, optax, jaxtyping and numpy.
+# WHEELS installs from a folder: pip download -d FOLDER hatchling editables '.[cuda]'
+STAGES ?= all
+EXTRA ?= cuda
+ifeq ($(INSTALL),no)
+accelerator:
+	$(PYTHON) scripts/accelerator.py --stage $(STAGES) --output build/accelerator
+else
+accelerator: $(VENV)/accelerator
+	$(BIN)/python scripts/accelerator.py --stage $(STAGES) --output build/accelerator
+endif
+
+$(VENV)/accelerator: pyproject.toml $(LOCK)
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q $(if $(WHEELS),--no-index --find-links $(WHEELS), \
+		$(addprefix -c ,$(LOCK))) -e '.[$(EXTRA)]'
+	touch $@
 
 # Compiling, most of what the tests do, keeps one core busy: two processes share them. Each shows
 # what it found when it has ended, where make can do so (from 4.0 on), and has a compilation cache
