@@ -90,16 +90,20 @@ def decode(arguments: Arguments) -> None:
     plain = partial(Console, highlight=False, markup=False, emoji=False, soft_wrap=True)
     people, notes = plain(stderr=to_stdout), plain(stderr=True, style="dim")
 
-    model = load_shown(source, notes, dtype=dtype, stack_layers=arguments.stack_layers, mesh=mesh)
     engine = Engine(
-        model, tokenizer, strategy, batch_size=batch_size, max_length=max_length, mesh=mesh
+        load_shown(source, notes, dtype=dtype, stack_layers=arguments.stack_layers, mesh=mesh),
+        tokenizer,
+        strategy,
+        batch_size=batch_size,
+        max_length=max_length,
+        mesh=mesh,
     )
     totals = [
         len(ids) + request.max_new_tokens for request, ids in zip(requests, encoded, strict=True)
     ]
     weights, cache = engine.memory_bytes(max(totals, default=arguments.max_new_tokens))
     notes.print(
-        f"{arguments.model.name}: {model.config.num_params / 1e6:.0f}M parameters, "
+        f"{arguments.model.name}: {source.config.num_params / 1e6:.0f}M parameters, "
         f"{weights / 1e6:.0f} MB in {dtype}; cache {cache / 1e6:.0f} MB for {engine.batch_size} "
         f"row{'s' * (engine.batch_size > 1)}"
     )

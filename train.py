@@ -147,11 +147,11 @@ def train(arguments: Arguments) -> int:
         else:
             state, first = restored.state, restored.step
             pipeline.restore(restored.data)
-            # Runs that were begun before it was kept have none.
+            # Checkpoints of older versions have no such entry.
             began_with = restored.data.get("held_out", held_out.rows.fingerprint)
             check(
                 began_with == held_out.rows.fingerprint,
-                "the validation data are not those that the run was begun with (fingerprint "
+                "the validation data differ from those that the run began with (fingerprint "
                 f"{began_with}, now {held_out.rows.fingerprint}): give the same data, or begin a "
                 "new run",
             )

@@ -143,7 +143,7 @@ def test_data_and_tokenizer_may_move_but_not_change(config, finished, tmp_path, 
     with pytest.raises(SystemExit, match="2"):
         (moved / "other.txt").write_text(text.read_text() + "\n\n1 2 3")
         launch(config, cut, *flags, str(moved / "other.txt"))
-    words = "the training data are not those that the run was begun with (fingerprint "
+    words = "the training data differ from those that the run began with (fingerprint "
     assert words in " ".join(capsys.readouterr().err.split())
     assert launch(config, cut, *flags, str(moved / "elsewhere.txt")) == 0
     assert last_arrays(cut) == last_arrays(finished)
@@ -158,7 +158,7 @@ def test_validation_data_may_not_change(config, tmp_path, capsys):
     own.write_text("7 8 9\n\n10 11 13")
     with pytest.raises(SystemExit, match="2"):
         launch(config, tmp_path / "run", *flags)
-    words = "the validation data are not those that the run was begun with (fingerprint "
+    words = "the validation data differ from those that the run began with (fingerprint "
     assert words in " ".join(capsys.readouterr().err.split())
 
 
@@ -291,7 +291,7 @@ def test_the_exits_of_runs_are_compared_on_the_held_out_data(finished, tmp_path,
         ),
         (
             ["--data.tokenizer", "sentencepiece", "--data.vocab-size", "270"],
-            r"contains '.*' \(token 2[56]\d\), for which the model's table of 258 rows has no row",
+            r"contains '.*' \(token 2[56]\d\), but the model has only 258 tokens",
         ),
         (["--model.num-layers", "1"], "sample_tokens 4 needs an exit that drafts"),
         (["--evaluation.sample-prompt", "1" * 511], "sample_prompt has 512 tokens, .* 1 to 511"),

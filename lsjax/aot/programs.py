@@ -19,8 +19,7 @@ from lsjax.decoding.autoregressive import Autoregressive
 from lsjax.decoding.engine import cache_slots
 from lsjax.decoding.loops import PROMPT_CHUNKS, ROUNDS, decode, prefill
 from lsjax.decoding.programs import Programs
-from lsjax.decoding.run import CHUNKS as READS
-from lsjax.decoding.run import STOP_IDS
+from lsjax.decoding.run import STOP_IDS, chunk_size
 from lsjax.decoding.sampling import GREEDY
 from lsjax.decoding.self_speculative import DRAFT, SelfSpeculative
 from lsjax.decoding.state import DecodeState, Strategy
@@ -150,7 +149,7 @@ def decoding(
     arguments = placed_shapes(jax.eval_shape(strategy.arguments, model), mesh)
     number = jax.ShapeDtypeStruct((), jnp.int32, sharding=NamedSharding(mesh, P()))
     programs = Programs(model, mesh)
-    size = next((size for size in READS if size >= asked.prompt_tokens), READS[-1])
+    size = chunk_size(asked.prompt_tokens, capacity)
     read = partial(prefill, chunk=size, depth=config.num_layers)
     loop = partial(decode, strategy=strategy)
     chunks = math.ceil(asked.prompt_tokens / size)

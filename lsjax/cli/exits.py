@@ -61,7 +61,7 @@ def compare(arguments: Arguments) -> None:
     check(is_run(first), f"{first} is no training run: name the --workdir of train.py first")
     names = [run.name for run in arguments.runs]
     check(len(set(names)) == len(names), f"runs of one name ({names}) would be one line: rename")
-    tokenizer = load_tokenizer(first)
+    tokenizer = load_tokenizer(first).fitted(open_source(first).config.vocab_size)
     for run in arguments.runs[1:]:
         check(
             load_tokenizer(run).fingerprint == tokenizer.fingerprint,
@@ -95,7 +95,8 @@ def compare(arguments: Arguments) -> None:
     with Progress(console=Console(stderr=True), transient=True) as progress:
         for name, source in zip(names, sources, strict=True):
             model = stacked(assemble(source, dtype=dtype))
-            scores[name] = score_exits(model, progress.track(batches, description=name))
+            tracked = progress.track(batches, description=name)
+            scores[name] = score_exits(model, tracked, micro_batches=config.micro_batches)
     console = Console(highlight=False)
     if not console.is_terminal:
         console.width = 160  # a file has room for the table

@@ -160,12 +160,15 @@ def _digest(value: Any) -> str:
 def warm_up(
     engine: Engine, everything: Sequence[Strategy], grid: Grid, arguments: Arguments
 ) -> None:
-    """Compiles and runs each program once: there is one for each size of the cache."""
+    """Compiles and runs each program once: prompts of equal sizes of the cache share theirs."""
     programs = {strategy.program: strategy for strategy in everything}
     new_tokens = arguments.new_tokens
     for strategy in programs.values():
         engine.use(strategy)
-        sizes = {engine.capacity(len(prompt) + new_tokens): prompt for prompt in grid.prompts}
+        sizes = {
+            (engine.capacity(len(prompt) + 1), engine.capacity(len(prompt) + new_tokens)): prompt
+            for prompt in grid.prompts
+        }
         for prompt in sizes.values():
             engine.generate([prompt], max_new_tokens=new_tokens, sampling=grid.sampling)
 

@@ -103,7 +103,7 @@ def sample_hook(
         nonlocal engine  # which holds the run's own arrays: the next step takes them over
         if engine is None:
             strategy = SelfSpeculative(exit_layer, config.num_draft_tokens)
-            engine = Engine(model, tokenizer, strategy, mesh=mesh)
+            engine = Engine(model, tokenizer, strategy, mesh=mesh, lay_out=False)
         else:
             engine.use_model(model)
         (done,) = engine.generate([list(prompt)], max_new_tokens=length)

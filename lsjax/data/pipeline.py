@@ -85,7 +85,7 @@ class Pipeline:
         ]
         check(
             not others,
-            f"the training data are not those that the run was begun with ({'; '.join(others)}): "
+            f"the training data differ from those that the run began with ({'; '.join(others)}): "
             "give the same data, seq_len and seed, or begin a new run",
         )
         self._taken = state["rows_taken"]

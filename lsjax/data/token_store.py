@@ -67,6 +67,12 @@ def token_store(
         not config.append_end or bool(tokenizer.eos_ids),
         "this tokenizer has no end token: set append_end to False",
     )
+    end = next(iter(tokenizer.eos_ids), 0)
+    check(
+        not config.append_end or end < tokenizer.vocab_size,
+        f"the end token {end} has no row in the model's table of {tokenizer.vocab_size} rows: set "
+        "append_end to False, or enlarge the model's vocabulary",
+    )
     source = open_source(config, validation=validation)
     limit = None if validation else config.max_documents
     directory = cache / "tokens" / _name(config, tokenizer, source, limit)

@@ -93,8 +93,8 @@ class Tokenizer(ABC):
         if extra is not None:
             spelling = self.token_bytes(extra, skip_special=False).decode(errors="replace")
             raise TokenizerError(
-                f"the text contains {spelling!r} (token {extra}), for which the model's table of "
-                f"{self.vocab_size} rows has no row: remove it from the text"
+                f"the text contains {spelling!r} (token {extra}), but the model has only "
+                f"{self.vocab_size} tokens: remove it from the text"
             )
         return ids
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import jax
 import numpy as np
 
 from lsjax.decoding.state import DecodeState
@@ -21,12 +22,22 @@ class Conversation:
         self, ids: Sequence[int], capacity: int, num_layers: int, model: Llama
     ) -> tuple[KVCache | None, int]:
         """A cache of this model for so many layers and at least so many slots, and how many of
-        these tokens it holds. It is the caller's until `keep`; (None, 0) if there is none."""
+        these tokens it holds. It is the caller's until `keep`; (None, 0) if there is none, or if
+        little of a cache that is larger would be used."""
         cache, known, whose = self._cache, self.ids, self._model
         self._cache, self.ids, self._model = None, [], None
         if cache is None or cache.num_layers != num_layers or whose is not model:
             return None, 0
-        return cache.grown(capacity), shared_prefix(known, ids)
+        shared = shared_prefix(known, ids)
+        if cache.capacity > capacity and shared < capacity // 2:
+            return None, 0
+        return cache.grown(capacity), shared
+
+    @property
+    def device_bytes(self) -> int:
+        """Bytes of the cache on each device."""
+        leaves = jax.tree.leaves(self._cache)
+        return sum(leaf.addressable_shards[0].data.nbytes for leaf in leaves)
 
     def keep(self, state: DecodeState, model: Llama, count: int | None = None) -> None:
         """Takes the cache of a state with one row, which this model filled; nothing from one that

@@ -21,8 +21,7 @@ from lsjax.model.llama import Llama
 from lsjax.sharding import placed, sharding_of
 
 MIN_CAPACITY = 256  # slots of a row's cache: this, or a larger power of two
-# And a multiple of this for drafts beyond the end: so strategies share programs, and GPUs need no
-# padding.
+# Plus a multiple of this for drafts: strategies then share programs, and GPUs need no padding.
 SLACK = 64
 
 
@@ -50,6 +49,8 @@ class Engine:
     row that ends is given the next request at once. max_length: prompt and new tokens of a row;
     the model's context by default. ignore_end: decode behind the end of a text, for measurements.
     min_capacity: slots of a row's cache at least. mesh: devices to decode on (lsjax/sharding.py).
+    lay_out: let the compiler choose how weights are laid out on accelerators. It copies those that
+    change, so whoever keeps `model` keeps these twice.
 
     Raises ConfigError where the strategy or the length does not fit the model, or the batch not
     the mesh; TokenizerError where the tokenizer does not fit the model.
@@ -66,6 +67,7 @@ class Engine:
         ignore_end: bool = False,
         min_capacity: int = 0,
         mesh: Mesh | None = None,
+        lay_out: bool = True,
     ):
         config = model.config
         self.strategy = Autoregressive() if strategy is None else strategy
@@ -78,7 +80,7 @@ class Engine:
         )
         self.max_length = config.max_context if max_length is None else max_length
         self.mesh = mesh
-        self.programs = Programs(placed(model, mesh), mesh)
+        self.programs = Programs(placed(model, mesh), mesh, lay_out=lay_out)
         self.arguments = placed(self.strategy.arguments(self.model), mesh)
         self.tokenizer = tokenizer.fitted(config.vocab_size)
         self.ignore_end = ignore_end
@@ -132,26 +134,28 @@ class Engine:
         cache = config.cache_bytes(rows, self.capacity(total), itemsize)
         return config.num_params * itemsize, int(cache * layers)
 
-    def check_memory(self, first: int, total: int) -> None:
+    def check_memory(self, first: int, total: int, held: int = 0) -> None:
         """Raises ConfigError where the devices can't hold the cache for rows that begin with
-        `first` tokens and end with `total`. The last two caches are there together while it grows.
+        `first` tokens and end with `total`. While the cache grows, the old and the new one are
+        both in memory. held: bytes in use on each device that will be free then.
         """
         free = free_memory()
         if free is None:
             return
-        before, slots = self.capacity(first), self.capacity(total)
-        slots += slots // 2 if before < slots else 0
+        slots = last = self.capacity(total)
+        if self.capacity(first) < last:
+            slots += self.capacity(last // 2 - self.strategy.slack)
         config, rows = self.model.config, self.batch_size + (self.batch_size > 1)
-        layers = self.strategy.depth(config)
         shape = (rows, config.num_kv_heads, slots, config.head_dim)
-        place = None if self.mesh is None else sharding_of("keys.0", shape, self.mesh)
-        share = shape if place is None else place.shard_shape(shape)
-        needed = 2 * layers * math.prod(share) * self.model.dtype.itemsize
+        if self.mesh is not None:
+            shape = sharding_of("keys.0", shape, self.mesh).shard_shape(shape)
+        layers = self.strategy.depth(config)
+        needed = 2 * layers * math.prod(shape) * self.model.dtype.itemsize
         check(
-            needed <= free,
-            f"a cache for {rows} rows of {total} tokens needs {needed / 1e9:.2f} GB on each device "
-            f"while it grows, but {free / 1e9:.2f} GB are free: lower --max-new-tokens or "
-            "--batch-size, or shorten the prompts",
+            needed <= free + held,
+            f"the cache for texts of {total} tokens needs {needed / 1e6:,.0f} MB on each device, "
+            f"but {(free + held) / 1e6:,.0f} MB are free: lower --max-new-tokens or --batch-size, "
+            "or shorten the prompts",
         )
 
     def encode(self, prompt: str | Sequence[int], max_new_tokens: int) -> list[int]:
@@ -175,14 +179,15 @@ class Engine:
         """Continues every prompt; completions in the same order.
 
         prompts: text, token ids, or a `Request`, to which the other arguments do not apply.
-        sampling: one for each prompt, or one for all, of which prompt number i gets the seed + i,
-        so that equal prompts have different texts. options: the other fields of `Request`.
+        sampling: one for each prompt, or one for all. Prompt number i then uses the seed + i, so
+        equal prompts give different texts. options: the other fields of `Request`.
         on_completion: called with index and completion as each one ends.
 
         Raises ConfigError for what `Request`, `check_stop_ids` and `encode_prompt` refuse.
         """
         if isinstance(sampling, Sampling):
-            sampling = [replace(sampling, seed=sampling.seed + i) for i in range(len(prompts))]
+            seeds = [(sampling.seed + i) % 2**32 for i in range(len(prompts))]
+            sampling = [replace(sampling, seed=seed) for seed in seeds]
         samplings = list(sampling)
         check(
             len(samplings) == len(prompts),

@@ -89,7 +89,9 @@ class Run:
         self._compiled_before = engine.compile_seconds
         longest = 1 + max(len(ids) for _, ids in asked)
         engine.check_memory(
-            longest, max(len(ids) + request.max_new_tokens for request, ids in asked)
+            longest,
+            max(len(ids) + request.max_new_tokens for request, ids in asked),
+            held=self._conversation.device_bytes,
         )
         if engine.batch_size == 1:
             self._first = self._single(*asked[0])
@@ -134,7 +136,7 @@ class Run:
             if alone:
                 self._conversation.keep(self._state, self._engine.model)
             single, known = self._single(request, ids)
-        chunk = next((size for size in CHUNKS if size >= len(ids) - known), CHUNKS[-1])
+        chunk = chunk_size(len(ids) - known, single.capacity)
         read = programs.get(partial(prefill, chunk=chunk, depth=self._depth), single, np.int32(0))
         single, seconds = _timed(read, single, np.int32(known))
         self._first = None
@@ -199,6 +201,7 @@ class Run:
         larger = partial(grow, capacity=engine.capacity(longest))
         program = engine.programs.get(larger, state, donate=False)
         self._state, seconds = _timed(program, state)
+        del state  # the smaller cache, before anything is compiled
         self._worked += seconds
         engine.decode_seconds += seconds
         self._decode = self._decode_program()
@@ -267,6 +270,12 @@ class Run:
             cache=cache,
             mesh=engine.mesh,
         )
+
+
+def chunk_size(unread: int, capacity: int) -> int:
+    """The size in which so many tokens are read into a cache of `capacity` slots."""
+    sizes = [size for size in CHUNKS if size <= capacity]
+    return next((size for size in sizes if size >= unread), sizes[-1])
 
 
 def _timed(program: Callable, *arguments) -> tuple[DecodeState, float]:

@@ -13,6 +13,8 @@ from lsjax.sharding import platform
 
 # Slots of the cache that one step of `cached_attention` reads; LARGE is a multiple of SMALL.
 SMALL, LARGE = 256, 1024
+# Scores of each head that accelerators hold at a time: 512 queries of 8,192 slots and a few more.
+MOST_SCORES = 2**23
 # The loops over these, by their names in compiled programs.
 SMALL_BLOCKS, LARGE_BLOCKS = "small_cache_blocks", "large_cache_blocks"
 
@@ -47,8 +49,9 @@ def cached_attention(
     """Attention of T new queries to the slots at or before their own positions; of a stacked cache
     to those of one layer.
 
-    On accelerators it reads all slots, under a mask: a loop or a branch in each layer would stop
-    the device, and the capacity is at most twice the length in use (`cache_slots`).
+    On accelerators it reads all slots, under a mask: a loop or a branch in each layer would stall
+    the device. Chunks of a prompt in a large cache are read in blocks, as their scores would take
+    too much memory.
 
     On CPUs it reads the cache in blocks up to the furthest query of the batch, with an online
     softmax (Milakov and Gimelshein, 2018), so that the cost follows the length in use: LARGE blocks
@@ -128,9 +131,9 @@ def cached_attention(
         return mixed[:, :, :rows].astype(wide) / total
 
     on_cpu = platform() == "cpu"
-    if not on_cpu:
+    if not on_cpu and steps * capacity <= MOST_SCORES:
         mixed = at_once()
-    elif layer is None:
+    elif on_cpu and layer is None:
         mixed = lax.cond(reads_all(last, capacity), at_once, in_blocks)
     else:
         mixed = in_blocks()

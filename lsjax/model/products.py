@@ -16,8 +16,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from lsjax.sharding import platform
 
-# Rows that a TPU's matrix unit takes at least. XLA makes a product with one row a sum on the
-# vector unit, which is several times slower (docs/performance.md).
+# Fewest rows for which XLA:TPU uses the matrix unit well. With one row it sums on the vector unit,
+# several times slower (docs/performance.md).
 ROWS = 8
 
 
@@ -63,6 +63,10 @@ def linear(x: Float[Array, "*batch I"], w: Float[Array, "I *O"]) -> Float[Array,
     The gradient of w comes out as it lies, [I, *O]. Autodiff makes [*O, I] of it and transposes it
     in every layer, and the gradient of the output before that.
     """
+    return _product(x, w)
+
+
+def _product(x, w):
     rows = math.prod(x.shape[:-1])
     if rows >= ROWS:
         return jnp.tensordot(x, w, axes=1)
@@ -71,7 +75,7 @@ def linear(x: Float[Array, "*batch I"], w: Float[Array, "I *O"]) -> Float[Array,
 
 
 def _linear_forward(x, w):
-    return linear(x, w), (x, w)
+    return _product(x, w), (x, w)
 
 
 def _linear_backward(residuals, dy):

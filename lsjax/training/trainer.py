@@ -69,10 +69,9 @@ class Loop:
 def run(loop: Loop, state: TrainState, log: MetricsLog) -> TrainState:
     """Trains from the step of `state` to the last; gives the final state, which is saved too.
 
-    A step is saved before hooks look at it. The first look after a start may run out of memory, so
-    it waits until its step is on disk, whether or not a checkpoint is due. So the next start goes
-    on from there and does not fail at the same step again. After the last step the hooks look
-    once more.
+    A step is saved before its hooks run. The first hooks after a start may run out of memory, so
+    they wait until the step is on disk, whether or not a checkpoint is due. The next start then
+    resumes behind it. A state of the last step only runs the hooks.
 
     Raises TooManySkipped; Interrupted (an exit code) after SIGTERM or Ctrl-C, with the state saved;
     and what a hook raises, with the state saved by a single process (several may not be at one).

@@ -88,7 +88,7 @@ def test_a_killed_sweep_goes_on(model_directory, tmp_path, monkeypatch, capsys):
 def test_every_size_of_the_cache_is_warmed_up(model_directory, tmp_path, monkeypatch):
     """Before anything is timed: programs that have run before are faster."""
     prompts, order = tmp_path / "prompts.jsonl", []
-    prompts.write_text("".join(json.dumps({"prompt": n * "x"}) + "\n" for n in (5, 300, 7)))
+    prompts.write_text("".join(json.dumps({"prompt": n * "x"}) + "\n" for n in (5, 400, 7)))
     generate = Engine.generate
 
     def noted(self, asked, **rest):
@@ -99,8 +99,8 @@ def test_every_size_of_the_cache_is_warmed_up(model_directory, tmp_path, monkeyp
     given = ("--exit-layers", 1, "--num-draft-tokens", 2, "--prompt-file", prompts)
     run(model_directory, tmp_path / "sweep", *given)
     assert sorted(order[:4]) == [
-        *[("autoregressive", length) for length in (7, 300)],
-        *[("self_speculative", length) for length in (7, 300)],
+        *[("autoregressive", length) for length in (7, 400)],
+        *[("self_speculative", length) for length in (7, 400)],
     ]
     assert len(order) == 4 + 6 + 1
 

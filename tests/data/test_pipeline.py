@@ -147,7 +147,7 @@ def test_a_state_of_other_data_is_refused(make, config):
         "rows": make(config=DataConfig(**(vars(config) | {"max_documents": 30}))),
     }
     for message, pipeline in cases.items():
-        with pytest.raises(ConfigError, match=f"begun with .*{message}.* begin a new run"):
+        with pytest.raises(ConfigError, match=f"run began with .*{message}.* begin a new run"):
             pipeline.restore(state)
         assert pipeline.state()["rows_taken"] == 0
 

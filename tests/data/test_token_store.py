@@ -183,3 +183,12 @@ def test_nothing_to_learn_from_is_one_clear_line(tmp_path):
     endless.eos_ids = ()
     with pytest.raises(ConfigError, match="has no end token: set append_end to False"):
         token_store(empty, endless, cache=tmp_path)
+
+
+def test_an_end_token_without_a_row_is_refused(rows, tmp_path):
+    """It is not part of the text, which `encode` checks."""
+    tokenizer = ByteTokenizer()
+    fitted = tokenizer.fitted(tokenizer.eos_ids[0])
+    with pytest.raises(ConfigError, match=r"the end token \d+ has no row in the model's table"):
+        token_store(config(rows), fitted, cache=tmp_path)
+    assert len(token_store(config(rows, append_end=False), fitted, cache=tmp_path).keys_N) > 0

@@ -38,7 +38,7 @@ def test_tokens_without_a_row_are_refused_in_a_text(any_tokenizer, texts):
         found = any_tokenizer.encode(text)
         assert any_tokenizer.fitted(size + 9).encode(text) == found
         if smaller is not None and last in found:
-            with pytest.raises(TokenizerError, match=rf"\(token {last}\).*table of {last} rows"):
+            with pytest.raises(TokenizerError, match=rf"\(token {last}\).* only {last} tokens"):
                 smaller.encode(text)
         elif smaller is not None:
             assert smaller.encode(text) == found

@@ -14,6 +14,7 @@ from lsjax.decoding import programs as compiled_programs
 from lsjax.decoding import run
 from lsjax.decoding.autoregressive import Autoregressive, EarlyExit
 from lsjax.decoding.completion import Completion
+from lsjax.decoding.conversation import Conversation
 from lsjax.decoding.draft_vocabulary import DraftVocabulary
 from lsjax.decoding.engine import Engine
 from lsjax.decoding.sampling import GREEDY
@@ -279,13 +280,21 @@ def test_weights_are_laid_out_once_as_the_programs_want_them(
     engine = Engine(model, tokenizer, strategy)
     (found,) = engine.generate([[5, 6]], max_new_tokens=NEW)
     assert found.token_ids == expected.token_ids
-    formats = engine.programs._formats
-    leaves = jax.tree.leaves(engine.model)
-    assert [leaf.format for leaf in leaves] == formats and len(formats) == len(leaves)
+    layouts = [format_.layout for format_ in engine.programs._formats]
+    assert [leaf.format.layout for leaf in jax.tree.leaves(engine.model)] == layouts
     engine.use_model(model)
-    assert [leaf.format for leaf in jax.tree.leaves(engine.model)] == formats
+    assert [leaf.format.layout for leaf in jax.tree.leaves(engine.model)] == layouts
     (again,) = engine.generate([[5, 6]], max_new_tokens=NEW)
     assert again.token_ids == expected.token_ids
+
+
+def test_a_model_that_others_go_on_with_is_not_copied(model, tokenizer, monkeypatch):
+    """Such as that of a training run, which samples now and then."""
+    monkeypatch.setattr(compiled_programs, "chooses_layouts", lambda: True)
+    engine = Engine(model, tokenizer, lay_out=False)
+    engine.generate([[5, 6]], max_new_tokens=2)
+    for one, other in zip(jax.tree.leaves(engine.model), jax.tree.leaves(model), strict=True):
+        assert one is other
 
 
 @pytest.mark.parametrize("capacity, fits", [(9, True), (8, False)])
@@ -309,3 +318,18 @@ def test_a_state_needs_room_for_the_prompt(config, capacity, fits):
     else:
         with pytest.raises(ConfigError, match="prompt of 8 tokens .* do not fit the cache of 8"):
             create()
+
+
+@pytest.mark.parametrize("length", [256, 257, 300, 319, 320])
+def test_prompts_about_as_long_as_the_first_cache(model, tokenizer, length):
+    """A chunk is never longer than the cache."""
+    prompt = np.random.default_rng(2).integers(0, 256, length).tolist()
+    (completion,) = Engine(model, tokenizer, max_length=400).generate([prompt], max_new_tokens=2)
+    assert last_logits(model, prompt).argmax() == completion.token_ids[0]
+
+
+def test_a_short_text_after_a_long_one_has_a_small_cache(model, tokenizer):
+    engine, kept = Engine(model, tokenizer), Conversation()
+    for prompt, capacity in (([1] * 400, 576), ([2, 3], 320), ([2, 3, 4], 320)):
+        list(engine.stream(prompt, conversation=kept, max_new_tokens=2))
+        assert kept._cache.capacity == capacity

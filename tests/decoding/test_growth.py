@@ -53,6 +53,7 @@ def test_texts_and_refill(model, tokenizer, small, strategy, batch_size):
     programs = grown.num_programs
     same(grown.generate(REQUESTS), expected)
     assert grown.num_programs == programs  # nothing is compiled twice
+    same(grown.generate(REQUESTS[3:]), expected[3:])  # a longer prompt is the first
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES, ids=lambda one: one.name)
@@ -115,10 +116,11 @@ def test_grown_state(config):
 def test_memory_for_the_last_two_caches(model, tokenizer, monkeypatch):
     """4 layers of 2 K/V heads of 16 numbers, keys and values, 4 bytes: 1,024 bytes a slot."""
     engine = Engine(model, tokenizer)
-    needed = 1024 * (576 + 288)  # 512 and 64 slots, beside the cache of half as many
+    needed = 1024 * (576 + 320)  # 512 and 64 slots, beside 256 and 64
     monkeypatch.setattr(engines, "free_memory", lambda: needed)
-    engine.generate([[1]], max_new_tokens=300)
+    engine.generate([[1]], max_new_tokens=400)
     monkeypatch.setattr(engines, "free_memory", lambda: needed - 1)
-    with pytest.raises(ConfigError, match=r"1 rows of 301 tokens needs 0.00 GB .* lower --max-new"):
-        engine.generate([[1]], max_new_tokens=300)
-    engine.generate([[1]], max_new_tokens=200)  # one cache of 256
+    with pytest.raises(ConfigError, match="texts of 401 tokens needs 1 MB .* lower --max-new"):
+        engine.generate([[1]], max_new_tokens=400)
+    engine.generate([[1]], max_new_tokens=200)  # one cache of 320
+    engine.check_memory(2, 401, held=1)

@@ -190,6 +190,9 @@ def test_attention_to_a_cache_on_accelerators(monkeypatch, device, steps):
         monkeypatch.setattr(f"lsjax.model.{module}.platform", lambda: device)
     lowered = jax.jit(lambda *arrays: cached_attention(*arrays)).lower(q, k, v, positions_BT)
     np.testing.assert_allclose(lowered.compile()(q, k, v, positions_BT), expected, atol=1e-6)
+    monkeypatch.setattr("lsjax.model.attention.MOST_SCORES", 600 * steps - 1)
+    in_blocks = jax.jit(lambda *arrays: cached_attention(*arrays))
+    np.testing.assert_allclose(in_blocks(q, k, v, positions_BT), expected, atol=1e-6)
     text = lowered.as_text()
     assert "stablehlo.while" not in text and "stablehlo.case" not in text
     assert text.count("optimization_barrier") == (2 if device == "tpu" and 2 * steps < 8 else 0)
