@@ -71,8 +71,8 @@ def decode(
 
     def more(carry):
         done, current = carry
-        same = current.running_B.any() & (current.running_B == running_B).all()
-        return (done < rounds) & same & current.has_room(strategy.slack)
+        go_on_B = (current.running_B == running_B) & current.has_room_B(strategy.slack)
+        return (done < rounds) & current.running_B.any() & go_on_B.all()
 
     def step(carry):
         done, current = carry

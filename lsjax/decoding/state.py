@@ -130,9 +130,9 @@ class DecodeState:
             log_probs_BS=None if kept is None else longer(kept, 0),
         )
 
-    def has_room(self, slack: int) -> Bool[Array, ""]:
-        """Whether each running row has `slack` slots for another round."""
-        return jnp.where(self.running_B, self.length_B, 0).max() + slack <= self.capacity
+    def has_room_B(self, slack: int) -> Bool[Array, " B"]:
+        """Whether a row has `slack` slots for another round, or needs none."""
+        return ~self.running_B | (self.length_B + slack <= self.capacity)
 
     @property
     def running_B(self) -> Bool[Array, " B"]:

@@ -68,7 +68,7 @@ def linear(x: Float[Array, "*batch I"], w: Float[Array, "I *O"]) -> Float[Array,
 
 def _product(x, w):
     rows = math.prod(x.shape[:-1])
-    if rows >= ROWS:
+    if platform() != "tpu" or rows >= ROWS:
         return jnp.tensordot(x, w, axes=1)
     y = jnp.tensordot(enough_rows(x.reshape(rows, -1)), w, axes=1)[:rows]
     return y.reshape(*x.shape[:-1], *w.shape[1:])

@@ -110,7 +110,7 @@ def test_grown_state(config):
         np.testing.assert_array_equal(after[:, :8], before)
         assert (np.asarray(after[:, 8:]) == fill).all()
     assert grown.log_probs_BS.shape == (2, 20)
-    assert state.has_room(6) and not state.has_room(7)
+    assert state.has_room_B(6).all() and not state.has_room_B(7).all()
 
 
 def test_memory_for_the_last_two_caches(model, tokenizer, monkeypatch):
