@@ -104,12 +104,13 @@ def run_stage(stage: str, arguments: argparse.Namespace) -> bool:
         words += ["--tiny"] if arguments.tiny else []
         try:
             code = subprocess.run(words, timeout=rest).returncode
+            fault = f"exit code {code}"
         except subprocess.TimeoutExpired:
-            code = f"none within the {arguments.minutes:g} minutes"
+            code, fault = None, f"no result within {arguments.minutes:g} minutes"
         good &= code == 0
         if code not in (0, 1):  # it could not say what was wrong
             report.values = read(arguments.output, stage)[part]
-            report.fail(part, f"exit code {code}")
+            report.fail(part, fault)
     return good
 
 

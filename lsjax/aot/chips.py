@@ -141,7 +141,7 @@ def slice_of(topology: str) -> tuple[Chip, list[Any]]:
     names = ", ".join(chip.name for chip in CHIPS)
     check(
         chip is not None,
-        f"--topology {topology!r} is none of {names}: name a chip and a slice of it, such as "
+        f"--topology {topology!r} names no known chip ({names}): name a chip and a slice, such as "
         f"{TPU.examples}, {CUDA.examples}",
     )
     compiler = chip.compiler
@@ -151,7 +151,7 @@ def slice_of(topology: str) -> tuple[Chip, list[Any]]:
         f"the compiler for {name} is missing: pip install 'lsjax[{compiler.extra}]'",
     )
     matches = re.fullmatch(compiler.slices, part)
-    check(matches is not None, f"--topology {topology!r} is no slice: {advice}")
+    check(matches is not None, f"--topology {topology!r} is an unknown slice: {advice}")
     for key, value in compiler.environment.items():
         os.environ.setdefault(key, value)
     from jax.errors import JaxRuntimeError
@@ -164,5 +164,7 @@ def slice_of(topology: str) -> tuple[Chip, list[Any]]:
         found = topologies.get_topology_desc(platform=compiler.platform, **options)
     except JaxRuntimeError as error:
         reason = str(error).partition(": ")[2] or str(error)
-        raise ConfigError(f"--topology {topology!r} is no slice ({reason}): {advice}") from None
+        raise ConfigError(
+            f"--topology {topology!r} is an unknown slice ({reason}): {advice}"
+        ) from None
     return chip, list(found.devices)

@@ -96,7 +96,7 @@ def report(arguments: Arguments) -> dict[str, Any]:
     jax.config.update("jax_enable_compilation_cache", False)
     config, asked = arguments.config, arguments.programs
     check(config.model is not None, "the configuration has no model, whose shape is needed here")
-    check(bool(asked), f"--programs names none: choose from {', '.join(get_args(Program))}")
+    check(bool(asked), f"--programs is empty: choose from {', '.join(get_args(Program))}")
     if arguments.output is not None:
         check_output(arguments.output)
     chip, devices = slice_of(arguments.topology)

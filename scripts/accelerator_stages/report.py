@@ -1,4 +1,4 @@
-"""Results of a stage in a JSON file, written after every measurement, so that no end loses any."""
+"""Results of a stage in a JSON file, written after every measurement, so that a kill loses none."""
 
 import json
 import os
@@ -59,7 +59,7 @@ class Report:
         began = time.monotonic()
         if began + self._longest > self.deadline:
             self.values["left_out"].append(name)
-            self.say(f"{name}: left out, as the time is over")
+            self.say(f"{name}: skipped: out of time")
             self.put()
             return {}
         try:

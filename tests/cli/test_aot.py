@@ -42,12 +42,12 @@ def test_missing_arguments(refused):
 
 def test_unknown_chips(refused):
     words = refused(main, *QUICKSTART, "--topology", "v9:2x2")
-    assert "'v9:2x2' is none of v5e, v5p, v6e, h100: name a chip" in words
+    assert "'v9:2x2' names no known chip (v5e, v5p, v6e, h100): name" in words
 
 
 def test_no_programs(refused):
     words = refused(main, *QUICKSTART, "--topology", "v5e:2x2", "--programs")
-    assert "--programs names none: choose from train, evaluate, prefill, decode" in words
+    assert "--programs is empty: choose from train, evaluate, prefill, decode" in words
 
 
 @pytest.mark.parametrize("topology, extra", [("v5e:2x2", "tpu"), ("h100:1", "cuda")])
@@ -64,14 +64,14 @@ def test_without_a_compiler(refused, monkeypatch, topology, extra):
 def test_one_host_of_gpus(refused, monkeypatch, topology):
     monkeypatch.setattr(chips.importlib.util, "find_spec", lambda name: True)
     words = refused(main, *QUICKSTART, "--topology", topology)
-    assert f"{topology!r} is no slice: use one such as h100:1 or h100:8" in words
+    assert f"{topology!r} is an unknown slice: use one such as h100:1 or h100:8" in words
 
 
 @needs_libtpu
 @pytest.mark.parametrize(
     "flags, words",
     [
-        (("--topology", "v5e:3x5"), "'v5e:3x5' is no slice"),
+        (("--topology", "v5e:3x5"), "'v5e:3x5' is an unknown slice"),
         (("--topology", "v5e:2x2", "--mesh.tensor", "5"), "needs 5 devices, but there are 4"),
         (
             ("--topology", "v5e:2x2", "--mesh.data", "4", "--batch-size", "6"),
