@@ -49,10 +49,10 @@ class Costs:
     """Of one run of a program, or of a part of it."""
 
     seconds: float = 0.0
-    """Of all operations, one after the other."""
+    """Sum over all operations, one after the other."""
     cycles: float = 0.0
     flops: float = 0.0
-    """Of products that are no TPU's own operations, and of attention kernels."""
+    """FLOPs of products outside of a TPU's own operations, and of attention kernels."""
     bytes: float = 0.0
     """Read from the device's memory and written to it."""
     operations: float = 0.0

@@ -48,7 +48,7 @@ class Instruction:
 
     @property
     def target(self) -> str:
-        """Of a custom call; "" for others."""
+        """Target of a custom call; "" for others."""
         return self.attribute(r'custom_call_target="([^"]*)"') or ""
 
     @property

@@ -20,14 +20,14 @@ class Needs:
     """Bytes that each device reads in a round."""
 
     weights: int
-    """Of the layers and heads that the round passes, each as often as it does."""
+    """Bytes of the layers and heads that the round passes, each as often as it does."""
     cache: int
-    """Of the slots in use, likewise."""
+    """Bytes of the slots in use, likewise."""
     layer_passes: int
 
 
 def round_needs(config: LlamaConfig, asked: Decoding, mesh: Mesh, dtype: DTypeLike) -> Needs:
-    """Of autoregressive decoding, a round is a token. Of self-speculation, the draft passes its
+    """In autoregressive decoding a round is a token. In self-speculation the draft passes its
     layers once more than it has tokens, and the head once for each; the verification passes the
     other layers and the head once."""
     model = jax.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0), dtype=dtype))
@@ -41,7 +41,7 @@ def round_needs(config: LlamaConfig, asked: Decoding, mesh: Mesh, dtype: DTypeLi
 
 
 def _bytes(tree) -> int:
-    """Of a device's share."""
+    """Bytes of a device's share."""
     return sum(
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * jnp.dtype(leaf.dtype).itemsize
         for leaf in jax.tree.leaves(tree)

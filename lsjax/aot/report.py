@@ -56,9 +56,9 @@ class Report:
     warnings: tuple[str, ...]  # of the compiler, those that matter
     memory: Memory | None = None
     costs: Costs = field(default_factory=Costs)
-    """Of a run; of a loop over rounds, of one round."""
+    """Costs of a run; for a loop over rounds, of one round."""
     once: Costs | None = None
-    """Of what such a program does outside of that loop."""
+    """Costs of what such a program does outside of that loop."""
     needs: Needs | None = None
     """What a round has to read."""
     compiler_flops: float = 0.0

@@ -12,7 +12,7 @@ CUDNN_FORWARD, CUDNN_BACKWARD = 2, 5
 
 
 def operation_flops(program: Program, computation: Computation, instruction: Instruction) -> float:
-    """Of the products in an operation, or of a known kernel; 0 for others."""
+    """FLOPs of the products in an operation, or of a known kernel; 0 for others."""
     match instruction.opcode:
         case "dot":
             return _product(computation, instruction, r"lhs_contracting_dims={([\d,]*)}")
@@ -34,7 +34,7 @@ def operation_flops(program: Program, computation: Computation, instruction: Ins
 
 
 def kernel_flops(name: str, shape: str) -> float:
-    """Of a splash attention kernel on queries of this shape, [B, N, T, H], of which causality
+    """FLOPs of a splash attention kernel on queries of this shape, [B, N, T, H], of which causality
     leaves half; 0 for others."""
     products = next((n for kind, n in SPLASH_PRODUCTS.items() if f"splash_mha_{kind}" in name), 0)
     sizes = [size for array in arrays(shape) for size in array.sizes]

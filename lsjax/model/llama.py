@@ -57,7 +57,7 @@ class Llama(nnx.Module):
 
     @property
     def compute_dtype(self) -> jnp.dtype:
-        """Of the layers' matrices and of what passes through the layers (`cast_matrices`)."""
+        """Dtype of the layers' matrices and of what passes through the layers (`cast_matrices`)."""
         block = self.layers if self.is_stacked else self.layers[0]
         return block.attention.qkv.kernel[...].dtype
 
