@@ -126,7 +126,7 @@ def test_a_process_that_is_too_slow_is_one_line(tmp_path, monkeypatch, capsys):
     import accelerator
 
     assert accelerator.main(["--stage", "d", "--minutes", "0", "--output", str(tmp_path)]) == 1
-    assert "d quickstart: quickstart: FAILED: exit code none" in capsys.readouterr().out
+    assert "d quickstart: quickstart: FAILED: no result within 0 minutes" in capsys.readouterr().out
     assert json.loads((tmp_path / "d.json").read_text())["quickstart"]["errors"]
 
 
