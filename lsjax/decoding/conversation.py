@@ -22,8 +22,8 @@ class Conversation:
         self, ids: Sequence[int], capacity: int, num_layers: int, model: Llama
     ) -> tuple[KVCache | None, int]:
         """A cache of this model for so many layers and at least so many slots, and how many of
-        these tokens it holds. It is the caller's until `keep`; (None, 0) if there is none, or if
-        little of a cache that is larger would be used."""
+        these tokens it holds. It is the caller's until `keep`. Gives (None, 0) without a cache, and
+        for a larger one that shares little."""
         cache, known, whose = self._cache, self.ids, self._model
         self._cache, self.ids, self._model = None, [], None
         if cache is None or cache.num_layers != num_layers or whose is not model:

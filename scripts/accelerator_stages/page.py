@@ -59,7 +59,7 @@ def write(output: Path, file: Path, default: Path, parts: Mapping[str, Sequence[
 
 
 def _part(part: Row) -> list[str]:
-    """What is known of a part, its table, and what is missing."""
+    """Results of a part: its table, and the rows that are missing."""
     about = [f"{part[name]}" for name in ("card",) if name in part]
     about += [f"jax {part['jax']}"] if "jax" in part else []
     about += [f"`XLA_FLAGS={shlex.quote(part['flags'])}`"] if part.get("flags") else []

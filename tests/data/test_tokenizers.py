@@ -30,7 +30,7 @@ def test_text_that_is_no_unicode(any_tokenizer):
 
 
 def test_tokens_without_a_row_are_refused_in_a_text(any_tokenizer, texts):
-    """Of a table with one row less, and with more."""
+    """For a table with one row less, and with more."""
     size, ids = any_tokenizer.vocab_size, {i for t in texts for i in any_tokenizer.encode(t)}
     last = max(ids)
     smaller = any_tokenizer.fitted(last) if last >= size - MOST_EXTRA else None

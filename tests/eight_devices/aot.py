@@ -65,10 +65,10 @@ def test_the_step(mesh):
     assert compiled.memory_analysis().argument_size_in_bytes == state + batch
 
 
-@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize("parts", [1, 16])
 def test_the_evaluation(mesh, parts):
     """Needs no more memory than the step, and the head's table is gathered once."""
-    config = dataclasses.replace(CONFIG, micro_batches=parts, batch_size=16)
+    config = dataclasses.replace(CONFIG, micro_batches=parts, batch_size=128)
     programs = {}
     for name, lower in (("step", train_step), ("evaluation", evaluation)):
         lowered, trips = lower(config, mesh)

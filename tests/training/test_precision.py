@@ -70,7 +70,7 @@ def test_gradients_are_those_of_float32(state, batch):
 
 
 def test_no_long_sum_is_in_bfloat16(state, batch):
-    """Of the lowered step: scatters, and sums that keep one number of each channel."""
+    """Checks the scatters and the sums of the lowered step."""
     text = lowered(CONFIG, state, batch).as_text()
     scatters = re.findall(r"stablehlo\.scatter.*?\}\) : \((.*?)\)", text, re.DOTALL)
     assert len(scatters) > 0
