@@ -112,8 +112,7 @@ def cached_attention(
             done = full * (LARGE // SMALL)
         with jax.named_scope(SMALL_BLOCKS):
             carry = lax.fori_loop(done, last // small + 1, partial(step, small), carry)
-        _, total, mixed = carry
-        return mixed / total[..., None]
+        return carry[1:]
 
     def at_once():
         k, v = keys, values
@@ -124,20 +123,21 @@ def cached_attention(
         visible_BRS = jnp.arange(capacity) <= position_BR[:, :, None]
         scores = jnp.where(visible_BRS[:, None], scores * size**-0.5, -jnp.inf)
         weights = jnp.exp(scores - scores.max(-1, keepdims=True))
-        total = weights.sum(-1, keepdims=True)
+        total = weights.sum(-1)
         if not on_cpu:  # one kernel less; XLA:CPU divides fewer numbers behind the product
-            weights, total = weights / total, 1
+            weights, total = weights / total[..., None], jnp.ones_like(total)
         mixed = jnp.einsum("BKRS,BKSH->BKRH", enough_rows(weights.astype(v.dtype)), v)
-        return mixed[:, :, :rows].astype(wide) / total
+        return total, mixed[:, :, :rows].astype(wide)
 
     on_cpu = platform() == "cpu"
     if not on_cpu and steps * capacity <= MOST_SCORES:
-        mixed = at_once()
+        total, mixed = at_once()
     elif on_cpu and layer is None:
-        mixed = lax.cond(reads_all(last, capacity), at_once, in_blocks)
+        # The division is not in the branches: there XLA:CPU computes the weights twice.
+        total, mixed = lax.cond(reads_all(last, capacity), at_once, in_blocks)
     else:
-        mixed = in_blocks()
-    mixed = mixed.astype(q_BTNH.dtype)
+        total, mixed = in_blocks()
+    mixed = (mixed / total[..., None]).astype(q_BTNH.dtype)
     mixed = mixed.reshape(batch, kv_heads, heads // kv_heads, steps, size)
     return mixed.transpose(0, 3, 1, 2, 4).reshape(q_BTNH.shape)
 

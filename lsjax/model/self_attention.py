@@ -69,7 +69,7 @@ def _problem(kernel: str, q_BTNH: Array) -> str | None:
         if dtype not in (jnp.float32, jnp.bfloat16):
             return f"takes float32 and bfloat16, not {dtype}"
     if kernel == "cudnn":
-        if devices != "gpu" or _capability() < 8:
+        if devices != "gpu" or nvidia_capability() < 8:
             return f"is for NVIDIA GPUs since Ampere, but this program is for {devices}"
         if dtype not in (jnp.float16, jnp.bfloat16):
             return f"takes float16 and bfloat16, not {dtype}"
@@ -80,7 +80,7 @@ def _problem(kernel: str, q_BTNH: Array) -> str | None:
     return None
 
 
-def _capability() -> float:
+def nvidia_capability() -> float:
     """Compute capability of the NVIDIA GPUs that the program being traced is for; 0 for others."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     local = jax.local_devices()

@@ -1,0 +1,162 @@
+"""Attention of a few new tokens to a cache as one kernel, for NVIDIA GPUs (Flash-Decoding, Dao et
+al., 2023).
+
+Programs share out the rows of a batch, the K/V heads, and the blocks of the cache in use. Each
+gives the attention to its own blocks and their log-sum-exp, by which the parts are then added up.
+The first of them also sees the new tokens, and writes their keys and values to the cache. Nobody
+reads those slots: the others look at the older ones only.
+
+Letters beside those of llama.py: R = G * T query rows of a K/V head, P parts.
+"""
+
+import math
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton
+from jaxtyping import Array, Float, Int
+
+# Slots that a program reads at a time, and the most new tokens.
+BLOCK, MOST_STEPS = 64, 16
+# Fewest rows of a product; the most that a program's registers hold.
+FEWEST_ROWS, MOST_ROWS = 16, 64
+# Programs that keep a card busy, a few for each of its processors; and the most parts of a row.
+PROGRAMS, MOST_PARTS = 512, 16
+# Scores of what is not seen, so that differences stay finite.
+LOWEST = float(jnp.finfo(jnp.float32).min)
+
+
+def fits(q_BTNH: Float[Array, "B T N H"], keys: Float[Array, "B K S H"]) -> bool:
+    """Whether the kernel takes these shapes; Triton wants powers of two."""
+    (_, steps, heads, size), (_, kv_heads, capacity, _) = q_BTNH.shape, keys.shape
+    rows = heads // kv_heads * steps
+    few = steps <= MOST_STEPS and rows <= MOST_ROWS
+    return few and size >= 16 and size & (size - 1) == 0 and capacity % BLOCK == 0
+
+
+def flash_decoding(
+    q_BTNH: Float[Array, "B T N H"],
+    k_BTKH: Float[Array, "B T K H"],
+    v_BTKH: Float[Array, "B T K H"],
+    keys: Float[Array, "B K S H"],
+    values: Float[Array, "B K S H"],
+    start_B: Int[Array, " B"],
+    *,
+    interpret: bool = False,
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B K S H"], Float[Array, "B K S H"]]:
+    """Attention of T tokens from position `start_B` on to those before them and to themselves, and
+    the caches with their keys and values; softmax in float32.
+
+    interpret: run the kernel as plain operations, on any device. The caller checks `fits`.
+    """
+    batch, steps, heads, size = q_BTNH.shape
+    kv_heads, capacity = keys.shape[1:3]
+    rows = heads // kv_heads * steps
+    padded = max(FEWEST_ROWS, pl.next_power_of_2(rows))
+    parts = pl.next_power_of_2(pl.cdiv(PROGRAMS, batch * kv_heads))
+    parts = min(parts, MOST_PARTS, pl.next_power_of_2(capacity // BLOCK))
+
+    def rows_of(x_BTKGH, count):
+        x_BKRH = x_BTKGH.transpose(0, 2, 3, 1, 4).reshape(batch, kv_heads, -1, size)
+        return jnp.pad(x_BKRH, [(0, 0), (0, 0), (0, count - x_BKRH.shape[2]), (0, 0)])
+
+    # One array, which is one kernel to make: queries, keys and values in whole blocks.
+    new = (
+        (q_BTNH.reshape(batch, steps, kv_heads, -1, size), padded),
+        (k_BTKH[:, :, :, None].astype(keys.dtype), MOST_STEPS),
+        (v_BTKH[:, :, :, None].astype(values.dtype), MOST_STEPS),
+    )
+    new_BKRH = jnp.concatenate([rows_of(*part) for part in new], axis=2)
+    after = padded // MOST_STEPS
+
+    def block(count, index):
+        return pl.BlockSpec((None, None, count, size), lambda b, k, _: (b, k, index, 0))
+
+    def part(*sizes):
+        zeros = (0,) * len(sizes)
+        return pl.BlockSpec((None, None, None, *sizes), lambda b, k, p: (p, b, k, *zeros))
+
+    shape = (parts, batch, kv_heads, padded)
+    mixed_PBKRH, weigh_PBKR, keys, values = pl.pallas_call(
+        partial(_kernel, steps, parts),
+        grid=(batch, kv_heads, parts),
+        in_specs=(
+            pl.BlockSpec((1,), lambda b, k, p: (b,)),
+            block(padded, 0),
+            block(MOST_STEPS, after),
+            block(MOST_STEPS, after + 1),
+            block(capacity, 0),
+            block(capacity, 0),
+        ),
+        out_specs=(part(padded, size), part(padded), block(capacity, 0), block(capacity, 0)),
+        out_shape=(
+            jax.ShapeDtypeStruct((*shape, size), jnp.float32),
+            jax.ShapeDtypeStruct(shape, jnp.float32),
+            jax.ShapeDtypeStruct(keys.shape, keys.dtype),
+            jax.ShapeDtypeStruct(values.shape, values.dtype),
+        ),
+        input_output_aliases={4: 2, 5: 3},
+        interpret=interpret,
+        name="flash_decoding",
+    )(start_B, new_BKRH, new_BKRH, new_BKRH, keys, values)
+    weights = jax.nn.softmax(weigh_PBKR, axis=0)[..., :rows, None]
+    mixed_BKRH = (weights * mixed_PBKRH[..., :rows, :]).sum(0).astype(q_BTNH.dtype)
+    mixed = mixed_BKRH.reshape(batch, kv_heads, heads // kv_heads, steps, size)
+    return mixed.transpose(0, 3, 1, 2, 4).reshape(q_BTNH.shape), keys, values
+
+
+def _kernel(
+    steps, parts, start_ref, q_ref, k_ref, v_ref, keys_ref, values_ref, *outputs
+):
+    """A part of one K/V head's attention in one row of the batch."""
+    mixed_ref, weigh_ref, new_keys_ref, new_values_ref = outputs
+    part, start = pl.program_id(2), start_ref[0]
+    q_RH = q_ref[...]
+    rows, size = q_RH.shape
+
+    def look(k_SH, v_SH, visible_RS, carry):
+        top_R, total_R, mixed_RH = carry
+        scores_RS = jnp.dot(q_RH, k_SH.T, preferred_element_type=jnp.float32)
+        scores_RS = jnp.where(visible_RS, scores_RS * size**-0.5, LOWEST)
+        new_top_R = jnp.maximum(top_R, scores_RS.max(1))
+        shrink_R = jnp.exp(top_R - new_top_R)
+        weights_RS = jnp.where(visible_RS, jnp.exp(scores_RS - new_top_R[:, None]), 0)
+        added_RH = jnp.dot(
+            weights_RS.astype(v_SH.dtype), v_SH, preferred_element_type=jnp.float32
+        )
+        total_R = total_R * shrink_R + weights_RS.sum(1)
+        return new_top_R, total_R, mixed_RH * shrink_R[:, None] + added_RH
+
+    def look_at_block(index, carry):
+        first = (part + index * parts) * BLOCK
+        visible_S = first + jnp.arange(BLOCK) < start
+        slots = pl.ds(first, BLOCK)
+        visible_RS = jnp.broadcast_to(visible_S[None], (rows, BLOCK))
+        return look(keys_ref[slots, :], values_ref[slots, :], visible_RS, carry)
+
+    carry = (
+        jnp.full(rows, LOWEST, jnp.float32),
+        jnp.zeros(rows, jnp.float32),
+        jnp.zeros((rows, size), jnp.float32),
+    )
+    # Row r = (g, t) sees the new tokens up to its own.
+    new_S, row_R = jnp.arange(MOST_STEPS), jnp.arange(rows)
+    visible_RS = (new_S[None] <= (row_R % steps)[:, None]) & (part == 0)
+    k_SH, v_SH = k_ref[...], v_ref[...]
+    carry = look(k_SH, v_SH, visible_RS, carry)
+    in_use = pl.cdiv(start, BLOCK)
+    carry = lax.fori_loop(0, pl.cdiv(in_use - part, parts), look_at_block, carry)
+    top_R, total_R, mixed_RH = carry
+    seen_R = total_R > 0
+    total_R = jnp.where(seen_R, total_R, 1)
+    mixed_ref[...] = mixed_RH / total_R[:, None]
+    weigh_ref[...] = jnp.where(seen_R, top_R + jnp.log(total_R), LOWEST)
+
+    # A block of slots ends within the cache where the loop has kept room for a round.
+    slots = pl.ds(start, MOST_STEPS)
+    written = (part == 0) & (new_S < steps) & (start + new_S < keys_ref.shape[0])
+    for ref, new_SH in ((new_keys_ref, k_SH), (new_values_ref, v_SH)):
+        triton.store(ref.at[slots, :], new_SH, mask=written[:, None])
