@@ -22,7 +22,7 @@ FREE = {
     *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "iota"),
     *("while", "conditional", "call", "partition-id", "replica-id", "optimization-barrier"),
 }
-KERNEL = re.compile(r"tpu_custom_call|__cu|cub")  # custom calls that run on the device
+KERNEL = re.compile(r"tpu_custom_call|__cu|cub|__gpu\$")  # custom calls that run on the device
 _SAME_ELEMENTS = ("bitcast", "convert", "copy", "reshape", "transpose")
 
 

@@ -86,7 +86,7 @@ class Attention(nnx.Module):
         self, x_BTD: Float[Array, "B T D"], rope: tuple[Array, Array]
     ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T K H"], Float[Array, "B T K H"]]:
         """Queries and keys, turned to their positions, and values."""
-        qkv_BTKPH = self.qkv(x_BTD)
+        qkv_BTKPH = self.qkv(x_BTD)[:, : rope[0].shape[1]]
         batch, steps, kv_heads, _, size = qkv_BTKPH.shape
         q = qkv_BTKPH[:, :, :, : self.group].reshape(batch, steps, kv_heads * self.group, size)
         k, v = qkv_BTKPH[:, :, :, self.group], qkv_BTKPH[:, :, :, self.group + 1]
@@ -149,6 +149,8 @@ class Block(nnx.Module):
         """
         q, k, v = self.attention.project(self.attention_norm(x_BTD), rope)
         mixed, keys, values = _attend(q, k, v, keys, values, positions_BT, layer)
+        more = x_BTD.shape[1] - mixed.shape[1]
+        mixed = jnp.pad(mixed, ((0, 0), (0, more), (0, 0), (0, 0)))
         x_BTD = constrain(x_BTD + self.attention.merge(mixed), "data")
         x_BTD = constrain(x_BTD + self.feed_forward(self.feed_forward_norm(x_BTD)), "data")
         return x_BTD, keys, values

@@ -9,8 +9,7 @@ reads those slots: the others look at the older ones only.
 Letters beside those of llama.py: R = G * T query rows of a K/V head, P parts.
 """
 
-import math
-from functools import partial
+from functools import partial, reduce
 
 import jax
 import jax.numpy as jnp
@@ -99,11 +98,15 @@ def flash_decoding(
             jax.ShapeDtypeStruct(values.shape, values.dtype),
         ),
         input_output_aliases={4: 2, 5: 3},
+        compiler_params=triton.CompilerParams(num_warps=4, num_stages=3),
         interpret=interpret,
         name="flash_decoding",
     )(start_B, new_BKRH, new_BKRH, new_BKRH, keys, values)
-    weights = jax.nn.softmax(weigh_PBKR, axis=0)[..., :rows, None]
-    mixed_BKRH = (weights * mixed_PBKRH[..., :rows, :]).sum(0).astype(q_BTNH.dtype)
+    # Written out, the sums over parts are one kernel; as reductions they are three.
+    top_BKR = reduce(jnp.maximum, weigh_PBKR)
+    weights = [jnp.exp(weigh_BKR - top_BKR)[..., None] for weigh_BKR in weigh_PBKR]
+    mixed_BKRH = sum(map(jnp.multiply, weights, mixed_PBKRH)) / sum(weights)
+    mixed_BKRH = mixed_BKRH[:, :, :rows].astype(q_BTNH.dtype)
     mixed = mixed_BKRH.reshape(batch, kv_heads, heads // kv_heads, steps, size)
     return mixed.transpose(0, 3, 1, 2, 4).reshape(q_BTNH.shape), keys, values
 

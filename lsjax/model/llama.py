@@ -21,7 +21,7 @@ from jaxtyping import Array, Float, Int
 from lsjax.config import AttentionKernel, ComputeDtype, LlamaConfig
 from lsjax.model.block import Block, RMSNorm
 from lsjax.model.cache import KVCache
-from lsjax.model.products import enough_rows, lookup
+from lsjax.model.products import enough_rows, enough_steps, lookup
 from lsjax.model.rope import rope_angles
 from lsjax.sharding import ROWS, constrain, platform
 
@@ -88,7 +88,8 @@ class Llama(nnx.Module):
         Stacked layers run in a loop: a small program, which copies each layer's weights.
         """
         rope = rope_angles(positions_BT, self.config, x_BTD.dtype)
-        x_BTD = constrain(x_BTD, "data")
+        steps = x_BTD.shape[1]
+        x_BTD = constrain(enough_steps(x_BTD), "data")
         if self.is_stacked:
 
             def run(layer, carry):
@@ -99,13 +100,13 @@ class Llama(nnx.Module):
                 return block.extend(x_BTD, rope, positions_BT, keys, values, layer)
 
             x_BTD, *parts = lax.fori_loop(lo, hi, run, (x_BTD, cache.keys, cache.values))
-            return x_BTD, KVCache(*parts)
+            return x_BTD[:, :steps], KVCache(*parts)
         keys, values = list(cache.keys), list(cache.values)
         for layer in range(lo, hi):
             x_BTD, keys[layer], values[layer] = self.layers[layer].extend(
                 x_BTD, rope, positions_BT, keys[layer], values[layer]
             )
-        return x_BTD, KVCache(tuple(keys), tuple(values))
+        return x_BTD[:, :steps], KVCache(tuple(keys), tuple(values))
 
     def exits(
         self,

@@ -5,7 +5,6 @@ Each gives the same values and gradients as the plain expression in its docstrin
 docs/training.md has what they save. They have no forward-mode derivative.
 """
 
-import math
 from functools import partial
 
 import jax
@@ -16,9 +15,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from lsjax.sharding import platform
 
-# Fewest rows for which XLA:TPU uses the matrix unit well. With one row it sums on the vector unit,
-# several times slower (docs/performance.md).
-ROWS = 8
+# Fewest rows for which XLA uses the matrix unit well. With one row it sums on the vector unit, on
+# TPUs several times slower, on GPUs in more kernels (docs/performance.md).
+ROWS = {"tpu": 8, "gpu": 16}
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -45,13 +44,19 @@ def _lookup_backward(dtype, residuals, dx):
 lookup.defvjp(_lookup_forward, _lookup_backward)
 
 
+def enough_steps(x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T2 D"]:
+    """On accelerators with zeros behind the steps, so that all of them together are ROWS or more."""
+    batch, steps, _ = x_BTD.shape
+    return jnp.pad(x_BTD, ((0, 0), (0, max(0, -(-ROWS.get(platform(), 0) // batch) - steps)), (0, 0)))
+
+
 def enough_rows(x: Float[Array, "*batch R I"]) -> Float[Array, "*batch S I"]:
-    """x for the left side of a product: on TPUs with zeros behind its rows up to ROWS.
+    """x for the left side of a product: on accelerators with zeros behind its rows up to ROWS.
 
     The barrier keeps XLA from dropping them again.
     """
-    missing = ROWS - x.shape[-2]
-    if platform() != "tpu" or missing <= 0:
+    missing = ROWS.get(platform(), 0) - x.shape[-2]
+    if missing <= 0:
         return x
     return lax.optimization_barrier(jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, missing), (0, 0)]))
 
@@ -63,19 +68,11 @@ def linear(x: Float[Array, "*batch I"], w: Float[Array, "I *O"]) -> Float[Array,
     The gradient of w comes out as it lies, [I, *O]. Autodiff makes [*O, I] of it and transposes it
     in every layer, and the gradient of the output before that.
     """
-    return _product(x, w)
-
-
-def _product(x, w):
-    rows = math.prod(x.shape[:-1])
-    if platform() != "tpu" or rows >= ROWS:
-        return jnp.tensordot(x, w, axes=1)
-    y = jnp.tensordot(enough_rows(x.reshape(rows, -1)), w, axes=1)[:rows]
-    return y.reshape(*x.shape[:-1], *w.shape[1:])
+    return jnp.tensordot(x, w, axes=1)
 
 
 def _linear_forward(x, w):
-    return _product(x, w), (x, w)
+    return jnp.tensordot(x, w, axes=1), (x, w)
 
 
 def _linear_backward(residuals, dy):
