@@ -22,7 +22,8 @@ FREE = {
     *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "iota"),
     *("while", "conditional", "call", "partition-id", "replica-id", "optimization-barrier"),
 }
-KERNEL = re.compile(r"tpu_custom_call|__cu|cub")  # custom calls that run on the device
+# Custom calls that run on the device; Pallas calls Triton's by two names.
+KERNEL = re.compile(r"tpu_custom_call|__cu|cub|__gpu\$xla\.gpu\.triton|triton_kernel_call")
 _SAME_ELEMENTS = ("bitcast", "convert", "copy", "reshape", "transpose")
 
 

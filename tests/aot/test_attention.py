@@ -1,12 +1,17 @@
 """Attention is chosen by the devices of the program, which need not be there."""
 
+import importlib.util
+
 import jax
 import jax.numpy as jnp
 import pytest
-from jax.sharding import AbstractDevice, AbstractMesh, AxisType
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
-from lsjax.aot.chips import CHIPS
+from lsjax.aot.chips import CHIPS, CUDA, slice_of
+from lsjax.config import MeshConfig
 from lsjax.model import self_attention as module
+from lsjax.sharding import make_mesh
 
 NAMES = ("data", "fsdp", "tensor")
 
@@ -63,3 +68,28 @@ def test_cudnn_where_the_card_takes_it(kind, problem):
     with jax.sharding.use_abstract_mesh(mesh_of(kind, "gpu")):
         found = module._problem("cudnn", jnp.zeros((2, 4, 2, 8), jnp.bfloat16))
     assert found is None if problem is None else problem in found
+
+
+@pytest.mark.skipif(
+    not any(importlib.util.find_spec(module) for module in CUDA.modules),
+    reason="needs the cuda extra",
+)
+@pytest.mark.parametrize("size", [64, 128])
+def test_packed_rows_on_gpus_need_no_mask(size):
+    """The backward pass, with grouped heads, takes less than a mask of [T, T] alone would."""
+    steps, (_, devices) = 4096, slice_of("h100:1")
+    mesh = make_mesh(MeshConfig(), devices)
+
+    def shape(*sizes, dtype=jnp.bfloat16):
+        return jax.ShapeDtypeStruct(sizes, dtype, sharding=NamedSharding(mesh, P()))
+
+    def backward(q, k, v, segments, dy):
+        return jax.vjp(lambda *qkv: module.self_attention(*qkv, segments), q, k, v)[1](dy)
+
+    q, k = shape(1, steps, 4, size), shape(1, steps, 2, size)
+    # As in the program, where products of bfloat16 are bfloat16's.
+    with jax.set_mesh(mesh), jax.default_matmul_precision("default"):
+        lowered = jax.jit(backward).lower(q, k, k, shape(1, steps, dtype=jnp.int32), q)
+        compiled = lowered.compile()
+    assert "flash_dkv/pallas_call" in compiled.as_text()
+    assert compiled.memory_analysis().temp_size_in_bytes < steps * steps
