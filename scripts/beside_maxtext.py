@@ -14,8 +14,8 @@ and its own train_compile runs in an environment with Python 3.12:
         pydantic pyyaml qwix sentencepiece sympy tensorboardX tiktoken tokamax transformers
 
 jax and libtpu should have the versions that lsjax's environment has. Rows, tokens and the mesh are
-those of configs/continual_llama2_7b.py; all else is MaxText's default. Three programs take about
-five minutes on two quiet cores.
+those of configs/continual_llama2_7b.py; all else is MaxText's default. Three programs take
+several minutes.
 """
 
 import json
