@@ -134,6 +134,7 @@ def test_a_process_that_is_too_slow_is_one_line(tmp_path, monkeypatch, capsys):
     "hlo, kernel",
     [
         ('custom_call_target="__cudnn$fmhaSoftmaxBackward"', "cudnn"),
+        ('op_name="jit(f)/flash_forward/pallas_call"', "flash"),
         ('%splash_mha_fwd = custom-call(), custom_call_target="tpu_custom_call"', "splash"),
         ('custom_call_target="__cublas$gemm"', "xla"),
     ],

@@ -167,9 +167,7 @@ class Counting:
             total.operations += 1
             total.layer_operations += self._in_layer(one)
         if one.opcode == "custom-call" and runs(one):
-            name = one.name if one.target == "tpu_custom_call" else one.target
-            name = re.sub(r"[.\d]+$", "", name)
-            total.kernels[name, largest_operand(computation, one)] += 1
+            total.kernels[one.kernel, largest_operand(computation, one)] += 1
 
     def _in_layer(self, instruction: Instruction) -> bool:
         return self._program.comes_from(instruction, LAYER_FILE)

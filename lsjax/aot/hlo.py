@@ -52,6 +52,14 @@ class Instruction:
         return self.attribute(r'custom_call_target="([^"]*)"') or ""
 
     @property
+    def kernel(self) -> str:
+        """Name of a custom call's kernel: as Pallas calls it, or the target."""
+        if self.target == "tpu_custom_call":
+            return re.sub(r"[.\d]+$", "", self.name)
+        found = re.search(r"([^/]+)/pallas_call$", self.op_name)
+        return found.group(1) if found else self.target
+
+    @property
     def estimated_cycles(self) -> int:
         """The TPU compiler's estimate; 0 where it gives none."""
         return int(self.attribute(r'"estimated_cycles":"(\d+)"') or 0)

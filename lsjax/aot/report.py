@@ -25,7 +25,7 @@ WARNINGS = {
     "exceeds the base limit": "the program's memory exceeds the base limit",
 }
 # Part of a kernel's name -> the attention that it belongs to.
-ATTENTION = {"__cudnn$fmha": "cudnn", "splash_mha": "splash"}
+ATTENTION = {"__cudnn$fmha": "cudnn", "splash_mha": "splash", "flash_forward": "flash"}
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class Report:
 
     @property
     def attention(self) -> str:
-        """The kernel: cudnn, splash, or xla for products of the compiler's own."""
+        """The kernel: cudnn, splash, flash, or xla for products of the compiler's own."""
         names = " ".join(name for name, _ in self.costs.kernels)
         return next((kernel for mark, kernel in ATTENTION.items() if mark in names), "xla")
 

@@ -22,7 +22,8 @@ FREE = {
     *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "iota"),
     *("while", "conditional", "call", "partition-id", "replica-id", "optimization-barrier"),
 }
-KERNEL = re.compile(r"tpu_custom_call|__cu|cub|__gpu\$")  # custom calls that run on the device
+# Custom calls that run on the device; Pallas calls Triton's by two names.
+KERNEL = re.compile(r"tpu_custom_call|__cu|cub|__gpu\$xla\.gpu\.triton|triton_kernel_call")
 _SAME_ELEMENTS = ("bitcast", "convert", "copy", "reshape", "transpose")
 
 
@@ -102,8 +103,13 @@ def _read(program: Program, computation: Computation, name: str, result: bool = 
 
 
 def _written(program: Program, computation: Computation, instruction: Instruction) -> float:
-    """Bytes of the results; of an update in place, of what is new."""
+    """Bytes of the results; of an update in place, of what is new: of a kernel's, nothing."""
     results = arrays(instruction.shape)
+    if instruction.opcode == "custom-call":
+        # {{2}: (4, {}), {3}: (5, {})}: results 2 and 3 lie where operands 4 and 5 did.
+        aliases = instruction.attribute(r"output_to_operand_aliasing=\{(.*?\}\))\}") or ""
+        in_place = {int(number) for number in re.findall(r"\{(\d+)\}: \(", aliases)}
+        results = [array for index, array in enumerate(results) if index not in in_place]
     sources: list[Instruction | None] = [instruction]
     place = computation
     while sources[0] is not None and sources[0].opcode == "fusion" and len(sources) == 1:

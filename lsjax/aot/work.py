@@ -6,8 +6,9 @@ import re
 from lsjax.aot.hlo import Computation, Instruction, Program
 from lsjax.aot.shapes import arrays
 
-# Products of [T, T] by [T, H] or alike in attention kernels: splash on TPUs, cuDNN on GPUs.
+# Products of [T, T] by [T, H] or alike in attention kernels: splash on TPUs, others on GPUs.
 SPLASH_PRODUCTS = {"fwd": 2, "dq": 3, "dkv": 4}
+FLASH_PRODUCTS = {"flash_forward": 2, "flash_dq": 3, "flash_dkv": 4}
 CUDNN_FORWARD, CUDNN_BACKWARD = 2, 5
 
 
@@ -30,6 +31,10 @@ def operation_flops(program: Program, computation: Computation, instruction: Ins
             return _cudnn_attention(computation, instruction)
         case "custom-call" if instruction.target == "tpu_custom_call":
             return kernel_flops(instruction.name, largest_operand(computation, instruction))
+        case "custom-call" if instruction.kernel in FLASH_PRODUCTS:
+            batch, steps, heads, size = arrays(largest_operand(computation, instruction))[0].sizes
+            scores = batch * heads * steps * steps / 2  # of rows with one document
+            return FLASH_PRODUCTS[instruction.kernel] * 2.0 * scores * size
     return 0.0
 
 

@@ -10,7 +10,7 @@ from lsjax.config.llama import LlamaConfig
 from lsjax.config.lora import LoraConfig
 from lsjax.config.optimizer import OptimizerConfig
 
-AttentionKernel = Literal["auto", "xla", "splash", "cudnn"]
+AttentionKernel = Literal["auto", "xla", "splash", "flash", "cudnn"]
 ComputeDtype = Literal["auto", "float32", "bfloat16"]
 Remat = Literal["none", "nothing_saveable", "dots_saveable", "dots_with_no_batch_dims_saveable"]
 
@@ -36,8 +36,8 @@ class StepConfig:
     """What a layer keeps for its backward pass: all that it needs, or what jax's checkpoint policy
     of that name keeps; the rest is computed again."""
     attention: AttentionKernel = "auto"
-    """What computes it: auto is splash on TPUs, cudnn on GPUs and xla elsewhere, and xla where
-    these do not take the arrays (lsjax/model/self_attention.py)."""
+    """What computes it: auto is splash on TPUs, flash on GPUs and xla elsewhere, and cudnn or xla
+    where these do not take the arrays (lsjax/model/self_attention.py)."""
     dtype: ComputeDtype = "auto"
     """Of the computation: auto is bfloat16 on accelerators and that of the parameters on CPUs."""
 

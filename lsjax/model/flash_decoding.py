@@ -111,13 +111,11 @@ def flash_decoding(
     return mixed.transpose(0, 3, 1, 2, 4).reshape(q_BTNH.shape), keys, values
 
 
-def _kernel(
-    steps, parts, start_ref, q_ref, k_ref, v_ref, keys_ref, values_ref, *outputs
-):
+def _kernel(steps, parts, start_ref, q_ref, k_ref, v_ref, keys_ref, values_ref, *outputs):
     """A part of one K/V head's attention in one row of the batch."""
     mixed_ref, weigh_ref, new_keys_ref, new_values_ref = outputs
     part, start = pl.program_id(2), start_ref[0]
-    q_RH = q_ref[...]
+    q_RH, capacity = q_ref[...], keys_ref.shape[0]
     rows, size = q_RH.shape
 
     def look(k_SH, v_SH, visible_RS, carry):
@@ -127,9 +125,7 @@ def _kernel(
         new_top_R = jnp.maximum(top_R, scores_RS.max(1))
         shrink_R = jnp.exp(top_R - new_top_R)
         weights_RS = jnp.where(visible_RS, jnp.exp(scores_RS - new_top_R[:, None]), 0)
-        added_RH = jnp.dot(
-            weights_RS.astype(v_SH.dtype), v_SH, preferred_element_type=jnp.float32
-        )
+        added_RH = jnp.dot(weights_RS.astype(v_SH.dtype), v_SH, preferred_element_type=jnp.float32)
         total_R = total_R * shrink_R + weights_RS.sum(1)
         return new_top_R, total_R, mixed_RH * shrink_R[:, None] + added_RH
 
@@ -148,9 +144,8 @@ def _kernel(
     # Row r = (g, t) sees the new tokens up to its own.
     new_S, row_R = jnp.arange(MOST_STEPS), jnp.arange(rows)
     visible_RS = (new_S[None] <= (row_R % steps)[:, None]) & (part == 0)
-    k_SH, v_SH = k_ref[...], v_ref[...]
-    carry = look(k_SH, v_SH, visible_RS, carry)
-    in_use = pl.cdiv(start, BLOCK)
+    carry = look(k_ref[...], v_ref[...], visible_RS, carry)
+    in_use = pl.cdiv(jnp.minimum(start, capacity), BLOCK)
     carry = lax.fori_loop(0, pl.cdiv(in_use - part, parts), look_at_block, carry)
     top_R, total_R, mixed_RH = carry
     seen_R = total_R > 0
@@ -158,8 +153,10 @@ def _kernel(
     mixed_ref[...] = mixed_RH / total_R[:, None]
     weigh_ref[...] = jnp.where(seen_R, top_R + jnp.log(total_R), LOWEST)
 
-    # A block of slots ends within the cache where the loop has kept room for a round.
-    slots = pl.ds(start, MOST_STEPS)
-    written = (part == 0) & (new_S < steps) & (start + new_S < keys_ref.shape[0])
-    for ref, new_SH in ((new_keys_ref, k_SH), (new_values_ref, v_SH)):
-        triton.store(ref.at[slots, :], new_SH, mask=written[:, None])
+    @pl.when(part == 0)
+    def _():
+        for step in range(steps):
+            # Rows that have ended may have no room left; nothing may lie behind the cache.
+            slot = pl.ds(jnp.minimum(start + step, capacity - 1), 1)
+            new_keys_ref[slot, :] = k_ref[pl.ds(step, 1), :]
+            new_values_ref[slot, :] = v_ref[pl.ds(step, 1), :]

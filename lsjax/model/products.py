@@ -47,7 +47,9 @@ lookup.defvjp(_lookup_forward, _lookup_backward)
 def enough_steps(x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T2 D"]:
     """On accelerators with zeros behind the steps, so that all of them together are ROWS or more."""
     batch, steps, _ = x_BTD.shape
-    return jnp.pad(x_BTD, ((0, 0), (0, max(0, -(-ROWS.get(platform(), 0) // batch) - steps)), (0, 0)))
+    return jnp.pad(
+        x_BTD, ((0, 0), (0, max(0, -(-ROWS.get(platform(), 0) // batch) - steps)), (0, 0))
+    )
 
 
 def enough_rows(x: Float[Array, "*batch R I"]) -> Float[Array, "*batch S I"]:

@@ -2,6 +2,7 @@
 
     xla     products and a softmax, with the backward pass of products.py; [T, T] weights are held
     splash  TPU kernel that comes with jax: blocks of the weights, those past the diagonal skipped
+    flash   GPU kernel of flash.py: blocks of the weights, those that are hidden skipped
     cudnn   cuDNN's flash attention, on NVIDIA GPUs since Ampere
 
 All give the same up to rounding. On a mesh the kernels run on each device's rows and heads.
@@ -20,6 +21,8 @@ from lsjax.sharding import ROWS, on_each_device, platform
 BLOCKS = (512, 384, 256, 128)
 # What splash keeps for its backward pass, for remat policies that save by name.
 SAVED = "splash_attention"
+# Tokens of a block of flash, which divides its sequences.
+OWN = 128
 
 # Compute capability of cards that programs are compiled for without one (lsjax/aot/chips.py): jax's
 # meshes know the names of such devices only.
@@ -37,23 +40,27 @@ def self_attention(
     in float32 or wider.
 
     segments_BT: number of the document that a token belongs to; one document by default. Padding
-    is a segment like the others. kernel: "auto" is splash on TPUs, cudnn on GPUs and xla on CPUs,
-    and xla where these do not take the arrays: splash takes float32 and bfloat16, and lengths that
-    no block divides it pads; cudnn takes 16-bit floats, even lengths, and heads of up to 128 by
-    multiples of 8. On CPUs splash is interpreted, for tests.
+    is a segment like the others. Segments are contiguous.
+
+    kernel: "auto" is the first of these that takes the arrays: splash on TPUs; on GPUs flash for
+    several documents, and cudnn; xla. Splash takes float32 and bfloat16, and lengths that no block
+    divides it pads. cudnn takes 16-bit floats, even lengths, and heads of up to 128 by multiples of
+    8. flash takes 16-bit floats, lengths that OWN divides, and heads of 16, 32, 64 or 128. On CPUs
+    splash and flash are interpreted, for tests.
 
     Raises ConfigError where the kernel that is asked for by name does not fit.
     """
     if kernel == "auto":
-        kernel = {"tpu": "splash", "gpu": "cudnn"}.get(platform(), "xla")
-        kernel = "xla" if _problem(kernel, q_BTNH) else kernel
+        packed = ("flash",) if segments_BT is not None else ()
+        kernels = {"tpu": ("splash",), "gpu": (*packed, "cudnn")}.get(platform(), ())
+        kernel = next((name for name in kernels if _problem(name, q_BTNH) is None), "xla")
     problem = _problem(kernel, q_BTNH)
     check(problem is None, f"attention {kernel!r} {problem}: use auto or xla")
     if kernel == "xla":
         return attention(q_BTNH, k_BTKH, v_BTKH, _mask(q_BTNH, segments_BT))
     heads = P(ROWS, None, "tensor")
     return on_each_device(
-        _splash if kernel == "splash" else _cudnn,
+        {"splash": _splash, "flash": _flash, "cudnn": _cudnn}[kernel],
         (q_BTNH, k_BTKH, v_BTKH, segments_BT),
         (heads, heads, heads, P(ROWS)),
         heads,
@@ -68,6 +75,15 @@ def _problem(kernel: str, q_BTNH: Array) -> str | None:
             return f"is for TPUs, but this program is for {devices}"
         if dtype not in (jnp.float32, jnp.bfloat16):
             return f"takes float32 and bfloat16, not {dtype}"
+    if kernel == "flash":
+        if devices != "cpu" and (devices != "gpu" or nvidia_capability() < 8):
+            return f"is for NVIDIA GPUs since Ampere, but this program is for {devices}"
+        if devices == "gpu" and dtype not in (jnp.float16, jnp.bfloat16):
+            return f"takes float16 and bfloat16, not {dtype}"
+        if size not in (16, 32, 64, 128):
+            return f"takes head sizes of 16, 32, 64 and 128, not {size}"
+        if steps % OWN:
+            return f"takes lengths that {OWN} divides, not {steps}"
     if kernel == "cudnn":
         if devices != "gpu" or nvidia_capability() < 8:
             return f"is for NVIDIA GPUs since Ampere, but this program is for {devices}"
@@ -107,6 +123,15 @@ def _cudnn(q_BTNH, k_BTKH, v_BTKH, segments_BT):
     return jax.nn.dot_product_attention(
         q_BTNH, k_BTKH, v_BTKH, mask=mask, is_causal=True, implementation="cudnn"
     )
+
+
+def _flash(q_BTNH, k_BTKH, v_BTKH, segments_BT):
+    # Here, as Pallas takes most of a second to import.
+    from lsjax.model.flash import flash_attention
+
+    if segments_BT is None:
+        segments_BT = jnp.zeros(q_BTNH.shape[:2], jnp.int32)
+    return flash_attention(q_BTNH, k_BTKH, v_BTKH, segments_BT)
 
 
 def _splash(q_BTNH, k_BTKH, v_BTKH, segments_BT):

@@ -89,4 +89,6 @@ def attention_kernel(hlo: str) -> str:
     targets = " ".join(set(re.findall(r'custom_call_target="([^"]+)"', hlo)))
     if "fmha" in targets:
         return "cudnn"
+    if "flash_forward/pallas_call" in hlo:
+        return "flash"
     return "splash" if "tpu_custom_call" in targets and "splash" in hlo else "xla"

@@ -1,12 +1,17 @@
 """Attention is chosen by the devices of the program, which need not be there."""
 
+import importlib.util
+
 import jax
 import jax.numpy as jnp
 import pytest
-from jax.sharding import AbstractDevice, AbstractMesh, AxisType
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
-from lsjax.aot.chips import CHIPS
+from lsjax.aot.chips import CHIPS, CUDA, slice_of
+from lsjax.config import MeshConfig
 from lsjax.model import self_attention as module
+from lsjax.sharding import make_mesh
 
 NAMES = ("data", "fsdp", "tensor")
 
@@ -23,7 +28,7 @@ def mesh_of(kind: str, platform: str) -> AbstractMesh:
 )
 def test_devices_that_are_not_here(kind, expected):
     with jax.sharding.use_abstract_mesh(mesh_of(kind, "gpu")):
-        assert module._capability() == expected
+        assert module.nvidia_capability() == expected
 
 
 class Local:
@@ -36,23 +41,23 @@ class Local:
 @pytest.mark.parametrize("capability, expected", [("7.5", 7.5), ("12.0", 12.0), ("gfx90a", 0.0)])
 def test_local_devices_know_it_themselves(monkeypatch, capability, expected):
     monkeypatch.setattr(jax, "local_devices", lambda: [Local("Card", capability)])
-    assert module._capability() == expected
+    assert module.nvidia_capability() == expected
     # On the same card, by its name in a mesh; not for a TPU elsewhere.
     with jax.sharding.use_abstract_mesh(mesh_of("Card", "gpu")):
-        assert module._capability() == expected
+        assert module.nvidia_capability() == expected
     with jax.sharding.use_abstract_mesh(mesh_of("TPU v5", "tpu")):
-        assert module._capability() == 0
+        assert module.nvidia_capability() == 0
 
 
 def test_cpus_have_none():
-    assert module._capability() == 0
+    assert module.nvidia_capability() == 0
 
 
 def test_all_gpus_of_the_table_have_it():
     for chip in CHIPS:
         if chip.compiler.platform == "cuda":
             with jax.sharding.use_abstract_mesh(mesh_of(chip.kind, "gpu")):
-                assert module._capability() >= 8
+                assert module.nvidia_capability() >= 8
 
 
 @pytest.mark.parametrize(
@@ -63,3 +68,28 @@ def test_cudnn_where_the_card_takes_it(kind, problem):
     with jax.sharding.use_abstract_mesh(mesh_of(kind, "gpu")):
         found = module._problem("cudnn", jnp.zeros((2, 4, 2, 8), jnp.bfloat16))
     assert found is None if problem is None else problem in found
+
+
+@pytest.mark.skipif(
+    not any(importlib.util.find_spec(module) for module in CUDA.modules),
+    reason="needs the cuda extra",
+)
+@pytest.mark.parametrize("size", [64, 128])
+def test_packed_rows_on_gpus_need_no_mask(size):
+    """The backward pass, with grouped heads, takes less than a mask of [T, T] alone would."""
+    steps, (_, devices) = 4096, slice_of("h100:1")
+    mesh = make_mesh(MeshConfig(), devices)
+
+    def shape(*sizes, dtype=jnp.bfloat16):
+        return jax.ShapeDtypeStruct(sizes, dtype, sharding=NamedSharding(mesh, P()))
+
+    def backward(q, k, v, segments, dy):
+        return jax.vjp(lambda *qkv: module.self_attention(*qkv, segments), q, k, v)[1](dy)
+
+    q, k = shape(1, steps, 4, size), shape(1, steps, 2, size)
+    # As in the program, where products of bfloat16 are bfloat16's.
+    with jax.set_mesh(mesh), jax.default_matmul_precision("default"):
+        lowered = jax.jit(backward).lower(q, k, k, shape(1, steps, dtype=jnp.int32), q)
+        compiled = lowered.compile()
+    assert "flash_dkv/pallas_call" in compiled.as_text()
+    assert compiled.memory_analysis().temp_size_in_bytes < steps * steps

@@ -109,3 +109,20 @@ def test_bytes_of_operations(name, expected):
     program = parse(TEXT)
     entry = program.computations["main"]
     assert moved_bytes(program, entry, entry.instructions[name]) == expected
+
+
+def test_results_in_place_of_a_kernel():
+    """A kernel that updates a cache reads all of it, and writes its own results."""
+    text = """\
+HloModule jit_run
+
+ENTRY %main (q: f32[4], c: bf16[8,4]) -> (f32[4], bf16[8,4]) {
+  %q = f32[4]{0} parameter(0)
+  %c = bf16[8,4]{1,0} parameter(1)
+  ROOT %out = (f32[4]{0}, bf16[8,4]{1,0}) custom-call(%q, %c), \
+custom_call_target="__gpu$xla.gpu.triton", output_to_operand_aliasing={{1}: (1, {})}
+}
+"""
+    program = parse(text)
+    main = program.computations["main"]
+    assert moved_bytes(program, main, main.instructions["out"]) == 16 + 64 + 16

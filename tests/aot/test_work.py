@@ -30,6 +30,8 @@ custom_call_target="__cublas$gemm", backend_config={{"gemm_backend_config":\
 custom_call_target="__cudnn$fmhaSoftmax", {FMHA}
   %bwd = (bf16[2,4,8,16]{{3,1,2,0}}, u8[0]{{0}}) custom-call(%q, %q, %q), \
 custom_call_target="__cudnn$fmhaSoftmaxBackward", {FMHA}
+  %flash = bf16[2,8,4,16]{{3,2,1,0}} custom-call(%q, %q, %q), \
+custom_call_target="__gpu$xla.gpu.triton", metadata={{op_name="jit(f)/flash_dkv/pallas_call"}}
   %other = bf16[5,16]{{1,0}} negate(%a)
   ROOT %fused = bf16[5,32]{{1,0}} fusion(%a, %b), kind=kCustom, calls=%product
 }}
@@ -45,6 +47,7 @@ custom_call_target="__cudnn$fmhaSoftmaxBackward", {FMHA}
         # Scores [2, 4, 8, 8], of which half; two products of heads of 16, five backward.
         ("fwd", 2 * (2 * 2 * 4 * 8 * 8 * 16) / 2),
         ("bwd", 5 * (2 * 2 * 4 * 8 * 8 * 16) / 2),
+        ("flash", 4 * (2 * 2 * 4 * 8 * 8 * 16) / 2),
         ("other", 0),
     ],
 )

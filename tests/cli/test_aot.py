@@ -146,7 +146,13 @@ def test_a_report_for_a_gpu(tmp_path, capsys):
     training = ["--programs", "train", "--mesh.data", "2"]
     assert main([*map(str, QUICKSTART), "--topology", "h100:2", *training, *flags]) == 0
     (train,) = json.loads(file.read_text())["programs"]
-    assert train["attention"] == "cudnn" and train["flops"] > 0
+    assert train["attention"] == "flash" and train["flops"] > 0
+    kernels = {one["name"]: one["count"] for one in train["kernels"]}
+    assert {name: kernels[name] for name in kernels if name.startswith("flash")} == {
+        "flash_forward": 2,
+        "flash_dq": 2,
+        "flash_dkv": 2,
+    }
     assert {one["kind"] for one in train["collectives"]} == {"all-reduce"}
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from lsjax.model import products
-from lsjax.model.products import linear, lookup, mix, rows_where, swiglu
+from lsjax.model.products import enough_rows, enough_steps, linear, lookup, mix, rows_where, swiglu
 
 
 def plain_mix(q, k, v, mask):
@@ -52,25 +52,19 @@ def test_values_and_gradients_of_the_plain_expression(name):
         np.testing.assert_allclose(one, other, rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("shape", [(1, 1, 6), (2, 3, 6), (9, 1, 6)])
-def test_products_with_few_rows_on_tpus(monkeypatch, shape):
-    """Eight rows reach the matrix unit; those that were added are gone from the result."""
-    x, w = (
-        jax.random.normal(jax.random.key(0), shape),
-        jax.random.normal(jax.random.key(1), (6, 2, 5)),
-    )
-    expected = linear(x, w)
-    monkeypatch.setattr(products, "platform", lambda: "tpu")
-    lowered = jax.jit(lambda x, w: linear(x, w)).lower(x, w)
-    np.testing.assert_allclose(lowered.compile()(x, w), expected, rtol=1e-6)
-    few = shape[0] * shape[1] < products.ROWS
-    assert ("optimization_barrier" in lowered.as_text()) == few
-    assert ("tensor<8x6xf32>" in lowered.as_text()) == few
-    gradients = jax.grad(lambda x, w: (linear(x, w) ** 2).sum(), (0, 1))
-    found = gradients(x, w)
-    monkeypatch.undo()
-    for one, other in zip(found, gradients(x, w), strict=True):
-        np.testing.assert_allclose(one, other, rtol=1e-5)
+@pytest.mark.parametrize("platform, rows", [("cpu", 1), ("tpu", 8), ("gpu", 16)])
+def test_rows_of_a_product(monkeypatch, platform, rows):
+    """Accelerators get as many as reach the matrix unit, and zeros in what was added."""
+    monkeypatch.setattr(products, "platform", lambda: platform)
+    x_BTD = jnp.ones((1, 1, 6))
+    for padded in (enough_rows(x_BTD), enough_steps(x_BTD)):
+        assert padded.shape == (1, rows, 6)
+        np.testing.assert_array_equal(padded[:, :1], x_BTD)
+        assert (padded[:, 1:] == 0).all()
+    assert enough_steps(jnp.ones((3, 1, 6))).shape == (3, -(-rows // 3), 6)
+    assert enough_steps(jnp.ones((2, 20, 6))).shape == (2, 20, 6)
+    lowered = jax.jit(enough_rows).lower(x_BTD)
+    assert ("optimization_barrier" in lowered.as_text()) == (platform != "cpu")
 
 
 def test_lookup():

@@ -99,15 +99,21 @@ def test_the_devices_choose(monkeypatch):
         assert "pallas_call" not in kernels(jnp.zeros(q.shape, float))
     monkeypatch.setattr(module, "platform", lambda: "gpu")
     assert "pallas_call" not in kernels(q)  # no GPU here
-    monkeypatch.setattr(module, "_capability", lambda: 9.0)
+    monkeypatch.setattr(module, "nvidia_capability", lambda: 9.0)
     with pytest.raises(RuntimeError, match="cuDNN is not detected"):
-        kernels(q)
-    kernels(q.astype(jnp.float32))
+        kernels(q)  # as 128 does not divide the length
+    assert "name=flash_forward" in kernels(q[:, :128])
+    with pytest.raises(RuntimeError, match="cuDNN is not detected"):
+        jax.make_jaxpr(self_attention)(q[:, :128], q[:, :128], q[:, :128])  # one document
+    kernels(q[:, :128].astype(jnp.float32))
     kernels(q[:, :-1])
     for array, kernel, message in (
         (q, "splash", "'splash' is for TPUs, but this program is for gpu"),
         (q.astype(jnp.float32), "cudnn", "takes float16 and bfloat16, not float32"),
         (q[..., :-1], "cudnn", "takes head sizes of 8, 16, ... 128, not 15"),
+        (q.astype(jnp.float32), "flash", "takes float16 and bfloat16, not float32"),
+        (q[..., :-8], "flash", "takes head sizes of 16, 32, 64 and 128, not 8"),
+        (q, "flash", "takes lengths that 128 divides, not 200"),
     ):
         with pytest.raises(ConfigError, match=message):
             kernels(array, kernel)

@@ -1,0 +1,232 @@
+"""Causal attention of packed rows on NVIDIA GPUs, in blocks (FlashAttention-2, Dao 2023).
+
+Documents are contiguous, so a block of queries visits the keys from the start of its first
+document to the diagonal. Neither weights nor a mask of [T, T] are ever in memory.
+
+    queries  keys
+             a a a b b c c c      a, b, c: documents of a row
+          a  x
+          b  x x                  x: visited blocks
+          b      x
+          c      x x
+
+The kernels are written in Pallas and compiled by Triton. A program has a block of OWN tokens and
+visits the tokens that it needs in blocks of OTHERS. Weights are powers of 2, in float32.
+"""
+
+import math
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton
+from jaxtyping import Array, Float, Int
+
+from lsjax.model.self_attention import OWN
+from lsjax.sharding import platform
+
+OTHERS = 64
+HIDDEN = -1e30  # score of what a query does not see
+
+
+@jax.custom_vjp
+def flash_attention(
+    q_BTNH: Float[Array, "B T N H"],
+    k_BTKH: Float[Array, "B T K H"],
+    v_BTKH: Float[Array, "B T K H"],
+    segments_BT: Int[Array, "B T"],
+) -> Float[Array, "B T N H"]:
+    """Attention of each token to those before it in its segment, and itself.
+
+    Segments are contiguous, T a multiple of OWN, and H a power of 2 from 16 on.
+    """
+    return _forward(q_BTNH, k_BTKH, v_BTKH, segments_BT)[0]
+
+
+def _forward(q, k, v, segments):
+    """Also gives the logarithm of each query's softmax denominator, to base 2: [B, N, T]."""
+    specs, sums = _Specs(q, k), jax.ShapeDtypeStruct(q.swapaxes(1, 2).shape[:3], jnp.float32)
+    return _call(
+        _flash_forward,
+        (segments, _first(segments), q, k, v),
+        (specs.row, specs.blocks, specs.own, specs.shared, specs.shared),
+        (q, sums),
+        (specs.own, specs.own_sums),
+    )
+
+
+def _forward_with_residuals(q, k, v, segments):
+    y, logs = _forward(q, k, v, segments)
+    return y, (q, k, v, segments, y, logs)
+
+
+def _backward(residuals, dy):
+    q, k, v, segments, y, logs = residuals
+    specs = _Specs(q, k)
+    # The sum of weights times their gradients, from the output: no pass over [T, T] is for it.
+    together = (dy.astype(jnp.float32) * y.astype(jnp.float32)).sum(-1).swapaxes(1, 2)
+    (dq,) = _call(
+        _flash_dq,
+        (segments, _first(segments), q, k, v, dy, logs, together),
+        (specs.row, specs.blocks, specs.own, specs.shared, specs.shared)
+        + (specs.own, specs.own_sums, specs.own_sums),
+        (q,),
+        (specs.own,),
+    )
+    dk, dv = _call(
+        _flash_dkv,
+        (segments, _last(segments), q, k, v, dy, logs, together),
+        (specs.row, specs.blocks, specs.group, specs.own, specs.own)
+        + (specs.group, specs.group_sums, specs.group_sums),
+        (k, v),
+        (specs.own, specs.own),
+    )
+    return dq, dk, dv, None
+
+
+flash_attention.defvjp(_forward_with_residuals, _backward)
+
+
+class _Specs:
+    """What a program sees of the arrays: program (i, n, b) has block i of head n in row b."""
+
+    def __init__(self, q, k):
+        _, steps, heads, size = q.shape
+        group = heads // k.shape[2]
+        self.row = pl.BlockSpec((None, steps), lambda i, n, b: (b, 0))
+        self.blocks = pl.BlockSpec((None, steps // OWN), lambda i, n, b: (b, 0))
+        self.own = pl.BlockSpec((None, OWN, None, size), lambda i, n, b: (b, i, n, 0))
+        self.own_sums = pl.BlockSpec((None, None, OWN), lambda i, n, b: (b, n, i))
+        # A query head's keys and values, and a K/V head's queries.
+        self.shared = pl.BlockSpec((None, steps, None, size), lambda i, n, b: (b, 0, n // group, 0))
+        self.group = pl.BlockSpec((None, steps, group, size), lambda i, n, b: (b, 0, n, 0))
+        self.group_sums = pl.BlockSpec((None, group, steps), lambda i, n, b: (b, n, 0))
+
+
+def _call(kernel, arrays, in_specs, results, out_specs):
+    """A program for each block of the first result."""
+    batch, steps, heads, size = results[0].shape
+    # The compiler for H100 spills no registers with these (docs/training.md).
+    warps = 4 if kernel is _flash_forward and size <= 64 else 8
+    return pl.pallas_call(
+        partial(kernel, scale=size**-0.5),
+        grid=(steps // OWN, heads, batch),
+        in_specs=in_specs,
+        out_specs=out_specs,
+        out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in results],
+        compiler_params=triton.CompilerParams(num_warps=warps, num_stages=2),
+        interpret=platform() == "cpu",
+        name=kernel.__name__.strip("_"),
+    )(*arrays)
+
+
+def _first(segments_BT):
+    """[B, T / OWN]: where the document of each block's first token begins."""
+    return lax.argmax(segments_BT[:, ::OWN, None] == segments_BT[:, None], 2, jnp.int32)
+
+
+def _last(segments_BT):
+    """[B, T / OWN]: where the document of each block's last token ends, that token included."""
+    return segments_BT.shape[1] - 1 - _first(segments_BT[:, ::-1])[:, ::-1]
+
+
+def _flash_forward(segments_ref, first_ref, q_ref, k_ref, v_ref, y_ref, logs_ref, *, scale):
+    """Sums over the keys so far, relative to the largest score so far."""
+    block = pl.program_id(0)
+    q, own = q_ref[...], _tokens(segments_ref, block, OWN, 1)
+
+    def visit(other, carry):
+        y, largest, total = carry
+        keys = pl.ds(other * OTHERS, OTHERS)
+        scores = _scores(q, k_ref[keys, :], own, _tokens(segments_ref, other, OTHERS, 0), scale)
+        v, larger = v_ref[keys, :], jnp.maximum(largest, scores.max(1))
+        # Before a query's document the weights are 1; its own scores are larger and shrink these
+        # to 0.
+        weights, shrink = jnp.exp2(scores - larger[:, None]), jnp.exp2(largest - larger)
+        y = y * shrink[:, None] + _product(weights.astype(v.dtype), v, 1, 0)
+        return y, larger, total * shrink + weights.sum(1)
+
+    y, total = jnp.zeros(q.shape, jnp.float32), jnp.zeros(OWN, jnp.float32)
+    y, largest, total = lax.fori_loop(
+        lax.div(first_ref[block], OTHERS),
+        (block + 1) * (OWN // OTHERS),
+        visit,
+        (y, jnp.full(OWN, HIDDEN, jnp.float32), total),
+    )
+    y_ref[...] = (y / total[:, None]).astype(y_ref.dtype)
+    logs_ref[...] = largest + jnp.log2(total)
+
+
+def _flash_dq(
+    segments_ref, first_ref, q_ref, k_ref, v_ref, dy_ref, logs_ref, together_ref, dq_ref, *, scale
+):
+    block = pl.program_id(0)
+    own, q, dy = _tokens(segments_ref, block, OWN, 1), q_ref[...], dy_ref[...]
+    logs, together = logs_ref[...], together_ref[...]
+
+    def visit(other, dq):
+        keys = pl.ds(other * OTHERS, OTHERS)
+        k, others = k_ref[keys, :], _tokens(segments_ref, other, OTHERS, 0)
+        weights = jnp.exp2(_scores(q, k, own, others, scale) - logs[:, None])
+        dscores = weights * (_product(dy, v_ref[keys, :], 1, 1) - together[:, None])
+        return dq + _product(dscores.astype(k.dtype), k, 1, 0)
+
+    dq = lax.fori_loop(
+        lax.div(first_ref[block], OTHERS),
+        (block + 1) * (OWN // OTHERS),
+        visit,
+        jnp.zeros(q.shape, jnp.float32),
+    )
+    dq_ref[...] = (dq * scale).astype(dq_ref.dtype)
+
+
+def _flash_dkv(
+    segments_ref, last_ref, q_ref, k_ref, v_ref, dy_ref, logs_ref, together_ref, *results, scale
+):
+    """Sums over the queries of all heads that share the keys."""
+    block = pl.program_id(0)
+    own, k, v = _tokens(segments_ref, block, OWN, 1), k_ref[...], v_ref[...]
+
+    def visit(head, other, carry):
+        dk, dv = carry
+        queries = pl.ds(other * OTHERS, OTHERS)
+        q, dy = q_ref[queries, head, :], dy_ref[queries, head, :]
+        others = _tokens(segments_ref, other, OTHERS, 0)
+        # [keys, queries], as the sums need them.
+        weights = jnp.exp2(_scores(k, q, others, own, scale) - logs_ref[head, queries])
+        dscores = weights * (_product(v, dy, 1, 1) - together_ref[head, queries])
+        dv += _product(weights.astype(dy.dtype), dy, 1, 0)
+        return dk + _product(dscores.astype(q.dtype), q, 1, 0), dv
+
+    def visit_head(head, carry):
+        blocks = block * (OWN // OTHERS), lax.div(last_ref[block], OTHERS) + 1
+        return lax.fori_loop(*blocks, partial(visit, head), carry)
+
+    zeros = jnp.zeros(k.shape, jnp.float32)
+    dk, dv = lax.fori_loop(0, q_ref.shape[1], visit_head, (zeros, zeros))
+    dk_ref, dv_ref = results
+    dk_ref[...] = (dk * scale).astype(dk_ref.dtype)
+    dv_ref[...] = dv.astype(dv_ref.dtype)
+
+
+def _tokens(segments_ref, block, size, axis):
+    """Places and segments of a block's tokens, as a column ([size, 1], axis 1) or a row."""
+    places = block * size + jnp.arange(size, dtype=jnp.int32)
+    segments = segments_ref[pl.ds(block * size, size)]
+    return jnp.expand_dims(places, axis), jnp.expand_dims(segments, axis)
+
+
+def _scores(x, y, queries, keys, scale):
+    """Of x with y, one of them queries and one keys. Times log2(e), so that a power of 2 is their
+    exponential."""
+    (q_places, q_segments), (k_places, k_segments) = queries, keys
+    seen = (q_places >= k_places) & (q_segments == k_segments)
+    return jnp.where(seen, _product(x, y, 1, 1) * (scale * math.log2(math.e)), HIDDEN)
+
+
+def _product(x, y, axis, other):
+    """In float32, over this axis of x and this other of y."""
+    dimensions = (((axis,), (other,)), ((), ()))
+    return lax.dot_general(x, y, dimensions, preferred_element_type=jnp.float32)

@@ -1,0 +1,168 @@
+"""Compiles Llama-2 7B's training step for a slice of TPUs, in lsjax and in MaxText, and counts both
+alike: a table with lsjax's plain step, its step with LayerSkip, and MaxText's.
+
+    python scripts/beside_maxtext.py --maxtext ../maxtext --python ../env/bin/python
+    python scripts/beside_maxtext.py --maxtext ../maxtext --python ../env/bin/python \\
+        --topology v6e:8x8 --remat-policy full --lsjax "--micro-batches 1 --remat nothing_saveable"
+
+Needs libtpu (pip install 'lsjax[tpu]'), no TPU. MaxText is a checkout of AI-Hypercomputer/maxtext,
+and its own train_compile runs in an environment with Python 3.12:
+
+    python3.12 -m venv ../env
+    ../env/bin/pip install "jax[tpu]==0.10.2" absl-py aqtp drjax flax grain huggingface_hub \\
+        jinja2 jaxtyping numpy omegaconf optax orbax-checkpoint pathwaysutils pillow psutil \\
+        pydantic pyyaml qwix sentencepiece sympy tensorboardX tiktoken tokamax transformers
+
+jax and libtpu should have the versions that lsjax's environment has. Rows, tokens and the mesh are
+those of configs/continual_llama2_7b.py; all else is MaxText's default. Three programs take
+several minutes.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from lsjax.aot.chips import CHIPS, Chip, slice_size
+from lsjax.aot.costs import program_costs
+from lsjax.aot.hlo import parse
+from lsjax.aot.report import Memory, Report
+
+CONFIG = Path(__file__).parents[1] / "configs" / "continual_llama2_7b.py"
+COLUMNS = ("program", "mesh", "GiB a device", "a step takes at least, s", "of peak", "sent GB")
+# Runs MaxText's program, and keeps what the compiler makes of it.
+KEEP = """
+import json, pathlib, runpy, sys
+import jax
+directory = pathlib.Path(sys.argv.pop(1))
+compile = jax.stages.Lowered.compile
+def kept(*arguments, **options):
+    compiled = compile(*arguments, **options)
+    found = compiled.memory_analysis()
+    names = [name for name in dir(found) if name.endswith("_in_bytes")]
+    sizes = {name: getattr(found, name) for name in names}
+    (directory / "memory.json").write_text(json.dumps(sizes))
+    (directory / "program.txt").write_text(compiled.as_text())
+    return compiled
+jax.stages.Lowered.compile = kept
+runpy.run_module("maxtext.trainers.pre_train.train_compile", run_name="__main__", alter_sys=True)
+"""
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """What is compiled."""
+
+    maxtext: Path
+    """Checkout of MaxText."""
+    python: Path = Path(sys.executable)
+    """Interpreter of MaxText's environment."""
+    topology: str = "v5p:4x4x4"
+    """Chip and slice."""
+    remat_policy: str = "minimal"
+    """MaxText's."""
+    fsdp: int | None = None
+    """Devices that share the weights in MaxText, the rest is data; lsjax's number by default."""
+    lsjax: str = ""
+    """Further flags of lsjax.cli.aot."""
+
+
+def main(arguments: Arguments) -> int:
+    """Prints the table."""
+    with tempfile.TemporaryDirectory() as name:
+        directory = Path(name)
+        found = of_lsjax(arguments, directory / "lsjax.json")
+        training, mesh = found["training"], dict(found["meshes"]["train"])
+        if arguments.fsdp is not None:
+            mesh |= {"data": training["devices"] // arguments.fsdp, "fsdp": arguments.fsdp}
+        of_maxtext(arguments, training, mesh, directory)
+        chip = next(chip for chip in CHIPS if chip.name == arguments.topology.partition(":")[0])
+        report = counted(directory, mesh, chip)
+    print("| " + " | ".join(COLUMNS) + " |", "|---" * len(COLUMNS) + "|", sep="\n")
+    programs = {program["name"]: program for program in found["programs"]}
+    rows = {"lsjax": programs["plain"], "lsjax, LayerSkip": programs["train"]}
+    rows |= {f"MaxText, {arguments.remat_policy}": report.to_json()}
+    for name, program in rows.items():
+        place = mesh if "MaxText" in name else found["meshes"]["train"]
+        print("| " + " | ".join(row(name, place, program, training)) + " |")
+    return 0
+
+
+def of_lsjax(arguments: Arguments, output: Path) -> dict[str, Any]:
+    """The report of lsjax.cli.aot."""
+    command = [sys.executable, "-m", "lsjax.cli.aot", "--config", str(CONFIG), "--beside-plain"]
+    command += ["--programs", "train", "--topology", arguments.topology, "--output", str(output)]
+    run([*command, *arguments.lsjax.split()], {})
+    return json.loads(output.read_text())
+
+
+def of_maxtext(arguments: Arguments, training, mesh: Mapping[str, int], directory: Path) -> None:
+    """Leaves the program and its memory in the directory."""
+    flags = {
+        "model_name": "llama2-7b",
+        "per_device_batch_size": training["batch_size"] / training["devices"],
+        "max_target_length": training["seq_len"],
+        "remat_policy": arguments.remat_policy,
+        "ici_data_parallelism": mesh["data"],
+        "ici_fsdp_parallelism": mesh["fsdp"],
+        "ici_tensor_parallelism": mesh["tensor"],
+        "allow_split_physical_axes": True,
+        "internal_compile": True,
+        "internal_compile_num_devices": slice_size(arguments.topology),
+        "compile_topology": arguments.topology,
+        "compile_topology_num_slices": 1,
+        "dataset_type": "synthetic",
+        "enable_checkpointing": False,
+        "base_output_directory": directory,
+        "run_name": "beside",
+    }
+    source = arguments.maxtext / "src"
+    command = [str(arguments.python), "-c", KEEP, str(directory)]
+    command += [str(source / "maxtext/configs/base.yml")]
+    command += [f"{name}={value}" for name, value in flags.items()]
+    # Without Google Cloud's packages, and on shapes alone.
+    environment = {"PYTHONPATH": str(source), "DECOUPLE_GCLOUD": "TRUE", "JAX_PLATFORMS": "cpu"}
+    run(command, environment)
+
+
+def run(command: list[str], environment: Mapping[str, str]) -> None:
+    """Shows what the command says only where it fails."""
+    done = subprocess.run(
+        command, env=os.environ | environment, capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        sys.exit(f"{' '.join(command)}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
+
+
+def counted(directory: Path, mesh: Mapping[str, int], chip: Chip) -> Report:
+    """The program in the directory, counted as lsjax's own are."""
+    program = parse((directory / "program.txt").read_text())
+    costs = program_costs(program, mesh, lambda op_name: None, chip)
+    sizes = json.loads((directory / "memory.json").read_text())
+    names = ("argument", "output", "temp", "alias", "generated_code")
+    memory = Memory(*(sizes[f"{name}_size_in_bytes"] for name in names))
+    return Report("MaxText", chip, 0.0, None, (), memory, costs)
+
+
+def row(name: str, mesh: Mapping[str, int], program, training) -> list[str]:
+    """Cells of a program; of its FLOPs only those of plain training count as useful."""
+    useful = training["plain_flops"] / training["peak_flops"]
+    return [
+        name,
+        f"{mesh['data']} x {mesh['fsdp']}",
+        f"{program['memory']['total'] / 2**30:.1f}",
+        f"{program['seconds']:.3f}",
+        f"{useful / program['seconds']:.1%}",
+        f"{program['sent_bytes'] / 1e9:.1f}",
+    ]
+
+
+if __name__ == "__main__":
+    sys.exit(main(tyro.cli(Arguments, description=__doc__)))

@@ -1,0 +1,125 @@
+"""The kernel that decodes on NVIDIA GPUs against writing and reading the cache; it is interpreted."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from lsjax.config import LlamaConfig
+from lsjax.model import block, products
+from lsjax.model.attention import cached_attention
+from lsjax.model.cache import KVCache, write_slots
+from lsjax.model.flash_decoding import BLOCK, MOST_STEPS, fits, flash_decoding
+from lsjax.model.llama import Llama
+
+interpreted = partial(flash_decoding, interpret=True)
+# Heads, K/V heads, head size, slots, new tokens, and where they begin in each row.
+CASES = {
+    "an empty cache": (4, 2, 16, 320, 1, [0]),
+    "whole blocks": (4, 2, 32, 320, 5, [64, 256]),
+    "rows of all lengths": (4, 1, 64, 320, 3, [0, 1, 63, 65, 200]),
+    "the end of the cache": (2, 2, 128, 128, 9, [119, 7]),
+    "more parts than blocks in use": (8, 8, 16, 1088, MOST_STEPS, [70]),
+}
+
+
+def arrays(name, dtype):
+    heads, kv_heads, size, slots, steps, starts = CASES[name]
+    rng, batch = np.random.default_rng(0), len(starts)
+    shapes = [(batch, steps, n, size) for n in (heads, kv_heads, kv_heads)]
+    shapes += [(batch, kv_heads, slots, size)] * 2
+    made = [jnp.asarray(rng.normal(size=shape), dtype) for shape in shapes]
+    return *made, jnp.asarray(starts, jnp.int32)
+
+
+def plain(q, k, v, keys, values, start_B):
+    keys, values = write_slots(keys, k, start_B), write_slots(values, v, start_B)
+    positions_BT = start_B[:, None] + jnp.arange(q.shape[1])
+    return cached_attention(q, keys, values, positions_BT), keys, values
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_attention_and_cache(name):
+    given = arrays(name, jnp.float32)
+    assert fits(given[0], given[3])
+    (mixed, *caches), (expected, *filled) = interpreted(*given), plain(*given)
+    np.testing.assert_allclose(mixed, expected, rtol=2e-5, atol=2e-6)
+    for one, other in zip(caches, filled, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_bfloat16_is_as_near_as_plain_products(name):
+    exact = plain(*(x.astype(jnp.float32) for x in arrays(name, jnp.bfloat16)[:-1]), CASES[name][5])
+    given = arrays(name, jnp.bfloat16)
+    mine, other = (
+        np.abs(np.asarray(f(*given)[0], np.float32) - exact[0]).max() for f in (interpreted, plain)
+    )
+    assert mine <= max(1.25 * other, 1e-6)
+
+
+def test_slots_behind_a_row_are_not_seen():
+    q, k, v, keys, values, start_B = arrays("rows of all lengths", jnp.float32)
+    stale = jnp.arange(keys.shape[2])[:, None] >= start_B[:, None, None, None]
+    full = [jnp.where(stale, 1e6, x) for x in (keys, values)]
+    np.testing.assert_array_equal(
+        interpreted(q, k, v, *full, start_B)[0], interpreted(q, k, v, keys, values, start_B)[0]
+    )
+
+
+def test_a_row_that_has_ended_stays_within_the_cache():
+    """Its tokens go nowhere else, whatever its length."""
+    q, k, v, keys, values, _ = arrays("the end of the cache", jnp.float32)
+    _, after, _ = interpreted(q, k, v, keys, values, jnp.array([keys.shape[2] - 2, 0], jnp.int32))
+    np.testing.assert_array_equal(after[0, :, :-2], keys[0, :, :-2])
+    np.testing.assert_array_equal(after[1, :, 9:], keys[1, :, 9:])
+
+
+@pytest.mark.parametrize(
+    "change, fit",
+    [
+        ({}, True),
+        ({"steps": MOST_STEPS + 1}, False),
+        ({"size": 80}, False),  # no power of two
+        ({"heads": 32}, False),  # too many rows of a K/V head
+        ({"slots": BLOCK + 1}, False),
+    ],
+)
+def test_shapes_that_fit(change, fit):
+    sizes = dict(steps=5, heads=4, size=64, slots=128) | change
+    q = jnp.zeros((1, sizes["steps"], sizes["heads"], sizes["size"]))
+    assert fits(q, jnp.zeros((1, 2, sizes["slots"], sizes["size"]))) == fit
+
+
+@pytest.mark.parametrize("platform", ["tpu", "gpu"])
+def test_a_model_as_accelerators_run_it(monkeypatch, platform):
+    """A prompt, then few tokens at a time, rows of two lengths: the logits of whole sequences."""
+    config = LlamaConfig(
+        vocab_size=50,
+        hidden_size=32,
+        intermediate_size=48,
+        num_layers=2,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=16,
+    )
+    model = Llama(config, rngs=nnx.Rngs(0))
+    tokens_BT = jax.random.randint(jax.random.key(0), (2, 24), 0, 50)
+    expected = model(tokens_BT)
+    monkeypatch.setattr(products, "platform", lambda: platform)
+    if platform == "gpu":
+        monkeypatch.setattr(block, "nvidia_capability", lambda: 9.0)
+        monkeypatch.setattr(block, "flash_decoding", interpreted)
+    cache = KVCache.create(config, 2, BLOCK, jnp.float32)
+    first_B = jnp.array([0, 0])
+    run = jax.jit(lambda x, at, cache: model.run_layers(x, 0, 2, at, cache))
+    for steps, back_B in ((16, [0, 3]), (1, [0, 0]), (3, [0, 0]), (1, [0, 0])):
+        at_BT = first_B[:, None] + jnp.arange(steps)
+        x_BTD, cache = run(model.embed(jnp.take_along_axis(tokens_BT, at_BT, 1)), at_BT, cache)
+        found = model.unembed(x_BTD)
+        wanted = jnp.take_along_axis(expected, at_BT[:, :, None], 1)
+        np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-5)
+        first_B = first_B + steps - jnp.array(back_B)
