@@ -44,21 +44,25 @@ def _lookup_backward(dtype, residuals, dx):
 lookup.defvjp(_lookup_forward, _lookup_backward)
 
 
-def enough_steps(x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T2 D"]:
-    """On accelerators with zeros behind the steps, so that all of them together are ROWS or more."""
+def enough_steps(x_BTD: Float[Array, "B T D"]) -> Float[Array, "B S D"]:
+    """On accelerators with zeros behind the steps, so that B * S is at least ROWS."""
     batch, steps, _ = x_BTD.shape
-    return jnp.pad(
-        x_BTD, ((0, 0), (0, max(0, -(-ROWS.get(platform(), 0) // batch) - steps)), (0, 0))
-    )
+    return with_steps(x_BTD, max(steps, -(-ROWS.get(platform(), 0) // batch)))
+
+
+def with_steps(x: Float[Array, "B T *rest"], steps: int) -> Float[Array, "B S *rest"]:
+    """x with zeros behind its steps, up to so many."""
+    more = steps - x.shape[1]
+    return jnp.pad(x, [(0, 0), (0, more)] + [(0, 0)] * (x.ndim - 2)) if more else x
 
 
 def enough_rows(x: Float[Array, "*batch R I"]) -> Float[Array, "*batch S I"]:
-    """x for the left side of a product: on accelerators with zeros behind its rows up to ROWS.
+    """x for the left side of a single product: on TPUs with zeros behind its rows up to ROWS.
 
     The barrier keeps XLA from dropping them again.
     """
-    missing = ROWS.get(platform(), 0) - x.shape[-2]
-    if missing <= 0:
+    missing = ROWS["tpu"] - x.shape[-2]
+    if platform() != "tpu" or missing <= 0:
         return x
     return lax.optimization_barrier(jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, missing), (0, 0)]))
 

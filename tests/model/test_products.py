@@ -57,14 +57,14 @@ def test_rows_of_a_product(monkeypatch, platform, rows):
     """Accelerators get as many as reach the matrix unit, and zeros in what was added."""
     monkeypatch.setattr(products, "platform", lambda: platform)
     x_BTD = jnp.ones((1, 1, 6))
-    for padded in (enough_rows(x_BTD), enough_steps(x_BTD)):
+    for padded in (enough_steps(x_BTD), *([enough_rows(x_BTD)] if platform == "tpu" else [])):
         assert padded.shape == (1, rows, 6)
         np.testing.assert_array_equal(padded[:, :1], x_BTD)
         assert (padded[:, 1:] == 0).all()
     assert enough_steps(jnp.ones((3, 1, 6))).shape == (3, -(-rows // 3), 6)
     assert enough_steps(jnp.ones((2, 20, 6))).shape == (2, 20, 6)
-    lowered = jax.jit(enough_rows).lower(x_BTD)
-    assert ("optimization_barrier" in lowered.as_text()) == (platform != "cpu")
+    lowered = jax.jit(lambda x: enough_rows(x)).lower(x_BTD)
+    assert ("optimization_barrier" in lowered.as_text()) == (platform == "tpu")
 
 
 def test_lookup():
