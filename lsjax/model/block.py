@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 from lsjax.config import AttentionKernel, LlamaConfig
 from lsjax.model.attention import cached_attention
 from lsjax.model.cache import write_slots
-from lsjax.model.products import linear, swiglu
+from lsjax.model.products import linear, split_swiglu, swiglu
 from lsjax.model.rope import rotate
 from lsjax.model.self_attention import self_attention
 from lsjax.sharding import constrain, on_each_device
@@ -85,10 +85,13 @@ class Attention(nnx.Module):
         self, x_BTD: Float[Array, "B T D"], rope: tuple[Array, Array]
     ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T K H"], Float[Array, "B T K H"]]:
         """Queries and keys, turned to their positions, and values."""
-        qkv_BTKPH = self.qkv(x_BTD)
-        batch, steps, kv_heads, _, size = qkv_BTKPH.shape
-        q = qkv_BTKPH[:, :, :, : self.group].reshape(batch, steps, kv_heads * self.group, size)
-        k, v = qkv_BTKPH[:, :, :, self.group], qkv_BTKPH[:, :, :, self.group + 1]
+        if isinstance(self.qkv, nnx.List):  # split.py
+            q, k, v = (matrix(x_BTD) for matrix in self.qkv)
+        else:
+            qkv_BTKPH = self.qkv(x_BTD)
+            q = qkv_BTKPH[:, :, :, : self.group]
+            k, v = qkv_BTKPH[:, :, :, self.group], qkv_BTKPH[:, :, :, self.group + 1]
+        q = q.reshape(*q.shape[:2], -1, q.shape[-1])
         return rotate(q, *rope), rotate(k, *rope), v
 
     def merge(self, mixed_BTNH: Float[Array, "B T N H"]) -> Float[Array, "B T D"]:
@@ -106,6 +109,9 @@ class FeedForward(nnx.Module):
         self.down = Linear(f, (d,), std=config.residual_std, **rest)
 
     def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        if isinstance(self.gate_up, nnx.List):  # split.py
+            gate, up = (matrix(x_BTD) for matrix in self.gate_up)
+            return self.down(split_swiglu(gate, up))
         return self.down(swiglu(self.gate_up(x_BTD)))
 
 
