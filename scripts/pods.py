@@ -21,7 +21,7 @@ ROWS = (
     ("continual_llama2_7b", "v5p:4x4x4", "--beside-plain"),
     ("continual_llama2_13b", "v5p:4x4x4", "--beside-plain"),
     ("continual_llama2_7b", "v5e:16x16", f"--mesh.fsdp 32 {NOTHING}"),
-    ("continual_llama2_7b", "v6e:8x8", "--micro-batches 4"),
+    ("continual_llama2_7b", "v6e:8x8", f"--beside-plain {NOTHING}"),
     ("continual_llama3_8b", "v5p:4x4x4", ""),
     ("continual_llama3_2_1b", "v5p:4x4x4", ""),
     ("from_scratch_7b", "v5p:4x4x4", ""),

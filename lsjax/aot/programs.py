@@ -26,9 +26,9 @@ from lsjax.decoding.state import DecodeState, Strategy
 from lsjax.evaluation.exits import exit_sums
 from lsjax.model.attention import LARGE, LARGE_BLOCKS, SMALL, SMALL_BLOCKS
 from lsjax.model.llama import Llama
-from lsjax.sharding import chunk_steps, shardings
+from lsjax.sharding import shardings
 from lsjax.training.early_exit import mean_exits
-from lsjax.training.loss import CHUNK_LOGITS, CHUNKS, EXITS
+from lsjax.training.loss import CHUNKS, EXITS, loss_chunk
 from lsjax.training.start import abstract_state, check_rows
 from lsjax.training.step import TrainState, make_train_step
 
@@ -79,7 +79,7 @@ def train_step(config: TrainConfig, mesh: Mesh) -> tuple[Lowered, Trips]:
     rows = config.batch_size // config.micro_batches
     with jax.set_mesh(mesh):
         lowered = make_train_step(config).lower(state, batch)
-        chunk = chunk_steps(rows, config.seq_len, config.model.vocab_size, CHUNK_LOGITS)
+        chunk = loss_chunk(rows, config.seq_len, config.model.vocab_size)
     exits = mean_exits(config.early_exit, config.model.num_layers, config.num_steps)
     share = math.ceil(config.seq_len * config.early_exit.token_share)
 

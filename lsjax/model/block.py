@@ -15,7 +15,7 @@ from lsjax.config import AttentionKernel, LlamaConfig
 from lsjax.model.attention import cached_attention
 from lsjax.model.cache import write_slots
 from lsjax.model.flash_decoding import fits, flash_decoding
-from lsjax.model.products import linear, swiglu, with_steps
+from lsjax.model.products import linear, split_swiglu, swiglu, with_steps
 from lsjax.model.rope import rotate
 from lsjax.model.self_attention import nvidia_capability, self_attention
 from lsjax.sharding import constrain, on_each_device
@@ -83,13 +83,16 @@ class Attention(nnx.Module):
         self.out = Linear(config.num_heads * h, (d,), std=config.residual_std, **rest)
 
     def project(
-        self, x_BPD: Float[Array, "B P D"], rope: tuple[Array, Array]
+        self, x_BUD: Float[Array, "B U D"], rope: tuple[Array, Array]
     ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T K H"], Float[Array, "B T K H"]]:
-        """Queries and keys, turned to their positions, and values, of the first T of P steps."""
-        qkv_BTKPH = self.qkv(x_BPD)[:, : rope[0].shape[1]]
-        batch, steps, kv_heads, _, size = qkv_BTKPH.shape
-        q = qkv_BTKPH[:, :, :, : self.group].reshape(batch, steps, kv_heads * self.group, size)
-        k, v = qkv_BTKPH[:, :, :, self.group], qkv_BTKPH[:, :, :, self.group + 1]
+        """Queries and keys, turned to their positions, and values, of the first T of U steps."""
+        if isinstance(self.qkv, nnx.List):  # split.py
+            q, k, v = (matrix(x_BUD) for matrix in self.qkv)
+        else:
+            qkv_BTKPH = self.qkv(x_BUD)[:, : rope[0].shape[1]]
+            q = qkv_BTKPH[:, :, :, : self.group]
+            k, v = qkv_BTKPH[:, :, :, self.group], qkv_BTKPH[:, :, :, self.group + 1]
+        q = q.reshape(*q.shape[:2], -1, q.shape[-1])
         return rotate(q, *rope), rotate(k, *rope), v
 
     def merge(self, mixed_BTNH: Float[Array, "B T N H"]) -> Float[Array, "B T D"]:
@@ -107,6 +110,9 @@ class FeedForward(nnx.Module):
         self.down = Linear(f, (d,), std=config.residual_std, **rest)
 
     def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        if isinstance(self.gate_up, nnx.List):  # split.py
+            gate, up = (matrix(x_BTD) for matrix in self.gate_up)
+            return self.down(split_swiglu(gate, up))
         return self.down(swiglu(self.gate_up(x_BTD)))
 
 
@@ -136,24 +142,24 @@ class Block(nnx.Module):
 
     def extend(
         self,
-        x_BPD: Float[Array, "B P D"],
+        x_BUD: Float[Array, "B U D"],
         rope: tuple[Array, Array],
         positions_BT: Int[Array, "B T"],
         keys: Float[Array, "*L B K S H"],
         values: Float[Array, "*L B K S H"],
         layer: Int[Array, ""] | None = None,
-    ) -> tuple[Float[Array, "B P D"], Float[Array, "*L B K S H"], Float[Array, "*L B K S H"]]:
+    ) -> tuple[Float[Array, "B U D"], Float[Array, "*L B K S H"], Float[Array, "*L B K S H"]]:
         """The layer on T tokens that follow those in the cache; also gives the longer cache.
 
-        x_BPD: P steps; those behind the T tokens fill up products (`enough_steps`). layer: which one
+        x_BUD: U steps; those behind the T tokens fill up products (`enough_steps`). layer: which one
         of a stacked cache it is.
         """
-        q, k, v = self.attention.project(self.attention_norm(x_BPD), rope)
+        q, k, v = self.attention.project(self.attention_norm(x_BUD), rope)
         mixed, keys, values = _attend(q, k, v, keys, values, positions_BT, layer)
-        mixed = with_steps(mixed, x_BPD.shape[1])
-        x_BPD = constrain(x_BPD + self.attention.merge(mixed), "data")
-        x_BPD = constrain(x_BPD + self.feed_forward(self.feed_forward_norm(x_BPD)), "data")
-        return x_BPD, keys, values
+        mixed = with_steps(mixed, x_BUD.shape[1])
+        x_BUD = constrain(x_BUD + self.attention.merge(mixed), "data")
+        x_BUD = constrain(x_BUD + self.feed_forward(self.feed_forward_norm(x_BUD)), "data")
+        return x_BUD, keys, values
 
 
 def _attend(q, k, v, keys, values, positions_BT, layer):

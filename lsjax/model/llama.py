@@ -59,7 +59,7 @@ class Llama(nnx.Module):
     def compute_dtype(self) -> jnp.dtype:
         """Dtype of the layers' matrices and of what passes through the layers (`cast_matrices`)."""
         block = self.layers if self.is_stacked else self.layers[0]
-        return block.attention.qkv.kernel[...].dtype
+        return block.attention.out.kernel[...].dtype
 
     def embed(self, tokens_BT: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """Token embeddings: the input of layer 0."""
@@ -173,12 +173,12 @@ class Llama(nnx.Module):
 def stacked(model: Llama) -> Llama:
     """The same model with its layers in one Block of [L, ...] leaves, for `lax.scan`."""
     blocks = _separate_blocks(model)
-    return _with_layers(model, jax.tree.map(lambda *leaves: jnp.stack(leaves), *blocks))
+    return with_parts(model, layers=jax.tree.map(lambda *leaves: jnp.stack(leaves), *blocks))
 
 
 def unstacked(model: Llama) -> Llama:
     """The same model with a Block per layer, for decoding."""
-    return _with_layers(model, nnx.List(_separate_blocks(model)))
+    return with_parts(model, layers=nnx.List(_separate_blocks(model)))
 
 
 def cast_matrices(model: Llama, dtype: ComputeDtype) -> Llama:
@@ -207,9 +207,10 @@ def _separate_blocks(model: Llama) -> Sequence[Block]:
     ]
 
 
-def _with_layers(model: Llama, layers) -> Llama:
-    """A Llama that shares every parameter of `model` but its layers."""
-    leaves, structure = jax.tree.flatten(model)
+def with_parts(module, **parts):
+    """A copy that shares all but these parts."""
+    leaves, structure = jax.tree.flatten(module)
     copy = jax.tree.unflatten(structure, leaves)
-    copy.layers = layers
+    for name, part in parts.items():
+        setattr(copy, name, part)
     return copy

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 from lsjax.config import LoraConfig
 from lsjax.config.lora import Target
 from lsjax.model.block import Attention, Block, FeedForward, Linear
-from lsjax.model.llama import Llama
+from lsjax.model.llama import Llama, with_parts
 from lsjax.model.products import linear
 
 
@@ -44,7 +44,7 @@ def with_adapters(model: Llama, config: LoraConfig, seed: int) -> Llama:
         dtype = matrix.kernel[...].dtype
         a = jax.random.normal(key, (layers, inputs, config.rank), dtype) * inputs**-0.5
         b = jnp.zeros((layers, config.rank, *outputs), dtype)
-        return _with(matrix, adapter=Adapter(a, b, config.scale))
+        return with_parts(matrix, adapter=Adapter(a, b, config.scale))
 
     return _each_matrix(model, adapted)
 
@@ -103,19 +103,14 @@ def _each_matrix(model: Llama, change) -> Llama:
     block: Block = model.layers
     attention: Attention = block.attention
     feed_forward: FeedForward = block.feed_forward
-    attention = _with(attention, qkv=change("qkv", attention.qkv), out=change("out", attention.out))
-    feed_forward = _with(
+    attention = with_parts(
+        attention, qkv=change("qkv", attention.qkv), out=change("out", attention.out)
+    )
+    feed_forward = with_parts(
         feed_forward,
         gate_up=change("gate_up", feed_forward.gate_up),
         down=change("down", feed_forward.down),
     )
-    return _with(model, layers=_with(block, attention=attention, feed_forward=feed_forward))
-
-
-def _with(module, **parts):
-    """A copy that shares all but these parts."""
-    leaves, structure = jax.tree.flatten(module)
-    copy = jax.tree.unflatten(structure, leaves)
-    for name, part in parts.items():
-        setattr(copy, name, part)
-    return copy
+    return with_parts(
+        model, layers=with_parts(block, attention=attention, feed_forward=feed_forward)
+    )

@@ -44,13 +44,13 @@ def _lookup_backward(dtype, residuals, dx):
 lookup.defvjp(_lookup_forward, _lookup_backward)
 
 
-def enough_steps(x_BTD: Float[Array, "B T D"]) -> Float[Array, "B S D"]:
-    """On accelerators with zeros behind the steps, so that B * S is at least ROWS."""
+def enough_steps(x_BTD: Float[Array, "B T D"]) -> Float[Array, "B U D"]:
+    """On accelerators with zeros behind the steps, so that B * U is at least ROWS."""
     batch, steps, _ = x_BTD.shape
     return with_steps(x_BTD, max(steps, -(-ROWS.get(platform(), 0) // batch)))
 
 
-def with_steps(x: Float[Array, "B T *rest"], steps: int) -> Float[Array, "B S *rest"]:
+def with_steps(x: Float[Array, "B T *rest"], steps: int) -> Float[Array, "B U *rest"]:
     """x with zeros behind its steps, up to so many."""
     more = steps - x.shape[1]
     return jnp.pad(x, [(0, 0), (0, more)] + [(0, 0)] * (x.ndim - 2)) if more else x
@@ -108,16 +108,43 @@ def _swiglu_forward(gate_up):
 
 
 def _swiglu_backward(gate_up, dy):
-    gate, up = gate_up[..., 0, :], gate_up[..., 1, :]
+    dgate, dup = _halves_of_gradient(gate_up[..., 0, :], gate_up[..., 1, :], dy)
+    # As a choice for each element: XLA:CPU joins arrays on one thread.
+    is_gate = jnp.arange(2)[:, None] == 0
+    return (jnp.where(is_gate, dgate[..., None, :], dup[..., None, :]),)
+
+
+def _halves_of_gradient(gate, up, dy):
     sigmoid = jax.nn.sigmoid(gate)
     silu = gate * sigmoid
     dgate = dy * up * (sigmoid + silu * (1 - sigmoid))
-    # As a choice for each element: XLA:CPU joins arrays on one thread.
-    is_gate = jnp.arange(2)[:, None] == 0
-    return (jnp.where(is_gate, dgate[..., None, :], (dy * silu)[..., None, :]),)
+    return dgate, dy * silu
 
 
 swiglu.defvjp(_swiglu_forward, _swiglu_backward)
+
+
+@jax.custom_vjp
+def split_swiglu(
+    gate: Float[Array, "*batch F"], up: Float[Array, "*batch F"]
+) -> Float[Array, "*batch F"]:
+    """`swiglu` of separate halves, for TPUs (split.py).
+
+    Barriers keep XLA:TPU from fusing it into the products around it, which spoils these.
+    """
+    return _split_swiglu_forward(gate, up)[0]
+
+
+def _split_swiglu_forward(gate, up):
+    return lax.optimization_barrier(jax.nn.silu(gate) * up), (gate, up)
+
+
+def _split_swiglu_backward(halves, dy):
+    dhalves = _halves_of_gradient(*halves, lax.optimization_barrier(dy))
+    return lax.optimization_barrier(dhalves)
+
+
+split_swiglu.defvjp(_split_swiglu_forward, _split_swiglu_backward)
 
 
 @jax.custom_vjp
@@ -166,6 +193,8 @@ def rows_where(
 
     Keeps one bit a row for the backward pass; autodiff keeps one for each element.
     """
+    if platform() == "tpu":  # fused into the product that gives y, the choice spoils it
+        y = lax.optimization_barrier(y)
     return jnp.where(_like(keep_B, y), y, x)
 
 

@@ -1,10 +1,15 @@
 """Rotary position embeddings (Su et al., 2021), in the half-split form of Llama checkpoints.
 
+The half swap by slices makes arrays of h channels, which leave half of a TPU's 128 lanes empty.
+There training multiplies by a permutation matrix instead.
+
 Letters: h = H / 2, the pairs of channels that turn together.
 """
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
@@ -34,20 +39,55 @@ def _llama3_scaled(frequencies: np.ndarray, scaling: RopeScaling) -> np.ndarray:
 
 
 def rope_angles(
-    positions_BT: Int[Array, "B T"], config: LlamaConfig, dtype: DTypeLike
-) -> tuple[Float[Array, "B T 1 h"], Float[Array, "B T 1 h"]]:
-    """Sine and cosine for each position, in float32 or wider: bfloat16 cannot count to 300."""
+    positions_BT: Int[Array, "B T"], config: LlamaConfig, dtype: DTypeLike, *, whole: bool = False
+) -> tuple[Float[Array, "B T 1 hH"], Float[Array, "B T 1 hH"]]:
+    """Sine and cosine for each position, in float32 or wider: bfloat16 cannot count to 300.
+
+    whole: for all H channels, the first h sines negated; `rotate` then multiplies by a permutation.
+    """
     wide = jnp.promote_types(dtype, jnp.float32)
     angles = positions_BT[:, :, None, None].astype(wide) * rope_frequencies(config).astype(wide)
-    return jnp.sin(angles), jnp.cos(angles)
+    sin, cos = jnp.sin(angles), jnp.cos(angles)
+    if not whole:
+        return sin, cos
+    return jnp.concatenate([-sin, sin], -1), jnp.concatenate([cos, cos], -1)
 
 
 def rotate(
     x_BTNH: Float[Array, "B T N H"],
-    sin: Float[Array, "B T 1 h"],
-    cos: Float[Array, "B T 1 h"],
+    sin: Float[Array, "B T 1 hH"],
+    cos: Float[Array, "B T 1 hH"],
 ) -> Float[Array, "B T N H"]:
     """Turns channel pairs (i, i + H/2) by their angle."""
+    if sin.shape[-1] == x_BTNH.shape[-1]:
+        return _rotate_whole(x_BTNH, sin, cos)
     first, second = jnp.split(x_BTNH.astype(sin.dtype), 2, axis=-1)
     turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return turned.astype(x_BTNH.dtype)
+
+
+@jax.custom_vjp
+def _rotate_whole(x_BTNH, sin, cos):
+    """x cos + (x with its halves swapped) sin; exact, as each sum of the product has one term.
+
+    The permutation has a batch axis, so that remat policies do not keep the product.
+    """
+    batch, _, _, size = x_BTNH.shape
+    swap_HH = jnp.roll(jnp.eye(size, dtype=x_BTNH.dtype), size // 2, axis=0)
+    swap_BHH = jnp.broadcast_to(swap_HH, (batch, size, size))
+    swapped = jnp.einsum("BTNH,BHJ->BTNJ", x_BTNH, swap_BHH, precision=lax.Precision.HIGHEST)
+    turned = x_BTNH.astype(sin.dtype) * cos + swapped.astype(sin.dtype) * sin
+    return turned.astype(x_BTNH.dtype)
+
+
+def _rotate_whole_forward(x_BTNH, sin, cos):
+    return _rotate_whole(x_BTNH, sin, cos), (sin, cos)
+
+
+def _rotate_whole_backward(angles, dy_BTNH):
+    """Turns back: rounded once, where autodiff rounds both terms."""
+    sin, cos = angles
+    return _rotate_whole(dy_BTNH, -sin, cos), None, None
+
+
+_rotate_whole.defvjp(_rotate_whole_forward, _rotate_whole_backward)

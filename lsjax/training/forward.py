@@ -12,7 +12,7 @@ from lsjax.model.llama import Llama
 from lsjax.model.products import rows_where
 from lsjax.model.rope import rope_angles
 from lsjax.model.self_attention import SAVED
-from lsjax.sharding import ROWS, constrain, row_shards
+from lsjax.sharding import ROWS, constrain, platform, row_shards
 from lsjax.training.kept_rows import Kept, run_on_kept
 from lsjax.training.layer_dropout import drop_rates, keep_counted, keep_mask, row_counts
 
@@ -36,7 +36,8 @@ def exit_states(
     Where S = L, slot and layer are one, and the outputs are those of the scan.
     """
     x_BTD = model.embed_rows(batch["tokens_BT"])
-    rope = rope_angles(batch["positions_BT"], model.config, x_BTD.dtype)
+    whole = platform() == "tpu"
+    rope = rope_angles(batch["positions_BT"], model.config, x_BTD.dtype, whole=whole)
     run = layer_runner(config, rope, batch["segments_BT"])
     num_slots, num_layers = len(exit_S), model.config.num_layers
     picks = 1 < num_slots < num_layers

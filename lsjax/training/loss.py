@@ -19,10 +19,12 @@ from jaxtyping import Array, Float, Int
 
 from lsjax.model.block import RMSNorm
 from lsjax.model.llama import Llama
-from lsjax.sharding import ROWS, chunk_steps, on_each_device
+from lsjax.sharding import ROWS, chunk_steps, on_each_device, platform
 
 # Logits of a chunk, on each device.
 CHUNK_LOGITS = 2**25
+# On TPUs, where each chunk's pass over the table's gradient in float32 would show.
+TPU_CHUNK_LOGITS = 2**27
 # The loops of which only a step knows the trip counts, by their names in the compiled program.
 EXITS, CHUNKS = "exit_losses", "loss_chunks"
 
@@ -45,6 +47,12 @@ class Positions(NamedTuple):
 def head_of(model: Llama) -> Head:
     """The part of the model that every exit shares."""
     return Head(model.norm, model.head_table)
+
+
+def loss_chunk(batch: int, steps: int, vocab: int) -> int:
+    """C: positions of each row that pass the head together."""
+    logits = TPU_CHUNK_LOGITS if platform() == "tpu" else CHUNK_LOGITS
+    return chunk_steps(batch, steps, vocab, logits)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -70,7 +78,7 @@ def _forward(target, z_loss, head, x_SBTD, labels_BT, positions, weights_S):
     """Each device goes through the head with its own rows, and adds up the gradient of the table
     that they give; the sum over devices is taken once, at the end."""
     _, batch, steps, _ = x_SBTD.shape
-    chunk = chunk_steps(batch, steps, len(head.table_VD), CHUNK_LOGITS)
+    chunk = loss_chunk(batch, steps, len(head.table_VD))
     chunks_S = -(-positions.counts_SB.max(1) // chunk)
     narrow = Head(head.norm, head.table_VD.astype(x_SBTD.dtype))
     sums, dx_SBTD = on_each_device(

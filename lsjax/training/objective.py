@@ -6,6 +6,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from lsjax.config import StepConfig
 from lsjax.model.llama import Llama, cast_matrices
+from lsjax.model.split import split_matrices
+from lsjax.sharding import platform
 from lsjax.training.early_exit import enabled_exits, loss_weights, most_exits
 from lsjax.training.forward import exit_states
 from lsjax.training.loss import Positions, head_loss, head_of
@@ -31,6 +33,8 @@ def objective(
     most = most_exits(config.early_exit, shape.num_layers, config.num_steps)
     exit_S, taken_S = slots(enabled_L, most)
     narrow = cast_matrices(model, config.dtype)
+    if platform() == "tpu":
+        narrow = split_matrices(narrow)
     x_SBTD = exit_states(config, narrow, batch, step, rows_B, exit_S)
 
     weights_S = jnp.where(taken_S, weights_L[exit_S], 0) / jnp.maximum(num_labels, 1)
