@@ -25,7 +25,12 @@ WARNINGS = {
     "exceeds the base limit": "the program's memory exceeds the base limit",
 }
 # Part of a kernel's name -> the attention that it belongs to.
-ATTENTION = {"__cudnn$fmha": "cudnn", "splash_mha": "splash", "flash_forward": "flash"}
+ATTENTION = {
+    "__cudnn$fmha": "cudnn",
+    "splash_mha": "splash",
+    "flash_forward": "flash",
+    "flash_decoding": "flash decoding",
+}
 
 
 @dataclass(frozen=True)

@@ -51,7 +51,7 @@ def cached_attention(
 
     On accelerators it reads all slots, under a mask: a loop or a branch in each layer would stall
     the device. Chunks of a prompt in a large cache are read in blocks, as their scores would take
-    too much memory.
+    too much memory. For few tokens NVIDIA GPUs have a kernel instead (flash_decoding.py).
 
     On CPUs it reads the cache in blocks up to the furthest query of the batch, with an online
     softmax (Milakov and Gimelshein, 2018), so that the cost follows the length in use: LARGE blocks

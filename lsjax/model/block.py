@@ -151,8 +151,8 @@ class Block(nnx.Module):
     ) -> tuple[Float[Array, "B U D"], Float[Array, "*L B K S H"], Float[Array, "*L B K S H"]]:
         """The layer on T tokens that follow those in the cache; also gives the longer cache.
 
-        x_BUD: U steps; those behind the T tokens fill up products (`enough_steps`). layer: which one
-        of a stacked cache it is.
+        x_BUD: U steps; those behind the T tokens fill up products (`enough_steps`).
+        layer: which one of a stacked cache it is.
         """
         q, k, v = self.attention.project(self.attention_norm(x_BUD), rope)
         mixed, keys, values = _attend(q, k, v, keys, values, positions_BT, layer)

@@ -9,8 +9,11 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from lsjax.aot.chips import CHIPS, CUDA, slice_of
+from lsjax.aot.hlo import parse
+from lsjax.aot.traffic import runs
 from lsjax.config import MeshConfig
 from lsjax.model import self_attention as module
+from lsjax.model.flash_decoding import flash_decoding
 from lsjax.sharding import make_mesh
 
 NAMES = ("data", "fsdp", "tensor")
@@ -70,10 +73,13 @@ def test_cudnn_where_the_card_takes_it(kind, problem):
     assert found is None if problem is None else problem in found
 
 
-@pytest.mark.skipif(
+WITH_CUDA = pytest.mark.skipif(
     not any(importlib.util.find_spec(module) for module in CUDA.modules),
     reason="needs the cuda extra",
 )
+
+
+@WITH_CUDA
 @pytest.mark.parametrize("size", [64, 128])
 def test_packed_rows_on_gpus_need_no_mask(size):
     """The backward pass, with grouped heads, takes less than a mask of [T, T] alone would."""
@@ -93,3 +99,31 @@ def test_packed_rows_on_gpus_need_no_mask(size):
         compiled = lowered.compile()
     assert "flash_dkv/pallas_call" in compiled.as_text()
     assert compiled.memory_analysis().temp_size_in_bytes < steps * steps
+
+
+@WITH_CUDA
+@pytest.mark.parametrize("steps, heads, size", [(1, 8, 64), (5, 8, 128), (13, 4, 64)])
+def test_decoding_on_gpus_is_few_kernels(steps, heads, size):
+    """One lays out the new tokens, one attends and writes in place, and up to two add up its parts."""
+    _, devices = slice_of("h100:1")
+    mesh = make_mesh(MeshConfig(), devices)
+    place = NamedSharding(mesh, P())
+    given = [
+        jax.ShapeDtypeStruct(shape, dtype, sharding=place)
+        for shape, dtype in (
+            ((2, steps, heads, size), jnp.bfloat16),
+            *[((2, steps, 2, size), jnp.bfloat16)] * 2,
+            *[((2, 2, 2112, size), jnp.bfloat16)] * 2,
+            ((2,), jnp.int32),
+        )
+    ]
+    with jax.set_mesh(mesh):
+        compiled = jax.jit(flash_decoding, donate_argnums=(3, 4)).lower(*given).compile()
+    program = parse(compiled.as_text())
+    kernels = [
+        one for one in program.computations[program.entry].instructions.values() if runs(one)
+    ]
+    assert len(kernels) <= 4
+    caches = 2 * 2 * 2 * 2112 * size * 2
+    assert compiled.memory_analysis().alias_size_in_bytes == caches
+    assert compiled.memory_analysis().temp_size_in_bytes < caches
