@@ -5,6 +5,7 @@ import importlib.util
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.experimental.compilation_cache.compilation_cache import reset_cache
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -76,9 +77,12 @@ def test_cudnn_where_the_card_takes_it(kind, problem):
 @pytest.fixture
 def uncached():
     """Without a card jax can write programs for it to the cache, but not read them."""
+    before = jax.config.jax_enable_compilation_cache
     jax.config.update("jax_enable_compilation_cache", False)
+    reset_cache()
     yield
-    jax.config.update("jax_enable_compilation_cache", True)
+    jax.config.update("jax_enable_compilation_cache", before)
+    reset_cache()
 
 
 WITH_CUDA = pytest.mark.skipif(
@@ -112,7 +116,7 @@ def test_packed_rows_on_gpus_need_no_mask(uncached, size):
 @WITH_CUDA
 @pytest.mark.parametrize("steps, heads, size", [(1, 8, 64), (5, 8, 128), (13, 4, 64)])
 def test_decoding_on_gpus_is_few_kernels(uncached, steps, heads, size):
-    """The new tokens are laid out, one kernel attends and writes in place, its parts are added up."""
+    """New tokens are laid out, one kernel attends and writes in place, its parts are added up."""
     _, devices = slice_of("h100:1")
     mesh = make_mesh(MeshConfig(), devices)
     place = NamedSharding(mesh, P())
