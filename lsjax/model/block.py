@@ -14,7 +14,6 @@ from jaxtyping import Array, Float, Int
 from lsjax.config import AttentionKernel, LlamaConfig
 from lsjax.model.attention import cached_attention
 from lsjax.model.cache import write_slots
-from lsjax.model.flash_decoding import fits, flash_decoding
 from lsjax.model.products import linear, split_swiglu, swiglu, with_steps
 from lsjax.model.rope import rotate
 from lsjax.model.self_attention import nvidia_capability, self_attention
@@ -167,8 +166,11 @@ def _attend(q, k, v, keys, values, positions_BT, layer):
     that for its own rows and heads, without communication."""
 
     def attend(q, k, v, keys, values, positions_BT):
-        if layer is None and nvidia_capability() >= 8 and fits(q, keys):
-            return flash_decoding(q, k, v, keys, values, positions_BT[:, 0])
+        if layer is None and nvidia_capability() >= 8:
+            from lsjax.model import flash_decoding as flash  # here, as Pallas is slow to import
+
+            if flash.fits(q, keys):
+                return flash.flash_decoding(q, k, v, keys, values, positions_BT[:, 0])
         keys = write_slots(keys, k, positions_BT[:, 0], layer)
         values = write_slots(values, v, positions_BT[:, 0], layer)
         return cached_attention(q, keys, values, positions_BT, layer), keys, values

@@ -10,6 +10,7 @@ from flax import nnx
 
 from lsjax.config import LlamaConfig
 from lsjax.model import block, products
+from lsjax.model import flash_decoding as flash_decoding_module
 from lsjax.model.attention import cached_attention
 from lsjax.model.cache import KVCache, write_slots
 from lsjax.model.flash_decoding import BLOCK, MOST_STEPS, fits, flash_decoding
@@ -113,7 +114,7 @@ def test_a_model_as_accelerators_run_it(monkeypatch, platform):
     monkeypatch.setattr(products, "platform", lambda: platform)
     if platform == "gpu":
         monkeypatch.setattr(block, "nvidia_capability", lambda: 9.0)
-        monkeypatch.setattr(block, "flash_decoding", interpreted)
+        monkeypatch.setattr(flash_decoding_module, "flash_decoding", interpreted)
     cache = KVCache.create(config, 2, BLOCK, jnp.float32)
     first_B = jnp.array([0, 0])
     run = jax.jit(lambda x, at, cache: model.run_layers(x, 0, 2, at, cache))
