@@ -22,7 +22,7 @@ from lsjax.aot.shapes import bare, shape_bytes, started
 from lsjax.aot.traffic import COLLECTIVES, moved_bytes, runs
 from lsjax.aot.work import largest_operand, operation_flops
 
-LAYER_FILE = "lsjax/model/block.py"
+LAYER = "Block."  # methods of the model's layers
 # op_name of a loop -> its trips, None if they are not known; of a conditional -> the share of runs
 # that take the dearest branch, None for all.
 Trips = Callable[[str], float | None]
@@ -170,7 +170,7 @@ class Counting:
             total.kernels[one.kernel, largest_operand(computation, one)] += 1
 
     def _in_layer(self, instruction: Instruction) -> bool:
-        return self._program.comes_from(instruction, LAYER_FILE)
+        return self._program.comes_from(instruction, LAYER)
 
 
 def program_costs(program: Program, mesh: Mapping[str, int], trips: Trips, chip: Chip) -> Costs:

@@ -1,7 +1,7 @@
-"""Source files that an instruction comes from, by the tables at the head of a compiled program.
+"""Functions that an instruction comes from, by the tables at the head of a compiled program.
 
-FileNames
-1 "/lsjax/model/block.py"
+FunctionNames
+1 "Block.extend"
 
 FileLocations
 1 {file_name_id=1 function_name_id=1 line=10 end_line=10 column=11 end_column=11}
@@ -15,10 +15,10 @@ import re
 from collections.abc import Mapping
 
 
-def stack_files(text: str) -> Mapping[int, frozenset[str]]:
-    """The files on the stack of each frame; empty where the program has no tables."""
-    names = dict(_table(text, "FileNames", r'"(.*)"'))
-    places = dict(_table(text, "FileLocations", r"{file_name_id=(\d+)"))
+def stack_functions(text: str) -> Mapping[int, frozenset[str]]:
+    """The functions on the stack of each frame; empty where the program has no tables."""
+    names = dict(_table(text, "FunctionNames", r'"(.*)"'))
+    places = dict(_table(text, "FileLocations", r"{file_name_id=\d+ function_name_id=(\d+)"))
     found: dict[int, frozenset[str]] = {}
     pattern = r"{(?:file_location_id=(\d+))?(?: ?parent_frame_id=(\d+))?"
     frames = _table(text, "StackFrames", pattern)

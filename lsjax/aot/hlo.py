@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from lsjax.aot.frames import stack_files
+from lsjax.aot.frames import stack_functions
 
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _NAME = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = ")
@@ -129,12 +129,12 @@ class Program:
     computations: Mapping[str, Computation]
     entry: str
     frames: Mapping[int, frozenset[str]] = field(default_factory=dict)
-    """Source files on the stack of each frame."""
+    """Functions on the stack of each frame."""
 
-    def comes_from(self, instruction: Instruction, file: str) -> bool:
-        """Whether jax made it in a call from this source file ("model/block.py")."""
+    def comes_from(self, instruction: Instruction, prefix: str) -> bool:
+        """Whether jax made it in a call of a function whose name begins so ("Block.")."""
         frame = int(instruction.attribute(r"\bstack_frame_id=(\d+)") or 0)
-        return any(name.endswith(file) for name in self.frames.get(frame, ()))
+        return any(name.startswith(prefix) for name in self.frames.get(frame, ()))
 
     def loop(self, scope: str) -> Instruction | None:
         """The loop in the named scope jit(run)/.../SCOPE/while."""
@@ -221,7 +221,7 @@ def parse(text: str) -> Program:
                 instruction = _instruction(found.group(2), line[found.end() :])
                 instructions[instruction.name] = instruction
                 root = instruction.name if found.group(1) else root
-    return Program(computations, entry, stack_files(text))
+    return Program(computations, entry, stack_functions(text))
 
 
 def _instruction(name: str, rest: str) -> Instruction:

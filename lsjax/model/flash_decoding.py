@@ -23,7 +23,7 @@ BLOCK, MOST_STEPS = 64, 16
 # Fewest rows of a product; the most that a program's registers hold.
 FEWEST_ROWS, MOST_ROWS = 16, 64
 # Programs that keep a card busy, a few for each of its processors; and the most parts of a row.
-PROGRAMS, MOST_PARTS = 512, 16
+PROGRAMS, MOST_PARTS = 256, 16
 # Scores of what is not seen, so that differences stay finite.
 LOWEST = float(jnp.finfo(jnp.float32).min)
 

@@ -1,8 +1,8 @@
-"""The tables of source files at the head of a program."""
+"""The tables of functions at the head of a program."""
 
 import pytest
 
-from lsjax.aot.frames import stack_files
+from lsjax.aot.frames import stack_functions
 from lsjax.aot.hlo import parse
 
 TABLES = """\
@@ -13,11 +13,12 @@ FileNames
 2 "/x/model/block.py"
 
 FunctionNames
-1 "f"
+1 "decode"
+2 "Block.extend"
 
 FileLocations
 1 {file_name_id=1 function_name_id=1 line=1 end_line=1 column=1 end_column=2}
-2 {file_name_id=2 function_name_id=1 line=1 end_line=1 column=1 end_column=2}
+2 {file_name_id=2 function_name_id=2 line=1 end_line=1 column=1 end_column=2}
 3 {file_name_id=1 function_name_id=1 line=9 end_line=9 column=1 end_column=2}
 
 StackFrames
@@ -40,17 +41,17 @@ PLAIN = (
 
 
 @pytest.mark.parametrize("text", [TABLES, PLAIN], ids=["shifted", "plain"])
-def test_files_on_the_stack(text):
-    loops, block = "/x/loops.py", "/x/model/block.py"
-    assert stack_files(text) == {1: {loops}, 2: {loops, block}, 3: {loops}}
+def test_functions_on_the_stack(text):
+    loops, block = "decode", "Block.extend"
+    assert stack_functions(text) == {1: {loops}, 2: {loops, block}, 3: {loops}}
 
 
-def test_instructions_of_a_file():
+def test_instructions_of_a_layer():
     program = parse(TABLES)
     instructions = program.computations["main"].instructions
-    found = [name for name, one in instructions.items() if program.comes_from(one, "block.py")]
+    found = [name for name, one in instructions.items() if program.comes_from(one, "Block.")]
     assert found == ["a"]
 
 
 def test_a_program_without_tables():
-    assert stack_files("HloModule jit_f\n") == {}
+    assert stack_functions("HloModule jit_f\n") == {}

@@ -20,13 +20,13 @@ H100 = next(chip for chip in CHIPS if chip.name == "h100")
 TEXT = """\
 HloModule jit_run
 
-FileNames
-1 "lsjax/model/block.py"
-2 "lsjax/decoding/loops.py"
+FunctionNames
+1 "Block.extend"
+2 "decode"
 
 FileLocations
 1 {file_name_id=1 function_name_id=1 line=1 end_line=1 column=1 end_column=2}
-2 {file_name_id=2 function_name_id=1 line=1 end_line=1 column=1 end_column=2}
+2 {file_name_id=2 function_name_id=2 line=1 end_line=1 column=1 end_column=2}
 
 StackFrames
 1 {file_location_id=2 parent_frame_id=1}
