@@ -219,8 +219,10 @@ def _tokens(segments_ref, block, size, axis):
 
 
 def _scores(x, y, queries, keys, scale):
-    """Of x with y, one of them queries and one keys. Times log2(e), so that a power of 2 is their
-    exponential."""
+    """Scores of x with y, one of them queries and one keys.
+
+    They are multiplied by log2(e): the powers of 2 of the result are the weights.
+    """
     (q_places, q_segments), (k_places, k_segments) = queries, keys
     seen = (q_places >= k_places) & (q_segments == k_segments)
     return jnp.where(seen, _product(x, y, 1, 1) * (scale * math.log2(math.e)), HIDDEN)

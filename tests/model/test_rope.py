@@ -35,7 +35,7 @@ def test_both_forms_turn_alike(dtype):
 
 
 def test_remat_keeps_no_swapped_halves(capsys):
-    """Of two products the policy keeps the one without a batch axis."""
+    """The policy keeps a product without a batch axis, and computes one with it again."""
     w = jnp.ones((16, 16))
     rope = angles(jnp.float32, True)
     policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
