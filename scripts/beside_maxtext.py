@@ -3,7 +3,7 @@ alike: a table with lsjax's plain step, its step with LayerSkip, and MaxText's.
 
     python scripts/beside_maxtext.py --maxtext ../maxtext --python ../env/bin/python
     python scripts/beside_maxtext.py --maxtext ../maxtext --python ../env/bin/python \\
-        --topology v6e:8x8 --remat-policy full --lsjax "--micro-batches 1 --remat nothing_saveable"
+        --topology v6e:8x8 --remat-policy full --lsjax="--remat nothing_saveable"
 
 Needs libtpu (pip install 'lsjax[tpu]'), no TPU. MaxText is a checkout of AI-Hypercomputer/maxtext,
 and its own train_compile runs in an environment with Python 3.12:
@@ -71,7 +71,7 @@ class Arguments:
     fsdp: int | None = None
     """Devices that share the weights in MaxText, the rest is data; lsjax's number by default."""
     lsjax: str = ""
-    """Further flags of lsjax.cli.aot."""
+    """Further flags of lsjax.cli.aot, behind an equals sign."""
 
 
 def main(arguments: Arguments) -> int:
