@@ -23,7 +23,6 @@ from lsjax.checkpoints import (
     CHECKPOINTS,
     Checkpoints,
     begin_run,
-    check_same_run,
     held_out_losses,
     is_run,
     open_checkpoint,
@@ -57,7 +56,7 @@ from lsjax.data.tokenizer_training import make_tokenizer
 from lsjax.sharding import make_mesh, own_rows, placed_rows
 from lsjax.training.flops import peak_flops, step_flops
 from lsjax.training.metrics_log import MetricsLog, check_board
-from lsjax.training.start import abstract_state, check_rows, initial_state
+from lsjax.training.start import abstract_state, check_rows, check_same_run, initial_state
 from lsjax.training.step import make_train_step
 from lsjax.training.trainer import Interrupted, Loop, TooManySkipped, run
 

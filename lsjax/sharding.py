@@ -1,24 +1,23 @@
-"""What lies where on a mesh of devices: one table for parameters, batches and caches.
+"""The mesh of devices, and how arrays are constrained to it.
 
 The mesh has three axes (any of them may be 1):
 
-    data    shares out the rows of a batch
-    fsdp    shares out the weights along D, and in training the rows too
-    tensor  shares out the weights along K (heads), F and V, the cache along K, the logits along V
+    data    shards the rows of a batch
+    fsdp    shards the weights along D, and in training the rows too
+    tensor  shards the weights along K (heads), F and V, the cache along K, the logits along V
 
-In training each layer's weights are gathered along fsdp when their turn comes, since the rows are
-many (Rajbhandari et al., 2020). In decoding they are few: the weights stay, and each device
-multiplies its share of D.
+Training has many rows, so each layer's weights are gathered along fsdp when the layer runs
+(Rajbhandari et al., 2020). Decoding has few rows: the weights stay, and each device multiplies its
+share of D.
 
-A size that an axis does not divide is not sharded over it: the array is the same on all devices of
-the axis there. Of two axes for one size the first one stays, if it divides. Two kinds of weights
-have a second choice before that: qkv where the K/V heads are fewer than the devices is sharded
-along D, which it multiplies (the heads, their cache and the attention itself are then the same on
-all devices of the tensor axis); a table whose vocabulary does not divide likewise.
+An axis of the mesh that does not divide an array's axis leaves it replicated. Of two axes for one
+size the first one stays, if it divides. Some weights have a second choice before that
+(lsjax/model/parameters.py): qkv is sharded along D where the K/V heads are fewer than the devices.
+The heads, their cache and the attention itself are then replicated over the tensor axis. A table
+whose vocabulary does not divide is sharded along D likewise.
 """
 
 import math
-import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -32,30 +31,8 @@ from jaxtyping import Array
 
 from lsjax.config import MeshConfig, check
 
-# What shares out the rows of a batch in training.
+# The axes that shard the rows of a batch in training.
 ROWS = ("data", "fsdp")
-# (path, what its axes are shared out over: the first choice that divides). Other paths are the
-# same everywhere. Parameters and cache of stacked layers have one axis more, in front.
-TABLE: tuple[tuple[str, tuple[P, ...]], ...] = (
-    # Sharding V costs a sum of [B, T, D] to look up and nothing to unembed.
-    (r"(embedding|head|table_ND)$", (P("tensor", "fsdp"), P(None, ("fsdp", "tensor")))),
-    (r"qkv\.kernel$", (P("fsdp", "tensor"), P(("fsdp", "tensor")))),  # [D, K, G + 2, H]
-    (r"qkv\.bias$", (P("tensor"),)),
-    (r"out\.kernel$", (P("tensor", "fsdp"),)),  # [N * H, D]
-    (r"gate_up\.kernel$", (P("fsdp", None, "tensor"),)),  # [D, 2, F]
-    (r"gate_up\.bias$", (P(None, "tensor"),)),
-    (r"down\.kernel$", (P("tensor", "fsdp"),)),  # [F, D]
-    # Of adapters [I, R] and [R, *O] the axes that their matrix has.
-    (r"(qkv|gate_up)\.adapter\.a$", (P("fsdp"),)),
-    (r"(out|down)\.adapter\.a$", (P("tensor"),)),
-    (r"qkv\.adapter\.b$", (P(None, "tensor"),)),
-    (r"gate_up\.adapter\.b$", (P(None, None, "tensor"),)),
-    (r"(out|down)\.adapter\.b$", (P(None, "fsdp"),)),
-    (r"(keys|values)(\.\d+)?$", (P("data", "tensor"),)),  # [B, K, S, H]
-    (r"_BT$", (P(ROWS),)),  # of training; names of arrays say their axes
-    (r"_B\w*$", (P("data"),)),  # of decoding
-)
-_STACKED = re.compile(r"(^|\.)(layers\.\D|(keys|values)$)")
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
@@ -79,30 +56,6 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     return Mesh(places, tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
 
 
-def sharding_of(path: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> NamedSharding:
-    """Where an array lies that has this path in its tree ("layers.0.attention.qkv.kernel")."""
-    choices = next((choices for regex, choices in TABLE if re.search(regex, path)), (P(),))
-    if _STACKED.search(path):
-        choices = [P(None, *choice) for choice in choices]
-    whole = (choice for choice in choices if fitted(choice, shape, mesh) == choice)
-    return NamedSharding(mesh, next(whole, fitted(choices[-1], shape, mesh)))
-
-
-def shardings(tree: Any, mesh: Mesh | AbstractMesh) -> Any:
-    """`sharding_of` every leaf of a model, a decode state or the like."""
-
-    def one(path, leaf):
-        name = jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value")
-        return sharding_of(name, leaf.shape, mesh)
-
-    return jax.tree_util.tree_map_with_path(one, tree)
-
-
-def placed(tree: Any, mesh: Mesh | None) -> Any:
-    """The tree with every array where it belongs; as it is without a mesh."""
-    return tree if mesh is None else jax.device_put(tree, shardings(tree, mesh))
-
-
 def own_rows(rows: int, mesh: Mesh | None) -> np.ndarray:
     """Numbers of the rows of a training batch that lie on this process's devices, in order.
 
@@ -112,19 +65,20 @@ def own_rows(rows: int, mesh: Mesh | None) -> np.ndarray:
     numbers_B = np.arange(rows)
     if mesh is None:
         return numbers_B
-    place = sharding_of("tokens_BT", (rows, 1), mesh)
-    indices = place.addressable_devices_indices_map((rows, 1)).values()
+    place = NamedSharding(mesh, fitted(P(ROWS), (rows,), mesh))
+    indices = place.addressable_devices_indices_map((rows,)).values()
     return np.unique(np.concatenate([numbers_B[index[0]] for index in indices]))
 
 
 def placed_rows(batch: Mapping[str, np.ndarray], rows: int, mesh: Mesh | None) -> dict[str, Any]:
-    """A batch of so many rows, of which each process gives its `own_rows`, where it belongs."""
-
-    def one(name: str, own: np.ndarray) -> Array:
-        shape = (rows, *own.shape[1:])
-        return jax.make_array_from_process_local_data(sharding_of(name, shape, mesh), own, shape)
-
-    return dict(batch) if mesh is None else {name: one(name, own) for name, own in batch.items()}
+    """A batch of so many rows, of which each process gives its `own_rows`, sharded on the mesh."""
+    if mesh is None:
+        return dict(batch)
+    place = NamedSharding(mesh, fitted(P(ROWS), (rows,), mesh))
+    return {
+        name: jax.make_array_from_process_local_data(place, own, (rows, *own.shape[1:]))
+        for name, own in batch.items()
+    }
 
 
 def fitted(spec: P, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> P:

@@ -36,7 +36,7 @@ import numpy as np
 import tyro
 
 from lsjax.checkpoints import CHECKPOINTS, saved_steps
-from lsjax.checkpoints.saved_step import PARAMS, TRAIN, SavedStep
+from lsjax.checkpoints.steps import PARAMS, TRAIN, SavedStep
 from lsjax.cli.errors import one_line_errors
 from lsjax.config import check
 

@@ -84,7 +84,7 @@ def same_after_restoring(directory: Path) -> bool:
     """Two processes save, one device restores and saves, two processes restore and save."""
     from kill_drill import arrays
 
-    from lsjax.checkpoints.saved_step import PARAMS, TRAIN, saved_steps
+    from lsjax.checkpoints.steps import PARAMS, TRAIN, saved_steps
 
     a, b, c = runs = [directory / name for name in "abc"]
     for run in runs:
@@ -161,9 +161,8 @@ def take_steps(cache: Path, file: Path, mesh) -> None:
     from flax import nnx
     from jax.experimental.multihost_utils import process_allgather
 
-    from lsjax.checkpoints.plain import named_leaves
     from lsjax.model.llama import Llama
-    from lsjax.sharding import shardings
+    from lsjax.model.parameters import named_leaves, shardings
     from lsjax.training.step import init_state
 
     found = {}

@@ -14,7 +14,8 @@ from jax.sharding import PartitionSpec as P
 
 from lsjax.config import LlamaConfig
 from lsjax.model.llama import Llama, stacked, unstacked
-from lsjax.sharding import constrain, fitted, on_each_device, shardings
+from lsjax.model.parameters import shardings
+from lsjax.sharding import constrain, fitted, on_each_device
 
 CONFIG = LlamaConfig.tiny(num_layers=2, attention_bias=True, mlp_bias=True)  # K 2, V 258, D 64
 # On data 2, fsdp 2, tensor 2 all sizes divide.

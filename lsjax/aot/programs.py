@@ -26,7 +26,7 @@ from lsjax.decoding.state import DecodeState, Strategy
 from lsjax.evaluation.exits import exit_sums
 from lsjax.model.attention import LARGE, LARGE_BLOCKS, SMALL, SMALL_BLOCKS
 from lsjax.model.llama import Llama
-from lsjax.sharding import shardings
+from lsjax.model.parameters import shardings
 from lsjax.training.early_exit import mean_exits
 from lsjax.training.loss import CHUNKS, EXITS, loss_chunk
 from lsjax.training.start import abstract_state, check_rows

@@ -1,14 +1,21 @@
 """Models and training runs in files: what is read, what is written, and what is refused."""
 
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
 from lsjax.checkpoints.fingerprint import fingerprints
+from lsjax.checkpoints.gguf import GGUFSource
 from lsjax.checkpoints.huggingface import (
     GenerationDefaults,
+    HuggingFaceSource,
     check_destination,
     read_generation_defaults,
     save,
 )
-from lsjax.checkpoints.resume import check_same_run
-from lsjax.checkpoints.run_directory import (
+from lsjax.checkpoints.run import (
     CHECKPOINTS,
     CONFIG,
     EVALUATION,
@@ -20,16 +27,11 @@ from lsjax.checkpoints.run_directory import (
     read_metrics,
     read_run_config,
 )
-from lsjax.checkpoints.saved_step import saved_steps
 from lsjax.checkpoints.saving import Checkpoints
-from lsjax.checkpoints.tensors import (
-    CheckpointError,
-    TensorSource,
-    assemble,
-    load,
-    named_parameters,
-    open_checkpoint,
-)
+from lsjax.checkpoints.steps import saved_steps
+from lsjax.checkpoints.tensors import CheckpointError, TensorSource, Track
+from lsjax.config.run_path import split_step
+from lsjax.model.llama import Llama
 
 __all__ = [
     "CHECKPOINTS",
@@ -41,15 +43,12 @@ __all__ = [
     "GenerationDefaults",
     "RunSource",
     "TensorSource",
-    "assemble",
     "begin_run",
     "check_destination",
-    "check_same_run",
     "fingerprints",
     "held_out_losses",
     "is_run",
     "load",
-    "named_parameters",
     "open_checkpoint",
     "read_generation_defaults",
     "read_metrics",
@@ -57,3 +56,50 @@ __all__ = [
     "save",
     "saved_steps",
 ]
+
+
+def load(
+    source: str | Path | TensorSource | RunSource,
+    *,
+    dtype: Any = None,
+    track: Track = iter,
+    mesh: Mesh | None = None,
+) -> Llama:
+    """The model in a Hugging Face directory, a GGUF file or a training run, with a Block per layer.
+
+    Args:
+        source: the directory or file, or what `open_checkpoint` made of it. A run gives its newest
+            step that is whole; "run@200" is step 200, "run@best" the one with the lowest held-out
+            loss.
+        dtype: of the parameters, whatever the file has; float32 if not given.
+        track: wraps the sequence of parameters that is walked, for a progress bar.
+        mesh: the devices to shard the parameters over; one device by default.
+    Raises:
+        CheckpointError: the file is missing, damaged or of another model; in one line.
+    """
+    opened = open_checkpoint(source) if isinstance(source, str | Path) else source
+    return opened.assemble(dtype=jnp.float32 if dtype is None else dtype, track=track, mesh=mesh)
+
+
+def open_checkpoint(path: str | Path) -> TensorSource | RunSource:
+    """Opens a checkpoint of any kind and checks all but the numbers in it."""
+    path, step = split_step(path)
+    if path.is_dir():
+        return RunSource(path, step) if is_run(path) else HuggingFaceSource(path)
+    if not path.exists():
+        raise CheckpointError(f"{path}: does not exist: give an existing directory or GGUF file")
+    with path.open("rb") as file:
+        magic = file.read(4)
+    if magic == b"GGUF":
+        return GGUFSource(path)
+    if not magic:
+        problem = "is empty"
+    elif magic == b"PK\3\4" or magic[0] == 0x80:
+        problem = "is a zip or pickle file, which can run code when read"
+    elif path.suffix == ".safetensors":
+        problem = "lacks its configuration: give the directory that holds it and config.json"
+    else:
+        problem = f"starts with {magic!r}, which no model file does"
+    raise CheckpointError(
+        f"{path}: {problem}; only directories with safetensors and GGUF files are read"
+    )

@@ -9,45 +9,28 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from lsjax.checkpoints.tensors import CheckpointError, take
+from lsjax.checkpoints.tensors import CheckpointError, TensorSource, take
 from lsjax.config import ConfigError, LlamaConfig, RopeScaling
 from lsjax.model.rope import rope_frequencies
 
-_NAMES = {
-    "token_embd": "model.embed_tokens",
-    "output_norm": "model.norm",
-    "output": "lm_head",
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
-_TENSOR = re.compile(r"(?P<layer>blk\.\d+\.)?(?P<name>\w+)\.(?P<kind>weight|bias)")
-_GGUF_NAMES = {theirs: name for name, theirs in _NAMES.items()}
-_HUGGINGFACE_TENSOR = re.compile(
-    r"(model\.layers\.(?P<layer>\d+)\.)?"
-    rf"(?P<name>{'|'.join(map(re.escape, _GGUF_NAMES))})\.(?P<kind>weight|bias)"
-)
+_ROTATED = re.compile(r"blk\.\d+\.attn_(q|k)\.(weight|bias)")
 _ROPE_FACTORS = "rope_freqs.weight"
 
 
-class GGUFSource:
-    """A GGUF file (a `TensorSource`).
+class GGUFSource(TensorSource):
+    """A GGUF file.
 
     Raises:
         CheckpointError: not a whole little-endian GGUF of version 2 or 3 with a Llama in it, or
             the `gguf` package is not installed.
     """
 
+    names = "gguf"
+
     def __init__(self, path: Path):
         self.path = path
         reader = _open(path)
-        self._tensors = {_huggingface_name(tensor.name): tensor for tensor in reader.tensors}
+        self._tensors = {tensor.name: tensor for tensor in reader.tensors}
         self.shapes = {
             name: tuple(int(size) for size in reversed(tensor.shape.tolist()))
             for name, tensor in self._tensors.items()
@@ -55,9 +38,8 @@ class GGUFSource:
         self.config = self._read_config(_Metadata(reader, path))
 
     def where(self, name: str) -> str:
-        """The file, and the name of the tensor in it."""
-        held = self._tensors.get(name)
-        return f"{self.path}: tensor {held.name if held else _gguf_name(name)!r}"
+        """File and name."""
+        return f"{self.path}: tensor {name!r}"
 
     def read(self, name: str) -> np.ndarray:
         """One tensor: float32 if it was quantised; queries and keys in half-split order."""
@@ -78,11 +60,11 @@ class GGUFSource:
                     f"{self.where(name)}: type {kind} cannot be dequantised: use a GGUF of "
                     "F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0 or a K-quant"
                 ) from error
-        if "self_attn.q_proj." in name:
-            return _half_split(value, self.config.num_heads)
-        if "self_attn.k_proj." in name:
-            return _half_split(value, self.config.num_kv_heads)
-        return value
+        rotated = _ROTATED.fullmatch(name)
+        if rotated is None:
+            return value
+        config = self.config
+        return _half_split(value, config.num_heads if rotated[1] == "q" else config.num_kv_heads)
 
     def _read_config(self, metadata: "_Metadata") -> LlamaConfig:
         architecture = metadata.get("general.architecture", str)
@@ -105,7 +87,7 @@ class GGUFSource:
                     f"{self.path}: {key} is {metadata.get(key, int)}; "
                     f"only the head size, {head_dim}, is supported"
                 )
-        embedding = self.shapes.get("model.embed_tokens.weight", (0,))
+        embedding = self.shapes.get("token_embd.weight", (0,))
         try:
             config = LlamaConfig(
                 vocab_size=metadata.get("llama.vocab_size", int, embedding[0]),
@@ -119,9 +101,9 @@ class GGUFSource:
                 rope_theta=metadata.get("llama.rope.freq_base", float, 1e4),
                 rope_scaling=self._linear_scaling(metadata),
                 norm_eps=metadata.get("llama.attention.layer_norm_rms_epsilon", float),
-                tie_embeddings="lm_head.weight" not in self.shapes,
-                attention_bias="model.layers.0.self_attn.q_proj.bias" in self.shapes,
-                mlp_bias="model.layers.0.mlp.gate_proj.bias" in self.shapes,
+                tie_embeddings="output.weight" not in self.shapes,
+                attention_bias="blk.0.attn_q.bias" in self.shapes,
+                mlp_bias="blk.0.ffn_gate.bias" in self.shapes,
             )
             return self._with_llama3_scaling(config)
         except ConfigError as error:
@@ -224,24 +206,6 @@ def _open(path: Path) -> Any:
             )
         reached, previous = tensor.data_offset + tensor.n_bytes, tensor.name
     return reader
-
-
-def _huggingface_name(name: str) -> str:
-    """The Hugging Face name of a tensor, or its own if a Llama has no such tensor."""
-    match = _TENSOR.fullmatch(name)
-    if match is None or match["name"] not in _NAMES:
-        return name
-    layer = "" if match["layer"] is None else match["layer"].replace("blk", "model.layers")
-    return f"{layer}{_NAMES[match['name']]}.{match['kind']}"
-
-
-def _gguf_name(name: str) -> str:
-    """The inverse of `_huggingface_name`."""
-    match = _HUGGINGFACE_TENSOR.fullmatch(name)
-    if match is None:
-        return name
-    layer = "" if match["layer"] is None else f"blk.{match['layer']}."
-    return f"{layer}{_GGUF_NAMES[match['name']]}.{match['kind']}"
 
 
 def _half_split(weight: np.ndarray, heads: int) -> np.ndarray:

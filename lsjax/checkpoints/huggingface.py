@@ -1,24 +1,41 @@
-"""Hugging Face directories: config.json, generation_config.json and safetensors, in and out."""
+"""Hugging Face directories: safetensors and generation_config.json, in and out.
 
-import dataclasses
+The safetensors package reads and writes the files. Its writer takes all tensors of a file at once,
+so an export holds one file beside the model.
+"""
+
+import math
 import secrets
 import shutil
-from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
+import ml_dtypes  # noqa: F401  registers bfloat16 with numpy, by whose name safetensors finds it
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 
-from lsjax.checkpoints.huggingface_keys import check_keys
-from lsjax.checkpoints.safetensors_files import read_entries, read_json, write_json, write_weights
-from lsjax.checkpoints.tensors import CheckpointError, Track, take
-from lsjax.config import ConfigError, LlamaConfig, RopeScaling
+from lsjax.checkpoints.huggingface_config import read_config_json, to_config_json
+from lsjax.checkpoints.tensors import (
+    CheckpointError,
+    Part,
+    TensorSource,
+    Track,
+    parts_of,
+    read_json,
+    take,
+    write_json,
+)
 from lsjax.config.run_path import split_step
 from lsjax.model.llama import Llama, unstacked
+from lsjax.model.parameters import named_leaves
 
 if TYPE_CHECKING:
     from lsjax.data.tokenizers import Tokenizer
+
+_WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_FLOATS = ("F64", "F32", "F16", "BF16")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,105 +65,84 @@ def read_generation_defaults(path: str | Path) -> GenerationDefaults:
     return GenerationDefaults(**found)
 
 
-class HuggingFaceSource:
-    """A directory with config.json and safetensors in one file or several (a `TensorSource`)."""
+class HuggingFaceSource(TensorSource):
+    """A directory with config.json and safetensors in one file or several."""
+
+    names = "huggingface"
 
     def __init__(self, path: Path):
         self.path = path
         self.config = read_config_json(path)
-        self._entries = read_entries(path)
-        self.shapes = {name: entry.shape for name, entry in self._entries.items()}
+        self._tensors = _open_tensors(path)
+        self.shapes = {
+            name: tuple(tensor.get_shape()) for name, (_, tensor) in self._tensors.items()
+        }
 
     def where(self, name: str) -> str:
         """File and name."""
-        file = self._entries[name].file if name in self._entries else self.path
+        file = self._tensors[name][0] if name in self._tensors else self.path
         return f"{file}: tensor {name!r}"
 
-    def read(self, name: str) -> np.ndarray:
-        """One tensor in its stored dtype."""
-        return self._entries[name].read()
+    def read(self, name: str) -> Any:
+        """One tensor in its stored dtype; what is sliced out of it is read."""
+        file, tensor = self._tensors[name]
+        dtype = tensor.get_dtype()
+        if dtype not in _FLOATS:
+            raise CheckpointError(
+                f"{file}: dtype {dtype} of a weight is not one of {', '.join(_FLOATS)}: "
+                "convert the checkpoint to bfloat16 first"
+            )
+        return tensor
 
 
-def read_config_json(directory: Path) -> LlamaConfig:
-    """config.json as transformers reads it: the rope keys of version 4 or 5, the same defaults."""
-    file = directory / "config.json"
-    if not file.is_file():
-        ggufs = sorted(found.name for found in directory.glob("*.gguf"))
-        fix = f"give {ggufs[0]} itself" if ggufs else "give the directory of a whole model"
-        raise CheckpointError(f"{file}: does not exist: {fix}")
-    raw = read_json(file)
-    architectures = raw.get("architectures") or (
-        ["LlamaForCausalLM"] if raw.get("model_type") == "llama" else raw.get("model_type")
-    )
-    if architectures != ["LlamaForCausalLM"]:
+def _open_tensors(directory: Path) -> dict[str, tuple[Path, Any]]:
+    """File and unread content of each tensor: of model.safetensors, or as an index says."""
+    single, index = directory / _WEIGHTS, directory / _INDEX
+    if single.exists():
+        return _open_file(single)
+    if not index.exists():
+        pickles = sorted(file.name for file in directory.glob("*.bin"))
+        instead = f", only {pickles[0]}" if pickles else ""
         raise CheckpointError(
-            f"{file}: architecture {architectures!r}; only ['LlamaForCausalLM'] is supported"
+            f"{directory}: holds neither {_WEIGHTS} nor {_INDEX}{instead}: only safetensors are "
+            "read, never pickles, which can run code"
         )
-    if raw.get("hidden_act", "silu") != "silu":
-        raise CheckpointError(f"{file}: hidden_act {raw['hidden_act']!r}; only 'silu' is supported")
-    if raw.get("quantization_config") is not None:
-        raise CheckpointError(f"{file}: quantization_config is not supported: dequantise it first")
-    check_keys(raw, file)
+    weight_map = take(read_json(index), "weight_map", dict, {}, index)
+    for name, file in weight_map.items():
+        if not isinstance(file, str) or file in ("", "..") or Path(file).name != file:
+            raise CheckpointError(
+                f"{index}: tensor {name!r} is said to be in {file!r}, "
+                "but must be in a file of the same directory"
+            )
+    tensors: dict[str, tuple[Path, Any]] = {}
+    for file in sorted(set(weight_map.values())):
+        if not (directory / file).is_file():
+            raise CheckpointError(f"{index}: {file!r} is missing: download it again")
+        for name, tensor in _open_file(directory / file).items():
+            if weight_map.get(name) != file:
+                raise CheckpointError(
+                    f"{directory / file}: holds tensor {name!r}, which {_INDEX} places in "
+                    f"{weight_map.get(name)!r}: the files are not of one checkpoint"
+                )
+            tensors[name] = tensor
+    for name in weight_map:
+        if name not in tensors:
+            raise CheckpointError(
+                f"{directory / weight_map[name]}: lacks tensor {name!r}, which {_INDEX} places "
+                "there: the files are not of one checkpoint"
+            )
+    return tensors
 
-    def integer(key: str, default: int) -> int:
-        return take(raw, key, int, default, file)
 
-    width, heads = integer("hidden_size", 4096), integer("num_attention_heads", 32)
-    theta, scaling = _read_rope(raw, file)
+def _open_file(file: Path) -> dict[str, tuple[Path, Any]]:
     try:
-        return LlamaConfig(
-            vocab_size=integer("vocab_size", 32_000),
-            hidden_size=width,
-            intermediate_size=integer("intermediate_size", 11_008),
-            num_layers=integer("num_hidden_layers", 32),
-            num_heads=heads,
-            num_kv_heads=integer("num_key_value_heads", heads),
-            head_dim=integer("head_dim", width // max(heads, 1)),
-            max_context=integer("max_position_embeddings", 2048),
-            rope_theta=theta,
-            rope_scaling=scaling,
-            norm_eps=take(raw, "rms_norm_eps", float, 1e-6, file),
-            tie_embeddings=take(raw, "tie_word_embeddings", bool, False, file),
-            attention_bias=take(raw, "attention_bias", bool, False, file),
-            mlp_bias=take(raw, "mlp_bias", bool, False, file),
-            init_std=take(raw, "initializer_range", float, 0.02, file),
-        )
-    except ConfigError as error:
-        raise CheckpointError(f"{file}: {error}") from error
-
-
-def _read_rope(raw: Mapping[str, Any], file: Path) -> tuple[float, RopeScaling | None]:
-    """Theta, and scaling: in rope_scaling (version 4) or rope_parameters (5), the former first."""
-    rope = take(raw, "rope_scaling", dict, {}, file) or take(raw, "rope_parameters", dict, {}, file)
-    where = f"{file}: rope"
-    theta = take(rope, "rope_theta", float, take(raw, "rope_theta", float, 1e4, file), where)
-    for table in (raw, rope):
-        if take(table, "partial_rotary_factor", float, 1.0, where) != 1.0:
-            raise CheckpointError(f"{where}: partial_rotary_factor is not supported")
-    kind = take(rope, "rope_type", str, take(rope, "type", str, "default", where), where)
-    needed = {
-        "default": (),
-        "linear": ("factor",),
-        "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
-    }
-    if kind not in needed:
-        raise CheckpointError(f"{where}: type {kind!r}; only {', '.join(needed)} are supported")
-    values = {key: take(rope, key, float, None, where) for key in needed[kind]}
-    for key, value in values.items():
-        if value is None:
-            raise CheckpointError(f"{where}: {key} is missing, and type {kind!r} needs it")
-    if kind == "default":
-        return theta, None
-    if kind == "llama3":
-        key = "original_max_position_embeddings"
-        fallback = take(raw, "max_position_embeddings", int, 2048, file)
-        values["original_context"] = take(
-            raw, key, int, take(rope, key, int, fallback, where), file
-        )
-    try:
-        return theta, RopeScaling(kind=kind, **values)
-    except ConfigError as error:
-        raise CheckpointError(f"{where}: {error}") from error
+        opened = safe_open(file, framework="numpy")
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{file}: {' '.join(str(error).split())}: damaged or cut short, download it again"
+        ) from error
+    names = opened.keys()
+    return {name: (file, opened.get_slice(name)) for name in names}
 
 
 def save(
@@ -177,7 +173,7 @@ def save(
     partial.mkdir()
     try:
         ids = _special_ids(tokenizer)
-        write_json(partial / "config.json", _config_json(model) | ids)
+        write_json(partial / "config.json", to_config_json(model.config, model.dtype) | ids)
         defaults = generation or GenerationDefaults()
         early = {
             "assistant_early_exit": defaults.exit_layer,
@@ -187,7 +183,7 @@ def save(
         write_json(partial / "generation_config.json", said)
         if tokenizer is not None:
             tokenizer.save(partial)
-        write_weights(unstacked(model), partial, shard_bytes, track)
+        _write_weights(unstacked(model), partial, shard_bytes, track)
         partial.rename(directory)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
@@ -209,40 +205,29 @@ def _special_ids(tokenizer: "Tokenizer | None") -> dict[str, Any]:
     }
 
 
-def _config_json(model: Llama) -> dict[str, Any]:
-    """Read alike by transformers 4 (torch_dtype, rope_theta, rope_scaling) and 5."""
-    config = model.config
-    scaling: dict[str, Any] | None = None
-    if config.rope_scaling is not None:
-        scaling = dataclasses.asdict(config.rope_scaling)
-        scaling = {"rope_type": scaling.pop("kind")} | scaling
-        original = scaling.pop("original_context")
-        if config.rope_scaling.kind == "llama3":
-            scaling["original_max_position_embeddings"] = original
-        else:
-            scaling = {key: scaling[key] for key in ("rope_type", "factor")}
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.hidden_size,
-        "intermediate_size": config.intermediate_size,
-        "num_hidden_layers": config.num_layers,
-        "num_attention_heads": config.num_heads,
-        "num_key_value_heads": config.num_kv_heads,
-        "head_dim": config.head_dim,
-        "hidden_act": "silu",
-        "max_position_embeddings": config.max_context,
-        "rope_theta": config.rope_theta,
-        "rope_scaling": scaling,
-        "rope_parameters": {
-            **(scaling or {"rope_type": "default"}),
-            "rope_theta": config.rope_theta,
-        },
-        "rms_norm_eps": config.norm_eps,
-        "tie_word_embeddings": config.tie_embeddings,
-        "attention_bias": config.attention_bias,
-        "mlp_bias": config.mlp_bias,
-        "initializer_range": config.init_std,
-        "torch_dtype": str(model.dtype),
-    }
+def _write_weights(model: Llama, directory: Path, shard_bytes: int, track: Track) -> None:
+    """One file, or several and an index of them."""
+    parameters = named_leaves(model)
+    files: list[list[Part]] = [[]]
+    filled = total = 0
+    for path, parameter in parameters.items():
+        for part in parts_of(path, "huggingface"):
+            size = math.prod(part.stored_shape(parameter.shape)) * parameter.dtype.itemsize
+            if filled and filled + size > shard_bytes:
+                files.append([])
+                filled = 0
+            files[-1].append(part)
+            filled, total = filled + size, total + size
+    tracked = iter(track([part for parts in files for part in parts]))
+    weight_map: dict[str, str] = {}
+    for number, parts in enumerate(files, 1):
+        several = f"model-{number:05d}-of-{len(files):05d}.safetensors"
+        file = _WEIGHTS if len(files) == 1 else several
+        tensors = {
+            part.tensor: part.stored(parameters[part.path]) for part in islice(tracked, len(parts))
+        }
+        save_file(tensors, directory / file, {"format": "pt"})
+        weight_map |= dict.fromkeys(tensors, file)
+    if len(files) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        write_json(directory / _INDEX, index)

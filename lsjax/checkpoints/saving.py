@@ -1,12 +1,11 @@
-"""Saving a training run, and going on with it.
+"""Saving a training run and resuming it: orbax writes in the background and removes old steps.
 
-A step is written in the background, under another name until it is complete. What is on disk, and
-how damage to it is found, is in saved_step.py.
+How damage is found is in steps.py.
 """
 
 import platform
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from importlib.metadata import version
 from pathlib import Path
@@ -14,27 +13,29 @@ from typing import Any, NamedTuple
 
 import jax
 from jax.experimental.multihost_utils import sync_global_devices
+from jaxtyping import Array
 
-from lsjax.checkpoints.plain import from_named, named_leaves, nested
-from lsjax.checkpoints.saved_step import (
+from lsjax.checkpoints.fingerprint import fingerprints
+from lsjax.checkpoints.steps import (
     META,
     PARAMS,
     TRAIN,
+    VERSION,
     Report,
     SavedStep,
-    bottom,
-    described,
-    first_good,
+    cause,
+    first_whole,
     log,
-    one_error_is_enough,
+    quiet_storage,
     saved_steps,
     sealed,
 )
 from lsjax.checkpoints.tensors import CheckpointError
 from lsjax.config import CheckpointConfig, TrainConfig
 from lsjax.config.json_form import to_json
+from lsjax.model.parameters import named_leaves
 
-_MODEL = "model."  # what names of parameters begin with in a state
+_MODEL = "model."  # what paths of parameters begin with in a state
 _PACKAGES = ("lsjax", "jax", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
@@ -47,15 +48,14 @@ class Restored(NamedTuple):
 
 
 class Checkpoints:
-    """The saved steps of one run. Leaving its context waits for the last one to be written, but
-    after an error on one of several hosts does not: the others may have ended.
+    """The saved steps of one run, as a context that waits for the last step to be written.
 
-    A step that could not be written does not end a run of one process: the next one may find room
-    again. Only where none follows is it an error.
+    After an error on one of several hosts it does not wait: the others may have ended. A single
+    process goes on after a step that could not be written, as the next one may find room again.
+    Only where none follows is it an error.
 
     report: called with one line for each step that is damaged or could not be written. losses:
-    held-out loss by step, of the steps that were evaluated; it may grow meanwhile. The best steps
-    are kept by it.
+    held-out loss by step, by which the best steps are kept; it may grow meanwhile.
     """
 
     def __init__(
@@ -69,12 +69,11 @@ class Checkpoints:
         self._losses = {} if losses is None else losses
         self._manager: Any = None
         self._quiet = ExitStack()
-        self._clean = True  # of what a killed program left
-        self._begun = 0  # the step that was saved last, and what went wrong with it at once
+        self._begun = 0  # the step that was saved last, and its error if it failed at once
         self._failure: Exception | None = None
 
     def __enter__(self) -> "Checkpoints":
-        self._quiet.enter_context(one_error_is_enough())
+        self._quiet.enter_context(quiet_storage())
         return self
 
     def __exit__(self, error, *_) -> None:
@@ -96,61 +95,64 @@ class Checkpoints:
         like: the state's shapes (`jax.eval_shape`), with shardings where there is a mesh.
         Raises CheckpointError where no step is whole, or what was saved is of another shape.
         """
-        wanted = _items(named_leaves(like))
+        wanted = _items(like)
 
         def read(step: SavedStep) -> Restored:
             for item, leaves in wanted.items():
-                strange = step.meta["arrays"][item].keys() - leaves.keys()
-                if strange:
-                    raise CheckpointError(
-                        f"{step.directory / item}: {min(strange)} has no place in this run's "
-                        "state: it is of another model or optimizer"
-                    )
+                step.check_names(item, leaves)
             params, train = (step.read(item, leaves) for item, leaves in wanted.items())
-            leaves = {_MODEL + name: leaf for name, leaf in params.items()} | train
-            return Restored(from_named(leaves, like), step.number, step.meta["data"])
+            arrays = {_MODEL + name: leaf for name, leaf in params.items()} | train
+            leaves = [arrays[name] for name in named_leaves(like)]
+            state = jax.tree.unflatten(jax.tree.structure(like), leaves)
+            return Restored(state, step.number, step.meta["data"])
 
-        found = first_good(saved_steps(self._directory), read, self._report)
-        if found is None:
+        steps = saved_steps(self._directory)
+        if not steps:
             return None
-        restored, damaged = found
-        self._put_aside(damaged)
+        restored, damaged = first_whole(steps, read, self._report)
+        if damaged and jax.process_index() == 0:
+            for step in damaged:
+                aside = step.directory.with_name(f"{step.number}.damaged")
+                shutil.rmtree(aside, ignore_errors=True)
+                step.directory.rename(aside)
+        if damaged and jax.process_count() > 1:
+            sync_global_devices("damaged steps are put aside")
         return restored
 
-    def save(
-        self,
-        state: Any,
-        *,
-        step: int,
-        config: TrainConfig,
-        data: Mapping[str, Any],
-    ) -> None:
-        """Begins to save the state after `step` steps; waits for the save before it, if that is
-        still being written. Does nothing where this step is saved already.
+    def save(self, state: Any, *, step: int, config: TrainConfig, data: Mapping[str, Any]) -> None:
+        """Begins to save the state after `step` steps; does nothing where it is saved already.
 
-        data: position in it, as JSON has it.
+        Waits for the save before it. data: position in it, as JSON has it.
         Raises CheckpointError where one of several processes can't write: the others would wait for
         it.
         """
-        self.settle()
-        manager = self._open()
-        if step in manager.all_steps():
-            return
         import orbax.checkpoint as ocp
 
-        items = _items(named_leaves(state))
-        meta = {
-            "config": to_json(config),
-            "data": data,
-            "arrays": described(items),
-            "versions": {"python": platform.python_version()}
-            | {name: version(name) for name in _PACKAGES},
-        }
+        self.settle()
+        if self._manager is None:
+            options = ocp.CheckpointManagerOptions(
+                preservation_policy=self,
+                # Not after a failure, whose threads may still be writing.
+                cleanup_tmp_directories=not self._begun,
+                save_root_metadata=False,
+                lightweight_initialize=True,
+            )
+            self._manager = ocp.CheckpointManager(self._directory, options=options)
+        if step in self._manager.all_steps():
+            return
         self._begun = step
-        arrays = {item: ocp.args.StandardSave(nested(leaves)) for item, leaves in items.items()}
-        args = ocp.args.Composite(**arrays, **{META: ocp.args.JsonSave(sealed(meta))})
+        items = _items(state)
+        meta = sealed(
+            version=VERSION,
+            config=to_json(config),
+            data=data,
+            arrays={item: _described(leaves) for item, leaves in items.items()},
+            versions={"python": platform.python_version(), **{p: version(p) for p in _PACKAGES}},
+        )
+        arrays = {item: ocp.args.StandardSave(leaves) for item, leaves in items.items()}
+        args = ocp.args.Composite(**arrays, **{META: ocp.args.JsonSave(meta)})
         try:
-            manager.save(step, args=args, force=True)
+            self._manager.save(step, args=args, force=True)
         except Exception as error:
             self._failure = error
 
@@ -164,13 +166,12 @@ class Checkpoints:
         except Exception as error:
             failure = failure or error
         if failure is not None:
-            self._manager = None  # it would say so again
-            self._clean = False
-            # Orbax's threads may still be writing: what escapes this is removed at the next start.
+            self._manager = None  # it would raise again
+            # What orbax's threads write after this is removed at the next start.
             for left in self._directory.glob(f"{self._begun}.*-tmp"):
                 shutil.rmtree(left, ignore_errors=True)
             raise CheckpointError(
-                f"step {self._begun} could not be saved ({bottom(failure)}): make sure that "
+                f"step {self._begun} could not be saved ({cause(failure)}): make sure that "
                 f"{self._directory} is yours and has room, or let checkpoints.keep_last be fewer"
             ) from failure
 
@@ -184,40 +185,30 @@ class Checkpoints:
             self._report(str(error))
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
-        """Orbax's question which of the steps to keep, in the order of their numbers."""
+        """Orbax's question which of the steps to keep; its own policies need losses at saving."""
         steps = [checkpoint.step for checkpoint in checkpoints]
-        scored = [step for step in steps if step in self._losses]
-        best = sorted(scored, key=lambda step: (self._losses[step], -step))
-        kept = {*steps[-self._config.keep_last :], *best[: self._config.keep_best]}
+        scored = best_first([step for step in steps if step in self._losses], self._losses)
+        kept = {*steps[-self._config.keep_last :], *scored[: self._config.keep_best]}
         return [step in kept for step in steps]
 
-    def _open(self) -> Any:
-        if self._manager is None:
-            import orbax.checkpoint as ocp
 
-            options = ocp.CheckpointManagerOptions(
-                preservation_policy=self,
-                cleanup_tmp_directories=self._clean,
-                save_root_metadata=False,
-                lightweight_initialize=True,
-            )
-            self._manager = ocp.CheckpointManager(self._directory, options=options)
-        return self._manager
-
-    def _put_aside(self, damaged: Sequence[SavedStep]) -> None:
-        if damaged and jax.process_index() == 0:
-            for step in damaged:
-                aside = step.directory.with_name(f"{step.number}.damaged")
-                shutil.rmtree(aside, ignore_errors=True)
-                step.directory.rename(aside)
-        if damaged and jax.process_count() > 1:
-            sync_global_devices("damaged steps are put aside")
+def best_first(steps: Iterable[int], losses: Mapping[int, float]) -> list[int]:
+    """Numbers of steps, that of the lowest held-out loss first, and of equal ones the newest."""
+    return sorted(steps, key=lambda step: (losses[step], -step))
 
 
-def _items(leaves: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Leaves of a state, parameters by themselves."""
-    params = {
-        name.removeprefix(_MODEL): leaf for name, leaf in leaves.items() if name.startswith(_MODEL)
+def _items(state: Any) -> dict[str, dict[str, Any]]:
+    """Leaves of a state by path, the model's by themselves."""
+    items: dict[str, dict[str, Any]] = {PARAMS: {}, TRAIN: {}}
+    for path, leaf in named_leaves(state).items():
+        items[PARAMS if path.startswith(_MODEL) else TRAIN][path.removeprefix(_MODEL)] = leaf
+    return items
+
+
+def _described(leaves: Mapping[str, Array]) -> dict[str, Any]:
+    return {
+        name: {"shape": list(leaf.shape), "dtype": leaf.dtype.name, "fingerprint": fingerprint}
+        for (name, leaf), fingerprint in zip(
+            leaves.items(), fingerprints(leaves).values(), strict=True
+        )
     }
-    train = {name: leaf for name, leaf in leaves.items() if not name.startswith(_MODEL)}
-    return {PARAMS: params, TRAIN: train}

@@ -15,8 +15,8 @@ from rich.console import Console
 from rich.progress import track
 
 from lsjax.checkpoints import (
-    assemble,
     check_destination,
+    load,
     open_checkpoint,
     read_generation_defaults,
     save,
@@ -58,7 +58,7 @@ def convert(arguments: Arguments) -> None:
     opened = open_checkpoint(source)
     tokenizer = load_tokenizer(source)
     tokenizer.fitted(opened.config.vocab_size)  # complains before the long part
-    model = assemble(opened, dtype=dtype, track=bar("reading"))
+    model = load(opened, dtype=dtype, track=bar("reading"))
     generation = read_generation_defaults(source)
     save(model, destination, generation=generation, tokenizer=tokenizer, track=bar("writing"))
     parameters = model.config.num_params / 1e6

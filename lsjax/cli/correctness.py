@@ -21,7 +21,7 @@ from typing import Any, Literal
 from rich.console import Console
 from rich.progress import Progress
 
-from lsjax.checkpoints import assemble, open_checkpoint
+from lsjax.checkpoints import load, open_checkpoint
 from lsjax.cli.errors import check_output, one_line_errors
 from lsjax.cli.flags import parse_flags
 from lsjax.cli.prompts import PromptArguments, read_encoded
@@ -114,7 +114,7 @@ def correctness(arguments: Arguments) -> int:
         check_output(arguments.json, arguments.prompt_file)
     keep_compiled_programs()
     exact_products()
-    model = assemble(source, dtype=arguments.dtype)
+    model = load(source, dtype=arguments.dtype)
     console = Console(highlight=False, soft_wrap=True)
     console.print(
         f"{arguments.model.name}, {arguments.dtype}, {len(prompts)} prompts, "

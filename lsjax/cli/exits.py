@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from lsjax.checkpoints import assemble, is_run, open_checkpoint, read_run_config
+from lsjax.checkpoints import is_run, load, open_checkpoint, read_run_config
 from lsjax.cli.errors import check_output, one_line_errors
 from lsjax.cli.flags import parse_flags
 from lsjax.cli.setup import cache_directory, choose_dtype, keep_compiled_programs
@@ -93,7 +93,7 @@ def compare(arguments: Arguments) -> None:
     scores: dict[str, ExitScores] = {}
     with Progress(console=Console(stderr=True), transient=True) as progress:
         for name, source in zip(names, sources, strict=True):
-            model = stacked(assemble(source, dtype=dtype))
+            model = stacked(load(source, dtype=dtype))
             tracked = progress.track(batches, description=name)
             scores[name] = score_exits(model, tracked, micro_batches=config.micro_batches)
     console = Console(highlight=False)

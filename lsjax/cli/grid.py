@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from lsjax.checkpoints import assemble, open_checkpoint
+from lsjax.checkpoints import load, open_checkpoint
 from lsjax.cli.prompts import PromptArguments, read_encoded, read_prompts
 from lsjax.cli.setup import cache_directory, choose_dtype, machine
 from lsjax.cli.strategies import in_one_program
@@ -126,7 +126,7 @@ class Grid:
         """An engine with the model."""
         arguments = self.arguments
         self.dtype = choose_dtype(arguments.dtype)
-        model = assemble(self.source, dtype=self.dtype)
+        model = load(self.source, dtype=self.dtype)
         if arguments.identity_tail is not None:
             model = identity_tail(model, arguments.identity_tail)
         if arguments.stack_layers:

@@ -4,7 +4,7 @@ from jax.sharding import Mesh
 from rich.console import Console
 from rich.progress import Progress
 
-from lsjax.checkpoints import RunSource, TensorSource, assemble
+from lsjax.checkpoints import RunSource, TensorSource, load
 from lsjax.model.llama import Llama, stacked
 
 
@@ -18,7 +18,7 @@ def load_shown(
 ) -> Llama:
     """The model of an opened checkpoint, with a bar where `notes` is a terminal."""
     with Progress(console=notes, transient=True, disable=not notes.is_terminal) as progress:
-        model = assemble(
+        model = load(
             source,
             dtype=dtype,
             track=lambda parts: progress.track(parts, description="loading"),

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from lsjax.checkpoints import CONFIG, is_run, read_metrics
-from lsjax.checkpoints.safetensors_files import read_json
+from lsjax.checkpoints.tensors import read_json
 from lsjax.config import ConfigError, LlamaConfig, check
 from lsjax.config.json_form import from_json, without_version
 from lsjax.evaluation.exits import ExitScores

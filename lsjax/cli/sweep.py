@@ -27,7 +27,7 @@ import jax
 from rich.console import Console
 from rich.progress import Progress
 
-from lsjax.checkpoints import fingerprints, named_parameters
+from lsjax.checkpoints import fingerprints
 from lsjax.cli.errors import check_output, one_line_errors
 from lsjax.cli.flags import parse_flags
 from lsjax.cli.grid import Grid, GridArguments, show, wide_console
@@ -41,6 +41,7 @@ from lsjax.evaluation.figures import check_plots
 from lsjax.evaluation.results import append, resume
 from lsjax.evaluation.speed import Timed, cell_of, compare, take_turns
 from lsjax.evaluation.speed_plots import best_row, plot_acceptance, plot_sweep
+from lsjax.model.parameters import named_leaves
 
 TEXTS, SUMMARY = "texts.jsonl", "sweep.json"
 SAMPLES = 3  # texts of the best cell that are kept
@@ -127,7 +128,7 @@ def sweep(arguments: Arguments) -> None:
 def settings_of(grid: Grid, engine: Engine) -> dict[str, Any]:
     """What a text's time and drafts depend on, but for its cell."""
     arguments = grid.arguments
-    weights = fingerprints(named_parameters(engine.model)[0])
+    weights = fingerprints(named_leaves(engine.model))
     vocabulary = None if grid.vocabulary is None else grid.vocabulary.ids_N.tolist()
     return {
         "model": _digest(weights),

@@ -18,7 +18,7 @@ from lsjax.decoding.run import Run, Update
 from lsjax.decoding.sampling import GREEDY, Sampling
 from lsjax.decoding.state import Strategy
 from lsjax.model.llama import Llama
-from lsjax.sharding import placed, sharding_of
+from lsjax.model.parameters import placed, sharding_of
 
 MIN_CAPACITY = 256  # slots of a row's cache: this, or a larger power of two
 # Plus a multiple of this for drafts: strategies then share programs, and GPUs need no padding.

@@ -14,7 +14,8 @@ from jax.stages import Lowered
 from lsjax.config import check
 from lsjax.decoding.state import DecodeState
 from lsjax.model.llama import Llama
-from lsjax.sharding import platform, shardings
+from lsjax.model.parameters import shardings
+from lsjax.sharding import platform
 
 
 class Programs:

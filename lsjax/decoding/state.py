@@ -19,7 +19,8 @@ from lsjax.decoding.penalties import Penalties
 from lsjax.decoding.sampling import Draws, Purpose, Sampling, likeliest
 from lsjax.model.cache import KVCache, write
 from lsjax.model.llama import Llama
-from lsjax.sharding import on_each_device, placed
+from lsjax.model.parameters import placed
+from lsjax.sharding import on_each_device
 
 RUNNING, EOS, LENGTH, STOP = range(4)  # why a row ended, if it did; STOP is set by the host
 

@@ -21,7 +21,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Shaped
 
 from lsjax.config import LlamaConfig
-from lsjax.sharding import platform, sharding_of
+from lsjax.model.parameters import sharding_of
+from lsjax.sharding import platform
 
 # Above this many rows one scatter instead of a chain of slice updates. On CPUs it is as fast, and
 # compiled sooner (docs/performance.md). TPUs like slices better; on GPUs each is a kernel.

@@ -1,5 +1,6 @@
-"""The state that a run begins with."""
+"""The state that a run begins with, and what may change where it resumes."""
 
+import dataclasses
 import math
 from functools import partial
 
@@ -9,9 +10,36 @@ from jax.sharding import Mesh
 
 from lsjax.checkpoints import load
 from lsjax.config import TrainConfig, check
+from lsjax.config.json_form import differences, to_json
 from lsjax.model.llama import Llama, stacked
-from lsjax.sharding import ROWS, shardings
+from lsjax.model.parameters import shardings
+from lsjax.sharding import ROWS
 from lsjax.training.step import TrainState, init_state
+
+# How the steps are computed, saved and shown, and not what they are.
+FREE = frozenset(
+    {
+        "mesh",
+        "checkpoints",
+        "evaluation",
+        "tensorboard",
+        "max_skipped",
+        "micro_batches",
+        "remat",
+        "attention",
+        "dtype",
+        "init_from",
+        # Where the data and the tokenizer lie. Their contents are compared by their fingerprints.
+        "data.paths",
+        "data.validation_paths",
+        "data.tfds_data_dir",
+        "data.tokenizer",
+        # Of a model that has begun to learn:
+        "model.init_std",
+        "model.scaled_init",
+        "model.max_context",
+    }
+)
 
 
 def check_rows(config: TrainConfig, mesh: Mesh | None) -> None:
@@ -55,3 +83,20 @@ def initial_state(config: TrainConfig, mesh: Mesh | None, like: TrainState) -> T
 
 def _fresh_state(config: TrainConfig, key: jax.Array) -> TrainState:
     return init_state(config, Llama(config.model, rngs=nnx.Rngs(key)))
+
+
+def check_same_run(before: TrainConfig, now: TrainConfig, where: str) -> TrainConfig:
+    """The configuration to go on with; its model is that of the run.
+
+    Raises ConfigError for the first field that makes it another run: schedules are stretched over
+    num_steps, and the order of the data follows from the seed.
+    """
+    if now.model is None:
+        now = dataclasses.replace(now, model=before.model)
+    for path, old, new in differences(to_json(before), to_json(now)):
+        check(
+            path in FREE or path.partition(".")[0] in FREE,
+            f"{where} was begun with {path} {old}, now it is {new}: a run can't change it; take "
+            "another --workdir, or the value of before",
+        )
+    return dataclasses.replace(now, model=before.model)

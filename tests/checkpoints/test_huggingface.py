@@ -22,7 +22,7 @@ from lsjax.checkpoints import (
     read_generation_defaults,
     save,
 )
-from lsjax.checkpoints.huggingface_keys import NEUTRAL, check_keys
+from lsjax.checkpoints.huggingface_config import NEUTRAL, check_keys
 from lsjax.config import LlamaConfig, RopeScaling
 from lsjax.model.llama import Llama, stacked
 
@@ -323,45 +323,45 @@ def test_weights_beyond_the_range_of_float16(tmp_path):
 @pytest.mark.parametrize(
     "entry, message",
     [
-        (dict(dtype="F33"), "unknown dtype 'F33'"),
-        (dict(dtype=None), "no proper dtype"),
-        (dict(shape="32"), "no proper dtype, shape"),
-        (dict(shape=[-32, -32]), "no proper dtype, shape"),
-        (dict(shape=[32.0, 32]), "no proper dtype, shape"),
-        (dict(shape=[2**62, 2**62]), "takes 85070591730234615865843651857942052864 bytes"),
-        (dict(shape=[10**4000]), "no proper dtype, shape"),
-        (dict(shape=[32, 31]), "takes 3968 bytes"),
-        (dict(data_offsets=[0]), "no proper dtype, shape and data_offsets"),
-        (dict(data_offsets=[10**9, 10**9 + 4096]), "ends at byte 1000004096 of"),
-        (dict(data_offsets=[0, 4096]), "starts at byte 0, not at"),
+        (dict(dtype="F33"), "unknown variant `F33`"),
+        (dict(dtype=None), "invalid type: null"),
+        (dict(shape="32"), 'invalid type: string "32"'),
+        (dict(shape=[-32, -32]), "invalid value: integer `-32`"),
+        (dict(shape=[32.0, 32]), "invalid type: floating point `32.0`"),
+        (dict(shape=[2**62, 2**62]), "overflow computing buffer size"),
+        (dict(shape=[10**4000]), "number out of range"),
+        (dict(shape=[32, 31]), "invalid shape, data type, or offset"),
+        (dict(data_offsets=[0]), "invalid length 1, expected a tuple of size 2"),
+        (dict(data_offsets=[10**9, 10**9 + 4096]), "invalid offset for tensor"),
+        (dict(data_offsets=[0, 4096]), "invalid offset for tensor"),
     ],
 )
 def test_header_that_lies(tmp_path, entry, message):
+    """What the safetensors package says of each."""
     directory = copied(tmp_path, "mha_untied")
     edit_header(directory / WEIGHTS, lambda header: header[Q0].update(entry))
-    with pytest.raises(
-        CheckpointError, match=f"{WEIGHTS}: tensor '.*' {message}|: tensor .* {message}"
-    ):
+    with pytest.raises(CheckpointError, match=f"{WEIGHTS}: .*{message}.*: damaged") as error:
         load(directory)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
     "damage, message",
     [
-        (lambda b: b"", "a header of 0 bytes does not fit"),
-        (lambda b: b[:5], "does not fit in 0"),
-        (lambda b: b[:500], "a header of .* bytes does not fit in 492"),
-        (lambda b: b[:-1], "ends at byte .* of"),
-        (lambda b: b + b"\0", "bytes of data, not"),
-        (lambda b: (2**63).to_bytes(8, "little") + b[8:], "a header of 9223372036854775808 bytes"),
-        (lambda b: b[:8] + b"[" * (len(b) - 8), "must be JSON"),
-        (lambda b: b"a text file, not a model", "a header of .* bytes does not fit"),
+        (lambda b: b"", "header too small"),
+        (lambda b: b[:5], "header too small"),
+        (lambda b: b[:500], "invalid header length"),
+        (lambda b: b[:-1], "file not fully covered"),
+        (lambda b: b + b"\0", "file not fully covered"),
+        (lambda b: (2**63).to_bytes(8, "little") + b[8:], "header too large"),
+        (lambda b: b[:8] + b"[" * (len(b) - 8), "invalid JSON in header"),
+        (lambda b: b"a text file, not a model", "header too large"),
     ],
 )
 def test_damaged_safetensors(tmp_path, damage, message):
     file = copied(tmp_path, "mha_untied") / WEIGHTS
     file.write_bytes(damage(file.read_bytes()))
-    with pytest.raises(CheckpointError, match=f"{WEIGHTS}: .*{message}"):
+    with pytest.raises(CheckpointError, match=f"{WEIGHTS}: .*{message}.*: damaged or cut short"):
         load(file.parent)
 
 

@@ -13,7 +13,7 @@ from lsjax.config import ConfigError
 from lsjax.model.llama import Llama
 from lsjax.training.step import init_state
 from scripts.kill_drill import check_goes_on, differences, log_of, newest
-from tests.checkpoints.test_checkpoint import CONFIG
+from tests.checkpoints.test_saving import CONFIG
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,7 @@ def test_equal_runs(run):
 def test_differences(run):
     one = run()
     assert list(differences(one, run(lambda norm: norm.at[5].set(jnp.nextafter(1.0, 2.0))))) == [
-        "params: norm differs"
+        "params: norm.scale differs"
     ]
     assert list(differences(one, run(rows_taken=8))) == [
         "the position in the data is {'rows_taken': 8}, not {'rows_taken': 6}"

@@ -103,12 +103,12 @@ def test_autoregressive_alone(model_directory, tmp_path):
 )
 def test_bad_input(model_directory, refused, monkeypatch, options, words):
     """Before the model is loaded."""
-    monkeypatch.delattr(grid, "assemble")
+    monkeypatch.delattr(grid, "load")
     assert words in refused(main, "--model", model_directory, *options)
 
 
 def test_the_prompts_are_not_overwritten(model_directory, refused, monkeypatch, tmp_path):
-    monkeypatch.delattr(grid, "assemble")
+    monkeypatch.delattr(grid, "load")
     file = tmp_path / "prompts.jsonl"
     file.write_text('{"prompt": "a"}')
     given = ("--model", model_directory, "--prompt-file", file, "--json", file)

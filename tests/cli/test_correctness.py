@@ -90,7 +90,7 @@ def test_sixteen_bits_and_rows_of_a_task(model_directory, tmp_path, capsys, dtyp
 )
 def test_bad_input(model_directory, refused, monkeypatch, changes, words):
     """Before the model is loaded."""
-    monkeypatch.delattr(correctness, "assemble")
+    monkeypatch.delattr(correctness, "load")
     given = {"--model": [model_directory], "--exit-layers": [3], "--num-draft-tokens": [4]}
     name, *values = changes
     given[name] = values
@@ -98,7 +98,7 @@ def test_bad_input(model_directory, refused, monkeypatch, changes, words):
 
 
 def test_the_prompts_are_not_overwritten(model_directory, refused, monkeypatch, tmp_path):
-    monkeypatch.delattr(correctness, "assemble")
+    monkeypatch.delattr(correctness, "load")
     file = tmp_path / "prompts.jsonl"
     file.write_text('{"prompt": "a"}')
     cell = ("--model", model_directory, "--exit-layers", 3, "--num-draft-tokens", 4)

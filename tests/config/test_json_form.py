@@ -8,7 +8,7 @@ from typing import Literal
 
 import pytest
 
-from lsjax.checkpoints import check_same_run, read_run_config
+from lsjax.checkpoints import read_run_config
 from lsjax.config import (
     ConfigError,
     LayerDropoutConfig,

@@ -9,11 +9,11 @@ from flax import nnx
 
 import lsjax
 from lsjax.checkpoints import Checkpoints, begin_run, fingerprints
-from lsjax.checkpoints.plain import named_leaves
 from lsjax.config import LlamaConfig, MeshConfig, TrainConfig
 from lsjax.data.tokenizer_huggingface import ByteTokenizer
 from lsjax.model.llama import Llama
-from lsjax.sharding import make_mesh, placed, shardings
+from lsjax.model.parameters import named_leaves, placed, shardings
+from lsjax.sharding import make_mesh
 from lsjax.training.step import init_state
 
 CONFIG = TrainConfig(

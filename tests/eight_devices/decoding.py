@@ -28,7 +28,8 @@ from lsjax.decoding.state import DecodeState
 from lsjax.evaluation.exactness import FLOAT32_MARGIN, first_difference
 from lsjax.evaluation.scoring import Text, score
 from lsjax.model.llama import Llama, stacked
-from lsjax.sharding import make_mesh, placed
+from lsjax.model.parameters import placed
+from lsjax.sharding import make_mesh
 from tests.decoding.test_compiled import copies
 
 PROMPTS = [[7], [1, 2, 3], list(range(40, 60)), [200, 100] * 7]

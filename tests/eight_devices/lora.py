@@ -11,7 +11,8 @@ from lsjax.config import EarlyExitConfig, LlamaConfig, LoraConfig, MeshConfig, T
 from lsjax.data.tokenizer_huggingface import ByteTokenizer
 from lsjax.model.llama import Llama, stacked
 from lsjax.model.lora import split
-from lsjax.sharding import make_mesh, placed, shardings
+from lsjax.model.parameters import placed, shardings
+from lsjax.sharding import make_mesh
 from lsjax.training.step import init_state, make_train_step
 
 CONFIG = TrainConfig(

@@ -10,7 +10,8 @@ from flax import nnx
 
 from lsjax.config import EarlyExitConfig, LayerDropoutConfig, LlamaConfig, MeshConfig, StepConfig
 from lsjax.model.llama import Llama, stacked
-from lsjax.sharding import make_mesh, placed
+from lsjax.model.parameters import placed
+from lsjax.sharding import make_mesh
 from lsjax.training import forward
 from lsjax.training.layer_dropout import keep_counted
 from lsjax.training.step import init_state, make_train_step

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from lsjax.checkpoints.plain import named_leaves
 from lsjax.config import EarlyExitConfig, LayerDropoutConfig, LlamaConfig, MeshConfig, StepConfig
 from lsjax.model.llama import Llama
-from lsjax.sharding import make_mesh, placed
+from lsjax.model.parameters import named_leaves, placed
+from lsjax.sharding import make_mesh
 from lsjax.training import loss
 from lsjax.training.step import init_state, make_train_step
 

@@ -4,7 +4,6 @@ import dataclasses
 
 import pytest
 
-from lsjax.checkpoints import check_same_run
 from lsjax.config import (
     CheckpointConfig,
     ConfigError,
@@ -15,6 +14,7 @@ from lsjax.config import (
     OptimizerConfig,
     TrainConfig,
 )
+from lsjax.training.start import check_same_run
 
 CONFIG = TrainConfig(
     data=DataConfig(source="text", paths=("a",), tokenizer="t"),

@@ -21,8 +21,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from lsjax.checkpoints import CheckpointError, Checkpoints, saved_steps
-from lsjax.config import CheckpointConfig, LlamaConfig, TrainConfig
+from lsjax.checkpoints import CheckpointError, Checkpoints, saved_steps, steps
+from lsjax.checkpoints.steps import sealed
+from lsjax.config import CheckpointConfig, ConfigError, LlamaConfig, TrainConfig
 from lsjax.model.llama import Llama
 from lsjax.training.step import TrainState, init_state
 
@@ -234,22 +235,24 @@ def test_damage_is_named_and_the_step_before_is_used(damage, copy, saved, like):
 
 def test_one_wrong_bit_in_an_array(copy, like, monkeypatch):
     """What storage hands back without a word: the fingerprint names the array."""
-    import lsjax.checkpoints.saved_step as module
 
-    read = module._read_arrays
+    read = steps._read_arrays
 
-    def flipped(ocp, path, tree):
-        arrays = read(ocp, path, tree)
+    def flipped(path, targets):
+        arrays = read(path, targets)
         if path == copy / "3" / "params":
-            table = np.array(arrays["layers.down"])
+            table = np.array(arrays["layers.feed_forward.down.kernel"])
             table.view(np.uint32)[1, 100, 3] ^= 1
-            arrays["layers.down"] = jnp.asarray(table)
+            arrays["layers.feed_forward.down.kernel"] = jnp.asarray(table)
         return arrays
 
-    monkeypatch.setattr(module, "_read_arrays", flipped)
+    monkeypatch.setattr(steps, "_read_arrays", flipped)
     lines: list[str] = []
     assert open_(copy, lines.append).restore(like).step == 2
-    assert re.search(r"3/params: layers\.down is not what was written \(its fingerprint", lines[0])
+    assert re.search(
+        r"3/params: layers\.feed_forward\.down\.kernel is not what was written \(its fingerprint",
+        lines[0],
+    )
 
 
 def test_several_damaged_steps(copy, like, saved):
@@ -276,25 +279,30 @@ def test_another_shape_is_no_damage(copy, like):
     with pytest.raises(CheckpointError) as error:
         open_(copy).restore(other)
     assert re.search(
-        r"params: layers\.[a-z_]+ is float32\[2, 64.*\], but the config asks for float32\[3, 64",
+        r"params: layers\.[a-z_.]+ is float32\[2, 64.*\], but the config asks for float32\[3, 64",
         str(error.value),
     )
     tied = LlamaConfig.tiny(num_layers=2, tie_embeddings=True)
     other = jax.eval_shape(lambda: init_state(CONFIG, Llama(tied, rngs=nnx.Rngs(0))))
-    with pytest.raises(CheckpointError, match="params: head has no place in this run's state"):
+    with pytest.raises(CheckpointError, match="params: head has no place in this model"):
         open_(copy).restore(other)
     assert numbers(copy) == [3, 2, 1]
 
 
-def test_a_newer_version_is_no_damage(copy, like):
-    from lsjax.checkpoints.saved_step import sealed
-    from lsjax.config import ConfigError
-
+@pytest.mark.parametrize(
+    "version, message",
+    [
+        (99, "3/meta: version 99 was written by a newer lsjax; .* update lsjax"),
+        (2, "3/meta: version 2 was written by an older lsjax, .*convert the run with that lsjax"),
+    ],
+)
+def test_another_version_is_no_damage(version, message, copy, like):
     file = copy / "3" / "meta" / "metadata"
     meta = json.loads(file.read_text())["meta"]
-    file.write_text(json.dumps(sealed(meta | {"version": 99})))
-    with pytest.raises(ConfigError, match="3/meta: version 99 was written by a newer lsjax"):
+    file.write_text(json.dumps(sealed(**meta | {"version": version})))
+    with pytest.raises(ConfigError, match=message):
         open_(copy).restore(like)
+    assert numbers(copy) == [3, 2, 1]
 
 
 @contextmanager
@@ -347,7 +355,7 @@ LOOP = """
 import sys
 from pathlib import Path
 import jax
-from tests.checkpoints.test_checkpoint import *
+from tests.checkpoints.test_saving import *
 
 def main(directory, steps):
     make = jax.jit(lambda: init_state(CONFIG, Llama(CONFIG.model, rngs=nnx.Rngs(0))))

@@ -1,0 +1,193 @@
+"""The directory of a training run, and the model in it.
+
+    config.json     the run's configuration, with the model's shape (lsjax/config/json_form.py)
+    tokenizer.*     the tokenizer's files, and generation_config.json if there is one
+    token_counts.json, prompts.jsonl        for decoding (lsjax/cli/run_files.py)
+    metrics.jsonl   a line of figures for each logged step
+    checkpoints/    the saved steps (steps.py)
+
+A run is a model like any other: the newest of its steps that is whole, or the step that follows an
+@ in its path.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
+from jaxtyping import Array
+
+from lsjax.checkpoints.saving import best_first
+from lsjax.checkpoints.steps import PARAMS, SavedStep, first_whole, saved_steps
+from lsjax.checkpoints.tensors import CheckpointError, Track, read_json, write_json
+from lsjax.config import ConfigError, LlamaConfig, LoraConfig, TrainConfig, check
+from lsjax.config.json_form import from_json, versioned, without_version
+from lsjax.data.tokenizer_files import load_tokenizer
+from lsjax.data.tokenizers import Tokenizer, TokenizerError
+from lsjax.model.llama import Llama
+from lsjax.model.lora import merged
+from lsjax.model.parameters import adapter_paths, named_leaves, sharding_of, stacked_path
+
+CONFIG, CHECKPOINTS, METRICS = "config.json", "checkpoints", "metrics.jsonl"
+EVALUATION = "evaluation"  # kind of the rows of METRICS that have held-out losses
+
+
+def is_run(directory: Path) -> bool:
+    """Whether a training run has begun in this directory."""
+    file = directory / CONFIG
+    return file.is_file() and {"version", "model"} <= read_json(file).keys()
+
+
+def begin_run(directory: Path, config: TrainConfig, tokenizer: Tokenizer) -> None:
+    """Writes the files that a run has from the start, for a config whose model is known.
+
+    config.json comes last: where it is, the rest is. A run that resumes gets a new config.json.
+    Raises ConfigError where tokenizer and model do not fit, the directory holds another model, the
+    run has begun with another tokenizer, or the model that it begins with has another one.
+    """
+    assert config.model is not None
+    size, rows = tokenizer.fitted(config.model.vocab_size).vocab_size, config.model.vocab_size
+    check(
+        rows < 2 * size,
+        f"the tokenizer has {size} tokens, but the model's vocabulary is {rows}: choose another "
+        "data.tokenizer, or set model.vocab_size (a little more than the tokenizer has is fine)",
+    )
+    file = directory / CONFIG
+    begun = file.exists()
+    check(
+        not begun or is_run(directory),
+        f"{directory} holds another model: choose a new directory",
+    )
+    same = _has_tokenizer(directory, tokenizer) if begun else None
+    check(
+        same is not False,
+        f"{directory} was begun with another tokenizer than data.tokenizer gives now: the data "
+        "or the Python that it is trained from changed; begin another run in a new directory",
+    )
+    if config.init_from and not saved_steps(directory / CHECKPOINTS):
+        check(
+            _has_tokenizer(config.init_from, tokenizer) is not False,
+            f"data.tokenizer is not the one of {config.init_from}, whose table has other tokens in "
+            f"the same rows: set data.tokenizer to {config.init_from}",
+        )
+    directory.mkdir(parents=True, exist_ok=True)
+    if not same:
+        tokenizer.save(directory)
+    partial = file.with_name(f".{CONFIG}.partial")
+    write_json(partial, versioned(config))
+    partial.replace(file)
+
+
+def _has_tokenizer(model: str | Path, tokenizer: Tokenizer) -> bool | None:
+    """Whether a model's tokenizer is this one; None where it has none that can be read."""
+    try:
+        return load_tokenizer(model).fingerprint == tokenizer.fingerprint
+    except TokenizerError:
+        return None
+
+
+def _read_fields(directory: Path) -> dict[str, Any]:
+    file = directory / CONFIG
+    return without_version(read_json(file), str(file))
+
+
+def read_run_config(directory: Path) -> TrainConfig:
+    """The configuration of the run in a directory; raises ConfigError where there is none."""
+    return from_json(TrainConfig, _read_fields(directory), str(directory / CONFIG))
+
+
+def read_metrics(directory: Path) -> list[dict[str, Any]]:
+    """All rows of a run's metrics.jsonl; a last line that a crash cut off is left out.
+
+    Raises ConfigError for another line that is no row.
+    """
+    path = directory / METRICS
+    lines = path.read_text().splitlines() if path.exists() else []
+    rows = []
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+            row["step"], row["kind"]
+        except (ValueError, TypeError, KeyError):
+            if number == len(lines):
+                break
+            raise ConfigError(
+                f"{path}:{number}: is no row of metrics: remove the line, or the file"
+            ) from None
+        rows.append(row)
+    return rows
+
+
+def held_out_losses(directory: Path) -> dict[int, float]:
+    """The last exit's loss by step, of the steps of a run that were evaluated."""
+    losses = {
+        row["step"]: row.get("last_exit_loss")
+        for row in read_metrics(directory)
+        if row["kind"] == EVALUATION
+    }
+    return {step: loss for step, loss in losses.items() if loss is not None}
+
+
+class RunSource:
+    """A run that is opened as a model: its shape is known, no array has been read."""
+
+    def __init__(self, directory: Path, step: int | str | None = None):
+        self.path = directory
+        # Only the model's shape: the rest of the config may be of another version's training.
+        self._fields = _read_fields(directory)
+        self.config = from_json(LlamaConfig, self._fields["model"], f"{directory / CONFIG}: model")
+        self._steps = saved_steps(directory / CHECKPOINTS)
+        if not self._steps:
+            raise CheckpointError(f"{directory}: has no saved step yet: wait for the first one")
+        by_number = {saved.number: saved for saved in reversed(self._steps)}
+        if step == "best":
+            losses = held_out_losses(directory)
+            numbers = best_first(by_number.keys() & losses, losses)
+            if not numbers:
+                raise CheckpointError(f"{directory}: no saved step has a held-out loss yet")
+            self._steps = [by_number[number] for number in numbers]
+        elif step is not None:
+            if step not in by_number:
+                known = ", ".join(map(str, by_number))
+                raise CheckpointError(f"{directory}: has no step {step}: there are {known}")
+            self._steps = [by_number[step]]
+
+    def assemble(self, *, dtype: Any, track: Track, mesh: Mesh | None) -> Llama:
+        """The model of the first step that is whole, with a Block per layer.
+
+        Raises CheckpointError where there is none, or where a value does not fit the dtype.
+        """
+        return first_whole(
+            self._steps, lambda step: self._read(step, jnp.dtype(dtype), track, mesh)
+        )[0]
+
+    def _read(self, step: SavedStep, dtype: jnp.dtype, track: Track, mesh: Mesh | None) -> Llama:
+        """Reads one stacked parameter after the other, so that no more than one is held twice."""
+        model = jax.eval_shape(lambda: Llama(self.config, rngs=nnx.Rngs(0), dtype=dtype))
+        shapes = {path: leaf.shape for path, leaf in named_leaves(model).items()}
+        together: dict[str, list[str]] = {}  # path of stacked layers -> paths here
+        for path in shapes:
+            together.setdefault(stacked_path(path), []).append(path)
+        adapters = [path for stacked in together for path in adapter_paths(stacked)]
+        step.check_names(PARAMS, {*together, *adapters})
+        arrays: dict[str, Array] = {}
+        for stacked, paths in track(list(together.items())):
+            shape, is_stacked = shapes[paths[0]], stacked != paths[0]
+            array = step.read_one(PARAMS, stacked, mesh, (len(paths),) * is_stacked + shape)
+            a, b = adapter_paths(stacked)
+            if a != stacked and a in step.meta["arrays"][PARAMS]:
+                lora = from_json(LoraConfig, self._fields["lora"], f"{self.path / CONFIG}: lora")
+                adapter = (step.read_one(PARAMS, path, mesh) for path in (a, b))
+                array = merged(array, *adapter, lora.scale)
+            if not jnp.isfinite(array.astype(dtype)).all():
+                fault = "too large for it" if jnp.isfinite(array).all() else "NaN or infinite"
+                where = f"{step.directory / PARAMS}: {stacked}"
+                raise CheckpointError(f"{where} as {dtype.name} has values that are {fault}")
+            for path, part in zip(paths, array if is_stacked else [array], strict=True):
+                part = part.astype(dtype)
+                place = None if mesh is None else sharding_of(path, part.shape, mesh)
+                arrays[path] = part if place is None else jax.device_put(part, place)
+        return jax.tree.unflatten(jax.tree.structure(model), [arrays[path] for path in shapes])

@@ -1,0 +1,238 @@
+"""Saved steps of a training run as they lie on disk, and whether they are whole.
+
+    checkpoints/80/params   parameters by their path in the model, layers stacked
+    checkpoints/80/train    the rest of the training state by its path
+    checkpoints/80/meta     JSON: config, position in the data, fingerprints
+
+A step is written in the background under another name, and renamed when it is complete. So a kill
+leaves no half of a step. Damage to the files later shows when they are read: every array is
+compared with its fingerprint.
+"""
+
+import gc
+import hashlib
+import json
+import logging
+import re
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+from jax.experimental.multihost_utils import process_allgather
+from jax.sharding import Mesh, SingleDeviceSharding
+from jaxtyping import Array
+
+from lsjax.checkpoints.fingerprint import fingerprints
+from lsjax.checkpoints.tensors import CheckpointError
+from lsjax.config import check
+from lsjax.model.parameters import sharding_of
+
+VERSION = 3  # of what a step holds, in its meta
+PARAMS, TRAIN, META = "params", "train", "meta"
+T = TypeVar("T")
+Report = Callable[[str], None]
+log = logging.getLogger(__name__)
+
+
+class DamagedStep(CheckpointError):
+    """A saved step that differs from what was written."""
+
+
+@dataclass(frozen=True)
+class SavedStep:
+    """One step on disk; nothing is read before it is asked for."""
+
+    directory: Path
+
+    @property
+    def number(self) -> int:
+        """How many steps had been taken."""
+        return int(self.directory.name)
+
+    @cached_property
+    def meta(self) -> dict[str, Any]:
+        """What was saved beside the arrays.
+
+        Raises DamagedStep, and ConfigError where another version of lsjax has saved the step.
+        """
+        where = self.directory / META
+        raw = self._load(META, lambda path: json.loads((path / "metadata").read_bytes()))
+        good = isinstance(raw, dict) and raw.keys() == {"meta", "sha256"}
+        if not good or _digest(raw["meta"]) != raw["sha256"]:
+            raise DamagedStep(f"{where}: is not what was written")
+        found = raw["meta"]["version"]
+        check(
+            found <= VERSION,
+            f"{where}: version {found} was written by a newer lsjax; this one reads version "
+            f"{VERSION}: update lsjax",
+        )
+        check(
+            found == VERSION,
+            f"{where}: version {found} was written by an older lsjax, under other names of arrays: "
+            "convert the run with that lsjax, and begin a new one with --init-from",
+        )
+        return raw["meta"]
+
+    def read(self, item: str, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, Array]:
+        """Arrays of an item by path, each with the sharding that `wanted` asks for.
+
+        Without one an array goes to the first device. Raises CheckpointError where another shape or
+        dtype was saved, and DamagedStep; both name the array.
+        """
+        where, saved = self.directory / item, self.meta["arrays"][item]
+        for name, want in wanted.items():
+            if name not in saved:
+                raise CheckpointError(f"{where}: has no array {name}")
+            shape, dtype = saved[name]["shape"], saved[name]["dtype"]
+            if (tuple(shape), dtype) != (want.shape, want.dtype.name):
+                raise CheckpointError(
+                    f"{where}: {name} is {dtype}{shape}, but the config asks for "
+                    f"{want.dtype.name}{list(want.shape)}: it is of another model or run"
+                )
+        first = SingleDeviceSharding(jax.devices()[0])
+        targets = {
+            name: jax.ShapeDtypeStruct(want.shape, want.dtype, sharding=want.sharding or first)
+            for name, want in wanted.items()
+        }
+        arrays = self._load(item, lambda path: _read_arrays(path, targets))
+        for name, now in fingerprints(arrays).items():
+            before = saved[name]["fingerprint"]
+            if now != before:
+                raise DamagedStep(
+                    f"{where}: {name} is not what was written (its fingerprint is {now}, but was "
+                    f"{before})"
+                )
+        return arrays
+
+    def read_one(
+        self, item: str, path: str, mesh: Mesh | None, shape: tuple[int, ...] | None = None
+    ) -> Array:
+        """`read` of one parameter, sharded over the mesh; of the saved shape by default."""
+        saved = self.meta["arrays"][item].get(path, {"shape": (), "dtype": "float32"})
+        shape = tuple(saved["shape"]) if shape is None else shape
+        sharding = None if mesh is None else sharding_of(path, shape, mesh)
+        want = jax.ShapeDtypeStruct(shape, saved["dtype"], sharding=sharding)
+        return self.read(item, {path: want})[path]
+
+    def check_names(self, item: str, known: Iterable[str]) -> None:
+        """Raises CheckpointError where an array was saved that is none of these."""
+        strange = self.meta["arrays"][item].keys() - known
+        if strange:
+            raise CheckpointError(
+                f"{self.directory / item}: {min(strange)} has no place in this model or optimizer: "
+                "the config is of another one"
+            )
+
+    def _load(self, item: str, read: Callable[[Path], T]) -> T:
+        """`read`, with what storage raises as DamagedStep, on every host."""
+        path = (self.directory / item).absolute()  # orbax reads no others
+        if not path.is_dir():
+            missing = f"has no {item}" if any(self.directory.iterdir()) else "is empty"
+            raise DamagedStep(f"{self.directory}: {missing}")
+        result, reason = None, ""
+        with quiet_storage():
+            try:
+                result = read(path)
+            except (MemoryError, jax.errors.JaxRuntimeError):
+                raise
+            except Exception as error:
+                reason = cause(error)
+            if reason:  # let the other arrays' readers end while they are quiet
+                gc.collect()
+                time.sleep(0.2)
+        if jax.process_count() > 1 and not process_allgather(np.array(not reason)).all():
+            reason = reason or "another host can't read its part"
+        if reason:
+            raise DamagedStep(f"{path}: cannot be read ({reason})")
+        return result
+
+
+def saved_steps(directory: Path) -> list[SavedStep]:
+    """The steps in a directory of checkpoints, the newest first."""
+    found = directory.iterdir() if directory.is_dir() else ()
+    steps = [SavedStep(path) for path in found if re.fullmatch(r"\d+", path.name)]
+    return sorted(steps, key=lambda step: step.number, reverse=True)
+
+
+def first_whole(
+    steps: Iterable[SavedStep], use: Callable[[SavedStep], T], report: Report = log.warning
+) -> tuple[T, list[SavedStep]]:
+    """What `use` makes of the first step that is whole, and the damaged steps before it.
+
+    report: called with one line per damaged step. Raises CheckpointError where all are damaged.
+    """
+    damaged, reason = [], ""
+    for step in steps:
+        try:
+            return use(step), damaged
+        except DamagedStep as error:
+            damaged.append(step)
+            reason = str(error)
+            report(f"step {step.number} is damaged and is left out: {reason}")
+    raise CheckpointError(
+        f"none of the {len(damaged)} saved steps can be read; the last one tried: {reason}"
+    )
+
+
+def sealed(**meta: Any) -> dict[str, Any]:
+    """A step's meta as it is written: with a sum of its text, so that damage shows."""
+    meta = json.loads(json.dumps(meta, allow_nan=False))
+    return {"meta": meta, "sha256": _digest(meta)}
+
+
+@contextmanager
+def quiet_storage() -> Iterator[None]:
+    """Hides what follows where one array can't be read or written; the first error is raised.
+
+    Orbax then drops its work on the other arrays, and logs each of their errors. Python prints
+    those of dropped work when it is collected.
+    """
+    hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
+    loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
+
+    def is_from_elsewhere(record: logging.LogRecord) -> bool:
+        return record.name != "asyncio" and "orbax" not in record.pathname
+
+    for logger in loggers:
+        logger.addFilter(is_from_elsewhere)
+    try:
+        yield
+    finally:
+        sys.unraisablehook = hook
+        for logger in loggers:
+            logger.removeFilter(is_from_elsewhere)
+
+
+def _digest(meta: Any) -> str:
+    return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
+
+
+def cause(error: BaseException) -> str:
+    """The first line of the error at the bottom, where storage names array, file and problem."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    line = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    return line if len(line) <= 300 else f"{line[:200]} ... {line[-95:]}"
+
+
+def _read_arrays(path: Path, targets: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, Array]:
+    import orbax.checkpoint as ocp  # here: it takes a while, and few programs need it
+
+    args = ocp.args.PyTreeRestore(
+        item=dict(targets),
+        restore_args=ocp.checkpoint_utils.construct_restore_args(dict(targets)),
+        partial_restore=True,
+    )
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+        arrays = reader.restore(path, args=args)
+    for name, array in arrays.items():
+        if isinstance(array, jax.ShapeDtypeStruct):  # orbax leaves the target in its place
+            raise ValueError(f"array {name} is missing")
+    return arrays

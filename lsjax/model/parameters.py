@@ -1,0 +1,144 @@
+"""The table of parameters: path in a Llama, sharding, and names in files.
+
+Import, export, saved runs and sharding read it. A parameter that the block gains is one more line.
+Paths are those of stacked layers ("layers.attention.qkv.kernel"); separate layers have a number
+more ("layers.3.attention.qkv.kernel"). Letters as in llama.py.
+"""
+
+import re
+from typing import Any, Literal, NamedTuple
+
+import jax
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from lsjax.sharding import ROWS, fitted
+
+Names = Literal["huggingface", "gguf"]
+
+
+class FileTensor(NamedTuple):
+    """A tensor of a file: its names there, without layer and ".weight" or ".bias", and its slot."""
+
+    huggingface: str
+    gguf: str
+    # Index in the parameter's last but one axis; None where the tensor is the whole parameter.
+    slot: int | slice | None = None
+
+
+class Parameter(NamedTuple):
+    """One parameter, or that of every layer.
+
+    sharding: over which axes of the mesh each axis is sharded, the first choice that divides;
+    replicated where there is none.
+    """
+
+    path: str
+    tensors: tuple[FileTensor, ...]
+    sharding: tuple[P, ...] = (P(),)
+
+
+# A K/V head's slots are its G queries, its key and its value.
+_QKV = (
+    FileTensor("self_attn.q_proj", "attn_q", slice(None, -2)),
+    FileTensor("self_attn.k_proj", "attn_k", -2),
+    FileTensor("self_attn.v_proj", "attn_v", -1),
+)
+_OUT = (FileTensor("self_attn.o_proj", "attn_output"),)
+_GATE_UP = (FileTensor("mlp.gate_proj", "ffn_gate", 0), FileTensor("mlp.up_proj", "ffn_up", 1))
+_DOWN = (FileTensor("mlp.down_proj", "ffn_down"),)
+# A lookup in a table sharded along V costs a sum of [B, T, D]; unembedding costs nothing.
+_TABLE = (P("tensor", "fsdp"), P(None, ("fsdp", "tensor")))
+_BLOCK = "layers.attention."
+_FEED = "layers.feed_forward."
+
+PARAMETERS = (
+    Parameter("embedding", (FileTensor("model.embed_tokens", "token_embd"),), _TABLE),
+    Parameter("layers.attention_norm.scale", (FileTensor("input_layernorm", "attn_norm"),)),
+    # [D, K, G + 2, H]; along D where the K/V heads do not divide.
+    Parameter(_BLOCK + "qkv.kernel", _QKV, (P("fsdp", "tensor"), P(("fsdp", "tensor")))),
+    Parameter(_BLOCK + "qkv.bias", _QKV, (P("tensor"),)),
+    Parameter(_BLOCK + "out.kernel", _OUT, (P("tensor", "fsdp"),)),  # [N * H, D]
+    Parameter(_BLOCK + "out.bias", _OUT),
+    Parameter(
+        "layers.feed_forward_norm.scale", (FileTensor("post_attention_layernorm", "ffn_norm"),)
+    ),
+    Parameter(_FEED + "gate_up.kernel", _GATE_UP, (P("fsdp", None, "tensor"),)),  # [D, 2, F]
+    Parameter(_FEED + "gate_up.bias", _GATE_UP, (P(None, "tensor"),)),
+    Parameter(_FEED + "down.kernel", _DOWN, (P("tensor", "fsdp"),)),  # [F, D]
+    Parameter(_FEED + "down.bias", _DOWN),
+    Parameter("norm.scale", (FileTensor("model.norm", "output_norm"),)),
+    Parameter("head", (FileTensor("lm_head", "output"),), _TABLE),
+)
+_BY_PATH = {parameter.path: parameter for parameter in PARAMETERS}
+_LAYER = {"huggingface": "model.layers.{}.", "gguf": "blk.{}."}
+# Caches, states and batches, by the end of their path; names of arrays say their axes.
+_ARRAYS = (
+    (r"table_ND$", _TABLE),
+    (r"(keys|values)(\.\d+)?$", (P("data", "tensor"),)),  # [B, K, S, H]
+    (r"_BT$", (P(ROWS),)),  # of training
+    (r"_B\w*$", (P("data"),)),  # of decoding
+)
+_STACKED = re.compile(r"(^|\.)(layers\.\D|(keys|values)$)")
+
+
+def adapter_paths(path: str) -> tuple[str, str]:
+    """Paths of A and B beside the kernel with this path (lora.py)."""
+    return path.replace("kernel", "adapter.a"), path.replace("kernel", "adapter.b")
+
+
+def _sharding_rules() -> list[tuple[str, tuple[P, ...]]]:
+    rules = [(parameter.path, parameter.sharding) for parameter in PARAMETERS]
+    for path, choices in tuple(rules):
+        if path.endswith("kernel"):  # adapters [I, R] and [R, *O] have the axes of their matrix
+            inputs, *outputs = choices[0]
+            a, b = adapter_paths(path)
+            rules += [(a, (P(inputs),)), (b, (P(None, *outputs),))]
+    by_path = [(rf"(^|\.){re.escape(path)}$", choices) for path, choices in rules]
+    return [*by_path, *_ARRAYS]
+
+
+_RULES = [(re.compile(regex), choices) for regex, choices in _sharding_rules()]
+
+
+def stacked_path(path: str) -> str:
+    """The path of a parameter in the same model with stacked layers."""
+    return re.sub(r"(^|\.)layers\.\d+\.", r"\1layers.", path)
+
+
+def tensors_of(path: str, names: Names) -> list[tuple[str, int | slice | None]]:
+    """Name and slot of each tensor of a parameter ("layers.3.attention.qkv.kernel") in files."""
+    layer = re.match(r"layers\.(\d+)\.", path)
+    prefix = _LAYER[names].format(layer[1]) if layer else ""
+    kind = "bias" if path.endswith("bias") else "weight"
+    tensors = _BY_PATH[stacked_path(path)].tensors
+    return [(f"{prefix}{getattr(tensor, names)}.{kind}", tensor.slot) for tensor in tensors]
+
+
+def sharding_of(path: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> NamedSharding:
+    """How the array with this path in its tree ("layers.0.attention.qkv.kernel") is sharded."""
+    wanted = stacked_path(path)
+    choices = next((choices for regex, choices in _RULES if regex.search(wanted)), (P(),))
+    if _STACKED.search(path):
+        choices = [P(None, *choice) for choice in choices]
+    whole = (choice for choice in choices if fitted(choice, shape, mesh) == choice)
+    return NamedSharding(mesh, next(whole, fitted(choices[-1], shape, mesh)))
+
+
+def named_leaves(tree: Any) -> dict[str, Any]:
+    """The leaves of a model, a training state or the like by their path, in the tree's order."""
+    return {
+        jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value"): leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
+
+
+def shardings(tree: Any, mesh: Mesh | AbstractMesh) -> Any:
+    """`sharding_of` every leaf of a model, a decode state or the like."""
+    places = [sharding_of(path, leaf.shape, mesh) for path, leaf in named_leaves(tree).items()]
+    return jax.tree.unflatten(jax.tree.structure(tree), places)
+
+
+def placed(tree: Any, mesh: Mesh | None) -> Any:
+    """The tree with every array sharded over the mesh; unchanged without a mesh."""
+    return tree if mesh is None else jax.device_put(tree, shardings(tree, mesh))
