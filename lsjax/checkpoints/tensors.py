@@ -97,7 +97,7 @@ def parts_of(path: str, names: Names) -> list[Part]:
     return [Part(name, path, slot) for name, slot in tensors_of(path, names)]
 
 
-def spans(length: int, most: int = 128) -> Iterator[tuple[int, int]]:
+def spans(length: int, most: int = 256) -> Iterator[tuple[int, int]]:
     """At most so many pieces of a range, as (begin, end)."""
     step = -(-length // most)
     return ((begin, min(begin + step, length)) for begin in range(0, length, max(step, 1)))
