@@ -8,6 +8,7 @@ from typing import Literal
 
 import pytest
 
+from lsjax.checkpoints import check_same_run, read_run_config
 from lsjax.config import (
     ConfigError,
     LayerDropoutConfig,
@@ -24,8 +25,6 @@ from lsjax.config.json_form import (
     versioned,
     without_version,
 )
-from lsjax.model.run_directory import read_config
-from lsjax.training.resume import check_same_run
 
 LLAMA3_2_1B = """{
   "version": 2,
@@ -225,12 +224,12 @@ def test_a_run_of_before_goes_on(tmp_path, written, skip):
         model=LlamaConfig.tiny(),
         layer_dropout=LayerDropoutConfig(p_max=0.2, distribution="linear", skip=skip),
     )
-    assert read_config(tmp_path) == now
-    assert check_same_run(read_config(tmp_path), now, "runs/a") == now
+    assert read_run_config(tmp_path) == now
+    assert check_same_run(read_run_config(tmp_path), now, "runs/a") == now
     other = dataclasses.replace(now.layer_dropout, skip="gather")
     with pytest.raises(ConfigError, match=f"layer_dropout.skip {skip}, now it is gather"):
         check_same_run(
-            read_config(tmp_path), dataclasses.replace(now, layer_dropout=other), "runs/a"
+            read_run_config(tmp_path), dataclasses.replace(now, layer_dropout=other), "runs/a"
         )
 
 
