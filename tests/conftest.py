@@ -22,7 +22,6 @@ jax.config.update("jax_default_matmul_precision", "highest")
 # Not the modules of pytrees (cache, state, self_speculative): jax also builds those from
 # placeholders that have no shape.
 CHECKED = [
-    "lsjax.config",
     "lsjax.data",
     *(f"lsjax.model.{name}" for name in ("attention", "block", "checkpoint", "gguf")),
     *(

@@ -17,8 +17,7 @@ from flax import nnx
 from jax.sharding import Mesh, Sharding
 from jaxtyping import Array
 
-from lsjax.config import LlamaConfig
-from lsjax.config.run_path import split_step
+from lsjax.config import LlamaConfig, split_step
 from lsjax.model.llama import Llama
 from lsjax.model.parts import Index, Part, model_parts
 from lsjax.sharding import sharding_of

@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lsjax.config import ConfigError, LlamaConfig, RopeScaling
-from lsjax.config.run_path import split_step
+from lsjax.config import ConfigError, LlamaConfig, RopeScaling, split_step
 from lsjax.model.checkpoint import CheckpointError, Track, take
 from lsjax.model.huggingface_keys import check_keys
 from lsjax.model.llama import Llama, unstacked

@@ -8,6 +8,7 @@ import platform
 import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +17,6 @@ import jax
 from jax.experimental.multihost_utils import sync_global_devices
 
 from lsjax.config import CheckpointConfig, TrainConfig
-from lsjax.config.json_form import to_json
 from lsjax.model.checkpoint import CheckpointError
 from lsjax.model.plain import from_named, named_leaves, nested
 from lsjax.model.saved_steps import (
@@ -141,7 +141,7 @@ class Checkpoints:
 
         items = _items(named_leaves(state))
         meta = {
-            "config": to_json(config),
+            "config": asdict(config),
             "data": data,
             "arrays": described(items),
             "versions": {"python": platform.python_version()}
