@@ -13,8 +13,7 @@ import numpy as np
 from lsjax.checkpoints.huggingface_keys import check_keys
 from lsjax.checkpoints.safetensors_files import read_entries, read_json, write_json, write_weights
 from lsjax.checkpoints.tensors import CheckpointError, Track, take
-from lsjax.config import ConfigError, LlamaConfig, RopeScaling
-from lsjax.config.run_path import split_step
+from lsjax.config import ConfigError, LlamaConfig, RopeScaling, split_step
 from lsjax.model.llama import Llama, unstacked
 
 if TYPE_CHECKING:

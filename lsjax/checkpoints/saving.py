@@ -8,6 +8,7 @@ import platform
 import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,7 +33,6 @@ from lsjax.checkpoints.saved_step import (
 )
 from lsjax.checkpoints.tensors import CheckpointError
 from lsjax.config import CheckpointConfig, TrainConfig
-from lsjax.config.json_form import to_json
 
 _MODEL = "model."  # what names of parameters begin with in a state
 _PACKAGES = ("lsjax", "jax", "flax", "optax", "orbax-checkpoint", "numpy")
@@ -140,7 +140,7 @@ class Checkpoints:
 
         items = _items(named_leaves(state))
         meta = {
-            "config": to_json(config),
+            "config": asdict(config),
             "data": data,
             "arrays": described(items),
             "versions": {"python": platform.python_version()}

@@ -18,8 +18,7 @@ from jax.sharding import Mesh, Sharding
 from jaxtyping import Array
 
 from lsjax.checkpoints.parts import Index, Part, model_parts
-from lsjax.config import LlamaConfig
-from lsjax.config.run_path import split_step
+from lsjax.config import LlamaConfig, split_step
 from lsjax.model.llama import Llama
 from lsjax.sharding import sharding_of
 
