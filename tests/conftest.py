@@ -23,7 +23,6 @@ jax.config.update("jax_default_matmul_precision", "highest")
 # placeholders that have no shape.
 CHECKED = [
     "lsjax.checkpoints",
-    "lsjax.config",
     "lsjax.data",
     *(f"lsjax.model.{name}" for name in ("attention", "block", "llama", "rope", "self_attention")),
     *(f"lsjax.decoding.{name}" for name in ("autoregressive", "completion", "engine", "loops")),

@@ -30,7 +30,7 @@ from lsjax.checkpoints.run import (
 from lsjax.checkpoints.saving import Checkpoints
 from lsjax.checkpoints.steps import saved_steps
 from lsjax.checkpoints.tensors import CheckpointError, TensorSource, Track
-from lsjax.config.run_path import split_step
+from lsjax.config import split_step
 from lsjax.model.llama import Llama
 
 __all__ = [

@@ -27,7 +27,7 @@ from lsjax.checkpoints.tensors import (
     take,
     write_json,
 )
-from lsjax.config.run_path import split_step
+from lsjax.config import split_step
 from lsjax.model.llama import Llama, unstacked
 from lsjax.model.parameters import named_leaves
 

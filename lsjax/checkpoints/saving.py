@@ -7,6 +7,7 @@ import platform
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,7 +21,6 @@ from lsjax.checkpoints.steps import (
     META,
     PARAMS,
     TRAIN,
-    VERSION,
     Report,
     SavedStep,
     cause,
@@ -32,7 +32,6 @@ from lsjax.checkpoints.steps import (
 )
 from lsjax.checkpoints.tensors import CheckpointError
 from lsjax.config import CheckpointConfig, TrainConfig
-from lsjax.config.json_form import to_json
 from lsjax.model.parameters import named_leaves
 
 _MODEL = "model."  # what paths of parameters begin with in a state
@@ -142,15 +141,14 @@ class Checkpoints:
             return
         self._begun = step
         items = _items(state)
-        meta = sealed(
-            version=VERSION,
-            config=to_json(config),
-            data=data,
-            arrays={item: _described(leaves) for item, leaves in items.items()},
-            versions={"python": platform.python_version(), **{p: version(p) for p in _PACKAGES}},
-        )
+        meta = {
+            "config": asdict(config),
+            "data": data,
+            "arrays": {item: _described(leaves) for item, leaves in items.items()},
+            "versions": {"python": platform.python_version(), **{p: version(p) for p in _PACKAGES}},
+        }
         arrays = {item: ocp.args.StandardSave(leaves) for item, leaves in items.items()}
-        args = ocp.args.Composite(**arrays, **{META: ocp.args.JsonSave(meta)})
+        args = ocp.args.Composite(**arrays, **{META: ocp.args.JsonSave(sealed(meta))})
         try:
             self._manager.save(step, args=args, force=True)
         except Exception as error:

@@ -31,10 +31,9 @@ from jaxtyping import Array
 
 from lsjax.checkpoints.fingerprint import fingerprints
 from lsjax.checkpoints.tensors import CheckpointError
-from lsjax.config import check
+from lsjax.config.json_form import VERSION, without_version
 from lsjax.model.parameters import sharding_of
 
-VERSION = 3  # of what a step holds, in its meta
 PARAMS, TRAIN, META = "params", "train", "meta"
 T = TypeVar("T")
 Report = Callable[[str], None]
@@ -67,18 +66,7 @@ class SavedStep:
         good = isinstance(raw, dict) and raw.keys() == {"meta", "sha256"}
         if not good or _digest(raw["meta"]) != raw["sha256"]:
             raise DamagedStep(f"{where}: is not what was written")
-        found = raw["meta"]["version"]
-        check(
-            found <= VERSION,
-            f"{where}: version {found} was written by a newer lsjax; this one reads version "
-            f"{VERSION}: update lsjax",
-        )
-        check(
-            found == VERSION,
-            f"{where}: version {found} was written by an older lsjax, under other names of arrays: "
-            "convert the run with that lsjax, and begin a new one with --init-from",
-        )
-        return raw["meta"]
+        return without_version(raw["meta"], str(where))
 
     def read(self, item: str, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, Array]:
         """Arrays of an item by path, each with the sharding that `wanted` asks for.
@@ -181,9 +169,9 @@ def first_whole(
     )
 
 
-def sealed(**meta: Any) -> dict[str, Any]:
+def sealed(meta: Mapping[str, Any]) -> dict[str, Any]:
     """A step's meta as it is written: with a sum of its text, so that damage shows."""
-    meta = json.loads(json.dumps(meta, allow_nan=False))
+    meta = json.loads(json.dumps({"version": VERSION, **meta}, allow_nan=False))
     return {"meta": meta, "sha256": _digest(meta)}
 
 

@@ -8,8 +8,7 @@ from rich.console import Console
 
 from lsjax.checkpoints import is_run, read_run_config
 from lsjax.cli.evaluation_options import Arguments
-from lsjax.config import ConfigError, DataConfig, check
-from lsjax.config.run_path import split_step
+from lsjax.config import ConfigError, DataConfig, check, split_step
 from lsjax.data.chat import chat_prompt
 from lsjax.data.documents import Document
 from lsjax.data.token_store import encode_document

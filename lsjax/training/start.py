@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from lsjax.checkpoints import load
 from lsjax.config import TrainConfig, check
-from lsjax.config.json_form import differences, to_json
+from lsjax.config.json_form import differences
 from lsjax.model.llama import Llama, stacked
 from lsjax.model.parameters import shardings
 from lsjax.sharding import ROWS
@@ -93,7 +93,7 @@ def check_same_run(before: TrainConfig, now: TrainConfig, where: str) -> TrainCo
     """
     if now.model is None:
         now = dataclasses.replace(now, model=before.model)
-    for path, old, new in differences(to_json(before), to_json(now)):
+    for path, old, new in differences(dataclasses.asdict(before), dataclasses.asdict(now)):
         check(
             path in FREE or path.partition(".")[0] in FREE,
             f"{where} was begun with {path} {old}, now it is {new}: a run can't change it; take "

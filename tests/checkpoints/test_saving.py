@@ -289,17 +289,12 @@ def test_another_shape_is_no_damage(copy, like):
     assert numbers(copy) == [3, 2, 1]
 
 
-@pytest.mark.parametrize(
-    "version, message",
-    [
-        (99, "3/meta: version 99 was written by a newer lsjax; .* update lsjax"),
-        (2, "3/meta: version 2 was written by an older lsjax, .*convert the run with that lsjax"),
-    ],
-)
-def test_another_version_is_no_damage(version, message, copy, like):
+@pytest.mark.parametrize("version", [99, 2])
+def test_another_version_is_no_damage(version, copy, like):
     file = copy / "3" / "meta" / "metadata"
     meta = json.loads(file.read_text())["meta"]
-    file.write_text(json.dumps(sealed(**meta | {"version": version})))
+    file.write_text(json.dumps(sealed(meta | {"version": version})))
+    message = f"3/meta: version is {version}, but this lsjax reads 3: convert the run with the"
     with pytest.raises(ConfigError, match=message):
         open_(copy).restore(like)
     assert numbers(copy) == [3, 2, 1]

@@ -59,7 +59,9 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path, capsys):
     assert "nowhere: does not exist" in refused(capsys, tmp_path / "nowhere", tmp_path / "made")
     assert "is not an empty directory" in refused(capsys, given, given)
     (given / "model.safetensors").write_bytes(b"cut")
-    assert "model.safetensors: Error while deserializing header" in refused(capsys, given, tmp_path / "made")
+    assert "model.safetensors: Error while deserializing header" in refused(
+        capsys, given, tmp_path / "made"
+    )
     (given / "config.json").unlink()
     assert "config.json: does not exist" in refused(capsys, given, tmp_path / "made")
     assert not (tmp_path / "made").exists()
