@@ -1,4 +1,4 @@
-"""A number that tells whether an array still has the bits it had.
+"""Fingerprints: numbers that tell whether an array still has the bits it had.
 
 Storage has no checksum of its own for the numbers in a checkpoint, so each array is saved with one:
 
@@ -23,7 +23,7 @@ _STEP = 0x9E3779B9  # odd, so that all positions below 2^32 differ
 
 @jax.jit
 def fingerprint(x: Array) -> UInt32[Array, ""]:
-    """Of the bits of an array of numbers of at most 64 bits each, in row-major order."""
+    """The sum over the bits of an array of numbers, in row-major order."""
     bits = _words(x)
     position = jnp.zeros(bits.shape, jnp.uint32)
     for axis in range(bits.ndim):
@@ -41,18 +41,13 @@ def fingerprints(leaves: Mapping[str, Any]) -> dict[str, str]:
 
 def _words(x: Array) -> UInt32[Array, "..."]:
     """The bits of each element as one uint32, of 64-bit elements as two."""
-    size = x.dtype.itemsize
     if x.dtype == jnp.bool_:
         return x.astype(jnp.uint32)
-    if size >= 4:
-        return lax.bitcast_convert_type(x, jnp.uint32)
-    return lax.bitcast_convert_type(x, {1: jnp.uint8, 2: jnp.uint16}[size]).astype(jnp.uint32)
+    unsigned = {1: jnp.uint8, 2: jnp.uint16}.get(x.dtype.itemsize, jnp.uint32)
+    return lax.bitcast_convert_type(x, unsigned).astype(jnp.uint32)
 
 
 def _mix(x: UInt32[Array, "..."]) -> UInt32[Array, "..."]:
-    def shift_xor(x, bits):
-        return x ^ lax.shift_right_logical(x, jnp.uint32(bits))
-
-    x = shift_xor(x, 16) * jnp.uint32(0x85EBCA6B)
-    x = shift_xor(x, 13) * jnp.uint32(0xC2B2AE35)
-    return shift_xor(x, 16)
+    x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
+    x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
+    return x ^ (x >> 16)

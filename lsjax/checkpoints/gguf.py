@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ class GGUFSource(TensorSource):
             name: tuple(int(size) for size in reversed(tensor.shape.tolist()))
             for name, tensor in self._tensors.items()
         }
-        self.config = self._read_config(_Metadata(reader, path))
+        self.config = self._read_config(_metadata(reader, path))
 
     def where(self, name: str) -> str:
         """File and name."""
@@ -66,41 +67,41 @@ class GGUFSource(TensorSource):
         config = self.config
         return _half_split(value, config.num_heads if rotated[1] == "q" else config.num_kv_heads)
 
-    def _read_config(self, metadata: "_Metadata") -> LlamaConfig:
-        architecture = metadata.get("general.architecture", str)
+    def _read_config(self, get: Callable[..., Any]) -> LlamaConfig:
+        architecture = get("general.architecture", str)
         if architecture != "llama":
             raise CheckpointError(
                 f"{self.path}: general.architecture is {architecture!r}; only 'llama' is supported"
             )
         for key in ("llama.expert_count", "split.count"):
-            if metadata.get(key, int, 0) > 1:
+            if get(key, int, 0) > 1:
                 raise CheckpointError(
-                    f"{self.path}: {key} is {metadata.get(key, int)}: mixtures of experts and "
+                    f"{self.path}: {key} is {get(key, int)}: mixtures of experts and "
                     "split files are not supported (llama-gguf-split --merge joins the latter)"
                 )
-        width = metadata.get("llama.embedding_length", int)
-        heads = metadata.get("llama.attention.head_count", int)
-        head_dim = metadata.get("llama.attention.key_length", int, width // max(heads, 1))
+        width = get("llama.embedding_length", int)
+        heads = get("llama.attention.head_count", int)
+        head_dim = get("llama.attention.key_length", int, width // max(heads, 1))
         for key in ("llama.attention.value_length", "llama.rope.dimension_count"):
-            if metadata.get(key, int, head_dim) != head_dim:
+            if get(key, int, head_dim) != head_dim:
                 raise CheckpointError(
-                    f"{self.path}: {key} is {metadata.get(key, int)}; "
+                    f"{self.path}: {key} is {get(key, int)}; "
                     f"only the head size, {head_dim}, is supported"
                 )
         embedding = self.shapes.get("token_embd.weight", (0,))
         try:
             config = LlamaConfig(
-                vocab_size=metadata.get("llama.vocab_size", int, embedding[0]),
+                vocab_size=get("llama.vocab_size", int, embedding[0]),
                 hidden_size=width,
-                intermediate_size=metadata.get("llama.feed_forward_length", int),
-                num_layers=metadata.get("llama.block_count", int),
+                intermediate_size=get("llama.feed_forward_length", int),
+                num_layers=get("llama.block_count", int),
                 num_heads=heads,
-                num_kv_heads=metadata.get("llama.attention.head_count_kv", int, heads),
+                num_kv_heads=get("llama.attention.head_count_kv", int, heads),
                 head_dim=head_dim,
-                max_context=metadata.get("llama.context_length", int),
-                rope_theta=metadata.get("llama.rope.freq_base", float, 1e4),
-                rope_scaling=self._linear_scaling(metadata),
-                norm_eps=metadata.get("llama.attention.layer_norm_rms_epsilon", float),
+                max_context=get("llama.context_length", int),
+                rope_theta=get("llama.rope.freq_base", float, 1e4),
+                rope_scaling=self._linear_scaling(get),
+                norm_eps=get("llama.attention.layer_norm_rms_epsilon", float),
                 tie_embeddings="output.weight" not in self.shapes,
                 attention_bias="blk.0.attn_q.bias" in self.shapes,
                 mlp_bias="blk.0.ffn_gate.bias" in self.shapes,
@@ -109,10 +110,10 @@ class GGUFSource(TensorSource):
         except ConfigError as error:
             raise CheckpointError(f"{self.path}: {error}") from error
 
-    def _linear_scaling(self, metadata: "_Metadata") -> RopeScaling | None:
-        kind = metadata.get("llama.rope.scaling.type", str, None)
-        old = metadata.get("llama.rope.scale_linear", float, 1.0)  # the key of 2023
-        factor = metadata.get("llama.rope.scaling.factor", float, old)
+    def _linear_scaling(self, get: Callable[..., Any]) -> RopeScaling | None:
+        kind = get("llama.rope.scaling.type", str, None)
+        old = get("llama.rope.scale_linear", float, 1.0)  # the key of 2023
+        factor = get("llama.rope.scaling.factor", float, old)
         if kind not in (None, "none", "linear"):
             raise CheckpointError(
                 f"{self.path}: llama.rope.scaling.type is {kind!r}; only 'linear' is supported"
@@ -141,26 +142,25 @@ class GGUFSource(TensorSource):
         )
 
 
-class _Metadata:
-    """Values by key, checked for their type."""
+def _metadata(reader: Any, path: Path) -> Callable[..., Any]:
+    """A function that gives a value by key.
 
-    def __init__(self, reader: Any, path: Path):
-        self._reader, self._path = reader, path
+    It raises CheckpointError for another type, or where the key and a default are missing.
+    """
 
-    def get(self, key: str, kind: type, *default: Any) -> Any:
-        """Raises CheckpointError if it is of another kind, or absent and no default is given."""
-        field = self._reader.get_field(key)
+    def get(key: str, kind: type, *default: Any) -> Any:
+        field = reader.get_field(key)
         if field is None and not default:
-            raise CheckpointError(
-                f"{self._path}: {key} is missing from the metadata: convert again"
-            )
+            raise CheckpointError(f"{path}: {key} is missing from the metadata: convert again")
         try:
             value = None if field is None else field.contents()
         except ValueError as error:
-            raise CheckpointError(f"{self._path}: {key} is not UTF-8: damaged") from error
+            raise CheckpointError(f"{path}: {key} is not UTF-8: damaged") from error
         if isinstance(value, float) and abs(value) < 1e30:
             value = float(str(np.float32(value)))  # 1e-05, not the 9.999999747e-06 next to it
-        return take({key: value}, key, kind, *(default or (None,)), self._path)
+        return take({key: value}, key, kind, *(default or (None,)), path)
+
+    return get
 
 
 def _open(path: Path) -> Any:

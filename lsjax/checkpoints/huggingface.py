@@ -118,19 +118,15 @@ def _open_tensors(directory: Path) -> dict[str, tuple[Path, Any]]:
     for file in sorted(set(weight_map.values())):
         if not (directory / file).is_file():
             raise CheckpointError(f"{index}: {file!r} is missing: download it again")
-        for name, tensor in _open_file(directory / file).items():
-            if weight_map.get(name) != file:
-                raise CheckpointError(
-                    f"{directory / file}: holds tensor {name!r}, which {_INDEX} places in "
-                    f"{weight_map.get(name)!r}: the files are not of one checkpoint"
-                )
-            tensors[name] = tensor
-    for name in weight_map:
-        if name not in tensors:
+        found = _open_file(directory / file)
+        placed = {name for name, place in weight_map.items() if place == file}
+        for name in sorted(found.keys() ^ placed):
             raise CheckpointError(
-                f"{directory / weight_map[name]}: lacks tensor {name!r}, which {_INDEX} places "
-                "there: the files are not of one checkpoint"
+                f"{directory / file}: {'holds' if name in found else 'lacks'} tensor {name!r}, "
+                f"which {_INDEX} places in {weight_map.get(name)!r}: the files are not of one "
+                "checkpoint"
             )
+        tensors |= found
     return tensors
 
 

@@ -1,6 +1,5 @@
 """config.json of Hugging Face directories: into a LlamaConfig, and back."""
 
-import dataclasses
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,40 +10,40 @@ from lsjax.config import ConfigError, LlamaConfig, RopeScaling
 
 log = logging.getLogger(__name__)
 
-READ = frozenset(
-    """
-    architectures attention_bias head_dim hidden_act hidden_size initializer_range
-    intermediate_size max_position_embeddings mlp_bias model_type num_attention_heads
-    num_hidden_layers num_key_value_heads original_max_position_embeddings partial_rotary_factor
-    quantization_config rms_norm_eps rope_parameters rope_scaling rope_theta tie_word_embeddings
-    vocab_size
-    """.split()  # noqa: SIM905
+# Key of config.json, field of LlamaConfig, and the default of transformers.
+_FIELDS: tuple[tuple[str, str, type, Any], ...] = (
+    ("vocab_size", "vocab_size", int, 32_000),
+    ("hidden_size", "hidden_size", int, 4096),
+    ("intermediate_size", "intermediate_size", int, 11_008),
+    ("num_hidden_layers", "num_layers", int, 32),
+    ("num_attention_heads", "num_heads", int, 32),
+    ("num_key_value_heads", "num_kv_heads", int, None),  # num_attention_heads
+    ("head_dim", "head_dim", int, None),  # hidden_size / num_attention_heads
+    ("max_position_embeddings", "max_context", int, 2048),
+    ("rms_norm_eps", "norm_eps", float, 1e-6),
+    ("tie_word_embeddings", "tie_embeddings", bool, False),
+    ("attention_bias", "attention_bias", bool, False),
+    ("mlp_bias", "mlp_bias", bool, False),
+    ("initializer_range", "init_std", float, 0.02),
 )
+# Other keys that are read, or written for transformers.
+_ORIGINAL = "original_max_position_embeddings"
+READ = {key for key, *_ in _FIELDS} | {
+    *("architectures", "model_type", "hidden_act", "quantization_config", "partial_rotary_factor"),
+    *("rope_parameters", "rope_scaling", "rope_theta", _ORIGINAL),
+}
 # Keys that change the computation and are not supported, with the values beside null that change
 # nothing.
 NEUTRAL: Mapping[str, tuple[Any, ...]] = {
-    "alibi": (False,),
-    "attention_multiplier": (1.0,),
-    "attn_logit_softcapping": (),
-    "clip_qkv": (),
-    "embedding_multiplier": (1.0,),
-    "final_logit_softcapping": (),
-    "logit_scale": (1.0,),
-    "logits_scaling": (1.0,),
+    **dict.fromkeys(("attn_logit_softcapping", "clip_qkv", "final_logit_softcapping"), ()),
+    **dict.fromkeys(("query_pre_attn_scalar", "scale_depth", "sliding_window"), ()),
+    **dict.fromkeys(("alibi", "qk_norm", "use_qk_norm"), (False,)),
+    **dict.fromkeys(("rope_interleaved", "use_parallel_residual"), (False,)),
+    **dict.fromkeys(("attention_multiplier", "embedding_multiplier", "logit_scale"), (1.0,)),
+    **dict.fromkeys(("logits_scaling", "residual_multiplier", "rotary_pct", "scale_emb"), (1.0,)),
+    **dict.fromkeys(("num_experts", "num_local_experts"), (0, 1)),
     "no_rope_layers": ([],),
-    "num_experts": (0, 1),
-    "num_local_experts": (0, 1),
     "pruned_heads": ({},),
-    "qk_norm": (False,),
-    "query_pre_attn_scalar": (),
-    "residual_multiplier": (1.0,),
-    "rope_interleaved": (False,),
-    "rotary_pct": (1.0,),
-    "scale_depth": (),
-    "scale_emb": (1,),
-    "sliding_window": (),
-    "use_parallel_residual": (False,),
-    "use_qk_norm": (False,),
 }
 # Keys about loading, training, generation and labels, which transformers writes or others add.
 HARMLESS = frozenset(
@@ -87,29 +86,14 @@ def read_config_json(directory: Path) -> LlamaConfig:
         raise CheckpointError(f"{file}: quantization_config is not supported: dequantise it first")
     check_keys(raw, file)
 
-    def integer(key: str, default: int) -> int:
-        return take(raw, key, int, default, file)
-
-    width, heads = integer("hidden_size", 4096), integer("num_attention_heads", 32)
+    fields = {field: take(raw, key, kind, known, file) for key, field, kind, known in _FIELDS}
+    if fields["num_kv_heads"] is None:
+        fields["num_kv_heads"] = fields["num_heads"]
+    if fields["head_dim"] is None:
+        fields["head_dim"] = fields["hidden_size"] // max(fields["num_heads"], 1)
     theta, scaling = _read_rope(raw, file)
     try:
-        return LlamaConfig(
-            vocab_size=integer("vocab_size", 32_000),
-            hidden_size=width,
-            intermediate_size=integer("intermediate_size", 11_008),
-            num_layers=integer("num_hidden_layers", 32),
-            num_heads=heads,
-            num_kv_heads=integer("num_key_value_heads", heads),
-            head_dim=integer("head_dim", width // max(heads, 1)),
-            max_context=integer("max_position_embeddings", 2048),
-            rope_theta=theta,
-            rope_scaling=scaling,
-            norm_eps=take(raw, "rms_norm_eps", float, 1e-6, file),
-            tie_embeddings=take(raw, "tie_word_embeddings", bool, False, file),
-            attention_bias=take(raw, "attention_bias", bool, False, file),
-            mlp_bias=take(raw, "mlp_bias", bool, False, file),
-            init_std=take(raw, "initializer_range", float, 0.02, file),
-        )
+        return LlamaConfig(**fields, rope_theta=theta, rope_scaling=scaling)
     except ConfigError as error:
         raise CheckpointError(f"{file}: {error}") from error
 
@@ -123,25 +107,21 @@ def _read_rope(raw: Mapping[str, Any], file: Path) -> tuple[float, RopeScaling |
         if take(table, "partial_rotary_factor", float, 1.0, where) != 1.0:
             raise CheckpointError(f"{where}: partial_rotary_factor is not supported")
     kind = take(rope, "rope_type", str, take(rope, "type", str, "default", where), where)
-    needed = {
-        "default": (),
-        "linear": ("factor",),
-        "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
-    }
-    if kind not in needed:
-        raise CheckpointError(f"{where}: type {kind!r}; only {', '.join(needed)} are supported")
-    values = {key: take(rope, key, float, None, where) for key in needed[kind]}
-    for key, value in values.items():
-        if value is None:
-            raise CheckpointError(f"{where}: {key} is missing, and type {kind!r} needs it")
     if kind == "default":
         return theta, None
+    needed = {"linear": (), "llama3": ("low_freq_factor", "high_freq_factor")}
+    if kind not in needed:
+        known = ", ".join(["default", *needed])
+        raise CheckpointError(f"{where}: type {kind!r}; only {known} are supported")
+    values: dict[str, Any] = {}
+    for key in ("factor", *needed[kind]):
+        values[key] = take(rope, key, float, None, where)
+        if values[key] is None:
+            raise CheckpointError(f"{where}: {key} is missing, and type {kind!r} needs it")
     if kind == "llama3":
-        key = "original_max_position_embeddings"
-        fallback = take(raw, "max_position_embeddings", int, 2048, file)
-        values["original_context"] = take(
-            raw, key, int, take(rope, key, int, fallback, where), file
-        )
+        context = take(raw, "max_position_embeddings", int, 2048, file)
+        nested = take(rope, _ORIGINAL, int, context, where)
+        values["original_context"] = take(raw, _ORIGINAL, int, nested, file)
     try:
         return theta, RopeScaling(kind=kind, **values)
     except ConfigError as error:
@@ -150,38 +130,22 @@ def _read_rope(raw: Mapping[str, Any], file: Path) -> tuple[float, RopeScaling |
 
 def to_config_json(config: LlamaConfig, dtype: Any) -> dict[str, Any]:
     """Read alike by transformers 4 (torch_dtype, rope_theta, rope_scaling) and 5."""
-    scaling: dict[str, Any] | None = None
-    if config.rope_scaling is not None:
-        scaling = dataclasses.asdict(config.rope_scaling)
-        scaling = {"rope_type": scaling.pop("kind")} | scaling
-        original = scaling.pop("original_context")
-        if config.rope_scaling.kind == "llama3":
-            scaling["original_max_position_embeddings"] = original
-        else:
-            scaling = {key: scaling[key] for key in ("rope_type", "factor")}
+    scaling, rope = None, config.rope_scaling
+    if rope is not None:
+        scaling = {"rope_type": rope.kind, "factor": rope.factor}
+        if rope.kind == "llama3":
+            scaling["low_freq_factor"] = rope.low_freq_factor
+            scaling["high_freq_factor"] = rope.high_freq_factor
+            scaling[_ORIGINAL] = rope.original_context
+    theta = {"rope_theta": config.rope_theta}
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.hidden_size,
-        "intermediate_size": config.intermediate_size,
-        "num_hidden_layers": config.num_layers,
-        "num_attention_heads": config.num_heads,
-        "num_key_value_heads": config.num_kv_heads,
-        "head_dim": config.head_dim,
         "hidden_act": "silu",
-        "max_position_embeddings": config.max_context,
-        "rope_theta": config.rope_theta,
+        **{key: getattr(config, field) for key, field, *_ in _FIELDS},
+        **theta,
         "rope_scaling": scaling,
-        "rope_parameters": {
-            **(scaling or {"rope_type": "default"}),
-            "rope_theta": config.rope_theta,
-        },
-        "rms_norm_eps": config.norm_eps,
-        "tie_word_embeddings": config.tie_embeddings,
-        "attention_bias": config.attention_bias,
-        "mlp_bias": config.mlp_bias,
-        "initializer_range": config.init_std,
+        "rope_parameters": (scaling or {"rope_type": "default"}) | theta,
         "torch_dtype": str(dtype),
     }
 

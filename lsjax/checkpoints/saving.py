@@ -97,11 +97,11 @@ class Checkpoints:
         wanted = _items(like)
 
         def read(step: SavedStep) -> Restored:
+            arrays: dict[str, Array] = {}
             for item, leaves in wanted.items():
                 step.check_names(item, leaves)
-            params, train = (step.read(item, leaves) for item, leaves in wanted.items())
-            arrays = {_MODEL + name: leaf for name, leaf in params.items()} | train
-            leaves = [arrays[name] for name in named_leaves(like)]
+                arrays |= step.read(item, leaves)
+            leaves = [arrays[path.removeprefix(_MODEL)] for path in named_leaves(like)]
             state = jax.tree.unflatten(jax.tree.structure(like), leaves)
             return Restored(state, step.number, step.meta["data"])
 
@@ -204,9 +204,8 @@ def _items(state: Any) -> dict[str, dict[str, Any]]:
 
 
 def _described(leaves: Mapping[str, Array]) -> dict[str, Any]:
+    found = fingerprints(leaves)
     return {
-        name: {"shape": list(leaf.shape), "dtype": leaf.dtype.name, "fingerprint": fingerprint}
-        for (name, leaf), fingerprint in zip(
-            leaves.items(), fingerprints(leaves).values(), strict=True
-        )
+        name: {"shape": leaf.shape, "dtype": leaf.dtype.name, "fingerprint": found[name]}
+        for name, leaf in leaves.items()
     }

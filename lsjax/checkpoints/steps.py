@@ -111,11 +111,10 @@ class SavedStep:
 
     def check_names(self, item: str, known: Iterable[str]) -> None:
         """Raises CheckpointError where an array was saved that is none of these."""
-        strange = self.meta["arrays"][item].keys() - known
-        if strange:
+        for name in sorted(self.meta["arrays"][item].keys() - known):
             raise CheckpointError(
-                f"{self.directory / item}: {min(strange)} has no place in this model or optimizer: "
-                "the config is of another one"
+                f"{self.directory / item}: {name} has no place in this model or optimizer: the "
+                "config is of another one"
             )
 
     def _load(self, item: str, read: Callable[[Path], T]) -> T:
@@ -182,18 +181,24 @@ def quiet_storage() -> Iterator[None]:
     Orbax then drops its work on the other arrays, and logs each of their errors. Python prints
     those of dropped work when it is collected.
     """
-    hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
+    before = sys.unraisablehook
     loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
+
+    def hook(unraisable: Any) -> None:
+        said = str(unraisable.exc_value)
+        if not said.startswith(("Encountered error while reading", "Event loop is closed")):
+            before(unraisable)
 
     def is_from_elsewhere(record: logging.LogRecord) -> bool:
         return record.name != "asyncio" and "orbax" not in record.pathname
 
+    sys.unraisablehook = hook
     for logger in loggers:
         logger.addFilter(is_from_elsewhere)
     try:
         yield
     finally:
-        sys.unraisablehook = hook
+        sys.unraisablehook = before
         for logger in loggers:
             logger.removeFilter(is_from_elsewhere)
 

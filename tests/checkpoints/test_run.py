@@ -149,7 +149,10 @@ def change_config(run: Path, **changes) -> None:
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"version": 99}, "config.json: version is 99, but this lsjax reads 3: convert the run with"),
+        (
+            {"version": 99},
+            "config.json: version is 99, but this lsjax reads 3: convert the run with",
+        ),
         ({"model": None}, "config.json: model: None must be an object, as a LlamaConfig is"),
         ({"model": {"num_layers": 3}}, "config.json: model: vocab_size is missing: LlamaConfig"),
     ],
