@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from lsjax.data.tokenizers import Tokenizer
 
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_GENERATION = {"exit_layer": "assistant_early_exit", "num_draft_tokens": "num_assistant_tokens"}
 _FLOATS = ("F64", "F32", "F16", "BF16")
 
 
@@ -53,10 +54,9 @@ def read_generation_defaults(path: str | Path) -> GenerationDefaults:
         CheckpointError: a file that is not JSON, or a value that is not a number of at least 1.
     """
     path, found = split_step(path)[0], {}
-    names = {"exit_layer": "assistant_early_exit", "num_draft_tokens": "num_assistant_tokens"}
     for file in (path / "generation_config.json", path / "config.json"):
         raw = read_json(file) if file.is_file() else {}
-        for field, name in names.items():
+        for field, name in _GENERATION.items():
             value = take(raw, name, int, None, file)
             if value is not None and value < 1:
                 raise CheckpointError(f"{file}: {name} is {value}, but must be at least 1")
@@ -171,10 +171,7 @@ def save(
         ids = _special_ids(tokenizer)
         write_json(partial / "config.json", to_config_json(model.config, model.dtype) | ids)
         defaults = generation or GenerationDefaults()
-        early = {
-            "assistant_early_exit": defaults.exit_layer,
-            "num_assistant_tokens": defaults.num_draft_tokens,
-        }
+        early = {name: getattr(defaults, field) for field, name in _GENERATION.items()}
         said = {key: value for key, value in (ids | early).items() if value is not None}
         write_json(partial / "generation_config.json", said)
         if tokenizer is not None:

@@ -5,10 +5,11 @@ transformers. It appears under its name only when it is whole.
 """
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import tyro
 from rich.console import Console
@@ -46,21 +47,15 @@ def convert(arguments: Arguments) -> None:
     """
     source, destination, dtype = arguments.source, arguments.destination, arguments.dtype
     console = Console(stderr=True)
-
-    def bar(title: str):
-        def tracked(steps: Sequence[Any]) -> Iterator[Any]:
-            hidden = not console.is_terminal
-            yield from track(steps, title, console=console, disable=hidden, transient=True)
-
-        return tracked
-
+    bar = partial(track, console=console, disable=not console.is_terminal, transient=True)
     check_destination(destination)  # before the long part
     opened = open_checkpoint(source)
     tokenizer = load_tokenizer(source)
     tokenizer.fitted(opened.config.vocab_size)  # complains before the long part
-    model = load(opened, dtype=dtype, track=bar("reading"))
+    model = load(opened, dtype=dtype, track=partial(bar, description="reading"))
     generation = read_generation_defaults(source)
-    save(model, destination, generation=generation, tokenizer=tokenizer, track=bar("writing"))
+    writing = partial(bar, description="writing")
+    save(model, destination, generation=generation, tokenizer=tokenizer, track=writing)
     parameters = model.config.num_params / 1e6
     print(f"{destination}: {parameters:.1f} million parameters in {dtype}")
 
