@@ -171,23 +171,33 @@ class RunSource:
         together: dict[str, list[str]] = {}  # path of stacked layers -> paths here
         for path in shapes:
             together.setdefault(stacked_path(path), []).append(path)
-        adapters = [path for stacked in together for path in adapter_paths(stacked)]
-        step.check_names(PARAMS, {*together, *adapters})
+        adapters = {adapter for path in together for adapter in adapter_paths(path)}
+        step.check_names(PARAMS, together.keys() | adapters)
+        saved = step.meta["arrays"][PARAMS]
+
+        def read(path: str, shape: tuple[int, ...]) -> Array:
+            place = sharding_of(path, shape, mesh)
+            stored = saved[path]["dtype"] if path in saved else dtype
+            wanted = jax.ShapeDtypeStruct(shape, stored, sharding=place)
+            return step.read(PARAMS, {path: wanted})[path]
+
         arrays: dict[str, Array] = {}
         for stacked, paths in track(list(together.items())):
-            shape, is_stacked = shapes[paths[0]], stacked != paths[0]
-            array = step.read_one(PARAMS, stacked, mesh, (len(paths),) * is_stacked + shape)
-            a, b = adapter_paths(stacked)
-            if a != stacked and a in step.meta["arrays"][PARAMS]:
+            layers = () if stacked in paths else (len(paths),)
+            array = read(stacked, layers + shapes[paths[0]])
+            adapter = [
+                read(path, tuple(saved[path]["shape"]))
+                for path in adapter_paths(stacked)
+                if path in saved
+            ]
+            if adapter:
                 lora = from_json(LoraConfig, self._fields["lora"], f"{self.path / CONFIG}: lora")
-                adapter = (step.read_one(PARAMS, path, mesh) for path in (a, b))
                 array = merged(array, *adapter, lora.scale)
             if not jnp.isfinite(array.astype(dtype)).all():
                 fault = "too large for it" if jnp.isfinite(array).all() else "NaN or infinite"
                 where = f"{step.directory / PARAMS}: {stacked}"
                 raise CheckpointError(f"{where} as {dtype.name} has values that are {fault}")
-            for path, part in zip(paths, array if is_stacked else [array], strict=True):
-                part = part.astype(dtype)
-                place = None if mesh is None else sharding_of(path, part.shape, mesh)
-                arrays[path] = part if place is None else jax.device_put(part, place)
+            for path, part in zip(paths, array if layers else [array], strict=True):
+                place = sharding_of(path, part.shape, mesh)
+                arrays[path] = jax.device_put(part.astype(dtype), place)
         return jax.tree.unflatten(jax.tree.structure(model), [arrays[path] for path in shapes])

@@ -26,13 +26,12 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 from jax.experimental.multihost_utils import process_allgather
-from jax.sharding import Mesh, SingleDeviceSharding
+from jax.sharding import SingleDeviceSharding
 from jaxtyping import Array
 
 from lsjax.checkpoints.fingerprint import fingerprints
 from lsjax.checkpoints.tensors import CheckpointError
 from lsjax.config.json_form import VERSION, without_version
-from lsjax.model.parameters import sharding_of
 
 PARAMS, TRAIN, META = "params", "train", "meta"
 T = TypeVar("T")
@@ -98,16 +97,6 @@ class SavedStep:
                     f"{before})"
                 )
         return arrays
-
-    def read_one(
-        self, item: str, path: str, mesh: Mesh | None, shape: tuple[int, ...] | None = None
-    ) -> Array:
-        """`read` of one parameter, sharded over the mesh; of the saved shape by default."""
-        saved = self.meta["arrays"][item].get(path, {"shape": (), "dtype": "float32"})
-        shape = tuple(saved["shape"]) if shape is None else shape
-        sharding = None if mesh is None else sharding_of(path, shape, mesh)
-        want = jax.ShapeDtypeStruct(shape, saved["dtype"], sharding=sharding)
-        return self.read(item, {path: want})[path]
 
     def check_names(self, item: str, known: Iterable[str]) -> None:
         """Raises CheckpointError where an array was saved that is none of these."""

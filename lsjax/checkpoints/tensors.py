@@ -225,9 +225,9 @@ def _read_onto(
     mesh: Mesh | None, read: Callable[[Index], np.ndarray], path: str, shape: tuple[int, ...]
 ) -> Array:
     """The array that `read` gives shard by shard, each once for all devices that hold it."""
-    if mesh is None:
-        return jnp.asarray(read((slice(None),) * len(shape)))
     sharding = sharding_of(path, shape, mesh)
+    if sharding is None:
+        return jnp.asarray(read((slice(None),) * len(shape)))
     holders: dict[str, tuple[Index, list[jax.Device]]] = {}
     for device, index in sharding.addressable_devices_indices_map(shape).items():
         holders.setdefault(str(index), (index, []))[1].append(device)

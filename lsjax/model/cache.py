@@ -60,8 +60,7 @@ class KVCache:
 
         def empty(name):
             def zeros(path, shape):
-                device = None if mesh is None else sharding_of(path, shape, mesh)
-                return jnp.zeros(shape, dtype, device=device)
+                return jnp.zeros(shape, dtype, device=sharding_of(path, shape, mesh))
 
             if stacked:
                 return zeros(name, (layers, *shape))

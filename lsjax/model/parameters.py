@@ -49,24 +49,26 @@ _GATE_UP = (FileTensor("mlp.gate_proj", "ffn_gate", 0), FileTensor("mlp.up_proj"
 _DOWN = (FileTensor("mlp.down_proj", "ffn_down"),)
 # A lookup in a table sharded along V costs a sum of [B, T, D]; unembedding costs nothing.
 _TABLE = (P("tensor", "fsdp"), P(None, ("fsdp", "tensor")))
-_BLOCK = "layers.attention."
-_FEED = "layers.feed_forward."
+_ATTENTION = "layers.attention."
+_FEED_FORWARD = "layers.feed_forward."
 
 PARAMETERS = (
     Parameter("embedding", (FileTensor("model.embed_tokens", "token_embd"),), _TABLE),
     Parameter("layers.attention_norm.scale", (FileTensor("input_layernorm", "attn_norm"),)),
     # [D, K, G + 2, H]; along D where the K/V heads do not divide.
-    Parameter(_BLOCK + "qkv.kernel", _QKV, (P("fsdp", "tensor"), P(("fsdp", "tensor")))),
-    Parameter(_BLOCK + "qkv.bias", _QKV, (P("tensor"),)),
-    Parameter(_BLOCK + "out.kernel", _OUT, (P("tensor", "fsdp"),)),  # [N * H, D]
-    Parameter(_BLOCK + "out.bias", _OUT),
+    Parameter(_ATTENTION + "qkv.kernel", _QKV, (P("fsdp", "tensor"), P(("fsdp", "tensor")))),
+    Parameter(_ATTENTION + "qkv.bias", _QKV, (P("tensor"),)),
+    Parameter(_ATTENTION + "out.kernel", _OUT, (P("tensor", "fsdp"),)),  # [N * H, D]
+    Parameter(_ATTENTION + "out.bias", _OUT),
     Parameter(
         "layers.feed_forward_norm.scale", (FileTensor("post_attention_layernorm", "ffn_norm"),)
     ),
-    Parameter(_FEED + "gate_up.kernel", _GATE_UP, (P("fsdp", None, "tensor"),)),  # [D, 2, F]
-    Parameter(_FEED + "gate_up.bias", _GATE_UP, (P(None, "tensor"),)),
-    Parameter(_FEED + "down.kernel", _DOWN, (P("tensor", "fsdp"),)),  # [F, D]
-    Parameter(_FEED + "down.bias", _DOWN),
+    Parameter(
+        _FEED_FORWARD + "gate_up.kernel", _GATE_UP, (P("fsdp", None, "tensor"),)
+    ),  # [D, 2, F]
+    Parameter(_FEED_FORWARD + "gate_up.bias", _GATE_UP, (P(None, "tensor"),)),
+    Parameter(_FEED_FORWARD + "down.kernel", _DOWN, (P("tensor", "fsdp"),)),  # [F, D]
+    Parameter(_FEED_FORWARD + "down.bias", _DOWN),
     Parameter("norm.scale", (FileTensor("model.norm", "output_norm"),)),
     Parameter("head", (FileTensor("lm_head", "output"),), _TABLE),
 )
@@ -82,23 +84,11 @@ _ARRAYS = (
 _STACKED = re.compile(r"(^|\.)(layers\.\D|(keys|values)$)")
 
 
-def adapter_paths(path: str) -> tuple[str, str]:
-    """Paths of A and B beside the kernel with this path (lora.py)."""
-    return path.replace("kernel", "adapter.a"), path.replace("kernel", "adapter.b")
-
-
-def _sharding_rules() -> list[tuple[str, tuple[P, ...]]]:
-    rules = [(parameter.path, parameter.sharding) for parameter in PARAMETERS]
-    for path, choices in tuple(rules):
-        if path.endswith("kernel"):  # adapters [I, R] and [R, *O] have the axes of their matrix
-            inputs, *outputs = choices[0]
-            a, b = adapter_paths(path)
-            rules += [(a, (P(inputs),)), (b, (P(None, *outputs),))]
-    by_path = [(rf"(^|\.){re.escape(path)}$", choices) for path, choices in rules]
-    return [*by_path, *_ARRAYS]
-
-
-_RULES = [(re.compile(regex), choices) for regex, choices in _sharding_rules()]
+def adapter_paths(path: str) -> list[str]:
+    """Paths of A and B beside a kernel (lora.py); none beside another parameter."""
+    if not path.endswith("kernel"):
+        return []
+    return [path.removesuffix("kernel") + adapter for adapter in ("adapter.a", "adapter.b")]
 
 
 def stacked_path(path: str) -> str:
@@ -115,14 +105,32 @@ def tensors_of(path: str, names: Names) -> list[tuple[str, int | slice | None]]:
     return [(f"{prefix}{getattr(tensor, names)}.{kind}", tensor.slot) for tensor in tensors]
 
 
-def sharding_of(path: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> NamedSharding:
-    """How the array with this path in its tree ("layers.0.attention.qkv.kernel") is sharded."""
-    wanted = stacked_path(path)
-    choices = next((choices for regex, choices in _RULES if regex.search(wanted)), (P(),))
+def sharding_of(
+    path: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh | None
+) -> NamedSharding | None:
+    """How the array with this path in its tree ("layers.0.attention.qkv.kernel") is sharded.
+
+    None without a mesh.
+    """
+    if mesh is None:
+        return None
+    choices = _choices(stacked_path(path))
     if _STACKED.search(path):
         choices = [P(None, *choice) for choice in choices]
     whole = (choice for choice in choices if fitted(choice, shape, mesh) == choice)
     return NamedSharding(mesh, next(whole, fitted(choices[-1], shape, mesh)))
+
+
+def _choices(path: str) -> tuple[P, ...]:
+    kernel = re.sub(r"adapter\.[ab]$", "kernel", path)
+    for parameter in PARAMETERS:
+        if f".{kernel}".endswith(f".{parameter.path}"):
+            if kernel == path:
+                return parameter.sharding
+            # Adapters [I, R] and [R, *O] have the axes of their kernel.
+            inputs, *outputs = parameter.sharding[0]
+            return (P(inputs),) if path.endswith("a") else (P(None, *outputs),)
+    return next((choices for regex, choices in _ARRAYS if re.search(regex, path)), (P(),))
 
 
 def named_leaves(tree: Any) -> dict[str, Any]:
