@@ -59,8 +59,8 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
 def own_rows(rows: int, mesh: Mesh | None) -> np.ndarray:
     """Numbers of the rows of a training batch that lie on this process's devices, in order.
 
-    Devices of one host need not be neighbours in the mesh, so these need not be either; and hosts
-    between which only weights are shared out have the same rows.
+    They need not be neighbours, as the devices of one host need not be. Hosts between which only
+    weights are sharded have the same rows.
     """
     numbers_B = np.arange(rows)
     if mesh is None:
@@ -82,8 +82,10 @@ def placed_rows(batch: Mapping[str, np.ndarray], rows: int, mesh: Mesh | None) -
 
 
 def fitted(spec: P, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> P:
-    """The spec without the axes of the mesh that do not divide the array's; of several for one
-    axis the first ones stay."""
+    """The spec without the axes of the mesh that do not divide the array's.
+
+    Of several for one axis the first ones stay.
+    """
 
     def fit(size, names):
         if isinstance(names, str | None):
@@ -96,15 +98,19 @@ def fitted(spec: P, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> P:
 
 
 def constrain(x: Array, *spec: str | tuple[str, ...] | None) -> Array:
-    """Says over which axes of the mesh in use x is shared out, axis by axis, where they divide; all
-    the rest is the same everywhere. Does nothing without a mesh."""
+    """Shards x over these axes of the mesh in use, axis by axis, where they divide.
+
+    Other axes are replicated. Without a mesh x stays as it is.
+    """
     mesh = jax.sharding.get_abstract_mesh()
     return x if mesh.empty else lax.with_sharding_constraint(x, fitted(P(*spec), x.shape, mesh))
 
 
 def platform() -> str:
-    """Where the program that is being traced will run ("cpu", "gpu", "tpu"): on the devices of the
-    mesh in use, which need not be there, or those that there are."""
+    """Where the program that is being traced will run: "cpu", "gpu" or "tpu".
+
+    It follows the mesh in use, whose devices may be abstract, or else this machine.
+    """
     device = jax.sharding.get_abstract_mesh().abstract_device
     return jax.default_backend() if device is None else device.platform
 
@@ -147,13 +153,15 @@ def on_each_device(
     outputs: Any,
     axes: Sequence[str] | None = None,
 ) -> Any:
-    """`function(*arguments)`, by each device on its own share and without communication; the plain
-    call without a mesh.
+    """`function(*arguments)`, by each device on its own shard and without communication.
 
-    For what the compiler does not see to be independent along the sharded axes. specs: of all the
-    arrays in each argument. An axis of the mesh that does not divide one of the arrays is left out
-    for all of them. axes: of the mesh, over which that holds; what is shared out over the others
-    stays the compiler's. All of them by default.
+    Without a mesh it is the plain call. It serves functions that the compiler does not see to be
+    independent along the sharded axes.
+
+    Args:
+        specs: of all the arrays in each argument. An axis of the mesh that does not divide one of
+            the arrays is left out for all of them.
+        axes: of the mesh, all by default; sharding over the others stays with the compiler.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:

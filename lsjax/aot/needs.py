@@ -9,10 +9,11 @@ from flax import nnx
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
-from lsjax.aot.programs import Decoding, placed_shapes
+from lsjax.aot.programs import Decoding
 from lsjax.config import LlamaConfig
 from lsjax.model.cache import KVCache
 from lsjax.model.llama import Llama
+from lsjax.model.parameters import placed_shapes
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from lsjax.decoding.state import DecodeState, Strategy
 from lsjax.evaluation.exits import exit_sums
 from lsjax.model.attention import LARGE, LARGE_BLOCKS, SMALL, SMALL_BLOCKS
 from lsjax.model.llama import Llama
-from lsjax.model.parameters import shardings
+from lsjax.model.parameters import placed_shapes
 from lsjax.training.early_exit import mean_exits
 from lsjax.training.loss import CHUNKS, EXITS, loss_chunk
 from lsjax.training.start import abstract_state, check_rows
@@ -173,15 +173,6 @@ def decoding(
             ),
         ),
     }
-
-
-def placed_shapes(tree, mesh: Mesh):
-    """The shapes with where they lie on a mesh."""
-    return jax.tree.map(
-        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
-        tree,
-        shardings(tree, mesh),
-    )
 
 
 def _decoding_trips(known: Mapping[str, float], lengths: list[int], capacity: int) -> Trips:

@@ -12,7 +12,6 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import ml_dtypes  # noqa: F401  registers bfloat16 with numpy, by whose name safetensors finds it
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 

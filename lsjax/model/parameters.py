@@ -150,3 +150,12 @@ def shardings(tree: Any, mesh: Mesh | AbstractMesh) -> Any:
 def placed(tree: Any, mesh: Mesh | None) -> Any:
     """The tree with every array sharded over the mesh; unchanged without a mesh."""
     return tree if mesh is None else jax.device_put(tree, shardings(tree, mesh))
+
+
+def placed_shapes(tree: Any, mesh: Mesh | AbstractMesh) -> Any:
+    """Shapes of the tree's arrays, with their shardings on a mesh."""
+    return jax.tree.map(
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+        tree,
+        shardings(tree, mesh),
+    )

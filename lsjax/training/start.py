@@ -12,11 +12,11 @@ from lsjax.checkpoints import load
 from lsjax.config import TrainConfig, check
 from lsjax.config.json_form import differences
 from lsjax.model.llama import Llama, stacked
-from lsjax.model.parameters import shardings
+from lsjax.model.parameters import placed_shapes, shardings
 from lsjax.sharding import ROWS
 from lsjax.training.step import TrainState, init_state
 
-# How the steps are computed, saved and shown, and not what they are.
+# Fields that a run may change: how steps are computed, saved and shown, not their results.
 FREE = frozenset(
     {
         "mesh",
@@ -43,35 +43,29 @@ FREE = frozenset(
 
 
 def check_rows(config: TrainConfig, mesh: Mesh | None) -> None:
-    """Raises ConfigError where the devices that share out rows do not divide a micro-batch."""
+    """Raises ConfigError where the devices that shard rows do not divide a micro-batch."""
     if mesh is None:
         return
     rows = config.batch_size // config.micro_batches
     shards = math.prod(mesh.shape[name] for name in ROWS)
     check(
         rows % shards == 0,
-        f"{rows} rows (batch_size / micro_batches) can't be shared out among {shards} devices "
+        f"{rows} rows (batch_size / micro_batches) can't be sharded over {shards} devices "
         f"(mesh.data x mesh.fsdp): choose a multiple of {shards}",
     )
 
 
 def abstract_state(config: TrainConfig, mesh: Mesh | None) -> TrainState:
-    """Shapes of the state, with where they lie on a mesh."""
+    """Shapes of the state, with shardings on a mesh."""
     like = jax.eval_shape(partial(_fresh_state, config), jax.random.key(0))
-    if mesh is None:
-        return like
-    return jax.tree.map(
-        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
-        like,
-        shardings(like, mesh),
-    )
+    return like if mesh is None else placed_shapes(like, mesh)
 
 
 def initial_state(config: TrainConfig, mesh: Mesh | None, like: TrainState) -> TrainState:
-    """The state before the first step: of the checkpoint in `init_from`, or random; made where it
-    belongs.
+    """The state before the first step: of the checkpoint in `init_from`, or random.
 
-    like: its `abstract_state`. Raises CheckpointError for what is wrong with the checkpoint.
+    It is made sharded. like: its `abstract_state`. Raises CheckpointError for what is wrong with
+    the checkpoint.
     """
     places = None if mesh is None else shardings(like, mesh)
     if not config.init_from:
@@ -86,7 +80,7 @@ def _fresh_state(config: TrainConfig, key: jax.Array) -> TrainState:
 
 
 def check_same_run(before: TrainConfig, now: TrainConfig, where: str) -> TrainConfig:
-    """The configuration to go on with; its model is that of the run.
+    """The configuration to resume with; its model is that of the run.
 
     Raises ConfigError for the first field that makes it another run: schedules are stretched over
     num_steps, and the order of the data follows from the seed.

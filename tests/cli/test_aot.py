@@ -75,7 +75,7 @@ def test_one_host_of_gpus(refused, monkeypatch, topology):
         (("--topology", "v5e:2x2", "--mesh.tensor", "5"), "needs 5 devices, but there are 4"),
         (
             ("--topology", "v5e:2x2", "--mesh.data", "4", "--batch-size", "6"),
-            "6 rows (batch_size / micro_batches) can't be shared out among 4 devices",
+            "6 rows (batch_size / micro_batches) can't be sharded over 4 devices",
         ),
         (
             ("--topology", "v5e:2x2", "--decoding.prompt-tokens", "9999"),

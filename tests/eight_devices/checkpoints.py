@@ -12,7 +12,7 @@ from lsjax.checkpoints import Checkpoints, begin_run, fingerprints
 from lsjax.config import LlamaConfig, MeshConfig, TrainConfig
 from lsjax.data.tokenizer_huggingface import ByteTokenizer
 from lsjax.model.llama import Llama
-from lsjax.model.parameters import named_leaves, placed, shardings
+from lsjax.model.parameters import named_leaves, placed, placed_shapes, shardings
 from lsjax.sharding import make_mesh
 from lsjax.training.step import init_state
 
@@ -65,17 +65,12 @@ def test_fingerprints_do_not_depend_on_the_mesh(whole):
 def test_restored_onto_another_mesh(run, whole, sizes):
     like = jax.eval_shape(lambda: whole)
     if sizes is not None:
-        places = shardings(like, make_mesh(sizes))
-        like = jax.tree.map(
-            lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
-            like,
-            places,
-        )
+        like = placed_shapes(like, make_mesh(sizes))
     restored = Checkpoints(run / "checkpoints", CONFIG.checkpoints).restore(like).state
     assert equal(restored, whole)
     if sizes is not None:
         found = [leaf.sharding for leaf in jax.tree.leaves(restored)]
-        assert found == jax.tree.leaves(places)
+        assert found == [leaf.sharding for leaf in jax.tree.leaves(like)]
 
 
 @pytest.mark.parametrize("sizes", [None, MeshConfig(data=2, fsdp=2, tensor=2)])
