@@ -232,11 +232,11 @@ def _read_onto(
     for device, index in sharding.addressable_devices_indices_map(shape).items():
         holders.setdefault(str(index), (index, []))[1].append(device)
 
-    def put(index: Index, devices: Sequence[jax.Device]) -> list[Array]:
+    shards: list[Array] = []
+    for index, devices in holders.values():
         shard = read(index)
-        return jax.block_until_ready([jax.device_put(shard, device) for device in devices])
-
-    shards = [array for held in holders.values() for array in put(*held)]
+        shards += jax.block_until_ready([jax.device_put(shard, device) for device in devices])
+        del shard  # before the next one is read
     return jax.make_array_from_single_device_arrays(shape, sharding, shards)
 
 
