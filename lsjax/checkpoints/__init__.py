@@ -6,7 +6,6 @@ from typing import Any
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from lsjax.checkpoints.fingerprint import fingerprints
 from lsjax.checkpoints.gguf import GGUFSource
 from lsjax.checkpoints.huggingface import (
     GenerationDefaults,
@@ -28,7 +27,7 @@ from lsjax.checkpoints.run import (
     read_run_config,
 )
 from lsjax.checkpoints.saving import Checkpoints
-from lsjax.checkpoints.steps import saved_steps
+from lsjax.checkpoints.steps import fingerprints, saved_steps
 from lsjax.checkpoints.tensors import CheckpointError, TensorSource, Track
 from lsjax.config import split_step
 from lsjax.model.llama import Llama

@@ -16,7 +16,6 @@ import jax
 from jax.experimental.multihost_utils import sync_global_devices
 from jaxtyping import Array
 
-from lsjax.checkpoints.fingerprint import fingerprints
 from lsjax.checkpoints.steps import (
     META,
     PARAMS,
@@ -24,6 +23,7 @@ from lsjax.checkpoints.steps import (
     Report,
     SavedStep,
     cause,
+    fingerprints,
     first_whole,
     log,
     quiet_storage,

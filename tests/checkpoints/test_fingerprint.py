@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from lsjax.checkpoints import fingerprints
-from lsjax.checkpoints.fingerprint import fingerprint
+from lsjax.checkpoints.steps import fingerprint
 
 M = 2**32
 
