@@ -28,8 +28,8 @@ from lsjax.cli.setup import cache_directory, exact_products, keep_compiled_progr
 from lsjax.cli.strategies import in_one_program
 from lsjax.config import check
 from lsjax.data.token_counts import find_counts
+from lsjax.data.tokenizer import Tokenizer
 from lsjax.data.tokenizer_files import load_tokenizer
-from lsjax.data.tokenizers import Tokenizer
 from lsjax.decoding.completion import Completion
 from lsjax.decoding.draft_vocabulary import DraftVocabulary
 from lsjax.decoding.engine import Engine

@@ -14,7 +14,7 @@ import numpy as np
 from lsjax.config import EvaluationConfig, LlamaConfig, check
 from lsjax.data.packing import Rows
 from lsjax.data.token_counts import NAME, write_counts
-from lsjax.data.tokenizers import Tokenizer
+from lsjax.data.tokenizer import Tokenizer
 from lsjax.data.whole_files import write_whole
 
 PROMPTS = "prompts.jsonl"

@@ -20,7 +20,7 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
 
 if TYPE_CHECKING:
-    from lsjax.data.tokenizers import Tokenizer
+    from lsjax.data.tokenizer import Tokenizer
 
 MAX_TEMPLATE_CHARACTERS = 1_000_000  # real ones have up to 20 thousand
 MAX_VALUE_LENGTH = 1_000_000

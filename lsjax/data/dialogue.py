@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from lsjax.data.chat import chat_prompt
 
 if TYPE_CHECKING:
-    from lsjax.data.tokenizers import Tokenizer
+    from lsjax.data.tokenizer import Tokenizer
 
 
 class Dialogue:

@@ -21,7 +21,7 @@ from lsjax.data.batch import Batch
 from lsjax.data.packing import Rows, pack
 from lsjax.data.splits import check_split, choose, held_out
 from lsjax.data.token_store import token_store
-from lsjax.data.tokenizers import Tokenizer
+from lsjax.data.tokenizer import Tokenizer
 
 Own = Sequence[int] | np.ndarray | None
 PREFETCH = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from lsjax.config import ConfigError, check, split_step
-from lsjax.data.tokenizers import Tokenizer
+from lsjax.data.tokenizer import Tokenizer
 from lsjax.data.whole_files import write_whole
 
 NAME = "token_counts.json"

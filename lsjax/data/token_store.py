@@ -26,7 +26,7 @@ from rich.progress import Progress
 from lsjax.config import DataConfig, check
 from lsjax.data.documents import Document, Source
 from lsjax.data.sources import open_source
-from lsjax.data.tokenizers import Tokenizer, TokenizerError
+from lsjax.data.tokenizer import Tokenizer, TokenizerError
 from lsjax.data.whole_files import whole_directory
 
 FORMAT = 2  # to be raised when other code makes other tokens of the same text

@@ -3,26 +3,30 @@
 from __future__ import annotations
 
 import base64
+import json
 import re
+from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 import tokenizers
 
 from lsjax.config import split_step
-from lsjax.data.tokenizer_bpe import (
+from lsjax.data.tokenizer import Tokenizer, TokenizerError, first_line
+from lsjax.data.tokenizer_gguf import load_gguf
+from lsjax.data.tokenizer_huggingface import (
+    HuggingFaceTokenizer,
     added_token,
     all_merges,
     byte_characters,
     byte_level_bpe,
     llama3_words,
 )
-from lsjax.data.tokenizer_gguf import load_gguf
-from lsjax.data.tokenizer_huggingface import HuggingFaceTokenizer
 from lsjax.data.tokenizer_sentencepiece import SentencePieceTokenizer
-from lsjax.data.tokenizer_settings import TokenizerSettings, read_file, read_json, token_ids
-from lsjax.data.tokenizers import Tokenizer, TokenizerError, first_line
 
+MAX_FILE_BYTES = 256 << 20  # far above any real one
 TIKTOKEN_LINE = re.compile(rb"[A-Za-z0-9+/]+={0,2} [0-9]{1,9}")
 LLAMA3_NAMED_SPECIALS = {  # offset from the first special token; all the others are reserved
     0: "<|begin_of_text|>",
@@ -89,15 +93,15 @@ def _load(path: Path) -> Tokenizer:
 
 
 def _load_json(file: Path) -> HuggingFaceTokenizer:
-    if "model" not in read_json(file):
+    if "model" not in _read_json(file):
         raise TokenizerError(f"{file} is JSON but no tokenizer (no 'model'): wrong file?")
     backend = tokenizers.Tokenizer.from_file(str(file))
-    settings = TokenizerSettings.beside(file)
-    bos_ids = token_ids([settings.bos], backend.token_to_id)
+    settings = _Settings.beside(file)
+    bos_ids = _token_ids((settings.bos,), backend.token_to_id)
     return HuggingFaceTokenizer(
         backend,
         bos_id=next(iter(bos_ids), None),
-        eos_ids=token_ids(settings.eos, backend.token_to_id),
+        eos_ids=_token_ids(settings.eos, backend.token_to_id),
         # transformers adds nothing without a post-processor, and believes an explicit setting
         add_bos=settings.add_bos,
         chat_template=settings.chat_template,
@@ -105,7 +109,7 @@ def _load_json(file: Path) -> HuggingFaceTokenizer:
 
 
 def _load_model(file: Path) -> Tokenizer:
-    model, settings = read_file(file), TokenizerSettings.beside(file)
+    model, settings = _read_file(file), _Settings.beside(file)
     if TIKTOKEN_LINE.match(model.partition(b"\n")[0]):
         return _tiktoken(model, settings)
     try:
@@ -114,17 +118,16 @@ def _load_model(file: Path) -> Tokenizer:
         )
     except TokenizerError as error:
         raise TokenizerError(f"{file} is {error}: truncated or another file?") from error
-    beyond = [i for i in settings.added_ids if i >= tokenizer.vocab_size]
-    if beyond:
+    if settings.largest_added >= tokenizer.vocab_size:
         raise TokenizerError(
-            f"tokenizer_config.json adds tokens ({beyond[0]}, ...) that {file} lacks: add the "
-            "tokenizer.json of this model"
+            f"tokenizer_config.json adds a token {settings.largest_added} that {file} lacks: add "
+            "the tokenizer.json of this model"
         )
-    tokenizer.eos_ids = token_ids(settings.eos, tokenizer.piece_id) or tokenizer.eos_ids
+    tokenizer.eos_ids = _token_ids(settings.eos, tokenizer.piece_id) or tokenizer.eos_ids
     return tokenizer
 
 
-def _tiktoken(content: bytes, settings: TokenizerSettings) -> HuggingFaceTokenizer:
+def _tiktoken(content: bytes, settings: _Settings) -> HuggingFaceTokenizer:
     """Llama 3's file: a line `base64 rank` for each token, then 256 special tokens."""
     tokens: list[str] = []
     characters = byte_characters()
@@ -154,3 +157,80 @@ def _tiktoken(content: bytes, settings: TokenizerSettings) -> HuggingFaceTokeniz
         add_bos=settings.add_bos is not False,
         chat_template=settings.chat_template,
     )
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """What the small files beside a tokenizer say of it."""
+
+    bos: str | int | None
+    eos: tuple[str | int | None, ...]
+    add_bos: bool | None
+    chat_template: str | None
+    largest_added: int
+
+    @classmethod
+    def beside(cls, file: Path) -> _Settings:
+        names = ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
+        files = [file.parent / name for name in names]
+        config, special, generation = (_read_json(f) if f.exists() else {} for f in files)
+
+        def spelled(name: str) -> str | None:
+            token = config.get(name) or special.get(name)
+            token = token.get("content") if isinstance(token, dict) else token
+            return token if isinstance(token, str) else None
+
+        ends = generation.get("eos_token_id")
+        ends = ends if isinstance(ends, list) else [ends]
+        bos, add_bos = spelled("bos_token"), config.get("add_bos_token")
+        jinja, template = file.parent / "chat_template.jinja", config.get("chat_template")
+        if jinja.exists():
+            template = _read_file(jinja).decode("utf-8")
+        elif isinstance(template, list):  # several, by name
+            template = {t["name"]: t["template"] for t in template}.get("default")
+        return cls(
+            bos=generation.get("bos_token_id") if bos is None else bos,
+            eos=(spelled("eos_token"), *ends),
+            add_bos=add_bos if isinstance(add_bos, bool) else None,
+            chat_template=template if isinstance(template, str) else None,
+            largest_added=max(map(int, config.get("added_tokens_decoder") or ()), default=-1),
+        )
+
+
+def _token_ids(
+    tokens: tuple[str | int | None, ...], id_of: Callable[[str], int | None]
+) -> tuple[int, ...]:
+    """Ids of tokens given by spelling or id, each once, None left out; `id_of` maps a spelling."""
+    found: dict[int, None] = {}
+    for token in tokens:
+        if token is not None:
+            token_id = id_of(token) if isinstance(token, str) else token
+            if not isinstance(token_id, int):
+                raise TokenizerError(f"its tokenizer_config.json names {token!r}, which it lacks")
+            found[token_id] = None
+    return tuple(found)
+
+
+def _read_file(file: Path) -> bytes:
+    """Content of a file that is there, not empty and not absurdly large."""
+    try:
+        if (size := file.stat().st_size) > MAX_FILE_BYTES:
+            raise TokenizerError(f"{file} has {size} bytes: too large for a tokenizer, wrong file?")
+        content = file.read_bytes()
+    except OSError as error:
+        raise TokenizerError(f"cannot read {file} ({error.strerror}): check the path") from error
+    if not content:
+        raise TokenizerError(f"{file} is empty: download or export it again")
+    return content
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    """Content of a file that holds a JSON object."""
+    text = _read_file(file)
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise TokenizerError(f"{file} is no valid JSON ({first_line(error)}): repair it") from error
+    if not isinstance(content, dict):
+        raise TokenizerError(f"{file} is JSON but no object: wrong file?")
+    return content

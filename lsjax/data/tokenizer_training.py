@@ -12,10 +12,10 @@ import sentencepiece
 from lsjax.config import ConfigError, DataConfig, check
 from lsjax.data.documents import Document
 from lsjax.data.sources import training_documents
+from lsjax.data.tokenizer import Tokenizer, first_line
 from lsjax.data.tokenizer_files import load_tokenizer
 from lsjax.data.tokenizer_huggingface import ByteTokenizer
 from lsjax.data.tokenizer_sentencepiece import SentencePieceTokenizer
-from lsjax.data.tokenizers import Tokenizer, first_line
 from lsjax.data.whole_files import write_whole
 
 SAMPLE = 20_000_000  # characters that a vocabulary is trained on at most

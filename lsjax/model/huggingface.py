@@ -17,7 +17,7 @@ from lsjax.model.llama import Llama, unstacked
 from lsjax.model.safetensors_files import read_entries, read_json, write_json, write_weights
 
 if TYPE_CHECKING:
-    from lsjax.data.tokenizers import Tokenizer
+    from lsjax.data.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,7 @@ import numpy as np
 from flax import nnx
 
 from lsjax.config import LlamaConfig
-from lsjax.data.tokenizers import Tokenizer, TokenizerError
+from lsjax.data.tokenizer import Tokenizer, TokenizerError
 from lsjax.model.llama import Llama
 
 

@@ -2,7 +2,7 @@
 
 import random
 
-from lsjax.data.detokenize import StreamDecoder, decode_continuation
+from lsjax.data.tokenizer import StreamDecoder, decode_continuation
 from lsjax.data.tokenizer_files import load_tokenizer
 from lsjax.data.tokenizer_huggingface import ByteTokenizer
 

@@ -6,10 +6,10 @@ import pytest
 
 from lsjax.config import ConfigError, DataConfig
 from lsjax.data.documents import Document
+from lsjax.data.tokenizer import TokenizerError
 from lsjax.data.tokenizer_files import load_tokenizer
 from lsjax.data.tokenizer_huggingface import ByteTokenizer
 from lsjax.data.tokenizer_training import make_tokenizer, train_tokenizer
-from lsjax.data.tokenizers import TokenizerError
 
 WORDS = [
     "the",
