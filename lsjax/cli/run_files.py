@@ -13,9 +13,9 @@ import numpy as np
 
 from lsjax.config import EvaluationConfig, LlamaConfig, check
 from lsjax.data.packing import Rows
-from lsjax.data.token_counts import NAME, write_counts
+from lsjax.data.token_store import write_whole
 from lsjax.data.tokenizer import Tokenizer
-from lsjax.data.whole_files import write_whole
+from lsjax.data.vocabulary import COUNTS, write_counts
 
 PROMPTS = "prompts.jsonl"
 COUNTED = 4_000_000  # tokens that the draft vocabulary is counted from
@@ -31,8 +31,8 @@ def write_run_files(
 ) -> None:
     """Writes those that are missing, from the training rows and held-out prompts; all of them if
     `fresh`, as the data of a run without a saved step may still change."""
-    if fresh or not (workdir / NAME).exists():
-        write_counts(workdir / NAME, tokenizer, count_labels(rows))
+    if fresh or not (workdir / COUNTS).exists():
+        write_counts(workdir / COUNTS, tokenizer, count_labels(rows))
     if fresh or not (workdir / PROMPTS).exists():
         texts = map(tokenizer.decode, prompts)
         lines = [json.dumps({"prompt": text}, ensure_ascii=False) for text in texts if text]

@@ -1,10 +1,23 @@
-"""What a source gives: documents, in one order, and a hash of all that they are made from."""
+"""What a source gives: documents, in one order, with a hash; text files and Python's own source."""
 
+import glob
+import gzip
 import hashlib
+import os
+import platform
+import re
+import sysconfig
+import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from lsjax.config import ConfigError, check
+
+# Tests are repetitive; packages are whatever was installed; the rest belongs to one machine.
+LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+OF_ONE_MACHINE = ("_sysconfigdata", "sitecustomize", "usercustomize")
 
 
 @dataclass(frozen=True)
@@ -41,7 +54,7 @@ class Source(ABC):
         """
 
     def fingerprint(self) -> str:
-        """Hash (hex) of the contents of the files in their order, not of where they lie."""
+        """Hash (hex) of the contents of the files in their order, but not of their names."""
         whole = hashlib.sha256()
         for path in self.files:
             with path.open("rb") as file:
@@ -51,3 +64,108 @@ class Source(ABC):
     def num_bytes(self) -> int:
         """Size of the files."""
         return sum(path.stat().st_size for path in self.files)
+
+
+class PythonSource(Source):
+    """Text that every machine has: the standard library of the Python that runs this.
+
+    Each module is a document, in the order of their paths.
+    """
+
+    def __init__(self):
+        self.name = f"standard library of Python {platform.python_version()}"
+        root, found = Path(sysconfig.get_path("stdlib")), []
+        for folder, folders, names in os.walk(root):
+            folders[:] = [name for name in folders if name not in LEFT_OUT]  # not walked into
+            own = (name for name in names if not name.startswith(OF_ONE_MACHINE))
+            found += [Path(folder, name) for name in own if name.endswith(".py")]
+        self.files = sorted(found, key=Path.as_posix)
+        check(
+            bool(self.files),
+            f"{root} has no .py files: this Python comes without its source, choose --data.source",
+        )
+
+    def documents(self) -> Iterator[Document]:
+        """Modules that hold anything; bytes that are not UTF-8 are replaced."""
+        for file in self.files:
+            text = file.read_text(encoding="utf-8", errors="replace")
+            if text.strip():
+                yield Document(text)
+
+
+class TextFiles(Source):
+    """Documents of plain text.
+
+    Args:
+      paths: files or patterns, as for `find_files`.
+      separator: "file" makes each file a document, "blank_line" ends one at each run of blank
+        lines; anything else is a marker that stands between documents.
+    """
+
+    def __init__(self, paths: Sequence[str], separator: str = "file"):
+        self.files, self.name = find_files(paths), " ".join(paths)
+        self._separator = separator
+
+    def documents(self) -> Iterator[Document]:
+        """The documents of each file in turn; separators are no part of them."""
+        for file in self.files:
+            text = "".join(line for _, line in read_lines(file))
+            match self._separator:
+                case "file":
+                    pieces = [text]
+                case "blank_line":
+                    pieces = re.split(r"\n(?:[^\S\n]*\n)+", text)
+                case marker:
+                    pieces = text.split(marker)
+            yield from (Document(piece) for piece in pieces if piece.strip())
+
+
+def find_files(paths: Sequence[str]) -> list[Path]:
+    """The files that paths and patterns (*, ?, [...], ** for directories) name.
+
+    Those of a pattern are sorted; the patterns keep their order. No file comes twice.
+
+    Raises ConfigError for a path or pattern that names none.
+    """
+    found: dict[Path, None] = {}
+    for path in paths:
+        literal = Path(path).expanduser()
+        check(
+            not literal.is_dir(),
+            f"{path} is a directory: name its files, such as {path.rstrip('/')}/**/*.txt",
+        )
+        # An existing path is itself, even if it looks like a pattern.
+        matches = [literal] if literal.exists() else sorted(glob.glob(str(literal), recursive=True))
+        files = [file for file in map(Path, matches) if file.is_file()]
+        check(bool(files), f"no file matches {path}: check paths and the directory you are in")
+        found |= dict.fromkeys(files)
+    return list(found)
+
+
+def stop_at(error: ConfigError) -> None:
+    """What is done about a bad line unless told otherwise."""
+    raise error
+
+
+def read_lines(
+    file: Path, refuse: Callable[[ConfigError], None] = stop_at
+) -> Iterator[tuple[int, str]]:
+    """Numbers and texts of the lines of a UTF-8 file; a .gz file is unpacked.
+
+    A byte order mark is left out, and lines end with \\n.
+
+    refuse: called with the error of a line that can't be read; if it returns, the line is left out.
+    """
+    try:
+        with gzip.open(file) if file.suffix == ".gz" else file.open("rb") as lines:
+            for number, line in enumerate(lines, 1):
+                try:
+                    text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+                except UnicodeDecodeError:
+                    refuse(
+                        ConfigError(f"{file}, line {number} is not UTF-8 text: save it as UTF-8")
+                    )
+                    continue
+                yield number, text[:-2] + "\n" if text.endswith("\r\n") else text
+    except (gzip.BadGzipFile, zlib.error, EOFError) as error:
+        raise ConfigError(f"{file} can't be unpacked ({error}): get it again") from None

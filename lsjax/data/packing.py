@@ -11,15 +11,33 @@ read.
 import hashlib
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TypedDict
 
 import numpy as np
-from jaxtyping import Int64
+from jaxtyping import Int32, Int64
 
 from lsjax.config import check
-from lsjax.data.batch import Batch
 from lsjax.data.token_store import TokenStore
 
 OPEN_ROWS = 1024  # rows, the newest, that first-fit still looks at
+
+
+class PackedBatch(TypedDict):
+    """Rows of one host, [B, T] each; a plain dict of numpy arrays.
+
+    tokens_BT: ids; 0 in padding.
+    labels_BT: the token that follows in the document, -1 where none is to be predicted: prompts in
+      finetuning, a document's last token, padding. Of a document cut at the end of a row it is the
+      first token of the next piece.
+    segments_BT: number of the document within the row, from 1; 0 is padding. Tokens attend within
+      their segment only.
+    positions_BT: position within the piece of the document, from 0; 0 in padding.
+    """
+
+    tokens_BT: Int32[np.ndarray, "B T"]
+    labels_BT: Int32[np.ndarray, "B T"]
+    segments_BT: Int32[np.ndarray, "B T"]
+    positions_BT: Int32[np.ndarray, "B T"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,7 +93,7 @@ class Rows:
             ]
         )
 
-    def read(self, rows: np.ndarray) -> Batch:
+    def read(self, rows: np.ndarray) -> PackedBatch:
         """The rows of these numbers, as int32; a number of -1 is a row of padding."""
         shape = (len(rows), self.seq_len)
         tokens, segments, positions = (np.zeros(shape, np.int32) for _ in range(3))
@@ -100,7 +118,7 @@ class Rows:
                     offset = at - start - 1
                     labels[b, first + offset : last + offset] = source[first:last]
                 at = to
-        return Batch(
+        return PackedBatch(
             tokens_BT=tokens, labels_BT=labels, segments_BT=segments, positions_BT=positions
         )
 

@@ -16,7 +16,7 @@ from tensorflow_datasets.core.registered import DatasetNotFoundError
 
 from lsjax.config import ConfigError, DataConfig, check
 from lsjax.data.documents import Document, Source
-from lsjax.data.row_files import row_document
+from lsjax.data.sources import row_document
 
 # The paper's data sets that TFDS does not have.
 ELSEWHERE = {

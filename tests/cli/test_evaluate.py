@@ -10,7 +10,7 @@ import tensorflow_datasets as tfds
 from lsjax.cli import evaluate
 from lsjax.cli.evaluate import main
 from lsjax.config import DataConfig, TrainConfig
-from lsjax.data.row_files import RowFiles
+from lsjax.data.sources import RowFiles
 from lsjax.data.token_store import encode_document
 from lsjax.evaluation.results import read
 from lsjax.evaluation.tasks.all_tasks import TASKS

@@ -4,8 +4,7 @@ import json
 import sysconfig
 from pathlib import Path
 
-from lsjax.data.documents import Document
-from lsjax.data.python_source import PythonSource
+from lsjax.data.documents import Document, PythonSource
 
 
 def test_modules_in_order_without_tests_packages_and_files_of_this_machine():

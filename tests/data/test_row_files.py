@@ -7,7 +7,7 @@ import pytest
 
 from lsjax.config import ConfigError, DataConfig
 from lsjax.data.documents import Document
-from lsjax.data.row_files import RowFiles, fill
+from lsjax.data.sources import RowFiles, fill
 
 TOP = dict(prompt_template="{en_query}", response_template=" {en_parse}")
 

@@ -3,7 +3,7 @@
 import pytest
 
 from lsjax.config import ConfigError
-from lsjax.data.text_files import TextFiles, find_files, read_text
+from lsjax.data.documents import TextFiles, find_files, read_lines
 
 
 @pytest.fixture
@@ -48,10 +48,10 @@ def test_missing_files_and_directories_are_named(folder):
 def test_text_is_utf8_without_its_mark_and_with_plain_ends_of_lines(tmp_path):
     file = tmp_path / "windows.txt"
     file.write_bytes(b"\xef\xbb\xbfcaf\xc3\xa9\r\nb\rc")
-    assert read_text(file) == "café\nb\rc"
+    assert list(read_lines(file)) == [(1, "café\n"), (2, "b\rc")]
     file.write_bytes(b"good\nb\xe9d\n")
     with pytest.raises(ConfigError, match="windows.txt, line 2 is not UTF-8"):
-        read_text(file)
+        list(read_lines(file))
 
 
 def test_the_fingerprint_is_of_the_contents_in_their_order(folder):

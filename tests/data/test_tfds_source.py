@@ -8,8 +8,7 @@ import tensorflow_datasets as tfds
 
 from lsjax.config import ConfigError, DataConfig
 from lsjax.data.documents import Document
-from lsjax.data.pipeline import make_rows
-from lsjax.data.splits import SPLITS
+from lsjax.data.pipeline import SPLITS, packed_rows
 from lsjax.data.tfds_source import TfdsSource
 from lsjax.data.tokenizer_huggingface import ByteTokenizer
 from tests.data import tiny_questions  # noqa: F401 (TFDS knows it from then on)
@@ -42,7 +41,7 @@ def test_every_row_of_a_split_or_a_part_is_a_document(data_dir):
 def test_rows_of_both_splits(data_dir, tmp_path):
     own = config(data_dir, validation_split="validation")
     settings = dict(seq_len=64, cache=tmp_path)
-    train, held = (make_rows(own, ByteTokenizer(), split=split, **settings) for split in SPLITS)
+    train, held = (packed_rows(own, ByteTokenizer(), split=split, **settings) for split in SPLITS)
     assert (train.num_documents, held.num_documents, held.num_shared) == (20, 10, 5)
 
 

@@ -17,8 +17,8 @@ import decode
 import lsjax
 from lsjax.cli import convert
 from lsjax.config import ConfigError, LlamaConfig, TrainConfig
-from lsjax.data.token_counts import NAME, find_counts
 from lsjax.data.tokenizer_huggingface import ByteTokenizer
+from lsjax.data.vocabulary import COUNTS, find_counts
 from lsjax.model.checkpoint import CheckpointError
 from lsjax.model.run_directory import METRICS, begin_run, is_run, read_config
 from lsjax.training.checkpoint import Checkpoints
@@ -122,7 +122,7 @@ def test_decode_and_convert(made, run, tmp_path, capsys, monkeypatch):
 
 def test_counts_of_tokens_in_a_run(run, tokenizer, tmp_path):
     counts = {"tokenizer": tokenizer.fingerprint, "total": 3, "counts": {"97": 2, "98": 1}}
-    (run / NAME).write_text(json.dumps(counts))
+    (run / COUNTS).write_text(json.dumps(counts))
     for path in (run, Path(f"{run}@best")):
         assert find_counts(path, tmp_path, tokenizer) == {97: 2, 98: 1}
 

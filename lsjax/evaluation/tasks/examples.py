@@ -7,14 +7,13 @@ from itertools import islice
 from pathlib import Path
 
 from lsjax.config import ConfigError, DataConfig, check
-from lsjax.data.documents import Document
-from lsjax.data.row_files import (
+from lsjax.data.documents import Document, find_files, stop_at
+from lsjax.data.sources import (
     comma_separated_rows,
     json_rows,
     row_document,
     tab_separated_rows,
 )
-from lsjax.data.text_files import find_files, stop_at
 from lsjax.evaluation.tasks.task import Example, Row, Task
 
 # By the end of a file's name, behind which .gz may stand.
