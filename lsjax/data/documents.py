@@ -8,7 +8,6 @@ import platform
 import re
 import sysconfig
 import zlib
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,27 +34,27 @@ class Document:
         return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
 
 
-class Source(ABC):
+@dataclass(frozen=True)
+class Source:
     """Documents in one order, the same on every machine that has the same files.
 
-    Attributes:
-      name: what to call it in messages.
-      files: the files behind it.
+    name: what to call it in messages. files: the files behind it. read: gives the documents, and
+    raises ConfigError, with file and line, for what cannot be read. part: which part of the files
+    it reads, if not all.
     """
 
     name: str
-    files: list[Path]
+    files: Sequence[Path]
+    read: Callable[[], Iterator[Document]]
+    part: str = ""
 
-    @abstractmethod
     def documents(self) -> Iterator[Document]:
-        """All documents that hold anything but white space.
-
-        Raises ConfigError, with file and line, for what cannot be read.
-        """
+        """All documents but those whose text is blank."""
+        return (document for document in self.read() if document.text.strip())
 
     def fingerprint(self) -> str:
         """Hash (hex) of the contents of the files in their order, but not of their names."""
-        whole = hashlib.sha256()
+        whole = hashlib.sha256(self.part.encode())
         for path in self.files:
             with path.open("rb") as file:
                 whole.update(hashlib.file_digest(file, "sha256").digest())
@@ -66,58 +65,50 @@ class Source(ABC):
         return sum(path.stat().st_size for path in self.files)
 
 
-class PythonSource(Source):
+def python_source() -> Source:
     """Text that every machine has: the standard library of the Python that runs this.
 
-    Each module is a document, in the order of their paths.
+    Each module is a document, in the order of their paths; bytes that are not UTF-8 are replaced.
     """
+    root, found = Path(sysconfig.get_path("stdlib")), []
+    for folder, folders, names in os.walk(root):
+        folders[:] = [name for name in folders if name not in LEFT_OUT]  # not walked into
+        own = (name for name in names if not name.startswith(OF_ONE_MACHINE))
+        found += [Path(folder, name) for name in own if name.endswith(".py")]
+    check(
+        bool(found),
+        f"{root} has no .py files: this Python comes without its source, choose --data.source",
+    )
+    files = sorted(found, key=Path.as_posix)
 
-    def __init__(self):
-        self.name = f"standard library of Python {platform.python_version()}"
-        root, found = Path(sysconfig.get_path("stdlib")), []
-        for folder, folders, names in os.walk(root):
-            folders[:] = [name for name in folders if name not in LEFT_OUT]  # not walked into
-            own = (name for name in names if not name.startswith(OF_ONE_MACHINE))
-            found += [Path(folder, name) for name in own if name.endswith(".py")]
-        self.files = sorted(found, key=Path.as_posix)
-        check(
-            bool(self.files),
-            f"{root} has no .py files: this Python comes without its source, choose --data.source",
-        )
+    def read() -> Iterator[Document]:
+        return (Document(file.read_text(encoding="utf-8", errors="replace")) for file in files)
 
-    def documents(self) -> Iterator[Document]:
-        """Modules that hold anything; bytes that are not UTF-8 are replaced."""
-        for file in self.files:
-            text = file.read_text(encoding="utf-8", errors="replace")
-            if text.strip():
-                yield Document(text)
+    return Source(f"standard library of Python {platform.python_version()}", files, read)
 
 
-class TextFiles(Source):
-    """Documents of plain text.
+def text_files(paths: Sequence[str], separator: str) -> Source:
+    """Documents of plain text; separators are no part of them.
 
-    Args:
-      paths: files or patterns, as for `find_files`.
-      separator: "file" makes each file a document, "blank_line" ends one at each run of blank
-        lines; anything else is a marker that stands between documents.
+    paths: files or patterns, as for `find_files`.
+    separator: "file" makes each file a document, "blank_line" ends one at each run of blank lines;
+      anything else is a marker that stands between documents.
     """
+    files = find_files(paths)
 
-    def __init__(self, paths: Sequence[str], separator: str = "file"):
-        self.files, self.name = find_files(paths), " ".join(paths)
-        self._separator = separator
-
-    def documents(self) -> Iterator[Document]:
-        """The documents of each file in turn; separators are no part of them."""
-        for file in self.files:
+    def read() -> Iterator[Document]:
+        for file in files:
             text = "".join(line for _, line in read_lines(file))
-            match self._separator:
+            match separator:
                 case "file":
                     pieces = [text]
                 case "blank_line":
                     pieces = re.split(r"\n(?:[^\S\n]*\n)+", text)
                 case marker:
                     pieces = text.split(marker)
-            yield from (Document(piece) for piece in pieces if piece.strip())
+            yield from map(Document, pieces)
+
+    return Source(" ".join(paths), files, read)
 
 
 def find_files(paths: Sequence[str]) -> list[Path]:

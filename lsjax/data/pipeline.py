@@ -56,11 +56,6 @@ class Pipeline:
         self._taken += self._batch_size
         return batch
 
-    @property
-    def epoch(self) -> float:
-        """Passes over the data so far."""
-        return self._taken / len(self.rows)
-
     def state(self) -> dict:
         """Where the stream is, for JSON; the same on all hosts after the same number of batches."""
         return {

@@ -5,6 +5,7 @@ import json
 import numbers
 import string
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -14,14 +15,15 @@ import numpy as np
 from lsjax.config import ConfigError, DataConfig, check
 from lsjax.data.documents import (
     Document,
-    PythonSource,
     Source,
-    TextFiles,
     find_files,
+    python_source,
     read_lines,
     stop_at,
+    text_files,
 )
 
+Row = Mapping[str, Any]
 Refuse = Callable[[ConfigError], None]
 
 
@@ -35,16 +37,27 @@ def document_source(config: DataConfig, *, validation: bool = False) -> Source:
     paths = config.validation_paths if validation else config.paths
     match config.source:
         case "python_source":
-            return PythonSource()
+            return python_source()
         case "text":
-            return TextFiles(paths, config.separator)
+            return text_files(paths, config.separator)
         case "jsonl" | "tsv":
-            return RowFiles(paths, config)
+            name, files, part = " ".join(paths), find_files(paths), ""
+            rows = partial(_rows_of_files, files, config.source)
         case "tfds":
             # Only here: its import takes a second.
-            from lsjax.data.tfds_source import TfdsSource
+            from lsjax.data.tfds_rows import TfdsRows
 
-            return TfdsSource(config, config.validation_split if validation else config.tfds_split)
+            part = config.validation_split if validation else config.tfds_split
+            data_set = TfdsRows(config.tfds_name, part, config.tfds_data_dir)
+            name, files, rows = data_set.name, data_set.files, data_set.rows
+    return Source(
+        name, files, lambda: (row_document(row, config, where) for where, row in rows()), part
+    )
+
+
+def _rows_of_files(files: Sequence[Path], kind: str) -> Iterator[tuple[str, Row]]:
+    reader = json_rows if kind == "jsonl" else tab_separated_rows
+    return ((f"{file}, line {line}", row) for file in files for line, row in reader(file))
 
 
 def training_documents(config: DataConfig) -> Iterator[Document]:
@@ -63,29 +76,7 @@ def is_held_out(key: int | np.ndarray, fraction: float) -> bool | np.ndarray:
     return key < int(fraction * 2**64)
 
 
-class RowFiles(Source):
-    """Rows of .jsonl files (an object on each line) or .tsv files (columns under a header).
-
-    Args:
-      paths: files or patterns.
-      config: its source says which kind, its templates what a row becomes.
-    """
-
-    def __init__(self, paths: Sequence[str], config: DataConfig):
-        self.files, self.name = find_files(paths), " ".join(paths)
-        self._rows = json_rows if config.source == "jsonl" else tab_separated_rows
-        self._config = config
-
-    def documents(self) -> Iterator[Document]:
-        """The document of each row; rows whose text or response is blank are left out."""
-        for file in self.files:
-            for line, row in self._rows(file):
-                document = row_document(row, self._config, f"{file}, line {line}")
-                if document.text.strip():
-                    yield document
-
-
-def json_rows(file: Path, refuse: Refuse = stop_at) -> Iterator[tuple[int, Mapping[str, Any]]]:
+def json_rows(file: Path, refuse: Refuse = stop_at) -> Iterator[tuple[int, Row]]:
     """Line numbers and objects; blank lines are skipped.
 
     Raises ConfigError with file and line, or hands it to `refuse` and leaves the line out.
@@ -105,9 +96,7 @@ def json_rows(file: Path, refuse: Refuse = stop_at) -> Iterator[tuple[int, Mappi
             refuse(ConfigError(f"{file}, line {number} is no object: write {{...}}"))
 
 
-def tab_separated_rows(
-    file: Path, refuse: Refuse = stop_at
-) -> Iterator[tuple[int, Mapping[str, str]]]:
+def tab_separated_rows(file: Path, refuse: Refuse = stop_at) -> Iterator[tuple[int, Row]]:
     """Line numbers and columns by the names in the header; quotes are plain characters.
 
     Raises ConfigError with file and line, or hands it to `refuse` and leaves the line out.
@@ -116,9 +105,7 @@ def tab_separated_rows(
     yield from _named_columns(file, lines, refuse)
 
 
-def comma_separated_rows(
-    file: Path, refuse: Refuse = stop_at
-) -> Iterator[tuple[int, Mapping[str, str]]]:
+def comma_separated_rows(file: Path, refuse: Refuse = stop_at) -> Iterator[tuple[int, Row]]:
     """The same of a .csv file, whose quoted columns may hold commas and line ends."""
     begin = 1
 
@@ -137,7 +124,7 @@ def comma_separated_rows(
 
 def _named_columns(
     file: Path, lines: Iterator[tuple[int, list[str]]], refuse: Refuse
-) -> Iterator[tuple[int, Mapping[str, str]]]:
+) -> Iterator[tuple[int, Row]]:
     rows = ((number, columns) for number, columns in lines if "".join(columns).strip())
     _, names = next(rows, (0, []))
     for number, columns in rows:
@@ -148,7 +135,7 @@ def _named_columns(
             refuse(ConfigError(f"{file}, line {number} has {counts}: a tab or a line too many?"))
 
 
-def row_document(row: Mapping[str, Any], config: DataConfig, where: str) -> Document:
+def row_document(row: Row, config: DataConfig, where: str) -> Document:
     """The document that the templates make of a row.
 
     Raises ConfigError, beginning with `where`, for a field that the row lacks, that is no text or
@@ -161,7 +148,7 @@ def row_document(row: Mapping[str, Any], config: DataConfig, where: str) -> Docu
     return Document(fill(config.text_template, row, where))
 
 
-def fill(template: str, row: Mapping[str, Any], where: str) -> str:
+def fill(template: str, row: Row, where: str) -> str:
     """The template with each {field} replaced by what the row has under that name."""
     parts = []
     for literal, field, _, _ in string.Formatter().parse(template):

@@ -175,7 +175,8 @@ class Tokenizer(ABC):
 class StreamDecoder:
     """Text of tokens as they come, never a part of a character: O(1) for each new token.
 
-    All `push`es and `finish` together give `decode_continuation` of the new tokens.
+    All `push`es and `finish` together give the text that the new tokens add behind the prompt.
+    Unlike `decode` of them it keeps the space before a first word.
 
     Args:
       tokenizer: whose ids come.
@@ -216,17 +217,6 @@ class StreamDecoder:
                     piece = piece.removeprefix(b" ")
                 self._leading_spaces = 0 if piece else self._leading_spaces - 1
             yield piece
-
-
-def decode_continuation(
-    tokenizer: Tokenizer, prompt_ids: Iterable[int], new_ids: Iterable[int]
-) -> str:
-    """Text that `new_ids` add behind `prompt_ids`, special tokens left out.
-
-    Unlike `decode(new_ids)` it keeps the space before a first word.
-    """
-    stream = StreamDecoder(tokenizer, prompt_ids)
-    return stream.push(new_ids) + stream.finish()
 
 
 def first_line(error: BaseException) -> str:

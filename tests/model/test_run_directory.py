@@ -144,8 +144,8 @@ def change_config(run: Path, **changes) -> None:
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"version": 99}, "config.json: version 99 was written by a newer lsjax"),
-        ({"model": None}, "config.json: model: it is null, but must be an object with the keys of"),
+        ({"version": 99}, "config.json: version is 99, but this lsjax reads"),
+        ({"model": None}, "config.json: model: None must be an object, as a LlamaConfig is"),
         ({"model": {"num_layers": 3}}, "config.json: model: vocab_size is missing: LlamaConfig"),
     ],
 )

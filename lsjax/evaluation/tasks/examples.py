@@ -43,11 +43,10 @@ def file_rows(paths: Sequence[str], refuse: Refuse = stop_at) -> Iterator[tuple[
 def tfds_rows(name: str, split: str, data_dir: str) -> Iterator[tuple[str, str, Row]]:
     """The same of a TensorFlow data set."""
     # Only here: its import takes a second.
-    from lsjax.data.tfds_source import TfdsSource
+    from lsjax.data.tfds_rows import TfdsRows
 
-    config = DataConfig(source="tfds", tfds_name=name, tfds_data_dir=data_dir)
-    for number, row in TfdsSource(config, split).rows():
-        yield f"{split}:{number}", f"{name} {split}, row {number}", row
+    for number, (where, row) in enumerate(TfdsRows(name, split, data_dir).rows()):
+        yield f"{split}:{number}", where, row
 
 
 def templates(task: Task, trained: DataConfig | None, rows: Iterable[Row] = ()) -> DataConfig:
