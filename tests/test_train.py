@@ -285,7 +285,7 @@ def test_the_exits_of_runs_are_compared_on_the_held_out_data(finished, tmp_path,
         (["--data.paths", "missing.txt"], "missing.txt"),
         (
             ["--optimizer.learning-rate", "-1"],
-            "learning_rate -1.0 must be a finite number of at least 0",
+            "optimizer.learning_rate -1.0 must be a finite number",
         ),
         (["--micro-batches", "3"], "micro_batches 3 does not divide the batch of 4 rows"),
         (

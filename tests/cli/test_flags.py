@@ -28,7 +28,7 @@ def test_good_flags():
     [
         (
             ["--optimizer.learning-rate", "-1"],
-            "learning_rate -1.0 must be a finite number of at least 0",
+            "optimizer.learning_rate -1.0 must be a finite number of at least 0",
         ),
         (
             ["--optimizer.learning-rat", "1"],

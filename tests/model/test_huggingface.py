@@ -247,13 +247,13 @@ def test_redundant_head_must_be_the_embedding(tmp_path):
         (dict(rope_scaling={"type": "linear"}), "rope: factor is missing"),
         (
             dict(rope_scaling={"type": "linear", "factor": 0.5}),
-            "factor 0.5 must be a finite number of at least 1",
+            "factor 0.5 must be a finite number",
         ),
         (dict(rope_scaling={"type": "linear", "factor": float("inf")}), "rope: factor is inf"),
         (dict(rope_parameters={"rope_theta": "1e4"}), "rope: rope_theta is '1e4'"),
         (
             dict(rope_parameters={"rope_theta": -1}),
-            "rope_theta -1.0 must be a finite number above 0",
+            "rope_theta -1.0 must be a finite number",
         ),
         (dict(partial_rotary_factor=0.5), "partial_rotary_factor"),
         (dict(sliding_window=4096), "sliding_window is 4096, which changes the computation"),
