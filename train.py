@@ -39,7 +39,7 @@ from lsjax.cli.training_hooks import evaluation_hook, sample_hook
 from lsjax.cli.training_options import Arguments, parse
 from lsjax.cli.training_show import TrainingProgress
 from lsjax.config import LlamaConfig, MeshConfig, TrainConfig, check
-from lsjax.data.packing import Rows
+from lsjax.data.packing import PackedRows
 from lsjax.data.pipeline import SPLITS, OnePass, Pipeline, packed_rows
 from lsjax.data.vocabulary import make_tokenizer
 from lsjax.model.checkpoint import open_source
@@ -226,7 +226,7 @@ def with_model(config: TrainConfig, model: LlamaConfig) -> TrainConfig:
     return config
 
 
-def describe(config: TrainConfig, workdir: Path, rows: Rows) -> str:
+def describe(config: TrainConfig, workdir: Path, rows: PackedRows) -> str:
     """Two lines: the model and the data."""
     tokens = config.num_steps * config.batch_size * config.seq_len
     return (

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from lsjax.config import EvaluationConfig, LlamaConfig, check
-from lsjax.data.packing import Rows
+from lsjax.data.packing import PackedRows
 from lsjax.data.token_store import write_whole
 from lsjax.data.tokenizer import Tokenizer
 from lsjax.data.vocabulary import COUNTS, write_counts
@@ -24,7 +24,7 @@ COUNTED = 4_000_000  # tokens that the draft vocabulary is counted from
 def write_run_files(
     workdir: Path,
     tokenizer: Tokenizer,
-    rows: Rows,
+    rows: PackedRows,
     prompts: Sequence[Sequence[int]],
     *,
     fresh: bool,
@@ -39,7 +39,7 @@ def write_run_files(
         write_whole(workdir / PROMPTS, "".join(f"{line}\n" for line in lines).encode())
 
 
-def count_labels(rows: Rows, most: int = COUNTED) -> Counter[int]:
+def count_labels(rows: PackedRows, most: int = COUNTED) -> Counter[int]:
     """How often each token is learned in the first rows."""
     counts: Counter[int] = Counter()
     step = 256

@@ -24,28 +24,22 @@ def check(condition: bool, message: str) -> None:
 class Bounds:
     """Limits of the numbers in a field, and a hint for who breaks them."""
 
-    low: float | None = None
-    high: float | None = None
-    above: float | None = None
-    below: float | None = None
+    low: float = -math.inf
+    high: float = math.inf
+    above: float = -math.inf
+    below: float = math.inf
     hint: str = ""
 
     def hold(self, number: float) -> bool:
-        """Whether the number is finite and within all limits."""
-        return (
-            -math.inf < number < math.inf
-            and (self.low is None or number >= self.low)
-            and (self.high is None or number <= self.high)
-            and (self.above is None or number > self.above)
-            and (self.below is None or number < self.below)
-        )
+        """Whether the number is within all limits; NaN and the infinities never are."""
+        return self.low <= number <= self.high and self.above < number < self.below
 
     def __str__(self):
-        if self.low is not None and self.high is not None:
+        if math.isfinite(self.low) and math.isfinite(self.high):
             return f"from {self.low} to {self.high}"
         words = ("of at least", self.low), ("above", self.above)
         words += ("at most", self.high), ("below", self.below)
-        return " and ".join(f"{word} {limit}" for word, limit in words if limit is not None)
+        return " and ".join(f"{word} {limit}" for word, limit in words if math.isfinite(limit))
 
 
 def bounded(default: Any = dataclasses.MISSING, **bounds: Any) -> Any:

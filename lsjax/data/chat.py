@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from datetime import datetime
+from functools import partial
 from typing import Any, NoReturn
 
 from jinja2 import TemplateError, nodes
@@ -97,7 +98,8 @@ def render_chat(
     )
     for name in ("center", "format"):  # of any width
         del environment.filters[name]
-    environment.filters["tojson"] = _to_json
+    # jinja2's own escapes <, > and &, which a prompt must not.
+    environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
     variables = {
@@ -174,19 +176,6 @@ class Dialogue:
         ]
         text, ids = prompt
         self._known = text + reply, [] if reply_ids is None else ids + reply_ids
-
-
-def _to_json(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    """jinja2's own escapes <, > and &, which a prompt must not."""
-    return json.dumps(
-        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
-    )
 
 
 def _raise_exception(message: str) -> NoReturn:

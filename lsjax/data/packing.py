@@ -16,7 +16,7 @@ from typing import TypedDict
 import numpy as np
 from jaxtyping import Int32, Int64
 
-from lsjax.config import check
+from lsjax.config import DataConfig, check
 from lsjax.data.token_store import TokenStore
 
 OPEN_ROWS = 1024  # rows, the newest, that first-fit still looks at
@@ -41,7 +41,7 @@ class PackedBatch(TypedDict):
 
 
 @dataclass(frozen=True, eq=False)
-class Rows:
+class PackedRows:
     """Rows of seq_len tokens: row r is the pieces first_R1[r] to first_R1[r + 1].
 
     start_P, length_P: the piece's place in store.tokens. document_P: the document that it is of.
@@ -85,13 +85,8 @@ class Rows:
         lost = [f"{self.num_truncated:,} truncated"] * (self.num_truncated > 0)
         lost += [f"{self.num_dropped:,} dropped"] * (self.num_dropped > 0)
         lost += [f"{self.num_shared:,} left out that training has too"] * (self.num_shared > 0)
-        return ", ".join(
-            [
-                f"{self.num_documents:,} documents, {self.num_tokens:,} tokens",
-                f"{len(self):,} rows of {self.seq_len:,}, {full:.1%} full",
-                *lost,
-            ]
-        )
+        held = f"{self.num_documents:,} documents, {self.num_tokens:,} tokens"
+        return ", ".join([held, f"{len(self):,} rows of {self.seq_len:,}, {full:.1%} full", *lost])
 
     def read(self, rows: np.ndarray) -> PackedBatch:
         """The rows of these numbers, as int32; a number of -1 is a row of padding."""
@@ -127,44 +122,40 @@ def pack(
     store: TokenStore,
     documents_M: Int64[np.ndarray, "M"],
     seq_len: int,
-    *,
-    packing: bool,
-    long_documents: str,
-    train_on_prompt: bool,
-) -> Rows:
+    config: DataConfig,
+) -> PackedRows:
     """Rows of the given documents of the store, taken in this order.
 
-    packing, long_documents: as in DataConfig. A document that is truncated to a prompt without a
-    label is dropped.
+    A document that would be truncated to a prompt without a label is dropped.
 
     Raises ConfigError where no row is left.
     """
     check(seq_len >= 2, f"seq_len {seq_len} must be at least 2: a token and the one that follows")
     lengths_M = store.lengths_N[documents_M]
     truncated = dropped = 0
-    if long_documents == "split":
-        which_P, offset_P, length_P, row_P = split(lengths_M, seq_len, packing)
+    if config.long_documents == "split":
+        which_P, offset_P, length_P, row_P = split(lengths_M, seq_len, config.packing)
     else:
-        prompts_M = 0 if train_on_prompt else store.prompts_N[documents_M]
+        prompts_M = 0 if config.train_on_prompt else store.prompts_N[documents_M]
         keep_M = (lengths_M >= 2) & (prompts_M < lengths_M) & (prompts_M <= seq_len)
         long_M = lengths_M > seq_len
-        if long_documents == "drop":
+        if config.long_documents == "drop":
             keep_M &= ~long_M
         truncated, dropped = int((keep_M & long_M).sum()), int((~keep_M).sum())
         which_P = np.flatnonzero(keep_M)
         length_P = np.minimum(lengths_M[which_P], seq_len)
         offset_P = np.zeros_like(which_P)
-        row_P = first_fit(length_P, seq_len) if packing else np.arange(len(which_P))
+        row_P = first_fit(length_P, seq_len) if config.packing else np.arange(len(which_P))
     check(
         len(row_P) > 0,
         f"no document fits a row of {seq_len} tokens ({dropped} are dropped): raise seq_len",
     )
     order = np.argsort(row_P, kind="stable")
     document_P = documents_M[which_P[order]]
-    return Rows(
+    return PackedRows(
         store=store,
         seq_len=seq_len,
-        train_on_prompt=train_on_prompt,
+        train_on_prompt=config.train_on_prompt,
         first_R1=np.searchsorted(row_P[order], np.arange(row_P.max() + 2)),
         start_P=store.starts_N1[document_P] + offset_P[order],
         length_P=length_P[order],

@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Bool, Int64, UInt64
 
 from lsjax.config import DataConfig, check
-from lsjax.data.packing import PackedBatch, Rows, pack
+from lsjax.data.packing import PackedBatch, PackedRows, pack
 from lsjax.data.sources import is_held_out
 from lsjax.data.token_store import token_store
 from lsjax.data.tokenizer import Tokenizer
@@ -41,7 +41,7 @@ class Pipeline:
     Raises ConfigError for a seed out of range, and for rows that the batch does not have.
     """
 
-    def __init__(self, rows: Rows, *, batch_size: int, seed: int, own_B: Own = None):
+    def __init__(self, rows: PackedRows, *, batch_size: int, seed: int, own_B: Own = None):
         check(0 <= seed < 1 << 32, f"seed {seed} must be at least 0 and below 2^32")
         self.rows = rows
         self._batch_size, self._seed = batch_size, seed
@@ -105,7 +105,7 @@ class OnePass:
 
     def __init__(
         self,
-        rows: Rows,
+        rows: PackedRows,
         *,
         batch_size: int,
         own_B: Own = None,
@@ -133,7 +133,7 @@ class OnePass:
 
 def packed_rows(
     config: DataConfig, tokenizer: Tokenizer, *, seq_len: int, split: str, cache: Path
-) -> Rows:
+) -> PackedRows:
     """The packed rows of a split, "train" or "validation".
 
     Tokens are made and kept in `cache` if they are not there yet. All hosts must have the same
@@ -160,14 +160,7 @@ def packed_rows(
         else f"validation_fraction {config.validation_fraction} is too {size}"
     )
     check(bool(chosen_N.any()), f"of {len(chosen_N)} documents none is for {split}: {reason}")
-    rows = pack(
-        store,
-        by_key(store.keys_N, chosen_N),
-        seq_len,
-        packing=config.packing,
-        long_documents=config.long_documents,
-        train_on_prompt=config.train_on_prompt,
-    )
+    rows = pack(store, by_key(store.keys_N, chosen_N), seq_len, config)
     return replace(rows, num_shared=int((~chosen_N).sum()) if own_set else 0)
 
 

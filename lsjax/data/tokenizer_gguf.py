@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from sentencepiece.sentencepiece_model_pb2 import ModelProto, TrainerSpec
 from tokenizers import pre_tokenizers
 
 from lsjax.data.tokenizer import Tokenizer, TokenizerError
@@ -100,6 +99,9 @@ def _sentencepiece_model(
     tokens: list[str], fields: dict[str, Any], types: list[int], bos_id: int | None, eos_ids: list
 ) -> bytes:
     """A serialized SentencePiece model, a BPE, of the same tokens."""
+    # Only here: a process can't import this and transformers' copy of another version.
+    from sentencepiece.sentencepiece_model_pb2 import ModelProto, TrainerSpec
+
     model = ModelProto()
     for token, score, kind in zip(tokens, fields["ggml.scores"], types, strict=True):
         model.pieces.add(piece=token, score=score, type=kind)
