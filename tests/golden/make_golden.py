@@ -3,7 +3,7 @@
 The numbers are those of transformers in float32 on a CPU. The tests read only the result; this
 script needs torch and transformers >= 5, which lsjax itself does not:
 
-    python scripts/make_golden.py tests/golden
+    python tests/golden/make_golden.py tests/golden
 """
 
 import json
