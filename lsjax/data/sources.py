@@ -23,7 +23,7 @@ from lsjax.data.documents import (
     text_files,
 )
 
-Row = Mapping[str, Any]
+Fields = Mapping[str, Any]
 Refuse = Callable[[ConfigError], None]
 
 
@@ -55,7 +55,7 @@ def document_source(config: DataConfig, *, validation: bool = False) -> Source:
     )
 
 
-def _rows_of_files(files: Sequence[Path], kind: str) -> Iterator[tuple[str, Row]]:
+def _rows_of_files(files: Sequence[Path], kind: str) -> Iterator[tuple[str, Fields]]:
     reader = json_rows if kind == "jsonl" else tab_separated_rows
     return ((f"{file}, line {line}", row) for file in files for line, row in reader(file))
 
@@ -76,7 +76,7 @@ def is_held_out(key: int | np.ndarray, fraction: float) -> bool | np.ndarray:
     return key < int(fraction * 2**64)
 
 
-def json_rows(file: Path, refuse: Refuse = stop_at) -> Iterator[tuple[int, Row]]:
+def json_rows(file: Path, refuse: Refuse = stop_at) -> Iterator[tuple[int, Fields]]:
     """Line numbers and objects; blank lines are skipped.
 
     Raises ConfigError with file and line, or hands it to `refuse` and leaves the line out.
@@ -96,7 +96,7 @@ def json_rows(file: Path, refuse: Refuse = stop_at) -> Iterator[tuple[int, Row]]
             refuse(ConfigError(f"{file}, line {number} is no object: write {{...}}"))
 
 
-def tab_separated_rows(file: Path, refuse: Refuse = stop_at) -> Iterator[tuple[int, Row]]:
+def tab_separated_rows(file: Path, refuse: Refuse = stop_at) -> Iterator[tuple[int, Fields]]:
     """Line numbers and columns by the names in the header; quotes are plain characters.
 
     Raises ConfigError with file and line, or hands it to `refuse` and leaves the line out.
@@ -105,7 +105,7 @@ def tab_separated_rows(file: Path, refuse: Refuse = stop_at) -> Iterator[tuple[i
     yield from _named_columns(file, lines, refuse)
 
 
-def comma_separated_rows(file: Path, refuse: Refuse = stop_at) -> Iterator[tuple[int, Row]]:
+def comma_separated_rows(file: Path, refuse: Refuse = stop_at) -> Iterator[tuple[int, Fields]]:
     """The same of a .csv file, whose quoted columns may hold commas and line ends."""
     begin = 1
 
@@ -124,7 +124,7 @@ def comma_separated_rows(file: Path, refuse: Refuse = stop_at) -> Iterator[tuple
 
 def _named_columns(
     file: Path, lines: Iterator[tuple[int, list[str]]], refuse: Refuse
-) -> Iterator[tuple[int, Row]]:
+) -> Iterator[tuple[int, Fields]]:
     rows = ((number, columns) for number, columns in lines if "".join(columns).strip())
     _, names = next(rows, (0, []))
     for number, columns in rows:
@@ -135,7 +135,7 @@ def _named_columns(
             refuse(ConfigError(f"{file}, line {number} has {counts}: a tab or a line too many?"))
 
 
-def row_document(row: Row, config: DataConfig, where: str) -> Document:
+def row_document(row: Fields, config: DataConfig, where: str) -> Document:
     """The document that the templates make of a row.
 
     Raises ConfigError, beginning with `where`, for a field that the row lacks, that is no text or
@@ -148,7 +148,7 @@ def row_document(row: Row, config: DataConfig, where: str) -> Document:
     return Document(fill(config.text_template, row, where))
 
 
-def fill(template: str, row: Row, where: str) -> str:
+def fill(template: str, row: Fields, where: str) -> str:
     """The template with each {field} replaced by what the row has under that name."""
     parts = []
     for literal, field, _, _ in string.Formatter().parse(template):
