@@ -33,7 +33,7 @@ def test_good_flags():
         (
             ["--optimizer.learning-rat", "1"],
             "Unrecognized options: --optimizer.learning-rat, 1; Perhaps you meant: "
-            "--optimizer.learning-rate FLOAT The highest, after warm-up. (default: 0.0003); "
+            "--optimizer.learning-rate FLOAT Highest learning rate, reached after warm-up. (default: 0.0003); "
             "--help lists all flags",
         ),
         (
