@@ -92,7 +92,8 @@ class DataConfig(Checked, prefix="data."):
         )
         check(
             self.tokenizer != "sentencepiece" or self.vocab_size >= 260,
-            f"data.vocab_size {self.vocab_size} is below 260: 256 bytes, <unk>, <s>, </s> and a letter",
+            f"data.vocab_size {self.vocab_size} is below 260: 256 bytes, <unk>, <s>, </s> and a "
+            "letter",
         )
         check(
             not (self.has_prompts and self.too_long == "split"),
@@ -106,7 +107,7 @@ class DataConfig(Checked, prefix="data."):
 
     @property
     def has_validation_set(self) -> bool:
-        """Whether there is a validation set of its own."""
+        """Whether there is a separate validation set."""
         return bool(self.validation_paths or self.validation_split)
 
     @property
@@ -123,8 +124,8 @@ class DataConfig(Checked, prefix="data."):
         for name, sources in READ_BY.items():
             check(
                 self.source in sources or getattr(self, name) == getattr(DataConfig, name),
-                f"data.{name} is read by source {', '.join(sources)}, not by {self.source}: leave it "
-                "out, or choose another source",
+                f"data.{name} is read by source {', '.join(sources)}, not by {self.source}: leave "
+                "it out, or choose another source",
             )
         check(
             self.source not in FILES or bool(self.paths),
@@ -152,8 +153,8 @@ class DataConfig(Checked, prefix="data."):
             for field, spec, conversion in fields:
                 check(
                     field is None or (field != "" and not spec and not conversion),
-                    f"data.{name} {template!r} holds braces that are more than a field's name: write "
-                    "{name} for a field, {{ for a brace",
+                    f"data.{name} {template!r} holds braces that are more than a field's name: "
+                    "write {name} for a field, {{ for a brace",
                 )
         check(
             self.has_prompts or "{" in self.text_template,
