@@ -1,4 +1,4 @@
-"""What a source gives: documents, in one order, with a hash; text files and Python's own source."""
+"""Documents in one order, with a hash of what they are read from: text files, Python's source."""
 
 import glob
 import gzip
@@ -38,9 +38,9 @@ class Document:
 class Source:
     """Documents in one order, the same on every machine that has the same files.
 
-    name: what to call it in messages. files: the files behind it. read: gives the documents, and
-    raises ConfigError, with file and line, for what cannot be read. part: which part of the files
-    it reads, if not all.
+    name: its name in messages. files: the files behind it. read: yields the documents, and raises
+    ConfigError with file and line where it can't. part: which part of the files it reads, if not
+    all.
     """
 
     name: str
@@ -134,7 +134,7 @@ def find_files(paths: Sequence[str]) -> list[Path]:
 
 
 def stop_at(error: ConfigError) -> None:
-    """What is done about a bad line unless told otherwise."""
+    """Raises the error of a bad line: the default of every `refuse`."""
     raise error
 
 

@@ -169,8 +169,8 @@ def by_key(
 ) -> Int64[np.ndarray, "M"]:
     """Numbers of the chosen documents, in the order of their keys.
 
-    That order is as good as random and does not change where files are renamed: documents beside
-    one another in a file are not so in the rows, and the first rows are a sample of all.
+    That order is as good as random, and renaming files does not change it. Neighbours in a file are
+    not neighbours in the rows, and the first rows are a sample of all.
     """
     numbers = np.flatnonzero(chosen_N)
     return numbers[np.argsort(keys_N[numbers], kind="stable")]

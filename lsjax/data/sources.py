@@ -1,4 +1,4 @@
-"""From a configuration to its source, the rows of files, and the templates that make documents."""
+"""The source of a configuration, rows of files, and the templates that make documents of rows."""
 
 import csv
 import json
@@ -106,7 +106,7 @@ def tab_separated_rows(file: Path, refuse: Refuse = stop_at) -> Iterator[tuple[i
 
 
 def comma_separated_rows(file: Path, refuse: Refuse = stop_at) -> Iterator[tuple[int, Fields]]:
-    """The same of a .csv file, whose quoted columns may hold commas and line ends."""
+    """Rows of a .csv file like those of a .tsv; quoted columns may hold commas and line ends."""
     begin = 1
 
     def lines() -> Iterator[tuple[int, list[str]]]:

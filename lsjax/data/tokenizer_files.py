@@ -42,13 +42,12 @@ LLAMA3_NAMED_SPECIALS = {  # offset from the first special token; all the others
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
     """Loads a tokenizer.json, a tokenizer.model (SentencePiece or tiktoken), a *.gguf, or a
-    directory with one of the first two, such as that of a training run (a step after its @ is
-    read over).
+    directory with one of the first two. That may be a training run; a step after its @ is ignored.
 
-    Of both in one directory tokenizer.json wins: it is what transformers reads, and only it has
-    tokens added later. But if the other is a SentencePiece model of the same size, that is taken:
-    there the json is a conversion, which is not exact on runs of whitespace. Settings (bos, eos,
-    add_bos_token, chat template) come from the files beside.
+    If a directory has both, tokenizer.json wins: transformers reads it, and it alone has tokens
+    that were added later. A SentencePiece model of the same size wins over it, since the json is
+    then a conversion, which is not exact on runs of whitespace. Settings (bos, eos, add_bos_token,
+    chat template) come from the files beside.
 
     Raises:
       TokenizerError: missing, empty, truncated or unsuitable files.

@@ -105,8 +105,8 @@ def _train(texts: list[str], settings: dict) -> bytes:
 
 
 def _sample(documents: Iterable[Document], limit: int) -> list[str]:
-    """Texts of the documents with the smallest hashes, as many as make `limit` characters (but at
-    least one), in the order of the hashes: none of it depends on the order of the documents."""
+    """Texts of the documents with the smallest hashes, in their order: at least one, and as many as
+    make `limit` characters. The order of the documents does not matter."""
     kept: list[tuple[int, str]] = []  # a heap, the largest hash on top
     total, bound = 0, 1 << 64
     for document in documents:
@@ -130,7 +130,7 @@ def count_tokens(tokenizer: Tokenizer, texts: Iterable[str]) -> Counter[int]:
 
 
 def cached_counts(cache: Path, tokenizer: Tokenizer) -> Path:
-    """Where the counts of a tokenizer lie in the cache directory."""
+    """The file of a tokenizer's counts in the cache directory."""
     return cache / "token_counts" / f"{tokenizer.fingerprint[:16]}.json"
 
 
