@@ -6,7 +6,6 @@ import base64
 import json
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -95,38 +94,31 @@ def _load_json(file: Path) -> HuggingFaceTokenizer:
     if "model" not in _read_json(file):
         raise TokenizerError(f"{file} is JSON but no tokenizer (no 'model'): wrong file?")
     backend = tokenizers.Tokenizer.from_file(str(file))
-    settings = _Settings.beside(file)
-    bos_ids = _token_ids((settings.bos,), backend.token_to_id)
-    return HuggingFaceTokenizer(
-        backend,
-        bos_id=next(iter(bos_ids), None),
-        eos_ids=_token_ids(settings.eos, backend.token_to_id),
-        # transformers adds nothing without a post-processor, and believes an explicit setting
-        add_bos=settings.add_bos,
-        chat_template=settings.chat_template,
-    )
+    return HuggingFaceTokenizer(backend, **_settings(file, backend.token_to_id))
 
 
 def _load_model(file: Path) -> Tokenizer:
-    model, settings = _read_file(file), _Settings.beside(file)
+    model = _read_file(file)
     if TIKTOKEN_LINE.match(model.partition(b"\n")[0]):
-        return _tiktoken(model, settings)
+        return _tiktoken(file, model)
     try:
-        tokenizer = SentencePieceTokenizer(
-            model, add_bos=settings.add_bos is not False, chat_template=settings.chat_template
-        )
+        tokenizer = SentencePieceTokenizer(model)
     except TokenizerError as error:
         raise TokenizerError(f"{file} is {error}: truncated or another file?") from error
-    if settings.largest_added >= tokenizer.vocab_size:
+    added = _beside(file, "tokenizer_config.json").get("added_tokens_decoder") or ()
+    if (largest := max(map(int, added), default=-1)) >= tokenizer.vocab_size:
         raise TokenizerError(
-            f"tokenizer_config.json adds a token {settings.largest_added} that {file} lacks: add "
-            "the tokenizer.json of this model"
+            f"tokenizer_config.json adds a token {largest} that {file} lacks: add the "
+            "tokenizer.json of this model"
         )
-    tokenizer.eos_ids = _token_ids(settings.eos, tokenizer.piece_id) or tokenizer.eos_ids
+    settings = _settings(file, tokenizer.piece_id)
+    tokenizer.eos_ids = settings["eos_ids"] or tokenizer.eos_ids
+    tokenizer.add_bos &= settings["add_bos"] is not False
+    tokenizer.chat_template = settings["chat_template"]
     return tokenizer
 
 
-def _tiktoken(content: bytes, settings: _Settings) -> HuggingFaceTokenizer:
+def _tiktoken(file: Path, content: bytes) -> HuggingFaceTokenizer:
     """Llama 3's file: a line `base64 rank` for each token, then 256 special tokens."""
     tokens: list[str] = []
     characters = byte_characters()
@@ -148,66 +140,55 @@ def _tiktoken(content: bytes, settings: _Settings) -> HuggingFaceTokenizer:
         for i in range(256)
     )
     backend.add_special_tokens([added_token(name) for name in specials])
-    bos_id = len(tokens)
-    return HuggingFaceTokenizer(
-        backend,
-        bos_id=bos_id,
-        eos_ids=(bos_id + 1, bos_id + 9, bos_id + 8),
-        add_bos=settings.add_bos is not False,
-        chat_template=settings.chat_template,
-    )
+    first = len(tokens)
+    settings = _settings(file, backend.token_to_id)
+    settings |= {"bos_id": first, "eos_ids": (first + 1, first + 9, first + 8)}
+    settings["add_bos"] = settings["add_bos"] is not False
+    return HuggingFaceTokenizer(backend, **settings)
 
 
-@dataclass(frozen=True)
-class _Settings:
-    """What the small files beside a tokenizer say of it."""
+def _settings(file: Path, id_of: Callable[[str], int | None]) -> dict[str, Any]:
+    """The settings of HuggingFaceTokenizer, by the small files beside a tokenizer.
 
-    bos: str | int | None
-    eos: tuple[str | int | None, ...]
-    add_bos: bool | None
-    chat_template: str | None
-    largest_added: int
+    id_of: maps the spelling of a token to its id, or to None where it has none.
+    """
+    names = ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
+    config, special, generation = (_beside(file, name) for name in names)
 
-    @classmethod
-    def beside(cls, file: Path) -> _Settings:
-        names = ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
-        files = [file.parent / name for name in names]
-        config, special, generation = (_read_json(f) if f.exists() else {} for f in files)
+    def spelled(name: str) -> str | None:
+        token = config.get(name) or special.get(name)
+        token = token.get("content") if isinstance(token, dict) else token
+        return token if isinstance(token, str) else None
 
-        def spelled(name: str) -> str | None:
-            token = config.get(name) or special.get(name)
-            token = token.get("content") if isinstance(token, dict) else token
-            return token if isinstance(token, str) else None
-
-        ends = generation.get("eos_token_id")
-        ends = ends if isinstance(ends, list) else [ends]
-        bos, add_bos = spelled("bos_token"), config.get("add_bos_token")
-        jinja, template = file.parent / "chat_template.jinja", config.get("chat_template")
-        if jinja.exists():
-            template = _read_file(jinja).decode("utf-8")
-        elif isinstance(template, list):  # several, by name
-            template = {t["name"]: t["template"] for t in template}.get("default")
-        return cls(
-            bos=generation.get("bos_token_id") if bos is None else bos,
-            eos=(spelled("eos_token"), *ends),
-            add_bos=add_bos if isinstance(add_bos, bool) else None,
-            chat_template=template if isinstance(template, str) else None,
-            largest_added=max(map(int, config.get("added_tokens_decoder") or ()), default=-1),
-        )
-
-
-def _token_ids(
-    tokens: tuple[str | int | None, ...], id_of: Callable[[str], int | None]
-) -> tuple[int, ...]:
-    """Ids of tokens given by spelling or id, each once, None left out; `id_of` maps a spelling."""
-    found: dict[int, None] = {}
-    for token in tokens:
-        if token is not None:
+    def ids(*tokens: str | int | None) -> tuple[int, ...]:
+        found: dict[int, None] = {}  # each once
+        for token in tokens:
             token_id = id_of(token) if isinstance(token, str) else token
-            if not isinstance(token_id, int):
+            if isinstance(token_id, int):
+                found[token_id] = None
+            elif token is not None:
                 raise TokenizerError(f"its tokenizer_config.json names {token!r}, which it lacks")
-            found[token_id] = None
-    return tuple(found)
+        return tuple(found)
+
+    ends = generation.get("eos_token_id")
+    bos, add_bos = spelled("bos_token"), config.get("add_bos_token")
+    bos_ids = ids(generation.get("bos_token_id") if bos is None else bos)
+    jinja, template = file.parent / "chat_template.jinja", config.get("chat_template")
+    if jinja.exists():
+        template = _read_file(jinja).decode("utf-8")
+    elif isinstance(template, list):  # several, by name
+        template = {t["name"]: t["template"] for t in template}.get("default")
+    return {
+        "bos_id": next(iter(bos_ids), None),
+        "eos_ids": ids(spelled("eos_token"), *(ends if isinstance(ends, list) else [ends])),
+        "add_bos": add_bos if isinstance(add_bos, bool) else None,
+        "chat_template": template if isinstance(template, str) else None,
+    }
+
+
+def _beside(file: Path, name: str) -> dict[str, Any]:
+    other = file.parent / name
+    return _read_json(other) if other.exists() else {}
 
 
 def _read_file(file: Path) -> bytes:
