@@ -135,7 +135,7 @@ class Pieces(Tokenizer):
     def _encode(self, text, allow_special):
         raise NotImplementedError
 
-    def save(self, directory):
+    def _save_model(self, directory):
         raise NotImplementedError
 
 
