@@ -17,7 +17,7 @@ from lsjax.model.cache import write_slots
 from lsjax.model.products import linear, split_swiglu, swiglu, with_steps
 from lsjax.model.rope import rotate
 from lsjax.model.self_attention import nvidia_capability, self_attention
-from lsjax.sharding import constrain, on_each_device
+from lsjax.sharding import constrain, on_each_device, platform
 
 # Name of what a matrix and its adapter give together, for remat policies: they need not keep both.
 ADAPTED = "adapted"
@@ -56,15 +56,17 @@ class Linear(nnx.Module):
         self.bias = nnx.Param(jnp.zeros(outputs, dtype)) if bias else None
         self.adapter = nnx.data(None)  # or an Adapter (lora.py)
 
-    def __call__(self, x: Float[Array, "B T I"]) -> Float[Array, "B T ..."]:
-        y = linear(x, self.kernel[...].astype(x.dtype))
+    def __call__(self, x: Float[Array, "B T I"], again: bool = False) -> Float[Array, "B T ..."]:
+        """again: as for `linear`."""
+        y = linear(x, self.kernel[...].astype(x.dtype), again)
         if self.bias is not None:
             # In float32 or wider: the bias's gradient is a sum over all tokens.
             wide = jnp.promote_types(x.dtype, jnp.float32)
             y = (y.astype(wide) + self.bias[...]).astype(x.dtype)
         if self.adapter is None:
             return y
-        return checkpoint_name(y + self.adapter(x), ADAPTED)
+        y += self.adapter(x)
+        return y if again else checkpoint_name(y, ADAPTED)
 
 
 class Attention(nnx.Module):
@@ -94,9 +96,11 @@ class Attention(nnx.Module):
         q = q.reshape(*q.shape[:2], -1, q.shape[-1])
         return rotate(q, *rope), rotate(k, *rope), v
 
-    def merge(self, mixed_BTNH: Float[Array, "B T N H"]) -> Float[Array, "B T D"]:
-        """Heads back into the model's width."""
-        return self.out(mixed_BTNH.reshape(*mixed_BTNH.shape[:2], -1))
+    def merge(
+        self, mixed_BTNH: Float[Array, "B T N H"], again: bool = False
+    ) -> Float[Array, "B T D"]:
+        """Heads back into the model's width; again: as for `linear`."""
+        return self.out(mixed_BTNH.reshape(*mixed_BTNH.shape[:2], -1), again)
 
 
 class FeedForward(nnx.Module):
@@ -136,7 +140,9 @@ class Block(nnx.Module):
         kernel: of the attention (self_attention.py).
         """
         q, k, v = self.attention.project(self.attention_norm(x_BTD), rope)
-        x_BTD = x_BTD + self.attention.merge(self_attention(q, k, v, segments_BT, kernel))
+        mixed = self_attention(q, k, v, segments_BT, kernel)
+        # On GPUs remat keeps what attention gives and not this product of it, which costs less.
+        x_BTD = x_BTD + self.attention.merge(mixed, again=platform() == "gpu")
         return x_BTD + self.feed_forward(self.feed_forward_norm(x_BTD))
 
     def extend(

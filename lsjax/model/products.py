@@ -67,21 +67,30 @@ def enough_rows(x: Float[Array, "*batch R I"]) -> Float[Array, "*batch S I"]:
     return lax.optimization_barrier(jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, missing), (0, 0)]))
 
 
-@jax.custom_vjp
-def linear(x: Float[Array, "*batch I"], w: Float[Array, "I *O"]) -> Float[Array, "..."]:
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def linear(
+    x: Float[Array, "*batch I"], w: Float[Array, "I *O"], again: bool = False
+) -> Float[Array, "..."]:
     """tensordot(x, w, 1): [*batch, *O].
 
     The gradient of w comes out as it lies, [I, *O]. Autodiff makes [*O, I] of it and transposes it
     in every layer, and the gradient of the output before that.
+
+    again: computed once more for the backward pass. The product then has a batch axis, of 1, so
+    that the remat policy dots_with_no_batch_dims_saveable does not keep it.
     """
-    return jnp.tensordot(x, w, axes=1)
+    return _linear_forward(x, w, again)[0]
 
 
-def _linear_forward(x, w):
-    return jnp.tensordot(x, w, axes=1), (x, w)
+def _linear_forward(x, w, again):
+    if again:
+        y = lax.dot_general(x[None], w[None], (((x.ndim,), (1,)), ((0,), (0,))))[0]
+    else:
+        y = jnp.tensordot(x, w, axes=1)
+    return y, (x, w)
 
 
-def _linear_backward(residuals, dy):
+def _linear_backward(again, residuals, dy):
     x, w = residuals
     rows, outputs = tuple(range(x.ndim - 1)), w.ndim - 1
     over_outputs = tuple(range(dy.ndim - outputs, dy.ndim)), tuple(range(1, w.ndim))
