@@ -37,12 +37,13 @@ def objective(
         narrow = split_matrices(narrow)
     x_SBTD = exit_states(config, narrow, batch, step, rows_B, exit_S)
 
+    head, x_SBTD = jax.lax.optimization_barrier((head_of(model), x_SBTD))
     weights_S = jnp.where(taken_S, weights_L[exit_S], 0) / jnp.maximum(num_labels, 1)
     positions = loss_positions(config, batch["labels_BT"], step, rows_B, exit_S, taken_S)
     loss, sums_S = head_loss(
         config.early_exit.target,
         config.z_loss,
-        head_of(model),
+        head,
         x_SBTD,
         batch["labels_BT"],
         positions,
