@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 from lsjax.config import AttentionKernel, LlamaConfig
 from lsjax.model.attention import cached_attention
 from lsjax.model.cache import write_slots
-from lsjax.model.products import linear, split_swiglu, swiglu, with_steps
+from lsjax.model.products import gradients_first, linear, split_swiglu, swiglu, with_steps
 from lsjax.model.rope import rotate
 from lsjax.model.self_attention import nvidia_capability, self_attention
 from lsjax.sharding import constrain, on_each_device, platform
@@ -116,7 +116,8 @@ class FeedForward(nnx.Module):
         if isinstance(self.gate_up, nnx.List):  # split.py
             gate, up = (matrix(x_BTD) for matrix in self.gate_up)
             return self.down(split_swiglu(gate, up))
-        return self.down(swiglu(self.gate_up(x_BTD)))
+        x_BTF, down = gradients_first(swiglu(self.gate_up(x_BTD)), self.down)
+        return down(x_BTF)
 
 
 class Block(nnx.Module):
@@ -143,7 +144,8 @@ class Block(nnx.Module):
         mixed = self_attention(q, k, v, segments_BT, kernel)
         # On GPUs remat keeps what attention gives and not this product of it, which costs less.
         x_BTD = x_BTD + self.attention.merge(mixed, again=platform() == "gpu")
-        return x_BTD + self.feed_forward(self.feed_forward_norm(x_BTD))
+        x_BTD, feed_forward = gradients_first(x_BTD, self.feed_forward)
+        return x_BTD + feed_forward(self.feed_forward_norm(x_BTD))
 
     def extend(
         self,

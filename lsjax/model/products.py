@@ -6,6 +6,7 @@ docs/training.md has what they save. They have no forward-mode derivative.
 """
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -100,6 +101,22 @@ def _linear_backward(again, residuals, dy):
 
 
 linear.defvjp(_linear_forward, _linear_backward)
+
+
+def gradients_first(x: Any, parameters: Any) -> tuple[Any, Any]:
+    """Both as they are. On GPUs the gradients of the parameters are complete before that of x
+    flows back: XLA would put them off, and keep what they are made of."""
+    return _gradients_first(x, parameters) if platform() == "gpu" else (x, parameters)
+
+
+@jax.custom_vjp
+def _gradients_first(x, parameters):
+    return x, parameters
+
+
+_gradients_first.defvjp(
+    lambda *both: (both, None), lambda _, gradients: lax.optimization_barrier(gradients)
+)
 
 
 @jax.custom_vjp

@@ -56,7 +56,9 @@ def exit_states(
             slots_SBTD = lax.dynamic_update_index_in_dim(slots_SBTD, x_BTD, slot, 0)
         return (x_BTD, slots_SBTD), x_BTD if num_slots == num_layers else None
 
-    slots_SBTD = jnp.zeros((num_slots, *x_BTD.shape), x_BTD.dtype) if picks else None
+    slots_SBTD = None
+    if picks:  # XLA:GPU would keep zeros until the loss, which has zeros of this shape too
+        slots_SBTD = jnp.broadcast_to(lax.stop_gradient(x_BTD), (num_slots, *x_BTD.shape))
     (x_BTD, slots_SBTD), x_LBTD = lax.scan(
         layer, (x_BTD, slots_SBTD), (model.layers, slot_L, dropout)
     )
