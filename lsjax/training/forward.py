@@ -41,6 +41,7 @@ def exit_states(
     run = layer_runner(config, rope, batch["segments_BT"])
     num_slots, num_layers = len(exit_S), model.config.num_layers
     picks = 1 < num_slots < num_layers
+    # Slots of exits before the last one; beyond them is where other layers would write.
     slot_L = jnp.full(num_layers, num_slots - 1).at[exit_S].set(jnp.arange(num_slots))
     slot_L = slot_L.at[-1].set(num_slots - 1)
     dropout = None
@@ -53,18 +54,41 @@ def exit_states(
         block, slot, dropout = inputs
         x_BTD = constrain(run(block, x_BTD, dropout), ROWS)
         if picks:
-            slots_SBTD = lax.dynamic_update_index_in_dim(slots_SBTD, x_BTD, slot, 0)
+            slots_SBTD = _held(slots_SBTD, x_BTD, slot)
         return (x_BTD, slots_SBTD), x_BTD if num_slots == num_layers else None
 
     slots_SBTD = None
     if picks:  # XLA:GPU would keep zeros until the loss, which has zeros of this shape too
-        slots_SBTD = jnp.broadcast_to(lax.stop_gradient(x_BTD), (num_slots, *x_BTD.shape))
+        slots_SBTD = jnp.broadcast_to(lax.stop_gradient(x_BTD), (num_slots - 1, *x_BTD.shape))
     (x_BTD, slots_SBTD), x_LBTD = lax.scan(
         layer, (x_BTD, slots_SBTD), (model.layers, slot_L, dropout)
     )
     if num_slots == num_layers:
         return x_LBTD
-    return slots_SBTD if picks else x_BTD[None]
+    return jnp.concatenate([slots_SBTD, x_BTD[None]]) if picks else x_BTD[None]
+
+
+@jax.custom_vjp
+def _held(slots_SBTD, x_BTD, slot):
+    """The slots with x in one of them; as they are, if it is not one of them.
+
+    Each is written once: so the gradients of the slots are those of what is written, and stay.
+    """
+    before_BTD = lax.dynamic_index_in_dim(slots_SBTD, slot, 0, keepdims=False)
+    x_BTD = jnp.where(slot < len(slots_SBTD), x_BTD, before_BTD)
+    return lax.dynamic_update_index_in_dim(slots_SBTD, x_BTD, slot, 0)
+
+
+def _held_forward(slots_SBTD, x_BTD, slot):
+    return _held(slots_SBTD, x_BTD, slot), slot
+
+
+def _held_backward(slot, dslots_SBTD):
+    dx_BTD = lax.dynamic_index_in_dim(dslots_SBTD, slot, 0, keepdims=False)
+    return dslots_SBTD, jnp.where(slot < len(dslots_SBTD), dx_BTD, 0), None
+
+
+_held.defvjp(_held_forward, _held_backward)
 
 
 def kept_rows(config: StepConfig, rates_L, step, rows_B) -> Kept:
