@@ -144,8 +144,7 @@ class Block(nnx.Module):
         mixed = self_attention(q, k, v, segments_BT, kernel)
         # On GPUs remat keeps what attention gives and not this product of it, which costs less.
         x_BTD = x_BTD + self.attention.merge(mixed, again=platform() == "gpu")
-        x_BTD, feed_forward = gradients_first(x_BTD, self.feed_forward)
-        return x_BTD + feed_forward(self.feed_forward_norm(x_BTD))
+        return x_BTD + self.feed_forward(self.feed_forward_norm(x_BTD))
 
     def extend(
         self,
