@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from lsjax.config import StepConfig
@@ -37,7 +38,10 @@ def objective(
         narrow = split_matrices(narrow)
     x_SBTD = exit_states(config, narrow, batch, step, rows_B, exit_S)
 
-    head, x_SBTD = jax.lax.optimization_barrier((head_of(model), x_SBTD))
+    head = head_of(model)
+    if platform() == "gpu":
+        # XLA:GPU would gather the table, and make room for its gradient, before the layers run.
+        head, x_SBTD = lax.optimization_barrier((head, x_SBTD))
     weights_S = jnp.where(taken_S, weights_L[exit_S], 0) / jnp.maximum(num_labels, 1)
     positions = loss_positions(config, batch["labels_BT"], step, rows_B, exit_S, taken_S)
     loss, sums_S = head_loss(
