@@ -34,7 +34,8 @@ class StepConfig:
     """Parts of a batch that run one after the other, their gradients added up."""
     remat: Remat = "none"
     """What a layer keeps for its backward pass: all that it needs, or what jax's checkpoint policy
-    of that name keeps; the rest is computed again."""
+    of that name keeps; the rest is computed again. Policies that keep products keep the output of
+    an attention kernel too; on GPUs it is kept instead of the projection that follows."""
     attention: AttentionKernel = "auto"
     """What computes it: auto is splash on TPUs, flash on GPUs and xla elsewhere, and cudnn or xla
     where these do not take the arrays (lsjax/model/self_attention.py)."""

@@ -65,8 +65,7 @@ class Linear(nnx.Module):
             y = (y.astype(wide) + self.bias[...]).astype(x.dtype)
         if self.adapter is None:
             return y
-        y += self.adapter(x)
-        return y if again else checkpoint_name(y, ADAPTED)
+        return checkpoint_name(y + self.adapter(x), ADAPTED)
 
 
 class Attention(nnx.Module):
@@ -142,7 +141,8 @@ class Block(nnx.Module):
         """
         q, k, v = self.attention.project(self.attention_norm(x_BTD), rope)
         mixed = self_attention(q, k, v, segments_BT, kernel)
-        # On GPUs remat keeps what attention gives and not this product of it, which costs less.
+        # On GPUs remat keeps the output of attention instead of this product of it: as large, and
+        # dearer to compute again for long sequences.
         x_BTD = x_BTD + self.attention.merge(mixed, again=platform() == "gpu")
         return x_BTD + self.feed_forward(self.feed_forward_norm(x_BTD))
 

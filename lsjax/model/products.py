@@ -77,8 +77,8 @@ def linear(
     The gradient of w comes out as it lies, [I, *O]. Autodiff makes [*O, I] of it and transposes it
     in every layer, and the gradient of the output before that.
 
-    again: computed once more for the backward pass. The product then has a batch axis, of 1, so
-    that the remat policy dots_with_no_batch_dims_saveable does not keep it.
+    again: a layer under remat computes the product once more and does not keep it. A batch axis of
+    1 says so to the policy dots_with_no_batch_dims_saveable.
     """
     return _linear_forward(x, w, again)[0]
 
@@ -104,8 +104,10 @@ linear.defvjp(_linear_forward, _linear_backward)
 
 
 def gradients_first(x: Any, parameters: Any) -> tuple[Any, Any]:
-    """Both as they are. On GPUs the gradients of the parameters are complete before that of x
-    flows back: XLA would put them off, and keep what they are made of."""
+    """Both unchanged. On GPUs the gradients of the parameters are computed before that of x.
+
+    XLA would compute them at the end of a layer, and hold their operands until then.
+    """
     return _gradients_first(x, parameters) if platform() == "gpu" else (x, parameters)
 
 
@@ -135,7 +137,7 @@ def _swiglu_forward(gate_up):
 
 def _swiglu_backward(gate_up, dy):
     dgate, dup = _halves_of_gradient(gate_up[..., 0, :], gate_up[..., 1, :], dy)
-    if platform() == "gpu":
+    if platform() == "gpu":  # for a choice XLA:GPU would write both halves first
         return (jnp.stack([dgate, dup], -2),)
     # As a choice for each element: XLA:CPU joins arrays on one thread.
     is_gate = jnp.arange(2)[:, None] == 0

@@ -31,9 +31,9 @@ def exit_states(
     step. exit_S: each layer but the last once at most; what slots of L - 1 hold before the last
     one is of no meaning.
 
-    Every layer writes its output to a slot: to that of its exit, or to the last one, where the last
-    layer has the last word. So no more than S outputs are held, whatever the number of layers.
-    Where S = L, slot and layer are one, and the outputs are those of the scan.
+    A layer with an exit writes its output to the slot of that exit. So no more than S outputs are
+    held, whatever the number of layers. Where S = L, slot and layer are one, and the outputs are
+    those of the scan.
     """
     x_BTD = model.embed_rows(batch["tokens_BT"])
     whole = platform() == "tpu"
@@ -41,9 +41,8 @@ def exit_states(
     run = layer_runner(config, rope, batch["segments_BT"])
     num_slots, num_layers = len(exit_S), model.config.num_layers
     picks = 1 < num_slots < num_layers
-    # Slots of exits before the last one; beyond them is where other layers would write.
-    slot_L = jnp.full(num_layers, num_slots - 1).at[exit_S].set(jnp.arange(num_slots))
-    slot_L = slot_L.at[-1].set(num_slots - 1)
+    none = num_slots - 1  # slot of layers that write to none; the last layer's output is the carry
+    slot_L = jnp.full(num_layers, none).at[exit_S].set(jnp.arange(num_slots)).at[-1].set(none)
     dropout = None
     if config.layer_dropout.p_max > 0:
         rates_L = drop_rates(config.layer_dropout, model.config.num_layers, step, config.num_steps)
@@ -58,7 +57,7 @@ def exit_states(
         return (x_BTD, slots_SBTD), x_BTD if num_slots == num_layers else None
 
     slots_SBTD = None
-    if picks:  # XLA:GPU would keep zeros until the loss, which has zeros of this shape too
+    if picks:  # zeros would be one array with those of the loss, which XLA:GPU holds until then
         slots_SBTD = jnp.broadcast_to(lax.stop_gradient(x_BTD), (num_slots - 1, *x_BTD.shape))
     (x_BTD, slots_SBTD), x_LBTD = lax.scan(
         layer, (x_BTD, slots_SBTD), (model.layers, slot_L, dropout)
@@ -70,9 +69,9 @@ def exit_states(
 
 @jax.custom_vjp
 def _held(slots_SBTD, x_BTD, slot):
-    """The slots with x in one of them; as they are, if it is not one of them.
+    """The slots with x in this one; unchanged for the slot beyond them.
 
-    Each is written once: so the gradients of the slots are those of what is written, and stay.
+    A slot is written once. So its gradient is that of x, and the backward pass writes no slot.
     """
     before_BTD = lax.dynamic_index_in_dim(slots_SBTD, slot, 0, keepdims=False)
     x_BTD = jnp.where(slot < len(slots_SBTD), x_BTD, before_BTD)

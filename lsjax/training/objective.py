@@ -40,7 +40,7 @@ def objective(
 
     head = head_of(model)
     if platform() == "gpu":
-        # XLA:GPU would gather the table, and make room for its gradient, before the layers run.
+        # XLA:GPU would gather the table, and allocate its gradient, before the layers run.
         head, x_SBTD = lax.optimization_barrier((head, x_SBTD))
     weights_S = jnp.where(taken_S, weights_L[exit_S], 0) / jnp.maximum(num_labels, 1)
     positions = loss_positions(config, batch["labels_BT"], step, rows_B, exit_S, taken_S)
