@@ -179,7 +179,8 @@ class StepConfig(Checked):
         "none", "nothing_saveable", "dots_saveable", "dots_with_no_batch_dims_saveable"
     ] = "none"
     """What a layer keeps for its backward pass: all that it needs, or what jax's checkpoint policy
-    of that name keeps; the rest is computed again."""
+    of that name keeps; the rest is computed again. Policies that keep products keep the output of
+    an attention kernel too; on GPUs it is kept instead of the projection that follows."""
     attention: AttentionKernel = "auto"
     """What computes it: auto is splash on TPUs, flash on GPUs and xla elsewhere, and cudnn or xla
     where these do not take the arrays (lsjax/model/self_attention.py)."""
