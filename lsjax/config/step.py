@@ -179,7 +179,8 @@ class StepConfig(Checked):
         "none", "nothing_saveable", "dots_saveable", "dots_with_no_batch_dims_saveable"
     ] = "none"
     """What a layer keeps for its backward pass: everything, or what jax's checkpoint policy of that
-    name keeps. The rest is computed again."""
+    name keeps. The rest is computed again. Policies that keep products keep the output of an
+    attention kernel too; on GPUs it replaces the projection that follows."""
     attention: AttentionKernel = "auto"
     """Kernel of attention. auto is splash on TPUs, flash on GPUs and xla elsewhere. Where these do
     not take the arrays it is cudnn or xla (lsjax/model/self_attention.py)."""
