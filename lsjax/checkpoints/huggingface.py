@@ -31,7 +31,7 @@ from lsjax.model.llama import Llama, unstacked
 from lsjax.model.parameters import named_leaves
 
 if TYPE_CHECKING:
-    from lsjax.data.tokenizers import Tokenizer
+    from lsjax.data.tokenizer import Tokenizer
 
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _GENERATION = {"exit_layer": "assistant_early_exit", "num_draft_tokens": "num_assistant_tokens"}

@@ -25,8 +25,8 @@ from lsjax.checkpoints.steps import PARAMS, SavedStep, first_whole, saved_steps
 from lsjax.checkpoints.tensors import CheckpointError, Track, read_json, write_json
 from lsjax.config import ConfigError, LlamaConfig, LoraConfig, TrainConfig, check
 from lsjax.config.json_form import from_json, versioned, without_version
+from lsjax.data.tokenizer import Tokenizer, TokenizerError
 from lsjax.data.tokenizer_files import load_tokenizer
-from lsjax.data.tokenizers import Tokenizer, TokenizerError
 from lsjax.model.llama import Llama
 from lsjax.model.lora import merged
 from lsjax.model.parameters import adapter_paths, named_leaves, sharding_of, stacked_path
