@@ -14,7 +14,7 @@ from lsjax.checkpoints.tensors import CheckpointError, TensorSource, take
 from lsjax.config import ConfigError, LlamaConfig, RopeScaling
 from lsjax.model.rope import rope_frequencies
 
-_ROTATED = re.compile(r"blk\.\d+\.attn_(q|k)\.(weight|bias)")
+_INTERLEAVED = re.compile(r"blk\.\d+\.attn_(q|k)\.(weight|bias)")
 _ROPE_FACTORS = "rope_freqs.weight"
 
 
@@ -61,11 +61,13 @@ class GGUFSource(TensorSource):
                     f"{self.where(name)}: type {kind} cannot be dequantised: use a GGUF of "
                     "F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0 or a K-quant"
                 ) from error
-        rotated = _ROTATED.fullmatch(name)
-        if rotated is None:
+        interleaved = _INTERLEAVED.fullmatch(name)
+        if interleaved is None:
             return value
         config = self.config
-        return _half_split(value, config.num_heads if rotated[1] == "q" else config.num_kv_heads)
+        return _half_split(
+            value, config.num_heads if interleaved[1] == "q" else config.num_kv_heads
+        )
 
     def _read_config(self, get: Callable[..., Any]) -> LlamaConfig:
         architecture = get("general.architecture", str)
