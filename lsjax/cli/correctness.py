@@ -25,7 +25,6 @@ from lsjax.cli.errors import check_output, one_line_errors
 from lsjax.cli.flags import parse_flags
 from lsjax.cli.prompts import PromptArguments, read_encoded
 from lsjax.cli.setup import cache_directory, exact_products, keep_compiled_programs
-from lsjax.cli.strategies import in_one_program
 from lsjax.config import check
 from lsjax.data.token_counts import find_counts
 from lsjax.data.tokenizer_files import load_tokenizer
@@ -34,7 +33,7 @@ from lsjax.decoding.completion import Completion
 from lsjax.decoding.draft_vocabulary import DraftVocabulary
 from lsjax.decoding.engine import Engine
 from lsjax.decoding.request import check_settings, encode_prompt
-from lsjax.decoding.self_speculative import SelfSpeculative
+from lsjax.decoding.self_speculative import SelfSpeculative, in_one_program
 from lsjax.evaluation.exactness import FLOAT32_MARGIN, Difference, first_difference
 from lsjax.model.checkpoint import assemble, open_source
 

@@ -25,16 +25,20 @@ from lsjax.cli.errors import check_output, one_line_errors
 from lsjax.cli.evaluation_examples import Problems, ask, prompt_ids, read_examples
 from lsjax.cli.evaluation_options import Arguments, check_numbers, with_options
 from lsjax.cli.evaluation_table import show
-from lsjax.cli.flags import parse_flags
-from lsjax.cli.loading import load_shown
-from lsjax.cli.setup import choose_dtype, keep_compiled_programs, machine
-from lsjax.cli.strategies import choose_strategies, fitting_mesh, in_one_program
+from lsjax.cli.flags import (
+    check_engine,
+    chosen_mesh,
+    load_engine,
+    make_strategies,
+    open_model,
+    parse_flags,
+)
+from lsjax.cli.setup import machine
 from lsjax.config import DataConfig, check
-from lsjax.data.tokenizer_files import load_tokenizer
 from lsjax.data.tokenizers import Tokenizer
 from lsjax.decoding.engine import Engine
 from lsjax.decoding.request import encode_prompt
-from lsjax.decoding.self_speculative import SelfSpeculative
+from lsjax.decoding.self_speculative import SelfSpeculative, in_one_program
 from lsjax.decoding.state import Strategy
 from lsjax.evaluation.answering import Question, answer_all, key_of
 from lsjax.evaluation.answers import Answer
@@ -42,7 +46,6 @@ from lsjax.evaluation.results import append, resume
 from lsjax.evaluation.summary import WHOLE, summarise
 from lsjax.evaluation.tasks.all_tasks import TASKS
 from lsjax.evaluation.tasks.task import Task
-from lsjax.model.checkpoint import open_source
 from lsjax.model.fingerprint import fingerprints
 from lsjax.model.llama import Llama
 
@@ -59,25 +62,10 @@ def evaluate(arguments: Arguments) -> None:
     check_numbers(arguments)
     notes = Console(stderr=True, highlight=False, markup=False, emoji=False, style="dim")
     task = with_options(TASKS[arguments.task], arguments)
-    source = open_source(arguments.model)
-    tokenizer = load_tokenizer(arguments.model).fitted(source.config.vocab_size)
-    strategies = choose_strategies(
-        arguments.model,
-        tokenizer,
-        arguments.strategies,
-        arguments.exit_layers,
-        arguments.num_draft_tokens,
-        arguments.draft_vocab,
-        arguments.draft_confidence,
-        flag="--strategies",
-    )
-    mesh = fitting_mesh(
-        arguments.mesh,
-        strategies,
-        source.config,
-        batch_size=arguments.batch_size,
-        max_length=arguments.max_length,
-    )
+    source, tokenizer = open_model(arguments)
+    strategies = make_strategies(arguments, arguments.model, tokenizer)
+    mesh = chosen_mesh(arguments)
+    check_engine(arguments, source.config, strategies, mesh)
     problems = Problems(arguments.bad_rows, notes)
 
     def encode(prompt: str, data: DataConfig) -> list[int]:
@@ -95,9 +83,9 @@ def evaluate(arguments: Arguments) -> None:
     for example in {one.group: one for one in examples}.values():
         task.score("", example)  # whether that can be done here, before the work
 
-    keep_compiled_programs()
-    dtype = choose_dtype(arguments.dtype)
-    model = load_shown(source, notes, dtype=dtype, stack_layers=arguments.stack_layers, mesh=mesh)
+    longest = max(len(one.request.prompt) for one in questions) + task.max_new_tokens
+    engine = load_engine(arguments, source, tokenizer, notes, mesh=mesh, min_capacity=longest)
+    model, dtype = engine.model, str(engine.model.dtype)
     asked = what_is_asked(
         arguments, task, data, strategies, questions, model, tokenizer, dtype, mesh
     )
@@ -110,14 +98,6 @@ def evaluate(arguments: Arguments) -> None:
     notes.print(f"prompts are like {data.prompt_template!r}, responses {data.response_template!r}")
     if answers:
         notes.print(f"{arguments.output} has {len(answers)} answers already")
-    engine = Engine(
-        model,
-        tokenizer,
-        batch_size=arguments.batch_size,
-        max_length=arguments.max_length,
-        min_capacity=max(len(one.request.prompt) for one in questions) + task.max_new_tokens,
-        mesh=mesh,
-    )
     answers += answer_shown(engine, task, strategies, questions, answers, arguments.output)
     names = [str(Answer.by(strategy)) for strategy in strategies]
     answers.sort(key=lambda answer: names.index(answer["strategy"]))
@@ -207,7 +187,6 @@ def what_is_asked(
         if sampling["temperature"]
         else {"temperature": 0.0} | repeats(sampling),
         "batch_size": arguments.batch_size,
-        "stack_layers": arguments.stack_layers,
     }
 
 

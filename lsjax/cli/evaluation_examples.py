@@ -14,7 +14,6 @@ from lsjax.data.documents import Document
 from lsjax.data.token_store import encode_document
 from lsjax.data.tokenizers import Tokenizer
 from lsjax.decoding.request import Request
-from lsjax.decoding.sampling import Sampling
 from lsjax.evaluation.answering import Question
 from lsjax.evaluation.tasks.examples import (
     choose_shots,
@@ -63,7 +62,7 @@ def read_examples(
     seen = frozenset(prompts_of(task, data, file_rows(arguments.without_seen)))
     count, shots = task.num_shots, ()
     if count:
-        shots = choose_shots(task, data, shot_rows(task, arguments), count, arguments.seed)
+        shots = choose_shots(task, data, shot_rows(task, arguments), count, arguments.sampling.seed)
     examples = make_examples(
         task,
         data,
@@ -141,8 +140,7 @@ def ask(
     examples: Sequence[Example], ids: Sequence[list[int]], task: Task, arguments: Arguments
 ) -> list[Question]:
     """A question for each sample of each example; text number i of all has the seed + i."""
-    names = [field.name for field in dataclasses.fields(Sampling)]
-    sampling = Sampling(**{name: getattr(arguments, name) for name in names})
+    sampling = arguments.sampling
     return [
         Question(
             example,

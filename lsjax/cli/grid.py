@@ -3,32 +3,27 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from typing import Literal
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from lsjax.cli.flags import ModelFlags, SamplingFlags, StrategyFlags, load_engine, open_model
 from lsjax.cli.prompts import PromptArguments, read_encoded, read_prompts
-from lsjax.cli.setup import cache_directory, choose_dtype, machine
-from lsjax.cli.strategies import in_one_program
+from lsjax.cli.setup import cache_directory, machine
 from lsjax.config import check
 from lsjax.data.token_counts import find_counts
-from lsjax.data.tokenizer_files import load_tokenizer
 from lsjax.decoding.autoregressive import Autoregressive
 from lsjax.decoding.calibration import calibrated
 from lsjax.decoding.cost import Costs
 from lsjax.decoding.draft_vocabulary import DraftVocabulary
 from lsjax.decoding.engine import Engine
 from lsjax.decoding.request import check_settings, encode_prompt
-from lsjax.decoding.sampling import Sampling
-from lsjax.decoding.self_speculative import SelfSpeculative
+from lsjax.decoding.sampling import GREEDY
+from lsjax.decoding.self_speculative import SelfSpeculative, in_one_program
 from lsjax.decoding.state import Strategy
 from lsjax.evaluation.identity_tail import identity_tail
 from lsjax.evaluation.speed import Row
-from lsjax.model.checkpoint import assemble, open_source
-from lsjax.model.llama import stacked
 
 PROMPTS = (
     "Once upon a time, there was a little girl named Lily who",
@@ -38,20 +33,11 @@ PROMPTS = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class GridArguments(PromptArguments):
+class GridArguments(PromptArguments, StrategyFlags, ModelFlags):
     """A model, prompts, and a grid of exits and draft lengths."""
 
-    model: Path
-    """Hugging Face directory, .gguf file, or directory of a training run."""
-    exit_layers: tuple[int, ...] = ()
-    """Exits to draft from; none measures autoregressive decoding alone."""
     num_draft_tokens: tuple[int, ...] = (4,)
     """Draft lengths; every exit is tried with every length."""
-    draft_vocab: int | None = None
-    """Also drafts from this many of the most frequent tokens (lsjax.cli.count_tokens; with an
-    identity tail the tokens of the model's own output are counted)."""
-    draft_confidence: float | None = None
-    """Ends a draft before the token with which the exit gives it less than this probability."""
     identity_tail: int | None = None
     """Lets the layers from this one on add nothing, so that every draft of a later exit is right:
     the machinery without the training."""
@@ -61,16 +47,11 @@ class GridArguments(PromptArguments):
     """Cuts or repeats every prompt to this many tokens."""
     new_tokens: int = 64
     """Tokens per prompt; ends of text are ignored."""
-    temperature: float = 0.0
-    """Of the sampling; 0 is greedy. Every strategy has the same seeds, and its own texts."""
+    sampling: SamplingFlags = GREEDY
     capacity: int = 0
     """Least slots of the cache, for what an unused part of it costs."""
     separate_programs: bool = False
     """Compiles a program for each exit and length instead of one for all."""
-    stack_layers: bool = False
-    """Runs the layers in a loop, as decode.py --stack-layers does."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Of weights and cache; auto is float32 on CPUs and bfloat16 on accelerators."""
 
 
 class Grid:
@@ -83,10 +64,9 @@ class Grid:
         self.arguments = arguments
         new_tokens, tail = arguments.new_tokens, arguments.identity_tail
         check(new_tokens >= 2, f"--new-tokens {new_tokens} is below 2: choose 2 up")
-        self.sampling = Sampling(temperature=arguments.temperature)
-        self.source = open_source(arguments.model)
+        self.sampling = arguments.sampling
+        self.source, self.tokenizer = open_model(arguments)
         self.config = self.source.config
-        self.tokenizer = load_tokenizer(arguments.model).fitted(self.config.vocab_size)
         length = arguments.prompt_length
         context = self.config.max_context
         check(
@@ -124,14 +104,18 @@ class Grid:
 
     def load(self) -> Engine:
         """An engine with the model."""
-        arguments = self.arguments
-        self.dtype = choose_dtype(arguments.dtype)
-        model = assemble(self.source, dtype=self.dtype)
-        if arguments.identity_tail is not None:
-            model = identity_tail(model, arguments.identity_tail)
-        if arguments.stack_layers:
-            model = stacked(model)
-        return Engine(model, self.tokenizer, ignore_end=True, min_capacity=arguments.capacity)
+        tail = self.arguments.identity_tail
+        engine = load_engine(
+            self.arguments,
+            self.source,
+            self.tokenizer,
+            Console(stderr=True),
+            change=lambda model: model if tail is None else identity_tail(model, tail),
+            ignore_end=True,
+            min_capacity=self.arguments.capacity,
+        )
+        self.dtype = str(engine.model.dtype)
+        return engine
 
     def strategies(self, engine: Engine) -> list[Strategy]:
         """Autoregressive decoding, then each cell of the grid, with the full head first."""
@@ -162,8 +146,8 @@ class Grid:
         arguments, lengths = self.arguments, [len(prompt) for prompt in self.prompts]
         what = f"{arguments.model.name}, {self.dtype}, {len(lengths)} prompts of {min(lengths)} to "
         what += f"{max(lengths)} tokens, {arguments.new_tokens} new ones"
-        if arguments.temperature:
-            what += f", temperature {arguments.temperature:g}"
+        if arguments.sampling.temperature:
+            what += f", temperature {arguments.sampling.temperature:g}"
         if arguments.draft_confidence is not None:
             what += f", drafts at {arguments.draft_confidence:g} or more"
         if arguments.identity_tail is not None:

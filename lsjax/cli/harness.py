@@ -15,47 +15,37 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from lsjax.cli.errors import check_output, one_line_errors
-from lsjax.cli.flags import parse_flags
-from lsjax.cli.loading import load_shown
-from lsjax.cli.setup import choose_dtype, keep_compiled_programs
-from lsjax.cli.strategies import StrategyName, choose_strategies, fitting_mesh
-from lsjax.config import ConfigError, MeshConfig, check
+from lsjax.cli.flags import (
+    ModelFlags,
+    StrategyFlags,
+    check_engine,
+    chosen_mesh,
+    load_engine,
+    make_strategies,
+    open_model,
+    parse_flags,
+)
+from lsjax.config import ConfigError, check
 from lsjax.data.chat import chat_prompt
-from lsjax.data.tokenizer_files import load_tokenizer
-from lsjax.decoding.engine import Engine
 from lsjax.decoding.state import Strategy
 from lsjax.evaluation.answers import Answer, acceptance_rate
-from lsjax.model.checkpoint import open_source
 
 
 @dataclass(frozen=True, kw_only=True)
-class Arguments:
+class Arguments(StrategyFlags, ModelFlags):
     """Tasks of lm-evaluation-harness at several exits and with several strategies."""
 
-    model: Path
-    """Hugging Face directory, .gguf file, or directory of a training run."""
     tasks: tuple[str, ...]
     """Names or patterns of tasks, groups and tags."""
     task_path: Path | None = None
     """A directory with .yaml files of tasks; they come before lm_eval's own."""
-    strategy: tuple[StrategyName, ...] = ("autoregressive",)
-    """One or several, one after the other."""
-    exit_layers: tuple[int, ...] = ()
-    """Each is tried with early_exit and self_speculative. Self-speculation alone may take it from
-    the model's generation_config.json."""
-    num_draft_tokens: int | None = None
-    """Tokens drafted in a round (from the model, if it says so)."""
-    draft_vocab: int | None = None
-    """Drafts from this many of the most frequent tokens only (lsjax.cli.count_tokens)."""
-    draft_confidence: float | None = None
-    """Ends a draft before the token with which the exit gives it less than this probability."""
     num_fewshot: int | None = None
     """Examples before each question; the task's own number by default."""
     limit: float | None = None
@@ -68,16 +58,6 @@ class Arguments:
     """Puts questions into the model's chat template."""
     system: str | None = None
     """With --chat: the system message."""
-    batch_size: int = 1
-    """Texts decoded or scored side by side."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Of weights and cache; auto is float32 on CPUs and bfloat16 on accelerators."""
-    stack_layers: bool = False
-    """Runs the layers in a loop, as decode.py --stack-layers does."""
-    max_length: int | None = None
-    """Of prompt and new tokens together, and of a scored window; the model's context by default."""
-    mesh: MeshConfig = MeshConfig()
-    """Devices to run on; one by default."""
     json: Path | None = None
     """Writes a JSON object a strategy to this file: lm_eval's results without the samples."""
     samples: Path | None = None
@@ -104,25 +84,10 @@ def harness(arguments: Arguments) -> None:
     check(arguments.chat or arguments.system is None, "--system needs --chat: give both or none")
     path = arguments.task_path
     check(path is None or path.is_dir(), f"--task-path {path} is no directory: name one")
-    source = open_source(arguments.model)
-    tokenizer = load_tokenizer(arguments.model).fitted(source.config.vocab_size)
-    strategies = choose_strategies(
-        arguments.model,
-        tokenizer,
-        arguments.strategy,
-        arguments.exit_layers,
-        arguments.num_draft_tokens,
-        arguments.draft_vocab,
-        arguments.draft_confidence,
-        flag="--strategy",
-    )
-    mesh = fitting_mesh(
-        arguments.mesh,
-        strategies,
-        source.config,
-        batch_size=arguments.batch_size,
-        max_length=arguments.max_length,
-    )
+    source, tokenizer = open_model(arguments)
+    strategies = make_strategies(arguments, arguments.model, tokenizer)
+    mesh = chosen_mesh(arguments)
+    check_engine(arguments, source.config, strategies, mesh)
     if arguments.chat:
         chat_prompt(tokenizer, "?", arguments.system)  # whether there is a template
     for file in files:
@@ -130,18 +95,8 @@ def harness(arguments: Arguments) -> None:
     lm_eval = need_lm_eval()
     manager, tasks = lm_eval.find_tasks(arguments.tasks, path)
 
-    keep_compiled_programs()
-    dtype = choose_dtype(arguments.dtype)
     notes = Console(stderr=True, highlight=False, markup=False, style="dim")
-    model = load_shown(source, notes, dtype=dtype, stack_layers=arguments.stack_layers, mesh=mesh)
-    engine = Engine(
-        model,
-        tokenizer,
-        strategies[0],
-        batch_size=arguments.batch_size,
-        max_length=arguments.max_length,
-        mesh=mesh,
-    )
+    engine = load_engine(arguments, source, tokenizer, notes, strategy=strategies[0], mesh=mesh)
     answering = lm_eval.HarnessModel(engine, name=arguments.model.name, seed=arguments.seed)
     for file in files:
         file.write_text("")
@@ -166,7 +121,7 @@ def harness(arguments: Arguments) -> None:
             arguments.samples,
             [who | {"task": task} | sample for task in samples for sample in samples[task]],
         )
-    show(f"{arguments.model.name}, {dtype}", rows)
+    show(f"{arguments.model.name}, {engine.model.dtype}", rows)
 
 
 def need_lm_eval() -> ModuleType:

@@ -36,25 +36,28 @@ class Purpose(IntEnum):
 class Sampling:
     """How the tokens of a text are chosen.
 
-    temperature: what logits are divided by; 0 takes the likeliest token and ignores the filters
-    and the seed. top_k: only the k likeliest tokens, 0 for all; ties with the last of them stay.
-    top_p: only the fewest likeliest tokens whose probabilities sum up to p (Holtzman et al., 2020).
-    min_p: only tokens at least min_p times as likely as the likeliest (Nguyen et al., 2024). They
-    apply in this order, each to what the one before has left. seed: of the text's random stream.
-    repetition_penalty: what divides the logit of a token of the prompt or the text if it is above
-    0, and multiplies it otherwise (Keskar et al., 2019). no_repeat_ngram: n of the n-grams that are
-    not said twice, prompt included; 0 forbids nothing.
+    Penalties come first, then the temperature, then top_k, top_p and min_p in this order, each on
+    the tokens that the one before has left.
 
     Raises ConfigError for a number out of its range.
     """
 
     temperature: float = 0.0
+    """0 is greedy: the argmax, whatever the filters and the seed. Above 0 tokens are drawn, with
+    logits divided by this."""
     top_k: int = 0
+    """Draws from the k likeliest tokens only, ties with the last of them included; 0 is all."""
     top_p: float = 1.0
+    """Draws from the fewest tokens whose probabilities sum up to p (Holtzman et al., 2020)."""
     min_p: float = 0.0
+    """Draws from tokens at least min_p times as likely as the likeliest (Nguyen et al., 2024)."""
     seed: int = 0
+    """Of the first text; each further one has the next number."""
     repetition_penalty: float = 1.0
+    """Divides the logits above 0 of tokens of prompt and text, and multiplies those below (Keskar
+    et al., 2019)."""
     no_repeat_ngram: int = 0
+    """Says no n-gram of this size twice, prompt included; 0 allows all."""
 
     def __post_init__(self):
         check(

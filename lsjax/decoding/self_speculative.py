@@ -18,8 +18,8 @@ without a head, because nothing is drafted after it; where a draft ends because 
 the head is what says so.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
 import jax
@@ -294,6 +294,18 @@ class SelfSpeculative(Strategy):
             draft_BT=draft.tokens_BT,
             log_probs_BT=log_probs_BT,
         )
+
+
+def in_one_program(strategies: Sequence[Strategy]) -> list[Strategy]:
+    """The same strategies; those that speculate share one compiled program."""
+    drafting = [one for one in strategies if isinstance(one, SelfSpeculative)]
+    if len(drafting) < 2:
+        return list(strategies)
+    choices = Choices.covering(
+        (one.exit_layer for one in drafting),
+        (length for one in drafting for length in one.lengths),
+    )
+    return [replace(one, choices=choices) if one in drafting else one for one in strategies]
 
 
 def _tokens(index: Int[Array, "*any"], head: DraftHead | None) -> Int[Array, "*any"]:

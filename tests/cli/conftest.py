@@ -2,9 +2,8 @@
 
 import pytest
 
-import decode
 import lsjax
-from lsjax.cli import correctness
+from lsjax.cli import correctness, flags
 from lsjax.model.huggingface import GenerationDefaults
 
 
@@ -20,7 +19,7 @@ def model_directory(model, tokenizer, tmp_path_factory):
 @pytest.fixture(autouse=True)
 def tests_keep_their_own_cache(monkeypatch):
     """The programs would change JAX's settings for all tests that follow."""
-    for program in (decode, correctness):
+    for program in (flags, correctness):
         monkeypatch.setattr(program, "keep_compiled_programs", lambda: None)
 
 

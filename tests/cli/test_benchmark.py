@@ -52,7 +52,7 @@ def test_with_an_identity_tail_every_draft_is_right(model, model_directory, tmp_
 
 
 def test_of_a_trained_model_drafts_are_refused_too(model_directory, tmp_path):
-    options = ("--exit-layers", 3, "--prompt-length", 40, "--capacity", 1000, "--stack-layers")
+    options = ("--exit-layers", 3, "--prompt-length", 40, "--capacity", 1000)
     base, row = rows(tmp_path, "--model", model_directory, *options)
     assert 0 < row["acceptance_rate"] < 1
     assert row["acceptance_by_position"][0] >= row["acceptance_by_position"][-1]
@@ -103,12 +103,12 @@ def test_autoregressive_alone(model_directory, tmp_path):
 )
 def test_bad_input(model_directory, refused, monkeypatch, options, words):
     """Before the model is loaded."""
-    monkeypatch.delattr(grid, "assemble")
+    monkeypatch.delattr(grid, "load_engine")
     assert words in refused(main, "--model", model_directory, *options)
 
 
 def test_the_prompts_are_not_overwritten(model_directory, refused, monkeypatch, tmp_path):
-    monkeypatch.delattr(grid, "assemble")
+    monkeypatch.delattr(grid, "load_engine")
     file = tmp_path / "prompts.jsonl"
     file.write_text('{"prompt": "a"}')
     given = ("--model", model_directory, "--prompt-file", file, "--json", file)

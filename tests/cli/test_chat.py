@@ -260,5 +260,5 @@ def test_the_prompt_is_for_people(talk):
 )
 def test_what_no_turn_could_be_asked(alphabet, refused, monkeypatch, options, words):
     """Refused before the model is loaded, and not turn by turn."""
-    monkeypatch.delattr(decode, "load_shown")
+    monkeypatch.delattr(decode, "load_engine")
     assert words in refused(decode.main, "--model", alphabet, "--interactive", *options)

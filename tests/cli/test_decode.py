@@ -331,7 +331,7 @@ def bad(model_directory, tmp_path_factory):
 )
 def test_bad_input(model_directory, bad, refused, monkeypatch, tmp_path, options, words):
     """Refused before the model is loaded; what an older run has written stays as it is."""
-    monkeypatch.delattr(decode, "load_shown")
+    monkeypatch.delattr(decode, "load_engine")
     old = tmp_path / "old.jsonl"
     old.write_text("an older run\n")
     given = [option.format(bad=bad) for option in options.split(" ")]

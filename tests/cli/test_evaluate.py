@@ -35,11 +35,6 @@ EVERY = (
 )
 
 
-@pytest.fixture(autouse=True)
-def own_cache(monkeypatch):
-    monkeypatch.setattr(evaluate, "keep_compiled_programs", lambda: None)
-
-
 @pytest.fixture(scope="session")
 def rows(tmp_path_factory):
     file = tmp_path_factory.mktemp("topv2") / "test.tsv"
@@ -265,8 +260,8 @@ def test_categories(run, tmp_path, capsys):
         (("--num-samples", 2), "--num-samples means nothing to greedy decoding"),
         (("--num-shots", 1), "1 shots need rows that are not asked"),
         (("--data", "/nowhere.tsv"), "no file matches /nowhere.tsv"),
-        (("--strategies", "early_exit"), "early_exit needs --exit-layers"),
-        (("--num-draft-tokens", 2), "--num-draft-tokens needs --strategies self_speculative"),
+        (("--strategies", "early_exit"), "early_exit needs --exit-layer"),
+        (("--num-draft-tokens", 2), "--num-draft-tokens means nothing to autoregressive: add"),
         (("--prompt-template", "{query}"), "line 2 has no field 'query'"),
         (("--output", "/nowhere/out.jsonl"), "/nowhere/out.jsonl can't be written"),
         (("--output", "out.json"), "--output out.json is no .jsonl"),
@@ -278,7 +273,7 @@ def test_categories(run, tmp_path, capsys):
 )
 def test_bad_input(model_directory, rows, tmp_path, refused, monkeypatch, options, words):
     """Before the model is loaded."""
-    monkeypatch.delattr(evaluate, "load_shown")
+    monkeypatch.delattr(evaluate, "load_engine")
     given = ["--model", model_directory, "--task", "topv2"]
     given += [] if "--data" in options else ["--data", rows]
     given += [] if "--output" in options else ["--output", tmp_path / "out.jsonl"]

@@ -15,11 +15,6 @@ TASKS = Path(__file__).parents[1] / "evaluation" / "tasks"
 EARLY = ("--strategy", "early_exit")
 
 
-@pytest.fixture(autouse=True)
-def own_cache(monkeypatch):
-    monkeypatch.setattr(harness, "keep_compiled_programs", lambda: None)
-
-
 @pytest.fixture
 def no_lm_eval(monkeypatch):
     """As where the extra is not installed."""
@@ -40,13 +35,13 @@ def no_lm_eval(monkeypatch):
         (("--gen-kwargs", "temperature"), "--gen-kwargs temperature is not like"),
         (("--task-path", "/nowhere"), "--task-path /nowhere is no directory"),
         (("--model", "/nowhere"), "/nowhere: does not exist"),
-        (("--exit-layers", 2), "--exit-layers means nothing to autoregressive decoding"),
-        (EARLY, "early_exit needs --exit-layers"),
+        (("--exit-layers", 2), "--exit-layer means nothing to autoregressive decoding"),
+        (EARLY, "early_exit needs --exit-layer"),
         ((*EARLY, "--exit-layers", 2, 5), "exit layer 5 is not in 1..4"),
         (("--strategy", "self_speculative", "--exit-layers", 4), "exit layer 4 is not in 1..3"),
-        (("--strategy",), "--strategy names no strategy"),
-        (("--num-draft-tokens", 4), "--num-draft-tokens needs --strategy self_speculative"),
-        (("--draft-vocab", 4), "--draft-vocab needs --strategy self_speculative"),
+        (("--strategy",), "--strategies is empty: name one or more"),
+        (("--num-draft-tokens", 4), "--num-draft-tokens means nothing to autoregressive: add"),
+        (("--draft-vocab", 4), "--draft-vocab means nothing to autoregressive: add"),
         (("--batch-size", 0), "batch size 0 is below 1"),
         (("--max-length", 513), "max length 513 is not in 2..512"),
         (("--mesh.data", 5), "devices"),
@@ -56,7 +51,7 @@ def no_lm_eval(monkeypatch):
 )
 def test_bad_input(model_directory, refused, no_lm_eval, monkeypatch, options, words):
     """Before the model is loaded."""
-    monkeypatch.delattr(harness, "load_shown")
+    monkeypatch.delattr(harness, "load_engine")
     given = ("--model", model_directory) if "--model" not in options else ()
     tasks = ("--tasks", "tiny_choice") if "--tasks" not in options else ()
     assert words in refused(main, *given, *tasks, *options)

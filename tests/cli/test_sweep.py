@@ -119,7 +119,7 @@ def test_every_size_of_the_cache_is_warmed_up(model_directory, tmp_path, monkeyp
 )
 def test_bad_input(model_directory, refused, monkeypatch, tmp_path, options, words):
     """Before the model is loaded."""
-    monkeypatch.delattr(grid, "assemble")
+    monkeypatch.delattr(grid, "load_engine")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "bad.jsonl").write_text('{"prompt": "x"}\n{"prom\n')
     (tmp_path / "long.jsonl").write_text(json.dumps({"prompt": "x" * 600}))
