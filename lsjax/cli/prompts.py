@@ -13,7 +13,7 @@ from lsjax.data.row_files import fill
 from lsjax.data.text_files import stop_at
 from lsjax.decoding.request import Request
 from lsjax.decoding.sampling import Sampling
-from lsjax.evaluation.tasks.examples import file_rows
+from lsjax.evaluation.examples import file_rows
 
 # What an object of a .jsonl file may say beside its prompt, with the kind of the value.
 OPTIONS: dict[str, Any] = {
@@ -33,20 +33,27 @@ def read_prompts(prompt: str | None, file: Path | None) -> list[str]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PromptArguments:
+class RowFlags:
+    """Which rows are taken, and what makes a prompt of each."""
+
+    prompt_template: str | None = None
+    """Makes the prompt of a row, its fields in braces: '{question}'. A task has its own, and a run
+    that was finetuned on rows with these fields too."""
+    every: int = 1
+    """Takes every n-th row."""
+    limit: int | None = None
+    """Takes no more than so many rows."""
+    bad_rows: Literal["refuse", "skip"] = "refuse"
+    """Whether a row that is no prompt, or is too long, ends the program. Either way it is named."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptArguments(RowFlags):
     """Which prompts of a file are taken."""
 
     prompt_file: Path | None = None
     """.txt is one prompt, .jsonl has an object with "prompt" (or Spec-Bench's "turns") on each
     line; with --prompt-template also .tsv and .csv, each also as .gz."""
-    prompt_template: str | None = None
-    """What makes a prompt of a row, its fields in braces: '{question}'."""
-    every: int = 1
-    """Takes every n-th row of the file."""
-    limit: int | None = None
-    """Takes no more than so many prompts."""
-    bad_rows: Literal["refuse", "skip"] = "refuse"
-    """What becomes of a row that is no prompt, or is too long; either way it is named."""
 
 
 def read_encoded(

@@ -76,8 +76,10 @@ class Question:
     @property
     def document(self) -> str:
         """Hash of all that the answer depends on beside the first line of its file."""
-        row = repr(sorted(self.example.fields.items()))
-        return digest([list(self.request.prompt), self.example.reference, self.example.seen, row])
+        example, sampling = self.example, self.request.sampling
+        seed = sampling.seed if sampling.temperature else None
+        row = repr(sorted(example.fields.items()))
+        return digest([list(self.request.prompt), example.reference, example.seen, row, seed])
 
 
 def digest(content: Any) -> str:
@@ -129,6 +131,11 @@ def key_of(question: Question, cell: Cell) -> tuple:
     return cell, question.example.id, question.sample, question.document
 
 
+def key_of_answer(answer: Answer) -> tuple:
+    """The same of a line of the file."""
+    return Cell.of(answer), answer["id"], answer["sample"], answer["document"]
+
+
 def answer_line(question: Question, completion: Completion, seconds: float) -> dict[str, Any]:
     """An answer as a line of the file; the caller adds scores."""
     example = question.example
@@ -162,15 +169,14 @@ def resume(file: Path, asked: Mapping[str, Any]) -> dict[tuple, Answer]:
     check(
         not found,
         f"{file} holds answers to something else: "
-        + ", ".join(f"{name} was {_brief(was)} and is now {_brief(is_)}" for name, was, is_ in found)
+        + ", ".join(
+            f"{name} was {_brief(was)} and is now {_brief(is_)}" for name, was, is_ in found
+        )
         + "; name another --output, or remove it",
     )
     with file.open("rb+") as stream:
         stream.truncate(content.rfind(b"\n") + 1)
-    return {
-        (Cell.of(answer), answer["id"], answer["sample"], answer["document"]): answer
-        for answer in answers
-    }
+    return {key_of_answer(answer): answer for answer in answers}
 
 
 def read(file: Path) -> tuple[dict[str, Any], list[Answer]]:
@@ -259,7 +265,11 @@ def summarise(answers: Sequence[Answer]) -> list[dict[str, Any]]:
                     "new_tokens": total["num_new_tokens"],
                 }
             )
-    base = {row["group"]: row["tokens_per_second"] for row in rows if row["strategy"] == "autoregressive"}
+    base = {
+        row["group"]: row["tokens_per_second"]
+        for row in rows
+        if row["strategy"] == "autoregressive"
+    }
     for row in rows:
         row["speedup"] = _ratio(row["tokens_per_second"], base.get(row["group"]))
     return rows

@@ -51,9 +51,7 @@ def tfds_rows(name: str, split: str, data_dir: str) -> Iterator[PlacedRow]:
         yield f"{split}:{number}", f"{name} {split}, row {number}", row
 
 
-def templates(
-    task: Task, trained: DataConfig | None, rows: Iterable[PlacedRow] = ()
-) -> DataConfig:
+def templates(task: Task, trained: DataConfig | None, rows: Iterable[PlacedRow] = ()) -> DataConfig:
     """The templates of training, if the model was finetuned on rows with these fields, else the
     task's.
 

@@ -1,21 +1,74 @@
-"""Speed of every cell of a grid, its share of the ideal, and whether its texts are exact."""
+"""Strategies timed beside autoregressive decoding: speed, share of the ideal, exactness."""
 
+import math
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
 from lsjax.config import LlamaConfig
+from lsjax.decoding.completion import Completion
 from lsjax.decoding.cost import Costs, ideal_speedup, unsure_share, weight_bytes
+from lsjax.decoding.engine import Engine
 from lsjax.decoding.self_speculative import SelfSpeculative
 from lsjax.decoding.state import Strategy
-from lsjax.evaluation.answers import Answer, Cell, by_group
+from lsjax.evaluation.answers import (
+    Answer,
+    Cell,
+    Question,
+    answer_line,
+    by_group,
+    decode_in_turns,
+)
+from lsjax.evaluation.exactness import first_difference
+
+
+def warm_up(engine: Engine, strategies: Sequence[Strategy], questions: Sequence[Question]) -> None:
+    """Compiles and runs each program once: prompts of equal sizes of the cache share theirs."""
+    for strategy in {strategy.program: strategy for strategy in strategies}.values():
+        engine.use(strategy)
+        sizes = {}
+        for question in questions:
+            length = len(question.request.prompt)
+            whole = length + question.request.max_new_tokens
+            sizes[engine.capacity(length + 1), engine.capacity(whole)] = question
+        for question in sizes.values():
+            engine.generate([question.request])
+
+
+def time_in_turns(
+    engine: Engine,
+    strategies: Sequence[Strategy],
+    questions: Sequence[Question],
+    done: Collection[tuple],
+    on_answer: Callable[[Answer], None],
+) -> None:
+    """Decodes every question with every strategy, the first of which is autoregressive.
+
+    Each answer also has base_seconds, of the autoregressive text of the same turn, and difference,
+    the first from that text where both must be equal.
+    """
+    base: Completion | None = None
+    base_seconds = 0.0
+
+    def ended(question: Question, completion: Completion, seconds: float) -> None:
+        nonlocal base, base_seconds
+        model, strategy = engine.model, engine.strategy
+        if Cell.of(strategy) == Cell.of(strategies[0]):
+            base, base_seconds = completion, seconds
+        difference = None
+        if completion.seed is None and strategy.depth(model.config) == model.config.num_layers:
+            tokens = base.token_ids, completion.token_ids
+            difference = first_difference(model, question.request.prompt, *tokens)
+        beside = {"base_seconds": base_seconds, "difference": difference and difference.to_json()}
+        on_answer(answer_line(question, completion, seconds) | beside)
+
+    decode_in_turns(engine, strategies, questions, done, ended, turn=1, beside_first=True)
 
 
 @dataclass
 class CellSpeed:
-    """Figures of one strategy on the texts of one group. Undefined ones are None; lists are by draft
-    position.
+    """Figures of one strategy on the texts of one group. Undefined ones are None.
 
     tokens_per_second: median over the texts, and their slowest and fastest. speedup: median over
     the texts, each beside the autoregressive one of its turn. tokens_per_round: mean acceptance
@@ -47,6 +100,11 @@ class CellSpeed:
     bandwidth: float | None = None
     share_of_bandwidth: float | None = None
 
+    @property
+    def off_by(self) -> float | None:
+        """By how much the prediction misses the speedup."""
+        return None if self.predicted is None else self.predicted / self.speedup - 1
+
 
 def cell_speeds(
     config: LlamaConfig,
@@ -58,9 +116,8 @@ def cell_speeds(
 ) -> Iterator[CellSpeed]:
     """The figures of each strategy and group, the whole of a strategy first.
 
-    answers: also have base_seconds, of the autoregressive text beside each; and difference, the
-    first from it. costs: needed where a strategy drafts. bandwidth: of the memory, bytes per
-    second.
+    answers: of `time_in_turns`. costs: needed where a strategy drafts. bandwidth: of the memory,
+    bytes per second.
     """
     for strategy in strategies:
         cell = Cell.of(strategy)
@@ -79,8 +136,8 @@ def _speed(group: str, cell: Cell, answers: Sequence[Answer]) -> CellSpeed:
     speeds = [(one["num_new_tokens"] - 1) / one["seconds"] for one in answers]
     drafted, accepted = (by_position(answers, kind) for kind in ("drafted", "accepted"))
     greedy = {one["id"] for one in answers if one["seed"] is None}
-    different = {one["id"] for one in answers if one["difference"]}
-    margins = [one["difference"]["margin"] for one in answers if one["difference"]]
+    differences = {one["id"]: one["difference"] for one in answers if one["difference"]}
+    margins = [margin_of(one) for one in differences.values()]
     return CellSpeed(
         group,
         *vars(cell).values(),
@@ -92,10 +149,15 @@ def _speed(group: str, cell: Cell, answers: Sequence[Answer]) -> CellSpeed:
         acceptance_by_position=[a / d for a, d in zip(accepted, drafted, strict=True)],
         tokens_per_round=sum(one["num_new_tokens"] - 1 for one in answers)
         / sum(one["rounds"] for one in answers),
-        equal=len(greedy - different) if greedy else None,
-        differ=len(different) if greedy else None,
+        equal=len(greedy) - len(differences) if greedy else None,
+        differ=len(differences) if greedy else None,
         widest_margin=max(margins, default=None),
     )
+
+
+def margin_of(difference: Answer) -> float:
+    """The margin of a line's difference; infinite where it is no finite number."""
+    return math.inf if difference["margin"] is None else difference["margin"]
 
 
 def _add_limits(
@@ -126,7 +188,7 @@ def _add_limits(
 
 
 def by_position(answers: Sequence[Answer], kind: str) -> list[int]:
-    """Tokens drafted or accepted at each position, over texts whose drafts reach differently far."""
+    """Tokens drafted or accepted at each position of all texts' drafts."""
     counts = [one[f"{kind}_by_position"] for one in answers]
     longest = max(map(len, counts), default=0)
     return [sum(one[i] for one in counts if i < len(one)) for i in range(longest)]

@@ -121,7 +121,10 @@ def passed(text: str, example: Example) -> Scores:
 
 
 # Spec-Bench's file has MT-bench under eight labels.
-MT_BENCH = "writing roleplay reasoning math coding extraction stem humanities".split()
+MT_BENCH = (
+    *("writing", "roleplay", "reasoning", "math"),
+    *("coding", "extraction", "stem", "humanities"),
+)
 
 
 def first_turn(row: Fields) -> Fields:

@@ -19,7 +19,7 @@ from lsjax.decoding.cost import ideal_speedup, weight_bytes
 from lsjax.decoding.engine import Engine
 from lsjax.decoding.self_speculative import SelfSpeculative
 from lsjax.decoding.state import Strategy
-from lsjax.evaluation.identity_tail import identity_tail
+from lsjax.evaluation.exactness import identity_tail
 
 SHAPES = {"1b": LlamaConfig.llama3_2_1b, "8b": LlamaConfig.llama3_8b}
 

@@ -13,7 +13,7 @@ from lsjax.decoding.choices import Choices
 from lsjax.decoding.draft_vocabulary import DraftVocabulary
 from lsjax.decoding.engine import Engine
 from lsjax.decoding.self_speculative import SelfSpeculative
-from lsjax.evaluation.identity_tail import identity_tail
+from lsjax.evaluation.exactness import identity_tail
 from lsjax.model.llama import stacked
 
 PROMPTS = [[7], [1, 2, 3], list(range(40, 60)), [200, 100] * 17]

@@ -25,7 +25,7 @@ from lsjax.decoding.sampling import GREEDY, Sampling
 from lsjax.decoding.self_speculative import SelfSpeculative
 from lsjax.decoding.state import DecodeState
 from lsjax.evaluation.exactness import FLOAT32_MARGIN, first_difference
-from lsjax.evaluation.scoring import Text, score
+from lsjax.evaluation.exits import Text, score_texts
 from lsjax.model.huggingface import save
 from lsjax.model.llama import Llama, stacked
 from lsjax.sharding import make_mesh, placed
@@ -171,9 +171,9 @@ def test_decode_program(model, tokenizer, texts, tmp_path):
 def test_scores(model):
     """Rows of different length, some of them fillers."""
     texts = [Text(prompt, len(prompt) - 1) for prompt in PROMPTS]
-    expected = score(model, texts, exit_layer=2, batch_size=8)
+    expected = score_texts(model, texts, exit_layer=2, batch_size=8)
     mesh = make_mesh(DATA_AND_TENSOR)
-    found = score(placed(model, mesh), texts, exit_layer=2, batch_size=8, mesh=mesh)
+    found = score_texts(placed(model, mesh), texts, exit_layer=2, batch_size=8, mesh=mesh)
     assert [one.is_greedy for one in found] == [one.is_greedy for one in expected]
     np.testing.assert_allclose(
         [one.log_prob for one in found], [one.log_prob for one in expected], rtol=1e-5
