@@ -19,8 +19,8 @@ from rich.progress import Progress
 
 from lsjax.cli.errors import check_output, one_line_errors
 from lsjax.cli.flags import parse_flags
-from lsjax.cli.show import show_table, wide_console
 from lsjax.cli.setup import cache_directory, choose_dtype, keep_compiled_programs
+from lsjax.cli.show import show_table, wide_console
 from lsjax.config import check
 from lsjax.data.pipeline import one_pass
 from lsjax.data.tokenizer_files import load_tokenizer

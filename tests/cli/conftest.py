@@ -3,7 +3,7 @@
 import pytest
 
 import lsjax
-from lsjax.cli import correctness, flags
+from lsjax.cli import flags
 from lsjax.model.huggingface import GenerationDefaults
 
 
@@ -19,8 +19,7 @@ def model_directory(model, tokenizer, tmp_path_factory):
 @pytest.fixture(autouse=True)
 def tests_keep_their_own_cache(monkeypatch):
     """The programs would change JAX's settings for all tests that follow."""
-    for program in (flags, correctness):
-        monkeypatch.setattr(program, "keep_compiled_programs", lambda: None)
+    monkeypatch.setattr(flags, "keep_compiled_programs", lambda: None)
 
 
 @pytest.fixture

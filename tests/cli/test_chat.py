@@ -26,7 +26,7 @@ from lsjax.decoding.engine import Engine
 from lsjax.decoding.request import Request
 from lsjax.decoding.sampling import Sampling
 from lsjax.decoding.self_speculative import SelfSpeculative
-from lsjax.evaluation.identity_tail import identity_tail
+from lsjax.evaluation.exactness import identity_tail
 from lsjax.model.huggingface import GenerationDefaults
 from lsjax.model.llama import Llama
 

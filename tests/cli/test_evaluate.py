@@ -6,14 +6,14 @@ import json
 
 import pytest
 import tensorflow_datasets as tfds
+from lsjax.evaluation.answers import Cell, read
+from lsjax.evaluation.tasks import TASKS
 
-from lsjax.cli import evaluate
+from lsjax.cli import answering, evaluate
 from lsjax.cli.evaluate import main
 from lsjax.config import DataConfig, TrainConfig
 from lsjax.data.row_files import RowFiles
 from lsjax.data.token_store import encode_document
-from lsjax.evaluation.results import read
-from lsjax.evaluation.tasks.all_tasks import TASKS
 from lsjax.model.run_directory import begin_run
 from lsjax.training.checkpoint import Checkpoints
 from lsjax.training.step import init_state
@@ -61,7 +61,7 @@ def untimed(answers):
     """What must be the same again, in one order."""
     timed = ("seconds", "prefill_seconds")
     rows = [{k: v for k, v in answer.items() if k not in timed} for answer in answers]
-    return sorted(rows, key=lambda row: (row["strategy"], row["id"], row["sample"]))
+    return sorted(rows, key=lambda row: (str(Cell.of(row)), row["id"], row["sample"]))
 
 
 def test_every_strategy_answers_every_row(run, rows, tmp_path, capsys):
@@ -72,7 +72,7 @@ def test_every_strategy_answers_every_row(run, rows, tmp_path, capsys):
         *(f"early exit, exit {e}" for e in (2, 3)),
         *(f"self speculative, exit {e}, 3 drafts" for e in (2, 3)),
     }
-    by_strategy = {name: [a for a in answers if a["strategy"] == name] for name in names}
+    by_strategy = {name: [a for a in answers if str(Cell.of(a)) == name] for name in names}
     assert len(answers) == 5 * 4
     for own in by_strategy.values():
         assert [a["id"] for a in own] == [f"test.tsv:{n}" for n in (3, 4, 5, 6)]
@@ -96,6 +96,7 @@ def test_every_strategy_answers_every_row(run, rows, tmp_path, capsys):
     )
     later = sum(a["num_new_tokens"] - 1 for a in own)
     assert row["tokens_per_second"] == pytest.approx(later / sum(a["seconds"] for a in own))
+    assert row["equal"] == 1 > figures["early exit, exit 2", "all"]["equal"]
     printed = capsys.readouterr().out
     assert "self speculative, exit 3, 3 drafts" in printed and "exact_match" in printed
     assert "weather" not in printed
@@ -105,7 +106,7 @@ def test_a_killed_run_goes_on(run, rows, tmp_path, monkeypatch):
     two = ("--strategies", "autoregressive", "early_exit", "--exit-layers", 1, "--limit", 4)
     two += ("--batch-size", 2)
     whole = run(*two, output="whole.jsonl")
-    add, count = evaluate.append, 0
+    add, count = answering.append, 0
 
     def killed(file, answer):
         nonlocal count
@@ -116,13 +117,13 @@ def test_a_killed_run_goes_on(run, rows, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         add(file, answer)
 
-    monkeypatch.setattr(evaluate, "append", killed)
+    monkeypatch.setattr(answering, "append", killed)
     with pytest.raises(SystemExit) as exit_:
         run(*two)
     assert exit_.value.code == 130
     before = (tmp_path / "out.jsonl").read_text().splitlines()
     assert len(before) == 1 + 5 + 1
-    monkeypatch.setattr(evaluate, "append", add)
+    monkeypatch.setattr(answering, "append", add)
     answers = run(*two)
     assert (tmp_path / "out.jsonl").read_text().splitlines()[:6] == before[:6]
     assert untimed(answers) == untimed(whole)
@@ -131,16 +132,21 @@ def test_a_killed_run_goes_on(run, rows, tmp_path, monkeypatch):
     assert (tmp_path / "out.jsonl").read_bytes() == again
 
 
-def test_other_questions_are_not_mixed_in(run, rows, tmp_path, refused, model_directory, capsys):
+def test_other_conditions_are_not_mixed_in(run, rows, tmp_path, refused, model_directory, capsys):
+    """More examples and strategies are answered in the same file."""
     run("--limit", 1)
-    capsys.readouterr()
-    words = ("--model", model_directory, "--task", "topv2", "--max-new-tokens", 12)
-    words += ("--output", tmp_path / "out.jsonl", "--data", rows)
-    assert "questions was 1 and is now 2" in refused(main, *words, "--limit", 2)
-    *_, last = (tmp_path / "out.jsonl").read_text().splitlines(keepends=True)
-    with (tmp_path / "out.jsonl").open("a") as stream:
-        stream.write(last)
-    assert "out.jsonl holds an answer twice" in refused(main, *words, "--limit", 1)
+    answers = run("--limit", 2, "--strategies", "autoregressive", "early_exit", "--exit-layers", 1)
+    assert [(a["exit_layer"], a["id"]) for a in answers] == [
+        *((None, "test.tsv:2"), (None, "test.tsv:3"), (1, "test.tsv:2"), (1, "test.tsv:3")),
+    ]
+    assert "1 of 4 answers are there already" in capsys.readouterr().err
+    words = ("--model", model_directory, "--task", "topv2", "--output", tmp_path / "out.jsonl")
+    words += ("--data", rows, "--limit", 2)
+    assert "max_new_tokens was 12 and is now 9" in refused(main, *words, "--max-new-tokens", 9)
+    # The summary is of what was asked.
+    run("--limit", 1)
+    summary = json.loads((tmp_path / "out.summary.json").read_text())
+    assert [row["examples"] for row in summary["figures"]] == [1]
 
 
 def test_bad_rows(run, rows, tmp_path, refused, model_directory, capsys):
@@ -176,8 +182,9 @@ def test_a_run_is_asked_in_its_own_template(model, tokenizer, rows, tmp_path):
         checkpoints.save(state, step=1, config=config, data={})
     asked = []
 
-    def spy(engine, task, strategies, questions, done, keep):
+    def spy(file, conditions, strategies, questions, notes, decode):
         asked.extend(questions)
+        return []
 
     bad = tmp_path / "bad.tsv"  # with a bad row first
     bad.write_text("\n".join([ROWS[0], "no query\t\tx", *ROWS[1:]]))
@@ -185,7 +192,7 @@ def test_a_run_is_asked_in_its_own_template(model, tokenizer, rows, tmp_path):
     words += ("--bad-rows", "skip")
     argv = [str(word) for word in ("--model", directory, *words, "--max-new-tokens", 4)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evaluate, "answer_all", spy)
+        patch.setattr(answering, "complete", spy)
         main(argv)
     trained = list(RowFiles(data.paths, data).documents())
     for question, document in zip(asked, trained, strict=True):
