@@ -21,6 +21,7 @@ from jax.sharding import Mesh
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 
+from lsjax.checkpoints import fingerprints
 from lsjax.cli.errors import check_output, one_line_errors
 from lsjax.cli.evaluation_examples import Problems, ask, prompt_ids, read_examples
 from lsjax.cli.evaluation_options import Arguments, check_numbers, with_options
@@ -46,7 +47,6 @@ from lsjax.evaluation.results import append, resume
 from lsjax.evaluation.summary import WHOLE, summarise
 from lsjax.evaluation.tasks.all_tasks import TASKS
 from lsjax.evaluation.tasks.task import Task
-from lsjax.model.fingerprint import fingerprints
 from lsjax.model.llama import Llama
 
 
