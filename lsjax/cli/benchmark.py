@@ -24,8 +24,7 @@ from lsjax.cli.flags import parse_flags
 from lsjax.cli.grid import Grid, GridArguments, show, wide_console
 from lsjax.cli.setup import keep_compiled_programs
 from lsjax.config import check
-from lsjax.decoding.calibration import memory_bandwidth
-from lsjax.decoding.cost import weight_bytes
+from lsjax.decoding.cost import memory_bandwidth, weight_bytes
 from lsjax.evaluation.speed import compare, take_turns
 
 

@@ -10,12 +10,11 @@ from rich.text import Text
 
 from lsjax.cli.flags import ModelFlags, SamplingFlags, StrategyFlags, load_engine, open_model
 from lsjax.cli.prompts import PromptArguments, read_encoded, read_prompts
-from lsjax.cli.setup import cache_directory, machine
+from lsjax.cli.setup import cache_directory
 from lsjax.config import check
 from lsjax.data.token_counts import find_counts
 from lsjax.decoding.autoregressive import Autoregressive
-from lsjax.decoding.calibration import calibrated
-from lsjax.decoding.cost import Costs
+from lsjax.decoding.cost import RoundCosts, calibrate
 from lsjax.decoding.draft_vocabulary import DraftVocabulary
 from lsjax.decoding.engine import Engine
 from lsjax.decoding.request import check_settings, encode_prompt
@@ -127,13 +126,13 @@ class Grid:
         small = self._cells(self.vocabulary) if self.vocabulary else ()
         return [Autoregressive(), *self._cells(None), *small]
 
-    def costs(self, engine: Engine) -> Costs | None:
+    def costs(self, engine: Engine) -> RoundCosts | None:
         """What the parts of a round cost now, beside what they are compared with."""
         if not self.arguments.exit_layers:
             return None
         sizes = [self.config.vocab_size, *([self._draft_vocab] if self._draft_vocab else [])]
         lengths = [length for length in self.lengths if length > 0]
-        return calibrated(cache_directory(), machine(), engine.model, lengths, sizes, again=True)
+        return calibrate(engine.model, lengths, sizes)
 
     @property
     def lengths(self) -> list[int]:

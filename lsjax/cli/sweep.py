@@ -34,7 +34,7 @@ from lsjax.cli.grid import Grid, GridArguments, show, wide_console
 from lsjax.cli.setup import keep_compiled_programs, machine
 from lsjax.cli.show import coloured, origins
 from lsjax.config import check
-from lsjax.decoding.calibration import memory_bandwidth
+from lsjax.decoding.cost import memory_bandwidth
 from lsjax.decoding.engine import Engine
 from lsjax.decoding.state import Strategy
 from lsjax.evaluation.figures import check_plots

@@ -28,7 +28,7 @@ from jaxtyping import Array, Bool, Float, Int
 from lsjax.config import check
 from lsjax.decoding.sampling import likeliest
 from lsjax.model.cache import KVCache
-from lsjax.model.llama import Llama
+from lsjax.model.llama import Llama, unstacked
 
 MIN_LENGTH = 32  # a window is padded to this many tokens, or a larger power of two
 # Scored tokens that pass the head together: [ROWS, V] logits are all that exists of them at once.
@@ -187,9 +187,8 @@ def _score_places(
     `place_P` (row * T + position), for the first `count` of P = B * T places."""
     batch, steps = tokens_BT.shape
     positions_BT = jnp.broadcast_to(jnp.arange(steps), (batch, steps))
-    cache = KVCache.create(
-        model.config, batch, steps, model.dtype, exit_layer, stacked=model.is_stacked
-    )
+    model = unstacked(model)
+    cache = KVCache.create(model.config, batch, steps, model.dtype, exit_layer)
     x_BTD, _ = model.run_layers(model.embed(tokens_BT), 0, exit_layer, positions_BT, cache)
     x_PD = x_BTD.reshape(batch * steps, -1)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from lsjax.config import LlamaConfig, check
 from lsjax.decoding.completion import Completion
-from lsjax.decoding.cost import Costs, ideal_speedup, unsure_share, weight_bytes
+from lsjax.decoding.cost import RoundCosts, ideal_speedup, unsure_share, weight_bytes
 from lsjax.decoding.engine import Engine
 from lsjax.decoding.sampling import Sampling
 from lsjax.decoding.self_speculative import SelfSpeculative
@@ -124,7 +124,7 @@ def compare(
     itemsize: int,
     everything: Sequence[Strategy],
     texts: Iterable[Timed],
-    costs: Costs | None,
+    costs: RoundCosts | None,
     bandwidth: float,
 ) -> Iterator[Row]:
     """The figures of each strategy, the first of which is autoregressive.
