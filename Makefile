@@ -73,11 +73,11 @@ lint: $(VENV)/installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# The real SmolLM2 against numbers that transformers computed (scripts/parity.py).
+# The real SmolLM2 against numbers that transformers computed (tests/proofs/parity.py).
 parity: $(VENV)/installed $(SMOLLM2)
-	$(BIN)/python scripts/parity.py $(SMOLLM2)
+	$(BIN)/python tests/proofs/parity.py $(SMOLLM2)
 
-# torch and transformers, for benchmarks and scripts/make_golden.py only.
+# torch and transformers, for benchmarks and tests/golden/make_golden.py only.
 peers: $(VENV)/installed
 	$(BIN)/python -m pip install -q -e '.[peers]'
 

@@ -26,8 +26,8 @@ from rich.progress import Progress
 from rich.table import Table
 
 import lsjax
-from lsjax.cli.errors import one_line_errors
 from lsjax.cli.benchmark import PROMPTS
+from lsjax.cli.errors import one_line_errors
 from lsjax.cli.prompts import PromptArguments, read_encoded
 from lsjax.cli.setup import cache_directory, exact_products, keep_compiled_programs
 from lsjax.cli.show import wide_console

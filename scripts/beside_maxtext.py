@@ -36,7 +36,15 @@ from lsjax.aot.hlo import parse
 from lsjax.aot.report import Memory, Report
 
 CONFIG = Path(__file__).parents[1] / "configs" / "continual_llama2_7b.py"
-COLUMNS = ("program", "mesh", "GiB a device", "a step takes at least, s", "of peak", "sent GB")
+COLUMNS = (
+    "program",
+    "slice",
+    "data x fsdp",
+    "GiB a device",
+    "a step takes at least, s",
+    "plain FLOPs of peak",
+    "sent GB",
+)
 # Runs MaxText's program, and keeps what the compiler makes of it.
 KEEP = """
 import json, pathlib, runpy, sys
@@ -77,34 +85,26 @@ class Arguments:
 def main(arguments: Arguments) -> int:
     """Prints the table."""
     with tempfile.TemporaryDirectory() as name:
-        directory = Path(name)
-        found = of_lsjax(arguments, directory / "lsjax.json")
-        training, mesh = found["training"], dict(found["meshes"]["train"])
-        if arguments.fsdp is not None:
-            mesh |= {"data": training["devices"] // arguments.fsdp, "fsdp": arguments.fsdp}
-        of_maxtext(arguments, training, mesh, directory)
-        chip = next(chip for chip in CHIPS if chip.name == arguments.topology.partition(":")[0])
-        report = counted(directory, mesh, chip)
+        output = Path(name) / "lsjax.json"
+        command = [sys.executable, "-m", "lsjax.cli.aot", "--config", str(CONFIG)]
+        command += ["--programs", "train", "--beside-plain", "--topology", arguments.topology]
+        run([*command, "--output", str(output), *arguments.lsjax.split()], {})
+        found = json.loads(output.read_text())
+        other = of_maxtext(arguments, found, Path(name))
     print("| " + " | ".join(COLUMNS) + " |", "|---" * len(COLUMNS) + "|", sep="\n")
-    programs = {program["name"]: program for program in found["programs"]}
-    rows = {"lsjax": programs["plain"], "lsjax, LayerSkip": programs["train"]}
-    rows |= {f"MaxText, {arguments.remat_policy}": report.to_json()}
-    for name, program in rows.items():
-        place = mesh if "MaxText" in name else found["meshes"]["train"]
-        print("| " + " | ".join(row(name, place, program, training)) + " |")
+    for cells in [*rows_of_lsjax("continual_llama2_7b", found), row_of_maxtext(found, other)]:
+        print("| " + " | ".join(cells) + " |")
     return 0
 
 
-def of_lsjax(arguments: Arguments, output: Path) -> dict[str, Any]:
-    """The report of lsjax.cli.aot."""
-    command = [sys.executable, "-m", "lsjax.cli.aot", "--config", str(CONFIG), "--beside-plain"]
-    command += ["--programs", "train", "--topology", arguments.topology, "--output", str(output)]
-    run([*command, *arguments.lsjax.split()], {})
-    return json.loads(output.read_text())
+def of_maxtext(arguments: Arguments, found: Mapping[str, Any], directory: Path) -> dict[str, Any]:
+    """MaxText's report: its program for the slice, rows and tokens of lsjax's report `found`.
 
-
-def of_maxtext(arguments: Arguments, training, mesh: Mapping[str, int], directory: Path) -> None:
-    """Leaves the program and its memory in the directory."""
+    directory: for what MaxText writes.
+    """
+    training, mesh = found["training"], dict(found["meshes"]["train"])
+    if arguments.fsdp is not None:
+        mesh |= {"data": training["devices"] // arguments.fsdp, "fsdp": arguments.fsdp}
     flags = {
         "model_name": "llama2-7b",
         "per_device_batch_size": training["batch_size"] / training["devices"],
@@ -130,6 +130,9 @@ def of_maxtext(arguments: Arguments, training, mesh: Mapping[str, int], director
     # Without Google Cloud's packages, and on shapes alone.
     environment = {"PYTHONPATH": str(source), "DECOUPLE_GCLOUD": "TRUE", "JAX_PLATFORMS": "cpu"}
     run(command, environment)
+    chip = next(chip for chip in CHIPS if chip.name == arguments.topology.partition(":")[0])
+    report = counted(directory, mesh, chip)
+    return report.to_json() | {"mesh": mesh, "policy": arguments.remat_policy}
 
 
 def run(command: list[str], environment: Mapping[str, str]) -> None:
@@ -151,14 +154,33 @@ def counted(directory: Path, mesh: Mapping[str, int], chip: Chip) -> Report:
     return Report("MaxText", chip, 0.0, None, (), memory, costs)
 
 
-def row(name: str, mesh: Mapping[str, int], program, training) -> list[str]:
-    """Cells of a program; of its FLOPs only those of plain training count as useful."""
+def rows_of_lsjax(name: str, found: Mapping[str, Any]) -> list[list[str]]:
+    """Rows of a report that has the plain step beside the step with LayerSkip."""
+    programs = {program["name"]: program for program in found["programs"]}
+    plain, layerskip = programs["plain"], programs["train"]
+    ratio = f" ({layerskip['seconds'] / plain['seconds']:.3f}x)"
+    mesh = found["meshes"]["train"]
+    return [
+        row(f"{name}, plain", mesh, plain, found, ""),
+        row(f"{name}, LayerSkip", mesh, layerskip, found, ratio),
+    ]
+
+
+def row_of_maxtext(found: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    """Row of MaxText's report."""
+    return row(f"MaxText llama2-7b, {other['policy']}", other["mesh"], other, found, "")
+
+
+def row(name: str, mesh: Mapping[str, int], program, found, ratio: str) -> list[str]:
+    """Cells of a program. Only the FLOPs of plain training count as useful."""
+    training = found["training"]
     useful = training["plain_flops"] / training["peak_flops"]
     return [
         name,
+        found["topology"],
         f"{mesh['data']} x {mesh['fsdp']}",
         f"{program['memory']['total'] / 2**30:.1f}",
-        f"{program['seconds']:.3f}",
+        f"{program['seconds']:.3f}{ratio}",
         f"{useful / program['seconds']:.1%}",
         f"{program['sent_bytes'] / 1e9:.1f}",
     ]

@@ -1,18 +1,22 @@
-"""Compiles the paper's configurations for slices of TPUs, and prints the table of docs/pods.md.
+"""Compiles the paper's configurations for slices of TPUs, and prints the tables of docs/pods.md.
 
     python scripts/pods.py --directory build/pods
     python scripts/pods.py --directory build/pods --only continual_llama2_7b
+    python scripts/pods.py --directory build/pods --maxtext ../maxtext --python ../env/bin/python
 
-Needs libtpu (pip install 'lsjax[tpu]'), no TPU. A program takes a minute on two quiet cores. The
-reports are kept in the directory, and those that are there are not made again.
+A second table has the rows with --beside-plain, and MaxText's steps if there is a checkout of it
+(scripts/beside_maxtext.py). Needs libtpu (pip install 'lsjax[tpu]'), no TPU. A program takes a
+minute on two quiet cores. Reports are kept in the directory, and are not made again.
 """
 
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import beside_maxtext
 import tyro
 
 NOTHING = "--remat nothing_saveable"
@@ -61,19 +65,23 @@ REMAT = {"dots_with_no_batch_dims_saveable": "dots", "nothing_saveable": "nothin
 
 @dataclass(frozen=True)
 class Arguments:
-    """The table of docs/pods.md."""
+    """The tables of docs/pods.md."""
 
     directory: Path = Path("build/pods")
     """Of the reports."""
     only: str = ""
     """Configuration whose rows are wanted; all by default."""
+    maxtext: Path | None = None
+    """Checkout of MaxText."""
+    python: Path = Path(sys.executable)
+    """Interpreter of MaxText's environment."""
 
 
 def main(arguments: Arguments) -> int:
     """Prints a line as soon as it is known; gives 1 where something does not fit."""
     arguments.directory.mkdir(parents=True, exist_ok=True)
-    print("| " + " | ".join(COLUMNS) + " |", "|---" * len(COLUMNS) + "|", sep="\n", flush=True)
-    failed = False
+    failed, beside = False, []
+    print_row(COLUMNS, head=True)
     for config, topology, flags in ROWS:
         if arguments.only not in ("", config):
             continue
@@ -88,9 +96,39 @@ def main(arguments: Arguments) -> int:
                 print(f"{command}: {done.stderr[-2000:]}", file=sys.stderr)
                 failed = True
                 continue
-        cells = row(config, json.loads(file.read_text()))
-        print("| " + " | ".join(cells) + " |", flush=True)
+        report = json.loads(file.read_text())
+        print_row(row(config, report))
+        if "--beside-plain" in flags:
+            beside.append((config, report))
+    if beside:
+        print_row(beside_maxtext.COLUMNS, head=True)
+    for config, report in beside:
+        for cells in beside_maxtext.rows_of_lsjax(config, report):
+            print_row(cells)
+        if arguments.maxtext is not None and config == beside_maxtext.CONFIG.stem:
+            print_row(beside_maxtext.row_of_maxtext(report, maxtext_report(arguments, report)))
     return int(failed)
+
+
+def print_row(cells: Sequence[str], head: bool = False) -> None:
+    """A row of a table, or the first of one."""
+    above, below = ("\n", "\n" + "|---" * len(cells) + "|") if head else ("", "")
+    print(f"{above}| {' | '.join(cells)} |{below}", flush=True)
+
+
+def maxtext_report(arguments: Arguments, report: dict) -> dict:
+    """MaxText's step beside a row of ours, made once."""
+    topology = report["topology"]
+    directory = arguments.directory / f"maxtext-{topology.replace(':', '-')}"
+    file = directory / "report.json"
+    if not is_report(file):
+        directory.mkdir(exist_ok=True)
+        policy = {"nothing": "full"}.get(REMAT[report["training"]["remat"]], "minimal")
+        wanted = beside_maxtext.Arguments(
+            arguments.maxtext, arguments.python, topology, remat_policy=policy
+        )
+        file.write_text(json.dumps(beside_maxtext.of_maxtext(wanted, report, directory)))
+    return json.loads(file.read_text())
 
 
 def is_report(file: Path) -> bool:

@@ -22,16 +22,10 @@ jax.config.update("jax_default_matmul_precision", "highest")
 # Not the modules of pytrees (cache, state, self_speculative): jax also builds those from
 # placeholders that have no shape.
 CHECKED = [
-    "lsjax.config",
+    "lsjax.checkpoints",
     "lsjax.data",
-    *(f"lsjax.model.{name}" for name in ("attention", "block", "checkpoint", "gguf")),
-    *(
-        f"lsjax.model.{name}"
-        for name in ("huggingface", "llama", "parts", "rope", "safetensors_files")
-    ),
-    *(f"lsjax.model.{name}" for name in ("fingerprint", "plain", "run_directory", "saved_steps")),
-    "lsjax.model.self_attention",
-    *(f"lsjax.decoding.{name}" for name in ("autoregressive", "completion", "engine", "loops")),
+    *(f"lsjax.model.{name}" for name in ("attention", "block", "llama", "rope", "self_attention")),
+    *(f"lsjax.decoding.{name}" for name in ("autoregressive", "completion", "engine", "programs")),
     "lsjax.decoding.request",
     "lsjax.sharding",
 ]
@@ -43,7 +37,7 @@ from flax import nnx
 from lsjax.config import LlamaConfig
 from lsjax.data.tokenizer_huggingface import ByteTokenizer
 from lsjax.data.tokenizers import Tokenizer
-from lsjax.decoding import calibration
+from lsjax.decoding import cost
 from lsjax.model.llama import Llama
 
 
@@ -74,4 +68,4 @@ def numbered_times(monkeypatch):
             loop(1)
         return [1e-3 * number for number in range(1, len(loops) + 1)]
 
-    monkeypatch.setattr(calibration, "median_seconds", median_seconds)
+    monkeypatch.setattr(cost, "median_seconds", median_seconds)

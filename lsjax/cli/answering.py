@@ -11,11 +11,11 @@ import jax
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 
+from lsjax.checkpoints import fingerprints, is_run, read_run_config
 from lsjax.cli.flags import ModelFlags
 from lsjax.cli.prompts import RowFlags
 from lsjax.cli.setup import machine
-from lsjax.config import ConfigError, DataConfig, check
-from lsjax.config.run_path import split_step
+from lsjax.config import ConfigError, DataConfig, check, split_step
 from lsjax.data.chat import chat_prompt
 from lsjax.data.documents import Document
 from lsjax.data.token_store import encode_document
@@ -45,8 +45,6 @@ from lsjax.evaluation.examples import (
     tfds_rows,
 )
 from lsjax.evaluation.tasks import Example, Task
-from lsjax.model.fingerprint import fingerprints
-from lsjax.model.run_directory import is_run, read_config
 
 LOOKED_AT = 100  # rows that tell whether they are of the kind that the model was finetuned on
 VERSION = 4  # of the conditions and of a line of answers
@@ -130,7 +128,7 @@ def read_examples(
     directory, _ = split_step(flags.model)
     trained = None
     if flags.prompt_template is None and flags.response_template is None and is_run(directory):
-        trained = read_config(directory).data
+        trained = read_run_config(directory).data
     data = templates(task, trained, looked_at())
     shots: tuple[Document, ...] = ()
     if task.num_shots:

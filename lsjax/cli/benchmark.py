@@ -31,11 +31,9 @@ from lsjax.cli.benchmark_table import show, show_costs, verdict, write
 from lsjax.cli.errors import check_output, one_line_errors
 from lsjax.cli.flags import SamplingFlags, StrategyFlags, load_engine
 from lsjax.cli.prompts import PromptArguments, read_encoded, read_prompts
-from lsjax.cli.setup import cache_directory, machine
 from lsjax.config import LlamaConfig, check
 from lsjax.data.tokenizers import Tokenizer
-from lsjax.decoding.calibration import calibrated, memory_bandwidth
-from lsjax.decoding.cost import Costs
+from lsjax.decoding.cost import RoundCosts, calibrate, memory_bandwidth
 from lsjax.decoding.engine import Engine
 from lsjax.decoding.request import encode_prompt
 from lsjax.decoding.sampling import GREEDY
@@ -211,7 +209,7 @@ def make_questions(
     return sorted(questions, key=lambda question: question.sample)
 
 
-def measured_costs(engine: Engine, strategies: Sequence[Strategy]) -> Costs | None:
+def measured_costs(engine: Engine, strategies: Sequence[Strategy]) -> RoundCosts | None:
     """What the parts of a round cost now, beside what they are compared with; None where nothing
     drafts."""
     drafting = [one for one in strategies if isinstance(one, SelfSpeculative)]
@@ -220,7 +218,7 @@ def measured_costs(engine: Engine, strategies: Sequence[Strategy]) -> Costs | No
     size = engine.model.config.vocab_size
     sizes = sorted({one.draft_vocab or size for one in drafting}, reverse=True)
     lengths = sorted({length for one in drafting for length in one.lengths if length > 0})
-    return calibrated(cache_directory(), machine(), engine.model, lengths, sizes, again=True)
+    return calibrate(engine.model, lengths, sizes)
 
 
 def describe(arguments: Arguments, engine: Engine, questions: Sequence[Question]) -> str:

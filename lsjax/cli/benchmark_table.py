@@ -10,7 +10,7 @@ from rich.console import Console
 
 from lsjax.cli.show import or_dash, show_table, wide_console
 from lsjax.config import ConfigError
-from lsjax.decoding.cost import Costs, weight_bytes
+from lsjax.decoding.cost import RoundCosts, weight_bytes
 from lsjax.decoding.engine import Engine
 from lsjax.decoding.self_speculative import SelfSpeculative
 from lsjax.evaluation.answers import ALL, Answer, Cell
@@ -43,7 +43,7 @@ def show(title: str, rows: Sequence[CellSpeed]) -> None:
     show_table(title, headings, lines, left=2, styles=green)
 
 
-def show_costs(engine: Engine, base: CellSpeed, costs: Costs | None, bandwidth: float) -> None:
+def show_costs(engine: Engine, base: CellSpeed, costs: RoundCosts | None, bandwidth: float) -> None:
     """Compilation, memory bandwidth, and passes of several positions."""
     config, console = engine.model.config, wide_console()
     weights = weight_bytes(config, engine.model.dtype.itemsize)

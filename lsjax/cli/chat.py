@@ -13,8 +13,8 @@ from lsjax.config import ConfigError
 from lsjax.data.chat import ChatTemplateError
 from lsjax.data.dialogue import Dialogue
 from lsjax.data.tokenizers import TokenizerError
+from lsjax.decoding.batching import Conversation
 from lsjax.decoding.completion import Completion
-from lsjax.decoding.conversation import Conversation
 from lsjax.decoding.engine import Engine
 from lsjax.decoding.request import Request
 

@@ -17,6 +17,13 @@ from jax.sharding import Mesh
 from rich.console import Console
 from rich.progress import Progress
 
+from lsjax.checkpoints import (
+    RunSource,
+    TensorSource,
+    assemble,
+    open_checkpoint,
+    read_generation_defaults,
+)
 from lsjax.cli.setup import cache_directory, choose_dtype, keep_compiled_programs
 from lsjax.config import ConfigError, LlamaConfig, MeshConfig, check
 from lsjax.data.token_counts import find_counts
@@ -29,10 +36,7 @@ from lsjax.decoding.request import check_settings
 from lsjax.decoding.sampling import GREEDY, Sampling
 from lsjax.decoding.self_speculative import SelfSpeculative
 from lsjax.decoding.state import Strategy
-from lsjax.model.checkpoint import TensorSource, assemble, open_source
-from lsjax.model.huggingface import read_generation_defaults
 from lsjax.model.llama import Llama
-from lsjax.model.run_directory import RunSource
 from lsjax.sharding import make_mesh
 
 T = TypeVar("T")
@@ -189,7 +193,7 @@ def open_model(flags: ModelFlags) -> tuple[Source, Tokenizer]:
 
     Raises CheckpointError or TokenizerError for damaged files.
     """
-    source = open_source(flags.model)
+    source = open_checkpoint(flags.model)
     return source, load_tokenizer(flags.model).fitted(source.config.vocab_size)
 
 

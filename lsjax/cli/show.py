@@ -10,8 +10,7 @@ from rich.text import Text
 
 from lsjax.data.detokenize import StreamDecoder
 from lsjax.data.tokenizers import Tokenizer
-from lsjax.decoding.completion import Completion, Trace
-from lsjax.decoding.run import Update
+from lsjax.decoding.completion import Completion, Trace, Update
 
 ACCEPTED = "bold green"
 CORRECTED = "bold red"

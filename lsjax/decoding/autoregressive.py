@@ -13,13 +13,6 @@ class Autoregressive(Strategy):
 
     name = "autoregressive"
 
-    def validate(self, config: LlamaConfig) -> None:
-        """Fits every model."""
-
-    def depth(self, config: LlamaConfig) -> int:
-        """All layers."""
-        return config.num_layers
-
     def step(self, model: Llama, state: DecodeState, arguments: tuple[()]) -> DecodeState:
         """The next token of every row."""
         return next_token(model, state, model.config.num_layers)

@@ -58,15 +58,14 @@ class DecodeState:
         capacity: int,
         num_layers: int,
         dtype: DTypeLike,
-        stacked: bool = False,
         sampling: Sequence[Sampling],
         among: Sequence[Sampling] | None = None,
         log_probs: bool = False,
         cache: KVCache | None = None,
         mesh: Mesh | None = None,
     ) -> "DecodeState":
-        """Rows with their prompts and a cache for the first `num_layers` layers, stacked if the
-        model's are; shared out over a mesh (lsjax/sharding.py).
+        """Rows with their prompts and a cache for the first `num_layers` layers, sharded over a
+        mesh (lsjax/sharding.py).
 
         capacity: slots of each row, which may be fewer than it will need (`grown`). stop_ids:
         tokens that end each row, for every row as many (-1 is none). A row with max_new_tokens 0 is
@@ -88,9 +87,7 @@ class DecodeState:
         for row, prompt in enumerate(prompts):
             tokens_BS[row, : len(prompt)] = prompt
         if cache is None:
-            cache = KVCache.create(
-                config, batch, capacity, dtype, num_layers, stacked=stacked, mesh=mesh
-            )
+            cache = KVCache.create(config, batch, capacity, dtype, num_layers, mesh=mesh)
         state = cls(
             cache=cache,
             length_B=jnp.asarray(length_B),
@@ -269,13 +266,12 @@ class Strategy(ABC):
         """Strategies with equal ones share their programs."""
         return self
 
-    @abstractmethod
-    def validate(self, config: LlamaConfig) -> None:
+    def validate(self, config: LlamaConfig) -> None:  # noqa: B027
         """Raises ConfigError where the strategy does not fit the model."""
 
-    @abstractmethod
     def depth(self, config: LlamaConfig) -> int:
-        """Layers that run for a token that counts: the exit layer, or all."""
+        """Layers that run for a token that counts: all of them, or the exit layer."""
+        return config.num_layers
 
     def arguments(self, model: Llama) -> Any:
         """A pytree of arrays: what `step` needs beside the model."""

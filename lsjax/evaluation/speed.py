@@ -8,7 +8,7 @@ from itertools import pairwise
 
 from lsjax.config import LlamaConfig
 from lsjax.decoding.completion import Completion
-from lsjax.decoding.cost import Costs, ideal_speedup, unsure_share, weight_bytes
+from lsjax.decoding.cost import RoundCosts, ideal_speedup, unsure_share, weight_bytes
 from lsjax.decoding.engine import Engine
 from lsjax.decoding.self_speculative import SelfSpeculative
 from lsjax.decoding.state import Strategy
@@ -111,7 +111,7 @@ def cell_speeds(
     itemsize: int,
     strategies: Sequence[Strategy],
     answers: Sequence[Answer],
-    costs: Costs | None,
+    costs: RoundCosts | None,
     bandwidth: float,
 ) -> Iterator[CellSpeed]:
     """The figures of each strategy and group, the whole of a strategy first.
@@ -165,7 +165,7 @@ def _add_limits(
     config: LlamaConfig,
     strategy: SelfSpeculative,
     answers: Sequence[Answer],
-    costs: Costs,
+    costs: RoundCosts,
 ) -> None:
     """Adds the ideal and the predicted speedup."""
     drafted, rounds = by_position(answers, "drafted"), sum(one["rounds"] for one in answers)

@@ -3,8 +3,8 @@
 import pytest
 
 import lsjax
+from lsjax.checkpoints import GenerationDefaults
 from lsjax.cli import flags
-from lsjax.model.huggingface import GenerationDefaults
 
 
 @pytest.fixture(scope="session")

@@ -284,7 +284,10 @@ def bad(model_directory, tmp_path_factory):
         ("--strategy early_exit --exit-layer 5", "layer 5 is not in 1..4, .*: choose --exit-layer"),
         ("--strategy early_exit", "early_exit needs --exit-layer"),
         ("--strategy self_speculative --model {bad}/silent", "needs --exit-layer and --num-draft"),
-        ("--strategy self_speculative --num-draft-tokens -1", "tokens -1 is below 0: choose --num"),
+        (
+            "--strategy self_speculative --num-draft-tokens -1",
+            "num_draft_tokens -1 is not in 0..512",
+        ),
         ("--exit-layer 2", "--exit-layer means nothing to autoregressive"),
         ("--num-draft-tokens 2", "--num-draft-tokens means nothing to autoregressive"),
         ("--prompt " + "a" * 600, "600 tokens and 128 new ones .* length of 512: shorten the"),

@@ -6,16 +6,15 @@ import json
 
 import pytest
 import tensorflow_datasets as tfds
-from lsjax.evaluation.answers import Cell, read
-from lsjax.evaluation.tasks import TASKS
 
+from lsjax.checkpoints import Checkpoints, begin_run
 from lsjax.cli import answering, evaluate
 from lsjax.cli.evaluate import main
 from lsjax.config import DataConfig, TrainConfig
 from lsjax.data.row_files import RowFiles
 from lsjax.data.token_store import encode_document
-from lsjax.model.run_directory import begin_run
-from lsjax.training.checkpoint import Checkpoints
+from lsjax.evaluation.answers import Cell, read
+from lsjax.evaluation.tasks import TASKS
 from lsjax.training.step import init_state
 from tests.data import tiny_questions  # noqa: F401 (TFDS knows it from then on)
 

@@ -26,7 +26,10 @@ def test_good_flags():
 @pytest.mark.parametrize(
     "argv, message",
     [
-        (["--optimizer.learning-rate", "-1"], "optimizer.learning_rate -1.0 must not be negative"),
+        (
+            ["--optimizer.learning-rate", "-1"],
+            "optimizer.learning_rate -1.0 must be a finite number of at least 0",
+        ),
         (
             ["--optimizer.learning-rat", "1"],
             "Unrecognized options: --optimizer.learning-rat, 1; Perhaps you meant: "

@@ -16,7 +16,7 @@ from lsjax.decoding import self_speculative
 from lsjax.decoding.acceptance import accept_by_ratio
 from lsjax.decoding.autoregressive import Autoregressive
 from lsjax.decoding.draft_vocabulary import DraftVocabulary
-from lsjax.decoding.loops import decode, prefill
+from lsjax.decoding.programs import decode, prefill
 from lsjax.decoding.sampling import Draws, Purpose, Sampling
 from lsjax.decoding.self_speculative import SelfSpeculative
 from lsjax.decoding.state import DecodeState

@@ -14,19 +14,17 @@ import pytest
 from flax import nnx
 
 import decode as decode_program
+from lsjax.checkpoints import save
 from lsjax.config import ConfigError, LlamaConfig, MeshConfig
 from lsjax.decoding.autoregressive import Autoregressive, EarlyExit
-from lsjax.decoding.choices import Choices
 from lsjax.decoding.draft_vocabulary import DraftVocabulary
 from lsjax.decoding.engine import Engine
-from lsjax.decoding.loops import decode, prefill
-from lsjax.decoding.programs import Programs
+from lsjax.decoding.programs import Programs, decode, prefill
 from lsjax.decoding.sampling import GREEDY, Sampling
 from lsjax.decoding.self_speculative import SelfSpeculative
 from lsjax.decoding.state import DecodeState
 from lsjax.evaluation.exactness import FLOAT32_MARGIN, first_difference
 from lsjax.evaluation.exits import Text, score_texts
-from lsjax.model.huggingface import save
 from lsjax.model.llama import Llama, stacked
 from lsjax.sharding import make_mesh, placed
 from tests.decoding.test_compiled import copies
@@ -50,7 +48,6 @@ def programs(model, strategy, mesh=None, sampling=GREEDY):
         capacity=CAPACITY,
         num_layers=depth,
         dtype=model.dtype,
-        stacked=model.is_stacked,
         sampling=[sampling] * len(PROMPTS),
         mesh=mesh,
     )
@@ -76,7 +73,7 @@ CASES = [
     (DATA_AND_TENSOR, SelfSpeculative(2, 2), GREEDY, "stacked"),
     (FEW_HEADS, SelfSpeculative(2, 2, VOCABULARY), GREEDY, "separate"),
     (FEW_HEADS, EarlyExit(2), GREEDY, "separate"),
-    (ALL_AXES, SelfSpeculative(2, 2, choices=Choices((1, 2), (0, 2))), GREEDY, "separate"),
+    (ALL_AXES, SelfSpeculative(2, 2, shared_exits=(1,), shared_lengths=(0,)), GREEDY, "separate"),
 ]
 
 

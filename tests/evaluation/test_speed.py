@@ -9,9 +9,8 @@ import pytest
 
 from lsjax.config import LlamaConfig
 from lsjax.decoding.autoregressive import Autoregressive, EarlyExit
-from lsjax.decoding.choices import Choices
 from lsjax.decoding.completion import Completion
-from lsjax.decoding.cost import Costs
+from lsjax.decoding.cost import RoundCosts
 from lsjax.decoding.engine import Engine
 from lsjax.decoding.request import Request
 from lsjax.decoding.self_speculative import SelfSpeculative
@@ -126,7 +125,7 @@ def test_figures_by_hand():
         timed(PLAIN, 12.0, 1),
         timed(two, 3.0, 1, [3], [3], rounds=6, base=12.0),
     ]
-    costs = Costs(4.0, {1: 1.0, 3: 1.5}, {3: 0.5}, {100: 0.25})
+    costs = RoundCosts(4.0, {1: 1.0, 3: 1.5}, {3: 0.5}, {100: 0.25})
     config = LlamaConfig.tiny(vocab_size=100)
     base, first, second = cell_speeds(config, 4, EVERYTHING, answers, costs, 1e6)
     assert base.speedup == 1 and base.acceptance_rate is None
@@ -173,7 +172,7 @@ def test_what_rounds_verify_by_hand():
     assert widths == pytest.approx({1: 0.2, 3: 0.1, 5: 0.3, 9: 0.4})
     answers = [timed(PLAIN, 9.0), timed(sure, 3.0, 0, drafted, accepted, rounds=10, base=9.0)]
     layer, head = {1: 8.0, 3: 1.0, 5: 2.0, 9: 3.0}, {3: 0.5, 5: 1.0, 9: 2.0}
-    costs = Costs(40.0, layer, head, {100: 0.5})
+    costs = RoundCosts(40.0, layer, head, {100: 0.5})
     config = LlamaConfig.tiny(vocab_size=100)
     _, row = cell_speeds(config, 4, [PLAIN, sure], answers, costs, 1e6)
     # 41 drafts by one layer of four, and 9 rounds in which the head gives a token in vain.
@@ -193,7 +192,7 @@ def engine(model, tokenizer):
 
 
 def drafting_from(exit_layer: int) -> SelfSpeculative:
-    return SelfSpeculative(exit_layer, 3, choices=Choices((1, 2), (3,)))
+    return SelfSpeculative(exit_layer, 3, shared_exits=(1, 2))
 
 
 def test_acceptance_by_position_of_an_identity_tail(engine):

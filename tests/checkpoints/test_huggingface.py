@@ -1,0 +1,438 @@
+"""Hugging Face directories: against transformers' own numbers, round trips, and damage."""
+
+import json
+import logging
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors
+from flax import nnx
+from safetensors.numpy import load_file, save_file
+
+from lsjax.checkpoints import (
+    CheckpointError,
+    GenerationDefaults,
+    load,
+    open_checkpoint,
+    read_generation_defaults,
+    save,
+)
+from lsjax.checkpoints.huggingface_keys import NEUTRAL, check_keys
+from lsjax.config import LlamaConfig, RopeScaling
+from lsjax.model.llama import Llama, stacked
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+VARIANTS = sorted(path.parent.name for path in GOLDEN.glob("*/golden.npz"))
+Q0 = "model.layers.0.self_attn.q_proj.weight"
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+def copied(tmp_path: Path, name: str) -> Path:
+    return Path(shutil.copytree(GOLDEN / name, tmp_path / name))
+
+
+def edit_json(file: Path, change: Callable[[dict], object]) -> None:
+    raw = json.loads(file.read_text())
+    change(raw)
+    file.write_text(json.dumps(raw))
+
+
+def edit_tensors(directory: Path, change: Callable[[dict], object]) -> None:
+    tensors = load_file(directory / WEIGHTS)
+    change(tensors)
+    save_file(tensors, directory / WEIGHTS, {"format": "pt"})
+
+
+def edit_header(file: Path, change: Callable[[dict], object]) -> None:
+    blob = file.read_bytes()
+    length = int.from_bytes(blob[:8], "little")
+    header = json.loads(blob[8 : 8 + length])
+    change(header)
+    text = json.dumps(header).encode()
+    file.write_bytes(len(text).to_bytes(8, "little") + text + blob[8 + length :])
+
+
+def assert_same(one: Llama, other: Llama) -> None:
+    assert one.config == other.config
+    assert jax.tree.structure(one) == jax.tree.structure(other)
+    for ours, theirs in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+        assert ours.dtype == theirs.dtype
+        np.testing.assert_array_equal(ours, theirs)
+
+
+@jax.jit
+def all_exits(model: Llama, tokens: jax.Array) -> jax.Array:
+    return model.unembed(model.exits(tokens))
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_numbers_of_transformers(name):
+    golden = np.load(GOLDEN / name / "golden.npz")
+    model, tokens = load(GOLDEN / name), golden["tokens"]
+    # The greedy continuation shares the shape, so that it costs no second compilation.
+    with jax.default_matmul_precision("highest"):
+        logits = np.asarray(all_exits(model, tokens))
+        greedy = np.asarray(all_exits(model, golden["greedy"]))[-1].argmax(-1)
+    np.testing.assert_allclose(logits[-1], golden["logits"], atol=2e-4, rtol=0)
+    log_probs = np.asarray(jax.nn.log_softmax(logits[:, :, :-1]))
+    losses = -np.take_along_axis(log_probs, tokens[None, :, 1:, None], axis=-1)[..., 0]
+    np.testing.assert_allclose(losses, golden["exit_losses"], atol=2e-4, rtol=0)
+    np.testing.assert_array_equal(greedy[:, 7:-1], golden["greedy"][:, 8:])
+
+
+def test_variants_exercise_what_they_are_named_for():
+    configs = {name: open_checkpoint(GOLDEN / name).config for name in VARIANTS}
+    assert configs["mha_untied"].num_kv_heads == configs["mha_untied"].num_heads
+    assert not configs["mha_untied"].tie_embeddings and configs["gqa_tied"].tie_embeddings
+    assert configs["linear_rope"].rope_scaling == RopeScaling(kind="linear", factor=3.0)
+    assert configs["old_config"].rope_scaling == RopeScaling(kind="linear", factor=2.0)
+    assert configs["old_config"].rope_theta == 5_000
+    assert configs["llama3_rope"].rope_scaling.original_context == 16
+    assert configs["biases"].attention_bias and configs["biases"].mlp_bias
+    assert configs["head_dim"].head_dim == 12
+    assert len(list((GOLDEN / "sharded").glob("*.safetensors"))) > 2
+
+
+def test_loaded_model_has_the_structure_of_a_new_one():
+    model = load(GOLDEN / "biases")
+    new = jax.eval_shape(lambda: Llama(model.config, rngs=nnx.Rngs(0)))
+    assert jax.tree.structure(model) == jax.tree.structure(new)
+    assert isinstance(model.layers, nnx.List)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("form", ["one file", "stacked, several files"])
+@pytest.mark.parametrize("name", ["mha_untied", "biases", "llama3_rope"])
+def test_export_then_import_is_bit_equal(tmp_path, name, form, dtype):
+    model = load(GOLDEN / name, dtype=dtype)
+    assert model.dtype == jnp.dtype(dtype)
+    if form == "one file":
+        save(model, tmp_path / "out")
+        assert (tmp_path / "out" / WEIGHTS).exists()
+    else:
+        save(stacked(model), tmp_path / "out", shard_bytes=10_000)
+        sizes = [file.stat().st_size for file in (tmp_path / "out").glob("model-*.safetensors")]
+        assert len(sizes) > 2 and max(sizes) < 10_000 + 3_000  # the header comes on top
+    assert_same(load(tmp_path / "out", dtype=dtype), model)
+
+
+def test_export_gives_back_the_tensors_that_were_imported(tmp_path):
+    save(load(GOLDEN / "mha_untied"), tmp_path / "out")
+    ours, theirs = (load_file(path / WEIGHTS) for path in (tmp_path / "out", GOLDEN / "mha_untied"))
+    assert ours.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        np.testing.assert_array_equal(ours[name], tensor)
+    with safetensors.safe_open(tmp_path / "out" / WEIGHTS, "np") as file:
+        assert file.metadata() == {"format": "pt"}
+
+
+def test_export_of_a_new_model(tmp_path):
+    scaling = RopeScaling(kind="llama3", factor=8.0)
+    config = LlamaConfig.tiny(num_layers=2, rope_scaling=scaling, rope_theta=5e5, head_dim=20)
+    model = jax.jit(lambda: Llama(config, rngs=nnx.Rngs(0)))()
+    save(model, tmp_path / "deep" / "out")
+    assert_same(load(tmp_path / "deep" / "out"), model)
+
+
+def test_config_is_readable_by_transformers_4_and_5(tmp_path):
+    save(load(GOLDEN / "linear_rope"), tmp_path / "out")
+    raw = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert raw["rope_theta"] == raw["rope_parameters"]["rope_theta"] == 10_000
+    assert raw["rope_scaling"] == {"rope_type": "linear", "factor": 3.0}
+    assert raw["rope_parameters"].items() >= raw["rope_scaling"].items()
+    assert raw["eos_token_id"] is None  # not transformers' default of 2
+
+
+def test_generation_defaults(tmp_path):
+    assert read_generation_defaults(GOLDEN / "gqa_tied") == GenerationDefaults(
+        exit_layer=2, num_draft_tokens=3
+    )
+    assert read_generation_defaults(GOLDEN / "biases") == GenerationDefaults()
+    assert read_generation_defaults(tmp_path / "model.gguf") == GenerationDefaults()
+    kept = GenerationDefaults(exit_layer=1, num_draft_tokens=7)
+    save(load(GOLDEN / "gqa_tied"), tmp_path / "out", generation=kept)
+    assert read_generation_defaults(tmp_path / "out") == kept
+    # What generation_config.json does not say is taken from config.json.
+    edit_json(tmp_path / "out" / "config.json", lambda raw: raw.update(num_assistant_tokens=5))
+    edit_json(tmp_path / "out" / "generation_config.json", lambda raw: raw.clear())
+    assert read_generation_defaults(tmp_path / "out") == GenerationDefaults(num_draft_tokens=5)
+    edit_json(tmp_path / "out" / "config.json", lambda raw: raw.update(assistant_early_exit="two"))
+    with pytest.raises(CheckpointError, match="config.json: assistant_early_exit is 'two'"):
+        read_generation_defaults(tmp_path / "out")
+
+
+def test_export_refuses_a_directory_with_something_in_it(tmp_path):
+    model = load(GOLDEN / "mha_untied")
+    (tmp_path / "notes").write_text("mine")
+    with pytest.raises(CheckpointError, match="is not an empty directory"):
+        save(model, tmp_path)
+    with pytest.raises(CheckpointError, match="notes: is not an empty directory"):
+        save(model, tmp_path / "notes")
+    assert [file.name for file in tmp_path.iterdir()] == ["notes"]
+    (tmp_path / "empty").mkdir()
+    save(model, tmp_path / "empty")
+    assert_same(load(tmp_path / "empty"), model)
+
+
+def test_interrupted_export_leaves_nothing(tmp_path):
+    def interrupted(parts):
+        yield from parts[:5]
+        seen.extend(tmp_path.iterdir())
+        raise KeyboardInterrupt
+
+    seen: list[Path] = []
+    with pytest.raises(KeyboardInterrupt):
+        save(load(GOLDEN / "mha_untied"), tmp_path / "out", track=interrupted)
+    assert len(seen) == 1 and ".partial-" in seen[0].name
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_links_are_followed_as_in_the_hub_cache(tmp_path):
+    blobs = copied(tmp_path, "sharded")
+    snapshot = tmp_path / "snapshot"
+    snapshot.mkdir()
+    for number, file in enumerate(blobs.iterdir()):
+        blob = file.rename(tmp_path / f"blob{number}")
+        (snapshot / file.name).symlink_to(Path("..") / blob.name)
+    assert_same(load(snapshot), load(GOLDEN / "sharded"))
+
+
+def test_derived_tensors_of_older_checkpoints_are_skipped(tmp_path):
+    directory = copied(tmp_path, "mha_untied")
+    name = "model.layers.1.self_attn.rotary_emb.inv_freq"
+    edit_tensors(directory, lambda t: t.update({name: np.ones(4, np.float32)}))
+    assert_same(load(directory), load(GOLDEN / "mha_untied"))
+
+
+def test_redundant_head_must_be_the_embedding(tmp_path):
+    directory = copied(tmp_path, "mha_untied")
+    edit_json(directory / "config.json", lambda raw: raw.update(tie_word_embeddings=True))
+    with pytest.raises(CheckpointError, match="'lm_head.weight': differs .* tie_word_embeddings"):
+        load(directory)
+    edit_tensors(directory, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"]}))
+    assert load(directory).head is None
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(architectures=["MistralForCausalLM"]), "architecture .'MistralForCausalLM'."),
+        (dict(architectures=None, model_type="qwen2"), "architecture 'qwen2'"),
+        (dict(architectures=7), "architecture 7"),
+        (dict(hidden_act="gelu"), "hidden_act 'gelu'"),
+        (dict(quantization_config={"bits": 4}), "quantization_config"),
+        (dict(hidden_size="32"), "hidden_size is '32', but must be a whole number"),
+        (dict(hidden_size=32.0), "hidden_size is 32.0, but must be a whole number"),
+        (dict(num_hidden_layers=True), "num_hidden_layers is True"),
+        (dict(num_hidden_layers=10**6), "1000000 layers, but 21 tensors"),
+        (dict(num_hidden_layers=10**12), "num_hidden_layers is 1000000000000"),
+        (dict(num_hidden_layers=0), "num_layers 0 must be"),
+        (dict(num_hidden_layers=1), "'model.layers.1.* has no place"),
+        (dict(num_hidden_layers=3), "'model.layers.2.*' *: tensor is missing .9 of 30"),
+        (dict(num_attention_heads=0), "num_heads 0 must be"),
+        (dict(num_key_value_heads=3), "num_heads 4 is not a multiple of num_kv_heads 3"),
+        (dict(head_dim=7), "head_dim 7 must be even"),
+        (dict(vocab_size=65), "'model.embed_tokens.weight': shape .64, 32., but .* .65, 32."),
+        (
+            dict(intermediate_size=2**31 - 1),
+            "shape .32, 48., but the config asks for .32, 2147483647",
+        ),
+        (dict(rms_norm_eps="small"), "rms_norm_eps is 'small', but must be a finite number"),
+        (dict(rms_norm_eps=float("nan")), "rms_norm_eps is nan"),
+        (dict(tie_word_embeddings="no"), "tie_word_embeddings is 'no', but must be a boolean"),
+        (dict(attention_bias=True), "o_proj.bias': tensor is missing .8 of 29"),
+        (dict(rope_scaling=[1]), "rope_scaling is .1., but must be a table"),
+        (dict(rope_scaling={"type": "dynamic", "factor": 2.0}), "rope: type 'dynamic'"),
+        (dict(rope_parameters={"rope_type": "yarn", "factor": 2.0}), "rope: type 'yarn'"),
+        (dict(rope_scaling={"type": 3}), "rope: type is 3, but must be a string"),
+        (dict(rope_scaling={"type": "linear"}), "rope: factor is missing"),
+        (dict(rope_scaling={"type": "linear", "factor": 0.5}), "factor 0.5 must be at least 1"),
+        (dict(rope_scaling={"type": "linear", "factor": float("inf")}), "rope: factor is inf"),
+        (dict(rope_parameters={"rope_theta": "1e4"}), "rope: rope_theta is '1e4'"),
+        (dict(rope_parameters={"rope_theta": -1}), "rope_theta -1.0 must be above 0"),
+        (dict(partial_rotary_factor=0.5), "partial_rotary_factor"),
+        (dict(sliding_window=4096), "sliding_window is 4096, which changes the computation"),
+        (dict(attention_multiplier=0.5), "attention_multiplier is 0.5"),
+        (dict(embedding_multiplier=12.0), "embedding_multiplier is 12.0"),
+        (dict(logits_scaling=8), "logits_scaling is 8"),
+        (dict(residual_multiplier=0.22), "residual_multiplier is 0.22"),
+        (dict(num_local_experts=8), "num_local_experts is 8"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_config_that_cannot_work(tmp_path, change, message):
+    directory = copied(tmp_path, "mha_untied")
+    edit_json(directory / "config.json", lambda raw: raw.update(change))
+    with pytest.raises(CheckpointError, match=message) as error:
+        load(directory)
+    assert str(directory) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_keys_that_change_nothing(tmp_path, caplog):
+    """Neutral values pass without a word; a key that nobody has heard of gets a warning."""
+    directory = copied(tmp_path, "mha_untied")
+    with caplog.at_level(logging.WARNING):
+        for key, values in NEUTRAL.items():
+            for value in (None, *values):
+                check_keys({key: value, "use_cache": False}, directory)
+        edit_json(directory / "config.json", lambda raw: raw.update(dict.fromkeys(NEUTRAL)))
+        load(directory)
+        assert not caplog.records
+        edit_json(directory / "config.json", lambda raw: raw.update(novel_gate=True))
+        load(directory)
+    (record,) = caplog.records
+    assert record.getMessage().endswith("config.json: key 'novel_gate' is unknown and ignored")
+
+
+def nan(tensors):
+    tensors["model.norm.weight"][3] = np.nan
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda t: t.pop(Q0), f"'{Q0}': tensor is missing .1 of 21"),
+        (lambda t: t.update(stray=np.zeros(3)), "'stray': tensor has no place"),
+        (lambda t: t.update({Q0: t[Q0][:-1]}), f"'{Q0}': shape .31, 32., but .* .32, 32."),
+        (lambda t: t.update({Q0: t[Q0].astype(np.int8)}), "dtype I8 of a weight"),
+        (nan, "'model.norm.weight': 1 of 32 values are NaN or infinite"),
+        (lambda t: t.update({Q0: t[Q0] / np.float32(0)}), f"'{Q0}': 1024 of 1024 values are NaN"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:divide by zero")
+def test_tensors_that_are_not_the_models(tmp_path, change, message):
+    directory = copied(tmp_path, "mha_untied")
+    edit_tensors(directory, change)
+    with pytest.raises(CheckpointError, match=message):
+        load(directory)
+
+
+def test_weights_beyond_the_range_of_float16(tmp_path):
+    directory = copied(tmp_path, "mha_untied")
+    edit_tensors(directory, lambda t: t.update({Q0: t[Q0] * np.float32(1e6)}))
+    with pytest.raises(CheckpointError, match=f"'{Q0}': .* too large for float16"):
+        load(directory, dtype=jnp.float16)
+    assert load(directory, dtype=jnp.bfloat16).dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize(
+    "entry, message",
+    [
+        (dict(dtype="F33"), "unknown dtype 'F33'"),
+        (dict(dtype=None), "no proper dtype"),
+        (dict(shape="32"), "no proper dtype, shape"),
+        (dict(shape=[-32, -32]), "no proper dtype, shape"),
+        (dict(shape=[32.0, 32]), "no proper dtype, shape"),
+        (dict(shape=[2**62, 2**62]), "takes 85070591730234615865843651857942052864 bytes"),
+        (dict(shape=[10**4000]), "no proper dtype, shape"),
+        (dict(shape=[32, 31]), "takes 3968 bytes"),
+        (dict(data_offsets=[0]), "no proper dtype, shape and data_offsets"),
+        (dict(data_offsets=[10**9, 10**9 + 4096]), "ends at byte 1000004096 of"),
+        (dict(data_offsets=[0, 4096]), "starts at byte 0, not at"),
+    ],
+)
+def test_header_that_lies(tmp_path, entry, message):
+    directory = copied(tmp_path, "mha_untied")
+    edit_header(directory / WEIGHTS, lambda header: header[Q0].update(entry))
+    with pytest.raises(
+        CheckpointError, match=f"{WEIGHTS}: tensor '.*' {message}|: tensor .* {message}"
+    ):
+        load(directory)
+
+
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (lambda b: b"", "a header of 0 bytes does not fit"),
+        (lambda b: b[:5], "does not fit in 0"),
+        (lambda b: b[:500], "a header of .* bytes does not fit in 492"),
+        (lambda b: b[:-1], "ends at byte .* of"),
+        (lambda b: b + b"\0", "bytes of data, not"),
+        (lambda b: (2**63).to_bytes(8, "little") + b[8:], "a header of 9223372036854775808 bytes"),
+        (lambda b: b[:8] + b"[" * (len(b) - 8), "must be JSON"),
+        (lambda b: b"a text file, not a model", "a header of .* bytes does not fit"),
+    ],
+)
+def test_damaged_safetensors(tmp_path, damage, message):
+    file = copied(tmp_path, "mha_untied") / WEIGHTS
+    file.write_bytes(damage(file.read_bytes()))
+    with pytest.raises(CheckpointError, match=f"{WEIGHTS}: .*{message}"):
+        load(file.parent)
+
+
+@pytest.mark.parametrize("target", ["../weights.safetensors", "/etc/passwd", "..", "", 3, None])
+def test_index_that_points_elsewhere(tmp_path, target):
+    directory = copied(tmp_path, "sharded")
+    shutil.copy(directory / "model-00001-of-00004.safetensors", tmp_path / "weights.safetensors")
+    edit_json(directory / INDEX, lambda raw: raw["weight_map"].update({Q0: target}))
+    with pytest.raises(CheckpointError, match=f"{INDEX}: tensor '{Q0}' is said to be in"):
+        load(directory)
+
+
+def test_index_that_disagrees_with_the_files(tmp_path):
+    directory = copied(tmp_path, "sharded")
+    index = directory / INDEX
+    true = json.loads(index.read_text())["weight_map"]
+    other = next(file for file in sorted(set(true.values())) if file != true[Q0])
+
+    def fails(change, message):
+        edit_json(index, lambda raw: (raw["weight_map"].update(true), change(raw)))
+        with pytest.raises(CheckpointError, match=message):
+            load(directory)
+
+    fails(
+        lambda raw: raw["weight_map"].update({Q0: other}), f"'{Q0}', which .* places in '{other}'"
+    )
+    fails(lambda raw: raw["weight_map"].pop(Q0), f"'{Q0}', which {INDEX} places in None")
+    fails(lambda raw: raw["weight_map"].update(stray=other), f"{other}: lacks tensor 'stray'")
+    edit_json(index, lambda raw: raw["weight_map"].pop("stray"))
+    fails(lambda raw: raw.update(weight_map=[]), "weight_map is .., but must be a table")
+    index.write_text(json.dumps({"weight_map": true}))
+    (directory / other).unlink()
+    fails(lambda raw: None, f"{INDEX}: '{other}' is missing")
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (None, "does not exist: give an existing"),
+        (b"", "is empty"),
+        (b"PK\3\4" + bytes(50), "zip or pickle file, which can run code"),
+        (b"\x80\x02}q\0.", "zip or pickle file, which can run code"),
+        (b"Dear reader", "starts with b'Dear'"),
+    ],
+)
+def test_file_that_is_no_model(tmp_path, content, message):
+    path = tmp_path / "model"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=f"model: .*{message}"):
+        load(path)
+
+
+def test_directory_that_is_no_model(tmp_path):
+    directory = copied(tmp_path, "mha_untied")
+    with pytest.raises(CheckpointError, match=f"{WEIGHTS}: lacks its config.*give the directory"):
+        load(directory / WEIGHTS)
+    (directory / WEIGHTS).rename(directory / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match="only pytorch_model.bin: only safetensors are read"):
+        load(directory)
+    (directory / "config.json").write_text('{"hidden_size": ')
+    with pytest.raises(CheckpointError, match="config.json: is not JSON"):
+        load(directory)
+    (directory / "config.json").write_text("[" * 100_000)
+    with pytest.raises(CheckpointError, match="config.json: is not JSON"):
+        load(directory)
+    (directory / "config.json").write_text("[]")
+    with pytest.raises(CheckpointError, match="config.json: holds a list"):
+        load(directory)
+    (directory / "config.json").rename(directory / "model.gguf")
+    with pytest.raises(
+        CheckpointError, match="config.json: does not exist: give model.gguf itself"
+    ):
+        load(directory)

