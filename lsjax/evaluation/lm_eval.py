@@ -181,12 +181,12 @@ class EngineLM(TemplateLM):
         )
         sampling = {SAMPLING[name]: value for name, value in settings.items()}
         sampling["temperature"] = 0.0 if is_greedy else sampling.get("temperature", 1.0)
-        for name, value in sampling.items():
-            kinds = int if name in ("top_k", "no_repeat_ngram") else int | float
-            check(
-                isinstance(value, kinds),
-                f"{name} is {value!r}, but must be a number: correct the task, or --gen-kwargs",
-            )
+        try:
+            chosen = Sampling(seed=seed, **sampling)
+        except TypeError:
+            raise ConfigError(
+                f"{sampling} are not all numbers: correct the task, or --gen-kwargs"
+            ) from None
         ids = self.tok_encode(context) or [self.prefix_token_id]
         ids, _ = maybe_truncate(ids, room, self.engine.max_length)
         # Texts are without special tokens: the spelling of one is meant to end them as a token.
@@ -196,7 +196,7 @@ class EngineLM(TemplateLM):
             max_new_tokens=room,
             stop=tuple(text for text in until if text and text not in special),
             stop_ids=tuple(special[text] for text in until if text in special),
-            sampling=Sampling(seed=seed, **sampling),
+            sampling=chosen,
         )
 
 

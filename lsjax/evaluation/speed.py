@@ -136,8 +136,8 @@ def _speed(group: str, cell: Cell, answers: Sequence[Answer]) -> CellSpeed:
     speeds = [(one["num_new_tokens"] - 1) / one["seconds"] for one in answers]
     drafted, accepted = (by_position(answers, kind) for kind in ("drafted", "accepted"))
     greedy = {one["id"] for one in answers if one["seed"] is None}
-    differences = {one["id"]: one["difference"] for one in answers if one["difference"]}
-    margins = [margin_of(one) for one in differences.values()]
+    differing = {one["id"] for one in answers if one["difference"]}
+    margins = [margin_of(one["difference"]) for one in answers if one["difference"]]
     return CellSpeed(
         group,
         *vars(cell).values(),
@@ -149,8 +149,8 @@ def _speed(group: str, cell: Cell, answers: Sequence[Answer]) -> CellSpeed:
         acceptance_by_position=[a / d for a, d in zip(accepted, drafted, strict=True)],
         tokens_per_round=sum(one["num_new_tokens"] - 1 for one in answers)
         / sum(one["rounds"] for one in answers),
-        equal=len(greedy) - len(differences) if greedy else None,
-        differ=len(differences) if greedy else None,
+        equal=len(greedy - differing) if greedy else None,
+        differ=len(differing) if greedy else None,
         widest_margin=max(margins, default=None),
     )
 

@@ -33,6 +33,15 @@ class Example:
     fields: Fields = field(default_factory=dict, repr=False)
 
 
+def against_reference(*scores: Callable[[str, str], Scores]) -> Callable[[str, Example], Scores]:
+    """A task's `score` that joins these, which compare a text with the reference."""
+
+    def score(text: str, example: Example) -> Scores:
+        return {name: x for one in scores for name, x in one(text, example.reference).items()}
+
+    return score
+
+
 @dataclass(frozen=True, kw_only=True)
 class Task:
     """One task.
@@ -52,8 +61,8 @@ class Task:
     name: str
     prompt_template: str
     response_template: str
-    score: Callable[[str, Example], Scores]
-    max_new_tokens: int
+    score: Callable[[str, Example], Scores] = against_reference(metrics.rouge)
+    max_new_tokens: int = 512
     score_by_running: Callable[[str, Example], Scores] | None = None
     num_shots: int = 0
     shot_response: Callable[[str], str] = str
@@ -65,18 +74,6 @@ class Task:
     id: str | None = None
     group: str | None = None
     needs_reference: bool = True
-
-
-def against_reference(*scores: Callable[[str, str], Scores]) -> Callable[[str, Example], Scores]:
-    """A task's `score` that joins these, which compare a text with the reference."""
-
-    def score(text: str, example: Example) -> Scores:
-        return {name: x for one in scores for name, x in one(text, example.reference).items()}
-
-    return score
-
-
-ROUGE = against_reference(metrics.rouge)
 
 
 def one_line(text: str) -> str:
@@ -159,8 +156,6 @@ _TASKS = (
         name="cnn_dm_summarization",
         prompt_template="Article: {article}\nSummary:",
         response_template=" {highlights}",
-        score=ROUGE,
-        max_new_tokens=512,
         num_shots=1,
         shot_response=one_line,
         after_shots="\n",
@@ -170,8 +165,6 @@ _TASKS = (
         name="xsum_summarization",
         prompt_template="Article: {document}\nSummary:",
         response_template=" {summary}",
-        score=ROUGE,
-        max_new_tokens=512,
         shot_response=one_line,
         after_shots="\n",
         tfds=("xsum", "test", "train"),
@@ -180,8 +173,6 @@ _TASKS = (
         name="cnn_dm_lm",
         prompt_template="{beginning}",
         response_template=" {rest}",
-        score=ROUGE,
-        max_new_tokens=512,
         tfds=("cnn_dailymail", "test", "train"),
         change=beginning_and_rest,
     ),
@@ -189,9 +180,7 @@ _TASKS = (
         name="human_eval",
         prompt_template="{prompt}",
         response_template="{canonical_solution}",
-        score=ROUGE,
         score_by_running=passed,
-        max_new_tokens=512,
         change=tested_problem,
         id="task_id",
     ),
@@ -219,7 +208,6 @@ _TASKS = (
         prompt_template="{prompt}",
         response_template="{reference}",
         score=score_of_category,
-        max_new_tokens=512,
         change=first_turn,
         id="question_id",
         group="category",
