@@ -183,10 +183,14 @@ def _shot_rows(task: Task, flags: TaskFlags) -> Iterator[PlacedRow]:
     return tfds_rows(name, split, flags.tfds_data_dir)
 
 
-def prompt_ids(prompt: str, data: DataConfig, tokenizer: Tokenizer, flags: TaskFlags) -> list[int]:
-    """Token ids of a prompt, as in training, or in the chat template if asked for."""
+def question_ids(
+    prompt: str, tokenizer: Tokenizer, flags: TaskFlags, data: DataConfig | None = None
+) -> list[int]:
+    """Token ids of a prompt: as training on such data has it, or in the chat template."""
     if flags.chat:
         return tokenizer.encode(chat_prompt(tokenizer, prompt, flags.system), add_bos=False)
+    if data is None:
+        return tokenizer.encode(prompt)
     ids, count = encode_document(Document("", prompt), data, tokenizer)
     return ids[:count]
 

@@ -31,7 +31,7 @@ from lsjax.cli.benchmark_table import show, show_costs, verdict, write
 from lsjax.cli.errors import check_output, one_line_errors
 from lsjax.cli.flags import SamplingFlags, StrategyFlags, load_engine
 from lsjax.cli.prompts import PromptArguments, read_encoded, read_prompts
-from lsjax.config import LlamaConfig, check
+from lsjax.config import DataConfig, LlamaConfig, check
 from lsjax.data.tokenizers import Tokenizer
 from lsjax.decoding.cost import RoundCosts, calibrate, memory_bandwidth
 from lsjax.decoding.engine import Engine
@@ -48,6 +48,11 @@ PROMPTS = (
     "Once upon a time, there was a little girl named Lily who",
     "The Eiffel Tower is a wrought-iron lattice tower on the Champ de Mars in Paris. It",
     "Photosynthesis is the process by which plants",
+)
+# Flags that mean nothing to other prompts.
+TASK_ALONE = (
+    *("data", "tfds_split", "offset", "response_template"),
+    *("num_shots", "shots_data", "without_seen"),
 )
 
 
@@ -178,8 +183,9 @@ def make_questions(
     """Every prompt in each repeat. A text has the same seed under every strategy."""
     new_tokens, length = arguments.new_tokens, arguments.prompt_length
 
-    def fitting(ids: list[int]) -> list[int]:
-        """The ids, cut or repeated; the token of the beginning stays in front."""
+    def encode(prompt: str, data: DataConfig | None = None) -> list[int]:
+        """Its ids, cut or repeated; the token of the beginning stays in front."""
+        ids = answering.question_ids(prompt, tokenizer, arguments, data)
         if ids and length is not None:
             begin = ids[:1] if ids[0] == tokenizer.bos_id else []
             rest = ids[len(begin) :] or ids
@@ -189,19 +195,15 @@ def make_questions(
 
     if arguments.task is not None:
         task = answering.with_flags(TASKS[arguments.task], arguments)
-        examples, _ = answering.read_examples(
-            task,
-            arguments,
-            arguments.sampling.seed,
-            lambda text, data: fitting(answering.prompt_ids(text, data, tokenizer, arguments)),
-            answering.BadRows(arguments.bad_rows, notes),
-        )
+        bad_rows = answering.BadRows(arguments.bad_rows, notes)
+        seed = arguments.sampling.seed
+        examples, _ = answering.read_examples(task, arguments, seed, encode, bad_rows)
     else:
-        check(not arguments.data, "--data needs --task, which says what its rows mean")
+        for name in TASK_ALONE:
+            flag = f"--{name.replace('_', '-')}"
+            check(not getattr(arguments, name), f"{flag} needs --task, whose rows it is about")
         built_in = PROMPTS if arguments.prompt is None else read_prompts(arguments.prompt, None)
-        found = read_encoded(
-            arguments, built_in, lambda text: fitting(tokenizer.encode(text)), notes.print
-        )
+        found = read_encoded(arguments, built_in, encode, notes.print)
         examples = [(Example(id=str(n), prompt=""), ids) for n, ids in enumerate(found, start=1)]
     questions = answering.make_questions(
         examples, arguments.repeats, arguments.sampling, max_new_tokens=new_tokens

@@ -86,7 +86,7 @@ def evaluate(arguments: Arguments) -> None:
     limits = dict(max_new_tokens=task.max_new_tokens, max_length=arguments.max_length)
 
     def encode(prompt: str, data: DataConfig) -> list[int]:
-        ids = answering.prompt_ids(prompt, data, tokenizer, arguments)
+        ids = answering.question_ids(prompt, tokenizer, arguments, data)
         return encode_prompt(ids, tokenizer, source.config, **limits)
 
     bad_rows = answering.BadRows(arguments.bad_rows, notes)

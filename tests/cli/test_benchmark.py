@@ -293,6 +293,8 @@ def test_every_size_of_the_cache_is_warmed_up(model_directory, tmp_path, monkeyp
         (("--task", "pairs", "--prompt", "x"), "--prompt and --task are given"),
         (("--task", "pairs"), "pairs is no TensorFlow data set: name its files by --data"),
         (("--data", "bad.jsonl"), "--data needs --task"),
+        (("--num-shots", 2), "--num-shots needs --task"),
+        (("--chat",), "this model has no chat template"),
         (("--output", "bad.jsonl/x"), "bad.jsonl"),
     ],
 )
