@@ -103,6 +103,9 @@ def evaluate(arguments: Arguments) -> None:
     )
 
     def decode(done: Collection[tuple], keep: Callable[[Answer], None]) -> None:
+        like = f"prompts are like {data.prompt_template!r}, responses {data.response_template!r}"
+        notes.print(like)
+
         def ended(question: Question, completion: Completion, seconds: float) -> None:
             scores = task.score(completion.text, question.example)
             keep({**answer_line(question, completion, seconds), "scores": scores})
@@ -119,7 +122,6 @@ def evaluate(arguments: Arguments) -> None:
         stop=list(task.stop),
         **{name: getattr(arguments, name) for name in ("batch_size", "allow_code_execution")},
     )
-    notes.print(f"prompts are like {data.prompt_template!r}, responses {data.response_template!r}")
     answers = answering.complete(output, asked, strategies, questions, notes, decode)
     rows = summarise(answers)
     summary = {"asked": asked, "bad_rows": bad_rows.found, "figures": rows}
