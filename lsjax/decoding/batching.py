@@ -21,7 +21,7 @@ import jax
 import numpy as np
 
 from lsjax.decoding.completion import Completion, RowText, Trace, Update
-from lsjax.decoding.programs import decode, grow, insert, prefill
+from lsjax.decoding.programs import chunk_size, decode, grow, insert, prefill
 from lsjax.decoding.request import Request
 from lsjax.decoding.state import EOS, RUNNING, STOP, DecodeState
 from lsjax.model.cache import KVCache
@@ -30,9 +30,6 @@ from lsjax.model.llama import Llama
 if TYPE_CHECKING:
     from lsjax.decoding.engine import Engine
 
-# A prompt is read in chunks of the smallest of these that holds it, a longer one in several of
-# the largest: as many programs as there are sizes, whatever the prompts.
-PREFILL_CHUNKS = (32, 64, 128, 256, 512)
 STOP_IDS = 4  # room for stop ids in a row: a multiple of this
 # Rounds between two looks at the text, where somebody waits for it or a stop string may be in it.
 ROUNDS_PER_LOOK = 4
@@ -294,12 +291,6 @@ def shared_prefix(known: Sequence[int], ids: Sequence[int]) -> int:
     """How many tokens both begin with; at most all of `ids` but the last, which is to be read."""
     limit = min(len(known), len(ids) - 1)
     return next((i for i in range(limit) if known[i] != ids[i]), limit)
-
-
-def chunk_size(unread: int, capacity: int) -> int:
-    """The size in which so many tokens are read into a cache of `capacity` slots."""
-    sizes = [size for size in PREFILL_CHUNKS if size <= capacity]
-    return next((size for size in sizes if size >= unread), sizes[-1])
 
 
 def _timed(program: Callable, *arguments) -> tuple[DecodeState, float]:

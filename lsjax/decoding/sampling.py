@@ -18,7 +18,7 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, Shaped, UInt32
 
-from lsjax.config import check
+from lsjax.config import Checked, bounded
 from lsjax.sharding import constrain
 
 BLOCK = 256  # tokens that a draw takes together first
@@ -33,7 +33,7 @@ class Purpose(IntEnum):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sampling:
+class Sampling(Checked):
     """How the tokens of a text are chosen.
 
     Penalties come first, then the temperature, then top_k, top_p and min_p in this order, each on
@@ -42,47 +42,22 @@ class Sampling:
     Raises ConfigError for a number out of its range.
     """
 
-    temperature: float = 0.0
+    temperature: float = bounded(0.0, low=0, hint="0 is greedy, 1 draws as the model says")
     """0 is greedy: the argmax, whatever the filters and the seed. Above 0 tokens are drawn, with
     logits divided by this."""
-    top_k: int = 0
+    top_k: int = bounded(0, low=0, hint="0 is all tokens")
     """Draws from the k likeliest tokens only, ties with the last of them included; 0 is all."""
-    top_p: float = 1.0
+    top_p: float = bounded(1.0, above=0, high=1, hint="1 is all tokens")
     """Draws from the fewest tokens whose probabilities sum up to p (Holtzman et al., 2020)."""
-    min_p: float = 0.0
+    min_p: float = bounded(0.0, low=0, high=1, hint="0 is all tokens")
     """Draws from tokens at least min_p times as likely as the likeliest (Nguyen et al., 2024)."""
-    seed: int = 0
+    seed: int = bounded(0, low=0, high=2**32 - 1)
     """Of the first text; each further one has the next number."""
-    repetition_penalty: float = 1.0
+    repetition_penalty: float = bounded(1.0, low=1, hint="1 is no penalty")
     """Divides the logits above 0 of tokens of prompt and text, and multiplies those below (Keskar
     et al., 2019)."""
-    no_repeat_ngram: int = 0
+    no_repeat_ngram: int = bounded(0, low=0, hint="0 allows all")
     """Says no n-gram of this size twice, prompt included; 0 allows all."""
-
-    def __post_init__(self):
-        check(
-            0 <= self.temperature < float("inf"),
-            f"temperature {self.temperature} is not a number of 0 or more: 0 is greedy, 1 draws "
-            "from what the model says",
-        )
-        for name in ("top_k", "no_repeat_ngram"):
-            value = getattr(self, name)
-            check(isinstance(value, int), f"{name} is {value!r}, but must be a whole number")
-        check(self.top_k >= 0, f"top_k {self.top_k} is below 0: choose 0 for all tokens, or more")
-        check(0 < self.top_p <= 1, f"top_p {self.top_p} is not in (0, 1]: choose 1 for all tokens")
-        check(0 <= self.min_p <= 1, f"min_p {self.min_p} is not in [0, 1]: choose 0 for all tokens")
-        check(
-            isinstance(self.seed, int) and 0 <= self.seed < 2**32,
-            f"seed {self.seed} is not in 0..{2**32 - 1}: choose a whole number there",
-        )
-        check(
-            1 <= self.repetition_penalty < float("inf"),
-            f"repetition_penalty {self.repetition_penalty} is not a number of 1 or more: 1 is none",
-        )
-        check(
-            self.no_repeat_ngram >= 0,
-            f"no_repeat_ngram {self.no_repeat_ngram} is below 0: choose 0 for none, or more",
-        )
 
     @property
     def repeats(self) -> bool:

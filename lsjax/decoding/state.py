@@ -280,3 +280,12 @@ class Strategy(ABC):
     @abstractmethod
     def step(self, model: Llama, state: DecodeState, arguments: Any) -> DecodeState:
         """One round: at least one token for every running row."""
+
+
+def check_exit(exit_layer: int, last: int) -> None:
+    """Raises ConfigError for an exit that is not in 1..last."""
+    check(
+        1 <= exit_layer <= last,
+        f"exit layer {exit_layer} is not in 1..{last}, the exits of this model that such a "
+        "strategy can use: choose --exit-layer there",
+    )
