@@ -29,6 +29,7 @@ class Arguments(StrategyFlags, ModelFlags):
     max_new_tokens: int = 128
     """Ends a text that does not end by itself."""
     sampling: SamplingFlags = GREEDY
+    """How tokens are chosen: penalties come first, then temperature, top_k, top_p and min_p."""
     num_samples: int = bounded(1, low=1)
     """Texts for each prompt."""
     stop: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()

@@ -167,6 +167,7 @@ class ContinuousBatch:
         single = self._create([(request, ids)], capacity, cache)
         if self._is_single:
             self._state, self._unread = single, known
+        self._rounds(single if self._is_single else self._state)  # compiled before a token is shown
         chunk = chunk_size(len(ids) - known, single.capacity)
         read = engine.programs.get(
             partial(prefill, chunk=chunk, depth=self._depth), single, np.int32(0)
@@ -224,9 +225,12 @@ class ContinuousBatch:
         del state  # the smaller cache, before anything is compiled
         looks = self._stream or any(live.request.stop for live in self._rows.values())
         rounds = np.int32(ROUNDS_PER_LOOK if looks else ALL_ROUNDS)
+        self._work(self._rounds(self._state), rounds, self._arguments)
+
+    def _rounds(self, state: DecodeState) -> Callable:
+        """The program for rounds of a state."""
         loop = partial(decode, strategy=self._strategy)
-        program = engine.programs.get(loop, self._state, np.int32(0), self._arguments)
-        self._work(program, rounds, self._arguments)
+        return self._engine.programs.get(loop, state, np.int32(0), self._arguments)
 
     def _work(self, program: Callable, *rest) -> None:
         """Runs a program on the rows, and takes the time."""
@@ -252,12 +256,7 @@ class ContinuousBatch:
             finish_reason=reason,
         )
 
-    def _create(
-        self,
-        rows: Sequence[tuple[Request, list[int]]],
-        capacity: int,
-        cache: KVCache | None = None,
-    ) -> DecodeState:
+    def _create(self, rows, capacity: int, cache: KVCache | None = None) -> DecodeState:
         """A state of these requests and ids; it fits the programs for all that is asked."""
         engine, requests = self._engine, [request for request, _ in self._asked]
         vocab = engine.model.config.vocab_size
