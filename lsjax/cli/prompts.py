@@ -15,9 +15,9 @@ from lsjax.decoding.request import Request
 from lsjax.decoding.sampling import Sampling
 from lsjax.evaluation.tasks.examples import file_rows
 
-SAMPLING = [field.name for field in dataclasses.fields(Sampling)]
+SAMPLING_FIELDS = [field.name for field in dataclasses.fields(Sampling)]
 # What an object of a .jsonl file may say beside its prompt.
-OPTIONS = ("max_new_tokens", "stop", "stop_ids", *SAMPLING)
+OPTIONS = ("max_new_tokens", "stop", "stop_ids", *SAMPLING_FIELDS)
 
 
 def read_prompts(prompt: str | None, file: Path | None) -> list[str]:
@@ -178,7 +178,7 @@ def _request(prompt: str, row: dict, where: str, default: Request, number: int) 
         value = given[name]
         given[name] = tuple(value) if isinstance(value, list) else (value,)
     try:
-        own = {name: given.pop(name) for name in SAMPLING if name in given}
+        own = {name: given.pop(name) for name in SAMPLING_FIELDS if name in given}
         sampling = dataclasses.replace(default.sampling, **own)
         ignored = sorted({"top_k", "top_p", "min_p"} & own.keys())
         check(

@@ -15,8 +15,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from lsjax.config import LlamaConfig, check
-from lsjax.decoding.penalties import Penalties
-from lsjax.decoding.sampling import Draws, Purpose, Sampling, likeliest
+from lsjax.decoding.sampling import Draws, Penalties, Purpose, Sampling, likeliest
 from lsjax.model.cache import KVCache, write
 from lsjax.model.llama import Llama
 from lsjax.sharding import on_each_device, placed

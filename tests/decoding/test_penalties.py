@@ -10,9 +10,8 @@ import pytest
 from lsjax.config import ConfigError
 from lsjax.decoding.autoregressive import Autoregressive
 from lsjax.decoding.engine import Engine
-from lsjax.decoding.penalties import Penalties
 from lsjax.decoding.request import Request
-from lsjax.decoding.sampling import Sampling
+from lsjax.decoding.sampling import Penalties, Sampling
 
 MARGIN = 1e-4  # where two computations differ in rounding, a tie of this size may fall either way
 NEW = 32
