@@ -26,7 +26,6 @@ CHECKED = [
     "lsjax.data",
     *(f"lsjax.model.{name}" for name in ("attention", "block", "llama", "rope", "self_attention")),
     *(f"lsjax.decoding.{name}" for name in ("autoregressive", "completion", "engine", "programs")),
-    "lsjax.decoding.request",
     "lsjax.sharding",
 ]
 with jaxtyping.install_import_hook(CHECKED, "beartype.beartype"):

@@ -25,7 +25,7 @@ from lsjax.checkpoints import (
     read_generation_defaults,
 )
 from lsjax.cli.setup import cache_directory, choose_dtype, keep_compiled_programs
-from lsjax.config import ConfigError, LlamaConfig, MeshConfig, check
+from lsjax.config import Checked, ConfigError, LlamaConfig, MeshConfig, check
 from lsjax.data.token_counts import find_counts
 from lsjax.data.tokenizer_files import load_tokenizer
 from lsjax.data.tokenizers import Tokenizer
@@ -47,7 +47,7 @@ SamplingFlags = tyro.conf.OmitArgPrefixes[Sampling]
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelFlags:
+class ModelFlags(Checked, prefix="--"):
     """A model and how it runs."""
 
     model: Path
@@ -64,7 +64,7 @@ class ModelFlags:
 
 
 @dataclass(frozen=True, kw_only=True)
-class StrategyFlags:
+class StrategyFlags(Checked, prefix="--"):
     """Strategies: each name with each exit, and self-speculation with each draft length too."""
 
     strategies: Annotated[tuple[StrategyName, ...], tyro.conf.arg(aliases=("--strategy",))] = (

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from lsjax.config import ConfigError, check
 from lsjax.data.row_files import fill
@@ -15,12 +15,9 @@ from lsjax.decoding.request import Request
 from lsjax.decoding.sampling import Sampling
 from lsjax.evaluation.examples import file_rows
 
-# What an object of a .jsonl file may say beside its prompt, with the kind of the value.
-OPTIONS: dict[str, Any] = {
-    **{"max_new_tokens": int, "top_k": int, "seed": int, "no_repeat_ngram": int},
-    **{"temperature": float, "top_p": float, "min_p": float, "repetition_penalty": float},
-    **{"stop": str, "stop_ids": int},  # one or a list
-}
+SAMPLING_FIELDS = [field.name for field in dataclasses.fields(Sampling)]
+# What an object of a .jsonl file may say beside its prompt.
+OPTIONS = ("max_new_tokens", "stop", "stop_ids", *SAMPLING_FIELDS)
 
 
 def read_prompts(prompt: str | None, file: Path | None) -> list[str]:
@@ -183,32 +180,19 @@ def _from_line(line: bytes, where: str) -> tuple[str, dict, str]:
 
 
 def _request(prompt: str, row: dict, where: str, default: Request, number: int) -> Request:
-    given: dict[str, Any] = {}
-    for name, kind in OPTIONS.items():
-        if (value := row.get(name)) is None:
-            continue
-        several = name in ("stop", "stop_ids")
-        values = value if several and isinstance(value, list) else [value]
-        kinds = (int, float) if kind is float else kind
-        check(
-            all(isinstance(value, kinds) and not isinstance(value, bool) for value in values),
-            f"{where}: {name} is {json.dumps(value)}, but must be {kind.__name__}"
-            + (" or a list of such" if several else ""),
-        )
-        try:
-            given[name] = tuple(values) if several else kind(value)
-        except OverflowError:
-            raise ConfigError(f"{where}: {name} is beyond all floats: give a smaller one") from None
-    given["seed"] = given.get("seed", default.sampling.seed) + number
-    names = {field.name for field in dataclasses.fields(Sampling)}
+    given = {name: row[name] for name in OPTIONS if row.get(name) is not None}
+    for name in {"stop", "stop_ids"} & given.keys():  # one or a list
+        value = given[name]
+        given[name] = tuple(value) if isinstance(value, list) else (value,)
     try:
-        sampling = {name: given.pop(name) for name in names & given.keys()}
-        ignored = sorted({"top_k", "top_p", "min_p"} & sampling.keys())
-        sampling = dataclasses.replace(default.sampling, **sampling)
+        own = {name: given.pop(name) for name in SAMPLING_FIELDS if name in given}
+        sampling = dataclasses.replace(default.sampling, **own)
+        ignored = sorted({"top_k", "top_p", "min_p"} & own.keys())
         check(
             sampling.temperature > 0 or not ignored,
             f"{', '.join(ignored)} means nothing to greedy decoding: give a temperature above 0",
         )
+        sampling = dataclasses.replace(sampling, seed=sampling.seed + number)
         return dataclasses.replace(default, prompt=prompt, sampling=sampling, **given)
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from None

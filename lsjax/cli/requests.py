@@ -8,7 +8,7 @@ import tyro
 
 from lsjax.cli.flags import ModelFlags, SamplingFlags, StrategyFlags, check_sampling
 from lsjax.cli.prompts import read_requests
-from lsjax.config import check
+from lsjax.config import bounded, check
 from lsjax.data.chat import chat_prompt
 from lsjax.data.tokenizers import Tokenizer
 from lsjax.decoding.request import Request
@@ -29,7 +29,8 @@ class Arguments(StrategyFlags, ModelFlags):
     max_new_tokens: int = 128
     """Ends a text that does not end by itself."""
     sampling: SamplingFlags = GREEDY
-    num_samples: int = 1
+    """How tokens are chosen: penalties come first, then temperature, top_k, top_p and min_p."""
+    num_samples: int = bounded(1, low=1)
     """Texts for each prompt."""
     stop: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     """Ends a text where it would contain this; may be given several times."""
@@ -86,8 +87,6 @@ def prompt_ids(tokenizer: Tokenizer, prompt: str, arguments: Arguments) -> list[
 
 
 def _check_together(arguments: Arguments) -> None:
-    number = arguments.num_samples  # before texts are counted by it
-    check(number >= 1, f"--num-samples {number} is below 1: choose 1 or more")
     check(
         arguments.chat or arguments.interactive or arguments.system is None,
         "--system needs --chat or --interactive: give one of them, or no --system",
@@ -103,5 +102,5 @@ def _check_together(arguments: Arguments) -> None:
                 getattr(arguments, name) is None,
                 f"--{name.replace('_', '-')} means nothing to --interactive: leave it out",
             )
-        check(number == 1, "--num-samples means nothing to --interactive")
+        check(arguments.num_samples == 1, "--num-samples means nothing to --interactive")
         check(arguments.batch_size == 1, "--batch-size means nothing to --interactive")

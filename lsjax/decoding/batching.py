@@ -21,7 +21,7 @@ import jax
 import numpy as np
 
 from lsjax.decoding.completion import Completion, RowText, Trace, Update
-from lsjax.decoding.programs import decode, grow, insert, prefill
+from lsjax.decoding.programs import chunk_size, decode, grow, insert, prefill
 from lsjax.decoding.request import Request
 from lsjax.decoding.state import EOS, RUNNING, STOP, DecodeState
 from lsjax.model.cache import KVCache
@@ -30,9 +30,6 @@ from lsjax.model.llama import Llama
 if TYPE_CHECKING:
     from lsjax.decoding.engine import Engine
 
-# A prompt is read in chunks of the smallest of these that holds it, a longer one in several of
-# the largest: as many programs as there are sizes, whatever the prompts.
-PREFILL_CHUNKS = (32, 64, 128, 256, 512)
 STOP_IDS = 4  # room for stop ids in a row: a multiple of this
 # Rounds between two looks at the text, where somebody waits for it or a stop string may be in it.
 ROUNDS_PER_LOOK = 4
@@ -170,6 +167,7 @@ class ContinuousBatch:
         single = self._create([(request, ids)], capacity, cache)
         if self._is_single:
             self._state, self._unread = single, known
+        self._rounds(single if self._is_single else self._state)  # compiled before a token is shown
         chunk = chunk_size(len(ids) - known, single.capacity)
         read = engine.programs.get(
             partial(prefill, chunk=chunk, depth=self._depth), single, np.int32(0)
@@ -227,9 +225,12 @@ class ContinuousBatch:
         del state  # the smaller cache, before anything is compiled
         looks = self._stream or any(live.request.stop for live in self._rows.values())
         rounds = np.int32(ROUNDS_PER_LOOK if looks else ALL_ROUNDS)
+        self._work(self._rounds(self._state), rounds, self._arguments)
+
+    def _rounds(self, state: DecodeState) -> Callable:
+        """The program for rounds of a state."""
         loop = partial(decode, strategy=self._strategy)
-        program = engine.programs.get(loop, self._state, np.int32(0), self._arguments)
-        self._work(program, rounds, self._arguments)
+        return self._engine.programs.get(loop, state, np.int32(0), self._arguments)
 
     def _work(self, program: Callable, *rest) -> None:
         """Runs a program on the rows, and takes the time."""
@@ -255,12 +256,7 @@ class ContinuousBatch:
             finish_reason=reason,
         )
 
-    def _create(
-        self,
-        rows: Sequence[tuple[Request, list[int]]],
-        capacity: int,
-        cache: KVCache | None = None,
-    ) -> DecodeState:
+    def _create(self, rows, capacity: int, cache: KVCache | None = None) -> DecodeState:
         """A state of these requests and ids; it fits the programs for all that is asked."""
         engine, requests = self._engine, [request for request, _ in self._asked]
         vocab = engine.model.config.vocab_size
@@ -294,12 +290,6 @@ def shared_prefix(known: Sequence[int], ids: Sequence[int]) -> int:
     """How many tokens both begin with; at most all of `ids` but the last, which is to be read."""
     limit = min(len(known), len(ids) - 1)
     return next((i for i in range(limit) if known[i] != ids[i]), limit)
-
-
-def chunk_size(unread: int, capacity: int) -> int:
-    """The size in which so many tokens are read into a cache of `capacity` slots."""
-    sizes = [size for size in PREFILL_CHUNKS if size <= capacity]
-    return next((size for size in sizes if size >= unread), sizes[-1])
 
 
 def _timed(program: Callable, *arguments) -> tuple[DecodeState, float]:

@@ -229,7 +229,8 @@ class Engine:
         """The request and its prompt's ids."""
         if not isinstance(prompt, Request):
             options = {k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}
-            prompt = Request(prompt=prompt, **options)
+            ids = prompt if isinstance(prompt, str) else list(prompt)
+            prompt = Request(prompt=ids, **options)
         check_stop_ids(prompt, self.model.config)
         return prompt, self.encode(prompt.prompt, prompt.max_new_tokens)
 

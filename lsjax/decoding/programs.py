@@ -21,6 +21,9 @@ from lsjax.sharding import platform, shardings
 
 # Names of the loops in compiled programs.
 PROMPT_CHUNKS, ROUNDS = "prompt_chunks", "rounds"
+# A prompt is read in chunks of the smallest of these that holds it, a longer one in several of
+# the largest: as many programs as there are sizes, whatever the prompts.
+PREFILL_CHUNKS = (32, 64, 128, 256, 512)
 
 
 def prefill(
@@ -48,6 +51,12 @@ def prefill(
     with jax.named_scope(PROMPT_CHUNKS):
         cache, last_BD = lax.fori_loop(0, chunks, read, (state.cache, last_BD))
     return state.with_cache(cache).append(model.unembed(last_BD))
+
+
+def chunk_size(unread: int, capacity: int) -> int:
+    """The size in which so many tokens are read into a cache of `capacity` slots."""
+    sizes = [size for size in PREFILL_CHUNKS if size <= capacity]
+    return next((size for size in sizes if size >= unread), sizes[-1])
 
 
 def insert(

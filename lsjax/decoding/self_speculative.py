@@ -16,9 +16,8 @@ Layers 0..E-1 never run twice on a token: the verification starts from the draft
 states and reads the draft's keys and values. The last draft token passes the first layers
 without a head, because nothing is drafted after it.
 
-Exit and draft length are numbers that the compiled round is given. What it is compiled for are
-sets of them: between two exits the layers are a segment under a branch, and the verification has
-a branch for each length. One exit and one length, as usual, leave no branches.
+A compiled round is given exit and draft length as numbers. If it serves several, the layers
+between two exits are a segment under a branch, and so is the verification of each length.
 """
 
 from collections.abc import Callable, Sequence
@@ -36,7 +35,7 @@ from lsjax.config import LlamaConfig, check
 from lsjax.decoding.acceptance import AcceptanceRule, Draft, accept_by_ratio, accept_equal
 from lsjax.decoding.draft_vocabulary import DraftHead, DraftVocabulary
 from lsjax.decoding.sampling import Purpose, likeliest
-from lsjax.decoding.state import DecodeState, Strategy
+from lsjax.decoding.state import DecodeState, Strategy, check_exit
 from lsjax.model.cache import KVCache
 from lsjax.model.llama import Llama
 
@@ -121,38 +120,28 @@ class SelfSpeculative(Strategy):
         return type(self), self.exits, self.lengths, self.draft_vocab, ends_early, self.accept
 
     def validate(self, config: LlamaConfig) -> None:
-        """Raises ConfigError unless 1 <= E < L, 0 <= d <= context, 0 <= draft_confidence <= 1, and
-        the vocabulary is a part of the model's."""
+        """Raises ConfigError where a number is out of range or the vocabulary not the model's."""
         check(
             self.draft_confidence is None or 0 <= self.draft_confidence <= 1,
-            f"draft_confidence {self.draft_confidence} is not in 0..1: choose a --draft-confidence "
-            "there",
+            f"draft_confidence {self.draft_confidence} is not in 0..1: choose one there",
         )
         for exit_layer in self.exits:
-            check(
-                1 <= exit_layer < config.num_layers,
-                f"exit layer {exit_layer} is not in 1..{config.num_layers - 1}: the draft must "
-                f"run some and not all of the {config.num_layers} layers; choose --exit-layer "
-                "there",
-            )
+            check_exit(exit_layer, config.num_layers - 1)  # the draft does not run all layers
         for drafts in self.lengths:
             check(
                 0 <= drafts <= config.max_context,
-                f"num_draft_tokens {drafts} is not in 0..{config.max_context}, the model's "
-                "context: choose --num-draft-tokens there",
+                f"num_draft_tokens {drafts} is not in 0..{config.max_context}: choose it there",
             )
         if self.vocabulary is not None:
             self.vocabulary.validate(config)
 
     def arguments(self, model: Llama) -> RoundSettings:
         """Exit, length and confidence as numbers, and the rows of the head that the draft uses."""
+        head = None if self.vocabulary is None else self.vocabulary.head(model)
         confidence = self.draft_confidence
-        return RoundSettings(
-            jnp.int32(self.exit_layer),
-            jnp.int32(self.num_draft_tokens),
-            None if self.vocabulary is None else self.vocabulary.head(model),
-            None if confidence is None else jnp.float32(confidence),
-        )
+        confidence = None if confidence is None else jnp.float32(confidence)
+        numbers = jnp.int32(self.exit_layer), jnp.int32(self.num_draft_tokens)
+        return RoundSettings(*numbers, head, confidence)
 
     def step(self, model: Llama, state: DecodeState, arguments: RoundSettings) -> DecodeState:
         """One round: draft, verify, commit what stands and one token more."""
@@ -162,12 +151,11 @@ class SelfSpeculative(Strategy):
         """Up to d tokens per row from the exit.
 
         A row drafts no further than its end (the verification adds one token of its own), not
-        beyond a stop token, and no longer than the exit is sure of the whole draft. The loop ends
-        when no row drafts.
+        beyond a stop token, and no longer than the exit is sure of the whole draft.
         """
-        batch, steps = state.length_B.shape[0], 1 + self.lengths[-1]
         head, draws = settings.head, state.draws
         table_ND, places_V = (None, None) if head is None else (head.table_ND, head.places_V)
+        shape_BT = (len(state.length_B), 1 + self.lengths[-1])
         limit_B = jnp.minimum(state.end_B - state.length_B - 1, settings.num_draft_tokens)
 
         def choose(x_BTD, i, tokens_BT, log_q_BTN, sure_B):
@@ -195,7 +183,7 @@ class SelfSpeculative(Strategy):
             x_BTD, cache = _run_segments(
                 model,
                 (0, *self.exits),
-                lambda lo, hi: True if lo == 0 else settings.exit_layer >= hi,
+                lambda lo, hi: lo == 0 or settings.exit_layer >= hi,
                 model.embed(loop.token_B[:, None]),
                 state.length_B[:, None] - 1 + i,
                 loop.cache,
@@ -229,11 +217,11 @@ class SelfSpeculative(Strategy):
             cache=state.cache,
             token_B=state.pending_B,
             active_B=state.running_B,
-            sure_B=jnp.ones(batch, jnp.float32),
-            hidden_BTD=jnp.zeros((batch, steps, model.config.hidden_size), model.dtype),
-            tokens_BT=jnp.zeros((batch, steps), jnp.int32),
-            log_q_BTN=None if draws is None else jnp.zeros((batch, steps, size), jnp.float32),
-            count_B=jnp.zeros(batch, jnp.int32),
+            sure_B=jnp.ones_like(limit_B, jnp.float32),
+            hidden_BTD=jnp.zeros((*shape_BT, model.config.hidden_size), model.dtype),
+            tokens_BT=jnp.zeros(shape_BT, jnp.int32),
+            log_q_BTN=None if draws is None else jnp.zeros((*shape_BT, size), jnp.float32),
+            count_B=jnp.zeros_like(limit_B),
         )
         with jax.named_scope(DRAFT):
             end = lax.while_loop(lambda loop: loop.active_B.any(), step, start)
@@ -253,7 +241,7 @@ class SelfSpeculative(Strategy):
             x_BTD, cache = _run_segments(
                 model,
                 (*self.exits, model.config.num_layers),
-                lambda lo, hi: True if lo == self.exits[-1] else settings.exit_layer <= lo,
+                lambda lo, hi: lo == self.exits[-1] or settings.exit_layer <= lo,
                 some.hidden_BTD,
                 state.length_B[:, None] - 1 + jnp.arange(1 + length),
                 cache,
@@ -264,16 +252,12 @@ class SelfSpeculative(Strategy):
             wide = jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, steps - x.shape[1]))), found)
             return cache, accepted_B, *wide
 
-        no_log_probs = state.log_probs_BS is None
-        carry = (
-            state.cache,
-            jnp.zeros_like(draft.count_B),
-            jnp.zeros_like(draft.tokens_BT),
-            None if no_log_probs else jnp.zeros(draft.tokens_BT.shape, jnp.float32),
-        )
+        empty_BT, log_probs_BT = jnp.zeros_like(draft.tokens_BT), None
+        if state.log_probs_BS is not None:
+            log_probs_BT = empty_BT.astype(jnp.float32)
+        carry = (state.cache, jnp.zeros_like(draft.count_B), empty_BT, log_probs_BT)
         for shorter, length in pairwise((-1, *self.lengths)):
-            is_only = len(self.lengths) == 1
-            fits = True if is_only else (shorter < longest) & (longest <= length)
+            fits = len(self.lengths) == 1 or (shorter < longest) & (longest <= length)
             carry = _run_if(fits, partial(judge, length), *carry)
         cache, accepted_B, new_BT, log_probs_BT = carry
         return state.with_cache(cache).commit(

@@ -15,8 +15,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from lsjax.config import LlamaConfig, check
-from lsjax.decoding.penalties import Penalties
-from lsjax.decoding.sampling import Draws, Purpose, Sampling, likeliest
+from lsjax.decoding.sampling import Draws, Penalties, Purpose, Sampling, likeliest
 from lsjax.model.cache import KVCache, write
 from lsjax.model.llama import Llama
 from lsjax.sharding import on_each_device, placed
@@ -280,3 +279,12 @@ class Strategy(ABC):
     @abstractmethod
     def step(self, model: Llama, state: DecodeState, arguments: Any) -> DecodeState:
         """One round: at least one token for every running row."""
+
+
+def check_exit(exit_layer: int, last: int) -> None:
+    """Raises ConfigError for an exit that is not in 1..last."""
+    check(
+        1 <= exit_layer <= last,
+        f"exit layer {exit_layer} is not in 1..{last}, the exits of this model that such a "
+        "strategy can use: choose --exit-layer there",
+    )

@@ -265,7 +265,7 @@ def test_every_size_of_the_cache_is_warmed_up(model_directory, tmp_path, monkeyp
         (("--repeats", 0), "--repeats 0 is below 1"),
         (("--every", 0), "--every 0 is below 1: choose 1 or more"),
         (("--limit", 0), "--limit 0 is below 1"),
-        (("--temperature", -1), "temperature -1.0 is not a number of 0 or more"),
+        (("--temperature", -1), "temperature -1.0 must be a finite number of at least 0"),
         (("--prompt-length", 0), "--prompt-length 0 is not in 1..511"),
         (("--prompt-length", 10**12), "--prompt-length 1000000000000 is not in 1..511"),
         (("--prompt", ""), "--prompt is an empty prompt"),

@@ -239,7 +239,7 @@ def test_max_new_tokens_1_needs_no_round(engine, expected):
         (SelfSpeculative(0, 4), "exit layer 0 is not in 1..3"),
         (SelfSpeculative(4, 4), "exit layer 4 is not in 1..3"),
         (SelfSpeculative(2, -1), "num_draft_tokens -1 is not in 0..512"),
-        (SelfSpeculative(2, 3 * 10**9), "num_draft_tokens 3000000000 is not in 0..512, the model"),
+        (SelfSpeculative(2, 3 * 10**9), "num_draft_tokens 3000000000 is not in 0..512: choose"),
         (SelfSpeculative(1, 2, DraftVocabulary(np.array([3, 9, 7]))), "ids do not rise"),
         (SelfSpeculative(1, 2, DraftVocabulary(np.array([], int))), "a draft vocabulary of 0"),
         (SelfSpeculative(1, 2, shared_exits=(1, 4)), "exit layer 4 is not in 1..3"),
