@@ -15,7 +15,7 @@ from lsjax.checkpoints import fingerprints, is_run, read_run_config
 from lsjax.cli.flags import ModelFlags
 from lsjax.cli.prompts import RowFlags
 from lsjax.cli.setup import machine
-from lsjax.config import ConfigError, DataConfig, check, split_step
+from lsjax.config import ConfigError, DataConfig, bounded, check, split_step
 from lsjax.data.chat import chat_prompt
 from lsjax.data.documents import Document
 from lsjax.data.token_store import encode_document
@@ -61,11 +61,11 @@ class TaskFlags(RowFlags, ModelFlags):
     """Another split of that."""
     tfds_data_dir: str = ""
     """Where TensorFlow data sets are; empty is TFDS's own, ~/tensorflow_datasets."""
-    offset: int = 0
+    offset: int = bounded(0, low=0)
     """Leaves out the first so many examples."""
     response_template: str | None = None
     """The response to compare with, as --prompt-template."""
-    num_shots: int | None = None
+    num_shots: int | None = bounded(None, low=0)
     """Examples with their responses before each prompt; the task's own number by default."""
     shots_data: tuple[str, ...] = ()
     """Files that the shots are drawn from, by --seed."""
@@ -95,10 +95,6 @@ class BadRows:
 
 def with_flags(task: Task, flags: TaskFlags, **changes: Any) -> Task:
     """The task with the numbers and templates that the flags give."""
-    for name, low in (("offset", 0), ("every", 1), ("limit", 1), ("num_shots", 0)):
-        value = getattr(flags, name)
-        flag = f"--{name.replace('_', '-')}"
-        check(value is None or value >= low, f"{flag} {value} is below {low}: choose {low} up")
     check(flags.chat or flags.system is None, "--system needs --chat: give both or none")
     names = ("num_shots", "prompt_template", "response_template")
     changes |= {name: getattr(flags, name) for name in names}

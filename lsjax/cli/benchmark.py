@@ -18,7 +18,7 @@ cells.jsonl, the table; and for a grid benchmark.png and acceptance.png.
 import sys
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Literal
 
@@ -31,7 +31,7 @@ from lsjax.cli.benchmark_table import show, show_costs, verdict, write
 from lsjax.cli.errors import check_output, one_line_errors
 from lsjax.cli.flags import SamplingFlags, StrategyFlags, load_engine
 from lsjax.cli.prompts import PromptArguments, read_encoded, read_prompts
-from lsjax.config import DataConfig, LlamaConfig, check
+from lsjax.config import DataConfig, LlamaConfig, bounded, check
 from lsjax.data.tokenizers import Tokenizer
 from lsjax.decoding.cost import RoundCosts, calibrate, memory_bandwidth
 from lsjax.decoding.engine import Engine
@@ -68,15 +68,15 @@ class Arguments(TaskFlags, PromptArguments, StrategyFlags):
     """Prompts of a task (docs/evaluation.md)."""
     prompt_length: int | None = None
     """Cuts or repeats every prompt to this many tokens."""
-    new_tokens: int = 64
+    new_tokens: int = bounded(64, low=2)
     """Tokens per prompt; ends of text are ignored."""
-    repeats: int = 5
+    repeats: int = bounded(5, low=1)
     """Turns of each strategy with each prompt."""
     sampling: SamplingFlags = GREEDY
     identity_tail: int | None = None
     """Lets the layers from this one on add nothing, so that every draft of a later exit is right:
     the machinery without the training. The draft vocabulary is that of the model's own output."""
-    capacity: int = 0
+    capacity: int = bounded(0, low=0)
     """Least slots of the cache, for what an unused part of it costs."""
     separate_programs: bool = False
     """Compiles a program for each exit and length instead of one for all."""
@@ -140,9 +140,6 @@ def benchmark(arguments: Arguments) -> int:
 
 def check_numbers(arguments: Arguments, config: LlamaConfig) -> None:
     """Raises ConfigError for numbers that cannot work, and for those that mean nothing."""
-    for name, low in (("new_tokens", 2), ("repeats", 1), ("capacity", 0)):
-        value, flag = getattr(arguments, name), f"--{name.replace('_', '-')}"
-        check(value >= low, f"{flag} {value} is below {low}: choose {low} up")
     check(arguments.batch_size == 1, "--batch-size means nothing here: texts are timed one by one")
     flags.check_sampling(arguments.sampling, 1)
     length, tail = arguments.prompt_length, arguments.identity_tail
@@ -155,8 +152,8 @@ def check_numbers(arguments: Arguments, config: LlamaConfig) -> None:
         tail is None or 1 <= tail < config.num_layers,
         f"--identity-tail {tail} is not in 1..{config.num_layers - 1}: choose a layer there",
     )
-    given = [name for name in ("prompt", "prompt_file", "task") if getattr(arguments, name)]
-    given = [f"--{name.replace('_', '-')}" for name in given]
+    sources = ("prompt", "prompt_file", "task")
+    given = [arguments.name_of(name) for name in sources if getattr(arguments, name)]
     check(len(given) < 2, f"{' and '.join(given)} are given: choose one source of prompts")
 
 
@@ -168,7 +165,8 @@ def choose_strategies(
     counts: of the tokens that the draft vocabulary is chosen by; those of the model's by default.
     """
     names = ("autoregressive", *(arguments.strategies if arguments.exit_layers else ()))
-    asked, model = replace(arguments, strategies=names), arguments.model
+    given = {field.name: getattr(arguments, field.name) for field in fields(StrategyFlags)}
+    asked, model = StrategyFlags(**given | {"strategies": names}), arguments.model
     found = flags.make_strategies(asked, model, tokenizer, counts)
     if arguments.draft_vocab is not None:
         full = replace(asked, draft_vocab=None)
@@ -200,7 +198,7 @@ def make_questions(
         examples, _ = answering.read_examples(task, arguments, seed, encode, bad_rows)
     else:
         for name in TASK_ALONE:
-            flag = f"--{name.replace('_', '-')}"
+            flag = arguments.name_of(name)
             check(not getattr(arguments, name), f"{flag} needs --task, whose rows it is about")
         built_in = PROMPTS if arguments.prompt is None else read_prompts(arguments.prompt, None)
         found = read_encoded(arguments, built_in, encode, notes.print)

@@ -22,7 +22,7 @@ from lsjax.cli.answering import TaskFlags
 from lsjax.cli.errors import check_output, one_line_errors
 from lsjax.cli.flags import SamplingFlags, StrategyFlags, load_engine
 from lsjax.cli.show import or_dash, show_table
-from lsjax.config import DataConfig, check
+from lsjax.config import DataConfig, bounded, check
 from lsjax.decoding.completion import Completion
 from lsjax.decoding.request import encode_prompt
 from lsjax.decoding.sampling import GREEDY
@@ -52,10 +52,10 @@ class Arguments(TaskFlags, StrategyFlags):
     output: Path
     """A line of JSON an answer (.jsonl); the summary goes beside it, as .summary.json. If it holds
     answers under the same conditions, only the missing ones are made."""
-    max_new_tokens: int | None = None
+    max_new_tokens: int | None = bounded(None, low=1)
     """Ends a text that does not end by itself; the task's own number by default."""
     sampling: SamplingFlags = GREEDY
-    num_samples: int = 1
+    num_samples: int = bounded(1, low=1)
     """Texts for each example; a score is the mean over them."""
     stop: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     """Ends a text where it would contain this, beside what the task says; may be given several

@@ -22,7 +22,7 @@ from lsjax.cli.errors import check_output, one_line_errors
 from lsjax.cli.flags import parse_flags
 from lsjax.cli.setup import cache_directory, choose_dtype, keep_compiled_programs
 from lsjax.cli.show import show_table, wide_console
-from lsjax.config import check
+from lsjax.config import Checked, bounded, check
 from lsjax.data.pipeline import one_pass
 from lsjax.data.tokenizer_files import load_tokenizer
 from lsjax.evaluation.exits import AGREEMENT, ExitScores, exits_to_show, score_exits
@@ -31,12 +31,12 @@ from lsjax.model.llama import stacked
 
 
 @dataclass(frozen=True, kw_only=True)
-class Arguments:
+class Arguments(Checked, prefix="--"):
     """Loss and agreement of every exit of training runs and models."""
 
     runs: tuple[Path, ...]
     """A training run, and what to set beside it: other runs or models with its tokenizer."""
-    batches: int = 64
+    batches: int = bounded(64, low=1)
     """Batches of held-out rows, of the first run's size."""
     output: Path | None = None
     """A picture to draw (.png)."""
@@ -53,7 +53,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def score_models(arguments: Arguments) -> None:
     """Scores the models, prints the table, draws the picture."""
-    check(arguments.batches >= 1, f"--batches {arguments.batches} is below 1: choose 1 up")
     check(len(arguments.runs) >= 1, "--runs is empty: name the directory of a run")
     first, output = arguments.runs[0], arguments.output
     check(is_run(first), f"{first} is no training run: name the --workdir of train.py first")

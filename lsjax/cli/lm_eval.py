@@ -20,7 +20,7 @@ from rich.console import Console
 from lsjax.cli import flags
 from lsjax.cli.errors import one_line_errors
 from lsjax.cli.flags import ModelFlags, StrategyFlags, load_engine
-from lsjax.config import ConfigError, check
+from lsjax.config import ConfigError, bounded, check
 from lsjax.data.chat import chat_prompt
 from lsjax.evaluation.answers import Cell
 
@@ -35,7 +35,7 @@ class Arguments(StrategyFlags, ModelFlags):
     """A directory with .yaml files of tasks, instead of lm_eval's own."""
     num_fewshot: int | None = None
     """Examples before each question; the task's own number by default."""
-    limit: float | None = None
+    limit: float | None = bounded(None, above=0)
     """Takes the first so many documents of a task; below 1 it is a share of them."""
     gen_kwargs: str | None = None
     """Changes what tasks say of generation: "max_gen_toks=64,do_sample=True,temperature=0.8"."""
@@ -59,7 +59,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run_tasks(arguments: Arguments) -> None:
     """Runs every task with every strategy; lm_eval makes the tables and the files."""
     limit, changes, path = arguments.limit, arguments.gen_kwargs, arguments.task_path
-    check(limit is None or limit > 0, f"--limit {limit} is not above 0: choose a number of samples")
     check(bool(arguments.tasks), "--tasks names no task: give one or more")
     check(
         changes is None or all("=" in change for change in changes.split(",")),

@@ -8,7 +8,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Literal
 
-from lsjax.config import ConfigError, check
+from lsjax.config import Checked, ConfigError, bounded, check
 from lsjax.data.row_files import fill
 from lsjax.data.text_files import stop_at
 from lsjax.decoding.request import Request
@@ -30,15 +30,15 @@ def read_prompts(prompt: str | None, file: Path | None) -> list[str]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RowFlags:
+class RowFlags(Checked, prefix="--"):
     """Which rows are taken, and what makes a prompt of each."""
 
     prompt_template: str | None = None
     """Makes the prompt of a row, its fields in braces: '{question}'. A task has its own, and a run
     that was finetuned on rows with these fields too."""
-    every: int = 1
+    every: int = bounded(1, low=1)
     """Takes every n-th row."""
-    limit: int | None = None
+    limit: int | None = bounded(None, low=1)
     """Takes no more than so many rows."""
     bad_rows: Literal["refuse", "skip"] = "refuse"
     """Whether a row that is no prompt, or is too long, ends the program. Either way it is named."""
@@ -64,9 +64,6 @@ def read_encoded(
     warn: is told of each row that is skipped. Raises ConfigError with file and line for a bad row
     that is not, among them those that `encode` refuses, and for a file in which nothing is left.
     """
-    for name in ("every", "limit"):
-        value = getattr(arguments, name)
-        check(value is None or value >= 1, f"--{name} {value} is below 1: choose 1 or more")
     file, template = arguments.prompt_file, arguments.prompt_template
     if file is None:
         check(template is None, "--prompt-template needs --prompt-file, whose rows it is for")

@@ -181,12 +181,6 @@ class EngineLM(TemplateLM):
         )
         sampling = {SAMPLING[name]: value for name, value in settings.items()}
         sampling["temperature"] = 0.0 if is_greedy else sampling.get("temperature", 1.0)
-        try:
-            chosen = Sampling(seed=seed, **sampling)
-        except TypeError:
-            raise ConfigError(
-                f"{sampling} are not all numbers: correct the task, or --gen-kwargs"
-            ) from None
         ids = self.tok_encode(context) or [self.prefix_token_id]
         ids, _ = maybe_truncate(ids, room, self.engine.max_length)
         # Texts are without special tokens: the spelling of one is meant to end them as a token.
@@ -196,7 +190,7 @@ class EngineLM(TemplateLM):
             max_new_tokens=room,
             stop=tuple(text for text in until if text and text not in special),
             stop_ids=tuple(special[text] for text in until if text in special),
-            sampling=chosen,
+            sampling=Sampling(seed=seed, **sampling),
         )
 
 

@@ -261,7 +261,7 @@ def test_categories(run, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (("--limit", 0), "--limit 0 is below 1"),
+        (("--limit", 0), "--limit 0 must be a whole number of at least 1"),
         (("--offset", 9), "no examples behind the first 9"),
         (("--num-samples", 2), "--num-samples means nothing to greedy decoding"),
         (("--num-shots", 1), "1 shots need rows that are not asked"),

@@ -27,8 +27,8 @@ def no_lm_eval(monkeypatch):
     [
         ((), "not installed: pip install 'lsjax[eval]'"),
         (("--tasks",), "--tasks names no task"),
-        (("--limit", 0), "--limit 0.0 is not above 0"),
-        (("--limit", -3), "--limit -3.0 is not above 0"),
+        (("--limit", 0), "--limit 0.0 must be a finite number above 0"),
+        (("--limit", -3), "--limit -3.0 must be a finite number above 0"),
         (("--system", "x"), "--system needs --chat"),
         (("--chat",), "this model has no chat template"),
         (("--gen-kwargs", "temperature"), "--gen-kwargs temperature is not like"),
