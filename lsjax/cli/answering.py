@@ -19,7 +19,7 @@ from lsjax.config import ConfigError, DataConfig, bounded, check, split_step
 from lsjax.data.chat import chat_prompt
 from lsjax.data.documents import Document
 from lsjax.data.token_store import encode_document
-from lsjax.data.tokenizers import Tokenizer
+from lsjax.data.tokenizer import Tokenizer
 from lsjax.decoding.engine import Engine
 from lsjax.decoding.request import Request
 from lsjax.decoding.sampling import Sampling

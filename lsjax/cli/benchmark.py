@@ -32,7 +32,7 @@ from lsjax.cli.errors import check_output, one_line_errors
 from lsjax.cli.flags import SamplingFlags, StrategyFlags, load_engine
 from lsjax.cli.prompts import PromptArguments, read_encoded, read_prompts
 from lsjax.config import DataConfig, LlamaConfig, bounded, check
-from lsjax.data.tokenizers import Tokenizer
+from lsjax.data.tokenizer import Tokenizer
 from lsjax.decoding.cost import RoundCosts, calibrate, memory_bandwidth
 from lsjax.decoding.engine import Engine
 from lsjax.decoding.request import encode_prompt

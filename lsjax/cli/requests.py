@@ -10,7 +10,7 @@ from lsjax.cli.flags import ModelFlags, SamplingFlags, StrategyFlags, check_samp
 from lsjax.cli.prompts import read_requests
 from lsjax.config import bounded, check
 from lsjax.data.chat import chat_prompt
-from lsjax.data.tokenizers import Tokenizer
+from lsjax.data.tokenizer import Tokenizer
 from lsjax.decoding.request import Request
 from lsjax.decoding.sampling import GREEDY
 

@@ -7,22 +7,22 @@ from itertools import islice
 from pathlib import Path
 
 from lsjax.config import ConfigError, DataConfig, check
-from lsjax.data.documents import Document
-from lsjax.data.row_files import (
+from lsjax.data.documents import Document, find_files, stop_at
+from lsjax.data.sources import (
+    Fields,
+    Refuse,
     comma_separated_rows,
     json_rows,
     row_document,
     tab_separated_rows,
 )
-from lsjax.data.text_files import find_files, stop_at
-from lsjax.evaluation.tasks import Example, Fields, Task
+from lsjax.evaluation.tasks import Example, Task
 
 # By the end of a file's name, behind which .gz may stand.
 READERS = {".jsonl": json_rows, ".tsv": tab_separated_rows, ".csv": comma_separated_rows}
 SHOT_ROWS = 10_000  # of which shots are drawn
 
 PlacedRow = tuple[str, str, Fields]  # a short name, where it stands in words, and its fields
-Refuse = Callable[[ConfigError], None]
 
 
 def file_rows(paths: Sequence[str], refuse: Refuse = stop_at) -> Iterator[PlacedRow]:
@@ -44,11 +44,10 @@ def file_rows(paths: Sequence[str], refuse: Refuse = stop_at) -> Iterator[Placed
 def tfds_rows(name: str, split: str, data_dir: str) -> Iterator[PlacedRow]:
     """The rows of a TensorFlow data set."""
     # Only here: its import takes a second.
-    from lsjax.data.tfds_source import TfdsSource
+    from lsjax.data.tfds_rows import TfdsRows
 
-    config = DataConfig(source="tfds", tfds_name=name, tfds_data_dir=data_dir)
-    for number, row in TfdsSource(config, split).rows():
-        yield f"{split}:{number}", f"{name} {split}, row {number}", row
+    for number, (where, row) in enumerate(TfdsRows(name, split, data_dir).rows()):
+        yield f"{split}:{number}", where, row
 
 
 def templates(task: Task, trained: DataConfig | None, rows: Iterable[PlacedRow] = ()) -> DataConfig:

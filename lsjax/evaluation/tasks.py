@@ -4,15 +4,14 @@ Templates, shots and lengths of the summaries, cnn_dm_lm and human_eval are thos
 benchmark.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
 from lsjax.config import check
+from lsjax.data.sources import Fields
 from lsjax.evaluation import metrics
 from lsjax.evaluation.sandbox import run_program
 
-Fields = Mapping[str, Any]
 Scores = dict[str, float]
 
 

@@ -8,7 +8,7 @@ from decimal import Decimal
 import pytest
 
 from lsjax.config import ConfigError, DataConfig
-from lsjax.data.tfds_source import _builder
+from lsjax.data.tfds_rows import _builder
 from lsjax.evaluation.answers import scores_by_example
 from lsjax.evaluation.examples import (
     before_prompts,
