@@ -78,6 +78,10 @@ class TaskFlags(RowFlags, ModelFlags):
     system: str | None = None
     """With --chat: the system message."""
 
+    def __post_init__(self):
+        super().__post_init__()
+        check(self.chat or self.system is None, "--system needs --chat: give both or none")
+
 
 class BadRows:
     """Bad rows: the first one ends the program, or each is named and left out."""
@@ -95,7 +99,6 @@ class BadRows:
 
 def with_flags(task: Task, flags: TaskFlags, **changes: Any) -> Task:
     """The task with the numbers and templates that the flags give."""
-    check(flags.chat or flags.system is None, "--system needs --chat: give both or none")
     names = ("num_shots", "prompt_template", "response_template")
     changes |= {name: getattr(flags, name) for name in names}
     given = {name: value for name, value in changes.items() if value is not None}

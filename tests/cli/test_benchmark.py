@@ -296,6 +296,7 @@ def test_every_size_of_the_cache_is_warmed_up(model_directory, tmp_path, monkeyp
         (("--data", "bad.jsonl"), "--data needs --task"),
         (("--num-shots", 2), "--num-shots needs --task"),
         (("--chat",), "this model has no chat template"),
+        (("--system", "x"), "--system needs --chat"),
         (("--output", "bad.jsonl/x"), "bad.jsonl"),
     ],
 )
