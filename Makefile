@@ -20,7 +20,6 @@ quickstart: $(VENV)/installed
 		$(BIN)/python train.py --config configs/quickstart.py --workdir $(RUN) --mesh.data 2
 	$(BIN)/python decode.py --model $(RUN) --prompt-file $(RUN)/prompts.jsonl --max-new-tokens 64 \
 		--strategy self_speculative --exit-layer $(EXIT) --num-draft-tokens $(DRAFTS) --show-drafts
-	$(BIN)/python -m lsjax.cli.correctness $(COMPARE) --exit-layers $(EXIT)
 	$(BIN)/python -m lsjax.cli.benchmark $(COMPARE) --exit-layers 2 $(EXIT) --new-tokens 128 --repeats 1
 	$(BIN)/python -m lsjax.cli.benchmark $(COMPARE) --exit-layers $(EXIT) --new-tokens 128 --repeats 1 \
 		--temperature 1
@@ -30,8 +29,8 @@ smollm2: $(VENV)/installed $(SMOLLM2)
 	$(BIN)/python decode.py --model $(SMOLLM2) --prompt $(STORY) --max-new-tokens 48
 	$(BIN)/python decode.py --model $(SMOLLM2) --prompt $(STORY) --max-new-tokens 48 \
 		--strategy self_speculative --exit-layer 24 --num-draft-tokens 3 --show-drafts
-	$(BIN)/python -m lsjax.cli.correctness --model $(SMOLLM2) --max-new-tokens 48 \
-		--exit-layers 24 --num-draft-tokens 3
+	$(BIN)/python -m lsjax.cli.benchmark --model $(SMOLLM2) --prompt $(STORY) --new-tokens 48 \
+		--repeats 1 --exit-layers 24 --num-draft-tokens 3
 
 # Checks and measures on an accelerator, and writes docs/accelerators.md. EXTRA is cuda, cuda12 or
 # tpu. INSTALL=no takes PYTHON as it is: stages a to c need jax, flax, optax, jaxtyping and numpy.

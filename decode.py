@@ -18,28 +18,22 @@ from typing import TextIO
 from rich.console import Console
 from rich.progress import Progress
 
-from lsjax.checkpoints import open_checkpoint
 from lsjax.cli.chat import chat
-from lsjax.cli.decoding_options import (
-    Arguments,
-    check_together,
-    choose_requests,
-    choose_strategy,
-    prompt_ids,
-)
 from lsjax.cli.errors import check_output, ended_by_sigterm, one_line_errors
-from lsjax.cli.flags import parse_flags
-from lsjax.cli.loading import load_shown
+from lsjax.cli.flags import (
+    check_engine,
+    chosen_mesh,
+    load_engine,
+    make_strategy,
+    open_model,
+    parse_flags,
+)
 from lsjax.cli.prompts import encode_prompts
-from lsjax.cli.setup import choose_dtype, keep_compiled_programs
+from lsjax.cli.requests import Arguments, choose_requests, prompt_ids
 from lsjax.cli.show import LEGEND, Colours, coloured, stream, summary, verbatim
-from lsjax.config import MeshConfig
-from lsjax.data.tokenizer_files import load_tokenizer
 from lsjax.decoding.completion import Completion
-from lsjax.decoding.engine import Engine
-from lsjax.decoding.request import Request, check_settings, check_stop_ids, encode_prompt
+from lsjax.decoding.request import Request, check_stop_ids, encode_prompt
 from lsjax.decoding.state import Strategy
-from lsjax.sharding import make_mesh
 
 Show = Callable[[int, Completion], None]
 
@@ -56,56 +50,37 @@ def decode(arguments: Arguments) -> None:
 
     Raises ConfigError, CheckpointError, TokenizerError or OSError with one line for bad input.
     """
-    check_together(arguments)
     to_stdout = arguments.json == Path("-")
     requests = choose_requests(arguments)
-    source = open_checkpoint(arguments.model)
-    tokenizer = load_tokenizer(arguments.model).fitted(source.config.vocab_size)
-    strategy = choose_strategy(arguments, tokenizer)
-    max_length = arguments.max_length
-    mesh = None if arguments.mesh == MeshConfig() else make_mesh(arguments.mesh)
+    source, tokenizer = open_model(arguments)
+    strategy = make_strategy(arguments, arguments.model, tokenizer)
+    mesh = chosen_mesh(arguments)
     data_axis = 1 if mesh is None else mesh.shape["data"]
     needed = -(-max(len(requests), 1) // data_axis) * data_axis
-    batch_size = min(arguments.batch_size, needed)
-    check_settings(
-        source.config,
-        strategy,
-        batch_size=batch_size,
-        max_length=max_length,
-        data_axis=data_axis,
-    )
+    model_flags = dataclasses.replace(arguments, batch_size=min(arguments.batch_size, needed))
+    check_engine(model_flags, source.config, [strategy], mesh)
 
     def encode(request: Request) -> list[int]:
         check_stop_ids(request, source.config)
         ids = prompt_ids(tokenizer, request.prompt, arguments)
-        limits = dict(max_new_tokens=request.max_new_tokens, max_length=max_length)
+        limits = dict(max_new_tokens=request.max_new_tokens, max_length=arguments.max_length)
         return encode_prompt(ids, tokenizer, source.config, **limits)
 
     encoded = encode_prompts(requests, encode)
     if arguments.json is not None and not to_stdout:
         check_output(arguments.json, arguments.prompt_file)
 
-    keep_compiled_programs()
-    dtype = choose_dtype(arguments.dtype)
     plain = partial(Console, highlight=False, markup=False, emoji=False, soft_wrap=True)
     people, notes = plain(stderr=to_stdout), plain(stderr=True, style="dim")
-
-    engine = Engine(
-        load_shown(source, notes, dtype=dtype, stack_layers=arguments.stack_layers, mesh=mesh),
-        tokenizer,
-        strategy,
-        batch_size=batch_size,
-        max_length=max_length,
-        mesh=mesh,
-    )
+    engine = load_engine(model_flags, source, tokenizer, notes, strategy=strategy, mesh=mesh)
     totals = [
         len(ids) + request.max_new_tokens for request, ids in zip(requests, encoded, strict=True)
     ]
     weights, cache = engine.memory_bytes(max(totals, default=arguments.max_new_tokens))
     notes.print(
         f"{arguments.model.name}: {source.config.num_params / 1e6:.0f}M parameters, "
-        f"{weights / 1e6:.0f} MB in {dtype}; cache {cache / 1e6:.0f} MB for {engine.batch_size} "
-        f"row{'s' * (engine.batch_size > 1)}"
+        f"{weights / 1e6:.0f} MB in {engine.model.dtype}; "
+        f"cache {cache / 1e6:.0f} MB for {engine.batch_size} row{'s' * (engine.batch_size > 1)}"
     )
 
     completions: list[Completion] = []

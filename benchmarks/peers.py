@@ -26,10 +26,11 @@ from rich.progress import Progress
 from rich.table import Table
 
 import lsjax
+from lsjax.cli.benchmark import PROMPTS
 from lsjax.cli.errors import one_line_errors
-from lsjax.cli.grid import PROMPTS, wide_console
 from lsjax.cli.prompts import PromptArguments, read_encoded
 from lsjax.cli.setup import cache_directory, exact_products, keep_compiled_programs
+from lsjax.cli.show import wide_console
 from lsjax.config import check
 from lsjax.data.tokenizer import Tokenizer
 from lsjax.data.vocabulary import find_counts

@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lsjax.cli.setup import exact_products
-from lsjax.decoding.calibration import compiled_loop, median_seconds
+from lsjax.decoding.cost import compiled_loop, median_seconds
 from lsjax.decoding.sampling import likeliest
 
 # jax 0.10 and newer give float32 products to a library (YNNPACK); without it Eigen has them.

@@ -8,26 +8,31 @@ in a program of its own. Then: autoregressive rounds at several lengths and capa
 the bytes of weights, keys and values predict from the first line.
 """
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import tyro
 from rich.console import Console
 from rich.table import Table
 
 import lsjax
 from lsjax.cli.setup import exact_products, keep_compiled_programs
-from lsjax.decoding.calibration import (
+from lsjax.decoding.acceptance import Draft
+from lsjax.decoding.cost import (
     LENGTH,
+    Loop,
+    compiled_loop,
     draft_loop,
+    filled_state,
     median_seconds,
     memory_bandwidth,
     rounds_loop,
-    verify_loop,
+    weight_bytes,
 )
-from lsjax.decoding.cost import weight_bytes
-from lsjax.decoding.self_speculative import Choices, SelfSpeculative
+from lsjax.decoding.self_speculative import SelfSpeculative, in_one_program
 
 
 @dataclass(frozen=True)
@@ -44,6 +49,23 @@ class Arguments:
     """Tokens in the cache."""
 
 
+def verify_loop(model: lsjax.Llama, strategy: SelfSpeculative) -> Loop:
+    """The verification of a round, of full drafts."""
+    state = filled_state(model, strategy)
+    steps = 1 + strategy.num_draft_tokens
+    hidden_BTD = jnp.ones((1, steps, model.config.hidden_size), model.dtype)
+
+    def body(pair, state):
+        tokens_BT = jnp.broadcast_to(state.pending_B[:, None], (1, steps))
+        count_B = jnp.full(1, strategy.num_draft_tokens, jnp.int32)
+        hidden_now_BTD = hidden_BTD + 1e-9 * tokens_BT[..., None]
+        draft = Draft(state, hidden_now_BTD, tokens_BT, count_B, None, None)
+        done = strategy.verify(pair[0], draft, pair[1])
+        return dataclasses.replace(done, length_B=state.length_B, finish_B=state.finish_B)
+
+    return compiled_loop((model, strategy.arguments(model)), body, state)
+
+
 def main(arguments: Arguments) -> None:
     """Measures and prints both tables."""
     keep_compiled_programs()
@@ -51,12 +73,9 @@ def main(arguments: Arguments) -> None:
     model = lsjax.load(arguments.model)
     console = Console(highlight=False)
     exits, drafts = arguments.exit_layers, arguments.num_draft_tokens
-    choices = Choices(tuple(sorted({*exits})), tuple(sorted({*drafts})))
-    cells = [
-        SelfSpeculative(exit_layer, drafts, choices=choices)
-        for exit_layer in choices.exit_layers
-        for drafts in choices.num_draft_tokens
-    ]
+    cells = in_one_program(
+        [SelfSpeculative(E, d) for E in sorted({*exits}) for d in sorted({*drafts})]
+    )
     table = Table("E", "d", "draft ms", "verification ms", "round ms", "round/sum", "one program")
     for cell in cells:
         alone = SelfSpeculative(cell.exit_layer, cell.num_draft_tokens)

@@ -16,8 +16,8 @@ from lsjax.checkpoints import (
 from lsjax.config import ConfigError, LlamaConfig, MeshConfig, RopeScaling
 from lsjax.data.tokenizer_files import load_tokenizer
 from lsjax.decoding.autoregressive import Autoregressive, EarlyExit
+from lsjax.decoding.batching import Conversation
 from lsjax.decoding.completion import Completion
-from lsjax.decoding.conversation import Conversation
 from lsjax.decoding.engine import Engine
 from lsjax.decoding.request import Request
 from lsjax.decoding.sampling import Sampling

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from lsjax.cli.errors import one_line_errors
 from lsjax.config import check
-from lsjax.evaluation.tasks.examples import file_rows
+from lsjax.evaluation.examples import file_rows
 
 ARTICLE = re.compile(r"^ = [^=].*[^=] = $", re.MULTILINE)  # its title; parts have more signs
 

@@ -25,8 +25,7 @@ CHECKED = [
     "lsjax.checkpoints",
     "lsjax.data",
     *(f"lsjax.model.{name}" for name in ("attention", "block", "llama", "rope", "self_attention")),
-    *(f"lsjax.decoding.{name}" for name in ("autoregressive", "completion", "engine", "loops")),
-    "lsjax.decoding.request",
+    *(f"lsjax.decoding.{name}" for name in ("autoregressive", "completion", "engine", "programs")),
     "lsjax.sharding",
 ]
 with jaxtyping.install_import_hook(CHECKED, "beartype.beartype"):
@@ -37,7 +36,7 @@ from flax import nnx
 from lsjax.config import LlamaConfig
 from lsjax.data.tokenizer import Tokenizer
 from lsjax.data.tokenizer_huggingface import ByteTokenizer
-from lsjax.decoding import calibration
+from lsjax.decoding import cost
 from lsjax.model.llama import Llama
 
 
@@ -68,4 +67,4 @@ def numbered_times(monkeypatch):
             loop(1)
         return [1e-3 * number for number in range(1, len(loops) + 1)]
 
-    monkeypatch.setattr(calibration, "median_seconds", median_seconds)
+    monkeypatch.setattr(cost, "median_seconds", median_seconds)

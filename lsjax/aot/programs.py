@@ -16,10 +16,9 @@ from jax.stages import Lowered
 from lsjax.aot.costs import Trips
 from lsjax.config import LlamaConfig, TrainConfig, check
 from lsjax.decoding.autoregressive import Autoregressive
+from lsjax.decoding.batching import STOP_IDS
 from lsjax.decoding.engine import cache_slots
-from lsjax.decoding.loops import PROMPT_CHUNKS, ROUNDS, decode, prefill
-from lsjax.decoding.programs import Programs
-from lsjax.decoding.run import STOP_IDS, chunk_size
+from lsjax.decoding.programs import PROMPT_CHUNKS, ROUNDS, Programs, chunk_size, decode, prefill
 from lsjax.decoding.sampling import GREEDY
 from lsjax.decoding.self_speculative import DRAFT, SelfSpeculative
 from lsjax.decoding.state import DecodeState, Strategy

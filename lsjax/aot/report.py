@@ -16,7 +16,7 @@ from lsjax.aot.chips import GIB, Chip
 from lsjax.aot.costs import Collective, Costs, Counting, Trips
 from lsjax.aot.hlo import parse
 from lsjax.aot.needs import Needs
-from lsjax.decoding.loops import ROUNDS
+from lsjax.decoding.programs import ROUNDS
 
 # What a warning of the compiler begins with, and what it means.
 WARNINGS = {

@@ -19,6 +19,7 @@ from lsjax.cli.errors import one_line_errors
 from lsjax.cli.flags import parse_flags
 from lsjax.cli.setup import cache_directory
 from lsjax.config import ConfigError
+from lsjax.data.documents import read_lines
 from lsjax.data.tokenizer_files import load_tokenizer
 from lsjax.data.vocabulary import cached_counts, count_tokens, write_counts
 
@@ -71,32 +72,25 @@ def read_pieces(file: Path) -> Iterator[str]:
     """A file's text in pieces: of .jsonl every string by itself, of others PIECE characters and
     what is left of the line.
 
-    Raises ConfigError with the line for what is not UTF-8, or not JSON in a .jsonl file.
+    Raises ConfigError with the line for text that is not UTF-8, or not JSON in a .jsonl file.
     """
-    rows = file.suffix == ".jsonl"
-    with file.open(encoding="utf-8-sig", newline="\n") as lines:
-        line, held = 0, ""
-        while True:
-            line += 1
-            try:
-                text = lines.readline()
-                strings = list(_strings(json.loads(text))) if rows and text.strip() else []
-                "".join(strings).encode()  # JSON may hold half a character
-            except UnicodeError:
-                raise ConfigError(
-                    f"{file}, near line {line}, is not UTF-8 text: save it as UTF-8"
-                ) from None
-            except (ValueError, RecursionError) as error:
-                problem = getattr(error, "msg", error)
-                raise ConfigError(f"{file}, line {line} is not JSON ({problem})") from None
-            yield from strings
-            if not rows:
-                held += text
-            if held and (len(held) >= PIECE or not text):
+    held = ""
+    for number, line in read_lines(file):
+        if file.suffix != ".jsonl":
+            held += line
+            if len(held) >= PIECE:
                 yield held
                 held = ""
-            if not text:
-                return
+        elif line.strip():
+            try:
+                strings = list(_strings(json.loads(line)))
+                "".join(strings).encode()  # JSON may hold half a character
+            except (ValueError, RecursionError) as error:
+                problem = getattr(error, "msg", error)
+                raise ConfigError(f"{file}, line {number} is not JSON ({problem})") from None
+            yield from strings
+    if held:
+        yield held
 
 
 def _strings(value: object) -> Iterator[str]:

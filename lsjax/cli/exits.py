@@ -16,28 +16,27 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
 
 from lsjax.checkpoints import is_run, load, open_checkpoint, read_run_config
 from lsjax.cli.errors import check_output, one_line_errors
 from lsjax.cli.flags import parse_flags
 from lsjax.cli.setup import cache_directory, choose_dtype, keep_compiled_programs
-from lsjax.config import check
+from lsjax.cli.show import show_table, wide_console
+from lsjax.config import Checked, bounded, check
 from lsjax.data.pipeline import OnePass, packed_rows
 from lsjax.data.tokenizer_files import load_tokenizer
 from lsjax.evaluation.exits import AGREEMENT, ExitScores, exits_to_show, score_exits
-from lsjax.evaluation.figures import check_plots
-from lsjax.evaluation.plots import plot_exits
+from lsjax.evaluation.plots import check_plots, plot_exits
 from lsjax.model.llama import stacked
 
 
 @dataclass(frozen=True, kw_only=True)
-class Arguments:
+class Arguments(Checked, prefix="--"):
     """Loss and agreement of every exit of training runs and models."""
 
     runs: tuple[Path, ...]
     """A training run, and what to set beside it: other runs or models with its tokenizer."""
-    batches: int = 64
+    batches: int = bounded(64, low=1)
     """Batches of held-out rows, of the first run's size."""
     output: Path | None = None
     """A picture to draw (.png)."""
@@ -48,15 +47,14 @@ class Arguments:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the program; exits with 2 on bad input."""
     with one_line_errors():
-        compare(parse_flags(Arguments, argv, __doc__))
+        score_models(parse_flags(Arguments, argv, __doc__))
     return 0
 
 
-def compare(arguments: Arguments) -> None:
-    """Scores the runs, prints the table, draws the picture."""
-    check(arguments.batches >= 1, f"--batches {arguments.batches} is below 1: choose 1 up")
+def score_models(arguments: Arguments) -> None:
+    """Scores the models, prints the table, draws the picture."""
     check(len(arguments.runs) >= 1, "--runs is empty: name the directory of a run")
-    first = arguments.runs[0]
+    first, output = arguments.runs[0], arguments.output
     check(is_run(first), f"{first} is no training run: name the --workdir of train.py first")
     names = [run.name for run in arguments.runs]
     check(len(set(names)) == len(names), f"runs of one name ({names}) would be one line: rename")
@@ -66,13 +64,13 @@ def compare(arguments: Arguments) -> None:
             load_tokenizer(run).fingerprint == tokenizer.fingerprint,
             f"{run} has another tokenizer than {first}: their losses can't be compared",
         )
-    if arguments.output is not None:
+    if output is not None:
         check(
-            arguments.output.suffix == ".png",
-            f"--output {arguments.output} is no picture that can be drawn: name a .png",
+            output.suffix == ".png",
+            f"--output {output} is no picture that can be drawn: name a .png",
         )
         check_plots()
-    for file in (arguments.output, arguments.json):
+    for file in (output, arguments.json):
         if file is not None:
             check_output(file)
     sources = [open_checkpoint(run) for run in arguments.runs]
@@ -98,32 +96,25 @@ def compare(arguments: Arguments) -> None:
             model = stacked(load(source, dtype=dtype))
             tracked = progress.track(batches, description=name)
             scores[name] = score_exits(model, tracked, micro_batches=config.micro_batches)
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = 160  # a file has room for the table
-    console.print(table(scores))
-    console.print(AGREEMENT, style="dim")
+    columns = [part for name in names for part in (f"{name}: loss", "agreement")]
+    title = f"{scores[names[0]].tokens:,} held-out tokens"
+    show_table(title, ["exit", *columns], table_rows(scores), left=0)
+    wide_console().print(AGREEMENT, style="dim")
     if arguments.json is not None:
         with arguments.json.open("w", encoding="utf-8") as lines:
             for name, score in scores.items():
                 print(json.dumps({"run": name, **score.to_json()}), file=lines)
-    if arguments.output is not None:
-        plot_exits(scores, arguments.output)
+    if output is not None:
+        plot_exits(scores, output)
 
 
-def table(scores: Mapping[str, ExitScores]) -> Table:
+def table_rows(scores: Mapping[str, ExitScores]) -> list[list[str]]:
     """Loss and agreement at the first exit and at each eighth of the layers."""
-    tokens = next(iter(scores.values())).tokens
-    shown = Table(title=f"{tokens:,} held-out tokens", title_justify="left", box=None)
-    shown.add_column("exit", justify="right")
-    for name in scores:
-        shown.add_column(f"{name}: loss", justify="right")
-        shown.add_column("agreement", justify="right")
     layers = max(len(score.loss_E) for score in scores.values())
-    for exit_layer in exits_to_show(layers):
-        cells = (cell for score in scores.values() for cell in score.cells(exit_layer))
-        shown.add_row(str(exit_layer), *cells)
-    return shown
+    return [
+        [str(exit_layer), *(cell for score in scores.values() for cell in score.cells(exit_layer))]
+        for exit_layer in exits_to_show(layers)
+    ]
 
 
 if __name__ == "__main__":

@@ -6,21 +6,18 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from lsjax.config import ConfigError, check
+from lsjax.config import Checked, ConfigError, bounded, check
 from lsjax.data.documents import stop_at
 from lsjax.data.sources import fill
 from lsjax.decoding.request import Request
 from lsjax.decoding.sampling import Sampling
-from lsjax.evaluation.tasks.examples import file_rows
+from lsjax.evaluation.examples import file_rows
 
-# What an object of a .jsonl file may say beside its prompt, with the kind of the value.
-OPTIONS: dict[str, Any] = {
-    **{"max_new_tokens": int, "top_k": int, "seed": int, "no_repeat_ngram": int},
-    **{"temperature": float, "top_p": float, "min_p": float, "repetition_penalty": float},
-    **{"stop": str, "stop_ids": int},  # one or a list
-}
+SAMPLING_FIELDS = [field.name for field in dataclasses.fields(Sampling)]
+# What an object of a .jsonl file may say beside its prompt.
+OPTIONS = ("max_new_tokens", "stop", "stop_ids", *SAMPLING_FIELDS)
 
 
 def read_prompts(prompt: str | None, file: Path | None) -> list[str]:
@@ -33,20 +30,27 @@ def read_prompts(prompt: str | None, file: Path | None) -> list[str]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PromptArguments:
+class RowFlags(Checked, prefix="--"):
+    """Which rows are taken, and what makes a prompt of each."""
+
+    prompt_template: str | None = None
+    """Makes the prompt of a row, its fields in braces: '{question}'. A task has its own, and a run
+    that was finetuned on rows with these fields too."""
+    every: int = bounded(1, low=1)
+    """Takes every n-th row."""
+    limit: int | None = bounded(None, low=1)
+    """Takes no more than so many rows."""
+    bad_rows: Literal["refuse", "skip"] = "refuse"
+    """Whether a row that is no prompt, or is too long, ends the program. Either way it is named."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptArguments(RowFlags):
     """Which prompts of a file are taken."""
 
     prompt_file: Path | None = None
     """.txt is one prompt, .jsonl has an object with "prompt" (or Spec-Bench's "turns") on each
     line; with --prompt-template also .tsv and .csv, each also as .gz."""
-    prompt_template: str | None = None
-    """What makes a prompt of a row, its fields in braces: '{question}'."""
-    every: int = 1
-    """Takes every n-th row of the file."""
-    limit: int | None = None
-    """Takes no more than so many prompts."""
-    bad_rows: Literal["refuse", "skip"] = "refuse"
-    """What becomes of a row that is no prompt, or is too long; either way it is named."""
 
 
 def read_encoded(
@@ -60,9 +64,6 @@ def read_encoded(
     warn: is told of each row that is skipped. Raises ConfigError with file and line for a bad row
     that is not, among them those that `encode` refuses, and for a file in which nothing is left.
     """
-    for name in ("every", "limit"):
-        value = getattr(arguments, name)
-        check(value is None or value >= 1, f"--{name} {value} is below 1: choose 1 or more")
     file, template = arguments.prompt_file, arguments.prompt_template
     if file is None:
         check(template is None, "--prompt-template needs --prompt-file, whose rows it is for")
@@ -176,32 +177,19 @@ def _from_line(line: bytes, where: str) -> tuple[str, dict, str]:
 
 
 def _request(prompt: str, row: dict, where: str, default: Request, number: int) -> Request:
-    given: dict[str, Any] = {}
-    for name, kind in OPTIONS.items():
-        if (value := row.get(name)) is None:
-            continue
-        several = name in ("stop", "stop_ids")
-        values = value if several and isinstance(value, list) else [value]
-        kinds = (int, float) if kind is float else kind
-        check(
-            all(isinstance(value, kinds) and not isinstance(value, bool) for value in values),
-            f"{where}: {name} is {json.dumps(value)}, but must be {kind.__name__}"
-            + (" or a list of such" if several else ""),
-        )
-        try:
-            given[name] = tuple(values) if several else kind(value)
-        except OverflowError:
-            raise ConfigError(f"{where}: {name} is beyond all floats: give a smaller one") from None
-    given["seed"] = given.get("seed", default.sampling.seed) + number
-    names = {field.name for field in dataclasses.fields(Sampling)}
+    given = {name: row[name] for name in OPTIONS if row.get(name) is not None}
+    for name in {"stop", "stop_ids"} & given.keys():  # one or a list
+        value = given[name]
+        given[name] = tuple(value) if isinstance(value, list) else (value,)
     try:
-        sampling = {name: given.pop(name) for name in names & given.keys()}
-        ignored = sorted({"top_k", "top_p", "min_p"} & sampling.keys())
-        sampling = dataclasses.replace(default.sampling, **sampling)
+        own = {name: given.pop(name) for name in SAMPLING_FIELDS if name in given}
+        sampling = dataclasses.replace(default.sampling, **own)
+        ignored = sorted({"top_k", "top_p", "min_p"} & own.keys())
         check(
             sampling.temperature > 0 or not ignored,
             f"{', '.join(ignored)} means nothing to greedy decoding: give a temperature above 0",
         )
+        sampling = dataclasses.replace(sampling, seed=sampling.seed + number)
         return dataclasses.replace(default, prompt=prompt, sampling=sampling, **given)
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from None

@@ -1,15 +1,15 @@
 """What people see of a completion: the text in the colours of its origin, and a line of figures."""
 
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from rich.console import Console
 from rich.segment import Segment, Segments
+from rich.table import Table
 from rich.text import Text
 
 from lsjax.data.tokenizer import StreamDecoder, Tokenizer
-from lsjax.decoding.completion import Completion, Trace
-from lsjax.decoding.run import Update
+from lsjax.decoding.completion import Completion, Trace, Update
 
 ACCEPTED = "bold green"
 CORRECTED = "bold red"
@@ -25,14 +25,6 @@ LEGEND = Text.assemble(
     "   ",
     ("the model's own, after a draft that was all right", ADDED),
 )
-
-ORIGINS = {
-    ACCEPTED: "accepted",
-    CORRECTED: "corrected",
-    REFUSED: "refused",
-    GAP: "refused",
-    ADDED: "added",
-}
 
 
 class Colours:
@@ -78,13 +70,6 @@ def coloured(tokenizer: Tokenizer, prompt_ids: Sequence[int], completion: Comple
     return Colours(tokenizer, prompt_ids).push(completion.trace, completion.text, last=True)
 
 
-def origins(text: Text) -> list[tuple[str, str]]:
-    """Coloured text in pieces: each with where it came from, a word of ORIGINS or ""."""
-    pieces = [(text.plain[span.start : span.end], ORIGINS[str(span.style)]) for span in text.spans]
-    end = text.spans[-1].end if text.spans else 0
-    return [*pieces, (text.plain[end:], "")] if end < len(text.plain) else pieces
-
-
 def stream(people: Console, updates: Iterable[Update], colours: Colours | None) -> Completion:
     """Shows one text as it is found, in colours if there are some; gives its completion."""
     for update in updates:
@@ -118,6 +103,36 @@ def summary(completions: Sequence[Completion], wall_seconds: float) -> str:
     reasons = [c.finish_reason for c in completions]
     parts.append(", ".join(f"{reasons.count(r)} ended by {r}" for r in sorted(set(reasons))))
     return "; ".join(parts)
+
+
+def wide_console() -> Console:
+    """A console with room for a table of figures, also where it is a file."""
+    console = Console(highlight=False, markup=False, emoji=False)
+    if not console.is_terminal:
+        console.width = 200
+    return console
+
+
+def show_table(
+    title: str,
+    names: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    *,
+    left: int = 1,
+    styles: Mapping[int, str] | None = None,
+) -> None:
+    """Prints a table whose first `left` columns are words. styles: by the number of the row."""
+    table = Table(title=Text(title), title_justify="left", box=None, pad_edge=False)
+    for column, name in enumerate(names):
+        table.add_column(name, justify="left" if column < left else "right")
+    for number, row in enumerate(rows):
+        table.add_row(*row, style=(styles or {}).get(number))
+    wide_console().print(table)
+
+
+def or_dash(value: object, form: str = "") -> str:
+    """The formatted value; a dash for None."""
+    return "-" if value is None else format(value, form)
 
 
 def _visible(token: bytes) -> str:

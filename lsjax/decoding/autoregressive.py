@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass, field
 
-from lsjax.config import LlamaConfig, check
-from lsjax.decoding.state import DecodeState, Strategy
+from lsjax.config import LlamaConfig
+from lsjax.decoding.state import DecodeState, Strategy, check_exit
 from lsjax.model.llama import Llama
 
 
@@ -12,13 +12,6 @@ class Autoregressive(Strategy):
     """Decoding with all layers: the reference for every other strategy."""
 
     name = "autoregressive"
-
-    def validate(self, config: LlamaConfig) -> None:
-        """Fits every model."""
-
-    def depth(self, config: LlamaConfig) -> int:
-        """All layers."""
-        return config.num_layers
 
     def step(self, model: Llama, state: DecodeState, arguments: tuple[()]) -> DecodeState:
         """The next token of every row."""
@@ -35,11 +28,7 @@ class EarlyExit(Strategy):
 
     def validate(self, config: LlamaConfig) -> None:
         """Raises ConfigError unless 1 <= exit_layer <= L."""
-        check(
-            1 <= self.exit_layer <= config.num_layers,
-            f"exit layer {self.exit_layer} is not in 1..{config.num_layers}, the layers of this "
-            "model: choose --exit-layer in that range",
-        )
+        check_exit(self.exit_layer, config.num_layers)
 
     def depth(self, config: LlamaConfig) -> int:
         """The exit layer."""

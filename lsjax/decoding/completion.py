@@ -82,7 +82,8 @@ class Completion:
     string. prefill_seconds: reading the prompt. decode_seconds: from the first new token to the
     row's last one; in a batch the reading of other prompts counts in. compile_seconds: spent
     before, in neither of them. tokens_per_second: new tokens after the first over decode_seconds.
-    acceptance_rate: accepted / drafted. tokens_per_round: new tokens after the first over rounds.
+    acceptance_rate: accepted / drafted. tokens_per_round: new tokens after the first over rounds,
+    which is the mean acceptance length of Spec-Bench: accepted drafts and the token behind them.
     seed: None if greedy. log_probs: of the new tokens by the logits of what ran for them, before
     penalties, temperature and filters; None unless asked for.
     """
@@ -144,6 +145,17 @@ class Completion:
     def to_json(self) -> dict:
         """The fields that belong in a JSON line."""
         return {key: value for key, value in asdict(self).items() if key != "trace"}
+
+
+@dataclass(frozen=True)
+class Update:
+    """What one look at a row found: text that nobody has seen yet (text that may be the beginning
+    of a stop string waits), the trace so far, and at the end the completion."""
+
+    index: int  # of the request
+    text: str
+    trace: Trace
+    completion: Completion | None
 
 
 class RowText:

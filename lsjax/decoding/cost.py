@@ -1,20 +1,93 @@
 """What a round of decoding costs, and what self-speculation can gain.
 
-Two views of the same round of exit E and d drafts, on L layers and a head as dear as k layers:
+A round of exit E and d drafts, on L layers:
 
-    d (E + k_d)          d draft steps; k_d = k N / V with a draft vocabulary of N, else k
-    u k_d                the head once more in the share u of rounds whose draft ends unsure
+    d (E + h_d)          d draft steps; h_d is the head with the draft's vocabulary
+    u h_d                the head once more in the share u of rounds whose draft ends unsure
     E                    the last draft token passes the first layers without a head
-    (L - E) and k        the verification of d + 1 positions
+    (L - E) and h        the verification of d + 1 positions
 
-The ideal counts bytes: d + 1 positions cost what one does, and the last draft token's layers
-belong to the verification. The prediction takes the measured seconds of each part (calibration.py).
+The ideal counts bytes of weights: d + 1 positions cost what one does. The prediction takes the
+seconds of each part, which `calibrate` measures, each as a loop on the device.
 """
 
-from collections.abc import Mapping, Sequence
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
 
 from lsjax.config import LlamaConfig
+from lsjax.decoding.autoregressive import Autoregressive
+from lsjax.decoding.draft_vocabulary import DraftVocabulary
+from lsjax.decoding.sampling import GREEDY, Sampling, likeliest
+from lsjax.decoding.self_speculative import SelfSpeculative
+from lsjax.decoding.state import DecodeState, Strategy
+from lsjax.model.cache import KVCache
+from lsjax.model.llama import Llama
+
+LENGTH = 128  # tokens in the cache while the parts are timed
+TIMED_SECONDS = 0.1  # of one timing, so that calling the program is a small part of it
+REPEATS = 7
+DRAFTS = 8  # of the round whose draft steps are timed
+
+Loop = Callable[[int], None]  # runs a part that often, and waits for it
+
+
+@dataclass(frozen=True)
+class RoundCosts:
+    """Costs of the parts of a round, in seconds or any other unit.
+
+    token: a round of autoregressive decoding. layer: one layer, by the number of positions that
+    pass at once. head: the head and its argmax, likewise, without 1, which `token` has. draft: a
+    draft step but for its layers, by the size of the draft's vocabulary.
+    """
+
+    token: float
+    layer: Mapping[int, float]
+    head: Mapping[int, float]
+    draft: Mapping[int, float]
+
+    def pass_seconds(self, num_layers: int, width: int) -> float:
+        """Cost of `width` positions through all layers and the head."""
+        return self.token if width == 1 else num_layers * self.layer[width] + self.head[width]
+
+    def round(
+        self,
+        num_layers: int,
+        exit_layer: int,
+        drafts: float,
+        *,
+        widths: Mapping[int, float],
+        draft_vocab: int,
+        unsure: float = 0.0,
+    ) -> float:
+        """Cost of a round of self-speculation with `drafts` draft steps (on average).
+
+        widths: by the number of positions, the share of rounds that verify so many. unsure: share
+        of rounds whose draft ends by its confidence, after the head has given its next token.
+        """
+        return (
+            (drafts + 1) * exit_layer * self.layer[1]
+            + (drafts + unsure) * self.draft[draft_vocab]
+            + sum(
+                share * (self.pass_seconds(num_layers, width) - exit_layer * self.layer[width])
+                for width, share in widths.items()
+            )
+        )
+
+    def speedup(
+        self, num_layers: int, exit_layer: int, drafts: float, acceptance: float, **options: Any
+    ) -> float:
+        """Predicted speedup over autoregressive decoding; options as for `round`."""
+        cost = self.round(num_layers, exit_layer, drafts, **options)
+        return tokens_per_round(acceptance, drafts) * self.token / cost
 
 
 def tokens_per_round(acceptance: float, drafts: float) -> float:
@@ -23,7 +96,7 @@ def tokens_per_round(acceptance: float, drafts: float) -> float:
 
 
 def unsure_share(drafted_by_position: Sequence[int], num_draft_tokens: int, rounds: int) -> float:
-    """Share of the rounds whose draft ended by its confidence, before its last position; none where
+    """Share of the rounds whose draft ended by its confidence, before its last position; 0 where
     nothing is to be drafted.
 
     The end of a text and a stop token end a few drafts too.
@@ -41,16 +114,14 @@ def ideal_speedup(
     draft_vocab: int | None = None,
     unsure: float = 0.0,
 ) -> float:
-    """Speedup over autoregressive decoding if time were bytes of weights.
-
-    unsure: share of rounds whose draft ends by its confidence, after the head has given its next
-    token.
-    """
+    """Speedup over autoregressive decoding if time were bytes of weights: of each part, whatever
+    the number of positions."""
+    layers, vocab = config.num_layers, draft_vocab or config.vocab_size
     head = config.head_params / config.layer_params
-    draft_head = head * (draft_vocab or config.vocab_size) / config.vocab_size
-    whole = config.num_layers + head
-    tokens = tokens_per_round(acceptance, drafts)
-    return tokens * whole / (drafts * (exit_layer + draft_head) + unsure * draft_head + whole)
+    draft = {vocab: head * vocab / config.vocab_size}
+    costs = RoundCosts(layers + head, {1: 1.0}, {}, draft)
+    cell = (layers, exit_layer, drafts, acceptance)
+    return costs.speedup(*cell, widths={1: 1.0}, draft_vocab=vocab, unsure=unsure)
 
 
 def weight_bytes(config: LlamaConfig, itemsize: int) -> int:
@@ -58,66 +129,163 @@ def weight_bytes(config: LlamaConfig, itemsize: int) -> int:
     return (config.num_layers * config.layer_params + config.head_params) * itemsize
 
 
-@dataclass(frozen=True)
-class Costs:
-    """Measured seconds.
+def calibrate(model: Llama, lengths: Sequence[int], vocabularies: Sequence[int]) -> RoundCosts:
+    """Times the parts in turns: one row, LENGTH tokens in the cache. Compiles a program a part.
 
-    token: a round of autoregressive decoding. layer: one layer, by the number of positions that
-    pass at once. head: the head and its likeliest tokens, likewise, without 1, which `token` has.
-    draft: a draft step but for its layers, by the size of the draft's vocabulary.
+    lengths: draft lengths d above 0, for verifications of d + 1 positions. vocabularies: sizes of
+    what drafts are chosen from.
     """
+    widths = sorted({length + 1 for length in lengths})
+    parts = [
+        rounds_loop(model, Autoregressive()),
+        *(layers_loop(model, width) for width in (1, *widths)),
+        *(head_loop(model, width) for width in widths),
+        *(draft_loop(model, _drafting(model, size)) for size in vocabularies),
+    ]
+    # Products of one position are timed where they stand: alone they may take longer.
+    seconds = iter(median_seconds(parts))
+    token = next(seconds)
+    layer = {width: next(seconds) / model.config.num_layers for width in (1, *widths)}
+    head = {width: next(seconds) for width in widths}
+    draft = {size: (next(seconds) - (DRAFTS + 1) * layer[1]) / DRAFTS for size in vocabularies}
+    return RoundCosts(token, layer, head, draft)
 
-    token: float
-    layer: Mapping[int, float]
-    head: Mapping[int, float]
-    draft: Mapping[int, float]
 
-    def pass_seconds(self, num_layers: int, width: int) -> float:
-        """Seconds of `width` positions through all layers and the head."""
-        return self.token if width == 1 else num_layers * self.layer[width] + self.head[width]
+def _drafting(model: Llama, size: int) -> SelfSpeculative:
+    """Drafts of one layer from a vocabulary of that size."""
+    whole = size == model.config.vocab_size
+    return SelfSpeculative(1, DRAFTS, None if whole else DraftVocabulary(np.arange(size)))
 
-    def round(
-        self,
-        num_layers: int,
-        exit_layer: int,
-        drafts: float,
-        *,
-        widths: Mapping[int, float],
-        draft_vocab: int,
-        unsure: float = 0.0,
-    ) -> float:
-        """Seconds of a round of self-speculation with `drafts` draft steps (on average).
 
-        widths: by the number of positions, the share of rounds that verify so many. unsure: share
-        of rounds whose draft ends by its confidence.
-        """
-        return (
-            (drafts + 1) * exit_layer * self.layer[1]
-            + (drafts + unsure) * self.draft[draft_vocab]
-            + sum(
-                share * (self.pass_seconds(num_layers, width) - exit_layer * self.layer[width])
-                for width, share in widths.items()
-            )
-        )
+def layers_loop(model: Llama, width: int) -> Loop:
+    """All layers on `width` positions."""
+    start = jnp.ones((1, width, model.config.hidden_size), model.dtype)
+    cache = KVCache.create(model.config, 1, 2 * LENGTH + width, model.dtype)
+    # In the carry: where the compiler knows the positions, it makes other programs of the layers.
+    positions_BT = jnp.arange(LENGTH, LENGTH + width)[None]
 
-    def speedup(
-        self,
-        num_layers: int,
-        exit_layer: int,
-        drafts: float,
-        acceptance: float,
-        *,
-        widths: Mapping[int, float],
-        draft_vocab: int,
-        unsure: float = 0.0,
-    ) -> float:
-        """Predicted speedup over autoregressive decoding."""
-        cost = self.round(
-            num_layers,
-            exit_layer,
-            drafts,
-            widths=widths,
-            draft_vocab=draft_vocab,
-            unsure=unsure,
-        )
-        return tokens_per_round(acceptance, drafts) * self.token / cost
+    def body(model, carry):
+        x_BTD, cache, positions_BT = carry
+        # What comes in depends on what came out, or the compiler would run the layers once.
+        x_BTD = start + 1e-6 * x_BTD
+        x_BTD, cache = model.run_layers(x_BTD, 0, model.config.num_layers, positions_BT, cache)
+        return x_BTD, cache, positions_BT
+
+    return compiled_loop(model, body, (start, cache, positions_BT))
+
+
+def head_loop(model: Llama, width: int) -> Loop:
+    """The head and its argmax at `width` positions."""
+    start = jnp.ones((width, model.config.hidden_size), model.dtype)
+
+    def body(model, x_TD):
+        return start + 1e-9 * likeliest(model.unembed(x_TD))[:, None].astype(start.dtype)
+
+    return compiled_loop(model, body, start)
+
+
+def rounds_loop(
+    model: Llama,
+    strategy: Strategy,
+    *,
+    length: int = LENGTH,
+    capacity: int = 0,
+    sampling: Sampling = GREEDY,
+) -> Loop:
+    """Whole rounds, always at the same place: the row is shortened again after each."""
+    state = filled_state(model, strategy, length, capacity, sampling)
+
+    def body(pair, state):
+        done = strategy.step(pair[0], state, pair[1])
+        return dataclasses.replace(done, length_B=state.length_B, finish_B=state.finish_B)
+
+    return compiled_loop((model, strategy.arguments(model)), body, state)
+
+
+def draft_loop(model: Llama, strategy: SelfSpeculative) -> Loop:
+    """The drafts of a round."""
+
+    def body(pair, state):
+        draft = strategy.draft(pair[0], state, pair[1])
+        # The drafts decide the pending token, or the compiler would leave out the head.
+        pending_BT = draft.tokens_BT[:, :1]
+        tokens_BS = lax.dynamic_update_slice(draft.state.tokens_BS, pending_BT, (0, LENGTH - 1))
+        return dataclasses.replace(draft.state, tokens_BS=tokens_BS)
+
+    constants = (model, strategy.arguments(model))
+    return compiled_loop(constants, body, filled_state(model, strategy))
+
+
+def compiled_loop(
+    constants: Any,
+    body: Callable[[Any, Any], Any],
+    start: Any,
+    compiler_options: dict[str, Any] | None = None,
+) -> Loop:
+    """A loop of `body(constants, carry)` on the device; the carry goes from call to call."""
+    leaves, structure = jax.tree.flatten(constants)
+    start = jax.tree.map(jnp.copy, start)  # it is donated
+
+    def program(leaves, carry, times):
+        constants = jax.tree.unflatten(structure, leaves)
+        return lax.fori_loop(0, times, lambda _, carry: body(constants, carry), carry)
+
+    lowered = jax.jit(program, donate_argnums=1).lower(leaves, start, np.int32(1))
+    compiled = lowered.compile(compiler_options=compiler_options)
+    held = [start]
+
+    def run(times: int) -> None:
+        held[0] = jax.block_until_ready(compiled(leaves, held[0], np.int32(times)))
+
+    return run
+
+
+def median_seconds(loops: Sequence[Loop]) -> list[float]:
+    """Seconds of one turn of each loop, the median of repeats in which the loops take turns."""
+    times = []
+    for loop in loops:
+        loop(1)
+        times.append(max(1, int(TIMED_SECONDS / _seconds(loop, 2) * 2)))
+    measured = [
+        [_seconds(loop, n) / n for loop, n in zip(loops, times, strict=True)]
+        for _ in range(REPEATS)
+    ]
+    return [statistics.median(column) for column in zip(*measured, strict=True)]
+
+
+def memory_bandwidth(num_bytes: int = 1 << 30) -> float:
+    """Bytes per second: median of sums over float32 numbers, with all threads that XLA has."""
+    x = jnp.ones((1 << 10, num_bytes >> 12), jnp.float32)
+    total = jax.jit(lambda x: x.sum(1)).lower(x).compile()
+
+    def run(times: int) -> None:
+        for _ in range(times):
+            jax.block_until_ready(total(x))
+
+    return num_bytes / median_seconds([run])[0]
+
+
+def filled_state(
+    model: Llama,
+    strategy: Strategy,
+    length: int = LENGTH,
+    capacity: int = 0,
+    sampling: Sampling = GREEDY,
+) -> DecodeState:
+    """A row of `length` tokens with room for the strategy's rounds."""
+    return DecodeState.create(
+        model.config,
+        [[1] * length],
+        [LENGTH],
+        [[-1]],
+        capacity=max(capacity, length + LENGTH + strategy.slack),
+        num_layers=strategy.depth(model.config),
+        dtype=model.dtype,
+        sampling=[sampling],
+    )
+
+
+def _seconds(loop: Loop, times: int) -> float:
+    begin = time.perf_counter()
+    loop(times)
+    return time.perf_counter() - begin

@@ -10,11 +10,10 @@ from jax.sharding import Mesh
 from lsjax.config import check
 from lsjax.data.tokenizer import Tokenizer
 from lsjax.decoding.autoregressive import Autoregressive
-from lsjax.decoding.completion import Completion
-from lsjax.decoding.conversation import Conversation
+from lsjax.decoding.batching import ContinuousBatch, Conversation
+from lsjax.decoding.completion import Completion, Update
 from lsjax.decoding.programs import Programs
 from lsjax.decoding.request import Request, check_settings, check_stop_ids, encode_prompt
-from lsjax.decoding.run import Run, Update
 from lsjax.decoding.sampling import GREEDY, Sampling
 from lsjax.decoding.state import Strategy
 from lsjax.model.llama import Llama
@@ -23,23 +22,6 @@ from lsjax.model.parameters import placed, sharding_of
 MIN_CAPACITY = 256  # slots of a row's cache: this, or a larger power of two
 # Plus a multiple of this for drafts: strategies then share programs, and GPUs need no padding.
 SLACK = 64
-
-
-def cache_slots(length: int, strategy: Strategy) -> int:
-    """Slots of a cache in which rows of `length` tokens have room for another round: sizes that
-    double, so that few programs are needed and less than half of the slots stay empty for long."""
-    slots, more = MIN_CAPACITY, -(-strategy.slack // SLACK) * SLACK
-    while slots + more < length + strategy.slack:
-        slots *= 2
-    return slots + more
-
-
-def free_memory() -> int | None:
-    """Bytes that the first device has left; None where it does not say."""
-    stats = jax.local_devices()[0].memory_stats() or {}
-    if "bytes_limit" not in stats:
-        return None
-    return stats["bytes_limit"] - stats["bytes_in_use"]
 
 
 class Engine:
@@ -69,25 +51,23 @@ class Engine:
         mesh: Mesh | None = None,
         lay_out: bool = True,
     ):
-        config = model.config
-        self.strategy = Autoregressive() if strategy is None else strategy
+        config, strategy = model.config, strategy or Autoregressive()
         check_settings(
             config,
-            self.strategy,
+            strategy,
             batch_size=batch_size,
             max_length=max_length,
             data_axis=1 if mesh is None else mesh.shape["data"],
         )
-        self.max_length = config.max_context if max_length is None else max_length
-        self.mesh = mesh
-        self.programs = Programs(placed(model, mesh), mesh, lay_out=lay_out)
-        self.arguments = placed(self.strategy.arguments(self.model), mesh)
         self.tokenizer = tokenizer.fitted(config.vocab_size)
+        self.batch_size = batch_size
+        self.max_length = config.max_context if max_length is None else max_length
         self.ignore_end = ignore_end
         self.min_capacity = min_capacity
-        self.batch_size = batch_size
-        self.prefill_seconds = 0.0  # of all prompts so far
+        self.mesh = mesh
+        self.programs = Programs(placed(model, mesh), mesh, lay_out=lay_out)
         self.decode_seconds = 0.0  # of all rounds so far
+        self.use(strategy)
 
     def use(self, strategy: Strategy) -> None:
         """Decodes with another strategy from now on; programs that fit it are used again.
@@ -126,13 +106,12 @@ class Engine:
         return cache_slots(max(length, self.min_capacity), self.strategy)
 
     def memory_bytes(self, total: int) -> tuple[int, int]:
-        """Bytes of the model and of the cache for rows of `total` tokens; beside a batch there is a
-        row in which the next prompt is read."""
+        """Bytes of the model and of the cache for rows of `total` tokens, on all devices."""
         config, itemsize = self.model.config, self.model.dtype.itemsize
-        layers = self.strategy.depth(config) / config.num_layers
-        rows = self.batch_size + (self.batch_size > 1)
-        cache = config.cache_bytes(rows, self.capacity(total), itemsize)
-        return config.num_params * itemsize, int(cache * layers)
+        rows, slots = self._rows, self.capacity(total)
+        layers = self.strategy.depth(config)
+        cache = config.cache_bytes(rows, slots, itemsize) * layers // config.num_layers
+        return config.num_params * itemsize, cache
 
     def check_memory(self, first: int, total: int, held: int = 0) -> None:
         """Raises ConfigError where the devices can't hold the cache for rows that begin with
@@ -145,8 +124,8 @@ class Engine:
         slots = last = self.capacity(total)
         if self.capacity(first) < last:
             slots += self.capacity(last // 2 - self.strategy.slack)
-        config, rows = self.model.config, self.batch_size + (self.batch_size > 1)
-        shape = (rows, config.num_kv_heads, slots, config.head_dim)
+        config = self.model.config
+        shape = (self._rows, config.num_kv_heads, slots, config.head_dim)
         if self.mesh is not None:
             shape = sharding_of("keys.0", shape, self.mesh).shard_shape(shape)
         layers = self.strategy.depth(config)
@@ -157,6 +136,11 @@ class Engine:
             f"but {(free + held) / 1e6:,.0f} MB are free: lower --max-new-tokens or --batch-size, "
             "or shorten the prompts",
         )
+
+    @property
+    def _rows(self) -> int:
+        """Rows of a cache; beside a batch there is a row in which the next prompt is read."""
+        return self.batch_size + (self.batch_size > 1)
 
     def encode(self, prompt: str | Sequence[int], max_new_tokens: int) -> list[int]:
         """`encode_prompt` for this engine."""
@@ -188,17 +172,16 @@ class Engine:
         if isinstance(sampling, Sampling):
             seeds = [(sampling.seed + i) % 2**32 for i in range(len(prompts))]
             sampling = [replace(sampling, seed=seed) for seed in seeds]
-        samplings = list(sampling)
         check(
-            len(samplings) == len(prompts),
-            f"{len(samplings)} samplings for {len(prompts)} prompts: give one, or one for each",
+            len(sampling) == len(prompts),
+            f"{len(sampling)} samplings for {len(prompts)} prompts: give one, or one for each",
         )
         asked = [
-            self._ask(prompt, sampling=sampling, **options)
-            for prompt, sampling in zip(prompts, samplings, strict=True)
+            self._ask(prompt, sampling=own, **options)
+            for prompt, own in zip(prompts, sampling, strict=True)
         ]
         completions: list[Completion | None] = [None] * len(asked)
-        for update in Run(self, asked).updates() if asked else ():
+        for update in ContinuousBatch(self, asked).updates() if asked else ():
             if update.completion is not None:
                 completions[update.index] = update.completion
                 if on_completion is not None:
@@ -238,13 +221,32 @@ class Engine:
             f"a conversation needs an engine with batch_size 1, not {self.batch_size}",
         )
         asked = [self._ask(prompt, **options)]
-        run = Run(self, asked, stream=True, conversation=conversation, cancelled=cancelled)
-        yield from run.updates()
+        yield from ContinuousBatch(
+            self, asked, stream=True, conversation=conversation, cancelled=cancelled
+        ).updates()
 
     def _ask(self, prompt: str | Sequence[int] | Request, **options) -> tuple[Request, list[int]]:
         """The request and its prompt's ids."""
         if not isinstance(prompt, Request):
             options = {k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}
-            prompt = Request(prompt=prompt, **options)
+            ids = prompt if isinstance(prompt, str) else list(prompt)
+            prompt = Request(prompt=ids, **options)
         check_stop_ids(prompt, self.model.config)
         return prompt, self.encode(prompt.prompt, prompt.max_new_tokens)
+
+
+def cache_slots(length: int, strategy: Strategy) -> int:
+    """Slots of a cache in which rows of `length` tokens have room for another round: sizes that
+    double, so that few programs are needed and less than half of the slots stay empty for long."""
+    slots, more = MIN_CAPACITY, -(-strategy.slack // SLACK) * SLACK
+    while slots + more < length + strategy.slack:
+        slots *= 2
+    return slots + more
+
+
+def free_memory() -> int | None:
+    """Bytes that the first device has left; None where it does not say."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    if "bytes_limit" not in stats:
+        return None
+    return stats["bytes_limit"] - stats["bytes_in_use"]

@@ -1,4 +1,4 @@
-"""The compiled programs of a model."""
+"""The compiled programs of decoding: read prompts, put a row into a batch, and run rounds."""
 
 import time
 from collections.abc import Callable, Hashable
@@ -7,24 +7,103 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+from jax import lax
 from jax.experimental.layout import Format, Layout
 from jax.sharding import Mesh
 from jax.stages import Lowered
+from jaxtyping import Array, Int
 
 from lsjax.config import check
-from lsjax.decoding.state import DecodeState
-from lsjax.model.llama import Llama
+from lsjax.decoding.state import DecodeState, Strategy
+from lsjax.model.llama import Llama, unstacked
 from lsjax.model.parameters import shardings
 from lsjax.sharding import platform
 
+# Names of the loops in compiled programs.
+PROMPT_CHUNKS, ROUNDS = "prompt_chunks", "rounds"
+# A prompt is read in chunks of the smallest of these that holds it, a longer one in several of
+# the largest: as many programs as there are sizes, whatever the prompts.
+PREFILL_CHUNKS = (32, 64, 128, 256, 512)
+
+
+def prefill(
+    model: Llama, state: DecodeState, start: Int[Array, ""], *, chunk: int, depth: int
+) -> DecodeState:
+    """Runs the prompts from position `start` on through the first `depth` layers, filling the
+    cache, and appends the first new token of every row. What comes before is in the cache. The
+    prompts are read `chunk` positions at a time."""
+    batch, capacity = state.tokens_BS.shape
+
+    def read(index, carry):
+        cache, last_BD = carry
+        # At the end of the cache a few positions are read again rather than written beyond it.
+        begin = jnp.minimum(start + index * chunk, capacity - chunk)
+        tokens_BT = lax.dynamic_slice_in_dim(state.tokens_BS, begin, chunk, axis=1)
+        positions_BT = jnp.broadcast_to(begin + jnp.arange(chunk), (batch, chunk))
+        x_BTD, cache = model.run_layers(model.embed(tokens_BT), 0, depth, positions_BT, cache)
+        offset_B = state.length_B - 1 - begin  # of the prompt's last token, if it is here
+        x_BD = jnp.take_along_axis(x_BTD, jnp.clip(offset_B, 0, chunk - 1)[:, None, None], 1)[:, 0]
+        here_B = (offset_B >= 0) & (offset_B < chunk)
+        return cache, jnp.where(here_B[:, None], x_BD, last_BD)
+
+    last_BD = jnp.zeros((batch, model.config.hidden_size), model.dtype)
+    chunks = (state.length_B.max() - start + chunk - 1) // chunk
+    with jax.named_scope(PROMPT_CHUNKS):
+        cache, last_BD = lax.fori_loop(0, chunks, read, (state.cache, last_BD))
+    return state.with_cache(cache).append(model.unembed(last_BD))
+
+
+def chunk_size(unread: int, capacity: int) -> int:
+    """The size in which so many tokens are read into a cache of `capacity` slots."""
+    sizes = [size for size in PREFILL_CHUNKS if size <= capacity]
+    return next((size for size in sizes if size >= unread), sizes[-1])
+
+
+def insert(
+    model: Llama, state: DecodeState, single: DecodeState, row: Int[Array, ""]
+) -> DecodeState:
+    """The batch with the one row of `single` in the place of one of its own."""
+    return jax.tree.map(
+        lambda batch, one: lax.dynamic_update_slice_in_dim(batch, one, row, axis=0), state, single
+    )
+
+
+def grow(model: Llama, state: DecodeState, *, capacity: int) -> DecodeState:
+    """The rows with more slots."""
+    return state.grown(capacity)
+
+
+def decode(
+    model: Llama, state: DecodeState, rounds: Int[Array, ""], arguments: Any, *, strategy: Strategy
+) -> DecodeState:
+    """At most `rounds` rounds of the strategy with these `arguments` of it.
+
+    Returns as soon as a row that ran has ended, so that the host can note its time. Returns before
+    a round that the cache has no room for, so that the host can give it more.
+    """
+
+    def more(carry):
+        done, current = carry
+        go_on_B = (current.running_B == running_B) & current.has_room_B(strategy.slack)
+        return (done < rounds) & current.running_B.any() & go_on_B.all()
+
+    def step(carry):
+        done, current = carry
+        return done + 1, strategy.step(model, current, arguments)
+
+    running_B = state.running_B
+    with jax.named_scope(ROUNDS):
+        return lax.while_loop(more, step, (0, state))[1]
+
 
 class Programs:
-    """Compiles `function(model, state, *rest)` once for each kind of state."""
+    """Compiles `function(model, state, *rest)`, one of the above, once for each kind of state."""
 
     def __init__(self, model: Llama, mesh: Mesh | None = None, *, lay_out: bool = True):
         """lay_out: let the compiler choose layouts of the weights, on accelerators."""
         self.model = model  # its arrays laid out as the programs want them
-        # A flat list is quicker to hand over than a module (70 us against 0.5 ms).
+        # A flat list is quicker to hand over than a module.
         self._leaves, self._structure = jax.tree.flatten(model)
         self._formats: list[Format] | None = None  # in which the programs want the leaves
         self._mesh, self._lays_out = mesh, lay_out
@@ -74,12 +153,14 @@ class Programs:
     ) -> Lowered:
         """The program before it is compiled; shapes suffice for it, of the model too.
 
-        On accelerators the compiler chooses the layouts of the weights for the first program, and
-        the others use the same. Otherwise every call would convert some weights.
+        Stacked layers are separated inside the program, so that no copy of them stays. On
+        accelerators the compiler chooses the layouts of the weights for the first program, and the
+        others use the same. Otherwise every call would convert some weights.
         """
 
         def run(leaves, state, *rest):
-            return function(jax.tree.unflatten(self._structure, leaves), state, *rest)
+            model = jax.tree.unflatten(self._structure, leaves)
+            return function(unstacked(model) if model.is_stacked else model, state, *rest)
 
         mesh, formats = self._mesh, self._formats
         places = None if mesh is None else shardings(state, mesh)

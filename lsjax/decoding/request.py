@@ -3,38 +3,35 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lsjax.config import LlamaConfig, check
+from lsjax.config import Checked, LlamaConfig, bounded, check
 from lsjax.data.tokenizer import Tokenizer
 from lsjax.decoding.sampling import GREEDY, Sampling
 from lsjax.decoding.state import Strategy
 
 
 @dataclass(frozen=True, kw_only=True)
-class Request:
+class Request(Checked):
     """A prompt, how its text goes on, and what ends it.
 
-    prompt: text or token ids. max_new_tokens: ends a text that does not end by itself. stop:
-    strings that end it, wherever token borders lie; they are cut off. stop_ids: tokens that do the
-    same, beside the tokenizer's own. sampling: how tokens are chosen; a text depends on its own
-    request only, not on its batch mates. log_probs: whether the completion says how likely each
-    token was.
-
-    Raises ConfigError for an empty stop string and for negative stop ids.
+    Raises ConfigError for a field of another type, an empty stop string and negative stop ids.
     """
 
     prompt: str | Sequence[int]
+    """Text or token ids."""
     max_new_tokens: int = 128
+    """Ends a text that does not end by itself."""
     stop: tuple[str, ...] = ()
-    stop_ids: tuple[int, ...] = ()
+    """Strings that end it, wherever token borders lie; they are cut off."""
+    stop_ids: tuple[int, ...] = bounded((), low=0)
+    """Tokens that end it, beside the tokenizer's own."""
     sampling: Sampling = GREEDY
+    """How tokens are chosen; a text depends on its own request only, not on its batch mates."""
     log_probs: bool = False
+    """Whether the completion says how likely each token was."""
 
     def __post_init__(self):
+        super().__post_init__()
         check("" not in self.stop, "a stop string is empty: give the text to stop at")
-        check(
-            all(token >= 0 for token in self.stop_ids),
-            f"stop ids {list(self.stop_ids)} are not all 0 or more: give token ids",
-        )
 
 
 def check_stop_ids(request: Request, config: LlamaConfig) -> None:

@@ -1,7 +1,7 @@
-"""Sampling: from which distribution a token is drawn, and the draws.
+"""Sampling: penalties on the logits, the distribution that a token is drawn from, and the draws.
 
 A distribution is a row of log-probabilities [V], -inf for a token that may not be drawn. A row of
-temperature 0 is greedy: all of its probability is on the likeliest token.
+temperature 0 is greedy: all of its probability is on the argmax.
 
 The filters look for a threshold by bisection instead of sorting the vocabulary. A draw depends on
 the row's key, the position of the token and the purpose of the draw alone, so a row's tokens do
@@ -18,10 +18,10 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, Shaped, UInt32
 
-from lsjax.config import check
+from lsjax.config import Checked, bounded
 from lsjax.sharding import constrain
 
-BLOCK = 256  # tokens that a draw takes together first
+DRAW_BLOCK = 256  # tokens that a draw takes together first
 
 
 class Purpose(IntEnum):
@@ -33,53 +33,31 @@ class Purpose(IntEnum):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sampling:
+class Sampling(Checked):
     """How the tokens of a text are chosen.
 
-    temperature: what logits are divided by; 0 takes the likeliest token and ignores the filters
-    and the seed. top_k: only the k likeliest tokens, 0 for all; ties with the last of them stay.
-    top_p: only the fewest likeliest tokens whose probabilities sum up to p (Holtzman et al., 2020).
-    min_p: only tokens at least min_p times as likely as the likeliest (Nguyen et al., 2024). They
-    apply in this order, each to what the one before has left. seed: of the text's random stream.
-    repetition_penalty: what divides the logit of a token of the prompt or the text if it is above
-    0, and multiplies it otherwise (Keskar et al., 2019). no_repeat_ngram: n of the n-grams that are
-    not said twice, prompt included; 0 forbids nothing.
+    Penalties come first, then the temperature, then top_k, top_p and min_p in this order, each on
+    the tokens that the one before has left.
 
     Raises ConfigError for a number out of its range.
     """
 
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    seed: int = 0
-    repetition_penalty: float = 1.0
-    no_repeat_ngram: int = 0
-
-    def __post_init__(self):
-        check(
-            0 <= self.temperature < float("inf"),
-            f"temperature {self.temperature} is not a number of 0 or more: 0 is greedy, 1 draws "
-            "from what the model says",
-        )
-        for name in ("top_k", "no_repeat_ngram"):
-            value = getattr(self, name)
-            check(isinstance(value, int), f"{name} is {value!r}, but must be a whole number")
-        check(self.top_k >= 0, f"top_k {self.top_k} is below 0: choose 0 for all tokens, or more")
-        check(0 < self.top_p <= 1, f"top_p {self.top_p} is not in (0, 1]: choose 1 for all tokens")
-        check(0 <= self.min_p <= 1, f"min_p {self.min_p} is not in [0, 1]: choose 0 for all tokens")
-        check(
-            isinstance(self.seed, int) and 0 <= self.seed < 2**32,
-            f"seed {self.seed} is not in 0..{2**32 - 1}: choose a whole number there",
-        )
-        check(
-            1 <= self.repetition_penalty < float("inf"),
-            f"repetition_penalty {self.repetition_penalty} is not a number of 1 or more: 1 is none",
-        )
-        check(
-            self.no_repeat_ngram >= 0,
-            f"no_repeat_ngram {self.no_repeat_ngram} is below 0: choose 0 for none, or more",
-        )
+    temperature: float = bounded(0.0, low=0, hint="0 is greedy, 1 draws as the model says")
+    """0 is greedy: the argmax, whatever the filters and the seed. Above 0 tokens are drawn, with
+    logits divided by this."""
+    top_k: int = bounded(0, low=0, hint="0 is all tokens")
+    """Draws from the k likeliest tokens only, ties with the last of them included; 0 is all."""
+    top_p: float = bounded(1.0, above=0, high=1, hint="1 is all tokens")
+    """Draws from the fewest tokens whose probabilities sum up to p (Holtzman et al., 2020)."""
+    min_p: float = bounded(0.0, low=0, high=1, hint="0 is all tokens")
+    """Draws from tokens at least min_p times as likely as the likeliest (Nguyen et al., 2024)."""
+    seed: int = bounded(0, low=0, high=2**32 - 1)
+    """Of the first text; each further one has the next number."""
+    repetition_penalty: float = bounded(1.0, low=1, hint="1 is no penalty")
+    """Divides the logits above 0 of tokens of prompt and text, and multiplies those below (Keskar
+    et al., 2019)."""
+    no_repeat_ngram: int = bounded(0, low=0, hint="0 allows all")
+    """Says no n-gram of this size twice, prompt included; 0 allows all."""
 
     @property
     def repeats(self) -> bool:
@@ -165,11 +143,13 @@ class Draws:
         random number for every token of the vocabulary.
         """
         batch, size = weight_BV.shape
-        weight_BMb = jnp.pad(weight_BV, ((0, 0), (0, -size % BLOCK))).reshape(batch, -1, BLOCK)
+        weight_BMb = jnp.pad(weight_BV, ((0, 0), (0, -size % DRAW_BLOCK))).reshape(
+            batch, -1, DRAW_BLOCK
+        )
         u_B2 = jax.vmap(lambda key: jax.random.uniform(key, (2,)))(self._keys(position_B, purpose))
         block_B = _first_beyond(weight_BMb.sum(-1), u_B2[:, 0])
         inside_Bb = jnp.take_along_axis(weight_BMb, block_B[:, None, None], axis=1)[:, 0]
-        return block_B * BLOCK + _first_beyond(inside_Bb, u_B2[:, 1])
+        return block_B * DRAW_BLOCK + _first_beyond(inside_Bb, u_B2[:, 1])
 
     def uniform(self, position_BT: Int[Array, "B T"], purpose: Purpose) -> Float[Array, "B T"]:
         """A number in [0, 1) for each position."""
@@ -182,6 +162,81 @@ class Draws:
         return jax.vmap(
             lambda key, position: jax.random.fold_in(jax.random.fold_in(key, position), purpose)
         )(keys_B, position_B)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class Penalties:
+    """What each row of a batch may not say again; see `Sampling` for the two numbers.
+
+    The logits of a draft see the drafts before them, and so do those of the verification: every
+    strategy gives the same tokens.
+    """
+
+    repetition_B: Float[Array, " B"]
+    ngram_B: Int[Array, " B"]
+
+    @classmethod
+    def create(
+        cls, rows: Sequence[Sampling], among: Sequence[Sampling] | None = None
+    ) -> "Penalties | None":
+        """Of row b as rows[b] says; None if nobody among them asks for any."""
+        if not any(row.repeats for row in (rows if among is None else among)):
+            return None
+        return cls(
+            repetition_B=as_array([row.repetition_penalty for row in rows], jnp.float32),
+            ngram_B=as_array([row.no_repeat_ngram for row in rows], jnp.int32),
+        )
+
+    def apply(
+        self,
+        logits_BTN: Float[Array, "B T N"],
+        history_BS: Int[Array, "B S"],
+        position_BT: Int[Array, "B T"],
+        places_V: Int[Array, " V"] | None = None,
+    ) -> Float[Array, "B T N"]:
+        """Logits for the tokens at these positions, each by the tokens of the history before it.
+
+        places_V: where a token stands among the N that the logits are of, N if it does not. Where
+        every token would be forbidden, none is.
+        """
+        batch, steps, size = logits_BTN.shape
+        index_BS = history_BS if places_V is None else places_V[history_BS]
+        slots = jnp.arange(history_BS.shape[1])
+        before_BTS = slots < position_BT[..., None]
+        index_BTS = jnp.where(before_BTS, index_BS[:, None], size)  # N is dropped below
+        rows, columns = jnp.arange(batch)[:, None, None], jnp.arange(steps)[:, None]
+        said_BTS = logits_BTN.at[rows, columns, index_BTS].get(mode="fill", fill_value=0.0)
+        penalty_B11 = self.repetition_B[:, None, None]
+        lower_BTS = jnp.where(said_BTS > 0, said_BTS / penalty_B11, said_BTS * penalty_B11)
+        lower_BTS = jnp.where(self._completes(history_BS, position_BT), -jnp.inf, lower_BTS)
+        # A token that was said several times takes the lowest of its values.
+        found_BTN = logits_BTN.at[rows, columns, index_BTS].min(lower_BTS, mode="drop")
+        left_BT1 = jnp.isfinite(found_BTN.max(-1, keepdims=True))
+        return jnp.where(left_BT1, found_BTN, logits_BTN)
+
+    def _completes(
+        self, history_BS: Int[Array, "B S"], position_BT: Int[Array, "B T"]
+    ) -> Bool[Array, "B T S"]:
+        """Whether the history's token s, said again at the position, would complete an n-gram that
+        ends in slot s: whether the n - 1 tokens before both are the same."""
+        slots = jnp.arange(history_BS.shape[1])
+        ngram_B11 = self.ngram_B[:, None, None]
+
+        def undecided(carry):  # however long the n-gram, few steps
+            k, same_BTS = carry
+            return (same_BTS & (k < ngram_B11)).any()
+
+        def further(carry):
+            k, same_BTS = carry
+            before_BS = jnp.where(slots >= k, jnp.roll(history_BS, k, axis=1), -1)
+            last_BT = jnp.take_along_axis(history_BS, jnp.maximum(position_BT - k, 0), axis=1)
+            last_BT = jnp.where(position_BT >= k, last_BT, -2)
+            equal_BTS = before_BS[:, None] == last_BT[..., None]
+            return k + 1, same_BTS & (equal_BTS | (k >= ngram_B11))
+
+        on_BTS = (ngram_B11 > 0) & (slots < position_BT[..., None])
+        return lax.while_loop(undecided, further, (1, on_BTS))[1]
 
 
 def as_array(numbers: Sequence[float], dtype: DTypeLike) -> Shaped[Array, " B"]:

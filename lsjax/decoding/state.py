@@ -15,8 +15,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from lsjax.config import LlamaConfig, check
-from lsjax.decoding.penalties import Penalties
-from lsjax.decoding.sampling import Draws, Purpose, Sampling, likeliest
+from lsjax.decoding.sampling import Draws, Penalties, Purpose, Sampling, likeliest
 from lsjax.model.cache import KVCache, write
 from lsjax.model.llama import Llama
 from lsjax.model.parameters import placed
@@ -59,15 +58,14 @@ class DecodeState:
         capacity: int,
         num_layers: int,
         dtype: DTypeLike,
-        stacked: bool = False,
         sampling: Sequence[Sampling],
         among: Sequence[Sampling] | None = None,
         log_probs: bool = False,
         cache: KVCache | None = None,
         mesh: Mesh | None = None,
     ) -> "DecodeState":
-        """Rows with their prompts and a cache for the first `num_layers` layers, stacked if the
-        model's are; shared out over a mesh (lsjax/sharding.py).
+        """Rows with their prompts and a cache for the first `num_layers` layers, sharded over a
+        mesh (lsjax/sharding.py).
 
         capacity: slots of each row, which may be fewer than it will need (`grown`). stop_ids:
         tokens that end each row, for every row as many (-1 is none). A row with max_new_tokens 0 is
@@ -89,9 +87,7 @@ class DecodeState:
         for row, prompt in enumerate(prompts):
             tokens_BS[row, : len(prompt)] = prompt
         if cache is None:
-            cache = KVCache.create(
-                config, batch, capacity, dtype, num_layers, stacked=stacked, mesh=mesh
-            )
+            cache = KVCache.create(config, batch, capacity, dtype, num_layers, mesh=mesh)
         state = cls(
             cache=cache,
             length_B=jnp.asarray(length_B),
@@ -270,13 +266,12 @@ class Strategy(ABC):
         """Strategies with equal ones share their programs."""
         return self
 
-    @abstractmethod
-    def validate(self, config: LlamaConfig) -> None:
+    def validate(self, config: LlamaConfig) -> None:  # noqa: B027
         """Raises ConfigError where the strategy does not fit the model."""
 
-    @abstractmethod
     def depth(self, config: LlamaConfig) -> int:
-        """Layers that run for a token that counts: the exit layer, or all."""
+        """Layers that run for a token that counts: all of them, or the exit layer."""
+        return config.num_layers
 
     def arguments(self, model: Llama) -> Any:
         """A pytree of arrays: what `step` needs beside the model."""
@@ -285,3 +280,12 @@ class Strategy(ABC):
     @abstractmethod
     def step(self, model: Llama, state: DecodeState, arguments: Any) -> DecodeState:
         """One round: at least one token for every running row."""
+
+
+def check_exit(exit_layer: int, last: int) -> None:
+    """Raises ConfigError for an exit that is not in 1..last."""
+    check(
+        1 <= exit_layer <= last,
+        f"exit layer {exit_layer} is not in 1..{last}, the exits of this model that such a "
+        "strategy can use: choose --exit-layer there",
+    )

@@ -1,64 +1,56 @@
-"""Who answered a benchmark's requests: which strategy decoded, or how many layers ran once.
+"""Questions decoded by several strategies in turns, and the file of answers.
 
-Decoding and scoring are different things. A text comes from a strategy; the likelihood of a given
-text comes from one pass through the layers whose distribution the strategy has. Self-speculation
-has the whole model's, so its likelihoods say nothing about its exit.
+A line of the file is one answer, written when it is there. A killed run resumes from it: an answer
+is known by its strategy, document and sample, and by what the first line says of all of them, such
+as the weights. A last line without an end is what a killed run left.
 """
 
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields
+import dataclasses
+import hashlib
+import json
+import statistics
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
 
+from lsjax.config import check
+from lsjax.config.json_form import differences
 from lsjax.decoding.completion import Completion
+from lsjax.decoding.engine import Engine
+from lsjax.decoding.request import Request
 from lsjax.decoding.state import Strategy
+from lsjax.evaluation.metrics import pass_at_k, standard_error
+from lsjax.evaluation.tasks import Example
 
-FORWARD_PASS = "forward_pass"
+HEADER = "asked"
+ALL, UNSEEN = "all", "not seen in training"  # groups that are no category
+PASS_AT = (1, 10, 100)
+
+Answer = Mapping[str, Any]  # a line of the file
 
 
-@dataclass(frozen=True, kw_only=True)
-class Answer:
-    """Who answered one request.
-
-    strategy: that decoded the text, with its settings, the tokens of the text and how its drafts
-    did; or "forward_pass", with exit_layer the number of layers that ran. None: does not apply.
-    """
+@dataclass(frozen=True)
+class Cell:
+    """A strategy with its settings: one cell of a grid."""
 
     strategy: str
     exit_layer: int | None = None
     num_draft_tokens: int | None = None
     draft_vocab: int | None = None
     draft_confidence: float | None = None
-    num_new_tokens: int | None = None
-    drafted: int | None = None
-    accepted: int | None = None
 
     @classmethod
-    def of(cls, completion: Completion) -> "Answer":
-        """Who decoded this."""
-        return cls(**{field.name: getattr(completion, field.name) for field in fields(cls)})
-
-    @classmethod
-    def by(cls, strategy: Strategy) -> "Answer":
-        """What this strategy would decode."""
-        return cls(
-            strategy=strategy.name,
-            exit_layer=strategy.exit_layer,
-            num_draft_tokens=strategy.num_draft_tokens,
-            draft_vocab=strategy.draft_vocab,
-            draft_confidence=strategy.draft_confidence,
-        )
-
-    @classmethod
-    def forward_pass(cls, layers: int) -> "Answer":
-        """One pass through so many layers."""
-        return cls(strategy=FORWARD_PASS, exit_layer=layers)
-
-    def to_json(self) -> dict:
-        """What applies."""
-        return {key: value for key, value in asdict(self).items() if value is not None}
+    def of(cls, found: Strategy | Completion | Answer) -> "Cell":
+        """The cell of a strategy, a completion or a line of answers."""
+        if isinstance(found, Strategy):
+            found = {"strategy": found.name} | {name: getattr(found, name) for name in SETTINGS}
+        elif isinstance(found, Completion):
+            found = vars(found)
+        return cls(found["strategy"], **{name: found[name] for name in SETTINGS})
 
     def __str__(self) -> str:
-        if self.strategy == FORWARD_PASS:
-            return f"one pass of {self.exit_layer} layer{'s' * (self.exit_layer > 1)}"
         parts = [self.strategy.replace("_", " ")]
         if self.exit_layer is not None:
             parts.append(f"exit {self.exit_layer}")
@@ -70,8 +62,237 @@ class Answer:
         return ", ".join(parts)
 
 
-def acceptance_rate(answers: Iterable[Answer]) -> float | None:
-    """Accepted / drafted of all together; None where nothing was drafted."""
-    pairs = [(answer.drafted, answer.accepted) for answer in answers if answer.drafted]
-    drafted = sum(drafted for drafted, _ in pairs)
-    return sum(accepted for _, accepted in pairs) / drafted if drafted else None
+SETTINGS = [field.name for field in dataclasses.fields(Cell)][1:]
+
+
+@dataclass(frozen=True)
+class Question:
+    """One text to decode: sample number `sample` of an example. The request's prompt is ids."""
+
+    example: Example
+    sample: int
+    request: Request
+
+    @property
+    def document(self) -> str:
+        """Hash of all that the answer depends on beside the first line of its file."""
+        example, sampling = self.example, self.request.sampling
+        seed = sampling.seed if sampling.temperature else None
+        row = repr(sorted(example.fields.items()))
+        return digest([list(self.request.prompt), example.reference, example.seen, row, seed])
+
+
+def digest(content: Any) -> str:
+    """Hash (hex) of a JSON value."""
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+
+
+def decode_in_turns(
+    engine: Engine,
+    strategies: Sequence[Strategy],
+    questions: Sequence[Question],
+    done: Collection[tuple],
+    on_answer: Callable[[Question, Completion, float], None],
+    *,
+    turn: int,
+    beside_first: bool = False,
+) -> None:
+    """Decodes every question with every strategy, except the keys that are `done`.
+
+    Strategies take turns of `turn` questions, so that a machine that slows down slows all of them.
+    on_answer: called as each text ends, with the seconds of decoding since the text before. Those
+    of all texts sum up to the time that decoding took, whatever the size of the batch.
+    beside_first: decodes with the first strategy again beside others of its turn that are missing.
+    """
+    queue = iter(questions)
+    while chunk := list(islice(queue, turn)):
+        missing = {
+            strategy: [one for one in chunk if key_of(one, Cell.of(strategy)) not in done]
+            for strategy in strategies
+        }
+        if beside_first and any(missing.values()):
+            missing[strategies[0]] = chunk
+        for strategy, wanted in missing.items():
+            if not wanted:
+                continue
+            engine.use(strategy)
+            before = engine.decode_seconds
+
+            def ended(index: int, completion: Completion, wanted=wanted) -> None:
+                nonlocal before
+                seconds, before = engine.decode_seconds - before, engine.decode_seconds
+                on_answer(wanted[index], completion, seconds)
+
+            engine.generate([one.request for one in wanted], on_completion=ended)
+
+
+def key_of(question: Question, cell: Cell) -> tuple:
+    """What tells an answer from the others of its file."""
+    return cell, question.example.id, question.sample, question.document
+
+
+def key_of_answer(answer: Answer) -> tuple:
+    """The same of a line of the file."""
+    return Cell.of(answer), answer["id"], answer["sample"], answer["document"]
+
+
+def answer_line(question: Question, completion: Completion, seconds: float) -> dict[str, Any]:
+    """An answer as a line of the file; the caller adds scores."""
+    example = question.example
+    names = (
+        *("text", "num_prompt_tokens", "num_new_tokens", "rounds", "drafted", "accepted"),
+        *("drafted_by_position", "accepted_by_position", "prefill_seconds", "finish_reason"),
+        "seed",
+    )
+    return {
+        **dataclasses.asdict(Cell.of(completion)),
+        **{"id": example.id, "sample": question.sample, "document": question.document},
+        **{"group": example.group, "seen": example.seen, "reference": example.reference},
+        **{name: getattr(completion, name) for name in names},
+        "seconds": seconds,
+    }
+
+
+def resume(file: Path, asked: Mapping[str, Any]) -> dict[tuple, Answer]:
+    """The answers of a file by their keys; a file that is not there begins with its header.
+
+    Of two answers with one key the later one counts. Cuts off a torn last line. Raises ConfigError
+    where the header is another, with what differs, and for a line that is no answer.
+    """
+    header = _line({HEADER: dict(asked)})
+    content = file.read_bytes() if file.exists() else b""
+    if b"\n" not in content and header.encode().startswith(content):
+        file.write_text(header, encoding="utf-8")
+        return {}
+    before, answers = read(file)
+    found = differences(before, json.loads(header)[HEADER])
+    check(
+        not found,
+        f"{file} holds answers to something else: "
+        + ", ".join(
+            f"{name} was {_brief(was)} and is now {_brief(is_)}" for name, was, is_ in found
+        )
+        + "; name another --output, or remove it",
+    )
+    with file.open("rb+") as stream:
+        stream.truncate(content.rfind(b"\n") + 1)
+    return {key_of_answer(answer): answer for answer in answers}
+
+
+def read(file: Path) -> tuple[dict[str, Any], list[Answer]]:
+    """Header and answers of a file, without a torn last line.
+
+    Raises ConfigError for another file.
+    """
+    needed = {"strategy", *SETTINGS, "id", "sample", "document"}
+    rows = []
+    for number, line in enumerate(file.read_bytes().split(b"\n")[:-1], 1):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            row = None
+        good = isinstance(row, dict) and (HEADER in row if number == 1 else needed <= row.keys())
+        check(good, f"{file}, line {number} is no answer: name another --output, or remove it")
+        rows.append(row)
+    check(bool(rows), f"{file} holds no answers: name another --output, or remove it")
+    return rows[0][HEADER], rows[1:]
+
+
+def append(file: Path, answer: Answer) -> None:
+    """Adds an answer; the line is written whole."""
+    with file.open("a", encoding="utf-8") as stream:
+        stream.write(_line(answer))
+
+
+def _line(row: Mapping[str, Any]) -> str:
+    return json.dumps(row, ensure_ascii=False) + "\n"
+
+
+def _brief(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def by_group(answers: Iterable[Answer]) -> dict[str, list[Answer]]:
+    """All answers, those to examples that training has not seen if it has seen some, and those of
+    each category if there are several."""
+    answers = list(answers)
+    groups = {ALL: answers}
+    if any(answer["seen"] for answer in answers):
+        groups[UNSEEN] = [answer for answer in answers if not answer["seen"]]
+    names = sorted({answer["group"] for answer in answers})
+    if len(names) > 1:
+        groups |= {name: [one for one in answers if one["group"] == name] for name in names}
+    return {name: own for name, own in groups.items() if own}
+
+
+def summarise(answers: Sequence[Answer]) -> list[dict[str, Any]]:
+    """Figures of each strategy and group (`by_group`), in the order in which strategies come.
+
+    Undefined figures are None. scores: mean and standard error over the examples, of the mean over
+    an example's samples. tokens_per_second: new tokens after the first of each text over the time
+    of decoding. speedup: over autoregressive decoding. equal: share of the texts that are those of
+    autoregressive decoding, where both are greedy.
+    """
+    cells = dict.fromkeys(map(Cell.of, answers))
+    plain = {one["id"]: one for one in answers if Cell.of(one) == Cell("autoregressive")}
+    rows = []
+    for cell in cells:
+        for group, own in by_group(one for one in answers if Cell.of(one) == cell).items():
+            total = {
+                name: sum(one[name] for one in own)
+                for name in ("num_new_tokens", "rounds", "drafted", "accepted", "seconds")
+            }
+            later = total["num_new_tokens"] - len(own)
+            scores = scores_by_example(own)
+            beside = [one for one in own if one["seed"] is None and one["id"] in plain]
+            same = [one["text"] == plain[one["id"]]["text"] for one in beside]
+            rows.append(
+                {
+                    "strategy": str(cell),
+                    "group": group,
+                    "examples": len({one["id"] for one in own}),
+                    "answers": len(own),
+                    "scores": {
+                        name: {"mean": statistics.fmean(means), "stderr": standard_error(means)}
+                        for name, by_example in scores.items()
+                        if (means := list(by_example.values()))
+                    },
+                    "equal": statistics.fmean(same) if same else None,
+                    "acceptance_rate": _ratio(total["accepted"], total["drafted"]),
+                    "tokens_per_round": _ratio(later, total["rounds"]),
+                    "tokens_per_second": _ratio(later, total["seconds"]),
+                    "new_tokens": total["num_new_tokens"],
+                }
+            )
+    base = {
+        row["group"]: row["tokens_per_second"]
+        for row in rows
+        if row["strategy"] == "autoregressive"
+    }
+    for row in rows:
+        row["speedup"] = _ratio(row["tokens_per_second"], base.get(row["group"]))
+    return rows
+
+
+def _ratio(one: float | None, other: float | None) -> float | None:
+    return one / other if one is not None and other else None
+
+
+def scores_by_example(answers: Iterable[Answer]) -> dict[str, dict[str, float]]:
+    """Each score's mean over an example's samples, by the example's id; of `passed` the unbiased
+    estimates of pass@k that the samples are enough for."""
+    samples: dict[str, dict[str, list[float]]] = {}
+    for answer in answers:
+        for name, value in answer["scores"].items():
+            samples.setdefault(name, {}).setdefault(answer["id"], []).append(value)
+    found = {
+        f"pass@{k}": {one: pass_at_k(len(p), int(sum(p)), k) for one, p in passed.items()}
+        for passed in [samples.pop("passed", {})]
+        for k in PASS_AT
+        if k <= min(map(len, passed.values()), default=0)
+    }
+    return found | {
+        name: {example: statistics.fmean(values) for example, values in by_example.items()}
+        for name, by_example in samples.items()
+    }

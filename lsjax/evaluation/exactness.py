@@ -1,19 +1,22 @@
-"""Whether two greedy decodings agree, and by how little the model decided where they do not.
+"""Whether two greedy decodings agree, and a model on which every draft is accepted.
 
 Self-speculation is lossless in exact arithmetic. In floating point the products of one token and
-of d + 1 tokens round differently, so where the two best logits are all but equal, either may win.
+of d + 1 tokens round differently. So where the two best logits are all but equal, either may win.
 A difference with a wider margin than rounding explains is a fault.
 """
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from lsjax.model.llama import Llama
+from lsjax.model.llama import Llama, unstacked
 
 # The widest margin of the two best logits that rounding in float32 may turn over.
 FLOAT32_MARGIN = 1e-4
@@ -34,6 +37,11 @@ class Difference:
     found: int | None
     margin: float
     roundings: float
+
+    def to_json(self) -> dict[str, Any]:
+        """Its fields; null for a number that is not finite."""
+        row = asdict(self)
+        return row | {k: None for k in ("margin", "roundings") if not math.isfinite(row[k])}
 
 
 def first_difference(
@@ -67,3 +75,18 @@ def _logits_at(
     model: Llama, tokens_BT: Int[Array, "1 T"], index: Int[Array, ""]
 ) -> Float[Array, " V"]:
     return model.unembed(jnp.take(model.exits(tokens_BT)[-1, 0], index, axis=0))
+
+
+def identity_tail(model: Llama, exit_layer: int) -> Llama:
+    """The same model with layers `exit_layer`.. that add nothing: the machinery without training.
+
+    Their output projections (attention and feed-forward) are zero, arrays of their own. So the
+    layers cost what they did, and every exit from `exit_layer` on says what the whole model says.
+    """
+    tail = jax.tree.map(lambda leaf: leaf, unstacked(model))
+    for block in list(tail.layers)[exit_layer:]:
+        for linear in (block.attention.out, block.feed_forward.down):
+            linear.kernel = nnx.Param(jnp.zeros_like(linear.kernel[...]))
+            if linear.bias is not None:
+                linear.bias = nnx.Param(jnp.zeros_like(linear.bias[...]))
+    return tail

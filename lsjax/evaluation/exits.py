@@ -1,36 +1,42 @@
-"""Loss, perplexity and agreement of every exit, in one pass over a text: how good each exit is as a
-model, and how often it would draft what the model itself says (the paper's Figures 6 and 8)."""
+"""How good each exit is along given texts, in one pass and without decoding.
+
+Loss, perplexity and agreement of every exit on labelled batches (the paper's Figures 6 and 8), and
+the log-probability of given texts at one exit.
+"""
 
 import math
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
-from lsjax.config import AttentionKernel, ComputeDtype, ConfigError
+from lsjax.config import AttentionKernel, ComputeDtype, ConfigError, check
 from lsjax.decoding.sampling import likeliest
 from lsjax.model.llama import Llama, cast_matrices
 from lsjax.sharding import chunk_steps, constrain, split_rows
 
 AGREEMENT = "agreement: share of greedy drafts that would be accepted, teacher-forced"
-# Logits that are held at a time, on each device.
-CHUNK_LOGITS = 2**25
+CHUNK_LOGITS = 2**25  # logits that exist at a time, on each device
+MIN_LENGTH = 32  # a scored text is padded to this many tokens, or a larger power of two
 
 
 @dataclass(frozen=True)
 class ExitScores:
-    """What the exits 1..L make of a text; index E - 1 is exit E."""
+    """Scores of the exits 1..L on labelled batches; index E - 1 is exit E."""
 
     loss_E: tuple[float, ...]
     """Cross entropy, nats per labelled token."""
     agreement_E: tuple[float, ...]
-    """Share of the labelled tokens at which the likeliest token is that of exit L: what greedy
-    drafts of this exit would have accepted, one at a time, along this text."""
+    """Share of the labelled tokens at which the argmax is that of exit L: what greedy drafts of
+    this exit would have accepted, one at a time, along this text."""
     tokens: int
     """Labelled tokens."""
 
@@ -40,18 +46,14 @@ class ExitScores:
         return tuple(math.exp(loss) if loss < 700 else math.inf for loss in self.loss_E)
 
     def cells(self, exit_layer: int) -> tuple[str, str]:
-        """Loss and agreement of an exit as tables have them; dashes where there is no such exit."""
+        """Loss and agreement of an exit as tables show them; dashes where there is no such exit."""
         if exit_layer > len(self.loss_E):
             return "-", "-"
         return f"{self.loss_E[exit_layer - 1]:.3f}", f"{self.agreement_E[exit_layer - 1]:.3f}"
 
     def to_json(self) -> dict:
         """Lists and numbers."""
-        return {
-            "loss_E": list(self.loss_E),
-            "agreement_E": list(self.agreement_E),
-            "tokens": self.tokens,
-        }
+        return asdict(self)
 
 
 def score_exits(
@@ -107,7 +109,7 @@ def exit_sums(
             part["positions_BT"],
             part["segments_BT"],
             kernel=attention,
-            read=partial(_score, model, table_VD, labels_BT),
+            read=partial(_loss_and_argmax, model, table_VD, labels_BT),
         )
         agreed_LBT = token_LBT == token_LBT[-1]
 
@@ -128,13 +130,103 @@ def exits_to_show(layers: int) -> list[int]:
     return sorted({1, *(-(-layers * eighth // 8) for eighth in range(1, 9))})
 
 
-def _score(
+class Text(NamedTuple):
+    """Token ids, of which the last `count` are scored."""
+
+    tokens: Sequence[int]
+    count: int
+
+
+@dataclass(frozen=True)
+class TextScore:
+    """log_prob: natural logarithm of the probability of all scored tokens together. is_greedy:
+    whether each of them is the argmax after those before it. num_tokens: how many they are."""
+
+    log_prob: float
+    is_greedy: bool
+    num_tokens: int
+
+
+def score_texts(
+    model: Llama,
+    texts: Sequence[Text],
+    *,
+    exit_layer: int | None = None,
+    batch_size: int = 1,
+    mesh: Mesh | None = None,
+    track: Callable[[Sequence], Iterable] = iter,
+) -> list[TextScore]:
+    """Scores of the texts, in their order, by the first `exit_layer` layers (all by default).
+
+    Texts of similar length share a batch. A program is compiled for each power of two. track:
+    wraps the sequence of batches, for a progress bar.
+
+    Raises ConfigError for an exit that the model does not have, for ids beyond its vocabulary, and
+    for a text that is longer than its context, or whose first scored token has nothing before it.
+    """
+    config = model.config
+    exit_layer = config.num_layers if exit_layer is None else exit_layer
+    check(
+        1 <= exit_layer <= config.num_layers,
+        f"exit layer {exit_layer} is not in 1..{config.num_layers}, the layers of this model",
+    )
+    for index, (tokens, count) in enumerate(texts):
+        check(
+            0 <= count < len(tokens) <= config.max_context + 1,
+            f"text {index} of {len(tokens)} tokens can't have {count} scored: the first scored one "
+            f"needs a token before it, and the context is {config.max_context}",
+        )
+        check(
+            0 <= min(tokens) and max(tokens) < config.vocab_size,
+            f"text {index} has token ids {min(tokens)}..{max(tokens)}: give ids in "
+            f"0..{config.vocab_size - 1}",
+        )
+    scores = [TextScore(0.0, True, 0)] * len(texts)
+    order = sorted(range(len(texts)), key=lambda index: -len(texts[index].tokens))
+    for begin in track(range(0, len(texts), batch_size)):
+        batch = order[begin : begin + batch_size]
+        tokens_BT, labels_BT = _padded([texts[index] for index in batch], batch_size)
+        with nullcontext() if mesh is None else jax.set_mesh(mesh):
+            found = _score_rows(model, tokens_BT, labels_BT, exit_layer=exit_layer)
+        loss_BT, token_BT = jax.device_get(found)
+        for row, index in enumerate(batch):
+            scored = labels_BT[row] >= 0
+            log_prob = 0.0 - loss_BT[row, scored].astype(np.float64).sum()
+            is_greedy = (token_BT == labels_BT)[row, scored].all()
+            scores[index] = TextScore(float(log_prob), bool(is_greedy), texts[index].count)
+    return scores
+
+
+def _padded(batch: Sequence[Text], batch_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Inputs and labels [B, T] of texts, of which the first is the longest."""
+    length = MIN_LENGTH
+    while length < len(batch[0].tokens) - 1:
+        length *= 2
+    tokens_BT = np.zeros((batch_size, length), np.int32)
+    labels_BT = np.full_like(tokens_BT, -1)
+    for row, (tokens, count) in enumerate(batch):
+        inputs = len(tokens) - 1
+        tokens_BT[row, :inputs] = tokens[:-1]
+        labels_BT[row, inputs - count : inputs] = tokens[len(tokens) - count :]
+    return tokens_BT, labels_BT
+
+
+@partial(jax.jit, static_argnames="exit_layer")
+def _score_rows(
+    model: Llama, tokens_BT: Int[Array, "B T"], labels_BT: Int[Array, "B T"], *, exit_layer: int
+) -> tuple[Float[Array, "B T"], Int[Array, "B T"]]:
+    """Loss and argmax at each position of one exit."""
+    x_BTD = model.exits(tokens_BT)[exit_layer - 1]
+    return _loss_and_argmax(model, model.head_table, labels_BT, x_BTD)
+
+
+def _loss_and_argmax(
     model: Llama,
     table_VD: Float[Array, "V D"],
     labels_BT: Int[Array, "B T"],
     x_BTD: Float[Array, "B T D"],
 ) -> tuple[Float[Array, "B T"], Int[Array, "B T"]]:
-    """Loss and likeliest token at each position, a chunk of positions at a time."""
+    """Loss and argmax at each position, a chunk of positions at a time."""
     batch, steps, width = x_BTD.shape
     chunk = chunk_steps(batch, steps, model.config.vocab_size, CHUNK_LOGITS)
     chunks = -(-steps // chunk)

@@ -1,9 +1,9 @@
-"""Pictures of what LayerSkip does to a model: every exit's loss and agreement, and a run's curves.
+"""Pictures: every exit's loss and agreement, a run's curves, and a benchmark's grid.
 
-Needs the `plots` extra (matplotlib); every function writes one PNG.
+Needs the `plots` extra (matplotlib). Every function writes one PNG, to a path or an open file.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -11,7 +11,53 @@ import numpy as np
 
 from lsjax.config import ConfigError
 from lsjax.evaluation.exits import ExitScores
-from lsjax.evaluation.figures import COLOURS, GREY, colours, figure, magnitudes, save, whole_numbers
+from lsjax.evaluation.speed import CellSpeed
+
+# Legible in print and to people who do not tell red from green (Okabe and Ito, 2008).
+COLOURS = ("#2A85C9", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#999999")
+GREY = "#AAAAAA"
+DOTS_PER_INCH = 150
+WIDE = 20  # times: from here on a linear axis draws the small as zero
+
+
+def figure(rows: int, columns: int, size: tuple[float, float]):
+    """A figure and its array of axes, without pyplot's global state: plots are also made beside
+    training. Raises ConfigError where matplotlib is not installed."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ConfigError("plots need matplotlib: pip install 'lsjax[plots]'") from None
+    drawn = Figure(figsize=size, layout="constrained")
+    axes = drawn.subplots(rows, columns, squeeze=False)
+    for one in axes.flat:
+        one.grid(alpha=0.3)
+        one.spines[["top", "right"]].set_visible(False)
+    return drawn, axes
+
+
+def check_plots() -> None:
+    """Raises ConfigError where no plot can be made: better now than after the work."""
+    figure(1, 1, (1, 1))
+
+
+def colours(names: Collection) -> list[str]:
+    """A colour for each name; they repeat where there are many."""
+    return [COLOURS[i % len(COLOURS)] for i in range(len(names))]
+
+
+def save(drawn, file: Path | IO[bytes], title: str) -> None:
+    """Writes a PNG."""
+    if title:
+        drawn.suptitle(title, parse_math=False)
+    if isinstance(file, Path):
+        file.parent.mkdir(parents=True, exist_ok=True)
+    drawn.savefig(file, dpi=DOTS_PER_INCH, format="png")
+
+
+def _whole_numbers(axes) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
 def plot_exits(
@@ -33,7 +79,7 @@ def plot_exits(
         xlabel="exit (layers run)", ylabel="agreement with the final argmax", ylim=(0, 1.03)
     )
     for axes in (losses, agreements):
-        whole_numbers(axes)
+        _whole_numbers(axes)
     if len(scores) > 1:
         losses.legend(frameon=False)
     save(drawn, file, title)
@@ -69,7 +115,10 @@ def plot_training(
     if evaluations:
         losses.plot([], [], color=GREY, ls="", marker="o", ms=4, label="held out")
     losses.set(xlabel="step", ylabel="loss (nats per token)")
-    magnitudes(losses)  # a finetuning's exits begin at 20 and end at 0.1
+    low, high = losses.dataLim.intervaly
+    if 0 < low * WIDE < high:  # a finetuning's exits begin at 20 and end at 0.1
+        losses.set_yscale("log")
+        losses.yaxis.set_major_formatter("{x:g}")
     losses.legend(frameon=False)
     agreements.set(xlabel="step", ylabel="held out: agreement with the last exit", ylim=(0, 1.03))
     rates.plot(at, _numbers(steps, "grad_norm"), color=GREY, lw=0.8)
@@ -86,12 +135,12 @@ def plot_training(
 
 
 def _numbers(rows: Sequence[Mapping[str, Any]], name: str) -> np.ndarray:
-    """A column; what JSON does not have (null) is NaN, which is not drawn."""
+    """A column; null is NaN, which is not drawn."""
     return np.array([row.get(name) for row in rows], float)
 
 
 def _loss_by_exit(steps: Sequence[Mapping[str, Any]]) -> dict[int, tuple[list, np.ndarray]]:
-    """Of each exit that was trained, the steps at which it was and its losses."""
+    """The steps at which each exit was trained, and its losses."""
     found: dict[int, list[tuple[int, Any]]] = {}
     for row in steps:
         for exit_layer, loss in zip(row["exits"], row["exit_losses"], strict=True):
@@ -110,9 +159,91 @@ def _smooth(values: np.ndarray, steps: int) -> np.ndarray:
     """Means over the values around each; fewer at both ends."""
     if steps < 120:
         return values
-    window = max(1, round(len(values) / 40))
-    weights = np.ones(window)
+    weights = np.ones(max(1, round(len(values) / 40)))
     good = np.isfinite(values)
     total = np.convolve(np.where(good, values, 0), weights, "same")
     count = np.convolve(good.astype(float), weights, "same")
     return np.where(good, total / np.maximum(count, 1), np.nan)
+
+
+def plot_grid(rows: Sequence[CellSpeed], file: Path | IO[bytes], *, title: str = "") -> None:
+    """Heat maps of every exit and draft length, a line of maps for each head.
+
+    Tokens per second with the speedup, the predicted speedup, and the acceptance rate. The best
+    speedup and prediction are framed.
+    """
+    drafting = [row for row in rows if row.num_draft_tokens is not None]
+    exits = sorted({row.exit_layer for row in drafting})
+    lengths = sorted({row.num_draft_tokens for row in drafting})
+    heads = sorted({row.draft_vocab or 0 for row in drafting})  # 0: the full head
+
+    def values(name: str) -> np.ndarray:
+        """Heads by exits by lengths; NaN where a cell was not measured."""
+        found = np.full((len(heads), len(exits), len(lengths)), np.nan)
+        for row in drafting:
+            at = (row.exit_layer, row.num_draft_tokens)
+            place = heads.index(row.draft_vocab or 0), exits.index(at[0]), lengths.index(at[1])
+            found[place] = np.nan if (value := getattr(row, name)) is None else value
+        return found
+
+    speed, names = values("tokens_per_second"), ("speedup", "predicted", "acceptance_rate")
+    titles = ("tokens/s (speedup)", "predicted speedup", "acceptance rate")
+    size = 3 * max(3.2, 0.75 * len(lengths) + 1.4), len(heads) * max(2.6, 0.5 * len(exits) + 1.2)
+    drawn, axes = figure(len(heads), 3, size)
+    for column, (name, heading) in enumerate(zip(names, titles, strict=True)):
+        shown = values(name)
+        is_rate = name == "acceptance_rate"  # a share of 1; empty where nothing was drafted
+        low, high = (0, 1) if is_rate else (np.nanmin(shown), np.nanmax(shown))
+        best = None if is_rate else np.unravel_index(np.nanargmax(shown), shown.shape)
+        for line, head in enumerate(heads):
+            axis = axes[line, column]
+            axis.imshow(shown[line], vmin=low, vmax=high, aspect="auto", origin="lower")
+            axis.grid(False)
+            axis.spines[:].set_visible(False)
+            axis.set_xticks(range(len(lengths)), lengths)
+            axis.set_yticks(range(len(exits)), exits)
+            axis.set(xlabel="draft length d", ylabel="exit E")
+            of_head = f", drafts from {head} tokens" if head else ", full head"
+            axis.set_title(heading + of_head * (len(heads) > 1), fontsize="medium")
+            for (i, j), value in np.ndenumerate(shown[line]):
+                if np.isfinite(value):
+                    text = f"{speed[line, i, j]:,.1f}\n{value:.2f}x" if column == 0 else None
+                    bright = high > low and (value - low) / (high - low) > 0.55
+                    style = dict(ha="center", va="center", fontsize=8)
+                    style["color"] = "black" if bright else "white"
+                    axis.text(j, i, text or f"{value:.2f}", **style)
+        if best is not None:
+            _frame(axes[best[0], column], best[2], best[1])
+    save(drawn, file, title)
+
+
+def _frame(axis, column: int, row: int) -> None:
+    """A frame around one cell."""
+    from matplotlib.patches import Rectangle
+
+    style = dict(fill=False, edgecolor="#D55E00", linewidth=3.5, clip_on=False)
+    axis.add_patch(Rectangle((column - 0.5, row - 0.5), 1, 1, **style))
+
+
+def plot_acceptance(rows: Sequence[CellSpeed], file: Path | IO[bytes], *, title: str = "") -> None:
+    """Share of the drafts at each position that were accepted, by exit, for its longest drafts;
+    dashed with a draft vocabulary. Behind a rejected draft none is accepted: the curve falls."""
+    drafting = [row for row in rows if row.acceptance_by_position]
+    exits = sorted({row.exit_layer for row in drafting})
+    drawn, ((axis,),) = figure(1, 1, (6, 3.8))
+    for exit_layer, colour in zip(exits, colours(exits), strict=True):
+        own = [row for row in drafting if row.exit_layer == exit_layer]
+        longest = max(row.num_draft_tokens for row in own)
+        for row in (row for row in own if row.num_draft_tokens == longest):
+            style = dict(ls="--", lw=1) if row.draft_vocab else dict(label=f"exit {exit_layer}")
+            curve = row.acceptance_by_position
+            axis.plot(range(1, 1 + len(curve)), curve, color=colour, marker="o", ms=3, **style)
+    axis.set(xlabel="position in the draft", ylabel="accepted", ylim=(0, 1.03))
+    _whole_numbers(axis)
+    vocabularies = sorted({row.draft_vocab for row in drafting if row.draft_vocab})
+    if vocabularies:
+        label = f"drafts from {' or '.join(map(str, vocabularies))} tokens"
+        axis.plot([], [], color=GREY, ls="--", lw=1, label=label)
+    if drafting:
+        axis.legend(frameon=False)
+    save(drawn, file, title)

@@ -3,11 +3,12 @@ run what may be hostile in a machine of its own.
 
     time                        a deadline here, and RLIMIT_CPU
     memory, output              RLIMIT_AS, RLIMIT_FSIZE
-    processes, files, sockets   an audit hook in the program's interpreter (sandbox_child.py)
+    processes, files, sockets   an audit hook in the program's interpreter
     network                     namespaces of its own, where bubblewrap or unshare work
 
 The program gets an empty environment and the standard library alone. When it ends, everything in
-its process group is killed.
+its process group is killed. This file is also the program's interpreter (`main`), so it imports
+the standard library alone.
 """
 
 import os
@@ -22,12 +23,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import BinaryIO
 
-from lsjax.config import check
-from lsjax.evaluation import sandbox_child
-
 SECONDS = 10.0
 MEMORY = 1 << 30  # bytes of address space
 OUTPUT = 1 << 20  # bytes
+PASSED, STOPPED = 57, 58  # exit codes; a program that ends by itself before its end has another
 
 BUBBLEWRAP = (
     *("bwrap", "--unshare-all", "--die-with-parent", "--new-session"),
@@ -37,6 +36,17 @@ UNSHARE = (
     *("unshare", "--user", "--map-root-user", "--net", "--ipc", "--pid"),
     *("--fork", "--kill-child", "--mount-proc"),
 )
+
+# Events (docs.python.org, Audit events) that end the program at once, by the beginning of their
+# names: processes, sockets, foreign functions, limits, and changes of files.
+FORBIDDEN = (
+    *("os.exec", "os.fork", "os.posix_spawn", "os.spawn", "os.startfile", "os.system"),
+    *("subprocess.", "pty.", "os.kill", "socket.", "ctypes.", "resource.", "signal.pthread_kill"),
+    *("os.chmod", "os.chown", "os.chflags", "os.lchmod", "os.lockf", "os.link", "os.symlink"),
+    *("os.mkdir", "os.remove", "os.rename", "os.rmdir", "os.truncate", "os.utime", "shutil."),
+    *("os.setxattr", "os.removexattr", "os.unshare", "os.setns", "sqlite3."),
+)
+WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 
 
 @dataclass(frozen=True)
@@ -55,6 +65,8 @@ def run_program(
     seconds: of the clock and of computing. memory: bytes of address space. output: bytes that it
     may print. Raises ConfigError on other systems than Linux.
     """
+    from lsjax.config import check  # not for the program's interpreter
+
     check(
         sys.platform == "linux",
         f"programs are run on Linux only, for its limits, not on {sys.platform}: leave out "
@@ -64,7 +76,7 @@ def run_program(
         program, printed = Path(folder, "program.py"), Path(folder, "printed.txt")
         program.write_text(source, encoding="utf-8", errors="replace")
         command = [
-            *(*isolation(), sys.executable, "-I", "-S", "-B", sandbox_child.__file__),
+            *(*isolation(), sys.executable, "-I", "-S", "-B", __file__),
             *(str(program), str(seconds), str(memory), str(output)),
         ]
         with printed.open("wb") as stream:
@@ -72,7 +84,7 @@ def run_program(
         last = printed.read_bytes()[-400:].decode(errors="replace").strip().splitlines()[-1:]
     if code is None:
         return Outcome(False, f"took longer than {seconds:g} s")
-    if code == sandbox_child.PASSED:
+    if code == PASSED:
         return Outcome(True, "passed")
     return Outcome(False, last[0] if last else f"ended early with exit code {code}")
 
@@ -113,3 +125,49 @@ def _run(command: list[str], folder: str, stream: BinaryIO, seconds: float) -> i
         os.killpg(started.pid, signal.SIGKILL)
         code = started.wait()
     return code if ended else None
+
+
+def limit(seconds: float, memory: int, output: int) -> None:
+    """Sets the limits of this process and of all that it would start."""
+    import resource
+
+    for name, value in (
+        ("RLIMIT_CPU", int(seconds) + 10),  # behind the deadline, which says why
+        ("RLIMIT_AS", memory),
+        ("RLIMIT_FSIZE", output),
+        ("RLIMIT_NOFILE", 32),
+        ("RLIMIT_CORE", 0),
+        ("RLIMIT_NPROC", 64),  # threads count too; does not bind root
+    ):
+        kind = getattr(resource, name)
+        hard = resource.getrlimit(kind)[1]
+        value = value if hard == resource.RLIM_INFINITY else min(value, hard)
+        resource.setrlimit(kind, (value, value))
+    signal.signal(signal.SIGXFSZ, signal.SIG_DFL)  # Python ignores it: writing would only fail
+    # Ends what sleeps on when the process with the deadline has been killed.
+    signal.setitimer(signal.ITIMER_REAL, seconds + 10)
+
+
+def guard(event: str, arguments: tuple, write=os.write, leave=os._exit) -> None:
+    """Ends the process at a forbidden event: an exception could be caught."""
+    writes = event == "open" and (arguments[2] or 0) & WRITING
+    if writes or event.startswith(FORBIDDEN):
+        write(2, f"\nwas stopped at {event}\n".encode())
+        leave(STOPPED)
+
+
+def main(file: str, seconds: str, memory: str, output: str) -> None:
+    """Runs the program in `file`; exit code PASSED if it comes to its end."""
+    with open(file, encoding="utf-8") as stream:
+        source = stream.read()
+    limit(float(seconds), int(memory), int(output))
+    sys.argv = ["program"]
+    del os.mkfifo, os.mknod  # files that no event tells of
+    sys.addaudithook(guard)
+    exec(compile(source, "program.py", "exec"), {"__name__": "__main__"})
+    sys.stdout.flush()
+    os._exit(PASSED)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -7,7 +7,6 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from lsjax.model.cache import read_slots
 from lsjax.model.products import enough_rows, mix
 from lsjax.sharding import platform
 
@@ -41,13 +40,11 @@ def attention(
 
 def cached_attention(
     q_BTNH: Float[Array, "B T N H"],
-    keys: Float[Array, "*L B K S H"],
-    values: Float[Array, "*L B K S H"],
+    keys: Float[Array, "B K S H"],
+    values: Float[Array, "B K S H"],
     positions_BT: Int[Array, "B T"],
-    layer: Int[Array, ""] | None = None,
 ) -> Float[Array, "B T N H"]:
-    """Attention of T new queries to the slots at or before their own positions; of a stacked cache
-    to those of one layer.
+    """Attention of T new queries to the slots at or before their own positions.
 
     On accelerators it reads all slots, under a mask: a loop or a branch in each layer would stall
     the device. Chunks of a prompt in a large cache are read in blocks, as their scores would take
@@ -62,7 +59,7 @@ def cached_attention(
     mates, but for the rounding of the way that is taken. Unused slots must hold numbers, no NaN.
     """
     batch, steps, heads, size = q_BTNH.shape
-    kv_heads, capacity = keys.shape[-3:-1]
+    kv_heads, capacity = keys.shape[1:3]
     wide = jnp.promote_types(q_BTNH.dtype, jnp.float32)
     rows = heads // kv_heads * steps
     q_BKRH = (
@@ -79,8 +76,8 @@ def cached_attention(
         slots = start + jnp.arange(block)
         # Both blocks are copied before a product reads them. What makes the copy a computation
         # lets XLA:CPU share it among the threads (docs/performance.md).
-        k_block = read_slots(keys, start, block, layer) * size**-0.5
-        v_block = read_slots(values, start, block, layer)
+        k_block = lax.dynamic_slice_in_dim(keys, start, block, axis=2) * size**-0.5
+        v_block = lax.dynamic_slice_in_dim(values, start, block, axis=2)
         v_block = jnp.where((slots <= last)[:, None], v_block, 0)
         visible_BRS = (slots <= position_BR[:, :, None]) & (slots >= index * block)
         scores = jnp.einsum("BKRH,BKSH->BKRS", q_BKRH, k_block, preferred_element_type=wide)
@@ -115,24 +112,21 @@ def cached_attention(
         return carry[1:]
 
     def at_once():
-        k, v = keys, values
-        if layer is not None:
-            k, v = (lax.dynamic_index_in_dim(x, layer, keepdims=False) for x in (keys, values))
         q = enough_rows(q_BKRH)
-        scores = jnp.einsum("BKRH,BKSH->BKRS", q, k, preferred_element_type=wide)[:, :, :rows]
+        scores = jnp.einsum("BKRH,BKSH->BKRS", q, keys, preferred_element_type=wide)[:, :, :rows]
         visible_BRS = jnp.arange(capacity) <= position_BR[:, :, None]
         scores = jnp.where(visible_BRS[:, None], scores * size**-0.5, -jnp.inf)
         weights = jnp.exp(scores - scores.max(-1, keepdims=True))
         total = weights.sum(-1)
         if not on_cpu:  # one kernel less; XLA:CPU divides fewer numbers behind the product
             weights, total = weights / total[..., None], jnp.ones_like(total)
-        mixed = jnp.einsum("BKRS,BKSH->BKRH", enough_rows(weights.astype(v.dtype)), v)
+        mixed = jnp.einsum("BKRS,BKSH->BKRH", enough_rows(weights.astype(values.dtype)), values)
         return total, mixed[:, :, :rows].astype(wide)
 
     on_cpu = platform() == "cpu"
     if not on_cpu and steps * capacity <= MOST_SCORES:
         total, mixed = at_once()
-    elif on_cpu and layer is None:
+    elif on_cpu:
         # The division is not in the branches: there XLA:CPU computes the weights twice.
         total, mixed = lax.cond(reads_all(last, capacity), at_once, in_blocks)
     else:

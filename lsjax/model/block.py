@@ -151,40 +151,36 @@ class Block(nnx.Module):
         x_BUD: Float[Array, "B U D"],
         rope: tuple[Array, Array],
         positions_BT: Int[Array, "B T"],
-        keys: Float[Array, "*L B K S H"],
-        values: Float[Array, "*L B K S H"],
-        layer: Int[Array, ""] | None = None,
-    ) -> tuple[Float[Array, "B U D"], Float[Array, "*L B K S H"], Float[Array, "*L B K S H"]]:
+        keys: Float[Array, "B K S H"],
+        values: Float[Array, "B K S H"],
+    ) -> tuple[Float[Array, "B U D"], Float[Array, "B K S H"], Float[Array, "B K S H"]]:
         """The layer on T tokens that follow those in the cache; also gives the longer cache.
 
         x_BUD: U steps; those behind the T tokens fill up products (`enough_steps`).
-        layer: which one of a stacked cache it is.
         """
         q, k, v = self.attention.project(self.attention_norm(x_BUD), rope)
-        mixed, keys, values = _attend(q, k, v, keys, values, positions_BT, layer)
+        mixed, keys, values = _attend(q, k, v, keys, values, positions_BT)
         mixed = with_steps(mixed, x_BUD.shape[1])
         x_BUD = constrain(x_BUD + self.attention.merge(mixed), "data")
         x_BUD = constrain(x_BUD + self.feed_forward(self.feed_forward_norm(x_BUD)), "data")
         return x_BUD, keys, values
 
 
-def _attend(q, k, v, keys, values, positions_BT, layer):
+def _attend(q, k, v, keys, values, positions_BT):
     """Puts new keys and values into the cache and looks at all of it. On a mesh each device does
     that for its own rows and heads, without communication."""
 
     def attend(q, k, v, keys, values, positions_BT):
-        if layer is None and nvidia_capability() >= 8:
+        if nvidia_capability() >= 8:
             from lsjax.model import flash_decoding as flash  # here, as Pallas is slow to import
 
             if flash.fits(q, keys):
                 return flash.flash_decoding(q, k, v, keys, values, positions_BT[:, 0])
-        keys = write_slots(keys, k, positions_BT[:, 0], layer)
-        values = write_slots(values, v, positions_BT[:, 0], layer)
-        return cached_attention(q, keys, values, positions_BT, layer), keys, values
+        keys = write_slots(keys, k, positions_BT[:, 0])
+        values = write_slots(values, v, positions_BT[:, 0])
+        return cached_attention(q, keys, values, positions_BT), keys, values
 
     new, cache = P("data", None, "tensor"), P("data", "tensor")
-    if layer is not None:
-        cache = P(None, *cache)
     return on_each_device(
         attend,
         (q, k, v, keys, values, positions_BT),

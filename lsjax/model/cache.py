@@ -32,14 +32,10 @@ MAX_UNROLLED_ROWS = 8
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class KVCache:
-    """Keys and values of every layer, [B, K, S, H] so that a head's slots are contiguous.
+    """Keys and values of every layer, [B, K, S, H] so that a head's slots are contiguous."""
 
-    keys, values: a tuple with an array for each layer, or one array [L, B, K, S, H] for a model
-    whose layers are stacked.
-    """
-
-    keys: tuple[Float[Array, "B K S H"], ...] | Float[Array, "L B K S H"]
-    values: tuple[Float[Array, "B K S H"], ...] | Float[Array, "L B K S H"]
+    keys: tuple[Float[Array, "B K S H"], ...]
+    values: tuple[Float[Array, "B K S H"], ...]
 
     @classmethod
     def create(
@@ -50,7 +46,6 @@ class KVCache:
         dtype: DTypeLike,
         num_layers: int | None = None,
         *,
-        stacked: bool = False,
         mesh: Mesh | None = None,
     ) -> "KVCache":
         """An empty cache for the first `num_layers` layers (all of them by default); on a mesh
@@ -58,20 +53,19 @@ class KVCache:
         shape = (batch, config.num_kv_heads, capacity, config.head_dim)
         layers = config.num_layers if num_layers is None else num_layers
 
-        def empty(name):
-            def zeros(path, shape):
-                return jnp.zeros(shape, dtype, device=sharding_of(path, shape, mesh))
+        def empty(name, layer):
+            device = sharding_of(f"{name}.{layer}", shape, mesh)
+            return jnp.zeros(shape, dtype, device=device)
 
-            if stacked:
-                return zeros(name, (layers, *shape))
-            return tuple(zeros(f"{name}.{layer}", shape) for layer in range(layers))
-
-        return cls(keys=empty("keys"), values=empty("values"))
+        return cls(
+            keys=tuple(empty("keys", layer) for layer in range(layers)),
+            values=tuple(empty("values", layer) for layer in range(layers)),
+        )
 
     @property
     def capacity(self) -> int:
         """Slots of a row, S."""
-        return jax.tree.leaves(self.keys)[0].shape[-2]
+        return self.keys[0].shape[2]
 
     @property
     def num_layers(self) -> int:
@@ -85,35 +79,16 @@ class KVCache:
             return self
 
         def longer(leaf):
-            return jnp.pad(leaf, [(0, 0)] * (leaf.ndim - 2) + [(0, more), (0, 0)])
+            return jnp.pad(leaf, [(0, 0), (0, 0), (0, more), (0, 0)])
 
         return jax.tree.map(longer, self)
 
 
 def write_slots(
-    cache: Float[Array, "*L B K S H"],
-    new_BTKH: Float[Array, "B T K H"],
-    start_B: Int[Array, " B"],
-    layer: Int[Array, ""] | None = None,
-) -> Float[Array, "*L B K S H"]:
-    """Puts T new slots at `start_B` of each row, in a stacked cache those of one layer; see
-    `write`."""
-    new_BKTH = new_BTKH.swapaxes(1, 2).astype(cache.dtype)
-    return write(cache, new_BKTH, start_B, axis=2, before=() if layer is None else (layer,))
-
-
-def read_slots(
-    cache: Float[Array, "*L B K S H"],
-    start: Int[Array, ""] | int,
-    count: int,
-    layer: Int[Array, ""] | None = None,
-) -> Float[Array, "B K T H"]:
-    """`count` slots from `start` on of every row, in a stacked cache those of one layer."""
-    if layer is None:
-        return lax.dynamic_slice_in_dim(cache, start, count, axis=2)
-    _, batch, kv_heads, _, size = cache.shape
-    sizes = (1, batch, kv_heads, count, size)
-    return lax.dynamic_slice(cache, (layer, 0, 0, start, 0), sizes)[0]
+    cache: Float[Array, "B K S H"], new_BTKH: Float[Array, "B T K H"], start_B: Int[Array, " B"]
+) -> Float[Array, "B K S H"]:
+    """Puts T new slots at `start_B` of each row; see `write`."""
+    return write(cache, new_BTKH.swapaxes(1, 2).astype(cache.dtype), start_B, axis=2)
 
 
 def write(
@@ -121,9 +96,8 @@ def write(
     new: Shaped[Array, "B *T"],
     start_B: Int[Array, " B"],
     axis: int = 1,
-    before: tuple[Int[Array, ""], ...] = (),
 ) -> Shaped[Array, "..."]:
-    """Puts `new` into `buffer[before]` at `start_B` of each row along `axis`.
+    """Puts `new` into the buffer at `start_B` of each row along `axis`.
 
     The caller keeps start + T <= S: `dynamic_update_slice` would clamp the start without a word
     and overwrite older slots (`cache_slots` and `DecodeState.has_room_B` see to that).
@@ -132,11 +106,10 @@ def write(
     if batch > (1 if platform() == "gpu" else MAX_UNROLLED_ROWS):
         rows = jnp.arange(batch)[:, None]
         slots = start_B[:, None] + jnp.arange(new.shape[axis])
-        where = (*before, rows, *[slice(None)] * (axis - 1), slots)
+        where = (rows, *[slice(None)] * (axis - 1), slots)
         return buffer.at[where].set(jnp.moveaxis(new, axis, 1), mode="drop")
     for row in range(batch):
         start = [row] + [0] * (new.ndim - 1)
         start[axis] = start_B[row]
-        part = new[row : row + 1].reshape((1,) * (len(before) + 1) + new.shape[1:])
-        buffer = lax.dynamic_update_slice(buffer, part, (*before, *start))
+        buffer = lax.dynamic_update_slice(buffer, new[row : row + 1], start)
     return buffer

@@ -28,8 +28,7 @@ from lsjax.sharding import ROWS, constrain, platform
 
 class Llama(nnx.Module):
     """A Llama whose layers are separate (`nnx.List` of Block: decoding) or stacked (one Block
-    with [L, ...] leaves: training, and decoding of models so deep that a program with every layer
-    in it takes too long to compile); `stacked` and `unstacked` turn one form into the other.
+    with [L, ...] leaves: training); `stacked` and `unstacked` turn one form into the other.
 
     Raises nothing by itself: shapes are checked by `LlamaConfig` and by the loaders.
     """
@@ -83,24 +82,11 @@ class Llama(nnx.Module):
         positions_BT: Int[Array, "B T"],
         cache: KVCache,
     ) -> tuple[Float[Array, "B T D"], KVCache]:
-        """Layers lo..hi-1 on T new tokens per row, at consecutive positions, with their cache.
-
-        Stacked layers run in a loop: a small program, which copies each layer's weights.
-        """
+        """Layers lo..hi-1, which are separate, on T new tokens per row at consecutive positions,
+        with their cache."""
         rope = rope_angles(positions_BT, self.config, x_BTD.dtype)
         steps = x_BTD.shape[1]
         x_BTD = constrain(enough_steps(x_BTD), "data")
-        if self.is_stacked:
-
-            def run(layer, carry):
-                block = jax.tree.map(
-                    lambda leaf: lax.dynamic_index_in_dim(leaf, layer, keepdims=False), self.layers
-                )
-                x_BTD, keys, values = carry
-                return block.extend(x_BTD, rope, positions_BT, keys, values, layer)
-
-            x_BTD, *parts = lax.fori_loop(lo, hi, run, (x_BTD, cache.keys, cache.values))
-            return x_BTD[:, :steps], KVCache(*parts)
         keys, values = list(cache.keys), list(cache.values)
         for layer in range(lo, hi):
             x_BTD, keys[layer], values[layer] = self.layers[layer].extend(

@@ -14,12 +14,11 @@ from accelerator_stages.report import Report, Row, card
 from lsjax.cli.setup import choose_dtype
 from lsjax.config import LlamaConfig
 from lsjax.decoding.autoregressive import Autoregressive
-from lsjax.decoding.calibration import memory_bandwidth
-from lsjax.decoding.cost import ideal_speedup, weight_bytes
+from lsjax.decoding.cost import ideal_speedup, memory_bandwidth, weight_bytes
 from lsjax.decoding.engine import Engine
 from lsjax.decoding.self_speculative import SelfSpeculative
 from lsjax.decoding.state import Strategy
-from lsjax.evaluation.identity_tail import identity_tail
+from lsjax.evaluation.exactness import identity_tail
 
 SHAPES = {"1b": LlamaConfig.llama3_2_1b, "8b": LlamaConfig.llama3_8b}
 

@@ -15,14 +15,12 @@ from accelerator_stages.report import Report, Row, card
 from lsjax.cli.setup import choose_dtype
 from lsjax.config import LlamaConfig
 from lsjax.decoding.autoregressive import Autoregressive, EarlyExit
-from lsjax.decoding.choices import Choices
 from lsjax.decoding.completion import Completion
 from lsjax.decoding.draft_vocabulary import DraftVocabulary
 from lsjax.decoding.engine import Engine
 from lsjax.decoding.self_speculative import SelfSpeculative
 from lsjax.decoding.state import Strategy
-from lsjax.evaluation.exactness import FLOAT32_MARGIN, first_difference
-from lsjax.evaluation.identity_tail import identity_tail
+from lsjax.evaluation.exactness import FLOAT32_MARGIN, first_difference, identity_tail
 from lsjax.model.llama import stacked
 
 ROWS = 4  # of the batch: fewer than there are prompts, so that a row is given another
@@ -43,9 +41,9 @@ def cells(config: LlamaConfig, part: str, tiny: bool) -> list[Cell]:
     """All of them; of tiny models a few, as each of them takes seconds to compile."""
     layers, half = config.num_layers, config.num_layers // 2
     vocabulary = DraftVocabulary(np.arange(config.vocab_size // 4, dtype=np.int32))
-    choices = Choices.covering([half, layers - 1], [2, 5])
+    shared = SelfSpeculative(half, 5, shared_exits=(layers - 1,), shared_lengths=(2,))
     first = Cell("a quarter of the layers, 4 drafts", SelfSpeculative(max(1, layers // 4), 4))
-    several = Cell("half, 5 drafts, of several", SelfSpeculative(half, 5, choices=choices))
+    several = Cell("half, 5 drafts, of several", shared)
     batch = Cell(f"half, 4 drafts, {ROWS} rows", SelfSpeculative(half, 4), rows=ROWS)
     if tiny:
         return [first, several, batch] if part == "float32" else [first]

@@ -42,9 +42,8 @@ def run(part: str, report: Report, tiny: bool) -> None:
         "train": f"train.py --config configs/quickstart.py --workdir {folder} {short}",
         "decode": f"decode.py {prompts} --max-new-tokens {new} --strategy self_speculative "
         "--exit-layer 4 --num-draft-tokens 5",
-        "correctness": f"-m lsjax.cli.correctness {grid} --exit-layers 4 --max-new-tokens {new}",
         "benchmark": f"-m lsjax.cli.benchmark {grid} --exit-layers 2 4 --new-tokens {new} "
-        f"--repeats 1 --json {folder}/benchmark.json",
+        f"--repeats 1 --output {folder}/benchmark",
     }
 
     def timed(words: list[str]) -> Row:
@@ -58,7 +57,8 @@ def run(part: str, report: Report, tiny: bool) -> None:
         report.say(f"python {command}")
         report.measure(name, partial(timed, shlex.split(command)))
     keys = ("tokens_per_second", "speedup", "acceptance_rate", "ideal", "share_of_ideal")
-    if (work / "benchmark.json").exists():
-        for row in map(json.loads, (work / "benchmark.json").read_text().splitlines()):
+    cells = work / "benchmark" / "cells.jsonl"
+    if cells.exists():
+        for row in map(json.loads, cells.read_text().splitlines()):
             values = {key.replace("_", " "): row[key] for key in keys}
             report.row(f"{row['strategy']}, exit {row['exit_layer']}", values)

@@ -11,7 +11,7 @@ from lsjax.aot.needs import round_needs
 from lsjax.aot.programs import DRAFT_HEAD, Decoding, _decoding_trips
 from lsjax.aot.report import Report, in_rounds, problems
 from lsjax.config import LlamaConfig, MeshConfig
-from lsjax.decoding.loops import ROUNDS
+from lsjax.decoding.programs import ROUNDS
 from lsjax.sharding import make_mesh
 
 H100 = next(chip for chip in CHIPS if chip.name == "h100")

@@ -23,7 +23,7 @@ from lsjax.checkpoints import (
     is_run,
     read_run_config,
 )
-from lsjax.cli import convert
+from lsjax.cli import convert, flags
 from lsjax.config import ConfigError, LlamaConfig, TrainConfig
 from lsjax.data.tokenizer_huggingface import ByteTokenizer
 from lsjax.data.vocabulary import COUNTS, find_counts
@@ -111,7 +111,7 @@ def test_too_large_for_the_dtype(run, tokenizer, model):
 
 def test_decode_and_convert(made, run, tmp_path, capsys, monkeypatch):
     """Through a run and through what is exported of it: the same text."""
-    monkeypatch.setattr(decode, "keep_compiled_programs", lambda: None)
+    monkeypatch.setattr(flags, "keep_compiled_programs", lambda: None)
     exported = tmp_path / "exported"
     assert convert.main([str(run), str(exported)]) == 0
     assert equal(lsjax.load(exported), made[1][9])

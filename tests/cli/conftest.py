@@ -2,10 +2,9 @@
 
 import pytest
 
-import decode
 import lsjax
 from lsjax.checkpoints import GenerationDefaults
-from lsjax.cli import correctness
+from lsjax.cli import flags
 
 
 @pytest.fixture(scope="session")
@@ -20,8 +19,7 @@ def model_directory(model, tokenizer, tmp_path_factory):
 @pytest.fixture(autouse=True)
 def tests_keep_their_own_cache(monkeypatch):
     """The programs would change JAX's settings for all tests that follow."""
-    for program in (decode, correctness):
-        monkeypatch.setattr(program, "keep_compiled_programs", lambda: None)
+    monkeypatch.setattr(flags, "keep_compiled_programs", lambda: None)
 
 
 @pytest.fixture

@@ -1,36 +1,54 @@
-"""The benchmark's figures: what must hold whatever the clock says."""
+"""The benchmark: figures that hold whatever the clock says, exactness, and a run that resumes."""
 
 import json
-import shutil
 
+import numpy as np
 import pytest
+from rich.console import Console
 
-from lsjax.cli import benchmark, grid
-from lsjax.cli.benchmark import main
-from lsjax.cli.grid import Grid, GridArguments
+from lsjax.cli import answering, benchmark
+from lsjax.cli.benchmark import Arguments, main, make_questions
+from lsjax.config import LlamaConfig
 from lsjax.data.tokenizer_huggingface import ByteTokenizer
+from lsjax.decoding.engine import Engine
+from lsjax.evaluation import speed
+from lsjax.evaluation.answers import append
+from lsjax.evaluation.exactness import Difference
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch, tmp_path, numbered_times):
     monkeypatch.setenv("LSJAX_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(benchmark, "keep_compiled_programs", lambda: None)
+    monkeypatch.setenv("COLUMNS", "250")
     monkeypatch.setattr(benchmark, "memory_bandwidth", lambda: 1e9)
 
 
-def rows(tmp_path, *options) -> list[dict]:
-    file = tmp_path / "rows.jsonl"
-    given = ["--new-tokens", 16, "--repeats", 1, "--json", file, *options]
-    assert main([str(option) for option in given]) == 0
+def run(directory, *options) -> int:
+    given = ["--model", directory, "--new-tokens", 16, "--repeats", 1, *options]
+    return main([str(option) for option in given])
+
+
+def read(file) -> list[dict]:
     return [json.loads(line) for line in file.read_text().splitlines()]
 
 
-def test_with_an_identity_tail_every_draft_is_right(model, model_directory, tmp_path, capsys):
+@pytest.fixture
+def cells(model_directory, tmp_path):
+    """Runs the program in a new directory; the lines of its table."""
+
+    def cells(*options, code=0) -> list[dict]:
+        output = tmp_path / f"output{len(list(tmp_path.iterdir()))}"
+        assert run(model_directory, "--output", output, *options) == code
+        return read(output / "cells.jsonl")
+
+    return cells
+
+
+def test_with_an_identity_tail_every_draft_is_accepted(model, cells, capsys):
     grid = ("--exit-layers", 1, 2, "--num-draft-tokens", 2, 4)
-    options = ("--identity-tail", 1, "--draft-vocab", 64, "--prompt-length", 30)
-    found = rows(tmp_path, "--model", model_directory, *grid, *options)
-    cells = [(r["exit_layer"], r["num_draft_tokens"], r["draft_vocab"]) for r in found]
-    assert cells == [(None, None, None)] + [
+    found = cells("--identity-tail", 1, "--draft-vocab", 64, "--prompt-length", 30, *grid)
+    names = [(r["exit_layer"], r["num_draft_tokens"], r["draft_vocab"]) for r in found]
+    assert names == [(None, None, None)] + [
         (e, d, v) for v in (None, 64) for e in (1, 2) for d in (2, 4)
     ]
     base, *others = found
@@ -47,80 +65,265 @@ def test_with_an_identity_tail_every_draft_is_right(model, model_directory, tmp_
         assert row["tokens_per_round"] == 15 / -(-15 // (row["num_draft_tokens"] + 1))
         assert row["share_of_ideal"] == row["speedup"] / row["ideal"]
         assert row["predicted"] > 0 and row["round_over_parts"] > 0
+        assert (row["equal"], row["differ"], row["widest_margin"]) == (3, 0, None)
     # One to read prompts, one without drafts, and one for each vocabulary.
-    assert "4 programs" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "4 programs" in printed
+    assert "Self-speculation gives the tokens of autoregressive decoding." in printed
 
 
-def test_of_a_trained_model_drafts_are_refused_too(model_directory, tmp_path):
-    options = ("--exit-layers", 3, "--prompt-length", 40, "--capacity", 1000, "--stack-layers")
-    base, row = rows(tmp_path, "--model", model_directory, *options)
-    assert 0 < row["acceptance_rate"] < 1
+def test_of_a_trained_model_drafts_are_rejected_too(cells):
+    """With the draft length that the model's directory says."""
+    options = ("--exit-layers", 3, "--prompt-length", 40, "--capacity", 1000)
+    base, row = cells(*options)
+    assert row["num_draft_tokens"] == 4 and 0 < row["acceptance_rate"] < 1
     assert row["acceptance_by_position"][0] >= row["acceptance_by_position"][-1]
-    _, sure = rows(tmp_path, "--model", model_directory, *options, "--draft-confidence", 0.15)
+    _, sure = cells(*options, "--draft-confidence", 0.15)
     assert sure["acceptance_rate"] > row["acceptance_rate"]
     assert sure["ideal"] > row["ideal"] and sure["predicted"] > 0
 
 
-def test_sampled_drafts_are_accepted_as_often_as_the_distributions_agree(model_directory, tmp_path):
+def test_sampled_drafts_are_accepted_as_often_as_the_distributions_agree(cells, capsys):
     options = ("--identity-tail", 2, "--exit-layers", 2, "--num-draft-tokens", 3)
-    found = rows(tmp_path, "--model", model_directory, *options, "--temperature", 1.5)
+    found = cells(*options, "--temperature", 1.5)
     assert found[1]["acceptance_rate"] == 1, "exit and model are one distribution"
+    assert found[1]["equal"] is None and "gives the tokens" not in capsys.readouterr().out
     options = ("--exit-layers", 1, "--num-draft-tokens", 3, "--temperature", 1.5)
-    assert 0 < rows(tmp_path, "--model", model_directory, *options)[1]["acceptance_rate"] < 1
+    assert 0 < cells(*options)[1]["acceptance_rate"] < 1
 
 
-def test_autoregressive_alone(model_directory, tmp_path):
-    assert len(rows(tmp_path, "--model", model_directory)) == 1
+def test_autoregressive_alone(cells):
+    assert len(cells()) == 1
+
+
+def test_early_exit_may_differ(cells):
+    """It is no fault, and nothing is predicted of it."""
+    base, early = cells("--strategies", "early_exit", "--exit-layers", 1)
+    assert (early["strategy"], early["differ"], early["predicted"]) == ("early_exit", 0, None)
+
+
+def test_nothing_is_written_unless_asked(model_directory, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert run(model_directory, "--exit-layers", 1, "--num-draft-tokens", 2) == 0
+    assert not list(tmp_path.iterdir())
+
+
+def test_every_second_row_of_a_file(model_directory, tmp_path, capsys):
+    """Of Spec-Bench's form, or of a task's files by a template; bad rows are left out."""
+    prompts, rows = tmp_path / "prompts.jsonl", tmp_path / "rows.tsv"
+    prompts.write_text("".join(json.dumps({"turns": [c * 5, "x"]}) + "\n" for c in "abcde"))
+    given = ("--exit-layers", 1, "--num-draft-tokens", 4)
+    assert run(model_directory, "--prompt-file", prompts, "--every", 2, *given) == 0
+    assert "float32, 3 prompts of 5 to 5 tokens, 16 new ones" in capsys.readouterr().out
+    rows.write_text("id\tquery\n1\tab\n2\tcd\n3\tef\n4\t\n5\tgh\n6\tij\n7\tkl\n")
+    taken = ("--prompt-template", "{query}?", "--every", 2, "--limit", 3, "--bad-rows", "skip")
+    for dtype in ("bfloat16", "float16"):
+        assert run(model_directory, "--prompt-file", rows, *taken, "--dtype", dtype, *given) == 0
+        printed = capsys.readouterr().out
+        assert f"{dtype}, 3 prompts of 3 to 3 tokens, 16 new ones" in printed
+        assert "gives the tokens" not in printed
+
+
+def test_a_task_with_categories(cells, tmp_path, capsys):
+    """Spec-Bench: a line for all prompts, and one for each category."""
+    rows = [
+        {"question_id": 81, "category": "writing", "turns": ["Write.", "Again."]},
+        {"question_id": 82, "category": "stem", "turns": ["Why?", "Really?"]},
+        {"question_id": 90, "category": "math_reasoning", "turns": ["?"], "reference": ["#### 3"]},
+    ]
+    file = tmp_path / "question.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    grid = ("--exit-layers", 1, "--num-draft-tokens", 2)
+    found = cells("--task", "spec_bench", "--data", file, *grid)
+    names = ["all", "math_reasoning", "mt_bench"]
+    assert [row["group"] for row in found] == names * 2
+    assert [row["equal"] for row in found] == [3, 1, 2] * 2
+    assert "mt_bench" not in capsys.readouterr().out
+    cells("--task", "spec_bench", "--data", file, "--groups", "--offset", 1, *grid)
+    assert "mt_bench" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "dtype, margin, code, words",
+    [
+        ("float32", 1e-5, 0, "Self-speculation gives the tokens"),  # rounding explains it
+        ("float32", 1e-3, 1, "1 differences are wider than 1e-04"),
+        ("float32", np.inf, 1, "1 differences are wider"),
+        ("float32", np.nan, 1, "1 differences are wider"),
+        ("bfloat16", 1.0, 0, "1.0e+00"),  # shown, and no failure
+    ],
+)
+def test_differences(cells, monkeypatch, capsys, dtype, margin, code, words):
+    """Of the third exit's text of one of two prompts, in each of two repeats."""
+
+    def first_difference(model, prompt, expected, found):
+        nonlocal calls
+        calls += 1
+        return difference if calls % 4 == 2 else None
+
+    calls, difference = 0, Difference(0, 65, None, margin=margin, roundings=2 * margin)
+    monkeypatch.setattr(speed, "first_difference", first_difference)
+    monkeypatch.setattr(benchmark, "PROMPTS", ("ab", "cd"))
+    options = ("--exit-layers", 3, "--num-draft-tokens", 4, "--dtype", dtype, "--repeats", 2)
+    _, row = cells(*options, code=code)
+    assert (row["equal"], row["differ"]) == (1, 1)
+    out = capsys.readouterr().out
+    where = "prompt 1, self speculative, exit 3, 4 drafts: new token 1, 'A' became the end"
+    if np.isfinite(margin):
+        assert f"{where}, margin {margin:.1e}, {2 * margin:.2g} roundings of {dtype}" in out
+        assert row["widest_margin"] == margin
+    else:
+        assert f"{where}, margin inf" in out and row["widest_margin"] is None
+    assert words in out and ("gives the tokens" in out) == (code == 0 and dtype == "float32")
+
+
+def test_a_killed_run_resumes(model_directory, tmp_path, monkeypatch, capsys):
+    """Killed in the second prompt's second cell, with half a line behind it."""
+    output, prompts = tmp_path / "output", tmp_path / "prompts.jsonl"
+    rows = [{"prompt": "Hello, "}, {"text": 1}, {"prompt": "<b>"}, {"prompt": "x" * 600}]
+    prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    grid = ("--exit-layers", 1, 3, "--num-draft-tokens", 2)
+    options = ("--output", output, *grid, "--prompt-file", prompts, "--bad-rows", "skip")
+    written = []
+
+    def killed(file, row):
+        if len(written) == 5:
+            raise KeyboardInterrupt
+        written.append(row)
+        append(file, row)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(answering, "append", killed)
+        with pytest.raises(SystemExit) as stop:
+            run(model_directory, *options)
+    assert stop.value.code == 130
+    errors = capsys.readouterr().err
+    assert 'prompts.jsonl, line 2 is no object with a text under "prompt"' in errors
+    assert "prompts.jsonl, line 4: a prompt of 600 tokens and 16 new ones do not fit" in errors
+    with (output / "answers.jsonl").open("a") as file:
+        file.write('{"strategy": "auto')
+    assert not (output / "cells.jsonl").exists()
+
+    assert run(model_directory, *options) == 0
+    printed = capsys.readouterr()
+    assert "5 of 6 answers are there already" in printed.err
+    answers = read(output / "answers.jsonl")[1:]
+    # The last cell has autoregressive decoding beside it once more.
+    assert [(row["id"], row["exit_layer"]) for row in answers] == [
+        *(("1", None), ("1", 1), ("1", 3), ("2", None), ("2", 1), ("2", None), ("2", 3)),
+    ]
+    assert answers[-1]["base_seconds"] == answers[-2]["seconds"]
+    found = read(output / "cells.jsonl")
+    assert [(row["exit_layer"], row["num_draft_tokens"]) for row in found] == [
+        *((None, None), (1, 2), (3, 2)),
+    ]
+    assert "2 prompts of 3 to 7 tokens, 16 new ones, 1 repeat" in printed.out
+    for name in ("benchmark.png", "acceptance.png"):
+        assert (output / name).read_bytes().startswith(b"\x89PNG")
+
+    # With everything there nothing is decoded; a larger grid resumes too.
+    before = (output / "answers.jsonl").read_bytes()
+    with monkeypatch.context() as patch:
+        patch.delattr(Engine, "generate")
+        assert run(model_directory, *options) == 0
+    assert (output / "answers.jsonl").read_bytes() == before
+    capsys.readouterr()
+    assert run(model_directory, *options, "--exit-layers", 1, 2) == 0
+    assert "4 of 6 answers are there already" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as stop:
+        run(model_directory, *options, "--new-tokens", 13)
+    assert stop.value.code == 2
+    assert "new_tokens was 16 and is now 13" in capsys.readouterr().err
+
+
+def test_every_size_of_the_cache_is_warmed_up(model_directory, tmp_path, monkeypatch):
+    """Before anything is timed: programs that have run before are faster."""
+    prompts, order = tmp_path / "prompts.jsonl", []
+    prompts.write_text("".join(json.dumps({"prompt": n * "x"}) + "\n" for n in (5, 400, 7)))
+    generate = Engine.generate
+
+    def noted(self, asked, **rest):
+        order.append((self.strategy.name, len(asked[0].prompt)))
+        return generate(self, asked, **rest)
+
+    monkeypatch.setattr(Engine, "generate", noted)
+    grid = ("--exit-layers", 1, "--num-draft-tokens", 2)
+    assert run(model_directory, *grid, "--prompt-file", prompts) == 0
+    assert sorted(order[:4]) == [
+        *[("autoregressive", length) for length in (7, 400)],
+        *[("self_speculative", length) for length in (7, 400)],
+    ]
+    assert len(order) == 4 + 6
 
 
 @pytest.mark.parametrize(
     "options, words",
     [
-        (("--new-tokens", 1), "--new-tokens 1 is below 2"),
-        (("--repeats", 0), "--repeats 0 is below 1"),
-        (("--temperature", -1), "temperature -1.0 is not a number of 0 or more"),
+        (("--model", "/nowhere"), "/nowhere: does not exist"),
+        (("--new-tokens", 1), "--new-tokens 1 must be a whole number of at least 2"),
+        (("--new-tokens", 600), "600 new ones do not fit the length of 512"),
+        (("--repeats", 0), "--repeats 0 must be a whole number of at least 1"),
+        (("--every", 0), "--every 0 must be a whole number of at least 1"),
+        (("--limit", 0), "--limit 0 must be a whole number of at least 1"),
+        (("--temperature", -1), "temperature -1.0 must be a finite number of at least 0"),
         (("--prompt-length", 0), "--prompt-length 0 is not in 1..511"),
         (("--prompt-length", 10**12), "--prompt-length 1000000000000 is not in 1..511"),
         (("--prompt", ""), "--prompt is an empty prompt"),
-        (("--capacity", -5), "--capacity -5 is below 0"),
-        (("--draft-vocab", 9), "--draft-vocab needs --exit-layers"),
-        (("--draft-confidence", 0.5), "--draft-confidence needs --exit-layers"),
+        (("--prompt-file", "/nowhere.jsonl"), "'/nowhere.jsonl'"),
+        (("--prompt-template", "{a}"), "--prompt-template needs --prompt-file"),
+        (("--capacity", -5), "--capacity -5 must be a whole number of at least 0"),
+        (("--batch-size", 2), "--batch-size means nothing here"),
+        (("--draft-vocab", 9), "--draft-vocab means nothing to autoregressive"),
+        (("--draft-confidence", 0.5), "--draft-confidence means nothing to autoregressive"),
         (
             ("--exit-layers", 1, "--identity-tail", 1, "--draft-vocab", 10**12),
             "a draft vocabulary of 1000000000000 does not make the head of 258 smaller",
         ),
         (("--identity-tail", 4), "--identity-tail 4 is not in 1..3"),
         (("--exit-layers", 4), "exit layer 4 is not in 1..3"),
+        (("--exit-layers", 1, "--num-draft-tokens", -1), "num_draft_tokens -1 is not in 0..512"),
         (("--exit-layers", 1, "--draft-vocab", 9), "needs token counts"),
-        (("--exit-layers", 1, "--num-draft-tokens"), "--exit-layers needs --num-draft-tokens"),
         (
             ("--exit-layers", 1, "--identity-tail", 1, "--draft-vocab", 258),
             "a draft vocabulary of 258 does not make the head of 258 smaller",
         ),
         (("--prompt-length", 500), "prompt 1 of 3: a prompt of 500 tokens and 64 new ones do not"),
-        (("--json", "/nowhere/rows.jsonl"), "/nowhere/rows.jsonl can't be written"),
+        (("--prompt-file", "bad.jsonl"), "bad.jsonl, line 2 is not JSON"),
+        (("--prompt-file", "long.jsonl"), "long.jsonl, line 1: a prompt of 600 tokens and 64 new"),
+        (("--prompt-file", "bad.jsonl", "--prompt", "x"), "--prompt and --prompt-file are given"),
+        (("--task", "pairs", "--prompt", "x"), "--prompt and --task are given"),
+        (("--task", "pairs"), "pairs is no TensorFlow data set: name its files by --data"),
+        (("--data", "bad.jsonl"), "--data needs --task"),
+        (("--num-shots", 2), "--num-shots needs --task"),
+        (("--chat",), "this model has no chat template"),
+        (("--system", "x"), "--system needs --chat"),
+        (("--output", "bad.jsonl/x"), "bad.jsonl"),
     ],
 )
-def test_bad_input(model_directory, refused, monkeypatch, options, words):
+def test_bad_input(model_directory, refused, monkeypatch, tmp_path, options, words):
     """Before the model is loaded."""
-    monkeypatch.delattr(grid, "load")
+    monkeypatch.delattr(benchmark, "load_engine")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "bad.jsonl").write_text('{"prompt": "x"}\n{"prom\n')
+    (tmp_path / "long.jsonl").write_text(json.dumps({"prompt": "x" * 600}))
     assert words in refused(main, "--model", model_directory, *options)
 
 
 def test_the_prompts_are_not_overwritten(model_directory, refused, monkeypatch, tmp_path):
-    monkeypatch.delattr(grid, "load")
-    file = tmp_path / "prompts.jsonl"
+    monkeypatch.delattr(benchmark, "load_engine")
+    file = tmp_path / "answers.jsonl"
     file.write_text('{"prompt": "a"}')
-    given = ("--model", model_directory, "--prompt-file", file, "--json", file)
-    assert "prompts.jsonl would overwrite the prompts" in refused(main, *given)
+    given = ("--model", model_directory, "--prompt-file", file, "--output", tmp_path)
+    assert "answers.jsonl would overwrite the prompts" in refused(main, *given)
+    assert file.read_text() == '{"prompt": "a"}'
 
 
 @pytest.mark.parametrize(
     "length, ids", [(1, [256]), (3, [256, 97, 98]), (6, [256, 97, 98, 99, 97, 98])]
 )
-def test_a_prompt_that_is_repeated_begins_once(model_directory, tmp_path, length, ids):
+def test_a_prompt_that_is_repeated_begins_once(model_directory, length, ids):
     """The token of the beginning stands in front of the text and nowhere in it."""
-    model = shutil.copytree(model_directory, tmp_path / "model")
-    ByteTokenizer(add_bos=True).save(model)
-    given = dict(model=model, prompt="abc", prompt_length=length)
-    assert Grid(GridArguments(**given), pytest.fail).prompts == [ids]
+    arguments = Arguments(model=model_directory, prompt="abc", prompt_length=length, repeats=1)
+    tokenizer = ByteTokenizer(add_bos=True)
+    (question,) = make_questions(arguments, tokenizer, LlamaConfig.tiny(), Console())
+    assert question.request.prompt == ids

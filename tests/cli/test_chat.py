@@ -27,7 +27,7 @@ from lsjax.decoding.engine import Engine
 from lsjax.decoding.request import Request
 from lsjax.decoding.sampling import Sampling
 from lsjax.decoding.self_speculative import SelfSpeculative
-from lsjax.evaluation.identity_tail import identity_tail
+from lsjax.evaluation.exactness import identity_tail
 from lsjax.model.llama import Llama
 
 ROOT = Path(__file__).parents[2]
@@ -260,5 +260,5 @@ def test_the_prompt_is_for_people(talk):
 )
 def test_what_no_turn_could_be_asked(alphabet, refused, monkeypatch, options, words):
     """Refused before the model is loaded, and not turn by turn."""
-    monkeypatch.delattr(decode, "load_shown")
+    monkeypatch.delattr(decode, "load_engine")
     assert words in refused(decode.main, "--model", alphabet, "--interactive", *options)

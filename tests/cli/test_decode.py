@@ -281,10 +281,13 @@ def bad(model_directory, tmp_path_factory):
         ("--strategy self_speculative --exit-layer 4", "exit layer 4 is not in 1..3"),
         ("--strategy self_speculative --exit-layer 5", "exit layer 5 is not in 1..3"),
         ("--strategy early_exit --exit-layer 0", "exit layer 0 is not in 1..4"),
-        ("--strategy early_exit --exit-layer 5", "layer 5 is not in 1..4, .*: choose --exit-layer"),
+        ("--strategy early_exit --exit-layer 5", "layer 5 is not in 1..4, .*: choose --exit"),
         ("--strategy early_exit", "early_exit needs --exit-layer"),
         ("--strategy self_speculative --model {bad}/silent", "needs --exit-layer and --num-draft"),
-        ("--strategy self_speculative --num-draft-tokens -1", "tokens -1 is below 0: choose --num"),
+        (
+            "--strategy self_speculative --num-draft-tokens -1",
+            "num_draft_tokens -1 is not in 0..512",
+        ),
         ("--exit-layer 2", "--exit-layer means nothing to autoregressive"),
         ("--num-draft-tokens 2", "--num-draft-tokens means nothing to autoregressive"),
         ("--prompt " + "a" * 600, "600 tokens and 128 new ones .* length of 512: shorten the"),
@@ -294,25 +297,25 @@ def bad(model_directory, tmp_path_factory):
         ("--max-length 100", "128 new ones .* length of 100: .* or raise --max-length"),
         ("--max-length 1", "max length 1 is not in 2..512, .* choose --max-length there"),
         ("--max-length 513", "max length 513 is not in 2..512"),
-        ("--temperature -1", "temperature -1.0 is not a number of 0 or more: 0 is greedy"),
-        ("--temperature nan", "temperature nan is not a number of 0 or more"),
-        ("--temperature 1 --top-p 0", r"top_p 0.0 is not in \(0, 1\]: choose 1 for all"),
+        ("--temperature -1", "temperature -1.0 must be .* at least 0: 0 is greedy"),
+        ("--temperature nan", "temperature nan must be a finite number of at least 0"),
+        ("--temperature 1 --top-p 0", "top_p 0.0 must be .* above 0 and at most 1: 1 is all"),
         ("--top-k 5", "--top-k means nothing to greedy decoding: choose a --temperature above 0"),
         ("--num-samples 2", "--num-samples means nothing to greedy decoding"),
         ("--draft-confidence 0.5", "--draft-confidence means nothing to autoregressive"),
         (
             "--strategy self_speculative --draft-confidence 2",
-            "draft_confidence 2.0 is not in 0..1: choose a --draft-confidence there",
+            "draft_confidence 2.0 is not in 0..1: choose one there",
         ),
-        ("--temperature 1 --num-samples 0", "--num-samples 0 is below 1: choose 1 or more"),
-        ("--temperature 1 --seed -1", "seed -1 is not in 0.."),
+        ("--temperature 1 --num-samples 0", "--num-samples 0 must be a whole number of at least 1"),
+        ("--temperature 1 --seed -1", "seed -1 must be a whole number from 0"),
         ("--prompt=", "--prompt is an empty prompt: it needs at least one character"),
         ("--stop=", "--stop is empty: give the text to stop at"),
         ("--batch-size 0", "batch size 0 is below 1: choose --batch-size 1 or more"),
         ("--mesh.tensor 2", "a mesh of tensor 2 needs 2 devices, but there are 1"),
         ("--mesh.data -2", "mesh.data -2 is not a size: choose 1 or more, or -1"),
         ("--system s", "--system needs --chat or --interactive"),
-        ("--no-prompt --interactive --temperature -1", "temperature -1.0 is not a number of 0"),
+        ("--no-prompt --interactive --temperature -1", "temperature -1.0 must be a finite number"),
         ("--no-prompt --interactive --top-k 5", "--top-k means nothing to greedy decoding"),
         ("--no-prompt --interactive --stop-ids 999", r"stop ids \[999\] are not all in the vocab"),
         ("--chat", "no chat template: use --prompt without --chat"),
@@ -331,7 +334,7 @@ def bad(model_directory, tmp_path_factory):
 )
 def test_bad_input(model_directory, bad, refused, monkeypatch, tmp_path, options, words):
     """Refused before the model is loaded; what an older run has written stays as it is."""
-    monkeypatch.delattr(decode, "load_shown")
+    monkeypatch.delattr(decode, "load_engine")
     old = tmp_path / "old.jsonl"
     old.write_text("an older run\n")
     given = [option.format(bad=bad) for option in options.split(" ")]

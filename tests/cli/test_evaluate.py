@@ -8,13 +8,13 @@ import pytest
 import tensorflow_datasets as tfds
 
 from lsjax.checkpoints import Checkpoints, begin_run
-from lsjax.cli import evaluate
+from lsjax.cli import answering, evaluate
 from lsjax.cli.evaluate import main
 from lsjax.config import DataConfig, TrainConfig
 from lsjax.data.sources import document_source
 from lsjax.data.token_store import encode_document
-from lsjax.evaluation.results import read
-from lsjax.evaluation.tasks.all_tasks import TASKS
+from lsjax.evaluation.answers import Cell, read
+from lsjax.evaluation.tasks import TASKS
 from lsjax.training.step import init_state
 from tests.data import tiny_questions  # noqa: F401 (TFDS knows it from then on)
 
@@ -32,11 +32,6 @@ EVERY = (
     *("--strategies", "autoregressive", "early_exit", "self_speculative"),
     *("--exit-layers", 2, 3, "--num-draft-tokens", 3),
 )
-
-
-@pytest.fixture(autouse=True)
-def own_cache(monkeypatch):
-    monkeypatch.setattr(evaluate, "keep_compiled_programs", lambda: None)
 
 
 @pytest.fixture(scope="session")
@@ -65,7 +60,7 @@ def untimed(answers):
     """What must be the same again, in one order."""
     timed = ("seconds", "prefill_seconds")
     rows = [{k: v for k, v in answer.items() if k not in timed} for answer in answers]
-    return sorted(rows, key=lambda row: (row["strategy"], row["id"], row["sample"]))
+    return sorted(rows, key=lambda row: (str(Cell.of(row)), row["id"], row["sample"]))
 
 
 def test_every_strategy_answers_every_row(run, rows, tmp_path, capsys):
@@ -76,7 +71,7 @@ def test_every_strategy_answers_every_row(run, rows, tmp_path, capsys):
         *(f"early exit, exit {e}" for e in (2, 3)),
         *(f"self speculative, exit {e}, 3 drafts" for e in (2, 3)),
     }
-    by_strategy = {name: [a for a in answers if a["strategy"] == name] for name in names}
+    by_strategy = {name: [a for a in answers if str(Cell.of(a)) == name] for name in names}
     assert len(answers) == 5 * 4
     for own in by_strategy.values():
         assert [a["id"] for a in own] == [f"test.tsv:{n}" for n in (3, 4, 5, 6)]
@@ -100,6 +95,7 @@ def test_every_strategy_answers_every_row(run, rows, tmp_path, capsys):
     )
     later = sum(a["num_new_tokens"] - 1 for a in own)
     assert row["tokens_per_second"] == pytest.approx(later / sum(a["seconds"] for a in own))
+    assert row["equal"] == 1 > figures["early exit, exit 2", "all"]["equal"]
     printed = capsys.readouterr().out
     assert "self speculative, exit 3, 3 drafts" in printed and "exact_match" in printed
     assert "weather" not in printed
@@ -109,7 +105,7 @@ def test_a_killed_run_goes_on(run, rows, tmp_path, monkeypatch):
     two = ("--strategies", "autoregressive", "early_exit", "--exit-layers", 1, "--limit", 4)
     two += ("--batch-size", 2)
     whole = run(*two, output="whole.jsonl")
-    add, count = evaluate.append, 0
+    add, count = answering.append, 0
 
     def killed(file, answer):
         nonlocal count
@@ -120,13 +116,13 @@ def test_a_killed_run_goes_on(run, rows, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         add(file, answer)
 
-    monkeypatch.setattr(evaluate, "append", killed)
+    monkeypatch.setattr(answering, "append", killed)
     with pytest.raises(SystemExit) as exit_:
         run(*two)
     assert exit_.value.code == 130
     before = (tmp_path / "out.jsonl").read_text().splitlines()
     assert len(before) == 1 + 5 + 1
-    monkeypatch.setattr(evaluate, "append", add)
+    monkeypatch.setattr(answering, "append", add)
     answers = run(*two)
     assert (tmp_path / "out.jsonl").read_text().splitlines()[:6] == before[:6]
     assert untimed(answers) == untimed(whole)
@@ -135,16 +131,21 @@ def test_a_killed_run_goes_on(run, rows, tmp_path, monkeypatch):
     assert (tmp_path / "out.jsonl").read_bytes() == again
 
 
-def test_other_questions_are_not_mixed_in(run, rows, tmp_path, refused, model_directory, capsys):
+def test_other_conditions_are_not_mixed_in(run, rows, tmp_path, refused, model_directory, capsys):
+    """More examples and strategies are answered in the same file."""
     run("--limit", 1)
-    capsys.readouterr()
-    words = ("--model", model_directory, "--task", "topv2", "--max-new-tokens", 12)
-    words += ("--output", tmp_path / "out.jsonl", "--data", rows)
-    assert "questions was 1 and is now 2" in refused(main, *words, "--limit", 2)
-    *_, last = (tmp_path / "out.jsonl").read_text().splitlines(keepends=True)
-    with (tmp_path / "out.jsonl").open("a") as stream:
-        stream.write(last)
-    assert "out.jsonl holds an answer twice" in refused(main, *words, "--limit", 1)
+    answers = run("--limit", 2, "--strategies", "autoregressive", "early_exit", "--exit-layers", 1)
+    assert [(a["exit_layer"], a["id"]) for a in answers] == [
+        *((None, "test.tsv:2"), (None, "test.tsv:3"), (1, "test.tsv:2"), (1, "test.tsv:3")),
+    ]
+    assert "1 of 4 answers are there already" in capsys.readouterr().err
+    words = ("--model", model_directory, "--task", "topv2", "--output", tmp_path / "out.jsonl")
+    words += ("--data", rows, "--limit", 2)
+    assert "max_new_tokens was 12 and is now 9" in refused(main, *words, "--max-new-tokens", 9)
+    # The summary is of what was asked.
+    run("--limit", 1)
+    summary = json.loads((tmp_path / "out.summary.json").read_text())
+    assert [row["examples"] for row in summary["figures"]] == [1]
 
 
 def test_bad_rows(run, rows, tmp_path, refused, model_directory, capsys):
@@ -180,8 +181,9 @@ def test_a_run_is_asked_in_its_own_template(model, tokenizer, rows, tmp_path):
         checkpoints.save(state, step=1, config=config, data={})
     asked = []
 
-    def spy(engine, task, strategies, questions, done, keep):
+    def spy(file, conditions, strategies, questions, notes, decode):
         asked.extend(questions)
+        return []
 
     bad = tmp_path / "bad.tsv"  # with a bad row first
     bad.write_text("\n".join([ROWS[0], "no query\t\tx", *ROWS[1:]]))
@@ -189,7 +191,7 @@ def test_a_run_is_asked_in_its_own_template(model, tokenizer, rows, tmp_path):
     words += ("--bad-rows", "skip")
     argv = [str(word) for word in ("--model", directory, *words, "--max-new-tokens", 4)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evaluate, "answer_all", spy)
+        patch.setattr(answering, "complete", spy)
         main(argv)
     trained = list(document_source(data).documents())
     for question, document in zip(asked, trained, strict=True):
@@ -259,13 +261,13 @@ def test_categories(run, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (("--limit", 0), "--limit 0 is below 1"),
+        (("--limit", 0), "--limit 0 must be a whole number of at least 1"),
         (("--offset", 9), "no examples behind the first 9"),
         (("--num-samples", 2), "--num-samples means nothing to greedy decoding"),
         (("--num-shots", 1), "1 shots need rows that are not asked"),
         (("--data", "/nowhere.tsv"), "no file matches /nowhere.tsv"),
-        (("--strategies", "early_exit"), "early_exit needs --exit-layers"),
-        (("--num-draft-tokens", 2), "--num-draft-tokens needs --strategies self_speculative"),
+        (("--strategies", "early_exit"), "early_exit needs --exit-layer"),
+        (("--num-draft-tokens", 2), "--num-draft-tokens means nothing to autoregressive: add"),
         (("--prompt-template", "{query}"), "line 2 has no field 'query'"),
         (("--output", "/nowhere/out.jsonl"), "/nowhere/out.jsonl can't be written"),
         (("--output", "out.json"), "--output out.json is no .jsonl"),
@@ -277,7 +279,7 @@ def test_categories(run, tmp_path, capsys):
 )
 def test_bad_input(model_directory, rows, tmp_path, refused, monkeypatch, options, words):
     """Before the model is loaded."""
-    monkeypatch.delattr(evaluate, "load_shown")
+    monkeypatch.delattr(evaluate, "load_engine")
     given = ["--model", model_directory, "--task", "topv2"]
     given += [] if "--data" in options else ["--data", rows]
     given += [] if "--output" in options else ["--output", tmp_path / "out.jsonl"]

@@ -5,7 +5,7 @@ import pytest
 
 from lsjax.decoding.autoregressive import Autoregressive, EarlyExit
 from lsjax.decoding.draft_vocabulary import DraftVocabulary
-from lsjax.decoding.loops import prefill
+from lsjax.decoding.programs import prefill
 from lsjax.decoding.self_speculative import SelfSpeculative
 
 

@@ -9,13 +9,11 @@ import numpy as np
 import pytest
 
 from lsjax.decoding.autoregressive import Autoregressive, EarlyExit
-from lsjax.decoding.choices import Choices
 from lsjax.decoding.draft_vocabulary import DraftVocabulary
-from lsjax.decoding.loops import decode
+from lsjax.decoding.programs import decode
 from lsjax.decoding.sampling import GREEDY
 from lsjax.decoding.self_speculative import SelfSpeculative
 from lsjax.decoding.state import DecodeState
-from lsjax.model.llama import stacked
 
 
 def compiled_loop(model, strategy, batch, capacity):
@@ -27,7 +25,6 @@ def compiled_loop(model, strategy, batch, capacity):
         capacity=capacity,
         num_layers=strategy.depth(model.config),
         dtype=jnp.float32,
-        stacked=model.is_stacked,
         sampling=[GREEDY] * batch,
     )
     program = jax.jit(partial(decode, strategy=strategy), donate_argnums=1)
@@ -55,10 +52,10 @@ def copies(text: str) -> list[tuple[str, tuple[int, ...]]]:
         Autoregressive(),
         EarlyExit(2),
         SelfSpeculative(2, 3),
-        SelfSpeculative(2, 3, choices=Choices((1, 2, 3), (0, 2, 3))),
+        SelfSpeculative(2, 3, shared_exits=(1, 3), shared_lengths=(0, 2)),
         SelfSpeculative(2, 3, DraftVocabulary(np.arange(50))),
     ],
-    ids=["autoregressive", "early_exit", "self_speculative", "choices", "draft_vocabulary"],
+    ids=["autoregressive", "early_exit", "self_speculative", "shared", "draft_vocabulary"],
 )
 def test_no_copy_of_weights_or_cache_in_the_loop(model, strategy, batch, capacity):
     program, state = compiled_loop(model, strategy, batch, capacity)
@@ -74,18 +71,6 @@ def test_no_copy_of_weights_or_cache_in_the_loop(model, strategy, batch, capacit
     layer = 2 * state.cache.keys[0].nbytes
     assert memory.temp_size_in_bytes < layer
     assert memory.alias_size_in_bytes >= sum(x.nbytes for x in jax.tree.leaves(state.cache))
-
-
-@pytest.mark.parametrize("batch, capacity", [(1, 613), (3, 1613), (9, 613)])
-@pytest.mark.parametrize("strategy", [Autoregressive(), SelfSpeculative(2, 3)])
-def test_no_copy_of_a_stacked_cache(model, strategy, batch, capacity):
-    """Stacked layers are read out one by one, their cache is updated in place."""
-    program, state = compiled_loop(stacked(model), strategy, batch, capacity)
-    assert not [copy for copy in copies(program.as_text()) if capacity in copy[1][2:]]
-    memory = program.memory_analysis()
-    weights = sum(leaf.size for leaf in jax.tree.leaves(model.layers[0])) * 4
-    assert memory.temp_size_in_bytes < 2 * state.cache.keys[0].nbytes + 2 * weights
-    assert memory.alias_size_in_bytes >= state.cache.keys.nbytes + state.cache.values.nbytes
 
 
 def test_the_search_for_copies_finds_one():

@@ -6,9 +6,9 @@ import pytest
 from flax import nnx
 
 from lsjax.config import ConfigError, LlamaConfig
-from lsjax.decoding import run
+from lsjax.decoding import batching
 from lsjax.decoding.autoregressive import Autoregressive, EarlyExit
-from lsjax.decoding.conversation import Conversation, shared_prefix
+from lsjax.decoding.batching import Conversation, shared_prefix
 from lsjax.decoding.engine import Engine
 from lsjax.decoding.self_speculative import SelfSpeculative
 from lsjax.model.llama import Llama
@@ -104,7 +104,7 @@ def test_a_turn_that_was_left(engine, fresh, count_prefilled):
 @pytest.mark.parametrize("place", ["before", "behind"])
 def test_a_program_that_was_broken_off(engine, fresh, count_prefilled, monkeypatch, place):
     """A Ctrl-C while a program runs: what it has consumed is not taken for a cache."""
-    counts, conversation, timed = count_prefilled(engine), Conversation(), run._timed
+    counts, conversation, timed = count_prefilled(engine), Conversation(), batching._timed
     first = say(engine, SAID[0], conversation).token_ids
     history = [*SAID[0], *first, *SAID[1]]
 
@@ -114,7 +114,7 @@ def test_a_program_that_was_broken_off(engine, fresh, count_prefilled, monkeypat
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(run, "_timed", broken)
+        patched.setattr(batching, "_timed", broken)
         with pytest.raises(KeyboardInterrupt):
             say(engine, history, conversation)
     other = [*SAID[0], *first, *SAID[2]]

@@ -1,15 +1,13 @@
-"""The cost model: golden numbers worked out by hand, and its calibration."""
-
-import json
+"""The cost model: golden numbers worked out by hand, and its cost."""
 
 import numpy as np
 import pytest
 
 from lsjax.config import LlamaConfig
-from lsjax.decoding import calibration
-from lsjax.decoding.calibration import calibrate, calibrated
+from lsjax.decoding import cost
 from lsjax.decoding.cost import (
-    Costs,
+    RoundCosts,
+    calibrate,
     ideal_speedup,
     unsure_share,
     weight_bytes,
@@ -54,7 +52,7 @@ def test_bytes_of_a_token():
 
 
 def test_round_by_hand():
-    costs = Costs(16.0, {1: 1.0, 3: 1.5}, {3: 5.0}, {99: 4.25, 7: 0.75})
+    costs = RoundCosts(16.0, {1: 1.0, 3: 1.5}, {3: 5.0}, {99: 4.25, 7: 0.75})
     assert costs.pass_seconds(10, 1) == 16
     assert costs.pass_seconds(10, 3) == 10 * 1.5 + 5
     # Two steps of 3 layers and the rest; 3 layers once more; 7 layers and head at width 3.
@@ -82,36 +80,10 @@ def test_calibration_knows_every_part(model, numbered_times):
     assert costs.draft == pytest.approx({10: (7e-3 - 9 * 5e-4) / 8, 258: (8e-3 - 9 * 5e-4) / 8})
 
 
-def test_calibration_is_kept(model, tmp_path, monkeypatch):
-    """And measured again for what it lacks, for another model, and where the file is damaged."""
-    measured = []
-
-    def fake(model, lengths, vocabularies):
-        measured.append((list(lengths), list(vocabularies)))
-        widths = {d + 1: 2.0 for d in lengths}
-        return Costs(9.0, {1: 1.0} | widths, widths, dict.fromkeys(vocabularies, 0.5))
-
-    monkeypatch.setattr(calibration, "calibrate", fake)
-    first = calibrated(tmp_path, "machine", model, [2], [258])
-    assert calibrated(tmp_path, "machine", model, [2], [258]) == first
-    assert measured == [([2], [258])]
-    calibrated(tmp_path, "machine", model, [4], [10])
-    assert measured[1:] == [([2, 4], [10, 258])]
-    assert calibrated(tmp_path, "machine", model, [2, 4], []).draft == {10: 0.5, 258: 0.5}
-    assert len(measured) == 2
-    assert set(calibrated(tmp_path, "machine", model, [2], [], again=True).head) == {3, 5}
-    calibrated(tmp_path, "another machine", model, [2], [])
-    assert len(measured) == 4
-    for file in (tmp_path / "costs").iterdir():
-        file.write_text(json.dumps({"layer": 3}))
-    calibrated(tmp_path, "machine", model, [2], [])
-    assert len(measured) == 5
-
-
 def test_median_of_loops(monkeypatch):
     """Seconds of one turn, whatever the number of turns that were timed."""
     clock = [0.0]
-    monkeypatch.setattr(calibration.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(cost.time, "perf_counter", lambda: clock[0])
 
     def loop(seconds):
         def run(times):
@@ -119,5 +91,5 @@ def test_median_of_loops(monkeypatch):
 
         return run
 
-    found = calibration.median_seconds([loop(0.02), loop(0.3)])
+    found = cost.median_seconds([loop(0.02), loop(0.3)])
     assert np.allclose(found, [0.02, 0.3])

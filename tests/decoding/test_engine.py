@@ -10,18 +10,17 @@ from flax import nnx
 from lsjax.config import ConfigError, LlamaConfig
 from lsjax.data.tokenizer import TokenizerError
 from lsjax.data.tokenizer_huggingface import ByteTokenizer
+from lsjax.decoding import batching
 from lsjax.decoding import programs as compiled_programs
-from lsjax.decoding import run
 from lsjax.decoding.autoregressive import Autoregressive, EarlyExit
+from lsjax.decoding.batching import Conversation
 from lsjax.decoding.completion import Completion
-from lsjax.decoding.conversation import Conversation
 from lsjax.decoding.draft_vocabulary import DraftVocabulary
 from lsjax.decoding.engine import Engine
 from lsjax.decoding.sampling import GREEDY
 from lsjax.decoding.self_speculative import SelfSpeculative
 from lsjax.decoding.state import DecodeState
-from lsjax.evaluation.exactness import last_logits
-from lsjax.evaluation.identity_tail import identity_tail
+from lsjax.evaluation.exactness import identity_tail, last_logits
 from lsjax.model.llama import Llama
 
 PROMPTS = [[7], [1, 2, 3], list(range(40, 60)), [104, 105] * 8]
@@ -107,7 +106,7 @@ def test_figures_of_a_stopped_text_count_what_is_kept(engine_of, stops):
 
 def test_the_time_behind_a_stop_string_is_not_the_text_s(engine_of, stops, monkeypatch):
     """Four rounds between two looks take four seconds here, so a text takes one for each round."""
-    monkeypatch.setattr(run, "_timed", lambda program, *args: (program(*args), 4.0))
+    monkeypatch.setattr(batching, "_timed", lambda program, *args: (program(*args), 4.0))
     early = 0
     for stop in stops:
         found = engine_of(Autoregressive()).generate(PROMPTS, max_new_tokens=25, stop=[stop])

@@ -7,7 +7,7 @@ import pytest
 from lsjax.config import ConfigError
 from lsjax.decoding import engine as engines
 from lsjax.decoding.autoregressive import Autoregressive
-from lsjax.decoding.conversation import Conversation
+from lsjax.decoding.batching import Conversation
 from lsjax.decoding.engine import Engine
 from lsjax.decoding.request import Request
 from lsjax.decoding.sampling import GREEDY, Sampling

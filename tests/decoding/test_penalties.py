@@ -10,9 +10,8 @@ import pytest
 from lsjax.config import ConfigError
 from lsjax.decoding.autoregressive import Autoregressive
 from lsjax.decoding.engine import Engine
-from lsjax.decoding.penalties import Penalties
 from lsjax.decoding.request import Request
-from lsjax.decoding.sampling import Sampling
+from lsjax.decoding.sampling import Penalties, Sampling
 
 MARGIN = 1e-4  # where two computations differ in rounding, a tie of this size may fall either way
 NEW = 32
@@ -133,10 +132,13 @@ def test_all_strategies_give_the_same_text(
 @pytest.mark.parametrize(
     "changes, words",
     [
-        ({"repetition_penalty": 0.9}, "repetition_penalty 0.9 is not a number of 1 or more"),
-        ({"repetition_penalty": float("inf")}, "repetition_penalty inf is not"),
-        ({"repetition_penalty": float("nan")}, "repetition_penalty nan is not"),
-        ({"no_repeat_ngram": -1}, "no_repeat_ngram -1 is below 0"),
+        (
+            {"repetition_penalty": 0.9},
+            "repetition_penalty 0.9 must be a finite number of at least",
+        ),
+        ({"repetition_penalty": float("inf")}, "repetition_penalty inf must be"),
+        ({"repetition_penalty": float("nan")}, "repetition_penalty nan must be"),
+        ({"no_repeat_ngram": -1}, "no_repeat_ngram -1 must be a whole number of at least 0"),
     ],
 )
 def test_bad_numbers(changes, words):

@@ -30,7 +30,10 @@ def whole(engine):
     "options, words",
     [
         ({"stop": ("a", "")}, "a stop string is empty: give the text to stop at"),
-        ({"stop_ids": (3, -1)}, r"stop ids \[3, -1\] are not all 0 or more: give token ids"),
+        (
+            {"stop_ids": (3, -1)},
+            r"stop_ids \(3, -1\) must be a tuple, each item a whole number of at least 0",
+        ),
         ({"stop_ids": (3, 258)}, r"stop ids \[3, 258\] .* vocabulary of 258: give ids in 0..257"),
         ({"stop_ids": (2**40,)}, r"stop ids \[1099511627776\] .* vocabulary of 258"),
         ({"max_new_tokens": 0}, "max_new_tokens 0 is below 1"),

@@ -16,7 +16,7 @@ from lsjax.decoding import self_speculative
 from lsjax.decoding.acceptance import accept_by_ratio
 from lsjax.decoding.autoregressive import Autoregressive
 from lsjax.decoding.draft_vocabulary import DraftVocabulary
-from lsjax.decoding.loops import decode, prefill
+from lsjax.decoding.programs import decode, prefill
 from lsjax.decoding.sampling import Draws, Purpose, Sampling
 from lsjax.decoding.self_speculative import SelfSpeculative
 from lsjax.decoding.state import DecodeState
@@ -244,17 +244,17 @@ def test_a_broken_rule_is_found(small, monkeypatch, rule):
 @pytest.mark.parametrize(
     "changes, words",
     [
-        ({"temperature": -1.0}, "temperature -1.0 is not a number of 0 or more"),
-        ({"temperature": float("nan")}, "temperature nan is not"),
-        ({"temperature": float("inf")}, "temperature inf is not"),
-        ({"top_k": -1}, "top_k -1 is below 0"),
-        ({"top_p": 0.0}, "top_p 0.0 is not in"),
-        ({"top_p": 1.1}, "top_p 1.1 is not in"),
-        ({"min_p": -0.1}, "min_p -0.1 is not in"),
-        ({"min_p": 1.5}, "min_p 1.5 is not in"),
-        ({"seed": -1}, "seed -1 is not in"),
-        ({"seed": 2**32}, "seed 4294967296 is not in"),
-        ({"seed": 1.5}, "seed 1.5 is not in .*: choose a whole number there"),
+        ({"temperature": -1.0}, "temperature -1.0 must be a finite number of at least 0"),
+        ({"temperature": float("nan")}, "temperature nan must be"),
+        ({"temperature": float("inf")}, "temperature inf must be"),
+        ({"top_k": -1}, "top_k -1 must be a whole number of at least 0"),
+        ({"top_p": 0.0}, "top_p 0.0 must be a finite number above 0 and at most 1"),
+        ({"top_p": 1.1}, "top_p 1.1 must be a finite number above 0 and at most 1"),
+        ({"min_p": -0.1}, "min_p -0.1 must be a finite number from 0 to 1"),
+        ({"min_p": 1.5}, "min_p 1.5 must be a finite number from 0 to 1"),
+        ({"seed": -1}, "seed -1 must be a whole number from 0"),
+        ({"seed": 2**32}, "seed 4294967296 must be a whole number from 0"),
+        ({"seed": 1.5}, "seed 1.5 must be a whole number from 0"),
     ],
 )
 def test_bad_numbers(changes, words):

@@ -1,6 +1,7 @@
 """Greedy self-speculation gives the tokens of autoregressive decoding, whatever E, d and batch."""
 
 import copy
+import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -9,11 +10,10 @@ import pytest
 
 from lsjax.config import ConfigError
 from lsjax.decoding.autoregressive import Autoregressive, EarlyExit
-from lsjax.decoding.choices import Choices
 from lsjax.decoding.draft_vocabulary import DraftVocabulary
 from lsjax.decoding.engine import Engine
-from lsjax.decoding.self_speculative import SelfSpeculative
-from lsjax.evaluation.identity_tail import identity_tail
+from lsjax.decoding.self_speculative import SelfSpeculative, in_one_program
+from lsjax.evaluation.exactness import identity_tail
 from lsjax.model.llama import stacked
 
 PROMPTS = [[7], [1, 2, 3], list(range(40, 60)), [200, 100] * 17]
@@ -98,29 +98,42 @@ def test_self_speculation_is_lossless(model, engine, expected, exit_layer, draft
 
 @pytest.mark.parametrize("strategy", [Autoregressive(), EarlyExit(4), SelfSpeculative(2, 3)])
 def test_stacked_layers_give_the_same_tokens(model, tokenizer, expected, strategy):
-    """The form for very deep models: a loop over the layers and one cache for all of them."""
+    """The form of training: its layers are separated inside the programs."""
     found = tokens(stacked(model), tokenizer, strategy, PROMPTS, batch_size=4)
     for prompt, one, other in zip(PROMPTS, expected, found, strict=True):
         assert_same_tokens(model, prompt, one, other)
 
 
-def test_choices_share_a_program(model, tokenizer, engine, expected):
-    """Every exit with every length, and lengths between those compiled for: the same tokens, the
-    same statistics as a program of its own, and one program for all rounds."""
-    choices = Choices((1, 2, 3), (0, 2, 5))
-    shared = Engine(model, tokenizer, SelfSpeculative(1, 2, choices=choices), batch_size=4)
-    for exit_layer in choices.exit_layers:
-        for drafts in range(6):
-            found = complete(shared, SelfSpeculative(exit_layer, drafts, choices=choices))
-            for prompt, one, other in zip(PROMPTS, expected, found, strict=True):
-                assert_same_tokens(model, prompt, one, other.token_ids)
-                assert drafts or (other.drafted == 0 and other.tokens_per_round == 1)
-            if (exit_layer, drafts) in [(2, 5), (3, 2)]:
-                own = complete(engine, SelfSpeculative(exit_layer, drafts))
-                for one, other in zip(own, found, strict=True):
-                    assert one.trace.round_n.tolist() == other.trace.round_n.tolist()
-                    assert one.accepted_by_position == other.accepted_by_position
+def test_strategies_share_a_program(model, tokenizer, engine, expected):
+    """Every exit with every length: the same tokens, the same statistics as a program of its own,
+    and one program for all rounds."""
+    cells = [SelfSpeculative(exit_layer, drafts) for exit_layer in (1, 2, 3) for drafts in range(6)]
+    shared = Engine(model, tokenizer, batch_size=4)
+    for cell, one_of_many in zip(cells, in_one_program(cells), strict=True):
+        found = complete(shared, one_of_many)
+        for prompt, one, other in zip(PROMPTS, expected, found, strict=True):
+            assert_same_tokens(model, prompt, one, other.token_ids)
+            assert cell.num_draft_tokens or other.drafted == 0 and other.tokens_per_round == 1
+        if (cell.exit_layer, cell.num_draft_tokens) in [(2, 5), (3, 2)]:
+            own = complete(engine, cell)
+            for one, other in zip(own, found, strict=True):
+                assert one.trace.round_n.tolist() == other.trace.round_n.tolist()
+                assert one.accepted_by_position == other.accepted_by_position
     assert shared.num_programs == 4  # two sizes of prompts, into the batch, rounds
+
+
+def test_lengths_between_those_compiled_for(model, tokenizer, expected):
+    """A round takes the shortest verification that holds its drafts."""
+    strategy = SelfSpeculative(2, 5, shared_lengths=(0, 2))
+    engine = Engine(model, tokenizer, strategy, batch_size=4)
+    for drafts in range(5):
+        settings = strategy.arguments(engine.model)
+        engine.arguments = dataclasses.replace(settings, num_draft_tokens=jnp.int32(drafts))
+        found = engine.generate(PROMPTS, max_new_tokens=NEW)
+        for prompt, one, other in zip(PROMPTS, expected, found, strict=True):
+            assert_same_tokens(model, prompt, one, other.token_ids)
+            assert len(other.drafted_by_position) == drafts
+    assert engine.num_programs == 4
 
 
 @pytest.mark.parametrize("confidence", [0.003, 0.1, 0.9])
@@ -146,12 +159,6 @@ def test_a_draft_ends_where_the_exit_is_unsure(model, engine, expected, confiden
             at += accepted
         assert at == len(one.token_ids) - 1
     assert ends > 0
-
-
-@pytest.mark.parametrize("choices", [(4, 3), (), (2, 2)])
-def test_choices_rise(choices):
-    with pytest.raises(ConfigError, match="must rise"):
-        Choices((1,), choices)
 
 
 @pytest.mark.parametrize("size", [1, 50, 257])
@@ -231,13 +238,12 @@ def test_max_new_tokens_1_needs_no_round(engine, expected):
     [
         (SelfSpeculative(0, 4), "exit layer 0 is not in 1..3"),
         (SelfSpeculative(4, 4), "exit layer 4 is not in 1..3"),
-        (SelfSpeculative(2, -1), "num_draft_tokens -1 is below 0"),
-        (SelfSpeculative(2, 3 * 10**9), "num_draft_tokens 3000000000 is above the model's context"),
+        (SelfSpeculative(2, -1), "num_draft_tokens -1 is not in 0..512"),
+        (SelfSpeculative(2, 3 * 10**9), "num_draft_tokens 3000000000 is not in 0..512: choose"),
         (SelfSpeculative(1, 2, DraftVocabulary(np.array([3, 9, 7]))), "ids do not rise"),
         (SelfSpeculative(1, 2, DraftVocabulary(np.array([], int))), "a draft vocabulary of 0"),
-        (SelfSpeculative(2, 3, choices=Choices((1, 3), (2, 4))), "exit layer 2 and 3 drafts are"),
-        (SelfSpeculative(1, 5, choices=Choices((1, 3), (2, 4))), "exit layer 1 and 5 drafts are"),
-        (SelfSpeculative(1, 2, choices=Choices((1, 4), (2, 4))), "exit layer 4 is not in 1..3"),
+        (SelfSpeculative(1, 2, shared_exits=(1, 4)), "exit layer 4 is not in 1..3"),
+        (SelfSpeculative(1, 2, shared_lengths=(-1,)), "num_draft_tokens -1 is not in 0..512"),
         (SelfSpeculative(1, 2, draft_confidence=1.1), "draft_confidence 1.1 is not in 0..1"),
         (SelfSpeculative(1, 2, draft_confidence=-0.1), "draft_confidence -0.1 is not in 0..1"),
         (SelfSpeculative(1, 2, DraftVocabulary(np.arange(258))), "258 does not make the head"),

@@ -17,16 +17,14 @@ import decode as decode_program
 from lsjax.checkpoints import save
 from lsjax.config import ConfigError, LlamaConfig, MeshConfig
 from lsjax.decoding.autoregressive import Autoregressive, EarlyExit
-from lsjax.decoding.choices import Choices
 from lsjax.decoding.draft_vocabulary import DraftVocabulary
 from lsjax.decoding.engine import Engine
-from lsjax.decoding.loops import decode, prefill
-from lsjax.decoding.programs import Programs
+from lsjax.decoding.programs import Programs, decode, prefill
 from lsjax.decoding.sampling import GREEDY, Sampling
 from lsjax.decoding.self_speculative import SelfSpeculative
 from lsjax.decoding.state import DecodeState
 from lsjax.evaluation.exactness import FLOAT32_MARGIN, first_difference
-from lsjax.evaluation.scoring import Text, score
+from lsjax.evaluation.exits import Text, score_texts
 from lsjax.model.llama import Llama, stacked
 from lsjax.model.parameters import placed
 from lsjax.sharding import make_mesh
@@ -51,7 +49,6 @@ def programs(model, strategy, mesh=None, sampling=GREEDY):
         capacity=CAPACITY,
         num_layers=depth,
         dtype=model.dtype,
-        stacked=model.is_stacked,
         sampling=[sampling] * len(PROMPTS),
         mesh=mesh,
     )
@@ -77,7 +74,7 @@ CASES = [
     (DATA_AND_TENSOR, SelfSpeculative(2, 2), GREEDY, "stacked"),
     (FEW_HEADS, SelfSpeculative(2, 2, VOCABULARY), GREEDY, "separate"),
     (FEW_HEADS, EarlyExit(2), GREEDY, "separate"),
-    (ALL_AXES, SelfSpeculative(2, 2, choices=Choices((1, 2), (0, 2))), GREEDY, "separate"),
+    (ALL_AXES, SelfSpeculative(2, 2, shared_exits=(1,), shared_lengths=(0,)), GREEDY, "separate"),
 ]
 
 
@@ -172,9 +169,9 @@ def test_decode_program(model, tokenizer, texts, tmp_path):
 def test_scores(model):
     """Rows of different length, some of them fillers."""
     texts = [Text(prompt, len(prompt) - 1) for prompt in PROMPTS]
-    expected = score(model, texts, exit_layer=2, batch_size=8)
+    expected = score_texts(model, texts, exit_layer=2, batch_size=8)
     mesh = make_mesh(DATA_AND_TENSOR)
-    found = score(placed(model, mesh), texts, exit_layer=2, batch_size=8, mesh=mesh)
+    found = score_texts(placed(model, mesh), texts, exit_layer=2, batch_size=8, mesh=mesh)
     assert [one.is_greedy for one in found] == [one.is_greedy for one in expected]
     np.testing.assert_allclose(
         [one.log_prob for one in found], [one.log_prob for one in expected], rtol=1e-5

@@ -1,53 +1,198 @@
-"""Who answered, in words and in figures."""
+"""Answers: who decoded them, a file that resumes and never mixes things, and their figures."""
+
+import json
+from dataclasses import asdict
 
 import pytest
 
+from lsjax.config import ConfigError
 from lsjax.decoding.autoregressive import Autoregressive, EarlyExit
 from lsjax.decoding.draft_vocabulary import DraftVocabulary
+from lsjax.decoding.request import Request
+from lsjax.decoding.sampling import Sampling
 from lsjax.decoding.self_speculative import SelfSpeculative
-from lsjax.evaluation.answers import Answer, acceptance_rate
+from lsjax.evaluation.answers import (
+    ALL,
+    UNSEEN,
+    Cell,
+    Question,
+    append,
+    key_of,
+    key_of_answer,
+    read,
+    resume,
+    summarise,
+)
+from lsjax.evaluation.tasks import Example
 
 VOCABULARY = DraftVocabulary.most_frequent({1: 2, 7: 1}, 2, 258)
 
 
 @pytest.mark.parametrize(
-    "strategy, words, fields",
+    "strategy, words, cell",
     [
-        (Autoregressive(), "autoregressive", {}),
-        (EarlyExit(2), "early exit, exit 2", {"exit_layer": 2}),
+        (Autoregressive(), "autoregressive", Cell("autoregressive")),
+        (EarlyExit(2), "early exit, exit 2", Cell("early_exit", 2)),
         (
             SelfSpeculative(2, 4),
             "self speculative, exit 2, 4 drafts",
-            {"exit_layer": 2, "num_draft_tokens": 4},
+            Cell("self_speculative", 2, 4),
         ),
         (
             SelfSpeculative(2, 4, VOCABULARY),
             "self speculative, exit 2, 4 drafts of 2 tokens",
-            {"exit_layer": 2, "num_draft_tokens": 4, "draft_vocab": 2},
+            Cell("self_speculative", 2, 4, 2),
         ),
         (
             SelfSpeculative(2, 4, draft_confidence=0.5),
             "self speculative, exit 2, 4 drafts, at 0.5 or more",
-            {"exit_layer": 2, "num_draft_tokens": 4, "draft_confidence": 0.5},
+            Cell("self_speculative", 2, 4, None, 0.5),
         ),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_a_strategy(strategy, words, fields):
-    answer = Answer.by(strategy)
-    assert str(answer) == words
-    assert answer.to_json() == {"strategy": strategy.name, **fields}
-    assert Answer(**answer.to_json()) == answer
+def test_a_cell(strategy, words, cell):
+    assert Cell.of(strategy) == cell and str(cell) == words
+    assert Cell.of(asdict(cell)) == cell
 
 
-def test_a_forward_pass():
-    assert str(Answer.forward_pass(1)) == "one pass of 1 layer"
-    assert str(Answer.forward_pass(30)) == "one pass of 30 layers"
+def test_a_document_is_all_that_an_answer_depends_on():
+    """Its prompt, reference and row, and the seed where tokens are drawn."""
+
+    def document(prompt=(1, 2), temperature=0.0, seed=0, **example) -> str:
+        sampling = Sampling(temperature=temperature, seed=seed)
+        example = Example(**{"id": "a", "prompt": "x", **example})
+        return Question(example, 0, Request(prompt=prompt, sampling=sampling)).document
+
+    assert document() == document(seed=1) == document(id="b")
+    others = [document(), document([1, 3]), document(reference="r"), document(fields={"a": 1})]
+    others += [document(temperature=1.0), document(temperature=1.0, seed=1), document(seen=True)]
+    assert len(set(others)) == 7
 
 
-def test_acceptance_is_that_of_all_drafts_together():
-    def answer(drafted, accepted):
-        return Answer(strategy="self_speculative", drafted=drafted, accepted=accepted)
+ASKED = {"task": "topv2", "max_new_tokens": 2, "sampling": {"temperature": 0.5}}
 
-    assert acceptance_rate([answer(10, 1), answer(30, 9), Answer.forward_pass(4)]) == 0.25
-    assert acceptance_rate([answer(0, 0), Answer.forward_pass(4)]) is None
+
+def line(name: str, **more) -> dict:
+    own = asdict(Cell("autoregressive")) | {"id": name, "sample": 0, "document": "d"}
+    return own | {"text": "\u00fc"} | more
+
+
+def resumed(file, asked=ASKED) -> list[dict]:
+    return list(resume(file, asked).values())
+
+
+@pytest.fixture
+def file(tmp_path):
+    return tmp_path / "answers.jsonl"
+
+
+def test_begin_append_and_resume(file):
+    assert resume(file, ASKED) == {}
+    append(file, line("a\n"))
+    assert resumed(file) == [line("a\n")]
+    append(file, line("b"))
+    assert read(file) == (ASKED, [line("a\n"), line("b")])
+    append(file, line("b", text="again"))
+    assert resumed(file) == [line("a\n"), line("b", text="again")]
+
+
+def test_an_answer_has_the_key_of_its_question(file):
+    example = Example(id="a", prompt="x")
+    question = Question(example, 3, Request(prompt=[1]))
+    answer = line("a", sample=3, document=question.document)
+    assert key_of_answer(answer) == key_of(question, Cell("autoregressive"))
+
+
+def test_every_torn_end_is_dropped(file):
+    resume(file, ASKED)
+    append(file, line("a"))
+    whole = file.read_bytes()
+    append(file, line("b"))
+    longer = file.read_bytes()
+    for length in range(len(longer) + 1):
+        file.write_bytes(longer[:length])
+        kept = [line(name) for name in "ab"]
+        kept = kept[: (length >= len(whole)) + (length == len(longer))]
+        assert resumed(file) == kept
+        append(file, line("c"))
+        assert read(file) == (ASKED, [*kept, line("c")])
+
+
+def test_answers_under_other_conditions_are_kept(file):
+    resume(file, ASKED)
+    append(file, line("a"))
+    before = file.read_bytes()
+    other = {**ASKED, "max_new_tokens": 3, "sampling": {"temperature": 0.7}}
+    with pytest.raises(ConfigError) as error:
+        resume(file, other)
+    assert "max_new_tokens was 2 and is now 3, sampling.temperature was 0.5 and is now 0.7" in str(
+        error.value
+    )
+    assert file.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "content", ["notes", "notes\n", '{"asked": 1, "x": 2', '{"id": 3}\n', "[]\n", "\n"]
+)
+def test_another_file_is_left_alone(file, content):
+    file.write_text(content)
+    with pytest.raises(ConfigError, match="line 1 is no answer|holds no answers"):
+        resume(file, ASKED)
+    assert file.read_text() == content
+
+
+@pytest.mark.parametrize("bad", ['{"id": ', '{"prompt": 0, "text": "of something else"}'])
+def test_a_bad_line_in_the_middle_is_named(file, bad):
+    resume(file, ASKED)
+    with file.open("a") as stream:
+        stream.write(bad + "\n" + json.dumps(line("b")) + "\n")
+    with pytest.raises(ConfigError, match="line 2 is no answer"):
+        resume(file, ASKED)
+
+
+COUNTS = ["num_new_tokens", "rounds", "drafted", "accepted", "seconds"]
+
+
+def answer(cell, example, counts, *, seen=False, score=1.0, text="x", seed=None) -> dict:
+    own = asdict(cell) | {"id": example, "group": "", "seen": seen, "scores": {"match": score}}
+    return own | {"text": text, "seed": seed} | dict(zip(COUNTS, counts, strict=True))
+
+
+def test_figures_by_hand():
+    """Four rounds draft eight tokens, of which five are accepted; one of two texts is equal."""
+    cell = Cell("self_speculative", 2, 4)
+    plain = [answer(Cell("autoregressive"), id_, (5, 4, 0, 0, 8.0)) for id_ in "ab"]
+    drafting = [
+        answer(cell, "a", (7, 2, 5, 4, 4.0)),
+        answer(cell, "b", (3, 2, 3, 1, 4.0), score=0.0, text="y"),
+    ]
+    base, row = summarise([*plain, *drafting])
+    assert (base["group"], base["speedup"], base["acceptance_rate"]) == (ALL, 1.0, None)
+    assert base["tokens_per_second"] == 0.5 and base["equal"] == 1.0
+    assert row["strategy"] == "self speculative, exit 2, 4 drafts"
+    assert row["scores"]["match"] == {"mean": 0.5, "stderr": pytest.approx(0.5)}
+    assert (row["tokens_per_second"], row["speedup"], row["tokens_per_round"]) == (1.0, 2.0, 2.0)
+    assert (row["acceptance_rate"], row["equal"]) == (5 / 8, 0.5)
+
+
+def test_sampled_texts_are_not_compared():
+    cells = Cell("autoregressive"), Cell("early_exit", 2)
+    rows = summarise([answer(cell, "a", (5, 4, 0, 0, 8.0), seed=7) for cell in cells])
+    assert [row["equal"] for row in rows] == [None, None]
+
+
+def test_nothing_accepted_is_a_rate_of_zero():
+    (row,) = summarise([answer(Cell("self_speculative", 2, 4), "a", (5, 4, 9, 0, 8.0))])
+    assert row["acceptance_rate"] == 0.0 and row["speedup"] is None and row["equal"] is None
+
+
+def test_examples_that_training_has_seen():
+    answers = [
+        answer(Cell("autoregressive"), "a", (5, 4, 0, 0, 8.0), seen=True),
+        answer(Cell("autoregressive"), "b", (5, 4, 0, 0, 4.0), score=0.0),
+    ]
+    rows = summarise(answers)
+    assert [(row["group"], row["examples"]) for row in rows] == [(ALL, 2), (UNSEEN, 1)]
+    assert [row["scores"]["match"]["mean"] for row in rows] == [0.5, 0.0]
+    assert [row["tokens_per_second"] for row in rows] == [8 / 12, 1.0]

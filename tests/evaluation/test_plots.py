@@ -1,5 +1,6 @@
-"""What the curves of a training show."""
+"""What the curves of a training and the heat maps of a grid show."""
 
+import dataclasses
 import io
 
 import numpy as np
@@ -8,8 +9,8 @@ from matplotlib.figure import Figure
 
 from lsjax.config import ConfigError
 from lsjax.evaluation.exits import ExitScores
-from lsjax.evaluation.figures import dark
-from lsjax.evaluation.plots import plot_exits, plot_training
+from lsjax.evaluation.plots import plot_acceptance, plot_exits, plot_grid, plot_training
+from lsjax.evaluation.speed import CellSpeed
 
 
 @pytest.fixture
@@ -100,14 +101,62 @@ def test_exits_of_several_models(drawn):
         "with $x$": ExitScores((3.0, 2.0), (0.5, 1.0), 9),
         "without": ExitScores((4.0, 3.0, 2.0), (0.1, 0.5, 1.0), 9),
     }
-    with dark():
-        plot_exits(scores, io.BytesIO())
+    plot_exits(scores, io.BytesIO())
     losses, agreements = drawn[0].axes
     assert lines(losses) == {
         r"with \$x\$": [(1, 3.0), (2, 2.0)],
         "without": [(1, 4.0), (2, 3.0), (3, 2.0)],
     }
     assert lines(agreements)["without"] == [(1, 0.1), (2, 0.5), (3, 1.0)]
-    assert drawn[0].get_facecolor()[3] == 0, "nothing behind it"
-    plot_exits(scores, io.BytesIO())
-    assert drawn[1].get_facecolor() == (1, 1, 1, 1)
+
+
+def row(exit_layer, drafts, vocab, speedup, curve=(0.5, 0.25)) -> CellSpeed:
+    name = "autoregressive" if exit_layer is None else "self_speculative"
+    speed = 10 * speedup
+    figures = (speed, speed, speed, speedup, 0.4, list(curve), 1.8, 3, 0, None, 2.0, 0.5)
+    return CellSpeed("all", name, exit_layer, drafts, vocab, None, *figures, speedup + 0.1)
+
+
+ROWS = [
+    row(None, None, None, 1.0, ()),
+    row(8, 4, None, 1.5),
+    row(2, 4, None, 1.2),
+    row(2, 1, None, 1.4),
+    row(2, 1, 64, 1.3),
+    row(8, 4, 64, 2.5),
+    row(8, 1, 64, 0.7),
+]
+
+
+def read_labels(figure) -> list[list[str]]:
+    return [[text.get_text() for text in axis.texts] for axis in figure.axes]
+
+
+def test_where_nothing_was_drafted_there_is_no_acceptance(tmp_path, drawn):
+    """Drafts that end before their first token, in every cell."""
+    rows = [dataclasses.replace(row(8, 4, None, 0.9, ()), acceptance_rate=None)]
+    plot_grid(rows, tmp_path / "grid.png")
+    plot_acceptance(rows, tmp_path / "acceptance.png")
+    assert read_labels(drawn[0]) == [["9.0\n0.90x"], ["1.00"], []]
+    assert not drawn[1].axes[0].lines and drawn[1].axes[0].get_legend() is None
+
+
+def test_a_grid(tmp_path, drawn):
+    """A line for each exit, a column for each length, a map for each head."""
+    plot_grid(ROWS, tmp_path / "new" / "grid.png", title="a <model> & $_$")
+    plot_acceptance(ROWS, tmp_path / "acceptance.png")
+    grid, acceptance = drawn
+    labels = read_labels(grid)
+    assert labels[0] == ["14.0\n1.40x", "12.0\n1.20x", "15.0\n1.50x"]
+    assert labels[4] == ["1.40", "0.80", "2.60"]
+    speedups = [np.asarray(axis.images[0].get_array()) for axis in grid.axes[::3]]
+    np.testing.assert_equal(np.ma.filled(speedups[0], np.nan), [[1.4, 1.2], [np.nan, 1.5]])
+    np.testing.assert_equal(np.ma.filled(speedups[1], np.nan), [[1.3, np.nan], [0.7, 2.5]])
+    # One cell is framed among the speeds, one among the predictions, both of the second head.
+    assert [len(axis.patches) for axis in grid.axes] == [0, 0, 0, 1, 1, 0]
+    assert grid.axes[3].patches[0].get_xy() == (0.5, 0.5)
+    curves = acceptance.axes[0].lines
+    # The longest drafts of each exit and head, and a line in the legend for the dashed ones.
+    assert [list(line.get_ydata()) for line in curves] == [[0.5, 0.25]] * 3 + [[]]
+    for name in ("new/grid.png", "acceptance.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")

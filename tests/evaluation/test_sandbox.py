@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from lsjax.evaluation import sandbox, sandbox_child
+from lsjax.evaluation import sandbox
 from lsjax.evaluation.sandbox import run_program
 
 run = partial(run_program, seconds=60.0)
@@ -94,7 +94,7 @@ def test_what_sleeps_on_without_anyone_to_stop_it(tmp_path):
     """A second later: the limit of -9 s, and the 10 behind it."""
     program = tmp_path / "program.py"
     program.write_text("import time\ntime.sleep(600)")
-    command = [sys.executable, "-I", "-S", "-B", sandbox_child.__file__, program, "-9"]
+    command = [sys.executable, "-I", "-S", "-B", sandbox.__file__, program, "-9"]
     ended = subprocess.run([*command, str(2**30), str(2**20)], timeout=120)
     assert ended.returncode == -signal.SIGALRM
 

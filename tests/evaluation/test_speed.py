@@ -1,6 +1,6 @@
 """What times and drafts say of strategies, and where drafts are accepted."""
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from types import SimpleNamespace
 
 import jax
@@ -8,93 +8,128 @@ import numpy as np
 import pytest
 
 from lsjax.config import LlamaConfig
-from lsjax.decoding.autoregressive import Autoregressive
-from lsjax.decoding.choices import Choices
-from lsjax.decoding.cost import Costs
+from lsjax.decoding.autoregressive import Autoregressive, EarlyExit
+from lsjax.decoding.completion import Completion
+from lsjax.decoding.cost import RoundCosts
 from lsjax.decoding.engine import Engine
-from lsjax.decoding.sampling import GREEDY
+from lsjax.decoding.request import Request
 from lsjax.decoding.self_speculative import SelfSpeculative
-from lsjax.evaluation.identity_tail import identity_tail
-from lsjax.evaluation.speed import Timed, cell_of, compare, take_turns
+from lsjax.evaluation import speed
+from lsjax.evaluation.answers import Cell, Question, key_of
+from lsjax.evaluation.exactness import Difference, identity_tail
+from lsjax.evaluation.speed import cell_speeds, time_in_turns, verified_widths
+from lsjax.evaluation.tasks import Example
 
 PLAIN, DRAFTS = Autoregressive(), [SelfSpeculative(1, 2), SelfSpeculative(2, 2)]
 EVERYTHING = [PLAIN, *DRAFTS]
+QUESTIONS = [
+    Question(Example(id=str(prompt), prompt=""), repeat, Request(prompt=[prompt]))
+    for repeat in range(2)
+    for prompt in (7, 8)
+]
 
 
 @dataclass
 class Recorder:
-    """In the place of an engine: notes who decodes what."""
+    """In the place of an engine: notes who decodes what; each text takes a second longer."""
 
     asked: list = field(default_factory=list)
+    model: SimpleNamespace = field(
+        default_factory=lambda: SimpleNamespace(config=LlamaConfig.tiny())
+    )
+    decode_seconds: float = 0.0
+    tokens: dict = field(default_factory=dict)  # by the exit
 
     def use(self, strategy):
         self.strategy = strategy
 
-    def generate(self, prompts, *, sampling, max_new_tokens):
-        ((prompt,),) = prompts
-        self.asked.append((self.strategy.exit_layer, prompt, sampling.seed))
-        names = ("decode_seconds", "num_new_tokens", "rounds", "drafted", "accepted")
-        figures = dict.fromkeys(names, 1) | dict(drafted_by_position=[], accepted_by_position=[])
-        strategy, exit_layer, drafts, vocab = cell_of(self.strategy)
-        who = dict(strategy=strategy, exit_layer=exit_layer)
-        who |= dict(num_draft_tokens=drafts, draft_vocab=vocab)
-        return [SimpleNamespace(**who, **figures)]
+    def generate(self, requests, *, on_completion):
+        (request,) = requests
+        cell = Cell.of(self.strategy)
+        self.asked.append((cell.exit_layer, request.prompt[0]))
+        self.decode_seconds += len(self.asked)
+        tokens = self.tokens.get(cell.exit_layer, [1, 2])
+        names = ("text", "num_prompt_tokens", "num_new_tokens", "rounds", "drafted", "accepted")
+        names += ("drafted_by_position", "accepted_by_position", "prefill_seconds")
+        found = asdict(cell) | dict.fromkeys(names, 1) | {"finish_reason": "length", "seed": None}
+        on_completion(0, completion(found | {"token_ids": tokens}))
 
 
-def turns(done=()) -> tuple[list, list[Timed], int]:
-    engine, steps = Recorder(), []
-    texts = take_turns(
-        engine,
-        EVERYTHING,
-        [[7], [8]],
-        new_tokens=3,
-        repeats=range(1, 3),
-        sampling=GREEDY,
-        done=set(done),
-        advance=lambda: steps.append(1),
-    )
-    return engine.asked, list(texts), len(steps)
+def completion(fields: dict):
+    """A `Completion` of which some fields are known."""
+    found = object.__new__(Completion)
+    found.__dict__.update(fields)
+    return found
+
+
+def turns(done=(), engine=None, strategies=EVERYTHING) -> tuple[list, list[dict]]:
+    engine, answers = engine or Recorder(), []
+    time_in_turns(engine, strategies, QUESTIONS, set(done), answers.append)
+    return engine.asked, answers
 
 
 def test_strategies_take_turns():
-    asked, texts, steps = turns()
-    # Exits None, 1, 2 for each prompt, with the seed repeat * prompts + prompt.
-    assert asked == [(e, p, s) for p, s in ((7, 2), (8, 3), (7, 4), (8, 5)) for e in (None, 1, 2)]
-    assert [(one.repeat, one.prompt) for one in texts[::3]] == [(1, 0), (1, 1), (2, 0), (2, 1)]
-    assert steps == 12
+    asked, answers = turns()
+    assert asked == [(e, p) for p in (7, 8, 7, 8) for e in (None, 1, 2)]
+    assert [(one["sample"], one["id"]) for one in answers[::3]] == [
+        *((0, "7"), (0, "8"), (1, "7"), (1, "8")),
+    ]
+    # Each beside the autoregressive text of its own turn.
+    assert [one["base_seconds"] for one in answers] == [n for n in (1, 4, 7, 10) for _ in range(3)]
+    assert [one["seconds"] for one in answers] == [*range(1, 13)]
 
 
 def test_what_is_done_is_left_out_and_has_a_base_beside_it():
-    cells = [cell_of(strategy) for strategy in EVERYTHING]
-    done = [(1, 0, cell) for cell in cells] + [(1, 1, cells[0]), (1, 1, cells[1])]
-    asked, _, steps = turns(done + [(2, 0, cell) for cell in cells[1:]])
-    rest = [(None, 8, 5), (1, 8, 5), (2, 8, 5)]
-    assert asked == [(None, 8, 3), (2, 8, 3), (None, 7, 4), *rest]
-    assert steps == 12
+    cells = [Cell.of(strategy) for strategy in EVERYTHING]
+    done = [key_of(QUESTIONS[0], cell) for cell in cells]
+    done += [key_of(QUESTIONS[1], cell) for cell in cells[:2]]
+    done += [key_of(QUESTIONS[2], cell) for cell in cells[1:]]
+    asked, answers = turns(done)
+    assert asked == [(None, 8), (2, 8), (None, 7), *((e, 8) for e in (None, 1, 2))]
+    assert answers[1]["base_seconds"] == answers[0]["seconds"]
 
 
-def timed(strategy, seconds, prompt=0, drafted=(), accepted=(), rounds=9) -> Timed:
-    figures = (seconds, 10, rounds, list(drafted), list(accepted))
-    return Timed(1, prompt, *cell_of(strategy), *figures)
+def test_differences_are_those_from_the_text_beside(monkeypatch):
+    """Of strategies that must be exact; early exit need not."""
+    seen = []
+
+    def first_difference(model, prompt, expected, found):
+        seen.append((prompt, expected, found))
+        return Difference(1, 2, 3, np.nan, 5.0) if expected != found else None
+
+    monkeypatch.setattr(speed, "first_difference", first_difference)
+    engine = Recorder(tokens={2: [1, 3], 3: [4, 4]})
+    _, answers = turns(engine=engine, strategies=[*EVERYTHING, EarlyExit(3)])
+    assert [one["difference"] is None for one in answers[:4]] == [True, True, False, True]
+    assert answers[2]["difference"] == {
+        **{"index": 1, "expected": 2, "found": 3, "margin": None, "roundings": 5.0}
+    }
+    assert seen[:3] == [([7], [1, 2], [1, 2]), ([7], [1, 2], [1, 2]), ([7], [1, 2], [1, 3])]
+
+
+def timed(strategy, seconds, prompt=0, drafted=(), accepted=(), rounds=9, base=None, **more):
+    own = asdict(Cell.of(strategy)) | {"id": str(prompt), "group": "", "seen": False}
+    own |= {"seconds": seconds, "num_new_tokens": 10, "rounds": rounds, "seed": None}
+    own |= {"drafted_by_position": list(drafted), "accepted_by_position": list(accepted)}
+    return own | {"base_seconds": base or seconds, "difference": None} | more
 
 
 def test_figures_by_hand():
-    """Two prompts; the sweep was killed between the two cells of the second one."""
+    """Two prompts; the run was killed between the two cells of the second one."""
     one, two = DRAFTS
-    texts = [
+    answers = [
         timed(PLAIN, 9.0),
-        timed(one, 3.0, 0, [4, 3], [3, 2], rounds=4),
-        timed(two, 6.0, 0, [5, 5, 1], [4, 0, 0], rounds=5),
-        timed(PLAIN, 100.0, 1),
-        timed(one, 50.0, 1, [4], [1], rounds=8),
+        timed(one, 3.0, 0, [4, 3], [3, 2], rounds=4, base=9.0),
+        timed(two, 6.0, 0, [5, 5, 1], [4, 0, 0], rounds=5, base=9.0),
+        timed(one, 50.0, 1, [4], [1], rounds=8, base=100.0),
         timed(PLAIN, 12.0, 1),
-        timed(two, 3.0, 1, [3], [3], rounds=6),
+        timed(two, 3.0, 1, [3], [3], rounds=6, base=12.0),
     ]
-    costs = Costs(4.0, {1: 1.0, 3: 1.5}, {3: 0.5}, {100: 0.25})
+    costs = RoundCosts(4.0, {1: 1.0, 3: 1.5}, {3: 0.5}, {100: 0.25})
     config = LlamaConfig.tiny(vocab_size=100)
-    base, first, second = compare(config, 4, EVERYTHING, texts, costs, 1e6)
+    base, first, second = cell_speeds(config, 4, EVERYTHING, answers, costs, 1e6)
     assert base.speedup == 1 and base.acceptance_rate is None
-    # 9 tokens in 9 s and, counted once, 9 in 12 s.
+    # 9 tokens in 9 s and 9 in 12 s.
     assert (base.slowest, base.fastest) == (9 / 12, 1.0)
     assert first.speedup == (3.0 + 2.0) / 2 and second.speedup == (1.5 + 4.0) / 2
     assert first.acceptance_by_position == [4 / 8, 2 / 3]
@@ -104,7 +139,28 @@ def test_figures_by_hand():
     drafts = 11 / 12
     parts = drafts * (1.0 + 0.25) + 1.0 + 3 * 1.5 + 0.5
     assert first.predicted == pytest.approx((1 + 6 / 12) * 4.0 / parts)
+    assert first.off_by == pytest.approx(first.predicted / first.speedup - 1)
     assert first.round_over_parts == pytest.approx((3 / 4 + 50 / 8) / 2 / parts)
+
+
+def test_groups_and_differences_of_prompts():
+    """Whatever the repeats; a margin that is no finite number is infinite."""
+    narrow, wide = ({"margin": margin} for margin in (1e-5, None))
+    answers = [
+        timed(PLAIN, 1.0, 0, group="b"),
+        timed(PLAIN, 2.0, 1, group="a", difference=narrow),
+        timed(PLAIN, 2.0, 1, group="a", difference=narrow),
+        timed(PLAIN, 4.0, 2, group="a", difference=wide),
+    ]
+    rows = list(cell_speeds(LlamaConfig.tiny(), 4, [PLAIN], answers, None, 1e6))
+    assert [(row.group, row.equal, row.differ) for row in rows] == [
+        *(("all", 1, 2), ("a", 0, 2), ("b", 1, 0)),
+    ]
+    assert [row.widest_margin for row in rows] == [np.inf, np.inf, None]
+    assert [row.slowest for row in rows] == [9 / 4, 9 / 4, 9.0]
+    sampled = [answers[0] | {"seed": 3}]
+    (row,) = cell_speeds(LlamaConfig.tiny(), 4, [PLAIN], sampled, None, 1e6)
+    assert row.equal is row.differ is row.widest_margin is None
 
 
 def test_what_rounds_verify_by_hand():
@@ -112,10 +168,13 @@ def test_what_rounds_verify_by_hand():
     six, and 4 more."""
     sure = SelfSpeculative(1, 8, draft_confidence=0.5)
     drafted, accepted = [8, 7, 7, 6, 4, 4, 4, 1], [5, 0, 0, 0, 0, 0, 0, 0]
-    texts = [timed(PLAIN, 9.0), timed(sure, 3.0, 0, drafted, accepted, rounds=10)]
+    widths = verified_widths(sure.lengths, drafted, 10)
+    assert widths == pytest.approx({1: 0.2, 3: 0.1, 5: 0.3, 9: 0.4})
+    answers = [timed(PLAIN, 9.0), timed(sure, 3.0, 0, drafted, accepted, rounds=10, base=9.0)]
     layer, head = {1: 8.0, 3: 1.0, 5: 2.0, 9: 3.0}, {3: 0.5, 5: 1.0, 9: 2.0}
-    costs = Costs(40.0, layer, head, {100: 0.5})
-    _, row = compare(LlamaConfig.tiny(vocab_size=100), 4, [PLAIN, sure], texts, costs, 1e6)
+    costs = RoundCosts(40.0, layer, head, {100: 0.5})
+    config = LlamaConfig.tiny(vocab_size=100)
+    _, row = cell_speeds(config, 4, [PLAIN, sure], answers, costs, 1e6)
     # 41 drafts by one layer of four, and 9 rounds in which the head gives a token in vain.
     parts = 4.1 * (8.0 + 0.5) + 8.0 + 0.9 * 0.5
     parts += 0.2 * (40.0 - 8.0) + 0.1 * (3 * 1.0 + 0.5) + 0.3 * (3 * 2.0 + 1.0)
@@ -133,7 +192,7 @@ def engine(model, tokenizer):
 
 
 def drafting_from(exit_layer: int) -> SelfSpeculative:
-    return SelfSpeculative(exit_layer, 3, choices=Choices((1, 2), (3,)))
+    return SelfSpeculative(exit_layer, 3, shared_exits=(1, 2))
 
 
 def test_acceptance_by_position_of_an_identity_tail(engine):

@@ -9,10 +9,8 @@ import pytest
 
 from lsjax.config import ConfigError, DataConfig
 from lsjax.data.tfds_rows import _builder
-from lsjax.evaluation.rouge import rouge
-from lsjax.evaluation.summary import pass_at_k, scores_by_example
-from lsjax.evaluation.tasks.all_tasks import TASKS
-from lsjax.evaluation.tasks.examples import (
+from lsjax.evaluation.answers import scores_by_example
+from lsjax.evaluation.examples import (
     before_prompts,
     choose_shots,
     file_rows,
@@ -20,9 +18,8 @@ from lsjax.evaluation.tasks.examples import (
     prompts_of,
     templates,
 )
-from lsjax.evaluation.tasks.gsm8k import final_number
-from lsjax.evaluation.tasks.human_eval import function_body
-from lsjax.evaluation.tasks.task import Example
+from lsjax.evaluation.metrics import final_number, function_body, pass_at_k, rouge
+from lsjax.evaluation.tasks import TASKS, Example
 
 NUMBERS = " ".join(map(str, range(120)))
 FIRST = " ".join(map(str, range(100)))
@@ -150,7 +147,7 @@ def test_prompts_that_training_has_seen(examples):
     rows = [{"prompt": p, "response": "r"} for p in ("a", " b", "c")]
     task = TASKS["pairs"]
     training = [("x", "x", {"prompt": "b ", "response": "other"})]
-    seen = frozenset(prompts_of(task, templates(task, None), training))
+    seen = prompts_of(task, templates(task, None), training)
     assert [one.seen for one in examples("pairs", *rows, seen=seen)] == [False, True, False]
 
 
@@ -164,11 +161,12 @@ def test_a_finetuned_model_is_asked_as_it_was_trained():
         response_template=" {semantic_parse}",
     )
     task = TASKS["topv2"]
-    assert templates(task, trained, [{}, {"utterance": "x"}, row]) is trained
+    rows = [("a", "a", fields) for fields in ({}, {"utterance": "x"}, row)]
+    assert templates(task, trained, rows) is trained
     (example,) = make_examples(task, trained, [("a", "a", row)])
     assert (example.prompt, example.reference) == ("Parse stop:", " [IN:STOP ]")
     for other in (None, DataConfig(), dataclasses.replace(trained, prompt_template="{question}")):
-        assert templates(task, other, [row]).prompt_template == "{en_query}\n"
+        assert templates(task, other, [("a", "a", row)]).prompt_template == "{en_query}\n"
 
 
 @pytest.mark.parametrize(

@@ -16,8 +16,8 @@ TOKENS = jax.random.randint(jax.random.key(1), (3, 21), 0, 258)
 
 def cached_exits(model, tokens_BT, sizes, capacity=600):
     """Outputs of every layer when the tokens come in pieces of the given sizes."""
-    batch, dtype = len(tokens_BT), model.dtype
-    cache = KVCache.create(model.config, batch, capacity, dtype, stacked=model.is_stacked)
+    model = unstacked(model)
+    cache = KVCache.create(model.config, len(tokens_BT), capacity, model.dtype)
     pieces, start = [], 0
     for size in sizes:
         positions = jnp.broadcast_to(jnp.arange(start, start + size), (len(tokens_BT), size))

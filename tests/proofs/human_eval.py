@@ -14,23 +14,24 @@ from rich.progress import track
 
 from lsjax.cli.errors import one_line_errors
 from lsjax.config import check
+from lsjax.evaluation.examples import file_rows, make_examples, templates
 from lsjax.evaluation.sandbox import isolation, run_program
-from lsjax.evaluation.tasks.examples import file_rows, make_examples, templates
-from lsjax.evaluation.tasks.human_eval import HUMAN_EVAL, program
+from lsjax.evaluation.tasks import TASKS, tested_program
 
 
 def main(argv: Sequence[str]) -> int:
     """Prints what fails, and how many pass."""
     check(bool(argv), "no file is named: give HumanEval.jsonl.gz")
     rows = file_rows(argv)
-    examples = list(make_examples(HUMAN_EVAL, templates(HUMAN_EVAL, None), rows))
+    task = TASKS["human_eval"]
+    examples = list(make_examples(task, templates(task, None), rows))
     console, passed, empty_passed = Console(highlight=False, markup=False), 0, 0
     for example in track(examples, console=Console(stderr=True), transient=True):
-        outcome = run_program(program(example.reference, example))
+        outcome = run_program(tested_program(example.reference, example))
         passed += outcome.passed
         if not outcome.passed:
             console.print(f"{example.id}: {outcome.what}")
-        empty_passed += run_program(program("    pass\n", example)).passed
+        empty_passed += run_program(tested_program("    pass\n", example)).passed
     layers = Path(isolation()[0]).name if isolation() else "no namespaces"
     console.print(
         f"{passed} of {len(examples)} canonical solutions pass, and {empty_passed} empty ones "

@@ -1,9 +1,9 @@
-"""One run of an engine: requests enter the rows of a batch, and leave them as they end.
+"""Continuous batching: requests enter the rows of a batch, and leave them as they end.
 
-requests   0 1 2 3 4 5 ...        a prompt is read in a state of one row ("single"), with what
-           | | |                  it shares with the prompt before, and put into the batch
-row 0      0 0 0 0 3 3 3 3        (`insert`); rounds go on until a row ends; the row is given
-row 1      1 1 2 2 2 2 4 4  -> t  to the next request while the others wait for its prompt only
+requests   0 1 2 3 4 5 ...        a prompt is read in a state of one row, with what it shares
+           | | |                  with the prompt before, and put into the batch (`insert`);
+row 0      0 0 0 0 3 3 3 3        rounds go on until a row ends; the row is given to the next
+row 1      1 1 2 2 2 2 4 4  -> t  request while the others wait for its prompt only
 
 The cache begins with room for the prompts. Where a row has no room for another round, cache and
 buffers grow to the next capacity, and the rows go on with the program for that one.
@@ -20,37 +20,67 @@ from typing import TYPE_CHECKING
 import jax
 import numpy as np
 
-from lsjax.decoding.completion import Completion, RowText, Trace
-from lsjax.decoding.conversation import Conversation
-from lsjax.decoding.loops import decode, grow, insert, prefill
+from lsjax.decoding.completion import Completion, RowText, Trace, Update
+from lsjax.decoding.programs import chunk_size, decode, grow, insert, prefill
 from lsjax.decoding.request import Request
 from lsjax.decoding.state import EOS, RUNNING, STOP, DecodeState
+from lsjax.model.cache import KVCache
+from lsjax.model.llama import Llama
 
 if TYPE_CHECKING:
     from lsjax.decoding.engine import Engine
 
-# A prompt is read in chunks of the smallest of these that holds it, a longer one in several of
-# the largest: as many programs as there are sizes, whatever the prompts.
-CHUNKS = (32, 64, 128, 256, 512)
 STOP_IDS = 4  # room for stop ids in a row: a multiple of this
 # Rounds between two looks at the text, where somebody waits for it or a stop string may be in it.
 ROUNDS_PER_LOOK = 4
 ALL_ROUNDS = np.iinfo(np.int32).max
+FILLER = (Request(prompt=(), max_new_tokens=0), [0])  # a row that has ended from the start
 
 
-@dataclass(frozen=True)
-class Update:
-    """What one look at a row found: text that nobody has seen yet (text that may be the beginning
-    of a stop string waits), the trace so far, and at the end the completion."""
+class Conversation:
+    """A cache that is kept from one text to the next: what both begin with is not read again. Given
+    to `Engine.stream` for each turn of a chat."""
 
-    index: int  # of the request
-    text: str
-    trace: Trace
-    completion: Completion | None
+    def __init__(self):
+        self.ids: list[int] = []  # tokens whose keys and values are in the cache
+        self._cache: KVCache | None = None
+        self._model: Llama | None = None  # whose they are
+
+    @property
+    def device_bytes(self) -> int:
+        """Bytes of the cache on each device."""
+        leaves = jax.tree.leaves(self._cache)
+        return sum(leaf.addressable_shards[0].data.nbytes for leaf in leaves)
+
+    def take(
+        self, ids: Sequence[int], capacity: int, num_layers: int, model: Llama
+    ) -> tuple[KVCache | None, int]:
+        """A cache of this model for so many layers and at least so many slots, and how many of
+        these tokens it holds. It is the caller's until `keep`. Gives (None, 0) without a cache, and
+        for a larger one that shares little."""
+        cache, known, whose = self._cache, self.ids, self._model
+        self._cache, self.ids, self._model = None, [], None
+        if cache is None or cache.num_layers != num_layers or whose is not model:
+            return None, 0
+        shared = shared_prefix(known, ids)
+        if cache.capacity > capacity and shared < capacity // 2:
+            return None, 0
+        return cache.grown(capacity), shared
+
+    def keep(self, state: DecodeState, model: Llama, count: int | None = None) -> None:
+        """Takes the cache of a state with one row, which this model filled; nothing from one that
+        an interrupted program has consumed. count: tokens that the cache holds, by default all but
+        the last one, which is pending."""
+        if state.length_B.is_deleted():
+            return
+        count = int(state.length_B[0]) - 1 if count is None else count
+        # Sliced by the host: the device would compile a program for each length.
+        self.ids = np.asarray(state.tokens_BS)[0, :count].tolist()
+        self._cache, self._model = state.cache, model
 
 
 @dataclass
-class Row:
+class ActiveRow:
     """A request in a row of the batch."""
 
     index: int
@@ -58,11 +88,11 @@ class Row:
     ids: list[int]
     text: RowText
     prefill_seconds: float
-    began: float  # seconds of work of the run when the first token was there
-    looked: tuple[float, int]  # at the last look: seconds of work of the run, rounds of the row
+    began: float  # seconds that the batch had worked when the first token was there
+    looked: tuple[float, int]  # at the last look: seconds worked, rounds of the row
 
 
-class Run:
+class ContinuousBatch:
     """Decodes requests with the engine's strategy of this moment.
 
     asked: requests and the ids of their prompts. stream: look at the texts every few rounds.
@@ -84,22 +114,20 @@ class Run:
         self._depth = self._strategy.depth(engine.model.config)
         self._conversation = conversation or Conversation()
         self._cancelled = cancelled
-        self._rows: dict[int, Row] = {}
-        self._worked = 0.0
+        self._rows: dict[int, ActiveRow] = {}
+        self._worked = 0.0  # seconds, without compiling
         self._compiled_before = engine.compile_seconds
+        self._is_single = engine.batch_size == 1
         longest = 1 + max(len(ids) for _, ids in asked)
         engine.check_memory(
             longest,
             max(len(ids) + request.max_new_tokens for request, ids in asked),
             held=self._conversation.device_bytes,
         )
-        if engine.batch_size == 1:
-            self._first = self._single(*asked[0])
-            self._state = self._first[0]
-        else:
-            self._first = None
-            self._state = self._create([None] * engine.batch_size, engine.capacity(longest))
-        self._decode = self._decode_program()
+        self._state: DecodeState | None = None
+        self._unread: int | None = None  # tokens in the cache of a single row before its prefill
+        if not self._is_single:
+            self._state = self._create([FILLER] * engine.batch_size, engine.capacity(longest))
 
     def updates(self) -> Iterator[Update]:
         """Everything that is found, until all requests have ended."""
@@ -122,37 +150,40 @@ class Run:
                 if self._rows and not (waiting and free):
                     self._advance()
         finally:
-            if self._engine.batch_size == 1:
-                # Before its prompt is read, a row has what it shares with the text before.
-                count = self._first and self._first[1]
-                self._conversation.keep(self._state, self._engine.model, count)
+            self._leave()
+
+    def _leave(self) -> None:
+        """Keeps the cache of a single row for the next text."""
+        if self._is_single and self._state is not None:
+            self._conversation.keep(self._state, self._engine.model, self._unread)
 
     def _admit(self, row: int, index: int, request: Request, ids: list[int]) -> None:
         """Reads a prompt and gives it a row."""
-        alone, programs = self._engine.batch_size == 1, self._engine.programs
-        if self._first is not None:
-            single, known = self._first
-        else:
-            if alone:
-                self._conversation.keep(self._state, self._engine.model)
-            single, known = self._single(request, ids)
+        engine = self._engine
+        self._leave()
+        capacity = engine.capacity(len(ids) + 1) if self._is_single else self._state.capacity
+        cache, known = self._conversation.take(ids, capacity, self._depth, engine.model)
+        capacity = capacity if cache is None else cache.capacity
+        single = self._create([(request, ids)], capacity, cache)
+        if self._is_single:
+            self._state, self._unread = single, known
+        self._rounds(single if self._is_single else self._state)  # compiled before a token is shown
         chunk = chunk_size(len(ids) - known, single.capacity)
-        read = programs.get(partial(prefill, chunk=chunk, depth=self._depth), single, np.int32(0))
+        read = engine.programs.get(
+            partial(prefill, chunk=chunk, depth=self._depth), single, np.int32(0)
+        )
         single, seconds = _timed(read, single, np.int32(known))
-        self._first = None
-        if alone:
-            self._state = single
-            self._decode = self._decode_program()
+        if self._is_single:
+            self._state, self._unread = single, None
         else:
-            put = programs.get(partial(insert), self._state, single, np.int32(0))
+            put = engine.programs.get(partial(insert), self._state, single, np.int32(0))
             self._state, more = _timed(put, self._state, single, np.int32(row))
-            self._conversation.keep(single, self._engine.model)
+            self._conversation.keep(single, engine.model)
             seconds += more
         self._worked += seconds
-        self._engine.prefill_seconds += seconds
-        text = RowText(self._engine.tokenizer, ids, request.stop)
+        text = RowText(engine.tokenizer, ids, request.stop)
         looked = (self._worked, 0)
-        self._rows[row] = Row(index, request, ids, text, seconds, self._worked, looked)
+        self._rows[row] = ActiveRow(index, request, ids, text, seconds, self._worked, looked)
 
     def _look(self, row: int, finish_B: np.ndarray) -> Update | None:
         """Reads what is new in a row, if it has ended or somebody waits for it; marks in `finish_B`
@@ -183,35 +214,31 @@ class Run:
         return Update(live.index, text, trace, completion)
 
     def _advance(self) -> None:
-        """Rounds, until a row ends or it is time to look."""
-        self._grow()
-        looks = self._stream or any(live.request.stop for live in self._rows.values())
-        rounds = np.int32(ROUNDS_PER_LOOK if looks else ALL_ROUNDS)
-        self._state, seconds = _timed(self._decode, self._state, rounds, self._arguments)
-        self._worked += seconds
-        self._engine.decode_seconds += seconds
-
-    def _grow(self) -> None:
-        """Gives the rows the next capacity if one of them has no room for another round."""
+        """Rounds, until a row ends or it is time to look; first the next capacity, if a row has no
+        room for another round."""
         state, engine = self._state, self._engine
         length_B, finish_B = np.array(state.length_B), np.array(state.finish_B)
         longest = int(length_B[finish_B == RUNNING].max())
-        if longest + self._strategy.slack <= state.capacity:
-            return
-        larger = partial(grow, capacity=engine.capacity(longest))
-        program = engine.programs.get(larger, state, donate=False)
-        self._state, seconds = _timed(program, state)
+        if longest + self._strategy.slack > state.capacity:
+            larger = partial(grow, capacity=engine.capacity(longest))
+            self._work(engine.programs.get(larger, state, donate=False))
         del state  # the smaller cache, before anything is compiled
+        looks = self._stream or any(live.request.stop for live in self._rows.values())
+        rounds = np.int32(ROUNDS_PER_LOOK if looks else ALL_ROUNDS)
+        self._work(self._rounds(self._state), rounds, self._arguments)
+
+    def _rounds(self, state: DecodeState) -> Callable:
+        """The program for rounds of a state."""
+        loop = partial(decode, strategy=self._strategy)
+        return self._engine.programs.get(loop, state, np.int32(0), self._arguments)
+
+    def _work(self, program: Callable, *rest) -> None:
+        """Runs a program on the rows, and takes the time."""
+        self._state, seconds = _timed(program, self._state, *rest)
         self._worked += seconds
-        engine.decode_seconds += seconds
-        self._decode = self._decode_program()
+        self._engine.decode_seconds += seconds
 
-    def _decode_program(self) -> Callable:
-        """The loop for the capacity of the rows."""
-        function = partial(decode, strategy=self._strategy)
-        return self._engine.programs.get(function, self._state, np.int32(0), self._arguments)
-
-    def _complete(self, live: Row, trace: Trace, reason: str, seconds: float) -> Completion:
+    def _complete(self, live: ActiveRow, trace: Trace, reason: str, seconds: float) -> Completion:
         """What a row that has ended gave, and the seconds that it took."""
         sampling = live.request.sampling
         if not live.request.log_probs:
@@ -229,18 +256,8 @@ class Run:
             finish_reason=reason,
         )
 
-    def _single(self, request: Request, ids: list[int]) -> tuple[DecodeState, int]:
-        """A state with this row, and how many of its tokens its cache holds. Its capacity is that
-        of the batch; a row alone begins with what its prompt needs."""
-        alone = self._engine.batch_size == 1
-        capacity = self._engine.capacity(len(ids) + 1) if alone else self._state.capacity
-        cache, known = self._conversation.take(ids, capacity, self._depth, self._engine.model)
-        capacity = capacity if cache is None else cache.capacity
-        return self._create([(request, ids)], capacity, cache), known
-
-    def _create(self, rows, capacity: int, cache=None) -> DecodeState:
-        """A state of these requests and ids, None for a row that has ended from the start; it fits
-        the programs for all that is asked."""
+    def _create(self, rows, capacity: int, cache: KVCache | None = None) -> DecodeState:
+        """A state of these requests and ids; it fits the programs for all that is asked."""
         engine, requests = self._engine, [request for request, _ in self._asked]
         vocab = engine.model.config.vocab_size
         # A tokenizer may name ends that the model does not have: nothing ends there.
@@ -252,8 +269,6 @@ class Run:
 
         room = max(1, *(len(ends(request)) for request in requests))
         room = -(-room // STOP_IDS) * STOP_IDS
-        filler = (Request(prompt=(), max_new_tokens=0), [0])
-        rows = [filler if row is None else row for row in rows]
         stop_ids = [ends(request) for request, _ in rows]
         return DecodeState.create(
             engine.model.config,
@@ -263,7 +278,6 @@ class Run:
             capacity=capacity,
             num_layers=self._depth,
             dtype=engine.model.dtype,
-            stacked=engine.model.is_stacked,
             sampling=[request.sampling for request, _ in rows],
             among=[request.sampling for request in requests],
             log_probs=any(request.log_probs for request in requests),
@@ -272,10 +286,10 @@ class Run:
         )
 
 
-def chunk_size(unread: int, capacity: int) -> int:
-    """The size in which so many tokens are read into a cache of `capacity` slots."""
-    sizes = [size for size in CHUNKS if size <= capacity]
-    return next((size for size in sizes if size >= unread), sizes[-1])
+def shared_prefix(known: Sequence[int], ids: Sequence[int]) -> int:
+    """How many tokens both begin with; at most all of `ids` but the last, which is to be read."""
+    limit = min(len(known), len(ids) - 1)
+    return next((i for i in range(limit) if known[i] != ids[i]), limit)
 
 
 def _timed(program: Callable, *arguments) -> tuple[DecodeState, float]:

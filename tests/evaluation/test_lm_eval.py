@@ -1,5 +1,6 @@
 """lm-evaluation-harness over an engine, on local tasks and without a network."""
 
+import json
 import math
 import os
 from pathlib import Path
@@ -18,9 +19,9 @@ from lsjax.data.tokenizer_huggingface import ByteTokenizer
 from lsjax.decoding.autoregressive import Autoregressive, EarlyExit
 from lsjax.decoding.engine import Engine
 from lsjax.decoding.self_speculative import SelfSpeculative
-from lsjax.evaluation import harness
-from lsjax.evaluation.harness import HarnessModel, evaluate, find_tasks
-from lsjax.evaluation.scoring import Text, score
+from lsjax.evaluation import lm_eval
+from lsjax.evaluation.exits import Text, score_texts
+from lsjax.evaluation.lm_eval import EngineLM, evaluate, find_tasks
 
 TASKS = Path(__file__).parent / "tasks"
 NAMES = ["tiny_choice", "tiny_generation", "tiny_rolling"]
@@ -38,30 +39,30 @@ def engine(model):
 @pytest.fixture
 def lm(engine):
     engine.use(Autoregressive())
-    return HarnessModel(engine, name="tiny")
+    return EngineLM(engine, name="tiny")
 
 
 @pytest.fixture(scope="module")
 def run(engine, tmp_path_factory):
-    """Runs all tasks with a strategy, on one HarnessModel."""
-    shared = HarnessModel(engine, name="tiny")
+    """Runs all tasks with a strategy, on one EngineLM."""
+    shared = EngineLM(engine, name="tiny")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(TASKS)  # where their data is
         patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("datasets"))
         manager, tasks = find_tasks(["tiny_*"], TASKS)
         assert sorted(tasks) == NAMES
 
-        def run(strategy, **options):
+        def run(strategy, output=None, **options):
             engine.use(strategy)
-            return evaluate(shared, manager, tasks, **options)
+            return evaluate(shared, manager, tasks, output, **options)
 
         yield run
 
 
 @pytest.fixture(scope="module")
 def results(run):
-    """By strategy; self-speculation first, so that autoregressive decoding finds its scores."""
-    return {strategy.name: run(strategy) for strategy in (SPECULATIVE, EarlyExit(2))}
+    """By strategy."""
+    return {one.name: run(one) for one in (SPECULATIVE, EarlyExit(2), Autoregressive())}
 
 
 def ask(kind, *arguments) -> list[Instance]:
@@ -81,7 +82,9 @@ def test_figures_are_those_of_the_scores(results, model, name, exit_layer):
 
     def log_prob(context: str, text: str) -> float:
         tokens = [256, *context.encode(), *text.encode()]
-        (found,) = score(model, [Text(tokens, len(text))], exit_layer=exit_layer, batch_size=2)
+        (found,) = score_texts(
+            model, [Text(tokens, len(text))], exit_layer=exit_layer, batch_size=2
+        )
         return found.log_prob
 
     samples, figures = results[name]["samples"], results[name]["results"]
@@ -102,37 +105,14 @@ def test_figures_are_those_of_the_scores(results, model, name, exit_layer):
 def test_the_results_say_who_answered(results):
     speculative, early = results["self_speculative"], results["early_exit"]
     assert speculative["config"]["model"] == "tiny, self speculative, exit 3, 4 drafts"
+    assert speculative["config"]["num_draft_tokens"] == 4
     assert speculative["config"]["loglikelihood_layers"] == 4
     assert early["config"]["strategy"] == "early_exit" and early["config"]["exit_layer"] == 2
     assert early["config"]["loglikelihood_layers"] == 2
-    for layers, found in ((4, speculative), (2, early)):
-        for sample in found["samples"]["tiny_choice"]:
-            choices = len(sample["doc"]["choices"])
-            assert sample["answered_by"] == choices * [
-                {"strategy": "forward_pass", "exit_layer": layers}
-            ]
-        for sample in found["samples"]["tiny_rolling"]:
-            assert sample["answered_by"] == [{"strategy": "forward_pass", "exit_layer": layers}]
-    for sample in speculative["samples"]["tiny_generation"]:
-        (answer,) = sample["answered_by"]
-        assert (answer["strategy"], answer["exit_layer"]) == ("self_speculative", 3)
-        assert answer["num_draft_tokens"] == 4 and 1 <= answer["num_new_tokens"] <= 12
-        assert 0 <= answer["accepted"] <= answer["drafted"]
-    assert sum(s["answered_by"][0]["drafted"] for s in speculative["samples"]["tiny_generation"])
-    for sample in early["samples"]["tiny_generation"]:
-        assert sample["answered_by"][0]["strategy"] == "early_exit"
 
 
-def test_strategies_give_the_same_texts_and_one_pass_serves_them_all(results, run, monkeypatch):
-    asked = []
-
-    def counted(model, texts, **options):
-        asked.append((options["exit_layer"], len(texts)))
-        return score(model, texts, **options)
-
-    monkeypatch.setattr(harness, "score", counted)
-    found = run(Autoregressive())
-    assert asked == [(4, 0), (4, 0)]  # the passes for self-speculation were of all layers too
+def test_self_speculation_scores_what_autoregressive_decoding_does(results):
+    found = results["autoregressive"]
     assert texts_of(found) == texts_of(results["self_speculative"])
     assert texts_of(found) != texts_of(results["early_exit"])
     same = ["tiny_choice", "tiny_rolling"]
@@ -142,11 +122,18 @@ def test_strategies_give_the_same_texts_and_one_pass_serves_them_all(results, ru
     assert found["config"]["model"] == "tiny, autoregressive"
 
 
-def test_generation_settings_can_be_changed_and_documents_limited(run):
-    found = run(Autoregressive(), limit=2, gen_kwargs="max_gen_toks=3,until=zzz")
-    answers = [s["answered_by"][0] for s in found["samples"]["tiny_generation"]]
-    assert [answer["num_new_tokens"] for answer in answers] == [3, 3]
+def test_generation_settings_can_be_changed_and_documents_limited(run, engine, tmp_path):
+    """lm_eval saves its results in a folder of the strategy."""
+    found = run(Autoregressive(), tmp_path, limit=2, gen_kwargs="max_gen_toks=3,until=zzz")
+    assert [len(engine.tokenizer.encode(text, add_bos=False)) <= 3 for text in texts_of(found)]
     assert found["n-samples"]["tiny_choice"]["effective"] == 2
+    (folder,) = tmp_path.iterdir()
+    assert folder.name == "tiny_autoregressive"
+    (file,) = folder.glob("results_*.json")
+    saved = json.loads(file.read_text())
+    assert saved["config"]["strategy"] == "autoregressive"
+    assert saved["results"].keys() == {*NAMES}
+    assert len(list(folder.glob("samples_*.jsonl"))) == 3
 
 
 def test_sampling_without_a_temperature_draws(lm):
@@ -182,7 +169,7 @@ def test_trailing_spaces_go_with_the_continuation_and_empty_contexts_begin_with_
     pairs = [("a ", "b"), ("", "ab"), (" ", "b"), ("a", "")]
     found = lm.loglikelihood(ask("loglikelihood", *pairs), disable_tqdm=True)
     texts = [([97, 32, 98], 2), ([97, 98], 2), ([32, 98], 2), ([97], 0)]
-    wanted = score(model, [Text([256, *tokens], n) for tokens, n in texts], batch_size=2)
+    wanted = score_texts(model, [Text([256, *tokens], n) for tokens, n in texts], batch_size=2)
     assert [log_prob for log_prob, _ in found] == pytest.approx([w.log_prob for w in wanted])
 
 
@@ -262,23 +249,21 @@ def test_chats_begin_once(lm, model, tokenizer):
     assert lm.chat_template(True) == lm.tokenizer.chat_template
     assert lm.tokenizer_name == lm.tokenizer.fingerprint
     with pytest.raises(ChatTemplateError, match="this model has none"):
-        HarnessModel(Engine(model, tokenizer)).apply_chat_template(messages)
+        EngineLM(Engine(model, tokenizer)).apply_chat_template(messages)
 
 
 def test_unknown_tasks(monkeypatch):
-    """lm_eval's own are looked through too; which takes seconds, so not here."""
+    """A directory's tasks are looked through, or lm_eval's own: not here, which takes seconds."""
     managers = []
-    real = harness.TaskManager
+    real = lm_eval.TaskManager
 
     def manager(include_path, include_defaults):
         managers.append((include_path, include_defaults))
         return real(include_path=include_path, include_defaults=False)
 
-    monkeypatch.setattr(harness, "TaskManager", manager)
+    monkeypatch.setattr(lm_eval, "TaskManager", manager)
     with pytest.raises(ConfigError, match="no task is called nothing"):
         find_tasks(["tiny_choice", "nothing"], TASKS)
-    assert managers == [(str(TASKS), False), (str(TASKS), True)]
-    managers.clear()
     with pytest.raises(ConfigError, match="no task is called tiny_choice"):
         find_tasks(["tiny_choice"])
-    assert managers == [(None, True)]
+    assert managers == [(str(TASKS), False), (None, True)]

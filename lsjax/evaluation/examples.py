@@ -9,26 +9,27 @@ from pathlib import Path
 from lsjax.config import ConfigError, DataConfig, check
 from lsjax.data.documents import Document, find_files, stop_at
 from lsjax.data.sources import (
+    Fields,
+    Refuse,
     comma_separated_rows,
     json_rows,
     row_document,
     tab_separated_rows,
 )
-from lsjax.evaluation.tasks.task import Example, Row, Task
+from lsjax.evaluation.tasks import Example, Task
 
 # By the end of a file's name, behind which .gz may stand.
 READERS = {".jsonl": json_rows, ".tsv": tab_separated_rows, ".csv": comma_separated_rows}
+SHOT_ROWS = 10_000  # of which shots are drawn
 
-SHOT_ROWS = 10_000
-
-Refuse = Callable[[ConfigError], None]
+PlacedRow = tuple[str, str, Fields]  # a short name, where it stands in words, and its fields
 
 
-def file_rows(paths: Sequence[str], refuse: Refuse = stop_at) -> Iterator[tuple[str, str, Row]]:
-    """Of each row of the files: a short name, where it stands, and its fields.
+def file_rows(paths: Sequence[str], refuse: Refuse = stop_at) -> Iterator[PlacedRow]:
+    """The rows of files: .jsonl, .tsv or .csv, each also as .gz.
 
-    Raises ConfigError for a missing file, one of another kind, and a bad row, unless `refuse`,
-    which is called with each bad row's error, returns.
+    Raises ConfigError for a missing file and for one of another kind. `refuse` is called with the
+    error of each bad row, which is left out if it returns.
     """
     for file in find_files(paths):
         kind = Path(file.stem).suffix if file.suffix == ".gz" else file.suffix
@@ -40,8 +41,8 @@ def file_rows(paths: Sequence[str], refuse: Refuse = stop_at) -> Iterator[tuple[
             yield f"{file.name}:{number}", f"{file}, line {number}", row
 
 
-def tfds_rows(name: str, split: str, data_dir: str) -> Iterator[tuple[str, str, Row]]:
-    """The same of a TensorFlow data set."""
+def tfds_rows(name: str, split: str, data_dir: str) -> Iterator[PlacedRow]:
+    """The rows of a TensorFlow data set."""
     # Only here: its import takes a second.
     from lsjax.data.tfds_rows import TfdsRows
 
@@ -49,12 +50,12 @@ def tfds_rows(name: str, split: str, data_dir: str) -> Iterator[tuple[str, str, 
         yield f"{split}:{number}", where, row
 
 
-def templates(task: Task, trained: DataConfig | None, rows: Iterable[Row] = ()) -> DataConfig:
-    """How prompts and responses are made: as they were for training, if the model was finetuned on
-    rows with these fields, else as the task says.
+def templates(task: Task, trained: DataConfig | None, rows: Iterable[PlacedRow] = ()) -> DataConfig:
+    """The templates of training, if the model was finetuned on rows with these fields, else the
+    task's.
 
-    trained: the data of the run, if the model is one. rows: some of the task's; the first that
-    either can be made of decides.
+    trained: the data of the run, if the model is one. rows: some of the task's; the first one that
+    fits either decides.
     """
     own = DataConfig(
         source="jsonl",
@@ -64,10 +65,10 @@ def templates(task: Task, trained: DataConfig | None, rows: Iterable[Row] = ()) 
     )
     if trained is None or not trained.has_prompts:
         return own
-    for row in rows:
+    for _, _, row in rows:
         for data in (trained, own):
             with suppress(ConfigError):
-                row_document(task.fields(row), data, "")
+                row_document(task.change(row), data, "")
                 return data
     return own
 
@@ -75,7 +76,7 @@ def templates(task: Task, trained: DataConfig | None, rows: Iterable[Row] = ()) 
 def make_examples(
     task: Task,
     data: DataConfig,
-    rows: Iterable[tuple[str, str, Row]],
+    rows: Iterable[PlacedRow],
     *,
     shots: Sequence[Document] = (),
     seen: frozenset[str] = frozenset(),
@@ -87,11 +88,26 @@ def make_examples(
     data: the templates. shots: stand before each prompt. seen: prompts of training rows. accept:
     may raise ConfigError for an example that the model can't be asked.
 
-    Raises ConfigError, with where the row stands, for a bad one, or calls `refuse` with it.
+    `refuse` is called with the error of each bad row, which is left out if it returns.
     """
+    before = before_prompts(task, shots)
     for name, where, row in rows:
         try:
-            example = _example(task, data, name, where, row, shots, seen)
+            fields = changed(task, where, row)
+            own = row_document(fields, data, where)
+            check(
+                bool(own.text.strip()) or not task.needs_reference,
+                f"{where} has an empty response: there is nothing to compare with",
+            )
+            check(own not in shots, f"{where} is one of the shots: draw them from other rows")
+            example = Example(
+                id=str(fields.get(task.id, name)),
+                prompt=before + own.prompt,
+                reference=own.text,
+                group=str(fields.get(task.group, "")),
+                seen=own.prompt.strip() in seen,
+                fields=fields,
+            )
             try:
                 accept(example)
             except ConfigError as error:
@@ -102,24 +118,29 @@ def make_examples(
         yield example
 
 
-def prompts_of(task: Task, data: DataConfig, rows: Iterable[tuple[str, str, Row]]) -> set[str]:
+def changed(task: Task, where: str, row: Fields) -> Fields:
+    """The row as the templates read it. Raises ConfigError with where it stands."""
+    try:
+        return task.change(row)
+    except ConfigError as error:
+        raise ConfigError(f"{where} {error}") from None
+
+
+def prompts_of(task: Task, data: DataConfig, rows: Iterable[PlacedRow]) -> frozenset[str]:
     """The prompts of rows, without shots, as `make_examples` compares them."""
-    return {document(task, data, where, row).prompt.strip() for _, where, row in rows}
+    documents = (row_document(changed(task, where, row), data, where) for _, where, row in rows)
+    return frozenset(document.prompt.strip() for document in documents)
 
 
 def choose_shots(
-    task: Task,
-    data: DataConfig,
-    rows: Iterable[tuple[str, str, Row]],
-    count: int,
-    seed: int,
+    task: Task, data: DataConfig, rows: Iterable[PlacedRow], count: int, seed: int
 ) -> tuple[Document, ...]:
     """`count` rows, drawn by the seed from the first SHOT_ROWS.
 
     Raises ConfigError where there are fewer.
     """
     some = islice(rows, SHOT_ROWS)
-    documents = [document(task, data, where, row) for _, where, row in some]
+    documents = [row_document(changed(task, where, row), data, where) for _, where, row in some]
     check(
         len(documents) >= count,
         f"{count} shots are asked for, but there are {len(documents)} rows for them: lower "
@@ -129,44 +150,6 @@ def choose_shots(
 
 
 def before_prompts(task: Task, shots: Sequence[Document]) -> str:
-    """What stands before every prompt."""
+    """The text before every prompt: the shots."""
     parts = (f"{one.prompt}{task.shot_response(one.text)}{task.between_shots}" for one in shots)
     return "".join(parts) + task.after_shots if shots else ""
-
-
-def document(task: Task, data: DataConfig, where: str, row: Row) -> Document:
-    """Prompt and response of a row. Raises ConfigError, with where the row stands."""
-    return row_document(_fields(task, where, row), data, where)
-
-
-def _fields(task: Task, where: str, row: Row) -> Row:
-    try:
-        return task.fields(row)
-    except ConfigError as error:
-        raise ConfigError(f"{where} {error}") from None
-
-
-def _example(
-    task: Task,
-    data: DataConfig,
-    name: str,
-    where: str,
-    row: Row,
-    shots: Sequence[Document],
-    seen: frozenset[str],
-) -> Example:
-    fields = _fields(task, where, row)
-    own = row_document(fields, data, where)
-    check(
-        bool(own.text.strip()) or not task.needs_reference,
-        f"{where} has an empty response: there is nothing to compare with",
-    )
-    check(own not in shots, f"{where} is one of the shots: draw them from other rows")
-    return Example(
-        id=str(fields.get(task.id, name)) if task.id else name,
-        prompt=before_prompts(task, shots) + own.prompt,
-        reference=own.text,
-        group=str(fields.get(task.group, "")) if task.group else "",
-        seen=own.prompt.strip() in seen,
-        row=fields,
-    )

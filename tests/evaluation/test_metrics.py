@@ -2,8 +2,8 @@
 
 import pytest
 
-from lsjax.evaluation.tasks.task import Example
-from lsjax.evaluation.tasks.topv2 import Tree, normalised, parse_tree, score
+from lsjax.evaluation.metrics import Tree, decoupled, parse_tree, tree_match
+from lsjax.evaluation.tasks import TASKS, Example
 
 ALARM = "[IN:CREATE_ALARM set alarm [SL:DATE_TIME for 2 hours ] ]"
 NESTED = (
@@ -24,13 +24,12 @@ def test_a_tree_is_read_whatever_the_white_space():
 )
 def test_what_is_no_tree(text):
     assert parse_tree(text) is None
-    example = Example(id="1", prompt="p", reference="set alarm")
-    assert score(text, example)["tree_match"] == 0
+    assert tree_match(text, "set alarm") == {"tree_match": 0}
 
 
 def test_words_that_are_no_value_are_left_out():
     where = Tree("IN:GET_LOCATION", (Tree("SL:POINT_ON_MAP", ("Met",)),))
-    assert normalised(parse_tree(NESTED)) == Tree(
+    assert decoupled(parse_tree(NESTED)) == Tree(
         "IN:GET_EVENT",
         (Tree("SL:CATEGORY_EVENT", ("plays",)), Tree("SL:LOCATION", (where,))),
     )
@@ -49,5 +48,5 @@ def test_words_that_are_no_value_are_left_out():
     ],
 )  # fmt: skip
 def test_scores(text, exact, tree):
-    found = score(text, Example(id="1", prompt="p", reference=ALARM))
+    found = TASKS["topv2"].score(text, Example(id="1", prompt="p", reference=ALARM))
     assert found == {"exact_match": exact, "tree_match": tree}

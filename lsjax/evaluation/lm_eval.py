@@ -3,26 +3,26 @@
 lm_eval turns tasks into requests of three kinds:
 
     generate_until          decoded by the engine's strategy; its rows are refilled as texts end
-    loglikelihood           scored (scoring.py) by one pass through the layers whose distribution
-    loglikelihood_rolling   the strategy has: E for early exit, all for the others
+    loglikelihood           scored by one pass through the layers whose distribution the strategy
+    loglikelihood_rolling   has: E for early exit, all for the others
 
 This module alone imports lm_eval, which `pip install 'lsjax[eval]'` brings.
 """
 
-import hashlib
 import os
-from collections import defaultdict
 from collections.abc import Sequence
-from functools import lru_cache, partial
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from lm_eval import simple_evaluate
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
+from lm_eval.loggers import EvaluationTracker
 from lm_eval.models.utils import maybe_truncate, normalize_gen_kwargs
 from lm_eval.tasks import TaskManager
+from lm_eval.utils import get_rolling_token_windows, make_table  # noqa: F401
 from tqdm import tqdm
 
 from lsjax.config import ConfigError, check
@@ -30,8 +30,8 @@ from lsjax.data.chat import render_chat
 from lsjax.decoding.engine import Engine
 from lsjax.decoding.request import Request
 from lsjax.decoding.sampling import Sampling
-from lsjax.evaluation.answers import Answer
-from lsjax.evaluation.scoring import Score, Text, score
+from lsjax.evaluation.answers import Cell
+from lsjax.evaluation.exits import Text, TextScore, score_texts
 
 # What a task may say of sampling, with the engine's name for it.
 SAMPLING = {
@@ -41,23 +41,17 @@ SAMPLING = {
 BOOTSTRAP = 1000  # resamplings for a standard error that has no formula
 
 
-class HarnessModel(TemplateLM):
+class EngineLM(TemplateLM):
     """An engine as lm_eval's model; `engine.use(strategy)` changes who answers from then on.
 
     name: of the model, for the results. seed: of the first sampled text; each further one has the
-    next number. answers: who answered, by task and document, request by request.
-
-    Context and continuation are encoded together and parted where the context's own tokens end, as
-    lm_eval's models do it. A context that does not fit loses its beginning.
+    next number. A context that does not fit loses its beginning.
     """
 
     def __init__(self, engine: Engine, *, name: str = "lsjax", seed: int = 0):
         super().__init__()
         self.engine, self.name, self.seed = engine, name, seed
         self.tokenizer = engine.tokenizer
-        self.answers: dict[tuple[str, int], list[Answer]] = defaultdict(list)
-        self._encode = lru_cache(maxsize=4096)(self.tokenizer.encode)
-        self._scores: dict[tuple, Score] = {}
 
     @property
     def eot_token_id(self) -> int:
@@ -84,14 +78,10 @@ class HarnessModel(TemplateLM):
 
     def get_model_info(self) -> dict[str, Any]:
         """What lm_eval writes into the config of its results."""
-        answer = Answer.by(self.engine.strategy)
+        cell = Cell.of(self.engine.strategy)
         return {
-            "model": f"{self.name}, {answer}",
-            "strategy": answer.strategy,
-            "exit_layer": answer.exit_layer,
-            "num_draft_tokens": answer.num_draft_tokens,
-            "draft_vocab": answer.draft_vocab,
-            "draft_confidence": answer.draft_confidence,
+            "model": f"{self.name}, {cell}",
+            **asdict(cell),
             "loglikelihood_layers": self.depth,
             "model_dtype": str(self.engine.model.dtype),
             "max_length": self.engine.max_length,
@@ -104,7 +94,7 @@ class HarnessModel(TemplateLM):
         text has it already, as one of a chat template may."""
         has_bos = string.startswith(self.tokenizer.special_tokens.get("bos_token", ""))
         add_bos = self.tokenizer.add_bos and add_special_tokens is not False and not has_bos
-        return list(self._encode(string, add_bos=add_bos))
+        return self.tokenizer.encode(string, add_bos=add_bos)
 
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
@@ -117,23 +107,46 @@ class HarnessModel(TemplateLM):
             special_tokens=self.tokenizer.special_tokens,
         )
 
-    def loglikelihood(
-        self, requests: list[Instance], disable_tqdm: bool = False
-    ) -> list[tuple[float, bool]]:
-        """Log-probability of each continuation, and whether greedy decoding would give it."""
-        found = super().loglikelihood(requests, disable_tqdm)
-        return self._noted("loglikelihood", requests, found)
-
     def loglikelihood_rolling(
         self, requests: list[Instance], disable_tqdm: bool = False
     ) -> list[float]:
         """Log-probability of each whole text, window by window."""
-        texts = []
-        for request in requests:
+        texts, owners = [], []
+        for number, request in enumerate(requests):
             ids = self.tok_encode(request.args[0], add_special_tokens=False)
-            texts.append(Text([self.prefix_token_id, *ids], len(ids)))
-        found = [one.log_prob for one in self._score(texts, disable_tqdm)]
-        return self._noted("loglikelihood_rolling", requests, found)
+            prefix, length = self.prefix_token_id, self.engine.max_length
+            for inputs, scored in get_rolling_token_windows(ids, prefix, length, context_len=1):
+                texts.append(Text([*inputs, scored[-1]], len(scored)))
+                owners.append(number)
+        found = [0.0] * len(requests)
+        for number, one in zip(owners, self._score(texts, disable_tqdm), strict=True):
+            found[number] += one.log_prob
+        return found
+
+    def _loglikelihood_tokens(
+        self,
+        requests: list[tuple[tuple[str, str], list[int], list[int]]],
+        disable_tqdm: bool = False,
+        **kwargs: Any,
+    ) -> list[tuple[float, bool]]:
+        """Log-probability of each continuation, and whether greedy decoding would give it."""
+        texts = []
+        for _, context, continuation in requests:
+            tokens = [*(context or [self.prefix_token_id]), *continuation]
+            tokens = tokens[-self.engine.max_length - 1 :]
+            texts.append(Text(tokens, min(len(continuation), len(tokens) - 1)))
+        return [(one.log_prob, one.is_greedy) for one in self._score(texts, disable_tqdm)]
+
+    def _score(self, texts: Sequence[Text], quiet: bool) -> list[TextScore]:
+        engine = self.engine
+        return score_texts(
+            engine.model,
+            texts,
+            exit_layer=self.depth,
+            batch_size=engine.batch_size,
+            mesh=engine.mesh,
+            track=partial(tqdm, desc=f"one pass of {self.depth} layers", disable=quiet),
+        )
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """The engine's texts, each up to the first of its `until` strings.
@@ -144,11 +157,10 @@ class HarnessModel(TemplateLM):
             self._request(*request.args, seed=self.seed + number)
             for number, request in enumerate(requests)
         ]
-        who = str(Answer.by(self.engine.strategy))
+        who = str(Cell.of(self.engine.strategy))
         with tqdm(total=len(asked), desc=who, disable=disable_tqdm) as bar:
             completions = self.engine.generate(asked, on_completion=lambda *_: bar.update())
-        texts = [completion.text for completion in completions]
-        return self._noted("generate_until", requests, texts, [Answer.of(c) for c in completions])
+        return [completion.text for completion in completions]
 
     def _request(self, context: str, settings: dict[str, Any], *, seed: int) -> Request:
         """lm_eval's request as the engine's."""
@@ -169,12 +181,6 @@ class HarnessModel(TemplateLM):
         )
         sampling = {SAMPLING[name]: value for name, value in settings.items()}
         sampling["temperature"] = 0.0 if is_greedy else sampling.get("temperature", 1.0)
-        for name, value in sampling.items():
-            kinds = int if name in ("top_k", "no_repeat_ngram") else int | float
-            check(
-                isinstance(value, kinds),
-                f"{name} is {value!r}, but must be a number: correct the task, or --gen-kwargs",
-            )
         ids = self.tok_encode(context) or [self.prefix_token_id]
         ids, _ = maybe_truncate(ids, room, self.engine.max_length)
         # Texts are without special tokens: the spelling of one is meant to end them as a token.
@@ -187,93 +193,40 @@ class HarnessModel(TemplateLM):
             sampling=Sampling(seed=seed, **sampling),
         )
 
-    def _loglikelihood_tokens(
-        self,
-        requests: list[tuple[tuple[str, str], list[int], list[int]]],
-        disable_tqdm: bool = False,
-        **kwargs: Any,
-    ) -> list[tuple[float, bool]]:
-        texts = [
-            Text([*(context or [self.prefix_token_id]), *continuation], len(continuation))
-            for _, context, continuation in requests
-        ]
-        return [(one.log_prob, one.is_greedy) for one in self._score(texts, disable_tqdm)]
-
-    def _score(self, texts: Sequence[Text], quiet: bool) -> list[Score]:
-        """Scores of the texts. What strategies of one depth ask again is known."""
-        engine, depth = self.engine, self.depth
-        keys = [(depth, text.count, _digest(text.tokens)) for text in texts]
-        new = {key: text for key, text in zip(keys, texts, strict=True) if key not in self._scores}
-        found = score(
-            engine.model,
-            list(new.values()),
-            exit_layer=depth,
-            batch_size=engine.batch_size,
-            max_length=engine.max_length,
-            mesh=engine.mesh,
-            track=partial(tqdm, desc=str(Answer.forward_pass(depth)), disable=quiet or not new),
-        )
-        self._scores.update(zip(new, found, strict=True))
-        return [self._scores[key] for key in keys]
-
-    def _noted(
-        self,
-        kind: str,
-        requests: list[Instance],
-        results: list,
-        answers: Sequence[Answer] | None = None,
-    ) -> list:
-        """The results, once it is noted who gave them (a forward pass by default) and lm_eval's
-        cache, if there is one, has them."""
-        answers = answers or [Answer.forward_pass(self.depth)] * len(requests)
-        for request, result, answer in zip(requests, results, answers, strict=True):
-            self.answers[request.task_name, request.doc_id].append(answer)
-            self.cache_hook.add_partial(kind, request.args, result)
-        return results
-
 
 def find_tasks(names: Sequence[str], directory: Path | None = None) -> tuple[TaskManager, list]:
-    """lm_eval's index of tasks, and those of these names or patterns; tasks of the directory come
-    first, and where they are all, lm_eval's own 14 thousand are not looked through.
-
-    Raises ConfigError for a name that no task has.
-    """
-    for own in (True, False):
-        if own and directory is None:
-            continue
-        manager = TaskManager(
-            include_path=None if directory is None else str(directory), include_defaults=not own
-        )
-        found = {name: manager.match_tasks([name]) for name in names}
-        if all(found.values()):
-            break
+    """An index of tasks, and those of these names or patterns: of a directory's .yaml files, or
+    without one of lm_eval's own. Raises ConfigError for a name that no task has."""
+    include = None if directory is None else str(directory)
+    manager = TaskManager(include_path=include, include_defaults=directory is None)
+    found = {name: manager.match_tasks([name]) for name in names}
     for name in names:
         check(
             bool(found[name]),
             f"no task is called {name}: `lm_eval ls tasks` lists lm_eval's own, and --task-path "
-            "names a directory with more",
+            "names a directory with others",
         )
     return manager, [task for name in names for task in found[name]]
 
 
-def evaluate(model: HarnessModel, manager: TaskManager, tasks: list, **options: Any) -> dict:
-    """`lm_eval.simple_evaluate`; each of its samples also says under "answered_by" who answered
-    its requests. options: simple_evaluate's.
+def evaluate(
+    model: EngineLM, manager: TaskManager, tasks: list, output: Path | None = None, **options: Any
+) -> dict:
+    """`lm_eval.simple_evaluate`, whose results lm_eval saves in the directory `output`.
 
-    Raises what lm_eval raises for a task that is wrong or whose data can't be had.
+    options: simple_evaluate's. Raises what lm_eval raises for a task that is wrong or whose data
+    can't be had.
     """
     # lm_eval would bootstrap in forks of this process, which has JAX's threads.
     os.environ["DISABLE_MULTIPROC"] = "1"
-    model.answers.clear()
     results = simple_evaluate(
         model, tasks=tasks, task_manager=manager, bootstrap_iters=BOOTSTRAP, **options
     )
-    for task, samples in results["samples"].items():
-        for sample in samples:
-            answers = model.answers[task, sample["doc_id"]]
-            sample["answered_by"] = [answer.to_json() for answer in answers]
+    if output is not None:
+        tracker = EvaluationTracker(output_path=str(output))
+        name = {"model": model.get_model_info()["model"].replace(", ", "_").replace(" ", "_")}
+        tracker.general_config_tracker.log_experiment_args("lsjax", name, None, None, True)
+        tracker.save_results_aggregated(results, results["samples"])
+        for task, samples in results["samples"].items():
+            tracker.save_results_samples(task, samples)
     return results
-
-
-def _digest(tokens: Sequence[int]) -> bytes:
-    return hashlib.blake2b(np.asarray(tokens, np.int32).tobytes(), digest_size=16).digest()

@@ -1,0 +1,283 @@
+"""Questions from the examples of a task, and a file of answers that is completed."""
+
+import dataclasses
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+import jax
+from rich.console import Console
+from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
+
+from lsjax.checkpoints import fingerprints, is_run, read_run_config
+from lsjax.cli.flags import ModelFlags
+from lsjax.cli.prompts import RowFlags
+from lsjax.cli.setup import machine
+from lsjax.config import ConfigError, DataConfig, bounded, check, split_step
+from lsjax.data.chat import chat_prompt
+from lsjax.data.documents import Document
+from lsjax.data.token_store import encode_document
+from lsjax.data.tokenizer import Tokenizer
+from lsjax.decoding.engine import Engine
+from lsjax.decoding.request import Request
+from lsjax.decoding.sampling import Sampling
+from lsjax.decoding.self_speculative import SelfSpeculative
+from lsjax.decoding.state import Strategy
+from lsjax.evaluation.answers import (
+    Answer,
+    Cell,
+    Question,
+    append,
+    digest,
+    key_of,
+    key_of_answer,
+    resume,
+)
+from lsjax.evaluation.examples import (
+    PlacedRow,
+    choose_shots,
+    file_rows,
+    make_examples,
+    prompts_of,
+    templates,
+    tfds_rows,
+)
+from lsjax.evaluation.tasks import Example, Task
+
+LOOKED_AT = 100  # rows that tell whether they are of the kind that the model was finetuned on
+VERSION = 4  # of the conditions and of a line of answers
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskFlags(RowFlags, ModelFlags):
+    """Which examples of a task a model is asked, and how."""
+
+    data: tuple[str, ...] = ()
+    """Files of rows or patterns: .jsonl, .tsv, .csv, each also as .gz. By default the task's
+    TensorFlow data set."""
+    tfds_split: str | None = None
+    """Another split of that."""
+    tfds_data_dir: str = ""
+    """Where TensorFlow data sets are; empty is TFDS's own, ~/tensorflow_datasets."""
+    offset: int = bounded(0, low=0)
+    """Leaves out the first so many examples."""
+    response_template: str | None = None
+    """The response to compare with, as --prompt-template."""
+    num_shots: int | None = bounded(None, low=0)
+    """Examples with their responses before each prompt; the task's own number by default."""
+    shots_data: tuple[str, ...] = ()
+    """Files that the shots are drawn from, by --seed."""
+    without_seen: tuple[str, ...] = ()
+    """Files of training rows: figures also for the examples whose prompt is not among them."""
+    groups: bool = False
+    """Shows each category of the examples too; files have them in any case."""
+    chat: bool = False
+    """Puts prompts into the model's chat template."""
+    system: str | None = None
+    """With --chat: the system message."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        check(self.chat or self.system is None, "--system needs --chat: give both or none")
+
+
+class BadRows:
+    """Bad rows: the first one ends the program, or each is named and left out."""
+
+    def __init__(self, bad_rows: str, notes: Console):
+        self.found: list[str] = []
+        self._skip, self._notes = bad_rows == "skip", notes
+
+    def __call__(self, error: ConfigError) -> None:
+        if not self._skip:
+            raise error
+        self.found.append(str(error))
+        self._notes.print(f"skipped: {error}", soft_wrap=True)
+
+
+def with_flags(task: Task, flags: TaskFlags, **changes: Any) -> Task:
+    """The task with the numbers and templates that the flags give."""
+    names = ("num_shots", "prompt_template", "response_template")
+    changes |= {name: getattr(flags, name) for name in names}
+    given = {name: value for name, value in changes.items() if value is not None}
+    return dataclasses.replace(task, **given)
+
+
+def read_examples(
+    task: Task,
+    flags: TaskFlags,
+    seed: int,
+    encode: Callable[[str, DataConfig], list[int]],
+    bad_rows: BadRows,
+) -> tuple[list[tuple[Example, list[int]]], DataConfig]:
+    """The examples that are asked for with the ids of their prompts, and the templates.
+
+    seed: draws the shots. encode: a prompt's ids; raises ConfigError for one that does not fit.
+    """
+    rows = _open_rows(task, flags, bad_rows)
+    first: list[PlacedRow] = []
+
+    def looked_at() -> Iterator[PlacedRow]:
+        for row in islice(rows, LOOKED_AT):
+            first.append(row)
+            yield row
+
+    directory, _ = split_step(flags.model)
+    trained = None
+    if flags.prompt_template is None and flags.response_template is None and is_run(directory):
+        trained = read_run_config(directory).data
+    data = templates(task, trained, looked_at())
+    shots: tuple[Document, ...] = ()
+    if task.num_shots:
+        shots = choose_shots(task, data, _shot_rows(task, flags), task.num_shots, seed)
+    prompts: dict[str, list[int]] = {}
+    found = make_examples(
+        task,
+        data,
+        chain(first, rows),
+        shots=shots,
+        seen=prompts_of(task, data, file_rows(flags.without_seen)),
+        accept=lambda example: prompts.update({example.prompt: encode(example.prompt, data)}),
+        refuse=bad_rows,
+    )
+    examples = list(islice(islice(found, flags.offset, None, flags.every), flags.limit))
+    behind = f" behind the first {flags.offset}: choose a smaller --offset"
+    check(
+        bool(examples),
+        f"the data have no examples{behind if flags.offset else ': name other ones'}",
+    )
+    seen_ids: set[str] = set()
+    for example in examples:
+        check(
+            example.id not in seen_ids,
+            f"two rows have the id {example.id}: an answer would have no place of its own; "
+            "evaluate one file at a time",
+        )
+        seen_ids.add(example.id)
+    return [(example, prompts[example.prompt]) for example in examples], data
+
+
+def _open_rows(task: Task, flags: TaskFlags, bad_rows: BadRows) -> Iterator[PlacedRow]:
+    """The rows that the flags name: files, or the task's TensorFlow data set."""
+    if flags.data:
+        check(flags.tfds_split is None, "--tfds-split means nothing to --data")
+        return file_rows(flags.data, bad_rows)
+    check(task.tfds is not None, f"{task.name} is no TensorFlow data set: name its files by --data")
+    name, split, _ = task.tfds
+    return tfds_rows(name, flags.tfds_split or split, flags.tfds_data_dir)
+
+
+def _shot_rows(task: Task, flags: TaskFlags) -> Iterator[PlacedRow]:
+    """The rows that shots are drawn from."""
+    if flags.shots_data:
+        return file_rows(flags.shots_data)
+    check(
+        not flags.data and task.tfds is not None,
+        f"{task.num_shots} shots need rows that are not asked: name their files by --shots-data, "
+        "or choose --num-shots 0",
+    )
+    name, _, split = task.tfds
+    return tfds_rows(name, split, flags.tfds_data_dir)
+
+
+def question_ids(
+    prompt: str, tokenizer: Tokenizer, flags: TaskFlags, data: DataConfig | None = None
+) -> list[int]:
+    """Token ids of a prompt: as training on such data has it, or in the chat template."""
+    if flags.chat:
+        return tokenizer.encode(chat_prompt(tokenizer, prompt, flags.system), add_bos=False)
+    if data is None:
+        return tokenizer.encode(prompt)
+    ids, count = encode_document(Document("", prompt), data, tokenizer)
+    return ids[:count]
+
+
+def make_questions(
+    examples: Sequence[tuple[Example, Sequence[int]]],
+    num_samples: int,
+    sampling: Sampling,
+    **request: Any,
+) -> list[Question]:
+    """A question for each sample of each example; text number i of all has the seed + i.
+
+    request: other fields of `Request`.
+    """
+    questions = []
+    for example, prompt in examples:
+        for sample in range(num_samples):
+            seed = (sampling.seed + len(questions)) % 2**32
+            own = dataclasses.replace(sampling, seed=seed)
+            questions.append(
+                Question(example, sample, Request(prompt=prompt, sampling=own, **request))
+            )
+    return questions
+
+
+def complete(
+    file: Path | None,
+    asked: dict[str, Any],
+    strategies: Sequence[Strategy],
+    questions: Sequence[Question],
+    notes: Console,
+    decode: Callable[[Collection[tuple], Callable[[Answer], None]], None],
+) -> list[Answer]:
+    """The answers to all questions by all strategies, those that the file has among them.
+
+    asked: the conditions. decode: makes all answers but those with the given keys, and hands each
+    on when it is ready; then it is added to the file.
+    """
+    known = {} if file is None else resume(file, asked)
+    wanted = [key_of(one, Cell.of(strategy)) for strategy in strategies for one in questions]
+    found = {key: known[key] for key in wanted if key in known}
+    if found:
+        notes.print(f"{len(found)} of {len(wanted)} answers are there already")
+    columns = (*Progress.get_default_columns()[:-1], MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=notes, transient=True) as progress:
+        bar = progress.add_task("decoding", total=len(wanted), completed=len(found))
+
+        def keep(answer: Answer) -> None:
+            if file is not None:
+                append(file, answer)
+            found[key_of_answer(answer)] = answer
+            progress.update(bar, completed=len(found))
+
+        if len(found) < len(wanted):
+            decode(set(found), keep)
+    return [found[key] for key in wanted]
+
+
+def conditions(
+    flags: ModelFlags,
+    engine: Engine,
+    strategies: Sequence[Strategy],
+    sampling: Sampling,
+    **more: Any,
+) -> dict[str, Any]:
+    """All that answers and their times depend on, beside strategy, document and sample: a file of
+    answers is only continued under the same conditions."""
+    leaves = {str(number): leaf for number, leaf in enumerate(jax.tree.leaves(engine.model))}
+    drafting = [one for one in strategies if isinstance(one, SelfSpeculative)]
+    vocabularies = {
+        one.draft_vocab: one.vocabulary.ids_N.tolist()
+        for one in drafting
+        if one.vocabulary is not None
+    }
+    # A draft that ends early is verified by the shortest program that holds it.
+    lengths = {n for one in drafting if one.draft_confidence is not None for n in one.lengths}
+    devices = jax.devices()[:1] if engine.mesh is None else engine.mesh.devices.flat
+    return {
+        "version": VERSION,
+        "model": flags.model.name,
+        "weights": digest(sorted(fingerprints(leaves).items())),
+        "tokenizer": digest([engine.tokenizer.fingerprint, engine.tokenizer.eos_ids]),
+        "dtype": str(engine.model.dtype),
+        "devices": [device.device_kind for device in devices],
+        "machine": machine(),
+        "jax": jax.__version__,
+        "draft_vocab": digest([*vocabularies.values()]) if vocabularies else None,
+        "lengths": sorted(lengths),
+        "sampling": dataclasses.asdict(sampling),
+        **more,
+    }

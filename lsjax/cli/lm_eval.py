@@ -1,0 +1,111 @@
+"""Runs tasks of lm-evaluation-harness at several exits and with several strategies.
+
+    pip install 'lsjax[eval]'
+    python -m lsjax.cli.lm_eval --model PATH --tasks gsm8k hellaswag --limit 100 \\
+        --strategies autoregressive early_exit --exit-layers 8 15
+    python -m lsjax.cli.lm_eval --model PATH --tasks mine --task-path DIRECTORY \\
+        --strategies self_speculative --exit-layers 8 --num-draft-tokens 4 --output results
+
+docs/evaluation.md explains the figures.
+"""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+from rich.console import Console
+
+from lsjax.cli import flags
+from lsjax.cli.errors import one_line_errors
+from lsjax.cli.flags import ModelFlags, StrategyFlags, load_engine
+from lsjax.config import ConfigError, bounded, check
+from lsjax.data.chat import chat_prompt
+from lsjax.evaluation.answers import Cell
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arguments(StrategyFlags, ModelFlags):
+    """Tasks of lm-evaluation-harness at several exits and with several strategies."""
+
+    tasks: tuple[str, ...]
+    """Names or patterns of tasks, groups and tags."""
+    task_path: Path | None = None
+    """A directory with .yaml files of tasks, instead of lm_eval's own."""
+    num_fewshot: int | None = None
+    """Examples before each question; the task's own number by default."""
+    limit: float | None = bounded(None, above=0)
+    """Takes the first so many documents of a task; below 1 it is a share of them."""
+    gen_kwargs: str | None = None
+    """Changes what tasks say of generation: "max_gen_toks=64,do_sample=True,temperature=0.8"."""
+    seed: int = 0
+    """Of the first sampled text; each further one has the next number."""
+    chat: bool = False
+    """Puts questions into the model's chat template."""
+    system: str | None = None
+    """With --chat: the system message."""
+    output: Path | None = None
+    """Directory for lm_eval's results and samples, in a folder for each strategy."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the program; exits with 2 on bad input."""
+    with one_line_errors():
+        run_tasks(flags.parse_flags(Arguments, argv, __doc__))
+    return 0
+
+
+def run_tasks(arguments: Arguments) -> None:
+    """Runs every task with every strategy; lm_eval makes the tables and the files."""
+    limit, changes, path = arguments.limit, arguments.gen_kwargs, arguments.task_path
+    check(bool(arguments.tasks), "--tasks names no task: give one or more")
+    check(
+        changes is None or all("=" in change for change in changes.split(",")),
+        f'--gen-kwargs {changes} is not like "max_gen_toks=64,do_sample=True,temperature=0.8"',
+    )
+    check(arguments.chat or arguments.system is None, "--system needs --chat: give both or none")
+    check(path is None or path.is_dir(), f"--task-path {path} is no directory: name one")
+    source, tokenizer = flags.open_model(arguments)
+    strategies = flags.make_strategies(arguments, arguments.model, tokenizer)
+    mesh = flags.chosen_mesh(arguments)
+    flags.check_engine(arguments, source.config, strategies, mesh)
+    if arguments.chat:
+        chat_prompt(tokenizer, "?", arguments.system)  # whether there is a template
+    if arguments.output is not None:
+        arguments.output.mkdir(parents=True, exist_ok=True)
+    adapter = need_lm_eval()
+    manager, tasks = adapter.find_tasks(arguments.tasks, path)
+    notes = Console(stderr=True, highlight=False, markup=False, style="dim")
+    engine = load_engine(*(arguments, source, tokenizer, notes), strategy=strategies[0], mesh=mesh)
+    model = adapter.EngineLM(engine, name=arguments.model.name, seed=arguments.seed)
+    for strategy in strategies:
+        engine.use(strategy)
+        results = adapter.evaluate(
+            *(model, manager, tasks, arguments.output),
+            limit=limit,
+            num_fewshot=arguments.num_fewshot,
+            gen_kwargs=changes,
+            apply_chat_template=arguments.chat,
+            system_instruction=arguments.system,
+        )
+        print(f"{arguments.model.name}, {engine.model.dtype}, {Cell.of(strategy)}")
+        print(adapter.make_table(results))
+
+
+def need_lm_eval() -> ModuleType:
+    """The module that imports lm_eval. Raises ConfigError where that is not installed."""
+    try:
+        from lsjax.evaluation import lm_eval
+    except ModuleNotFoundError as error:
+        if error.name not in ("lm_eval", "tqdm"):  # tqdm comes with it
+            raise
+        raise ConfigError(
+            "tasks come from lm-evaluation-harness, which is not installed: "
+            "pip install 'lsjax[eval]'"
+        ) from None
+    return lm_eval
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,132 @@
+"""Log-probabilities of given tokens, against a plain forward pass over each text."""
+
+import jax
+import numpy as np
+import pytest
+
+from lsjax.config import ConfigError
+from lsjax.evaluation import exits
+from lsjax.evaluation.exits import Text, TextScore, score_texts
+from lsjax.model.llama import stacked
+
+
+@pytest.fixture(scope="module")
+def texts(config) -> list[Text]:
+    """Of one to all tokens scored, on both sides of a bucket's border, a row of which only the
+    first token is given, and one with nothing to score."""
+    rng = np.random.default_rng(0)
+    sizes = [(2, 1), (9, 8), (33, 5), (34, 20), (60, 59), (21, 1), (5, 0), (65, 40)]
+    return [Text(rng.integers(0, config.vocab_size, n).tolist(), count) for n, count in sizes]
+
+
+@pytest.fixture(scope="module")
+def log_probs(model):
+    """Log-probabilities of what follows each token, at every exit: [L, T, V]."""
+    forward = jax.jit(lambda tokens_BT: jax.nn.log_softmax(model.unembed(model.exits(tokens_BT))))
+
+    def of(tokens) -> np.ndarray:
+        padded = np.zeros((1, 128), np.int32)
+        padded[0, : len(tokens)] = tokens
+        return np.asarray(forward(padded))[:, 0, : len(tokens)]
+
+    return of
+
+
+def expected(log_probs, text: Text, exit_layer: int) -> TextScore:
+    """One token after the other, in a pass over the whole text."""
+    of_LTV = log_probs(text.tokens)[exit_layer - 1]
+    scored = range(len(text.tokens) - text.count, len(text.tokens))
+    return TextScore(
+        float(sum(np.float64(of_LTV[at - 1, text.tokens[at]]) for at in scored)),
+        all(of_LTV[at - 1].argmax() == text.tokens[at] for at in scored),
+        text.count,
+    )
+
+
+def assert_same(found: list[TextScore], wanted: list[TextScore]) -> None:
+    assert [(s.is_greedy, s.num_tokens) for s in found] == [
+        (s.is_greedy, s.num_tokens) for s in wanted
+    ]
+    np.testing.assert_allclose(
+        [s.log_prob for s in found], [s.log_prob for s in wanted], rtol=1e-5, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("exit_layer", [1, 2, 3, 4])
+def test_every_exit_is_a_plain_pass_through_its_layers(model, texts, log_probs, exit_layer):
+    wanted = [expected(log_probs, text, exit_layer) for text in texts]
+    assert_same(score_texts(model, texts, exit_layer=exit_layer, batch_size=3), wanted)
+
+
+def test_the_whole_model_by_default(model, texts):
+    assert score_texts(model, texts, batch_size=3) == score_texts(
+        model, texts, batch_size=3, exit_layer=4
+    )
+
+
+def test_greedy_texts_are_greedy_until_one_token_is_another(model, log_probs):
+    tokens = [7]
+    for _ in range(6):
+        tokens.append(int(log_probs(tokens)[-1, -1].argmax()))
+    changed = [*tokens[:3], (tokens[3] + 1) % 256, *tokens[4:]]
+    texts = [Text(tokens, 6), Text(changed, 6), Text(changed[:4], 1)]
+    assert [s.is_greedy for s in score_texts(model, texts)] == [True, False, False]
+
+
+def test_batch_mates_order_and_padding_do_not_matter(model, texts, monkeypatch):
+    alone = [score_texts(model, [text], batch_size=3)[0] for text in texts]
+    assert_same(score_texts(model, texts[::-1], batch_size=3)[::-1], alone)
+    assert_same(score_texts(model, texts[4:]), alone[4:])
+    monkeypatch.setattr(exits, "MIN_LENGTH", 64)
+    assert_same(score_texts(model, texts, batch_size=3), alone)
+
+
+def test_stacked_layers(model, texts):
+    found = score_texts(stacked(model), texts[2:5], exit_layer=3, batch_size=3)
+    assert_same(found, score_texts(model, texts[2:5], exit_layer=3, batch_size=3))
+
+
+def test_few_programs(model, config):
+    """As many as there are powers of two, whatever lengths and counts there are."""
+    program = exits._score_rows
+    score_texts(model, [Text([1] * 33, 1), Text([1] * 65, 64)], batch_size=3)
+    score_texts(model, [Text([1] * 33, 1)], batch_size=3)
+    before = program._cache_size()
+    score_texts(
+        model, [Text([n] * n, c) for n in range(2, 66, 3) for c in {1, n - 1}], batch_size=3
+    )
+    assert program._cache_size() == before
+
+
+def test_progress_is_seen_batch_by_batch(model, texts):
+    seen = []
+
+    def track(batches):
+        for batch in batches:
+            seen.append(batch)
+            yield batch
+
+    score_texts(model, texts, batch_size=3, track=track)
+    assert seen == [0, 3, 6]
+
+
+def test_nothing_to_score(model):
+    assert score_texts(model, []) == []
+    assert score_texts(model, [Text([5], 0)]) == [TextScore(0.0, True, 0)]
+
+
+@pytest.mark.parametrize(
+    "texts, options, words",
+    [
+        ([Text([1, 2], 1)], dict(exit_layer=0), "exit layer 0 is not in 1..4"),
+        ([Text([1, 2], 1)], dict(exit_layer=5), "exit layer 5 is not in 1..4"),
+        ([Text([1] * 514, 1)], {}, "text 0 of 514 tokens can't have 1 scored"),
+        ([Text([1, 2], 1), Text([1, 2], 2)], {}, "text 1 of 2 tokens can't have 2 scored"),
+        ([Text([], 0)], {}, "text 0 of 0 tokens can't have 0 scored"),
+        ([Text([1, 258], 1)], {}, "token ids 1..258: give ids in 0..257"),
+        ([Text([-1, 2], 1)], {}, "token ids -1..2"),
+    ],
+)
+def test_bad_input(model, texts, options, words):
+    with pytest.raises(ConfigError, match=words):
+        score_texts(model, texts, **options)
