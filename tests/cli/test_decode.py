@@ -317,7 +317,7 @@ def bad(model_directory, tmp_path_factory):
         ("--system s", "--system needs --chat or --interactive"),
         ("--no-prompt --interactive --temperature -1", "temperature -1.0 must be a finite number"),
         ("--no-prompt --interactive --top-k 5", "--top-k means nothing to greedy decoding"),
-        ("--no-prompt --interactive --stop-ids 999", r"stop ids \[999\] are not all in the vocab"),
+        ("--stop-ids 999", r"stop ids \[999\] are not all in the vocab"),
         ("--chat", "no chat template: use --prompt without --chat"),
         ("--prompt-file {bad}/good.txt", "give one of --prompt and --prompt-file and not both"),
         ("--no-prompt", "give one of --prompt and --prompt-file$"),
