@@ -51,9 +51,9 @@ from lsjax.cli.training_hooks import evaluation_hook, sample_hook
 from lsjax.cli.training_options import Arguments, parse
 from lsjax.cli.training_show import TrainingProgress
 from lsjax.config import LlamaConfig, MeshConfig, TrainConfig, check
-from lsjax.data.packing import Rows
-from lsjax.data.pipeline import make_pipeline, one_pass
-from lsjax.data.tokenizer_training import make_tokenizer
+from lsjax.data.packing import PackedRows
+from lsjax.data.pipeline import SPLITS, OnePass, Pipeline, packed_rows
+from lsjax.data.vocabulary import make_tokenizer
 from lsjax.sharding import make_mesh, own_rows, placed_rows
 from lsjax.training.flops import peak_flops, step_flops
 from lsjax.training.metrics_log import MetricsLog, check_board
@@ -89,26 +89,17 @@ def train(arguments: Arguments) -> int:
     check_same("the configurations and the states of --workdir", f"{config} {previous}")
 
     cache = cache_directory()
-    own_B = own_rows(config.batch_size, mesh)
-    data = dict(seq_len=config.seq_len, cache=cache, own_B=own_B)
+    own = dict(batch_size=config.batch_size, own_B=own_rows(config.batch_size, mesh))
     with console.status("reading the data"), in_turn("the data are read"):
         tokenizer = make_tokenizer(config.data, cache=cache).fitted(config.model.vocab_size)
-        pipeline = make_pipeline(
-            config.data,
-            tokenizer,
-            batch_size=config.batch_size,
-            split="train",
-            seed=config.seed,
-            **data,
-        )
-        held_out = one_pass(
-            config.data,
-            tokenizer,
-            batch_size=config.batch_size,
-            split="validation",
-            max_batches=config.evaluation.batches,
-            **data,
-        )
+        rows = {
+            split: packed_rows(
+                config.data, tokenizer, seq_len=config.seq_len, split=split, cache=cache
+            )
+            for split in SPLITS
+        }
+        pipeline = Pipeline(rows["train"], seed=config.seed, **own)
+        held_out = OnePass(rows["validation"], max_batches=config.evaluation.batches, **own)
     fingerprints = tokenizer.fingerprint, pipeline.rows.fingerprint, held_out.rows.fingerprint
     check_same("the tokenizers and the data", f"{fingerprints}")
     prompts = held_out_prompts(held_out.whole(), config.evaluation)  # the same on all hosts
@@ -235,7 +226,7 @@ def with_model(config: TrainConfig, model: LlamaConfig) -> TrainConfig:
     return config
 
 
-def describe(config: TrainConfig, workdir: Path, rows: Rows) -> str:
+def describe(config: TrainConfig, workdir: Path, rows: PackedRows) -> str:
     """Two lines: the model and the data."""
     tokens = config.num_steps * config.batch_size * config.seq_len
     return (

@@ -36,7 +36,7 @@ from lsjax.cli.flags import (
 )
 from lsjax.cli.setup import machine
 from lsjax.config import DataConfig, check
-from lsjax.data.tokenizers import Tokenizer
+from lsjax.data.tokenizer import Tokenizer
 from lsjax.decoding.engine import Engine
 from lsjax.decoding.request import encode_prompt
 from lsjax.decoding.self_speculative import SelfSpeculative, in_one_program

@@ -26,9 +26,9 @@ from lsjax.checkpoints import (
 )
 from lsjax.cli.setup import cache_directory, choose_dtype, keep_compiled_programs
 from lsjax.config import Checked, ConfigError, LlamaConfig, MeshConfig, check
-from lsjax.data.token_counts import find_counts
+from lsjax.data.tokenizer import Tokenizer
 from lsjax.data.tokenizer_files import load_tokenizer
-from lsjax.data.tokenizers import Tokenizer
+from lsjax.data.vocabulary import find_counts
 from lsjax.decoding.autoregressive import Autoregressive, EarlyExit
 from lsjax.decoding.draft_vocabulary import DraftVocabulary
 from lsjax.decoding.engine import Engine

@@ -12,7 +12,7 @@ from lsjax.cli.flags import ModelFlags, SamplingFlags, StrategyFlags, load_engin
 from lsjax.cli.prompts import PromptArguments, read_encoded, read_prompts
 from lsjax.cli.setup import cache_directory
 from lsjax.config import check
-from lsjax.data.token_counts import find_counts
+from lsjax.data.vocabulary import find_counts
 from lsjax.decoding.autoregressive import Autoregressive
 from lsjax.decoding.cost import RoundCosts, calibrate
 from lsjax.decoding.draft_vocabulary import DraftVocabulary

@@ -11,7 +11,7 @@ from lsjax.cli.flags import ModelFlags, SamplingFlags, StrategyFlags, check_samp
 from lsjax.cli.prompts import encode_prompts, read_requests
 from lsjax.config import LlamaConfig, bounded, check
 from lsjax.data.chat import chat_prompt
-from lsjax.data.tokenizers import Tokenizer
+from lsjax.data.tokenizer import Tokenizer
 from lsjax.decoding.request import Request, encode_prompt
 from lsjax.decoding.sampling import GREEDY
 

@@ -13,7 +13,7 @@ from lsjax.checkpoints import EVALUATION, read_metrics
 from lsjax.cli.hosts import is_first
 from lsjax.cli.show import coloured, verbatim
 from lsjax.config import ConfigError, EvaluationConfig, LlamaConfig, TrainConfig
-from lsjax.data.tokenizers import Tokenizer
+from lsjax.data.tokenizer import Tokenizer
 from lsjax.decoding.completion import Completion
 from lsjax.decoding.engine import Engine
 from lsjax.decoding.self_speculative import SelfSpeculative

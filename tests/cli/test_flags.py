@@ -33,8 +33,8 @@ def test_good_flags():
         (
             ["--optimizer.learning-rat", "1"],
             "Unrecognized options: --optimizer.learning-rat, 1; Perhaps you meant: "
-            "--optimizer.learning-rate FLOAT The highest, after warm-up. (default: 0.0003); "
-            "--help lists all flags",
+            "--optimizer.learning-rate FLOAT Highest learning rate, reached after warm-up. "
+            "(default: 0.0003); --help lists all flags",
         ),
         (
             ["--number", "x"],
