@@ -288,6 +288,10 @@ def bad(model_directory, tmp_path_factory):
             "--strategy self_speculative --num-draft-tokens -1",
             "num_draft_tokens -1 is not in 0..512",
         ),
+        (
+            "--strategy early_exit --exit-layer 2 3",
+            "several .* this program takes one of --strategy",
+        ),
         ("--exit-layer 2", "--exit-layer means nothing to autoregressive"),
         ("--num-draft-tokens 2", "--num-draft-tokens means nothing to autoregressive"),
         ("--prompt " + "a" * 600, "600 tokens and 128 new ones .* length of 512: shorten the"),
