@@ -20,7 +20,7 @@ from rich.progress import Progress
 from lsjax.checkpoints import (
     RunSource,
     TensorSource,
-    assemble,
+    load,
     open_checkpoint,
     read_generation_defaults,
 )
@@ -56,9 +56,9 @@ class ModelFlags(Checked, prefix="--"):
     batch_size: int = 1
     """Prompts decoded side by side."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Of weights and cache; auto is float32 on CPUs and bfloat16 on accelerators."""
+    """Type of weights and cache; auto is float32 on CPUs and bfloat16 on accelerators."""
     max_length: int | None = None
-    """Of prompt and new tokens together; the model's context by default."""
+    """Most tokens of prompt and new text together; the model's context by default."""
     mesh: MeshConfig = MeshConfig()
     """Devices to decode on; one by default."""
 
@@ -235,7 +235,7 @@ def load_engine(
     keep_compiled_programs()
     dtype = choose_dtype(flags.dtype)
     with Progress(console=notes, transient=True, disable=not notes.is_terminal) as progress:
-        model = assemble(
+        model = load(
             source,
             dtype=dtype,
             track=lambda parts: progress.track(parts, description="loading"),
