@@ -6,7 +6,11 @@
 >>> print(engine.generate(["Once upon a time"], max_new_tokens=32)[0].text)
 """
 
-from lsjax.config import ConfigError, LlamaConfig, MeshConfig, RopeScaling
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from lsjax.config import ConfigError, LlamaConfig, MeshConfig, RopeScaling, TrainConfig
 from lsjax.data.tokenizer_files import load_tokenizer
 from lsjax.decoding.autoregressive import Autoregressive, EarlyExit
 from lsjax.decoding.completion import Completion
@@ -15,11 +19,17 @@ from lsjax.decoding.engine import Engine
 from lsjax.decoding.request import Request
 from lsjax.decoding.sampling import Sampling
 from lsjax.decoding.self_speculative import SelfSpeculative
+from lsjax.evaluation.exits import evaluation_hook
 from lsjax.model.cache import KVCache
 from lsjax.model.checkpoint import CheckpointError, load
 from lsjax.model.huggingface import GenerationDefaults, read_generation_defaults, save
 from lsjax.model.llama import Llama, stacked, unstacked
 from lsjax.sharding import make_mesh
+from lsjax.training.early_exit import exit_weights
+from lsjax.training.layer_dropout import drop_rates
+from lsjax.training.loop import Hook
+from lsjax.training.run import TrainingRun, prepare_run, train_run
+from lsjax.training.step import TrainState, init_state, make_train_step
 
 __all__ = [
     "Autoregressive",
@@ -38,11 +48,38 @@ __all__ = [
     "RopeScaling",
     "Sampling",
     "SelfSpeculative",
+    "TrainConfig",
+    "drop_rates",
+    "exit_weights",
+    "init_state",
     "load",
     "load_tokenizer",
     "make_mesh",
+    "make_train_step",
     "read_generation_defaults",
     "save",
     "stacked",
+    "train",
     "unstacked",
 ]
+
+
+def train(
+    config: TrainConfig,
+    workdir: str | Path,
+    *,
+    hooks: Sequence[Callable[[TrainingRun], Hook]] = (evaluation_hook,),
+    **options: Any,
+) -> TrainState:
+    """Trains the run in `workdir`, or resumes it; gives the state after the last step.
+
+    The directory holds the saved steps and metrics.jsonl, and is a model for `load`.
+
+    Args:
+      hooks: make what looks at the model on the way; scores on held-out rows by default, which
+        decide which saved steps are the best.
+      options: of `lsjax.training.run.train_run`. Those of `make_train_step` are among them.
+
+    Raises ConfigError or CheckpointError for bad input.
+    """
+    return train_run(prepare_run(config, Path(workdir)), hooks=hooks, **options)

@@ -129,10 +129,10 @@ def worker(case: Case, task: str, source: Path, target: Path, port: int, number:
     """One process of a case."""
     import jax
 
-    from lsjax.cli.hosts import Hosts, start
     from lsjax.cli.setup import exact_products
     from lsjax.sharding import make_mesh
     from lsjax.training.checkpoint import Checkpoints
+    from lsjax.training.hosts import Hosts, start
     from lsjax.training.start import abstract_state, initial_state
 
     if case.processes > 1:

@@ -17,9 +17,11 @@ import decode
 import lsjax
 import train
 from lsjax.cli import convert, exits
-from lsjax.cli.training_options import read_config_file
+from lsjax.cli.training import read_config_file
 from lsjax.model.run_directory import held_out_losses, read_metrics
 from lsjax.model.saved_steps import saved_steps
+from lsjax.training import run
+from lsjax.training.run import with_model
 
 CONFIG = """
 from lsjax.config import *
@@ -165,12 +167,12 @@ def test_validation_data_may_not_change(config, tmp_path, capsys):
 KILLED_WHILE_EVALUATING = """
 import os, signal, sys
 import train
-from lsjax.cli import training_hooks
+from lsjax.evaluation import exits
 
 def killed(*arguments, **options):
     os.kill(os.getpid(), signal.SIGKILL)
 
-training_hooks.score_exits = killed
+exits.score_exits = killed
 train.main(sys.argv[1:])
 """
 
@@ -303,7 +305,7 @@ def test_the_exits_of_runs_are_compared_on_the_held_out_data(finished, tmp_path,
 def test_bad_input_ends_with_2_before_anything_is_compiled(
     config, tmp_path, capsys, monkeypatch, flags, message
 ):
-    monkeypatch.delattr(train, "keep_compiled_programs")
+    monkeypatch.delattr(run, "abstract_state")
     with pytest.raises(SystemExit) as end:
         launch(config, tmp_path / "run", *flags)
     assert end.value.code == 2
@@ -313,7 +315,7 @@ def test_bad_input_ends_with_2_before_anything_is_compiled(
 
 def test_tensorboard_that_is_not_there(config, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorboardX", None)
-    monkeypatch.delattr(train, "keep_compiled_programs")
+    monkeypatch.delattr(run, "abstract_state")
     with pytest.raises(SystemExit) as end:
         launch(config, tmp_path / "run", "--tensorboard")
     assert end.value.code == 2 and "pip install 'lsjax[tensorboard]'" in capsys.readouterr().err
@@ -369,9 +371,9 @@ def test_a_run_begins_with_a_model_that_was_drawn_in_another_way(config):
     """How new weights are drawn says nothing of those that are there."""
     given = read_config_file(config)
     drawn = dataclasses.replace(given.model, init_std=0.7, scaled_init=True, max_context=99)
-    assert train.with_model(given, drawn).model == drawn
+    assert with_model(given, drawn).model == drawn
     with pytest.raises(lsjax.ConfigError, match="model.hidden_size is 32, but that of .* is 64"):
-        train.with_model(given, dataclasses.replace(given.model, hidden_size=64))
+        with_model(given, dataclasses.replace(given.model, hidden_size=64))
 
 
 def test_nothing_to_do_for_a_run_that_is_done(config, finished, capsys):

@@ -12,6 +12,7 @@ that the tokens depend on:
 
 import hashlib
 import json
+import os
 import shutil
 from array import array
 from dataclasses import dataclass
@@ -36,6 +37,13 @@ BLOCK = 1 << 20  # tokens that are written at a time
 MARKS = ("\x01", ".", ":", "0", "\u4e00")
 
 
+def cache_directory() -> Path:
+    """For files that can be made again: $LSJAX_CACHE, else lsjax below $XDG_CACHE_HOME or
+    ~/.cache."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("LSJAX_CACHE") or Path(base) / "lsjax")
+
+
 @dataclass(frozen=True, eq=False)
 class TokenStore:
     """Tokens of N documents: document n is tokens[starts_N1[n] : starts_N1[n + 1]].
@@ -44,7 +52,7 @@ class TokenStore:
     """
 
     tokens: np.ndarray
-    starts_N1: Int64[np.ndarray, "N+1"]
+    starts_N1: Int64[np.ndarray, "N1"]
     prompts_N: Int32[np.ndarray, "N"]
     keys_N: UInt64[np.ndarray, "N"]
     fingerprint: str

@@ -2,9 +2,10 @@
 model, and how often it would draft what the model itself says (the paper's Figures 6 and 8)."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,10 @@ from jaxtyping import Array, Float, Int
 from lsjax.config import AttentionKernel, ComputeDtype, ConfigError
 from lsjax.decoding.sampling import likeliest
 from lsjax.model.llama import Llama, cast_matrices
+from lsjax.model.run_directory import EVALUATION
 from lsjax.sharding import chunk_steps, constrain, split_rows
+from lsjax.training.loop import Hook
+from lsjax.training.run import TrainingRun
 
 AGREEMENT = "agreement: share of greedy drafts that would be accepted, teacher-forced"
 # Logits that are held at a time, on each device.
@@ -80,6 +84,33 @@ def score_exits(
     return ExitScores(
         tuple((loss_E / count).tolist()), tuple((agreed_E / count).tolist()), int(count)
     )
+
+
+def evaluation_hook(
+    run: TrainingRun, show: Callable[[int, ExitScores], None] = lambda step, scores: None
+) -> Hook:
+    """Scores every exit of a training run on its held-out batches, computing as a step does.
+
+    The loss of the last exit decides which saved steps are the best. show: called with the steps
+    done and the scores.
+    """
+    config, batches = run.config, list(run.held_out)
+
+    def evaluate(step: int, model: Llama) -> dict[str, Any]:
+        scores = score_exits(
+            model,
+            map(run.place, batches),
+            dtype=config.dtype,
+            micro_batches=config.micro_batches,
+            attention=config.attention,
+        )
+        loss = scores.loss_E[-1]
+        if math.isfinite(loss):
+            run.losses[step] = loss
+        show(step, scores)
+        return {**scores.to_json(), "last_exit_loss": loss}
+
+    return Hook(EVALUATION, config.evaluation.every, evaluate)
 
 
 @partial(jax.jit, static_argnames=("dtype", "micro_batches", "attention"))
