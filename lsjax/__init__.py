@@ -10,6 +10,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from lsjax.checkpoints import (
+    CheckpointError,
+    GenerationDefaults,
+    load,
+    read_generation_defaults,
+    save,
+)
 from lsjax.config import ConfigError, LlamaConfig, MeshConfig, RopeScaling, TrainConfig
 from lsjax.data.tokenizer_files import load_tokenizer
 from lsjax.decoding.autoregressive import Autoregressive, EarlyExit
@@ -21,8 +28,6 @@ from lsjax.decoding.sampling import Sampling
 from lsjax.decoding.self_speculative import SelfSpeculative
 from lsjax.evaluation.exits import evaluation_hook
 from lsjax.model.cache import KVCache
-from lsjax.model.checkpoint import CheckpointError, load
-from lsjax.model.huggingface import GenerationDefaults, read_generation_defaults, save
 from lsjax.model.llama import Llama, stacked, unstacked
 from lsjax.sharding import make_mesh
 from lsjax.training.early_exit import exit_weights

@@ -15,16 +15,15 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
+from lsjax.checkpoints import EVALUATION, read_metrics
 from lsjax.cli.flags import parse_flags
 from lsjax.cli.show import coloured, verbatim
 from lsjax.config import ConfigError, TrainConfig, check
-from lsjax.config.json_form import from_json, to_json
 from lsjax.decoding.engine import Engine
 from lsjax.decoding.self_speculative import SelfSpeculative
 from lsjax.evaluation.exits import AGREEMENT, ExitScores, evaluation_hook, exits_to_show
 from lsjax.evaluation.plots import plot_exits, plot_training
 from lsjax.model.llama import Llama
-from lsjax.model.run_directory import EVALUATION, read_metrics
 from lsjax.training.hosts import Hosts, is_first
 from lsjax.training.loop import Hook
 from lsjax.training.metrics import paced
@@ -107,10 +106,7 @@ def read_config_file(file: Path) -> TrainConfig:
         isinstance(config, TrainConfig),
         f"{file}: has no `config` that is a TrainConfig: set config = TrainConfig(...)",
     )
-    try:
-        return from_json(TrainConfig, to_json(config))
-    except ConfigError as error:
-        raise ConfigError(f"{file}: {error}") from None
+    return config
 
 
 def shown_hooks(config: TrainConfig, console: Console) -> list[Callable[[TrainingRun], Hook]]:

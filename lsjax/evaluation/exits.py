@@ -13,10 +13,10 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from lsjax.checkpoints import EVALUATION
 from lsjax.config import AttentionKernel, ComputeDtype, ConfigError
 from lsjax.decoding.sampling import likeliest
 from lsjax.model.llama import Llama, cast_matrices
-from lsjax.model.run_directory import EVALUATION
 from lsjax.sharding import chunk_steps, constrain, split_rows
 from lsjax.training.loop import Hook
 from lsjax.training.run import TrainingRun

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from lsjax.checkpoints import METRICS, read_metrics
 from lsjax.config import ConfigError
-from lsjax.model.run_directory import METRICS, read_metrics
 
 PAUSE = 10.0  # seconds between printed lines
 WINDOW = 0.1  # weight of the newest step in the speed that is shown

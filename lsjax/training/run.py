@@ -11,28 +11,28 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from lsjax.checkpoints import (
+    CHECKPOINTS,
+    Checkpoints,
+    begin_run,
+    check_same_run,
+    held_out_losses,
+    is_run,
+    open_checkpoint,
+    read_metrics,
+    read_run_config,
+    saved_steps,
+)
 from lsjax.config import LlamaConfig, MeshConfig, TrainConfig, check
 from lsjax.data.pipeline import OnePass, Pipeline, make_pipeline, one_pass
 from lsjax.data.token_store import cache_directory
 from lsjax.data.tokenizer_training import make_tokenizer
 from lsjax.data.tokenizers import Tokenizer
-from lsjax.model.checkpoint import open_source
-from lsjax.model.run_directory import (
-    CHECKPOINTS,
-    begin_run,
-    held_out_losses,
-    is_run,
-    read_config,
-    read_metrics,
-)
-from lsjax.model.saved_steps import saved_steps
 from lsjax.sharding import make_mesh, own_rows, placed_rows
-from lsjax.training.checkpoint import Checkpoints
 from lsjax.training.flops import peak_flops, step_flops
 from lsjax.training.hosts import check_same, in_turn, is_first, wait_to_see
 from lsjax.training.loop import Hook, Interrupted, TooManySkipped, run_loop
 from lsjax.training.metrics import MetricsLog, StepLine, StepMetrics, check_board, paced
-from lsjax.training.resume import check_same_run
 from lsjax.training.run_files import held_out_prompts, sample_prompt, write_run_files
 from lsjax.training.start import abstract_state, check_rows, initial_state
 from lsjax.training.step import TrainState, make_train_step
@@ -77,9 +77,9 @@ def prepare_run(config: TrainConfig, workdir: Path) -> TrainingRun:
     """
     resumes = is_run(workdir)
     if resumes:
-        config = check_same_run(read_config(workdir), config, str(workdir))
+        config = check_same_run(read_run_config(workdir), config, str(workdir))
     if config.init_from and not saved_steps(workdir / CHECKPOINTS):
-        config = with_model(config, open_source(config.init_from).config)
+        config = with_model(config, open_checkpoint(config.init_from).config)
     alone = jax.process_count() == 1 and config.mesh == MeshConfig()
     mesh = None if alone else make_mesh(config.mesh)
     check_rows(config, mesh)

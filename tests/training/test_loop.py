@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from lsjax.model.run_directory import METRICS, read_metrics
+from lsjax.checkpoints import METRICS, read_metrics
 from lsjax.training import loop
 from lsjax.training.loop import Hook, Interrupted, TooManySkipped
 from lsjax.training.metrics import MetricsLog
