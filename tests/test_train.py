@@ -19,7 +19,9 @@ import train
 from lsjax.checkpoints import held_out_losses, read_metrics, saved_steps
 from lsjax.cli import convert, exits
 from lsjax.cli.training import read_config_file
+from lsjax.evaluation.exits import evaluation_hook
 from lsjax.training import run
+from lsjax.training.loop import Hook, Interrupted
 from lsjax.training.run import with_model
 
 CONFIG = """
@@ -284,7 +286,10 @@ def test_the_exits_of_runs_are_compared_on_the_held_out_data(finished, tmp_path,
     "flags, message",
     [
         (["--data.paths", "missing.txt"], "missing.txt"),
-        (["--optimizer.learning-rate", "-1"], "optimizer.learning_rate -1.0 must not be negative"),
+        (
+            ["--optimizer.learning-rate", "-1"],
+            "optimizer.learning_rate -1.0 must be a finite number of at least 0",
+        ),
         (["--micro-batches", "3"], "micro_batches 3 does not divide the batch of 4 rows"),
         (
             ["--optimizer.learning-rat", "1"],
@@ -344,10 +349,9 @@ def test_a_configuration_file_says_what_is_wrong_with_it(tmp_path, content, mess
 
 
 def test_a_configuration_file_with_a_value_of_another_type(config, tmp_path):
-    """As after num_steps=5e4, which the type checks of the tests would refuse before."""
     file = tmp_path / "config.py"
-    file.write_text(f"{config.read_text()}\nobject.__setattr__(config, 'num_steps', 5e4)")
-    with pytest.raises(lsjax.ConfigError, match="num_steps is 50000.0, but must be a whole number"):
+    file.write_text(config.read_text().replace("num_steps=6", "num_steps=5e4"))
+    with pytest.raises(lsjax.ConfigError, match="num_steps 50000.0 must be a whole number"):
         read_config_file(file)
 
 
@@ -378,3 +382,29 @@ def test_a_run_begins_with_a_model_that_was_drawn_in_another_way(config):
 def test_nothing_to_do_for_a_run_that_is_done(config, finished, capsys):
     assert launch(config, finished) == 0
     assert "all 6 steps are done" in capsys.readouterr().out
+
+
+def test_a_run_from_python_is_that_of_the_command(config, finished, tmp_path, capsys):
+    """Stopped and resumed; without the samples, which are the command's."""
+    given, workdir = read_config_file(config), tmp_path / "run"
+
+    def stopping(run):
+        def call(step, model):
+            if step == 3:
+                signal.raise_signal(signal.SIGTERM)
+            return {}
+
+        return Hook("stop", 3, call)
+
+    with pytest.raises(Interrupted, match="stopped after step 4, which is saved"):
+        lsjax.train(given, workdir, hooks=[evaluation_hook, stopping])
+    state = lsjax.train(given, workdir)
+    assert state.step == 6 and last_arrays(workdir) == last_arrays(finished)
+    own = [row for row in rows_of(workdir) if row["kind"] != "stop"]
+    assert own == [row for row in rows_of(finished) if row["kind"] != "sample"]
+    printed, said = capsys.readouterr().out, []
+    assert "going on after step 4\n" in printed and "step 6/6  loss " in printed
+    assert lsjax.train(given, workdir, say=said.append).step == 6
+    assert "all 6 steps are done: nothing to do" in said
+    with pytest.raises(lsjax.ConfigError, match="num_steps 6, now it is 7"):
+        lsjax.train(dataclasses.replace(given, num_steps=7), workdir)

@@ -25,7 +25,7 @@ from jax.experimental.multihost_utils import (
     sync_global_devices,
 )
 
-from lsjax.config import ConfigError, check
+from lsjax.config import Checked, ConfigError, bounded, check
 
 # Found in errors that follow from the end of another process, whatever their class.
 LOST = re.compile(r"Gloo|UNAVAILABLE|DEADLINE_EXCEEDED|[Hh]eartbeat|Connection (reset|closed)")
@@ -36,7 +36,7 @@ Stop = Callable[[int], int | None]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Hosts:
+class Hosts(Checked, prefix="--distributed."):
     """The processes of the run. TPU VMs and SLURM need no flag; elsewhere give all three of
     coordinator, num_processes and process_id."""
 
@@ -46,17 +46,13 @@ class Hosts:
     """How many there are."""
     process_id: int | None = None
     """Which one this is, from 0."""
-    heartbeat_timeout: int = 40
+    heartbeat_timeout: int = bounded(40, low=1)
     """Seconds without a sign of life after which a process counts as dead, and the others end."""
-    start_timeout: int = 300
+    start_timeout: int = bounded(300, low=1)
     """Seconds in which all must have started."""
 
     def __post_init__(self):
-        check(
-            self.heartbeat_timeout >= 1 and self.start_timeout >= 1,
-            f"distributed.heartbeat_timeout {self.heartbeat_timeout} and start_timeout "
-            f"{self.start_timeout} must be at least 1",
-        )
+        super().__post_init__()
         given = self.coordinator, self.num_processes, self.process_id
         if given == (None,) * 3:
             return
@@ -65,14 +61,13 @@ class Hosts:
             "--distributed.coordinator, --distributed.num-processes and --distributed.process-id "
             "belong together: give all three, or none under SLURM and on TPU VMs",
         )
-        host, _, port = self.coordinator.rpartition(":")
         check(
-            host != "" and port.isdecimal(),
-            f"distributed.coordinator {self.coordinator!r} is no host:port",
+            re.fullmatch(r".+:[0-9]+", self.coordinator) is not None,
+            f"--distributed.coordinator {self.coordinator!r} is not host:port",
         )
         check(
             0 <= self.process_id < self.num_processes,
-            f"distributed.process_id {self.process_id} is not in 0..{self.num_processes - 1}",
+            f"--distributed.process-id {self.process_id} is not in 0..{self.num_processes - 1}",
         )
 
 
