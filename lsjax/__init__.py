@@ -81,9 +81,9 @@ def train(
     The directory holds the saved steps and metrics.jsonl, and is a model for `load`.
 
     Args:
-      hooks: make what looks at the model on the way; scores on held-out rows by default, which
-        decide which saved steps are the best.
-      options: of `lsjax.training.run.train_run`. Those of `make_train_step` are among them.
+      hooks: functions that make hooks of the loop. The default scores every exit on held-out rows,
+        which decides which saved steps are the best.
+      options: keywords of `train_run` (lsjax/training/run.py) and of `make_train_step`.
 
     Raises ConfigError or CheckpointError for bad input.
     """

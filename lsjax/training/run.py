@@ -159,15 +159,19 @@ def train_run(
 ) -> TrainState:
     """Trains from the newest saved step to the last; gives the state after the last step.
 
-    hooks: make what looks at the model on the way. watch: (run, first step) -> a context around
-    the steps that gives the function to show them. say: is told where the run resumes. warn: is
-    told of steps that are damaged or could not be saved. knobs: of `make_train_step`.
+    Args:
+      hooks: functions that make hooks of the loop: evaluation, samples.
+      watch: (run, first step) -> a context around the steps, whose value shows each step.
+      say: called with lines about the run, such as the step after which it resumes.
+      warn: called with a line for each step that is damaged or could not be saved.
+      knobs: keywords of `make_train_step`.
 
-    Raises CheckpointError for what is wrong with saved steps, ConfigError for changed data, and as
-    `run_loop` does.
+    Raises CheckpointError if no saved step is whole or the last one can't be written, ConfigError
+    if the data changed, and what `run_loop` raises.
     """
     say(run.describe())
     config, mesh = run.config, run.mesh
+    train_step = make_train_step(config, **knobs)
     line = step_line(config, 1 if mesh is None else mesh.size)  # measures outside of the mesh
     exact = config.dtype == "float32"  # accelerators use fewer bits for products unless told
     with (
@@ -197,7 +201,7 @@ def train_run(
                     state,
                     log,
                     num_steps=config.num_steps,
-                    train_step=make_train_step(config, **knobs),
+                    train_step=train_step,
                     next_batch=lambda: run.place(run.pipeline.next()),
                     save=save,
                     wait=checkpoints.settle,
