@@ -26,14 +26,11 @@ from lsjax.decoding.engine import Engine
 from lsjax.decoding.request import Request
 from lsjax.decoding.sampling import Sampling
 from lsjax.decoding.self_speculative import SelfSpeculative
-from lsjax.evaluation.exits import evaluation_hook
 from lsjax.model.cache import KVCache
 from lsjax.model.llama import Llama, stacked, unstacked
 from lsjax.sharding import make_mesh
 from lsjax.training.early_exit import exit_weights
 from lsjax.training.layer_dropout import drop_rates
-from lsjax.training.loop import Hook
-from lsjax.training.run import TrainingRun, prepare_run, train_run
 from lsjax.training.step import TrainState, init_state, make_train_step
 
 __all__ = [
@@ -73,7 +70,7 @@ def train(
     config: TrainConfig,
     workdir: str | Path,
     *,
-    hooks: Sequence[Callable[[TrainingRun], Hook]] = (evaluation_hook,),
+    hooks: Sequence[Callable] | None = None,
     **options: Any,
 ) -> TrainState:
     """Trains the run in `workdir`, or resumes it; gives the state after the last step.
@@ -87,4 +84,9 @@ def train(
 
     Raises ConfigError or CheckpointError for bad input.
     """
+    # Imported here because they bring grain and orbax, which decoding does without.
+    from lsjax.evaluation.exits import evaluation_hook
+    from lsjax.training.run import prepare_run, train_run
+
+    hooks = [evaluation_hook] if hooks is None else hooks
     return train_run(prepare_run(config, Path(workdir)), hooks=hooks, **options)

@@ -36,7 +36,7 @@ class Rows:
     store: TokenStore
     seq_len: int
     train_on_prompt: bool
-    first_R1: Int64[np.ndarray, "R1"]
+    first_R1: Int64[np.ndarray, "R+1"]
     start_P: Int64[np.ndarray, "P"]
     length_P: Int64[np.ndarray, "P"]
     document_P: Int64[np.ndarray, "P"]

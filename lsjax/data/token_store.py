@@ -52,7 +52,7 @@ class TokenStore:
     """
 
     tokens: np.ndarray
-    starts_N1: Int64[np.ndarray, "N1"]
+    starts_N1: Int64[np.ndarray, "N+1"]
     prompts_N: Int32[np.ndarray, "N"]
     keys_N: UInt64[np.ndarray, "N"]
     fingerprint: str
