@@ -21,8 +21,8 @@ from rich.console import Console
 
 from lsjax.cli.errors import one_line_errors
 from lsjax.config import DataConfig
-from lsjax.data.pipeline import Pipeline, make_pipeline
-from lsjax.data.tokenizer_training import make_tokenizer
+from lsjax.data.pipeline import Pipeline, packed_rows
+from lsjax.data.vocabulary import make_tokenizer
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -71,15 +71,14 @@ def main(arguments: Arguments) -> None:
 
 def start(arguments: Arguments, cache: Path) -> Pipeline:
     """Everything up to the first batch."""
-    pipeline = make_pipeline(
+    rows = packed_rows(
         arguments.data,
         make_tokenizer(arguments.data, cache=cache),
-        batch_size=arguments.batch_size,
         seq_len=arguments.seq_len,
         split="train",
-        seed=0,
         cache=cache,
     )
+    pipeline = Pipeline(rows, batch_size=arguments.batch_size, seed=0)
     pipeline.next()
     return pipeline
 

@@ -31,8 +31,8 @@ from lsjax.cli.grid import PROMPTS, wide_console
 from lsjax.cli.prompts import PromptArguments, read_encoded
 from lsjax.cli.setup import cache_directory, exact_products, keep_compiled_programs
 from lsjax.config import check
-from lsjax.data.token_counts import find_counts
-from lsjax.data.tokenizers import Tokenizer
+from lsjax.data.tokenizer import Tokenizer
+from lsjax.data.vocabulary import find_counts
 from lsjax.decoding.draft_vocabulary import DraftVocabulary
 from lsjax.decoding.request import encode_prompt
 from lsjax.decoding.state import Strategy

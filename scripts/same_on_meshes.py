@@ -191,19 +191,17 @@ def take_steps(cache: Path, file: Path, mesh) -> None:
 
 def steps(config, state, cache: Path, mesh):
     """(state, metrics) after each step."""
-    from lsjax.data.pipeline import make_pipeline
+    from lsjax.data.pipeline import Pipeline, packed_rows
     from lsjax.data.tokenizer_huggingface import ByteTokenizer
     from lsjax.sharding import own_rows, placed_rows
     from lsjax.training.step import make_train_step
 
-    pipeline = make_pipeline(
-        config.data,
-        ByteTokenizer(),
+    pipeline = Pipeline(
+        packed_rows(
+            config.data, ByteTokenizer(), seq_len=config.seq_len, split="train", cache=cache
+        ),
         batch_size=config.batch_size,
-        seq_len=config.seq_len,
-        split="train",
         seed=config.seed,
-        cache=cache,
         own_B=own_rows(config.batch_size, mesh),
     )
     step = make_train_step(config)

@@ -35,8 +35,8 @@ with jaxtyping.install_import_hook(CHECKED, "beartype.beartype"):
 from flax import nnx
 
 from lsjax.config import LlamaConfig
+from lsjax.data.tokenizer import Tokenizer
 from lsjax.data.tokenizer_huggingface import ByteTokenizer
-from lsjax.data.tokenizers import Tokenizer
 from lsjax.decoding import calibration
 from lsjax.model.llama import Llama
 

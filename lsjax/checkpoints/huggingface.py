@@ -17,7 +17,7 @@ from lsjax.config import ConfigError, LlamaConfig, RopeScaling, split_step
 from lsjax.model.llama import Llama, unstacked
 
 if TYPE_CHECKING:
-    from lsjax.data.tokenizers import Tokenizer
+    from lsjax.data.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True, kw_only=True)

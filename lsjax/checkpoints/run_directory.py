@@ -27,8 +27,8 @@ from lsjax.checkpoints.saved_step import PARAMS, SavedStep, best_first, first_go
 from lsjax.checkpoints.tensors import CheckpointError, Track, named_parameters
 from lsjax.config import ConfigError, LlamaConfig, LoraConfig, TrainConfig, check
 from lsjax.config.json_form import from_json, versioned, without_version
+from lsjax.data.tokenizer import Tokenizer, TokenizerError
 from lsjax.data.tokenizer_files import load_tokenizer
-from lsjax.data.tokenizers import Tokenizer, TokenizerError
 from lsjax.model.llama import Llama
 from lsjax.model.lora import merged
 from lsjax.sharding import sharding_of

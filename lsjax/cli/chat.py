@@ -10,9 +10,8 @@ from rich.console import Console
 
 from lsjax.cli.show import LEGEND, Colours, stream, summary
 from lsjax.config import ConfigError
-from lsjax.data.chat import ChatTemplateError
-from lsjax.data.dialogue import Dialogue
-from lsjax.data.tokenizers import TokenizerError
+from lsjax.data.chat import ChatTemplateError, Dialogue
+from lsjax.data.tokenizer import TokenizerError
 from lsjax.decoding.completion import Completion
 from lsjax.decoding.conversation import Conversation
 from lsjax.decoding.engine import Engine

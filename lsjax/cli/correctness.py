@@ -28,9 +28,9 @@ from lsjax.cli.prompts import PromptArguments, read_encoded
 from lsjax.cli.setup import cache_directory, exact_products, keep_compiled_programs
 from lsjax.cli.strategies import in_one_program
 from lsjax.config import check
-from lsjax.data.token_counts import find_counts
+from lsjax.data.tokenizer import Tokenizer
 from lsjax.data.tokenizer_files import load_tokenizer
-from lsjax.data.tokenizers import Tokenizer
+from lsjax.data.vocabulary import find_counts
 from lsjax.decoding.completion import Completion
 from lsjax.decoding.draft_vocabulary import DraftVocabulary
 from lsjax.decoding.engine import Engine

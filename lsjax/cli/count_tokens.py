@@ -19,8 +19,8 @@ from lsjax.cli.errors import one_line_errors
 from lsjax.cli.flags import parse_flags
 from lsjax.cli.setup import cache_directory
 from lsjax.config import ConfigError
-from lsjax.data.token_counts import cached_counts, count_tokens, write_counts
 from lsjax.data.tokenizer_files import load_tokenizer
+from lsjax.data.vocabulary import cached_counts, count_tokens, write_counts
 
 PIECE = 1 << 20  # characters that are encoded at a time
 SHARES = (1024, 2048, 4096, 8192)

@@ -12,8 +12,8 @@ from lsjax.cli.prompts import read_requests
 from lsjax.cli.setup import cache_directory
 from lsjax.config import ConfigError, MeshConfig, check
 from lsjax.data.chat import chat_prompt
-from lsjax.data.token_counts import find_counts
-from lsjax.data.tokenizers import Tokenizer
+from lsjax.data.tokenizer import Tokenizer
+from lsjax.data.vocabulary import find_counts
 from lsjax.decoding.autoregressive import Autoregressive, EarlyExit
 from lsjax.decoding.draft_vocabulary import DraftVocabulary
 from lsjax.decoding.request import Request

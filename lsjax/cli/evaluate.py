@@ -31,8 +31,8 @@ from lsjax.cli.loading import load_shown
 from lsjax.cli.setup import choose_dtype, keep_compiled_programs, machine
 from lsjax.cli.strategies import choose_strategies, fitting_mesh, in_one_program
 from lsjax.config import DataConfig, check
+from lsjax.data.tokenizer import Tokenizer
 from lsjax.data.tokenizer_files import load_tokenizer
-from lsjax.data.tokenizers import Tokenizer
 from lsjax.decoding.engine import Engine
 from lsjax.decoding.request import encode_prompt
 from lsjax.decoding.self_speculative import SelfSpeculative

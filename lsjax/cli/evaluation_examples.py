@@ -12,7 +12,7 @@ from lsjax.config import ConfigError, DataConfig, check, split_step
 from lsjax.data.chat import chat_prompt
 from lsjax.data.documents import Document
 from lsjax.data.token_store import encode_document
-from lsjax.data.tokenizers import Tokenizer
+from lsjax.data.tokenizer import Tokenizer
 from lsjax.decoding.request import Request
 from lsjax.decoding.sampling import Sampling
 from lsjax.evaluation.answering import Question

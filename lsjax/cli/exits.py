@@ -23,7 +23,7 @@ from lsjax.cli.errors import check_output, one_line_errors
 from lsjax.cli.flags import parse_flags
 from lsjax.cli.setup import cache_directory, choose_dtype, keep_compiled_programs
 from lsjax.config import check
-from lsjax.data.pipeline import one_pass
+from lsjax.data.pipeline import OnePass, packed_rows
 from lsjax.data.tokenizer_files import load_tokenizer
 from lsjax.evaluation.exits import AGREEMENT, ExitScores, exits_to_show, score_exits
 from lsjax.evaluation.figures import check_plots
@@ -79,13 +79,15 @@ def compare(arguments: Arguments) -> None:
     config = read_run_config(first)
     keep_compiled_programs()
     batches = list(
-        one_pass(
-            config.data,
-            tokenizer,
+        OnePass(
+            packed_rows(
+                config.data,
+                tokenizer,
+                seq_len=config.seq_len,
+                split="validation",
+                cache=cache_directory(),
+            ),
             batch_size=config.batch_size,
-            seq_len=config.seq_len,
-            split="validation",
-            cache=cache_directory(),
             max_batches=arguments.batches,
         )
     )

@@ -15,8 +15,8 @@ from lsjax.cli.prompts import PromptArguments, read_encoded, read_prompts
 from lsjax.cli.setup import cache_directory, choose_dtype, machine
 from lsjax.cli.strategies import in_one_program
 from lsjax.config import check
-from lsjax.data.token_counts import find_counts
 from lsjax.data.tokenizer_files import load_tokenizer
+from lsjax.data.vocabulary import find_counts
 from lsjax.decoding.autoregressive import Autoregressive
 from lsjax.decoding.calibration import calibrated
 from lsjax.decoding.cost import Costs

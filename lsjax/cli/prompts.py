@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lsjax.config import ConfigError, check
-from lsjax.data.row_files import fill
-from lsjax.data.text_files import stop_at
+from lsjax.data.documents import stop_at
+from lsjax.data.sources import fill
 from lsjax.decoding.request import Request
 from lsjax.decoding.sampling import Sampling
 from lsjax.evaluation.tasks.examples import file_rows

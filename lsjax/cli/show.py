@@ -7,8 +7,7 @@ from rich.console import Console
 from rich.segment import Segment, Segments
 from rich.text import Text
 
-from lsjax.data.detokenize import StreamDecoder
-from lsjax.data.tokenizers import Tokenizer
+from lsjax.data.tokenizer import StreamDecoder, Tokenizer
 from lsjax.decoding.completion import Completion, Trace
 from lsjax.decoding.run import Update
 

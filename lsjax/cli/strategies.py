@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 
 from lsjax.cli import decoding_options
 from lsjax.config import LlamaConfig, MeshConfig, check
-from lsjax.data.tokenizers import Tokenizer
+from lsjax.data.tokenizer import Tokenizer
 from lsjax.decoding.choices import Choices
 from lsjax.decoding.request import check_settings
 from lsjax.decoding.self_speculative import SelfSpeculative

@@ -4,6 +4,7 @@ import dataclasses
 import math
 import types
 import typing
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -24,28 +25,22 @@ def check(condition: bool, message: str) -> None:
 class Bounds:
     """Limits of the numbers in a field, and a hint for who breaks them."""
 
-    low: float | None = None
-    high: float | None = None
-    above: float | None = None
-    below: float | None = None
+    low: float = -math.inf
+    high: float = math.inf
+    above: float = -math.inf
+    below: float = math.inf
     hint: str = ""
 
     def hold(self, number: float) -> bool:
-        """Whether the number is finite and within all limits."""
-        return (
-            -math.inf < number < math.inf
-            and (self.low is None or number >= self.low)
-            and (self.high is None or number <= self.high)
-            and (self.above is None or number > self.above)
-            and (self.below is None or number < self.below)
-        )
+        """Whether the number is within all limits; NaN and the infinities never are."""
+        return self.low <= number <= self.high and self.above < number < self.below
 
     def __str__(self):
-        if self.low is not None and self.high is not None:
+        if math.isfinite(self.low) and math.isfinite(self.high):
             return f"from {self.low} to {self.high}"
         words = ("of at least", self.low), ("above", self.above)
         words += ("at most", self.high), ("below", self.below)
-        return " and ".join(f"{word} {limit}" for word, limit in words if limit is not None)
+        return " and ".join(f"{word} {limit}" for word, limit in words if math.isfinite(limit))
 
 
 def bounded(default: Any = dataclasses.MISSING, **bounds: Any) -> Any:
@@ -59,8 +54,9 @@ def bounded(default: Any = dataclasses.MISSING, **bounds: Any) -> Any:
 class Checked:
     """Base of dataclasses that check their fields when they are made.
 
-    A field has a type that `described` knows, and bounds if it is made by `bounded`. A subclass
-    that relates two fields does so in `__post_init__`, after that of this class.
+    A field has a type that `described` knows, and bounds if it is made by `bounded`. A whole number
+    becomes a float where the type says so. A subclass that relates two fields does so in
+    `__post_init__`, after that of this class.
     """
 
     _prefix = ""
@@ -77,12 +73,14 @@ class Checked:
         for field in dataclasses.fields(self):
             value, kind = getattr(self, field.name), kinds[field.name]
             bounds = field.metadata.get("bounds", Bounds())
-            if not _fits(value, kind, bounds):
+            try:
+                object.__setattr__(self, field.name, _fitted(value, kind, bounds))
+            except _Unfit:
                 hint = f": {bounds.hint}" if bounds.hint else ""
                 raise ConfigError(
                     f"{self.name_of(field.name)} {shown(value)} must be "
                     f"{described(kind, bounds)}{hint}"
-                )
+                ) from None
 
     @classmethod
     def name_of(cls, field: str) -> str:
@@ -129,20 +127,30 @@ def described(kind: Any, bounds: Bounds | None = None) -> str:
     return words.get(kind) or f"a {getattr(kind, '__name__', kind)}"
 
 
-def _fits(value: Any, kind: Any, bounds: Bounds) -> bool:
+class _Unfit(Exception):
+    """A value that its field does not take."""
+
+
+def _fitted(value: Any, kind: Any, bounds: Bounds) -> Any:
+    """The value as its field holds it: a whole number is a float where the type says so."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if len(members(kind)) > 1:
-        return any(_fits(value, one, bounds) for one in members(kind))
-    if origin is Literal:
-        return any(type(value) is type(one) and value == one for one in arguments)
-    if origin is tuple:
-        if not isinstance(value, tuple):
-            return False
-        kinds = arguments[:1] * len(value) if arguments[-1] is ... else arguments
-        return len(kinds) == len(value) and all(
-            _fits(item, one, bounds) for item, one in zip(value, kinds, strict=True)
-        )
-    if kind in (int, float):
-        number = int if kind is int else int | float
-        return isinstance(value, number) and not isinstance(value, bool) and bounds.hold(value)
-    return kind is Any or isinstance(value, origin or kind)
+        for one in members(kind):
+            with suppress(_Unfit):
+                return _fitted(value, one, bounds)
+    elif origin is Literal:
+        if any(type(value) is type(one) and value == one for one in arguments):
+            return value
+    elif origin is tuple:
+        if isinstance(value, tuple):
+            kinds = arguments[:1] * len(value) if arguments[-1] is ... else arguments
+            if len(kinds) == len(value):
+                return tuple(map(_fitted, value, kinds, [bounds] * len(value)))
+    elif kind in (int, float):
+        right = isinstance(value, int if kind is int else int | float)
+        if right and not isinstance(value, bool) and bounds.hold(value):
+            with suppress(OverflowError):  # a whole number may be too large for a float
+                return kind(value)
+    elif kind is Any or isinstance(value, origin or kind):
+        return value
+    raise _Unfit

@@ -8,7 +8,7 @@ from lsjax.config.checked import Checked, ConfigError, bounded, check
 
 FILES = ("text", "jsonl", "tsv")
 ROWS = ("jsonl", "tsv", "tfds")
-READERS = {
+READ_BY = {  # fields that only some sources read
     "paths": FILES,
     "validation_paths": FILES,
     "separator": ("text",),
@@ -23,27 +23,28 @@ READERS = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataConfig(Checked):
+class DataConfig(Checked, prefix="data."):
     """One source of documents, its tokenizer, and the packing of its tokens.
 
     A document is a text, or a prompt with its response. docs/data.md has an example of each source.
     """
 
     source: Literal["python_source", "text", "jsonl", "tsv", "tfds"] = "python_source"
-    """The standard library's source of the running interpreter; text files; jsonl files with an
-    object on each line; tsv files with columns under a header; a TensorFlow data set."""
+    """python_source: the standard library of the running Python. text: files of text. jsonl: files
+    with an object on each line. tsv: files with columns under a header. tfds: a TensorFlow data
+    set."""
     paths: tuple[str, ...] = ()
     """Files of text, jsonl and tsv, or patterns such as books/**/*.txt."""
     separator: str = "file"
-    """Where documents of text end: with the `file`, at each `blank_line`, or at a given marker."""
+    """Where documents of text end: with the `file`, at each `blank_line`, or at another marker."""
 
     text_template: str = "{text}"
-    """The document of a row of jsonl, tsv or tfds; its fields in braces."""
+    """Document of a row of jsonl, tsv or tfds, with the row's fields in braces."""
     prompt_template: str = ""
-    """The prompt of a row, such as "Question: {question} Answer:". Both templates together replace
-    that of the text."""
+    """Prompt of a row, such as "Question: {question} Answer:". Both templates together replace the
+    text's."""
     response_template: str = ""
-    """The response of a row, such as " {answer}"."""
+    """Response of a row, such as " {answer}"."""
     train_on_prompt: bool = False
     """Whether the tokens of prompts are labels too."""
 
@@ -51,49 +52,52 @@ class DataConfig(Checked):
     """Name of the TensorFlow data set, with its config if it has several: cnn_dailymail,
     wikipedia/20230601.en."""
     tfds_split: str = "train"
-    """Split or part of one, such as train[:10%]."""
+    """Split, or part of one, such as train[:10%]."""
     tfds_data_dir: str = ""
-    """Where data sets lie; empty is TFDS's own, ~/tensorflow_datasets."""
+    """Directory of the data sets; empty is TFDS's own, ~/tensorflow_datasets."""
 
     validation_fraction: float = bounded(0.05, low=0, below=1)
-    """Share of the documents that is kept from training, chosen by a hash of each; read without a
-    validation set of its own."""
+    """Share of the documents that is held out, chosen by a hash of each. It is not read where there
+    is a separate validation set."""
     validation_paths: tuple[str, ...] = ()
-    """Files of a validation set of its own (text, jsonl, tsv)."""
+    """Files of a separate validation set (text, jsonl, tsv)."""
     validation_split: str = ""
-    """Split of a validation set of its own (tfds)."""
+    """Split of a separate validation set (tfds)."""
     max_documents: int | None = bounded(None, low=1)
-    """At most so many documents of the source, its first ones; a validation set is read whole."""
+    """Largest number of documents, the source's first ones; a validation set is read whole."""
 
     tokenizer: str = "sentencepiece"
     """`bytes`; `sentencepiece`, trained on the training documents; or the path of a model's
     directory, a tokenizer.json, tokenizer.model or .gguf."""
     vocab_size: int = 512
-    """Size of the vocabulary that is trained."""
+    """Size of a trained vocabulary."""
     append_end: bool = True
     """Whether each document ends with the tokenizer's end token."""
     allow_special: bool = False
-    """Whether the spelling of a special token ("</s>", "<|im_end|>") in a document is that token;
-    else it is plain text. For templates that spell them, where the fields can be trusted."""
+    """Whether the spelling of a special token ("</s>", "<|im_end|>") in a document is that token
+    and not plain text. For templates that spell them, if the fields can be trusted."""
 
     packing: bool = True
-    """Whether a row holds several documents; they never attend to one another. Else one each."""
+    """Whether a row holds several documents, which never attend to one another, or one."""
     too_long: Literal["split", "truncate", "drop"] | None = None
-    """What becomes of a document that is longer than a row. By default a text is split, and a
-    response truncated. With split, texts fill every row; else whole documents share rows."""
+    """How documents that are longer than a row are treated. By default a text is split, and a
+    response truncated. With split, texts fill every row; otherwise whole documents share rows."""
 
     def __post_init__(self):
         super().__post_init__()
         self._check_source()
         self._check_templates()
-        check(self.tokenizer != "", "tokenizer is empty: choose bytes, sentencepiece or a path")
+        check(
+            self.tokenizer != "", "data.tokenizer is empty: choose bytes, sentencepiece or a path"
+        )
         check(
             self.tokenizer != "sentencepiece" or self.vocab_size >= 260,
-            f"vocab_size {self.vocab_size} is below 260: 256 bytes, <unk>, <s>, </s> and a letter",
+            f"data.vocab_size {self.vocab_size} is below 260: 256 bytes, <unk>, <s>, </s> and a "
+            "letter",
         )
         check(
             not (self.has_prompts and self.too_long == "split"),
-            "too_long 'split' would part a response from its prompt: choose truncate or drop",
+            "data.too_long 'split' would part a response from its prompt: choose truncate or drop",
         )
 
     @property
@@ -103,7 +107,7 @@ class DataConfig(Checked):
 
     @property
     def has_validation_set(self) -> bool:
-        """Whether there is a validation set of its own."""
+        """Whether there is a separate validation set."""
         return bool(self.validation_paths or self.validation_split)
 
     @property
@@ -117,40 +121,42 @@ class DataConfig(Checked):
         return self.too_long or ("truncate" if self.has_prompts else "split")
 
     def _check_source(self):
-        for name, sources in READERS.items():
+        for name, sources in READ_BY.items():
             check(
                 self.source in sources or getattr(self, name) == getattr(DataConfig, name),
-                f"{name} is read by source {', '.join(sources)}, not by {self.source}: leave it "
-                "out, or choose another source",
+                f"data.{name} is read by source {', '.join(sources)}, not by {self.source}: leave "
+                "it out, or choose another source",
             )
         check(
             self.source not in FILES or bool(self.paths),
-            f"source {self.source} needs paths: name files or patterns",
+            f"data.source {self.source} needs data.paths: name files or patterns",
         )
         check(
             self.source != "tfds" or self.tfds_name != "",
-            "source tfds needs tfds_name, such as gsm8k",
+            "data.source tfds needs data.tfds_name, such as gsm8k",
         )
-        check(self.separator != "", "separator is empty: choose file, blank_line or a marker")
+        check(self.separator != "", "data.separator is empty: choose file, blank_line or a marker")
 
     def _check_templates(self):
         check(
             bool(self.prompt_template) == bool(self.response_template),
-            "prompt_template and response_template go together: give both or neither",
+            "data.prompt_template and data.response_template go together: give both or neither",
         )
         for name in ("text_template", "prompt_template", "response_template"):
             template = getattr(self, name)
             try:
                 fields = [part[1:] for part in string.Formatter().parse(template)]
             except ValueError as error:
-                raise ConfigError(f"{name} {template!r}: {error}; write {{{{ for a brace") from None
+                raise ConfigError(
+                    f"data.{name} {template!r}: {error}; write {{{{ for a brace"
+                ) from None
             for field, spec, conversion in fields:
                 check(
                     field is None or (field != "" and not spec and not conversion),
-                    f"{name} {template!r} holds braces that are more than a field's name: write "
-                    "{name} for a field, {{ for a brace",
+                    f"data.{name} {template!r} holds braces that are more than a field's name: "
+                    "write {name} for a field, {{ for a brace",
                 )
         check(
             self.has_prompts or "{" in self.text_template,
-            f"text_template {self.text_template!r} names no field: write one in braces",
+            f"data.text_template {self.text_template!r} names no field: write one in braces",
         )

@@ -52,8 +52,6 @@ def _decoded(kind: Any, raw: Any) -> Any:
             return _dataclass(one, raw)
         if get_origin(one) is tuple and isinstance(raw, list | tuple):
             return tuple(_decoded(get_args(one)[0], item) for item in raw)
-        if one is float and type(raw) is int:
-            return float(raw)
     return raw
 
 

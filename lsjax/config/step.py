@@ -13,7 +13,7 @@ LoraTarget = Literal["qkv", "out", "gate_up", "down"]
 
 @dataclass(frozen=True, kw_only=True)
 class LayerDropoutConfig(Checked, prefix="layer_dropout."):
-    """Rate at which layer l is left out at step t: p(l, t) = S(t) D(l) p_max (LayerSkip, eq. 2).
+    """Rate at which layer l is skipped at step t: p(l, t) = S(t) D(l) p_max (LayerSkip, eq. 2).
 
     LayerSkip: the defaults with a p_max; from scratch also schedule "exponential". LayerDrop (Fan
     et al., 2020): distribution "uniform", skip "batch". PLD (Zhang and He, 2020): distribution
@@ -22,21 +22,21 @@ class LayerDropoutConfig(Checked, prefix="layer_dropout."):
     """
 
     p_max: float = bounded(0.0, low=0, high=1)
-    """Rate of the layer that is left out most; 0 is no layer dropout."""
+    """Rate of the layer that is skipped most often; 0 turns layer dropout off."""
     distribution: Literal["exponential", "linear", "uniform"] = "exponential"
     """D(l): 2^(l / (L-1)) - 1 (eq. 3), l / (L-1), or 1."""
     layers: tuple[int, ...] | None = None
-    """Layers 0..L-1 that may be left out; all of them by default."""
+    """Layers 0..L-1 that may be skipped; all of them by default."""
     schedule: Literal["constant", "exponential", "decreasing", "saturating"] = "constant"
     """S(t): 1, 2^(t / (T-1)) - 1 (eq. 4), 1 - t / (T-1), or 1 - exp(-gamma t)."""
     gamma: float | None = bounded(None, above=0)
-    """Of the saturating schedule, per step; 100 / T by default, as in PLD."""
+    """Speed of the saturating schedule, per step; 100 / T by default, as in PLD."""
     rescale: bool = False
-    """Whether what a layer adds, when kept, is divided by 1 - p; the paper does not."""
+    """Whether the output of a kept layer is divided by 1 - p; the paper does not divide it."""
     skip: Literal["mask", "gather", "batch"] = "mask"
-    """How a layer is left out. mask: of each sequence by itself, as in the paper; it is computed
-    for all of them, and its effect dropped. gather: of each sequence, and computed only for those
-    that keep it, which are as many as one of a few fixed numbers. batch: of all at once."""
+    """How a layer is skipped. mask: by each sequence on its own, as in the paper; the layer is
+    computed for all of them, and its effect dropped. gather: by each sequence, and computed for
+    those that keep it only; their number is one of a few fixed ones. batch: by all at once."""
 
     def check_layers(self, num_layers: int) -> None:
         """Raises ConfigError where `layers` names one that a model of L layers does not have."""
@@ -56,22 +56,22 @@ class EarlyExitConfig(Checked, prefix="early_exit."):
     """
 
     curriculum: Literal["none", "rotational", "gradual", "all", "subset"] = "none"
-    """Exits in the loss beside exit L: none; every R-th, another set each step; one more every
-    T / (2L) steps from the last down to the first; all; those of `exits`."""
+    """Exits in the loss beside exit L. rotational: every R-th, another set each step. gradual: one
+    more every T / (2L) steps, from the last down to the first. subset: those of `exits`."""
     rotation: int = bounded(8, low=1)
     """R of the rotational curriculum."""
     exits: tuple[int, ...] = ()
     """Exits of the subset curriculum."""
     weights: Literal["paper", "uniform", "custom"] = "paper"
-    """Before they are normalised over the exits that are on: e(l) of eq. 6, 1, or
-    `custom_weights`."""
+    """Weights before they are normalised over the active exits. paper: e(l) of eq. 6. uniform: 1.
+    custom: `custom_weights`."""
     e_scale: float = bounded(1.0, low=0, high=1)
     """Weight of the intermediate exits in the paper's e(l), from 0 to 1."""
     custom_weights: tuple[float, ...] = bounded((), low=0)
-    """One for each exit 1..L."""
+    """A weight for each exit 1..L."""
     token_share: float = bounded(1.0, above=0, high=1)
-    """Share of the labelled tokens that an intermediate exit is trained on, drawn anew for each
-    exit and step; the loss stays the same on average."""
+    """Share of the labelled tokens that an intermediate exit is trained on. It is drawn anew for
+    each exit and step; the loss stays the same on average."""
     target: Literal["labels", "final"] = "labels"
     """What an intermediate exit learns: the next token, or the distribution that exit L gives."""
 
@@ -108,17 +108,17 @@ class EarlyExitConfig(Checked, prefix="early_exit."):
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig(Checked, prefix="optimizer."):
-    """AdamW (Loshchilov and Hutter, 2019). The paper gives learning rates only: all else here is
-    our choice, the usual one for Llamas."""
+    """AdamW (Loshchilov and Hutter, 2019). The paper gives learning rates only; the other
+    defaults are the usual ones for Llamas."""
 
     learning_rate: float = bounded(3e-4, low=0)
-    """The highest, after warm-up."""
+    """Highest learning rate, reached after warm-up."""
     schedule: Literal["constant", "cosine", "linear"] = "cosine"
     """How the learning rate falls after warm-up."""
     warmup_steps: int = bounded(0, low=0)
     """Steps in which the learning rate rises from 0."""
     final_share: float = bounded(0.1, low=0, high=1)
-    """Of the learning rate, at the end of the run; read by cosine and linear."""
+    """Share of the learning rate that is left at the end; read by cosine and linear."""
     b1: float = bounded(0.9, low=0, below=1)
     """Decay of the mean of the gradients."""
     b2: float = bounded(0.95, low=0, below=1)
@@ -126,22 +126,22 @@ class OptimizerConfig(Checked, prefix="optimizer."):
     eps: float = bounded(1e-8, above=0)
     """Added to the root of the mean of the squares."""
     weight_decay: float = bounded(0.1, low=0)
-    """Of matrices and tables; norms and biases do not decay."""
+    """Decay of matrices and tables; norms and biases do not decay."""
     clip_norm: float | None = bounded(1.0, above=0)
-    """Norm to which the gradient is shortened where it is longer; None leaves it as it is."""
+    """Largest norm of the gradient; a longer one is scaled down. None turns clipping off."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoraConfig(Checked, prefix="lora."):
-    """LoRA (Hu et al., 2021): W + alpha / rank A B in place of W, where only A and B are trained.
+    """LoRA (Hu et al., 2021): W + alpha / rank A B replaces W, and only A and B are trained.
 
-    qkv is one matrix of queries, keys and values, and gate_up one of two, so they share an A.
+    Queries, keys and values are one matrix, so they share an A; so do gate and up.
     """
 
     rank: int = bounded(0, low=0, hint="0 trains the whole model")
     """Columns of A and rows of B; 0 trains the whole model."""
     alpha: float = bounded(16.0, above=0)
-    """What A B is multiplied by, times the rank."""
+    """Scale of A B, times the rank."""
     targets: tuple[LoraTarget, ...] = ("qkv", "out", "gate_up", "down")
     """Matrices of each layer that get an adapter."""
 
@@ -160,13 +160,13 @@ class LoraConfig(Checked, prefix="lora."):
 
 @dataclass(frozen=True, kw_only=True)
 class StepConfig(Checked):
-    """All that a training step depends on beside the model and the batch."""
+    """Everything that a training step depends on, except for the model and the batch."""
 
     num_steps: int = bounded(low=1)
     """T: optimizer steps of the whole run; schedules and curricula are stretched over them."""
     seed: int = bounded(0, low=0, below=2**32)
-    """Of new weights, of the order of the rows, of layer dropout, and of the tokens that the exits
-    are trained on."""
+    """Seed of new weights, of the rows' order, of layer dropout, and of the tokens that exits are
+    trained on."""
     layer_dropout: LayerDropoutConfig = LayerDropoutConfig()
     early_exit: EarlyExitConfig = EarlyExitConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -174,17 +174,18 @@ class StepConfig(Checked):
     z_loss: float = bounded(0.0, low=0)
     """Weight of the squared log of the softmax's denominator (PaLM, 2022: 1e-4)."""
     micro_batches: int = bounded(1, low=1)
-    """Parts of a batch that run one after the other, their gradients added up."""
+    """Parts of a batch that run one after the other; their gradients are added."""
     remat: Literal[
         "none", "nothing_saveable", "dots_saveable", "dots_with_no_batch_dims_saveable"
     ] = "none"
-    """What a layer keeps for its backward pass: all that it needs, or what jax's checkpoint policy
-    of that name keeps; the rest is computed again."""
+    """What a layer keeps for its backward pass: everything, or what jax's checkpoint policy of that
+    name keeps. The rest is computed again. Policies that keep products keep the output of an
+    attention kernel too; on GPUs it replaces the projection that follows."""
     attention: AttentionKernel = "auto"
-    """What computes it: auto is splash on TPUs, flash on GPUs and xla elsewhere, and cudnn or xla
-    where these do not take the arrays (lsjax/model/self_attention.py)."""
+    """Kernel of attention. auto is splash on TPUs, flash on GPUs and xla elsewhere. Where these do
+    not take the arrays it is cudnn or xla (lsjax/model/self_attention.py)."""
     dtype: ComputeDtype = "auto"
-    """Of the computation: auto is bfloat16 on accelerators and that of the parameters on CPUs."""
+    """Type of the computation. auto is bfloat16 on accelerators; on CPUs it is the parameters'."""
 
     def __post_init__(self):
         super().__post_init__()

@@ -1,4 +1,4 @@
-"""A whole training run: its parts beside the step, and the path of a saved one."""
+"""A training run: step, model, data, mesh, checkpoints, evaluation; and the path of a saved run."""
 
 import dataclasses
 import math
@@ -14,7 +14,7 @@ from lsjax.config.step import StepConfig
 
 @dataclass(frozen=True, kw_only=True)
 class MeshConfig(Checked, prefix="mesh."):
-    """Sizes of the mesh's axes; -1 on one of them is what the others leave of the devices.
+    """Sizes of the mesh's axes; one of them may be -1, which takes the remaining devices.
 
     One device by default. lsjax/sharding.py says how each axis shards the arrays.
     """
@@ -29,8 +29,8 @@ class MeshConfig(Checked, prefix="mesh."):
     def sizes(self, num_devices: int) -> dict[str, int]:
         """Size of each axis on a machine of that many devices; those beyond the mesh stay idle.
 
-        Raises ConfigError where a size is none, the devices do not suffice, or a -1 does not
-        come out even.
+        Raises ConfigError for a size below 1, for too few devices, and where the other sizes do not
+        divide the devices that a -1 would take.
         """
         sizes = dataclasses.asdict(self)
         for name, size in sizes.items():
@@ -59,58 +59,58 @@ class MeshConfig(Checked, prefix="mesh."):
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig(Checked, prefix="checkpoints."):
-    """When a run is saved, and what stays."""
+    """When a run is saved, and which steps are kept."""
 
     every: int = bounded(500, low=1)
     """Steps between checkpoints; the last step has one too."""
     keep_last: int = bounded(2, low=1)
-    """Newest checkpoints that stay."""
+    """Number of the newest checkpoints that are kept."""
     keep_best: int = bounded(1, low=0)
-    """Checkpoints that stay beside them, by the held-out loss of the last exit; 0 for none."""
+    """Further checkpoints that are kept, those with the lowest held-out loss of the last exit."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationConfig(Checked, prefix="evaluation."):
-    """What is shown of the model on the way."""
+    """How the model is evaluated during the run."""
 
     every: int = bounded(500, low=1)
     """Steps between evaluations; the last step has one too."""
     batches: int = bounded(8, low=1)
-    """Batches of held-out rows that every exit is scored on; the same ones each time."""
+    """Batches of held-out rows on which every exit is scored; always the same ones."""
     sample_tokens: int = bounded(64, low=0)
-    """Length of the text that the model writes; 0 for none."""
+    """Length of the sample text that the model writes; 0 turns it off."""
     sample_prompt: str = ""
-    """What it continues; the start of a held-out document by default."""
+    """Beginning of the sample text; the start of a held-out document by default."""
     exit_layer: int | None = None
-    """Exit that drafts it; a quarter of the layers by default."""
+    """Exit that drafts the sample text; a quarter of the layers by default."""
     num_draft_tokens: int = bounded(4, low=1)
-    """Drafts a round."""
+    """Drafts in a round of the sample text."""
     num_prompts: int = bounded(8, low=1)
-    """How many held-out beginnings prompts.jsonl has at most, for decoding afterwards."""
+    """Largest number of held-out beginnings in prompts.jsonl, for decoding afterwards."""
     prompt_tokens: int = bounded(32, low=1)
-    """Their length, at most half of a row; a row of a prompt and its response gives its prompt."""
+    """Tokens of such a beginning, at most half a row; a row that has a prompt gives the prompt."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(StepConfig):
-    """A training step, and what it is done with: model, data, devices, checkpoints."""
+    """A training run: its step, model, data, mesh, checkpoints and evaluation."""
 
     model: LlamaConfig | None = None
-    """The model's shape; that of the model in `init_from` by default."""
+    """Shape of the model; by default that of the model in `init_from`."""
     init_from: str = ""
-    """Hugging Face directory, GGUF file or run to start from; random parameters by default."""
+    """Hugging Face directory, GGUF file or run to start from; by default parameters are random."""
     data: DataConfig = DataConfig()
     batch_size: int = bounded(low=1)
-    """B: rows of a step, over all devices and hosts."""
+    """B: rows of a step on all devices and hosts together."""
     seq_len: int = bounded(low=2)
     """T: tokens of a row."""
     mesh: MeshConfig = MeshConfig()
     checkpoints: CheckpointConfig = CheckpointConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     max_skipped: int = bounded(10, low=1)
-    """Steps in a row whose loss or gradient is not finite that stop the run."""
+    """Consecutive steps without a finite loss and gradient after which the run stops."""
     tensorboard: bool = False
-    """Whether the metrics go to TensorBoard too (needs the tensorboard extra)."""
+    """Whether the metrics are written for TensorBoard too (needs the tensorboard extra)."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -151,7 +151,7 @@ def split_step(path: str | Path) -> tuple[Path, int | str | None]:
     """`runs/a@200` is step 200 of runs/a, `runs/a@best` its best one, any other path is itself.
 
     A file or directory that has such a name is that file or directory.
-    Raises ConfigError for what follows the @ of an existing directory and is neither.
+    Raises ConfigError where an existing directory and an @ are followed by neither.
     """
     path = Path(path)
     directory, at, step = path.name.rpartition("@")

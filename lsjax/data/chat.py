@@ -12,15 +12,15 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from datetime import datetime
-from typing import TYPE_CHECKING, Any, NoReturn
+from functools import partial
+from typing import Any, NoReturn
 
 from jinja2 import TemplateError, nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
 
-if TYPE_CHECKING:
-    from lsjax.data.tokenizers import Tokenizer
+from lsjax.data.tokenizer import Tokenizer
 
 MAX_TEMPLATE_CHARACTERS = 1_000_000  # real ones have up to 20 thousand
 MAX_VALUE_LENGTH = 1_000_000
@@ -98,7 +98,8 @@ def render_chat(
     )
     for name in ("center", "format"):  # of any width
         del environment.filters[name]
-    environment.filters["tojson"] = _to_json
+    # jinja2's own escapes <, > and &, which a prompt must not.
+    environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
     variables = {
@@ -141,17 +142,40 @@ def chat_prompt(
     return render_chat(tokenizer.chat_template, messages, special_tokens=tokenizer.special_tokens)
 
 
-def _to_json(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    """jinja2's own escapes <, > and &, which a prompt must not."""
-    return json.dumps(
-        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
-    )
+class Dialogue:
+    """The messages so far, in the model's chat template.
+
+    A reply's own ids stay in the prompt of the next turn: encoded again, its text may fall into
+    other tokens. A template that changes what was said makes the whole chat be encoded again, and
+    so does SentencePiece, whose tokens depend on where a text begins.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, system: str | None = None):
+        self._tokenizer, self._system = tokenizer, system
+        self.messages: list[dict[str, str]] = []
+        self._known: tuple[str, list[int]] = "", []  # text and ids to the end of the last reply
+
+    def prompt(self, user: str) -> tuple[str, list[int]]:
+        """Text and ids of the prompt for a reply to `user`.
+
+        Raises ChatTemplateError as `chat_prompt` does.
+        """
+        text = chat_prompt(self._tokenizer, user, self._system, self.messages)
+        known, ids = self._known
+        if ids and text.startswith(known) and not self._tokenizer.leading_spaces:
+            return text, ids + self._tokenizer.encode(text[len(known) :], add_bos=False)
+        return text, self._tokenizer.encode(text, add_bos=False)
+
+    def add(
+        self, user: str, prompt: tuple[str, list[int]], reply: str, reply_ids: list[int] | None
+    ) -> None:
+        """Enters a turn. reply_ids: tokens that make exactly the text of the reply, if known."""
+        self.messages += [
+            {"role": "user", "content": user},
+            {"role": "assistant", "content": reply},
+        ]
+        text, ids = prompt
+        self._known = text + reply, [] if reply_ids is None else ids + reply_ids
 
 
 def _raise_exception(message: str) -> NoReturn:

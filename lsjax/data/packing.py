@@ -11,19 +11,37 @@ read.
 import hashlib
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TypedDict
 
 import numpy as np
-from jaxtyping import Int64
+from jaxtyping import Int32, Int64
 
-from lsjax.config import check
-from lsjax.data.batch import Batch
+from lsjax.config import DataConfig, check
 from lsjax.data.token_store import TokenStore
 
 OPEN_ROWS = 1024  # rows, the newest, that first-fit still looks at
 
 
+class PackedBatch(TypedDict):
+    """Rows of one host, [B, T] each; a plain dict of numpy arrays.
+
+    tokens_BT: ids; 0 in padding.
+    labels_BT: the token that follows in the document, -1 where none is to be predicted: prompts in
+      finetuning, a document's last token, padding. Of a document cut at the end of a row it is the
+      first token of the next piece.
+    segments_BT: number of the document within the row, from 1; 0 is padding. Tokens attend within
+      their segment only.
+    positions_BT: position within the piece of the document, from 0; 0 in padding.
+    """
+
+    tokens_BT: Int32[np.ndarray, "B T"]
+    labels_BT: Int32[np.ndarray, "B T"]
+    segments_BT: Int32[np.ndarray, "B T"]
+    positions_BT: Int32[np.ndarray, "B T"]
+
+
 @dataclass(frozen=True, eq=False)
-class Rows:
+class PackedRows:
     """Rows of seq_len tokens: row r is the pieces first_R1[r] to first_R1[r + 1].
 
     start_P, length_P: the piece's place in store.tokens. document_P: the document that it is of.
@@ -67,15 +85,10 @@ class Rows:
         lost = [f"{self.num_truncated:,} truncated"] * (self.num_truncated > 0)
         lost += [f"{self.num_dropped:,} dropped"] * (self.num_dropped > 0)
         lost += [f"{self.num_shared:,} left out that training has too"] * (self.num_shared > 0)
-        return ", ".join(
-            [
-                f"{self.num_documents:,} documents, {self.num_tokens:,} tokens",
-                f"{len(self):,} rows of {self.seq_len:,}, {full:.1%} full",
-                *lost,
-            ]
-        )
+        held = f"{self.num_documents:,} documents, {self.num_tokens:,} tokens"
+        return ", ".join([held, f"{len(self):,} rows of {self.seq_len:,}, {full:.1%} full", *lost])
 
-    def read(self, rows: np.ndarray) -> Batch:
+    def read(self, rows: np.ndarray) -> PackedBatch:
         """The rows of these numbers, as int32; a number of -1 is a row of padding."""
         shape = (len(rows), self.seq_len)
         tokens, segments, positions = (np.zeros(shape, np.int32) for _ in range(3))
@@ -100,7 +113,7 @@ class Rows:
                     offset = at - start - 1
                     labels[b, first + offset : last + offset] = source[first:last]
                 at = to
-        return Batch(
+        return PackedBatch(
             tokens_BT=tokens, labels_BT=labels, segments_BT=segments, positions_BT=positions
         )
 
@@ -109,44 +122,40 @@ def pack(
     store: TokenStore,
     documents_M: Int64[np.ndarray, "M"],
     seq_len: int,
-    *,
-    packing: bool,
-    long_documents: str,
-    train_on_prompt: bool,
-) -> Rows:
+    config: DataConfig,
+) -> PackedRows:
     """Rows of the given documents of the store, taken in this order.
 
-    packing, long_documents: as in DataConfig. A document that is truncated to a prompt without a
-    label is dropped.
+    A document that would be truncated to a prompt without a label is dropped.
 
     Raises ConfigError where no row is left.
     """
     check(seq_len >= 2, f"seq_len {seq_len} must be at least 2: a token and the one that follows")
     lengths_M = store.lengths_N[documents_M]
     truncated = dropped = 0
-    if long_documents == "split":
-        which_P, offset_P, length_P, row_P = split(lengths_M, seq_len, packing)
+    if config.long_documents == "split":
+        which_P, offset_P, length_P, row_P = split(lengths_M, seq_len, config.packing)
     else:
-        prompts_M = 0 if train_on_prompt else store.prompts_N[documents_M]
+        prompts_M = 0 if config.train_on_prompt else store.prompts_N[documents_M]
         keep_M = (lengths_M >= 2) & (prompts_M < lengths_M) & (prompts_M <= seq_len)
         long_M = lengths_M > seq_len
-        if long_documents == "drop":
+        if config.long_documents == "drop":
             keep_M &= ~long_M
         truncated, dropped = int((keep_M & long_M).sum()), int((~keep_M).sum())
         which_P = np.flatnonzero(keep_M)
         length_P = np.minimum(lengths_M[which_P], seq_len)
         offset_P = np.zeros_like(which_P)
-        row_P = first_fit(length_P, seq_len) if packing else np.arange(len(which_P))
+        row_P = first_fit(length_P, seq_len) if config.packing else np.arange(len(which_P))
     check(
         len(row_P) > 0,
         f"no document fits a row of {seq_len} tokens ({dropped} are dropped): raise seq_len",
     )
     order = np.argsort(row_P, kind="stable")
     document_P = documents_M[which_P[order]]
-    return Rows(
+    return PackedRows(
         store=store,
         seq_len=seq_len,
-        train_on_prompt=train_on_prompt,
+        train_on_prompt=config.train_on_prompt,
         first_R1=np.searchsorted(row_P[order], np.arange(row_P.max() + 2)),
         start_P=store.starts_N1[document_P] + offset_P[order],
         length_P=length_P[order],

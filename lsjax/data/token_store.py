@@ -14,7 +14,10 @@ import hashlib
 import json
 import os
 import shutil
+import uuid
 from array import array
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -26,9 +29,8 @@ from rich.progress import Progress
 
 from lsjax.config import DataConfig, check
 from lsjax.data.documents import Document, Source
-from lsjax.data.sources import open_source
-from lsjax.data.tokenizers import Tokenizer, TokenizerError
-from lsjax.data.whole_files import whole_directory
+from lsjax.data.sources import document_source
+from lsjax.data.tokenizer import Tokenizer, TokenizerError
 
 FORMAT = 2  # to be raised when other code makes other tokens of the same text
 ARRAYS = ("tokens", "starts", "prompts", "keys")
@@ -81,7 +83,7 @@ def token_store(
         f"the end token {end} has no row in the model's table of {tokenizer.vocab_size} rows: set "
         "append_end to False, or enlarge the model's vocabulary",
     )
-    source = open_source(config, validation=validation)
+    source = document_source(config, validation=validation)
     limit = None if validation else config.max_documents
     directory = cache / "tokens" / _name(config, tokenizer, source, limit)
     was_there = directory.is_dir()  # then it was whole: directories appear when they are
@@ -180,3 +182,37 @@ def _write(
     raw.unlink()
     about = {"fingerprint": digest.hexdigest(), "lengths": [len(values) for values in arrays]}
     (folder / "store.json").write_text(json.dumps(about))
+
+
+def write_whole(file: Path, content: bytes) -> None:
+    """Writes a file under another name first, and then renames it."""
+    partial = _partial(file)
+    try:
+        partial.write_bytes(content)
+        partial.replace(file)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def whole_directory(directory: Path) -> Iterator[Path]:
+    """A directory to write into, which takes the given name when the block has ended well.
+
+    If another process has finished the same one by then, that one stays.
+    """
+    partial = _partial(directory)
+    partial.mkdir()
+    try:
+        yield partial
+        try:
+            partial.rename(directory)
+        except OSError:
+            if not directory.is_dir():
+                raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _partial(path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path.with_name(f".partial-{uuid.uuid4().hex}")

@@ -3,26 +3,29 @@
 from __future__ import annotations
 
 import base64
+import json
 import re
+from collections.abc import Callable
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 import tokenizers
 
 from lsjax.config import split_step
-from lsjax.data.tokenizer_bpe import (
+from lsjax.data.tokenizer import Tokenizer, TokenizerError, first_line
+from lsjax.data.tokenizer_gguf import load_gguf
+from lsjax.data.tokenizer_huggingface import (
+    HuggingFaceTokenizer,
     added_token,
     all_merges,
     byte_characters,
     byte_level_bpe,
     llama3_words,
 )
-from lsjax.data.tokenizer_gguf import load_gguf
-from lsjax.data.tokenizer_huggingface import HuggingFaceTokenizer
 from lsjax.data.tokenizer_sentencepiece import SentencePieceTokenizer
-from lsjax.data.tokenizer_settings import TokenizerSettings, read_file, read_json, token_ids
-from lsjax.data.tokenizers import Tokenizer, TokenizerError, first_line
 
+MAX_FILE_BYTES = 256 << 20  # far above any real one
 TIKTOKEN_LINE = re.compile(rb"[A-Za-z0-9+/]+={0,2} [0-9]{1,9}")
 LLAMA3_NAMED_SPECIALS = {  # offset from the first special token; all the others are reserved
     0: "<|begin_of_text|>",
@@ -38,13 +41,12 @@ LLAMA3_NAMED_SPECIALS = {  # offset from the first special token; all the others
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
     """Loads a tokenizer.json, a tokenizer.model (SentencePiece or tiktoken), a *.gguf, or a
-    directory with one of the first two, such as that of a training run (a step after its @ is
-    read over).
+    directory with one of the first two. That may be a training run; a step after its @ is ignored.
 
-    Of both in one directory tokenizer.json wins: it is what transformers reads, and only it has
-    tokens added later. But if the other is a SentencePiece model of the same size, that is taken:
-    there the json is a conversion, which is not exact on runs of whitespace. Settings (bos, eos,
-    add_bos_token, chat template) come from the files beside.
+    If a directory has both, tokenizer.json wins: transformers reads it, and it alone has tokens
+    that were added later. A SentencePiece model of the same size wins over it, since the json is
+    then a conversion, which is not exact on runs of whitespace. Settings (bos, eos, add_bos_token,
+    chat template) come from the files beside.
 
     Raises:
       TokenizerError: missing, empty, truncated or unsuitable files.
@@ -89,42 +91,34 @@ def _load(path: Path) -> Tokenizer:
 
 
 def _load_json(file: Path) -> HuggingFaceTokenizer:
-    if "model" not in read_json(file):
+    if "model" not in _read_json(file):
         raise TokenizerError(f"{file} is JSON but no tokenizer (no 'model'): wrong file?")
     backend = tokenizers.Tokenizer.from_file(str(file))
-    settings = TokenizerSettings.beside(file)
-    bos_ids = token_ids([settings.bos], backend.token_to_id)
-    return HuggingFaceTokenizer(
-        backend,
-        bos_id=next(iter(bos_ids), None),
-        eos_ids=token_ids(settings.eos, backend.token_to_id),
-        # transformers adds nothing without a post-processor, and believes an explicit setting
-        add_bos=settings.add_bos,
-        chat_template=settings.chat_template,
-    )
+    return HuggingFaceTokenizer(backend, **_settings(file, backend.token_to_id))
 
 
 def _load_model(file: Path) -> Tokenizer:
-    model, settings = read_file(file), TokenizerSettings.beside(file)
+    model = _read_file(file)
     if TIKTOKEN_LINE.match(model.partition(b"\n")[0]):
-        return _tiktoken(model, settings)
+        return _tiktoken(file, model)
     try:
-        tokenizer = SentencePieceTokenizer(
-            model, add_bos=settings.add_bos is not False, chat_template=settings.chat_template
-        )
+        tokenizer = SentencePieceTokenizer(model)
     except TokenizerError as error:
         raise TokenizerError(f"{file} is {error}: truncated or another file?") from error
-    beyond = [i for i in settings.added_ids if i >= tokenizer.vocab_size]
-    if beyond:
+    added = _beside(file, "tokenizer_config.json").get("added_tokens_decoder") or ()
+    if (largest := max(map(int, added), default=-1)) >= tokenizer.vocab_size:
         raise TokenizerError(
-            f"tokenizer_config.json adds tokens ({beyond[0]}, ...) that {file} lacks: add the "
+            f"tokenizer_config.json adds a token {largest} that {file} lacks: add the "
             "tokenizer.json of this model"
         )
-    tokenizer.eos_ids = token_ids(settings.eos, tokenizer.piece_id) or tokenizer.eos_ids
+    settings = _settings(file, tokenizer.piece_id)
+    tokenizer.eos_ids = settings["eos_ids"] or tokenizer.eos_ids
+    tokenizer.add_bos &= settings["add_bos"] is not False
+    tokenizer.chat_template = settings["chat_template"]
     return tokenizer
 
 
-def _tiktoken(content: bytes, settings: TokenizerSettings) -> HuggingFaceTokenizer:
+def _tiktoken(file: Path, content: bytes) -> HuggingFaceTokenizer:
     """Llama 3's file: a line `base64 rank` for each token, then 256 special tokens."""
     tokens: list[str] = []
     characters = byte_characters()
@@ -146,11 +140,77 @@ def _tiktoken(content: bytes, settings: TokenizerSettings) -> HuggingFaceTokeniz
         for i in range(256)
     )
     backend.add_special_tokens([added_token(name) for name in specials])
-    bos_id = len(tokens)
-    return HuggingFaceTokenizer(
-        backend,
-        bos_id=bos_id,
-        eos_ids=(bos_id + 1, bos_id + 9, bos_id + 8),
-        add_bos=settings.add_bos is not False,
-        chat_template=settings.chat_template,
-    )
+    first = len(tokens)
+    settings = _settings(file, backend.token_to_id)
+    settings |= {"bos_id": first, "eos_ids": (first + 1, first + 9, first + 8)}
+    settings["add_bos"] = settings["add_bos"] is not False
+    return HuggingFaceTokenizer(backend, **settings)
+
+
+def _settings(file: Path, id_of: Callable[[str], int | None]) -> dict[str, Any]:
+    """The settings of HuggingFaceTokenizer, by the small files beside a tokenizer.
+
+    id_of: maps the spelling of a token to its id, or to None where it has none.
+    """
+    names = ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
+    config, special, generation = (_beside(file, name) for name in names)
+
+    def spelled(name: str) -> str | None:
+        token = config.get(name) or special.get(name)
+        token = token.get("content") if isinstance(token, dict) else token
+        return token if isinstance(token, str) else None
+
+    def ids(*tokens: str | int | None) -> tuple[int, ...]:
+        found: dict[int, None] = {}  # each once
+        for token in tokens:
+            token_id = id_of(token) if isinstance(token, str) else token
+            if isinstance(token_id, int):
+                found[token_id] = None
+            elif token is not None:
+                raise TokenizerError(f"its tokenizer_config.json names {token!r}, which it lacks")
+        return tuple(found)
+
+    ends = generation.get("eos_token_id")
+    bos, add_bos = spelled("bos_token"), config.get("add_bos_token")
+    bos_ids = ids(generation.get("bos_token_id") if bos is None else bos)
+    jinja, template = file.parent / "chat_template.jinja", config.get("chat_template")
+    if jinja.exists():
+        template = _read_file(jinja).decode("utf-8")
+    elif isinstance(template, list):  # several, by name
+        template = {t["name"]: t["template"] for t in template}.get("default")
+    return {
+        "bos_id": next(iter(bos_ids), None),
+        "eos_ids": ids(spelled("eos_token"), *(ends if isinstance(ends, list) else [ends])),
+        "add_bos": add_bos if isinstance(add_bos, bool) else None,
+        "chat_template": template if isinstance(template, str) else None,
+    }
+
+
+def _beside(file: Path, name: str) -> dict[str, Any]:
+    other = file.parent / name
+    return _read_json(other) if other.exists() else {}
+
+
+def _read_file(file: Path) -> bytes:
+    """Content of a file that is there, not empty and not absurdly large."""
+    try:
+        if (size := file.stat().st_size) > MAX_FILE_BYTES:
+            raise TokenizerError(f"{file} has {size} bytes: too large for a tokenizer, wrong file?")
+        content = file.read_bytes()
+    except OSError as error:
+        raise TokenizerError(f"cannot read {file} ({error.strerror}): check the path") from error
+    if not content:
+        raise TokenizerError(f"{file} is empty: download or export it again")
+    return content
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    """Content of a file that holds a JSON object."""
+    text = _read_file(file)
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise TokenizerError(f"{file} is no valid JSON ({first_line(error)}): repair it") from error
+    if not isinstance(content, dict):
+        raise TokenizerError(f"{file} is JSON but no object: wrong file?")
+    return content

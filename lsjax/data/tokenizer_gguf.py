@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-import struct
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from tokenizers import pre_tokenizers
 
-from lsjax.data.tokenizer_bpe import BYTE_PIECE, added_token, byte_level_bpe, llama3_words
-from lsjax.data.tokenizer_huggingface import HuggingFaceTokenizer
+from lsjax.data.tokenizer import Tokenizer, TokenizerError
+from lsjax.data.tokenizer_huggingface import (
+    BYTE_PIECE,
+    HuggingFaceTokenizer,
+    added_token,
+    byte_level_bpe,
+    llama3_words,
+)
 from lsjax.data.tokenizer_sentencepiece import SentencePieceTokenizer
-from lsjax.data.tokenizers import Tokenizer, TokenizerError
 
 LLAMA3_BEGIN = "<|begin_of_text|>"
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4  # token types of GGUF and of SentencePiece
@@ -35,13 +38,7 @@ def load_gguf(file: Path) -> Tokenizer:
             raise TokenizerError(f"{file} names token {i}, but has {len(tokens)}: a damaged file")
     chat_template = fields.get("chat_template")
     if kind == "llama":
-        model = _sentencepiece_model(
-            zip(tokens, fields["ggml.scores"], types, strict=True),
-            add_dummy_prefix=fields.get("ggml.add_space_prefix", True),
-            unk_id=fields.get("ggml.unknown_token_id", 0),
-            bos_id=bos_id,
-            eos_id=eos_ids[0] if eos_ids else None,
-        )
+        model = _sentencepiece_model(tokens, fields, types, bos_id, eos_ids)
         add_bos = fields.get("ggml.add_bos_token", True)
         return SentencePieceTokenizer(
             model, add_bos=add_bos, eos_ids=eos_ids, chat_template=chat_template
@@ -99,43 +96,24 @@ def _tokenizer_fields(file: Path) -> dict[str, Any]:
 
 
 def _sentencepiece_model(
-    pieces: Iterable[tuple[str, float, int]],
-    *,
-    add_dummy_prefix: bool,
-    unk_id: int,
-    bos_id: int | None,
-    eos_id: int | None,
+    tokens: list[str], fields: dict[str, Any], types: list[int], bos_id: int | None, eos_ids: list
 ) -> bytes:
-    """A serialized ModelProto of a BPE, written by hand since protobuf is no dependency.
+    """A serialized SentencePiece model, a BPE, of the same tokens."""
+    # Only here: a process can't import this and transformers' copy of another version.
+    from sentencepiece.sentencepiece_model_pb2 import ModelProto, TrainerSpec
 
-    Field numbers are those of sentencepiece_model.proto.
-    """
-
-    def varint(value: int) -> bytes:
-        value &= (1 << 64) - 1  # negative ones as in two's complement
-        head = bytearray()
-        while value > 127:
-            head.append(value & 127 | 128)
-            value >>= 7
-        return bytes([*head, value])
-
-    def number(field: int, value: int) -> bytes:
-        return varint(field << 3) + varint(value)
-
-    def block(field: int, value: bytes) -> bytes:
-        return varint(field << 3 | 2) + varint(len(value)) + value
-
-    pieces = list(pieces)
-    model = b"".join(
-        block(1, block(1, p.encode()) + b"\x15" + struct.pack("<f", score) + number(3, kind))
-        for p, score, kind in pieces
-    )
-    has_bytes = any(BYTE_PIECE.fullmatch(piece) for piece, _, _ in pieces)
-    ids = {40: unk_id, 41: -1 if bos_id is None else bos_id, 42: -1 if eos_id is None else eos_id}
-    trainer = number(3, 2) + number(4, len(pieces)) + number(35, has_bytes)  # model_type 2 is BPE
-    trainer += b"".join(number(field, i) for field, i in {**ids, 43: -1}.items())
-    # The library looks bos, eos and unk up by name.
-    names = {field + 5: pieces[i][0] for field, i in ids.items() if i >= 0}
-    trainer += b"".join(block(field, name.encode()) for field, name in names.items())
-    normalizer = block(1, b"identity") + number(3, bool(add_dummy_prefix)) + number(4, 0)
-    return model + block(2, trainer) + block(3, normalizer + number(5, 1))
+    model = ModelProto()
+    for token, score, kind in zip(tokens, fields["ggml.scores"], types, strict=True):
+        model.pieces.add(piece=token, score=score, type=kind)
+    trainer, normalizer = model.trainer_spec, model.normalizer_spec
+    trainer.model_type, trainer.vocab_size = TrainerSpec.BPE, len(tokens)
+    trainer.byte_fallback = any(BYTE_PIECE.fullmatch(token) for token in tokens)
+    unk_id, eos_id = fields.get("ggml.unknown_token_id", 0), next(iter(eos_ids), None)
+    for name, token_id in {"unk": unk_id, "bos": bos_id, "eos": eos_id, "pad": None}.items():
+        setattr(trainer, f"{name}_id", -1 if token_id is None else token_id)
+        if token_id is not None:  # the library looks it up by name
+            setattr(trainer, f"{name}_piece", tokens[token_id])
+    normalizer.name, normalizer.escape_whitespaces = "identity", True
+    normalizer.add_dummy_prefix = bool(fields.get("ggml.add_space_prefix", True))
+    normalizer.remove_extra_whitespaces = False
+    return model.SerializeToString()

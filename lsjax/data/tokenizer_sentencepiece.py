@@ -10,9 +10,8 @@ import sentencepiece
 import tokenizers
 from tokenizers import decoders, models, normalizers
 
-from lsjax.data.tokenizer_bpe import added_token, all_merges, set_bos
-from lsjax.data.tokenizer_settings import save_settings
-from lsjax.data.tokenizers import PROBE, Tokenizer, TokenizerError, first_line
+from lsjax.data.tokenizer import PROBE, Tokenizer, TokenizerError, first_line
+from lsjax.data.tokenizer_huggingface import added_token, all_merges, set_bos
 
 
 class SentencePieceTokenizer(Tokenizer):
@@ -75,19 +74,19 @@ class SentencePieceTokenizer(Tokenizer):
         found = self._processor.piece_to_id(piece)  # the unknown token's where there is none
         return found if self._processor.id_to_piece(found) == piece else None
 
-    def save(self, directory: str | Path) -> None:
-        """Writes tokenizer.model, tokenizer_config.json and, if it can be had, a tokenizer.json.
+    def _save_model(self, directory: Path) -> str:
+        """Writes tokenizer.model and, if it can be had, a tokenizer.json.
 
-        The last is for transformers, which does not run SentencePiece: a BPE with the same merges,
+        The json is for transformers, which does not run SentencePiece: a BPE with the same merges,
         equal to the model but for rare ties. It is left out where it would differ on a test text
         (unigram models, normalizing ones, user-defined pieces).
         """
-        directory = Path(directory)
-        backend = self._as_bpe()
-        save_settings(self, directory, "PreTrainedTokenizerFast" if backend else "LlamaTokenizer")
         (directory / "tokenizer.model").write_bytes(self._model)
-        if backend is not None:
-            backend.save(str(directory / "tokenizer.json"))
+        backend = self._as_bpe()
+        if backend is None:
+            return "LlamaTokenizer"
+        backend.save(str(directory / "tokenizer.json"))
+        return "PreTrainedTokenizerFast"
 
     def _as_bpe(self) -> tokenizers.Tokenizer | None:
         """The same BPE for the `tokenizers` library, or None where it would not be the same."""

@@ -6,8 +6,7 @@ from dataclasses import asdict, dataclass
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from lsjax.data.detokenize import StreamDecoder
-from lsjax.data.tokenizers import Tokenizer
+from lsjax.data.tokenizer import StreamDecoder, Tokenizer
 from lsjax.decoding.state import EOS, LENGTH, RUNNING, STOP, DecodeState, Strategy
 
 FINISH_REASONS = {EOS: "eos", LENGTH: "length", STOP: "stop"}

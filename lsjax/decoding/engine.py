@@ -8,7 +8,7 @@ import jax
 from jax.sharding import Mesh
 
 from lsjax.config import check
-from lsjax.data.tokenizers import Tokenizer
+from lsjax.data.tokenizer import Tokenizer
 from lsjax.decoding.autoregressive import Autoregressive
 from lsjax.decoding.completion import Completion
 from lsjax.decoding.conversation import Conversation

@@ -14,10 +14,10 @@ from jaxtyping import Array, Float, Int
 from lsjax.config import AttentionKernel, LlamaConfig
 from lsjax.model.attention import cached_attention
 from lsjax.model.cache import write_slots
-from lsjax.model.products import linear, split_swiglu, swiglu, with_steps
+from lsjax.model.products import gradients_first, linear, split_swiglu, swiglu, with_steps
 from lsjax.model.rope import rotate
 from lsjax.model.self_attention import nvidia_capability, self_attention
-from lsjax.sharding import constrain, on_each_device
+from lsjax.sharding import constrain, on_each_device, platform
 
 # Name of what a matrix and its adapter give together, for remat policies: they need not keep both.
 ADAPTED = "adapted"
@@ -56,8 +56,9 @@ class Linear(nnx.Module):
         self.bias = nnx.Param(jnp.zeros(outputs, dtype)) if bias else None
         self.adapter = nnx.data(None)  # or an Adapter (lora.py)
 
-    def __call__(self, x: Float[Array, "B T I"]) -> Float[Array, "B T ..."]:
-        y = linear(x, self.kernel[...].astype(x.dtype))
+    def __call__(self, x: Float[Array, "B T I"], again: bool = False) -> Float[Array, "B T ..."]:
+        """again: as for `linear`."""
+        y = linear(x, self.kernel[...].astype(x.dtype), again)
         if self.bias is not None:
             # In float32 or wider: the bias's gradient is a sum over all tokens.
             wide = jnp.promote_types(x.dtype, jnp.float32)
@@ -94,9 +95,11 @@ class Attention(nnx.Module):
         q = q.reshape(*q.shape[:2], -1, q.shape[-1])
         return rotate(q, *rope), rotate(k, *rope), v
 
-    def merge(self, mixed_BTNH: Float[Array, "B T N H"]) -> Float[Array, "B T D"]:
-        """Heads back into the model's width."""
-        return self.out(mixed_BTNH.reshape(*mixed_BTNH.shape[:2], -1))
+    def merge(
+        self, mixed_BTNH: Float[Array, "B T N H"], again: bool = False
+    ) -> Float[Array, "B T D"]:
+        """Heads back into the model's width; again: as for `linear`."""
+        return self.out(mixed_BTNH.reshape(*mixed_BTNH.shape[:2], -1), again)
 
 
 class FeedForward(nnx.Module):
@@ -112,7 +115,8 @@ class FeedForward(nnx.Module):
         if isinstance(self.gate_up, nnx.List):  # split.py
             gate, up = (matrix(x_BTD) for matrix in self.gate_up)
             return self.down(split_swiglu(gate, up))
-        return self.down(swiglu(self.gate_up(x_BTD)))
+        x_BTF, down = gradients_first(swiglu(self.gate_up(x_BTD)), self.down)
+        return down(x_BTF)
 
 
 class Block(nnx.Module):
@@ -136,7 +140,10 @@ class Block(nnx.Module):
         kernel: of the attention (self_attention.py).
         """
         q, k, v = self.attention.project(self.attention_norm(x_BTD), rope)
-        x_BTD = x_BTD + self.attention.merge(self_attention(q, k, v, segments_BT, kernel))
+        mixed = self_attention(q, k, v, segments_BT, kernel)
+        # On GPUs remat keeps the output of attention instead of this product of it: as large, and
+        # dearer to compute again for long sequences.
+        x_BTD = x_BTD + self.attention.merge(mixed, again=platform() == "gpu")
         return x_BTD + self.feed_forward(self.feed_forward_norm(x_BTD))
 
     def extend(

@@ -20,11 +20,12 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 from jaxtyping import Array, Float, Int
 
-from lsjax.model.self_attention import OWN
+from lsjax.model.self_attention import OWN, SAVED
 from lsjax.sharding import platform
 
 OTHERS = 64
@@ -58,7 +59,7 @@ def _forward(q, k, v, segments):
 
 
 def _forward_with_residuals(q, k, v, segments):
-    y, logs = _forward(q, k, v, segments)
+    y, logs = checkpoint_name(_forward(q, k, v, segments), SAVED)
     return y, (q, k, v, segments, y, logs)
 
 

@@ -6,6 +6,7 @@ docs/training.md has what they save. They have no forward-mode derivative.
 """
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -67,21 +68,30 @@ def enough_rows(x: Float[Array, "*batch R I"]) -> Float[Array, "*batch S I"]:
     return lax.optimization_barrier(jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, missing), (0, 0)]))
 
 
-@jax.custom_vjp
-def linear(x: Float[Array, "*batch I"], w: Float[Array, "I *O"]) -> Float[Array, "..."]:
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def linear(
+    x: Float[Array, "*batch I"], w: Float[Array, "I *O"], again: bool = False
+) -> Float[Array, "..."]:
     """tensordot(x, w, 1): [*batch, *O].
 
     The gradient of w comes out as it lies, [I, *O]. Autodiff makes [*O, I] of it and transposes it
     in every layer, and the gradient of the output before that.
+
+    again: a layer under remat computes the product once more and does not keep it. A batch axis of
+    1 says so to the policy dots_with_no_batch_dims_saveable.
     """
-    return jnp.tensordot(x, w, axes=1)
+    return _linear_forward(x, w, again)[0]
 
 
-def _linear_forward(x, w):
-    return jnp.tensordot(x, w, axes=1), (x, w)
+def _linear_forward(x, w, again):
+    if again:
+        y = lax.dot_general(x[None], w[None], (((x.ndim,), (1,)), ((0,), (0,))))[0]
+    else:
+        y = jnp.tensordot(x, w, axes=1)
+    return y, (x, w)
 
 
-def _linear_backward(residuals, dy):
+def _linear_backward(again, residuals, dy):
     x, w = residuals
     rows, outputs = tuple(range(x.ndim - 1)), w.ndim - 1
     over_outputs = tuple(range(dy.ndim - outputs, dy.ndim)), tuple(range(1, w.ndim))
@@ -91,6 +101,24 @@ def _linear_backward(residuals, dy):
 
 
 linear.defvjp(_linear_forward, _linear_backward)
+
+
+def gradients_first(x: Any, parameters: Any) -> tuple[Any, Any]:
+    """Both unchanged. On GPUs the gradients of the parameters are computed before that of x.
+
+    XLA would compute them at the end of a layer, and hold their operands until then.
+    """
+    return _gradients_first(x, parameters) if platform() == "gpu" else (x, parameters)
+
+
+@jax.custom_vjp
+def _gradients_first(x, parameters):
+    return x, parameters
+
+
+_gradients_first.defvjp(
+    lambda *both: (both, None), lambda _, gradients: lax.optimization_barrier(gradients)
+)
 
 
 @jax.custom_vjp
@@ -109,6 +137,8 @@ def _swiglu_forward(gate_up):
 
 def _swiglu_backward(gate_up, dy):
     dgate, dup = _halves_of_gradient(gate_up[..., 0, :], gate_up[..., 1, :], dy)
+    if platform() == "gpu":  # for a choice XLA:GPU would write both halves first
+        return (jnp.stack([dgate, dup], -2),)
     # As a choice for each element: XLA:CPU joins arrays on one thread.
     is_gate = jnp.arange(2)[:, None] == 0
     return (jnp.where(is_gate, dgate[..., None, :], dup[..., None, :]),)

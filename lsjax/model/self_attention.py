@@ -19,8 +19,8 @@ from lsjax.sharding import ROWS, on_each_device, platform
 
 # Steps of a splash block; of those that pad the sequence least, the first.
 BLOCKS = (512, 384, 256, 128)
-# What splash keeps for its backward pass, for remat policies that save by name.
-SAVED = "splash_attention"
+# What splash and flash keep for their backward passes, for remat policies that save by name.
+SAVED = "attention"
 # Tokens of a block of flash, which divides its sequences.
 OWN = 128
 

@@ -31,9 +31,9 @@ def exit_states(
     step. exit_S: each layer but the last once at most; what slots of L - 1 hold before the last
     one is of no meaning.
 
-    Every layer writes its output to a slot: to that of its exit, or to the last one, where the last
-    layer has the last word. So no more than S outputs are held, whatever the number of layers.
-    Where S = L, slot and layer are one, and the outputs are those of the scan.
+    A layer with an exit writes its output to the slot of that exit. So no more than S outputs are
+    held, whatever the number of layers. Where S = L, slot and layer are one, and the outputs are
+    those of the scan.
     """
     x_BTD = model.embed_rows(batch["tokens_BT"])
     whole = platform() == "tpu"
@@ -41,8 +41,8 @@ def exit_states(
     run = layer_runner(config, rope, batch["segments_BT"])
     num_slots, num_layers = len(exit_S), model.config.num_layers
     picks = 1 < num_slots < num_layers
-    slot_L = jnp.full(num_layers, num_slots - 1).at[exit_S].set(jnp.arange(num_slots))
-    slot_L = slot_L.at[-1].set(num_slots - 1)
+    none = num_slots - 1  # slot of layers that write to none; the last layer's output is the carry
+    slot_L = jnp.full(num_layers, none).at[exit_S].set(jnp.arange(num_slots)).at[-1].set(none)
     dropout = None
     if config.layer_dropout.p_max > 0:
         rates_L = drop_rates(config.layer_dropout, model.config.num_layers, step, config.num_steps)
@@ -53,16 +53,41 @@ def exit_states(
         block, slot, dropout = inputs
         x_BTD = constrain(run(block, x_BTD, dropout), ROWS)
         if picks:
-            slots_SBTD = lax.dynamic_update_index_in_dim(slots_SBTD, x_BTD, slot, 0)
+            slots_SBTD = _held(slots_SBTD, x_BTD, slot)
         return (x_BTD, slots_SBTD), x_BTD if num_slots == num_layers else None
 
-    slots_SBTD = jnp.zeros((num_slots, *x_BTD.shape), x_BTD.dtype) if picks else None
+    slots_SBTD = None
+    if picks:  # zeros would be one array with those of the loss, which XLA:GPU holds until then
+        slots_SBTD = jnp.broadcast_to(lax.stop_gradient(x_BTD), (num_slots - 1, *x_BTD.shape))
     (x_BTD, slots_SBTD), x_LBTD = lax.scan(
         layer, (x_BTD, slots_SBTD), (model.layers, slot_L, dropout)
     )
     if num_slots == num_layers:
         return x_LBTD
-    return slots_SBTD if picks else x_BTD[None]
+    return jnp.concatenate([slots_SBTD, x_BTD[None]]) if picks else x_BTD[None]
+
+
+@jax.custom_vjp
+def _held(slots_SBTD, x_BTD, slot):
+    """The slots with x in this one; unchanged for the slot beyond them.
+
+    A slot is written once. So its gradient is that of x, and the backward pass writes no slot.
+    """
+    before_BTD = lax.dynamic_index_in_dim(slots_SBTD, slot, 0, keepdims=False)
+    x_BTD = jnp.where(slot < len(slots_SBTD), x_BTD, before_BTD)
+    return lax.dynamic_update_index_in_dim(slots_SBTD, x_BTD, slot, 0)
+
+
+def _held_forward(slots_SBTD, x_BTD, slot):
+    return _held(slots_SBTD, x_BTD, slot), slot
+
+
+def _held_backward(slot, dslots_SBTD):
+    dx_BTD = lax.dynamic_index_in_dim(dslots_SBTD, slot, 0, keepdims=False)
+    return dslots_SBTD, jnp.where(slot < len(dslots_SBTD), dx_BTD, 0), None
+
+
+_held.defvjp(_held_forward, _held_backward)
 
 
 def kept_rows(config: StepConfig, rates_L, step, rows_B) -> Kept:

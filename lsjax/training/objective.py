@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from lsjax.config import StepConfig
@@ -37,12 +38,16 @@ def objective(
         narrow = split_matrices(narrow)
     x_SBTD = exit_states(config, narrow, batch, step, rows_B, exit_S)
 
+    head = head_of(model)
+    if platform() == "gpu":
+        # XLA:GPU would gather the table, and allocate its gradient, before the layers run.
+        head, x_SBTD = lax.optimization_barrier((head, x_SBTD))
     weights_S = jnp.where(taken_S, weights_L[exit_S], 0) / jnp.maximum(num_labels, 1)
     positions = loss_positions(config, batch["labels_BT"], step, rows_B, exit_S, taken_S)
     loss, sums_S = head_loss(
         config.early_exit.target,
         config.z_loss,
-        head_of(model),
+        head,
         x_SBTD,
         batch["labels_BT"],
         positions,

@@ -24,10 +24,10 @@ from lsjax.checkpoints import (
     saved_steps,
 )
 from lsjax.config import LlamaConfig, MeshConfig, TrainConfig, check
-from lsjax.data.pipeline import OnePass, Pipeline, make_pipeline, one_pass
+from lsjax.data.pipeline import SPLITS, OnePass, Pipeline, packed_rows
 from lsjax.data.token_store import cache_directory
-from lsjax.data.tokenizer_training import make_tokenizer
-from lsjax.data.tokenizers import Tokenizer
+from lsjax.data.tokenizer import Tokenizer
+from lsjax.data.vocabulary import make_tokenizer
 from lsjax.sharding import make_mesh, own_rows, placed_rows
 from lsjax.training.flops import peak_flops, step_flops
 from lsjax.training.hosts import check_same, in_turn, is_first, wait_to_see
@@ -128,17 +128,15 @@ def with_model(config: TrainConfig, model: LlamaConfig) -> TrainConfig:
 
 def read_data(config: TrainConfig, mesh: Mesh | None) -> tuple[Tokenizer, Pipeline, OnePass]:
     """Tokenizer, training rows and held-out rows; raises ConfigError for bad data."""
-    cache = cache_directory()
-    tokenizer = make_tokenizer(config.data, cache=cache).fitted(config.model.vocab_size)
-    rows = dict(
-        batch_size=config.batch_size,
-        seq_len=config.seq_len,
-        cache=cache,
-        own_B=own_rows(config.batch_size, mesh),
-    )
-    pipeline = make_pipeline(config.data, tokenizer, split="train", seed=config.seed, **rows)
-    batches = config.evaluation.batches
-    held_out = one_pass(config.data, tokenizer, split="validation", max_batches=batches, **rows)
+    data, length, cache = config.data, config.seq_len, cache_directory()
+    tokenizer = make_tokenizer(data, cache=cache).fitted(config.model.vocab_size)
+    rows = {
+        split: packed_rows(data, tokenizer, seq_len=length, split=split, cache=cache)
+        for split in SPLITS
+    }
+    own = dict(batch_size=config.batch_size, own_B=own_rows(config.batch_size, mesh))
+    pipeline = Pipeline(rows["train"], seed=config.seed, **own)
+    held_out = OnePass(rows["validation"], max_batches=config.evaluation.batches, **own)
     return tokenizer, pipeline, held_out
 
 

@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 
 from lsjax.config import EvaluationConfig, LlamaConfig, check
-from lsjax.data.packing import Rows
-from lsjax.data.token_counts import NAME, write_counts
-from lsjax.data.tokenizers import Tokenizer
-from lsjax.data.whole_files import write_whole
+from lsjax.data.packing import PackedRows
+from lsjax.data.token_store import write_whole
+from lsjax.data.tokenizer import Tokenizer
+from lsjax.data.vocabulary import COUNTS, write_counts
 
 PROMPTS = "prompts.jsonl"
 COUNTED = 4_000_000  # tokens that the draft vocabulary is counted from
@@ -24,22 +24,22 @@ COUNTED = 4_000_000  # tokens that the draft vocabulary is counted from
 def write_run_files(
     workdir: Path,
     tokenizer: Tokenizer,
-    rows: Rows,
+    rows: PackedRows,
     prompts: Sequence[Sequence[int]],
     *,
     fresh: bool,
 ) -> None:
     """Writes the missing files, from the training rows and held-out prompts; all of them if
     `fresh`, as the data of a run without a saved step may still change."""
-    if fresh or not (workdir / NAME).exists():
-        write_counts(workdir / NAME, tokenizer, count_labels(rows))
+    if fresh or not (workdir / COUNTS).exists():
+        write_counts(workdir / COUNTS, tokenizer, count_labels(rows))
     if fresh or not (workdir / PROMPTS).exists():
         texts = map(tokenizer.decode, prompts)
         lines = [json.dumps({"prompt": text}, ensure_ascii=False) for text in texts if text]
         write_whole(workdir / PROMPTS, "".join(f"{line}\n" for line in lines).encode())
 
 
-def count_labels(rows: Rows, most: int = COUNTED) -> Counter[int]:
+def count_labels(rows: PackedRows, most: int = COUNTED) -> Counter[int]:
     """How often each token is learned in the first rows."""
     counts: Counter[int] = Counter()
     step = 256

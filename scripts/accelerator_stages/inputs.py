@@ -7,7 +7,7 @@ import numpy as np
 from flax import nnx
 
 from lsjax.config import LlamaConfig
-from lsjax.data.tokenizers import Tokenizer, TokenizerError
+from lsjax.data.tokenizer import Tokenizer, TokenizerError
 from lsjax.model.llama import Llama
 
 
@@ -24,8 +24,7 @@ class Numbers(Tokenizer):
     def _encode(self, text: str, allow_special: bool) -> list[int]:
         return [int(word) for word in text.split()]
 
-    def save(self, directory: str | Path) -> None:
-        """Has no files."""
+    def _save_model(self, directory: Path) -> str:
         raise TokenizerError("numbers as tokens have no files: save the model's own tokenizer")
 
 

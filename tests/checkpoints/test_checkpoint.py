@@ -293,7 +293,7 @@ def test_a_newer_version_is_no_damage(copy, like):
     file = copy / "3" / "meta" / "metadata"
     meta = json.loads(file.read_text())["meta"]
     file.write_text(json.dumps(sealed(meta | {"version": 99})))
-    with pytest.raises(ConfigError, match="3/meta: version 99 was written by a newer lsjax"):
+    with pytest.raises(ConfigError, match="3/meta: version is 99, but this lsjax reads"):
         open_(copy).restore(like)
 
 

@@ -55,7 +55,7 @@ def test_what_may_change(changes):
         (dict(seed=1), "seed 0, now it is 1"),
         (dict(batch_size=16), "batch_size 8, now it is 16"),
         (dict(model=LlamaConfig.tiny(num_layers=5)), "model.num_layers 4, now it is 5"),
-        (dict(layer_dropout=LayerDropoutConfig(p_max=0.2)), "layer_dropout.layers [1, 3], now "),
+        (dict(layer_dropout=LayerDropoutConfig(p_max=0.2)), "layer_dropout.layers (1, 3), now "),
         (
             dict(data=dataclasses.replace(CONFIG.data, separator="blank_line")),
             "data.separator file, now it is blank_line",

@@ -25,8 +25,8 @@ from lsjax.checkpoints import (
 )
 from lsjax.cli import convert
 from lsjax.config import ConfigError, LlamaConfig, TrainConfig
-from lsjax.data.token_counts import NAME, find_counts
 from lsjax.data.tokenizer_huggingface import ByteTokenizer
+from lsjax.data.vocabulary import COUNTS, find_counts
 from lsjax.training.step import init_state
 
 CONFIG = TrainConfig(num_steps=9, batch_size=2, seq_len=8, model=LlamaConfig.tiny())
@@ -127,7 +127,7 @@ def test_decode_and_convert(made, run, tmp_path, capsys, monkeypatch):
 
 def test_counts_of_tokens_in_a_run(run, tokenizer, tmp_path):
     counts = {"tokenizer": tokenizer.fingerprint, "total": 3, "counts": {"97": 2, "98": 1}}
-    (run / NAME).write_text(json.dumps(counts))
+    (run / COUNTS).write_text(json.dumps(counts))
     for path in (run, Path(f"{run}@best")):
         assert find_counts(path, tmp_path, tokenizer) == {97: 2, 98: 1}
 
@@ -149,8 +149,8 @@ def change_config(run: Path, **changes) -> None:
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"version": 99}, "config.json: version 99 was written by a newer lsjax"),
-        ({"model": None}, "config.json: model: it is null, but must be an object with the keys of"),
+        ({"version": 99}, "config.json: version is 99, but this lsjax reads"),
+        ({"model": None}, "config.json: model: None must be an object, as a LlamaConfig is"),
         ({"model": {"num_layers": 3}}, "config.json: model: vocab_size is missing: LlamaConfig"),
     ],
 )

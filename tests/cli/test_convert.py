@@ -13,8 +13,8 @@ from lsjax.checkpoints import GenerationDefaults, load, read_generation_defaults
 from lsjax.cli.convert import main
 from lsjax.cli.errors import one_line_errors
 from lsjax.config import ConfigError
+from lsjax.data.tokenizer import MOST_EXTRA
 from lsjax.data.tokenizer_files import load_tokenizer
-from lsjax.data.tokenizers import MOST_EXTRA
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 

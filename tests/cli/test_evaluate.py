@@ -11,7 +11,7 @@ from lsjax.checkpoints import Checkpoints, begin_run
 from lsjax.cli import evaluate
 from lsjax.cli.evaluate import main
 from lsjax.config import DataConfig, TrainConfig
-from lsjax.data.row_files import RowFiles
+from lsjax.data.sources import document_source
 from lsjax.data.token_store import encode_document
 from lsjax.evaluation.results import read
 from lsjax.evaluation.tasks.all_tasks import TASKS
@@ -191,7 +191,7 @@ def test_a_run_is_asked_in_its_own_template(model, tokenizer, rows, tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(evaluate, "answer_all", spy)
         main(argv)
-    trained = list(RowFiles(data.paths, data).documents())
+    trained = list(document_source(data).documents())
     for question, document in zip(asked, trained, strict=True):
         ids, count = encode_document(document, data, tokenizer)
         assert list(question.request.prompt) == ids[:count]

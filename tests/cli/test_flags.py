@@ -26,12 +26,15 @@ def test_good_flags():
 @pytest.mark.parametrize(
     "argv, message",
     [
-        (["--optimizer.learning-rate", "-1"], "optimizer.learning_rate -1.0 must not be negative"),
+        (
+            ["--optimizer.learning-rate", "-1"],
+            "optimizer.learning_rate -1.0 must be a finite number of at least 0",
+        ),
         (
             ["--optimizer.learning-rat", "1"],
             "Unrecognized options: --optimizer.learning-rat, 1; Perhaps you meant: "
-            "--optimizer.learning-rate FLOAT The highest, after warm-up. (default: 0.0003); "
-            "--help lists all flags",
+            "--optimizer.learning-rate FLOAT Highest learning rate, reached after warm-up. "
+            "(default: 0.0003); --help lists all flags",
         ),
         (
             ["--number", "x"],

@@ -24,6 +24,8 @@ class Flags(Checked, prefix="--"):
 @dataclass(frozen=True, kw_only=True)
 class More(Flags):
     last: bool = False
+    weights: tuple[float, ...] = ()
+    limit: float | None = None
 
 
 GOOD = [
@@ -43,6 +45,12 @@ def test_what_fits(changes):
     assert replace(More(), **changes) == More(**changes)
 
 
+def test_whole_numbers_become_floats():
+    more = More(share=0.5, weights=(1, 2.5), limit=3)
+    assert (type(more.weights[0]), type(more.limit), type(more.num_samples)) == (float, float, int)
+    assert more.weights == (1.0, 2.5)
+
+
 @pytest.mark.parametrize(
     "changes, message",
     [
@@ -60,6 +68,7 @@ def test_what_fits(changes):
         (dict(lengths=[1]), "--lengths [1] must be a tuple, each item a whole number"),
         (dict(lengths=(1, 10)), "each item a whole number from 1 to 9"),
         (dict(inner=3), "--inner 3 must be a Flags or None"),
+        (dict(limit=10**400), "... must be a finite number or None"),
         (dict(last=1), "--last 1 must be True or False"),
         (dict(file="x" * 99), "--file '" + "x" * 56 + "... must be a path or None"),
     ],

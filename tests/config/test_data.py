@@ -27,12 +27,12 @@ def test_long_documents_by_default(rest, expected):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"source": "text"}, "source text needs paths"),
+        ({"source": "text"}, "data.source text needs data.paths"),
         ({"paths": ("a.txt",)}, "paths is read by source text, jsonl, tsv, not by python_source"),
         ({"validation_paths": ("a.txt",)}, "validation_paths is read by source text, jsonl, tsv"),
         ({"separator": "blank_line"}, "is read by source text, not by python_source"),
         ({"source": "text", "paths": ("a.txt",), "separator": ""}, "separator is empty"),
-        ({"source": "tfds"}, "source tfds needs tfds_name, such as gsm8k"),
+        ({"source": "tfds"}, "data.source tfds needs data.tfds_name, such as gsm8k"),
         ({"tfds_name": "gsm8k"}, "tfds_name is read by source tfds, not by python_source"),
         (
             {"validation_split": "test"},

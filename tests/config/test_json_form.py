@@ -156,10 +156,10 @@ TINY = asdict(LlamaConfig.tiny())
         (Everything, {"name": "law"}, "name 'law' must be one of cnn, code or None"),
         (Everything, {"exits": "some"}, "exits 'some' must be all or a tuple, each item a whole"),
         (Everything, {"exits": [1, "x"]}, "exits (1, 'x') must be all or a tuple, each item a"),
-        (Everything, {"nested": [[1], [2, "3"]]}, "nested ((1.0,), (2.0, '3')) must be a tuple"),
+        (Everything, {"nested": [[1], [2, "3"]]}, "nested ((1,), (2, '3')) must be a tuple"),
         (Everything, {"rate": float("inf")}, "rate inf must be a finite number or None"),
         (Everything, {"mesh": {"data": 1.5}}, "mesh.data 1.5 must be a whole number"),
-        (Everything, {"sized": 0}, "sized 0.0 must be a finite number above 0 and at most 9"),
+        (Everything, {"sized": 0}, "sized 0 must be a finite number above 0 and at most 9"),
     ],
 )
 def test_what_is_wrong_is_said_in_one_line(kind, raw, message):

@@ -2,9 +2,14 @@
 
 import random
 
-from lsjax.data.detokenize import StreamDecoder, decode_continuation
+from lsjax.data.tokenizer import StreamDecoder
 from lsjax.data.tokenizer_files import load_tokenizer
 from lsjax.data.tokenizer_huggingface import ByteTokenizer
+
+
+def continued(tokenizer, prompt, ids):
+    stream = StreamDecoder(tokenizer, prompt)
+    return stream.push(ids) + stream.finish()
 
 
 def test_streaming_equals_decoding(any_tokenizer, texts):
@@ -13,7 +18,7 @@ def test_streaming_equals_decoding(any_tokenizer, texts):
     for _ in range(300):
         ids = rng.choices([*range(tokenizer.vocab_size), *emoji * 20], k=rng.randrange(12))
         prompt = tokenizer.encode(rng.choice(texts))
-        continuation = decode_continuation(tokenizer, prompt, ids)
+        continuation = continued(tokenizer, prompt, ids)
         for before, expected in ((), tokenizer.decode(ids)), (prompt, continuation):
             stream = StreamDecoder(tokenizer, before)
             parts = [stream.push([token]) for token in ids]
@@ -39,6 +44,6 @@ def test_continuation_keeps_the_space_that_decode_drops(sentencepiece_model):
     tokenizer = load_tokenizer(sentencepiece_model)
     new = tokenizer.encode("little house", add_bos=False)
     assert tokenizer.decode(new) == "little house"
-    assert decode_continuation(tokenizer, tokenizer.encode("a"), new) == " little house"
-    assert decode_continuation(tokenizer, [1], new) == "little house"
+    assert continued(tokenizer, tokenizer.encode("a"), new) == " little house"
+    assert continued(tokenizer, [1], new) == "little house"
     assert StreamDecoder(tokenizer).push(new) == " little house"

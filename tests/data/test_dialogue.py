@@ -2,8 +2,7 @@
 
 import pytest
 
-from lsjax.data.chat import ChatTemplateError
-from lsjax.data.dialogue import Dialogue
+from lsjax.data.chat import ChatTemplateError, Dialogue
 from lsjax.data.tokenizer_files import load_tokenizer
 from lsjax.data.tokenizer_huggingface import ByteTokenizer
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from lsjax.config import ConfigError
+from lsjax.config import ConfigError, DataConfig
 from lsjax.data.packing import OPEN_ROWS, first_fit, pack, split
 from lsjax.data.token_store import TokenStore
 
@@ -19,8 +19,8 @@ def store(documents, prompts=None):
 
 
 def make(documents, seq_len, prompts=None, **settings):
-    settings = dict(packing=True, long_documents="split", train_on_prompt=False) | settings
-    return pack(store(documents, prompts), np.arange(len(documents)), seq_len, **settings)
+    config = DataConfig(**dict(too_long="split") | settings)
+    return pack(store(documents, prompts), np.arange(len(documents)), seq_len, config)
 
 
 def read(rows):
@@ -59,7 +59,7 @@ def test_split_by_hand():
 
 def test_whole_documents_by_hand():
     """a and d share a row, for b and c leave no room for either; prompts are unlabelled."""
-    rows = make(GOLDEN, 8, [2, 4, 1, 1], long_documents="truncate")
+    rows = make(GOLDEN, 8, [2, 4, 1, 1], too_long="truncate")
     assert read(rows) == {
         "tokens": [
             [1, 2, 3, 4, 31, 32, 33, 0],
@@ -87,13 +87,13 @@ def test_whole_documents_by_hand():
 
 
 def test_prompts_are_labelled_if_asked_for():
-    labels = read(make(GOLDEN, 8, [2, 4, 1, 1], long_documents="drop", train_on_prompt=True))
+    labels = read(make(GOLDEN, 8, [2, 4, 1, 1], too_long="drop", train_on_prompt=True))
     assert labels["labels"][1] == [12, 13, 14, 15, 16, -1, -1, -1]
 
 
 def test_too_long_examples_are_truncated_or_dropped_and_counted():
     # In rows of 4: b keeps 15 as the label of its last token, c has only its prompt left.
-    rows = make(GOLDEN, 4, [2, 4, 4, 1], long_documents="truncate")
+    rows = make(GOLDEN, 4, [2, 4, 4, 1], too_long="truncate")
     assert read(rows)["tokens"] == [
         [1, 2, 3, 4],
         [11, 12, 13, 14],
@@ -102,10 +102,10 @@ def test_too_long_examples_are_truncated_or_dropped_and_counted():
     ]
     assert read(rows)["labels"][1:3] == [[-1, -1, -1, 15], [-1, -1, -1, 25]]
     assert (rows.num_documents, rows.num_truncated, rows.num_dropped) == (4, 2, 0)
-    rows = make(GOLDEN, 4, [2, 5, 4, 1], long_documents="truncate")
+    rows = make(GOLDEN, 4, [2, 5, 4, 1], too_long="truncate")
     assert (rows.num_documents, rows.num_truncated, rows.num_dropped) == (3, 1, 1)
     assert rows.describe().endswith("1 truncated, 1 dropped")
-    rows = make(GOLDEN, 4, [2, 4, 4, 1], long_documents="drop")
+    rows = make(GOLDEN, 4, [2, 4, 4, 1], too_long="drop")
     assert read(rows)["tokens"] == [[1, 2, 3, 4], [31, 32, 33, 0]]
     assert (rows.num_documents, rows.num_truncated, rows.num_dropped) == (2, 0, 2)
 
@@ -120,7 +120,7 @@ def test_without_packing_each_document_begins_a_row():
         [31, 32, 33, 0, 0],
     ]
     assert rows["labels"][1:3] == [[12, 13, 14, 15, 16], [-1] * 5]
-    whole = read(make(GOLDEN, 6, packing=False, long_documents="drop"))
+    whole = read(make(GOLDEN, 6, packing=False, too_long="drop"))
     assert [row[0] for row in whole["tokens"]] == [1, 11, 21, 31]
 
 
@@ -142,7 +142,7 @@ def test_rows_hold_the_documents_and_nothing_leaks(seed, packing, long_documents
     prompts = (draw.random(len(lengths)) * lengths).astype(int) if seed % 2 else 0 * lengths
     ends = np.cumsum(lengths)
     documents = [np.arange(end - n, end) + 1 for n, end in zip(lengths, ends, strict=True)]
-    rows = make(documents, 11, prompts.tolist(), packing=packing, long_documents=long_documents)
+    rows = make(documents, 11, prompts.tolist(), packing=packing, too_long=long_documents)
     batch = rows.read(np.arange(len(rows)))
     document_of = np.searchsorted(ends, np.arange(ends[-1]), side="right")
     labelled, seen = [], []
@@ -186,7 +186,7 @@ def test_rows_of_nothing_and_of_one_token_are_refused():
     with pytest.raises(ConfigError, match="seq_len 1 must be at least 2"):
         make(GOLDEN, 1)
     with pytest.raises(ConfigError, match=r"no document fits a row of 2 tokens \(4 are dropped\)"):
-        make(GOLDEN, 2, long_documents="drop")
+        make(GOLDEN, 2, too_long="drop")
 
 
 def test_the_fingerprint_tells_rows_apart():

@@ -4,12 +4,11 @@ import json
 import sysconfig
 from pathlib import Path
 
-from lsjax.data.documents import Document
-from lsjax.data.python_source import PythonSource
+from lsjax.data.documents import Document, python_source
 
 
 def test_modules_in_order_without_tests_packages_and_files_of_this_machine():
-    source = PythonSource()
+    source = python_source()
     root = Path(sysconfig.get_path("stdlib"))
     paths = [file.relative_to(root).as_posix() for file in source.files]
     assert paths == sorted(paths) and len(set(paths)) == len(paths) > 300
@@ -20,4 +19,4 @@ def test_modules_in_order_without_tests_packages_and_files_of_this_machine():
     decoder = Path(json.decoder.__file__).read_text(encoding="utf-8")
     documents = list(source.documents())
     assert Document(decoder) in documents and len(documents) <= len(paths)
-    assert source.fingerprint() == PythonSource().fingerprint()
+    assert source.fingerprint() == python_source().fingerprint()

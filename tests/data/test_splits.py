@@ -1,11 +1,10 @@
 """Which side a document is on depends on its content only."""
 
 import numpy as np
-import pytest
 
-from lsjax.config import ConfigError
 from lsjax.data.documents import Document
-from lsjax.data.splits import check_split, choose, held_out, is_held_out
+from lsjax.data.pipeline import by_key
+from lsjax.data.sources import is_held_out
 
 DOCUMENTS = [Document(f"text {n}") for n in range(4000)]
 KEYS_N = np.array([document.key for document in DOCUMENTS], np.uint64)
@@ -13,14 +12,14 @@ KEYS_N = np.array([document.key for document in DOCUMENTS], np.uint64)
 
 def test_the_share_is_what_was_asked_for_and_one_document_is_judged_as_many_are():
     for fraction in (0.0, 0.05, 0.5):
-        held_N = held_out(KEYS_N, fraction)
-        assert held_N.tolist() == [is_held_out(document, fraction) for document in DOCUMENTS]
+        held_N = is_held_out(KEYS_N, fraction)
+        assert held_N.tolist() == [is_held_out(document.key, fraction) for document in DOCUMENTS]
         # four standard deviations of a binomial
         assert abs(held_N.mean() - fraction) <= 4 * np.sqrt(fraction * (1 - fraction) / 4000)
 
 
 def test_a_larger_share_holds_the_smaller_one():
-    assert (held_out(KEYS_N, 0.05) <= held_out(KEYS_N, 0.2)).all()
+    assert (is_held_out(KEYS_N, 0.05) <= is_held_out(KEYS_N, 0.2)).all()
 
 
 def test_all_responses_to_a_prompt_are_on_one_side():
@@ -30,9 +29,4 @@ def test_all_responses_to_a_prompt_are_on_one_side():
 
 def test_chosen_documents_come_in_the_order_of_their_keys():
     keys_N = np.array([5, 1, 9, 1, 7], np.uint64)
-    assert choose(keys_N, np.array([True, True, False, True, True])).tolist() == [1, 3, 0, 4]
-
-
-def test_unknown_splits_are_refused():
-    with pytest.raises(ConfigError, match="'test' is unknown: choose train or validation"):
-        check_split("test")
+    assert by_key(keys_N, np.array([True, True, False, True, True])).tolist() == [1, 3, 0, 4]

@@ -6,15 +6,15 @@ from collections import Counter
 import pytest
 
 from lsjax.config import ConfigError
-from lsjax.data.token_counts import (
-    NAME,
+from lsjax.data.tokenizer_huggingface import ByteTokenizer
+from lsjax.data.vocabulary import (
+    COUNTS,
     cached_counts,
     count_tokens,
     find_counts,
     read_counts,
     write_counts,
 )
-from lsjax.data.tokenizer_huggingface import ByteTokenizer
 
 TOKENIZER = ByteTokenizer()
 
@@ -34,9 +34,9 @@ def test_the_models_own_file_comes_first(tmp_path):
         find_counts(model, cache, TOKENIZER)
     write_counts(cached_counts(cache, TOKENIZER), TOKENIZER, Counter({1: 2}))
     assert find_counts(model, cache, TOKENIZER) == {1: 2}
-    write_counts(model / NAME, TOKENIZER, Counter({3: 4, 5: 6}))
+    write_counts(model / COUNTS, TOKENIZER, Counter({3: 4, 5: 6}))
     assert find_counts(model, cache, TOKENIZER) == {3: 4, 5: 6}
-    assert [file.name for file in model.iterdir()] == [NAME]
+    assert [file.name for file in model.iterdir()] == [COUNTS]
 
 
 @pytest.mark.parametrize(
@@ -53,15 +53,15 @@ def test_the_models_own_file_comes_first(tmp_path):
     ],
 )
 def test_damaged_files_are_named(tmp_path, content, words):
-    file = tmp_path / NAME
+    file = tmp_path / COUNTS
     if isinstance(content, dict):
         content = json.dumps(content | {"tokenizer": TOKENIZER.fingerprint})
     file.write_text(content)
-    with pytest.raises(ConfigError, match=f"{NAME} {words}"):
+    with pytest.raises(ConfigError, match=f"{COUNTS} {words}"):
         read_counts(file, TOKENIZER)
 
 
 def test_an_empty_text_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="no tokens"):
-        write_counts(tmp_path / NAME, TOKENIZER, Counter())
+        write_counts(tmp_path / COUNTS, TOKENIZER, Counter())
     assert not list(tmp_path.iterdir())

@@ -7,10 +7,9 @@ import shutil
 import pytest
 from tokenizers import Regex, pre_tokenizers
 
-from lsjax.data.tokenizer_bpe import LLAMA3_SPLIT
+from lsjax.data.tokenizer import TokenizerError
 from lsjax.data.tokenizer_files import load_tokenizer
-from lsjax.data.tokenizer_huggingface import HuggingFaceTokenizer
-from lsjax.data.tokenizers import TokenizerError
+from lsjax.data.tokenizer_huggingface import LLAMA3_SPLIT, HuggingFaceTokenizer
 
 
 def test_tokenizer_json_with_more_tokens_goes_before_tokenizer_model(

@@ -5,9 +5,9 @@ import json
 import pytest
 import tokenizers
 
+from lsjax.data.tokenizer import TokenizerError
 from lsjax.data.tokenizer_files import load_tokenizer
 from lsjax.data.tokenizer_huggingface import ByteTokenizer, HuggingFaceTokenizer
-from lsjax.data.tokenizers import TokenizerError
 
 
 def test_special_tokens_are_read_only_if_allowed(bpe_directory):

@@ -5,8 +5,8 @@ import shutil
 
 import pytest
 
+from lsjax.data.tokenizer import TokenizerError
 from lsjax.data.tokenizer_files import load_tokenizer
-from lsjax.data.tokenizers import TokenizerError
 
 
 def test_settings_come_from_the_files_beside(bpe_directory):

@@ -5,7 +5,7 @@ import codecs
 import numpy as np
 import pytest
 
-from lsjax.data.tokenizers import Tokenizer
+from lsjax.data.tokenizer import Tokenizer
 from lsjax.decoding.autoregressive import Autoregressive, EarlyExit
 from lsjax.decoding.completion import Completion, RowText, Trace
 from lsjax.decoding.self_speculative import SelfSpeculative
@@ -135,7 +135,7 @@ class Pieces(Tokenizer):
     def _encode(self, text, allow_special):
         raise NotImplementedError
 
-    def save(self, directory):
+    def _save_model(self, directory):
         raise NotImplementedError
 
 

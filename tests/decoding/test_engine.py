@@ -8,8 +8,8 @@ import pytest
 from flax import nnx
 
 from lsjax.config import ConfigError, LlamaConfig
+from lsjax.data.tokenizer import TokenizerError
 from lsjax.data.tokenizer_huggingface import ByteTokenizer
-from lsjax.data.tokenizers import TokenizerError
 from lsjax.decoding import programs as compiled_programs
 from lsjax.decoding import run
 from lsjax.decoding.autoregressive import Autoregressive, EarlyExit

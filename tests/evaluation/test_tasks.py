@@ -8,7 +8,7 @@ from decimal import Decimal
 import pytest
 
 from lsjax.config import ConfigError, DataConfig
-from lsjax.data.tfds_source import _builder
+from lsjax.data.tfds_rows import _builder
 from lsjax.evaluation.rouge import rouge
 from lsjax.evaluation.summary import pass_at_k, scores_by_example
 from lsjax.evaluation.tasks.all_tasks import TASKS

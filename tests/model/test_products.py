@@ -21,6 +21,11 @@ def plain_swiglu(gate_up):
 
 CASES = {
     "linear": (linear, lambda x, w: jnp.einsum("bti,ikh->btkh", x, w), [(2, 3, 4), (4, 2, 5)]),
+    "linear again": (
+        lambda x, w: linear(x, w, again=True),
+        lambda x, w: jnp.einsum("bti,ikh->btkh", x, w),
+        [(2, 3, 4), (4, 2, 5)],
+    ),
     "swiglu": (swiglu, plain_swiglu, [(2, 3, 2, 5)]),
     "mix": (mix, plain_mix, [(2, 2, 6, 4), (2, 2, 3, 4), (2, 2, 3, 4)]),
 }

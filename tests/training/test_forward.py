@@ -7,10 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
-from lsjax.config import EarlyExitConfig, LayerDropoutConfig, StepConfig
-from lsjax.model import self_attention
+from lsjax.config import EarlyExitConfig, LayerDropoutConfig, LlamaConfig, StepConfig
+from lsjax.model import block, self_attention
 from lsjax.model.rope import rope_angles
+from lsjax.training.forward import layer_runner
 from lsjax.training.layer_dropout import keep_mask
 from lsjax.training.objective import objective
 
@@ -136,3 +138,19 @@ def test_what_a_kernel_gives_is_kept_as_products_are(small, packed, monkeypatch,
     traced = differentiated.trace(small, packed, 0, jnp.arange(4), 9)
     program = traced.lower(lowering_platforms=("tpu",)).as_text()
     assert program.count("tpu_custom_call") == runs + 2
+
+
+def test_gpus_keep_the_output_of_attention_and_not_its_projection(monkeypatch):
+    """Shapes of what a layer keeps for its backward pass, beside its parameters."""
+    monkeypatch.setattr(block, "platform", lambda: "gpu")
+    shape = LlamaConfig.tiny(hidden_size=48, num_heads=4, num_kv_heads=2, head_dim=16)
+    layer = block.Block(shape, dtype=jnp.float32, rngs=nnx.Rngs(0))
+    rope = rope_angles(jnp.arange(128)[None], shape, jnp.float32)
+    config = StepConfig(num_steps=1, attention="flash", remat="dots_with_no_batch_dims_saveable")
+    run = layer_runner(config, rope, jnp.zeros((1, 128), jnp.int32))
+    _, pullback = jax.vjp(lambda *arrays: run(*arrays, None), layer, jnp.ones((1, 128, 48)))
+    parameters = {leaf.shape for leaf in jax.tree.leaves(layer)}
+    kept = [leaf.shape for leaf in jax.tree.leaves(pullback) if leaf.ndim > 2]
+    kept = sorted(each for each in kept if each not in parameters and each[-1] != 8)
+    gate_up = (1, 128, 2, shape.intermediate_size)
+    assert kept == sorted([(1, 128, 48), (1, 128, 2, 4, 16), (1, 128, 4, 16), (1, 4, 128), gate_up])

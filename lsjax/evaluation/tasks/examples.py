@@ -7,14 +7,13 @@ from itertools import islice
 from pathlib import Path
 
 from lsjax.config import ConfigError, DataConfig, check
-from lsjax.data.documents import Document
-from lsjax.data.row_files import (
+from lsjax.data.documents import Document, find_files, stop_at
+from lsjax.data.sources import (
     comma_separated_rows,
     json_rows,
     row_document,
     tab_separated_rows,
 )
-from lsjax.data.text_files import find_files, stop_at
 from lsjax.evaluation.tasks.task import Example, Row, Task
 
 # By the end of a file's name, behind which .gz may stand.
@@ -44,11 +43,10 @@ def file_rows(paths: Sequence[str], refuse: Refuse = stop_at) -> Iterator[tuple[
 def tfds_rows(name: str, split: str, data_dir: str) -> Iterator[tuple[str, str, Row]]:
     """The same of a TensorFlow data set."""
     # Only here: its import takes a second.
-    from lsjax.data.tfds_source import TfdsSource
+    from lsjax.data.tfds_rows import TfdsRows
 
-    config = DataConfig(source="tfds", tfds_name=name, tfds_data_dir=data_dir)
-    for number, row in TfdsSource(config, split).rows():
-        yield f"{split}:{number}", f"{name} {split}, row {number}", row
+    for number, (where, row) in enumerate(TfdsRows(name, split, data_dir).rows()):
+        yield f"{split}:{number}", where, row
 
 
 def templates(task: Task, trained: DataConfig | None, rows: Iterable[Row] = ()) -> DataConfig:

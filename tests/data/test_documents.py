@@ -3,7 +3,7 @@
 import pytest
 
 from lsjax.config import ConfigError
-from lsjax.data.text_files import TextFiles, find_files, read_text
+from lsjax.data.documents import find_files, read_lines, text_files
 
 
 @pytest.fixture
@@ -17,7 +17,7 @@ def folder(tmp_path):
 
 
 def texts(folder, separator):
-    return [d.text for d in TextFiles([f"{folder}/b.txt"], separator).documents()]
+    return [d.text for d in text_files([f"{folder}/b.txt"], separator).documents()]
 
 
 def test_documents_end_with_the_file_at_blank_lines_or_at_a_marker(folder):
@@ -33,7 +33,7 @@ def test_patterns_are_sorted_and_no_file_comes_twice(folder):
 
 
 def test_blank_files_are_no_documents(folder):
-    assert list(TextFiles([f"{folder}/deep/er/c.txt"]).documents()) == []
+    assert list(text_files([f"{folder}/deep/er/c.txt"], "file").documents()) == []
 
 
 def test_missing_files_and_directories_are_named(folder):
@@ -48,18 +48,18 @@ def test_missing_files_and_directories_are_named(folder):
 def test_text_is_utf8_without_its_mark_and_with_plain_ends_of_lines(tmp_path):
     file = tmp_path / "windows.txt"
     file.write_bytes(b"\xef\xbb\xbfcaf\xc3\xa9\r\nb\rc")
-    assert read_text(file) == "café\nb\rc"
+    assert list(read_lines(file)) == [(1, "café\n"), (2, "b\rc")]
     file.write_bytes(b"good\nb\xe9d\n")
     with pytest.raises(ConfigError, match="windows.txt, line 2 is not UTF-8"):
-        read_text(file)
+        list(read_lines(file))
 
 
 def test_the_fingerprint_is_of_the_contents_in_their_order(folder):
     files = [f"{folder}/a.txt", f"{folder}/b.txt"]
-    before = TextFiles(files).fingerprint()
-    assert TextFiles(files[::-1]).fingerprint() != before
+    before = text_files(files, "file").fingerprint()
+    assert text_files(files[::-1], "file").fingerprint() != before
     (folder / "a.txt").rename(folder / "z.txt")
     moved = [f"{folder}/z.txt", f"{folder}/b.txt"]
-    assert TextFiles(moved).fingerprint() == before
+    assert text_files(moved, "file").fingerprint() == before
     (folder / "z.txt").write_text("fiVe")
-    assert TextFiles(moved).fingerprint() != before
+    assert text_files(moved, "file").fingerprint() != before

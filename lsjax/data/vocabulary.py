@@ -1,23 +1,31 @@
-"""The tokenizer that a configuration names: one that exists, plain bytes, or one trained here."""
+"""The tokenizer that a configuration names, vocabularies trained here, and counts of their tokens.
+
+How often each token occurs in a domain decides about a draft vocabulary. The counts are a JSON file
+`token_counts.json` in the model's directory, or one in the cache under the tokenizer's fingerprint:
+{"tokenizer": fingerprint, "total": n, "counts": {"id": n, ...}}.
+"""
 
 import hashlib
 import heapq
 import io
+import json
 import re
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
 import sentencepiece
 
-from lsjax.config import ConfigError, DataConfig, check
+from lsjax.config import ConfigError, DataConfig, check, split_step
 from lsjax.data.documents import Document
 from lsjax.data.sources import training_documents
+from lsjax.data.token_store import write_whole
+from lsjax.data.tokenizer import Tokenizer, first_line
 from lsjax.data.tokenizer_files import load_tokenizer
 from lsjax.data.tokenizer_huggingface import ByteTokenizer
 from lsjax.data.tokenizer_sentencepiece import SentencePieceTokenizer
-from lsjax.data.tokenizers import Tokenizer, first_line
-from lsjax.data.whole_files import write_whole
 
+COUNTS = "token_counts.json"  # in a model's directory
 SAMPLE = 20_000_000  # characters that a vocabulary is trained on at most
 SETTINGS = dict(
     model_type="bpe",
@@ -97,8 +105,8 @@ def _train(texts: list[str], settings: dict) -> bytes:
 
 
 def _sample(documents: Iterable[Document], limit: int) -> list[str]:
-    """Texts of the documents with the smallest hashes, as many as make `limit` characters (but at
-    least one), in the order of the hashes: none of it depends on the order of the documents."""
+    """Texts of the documents with the smallest hashes, in their order: at least one, and as many as
+    make `limit` characters. The order of the documents does not matter."""
     kept: list[tuple[int, str]] = []  # a heap, the largest hash on top
     total, bound = 0, 1 << 64
     for document in documents:
@@ -111,3 +119,67 @@ def _sample(documents: Iterable[Document], limit: int) -> list[str]:
             key, text = heapq.heappop(kept)
             total, bound = total - len(text), -key
     return [text for _, text in sorted(kept, reverse=True)]
+
+
+def count_tokens(tokenizer: Tokenizer, texts: Iterable[str]) -> Counter[int]:
+    """Occurrences of each token id in the texts, special tokens left out."""
+    counts: Counter[int] = Counter()
+    for text in texts:
+        counts.update(tokenizer.encode(text, add_bos=False, allow_special=False))
+    return counts
+
+
+def cached_counts(cache: Path, tokenizer: Tokenizer) -> Path:
+    """The file of a tokenizer's counts in the cache directory."""
+    return cache / "token_counts" / f"{tokenizer.fingerprint[:16]}.json"
+
+
+def write_counts(file: Path, tokenizer: Tokenizer, counts: Counter[int]) -> None:
+    """Writes the file, whole or not at all.
+
+    Raises ConfigError where nothing was counted, OSError where it can't be written.
+    """
+    check(bool(counts), "the text has no tokens in it: count a longer one")
+    content = {
+        "tokenizer": tokenizer.fingerprint,
+        "total": counts.total(),
+        "counts": {str(token): n for token, n in counts.most_common()},
+    }
+    write_whole(file, json.dumps(content).encode())
+
+
+def read_counts(file: Path, tokenizer: Tokenizer) -> Counter[int]:
+    """The counts in a file.
+
+    Raises ConfigError for a file that is not one of these, or of another tokenizer.
+    """
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        counts = Counter({int(token): int(n) for token, n in content["counts"].items()})
+        fingerprint = content["tokenizer"]
+    except Exception as error:  # the file may hold anything
+        raise ConfigError(f"{file} has no token counts in it ({error}): count again") from None
+    check(
+        fingerprint == tokenizer.fingerprint,
+        f"{file} was counted with another tokenizer: count again with the model's own",
+    )
+    good = all(0 <= token < tokenizer.vocab_size and n >= 0 for token, n in counts.items())
+    check(bool(counts) and good, f"{file} counts tokens that there are not: count again")
+    return counts
+
+
+def find_counts(model: Path, cache: Path, tokenizer: Tokenizer) -> Counter[int]:
+    """The counts of the model's directory, else those in the cache.
+
+    Raises ConfigError, with the command that makes them, where there are none.
+    """
+    model, _ = split_step(model)
+    candidates = [model / COUNTS] if model.is_dir() else []
+    for file in (*candidates, cached_counts(cache, tokenizer)):
+        if file.is_file():
+            return read_counts(file, tokenizer)
+    raise ConfigError(
+        "a draft vocabulary needs token counts, and there are none for this tokenizer: make them "
+        f"by python -m lsjax.cli.count_tokens --model {model} --text FILE, with text of your "
+        "domain"
+    )

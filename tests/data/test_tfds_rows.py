@@ -8,9 +8,8 @@ import tensorflow_datasets as tfds
 
 from lsjax.config import ConfigError, DataConfig
 from lsjax.data.documents import Document
-from lsjax.data.pipeline import make_rows
-from lsjax.data.splits import SPLITS
-from lsjax.data.tfds_source import TfdsSource
+from lsjax.data.pipeline import SPLITS, packed_rows
+from lsjax.data.sources import document_source
 from lsjax.data.tokenizer_huggingface import ByteTokenizer
 from tests.data import tiny_questions  # noqa: F401 (TFDS knows it from then on)
 
@@ -22,7 +21,7 @@ def data_dir(tmp_path_factory):
     """Prepared by TFDS itself, as it is by the first use of a data set that downloads."""
     folder = str(tmp_path_factory.mktemp("tfds"))
     tfds.disable_progress_bar()
-    TfdsSource(config(folder), "train")
+    document_source(config(folder))
     return folder
 
 
@@ -32,9 +31,9 @@ def config(folder, name="tiny_questions", **rest):
 
 def test_every_row_of_a_split_or_a_part_is_a_document(data_dir):
     expected = {Document(f" It is {n + 1}. ({n})", f"What is {n} + 1?") for n in range(20)}
-    documents = list(TfdsSource(config(data_dir), "train").documents())
+    documents = list(document_source(config(data_dir)).documents())
     assert set(documents) == expected and len(documents) == 20
-    part = list(TfdsSource(config(data_dir), "train[:25%]").documents())
+    part = list(document_source(config(data_dir, tfds_split="train[:25%]")).documents())
     assert part == documents[:5]
     assert "tensorflow" not in sys.modules
 
@@ -42,13 +41,13 @@ def test_every_row_of_a_split_or_a_part_is_a_document(data_dir):
 def test_rows_of_both_splits(data_dir, tmp_path):
     own = config(data_dir, validation_split="validation")
     settings = dict(seq_len=64, cache=tmp_path)
-    train, held = (make_rows(own, ByteTokenizer(), split=split, **settings) for split in SPLITS)
+    train, held = (packed_rows(own, ByteTokenizer(), split=split, **settings) for split in SPLITS)
     assert (train.num_documents, held.num_documents, held.num_shared) == (20, 10, 5)
 
 
 def test_the_fingerprint_tells_parts_and_splits_apart(data_dir):
     splits = (*SPLITS, "train[:25%]", "train")
-    prints = [TfdsSource(config(data_dir), split).fingerprint() for split in splits]
+    prints = [document_source(config(data_dir, tfds_split=split)).fingerprint() for split in splits]
     assert prints[0] == prints[3] and len(set(prints)) == 3
 
 
@@ -64,11 +63,11 @@ def test_what_is_not_there_is_one_clear_line(data_dir):
     ]
     for name, split, message in cases:
         with pytest.raises(ConfigError, match=message) as error:
-            TfdsSource(config(data_dir, name), split)
+            document_source(config(data_dir, name, tfds_split=split))
         assert "\n" not in str(error.value)
     broken = config(data_dir, response_template="{reply}")
     with pytest.raises(ConfigError, match="train, row 0 has no field 'reply', it has answer, numb"):
-        list(TfdsSource(broken, "train").documents())
+        list(document_source(broken).documents())
 
 
 def test_a_data_set_that_only_tensorflow_reads_is_refused(data_dir, tmp_path):
@@ -76,4 +75,4 @@ def test_a_data_set_that_only_tensorflow_reads_is_refused(data_dir, tmp_path):
     info = next(tmp_path.glob("tiny_questions/*/dataset_info.json"))
     info.write_text(info.read_text().replace("array_record", "tfrecord"))
     with pytest.raises(ConfigError, match="was prepared as tfrecord, which only TensorFlow reads"):
-        TfdsSource(config(str(tmp_path)), "train")
+        document_source(config(str(tmp_path)))

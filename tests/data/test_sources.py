@@ -7,14 +7,14 @@ import pytest
 
 from lsjax.config import ConfigError, DataConfig
 from lsjax.data.documents import Document
-from lsjax.data.row_files import RowFiles, fill
+from lsjax.data.sources import document_source, fill
 
 TOP = dict(prompt_template="{en_query}", response_template=" {en_parse}")
 
 
 def documents(file, source, **templates):
     config = DataConfig(source=source, paths=(str(file),), **templates)
-    return list(RowFiles(config.paths, config).documents())
+    return list(document_source(config).documents())
 
 
 def test_jsonl_of_texts_and_of_prompts_with_responses(tmp_path):

@@ -6,10 +6,10 @@ import pytest
 
 from lsjax.config import ConfigError, DataConfig
 from lsjax.data.documents import Document
+from lsjax.data.tokenizer import TokenizerError
 from lsjax.data.tokenizer_files import load_tokenizer
 from lsjax.data.tokenizer_huggingface import ByteTokenizer
-from lsjax.data.tokenizer_training import make_tokenizer, train_tokenizer
-from lsjax.data.tokenizers import TokenizerError
+from lsjax.data.vocabulary import make_tokenizer, train_tokenizer
 
 WORDS = [
     "the",
@@ -53,7 +53,7 @@ def test_the_cache_is_by_content(tmp_path, monkeypatch):
     def fail(*_, **__):
         raise AssertionError("trained again")
 
-    monkeypatch.setattr("lsjax.data.tokenizer_training._train", fail)
+    monkeypatch.setattr("lsjax.data.vocabulary._train", fail)
     assert train_tokenizer(DOCUMENTS, 320, cache=tmp_path).vocab_size == 320
 
 

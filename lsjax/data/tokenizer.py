@@ -1,29 +1,26 @@
 """One interface for SentencePiece, tokenizer.json, Llama-3's tiktoken file, GGUF and plain bytes.
 
-Encoding is left to the `sentencepiece` and `tokenizers` libraries. Decoding is done here, from one
-table of id -> bytes, the same for every kind of tokenizer.
+The `sentencepiece` and `tokenizers` libraries encode. Decoding is done here, from one table of
+id -> bytes, the same for every kind of tokenizer. A text is the bytes of its tokens, so a streaming
+decoder has the state of an incremental UTF-8 decoder.
 """
 
 from __future__ import annotations
 
+import codecs
 import copy
 import hashlib
 import json
 import struct
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
-from lsjax.data.detokenize import StreamDecoder
-
-# Digits, runs of whitespace, contractions and rare characters: where tokenizers with one and the
-# same vocabulary differ.
+# Tokenizers with one vocabulary may differ in digits, whitespace, contractions and rare characters.
 PROBE = "Hello  world!\n\n\tdef f(x):\n        return 12345 + 6.78  # it's\r\n ¿Qué? 你好 ﬁ 🙂👍🏽 "
-
-
-# Tokens that a tokenizer may have more than the model's table has rows.
-MOST_EXTRA = 64
+MOST_EXTRA = 64  # tokens of a tokenizer that may lack a row in the model's table
 
 
 class TokenizerError(ValueError):
@@ -57,8 +54,8 @@ class Tokenizer(ABC):
     def _encode(self, text: str, allow_special: bool) -> list[int]: ...
 
     @abstractmethod
-    def save(self, directory: str | Path) -> None:
-        """Writes files from which `load_tokenizer` and transformers' AutoTokenizer read it."""
+    def _save_model(self, directory: Path) -> str:
+        """Writes the vocabulary; returns the name of the class with which transformers reads it."""
 
     def encode(
         self, text: str, *, add_bos: bool | None = None, allow_special: bool = True
@@ -132,6 +129,25 @@ class Tokenizer(ABC):
             return self.special_spelling[token_id].encode()
         return self._pieces.get(token_id, b"")
 
+    def save(self, directory: str | Path) -> None:
+        """Writes files from which `load_tokenizer` and transformers' AutoTokenizer read it."""
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        config = {
+            "tokenizer_class": self._save_model(directory),
+            "add_bos_token": self.add_bos,
+            "add_eos_token": False,
+            "clean_up_tokenization_spaces": False,
+            **self.special_tokens,
+        }
+        if self.chat_template is not None:
+            config["chat_template"] = self.chat_template
+        _write_json(directory / "tokenizer_config.json", config)
+        if len(self.eos_ids) > 1:  # tokenizer_config.json has room for one only
+            file = directory / "generation_config.json"
+            generation = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+            _write_json(file, generation | {"eos_token_id": list(self.eos_ids)})
+
     @property
     def special_tokens(self) -> dict[str, str]:
         """Spelling of `bos_token` and `eos_token`, as chat templates name them."""
@@ -156,6 +172,57 @@ class Tokenizer(ABC):
         return digest.hexdigest()
 
 
+class StreamDecoder:
+    """Text of tokens as they come, never a part of a character: O(1) for each new token.
+
+    All `push`es and `finish` together give the text that the new tokens add behind the prompt.
+    Unlike `decode` of them it keeps the space before a first word.
+
+    Args:
+      tokenizer: whose ids come.
+      prompt_ids: what goes before. None: some text, so a leading space is text; () is the start of
+        a text, where SentencePiece drops its own leading space. A character that the prompt leaves
+        unfinished is given with the token that completes it.
+      skip_special: leave special tokens out instead of spelling them.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        prompt_ids: Iterable[int] | None = None,
+        *,
+        skip_special: bool = True,
+    ):
+        self._tokenizer = tokenizer
+        self._skip_special = skip_special
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        self._leading_spaces = 0 if prompt_ids is None else tokenizer.leading_spaces
+        if prompt_ids is not None:
+            self.push(prompt_ids)
+
+    def push(self, ids: Iterable[int]) -> str:
+        """The text that `ids` complete."""
+        return "".join(self._utf8.decode(piece) for piece in self._bytes(ids))
+
+    def finish(self) -> str:
+        """What is held back: U+FFFD for an unfinished character, else nothing."""
+        return self._utf8.decode(b"", final=True)
+
+    def _bytes(self, ids: Iterable[int]) -> Iterator[bytes]:
+        for token_id in map(int, ids):
+            piece = self._tokenizer.token_bytes(token_id, skip_special=self._skip_special)
+            if piece and self._leading_spaces:
+                # a special token keeps it: SentencePiece writes unknown as " ⁇ "
+                if token_id not in self._tokenizer.special_spelling:
+                    piece = piece.removeprefix(b" ")
+                self._leading_spaces = 0 if piece else self._leading_spaces - 1
+            yield piece
+
+
 def first_line(error: BaseException) -> str:
     """The first line of an error, or its type if it says nothing."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]
+
+
+def _write_json(file: Path, content: dict[str, Any]) -> None:
+    file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

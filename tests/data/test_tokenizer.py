@@ -4,9 +4,9 @@ import pytest
 import tokenizers
 from tokenizers import pre_tokenizers
 
+from lsjax.data.tokenizer import MOST_EXTRA, TokenizerError
 from lsjax.data.tokenizer_files import load_tokenizer
 from lsjax.data.tokenizer_huggingface import ByteTokenizer, HuggingFaceTokenizer
-from lsjax.data.tokenizers import MOST_EXTRA, TokenizerError
 
 
 def test_save_and_load(any_tokenizer, texts, tmp_path):
