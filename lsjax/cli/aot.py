@@ -32,7 +32,7 @@ from lsjax.aot.report import Report, compile_report
 from lsjax.cli.aot_show import collectives_table, programs_table, round_lines, training_lines
 from lsjax.cli.errors import check_output, one_line_errors
 from lsjax.cli.flags import parse_flags
-from lsjax.cli.training_options import config_parser, read_config
+from lsjax.cli.training import config_parser, read_config
 from lsjax.config import EarlyExitConfig, LayerDropoutConfig, MeshConfig, TrainConfig, check
 from lsjax.sharding import make_mesh
 from lsjax.training.flops import exit_flops, step_flops
