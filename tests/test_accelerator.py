@@ -88,9 +88,9 @@ class Shallow(Autoregressive):
 def test_a_wrong_token_fails_stage_a(tmp_path, monkeypatch, capsys):
     monkeypatch.syspath_prepend(ROOT / "scripts")
     import accelerator
-    from accelerator_stages import equality
+    from accelerator_stages import decoding
 
-    monkeypatch.setattr(equality, "cells", lambda *_: [equality.Cell("shallow", Shallow())])
+    monkeypatch.setattr(decoding, "strategies", lambda *_: [("shallow", Shallow(), 1)])
     asked = ["--stage", "a", "--part", "float32", "--tiny", "--output", str(tmp_path)]
     assert accelerator.main(asked) == 1
     assert "shallow: FAILED: 6 texts differ by a margin above" in capsys.readouterr().out
@@ -104,12 +104,12 @@ def test_a_part_that_breaks_is_one_line_and_the_next_goes_on(tmp_path, monkeypat
     import accelerator
     from accelerator_stages import training
 
-    def run(part, report, tiny):
+    def run_steps(part, results, tiny):
         if part == "plain":
             raise MemoryError("no room\nat all")
-        report.measure(part, lambda: {"loss": 1.0})
+        results.measure(part, lambda: {"loss": 1.0})
 
-    monkeypatch.setattr(training, "run", run)
+    monkeypatch.setattr(training, "run_steps", run_steps)
     asked = ["--stage", "c", "--part", "plain", "layerskip", "--output", str(tmp_path)]
     assert accelerator.main(asked) == 1
     assert "c plain: plain: FAILED: MemoryError: no room\n" in capsys.readouterr().out

@@ -165,46 +165,40 @@ def _read(module: HloModule, computation: Computation, name: str, result: bool =
 
 
 def _written(module: HloModule, computation: Computation, one: Instruction) -> float:
-    """Bytes of the results. Of an update in place, those that are new; for a kernel's, none."""
-    results = arrays(one.shape)
+    """Bytes of the results; of an update in place, those that are new."""
+    results, new = arrays(one.shape), _new_elements(module, computation, one)
+    if len(new) != len(results):
+        new = [array.elements for array in results]
     if one.opcode == "custom-call":
         # {{2}: (4, {}), {3}: (5, {})}: results 2 and 3 share the memory of operands 4 and 5.
         aliases = one.attribute(r"output_to_operand_aliasing=\{(.*?\}\))\}")
-        in_place = {int(number) for number in re.findall(r"\{(\d+)\}: \(", aliases)}
-        results = [array for index, array in enumerate(results) if index not in in_place]
-    sources: list[Instruction | None] = [one]
-    place = computation
-    while sources[0] is not None and sources[0].opcode == "fusion" and len(sources) == 1:
-        (name,) = sources[0].computations("calls")
-        place = module.computations[name]
-        root = place.instructions[place.root]
+        for index in re.findall(r"\{(\d+)\}: \(", aliases):
+            new[int(index)] = 0
+    return sum(
+        array.bytes * min(1.0, elements / max(1, array.elements))
+        for array, elements in zip(results, new, strict=True)
+        if array.in_memory
+    )
+
+
+def _new_elements(module: HloModule, computation: Computation, one: Instruction) -> list[int]:
+    """Elements of each result that an operation writes."""
+    if one.opcode == "fusion":
+        (name,) = one.computations("calls")
+        inner = module.computations[name]
+        root = inner.instructions[inner.root]
         names = root.operands if root.opcode == "tuple" else (root.name,)
-        sources = [_behind_views(place, place.instructions.get(name)) for name in names]
-    if len(sources) != len(results):
-        return sum(array.bytes for array in results if array.in_memory)
-    total = 0.0
-    for array, source in zip(results, sources, strict=True):
-        if array.in_memory:
-            share = _new(place, source) / max(1, array.elements)
-            total += array.bytes * min(1.0, share)
-    return total
+        sources = (_behind_views(inner, inner.instructions[name]) for name in names)
+        return [new for source in sources for new in _new_elements(module, inner, source)]
+    if one.opcode in ("dynamic-update-slice", "scatter"):
+        update = one.operands[1 if one.opcode == "dynamic-update-slice" else -1]
+        return [_elements(computation.instructions[update].shape)]
+    return [array.elements for array in arrays(one.shape)]
 
 
-def _behind_views(computation: Computation, found: Instruction | None) -> Instruction | None:
+def _behind_views(computation: Computation, found: Instruction) -> Instruction:
     """The operation behind casts and other views of its result."""
-    while found is not None and found.opcode in _SAME_ELEMENTS:
-        source = computation.instructions.get(found.operands[0])
-        if source is None or source.opcode == "parameter":
-            break
-        found = source
-    return found
-
-
-def _new(computation: Computation, source: Instruction | None) -> float:
-    """Elements of a result that an operation writes."""
-    if source is None:
-        return float("inf")
-    if source.opcode in ("dynamic-update-slice", "scatter"):
-        update = source.operands[1 if source.opcode == "dynamic-update-slice" else -1]
-        return _elements(computation.instructions[update].shape)
-    return _elements(source.shape)
+    source = computation.instructions.get(found.operands[0])
+    if found.opcode not in _SAME_ELEMENTS or source is None or source.opcode == "parameter":
+        return found
+    return _behind_views(computation, source)

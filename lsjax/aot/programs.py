@@ -103,9 +103,13 @@ def evaluation(config: TrainConfig, mesh: Mesh) -> tuple[Lowered, Trips]:
 
 
 def decoding(
-    config: LlamaConfig, shape: DecodingShape, mesh: Mesh, dtype: DTypeLike = jnp.bfloat16
-) -> Mapping[str, tuple[Lowered, Trips]]:
-    """How decode.py reads a prompt, and its loop; a round of the loop counts, not the loop.
+    name: Literal["prefill", "decode"],
+    config: LlamaConfig,
+    shape: DecodingShape,
+    mesh: Mesh,
+    dtype: DTypeLike = jnp.bfloat16,
+) -> tuple[Lowered, Trips]:
+    """How decode.py reads a prompt, or its loop; a round of the loop counts, not the loop.
 
     Raises ConfigError for lengths beyond the model's context.
     """
@@ -115,45 +119,34 @@ def decoding(
         f"{prompt} tokens and {new} new ones are beyond the model's context of "
         f"{config.max_context}: choose fewer",
     )
-    strategy = shape.chosen(config)
+    strategy, rows = shape.chosen(config), 1 if name == "prefill" else shape.batch_size
     capacity = cache_slots(prompt + 1, strategy)
-
-    def rows(count: int) -> DecodeState:
-        state = jax.eval_shape(
-            lambda: DecodeState.create(
-                config,
-                [[0] * prompt] * count,
-                [new] * count,
-                [[-1] * STOP_IDS] * count,
-                capacity=capacity,
-                num_layers=config.num_layers,
-                dtype=dtype,
-                sampling=[GREEDY] * count,
-            )
+    state = jax.eval_shape(
+        lambda: DecodeState.create(
+            config,
+            [[0] * prompt] * rows,
+            [new] * rows,
+            [[-1] * STOP_IDS] * rows,
+            capacity=capacity,
+            num_layers=config.num_layers,
+            dtype=dtype,
+            sampling=[GREEDY] * rows,
         )
-        return _on_mesh(state, mesh)
-
-    model = _model(config, mesh, dtype)
-    arguments = _on_mesh(jax.eval_shape(strategy.arguments, model), mesh)
+    )
+    model, state = _model(config, mesh, dtype), _on_mesh(state, mesh)
     number = jax.ShapeDtypeStruct((), jnp.int32, sharding=NamedSharding(mesh, P()))
-    programs = Programs(model, mesh)
-    size = chunk_size(prompt, capacity)
-    read = partial(prefill, chunk=size, depth=config.num_layers)
-    loop = partial(decode, strategy=strategy)
-    lengths = [min(end, prompt) for end in range(size, prompt + size, size)]
-    drafts = shape.num_draft_tokens
+    if name == "prefill":
+        size = chunk_size(prompt, capacity)
+        read = partial(prefill, chunk=size, depth=config.num_layers)
+        lengths = [min(end, prompt) for end in range(size, prompt + size, size)]
+        trips = decoding_trips({PROMPT_CHUNKS: len(lengths)}, lengths, capacity)
+        return Programs(model, mesh).lower(read, state, number), trips
+    arguments = _on_mesh(jax.eval_shape(strategy.arguments, model), mesh)
+    loop, drafts = partial(decode, strategy=strategy), shape.num_draft_tokens
     # The last draft passes no head.
-    trips = {ROUNDS: 1, DRAFT: 1 + drafts, DRAFT_HEAD: drafts / (1 + drafts)}
-    return {
-        "prefill": (
-            programs.lower(read, rows(1), number),
-            decoding_trips({PROMPT_CHUNKS: len(lengths)}, lengths, capacity),
-        ),
-        "decode": (
-            programs.lower(loop, rows(shape.batch_size), number, arguments),
-            decoding_trips(trips, [prompt], capacity),
-        ),
-    }
+    known = {ROUNDS: 1, DRAFT: 1 + drafts, DRAFT_HEAD: drafts / (1 + drafts)}
+    trips = decoding_trips(known, [prompt], capacity)
+    return Programs(model, mesh).lower(loop, state, number, arguments), trips
 
 
 def round_reads(

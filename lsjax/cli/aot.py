@@ -22,10 +22,13 @@ from typing import Annotated, Any, Literal, get_args
 
 import jax
 import tyro
+from jax.sharding import Mesh
+from jax.stages import Lowered
 from rich.console import Console
 from rich.table import Table
 
 from lsjax.aot.chips import GIB, slice_of, slice_size
+from lsjax.aot.costs import Trips
 from lsjax.aot.programs import DecodingShape, decoding, evaluation, round_reads, train_step
 from lsjax.aot.report import program_report
 from lsjax.cli.errors import check_output, one_line_errors
@@ -93,38 +96,25 @@ def report(arguments: Arguments) -> dict[str, Any]:
     jax.config.update("jax_platforms", "cpu")  # for the shapes alone
     # Without a chip jax can write programs for it to the cache, but not read them.
     jax.config.update("jax_enable_compilation_cache", False)
-    config, asked = arguments.config, arguments.programs
-    check(config.model is not None, "the configuration has no model, whose shape is needed here")
-    check(bool(asked), f"--programs is empty: choose from {', '.join(get_args(ProgramName))}")
+    config, shape = arguments.config, arguments.config.model
+    check(shape is not None, "the configuration has no model, whose shape is needed here")
+    known = ", ".join(get_args(ProgramName))
+    check(bool(arguments.programs), f"--programs is empty: choose from {known}")
     if arguments.output is not None:
         check_output(arguments.output)
     chip, devices = slice_of(arguments.topology)
-    lowered, reads = {}, {}
-    if TRAINING & {*asked}:
-        mesh = make_mesh(config.mesh, devices)
-    if "train" in asked:
-        lowered["train"] = mesh, *train_step(config, mesh)
-        if arguments.beside_plain:
-            plain = replace(
-                config, layer_dropout=LayerDropoutConfig(), early_exit=EarlyExitConfig()
-            )
-            lowered["plain"] = mesh, *train_step(plain, mesh)
-    if "evaluate" in asked:
-        lowered["evaluate"] = mesh, *evaluation(config, mesh)
-    if {"prefill", "decode"} & {*asked}:
-        few = make_mesh(arguments.decoding_mesh, devices)
-        programs = decoding(config.model, arguments.decoding, few)
-        lowered |= {name: (few, *program) for name, program in programs.items() if name in asked}
-        reads["decode"] = round_reads(config.model, arguments.decoding, few)
-
-    notes, programs = Console(stderr=True), []
-    meshes = {name: dict(mesh.shape) for name, (mesh, *_) in lowered.items()}
-    for name, (_, program, trips) in lowered.items():
+    names = [name for name in get_args(ProgramName) if name in arguments.programs]
+    if "train" in names and arguments.beside_plain:
+        names.insert(1, "plain")
+    # All are lowered first: what does not fit is refused before anything is compiled.
+    begun = {name: lowered(name, arguments, devices) for name in names}
+    meshes = {name: dict(mesh.shape) for name, (mesh, *_) in begun.items()}
+    programs, notes = [], Console(stderr=True)
+    for name, (mesh, program, trips) in begun.items():
+        reads = round_reads(shape, arguments.decoding, mesh) if name == "decode" else None
         with notes.status(f"compiling {name} for {arguments.topology}"):
-            programs.append(
-                program_report(name, program, trips, chip, meshes[name], reads.get(name))
-            )
-    tokens = config.batch_size * config.seq_len
+            programs.append(program_report(name, program, trips, chip, meshes[name], reads))
+    rows, length = config.batch_size, config.seq_len
     trained_on = math.prod(meshes.get("train", {}).values())
     found = {
         "topology": arguments.topology,
@@ -132,12 +122,12 @@ def report(arguments: Arguments) -> dict[str, Any]:
         "meshes": meshes,
         "training": {
             "devices": trained_on,
-            "batch_size": config.batch_size,
+            "batch_size": rows,
             "micro_batches": config.micro_batches,
-            "seq_len": config.seq_len,
+            "seq_len": length,
             "remat": config.remat,
-            "plain_flops": step_flops(config.model, config.batch_size, config.seq_len, config.lora),
-            "exit_flops": exit_flops(config.early_exit, config.model, tokens, config.num_steps),
+            "plain_flops": step_flops(shape, rows, length, config.lora),
+            "exit_flops": exit_flops(config.early_exit, shape, rows * length, config.num_steps),
             "peak_flops": chip.peak_flops * trained_on,
         },
         "decoding": asdict(arguments.decoding),
@@ -147,6 +137,18 @@ def report(arguments: Arguments) -> dict[str, Any]:
     if arguments.output is not None:
         arguments.output.write_text(json.dumps(found, indent=1) + "\n")
     return found
+
+
+def lowered(name: str, arguments: Arguments, devices: Sequence[Any]) -> tuple[Mesh, Lowered, Trips]:
+    """A program and its mesh."""
+    config = arguments.config
+    if name in ("prefill", "decode"):
+        mesh = make_mesh(arguments.decoding_mesh, devices)
+        return mesh, *decoding(name, config.model, arguments.decoding, mesh)
+    if name == "plain":
+        config = replace(config, layer_dropout=LayerDropoutConfig(), early_exit=EarlyExitConfig())
+    mesh = make_mesh(config.mesh, devices)
+    return mesh, *(evaluation if name == "evaluate" else train_step)(config, mesh)
 
 
 def print_report(config: TrainConfig, found: Mapping[str, Any]) -> None:
