@@ -18,6 +18,7 @@ from typing import TextIO
 from rich.console import Console
 from rich.progress import Progress
 
+from lsjax.checkpoints import open_checkpoint
 from lsjax.cli.chat import chat
 from lsjax.cli.decoding_options import (
     Arguments,
@@ -38,7 +39,6 @@ from lsjax.decoding.completion import Completion
 from lsjax.decoding.engine import Engine
 from lsjax.decoding.request import Request, check_settings, check_stop_ids, encode_prompt
 from lsjax.decoding.state import Strategy
-from lsjax.model.checkpoint import open_source
 from lsjax.sharding import make_mesh
 
 Show = Callable[[int, Completion], None]
@@ -59,7 +59,7 @@ def decode(arguments: Arguments) -> None:
     check_together(arguments)
     to_stdout = arguments.json == Path("-")
     requests = choose_requests(arguments)
-    source = open_source(arguments.model)
+    source = open_checkpoint(arguments.model)
     tokenizer = load_tokenizer(arguments.model).fitted(source.config.vocab_size)
     strategy = choose_strategy(arguments, tokenizer)
     max_length = arguments.max_length

@@ -19,6 +19,18 @@ from pathlib import Path
 import jax
 from rich.console import Console
 
+from lsjax.checkpoints import (
+    CHECKPOINTS,
+    Checkpoints,
+    begin_run,
+    check_same_run,
+    held_out_losses,
+    is_run,
+    open_checkpoint,
+    read_metrics,
+    read_run_config,
+    saved_steps,
+)
 from lsjax.cli.errors import one_line_errors
 from lsjax.cli.hosts import (
     check_same,
@@ -42,21 +54,9 @@ from lsjax.config import LlamaConfig, MeshConfig, TrainConfig, check
 from lsjax.data.packing import Rows
 from lsjax.data.pipeline import make_pipeline, one_pass
 from lsjax.data.tokenizer_training import make_tokenizer
-from lsjax.model.checkpoint import open_source
-from lsjax.model.run_directory import (
-    CHECKPOINTS,
-    begin_run,
-    held_out_losses,
-    is_run,
-    read_config,
-    read_metrics,
-)
-from lsjax.model.saved_steps import saved_steps
 from lsjax.sharding import make_mesh, own_rows, placed_rows
-from lsjax.training.checkpoint import Checkpoints
 from lsjax.training.flops import peak_flops, step_flops
 from lsjax.training.metrics_log import MetricsLog, check_board
-from lsjax.training.resume import check_same_run
 from lsjax.training.start import abstract_state, check_rows, initial_state
 from lsjax.training.step import make_train_step
 from lsjax.training.trainer import Interrupted, Loop, TooManySkipped, run
@@ -78,9 +78,9 @@ def train(arguments: Arguments) -> int:
     config, workdir = arguments.config, arguments.workdir
     previous = is_run(workdir)
     if previous:
-        config = check_same_run(read_config(workdir), config, str(workdir))
+        config = check_same_run(read_run_config(workdir), config, str(workdir))
     if config.init_from and not saved_steps(workdir / CHECKPOINTS):
-        config = with_model(config, open_source(config.init_from).config)
+        config = with_model(config, open_checkpoint(config.init_from).config)
     alone = jax.process_count() == 1 and config.mesh == MeshConfig()
     mesh = None if alone else make_mesh(config.mesh)
     check_rows(config, mesh)

@@ -6,6 +6,13 @@
 >>> print(engine.generate(["Once upon a time"], max_new_tokens=32)[0].text)
 """
 
+from lsjax.checkpoints import (
+    CheckpointError,
+    GenerationDefaults,
+    load,
+    read_generation_defaults,
+    save,
+)
 from lsjax.config import ConfigError, LlamaConfig, MeshConfig, RopeScaling
 from lsjax.data.tokenizer_files import load_tokenizer
 from lsjax.decoding.autoregressive import Autoregressive, EarlyExit
@@ -16,8 +23,6 @@ from lsjax.decoding.request import Request
 from lsjax.decoding.sampling import Sampling
 from lsjax.decoding.self_speculative import SelfSpeculative
 from lsjax.model.cache import KVCache
-from lsjax.model.checkpoint import CheckpointError, load
-from lsjax.model.huggingface import GenerationDefaults, read_generation_defaults, save
 from lsjax.model.llama import Llama, stacked, unstacked
 from lsjax.sharding import make_mesh
 

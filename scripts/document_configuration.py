@@ -10,13 +10,11 @@ import dataclasses
 import inspect
 import sys
 import textwrap
-import types
-import typing
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
 
 from lsjax.config import LlamaConfig, TrainConfig
+from lsjax.config.checked import described
 
 PAGE = Path(__file__).parents[1] / "docs" / "configuration.md"
 INTRODUCTION = """\
@@ -50,7 +48,8 @@ def _tables(kind: type, path: str) -> list[str]:
         if dataclasses.is_dataclass(part):
             parts += _tables(part, f"{name}.")
         else:
-            cells = (f"`{name}`", _values(field.type), _default(field), _cell(texts[field.name]))
+            values = described(field.type, field.metadata.get("bounds"))
+            cells = (f"`{name}`", values, _default(field), _cell(texts[field.name]))
             rows.append(f"| {' | '.join(cells)} |")
     lines = [f"## {path.rstrip('.') or 'The run'}", "", inspect.getdoc(kind), ""]
     header = ["| field | values | default | what |", "|---|---|---|---|"]
@@ -66,17 +65,6 @@ def _texts(kind: type) -> dict[str, str]:
             if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr):
                 found[field.target.id] = ast.literal_eval(text.value)
     return found
-
-
-def _values(kind: Any) -> str:
-    """A type in words: the choices of a Literal, else as Python writes it."""
-    if typing.get_origin(kind) is Literal:
-        return ", ".join(_code(str(value)) for value in typing.get_args(kind))
-    if typing.get_origin(kind) is tuple:
-        return f"any number of {_values(typing.get_args(kind)[0])}"
-    if typing.get_origin(kind) in (typing.Union, types.UnionType):
-        return " or ".join(_values(one) for one in typing.get_args(kind))
-    return "`None`" if kind is type(None) else _code(kind.__name__)
 
 
 def _default(field: dataclasses.Field) -> str:

@@ -35,10 +35,10 @@ import jax
 import numpy as np
 import tyro
 
+from lsjax.checkpoints import CHECKPOINTS, saved_steps
+from lsjax.checkpoints.saved_step import PARAMS, TRAIN, SavedStep
 from lsjax.cli.errors import one_line_errors
 from lsjax.config import check
-from lsjax.model.run_directory import CHECKPOINTS
-from lsjax.model.saved_steps import PARAMS, TRAIN, SavedStep, saved_steps
 
 POLL = 0.02  # seconds between looks at the run
 # What a process says that ends because another one has; the second one is of jax itself.

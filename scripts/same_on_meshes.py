@@ -84,7 +84,7 @@ def same_after_restoring(directory: Path) -> bool:
     """Two processes save, one device restores and saves, two processes restore and save."""
     from kill_drill import arrays
 
-    from lsjax.model.saved_steps import PARAMS, TRAIN, saved_steps
+    from lsjax.checkpoints.saved_step import PARAMS, TRAIN, saved_steps
 
     a, b, c = runs = [directory / name for name in "abc"]
     for run in runs:
@@ -129,10 +129,10 @@ def worker(case: Case, task: str, source: Path, target: Path, port: int, number:
     """One process of a case."""
     import jax
 
+    from lsjax.checkpoints.saving import Checkpoints
     from lsjax.cli.hosts import Hosts, start
     from lsjax.cli.setup import exact_products
     from lsjax.sharding import make_mesh
-    from lsjax.training.checkpoint import Checkpoints
     from lsjax.training.start import abstract_state, initial_state
 
     if case.processes > 1:
@@ -161,8 +161,8 @@ def take_steps(cache: Path, file: Path, mesh) -> None:
     from flax import nnx
     from jax.experimental.multihost_utils import process_allgather
 
+    from lsjax.checkpoints.plain import named_leaves
     from lsjax.model.llama import Llama
-    from lsjax.model.plain import named_leaves
     from lsjax.sharding import shardings
     from lsjax.training.step import init_state
 

@@ -22,15 +22,9 @@ jax.config.update("jax_default_matmul_precision", "highest")
 # Not the modules of pytrees (cache, state, self_speculative): jax also builds those from
 # placeholders that have no shape.
 CHECKED = [
-    "lsjax.config",
+    "lsjax.checkpoints",
     "lsjax.data",
-    *(f"lsjax.model.{name}" for name in ("attention", "block", "checkpoint", "gguf")),
-    *(
-        f"lsjax.model.{name}"
-        for name in ("huggingface", "llama", "parts", "rope", "safetensors_files")
-    ),
-    *(f"lsjax.model.{name}" for name in ("fingerprint", "plain", "run_directory", "saved_steps")),
-    "lsjax.model.self_attention",
+    *(f"lsjax.model.{name}" for name in ("attention", "block", "llama", "rope", "self_attention")),
     *(f"lsjax.decoding.{name}" for name in ("autoregressive", "completion", "engine", "loops")),
     "lsjax.decoding.request",
     "lsjax.sharding",

@@ -16,10 +16,9 @@ import pytest
 import decode
 import lsjax
 import train
+from lsjax.checkpoints import held_out_losses, read_metrics, saved_steps
 from lsjax.cli import convert, exits
 from lsjax.cli.training_options import read_config_file
-from lsjax.model.run_directory import held_out_losses, read_metrics
-from lsjax.model.saved_steps import saved_steps
 
 CONFIG = """
 from lsjax.config import *

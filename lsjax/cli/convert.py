@@ -14,11 +14,16 @@ import tyro
 from rich.console import Console
 from rich.progress import track
 
+from lsjax.checkpoints import (
+    assemble,
+    check_destination,
+    open_checkpoint,
+    read_generation_defaults,
+    save,
+)
 from lsjax.cli.errors import one_line_errors
 from lsjax.cli.flags import parse_flags
 from lsjax.data.tokenizer_files import load_tokenizer
-from lsjax.model.checkpoint import assemble, open_source
-from lsjax.model.huggingface import check_destination, read_generation_defaults, save
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +55,7 @@ def convert(arguments: Arguments) -> None:
         return tracked
 
     check_destination(destination)  # before the long part
-    opened = open_source(source)
+    opened = open_checkpoint(source)
     tokenizer = load_tokenizer(source)
     tokenizer.fitted(opened.config.vocab_size)  # complains before the long part
     model = assemble(opened, dtype=dtype, track=bar("reading"))

@@ -21,6 +21,7 @@ from typing import Any, Literal
 from rich.console import Console
 from rich.progress import Progress
 
+from lsjax.checkpoints import assemble, open_checkpoint
 from lsjax.cli.errors import check_output, one_line_errors
 from lsjax.cli.flags import parse_flags
 from lsjax.cli.prompts import PromptArguments, read_encoded
@@ -36,7 +37,6 @@ from lsjax.decoding.engine import Engine
 from lsjax.decoding.request import check_settings, encode_prompt
 from lsjax.decoding.self_speculative import SelfSpeculative
 from lsjax.evaluation.exactness import FLOAT32_MARGIN, Difference, first_difference
-from lsjax.model.checkpoint import assemble, open_source
 
 HEADER = ("exit", "drafts", "equal", "differ", "widest margin", "acceptance", "tokens/round")
 ROW = "{:>4}  {:>6}  {:>5}  {:>6}  {:>13}  {:>10}  {:>12}"
@@ -78,7 +78,7 @@ def correctness(arguments: Arguments) -> int:
     """Compares and prints a row for every exit and draft length."""
     check(bool(arguments.exit_layers), "--exit-layers is empty: name exits to draft from")
     check(bool(arguments.num_draft_tokens), "--num-draft-tokens is empty: name draft lengths")
-    source = open_source(arguments.model)
+    source = open_checkpoint(arguments.model)
     tokenizer = load_tokenizer(arguments.model).fitted(source.config.vocab_size)
     vocabulary = None
     if arguments.draft_vocab is not None:

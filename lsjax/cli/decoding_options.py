@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+from lsjax.checkpoints import read_generation_defaults
 from lsjax.cli.prompts import read_requests
 from lsjax.cli.setup import cache_directory
 from lsjax.config import ConfigError, MeshConfig, check
@@ -19,7 +20,6 @@ from lsjax.decoding.request import Request
 from lsjax.decoding.sampling import Sampling
 from lsjax.decoding.self_speculative import SelfSpeculative
 from lsjax.decoding.state import Strategy
-from lsjax.model.huggingface import read_generation_defaults
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,6 +21,7 @@ from jax.sharding import Mesh
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 
+from lsjax.checkpoints import fingerprints, open_checkpoint
 from lsjax.cli.errors import check_output, one_line_errors
 from lsjax.cli.evaluation_examples import Problems, ask, prompt_ids, read_examples
 from lsjax.cli.evaluation_options import Arguments, check_numbers, with_options
@@ -42,8 +43,6 @@ from lsjax.evaluation.results import append, resume
 from lsjax.evaluation.summary import WHOLE, summarise
 from lsjax.evaluation.tasks.all_tasks import TASKS
 from lsjax.evaluation.tasks.task import Task
-from lsjax.model.checkpoint import open_source
-from lsjax.model.fingerprint import fingerprints
 from lsjax.model.llama import Llama
 
 
@@ -59,7 +58,7 @@ def evaluate(arguments: Arguments) -> None:
     check_numbers(arguments)
     notes = Console(stderr=True, highlight=False, markup=False, emoji=False, style="dim")
     task = with_options(TASKS[arguments.task], arguments)
-    source = open_source(arguments.model)
+    source = open_checkpoint(arguments.model)
     tokenizer = load_tokenizer(arguments.model).fitted(source.config.vocab_size)
     strategies = choose_strategies(
         arguments.model,

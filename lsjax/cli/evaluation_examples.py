@@ -6,9 +6,9 @@ from itertools import chain, islice
 
 from rich.console import Console
 
+from lsjax.checkpoints import is_run, read_run_config
 from lsjax.cli.evaluation_options import Arguments
-from lsjax.config import ConfigError, DataConfig, check
-from lsjax.config.run_path import split_step
+from lsjax.config import ConfigError, DataConfig, check, split_step
 from lsjax.data.chat import chat_prompt
 from lsjax.data.documents import Document
 from lsjax.data.token_store import encode_document
@@ -25,7 +25,6 @@ from lsjax.evaluation.tasks.examples import (
     tfds_rows,
 )
 from lsjax.evaluation.tasks.task import Example, Row, Task
-from lsjax.model.run_directory import is_run, read_config
 
 LOOKED_AT = 100  # rows that tell whether they are of the kind that the model was finetuned on
 
@@ -122,7 +121,7 @@ def choose_templates(task: Task, arguments: Arguments, rows: Iterable[Row]) -> D
     directory, _ = split_step(arguments.model)
     trained = None
     if arguments.prompt_template is None and arguments.response_template is None:
-        trained = read_config(directory).data if is_run(directory) else None
+        trained = read_run_config(directory).data if is_run(directory) else None
     return templates(task, trained, rows)
 
 

@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from lsjax.checkpoints import assemble, is_run, open_checkpoint, read_run_config
 from lsjax.cli.errors import check_output, one_line_errors
 from lsjax.cli.flags import parse_flags
 from lsjax.cli.setup import cache_directory, choose_dtype, keep_compiled_programs
@@ -27,9 +28,7 @@ from lsjax.data.tokenizer_files import load_tokenizer
 from lsjax.evaluation.exits import AGREEMENT, ExitScores, exits_to_show, score_exits
 from lsjax.evaluation.figures import check_plots
 from lsjax.evaluation.plots import plot_exits
-from lsjax.model.checkpoint import assemble, open_source
 from lsjax.model.llama import stacked
-from lsjax.model.run_directory import is_run, read_config
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +60,7 @@ def compare(arguments: Arguments) -> None:
     check(is_run(first), f"{first} is no training run: name the --workdir of train.py first")
     names = [run.name for run in arguments.runs]
     check(len(set(names)) == len(names), f"runs of one name ({names}) would be one line: rename")
-    tokenizer = load_tokenizer(first).fitted(open_source(first).config.vocab_size)
+    tokenizer = load_tokenizer(first).fitted(open_checkpoint(first).config.vocab_size)
     for run in arguments.runs[1:]:
         check(
             load_tokenizer(run).fingerprint == tokenizer.fingerprint,
@@ -76,8 +75,8 @@ def compare(arguments: Arguments) -> None:
     for file in (arguments.output, arguments.json):
         if file is not None:
             check_output(file)
-    sources = [open_source(run) for run in arguments.runs]
-    config = read_config(first)
+    sources = [open_checkpoint(run) for run in arguments.runs]
+    config = read_run_config(first)
     keep_compiled_programs()
     batches = list(
         one_pass(

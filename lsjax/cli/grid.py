@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from lsjax.checkpoints import assemble, open_checkpoint
 from lsjax.cli.prompts import PromptArguments, read_encoded, read_prompts
 from lsjax.cli.setup import cache_directory, choose_dtype, machine
 from lsjax.cli.strategies import in_one_program
@@ -27,7 +28,6 @@ from lsjax.decoding.self_speculative import SelfSpeculative
 from lsjax.decoding.state import Strategy
 from lsjax.evaluation.identity_tail import identity_tail
 from lsjax.evaluation.speed import Row
-from lsjax.model.checkpoint import assemble, open_source
 from lsjax.model.llama import stacked
 
 PROMPTS = (
@@ -84,7 +84,7 @@ class Grid:
         new_tokens, tail = arguments.new_tokens, arguments.identity_tail
         check(new_tokens >= 2, f"--new-tokens {new_tokens} is below 2: choose 2 up")
         self.sampling = Sampling(temperature=arguments.temperature)
-        self.source = open_source(arguments.model)
+        self.source = open_checkpoint(arguments.model)
         self.config = self.source.config
         self.tokenizer = load_tokenizer(arguments.model).fitted(self.config.vocab_size)
         length = arguments.prompt_length

@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from lsjax.checkpoints import open_checkpoint
 from lsjax.cli.errors import check_output, one_line_errors
 from lsjax.cli.flags import parse_flags
 from lsjax.cli.loading import load_shown
@@ -32,7 +33,6 @@ from lsjax.data.tokenizer_files import load_tokenizer
 from lsjax.decoding.engine import Engine
 from lsjax.decoding.state import Strategy
 from lsjax.evaluation.answers import Answer, acceptance_rate
-from lsjax.model.checkpoint import open_source
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +104,7 @@ def harness(arguments: Arguments) -> None:
     check(arguments.chat or arguments.system is None, "--system needs --chat: give both or none")
     path = arguments.task_path
     check(path is None or path.is_dir(), f"--task-path {path} is no directory: name one")
-    source = open_source(arguments.model)
+    source = open_checkpoint(arguments.model)
     tokenizer = load_tokenizer(arguments.model).fitted(source.config.vocab_size)
     strategies = choose_strategies(
         arguments.model,

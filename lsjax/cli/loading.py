@@ -4,9 +4,8 @@ from jax.sharding import Mesh
 from rich.console import Console
 from rich.progress import Progress
 
-from lsjax.model.checkpoint import TensorSource, assemble
+from lsjax.checkpoints import RunSource, TensorSource, assemble
 from lsjax.model.llama import Llama, stacked
-from lsjax.model.run_directory import RunSource
 
 
 def load_shown(

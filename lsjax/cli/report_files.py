@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+from lsjax.checkpoints import CONFIG, is_run, read_metrics
+from lsjax.checkpoints.safetensors_files import read_json
 from lsjax.config import ConfigError, LlamaConfig, check
 from lsjax.config.json_form import from_json, without_version
 from lsjax.evaluation.exits import ExitScores
 from lsjax.evaluation.speed import Row
-from lsjax.model.run_directory import CONFIG, is_run, read_metrics
-from lsjax.model.safetensors_files import read_json
 
 SWEEP, EVALUATION = "sweep.json", ".summary.json"
 # Of an evaluation's rows, what a report shows.

@@ -27,6 +27,7 @@ import jax
 from rich.console import Console
 from rich.progress import Progress
 
+from lsjax.checkpoints import fingerprints, named_parameters
 from lsjax.cli.errors import check_output, one_line_errors
 from lsjax.cli.flags import parse_flags
 from lsjax.cli.grid import Grid, GridArguments, show, wide_console
@@ -40,8 +41,6 @@ from lsjax.evaluation.figures import check_plots
 from lsjax.evaluation.results import append, resume
 from lsjax.evaluation.speed import Timed, cell_of, compare, take_turns
 from lsjax.evaluation.speed_plots import best_row, plot_acceptance, plot_sweep
-from lsjax.model.checkpoint import named_parameters
-from lsjax.model.fingerprint import fingerprints
 
 TEXTS, SUMMARY = "texts.jsonl", "sweep.json"
 SAMPLES = 3  # texts of the best cell that are kept

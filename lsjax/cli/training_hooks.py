@@ -9,6 +9,7 @@ import numpy as np
 from jax.sharding import Mesh
 from rich.table import Table
 
+from lsjax.checkpoints import EVALUATION, read_metrics
 from lsjax.cli.hosts import is_first
 from lsjax.cli.show import coloured, verbatim
 from lsjax.config import ConfigError, EvaluationConfig, LlamaConfig, TrainConfig
@@ -19,7 +20,6 @@ from lsjax.decoding.self_speculative import SelfSpeculative
 from lsjax.evaluation.exits import AGREEMENT, ExitScores, exits_to_show, score_exits
 from lsjax.evaluation.plots import plot_exits, plot_training
 from lsjax.model.llama import Llama
-from lsjax.model.run_directory import EVALUATION, read_metrics
 from lsjax.training.trainer import Hook
 
 Print = Callable[..., None]

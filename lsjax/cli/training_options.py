@@ -13,7 +13,6 @@ import tyro
 from lsjax.cli.flags import parse_flags
 from lsjax.cli.hosts import Hosts
 from lsjax.config import ConfigError, TrainConfig, check
-from lsjax.config.json_form import from_json, to_json
 
 
 @dataclass(frozen=True)
@@ -99,7 +98,4 @@ def read_config_file(file: Path) -> TrainConfig:
         isinstance(config, TrainConfig),
         f"{file}: has no `config` that is a TrainConfig: set config = TrainConfig(...)",
     )
-    try:
-        return from_json(TrainConfig, to_json(config))
-    except ConfigError as error:
-        raise ConfigError(f"{file}: {error}") from None
+    return config

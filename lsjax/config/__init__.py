@@ -1,31 +1,45 @@
 """Configurations: frozen, hashable dataclasses that say what is wrong with a bad value."""
 
+from lsjax.config.checked import Checked, ConfigError, bounded, check
 from lsjax.config.data import DataConfig
-from lsjax.config.early_exit import EarlyExitConfig
-from lsjax.config.errors import ConfigError, check
-from lsjax.config.layer_dropout import LayerDropoutConfig
 from lsjax.config.llama import LlamaConfig, RopeScaling
-from lsjax.config.lora import LoraConfig
-from lsjax.config.mesh import MeshConfig
-from lsjax.config.optimizer import OptimizerConfig
-from lsjax.config.step import AttentionKernel, ComputeDtype, StepConfig
-from lsjax.config.train import CheckpointConfig, EvaluationConfig, TrainConfig
+from lsjax.config.step import (
+    AttentionKernel,
+    ComputeDtype,
+    EarlyExitConfig,
+    LayerDropoutConfig,
+    LoraConfig,
+    LoraTarget,
+    OptimizerConfig,
+    StepConfig,
+)
+from lsjax.config.train import (
+    CheckpointConfig,
+    EvaluationConfig,
+    MeshConfig,
+    TrainConfig,
+    split_step,
+)
 
 __all__ = [
     "AttentionKernel",
     "CheckpointConfig",
+    "Checked",
     "ComputeDtype",
-    "EvaluationConfig",
-    "TrainConfig",
     "ConfigError",
     "DataConfig",
     "EarlyExitConfig",
+    "EvaluationConfig",
     "LayerDropoutConfig",
     "LlamaConfig",
     "LoraConfig",
+    "LoraTarget",
     "MeshConfig",
     "OptimizerConfig",
     "RopeScaling",
     "StepConfig",
+    "TrainConfig",
+    "bounded",
     "check",
+    "split_step",
 ]

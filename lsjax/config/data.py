@@ -4,14 +4,26 @@ import string
 from dataclasses import dataclass
 from typing import Literal
 
-from lsjax.config.errors import ConfigError, check
+from lsjax.config.checked import Checked, ConfigError, bounded, check
 
 FILES = ("text", "jsonl", "tsv")
 ROWS = ("jsonl", "tsv", "tfds")
+READERS = {
+    "paths": FILES,
+    "validation_paths": FILES,
+    "separator": ("text",),
+    "text_template": ROWS,
+    "prompt_template": ROWS,
+    "response_template": ROWS,
+    "tfds_name": ("tfds",),
+    "tfds_split": ("tfds",),
+    "tfds_data_dir": ("tfds",),
+    "validation_split": ("tfds",),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataConfig:
+class DataConfig(Checked):
     """One source of documents, its tokenizer, and the packing of its tokens.
 
     A document is a text, or a prompt with its response. docs/data.md has an example of each source.
@@ -43,14 +55,14 @@ class DataConfig:
     tfds_data_dir: str = ""
     """Where data sets lie; empty is TFDS's own, ~/tensorflow_datasets."""
 
-    validation_fraction: float = 0.05
+    validation_fraction: float = bounded(0.05, low=0, below=1)
     """Share of the documents that is kept from training, chosen by a hash of each; read without a
     validation set of its own."""
     validation_paths: tuple[str, ...] = ()
     """Files of a validation set of its own (text, jsonl, tsv)."""
     validation_split: str = ""
     """Split of a validation set of its own (tfds)."""
-    max_documents: int | None = None
+    max_documents: int | None = bounded(None, low=1)
     """At most so many documents of the source, its first ones; a validation set is read whole."""
 
     tokenizer: str = "sentencepiece"
@@ -71,24 +83,13 @@ class DataConfig:
     response truncated. With split, texts fill every row; else whole documents share rows."""
 
     def __post_init__(self):
+        super().__post_init__()
         self._check_source()
         self._check_templates()
-        check(
-            0 <= self.validation_fraction < 1,
-            f"validation_fraction {self.validation_fraction} must be at least 0 and below 1",
-        )
-        check(
-            self.max_documents is None or self.max_documents >= 1,
-            f"max_documents {self.max_documents} must be at least 1",
-        )
         check(self.tokenizer != "", "tokenizer is empty: choose bytes, sentencepiece or a path")
         check(
             self.tokenizer != "sentencepiece" or self.vocab_size >= 260,
             f"vocab_size {self.vocab_size} is below 260: 256 bytes, <unk>, <s>, </s> and a letter",
-        )
-        check(
-            self.too_long in (None, "split", "truncate", "drop"),
-            f"too_long {self.too_long!r} is unknown: choose split, truncate or drop",
         )
         check(
             not (self.has_prompts and self.too_long == "split"),
@@ -116,55 +117,26 @@ class DataConfig:
         return self.too_long or ("truncate" if self.has_prompts else "split")
 
     def _check_source(self):
-        kinds = ("python_source", *FILES, "tfds")
-        check(
-            self.source in kinds,
-            f"source {self.source!r} is unknown: choose one of {', '.join(kinds)}",
-        )
-        check(
-            (self.source in FILES) == bool(self.paths),
-            f"source {self.source} needs paths: name files or patterns"
-            if self.source in FILES
-            else f"paths are read by {', '.join(FILES)}, not by source {self.source}: choose one",
-        )
-        check(
-            not self.validation_paths or self.source in FILES,
-            f"validation_paths are read by {', '.join(FILES)}, not by source {self.source}",
-        )
-        check(self.separator != "", "separator is empty: choose file, blank_line or a marker")
-        check(
-            self.separator == "file" or self.source == "text",
-            f"separator {self.separator!r} is read by source text, not by {self.source}",
-        )
-        check(
-            (self.source == "tfds") == bool(self.tfds_name),
-            "source tfds needs tfds_name, such as gsm8k"
-            if self.source == "tfds"
-            else f"tfds_name is read by source tfds, not by {self.source}: choose that source",
-        )
-        for name in ("tfds_split", "tfds_data_dir"):
-            default = type(self).__dataclass_fields__[name].default
+        for name, sources in READERS.items():
             check(
-                self.source == "tfds" or getattr(self, name) == default,
-                f"{name} is read by source tfds, not by {self.source}: leave it out",
+                self.source in sources or getattr(self, name) == getattr(DataConfig, name),
+                f"{name} is read by source {', '.join(sources)}, not by {self.source}: leave it "
+                "out, or choose another source",
             )
         check(
-            not self.validation_split or self.source == "tfds",
-            f"validation_split is read by source tfds, not by {self.source}: use validation_paths",
+            self.source not in FILES or bool(self.paths),
+            f"source {self.source} needs paths: name files or patterns",
         )
+        check(
+            self.source != "tfds" or self.tfds_name != "",
+            "source tfds needs tfds_name, such as gsm8k",
+        )
+        check(self.separator != "", "separator is empty: choose file, blank_line or a marker")
 
     def _check_templates(self):
         check(
             bool(self.prompt_template) == bool(self.response_template),
             "prompt_template and response_template go together: give both or neither",
-        )
-        check(
-            not self.has_prompts or self.source in ROWS,
-            f"templates are read by {', '.join(ROWS)}, not by source {self.source}",
-        )
-        check(
-            self.text_template == "{text}" or self.source in ROWS,
-            f"text_template is read by {', '.join(ROWS)}, not by source {self.source}",
         )
         for name in ("text_template", "prompt_template", "response_template"):
             template = getattr(self, name)

@@ -1,15 +1,14 @@
 """The shape of a Llama."""
 
-import dataclasses
 import math
 from dataclasses import dataclass
 from typing import Literal
 
-from lsjax.config.errors import check
+from lsjax.config.checked import Checked, bounded, check
 
 
 @dataclass(frozen=True, kw_only=True)
-class RopeScaling:
+class RopeScaling(Checked, prefix="rope_scaling."):
     """How rotary frequencies are stretched beyond the context that they were trained on.
 
     kind: "linear" divides every frequency by `factor` (position interpolation); "llama3" divides
@@ -18,49 +17,45 @@ class RopeScaling:
     """
 
     kind: Literal["linear", "llama3"]
-    factor: float
+    factor: float = bounded(low=1)
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
-    original_context: int = 8192
+    original_context: int = bounded(8192, low=1)
 
     def __post_init__(self):
-        check(
-            self.kind in ("linear", "llama3"),
-            f"rope scaling {self.kind!r} is not supported: use linear or llama3",
-        )
-        check(self.factor >= 1.0, f"rope scaling factor {self.factor} must be at least 1")
+        super().__post_init__()
         check(
             self.kind != "llama3" or 0 < self.low_freq_factor < self.high_freq_factor,
-            f"rope scaling needs 0 < low_freq_factor ({self.low_freq_factor}) < "
+            f"rope_scaling needs 0 < low_freq_factor ({self.low_freq_factor}) < "
             f"high_freq_factor ({self.high_freq_factor})",
         )
 
 
 @dataclass(frozen=True, kw_only=True)
-class LlamaConfig:
+class LlamaConfig(Checked):
     """The shape of a Llama. Letters: V, D, F, L, N, K, H as in lsjax/model/llama.py."""
 
-    vocab_size: int
+    vocab_size: int = bounded(low=1)
     """V: tokens of the vocabulary."""
-    hidden_size: int
+    hidden_size: int = bounded(low=1)
     """D: width of the model."""
-    intermediate_size: int
+    intermediate_size: int = bounded(low=1)
     """F: width of the feed-forward part."""
-    num_layers: int
+    num_layers: int = bounded(low=1)
     """L: layers."""
-    num_heads: int
-    """N: heads that ask."""
-    num_kv_heads: int
+    num_heads: int = bounded(low=1)
+    """N: heads of queries."""
+    num_kv_heads: int = bounded(low=1)
     """K: heads with keys and values; N for multi-head attention, fewer for grouped-query."""
-    head_dim: int
+    head_dim: int = bounded(low=1)
     """H: size of a head; usually D / N, but a checkpoint may say otherwise."""
-    max_context: int
+    max_context: int = bounded(low=1)
     """Positions that the model was trained on."""
-    rope_theta: float = 10_000.0
+    rope_theta: float = bounded(10_000.0, above=0)
     """Base of the rotary frequencies."""
     rope_scaling: RopeScaling | None = None
     """How they are stretched for a longer context."""
-    norm_eps: float = 1e-5
+    norm_eps: float = bounded(1e-5, above=0)
     """Added to the mean square in RMSNorm."""
     tie_embeddings: bool = False
     """Whether the head is the embedding."""
@@ -68,27 +63,19 @@ class LlamaConfig:
     """Biases on queries, keys, values and the output of attention."""
     mlp_bias: bool = False
     """Biases on gate, up and down."""
-    init_std: float = 0.02
+    init_std: float = bounded(0.02, low=0)
     """Standard deviation of new weights, normally distributed."""
     scaled_init: bool = False
     """Whether what writes to the residual stream starts smaller than that by sqrt(2 L): each layer
     adds twice (GPT-2; Radford et al., 2019)."""
 
     def __post_init__(self):
-        for field in dataclasses.fields(self):
-            if field.type is int:
-                value = getattr(self, field.name)
-                check(
-                    isinstance(value, int) and value >= 1,
-                    f"{field.name} {value!r} must be a whole number of at least 1",
-                )
+        super().__post_init__()
         check(
             self.num_heads % self.num_kv_heads == 0,
             f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}",
         )
         check(self.head_dim % 2 == 0, f"head_dim {self.head_dim} must be even for rope")
-        check(self.rope_theta > 0, f"rope_theta {self.rope_theta} must be above 0")
-        check(self.norm_eps > 0, f"norm_eps {self.norm_eps} must be above 0")
 
     @property
     def layer_params(self) -> int:

@@ -1,38 +1,183 @@
-"""What one training step does."""
+"""One training step: layer dropout, the early-exit loss, adapters and the optimizer."""
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
-from lsjax.config.early_exit import EarlyExitConfig
-from lsjax.config.errors import check
-from lsjax.config.layer_dropout import LayerDropoutConfig
+from lsjax.config.checked import Checked, bounded, check
 from lsjax.config.llama import LlamaConfig
-from lsjax.config.lora import LoraConfig
-from lsjax.config.optimizer import OptimizerConfig
 
 AttentionKernel = Literal["auto", "xla", "splash", "flash", "cudnn"]
 ComputeDtype = Literal["auto", "float32", "bfloat16"]
-Remat = Literal["none", "nothing_saveable", "dots_saveable", "dots_with_no_batch_dims_saveable"]
+LoraTarget = Literal["qkv", "out", "gate_up", "down"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class StepConfig:
+class LayerDropoutConfig(Checked, prefix="layer_dropout."):
+    """Rate at which layer l is left out at step t: p(l, t) = S(t) D(l) p_max (LayerSkip, eq. 2).
+
+    LayerSkip: the defaults with a p_max; from scratch also schedule "exponential". LayerDrop (Fan
+    et al., 2020): distribution "uniform", skip "batch". PLD (Zhang and He, 2020): distribution
+    "linear", schedule "saturating", p_max = 1 - its keep rate, skip "batch", rescale. "Don't Drop
+    Dropout" (Elhoushi et al., 2026): distribution "linear", schedule "decreasing", rescale.
+    """
+
+    p_max: float = bounded(0.0, low=0, high=1)
+    """Rate of the layer that is left out most; 0 is no layer dropout."""
+    distribution: Literal["exponential", "linear", "uniform"] = "exponential"
+    """D(l): 2^(l / (L-1)) - 1 (eq. 3), l / (L-1), or 1."""
+    layers: tuple[int, ...] | None = None
+    """Layers 0..L-1 that may be left out; all of them by default."""
+    schedule: Literal["constant", "exponential", "decreasing", "saturating"] = "constant"
+    """S(t): 1, 2^(t / (T-1)) - 1 (eq. 4), 1 - t / (T-1), or 1 - exp(-gamma t)."""
+    gamma: float | None = bounded(None, above=0)
+    """Of the saturating schedule, per step; 100 / T by default, as in PLD."""
+    rescale: bool = False
+    """Whether what a layer adds, when kept, is divided by 1 - p; the paper does not."""
+    skip: Literal["mask", "gather", "batch"] = "mask"
+    """How a layer is left out. mask: of each sequence by itself, as in the paper; it is computed
+    for all of them, and its effect dropped. gather: of each sequence, and computed only for those
+    that keep it, which are as many as one of a few fixed numbers. batch: of all at once."""
+
+    def check_layers(self, num_layers: int) -> None:
+        """Raises ConfigError where `layers` names one that a model of L layers does not have."""
+        for layer in self.layers or ():
+            check(
+                0 <= layer < num_layers,
+                f"layer_dropout.layers has {layer}, but the layers are 0..{num_layers - 1}",
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EarlyExitConfig(Checked, prefix="early_exit."):
+    """The early-exit loss (LayerSkip, eq. 5 and 6). Exits are numbered 1..L as in decoding; exit L
+    is the model's normal output and always in the loss.
+
+    LITE (Varshney et al., 2023): weights "uniform", curriculum "all" or "subset".
+    """
+
+    curriculum: Literal["none", "rotational", "gradual", "all", "subset"] = "none"
+    """Exits in the loss beside exit L: none; every R-th, another set each step; one more every
+    T / (2L) steps from the last down to the first; all; those of `exits`."""
+    rotation: int = bounded(8, low=1)
+    """R of the rotational curriculum."""
+    exits: tuple[int, ...] = ()
+    """Exits of the subset curriculum."""
+    weights: Literal["paper", "uniform", "custom"] = "paper"
+    """Before they are normalised over the exits that are on: e(l) of eq. 6, 1, or
+    `custom_weights`."""
+    e_scale: float = bounded(1.0, low=0, high=1)
+    """Weight of the intermediate exits in the paper's e(l), from 0 to 1."""
+    custom_weights: tuple[float, ...] = bounded((), low=0)
+    """One for each exit 1..L."""
+    token_share: float = bounded(1.0, above=0, high=1)
+    """Share of the labelled tokens that an intermediate exit is trained on, drawn anew for each
+    exit and step; the loss stays the same on average."""
+    target: Literal["labels", "final"] = "labels"
+    """What an intermediate exit learns: the next token, or the distribution that exit L gives."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        check(
+            (self.curriculum == "subset") == bool(self.exits),
+            f"early_exit.exits {self.exits} belongs to the subset curriculum: give both or none",
+        )
+        check(
+            (self.weights == "custom") == bool(self.custom_weights),
+            f"early_exit.custom_weights {self.custom_weights} belongs to weights custom: give both "
+            "or none",
+        )
+        check(
+            not self.custom_weights or self.custom_weights[-1] > 0,
+            f"early_exit.custom_weights {self.custom_weights} must end above 0, as exit L is "
+            "always in the loss",
+        )
+
+    def check_layers(self, num_layers: int) -> None:
+        """Raises ConfigError where exits or weights do not belong to a model of L layers."""
+        for exit in self.exits:
+            check(
+                1 <= exit <= num_layers,
+                f"early_exit.exits has {exit}, but the exits are 1..{num_layers}",
+            )
+        check(
+            len(self.custom_weights) in (0, num_layers),
+            f"early_exit.custom_weights has {len(self.custom_weights)} weights, but there are "
+            f"{num_layers} exits",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig(Checked, prefix="optimizer."):
+    """AdamW (Loshchilov and Hutter, 2019). The paper gives learning rates only: all else here is
+    our choice, the usual one for Llamas."""
+
+    learning_rate: float = bounded(3e-4, low=0)
+    """The highest, after warm-up."""
+    schedule: Literal["constant", "cosine", "linear"] = "cosine"
+    """How the learning rate falls after warm-up."""
+    warmup_steps: int = bounded(0, low=0)
+    """Steps in which the learning rate rises from 0."""
+    final_share: float = bounded(0.1, low=0, high=1)
+    """Of the learning rate, at the end of the run; read by cosine and linear."""
+    b1: float = bounded(0.9, low=0, below=1)
+    """Decay of the mean of the gradients."""
+    b2: float = bounded(0.95, low=0, below=1)
+    """Decay of the mean of their squares."""
+    eps: float = bounded(1e-8, above=0)
+    """Added to the root of the mean of the squares."""
+    weight_decay: float = bounded(0.1, low=0)
+    """Of matrices and tables; norms and biases do not decay."""
+    clip_norm: float | None = bounded(1.0, above=0)
+    """Norm to which the gradient is shortened where it is longer; None leaves it as it is."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraConfig(Checked, prefix="lora."):
+    """LoRA (Hu et al., 2021): W + alpha / rank A B in place of W, where only A and B are trained.
+
+    qkv is one matrix of queries, keys and values, and gate_up one of two, so they share an A.
+    """
+
+    rank: int = bounded(0, low=0, hint="0 trains the whole model")
+    """Columns of A and rows of B; 0 trains the whole model."""
+    alpha: float = bounded(16.0, above=0)
+    """What A B is multiplied by, times the rank."""
+    targets: tuple[LoraTarget, ...] = ("qkv", "out", "gate_up", "down")
+    """Matrices of each layer that get an adapter."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        check(
+            len(self.targets) > 0 and len(set(self.targets)) == len(self.targets),
+            f"lora.targets {self.targets} must name at least one matrix, and each once",
+        )
+
+    @property
+    def scale(self) -> float:
+        """alpha / rank."""
+        return self.alpha / self.rank
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepConfig(Checked):
     """All that a training step depends on beside the model and the batch."""
 
-    num_steps: int
+    num_steps: int = bounded(low=1)
     """T: optimizer steps of the whole run; schedules and curricula are stretched over them."""
-    seed: int = 0
+    seed: int = bounded(0, low=0, below=2**32)
     """Of new weights, of the order of the rows, of layer dropout, and of the tokens that the exits
     are trained on."""
     layer_dropout: LayerDropoutConfig = LayerDropoutConfig()
     early_exit: EarlyExitConfig = EarlyExitConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     lora: LoraConfig = LoraConfig()
-    z_loss: float = 0.0
+    z_loss: float = bounded(0.0, low=0)
     """Weight of the squared log of the softmax's denominator (PaLM, 2022: 1e-4)."""
-    micro_batches: int = 1
+    micro_batches: int = bounded(1, low=1)
     """Parts of a batch that run one after the other, their gradients added up."""
-    remat: Remat = "none"
+    remat: Literal[
+        "none", "nothing_saveable", "dots_saveable", "dots_with_no_batch_dims_saveable"
+    ] = "none"
     """What a layer keeps for its backward pass: all that it needs, or what jax's checkpoint policy
     of that name keeps; the rest is computed again."""
     attention: AttentionKernel = "auto"
@@ -42,22 +187,7 @@ class StepConfig:
     """Of the computation: auto is bfloat16 on accelerators and that of the parameters on CPUs."""
 
     def __post_init__(self):
-        check(self.num_steps >= 1, f"num_steps {self.num_steps} must be at least 1")
-        check(0 <= self.seed < 2**32, f"seed {self.seed} must be a whole number from 0 to 2^32 - 1")
-        check(self.z_loss >= 0, f"z_loss {self.z_loss} must not be negative")
-        check(self.micro_batches >= 1, f"micro_batches {self.micro_batches} must be at least 1")
-        check(
-            self.remat in get_args(Remat),
-            f"remat {self.remat!r} is unknown: use {', '.join(get_args(Remat))}",
-        )
-        check(
-            self.attention in get_args(AttentionKernel),
-            f"attention {self.attention!r} is unknown: use {', '.join(get_args(AttentionKernel))}",
-        )
-        check(
-            self.dtype in get_args(ComputeDtype),
-            f"dtype {self.dtype!r} is unknown: use {', '.join(get_args(ComputeDtype))}",
-        )
+        super().__post_init__()
         check(
             self.optimizer.warmup_steps <= self.num_steps,
             f"optimizer.warmup_steps {self.optimizer.warmup_steps} is more than num_steps "

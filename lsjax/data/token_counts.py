@@ -9,8 +9,7 @@ from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
-from lsjax.config import ConfigError, check
-from lsjax.config.run_path import split_step
+from lsjax.config import ConfigError, check, split_step
 from lsjax.data.tokenizers import Tokenizer
 from lsjax.data.whole_files import write_whole
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import tokenizers
 
-from lsjax.config.run_path import split_step
+from lsjax.config import split_step
 from lsjax.data.tokenizer_bpe import (
     added_token,
     all_merges,

@@ -13,8 +13,7 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float
 
-from lsjax.config import LoraConfig
-from lsjax.config.lora import Target
+from lsjax.config import LoraConfig, LoraTarget
 from lsjax.model.block import Attention, Block, FeedForward, Linear
 from lsjax.model.llama import Llama, with_parts
 from lsjax.model.products import linear
@@ -40,7 +39,7 @@ def with_adapters(model: Llama, config: LoraConfig, seed: int) -> Llama:
         if name not in config.targets:
             return matrix
         layers, inputs, *outputs = matrix.kernel.shape
-        key = jax.random.fold_in(jax.random.key(seed), get_args(Target).index(name))
+        key = jax.random.fold_in(jax.random.key(seed), get_args(LoraTarget).index(name))
         dtype = matrix.kernel[...].dtype
         a = jax.random.normal(key, (layers, inputs, config.rank), dtype) * inputs**-0.5
         b = jnp.zeros((layers, config.rank, *outputs), dtype)

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from lsjax.checkpoints import METRICS, read_metrics
 from lsjax.config import ConfigError
-from lsjax.model.run_directory import METRICS, read_metrics
 
 
 class MetricsLog:

@@ -7,8 +7,8 @@ import jax
 from flax import nnx
 from jax.sharding import Mesh
 
+from lsjax.checkpoints import load
 from lsjax.config import TrainConfig, check
-from lsjax.model.checkpoint import load
 from lsjax.model.llama import Llama, stacked
 from lsjax.sharding import ROWS, shardings
 from lsjax.training.step import TrainState, init_state

@@ -4,8 +4,8 @@ import pytest
 
 import decode
 import lsjax
+from lsjax.checkpoints import GenerationDefaults
 from lsjax.cli import correctness
-from lsjax.model.huggingface import GenerationDefaults
 
 
 @pytest.fixture(scope="session")

@@ -19,6 +19,7 @@ from rich.console import Console
 
 import decode
 import lsjax
+from lsjax.checkpoints import GenerationDefaults
 from lsjax.cli.chat import HELP, chat
 from lsjax.config import LlamaConfig
 from lsjax.data.tokenizer_huggingface import ByteTokenizer
@@ -27,7 +28,6 @@ from lsjax.decoding.request import Request
 from lsjax.decoding.sampling import Sampling
 from lsjax.decoding.self_speculative import SelfSpeculative
 from lsjax.evaluation.identity_tail import identity_tail
-from lsjax.model.huggingface import GenerationDefaults
 from lsjax.model.llama import Llama
 
 ROOT = Path(__file__).parents[2]

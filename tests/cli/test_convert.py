@@ -9,13 +9,12 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, decoders, models
 
+from lsjax.checkpoints import GenerationDefaults, load, read_generation_defaults
 from lsjax.cli.convert import main
 from lsjax.cli.errors import one_line_errors
 from lsjax.config import ConfigError
 from lsjax.data.tokenizer_files import load_tokenizer
 from lsjax.data.tokenizers import MOST_EXTRA
-from lsjax.model.checkpoint import load
-from lsjax.model.huggingface import GenerationDefaults, read_generation_defaults
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 

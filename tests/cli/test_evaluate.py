@@ -7,6 +7,7 @@ import json
 import pytest
 import tensorflow_datasets as tfds
 
+from lsjax.checkpoints import Checkpoints, begin_run
 from lsjax.cli import evaluate
 from lsjax.cli.evaluate import main
 from lsjax.config import DataConfig, TrainConfig
@@ -14,8 +15,6 @@ from lsjax.data.row_files import RowFiles
 from lsjax.data.token_store import encode_document
 from lsjax.evaluation.results import read
 from lsjax.evaluation.tasks.all_tasks import TASKS
-from lsjax.model.run_directory import begin_run
-from lsjax.training.checkpoint import Checkpoints
 from lsjax.training.step import init_state
 from tests.data import tiny_questions  # noqa: F401 (TFDS knows it from then on)
 

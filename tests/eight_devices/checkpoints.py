@@ -8,14 +8,12 @@ import pytest
 from flax import nnx
 
 import lsjax
+from lsjax.checkpoints import Checkpoints, begin_run, fingerprints
+from lsjax.checkpoints.plain import named_leaves
 from lsjax.config import LlamaConfig, MeshConfig, TrainConfig
 from lsjax.data.tokenizer_huggingface import ByteTokenizer
-from lsjax.model.fingerprint import fingerprints
 from lsjax.model.llama import Llama
-from lsjax.model.plain import named_leaves
-from lsjax.model.run_directory import begin_run
 from lsjax.sharding import make_mesh, placed, shardings
-from lsjax.training.checkpoint import Checkpoints
 from lsjax.training.step import init_state
 
 CONFIG = TrainConfig(
@@ -90,7 +88,7 @@ def test_loaded_onto_a_mesh(run, whole, sizes):
         assert [leaf.sharding for leaf in jax.tree.leaves(model)] == expected
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # saved_steps.py
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # saved_step.py
 def test_a_step_saved_from_a_mesh_is_checked_on_one_device(run, whole, tmp_path):
     config = dataclasses.replace(CONFIG.checkpoints, keep_last=2)
     lines: list[str] = []

@@ -14,6 +14,7 @@ import pytest
 from flax import nnx
 
 import decode as decode_program
+from lsjax.checkpoints import save
 from lsjax.config import ConfigError, LlamaConfig, MeshConfig
 from lsjax.decoding.autoregressive import Autoregressive, EarlyExit
 from lsjax.decoding.choices import Choices
@@ -26,7 +27,6 @@ from lsjax.decoding.self_speculative import SelfSpeculative
 from lsjax.decoding.state import DecodeState
 from lsjax.evaluation.exactness import FLOAT32_MARGIN, first_difference
 from lsjax.evaluation.scoring import Text, score
-from lsjax.model.huggingface import save
 from lsjax.model.llama import Llama, stacked
 from lsjax.sharding import make_mesh, placed
 from tests.decoding.test_compiled import copies

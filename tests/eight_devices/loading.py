@@ -9,13 +9,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from lsjax.checkpoints import CheckpointError, assemble, load, open_checkpoint, save
+from lsjax.checkpoints.tensors import parameter_reader
 from lsjax.config import LlamaConfig, MeshConfig
-from lsjax.model import checkpoint
-from lsjax.model.checkpoint import CheckpointError, assemble, load, open_source, parameter_reader
-from lsjax.model.huggingface import save
 from lsjax.model.llama import Llama
 from lsjax.sharding import make_mesh, shardings
-from tests.model.test_gguf import Kind, from_golden, metadata, write
+from tests.checkpoints.test_gguf import Kind, from_golden, metadata, write
 
 DATA_AND_TENSOR = MeshConfig(data=4, tensor=2)
 ALL_AXES = MeshConfig(data=2, fsdp=2, tensor=2)
@@ -88,8 +87,8 @@ def test_each_shard_is_read_once(saved, mesh, dtype, monkeypatch):
 
         return measure
 
-    monkeypatch.setattr(checkpoint, "parameter_reader", measured)
-    source, mesh = CountingSource(open_source(saved)), make_mesh(mesh)
+    monkeypatch.setattr(tensors, "parameter_reader", measured)
+    source, mesh = CountingSource(open_checkpoint(saved)), make_mesh(mesh)
     tracemalloc.start()
     model = assemble(source, dtype=dtype, mesh=mesh)
     tracemalloc.stop()

@@ -6,13 +6,12 @@ import pytest
 from flax import nnx
 
 import lsjax
+from lsjax.checkpoints import Checkpoints, begin_run
 from lsjax.config import EarlyExitConfig, LlamaConfig, LoraConfig, MeshConfig, TrainConfig
 from lsjax.data.tokenizer_huggingface import ByteTokenizer
 from lsjax.model.llama import Llama, stacked
 from lsjax.model.lora import split
-from lsjax.model.run_directory import begin_run
 from lsjax.sharding import make_mesh, placed, shardings
-from lsjax.training.checkpoint import Checkpoints
 from lsjax.training.step import init_state, make_train_step
 
 CONFIG = TrainConfig(

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from lsjax.checkpoints.plain import named_leaves
 from lsjax.config import EarlyExitConfig, LayerDropoutConfig, LlamaConfig, MeshConfig, StepConfig
 from lsjax.model.llama import Llama
-from lsjax.model.plain import named_leaves
 from lsjax.sharding import make_mesh, placed
 from lsjax.training import loss
 from lsjax.training.step import init_state, make_train_step

@@ -11,6 +11,7 @@ import pytest
 from flax import nnx
 
 import lsjax
+from lsjax.checkpoints import Checkpoints, begin_run
 from lsjax.config import (
     ConfigError,
     EarlyExitConfig,
@@ -27,9 +28,7 @@ from lsjax.decoding.engine import Engine
 from lsjax.model.llama import Llama, stacked, unstacked
 from lsjax.model.lora import joined, split, with_adapters
 from lsjax.model.rope import rope_angles
-from lsjax.model.run_directory import begin_run
 from lsjax.training import forward
-from lsjax.training.checkpoint import Checkpoints
 from lsjax.training.forward import layer_runner
 from lsjax.training.layer_dropout import keep_counted
 from lsjax.training.objective import objective

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from lsjax.checkpoints.plain import named_leaves
 from lsjax.config import LlamaConfig, StepConfig
 from lsjax.model.llama import Llama
-from lsjax.model.plain import named_leaves
 from lsjax.training.step import init_state, loss_and_gradients
 
 ROWS, STEPS, VOCAB, WIDTH = 64, 512, 512, 32

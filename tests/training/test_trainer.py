@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from tensorboardX.proto.event_pb2 import Event
 
-from lsjax.model.run_directory import METRICS, read_metrics
+from lsjax.checkpoints import METRICS, read_metrics
 from lsjax.training import trainer
 from lsjax.training.metrics_log import MetricsLog
 from lsjax.training.trainer import Hook, Interrupted, Loop, TooManySkipped

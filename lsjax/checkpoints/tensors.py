@@ -17,10 +17,9 @@ from flax import nnx
 from jax.sharding import Mesh, Sharding
 from jaxtyping import Array
 
-from lsjax.config import LlamaConfig
-from lsjax.config.run_path import split_step
+from lsjax.checkpoints.parts import Index, Part, model_parts
+from lsjax.config import LlamaConfig, split_step
 from lsjax.model.llama import Llama
-from lsjax.model.parts import Index, Part, model_parts
 from lsjax.sharding import sharding_of
 
 
@@ -80,15 +79,15 @@ def load(
         CheckpointError: whatever is wrong with the file, in one line.
     """
     dtype = jnp.float32 if dtype is None else dtype
-    return assemble(open_source(path), dtype=dtype, track=track, mesh=mesh)
+    return assemble(open_checkpoint(path), dtype=dtype, track=track, mesh=mesh)
 
 
-def open_source(path: str | Path) -> TensorSource | ModelSource:
+def open_checkpoint(path: str | Path) -> TensorSource | ModelSource:
     """Opens a checkpoint of any kind and checks all but the numbers in it."""
     # Here, because the formats import this module.
-    from lsjax.model.gguf import GGUFSource
-    from lsjax.model.huggingface import HuggingFaceSource
-    from lsjax.model.run_directory import RunSource, is_run
+    from lsjax.checkpoints.gguf import GGUFSource
+    from lsjax.checkpoints.huggingface import HuggingFaceSource
+    from lsjax.checkpoints.run_directory import RunSource, is_run
 
     path, step = split_step(path)
     if path.is_dir():

@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
-from lsjax.model.checkpoint import CheckpointError, Track, named_parameters, take
+from lsjax.checkpoints.parts import Part, model_parts
+from lsjax.checkpoints.tensors import CheckpointError, Track, named_parameters, take
 from lsjax.model.llama import Llama
-from lsjax.model.parts import Part, model_parts
 
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _MAX_HEADER_BYTES = 100_000_000  # as the safetensors library has it

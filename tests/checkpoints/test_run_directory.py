@@ -15,13 +15,18 @@ import pytest
 
 import decode
 import lsjax
+from lsjax.checkpoints import (
+    METRICS,
+    CheckpointError,
+    Checkpoints,
+    begin_run,
+    is_run,
+    read_run_config,
+)
 from lsjax.cli import convert
 from lsjax.config import ConfigError, LlamaConfig, TrainConfig
 from lsjax.data.token_counts import NAME, find_counts
 from lsjax.data.tokenizer_huggingface import ByteTokenizer
-from lsjax.model.checkpoint import CheckpointError
-from lsjax.model.run_directory import METRICS, begin_run, is_run, read_config
-from lsjax.training.checkpoint import Checkpoints
 from lsjax.training.step import init_state
 
 CONFIG = TrainConfig(num_steps=9, batch_size=2, seq_len=8, model=LlamaConfig.tiny())
@@ -62,7 +67,7 @@ def equal(one, other) -> bool:
 
 def test_a_run_is_the_model_of_its_newest_step(made, tokenizer):
     directory, models = made
-    assert is_run(directory) and read_config(directory) == CONFIG
+    assert is_run(directory) and read_run_config(directory) == CONFIG
     assert equal(lsjax.load(directory), models[9])
     assert lsjax.load_tokenizer(directory).fingerprint == tokenizer.fingerprint
 
@@ -187,7 +192,7 @@ def test_what_a_run_begins_with(tmp_path, tokenizer, model):
 def test_going_on_from_a_model_needs_its_tokenizer(run, tmp_path, tokenizer, monkeypatch):
     config = dataclasses.replace(CONFIG, init_from=f"{run}@6")
     begin_run(tmp_path / "same", config, tokenizer)
-    assert read_config(tmp_path / "same") == config
+    assert read_run_config(tmp_path / "same") == config
     other = ByteTokenizer(add_bos=False)
     monkeypatch.setattr(other, "_pieces", {**other._pieces, 97: b"b"})
     with pytest.raises(ConfigError, match="run was begun with another tokenizer than data.token"):

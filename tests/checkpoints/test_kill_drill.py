@@ -8,12 +8,12 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
+from lsjax.checkpoints import Checkpoints
 from lsjax.config import ConfigError
 from lsjax.model.llama import Llama
-from lsjax.training.checkpoint import Checkpoints
 from lsjax.training.step import init_state
 from scripts.kill_drill import check_goes_on, differences, log_of, newest
-from tests.training.test_checkpoint import CONFIG
+from tests.checkpoints.test_checkpoint import CONFIG
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 
+from lsjax.checkpoints import check_same_run
 from lsjax.config import (
     CheckpointConfig,
     ConfigError,
@@ -14,7 +15,6 @@ from lsjax.config import (
     OptimizerConfig,
     TrainConfig,
 )
-from lsjax.training.resume import check_same_run
 
 CONFIG = TrainConfig(
     data=DataConfig(source="text", paths=("a",), tokenizer="t"),

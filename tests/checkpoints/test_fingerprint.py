@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lsjax.model.fingerprint import fingerprint, fingerprints
+from lsjax.checkpoints import fingerprints
+from lsjax.checkpoints.fingerprint import fingerprint
 
 M = 2**32
 

@@ -6,9 +6,9 @@ import optax
 import pytest
 from flax import nnx
 
+from lsjax.checkpoints.plain import NAMES, from_named, named_leaves, nested, unnested
 from lsjax.config import LlamaConfig
 from lsjax.model.llama import Llama, stacked
-from lsjax.model.plain import NAMES, from_named, named_leaves, nested, unnested
 
 
 def shapes(**changes) -> Llama:

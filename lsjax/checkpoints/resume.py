@@ -1,9 +1,9 @@
 """What may change between the parts of one run."""
 
-import dataclasses
+from dataclasses import asdict, replace
 
 from lsjax.config import TrainConfig, check
-from lsjax.config.json_form import differences, to_json
+from lsjax.config.json_form import differences
 
 # How the steps are computed, saved and shown, and not what they are.
 FREE = frozenset(
@@ -38,11 +38,11 @@ def check_same_run(before: TrainConfig, now: TrainConfig, where: str) -> TrainCo
     num_steps, and the order of the data follows from the seed.
     """
     if now.model is None:
-        now = dataclasses.replace(now, model=before.model)
-    for path, old, new in differences(to_json(before), to_json(now)):
+        now = replace(now, model=before.model)
+    for path, old, new in differences(asdict(before), asdict(now)):
         check(
             path in FREE or path.partition(".")[0] in FREE,
             f"{where} was begun with {path} {old}, now it is {new}: a run can't change it; take "
             "another --workdir, or the value of before",
         )
-    return dataclasses.replace(now, model=before.model)
+    return replace(now, model=before.model)

@@ -9,8 +9,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from lsjax.checkpoints.tensors import CheckpointError, take
 from lsjax.config import ConfigError, LlamaConfig, RopeScaling
-from lsjax.model.checkpoint import CheckpointError, take
 from lsjax.model.rope import rope_frequencies
 
 _NAMES = {

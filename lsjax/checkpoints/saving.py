@@ -1,13 +1,14 @@
 """Saving a training run, and going on with it.
 
 A step is written in the background, under another name until it is complete. What is on disk, and
-how damage to it is found, is in lsjax/model/saved_steps.py.
+how damage to it is found, is in saved_step.py.
 """
 
 import platform
 import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,11 +16,8 @@ from typing import Any, NamedTuple
 import jax
 from jax.experimental.multihost_utils import sync_global_devices
 
-from lsjax.config import CheckpointConfig, TrainConfig
-from lsjax.config.json_form import to_json
-from lsjax.model.checkpoint import CheckpointError
-from lsjax.model.plain import from_named, named_leaves, nested
-from lsjax.model.saved_steps import (
+from lsjax.checkpoints.plain import from_named, named_leaves, nested
+from lsjax.checkpoints.saved_step import (
     META,
     PARAMS,
     TRAIN,
@@ -33,7 +31,8 @@ from lsjax.model.saved_steps import (
     saved_steps,
     sealed,
 )
-from lsjax.training.step import TrainState
+from lsjax.checkpoints.tensors import CheckpointError
+from lsjax.config import CheckpointConfig, TrainConfig
 
 _MODEL = "model."  # what names of parameters begin with in a state
 _PACKAGES = ("lsjax", "jax", "flax", "optax", "orbax-checkpoint", "numpy")
@@ -42,7 +41,7 @@ _PACKAGES = ("lsjax", "jax", "flax", "optax", "orbax-checkpoint", "numpy")
 class Restored(NamedTuple):
     """A run as it was saved."""
 
-    state: TrainState
+    state: Any
     step: int
     data: dict[str, Any]  # position in the data
 
@@ -89,7 +88,7 @@ class Checkpoints:
             if self._manager is not None:
                 self._manager.close()
 
-    def restore(self, like: TrainState) -> Restored | None:
+    def restore(self, like: Any) -> Restored | None:
         """The newest step that is whole; None where nothing has been saved yet.
 
         Newer ones, which are damaged, are put aside as 80.damaged: they are saved anew.
@@ -120,7 +119,7 @@ class Checkpoints:
 
     def save(
         self,
-        state: TrainState,
+        state: Any,
         *,
         step: int,
         config: TrainConfig,
@@ -141,7 +140,7 @@ class Checkpoints:
 
         items = _items(named_leaves(state))
         meta = {
-            "config": to_json(config),
+            "config": asdict(config),
             "data": data,
             "arrays": described(items),
             "versions": {"python": platform.python_version()}

@@ -21,14 +21,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from lsjax.checkpoints import CheckpointError, Checkpoints, saved_steps
 from lsjax.config import CheckpointConfig, LlamaConfig, TrainConfig
-from lsjax.model.checkpoint import CheckpointError
 from lsjax.model.llama import Llama
-from lsjax.model.saved_steps import saved_steps
-from lsjax.training.checkpoint import Checkpoints
 from lsjax.training.step import TrainState, init_state
 
-# Of readers that orbax drops when another one fails; see saved_steps.py.
+# Of readers that orbax drops when another one fails; see saved_step.py.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
 CONFIG = TrainConfig(
@@ -236,7 +234,7 @@ def test_damage_is_named_and_the_step_before_is_used(damage, copy, saved, like):
 
 def test_one_wrong_bit_in_an_array(copy, like, monkeypatch):
     """What storage hands back without a word: the fingerprint names the array."""
-    import lsjax.model.saved_steps as module
+    import lsjax.checkpoints.saved_step as module
 
     read = module._read_arrays
 
@@ -289,8 +287,8 @@ def test_another_shape_is_no_damage(copy, like):
 
 
 def test_a_newer_version_is_no_damage(copy, like):
+    from lsjax.checkpoints.saved_step import sealed
     from lsjax.config import ConfigError
-    from lsjax.model.saved_steps import sealed
 
     file = copy / "3" / "meta" / "metadata"
     meta = json.loads(file.read_text())["meta"]
@@ -349,7 +347,7 @@ LOOP = """
 import sys
 from pathlib import Path
 import jax
-from tests.training.test_checkpoint import *
+from tests.checkpoints.test_checkpoint import *
 
 def main(directory, steps):
     make = jax.jit(lambda: init_state(CONFIG, Llama(CONFIG.model, rngs=nnx.Rngs(0))))

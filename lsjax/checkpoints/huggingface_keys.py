@@ -1,11 +1,11 @@
-"""Keys of a config.json that `read_config` does not use: which of them are accepted."""
+"""Keys of a config.json that `read_config_json` does not use: which of them are accepted."""
 
 import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lsjax.model.checkpoint import CheckpointError
+from lsjax.checkpoints.tensors import CheckpointError
 
 log = logging.getLogger(__name__)
 

@@ -11,9 +11,14 @@ import pytest
 from gguf import GGMLQuantizationType as Kind
 from gguf import quants
 
+from lsjax.checkpoints import (
+    CheckpointError,
+    load,
+    open_checkpoint,
+    read_generation_defaults,
+    save,
+)
 from lsjax.config import LlamaConfig, RopeScaling
-from lsjax.model.checkpoint import CheckpointError, load, open_source
-from lsjax.model.huggingface import read_generation_defaults, save
 from lsjax.model.rope import rope_frequencies
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -88,7 +93,7 @@ def write(path: Path, fields: dict, tensors: dict[str, tuple[np.ndarray, Kind]])
 
 def from_golden(name: str, kind: Kind = Kind.F32) -> tuple[LlamaConfig, dict]:
     """The config and the tensors of a golden model, in the types llama.cpp would give them."""
-    source = open_source(GOLDEN / name)
+    source = open_checkpoint(GOLDEN / name)
     config, tensors = source.config, {}
     for key in source.shapes:
         weight = np.asarray(source.read(key), np.float32)
@@ -141,7 +146,7 @@ def test_types_equal_their_dequantised_weights(tmp_path, kind):
 
 def test_bfloat16_is_read_as_stored(tmp_path):
     config, tensors = from_golden("gqa_tied", Kind.BF16)
-    source = open_source(write(tmp_path / "m.gguf", metadata(config), tensors))
+    source = open_checkpoint(write(tmp_path / "m.gguf", metadata(config), tensors))
     assert source.read("model.layers.0.self_attn.q_proj.weight").dtype == ml_dtypes.bfloat16
 
 
@@ -208,7 +213,7 @@ def test_optional_metadata(tmp_path):
         rope__dimension_count=None,
         vocab_size=None,
     )
-    read = open_source(write(tmp_path / "m.gguf", metadata(config, **absent), tensors)).config
+    read = open_checkpoint(write(tmp_path / "m.gguf", metadata(config, **absent), tensors)).config
     assert (read.num_kv_heads, read.head_dim, read.vocab_size) == (4, 8, 64)
     assert read.rope_theta == 10_000 and not read.tie_embeddings
 
@@ -217,9 +222,9 @@ def test_linear_scaling(tmp_path):
     config, tensors = from_golden("linear_rope")
     fields = dict(rope__scaling__type="linear", rope__scaling__factor=3.0)
     path = write(tmp_path / "m.gguf", metadata(config, **fields), tensors)
-    assert open_source(path).config.rope_scaling == config.rope_scaling
+    assert open_checkpoint(path).config.rope_scaling == config.rope_scaling
     path = write(tmp_path / "old.gguf", metadata(config, rope__scale_linear=3.0), tensors)
-    assert open_source(path).config.rope_scaling == config.rope_scaling
+    assert open_checkpoint(path).config.rope_scaling == config.rope_scaling
 
 
 @pytest.mark.parametrize("factor", [8.0, 32.0])

@@ -30,10 +30,10 @@ from jax.experimental.multihost_utils import process_allgather
 from jax.sharding import SingleDeviceSharding
 from jaxtyping import Array
 
+from lsjax.checkpoints.fingerprint import fingerprints
+from lsjax.checkpoints.plain import nested, unnested
+from lsjax.checkpoints.tensors import CheckpointError
 from lsjax.config.json_form import VERSION, without_version
-from lsjax.model.checkpoint import CheckpointError
-from lsjax.model.fingerprint import fingerprints
-from lsjax.model.plain import nested, unnested
 
 PARAMS, TRAIN, META = "params", "train", "meta"
 T = TypeVar("T")

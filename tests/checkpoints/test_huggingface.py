@@ -14,10 +14,16 @@ import safetensors
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
+from lsjax.checkpoints import (
+    CheckpointError,
+    GenerationDefaults,
+    load,
+    open_checkpoint,
+    read_generation_defaults,
+    save,
+)
+from lsjax.checkpoints.huggingface_keys import NEUTRAL, check_keys
 from lsjax.config import LlamaConfig, RopeScaling
-from lsjax.model.checkpoint import CheckpointError, load, open_source
-from lsjax.model.huggingface import GenerationDefaults, read_generation_defaults, save
-from lsjax.model.huggingface_keys import NEUTRAL, check_keys
 from lsjax.model.llama import Llama, stacked
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -80,7 +86,7 @@ def test_numbers_of_transformers(name):
 
 
 def test_variants_exercise_what_they_are_named_for():
-    configs = {name: open_source(GOLDEN / name).config for name in VARIANTS}
+    configs = {name: open_checkpoint(GOLDEN / name).config for name in VARIANTS}
     assert configs["mha_untied"].num_kv_heads == configs["mha_untied"].num_heads
     assert not configs["mha_untied"].tie_embeddings and configs["gqa_tied"].tie_embeddings
     assert configs["linear_rope"].rope_scaling == RopeScaling(kind="linear", factor=3.0)

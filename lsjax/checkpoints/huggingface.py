@@ -10,12 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lsjax.config import ConfigError, LlamaConfig, RopeScaling
-from lsjax.config.run_path import split_step
-from lsjax.model.checkpoint import CheckpointError, Track, take
-from lsjax.model.huggingface_keys import check_keys
+from lsjax.checkpoints.huggingface_keys import check_keys
+from lsjax.checkpoints.safetensors_files import read_entries, read_json, write_json, write_weights
+from lsjax.checkpoints.tensors import CheckpointError, Track, take
+from lsjax.config import ConfigError, LlamaConfig, RopeScaling, split_step
 from lsjax.model.llama import Llama, unstacked
-from lsjax.model.safetensors_files import read_entries, read_json, write_json, write_weights
 
 if TYPE_CHECKING:
     from lsjax.data.tokenizers import Tokenizer
@@ -53,7 +52,7 @@ class HuggingFaceSource:
 
     def __init__(self, path: Path):
         self.path = path
-        self.config = read_config(path)
+        self.config = read_config_json(path)
         self._entries = read_entries(path)
         self.shapes = {name: entry.shape for name, entry in self._entries.items()}
 
@@ -67,7 +66,7 @@ class HuggingFaceSource:
         return self._entries[name].read()
 
 
-def read_config(directory: Path) -> LlamaConfig:
+def read_config_json(directory: Path) -> LlamaConfig:
     """config.json as transformers reads it: the rope keys of version 4 or 5, the same defaults."""
     file = directory / "config.json"
     if not file.is_file():

@@ -4,7 +4,7 @@
     tokenizer.*     the tokenizer's files, and generation_config.json if there is one
     token_counts.json, prompts.jsonl        for decoding (lsjax/cli/run_files.py)
     metrics.jsonl   a line of figures for each logged step
-    checkpoints/    the saved steps (saved_steps.py)
+    checkpoints/    the saved steps (saved_step.py)
 
 A run is a model like any other: the newest of its steps that is whole, or the one that follows an
 @ in its path. Nothing of training is imported to load it.
@@ -21,16 +21,16 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array
 
+from lsjax.checkpoints.plain import NAMES
+from lsjax.checkpoints.safetensors_files import read_json, write_json
+from lsjax.checkpoints.saved_step import PARAMS, SavedStep, best_first, first_good, saved_steps
+from lsjax.checkpoints.tensors import CheckpointError, Track, named_parameters
 from lsjax.config import ConfigError, LlamaConfig, LoraConfig, TrainConfig, check
 from lsjax.config.json_form import from_json, versioned, without_version
 from lsjax.data.tokenizer_files import load_tokenizer
 from lsjax.data.tokenizers import Tokenizer, TokenizerError
-from lsjax.model.checkpoint import CheckpointError, Track, named_parameters
 from lsjax.model.llama import Llama
 from lsjax.model.lora import merged
-from lsjax.model.plain import NAMES
-from lsjax.model.safetensors_files import read_json, write_json
-from lsjax.model.saved_steps import PARAMS, SavedStep, best_first, first_good, saved_steps
 from lsjax.sharding import sharding_of
 
 CONFIG, CHECKPOINTS, METRICS = "config.json", "checkpoints", "metrics.jsonl"
@@ -93,7 +93,7 @@ def _has_tokenizer(model: str | Path, tokenizer: Tokenizer) -> bool | None:
         return None
 
 
-def read_config(directory: Path) -> TrainConfig:
+def read_run_config(directory: Path) -> TrainConfig:
     """The configuration of the run in a directory; raises ConfigError for what is none."""
     file = directory / CONFIG
     return from_json(TrainConfig, without_version(read_json(file), str(file)), str(file))

@@ -1,0 +1,70 @@
+"""The checker: what each kind of field takes, and how a refusal reads."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import pytest
+
+from lsjax.config import Checked, ConfigError, bounded
+
+
+@dataclass(frozen=True, kw_only=True)
+class Flags(Checked, prefix="--"):
+    file: Path | None = None
+    kind: Literal["a", 1] = "a"
+    num_samples: Annotated[int, "of something else"] = bounded(1, low=1, hint="1 is one answer")
+    share: float = bounded(0.5, above=0, below=1)
+    pair: tuple[int, str] = (0, "")
+    lengths: tuple[int, ...] = bounded((), low=1, high=9)
+    anything: Any = None
+    inner: "Flags | None" = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class More(Flags):
+    last: bool = False
+
+
+GOOD = [
+    dict(file=Path("x")),
+    dict(kind=1),
+    dict(num_samples=10**400),
+    dict(share=0.1),
+    dict(pair=(1, "x")),
+    dict(lengths=(1, 9)),
+    dict(anything={1}),
+    dict(inner=Flags()),
+]
+
+
+@pytest.mark.parametrize("changes", GOOD)
+def test_what_fits(changes):
+    assert replace(More(), **changes) == More(**changes)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(file="x"), "--file 'x' must be a path or None"),
+        (dict(kind=True), "--kind True must be one of a, 1"),
+        (
+            dict(num_samples=0),
+            "--num-samples 0 must be a whole number of at least 1: 1 is one answer",
+        ),
+        (dict(num_samples=1.0), "--num-samples 1.0 must be a whole number of at least 1: 1 is one"),
+        (dict(share=0), "--share 0 must be a finite number above 0 and below 1"),
+        (dict(share=float("nan")), "--share nan must be a finite number above 0 and below 1"),
+        (dict(pair=(1,)), "--pair (1,) must be a tuple of a whole number, text"),
+        (dict(pair=("x", 1)), "--pair ('x', 1) must be a tuple of a whole number, text"),
+        (dict(lengths=[1]), "--lengths [1] must be a tuple, each item a whole number"),
+        (dict(lengths=(1, 10)), "each item a whole number from 1 to 9"),
+        (dict(inner=3), "--inner 3 must be a Flags or None"),
+        (dict(last=1), "--last 1 must be True or False"),
+        (dict(file="x" * 99), "--file '" + "x" * 56 + "... must be a path or None"),
+    ],
+)
+def test_what_does_not(changes, message):
+    with pytest.raises(ConfigError) as error:
+        More(**changes)
+    assert message in str(error.value) and "\n" not in str(error.value)
