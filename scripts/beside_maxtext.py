@@ -146,7 +146,7 @@ def run(command: list[str], environment: Mapping[str, str]) -> None:
 def counted(directory: Path, mesh: Mapping[str, int], chip: Chip) -> dict[str, Any]:
     """The program in the directory, counted as lsjax's own are."""
     program = parse((directory / "program.txt").read_text())
-    costs = CostAnalysis(program, mesh, lambda op_name: None, chip).program()
+    costs = CostAnalysis(program, mesh, {}, chip).program()
     found = json.loads((directory / "memory.json").read_text())
     sizes = {name: found[f"{word}_size_in_bytes"] for name, word in MEMORY.items()}
     return {"memory": memory_figures(sizes, chip), **cost_figures(costs, chip)}

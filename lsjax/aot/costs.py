@@ -9,7 +9,7 @@ trips the program does not say is looked up by its name; an unknown one counts o
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -20,9 +20,9 @@ from lsjax.aot.hlo import Computation, HloModule, Instruction, arrays, shape_byt
 from lsjax.aot.operations import COLLECTIVES, largest_operand, moved_bytes, operation_flops, runs
 
 LAYER = "Block."  # methods of the model's layers
-# op_name of a loop -> its trips, None if they are not known; of a conditional -> the share of runs
-# that take the dearest branch, None for all.
-Trips = Callable[[str], float | None]
+# Regular expression of a loop's op_name -> its trips; of a conditional's -> the share of runs that
+# take the dearest branch. The first that matches counts.
+Trips = Mapping[str, float]
 
 
 class Collective(NamedTuple):
@@ -120,7 +120,7 @@ class CostAnalysis:
             case "while":
                 total.runs["while", self._in_layer(one)] += 1
                 count = self.module.trip_count(one)
-                count = self.trips(one.op_name) if count is None else count
+                count = self._named(one) if count is None else count
                 if count is None:
                     total.unknown_loops.add(one.op_name or one.name)
                 total.add(self._trip(one), 1 if count is None else count)
@@ -140,7 +140,7 @@ class CostAnalysis:
         roles = ("branch_computations", "true_computation", "false_computation")
         branches = [self.computation(name) for name in conditional.computations(*roles)]
         branches.sort(key=lambda branch: (branch.amounts["seconds"], branch.amounts["cycles"]))
-        share = None if inside else self.trips(conditional.op_name)
+        share = None if inside else self._named(conditional)
         mean = ProgramCosts()
         mean.add(branches[-1], 1 if share is None else share)
         if share is not None:
@@ -160,6 +160,11 @@ class CostAnalysis:
             total.runs["operation", self._in_layer(one)] += 1
             if one.opcode == "custom-call":
                 total.kernels[one.kernel, str(largest_operand(computation, one) or "")] += 1
+
+    def _named(self, one: Instruction) -> float | None:
+        """Trips or share by the name of a loop or conditional."""
+        found = (n for name, n in self.trips.items() if re.search(name, one.op_name))
+        return next(found, None)
 
     def _in_layer(self, one: Instruction) -> bool:
         return self.module.comes_from(one, LAYER)

@@ -1,7 +1,6 @@
 """The programs of a run, lowered from shapes alone: for devices that need not be there."""
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal, NamedTuple
@@ -11,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from jax.stages import Lowered
+from jax.stages import Lowered, Wrapped
 from jax.typing import DTypeLike
 
 from lsjax.aot.costs import Trips
@@ -24,7 +23,6 @@ from lsjax.decoding.run import STOP_IDS, chunk_size
 from lsjax.decoding.sampling import GREEDY
 from lsjax.decoding.self_speculative import DRAFT, SelfSpeculative
 from lsjax.decoding.state import DecodeState, Strategy
-from lsjax.evaluation.exits import exit_sums
 from lsjax.model.attention import LARGE, LARGE_BLOCKS, SMALL, SMALL_BLOCKS
 from lsjax.model.cache import KVCache
 from lsjax.model.llama import Llama
@@ -35,7 +33,7 @@ from lsjax.training.start import abstract_state, check_rows
 from lsjax.training.step import make_train_step
 
 # What the conditional around the draft's head is called in compiled programs.
-DRAFT_HEAD = f"{DRAFT}/while/body/cond"
+DRAFT_HEAD = rf"/{DRAFT}/while/body/cond$"
 
 
 @dataclass(frozen=True)
@@ -83,23 +81,25 @@ def train_step(config: TrainConfig, mesh: Mesh) -> tuple[Lowered, Trips]:
         lowered = make_train_step(config).lower(state, batch)
         chunk = loss_chunk(rows, config.seq_len, config.model.vocab_size)
     exits = mean_exits(config.early_exit, config.model.num_layers, config.num_steps)
-    share = math.ceil(config.seq_len * config.early_exit.token_share)
+    learned = math.ceil(config.seq_len * config.early_exit.token_share)
+    return lowered, {
+        rf"/{EXITS}/while$": exits,
+        rf"/{EXITS}/.*/{CHUNKS}/while$": math.ceil(learned / chunk),
+        rf"/{CHUNKS}/while$": math.ceil(config.seq_len / chunk),
+    }
 
-    def trips(op_name: str) -> float | None:
-        learned = share if EXITS in op_name else config.seq_len
-        return {EXITS: exits, CHUNKS: math.ceil(learned / chunk)}.get(_scope(op_name))
 
-    return lowered, trips
+def evaluation(config: TrainConfig, mesh: Mesh, score: Wrapped) -> tuple[Lowered, Trips]:
+    """How train.py scores every exit on a batch; the program says the trips of all its loops.
 
-
-def evaluation(config: TrainConfig, mesh: Mesh) -> tuple[Lowered, Trips]:
-    """How train.py scores every exit on a batch; the program says the trips of all its loops."""
+    score: `exit_sums` of lsjax/evaluation.
+    """
     check_rows(config, mesh)
     model, batch = abstract_state(config, mesh).model, _batch(config, mesh)
     rest = dict(micro_batches=config.micro_batches, attention=config.attention)
     with jax.set_mesh(mesh):
-        lowered = exit_sums.lower(model, batch, dtype=config.dtype, **rest)
-    return lowered, lambda op_name: None
+        lowered = score.lower(model, batch, dtype=config.dtype, **rest)
+    return lowered, {}
 
 
 def decoding(
@@ -139,13 +139,16 @@ def decoding(
         size = chunk_size(prompt, capacity)
         read = partial(prefill, chunk=size, depth=config.num_layers)
         lengths = [min(end, prompt) for end in range(size, prompt + size, size)]
-        trips = decoding_trips({PROMPT_CHUNKS: len(lengths)}, lengths, capacity)
+        trips = {rf"/{PROMPT_CHUNKS}/while$": len(lengths), **cache_blocks(lengths, capacity)}
         return Programs(model, mesh).lower(read, state, number), trips
     arguments = _on_mesh(jax.eval_shape(strategy.arguments, model), mesh)
     loop, drafts = partial(decode, strategy=strategy), shape.num_draft_tokens
-    # The last draft passes no head.
-    known = {ROUNDS: 1, DRAFT: 1 + drafts, DRAFT_HEAD: drafts / (1 + drafts)}
-    trips = decoding_trips(known, [prompt], capacity)
+    trips = {
+        rf"/{ROUNDS}/while$": 1,
+        rf"/{DRAFT}/while$": 1 + drafts,
+        DRAFT_HEAD: drafts / (1 + drafts),  # the last draft passes no head
+        **cache_blocks([prompt], capacity),
+    }
     return Programs(model, mesh).lower(loop, state, number, arguments), trips
 
 
@@ -166,23 +169,17 @@ def round_reads(
     return RoundReads(weights, passes * shape.prompt_tokens * _bytes(_on_mesh(cache, mesh)), passes)
 
 
-def decoding_trips(known: Mapping[str, float], lengths: list[int], capacity: int) -> Trips:
-    """Trips of loops by their scopes: the known ones, and the blocks of the cache that lengths in
-    use need, on average (`cached_attention`)."""
+def cache_blocks(lengths: list[int], capacity: int) -> Trips:
+    """Blocks of the cache that lengths in use need, on average (`cached_attention`)."""
     large = [(length + LARGE // 2) // LARGE if capacity >= LARGE else 0 for length in lengths]
     small = [
         max(0, math.ceil(length / SMALL) - count * (LARGE // SMALL))
         for length, count in zip(lengths, large, strict=True)
     ]
-    blocks = {LARGE_BLOCKS: sum(large) / len(lengths), SMALL_BLOCKS: sum(small) / len(lengths)}
-    return lambda op_name: (known | blocks).get(_scope(op_name))
-
-
-def _scope(op_name: str) -> str:
-    """The scope that a loop is in, jit(step)/.../NAME/while, or DRAFT_HEAD."""
-    if op_name.endswith(f"/{DRAFT_HEAD}"):
-        return DRAFT_HEAD
-    return op_name.removesuffix("/while").rpartition("/")[2]
+    return {
+        rf"/{LARGE_BLOCKS}/while$": sum(large) / len(lengths),
+        rf"/{SMALL_BLOCKS}/while$": sum(small) / len(lengths),
+    }
 
 
 def _batch(config: TrainConfig, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:

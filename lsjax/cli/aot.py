@@ -35,6 +35,7 @@ from lsjax.cli.errors import check_output, one_line_errors
 from lsjax.cli.flags import parse_flags
 from lsjax.cli.training_options import config_parser, read_config
 from lsjax.config import EarlyExitConfig, LayerDropoutConfig, MeshConfig, TrainConfig, check
+from lsjax.evaluation.exits import exit_sums
 from lsjax.sharding import make_mesh
 from lsjax.training.flops import exit_flops, step_flops
 
@@ -148,7 +149,9 @@ def lowered(name: str, arguments: Arguments, devices: Sequence[Any]) -> tuple[Me
     if name == "plain":
         config = replace(config, layer_dropout=LayerDropoutConfig(), early_exit=EarlyExitConfig())
     mesh = make_mesh(config.mesh, devices)
-    return mesh, *(evaluation if name == "evaluate" else train_step)(config, mesh)
+    if name == "evaluate":
+        return mesh, *evaluation(config, mesh, exit_sums)
+    return mesh, *train_step(config, mesh)
 
 
 def print_report(config: TrainConfig, found: Mapping[str, Any]) -> None:

@@ -7,7 +7,7 @@ import pytest
 from lsjax.aot.chips import CHIPS
 from lsjax.aot.costs import CostAnalysis
 from lsjax.aot.hlo import parse
-from lsjax.aot.programs import DRAFT_HEAD, DecodingShape, decoding_trips, round_reads
+from lsjax.aot.programs import DRAFT_HEAD, DecodingShape, round_reads
 from lsjax.aot.report import problems, round_figures
 from lsjax.config import LlamaConfig, MeshConfig
 from lsjax.decoding.loops import ROUNDS
@@ -74,7 +74,7 @@ ENTRY %main (in: f32[1000]) -> f32[1000] {
 metadata={op_name="jit(run)/rounds/while" stack_frame_id=1}
 }
 """
-TRIPS = decoding_trips({ROUNDS: 1, DRAFT_HEAD: 0.75}, [0], 0)
+TRIPS = {f"/{ROUNDS}/while$": 1, DRAFT_HEAD: 0.75}
 SMALL = LlamaConfig.tiny()
 
 
