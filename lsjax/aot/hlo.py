@@ -108,7 +108,7 @@ class Computation:
 
     name: str
     instructions: Mapping[str, Instruction]
-    root: str
+    root: Instruction
 
     @cached_property
     def users(self) -> Mapping[str, list[tuple[Instruction, int]]]:
@@ -144,10 +144,9 @@ class Computation:
             return None
         return int(element.attribute(r"\bindex=(\d+)"))
 
-    def element(self, index: int, of: Instruction | None = None) -> Instruction | None:
-        """An element of a tuple that is made here; of the result by default."""
-        source = of or self.instructions[self.root]
-        return self.operand(source, index) if source.opcode == "tuple" else None
+    def element(self, source: Instruction | None, index: int) -> Instruction | None:
+        """An element of a tuple that is made here."""
+        return self.operand(source, index) if source and source.opcode == "tuple" else None
 
 
 @dataclass(frozen=True)
@@ -188,54 +187,49 @@ class HloModule:
         known = loop.attribute(r'"known_trip_count":\{"n":"(\d+)"\}')
         if known:
             return int(known)
-        names = loop.computations("condition", "body")
-        condition, body = (self.computations[name] for name in names)
-        compare = condition.instructions[condition.root]
-        if compare.opcode != "compare" or "direction=LT" not in compare.attributes:
-            return None
+        around, _ = self.loops[loop.computations("body")[0]]
+        condition, body = (
+            self.computations[name] for name in loop.computations("condition", "body")
+        )
+        compare = condition.root
         counter = condition.carried(condition.operand(compare, 0))
-        if counter is None:
+        if counter is None or "direction=LT" not in compare.attributes:
             return None
-        start = self._initial(body.name, counter)
+        start = self._constant(around, around.element(around.operand(loop, 0), counter))
         end = self._constant(condition, condition.operand(compare, 1))
-        added = body.element(counter)
+        if start is None or end is None:
+            return None
+        added = body.element(body.root, counter)
         steps = [1]
         if added is not None and added.opcode == "add":
             steps = [self._constant(body, body.operand(added, index)) for index in (0, 1)] + steps
-        if start is None or end is None:
-            return None
         return max(0, -(-(end - start) // next(filter(None, steps))))
 
     def _constant(self, computation: Computation, value: Instruction | None) -> int | None:
-        """An integer that is known before the program runs: a constant, or what a loop carries as
-        it is from a constant on."""
-        if value is not None and value.opcode == "constant":
-            text = value.operands[0]
-            return int(text) if re.fullmatch(r"-?\d+", text) else None
-        index = computation.carried(value)
-        if index is None or computation.name not in self.loops:
-            return None
-        (name,) = self.loops[computation.name][1].computations("body")
-        body = self.computations[name]
-        unchanged = body.carried(body.element(index)) == index
-        return self._initial(name, index) if unchanged else None
-
-    def _initial(self, body: str, index: int) -> int | None:
-        """What a loop begins with in an element of what it carries, where that is a constant."""
-        around, loop = self.loops[body]
-        carry = around.operand(loop, 0)
-        return carry and self._constant(around, around.element(index, of=carry))
+        """An integer that is known before the program runs: a constant, or what loops carry as it
+        is from a constant on."""
+        while value is not None and value.opcode != "constant":
+            index = computation.carried(value)
+            if index is None or computation.name not in self.loops:
+                return None
+            around, loop = self.loops[computation.name]
+            body = self.computations[loop.computations("body")[0]]
+            if body.carried(body.element(body.root, index)) != index:
+                return None
+            computation, value = around, around.element(around.operand(loop, 0), index)
+        text = value.operands[0] if value is not None else ""
+        return int(text) if re.fullmatch(r"-?\d+", text) else None
 
 
 def parse(text: str) -> HloModule:
     """Reads `compiled.as_text()`."""
     computations: dict[str, Computation] = {}
-    entry = name = root = ""
     instructions: dict[str, Instruction] = {}
+    entry = name = root = ""
     for line in text.splitlines():
-        if line.startswith("}"):
-            root = root or next(reversed(instructions), "")
-            computations[name] = Computation(name, instructions, root)
+        if line.startswith("}") and instructions:
+            last = next(reversed(instructions.values()))
+            computations[name] = Computation(name, instructions, instructions.get(root, last))
         elif found := _COMPUTATION.match(line):
             name, instructions, root = found.group(2), {}, ""
             entry = name if found.group(1) else entry

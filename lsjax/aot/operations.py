@@ -158,7 +158,7 @@ def _used(
 def _read(module: HloModule, computation: Computation, name: str, result: bool = True) -> float:
     """Elements of a value in a fusion that are read."""
     own = _elements(computation.instructions[name].shape)
-    total = float(own if result and name == computation.root else 0)
+    total = float(own if result and name == computation.root.name else 0)
     for user, index in computation.users.get(name, ()):
         total += _used(module, computation, user, index, result=result)
     return min(own, total)
@@ -186,7 +186,7 @@ def _new_elements(module: HloModule, computation: Computation, one: Instruction)
     if one.opcode == "fusion":
         (name,) = one.computations("calls")
         inner = module.computations[name]
-        root = inner.instructions[inner.root]
+        root = inner.root
         names = root.operands if root.opcode == "tuple" else (root.name,)
         sources = (_behind_views(inner, inner.instructions[name]) for name in names)
         return [new for source in sources for new in _new_elements(module, inner, source)]
