@@ -130,22 +130,6 @@ def test_a_process_that_is_too_slow_is_one_line(tmp_path, monkeypatch, capsys):
     assert json.loads((tmp_path / "d.json").read_text())["quickstart"]["errors"]
 
 
-@pytest.mark.parametrize(
-    "hlo, kernel",
-    [
-        ('custom_call_target="__cudnn$fmhaSoftmaxBackward"', "cudnn"),
-        ('op_name="jit(f)/flash_forward/pallas_call"', "flash"),
-        ('%splash_mha_fwd = custom-call(), custom_call_target="tpu_custom_call"', "splash"),
-        ('custom_call_target="__cublas$gemm"', "xla"),
-    ],
-)
-def test_the_attention_kernel_is_read_from_the_program(hlo, kernel, monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "scripts")
-    from accelerator_stages.training import attention_kernel
-
-    assert attention_kernel(hlo) == kernel
-
-
 def test_results_of_a_cpu_are_not_the_page_of_accelerators(tmp_path, monkeypatch, capsys):
     monkeypatch.syspath_prepend(ROOT / "scripts")
     import accelerator

@@ -7,7 +7,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -97,10 +97,9 @@ def cost_figures(costs: ProgramCosts, chip: Chip) -> dict[str, Any]:
     """Costs of a run. A program takes at least as long as its computation or, with all links of
     the chip busy, its communication, if the two overlap entirely."""
     amounts, sent = costs.amounts, costs.sent_bytes
-    names = " ".join(name for name, _ in costs.kernels)
     largest_first = sorted(costs.collectives.items(), key=lambda item: -item[0].sent * item[1])
     return {
-        "attention": next((kernel for mark, kernel in ATTENTION.items() if mark in names), "xla"),
+        "attention": attention_kernel(name for name, _ in costs.kernels),
         "cycles": amounts["cycles"],
         "flops": amounts["flops"],
         "moved_bytes": amounts["bytes"],
@@ -118,6 +117,12 @@ def cost_figures(costs: ProgramCosts, chip: Chip) -> dict[str, Any]:
             one._asdict() | {"count": count, "bytes": one.bytes} for one, count in largest_first
         ],
     }
+
+
+def attention_kernel(names: Iterable[str]) -> str:
+    """The attention by the names of a program's kernels; xla for the compiler's own products."""
+    found = " ".join(names)
+    return next((kernel for mark, kernel in ATTENTION.items() if mark in found), "xla")
 
 
 def round_figures(

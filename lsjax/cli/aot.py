@@ -41,7 +41,6 @@ from lsjax.training.flops import exit_flops, step_flops
 
 ProgramName = Literal["train", "evaluate", "prefill", "decode"]
 MOST_PROBLEMS = 3  # of a program that are printed
-TRAINING = {"train", "evaluate"}  # on the configuration's mesh
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,15 +159,11 @@ def print_report(config: TrainConfig, found: Mapping[str, Any]) -> None:
     programs = {program["name"]: program for program in found["programs"]}
     mesh = next(iter(found["meshes"].values()))
     sizes = " x ".join(f"{name} {size}" for name, size in mesh.items() if size > 1)
-    title = (
-        f"{config.model.num_params / 1e9:.2f}B parameters on {math.prod(mesh.values())} of "
-        f"{found['chip']['name']} ({sizes or 'one device'})"
-    )
-    if TRAINING & {*programs}:
-        title += (
-            f"; training with {config.batch_size} x {config.seq_len} tokens in "
-            f"{config.micro_batches} micro-batches, remat {config.remat}"
-        )
+    devices = f"{math.prod(mesh.values())} of {found['chip']['name']} ({sizes or 'one device'})"
+    title = f"{config.model.num_params / 1e9:.2f}B parameters on {devices}"
+    if {"train", "evaluate"} & {*programs}:
+        rows, parts = f"{config.batch_size} x {config.seq_len}", config.micro_batches
+        title += f"; training with {rows} tokens in {parts} micro-batches, remat {config.remat}"
     people.print(title)
     people.print(programs_table(found["programs"]))
     for name, program in programs.items():
@@ -184,10 +179,8 @@ def programs_table(programs: Sequence[Mapping[str, Any]]) -> Table:
     """A row for each program, per device; attention kernels and problems below."""
     kernels = ", ".join(f"{one['name']} {one['attention']}" for one in programs if one["memory"])
     below = [f"attention: {kernels}"] if kernels else []
-    table = Table(title="per device", title_justify="left", caption_justify="left", box=None)
-    names = ("program", "arguments", "temporaries", "all, GiB", "of HBM", "computing", "sending")
-    for name in (*names, "compiled in"):
-        table.add_column(name, justify="left" if name == "program" else "right")
+    names = ("arguments", "temporaries", "all, GiB", "of HBM", "computing", "sending")
+    table = _table("per device", ["program"], [*names, "compiled in"])
     for one in programs:
         cells = ["too large", *[""] * 5]
         if memory := one["memory"]:
@@ -255,9 +248,7 @@ def collectives_table(program: Mapping[str, Any]) -> Table:
     """What a program sends, by kind and by the axes of the mesh."""
     sent = program["sent_bytes"] / 1e9
     title = f"{program['name']}: what devices do together, {sent:.2f} GB sent by each"
-    table = Table(title=title, title_justify="left", box=None)
-    for name in ("kind", "over", "times", "GB", "GB sent", "largest"):
-        table.add_column(name, justify="left" if name in ("kind", "over") else "right")
+    table = _table(title, ["kind", "over"], ["times", "GB", "GB sent", "largest"])
     groups = defaultdict(list)
     for one in program["collectives"]:
         groups[one["kind"], one["axes"]].append(one)
@@ -270,6 +261,13 @@ def collectives_table(program: Mapping[str, Any]) -> Table:
         largest = max(found, key=lambda one: one["bytes"])["shape"]
         figures = (f"{total(found, name):.3f}" for name in ("bytes", "sent"))
         table.add_row(kind, " x ".join(axes), f"{count:.0f}", *figures, largest)
+    return table
+
+
+def _table(title: str, left: Sequence[str], right: Sequence[str]) -> Table:
+    table = Table(title=title, title_justify="left", caption_justify="left", box=None)
+    for name in (*left, *right):
+        table.add_column(name, justify="left" if name in left else "right")
     return table
 
 

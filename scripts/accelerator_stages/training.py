@@ -7,7 +7,6 @@ Utilisation counts the FLOPs of the plain model, whatever LayerSkip adds or save
 
 import importlib.util
 import json
-import re
 import shlex
 import shutil
 import subprocess
@@ -22,6 +21,8 @@ import numpy as np
 from accelerator_stages.decoding import random_model
 from accelerator_stages.results import PartResults, card
 
+from lsjax.aot.hlo import parse
+from lsjax.aot.report import attention_kernel
 from lsjax.cli.setup import exact_products
 from lsjax.config import EarlyExitConfig, LayerDropoutConfig, LlamaConfig, StepConfig
 from lsjax.model.llama import stacked
@@ -82,6 +83,13 @@ def measure(config: StepConfig, shape: LlamaConfig, rows: int, length: int) -> d
     found = program.memory_analysis()
     predicted = found.argument_size_in_bytes + found.output_size_in_bytes
     predicted += found.temp_size_in_bytes - found.alias_size_in_bytes
+    hlo = parse(program.as_text())
+    kernels = {
+        one.kernel
+        for computation in hlo.computations.values()
+        for one in computation.instructions.values()
+        if one.opcode == "custom-call"
+    }
     used = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
     return {
         "tokens/s": rows * length / seconds,
@@ -89,20 +97,10 @@ def measure(config: StepConfig, shape: LlamaConfig, rows: int, length: int) -> d
         "utilisation": step_flops(shape, rows, length) / seconds / peak if peak else None,
         "GB at the peak": used and used / 1e9,
         "GB by the compiler": predicted / 1e9,
-        "attention": attention_kernel(program.as_text()),
+        "attention": attention_kernel(kernels),
         "loss": loss,
         "s compiling": compiling,
     }
-
-
-def attention_kernel(hlo: str) -> str:
-    """The kernel of the attention, by the calls in the compiled program."""
-    targets = " ".join(set(re.findall(r'custom_call_target="([^"]+)"', hlo)))
-    if "fmha" in targets:
-        return "cudnn"
-    if "flash_forward/pallas_call" in hlo:
-        return "flash"
-    return "splash" if "tpu_custom_call" in targets and "splash" in hlo else "xla"
 
 
 def run_quickstart(part: str, results: PartResults, tiny: bool) -> None:
