@@ -7,6 +7,7 @@ free: a copy ahead of time counts where it is used.
 
 import math
 import re
+from collections.abc import Iterable
 
 from lsjax.aot.hlo import Computation, HloArray, HloModule, Instruction, arrays, shape_bytes
 
@@ -24,6 +25,13 @@ FREE = {
 }
 # Custom calls that run on the device; Pallas calls Triton's by two names.
 KERNEL = re.compile(r"tpu_custom_call|__cu|cub|__gpu\$xla\.gpu\.triton|triton_kernel_call")
+# Part of a kernel's name -> the attention that it belongs to.
+ATTENTION = {
+    "__cudnn$fmha": "cudnn",
+    "splash_mha": "splash",
+    "flash_forward": "flash",
+    "flash_decoding": "flash decoding",
+}
 # Part of a kernel's name -> its products of [T, T] by [T, H] or alike, and the axis of T in its
 # largest operand: splash's [B, N, T, H] on TPUs, flash's [B, T, N, H] on GPUs.
 ATTENTION_PRODUCTS = {
@@ -44,6 +52,12 @@ def runs(one: Instruction) -> bool:
         return KERNEL.match(one.target) is not None
     asynchronous = one.opcode.endswith(("-start", "-update", "-done"))
     return not (asynchronous or one.opcode in FREE or one.opcode in COLLECTIVES)
+
+
+def attention_kernel(names: Iterable[str]) -> str:
+    """The attention by the names of a program's kernels; xla for the compiler's own products."""
+    found = " ".join(names)
+    return next((kernel for mark, kernel in ATTENTION.items() if mark in found), "xla")
 
 
 def operation_flops(module: HloModule, computation: Computation, one: Instruction) -> float:

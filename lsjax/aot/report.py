@@ -7,7 +7,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,6 +17,7 @@ from jax.stages import Lowered
 from lsjax.aot.chips import GIB, Chip
 from lsjax.aot.costs import CostAnalysis, ProgramCosts, Trips
 from lsjax.aot.hlo import parse
+from lsjax.aot.operations import attention_kernel
 from lsjax.aot.programs import RoundReads
 from lsjax.decoding.loops import ROUNDS
 
@@ -25,13 +26,6 @@ WARNINGS = {
     "Involuntary full rematerialization": "replicated by the partitioner:",
     "Can't reduce memory use below": "the compiler can't reduce memory use below",
     "exceeds the base limit": "the program's memory exceeds the base limit",
-}
-# Part of a kernel's name -> the attention that it belongs to.
-ATTENTION = {
-    "__cudnn$fmha": "cudnn",
-    "splash_mha": "splash",
-    "flash_forward": "flash",
-    "flash_decoding": "flash decoding",
 }
 # Names of memory in the report -> in the compiler's analysis.
 MEMORY = {
@@ -117,12 +111,6 @@ def cost_figures(costs: ProgramCosts, chip: Chip) -> dict[str, Any]:
             one._asdict() | {"count": count, "bytes": one.bytes} for one, count in largest_first
         ],
     }
-
-
-def attention_kernel(names: Iterable[str]) -> str:
-    """The attention by the names of a program's kernels; xla for the compiler's own products."""
-    found = " ".join(names)
-    return next((kernel for mark, kernel in ATTENTION.items() if mark in found), "xla")
 
 
 def round_figures(

@@ -3,7 +3,7 @@
 import pytest
 
 from lsjax.aot.hlo import arrays, parse
-from lsjax.aot.operations import kernel_flops, moved_bytes, operation_flops
+from lsjax.aot.operations import attention_kernel, kernel_flops, moved_bytes, operation_flops
 
 TEXT = """\
 HloModule jit_step
@@ -187,3 +187,21 @@ def test_flops_of_splash():
     assert forward == 2 * (2 * 64 * 64 * 32) * 2 * 4 / 2
     assert kernel_flops("splash_mha_dkv_x", queries) == 2 * forward
     assert kernel_flops("other", queries) == 0
+
+
+@pytest.mark.parametrize(
+    "line, kernel",
+    [
+        ('custom-call(), custom_call_target="__cudnn$fmhaSoftmaxBackward"', "cudnn"),
+        (
+            'custom-call(), custom_call_target="__gpu$xla.gpu.triton", '
+            'metadata={op_name="jit(f)/flash_forward/pallas_call"}',
+            "flash",
+        ),
+        ('custom-call(), custom_call_target="tpu_custom_call"', "splash"),
+        ('custom-call(), custom_call_target="__cublas$gemm"', "xla"),
+    ],
+)
+def test_the_attention_is_read_from_the_program(line, kernel):
+    program = parse(f"ENTRY %main () -> f32[] {{\n  ROOT %splash_mha_fwd.1 = f32[] {line}\n}}\n")
+    assert attention_kernel([program.computations["main"].root.kernel]) == kernel

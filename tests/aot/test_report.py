@@ -8,7 +8,7 @@ from lsjax.aot.chips import CHIPS
 from lsjax.aot.costs import CostAnalysis
 from lsjax.aot.hlo import parse
 from lsjax.aot.programs import DRAFT_HEAD, DecodingShape, round_reads
-from lsjax.aot.report import attention_kernel, problems, round_figures
+from lsjax.aot.report import problems, round_figures
 from lsjax.config import LlamaConfig, MeshConfig
 from lsjax.decoding.loops import ROUNDS
 from lsjax.sharding import make_mesh
@@ -158,21 +158,3 @@ def test_warnings_that_matter():
         "replicated by the partitioner: The op is %x",
         "the program's memory exceeds the base limit 8",
     ]
-
-
-@pytest.mark.parametrize(
-    "line, kernel",
-    [
-        ('custom-call(), custom_call_target="__cudnn$fmhaSoftmaxBackward"', "cudnn"),
-        (
-            'custom-call(), custom_call_target="__gpu$xla.gpu.triton", '
-            'metadata={op_name="jit(f)/flash_forward/pallas_call"}',
-            "flash",
-        ),
-        ('custom-call(), custom_call_target="tpu_custom_call"', "splash"),
-        ('custom-call(), custom_call_target="__cublas$gemm"', "xla"),
-    ],
-)
-def test_the_attention_is_read_from_the_program(line, kernel):
-    program = parse(f"ENTRY %main () -> f32[] {{\n  ROOT %splash_mha_fwd.1 = f32[] {line}\n}}\n")
-    assert attention_kernel([program.computations["main"].root.kernel]) == kernel
