@@ -11,13 +11,7 @@ from collections.abc import Iterable
 
 from lsjax.aot.hlo import Computation, HloArray, HloModule, Instruction, arrays, shape_bytes
 
-COLLECTIVES = (
-    "all-gather",
-    "all-reduce",
-    "reduce-scatter",
-    "all-to-all",
-    "collective-permute",
-)
+COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 # Operations that move nothing themselves.
 FREE = {
     *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "iota"),

@@ -142,14 +142,12 @@ def captured_stderr() -> Iterator[list[str]]:
     """Lines that are written to stderr meanwhile, by the compiler too; there at the end."""
     lines: list[str] = []
     sys.stderr.flush()
-    before = os.dup(2)
-    with tempfile.TemporaryFile("w+", errors="replace") as file:
+    with tempfile.TemporaryFile("w+", errors="replace") as file, os.fdopen(os.dup(2)) as before:
         os.dup2(file.fileno(), 2)
         try:
             yield lines
         finally:
-            os.dup2(before, 2)
-            os.close(before)
+            os.dup2(before.fileno(), 2)
             file.seek(0)
             lines += file
 
