@@ -20,7 +20,7 @@ from rich.progress import Progress
 from lsjax.checkpoints import (
     RunSource,
     TensorSource,
-    assemble,
+    load,
     open_checkpoint,
     read_generation_defaults,
 )
@@ -235,7 +235,7 @@ def load_engine(
     keep_compiled_programs()
     dtype = choose_dtype(flags.dtype)
     with Progress(console=notes, transient=True, disable=not notes.is_terminal) as progress:
-        model = assemble(
+        model = load(
             source,
             dtype=dtype,
             track=lambda parts: progress.track(parts, description="loading"),
