@@ -28,14 +28,12 @@ from lsjax.cli.flags import (
     open_model,
     parse_flags,
 )
-from lsjax.cli.prompts import encode_prompts
-from lsjax.cli.requests import Arguments, choose_requests, prompt_ids
+from lsjax.cli.requests import Arguments, choose_requests, encode_requests
 from lsjax.cli.show import LEGEND, Colours, coloured, stream, summary, verbatim
 from lsjax.decoding.completion import Completion
-from lsjax.decoding.request import Request, check_stop_ids, encode_prompt
+from lsjax.decoding.engine import Engine
+from lsjax.decoding.request import Request
 from lsjax.decoding.state import Strategy
-
-Show = Callable[[int, Completion], None]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -59,14 +57,7 @@ def decode(arguments: Arguments) -> None:
     needed = -(-max(len(requests), 1) // data_axis) * data_axis
     model_flags = dataclasses.replace(arguments, batch_size=min(arguments.batch_size, needed))
     check_engine(model_flags, source.config, [strategy], mesh)
-
-    def encode(request: Request) -> list[int]:
-        check_stop_ids(request, source.config)
-        ids = prompt_ids(tokenizer, request.prompt, arguments)
-        limits = dict(max_new_tokens=request.max_new_tokens, max_length=arguments.max_length)
-        return encode_prompt(ids, tokenizer, source.config, **limits)
-
-    encoded = encode_prompts(requests, encode)
+    encoded = encode_requests(requests, arguments, tokenizer, source.config)
     if arguments.json is not None and not to_stdout:
         check_output(arguments.json, arguments.prompt_file)
 
@@ -92,55 +83,71 @@ def decode(arguments: Arguments) -> None:
             if lines:
                 print(json.dumps(completion.to_json(), ensure_ascii=False), file=lines, flush=True)
 
+        show_drafts = arguments.show_drafts
         if arguments.interactive:
-            chat(
-                engine,
-                requests[0],
-                people,
-                notes,
-                system=arguments.system,
-                show_drafts=arguments.show_drafts,
-                finish=finish,
-            )
+            options = dict(system=arguments.system, show_drafts=show_drafts, finish=finish)
+            chat(engine, requests[0], people, notes, **options)
             return
-        prompts = [request.prompt for request in requests]
-        asked = [
-            dataclasses.replace(request, prompt=ids)
-            for request, ids in zip(requests, encoded, strict=True)
-        ]
-        if len(asked) == 1 and not to_stdout:
-            if arguments.show_drafts:
-                people.print(LEGEND)
-            people.print(verbatim(prompts[0]), style="dim")
-            colours = Colours(tokenizer, encoded[0]) if arguments.show_drafts else None
-            finish(prompts[0], stream(people, engine.watch(asked[0]), colours))
+        if show_drafts:
+            people.print(LEGEND)
+        if len(requests) == 1 and not to_stdout:
+            finish(
+                requests[0].prompt, stream_one(engine, requests[0], encoded[0], people, show_drafts)
+            )
         else:
-            if arguments.show_drafts:
-                people.print(LEGEND)
-            with Progress(console=notes, transient=True, disable=not notes.is_terminal) as progress:
-                task = progress.add_task("decoding", total=len(asked))
-
-                def show(index: int, completion: Completion) -> None:
-                    finish(prompts[index], completion)
-                    if to_stdout:
-                        return
-                    people.print(verbatim(prompts[index]), style="dim")
-                    if arguments.show_drafts:
-                        people.print(coloured(tokenizer, encoded[index], completion))
-                    else:
-                        people.print(verbatim(completion.text + "\n"))
-
-                with in_order(show) as put:
-
-                    def ended(index: int, completion: Completion) -> None:
-                        put(index, completion)
-                        progress.advance(task)
-
-                    engine.generate(asked, on_completion=ended)
+            shown = None if to_stdout else people
+            generate_all(engine, requests, encoded, shown, notes, show_drafts, finish)
     notes.print(
         f"{summary(completions, engine.decode_seconds)}; {engine.compile_seconds:.1f} s compiling"
     )
     advise(notes, strategy, completions)
+
+
+def stream_one(
+    engine: Engine, request: Request, ids: list[int], people: Console, show_drafts: bool
+) -> Completion:
+    """Shows one text as it comes."""
+    people.print(verbatim(request.prompt), style="dim")
+    colours = Colours(engine.tokenizer, ids) if show_drafts else None
+    return stream(people, engine.watch(dataclasses.replace(request, prompt=ids)), colours)
+
+
+def generate_all(
+    engine: Engine,
+    requests: Sequence[Request],
+    encoded: Sequence[list[int]],
+    people: Console | None,
+    notes: Console,
+    show_drafts: bool,
+    finish: Callable[[str, Completion], None],
+) -> None:
+    """Shows texts in the order of their prompts, with a bar where `notes` is a terminal."""
+    asked = [
+        dataclasses.replace(request, prompt=ids)
+        for request, ids in zip(requests, encoded, strict=True)
+    ]
+
+    def show(index: int, completion: Completion) -> None:
+        finish(requests[index].prompt, completion)
+        if people is None:
+            return
+        people.print(verbatim(requests[index].prompt), style="dim")
+        if show_drafts:
+            people.print(coloured(engine.tokenizer, encoded[index], completion))
+        else:
+            people.print(verbatim(completion.text + "\n"))
+
+    with (
+        Progress(console=notes, transient=True, disable=not notes.is_terminal) as progress,
+        in_order(show) as put,
+    ):
+        task = progress.add_task("decoding", total=len(asked))
+
+        def ended(index: int, completion: Completion) -> None:
+            put(index, completion)
+            progress.advance(task)
+
+        engine.generate(asked, on_completion=ended)
 
 
 @contextmanager

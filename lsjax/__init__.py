@@ -6,6 +6,10 @@
 >>> print(engine.generate(["Once upon a time"], max_new_tokens=32)[0].text)
 """
 
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
 from lsjax.checkpoints import (
     CheckpointError,
     GenerationDefaults,
@@ -13,7 +17,7 @@ from lsjax.checkpoints import (
     read_generation_defaults,
     save,
 )
-from lsjax.config import ConfigError, LlamaConfig, MeshConfig, RopeScaling
+from lsjax.config import ConfigError, LlamaConfig, MeshConfig, RopeScaling, TrainConfig
 from lsjax.data.tokenizer_files import load_tokenizer
 from lsjax.decoding.autoregressive import Autoregressive, EarlyExit
 from lsjax.decoding.batching import Conversation
@@ -25,6 +29,9 @@ from lsjax.decoding.self_speculative import SelfSpeculative
 from lsjax.model.cache import KVCache
 from lsjax.model.llama import Llama, stacked, unstacked
 from lsjax.sharding import make_mesh
+from lsjax.training.early_exit import exit_weights
+from lsjax.training.layer_dropout import drop_rates
+from lsjax.training.step import TrainState, init_state, make_train_step
 
 __all__ = [
     "Autoregressive",
@@ -43,11 +50,43 @@ __all__ = [
     "RopeScaling",
     "Sampling",
     "SelfSpeculative",
+    "TrainConfig",
+    "drop_rates",
+    "exit_weights",
+    "init_state",
     "load",
     "load_tokenizer",
     "make_mesh",
+    "make_train_step",
     "read_generation_defaults",
     "save",
     "stacked",
+    "train",
     "unstacked",
 ]
+
+
+def train(
+    config: TrainConfig,
+    workdir: str | Path,
+    *,
+    hooks: Sequence[Callable] | None = None,
+    **options: Any,
+) -> TrainState:
+    """Trains the run in `workdir`, or resumes it; gives the state after the last step.
+
+    The directory holds the saved steps and metrics.jsonl, and is a model for `load`.
+
+    Args:
+      hooks: functions that make hooks of the loop. The default scores every exit on held-out rows,
+        which decides which saved steps are the best.
+      options: keywords of `train_run` (lsjax/training/run.py) and of `make_train_step`.
+
+    Raises ConfigError or CheckpointError for bad input.
+    """
+    # Imported here because they bring grain and orbax, which decoding does without.
+    from lsjax.evaluation.exits import evaluation_hook
+    from lsjax.training.run import prepare_run, train_run
+
+    hooks = [evaluation_hook] if hooks is None else hooks
+    return train_run(prepare_run(config, Path(workdir)), hooks=hooks, **options)

@@ -29,16 +29,15 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
-from accelerator_stages import page  # noqa: E402
-from accelerator_stages.report import Report, read  # noqa: E402
+from accelerator_stages.results import PartResults, read, write_page  # noqa: E402
 
-MODULES = {"a": "equality", "b": "decoding", "b8": "decoding", "c": "training", "d": "quickstart"}
-PARTS = {
-    "a": ("float32", "bfloat16"),
-    "b": ("1b", "1b-off", "1b-loops"),
-    "b8": ("8b", "8b-off", "8b-loops"),
-    "c": ("plain", "layerskip", "dropout-mask", "dropout-gather"),
-    "d": ("quickstart",),
+# Module and function of each stage, and its parts.
+STAGES = {
+    "a": ("decoding", "run_equality", ("float32", "bfloat16")),
+    "b": ("decoding", "run_speed", ("1b", "1b-off", "1b-loops")),
+    "b8": ("decoding", "run_speed", ("8b", "8b-off", "8b-loops")),
+    "c": ("training", "run_steps", ("plain", "layerskip", "dropout-mask", "dropout-gather")),
+    "d": ("training", "run_quickstart", ("quickstart",)),
 }
 FLAGS = {  # of GPUs: no command buffers, and loops and branches in them too
     "off": "--xla_gpu_enable_command_buffer=",
@@ -47,36 +46,13 @@ FLAGS = {  # of GPUs: no command buffers, and loops and branches in them too
 DEFAULT_PAGE = ROOT / "docs" / "accelerators.md"
 
 
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Flags."""
-    form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
-    stages = [*MODULES, "page", "all"]
-    parser.add_argument("--stage", nargs="+", choices=stages, required=True)
-    parser.add_argument("--part", nargs="+", help="runs these parts alone, in this process")
-    parser.add_argument("--output", type=Path, default=Path("build/accelerator"))
-    parser.add_argument("--minutes", type=float, default=8.0, help="limit of each stage")
-    parser.add_argument("--page", type=Path, default=DEFAULT_PAGE, help="file of the page")
-    parser.add_argument("--tiny", action="store_true", help="tiny shapes, for CPUs")
-    arguments = parser.parse_args(argv)
-    if "all" in arguments.stage:
-        arguments.stage = [*MODULES, "page"]
-    if arguments.part and len(arguments.stage) > 1:
-        parser.error("--part needs one stage")
-    known = PARTS.get(arguments.stage[0], ())
-    for part in arguments.part or ():
-        if part not in known:
-            parser.error(f"stage {arguments.stage[0]} has no part {part}: use {', '.join(known)}")
-    return arguments
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs what is asked for; 1 if anything failed."""
     arguments = parse(argv)
     failed = False
     for stage in arguments.stage:
         if stage == "page":
-            good = page.write(arguments.output, arguments.page, DEFAULT_PAGE, PARTS)
+            good = write_page(arguments.output, arguments.page, DEFAULT_PAGE)
         else:
             good = (run_parts if arguments.part else run_stage)(stage, arguments)
         if not good:
@@ -85,20 +61,42 @@ def main(argv: Sequence[str] | None = None) -> int:
     return int(failed)
 
 
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Flags."""
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
+    parser.add_argument("--stage", nargs="+", choices=[*STAGES, "page", "all"], required=True)
+    parser.add_argument("--part", nargs="+", help="runs these parts alone, in this process")
+    parser.add_argument("--output", type=Path, default=Path("build/accelerator"))
+    parser.add_argument("--minutes", type=float, default=8.0, help="limit of each stage")
+    parser.add_argument("--page", type=Path, default=DEFAULT_PAGE, help="file of the page")
+    parser.add_argument("--tiny", action="store_true", help="tiny shapes, for CPUs")
+    arguments = parser.parse_args(argv)
+    if "all" in arguments.stage:
+        arguments.stage = [*STAGES, "page"]
+    if arguments.part and len(arguments.stage) > 1:
+        parser.error("--part needs one stage")
+    *_, known = STAGES.get(arguments.stage[0], [()])
+    for part in arguments.part or ():
+        if part not in known:
+            parser.error(f"stage {arguments.stage[0]} has no part {part}: use {', '.join(known)}")
+    return arguments
+
+
 def run_stage(stage: str, arguments: argparse.Namespace) -> bool:
     """Starts a process for each part, for as long as there is time."""
     deadline, good = time.monotonic() + 60 * arguments.minutes, True
+    *_, parts = STAGES[stage]
     # Tiny parts share a process: starting takes longer than they do.
-    shared = arguments.tiny and stage in ("a", "c")
-    for group in [PARTS[stage]] if shared else [[part] for part in PARTS[stage]]:
+    for group in [parts] if arguments.tiny and stage == "a" else [[part] for part in parts]:
         part = group[0]
-        first = read(arguments.output, stage).get(PARTS[stage][0], {})
+        first = read(arguments.output, stage).get(parts[0], {})
         if flags_of(part) and first.get("platform") != "gpu":
             print(f"{stage} {part}: left out, it is for GPUs", flush=True)
             continue
         rest = max(0.0, deadline - time.monotonic())
-        report = Report(arguments.output, stage, part, deadline)
-        report.put()  # forgets what an earlier run has found
+        results = PartResults(arguments.output, stage, part, deadline)
+        results.put()  # forgets what an earlier run has found
         words = [sys.executable, __file__, "--stage", stage, "--part", *group]
         words += ["--output", str(arguments.output), "--minutes", f"{rest / 60}"]
         words += ["--tiny"] if arguments.tiny else []
@@ -109,8 +107,8 @@ def run_stage(stage: str, arguments: argparse.Namespace) -> bool:
             code, fault = None, f"no result within {arguments.minutes:g} minutes"
         good &= code == 0
         if code not in (0, 1):  # it could not say what was wrong
-            report.values = read(arguments.output, stage)[part]
-            report.fail(part, fault)
+            results.values = read(arguments.output, stage)[part]
+            results.fail(part, fault)
     return good
 
 
@@ -126,18 +124,19 @@ def run_parts(stage: str, arguments: argparse.Namespace) -> bool:
     # Where the time was over, a second run finds what the first has compiled.
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(arguments.output.resolve() / "xla"))
     deadline, good = time.monotonic() + 60 * arguments.minutes, True
+    module, function, _ = STAGES[stage]
     for part in arguments.part:
         # Before jax is imported. Tiny programs compile for longer than they run.
         for flag in (flags_of(part), "--xla_backend_optimization_level=0" * arguments.tiny):
             if flag not in (flags := os.environ.get("XLA_FLAGS", "")):
                 os.environ["XLA_FLAGS"] = f"{flags} {flag}".strip()
-        report = Report(arguments.output, stage, part, deadline)
+        results = PartResults(arguments.output, stage, part, deadline)
         try:
-            module = importlib.import_module(f"accelerator_stages.{MODULES[stage]}")
-            module.run(part, report, arguments.tiny)
+            run = getattr(importlib.import_module(f"accelerator_stages.{module}"), function)
+            run(part, results, arguments.tiny)
         except Exception as error:  # in one line; the traceback is in the file
-            report.fail(part, error)
-        good &= not report.values["errors"]
+            results.fail(part, error)
+        good &= not results.values["errors"]
     return good
 
 

@@ -31,9 +31,9 @@ from typing import Any
 import tyro
 
 from lsjax.aot.chips import CHIPS, Chip, slice_size
-from lsjax.aot.costs import program_costs
+from lsjax.aot.costs import CostAnalysis
 from lsjax.aot.hlo import parse
-from lsjax.aot.report import Memory, Report
+from lsjax.aot.report import MEMORY, cost_figures, memory_figures
 
 CONFIG = Path(__file__).parents[1] / "configs" / "continual_llama2_7b.py"
 COLUMNS = (
@@ -131,8 +131,7 @@ def of_maxtext(arguments: Arguments, found: Mapping[str, Any], directory: Path) 
     environment = {"PYTHONPATH": str(source), "DECOUPLE_GCLOUD": "TRUE", "JAX_PLATFORMS": "cpu"}
     run(command, environment)
     chip = next(chip for chip in CHIPS if chip.name == arguments.topology.partition(":")[0])
-    report = counted(directory, mesh, chip)
-    return report.to_json() | {"mesh": mesh, "policy": arguments.remat_policy}
+    return {**counted(directory, mesh, chip), "mesh": mesh, "policy": arguments.remat_policy}
 
 
 def run(command: list[str], environment: Mapping[str, str]) -> None:
@@ -144,14 +143,13 @@ def run(command: list[str], environment: Mapping[str, str]) -> None:
         sys.exit(f"{' '.join(command)}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
 
 
-def counted(directory: Path, mesh: Mapping[str, int], chip: Chip) -> Report:
+def counted(directory: Path, mesh: Mapping[str, int], chip: Chip) -> dict[str, Any]:
     """The program in the directory, counted as lsjax's own are."""
     program = parse((directory / "program.txt").read_text())
-    costs = program_costs(program, mesh, lambda op_name: None, chip)
-    sizes = json.loads((directory / "memory.json").read_text())
-    names = ("argument", "output", "temp", "alias", "generated_code")
-    memory = Memory(*(sizes[f"{name}_size_in_bytes"] for name in names))
-    return Report("MaxText", chip, 0.0, None, (), memory, costs)
+    costs = CostAnalysis(program, mesh, {}, chip).program()
+    found = json.loads((directory / "memory.json").read_text())
+    sizes = {name: found[f"{word}_size_in_bytes"] for name, word in MEMORY.items()}
+    return {"memory": memory_figures(sizes, chip), **cost_figures(costs, chip)}
 
 
 def rows_of_lsjax(name: str, found: Mapping[str, Any]) -> list[list[str]]:

@@ -130,9 +130,9 @@ def worker(case: Case, task: str, source: Path, target: Path, port: int, number:
     import jax
 
     from lsjax.checkpoints.saving import Checkpoints
-    from lsjax.cli.hosts import Hosts, start
     from lsjax.cli.setup import exact_products
     from lsjax.sharding import make_mesh
+    from lsjax.training.hosts import Hosts, start
     from lsjax.training.start import abstract_state, initial_state
 
     if case.processes > 1:

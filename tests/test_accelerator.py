@@ -88,9 +88,9 @@ class Shallow(Autoregressive):
 def test_a_wrong_token_fails_stage_a(tmp_path, monkeypatch, capsys):
     monkeypatch.syspath_prepend(ROOT / "scripts")
     import accelerator
-    from accelerator_stages import equality
+    from accelerator_stages import decoding
 
-    monkeypatch.setattr(equality, "cells", lambda *_: [equality.Cell("shallow", Shallow())])
+    monkeypatch.setattr(decoding, "strategies", lambda *_: [("shallow", Shallow(), 1)])
     asked = ["--stage", "a", "--part", "float32", "--tiny", "--output", str(tmp_path)]
     assert accelerator.main(asked) == 1
     assert "shallow: FAILED: 6 texts differ by a margin above" in capsys.readouterr().out
@@ -104,12 +104,12 @@ def test_a_part_that_breaks_is_one_line_and_the_next_goes_on(tmp_path, monkeypat
     import accelerator
     from accelerator_stages import training
 
-    def run(part, report, tiny):
+    def run_steps(part, results, tiny):
         if part == "plain":
             raise MemoryError("no room\nat all")
-        report.measure(part, lambda: {"loss": 1.0})
+        results.measure(part, lambda: {"loss": 1.0})
 
-    monkeypatch.setattr(training, "run", run)
+    monkeypatch.setattr(training, "run_steps", run_steps)
     asked = ["--stage", "c", "--part", "plain", "layerskip", "--output", str(tmp_path)]
     assert accelerator.main(asked) == 1
     assert "c plain: plain: FAILED: MemoryError: no room\n" in capsys.readouterr().out
@@ -128,22 +128,6 @@ def test_a_process_that_is_too_slow_is_one_line(tmp_path, monkeypatch, capsys):
     assert accelerator.main(["--stage", "d", "--minutes", "0", "--output", str(tmp_path)]) == 1
     assert "d quickstart: quickstart: FAILED: no result within 0 minutes" in capsys.readouterr().out
     assert json.loads((tmp_path / "d.json").read_text())["quickstart"]["errors"]
-
-
-@pytest.mark.parametrize(
-    "hlo, kernel",
-    [
-        ('custom_call_target="__cudnn$fmhaSoftmaxBackward"', "cudnn"),
-        ('op_name="jit(f)/flash_forward/pallas_call"', "flash"),
-        ('%splash_mha_fwd = custom-call(), custom_call_target="tpu_custom_call"', "splash"),
-        ('custom_call_target="__cublas$gemm"', "xla"),
-    ],
-)
-def test_the_attention_kernel_is_read_from_the_program(hlo, kernel, monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "scripts")
-    from accelerator_stages.training import attention_kernel
-
-    assert attention_kernel(hlo) == kernel
 
 
 def test_results_of_a_cpu_are_not_the_page_of_accelerators(tmp_path, monkeypatch, capsys):

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import tyro
 
-from lsjax.cli import aot, training_options
+from lsjax.cli import aot, training
 
 ROOT = Path(__file__).parents[1]
 COMMAND = re.compile(
@@ -45,7 +45,7 @@ def test_a_documented_command_is_taken(page, program, flags, monkeypatch):
     monkeypatch.setattr(sys, "path", [str(ROOT), str(ROOT / "benchmarks"), *sys.path])
     given = words(flags)
     if program == "train.py":
-        training_options.parse(given, "").config.mesh.sizes(64)
+        training.parse(given, "")[0].mesh.sizes(64)
     elif program == "lsjax.cli.aot":
         aot.parse(given).config.mesh.sizes(64)
     else:

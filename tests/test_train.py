@@ -18,7 +18,11 @@ import lsjax
 import train
 from lsjax.checkpoints import held_out_losses, read_metrics, saved_steps
 from lsjax.cli import convert, exits
-from lsjax.cli.training_options import read_config_file
+from lsjax.cli.training import read_config_file
+from lsjax.evaluation.exits import evaluation_hook
+from lsjax.training import run
+from lsjax.training.loop import Hook, Interrupted
+from lsjax.training.run import with_model
 
 CONFIG = """
 from lsjax.config import *
@@ -164,12 +168,12 @@ def test_validation_data_may_not_change(config, tmp_path, capsys):
 KILLED_WHILE_EVALUATING = """
 import os, signal, sys
 import train
-from lsjax.cli import training_hooks
+from lsjax.evaluation import exits
 
 def killed(*arguments, **options):
     os.kill(os.getpid(), signal.SIGKILL)
 
-training_hooks.score_exits = killed
+exits.score_exits = killed
 train.main(sys.argv[1:])
 """
 
@@ -305,7 +309,7 @@ def test_the_exits_of_runs_are_compared_on_the_held_out_data(finished, tmp_path,
 def test_bad_input_ends_with_2_before_anything_is_compiled(
     config, tmp_path, capsys, monkeypatch, flags, message
 ):
-    monkeypatch.delattr(train, "keep_compiled_programs")
+    monkeypatch.delattr(run, "abstract_state")
     with pytest.raises(SystemExit) as end:
         launch(config, tmp_path / "run", *flags)
     assert end.value.code == 2
@@ -315,7 +319,7 @@ def test_bad_input_ends_with_2_before_anything_is_compiled(
 
 def test_tensorboard_that_is_not_there(config, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorboardX", None)
-    monkeypatch.delattr(train, "keep_compiled_programs")
+    monkeypatch.delattr(run, "abstract_state")
     with pytest.raises(SystemExit) as end:
         launch(config, tmp_path / "run", "--tensorboard")
     assert end.value.code == 2 and "pip install 'lsjax[tensorboard]'" in capsys.readouterr().err
@@ -371,11 +375,37 @@ def test_a_run_begins_with_a_model_that_was_drawn_in_another_way(config):
     """How new weights are drawn says nothing of those that are there."""
     given = read_config_file(config)
     drawn = dataclasses.replace(given.model, init_std=0.7, scaled_init=True, max_context=99)
-    assert train.with_model(given, drawn).model == drawn
+    assert with_model(given, drawn).model == drawn
     with pytest.raises(lsjax.ConfigError, match="model.hidden_size is 32, but that of .* is 64"):
-        train.with_model(given, dataclasses.replace(given.model, hidden_size=64))
+        with_model(given, dataclasses.replace(given.model, hidden_size=64))
 
 
 def test_nothing_to_do_for_a_run_that_is_done(config, finished, capsys):
     assert launch(config, finished) == 0
     assert "all 6 steps are done" in capsys.readouterr().out
+
+
+def test_a_run_from_python_is_that_of_the_command(config, finished, tmp_path, capsys):
+    """Stopped and resumed; without the samples, which are the command's."""
+    given, workdir = read_config_file(config), tmp_path / "run"
+
+    def stopping(run):
+        def call(step, model):
+            if step == 3:
+                signal.raise_signal(signal.SIGTERM)
+            return {}
+
+        return Hook("stop", 3, call)
+
+    with pytest.raises(Interrupted, match="stopped after step 4, which is saved"):
+        lsjax.train(given, workdir, hooks=[evaluation_hook, stopping])
+    state = lsjax.train(given, workdir)
+    assert state.step == 6 and last_arrays(workdir) == last_arrays(finished)
+    own = [row for row in rows_of(workdir) if row["kind"] != "stop"]
+    assert own == [row for row in rows_of(finished) if row["kind"] != "sample"]
+    printed, said = capsys.readouterr().out, []
+    assert "going on after step 4\n" in printed and "step 6/6  loss " in printed
+    assert lsjax.train(given, workdir, say=said.append).step == 6
+    assert "all 6 steps are done: nothing to do" in said
+    with pytest.raises(lsjax.ConfigError, match="num_steps 6, now it is 7"):
+        lsjax.train(dataclasses.replace(given, num_steps=7), workdir)

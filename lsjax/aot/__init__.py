@@ -1,1 +1,1 @@
-"""What programs for TPUs cost, from compiling them on a machine without one."""
+"""Costs of programs for TPUs and GPUs, compiled on a machine without them."""

@@ -4,9 +4,11 @@ import importlib.util
 import math
 import os
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
+
+from jax.errors import JaxRuntimeError
+from jax.experimental import topologies
 
 from lsjax.config import ConfigError, check
 from lsjax.training.flops import device_peak
@@ -16,44 +18,29 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Compiler:
-    """What compiles for chips on a machine without them."""
+    """A compiler for chips that need not be there."""
 
     platform: str  # jax's name of it
     modules: tuple[str, ...]  # any of these packages has it
     extra: str  # of lsjax, that installs it
     slices: str  # regular expression that a slice matches
     examples: str
-    options: Mapping[str, str]  # of jax's topology, by templates of chip and slice
-    environment: Mapping[str, str]
 
 
-TPU = Compiler(
-    platform="tpu",
-    modules=("libtpu",),
-    extra="tpu",
-    slices=r".+",
-    examples="v5e:8x8, v5p:4x4x4 or v6e:8x8",
-    options={"topology_name": "{chip}:{slice}"},
-    environment={
-        "TPU_SKIP_MDS_QUERY": "1",
-        "TPU_ACCELERATOR_TYPE": "v5litepod-8",
-        "TPU_WORKER_HOSTNAMES": "localhost",
-        # Compiling takes no chip, so two programs may do it at once.
-        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-        # Warnings of the partitioner, to stderr and not to files.
-        "TPU_STDERR_LOG_LEVEL": "1",
-        "TPU_LOG_DIR": "disabled",
-    },
-)
-CUDA = Compiler(
-    platform="cuda",
-    modules=("jax_cuda13_plugin", "jax_cuda12_plugin"),
-    extra="cuda",
-    slices=r"[1-8]",  # one host, whose cards NVLink joins
-    examples="h100:1 or h100:8",
-    options={"topology": "1x1x{slice}"},
-    environment={},
-)
+TPU = Compiler("tpu", ("libtpu",), "tpu", r".+", "v5e:8x8, v5p:4x4x4 or v6e:8x8")
+# Slices of one host, whose cards NVLink joins.
+CUDA_PLUGINS = ("jax_cuda13_plugin", "jax_cuda12_plugin")
+CUDA = Compiler("cuda", CUDA_PLUGINS, "cuda", r"[1-8]", "h100:1 or h100:8")
+LIBTPU_ENVIRONMENT = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-8",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    # Compiling takes no chip, so two programs may do it at once.
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    # Warnings of the partitioner, to stderr and not to files.
+    "TPU_STDERR_LOG_LEVEL": "1",
+    "TPU_LOG_DIR": "disabled",
+}
 
 
 @dataclass(frozen=True)
@@ -68,8 +55,7 @@ class Chip:
     link_bandwidth: float  # bytes per second that all its links send, one way
     flops_per_cycle: int  # of its matrix units, bfloat16
     compiler: Compiler = TPU
-    target: str = ""
-    """What the compiler has to be told of the chip: a GpuTargetConfigProto as text, for GPUs."""
+    target: str = ""  # for GPUs, what the compiler asks the card: a GpuTargetConfigProto as text
 
     @property
     def peak_flops(self) -> float:
@@ -145,21 +131,18 @@ def slice_of(topology: str) -> tuple[Chip, list[Any]]:
         f"{TPU.examples}, {CUDA.examples}",
     )
     compiler = chip.compiler
-    advice = f"use one such as {compiler.examples}"
     check(
         any(importlib.util.find_spec(module) for module in compiler.modules),
         f"the compiler for {name} is missing: pip install 'lsjax[{compiler.extra}]'",
     )
+    advice = f"use one such as {compiler.examples}"
     matches = re.fullmatch(compiler.slices, part)
     check(matches is not None, f"--topology {topology!r} is an unknown slice: {advice}")
-    for key, value in compiler.environment.items():
-        os.environ.setdefault(key, value)
-    from jax.errors import JaxRuntimeError
-    from jax.experimental import topologies
-
-    options = {key: text.format(chip=name, slice=part) for key, text in compiler.options.items()}
-    if chip.target:
-        options["target_config"] = chip.target
+    if compiler is TPU:
+        os.environ.update(LIBTPU_ENVIRONMENT | os.environ)
+        options = {"topology_name": topology}
+    else:
+        options = {"topology": f"1x1x{part}", "target_config": chip.target}
     try:
         found = topologies.get_topology_desc(platform=compiler.platform, **options)
     except JaxRuntimeError as error:

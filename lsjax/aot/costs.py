@@ -2,214 +2,204 @@
 body counts as often as it runs.
 
 An operation takes the longest of its cycles, its FLOPs at the chip's peak, and its bytes at the
-memory's bandwidth. Of a conditional the branch that takes longest counts. Loops whose number of
-trips the program does not say are looked up by their name; those without one count once and are
-listed.
+memory's bandwidth. Of a conditional the branch that takes longest counts. A loop whose number of
+trips the program does not say is looked up by its name; an unknown one counts once and is listed.
 """
 
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
 
 from lsjax.aot.chips import Chip
-from lsjax.aot.hlo import Computation, Instruction, Program
-from lsjax.aot.shapes import bare, shape_bytes, started
-from lsjax.aot.traffic import COLLECTIVES, moved_bytes, runs
-from lsjax.aot.work import largest_operand, operation_flops
+from lsjax.aot.hlo import Computation, HloModule, Instruction, arrays, shape_bytes
+from lsjax.aot.operations import COLLECTIVES, largest_operand, moved_bytes, operation_flops, runs
 
 LAYER = "Block."  # methods of the model's layers
-# op_name of a loop -> its trips, None if they are not known; of a conditional -> the share of runs
-# that take the dearest branch, None for all.
-Trips = Callable[[str], float | None]
+# Regular expression of a loop's op_name -> its trips; of a conditional's -> the share of runs that
+# take the dearest branch. The first that matches counts.
+Trips = Mapping[str, float]
 
 
 class Collective(NamedTuple):
-    """What devices do together."""
+    """Communication between devices."""
 
     kind: str  # one of COLLECTIVES
-    axes: tuple[str, ...]  # of the mesh, over which
-    shape: str  # of the larger side: what is gathered, reduced, or exchanged
+    axes: tuple[str, ...]  # of the mesh
+    shape: str  # the larger side: what is gathered, reduced, or exchanged
     sent: int  # bytes that leave each device, by ring algorithms
     op_name: str
-    channel: str | None  # parts of one that the compiler spreads over several fusions share it
+    channel: str | None  # shared by the parts that the compiler spreads over several fusions
 
     @property
     def bytes(self) -> int:
-        """Of the larger side."""
+        """Bytes of the larger side."""
         return shape_bytes(self.shape)
 
 
 @dataclass
-class Costs:
-    """Of one run of a program, or of a part of it."""
+class ProgramCosts:
+    """Costs of one run of a program, or of a part of it."""
 
-    seconds: float = 0.0
-    """Sum over all operations, one after the other."""
-    cycles: float = 0.0
-    flops: float = 0.0
-    """FLOPs of products outside of a TPU's own operations, and of attention kernels."""
-    bytes: float = 0.0
-    """Read from the device's memory and written to it."""
-    operations: float = 0.0
-    """Kernels, on GPUs."""
-    layer_operations: float = 0.0
-    """Those of them that are in layers."""
-    control: Counter[tuple[str, bool]] = field(default_factory=Counter)
-    """Runs of loops and conditionals: "while" or "conditional", and whether in a layer."""
+    amounts: Counter[str] = field(default_factory=Counter)
+    """seconds, one operation after the other; cycles; flops of products outside of a TPU's own
+    operations, and of attention kernels; bytes read from the device's memory and written to it."""
+    runs: Counter[tuple[str, bool]] = field(default_factory=Counter)
+    """Runs of each "operation" (kernel, on GPUs), "while" and "conditional", and whether in a
+    layer."""
     collectives: Counter[Collective] = field(default_factory=Counter)
     kernels: Counter[tuple[str, str]] = field(default_factory=Counter)
     """Custom kernels: name and largest operand."""
     unknown_loops: set[str] = field(default_factory=set)
 
-    def add(self, other: "Costs", times: float = 1) -> None:
+    def add(self, other: "ProgramCosts", times: float = 1) -> None:
         """Adds so many runs of a part."""
-        for name in ("seconds", "cycles", "flops", "bytes", "operations", "layer_operations"):
-            setattr(self, name, getattr(self, name) + times * getattr(other, name))
-        for name in ("control", "collectives", "kernels"):
+        for name in ("amounts", "runs", "collectives", "kernels"):
             mine = getattr(self, name)
             for key, count in getattr(other, name).items():
                 mine[key] += times * count
         self.unknown_loops |= other.unknown_loops
 
+    def all_runs(self, kind: str) -> float:
+        """Runs in layers and outside."""
+        return self.runs[kind, True] + self.runs[kind, False]
 
-class Counting:
+    @property
+    def sent_bytes(self) -> float:
+        """Bytes that leave each device."""
+        return sum(one.sent * count for one, count in self.collectives.items())
+
+
+class CostAnalysis:
     """Counts what the computations of a program cost on a chip. mesh: sizes of its axes, in order;
     the devices of the program count along the last axis first."""
 
-    def __init__(self, program: Program, mesh: Mapping[str, int], trips: Trips, chip: Chip):
-        self._program, self._mesh, self._trips, self._chip = program, mesh, trips, chip
-        self._done: dict[str, Costs] = {}
+    def __init__(self, module: HloModule, mesh: Mapping[str, int], trips: Trips, chip: Chip):
+        self.module, self.mesh, self.trips, self.chip = module, mesh, trips, chip
+        self._known: dict[str, ProgramCosts] = {}
 
-    def of(self, name: str) -> Costs:
+    def program(self) -> ProgramCosts:
+        """Costs of one run of the program."""
+        return self.computation(self.module.entry)
+
+    def loop(self, scope: str) -> tuple[ProgramCosts, ProgramCosts]:
+        """Costs of one trip of the loop in this named scope, which has to count once, and of all
+        else."""
+        each, once = self._trip(self.module.loop(scope)), ProgramCosts()
+        once.add(self.program())
+        once.add(each, -1)
+        return each, once
+
+    def computation(self, name: str) -> ProgramCosts:
         """Costs of one run of a computation."""
-        if name not in self._done:
-            self._done[name] = total = Costs()
-            computation, seen = self._program.computations[name], set()
-            for instruction in computation.instructions.values():
-                self._add(total, computation, instruction, seen)
-        return self._done[name]
+        if name not in self._known:
+            self._known[name] = total = ProgramCosts()
+            computation, seen = self.module.computations[name], set()
+            for one in computation.instructions.values():
+                self._add(total, computation, one)
+                for collective, count in self._sent(computation, one).items():
+                    # A channel that was seen belongs to a part of the same collective.
+                    if collective.channel not in seen:
+                        seen |= {collective.channel} - {None}
+                        total.collectives[collective] += count
+        return self._known[name]
 
-    def of_loop(self, scope: str) -> Costs | None:
-        """Costs of one trip of the loop in this named scope, if there is one."""
-        loop = self._program.loop(scope)
-        if loop is None:
-            return None
-        total = Costs()
+    def _trip(self, loop: Instruction) -> ProgramCosts:
+        total = ProgramCosts()
         for part in loop.computations("condition", "body"):
-            total.add(self.of(part))
+            total.add(self.computation(part))
         return total
 
-    def _add(self, total: Costs, computation: Computation, instruction: Instruction, seen) -> None:
-        """Adds one instruction. seen: channels of what this computation has sent already."""
-        match instruction.opcode:
+    def _add(self, total: ProgramCosts, computation: Computation, one: Instruction) -> None:
+        """Adds one instruction, but for what an operation sends."""
+        match one.opcode:
             case "while":
-                total.control["while", self._in_layer(instruction)] += 1
-                count = self._program.trip_count(computation, instruction)
-                count = self._trips(instruction.op_name) if count is None else count
+                total.runs["while", self._in_layer(one)] += 1
+                count = self.module.trip_count(one)
+                count = self._named(one) if count is None else count
                 if count is None:
-                    total.unknown_loops.add(instruction.op_name or instruction.name)
-                    count = 1
-                for part in instruction.computations("condition", "body"):
-                    total.add(self.of(part), count)
+                    total.unknown_loops.add(one.op_name or one.name)
+                total.add(self._trip(one), 1 if count is None else count)
             case "conditional":
-                self._add_branches(total, instruction)
+                self._add_branches(total, one)
             case "call" | "async-start":
-                for name in instruction.computations("calls", "to_apply"):
-                    total.add(self.of(name))
-            case "fusion":
-                # Its own estimate stands for all that is in it, but for what it sends.
-                self._add_operation(total, computation, instruction)
-                for name in instruction.computations("calls"):
-                    scatters = name.startswith("all-reduce-scatter")
-                    for one, count in self.of(name).collectives.items():
-                        if one.channel in seen:
-                            continue
-                        seen |= {one.channel} - {None}
-                        total.collectives[_scattered(one) if scatters else one] += count
+                for name in one.computations("calls", "to_apply"):
+                    total.add(self.computation(name))
             case _:
-                self._add_operation(total, computation, instruction)
-                found = _collective(computation, instruction, self._mesh)
-                if found is not None and found.channel not in seen:
-                    seen |= {found.channel} - {None}
-                    total.collectives[found] += 1
+                self._add_operation(total, computation, one)
 
-    def _add_branches(self, total: Costs, conditional: Instruction) -> None:
+    def _add_branches(self, total: ProgramCosts, conditional: Instruction) -> None:
         """The dearest branch, or as large a share of it as `trips` says for this name. Of loops and
         conditionals, those of the branch that has most."""
         inside = self._in_layer(conditional)
-        total.control["conditional", inside] += 1
+        total.runs["conditional", inside] += 1
         roles = ("branch_computations", "true_computation", "false_computation")
-        branches = [self.of(name) for name in conditional.computations(*roles)]
-        branches.sort(key=lambda branch: (branch.seconds, branch.cycles))
-        share = None if inside else self._trips(conditional.op_name)
-        share = 1.0 if share is None else share
-        total.add(branches[-1], share)
-        if share < 1:
-            total.add(branches[0], 1 - share)
-        for key in {key for branch in branches for key in branch.control}:
-            counted = share * branches[-1].control[key] + (1 - share) * branches[0].control[key]
-            total.control[key] += max(branch.control[key] for branch in branches) - counted
+        branches = [self.computation(name) for name in conditional.computations(*roles)]
+        branches.sort(key=lambda branch: (branch.amounts["seconds"], branch.amounts["cycles"]))
+        share = None if inside else self._named(conditional)
+        mean = ProgramCosts()
+        mean.add(branches[-1], 1 if share is None else share)
+        if share is not None:
+            mean.add(branches[0], 1 - share)
+        for key in {key for branch in branches for key in branch.runs if key[0] != "operation"}:
+            mean.runs[key] = max(branch.runs[key] for branch in branches)
+        total.add(mean)
 
-    def _add_operation(self, total: Costs, computation: Computation, one: Instruction) -> None:
-        cycles = one.estimated_cycles
-        flops = operation_flops(self._program, computation, one)
-        moved = moved_bytes(self._program, computation, one)
-        total.seconds += self._chip.seconds(cycles, flops, moved)
-        total.cycles += cycles
-        total.flops += flops
-        total.bytes += moved
+    def _add_operation(self, total: ProgramCosts, computation: Computation, one: Instruction):
+        """A fusion's own figures stand for all that is in it."""
+        cycles = int(one.attribute(r'"estimated_cycles":"(\d+)"') or 0)  # on TPUs
+        flops = operation_flops(self.module, computation, one)
+        moved = moved_bytes(self.module, computation, one)
+        seconds = self.chip.seconds(cycles, flops, moved)
+        total.amounts.update(seconds=seconds, cycles=cycles, flops=flops, bytes=moved)
         if runs(one):
-            total.operations += 1
-            total.layer_operations += self._in_layer(one)
-        if one.opcode == "custom-call" and runs(one):
-            total.kernels[one.kernel, largest_operand(computation, one)] += 1
+            total.runs["operation", self._in_layer(one)] += 1
+            if one.opcode == "custom-call":
+                total.kernels[one.kernel, str(largest_operand(computation, one) or "")] += 1
 
-    def _in_layer(self, instruction: Instruction) -> bool:
-        return self._program.comes_from(instruction, LAYER)
+    def _named(self, one: Instruction) -> float | None:
+        """Trips or share by the name of a loop or conditional."""
+        found = (n for name, n in self.trips.items() if re.search(name, one.op_name))
+        return next(found, None)
 
+    def _in_layer(self, one: Instruction) -> bool:
+        return self.module.comes_from(one, LAYER)
 
-def program_costs(program: Program, mesh: Mapping[str, int], trips: Trips, chip: Chip) -> Costs:
-    """Costs of one run of a program; see `Counting`."""
-    return Counting(program, mesh, trips, chip).of(program.entry)
-
-
-def _collective(computation: Computation, instruction: Instruction, mesh) -> Collective | None:
-    kind = instruction.opcode.removesuffix("-start")
-    if kind not in COLLECTIVES:
-        return None
-    groups = _groups(instruction.attributes, math.prod(mesh.values()))
-    operands = (computation.instructions.get(name) for name in instruction.operands)
-    result = instruction.shape
-    if instruction.opcode.endswith("-start") and kind != "all-reduce":
-        result = started(result)
-    sides = [bare("".join(found.shape for found in operands if found)), bare(result)]
-    shape = max(sides, key=shape_bytes)
-    sent, channel = _sent(kind, shape, groups), instruction.attribute(r"channel_id=(\d+)")
-    return Collective(kind, _axes(groups, mesh), shape, sent, instruction.op_name, channel)
-
-
-def _sent(kind: str, shape: str, groups: np.ndarray) -> int:
-    size = groups.shape[1]
-    share = {"collective-permute": 1, "all-reduce": 2 * (size - 1) / size}
-    return int(share.get(kind, (size - 1) / size) * shape_bytes(shape))
-
-
-def _scattered(one: Collective) -> Collective:
-    """An all-reduce of which each device keeps its share is a reduce-scatter."""
-    return one._replace(kind="reduce-scatter", sent=one.sent // 2)
+    def _sent(self, computation: Computation, one: Instruction) -> Mapping[Collective, float]:
+        """What an operation sends."""
+        if one.opcode == "fusion":
+            (name,) = one.computations("calls")
+            found = self.computation(name).collectives
+            if not name.startswith("all-reduce-scatter"):
+                return found
+            # An all-reduce of which each device keeps its share is a reduce-scatter.
+            kind = "reduce-scatter"
+            return {o._replace(kind=kind, sent=o.sent // 2): n for o, n in found.items()}
+        kind = one.opcode.removesuffix("-start")
+        if kind not in COLLECTIVES:
+            return {}
+        users = (user for user, _ in computation.users.get(one.name, ()))
+        done = next((user for user in users if user.opcode == f"{kind}-done"), one)
+        operands = (computation.instructions.get(name) for name in one.operands)
+        sides = ("".join(operand.shape for operand in operands if operand), done.shape)
+        shape = max((", ".join(map(str, arrays(side))) for side in sides), key=shape_bytes)
+        groups = device_groups(one.attributes, math.prod(self.mesh.values()))
+        size = groups.shape[1]
+        share = {"collective-permute": 1, "all-reduce": 2 * (size - 1) / size}
+        sent = int(share.get(kind, (size - 1) / size) * shape_bytes(shape))
+        axes, channel = _axes(groups, self.mesh), one.attribute(r"channel_id=(\d+)") or None
+        return {Collective(kind, axes, shape, sent, one.op_name, channel): 1}
 
 
-def _groups(attributes: str, devices: int) -> np.ndarray:
-    """[groups, devices of each] that work together, from any of the ways to write that."""
+def device_groups(attributes: str, devices: int) -> np.ndarray:
+    """[groups, devices of each] that communicate, from any of the ways to write that."""
     pairs = re.search(r"(?:replica_groups|source_target_pairs)=\{(\{[\d,{}]*\})\}", attributes)
     if pairs:
-        rows = re.findall(r"\{([\d,]+)\}", pairs.group(1))
-        return np.array([[int(device) for device in row.split(",")] for row in rows])
+        return np.array([_numbers(row) for row in re.findall(r"\{([\d,]+)\}", pairs.group(1))])
     # [2,4]<=[4,2]T(1,0): 0..7 as [4, 2], transposed, as [2, 4]
     iota = re.search(r"replica_groups=\[([\d,]+)\]<=(\[[\d,]+\](?:T\([\d,]+\))?)", attributes)
     if iota:
@@ -228,13 +218,12 @@ def _groups(attributes: str, devices: int) -> np.ndarray:
 
 def _iota(text: str) -> np.ndarray:
     sizes, _, order = text.partition("T")
-    sizes = _numbers(sizes.strip("[]"))
-    ids = np.arange(math.prod(sizes)).reshape(sizes)
-    return (ids.transpose(_numbers(order.strip("()"))) if order else ids).reshape(-1)
+    ids = np.arange(math.prod(_numbers(sizes))).reshape(_numbers(sizes))
+    return (ids.transpose(_numbers(order)) if order else ids).reshape(-1)
 
 
 def _numbers(text: str) -> tuple[int, ...]:
-    return tuple(int(number) for number in text.split(","))
+    return tuple(int(number) for number in re.findall(r"\d+", text))
 
 
 def _axes(groups: np.ndarray, mesh: Mapping[str, int]) -> tuple[str, ...]:

@@ -1,4 +1,7 @@
-"""Compiles a program and says what it needs: memory, communication, time."""
+"""Compiles a program and says what it needs: memory, communication, time.
+
+Figures are JSON objects. Seconds are bounds from below, for a device.
+"""
 
 import os
 import sys
@@ -6,16 +9,16 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from jax.errors import JaxRuntimeError
 from jax.stages import Lowered
 
 from lsjax.aot.chips import GIB, Chip
-from lsjax.aot.costs import Collective, Costs, Counting, Trips
+from lsjax.aot.costs import CostAnalysis, ProgramCosts, Trips
 from lsjax.aot.hlo import parse
-from lsjax.aot.needs import Needs
+from lsjax.aot.operations import attention_kernel
+from lsjax.aot.programs import RoundReads
 from lsjax.decoding.programs import ROUNDS
 
 # What a warning of the compiler begins with, and what it means.
@@ -24,144 +27,30 @@ WARNINGS = {
     "Can't reduce memory use below": "the compiler can't reduce memory use below",
     "exceeds the base limit": "the program's memory exceeds the base limit",
 }
-# Part of a kernel's name -> the attention that it belongs to.
-ATTENTION = {
-    "__cudnn$fmha": "cudnn",
-    "splash_mha": "splash",
-    "flash_forward": "flash",
-    "flash_decoding": "flash decoding",
+# Names of memory in the report -> in the compiler's analysis.
+MEMORY = {
+    "arguments": "argument",
+    "outputs": "output",
+    "temporaries": "temp",
+    "aliased": "alias",  # outputs that share the memory of arguments
+    "code": "generated_code",
 }
 
 
-@dataclass(frozen=True)
-class Memory:
-    """Bytes on each device."""
-
-    arguments: int
-    outputs: int
-    temporaries: int
-    aliased: int  # outputs that lie where arguments did
-    code: int
-
-    @property
-    def total(self) -> int:
-        """All at once."""
-        parts = self.arguments + self.outputs - self.aliased + self.temporaries
-        return parts + self.code
-
-
-@dataclass(frozen=True)
-class Report:
-    """What the compiler made of a program. Seconds are bounds from below, for a device."""
-
-    name: str
-    chip: Chip
-    compile_seconds: float
-    too_large: str | None  # why a program does not fit
-    warnings: tuple[str, ...]  # of the compiler, those that matter
-    memory: Memory | None = None
-    costs: Costs = field(default_factory=Costs)
-    """Costs of a run; for a loop over rounds, of one round."""
-    once: Costs | None = None
-    """Costs of what such a program does outside of that loop."""
-    needs: Needs | None = None
-    """What a round has to read."""
-    compiler_flops: float = 0.0
-    """The compiler's own count, on a device: a loop's body once, a conditional at its dearest."""
-
-    @property
-    def compute_seconds(self) -> float:
-        """Each operation as long as its cycles, FLOPs or bytes take."""
-        return self.costs.seconds
-
-    @property
-    def sent_bytes(self) -> float:
-        """That leave a device."""
-        return sum(one.sent * count for one, count in self.costs.collectives.items())
-
-    @property
-    def sent_seconds(self) -> float:
-        """With all links of a chip busy."""
-        return self.sent_bytes / self.chip.link_bandwidth
-
-    @property
-    def seconds(self) -> float:
-        """The least that a run takes, where all communication hides behind the computation."""
-        return max(self.compute_seconds, self.sent_seconds)
-
-    @property
-    def attention(self) -> str:
-        """The kernel: cudnn, splash, flash, or xla for products of the compiler's own."""
-        names = " ".join(name for name, _ in self.costs.kernels)
-        return next((kernel for mark, kernel in ATTENTION.items() if mark in names), "xla")
-
-    def to_json(self) -> dict[str, Any]:
-        """All of it; collectives by what they are, with how often they run."""
-        memory = None
-        if self.memory is not None:
-            memory = asdict(self.memory) | {"total": self.memory.total, "hbm": self.chip.hbm}
-        found = {
-            "name": self.name,
-            "compile_seconds": round(self.compile_seconds, 1),
-            "too_large": self.too_large,
-            "warnings": list(self.warnings),
-            "memory": memory,
-            "attention": self.attention,
-            "cycles": self.costs.cycles,
-            "flops": self.costs.flops,
-            "moved_bytes": self.costs.bytes,
-            "operations": self.costs.operations,
-            "compute_seconds": self.compute_seconds,
-            "sent_bytes": self.sent_bytes,
-            "sent_seconds": self.sent_seconds,
-            "seconds": self.seconds,
-            "kernels": [
-                {"name": name, "shape": shape, "count": count}
-                for (name, shape), count in self.costs.kernels.items()
-            ],
-            "compiler_flops": self.compiler_flops,
-            "unknown_loops": sorted(self.costs.unknown_loops),
-            "collectives": [
-                one._asdict() | {"count": count, "bytes": one.bytes}
-                for one, count in largest_first(self.costs.collectives)
-            ],
-        }
-        return found | {"round": self.round_json()} if self.needs is not None else found
-
-    def round_json(self) -> dict[str, Any]:
-        """A round beside what it has to read, and what happens once per call."""
-        bandwidth, control, needs = self.chip.hbm_bandwidth, self.costs.control, self.needs
-        bound = (needs.weights + needs.cache) / bandwidth
-        return {
-            "seconds": self.seconds,
-            "weights_seconds": needs.weights / bandwidth,
-            "cache_seconds": needs.cache / bandwidth,
-            "over_weights": self.seconds / (needs.weights / bandwidth),
-            "over_weights_and_cache": self.seconds / bound,
-            "once_seconds": self.once.seconds,
-            "once_moved_bytes": self.once.bytes,
-            "layer_passes": needs.layer_passes,
-            "operations": self.costs.operations,
-            "operations_in_layers": self.costs.layer_operations,
-            "loops": control["while", True] + control["while", False],
-            "loops_in_layers": control["while", True],
-            "conditionals": control["conditional", True] + control["conditional", False],
-            "conditionals_in_layers": control["conditional", True],
-        }
-
-
-def compile_report(
+def program_report(
     name: str,
     lowered: Lowered,
     trips: Trips,
     chip: Chip,
     mesh: Mapping[str, int],
-    needs: Needs | None = None,
-) -> Report:
-    """Compiles, which takes a minute or more, and reads what came out. needs: of a round, for a
-    program that loops over rounds."""
+    reads: RoundReads | None = None,
+) -> dict[str, Any]:
+    """Compiles, which takes a minute or more, and reads what came out.
+
+    reads: of a round, for a program that loops over rounds; the costs are then those of a round.
+    """
     begin = time.perf_counter()
-    too_large = None
+    compiled = memory = too_large = once = None
     with captured_stderr() as log:
         try:
             compiled = lowered.compile()
@@ -169,43 +58,83 @@ def compile_report(
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
             too_large = _one_line(str(error))
-    seconds = time.perf_counter() - begin
-    warnings = tuple(dict.fromkeys(problems(log)))
-    if too_large is not None:
-        return Report(name, chip, seconds, too_large, warnings)
-    found = compiled.memory_analysis()
-    memory = Memory(
-        found.argument_size_in_bytes,
-        found.output_size_in_bytes,
-        found.temp_size_in_bytes,
-        found.alias_size_in_bytes,
-        found.generated_code_size_in_bytes,
-    )
-    # The compiler for GPUs makes programs of any size.
-    if memory.total > chip.hbm:
-        too_large = f"{name} needs {memory.total / GIB:.1f} GiB of {chip.hbm / GIB:.1f}"
-    program = parse(compiled.as_text())
-    counting = Counting(program, mesh, trips, chip)
-    costs, once = counting.of(program.entry), None
-    if needs is not None:
-        costs, once = in_rounds(costs, counting.of_loop(ROUNDS))
-    flops = float((compiled.cost_analysis() or {}).get("flops", 0))
-    return Report(name, chip, seconds, too_large, warnings, memory, costs, once, needs, flops)
+    seconds, costs, flops = time.perf_counter() - begin, ProgramCosts(), 0.0
+    if compiled is not None:
+        found = compiled.memory_analysis()
+        sizes = {key: getattr(found, f"{word}_size_in_bytes") for key, word in MEMORY.items()}
+        memory = memory_figures(sizes, chip)
+        if memory["total"] > chip.hbm:  # the compiler for GPUs makes programs of any size
+            too_large = f"{name} needs {memory['total'] / GIB:.1f} GiB of {chip.hbm / GIB:.1f}"
+        analysis = CostAnalysis(parse(compiled.as_text()), mesh, trips, chip)
+        costs, once = (analysis.program(), None) if reads is None else analysis.loop(ROUNDS)
+        flops = float((compiled.cost_analysis() or {}).get("flops", 0))
+    report = {
+        "name": name,
+        "compile_seconds": round(seconds, 1),
+        "too_large": too_large,
+        "warnings": list(dict.fromkeys(problems(log))),
+        "memory": memory,
+        **cost_figures(costs, chip),
+        # The compiler's own count: a loop's body once, a conditional at its dearest.
+        "compiler_flops": flops,
+    }
+    return report if once is None else report | {"round": round_figures(costs, once, reads, chip)}
 
 
-def in_rounds(whole: Costs, each: Costs | None) -> tuple[Costs, Costs]:
-    """Costs of a round, and of all else in a program whose loop over rounds counts once."""
-    if each is None:
-        raise ValueError(f"the program has no loop {ROUNDS!r}")
-    once = Costs()
-    once.add(whole)
-    once.add(each, -1)
-    return each, once
+def memory_figures(sizes: Mapping[str, int], chip: Chip) -> dict[str, int]:
+    """Bytes on each device. sizes: by the names in MEMORY."""
+    total = sum(sizes.values()) - 2 * sizes["aliased"]
+    return {**sizes, "total": total, "hbm": chip.hbm}
 
 
-def largest_first(collectives: Mapping[Collective, float]) -> list[tuple[Collective, float]]:
-    """By what they send in all."""
-    return sorted(collectives.items(), key=lambda item: -item[0].sent * item[1])
+def cost_figures(costs: ProgramCosts, chip: Chip) -> dict[str, Any]:
+    """Costs of a run. A program takes at least as long as its computation or, with all links of
+    the chip busy, its communication, if the two overlap entirely."""
+    amounts, sent = costs.amounts, costs.sent_bytes
+    largest_first = sorted(costs.collectives.items(), key=lambda item: -item[0].sent * item[1])
+    return {
+        "attention": attention_kernel(name for name, _ in costs.kernels),
+        "cycles": amounts["cycles"],
+        "flops": amounts["flops"],
+        "moved_bytes": amounts["bytes"],
+        "operations": costs.all_runs("operation"),
+        "compute_seconds": amounts["seconds"],
+        "sent_bytes": sent,
+        "sent_seconds": sent / chip.link_bandwidth,
+        "seconds": max(amounts["seconds"], sent / chip.link_bandwidth),
+        "kernels": [
+            {"name": name, "shape": shape, "count": count}
+            for (name, shape), count in costs.kernels.items()
+        ],
+        "unknown_loops": sorted(costs.unknown_loops),
+        "collectives": [
+            one._asdict() | {"count": count, "bytes": one.bytes} for one, count in largest_first
+        ],
+    }
+
+
+def round_figures(
+    costs: ProgramCosts, once: ProgramCosts, reads: RoundReads, chip: Chip
+) -> dict[str, Any]:
+    """A round beside what it has to read, and what happens once per call."""
+    seconds = cost_figures(costs, chip)["seconds"]
+    weights, cache = reads.weights / chip.hbm_bandwidth, reads.cache / chip.hbm_bandwidth
+    return {
+        "seconds": seconds,
+        "weights_seconds": weights,
+        "cache_seconds": cache,
+        "over_weights": seconds / weights,
+        "over_weights_and_cache": seconds / (weights + cache),
+        "once_seconds": once.amounts["seconds"],
+        "once_moved_bytes": once.amounts["bytes"],
+        "layer_passes": reads.layer_passes,
+        "operations": costs.all_runs("operation"),
+        "operations_in_layers": costs.runs["operation", True],
+        "loops": costs.all_runs("while"),
+        "loops_in_layers": costs.runs["while", True],
+        "conditionals": costs.all_runs("conditional"),
+        "conditionals_in_layers": costs.runs["conditional", True],
+    }
 
 
 @contextmanager
@@ -213,14 +142,12 @@ def captured_stderr() -> Iterator[list[str]]:
     """Lines that are written to stderr meanwhile, by the compiler too; there at the end."""
     lines: list[str] = []
     sys.stderr.flush()
-    before = os.dup(2)
-    with tempfile.TemporaryFile("w+", errors="replace") as file:
+    with tempfile.TemporaryFile("w+", errors="replace") as file, os.fdopen(os.dup(2)) as before:
         os.dup2(file.fileno(), 2)
         try:
             yield lines
         finally:
-            os.dup2(before, 2)
-            os.close(before)
+            os.dup2(before.fileno(), 2)
             file.seek(0)
             lines += file
 

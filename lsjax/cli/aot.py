@@ -14,31 +14,33 @@ figures mean.
 import json
 import math
 import sys
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import jax
-import jax.numpy as jnp
 import tyro
 from jax.sharding import Mesh
+from jax.stages import Lowered
 from rich.console import Console
+from rich.table import Table
 
-from lsjax.aot.chips import Chip, slice_of, slice_size
-from lsjax.aot.needs import round_needs
-from lsjax.aot.programs import Decoding, decoding, evaluation, train_step
-from lsjax.aot.report import Report, compile_report
-from lsjax.cli.aot_show import collectives_table, programs_table, round_lines, training_lines
+from lsjax.aot.chips import GIB, slice_of, slice_size
+from lsjax.aot.costs import Trips
+from lsjax.aot.programs import DecodingShape, decoding, evaluation, round_reads, train_step
+from lsjax.aot.report import program_report
 from lsjax.cli.errors import check_output, one_line_errors
 from lsjax.cli.flags import parse_flags
-from lsjax.cli.training_options import config_parser, read_config
+from lsjax.cli.training import config_parser, read_config
 from lsjax.config import EarlyExitConfig, LayerDropoutConfig, MeshConfig, TrainConfig, check
+from lsjax.evaluation.exits import exit_sums
 from lsjax.sharding import make_mesh
 from lsjax.training.flops import exit_flops, step_flops
 
-Program = Literal["train", "evaluate", "prefill", "decode"]
-TRAINING = {"train", "evaluate"}  # on the configuration's mesh
+ProgramName = Literal["train", "evaluate", "prefill", "decode"]
+MOST_PROBLEMS = 3  # of a program that are printed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,12 +50,12 @@ class Arguments:
     config: Annotated[TrainConfig, tyro.conf.arg(name="")]
     topology: str
     """Chip and slice: v5e:8x8, v5p:4x4x4, v6e:16x16, h100:1, h100:8."""
-    programs: tuple[Program, ...] = get_args(Program)
+    programs: tuple[ProgramName, ...] = get_args(ProgramName)
     """What to compile: the training step, the scoring of a batch at every exit, the reading of a
     prompt, a round of decoding."""
     beside_plain: bool = False
     """Compile the step without layer dropout and exits too, and compare."""
-    decoding: Decoding = Decoding()
+    decoding: DecodingShape = DecodingShape()
     decoding_mesh: MeshConfig = MeshConfig(tensor=4)
     """Devices that decode: four, or all of a smaller slice."""
     output: Path | None = None
@@ -94,95 +96,179 @@ def report(arguments: Arguments) -> dict[str, Any]:
     jax.config.update("jax_platforms", "cpu")  # for the shapes alone
     # Without a chip jax can write programs for it to the cache, but not read them.
     jax.config.update("jax_enable_compilation_cache", False)
-    config, asked = arguments.config, arguments.programs
-    check(config.model is not None, "the configuration has no model, whose shape is needed here")
-    check(bool(asked), f"--programs is empty: choose from {', '.join(get_args(Program))}")
+    config, shape = arguments.config, arguments.config.model
+    check(shape is not None, "the configuration has no model, whose shape is needed here")
+    known = ", ".join(get_args(ProgramName))
+    check(bool(arguments.programs), f"--programs is empty: choose from {known}")
     if arguments.output is not None:
         check_output(arguments.output)
     chip, devices = slice_of(arguments.topology)
-    lowered, needs = {}, {}
-    if TRAINING & {*asked}:
-        mesh = make_mesh(config.mesh, devices)
-    if "train" in asked:
-        lowered["train"] = mesh, *train_step(config, mesh)
-        if arguments.beside_plain:
-            lowered["plain"] = mesh, *train_step(without_layerskip(config), mesh)
-    if "evaluate" in asked:
-        lowered["evaluate"] = mesh, *evaluation(config, mesh)
-    if {"prefill", "decode"} & {*asked}:
-        few = make_mesh(arguments.decoding_mesh, devices)
-        programs = decoding(config.model, arguments.decoding, few)
-        lowered |= {name: (few, *program) for name, program in programs.items() if name in asked}
-        needs["decode"] = round_needs(config.model, arguments.decoding, few, jnp.bfloat16)
-
-    people = Console(highlight=False, soft_wrap=True)
-    notes = Console(stderr=True)
-    reports: list[Report] = []
-    for name, (place, program, trips) in lowered.items():
+    names = [name for name in get_args(ProgramName) if name in arguments.programs]
+    if "train" in names and arguments.beside_plain:
+        names.insert(1, "plain")
+    # All are lowered first: what does not fit is refused before anything is compiled.
+    begun = {name: lowered(name, arguments, devices) for name in names}
+    meshes = {name: dict(mesh.shape) for name, (mesh, *_) in begun.items()}
+    programs, notes = [], Console(stderr=True)
+    for name, (mesh, program, trips) in begun.items():
+        reads = round_reads(shape, arguments.decoding, mesh) if name == "decode" else None
         with notes.status(f"compiling {name} for {arguments.topology}"):
-            sizes = dict(place.shape)
-            reports.append(compile_report(name, program, trips, chip, sizes, needs.get(name)))
-    people.print(title(arguments, chip, next(iter(lowered.values()))[0]))
-    people.print(programs_table(reports))
-    found = figures(arguments, chip, {name: dict(m.shape) for name, (m, *_) in lowered.items()})
-    found["programs"] = [one.to_json() for one in reports]
-    for one in reports:
-        if one.name == "train":
-            people.print(training_lines(one, reports, found["training"]), markup=False)
-        if one.name == "decode" and one.memory is not None:
-            people.print(round_lines(one.round_json(), arguments.decoding.strategy))
-        if one.costs.collectives:
-            people.print(collectives_table(one))
+            programs.append(program_report(name, program, trips, chip, meshes[name], reads))
+    rows, length = config.batch_size, config.seq_len
+    trained_on = math.prod(meshes.get("train", {}).values())
+    found = {
+        "topology": arguments.topology,
+        "chip": chip.to_json(),
+        "meshes": meshes,
+        "training": {
+            "devices": trained_on,
+            "batch_size": rows,
+            "micro_batches": config.micro_batches,
+            "seq_len": length,
+            "remat": config.remat,
+            "plain_flops": step_flops(shape, rows, length, config.lora),
+            "exit_flops": exit_flops(config.early_exit, shape, rows * length, config.num_steps),
+            "peak_flops": chip.peak_flops * trained_on,
+        },
+        "decoding": asdict(arguments.decoding),
+        "programs": programs,
+    }
+    print_report(config, found)
     if arguments.output is not None:
         arguments.output.write_text(json.dumps(found, indent=1) + "\n")
     return found
 
 
-def without_layerskip(config: TrainConfig) -> TrainConfig:
-    """Plain training: no layer dropout, the last exit alone."""
-    return replace(config, layer_dropout=LayerDropoutConfig(), early_exit=EarlyExitConfig())
-
-
-def figures(
-    arguments: Arguments, chip: Chip, meshes: Mapping[str, Mapping[str, int]]
-) -> dict[str, Any]:
-    """All that is known without the compiler."""
-    config, shape = arguments.config, arguments.config.model
-    devices = math.prod(meshes.get("train", {}).values())
-    tokens = config.batch_size * config.seq_len
-    plain = step_flops(shape, config.batch_size, config.seq_len, config.lora)
-    return {
-        "topology": arguments.topology,
-        "chip": chip.to_json(),
-        "meshes": {name: dict(mesh) for name, mesh in meshes.items()},
-        "training": {
-            "devices": devices,
-            "batch_size": config.batch_size,
-            "micro_batches": config.micro_batches,
-            "seq_len": config.seq_len,
-            "remat": config.remat,
-            "plain_flops": plain,
-            "exit_flops": exit_flops(config.early_exit, shape, tokens, config.num_steps),
-            "peak_flops": chip.peak_flops * devices,
-        },
-        "decoding": asdict(arguments.decoding),
-    }
-
-
-def title(arguments: Arguments, chip: Chip, mesh: Mesh) -> str:
-    """What was compiled."""
+def lowered(name: str, arguments: Arguments, devices: Sequence[Any]) -> tuple[Mesh, Lowered, Trips]:
+    """A program and its mesh."""
     config = arguments.config
-    sizes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items() if size > 1)
-    found = (
-        f"{config.model.num_params / 1e9:.2f}B parameters on {mesh.size} of {chip.name} "
-        f"({sizes or 'one device'})"
+    if name in ("prefill", "decode"):
+        mesh = make_mesh(arguments.decoding_mesh, devices)
+        return mesh, *decoding(name, config.model, arguments.decoding, mesh)
+    if name == "plain":
+        config = replace(config, layer_dropout=LayerDropoutConfig(), early_exit=EarlyExitConfig())
+    mesh = make_mesh(config.mesh, devices)
+    if name == "evaluate":
+        return mesh, *evaluation(config, mesh, exit_sums)
+    return mesh, *train_step(config, mesh)
+
+
+def print_report(config: TrainConfig, found: Mapping[str, Any]) -> None:
+    """Tables of what the programs need."""
+    people = Console(highlight=False, soft_wrap=True)
+    programs = {program["name"]: program for program in found["programs"]}
+    mesh = next(iter(found["meshes"].values()))
+    sizes = " x ".join(f"{name} {size}" for name, size in mesh.items() if size > 1)
+    devices = f"{math.prod(mesh.values())} of {found['chip']['name']} ({sizes or 'one device'})"
+    title = f"{config.model.num_params / 1e9:.2f}B parameters on {devices}"
+    if {"train", "evaluate"} & {*programs}:
+        rows, parts = f"{config.batch_size} x {config.seq_len}", config.micro_batches
+        title += f"; training with {rows} tokens in {parts} micro-batches, remat {config.remat}"
+    people.print(title)
+    people.print(programs_table(found["programs"]))
+    for name, program in programs.items():
+        if name == "train":
+            people.print(training_lines(programs, found["training"]), markup=False)
+        if "round" in program:
+            people.print(round_lines(program["round"], found["decoding"]["strategy"]))
+        if program["collectives"]:
+            people.print(collectives_table(program))
+
+
+def programs_table(programs: Sequence[Mapping[str, Any]]) -> Table:
+    """A row for each program, per device; attention kernels and problems below."""
+    kernels = ", ".join(f"{one['name']} {one['attention']}" for one in programs if one["memory"])
+    below = [f"attention: {kernels}"] if kernels else []
+    names = ("arguments", "temporaries", "all, GiB", "of HBM", "computing", "sending")
+    table = _table("per device", ["program"], [*names, "compiled in"])
+    for one in programs:
+        cells = ["too large", *[""] * 5]
+        if memory := one["memory"]:
+            parts = ("arguments", "temporaries", "total")
+            cells = [f"{memory[part] / GIB:.2f}" for part in parts]
+            cells.append(f"{memory['total'] / memory['hbm']:.1%}")
+            cells += [f"{one[f'{part}_seconds'] * 1e3:.1f} ms" for part in ("compute", "sent")]
+        table.add_row(one["name"], *cells, f"{one['compile_seconds']:.0f} s")
+        problems = [one["too_large"]] if one["too_large"] else []
+        problems += one["warnings"]
+        problems += [f"a loop of unknown length: {name}" for name in one["unknown_loops"]]
+        more = len(problems) - MOST_PROBLEMS
+        below += problems[:MOST_PROBLEMS] + [f"and {more} more"] * (more > 0)
+    table.caption = "\n".join(below) or None
+    return table
+
+
+def training_lines(programs: Mapping[str, Mapping[str, Any]], training: Mapping[str, Any]) -> str:
+    """FLOPs of the step and the utilisation that its bound allows; beside plain training, if that
+    was compiled."""
+    plain, exits, peak = (training[f"{name}_flops"] for name in ("plain", "exit", "peak"))
+    lines = [
+        f"FLOPs of a step: {plain:.4g} of the plain model, {exits:.4g} ({exits / plain:.1%}) more "
+        "for the exits"
+    ]
+    one, other = programs["train"], programs.get("plain")
+    if one["memory"] is None:
+        return lines[0]
+    best = plain / peak / one["seconds"]
+    apart = plain / peak / (one["compute_seconds"] + one["sent_seconds"])
+    lines.append(
+        f"a step takes {one['seconds']:.3f} s or more: the plain model's FLOPs at {best:.1%} of "
+        f"the peak, {apart:.1%} where sending hides behind nothing"
     )
-    if not TRAINING & {*arguments.programs}:
-        return found
+    if other is not None and other["memory"] is not None:
+        less = other["memory"]["total"]
+        more = one["memory"]["total"] - less
+        lines.append(
+            f"over plain training: {more / GIB:+.2f} GiB ({more / less:+.1%}), "
+            f"{one['seconds'] / other['seconds'] - 1:+.1%} of the time"
+        )
+    return "\n".join(lines)
+
+
+def round_lines(found: Mapping[str, Any], strategy: str) -> str:
+    """A round of decoding beside what it has to read, and the kernels and loops in it."""
+    weights, once = (found[f"{name}_seconds"] * 1e3 for name in ("weights", "once"))
+    both = weights + found["cache_seconds"] * 1e3
+    each = "a token" if strategy == "autoregressive" else "a round"
+    passes = found["operations_in_layers"] / found["layer_passes"]
     return (
-        f"{found}; training with {config.batch_size} x {config.seq_len} tokens in "
-        f"{config.micro_batches} micro-batches, remat {config.remat}"
+        f"decode: {each} takes {found['seconds'] * 1e3:.2f} ms or more, and {once:.2f} ms once per "
+        f"call\n"
+        f"  weights over bandwidth: {weights:.2f} ms ({found['over_weights']:.2f} times that); "
+        f"with the cache in use: {both:.2f} ms ({found['over_weights_and_cache']:.2f} times)\n"
+        f"  kernels: {found['operations']:.0f}, of them {found['operations_in_layers']:.0f} in "
+        f"{found['layer_passes']} layers ({passes:.1f} each)\n"
+        f"  loops: {found['loops']:.0f}, of them {found['loops_in_layers']:.0f} in layers; "
+        f"conditionals: {found['conditionals']:.0f}, of them "
+        f"{found['conditionals_in_layers']:.0f} in layers"
     )
+
+
+def collectives_table(program: Mapping[str, Any]) -> Table:
+    """What a program sends, by kind and by the axes of the mesh."""
+    sent = program["sent_bytes"] / 1e9
+    title = f"{program['name']}: what devices do together, {sent:.2f} GB sent by each"
+    table = _table(title, ["kind", "over"], ["times", "GB", "GB sent", "largest"])
+    groups = defaultdict(list)
+    for one in program["collectives"]:
+        groups[one["kind"], one["axes"]].append(one)
+
+    def total(found: Sequence[Mapping[str, Any]], name: str) -> float:
+        return sum(one[name] * one["count"] for one in found) / 1e9
+
+    for (kind, axes), found in sorted(groups.items(), key=lambda item: -total(item[1], "sent")):
+        count = sum(one["count"] for one in found)
+        largest = max(found, key=lambda one: one["bytes"])["shape"]
+        figures = (f"{total(found, name):.3f}" for name in ("bytes", "sent"))
+        table.add_row(kind, " x ".join(axes), f"{count:.0f}", *figures, largest)
+    return table
+
+
+def _table(title: str, left: Sequence[str], right: Sequence[str]) -> Table:
+    table = Table(title=title, title_justify="left", caption_justify="left", box=None)
+    for name in (*left, *right):
+        table.add_column(name, justify="left" if name in left else "right")
+    return table
 
 
 if __name__ == "__main__":

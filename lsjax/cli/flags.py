@@ -56,9 +56,9 @@ class ModelFlags(Checked, prefix="--"):
     batch_size: int = 1
     """Prompts decoded side by side."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Of weights and cache; auto is float32 on CPUs and bfloat16 on accelerators."""
+    """Type of weights and cache; auto is float32 on CPUs and bfloat16 on accelerators."""
     max_length: int | None = None
-    """Of prompt and new tokens together; the model's context by default."""
+    """Most tokens of prompt and new text together; the model's context by default."""
     mesh: MeshConfig = MeshConfig()
     """Devices to decode on; one by default."""
 

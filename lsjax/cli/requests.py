@@ -1,5 +1,6 @@
 """The arguments of decode.py, and the requests that they ask for."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -7,11 +8,11 @@ from typing import Annotated
 import tyro
 
 from lsjax.cli.flags import ModelFlags, SamplingFlags, StrategyFlags, check_sampling
-from lsjax.cli.prompts import read_requests
-from lsjax.config import bounded, check
+from lsjax.cli.prompts import encode_prompts, read_requests
+from lsjax.config import LlamaConfig, bounded, check
 from lsjax.data.chat import chat_prompt
 from lsjax.data.tokenizer import Tokenizer
-from lsjax.decoding.request import Request
+from lsjax.decoding.request import Request, encode_prompt
 from lsjax.decoding.sampling import GREEDY
 
 
@@ -78,12 +79,29 @@ def choose_requests(arguments: Arguments) -> list[Request]:
     return requests
 
 
-def prompt_ids(tokenizer: Tokenizer, prompt: str, arguments: Arguments) -> list[int]:
-    """Token ids of a prompt, in the chat template if asked for."""
-    if not (arguments.chat or arguments.interactive):
-        return tokenizer.encode(prompt)
-    text = chat_prompt(tokenizer, prompt, arguments.system)
-    return tokenizer.encode(text, add_bos=False)
+def encode_requests(
+    requests: Sequence[Request], arguments: Arguments, tokenizer: Tokenizer, config: LlamaConfig
+) -> list[list[int]]:
+    """Token ids of each prompt, in the chat template if asked for.
+
+    Raises ConfigError for what `encode_prompt` refuses, with the number of the prompt.
+    """
+
+    def encode(request: Request) -> list[int]:
+        ids = request.prompt
+        if arguments.chat or arguments.interactive:
+            text = chat_prompt(tokenizer, request.prompt, arguments.system)
+            ids = tokenizer.encode(text, add_bos=False)
+        return encode_prompt(
+            ids,
+            tokenizer,
+            config,
+            max_new_tokens=request.max_new_tokens,
+            max_length=arguments.max_length,
+            stop_ids=request.stop_ids,
+        )
+
+    return encode_prompts(requests, encode)
 
 
 def _check_together(arguments: Arguments) -> None:

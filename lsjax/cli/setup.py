@@ -9,11 +9,7 @@ from pathlib import Path
 
 import jax
 
-
-def cache_directory() -> Path:
-    """For what can be made again: $LSJAX_CACHE, else lsjax below $XDG_CACHE_HOME or ~/.cache."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("LSJAX_CACHE") or Path(base) / "lsjax")
+from lsjax.data.token_store import cache_directory
 
 
 def keep_compiled_programs() -> None:

@@ -12,6 +12,7 @@ that the tokens depend on:
 
 import hashlib
 import json
+import os
 import shutil
 import uuid
 from array import array
@@ -36,6 +37,13 @@ ARRAYS = ("tokens", "starts", "prompts", "keys")
 BLOCK = 1 << 20  # tokens that are written at a time
 # Characters that SentencePiece seldom joins with what follows; its normalizers drop the first.
 MARKS = ("\x01", ".", ":", "0", "\u4e00")
+
+
+def cache_directory() -> Path:
+    """For files that can be made again: $LSJAX_CACHE, else lsjax below $XDG_CACHE_HOME or
+    ~/.cache."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("LSJAX_CACHE") or Path(base) / "lsjax")
 
 
 @dataclass(frozen=True, eq=False)

@@ -56,7 +56,7 @@ class Draft:
         return self.tokens_BT if self.head is None else self.head.places_V[self.tokens_BT]
 
     def of_drafts(self, values_BTV: Float[Array, "B T V"]) -> Float[Array, "B T"]:
-        """Of each column's values that of its draft."""
+        """The value of each column's draft among its values."""
         return jnp.take_along_axis(values_BTV, self.tokens_BT[..., None], axis=2)[..., 0]
 
     def leading(self, stands_BT: Bool[Array, "B T"]) -> Int[Array, " B"]:

@@ -16,7 +16,7 @@ FINISH_REASONS = {EOS: "eos", LENGTH: "length", STOP: "stop"}
 class Trace:
     """The n new tokens of a row and where each came from (the buffers of DecodeState).
 
-    tokens_n: ids. accepted_n: an accepted draft. replaced_n: the draft's token that was refused
+    tokens_n: ids. accepted_n: an accepted draft. replaced_n: the draft's token that was rejected
     in favour of this one, or -1. round_n: at the last token of a round, 1 + tokens drafted in it.
     log_probs_n: of the tokens, or None. The first token is the prefill's: a round of its own that
     is no round of decoding.
@@ -42,7 +42,7 @@ class Trace:
         return len(self.tokens_n)
 
     def cut(self, count: int) -> "Trace":
-        """The first `count` tokens. What lies behind the cut was neither drafted nor accepted: a
+        """The first `count` tokens. What comes behind the cut was neither drafted nor accepted: a
         round that is cut inside has drafted just the tokens that are kept of it."""
         round_n = self.round_n[:count].copy()
         if count and not round_n[-1]:

@@ -2,8 +2,8 @@
 
 The head is as dear as several layers (8 of SmolLM2's 30, 4.3 of Llama-3.2 1B's 16), and a draft
 passes it for every token. A draft may come from any distribution, so it may as well come from the
-N likeliest tokens of the domain: N rows of the head instead of V. The verification weighs the
-whole vocabulary, so the text stays the same; a token outside costs a refused draft.
+N most frequent tokens of the domain: N rows of the head instead of V. The verification weighs the
+whole vocabulary, so the text stays the same; a token outside costs a rejected draft.
 """
 
 from collections.abc import Mapping

@@ -13,7 +13,7 @@ from lsjax.decoding.autoregressive import Autoregressive
 from lsjax.decoding.batching import ContinuousBatch, Conversation
 from lsjax.decoding.completion import Completion, Update
 from lsjax.decoding.programs import Programs
-from lsjax.decoding.request import Request, check_settings, check_stop_ids, encode_prompt
+from lsjax.decoding.request import Request, check_settings, encode_prompt
 from lsjax.decoding.sampling import GREEDY, Sampling
 from lsjax.decoding.state import Strategy
 from lsjax.model.llama import Llama
@@ -142,16 +142,6 @@ class Engine:
         """Rows of a cache; beside a batch there is a row in which the next prompt is read."""
         return self.batch_size + (self.batch_size > 1)
 
-    def encode(self, prompt: str | Sequence[int], max_new_tokens: int) -> list[int]:
-        """`encode_prompt` for this engine."""
-        return encode_prompt(
-            prompt,
-            self.tokenizer,
-            self.model.config,
-            max_new_tokens=max_new_tokens,
-            max_length=self.max_length,
-        )
-
     def generate(
         self,
         prompts: Sequence[str | Sequence[int] | Request],
@@ -167,7 +157,7 @@ class Engine:
         equal prompts give different texts. options: the other fields of `Request`.
         on_completion: called with index and completion as each one ends.
 
-        Raises ConfigError for what `Request`, `check_stop_ids` and `encode_prompt` refuse.
+        Raises ConfigError for what `Request` and `encode_prompt` refuse.
         """
         if isinstance(sampling, Sampling):
             seeds = [(sampling.seed + i) % 2**32 for i in range(len(prompts))]
@@ -231,8 +221,18 @@ class Engine:
             options = {k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}
             ids = prompt if isinstance(prompt, str) else list(prompt)
             prompt = Request(prompt=ids, **options)
-        check_stop_ids(prompt, self.model.config)
-        return prompt, self.encode(prompt.prompt, prompt.max_new_tokens)
+        return prompt, self.encode(prompt)
+
+    def encode(self, request: Request) -> list[int]:
+        """The token ids of its prompt. Raises ConfigError for what `encode_prompt` refuses."""
+        return encode_prompt(
+            request.prompt,
+            self.tokenizer,
+            self.model.config,
+            max_new_tokens=request.max_new_tokens,
+            max_length=self.max_length,
+            stop_ids=request.stop_ids,
+        )
 
 
 def cache_slots(length: int, strategy: Strategy) -> int:

@@ -34,15 +34,6 @@ class Request(Checked):
         check("" not in self.stop, "a stop string is empty: give the text to stop at")
 
 
-def check_stop_ids(request: Request, config: LlamaConfig) -> None:
-    """Raises ConfigError for stop ids that the model does not have."""
-    check(
-        max(request.stop_ids, default=0) < config.vocab_size,
-        f"stop ids {list(request.stop_ids)} are not all in the vocabulary of {config.vocab_size}: "
-        f"give ids in 0..{config.vocab_size - 1}",
-    )
-
-
 def check_settings(
     config: LlamaConfig,
     strategy: Strategy,
@@ -76,14 +67,20 @@ def encode_prompt(
     *,
     max_new_tokens: int,
     max_length: int | None,
+    stop_ids: Sequence[int] = (),
 ) -> list[int]:
     """The prompt's token ids.
 
     Raises ConfigError for an empty prompt, one that leaves no room for max_new_tokens, and ids
-    that the model does not have.
+    that the model does not have, those that end a text included.
     """
     ids = tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
     limit = config.max_context if max_length is None else max_length
+    check(
+        max(stop_ids, default=0) < config.vocab_size,
+        f"stop ids {list(stop_ids)} are not all in the vocabulary of {config.vocab_size}: give ids "
+        f"in 0..{config.vocab_size - 1}",
+    )
     check(len(ids) > 0, "the prompt is empty: it needs at least one token")
     check(max_new_tokens >= 1, f"max_new_tokens {max_new_tokens} is below 1: ask for 1 or more")
     check(

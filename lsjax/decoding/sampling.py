@@ -27,7 +27,7 @@ DRAW_BLOCK = 256  # tokens that a draw takes together first
 class Purpose(IntEnum):
     """What a draw at a position is for; each purpose has a random stream of its own."""
 
-    TOKEN = 0  # the whole model's own token, or what replaces a refused draft
+    TOKEN = 0  # the whole model's own token, or what replaces a rejected draft
     DRAFT = 1
     ACCEPT = 2
 
@@ -52,7 +52,7 @@ class Sampling(Checked):
     min_p: float = bounded(0.0, low=0, high=1, hint="0 is all tokens")
     """Draws from tokens at least min_p times as likely as the likeliest (Nguyen et al., 2024)."""
     seed: int = bounded(0, low=0, high=2**32 - 1)
-    """Of the first text; each further one has the next number."""
+    """Seed of the first text; each further one has the next number."""
     repetition_penalty: float = bounded(1.0, low=1, hint="1 is no penalty")
     """Divides the logits above 0 of tokens of prompt and text, and multiplies those below (Keskar
     et al., 2019)."""
@@ -180,7 +180,7 @@ class Penalties:
     def create(
         cls, rows: Sequence[Sampling], among: Sequence[Sampling] | None = None
     ) -> "Penalties | None":
-        """Of row b as rows[b] says; None if nobody among them asks for any."""
+        """Row b is treated as rows[b] says; None if nobody among them asks for any."""
         if not any(row.repeats for row in (rows if among is None else among)):
             return None
         return cls(

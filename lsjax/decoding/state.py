@@ -41,10 +41,10 @@ class DecodeState:
     stop_Bn: Int[Array, "B n"]  # tokens that end a row; -1 is none
     tokens_BS: Int[Array, "B S"]
     accepted_BS: Bool[Array, "B S"]  # a draft proposed this token and the verification agreed
-    replaced_BS: Int[Array, "B S"]  # the draft's token that the verification refused here, or -1
+    replaced_BS: Int[Array, "B S"]  # the draft's token that the verification rejected here, or -1
     round_BS: Int[Array, "B S"]  # at the last token of a round 1 + tokens drafted in it, else 0
     log_probs_BS: Float[Array, "B S"] | None  # of the tokens, if somebody wants them
-    draws: Draws | None  # how tokens are drawn; None takes the likeliest
+    draws: Draws | None  # how tokens are drawn; None takes the argmax
     penalties: Penalties | None
 
     @classmethod
@@ -222,10 +222,10 @@ class DecodeState:
         count_B = jnp.where(self.running_B, count_B, 0)
         last_BT = index_T == count_B[:, None] - 1
         is_accepted_BT = jnp.broadcast_to(index_T < jnp.reshape(accepted_B, (-1, 1)), new_BT.shape)
-        refused_BT = jnp.full_like(new_BT, -1)
+        rejected_BT = jnp.full_like(new_BT, -1)
         if draft_BT is not None:
             was_drafted_BT = index_T < jnp.reshape(drafted_B, (-1, 1))
-            refused_BT = jnp.where(was_drafted_BT & ~is_accepted_BT, draft_BT, -1)
+            rejected_BT = jnp.where(was_drafted_BT & ~is_accepted_BT, draft_BT, -1)
         ends_B = self.running_B & (count_B == room_B)
         stops_B = (last_BT & stop_BT).any(1)
         finish_B = jnp.where(ends_B, LENGTH, self.finish_B)
@@ -238,7 +238,7 @@ class DecodeState:
             finish_B=jnp.where(stops_B, EOS, finish_B),
             tokens_BS=put(self.tokens_BS, new_BT),
             accepted_BS=put(self.accepted_BS, is_accepted_BT),
-            replaced_BS=put(self.replaced_BS, refused_BT),
+            replaced_BS=put(self.replaced_BS, rejected_BT),
             round_BS=put(self.round_BS, jnp.where(last_BT, 1 + jnp.reshape(drafted_B, (-1, 1)), 0)),
         )
 

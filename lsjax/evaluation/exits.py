@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,10 +18,13 @@ from jax import lax
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
+from lsjax.checkpoints import EVALUATION
 from lsjax.config import AttentionKernel, ComputeDtype, ConfigError, check
 from lsjax.decoding.sampling import likeliest
 from lsjax.model.llama import Llama, cast_matrices
 from lsjax.sharding import chunk_steps, constrain, split_rows
+from lsjax.training.loop import Hook
+from lsjax.training.run import TrainingRun
 
 AGREEMENT = "agreement: share of greedy drafts that would be accepted, teacher-forced"
 CHUNK_LOGITS = 2**25  # logits that exist at a time, on each device
@@ -82,6 +85,33 @@ def score_exits(
     return ExitScores(
         tuple((loss_E / count).tolist()), tuple((agreed_E / count).tolist()), int(count)
     )
+
+
+def evaluation_hook(
+    run: TrainingRun, show: Callable[[int, ExitScores], None] = lambda step, scores: None
+) -> Hook:
+    """Scores every exit of a training run on its held-out batches, computing as a step does.
+
+    The loss of the last exit decides which saved steps are the best. show: called with the steps
+    done and the scores.
+    """
+    config, batches = run.config, list(run.held_out)
+
+    def evaluate(step: int, model: Llama) -> dict[str, Any]:
+        scores = score_exits(
+            model,
+            map(run.place, batches),
+            dtype=config.dtype,
+            micro_batches=config.micro_batches,
+            attention=config.attention,
+        )
+        loss = scores.loss_E[-1]
+        if math.isfinite(loss):
+            run.losses[step] = loss
+        show(step, scores)
+        return {**scores.to_json(), "last_exit_loss": loss}
+
+    return Hook(EVALUATION, config.evaluation.every, evaluate)
 
 
 @partial(jax.jit, static_argnames=("dtype", "micro_batches", "attention"))

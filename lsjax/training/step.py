@@ -10,13 +10,12 @@ import optax
 from jax import lax
 from jaxtyping import Array, Int
 
-from lsjax.config import StepConfig
+from lsjax.config import OptimizerConfig, StepConfig
 from lsjax.model.llama import Llama, stacked
 from lsjax.model.lora import joined, split, with_adapters
 from lsjax.sharding import split_rows
 from lsjax.training.early_exit import enabled_exits
 from lsjax.training.objective import objective
-from lsjax.training.optimizer import directions, learning_rates
 
 Batch = dict[str, Array]  # tokens_BT, labels_BT, segments_BT, positions_BT
 Metrics = dict[str, Array]
@@ -136,3 +135,40 @@ def loss_and_gradients(
         return jax.tree.map(jnp.add, total, one(*part)), None
 
     return lax.scan(add, zeros, split_batch)[0]
+
+
+def learning_rates(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
+    """Learning rate at step t of T: up from 0 over the warm-up, then as the schedule says.
+
+    Step 0 is already one of `warmup_steps + 1` steps up, as a rate of 0 would waste it.
+    """
+    peak, final = config.learning_rate, config.learning_rate * config.final_share
+    steps = max(1, num_steps - config.warmup_steps)
+    match config.schedule:
+        case "constant":
+            after = optax.constant_schedule(peak)
+        case "cosine":
+            after = optax.cosine_decay_schedule(peak, steps, config.final_share)
+        case "linear":
+            after = optax.linear_schedule(peak, final, steps)
+    up = config.warmup_steps + 1
+    warmup = optax.linear_schedule(peak / up, peak, config.warmup_steps) if up > 1 else after
+    return optax.join_schedules([warmup, after], [config.warmup_steps])
+
+
+def directions(config: OptimizerConfig) -> optax.GradientTransformation:
+    """AdamW without its learning rate, by which the step multiplies."""
+    return optax.chain(
+        optax.scale_by_adam(config.b1, config.b2, config.eps),
+        optax.add_decayed_weights(config.weight_decay, mask=decays),
+    )
+
+
+def decays(params):
+    """True for matrices and tables, False for the scales of norms and for biases."""
+
+    def one(path, _):
+        name = jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value")
+        return not name.endswith(("scale", "bias"))
+
+    return jax.tree_util.tree_map_with_path(one, params)

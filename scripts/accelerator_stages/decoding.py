@@ -1,58 +1,166 @@
-"""Stages b and b8: decoding of 1B and 8B shapes, every draft right (an identity tail).
+"""Stage a: every strategy gives the tokens of autoregressive decoding. Stages b and b8: the speed
+of 1B and 8B shapes, every draft right.
+
+Models have random weights, or the same with an identity tail, whose drafts are all right. A
+strategy's texts are compared in float32, where a difference is a failure if the two best logits
+are further apart than rounding explains, and in bfloat16, where the margins are noted.
 
 The limit of a round is the bytes of weights and of cache in use that it reads, over the memory's
 measured bandwidth. The ideal speedup counts weights alone (lsjax/decoding/cost.py).
 """
 
 import statistics
+from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import jax
+import numpy as np
+from accelerator_stages.results import PartResults, card
+from flax import nnx
 
-from accelerator_stages.inputs import Numbers, random_model, random_prompts
-from accelerator_stages.report import Report, Row, card
 from lsjax.cli.setup import choose_dtype
 from lsjax.config import LlamaConfig
-from lsjax.decoding.autoregressive import Autoregressive
+from lsjax.data.tokenizer import Tokenizer, TokenizerError
+from lsjax.decoding.autoregressive import Autoregressive, EarlyExit
+from lsjax.decoding.completion import Completion
 from lsjax.decoding.cost import ideal_speedup, memory_bandwidth, weight_bytes
+from lsjax.decoding.draft_vocabulary import DraftVocabulary
 from lsjax.decoding.engine import Engine
 from lsjax.decoding.self_speculative import SelfSpeculative
 from lsjax.decoding.state import Strategy
-from lsjax.evaluation.exactness import identity_tail
+from lsjax.evaluation.exactness import FLOAT32_MARGIN, first_difference, identity_tail
+from lsjax.model.llama import Llama
 
+ROWS = 4  # of a batch: fewer than there are prompts, so that a row is given another
 SHAPES = {"1b": LlamaConfig.llama3_2_1b, "8b": LlamaConfig.llama3_8b}
 
 
-def run(part: str, report: Report, tiny: bool) -> None:
-    """Decodes by one shape; a variant of the compiler's flags measures fewer strategies."""
+class Numbers(Tokenizer):
+    """Spells token 17 as " 17"; nothing ends a text."""
+
+    bos_id, eos_ids, add_bos, chat_template = None, (), False, None
+    special_spelling: dict[int, str] = {}
+
+    def __init__(self, vocab_size: int):
+        self.vocab_size = vocab_size
+        self._pieces = {token: f" {token}".encode() for token in range(vocab_size)}
+
+    def _encode(self, text: str, allow_special: bool) -> list[int]:
+        return [int(word) for word in text.split()]
+
+    def _save_model(self, directory: Path) -> str:
+        raise TokenizerError("numbers as tokens have no files: save the model's own tokenizer")
+
+
+def random_model(config: LlamaConfig, dtype: str) -> Llama:
+    """Random weights, made on the device."""
+    return jax.jit(lambda: Llama(config, rngs=nnx.Rngs(0), dtype=dtype))()
+
+
+def random_prompts(config: LlamaConfig, lengths: Sequence[int]) -> list[list[int]]:
+    """A prompt of each length."""
+    rng = np.random.default_rng(0)
+    return [rng.integers(config.vocab_size, size=length).tolist() for length in lengths]
+
+
+def strategies(config: LlamaConfig, part: str, tiny: bool) -> list[tuple[str, Strategy, int]]:
+    """Names, strategies, and the rows of their batches; of tiny models a few, as each of them takes
+    seconds to compile. An early exit gives the same tokens only with the identity tail."""
+    layers, half = config.num_layers, config.num_layers // 2
+    vocabulary = DraftVocabulary(np.arange(config.vocab_size // 4, dtype=np.int32))
+    several = SelfSpeculative(half, 5, shared_exits=(layers - 1,), shared_lengths=(2,))
+    found = [
+        ("a quarter of the layers, 4 drafts", SelfSpeculative(max(1, layers // 4), 4), 1),
+        ("half, 5 drafts, of several", several, 1),
+        (f"half, 4 drafts, {ROWS} rows", SelfSpeculative(half, 4), ROWS),
+        (f"autoregressive, {ROWS} rows", Autoregressive(), ROWS),
+        ("all but one, 8 drafts", SelfSpeculative(layers - 1, 8), 1),
+        ("no drafts", SelfSpeculative(half, 0), 1),
+        ("half, 4 drafts of a vocabulary", SelfSpeculative(half, 4, vocabulary), 1),
+        ("half, 4 drafts by confidence", SelfSpeculative(half, 4, draft_confidence=0.2), 1),
+        ("early exit", EarlyExit(half), 1),
+    ]
+    return found[: 3 if part == "float32" else 1] if tiny else found
+
+
+def run_equality(part: str, results: PartResults, tiny: bool) -> None:
+    """Stage a in one dtype, which is the part."""
+    dtype = choose_dtype(part)
+    config = LlamaConfig.tiny(num_layers=2)
+    if not tiny:  # an untied head: a tied one repeats the last token
+        config = LlamaConfig.llama3_2_1b(num_layers=8, vocab_size=4096, tie_embeddings=False)
+    # Lengths that are read in chunks of one size, so that there is one program for it.
+    lengths = [5, 24, 17, 32, 30, 9] if tiny else [300, 410, 290, 520, 333, 700]
+    prompts = random_prompts(config, lengths)
+    results.start(card(), new_tokens=(new := 12 if tiny else 48), prompts=len(prompts))
+    plain, quarter = random_model(config, dtype), max(1, config.num_layers // 4)
+    engines = {
+        rows: Engine(plain, Numbers(config.vocab_size), batch_size=rows) for rows in (1, ROWS)
+    }
+
+    def texts(model: Llama, strategy: Strategy, rows: int) -> list[Completion]:
+        engines[rows].use_model(model)
+        engines[rows].use(strategy)
+        return engines[rows].generate(prompts, max_new_tokens=new)
+
+    def compared(model: Llama, expected: list[Completion], name: str, *rest: Any) -> dict[str, Any]:
+        found = texts(model, *rest)
+        pairs = [
+            first_difference(model, prompt, one.token_ids, other.token_ids)
+            for prompt, one, other in zip(prompts, expected, found, strict=True)
+        ]
+        differences = [pair for pair in pairs if pair is not None]
+        wide = sum(not one.margin <= FLOAT32_MARGIN for one in differences)
+        if wide and dtype == "float32":
+            results.fail(name, f"{wide} texts differ by a margin above {FLOAT32_MARGIN:.0e}")
+        drafted = sum(one.drafted for one in found)
+        return {
+            "texts": len(found),
+            "differ": len(differences),
+            "widest margin": max((float(one.margin) for one in differences), default=None),
+            "roundings": max((float(one.roundings) for one in differences), default=None),
+            "accepted": sum(one.accepted for one in found) / drafted if drafted else None,
+        }
+
+    for kind, model in (("random", plain), ("identity tail", identity_tail(plain, quarter))):
+        results.say(f"autoregressive, {kind}")
+        expected = texts(model, Autoregressive(), 1)
+        for name, strategy, rows in strategies(config, part, tiny):
+            if kind == "identity tail" or not isinstance(strategy, EarlyExit):
+                measured = partial(compared, model, expected, name, strategy, rows)
+                results.measure(f"{name}, {kind}", measured)
+
+
+def run_speed(part: str, results: PartResults, tiny: bool) -> None:
+    """Stages b and b8: one shape; a variant of the compiler's flags measures fewer strategies."""
     shape, _, variant = part.partition("-")
     config = LlamaConfig.tiny(num_layers=2) if tiny else SHAPES[shape]()
     prompt, new, repeats = (20, 17, 1) if tiny else (896, 128, 3)
-    report.start(card(), shape=shape, prompt_tokens=prompt, new_tokens=new)
+    results.start(card(), shape=shape, prompt_tokens=prompt, new_tokens=new)
     bandwidth = memory_bandwidth(1 << 24 if tiny else 1 << 32)
-    report.put(bandwidth=bandwidth, dtype=(dtype := choose_dtype("auto")))
-    report.say(f"{dtype}, memory {bandwidth / 1e9:.0f} GB/s; making the model")
+    results.put(bandwidth=bandwidth, dtype=(dtype := choose_dtype("auto")))
+    results.say(f"{dtype}, memory {bandwidth / 1e9:.0f} GB/s; making the model")
     eighth, quarter, half = (max(1, config.num_layers // divisor) for divisor in (8, 4, 2))
     model = jax.block_until_ready(identity_tail(random_model(config, dtype), eighth))
-    tokenizer = Numbers(config.vocab_size)
     for batch in (2,) if tiny else (1, 8, 32):
         cells = {(quarter, 4)}
         if batch == 1 and not variant and not tiny:
             cells |= {(eighth, 4), (quarter, 8), (half, 4)}
         # A batch reads its prompts into a row of its own, so each batch is another engine.
-        engine = Engine(model, tokenizer, batch_size=batch, ignore_end=True)
+        engine = Engine(model, Numbers(config.vocab_size), batch_size=batch, ignore_end=True)
         prompts = random_prompts(config, [prompt] * batch)
-        measured = partial(measure, engine, prompts, new, repeats, bandwidth)
-        base = report.measure(
-            f"batch {batch}, autoregressive", partial(measured, Autoregressive(), None)
-        )
+        measured = partial(speed, engine, prompts, new, repeats, bandwidth)
+        name, base = f"batch {batch}, autoregressive", partial(measured, Autoregressive(), None)
+        base = results.measure(name, base).get("tokens/s")
         for exit_layer, drafts in sorted(cells):
             name = f"batch {batch}, exit {exit_layer}, {drafts} drafts"
             strategy = SelfSpeculative(exit_layer, drafts)
-            report.measure(name, partial(measured, strategy, base.get("tokens/s")))
+            results.measure(name, partial(measured, strategy, base))
 
 
-def measure(
+def speed(
     engine: Engine,
     prompts: list[list[int]],
     new_tokens: int,
@@ -60,7 +168,7 @@ def measure(
     bandwidth: float,
     strategy: Strategy,
     base: float | None,
-) -> Row:
+) -> dict[str, Any]:
     """Speed of one strategy after a warm-up. base: tokens/s of autoregressive decoding."""
     config, itemsize = engine.model.config, engine.model.dtype.itemsize
     compiling, seconds = engine.compile_seconds, []
@@ -70,25 +178,25 @@ def measure(
         done = engine.generate(prompts, max_new_tokens=new_tokens)
         seconds.append(engine.decode_seconds - before)
     median = statistics.median(seconds[1:])
-    speed = sum(one.num_new_tokens - 1 for one in done) / median
+    tokens_per_second = sum(one.num_new_tokens - 1 for one in done) / median
     rounds = max(one.rounds for one in done)
-    in_use = len(prompts[0]) + new_tokens // 2
     weights = weight_bytes(config, itemsize)
-    cache = config.cache_bytes(len(prompts), in_use, itemsize)
-    row: Row = {"speedup": None, "accepted": None, "ideal": None, "share of the ideal": None}
+    cache = config.cache_bytes(len(prompts), len(prompts[0]) + new_tokens // 2, itemsize)
+    row = {"speedup": None, "accepted": None, "ideal": None, "share of the ideal": None}
     if isinstance(strategy, SelfSpeculative):
         drafted, accepted = (sum(getattr(one, k) for one in done) for k in ("drafted", "accepted"))
         drafts = drafted / sum(one.rounds for one in done)
         ideal = ideal_speedup(config, strategy.exit_layer, drafts, accepted / drafted)
         row |= {"accepted": accepted / drafted, "ideal": ideal}
         if base is not None:
-            row |= {"speedup": speed / base, "share of the ideal": speed / base / ideal}
+            speedup = tokens_per_second / base
+            row |= {"speedup": speedup, "share of the ideal": speedup / ideal}
         # The draft reads its layers of the cache once for each of its tokens.
         weights *= (1 + drafts * accepted / drafted) / ideal
         cache *= 1 + drafts * strategy.exit_layer / config.num_layers
     limit = (weights + cache) / bandwidth
     return {
-        "tokens/s": speed,
+        "tokens/s": tokens_per_second,
         "ms a round": median / rounds * 1e3,
         "ms at the limit": limit * 1e3,
         "share of the bandwidth": limit * rounds / median,

@@ -1,18 +1,28 @@
-"""Stage c: training steps of a 1B shape: plain, LayerSkip, and layer dropout that skips.
+"""Stage c: training steps of a 1B shape: plain, LayerSkip, and layer dropout that skips. Stage d:
+the quickstart's configuration.
 
 Each part is a process of its own, because the device's peak memory counts from its start.
 Utilisation counts the FLOPs of the plain model, whatever LayerSkip adds or saves.
 """
 
-import re
+import importlib.util
+import json
+import shlex
+import shutil
+import subprocess
+import sys
 import time
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
+from accelerator_stages.decoding import random_model
+from accelerator_stages.results import PartResults, card
 
-from accelerator_stages.inputs import random_model
-from accelerator_stages.report import Report, Row, card
+from lsjax.aot.hlo import parse
+from lsjax.aot.operations import attention_kernel
 from lsjax.cli.setup import exact_products
 from lsjax.config import EarlyExitConfig, LayerDropoutConfig, LlamaConfig, StepConfig
 from lsjax.model.llama import stacked
@@ -27,21 +37,25 @@ CONFIGS = {
     "dropout-mask": dict(layer_dropout=LayerDropoutConfig(p_max=0.5, skip="mask")),
     "dropout-gather": dict(layer_dropout=LayerDropoutConfig(p_max=0.5, skip="gather")),
 }
+ROOT = Path(__file__).parents[2]
+NEEDED = ("tokenizers", "tyro", "rich", "orbax", "grain", "safetensors")
+CARD = "import json; from accelerator_stages.results import card; print(json.dumps(card()))"
+SHORT = "--num-steps 4 --optimizer.warmup-steps 1 --evaluation.batches 1 --evaluation.num-prompts 1"
 
 
-def run(part: str, report: Report, tiny: bool) -> None:
+def run_steps(part: str, results: PartResults, tiny: bool) -> None:
     """One configuration of the step."""
     config = LlamaConfig.tiny(num_layers=2) if tiny else LlamaConfig.llama3_2_1b()
     rows, length = (2, 32) if tiny else (8, 2048)
-    report.start(card(), rows_of_a_batch=rows, tokens_of_a_row=length)
+    results.start(card(), rows_of_a_batch=rows, tokens_of_a_row=length)
     if jax.default_backend() == "cpu":
         exact_products()
     step = StepConfig(num_steps=1000, remat="dots_with_no_batch_dims_saveable", **CONFIGS[part])
-    report.say("compiling")
-    report.measure(part, partial(measure, step, config, rows, length))
+    results.say("compiling")
+    results.measure(part, partial(measure, step, config, rows, length))
 
 
-def measure(config: StepConfig, shape: LlamaConfig, rows: int, length: int) -> Row:
+def measure(config: StepConfig, shape: LlamaConfig, rows: int, length: int) -> dict[str, Any]:
     """Time and memory of a step."""
     tokens = np.random.default_rng(0).integers(shape.vocab_size, size=(rows, length + 1))
     tokens = tokens.astype(np.int32)
@@ -51,11 +65,10 @@ def measure(config: StepConfig, shape: LlamaConfig, rows: int, length: int) -> R
         segments_BT=np.ones((rows, length), np.int32),
         positions_BT=np.tile(np.arange(length, dtype=np.int32), (rows, 1)),
     )
-    shapes = jax.eval_shape(lambda: init_state(config, stacked(random_model(shape, "float32"))))
-    began = time.perf_counter()
-    program = make_train_step(config).lower(shapes, batch).compile()
-    compiling = time.perf_counter() - began
     state = jax.jit(lambda: init_state(config, stacked(random_model(shape, "float32"))))()
+    began = time.perf_counter()
+    program = make_train_step(config).lower(state, batch).compile()
+    compiling = time.perf_counter() - began
     for number in range(2 + STEPS):
         if number == 2:  # the first ones warm up
             jax.block_until_ready(state)
@@ -66,11 +79,17 @@ def measure(config: StepConfig, shape: LlamaConfig, rows: int, length: int) -> R
     seconds = (time.perf_counter() - began) / STEPS
     if not np.isfinite(loss) or int(state.skipped):
         raise FloatingPointError(f"loss {loss}, {int(state.skipped)} steps skipped")
-    dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    peak = peak_flops(dtype, 1)
+    peak = peak_flops("float32" if jax.default_backend() == "cpu" else "bfloat16", 1)
     found = program.memory_analysis()
     predicted = found.argument_size_in_bytes + found.output_size_in_bytes
     predicted += found.temp_size_in_bytes - found.alias_size_in_bytes
+    hlo = parse(program.as_text())
+    kernels = {
+        one.kernel
+        for computation in hlo.computations.values()
+        for one in computation.instructions.values()
+        if one.opcode == "custom-call"
+    }
     used = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
     return {
         "tokens/s": rows * length / seconds,
@@ -78,17 +97,49 @@ def measure(config: StepConfig, shape: LlamaConfig, rows: int, length: int) -> R
         "utilisation": step_flops(shape, rows, length) / seconds / peak if peak else None,
         "GB at the peak": used and used / 1e9,
         "GB by the compiler": predicted / 1e9,
-        "attention": attention_kernel(program.as_text()),
+        "attention": attention_kernel(kernels),
         "loss": loss,
         "s compiling": compiling,
     }
 
 
-def attention_kernel(hlo: str) -> str:
-    """The kernel of the attention, by the calls in the compiled program."""
-    targets = " ".join(set(re.findall(r'custom_call_target="([^"]+)"', hlo)))
-    if "fmha" in targets:
-        return "cudnn"
-    if "flash_forward/pallas_call" in hlo:
-        return "flash"
-    return "splash" if "tpu_custom_call" in targets and "splash" in hlo else "xla"
+def run_quickstart(part: str, results: PartResults, tiny: bool) -> None:
+    """Stage d: trains, decodes, checks the tokens and measures the speed, by the programs and flags
+    of the Makefile. Needs all that lsjax depends on: flags, a tokenizer and checkpoints."""
+    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ModuleNotFoundError(f"{', '.join(missing)}: this stage needs all of pyproject.toml")
+    # In a process of its own, as this one must leave the device to the programs.
+    asked = [sys.executable, "-c", CARD]
+    found = subprocess.run(asked, cwd=ROOT / "scripts", stdout=subprocess.PIPE, check=True).stdout
+    results.start(json.loads(found))
+    work = (results.output / "quickstart").resolve()
+    shutil.rmtree(work, ignore_errors=True)  # else training would resume from its checkpoint
+    folder = shlex.quote(str(work))
+    prompts = f"--model {folder} --prompt-file {folder}/prompts.jsonl"
+    new, short = ("8", SHORT) if tiny else ("64", "")
+    grid = f"{prompts} --num-draft-tokens 5"
+    programs = {
+        "train": f"train.py --config configs/quickstart.py --workdir {folder} {short}",
+        "decode": f"decode.py {prompts} --max-new-tokens {new} --strategy self_speculative "
+        "--exit-layer 4 --num-draft-tokens 5",
+        "benchmark": f"-m lsjax.cli.benchmark {grid} --exit-layers 2 4 --new-tokens {new} "
+        f"--repeats 1 --output {folder}/benchmark",
+    }
+
+    def timed(words: list[str]) -> dict[str, Any]:
+        began = time.monotonic()
+        # Ends before this process is ended, which would leave the program alone.
+        rest = max(1.0, results.deadline - began - 20)
+        subprocess.run([sys.executable, *words], cwd=ROOT, check=True, timeout=rest)
+        return {"seconds": time.monotonic() - began}
+
+    for name, command in programs.items():
+        results.say(f"python {command}")
+        results.measure(name, partial(timed, shlex.split(command)))
+    keys = ("tokens_per_second", "speedup", "acceptance_rate", "ideal", "share_of_ideal")
+    cells = work / "benchmark" / "cells.jsonl"
+    if cells.exists():
+        for row in map(json.loads, cells.read_text().splitlines()):
+            values = {key.replace("_", " "): row[key] for key in keys}
+            results.row(f"{row['strategy']}, exit {row['exit_layer']}", values)

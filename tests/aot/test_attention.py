@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 from lsjax.aot.chips import CHIPS, CUDA, slice_of
 from lsjax.aot.hlo import parse
-from lsjax.aot.traffic import runs
+from lsjax.aot.operations import runs
 from lsjax.config import MeshConfig
 from lsjax.model import self_attention as module
 from lsjax.model.flash_decoding import flash_decoding

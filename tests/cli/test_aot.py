@@ -141,7 +141,7 @@ def test_a_report_for_a_gpu(tmp_path, capsys):
     found = decode["round"]
     assert 0 < found["weights_seconds"] < found["seconds"]
     assert 0 < found["operations_in_layers"] < found["operations"]
-    assert decode["unknown_loops"] == [] and decode["attention"] == "xla"
+    assert decode["unknown_loops"] == [] and decode["attention"] == "flash decoding"
 
     training = ["--programs", "train", "--mesh.data", "2"]
     assert main([*map(str, QUICKSTART), "--topology", "h100:2", *training, *flags]) == 0
@@ -159,8 +159,8 @@ def test_a_report_for_a_gpu(tmp_path, capsys):
 @needs_cuda
 def test_a_program_that_no_card_holds(capsys):
     """The compiler takes it; the report compares it with the card."""
-    flags = ["--model.num-layers", "2", "--model.head-dim", "4096", "--early-exit.exits", "1"]
-    flags += ["--programs", "decode", "--decoding.batch-size", "3000"]
-    flags += ["--decoding.prompt-tokens", "64"]
+    flags = ["--model.num-layers", "2", "--model.vocab-size", "200000000"]
+    flags += ["--early-exit.exits", "1", "--programs", "decode"]
+    flags += ["--decoding.prompt-tokens", "64", "--decoding.new-tokens", "8"]
     assert main([*map(str, QUICKSTART), "--topology", "h100:1", *flags]) == 1
     assert "decode needs" in capsys.readouterr().out

@@ -1,12 +1,16 @@
 """Flags: what is wrong with them is said in one line."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
 from tyro import _fmtlib
 
-from lsjax.cli.flags import parse_flags
+from lsjax.cli.flags import SamplingFlags, StrategyFlags, make_strategies, parse_flags
 from lsjax.config import ConfigError, OptimizerConfig
+from lsjax.decoding.autoregressive import Autoregressive, EarlyExit
+from lsjax.decoding.sampling import GREEDY, Sampling
+from lsjax.decoding.self_speculative import SelfSpeculative
 
 
 @dataclass(frozen=True)
@@ -60,3 +64,31 @@ def test_help_goes_to_the_terminal(capsys):
         parse_flags(Flags, ["--help"], "What it does.")
     assert not end.value.code
     assert "What it does." in capsys.readouterr().out
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shared(StrategyFlags):
+    """A program with strategies and sampling."""
+
+    sampling: SamplingFlags = GREEDY
+
+
+@pytest.mark.parametrize(
+    "strategy, exits", [("--strategy", "--exit-layer"), ("--strategies", "--exit-layers")]
+)
+def test_shared_flags_have_no_prefix_and_two_names(tokenizer, strategy, exits):
+    """Each exit with each draft length; doubles count once."""
+    argv = [strategy, "autoregressive", "early_exit", "self_speculative", exits, "2", "3", "2"]
+    argv += ["--num-draft-tokens", "1", "4", "--draft-confidence", "0.5", "--temperature", "0.5"]
+    flags = parse_flags(Shared, argv, "")
+    assert flags.sampling == Sampling(temperature=0.5)
+    assert make_strategies(flags, Path("nowhere"), tokenizer) == [
+        Autoregressive(),
+        EarlyExit(2),
+        EarlyExit(3),
+        *(
+            SelfSpeculative(exit_layer, drafts, draft_confidence=0.5)
+            for exit_layer in (2, 3)
+            for drafts in (1, 4)
+        ),
+    ]

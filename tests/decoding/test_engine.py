@@ -17,6 +17,7 @@ from lsjax.decoding.batching import Conversation
 from lsjax.decoding.completion import Completion
 from lsjax.decoding.draft_vocabulary import DraftVocabulary
 from lsjax.decoding.engine import Engine
+from lsjax.decoding.request import Request
 from lsjax.decoding.sampling import GREEDY
 from lsjax.decoding.self_speculative import SelfSpeculative
 from lsjax.decoding.state import DecodeState
@@ -201,7 +202,7 @@ def test_text_prompts_are_encoded(engine_of):
 def test_bad_prompts_are_refused(model, tokenizer, prompt, new, length, words):
     engine = Engine(model, tokenizer, max_length=length)
     for refuse in (
-        lambda: engine.encode(prompt, new),
+        lambda: engine.encode(Request(prompt=prompt, max_new_tokens=new)),
         lambda: engine.generate([[1], prompt], max_new_tokens=new),
         lambda: next(engine.stream(prompt, max_new_tokens=new)),
     ):
@@ -213,7 +214,7 @@ def test_bad_prompts_are_refused(model, tokenizer, prompt, new, length, words):
 @pytest.mark.parametrize("length", [2, 16, 512])
 def test_max_length_is_reached(model, tokenizer, length):
     engine = Engine(model, tokenizer, max_length=length)
-    assert len(engine.encode([1] * (length - 1), 1)) == length - 1
+    assert len(engine.encode(Request(prompt=[1] * (length - 1), max_new_tokens=1))) == length - 1
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,7 @@ from lsjax.config import EarlyExitConfig, LayerDropoutConfig, OptimizerConfig, S
 from lsjax.training import forward, layer_dropout
 from lsjax.training.layer_dropout import drop_rates, keep_counted
 from lsjax.training.objective import objective
-from lsjax.training.optimizer import directions
-from lsjax.training.step import init_state, make_train_step
+from lsjax.training.step import directions, init_state, make_train_step
 
 CONFIG = StepConfig(
     num_steps=8,

@@ -18,8 +18,7 @@ from lsjax.config import (
     StepConfig,
 )
 from lsjax.model.llama import Llama, unstacked
-from lsjax.training.optimizer import decays, learning_rates
-from lsjax.training.step import init_state, make_train_step
+from lsjax.training.step import decays, init_state, learning_rates, make_train_step
 
 CONFIG = StepConfig(
     num_steps=20,

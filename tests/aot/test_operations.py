@@ -1,9 +1,9 @@
-"""Bytes that operations move, on a small program written by hand."""
+"""Bytes that operations move, and their FLOPs, on small programs written by hand."""
 
 import pytest
 
-from lsjax.aot.hlo import parse
-from lsjax.aot.traffic import moved_bytes
+from lsjax.aot.hlo import arrays, parse
+from lsjax.aot.operations import attention_kernel, kernel_flops, moved_bytes, operation_flops
 
 TEXT = """\
 HloModule jit_step
@@ -126,3 +126,82 @@ custom_call_target="__gpu$xla.gpu.triton", output_to_operand_aliasing={{1}: (1, 
     program = parse(text)
     main = program.computations["main"]
     assert moved_bytes(program, main, main.instructions["out"]) == 16 + 64 + 16
+
+
+FMHA = """backend_config={"cudnn_fmha_backend_config": {"fmha_scale": 0.125, \
+"intermediate_tensor_shape": {"element_type": "BF16", "dimensions": ["2", "4", "8", "8"], \
+"tuple_shapes": []}, "mask_type": "CAUSAL"}}"""
+PRODUCTS = f"""\
+HloModule jit_f
+
+%product (a.1: bf16[5,16], b.1: bf16[16,32]) -> bf16[5,32] {{
+  %a.1 = bf16[5,16]{{1,0}} parameter(0)
+  %b.1 = bf16[16,32]{{1,0}} parameter(1)
+  %dot.1 = f32[5,32]{{1,0}} dot(%a.1, %b.1), lhs_contracting_dims={{1}}, rhs_contracting_dims={{0}}
+  ROOT %out.1 = bf16[5,32]{{1,0}} convert(%dot.1)
+}}
+
+ENTRY %main (a: bf16[5,16], b: bf16[16,32], q: bf16[2,8,4,16]) -> bf16[5,32] {{
+  %a = bf16[5,16]{{1,0}} parameter(0)
+  %b = bf16[16,32]{{1,0}} parameter(1)
+  %q = bf16[2,8,4,16]{{3,2,1,0}} parameter(2)
+  %split = f32[2,5,32]{{2,1,0}} dot(%a, %b), lhs_contracting_dims={{1}}, rhs_contracting_dims={{0}}
+  %gemm = (bf16[5,32]{{1,0}}, s8[1024]{{0}}) custom-call(%a, %b), \
+custom_call_target="__cublas$gemm", backend_config={{"gemm_backend_config":\
+{{"dot_dimension_numbers":{{"lhs_contracting_dimensions":["1"]}}}}}}
+  %fwd = (bf16[2,4,8,16]{{3,1,2,0}}, u8[0]{{0}}) custom-call(%q, %q, %q), \
+custom_call_target="__cudnn$fmhaSoftmax", {FMHA}
+  %bwd = (bf16[2,4,8,16]{{3,1,2,0}}, u8[0]{{0}}) custom-call(%q, %q, %q), \
+custom_call_target="__cudnn$fmhaSoftmaxBackward", {FMHA}
+  %flash = bf16[2,8,4,16]{{3,2,1,0}} custom-call(%q, %q, %q), \
+custom_call_target="__gpu$xla.gpu.triton", metadata={{op_name="jit(f)/flash_dkv/pallas_call"}}
+  %other = bf16[5,16]{{1,0}} negate(%a)
+  ROOT %fused = bf16[5,32]{{1,0}} fusion(%a, %b), kind=kCustom, calls=%product
+}}
+"""
+
+
+@pytest.mark.parametrize(
+    "name, expected",
+    [
+        ("fused", 2 * 5 * 32 * 16),
+        ("split", 2 * 2 * 5 * 32 * 16),
+        ("gemm", 2 * 5 * 32 * 16),
+        # Scores [2, 4, 8, 8], of which half; two products of heads of 16, five backward.
+        ("fwd", 2 * (2 * 2 * 4 * 8 * 8 * 16) / 2),
+        ("bwd", 5 * (2 * 2 * 4 * 8 * 8 * 16) / 2),
+        ("flash", 4 * (2 * 2 * 4 * 8 * 8 * 16) / 2),
+        ("other", 0),
+    ],
+)
+def test_flops_of_operations(name, expected):
+    program = parse(PRODUCTS)
+    entry = program.computations["main"]
+    assert operation_flops(program, entry, entry.instructions[name]) == expected
+
+
+def test_flops_of_splash():
+    """Half of the scores and half of the sums."""
+    (queries,) = arrays("bf16[2,4,64,32]")
+    forward = kernel_flops("splash_mha_fwd_residuals", queries)
+    assert forward == 2 * (2 * 64 * 64 * 32) * 2 * 4 / 2
+    assert kernel_flops("splash_mha_dkv_x", queries) == 2 * forward
+    assert kernel_flops("other", queries) == 0
+
+
+@pytest.mark.parametrize(
+    "line, kernel",
+    [
+        ('custom-call(), custom_call_target="__cudnn$fmhaSoftmaxBackward"', "cudnn"),
+        (
+            'custom-call(), custom_call_target="__gpu$xla.gpu.triton", '
+            'metadata={op_name="jit(f)/flash_forward/pallas_call"}',
+            "flash",
+        ),
+        ('custom-call(), custom_call_target="tpu_custom_call"', "splash"),
+        ('custom-call(), custom_call_target="__cublas$gemm"', "xla"),
+    ],
+)
+def test_the_attention_is_read_from_the_program(line, kernel):
+    program = parse(f"ENTRY %main () -> f32[] {{\n  ROOT %splash_mha_fwd.1 = f32[] {line}\n}}\n")
+    assert attention_kernel([program.computations["main"].root.kernel]) == kernel

@@ -5,11 +5,10 @@ import jax.numpy as jnp
 import pytest
 
 from lsjax.aot.chips import CHIPS
-from lsjax.aot.costs import Counting
+from lsjax.aot.costs import CostAnalysis
 from lsjax.aot.hlo import parse
-from lsjax.aot.needs import round_needs
-from lsjax.aot.programs import DRAFT_HEAD, Decoding, _decoding_trips
-from lsjax.aot.report import Report, in_rounds, problems
+from lsjax.aot.programs import DRAFT_HEAD, DecodingShape, round_reads
+from lsjax.aot.report import problems, round_figures
 from lsjax.config import LlamaConfig, MeshConfig
 from lsjax.decoding.programs import ROUNDS
 from lsjax.sharding import make_mesh
@@ -75,43 +74,43 @@ ENTRY %main (in: f32[1000]) -> f32[1000] {
 metadata={op_name="jit(run)/rounds/while" stack_frame_id=1}
 }
 """
-TRIPS = _decoding_trips({ROUNDS: 1, DRAFT_HEAD: 0.75}, [0], 0)
+TRIPS = {f"/{ROUNDS}/while$": 1, DRAFT_HEAD: 0.75}
 SMALL = LlamaConfig.tiny()
 
 
 @pytest.fixture(scope="module")
 def costs():
-    program = parse(TEXT)
-    counting = Counting(program, {"tensor": 1}, TRIPS, H100)
-    return in_rounds(counting.of(program.entry), counting.of_loop(ROUNDS))
+    return CostAnalysis(parse(TEXT), {"tensor": 1}, TRIPS, H100).loop(ROUNDS)
 
 
 def test_a_round_and_once_per_call(costs):
     """A sum of two reads 8,000 bytes and writes 4,000; a copy moves 8,000. The head runs in three
     of four drafts."""
     each, once = costs
-    assert each.bytes == 12_000 * (1 + 3 + 0.75) + 8_000
-    assert once.bytes == 8_000
-    assert each.seconds == pytest.approx(each.bytes / H100.hbm_bandwidth)
-    assert once.seconds == pytest.approx(once.bytes / H100.hbm_bandwidth)
+    assert each.amounts["bytes"] == 12_000 * (1 + 3 + 0.75) + 8_000
+    assert once.amounts["bytes"] == 8_000
+    assert each.amounts["seconds"] == pytest.approx(each.amounts["bytes"] / H100.hbm_bandwidth)
+    assert once.amounts["seconds"] == pytest.approx(once.amounts["bytes"] / H100.hbm_bandwidth)
 
 
 def test_kernels_and_control_flow_in_layers(costs):
     each, once = costs
-    assert (each.operations, each.layer_operations) == (1 + 3 + 0.75 + 1, 1 + 3)
-    assert {key: n for key, n in each.control.items() if n} == {
+    assert {key: n for key, n in each.runs.items() if n} == {
+        ("operation", True): 1 + 3,
+        ("operation", False): 0.75 + 1,
         ("while", True): 1,
         ("conditional", False): 1,
     }
-    assert once.operations == 1
-    assert {key: n for key, n in once.control.items() if n} == {("while", False): 1}
+    assert {key: n for key, n in once.runs.items() if n} == {
+        ("operation", False): 1,
+        ("while", False): 1,
+    }
 
 
 def test_a_program_without_rounds():
     program = parse(TEXT.replace("rounds/while", "other/while"))
-    counting = Counting(program, {}, TRIPS, H100)
     with pytest.raises(ValueError, match="no loop 'rounds'"):
-        in_rounds(counting.of(program.entry), counting.of_loop(ROUNDS))
+        CostAnalysis(program, {}, TRIPS, H100).loop(ROUNDS)
 
 
 def test_what_a_round_has_to_read():
@@ -119,13 +118,13 @@ def test_what_a_round_has_to_read():
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     layer, head = SMALL.layer_params * 2, SMALL.head_params * 2
     slots = 2 * 100 * 7 * SMALL.num_kv_heads * SMALL.head_dim * 2  # keys and values of 7 rows
-    asked = Decoding(batch_size=7, prompt_tokens=100, strategy="autoregressive")
-    token = round_needs(SMALL, asked, mesh, jnp.bfloat16)
+    asked = DecodingShape(batch_size=7, prompt_tokens=100, strategy="autoregressive")
+    token = round_reads(SMALL, asked, mesh, jnp.bfloat16)
     assert token.layer_passes == 4
     assert token.weights == pytest.approx(4 * layer + head)
     assert token.cache == 4 * slots
-    asked = Decoding(batch_size=7, prompt_tokens=100, exit_layer=1, num_draft_tokens=3)
-    each = round_needs(SMALL, asked, mesh, jnp.bfloat16)
+    asked = DecodingShape(batch_size=7, prompt_tokens=100, exit_layer=1, num_draft_tokens=3)
+    each = round_reads(SMALL, asked, mesh, jnp.bfloat16)
     assert each.layer_passes == 4 * 1 + 3
     assert each.weights == pytest.approx(7 * layer + 4 * head)
     assert each.cache == 7 * slots
@@ -134,13 +133,15 @@ def test_what_a_round_has_to_read():
 def test_a_report_of_a_round(costs):
     each, once = costs
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
-    needs = round_needs(SMALL, Decoding(prompt_tokens=100), mesh, jnp.bfloat16)
-    report = Report("decode", H100, 1.0, None, (), None, each, once, needs)
-    found = report.to_json()["round"]
-    assert found["seconds"] == each.seconds and found["once_seconds"] == once.seconds
-    assert found["over_weights"] == pytest.approx(each.bytes / needs.weights)
-    both = needs.weights + needs.cache
-    assert found["over_weights_and_cache"] == pytest.approx(each.bytes / both)
+    reads = round_reads(SMALL, DecodingShape(prompt_tokens=100), mesh, jnp.bfloat16)
+    found = round_figures(each, once, reads, H100)
+    assert (
+        found["seconds"] == each.amounts["seconds"]
+        and found["once_seconds"] == once.amounts["seconds"]
+    )
+    assert found["over_weights"] == pytest.approx(each.amounts["bytes"] / reads.weights)
+    both = reads.weights + reads.cache
+    assert found["over_weights_and_cache"] == pytest.approx(each.amounts["bytes"] / both)
     assert (found["loops"], found["loops_in_layers"]) == (1, 1)
     assert (found["conditionals"], found["conditionals_in_layers"]) == (1, 0)
 

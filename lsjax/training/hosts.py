@@ -1,12 +1,13 @@
-"""Several processes for one run: how they find one another, take turns, and end together.
+"""Several processes of one run: how they find one another, take turns, and end together.
 
-On a pod each host runs the same program. They are one run from `start` on: arrays are spread over
-the devices of all of them, and each must do the same steps.
+On a pod each host runs the same program. They are one run from `start` on: arrays are sharded over
+the devices of all hosts, and every process must do the same steps.
 """
 
 import hashlib
 import os
 import re
+import signal
 import sys
 import time
 import traceback
@@ -18,19 +19,26 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from jax.experimental.multihost_utils import process_allgather, sync_global_devices
+from jax.experimental.multihost_utils import (
+    process_allgather,
+    reached_preemption_sync_point,
+    sync_global_devices,
+)
 
-from lsjax.config import ConfigError, check
+from lsjax.config import Checked, ConfigError, bounded, check
 
-# How errors read that come of another process's end, whatever their class is.
+# Found in errors that follow from the end of another process, whatever their class.
 LOST = re.compile(r"Gloo|UNAVAILABLE|DEADLINE_EXCEEDED|[Hh]eartbeat|Connection (reset|closed)")
-SEEN = 60.0  # seconds after which a file must be there for all hosts
+SEEN = 60.0  # seconds after which a new file must be visible to all hosts
+
+# (steps done) -> number of the signal that stops the run after this step; asked at each step.
+Stop = Callable[[int], int | None]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Hosts:
-    """The processes of the run. TPU VMs and SLURM are found without a word; elsewhere say all three
-    of coordinator, num_processes and process_id."""
+class Hosts(Checked, prefix="--distributed."):
+    """The processes of the run. TPU VMs and SLURM need no flag; elsewhere give all three of
+    coordinator, num_processes and process_id."""
 
     coordinator: str | None = None
     """host:port of process 0, at a port that is free there."""
@@ -38,17 +46,13 @@ class Hosts:
     """How many there are."""
     process_id: int | None = None
     """Which one this is, from 0."""
-    heartbeat_timeout: int = 40
+    heartbeat_timeout: int = bounded(40, low=1)
     """Seconds without a sign of life after which a process counts as dead, and the others end."""
-    start_timeout: int = 300
+    start_timeout: int = bounded(300, low=1)
     """Seconds in which all must have started."""
 
     def __post_init__(self):
-        check(
-            self.heartbeat_timeout >= 1 and self.start_timeout >= 1,
-            f"distributed.heartbeat_timeout {self.heartbeat_timeout} and start_timeout "
-            f"{self.start_timeout} must be at least 1",
-        )
+        super().__post_init__()
         given = self.coordinator, self.num_processes, self.process_id
         if given == (None,) * 3:
             return
@@ -57,19 +61,18 @@ class Hosts:
             "--distributed.coordinator, --distributed.num-processes and --distributed.process-id "
             "belong together: give all three, or none under SLURM and on TPU VMs",
         )
-        host, _, port = self.coordinator.rpartition(":")
         check(
-            host != "" and port.isdecimal(),
-            f"distributed.coordinator {self.coordinator!r} is no host:port",
+            re.fullmatch(r".+:[0-9]+", self.coordinator) is not None,
+            f"--distributed.coordinator {self.coordinator!r} is not host:port",
         )
         check(
             0 <= self.process_id < self.num_processes,
-            f"distributed.process_id {self.process_id} is not in 0..{self.num_processes - 1}",
+            f"--distributed.process-id {self.process_id} is not in 0..{self.num_processes - 1}",
         )
 
 
 def start(hosts: Hosts) -> None:
-    """Joins the other processes, if there are to be any; before anything else is done with jax.
+    """Joins the other processes, if there are any. Must come before all other use of jax.
 
     Raises ConfigError where they do not come together in time.
     """
@@ -111,36 +114,35 @@ def on_tpu_vm() -> bool:
 
 
 def is_first() -> bool:
-    """Whether this is the process that speaks and writes for all."""
+    """Whether this is the process that prints and writes for all."""
     return jax.process_index() == 0
 
 
 @contextmanager
 def in_turn(what: str) -> Iterator[None]:
-    """The first process goes through the block before the others do: what it leaves on a shared
-    disk is there for them."""
+    """The first process runs the block before the others, which then find its files."""
     if not is_first():
-        _meet(what)
+        sync_global_devices(what)
     yield
-    if is_first():
-        _meet(what)
+    if is_first() and jax.process_count() > 1:
+        sync_global_devices(what)
 
 
 def check_same(what: str, value: str) -> None:
     """Raises ConfigError on all processes unless they agree on a value."""
-    digest = np.frombuffer(hashlib.sha256(value.encode()).digest(), np.uint32)
-    if jax.process_count() > 1:
-        others = process_allgather(digest)
-        different = np.flatnonzero((others != others[0]).any(1)).tolist()
-        check(
-            not different,
-            f"{what} are not the same for processes 0 and {different}: start all with the same "
-            "command, on a disk that they share",
-        )
+    if jax.process_count() == 1:
+        return
+    digests = process_allgather(np.frombuffer(hashlib.sha256(value.encode()).digest(), np.uint32))
+    different = np.flatnonzero((digests != digests[0]).any(1)).tolist()
+    check(
+        not different,
+        f"{what} are not the same for processes 0 and {different}: start all with the same "
+        "command, on a disk that they share",
+    )
 
 
 def wait_to_see(condition: Callable[[], bool], what: str) -> None:
-    """Until something that the first process wrote is there; files on network disks take a moment.
+    """Waits until something that the first process wrote is visible on a network disk.
 
     Raises ConfigError after a minute.
     """
@@ -156,8 +158,10 @@ def wait_to_see(condition: Callable[[], bool], what: str) -> None:
 
 @contextmanager
 def ending_together() -> Iterator[None]:
-    """Where there are several processes, one that fails ends at once: an ordinary exit would wait
-    for the others, which wait for this one. They then end too (docs/hosts.md)."""
+    """One of several processes that fails ends at once, and the others follow (docs/hosts.md).
+
+    An ordinary exit would wait for the others, which wait for this one.
+    """
     try:
         yield
     except BaseException as error:
@@ -181,6 +185,34 @@ def ending_together() -> Iterator[None]:
         os._exit(code)
 
 
-def _meet(what: str) -> None:
+@contextmanager
+def signals() -> Iterator[Stop]:
+    """Catches SIGTERM and Ctrl-C for a while; the second one of a kind ends the program at once.
+
+    With several processes jax itself handles SIGTERM. If one process gets it, all are told to stop
+    after the same step, which none of them has passed.
+    """
     if jax.process_count() > 1:
-        sync_global_devices(what)
+        with _handled(lambda number: signal.raise_signal(signal.SIGTERM), signal.SIGINT):
+            yield lambda step: signal.SIGTERM if reached_preemption_sync_point(step) else None
+    else:
+        received: list[int] = []
+        with _handled(received.append, signal.SIGTERM, signal.SIGINT):
+            yield lambda step: received[0] if received else None
+
+
+@contextmanager
+def _handled(handle: Callable[[int], None], *numbers: int) -> Iterator[None]:
+    before = {}
+
+    def once(number, frame):
+        signal.signal(number, before[number])
+        handle(number)
+
+    for number in numbers:
+        before[number] = signal.signal(number, once)
+    try:
+        yield
+    finally:
+        for number in numbers:
+            signal.signal(number, before[number])

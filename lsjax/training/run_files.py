@@ -1,6 +1,6 @@
-"""What a training run's directory gets for decoding: token counts, and held-out prompts.
+"""Files that decoding finds in the directory of a run: token counts and held-out prompts.
 
-token_counts.json   how often each token is learned: what a draft vocabulary is chosen by
+token_counts.json   how often each token is learned, to choose a draft vocabulary by
 prompts.jsonl       beginnings of held-out rows, for --prompt-file
 """
 
@@ -29,7 +29,7 @@ def write_run_files(
     *,
     fresh: bool,
 ) -> None:
-    """Writes those that are missing, from the training rows and held-out prompts; all of them if
+    """Writes the missing files, from the training rows and held-out prompts; all of them if
     `fresh`, as the data of a run without a saved step may still change."""
     if fresh or not (workdir / COUNTS).exists():
         write_counts(workdir / COUNTS, tokenizer, count_labels(rows))
@@ -53,23 +53,19 @@ def count_labels(rows: PackedRows, most: int = COUNTED) -> Counter[int]:
 def held_out_prompts(
     held_out: Iterable[Mapping[str, np.ndarray]], config: EvaluationConfig
 ) -> list[list[int]]:
-    """The beginnings of rows, evenly spaced: the prompt of a row that has one, else its first
+    """Beginnings of evenly spaced rows: the prompt of a row that has one, else its first
     `prompt_tokens`, at most half of the row.
 
-    Raises ConfigError where no token is labelled: there is nothing to evaluate either.
+    Raises ConfigError where no token is labelled, as there is nothing to evaluate either.
     """
     prompts: list[list[int]] = []
     for batch in held_out:
         for tokens_T, labels_T in zip(batch["tokens_BT"], batch["labels_BT"], strict=True):
             if not (labels_T >= 0).any():
                 continue  # padding of the last batch
-            first_label = int(np.argmax(labels_T >= 0))
-            length = (
-                first_label + 1
-                if first_label
-                else max(1, min(config.prompt_tokens, len(tokens_T) // 2))
-            )
-            prompts.append(tokens_T[:length].tolist())
+            half = max(1, min(config.prompt_tokens, len(tokens_T) // 2))
+            prompt = int(np.argmax(labels_T >= 0))  # its tokens before the last have no label
+            prompts.append(tokens_T[: prompt + 1 if prompt else half].tolist())
     check(
         bool(prompts),
         "no token of the held-out rows has a label: raise seq_len so that more than the prompts "
@@ -85,10 +81,13 @@ def sample_prompt(
     tokenizer: Tokenizer,
     prompts: Sequence[Sequence[int]],
 ) -> list[int]:
-    """What samples continue: the configured text, or the one of the prompts in the middle.
+    """Tokens that samples continue: the configured text, or the prompt in the middle. Empty where
+    there are no samples.
 
     Raises ConfigError where the text leaves no room in the model's context.
     """
+    if config.sample_tokens == 0:
+        return []
     if not config.sample_prompt:
         return list(prompts[len(prompts) // 2])[: model.max_context - 1]
     prompt = tokenizer.encode(config.sample_prompt)

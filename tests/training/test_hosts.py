@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from lsjax.cli import hosts
-from lsjax.cli.hosts import Hosts, ending_together, in_turn, start, under_slurm
 from lsjax.config import ConfigError
+from lsjax.training import hosts
+from lsjax.training.hosts import Hosts, ending_together, in_turn, start, under_slurm
 
 PROGRAM = """
 import itertools
@@ -23,10 +23,10 @@ import jax
 import numpy as np
 from jax.experimental.multihost_utils import process_allgather
 
-from lsjax.cli.hosts import Hosts, check_same, ending_together, in_turn, start, wait_to_see
+from lsjax.training.hosts import Hosts, check_same, ending_together, in_turn, signals, start
+from lsjax.training.hosts import wait_to_see
 from lsjax.config import ConfigError, MeshConfig
 from lsjax.sharding import make_mesh, own_rows, placed_rows
-from lsjax.training.stopping import signals
 
 port, number, directory = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3])
 
@@ -119,9 +119,9 @@ def test_two_processes(tmp_path):
     [
         (dict(coordinator="a:1"), "belong together: give all three"),
         (dict(num_processes=2, process_id=0), "belong together: give all three"),
-        (dict(coordinator="a", num_processes=2, process_id=0), "'a' is no host:port"),
-        (dict(coordinator="a:1", num_processes=2, process_id=2), "process_id 2 is not in 0..1"),
-        (dict(heartbeat_timeout=0), "heartbeat_timeout 0 and start_timeout 300 must be"),
+        (dict(coordinator="a", num_processes=2, process_id=0), "'a' is not host:port"),
+        (dict(coordinator="a:1", num_processes=2, process_id=2), "process-id 2 is not in 0..1"),
+        (dict(heartbeat_timeout=0), "heartbeat-timeout 0 must be a whole number of at least 1"),
     ],
 )
 def test_what_is_wrong_with_the_flags(given, message):
