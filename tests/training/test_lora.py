@@ -252,7 +252,7 @@ def by_hand(model):
 def test_bad_values_are_refused():
     for changes, message in (
         (dict(rank=-1), "lora.rank -1 must be"),
-        (dict(alpha=0.0), "lora.alpha 0.0 must be above 0"),
+        (dict(alpha=0.0), "lora.alpha 0.0 must be a finite number above 0"),
         (dict(targets=()), "must name at least one"),
     ):
         with pytest.raises(ConfigError, match=message):
