@@ -44,6 +44,7 @@ from lsjax.model.llama import cast_matrices
 from lsjax.model.rope import rope_angles
 from lsjax.training import step as training_step
 from lsjax.training.early_exit import enabled_exits, loss_weights
+from lsjax.training.exit_losses import cross_entropy
 from lsjax.training.forward import layer_runner
 from lsjax.training.loss import head_loss, head_of
 from lsjax.training.objective import loss_positions, objective
@@ -59,7 +60,7 @@ class Arguments(Workload):
     """Rounds of steps."""
 
 
-def objective_in_scan(config, model, batch, step, rows_B, num_labels, *, again: bool):
+def objective_in_scan(config, model, batch, step, rows_B, num_labels, *, again: bool, **_):
     """`objective`, without layer dropout, with the exit's loss in each layer of the scan."""
     shape, labels_BT = model.config, batch["labels_BT"]
     enabled_L = enabled_exits(config.early_exit, shape.num_layers, step, config.num_steps)
@@ -75,7 +76,7 @@ def objective_in_scan(config, model, batch, step, rows_B, num_labels, *, again: 
 
     def exit_loss(head, x_BTD, weight):
         total, sum_S = head_loss(
-            "labels", config.z_loss, head, x_BTD[None], labels_BT, positions, weight[None]
+            cross_entropy, config.z_loss, head, x_BTD[None], labels_BT, positions, weight[None]
         )
         return total, sum_S[0]
 

@@ -14,7 +14,13 @@ from lsjax.model.rope import rope_angles
 from lsjax.model.self_attention import SAVED
 from lsjax.sharding import ROWS, constrain, platform, row_shards
 from lsjax.training.kept_rows import Kept, run_on_kept
-from lsjax.training.layer_dropout import drop_rates, keep_counted, keep_mask, row_counts
+from lsjax.training.layer_dropout import (
+    DropRates,
+    drop_rates,
+    keep_counted,
+    keep_mask,
+    row_counts,
+)
 
 
 def exit_states(
@@ -24,6 +30,7 @@ def exit_states(
     step: Int[Array, ""],
     rows_B: Int[Array, " B"],
     exit_S: Int[Array, " S"],
+    drop_rates: DropRates = drop_rates,
 ) -> Float[Array, "S B T D"]:
     """Outputs of the layers exit_S, in order; the last slot is the model's output.
 
