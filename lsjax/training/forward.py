@@ -4,12 +4,12 @@ exits in the loss unembed."""
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float, Int
 
 from lsjax.config import StepConfig
 from lsjax.model.block import ADAPTED
 from lsjax.model.llama import Llama
-from lsjax.model.products import rows_where
 from lsjax.model.rope import rope_angles
 from lsjax.model.self_attention import SAVED
 from lsjax.sharding import ROWS, constrain, platform, row_shards
@@ -38,8 +38,9 @@ def exit_states(
     step. exit_S: each layer but the last once at most; what slots of L - 1 hold before the last
     one is of no meaning.
 
-    Every layer writes its output to a slot: to that of its exit, or to the last one, where the last
-    layer has the last word. So no more than S outputs are held, whatever the number of layers.
+    Every output but the last is written to a slot: to that of its exit, or to the last one, which
+    in the end gets the model's output. So no more than S outputs are held, whatever the number of
+    layers.
     Where S = L, slot and layer are one, and the outputs are those of the scan.
     """
     x_BTD = model.embed_rows(batch["tokens_BT"])
@@ -48,28 +49,61 @@ def exit_states(
     run = layer_runner(config, rope, batch["segments_BT"])
     num_slots, num_layers = len(exit_S), model.config.num_layers
     picks = 1 < num_slots < num_layers
-    slot_L = jnp.full(num_layers, num_slots - 1).at[exit_S].set(jnp.arange(num_slots))
-    slot_L = slot_L.at[-1].set(num_slots - 1)
+    # Of the exit below each layer; the last slot where it has none.
+    slot_L = jnp.full(num_layers + 1, num_slots - 1).at[exit_S + 1].set(jnp.arange(num_slots))[:-1]
     dropout = None
     if config.layer_dropout.p_max > 0:
         rates_L = drop_rates(config.layer_dropout, model.config.num_layers, step, config.num_steps)
         dropout = rates_L, kept_rows(config, rates_L, step, rows_B)
 
     def layer(carry, inputs):
-        x_BTD, slots_SBTD = carry
+        x_BTD, slots = carry
         block, slot, dropout = inputs
-        x_BTD = constrain(run(block, x_BTD, dropout), ROWS)
         if picks:
-            slots_SBTD = lax.dynamic_update_index_in_dim(slots_SBTD, x_BTD, slot, 0)
-        return (x_BTD, slots_SBTD), x_BTD if num_slots == num_layers else None
+            slots = write_slot(slots, turned(x_BTD), slot)
+        x_BTD = constrain(run(block, x_BTD, dropout), ROWS)
+        return (x_BTD, slots), x_BTD if num_slots == num_layers else None
 
-    slots_SBTD = jnp.zeros((num_slots, *x_BTD.shape), x_BTD.dtype) if picks else None
-    (x_BTD, slots_SBTD), x_LBTD = lax.scan(
-        layer, (x_BTD, slots_SBTD), (model.layers, slot_L, dropout)
-    )
+    slots = jnp.zeros((num_slots, *turned(x_BTD).shape), x_BTD.dtype) if picks else None
+    (x_BTD, slots), x_LBTD = lax.scan(layer, (x_BTD, slots), (model.layers, slot_L, dropout))
     if num_slots == num_layers:
         return x_LBTD
-    return slots_SBTD if picks else x_BTD[None]
+    return turned(row_major(slots)).at[-1].set(x_BTD) if picks else x_BTD[None]
+
+
+def turned(x: Float[Array, "... T D"]) -> Float[Array, "... D T"]:
+    """On TPUs, and back again. XLA:TPU has the scan's states with steps in the lanes; slots that
+    lie likewise are written without a copy."""
+    return x.swapaxes(-1, -2) if platform() == "tpu" else x
+
+
+def row_major(slots: Array) -> Array:
+    """On TPUs also the gradient of the slots, which the scan reads layer by layer."""
+    if platform() != "tpu":
+        return slots
+    return with_layout_constraint(slots, Layout(tuple(range(slots.ndim))))
+
+
+@jax.custom_vjp
+def write_slot(
+    slots: Float[Array, "S *shape"], x: Float[Array, "*shape"], slot: Int[Array, ""]
+) -> Float[Array, "S *shape"]:
+    """slots.at[slot].set(x), where each slot that is read later is written once.
+
+    So the backward pass reads a slot's gradient and need not clear it.
+    """
+    return lax.dynamic_update_index_in_dim(slots, x, slot, 0)
+
+
+def _write_slot_forward(slots, x, slot):
+    return write_slot(slots, x, slot), slot
+
+
+def _write_slot_backward(slot, dslots):
+    return dslots, lax.dynamic_index_in_dim(dslots, slot, 0, keepdims=False), None
+
+
+write_slot.defvjp(_write_slot_forward, _write_slot_backward)
 
 
 def kept_rows(config: StepConfig, rates_L, step, rows_B) -> Kept:
@@ -89,8 +123,8 @@ def layer_runner(config: StepConfig, rope, segments_BT):
     """(block, x_BTD, None or (rate, Kept)) -> x_BTD after one layer, or without it for the rows
     that do not keep it."""
 
-    def run(block, x_BTD, others):
-        return block(x_BTD, *others, config.attention)
+    def run(block, x_BTD, others, keep_B=None):
+        return block(x_BTD, *others, config.attention, keep_B)
 
     remat = config.remat
     if remat == "none" and config.layer_dropout.p_max > 0 and config.layer_dropout.skip == "gather":
@@ -104,8 +138,8 @@ def layer_runner(config: StepConfig, rope, segments_BT):
             policy = policies.save_from_both_policies(policy, named)
         run = jax.checkpoint(run, policy=policy, prevent_cse=False)  # the scan prevents it
 
-    def rescaled(block, x_BTD, others, rate):
-        y_BTD = run(block, x_BTD, others)
+    def rescaled(block, x_BTD, others, rate, keep_B=None):
+        y_BTD = run(block, x_BTD, others, keep_B)
         if not config.layer_dropout.rescale:
             return y_BTD
         share = jnp.where(rate < 1, 1 - rate, 1).astype(x_BTD.dtype)
@@ -118,8 +152,7 @@ def layer_runner(config: StepConfig, rope, segments_BT):
         rate, kept = dropout
         match config.layer_dropout.skip:
             case "mask":
-                keep_B = kept.keep_SR.reshape(-1)
-                return rows_where(keep_B, rescaled(block, x_BTD, others, rate), x_BTD)
+                return rescaled(block, x_BTD, others, rate, kept.keep_SR.reshape(-1))
             case "batch":
                 return lax.cond(
                     kept.keep_SR[0, 0],
