@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental.layout import Layout, with_layout_constraint
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from lsjax.config import StepConfig
@@ -12,7 +13,7 @@ from lsjax.model.block import ADAPTED
 from lsjax.model.llama import Llama
 from lsjax.model.rope import rope_angles
 from lsjax.model.self_attention import SAVED
-from lsjax.sharding import ROWS, constrain, platform, row_shards
+from lsjax.sharding import ROWS, constrain, on_each_device, platform, row_shards
 from lsjax.training.kept_rows import Kept, run_on_kept
 from lsjax.training.layer_dropout import (
     DropRates,
@@ -81,7 +82,11 @@ def row_major(slots: Array) -> Array:
     """On TPUs also the gradient of the slots, which the scan reads layer by layer."""
     if platform() != "tpu":
         return slots
-    return with_layout_constraint(slots, Layout(tuple(range(slots.ndim))))
+    layout = Layout(tuple(range(slots.ndim)))
+    by_rows = P(None, ROWS)  # the partitioner would make the slots whole for the constraint
+    return on_each_device(
+        lambda own: with_layout_constraint(own, layout), [slots], [by_rows], by_rows, axes=ROWS
+    )
 
 
 @jax.custom_vjp
