@@ -9,10 +9,10 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from lsjax.config import StepConfig
+from lsjax.model.attention import SAVED
 from lsjax.model.block import ADAPTED
 from lsjax.model.llama import Llama
 from lsjax.model.rope import rope_angles
-from lsjax.model.self_attention import SAVED
 from lsjax.sharding import ROWS, constrain, on_each_device, platform, row_shards
 from lsjax.training.kept_rows import Kept, run_on_kept
 from lsjax.training.layer_dropout import (

@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int
 from lsjax.model.block import RMSNorm
 from lsjax.model.llama import Llama
 from lsjax.sharding import ROWS, chunk_steps, on_each_device, platform
-from lsjax.training.exit_losses import ExitLoss, cross_entropy, log_z
+from lsjax.training.early_exit import ExitLoss, cross_entropy, log_z
 
 # Logits of a chunk, on each device.
 CHUNK_LOGITS = 2**25

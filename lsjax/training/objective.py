@@ -9,8 +9,7 @@ from lsjax.config import StepConfig
 from lsjax.model.llama import Llama, cast_matrices
 from lsjax.model.split import split_matrices
 from lsjax.sharding import platform
-from lsjax.training.early_exit import enabled_exits, loss_weights, most_exits
-from lsjax.training.exit_losses import EXIT_LOSSES, ExitLoss
+from lsjax.training.early_exit import EXIT_LOSSES, ExitLoss, enabled_exits, loss_weights, most_exits
 from lsjax.training.forward import exit_states
 from lsjax.training.layer_dropout import DropRates, drop_rates
 from lsjax.training.loss import Positions, head_loss, head_of

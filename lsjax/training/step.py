@@ -14,8 +14,7 @@ from lsjax.config import OptimizerConfig, StepConfig
 from lsjax.model.llama import Llama, stacked
 from lsjax.model.lora import joined, split, with_adapters
 from lsjax.sharding import split_rows
-from lsjax.training.early_exit import enabled_exits
-from lsjax.training.exit_losses import ExitLoss
+from lsjax.training.early_exit import ExitLoss, enabled_exits
 from lsjax.training.layer_dropout import DropRates, drop_rates
 from lsjax.training.objective import objective
 
@@ -61,7 +60,7 @@ def make_train_step(
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """The compiled step (state, batch) -> (state, metrics), which takes the state's memory over.
 
-    exit_loss: what the exits below the last one learn (exit_losses.py); the config's target by
+    exit_loss: what the exits below the last one learn (early_exit.py); the config's target by
     default. drop_rates: the rates of layer dropout in place of the paper's, where p_max is not 0.
 
     A step whose loss or gradient is not finite changes nothing but the counters. Metrics: loss (of

@@ -7,7 +7,7 @@ import pytest
 
 from lsjax.model.block import RMSNorm
 from lsjax.training import loss as module
-from lsjax.training.exit_losses import cross_entropy, divergence
+from lsjax.training.early_exit import cross_entropy, divergence
 from lsjax.training.loss import Head, Positions, head_loss
 
 S, B, T, D, V = 3, 2, 11, 6, 13

@@ -18,7 +18,7 @@ from lsjax.config import (
     StepConfig,
 )
 from lsjax.model.llama import Llama, unstacked
-from lsjax.training.exit_losses import cross_entropy
+from lsjax.training.early_exit import cross_entropy
 from lsjax.training.step import decays, init_state, learning_rates, make_train_step
 
 CONFIG = StepConfig(
