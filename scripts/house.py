@@ -3,7 +3,8 @@
     python scripts/house.py
 
 Prints a table, and exits with 1 where a limit is passed, modules import each other in a circle, or
-a room imports one of a floor above its own. Imports inside functions count too.
+a room imports one of a floor above its own. Imports inside functions count too, those for type
+hints alone do not.
 """
 
 import ast
@@ -83,7 +84,13 @@ def height(module: str) -> int:
 def imported(name: str, file: Path, modules: dict[str, Path]) -> set[str]:
     """Modules of lsjax that this one imports."""
     found = set()
-    for node in ast.walk(ast.parse(file.read_text())):
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    blocks = [node for node in ast.walk(tree) if isinstance(node, ast.If)]
+    for_types = [block for block in blocks if getattr(block.test, "id", "") == "TYPE_CHECKING"]
+    hidden = {id(node) for block in for_types for node in ast.walk(block)}
+    for node in ast.walk(tree):
+        if id(node) in hidden:
+            continue
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         if isinstance(node, ast.ImportFrom) and node.module:

@@ -10,6 +10,10 @@ from jaxtyping import Array, Bool, Float, Int
 from lsjax.model.products import enough_rows, mix
 from lsjax.sharding import platform
 
+# What splash and flash keep for their backward passes, for remat policies that save by name.
+SAVED = "attention"
+# Tokens of a block of flash, which divides its sequences.
+OWN = 128
 # Slots of the cache that one step of `cached_attention` reads; LARGE is a multiple of SMALL.
 SMALL, LARGE = 256, 1024
 # Scores of each head that accelerators hold at a time: 512 queries of 8,192 slots and a few more.

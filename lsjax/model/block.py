@@ -9,7 +9,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from lsjax.config import AttentionKernel, LlamaConfig
 from lsjax.model.attention import cached_attention
@@ -134,17 +134,23 @@ class Block(nnx.Module):
         rope: tuple[Array, Array],
         segments_BT: Int[Array, "B T"] | None = None,
         kernel: AttentionKernel = "auto",
+        keep_B: Bool[Array, " B"] | None = None,
     ) -> Float[Array, "B T D"]:
         """The layer on whole sequences, without a cache; segments do not see one another.
 
-        kernel: of the attention (self_attention.py).
+        kernel: of the attention (self_attention.py). keep_B: M of equation 1, all rows by default.
+        The others stay as they are: both branches add 0 to them.
         """
+
+        def kept(y_BTD):
+            return y_BTD if keep_B is None else keep_B.astype(y_BTD.dtype)[:, None, None] * y_BTD
+
         q, k, v = self.attention.project(self.attention_norm(x_BTD), rope)
         mixed = self_attention(q, k, v, segments_BT, kernel)
         # On GPUs remat keeps the output of attention instead of this product of it: as large, and
         # dearer to compute again for long sequences.
-        x_BTD = x_BTD + self.attention.merge(mixed, again=platform() == "gpu")
-        return x_BTD + self.feed_forward(self.feed_forward_norm(x_BTD))
+        x_BTD = x_BTD + kept(self.attention.merge(mixed, again=platform() == "gpu"))
+        return x_BTD + kept(self.feed_forward(self.feed_forward_norm(x_BTD)))
 
     def extend(
         self,

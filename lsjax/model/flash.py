@@ -25,7 +25,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 from jaxtyping import Array, Float, Int
 
-from lsjax.model.self_attention import OWN, SAVED
+from lsjax.model.attention import OWN, SAVED
 from lsjax.sharding import platform
 
 OTHERS = 64

@@ -213,32 +213,3 @@ def _mix_backward(residuals, dy):
 
 
 mix.defvjp(_mix_forward, _mix_backward)
-
-
-@jax.custom_vjp
-def rows_where(
-    keep_B: Bool[Array, " B"], y: Float[Array, "B ..."], x: Float[Array, "B ..."]
-) -> Float[Array, "B ..."]:
-    """y in the rows that keep it, x in the others.
-
-    Keeps one bit a row for the backward pass; autodiff keeps one for each element.
-    """
-    if platform() == "tpu":  # fused into the product that gives y, the choice spoils it
-        y = lax.optimization_barrier(y)
-    return jnp.where(_like(keep_B, y), y, x)
-
-
-def _rows_where_forward(keep_B, y, x):
-    return rows_where(keep_B, y, x), keep_B
-
-
-def _rows_where_backward(keep_B, dz):
-    keep = _like(keep_B, dz)
-    return None, jnp.where(keep, dz, 0), jnp.where(keep, 0, dz)
-
-
-rows_where.defvjp(_rows_where_forward, _rows_where_backward)
-
-
-def _like(keep_B, x):
-    return keep_B.reshape(-1, *[1] * (x.ndim - 1))

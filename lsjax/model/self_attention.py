@@ -14,16 +14,11 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from lsjax.config import AttentionKernel, check
-from lsjax.model.attention import attention
+from lsjax.model.attention import OWN, SAVED, attention
 from lsjax.sharding import ROWS, on_each_device, platform
 
 # Steps of a splash block; of those that pad the sequence least, the first.
 BLOCKS = (512, 384, 256, 128)
-# What splash and flash keep for their backward passes, for remat policies that save by name.
-SAVED = "attention"
-# Tokens of a block of flash, which divides its sequences.
-OWN = 128
-
 # Compute capability of cards that programs are compiled for without one (lsjax/aot/chips.py): jax's
 # meshes know the names of such devices only.
 CAPABILITIES = {"NVIDIA A100": 8.0, "NVIDIA H100": 9.0, "NVIDIA H200": 9.0}

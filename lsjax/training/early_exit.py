@@ -1,16 +1,30 @@
-"""The early-exit loss: which exits are in it at each step, and with what weight (LayerSkip, 4.1.2).
+"""The early-exit loss (LayerSkip, 4.1.2): which exits are in it, their weights, what they learn.
 
     J(t) = sum over exits E of w(t, E) CE(unembed(output of layer E - 1), labels)    (eq. 5)
     w(t, E) = C(t, E) e(E - 1) / sum over i of C(t, i) e(i - 1)
 
 C is the curriculum, e the weights (eq. 6). Exit E = L is always on. Functions of the step alone:
 nothing to save, nothing to go wrong at a restart. Arrays over exits have exit E at index E - 1.
+
+CE is the loss of each token, a function of logits. Any other can take its place below exit L:
+
+    def exit_loss(logits, labels, final_logits):    # [..., V], [...], [..., V]
+        return ...                                  # [...]
+
+    step = make_train_step(config, exit_loss=exit_loss)
+
+logits are an exit's, final_logits the last exit's, in float32 or wider. The head calls the function
+on chunks of positions, and differentiates it in `logits`. No gradient flows into `final_logits`.
+They are computed only if the function uses them. Labels of tokens that do not count are negative.
 """
 
+from collections.abc import Callable, Mapping
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from lsjax.config import EarlyExitConfig
 
@@ -84,3 +98,41 @@ def most_exits(config: EarlyExitConfig, num_layers: int, num_steps: int) -> int:
             steps = (num_steps - 1,)  # no curriculum turns an exit off again
     enabled = (enabled_exits(config, num_layers, step, num_steps) for step in steps)
     return max(int(exits[:-1].sum()) for exits in enabled)
+
+
+# (logits [..., V], labels [...], final_logits [..., V]) -> losses [...]
+ExitLoss = Callable[[Array, Array, Array], Array]
+
+
+@jax.custom_jvp
+def log_z(logits: Float[Array, "... V"]) -> Float[Array, "..."]:
+    """log sum exp of the logits. Its derivative, the softmax, is computed from the result: the
+    pass over the logits writes no array of their size."""
+    return jax.nn.logsumexp(logits, axis=-1)
+
+
+@log_z.defjvp
+def _log_z_jvp(primals, tangents):
+    (logits,), (dlogits,) = primals, tangents
+    result = log_z(logits)
+    return result, (jnp.exp(logits - result[..., None]) * dlogits).sum(-1)
+
+
+def cross_entropy(
+    logits: Float[Array, "... V"], labels: Int[Array, "..."], final_logits: object = None
+) -> Float[Array, "..."]:
+    """-log p(label): the paper's (eq. 5), and always the last exit's."""
+    is_label = jnp.arange(logits.shape[-1]) == labels[..., None]
+    return log_z(logits) - jnp.where(is_label, logits, 0).sum(-1)
+
+
+def divergence(
+    logits: Float[Array, "... V"], labels: Int[Array, "..."], final_logits: Float[Array, "... V"]
+) -> Float[Array, "..."]:
+    """KL(p || q) of this exit's distribution q from the last one's, p."""
+    log_p = final_logits - log_z(final_logits)[..., None]
+    return (jnp.exp(log_p) * (log_p - logits)).sum(-1) + log_z(logits)
+
+
+# By `early_exit.target`.
+EXIT_LOSSES: Mapping[str, ExitLoss] = {"labels": cross_entropy, "final": divergence}

@@ -4,17 +4,24 @@ exits in the loss unembed."""
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental.layout import Layout, with_layout_constraint
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from lsjax.config import StepConfig
+from lsjax.model.attention import SAVED
 from lsjax.model.block import ADAPTED
 from lsjax.model.llama import Llama
-from lsjax.model.products import rows_where
 from lsjax.model.rope import rope_angles
-from lsjax.model.self_attention import SAVED
-from lsjax.sharding import ROWS, constrain, platform, row_shards
+from lsjax.sharding import ROWS, constrain, on_each_device, platform, row_shards
 from lsjax.training.kept_rows import Kept, run_on_kept
-from lsjax.training.layer_dropout import drop_rates, keep_counted, keep_mask, row_counts
+from lsjax.training.layer_dropout import (
+    DropRates,
+    drop_rates,
+    keep_counted,
+    keep_mask,
+    row_counts,
+)
 
 
 def exit_states(
@@ -24,6 +31,7 @@ def exit_states(
     step: Int[Array, ""],
     rows_B: Int[Array, " B"],
     exit_S: Int[Array, " S"],
+    drop_rates: DropRates = drop_rates,
 ) -> Float[Array, "S B T D"]:
     """Outputs of the layers exit_S, in order; the last slot is the model's output.
 
@@ -31,9 +39,8 @@ def exit_states(
     step. exit_S: each layer but the last once at most; what slots of L - 1 hold before the last
     one is of no meaning.
 
-    A layer with an exit writes its output to the slot of that exit. So no more than S outputs are
-    held, whatever the number of layers. Where S = L, slot and layer are one, and the outputs are
-    those of the scan.
+    The output of a layer with an exit is written to that exit's slot. So no more than S outputs are
+    held, whatever the number of layers. Where S = L, they are the outputs of the scan.
     """
     x_BTD = model.embed_rows(batch["tokens_BT"])
     whole = platform() == "tpu"
@@ -41,53 +48,71 @@ def exit_states(
     run = layer_runner(config, rope, batch["segments_BT"])
     num_slots, num_layers = len(exit_S), model.config.num_layers
     picks = 1 < num_slots < num_layers
-    none = num_slots - 1  # slot of layers that write to none; the last layer's output is the carry
-    slot_L = jnp.full(num_layers, none).at[exit_S].set(jnp.arange(num_slots)).at[-1].set(none)
+    # Of the exit below each layer; S - 1, which there is not, where it has none.
+    slot_L = jnp.full(num_layers + 1, num_slots - 1).at[exit_S + 1].set(jnp.arange(num_slots))[:-1]
     dropout = None
     if config.layer_dropout.p_max > 0:
         rates_L = drop_rates(config.layer_dropout, model.config.num_layers, step, config.num_steps)
         dropout = rates_L, kept_rows(config, rates_L, step, rows_B)
 
     def layer(carry, inputs):
-        x_BTD, slots_SBTD = carry
+        x_BTD, slots = carry
         block, slot, dropout = inputs
-        x_BTD = constrain(run(block, x_BTD, dropout), ROWS)
         if picks:
-            slots_SBTD = _held(slots_SBTD, x_BTD, slot)
-        return (x_BTD, slots_SBTD), x_BTD if num_slots == num_layers else None
+            slots = write_slot(slots, turned(x_BTD), slot)
+        x_BTD = constrain(run(block, x_BTD, dropout), ROWS)
+        return (x_BTD, slots), x_BTD if num_slots == num_layers else None
 
-    slots_SBTD = None
+    slots = None
     if picks:  # zeros would be one array with those of the loss, which XLA:GPU holds until then
-        slots_SBTD = jnp.broadcast_to(lax.stop_gradient(x_BTD), (num_slots - 1, *x_BTD.shape))
-    (x_BTD, slots_SBTD), x_LBTD = lax.scan(
-        layer, (x_BTD, slots_SBTD), (model.layers, slot_L, dropout)
-    )
+        first = lax.stop_gradient(turned(x_BTD))
+        slots = jnp.broadcast_to(first, (num_slots - 1, *first.shape))
+    (x_BTD, slots), x_LBTD = lax.scan(layer, (x_BTD, slots), (model.layers, slot_L, dropout))
     if num_slots == num_layers:
         return x_LBTD
-    return jnp.concatenate([slots_SBTD, x_BTD[None]]) if picks else x_BTD[None]
+    return jnp.concatenate([turned(row_major(slots)), x_BTD[None]]) if picks else x_BTD[None]
+
+
+def turned(x: Float[Array, "... T D"]) -> Float[Array, "... D T"]:
+    """On TPUs, and back again. XLA:TPU has the scan's states with steps in the lanes; slots that
+    lie likewise are written without a copy."""
+    return x.swapaxes(-1, -2) if platform() == "tpu" else x
+
+
+def row_major(slots: Array) -> Array:
+    """On TPUs also the gradient of the slots, which the scan reads layer by layer."""
+    if platform() != "tpu":
+        return slots
+    layout = Layout(tuple(range(slots.ndim)))
+    by_rows = P(None, ROWS)  # the partitioner would make the slots whole for the constraint
+    return on_each_device(
+        lambda own: with_layout_constraint(own, layout), [slots], [by_rows], by_rows, axes=ROWS
+    )
 
 
 @jax.custom_vjp
-def _held(slots_SBTD, x_BTD, slot):
-    """The slots with x in this one; unchanged for the slot beyond them.
+def write_slot(
+    slots: Float[Array, "R *shape"], x: Float[Array, "*shape"], slot: Int[Array, ""]
+) -> Float[Array, "R *shape"]:
+    """slots.at[slot].set(x), and the slots as they are for the one beyond them, R.
 
-    A slot is written once. So its gradient is that of x, and the backward pass writes no slot.
+    Each slot is written once. So the backward pass reads a slot's gradient and writes no slot.
     """
-    before_BTD = lax.dynamic_index_in_dim(slots_SBTD, slot, 0, keepdims=False)
-    x_BTD = jnp.where(slot < len(slots_SBTD), x_BTD, before_BTD)
-    return lax.dynamic_update_index_in_dim(slots_SBTD, x_BTD, slot, 0)
+    before = lax.dynamic_index_in_dim(slots, slot, 0, keepdims=False)
+    x = jnp.where(slot < len(slots), x, before)
+    return lax.dynamic_update_index_in_dim(slots, x, slot, 0)
 
 
-def _held_forward(slots_SBTD, x_BTD, slot):
-    return _held(slots_SBTD, x_BTD, slot), slot
+def _write_slot_forward(slots, x, slot):
+    return write_slot(slots, x, slot), slot
 
 
-def _held_backward(slot, dslots_SBTD):
-    dx_BTD = lax.dynamic_index_in_dim(dslots_SBTD, slot, 0, keepdims=False)
-    return dslots_SBTD, jnp.where(slot < len(dslots_SBTD), dx_BTD, 0), None
+def _write_slot_backward(slot, dslots):
+    dx = lax.dynamic_index_in_dim(dslots, slot, 0, keepdims=False)
+    return dslots, jnp.where(slot < len(dslots), dx, 0), None
 
 
-_held.defvjp(_held_forward, _held_backward)
+write_slot.defvjp(_write_slot_forward, _write_slot_backward)
 
 
 def kept_rows(config: StepConfig, rates_L, step, rows_B) -> Kept:
@@ -107,8 +132,8 @@ def layer_runner(config: StepConfig, rope, segments_BT):
     """(block, x_BTD, None or (rate, Kept)) -> x_BTD after one layer, or without it for the rows
     that do not keep it."""
 
-    def run(block, x_BTD, others):
-        return block(x_BTD, *others, config.attention)
+    def run(block, x_BTD, others, keep_B=None):
+        return block(x_BTD, *others, config.attention, keep_B)
 
     remat = config.remat
     if remat == "none" and config.layer_dropout.p_max > 0 and config.layer_dropout.skip == "gather":
@@ -122,8 +147,8 @@ def layer_runner(config: StepConfig, rope, segments_BT):
             policy = policies.save_from_both_policies(policy, named)
         run = jax.checkpoint(run, policy=policy, prevent_cse=False)  # the scan prevents it
 
-    def rescaled(block, x_BTD, others, rate):
-        y_BTD = run(block, x_BTD, others)
+    def rescaled(block, x_BTD, others, rate, keep_B=None):
+        y_BTD = run(block, x_BTD, others, keep_B)
         if not config.layer_dropout.rescale:
             return y_BTD
         share = jnp.where(rate < 1, 1 - rate, 1).astype(x_BTD.dtype)
@@ -136,8 +161,7 @@ def layer_runner(config: StepConfig, rope, segments_BT):
         rate, kept = dropout
         match config.layer_dropout.skip:
             case "mask":
-                keep_B = kept.keep_SR.reshape(-1)
-                return rows_where(keep_B, rescaled(block, x_BTD, others, rate), x_BTD)
+                return rescaled(block, x_BTD, others, rate, kept.keep_SR.reshape(-1))
             case "batch":
                 return lax.cond(
                     kept.keep_SR[0, 0],

@@ -9,7 +9,7 @@ rows are computed (`keep_counted`), of the rows that lie together on a device or
 too.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,9 @@ from lsjax.config import LayerDropoutConfig
 COUNTS = 4
 # In place of a row's number, for the draw that all rows share.
 ROUNDING = 2**31 - 1
+
+# (config, num_layers, step, num_steps) -> the rate of each layer
+DropRates = Callable[[LayerDropoutConfig, int, ArrayLike, int], Float[Array, " L"]]
 
 
 def drop_rates(

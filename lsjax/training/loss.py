@@ -1,9 +1,8 @@
-"""Cross entropy of many hidden states through one head, without their logits ever being held.
+"""Losses of many hidden states through one head, without all their logits ever being held.
 
-Positions in the loss come first in each row; chunks of them go through the head one after the
-other, as many as the fullest row has. A chunk's gradient is computed beside its loss, so that the
-head passes over it three times (logits, gradient of the states, gradient of the table) and not a
-fourth time in the backward pass.
+Positions in the loss come first in each row. Chunks of them go through the head one after the
+other, as many as the fullest row has. A chunk's gradient is computed beside its loss. So the head
+passes over it three times: logits, gradient of the states, gradient of the table.
 
 Letters: S slots of hidden states (exits), C positions of a chunk.
 """
@@ -20,6 +19,7 @@ from jaxtyping import Array, Float, Int
 from lsjax.model.block import RMSNorm
 from lsjax.model.llama import Llama
 from lsjax.sharding import ROWS, chunk_steps, on_each_device, platform
+from lsjax.training.early_exit import ExitLoss, cross_entropy, log_z
 
 # Logits of a chunk, on each device.
 CHUNK_LOGITS = 2**25
@@ -57,7 +57,7 @@ def loss_chunk(batch: int, steps: int, vocab: int) -> int:
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def head_loss(
-    target: str,
+    exit_loss: ExitLoss,
     z_loss: float,
     head: Head,
     x_SBTD: Float[Array, "S B T D"],
@@ -67,14 +67,13 @@ def head_loss(
 ) -> tuple[Float[Array, ""], Float[Array, " S"]]:
     """Weighted sum over slots of their summed losses, and each slot's sum.
 
-    target: what slots but the last learn: "labels", or the "final" slot's distribution (their loss
-    is then the divergence of theirs from it, through which nothing flows back). z_loss: weight of
+    exit_loss: of all slots but the last one, which has the cross entropy. z_loss: weight of
     log(Z)^2, which the weighted sum includes and the sums do not.
     """
-    return _forward(target, z_loss, head, x_SBTD, labels_BT, positions, weights_S)[0]
+    return _forward(exit_loss, z_loss, head, x_SBTD, labels_BT, positions, weights_S)[0]
 
 
-def _forward(target, z_loss, head, x_SBTD, labels_BT, positions, weights_S):
+def _forward(exit_loss, z_loss, head, x_SBTD, labels_BT, positions, weights_S):
     """Each device goes through the head with its own rows, and adds up the gradient of the table
     that they give; the sum over devices is taken once, at the end."""
     _, batch, steps, _ = x_SBTD.shape
@@ -82,7 +81,7 @@ def _forward(target, z_loss, head, x_SBTD, labels_BT, positions, weights_S):
     chunks_S = -(-positions.counts_SB.max(1) // chunk)
     narrow = Head(head.norm, head.table_VD.astype(x_SBTD.dtype))
     sums, dx_SBTD = on_each_device(
-        partial(_own_rows, target, z_loss, chunk),
+        partial(_own_rows, exit_loss, z_loss, chunk),
         (narrow, x_SBTD, labels_BT, positions, weights_S, chunks_S),
         (P(), P(None, ROWS), P(ROWS), P(None, ROWS), P(), P()),
         (P(ROWS), P(None, ROWS)),
@@ -93,102 +92,85 @@ def _forward(target, z_loss, head, x_SBTD, labels_BT, positions, weights_S):
     return losses, (dhead, dx_SBTD)
 
 
-def _own_rows(target, z_loss, chunk, head, x_SBTD, labels_BT, positions, weights_S, chunks_S):
+def _own_rows(exit_loss, z_loss, chunk, head, x_SBTD, labels_BT, positions, weights_S, chunks_S):
     """Losses and gradients of a device's rows: what is to be summed over devices, with an axis of
     1 in front, and the gradient of the states.
 
     chunks_S: that there are in each slot's fullest row, of all rows.
     """
     slots, batch, steps, width = x_SBTD.shape
-    vocab = len(head.table_VD)
-    chunks = -(-steps // chunk)
+    whole = -(-steps // chunk) * chunk  # steps, as chunks
     wide = jnp.promote_types(x_SBTD.dtype, jnp.float32)
-    table_VD = head.table_VD
-    table_DV = table_VD.T
+    order_SBT = jnp.pad(positions.order_SBT, [(0, 0), (0, 0), (0, whole - steps)])
+    table_DV = head.table_VD.T  # turned once for all chunks: the logits would be for each
 
     def logits_of(normed_BCD):
-        # The table is the left operand here too: the products are the quicker for it on XLA:CPU.
-        return jnp.einsum("VD,BCD->VBC", table_VD, normed_BCD, preferred_element_type=wide)
+        return jnp.einsum("BCD,DV->BCV", normed_BCD, table_DV, preferred_element_type=wide)
 
-    def slot_loss(learns, slot, carry):
+    def add_slot(slot_loss, slot, carry):
         """Adds one slot's loss and gradients; that of its states takes their place."""
-        total, sums_S, dnorm, dtable_VD, slots_SBTD = carry
-        x_BTD, weight = slots_SBTD[slot], weights_S[slot].astype(wide)
-        order_BT, count_B = positions.order_SBT[slot], positions.counts_SB[slot]
-        scale_B = positions.scales_SB[slot].astype(wide)
-        padding = chunks * chunk - steps
-        padded_BT = jnp.pad(order_BT, ((0, 0), (0, padding)))
+        (total, sums_S), dhead, slots_SBTD = carry
+        x_BTD, final_BTD = slots_SBTD[slot], slots_SBTD[-1]
+        weight = weights_S[slot].astype(wide)
 
-        def chunk_loss(index, carry):
-            total, sum_, dnorm, dtable_VD, sorted_BTD = carry
+        def add_chunk(index, carry):
+            *sums, dx_BTD = carry
             start = index * chunk
-            at_BC = lax.dynamic_slice_in_dim(padded_BT, start, chunk, 1)
-            counted_BC = start + jnp.arange(chunk) < count_B[:, None]
-            scale_BC = jnp.where(counted_BC, scale_B[:, None], 0)
+            at_BC = lax.dynamic_slice_in_dim(order_SBT[slot], start, chunk, 1)
+            counted_BC = start + jnp.arange(chunk) < positions.counts_SB[slot, :, None]
+            scale_BC = jnp.where(counted_BC, positions.scales_SB[slot, :, None], 0).astype(wide)
+            label_BC = jnp.take_along_axis(labels_BT, at_BC, 1)
             x_BCD = jnp.take_along_axis(x_BTD, at_BC[:, :, None], 1)
+            final_BCD = jnp.take_along_axis(final_BTD, at_BC[:, :, None], 1)
+            final_BCV = logits_of(head.norm(final_BCD))
+
+            def chunk_loss(logits_BCV):
+                added = (scale_BC * slot_loss(logits_BCV, label_BC, final_BCV)).sum()
+                if not z_loss:
+                    return weight * added, added
+                z_term = (scale_BC * jnp.square(log_z(logits_BCV))).sum()
+                return weight * (added + z_loss * z_term), added
+
             normed_BCD, norm_backward = jax.vjp(lambda norm, x: norm(x), head.norm, x_BCD)
-            logits_VBC = logits_of(normed_BCD)
-            log_z_BC = jax.nn.logsumexp(logits_VBC, axis=0)
-            if learns == "labels":
-                label_BC = jnp.take_along_axis(labels_BT, at_BC, 1)
-                wanted_VBC = jnp.arange(vocab)[:, None, None] == label_BC
-                loss_BC = log_z_BC - jnp.where(wanted_VBC, logits_VBC, 0).sum(0)
-            else:
-                final_BCD = jnp.take_along_axis(slots_SBTD[-1], at_BC[:, :, None], 1)
-                log_wanted_VBC = jax.nn.log_softmax(logits_of(head.norm(final_BCD)), axis=0)
-                wanted_VBC = jnp.exp(log_wanted_VBC)
-                loss_BC = (wanted_VBC * (log_wanted_VBC - logits_VBC + log_z_BC)).sum(0)
-            added = (scale_BC * loss_BC).sum()
-            total += weight * (added + z_loss * (scale_BC * jnp.square(log_z_BC)).sum())
-            # d loss / d logits, in the dtype of the products that follow.
-            softmax_VBC = jnp.exp(logits_VBC - log_z_BC)
-            dlogits_VBC = softmax_VBC * (1 + 2 * z_loss * log_z_BC) - wanted_VBC
-            dlogits_VBC = (weight * scale_BC * dlogits_VBC).astype(x_BCD.dtype)
-            # The table is turned once for all chunks, the logits would be for each.
-            dnormed_BCD = jnp.einsum("DV,VBC->DBC", table_DV, dlogits_VBC).transpose(1, 2, 0)
-            dtable_VD += jnp.einsum(
-                "VBC,BCD->VD", dlogits_VBC, normed_BCD, preferred_element_type=wide
+            backward = jax.value_and_grad(chunk_loss, has_aux=True)
+            losses, dlogits_BCV = backward(logits_of(normed_BCD))
+            # In the dtype of the products that follow. XLA:TPU would compute it in both of them.
+            dlogits_BCV = lax.optimization_barrier(dlogits_BCV.astype(x_BCD.dtype))
+            dnormed_BCD = jnp.einsum("BCV,VD->BCD", dlogits_BCV, head.table_VD)
+            dtable_DV = jnp.einsum(
+                "BCD,BCV->DV", normed_BCD, dlogits_BCV, preferred_element_type=wide
             )
-            more_dnorm, dx_BCD = norm_backward(dnormed_BCD)
-            dnorm = jax.tree.map(jnp.add, dnorm, more_dnorm)
-            sorted_BTD = lax.dynamic_update_slice_in_dim(sorted_BTD, dx_BCD, start, 1)
-            return total, sum_ + added, dnorm, dtable_VD, sorted_BTD
+            dnorm, dx_BCD = norm_backward(dnormed_BCD)
+            sums = jax.tree.map(jnp.add, sums, [losses, Head(dnorm, dtable_DV)])
+            return *sums, lax.dynamic_update_slice_in_dim(dx_BTD, dx_BCD, start, 1)
 
-        sorted_BTD = jnp.zeros((batch, chunks * chunk, width), x_SBTD.dtype)
-        carry = (total, jnp.zeros((), wide), dnorm, dtable_VD, sorted_BTD)
+        zeros_BTD = jnp.zeros((batch, whole, width), x_SBTD.dtype)
+        carry = (total, jnp.zeros((), wide)), dhead, zeros_BTD
         with jax.named_scope(CHUNKS):
-            carry = lax.fori_loop(0, chunks_S[slot], chunk_loss, carry)
-        total, sum_, dnorm, dtable_VD, sorted_BTD = carry
-        back_BT = jnp.argsort(order_BT, axis=1)
-        dx_BTD = jnp.take_along_axis(sorted_BTD, back_BT[:, :, None], 1)
+            (total, sum_), dhead, dx_BTD = lax.fori_loop(0, chunks_S[slot], add_chunk, carry)
+        back_BT = jnp.argsort(positions.order_SBT[slot], axis=1)
+        dx_BTD = jnp.take_along_axis(dx_BTD, back_BT[:, :, None], 1)
         slots_SBTD = lax.dynamic_update_index_in_dim(slots_SBTD, dx_BTD, slot, 0)
-        return total, sums_S.at[slot].set(sum_), dnorm, dtable_VD, slots_SBTD
+        return (total, sums_S.at[slot].set(sum_)), dhead, slots_SBTD
 
-    carry = (
-        jnp.zeros((), wide),
-        jnp.zeros(slots, wide),
-        jax.tree.map(jnp.zeros_like, head.norm),
-        jnp.zeros(table_VD.shape, wide),
-        x_SBTD,
-    )
+    losses = jnp.zeros((), wide), jnp.zeros(slots, wide)
+    dnorm = jax.tree.map(jnp.zeros_like, head.norm)
+    carry = losses, Head(dnorm, jnp.zeros(table_DV.shape, wide)), x_SBTD
     if slots > 1:
         used_S = chunks_S[:-1] > 0
         order_S = jnp.argsort(~used_S, stable=True)
-
-        def used_slot_loss(index, carry):
-            return slot_loss(target, order_S[index], carry)
-
         with jax.named_scope(EXITS):
-            carry = lax.fori_loop(0, used_S.sum(), used_slot_loss, carry)
-        *rest, slots_SBTD = carry
+            *sums, slots_SBTD = lax.fori_loop(
+                0, used_S.sum(), lambda i, carry: add_slot(exit_loss, order_S[i], carry), carry
+            )
         keep_S = jnp.append(used_S, True)[:, None, None, None]
-        carry = *rest, jnp.where(keep_S, slots_SBTD, 0)
-    total, sums_S, dnorm, dtable_VD, dx_SBTD = slot_loss("labels", slots - 1, carry)
-    sums = (total, sums_S), Head(dnorm, dtable_VD)
-    return jax.tree.map(lambda leaf: leaf[None], sums), dx_SBTD
+        carry = *sums, jnp.where(keep_S, slots_SBTD, 0)
+    losses, dhead, dx_SBTD = add_slot(cross_entropy, slots - 1, carry)
+    dhead = Head(dhead.norm, dhead.table_VD.T)
+    return jax.tree.map(lambda leaf: leaf[None], (losses, dhead)), dx_SBTD
 
 
-def _backward(target, z_loss, gradients, cotangents):
+def _backward(exit_loss, z_loss, gradients, cotangents):
     """Nothing flows back from the sums: they are for people."""
     scale = cotangents[0]
     head, x_SBTD = jax.tree.map(lambda leaf: leaf * scale.astype(leaf.dtype), gradients)

@@ -9,8 +9,9 @@ from lsjax.config import StepConfig
 from lsjax.model.llama import Llama, cast_matrices
 from lsjax.model.split import split_matrices
 from lsjax.sharding import platform
-from lsjax.training.early_exit import enabled_exits, loss_weights, most_exits
+from lsjax.training.early_exit import EXIT_LOSSES, ExitLoss, enabled_exits, loss_weights, most_exits
 from lsjax.training.forward import exit_states
+from lsjax.training.layer_dropout import DropRates, drop_rates
 from lsjax.training.loss import Positions, head_loss, head_of
 
 
@@ -21,12 +22,16 @@ def objective(
     step: Int[Array, ""],
     rows_B: Int[Array, " B"],
     num_labels: Int[Array, ""],
+    *,
+    exit_loss: ExitLoss | None = None,
+    drop_rates: DropRates = drop_rates,
 ) -> tuple[Float[Array, ""], Float[Array, " L"]]:
     """Loss of some rows of a step's batch, and the summed cross entropy of each exit that is on.
 
     model: stacked, in the dtype of the parameters. rows_B: numbers of these rows in the batch.
     num_labels: labelled tokens in all of the batch, by which the loss is divided: so the losses and
-    gradients of parts of a batch add up to those of the whole.
+    gradients of parts of a batch add up to those of the whole. exit_loss: of the exits below the
+    last one; that of the config's target by default. drop_rates: of layer dropout, where it is on.
     """
     shape = model.config
     enabled_L = enabled_exits(config.early_exit, shape.num_layers, step, config.num_steps)
@@ -36,7 +41,7 @@ def objective(
     narrow = cast_matrices(model, config.dtype)
     if platform() == "tpu":
         narrow = split_matrices(narrow)
-    x_SBTD = exit_states(config, narrow, batch, step, rows_B, exit_S)
+    x_SBTD = exit_states(config, narrow, batch, step, rows_B, exit_S, drop_rates)
 
     head = head_of(model)
     if platform() == "gpu":
@@ -45,7 +50,7 @@ def objective(
     weights_S = jnp.where(taken_S, weights_L[exit_S], 0) / jnp.maximum(num_labels, 1)
     positions = loss_positions(config, batch["labels_BT"], step, rows_B, exit_S, taken_S)
     loss, sums_S = head_loss(
-        config.early_exit.target,
+        exit_loss or EXIT_LOSSES[config.early_exit.target],
         config.z_loss,
         head,
         x_SBTD,

@@ -14,7 +14,8 @@ from lsjax.config import OptimizerConfig, StepConfig
 from lsjax.model.llama import Llama, stacked
 from lsjax.model.lora import joined, split, with_adapters
 from lsjax.sharding import split_rows
-from lsjax.training.early_exit import enabled_exits
+from lsjax.training.early_exit import ExitLoss, enabled_exits
+from lsjax.training.layer_dropout import DropRates, drop_rates
 from lsjax.training.objective import objective
 
 Batch = dict[str, Array]  # tokens_BT, labels_BT, segments_BT, positions_BT
@@ -53,8 +54,14 @@ def init_state(config: StepConfig, model: Llama) -> TrainState:
 
 def make_train_step(
     config: StepConfig,
+    *,
+    exit_loss: ExitLoss | None = None,
+    drop_rates: DropRates = drop_rates,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """The compiled step (state, batch) -> (state, metrics), which takes the state's memory over.
+
+    exit_loss: what the exits below the last one learn (early_exit.py); the config's target by
+    default. drop_rates: the rates of layer dropout in place of the paper's, where p_max is not 0.
 
     A step whose loss or gradient is not finite changes nothing but the counters. Metrics: loss (of
     the objective), last_exit_loss, exit_loss_L and enabled_L (cross entropy, or divergence, of the
@@ -63,11 +70,12 @@ def make_train_step(
     """
     optimizer = directions(config.optimizer)
     schedule = learning_rates(config.optimizer, config.num_steps)
+    knobs = dict(exit_loss=exit_loss, drop_rates=drop_rates)
 
     @partial(jax.jit, donate_argnums=0)
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         num_labels = (batch["labels_BT"] >= 0).sum()
-        (loss, sums_L), gradients = loss_and_gradients(config, state, batch, num_labels)
+        (loss, sums_L), gradients = loss_and_gradients(config, state, batch, num_labels, **knobs)
         grad_norm = optax.tree.norm(gradients)
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
         if config.optimizer.clip_norm is not None:
@@ -106,9 +114,12 @@ def make_train_step(
 
 
 def loss_and_gradients(
-    config: StepConfig, state: TrainState, batch: Batch, num_labels: Int[Array, ""]
+    config: StepConfig, state: TrainState, batch: Batch, num_labels: Int[Array, ""], **knobs
 ):
-    """Loss, sums and gradients of what is trained, one micro-batch after the other."""
+    """Loss, sums and gradients of what is trained, one micro-batch after the other.
+
+    knobs: as `objective` takes them.
+    """
     rows = len(batch["tokens_BT"])
     parts = config.micro_batches
     config.check_batch(rows)
@@ -116,7 +127,7 @@ def loss_and_gradients(
 
     def loss(trained, part, rows_B):
         model = joined(trained, frozen)
-        return objective(config, model, part, state.step, rows_B, num_labels)
+        return objective(config, model, part, state.step, rows_B, num_labels, **knobs)
 
     def one(part, rows_B):
         return jax.value_and_grad(loss, has_aux=True)(trained, part, rows_B)

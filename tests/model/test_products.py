@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from lsjax.model import products
-from lsjax.model.products import enough_rows, enough_steps, linear, lookup, mix, rows_where, swiglu
+from lsjax.model.products import enough_rows, enough_steps, linear, lookup, mix, swiglu
 
 
 def plain_mix(q, k, v, mask):
@@ -118,15 +118,3 @@ def test_gradients_have_the_dtype_of_the_arrays():
     wide = q.astype(jnp.float32)
     expected = jax.grad(lambda k: plain_mix(wide, k, wide, mask).sum())(wide)
     np.testing.assert_allclose(found[1].astype(jnp.float32), expected, atol=0.05)
-
-
-def test_rows_that_keep_a_result_and_those_that_do_not():
-    """The gradient goes where the value came from, and one bit a row is kept for it."""
-    keep_B = jnp.array([True, False, True])
-    y, x = jnp.arange(24.0).reshape(2, 3, 4, 1)
-    z, pullback = jax.vjp(lambda y, x: rows_where(keep_B, y, x), y, x)
-    np.testing.assert_array_equal(z, np.stack([y[0], x[1], y[2]]))
-    dy, dx = pullback(jnp.ones_like(z) + z)
-    np.testing.assert_array_equal(dy[:, 0, 0], [1 + y[0, 0, 0], 0, 1 + y[2, 0, 0]])
-    np.testing.assert_array_equal(dx[:, 0, 0], [0, 1 + x[1, 0, 0], 0])
-    assert sum(leaf.size for leaf in jax.tree.leaves(pullback)) <= keep_B.size

@@ -39,11 +39,11 @@ def changed(config: StepConfig, **dropout) -> StepConfig:
     return dataclasses.replace(config, layer_dropout=dropout)
 
 
-def differentiated(config, model, batch, step):
+def differentiated(config, model, batch, step, **knobs):
     """(loss, sums_L), gradients."""
     rows_B = jnp.arange(len(batch["tokens_BT"]))
     num_labels = (batch["labels_BT"] >= 0).sum()
-    return jax.value_and_grad(partial(objective, config), has_aux=True)(
+    return jax.value_and_grad(partial(objective, config, **knobs), has_aux=True)(
         model, batch, step, rows_B, num_labels
     )
 
@@ -65,9 +65,9 @@ def gathered(config, model, batch, step, nearest=False):
 def masked(model, batch, step, rates_L, keep_LB):
     """All layers on all rows, under these masks."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(forward, "drop_rates", lambda *_: rates_L)
         patch.setattr(forward, "keep_mask", lambda *_: keep_LB)
-        return differentiated(changed(CONFIG, skip="mask"), model, batch, step)
+        config = changed(CONFIG, skip="mask")
+        return differentiated(config, model, batch, step, drop_rates=lambda *_: rates_L)
 
 
 def labelled(batch, rows):

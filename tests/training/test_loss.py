@@ -7,6 +7,7 @@ import pytest
 
 from lsjax.model.block import RMSNorm
 from lsjax.training import loss as module
+from lsjax.training.early_exit import cross_entropy, divergence
 from lsjax.training.loss import Head, Positions, head_loss
 
 S, B, T, D, V = 3, 2, 11, 6, 13
@@ -33,14 +34,24 @@ def example(dtype=jnp.float32):
     return head, x_SBTD, labels_BT, Positions(order_SBT, counts_SB, scales_SB), weights_S
 
 
-def plain(target, z_loss, head, x_SBTD, labels_BT, positions, weights_S):
+def smoothed(logits, labels, final_logits):
+    """A loss of one's own: half the mean over the vocabulary, half the final exit's choice."""
+    logp = jax.nn.log_softmax(logits)
+    choice = jnp.argmax(final_logits, axis=-1)
+    return -(logp.mean(-1) + jnp.take_along_axis(logp, choice[..., None], -1)[..., 0]) / 2
+
+
+def plain(exit_loss, z_loss, head, x_SBTD, labels_BT, positions, weights_S):
     """The same with all logits at once."""
     logits = head.norm(x_SBTD) @ head.table_VD.T
     logp = jax.nn.log_softmax(logits)
     loss_SBT = -jnp.take_along_axis(logp, labels_BT[None, :, :, None], 3)[..., 0]
-    if target == "final":
-        final = jax.lax.stop_gradient(logp[-1])
+    final = jax.lax.stop_gradient(logits[-1])
+    if exit_loss is divergence:
+        final = jax.nn.log_softmax(final)
         loss_SBT = loss_SBT.at[:-1].set((jnp.exp(final) * (final - logp[:-1])).sum(-1))
+    if exit_loss is smoothed:
+        loss_SBT = loss_SBT.at[:-1].set(jax.vmap(smoothed, (0, None, None))(logits[:-1], 0, final))
     rank_SBT = jnp.argsort(positions.order_SBT, axis=2)
     scale_SBT = (rank_SBT < positions.counts_SB[:, :, None]) * positions.scales_SB[:, :, None]
     z_SBT = jnp.square(jax.nn.logsumexp(logits, axis=-1))
@@ -49,16 +60,22 @@ def plain(target, z_loss, head, x_SBTD, labels_BT, positions, weights_S):
 
 
 @pytest.mark.parametrize(
-    "target, z_loss, chunk",
-    [("labels", 0.0, 1), ("labels", 0.1, 4), ("labels", 0.0, 100), ("final", 0.1, 3)],
+    "exit_loss, z_loss, chunk",
+    [
+        (cross_entropy, 0.0, 1),
+        (cross_entropy, 0.1, 4),
+        (cross_entropy, 0.0, 100),
+        (divergence, 0.1, 3),
+        (smoothed, 0.1, 3),
+    ],
 )
-def test_chunks_equal_all_logits_at_once(target, z_loss, chunk, wide, monkeypatch):
+def test_chunks_equal_all_logits_at_once(exit_loss, z_loss, chunk, wide, monkeypatch):
     monkeypatch.setattr(module, "CHUNK_LOGITS", chunk * B * V)
     head, x_SBTD, *rest = example(jnp.float64)
 
     def compare(function):
         def scaled(head, x_SBTD):
-            loss, sums_S = function(target, z_loss, head, x_SBTD, *rest)
+            loss, sums_S = function(exit_loss, z_loss, head, x_SBTD, *rest)
             return 1.7 * loss, sums_S
 
         return jax.jit(jax.value_and_grad(scaled, argnums=(0, 1), has_aux=True))(head, x_SBTD)
@@ -72,7 +89,7 @@ def test_chunks_equal_all_logits_at_once(target, z_loss, chunk, wide, monkeypatc
 def test_no_array_holds_the_logits_of_more_than_a_chunk(chunk, monkeypatch):
     monkeypatch.setattr(module, "CHUNK_LOGITS", chunk * B * V)
     head, x_SBTD, *rest = example()
-    run = jax.value_and_grad(lambda *args: head_loss("labels", 0.0, *args)[0], argnums=(0, 1))
+    run = jax.value_and_grad(lambda *args: head_loss(cross_entropy, 0.0, *args)[0], argnums=(0, 1))
     text = jax.jit(run).lower(head, x_SBTD, *rest).as_text()
     assert (f"{V}x{B}x{T}xf32" in text) == (chunk >= T)
 
@@ -87,21 +104,21 @@ def test_no_array_holds_the_logits_of_more_than_a_chunk(chunk, monkeypatch):
     ],
 )
 def test_what_is_not_in_the_loss_does_not_pass_the_head(counts, expected, monkeypatch):
-    """A softmax is counted when it runs; one pass of the head each."""
+    """A loss is counted when it runs; one pass of the head each."""
     monkeypatch.setattr(module, "CHUNK_LOGITS", 3 * B * V)
-    passes, logsumexp = [], jax.nn.logsumexp
+    passes = []
 
-    def counted(logits, axis):
+    def counted(logits, labels, final_logits):
         jax.debug.callback(lambda: passes.append(logits.shape))
-        return logsumexp(logits, axis=axis)
+        return cross_entropy(logits, labels)
 
-    monkeypatch.setattr(jax.nn, "logsumexp", counted)
+    monkeypatch.setattr(module, "cross_entropy", counted)
     head, x_SBTD, labels_BT, positions, weights_S = example()
     positions = positions._replace(counts_SB=jnp.array(counts))
-    run = jax.value_and_grad(lambda *args: head_loss("labels", 0.0, *args)[0], argnums=(0, 1))
+    run = jax.value_and_grad(lambda *args: head_loss(counted, 0.0, *args)[0], argnums=(0, 1))
     jax.block_until_ready(jax.jit(run)(head, x_SBTD, labels_BT, positions, weights_S))
     jax.effects_barrier()
-    assert passes == [(V, B, 3)] * expected
+    assert passes == [(B, 3, V)] * expected
 
 
 @pytest.mark.parametrize(
@@ -119,10 +136,23 @@ def test_chunks_are_about_equal(batch, steps, vocab, expected):
 
 def test_bfloat16_states_give_float32_sums_and_gradients_of_the_table():
     head, x_SBTD, *rest = example()
-    run = jax.value_and_grad(lambda *args: head_loss("labels", 0.0, *args)[0], argnums=(0, 1))
+    run = jax.value_and_grad(lambda *args: head_loss(cross_entropy, 0.0, *args)[0], argnums=(0, 1))
     loss, (head_gradient, x_gradient) = jax.jit(run)(head, x_SBTD.astype(jnp.bfloat16), *rest)
     exact, (exact_gradient, _) = jax.jit(run)(head, x_SBTD, *rest)
     assert loss.dtype == head_gradient.table_VD.dtype == jnp.float32
     assert x_gradient.dtype == jnp.bfloat16
     np.testing.assert_allclose(loss, exact, rtol=0.02)
     np.testing.assert_allclose(head_gradient.table_VD, exact_gradient.table_VD, atol=0.2)
+
+
+def test_head_passes_three_times_over_a_token():
+    """Four times where the exit's loss looks at the final logits."""
+    head, x_SBTD, *rest = example()
+
+    def products(exit_loss):
+        run = jax.value_and_grad(lambda *args: head_loss(exit_loss, 0.1, *args)[0], argnums=(0, 1))
+        text = jax.jit(run).lower(head, x_SBTD, *rest).compile().as_text()
+        return text.count(" dot(")
+
+    assert products(cross_entropy) == 2 * 3
+    assert products(divergence) == 2 * 3 + 1
