@@ -48,7 +48,9 @@ def exit_states(
     run = layer_runner(config, rope, batch["segments_BT"])
     num_slots, num_layers = len(exit_S), model.config.num_layers
     picks = 1 < num_slots < num_layers
-    # Of the exit below each layer; S - 1, which there is not, where it has none.
+    # Slot of the exit below each layer, the last one where it has none. TPUs hold that one too and
+    # write to it. Elsewhere memory counts for more, and a choice leaves the slots as they are.
+    spare = platform() == "tpu"
     slot_L = jnp.full(num_layers + 1, num_slots - 1).at[exit_S + 1].set(jnp.arange(num_slots))[:-1]
     dropout = None
     if config.layer_dropout.p_max > 0:
@@ -59,18 +61,24 @@ def exit_states(
         x_BTD, slots = carry
         block, slot, dropout = inputs
         if picks:
-            slots = write_slot(slots, turned(x_BTD), slot)
+            new = turned(x_BTD)
+            if not spare:
+                before = lax.dynamic_index_in_dim(slots, slot, 0, keepdims=False)
+                new = jnp.where(slot < len(slots), new, lax.stop_gradient(before))
+            slots = write_slot(slots, new, slot)
         x_BTD = constrain(run(block, x_BTD, dropout), ROWS)
         return (x_BTD, slots), x_BTD if num_slots == num_layers else None
 
     slots = None
     if picks:  # zeros would be one array with those of the loss, which XLA:GPU holds until then
         first = lax.stop_gradient(turned(x_BTD))
-        slots = jnp.broadcast_to(first, (num_slots - 1, *first.shape))
+        slots = jnp.broadcast_to(first, (num_slots - 1 + spare, *first.shape))
     (x_BTD, slots), x_LBTD = lax.scan(layer, (x_BTD, slots), (model.layers, slot_L, dropout))
     if num_slots == num_layers:
         return x_LBTD
-    return jnp.concatenate([turned(row_major(slots)), x_BTD[None]]) if picks else x_BTD[None]
+    if not picks:
+        return x_BTD[None]
+    return jnp.concatenate([turned(row_major(slots))[: num_slots - 1], x_BTD[None]])
 
 
 def turned(x: Float[Array, "... T D"]) -> Float[Array, "... D T"]:
@@ -94,12 +102,10 @@ def row_major(slots: Array) -> Array:
 def write_slot(
     slots: Float[Array, "R *shape"], x: Float[Array, "*shape"], slot: Int[Array, ""]
 ) -> Float[Array, "R *shape"]:
-    """slots.at[slot].set(x), and the slots as they are for the one beyond them, R.
+    """slots.at[slot].set(x), where each slot that is read later is written once.
 
-    Each slot is written once. So the backward pass reads a slot's gradient and writes no slot.
+    So the backward pass reads a slot's gradient and writes no slot.
     """
-    before = lax.dynamic_index_in_dim(slots, slot, 0, keepdims=False)
-    x = jnp.where(slot < len(slots), x, before)
     return lax.dynamic_update_index_in_dim(slots, x, slot, 0)
 
 
@@ -108,8 +114,7 @@ def _write_slot_forward(slots, x, slot):
 
 
 def _write_slot_backward(slot, dslots):
-    dx = lax.dynamic_index_in_dim(dslots, slot, 0, keepdims=False)
-    return dslots, jnp.where(slot < len(dslots), dx, 0), None
+    return dslots, lax.dynamic_index_in_dim(dslots, slot, 0, keepdims=False), None
 
 
 write_slot.defvjp(_write_slot_forward, _write_slot_backward)
