@@ -244,7 +244,7 @@ def test_adapters_go_on_and_the_export_decodes_as_the_run(config, finished, tmp_
     assert last_arrays(cut) == last_arrays(whole)
     assert rows_of(cut) == rows_of(whole)
     saved, base = last_arrays(whole)["params"], last_arrays(finished)["params"]
-    assert saved.keys() - base.keys() == {name for name in saved if "_lora_" in name}
+    assert saved.keys() - base.keys() == {name for name in saved if ".adapter." in name}
     assert {name: saved[name] for name in base} == base
 
     exported, texts = tmp_path / "exported", []
