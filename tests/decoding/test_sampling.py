@@ -12,7 +12,6 @@ from scipy.stats import chisquare
 
 from lsjax.config import ConfigError, LlamaConfig
 from lsjax.data.tokenizer_huggingface import ByteTokenizer
-from lsjax.decoding import self_speculative
 from lsjax.decoding.acceptance import accept_by_ratio
 from lsjax.decoding.autoregressive import Autoregressive
 from lsjax.decoding.draft_vocabulary import DraftVocabulary
@@ -211,14 +210,14 @@ def test_texts_have_the_models_distribution(small, strategy):
         assert min(values) > 0.01, sampling
 
 
-def accept_always(logits_BTV, draft, head):
-    drafts_BT, _ = accept_by_ratio(logits_BTV, draft, head)
+def accept_always(logits_BTV, draft):
+    drafts_BT, _ = accept_by_ratio(logits_BTV, draft)
     return jnp.where(draft.exists_BT, draft.tokens_BT, drafts_BT), draft.count_B
 
 
-def resample_from_the_target(logits_BTV, draft, head):
+def resample_from_the_target(logits_BTV, draft):
     """Replaces a refused draft by a token from p instead of max(0, p - q)."""
-    tokens_BT, accepted_B = accept_by_ratio(logits_BTV, draft, head)
+    tokens_BT, accepted_B = accept_by_ratio(logits_BTV, draft)
     p_BTV = jnp.exp(draft.state.draws.log_probs(logits_BTV))
     p_BV = jnp.take_along_axis(p_BTV, accepted_B[:, None, None], axis=1)[:, 0]
     token_B = draft.state.draws.token(p_BV, draft.state.length_B + accepted_B, Purpose.TOKEN)
@@ -226,17 +225,15 @@ def resample_from_the_target(logits_BTV, draft, head):
     return jnp.where(place_BT, token_B[:, None], tokens_BT), accepted_B
 
 
-def another_temperature(logits_BTV, draft, head):
+def another_temperature(logits_BTV, draft):
     """The ratio takes other probabilities than those that the draft was drawn from."""
-    wrong = jax.nn.log_softmax(draft.proposals.log_q_BTN / 2)
-    proposals = dataclasses.replace(draft.proposals, log_q_BTN=wrong)
-    return accept_by_ratio(logits_BTV, dataclasses.replace(draft, proposals=proposals), head)
+    wrong = jax.nn.log_softmax(draft.log_q_BTN / 2)
+    return accept_by_ratio(logits_BTV, dataclasses.replace(draft, log_q_BTN=wrong))
 
 
 @pytest.mark.parametrize("rule", [accept_always, resample_from_the_target, another_temperature])
-def test_a_broken_rule_is_found(small, monkeypatch, rule):
-    monkeypatch.setattr(self_speculative, "accept_by_ratio", rule)
-    (found,) = texts(small, SelfSpeculative(1, 2), FILTERS[:1])
+def test_a_broken_rule_is_found(small, rule):
+    (found,) = texts(small, SelfSpeculative(1, 2, accept=rule), FILTERS[:1])
     values = [p_value(small, FILTERS[0], *pair) for pair in zip(PROMPTS, found, strict=True)]
     assert max(values) < 1e-4
 
