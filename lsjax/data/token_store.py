@@ -24,8 +24,6 @@ from pathlib import Path
 
 import numpy as np
 from jaxtyping import Int32, Int64, UInt64
-from rich.console import Console
-from rich.progress import Progress
 
 from lsjax.config import DataConfig, check
 from lsjax.data.documents import Document, Source
@@ -158,6 +156,10 @@ def _write(
     small = tokenizer.vocab_size <= 1 << 16
     starts, prompts, keys = array("q", [0]), array("i"), array("Q")
     raw, held = folder / "tokens.raw", array("H" if small else "I")
+    # Here, because decoding works without it.
+    from rich.console import Console
+    from rich.progress import Progress
+
     with raw.open("wb") as file, Progress(console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task(f"tokens of {source.name}", total=source.num_bytes())
         for document in islice(source.documents(), limit):

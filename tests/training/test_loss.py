@@ -91,7 +91,7 @@ def test_no_array_holds_the_logits_of_more_than_a_chunk(chunk, monkeypatch):
     head, x_SBTD, *rest = example()
     run = jax.value_and_grad(lambda *args: head_loss(cross_entropy, 0.0, *args)[0], argnums=(0, 1))
     text = jax.jit(run).lower(head, x_SBTD, *rest).as_text()
-    assert (f"{V}x{B}x{T}xf32" in text) == (chunk >= T)
+    assert (f"{B}x{T}x{V}xf32" in text) == (chunk >= T)
 
 
 @pytest.mark.parametrize(
