@@ -120,7 +120,7 @@ def make_batch(shape: LlamaConfig, arguments: Workload) -> dict[str, np.ndarray]
 
 
 def step_flops(shape: LlamaConfig, arguments: Workload, heads: float) -> float:
-    """Of a step in which each token passes the head that often."""
+    """FLOPs of a step in which each token passes the head `heads` times."""
     attention = 4 * arguments.seq_len * shape.num_heads * shape.head_dim
     layers = shape.num_layers * (2 * shape.layer_params + attention)
     tokens = arguments.batch_size * arguments.seq_len

@@ -68,7 +68,7 @@ class Arguments:
     """The tables of docs/pods.md."""
 
     directory: Path = Path("build/pods")
-    """Of the reports."""
+    """Folder of the reports."""
     only: str = ""
     """Configuration whose rows are wanted; all by default."""
     maxtext: Path | None = None

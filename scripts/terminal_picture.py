@@ -29,7 +29,7 @@ PAPER = tuple(MONOKAI.background_color)
 
 
 def colour_of(style: Style) -> tuple[int, int, int]:
-    """Of the letters; dim ones lie halfway to the paper."""
+    """Colour of the letters. Dim letters are halfway to the background."""
     ink = MONOKAI.foreground_color
     if style.color is not None and not style.color.is_default:
         ink = style.color.get_truecolor(MONOKAI)

@@ -95,7 +95,7 @@ def _read_fields(directory: Path) -> dict[str, Any]:
 
 
 def read_run_config(directory: Path) -> TrainConfig:
-    """The configuration of the run in a directory; raises ConfigError where there is none."""
+    """The run's configuration. Raises ConfigError if the directory holds no run."""
     return from_json(TrainConfig, _read_fields(directory), str(directory / CONFIG))
 
 
@@ -158,7 +158,7 @@ class RunSource:
     def assemble(self, *, dtype: Any, track: Track, mesh: Mesh | None) -> Llama:
         """The model of the first step that is whole, with a Block per layer.
 
-        Raises CheckpointError where there is none, or where a value does not fit the dtype.
+        Raises CheckpointError if no step is whole, or if a value does not fit the dtype.
         """
         return first_whole(
             self._steps, lambda step: self._read(step, jnp.dtype(dtype), track, mesh)

@@ -109,7 +109,7 @@ class SavedStep:
         return arrays
 
     def check_names(self, item: str, known: Iterable[str]) -> None:
-        """Raises CheckpointError where an array was saved that is none of these."""
+        """Raises CheckpointError if a saved array is not among these names."""
         for name in sorted(self.meta["arrays"][item].keys() - known):
             raise CheckpointError(
                 f"{self.directory / item}: {name} has no place in this model or optimizer: the "

@@ -37,7 +37,7 @@ class Arguments:
     destination: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DESTINATION")]
     """Directory to write; new or empty."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Of the weights that are written. GGUF weights are dequantised in any case."""
+    """Type of the written weights. GGUF weights are always dequantised."""
 
 
 def convert(arguments: Arguments) -> None:

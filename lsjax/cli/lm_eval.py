@@ -40,7 +40,7 @@ class Arguments(StrategyFlags, ModelFlags):
     gen_kwargs: str | None = None
     """Changes what tasks say of generation: "max_gen_toks=64,do_sample=True,temperature=0.8"."""
     seed: int = 0
-    """Of the first sampled text; each further one has the next number."""
+    """Seed of the first sampled text. Each further text has the next number."""
     chat: bool = False
     """Puts questions into the model's chat template."""
     system: str | None = None

@@ -59,7 +59,7 @@ def read_encoded(
     encode: Callable[[str], list[int]],
     warn: Callable[[str], None],
 ) -> list[list[int]]:
-    """Token ids of the prompts of the file, or of the built-in ones where there is none.
+    """Token ids of the file's prompts, or of the built-in prompts if no file is given.
 
     warn: is told of each row that is skipped. Raises ConfigError with file and line for a bad row
     that is not, among them those that `encode` refuses, and for a file in which nothing is left.

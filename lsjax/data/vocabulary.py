@@ -171,7 +171,7 @@ def read_counts(file: Path, tokenizer: Tokenizer) -> Counter[int]:
 def find_counts(model: Path, cache: Path, tokenizer: Tokenizer) -> Counter[int]:
     """The counts of the model's directory, else those in the cache.
 
-    Raises ConfigError, with the command that makes them, where there are none.
+    Raises ConfigError if the counts are missing, with the command that makes them.
     """
     model, _ = split_step(model)
     candidates = [model / COUNTS] if model.is_dir() else []
@@ -179,7 +179,7 @@ def find_counts(model: Path, cache: Path, tokenizer: Tokenizer) -> Counter[int]:
         if file.is_file():
             return read_counts(file, tokenizer)
     raise ConfigError(
-        "a draft vocabulary needs token counts, and there are none for this tokenizer: make them "
+        "a draft vocabulary needs token counts, and this tokenizer's are missing: make them "
         f"by python -m lsjax.cli.count_tokens --model {model} --text FILE, with text of your "
         "domain"
     )

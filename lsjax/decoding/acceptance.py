@@ -8,7 +8,7 @@ model says there, after the drafts before it and after penalties. The rule retur
     accepted_B   how many drafts of each row stand, from the first one on
     tokens_BT    these drafts, and one token more; the columns behind it are not read
 
-A rule that lets a draft stand if it is among the model's three likeliest tokens:
+This rule accepts a draft that is among the model's three most probable tokens:
 
     def accept_top_3(logits_BTV, draft):
         third_BT = jax.lax.top_k(logits_BTV, 3)[0][..., -1]

@@ -46,11 +46,11 @@ class Sampling(Checked):
     """0 is greedy: the argmax, whatever the filters and the seed. Above 0 tokens are drawn, with
     logits divided by this."""
     top_k: int = bounded(0, low=0, hint="0 is all tokens")
-    """Draws from the k likeliest tokens only, ties with the last of them included; 0 is all."""
+    """Draws from the k most probable tokens, ties with the last one included. 0 is all."""
     top_p: float = bounded(1.0, above=0, high=1, hint="1 is all tokens")
     """Draws from the fewest tokens whose probabilities sum up to p (Holtzman et al., 2020)."""
     min_p: float = bounded(0.0, low=0, high=1, hint="0 is all tokens")
-    """Draws from tokens at least min_p times as likely as the likeliest (Nguyen et al., 2024)."""
+    """Draws from tokens at least min_p times as probable as the argmax (Nguyen et al., 2024)."""
     seed: int = bounded(0, low=0, high=2**32 - 1)
     """Seed of the first text; each further one has the next number."""
     repetition_penalty: float = bounded(1.0, low=1, hint="1 is no penalty")

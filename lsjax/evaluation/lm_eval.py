@@ -55,7 +55,7 @@ class EngineLM(TemplateLM):
 
     @property
     def eot_token_id(self) -> int:
-        """The token that ends a text. Raises ConfigError where there is none."""
+        """The token that ends a text. Raises ConfigError if the tokenizer has no such token."""
         check(bool(self.tokenizer.eos_ids), "this tokenizer has no token that ends a text")
         return self.tokenizer.eos_ids[0]
 

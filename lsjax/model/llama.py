@@ -51,7 +51,7 @@ class Llama(nnx.Module):
 
     @property
     def dtype(self) -> jnp.dtype:
-        """Of the parameters."""
+        """Dtype of the parameters."""
         return self.embedding[...].dtype
 
     @property

@@ -29,8 +29,8 @@ class FileTensor(NamedTuple):
 class Parameter(NamedTuple):
     """One parameter, or that of every layer.
 
-    sharding: over which axes of the mesh each axis is sharded, the first choice that divides;
-    replicated where there is none.
+    sharding: axes of the mesh that shard each axis. The first choice that divides is taken. The
+    parameter is replicated without a choice.
     """
 
     path: str
