@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from lsjax.checkpoints import load
 from lsjax.config import TrainConfig, check
-from lsjax.config.json_form import differences
+from lsjax.config.checked import differences
 from lsjax.model.llama import Llama, stacked
 from lsjax.model.parameters import placed_shapes, shardings
 from lsjax.sharding import ROWS
