@@ -22,7 +22,8 @@ from lsjax.cli.training import parse, shown_hooks, shown_progress
 from lsjax.config import TrainConfig
 from lsjax.training.hosts import ending_together, is_first, start
 from lsjax.training.loop import Interrupted, TooManySkipped
-from lsjax.training.run import prepare_run, train_run
+from lsjax.training.prepare import prepare_run
+from lsjax.training.run import train_run
 
 
 def main(argv: Sequence[str] | None = None) -> int:

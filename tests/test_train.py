@@ -22,7 +22,7 @@ from lsjax.cli.training import read_config_file
 from lsjax.evaluation.exits import evaluation_hook
 from lsjax.training import run
 from lsjax.training.loop import Hook, Interrupted
-from lsjax.training.run import with_model
+from lsjax.training.prepare import with_model
 
 CONFIG = """
 from lsjax.config import *

@@ -26,10 +26,9 @@ from lsjax.model.attention import LARGE, LARGE_BLOCKS, SMALL, SMALL_BLOCKS
 from lsjax.model.cache import KVCache
 from lsjax.model.llama import Llama
 from lsjax.model.parameters import placed_shapes
-from lsjax.training.early_exit import mean_exits
+from lsjax.training.early_exit import exit_counts
 from lsjax.training.loss import CHUNKS, EXITS, loss_chunk
-from lsjax.training.start import abstract_state, check_rows
-from lsjax.training.step import make_train_step
+from lsjax.training.step import abstract_state, check_rows, make_train_step
 
 # What the conditional around the draft's head is called in compiled programs.
 DRAFT_HEAD = rf"/{DRAFT}/while/body/cond$"
@@ -79,10 +78,10 @@ def train_step(config: TrainConfig, mesh: Mesh) -> tuple[Lowered, Trips]:
     with jax.set_mesh(mesh):
         lowered = make_train_step(config).lower(state, batch)
         chunk = loss_chunk(rows, config.seq_len, config.model.vocab_size)
-    exits = mean_exits(config.early_exit, config.model.num_layers, config.num_steps)
+    exits = exit_counts(config.early_exit, config.model.num_layers, config.num_steps).mean()
     learned = math.ceil(config.seq_len * config.early_exit.token_share)
     return lowered, {
-        rf"/{EXITS}/while$": exits,
+        rf"/{EXITS}/while$": float(exits),
         rf"/{EXITS}/.*/{CHUNKS}/while$": math.ceil(learned / chunk),
         rf"/{CHUNKS}/while$": math.ceil(config.seq_len / chunk),
     }

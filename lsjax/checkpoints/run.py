@@ -2,7 +2,7 @@
 
     config.json     the run's configuration, with the model's shape (lsjax/config/checked.py)
     tokenizer.*     the tokenizer's files, and generation_config.json if there is one
-    token_counts.json, prompts.jsonl        for decoding (lsjax/training/run_files.py)
+    token_counts.json, prompts.jsonl        for decoding (lsjax/training/prepare.py)
     metrics.jsonl   a line of figures for each logged step
     checkpoints/    the saved steps (steps.py)
 

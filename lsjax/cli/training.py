@@ -27,7 +27,8 @@ from lsjax.model.llama import Llama
 from lsjax.training.hosts import Hosts, is_first
 from lsjax.training.loop import Hook
 from lsjax.training.metrics import paced
-from lsjax.training.run import Show, TrainingRun
+from lsjax.training.prepare import TrainingRun
+from lsjax.training.run import Show
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from jax.typing import DTypeLike
 from lsjax.config import EarlyExitConfig, LlamaConfig, LoraConfig
 from lsjax.model.llama import Llama, stacked
 from lsjax.model.lora import split, with_adapters
-from lsjax.training.early_exit import mean_exits
+from lsjax.training.early_exit import exit_counts
 
 # Dense bfloat16 FLOPs per second of one jax device, by the start of its `device_kind`.
 PEAKS = {
@@ -61,8 +61,8 @@ def exit_flops(
 ) -> float:
     """FLOPs that the intermediate exits add to a step, on average over the run: three passes
     through the head for each of their tokens."""
-    exits = mean_exits(early_exit, config.num_layers, num_steps) * early_exit.token_share
-    return 3.0 * 2.0 * config.head_params * tokens * exits
+    exits = exit_counts(early_exit, config.num_layers, num_steps).mean() * early_exit.token_share
+    return 3.0 * 2.0 * config.head_params * tokens * float(exits)
 
 
 def peak_flops(dtype: DTypeLike, devices: int) -> float | None:

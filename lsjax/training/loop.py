@@ -12,7 +12,7 @@ import jax
 
 from lsjax.model.llama import Llama
 from lsjax.training.hosts import signals
-from lsjax.training.metrics import MetricsLog, StepMetrics
+from lsjax.training.metrics import MetricsLog, step_row
 from lsjax.training.step import Batch, Metrics, TrainState
 
 
@@ -50,7 +50,7 @@ def run_loop(
     save_every: int,
     hooks: Sequence[Hook] = (),
     max_skipped: int = 10,
-    show: Callable[[StepMetrics], None] = lambda done: None,
+    show: Callable[[int, Mapping[str, Any]], None] = lambda step, row: None,
 ) -> TrainState:
     """Trains from the step of `state` to the last; gives the final state, which is saved too.
 
@@ -60,7 +60,7 @@ def run_loop(
 
     save: begins to save the state after so many steps; does nothing if that step is saved.
     wait: returns when the last saved step is on disk. max_skipped: steps in a row without a finite
-    loss and gradient that stop the run. show: called once for each step.
+    loss and gradient that stop the run. show: called with each step and its row of metrics.
 
     Raises TooManySkipped; Interrupted after SIGTERM or Ctrl-C, with the state saved; and what a
     hook raises, with the state saved by a single process (several may not be at one).
@@ -78,9 +78,9 @@ def run_loop(
         (number, metrics), waiting = waiting, None
         values = jax.device_get(metrics)
         seconds, mark = time.perf_counter() - mark, time.perf_counter()
-        done = StepMetrics.of(number, values, seconds)
-        log.write("step", number, {**done.values, "seconds": seconds})
-        show(done)
+        row = step_row(values, seconds)
+        log.write("step", number, row)
+        show(number, row)
         in_a_row = int(values["skipped_in_a_row"])
         if in_a_row >= max_skipped:
             raise TooManySkipped(

@@ -4,7 +4,6 @@ import json
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -18,21 +17,12 @@ PAUSE = 10.0  # seconds between printed lines
 WINDOW = 0.1  # weight of the newest step in the speed that is shown
 
 
-@dataclass(frozen=True)
-class StepMetrics:
-    """Metrics of a step, on the host."""
-
-    step: int  # steps done with this one
-    values: Mapping[str, Any]
-    seconds: float  # of this step, wall clock
-
-    @classmethod
-    def of(cls, step: int, values: Mapping[str, Any], seconds: float) -> "StepMetrics":
-        """From the arrays of a step; keeps the losses of the exits that were on."""
-        on = np.flatnonzero(values["enabled_L"])
-        exits = {"exits": (on + 1).tolist(), "exit_losses": values["exit_loss_L"][on].tolist()}
-        rest = {k: v for k, v in values.items() if k not in ("exit_loss_L", "enabled_L")}
-        return cls(step, {**rest, **exits}, seconds)
+def step_row(values: Mapping[str, Any], seconds: float) -> dict[str, Any]:
+    """A step's row of metrics, from its arrays and its time; of the exits, those that were on."""
+    on = np.flatnonzero(values["enabled_L"])
+    exits = {"exits": (on + 1).tolist(), "exit_losses": values["exit_loss_L"][on].tolist()}
+    rest = {k: v for k, v in values.items() if k not in ("exit_loss_L", "enabled_L")}
+    return {**rest, **exits, "seconds": seconds}
 
 
 class StepLine:
@@ -46,29 +36,28 @@ class StepLine:
         self._compiled = False
         self._seconds: float | None = None  # of a step, averaged over the last ones
 
-    def __call__(self, done: StepMetrics) -> str:
+    def __call__(self, step: int, row: Mapping[str, Any]) -> str:
         """step 120/900  loss 2.31 (exits 3: 3.10, 7: 2.62)  5210 tokens/s  MFU 41%  2:31 left"""
         if self._compiled:
-            old = done.seconds if self._seconds is None else self._seconds
-            self._seconds = old + WINDOW * (done.seconds - old)
+            old = row["seconds"] if self._seconds is None else self._seconds
+            self._seconds = old + WINDOW * (row["seconds"] - old)
         self._compiled = True  # by the first step, whose time says nothing
-        values = done.values
         # Evenly spaced exits where many are on.
-        pairs = list(zip(values["exits"], values["exit_losses"], strict=True))[:-1]
+        pairs = list(zip(row["exits"], row["exit_losses"], strict=True))[:-1]
         pairs = pairs[:: -(-len(pairs) // 4)] if pairs else []
         exits = ", ".join(f"{exit}: {loss:.2f}" for exit, loss in pairs)
         parts = [
-            f"step {done.step}/{self._num_steps}",
-            f"loss {float(values['last_exit_loss']):.3f}" + (f" (exits {exits})" if exits else ""),
+            f"step {step}/{self._num_steps}",
+            f"loss {float(row['last_exit_loss']):.3f}" + (f" (exits {exits})" if exits else ""),
         ]
         if self._seconds:
             parts.append(f"{self._tokens / self._seconds:,.0f} tokens/s")
             if self._peak:
                 parts.append(f"MFU {self._flops / self._seconds / self._peak:.0%}")
-            left = round((self._num_steps - done.step) * self._seconds)
+            left = round((self._num_steps - step) * self._seconds)
             parts.append(f"{timedelta(seconds=left)} left")
-        if int(values["skipped"]):
-            parts.append(f"{int(values['skipped'])} steps skipped")
+        if int(row["skipped"]):
+            parts.append(f"{int(row['skipped'])} steps skipped")
         return "  ".join(parts)
 
 

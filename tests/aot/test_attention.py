@@ -13,7 +13,7 @@ from lsjax.aot.chips import CHIPS, CUDA, slice_of
 from lsjax.aot.hlo import parse
 from lsjax.aot.operations import runs
 from lsjax.config import MeshConfig
-from lsjax.model import self_attention as module
+from lsjax.model import attention as module
 from lsjax.model.flash_decoding import flash_decoding
 from lsjax.sharding import make_mesh
 
