@@ -21,9 +21,8 @@ from lsjax.cli.setup import keep_compiled_programs, keep_freed_memory
 from lsjax.cli.training import parse, shown_hooks, shown_progress
 from lsjax.config import TrainConfig
 from lsjax.training.hosts import ending_together, is_first, start
-from lsjax.training.loop import Interrupted, TooManySkipped
 from lsjax.training.prepare import prepare_run
-from lsjax.training.run import train_run
+from lsjax.training.run import Interrupted, TooManySkipped, train_run
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -11,7 +11,7 @@ from jax.errors import JaxRuntimeError
 from jax.experimental import topologies
 
 from lsjax.config import ConfigError, check
-from lsjax.training.flops import device_peak
+from lsjax.training.metrics import device_peak
 
 GIB = 2**30
 

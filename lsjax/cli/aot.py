@@ -37,7 +37,7 @@ from lsjax.cli.training import config_parser, read_config
 from lsjax.config import EarlyExitConfig, LayerDropoutConfig, MeshConfig, TrainConfig, check
 from lsjax.evaluation.exits import exit_sums
 from lsjax.sharding import make_mesh
-from lsjax.training.flops import exit_flops, step_flops
+from lsjax.training.metrics import exit_flops, step_flops
 
 ProgramName = Literal["train", "evaluate", "prefill", "decode"]
 MOST_PROBLEMS = 3  # of a program that are printed

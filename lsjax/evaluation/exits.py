@@ -23,8 +23,8 @@ from lsjax.config import AttentionKernel, ComputeDtype, ConfigError, check
 from lsjax.decoding.sampling import likeliest
 from lsjax.model.llama import Llama, cast_matrices
 from lsjax.sharding import chunk_steps, constrain, split_rows
-from lsjax.training.loop import Hook
 from lsjax.training.prepare import TrainingRun
+from lsjax.training.run import Hook
 
 AGREEMENT = "agreement: share of greedy drafts that would be accepted, teacher-forced"
 CHUNK_LOGITS = 2**25  # logits that exist at a time, on each device

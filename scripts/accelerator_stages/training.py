@@ -26,7 +26,7 @@ from lsjax.aot.operations import attention_kernel
 from lsjax.cli.setup import exact_products
 from lsjax.config import EarlyExitConfig, LayerDropoutConfig, LlamaConfig, StepConfig
 from lsjax.model.llama import stacked
-from lsjax.training.flops import peak_flops, step_flops
+from lsjax.training.metrics import peak_flops, step_flops
 from lsjax.training.step import init_state, make_train_step
 
 STEPS = 8  # timed: a whole turn of the rotational curriculum

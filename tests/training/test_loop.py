@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from lsjax.checkpoints import METRICS, read_metrics
-from lsjax.training import loop
-from lsjax.training.loop import Hook, Interrupted, TooManySkipped
+from lsjax.training import run as loop
 from lsjax.training.metrics import MetricsLog
+from lsjax.training.run import Hook, Interrupted, TooManySkipped
 
 
 def counting_step(broken=(), signal_at=None):
