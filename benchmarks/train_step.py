@@ -27,7 +27,6 @@ rounds.
 import os
 import statistics
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
