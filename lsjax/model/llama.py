@@ -222,13 +222,13 @@ def split_matrices(model: Llama) -> Llama:
     # Slots of the last but one axis: a K/V head has its G queries, its key and its value.
     slots = {"qkv": (slice(None, -2), -2, -1), "gate_up": (0, 1)}
 
-    def part(matrix: Linear, slot: int | slice) -> Linear:
+    def part(matrix, slot):
         taken = jax.tree.map(lambda leaf: leaf[..., slot, :], matrix)
         if matrix.adapter is not None:
             taken.adapter.a = matrix.adapter.a  # [L, D, R] has no slots
         return taken
 
-    def parts(name: str, matrix: Linear) -> Linear | nnx.List:
+    def parts(name, matrix):
         if name not in slots:
             return matrix
         return nnx.List(part(matrix, slot) for slot in slots[name])
@@ -239,15 +239,16 @@ def split_matrices(model: Llama) -> Llama:
 def map_matrices(change: Callable[[str, Linear], Any], model: Llama) -> Llama:
     """The model, stacked, with `change(name, matrix)` in the place of the matrices of its layers:
     qkv, out, gate_up and down."""
+
+    def changed(part, *names):
+        return with_parts(part, **{name: change(name, getattr(part, name)) for name in names})
+
     block = model.layers
-    parts = {
-        part: with_parts(
-            getattr(block, part),
-            **{name: change(name, getattr(getattr(block, part), name)) for name in names},
-        )
-        for part, names in (("attention", ("qkv", "out")), ("feed_forward", ("gate_up", "down")))
-    }
-    return with_parts(model, layers=with_parts(block, **parts))
+    attention = changed(block.attention, "qkv", "out")
+    feed_forward = changed(block.feed_forward, "gate_up", "down")
+    return with_parts(
+        model, layers=with_parts(block, attention=attention, feed_forward=feed_forward)
+    )
 
 
 def with_parts(module: Any, **parts: Any) -> Any:

@@ -1,9 +1,6 @@
 """The layers in training: a scan over stacked blocks, with layer dropout, and the outputs that the
 exits in the loss unembed."""
 
-import os
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -15,12 +12,12 @@ from lsjax.model.llama import Llama
 from lsjax.model.products import SAVED
 from lsjax.model.rope import rope_angles
 from lsjax.sharding import platform, row_shards
+from lsjax.training.kept_rows import Kept, run_on_kept
 from lsjax.training.layer_dropout import (
     DropRates,
     drop_rates,
     keep_counted,
     keep_mask,
-    run_on_kept,
 )
 
 
@@ -53,7 +50,7 @@ def exit_states(
     dropout = None
     if config.layer_dropout.p_max > 0:
         rates_L = drop_rates(config.layer_dropout, model.config.num_layers, step, config.num_steps)
-        dropout = kept_rows(config, rates_L, step, rows_B)
+        dropout = rates_L, kept_rows(config, rates_L, step, rows_B)
 
     def look(slots, x_BTD, y_BTD, inputs):
         if picks:
@@ -75,52 +72,51 @@ def exit_states(
 
 def kept_rows(
     config: StepConfig, rates_L: Float[Array, " L"], step: Int[Array, ""], rows_B: Int[Array, " B"]
-) -> Any:
-    """What each layer's `run_or_drop` takes: its rate, and which rows keep it."""
-    seed = config.seed
+) -> Array | Kept:
+    """Which rows keep each layer: [L, B], [L] where all rows share it, or Kept."""
     match config.layer_dropout.skip:
         case "mask":
-            return rates_L, keep_mask(rates_L, seed, step, rows_B)
+            return keep_mask(rates_L, config.seed, step, rows_B)
         case "batch":
-            return rates_L, keep_mask(rates_L, seed, step, jnp.zeros_like(rows_B[:1]))[:, 0]
+            return keep_mask(rates_L, config.seed, step, jnp.zeros_like(rows_B[:1]))[:, 0]
         case "gather":
             rows_SR = rows_B.reshape(row_shards(len(rows_B)), -1)
-            return rates_L, keep_counted(rates_L, seed, step, rows_SR)
+            return Kept(*keep_counted(rates_L, config.seed, step, rows_SR))
 
 
 def layer_runner(config: StepConfig, rope: tuple[Array, Array], segments_BT: Int[Array, "B T"]):
-    """(block, x_BTD, None or a layer's `kept_rows`) -> x_BTD after the layer, or without it for the
-    rows that do not keep it."""
+    """(block, x_BTD, None or (rate, kept)) -> x_BTD after one layer, or without it for the rows
+    that do not keep it."""
+    others, dropout, remat = (rope, segments_BT), config.layer_dropout, config.remat
 
     def run(block, x_BTD, others, rate=None, keep_B=None):
         y_BTD = block(x_BTD, *others, config.attention, keep_B)
-        if rate is None or not config.layer_dropout.rescale:
+        if rate is None or not dropout.rescale:
             return y_BTD
         share = jnp.where(rate < 1, 1 - rate, 1).astype(x_BTD.dtype)
         return x_BTD + (y_BTD - x_BTD) / share
 
-    def run_or_drop(block, x_BTD, dropout):
-        others = rope, segments_BT
-        if dropout is None:
-            return run(block, x_BTD, others)
-        rate, keep = dropout
-        match config.layer_dropout.skip:
-            case "mask":
-                return run(block, x_BTD, others, rate, keep)
-            case "batch":
-                return lax.cond(keep, lambda x: run(block, x, others, rate), lambda x: x, x_BTD)
-            case "gather":
-                on_rows = lambda x, others: run(block, x, others, rate)  # noqa: E731
-                return run_on_kept(on_rows, x_BTD, others, *keep)
+    if remat == "none" and dropout.p_max > 0 and dropout.skip == "gather":
+        remat = "dots_saveable"  # what is kept is copied once more: the rest is cheaper anew
+    if remat != "none":
+        policies = jax.checkpoint_policies
+        policy = getattr(policies, remat)
+        if remat != "nothing_saveable":
+            # Attention's kernel gives results of products too.
+            named = policies.save_only_these_names(SAVED, ADAPTED)
+            policy = policies.save_from_both_policies(policy, named)
+        run = jax.checkpoint(run, policy=policy, prevent_cse=False)  # the scan prevents it
 
-    remat = config.remat
-    if remat == "none" and config.layer_dropout.p_max > 0 and config.layer_dropout.skip == "gather":
-        remat = os.environ.get("GREMAT", "dots_saveable")  # each branch would keep its own
-    if remat == "none":
-        return run_or_drop
-    policy = getattr(jax.checkpoint_policies, remat)
-    if remat != "nothing_saveable":
-        # Attention's kernel gives results of products too.
-        named = jax.checkpoint_policies.save_only_these_names(SAVED, ADAPTED)
-        policy = jax.checkpoint_policies.save_from_both_policies(policy, named)
-    return jax.checkpoint(run_or_drop, policy=policy, prevent_cse=False)  # the scan prevents it
+    def run_or_drop(block, x_BTD, rate_and_kept):
+        if rate_and_kept is None:
+            return run(block, x_BTD, others)
+        rate, kept = rate_and_kept
+        match dropout.skip:
+            case "mask":
+                return run(block, x_BTD, others, rate, kept)
+            case "batch":
+                return lax.cond(kept, lambda x: run(block, x, others, rate), lambda x: x, x_BTD)
+            case "gather":
+                return run_on_kept(run, block, x_BTD, others, rate, kept)
+
+    return run_or_drop

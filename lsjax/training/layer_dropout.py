@@ -6,23 +6,17 @@
 The masks of a step are a function of seed, step, layer and the row's number in the batch. So they
 are the same after a restart, under accumulation, and on any mesh. Where only kept rows are computed
 (`keep_counted`), they also depend on which rows share a device or a micro-batch.
-
-Letters: S shards of a batch, R rows of a shard, C of them that keep the layer.
 """
 
 from collections.abc import Callable, Sequence
-from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
 from lsjax.config import LayerDropoutConfig
-from lsjax.sharding import ROWS, constrain
 
 # Numbers of rows that a layer is compiled for, beside none.
 COUNTS = 4
@@ -132,58 +126,3 @@ def _draws(layer_keys, rows_B: Int[Array, " B"]) -> Float[Array, "L B"]:
         return jax.random.uniform(jax.random.fold_in(key, row))
 
     return jax.vmap(jax.vmap(draw, (None, 0)), (0, None))(layer_keys, rows_B)
-
-
-def run_on_kept(
-    run: Callable[[Array, Any], Array],
-    x_BTD: Float[Array, "B T D"],
-    others: Any,
-    keep_SR: Bool[Array, "S R"],
-    which: Int[Array, ""],
-) -> Float[Array, "B T D"]:
-    """`run(x_BTD, others)` on the rows that keep the layer; the others stay as they are.
-
-        rows of a shard    a b c d e f g h
-        kept ones first    b e f h a c d g
-        after the layer    B E F H a c d g     without any kept row it is skipped
-        put back           a B c d E F g H
-
-    `row_counts(R)[which]` rows are kept. It chooses a branch, so shapes are static. run: computes
-    each row by itself. others: arrays [B, ...], to which no gradient flows.
-    """
-    shards, rows = keep_SR.shape
-    order_SR = jnp.argsort(~keep_SR, axis=1, stable=True)
-    back_SR = jnp.argsort(order_SR, axis=1)
-
-    def on_first(count: int, x_BTD, others):
-        def first(x):
-            x = x.reshape(shards, rows, *x.shape[1:])[:, :count]
-            return constrain(x.reshape(-1, *x.shape[2:]), ROWS)
-
-        y = run(*jax.tree.map(first, (x_BTD, others))).reshape(shards, count, *x_BTD.shape[1:])
-        rest = x_BTD.reshape(shards, rows, *x_BTD.shape[1:])[:, count:]
-        return jnp.concatenate([y, rest], axis=1).reshape(x_BTD.shape)
-
-    branches = [partial(on_first, count) if count else lambda x, _: x for count in row_counts(rows)]
-    others = jax.tree.map(lambda x: _taken(x, order_SR), others)
-    y_BTD = lax.switch(which, branches, _reordered(x_BTD, order_SR, back_SR), others)
-    return _reordered(y_BTD, back_SR, order_SR)
-
-
-@jax.custom_vjp
-def _reordered(x: Array, order_SR: Int[Array, "S R"], back_SR: Int[Array, "S R"]) -> Array:
-    """Rows of each shard in another order. Its transpose gathers too, where autodiff scatters."""
-    return _taken(x, order_SR)
-
-
-_reordered.defvjp(
-    lambda x, order_SR, back_SR: (_taken(x, order_SR), back_SR),
-    lambda back_SR, dy: (_taken(dy, back_SR), None, None),
-)
-
-
-def _taken(x: Array, at_SR: Int[Array, "S R"]) -> Array:
-    x_SR = constrain(x.reshape(*at_SR.shape, *x.shape[1:]), ROWS)
-    at = at_SR.reshape(*at_SR.shape, *[1] * (x.ndim - 1))
-    taken = jnp.take_along_axis(x_SR, at, axis=1, mode="promise_in_bounds")
-    return constrain(taken.reshape(x.shape), ROWS)
