@@ -4,9 +4,9 @@
     python benchmarks/products.py --rows 1 2 3 5 9 --width 128 --num-layers 24 --vocab-size 512
 
 Weights of SmolLM2-135M's shape (30 layers, then the head) or of its proportions, random, float32;
-milliseconds for all layers, the formulations in turns; then the search for the likeliest of a
+milliseconds for all layers, the formulations in turns; then the argmax of a
 vocabulary. Chosen from this: kernels [in, out] with `x @ w`, the head as the left operand,
-`likeliest` (docs/performance.md).
+`argmax` of sampling.py (docs/performance.md).
 """
 
 from collections.abc import Callable
@@ -21,7 +21,7 @@ from rich.table import Table
 
 from lsjax.cli.setup import exact_products
 from lsjax.decoding.cost import compiled_loop, median_seconds
-from lsjax.decoding.sampling import likeliest
+from lsjax.decoding.sampling import argmax
 
 # jax 0.10 and newer give float32 products to a library (YNNPACK); without it Eigen has them.
 OPTIONS = {"": {}, ", Eigen": {"xla_cpu_experimental_ynn_fusion_type": ""}}
@@ -31,7 +31,7 @@ LAYERS: dict[str, tuple[bool, Callable]] = {  # whether the kernel is [out, in],
     "(w @ x.T).T": (True, lambda x, w: (w @ x.T).T),
     "row by row": (False, lambda x, w: jnp.concatenate([row[None] @ w for row in x])),
 }
-SEARCHES = {"argmax": lambda logits: logits.argmax(-1), "likeliest": likeliest}
+SEARCHES = {"jnp.argmax": lambda logits: logits.argmax(-1), "argmax": argmax}
 HEADS = {name: form for name, form in LAYERS.items() if name != "row by row"}
 
 
@@ -107,7 +107,7 @@ def main(arguments: Arguments) -> None:
         for rows in arguments.rows
     ]
     seconds = iter(median_seconds(loops))
-    table = Table("likeliest", *(f"T = {rows}" for rows in arguments.rows))
+    table = Table("argmax", *(f"T = {rows}" for rows in arguments.rows))
     for name in SEARCHES:
         table.add_row(name, *(f"{next(seconds) * 1e3:.2f}" for _ in arguments.rows))
     Console(width=100).print(table)

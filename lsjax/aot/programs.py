@@ -16,10 +16,9 @@ from jax.typing import DTypeLike
 from lsjax.aot.costs import Trips
 from lsjax.config import LlamaConfig, TrainConfig, check
 from lsjax.decoding.autoregressive import Autoregressive
-from lsjax.decoding.batching import STOP_IDS
 from lsjax.decoding.engine import cache_slots
 from lsjax.decoding.programs import PROMPT_CHUNKS, ROUNDS, Programs, chunk_size, decode, prefill
-from lsjax.decoding.sampling import GREEDY
+from lsjax.decoding.request import Request
 from lsjax.decoding.self_speculative import DRAFT, SelfSpeculative
 from lsjax.decoding.state import DecodeState, Strategy
 from lsjax.model.attention import LARGE, LARGE_BLOCKS, SMALL, SMALL_BLOCKS
@@ -123,13 +122,10 @@ def decoding(
     state = jax.eval_shape(
         lambda: DecodeState.create(
             config,
-            [[0] * prompt] * rows,
-            [new] * rows,
-            [[-1] * STOP_IDS] * rows,
+            [Request(prompt=[0] * prompt, max_new_tokens=new)] * rows,
             capacity=capacity,
             num_layers=config.num_layers,
             dtype=dtype,
-            sampling=[GREEDY] * rows,
         )
     )
     model, state = _model(config, mesh, dtype), placed_shapes(state, mesh)
