@@ -212,12 +212,7 @@ def draft_loop(model: Llama, strategy: SelfSpeculative) -> Loop:
     return rounds_loop(model, strategy, step)
 
 
-def compiled_loop(
-    constants: Any,
-    body: Callable[[Any, Any], Any],
-    start: Any,
-    compiler_options: dict[str, Any] | None = None,
-) -> Loop:
+def compiled_loop(constants: Any, body: Callable[[Any, Any], Any], start: Any) -> Loop:
     """A loop of `body(constants, carry)` on the device; the carry goes from call to call."""
     leaves, structure = jax.tree.flatten(constants)
     start = jax.tree.map(jnp.copy, start)  # it is donated
@@ -226,8 +221,7 @@ def compiled_loop(
         constants = jax.tree.unflatten(structure, leaves)
         return lax.fori_loop(0, times, lambda _, carry: body(constants, carry), carry)
 
-    lowered = jax.jit(program, donate_argnums=1).lower(leaves, start, np.int32(1))
-    compiled = lowered.compile(compiler_options=compiler_options)
+    compiled = jax.jit(program, donate_argnums=1).lower(leaves, start, np.int32(1)).compile()
     held = [start]
 
     def run(times: int) -> None:
