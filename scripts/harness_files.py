@@ -14,7 +14,7 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from lsjax.cli.errors import one_line_errors
+from lsjax.cli.setup import one_line_errors
 from lsjax.config import check
 from lsjax.evaluation.examples import file_rows
 

@@ -10,16 +10,13 @@ docs/evaluation.md explains the figures.
 """
 
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
-from rich.console import Console
-
 from lsjax.cli import flags
-from lsjax.cli.errors import one_line_errors
 from lsjax.cli.flags import ModelFlags, StrategyFlags, load_engine
+from lsjax.cli.show import notes_console
 from lsjax.config import ConfigError, bounded, check
 from lsjax.data.chat import chat_prompt
 from lsjax.evaluation.answers import Cell
@@ -49,13 +46,6 @@ class Arguments(StrategyFlags, ModelFlags):
     """Directory for lm_eval's results and samples, in a folder for each strategy."""
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the program; exits with 2 on bad input."""
-    with one_line_errors():
-        run_tasks(flags.parse_flags(Arguments, argv, __doc__))
-    return 0
-
-
 def run_tasks(arguments: Arguments) -> None:
     """Runs every task with every strategy; lm_eval makes the tables and the files."""
     limit, changes, path = arguments.limit, arguments.gen_kwargs, arguments.task_path
@@ -66,18 +56,16 @@ def run_tasks(arguments: Arguments) -> None:
     )
     check(arguments.chat or arguments.system is None, "--system needs --chat: give both or none")
     check(path is None or path.is_dir(), f"--task-path {path} is no directory: name one")
-    source, tokenizer = flags.open_model(arguments)
-    strategies = flags.make_strategies(arguments, arguments.model, tokenizer)
-    mesh = flags.chosen_mesh(arguments)
-    flags.check_engine(arguments, source.config, strategies, mesh)
+    opened = flags.open_model(arguments)
+    strategies = flags.make_strategies(arguments, arguments.model, opened.tokenizer)
+    flags.check_engine(arguments, opened, strategies)
     if arguments.chat:
-        chat_prompt(tokenizer, "?", arguments.system)  # whether there is a template
+        chat_prompt(opened.tokenizer, "?", arguments.system)  # whether there is a template
     if arguments.output is not None:
         arguments.output.mkdir(parents=True, exist_ok=True)
     adapter = need_lm_eval()
     manager, tasks = adapter.find_tasks(arguments.tasks, path)
-    notes = Console(stderr=True, highlight=False, markup=False, style="dim")
-    engine = load_engine(*(arguments, source, tokenizer, notes), strategy=strategies[0], mesh=mesh)
+    engine = load_engine(arguments, opened, notes_console(), strategy=strategies[0])
     model = adapter.EngineLM(engine, name=arguments.model.name, seed=arguments.seed)
     for strategy in strategies:
         engine.use(strategy)
@@ -98,14 +86,14 @@ def need_lm_eval() -> ModuleType:
     try:
         from lsjax.evaluation import lm_eval
     except ModuleNotFoundError as error:
-        if error.name not in ("lm_eval", "tqdm"):  # tqdm comes with it
-            raise
         raise ConfigError(
-            "tasks come from lm-evaluation-harness, which is not installed: "
+            f"tasks come from lm-evaluation-harness, and {error.name} is not installed: "
             "pip install 'lsjax[eval]'"
         ) from None
     return lm_eval
 
+
+main = flags.program(Arguments, run_tasks, __doc__)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -11,9 +11,9 @@ from lsjax.cli.benchmark import Arguments, main, make_questions
 from lsjax.config import LlamaConfig
 from lsjax.data.tokenizer_huggingface import ByteTokenizer
 from lsjax.decoding.engine import Engine
-from lsjax.evaluation import speed
+from lsjax.evaluation import comparison
 from lsjax.evaluation.answers import append
-from lsjax.evaluation.exactness import Difference
+from lsjax.evaluation.comparison import Difference
 
 
 @pytest.fixture(autouse=True)
@@ -162,7 +162,7 @@ def test_differences(cells, monkeypatch, capsys, dtype, margin, code, words):
         return difference if calls % 4 == 2 else None
 
     calls, difference = 0, Difference(0, 65, None, margin=margin, roundings=2 * margin)
-    monkeypatch.setattr(speed, "first_difference", first_difference)
+    monkeypatch.setattr(comparison, "first_difference", first_difference)
     monkeypatch.setattr(benchmark, "PROMPTS", ("ab", "cd"))
     options = ("--exit-layers", 3, "--num-draft-tokens", 4, "--dtype", dtype, "--repeats", 2)
     _, row = cells(*options, code=code)
@@ -198,7 +198,7 @@ def test_a_killed_run_resumes(model_directory, tmp_path, monkeypatch, capsys):
             run(model_directory, *options)
     assert stop.value.code == 130
     errors = capsys.readouterr().err
-    assert 'prompts.jsonl, line 2 is no object with a text under "prompt"' in errors
+    assert "prompts.jsonl, line 2 has no field 'prompt', it has text" in errors
     assert "prompts.jsonl, line 4: a prompt of 600 tokens and 16 new ones do not fit" in errors
     with (output / "answers.jsonl").open("a") as file:
         file.write('{"strategy": "auto')
@@ -209,8 +209,9 @@ def test_a_killed_run_resumes(model_directory, tmp_path, monkeypatch, capsys):
     assert "5 of 6 answers are there already" in printed.err
     answers = read(output / "answers.jsonl")[1:]
     # The last cell has autoregressive decoding beside it once more.
+    order = [(1, None), (1, 1), (1, 3), (3, None), (3, 1), (3, None), (3, 3)]
     assert [(row["id"], row["exit_layer"]) for row in answers] == [
-        *(("1", None), ("1", 1), ("1", 3), ("2", None), ("2", 1), ("2", None), ("2", 3)),
+        *((f"prompts.jsonl:{n}", exit_layer) for n, exit_layer in order),
     ]
     assert answers[-1]["base_seconds"] == answers[-2]["seconds"]
     found = read(output / "cells.jsonl")
@@ -268,8 +269,8 @@ def test_every_size_of_the_cache_is_warmed_up(model_directory, tmp_path, monkeyp
         (("--temperature", -1), "temperature -1.0 must be a finite number of at least 0"),
         (("--prompt-length", 0), "--prompt-length 0 is not in 1..511"),
         (("--prompt-length", 10**12), "--prompt-length 1000000000000 is not in 1..511"),
-        (("--prompt", ""), "--prompt is an empty prompt"),
-        (("--prompt-file", "/nowhere.jsonl"), "'/nowhere.jsonl'"),
+        (("--prompt", ""), "--prompt has an empty prompt"),
+        (("--prompt-file", "/nowhere.jsonl"), "no file matches /nowhere.jsonl"),
         (("--prompt-template", "{a}"), "--prompt-template needs --prompt-file"),
         (("--capacity", -5), "--capacity -5 must be a whole number of at least 0"),
         (("--batch-size", 2), "--batch-size means nothing here"),

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from lsjax.evaluation import exactness
-from lsjax.evaluation.exactness import first_difference
+from lsjax.evaluation import comparison
+from lsjax.evaluation.comparison import first_difference
 
 
 @pytest.mark.parametrize(
@@ -20,7 +20,7 @@ from lsjax.evaluation.exactness import first_difference
 def test_margin(model, monkeypatch, logits, found, margin):
     seen = []
     monkeypatch.setattr(
-        exactness, "last_logits", lambda _, tokens: seen.append(tokens) or np.array(logits)
+        comparison, "last_logits", lambda _, tokens: seen.append(tokens) or np.array(logits)
     )
     difference = first_difference(model, [7, 8], [4, 0, 2], [4, found, 9])
     assert (difference.index, difference.expected, difference.found) == (1, 0, found)
