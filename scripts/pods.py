@@ -34,7 +34,7 @@ ROWS = (
     ("finetune_topv2", "v5p:2x2x2", ""),
     ("continual_llama2_13b", "v5e:16x16", f"--mesh.fsdp 32 --micro-batches 1 {NOTHING}"),
     ("continual_llama2_13b", "v6e:8x16", f"--mesh.fsdp 32 --micro-batches 1 {NOTHING}"),
-    ("continual_llama3_8b", "v5e:16x16", f"--mesh.fsdp 32 --micro-batches 1 {NOTHING}"),
+    ("continual_llama3_8b", "v5e:16x16", f"--mesh.fsdp 64 --micro-batches 1 {NOTHING}"),
     ("continual_llama3_8b", "v6e:8x8", f"--micro-batches 2 {NOTHING}"),
     ("continual_llama3_2_1b", "v5e:16x16", ""),
     ("continual_llama3_2_1b", "v6e:8x8", NOTHING),

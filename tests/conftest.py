@@ -10,8 +10,12 @@ os.environ.setdefault(
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "0"
 # Most of the time goes into compiling. XLA's own passes stay, so that compiled programs read the
-# same; LLVM's behind them are left out, unless XLA_FLAGS asks for them.
-os.environ["XLA_FLAGS"] = f"--xla_backend_optimization_level=0 {os.environ.get('XLA_FLAGS', '')}"
+# same. What follows them is as short as it can be, unless XLA_FLAGS asks for more.
+SHORT = (
+    "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false "
+    "--xla_cpu_parallel_codegen_split_count=1"
+)
+os.environ["XLA_FLAGS"] = f"{SHORT} {os.environ.get('XLA_FLAGS', '')}"
 
 import jax
 import jaxtyping

@@ -1,6 +1,6 @@
 """Kills a training run again and again, and compares its end with that of an undisturbed one.
 
-    python scripts/kill_drill.py --directory /tmp/drill --command \\
+    python tests/proofs/kills.py --directory /tmp/drill --command \\
         "python train.py --config configs/quickstart.py --workdir {workdir} --num-steps 1000 \\
          --checkpoints.every 5 --model.num-layers 4 --model.hidden-size 64"
 

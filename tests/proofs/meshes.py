@@ -1,7 +1,7 @@
 """Takes the same training steps on one device, on meshes, and on two processes that find one
 another over loopback; and saves a run on one and restores it on the other.
 
-    python scripts/same_on_meshes.py --directory /tmp/meshes
+    python tests/proofs/meshes.py --directory /tmp/meshes
 
 Prints how far each is from one device: the gradient of one step in float32, relative, and the
 parameters after ten steps in float64. The mask path of layer dropout is used, whose masks are the
@@ -21,7 +21,7 @@ import tyro
 
 from lsjax.config import MeshConfig
 
-CONFIG = runpy.run_path(str(Path(__file__).with_name("drill_config.py")))["config"]
+CONFIG = runpy.run_path(str(Path(__file__).with_name("tiny_run.py")))["config"]
 STEPS = 10
 MOST_F32, MOST_F64 = 1e-5, 1e-9
 
@@ -82,7 +82,7 @@ def same_steps(directory: Path) -> bool:
 
 def same_after_restoring(directory: Path) -> bool:
     """Two processes save, one device restores and saves, two processes restore and save."""
-    from kill_drill import arrays
+    from kills import arrays
 
     from lsjax.checkpoints.steps import PARAMS, TRAIN, saved_steps
 
@@ -117,7 +117,7 @@ def launch(case: Case, task: str, source: Path, target: Path) -> None:
             + [str(CASES.index(case)), task, str(source), str(target), str(port), str(number)],
             env=os.environ
             | {"JAX_PLATFORMS": "cpu", "JAX_ENABLE_X64": "1", "XLA_FLAGS": flags}
-            | {"PYTHONPATH": str(Path(__file__).parents[1])},
+            | {"PYTHONPATH": str(Path(__file__).parents[2])},
         )
         for number in range(case.processes)
     ]

@@ -12,8 +12,8 @@ from lsjax.checkpoints import Checkpoints
 from lsjax.config import ConfigError
 from lsjax.model.llama import Llama
 from lsjax.training.step import init_state
-from scripts.kill_drill import check_goes_on, differences, log_of, newest
 from tests.checkpoints.test_saving import CONFIG
+from tests.proofs.kills import check_goes_on, differences, log_of, newest
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,108 @@
+"""The examples of docs/extending.md, which change each of the three knobs."""
+
+import dataclasses
+import re
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import lsjax
+from lsjax.config import (
+    CheckpointConfig,
+    DataConfig,
+    EarlyExitConfig,
+    EvaluationConfig,
+    LayerDropoutConfig,
+    LlamaConfig,
+    TrainConfig,
+)
+
+PAGE = Path(__file__).parents[1] / "docs" / "extending.md"
+BLOCKS = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
+PROMPTS, NEW = [[7], [1, 2, 3], list(range(40, 60))], 24
+CONFIG = TrainConfig(
+    model=LlamaConfig.tiny(),
+    data=DataConfig(tokenizer="bytes", max_documents=6, validation_fraction=0.2),
+    num_steps=2,
+    batch_size=4,
+    seq_len=16,
+    layer_dropout=LayerDropoutConfig(p_max=1.0),
+    early_exit=EarlyExitConfig(curriculum="all", weights="uniform"),
+    checkpoints=CheckpointConfig(every=2),
+    evaluation=EvaluationConfig(every=2, batches=1, sample_tokens=0),
+)
+
+
+def run_block(knob: str, **names) -> dict:
+    """What the example with this word defines, given these names."""
+    (code,) = [block for block in BLOCKS if knob in block]
+    assert code.count("\n") < 15
+    exec(code, names)
+    return names
+
+
+def test_each_knob_has_an_example():
+    assert len(BLOCKS) == 3
+
+
+def test_a_drop_schedule(tmp_path):
+    """Rates of 1 in the upper half: exit 2 and the last exit say the same."""
+    run_block("drop_rates=", config=CONFIG, workdir=tmp_path / "run")
+    rows = lsjax.checkpoints.read_metrics(tmp_path / "run")
+    losses = [row["exit_losses"] for row in rows if "exit_losses" in row]
+    assert len(losses) == CONFIG.num_steps
+    for exit_losses in losses:
+        assert exit_losses[1] == pytest.approx(exit_losses[-1], rel=1e-6)
+        assert abs(exit_losses[0] - exit_losses[-1]) > 1e-4
+
+
+def test_an_exit_loss(model):
+    """Half of the metric of each target."""
+    config = dataclasses.replace(CONFIG, layer_dropout=LayerDropoutConfig())
+    tokens_BT = np.random.default_rng(0).integers(0, 256, (4, 17)).astype(np.int32)
+    batch = dict(
+        tokens_BT=tokens_BT[:, :-1],
+        labels_BT=tokens_BT[:, 1:],
+        segments_BT=np.ones((4, 16), np.int32),
+        positions_BT=np.tile(np.arange(16, dtype=np.int32), (4, 1)),
+    )
+
+    def losses(step) -> np.ndarray:
+        state = lsjax.init_state(config, jax.tree.map(jnp.copy, model))
+        return np.asarray(step(state, batch)[1]["exit_loss_L"])
+
+    mixed = losses(run_block("exit_loss=", config=config)["step"])
+    labels, final = (
+        losses(lsjax.make_train_step(dataclasses.replace(config, early_exit=target)))
+        for target in (
+            EarlyExitConfig(curriculum="all", weights="uniform"),
+            EarlyExitConfig(curriculum="all", weights="uniform", target="final"),
+        )
+    )
+    on = labels > 0
+    assert on.sum() > 2
+    np.testing.assert_allclose(mixed[on][:-1], (labels + final)[on][:-1] / 2, rtol=1e-5)
+    np.testing.assert_allclose(mixed[-1], labels[-1], rtol=1e-6)
+
+
+def test_an_acceptance_rule(model, tokenizer):
+    """An accepted draft is among the top three of a plain forward pass, and not always first."""
+    strategy = run_block("accept=")["strategy"]
+    engine = lsjax.Engine(model, tokenizer, strategy, batch_size=4)
+    found = engine.generate(PROMPTS, max_new_tokens=NEW)
+    assert sum(completion.accepted for completion in found) > 0
+    forward = jax.jit(lambda ids: model(ids)[0])
+    ranks = []
+    for prompt, completion in zip(PROMPTS, found, strict=True):
+        ids = [*prompt, *completion.token_ids]
+        logits_TV = np.asarray(forward(jnp.asarray([ids + [0] * (48 - len(ids))])))
+        before_TV = logits_TV[len(prompt) - 1 : len(ids) - 1]
+        chosen_T1 = np.take_along_axis(before_TV, np.array(completion.token_ids)[:, None], axis=1)
+        rank_T = (before_TV > chosen_T1 + 1e-4).sum(1)
+        accepted_T = completion.trace.accepted_n
+        assert (rank_T[accepted_T] < 3).all() and (rank_T[~accepted_T] == 0).all()
+        ranks += rank_T[accepted_T].tolist()
+    assert {0, 1} <= set(ranks)
