@@ -20,7 +20,6 @@ from rich.progress import Progress
 
 from lsjax.cli.chat import chat
 from lsjax.cli.flags import (
-    check_engine,
     load_engine,
     make_strategies,
     open_model,
@@ -51,18 +50,18 @@ def decode(arguments: Arguments) -> None:
     requests = choose_requests(arguments)
     model = open_model(arguments)
     config = model.source.config
-    (strategy,) = make_strategies(arguments, arguments.model, model.tokenizer)
     data_axis = 1 if model.mesh is None else model.mesh.shape["data"]
     needed = -(-len(requests) // data_axis) * data_axis
-    model_flags = dataclasses.replace(arguments, batch_size=min(arguments.batch_size, needed))
-    check_engine(model_flags, model, [strategy])
+    fewer = dataclasses.replace(arguments, batch_size=min(arguments.batch_size, needed))
+    model = model._replace(flags=fewer)
+    (strategy,) = make_strategies(arguments, model)
     encoded = encode_requests(requests, arguments, model.tokenizer, config)
     if arguments.json is not None and not to_stdout:
         check_output(arguments.json, arguments.prompt_file)
 
     plain = partial(Console, highlight=False, markup=False, emoji=False, soft_wrap=True)
     people, notes = plain(stderr=to_stdout), plain(stderr=True, style="dim")
-    engine = load_engine(model_flags, model, notes, strategy=strategy)
+    engine = load_engine(model, notes, strategy=strategy)
     longest = max(
         len(ids) + request.max_new_tokens for request, ids in zip(requests, encoded, strict=True)
     )

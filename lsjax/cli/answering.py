@@ -13,17 +13,16 @@ from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 
 from lsjax.checkpoints import fingerprints, is_run, read_run_config
-from lsjax.cli.flags import ModelFlags
+from lsjax.cli.flags import ModelFlags, OpenModel, SamplingFlags
 from lsjax.cli.setup import machine
 from lsjax.config import ConfigError, DataConfig, bounded, check, split_step
 from lsjax.data.chat import chat_prompt
 from lsjax.data.documents import Document
 from lsjax.data.sources import Refuse
 from lsjax.data.token_store import encode_document
-from lsjax.data.tokenizer import Tokenizer
 from lsjax.decoding.engine import Engine
-from lsjax.decoding.request import Request
-from lsjax.decoding.sampling import Sampling
+from lsjax.decoding.request import Request, encode_prompt
+from lsjax.decoding.sampling import GREEDY, Sampling
 from lsjax.decoding.self_speculative import SelfSpeculative
 from lsjax.decoding.state import Strategy
 from lsjax.evaluation.answers import (
@@ -65,8 +64,6 @@ class TaskFlags(ModelFlags):
     """Where TensorFlow data sets are; empty is TFDS's own, ~/tensorflow_datasets."""
     offset: int = bounded(0, low=0)
     """Leaves out the first so many examples."""
-    every: int = bounded(1, low=1)
-    """Takes every n-th row."""
     limit: int | None = bounded(None, low=1)
     """Takes no more than so many rows."""
     bad_rows: Literal["refuse", "skip"] = "refuse"
@@ -82,6 +79,7 @@ class TaskFlags(ModelFlags):
     """Files that the shots are drawn from, by --seed."""
     without_seen: tuple[str, ...] = ()
     """Files of training rows: figures also for the examples whose prompt is not among them."""
+    sampling: SamplingFlags = GREEDY
     groups: bool = False
     """Shows each category of the examples too; files have them in any case."""
     chat: bool = False
@@ -97,15 +95,14 @@ class TaskFlags(ModelFlags):
 def read_examples(
     task: Task,
     flags: TaskFlags,
-    seed: int,
-    encode: Callable[[str, DataConfig], list[int]],
+    model: OpenModel,
     notes: Console,
     own_rows: Callable[[Refuse], Iterator[PlacedRow]] | None = None,
 ) -> tuple[list[Example], DataConfig, list[str]]:
     """The examples that are asked for, their templates, and the errors of rows that are skipped.
 
-    seed: draws the shots. encode: a prompt's ids; raises ConfigError for one that does not fit.
-    own_rows: gives the rows, which the task's own templates fit; by default those of the flags.
+    Prompts become tokens as in training on such data, or in the chat template. own_rows: gives rows
+    that are no training data and fit the task's own templates; by default those of the flags.
     """
     skipped: list[str] = []
 
@@ -121,25 +118,39 @@ def read_examples(
     (directory, _), trained = split_step(flags.model), None
     if own_rows is None and not {*names[1:]} & given.keys() and is_run(directory):
         trained = read_run_config(directory).data
+
+    def encode(prompt: str) -> list[int]:
+        tokenizer = model.tokenizer
+        if flags.chat:
+            ids = tokenizer.encode(chat_prompt(tokenizer, prompt, flags.system), add_bos=False)
+        elif own_rows is not None:
+            ids = tokenizer.encode(prompt)
+        else:
+            ids, count = encode_document(Document("", prompt), data, tokenizer)
+            ids = ids[:count]
+        limits = dict(max_new_tokens=task.max_new_tokens, max_length=flags.max_length)
+        return encode_prompt(ids, tokenizer, model.source.config, **limits)
+
     rows, looked_at = tee(own_rows(refuse) if own_rows else _rows(task, flags, refuse))
     data = templates(task, trained, islice(looked_at, LOOKED_AT))
     shots: tuple[Document, ...] = ()
     if task.num_shots:
-        shots = choose_shots(task, data, _shot_rows(task, flags), task.num_shots, seed)
+        shots = choose_shots(
+            task, data, _shot_rows(task, flags), task.num_shots, flags.sampling.seed
+        )
     found = make_examples(
         task,
         data,
         rows,
         shots=shots,
         seen=prompts_of(task, data, file_rows(flags.without_seen)),
-        encode=lambda prompt: encode(prompt, data),
+        encode=encode,
         refuse=refuse,
     )
-    examples = list(islice(islice(found, flags.offset, None, flags.every), flags.limit))
-    behind = f" behind the first {flags.offset}: choose a smaller --offset"
+    examples = list(islice(islice(found, flags.offset, None), flags.limit))
+    behind = f" behind the first {flags.offset}" if flags.offset else ""
     check(
-        bool(examples),
-        f"the data have no examples{behind if flags.offset else ': name other ones'}",
+        bool(examples), f"the data have no examples{behind}: name other ones, or a lower --offset"
     )
     for id_, times in Counter(example.id for example in examples).items():
         check(
@@ -169,18 +180,6 @@ def _shot_rows(task: Task, flags: TaskFlags) -> Iterator[PlacedRow]:
     if flags.shots_data:
         return file_rows(flags.shots_data)
     return tfds_rows(task.tfds[0], task.tfds[2], flags.tfds_data_dir)
-
-
-def question_ids(
-    prompt: str, tokenizer: Tokenizer, flags: TaskFlags, data: DataConfig | None = None
-) -> list[int]:
-    """Token ids of a prompt: as training on such data has it, or in the chat template."""
-    if flags.chat:
-        return tokenizer.encode(chat_prompt(tokenizer, prompt, flags.system), add_bos=False)
-    if data is None:
-        return tokenizer.encode(prompt)
-    ids, count = encode_document(Document("", prompt), data, tokenizer)
-    return ids[:count]
 
 
 def make_questions(
@@ -232,7 +231,7 @@ def complete(
 
 
 def conditions(
-    flags: ModelFlags,
+    model: OpenModel,
     engine: Engine,
     strategies: Sequence[Strategy],
     sampling: Sampling,
@@ -248,7 +247,7 @@ def conditions(
     devices = jax.devices()[:1] if engine.mesh is None else engine.mesh.devices.flat
     return {
         "version": VERSION,
-        "model": flags.model.name,
+        "model": model.flags.model.name,
         "weights": digest(sorted(fingerprints(leaves).items())),
         "tokenizer": digest([engine.tokenizer.fingerprint, engine.tokenizer.eos_ids]),
         "dtype": str(engine.model.dtype),

@@ -30,16 +30,13 @@ from rich.progress import Progress
 
 from lsjax.cli import answering, flags
 from lsjax.cli.answering import TaskFlags
-from lsjax.cli.flags import SamplingFlags, StrategyFlags, StrategyName, load_engine
+from lsjax.cli.flags import OpenModel, StrategyFlags, StrategyName, load_engine
 from lsjax.cli.prompts import first_turn, prompt_rows
 from lsjax.cli.setup import check_output
 from lsjax.cli.show import notes_console, show_cells, show_costs, show_verdict
-from lsjax.config import ConfigError, DataConfig, LlamaConfig, bounded, check
-from lsjax.data.tokenizer import Tokenizer
+from lsjax.config import ConfigError, LlamaConfig, bounded, check
 from lsjax.decoding.cost import RoundCosts, calibrate, memory_bandwidth
 from lsjax.decoding.engine import Engine
-from lsjax.decoding.request import encode_prompt
-from lsjax.decoding.sampling import GREEDY
 from lsjax.decoding.self_speculative import SelfSpeculative, in_one_program
 from lsjax.decoding.state import Strategy
 from lsjax.evaluation.answers import ALL, Answer, Question
@@ -87,20 +84,13 @@ class Arguments(TaskFlags, StrategyFlags):
     line; with --prompt-template also other rows, and .tsv and .csv, each also as .gz."""
     task: Literal[tuple(TASKS)] | None = None  # type: ignore[valid-type]
     """Prompts of a task (docs/evaluation.md)."""
-    prompt_length: int | None = None
-    """Cuts or repeats every prompt to this many tokens."""
     new_tokens: int = bounded(64, low=2)
     """Tokens per prompt; ends of text are ignored."""
     repeats: int = bounded(5, low=1)
     """Turns of each strategy with each prompt."""
-    sampling: SamplingFlags = GREEDY
     identity_tail: int | None = None
     """Lets the layers from this one on add nothing, so that every draft of a later exit is right:
     the machinery without the training. The draft vocabulary is that of the model's own output."""
-    capacity: int = bounded(0, low=0)
-    """Least slots of the cache, for what an unused part of it costs."""
-    separate_programs: bool = False
-    """Compiles a program for each exit and length instead of one for all."""
     output: Path | None = None
     """Directory of the answers, the table and the pictures; nothing is written by default."""
 
@@ -114,32 +104,29 @@ def benchmark(arguments: Arguments) -> int:
     model = flags.open_model(arguments)
     config, tail = model.source.config, arguments.identity_tail
     check_numbers(arguments, config)
-    questions = make_questions(arguments, model.tokenizer, config, notes)
-    strategies = choose_strategies(arguments, model.tokenizer, None if tail is None else {})
-    flags.check_engine(arguments, model, strategies)
+    questions = make_questions(arguments, model, notes)
+    strategies = choose_strategies(arguments, model, None if tail is None else {})
     output, file = arguments.output, None
     if output is not None:
         output.mkdir(parents=True, exist_ok=True)
         file = output / "answers.jsonl"
         check_output(file, arguments.prompt_file)
     engine = load_engine(
-        *(arguments, model, notes),
+        *(model, notes),
         change=lambda model: model if tail is None else identity_tail(model, tail),
         ignore_end=True,
-        min_capacity=arguments.capacity,
     )
     if tail is not None and arguments.draft_vocab is not None:
         said = engine.generate([one.request for one in questions if one.sample == 0])
         counts = Counter(token for one in said for token in one.token_ids)
-        strategies = choose_strategies(arguments, model.tokenizer, counts)
+        strategies = choose_strategies(arguments, model, counts)
 
     def decode(done: Collection[tuple], keep: Callable[[Answer], None]) -> None:
         warm_up(engine, strategies, questions)
         time_in_turns(engine, strategies, questions, done, keep)
 
-    names = ("identity_tail", "new_tokens", "capacity", "separate_programs")
-    more = {name: getattr(arguments, name) for name in names}
-    asked = answering.conditions(arguments, engine, strategies, arguments.sampling, **more)
+    more = {name: getattr(arguments, name) for name in ("identity_tail", "new_tokens")}
+    asked = answering.conditions(model, engine, strategies, arguments.sampling, **more)
     answers = answering.complete(file, asked, strategies, questions, notes, decode)
     with Progress(console=notes, transient=True) as progress:
         progress.add_task("timing the parts", total=None)
@@ -158,12 +145,11 @@ def check_numbers(arguments: Arguments, config: LlamaConfig) -> None:
     """Raises ConfigError for numbers that cannot work, and for flags that mean nothing."""
     check(arguments.batch_size == 1, "--batch-size means nothing here: texts are timed one by one")
     flags.check_sampling(arguments.sampling, 1)
-    for name, end in (("prompt_length", config.max_context), ("identity_tail", config.num_layers)):
-        number = getattr(arguments, name)
-        check(
-            number is None or 1 <= number < end,
-            f"{arguments.name_of(name)} {number} is not in 1..{end - 1}: choose a number there",
-        )
+    last, tail = config.num_layers - 1, arguments.identity_tail
+    check(
+        tail is None or 1 <= tail <= last,
+        f"--identity-tail {tail} is not in 1..{last}: choose a layer there",
+    )
     given = [n for n in ("prompt", "prompt_file", "task") if getattr(arguments, n) is not None]
     names = " and ".join(map(arguments.name_of, given))
     check(len(given) < 2, f"{names} are given: choose one source of prompts")
@@ -179,7 +165,7 @@ def check_numbers(arguments: Arguments, config: LlamaConfig) -> None:
 
 
 def choose_strategies(
-    arguments: Arguments, tokenizer: Tokenizer, counts: Mapping[int, int] | None
+    arguments: Arguments, model: OpenModel, counts: Mapping[int, int] | None
 ) -> list[Strategy]:
     """Autoregressive decoding, then each cell of the grid, those with the full head first.
 
@@ -189,37 +175,20 @@ def choose_strategies(
     found: list[Strategy] = []
     for size in dict.fromkeys((None, arguments.draft_vocab)):
         asked = replace(arguments, strategies=names, draft_vocab=size)
-        found += flags.make_strategies(asked, arguments.model, tokenizer, counts)
-    found = list(dict.fromkeys(found))
-    return found if arguments.separate_programs else in_one_program(found)
+        found += flags.make_strategies(asked, model, counts)
+    return in_one_program(list(dict.fromkeys(found)))
 
 
-def make_questions(
-    arguments: Arguments, tokenizer: Tokenizer, config: LlamaConfig, notes: Console
-) -> list[Question]:
+def make_questions(arguments: Arguments, model: OpenModel, notes: Console) -> list[Question]:
     """Every prompt in each repeat. A text has the same seed under every strategy."""
-    new_tokens, length = arguments.new_tokens, arguments.prompt_length
-    task = TASKS.get(arguments.task, OWN_PROMPTS)
-
-    def encode(prompt: str, data: DataConfig) -> list[int]:
-        """Its ids, cut or repeated; the token of the beginning stays in front."""
-        data = None if task is OWN_PROMPTS else data
-        ids = answering.question_ids(prompt, tokenizer, arguments, data)
-        if ids and length is not None:
-            begin = ids[:1] if ids[0] == tokenizer.bos_id else []
-            rest = ids[len(begin) :] or ids
-            ids = (begin + rest * (length // len(rest) + 1))[:length]
-        limits = dict(max_new_tokens=new_tokens, max_length=arguments.max_length)
-        return encode_prompt(ids, tokenizer, config, **limits)
-
-    rows = None
+    task, rows = TASKS.get(arguments.task, OWN_PROMPTS), None
     if task is OWN_PROMPTS:
         texts = PROMPTS if arguments.prompt is None else (arguments.prompt,)
         rows = partial(prompt_rows, texts, arguments.prompt_file)
-    seed = arguments.sampling.seed
-    examples, *_ = answering.read_examples(task, arguments, seed, encode, notes, rows)
+    task = replace(task, max_new_tokens=arguments.new_tokens)
+    examples, *_ = answering.read_examples(task, arguments, model, notes, rows)
     questions = answering.make_questions(
-        examples, arguments.repeats, arguments.sampling, max_new_tokens=new_tokens
+        examples, arguments.repeats, arguments.sampling, max_new_tokens=arguments.new_tokens
     )
     return sorted(questions, key=lambda question: question.sample)
 

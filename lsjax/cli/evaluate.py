@@ -19,13 +19,11 @@ import tyro
 
 from lsjax.cli import answering, flags
 from lsjax.cli.answering import TaskFlags
-from lsjax.cli.flags import SamplingFlags, StrategyFlags, load_engine
+from lsjax.cli.flags import StrategyFlags, load_engine
 from lsjax.cli.setup import check_output
 from lsjax.cli.show import notes_console, or_dash, table, wide_console
-from lsjax.config import DataConfig, bounded, check
+from lsjax.config import bounded, check
 from lsjax.decoding.completion import Completion
-from lsjax.decoding.request import encode_prompt
-from lsjax.decoding.sampling import GREEDY
 from lsjax.decoding.self_speculative import in_one_program
 from lsjax.evaluation.answers import (
     ALL,
@@ -55,7 +53,6 @@ class Arguments(TaskFlags, StrategyFlags):
     answers under the same conditions, only the missing ones are made."""
     max_new_tokens: int | None = bounded(None, low=1)
     """Ends a text that does not end by itself; the task's own number by default."""
-    sampling: SamplingFlags = GREEDY
     num_samples: int = bounded(1, low=1)
     """Texts for each example; a score is the mean over them."""
     stop: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
@@ -73,24 +70,15 @@ def evaluate(arguments: Arguments) -> None:
     flags.check_sampling(sampling, arguments.num_samples)
     notes, task = notes_console(), chosen_task(arguments)
     model = flags.open_model(arguments)
-    strategies = flags.make_strategies(arguments, arguments.model, model.tokenizer)
-    flags.check_engine(arguments, model, strategies)
-    limits = dict(max_new_tokens=task.max_new_tokens, max_length=arguments.max_length)
-
-    def encode(prompt: str, data: DataConfig) -> list[int]:
-        ids = answering.question_ids(prompt, model.tokenizer, arguments, data)
-        return encode_prompt(ids, model.tokenizer, model.source.config, **limits)
-
-    examples, data, bad_rows = answering.read_examples(
-        task, arguments, sampling.seed, encode, notes
-    )
+    strategies = flags.make_strategies(arguments, model)
+    examples, data, bad_rows = answering.read_examples(task, arguments, model, notes)
     check_output(output)
     for example in {one.group: one for one in examples}.values():
         task.score("", example)  # whether that can be done here, before the work
     request = dict(max_new_tokens=task.max_new_tokens, stop=task.stop)
     questions = answering.make_questions(examples, arguments.num_samples, sampling, **request)
     longest = max(len(example.ids) for example in examples)
-    engine = load_engine(arguments, model, notes, min_capacity=longest + task.max_new_tokens)
+    engine = load_engine(model, notes, min_capacity=longest + task.max_new_tokens)
 
     def decode(done: Collection[tuple], keep: Callable[[Answer], None]) -> None:
         notes.print(
@@ -105,7 +93,7 @@ def evaluate(arguments: Arguments) -> None:
         decode_in_turns(engine, shared, questions, done, ended, turn=turn)
 
     asked = answering.conditions(
-        *(arguments, engine, strategies, sampling),
+        *(model, engine, strategies, sampling),
         task=task.name,
         prompt_template=data.prompt_template,
         response_template=data.response_template,

@@ -89,8 +89,9 @@ class StrategyFlags(Checked, prefix="--"):
 
 
 class OpenModel(NamedTuple):
-    """A checkpoint without its weights, its tokenizer, and the mesh that flags ask for, if any."""
+    """A checkpoint without its weights, its tokenizer, and the mesh that the flags ask for."""
 
+    flags: ModelFlags
     source: TensorSource | RunSource
     tokenizer: Tokenizer
     mesh: Mesh | None
@@ -101,23 +102,20 @@ def open_model(flags: ModelFlags) -> OpenModel:
     don't suffice."""
     source = open_checkpoint(flags.model)
     tokenizer = load_tokenizer(flags.model).fitted(source.config.vocab_size)
-    return OpenModel(
-        source, tokenizer, None if flags.mesh == MeshConfig() else make_mesh(flags.mesh)
-    )
+    mesh = None if flags.mesh == MeshConfig() else make_mesh(flags.mesh)
+    return OpenModel(flags, source, tokenizer, mesh)
 
 
 def make_strategies(
-    flags: StrategyFlags,
-    model: Path,
-    tokenizer: Tokenizer,
-    counts: Mapping[int, int] | None = None,
+    flags: StrategyFlags, model: OpenModel, counts: Mapping[int, int] | None = None
 ) -> list[Strategy]:
     """Each strategy that the flags name, with each exit and draft length.
 
     Self-speculation may leave exit and draft length to the model's directory. counts: how frequent
     each token is, for the draft vocabulary; by default those kept for this model.
 
-    Raises ConfigError for a number that is missing, or that no strategy uses.
+    Raises ConfigError for a number that is missing, or that no strategy uses, and where a strategy,
+    batch size or length fits neither model nor mesh.
     """
     names, exits = list(dict.fromkeys(flags.strategies)), list(dict.fromkeys(flags.exit_layers))
     check(bool(names), "--strategies is empty: name one or more")
@@ -139,24 +137,33 @@ def make_strategies(
     if "self_speculative" in names:
         lengths = list(dict.fromkeys(flags.num_draft_tokens))
         if not exits or not lengths:
-            kept = read_generation_defaults(model)
+            kept = read_generation_defaults(model.flags.model)
             exits = exits or [one for one in [kept.exit_layer] if one is not None]
             lengths = lengths or [one for one in [kept.num_draft_tokens] if one is not None]
         check(
             bool(exits) and bool(lengths),
-            f"self_speculative needs --exit-layer and --num-draft-tokens: {model} does not say "
-            "them",
+            "self_speculative needs --exit-layer and --num-draft-tokens: "
+            f"{model.flags.model} does not say them",
         )
         vocabulary = None
         if (size := flags.draft_vocab) is not None:
             if counts is None:
-                counts = find_counts(model, cache_directory(), tokenizer)
-            vocabulary = DraftVocabulary.most_frequent(counts, size, tokenizer.vocab_size)
+                counts = find_counts(model.flags.model, cache_directory(), model.tokenizer)
+            vocabulary = DraftVocabulary.most_frequent(counts, size, model.tokenizer.vocab_size)
         made["self_speculative"] = [
             SelfSpeculative(*cell, vocabulary, draft_confidence=flags.draft_confidence)
             for cell in product(exits, lengths)
         ]
-    return [strategy for name in names for strategy in made[name]]
+    strategies = [strategy for name in names for strategy in made[name]]
+    for strategy in strategies:
+        check_settings(
+            model.source.config,
+            strategy,
+            batch_size=model.flags.batch_size,
+            max_length=model.flags.max_length,
+            data_axis=1 if model.mesh is None else model.mesh.shape["data"],
+        )
+    return strategies
 
 
 def check_sampling(sampling: Sampling, num_samples: int, *, is_greedy: bool | None = None) -> None:
@@ -173,20 +180,7 @@ def check_sampling(sampling: Sampling, num_samples: int, *, is_greedy: bool | No
         )
 
 
-def check_engine(flags: ModelFlags, model: OpenModel, strategies: Sequence[Strategy]) -> None:
-    """Raises ConfigError where a strategy, batch size or length fits neither model nor mesh."""
-    for strategy in strategies:
-        check_settings(
-            model.source.config,
-            strategy,
-            batch_size=flags.batch_size,
-            max_length=flags.max_length,
-            data_axis=1 if model.mesh is None else model.mesh.shape["data"],
-        )
-
-
 def load_engine(
-    flags: ModelFlags,
     model: OpenModel,
     notes: Console,
     *,
@@ -202,7 +196,7 @@ def load_engine(
     with Progress(console=notes, transient=True, disable=not notes.is_terminal) as progress:
         loaded = load(
             model.source,
-            dtype=choose_dtype(flags.dtype),
+            dtype=choose_dtype(model.flags.dtype),
             track=lambda parts: progress.track(parts, description="loading"),
             mesh=model.mesh,
         )
@@ -210,8 +204,8 @@ def load_engine(
         change(loaded),
         model.tokenizer,
         strategy,
-        batch_size=flags.batch_size,
-        max_length=flags.max_length,
+        batch_size=model.flags.batch_size,
+        max_length=model.flags.max_length,
         mesh=model.mesh,
         **options,
     )

@@ -57,15 +57,14 @@ def run_tasks(arguments: Arguments) -> None:
     check(arguments.chat or arguments.system is None, "--system needs --chat: give both or none")
     check(path is None or path.is_dir(), f"--task-path {path} is no directory: name one")
     opened = flags.open_model(arguments)
-    strategies = flags.make_strategies(arguments, arguments.model, opened.tokenizer)
-    flags.check_engine(arguments, opened, strategies)
+    strategies = flags.make_strategies(arguments, opened)
     if arguments.chat:
         chat_prompt(opened.tokenizer, "?", arguments.system)  # whether there is a template
     if arguments.output is not None:
         arguments.output.mkdir(parents=True, exist_ok=True)
     adapter = need_lm_eval()
     manager, tasks = adapter.find_tasks(arguments.tasks, path)
-    engine = load_engine(arguments, opened, notes_console(), strategy=strategies[0])
+    engine = load_engine(opened, notes_console(), strategy=strategies[0])
     model = adapter.EngineLM(engine, name=arguments.model.name, seed=arguments.seed)
     for strategy in strategies:
         engine.use(strategy)

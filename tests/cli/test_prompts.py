@@ -4,11 +4,13 @@ import io
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
 
 from lsjax.cli import benchmark
+from lsjax.cli.flags import OpenModel
 from lsjax.cli.prompts import Arguments, choose_requests
 from lsjax.config import ConfigError, LlamaConfig
 from lsjax.data.tokenizer_huggingface import ByteTokenizer
@@ -202,8 +204,9 @@ def prompts_of(file, notes=None, **options) -> list[str]:
         model=MODEL, prompt_file=file, new_tokens=2, repeats=1, max_length=8, **options
     )
     tokenizer = ByteTokenizer(add_bos=False)
-    notes = notes or Console(quiet=True)
-    questions = benchmark.make_questions(arguments, tokenizer, LlamaConfig.tiny(), notes)
+    source = SimpleNamespace(config=LlamaConfig.tiny())
+    model = OpenModel(arguments, source, tokenizer, None)
+    questions = benchmark.make_questions(arguments, model, notes or Console(quiet=True))
     return [tokenizer.decode(question.request.prompt) for question in questions]
 
 
@@ -222,8 +225,7 @@ def test_rows_become_prompts_by_a_template(tmp_path):
 @pytest.mark.parametrize(
     "options, found",
     [
-        ({"every": 2}, ["a", "c", "e"]),
-        ({"every": 2, "limit": 2}, ["a", "c"]),
+        ({"limit": 2}, ["a", "b"]),
         ({"limit": 9}, ["a", "b", "c", "d", "e"]),
     ],
 )
