@@ -11,7 +11,6 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import partial
 from pathlib import Path
 from typing import TextIO
 
@@ -27,7 +26,15 @@ from lsjax.cli.flags import (
 )
 from lsjax.cli.prompts import Arguments, choose_requests, encode_requests
 from lsjax.cli.setup import check_output, ended_by_sigterm, one_line_errors
-from lsjax.cli.show import LEGEND, Colours, coloured, stream, summary, verbatim
+from lsjax.cli.show import (
+    LEGEND,
+    Colours,
+    coloured,
+    notes_console,
+    stream,
+    summary,
+    verbatim,
+)
 from lsjax.decoding.completion import Completion
 from lsjax.decoding.engine import Engine
 from lsjax.decoding.request import Request
@@ -59,8 +66,8 @@ def decode(arguments: Arguments) -> None:
     if arguments.json is not None and not to_stdout:
         check_output(arguments.json, arguments.prompt_file)
 
-    plain = partial(Console, highlight=False, markup=False, emoji=False, soft_wrap=True)
-    people, notes = plain(stderr=to_stdout), plain(stderr=True, style="dim")
+    plain = dict(highlight=False, markup=False, emoji=False, soft_wrap=True)
+    people, notes = Console(stderr=to_stdout, **plain), notes_console()
     engine = load_engine(model, notes, strategy=strategy)
     longest = max(
         len(ids) + request.max_new_tokens for request, ids in zip(requests, encoded, strict=True)

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 
 from lsjax.checkpoints import fingerprints, is_run, read_run_config
-from lsjax.cli.flags import ModelFlags, OpenModel, SamplingFlags
+from lsjax.cli.flags import ChatFlags, ModelFlags, OpenModel, SamplingFlags
 from lsjax.cli.setup import machine
 from lsjax.config import ConfigError, DataConfig, bounded, check, split_step
 from lsjax.data.chat import chat_prompt
@@ -52,7 +52,7 @@ VERSION = 5  # of the conditions and of a line of answers
 
 
 @dataclass(frozen=True, kw_only=True)
-class TaskFlags(ModelFlags):
+class TaskFlags(ChatFlags, ModelFlags):
     """Which examples of a task a model is asked, and how."""
 
     data: tuple[str, ...] = ()
@@ -82,14 +82,6 @@ class TaskFlags(ModelFlags):
     sampling: SamplingFlags = GREEDY
     groups: bool = False
     """Shows each category of the examples too; files have them in any case."""
-    chat: bool = False
-    """Puts prompts into the model's chat template."""
-    system: str | None = None
-    """With --chat: the system message."""
-
-    def __post_init__(self):
-        super().__post_init__()
-        check(self.chat or self.system is None, "--system needs --chat: give both or none")
 
 
 def read_examples(

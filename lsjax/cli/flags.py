@@ -88,6 +88,20 @@ class StrategyFlags(Checked, prefix="--"):
     rejected drafts, the same text."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class ChatFlags(Checked, prefix="--"):
+    """Prompts as messages of a chat."""
+
+    chat: bool = False
+    """Puts prompts into the model's chat template."""
+    system: str | None = None
+    """With --chat: the system message."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        check(self.chat or self.system is None, "--system needs --chat: give both or none")
+
+
 class OpenModel(NamedTuple):
     """A checkpoint without its weights, its tokenizer, and the mesh that the flags ask for."""
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from types import ModuleType
 
 from lsjax.cli import flags
-from lsjax.cli.flags import ModelFlags, StrategyFlags, load_engine
+from lsjax.cli.flags import ChatFlags, ModelFlags, StrategyFlags, load_engine
 from lsjax.cli.show import notes_console
 from lsjax.config import ConfigError, bounded, check
 from lsjax.data.chat import chat_prompt
@@ -23,7 +23,7 @@ from lsjax.evaluation.answers import Cell
 
 
 @dataclass(frozen=True, kw_only=True)
-class Arguments(StrategyFlags, ModelFlags):
+class Arguments(StrategyFlags, ChatFlags, ModelFlags):
     """Tasks of lm-evaluation-harness at several exits and with several strategies."""
 
     tasks: tuple[str, ...]
@@ -38,10 +38,6 @@ class Arguments(StrategyFlags, ModelFlags):
     """Changes what tasks say of generation: "max_gen_toks=64,do_sample=True,temperature=0.8"."""
     seed: int = 0
     """Seed of the first sampled text. Each further text has the next number."""
-    chat: bool = False
-    """Puts questions into the model's chat template."""
-    system: str | None = None
-    """With --chat: the system message."""
     output: Path | None = None
     """Directory for lm_eval's results and samples, in a folder for each strategy."""
 
@@ -54,7 +50,6 @@ def run_tasks(arguments: Arguments) -> None:
         changes is None or all("=" in change for change in changes.split(",")),
         f'--gen-kwargs {changes} is not like "max_gen_toks=64,do_sample=True,temperature=0.8"',
     )
-    check(arguments.chat or arguments.system is None, "--system needs --chat: give both or none")
     check(path is None or path.is_dir(), f"--task-path {path} is no directory: name one")
     opened = flags.open_model(arguments)
     strategies = flags.make_strategies(arguments, opened)

@@ -3,7 +3,8 @@
 Needs the `plots` extra (matplotlib). Every function writes one PNG, to a path or an open file.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import IO, Any
 
@@ -40,11 +41,6 @@ def check_plots() -> None:
     figure(1, 1, (1, 1))
 
 
-def colours(names: Collection) -> list[str]:
-    """A colour for each name; they repeat where there are many."""
-    return [COLOURS[i % len(COLOURS)] for i in range(len(names))]
-
-
 def save(drawn, file: Path | IO[bytes], title: str) -> None:
     """Writes a PNG."""
     if title:
@@ -63,7 +59,7 @@ def plot_exits(
     scores: by the name that the legend gives; the models may differ in their number of layers.
     """
     drawn, ((losses, agreements),) = figure(1, 2, (10, 4))
-    for (name, score), colour in zip(scores.items(), colours(scores), strict=True):
+    for (name, score), colour in zip(scores.items(), cycle(COLOURS), strict=False):
         exits = range(1, len(score.loss_E) + 1)
         style = dict(label=name.replace("$", r"\$"), color=colour, marker="o", markersize=3.5)
         losses.plot(exits, score.loss_E, **style)
@@ -96,7 +92,7 @@ def plot_training(metrics: Sequence[Row], file: Path | IO[bytes], *, title: str 
     last = max(by_exit)
     quarters = (last * share / 4 for share in (1, 2, 3, 4))
     shown = sorted({min(by_exit, key=lambda exit_: abs(exit_ - at)) for at in quarters})
-    for exit_layer, colour in zip(shown, colours(shown), strict=True):
+    for exit_layer, colour in zip(shown, COLOURS, strict=False):
         when, values = by_exit[exit_layer]
         losses.plot(when, _smooth(values, len(steps)), color=colour, label=f"exit {exit_layer}")
         if evaluations:
@@ -161,6 +157,9 @@ def plot_grid(rows: Sequence[Row], file: Path | IO[bytes], *, title: str = "") -
     Tokens per second with the speedup, the predicted speedup, and the acceptance rate. The best
     speedup and prediction are framed.
     """
+    check_plots()
+    from matplotlib.patches import Rectangle
+
     drafting = [row for row in rows if row["num_draft_tokens"] is not None]
     exits = sorted({row["exit_layer"] for row in drafting})
     lengths = sorted({row["num_draft_tokens"] for row in drafting})
@@ -201,16 +200,9 @@ def plot_grid(rows: Sequence[Row], file: Path | IO[bytes], *, title: str = "") -
                     axis.text(j, i, text or f"{value:.2f}", ha="center", va="center", **style)
         if not is_rate:
             head, i, j = np.unravel_index(np.nanargmax(shown), shown.shape)
-            _frame(axes[head, column], j, i)
+            style = dict(fill=False, edgecolor=COLOURS[1], linewidth=3.5, clip_on=False)
+            axes[head, column].add_patch(Rectangle((j - 0.5, i - 0.5), 1, 1, **style))
     save(drawn, file, title)
-
-
-def _frame(axis, column: int, row: int) -> None:
-    """A frame around one cell."""
-    from matplotlib.patches import Rectangle
-
-    style = dict(fill=False, edgecolor=COLOURS[1], linewidth=3.5, clip_on=False)
-    axis.add_patch(Rectangle((column - 0.5, row - 0.5), 1, 1, **style))
 
 
 def plot_acceptance(rows: Sequence[Row], file: Path | IO[bytes], *, title: str = "") -> None:
@@ -219,7 +211,7 @@ def plot_acceptance(rows: Sequence[Row], file: Path | IO[bytes], *, title: str =
     drafting = [row for row in rows if row["acceptance_by_position"]]
     exits = sorted({row["exit_layer"] for row in drafting})
     drawn, ((axis,),) = figure(1, 1, (6, 3.8))
-    for exit_layer, colour in zip(exits, colours(exits), strict=True):
+    for exit_layer, colour in zip(exits, cycle(COLOURS), strict=False):
         own = [row for row in drafting if row["exit_layer"] == exit_layer]
         longest = max(row["num_draft_tokens"] for row in own)
         for row in (row for row in own if row["num_draft_tokens"] == longest):
