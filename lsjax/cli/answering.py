@@ -110,6 +110,8 @@ def read_examples(
     (directory, _), trained = split_step(flags.model), None
     if own_rows is None and not {*names[1:]} & given.keys() and is_run(directory):
         trained = read_run_config(directory).data
+    rows, looked_at = tee(own_rows(refuse) if own_rows else _rows(task, flags, refuse))
+    data = templates(task, trained, islice(looked_at, LOOKED_AT))
 
     def encode(prompt: str) -> list[int]:
         tokenizer = model.tokenizer
@@ -123,8 +125,6 @@ def read_examples(
         limits = dict(max_new_tokens=task.max_new_tokens, max_length=flags.max_length)
         return encode_prompt(ids, tokenizer, model.source.config, **limits)
 
-    rows, looked_at = tee(own_rows(refuse) if own_rows else _rows(task, flags, refuse))
-    data = templates(task, trained, islice(looked_at, LOOKED_AT))
     shots: tuple[Document, ...] = ()
     if task.num_shots:
         shots = choose_shots(

@@ -1,4 +1,4 @@
-"""Loss and agreement of every exit of one or several models, on the held-out data of the first,
+"""Loss, perplexity and agreement of every exit of models, on the held-out data of the first one,
 which is a training run.
 
     python -m lsjax.cli.exits --runs runs/quickstart runs/plain --output exits.png

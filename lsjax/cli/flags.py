@@ -6,7 +6,7 @@ A program's arguments are a dataclass that inherits `ModelFlags` and `StrategyFl
 
 import io
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stderr
 from dataclasses import dataclass
 from itertools import product
@@ -45,7 +45,6 @@ T = TypeVar("T")
 StrategyName = Literal["autoregressive", "early_exit", "self_speculative"]
 # `Sampling` itself, without a prefix on the command line.
 SamplingFlags = tyro.conf.OmitArgPrefixes[Sampling]
-HELP = "--help lists all flags"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -251,14 +250,10 @@ def parse_flags(kind: type[T], argv: Sequence[str] | None, description: str, **s
     except SystemExit as end:
         if not end.code:  # --help
             raise
-        own = (error for error in _causes(end) if isinstance(error, ConfigError))
-        raise next(own, ConfigError(_in_a_line(shown.getvalue()))) from None
-
-
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        error = error.__context__
+        cause: BaseException | None = end
+        while cause is not None and not isinstance(cause, ConfigError):
+            cause = cause.__context__
+        raise cause or ConfigError(_in_a_line(shown.getvalue())) from None
 
 
 def _in_a_line(box: str) -> str:
@@ -267,4 +262,5 @@ def _in_a_line(box: str) -> str:
     rows = [line.strip(" │╰╯") for line in lines]
     sections = " ".join(row if row.strip("─-") else "\n" for row in rows).split("\n")
     said = [" ".join(part.split()).removesuffix(".") for part in sections if part.strip()]
-    return "; ".join((*(part for part in said if "full helptext" not in part), HELP))
+    said = [part for part in said if "full helptext" not in part]
+    return "; ".join((*said, "--help lists all flags"))
