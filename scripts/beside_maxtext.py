@@ -76,8 +76,6 @@ class Arguments:
     """Chip and slice."""
     remat_policy: str = "minimal"
     """MaxText's."""
-    fsdp: int | None = None
-    """Devices that share the weights in MaxText, the rest is data; lsjax's number by default."""
     lsjax: str = ""
     """Further flags of lsjax.cli.aot, behind an equals sign."""
 
@@ -102,9 +100,7 @@ def of_maxtext(arguments: Arguments, found: Mapping[str, Any], directory: Path) 
 
     directory: for what MaxText writes.
     """
-    training, mesh = found["training"], dict(found["meshes"]["train"])
-    if arguments.fsdp is not None:
-        mesh |= {"data": training["devices"] // arguments.fsdp, "fsdp": arguments.fsdp}
+    training, mesh = found["training"], found["meshes"]["train"]
     flags = {
         "model_name": "llama2-7b",
         "per_device_batch_size": training["batch_size"] / training["devices"],
