@@ -37,9 +37,9 @@ from lsjax.aot.programs import (
     round_reads,
     train_step,
 )
-from lsjax.cli.errors import check_output, one_line_errors
 from lsjax.cli.flags import parse_flags
-from lsjax.cli.training import config_parser, read_config
+from lsjax.cli.setup import check_output, one_line_errors
+from lsjax.cli.training import read_config
 from lsjax.config import EarlyExitConfig, LayerDropoutConfig, MeshConfig, TrainConfig, check
 from lsjax.evaluation.exits import exit_sums
 from lsjax.sharding import make_mesh
@@ -76,9 +76,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parse(argv: Sequence[str]) -> Arguments:
     """Raises ConfigError for what is wrong with the configuration or the flags."""
-    parser = config_parser("python -m lsjax.cli.aot", __doc__)
-    parser.add_argument("--topology", metavar="CHIP:SLICE", help="such as v5p:4x4x4")
-    known, default, rest = read_config(parser, argv)
+    more = {"--topology": dict(metavar="CHIP:SLICE", help="such as v5p:4x4x4")}
+    known, default, rest = read_config("python -m lsjax.cli.aot", __doc__, argv, more)
     check(known.topology is not None, "--topology is missing: name a slice such as v5p:4x4x4")
     return parse_flags(
         Arguments,

@@ -24,7 +24,7 @@ from lsjax.decoding.request import Request
 from lsjax.decoding.sampling import GREEDY, Sampling
 from lsjax.decoding.self_speculative import SelfSpeculative
 from lsjax.decoding.state import DecodeState
-from lsjax.evaluation.exactness import FLOAT32_MARGIN, first_difference
+from lsjax.evaluation.comparison import FLOAT32_MARGIN, first_difference
 from lsjax.evaluation.exits import Text, score_texts
 from lsjax.model.llama import Llama, stacked
 from lsjax.model.parameters import placed
