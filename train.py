@@ -16,8 +16,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from lsjax.cli.errors import one_line_errors
-from lsjax.cli.setup import keep_compiled_programs, keep_freed_memory
+from lsjax.cli.setup import keep_compiled_programs, keep_freed_memory, one_line_errors
 from lsjax.cli.training import parse, shown_hooks, shown_progress
 from lsjax.config import TrainConfig
 from lsjax.training.hosts import ending_together, is_first, start

@@ -21,8 +21,7 @@ import numpy as np
 from accelerator_stages.decoding import random_model
 from accelerator_stages.results import PartResults, card
 
-from lsjax.aot.hlo import parse
-from lsjax.aot.operations import attention_kernel
+from lsjax.aot.hlo import attention_kernel, parse
 from lsjax.cli.setup import exact_products
 from lsjax.config import EarlyExitConfig, LayerDropoutConfig, LlamaConfig, StepConfig
 from lsjax.model.llama import stacked
