@@ -86,20 +86,34 @@ def exit_counts(
 ExitLoss = Callable[[Array, Array, Array], Array]
 
 
+@jax.custom_jvp
+def log_z(logits: Float[Array, "... V"]) -> Float[Array, "..."]:
+    """log sum exp of the logits. Its derivative, the softmax, is computed from the result: the
+    pass over the logits writes no array of their size."""
+    return jax.nn.logsumexp(logits, axis=-1)
+
+
+@log_z.defjvp
+def _log_z_jvp(primals, tangents):
+    (logits,), (dlogits,) = primals, tangents
+    result = log_z(logits)
+    return result, (jnp.exp(logits - result[..., None]) * dlogits).sum(-1)
+
+
 def cross_entropy(
     logits: Float[Array, "... V"], labels: Int[Array, "..."], final_logits: object = None
 ) -> Float[Array, "..."]:
     """-log p(label): the paper's (eq. 5), and always the last exit's."""
     is_label = jnp.arange(logits.shape[-1]) == labels[..., None]
-    return jax.nn.logsumexp(logits, axis=-1) - jnp.where(is_label, logits, 0).sum(-1)
+    return log_z(logits) - jnp.where(is_label, logits, 0).sum(-1)
 
 
 def divergence(
     logits: Float[Array, "... V"], labels: Int[Array, "..."], final_logits: Float[Array, "... V"]
 ) -> Float[Array, "..."]:
     """KL(p || q) of this exit's distribution q from the last one's, p."""
-    log_p = jax.nn.log_softmax(final_logits)
-    return (jnp.exp(log_p) * (log_p - logits)).sum(-1) + jax.nn.logsumexp(logits, axis=-1)
+    log_p = final_logits - log_z(final_logits)[..., None]
+    return (jnp.exp(log_p) * (log_p - logits)).sum(-1) + log_z(logits)
 
 
 # By `early_exit.target`.

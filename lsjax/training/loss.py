@@ -26,6 +26,7 @@ from lsjax.training.early_exit import (
     cross_entropy,
     enabled_exits,
     exit_counts,
+    log_z,
     loss_weights,
 )
 from lsjax.training.forward import exit_states
@@ -231,7 +232,7 @@ def _own_rows(exit_loss, z_loss, chunk, head, x_SBTD, labels_BT, positions, weig
                 added = (scale_BC * slot_loss(logits_BCV, label_BC, final_BCV)).sum()
                 if not z_loss:
                     return weight * added, added
-                z_term = (scale_BC * jnp.square(jax.nn.logsumexp(logits_BCV, axis=-1))).sum()
+                z_term = (scale_BC * jnp.square(log_z(logits_BCV))).sum()
                 return weight * (added + z_loss * z_term), added
 
             normed_BCD, norm_backward = jax.vjp(lambda norm, x: norm(x), head.norm, x_BCD)
