@@ -35,7 +35,7 @@ from lsjax.config import check
 from lsjax.data.token_store import cache_directory
 from lsjax.data.tokenizer import Tokenizer
 from lsjax.data.vocabulary import find_counts
-from lsjax.decoding.draft_vocabulary import DraftVocabulary
+from lsjax.decoding.draft import DraftVocabulary
 from lsjax.decoding.request import encode_prompt
 from lsjax.decoding.state import Strategy
 from lsjax.evaluation.comparison import FLOAT32_MARGIN, first_difference

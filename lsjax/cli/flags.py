@@ -32,9 +32,8 @@ from lsjax.data.tokenizer import Tokenizer
 from lsjax.data.tokenizer_files import load_tokenizer
 from lsjax.data.vocabulary import find_counts
 from lsjax.decoding.autoregressive import Autoregressive, EarlyExit
-from lsjax.decoding.draft_vocabulary import DraftVocabulary
-from lsjax.decoding.engine import Engine
-from lsjax.decoding.request import check_settings
+from lsjax.decoding.draft import DraftVocabulary
+from lsjax.decoding.engine import Engine, check_settings
 from lsjax.decoding.sampling import GREEDY, Sampling
 from lsjax.decoding.self_speculative import SelfSpeculative
 from lsjax.decoding.state import Strategy

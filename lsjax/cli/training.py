@@ -24,9 +24,9 @@ from lsjax.evaluation.exits import AGREEMENT, ExitScores, evaluation_hook
 from lsjax.evaluation.plots import plot_exits, plot_training
 from lsjax.model.llama import Llama
 from lsjax.training.hosts import Hosts, is_first
-from lsjax.training.loop import Hook
 from lsjax.training.metrics import paced
-from lsjax.training.run import Show, TrainingRun
+from lsjax.training.prepare import TrainingRun
+from lsjax.training.run import Hook, Show
 
 
 @dataclass(frozen=True)

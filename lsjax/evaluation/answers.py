@@ -16,8 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lsjax.config import check
-from lsjax.config.checked import shown
-from lsjax.config.json_form import differences
+from lsjax.config.checked import differences, shown
 from lsjax.decoding.completion import Completion
 from lsjax.decoding.engine import Engine
 from lsjax.decoding.request import Request

@@ -20,12 +20,12 @@ from jaxtyping import Array, Float, Int
 
 from lsjax.checkpoints import EVALUATION
 from lsjax.config import AttentionKernel, ComputeDtype, check
-from lsjax.decoding.sampling import likeliest
+from lsjax.decoding.sampling import argmax
 from lsjax.decoding.state import check_exit
 from lsjax.model.llama import Llama, cast_matrices
 from lsjax.sharding import chunk_steps, constrain, split_rows
-from lsjax.training.loop import Hook
-from lsjax.training.run import TrainingRun
+from lsjax.training.prepare import TrainingRun
+from lsjax.training.run import Hook
 
 AGREEMENT = "agreement: share of greedy drafts that would be accepted, teacher-forced"
 CHUNK_LOGITS = 2**25  # logits that exist at a time, on each device
@@ -262,7 +262,7 @@ def _loss_and_argmax(
         log_z_BC = jax.nn.logsumexp(logits_BCV, axis=-1)
         label_BC = jnp.maximum(label_BC, 0)  # those that do not count are left out later
         wanted_BC = jnp.take_along_axis(logits_BCV, label_BC[:, :, None], -1)[:, :, 0]
-        return log_z_BC - wanted_BC, likeliest(logits_BCV)
+        return log_z_BC - wanted_BC, argmax(logits_BCV)
 
     def join(parts: Array) -> Array:
         return parts.swapaxes(0, 1).reshape(batch, chunks * chunk)[:, :steps]

@@ -26,7 +26,7 @@ from lsjax.data.tokenizer import Tokenizer, TokenizerError
 from lsjax.decoding.autoregressive import Autoregressive, EarlyExit
 from lsjax.decoding.completion import Completion
 from lsjax.decoding.cost import ideal_speedup, memory_bandwidth, weight_bytes
-from lsjax.decoding.draft_vocabulary import DraftVocabulary
+from lsjax.decoding.draft import DraftVocabulary
 from lsjax.decoding.engine import Engine
 from lsjax.decoding.self_speculative import SelfSpeculative
 from lsjax.decoding.state import Strategy

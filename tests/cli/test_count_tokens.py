@@ -8,7 +8,7 @@ import decode
 from lsjax.cli import count_tokens
 from lsjax.cli.count_tokens import main, read_pieces
 from lsjax.config import ConfigError
-from lsjax.decoding.draft_vocabulary import DraftVocabulary
+from lsjax.decoding.draft import DraftVocabulary
 
 
 @pytest.fixture(autouse=True)

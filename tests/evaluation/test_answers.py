@@ -6,7 +6,7 @@ import pytest
 
 from lsjax.config import ConfigError
 from lsjax.decoding.autoregressive import Autoregressive, EarlyExit
-from lsjax.decoding.draft_vocabulary import DraftVocabulary
+from lsjax.decoding.draft import DraftVocabulary
 from lsjax.decoding.request import Request
 from lsjax.decoding.sampling import Sampling
 from lsjax.decoding.self_speculative import SelfSpeculative
