@@ -189,9 +189,3 @@ def not_finite(dtype: np.dtype) -> str:
         f"NaN, infinite or too large for {dtype.name}: the checkpoint is damaged, or needs float32 "
         "or bfloat16"
     )
-
-
-def default_head_dim(hidden_size: Any, num_heads: Any) -> int:
-    """D / N, for files that do not give it; 1 for values that LlamaConfig refuses by name."""
-    good = isinstance(hidden_size, int) and isinstance(num_heads, int) and num_heads > 0
-    return hidden_size // num_heads if good else 1
