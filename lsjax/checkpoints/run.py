@@ -10,6 +10,7 @@ A run is a model: the newest of its steps that is whole, or the step that follow
 """
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from jaxtyping import Array
 from lsjax.checkpoints.saving import best_first
 from lsjax.checkpoints.steps import PARAMS, SavedStep, first_whole, saved_steps
 from lsjax.checkpoints.tensors import CheckpointError, Track, not_finite
-from lsjax.config import ConfigError, LlamaConfig, LoraConfig, TrainConfig, check
+from lsjax.config import LlamaConfig, LoraConfig, TrainConfig, check
 from lsjax.config.checked import from_json, versioned, without_version
 from lsjax.data.files import read_json, write_json
 from lsjax.data.tokenizer import Tokenizer, TokenizerError
@@ -48,7 +49,8 @@ def begin_run(directory: Path, config: TrainConfig, tokenizer: Tokenizer) -> Non
     Raises ConfigError where tokenizer and model do not fit, the directory holds another model, the
     run has begun with another tokenizer, or the model that it begins with has another one.
     """
-    size, rows = tokenizer.fitted(config.model.vocab_size).vocab_size, config.model.vocab_size
+    rows = config.model.vocab_size
+    size = tokenizer.fitted(rows).vocab_size
     check(
         rows < 2 * size,
         f"the tokenizer has {size} tokens, but the model's vocabulary is {rows}: choose another "
@@ -95,24 +97,14 @@ def read_run_config(directory: Path) -> TrainConfig:
 
 
 def read_metrics(directory: Path) -> list[dict[str, Any]]:
-    """All rows of a run's metrics.jsonl; a last line that a crash cut off is left out.
-
-    Raises ConfigError for another line that is no row.
-    """
+    """The rows of a run's metrics.jsonl; other lines, such as one that a crash cut, are skipped."""
     path = directory / METRICS
-    lines = path.read_text().splitlines() if path.exists() else []
     rows = []
-    for number, line in enumerate(lines, 1):
-        try:
+    for line in path.read_text().splitlines() if path.exists() else ():
+        with suppress(ValueError, TypeError, KeyError):
             row = json.loads(line)
             row["step"], row["kind"]
-        except (ValueError, TypeError, KeyError):
-            if number == len(lines):
-                break
-            raise ConfigError(
-                f"{path}:{number}: is no row of metrics: remove the line, or the file"
-            ) from None
-        rows.append(row)
+            rows.append(row)
     return rows
 
 

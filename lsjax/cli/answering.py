@@ -18,7 +18,7 @@ from lsjax.cli.flags import ChatFlags, ModelFlags, OpenModel, SamplingFlags
 from lsjax.cli.setup import machine
 from lsjax.config import ConfigError, DataConfig, bounded, check, split_step
 from lsjax.data.chat import chat_prompt
-from lsjax.data.files import Refuse
+from lsjax.data.files import PlacedRow, Refuse, file_rows
 from lsjax.data.sources import Document
 from lsjax.data.token_store import encode_document
 from lsjax.decoding.engine import Engine
@@ -38,10 +38,8 @@ from lsjax.evaluation.answers import (
 )
 from lsjax.evaluation.examples import (
     Example,
-    PlacedRow,
     Task,
     choose_shots,
-    file_rows,
     make_examples,
     prompts_of,
     templates,

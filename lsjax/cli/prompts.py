@@ -11,12 +11,11 @@ import tyro
 from lsjax.cli.flags import ModelFlags, SamplingFlags, StrategyFlags, check_sampling
 from lsjax.config import ConfigError, LlamaConfig, bounded, check
 from lsjax.data.chat import chat_prompt
-from lsjax.data.files import Fields, Refuse, read_lines, stop_at
+from lsjax.data.files import Fields, PlacedRow, Refuse, file_rows, read_lines, stop_at
 from lsjax.data.sources import fill
 from lsjax.data.tokenizer import Tokenizer
 from lsjax.decoding.request import Request, encode_prompt
 from lsjax.decoding.sampling import GREEDY, Sampling
-from lsjax.evaluation.examples import PlacedRow, file_rows
 
 # What an object of a file may say beside its prompt.
 ENDS = ("max_new_tokens", "stop", "stop_ids")

@@ -1,9 +1,7 @@
 """Documents in one order, and their sources: text files, rows of files, TFDS, Python's own source.
 
-TFDS works without TensorFlow. It downloads most of its text data sets by itself the first time that
-they are named (gsm8k, cnn_dailymail, squad, ...). Some need files that it does not download (xsum,
-samsum, booksum, ...): it says where to get them and where to put them. A data set that was prepared
-elsewhere is read from its directory, also without the class that made it.
+TFDS works without TensorFlow. It downloads most text data sets when they are first named, and says
+which files to get by hand for the others. It reads one that was prepared elsewhere as well.
 """
 
 import hashlib
@@ -23,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from lsjax.config import ConfigError, DataConfig, check
-from lsjax.data.files import Fields, find_files, json_rows, read_lines, tab_separated_rows
+from lsjax.data.files import Fields, file_rows, find_files, read_lines
 
 # Tests are repetitive; packages are whatever was installed; the rest belongs to one machine.
 LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
@@ -52,8 +50,7 @@ class Source:
     """Documents in one order, the same on every machine that has the same files.
 
     name: its name in messages. files: the files behind it. read: yields the documents, and raises
-    ConfigError with file and line where it can't. part: which part of the files it reads, if not
-    all.
+    ConfigError with file and line where it can't. part: of the files, if not all are read.
     """
 
     name: str
@@ -75,9 +72,7 @@ class Source:
 
 
 def document_source(config: DataConfig, *, validation: bool = False) -> Source:
-    """The source of a configuration.
-
-    validation: opens the separate validation set.
+    """The source of a configuration, or its separate validation set.
 
     Raises ConfigError where files are missing.
     """
@@ -87,22 +82,19 @@ def document_source(config: DataConfig, *, validation: bool = False) -> Source:
     if config.source == "text":
         return text_files(paths, config.separator)
     if config.source == "tfds":
-        split = config.validation_split if validation else config.tfds_split
-        name, files, rows = tfds_split(config.tfds_name, split, config.tfds_data_dir)
+        part = config.validation_split if validation else config.tfds_split
+        name, files, rows = tfds_split(config.tfds_name, part, config.tfds_data_dir)
+    else:
+        part, name, files = "", " ".join(paths), find_files(paths)
+        kind = f".{config.source}"
 
-        def read_tfds() -> Iterator[Document]:
-            return (row_document(row, config, where) for where, row in rows())
+        def rows() -> Iterator[tuple[str, Fields]]:
+            return ((where, row) for _, where, row in file_rows(paths, kind=kind))
 
-        return Source(name, files, read_tfds, split)
-    files = find_files(paths)
-    rows_of = json_rows if config.source == "jsonl" else tab_separated_rows
+    def read() -> Iterator[Document]:
+        return (row_document(row, config, where) for where, row in rows())
 
-    def read_rows() -> Iterator[Document]:
-        for file in files:
-            for line, row in rows_of(file):
-                yield row_document(row, config, f"{file}, line {line}")
-
-    return Source(" ".join(paths), files, read_rows)
+    return Source(name, files, read, part)
 
 
 def python_source() -> Source:
@@ -130,7 +122,6 @@ def python_source() -> Source:
 def text_files(paths: Sequence[str], separator: str) -> Source:
     """Documents of plain text; separators are no part of them.
 
-    paths: files or patterns, as for `find_files`.
     separator: "file" makes each file a document, "blank_line" ends one at each run of blank lines;
       anything else is a marker that stands between documents.
     """
@@ -156,9 +147,8 @@ def tfds_split(
 ) -> tuple[str, list[Path], Callable[[], Iterator[tuple[str, Fields]]]]:
     """A split, or a part of one, of a TensorFlow data set; downloaded if it has to be.
 
-    Returns:
-      Its name in messages, its files, and a function that yields the place and the fields of each
-      row. Texts are bytes.
+    Returns its name in messages, its files, and a function that yields the place and the fields of
+    each row. Texts are bytes.
 
     Raises ConfigError for an unknown name or split, for files that are to be fetched by hand, for a
     failed download, and for a data set that was prepared in another format.
@@ -230,8 +220,7 @@ def training_documents(config: DataConfig) -> Iterator[Document]:
 def is_held_out(key: int | np.ndarray, fraction: float) -> bool | np.ndarray:
     """Whether documents with these keys are in the share that is kept for validation.
 
-    The choice depends neither on the order of the documents nor on their number, and equal
-    documents are on the same side.
+    Neither the order nor the number of the documents matters, and equal ones are on the same side.
     """
     return key < int(fraction * 2**64)
 
@@ -239,8 +228,7 @@ def is_held_out(key: int | np.ndarray, fraction: float) -> bool | np.ndarray:
 def row_document(row: Fields, config: DataConfig, where: str) -> Document:
     """The document that the templates make of a row.
 
-    Raises ConfigError, beginning with `where`, for a field that the row lacks, that is no text or
-    number, or that holds half a character.
+    Raises ConfigError, beginning with `where`, as `fill` does and for an empty prompt.
     """
     if config.has_prompts:
         prompt = fill(config.prompt_template, row, where)
@@ -250,7 +238,10 @@ def row_document(row: Fields, config: DataConfig, where: str) -> Document:
 
 
 def fill(template: str, row: Fields, where: str) -> str:
-    """The template with each {field} replaced by what the row has under that name."""
+    """The template with each {field} replaced by what the row has under that name.
+
+    Raises ConfigError for a field that is missing, no text or number, or holds half a character.
+    """
     parts = []
     for literal, field, _, _ in string.Formatter().parse(template):
         parts.append(literal)

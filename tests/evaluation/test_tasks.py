@@ -8,13 +8,13 @@ from decimal import Decimal
 import pytest
 
 from lsjax.config import ConfigError, DataConfig
+from lsjax.data.files import file_rows
 from lsjax.data.sources import tfds_builder
 from lsjax.evaluation.answers import pass_at_k, scores_by_example
 from lsjax.evaluation.examples import (
     Example,
     before_prompts,
     choose_shots,
-    file_rows,
     make_examples,
     prompts_of,
     templates,
