@@ -17,6 +17,7 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from lsjax.data.files import one_line
 from lsjax.data.tokenizer import Tokenizer
 
 
@@ -69,8 +70,9 @@ def render_chat(
     except Exception as error:
         where = f"line {error.lineno}: " if getattr(error, "lineno", None) else ""
         name = "" if isinstance(error, TemplateError) else f"{type(error).__name__}: "
-        what = " ".join(str(error).split())[:300]
-        raise ChatTemplateError(f"the chat template fails: {where}{name}{what}") from error
+        raise ChatTemplateError(
+            f"the chat template fails: {where}{name}{one_line(error)}"
+        ) from error
 
 
 def chat_prompt(

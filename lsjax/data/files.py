@@ -144,6 +144,11 @@ def file_rows(
             yield f"{file.name}:{number}", f"{file}, line {number}", row
 
 
+def one_line(error: BaseException) -> str:
+    """What the error of a library says, or its type if it says nothing."""
+    return " ".join(str(error).split())[:600] or type(error).__name__
+
+
 def read_json(file: Path, error_type: type[ValueError]) -> dict[str, Any]:
     """The object in a JSON file; raises an error of this type for anything else."""
     try:
@@ -183,7 +188,7 @@ def open_gguf(file: Path, error_type: type[ValueError]) -> Any:
     except OSError:
         raise
     except Exception as error:
-        problem = " ".join(f"{type(error).__name__}: {error}".split())
+        problem = f"{type(error).__name__}: {one_line(error)}"
         raise error_type(
             f"{file}: not a whole GGUF file ({problem}): damaged or cut short, download it again"
         ) from error

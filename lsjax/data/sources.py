@@ -13,7 +13,7 @@ import re
 import string
 import sysconfig
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from lsjax.config import ConfigError, DataConfig, check
-from lsjax.data.files import Fields, file_rows, find_files, read_lines
+from lsjax.data.files import Fields, file_rows, find_files, one_line, read_lines
 
 # Tests are repetitive; packages are whatever was installed; the rest belongs to one machine.
 LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
@@ -50,17 +50,19 @@ class Source:
     """Documents in one order, the same on every machine that has the same files.
 
     name: its name in messages. files: the files behind it. read: yields the documents, and raises
-    ConfigError with file and line where it can't. part: of the files, if not all are read.
+    ConfigError with file and line where it can't. part: of the files, if not all are read. limit:
+    number of documents.
     """
 
     name: str
     files: Sequence[Path]
     read: Callable[[], Iterator[Document]]
     part: str = ""
+    limit: int | None = None
 
     def documents(self) -> Iterator[Document]:
-        """All documents but those whose text is blank."""
-        return (document for document in self.read() if document.text.strip())
+        """The first documents whose text is not blank."""
+        return islice((one for one in self.read() if one.text.strip()), self.limit)
 
     def fingerprint(self) -> str:
         """Hash (hex) of the contents of the files in their order, but not of their names."""
@@ -76,11 +78,12 @@ def document_source(config: DataConfig, *, validation: bool = False) -> Source:
 
     Raises ConfigError where files are missing.
     """
+    limit = None if validation else config.max_documents
     paths = config.validation_paths if validation else config.paths
     if config.source == "python_source":
-        return python_source()
+        return replace(python_source(), limit=limit)
     if config.source == "text":
-        return text_files(paths, config.separator)
+        return replace(text_files(paths, config.separator), limit=limit)
     if config.source == "tfds":
         part = config.validation_split if validation else config.tfds_split
         name, files, rows = tfds_split(config.tfds_name, part, config.tfds_data_dir)
@@ -94,7 +97,7 @@ def document_source(config: DataConfig, *, validation: bool = False) -> Source:
     def read() -> Iterator[Document]:
         return (row_document(row, config, where) for where, row in rows())
 
-    return Source(name, files, read, part)
+    return Source(name, files, read, part, limit)
 
 
 def python_source() -> Source:
@@ -163,7 +166,7 @@ def tfds_split(
             builder.download_and_prepare(download_config=settings)
         except Exception as error:  # of the network, the disk or the data set; files to get by hand
             raise ConfigError(
-                f"{name} could not be prepared ({_one_line(error)}): mend that, or prepare it "
+                f"{name} could not be prepared ({one_line(error)}): mend that, or prepare it "
                 f"elsewhere with file_format='array_record' and copy it to {builder.data_path}"
             ) from error
     written = builder.info.file_format.value
@@ -177,7 +180,7 @@ def tfds_split(
         files = [Path(file) for file in builder.info.splits[split].filepaths]
     except (ValueError, AssertionError) as error:
         raise ConfigError(
-            f"{name} has no split {split!r} ({_one_line(error)}): choose one of "
+            f"{name} has no split {split!r} ({one_line(error)}): choose one of "
             f"{', '.join(builder.info.splits)}, or a part such as train[:10%]"
         ) from None
     title = f"{name} {split}"
@@ -199,21 +202,16 @@ def tfds_builder(name: str, **settings: Any) -> Any:
         except (DatasetNotFoundError, ModuleNotFoundError):
             continue
         except Exception as error:  # no such config or version, or what another site says
-            raise ConfigError(f"tfds_name {name!r}: {_one_line(error)}") from None
+            raise ConfigError(f"tfds_name {name!r}: {one_line(error)}") from None
     raise ConfigError(
         f"TensorFlow Datasets has no {name!r}: check its spelling, name the tfds_data_dir that "
         "holds it, or use source jsonl or tsv with its files"
     )
 
 
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:600] or type(error).__name__
-
-
 def training_documents(config: DataConfig) -> Iterator[Document]:
-    """The documents that are not held out, without those beyond config.max_documents."""
-    documents = islice(document_source(config).documents(), config.max_documents)
-    fraction = config.held_out_fraction
+    """The documents that are not held out."""
+    documents, fraction = document_source(config).documents(), config.held_out_fraction
     return (document for document in documents if not is_held_out(document.key, fraction))
 
 

@@ -11,7 +11,6 @@ import json
 import shutil
 from array import array
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from zipfile import BadZipFile
 
@@ -65,16 +64,15 @@ def token_store(
         "table: set append_end to False",
     )
     source = document_source(config, validation=validation)
-    limit = None if validation else config.max_documents
     dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
-    directory = cache / "tokens" / _name(config, tokenizer, source, limit)
+    directory = cache / "tokens" / _name(config, tokenizer, source)
     was_there = directory.is_dir()  # then it was whole: directories appear when they are
     store = _load(directory, dtype)
     if store is None:
         if was_there:
             shutil.rmtree(directory, ignore_errors=True)
         with whole_directory(directory) as partial:
-            _write(partial, config, tokenizer, source, limit, dtype)
+            _write(partial, config, tokenizer, source, dtype)
         store = _load(directory, dtype)
         check(store is not None, f"{directory} can't be read back: is the disk in order?")
     return store
@@ -108,9 +106,9 @@ def _continuation(text: str, tokenizer: Tokenizer, special: bool) -> list[int]:
     raise TokenizerError(f"the tokenizer joins {text[:40]!r} with whatever stands before it")
 
 
-def _name(config: DataConfig, tokenizer: Tokenizer, source: Source, limit: int | None) -> str:
+def _name(config: DataConfig, tokenizer: Tokenizer, source: Source) -> str:
     made_of = [
-        *(FORMAT, source.fingerprint(), tokenizer.fingerprint, tokenizer.add_bos, limit),
+        *(FORMAT, source.fingerprint(), tokenizer.fingerprint, tokenizer.add_bos, source.limit),
         *(tokenizer.bos_id, tokenizer.eos_ids[:1], config.append_end, config.allow_special),
         *(tokenizer.vocab_size, config.source, config.separator),
         *(config.text_template, config.prompt_template, config.response_template),
@@ -119,19 +117,14 @@ def _name(config: DataConfig, tokenizer: Tokenizer, source: Source, limit: int |
 
 
 def _write(
-    folder: Path,
-    config: DataConfig,
-    tokenizer: Tokenizer,
-    source: Source,
-    limit: int | None,
-    dtype: np.dtype,
+    folder: Path, config: DataConfig, tokenizer: Tokenizer, source: Source, dtype: np.dtype
 ) -> None:
     starts, prompts, keys, digest = array("q", [0]), array("i"), array("Q"), hashlib.sha256()
     size = sum(file.stat().st_size for file in source.files)
     progress = Progress(console=Console(stderr=True), transient=True)
     with (folder / "tokens.bin").open("wb") as file, progress:
         task = progress.add_task(f"tokens of {source.name}", total=size)
-        for document in islice(source.documents(), limit):
+        for document in source.documents():
             ids, prompt = encode_document(document, config, tokenizer)
             tokens = np.array(ids, dtype).tobytes()
             file.write(tokens)

@@ -208,8 +208,3 @@ class StreamDecoder:
     def finish(self) -> str:
         """What is held back: U+FFFD for an unfinished character, else nothing."""
         return self._utf8.decode(b"", final=True)
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error, or its type if it says nothing."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]

@@ -12,7 +12,8 @@ import sentencepiece
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 
-from lsjax.data.tokenizer import PROBE, Tokenizer, TokenizerError, first_line
+from lsjax.data.files import one_line
+from lsjax.data.tokenizer import PROBE, Tokenizer, TokenizerError
 
 MAX_TOKEN_ID = 1 << 24
 BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")  # SentencePiece's spelling of a byte
@@ -105,7 +106,7 @@ class SentencePieceTokenizer(Tokenizer):
         try:
             processor = sentencepiece.SentencePieceProcessor(model_proto=model)
         except (RuntimeError, TypeError) as error:
-            raise TokenizerError(f"not a SentencePiece model ({first_line(error)})") from error
+            raise TokenizerError(f"not a SentencePiece model ({one_line(error)})") from error
         self._model, self._processor = model, processor
         self.vocab_size = processor.vocab_size()
         bos_id, eos_id = processor.bos_id(), processor.eos_id()  # -1 if there is none

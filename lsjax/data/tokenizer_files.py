@@ -11,8 +11,8 @@ import tokenizers
 from tokenizers import pre_tokenizers
 
 from lsjax.config import split_step
-from lsjax.data.files import open_gguf, read_json
-from lsjax.data.tokenizer import Tokenizer, TokenizerError, first_line
+from lsjax.data.files import one_line, open_gguf, read_json
+from lsjax.data.tokenizer import Tokenizer, TokenizerError
 from lsjax.data.tokenizer_backends import (
     BYTE_PIECE,
     HuggingFaceTokenizer,
@@ -46,7 +46,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         raise
     except BaseException as error:  # the Rust library panics with a BaseException of its own
         raise TokenizerError(
-            f"{path} holds no usable tokenizer ({first_line(error)}): download or export it again"
+            f"{path} holds no usable tokenizer ({one_line(error)}): download or export it again"
         ) from error
 
 

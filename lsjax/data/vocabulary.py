@@ -15,9 +15,9 @@ from pathlib import Path
 import sentencepiece
 
 from lsjax.config import ConfigError, DataConfig, check, split_step
-from lsjax.data.files import write_whole
+from lsjax.data.files import one_line, write_whole
 from lsjax.data.sources import Document, training_documents
-from lsjax.data.tokenizer import Tokenizer, first_line
+from lsjax.data.tokenizer import Tokenizer
 from lsjax.data.tokenizer_backends import ByteTokenizer, SentencePieceTokenizer
 from lsjax.data.tokenizer_files import load_tokenizer
 
@@ -83,7 +83,7 @@ def _train(texts: list[str], vocab_size: int) -> bytes:
         characters = sum(map(len, texts))
         raise ConfigError(
             f"SentencePiece can't train a vocabulary of {vocab_size} on {characters} characters of "
-            f"text ({first_line(error)}): choose another data.vocab_size, or bytes"
+            f"text ({one_line(error)}): choose another data.vocab_size, or bytes"
         ) from error
     return model.getvalue()
 
