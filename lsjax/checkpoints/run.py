@@ -43,9 +43,8 @@ def is_run(directory: Path) -> bool:
 
 
 def begin_run(directory: Path, config: TrainConfig, tokenizer: Tokenizer) -> None:
-    """Writes the files that a run has from the start, for a config whose model is known.
+    """Writes the files that a run has from the start; config.json, which may be a new one, last.
 
-    config.json comes last: where it is, the rest is. A run that resumes gets a new config.json.
     Raises ConfigError where tokenizer and model do not fit, the directory holds another model, the
     run has begun with another tokenizer, or the model that it begins with has another one.
     """
@@ -122,9 +121,8 @@ class RunSource:
     """A run that is opened as a model: its shape is known, no array has been read."""
 
     def __init__(self, directory: Path, step: int | str | None = None):
-        self.path = directory
         # Only the model's shape: the rest of the config may be of another version's training.
-        self._fields = _read_fields(directory)
+        self.path, self._fields = directory, _read_fields(directory)
         self.config = from_json(LlamaConfig, self._fields["model"], f"{directory / CONFIG}: model")
         self._steps = saved_steps(directory / CHECKPOINTS)
         if not self._steps:
@@ -163,20 +161,16 @@ class RunSource:
         saved = step.meta["arrays"][PARAMS]
 
         def read(path: str, shape: tuple[int, ...]) -> Array:
-            place = sharding_of(path, shape, mesh)
             stored = saved[path]["dtype"] if path in saved else dtype
-            wanted = jax.ShapeDtypeStruct(shape, stored, sharding=place)
+            wanted = jax.ShapeDtypeStruct(shape, stored, sharding=sharding_of(path, shape, mesh))
             return step.read(PARAMS, {path: wanted})[path]
 
         arrays: dict[str, Array] = {}
         for stacked, paths in track(list(together.items())):
             layers = () if stacked in paths else (len(paths),)
             array = read(stacked, layers + shapes[paths[0]])
-            adapter = [
-                read(path, tuple(saved[path]["shape"]))
-                for path in adapter_paths(stacked)
-                if path in saved
-            ]
+            names = [path for path in adapter_paths(stacked) if path in saved]
+            adapter = [read(path, tuple(saved[path]["shape"])) for path in names]
             if adapter:
                 lora = from_json(LoraConfig, self._fields["lora"], f"{self.path / CONFIG}: lora")
                 array = merged(array, *adapter, lora.scale)

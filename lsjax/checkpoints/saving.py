@@ -81,7 +81,7 @@ class Checkpoints:
     def restore(self, like: Any) -> Restored | None:
         """The newest step that is whole; None where nothing has been saved yet.
 
-        Newer ones, which are damaged, are renamed to 80.damaged: they are saved anew.
+        Damaged ones after it are renamed to 80.damaged: they are saved anew.
 
         like: the state's shapes (`jax.eval_shape`), with shardings where there is a mesh.
         Raises CheckpointError where no step is whole, or what was saved is of another shape.
@@ -100,11 +100,10 @@ class Checkpoints:
         if not steps:
             return None
         restored, damaged = first_whole(steps, read, self._report)
-        if damaged and jax.process_index() == 0:
-            for step in damaged:
-                aside = step.directory.with_name(f"{step.number}.damaged")
-                shutil.rmtree(aside, ignore_errors=True)
-                step.directory.rename(aside)
+        for step in damaged if jax.process_index() == 0 else ():
+            aside = step.directory.with_name(f"{step.number}.damaged")
+            shutil.rmtree(aside, ignore_errors=True)
+            step.directory.rename(aside)
         if damaged and jax.process_count() > 1:
             sync_global_devices("damaged steps are renamed")
         return restored
@@ -112,8 +111,7 @@ class Checkpoints:
     def save(self, state: Any, *, step: int, data: Mapping[str, Any]) -> None:
         """Begins to save the state after `step` steps, if it is not saved; waits for the last save.
 
-        data: position in it, as JSON has it. Raises CheckpointError where one of several processes
-        can't write.
+        data: position in it, as JSON has it.
         """
         import orbax.checkpoint as ocp
 
@@ -145,7 +143,7 @@ class Checkpoints:
             self._failure = error
 
     def wait(self) -> None:
-        """Until the last step is on disk; raises CheckpointError where it can't be written."""
+        """Waits until the last step is on disk; raises CheckpointError if it can't be written."""
         if self._manager is None:
             return
         failure, self._failure = self._failure, None
@@ -173,7 +171,7 @@ class Checkpoints:
             self._report(str(error))
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
-        """Orbax's question which of the steps to keep; its own policies need losses at saving."""
+        """Which steps orbax is to keep; its own policies need the losses when a step is saved."""
         steps = [checkpoint.step for checkpoint in checkpoints]
         scored = best_first([step for step in steps if step in self._losses], self._losses)
         kept = {*steps[-self._config.keep_last :], *scored[: self._config.keep_best]}

@@ -93,9 +93,9 @@ class SavedStep:
 
     def check_names(self, item: str, known: Iterable[str]) -> None:
         """Raises CheckpointError if a saved array is not among these names."""
-        for name in sorted(self.meta["arrays"][item].keys() - known):
+        if extra := sorted(self.meta["arrays"][item].keys() - known):
             raise CheckpointError(
-                f"{self.directory / item}: {name} has no place in this model or optimizer: the "
+                f"{self.directory / item}: {extra[0]} has no place in this model or optimizer: the "
                 "config is of another one"
             )
 
@@ -155,10 +155,7 @@ def sealed(meta: Any) -> dict[str, Any]:
 
 @contextmanager
 def quiet_storage() -> Iterator[None]:
-    """Hides the errors of the other arrays where one can't be read or written, which is raised.
-
-    Orbax logs them, and Python prints those of dropped work when it is collected.
-    """
+    """Hides what orbax logs, and Python prints of dropped work, beside the error that is raised."""
     before, loggers = sys.unraisablehook, [logging.getLogger(name) for name in ("absl", "asyncio")]
 
     def hook(unraisable: Any) -> None:
