@@ -11,7 +11,6 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import partial
 from pathlib import Path
 from typing import TextIO
 
@@ -19,17 +18,23 @@ from rich.console import Console
 from rich.progress import Progress
 
 from lsjax.cli.chat import chat
-from lsjax.cli.errors import check_output, ended_by_sigterm, one_line_errors
 from lsjax.cli.flags import (
-    check_engine,
-    chosen_mesh,
     load_engine,
-    make_strategy,
+    make_strategies,
     open_model,
     parse_flags,
 )
-from lsjax.cli.requests import Arguments, choose_requests, encode_requests
-from lsjax.cli.show import LEGEND, Colours, coloured, stream, summary, verbatim
+from lsjax.cli.prompts import Arguments, choose_requests, encode_requests
+from lsjax.cli.setup import check_output, ended_by_sigterm, one_line_errors
+from lsjax.cli.show import (
+    LEGEND,
+    Colours,
+    coloured,
+    notes_console,
+    stream,
+    summary,
+    verbatim,
+)
 from lsjax.decoding.completion import Completion
 from lsjax.decoding.engine import Engine
 from lsjax.decoding.request import Request
@@ -50,26 +55,26 @@ def decode(arguments: Arguments) -> None:
     """
     to_stdout = arguments.json == Path("-")
     requests = choose_requests(arguments)
-    source, tokenizer = open_model(arguments)
-    strategy = make_strategy(arguments, arguments.model, tokenizer)
-    mesh = chosen_mesh(arguments)
-    data_axis = 1 if mesh is None else mesh.shape["data"]
-    needed = -(-max(len(requests), 1) // data_axis) * data_axis
-    model_flags = dataclasses.replace(arguments, batch_size=min(arguments.batch_size, needed))
-    check_engine(model_flags, source.config, [strategy], mesh)
-    encoded = encode_requests(requests, arguments, tokenizer, source.config)
+    model = open_model(arguments)
+    config = model.source.config
+    data_axis = 1 if model.mesh is None else model.mesh.shape["data"]
+    needed = -(-len(requests) // data_axis) * data_axis
+    fewer = dataclasses.replace(arguments, batch_size=min(arguments.batch_size, needed))
+    model = model._replace(flags=fewer)
+    (strategy,) = make_strategies(arguments, model)
+    encoded = encode_requests(requests, arguments, model.tokenizer, config)
     if arguments.json is not None and not to_stdout:
         check_output(arguments.json, arguments.prompt_file)
 
-    plain = partial(Console, highlight=False, markup=False, emoji=False, soft_wrap=True)
-    people, notes = plain(stderr=to_stdout), plain(stderr=True, style="dim")
-    engine = load_engine(model_flags, source, tokenizer, notes, strategy=strategy, mesh=mesh)
-    totals = [
+    plain = dict(highlight=False, markup=False, emoji=False, soft_wrap=True)
+    people, notes = Console(stderr=to_stdout, **plain), notes_console()
+    engine = load_engine(model, notes, strategy=strategy)
+    longest = max(
         len(ids) + request.max_new_tokens for request, ids in zip(requests, encoded, strict=True)
-    ]
-    weights, cache = engine.memory_bytes(max(totals, default=arguments.max_new_tokens))
+    )
+    weights, cache = engine.memory_bytes(longest)
     notes.print(
-        f"{arguments.model.name}: {source.config.num_params / 1e6:.0f}M parameters, "
+        f"{arguments.model.name}: {config.num_params / 1e6:.0f}M parameters, "
         f"{weights / 1e6:.0f} MB in {engine.model.dtype}; "
         f"cache {cache / 1e6:.0f} MB for {engine.batch_size} row{'s' * (engine.batch_size > 1)}"
     )

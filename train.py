@@ -16,13 +16,12 @@ from pathlib import Path
 
 from rich.console import Console
 
-from lsjax.cli.errors import one_line_errors
-from lsjax.cli.setup import keep_compiled_programs, keep_freed_memory
+from lsjax.cli.setup import keep_compiled_programs, keep_freed_memory, one_line_errors
 from lsjax.cli.training import parse, shown_hooks, shown_progress
 from lsjax.config import TrainConfig
 from lsjax.training.hosts import ending_together, is_first, start
-from lsjax.training.loop import Interrupted, TooManySkipped
-from lsjax.training.run import prepare_run, train_run
+from lsjax.training.prepare import prepare_run
+from lsjax.training.run import Interrupted, TooManySkipped, train_run
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -19,7 +19,7 @@ from typing import Any
 import tyro
 from rich.console import Console
 
-from lsjax.cli.errors import one_line_errors
+from lsjax.cli.setup import one_line_errors
 from lsjax.config import DataConfig
 from lsjax.data.pipeline import Pipeline, packed_rows
 from lsjax.data.vocabulary import make_tokenizer

@@ -15,6 +15,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -26,28 +27,33 @@ from rich.progress import Progress
 from rich.table import Table
 
 import lsjax
-from lsjax.cli.benchmark import PROMPTS
-from lsjax.cli.errors import one_line_errors
-from lsjax.cli.prompts import PromptArguments, read_encoded
-from lsjax.cli.setup import cache_directory, exact_products, keep_compiled_programs
+from lsjax.cli.benchmark import OWN_PROMPTS, PROMPTS
+from lsjax.cli.prompts import prompt_rows
+from lsjax.cli.setup import exact_products, keep_compiled_programs, one_line_errors
 from lsjax.cli.show import wide_console
 from lsjax.config import check
+from lsjax.data.token_store import cache_directory
 from lsjax.data.tokenizer import Tokenizer
 from lsjax.data.vocabulary import find_counts
-from lsjax.decoding.draft_vocabulary import DraftVocabulary
+from lsjax.decoding.draft import DraftVocabulary
 from lsjax.decoding.request import encode_prompt
 from lsjax.decoding.state import Strategy
-from lsjax.evaluation.exactness import FLOAT32_MARGIN, first_difference
+from lsjax.evaluation.comparison import FLOAT32_MARGIN, first_difference
+from lsjax.evaluation.examples import make_examples, templates
 
 Generate = Callable[[list[int], int], list[int]]  # new tokens: so many after a prompt
 
 
 @dataclass(frozen=True, kw_only=True)
-class Arguments(PromptArguments):
+class Arguments:
     """lsjax beside transformers."""
 
     model: tyro.conf.Positional[Path]
     """Hugging Face directory (see lsjax.cli.convert)."""
+    prompt_file: Path | None = None
+    """.txt is one prompt, .jsonl has an object with "prompt" on each line; three are built in."""
+    limit: int | None = None
+    """Takes no more than so many prompts."""
     exit_layer: int | None = None
     """Exit to draft from, on both sides; none leaves such drafts out."""
     num_draft_tokens: int = 4
@@ -85,12 +91,13 @@ def main(arguments: Arguments) -> None:
     tokenizer = lsjax.load_tokenizer(arguments.model)
     model = lsjax.load(arguments.model)
     limits = dict(max_new_tokens=arguments.new_tokens, max_length=None)
-    prompts = read_encoded(
-        arguments,
-        PROMPTS,
-        lambda text: encode_prompt(text, tokenizer, model.config, **limits),
-        console.print,
+    examples = make_examples(
+        OWN_PROMPTS,
+        templates(OWN_PROMPTS, None),
+        prompt_rows(PROMPTS, arguments.prompt_file),
+        encode=lambda text: encode_prompt(text, tokenizer, model.config, **limits),
     )
+    prompts = [list(example.ids) for example in islice(examples, arguments.limit)]
     own = [
         Side(name, lsjax_side(model, tokenizer, strategy), exact)
         for name, strategy, exact in strategies(arguments, tokenizer)

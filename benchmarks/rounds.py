@@ -8,7 +8,6 @@ in a program of its own. Then: autoregressive rounds at several lengths and capa
 the bytes of weights, keys and values predict from the first line.
 """
 
-import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,18 +19,16 @@ from rich.table import Table
 
 import lsjax
 from lsjax.cli.setup import exact_products, keep_compiled_programs
-from lsjax.decoding.acceptance import Draft
 from lsjax.decoding.cost import (
     LENGTH,
     Loop,
-    compiled_loop,
     draft_loop,
-    filled_state,
     median_seconds,
     memory_bandwidth,
     rounds_loop,
     weight_bytes,
 )
+from lsjax.decoding.draft import Draft
 from lsjax.decoding.self_speculative import SelfSpeculative, in_one_program
 
 
@@ -51,19 +48,17 @@ class Arguments:
 
 def verify_loop(model: lsjax.Llama, strategy: SelfSpeculative) -> Loop:
     """The verification of a round, of full drafts."""
-    state = filled_state(model, strategy)
     steps = 1 + strategy.num_draft_tokens
     hidden_BTD = jnp.ones((1, steps, model.config.hidden_size), model.dtype)
 
-    def body(pair, state):
+    def verify(model, state, arguments):
         tokens_BT = jnp.broadcast_to(state.pending_B[:, None], (1, steps))
         count_B = jnp.full(1, strategy.num_draft_tokens, jnp.int32)
         hidden_now_BTD = hidden_BTD + 1e-9 * tokens_BT[..., None]
         draft = Draft(state, hidden_now_BTD, tokens_BT, count_B, None, None)
-        done = strategy.verify(pair[0], draft, pair[1])
-        return dataclasses.replace(done, length_B=state.length_B, finish_B=state.finish_B)
+        return strategy.verify(model, draft, arguments)
 
-    return compiled_loop((model, strategy.arguments(model)), body, state)
+    return rounds_loop(model, strategy, verify)
 
 
 def main(arguments: Arguments) -> None:

@@ -86,7 +86,8 @@ def train(
     """
     # Imported here because they bring grain and orbax, which decoding does without.
     from lsjax.evaluation.exits import evaluation_hook
-    from lsjax.training.run import prepare_run, train_run
+    from lsjax.training.prepare import prepare_run
+    from lsjax.training.run import train_run
 
     hooks = [evaluation_hook] if hooks is None else hooks
     return train_run(prepare_run(config, Path(workdir)), hooks=hooks, **options)

@@ -33,7 +33,7 @@ import tyro
 from lsjax.aot.chips import CHIPS, Chip, slice_size
 from lsjax.aot.costs import CostAnalysis
 from lsjax.aot.hlo import parse
-from lsjax.aot.report import MEMORY, cost_figures, memory_figures
+from lsjax.aot.programs import cost_figures, memory_figures
 
 CONFIG = Path(__file__).parents[1] / "configs" / "continual_llama2_7b.py"
 COLUMNS = (
@@ -76,8 +76,6 @@ class Arguments:
     """Chip and slice."""
     remat_policy: str = "minimal"
     """MaxText's."""
-    fsdp: int | None = None
-    """Devices that share the weights in MaxText, the rest is data; lsjax's number by default."""
     lsjax: str = ""
     """Further flags of lsjax.cli.aot, behind an equals sign."""
 
@@ -102,9 +100,7 @@ def of_maxtext(arguments: Arguments, found: Mapping[str, Any], directory: Path) 
 
     directory: for what MaxText writes.
     """
-    training, mesh = found["training"], dict(found["meshes"]["train"])
-    if arguments.fsdp is not None:
-        mesh |= {"data": training["devices"] // arguments.fsdp, "fsdp": arguments.fsdp}
+    training, mesh = found["training"], found["meshes"]["train"]
     flags = {
         "model_name": "llama2-7b",
         "per_device_batch_size": training["batch_size"] / training["devices"],
@@ -147,9 +143,9 @@ def counted(directory: Path, mesh: Mapping[str, int], chip: Chip) -> dict[str, A
     """The program in the directory, counted as lsjax's own are."""
     program = parse((directory / "program.txt").read_text())
     costs = CostAnalysis(program, mesh, {}, chip).program()
-    found = json.loads((directory / "memory.json").read_text())
-    sizes = {name: found[f"{word}_size_in_bytes"] for name, word in MEMORY.items()}
-    return {"memory": memory_figures(sizes, chip), **cost_figures(costs, chip)}
+    sizes = json.loads((directory / "memory.json").read_text())
+    memory = memory_figures(sizes.__getitem__, chip)
+    return {"memory": memory, **cost_figures(costs, chip)}
 
 
 def rows_of_lsjax(name: str, found: Mapping[str, Any]) -> list[list[str]]:

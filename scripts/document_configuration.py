@@ -8,7 +8,6 @@ tests/config/test_documentation.py fails where the page is not what this makes.
 import ast
 import dataclasses
 import inspect
-import sys
 import textwrap
 from itertools import pairwise
 from pathlib import Path
@@ -28,12 +27,6 @@ config.json. A value that can't work ends the program with one line before anyth
 """
 
 
-def main() -> int:
-    """Writes the page."""
-    PAGE.write_text(page())
-    return 0
-
-
 def page() -> str:
     """A table for each class: the fields of TrainConfig, then those of its parts."""
     return "\n".join([INTRODUCTION, *_tables(TrainConfig, "")]) + "\n"
@@ -49,7 +42,12 @@ def _tables(kind: type, path: str) -> list[str]:
             parts += _tables(part, f"{name}.")
         else:
             values = described(field.type, field.metadata.get("bounds"))
-            cells = (f"`{name}`", values, _default(field), _cell(texts[field.name]))
+            cells = (
+                f"`{name}`",
+                values,
+                _default(field),
+                " ".join(texts[field.name].split()).replace("|", "\\|"),
+            )
             rows.append(f"| {' | '.join(cells)} |")
     lines = [f"## {path.rstrip('.') or 'The run'}", "", inspect.getdoc(kind), ""]
     header = ["| field | values | default | what |", "|---|---|---|---|"]
@@ -71,16 +69,8 @@ def _default(field: dataclasses.Field) -> str:
     if field.default is dataclasses.MISSING:
         return "must be given"
     value = field.default
-    return _code(value if isinstance(value, str) and value else repr(value))
-
-
-def _code(text: str) -> str:
-    return f"`{text}`"
-
-
-def _cell(text: str) -> str:
-    return " ".join(text.split()).replace("|", "\\|")
+    return f"`{value if value and isinstance(value, str) else repr(value)}`"
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    PAGE.write_text(page())

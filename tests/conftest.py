@@ -28,7 +28,7 @@ jax.config.update("jax_default_matmul_precision", "highest")
 CHECKED = [
     "lsjax.checkpoints",
     "lsjax.data",
-    *(f"lsjax.model.{name}" for name in ("attention", "block", "llama", "rope", "self_attention")),
+    *(f"lsjax.model.{name}" for name in ("attention", "block", "llama", "rope")),
     *(f"lsjax.decoding.{name}" for name in ("autoregressive", "completion", "engine", "programs")),
     "lsjax.sharding",
 ]

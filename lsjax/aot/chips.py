@@ -11,34 +11,23 @@ from jax.errors import JaxRuntimeError
 from jax.experimental import topologies
 
 from lsjax.config import ConfigError, check
-from lsjax.training.flops import device_peak
+from lsjax.training.metrics import device_peak
 
 GIB = 2**30
-
-
-@dataclass(frozen=True)
-class Compiler:
-    """A compiler for chips that need not be there."""
-
-    platform: str  # jax's name of it
-    modules: tuple[str, ...]  # any of these packages has it
-    extra: str  # of lsjax, that installs it
-    slices: str  # regular expression that a slice matches
-    examples: str
-
-
-TPU = Compiler("tpu", ("libtpu",), "tpu", r".+", "v5e:8x8, v5p:4x4x4 or v6e:8x8")
-# Slices of one host, whose cards NVLink joins.
-CUDA_PLUGINS = ("jax_cuda13_plugin", "jax_cuda12_plugin")
-CUDA = Compiler("cuda", CUDA_PLUGINS, "cuda", r"[1-8]", "h100:1 or h100:8")
+# jax's name of a platform, which is also the extra of lsjax that installs its compiler -> packages
+# of which any has the compiler, and slices.
+COMPILERS = {
+    "tpu": (("libtpu",), "v5e:8x8, v5p:4x4x4 or v6e:8x8"),
+    "cuda": (("jax_cuda13_plugin", "jax_cuda12_plugin"), "h100:1 or h100:8"),
+}
 LIBTPU_ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_ACCELERATOR_TYPE": "v5litepod-8",
     "TPU_WORKER_HOSTNAMES": "localhost",
     # Compiling takes no chip, so two programs may do it at once.
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-    # Warnings of the partitioner, to stderr and not to files.
-    "TPU_STDERR_LOG_LEVEL": "1",
+    # Errors alone, to stderr and not to files.
+    "TPU_STDERR_LOG_LEVEL": "2",
     "TPU_LOG_DIR": "disabled",
 }
 
@@ -54,8 +43,12 @@ class Chip:
     hbm_bandwidth: float  # bytes per second
     link_bandwidth: float  # bytes per second that all its links send, one way
     flops_per_cycle: int  # of its matrix units, bfloat16
-    compiler: Compiler = TPU
     target: str = ""  # for GPUs, what the compiler asks the card: a GpuTargetConfigProto as text
+
+    @property
+    def platform(self) -> str:
+        """One of COMPILERS."""
+        return "cuda" if self.target else "tpu"
 
     @property
     def peak_flops(self) -> float:
@@ -71,33 +64,17 @@ class Chip:
         """The least time of an operation with these cycles, FLOPs and bytes."""
         return max(cycles / self.clock, flops / self.peak_flops, moved / self.hbm_bandwidth)
 
-    def to_json(self) -> dict[str, Any]:
-        """The figures."""
-        names = ("name", "kind", "hbm", "hbm_bandwidth", "link_bandwidth", "peak_flops", "clock")
-        return {name: getattr(self, name) for name in names}
-
 
 # NVIDIA's data sheet, and the CUDA programming guide's table for compute capability 9.0.
 H100 = """
 gpu_device_info {
-  cuda_compute_capability { major: 9 }
-  core_count: 132
-  clock_rate_ghz: 1.98
-  fpus_per_core: 128
-  device_memory_size: 80000000000
-  memory_bandwidth: 3350000000000
-  l2_cache_size: 52428800
-  shared_memory_per_core: 233472
-  shared_memory_per_block: 49152
-  shared_memory_per_block_optin: 232448
-  registers_per_core_limit: 65536
-  registers_per_block_limit: 65536
-  threads_per_warp: 32
-  threads_per_core_limit: 2048
+  cuda_compute_capability { major: 9 } core_count: 132 clock_rate_ghz: 1.98 fpus_per_core: 128
+  device_memory_size: 80000000000 memory_bandwidth: 3350000000000 l2_cache_size: 52428800
+  shared_memory_per_core: 233472 shared_memory_per_block: 49152
+  shared_memory_per_block_optin: 232448 registers_per_core_limit: 65536
+  registers_per_block_limit: 65536 threads_per_warp: 32 threads_per_core_limit: 2048
   threads_per_block_limit: 1024
-  block_dim_limit_x: 2147483647
-  block_dim_limit_y: 65535
-  block_dim_limit_z: 65535
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
 }
 platform_name: "CUDA"
 device_description_str: "NVIDIA H100"
@@ -106,7 +83,7 @@ CHIPS = (
     Chip("v5e", "TPU v5 lite", 16 * GIB, 819e9, 200e9, 4 * 2 * 128**2),
     Chip("v5p", "TPU v5", 95 * GIB, 2765e9, 600e9, 8 * 2 * 128**2),  # two cores as one device
     Chip("v6e", "TPU v6 lite", 32 * GIB, 1640e9, 400e9, 4 * 2 * 256**2),
-    Chip("h100", "NVIDIA H100", 80 * 10**9, 3350e9, 450e9, 132 * 4096, CUDA, H100),
+    Chip("h100", "NVIDIA H100", 80 * 10**9, 3350e9, 450e9, 132 * 4096, H100),
 )
 
 
@@ -117,37 +94,32 @@ def slice_size(topology: str) -> int:
 
 
 def slice_of(topology: str) -> tuple[Chip, list[Any]]:
-    """The chip and the devices of a slice ("v5p:4x4x4", "h100:8"), for `jax.make_mesh`; they need
-    not be there.
+    """The chip and the devices of a slice ("v5p:4x4x4", "h100:8"); they need not be there.
 
     Raises ConfigError for an unknown slice, and without the chip's compiler.
     """
     name, _, part = topology.partition(":")
     chip = next((chip for chip in CHIPS if chip.name == name), None)
-    names = ", ".join(chip.name for chip in CHIPS)
     check(
         chip is not None,
-        f"--topology {topology!r} names no known chip ({names}): name a chip and a slice, such as "
-        f"{TPU.examples}, {CUDA.examples}",
+        f"--topology {topology!r} names no known chip ({', '.join(one.name for one in CHIPS)}): "
+        f"name a chip and a slice, such as {', '.join(slices for _, slices in COMPILERS.values())}",
     )
-    compiler = chip.compiler
+    packages, slices = COMPILERS[chip.platform]
     check(
-        any(importlib.util.find_spec(module) for module in compiler.modules),
-        f"the compiler for {name} is missing: pip install 'lsjax[{compiler.extra}]'",
+        any(map(importlib.util.find_spec, packages)),
+        f"the compiler for {name} is missing: pip install 'lsjax[{chip.platform}]'",
     )
-    advice = f"use one such as {compiler.examples}"
-    matches = re.fullmatch(compiler.slices, part)
-    check(matches is not None, f"--topology {topology!r} is an unknown slice: {advice}")
-    if compiler is TPU:
-        os.environ.update(LIBTPU_ENVIRONMENT | os.environ)
-        options = {"topology_name": topology}
-    else:
+    unknown, advice = f"--topology {topology!r} is an unknown slice", f"use one such as {slices}"
+    options = {"topology_name": topology}
+    if chip.platform == "cuda":  # cards of one host, which NVLink joins
+        check(re.fullmatch(r"[1-8]", part) is not None, f"{unknown}: {advice}")
         options = {"topology": f"1x1x{part}", "target_config": chip.target}
+    else:
+        os.environ.update(LIBTPU_ENVIRONMENT | os.environ)
     try:
-        found = topologies.get_topology_desc(platform=compiler.platform, **options)
+        found = topologies.get_topology_desc(platform=chip.platform, **options)
     except JaxRuntimeError as error:
         reason = str(error).partition(": ")[2] or str(error)
-        raise ConfigError(
-            f"--topology {topology!r} is an unknown slice ({reason}): {advice}"
-        ) from None
+        raise ConfigError(f"{unknown} ({reason}): {advice}") from None
     return chip, list(found.devices)

@@ -1,25 +1,51 @@
-"""Reads the text of a compiled program (optimized HLO), as far as its costs need it.
+"""Reads the text of a compiled program (optimized HLO), and what each operation computes and moves.
 
 %body (p: (s32[], f32[8])) -> (s32[], f32[8]) {
   %p = (s32[], f32[8]) parameter(0)
   %x = f32[8]{0:T(8)} get-tuple-element(%p), index=1
   %sum = f32[8]{0:T(8)} all-reduce(%x), replica_groups={{0,1},{2,3}}, to_apply=%add
   ...
+
+FLOPs count for products and attention kernels. An operand counts in full, unless the operation
+reads a slice of it; an update in place counts what it writes. On TPUs the fast memory of a core is
+free: a copy ahead of time counts where it is used.
 """
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
 
+COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+# Operations that move nothing themselves.
+FREE = {
+    *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "iota"),
+    *("while", "conditional", "call", "partition-id", "replica-id", "optimization-barrier"),
+}
+# Custom calls that run on the device; Pallas calls Triton's by two names.
+KERNEL = re.compile(r"tpu_custom_call|__cu|cub|__gpu\$xla\.gpu\.triton|triton_kernel_call")
+# Part of a kernel's name -> the attention that it belongs to, its products of [T, T] by [T, H] or
+# alike, and the axis of T in its largest operand: [B, N, T, H] on TPUs, [B, T, N, H] on GPUs.
+ATTENTION = {
+    "splash_mha_fwd": ("splash", 2, -2),
+    "splash_mha_dq": ("splash", 3, -2),
+    "splash_mha_dkv": ("splash", 4, -2),
+    "flash_forward": ("flash", 2, 1),
+    "flash_dq": ("flash", 3, 1),
+    "flash_dkv": ("flash", 4, 1),
+    "flash_decoding": ("flash decoding", 0, 1),
+    r"__cudnn\$fmha\w*Backward": ("cudnn", 5, 1),
+    r"__cudnn\$fmha": ("cudnn", 2, 1),
+}
+_VIEWS = ("bitcast", "convert", "copy", "reshape", "transpose")
 # Types whose names do not say their bits, as those of bf16 and f8e4m3 do.
 BITS = {"pred": 8, "token": 0, "opaque": 0, "c64": 64, "c128": 128}
 _ARRAY = re.compile(r"([a-z]+\d*[a-z\d]*)\[([\d,<=]*)\](\{[^}]*\})?")
-_FRAME = r"^(\d+) {(?:file_location_id=(\d+))? ?(?:parent_frame_id=(\d+))?}$"
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\(([^)]*)\)(.*)")
+_CALLED = re.compile(r"\b(condition|body|calls|to_apply|\w+_computations?)=({[^}]*}|%?[\w.\-]+)")
 
 
 class HloArray(NamedTuple):
@@ -51,37 +77,45 @@ class HloArray(NamedTuple):
 
 
 def arrays(shape: str) -> list[HloArray]:
-    """The arrays of a shape, tuples flattened."""
+    """The arrays of a shape, "(f32[8,128]{1,0}, s32[])", tuples flattened."""
     return [
         HloArray(kind, tuple(int(size.lstrip("<=")) for size in sizes.split(",") if size), layout)
         for kind, sizes, layout in _ARRAY.findall(shape)
     ]
 
 
-def shape_bytes(shape: str) -> int:
-    """Bytes of an array or of all arrays in a tuple, "(f32[8,128]{1,0}, s32[])"."""
-    return int(sum(array.bytes for array in arrays(shape)))
-
-
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Instruction:
-    """One line: %name = shape opcode(operands), attributes."""
+    """One line: %name = shape opcode(operands), attributes.
+
+    inputs: between the brackets, such as the value of a constant. users: what takes the result, and
+    as which operand. called: computations by their role ("body", "calls" ...). inside: where it is.
+    """
 
     name: str
     shape: str
     opcode: str
-    operands: tuple[str, ...]  # names of instructions; the value of a constant
+    inputs: str
     attributes: str
+    inside: "Computation"
+    operands: list["Instruction"] = field(default_factory=list)
+    users: list[tuple["Instruction", int]] = field(default_factory=list)
+    called: dict[str, list["Computation"]] = field(default_factory=dict)
+
+    @cached_property
+    def arrays(self) -> list[HloArray]:
+        """Arrays of the result."""
+        return arrays(self.shape)
+
+    @property
+    def elements(self) -> int:
+        """Numbers in the result."""
+        return sum(array.elements for array in self.arrays)
 
     def attribute(self, pattern: str) -> str:
         """What the pattern's group finds in the attributes; "" if nothing."""
         found = re.search(pattern, self.attributes)
         return found.group(1) if found else ""
-
-    def computations(self, *roles: str) -> list[str]:
-        """Names of the computations that it calls in these roles ("body", "calls" ...)."""
-        found = (self.attribute(rf"\b{role}=({{[^}}]*}}|%?[\w.\-]+)") for role in roles)
-        return [name for names in found for name in re.findall(r"[\w.\-]+", names)]
 
     @property
     def op_name(self) -> str:
@@ -102,157 +136,164 @@ class Instruction:
         return found.group(1) if found else self.target
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Computation:
-    """Instructions in the order in which they run; the root gives the result."""
+    """Instructions by name, in the order in which they run; the root gives the result."""
 
     name: str
-    instructions: Mapping[str, Instruction]
-    root: Instruction
-
-    @cached_property
-    def users(self) -> Mapping[str, list[tuple[Instruction, int]]]:
-        """The instructions that take a result, and as which operand."""
-        found: dict[str, list[tuple[Instruction, int]]] = {}
-        for instruction in self.instructions.values():
-            for index, name in enumerate(instruction.operands):
-                found.setdefault(name, []).append((instruction, index))
-        return found
-
-    @cached_property
-    def parameters(self) -> Mapping[int, str]:
-        """Names of the parameters by number."""
-        every = self.instructions.values()
-        return {int(one.operands[0]): one.name for one in every if one.opcode == "parameter"}
-
-    def operand(self, instruction: Instruction, index: int) -> Instruction | None:
-        """The instruction that computes an operand, looked for behind copies and casts."""
-        names = instruction.operands[index : index + 1]
-        found = self.instructions.get(names[0]) if names else None
-        if found is None or found.opcode not in ("copy", "bitcast", "convert", "copy-done"):
-            return found
-        if found.opcode == "copy-done":
-            found = self.instructions[found.operands[0]]  # its copy-start
-        return self.operand(found, 0)
-
-    def carried(self, element: Instruction | None) -> int | None:
-        """The index of this element of the parameter, the tuple that a loop carries; else None."""
-        if element is None or element.opcode != "get-tuple-element":
-            return None
-        source = self.operand(element, 0)
-        if source is None or source.opcode != "parameter":
-            return None
-        return int(element.attribute(r"\bindex=(\d+)"))
-
-    def element(self, source: Instruction | None, index: int) -> Instruction | None:
-        """An element of a tuple that is made here."""
-        return self.operand(source, index) if source and source.opcode == "tuple" else None
+    instructions: dict[str, Instruction] = field(default_factory=dict)
+    root: Instruction | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class HloModule:
-    """All computations of a compiled program."""
+    """All computations of a compiled program, by name."""
 
-    computations: Mapping[str, Computation]
-    entry: str
-    frames: Mapping[int, frozenset[str]] = field(default_factory=dict)
-    """Functions on the stack of each frame."""
-
-    def comes_from(self, instruction: Instruction, prefix: str) -> bool:
-        """Whether jax made it in a call of a function whose name begins so ("Block.")."""
-        frame = int(instruction.attribute(r"\bstack_frame_id=(\d+)") or 0)
-        return any(name.startswith(prefix) for name in self.frames.get(frame, ()))
-
-    @cached_property
-    def loops(self) -> Mapping[str, tuple[Computation, Instruction]]:
-        """The loop that a computation is the body or condition of, and where that loop is."""
-        return {
-            name: (computation, instruction)
-            for computation in self.computations.values()
-            for instruction in computation.instructions.values()
-            if instruction.opcode == "while"
-            for name in instruction.computations("condition", "body")
-        }
-
-    def loop(self, scope: str) -> Instruction:
-        """The loop in the named scope jit(run)/.../SCOPE/while."""
-        for _, loop in self.loops.values():
-            if loop.op_name.endswith(f"/{scope}/while"):
-                return loop
-        raise ValueError(f"the program has no loop {scope!r}")
-
-    def trip_count(self, loop: Instruction) -> int | None:
-        """How often the body of a `while` runs, where the program says so: as an attribute, or by a
-        counter that is compared with a constant."""
-        known = loop.attribute(r'"known_trip_count":\{"n":"(\d+)"\}')
-        if known:
-            return int(known)
-        around, _ = self.loops[loop.computations("body")[0]]
-        condition, body = (
-            self.computations[name] for name in loop.computations("condition", "body")
-        )
-        compare = condition.root
-        counter = condition.carried(condition.operand(compare, 0))
-        if counter is None or "direction=LT" not in compare.attributes:
-            return None
-        start = self._constant(around, around.element(around.operand(loop, 0), counter))
-        end = self._constant(condition, condition.operand(compare, 1))
-        if start is None or end is None:
-            return None
-        added = body.element(body.root, counter)
-        steps = [1]
-        if added is not None and added.opcode == "add":
-            steps = [self._constant(body, body.operand(added, index)) for index in (0, 1)] + steps
-        return max(0, -(-(end - start) // next(filter(None, steps))))
-
-    def _constant(self, computation: Computation, value: Instruction | None) -> int | None:
-        """An integer that is known before the program runs: a constant, or what loops carry as it
-        is from a constant on."""
-        while value is not None and value.opcode != "constant":
-            index = computation.carried(value)
-            if index is None or computation.name not in self.loops:
-                return None
-            around, loop = self.loops[computation.name]
-            body = self.computations[loop.computations("body")[0]]
-            if body.carried(body.element(body.root, index)) != index:
-                return None
-            computation, value = around, around.element(around.operand(loop, 0), index)
-        text = value.operands[0] if value is not None else ""
-        return int(text) if re.fullmatch(r"-?\d+", text) else None
+    computations: dict[str, Computation]
+    entry: Computation
 
 
 def parse(text: str) -> HloModule:
     """Reads `compiled.as_text()`."""
     computations: dict[str, Computation] = {}
-    instructions: dict[str, Instruction] = {}
-    entry = name = root = ""
+    computation = entry = Computation("")
     for line in text.splitlines():
-        if line.startswith("}") and instructions:
-            last = next(reversed(instructions.values()))
-            computations[name] = Computation(name, instructions, instructions.get(root, last))
-        elif found := _COMPUTATION.match(line):
-            name, instructions, root = found.group(2), {}, ""
-            entry = name if found.group(1) else entry
+        if found := _COMPUTATION.match(line):
+            is_entry, name = found.groups()
+            computation = computations[name] = Computation(name)
+            entry = computation if is_entry else entry
         elif found := _INSTRUCTION.match(line):
-            is_root, result, shape, opcode, inputs, attributes = found.groups()
-            operands = re.findall(r"%([\w.\-]+)", inputs) or [inputs.strip()]
-            instructions[result] = Instruction(result, shape, opcode, tuple(operands), attributes)
-            root = result if is_root else root
-    return HloModule(computations, entry, stack_functions(text))
+            is_root, *parts = found.groups()
+            one = Instruction(*parts, computation)
+            names = re.findall(r"%([\w.\-]+)", one.inputs)
+            one.operands = [computation.instructions[name] for name in names]
+            for index, operand in enumerate(one.operands):
+                operand.users.append((one, index))
+            for role, called in _CALLED.findall(one.attributes):
+                one.called[role] = [computations[n] for n in re.findall(r"[\w.\-]+", called)]
+            computation.instructions[one.name] = one
+            computation.root = one if is_root else computation.root
+    return HloModule(computations, entry)
 
 
-def stack_functions(text: str) -> Mapping[int, frozenset[str]]:
-    """The functions on the stack of each frame, by the tables at the head of a program: functions,
-    lines of files, frames. Empty where there are no tables."""
-    _, _, tables = text.partition("\nFunctionNames\n")
-    names = dict(re.findall(r'^(\d+) "(.*)"$', tables, re.M))
-    lines = dict(re.findall(r"^(\d+) {file_name_id=\d+ function_name_id=(\d+)", tables, re.M))
-    frames = re.findall(_FRAME, tables, re.M)
-    # jax 0.10 writes parents one too high, and 1 for the root, which has none.
-    shift = int(bool(frames) and frames[0][2] == "1")
-    found: dict[int, frozenset[str]] = {}
-    for frame, line, parent in frames:
-        name = names.get(lines.get(line))
-        above = found.get(int(parent or 0) - shift, frozenset())
-        found[int(frame)] = above | ({name} - {None})
-    return found
+def runs(one: Instruction) -> bool:
+    """Whether it is an operation (a kernel, on GPUs) that runs on the device and computes."""
+    if one.opcode == "custom-call":
+        return KERNEL.match(one.target) is not None
+    asynchronous = one.opcode.endswith(("-start", "-update", "-done"))
+    return not (asynchronous or one.opcode in FREE or one.opcode in COLLECTIVES)
+
+
+def attention_kernel(names: Iterable[str]) -> str:
+    """The attention by the names of a program's kernels; xla for the compiler's own products."""
+    found = " ".join(names)
+    return next((kind for mark, (kind, *_) in ATTENTION.items() if re.search(mark, found)), "xla")
+
+
+def operation_flops(one: Instruction) -> float:
+    """FLOPs of the products in an operation, or of a known kernel; 0 for others.
+
+    Causality leaves half of the scores of an attention kernel.
+    """
+    match one.opcode:
+        case "dot":
+            contracted = one.attribute(r"lhs_contracting_dims={([\d,]*)}")
+        case "fusion":
+            (inner,) = one.called["calls"]
+            return sum(map(operation_flops, inner.instructions.values()))
+        case "custom-call" if one.kernel.startswith("__cublas"):
+            contracted = one.attribute(r'"lhs_contracting_dimensions": ?\[([\d",]*)\]')
+        case "custom-call":
+            known = (rest for mark, (_, *rest) in ATTENTION.items() if re.search(mark, one.kernel))
+            products, axis = next(known, (0, 0))
+            # The queries are cuDNN's first operand, which may have a larger one, the bias.
+            operands = one.operands[:1] if one.kernel.startswith("__cudnn") else one.operands
+            found = [array for operand in operands if products for array in operand.arrays]
+            queries = max(found, key=lambda array: array.bytes, default=None)
+            return float(products * queries.elements * queries.sizes[axis]) if queries else 0.0
+        case _:
+            return 0.0
+    # Two for each element of the result and each step of its sum.
+    sizes = one.operands[0].arrays[0].sizes
+    steps = math.prod(sizes[int(axis)] for axis in re.findall(r"\d+", contracted))
+    return 2.0 * one.arrays[0].elements * steps
+
+
+def moved_bytes(one: Instruction) -> float:
+    """Bytes that an operation reads from the device's memory and writes to it."""
+    if not runs(one):
+        return 0.0
+    total = _written(one)
+    for index, operand in enumerate(one.operands):
+        if _from_memory(operand):
+            share = _used(one, index, inside=False) / max(1, operand.elements)
+            total += sum(array.bytes for array in operand.arrays) * min(1.0, share)
+    return total
+
+
+def _from_memory(one: Instruction) -> bool:
+    """Whether its bytes come from the device's memory, now or by a copy ahead of time."""
+    if one.opcode in ("copy-done", "slice-done") or all(array.in_memory for array in one.arrays):
+        return True
+    is_view = one.opcode in ("bitcast", "get-tuple-element") or one.kernel == "ConcatBitcast"
+    return is_view and _from_memory(one.operands[0])
+
+
+def _used(user: Instruction, index: int, inside: bool = True, result: bool = True) -> float:
+    """Elements of an operand that are read. inside: a fusion, where results of parts are not
+    stored. result: an operand that the fusion returns counts as read."""
+    match user.opcode:
+        case "fusion":
+            inner = user.called["calls"][0].instructions.values()
+            named = (p for p in inner if p.opcode == "parameter" and int(p.inputs) == index)
+            return _read(next(named))
+        case "dynamic-slice" | "slice" | "gather" if index == 0:
+            return user.elements
+        case "dynamic-update-slice" | "scatter" if index == 0:
+            # In place: only what others read of the result is read.
+            return _read(user, result=False) if inside else 0.0
+        case opcode if inside and opcode in _VIEWS:
+            return _read(user, result)
+        case "tuple" if not result:
+            return 0.0
+    return user.operands[index].elements
+
+
+def _read(one: Instruction, result: bool = True) -> float:
+    """Elements of a value in a fusion that are read."""
+    total = one.elements if result and one is one.inside.root else 0
+    total += sum(_used(user, index, result=result) for user, index in one.users)
+    return min(one.elements, total)
+
+
+def _written(one: Instruction) -> float:
+    """Bytes of the results; of an update in place, those that are new."""
+    new = _new_elements(one)
+    if one.opcode == "custom-call":
+        # {{2}: (4, {}), {3}: (5, {})}: results 2 and 3 share the memory of operands 4 and 5.
+        aliases = one.attribute(r"output_to_operand_aliasing=\{(.*?\}\))\}")
+        for index in re.findall(r"\{(\d+)\}: \(", aliases):
+            new[int(index)] = 0
+    return sum(
+        array.bytes * min(1.0, elements / max(1, array.elements))
+        for array, elements in zip(one.arrays, new, strict=True)
+        if array.in_memory
+    )
+
+
+def _new_elements(one: Instruction) -> list[int]:
+    """Elements of each result that an operation writes."""
+    if one.opcode == "fusion":
+        root = one.called["calls"][0].root
+        sources = root.operands if root.opcode == "tuple" else [root]
+        return [new for source in sources for new in _new_elements(_behind_views(source))]
+    if one.opcode in ("dynamic-update-slice", "scatter"):
+        return [one.operands[1 if one.opcode == "dynamic-update-slice" else -1].elements]
+    return [array.elements for array in one.arrays]
+
+
+def _behind_views(one: Instruction) -> Instruction:
+    """The operation behind casts and other views of its result."""
+    while one.opcode in _VIEWS and one.operands[0].opcode != "parameter":
+        one = one.operands[0]
+    return one

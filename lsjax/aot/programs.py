@@ -1,35 +1,43 @@
-"""The programs of a run, lowered from shapes alone: for devices that need not be there."""
+"""The programs of a run for devices that need not be there: lowered from shapes alone, compiled,
+and what they need.
+
+Figures are JSON objects. Seconds are bounds from below, for a device.
+"""
 
 import math
+import statistics
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.errors import JaxRuntimeError
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jax.stages import Lowered, Wrapped
 from jax.typing import DTypeLike
 
-from lsjax.aot.costs import Trips
+from lsjax.aot.chips import GIB, Chip
+from lsjax.aot.costs import CostAnalysis, ProgramCosts, Trips
+from lsjax.aot.hlo import attention_kernel, parse
 from lsjax.config import LlamaConfig, TrainConfig, check
 from lsjax.decoding.autoregressive import Autoregressive
-from lsjax.decoding.batching import STOP_IDS
 from lsjax.decoding.engine import cache_slots
 from lsjax.decoding.programs import PROMPT_CHUNKS, ROUNDS, Programs, chunk_size, decode, prefill
-from lsjax.decoding.sampling import GREEDY
+from lsjax.decoding.request import Request
 from lsjax.decoding.self_speculative import DRAFT, SelfSpeculative
 from lsjax.decoding.state import DecodeState, Strategy
 from lsjax.model.attention import LARGE, LARGE_BLOCKS, SMALL, SMALL_BLOCKS
 from lsjax.model.cache import KVCache
 from lsjax.model.llama import Llama
 from lsjax.model.parameters import placed_shapes
-from lsjax.training.early_exit import mean_exits
+from lsjax.training.early_exit import exit_counts
 from lsjax.training.loss import CHUNKS, EXITS, loss_chunk
-from lsjax.training.start import abstract_state, check_rows
-from lsjax.training.step import make_train_step
+from lsjax.training.step import abstract_state, check_rows, make_train_step
 
 # What the conditional around the draft's head is called in compiled programs.
 DRAFT_HEAD = rf"/{DRAFT}/while/body/cond$"
@@ -62,14 +70,6 @@ class DecodingShape:
         return strategy
 
 
-class RoundReads(NamedTuple):
-    """Bytes that each device has to read in a round of decoding, however it is compiled."""
-
-    weights: int  # of the layers and heads that the round passes, each as often as it does
-    cache: int  # of the slots in use, likewise
-    layer_passes: int
-
-
 def train_step(config: TrainConfig, mesh: Mesh) -> tuple[Lowered, Trips]:
     """The step of train.py and the trips of its loops: every position is labelled, and as many
     exits are on as on average over the run."""
@@ -79,26 +79,23 @@ def train_step(config: TrainConfig, mesh: Mesh) -> tuple[Lowered, Trips]:
     with jax.set_mesh(mesh):
         lowered = make_train_step(config).lower(state, batch)
         chunk = loss_chunk(rows, config.seq_len, config.model.vocab_size)
-    exits = mean_exits(config.early_exit, config.model.num_layers, config.num_steps)
+    exits = exit_counts(config.early_exit, config.model.num_layers, config.num_steps).mean()
     learned = math.ceil(config.seq_len * config.early_exit.token_share)
     return lowered, {
-        rf"/{EXITS}/while$": exits,
+        rf"/{EXITS}/while$": float(exits),
         rf"/{EXITS}/.*/{CHUNKS}/while$": math.ceil(learned / chunk),
         rf"/{CHUNKS}/while$": math.ceil(config.seq_len / chunk),
     }
 
 
 def evaluation(config: TrainConfig, mesh: Mesh, score: Wrapped) -> tuple[Lowered, Trips]:
-    """How train.py scores every exit on a batch; the program says the trips of all its loops.
-
-    score: `exit_sums` of lsjax/evaluation.
-    """
+    """How train.py scores every exit on a batch, by `exit_sums` of lsjax/evaluation; the program
+    says the trips of all its loops."""
     check_rows(config, mesh)
     model, batch = abstract_state(config, mesh).model, _batch(config, mesh)
     rest = dict(micro_batches=config.micro_batches, attention=config.attention)
     with jax.set_mesh(mesh):
-        lowered = score.lower(model, batch, dtype=config.dtype, **rest)
-    return lowered, {}
+        return score.lower(model, batch, dtype=config.dtype, **rest), {}
 
 
 def decoding(
@@ -123,13 +120,10 @@ def decoding(
     state = jax.eval_shape(
         lambda: DecodeState.create(
             config,
-            [[0] * prompt] * rows,
-            [new] * rows,
-            [[-1] * STOP_IDS] * rows,
+            [Request(prompt=[0] * prompt, max_new_tokens=new)] * rows,
             capacity=capacity,
             num_layers=config.num_layers,
             dtype=dtype,
-            sampling=[GREEDY] * rows,
         )
     )
     model, state = _model(config, mesh, dtype), placed_shapes(state, mesh)
@@ -153,8 +147,9 @@ def decoding(
 
 def round_reads(
     config: LlamaConfig, shape: DecodingShape, mesh: Mesh, dtype: DTypeLike = jnp.bfloat16
-) -> RoundReads:
-    """What a round has to read; in autoregressive decoding a round is a token."""
+) -> tuple[int, int]:
+    """Bytes of weights, and of cache in use, that each device has to read in a round, however it is
+    compiled; in autoregressive decoding a round is a token."""
     model = _model(config, mesh, dtype)
     cache = jax.eval_shape(lambda: KVCache.create(config, shape.batch_size, 1, dtype, 1))
     passes, heads, strategy = config.num_layers, 1, shape.chosen(config)
@@ -165,21 +160,90 @@ def round_reads(
         heads += strategy.num_draft_tokens
     table = model.embedding if model.head is None else model.head
     weights = passes * _bytes(model.layers[0]) + heads * _bytes(table)
-    return RoundReads(
-        weights, passes * shape.prompt_tokens * _bytes(placed_shapes(cache, mesh)), passes
-    )
+    return weights, passes * shape.prompt_tokens * _bytes(placed_shapes(cache, mesh))
 
 
 def cache_blocks(lengths: list[int], capacity: int) -> Trips:
     """Blocks of the cache that lengths in use need, on average (`cached_attention`)."""
     large = [(length + LARGE // 2) // LARGE if capacity >= LARGE else 0 for length in lengths]
-    small = [
-        max(0, math.ceil(length / SMALL) - count * (LARGE // SMALL))
-        for length, count in zip(lengths, large, strict=True)
-    ]
+    pairs = zip(lengths, large, strict=True)
+    small = [max(0, math.ceil(length / SMALL) - n * (LARGE // SMALL)) for length, n in pairs]
+    blocks = {LARGE_BLOCKS: large, SMALL_BLOCKS: small}
+    return {rf"/{name}/while$": statistics.fmean(counts) for name, counts in blocks.items()}
+
+
+def program_report(
+    name: str,
+    lowered: Lowered,
+    trips: Trips,
+    chip: Chip,
+    mesh: Mapping[str, int],
+    reads: tuple[int, int] | None = None,
+) -> dict[str, Any]:
+    """Compiles, which takes a minute or more, and reads what came out.
+
+    reads: bytes of weights and of cache that a round has to read, for a program that loops over
+    rounds; the costs are then those of a round.
+    """
+    begin = time.perf_counter()
+    compiled = memory = too_large = None
+    try:
+        compiled = lowered.compile()
+    except JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        too_large = " ".join(str(error).split())[:400]
+    seconds, costs, of_round = time.perf_counter() - begin, ProgramCosts(), None
+    if compiled is not None:
+        memory = memory_figures(partial(getattr, compiled.memory_analysis()), chip)
+        if memory["total"] > chip.hbm:  # the compiler for GPUs makes programs of any size
+            too_large = f"{name} needs {memory['total'] / GIB:.1f} GiB of {chip.hbm / GIB:.1f}"
+        analysis = CostAnalysis(parse(compiled.as_text()), mesh, trips, chip)
+        if reads is None:
+            costs = analysis.program()
+        else:
+            costs, once = analysis.loop(ROUNDS)
+            weights, cache = (number / chip.hbm_bandwidth for number in reads)
+            of_round = dict(weights_seconds=weights, cache_seconds=cache)
+            of_round["once_seconds"] = once.amounts["seconds"]
     return {
-        rf"/{LARGE_BLOCKS}/while$": sum(large) / len(lengths),
-        rf"/{SMALL_BLOCKS}/while$": sum(small) / len(lengths),
+        "name": name,
+        "compile_seconds": round(seconds, 1),
+        "too_large": too_large,
+        "memory": memory,
+        **cost_figures(costs, chip),
+        "round": of_round,
+    }
+
+
+def memory_figures(found: Callable[[str], int], chip: Chip) -> dict[str, int]:
+    """Bytes on each device. found: sizes by the names of the compiler's analysis."""
+    names = dict(arguments="argument", outputs="output", temporaries="temp", code="generated_code")
+    sizes = {name: found(f"{word}_size_in_bytes") for name, word in names.items()}
+    shared = found("alias_size_in_bytes")  # outputs that share the memory of arguments
+    return {**sizes, "aliased": shared, "total": sum(sizes.values()) - shared, "hbm": chip.hbm}
+
+
+def cost_figures(costs: ProgramCosts, chip: Chip) -> dict[str, Any]:
+    """Costs of a run. A program takes at least as long as its computation or, with all links of
+    the chip busy, its communication, if the two overlap entirely."""
+    amounts, sent = costs.amounts, costs.sent_bytes
+    largest_first = sorted(costs.collectives.items(), key=lambda item: -item[0].sent * item[1])
+    return {
+        "attention": attention_kernel(costs.kernels),
+        "cycles": amounts["cycles"],
+        "flops": amounts["flops"],
+        "moved_bytes": amounts["bytes"],
+        "operations": costs.runs["operation"],
+        "loops": costs.runs["while"],
+        "conditionals": costs.runs["conditional"],
+        "compute_seconds": amounts["seconds"],
+        "sent_bytes": sent,
+        "sent_seconds": sent / chip.link_bandwidth,
+        "seconds": max(amounts["seconds"], sent / chip.link_bandwidth),
+        "kernels": dict(costs.kernels),
+        "unknown_loops": sorted(costs.unknown_loops),
+        "collectives": [one._asdict() | {"count": count} for one, count in largest_first],
     }
 
 

@@ -1,8 +1,8 @@
 """The directory of a training run, and the model in it.
 
-    config.json     the run's configuration, with the model's shape (lsjax/config/json_form.py)
+    config.json     the run's configuration, with the model's shape (lsjax/config/checked.py)
     tokenizer.*     the tokenizer's files, and generation_config.json if there is one
-    token_counts.json, prompts.jsonl        for decoding (lsjax/training/run_files.py)
+    token_counts.json, prompts.jsonl        for decoding (lsjax/training/prepare.py)
     metrics.jsonl   a line of figures for each logged step
     checkpoints/    the saved steps (steps.py)
 
@@ -24,7 +24,7 @@ from lsjax.checkpoints.saving import best_first
 from lsjax.checkpoints.steps import PARAMS, SavedStep, first_whole, saved_steps
 from lsjax.checkpoints.tensors import CheckpointError, Track, read_json, write_json
 from lsjax.config import ConfigError, LlamaConfig, LoraConfig, TrainConfig, check
-from lsjax.config.json_form import from_json, versioned, without_version
+from lsjax.config.checked import from_json, versioned, without_version
 from lsjax.data.tokenizer import Tokenizer, TokenizerError
 from lsjax.data.tokenizer_files import load_tokenizer
 from lsjax.model.llama import Llama

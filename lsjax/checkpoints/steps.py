@@ -40,7 +40,7 @@ from jax.sharding import SingleDeviceSharding
 from jaxtyping import Array, UInt32
 
 from lsjax.checkpoints.tensors import CheckpointError
-from lsjax.config.json_form import VERSION, without_version
+from lsjax.config.checked import VERSION, without_version
 
 PARAMS, TRAIN, META = "params", "train", "meta"
 _STEP = 0x9E3779B9  # of fingerprints; odd, so that all positions below 2^32 differ

@@ -1,28 +1,28 @@
 """Questions from the examples of a task, and a file of answers that is completed."""
 
 import dataclasses
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain, islice
+from itertools import islice, product, tee
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 
 from lsjax.checkpoints import fingerprints, is_run, read_run_config
-from lsjax.cli.flags import ModelFlags
-from lsjax.cli.prompts import RowFlags
+from lsjax.cli.flags import ChatFlags, ModelFlags, OpenModel, SamplingFlags
 from lsjax.cli.setup import machine
 from lsjax.config import ConfigError, DataConfig, bounded, check, split_step
 from lsjax.data.chat import chat_prompt
 from lsjax.data.documents import Document
+from lsjax.data.sources import Refuse
 from lsjax.data.token_store import encode_document
-from lsjax.data.tokenizer import Tokenizer
 from lsjax.decoding.engine import Engine
-from lsjax.decoding.request import Request
-from lsjax.decoding.sampling import Sampling
+from lsjax.decoding.request import Request, encode_prompt
+from lsjax.decoding.sampling import GREEDY, Sampling
 from lsjax.decoding.self_speculative import SelfSpeculative
 from lsjax.decoding.state import Strategy
 from lsjax.evaluation.answers import (
@@ -36,7 +36,9 @@ from lsjax.evaluation.answers import (
     resume,
 )
 from lsjax.evaluation.examples import (
+    Example,
     PlacedRow,
+    Task,
     choose_shots,
     file_rows,
     make_examples,
@@ -44,14 +46,13 @@ from lsjax.evaluation.examples import (
     templates,
     tfds_rows,
 )
-from lsjax.evaluation.tasks import Example, Task
 
 LOOKED_AT = 100  # rows that tell whether they are of the kind that the model was finetuned on
-VERSION = 4  # of the conditions and of a line of answers
+VERSION = 5  # of the conditions and of a line of answers
 
 
 @dataclass(frozen=True, kw_only=True)
-class TaskFlags(RowFlags, ModelFlags):
+class TaskFlags(ChatFlags, ModelFlags):
     """Which examples of a task a model is asked, and how."""
 
     data: tuple[str, ...] = ()
@@ -63,6 +64,13 @@ class TaskFlags(RowFlags, ModelFlags):
     """Where TensorFlow data sets are; empty is TFDS's own, ~/tensorflow_datasets."""
     offset: int = bounded(0, low=0)
     """Leaves out the first so many examples."""
+    limit: int | None = bounded(None, low=1)
+    """Takes no more than so many rows."""
+    bad_rows: Literal["refuse", "skip"] = "refuse"
+    """Whether a row that is no prompt, or is too long, ends the program. Either way it is named."""
+    prompt_template: str | None = None
+    """Makes the prompt of a row, its fields in braces: '{question}'. A task has its own, and a run
+    that was finetuned on rows with these fields too."""
     response_template: str | None = None
     """The response to compare with, as --prompt-template."""
     num_shots: int | None = bounded(None, low=0)
@@ -71,147 +79,113 @@ class TaskFlags(RowFlags, ModelFlags):
     """Files that the shots are drawn from, by --seed."""
     without_seen: tuple[str, ...] = ()
     """Files of training rows: figures also for the examples whose prompt is not among them."""
+    sampling: SamplingFlags = GREEDY
     groups: bool = False
     """Shows each category of the examples too; files have them in any case."""
-    chat: bool = False
-    """Puts prompts into the model's chat template."""
-    system: str | None = None
-    """With --chat: the system message."""
-
-    def __post_init__(self):
-        super().__post_init__()
-        check(self.chat or self.system is None, "--system needs --chat: give both or none")
-
-
-class BadRows:
-    """Bad rows: the first one ends the program, or each is named and left out."""
-
-    def __init__(self, bad_rows: str, notes: Console):
-        self.found: list[str] = []
-        self._skip, self._notes = bad_rows == "skip", notes
-
-    def __call__(self, error: ConfigError) -> None:
-        if not self._skip:
-            raise error
-        self.found.append(str(error))
-        self._notes.print(f"skipped: {error}", soft_wrap=True)
-
-
-def with_flags(task: Task, flags: TaskFlags, **changes: Any) -> Task:
-    """The task with the numbers and templates that the flags give."""
-    names = ("num_shots", "prompt_template", "response_template")
-    changes |= {name: getattr(flags, name) for name in names}
-    given = {name: value for name, value in changes.items() if value is not None}
-    return dataclasses.replace(task, **given)
 
 
 def read_examples(
     task: Task,
     flags: TaskFlags,
-    seed: int,
-    encode: Callable[[str, DataConfig], list[int]],
-    bad_rows: BadRows,
-) -> tuple[list[tuple[Example, list[int]]], DataConfig]:
-    """The examples that are asked for with the ids of their prompts, and the templates.
+    model: OpenModel,
+    notes: Console,
+    own_rows: Callable[[Refuse], Iterator[PlacedRow]] | None = None,
+) -> tuple[list[Example], DataConfig, list[str]]:
+    """The examples that are asked for, their templates, and the errors of rows that are skipped.
 
-    seed: draws the shots. encode: a prompt's ids; raises ConfigError for one that does not fit.
+    Prompts become tokens as in training on such data, or in the chat template. own_rows: gives rows
+    that are no training data and fit the task's own templates; by default those of the flags.
     """
-    rows = _open_rows(task, flags, bad_rows)
-    first: list[PlacedRow] = []
+    skipped: list[str] = []
 
-    def looked_at() -> Iterator[PlacedRow]:
-        for row in islice(rows, LOOKED_AT):
-            first.append(row)
-            yield row
+    def refuse(error: ConfigError) -> None:
+        if flags.bad_rows == "refuse":
+            raise error
+        skipped.append(str(error))
+        notes.print(f"skipped: {error}", soft_wrap=True)
 
-    directory, _ = split_step(flags.model)
-    trained = None
-    if flags.prompt_template is None and flags.response_template is None and is_run(directory):
+    names = ("num_shots", "prompt_template", "response_template")
+    given = {name: getattr(flags, name) for name in names if getattr(flags, name) is not None}
+    task = dataclasses.replace(task, **given)
+    (directory, _), trained = split_step(flags.model), None
+    if own_rows is None and not {*names[1:]} & given.keys() and is_run(directory):
         trained = read_run_config(directory).data
-    data = templates(task, trained, looked_at())
+    rows, looked_at = tee(own_rows(refuse) if own_rows else _rows(task, flags, refuse))
+    data = templates(task, trained, islice(looked_at, LOOKED_AT))
+
+    def encode(prompt: str) -> list[int]:
+        tokenizer = model.tokenizer
+        if flags.chat:
+            ids = tokenizer.encode(chat_prompt(tokenizer, prompt, flags.system), add_bos=False)
+        elif own_rows is not None:
+            ids = tokenizer.encode(prompt)
+        else:
+            ids, count = encode_document(Document("", prompt), data, tokenizer)
+            ids = ids[:count]
+        limits = dict(max_new_tokens=task.max_new_tokens, max_length=flags.max_length)
+        return encode_prompt(ids, tokenizer, model.source.config, **limits)
+
     shots: tuple[Document, ...] = ()
     if task.num_shots:
-        shots = choose_shots(task, data, _shot_rows(task, flags), task.num_shots, seed)
-    prompts: dict[str, list[int]] = {}
+        shots = choose_shots(
+            task, data, _shot_rows(task, flags), task.num_shots, flags.sampling.seed
+        )
     found = make_examples(
         task,
         data,
-        chain(first, rows),
+        rows,
         shots=shots,
         seen=prompts_of(task, data, file_rows(flags.without_seen)),
-        accept=lambda example: prompts.update({example.prompt: encode(example.prompt, data)}),
-        refuse=bad_rows,
+        encode=encode,
+        refuse=refuse,
     )
-    examples = list(islice(islice(found, flags.offset, None, flags.every), flags.limit))
-    behind = f" behind the first {flags.offset}: choose a smaller --offset"
+    examples = list(islice(islice(found, flags.offset, None), flags.limit))
+    behind = f" behind the first {flags.offset}" if flags.offset else ""
     check(
-        bool(examples),
-        f"the data have no examples{behind if flags.offset else ': name other ones'}",
+        bool(examples), f"the data have no examples{behind}: name other ones, or a lower --offset"
     )
-    seen_ids: set[str] = set()
-    for example in examples:
+    for id_, times in Counter(example.id for example in examples).items():
         check(
-            example.id not in seen_ids,
-            f"two rows have the id {example.id}: an answer would have no place of its own; "
-            "evaluate one file at a time",
+            times == 1,
+            f"two rows have the id {id_}: an answer would have no place of its own; evaluate one "
+            "file at a time",
         )
-        seen_ids.add(example.id)
-    return [(example, prompts[example.prompt]) for example in examples], data
+    return examples, data, skipped
 
 
-def _open_rows(task: Task, flags: TaskFlags, bad_rows: BadRows) -> Iterator[PlacedRow]:
+def _rows(task: Task, flags: TaskFlags, refuse: Refuse) -> Iterator[PlacedRow]:
     """The rows that the flags name: files, or the task's TensorFlow data set."""
     if flags.data:
         check(flags.tfds_split is None, "--tfds-split means nothing to --data")
-        return file_rows(flags.data, bad_rows)
+        return file_rows(flags.data, refuse)
     check(task.tfds is not None, f"{task.name} is no TensorFlow data set: name its files by --data")
-    name, split, _ = task.tfds
-    return tfds_rows(name, flags.tfds_split or split, flags.tfds_data_dir)
+    return tfds_rows(task.tfds[0], flags.tfds_split or task.tfds[1], flags.tfds_data_dir)
 
 
 def _shot_rows(task: Task, flags: TaskFlags) -> Iterator[PlacedRow]:
     """The rows that shots are drawn from."""
-    if flags.shots_data:
-        return file_rows(flags.shots_data)
     check(
-        not flags.data and task.tfds is not None,
+        bool(flags.shots_data) or (not flags.data and task.tfds is not None),
         f"{task.num_shots} shots need rows that are not asked: name their files by --shots-data, "
         "or choose --num-shots 0",
     )
-    name, _, split = task.tfds
-    return tfds_rows(name, split, flags.tfds_data_dir)
-
-
-def question_ids(
-    prompt: str, tokenizer: Tokenizer, flags: TaskFlags, data: DataConfig | None = None
-) -> list[int]:
-    """Token ids of a prompt: as training on such data has it, or in the chat template."""
-    if flags.chat:
-        return tokenizer.encode(chat_prompt(tokenizer, prompt, flags.system), add_bos=False)
-    if data is None:
-        return tokenizer.encode(prompt)
-    ids, count = encode_document(Document("", prompt), data, tokenizer)
-    return ids[:count]
+    if flags.shots_data:
+        return file_rows(flags.shots_data)
+    return tfds_rows(task.tfds[0], task.tfds[2], flags.tfds_data_dir)
 
 
 def make_questions(
-    examples: Sequence[tuple[Example, Sequence[int]]],
-    num_samples: int,
-    sampling: Sampling,
-    **request: Any,
+    examples: Sequence[Example], num_samples: int, sampling: Sampling, **request: Any
 ) -> list[Question]:
     """A question for each sample of each example; text number i of all has the seed + i.
 
     request: other fields of `Request`.
     """
     questions = []
-    for example, prompt in examples:
-        for sample in range(num_samples):
-            seed = (sampling.seed + len(questions)) % 2**32
-            own = dataclasses.replace(sampling, seed=seed)
-            questions.append(
-                Question(example, sample, Request(prompt=prompt, sampling=own, **request))
-            )
+    for number, (example, sample) in enumerate(product(examples, range(num_samples))):
+        own = dataclasses.replace(sampling, seed=(sampling.seed + number) % 2**32)
+        asked = Request(prompt=example.ids, sampling=own, **request)
+        questions.append(Question(example, sample, asked))
     return questions
 
 
@@ -249,7 +223,7 @@ def complete(
 
 
 def conditions(
-    flags: ModelFlags,
+    model: OpenModel,
     engine: Engine,
     strategies: Sequence[Strategy],
     sampling: Sampling,
@@ -259,24 +233,20 @@ def conditions(
     answers is only continued under the same conditions."""
     leaves = {str(number): leaf for number, leaf in enumerate(jax.tree.leaves(engine.model))}
     drafting = [one for one in strategies if isinstance(one, SelfSpeculative)]
-    vocabularies = {
-        one.draft_vocab: one.vocabulary.ids_N.tolist()
-        for one in drafting
-        if one.vocabulary is not None
-    }
+    vocabularies = {one.draft_vocab: one.vocabulary for one in drafting if one.vocabulary}
     # A draft that ends early is verified by the shortest program that holds it.
     lengths = {n for one in drafting if one.draft_confidence is not None for n in one.lengths}
     devices = jax.devices()[:1] if engine.mesh is None else engine.mesh.devices.flat
     return {
         "version": VERSION,
-        "model": flags.model.name,
+        "model": model.flags.model.name,
         "weights": digest(sorted(fingerprints(leaves).items())),
         "tokenizer": digest([engine.tokenizer.fingerprint, engine.tokenizer.eos_ids]),
         "dtype": str(engine.model.dtype),
         "devices": [device.device_kind for device in devices],
         "machine": machine(),
         "jax": jax.__version__,
-        "draft_vocab": digest([*vocabularies.values()]) if vocabularies else None,
+        "draft_vocab": digest([one.ids_N.tolist() for one in vocabularies.values()]),
         "lengths": sorted(lengths),
         "sampling": dataclasses.asdict(sampling),
         **more,

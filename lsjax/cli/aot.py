@@ -29,18 +29,23 @@ from rich.table import Table
 
 from lsjax.aot.chips import GIB, slice_of, slice_size
 from lsjax.aot.costs import Trips
-from lsjax.aot.programs import DecodingShape, decoding, evaluation, round_reads, train_step
-from lsjax.aot.report import program_report
-from lsjax.cli.errors import check_output, one_line_errors
+from lsjax.aot.programs import (
+    DecodingShape,
+    decoding,
+    evaluation,
+    program_report,
+    round_reads,
+    train_step,
+)
 from lsjax.cli.flags import parse_flags
-from lsjax.cli.training import config_parser, read_config
+from lsjax.cli.setup import check_output, one_line_errors
+from lsjax.cli.training import read_config
 from lsjax.config import EarlyExitConfig, LayerDropoutConfig, MeshConfig, TrainConfig, check
 from lsjax.evaluation.exits import exit_sums
 from lsjax.sharding import make_mesh
-from lsjax.training.flops import exit_flops, step_flops
+from lsjax.training.metrics import exit_flops, step_flops
 
 ProgramName = Literal["train", "evaluate", "prefill", "decode"]
-MOST_PROBLEMS = 3  # of a program that are printed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,9 +76,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parse(argv: Sequence[str]) -> Arguments:
     """Raises ConfigError for what is wrong with the configuration or the flags."""
-    parser = config_parser("python -m lsjax.cli.aot", __doc__)
-    parser.add_argument("--topology", metavar="CHIP:SLICE", help="such as v5p:4x4x4")
-    known, default, rest = read_config(parser, argv)
+    more = {"--topology": dict(metavar="CHIP:SLICE", help="such as v5p:4x4x4")}
+    known, default, rest = read_config("python -m lsjax.cli.aot", __doc__, argv, more)
     check(known.topology is not None, "--topology is missing: name a slice such as v5p:4x4x4")
     return parse_flags(
         Arguments,
@@ -98,12 +102,12 @@ def report(arguments: Arguments) -> dict[str, Any]:
     jax.config.update("jax_enable_compilation_cache", False)
     config, shape = arguments.config, arguments.config.model
     check(shape is not None, "the configuration has no model, whose shape is needed here")
-    known = ", ".join(get_args(ProgramName))
-    check(bool(arguments.programs), f"--programs is empty: choose from {known}")
+    known = get_args(ProgramName)
+    check(bool(arguments.programs), f"--programs is empty: choose from {', '.join(known)}")
     if arguments.output is not None:
         check_output(arguments.output)
     chip, devices = slice_of(arguments.topology)
-    names = [name for name in get_args(ProgramName) if name in arguments.programs]
+    names = [name for name in known if name in arguments.programs]
     if "train" in names and arguments.beside_plain:
         names.insert(1, "plain")
     # All are lowered first: what does not fit is refused before anything is compiled.
@@ -118,7 +122,6 @@ def report(arguments: Arguments) -> dict[str, Any]:
     trained_on = math.prod(meshes.get("train", {}).values())
     found = {
         "topology": arguments.topology,
-        "chip": chip.to_json(),
         "meshes": meshes,
         "training": {
             "devices": trained_on,
@@ -155,22 +158,22 @@ def lowered(name: str, arguments: Arguments, devices: Sequence[Any]) -> tuple[Me
 
 def print_report(config: TrainConfig, found: Mapping[str, Any]) -> None:
     """Tables of what the programs need."""
-    people = Console(highlight=False, soft_wrap=True)
+    people = Console(highlight=False, markup=False, soft_wrap=True)
     programs = {program["name"]: program for program in found["programs"]}
     mesh = next(iter(found["meshes"].values()))
     sizes = " x ".join(f"{name} {size}" for name, size in mesh.items() if size > 1)
-    devices = f"{math.prod(mesh.values())} of {found['chip']['name']} ({sizes or 'one device'})"
-    title = f"{config.model.num_params / 1e9:.2f}B parameters on {devices}"
+    title = f"{config.model.num_params / 1e9:.2f}B parameters on {math.prod(mesh.values())} of "
+    title += f"{found['topology']} ({sizes or 'one device'})"
     if {"train", "evaluate"} & {*programs}:
         rows, parts = f"{config.batch_size} x {config.seq_len}", config.micro_batches
         title += f"; training with {rows} tokens in {parts} micro-batches, remat {config.remat}"
     people.print(title)
     people.print(programs_table(found["programs"]))
-    for name, program in programs.items():
-        if name == "train":
-            people.print(training_lines(programs, found["training"]), markup=False)
-        if "round" in program:
-            people.print(round_lines(program["round"], found["decoding"]["strategy"]))
+    if "train" in programs:
+        people.print(training_lines(programs, found["training"]))
+    for program in programs.values():
+        if program["round"] is not None:
+            people.print(round_lines(program, found["decoding"]["strategy"]))
         if program["collectives"]:
             people.print(collectives_table(program))
 
@@ -178,7 +181,7 @@ def print_report(config: TrainConfig, found: Mapping[str, Any]) -> None:
 def programs_table(programs: Sequence[Mapping[str, Any]]) -> Table:
     """A row for each program, per device; attention kernels and problems below."""
     kernels = ", ".join(f"{one['name']} {one['attention']}" for one in programs if one["memory"])
-    below = [f"attention: {kernels}"] if kernels else []
+    below = [f"attention: {kernels or 'none'}"]
     names = ("arguments", "temporaries", "all, GiB", "of HBM", "computing", "sending")
     table = _table("per device", ["program"], [*names, "compiled in"])
     for one in programs:
@@ -189,12 +192,9 @@ def programs_table(programs: Sequence[Mapping[str, Any]]) -> Table:
             cells.append(f"{memory['total'] / memory['hbm']:.1%}")
             cells += [f"{one[f'{part}_seconds'] * 1e3:.1f} ms" for part in ("compute", "sent")]
         table.add_row(one["name"], *cells, f"{one['compile_seconds']:.0f} s")
-        problems = [one["too_large"]] if one["too_large"] else []
-        problems += one["warnings"]
-        problems += [f"a loop of unknown length: {name}" for name in one["unknown_loops"]]
-        more = len(problems) - MOST_PROBLEMS
-        below += problems[:MOST_PROBLEMS] + [f"and {more} more"] * (more > 0)
-    table.caption = "\n".join(below) or None
+        below += [one["too_large"]] if one["too_large"] else []
+        below += [f"a loop of unknown length: {name}" for name in one["unknown_loops"]]
+    table.caption = "\n".join(below)
     return table
 
 
@@ -207,60 +207,47 @@ def training_lines(programs: Mapping[str, Mapping[str, Any]], training: Mapping[
         "for the exits"
     ]
     one, other = programs["train"], programs.get("plain")
-    if one["memory"] is None:
-        return lines[0]
-    best = plain / peak / one["seconds"]
-    apart = plain / peak / (one["compute_seconds"] + one["sent_seconds"])
-    lines.append(
-        f"a step takes {one['seconds']:.3f} s or more: the plain model's FLOPs at {best:.1%} of "
-        f"the peak, {apart:.1%} where sending hides behind nothing"
-    )
-    if other is not None and other["memory"] is not None:
-        less = other["memory"]["total"]
-        more = one["memory"]["total"] - less
+    if one["memory"] is not None:
         lines.append(
-            f"over plain training: {more / GIB:+.2f} GiB ({more / less:+.1%}), "
-            f"{one['seconds'] / other['seconds'] - 1:+.1%} of the time"
+            f"a step takes {one['seconds']:.3f} s or more: the plain model's FLOPs at "
+            f"{plain / peak / one['seconds']:.1%} of the peak"
         )
+        if other is not None and other["memory"] is not None:
+            less = other["memory"]["total"]
+            more = one["memory"]["total"] - less
+            lines.append(
+                f"over plain training: {more / GIB:+.2f} GiB ({more / less:+.1%}), "
+                f"{one['seconds'] / other['seconds'] - 1:+.1%} of the time"
+            )
     return "\n".join(lines)
 
 
 def round_lines(found: Mapping[str, Any], strategy: str) -> str:
     """A round of decoding beside what it has to read, and the kernels and loops in it."""
-    weights, once = (found[f"{name}_seconds"] * 1e3 for name in ("weights", "once"))
-    both = weights + found["cache_seconds"] * 1e3
-    each = "a token" if strategy == "autoregressive" else "a round"
-    passes = found["operations_in_layers"] / found["layer_passes"]
+    names = ("weights_seconds", "cache_seconds", "once_seconds")
+    weights, cache, once = (found["round"][name] * 1e3 for name in names)
+    whole, each = found["seconds"] * 1e3, "a token" if strategy == "autoregressive" else "a round"
     return (
-        f"decode: {each} takes {found['seconds'] * 1e3:.2f} ms or more, and {once:.2f} ms once per "
-        f"call\n"
-        f"  weights over bandwidth: {weights:.2f} ms ({found['over_weights']:.2f} times that); "
-        f"with the cache in use: {both:.2f} ms ({found['over_weights_and_cache']:.2f} times)\n"
-        f"  kernels: {found['operations']:.0f}, of them {found['operations_in_layers']:.0f} in "
-        f"{found['layer_passes']} layers ({passes:.1f} each)\n"
-        f"  loops: {found['loops']:.0f}, of them {found['loops_in_layers']:.0f} in layers; "
-        f"conditionals: {found['conditionals']:.0f}, of them "
-        f"{found['conditionals_in_layers']:.0f} in layers"
+        f"decode: {each} takes {whole:.2f} ms or more, and {once:.2f} ms once per call\n"
+        f"  weights over bandwidth: {weights:.2f} ms ({whole / weights:.2f} times that); with the "
+        f"cache in use: {weights + cache:.2f} ms ({whole / (weights + cache):.2f} times)\n"
+        f"  kernels: {found['operations']:.0f}; loops: {found['loops']:.0f}; "
+        f"conditionals: {found['conditionals']:.0f}"
     )
 
 
 def collectives_table(program: Mapping[str, Any]) -> Table:
     """What a program sends, by kind and by the axes of the mesh."""
-    sent = program["sent_bytes"] / 1e9
-    title = f"{program['name']}: what devices do together, {sent:.2f} GB sent by each"
+    title = f"{program['name']}: {program['sent_bytes'] / 1e9:.2f} GB sent by each device"
     table = _table(title, ["kind", "over"], ["times", "GB", "GB sent", "largest"])
     groups = defaultdict(list)
-    for one in program["collectives"]:
-        groups[one["kind"], one["axes"]].append(one)
-
-    def total(found: Sequence[Mapping[str, Any]], name: str) -> float:
-        return sum(one[name] * one["count"] for one in found) / 1e9
-
-    for (kind, axes), found in sorted(groups.items(), key=lambda item: -total(item[1], "sent")):
-        count = sum(one["count"] for one in found)
+    for one in program["collectives"]:  # those that send most come first
+        groups[one["kind"], " x ".join(one["axes"])].append(one)
+    for names, found in groups.items():
+        gb, sent = (sum(one[k] * one["count"] for one in found) / 1e9 for k in ("bytes", "sent"))
         largest = max(found, key=lambda one: one["bytes"])["shape"]
-        figures = (f"{total(found, name):.3f}" for name in ("bytes", "sent"))
-        table.add_row(kind, " x ".join(axes), f"{count:.0f}", *figures, largest)
+        count = sum(one["count"] for one in found)
+        table.add_row(*names, f"{count:.0f}", f"{gb:.3f}", f"{sent:.3f}", largest)
     return table
 
 

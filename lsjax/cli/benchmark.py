@@ -15,10 +15,13 @@ The directory --output gets answers.jsonl, a line for each text, from which a ki
 cells.jsonl, the table; and for a grid benchmark.png and acceptance.png.
 """
 
+import json
+import math
 import sys
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -27,29 +30,41 @@ from rich.progress import Progress
 
 from lsjax.cli import answering, flags
 from lsjax.cli.answering import TaskFlags
-from lsjax.cli.benchmark_table import show, show_costs, verdict, write
-from lsjax.cli.errors import check_output, one_line_errors
-from lsjax.cli.flags import SamplingFlags, StrategyFlags, load_engine
-from lsjax.cli.prompts import PromptArguments, read_encoded, read_prompts
-from lsjax.config import DataConfig, LlamaConfig, bounded, check
-from lsjax.data.tokenizer import Tokenizer
+from lsjax.cli.flags import OpenModel, StrategyFlags, StrategyName, load_engine
+from lsjax.cli.prompts import first_turn, prompt_rows
+from lsjax.cli.setup import check_output
+from lsjax.cli.show import notes_console, show_cells, show_costs, show_verdict
+from lsjax.config import ConfigError, LlamaConfig, bounded, check
 from lsjax.decoding.cost import RoundCosts, calibrate, memory_bandwidth
 from lsjax.decoding.engine import Engine
-from lsjax.decoding.request import encode_prompt
-from lsjax.decoding.sampling import GREEDY
 from lsjax.decoding.self_speculative import SelfSpeculative, in_one_program
 from lsjax.decoding.state import Strategy
 from lsjax.evaluation.answers import ALL, Answer, Question
-from lsjax.evaluation.exactness import identity_tail
-from lsjax.evaluation.speed import cell_speeds, time_in_turns, warm_up
-from lsjax.evaluation.tasks import TASKS, Example
+from lsjax.evaluation.comparison import (
+    cell_speeds,
+    identity_tail,
+    time_in_turns,
+    warm_up,
+)
+from lsjax.evaluation.examples import Task
+from lsjax.evaluation.plots import plot_acceptance, plot_grid
+from lsjax.evaluation.tasks import TASKS
 
 PROMPTS = (
     "Once upon a time, there was a little girl named Lily who",
     "The Eiffel Tower is a wrought-iron lattice tower on the Champ de Mars in Paris. It",
     "Photosynthesis is the process by which plants",
 )
-# Flags that mean nothing to other prompts.
+# How rows with prompts become examples; other rows need --prompt-template.
+OWN_PROMPTS = Task(
+    name="prompts",
+    prompt_template="{prompt}",
+    response_template=" ",
+    score=lambda text, example: {},
+    change=first_turn,
+    needs_reference=False,
+)
+# Flags that mean nothing to them.
 TASK_ALONE = (
     *("data", "tfds_split", "offset", "response_template"),
     *("num_shots", "shots_data", "without_seen"),
@@ -57,73 +72,61 @@ TASK_ALONE = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class Arguments(TaskFlags, PromptArguments, StrategyFlags):
+class Arguments(TaskFlags, StrategyFlags):
     """Strategies side by side on the same prompts."""
 
-    strategies: tuple[Literal["early_exit", "self_speculative"], ...] = ("self_speculative",)
+    strategies: tuple[StrategyName, ...] = ("self_speculative",)
     """Beside autoregressive decoding, at every exit."""
     prompt: str | None = None
     """Text to continue; three are built in."""
+    prompt_file: Path | None = None
+    """.txt is one prompt, .jsonl has an object with "prompt" (or Spec-Bench's "turns") on each
+    line; with --prompt-template also other rows, and .tsv and .csv, each also as .gz."""
     task: Literal[tuple(TASKS)] | None = None  # type: ignore[valid-type]
     """Prompts of a task (docs/evaluation.md)."""
-    prompt_length: int | None = None
-    """Cuts or repeats every prompt to this many tokens."""
     new_tokens: int = bounded(64, low=2)
     """Tokens per prompt; ends of text are ignored."""
     repeats: int = bounded(5, low=1)
     """Turns of each strategy with each prompt."""
-    sampling: SamplingFlags = GREEDY
     identity_tail: int | None = None
     """Lets the layers from this one on add nothing, so that every draft of a later exit is right:
     the machinery without the training. The draft vocabulary is that of the model's own output."""
-    capacity: int = bounded(0, low=0)
-    """Least slots of the cache, for what an unused part of it costs."""
-    separate_programs: bool = False
-    """Compiles a program for each exit and length instead of one for all."""
     output: Path | None = None
     """Directory of the answers, the table and the pictures; nothing is written by default."""
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the program; 1 where texts are not exact, 2 on bad input."""
-    with one_line_errors():
-        return benchmark(flags.parse_flags(Arguments, argv, __doc__))
-
-
 def benchmark(arguments: Arguments) -> int:
-    """Measures what is not measured yet, prints the table, writes and draws it."""
-    notes = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
-    source, tokenizer = flags.open_model(arguments)
-    config, tail = source.config, arguments.identity_tail
+    """Measures what is not measured yet, prints the table, writes and draws it.
+
+    Gives 1 where texts are not exact.
+    """
+    notes = notes_console()
+    model = flags.open_model(arguments)
+    config, tail = model.source.config, arguments.identity_tail
     check_numbers(arguments, config)
-    questions = make_questions(arguments, tokenizer, config, notes)
-    strategies = choose_strategies(arguments, tokenizer, None if tail is None else {})
-    mesh = flags.chosen_mesh(arguments)
-    flags.check_engine(arguments, config, strategies, mesh)
-    file = None
-    if arguments.output is not None:
-        arguments.output.mkdir(parents=True, exist_ok=True)
-        file = arguments.output / "answers.jsonl"
+    questions = make_questions(arguments, model, notes)
+    strategies = choose_strategies(arguments, model, None if tail is None else {})
+    output, file = arguments.output, None
+    if output is not None:
+        output.mkdir(parents=True, exist_ok=True)
+        file = output / "answers.jsonl"
         check_output(file, arguments.prompt_file)
     engine = load_engine(
-        *(arguments, source, tokenizer, notes),
-        mesh=mesh,
+        *(model, notes),
         change=lambda model: model if tail is None else identity_tail(model, tail),
         ignore_end=True,
-        min_capacity=arguments.capacity,
     )
     if tail is not None and arguments.draft_vocab is not None:
         said = engine.generate([one.request for one in questions if one.sample == 0])
         counts = Counter(token for one in said for token in one.token_ids)
-        strategies = choose_strategies(arguments, tokenizer, counts)
+        strategies = choose_strategies(arguments, model, counts)
 
     def decode(done: Collection[tuple], keep: Callable[[Answer], None]) -> None:
         warm_up(engine, strategies, questions)
         time_in_turns(engine, strategies, questions, done, keep)
 
-    names = ("identity_tail", "new_tokens", "capacity", "separate_programs")
-    more = {name: getattr(arguments, name) for name in names}
-    asked = answering.conditions(arguments, engine, strategies, arguments.sampling, **more)
+    more = {name: getattr(arguments, name) for name in ("identity_tail", "new_tokens")}
+    asked = answering.conditions(model, engine, strategies, arguments.sampling, **more)
     answers = answering.complete(file, asked, strategies, questions, notes, decode)
     with Progress(console=notes, transient=True) as progress:
         progress.add_task("timing the parts", total=None)
@@ -131,80 +134,61 @@ def benchmark(arguments: Arguments) -> int:
     itemsize = engine.model.dtype.itemsize
     rows = list(cell_speeds(config, itemsize, strategies, answers, costs, bandwidth))
     title = describe(arguments, engine, questions)
-    show(title, [row for row in rows if arguments.groups or row.group == ALL])
+    show_cells(title, [row for row in rows if arguments.groups or row["group"] == ALL])
     show_costs(engine, rows[0], costs, bandwidth)
-    if arguments.output is not None:
-        write(arguments.output, title, rows, notes)
-    return verdict(answers, engine)
+    if output is not None:
+        write(output, title, rows, notes)
+    return show_verdict(answers, engine)
 
 
 def check_numbers(arguments: Arguments, config: LlamaConfig) -> None:
-    """Raises ConfigError for numbers that cannot work, and for those that mean nothing."""
+    """Raises ConfigError for numbers that cannot work, and for flags that mean nothing."""
     check(arguments.batch_size == 1, "--batch-size means nothing here: texts are timed one by one")
     flags.check_sampling(arguments.sampling, 1)
-    length, tail = arguments.prompt_length, arguments.identity_tail
+    last, tail = config.num_layers - 1, arguments.identity_tail
     check(
-        length is None or 1 <= length < config.max_context,
-        f"--prompt-length {length} is not in 1..{config.max_context - 1}: choose a length there, "
-        "within the model's context",
+        tail is None or 1 <= tail <= last,
+        f"--identity-tail {tail} is not in 1..{last}: choose a layer there",
     )
+    given = [n for n in ("prompt", "prompt_file", "task") if getattr(arguments, n) is not None]
+    names = " and ".join(map(arguments.name_of, given))
+    check(len(given) < 2, f"{names} are given: choose one source of prompts")
+    for name in TASK_ALONE:
+        check(
+            arguments.task is not None or not getattr(arguments, name),
+            f"{arguments.name_of(name)} needs --task, whose rows it is about",
+        )
     check(
-        tail is None or 1 <= tail < config.num_layers,
-        f"--identity-tail {tail} is not in 1..{config.num_layers - 1}: choose a layer there",
+        bool(given) or arguments.prompt_template is None,
+        "--prompt-template needs --prompt-file, whose rows it is for",
     )
-    sources = ("prompt", "prompt_file", "task")
-    given = [arguments.name_of(name) for name in sources if getattr(arguments, name)]
-    check(len(given) < 2, f"{' and '.join(given)} are given: choose one source of prompts")
 
 
 def choose_strategies(
-    arguments: Arguments, tokenizer: Tokenizer, counts: Mapping[int, int] | None
+    arguments: Arguments, model: OpenModel, counts: Mapping[int, int] | None
 ) -> list[Strategy]:
     """Autoregressive decoding, then each cell of the grid, those with the full head first.
 
     counts: of the tokens that the draft vocabulary is chosen by; those of the model's by default.
     """
     names = ("autoregressive", *(arguments.strategies if arguments.exit_layers else ()))
-    given = {field.name: getattr(arguments, field.name) for field in fields(StrategyFlags)}
-    asked, model = StrategyFlags(**given | {"strategies": names}), arguments.model
-    found = flags.make_strategies(asked, model, tokenizer, counts)
-    if arguments.draft_vocab is not None:
-        full = replace(asked, draft_vocab=None)
-        found = [*flags.make_strategies(full, model, tokenizer), *found]
-    found = list(dict.fromkeys(found))
-    return found if arguments.separate_programs else in_one_program(found)
+    found: list[Strategy] = []
+    for size in dict.fromkeys((None, arguments.draft_vocab)):
+        asked = replace(arguments, strategies=names, draft_vocab=size)
+        found += flags.make_strategies(asked, model, counts)
+    return in_one_program(list(dict.fromkeys(found)))
 
 
-def make_questions(
-    arguments: Arguments, tokenizer: Tokenizer, config: LlamaConfig, notes: Console
-) -> list[Question]:
+def make_questions(arguments: Arguments, model: OpenModel, notes: Console) -> list[Question]:
     """Every prompt in each repeat. A text has the same seed under every strategy."""
-    new_tokens, length = arguments.new_tokens, arguments.prompt_length
-
-    def encode(prompt: str, data: DataConfig | None = None) -> list[int]:
-        """Its ids, cut or repeated; the token of the beginning stays in front."""
-        ids = answering.question_ids(prompt, tokenizer, arguments, data)
-        if ids and length is not None:
-            begin = ids[:1] if ids[0] == tokenizer.bos_id else []
-            rest = ids[len(begin) :] or ids
-            ids = (begin + rest * (length // len(rest) + 1))[:length]
-        limits = dict(max_new_tokens=new_tokens, max_length=arguments.max_length)
-        return encode_prompt(ids, tokenizer, config, **limits)
-
-    if arguments.task is not None:
-        task = answering.with_flags(TASKS[arguments.task], arguments)
-        bad_rows = answering.BadRows(arguments.bad_rows, notes)
-        seed = arguments.sampling.seed
-        examples, _ = answering.read_examples(task, arguments, seed, encode, bad_rows)
-    else:
-        for name in TASK_ALONE:
-            flag = arguments.name_of(name)
-            check(not getattr(arguments, name), f"{flag} needs --task, whose rows it is about")
-        built_in = PROMPTS if arguments.prompt is None else read_prompts(arguments.prompt, None)
-        found = read_encoded(arguments, built_in, encode, notes.print)
-        examples = [(Example(id=str(n), prompt=""), ids) for n, ids in enumerate(found, start=1)]
+    task, rows = TASKS.get(arguments.task, OWN_PROMPTS), None
+    if task is OWN_PROMPTS:
+        texts = PROMPTS if arguments.prompt is None else (arguments.prompt,)
+        rows = partial(prompt_rows, texts, arguments.prompt_file)
+    task = replace(task, max_new_tokens=arguments.new_tokens)
+    examples, *_ = answering.read_examples(task, arguments, model, notes, rows)
     questions = answering.make_questions(
-        examples, arguments.repeats, arguments.sampling, max_new_tokens=new_tokens
+        examples, arguments.repeats, arguments.sampling, max_new_tokens=arguments.new_tokens
     )
     return sorted(questions, key=lambda question: question.sample)
 
@@ -224,20 +208,36 @@ def measured_costs(engine: Engine, strategies: Sequence[Strategy]) -> RoundCosts
 def describe(arguments: Arguments, engine: Engine, questions: Sequence[Question]) -> str:
     """The title of the table."""
     lengths = [len(one.request.prompt) for one in questions if one.sample == 0]
-    title = (
-        f"{arguments.model.name}, {engine.model.dtype}, {len(lengths)} prompts of {min(lengths)} "
-        f"to {max(lengths)} tokens, {arguments.new_tokens} new ones, {arguments.repeats} repeat"
-        + "s"
-        * (arguments.repeats > 1)
-    )
+    parts = [arguments.model.name, str(engine.model.dtype)]
+    parts += [f"{len(lengths)} prompts of {min(lengths)} to {max(lengths)} tokens"]
+    parts += [f"{arguments.new_tokens} new ones", f"{arguments.repeats} repeat"]
+    parts[-1] += "s" * (arguments.repeats > 1)
     if arguments.sampling.temperature:
-        title += f", temperature {arguments.sampling.temperature:g}"
+        parts.append(f"temperature {arguments.sampling.temperature:g}")
     if arguments.draft_confidence is not None:
-        title += f", drafts at {arguments.draft_confidence:g} or more"
+        parts.append(f"drafts at {arguments.draft_confidence:g} or more")
     if arguments.identity_tail is not None:
-        title += f"; identity tail from layer {arguments.identity_tail} on"
-    return title
+        parts.append(f"identity tail from layer {arguments.identity_tail} on")
+    return ", ".join(parts)
 
+
+def write(output: Path, title: str, rows: Sequence[Answer], notes: Console) -> None:
+    """The table as JSON lines, in which infinity is null, and the pictures of a grid."""
+    with (output / "cells.jsonl").open("w", encoding="utf-8") as lines:
+        for row in rows:
+            values = {k: None if v == math.inf else v for k, v in row.items()}
+            print(json.dumps(values), file=lines)
+    whole = [row for row in rows if row["group"] == ALL and row["num_draft_tokens"] is not None]
+    if len({(row["exit_layer"], row["num_draft_tokens"]) for row in whole}) < 2:
+        return
+    try:
+        plot_grid(whole, output / "benchmark.png", title=title)
+        plot_acceptance(whole, output / "acceptance.png", title=title.partition(",")[0])
+    except ConfigError as error:
+        notes.print(f"no pictures: {error}")
+
+
+main = flags.program(Arguments, benchmark, __doc__)
 
 if __name__ == "__main__":
     sys.exit(main())

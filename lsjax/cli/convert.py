@@ -5,7 +5,6 @@ transformers. It appears under its name only when it is whole.
 """
 
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,8 +21,7 @@ from lsjax.checkpoints import (
     read_generation_defaults,
     save,
 )
-from lsjax.cli.errors import one_line_errors
-from lsjax.cli.flags import parse_flags
+from lsjax.cli.flags import program
 from lsjax.data.tokenizer_files import load_tokenizer
 
 
@@ -48,10 +46,9 @@ def convert(arguments: Arguments) -> None:
     source, destination, dtype = arguments.source, arguments.destination, arguments.dtype
     console = Console(stderr=True)
     bar = partial(track, console=console, disable=not console.is_terminal, transient=True)
-    check_destination(destination)  # before the long part
-    opened = open_checkpoint(source)
-    tokenizer = load_tokenizer(source)
-    tokenizer.fitted(opened.config.vocab_size)  # complains before the long part
+    check_destination(destination)
+    opened, tokenizer = open_checkpoint(source), load_tokenizer(source)
+    tokenizer.fitted(opened.config.vocab_size)  # before the long part
     model = load(opened, dtype=dtype, track=partial(bar, description="reading"))
     generation = read_generation_defaults(source)
     writing = partial(bar, description="writing")
@@ -60,12 +57,7 @@ def convert(arguments: Arguments) -> None:
     print(f"{destination}: {parameters:.1f} million parameters in {dtype}")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the program; exits with 2 on bad input."""
-    with one_line_errors():
-        convert(parse_flags(Arguments, argv, __doc__))
-    return 0
-
+main = program(Arguments, convert, __doc__)
 
 if __name__ == "__main__":
     sys.exit(main())

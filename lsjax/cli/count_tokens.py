@@ -6,24 +6,23 @@
 The counts are kept in the cache for every model with this tokenizer, or where --output says.
 """
 
-import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 from rich.console import Console
 from rich.progress import Progress
 
-from lsjax.cli.errors import one_line_errors
-from lsjax.cli.flags import parse_flags
-from lsjax.cli.setup import cache_directory
-from lsjax.config import ConfigError
+from lsjax.cli.flags import program
 from lsjax.data.documents import read_lines
+from lsjax.data.sources import json_rows
+from lsjax.data.token_store import cache_directory
 from lsjax.data.tokenizer_files import load_tokenizer
 from lsjax.data.vocabulary import cached_counts, count_tokens, write_counts
 
-PIECE = 1 << 20  # characters that are encoded at a time
+LINES = 1 << 14  # of a text, which are encoded at a time
 SHARES = (1024, 2048, 4096, 8192)
 
 
@@ -39,13 +38,6 @@ class Arguments:
     """File to write; token_counts.json in a model's directory is found by decode.py."""
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the program; exits with 2 on bad input."""
-    with one_line_errors():
-        count(parse_flags(Arguments, argv, __doc__))
-    return 0
-
-
 def count(arguments: Arguments) -> None:
     """Counts, writes and says what share of the text the most frequent tokens make."""
     tokenizer = load_tokenizer(arguments.model)
@@ -55,10 +47,9 @@ def count(arguments: Arguments) -> None:
         task = progress.add_task("counting", total=total)
 
         def pieces() -> Iterator[str]:
-            for file in arguments.text:
-                for piece in read_pieces(file):
-                    yield piece
-                    progress.advance(task, len(piece.encode()))
+            for piece in (piece for file in arguments.text for piece in read_pieces(file)):
+                yield piece
+                progress.advance(task, len(piece.encode()))
 
         counts = count_tokens(tokenizer, pieces())
     write_counts(output, tokenizer, counts)
@@ -69,41 +60,32 @@ def count(arguments: Arguments) -> None:
 
 
 def read_pieces(file: Path) -> Iterator[str]:
-    """A file's text in pieces: of .jsonl every string by itself, of others PIECE characters and
-    what is left of the line.
+    """A file's text in pieces: of .jsonl every string by itself, of others LINES lines.
 
-    Raises ConfigError with the line for text that is not UTF-8, or not JSON in a .jsonl file.
+    Raises ConfigError with the line for text that is not UTF-8, or no object in a .jsonl file.
     """
-    held = ""
-    for number, line in read_lines(file):
-        if file.suffix != ".jsonl":
-            held += line
-            if len(held) >= PIECE:
-                yield held
-                held = ""
-        elif line.strip():
-            try:
-                strings = list(_strings(json.loads(line)))
-                "".join(strings).encode()  # JSON may hold half a character
-            except (ValueError, RecursionError) as error:
-                problem = getattr(error, "msg", error)
-                raise ConfigError(f"{file}, line {number} is not JSON ({problem})") from None
-            yield from strings
-    if held:
-        yield held
+    if file.suffix == ".jsonl":
+        for _, row in json_rows(file):
+            yield from _strings(row)
+        return
+    lines = (line for _, line in read_lines(file))
+    while piece := "".join(islice(lines, LINES)):
+        yield piece
 
 
 def _strings(value: object) -> Iterator[str]:
     """Every string in a JSON value, keys left out."""
     match value:
         case str():
-            yield value
+            yield value.encode(errors="replace").decode()  # JSON may hold half a character
         case list():
             for item in value:
                 yield from _strings(item)
         case dict():
             yield from _strings(list(value.values()))
 
+
+main = program(Arguments, count, __doc__)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -7,6 +7,7 @@
 The same command after a kill resumes. docs/evaluation.md explains the tasks and the figures.
 """
 
+import dataclasses
 import json
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -15,17 +16,14 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
-from rich.console import Console
 
 from lsjax.cli import answering, flags
 from lsjax.cli.answering import TaskFlags
-from lsjax.cli.errors import check_output, one_line_errors
-from lsjax.cli.flags import SamplingFlags, StrategyFlags, load_engine
-from lsjax.cli.show import or_dash, show_table
-from lsjax.config import DataConfig, bounded, check
+from lsjax.cli.flags import StrategyFlags, load_engine
+from lsjax.cli.setup import check_output
+from lsjax.cli.show import notes_console, or_dash, table, wide_console
+from lsjax.config import bounded, check
 from lsjax.decoding.completion import Completion
-from lsjax.decoding.request import encode_prompt
-from lsjax.decoding.sampling import GREEDY
 from lsjax.decoding.self_speculative import in_one_program
 from lsjax.evaluation.answers import (
     ALL,
@@ -36,7 +34,8 @@ from lsjax.evaluation.answers import (
     decode_in_turns,
     summarise,
 )
-from lsjax.evaluation.tasks import TASKS, Task
+from lsjax.evaluation.examples import Task
+from lsjax.evaluation.tasks import TASKS
 
 # Questions for each row of a batch before the next strategy has its turn: strategies are timed near
 # to one another, and a batch is seldom half empty.
@@ -54,7 +53,6 @@ class Arguments(TaskFlags, StrategyFlags):
     answers under the same conditions, only the missing ones are made."""
     max_new_tokens: int | None = bounded(None, low=1)
     """Ends a text that does not end by itself; the task's own number by default."""
-    sampling: SamplingFlags = GREEDY
     num_samples: int = bounded(1, low=1)
     """Texts for each example; a score is the mean over them."""
     stop: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
@@ -65,46 +63,27 @@ class Arguments(TaskFlags, StrategyFlags):
     is no security boundary (docs/evaluation.md)."""
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the program; exits with 2 on bad input."""
-    with one_line_errors():
-        evaluate(flags.parse_flags(Arguments, argv, __doc__))
-    return 0
-
-
 def evaluate(arguments: Arguments) -> None:
     """Makes the answers that are missing, prints the table and writes the summary."""
     output, sampling = arguments.output, arguments.sampling
     check(output.suffix == ".jsonl", f"--output {output} is no .jsonl: it gets a line an answer")
     flags.check_sampling(sampling, arguments.num_samples)
-    notes = Console(stderr=True, highlight=False, markup=False, emoji=False, style="dim")
-    task = chosen_task(arguments)
-    source, tokenizer = flags.open_model(arguments)
-    strategies = flags.make_strategies(arguments, arguments.model, tokenizer)
-    mesh = flags.chosen_mesh(arguments)
-    flags.check_engine(arguments, source.config, strategies, mesh)
-    limits = dict(max_new_tokens=task.max_new_tokens, max_length=arguments.max_length)
-
-    def encode(prompt: str, data: DataConfig) -> list[int]:
-        ids = answering.question_ids(prompt, tokenizer, arguments, data)
-        return encode_prompt(ids, tokenizer, source.config, **limits)
-
-    bad_rows = answering.BadRows(arguments.bad_rows, notes)
-    examples, data = answering.read_examples(task, arguments, sampling.seed, encode, bad_rows)
+    notes, task = notes_console(), chosen_task(arguments)
+    model = flags.open_model(arguments)
+    strategies = flags.make_strategies(arguments, model)
+    examples, data, bad_rows = answering.read_examples(task, arguments, model, notes)
     check_output(output)
-    for example in {one.group: one for one, _ in examples}.values():
+    for example in {one.group: one for one in examples}.values():
         task.score("", example)  # whether that can be done here, before the work
     request = dict(max_new_tokens=task.max_new_tokens, stop=task.stop)
     questions = answering.make_questions(examples, arguments.num_samples, sampling, **request)
-    engine = load_engine(
-        *(arguments, source, tokenizer, notes),
-        mesh=mesh,
-        min_capacity=max(len(prompt) for _, prompt in examples) + task.max_new_tokens,
-    )
+    longest = max(len(example.ids) for example in examples)
+    engine = load_engine(model, notes, min_capacity=longest + task.max_new_tokens)
 
     def decode(done: Collection[tuple], keep: Callable[[Answer], None]) -> None:
-        like = f"prompts are like {data.prompt_template!r}, responses {data.response_template!r}"
-        notes.print(like)
+        notes.print(
+            f"prompts are like {data.prompt_template!r}, responses {data.response_template!r}"
+        )
 
         def ended(question: Question, completion: Completion, seconds: float) -> None:
             scores = task.score(completion.text, question.example)
@@ -114,7 +93,7 @@ def evaluate(arguments: Arguments) -> None:
         decode_in_turns(engine, shared, questions, done, ended, turn=turn)
 
     asked = answering.conditions(
-        *(arguments, engine, strategies, sampling),
+        *(model, engine, strategies, sampling),
         task=task.name,
         prompt_template=data.prompt_template,
         response_template=data.response_template,
@@ -124,7 +103,7 @@ def evaluate(arguments: Arguments) -> None:
     )
     answers = answering.complete(output, asked, strategies, questions, notes, decode)
     rows = summarise(answers)
-    summary = {"asked": asked, "bad_rows": bad_rows.found, "figures": rows}
+    summary = {"asked": asked, "bad_rows": bad_rows, "figures": rows}
     output.with_suffix(".summary.json").write_text(
         json.dumps(summary, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
     )
@@ -133,18 +112,17 @@ def evaluate(arguments: Arguments) -> None:
 
 
 def chosen_task(arguments: Arguments) -> Task:
-    """The task with the settings of the flags."""
-    task = TASKS[arguments.task]
+    """The task with its length, stop strings and scores as the flags say."""
+    task, by_running = TASKS[arguments.task], arguments.allow_code_execution
     check(
-        task.score_by_running is not None or not arguments.allow_code_execution,
+        task.score_by_running is not None or not by_running,
         f"--allow-code-execution means nothing to {task.name}, whose texts are no programs",
     )
-    return answering.with_flags(
+    return dataclasses.replace(
         task,
-        arguments,
-        max_new_tokens=arguments.max_new_tokens,
+        max_new_tokens=arguments.max_new_tokens or task.max_new_tokens,
         stop=task.stop + arguments.stop,
-        score=task.score_by_running if arguments.allow_code_execution else None,
+        score=task.score_by_running if by_running else task.score,
     )
 
 
@@ -167,8 +145,10 @@ def show(title: str, rows: Sequence[Mapping[str, Any]]) -> None:
         lines.append([strategy, row["group"], str(row["examples"]), *cells])
         before = row["strategy"]
     names = ["strategy", "examples of", "n", *(part for name in scores for part in (name, "±"))]
-    show_table(title, [*names, *figures], lines, left=2)
+    wide_console().print(table(title, [*names, *figures], lines, left=2))
 
+
+main = flags.program(Arguments, evaluate, __doc__)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,4 +1,4 @@
-"""Loss and agreement of every exit of one or several models, on the held-out data of the first,
+"""Loss, perplexity and agreement of every exit of models, on the held-out data of the first one,
 which is a training run.
 
     python -m lsjax.cli.exits --runs runs/quickstart runs/plain --output exits.png
@@ -10,22 +10,21 @@ exits; a picture with a line for each model (the paper's Figures 6 and 8).
 
 import json
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from rich.console import Console
 from rich.progress import Progress
 
 from lsjax.checkpoints import is_run, load, open_checkpoint, read_run_config
-from lsjax.cli.errors import check_output, one_line_errors
-from lsjax.cli.flags import parse_flags
-from lsjax.cli.setup import cache_directory, choose_dtype, keep_compiled_programs
-from lsjax.cli.show import show_table, wide_console
+from lsjax.cli.flags import program
+from lsjax.cli.setup import check_output, choose_dtype, keep_compiled_programs
+from lsjax.cli.show import exit_table, wide_console
 from lsjax.config import Checked, bounded, check
 from lsjax.data.pipeline import OnePass, packed_rows
+from lsjax.data.token_store import cache_directory
 from lsjax.data.tokenizer_files import load_tokenizer
-from lsjax.evaluation.exits import AGREEMENT, ExitScores, exits_to_show, score_exits
+from lsjax.evaluation.exits import AGREEMENT, ExitScores, score_exits
 from lsjax.evaluation.plots import check_plots, plot_exits
 from lsjax.model.llama import stacked
 
@@ -44,13 +43,6 @@ class Arguments(Checked, prefix="--"):
     """Writes a JSON object a run to this file."""
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the program; exits with 2 on bad input."""
-    with one_line_errors():
-        score_models(parse_flags(Arguments, argv, __doc__))
-    return 0
-
-
 def score_models(arguments: Arguments) -> None:
     """Scores the models, prints the table, draws the picture."""
     check(len(arguments.runs) >= 1, "--runs is empty: name the directory of a run")
@@ -58,37 +50,29 @@ def score_models(arguments: Arguments) -> None:
     check(is_run(first), f"{first} is no training run: name the --workdir of train.py first")
     names = [run.name for run in arguments.runs]
     check(len(set(names)) == len(names), f"runs of one name ({names}) would be one line: rename")
-    tokenizer = load_tokenizer(first).fitted(open_checkpoint(first).config.vocab_size)
+    sources = [open_checkpoint(run) for run in arguments.runs]
+    tokenizer = load_tokenizer(first).fitted(sources[0].config.vocab_size)
     for run in arguments.runs[1:]:
         check(
             load_tokenizer(run).fingerprint == tokenizer.fingerprint,
             f"{run} has another tokenizer than {first}: their losses can't be compared",
         )
     if output is not None:
-        check(
-            output.suffix == ".png",
-            f"--output {output} is no picture that can be drawn: name a .png",
-        )
+        check(output.suffix == ".png", f"--output {output} is no picture: name a .png")
         check_plots()
     for file in (output, arguments.json):
         if file is not None:
             check_output(file)
-    sources = [open_checkpoint(run) for run in arguments.runs]
     config = read_run_config(first)
     keep_compiled_programs()
-    batches = list(
-        OnePass(
-            packed_rows(
-                config.data,
-                tokenizer,
-                seq_len=config.seq_len,
-                split="validation",
-                cache=cache_directory(),
-            ),
-            batch_size=config.batch_size,
-            max_batches=arguments.batches,
-        )
+    rows = packed_rows(
+        config.data,
+        tokenizer,
+        seq_len=config.seq_len,
+        split="validation",
+        cache=cache_directory(),
     )
+    batches = list(OnePass(rows, batch_size=config.batch_size, max_batches=arguments.batches))
     dtype = choose_dtype("auto")
     scores: dict[str, ExitScores] = {}
     with Progress(console=Console(stderr=True), transient=True) as progress:
@@ -96,26 +80,17 @@ def score_models(arguments: Arguments) -> None:
             model = stacked(load(source, dtype=dtype))
             tracked = progress.track(batches, description=name)
             scores[name] = score_exits(model, tracked, micro_batches=config.micro_batches)
-    columns = [part for name in names for part in (f"{name}: loss", "agreement")]
-    title = f"{scores[names[0]].tokens:,} held-out tokens"
-    show_table(title, ["exit", *columns], table_rows(scores), left=0)
-    wide_console().print(AGREEMENT, style="dim")
+    console = wide_console()
+    console.print(exit_table(f"{scores[names[0]].tokens:,} held-out tokens", scores))
+    console.print(AGREEMENT, style="dim")
     if arguments.json is not None:
-        with arguments.json.open("w", encoding="utf-8") as lines:
-            for name, score in scores.items():
-                print(json.dumps({"run": name, **score.to_json()}), file=lines)
+        lines = [json.dumps({"run": name, **asdict(one)}) for name, one in scores.items()]
+        arguments.json.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
     if output is not None:
         plot_exits(scores, output)
 
 
-def table_rows(scores: Mapping[str, ExitScores]) -> list[list[str]]:
-    """Loss and agreement at the first exit and at each eighth of the layers."""
-    layers = max(len(score.loss_E) for score in scores.values())
-    return [
-        [str(exit_layer), *(cell for score in scores.values() for cell in score.cells(exit_layer))]
-        for exit_layer in exits_to_show(layers)
-    ]
-
+main = program(Arguments, score_models, __doc__)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -6,11 +6,12 @@ A program's arguments are a dataclass that inherits `ModelFlags` and `StrategyFl
 
 import io
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stderr
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
 import tyro
 from jax.sharding import Mesh
@@ -24,15 +25,15 @@ from lsjax.checkpoints import (
     open_checkpoint,
     read_generation_defaults,
 )
-from lsjax.cli.setup import cache_directory, choose_dtype, keep_compiled_programs
-from lsjax.config import Checked, ConfigError, LlamaConfig, MeshConfig, check
+from lsjax.cli.setup import choose_dtype, keep_compiled_programs, one_line_errors
+from lsjax.config import Checked, ConfigError, MeshConfig, check
+from lsjax.data.token_store import cache_directory
 from lsjax.data.tokenizer import Tokenizer
 from lsjax.data.tokenizer_files import load_tokenizer
 from lsjax.data.vocabulary import find_counts
 from lsjax.decoding.autoregressive import Autoregressive, EarlyExit
-from lsjax.decoding.draft_vocabulary import DraftVocabulary
-from lsjax.decoding.engine import Engine
-from lsjax.decoding.request import check_settings
+from lsjax.decoding.draft import DraftVocabulary
+from lsjax.decoding.engine import Engine, check_settings
 from lsjax.decoding.sampling import GREEDY, Sampling
 from lsjax.decoding.self_speculative import SelfSpeculative
 from lsjax.decoding.state import Strategy
@@ -40,7 +41,6 @@ from lsjax.model.llama import Llama
 from lsjax.sharding import make_mesh
 
 T = TypeVar("T")
-Source = TensorSource | RunSource
 StrategyName = Literal["autoregressive", "early_exit", "self_speculative"]
 # `Sampling` itself, without a prefix on the command line.
 SamplingFlags = tyro.conf.OmitArgPrefixes[Sampling]
@@ -86,18 +86,48 @@ class StrategyFlags(Checked, prefix="--"):
     rejected drafts, the same text."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class ChatFlags(Checked, prefix="--"):
+    """Prompts as messages of a chat."""
+
+    chat: bool = False
+    """Puts prompts into the model's chat template."""
+    system: str | None = None
+    """With --chat: the system message."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        check(self.chat or self.system is None, "--system needs --chat: give both or none")
+
+
+class OpenModel(NamedTuple):
+    """A checkpoint without its weights, its tokenizer, and the mesh that the flags ask for."""
+
+    flags: ModelFlags
+    source: TensorSource | RunSource
+    tokenizer: Tokenizer
+    mesh: Mesh | None
+
+
+def open_model(flags: ModelFlags) -> OpenModel:
+    """Raises CheckpointError or TokenizerError for damaged files, and ConfigError if the devices
+    don't suffice."""
+    source = open_checkpoint(flags.model)
+    tokenizer = load_tokenizer(flags.model).fitted(source.config.vocab_size)
+    mesh = None if flags.mesh == MeshConfig() else make_mesh(flags.mesh)
+    return OpenModel(flags, source, tokenizer, mesh)
+
+
 def make_strategies(
-    flags: StrategyFlags,
-    model: Path,
-    tokenizer: Tokenizer,
-    counts: Mapping[int, int] | None = None,
+    flags: StrategyFlags, model: OpenModel, counts: Mapping[int, int] | None = None
 ) -> list[Strategy]:
     """Each strategy that the flags name, with each exit and draft length.
 
     Self-speculation may leave exit and draft length to the model's directory. counts: how frequent
     each token is, for the draft vocabulary; by default those kept for this model.
 
-    Raises ConfigError for a number that is missing, or that no strategy uses.
+    Raises ConfigError for a number that is missing, or that no strategy uses, and where a strategy,
+    batch size or length fits neither model nor mesh.
     """
     names, exits = list(dict.fromkeys(flags.strategies)), list(dict.fromkeys(flags.exit_layers))
     check(bool(names), "--strategies is empty: name one or more")
@@ -109,122 +139,64 @@ def make_strategies(
     for name in ("num_draft_tokens", "draft_vocab", "draft_confidence"):
         check(
             getattr(flags, name) in (None, ()) or "self_speculative" in names,
-            f"--{name.replace('_', '-')} means nothing to {' and '.join(names)}: add --strategy "
+            f"{flags.name_of(name)} means nothing to {' and '.join(names)}: add --strategy "
             "self_speculative",
         )
-    strategies: list[Strategy] = []
-    for name in names:
-        match name:
-            case "autoregressive":
-                strategies.append(Autoregressive())
-            case "early_exit":
-                strategies += map(EarlyExit, exits)
-            case "self_speculative":
-                strategies += _self_speculative(flags, exits, model, tokenizer, counts)
+    made: dict[str, list[Strategy]] = {
+        "autoregressive": [Autoregressive()],
+        "early_exit": [EarlyExit(exit_layer) for exit_layer in exits],
+    }
+    if "self_speculative" in names:
+        lengths = list(dict.fromkeys(flags.num_draft_tokens))
+        if not exits or not lengths:
+            kept = read_generation_defaults(model.flags.model)
+            exits = exits or [one for one in [kept.exit_layer] if one is not None]
+            lengths = lengths or [one for one in [kept.num_draft_tokens] if one is not None]
+        check(
+            bool(exits) and bool(lengths),
+            "self_speculative needs --exit-layer and --num-draft-tokens: "
+            f"{model.flags.model} does not say them",
+        )
+        vocabulary = None
+        if (size := flags.draft_vocab) is not None:
+            if counts is None:
+                counts = find_counts(model.flags.model, cache_directory(), model.tokenizer)
+            vocabulary = DraftVocabulary.most_frequent(counts, size, model.tokenizer.vocab_size)
+        made["self_speculative"] = [
+            SelfSpeculative(*cell, vocabulary, draft_confidence=flags.draft_confidence)
+            for cell in product(exits, lengths)
+        ]
+    strategies = [strategy for name in names for strategy in made[name]]
+    for strategy in strategies:
+        check_settings(
+            model.source.config,
+            strategy,
+            batch_size=model.flags.batch_size,
+            max_length=model.flags.max_length,
+            data_axis=1 if model.mesh is None else model.mesh.shape["data"],
+        )
     return strategies
 
 
-def make_strategy(flags: StrategyFlags, model: Path, tokenizer: Tokenizer) -> Strategy:
-    """The only strategy that the flags name. Raises ConfigError if there are several."""
-    strategies = make_strategies(flags, model, tokenizer)
-    check(
-        len(strategies) == 1,
-        "several strategies, exit layers or draft lengths are given: this program takes one of "
-        "--strategy, --exit-layer and --num-draft-tokens",
-    )
-    return strategies[0]
-
-
-def _self_speculative(
-    flags: StrategyFlags,
-    exits: Sequence[int],
-    model: Path,
-    tokenizer: Tokenizer,
-    counts: Mapping[int, int] | None,
-) -> list[SelfSpeculative]:
-    lengths = list(dict.fromkeys(flags.num_draft_tokens))
-    if not exits or not lengths:
-        defaults = read_generation_defaults(model)
-        exits = exits or ([defaults.exit_layer] if defaults.exit_layer is not None else [])
-        drafts = defaults.num_draft_tokens
-        lengths = lengths or ([drafts] if drafts is not None else [])
-    check(
-        bool(exits) and bool(lengths),
-        f"self_speculative needs --exit-layer and --num-draft-tokens: {model} does not say them",
-    )
-    vocabulary = None
-    if flags.draft_vocab is not None:
-        if counts is None:
-            counts = find_counts(model, cache_directory(), tokenizer)
-        vocabulary = DraftVocabulary.most_frequent(counts, flags.draft_vocab, tokenizer.vocab_size)
-    confidence = flags.draft_confidence
-    return [
-        SelfSpeculative(exit_layer, drafts, vocabulary, draft_confidence=confidence)
-        for exit_layer in exits
-        for drafts in lengths
-    ]
-
-
-def check_sampling(
-    sampling: Sampling,
-    num_samples: int,
-    *,
-    is_greedy: bool | None = None,
-    unused: Sequence[str] = ("top_k", "top_p", "min_p"),
-) -> None:
+def check_sampling(sampling: Sampling, num_samples: int, *, is_greedy: bool | None = None) -> None:
     """Raises ConfigError where decoding is greedy and a flag asks for what only sampling uses.
 
-    is_greedy: whether all texts are; by default whether `sampling` is. unused: names of the fields
-    that greedy decoding ignores.
+    is_greedy: whether all texts are; by default whether `sampling` is.
     """
-    check(num_samples >= 1, f"--num-samples {num_samples} is below 1: choose 1 or more")
-    if not (sampling.temperature == 0 if is_greedy is None else is_greedy):
-        return
-    given = [name for name in unused if getattr(sampling, name) != getattr(GREEDY, name)]
-    for name in (*given, *["num_samples"] * (num_samples > 1)):
+    given = [n for n in ("top_k", "top_p", "min_p") if getattr(sampling, n) != getattr(GREEDY, n)]
+    given += ["num_samples"] * (num_samples > 1)
+    if given and (sampling.temperature == 0 if is_greedy is None else is_greedy):
         raise ConfigError(
-            f"--{name.replace('_', '-')} means nothing to greedy decoding: choose a --temperature "
-            "above 0"
-        )
-
-
-def open_model(flags: ModelFlags) -> tuple[Source, Tokenizer]:
-    """The checkpoint, without its weights, and its tokenizer.
-
-    Raises CheckpointError or TokenizerError for damaged files.
-    """
-    source = open_checkpoint(flags.model)
-    return source, load_tokenizer(flags.model).fitted(source.config.vocab_size)
-
-
-def chosen_mesh(flags: ModelFlags) -> Mesh | None:
-    """The mesh that the flags ask for; None for one device. Raises ConfigError if the devices
-    don't suffice."""
-    return None if flags.mesh == MeshConfig() else make_mesh(flags.mesh)
-
-
-def check_engine(
-    flags: ModelFlags, config: LlamaConfig, strategies: Sequence[Strategy], mesh: Mesh | None
-) -> None:
-    """Raises ConfigError where a strategy, batch size or length fits neither model nor mesh."""
-    for strategy in strategies:
-        check_settings(
-            config,
-            strategy,
-            batch_size=flags.batch_size,
-            max_length=flags.max_length,
-            data_axis=1 if mesh is None else mesh.shape["data"],
+            f"--{given[0].replace('_', '-')} means nothing to greedy decoding: choose a "
+            "--temperature above 0"
         )
 
 
 def load_engine(
-    flags: ModelFlags,
-    source: Source,
-    tokenizer: Tokenizer,
+    model: OpenModel,
     notes: Console,
     *,
     strategy: Strategy | None = None,
-    mesh: Mesh | None = None,
     change: Callable[[Llama], Llama] = lambda model: model,
     **options: Any,
 ) -> Engine:
@@ -233,23 +205,35 @@ def load_engine(
     change: what is done to the model first. options: other arguments of `Engine`.
     """
     keep_compiled_programs()
-    dtype = choose_dtype(flags.dtype)
     with Progress(console=notes, transient=True, disable=not notes.is_terminal) as progress:
-        model = load(
-            source,
-            dtype=dtype,
+        loaded = load(
+            model.source,
+            dtype=choose_dtype(model.flags.dtype),
             track=lambda parts: progress.track(parts, description="loading"),
-            mesh=mesh,
+            mesh=model.mesh,
         )
     return Engine(
-        change(model),
-        tokenizer,
+        change(loaded),
+        model.tokenizer,
         strategy,
-        batch_size=flags.batch_size,
-        max_length=flags.max_length,
-        mesh=mesh,
+        batch_size=model.flags.batch_size,
+        max_length=model.flags.max_length,
+        mesh=model.mesh,
         **options,
     )
+
+
+def program(
+    kind: type[T], work: Callable[[T], int | None], description: str
+) -> Callable[[Sequence[str] | None], int]:
+    """`main` of a program: hands its flags to `work`, whose exit code it gives (0 for None). Exits
+    with 2 on bad input."""
+
+    def main(argv: Sequence[str] | None = None) -> int:
+        with one_line_errors():
+            return work(parse_flags(kind, argv, description)) or 0
+
+    return main
 
 
 def parse_flags(kind: type[T], argv: Sequence[str] | None, description: str, **settings: Any) -> T:
@@ -265,29 +249,17 @@ def parse_flags(kind: type[T], argv: Sequence[str] | None, description: str, **s
     except SystemExit as end:
         if not end.code:  # --help
             raise
-        own = (error for error in _causes(end) if isinstance(error, ConfigError))
-        raise next(own, ConfigError(_in_a_line(shown.getvalue()))) from None
-
-
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        error = error.__context__
+        cause: BaseException | None = end
+        while cause is not None and not isinstance(cause, ConfigError):
+            cause = cause.__context__
+        raise cause or ConfigError(_in_a_line(shown.getvalue())) from None
 
 
 def _in_a_line(box: str) -> str:
     """The text of tyro's box without its title, drawn or in ASCII, coloured or not."""
-    _title, *lines = re.sub(r"\x1b\[[\d;]*m", "", box).splitlines() or [""]
-    sections = [""]
-    for line in lines:
-        row = line.strip(" │╰╯")
-        if row.strip("─-"):
-            sections[-1] += f" {row}"
-        else:
-            sections.append("")  # after a rule
-    said = [
-        " ".join(part.split()).removesuffix(".")
-        for part in sections
-        if part and "full helptext" not in part
-    ]
+    lines = re.sub(r"\x1b\[[\d;]*m", "", box).splitlines()[1:]
+    rows = [line.strip(" │╰╯") for line in lines]
+    sections = " ".join(row if row.strip("─-") else "\n" for row in rows).split("\n")
+    said = [" ".join(part.split()).removesuffix(".") for part in sections if part.strip()]
+    said = [part for part in said if "full helptext" not in part]
     return "; ".join((*said, "--help lists all flags"))

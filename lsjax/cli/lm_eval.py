@@ -10,23 +10,20 @@ docs/evaluation.md explains the figures.
 """
 
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
-from rich.console import Console
-
 from lsjax.cli import flags
-from lsjax.cli.errors import one_line_errors
-from lsjax.cli.flags import ModelFlags, StrategyFlags, load_engine
+from lsjax.cli.flags import ChatFlags, ModelFlags, StrategyFlags, load_engine
+from lsjax.cli.show import notes_console
 from lsjax.config import ConfigError, bounded, check
 from lsjax.data.chat import chat_prompt
 from lsjax.evaluation.answers import Cell
 
 
 @dataclass(frozen=True, kw_only=True)
-class Arguments(StrategyFlags, ModelFlags):
+class Arguments(StrategyFlags, ChatFlags, ModelFlags):
     """Tasks of lm-evaluation-harness at several exits and with several strategies."""
 
     tasks: tuple[str, ...]
@@ -41,19 +38,8 @@ class Arguments(StrategyFlags, ModelFlags):
     """Changes what tasks say of generation: "max_gen_toks=64,do_sample=True,temperature=0.8"."""
     seed: int = 0
     """Seed of the first sampled text. Each further text has the next number."""
-    chat: bool = False
-    """Puts questions into the model's chat template."""
-    system: str | None = None
-    """With --chat: the system message."""
     output: Path | None = None
     """Directory for lm_eval's results and samples, in a folder for each strategy."""
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the program; exits with 2 on bad input."""
-    with one_line_errors():
-        run_tasks(flags.parse_flags(Arguments, argv, __doc__))
-    return 0
 
 
 def run_tasks(arguments: Arguments) -> None:
@@ -64,20 +50,16 @@ def run_tasks(arguments: Arguments) -> None:
         changes is None or all("=" in change for change in changes.split(",")),
         f'--gen-kwargs {changes} is not like "max_gen_toks=64,do_sample=True,temperature=0.8"',
     )
-    check(arguments.chat or arguments.system is None, "--system needs --chat: give both or none")
     check(path is None or path.is_dir(), f"--task-path {path} is no directory: name one")
-    source, tokenizer = flags.open_model(arguments)
-    strategies = flags.make_strategies(arguments, arguments.model, tokenizer)
-    mesh = flags.chosen_mesh(arguments)
-    flags.check_engine(arguments, source.config, strategies, mesh)
+    opened = flags.open_model(arguments)
+    strategies = flags.make_strategies(arguments, opened)
     if arguments.chat:
-        chat_prompt(tokenizer, "?", arguments.system)  # whether there is a template
+        chat_prompt(opened.tokenizer, "?", arguments.system)  # whether there is a template
     if arguments.output is not None:
         arguments.output.mkdir(parents=True, exist_ok=True)
     adapter = need_lm_eval()
     manager, tasks = adapter.find_tasks(arguments.tasks, path)
-    notes = Console(stderr=True, highlight=False, markup=False, style="dim")
-    engine = load_engine(*(arguments, source, tokenizer, notes), strategy=strategies[0], mesh=mesh)
+    engine = load_engine(opened, notes_console(), strategy=strategies[0])
     model = adapter.EngineLM(engine, name=arguments.model.name, seed=arguments.seed)
     for strategy in strategies:
         engine.use(strategy)
@@ -98,14 +80,14 @@ def need_lm_eval() -> ModuleType:
     try:
         from lsjax.evaluation import lm_eval
     except ModuleNotFoundError as error:
-        if error.name not in ("lm_eval", "tqdm"):  # tqdm comes with it
-            raise
         raise ConfigError(
-            "tasks come from lm-evaluation-harness, which is not installed: "
+            f"tasks come from lm-evaluation-harness, and {error.name} is not installed: "
             "pip install 'lsjax[eval]'"
         ) from None
     return lm_eval
 
+
+main = flags.program(Arguments, run_tasks, __doc__)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,182 +1,156 @@
-"""Prompts from the command line or a file, and requests, which have settings of their own."""
+"""The prompts of a file, and decode.py's arguments with the requests that they ask for."""
 
 import dataclasses
-import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
-from typing import Literal
+from typing import Annotated
 
-from lsjax.config import Checked, ConfigError, bounded, check
-from lsjax.data.documents import stop_at
-from lsjax.data.sources import fill
-from lsjax.decoding.request import Request
-from lsjax.decoding.sampling import Sampling
-from lsjax.evaluation.examples import file_rows
+import tyro
+
+from lsjax.cli.flags import ModelFlags, SamplingFlags, StrategyFlags, check_sampling
+from lsjax.config import ConfigError, LlamaConfig, bounded, check
+from lsjax.data.chat import chat_prompt
+from lsjax.data.documents import read_lines, stop_at
+from lsjax.data.sources import Fields, Refuse, fill
+from lsjax.data.tokenizer import Tokenizer
+from lsjax.decoding.request import Request, encode_prompt
+from lsjax.decoding.sampling import GREEDY, Sampling
+from lsjax.evaluation.examples import PlacedRow, file_rows
 
 SAMPLING_FIELDS = [field.name for field in dataclasses.fields(Sampling)]
-# What an object of a .jsonl file may say beside its prompt.
+# What an object of a file may say beside its prompt.
 OPTIONS = ("max_new_tokens", "stop", "stop_ids", *SAMPLING_FIELDS)
 
 
-def read_prompts(prompt: str | None, file: Path | None) -> list[str]:
-    """The prompt, or those of a file: .txt is one prompt, .jsonl has an object on each line with
-    "prompt", or with Spec-Bench's "turns", of which the first is taken.
-
-    Raises ConfigError with file and line for what is not that.
-    """
-    return [text for text, _, _ in _read(prompt, file)]
-
-
 @dataclass(frozen=True, kw_only=True)
-class RowFlags(Checked, prefix="--"):
-    """Which rows are taken, and what makes a prompt of each."""
+class Arguments(StrategyFlags, ModelFlags):
+    """Continues prompts with a Llama."""
 
-    prompt_template: str | None = None
-    """Makes the prompt of a row, its fields in braces: '{question}'. A task has its own, and a run
-    that was finetuned on rows with these fields too."""
-    every: int = bounded(1, low=1)
-    """Takes every n-th row."""
-    limit: int | None = bounded(None, low=1)
-    """Takes no more than so many rows."""
-    bad_rows: Literal["refuse", "skip"] = "refuse"
-    """Whether a row that is no prompt, or is too long, ends the program. Either way it is named."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class PromptArguments(RowFlags):
-    """Which prompts of a file are taken."""
-
+    prompt: str | None = None
+    """Text to continue."""
     prompt_file: Path | None = None
-    """.txt is one prompt, .jsonl has an object with "prompt" (or Spec-Bench's "turns") on each
-    line; with --prompt-template also .tsv and .csv, each also as .gz."""
+    """Prompts: .txt is one prompt, .jsonl has an object with "prompt" on each line, which may say
+    of its own: max_new_tokens, stop, stop_ids, temperature and all that is about tokens here."""
+    interactive: bool = False
+    """A chat in the terminal, in the model's chat template."""
+    max_new_tokens: int = 128
+    """Ends a text that does not end by itself."""
+    sampling: SamplingFlags = GREEDY
+    """How tokens are chosen: penalties come first, then temperature, top_k, top_p and min_p."""
+    num_samples: int = bounded(1, low=1)
+    """Texts for each prompt."""
+    stop: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    """Ends a text where it would contain this; may be given several times."""
+    stop_ids: tuple[int, ...] = ()
+    """Token ids that end a text, beside the model's own."""
+    logprobs: bool = False
+    """Writes the log-probability of each new token to the JSON lines."""
+    chat: bool = False
+    """Puts the prompt into the model's chat template, as a user's message."""
+    system: str | None = None
+    """With --chat or --interactive: the system message."""
+    json: Path | None = None
+    """Writes a JSON object a text to this file ("-": to standard output, and nothing else)."""
+    show_drafts: bool = False
+    """Shows which tokens the draft proposed and what the verification made of them."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        check(
+            self.chat or self.interactive or self.system is None,
+            "--system needs --chat or --interactive: give one of them, or no --system",
+        )
+        check("" not in self.stop, "--stop is empty: give the text to stop at")
+        check(
+            self.json is not None or not self.logprobs,
+            "--logprobs needs --json, the file that they are written to: give both or none",
+        )
+        for name in ("prompt", "prompt_file", "num_samples", "batch_size"):
+            check(
+                not self.interactive or getattr(self, name) == getattr(Arguments, name),
+                f"{self.name_of(name)} means nothing to --interactive: leave it out",
+            )
+        check(
+            all(len({*some}) < 2 for some in (self.strategies, self.exit_layers))
+            and len({*self.num_draft_tokens}) < 2,
+            "several strategies, exit layers or draft lengths are given: this program takes one of "
+            "--strategy, --exit-layer and --num-draft-tokens",
+        )
 
 
-def read_encoded(
-    arguments: PromptArguments,
-    built_in: Sequence[str],
-    encode: Callable[[str], list[int]],
-    warn: Callable[[str], None],
-) -> list[list[int]]:
-    """Token ids of the file's prompts, or of the built-in prompts if no file is given.
+def prompt_rows(
+    prompts: Sequence[str], file: Path | None, refuse: Refuse = stop_at
+) -> Iterator[PlacedRow]:
+    """The rows of a file, of which a .txt is one prompt; without a file these prompts as rows.
 
-    warn: is told of each row that is skipped. Raises ConfigError with file and line for a bad row
-    that is not, among them those that `encode` refuses, and for a file in which nothing is left.
+    Raises ConfigError with file and line, or hands it to `refuse` and leaves the row out.
     """
-    file, template = arguments.prompt_file, arguments.prompt_template
     if file is None:
-        check(template is None, "--prompt-template needs --prompt-file, whose rows it is for")
-        return encode_prompts(built_in, encode)
-
-    def skip(error: ConfigError) -> None:
-        warn(f"skipped: {error}")
-
-    refuse = skip if arguments.bad_rows == "skip" else stop_at
-
-    def prompts() -> Iterator[tuple[str, str]]:
-        if template is None:
-            yield from ((text, where) for text, _, where in _read(None, file, refuse))
-            return
-        for _, where, row in file_rows([str(file)], refuse):
-            try:
-                yield _valid(fill(template, row, where), where), where
-            except ConfigError as error:
-                refuse(error)
-
-    encoded: list[list[int]] = []
-    for text, where in islice(prompts(), 0, None, arguments.every):
-        try:
-            encoded.append(encode(text))
-        except ConfigError as error:
-            refuse(ConfigError(f"{where}: {error}"))
-        if len(encoded) == arguments.limit:
-            break
-    check(bool(encoded), f"{file}: no row of it can be decoded: give another file")
-    return encoded
+        for number, prompt in enumerate(prompts, start=1):
+            where = f"prompt {number} of {len(prompts)}" if len(prompts) > 1 else "--prompt"
+            yield str(number), where, {"prompt": prompt}
+    elif file.suffix == ".txt":
+        text = "".join(line for _, line in read_lines(file)).removesuffix("\n")
+        yield file.name, str(file), {"prompt": text}
+    else:
+        yield from file_rows([str(file)], refuse)
 
 
-def read_requests(
-    prompt: str | None, file: Path | None, default: Request, num_samples: int = 1
-) -> list[Request]:
-    """The same as requests, `num_samples` for each prompt: `default` with the prompt, and with what
-    an object of a .jsonl file says of its own (OPTIONS).
+def first_turn(row: Fields) -> Fields:
+    """The row; of Spec-Bench's form, which has "turns", with the first of them as prompt."""
+    match row:
+        case {"turns": [str(prompt), *_]} if "prompt" not in row:
+            return {**row, "prompt": prompt}
+    return row
 
-    Text number i of all has the seed of `default` + i; where an object has a seed of its own, its
-    texts count from that.
 
-    Raises ConfigError with file and line.
+def choose_requests(arguments: Arguments) -> list[Request]:
+    """Every text that is asked for, each with a seed of its own; for a chat one that stands for its
+    turns. Text number i of all has the seed of the arguments + i; where an object of the file has a
+    seed of its own, its texts count from that.
+
+    Raises ConfigError for a number out of its range, and for one that greedy decoding ignores.
     """
+    default = Request(
+        prompt="?",  # the shortest message of a chat
+        max_new_tokens=arguments.max_new_tokens,
+        stop=arguments.stop,
+        stop_ids=arguments.stop_ids,
+        log_probs=arguments.logprobs,
+        sampling=arguments.sampling,
+    )
     requests: list[Request] = []
-    for text, row, where in _read(prompt, file):
-        for sample in range(num_samples):
-            number = len(requests) if row.get("seed") is None else sample
-            requests.append(_request(text, row, where, default, number))
+    if arguments.interactive:
+        requests = [default]
+    else:
+        prompt, file = arguments.prompt, arguments.prompt_file
+        check(
+            (prompt is None) != (file is None),
+            "give one of --prompt and --prompt-file" + (" and not both" if prompt else ""),
+        )
+        for _, where, row in prompt_rows([prompt], file):
+            for sample in range(arguments.num_samples):
+                number = len(requests) if row.get("seed") is None else sample
+                requests.append(read_request(where, row, default, number))
+        check(bool(requests), f"{file} has no prompts in it: it needs at least one")
+    is_greedy = all(request.sampling.temperature == 0 for request in requests)
+    check_sampling(arguments.sampling, arguments.num_samples, is_greedy=is_greedy)
     return requests
 
 
-def _read(
-    prompt: str | None, file: Path | None, refuse: Callable[[ConfigError], None] = stop_at
-) -> list[tuple[str, dict, str]]:
-    """Prompts with the objects that held them and where they stood."""
+def read_request(where: str, row: Fields, default: Request, number: int) -> Request:
+    """`default` with the row's prompt, what the row says of its own, and the seed + `number`.
+
+    Raises ConfigError, beginning with where the row stands.
+    """
+    row = first_turn(row)
     check(
-        (prompt is None) != (file is None),
-        "give one of --prompt and --prompt-file" + (" and not both" if prompt else ""),
+        isinstance(row.get("prompt"), str),
+        f'{where} is no object with a text under "prompt": write {{"prompt": "..."}}',
     )
-    if file is None:
-        return [(_valid(prompt, "--prompt"), {}, "--prompt")]
-    lines = file.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
-    match file.suffix:
-        case ".txt":
-            text = "\n".join(_text(line, f"{file}, line {n}") for n, line in enumerate(lines, 1))
-            return [(_valid(text.removesuffix("\n"), str(file)), {}, str(file))]
-        case ".jsonl":
-            rows = []
-            for number, line in enumerate(lines, start=1):
-                try:
-                    if line.strip():
-                        rows.append(_from_line(line, f"{file}, line {number}"))
-                except ConfigError as error:
-                    refuse(error)
-            check(bool(rows), f"{file} has no prompts in it: it needs at least one")
-            return rows
-        case suffix:
-            raise ConfigError(f"{file}: prompts come from .txt or .jsonl, not {suffix or 'that'}")
-
-
-def encode_prompts(prompts: Sequence[str], encode: Callable[[str], list[int]]) -> list[list[int]]:
-    """Each prompt's token ids. Of several prompts, an error names the one that it is about."""
-    encoded = []
-    for number, prompt in enumerate(prompts, start=1):
-        try:
-            encoded.append(encode(prompt))
-        except ConfigError as error:
-            where = f"prompt {number} of {len(prompts)}: " if len(prompts) > 1 else ""
-            raise ConfigError(f"{where}{error}") from None
-    return encoded
-
-
-def _text(line: bytes, where: str) -> str:
-    try:
-        return line.decode().removesuffix("\r")
-    except UnicodeDecodeError:
-        raise ConfigError(f"{where} is not UTF-8 text: save it as UTF-8") from None
-
-
-def _from_line(line: bytes, where: str) -> tuple[str, dict, str]:
-    text = _text(line, where)
-    try:
-        row = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        problem = getattr(error, "msg", error)  # without the line: there is but one
-        raise ConfigError(f'{where} is not JSON ({problem}): write {{"prompt": "..."}}') from None
-    match row:
-        case {"prompt": str(prompt)} | {"turns": [str(prompt), *_]}:
-            return _valid(prompt, where), row, where
-    raise ConfigError(f'{where} is no object with a text under "prompt": write {{"prompt": "..."}}')
-
-
-def _request(prompt: str, row: dict, where: str, default: Request, number: int) -> Request:
+    prompt = fill("{prompt}", row, where)
+    check(bool(prompt), f"{where} is an empty prompt: it needs at least one character")
     given = {name: row[name] for name in OPTIONS if row.get(name) is not None}
     for name in {"stop", "stop_ids"} & given.keys():  # one or a list
         value = given[name]
@@ -195,8 +169,25 @@ def _request(prompt: str, row: dict, where: str, default: Request, number: int) 
         raise ConfigError(f"{where}: {error}") from None
 
 
-def _valid(prompt: str, where: str) -> str:
-    check(bool(prompt), f"{where} is an empty prompt: it needs at least one character")
-    half = next((c for c in prompt if "\ud800" <= c <= "\udfff"), None)
-    check(half is None, f"{where} holds {half!r}, half a character: give valid Unicode")
-    return prompt
+def encode_requests(
+    requests: Sequence[Request], arguments: Arguments, tokenizer: Tokenizer, config: LlamaConfig
+) -> list[list[int]]:
+    """Token ids of each prompt, in the chat template if asked for.
+
+    Raises ConfigError for what `encode_prompt` refuses, with the number of the prompt.
+    """
+    encoded = []
+    for number, request in enumerate(requests, start=1):
+        ids = request.prompt
+        if arguments.chat or arguments.interactive:
+            text = chat_prompt(tokenizer, request.prompt, arguments.system)
+            ids = tokenizer.encode(text, add_bos=False)
+        limits = dict(max_new_tokens=request.max_new_tokens, max_length=arguments.max_length)
+        try:
+            encoded.append(
+                encode_prompt(ids, tokenizer, config, stop_ids=request.stop_ids, **limits)
+            )
+        except ConfigError as error:
+            where = f"prompt {number} of {len(requests)}: " if len(requests) > 1 else ""
+            raise ConfigError(f"{where}{error}") from None
+    return encoded

@@ -1,23 +1,25 @@
-"""What every program does before it works: where compiled programs are kept, precision, memory."""
+"""What every program does around its work: compiled programs, precision, memory, and errors."""
 
 import ctypes
 import hashlib
 import os
 import platform
+import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import jax
+from rich.console import Console
 
+from lsjax.config import ConfigError, check
 from lsjax.data.token_store import cache_directory
 
 
 def keep_compiled_programs() -> None:
-    """Keeps compiled programs on disk, so that a second run starts at once.
-
-    JAX_COMPILATION_CACHE_DIR, if set, holds. Programs compiled for one processor are not offered
-    to another: home directories travel between machines.
-    """
+    """Keeps compiled programs on disk, so that a second run starts at once: those of each kind of
+    machine apart, as home directories travel. JAX_COMPILATION_CACHE_DIR, if set, holds."""
     if jax.config.jax_compilation_cache_dir is None:
         jax.config.update("jax_compilation_cache_dir", str(cache_directory() / "xla" / machine()))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
@@ -29,15 +31,9 @@ def exact_products() -> None:
 
 
 def keep_freed_memory() -> None:
-    """Lets the C library keep large freed blocks instead of handing them back to the system.
-
-    On CPUs a training step asks for all of its temporary memory at once and frees it at the end;
-    got from the system anew, each of its pages costs a fault (docs/training.md).
-    Does nothing where the C library is not glibc.
-    """
-    if sys.platform != "linux":
-        return
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    """Lets glibc keep large freed blocks: a page of a training step's memory that the system hands
+    out anew costs a fault on CPUs (docs/training.md). Does nothing with another C library."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is None:
         return
     trim_threshold, mmap_max, arena_max = -1, -4, -8  # M_TRIM_THRESHOLD ... of malloc.h
@@ -64,3 +60,54 @@ def machine() -> str:
     kind = sorted({line for line in lines if line.startswith(("model name", "flags"))})
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return hashlib.sha256("\n".join([*kind, str(cores)]).encode()).hexdigest()[:12]
+
+
+def check_output(file: Path, prompts: Path | None = None) -> None:
+    """Raises ConfigError where a file can't be written: better now than after the work; and where
+    it is that of the prompts."""
+    check(
+        prompts is None or file.resolve() != prompts.resolve(),
+        f"{file} would overwrite the prompts: name another file",
+    )
+    try:
+        file.open("a").close()
+    except OSError as error:
+        raise ConfigError(
+            f"{file} can't be written ({error.strerror}): name a file in a directory that exists "
+            "and is yours"
+        ) from None
+
+
+@contextmanager
+def ended_by_sigterm() -> Iterator[None]:
+    """SIGTERM leaves by the way of an exception, exit code 143: what is done is written."""
+
+    def leave(number, frame):
+        sys.exit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)  # None: it was not Python's
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Turns bad input into one line on stderr and exit code 2, Ctrl-C into a quiet 130.
+
+    Bad input is an OSError or a ValueError of this package's own. Anything else is a bug, and keeps
+    its traceback.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except (OSError, ValueError) as error:
+        ours = type(error).__module__.partition(".")[0] == "lsjax"
+        if not ours and not isinstance(error, OSError):
+            raise
+        console = Console(stderr=True, soft_wrap=True, highlight=False, emoji=False)
+        console.print("error: ", style="bold red", end="")
+        console.print(" ".join(str(error).split()), markup=False)
+        sys.exit(2)

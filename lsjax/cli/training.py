@@ -3,9 +3,9 @@
 import argparse
 import runpy
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,21 +13,20 @@ from typing import Annotated, Any
 import tyro
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
-from rich.table import Table
 
 from lsjax.checkpoints import EVALUATION, read_metrics
 from lsjax.cli.flags import parse_flags
-from lsjax.cli.show import coloured, verbatim
+from lsjax.cli.show import coloured, exit_table, verbatim
 from lsjax.config import ConfigError, TrainConfig, check
 from lsjax.decoding.engine import Engine
 from lsjax.decoding.self_speculative import SelfSpeculative
-from lsjax.evaluation.exits import AGREEMENT, ExitScores, evaluation_hook, exits_to_show
+from lsjax.evaluation.exits import AGREEMENT, ExitScores, evaluation_hook
 from lsjax.evaluation.plots import plot_exits, plot_training
 from lsjax.model.llama import Llama
 from lsjax.training.hosts import Hosts, is_first
-from lsjax.training.loop import Hook
 from lsjax.training.metrics import paced
-from lsjax.training.run import Show, TrainingRun
+from lsjax.training.prepare import TrainingRun
+from lsjax.training.run import Hook, Show
 
 
 @dataclass(frozen=True)
@@ -43,9 +42,8 @@ def parse(argv: Sequence[str], description: str) -> tuple[TrainConfig, Path, Hos
 
     Raises ConfigError for what is wrong with the file, a flag or a value.
     """
-    first = config_parser("train.py", description)
-    first.add_argument("--workdir", type=Path, metavar="DIRECTORY", help="of the run")
-    known, default, rest = read_config(first, argv)
+    more = {"--workdir": dict(type=Path, metavar="DIRECTORY", help="of the run")}
+    known, default, rest = read_config("train.py", description, argv, more)
     flags = parse_flags(
         TrainingFlags,
         rest,
@@ -57,8 +55,15 @@ def parse(argv: Sequence[str], description: str) -> tuple[TrainConfig, Path, Hos
     return flags.config, known.workdir, flags.distributed
 
 
-def config_parser(prog: str, description: str) -> argparse.ArgumentParser:
-    """Reads the name of the configuration file before all else."""
+def read_config(
+    prog: str, description: str, argv: Sequence[str], more: Mapping[str, dict[str, Any]]
+) -> tuple[argparse.Namespace, TrainConfig, list[str]]:
+    """Reads `--config FILE`, and flags that are no fields of it, before all else.
+
+    more: these flags, with their options for argparse. Returns the flags, the configuration of the
+    file, and the other arguments. Raises ConfigError where no file is named, and for what is wrong
+    with it.
+    """
     parser = argparse.ArgumentParser(
         prog=prog,
         description=description,
@@ -67,22 +72,13 @@ def config_parser(prog: str, description: str) -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("--config", type=Path, metavar="FILE", help="configs/NAME.py")
-    return parser
-
-
-def read_config(
-    parser: argparse.ArgumentParser, argv: Sequence[str]
-) -> tuple[argparse.Namespace, TrainConfig, list[str]]:
-    """What the parser knows, the configuration of the file, and the other arguments.
-
-    Raises ConfigError where no file is named, and for what is wrong with it.
-    """
+    for name, options in more.items():
+        parser.add_argument(name, **options)
     known, rest = parser.parse_known_args(argv)
-    if known.config is None:
-        if {"-h", "--help"} & {*rest}:
-            parser.print_help()
-            raise SystemExit(0)
-        raise ConfigError("--config is missing: name a file such as configs/quickstart.py")
+    if known.config is None and {"-h", "--help"} & {*rest}:
+        parser.print_help()
+        raise SystemExit(0)
+    check(bool(known.config), "--config is missing: name a file such as configs/quickstart.py")
     return known, read_config_file(known.config), rest
 
 
@@ -111,22 +107,21 @@ def read_config_file(file: Path) -> TrainConfig:
 
 def shown_hooks(config: TrainConfig, console: Console) -> list[Callable[[TrainingRun], Hook]]:
     """Evaluation with a table and plots, and samples if the configuration asks for them."""
-    makers = [shown_evaluation]
-    if config.evaluation.sample_tokens > 0:
-        makers.append(shown_sample)
+    makers = [shown_evaluation, *[shown_sample] * (config.evaluation.sample_tokens > 0)]
     return [partial(maker, console=console) for maker in makers]
 
 
 def shown_evaluation(run: TrainingRun, console: Console) -> Hook:
     """`evaluation_hook`; prints the scores, and plots loss and agreement by exit."""
+    workdir = run.workdir
 
     def show(step: int, scores: ExitScores) -> None:
-        console.print(exit_table(f"step {step}, {scores.tokens:,} held-out tokens", scores))
+        title = f"step {step}, {scores.tokens:,} held-out tokens"
+        console.print(exit_table(title, {workdir.name: scores}))
         console.print(AGREEMENT, style="dim")
         if not is_first():
             return
-        workdir = run.workdir
-        row = {"kind": EVALUATION, "step": step, **scores.to_json()}
+        row = {"kind": EVALUATION, "step": step, **asdict(scores)}
         try:
             plot_exits({f"step {step}": scores}, workdir / "exits.png", title=workdir.name)
             plot_training([*read_metrics(workdir), row], workdir / "training.png")
@@ -134,18 +129,6 @@ def shown_evaluation(run: TrainingRun, console: Console) -> Hook:
             console.print(str(error), style="dim")
 
     return evaluation_hook(run, show)
-
-
-def exit_table(title: str, scores: ExitScores) -> Table:
-    """Loss, perplexity and agreement of the first exit and of each eighth of the layers."""
-    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
-    for name in ("exit", "loss", "perplexity", "agreement"):
-        table.add_column(name, justify="right")
-    for exit_layer in exits_to_show(len(scores.loss_E)):
-        loss, agreement = scores.cells(exit_layer)
-        perplexity = f"{scores.perplexity_E[exit_layer - 1]:.2f}"
-        table.add_row(str(exit_layer), loss, perplexity, agreement)
-    return table
 
 
 def shown_sample(run: TrainingRun, console: Console) -> Hook:

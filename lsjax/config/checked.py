@@ -1,14 +1,19 @@
-"""The one checker: a dataclass's annotations and bounds say what its fields may be."""
+"""The one checker over annotations and bounds of dataclasses, and their form in JSON."""
 
 import dataclasses
+import difflib
 import math
 import types
 import typing
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
+
+VERSION = 3  # of configurations and of saved steps
+T = TypeVar("T", bound="Checked")
 
 
 class ConfigError(ValueError):
@@ -23,13 +28,13 @@ def check(condition: bool, message: str) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Bounds:
-    """Limits of the numbers in a field, and a hint for who breaks them."""
+    """Limits of a field's numbers: `low` and `high` may be reached, `above` and `below` not."""
 
     low: float = -math.inf
     high: float = math.inf
     above: float = -math.inf
     below: float = math.inf
-    hint: str = ""
+    hint: str = ""  # ends the message
 
     def hold(self, number: float) -> bool:
         """Whether the number is within all limits; NaN and the infinities never are."""
@@ -44,32 +49,26 @@ class Bounds:
 
 
 def bounded(default: Any = dataclasses.MISSING, **bounds: Any) -> Any:
-    """A field of a Checked dataclass whose numbers keep the bounds, those in a tuple too.
-
-    bounds: `low` and `high` may be reached, `above` and `below` not; `hint` ends the message.
-    """
+    """A field of a Checked dataclass whose numbers, those in a tuple too, are within `Bounds`."""
     return dataclasses.field(default=default, metadata={"bounds": Bounds(**bounds)})
 
 
 class Checked:
     """Base of dataclasses that check their fields when they are made.
 
-    A field has a type that `described` knows, and bounds if it is made by `bounded`. A whole number
-    becomes a float where the type says so. A subclass that relates two fields does so in
-    `__post_init__`, after that of this class.
+    A subclass that relates two fields does so in `__post_init__`, after that of this class.
     """
 
     _prefix = ""
 
     def __init_subclass__(cls, prefix: str | None = None) -> None:
-        """prefix: what messages put before a field's name, such as "early_exit."; names after
-        "--" are written as flags."""
+        """prefix: of names in messages, "early_exit."; after "--" they are written as flags."""
         super().__init_subclass__()
         if prefix is not None:
             cls._prefix = prefix
 
     def __post_init__(self):
-        kinds = field_types(type(self))
+        kinds = _field_types(type(self))
         for field in dataclasses.fields(self):
             value, kind = getattr(self, field.name), kinds[field.name]
             bounds = field.metadata.get("bounds", Bounds())
@@ -88,13 +87,10 @@ class Checked:
         return cls._prefix + (field.replace("_", "-") if cls._prefix.startswith("--") else field)
 
 
-@lru_cache
-def field_types(kind: type) -> dict[str, Any]:
-    """Type of each field of a dataclass."""
-    return typing.get_type_hints(kind)
+_field_types = lru_cache(typing.get_type_hints)
 
 
-def members(kind: Any) -> tuple[Any, ...]:
+def _members(kind: Any) -> tuple[Any, ...]:
     """The types that a union joins; any other type alone."""
     is_union = typing.get_origin(kind) in (typing.Union, types.UnionType)
     return typing.get_args(kind) if is_union else (kind,)
@@ -110,8 +106,8 @@ def described(kind: Any, bounds: Bounds | None = None) -> str:
     """What a field of this type may be, in words."""
     limits = f" {bounds}" if bounds and str(bounds) else ""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if len(members(kind)) > 1:
-        return " or ".join(described(one, bounds) for one in members(kind))
+    if len(_members(kind)) > 1:
+        return " or ".join(described(one, bounds) for one in _members(kind))
     if origin is Literal:
         choices = ", ".join(str(choice) for choice in arguments)
         return f"one of {choices}" if len(arguments) > 1 else choices
@@ -134,8 +130,8 @@ class _Unfit(Exception):
 def _fitted(value: Any, kind: Any, bounds: Bounds) -> Any:
     """The value as its field holds it: a whole number is a float where the type says so."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if len(members(kind)) > 1:
-        for one in members(kind):
+    if len(_members(kind)) > 1:
+        for one in _members(kind):
             with suppress(_Unfit):
                 return _fitted(value, one, bounds)
     elif origin is Literal:
@@ -148,9 +144,82 @@ def _fitted(value: Any, kind: Any, bounds: Bounds) -> Any:
                 return tuple(map(_fitted, value, kinds, [bounds] * len(value)))
     elif kind in (int, float):
         right = isinstance(value, int if kind is int else int | float)
-        if right and not isinstance(value, bool) and bounds.hold(value):
+        within = (
+            right and bounds.low <= value <= bounds.high and bounds.above < value < bounds.below
+        )
+        if within and not isinstance(value, bool):
             with suppress(OverflowError):  # a whole number may be too large for a float
                 return kind(value)
     elif kind is Any or isinstance(value, origin or kind):
         return value
     raise _Unfit
+
+
+def versioned(config: Checked) -> dict[str, Any]:
+    """The fields of a configuration as `json.dumps` takes them, and the version of this form."""
+    return {"version": VERSION, **dataclasses.asdict(config)}
+
+
+def without_version(raw: Any, where: str) -> dict[str, Any]:
+    """The fields of what `versioned` made.
+
+    Raises ConfigError for anything but an object of this version.
+    """
+    check(isinstance(raw, Mapping), f"{where}: holds {shown(raw)}, but must be a JSON object")
+    fields = dict(raw)
+    version = fields.pop("version", None)
+    check(
+        version == VERSION and type(version) is int,
+        f"{where}: version is {shown(version)}, but this lsjax reads {VERSION}: convert the "
+        "run with the lsjax that wrote it (lsjax.cli.convert), or begin another one",
+    )
+    return fields
+
+
+def from_json(kind: type[T], raw: Any, where: str) -> T:
+    """The dataclass with these fields; those that are left out get their defaults.
+
+    where: what is read, for messages. Raises ConfigError for unknown and missing keys, and for what
+    the dataclass itself refuses.
+    """
+    try:
+        check(isinstance(raw, Mapping), f"{shown(raw)} must be an object, as a {kind.__name__} is")
+        return _decoded(kind, raw)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from None
+
+
+def _decoded(kind: Any, raw: Any) -> Any:
+    """Gives lists and objects the type of the field; the dataclass refuses what has another."""
+    for one in _members(kind):
+        if dataclasses.is_dataclass(one) and isinstance(raw, Mapping):
+            return _dataclass(one, raw)
+        if typing.get_origin(one) is tuple and isinstance(raw, list):
+            return tuple(_decoded(typing.get_args(one)[0], item) for item in raw)
+    return raw
+
+
+def _dataclass(kind: type[T], raw: Mapping[str, Any]) -> T:
+    fields = {field.name: field for field in dataclasses.fields(kind)}
+    for key in raw:
+        near = difflib.get_close_matches(str(key), fields, n=1)
+        fix = f"did you mean {near[0]}?" if near else f"the keys are {', '.join(fields)}"
+        check(key in fields, f"{kind.name_of(key)} is no key of {kind.__name__}: {fix}")
+    for name, field in fields.items():
+        check(
+            name in raw or field.default is not dataclasses.MISSING,
+            f"{kind.name_of(name)} is missing: {kind.__name__} needs it",
+        )
+    kinds = _field_types(kind)
+    return kind(**{name: _decoded(kinds[name], value) for name, value in raw.items()})
+
+
+def differences(one: Any, other: Any, path: str = "") -> list[tuple[str, Any, Any]]:
+    """What two JSON values differ in: (dotted path, the one value, the other)."""
+    if isinstance(one, Mapping) and isinstance(other, Mapping):
+        return [
+            found
+            for key in {**one, **other}
+            for found in differences(one.get(key), other.get(key), f"{path}.{key}".lstrip("."))
+        ]
+    return [] if one == other else [(path, one, other)]

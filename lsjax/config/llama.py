@@ -138,21 +138,6 @@ class LlamaConfig(Checked):
         return _preset(changes, 32_000, 5_120, 13_824, 40, 40, 40, 4_096)
 
     @classmethod
-    def llama2_70b(cls, **changes) -> "LlamaConfig":
-        """Llama-2 70B."""
-        return _preset(changes, 32_000, 8_192, 28_672, 80, 64, 8, 4_096)
-
-    @classmethod
-    def code_llama_7b(cls, **changes) -> "LlamaConfig":
-        """Code Llama 7B."""
-        return _preset(changes, 32_016, 4_096, 11_008, 32, 32, 32, 16_384, rope_theta=1e6)
-
-    @classmethod
-    def code_llama_34b(cls, **changes) -> "LlamaConfig":
-        """Code Llama 34B."""
-        return _preset(changes, 32_000, 8_192, 22_016, 48, 64, 8, 16_384, rope_theta=1e6)
-
-    @classmethod
     def llama3_8b(cls, **changes) -> "LlamaConfig":
         """Llama-3 8B."""
         return _preset(changes, 128_256, 4_096, 14_336, 32, 32, 8, 8_192, rope_theta=5e5)

@@ -183,7 +183,7 @@ class StepConfig(Checked):
     attention kernel too; on GPUs it replaces the projection that follows."""
     attention: AttentionKernel = "auto"
     """Kernel of attention. auto is splash on TPUs, flash on GPUs and xla elsewhere. Where these do
-    not take the arrays it is cudnn or xla (lsjax/model/self_attention.py)."""
+    not take the arrays it is cudnn or xla (lsjax/model/attention.py)."""
     dtype: ComputeDtype = "auto"
     """Type of the computation. auto is bfloat16 on accelerators; on CPUs it is the parameters'."""
 

@@ -20,8 +20,7 @@ class Autoregressive(Strategy):
 
 @dataclass(frozen=True)
 class EarlyExit(Strategy):
-    """Decoding with layers 0..exit_layer-1 and the shared head ("early exit" in the
-    paper's tables): fast, and as good as the exit is."""
+    """Decoding with the first layers and the shared head: as good as the exit is."""
 
     name = "early_exit"
     exit_layer: int = field()
@@ -40,7 +39,7 @@ class EarlyExit(Strategy):
 
 
 def next_token(model: Llama, state: DecodeState, depth: int) -> DecodeState:
-    """Runs the pending token through `depth` layers and the head and appends a token."""
+    """Runs the pending token through `depth` layers and the head, and appends a token."""
     x_BTD = model.embed(state.pending_B[:, None])
     positions_BT = state.length_B[:, None] - 1
     x_BTD, cache = model.run_layers(x_BTD, 0, depth, positions_BT, state.cache)

@@ -2,11 +2,11 @@
 
 requests   0 1 2 3 4 5 ...        a prompt is read in a state of one row, with what it shares
            | | |                  with the prompt before, and put into the batch (`insert`);
-row 0      0 0 0 0 3 3 3 3        rounds go on until a row ends; the row is given to the next
+row 0      0 0 0 0 3 3 3 3        rounds run until a row ends; the row is given to the next
 row 1      1 1 2 2 2 2 4 4  -> t  request while the others wait for its prompt only
 
 The cache begins with room for the prompts. Where a row has no room for another round, cache and
-buffers grow to the next capacity, and the rows go on with the program for that one.
+buffers grow to the next capacity, and the rows continue with the program for that one.
 """
 
 import dataclasses
@@ -30,16 +30,15 @@ from lsjax.model.llama import Llama
 if TYPE_CHECKING:
     from lsjax.decoding.engine import Engine
 
-STOP_IDS = 4  # room for stop ids in a row: a multiple of this
 # Rounds between two looks at the text, where somebody waits for it or a stop string may be in it.
 ROUNDS_PER_LOOK = 4
 ALL_ROUNDS = np.iinfo(np.int32).max
-FILLER = (Request(prompt=(), max_new_tokens=0), [0])  # a row that has ended from the start
+FILLER = Request(prompt=(0,), max_new_tokens=0)  # a row that has ended from the start
 
 
 class Conversation:
     """A cache that is kept from one text to the next: what both begin with is not read again. Given
-    to `Engine.stream` for each turn of a chat."""
+    to `Engine.watch` for each turn of a chat."""
 
     def __init__(self):
         self.ids: list[int] = []  # tokens whose keys and values are in the cache
@@ -49,34 +48,37 @@ class Conversation:
     @property
     def device_bytes(self) -> int:
         """Bytes of the cache on each device."""
-        leaves = jax.tree.leaves(self._cache)
+        leaves = [leaf for leaf in jax.tree.leaves(self._cache) if not leaf.is_deleted()]
         return sum(leaf.addressable_shards[0].data.nbytes for leaf in leaves)
 
     def take(
         self, ids: Sequence[int], capacity: int, num_layers: int, model: Llama
     ) -> tuple[KVCache | None, int]:
         """A cache of this model for so many layers and at least so many slots, and how many of
-        these tokens it holds. It is the caller's until `keep`. Gives (None, 0) without a cache, and
-        for a larger one that shares little."""
-        cache, known, whose = self._cache, self.ids, self._model
-        self._cache, self.ids, self._model = None, [], None
-        if cache is None or cache.num_layers != num_layers or whose is not model:
-            return None, 0
-        shared = shared_prefix(known, ids)
-        if cache.capacity > capacity and shared < capacity // 2:
-            return None, 0
-        return cache.grown(capacity), shared
+        these tokens it holds. The program that reads the rest consumes it.
 
-    def keep(self, state: DecodeState, model: Llama, count: int | None = None) -> None:
-        """Takes the cache of a state with one row, which this model filled; nothing from one that
-        an interrupted program has consumed. count: tokens that the cache holds, by default all but
-        the last one, which is pending."""
-        if state.length_B.is_deleted():
-            return
-        count = int(state.length_B[0]) - 1 if count is None else count
-        # Sliced by the host: the device would compile a program for each length.
-        self.ids = np.asarray(state.tokens_BS)[0, :count].tolist()
-        self._cache, self._model = state.cache, model
+        Gives (None, 0) without a cache, and for a larger one that shares little.
+        """
+        cache, shared = self._cache, shared_prefix(self.ids, ids)
+        if (
+            cache is None
+            or cache.keys[0].is_deleted()  # by a program that was interrupted
+            or cache.num_layers != num_layers
+            or self._model is not model
+            or (cache.capacity > capacity and shared < capacity // 2)
+        ):
+            self._cache, self.ids = None, []
+            return None, 0
+        self._cache = cache.grown(capacity)
+        return self._cache, shared
+
+    def keep(self, state: DecodeState, model: Llama) -> None:
+        """Takes the cache of a state with one row, which this model filled, unless an interrupted
+        program has consumed it."""
+        if not state.length_B.is_deleted():
+            # Sliced by the host: the device would compile a program for each length.
+            self.ids = np.asarray(state.tokens_BS)[0, : int(state.length_B[0]) - 1].tolist()
+            self._cache, self._model = state.cache, model
 
 
 @dataclass
@@ -85,7 +87,6 @@ class ActiveRow:
 
     index: int
     request: Request
-    ids: list[int]
     text: RowText
     prefill_seconds: float
     began: float  # seconds that the batch had worked when the first token was there
@@ -93,23 +94,22 @@ class ActiveRow:
 
 
 class ContinuousBatch:
-    """Decodes requests with the engine's strategy of this moment.
+    """Decodes requests, whose prompts are token ids, with the engine's strategy of this moment.
 
-    asked: requests and the ids of their prompts. stream: look at the texts every few rounds.
-    conversation: where the cache comes from and is left, for an engine with one row. cancelled:
-    asked at each look; what runs then ends.
+    stream: look at the texts every few rounds. conversation: where the cache comes from and is
+    left, for an engine with one row. cancelled: asked at each look; if true, what runs then ends.
     """
 
     def __init__(
         self,
         engine: "Engine",
-        asked: Sequence[tuple[Request, list[int]]],
+        requests: Sequence[Request],
         *,
         stream: bool = False,
         conversation: Conversation | None = None,
         cancelled: Callable[[], bool] = lambda: False,
     ):
-        self._engine, self._asked, self._stream = engine, asked, stream
+        self._engine, self._requests, self._stream = engine, requests, stream
         self._strategy, self._arguments = engine.strategy, engine.arguments
         self._depth = self._strategy.depth(engine.model.config)
         self._conversation = conversation or Conversation()
@@ -118,25 +118,20 @@ class ContinuousBatch:
         self._worked = 0.0  # seconds, without compiling
         self._compiled_before = engine.compile_seconds
         self._is_single = engine.batch_size == 1
-        longest = 1 + max(len(ids) for _, ids in asked)
-        engine.check_memory(
-            longest,
-            max(len(ids) + request.max_new_tokens for request, ids in asked),
-            held=self._conversation.device_bytes,
-        )
+        longest = 1 + max(len(request.prompt) for request in requests)
+        total = max(len(request.prompt) + request.max_new_tokens for request in requests)
+        engine.check_memory(longest, total, held=self._conversation.device_bytes)
         self._state: DecodeState | None = None
-        self._unread: int | None = None  # tokens in the cache of a single row before its prefill
         if not self._is_single:
             self._state = self._create([FILLER] * engine.batch_size, engine.capacity(longest))
 
     def updates(self) -> Iterator[Update]:
         """Everything that is found, until all requests have ended."""
-        waiting, free = deque(enumerate(self._asked)), deque(range(self._engine.batch_size))
+        waiting, free = deque(enumerate(self._requests)), deque(range(self._engine.batch_size))
         try:
             while waiting or self._rows:
                 while waiting and free:
-                    index, (request, ids) = waiting.popleft()
-                    self._admit(free.popleft(), index, request, ids)
+                    self._admit(free.popleft(), *waiting.popleft())
                 finish_B = np.array(self._state.finish_B)
                 for row in list(self._rows):
                     update = self._look(row, finish_B)
@@ -153,72 +148,80 @@ class ContinuousBatch:
             self._leave()
 
     def _leave(self) -> None:
-        """Keeps the cache of a single row for the next text."""
+        """Gives the cache of a single row to the conversation, for the next text."""
         if self._is_single and self._state is not None:
-            self._conversation.keep(self._state, self._engine.model, self._unread)
+            self._conversation.keep(self._state, self._engine.model)
+            self._state = None
 
-    def _admit(self, row: int, index: int, request: Request, ids: list[int]) -> None:
+    def _admit(self, row: int, index: int, request: Request) -> None:
         """Reads a prompt and gives it a row."""
-        engine = self._engine
+        engine, ids = self._engine, request.prompt
         self._leave()
         capacity = engine.capacity(len(ids) + 1) if self._is_single else self._state.capacity
         cache, known = self._conversation.take(ids, capacity, self._depth, engine.model)
-        capacity = capacity if cache is None else cache.capacity
-        single = self._create([(request, ids)], capacity, cache)
-        if self._is_single:
-            self._state, self._unread = single, known
-        self._rounds(single if self._is_single else self._state)  # compiled before a token is shown
+        single = self._create([request], capacity if cache is None else cache.capacity, cache)
+        self._rounds(self._state or single)  # compiled before a token is shown
         chunk = chunk_size(len(ids) - known, single.capacity)
-        read = engine.programs.get(
-            partial(prefill, chunk=chunk, depth=self._depth), single, np.int32(0)
-        )
+        read = partial(prefill, chunk=chunk, depth=self._depth)
+        read = engine.programs.get(read, single, np.int32(0))
         single, seconds = _timed(read, single, np.int32(known))
         if self._is_single:
-            self._state, self._unread = single, None
+            self._state = single
         else:
             put = engine.programs.get(partial(insert), self._state, single, np.int32(0))
             self._state, more = _timed(put, self._state, single, np.int32(row))
             self._conversation.keep(single, engine.model)
             seconds += more
         self._worked += seconds
-        text = RowText(engine.tokenizer, ids, request.stop)
-        looked = (self._worked, 0)
-        self._rows[row] = ActiveRow(index, request, ids, text, seconds, self._worked, looked)
+        text, now = RowText(engine.tokenizer, ids, request.stop), self._worked
+        self._rows[row] = ActiveRow(index, request, text, seconds, now, (now, 0))
 
     def _look(self, row: int, finish_B: np.ndarray) -> Update | None:
         """Reads what is new in a row, if it has ended or somebody waits for it; marks in `finish_B`
         that it has ended."""
-        live = self._rows[row]
+        live, finish = self._rows[row], int(finish_B[row])
         cancelled = self._cancelled()
-        waits = self._stream or live.request.stop or cancelled
-        if finish_B[row] == RUNNING and not waits:
+        if finish == RUNNING and not (self._stream or live.request.stop or cancelled):
             return None
-        whole = Trace.of(self._state, row, len(live.ids))
-        text, trace, reason = live.text.look(whole, int(finish_B[row]))
+        whole = Trace.of(self._state, row, len(live.request.prompt))
+        text, trace, reason = live.text.look(whole, finish)
         if reason is None and cancelled:
-            rest, trace, reason = live.text.look(trace, STOP)
+            rest, trace, _ = live.text.look(trace, STOP)
             text, reason = text + rest, "interrupt"
         completion = None
         if reason is not None:
-            if finish_B[row] == EOS and trace.tokens_n[-1] in live.request.stop_ids:
+            if finish == EOS and trace.tokens_n[-1] in live.request.stop_ids:
                 reason = "stop"
-            finish_B[row] = finish_B[row] or STOP
-            # Rounds behind a stop string, which is only seen at the next look, are not the text's.
-            seconds, rounds = live.looked
-            kept = trace.rounds - rounds, whole.rounds - rounds
-            share = kept[0] / kept[1] if kept[1] else 1.0
-            ended = seconds + share * (self._worked - seconds)
-            completion = self._complete(live, trace, reason, ended - live.began)
-            del self._rows[row]
+            finish_B[row] = finish or STOP
+            completion = self._complete(self._rows.pop(row), trace, whole.rounds, reason)
         live.looked = (self._worked, whole.rounds)
         return Update(live.index, text, trace, completion)
+
+    def _complete(self, live: ActiveRow, trace: Trace, rounds: int, reason: str) -> Completion:
+        """What a row that has ended after so many rounds gave, and the seconds that it took."""
+        request, engine = live.request, self._engine
+        # Rounds behind a stop string, which is only seen at the next look, are not the text's.
+        looked, before = live.looked
+        share = (trace.rounds - before) / max(1, rounds - before)
+        return Completion.of(
+            trace if request.log_probs else dataclasses.replace(trace, log_probs_n=None),
+            strategy=self._strategy,
+            seed=request.sampling.seed if request.sampling.temperature else None,
+            prompt=engine.tokenizer.decode(request.prompt),
+            text=live.text.text,
+            num_prompt_tokens=len(request.prompt),
+            prefill_seconds=live.prefill_seconds,
+            decode_seconds=looked + share * (self._worked - looked) - live.began,
+            compile_seconds=engine.compile_seconds - self._compiled_before,
+            finish_reason=reason,
+        )
 
     def _advance(self) -> None:
         """Rounds, until a row ends or it is time to look; first the next capacity, if a row has no
         room for another round."""
         state, engine = self._state, self._engine
-        length_B, finish_B = np.array(state.length_B), np.array(state.finish_B)
-        longest = int(length_B[finish_B == RUNNING].max())
+        running_B = np.array(state.finish_B) == RUNNING
+        longest = int(np.array(state.length_B)[running_B].max())
         if longest + self._strategy.slack > state.capacity:
             larger = partial(grow, capacity=engine.capacity(longest))
             self._work(engine.programs.get(larger, state, donate=False))
@@ -238,49 +241,21 @@ class ContinuousBatch:
         self._worked += seconds
         self._engine.decode_seconds += seconds
 
-    def _complete(self, live: ActiveRow, trace: Trace, reason: str, seconds: float) -> Completion:
-        """What a row that has ended gave, and the seconds that it took."""
-        sampling = live.request.sampling
-        if not live.request.log_probs:
-            trace = dataclasses.replace(trace, log_probs_n=None)
-        return Completion.of(
-            trace,
-            strategy=self._strategy,
-            seed=sampling.seed if sampling.temperature else None,
-            prompt=self._engine.tokenizer.decode(live.ids),
-            text=live.text.text,
-            num_prompt_tokens=len(live.ids),
-            prefill_seconds=live.prefill_seconds,
-            decode_seconds=seconds,
-            compile_seconds=self._engine.compile_seconds - self._compiled_before,
-            finish_reason=reason,
-        )
-
-    def _create(self, rows, capacity: int, cache: KVCache | None = None) -> DecodeState:
-        """A state of these requests and ids; it fits the programs for all that is asked."""
-        engine, requests = self._engine, [request for request, _ in self._asked]
-        vocab = engine.model.config.vocab_size
-        # A tokenizer may name ends that the model does not have: nothing ends there.
-        own = () if engine.ignore_end else engine.tokenizer.eos_ids
-        own = [token for token in own if 0 <= token < vocab]
-
-        def ends(request: Request) -> list[int]:
-            return list(dict.fromkeys([*own, *request.stop_ids]))
-
-        room = max(1, *(len(ends(request)) for request in requests))
-        room = -(-room // STOP_IDS) * STOP_IDS
-        stop_ids = [ends(request) for request, _ in rows]
+    def _create(
+        self, requests: Sequence[Request], capacity: int, cache: KVCache | None = None
+    ) -> DecodeState:
+        """A state of these requests; it fits the programs for all that is asked."""
+        engine, config = self._engine, self._engine.model.config
+        ends = () if engine.ignore_end else engine.tokenizer.eos_ids
         return DecodeState.create(
-            engine.model.config,
-            [ids for _, ids in rows],
-            [request.max_new_tokens for request, _ in rows],
-            [ids + [-1] * (room - len(ids)) for ids in stop_ids],
+            config,
+            requests,
             capacity=capacity,
             num_layers=self._depth,
             dtype=engine.model.dtype,
-            sampling=[request.sampling for request, _ in rows],
-            among=[request.sampling for request in requests],
-            log_probs=any(request.log_probs for request in requests),
+            # A tokenizer may name ends that the model does not have: nothing ends there.
+            ends=[token for token in ends if 0 <= token < config.vocab_size],
+            among=self._requests,
             cache=cache,
             mesh=engine.mesh,
         )

@@ -1,7 +1,7 @@
 """What a row of the decode loop gave: its text, and the statistics of how it was found."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -44,18 +44,12 @@ class Trace:
     def cut(self, count: int) -> "Trace":
         """The first `count` tokens. What comes behind the cut was neither drafted nor accepted: a
         round that is cut inside has drafted just the tokens that are kept of it."""
-        round_n = self.round_n[:count].copy()
-        if count and not round_n[-1]:
-            kept = count - 1 - np.flatnonzero(round_n)[-1]
-            round_n[-1] = 1 + kept
-        log_probs_n = self.log_probs_n
-        return Trace(
-            self.tokens_n[:count],
-            self.accepted_n[:count],
-            self.replaced_n[:count],
-            round_n,
-            None if log_probs_n is None else log_probs_n[:count],
-        )
+        cut = Trace(*(None if buffer is None else buffer[:count] for buffer in vars(self).values()))
+        if count and not cut.round_n[-1]:
+            round_n = cut.round_n.copy()
+            round_n[-1] = count - np.flatnonzero(round_n)[-1]
+            return replace(cut, round_n=round_n)
+        return cut
 
     @property
     def rounds(self) -> int:
@@ -67,11 +61,8 @@ class Trace:
         ends = np.flatnonzero(self.round_n)
         drafted = self.round_n[ends[1:]] - 1
         accepted = np.add.reduceat(self.accepted_n, ends[:-1] + 1) if len(ends) > 1 else drafted
-        longest = max(drafted, default=0)
-        return (
-            [int((drafted > position).sum()) for position in range(longest)],
-            [int((accepted > position).sum()) for position in range(longest)],
-        )
+        positions = range(max(drafted, default=0))
+        return tuple([int((n > at).sum()) for at in positions] for n in (drafted, accepted))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,9 +74,9 @@ class Completion:
     row's last one; in a batch the reading of other prompts counts in. compile_seconds: spent
     before, in neither of them. tokens_per_second: new tokens after the first over decode_seconds.
     acceptance_rate: accepted / drafted. tokens_per_round: new tokens after the first over rounds,
-    which is the mean acceptance length of Spec-Bench: accepted drafts and the token behind them.
-    seed: None if greedy. log_probs: of the new tokens by the logits of what ran for them, before
-    penalties, temperature and filters; None unless asked for.
+    which is the mean acceptance length of Spec-Bench. seed: None if greedy. log_probs: of the new
+    tokens by the logits of what ran for them, before penalties, temperature and filters; None
+    unless asked for.
     """
 
     prompt: str
@@ -119,17 +110,14 @@ class Completion:
         """Derives every figure from the trace."""
         drafted, accepted = trace.by_position()
         later = len(trace) - 1
-        timed = later > 0 and decode_seconds > 0
+        settings = ("exit_layer", "num_draft_tokens", "draft_vocab", "draft_confidence")
         return cls(
             token_ids=trace.tokens_n.tolist(),
             num_new_tokens=len(trace),
             decode_seconds=decode_seconds,
-            tokens_per_second=later / decode_seconds if timed else None,
+            tokens_per_second=later / decode_seconds if later > 0 and decode_seconds > 0 else None,
             strategy=strategy.name,
-            exit_layer=strategy.exit_layer,
-            num_draft_tokens=strategy.num_draft_tokens,
-            draft_vocab=strategy.draft_vocab,
-            draft_confidence=strategy.draft_confidence,
+            **{name: getattr(strategy, name) for name in settings},
             rounds=trace.rounds,
             drafted=sum(drafted),
             accepted=sum(accepted),
@@ -196,15 +184,9 @@ class RowText:
 
     def _held_back(self) -> int:
         """Characters at the end of the text that may be the beginning of a stop string."""
-        return max(
-            (
-                size
-                for stop in self._stop
-                for size in range(1, min(len(stop), len(self.text) - self._shown + 1))
-                if self.text.endswith(stop[:size])
-            ),
-            default=0,
-        )
+        unseen = self.text[self._shown :]
+        sizes = ((stop, size) for stop in self._stop for size in range(1, len(stop)))
+        return max((size for stop, size in sizes if unseen.endswith(stop[:size])), default=0)
 
     def _show(self, held_back: int) -> str:
         end = len(self.text) - held_back

@@ -25,8 +25,9 @@ from jax import lax
 
 from lsjax.config import LlamaConfig
 from lsjax.decoding.autoregressive import Autoregressive
-from lsjax.decoding.draft_vocabulary import DraftVocabulary
-from lsjax.decoding.sampling import GREEDY, Sampling, likeliest
+from lsjax.decoding.draft import DraftVocabulary
+from lsjax.decoding.request import Request
+from lsjax.decoding.sampling import argmax
 from lsjax.decoding.self_speculative import SelfSpeculative
 from lsjax.decoding.state import DecodeState, Strategy
 from lsjax.model.cache import KVCache
@@ -73,34 +74,24 @@ class RoundCosts:
         widths: by the number of positions, the share of rounds that verify so many. unsure: share
         of rounds whose draft ends by its confidence, after the head has given its next token.
         """
-        return (
-            (drafts + 1) * exit_layer * self.layer[1]
-            + (drafts + unsure) * self.draft[draft_vocab]
-            + sum(
-                share * (self.pass_seconds(num_layers, width) - exit_layer * self.layer[width])
-                for width, share in widths.items()
-            )
+        verification = sum(
+            share * (self.pass_seconds(num_layers, width) - exit_layer * self.layer[width])
+            for width, share in widths.items()
         )
+        draft = (drafts + unsure) * self.draft[draft_vocab]
+        return (drafts + 1) * exit_layer * self.layer[1] + draft + verification
 
     def speedup(
         self, num_layers: int, exit_layer: int, drafts: float, acceptance: float, **options: Any
     ) -> float:
         """Predicted speedup over autoregressive decoding; options as for `round`."""
-        cost = self.round(num_layers, exit_layer, drafts, **options)
-        return tokens_per_round(acceptance, drafts) * self.token / cost
-
-
-def tokens_per_round(acceptance: float, drafts: float) -> float:
-    """New tokens of a round: the accepted drafts and one of the verification."""
-    return 1 + acceptance * drafts
+        tokens = 1 + acceptance * drafts
+        return tokens * self.token / self.round(num_layers, exit_layer, drafts, **options)
 
 
 def unsure_share(drafted_by_position: Sequence[int], num_draft_tokens: int, rounds: int) -> float:
-    """Share of the rounds whose draft ended by its confidence, before its last position; 0 where
-    nothing is to be drafted.
-
-    The end of a text and a stop token end a few drafts too.
-    """
+    """Share of the rounds whose draft ended before its last position: by its confidence, and a few
+    by the end of a text."""
     if num_draft_tokens == 0:
         return 0.0
     return 1 - sum(drafted_by_position[num_draft_tokens - 1 : num_draft_tokens]) / rounds
@@ -114,8 +105,8 @@ def ideal_speedup(
     draft_vocab: int | None = None,
     unsure: float = 0.0,
 ) -> float:
-    """Speedup over autoregressive decoding if time were bytes of weights: of each part, whatever
-    the number of positions."""
+    """Speedup over autoregressive decoding if time were bytes of weights, whatever the number of
+    positions."""
     layers, vocab = config.num_layers, draft_vocab or config.vocab_size
     head = config.head_params / config.layer_params
     draft = {vocab: head * vocab / config.vocab_size}
@@ -135,26 +126,24 @@ def calibrate(model: Llama, lengths: Sequence[int], vocabularies: Sequence[int])
     lengths: draft lengths d above 0, for verifications of d + 1 positions. vocabularies: sizes of
     what drafts are chosen from.
     """
-    widths = sorted({length + 1 for length in lengths})
+    config, widths = model.config, sorted({length + 1 for length in lengths})
+    drafting = [
+        SelfSpeculative(1, DRAFTS, DraftVocabulary(np.arange(n)) if n < config.vocab_size else None)
+        for n in vocabularies
+    ]
     parts = [
         rounds_loop(model, Autoregressive()),
         *(layers_loop(model, width) for width in (1, *widths)),
         *(head_loop(model, width) for width in widths),
-        *(draft_loop(model, _drafting(model, size)) for size in vocabularies),
+        *(draft_loop(model, strategy) for strategy in drafting),
     ]
     # Products of one position are timed where they stand: alone they may take longer.
     seconds = iter(median_seconds(parts))
     token = next(seconds)
-    layer = {width: next(seconds) / model.config.num_layers for width in (1, *widths)}
+    layer = {width: next(seconds) / config.num_layers for width in (1, *widths)}
     head = {width: next(seconds) for width in widths}
     draft = {size: (next(seconds) - (DRAFTS + 1) * layer[1]) / DRAFTS for size in vocabularies}
     return RoundCosts(token, layer, head, draft)
-
-
-def _drafting(model: Llama, size: int) -> SelfSpeculative:
-    """Drafts of one layer from a vocabulary of that size."""
-    whole = size == model.config.vocab_size
-    return SelfSpeculative(1, DRAFTS, None if whole else DraftVocabulary(np.arange(size)))
 
 
 def layers_loop(model: Llama, width: int) -> Loop:
@@ -179,7 +168,7 @@ def head_loop(model: Llama, width: int) -> Loop:
     start = jnp.ones((width, model.config.hidden_size), model.dtype)
 
     def body(model, x_TD):
-        return start + 1e-9 * likeliest(model.unembed(x_TD))[:, None].astype(start.dtype)
+        return start + 1e-9 * argmax(model.unembed(x_TD))[:, None].astype(start.dtype)
 
     return compiled_loop(model, body, start)
 
@@ -187,41 +176,43 @@ def head_loop(model: Llama, width: int) -> Loop:
 def rounds_loop(
     model: Llama,
     strategy: Strategy,
+    step: Callable[[Llama, DecodeState, Any], DecodeState] | None = None,
     *,
     length: int = LENGTH,
     capacity: int = 0,
-    sampling: Sampling = GREEDY,
 ) -> Loop:
-    """Whole rounds, always at the same place: the row is shortened again after each."""
-    state = filled_state(model, strategy, length, capacity, sampling)
+    """Rounds of the strategy, or another `step`, of a row with `length` tokens, which is shortened
+    again after each."""
+    step = step or strategy.step
+    start = DecodeState.create(
+        model.config,
+        [Request(prompt=[1] * length, max_new_tokens=LENGTH)],
+        capacity=max(capacity, length + LENGTH + strategy.slack),
+        num_layers=strategy.depth(model.config),
+        dtype=model.dtype,
+    )
 
-    def body(pair, state):
-        done = strategy.step(pair[0], state, pair[1])
+    def body(constants, state):
+        done = step(constants[0], state, constants[1])
         return dataclasses.replace(done, length_B=state.length_B, finish_B=state.finish_B)
 
-    return compiled_loop((model, strategy.arguments(model)), body, state)
+    return compiled_loop((model, strategy.arguments(model)), body, start)
 
 
 def draft_loop(model: Llama, strategy: SelfSpeculative) -> Loop:
     """The drafts of a round."""
 
-    def body(pair, state):
-        draft = strategy.draft(pair[0], state, pair[1])
+    def step(model, state, arguments):
+        draft = strategy.draft(model, state, arguments)
         # The drafts decide the pending token, or the compiler would leave out the head.
         pending_BT = draft.tokens_BT[:, :1]
         tokens_BS = lax.dynamic_update_slice(draft.state.tokens_BS, pending_BT, (0, LENGTH - 1))
         return dataclasses.replace(draft.state, tokens_BS=tokens_BS)
 
-    constants = (model, strategy.arguments(model))
-    return compiled_loop(constants, body, filled_state(model, strategy))
+    return rounds_loop(model, strategy, step)
 
 
-def compiled_loop(
-    constants: Any,
-    body: Callable[[Any, Any], Any],
-    start: Any,
-    compiler_options: dict[str, Any] | None = None,
-) -> Loop:
+def compiled_loop(constants: Any, body: Callable[[Any, Any], Any], start: Any) -> Loop:
     """A loop of `body(constants, carry)` on the device; the carry goes from call to call."""
     leaves, structure = jax.tree.flatten(constants)
     start = jax.tree.map(jnp.copy, start)  # it is donated
@@ -230,8 +221,7 @@ def compiled_loop(
         constants = jax.tree.unflatten(structure, leaves)
         return lax.fori_loop(0, times, lambda _, carry: body(constants, carry), carry)
 
-    lowered = jax.jit(program, donate_argnums=1).lower(leaves, start, np.int32(1))
-    compiled = lowered.compile(compiler_options=compiler_options)
+    compiled = jax.jit(program, donate_argnums=1).lower(leaves, start, np.int32(1)).compile()
     held = [start]
 
     def run(times: int) -> None:
@@ -254,7 +244,7 @@ def median_seconds(loops: Sequence[Loop]) -> list[float]:
 
 
 def memory_bandwidth(num_bytes: int = 1 << 30) -> float:
-    """Bytes per second: median of sums over float32 numbers, with all threads that XLA has."""
+    """Bytes per second of a sum over float32 numbers, with all threads that XLA has."""
     x = jnp.ones((1 << 10, num_bytes >> 12), jnp.float32)
     total = jax.jit(lambda x: x.sum(1)).lower(x).compile()
 
@@ -263,26 +253,6 @@ def memory_bandwidth(num_bytes: int = 1 << 30) -> float:
             jax.block_until_ready(total(x))
 
     return num_bytes / median_seconds([run])[0]
-
-
-def filled_state(
-    model: Llama,
-    strategy: Strategy,
-    length: int = LENGTH,
-    capacity: int = 0,
-    sampling: Sampling = GREEDY,
-) -> DecodeState:
-    """A row of `length` tokens with room for the strategy's rounds."""
-    return DecodeState.create(
-        model.config,
-        [[1] * length],
-        [LENGTH],
-        [[-1]],
-        capacity=max(capacity, length + LENGTH + strategy.slack),
-        num_layers=strategy.depth(model.config),
-        dtype=model.dtype,
-        sampling=[sampling],
-    )
 
 
 def _seconds(loop: Loop, times: int) -> float:

@@ -7,13 +7,13 @@ from dataclasses import replace
 import jax
 from jax.sharding import Mesh
 
-from lsjax.config import check
+from lsjax.config import LlamaConfig, check
 from lsjax.data.tokenizer import Tokenizer
 from lsjax.decoding.autoregressive import Autoregressive
 from lsjax.decoding.batching import ContinuousBatch, Conversation
 from lsjax.decoding.completion import Completion, Update
 from lsjax.decoding.programs import Programs
-from lsjax.decoding.request import Request, check_settings, encode_prompt
+from lsjax.decoding.request import Request, encode_prompt
 from lsjax.decoding.sampling import GREEDY, Sampling
 from lsjax.decoding.state import Strategy
 from lsjax.model.llama import Llama
@@ -27,12 +27,12 @@ SLACK = 64
 class Engine:
     """A model, its tokenizer, a strategy and the programs compiled for them.
 
-    batch_size: rows that decode side by side; what a row gives does not depend on the others. A
-    row that ends is given the next request at once. max_length: prompt and new tokens of a row;
-    the model's context by default. ignore_end: decode behind the end of a text, for measurements.
-    min_capacity: slots of a row's cache at least. mesh: devices to decode on (lsjax/sharding.py).
-    lay_out: let the compiler choose how weights are laid out on accelerators. It copies those that
-    change, so whoever keeps `model` keeps these twice.
+    batch_size: rows that decode side by side; a row's text does not depend on the others. A row
+    that ends is given the next request at once. max_length: prompt and new tokens of a row; the
+    model's context by default. ignore_end: decode behind the end of a text. min_capacity: least
+    slots of a row's cache. mesh: devices to decode on (lsjax/sharding.py). lay_out: let the
+    compiler choose layouts of the weights on accelerators; whoever keeps `model` then keeps those
+    that change twice.
 
     Raises ConfigError where the strategy or the length does not fit the model, or the batch not
     the mesh; TokenizerError where the tokenizer does not fit the model.
@@ -52,13 +52,9 @@ class Engine:
         lay_out: bool = True,
     ):
         config, strategy = model.config, strategy or Autoregressive()
-        check_settings(
-            config,
-            strategy,
-            batch_size=batch_size,
-            max_length=max_length,
-            data_axis=1 if mesh is None else mesh.shape["data"],
-        )
+        data_axis = 1 if mesh is None else mesh.shape["data"]
+        sizes = dict(batch_size=batch_size, max_length=max_length, data_axis=data_axis)
+        check_settings(config, strategy, **sizes)
         self.tokenizer = tokenizer.fitted(config.vocab_size)
         self.batch_size = batch_size
         self.max_length = config.max_context if max_length is None else max_length
@@ -107,11 +103,8 @@ class Engine:
 
     def memory_bytes(self, total: int) -> tuple[int, int]:
         """Bytes of the model and of the cache for rows of `total` tokens, on all devices."""
-        config, itemsize = self.model.config, self.model.dtype.itemsize
-        rows, slots = self._rows, self.capacity(total)
-        layers = self.strategy.depth(config)
-        cache = config.cache_bytes(rows, slots, itemsize) * layers // config.num_layers
-        return config.num_params * itemsize, cache
+        model_bytes = self.model.config.num_params * self.model.dtype.itemsize
+        return model_bytes, self._cache_bytes(self.capacity(total), None)
 
     def check_memory(self, first: int, total: int, held: int = 0) -> None:
         """Raises ConfigError where the devices can't hold the cache for rows that begin with
@@ -124,12 +117,7 @@ class Engine:
         slots = last = self.capacity(total)
         if self.capacity(first) < last:
             slots += self.capacity(last // 2 - self.strategy.slack)
-        config = self.model.config
-        shape = (self._rows, config.num_kv_heads, slots, config.head_dim)
-        if self.mesh is not None:
-            shape = sharding_of("keys.0", shape, self.mesh).shard_shape(shape)
-        layers = self.strategy.depth(config)
-        needed = 2 * layers * math.prod(shape) * self.model.dtype.itemsize
+        needed = self._cache_bytes(slots, self.mesh)
         check(
             needed <= free + held,
             f"the cache for texts of {total} tokens needs {needed / 1e6:,.0f} MB on each device, "
@@ -137,41 +125,38 @@ class Engine:
             "or shorten the prompts",
         )
 
-    @property
-    def _rows(self) -> int:
-        """Rows of a cache; beside a batch there is a row in which the next prompt is read."""
-        return self.batch_size + (self.batch_size > 1)
+    def _cache_bytes(self, slots: int, mesh: Mesh | None) -> int:
+        """Bytes of the cache on each device of a mesh. Beside a batch there is a row in which the
+        next prompt is read."""
+        config, rows = self.model.config, self.batch_size + (self.batch_size > 1)
+        shape = (rows, config.num_kv_heads, slots, config.head_dim)
+        if mesh is not None:
+            shape = sharding_of("keys.0", shape, mesh).shard_shape(shape)
+        return 2 * self.strategy.depth(config) * math.prod(shape) * self.model.dtype.itemsize
 
     def generate(
         self,
         prompts: Sequence[str | Sequence[int] | Request],
         *,
-        sampling: Sampling | Sequence[Sampling] = GREEDY,
+        sampling: Sampling = GREEDY,
         on_completion: Callable[[int, Completion], None] | None = None,
         **options,
     ) -> list[Completion]:
         """Continues every prompt; completions in the same order.
 
         prompts: text, token ids, or a `Request`, to which the other arguments do not apply.
-        sampling: one for each prompt, or one for all. Prompt number i then uses the seed + i, so
-        equal prompts give different texts. options: the other fields of `Request`.
-        on_completion: called with index and completion as each one ends.
+        sampling: prompt number i uses its seed + i, so equal prompts give different texts.
+        options: the other fields of `Request`. on_completion: called with index and completion as
+        each one ends.
 
         Raises ConfigError for what `Request` and `encode_prompt` refuse.
         """
-        if isinstance(sampling, Sampling):
-            seeds = [(sampling.seed + i) % 2**32 for i in range(len(prompts))]
-            sampling = [replace(sampling, seed=seed) for seed in seeds]
-        check(
-            len(sampling) == len(prompts),
-            f"{len(sampling)} samplings for {len(prompts)} prompts: give one, or one for each",
-        )
-        asked = [
-            self._ask(prompt, sampling=own, **options)
-            for prompt, own in zip(prompts, sampling, strict=True)
-        ]
-        completions: list[Completion | None] = [None] * len(asked)
-        for update in ContinuousBatch(self, asked).updates() if asked else ():
+        requests = []
+        for index, prompt in enumerate(prompts):
+            own = replace(sampling, seed=(sampling.seed + index) % 2**32)
+            requests.append(self._request(prompt, sampling=own, **options))
+        completions: list[Completion | None] = [None] * len(requests)
+        for update in ContinuousBatch(self, requests).updates() if requests else ():
             if update.completion is not None:
                 completions[update.index] = update.completion
                 if on_completion is not None:
@@ -210,18 +195,17 @@ class Engine:
             conversation is None or self.batch_size == 1,
             f"a conversation needs an engine with batch_size 1, not {self.batch_size}",
         )
-        asked = [self._ask(prompt, **options)]
-        yield from ContinuousBatch(
-            self, asked, stream=True, conversation=conversation, cancelled=cancelled
-        ).updates()
+        request = self._request(prompt, **options)
+        rest = dict(stream=True, conversation=conversation, cancelled=cancelled)
+        yield from ContinuousBatch(self, [request], **rest).updates()
 
-    def _ask(self, prompt: str | Sequence[int] | Request, **options) -> tuple[Request, list[int]]:
-        """The request and its prompt's ids."""
+    def _request(self, prompt: str | Sequence[int] | Request, **options) -> Request:
+        """The request with its prompt's ids."""
         if not isinstance(prompt, Request):
             options = {k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}
             ids = prompt if isinstance(prompt, str) else list(prompt)
             prompt = Request(prompt=ids, **options)
-        return prompt, self.encode(prompt)
+        return replace(prompt, prompt=self.encode(prompt))
 
     def encode(self, request: Request) -> list[int]:
         """The token ids of its prompt. Raises ConfigError for what `encode_prompt` refuses."""
@@ -233,6 +217,32 @@ class Engine:
             max_length=self.max_length,
             stop_ids=request.stop_ids,
         )
+
+
+def check_settings(
+    config: LlamaConfig,
+    strategy: Strategy,
+    *,
+    batch_size: int,
+    max_length: int | None,
+    data_axis: int = 1,
+) -> None:
+    """Raises ConfigError where an Engine could not work; no weights are needed to tell.
+
+    data_axis: devices over which the rows of a batch are sharded.
+    """
+    strategy.validate(config)
+    check(batch_size >= 1, f"batch size {batch_size} is below 1: choose --batch-size 1 or more")
+    check(
+        batch_size == 1 or batch_size % data_axis == 0,  # a single row is replicated
+        f"batch size {batch_size} does not divide into the mesh's data axis of {data_axis}: choose "
+        "a multiple of it as --batch-size, or another --mesh.data",
+    )
+    check(
+        max_length is None or 2 <= max_length <= config.max_context,
+        f"max length {max_length} is not in 2..{config.max_context}, the model's context: "
+        "choose --max-length there",
+    )
 
 
 def cache_slots(length: int, strategy: Strategy) -> int:

@@ -1,7 +1,7 @@
 """The compiled programs of decoding: read prompts, put a row into a batch, and run rounds."""
 
 import time
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
@@ -30,9 +30,8 @@ PREFILL_CHUNKS = (32, 64, 128, 256, 512)
 def prefill(
     model: Llama, state: DecodeState, start: Int[Array, ""], *, chunk: int, depth: int
 ) -> DecodeState:
-    """Runs the prompts from position `start` on through the first `depth` layers, filling the
-    cache, and appends the first new token of every row. What comes before is in the cache. The
-    prompts are read `chunk` positions at a time."""
+    """Runs the prompts from position `start` on through the first `depth` layers, `chunk` positions
+    at a time, and appends the first new token of every row. What comes before is in the cache."""
     batch, capacity = state.tokens_BS.shape
 
     def read(index, carry):
@@ -79,13 +78,14 @@ def decode(
 ) -> DecodeState:
     """At most `rounds` rounds of the strategy with these `arguments` of it.
 
-    Returns as soon as a row that ran has ended, so that the host can note its time. Returns before
-    a round that the cache has no room for, so that the host can give it more.
+    Returns as soon as a row has ended, so that the host can note its time, and before a round that
+    the cache has no room for, so that the host can give it more.
     """
 
     def more(carry):
         done, current = carry
-        go_on_B = (current.running_B == running_B) & current.has_room_B(strategy.slack)
+        has_room_B = ~current.running_B | (current.length_B + strategy.slack <= current.capacity)
+        go_on_B = (current.running_B == running_B) & has_room_B
         return (done < rounds) & current.running_B.any() & go_on_B.all()
 
     def step(carry):
@@ -98,10 +98,13 @@ def decode(
 
 
 class Programs:
-    """Compiles `function(model, state, *rest)`, one of the above, once for each kind of state."""
+    """Compiles `function(model, state, *rest)`, one of the above, once for each kind of state.
+
+    lay_out: let the compiler choose layouts of the weights, on accelerators. It does so for the
+    first program, and the others use the same: else every call would convert some weights.
+    """
 
     def __init__(self, model: Llama, mesh: Mesh | None = None, *, lay_out: bool = True):
-        """lay_out: let the compiler choose layouts of the weights, on accelerators."""
         self.model = model  # its arrays laid out as the programs want them
         # A flat list is quicker to hand over than a module.
         self._leaves, self._structure = jax.tree.flatten(model)
@@ -110,21 +113,19 @@ class Programs:
         self._compiled: dict[Hashable, Callable] = {}
         self.compile_seconds = 0.0
 
+    def __len__(self) -> int:
+        return len(self._compiled)
+
     def use(self, model: Llama) -> None:
         """Runs the programs on another model. Raises ConfigError unless it has the same form."""
         leaves, structure = jax.tree.flatten(model)
-        before = [(leaf.shape, leaf.dtype) for leaf in self._leaves]
         check(
-            structure == self._structure
-            and [(leaf.shape, leaf.dtype) for leaf in leaves] == before,
+            structure == self._structure and _shapes(leaves) == _shapes(self._leaves),
             "the model differs in form from the one that the programs were compiled for: make a "
             "new Engine",
         )
         self.model, self._leaves = model, leaves
         self._lay_out()
-
-    def __len__(self) -> int:
-        return len(self._compiled)
 
     def get(
         self, function: partial, state: DecodeState, *rest: Any, donate: bool = True
@@ -134,8 +135,7 @@ class Programs:
         what they compile."""
         static = (getattr(value, "program", value) for value in function.keywords.values())
         leaves, structure = jax.tree.flatten((state, rest))
-        shapes = tuple((leaf.shape, str(leaf.dtype)) for leaf in leaves)
-        key = (function.func, *static, shapes, structure)
+        key = (function.func, *static, _shapes(leaves), structure)
         if key not in self._compiled:
             begin = time.perf_counter()
             compiled = self.lower(function, state, *rest, donate=donate).compile()
@@ -151,19 +151,14 @@ class Programs:
     def lower(
         self, function: partial, state: DecodeState, *rest: Any, donate: bool = True
     ) -> Lowered:
-        """The program before it is compiled; shapes suffice for it, of the model too.
-
-        Stacked layers are separated inside the program, so that no copy of them stays. On
-        accelerators the compiler chooses the layouts of the weights for the first program, and the
-        others use the same. Otherwise every call would convert some weights.
-        """
+        """The program before it is compiled; shapes suffice for it, of the model too. Stacked
+        layers are separated inside the program, so that no copy of them stays."""
 
         def run(leaves, state, *rest):
             model = jax.tree.unflatten(self._structure, leaves)
             return function(unstacked(model) if model.is_stacked else model, state, *rest)
 
         mesh, formats = self._mesh, self._formats
-        places = None if mesh is None else shardings(state, mesh)
         with nullcontext() if mesh is None else jax.set_mesh(mesh):
             if formats is None and self._lays_out and chooses_layouts():
                 formats = [Format(Layout.AUTO, leaf.sharding) for leaf in self._leaves]
@@ -171,7 +166,7 @@ class Programs:
                 run,
                 donate_argnums=1 if donate else (),
                 in_shardings=None if formats is None else (formats, *[None] * (1 + len(rest))),
-                out_shardings=places,
+                out_shardings=None if mesh is None else shardings(state, mesh),
             )
             return program.lower(self._leaves, state, *rest)
 
@@ -188,3 +183,7 @@ class Programs:
 def chooses_layouts() -> bool:
     """Whether the compiler may choose layouts: on CPUs it would gain nothing."""
     return platform() != "cpu"
+
+
+def _shapes(leaves: Sequence[Any]) -> tuple[tuple, ...]:
+    return tuple((leaf.shape, leaf.dtype) for leaf in leaves)

@@ -6,12 +6,11 @@ from dataclasses import dataclass
 from lsjax.config import Checked, LlamaConfig, bounded, check
 from lsjax.data.tokenizer import Tokenizer
 from lsjax.decoding.sampling import GREEDY, Sampling
-from lsjax.decoding.state import Strategy
 
 
 @dataclass(frozen=True, kw_only=True)
 class Request(Checked):
-    """A prompt, how its text goes on, and what ends it.
+    """A prompt, how its text continues, and what ends it.
 
     Raises ConfigError for a field of another type, an empty stop string and negative stop ids.
     """
@@ -34,32 +33,6 @@ class Request(Checked):
         check("" not in self.stop, "a stop string is empty: give the text to stop at")
 
 
-def check_settings(
-    config: LlamaConfig,
-    strategy: Strategy,
-    *,
-    batch_size: int,
-    max_length: int | None,
-    data_axis: int = 1,
-) -> None:
-    """Raises ConfigError where an Engine could not work; no weights are needed to tell.
-
-    data_axis: devices that share out the rows of a batch.
-    """
-    strategy.validate(config)
-    check(batch_size >= 1, f"batch size {batch_size} is below 1: choose --batch-size 1 or more")
-    check(
-        batch_size == 1 or batch_size % data_axis == 0,  # a single row is computed everywhere
-        f"batch size {batch_size} does not divide into the mesh's data axis of {data_axis}: choose "
-        "a multiple of it as --batch-size, or another --mesh.data",
-    )
-    check(
-        max_length is None or 2 <= max_length <= config.max_context,
-        f"max length {max_length} is not in 2..{config.max_context}, the model's context: "
-        "choose --max-length there",
-    )
-
-
 def encode_prompt(
     prompt: str | Sequence[int],
     tokenizer: Tokenizer,
@@ -71,22 +44,21 @@ def encode_prompt(
 ) -> list[int]:
     """The prompt's token ids.
 
-    Raises ConfigError for an empty prompt, one that leaves no room for max_new_tokens, and ids
-    that the model does not have, those that end a text included.
+    Raises ConfigError for an empty prompt, for one that leaves no room for max_new_tokens, and for
+    ids that the model does not have, in the prompt or among those that end its text.
     """
     ids = tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
     limit = config.max_context if max_length is None else max_length
+    vocabulary = f"the vocabulary of {config.vocab_size}: give ids in 0..{config.vocab_size - 1}"
     check(
         max(stop_ids, default=0) < config.vocab_size,
-        f"stop ids {list(stop_ids)} are not all in the vocabulary of {config.vocab_size}: give ids "
-        f"in 0..{config.vocab_size - 1}",
+        f"stop ids {list(stop_ids)} are not all in {vocabulary}",
     )
     check(len(ids) > 0, "the prompt is empty: it needs at least one token")
     check(max_new_tokens >= 1, f"max_new_tokens {max_new_tokens} is below 1: ask for 1 or more")
     check(
         min(ids) >= 0 and max(ids) < config.vocab_size,
-        f"token ids {min(ids)}..{max(ids)} are not all in the vocabulary of {config.vocab_size}: "
-        f"give ids in 0..{config.vocab_size - 1}",
+        f"token ids {min(ids)}..{max(ids)} are not all in {vocabulary}",
     )
     check(
         len(ids) + max_new_tokens <= limit,

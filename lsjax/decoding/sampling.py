@@ -1,11 +1,9 @@
 """Sampling: penalties on the logits, the distribution that a token is drawn from, and the draws.
 
 A distribution is a row of log-probabilities [V], -inf for a token that may not be drawn. A row of
-temperature 0 is greedy: all of its probability is on the argmax.
-
-The filters look for a threshold by bisection instead of sorting the vocabulary. A draw depends on
-the row's key, the position of the token and the purpose of the draw alone, so a row's tokens do
-not depend on its batch mates.
+temperature 0 is greedy: all of its probability is on the argmax. The filters find a threshold by
+bisection instead of sorting the vocabulary. A draw depends on nothing but the row's key, the
+token's position and the draw's purpose, so a row's tokens do not depend on its batch mates.
 """
 
 from collections.abc import Callable, Sequence
@@ -59,11 +57,6 @@ class Sampling(Checked):
     no_repeat_ngram: int = bounded(0, low=0, hint="0 allows all")
     """Says no n-gram of this size twice, prompt included; 0 allows all."""
 
-    @property
-    def repeats(self) -> bool:
-        """Whether anything is said about repetition."""
-        return self.repetition_penalty != 1 or self.no_repeat_ngram > 0
-
 
 GREEDY = Sampling()
 
@@ -87,14 +80,14 @@ class Draws:
     ) -> "Draws | None":
         """Row b is sampled as rows[b] says; None if all are greedy. among: all rows that share the
         program, these by default."""
-        among = rows if among is None else among
+        among = among or rows
         if all(row.temperature == 0 for row in among):
             return None
         return cls(
-            temperature_B=as_array([row.temperature for row in rows], jnp.float32),
-            top_k_B=as_array([row.top_k for row in rows], jnp.int32),
-            top_p_B=as_array([row.top_p for row in rows], jnp.float32),
-            min_p_B=as_array([row.min_p for row in rows], jnp.float32),
+            temperature_B=_array([row.temperature for row in rows], jnp.float32),
+            top_k_B=_array([row.top_k for row in rows], jnp.int32),
+            top_p_B=_array([row.top_p for row in rows], jnp.float32),
+            min_p_B=_array([row.min_p for row in rows], jnp.float32),
             key_B2=jnp.stack([jax.random.key_data(jax.random.key(row.seed)) for row in rows]),
             filters=frozenset(
                 name
@@ -110,14 +103,15 @@ class Draws:
         greedy_B11 = (self.temperature_B == 0)[:, None, None]
         temperature_B11 = jnp.where(greedy_B11, 1, self.temperature_B[:, None, None])
         top_BT1 = logits_BTV.max(-1, keepdims=True)
-        below_BTV = (top_BT1 - logits_BTV) / temperature_B11  # how far below the likeliest
+        below_BTV = (top_BT1 - logits_BTV) / temperature_B11  # how far below the largest
         limit_BT1 = jnp.full_like(top_BT1, jnp.inf)  # tokens further below are left out
         if "top_k" in self.filters:
             k_B11 = self.top_k_B[:, None, None]
-            found_BT1 = _smallest(
-                lambda m: (below_BTV <= m).sum(-1, keepdims=True) >= k_B11, top_BT1
-            )
-            limit_BT1 = jnp.where(k_B11 == 0, jnp.inf, found_BT1)
+
+            def enough(m):
+                return (below_BTV <= m).sum(-1, keepdims=True) >= k_B11
+
+            limit_BT1 = jnp.where(k_B11 == 0, jnp.inf, _smallest(enough, top_BT1))
         if "top_p" in self.filters:
             weight_BTV = jnp.where(below_BTV <= limit_BT1, jnp.exp(-below_BTV), 0)
             wanted_BT1 = self.top_p_B[:, None, None] * weight_BTV.sum(-1, keepdims=True)
@@ -131,8 +125,8 @@ class Draws:
         if "min_p" in self.filters:
             limit_BT1 = jnp.minimum(limit_BT1, -jnp.log(self.min_p_B)[:, None, None])
         log_BTV = jax.nn.log_softmax(jnp.where(below_BTV <= limit_BT1, -below_BTV, -jnp.inf))
-        is_likeliest_BTV = jnp.arange(logits_BTV.shape[-1]) == likeliest(logits_BTV)[..., None]
-        return jnp.where(greedy_B11, jnp.where(is_likeliest_BTV, 0, -jnp.inf), log_BTV)
+        is_best_BTV = jnp.arange(logits_BTV.shape[-1]) == argmax(logits_BTV)[..., None]
+        return jnp.where(greedy_B11, jnp.where(is_best_BTV, 0, -jnp.inf), log_BTV)
 
     def token(
         self, weight_BV: Float[Array, "B V"], position_B: Int[Array, " B"], purpose: Purpose
@@ -143,9 +137,8 @@ class Draws:
         random number for every token of the vocabulary.
         """
         batch, size = weight_BV.shape
-        weight_BMb = jnp.pad(weight_BV, ((0, 0), (0, -size % DRAW_BLOCK))).reshape(
-            batch, -1, DRAW_BLOCK
-        )
+        weight_BMb = jnp.pad(weight_BV, ((0, 0), (0, -size % DRAW_BLOCK)))
+        weight_BMb = weight_BMb.reshape(batch, -1, DRAW_BLOCK)
         u_B2 = jax.vmap(lambda key: jax.random.uniform(key, (2,)))(self._keys(position_B, purpose))
         block_B = _first_beyond(weight_BMb.sum(-1), u_B2[:, 0])
         inside_Bb = jnp.take_along_axis(weight_BMb, block_B[:, None, None], axis=1)[:, 0]
@@ -181,11 +174,11 @@ class Penalties:
         cls, rows: Sequence[Sampling], among: Sequence[Sampling] | None = None
     ) -> "Penalties | None":
         """Row b is treated as rows[b] says; None if nobody among them asks for any."""
-        if not any(row.repeats for row in (rows if among is None else among)):
+        if all(one.repetition_penalty == 1 and one.no_repeat_ngram == 0 for one in among or rows):
             return None
         return cls(
-            repetition_B=as_array([row.repetition_penalty for row in rows], jnp.float32),
-            ngram_B=as_array([row.no_repeat_ngram for row in rows], jnp.int32),
+            repetition_B=_array([row.repetition_penalty for row in rows], jnp.float32),
+            ngram_B=_array([row.no_repeat_ngram for row in rows], jnp.int32),
         )
 
     def apply(
@@ -239,23 +232,21 @@ class Penalties:
         return lax.while_loop(undecided, further, (1, on_BTS))[1]
 
 
-def as_array(numbers: Sequence[float], dtype: DTypeLike) -> Shaped[Array, " B"]:
-    """The numbers, none below 0, as an array of this type: one that is beyond the type's range or
-    too close to 0 for it becomes the next that it has."""
-    if jnp.issubdtype(dtype, jnp.integer):
-        smallest, largest = 1, jnp.iinfo(dtype).max
-    else:
-        smallest, largest = float(jnp.finfo(dtype).tiny), float(jnp.finfo(dtype).max)
-    return jnp.asarray([n and min(max(n, smallest), largest) for n in numbers], dtype)
-
-
-def likeliest(logits: Float[Array, "*any V"]) -> Int[Array, "*any"]:
-    """The index of the largest logit, the first of equals. Two passes that a CPU runs in vectors,
-    which it does not for `argmax` (docs/performance.md)."""
+def argmax(logits: Float[Array, "*any V"]) -> Int[Array, "*any"]:
+    """The index of the largest logit, the first of equals. Two passes, which a CPU runs in vectors,
+    unlike `jnp.argmax` (docs/performance.md)."""
     size = logits.shape[-1]
     is_top = logits == logits.max(-1, keepdims=True)
     index = jnp.where(is_top, jnp.arange(size, dtype=jnp.int32), size - 1)
     return index.min(-1)
+
+
+def _array(numbers: Sequence[float], dtype: DTypeLike) -> Shaped[Array, " B"]:
+    """The numbers in this type; one that is too large or too close to 0 for it becomes the next
+    that it has."""
+    limits = jnp.iinfo(dtype) if dtype == jnp.int32 else jnp.finfo(dtype)
+    least = getattr(limits, "tiny", 1)
+    return jnp.asarray([n and min(max(n, least), limits.max) for n in numbers], dtype)
 
 
 def _first_beyond(weight_BN: Float[Array, "B N"], u_B: Float[Array, " B"]) -> Int[Array, " B"]:

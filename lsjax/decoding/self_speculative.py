@@ -17,14 +17,13 @@ states and reads the draft's keys and values. The last draft token passes the fi
 without a head, because nothing is drafted after it.
 
 A compiled round is given exit and draft length as numbers. If it serves several, the layers
-between two exits are a segment under a branch, and so is the verification of each length.
+between two exits are under a branch, and so is the verification of each length.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import pairwise
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -32,9 +31,15 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from lsjax.config import LlamaConfig, check
-from lsjax.decoding.acceptance import AcceptanceRule, Draft, accept_by_ratio, accept_equal
-from lsjax.decoding.draft_vocabulary import DraftHead, DraftVocabulary
-from lsjax.decoding.sampling import Purpose, likeliest
+from lsjax.decoding.draft import (
+    AcceptanceRule,
+    Draft,
+    DraftHead,
+    DraftVocabulary,
+    accept_by_ratio,
+    accept_equal,
+)
+from lsjax.decoding.sampling import Purpose, argmax
 from lsjax.decoding.state import DecodeState, Strategy, check_exit
 from lsjax.model.cache import KVCache
 from lsjax.model.llama import Llama
@@ -45,8 +50,7 @@ DRAFT = "draft"  # the loop's name in compiled programs
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class RoundSettings:
-    """What a compiled round is given beside model and state: exit, draft length, the draft's head,
-    and the probability below which a draft ends, if it may."""
+    """Arguments of a compiled round. confidence: the probability below which a draft ends."""
 
     exit_layer: Int[Array, ""]
     num_draft_tokens: Int[Array, ""]
@@ -54,31 +58,16 @@ class RoundSettings:
     confidence: Float[Array, ""] | None
 
 
-class _DraftLoop(NamedTuple):
-    """The draft loop after i passes of the first layers; arrays as in `Draft`."""
-
-    i: Int[Array, ""] | int
-    cache: KVCache
-    token_B: Int[Array, " B"]  # passes next
-    active_B: Bool[Array, " B"]  # rows that go on drafting
-    sure_B: Float[Array, " B"]  # how probable the draft is, by the exit
-    hidden_BTD: Float[Array, "B T D"]
-    tokens_BT: Int[Array, "B T"]
-    log_q_BTN: Float[Array, "B T N"] | None
-    count_B: Int[Array, " B"]
-
-
 @dataclass(frozen=True)
 class SelfSpeculative(Strategy):
-    """Self-speculation: the tokens of Autoregressive in fewer passes of the model; sampled, tokens
-    of the same distribution.
+    """The tokens of Autoregressive in fewer passes of the model; sampled, the same distribution.
 
     exit_layer: E, layers of the draft. num_draft_tokens: d, drafts per round and row; 0 makes a
-    plain step of a round. vocabulary: tokens that the draft may propose, all by default.
-    draft_confidence: a draft ends before the token with which it would be less probable than this,
-    by the exit's probabilities of its argmax tokens; by default it goes on to d. accept: which
-    drafts stand (acceptance.py); by default the rule that loses nothing. shared_exits,
-    shared_lengths: others that the compiled program serves too (`in_one_program`).
+    plain step of a round. vocabulary: tokens that may be drafted, all by default. draft_confidence:
+    ends a draft before the token with which it would be less probable than this, by the exit's
+    probabilities of its argmax tokens. accept: which drafts are accepted (draft.py); by default the
+    rule that loses nothing. shared_exits, shared_lengths: others that the compiled program serves
+    too (`in_one_program`).
     """
 
     name = "self_speculative"
@@ -92,18 +81,18 @@ class SelfSpeculative(Strategy):
 
     @property
     def draft_vocab(self) -> int | None:
-        """Tokens that the draft may propose, None for all."""
+        """Tokens that may be drafted, None for all."""
         return None if self.vocabulary is None else len(self.vocabulary)
 
     @property
     def exits(self) -> tuple[int, ...]:
-        """Exits that the program serves, in rising order."""
+        """Exits that the program serves."""
         return tuple(sorted({self.exit_layer, *self.shared_exits}))
 
     @property
     def lengths(self) -> tuple[int, ...]:
-        """Draft lengths that the program serves, in rising order. Where drafts may end early,
-        quarters of d are among them: a round takes the shortest that holds its drafts."""
+        """Draft lengths that the program serves. Where drafts may end early, quarters of d are
+        among them: a round takes the shortest that holds its drafts."""
         quarters = (4,) if self.draft_confidence is None else range(5)
         own = {self.num_draft_tokens * quarter // 4 for quarter in quarters}
         return tuple(sorted(own | {*self.shared_lengths}))
@@ -137,21 +126,22 @@ class SelfSpeculative(Strategy):
 
     def arguments(self, model: Llama) -> RoundSettings:
         """Exit, length and confidence as numbers, and the rows of the head that the draft uses."""
-        head = None if self.vocabulary is None else self.vocabulary.head(model)
-        confidence = self.draft_confidence
-        confidence = None if confidence is None else jnp.float32(confidence)
-        numbers = jnp.int32(self.exit_layer), jnp.int32(self.num_draft_tokens)
-        return RoundSettings(*numbers, head, confidence)
+        return RoundSettings(
+            jnp.int32(self.exit_layer),
+            jnp.int32(self.num_draft_tokens),
+            None if self.vocabulary is None else self.vocabulary.head(model),
+            None if self.draft_confidence is None else jnp.float32(self.draft_confidence),
+        )
 
     def step(self, model: Llama, state: DecodeState, arguments: RoundSettings) -> DecodeState:
-        """One round: draft, verify, commit what stands and one token more."""
+        """One round: draft, verify, commit what is accepted and one token more."""
         return self.verify(model, self.draft(model, state, arguments), arguments)
 
     def draft(self, model: Llama, state: DecodeState, settings: RoundSettings) -> Draft:
         """Up to d tokens per row from the exit.
 
-        A row drafts no further than its end (the verification adds one token of its own), not
-        beyond a stop token, and no longer than the exit is sure of the whole draft.
+        A row drafts as far as its end (the verification adds one token of its own) or a stop token,
+        and as long as the exit is sure of the whole draft.
         """
         head, draws = settings.head, state.draws
         table_ND, places_V = (None, None) if head is None else (head.table_ND, head.places_V)
@@ -159,7 +149,7 @@ class SelfSpeculative(Strategy):
         limit_B = jnp.minimum(state.end_B - state.length_B - 1, settings.num_draft_tokens)
 
         def choose(x_BTD, i, tokens_BT, log_q_BTN, sure_B):
-            """Draft number i of each row, by the exit's logits."""
+            """Draft number i of each row, by the exit's logits, and how probable drafts are."""
             logits_BTN = model.unembed(x_BTD, table_ND)
             logits_BTN = state.penalised(logits_BTN, i, tokens_BT, places_V)
             if settings.confidence is not None:
@@ -168,7 +158,7 @@ class SelfSpeculative(Strategy):
                 over_BTN = jnp.exp(logits_BTN - logits_BTN.max(-1, keepdims=True))
                 sure_B = sure_B / over_BTN[:, 0].sum(-1)
             if draws is None:
-                index_B = likeliest(logits_BTN[:, 0])
+                index_B = argmax(logits_BTN[:, 0])
             else:
                 log_BTN = draws.log_probs(logits_BTN)
                 index_B = draws.token(jnp.exp(log_BTN[:, 0]), state.length_B + i, Purpose.DRAFT)
@@ -177,60 +167,51 @@ class SelfSpeculative(Strategy):
             tokens_BT = lax.dynamic_update_slice_in_dim(tokens_BT, token_B[:, None], i, axis=1)
             return tokens_BT, log_q_BTN, sure_B
 
-        def step(loop: _DraftLoop) -> _DraftLoop:
-            """The first layers on one token of each row, and the next draft."""
-            i = loop.i
+        def step(carry):
+            """The first layers on token i of each row, and the next draft of the active rows."""
+            active_B, i, cache, token_B, sure_B, drafts = carry
+            hidden_BTD, tokens_BT, log_q_BTN, count_B = drafts
             x_BTD, cache = _run_segments(
                 model,
                 (0, *self.exits),
                 lambda lo, hi: lo == 0 or settings.exit_layer >= hi,
-                model.embed(loop.token_B[:, None]),
+                model.embed(token_B[:, None]),
                 state.length_B[:, None] - 1 + i,
-                loop.cache,
+                cache,
             )
-            active_B = loop.active_B & (i < limit_B)
+            hidden_BTD = lax.dynamic_update_slice_in_dim(hidden_BTD, x_BTD, i, axis=1)
+            active_B &= i < limit_B
             # The last pass drafts nothing; its column is a spare.
             tokens_BT, log_q_BTN, sure_B = lax.cond(
                 active_B.any(),
                 choose,
                 lambda x_BTD, i, *drafts: drafts,
-                *(x_BTD, i, loop.tokens_BT, loop.log_q_BTN, loop.sure_B),
+                *(x_BTD, i, tokens_BT, log_q_BTN, sure_B),
             )
             if settings.confidence is not None:
                 active_B &= sure_B >= settings.confidence
-            token_B = tokens_BT[:, i]
-            return _DraftLoop(
-                i=i + 1,
-                cache=cache,
-                token_B=token_B,
-                active_B=active_B & ~state.is_stop(token_B),
-                sure_B=sure_B,
-                hidden_BTD=lax.dynamic_update_slice_in_dim(loop.hidden_BTD, x_BTD, i, axis=1),
-                tokens_BT=tokens_BT,
-                log_q_BTN=log_q_BTN,
-                count_B=loop.count_B + active_B,
-            )
+            token_B, count_B = tokens_BT[:, i], count_B + active_B
+            active_B &= ~state.is_stop(token_B)
+            drafts = (hidden_BTD, tokens_BT, log_q_BTN, count_B)
+            return active_B, i + 1, cache, token_B, sure_B, drafts
 
         size = self.draft_vocab or model.config.vocab_size
-        start = _DraftLoop(
-            i=0,
-            cache=state.cache,
-            token_B=state.pending_B,
-            active_B=state.running_B,
-            sure_B=jnp.ones_like(limit_B, jnp.float32),
-            hidden_BTD=jnp.zeros((*shape_BT, model.config.hidden_size), model.dtype),
-            tokens_BT=jnp.zeros(shape_BT, jnp.int32),
-            log_q_BTN=None if draws is None else jnp.zeros((*shape_BT, size), jnp.float32),
-            count_B=jnp.zeros_like(limit_B),
+        none_yet = (
+            jnp.zeros((*shape_BT, model.config.hidden_size), model.dtype),
+            jnp.zeros(shape_BT, jnp.int32),
+            None if draws is None else jnp.zeros((*shape_BT, size), jnp.float32),
+            jnp.zeros_like(limit_B),
         )
+        sure_B = jnp.ones_like(limit_B, jnp.float32)
+        start = (state.running_B, 0, state.cache, state.pending_B, sure_B, none_yet)
         with jax.named_scope(DRAFT):
-            end = lax.while_loop(lambda loop: loop.active_B.any(), step, start)
-        state = state.with_cache(end.cache)
-        return Draft(state, end.hidden_BTD, end.tokens_BT, end.count_B, end.log_q_BTN, head)
+            _, _, cache, _, _, drafts = lax.while_loop(lambda carry: carry[0].any(), step, start)
+        hidden_BTD, tokens_BT, log_q_BTN, count_B = drafts
+        return Draft(state.with_cache(cache), hidden_BTD, tokens_BT, count_B, log_q_BTN, head)
 
     def verify(self, model: Llama, draft: Draft, settings: RoundSettings) -> DecodeState:
-        """The remaining layers on the pending token and the drafts, all at once; then the drafts
-        that stand, and one token of the whole model's."""
+        """The other layers on the pending token and the drafts, all at once; then the drafts that
+        are accepted, and one token of the whole model's."""
         state, longest, steps = draft.state, draft.count_B.max(), draft.tokens_BT.shape[1]
         rule = self.accept or (accept_equal if state.draws is None else accept_by_ratio)
 

@@ -1,4 +1,4 @@
-"""What a batch of decoding rows is, and the one rule by which new tokens enter it."""
+"""The rows of a batch that decode, and the one rule by which new tokens enter them."""
 
 import dataclasses
 from abc import ABC, abstractmethod
@@ -15,23 +15,25 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from lsjax.config import LlamaConfig, check
-from lsjax.decoding.sampling import Draws, Penalties, Purpose, Sampling, likeliest
+from lsjax.decoding.request import Request
+from lsjax.decoding.sampling import Draws, Penalties, Purpose, argmax
 from lsjax.model.cache import KVCache, write
 from lsjax.model.llama import Llama
 from lsjax.model.parameters import placed
 from lsjax.sharding import on_each_device
 
 RUNNING, EOS, LENGTH, STOP = range(4)  # why a row ended, if it did; STOP is set by the host
+STOP_IDS = 4  # room for stop ids in a row: a multiple of this
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class DecodeState:
-    """A batch of B rows with S slots each; everything that the decode loop carries.
+    """B rows with S slots each: everything that the decode loop carries.
 
     A row has `length_B` tokens, prompt and new ones. The last of them is pending: its keys and
-    values are not in the cache yet, those of all before it are. The buffers [B, S] are a trace from
-    which the host derives text, colours and statistics (completion.py).
+    values are not in the cache yet, those of all before it are. The host derives text, colours and
+    statistics from the buffers [B, S] (completion.py).
     """
 
     cache: KVCache
@@ -51,56 +53,56 @@ class DecodeState:
     def create(
         cls,
         config: LlamaConfig,
-        prompts: list[list[int]],
-        max_new_tokens: list[int],
-        stop_ids: Sequence[Sequence[int]],
+        requests: Sequence[Request],
         *,
         capacity: int,
         num_layers: int,
         dtype: DTypeLike,
-        sampling: Sequence[Sampling],
-        among: Sequence[Sampling] | None = None,
-        log_probs: bool = False,
+        ends: Sequence[int] = (),
+        among: Sequence[Request] | None = None,
         cache: KVCache | None = None,
         mesh: Mesh | None = None,
     ) -> "DecodeState":
-        """Rows with their prompts and a cache for the first `num_layers` layers, sharded over a
-        mesh (lsjax/sharding.py).
+        """Rows of requests, whose prompts are token ids, sharded over a mesh (lsjax/sharding.py).
 
-        capacity: slots of each row, which may be fewer than it will need (`grown`). stop_ids:
-        tokens that end each row, for every row as many (-1 is none). A row with max_new_tokens 0 is
-        a filler that has ended from the start. sampling: of each row. among: of all rows that will
-        share the program, these alone by default. log_probs: keep the tokens' log-probabilities.
-        cache: an empty one by default.
+        A request of 0 new tokens is a filler. capacity: slots of each row, which may be fewer than
+        it will need (`grown`). num_layers: of the cache. ends: tokens that end every row. among:
+        all requests that will share the program, these by default. cache: an empty one by default.
 
         Raises ConfigError where a prompt and a token do not fit the capacity.
         """
-        batch = len(prompts)
-        length_B = np.array([len(prompt) for prompt in prompts], np.int32)
-        end_B = length_B + np.array(max_new_tokens, np.int32)
+        among, batch = among or requests, len(requests)
+        length_B = np.array([len(request.prompt) for request in requests], np.int32)
+        new_B = np.array([request.max_new_tokens for request in requests], np.int32)
         longest = int(length_B.max())
         check(
             longest < capacity,
             f"a prompt of {longest} tokens and a new one do not fit the cache of {capacity} slots",
         )
+        room = max(1, *(len({*ends, *request.stop_ids}) for request in among))
+        stop_Bn = np.full((batch, -(-room // STOP_IDS) * STOP_IDS), -1, np.int32)
         tokens_BS = np.zeros((batch, capacity), np.int32)
-        for row, prompt in enumerate(prompts):
-            tokens_BS[row, : len(prompt)] = prompt
+        for row, request in enumerate(requests):
+            tokens_BS[row, : len(request.prompt)] = request.prompt
+            stop = [*{*ends, *request.stop_ids}]
+            stop_Bn[row, : len(stop)] = stop
         if cache is None:
             cache = KVCache.create(config, batch, capacity, dtype, num_layers, mesh=mesh)
+        log_probs = any(request.log_probs for request in among)
+        samplings = [request.sampling for request in requests], [one.sampling for one in among]
         state = cls(
             cache=cache,
             length_B=jnp.asarray(length_B),
-            end_B=jnp.asarray(end_B),
-            finish_B=jnp.asarray(np.where(end_B > length_B, RUNNING, LENGTH).astype(np.int32)),
-            stop_Bn=jnp.asarray(stop_ids, jnp.int32),
+            end_B=jnp.asarray(length_B + new_B),
+            finish_B=jnp.asarray(np.where(new_B > 0, RUNNING, LENGTH).astype(np.int32)),
+            stop_Bn=jnp.asarray(stop_Bn),
             tokens_BS=jnp.asarray(tokens_BS),
             accepted_BS=jnp.zeros((batch, capacity), bool),
             replaced_BS=jnp.full((batch, capacity), -1, jnp.int32),
             round_BS=jnp.zeros((batch, capacity), jnp.int32),
             log_probs_BS=jnp.zeros((batch, capacity), jnp.float32) if log_probs else None,
-            draws=Draws.create(sampling, among),
-            penalties=Penalties.create(sampling, among),
+            draws=Draws.create(*samplings),
+            penalties=Penalties.create(*samplings),
         )
         return placed(state, mesh)
 
@@ -110,26 +112,12 @@ class DecodeState:
         return self.tokens_BS.shape[1]
 
     def grown(self, capacity: int) -> "DecodeState":
-        """The same rows with empty slots behind theirs, up to `capacity`."""
-        more = capacity - self.capacity
-
-        def longer(buffer_BS, fill):
-            return jnp.pad(buffer_BS, ((0, 0), (0, more)), constant_values=fill)
-
-        kept = self.log_probs_BS
-        return dataclasses.replace(
-            self,
-            cache=self.cache.grown(capacity),
-            tokens_BS=longer(self.tokens_BS, 0),
-            accepted_BS=longer(self.accepted_BS, False),
-            replaced_BS=longer(self.replaced_BS, -1),
-            round_BS=longer(self.round_BS, 0),
-            log_probs_BS=None if kept is None else longer(kept, 0),
-        )
-
-    def has_room_B(self, slack: int) -> Bool[Array, " B"]:
-        """Whether a row has `slack` slots for another round, or needs none."""
-        return ~self.running_B | (self.length_B + slack <= self.capacity)
+        """The same rows with more slots, up to `capacity`; what is in those is not read."""
+        names = ("tokens_BS", "accepted_BS", "replaced_BS", "round_BS", "log_probs_BS")
+        buffers = {name: getattr(self, name) for name in names}
+        more = ((0, 0), (0, capacity - self.capacity))
+        longer = jax.tree.map(lambda buffer_BS: jnp.pad(buffer_BS, more), buffers)
+        return dataclasses.replace(self, cache=self.cache.grown(capacity), **longer)
 
     @property
     def running_B(self) -> Bool[Array, " B"]:
@@ -178,19 +166,12 @@ class DecodeState:
         chosen_BT = jnp.take_along_axis(logits_BTV, tokens_BT[..., None], axis=2)[..., 0]
         return chosen_BT - jax.nn.logsumexp(logits_BTV, axis=-1)
 
-    def _written(
-        self, buffer_BS: Shaped[Array, "B S"], new_BT: Shaped[Array, "B T"]
-    ) -> Shaped[Array, "B S"]:
-        """The buffer with these values behind the tokens of each row."""
-        rows = P("data")
-        return on_each_device(write, (buffer_BS, new_BT, self.length_B), (rows,) * 3, rows)
-
     def append(self, logits_BV: Float[Array, "B V"]) -> "DecodeState":
-        """One more token in every running row, chosen by the logits of what runs for it."""
+        """One more token in every running row, chosen by these logits."""
         logits_BTV = logits_BV[:, None]
         changed_BTV = self.penalised(logits_BTV)
         if self.draws is None:
-            token_B = likeliest(changed_BTV[:, 0])
+            token_B = argmax(changed_BTV[:, 0])
         else:
             p_BV = jnp.exp(self.draws.log_probs(changed_BTV)[:, 0])
             token_B = self.draws.token(p_BV, self.length_B, Purpose.TOKEN)
@@ -209,9 +190,9 @@ class DecodeState:
     ) -> "DecodeState":
         """Appends the first `count_B` of T tokens to every running row and ends rows.
 
-        Tokens behind a stop token or a row's end are dropped. The first `accepted_B` of the
-        tokens came from a draft of `drafted_B`; `draft_BT` says what the draft had proposed.
-        `log_probs_BT` is needed where the state keeps them.
+        Tokens behind a stop token or a row's end are dropped. The first `accepted_B` of the tokens
+        came from a draft of `drafted_B` tokens, which were draft_BT. log_probs_BT is needed where
+        the state keeps them.
         """
         steps = new_BT.shape[1]
         index_T = jnp.arange(steps)
@@ -242,11 +223,18 @@ class DecodeState:
             round_BS=put(self.round_BS, jnp.where(last_BT, 1 + jnp.reshape(drafted_B, (-1, 1)), 0)),
         )
 
+    def _written(
+        self, buffer_BS: Shaped[Array, "B S"], new_BT: Shaped[Array, "B T"]
+    ) -> Shaped[Array, "B S"]:
+        """The buffer with these values behind the tokens of each row."""
+        rows = P("data")
+        return on_each_device(write, (buffer_BS, new_BT, self.length_B), (rows,) * 3, rows)
+
 
 class Strategy(ABC):
     """How new tokens are found. Frozen and hashable.
 
-    What is compiled depends on `program` only; `arguments` are handed to it at each call. So
+    Only `program` decides what is compiled; `arguments` are handed to it at each call. So
     strategies that differ in nothing but their arguments share a compiled loop.
     """
 
@@ -255,11 +243,8 @@ class Strategy(ABC):
     num_draft_tokens: int | None = None
     draft_vocab: int | None = None
     draft_confidence: float | None = None
-
-    @property
-    def slack(self) -> int:
-        """Slots that one round may write beyond the end of a row."""
-        return 1
+    slack: int = 1
+    """Slots that one round may write beyond the end of a row."""
 
     @property
     def program(self) -> Hashable:

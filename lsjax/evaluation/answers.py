@@ -1,28 +1,27 @@
-"""Questions decoded by several strategies in turns, and the file of answers.
+"""Questions decoded by several strategies in turns, the file of answers, and its figures.
 
-A line of the file is one answer, written when it is there. A killed run resumes from it: an answer
-is known by its strategy, document and sample, and by what the first line says of all of them, such
-as the weights. A last line without an end is what a killed run left.
+A line of the file is one answer, written when it is ready, so a killed run resumes. An answer is
+known by its strategy, document and sample. The first line holds what all answers depend on, such
+as a hash of the weights. A last line without an end is what a killed run left.
 """
 
-import dataclasses
 import hashlib
 import json
+import math
 import statistics
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from lsjax.config import check
-from lsjax.config.json_form import differences
+from lsjax.config.checked import differences, shown
 from lsjax.decoding.completion import Completion
 from lsjax.decoding.engine import Engine
 from lsjax.decoding.request import Request
 from lsjax.decoding.state import Strategy
-from lsjax.evaluation.metrics import pass_at_k, standard_error
-from lsjax.evaluation.tasks import Example
+from lsjax.evaluation.examples import Example
 
 HEADER = "asked"
 ALL, UNSEEN = "all", "not seen in training"  # groups that are no category
@@ -31,8 +30,7 @@ PASS_AT = (1, 10, 100)
 Answer = Mapping[str, Any]  # a line of the file
 
 
-@dataclass(frozen=True)
-class Cell:
+class Cell(NamedTuple):
     """A strategy with its settings: one cell of a grid."""
 
     strategy: str
@@ -42,13 +40,11 @@ class Cell:
     draft_confidence: float | None = None
 
     @classmethod
-    def of(cls, found: Strategy | Completion | Answer) -> "Cell":
-        """The cell of a strategy, a completion or a line of answers."""
+    def of(cls, found: Strategy | Answer) -> "Cell":
+        """The cell of a strategy, or of a line of answers."""
         if isinstance(found, Strategy):
-            found = {"strategy": found.name} | {name: getattr(found, name) for name in SETTINGS}
-        elif isinstance(found, Completion):
-            found = vars(found)
-        return cls(found["strategy"], **{name: found[name] for name in SETTINGS})
+            return cls(found.name, *(getattr(found, name) for name in cls._fields[1:]))
+        return cls(*(found[name] for name in cls._fields))
 
     def __str__(self) -> str:
         parts = [self.strategy.replace("_", " ")]
@@ -60,9 +56,6 @@ class Cell:
         if self.draft_confidence is not None:
             parts.append(f"at {self.draft_confidence:g} or more")
         return ", ".join(parts)
-
-
-SETTINGS = [field.name for field in dataclasses.fields(Cell)][1:]
 
 
 @dataclass(frozen=True)
@@ -142,10 +135,9 @@ def answer_line(question: Question, completion: Completion, seconds: float) -> d
     names = (
         *("text", "num_prompt_tokens", "num_new_tokens", "rounds", "drafted", "accepted"),
         *("drafted_by_position", "accepted_by_position", "prefill_seconds", "finish_reason"),
-        "seed",
+        *(*Cell._fields, "seed"),
     )
     return {
-        **dataclasses.asdict(Cell.of(completion)),
         **{"id": example.id, "sample": question.sample, "document": question.document},
         **{"group": example.group, "seen": example.seen, "reference": example.reference},
         **{name: getattr(completion, name) for name in names},
@@ -154,9 +146,9 @@ def answer_line(question: Question, completion: Completion, seconds: float) -> d
 
 
 def resume(file: Path, asked: Mapping[str, Any]) -> dict[tuple, Answer]:
-    """The answers of a file by their keys; a file that is not there begins with its header.
+    """The answers of a file by their keys (`key_of`); a new file begins with its header.
 
-    Of two answers with one key the later one counts. Cuts off a torn last line. Raises ConfigError
+    The later of two answers with one key counts. Cuts off a torn last line. Raises ConfigError
     where the header is another, with what differs, and for a line that is no answer.
     """
     header = _line({HEADER: dict(asked)})
@@ -165,14 +157,13 @@ def resume(file: Path, asked: Mapping[str, Any]) -> dict[tuple, Answer]:
         file.write_text(header, encoding="utf-8")
         return {}
     before, answers = read(file)
-    found = differences(before, json.loads(header)[HEADER])
+    changes = ", ".join(
+        f"{name} was {shown(was)} and is now {shown(is_)}"
+        for name, was, is_ in differences(before, json.loads(header)[HEADER])
+    )
     check(
-        not found,
-        f"{file} holds answers to something else: "
-        + ", ".join(
-            f"{name} was {_brief(was)} and is now {_brief(is_)}" for name, was, is_ in found
-        )
-        + "; name another --output, or remove it",
+        not changes,
+        f"{file} holds answers to something else: {changes}; name another --output, or remove it",
     )
     with file.open("rb+") as stream:
         stream.truncate(content.rfind(b"\n") + 1)
@@ -184,7 +175,7 @@ def read(file: Path) -> tuple[dict[str, Any], list[Answer]]:
 
     Raises ConfigError for another file.
     """
-    needed = {"strategy", *SETTINGS, "id", "sample", "document"}
+    needed = {*Cell._fields, "id", "sample", "document"}
     rows = []
     for number, line in enumerate(file.read_bytes().split(b"\n")[:-1], 1):
         try:
@@ -208,75 +199,73 @@ def _line(row: Mapping[str, Any]) -> str:
     return json.dumps(row, ensure_ascii=False) + "\n"
 
 
-def _brief(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+def grouped(answers: Sequence[Answer]) -> Iterator[tuple[Cell, str, list[Answer]]]:
+    """Answers of each strategy: all, those to examples that training has not seen if it has seen
+    some, and those of each category if there are several."""
+    for cell in dict.fromkeys(map(Cell.of, answers)):
+        own = [one for one in answers if Cell.of(one) == cell]
+        yield cell, ALL, own
+        unseen = [one for one in own if not one["seen"]]
+        if 0 < len(unseen) < len(own):
+            yield cell, UNSEEN, unseen
+        names = sorted({one["group"] for one in own})
+        for name in names if len(names) > 1 else ():
+            yield cell, name, [one for one in own if one["group"] == name]
 
 
-def by_group(answers: Iterable[Answer]) -> dict[str, list[Answer]]:
-    """All answers, those to examples that training has not seen if it has seen some, and those of
-    each category if there are several."""
-    answers = list(answers)
-    groups = {ALL: answers}
-    if any(answer["seen"] for answer in answers):
-        groups[UNSEEN] = [answer for answer in answers if not answer["seen"]]
-    names = sorted({answer["group"] for answer in answers})
-    if len(names) > 1:
-        groups |= {name: [one for one in answers if one["group"] == name] for name in names}
-    return {name: own for name, own in groups.items() if own}
+def acceptance(answers: Sequence[Answer]) -> dict[str, float | None]:
+    """Acceptance rate and tokens per round of all texts together."""
+    drafted, accepted, rounds = (
+        sum(one[name] for one in answers) for name in ("drafted", "accepted", "rounds")
+    )
+    later = sum(one["num_new_tokens"] - 1 for one in answers)
+    return {
+        "acceptance_rate": accepted / drafted if drafted else None,
+        "tokens_per_round": later / rounds if rounds else None,
+    }
 
 
 def summarise(answers: Sequence[Answer]) -> list[dict[str, Any]]:
-    """Figures of each strategy and group (`by_group`), in the order in which strategies come.
+    """Figures of each strategy and group (`grouped`). Undefined ones are None.
 
-    Undefined figures are None. scores: mean and standard error over the examples, of the mean over
-    an example's samples. tokens_per_second: new tokens after the first of each text over the time
-    of decoding. speedup: over autoregressive decoding. equal: share of the texts that are those of
-    autoregressive decoding, where both are greedy.
+    scores: mean and standard error over the examples, of the mean over an example's samples.
+    tokens_per_second: new tokens after the first of each text over the time of decoding. speedup:
+    over autoregressive decoding. equal: share of the texts that are those of autoregressive
+    decoding, where both are greedy.
     """
-    cells = dict.fromkeys(map(Cell.of, answers))
-    plain = {one["id"]: one for one in answers if Cell.of(one) == Cell("autoregressive")}
-    rows = []
-    for cell in cells:
-        for group, own in by_group(one for one in answers if Cell.of(one) == cell).items():
-            total = {
-                name: sum(one[name] for one in own)
-                for name in ("num_new_tokens", "rounds", "drafted", "accepted", "seconds")
+    plain = Cell("autoregressive")
+    texts = {one["id"]: one["text"] for one in answers if Cell.of(one) == plain}
+    rows, base = [], {}
+    for cell, group, own in grouped(answers):
+        new_tokens, seconds = (
+            sum(one[name] for one in own) for name in ("num_new_tokens", "seconds")
+        )
+        speed = (new_tokens - len(own)) / seconds if seconds else None
+        if cell == plain:
+            base[group] = speed
+        beside = [one for one in own if one["seed"] is None and one["id"] in texts]
+        same = [one["text"] == texts[one["id"]] for one in beside]
+        scores = {name: [*means.values()] for name, means in scores_by_example(own).items()}
+        rows.append(
+            {
+                "strategy": str(cell),
+                "group": group,
+                "examples": len({one["id"] for one in own}),
+                "answers": len(own),
+                "scores": {
+                    name: {"mean": statistics.fmean(means), "stderr": standard_error(means)}
+                    for name, means in scores.items()
+                },
+                "equal": statistics.fmean(same) if same else None,
+                **acceptance(own),
+                "tokens_per_second": speed,
+                "new_tokens": new_tokens,
             }
-            later = total["num_new_tokens"] - len(own)
-            scores = scores_by_example(own)
-            beside = [one for one in own if one["seed"] is None and one["id"] in plain]
-            same = [one["text"] == plain[one["id"]]["text"] for one in beside]
-            rows.append(
-                {
-                    "strategy": str(cell),
-                    "group": group,
-                    "examples": len({one["id"] for one in own}),
-                    "answers": len(own),
-                    "scores": {
-                        name: {"mean": statistics.fmean(means), "stderr": standard_error(means)}
-                        for name, by_example in scores.items()
-                        if (means := list(by_example.values()))
-                    },
-                    "equal": statistics.fmean(same) if same else None,
-                    "acceptance_rate": _ratio(total["accepted"], total["drafted"]),
-                    "tokens_per_round": _ratio(later, total["rounds"]),
-                    "tokens_per_second": _ratio(later, total["seconds"]),
-                    "new_tokens": total["num_new_tokens"],
-                }
-            )
-    base = {
-        row["group"]: row["tokens_per_second"]
-        for row in rows
-        if row["strategy"] == "autoregressive"
-    }
+        )
     for row in rows:
-        row["speedup"] = _ratio(row["tokens_per_second"], base.get(row["group"]))
+        speed, before = row["tokens_per_second"], base.get(row["group"])
+        row["speedup"] = speed / before if speed is not None and before else None
     return rows
-
-
-def _ratio(one: float | None, other: float | None) -> float | None:
-    return one / other if one is not None and other else None
 
 
 def scores_by_example(answers: Iterable[Answer]) -> dict[str, dict[str, float]]:
@@ -286,13 +275,23 @@ def scores_by_example(answers: Iterable[Answer]) -> dict[str, dict[str, float]]:
     for answer in answers:
         for name, value in answer["scores"].items():
             samples.setdefault(name, {}).setdefault(answer["id"], []).append(value)
-    found = {
+    passed = samples.pop("passed", {})
+    fewest = min(map(len, passed.values()), default=0)
+    return {
         f"pass@{k}": {one: pass_at_k(len(p), int(sum(p)), k) for one, p in passed.items()}
-        for passed in [samples.pop("passed", {})]
         for k in PASS_AT
-        if k <= min(map(len, passed.values()), default=0)
-    }
-    return found | {
+        if k <= fewest
+    } | {
         name: {example: statistics.fmean(values) for example, values in by_example.items()}
         for name, by_example in samples.items()
     }
+
+
+def pass_at_k(samples: int, passed: int, k: int) -> float:
+    """Probability that one of k samples passes, from more samples (Chen et al., 2021, eq. 1)."""
+    return 1 - math.comb(samples - passed, k) / math.comb(samples, k)
+
+
+def standard_error(values: Sequence[float]) -> float | None:
+    """Standard error of the mean; None for a single value."""
+    return statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else None

@@ -1,8 +1,9 @@
-"""From the rows of files or of a TensorFlow data set to the examples of a task."""
+"""What a task is, and its examples from the rows of files or of a TensorFlow data set."""
 
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 
@@ -16,13 +17,64 @@ from lsjax.data.sources import (
     row_document,
     tab_separated_rows,
 )
-from lsjax.evaluation.tasks import Example, Task
 
 # By the end of a file's name, behind which .gz may stand.
 READERS = {".jsonl": json_rows, ".tsv": tab_separated_rows, ".csv": comma_separated_rows}
 SHOT_ROWS = 10_000  # of which shots are drawn
 
 PlacedRow = tuple[str, str, Fields]  # a short name, where it stands in words, and its fields
+
+
+@dataclass(frozen=True, kw_only=True)
+class Example:
+    """One row of a task.
+
+    id: of the row, unique in its data. prompt: text, shots included; ids: its tokens. reference:
+    what a text is compared with; empty where the row has none. group: its category. seen: whether
+    given training rows have the same prompt. fields: of the row.
+    """
+
+    id: str
+    prompt: str = ""
+    ids: Sequence[int] = ()
+    reference: str = ""
+    group: str = ""
+    seen: bool = False
+    fields: Fields = field(default_factory=dict, repr=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """One task.
+
+    prompt_template, response_template: as in DataConfig, with the names of a row's fields.
+    score: figures of a text, each from 0 to 1, the main one first; some examples may have none.
+    score_by_running: the same, and runs the text as a program.
+    max_new_tokens, num_shots, stop: defaults, which flags change.
+    shot_response: changes the response of a shot. between_shots: what follows each shot.
+    after_shots: what follows all of them.
+    tfds: name of the TensorFlow data set, its split, and the split of its shots.
+    change: changes a row before the templates read it. Raises ConfigError whose message continues
+    from where the row stands.
+    id: the field that is a row's id; by default where it stands. group: the field of its category.
+    """
+
+    name: str
+    prompt_template: str
+    response_template: str
+    score: Callable[[str, Example], dict[str, float]]
+    score_by_running: Callable[[str, Example], dict[str, float]] | None = None
+    max_new_tokens: int = 512
+    num_shots: int = 0
+    shot_response: Callable[[str], str] = str
+    between_shots: str = "\n"
+    after_shots: str = ""
+    stop: tuple[str, ...] = ()
+    tfds: tuple[str, str, str] | None = None
+    change: Callable[[Fields], Fields] = dict
+    id: str | None = None
+    group: str | None = None
+    needs_reference: bool = True
 
 
 def file_rows(paths: Sequence[str], refuse: Refuse = stop_at) -> Iterator[PlacedRow]:
@@ -50,6 +102,19 @@ def tfds_rows(name: str, split: str, data_dir: str) -> Iterator[PlacedRow]:
         yield f"{split}:{number}", where, row
 
 
+def read_row(task: Task, data: DataConfig, placed: PlacedRow) -> tuple[Fields, Document]:
+    """The row as the task changes it, and the document that the templates make of it.
+
+    Raises ConfigError, beginning with where the row stands.
+    """
+    _, where, row = placed
+    try:
+        row = task.change(row)
+    except ConfigError as error:
+        raise ConfigError(f"{where} {error}") from None
+    return row, row_document(row, data, where)
+
+
 def templates(task: Task, trained: DataConfig | None, rows: Iterable[PlacedRow] = ()) -> DataConfig:
     """The templates of training, if the model was finetuned on rows with these fields, else the
     task's.
@@ -65,10 +130,10 @@ def templates(task: Task, trained: DataConfig | None, rows: Iterable[PlacedRow] 
     )
     if trained is None or not trained.has_prompts:
         return own
-    for _, _, row in rows:
+    for row in rows:
         for data in (trained, own):
             with suppress(ConfigError):
-                row_document(task.change(row), data, "")
+                read_row(task, data, row)
                 return data
     return own
 
@@ -80,56 +145,48 @@ def make_examples(
     *,
     shots: Sequence[Document] = (),
     seen: frozenset[str] = frozenset(),
-    accept: Callable[[Example], None] = lambda example: None,
+    encode: Callable[[str], Sequence[int]] = lambda prompt: (),
     refuse: Refuse = stop_at,
 ) -> Iterator[Example]:
     """The examples of a task, one of each good row.
 
-    data: the templates. shots: stand before each prompt. seen: prompts of training rows. accept:
-    may raise ConfigError for an example that the model can't be asked.
+    data: the templates. shots: stand before each prompt. seen: prompts of training rows. encode:
+    gives a prompt's ids; raises ConfigError for one that the model can't be asked.
 
     `refuse` is called with the error of each bad row, which is left out if it returns.
     """
     before = before_prompts(task, shots)
-    for name, where, row in rows:
+    for placed in rows:
+        name, where, _ = placed
         try:
-            fields = changed(task, where, row)
-            own = row_document(fields, data, where)
+            fields, own = read_row(task, data, placed)
             check(
                 bool(own.text.strip()) or not task.needs_reference,
                 f"{where} has an empty response: there is nothing to compare with",
             )
             check(own not in shots, f"{where} is one of the shots: draw them from other rows")
-            example = Example(
-                id=str(fields.get(task.id, name)),
-                prompt=before + own.prompt,
-                reference=own.text,
-                group=str(fields.get(task.group, "")),
-                seen=own.prompt.strip() in seen,
-                fields=fields,
-            )
+            prompt = before + own.prompt
             try:
-                accept(example)
+                ids = encode(prompt)
             except ConfigError as error:
                 raise ConfigError(f"{where}: {error}") from None
         except ConfigError as error:
             refuse(error)
             continue
-        yield example
-
-
-def changed(task: Task, where: str, row: Fields) -> Fields:
-    """The row as the templates read it. Raises ConfigError with where it stands."""
-    try:
-        return task.change(row)
-    except ConfigError as error:
-        raise ConfigError(f"{where} {error}") from None
+        yield Example(
+            id=str(fields.get(task.id, name)),
+            prompt=prompt,
+            ids=ids,
+            reference=own.text,
+            group=str(fields.get(task.group, "")),
+            seen=own.prompt.strip() in seen,
+            fields=fields,
+        )
 
 
 def prompts_of(task: Task, data: DataConfig, rows: Iterable[PlacedRow]) -> frozenset[str]:
     """The prompts of rows, without shots, as `make_examples` compares them."""
-    documents = (row_document(changed(task, where, row), data, where) for _, where, row in rows)
-    return frozenset(document.prompt.strip() for document in documents)
+    return frozenset(read_row(task, data, row)[1].prompt.strip() for row in rows)
 
 
 def choose_shots(
@@ -139,8 +196,7 @@ def choose_shots(
 
     Raises ConfigError where there are fewer.
     """
-    some = islice(rows, SHOT_ROWS)
-    documents = [row_document(changed(task, where, row), data, where) for _, where, row in some]
+    documents = [read_row(task, data, row)[1] for row in islice(rows, SHOT_ROWS)]
     check(
         len(documents) >= count,
         f"{count} shots are asked for, but there are {len(documents)} rows for them: lower "

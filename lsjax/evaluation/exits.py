@@ -19,12 +19,13 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from lsjax.checkpoints import EVALUATION
-from lsjax.config import AttentionKernel, ComputeDtype, ConfigError, check
-from lsjax.decoding.sampling import likeliest
+from lsjax.config import AttentionKernel, ComputeDtype, check
+from lsjax.decoding.sampling import argmax
+from lsjax.decoding.state import check_exit
 from lsjax.model.llama import Llama, cast_matrices
 from lsjax.sharding import chunk_steps, constrain, split_rows
-from lsjax.training.loop import Hook
-from lsjax.training.run import TrainingRun
+from lsjax.training.prepare import TrainingRun
+from lsjax.training.run import Hook
 
 AGREEMENT = "agreement: share of greedy drafts that would be accepted, teacher-forced"
 CHUNK_LOGITS = 2**25  # logits that exist at a time, on each device
@@ -48,15 +49,13 @@ class ExitScores:
         """exp(loss); infinite where that is beyond a float."""
         return tuple(math.exp(loss) if loss < 700 else math.inf for loss in self.loss_E)
 
-    def cells(self, exit_layer: int) -> tuple[str, str]:
-        """Loss and agreement of an exit as tables show them; dashes where there is no such exit."""
+    def cells(self, exit_layer: int) -> tuple[str, str, str]:
+        """Loss, perplexity and agreement of an exit as tables show them; dashes where there is no
+        such exit."""
         if exit_layer > len(self.loss_E):
-            return "-", "-"
-        return f"{self.loss_E[exit_layer - 1]:.3f}", f"{self.agreement_E[exit_layer - 1]:.3f}"
-
-    def to_json(self) -> dict:
-        """Lists and numbers."""
-        return asdict(self)
+            return "-", "-", "-"
+        loss, agreement = self.loss_E[exit_layer - 1], self.agreement_E[exit_layer - 1]
+        return f"{loss:.3f}", f"{self.perplexity_E[exit_layer - 1]:.2f}", f"{agreement:.3f}"
 
 
 def score_exits(
@@ -79,8 +78,8 @@ def score_exits(
         sums = jax.device_get(compiled(model, dict(batch)))
         sums = jax.tree.map(lambda part: np.asarray(part, np.float64), sums)
         totals = sums if totals is None else jax.tree.map(np.add, totals, sums)
-    if totals is None or totals[2] == 0:
-        raise ConfigError("no token is labelled: raise the number of batches, or the row length")
+    labelled = totals is not None and totals[2] > 0
+    check(labelled, "no token is labelled: raise the number of batches, or the row length")
     loss_E, agreed_E, count = totals
     return ExitScores(
         tuple((loss_E / count).tolist()), tuple((agreed_E / count).tolist()), int(count)
@@ -109,7 +108,7 @@ def evaluation_hook(
         if math.isfinite(loss):
             run.losses[step] = loss
         show(step, scores)
-        return {**scores.to_json(), "last_exit_loss": loss}
+        return {**asdict(scores), "last_exit_loss": loss}
 
     return Hook(EVALUATION, config.evaluation.every, evaluate)
 
@@ -154,12 +153,6 @@ def exit_sums(
     return jax.tree.map(lambda leaf: leaf.sum(0), parts)
 
 
-def exits_to_show(layers: int) -> list[int]:
-    """Rows of a table: the first exit, and each eighth of the layers, rounded up: in the paper's
-    tables quarters of 30 layers are 8, 15 and 23."""
-    return sorted({1, *(-(-layers * eighth // 8) for eighth in range(1, 9))})
-
-
 class Text(NamedTuple):
     """Token ids, of which the last `count` are scored."""
 
@@ -170,11 +163,10 @@ class Text(NamedTuple):
 @dataclass(frozen=True)
 class TextScore:
     """log_prob: natural logarithm of the probability of all scored tokens together. is_greedy:
-    whether each of them is the argmax after those before it. num_tokens: how many they are."""
+    whether each of them is the argmax after those before it."""
 
     log_prob: float
     is_greedy: bool
-    num_tokens: int
 
 
 def score_texts(
@@ -196,10 +188,7 @@ def score_texts(
     """
     config = model.config
     exit_layer = config.num_layers if exit_layer is None else exit_layer
-    check(
-        1 <= exit_layer <= config.num_layers,
-        f"exit layer {exit_layer} is not in 1..{config.num_layers}, the layers of this model",
-    )
+    check_exit(exit_layer, config.num_layers)
     for index, (tokens, count) in enumerate(texts):
         check(
             0 <= count < len(tokens) <= config.max_context + 1,
@@ -211,7 +200,7 @@ def score_texts(
             f"text {index} has token ids {min(tokens)}..{max(tokens)}: give ids in "
             f"0..{config.vocab_size - 1}",
         )
-    scores = [TextScore(0.0, True, 0)] * len(texts)
+    scores = [TextScore(0.0, True)] * len(texts)
     order = sorted(range(len(texts)), key=lambda index: -len(texts[index].tokens))
     for begin in track(range(0, len(texts), batch_size)):
         batch = order[begin : begin + batch_size]
@@ -223,7 +212,7 @@ def score_texts(
             scored = labels_BT[row] >= 0
             log_prob = 0.0 - loss_BT[row, scored].astype(np.float64).sum()
             is_greedy = (token_BT == labels_BT)[row, scored].all()
-            scores[index] = TextScore(float(log_prob), bool(is_greedy), texts[index].count)
+            scores[index] = TextScore(float(log_prob), bool(is_greedy))
     return scores
 
 
@@ -273,7 +262,7 @@ def _loss_and_argmax(
         log_z_BC = jax.nn.logsumexp(logits_BCV, axis=-1)
         label_BC = jnp.maximum(label_BC, 0)  # those that do not count are left out later
         wanted_BC = jnp.take_along_axis(logits_BCV, label_BC[:, :, None], -1)[:, :, 0]
-        return log_z_BC - wanted_BC, likeliest(logits_BCV)
+        return log_z_BC - wanted_BC, argmax(logits_BCV)
 
     def join(parts: Array) -> Array:
         return parts.swapaxes(0, 1).reshape(batch, chunks * chunk)[:, :steps]

@@ -11,7 +11,6 @@ This module alone imports lm_eval, which `pip install 'lsjax[eval]'` brings.
 
 import os
 from collections.abc import Sequence
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -81,7 +80,7 @@ class EngineLM(TemplateLM):
         cell = Cell.of(self.engine.strategy)
         return {
             "model": f"{self.name}, {cell}",
-            **asdict(cell),
+            **cell._asdict(),
             "loglikelihood_layers": self.depth,
             "model_dtype": str(self.engine.model.dtype),
             "max_length": self.engine.max_length,
@@ -138,13 +137,12 @@ class EngineLM(TemplateLM):
         return [(one.log_prob, one.is_greedy) for one in self._score(texts, disable_tqdm)]
 
     def _score(self, texts: Sequence[Text], quiet: bool) -> list[TextScore]:
-        engine = self.engine
         return score_texts(
-            engine.model,
+            self.engine.model,
             texts,
             exit_layer=self.depth,
-            batch_size=engine.batch_size,
-            mesh=engine.mesh,
+            batch_size=self.engine.batch_size,
+            mesh=self.engine.mesh,
             track=partial(tqdm, desc=f"one pass of {self.depth} layers", disable=quiet),
         )
 
@@ -169,8 +167,7 @@ class EngineLM(TemplateLM):
         except ValueError as error:
             raise ConfigError(f"{error}: correct the task, or --gen-kwargs") from None
         until, room = settings.pop("until"), settings.pop("max_gen_toks")
-        is_greedy = not settings.pop("do_sample", False)
-        beams = settings.pop("num_beams", 1)
+        is_greedy, beams = not settings.pop("do_sample", False), settings.pop("num_beams", 1)
         check(beams == 1, f"the task asks for {beams} beams: add num_beams=1 to --gen-kwargs")
         unknown = ", ".join(sorted(settings.keys() - SAMPLING.keys()))
         check(not unknown, f"the task sets {unknown}, which the engine does not know")
@@ -200,13 +197,13 @@ def find_tasks(names: Sequence[str], directory: Path | None = None) -> tuple[Tas
     include = None if directory is None else str(directory)
     manager = TaskManager(include_path=include, include_defaults=directory is None)
     found = {name: manager.match_tasks([name]) for name in names}
-    for name in names:
-        check(
-            bool(found[name]),
-            f"no task is called {name}: `lm_eval ls tasks` lists lm_eval's own, and --task-path "
-            "names a directory with others",
-        )
-    return manager, [task for name in names for task in found[name]]
+    unknown = ", ".join(name for name in names if not found[name])
+    check(
+        not unknown,
+        f"no task is called {unknown}: `lm_eval ls tasks` lists lm_eval's own, and --task-path "
+        "names a directory with others",
+    )
+    return manager, [task for tasks in found.values() for task in tasks]
 
 
 def evaluate(

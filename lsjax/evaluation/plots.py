@@ -3,7 +3,8 @@
 Needs the `plots` extra (matplotlib). Every function writes one PNG, to a path or an open file.
 """
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import IO, Any
 
@@ -11,8 +12,8 @@ import numpy as np
 
 from lsjax.config import ConfigError
 from lsjax.evaluation.exits import ExitScores
-from lsjax.evaluation.speed import CellSpeed
 
+Row = Mapping[str, Any]  # of a run's metrics.jsonl, or of a benchmark's cells.jsonl
 # Legible in print and to people who do not tell red from green (Okabe and Ito, 2008).
 COLOURS = ("#2A85C9", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#999999")
 GREY = "#AAAAAA"
@@ -40,11 +41,6 @@ def check_plots() -> None:
     figure(1, 1, (1, 1))
 
 
-def colours(names: Collection) -> list[str]:
-    """A colour for each name; they repeat where there are many."""
-    return [COLOURS[i % len(COLOURS)] for i in range(len(names))]
-
-
 def save(drawn, file: Path | IO[bytes], title: str) -> None:
     """Writes a PNG."""
     if title:
@@ -52,12 +48,6 @@ def save(drawn, file: Path | IO[bytes], title: str) -> None:
     if isinstance(file, Path):
         file.parent.mkdir(parents=True, exist_ok=True)
     drawn.savefig(file, dpi=DOTS_PER_INCH, format="png")
-
-
-def _whole_numbers(axes) -> None:
-    from matplotlib.ticker import MaxNLocator
-
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
 def plot_exits(
@@ -69,7 +59,7 @@ def plot_exits(
     scores: by the name that the legend gives; the models may differ in their number of layers.
     """
     drawn, ((losses, agreements),) = figure(1, 2, (10, 4))
-    for (name, score), colour in zip(scores.items(), colours(scores), strict=True):
+    for (name, score), colour in zip(scores.items(), cycle(COLOURS), strict=False):
         exits = range(1, len(score.loss_E) + 1)
         style = dict(label=name.replace("$", r"\$"), color=colour, marker="o", markersize=3.5)
         losses.plot(exits, score.loss_E, **style)
@@ -79,15 +69,13 @@ def plot_exits(
         xlabel="exit (layers run)", ylabel="agreement with the final argmax", ylim=(0, 1.03)
     )
     for axes in (losses, agreements):
-        _whole_numbers(axes)
+        axes.xaxis.get_major_locator().set_params(integer=True)
     if len(scores) > 1:
         losses.legend(frameon=False)
     save(drawn, file, title)
 
 
-def plot_training(
-    metrics: Sequence[Mapping[str, Any]], file: Path | IO[bytes], *, title: str = ""
-) -> None:
+def plot_training(metrics: Sequence[Row], file: Path | IO[bytes], *, title: str = "") -> None:
     """A run's curves by step: loss of the last and of some trained exits, held-out agreement of
     these exits, gradient norm and learning rate, and labelled tokens per second.
 
@@ -102,8 +90,9 @@ def plot_training(
     losses.plot(at, _numbers(steps, "last_exit_loss"), color=GREY, lw=0.6, alpha=0.6)
     by_exit = _loss_by_exit(steps)
     last = max(by_exit)
-    shown = sorted({_nearest(by_exit, last * share / 4) for share in (1, 2, 3, 4)})
-    for exit_layer, colour in zip(shown, colours(shown), strict=True):
+    quarters = (last * share / 4 for share in (1, 2, 3, 4))
+    shown = sorted({min(by_exit, key=lambda exit_: abs(exit_ - at)) for at in quarters})
+    for exit_layer, colour in zip(shown, COLOURS, strict=False):
         when, values = by_exit[exit_layer]
         losses.plot(when, _smooth(values, len(steps)), color=colour, label=f"exit {exit_layer}")
         if evaluations:
@@ -134,12 +123,12 @@ def plot_training(
     save(drawn, file, title)
 
 
-def _numbers(rows: Sequence[Mapping[str, Any]], name: str) -> np.ndarray:
+def _numbers(rows: Sequence[Row], name: str) -> np.ndarray:
     """A column; null is NaN, which is not drawn."""
     return np.array([row.get(name) for row in rows], float)
 
 
-def _loss_by_exit(steps: Sequence[Mapping[str, Any]]) -> dict[int, tuple[list, np.ndarray]]:
+def _loss_by_exit(steps: Sequence[Row]) -> dict[int, tuple[list, np.ndarray]]:
     """The steps at which each exit was trained, and its losses."""
     found: dict[int, list[tuple[int, Any]]] = {}
     for row in steps:
@@ -149,10 +138,6 @@ def _loss_by_exit(steps: Sequence[Mapping[str, Any]]) -> dict[int, tuple[list, n
         exit_layer: ([step for step, _ in pairs], np.array([loss for _, loss in pairs], float))
         for exit_layer, pairs in found.items()
     }
-
-
-def _nearest(exits: Iterable[int], wanted: float) -> int:
-    return min(exits, key=lambda exit_layer: abs(exit_layer - wanted))
 
 
 def _smooth(values: np.ndarray, steps: int) -> np.ndarray:
@@ -166,24 +151,27 @@ def _smooth(values: np.ndarray, steps: int) -> np.ndarray:
     return np.where(good, total / np.maximum(count, 1), np.nan)
 
 
-def plot_grid(rows: Sequence[CellSpeed], file: Path | IO[bytes], *, title: str = "") -> None:
+def plot_grid(rows: Sequence[Row], file: Path | IO[bytes], *, title: str = "") -> None:
     """Heat maps of every exit and draft length, a line of maps for each head.
 
     Tokens per second with the speedup, the predicted speedup, and the acceptance rate. The best
     speedup and prediction are framed.
     """
-    drafting = [row for row in rows if row.num_draft_tokens is not None]
-    exits = sorted({row.exit_layer for row in drafting})
-    lengths = sorted({row.num_draft_tokens for row in drafting})
-    heads = sorted({row.draft_vocab or 0 for row in drafting})  # 0: the full head
+    check_plots()
+    from matplotlib.patches import Rectangle
+
+    drafting = [row for row in rows if row["num_draft_tokens"] is not None]
+    exits = sorted({row["exit_layer"] for row in drafting})
+    lengths = sorted({row["num_draft_tokens"] for row in drafting})
+    heads = sorted({row["draft_vocab"] or 0 for row in drafting})  # 0: the full head
 
     def values(name: str) -> np.ndarray:
         """Heads by exits by lengths; NaN where a cell was not measured."""
         found = np.full((len(heads), len(exits), len(lengths)), np.nan)
         for row in drafting:
-            at = (row.exit_layer, row.num_draft_tokens)
-            place = heads.index(row.draft_vocab or 0), exits.index(at[0]), lengths.index(at[1])
-            found[place] = np.nan if (value := getattr(row, name)) is None else value
+            head, exit_layer = row["draft_vocab"] or 0, row["exit_layer"]
+            at = heads.index(head), exits.index(exit_layer), lengths.index(row["num_draft_tokens"])
+            found[at] = np.nan if row[name] is None else row[name]
         return found
 
     speed, names = values("tokens_per_second"), ("speedup", "predicted", "acceptance_rate")
@@ -194,7 +182,6 @@ def plot_grid(rows: Sequence[CellSpeed], file: Path | IO[bytes], *, title: str =
         shown = values(name)
         is_rate = name == "acceptance_rate"  # a share of 1; empty where nothing was drafted
         low, high = (0, 1) if is_rate else (np.nanmin(shown), np.nanmax(shown))
-        best = None if is_rate else np.unravel_index(np.nanargmax(shown), shown.shape)
         for line, head in enumerate(heads):
             axis = axes[line, column]
             axis.imshow(shown[line], vmin=low, vmax=high, aspect="auto", origin="lower")
@@ -209,38 +196,31 @@ def plot_grid(rows: Sequence[CellSpeed], file: Path | IO[bytes], *, title: str =
                 if np.isfinite(value):
                     text = f"{speed[line, i, j]:,.1f}\n{value:.2f}x" if column == 0 else None
                     bright = high > low and (value - low) / (high - low) > 0.55
-                    style = dict(ha="center", va="center", fontsize=8)
-                    style["color"] = "black" if bright else "white"
-                    axis.text(j, i, text or f"{value:.2f}", **style)
-        if best is not None:
-            _frame(axes[best[0], column], best[2], best[1])
+                    style = dict(color="black" if bright else "white", fontsize=8)
+                    axis.text(j, i, text or f"{value:.2f}", ha="center", va="center", **style)
+        if not is_rate:
+            head, i, j = np.unravel_index(np.nanargmax(shown), shown.shape)
+            style = dict(fill=False, edgecolor=COLOURS[1], linewidth=3.5, clip_on=False)
+            axes[head, column].add_patch(Rectangle((j - 0.5, i - 0.5), 1, 1, **style))
     save(drawn, file, title)
 
 
-def _frame(axis, column: int, row: int) -> None:
-    """A frame around one cell."""
-    from matplotlib.patches import Rectangle
-
-    style = dict(fill=False, edgecolor="#D55E00", linewidth=3.5, clip_on=False)
-    axis.add_patch(Rectangle((column - 0.5, row - 0.5), 1, 1, **style))
-
-
-def plot_acceptance(rows: Sequence[CellSpeed], file: Path | IO[bytes], *, title: str = "") -> None:
+def plot_acceptance(rows: Sequence[Row], file: Path | IO[bytes], *, title: str = "") -> None:
     """Share of the drafts at each position that were accepted, by exit, for its longest drafts;
     dashed with a draft vocabulary. Behind a rejected draft none is accepted: the curve falls."""
-    drafting = [row for row in rows if row.acceptance_by_position]
-    exits = sorted({row.exit_layer for row in drafting})
+    drafting = [row for row in rows if row["acceptance_by_position"]]
+    exits = sorted({row["exit_layer"] for row in drafting})
     drawn, ((axis,),) = figure(1, 1, (6, 3.8))
-    for exit_layer, colour in zip(exits, colours(exits), strict=True):
-        own = [row for row in drafting if row.exit_layer == exit_layer]
-        longest = max(row.num_draft_tokens for row in own)
-        for row in (row for row in own if row.num_draft_tokens == longest):
-            style = dict(ls="--", lw=1) if row.draft_vocab else dict(label=f"exit {exit_layer}")
-            curve = row.acceptance_by_position
+    for exit_layer, colour in zip(exits, cycle(COLOURS), strict=False):
+        own = [row for row in drafting if row["exit_layer"] == exit_layer]
+        longest = max(row["num_draft_tokens"] for row in own)
+        for row in (row for row in own if row["num_draft_tokens"] == longest):
+            style = dict(ls="--", lw=1) if row["draft_vocab"] else dict(label=f"exit {exit_layer}")
+            curve = row["acceptance_by_position"]
             axis.plot(range(1, 1 + len(curve)), curve, color=colour, marker="o", ms=3, **style)
     axis.set(xlabel="position in the draft", ylabel="accepted", ylim=(0, 1.03))
-    _whole_numbers(axis)
-    vocabularies = sorted({row.draft_vocab for row in drafting if row.draft_vocab})
+    axis.xaxis.get_major_locator().set_params(integer=True)
+    vocabularies = sorted({row["draft_vocab"] for row in drafting if row["draft_vocab"]})
     if vocabularies:
         label = f"drafts from {' or '.join(map(str, vocabularies))} tokens"
         axis.plot([], [], color=GREY, ls="--", lw=1, label=label)

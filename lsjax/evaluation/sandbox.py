@@ -18,10 +18,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 SECONDS = 10.0
 MEMORY = 1 << 30  # bytes of address space
@@ -49,8 +48,7 @@ FORBIDDEN = (
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 
 
-@dataclass(frozen=True)
-class Outcome:
+class Outcome(NamedTuple):
     """Whether a program ran to its end without an error, and what happened otherwise."""
 
     passed: bool
@@ -82,11 +80,9 @@ def run_program(
         with printed.open("wb") as stream:
             code = _run(command, folder, stream, seconds)
         last = printed.read_bytes()[-400:].decode(errors="replace").strip().splitlines()[-1:]
-    if code is None:
-        return Outcome(False, f"took longer than {seconds:g} s")
-    if code == PASSED:
-        return Outcome(True, "passed")
-    return Outcome(False, last[0] if last else f"ended early with exit code {code}")
+    what = last[0] if last else f"ended early with exit code {code}"
+    what = f"took longer than {seconds:g} s" if code is None else what
+    return Outcome(code == PASSED, "passed" if code == PASSED else what)
 
 
 @lru_cache

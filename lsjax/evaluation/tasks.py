@@ -1,78 +1,135 @@
-"""The tasks: how a row becomes a prompt with its reference, and what scores a text.
+"""The tasks in one table: how a row becomes a prompt with its reference, and what scores a text.
 
 Templates, shots and lengths of the summaries, cnn_dm_lm and human_eval are those of the paper's
 benchmark.
 """
 
+import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from decimal import Decimal
+from functools import lru_cache
+from typing import Any
 
-from lsjax.config import check
+from lsjax.config import ConfigError, check
 from lsjax.data.sources import Fields
-from lsjax.evaluation import metrics
+from lsjax.evaluation.examples import Example, Task
 from lsjax.evaluation.sandbox import run_program
 
 Scores = dict[str, float]
+Tree = tuple  # an intent (IN) or a slot (SL) of TOPv2: its label, and the words and trees inside
+
+ROUGE_KINDS = ("rouge2", "rouge1", "rouge3", "rougeL")  # ROUGE-2 is the paper's
+ANSWER_MARK = "####"  # before the final number of a GSM8K reference
+# A minus belongs to the number unless it stands behind something to subtract from.
+NUMBER = re.compile(r"(?:(?<![\w)])-)?\$?(\d[\d,]*(?:\.\d+)?)")
+# What follows a finished function (the stop sequences of Chen et al., 2021, section 2.3).
+FUNCTION_ENDS = re.compile("\nclass|\ndef|\n#|\nif|\nprint")
+# Spec-Bench's file has MT-bench under eight labels.
+MT_BENCH = (
+    *("writing", "roleplay", "reasoning", "math"),
+    *("coding", "extraction", "stem", "humanities"),
+)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Example:
-    """One row of a task.
+def rouge(text: str, reference: str) -> Scores:
+    """ROUGE F-measures (Lin, 2004) over lower-case words with their punctuation, not stemmed.
 
-    id: of the row, unique in its data. prompt: text, shots included. reference: what a text is
-    compared with; empty where the row has none. group: its category, counted beside the whole.
-    seen: whether given training rows have the same prompt. fields: of the row.
+    Words are split at white space, as in the paper's benchmark. rouge-score's own words drop
+    punctuation, and with it most of a program. Raises ConfigError where it is not installed.
     """
+    found = _rouge_scorer().score(reference, text)
+    return {kind: float(found[kind].fmeasure) for kind in ROUGE_KINDS}
 
-    id: str
-    prompt: str
-    reference: str = ""
-    group: str = ""
-    seen: bool = False
-    fields: Fields = field(default_factory=dict, repr=False)
+
+@lru_cache
+def _rouge_scorer() -> Any:
+    try:
+        from rouge_score.rouge_scorer import RougeScorer
+        from rouge_score.tokenizers import Tokenizer
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f"ROUGE comes from rouge-score, and {error.name} is not installed: "
+            "pip install 'lsjax[eval]'"
+        ) from None
+
+    class Words(Tokenizer):
+        def tokenize(self, text: str) -> list[str]:
+            return text.lower().split()
+
+    return RougeScorer(list(ROUGE_KINDS), tokenizer=Words())
+
+
+def exact_match(text: str, reference: str) -> Scores:
+    """Whether both are equal but for white space around them."""
+    return {"exact_match": float(text.strip() == reference.strip())}
+
+
+def accuracy(text: str, reference: str) -> Scores:
+    """Whether both have the same final number (GSM8K)."""
+    found = final_number(text)
+    return {"accuracy": float(found is not None and found == final_number(reference))}
+
+
+def final_number(text: str) -> Decimal | None:
+    """The first number behind ####, or else the last number of the text."""
+    before, mark, behind = text.partition(ANSWER_MARK)
+    found = list(NUMBER.finditer(behind if mark else before))
+    if not found:
+        return None
+    chosen = found[0] if mark else found[-1]
+    value = Decimal(chosen[1].replace(",", ""))
+    return -value if chosen[0].startswith("-") else value
+
+
+def parse_tree(text: str) -> Tree | None:
+    """The tree that a text spells, whatever the white space; None if it spells none, or more.
+
+    [IN:CREATE_ALARM set alarm [SL:DATE_TIME for 2 hours ] ]
+    """
+    opened: list[list] = []
+    pieces = re.findall(r"\[(?:IN|SL):\w*|\]|[^\s\[\]]+|\[", text)
+    for number, piece in enumerate(pieces, 1):
+        if re.match(r"\[(IN|SL):\w", piece):
+            opened.append([piece[1:]])
+        elif not opened:
+            return None
+        elif piece != "]":
+            opened[-1].append(piece)
+        else:
+            tree = tuple(opened.pop())
+            if not opened:
+                return tree if number == len(pieces) else None
+            opened[-1].append(tree)
+    return None
+
+
+def decoupled(tree: Tree) -> Tree:
+    """The tree without the words that only repeat the utterance (Aghajanyan et al., 2020).
+
+    Words stay where they are the value of a slot that holds no intent.
+    """
+    label, *children = tree
+    trees = [decoupled(child) for child in children if isinstance(child, tuple)]
+    return tree if label.startswith("SL:") and not trees else (label, *trees)
+
+
+def tree_match(text: str, reference: str) -> Scores:
+    """Whether both have the same intents, slots and values of slots in the same order."""
+    trees = [parse_tree(text), parse_tree(reference)]
+    same = None not in trees and decoupled(trees[0]) == decoupled(trees[1])
+    return {"tree_match": float(same)}
+
+
+def function_body(text: str) -> str:
+    """The text up to what follows the function (HumanEval)."""
+    return FUNCTION_ENDS.split(text, maxsplit=1)[0]
 
 
 def against_reference(*scores: Callable[[str, str], Scores]) -> Callable[[str, Example], Scores]:
     """A task's `score` that joins these, which compare a text with the reference."""
-
-    def score(text: str, example: Example) -> Scores:
-        return {name: x for one in scores for name, x in one(text, example.reference).items()}
-
-    return score
-
-
-@dataclass(frozen=True, kw_only=True)
-class Task:
-    """One task.
-
-    prompt_template, response_template: as in DataConfig, with the names of a row's fields.
-    score: figures of a text, each from 0 to 1, the main one first; some examples may have none.
-    score_by_running: the same, and runs the text as a program.
-    max_new_tokens, num_shots, stop: defaults, which flags change.
-    shot_response: changes the response of a shot. between_shots: what follows each shot.
-    after_shots: what follows all of them.
-    tfds: name of the TensorFlow data set, its split, and the split of its shots.
-    change: changes a row before the templates read it. Raises ConfigError whose message continues
-    from where the row stands.
-    id: the field that is a row's id; by default where it stands. group: the field of its category.
-    """
-
-    name: str
-    prompt_template: str
-    response_template: str
-    score: Callable[[str, Example], Scores] = against_reference(metrics.rouge)
-    max_new_tokens: int = 512
-    score_by_running: Callable[[str, Example], Scores] | None = None
-    num_shots: int = 0
-    shot_response: Callable[[str], str] = str
-    between_shots: str = "\n"
-    after_shots: str = ""
-    stop: tuple[str, ...] = ()
-    tfds: tuple[str, str, str] | None = None
-    change: Callable[[Fields], Fields] = dict
-    id: str | None = None
-    group: str | None = None
-    needs_reference: bool = True
+    return lambda text, example: {
+        name: value for one in scores for name, value in one(text, example.reference).items()
+    }
 
 
 def one_line(text: str) -> str:
@@ -83,8 +140,9 @@ def one_line(text: str) -> str:
 def beginning_and_rest(row: Fields) -> Fields:
     """The row with its article split behind its first 100 words."""
     article = row.get("article")
-    check(isinstance(article, str | bytes), "has no text under 'article': name files that have one")
-    words = (article.decode(errors="replace") if isinstance(article, bytes) else article).split()
+    article = article.decode(errors="replace") if isinstance(article, bytes) else article
+    check(isinstance(article, str), "has no text under 'article': name files that have one")
+    words = article.split()
     return {**row, "beginning": " ".join(words[:100]), "rest": " ".join(words[100:])}
 
 
@@ -107,20 +165,13 @@ def tested_problem(row: Fields) -> Fields:
 def tested_program(text: str, example: Example) -> str:
     """HumanEval's prompt with the text, and its tests: a program that fails if they do."""
     prompt, test, name = (example.fields[key] for key in ("prompt", "test", "entry_point"))
-    return f"{prompt}{metrics.function_body(text)}\n\n{test}\n\ncheck({name})\n"
+    return f"{prompt}{function_body(text)}\n\n{test}\n\ncheck({name})\n"
 
 
 def passed(text: str, example: Example) -> Scores:
     """Whether the function passes the problem's tests; and ROUGE."""
-    passed = run_program(tested_program(text, example)).passed
-    return {"passed": float(passed), **metrics.rouge(text, example.reference)}
-
-
-# Spec-Bench's file has MT-bench under eight labels.
-MT_BENCH = (
-    *("writing", "roleplay", "reasoning", "math"),
-    *("coding", "extraction", "stem", "humanities"),
-)
+    outcome = run_program(tested_program(text, example))
+    return {"passed": float(outcome.passed), **rouge(text, example.reference)}
 
 
 def first_turn(row: Fields) -> Fields:
@@ -128,14 +179,12 @@ def first_turn(row: Fields) -> Fields:
     six categories."""
     match row:
         case {"turns": [str(prompt), *_], "category": str(category)}:
-            pass
+            reference = ""
         case _:
             check(False, 'is no question of Spec-Bench: it needs "turns" and "category"')
     match row.get("reference"):
-        case [str(reference), *_] if category not in MT_BENCH:
-            pass
-        case _:
-            reference = ""
+        case [str(first), *_] if category not in MT_BENCH:
+            reference = first
     category = "mt_bench" if category in MT_BENCH else category
     return {**row, "prompt": prompt, "reference": reference, "category": category}
 
@@ -144,9 +193,9 @@ def score_of_category(text: str, example: Example) -> Scores:
     """Spec-Bench: the final number in mathematics, ROUGE in summarization and translation."""
     match example.group:
         case "math_reasoning":
-            return metrics.accuracy(text, example.reference)
+            return accuracy(text, example.reference)
         case "summarization" | "translation":
-            return metrics.rouge(text, example.reference)
+            return rouge(text, example.reference)
     return {}
 
 
@@ -155,6 +204,7 @@ _TASKS = (
         name="cnn_dm_summarization",
         prompt_template="Article: {article}\nSummary:",
         response_template=" {highlights}",
+        score=against_reference(rouge),
         num_shots=1,
         shot_response=one_line,
         after_shots="\n",
@@ -164,6 +214,7 @@ _TASKS = (
         name="xsum_summarization",
         prompt_template="Article: {document}\nSummary:",
         response_template=" {summary}",
+        score=against_reference(rouge),
         shot_response=one_line,
         after_shots="\n",
         tfds=("xsum", "test", "train"),
@@ -172,6 +223,7 @@ _TASKS = (
         name="cnn_dm_lm",
         prompt_template="{beginning}",
         response_template=" {rest}",
+        score=against_reference(rouge),
         tfds=("cnn_dailymail", "test", "train"),
         change=beginning_and_rest,
     ),
@@ -179,6 +231,7 @@ _TASKS = (
         name="human_eval",
         prompt_template="{prompt}",
         response_template="{canonical_solution}",
+        score=against_reference(rouge),
         score_by_running=passed,
         change=tested_problem,
         id="task_id",
@@ -187,7 +240,7 @@ _TASKS = (
         name="topv2",
         prompt_template="{en_query}\n",
         response_template="{en_parse}",
-        score=against_reference(metrics.exact_match, metrics.tree_match),
+        score=against_reference(exact_match, tree_match),
         max_new_tokens=80,
         change=english_columns,
         group="domain",
@@ -196,7 +249,7 @@ _TASKS = (
         name="gsm8k",
         prompt_template="Question: {question}\nAnswer:",
         response_template=" {answer}",
-        score=against_reference(metrics.accuracy),
+        score=against_reference(accuracy),
         max_new_tokens=256,
         between_shots="\n\n",
         stop=("\nQuestion:",),
@@ -216,7 +269,7 @@ _TASKS = (
         name="pairs",
         prompt_template="{prompt}",
         response_template="{response}",
-        score=against_reference(metrics.exact_match, metrics.rouge),
+        score=against_reference(exact_match, rouge),
         max_new_tokens=128,
     ),
 )

@@ -12,11 +12,10 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from lsjax.config import AttentionKernel, LlamaConfig
-from lsjax.model.attention import cached_attention
+from lsjax.model.attention import cached_attention, nvidia_capability, self_attention
 from lsjax.model.cache import write_slots
 from lsjax.model.products import gradients_first, linear, split_swiglu, swiglu, with_steps
 from lsjax.model.rope import rotate
-from lsjax.model.self_attention import nvidia_capability, self_attention
 from lsjax.sharding import constrain, on_each_device, platform
 
 # Name of what a matrix and its adapter give together, for remat policies: they need not keep both.
@@ -86,7 +85,7 @@ class Attention(nnx.Module):
         self, x_BUD: Float[Array, "B U D"], rope: tuple[Array, Array]
     ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T K H"], Float[Array, "B T K H"]]:
         """Queries and keys, turned to their positions, and values, of the first T of U steps."""
-        if isinstance(self.qkv, nnx.List):  # split.py
+        if isinstance(self.qkv, nnx.List):  # split_matrices
             q, k, v = (matrix(x_BUD) for matrix in self.qkv)
         else:
             qkv_BTKPH = self.qkv(x_BUD)[:, : rope[0].shape[1]]
@@ -112,7 +111,7 @@ class FeedForward(nnx.Module):
         self.down = Linear(f, (d,), std=config.residual_std, **rest)
 
     def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        if isinstance(self.gate_up, nnx.List):  # split.py
+        if isinstance(self.gate_up, nnx.List):  # split_matrices
             gate, up = (matrix(x_BTD) for matrix in self.gate_up)
             return self.down(split_swiglu(gate, up))
         x_BTF, down = gradients_first(swiglu(self.gate_up(x_BTD)), self.down)
@@ -138,7 +137,7 @@ class Block(nnx.Module):
     ) -> Float[Array, "B T D"]:
         """The layer on whole sequences, without a cache; segments do not see one another.
 
-        kernel: of the attention (self_attention.py). keep_B: M of equation 1, all rows by default.
+        kernel: of the attention (attention.py). keep_B: M of equation 1, all rows by default.
         The others stay as they are: both branches add 0 to them.
         """
 

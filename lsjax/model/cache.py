@@ -100,7 +100,7 @@ def write(
     """Puts `new` into the buffer at `start_B` of each row along `axis`.
 
     The caller keeps start + T <= S: `dynamic_update_slice` would clamp the start without a word
-    and overwrite older slots (`cache_slots` and `DecodeState.has_room_B` see to that).
+    and overwrite older slots (`cache_slots` and `decode` see to that).
     """
     batch = new.shape[0]
     if batch > (1 if platform() == "gpu" else MAX_UNROLLED_ROWS):

@@ -25,7 +25,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 from jaxtyping import Array, Float, Int
 
-from lsjax.model.attention import OWN, SAVED
+from lsjax.model.products import FLASH_BLOCK as OWN
+from lsjax.model.products import SAVED
 from lsjax.sharding import platform
 
 OTHERS = 64

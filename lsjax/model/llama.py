@@ -8,7 +8,7 @@ Letters, here and everywhere: B batch, T query length, S cache slots, L layers, 
 F feed-forward width, N heads, K K/V heads, G = N / K, H head size, V vocabulary, E exit.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -19,9 +19,10 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from lsjax.config import AttentionKernel, ComputeDtype, LlamaConfig
-from lsjax.model.block import Block, RMSNorm
+from lsjax.model.block import Block, Linear, RMSNorm
 from lsjax.model.cache import KVCache
-from lsjax.model.products import enough_rows, enough_steps, lookup
+from lsjax.model.parameters import map_named
+from lsjax.model.products import enough_rows, enough_steps
 from lsjax.model.rope import rope_angles
 from lsjax.sharding import ROWS, constrain, platform
 
@@ -61,8 +62,8 @@ class Llama(nnx.Module):
         return block.attention.out.kernel[...].dtype
 
     def embed(self, tokens_BT: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-        """Token embeddings: the input of layer 0."""
-        return lookup(self.compute_dtype, self.embedding[...], tokens_BT)
+        """Token embeddings: the input of layer 0. Their gradient is summed in the table's dtype."""
+        return self.embedding[...][tokens_BT].astype(self.compute_dtype)
 
     def embed_rows(self, tokens_BT: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """Token embeddings of whole sequences, sharded over a mesh by rows.
@@ -107,24 +108,47 @@ class Llama(nnx.Module):
         themselves, [L, B, T, D], by default. Index E - 1 is of what exit E unembeds.
 
         Rows of several documents come with positions that restart and a segment number for each.
-        kernel: of the attention (self_attention.py).
+        kernel: of the attention (attention.py).
         """
         if positions_BT is None:
             positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
         x_BTD = self.embed_rows(tokens_BT)
         rope = rope_angles(positions_BT, self.config, x_BTD.dtype)
 
-        def run(x_BTD, block):
-            x_BTD = constrain(block(x_BTD, rope, segments_BT, kernel), ROWS)
-            return x_BTD, read(x_BTD)
+        def run(block, x_BTD, _):
+            return block(x_BTD, rope, segments_BT, kernel)
+
+        return self.scan_layers(x_BTD, run, lambda _, __, y_BTD, ___: (None, read(y_BTD)))[2]
+
+    def scan_layers(
+        self,
+        x_BTD: Float[Array, "B T D"],
+        run: Callable,
+        look: Callable,
+        carry: Any = None,
+        inputs_L: Any = None,
+    ) -> tuple[Float[Array, "B T D"], Any, Any]:
+        """All layers on whole sequences: the model's output, the last carry, and [L, ...] of what
+        `look` gives for each layer.
+
+        run: (block, x_BTD, inputs) -> the layer's output y_BTD. look: (carry, x_BTD, y_BTD, inputs)
+        -> (carry, anything). inputs_L: of the layers, where these are stacked.
+        """
+
+        def layer(before, block_and_inputs):
+            (x_BTD, carry), (block, inputs) = before, block_and_inputs
+            y_BTD = constrain(run(block, x_BTD, inputs), ROWS)
+            carry, seen = look(carry, x_BTD, y_BTD, inputs)
+            return (y_BTD, carry), seen
 
         if self.is_stacked:
-            return lax.scan(run, x_BTD, self.layers)[1]
-        outputs = []
+            after, seen_L = lax.scan(layer, (x_BTD, carry), (self.layers, inputs_L))
+            return *after, seen_L
+        after, seen_L = (x_BTD, carry), []
         for block in self.layers:
-            x_BTD, output = run(x_BTD, block)
-            outputs.append(output)
-        return jax.tree.map(lambda *leaves: jnp.stack(leaves), *outputs)
+            after, seen = layer(after, (block, None))
+            seen_L.append(seen)
+        return *after, jax.tree.map(lambda *leaves: jnp.stack(leaves), *seen_L)
 
     @property
     def head_table(self) -> Float[Array, "V D"]:
@@ -158,13 +182,19 @@ class Llama(nnx.Module):
 
 def stacked(model: Llama) -> Llama:
     """The same model with its layers in one Block of [L, ...] leaves, for `lax.scan`."""
-    blocks = _separate_blocks(model)
+    if model.is_stacked:
+        return model
+    blocks = list(model.layers)
     return with_parts(model, layers=jax.tree.map(lambda *leaves: jnp.stack(leaves), *blocks))
 
 
 def unstacked(model: Llama) -> Llama:
     """The same model with a Block per layer, for decoding."""
-    return with_parts(model, layers=nnx.List(_separate_blocks(model)))
+    if not model.is_stacked:
+        return model
+    layers = range(model.config.num_layers)
+    blocks = [jax.tree.map(lambda leaf, at=at: leaf[at], model.layers) for at in layers]
+    return with_parts(model, layers=nnx.List(blocks))
 
 
 def cast_matrices(model: Llama, dtype: ComputeDtype) -> Llama:
@@ -177,24 +207,52 @@ def cast_matrices(model: Llama, dtype: ComputeDtype) -> Llama:
     if dtype == "auto":
         dtype = model.dtype if platform() == "cpu" else "bfloat16"
 
-    def cast(path, leaf):
-        name = jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value")
+    def cast(name, leaf):
         return leaf if name.endswith(("embedding", "scale", "bias")) else leaf.astype(dtype)
 
-    return jax.tree_util.tree_map_with_path(cast, model)
+    return map_named(cast, model)
 
 
-def _separate_blocks(model: Llama) -> Sequence[Block]:
-    if not model.is_stacked:
-        return list(model.layers)
-    return [
-        jax.tree.map(lambda leaf, index=index: leaf[index], model.layers)
-        for index in range(model.config.num_layers)
-    ]
+def split_matrices(model: Llama) -> Llama:
+    """The same model, stacked, with a Linear for each part of qkv and gate_up.
+
+    Parameters, checkpoints and adapters keep them joined. A training step takes them apart once,
+    where that makes its products faster, and autodiff joins their gradients again.
+    """
+    # Slots of the last but one axis: a K/V head has its G queries, its key and its value.
+    slots = {"qkv": (slice(None, -2), -2, -1), "gate_up": (0, 1)}
+
+    def part(matrix, slot):
+        taken = jax.tree.map(lambda leaf: leaf[..., slot, :], matrix)
+        if matrix.adapter is not None:
+            taken.adapter.a = matrix.adapter.a  # [L, D, R] has no slots
+        return taken
+
+    def parts(name, matrix):
+        if name not in slots:
+            return matrix
+        return nnx.List(part(matrix, slot) for slot in slots[name])
+
+    return map_matrices(parts, model)
 
 
-def with_parts(module, **parts):
-    """A copy that shares all but these parts."""
+def map_matrices(change: Callable[[str, Linear], Any], model: Llama) -> Llama:
+    """The model, stacked, with `change(name, matrix)` in the place of the matrices of its layers:
+    qkv, out, gate_up and down."""
+
+    def changed(part, *names):
+        return with_parts(part, **{name: change(name, getattr(part, name)) for name in names})
+
+    block = model.layers
+    attention = changed(block.attention, "qkv", "out")
+    feed_forward = changed(block.feed_forward, "gate_up", "down")
+    return with_parts(
+        model, layers=with_parts(block, attention=attention, feed_forward=feed_forward)
+    )
+
+
+def with_parts(module: Any, **parts: Any) -> Any:
+    """A copy of a module that shares all but these parts."""
     leaves, structure = jax.tree.flatten(module)
     copy = jax.tree.unflatten(structure, leaves)
     for name, part in parts.items():

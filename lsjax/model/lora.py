@@ -14,8 +14,9 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from lsjax.config import LoraConfig, LoraTarget
-from lsjax.model.block import Attention, Block, FeedForward, Linear
-from lsjax.model.llama import Llama, with_parts
+from lsjax.model.block import Linear
+from lsjax.model.llama import Llama, map_matrices, with_parts
+from lsjax.model.parameters import map_named
 from lsjax.model.products import linear
 
 
@@ -45,7 +46,7 @@ def with_adapters(model: Llama, config: LoraConfig, seed: int) -> Llama:
         b = jnp.zeros((layers, config.rank, *outputs), dtype)
         return with_parts(matrix, adapter=Adapter(a, b, config.scale))
 
-    return _each_matrix(model, adapted)
+    return map_matrices(adapted, model)
 
 
 def merged(
@@ -59,28 +60,24 @@ def merged(
     One layer after the other, so that no more than one product is held.
     """
 
+    wide = jnp.promote_types(kernel.dtype, jnp.float32)
+    exact = dict(precision=lax.Precision.HIGHEST, preferred_element_type=wide)
+
+    def merge_layer(layer):
+        kernel, a, b = layer
+        return (kernel + scale * jnp.tensordot(a, b, axes=1, **exact)).astype(kernel.dtype)
+
     def merge(kernel, a, b):
-        return lax.map(lambda layer: _with_product(*layer, scale), (kernel, a, b))
+        return lax.map(merge_layer, (kernel, a, b))
 
     return jax.jit(merge, donate_argnums=0, out_shardings=kernel.sharding)(kernel, a, b)
-
-
-def _with_product(kernel, a, b, scale: float):
-    wide = jnp.promote_types(kernel.dtype, jnp.float32)
-    product = jnp.tensordot(
-        a, b, axes=1, precision=lax.Precision.HIGHEST, preferred_element_type=wide
-    )
-    return (kernel + scale * product).astype(kernel.dtype)
 
 
 def split(model: Llama) -> tuple[Llama, Llama]:
     """What is trained, which is the adapters, or without any the whole model; and what is frozen.
     Each has None in place of the other's parameters."""
 
-    def is_adapter(path, _) -> bool:
-        return ".adapter." in jax.tree_util.keystr(path, simple=True, separator=".")
-
-    found = jax.tree_util.tree_map_with_path(is_adapter, model)
+    found = map_named(lambda name, _: ".adapter." in name, model)
     if not any(jax.tree.leaves(found)):
         found = jax.tree.map(lambda _: True, model)
     trained = jax.tree.map(lambda leaf, on: leaf if on else None, model, found)
@@ -95,21 +92,4 @@ def joined(trained: Llama, frozen: Llama) -> Llama:
         trained,
         frozen,
         is_leaf=lambda leaf: leaf is None,
-    )
-
-
-def _each_matrix(model: Llama, change) -> Llama:
-    block: Block = model.layers
-    attention: Attention = block.attention
-    feed_forward: FeedForward = block.feed_forward
-    attention = with_parts(
-        attention, qkv=change("qkv", attention.qkv), out=change("out", attention.out)
-    )
-    feed_forward = with_parts(
-        feed_forward,
-        gate_up=change("gate_up", feed_forward.gate_up),
-        down=change("down", feed_forward.down),
-    )
-    return with_parts(
-        model, layers=with_parts(block, attention=attention, feed_forward=feed_forward)
     )

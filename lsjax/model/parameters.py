@@ -6,6 +6,7 @@ more ("layers.3.attention.qkv.kernel"). Letters as in llama.py.
 """
 
 import re
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -133,18 +134,26 @@ def _choices(path: str) -> tuple[P, ...]:
     return next((choices for regex, choices in _ARRAYS if re.search(regex, path)), (P(),))
 
 
+def map_named(function: Callable[[str, Any], Any], tree: Any) -> Any:
+    """`function(path, leaf)` of every leaf of a model, a training state or the like."""
+
+    def named(path, leaf):
+        name = jax.tree_util.keystr(path, simple=True, separator=".")
+        return function(name.removesuffix(".value"), leaf)
+
+    return jax.tree_util.tree_map_with_path(named, tree)
+
+
 def named_leaves(tree: Any) -> dict[str, Any]:
-    """The leaves of a model, a training state or the like by their path, in the tree's order."""
-    return {
-        jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value"): leaf
-        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-    }
+    """The leaves by their path, in the tree's order."""
+    leaves: dict[str, Any] = {}
+    map_named(leaves.__setitem__, tree)
+    return leaves
 
 
 def shardings(tree: Any, mesh: Mesh | AbstractMesh) -> Any:
     """`sharding_of` every leaf of a model, a decode state or the like."""
-    places = [sharding_of(path, leaf.shape, mesh) for path, leaf in named_leaves(tree).items()]
-    return jax.tree.unflatten(jax.tree.structure(tree), places)
+    return map_named(lambda path, leaf: sharding_of(path, leaf.shape, mesh), tree)
 
 
 def placed(tree: Any, mesh: Mesh | None) -> Any:

@@ -11,38 +11,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float
 
 from lsjax.sharding import platform
 
 # Fewest rows for which XLA uses the matrix unit well. With one row it sums on the vector unit, on
 # TPUs several times slower, on GPUs in more kernels (docs/performance.md).
 ROWS = {"tpu": 8, "gpu": 16}
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def lookup(
-    dtype: DTypeLike, table_VD: Float[Array, "V D"], tokens: Int[Array, "*batch"]
-) -> Float[Array, "*batch D"]:
-    """table_VD[tokens] in this dtype.
-
-    The gradient is summed in the table's dtype: in bfloat16 the sum for a frequent token stops
-    growing. What devices exchange, rows and their gradients, is in the dtype of the rows.
-    """
-    return table_VD.astype(dtype)[tokens]
-
-
-def _lookup_forward(dtype, table_VD, tokens):
-    return lookup(dtype, table_VD, tokens), (table_VD, tokens)
-
-
-def _lookup_backward(dtype, residuals, dx):
-    table_VD, tokens = residuals
-    return jnp.zeros_like(table_VD).at[tokens].add(dx.astype(table_VD.dtype)), None
-
-
-lookup.defvjp(_lookup_forward, _lookup_backward)
+# Tokens of a block of flash.py, which divides its sequences.
+FLASH_BLOCK = 128
+# What splash and flash keep for their backward passes, for remat policies that save by name.
+SAVED = "attention"
 
 
 def enough_steps(x_BTD: Float[Array, "B T D"]) -> Float[Array, "B U D"]:
@@ -132,16 +111,11 @@ def swiglu(gate_up: Float[Array, "*batch 2 F"]) -> Float[Array, "*batch F"]:
 
 
 def _swiglu_forward(gate_up):
-    return jax.nn.silu(gate_up[..., 0, :]) * gate_up[..., 1, :], gate_up
+    return swiglu(gate_up), gate_up
 
 
 def _swiglu_backward(gate_up, dy):
-    dgate, dup = _halves_of_gradient(gate_up[..., 0, :], gate_up[..., 1, :], dy)
-    if platform() == "gpu":  # for a choice XLA:GPU would write both halves first
-        return (jnp.stack([dgate, dup], -2),)
-    # As a choice for each element: XLA:CPU joins arrays on one thread.
-    is_gate = jnp.arange(2)[:, None] == 0
-    return (jnp.where(is_gate, dgate[..., None, :], dup[..., None, :]),)
+    return (jnp.stack(_halves_of_gradient(gate_up[..., 0, :], gate_up[..., 1, :], dy), -2),)
 
 
 def _halves_of_gradient(gate, up, dy):
@@ -158,7 +132,7 @@ swiglu.defvjp(_swiglu_forward, _swiglu_backward)
 def split_swiglu(
     gate: Float[Array, "*batch F"], up: Float[Array, "*batch F"]
 ) -> Float[Array, "*batch F"]:
-    """`swiglu` of separate halves, for TPUs (split.py).
+    """`swiglu` of separate halves, for TPUs (`split_matrices`).
 
     Barriers keep XLA:TPU from fusing it into the products around it, which spoils these.
     """

@@ -26,16 +26,12 @@ def rope_frequencies(config: LlamaConfig) -> Float[np.ndarray, " h"]:
         case RopeScaling(kind="linear", factor=factor):
             return frequencies / np.float32(factor)
         case scaling:
-            return _llama3_scaled(frequencies, scaling)
-
-
-def _llama3_scaled(frequencies: np.ndarray, scaling: RopeScaling) -> np.ndarray:
-    """Llama 3.1: wavelengths beyond the old context / low_freq_factor are stretched by factor,
-    those below the old context / high_freq_factor are kept, and those between are blended."""
-    turns = scaling.original_context * frequencies / (2 * np.pi)  # in the old context
-    keep = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
-    keep = np.clip(keep, 0.0, 1.0)
-    return (frequencies * (keep + (1 - keep) / scaling.factor)).astype(np.float32)
+            # Llama 3.1: wavelengths beyond the old context / low_freq_factor are stretched by
+            # factor, those below the old context / high_freq_factor are kept, between they blend.
+            turns = scaling.original_context * frequencies / (2 * np.pi)  # in the old context
+            low, high = scaling.low_freq_factor, scaling.high_freq_factor
+            keep = np.clip((turns - low) / (high - low), 0.0, 1.0)
+            return (frequencies * (keep + (1 - keep) / scaling.factor)).astype(np.float32)
 
 
 def rope_angles(

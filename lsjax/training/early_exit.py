@@ -3,8 +3,8 @@
     J(t) = sum over exits E of w(t, E) CE(unembed(output of layer E - 1), labels)    (eq. 5)
     w(t, E) = C(t, E) e(E - 1) / sum over i of C(t, i) e(i - 1)
 
-C is the curriculum, e the weights (eq. 6). Exit E = L is always on. Functions of the step alone:
-nothing to save, nothing to go wrong at a restart. Arrays over exits have exit E at index E - 1.
+C is the curriculum, e the weights (eq. 6). Exit E = L is always on. Arrays over exits have exit E
+at index E - 1.
 
 CE is the loss of each token, a function of logits. Any other can take its place below exit L:
 
@@ -45,10 +45,10 @@ def exit_weights(config: EarlyExitConfig, num_layers: int) -> Float[np.ndarray, 
 
 def enabled_exits(
     config: EarlyExitConfig, num_layers: int, step: ArrayLike, num_steps: int
-) -> Bool[Array | np.ndarray, " L"]:
+) -> Bool[Array | np.ndarray, "... L"]:
     """Which exits are in the loss of step t of T: C(t, E), and those of weight 0 left out.
 
-    In numpy where the step is a number and not an array.
+    step: one, or [..., 1] for several. The result is numpy's where the step is.
     """
     exits = np.arange(1, num_layers + 1)
     match config.curriculum:
@@ -79,25 +79,13 @@ def loss_weights(
     return on_L / on_L.sum()
 
 
-def mean_exits(config: EarlyExitConfig, num_layers: int, num_steps: int) -> float:
-    """Intermediate exits that are on, on average over the run."""
-    whole = config.curriculum == "rotational" and config.rotation <= num_steps
-    steps = range(config.rotation if whole else num_steps)  # a rotation stands for all of them
-    if config.curriculum not in ("rotational", "gradual"):
-        steps = range(1)
-    counts = [enabled_exits(config, num_layers, step, num_steps)[:-1].sum() for step in steps]
-    return float(np.mean(counts))
-
-
-def most_exits(config: EarlyExitConfig, num_layers: int, num_steps: int) -> int:
-    """The most intermediate exits that are on in any step."""
-    match config.curriculum:
-        case "rotational":
-            steps = range(min(config.rotation, num_steps))
-        case _:
-            steps = (num_steps - 1,)  # no curriculum turns an exit off again
-    enabled = (enabled_exits(config, num_layers, step, num_steps) for step in steps)
-    return max(int(exits[:-1].sum()) for exits in enabled)
+def exit_counts(
+    config: EarlyExitConfig, num_layers: int, num_steps: int
+) -> Int[np.ndarray, " steps"]:
+    """Intermediate exits that are on, at each step of the run."""
+    steps = np.arange(num_steps)[:, None]
+    enabled = enabled_exits(config, num_layers, steps, num_steps)
+    return np.broadcast_to(enabled, (num_steps, num_layers))[:, :-1].sum(1)
 
 
 # (logits [..., V], labels [...], final_logits [..., V]) -> losses [...]

@@ -89,12 +89,12 @@ def start(hosts: Hosts) -> None:
         how = {}
     else:
         return
+    times = dict(
+        heartbeat_timeout_seconds=hosts.heartbeat_timeout,
+        initialization_timeout=hosts.start_timeout,
+    )
     try:
-        jax.distributed.initialize(
-            **how,
-            heartbeat_timeout_seconds=hosts.heartbeat_timeout,
-            initialization_timeout=hosts.start_timeout,
-        )
+        jax.distributed.initialize(**how, **times)
     except (RuntimeError, ValueError) as error:
         if isinstance(error, ValueError) and not how:
             return  # chips, but no neighbours that jax knows of
@@ -192,27 +192,24 @@ def signals() -> Iterator[Stop]:
     With several processes jax itself handles SIGTERM. If one process gets it, all are told to stop
     after the same step, which none of them has passed.
     """
-    if jax.process_count() > 1:
-        with _handled(lambda number: signal.raise_signal(signal.SIGTERM), signal.SIGINT):
-            yield lambda step: signal.SIGTERM if reached_preemption_sync_point(step) else None
-    else:
-        received: list[int] = []
-        with _handled(received.append, signal.SIGTERM, signal.SIGINT):
-            yield lambda step: received[0] if received else None
-
-
-@contextmanager
-def _handled(handle: Callable[[int], None], *numbers: int) -> Iterator[None]:
-    before = {}
+    several = jax.process_count() > 1
+    caught = [signal.SIGINT] if several else [signal.SIGINT, signal.SIGTERM]
+    received: list[int] = []
 
     def once(number, frame):
         signal.signal(number, before[number])
-        handle(number)
+        received.append(number)
+        if several:
+            signal.raise_signal(signal.SIGTERM)
 
-    for number in numbers:
-        before[number] = signal.signal(number, once)
+    def stop(step):
+        if several:
+            return signal.SIGTERM if reached_preemption_sync_point(step) else None
+        return received[0] if received else None
+
+    before = {number: signal.signal(number, once) for number in caught}
     try:
-        yield
+        yield stop
     finally:
-        for number in numbers:
-            signal.signal(number, before[number])
+        for number, handler in before.items():
+            signal.signal(number, handler)

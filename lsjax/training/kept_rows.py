@@ -26,19 +26,19 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from lsjax.sharding import ROWS, constrain
+from lsjax.training.layer_dropout import row_counts
 
 
 class Kept(NamedTuple):
     """Which rows keep the layer."""
 
     keep_SR: Bool[Array, "S R"]
-    which: Int[Array, ""]  # of the counts, how many they are in each shard
+    which: Int[Array, ""]  # of `row_counts`, how many they are in each shard
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
 def run_on_kept(
     run: Callable[[Any, Array, Any, Array], Array],
-    counts: tuple[int, ...],
     block: Any,
     x_BTD: Float[Array, "B T D"],
     others: Any,
@@ -49,13 +49,13 @@ def run_on_kept(
     are.
 
     run: computes each row by itself. Residuals of its backward pass that depend on the rows have
-    an axis of them. counts: possible numbers of kept rows of a shard, from 0 to all. others: arrays
-    with an axis B in front; nothing flows back to them, nor to the rate.
+    an axis of them. others: arrays with an axis B in front; nothing flows back to them, nor to the
+    rate.
     """
-    return _forward(run, counts, block, x_BTD, others, rate, kept)[0]
+    return _forward(run, block, x_BTD, others, rate, kept)[0]
 
 
-def _forward(run, counts, block, x_BTD, others, rate, kept):
+def _forward(run, block, x_BTD, others, rate, kept):
     shards, rows = kept.keep_SR.shape
     axes = _row_axes(run, shards, rows, block, x_BTD, others, rate)
 
@@ -79,12 +79,12 @@ def _forward(run, counts, block, x_BTD, others, rate, kept):
     def skipped(block, x_BTD, *_):
         return x_BTD, [jnp.zeros(leaf.shape, leaf.dtype) for leaf in shapes]
 
-    branches = [partial(computed, count) if count else skipped for count in counts]
+    branches = [partial(computed, count) if count else skipped for count in row_counts(rows)]
     y_BTD, saved = lax.switch(kept.which, branches, *operands)
     return y_BTD, (saved, block, others, rate, kept)
 
 
-def _backward(run, counts, residuals, dy_BTD):
+def _backward(run, residuals, dy_BTD):
     saved, block, others, rate, kept = residuals
     shards, rows = kept.keep_SR.shape
     axes = _row_axes(run, shards, rows, block, dy_BTD, others, rate)
@@ -105,7 +105,7 @@ def _backward(run, counts, residuals, dy_BTD):
     def skipped(saved, block, others, rate, dy_BTD, keep_SR):
         return jax.tree.map(jnp.zeros_like, block), dy_BTD
 
-    branches = [partial(computed, count) if count else skipped for count in counts]
+    branches = [partial(computed, count) if count else skipped for count in row_counts(rows)]
     operands = saved, block, others, rate, dy_BTD, kept.keep_SR
     dblock, dx_BTD = lax.switch(kept.which, branches, *operands)
     return dblock, dx_BTD, None, None, None

@@ -3,10 +3,9 @@
     x_{l+1} = x_l + M(p(l, t)) f_l(x_l)      M(p) = 0 with probability p, else 1     (eq. 1)
     p(l, t) = S(t) D(l) p_max                                                        (eq. 2)
 
-No state: the masks of a step are a function of seed, step, layer and the row's number in the
-batch, so they are the same after a restart, under accumulation, and on any mesh. Where only kept
-rows are computed (`keep_counted`), of the rows that lie together on a device or in a micro-batch
-too.
+The masks of a step are a function of seed, step, layer and the row's number in the batch. So they
+are the same after a restart, under accumulation, and on any mesh. Where only kept rows are computed
+(`keep_counted`), they also depend on which rows share a device or a micro-batch.
 """
 
 from collections.abc import Callable, Sequence

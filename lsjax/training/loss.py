@@ -1,8 +1,8 @@
-"""Losses of many hidden states through one head, without all their logits ever being held.
+"""The objective of a step: losses of the exits that are on, through one head.
 
-Positions in the loss come first in each row. Chunks of them go through the head one after the
-other, as many as the fullest row has. A chunk's gradient is computed beside its loss. So the head
-passes over it three times: logits, gradient of the states, gradient of the table.
+The head's logits are never all held. Positions in the loss come first in each row. Chunks of them
+pass the head, as many as the fullest row has. A chunk's gradient is computed beside its loss. So
+the head passes over it three times: logits, gradient of the states, gradient of the table.
 
 Letters: S slots of hidden states (exits), C positions of a chunk.
 """
@@ -14,17 +14,27 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
+from lsjax.config import StepConfig
 from lsjax.model.block import RMSNorm
-from lsjax.model.llama import Llama
+from lsjax.model.llama import Llama, cast_matrices, split_matrices
 from lsjax.sharding import ROWS, chunk_steps, on_each_device, platform
-from lsjax.training.early_exit import ExitLoss, cross_entropy, log_z
+from lsjax.training.early_exit import (
+    EXIT_LOSSES,
+    ExitLoss,
+    cross_entropy,
+    enabled_exits,
+    exit_counts,
+    log_z,
+    loss_weights,
+)
+from lsjax.training.forward import exit_states
+from lsjax.training.layer_dropout import DropRates, drop_rates
 
-# Logits of a chunk, on each device.
-CHUNK_LOGITS = 2**25
-# On TPUs, where each chunk's pass over the table's gradient in float32 would show.
-TPU_CHUNK_LOGITS = 2**27
+# Logits of a chunk, on each device. On TPUs each chunk's pass over the table's gradient in float32
+# would show.
+CHUNK_LOGITS, TPU_CHUNK_LOGITS = 2**25, 2**27
 # The loops of which only a step knows the trip counts, by their names in the compiled program.
 EXITS, CHUNKS = "exit_losses", "loss_chunks"
 
@@ -44,9 +54,103 @@ class Positions(NamedTuple):
     scales_SB: Float[Array, "S B"]  # what each of them stands for
 
 
-def head_of(model: Llama) -> Head:
-    """The part of the model that every exit shares."""
-    return Head(model.norm, model.head_table)
+def objective(
+    config: StepConfig,
+    model: Llama,
+    batch: dict[str, Array],
+    step: Int[Array, ""],
+    rows_B: Int[Array, " B"],
+    num_labels: Int[Array, ""],
+    *,
+    exit_loss: ExitLoss | None = None,
+    drop_rates: DropRates = drop_rates,
+) -> tuple[Float[Array, ""], Float[Array, " L"]]:
+    """Loss of some rows of a step's batch, and the summed cross entropy of each exit that is on.
+
+    Losses and gradients of parts of a batch add up to those of the whole.
+
+    Args:
+        model: stacked, in the dtype of the parameters.
+        rows_B: numbers of these rows in the batch.
+        num_labels: labelled tokens in all of the batch, by which the loss is divided.
+        exit_loss: of the exits below the last one; that of the config's target by default.
+        drop_rates: of layer dropout, where it is on.
+    """
+    shape = model.config
+    enabled_L = enabled_exits(config.early_exit, shape.num_layers, step, config.num_steps)
+    weights_L = loss_weights(config.early_exit, shape.num_layers, step, config.num_steps)
+    most = int(exit_counts(config.early_exit, shape.num_layers, config.num_steps).max())
+    exit_S, taken_S = slots(enabled_L, most)
+    narrow = cast_matrices(model, config.dtype)
+    if platform() == "tpu":
+        narrow = split_matrices(narrow)
+    x_SBTD = exit_states(config, narrow, batch, step, rows_B, exit_S, drop_rates)
+
+    head = Head(model.norm, model.head_table)
+    if platform() == "gpu":
+        # XLA:GPU would gather the table, and allocate its gradient, before the layers run.
+        head, x_SBTD = lax.optimization_barrier((head, x_SBTD))
+    weights_S = jnp.where(taken_S, weights_L[exit_S], 0) / jnp.maximum(num_labels, 1)
+    positions = loss_positions(config, batch["labels_BT"], step, rows_B, exit_S, taken_S)
+    loss, sums_S = head_loss(
+        exit_loss or EXIT_LOSSES[config.early_exit.target],
+        config.z_loss,
+        head,
+        x_SBTD,
+        batch["labels_BT"],
+        positions,
+        weights_S,
+    )
+    sums_L = jnp.zeros(shape.num_layers, sums_S.dtype).at[exit_S].add(jnp.where(taken_S, sums_S, 0))
+    return loss, sums_L
+
+
+def slots(enabled_L: Bool[Array, " L"], most: int) -> tuple[Int[Array, " S"], Bool[Array, " S"]]:
+    """Layers of the exits that have a slot, the last one in the last slot, and whether the exit is
+    on.
+
+    most: exits beside the last one that are on in any step. Their slots are taken in order; where
+    nearly all exits are on in some step, each has a slot of its own, which costs the scan less.
+    """
+    last = len(enabled_L) - 1
+    if last and most + 1 >= last:
+        return jnp.arange(last + 1), jnp.append(enabled_L[:-1], True)
+    (exit_S,) = jnp.nonzero(enabled_L[:-1], size=most, fill_value=last)
+    return jnp.append(exit_S, last), jnp.append(exit_S < last, True)
+
+
+def loss_positions(
+    config: StepConfig,
+    labels_BT: Int[Array, "B T"],
+    step: Int[Array, ""],
+    rows_B: Int[Array, " B"],
+    exit_S: Int[Array, " S"],
+    taken_S: Bool[Array, " S"],
+) -> Positions:
+    """Labelled positions, all of them for the last slot, and for the others their share of each
+    row: rounded up, drawn for each step, exit and row, and each counting for more accordingly."""
+    labelled_BT = labels_BT >= 0
+    count_B = labelled_BT.sum(1)
+    order_BT = jnp.argsort(~labelled_BT, axis=1, stable=True)
+    slots, share = len(exit_S), config.early_exit.token_share
+    counts_SB = jnp.where(taken_S[:, None], count_B, 0)
+    scales_SB = jnp.ones(counts_SB.shape)
+    order_SBT = jnp.broadcast_to(order_BT, (slots, *order_BT.shape))
+    if slots > 1 and share < 1:
+        key = jax.random.fold_in(jax.random.key(config.seed), step)
+        key = jax.random.fold_in(key, 2**31 - 1)  # the layers below have layer dropout
+
+        def draw(exit, row):
+            row_key = jax.random.fold_in(jax.random.fold_in(key, exit), row)
+            return jax.random.uniform(row_key, labels_BT.shape[1:])
+
+        draws_SBT = jax.vmap(jax.vmap(draw, (None, 0)), (0, None))(exit_S[:-1], rows_B)
+        drawn_SBT = jnp.argsort(jnp.where(labelled_BT, draws_SBT, 2), axis=2)
+        order_SBT = jnp.concatenate([drawn_SBT, order_BT[None]])
+        part_B = jnp.ceil(count_B * share).astype(count_B.dtype)
+        counts_SB = counts_SB.at[:-1].set(jnp.where(taken_S[:-1, None], part_B, 0))
+        scales_SB = scales_SB.at[:-1].set(count_B / jnp.maximum(part_B, 1))
+    return Positions(order_SBT, counts_SB, scales_SB)
 
 
 def loss_chunk(batch: int, steps: int, vocab: int) -> int:

@@ -1,38 +1,52 @@
-"""Metrics of each step: as a line of text, in metrics.jsonl, and in TensorBoard if asked for."""
+"""Figures of a step: its FLOPs, its row in metrics.jsonl and TensorBoard, its line of text.
+
+FLOPs are those of the plain model, whatever LayerSkip adds or saves, so that utilisations of runs
+with and without it compare (Chowdhery et al., 2022, appendix B). Frozen weights have no gradient,
+and none is counted.
+"""
 
 import json
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+from flax import nnx
+from jax.typing import DTypeLike
 
 from lsjax.checkpoints import METRICS, read_metrics
-from lsjax.config import ConfigError
+from lsjax.config import ConfigError, EarlyExitConfig, LlamaConfig, LoraConfig
+from lsjax.model.llama import Llama, stacked
+from lsjax.model.lora import split, with_adapters
+from lsjax.training.early_exit import exit_counts
 
 PAUSE = 10.0  # seconds between printed lines
 WINDOW = 0.1  # weight of the newest step in the speed that is shown
+# Dense bfloat16 FLOPs per second of one jax device, by the start of its `device_kind`.
+PEAKS = {
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5p": 459e12,
+    "TPU v5": 459e12,
+    "TPU v6": 918e12,
+    "NVIDIA A100": 312e12,
+    "NVIDIA H100": 989e12,
+    "NVIDIA H200": 989e12,
+}
 
 
-@dataclass(frozen=True)
-class StepMetrics:
-    """Metrics of a step, on the host."""
-
-    step: int  # steps done with this one
-    values: Mapping[str, Any]
-    seconds: float  # of this step, wall clock
-
-    @classmethod
-    def of(cls, step: int, values: Mapping[str, Any], seconds: float) -> "StepMetrics":
-        """From the arrays of a step; keeps the losses of the exits that were on."""
-        on = np.flatnonzero(values["enabled_L"])
-        exits = {"exits": (on + 1).tolist(), "exit_losses": values["exit_loss_L"][on].tolist()}
-        rest = {k: v for k, v in values.items() if k not in ("exit_loss_L", "enabled_L")}
-        return cls(step, {**rest, **exits}, seconds)
+def step_row(values: Mapping[str, Any], seconds: float) -> dict[str, Any]:
+    """A step's row of metrics, from its arrays and its time; of the exits, those that were on."""
+    on = np.flatnonzero(values["enabled_L"])
+    exits = {"exits": (on + 1).tolist(), "exit_losses": values["exit_loss_L"][on].tolist()}
+    rest = {k: v for k, v in values.items() if k not in ("exit_loss_L", "enabled_L")}
+    return {**rest, **exits, "seconds": seconds}
 
 
 class StepLine:
@@ -46,29 +60,28 @@ class StepLine:
         self._compiled = False
         self._seconds: float | None = None  # of a step, averaged over the last ones
 
-    def __call__(self, done: StepMetrics) -> str:
+    def __call__(self, step: int, row: Mapping[str, Any]) -> str:
         """step 120/900  loss 2.31 (exits 3: 3.10, 7: 2.62)  5210 tokens/s  MFU 41%  2:31 left"""
         if self._compiled:
-            old = done.seconds if self._seconds is None else self._seconds
-            self._seconds = old + WINDOW * (done.seconds - old)
+            old = row["seconds"] if self._seconds is None else self._seconds
+            self._seconds = old + WINDOW * (row["seconds"] - old)
         self._compiled = True  # by the first step, whose time says nothing
-        values = done.values
         # Evenly spaced exits where many are on.
-        pairs = list(zip(values["exits"], values["exit_losses"], strict=True))[:-1]
+        pairs = list(zip(row["exits"], row["exit_losses"], strict=True))[:-1]
         pairs = pairs[:: -(-len(pairs) // 4)] if pairs else []
         exits = ", ".join(f"{exit}: {loss:.2f}" for exit, loss in pairs)
         parts = [
-            f"step {done.step}/{self._num_steps}",
-            f"loss {float(values['last_exit_loss']):.3f}" + (f" (exits {exits})" if exits else ""),
+            f"step {step}/{self._num_steps}",
+            f"loss {float(row['last_exit_loss']):.3f}" + (f" (exits {exits})" if exits else ""),
         ]
         if self._seconds:
             parts.append(f"{self._tokens / self._seconds:,.0f} tokens/s")
             if self._peak:
                 parts.append(f"MFU {self._flops / self._seconds / self._peak:.0%}")
-            left = round((self._num_steps - done.step) * self._seconds)
+            left = round((self._num_steps - step) * self._seconds)
             parts.append(f"{timedelta(seconds=left)} left")
-        if int(values["skipped"]):
-            parts.append(f"{int(values['skipped'])} steps skipped")
+        if int(row["skipped"]):
+            parts.append(f"{int(row['skipped'])} steps skipped")
         return "  ".join(parts)
 
 
@@ -151,3 +164,67 @@ def _plain(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
+
+
+def step_flops(
+    config: LlamaConfig, batch_size: int, seq_len: int, lora: LoraConfig | None = None
+) -> float:
+    """FLOPs of one plain training step: forward, and backward once more for the inputs and once
+    more for the trained weights.
+
+    Two for each weight of a matrix and token, with the head and without the lookup. Attention
+    counts the scores and sums that causality leaves, half of T^2.
+    """
+    matrices = config.num_layers * config.layer_params + config.head_params
+    attention = config.num_layers * config.num_heads * config.head_dim * seq_len
+    products = 3.0 * (2.0 * matrices + 2.0 * attention)
+    if lora is not None and lora.rank > 0:
+        products += 3 * 2.0 * num_adapter_params(config, lora) - 2.0 * matrices
+    return products * batch_size * seq_len
+
+
+def num_adapter_params(config: LlamaConfig, lora: LoraConfig) -> int:
+    """Parameters of the adapters of all layers."""
+    adapted = jax.eval_shape(
+        lambda: split(with_adapters(stacked(Llama(config, rngs=nnx.Rngs(0))), lora, 0))[0]
+    )
+    return sum(leaf.size for leaf in jax.tree.leaves(adapted))
+
+
+def exit_flops(
+    early_exit: EarlyExitConfig, config: LlamaConfig, tokens: int, num_steps: int
+) -> float:
+    """FLOPs that the intermediate exits add to a step, on average over the run: three passes
+    through the head for each of their tokens."""
+    exits = exit_counts(early_exit, config.num_layers, num_steps).mean() * early_exit.token_share
+    return 3.0 * 2.0 * config.head_params * tokens * float(exits)
+
+
+def peak_flops(dtype: DTypeLike, devices: int) -> float | None:
+    """FLOPs per second of so many devices together; None for an unknown accelerator.
+
+    On CPUs the speed of a large product of this type, measured here, once for each process.
+    """
+    device = jax.devices()[0]
+    if device.platform == "cpu":
+        return _measured(dtype) * jax.process_count()
+    peak = device_peak(device.device_kind)
+    return None if peak is None else peak * devices
+
+
+def device_peak(device_kind: str) -> float | None:
+    """FLOPs per second of an accelerator by jax's name of it, None for an unknown one."""
+    return next((peak for kind, peak in PEAKS.items() if device_kind.startswith(kind)), None)
+
+
+def _measured(dtype: DTypeLike, size: int = 1536, repeats: int = 4) -> float:
+    """Speed of the fastest of a few products, as others may use the machine too."""
+    x = jnp.ones((size, size), dtype)
+    product = jax.jit(jnp.matmul).lower(x, x).compile()
+    return 2.0 * size**3 / min(_seconds(product, x) for _ in range(repeats))
+
+
+def _seconds(product, x) -> float:
+    start = time.perf_counter()
+    jax.block_until_ready(product(x, x))
+    return time.perf_counter() - start

@@ -1,142 +1,54 @@
-"""A whole training run: its input is checked and its data read, then it trains or resumes."""
+"""A whole training run: it trains from a new state, or resumes from the newest saved step.
 
-import dataclasses
+Evaluation, samples and plots come as hooks, so that training knows neither decoding nor evaluation.
+"""
+
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
-from jax.sharding import Mesh
 
-from lsjax.checkpoints import (
-    CHECKPOINTS,
-    Checkpoints,
-    begin_run,
-    held_out_losses,
-    is_run,
-    open_checkpoint,
-    read_metrics,
-    read_run_config,
-    saved_steps,
+from lsjax.checkpoints import CHECKPOINTS, Checkpoints, read_metrics
+from lsjax.config import TrainConfig, check
+from lsjax.model.llama import Llama
+from lsjax.training.hosts import is_first, signals
+from lsjax.training.metrics import MetricsLog, StepLine, paced, peak_flops, step_flops, step_row
+from lsjax.training.prepare import TrainingRun
+from lsjax.training.step import (
+    Batch,
+    Metrics,
+    TrainState,
+    abstract_state,
+    initial_state,
+    make_train_step,
 )
-from lsjax.config import LlamaConfig, MeshConfig, TrainConfig, check
-from lsjax.data.pipeline import SPLITS, OnePass, Pipeline, packed_rows
-from lsjax.data.token_store import cache_directory
-from lsjax.data.tokenizer import Tokenizer
-from lsjax.data.vocabulary import make_tokenizer
-from lsjax.sharding import make_mesh, own_rows, placed_rows
-from lsjax.training.flops import peak_flops, step_flops
-from lsjax.training.hosts import check_same, in_turn, is_first, wait_to_see
-from lsjax.training.loop import Hook, Interrupted, TooManySkipped, run_loop
-from lsjax.training.metrics import MetricsLog, StepLine, StepMetrics, check_board, paced
-from lsjax.training.run_files import held_out_prompts, sample_prompt, write_run_files
-from lsjax.training.start import abstract_state, check_rows, check_same_run, initial_state
-from lsjax.training.step import TrainState, make_train_step
 
 Show = Callable[[int, str], None]  # (steps done, line of figures), called once for each step
 
 
 @dataclass(frozen=True)
-class TrainingRun:
-    """A run whose input is checked, whose data is read, and whose directory is there."""
+class Hook:
+    """Something that looks at the model now and then; what it returns becomes a row of metrics."""
 
-    config: TrainConfig  # with the model's shape
-    workdir: Path
-    resumes: bool  # whether the directory held this run already
-    mesh: Mesh | None
-    tokenizer: Tokenizer
-    pipeline: Pipeline  # the training rows of this host
-    held_out: OnePass
-    sample_prompt: list[int]  # tokens that samples continue
-    losses: dict[int, float]  # held-out loss of the last exit by step; evaluations add theirs
-
-    def place(self, batch: Mapping[str, np.ndarray]) -> dict[str, Any]:
-        """A batch of this host's rows on the devices that compute with them."""
-        return placed_rows(batch, self.config.batch_size, self.mesh)
-
-    def describe(self) -> str:
-        """Two lines: the model and the data."""
-        config, rows = self.config, self.pipeline.rows
-        tokens = config.num_steps * config.batch_size * config.seq_len
-        return (
-            f"{self.workdir}: {config.model.num_params / 1e6:.1f}M parameters, "
-            f"{config.model.num_layers} layers; {config.num_steps} steps of {config.batch_size} x "
-            f"{config.seq_len} tokens, {tokens / len(rows) / rows.seq_len:.2g} passes over\n"
-            f"{rows.describe()}"
-        )
+    kind: str  # of the row: "evaluation"
+    every: int  # steps; also after the last step
+    call: Callable[[int, Llama], Mapping[str, Any]]  # (steps done, stacked model)
 
 
-def prepare_run(config: TrainConfig, workdir: Path) -> TrainingRun:
-    """Checks everything that can be checked before anything is compiled, and reads the data.
-
-    Raises ConfigError, CheckpointError, TokenizerError or OSError for bad input.
-    """
-    resumes = is_run(workdir)
-    if resumes:
-        config = check_same_run(read_run_config(workdir), config, str(workdir))
-    if config.init_from and not saved_steps(workdir / CHECKPOINTS):
-        config = with_model(config, open_checkpoint(config.init_from).config)
-    alone = jax.process_count() == 1 and config.mesh == MeshConfig()
-    mesh = None if alone else make_mesh(config.mesh)
-    check_rows(config, mesh)
-    if config.tensorboard and is_first():
-        check_board()
-    check_same("the configurations and the states of --workdir", f"{config} {resumes}")
-
-    settings = config.evaluation
-    with in_turn("the data are read"):
-        tokenizer, pipeline, held_out = read_data(config, mesh)
-    fingerprints = tokenizer.fingerprint, pipeline.rows.fingerprint, held_out.rows.fingerprint
-    check_same("the tokenizers and the data", f"{fingerprints}")
-    prompts = held_out_prompts(held_out.whole(), settings)  # the same on all hosts
-    sampled = sample_prompt(settings, config.model, tokenizer, prompts)
-    with in_turn("the run has begun"):
-        if is_first():
-            begin_run(workdir, config, tokenizer)
-            fresh = not saved_steps(workdir / CHECKPOINTS)
-            write_run_files(workdir, tokenizer, pipeline.rows, prompts, fresh=fresh)
-        wait_to_see(lambda: is_run(workdir), f"the run in {workdir}")
-    losses = held_out_losses(workdir)
-    return TrainingRun(
-        config, workdir, resumes, mesh, tokenizer, pipeline, held_out, sampled, losses
-    )
+class TooManySkipped(RuntimeError):
+    """Too many steps in a row had a loss or gradient that was not finite."""
 
 
-def with_model(config: TrainConfig, model: LlamaConfig) -> TrainConfig:
-    """The config with the model's shape of the checkpoint that it starts from.
+class Interrupted(KeyboardInterrupt):
+    """A signal stopped the run after its state was saved."""
 
-    Raises ConfigError where the config gives another shape.
-    """
-    if config.model is not None:
-        for field in dataclasses.fields(model):
-            own, other = getattr(config.model, field.name), getattr(model, field.name)
-            # These three only matter to a new model, or may differ from the checkpoint's.
-            if field.name not in ("init_std", "scaled_init", "max_context"):
-                check(
-                    own == other,
-                    f"model.{field.name} is {own}, but that of {config.init_from} is {other}: "
-                    "leave the model out of the config, or correct it",
-                )
-    config = dataclasses.replace(config, model=model)
-    config.check_model(model)
-    return config
-
-
-def read_data(config: TrainConfig, mesh: Mesh | None) -> tuple[Tokenizer, Pipeline, OnePass]:
-    """Tokenizer, training rows and held-out rows; raises ConfigError for bad data."""
-    data, length, cache = config.data, config.seq_len, cache_directory()
-    tokenizer = make_tokenizer(data, cache=cache).fitted(config.model.vocab_size)
-    rows = {
-        split: packed_rows(data, tokenizer, seq_len=length, split=split, cache=cache)
-        for split in SPLITS
-    }
-    own = dict(batch_size=config.batch_size, own_B=own_rows(config.batch_size, mesh))
-    pipeline = Pipeline(rows["train"], seed=config.seed, **own)
-    held_out = OnePass(rows["validation"], max_batches=config.evaluation.batches, **own)
-    return tokenizer, pipeline, held_out
+    def __init__(self, number: int, step: int):
+        super().__init__(f"stopped after step {step}, which is saved")
+        self.number = number  # of the signal
+        self.step = step
 
 
 @contextmanager
@@ -205,7 +117,7 @@ def train_run(
                     save_every=config.checkpoints.every,
                     hooks=due,
                     max_skipped=config.max_skipped,
-                    show=lambda done: show(done.step, line(done)),
+                    show=lambda step, row: show(step, line(step, row)),
                 )
         except Interrupted:
             checkpoints.wait()  # every host stops here
@@ -215,6 +127,96 @@ def train_run(
             raise
         finally:
             log.close()
+
+
+def run_loop(
+    state: TrainState,
+    log: MetricsLog,
+    *,
+    num_steps: int,
+    train_step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]],
+    next_batch: Callable[[], Batch],
+    save: Callable[[int, TrainState], None],
+    wait: Callable[[], None],
+    save_every: int,
+    hooks: Sequence[Hook] = (),
+    max_skipped: int = 10,
+    show: Callable[[int, Mapping[str, Any]], None] = lambda step, row: None,
+) -> TrainState:
+    """Trains from the step of `state` to the last; gives the final state, which is saved too.
+
+    A step is saved before its hooks run. The first hooks after a start may run out of memory, so
+    they wait until the step is on disk, whether or not a checkpoint is due. The next start then
+    resumes behind it. A state of the last step only runs the hooks.
+
+    save: begins to save the state after so many steps; does nothing if that step is saved.
+    wait: returns when the last saved step is on disk. max_skipped: steps in a row without a finite
+    loss and gradient that stop the run. show: called with each step and its row of metrics.
+
+    Raises TooManySkipped; Interrupted after SIGTERM or Ctrl-C, with the state saved; and what a
+    hook raises, with the state saved by a single process (several may not be at one).
+    """
+    step = saved = int(state.step)
+    looked = False
+    waiting: tuple[int, Metrics] | None = None
+    mark = time.perf_counter()  # when the step before was done
+
+    def report() -> None:
+        """Fetches the metrics of the last step; waits for it."""
+        nonlocal waiting, mark
+        if waiting is None:
+            return
+        (number, metrics), waiting = waiting, None
+        values = jax.device_get(metrics)
+        seconds, mark = time.perf_counter() - mark, time.perf_counter()
+        row = step_row(values, seconds)
+        log.write("step", number, row)
+        show(number, row)
+        in_a_row = int(values["skipped_in_a_row"])
+        if in_a_row >= max_skipped:
+            raise TooManySkipped(
+                f"the loss or gradient of {in_a_row} steps in a row, up to step {number}, was no "
+                f"finite number (learning rate {float(values['learning_rate']):.3g}): lower "
+                "--optimizer.learning-rate or lengthen the warm-up; the parameters are those of "
+                f"step {number - in_a_row}, and the last checkpoint is of step {saved}"
+            )
+
+    def look(due: Sequence[Hook]) -> None:
+        for hook in due:
+            log.write(hook.kind, step, hook.call(step, state.model))
+
+    if step == num_steps:
+        look(hooks)
+    with signals() as stop:
+        while step < num_steps:
+            state, metrics = train_step(state, next_batch())
+            step += 1
+            report()  # of the step before, while this one runs
+            waiting = step, metrics
+            stopped_by = stop(step)
+            last = step == num_steps or stopped_by is not None
+            due = [hook for hook in hooks if step % hook.every == 0 or step == num_steps]
+            first_look = bool(due) and not looked
+            saving = last or first_look or step % save_every == 0
+            if not (due or saving):
+                continue
+            report()
+            if saving:
+                save(step, state)
+                saved = step
+            if first_look or last:
+                wait()
+            if stopped_by is not None and step < num_steps:
+                raise Interrupted(stopped_by, step)
+            try:
+                look(due)
+            except Exception:
+                if jax.process_count() == 1:
+                    save(step, state)
+                raise
+            looked = looked or bool(due)
+            mark = time.perf_counter()  # hooks and saving are no part of a step
+    return state
 
 
 def first_state(
@@ -237,7 +239,7 @@ def first_state(
     return restored.state, restored.step
 
 
-def step_line(config: TrainConfig, devices: int) -> Callable[[StepMetrics], str]:
+def step_line(config: TrainConfig, devices: int) -> StepLine:
     """A step's metrics as a line of text."""
     dtype = "float32" if config.dtype == "auto" else config.dtype  # of a product that is timed
     return StepLine(

@@ -1,5 +1,6 @@
-"""One training step: gradients of the objective, and AdamW."""
+"""One training step: gradients of the objective, and AdamW; and the state that it changes."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -7,16 +8,20 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import optax
+from flax import nnx
 from jax import lax
+from jax.sharding import Mesh
 from jaxtyping import Array, Int
 
-from lsjax.config import OptimizerConfig, StepConfig
+from lsjax.checkpoints import load
+from lsjax.config import OptimizerConfig, StepConfig, TrainConfig, check
 from lsjax.model.llama import Llama, stacked
 from lsjax.model.lora import joined, split, with_adapters
-from lsjax.sharding import split_rows
+from lsjax.model.parameters import map_named, placed_shapes, shardings
+from lsjax.sharding import ROWS, split_rows
 from lsjax.training.early_exit import ExitLoss, enabled_exits
 from lsjax.training.layer_dropout import DropRates, drop_rates
-from lsjax.training.objective import objective
+from lsjax.training.loss import objective
 
 Batch = dict[str, Array]  # tokens_BT, labels_BT, segments_BT, positions_BT
 Metrics = dict[str, Array]
@@ -45,11 +50,48 @@ def init_state(config: StepConfig, model: Llama) -> TrainState:
     model: stacked or not. Raises ConfigError where config and model do not fit.
     """
     config.check_model(model.config)
-    model = model if model.is_stacked else stacked(model)
+    model = stacked(model)
     if config.lora.rank > 0:
         model = with_adapters(model, config.lora, config.seed)
     opt_state = directions(config.optimizer).init(split(model)[0])
     return TrainState(model, opt_state, *(jnp.zeros((), jnp.int32) for _ in range(3)))
+
+
+def abstract_state(config: TrainConfig, mesh: Mesh | None) -> TrainState:
+    """Shapes of the state, with shardings on a mesh."""
+    like = jax.eval_shape(partial(_fresh_state, config), jax.random.key(0))
+    return like if mesh is None else placed_shapes(like, mesh)
+
+
+def initial_state(config: TrainConfig, mesh: Mesh | None, like: TrainState) -> TrainState:
+    """The state before the first step: of the checkpoint in `init_from`, or random.
+
+    It is made sharded. like: its `abstract_state`. Raises CheckpointError for what is wrong with
+    the checkpoint.
+    """
+    places = None if mesh is None else shardings(like, mesh)
+    if not config.init_from:
+        fresh = jax.jit(partial(_fresh_state, config), out_shardings=places)
+        return fresh(jax.random.key(config.seed))
+    model = stacked(load(config.init_from, mesh=mesh))
+    return jax.jit(partial(init_state, config), out_shardings=places, donate_argnums=0)(model)
+
+
+def _fresh_state(config: TrainConfig, key: jax.Array) -> TrainState:
+    return init_state(config, Llama(config.model, rngs=nnx.Rngs(key)))
+
+
+def check_rows(config: TrainConfig, mesh: Mesh | None) -> None:
+    """Raises ConfigError where the devices that shard rows do not divide a micro-batch."""
+    if mesh is None:
+        return
+    rows = config.batch_size // config.micro_batches
+    shards = math.prod(mesh.shape[name] for name in ROWS)
+    check(
+        rows % shards == 0,
+        f"{rows} rows (batch_size / micro_batches) can't be sharded over {shards} devices "
+        f"(mesh.data x mesh.fsdp): choose a multiple of {shards}",
+    )
 
 
 def make_train_step(
@@ -177,9 +219,4 @@ def directions(config: OptimizerConfig) -> optax.GradientTransformation:
 
 def decays(params):
     """True for matrices and tables, False for the scales of norms and for biases."""
-
-    def one(path, _):
-        name = jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value")
-        return not name.endswith(("scale", "bias"))
-
-    return jax.tree_util.tree_map_with_path(one, params)
+    return map_named(lambda name, _: not name.endswith(("scale", "bias")), params)

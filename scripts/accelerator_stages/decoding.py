@@ -26,11 +26,11 @@ from lsjax.data.tokenizer import Tokenizer, TokenizerError
 from lsjax.decoding.autoregressive import Autoregressive, EarlyExit
 from lsjax.decoding.completion import Completion
 from lsjax.decoding.cost import ideal_speedup, memory_bandwidth, weight_bytes
-from lsjax.decoding.draft_vocabulary import DraftVocabulary
+from lsjax.decoding.draft import DraftVocabulary
 from lsjax.decoding.engine import Engine
 from lsjax.decoding.self_speculative import SelfSpeculative
 from lsjax.decoding.state import Strategy
-from lsjax.evaluation.exactness import FLOAT32_MARGIN, first_difference, identity_tail
+from lsjax.evaluation.comparison import FLOAT32_MARGIN, first_difference, identity_tail
 from lsjax.model.llama import Llama
 
 ROWS = 4  # of a batch: fewer than there are prompts, so that a row is given another

@@ -21,12 +21,11 @@ import numpy as np
 from accelerator_stages.decoding import random_model
 from accelerator_stages.results import PartResults, card
 
-from lsjax.aot.hlo import parse
-from lsjax.aot.operations import attention_kernel
+from lsjax.aot.hlo import attention_kernel, parse
 from lsjax.cli.setup import exact_products
 from lsjax.config import EarlyExitConfig, LayerDropoutConfig, LlamaConfig, StepConfig
 from lsjax.model.llama import stacked
-from lsjax.training.flops import peak_flops, step_flops
+from lsjax.training.metrics import peak_flops, step_flops
 from lsjax.training.step import init_state, make_train_step
 
 STEPS = 8  # timed: a whole turn of the rotational curriculum

@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 
 from lsjax.aot.chips import CHIPS
-from lsjax.aot.costs import CostAnalysis, ProgramCosts, Trips, device_groups
-from lsjax.aot.hlo import arrays, parse, shape_bytes, stack_functions
+from lsjax.aot.costs import CostAnalysis, ProgramCosts, Trips, device_groups, trip_count
+from lsjax.aot.hlo import arrays, parse
 
 MESH = dict(data=2, fsdp=4, tensor=1)
 # A loop of 6 trips around a loop of unknown length, as the TPU compiler writes them: counters and
-# constants travel in the tuple, layouts have brackets, long tuples have comments.
+# limits that are not known travel in the tuple, layouts have brackets, long tuples have comments.
 TEXT = """\
 HloModule jit_step, is_scheduled=true, entry_computation_layout={(f32[8,128]{1,0})->f32[]}
 
@@ -55,23 +55,24 @@ backend_config={"window_config":{"estimated_cycles":"10"}}
 %cond (q: (s32[], f32[8,128], s32[])) -> pred[] {
   %q = (s32[]{:T(128)}, f32[8,128]{1,0:T(8,128)S(1)}, /*index=2*/s32[]) parameter(0)
   %j = s32[]{:T(128)} get-tuple-element(%q), index=0
-  %limit = s32[]{:T(128)} get-tuple-element(%q), index=2
-  ROOT %lt.1 = pred[]{:T(512)} compare(%j, %limit), direction=LT
+  %limit = s32[]{:T(128)} constant(6)
+  %copied = s32[]{:T(128)S(6)} copy(%limit)
+  ROOT %lt.1 = pred[]{:T(512)} compare(%j, %copied), direction=LT
 }
 
 %body (r: (s32[], f32[8,128], s32[])) -> (s32[], f32[8,128], s32[]) {
   %r = (s32[]{:T(128)}, f32[8,128]{1,0:T(8,128)S(1)}, /*index=2*/s32[]) parameter(0)
   %k = s32[]{:T(128)} get-tuple-element(%r), index=0
-  %two = s32[]{:T(128)} constant(2)
+  %one = s32[]{:T(128)} constant(1)
   %copy = s32[]{:T(128)S(6)} copy(%k)
-  %next = s32[]{:T(128)} add(%copy, %two)
+  %next = s32[]{:T(128)} add(%copy, %one)
   %x.1 = f32[8,128]{1,0:T(8,128)S(1)} get-tuple-element(%r), index=1
   %begun.1 = f32[32,128]{1,0:T(8,128)} fusion(%x.1), kind=kCustom, calls=%step.1
   %gathered = f32[32,128]{1,0:T(8,128)} fusion(%x.1), kind=kCustom, calls=%step.2
   %scattered = bf16[16,128]{1,0} fusion(%gathered), kind=kCustom, calls=%all-reduce-scatter.1, \
 backend_config={"window_config":{"estimated_cycles":"100"}}
   %bound = s32[] get-tuple-element(%r), index=2
-  %start = (s32[], s32[]) tuple(%two, %k)
+  %start = (s32[], s32[]) tuple(%one, %k)
   %chunks = (s32[], s32[]) while(%start), condition=%inner_cond, body=%inner, \
 metadata={op_name="jit(step)/while/body/chunks/while"}
   ROOT %t = (s32[], f32[8,128], s32[]) tuple(%next, %x.1, %bound)
@@ -115,21 +116,18 @@ def costs():
     return costs_of(TEXT, {"/chunks/while$": 5})
 
 
-def test_trip_counts_are_read_from_counters():
-    """0, 2, ... 10 for the outer loop; the inner one's limit is known when it runs only."""
+def test_trip_counts_are_read_from_limits():
+    """The inner loop's limit is known when it runs only."""
     program = parse(TEXT)
-    assert program.entry == "main.9_spmd"
-    entry, body = program.computations["main.9_spmd"], program.computations["body"]
-    assert program.trip_count(entry.instructions["loop"]) == 6
-    assert program.trip_count(body.instructions["chunks"]) is None
+    assert program.entry.name == "main.9_spmd"
+    assert trip_count(program.entry.instructions["loop"]) == 6
+    assert trip_count(program.computations["body"].instructions["chunks"]) is None
 
 
 def test_a_known_trip_count_holds():
     known = 'backend_config={"known_trip_count":{"n":"3"}}'
     text = TEXT.replace('metadata={op_name="jit(step)/while"}', known)
-    program = parse(text)
-    entry = program.computations["main.9_spmd"]
-    assert program.trip_count(entry.instructions["loop"]) == 3
+    assert trip_count(parse(text).entry.instructions["loop"]) == 3
 
 
 def test_cycles_are_counted_as_often_as_they_run(costs):
@@ -161,8 +159,7 @@ def test_collectives_by_kind_axes_and_bytes(costs):
 
 
 def test_kernels_are_listed(costs):
-    (((name, shape), times),) = costs.kernels.items()
-    assert (name, shape, times) == ("splash_mha_fwd_residuals", "bf16[2,4,64,32]", 1)
+    assert costs.kernels == {"splash_mha_fwd_residuals": 1}
 
 
 @pytest.mark.parametrize(
@@ -181,58 +178,6 @@ def test_ways_to_write_groups(attributes, expected):
     np.testing.assert_array_equal(device_groups(attributes, 4), expected)
 
 
-TABLES = """\
-HloModule jit_f
-
-FileNames
-1 "/x/loops.py"
-2 "/x/model/block.py"
-
-FunctionNames
-1 "decode"
-2 "Block.extend"
-
-FileLocations
-1 {file_name_id=1 function_name_id=1 line=1 end_line=1 column=1 end_column=2}
-2 {file_name_id=2 function_name_id=2 line=1 end_line=1 column=1 end_column=2}
-3 {file_name_id=1 function_name_id=1 line=9 end_line=9 column=1 end_column=2}
-
-StackFrames
-1 {file_location_id=1 parent_frame_id=1}
-2 {file_location_id=2 parent_frame_id=2}
-3 {file_location_id=3 parent_frame_id=2}
-
-ENTRY %main (p: f32[]) -> f32[] {
-  %p = f32[] parameter(0)
-  %a = f32[] negate(%p), metadata={op_name="jit(f)/neg" stack_frame_id=2}
-  ROOT %b = f32[] negate(%a), metadata={op_name="jit(f)/neg" stack_frame_id=3}
-}
-"""
-# The same where parents are written as they are.
-PLAIN = (
-    TABLES.replace("id=1 parent_frame_id=1", "id=1")
-    .replace("id=2 parent_frame_id=2", "id=2 parent_frame_id=1")
-    .replace("id=3 parent_frame_id=2", "id=3 parent_frame_id=1")
-)
-
-
-@pytest.mark.parametrize("text", [TABLES, PLAIN], ids=["shifted", "plain"])
-def test_functions_on_the_stack(text):
-    loops, block = "decode", "Block.extend"
-    assert stack_functions(text) == {1: {loops}, 2: {loops, block}, 3: {loops}}
-
-
-def test_instructions_of_a_layer():
-    program = parse(TABLES)
-    instructions = program.computations["main"].instructions
-    found = [name for name, one in instructions.items() if program.comes_from(one, "Block.")]
-    assert found == ["a"]
-
-
-def test_a_program_without_tables():
-    assert stack_functions("HloModule jit_f\n") == {}
-
-
 @pytest.mark.parametrize(
     "shape, expected",
     [
@@ -245,7 +190,7 @@ def test_a_program_without_tables():
     ],
 )
 def test_bytes_of_shapes(shape, expected):
-    assert shape_bytes(shape) == expected
+    assert sum(array.bytes for array in arrays(shape)) == expected
 
 
 def test_fast_memory_is_told_apart():

@@ -2,8 +2,7 @@
 
 import pytest
 
-from lsjax.aot.hlo import arrays, parse
-from lsjax.aot.operations import attention_kernel, kernel_flops, moved_bytes, operation_flops
+from lsjax.aot.hlo import attention_kernel, moved_bytes, operation_flops, parse
 
 TEXT = """\
 HloModule jit_step
@@ -106,9 +105,7 @@ WHOLE, INDEX = 8 * 4 * 2, 4
     ],
 )
 def test_bytes_of_operations(name, expected):
-    program = parse(TEXT)
-    entry = program.computations["main"]
-    assert moved_bytes(program, entry, entry.instructions[name]) == expected
+    assert moved_bytes(parse(TEXT).entry.instructions[name]) == expected
 
 
 def test_results_in_place_of_a_kernel():
@@ -123,9 +120,7 @@ ENTRY %main (q: f32[4], c: bf16[8,4]) -> (f32[4], bf16[8,4]) {
 custom_call_target="__gpu$xla.gpu.triton", output_to_operand_aliasing={{1}: (1, {})}
 }
 """
-    program = parse(text)
-    main = program.computations["main"]
-    assert moved_bytes(program, main, main.instructions["out"]) == 16 + 64 + 16
+    assert moved_bytes(parse(text).entry.instructions["out"]) == 16 + 64 + 16
 
 
 FMHA = """backend_config={"cudnn_fmha_backend_config": {"fmha_scale": 0.125, \
@@ -175,18 +170,24 @@ custom_call_target="__gpu$xla.gpu.triton", metadata={{op_name="jit(f)/flash_dkv/
     ],
 )
 def test_flops_of_operations(name, expected):
-    program = parse(PRODUCTS)
-    entry = program.computations["main"]
-    assert operation_flops(program, entry, entry.instructions[name]) == expected
+    assert operation_flops(parse(PRODUCTS).entry.instructions[name]) == expected
 
 
 def test_flops_of_splash():
     """Half of the scores and half of the sums."""
-    (queries,) = arrays("bf16[2,4,64,32]")
-    forward = kernel_flops("splash_mha_fwd_residuals", queries)
+    text = """\
+ENTRY %main (n: s32[], q: bf16[2,4,64,32]) -> f32[8] {
+  %n = s32[] parameter(0)
+  %q = bf16[2,4,64,32]{3,2,1,0} parameter(1)
+  ROOT %NAME.7 = f32[8]{0} custom-call(%n, %q), custom_call_target="tpu_custom_call"
+}
+"""
+    forward, backward, other = (
+        operation_flops(parse(text.replace("NAME", name)).entry.root)
+        for name in ("splash_mha_fwd_residuals", "splash_mha_dkv_x", "other")
+    )
     assert forward == 2 * (2 * 64 * 64 * 32) * 2 * 4 / 2
-    assert kernel_flops("splash_mha_dkv_x", queries) == 2 * forward
-    assert kernel_flops("other", queries) == 0
+    assert (backward, other) == (2 * forward, 0)
 
 
 @pytest.mark.parametrize(
@@ -204,4 +205,4 @@ def test_flops_of_splash():
 )
 def test_the_attention_is_read_from_the_program(line, kernel):
     program = parse(f"ENTRY %main () -> f32[] {{\n  ROOT %splash_mha_fwd.1 = f32[] {line}\n}}\n")
-    assert attention_kernel([program.computations["main"].root.kernel]) == kernel
+    assert attention_kernel([program.entry.root.kernel]) == kernel

@@ -20,7 +20,7 @@ needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="needs the tpu extra"
 )
 needs_cuda = pytest.mark.skipif(
-    not any(importlib.util.find_spec(module) for module in chips.CUDA.modules),
+    not any(importlib.util.find_spec(module) for module in chips.COMPILERS["cuda"][0]),
     reason="needs the cuda extra",
 )
 
@@ -138,17 +138,16 @@ def test_a_report_for_a_gpu(tmp_path, capsys):
     assert main([*map(str, QUICKSTART), "--topology", "h100:1", *decoding, *flags]) == 0
     assert "a token takes" in capsys.readouterr().out
     (decode,) = json.loads(file.read_text())["programs"]
-    found = decode["round"]
-    assert 0 < found["weights_seconds"] < found["seconds"]
-    assert 0 < found["operations_in_layers"] < found["operations"]
+    assert 0 < decode["round"]["weights_seconds"] < decode["seconds"]
+    assert decode["operations"] > 0
     assert decode["unknown_loops"] == [] and decode["attention"] == "flash decoding"
 
     training = ["--programs", "train", "--mesh.data", "2"]
     assert main([*map(str, QUICKSTART), "--topology", "h100:2", *training, *flags]) == 0
     (train,) = json.loads(file.read_text())["programs"]
     assert train["attention"] == "flash" and train["flops"] > 0
-    kernels = {one["name"]: one["count"] for one in train["kernels"]}
-    assert {name: kernels[name] for name in kernels if name.startswith("flash")} == {
+    kernels = {name: n for name, n in train["kernels"].items() if name.startswith("flash")}
+    assert kernels == {
         "flash_forward": 2,
         "flash_dq": 2,
         "flash_dkv": 2,

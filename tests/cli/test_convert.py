@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, decoders, models
 
 from lsjax.checkpoints import GenerationDefaults, load, read_generation_defaults
 from lsjax.cli.convert import main
-from lsjax.cli.errors import one_line_errors
+from lsjax.cli.setup import one_line_errors
 from lsjax.config import ConfigError
 from lsjax.data.tokenizer import MOST_EXTRA
 from lsjax.data.tokenizer_files import load_tokenizer

@@ -2,12 +2,20 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from tyro import _fmtlib
 
-from lsjax.cli.flags import SamplingFlags, StrategyFlags, make_strategies, parse_flags
-from lsjax.config import ConfigError, OptimizerConfig
+from lsjax.cli.flags import (
+    ModelFlags,
+    OpenModel,
+    SamplingFlags,
+    StrategyFlags,
+    make_strategies,
+    parse_flags,
+)
+from lsjax.config import ConfigError, LlamaConfig, OptimizerConfig
 from lsjax.decoding.autoregressive import Autoregressive, EarlyExit
 from lsjax.decoding.sampling import GREEDY, Sampling
 from lsjax.decoding.self_speculative import SelfSpeculative
@@ -82,7 +90,9 @@ def test_shared_flags_have_no_prefix_and_two_names(tokenizer, strategy, exits):
     argv += ["--num-draft-tokens", "1", "4", "--draft-confidence", "0.5", "--temperature", "0.5"]
     flags = parse_flags(Shared, argv, "")
     assert flags.sampling == Sampling(temperature=0.5)
-    assert make_strategies(flags, Path("nowhere"), tokenizer) == [
+    source = SimpleNamespace(config=LlamaConfig.tiny())
+    model = OpenModel(ModelFlags(model=Path("nowhere")), source, tokenizer, None)
+    assert make_strategies(flags, model) == [
         Autoregressive(),
         EarlyExit(2),
         EarlyExit(3),

@@ -1,14 +1,28 @@
 """Prompts from files, and requests with settings of their own."""
 
+import io
 import json
 import re
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from rich.console import Console
 
-from lsjax.cli.prompts import PromptArguments, read_encoded, read_prompts, read_requests
-from lsjax.config import ConfigError
+from lsjax.cli import benchmark
+from lsjax.cli.flags import OpenModel
+from lsjax.cli.prompts import Arguments, choose_requests
+from lsjax.config import ConfigError, LlamaConfig
+from lsjax.data.tokenizer_huggingface import ByteTokenizer
 from lsjax.decoding.request import Request
 from lsjax.decoding.sampling import Sampling
+
+MODEL = Path("nowhere")
+
+
+def read_prompts(prompt, file) -> list[str]:
+    asked = choose_requests(Arguments(model=MODEL, prompt=prompt, prompt_file=file))
+    return [request.prompt for request in asked]
 
 
 @pytest.mark.parametrize(
@@ -43,11 +57,11 @@ ONE = b'{"prompt": "a"}\n'
         ("p.txt", b"", "p.txt is an empty prompt: it needs at least one character"),
         ("p.txt", b"\n", "p.txt is an empty prompt"),
         ("p.txt", b"a\nb\xff", "p.txt, line 2 is not UTF-8 text: save it as UTF-8"),
-        ("p.md", b"a", "p.md: prompts come from .txt or .jsonl, not .md"),
-        ("p", b"a", "p: prompts come from .txt or .jsonl, not that"),
+        ("p.md", b"a", "p.md: rows come from .jsonl, .tsv, .csv, not from .md"),
+        ("p", b"a", "p: rows come from .jsonl, .tsv, .csv, not from that"),
         ("p.jsonl", b"", "p.jsonl has no prompts in it: it needs at least one"),
         ("p.jsonl", b"\n \n", "p.jsonl has no prompts in it"),
-        ("p.jsonl", ONE + b'{"prompt": "b"', "line 2 is not JSON (Expecting ',' delimiter): write"),
+        ("p.jsonl", ONE + b'{"prompt": "b"', "line 2 is not JSON (Expecting ',' delimiter)"),
         ("p.jsonl", ONE + b"\nhello\n", "line 3 is not JSON (Expecting value)"),
         ("p.jsonl", ONE + b'{"prompt": "a\0b"}', "line 2 is not JSON (Invalid control character"),
         ("p.jsonl", ONE + b'{"prompt": "\xc3"}', "line 2 is not UTF-8"),
@@ -56,7 +70,7 @@ ONE = b'{"prompt": "a"}\n'
         ("p.jsonl", ONE + b'{"text": "b"}', 'line 2 is no object with a text under "prompt"'),
         ("p.jsonl", ONE + b'{"prompt": 3}', "line 2 is no object with"),
         ("p.jsonl", ONE + b'{"prompt": null}', "line 2 is no object with"),
-        ("p.jsonl", ONE + b'"b"', "line 2 is no object with"),
+        ("p.jsonl", ONE + b'"b"', "line 2 is no object"),
         ("p.jsonl", ONE + b'{"prompt": ""}', "line 2 is an empty prompt"),
         ("p.jsonl", ONE + b'{"prompt": "\\ud800"}', r"line 2 holds '\ud800', half a character"),
         ("p.jsonl", b'{"turns": []}', "line 1 is no object with"),
@@ -80,19 +94,21 @@ def test_refuses_an_empty_prompt():
         read_prompts("", None)
 
 
-DEFAULT = Request(
-    prompt="",
+DEFAULT = dict(
+    model=MODEL,
     max_new_tokens=9,
     stop=("x",),
     stop_ids=(5,),
     sampling=Sampling(temperature=0.5, top_k=4, seed=40),
-    log_probs=True,
+    logprobs=True,
+    json=Path("-"),
 )
 
 
 def requests_of(tmp_path, *rows, num_samples=1):
-    (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return read_requests(None, tmp_path / "p.jsonl", DEFAULT, num_samples)
+    file = tmp_path / "p.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return choose_requests(Arguments(prompt_file=file, num_samples=num_samples, **DEFAULT))
 
 
 def test_an_object_says_what_is_its_own(tmp_path):
@@ -138,7 +154,7 @@ def test_seeds(tmp_path):
     found = requests_of(tmp_path, *rows, num_samples=2)
     assert [r.prompt for r in found] == list("aabbccdd")
     assert [r.sampling.seed for r in found] == [40, 41, 40, 41, 0, 1, 46, 47]
-    alone = read_requests("a", None, DEFAULT, 3)
+    alone = choose_requests(Arguments(prompt="a", num_samples=3, **DEFAULT))
     assert [r.sampling.seed for r in alone] == [40, 41, 42]
 
 
@@ -182,55 +198,56 @@ ROWS = """{"q": "a", "n": 1}
 """
 
 
-def encode(text: str) -> list[int]:
-    if len(text) > 6:
-        raise ConfigError("too long")
-    return [ord(c) for c in text]
+def prompts_of(file, notes=None, **options) -> list[str]:
+    """What the benchmark takes of a file, with room for 6 tokens."""
+    arguments = benchmark.Arguments(
+        model=MODEL, prompt_file=file, new_tokens=2, repeats=1, max_length=8, **options
+    )
+    tokenizer = ByteTokenizer(add_bos=False)
+    source = SimpleNamespace(config=LlamaConfig.tiny())
+    model = OpenModel(arguments, source, tokenizer, None)
+    questions = benchmark.make_questions(arguments, model, notes or Console(quiet=True))
+    return [tokenizer.decode(question.request.prompt) for question in questions]
 
 
 def test_rows_become_prompts_by_a_template(tmp_path):
     """Every bad row is named, and the others are taken."""
     (tmp_path / "rows.jsonl").write_text(ROWS)
-    arguments = PromptArguments(
-        prompt_file=tmp_path / "rows.jsonl", prompt_template="{q}:{n}", bad_rows="skip"
-    )
-    warnings: list[str] = []
-    found = read_encoded(arguments, [], encode, warnings.append)
-    assert found == [[97, 58, 49], [58], [101, 58, 54]]
-    assert [warning.split(" ", 4)[3].rstrip(":") for warning in warnings] == ["2", "3", "4", "5"]
-    words = ("has no field 'n'", "too long", "is no object", "has no field 'q'")
+    notes = Console(record=True, file=io.StringIO(), width=1000)
+    options = dict(prompt_template="{q}:{n}", bad_rows="skip")
+    assert prompts_of(tmp_path / "rows.jsonl", notes, **options) == ["a:1", ":", "e:6"]
+    warnings = notes.export_text().splitlines()
+    assert [re.search(r", line (\d)", warning)[1] for warning in warnings] == ["2", "3", "4", "5"]
+    words = ("has no field 'n'", "do not fit", "is no object", "has no field 'q'")
     assert all(word in warning for word, warning in zip(words, warnings, strict=True))
 
 
 @pytest.mark.parametrize(
     "options, found",
     [
-        ({"every": 2}, ["a", "c", "e"]),
-        ({"every": 2, "limit": 2}, ["a", "c"]),
+        ({"limit": 2}, ["a", "b"]),
         ({"limit": 9}, ["a", "b", "c", "d", "e"]),
     ],
 )
 def test_some_of_the_prompts(tmp_path, options, found):
     (tmp_path / "p.jsonl").write_text("".join(f'{{"prompt": "{c}"}}\n' for c in "abcde"))
-    arguments = PromptArguments(prompt_file=tmp_path / "p.jsonl", **options)
-    assert read_encoded(arguments, [], encode, print) == [[ord(c)] for c in found]
+    assert prompts_of(tmp_path / "p.jsonl", **options) == found
 
 
 @pytest.mark.parametrize(
     "content, words",
     [
-        ('{"prompt": "a"}\n{"prompt": 1}\n', "p.jsonl, line 2 is no object with a text"),
-        ('{"prompt": "a"}\n\n{"prompt": "long one"}\n', "p.jsonl, line 3: too long"),
+        ('{"prompt": "a"}\n{"prompt": []}\n', "p.jsonl, line 2: prompt is []"),
+        ('{"prompt": "a"}\n\n{"prompt": "long one"}\n', "p.jsonl, line 3: a prompt of 8 tokens"),
     ],
 )
 def test_a_bad_row_is_refused(tmp_path, content, words):
     (tmp_path / "p.jsonl").write_text(content)
-    with pytest.raises(ConfigError, match=words):
-        read_encoded(PromptArguments(prompt_file=tmp_path / "p.jsonl"), [], encode, print)
+    with pytest.raises(ConfigError, match=re.escape(words)):
+        prompts_of(tmp_path / "p.jsonl")
 
 
 def test_a_file_in_which_nothing_is_left(tmp_path):
     (tmp_path / "p.jsonl").write_text('{"prompt": "long one"}\n')
-    arguments = PromptArguments(prompt_file=tmp_path / "p.jsonl", bad_rows="skip")
-    with pytest.raises(ConfigError, match="p.jsonl: no row of it can be decoded"):
-        read_encoded(arguments, [], encode, lambda _: None)
+    with pytest.raises(ConfigError, match="the data have no examples"):
+        prompts_of(tmp_path / "p.jsonl", bad_rows="skip")

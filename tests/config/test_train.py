@@ -12,7 +12,7 @@ from lsjax.config import (
     OptimizerConfig,
     TrainConfig,
 )
-from lsjax.config.json_form import from_json, versioned, without_version
+from lsjax.config.checked import from_json, versioned, without_version
 
 CONFIG = TrainConfig(
     num_steps=100,
@@ -31,7 +31,7 @@ def changed(**changes) -> TrainConfig:
 @pytest.mark.parametrize("config", [CONFIG, changed(model=None, init_from="models/smollm2")])
 def test_file_and_back(config):
     text = json.dumps(versioned(config), allow_nan=False)
-    again = from_json(TrainConfig, without_version(json.loads(text), "config.json"))
+    again = from_json(TrainConfig, without_version(json.loads(text), "config.json"), "config.json")
     assert again == config and hash(again) == hash(config)
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from lsjax.decoding.autoregressive import Autoregressive, EarlyExit
-from lsjax.decoding.draft_vocabulary import DraftVocabulary
+from lsjax.decoding.draft import DraftVocabulary
 from lsjax.decoding.programs import prefill
 from lsjax.decoding.self_speculative import SelfSpeculative
 

@@ -3,8 +3,8 @@
 import jax.numpy as jnp
 import pytest
 
-from lsjax.decoding.acceptance import Draft, accept_by_ratio, accept_equal
 from lsjax.decoding.autoregressive import Autoregressive
+from lsjax.decoding.draft import Draft, accept_by_ratio, accept_equal
 from lsjax.decoding.engine import Engine
 from lsjax.decoding.sampling import Sampling
 from lsjax.decoding.self_speculative import SelfSpeculative

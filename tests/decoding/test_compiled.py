@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from lsjax.decoding.autoregressive import Autoregressive, EarlyExit
-from lsjax.decoding.draft_vocabulary import DraftVocabulary
+from lsjax.decoding.draft import DraftVocabulary
 from lsjax.decoding.programs import decode
-from lsjax.decoding.sampling import GREEDY
+from lsjax.decoding.request import Request
 from lsjax.decoding.self_speculative import SelfSpeculative
 from lsjax.decoding.state import DecodeState
 
@@ -19,13 +19,10 @@ from lsjax.decoding.state import DecodeState
 def compiled_loop(model, strategy, batch, capacity):
     state = DecodeState.create(
         model.config,
-        [[1, 2, 3]] * batch,
-        [9] * batch,
-        [[-1]] * batch,
+        [Request(prompt=[1, 2, 3], max_new_tokens=9)] * batch,
         capacity=capacity,
         num_layers=strategy.depth(model.config),
         dtype=jnp.float32,
-        sampling=[GREEDY] * batch,
     )
     program = jax.jit(partial(decode, strategy=strategy), donate_argnums=1)
     arguments = strategy.arguments(model)

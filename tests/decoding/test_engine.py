@@ -15,13 +15,12 @@ from lsjax.decoding import programs as compiled_programs
 from lsjax.decoding.autoregressive import Autoregressive, EarlyExit
 from lsjax.decoding.batching import Conversation
 from lsjax.decoding.completion import Completion
-from lsjax.decoding.draft_vocabulary import DraftVocabulary
+from lsjax.decoding.draft import DraftVocabulary
 from lsjax.decoding.engine import Engine
 from lsjax.decoding.request import Request
-from lsjax.decoding.sampling import GREEDY
 from lsjax.decoding.self_speculative import SelfSpeculative
 from lsjax.decoding.state import DecodeState
-from lsjax.evaluation.exactness import identity_tail, last_logits
+from lsjax.evaluation.comparison import identity_tail, last_logits
 from lsjax.model.llama import Llama
 
 PROMPTS = [[7], [1, 2, 3], list(range(40, 60)), [104, 105] * 8]
@@ -304,13 +303,13 @@ def test_a_state_needs_room_for_the_prompt(config, capacity, fits):
     def create():
         return DecodeState.create(
             config,
-            [[1, 2, 3], [4] * 8],
-            [9, 7],  # 12 and 15 tokens in the end
-            [[-1]] * 2,
+            [  # 12 and 15 tokens in the end
+                Request(prompt=[1, 2, 3], max_new_tokens=9),
+                Request(prompt=[4] * 8, max_new_tokens=7),
+            ],
             capacity=capacity,
             num_layers=2,
             dtype=np.float32,
-            sampling=[GREEDY] * 2,
         )
 
     if fits:

@@ -106,5 +106,3 @@ def test_equal_prompts_are_sampled_with_seeds_that_count_up(engine):
     found = engine.generate([PROMPT, own, PROMPT], sampling=drawn, max_new_tokens=NEW)
     assert [c.seed for c in found] == [5, 5, 7]
     assert found[0].token_ids == found[1].token_ids != found[2].token_ids
-    listed = engine.generate([PROMPT] * 2, sampling=[drawn] * 2, max_new_tokens=NEW)
-    assert [c.token_ids for c in listed] == [found[0].token_ids] * 2

@@ -11,11 +11,10 @@ from flax import nnx
 from scipy.stats import chisquare
 
 from lsjax.config import ConfigError, LlamaConfig
-from lsjax.data.tokenizer_huggingface import ByteTokenizer
-from lsjax.decoding.acceptance import accept_by_ratio
 from lsjax.decoding.autoregressive import Autoregressive
-from lsjax.decoding.draft_vocabulary import DraftVocabulary
+from lsjax.decoding.draft import DraftVocabulary, accept_by_ratio
 from lsjax.decoding.programs import decode, prefill
+from lsjax.decoding.request import Request
 from lsjax.decoding.sampling import Draws, Purpose, Sampling
 from lsjax.decoding.self_speculative import SelfSpeculative
 from lsjax.decoding.state import DecodeState
@@ -135,15 +134,17 @@ forward = jax.jit(lambda model, tokens: model(tokens)[:, -1])
 def texts(model, strategy, settings=SETTINGS) -> np.ndarray:
     """[settings, prompts, texts, NEW] tokens: the prefill's and those of two rounds. All settings
     and both prompts are rows of one ragged batch, each row with a seed of its own."""
+    requests = [
+        Request(prompt=prompt, max_new_tokens=7, sampling=sampling)  # two rounds do not end before
+        for sampling in settings
+        for prompt in PROMPTS
+    ]
     base = DecodeState.create(
         model.config,
-        PROMPTS * len(settings),
-        [7] * 2 * len(settings),  # two rounds of a draft of two do not end before
-        [[-1]] * 2 * len(settings),
+        requests,
         capacity=16,
         num_layers=3,
         dtype=jnp.float32,
-        sampling=[sampling for sampling in settings for _ in PROMPTS],
     )
     pairs = np.arange(2 * len(settings)).reshape(-1, 1, 2).repeat(ROWS, axis=1)
     base = jax.tree.map(lambda leaf: leaf[pairs.ravel()], base)
@@ -257,10 +258,3 @@ def test_a_broken_rule_is_found(small, rule):
 def test_bad_numbers(changes, words):
     with pytest.raises(ConfigError, match=words):
         Sampling(**changes)
-
-
-def test_the_number_of_samplings_must_fit(model):
-    from lsjax.decoding.engine import Engine
-
-    with pytest.raises(ConfigError, match="2 samplings for 1 prompts"):
-        Engine(model, ByteTokenizer(add_bos=False)).generate([[1]], sampling=[Sampling()] * 2)

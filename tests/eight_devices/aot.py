@@ -22,7 +22,7 @@ from lsjax.config import (
 )
 from lsjax.evaluation.exits import exit_sums
 from lsjax.sharding import make_mesh
-from lsjax.training.start import abstract_state
+from lsjax.training.step import abstract_state
 
 CONFIG = TrainConfig(
     model=LlamaConfig.tiny(num_layers=2, vocab_size=250),

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from lsjax.config import MeshConfig
-from lsjax.model import self_attention as module
-from lsjax.model.self_attention import self_attention
+from lsjax.model import attention as module
+from lsjax.model.attention import self_attention
 from lsjax.sharding import make_mesh, platform
 
 EIGHTHS = [1, 1, 1, 2, 2, 2, 2, 0]

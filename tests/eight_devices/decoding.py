@@ -17,13 +17,14 @@ import decode as decode_program
 from lsjax.checkpoints import save
 from lsjax.config import ConfigError, LlamaConfig, MeshConfig
 from lsjax.decoding.autoregressive import Autoregressive, EarlyExit
-from lsjax.decoding.draft_vocabulary import DraftVocabulary
+from lsjax.decoding.draft import DraftVocabulary
 from lsjax.decoding.engine import Engine
 from lsjax.decoding.programs import Programs, decode, prefill
+from lsjax.decoding.request import Request
 from lsjax.decoding.sampling import GREEDY, Sampling
 from lsjax.decoding.self_speculative import SelfSpeculative
 from lsjax.decoding.state import DecodeState
-from lsjax.evaluation.exactness import FLOAT32_MARGIN, first_difference
+from lsjax.evaluation.comparison import FLOAT32_MARGIN, first_difference
 from lsjax.evaluation.exits import Text, score_texts
 from lsjax.model.llama import Llama, stacked
 from lsjax.model.parameters import placed
@@ -43,13 +44,10 @@ def programs(model, strategy, mesh=None, sampling=GREEDY):
     model, depth = placed(model, mesh), strategy.depth(model.config)
     state = DecodeState.create(
         model.config,
-        PROMPTS,
-        [NEW] * len(PROMPTS),
-        [[-1]] * len(PROMPTS),
+        [Request(prompt=ids, max_new_tokens=NEW, sampling=sampling) for ids in PROMPTS],
         capacity=CAPACITY,
         num_layers=depth,
         dtype=model.dtype,
-        sampling=[sampling] * len(PROMPTS),
         mesh=mesh,
     )
     arguments, get = placed(strategy.arguments(model), mesh), Programs(model, mesh).get

@@ -1,13 +1,12 @@
 """Answers: who decoded them, a file that resumes and never mixes things, and their figures."""
 
 import json
-from dataclasses import asdict
 
 import pytest
 
 from lsjax.config import ConfigError
 from lsjax.decoding.autoregressive import Autoregressive, EarlyExit
-from lsjax.decoding.draft_vocabulary import DraftVocabulary
+from lsjax.decoding.draft import DraftVocabulary
 from lsjax.decoding.request import Request
 from lsjax.decoding.sampling import Sampling
 from lsjax.decoding.self_speculative import SelfSpeculative
@@ -23,7 +22,7 @@ from lsjax.evaluation.answers import (
     resume,
     summarise,
 )
-from lsjax.evaluation.tasks import Example
+from lsjax.evaluation.examples import Example
 
 VOCABULARY = DraftVocabulary.most_frequent({1: 2, 7: 1}, 2, 258)
 
@@ -53,7 +52,7 @@ VOCABULARY = DraftVocabulary.most_frequent({1: 2, 7: 1}, 2, 258)
 )
 def test_a_cell(strategy, words, cell):
     assert Cell.of(strategy) == cell and str(cell) == words
-    assert Cell.of(asdict(cell)) == cell
+    assert Cell.of(cell._asdict()) == cell
 
 
 def test_a_document_is_all_that_an_answer_depends_on():
@@ -74,7 +73,7 @@ ASKED = {"task": "topv2", "max_new_tokens": 2, "sampling": {"temperature": 0.5}}
 
 
 def line(name: str, **more) -> dict:
-    own = asdict(Cell("autoregressive")) | {"id": name, "sample": 0, "document": "d"}
+    own = Cell("autoregressive")._asdict() | {"id": name, "sample": 0, "document": "d"}
     return own | {"text": "\u00fc"} | more
 
 
@@ -155,7 +154,7 @@ COUNTS = ["num_new_tokens", "rounds", "drafted", "accepted", "seconds"]
 
 
 def answer(cell, example, counts, *, seen=False, score=1.0, text="x", seed=None) -> dict:
-    own = asdict(cell) | {"id": example, "group": "", "seen": seen, "scores": {"match": score}}
+    own = cell._asdict() | {"id": example, "group": "", "seen": seen, "scores": {"match": score}}
     return own | {"text": text, "seed": seed} | dict(zip(COUNTS, counts, strict=True))
 
 

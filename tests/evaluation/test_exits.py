@@ -7,7 +7,7 @@ from flax import nnx
 from jax.sharding import AbstractMesh
 
 import lsjax
-from lsjax.cli.exits import table_rows
+from lsjax.cli.show import exit_table
 from lsjax.config import ConfigError, LlamaConfig
 from lsjax.evaluation import exits
 from lsjax.evaluation.exits import ExitScores, score_exits
@@ -125,7 +125,8 @@ def test_perplexity_is_exp_of_the_loss():
 def test_models_of_different_depths_in_one_table():
     """The deeper one's last exit is shown; the other has dashes there."""
     two, four = (ExitScores((2.5,) * n, (0.5,) * n, 8) for n in (2, 4))
-    columns = zip(*table_rows({"two": two, "four": four}), strict=True)
-    exits, loss, agreement, other_loss, _ = columns
-    assert exits[-1] == "4" and loss[-1] == agreement[-1] == "-" and other_loss[-1] == "2.500"
-    assert loss[0] == "2.500" and agreement[0] == "0.500"
+    table = exit_table("", {"two": two, "four": four})
+    exits, loss, perplexity, agreement, other_loss, *_ = (list(c.cells) for c in table.columns)
+    assert exits[-1] == "4" and other_loss[-1] == "2.500"
+    assert (loss[-1], perplexity[-1], agreement[-1]) == ("-", "-", "-")
+    assert (loss[0], perplexity[0], agreement[0]) == ("2.500", "12.18", "0.500")

@@ -1,6 +1,5 @@
 """What the curves of a training and the heat maps of a grid show."""
 
-import dataclasses
 import io
 
 import numpy as np
@@ -8,9 +7,9 @@ import pytest
 from matplotlib.figure import Figure
 
 from lsjax.config import ConfigError
+from lsjax.evaluation.answers import Cell
 from lsjax.evaluation.exits import ExitScores
 from lsjax.evaluation.plots import plot_acceptance, plot_exits, plot_grid, plot_training
-from lsjax.evaluation.speed import CellSpeed
 
 
 @pytest.fixture
@@ -110,11 +109,11 @@ def test_exits_of_several_models(drawn):
     assert lines(agreements)["without"] == [(1, 0.1), (2, 0.5), (3, 1.0)]
 
 
-def row(exit_layer, drafts, vocab, speedup, curve=(0.5, 0.25)) -> CellSpeed:
+def row(exit_layer, drafts, vocab, speedup, curve=(0.5, 0.25)) -> dict:
     name = "autoregressive" if exit_layer is None else "self_speculative"
-    speed = 10 * speedup
-    figures = (speed, speed, speed, speedup, 0.4, list(curve), 1.8, 3, 0, None, 2.0, 0.5)
-    return CellSpeed("all", name, exit_layer, drafts, vocab, None, *figures, speedup + 0.1)
+    figures = {"tokens_per_second": 10 * speedup, "speedup": speedup, "predicted": speedup + 0.1}
+    figures |= {"acceptance_rate": 0.4, "acceptance_by_position": list(curve)}
+    return Cell(name, exit_layer, drafts, vocab)._asdict() | figures
 
 
 ROWS = [
@@ -134,7 +133,7 @@ def read_labels(figure) -> list[list[str]]:
 
 def test_where_nothing_was_drafted_there_is_no_acceptance(tmp_path, drawn):
     """Drafts that end before their first token, in every cell."""
-    rows = [dataclasses.replace(row(8, 4, None, 0.9, ()), acceptance_rate=None)]
+    rows = [row(8, 4, None, 0.9, ()) | {"acceptance_rate": None}]
     plot_grid(rows, tmp_path / "grid.png")
     plot_acceptance(rows, tmp_path / "acceptance.png")
     assert read_labels(drawn[0]) == [["9.0\n0.90x"], ["1.00"], []]

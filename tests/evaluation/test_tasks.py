@@ -9,8 +9,9 @@ import pytest
 
 from lsjax.config import ConfigError, DataConfig
 from lsjax.data.tfds_rows import _builder
-from lsjax.evaluation.answers import scores_by_example
+from lsjax.evaluation.answers import pass_at_k, scores_by_example
 from lsjax.evaluation.examples import (
+    Example,
     before_prompts,
     choose_shots,
     file_rows,
@@ -18,8 +19,7 @@ from lsjax.evaluation.examples import (
     prompts_of,
     templates,
 )
-from lsjax.evaluation.metrics import final_number, function_body, pass_at_k, rouge
-from lsjax.evaluation.tasks import TASKS, Example
+from lsjax.evaluation.tasks import TASKS, final_number, function_body, rouge
 
 NUMBERS = " ".join(map(str, range(120)))
 FIRST = " ".join(map(str, range(100)))

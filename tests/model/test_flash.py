@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lsjax.model.flash import _first, _last, flash_attention
-from lsjax.model.self_attention import OWN, self_attention
+from lsjax.model.attention import self_attention
+from lsjax.model.flash import OWN, _first, _last, flash_attention
 
 T = 3 * OWN
 # Documents that begin within blocks and fill some, of one token too, and padding; two halves.

@@ -25,7 +25,7 @@ def shapes(**changes) -> Llama:
 def test_golden_paths():
     """Saved runs have these names; L 4, D 64, F 128, K 2, G 2, H 16, V 258.
 
-    Where one changes, raise VERSION in lsjax/config/json_form.py.
+    Where one changes, raise VERSION in lsjax/config/checked.py.
     """
     leaves = named_leaves(shapes(attention_bias=True, mlp_bias=True))
     assert {name: leaf.shape for name, leaf in leaves.items()} == {

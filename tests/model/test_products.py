@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from lsjax.model import products
-from lsjax.model.products import enough_rows, enough_steps, linear, lookup, mix, swiglu
+from lsjax.model.products import enough_rows, enough_steps, linear, mix, swiglu
 
 
 def plain_mix(q, k, v, mask):
@@ -70,21 +70,6 @@ def test_rows_of_a_product(monkeypatch, platform, rows):
     assert enough_steps(jnp.ones((2, 20, 6))).shape == (2, 20, 6)
     lowered = jax.jit(lambda x: enough_rows(x)).lower(x_BTD)
     assert ("optimization_barrier" in lowered.as_text()) == (platform == "tpu")
-
-
-def test_lookup():
-    """Rows of a table; the gradient of a row sums over all places of its token, in float32."""
-    table_VD = jax.random.normal(jax.random.key(0), (5, 3))
-    tokens_BT = jnp.array([[1, 1, 4], [1, 0, 1]])
-    x_BTD = lookup(jnp.bfloat16, table_VD, tokens_BT)
-    assert x_BTD.dtype == jnp.bfloat16
-    np.testing.assert_array_equal(x_BTD, table_VD.astype(jnp.bfloat16)[tokens_BT])
-
-    many_T = jnp.ones(3000, int)  # bfloat16 counts to 256
-    gradient = jax.grad(lambda t: lookup(jnp.bfloat16, t, many_T).astype(jnp.float32).sum())
-    expected = np.zeros((5, 3))
-    expected[1] = 3000
-    np.testing.assert_array_equal(gradient(table_VD), expected)
 
 
 @pytest.mark.parametrize("name", ["linear", "swiglu"])

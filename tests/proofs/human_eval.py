@@ -12,7 +12,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import track
 
-from lsjax.cli.errors import one_line_errors
+from lsjax.cli.setup import one_line_errors
 from lsjax.config import check
 from lsjax.evaluation.examples import file_rows, make_examples, templates
 from lsjax.evaluation.sandbox import isolation, run_program

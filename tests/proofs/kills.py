@@ -37,7 +37,7 @@ import tyro
 
 from lsjax.checkpoints import CHECKPOINTS, saved_steps
 from lsjax.checkpoints.steps import PARAMS, TRAIN, SavedStep
-from lsjax.cli.errors import one_line_errors
+from lsjax.cli.setup import one_line_errors
 from lsjax.config import check
 
 POLL = 0.02  # seconds between looks at the run

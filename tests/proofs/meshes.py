@@ -133,7 +133,7 @@ def worker(case: Case, task: str, source: Path, target: Path, port: int, number:
     from lsjax.cli.setup import exact_products
     from lsjax.sharding import make_mesh
     from lsjax.training.hosts import Hosts, start
-    from lsjax.training.start import abstract_state, initial_state
+    from lsjax.training.step import abstract_state, initial_state
 
     if case.processes > 1:
         start(Hosts(coordinator=f"127.0.0.1:{port}", num_processes=2, process_id=number))

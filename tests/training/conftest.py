@@ -10,7 +10,7 @@ from flax import nnx
 
 from lsjax.config import LlamaConfig, StepConfig
 from lsjax.model.llama import Llama, stacked
-from lsjax.training.objective import objective
+from lsjax.training.loss import objective
 
 LAYERS, VOCAB = 5, 23
 

@@ -5,8 +5,8 @@ from types import SimpleNamespace
 import pytest
 
 from lsjax.config import LlamaConfig, LoraConfig
-from lsjax.training import flops
-from lsjax.training.flops import peak_flops, step_flops
+from lsjax.training import metrics
+from lsjax.training.metrics import peak_flops, step_flops
 
 
 def test_a_step_of_a_small_model():
@@ -51,11 +51,11 @@ def test_a_processor_is_measured_in_the_type_that_the_run_computes_in(monkeypatc
         assert x.dtype == dtype == product(x, x).dtype
         return next(seconds)
 
-    monkeypatch.setattr(flops, "_seconds", timed)
+    monkeypatch.setattr(metrics, "_seconds", timed)
     assert peak_flops(dtype, 8) == 2 * 1536**3 / 2.0  # the best of the four
 
 
 def test_an_accelerator_that_the_run_does_not_use_is_not_counted(monkeypatch):
     devices = [SimpleNamespace(platform="gpu", device_kind="NVIDIA H100 80GB HBM3")] * 8
-    monkeypatch.setattr(flops.jax, "devices", lambda: devices)
+    monkeypatch.setattr(metrics.jax, "devices", lambda: devices)
     assert peak_flops("bfloat16", 1) == 989e12 and peak_flops("bfloat16", 4) == 4 * 989e12

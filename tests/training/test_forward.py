@@ -10,11 +10,11 @@ import pytest
 from flax import nnx
 
 from lsjax.config import EarlyExitConfig, LayerDropoutConfig, LlamaConfig, StepConfig
-from lsjax.model import block, self_attention
+from lsjax.model import attention, block
 from lsjax.model.rope import rope_angles
 from lsjax.training.forward import layer_runner
 from lsjax.training.layer_dropout import keep_mask
-from lsjax.training.objective import objective
+from lsjax.training.loss import objective
 
 EXITS = EarlyExitConfig(curriculum="rotational", rotation=2, e_scale=0.5)
 PLAIN = StepConfig(num_steps=8, early_exit=EXITS)
@@ -35,8 +35,10 @@ def assert_close(found, expected, atol=1e-12):
 @pytest.mark.parametrize("skip", ["mask", "gather", "batch"])
 def test_rate_zero_is_no_dropout_bit_for_bit(small, packed, evaluate, skip):
     """Here with masks, all of which keep."""
-    none = dropping(p_max=0.5, distribution="uniform", layers=(), skip=skip)
-    assert_equal(evaluate(none, small, packed, 1), evaluate(PLAIN, small, packed, 1))
+    dropout = LayerDropoutConfig(p_max=0.5, distribution="uniform", layers=(), skip=skip)
+    plain = StepConfig(num_steps=8)
+    none = dataclasses.replace(plain, layer_dropout=dropout)
+    assert_equal(evaluate(none, small, packed, 1), evaluate(plain, small, packed, 1))
 
 
 @pytest.mark.parametrize(
@@ -132,7 +134,7 @@ def test_the_kernel_of_attention_changes_nothing(small, packed, evaluate):
 @pytest.mark.parametrize("remat, runs", [("dots_saveable", 1), ("nothing_saveable", 2)])
 def test_what_a_kernel_gives_is_kept_as_products_are(small, packed, monkeypatch, remat, runs):
     """How often the gradient's program for a TPU runs the kernel forward, beside two backward."""
-    monkeypatch.setattr(self_attention, "platform", lambda: "tpu")
+    monkeypatch.setattr(attention, "platform", lambda: "tpu")
     config = StepConfig(num_steps=1, attention="splash", remat=remat)
     differentiated = jax.jit(jax.grad(partial(objective, config), has_aux=True))
     traced = differentiated.trace(small, packed, 0, jnp.arange(4), 9)

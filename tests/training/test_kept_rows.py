@@ -12,7 +12,7 @@ import pytest
 from lsjax.config import EarlyExitConfig, LayerDropoutConfig, OptimizerConfig, StepConfig
 from lsjax.training import forward, layer_dropout
 from lsjax.training.layer_dropout import drop_rates, keep_counted
-from lsjax.training.objective import objective
+from lsjax.training.loss import objective
 from lsjax.training.step import directions, init_state, make_train_step
 
 CONFIG = StepConfig(

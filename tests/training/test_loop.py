@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from lsjax.checkpoints import METRICS, read_metrics
-from lsjax.training import loop
-from lsjax.training.loop import Hook, Interrupted, TooManySkipped
+from lsjax.training import run as loop
 from lsjax.training.metrics import MetricsLog
+from lsjax.training.run import Hook, Interrupted, TooManySkipped
 
 
 def counting_step(broken=(), signal_at=None):
@@ -59,11 +59,11 @@ def run(tmp_path, state, saved, seen, **options):
 
 def test_saves_and_hooks_come_at_their_steps_and_after_the_last(tmp_path):
     saved, seen, shown = [], [], []
-    final = run(tmp_path, start(), saved, seen, show=shown.append)
+    final = run(tmp_path, start(), saved, seen, show=lambda step, row: shown.append(step))
     assert final.step == 7
     assert seen == [(step, f"model {step}") for step in (2, 4, 6, 7)]
     assert saved == [2, 3, 6, 7]  # 2 is the first that is looked at
-    assert [report.step for report in shown] == [1, 2, 3, 4, 5, 6, 7]
+    assert shown == [1, 2, 3, 4, 5, 6, 7]
     rows = read_metrics(tmp_path)
     assert [row["step"] for row in rows if row["kind"] == "step"] == [1, 2, 3, 4, 5, 6, 7]
     assert rows[0]["exits"] == [1, 3] and rows[0]["exit_losses"] == [3, 1]

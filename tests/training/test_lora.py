@@ -31,7 +31,7 @@ from lsjax.model.rope import rope_angles
 from lsjax.training import forward
 from lsjax.training.forward import layer_runner
 from lsjax.training.layer_dropout import keep_counted
-from lsjax.training.objective import objective
+from lsjax.training.loss import objective
 from lsjax.training.step import init_state, make_train_step
 
 SHAPE = LlamaConfig.tiny(num_layers=4, vocab_size=260, init_std=0.1)

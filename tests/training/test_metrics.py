@@ -7,21 +7,21 @@ from functools import partial
 import numpy as np
 from tensorboardX.proto.event_pb2 import Event
 
-from lsjax.training.metrics import MetricsLog, StepLine, StepMetrics, paced
+from lsjax.training.metrics import MetricsLog, StepLine, paced
 
 
 def metrics(step, exits, losses, seconds, skipped=0):
-    values = dict(exits=exits, exit_losses=losses, last_exit_loss=losses[-1], skipped=skipped)
-    return StepMetrics(step, values, seconds)
+    row = dict(exits=exits, exit_losses=losses, last_exit_loss=losses[-1], skipped=skipped)
+    return step, {**row, "seconds": seconds}
 
 
 def test_figures_of_a_step():
     out = io.StringIO()
     show = paced(partial(print, file=out), num_steps=100)
     line = StepLine(num_steps=100, step_tokens=1000, step_flops=3e9, peak_flops=1e10)
-    show(1, line(metrics(1, [16], [5.0], 30.0)))  # compiles: no speed yet
-    show(2, line(metrics(2, [3, 16], [4.5, 4.0], 2.0)))
-    show(100, line(metrics(100, [*range(2, 17)], [*range(2, 17)], 2.0, skipped=3)))
+    show(1, line(*metrics(1, [16], [5.0], 30.0)))  # compiles: no speed yet
+    show(2, line(*metrics(2, [3, 16], [4.5, 4.0], 2.0)))
+    show(100, line(*metrics(100, [*range(2, 17)], [*range(2, 17)], 2.0, skipped=3)))
     first, last = out.getvalue().splitlines()  # the second came too soon for a line of its own
     assert first.split("  ") == ["step 1/100", "loss 5.000"]
     assert last.split("  ") == [
@@ -32,8 +32,8 @@ def test_figures_of_a_step():
         "0:00:00 left",
         "3 steps skipped",
     ]
-    assert "exits 3: 4.50)" in line(metrics(2, [3, 16], [4.5, 4.0], 2.0))
-    assert "0:03:16 left" in line(metrics(2, [16], [4.0], 2.0))  # 98 steps of 2 s
+    assert "exits 3: 4.50)" in line(*metrics(2, [3, 16], [4.5, 4.0], 2.0))
+    assert "0:03:16 left" in line(*metrics(2, [16], [4.0], 2.0))  # 98 steps of 2 s
 
 
 def test_tensorboard_gets_the_numbers(tmp_path):

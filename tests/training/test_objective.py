@@ -9,7 +9,7 @@ import pytest
 
 from lsjax.config import EarlyExitConfig, LayerDropoutConfig, StepConfig
 from lsjax.training.early_exit import loss_weights
-from lsjax.training.objective import loss_positions, objective
+from lsjax.training.loss import loss_positions, objective
 
 
 @jax.jit

@@ -2,8 +2,8 @@
 
 import pytest
 
-from lsjax.evaluation.metrics import Tree, decoupled, parse_tree, tree_match
-from lsjax.evaluation.tasks import TASKS, Example
+from lsjax.evaluation.examples import Example
+from lsjax.evaluation.tasks import TASKS, decoupled, parse_tree, tree_match
 
 ALARM = "[IN:CREATE_ALARM set alarm [SL:DATE_TIME for 2 hours ] ]"
 NESTED = (
@@ -13,7 +13,7 @@ NESTED = (
 
 
 def test_a_tree_is_read_whatever_the_white_space():
-    tree = Tree("IN:CREATE_ALARM", ("set", "alarm", Tree("SL:DATE_TIME", ("for", "2", "hours"))))
+    tree = ("IN:CREATE_ALARM", "set", "alarm", ("SL:DATE_TIME", "for", "2", "hours"))
     assert parse_tree(ALARM) == tree
     assert parse_tree("\n[IN:CREATE_ALARM  set alarm[SL:DATE_TIME for 2 hours]]  ") == tree
 
@@ -28,10 +28,9 @@ def test_what_is_no_tree(text):
 
 
 def test_words_that_are_no_value_are_left_out():
-    where = Tree("IN:GET_LOCATION", (Tree("SL:POINT_ON_MAP", ("Met",)),))
-    assert decoupled(parse_tree(NESTED)) == Tree(
-        "IN:GET_EVENT",
-        (Tree("SL:CATEGORY_EVENT", ("plays",)), Tree("SL:LOCATION", (where,))),
+    where = ("IN:GET_LOCATION", ("SL:POINT_ON_MAP", "Met"))
+    assert decoupled(parse_tree(NESTED)) == (
+        *("IN:GET_EVENT", ("SL:CATEGORY_EVENT", "plays"), ("SL:LOCATION", where)),
     )
 
 

@@ -14,7 +14,7 @@ from lsjax.config import (
     OptimizerConfig,
     TrainConfig,
 )
-from lsjax.training.start import check_same_run
+from lsjax.training.prepare import check_same_run
 
 CONFIG = TrainConfig(
     data=DataConfig(source="text", paths=("a",), tokenizer="t"),

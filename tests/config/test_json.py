@@ -15,7 +15,7 @@ from lsjax.config import (
     RopeScaling,
     bounded,
 )
-from lsjax.config.json_form import (
+from lsjax.config.checked import (
     VERSION,
     differences,
     from_json,
@@ -79,19 +79,19 @@ def test_golden_form():
     config = LlamaConfig.llama3_2_1b()
     assert json.dumps(versioned(config), indent=2) == LLAMA3_2_1B
     fields = without_version(json.loads(LLAMA3_2_1B), "config.json")
-    assert from_json(LlamaConfig, fields) == config
+    assert from_json(LlamaConfig, fields, "config.json") == config
 
 
 @pytest.mark.parametrize("config", [FULL, Everything(), LlamaConfig.tiny()])
 def test_round_trip(config):
     text = json.dumps(asdict(config), allow_nan=False)
-    again = from_json(type(config), json.loads(text))
+    again = from_json(type(config), json.loads(text), "config.json")
     assert again == config and hash(again) == hash(config)
     assert json.dumps(asdict(again)) == text  # 1 and 1.0 are equal, but not the same
 
 
 def test_whole_numbers_are_numbers_and_new_fields_get_their_defaults():
-    read = from_json(Everything, {"rate": 1})
+    read = from_json(Everything, {"rate": 1}, "config.json")
     assert read == Everything(rate=1.0)
     assert isinstance(read.rate, float)
 

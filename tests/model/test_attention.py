@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from lsjax.config import ConfigError
-from lsjax.model import self_attention as module
-from lsjax.model.self_attention import self_attention
+from lsjax.model import attention as module
+from lsjax.model.attention import self_attention
 
 B, T, N, K, H = 2, 200, 4, 2, 16  # no whole number of blocks
 # Two documents and padding; three documents.

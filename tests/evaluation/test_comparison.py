@@ -1,6 +1,6 @@
-"""What times and drafts say of strategies, and where drafts are accepted."""
+"""What times and drafts say of strategies, and by how much a difference was decided."""
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from types import SimpleNamespace
 
 import jax
@@ -14,11 +14,17 @@ from lsjax.decoding.cost import RoundCosts
 from lsjax.decoding.engine import Engine
 from lsjax.decoding.request import Request
 from lsjax.decoding.self_speculative import SelfSpeculative
-from lsjax.evaluation import speed
+from lsjax.evaluation import comparison
 from lsjax.evaluation.answers import Cell, Question, key_of
-from lsjax.evaluation.exactness import Difference, identity_tail
-from lsjax.evaluation.speed import cell_speeds, time_in_turns, verified_widths
-from lsjax.evaluation.tasks import Example
+from lsjax.evaluation.comparison import (
+    Difference,
+    cell_speeds,
+    first_difference,
+    identity_tail,
+    time_in_turns,
+    verified_widths,
+)
+from lsjax.evaluation.examples import Example
 
 PLAIN, DRAFTS = Autoregressive(), [SelfSpeculative(1, 2), SelfSpeculative(2, 2)]
 EVERYTHING = [PLAIN, *DRAFTS]
@@ -51,7 +57,7 @@ class Recorder:
         tokens = self.tokens.get(cell.exit_layer, [1, 2])
         names = ("text", "num_prompt_tokens", "num_new_tokens", "rounds", "drafted", "accepted")
         names += ("drafted_by_position", "accepted_by_position", "prefill_seconds")
-        found = asdict(cell) | dict.fromkeys(names, 1) | {"finish_reason": "length", "seed": None}
+        found = cell._asdict() | dict.fromkeys(names, 1) | {"finish_reason": "length", "seed": None}
         on_completion(0, completion(found | {"token_ids": tokens}))
 
 
@@ -97,7 +103,7 @@ def test_differences_are_those_from_the_text_beside(monkeypatch):
         seen.append((prompt, expected, found))
         return Difference(1, 2, 3, np.nan, 5.0) if expected != found else None
 
-    monkeypatch.setattr(speed, "first_difference", first_difference)
+    monkeypatch.setattr(comparison, "first_difference", first_difference)
     engine = Recorder(tokens={2: [1, 3], 3: [4, 4]})
     _, answers = turns(engine=engine, strategies=[*EVERYTHING, EarlyExit(3)])
     assert [one["difference"] is None for one in answers[:4]] == [True, True, False, True]
@@ -108,8 +114,9 @@ def test_differences_are_those_from_the_text_beside(monkeypatch):
 
 
 def timed(strategy, seconds, prompt=0, drafted=(), accepted=(), rounds=9, base=None, **more):
-    own = asdict(Cell.of(strategy)) | {"id": str(prompt), "group": "", "seen": False}
+    own = Cell.of(strategy)._asdict() | {"id": str(prompt), "group": "", "seen": False}
     own |= {"seconds": seconds, "num_new_tokens": 10, "rounds": rounds, "seed": None}
+    own |= {"drafted": sum(drafted), "accepted": sum(accepted)}
     own |= {"drafted_by_position": list(drafted), "accepted_by_position": list(accepted)}
     return own | {"base_seconds": base or seconds, "difference": None} | more
 
@@ -128,19 +135,19 @@ def test_figures_by_hand():
     costs = RoundCosts(4.0, {1: 1.0, 3: 1.5}, {3: 0.5}, {100: 0.25})
     config = LlamaConfig.tiny(vocab_size=100)
     base, first, second = cell_speeds(config, 4, EVERYTHING, answers, costs, 1e6)
-    assert base.speedup == 1 and base.acceptance_rate is None
+    assert base["speedup"] == 1 and base["acceptance_rate"] is None
     # 9 tokens in 9 s and 9 in 12 s.
-    assert (base.slowest, base.fastest) == (9 / 12, 1.0)
-    assert first.speedup == (3.0 + 2.0) / 2 and second.speedup == (1.5 + 4.0) / 2
-    assert first.acceptance_by_position == [4 / 8, 2 / 3]
-    assert second.acceptance_by_position == [7 / 8, 0, 0]
-    assert first.acceptance_rate == 6 / 11 and second.tokens_per_round == 18 / 11
+    assert (base["slowest"], base["fastest"]) == (9 / 12, 1.0)
+    assert first["speedup"] == (3.0 + 2.0) / 2 and second["speedup"] == (1.5 + 4.0) / 2
+    assert first["acceptance_by_position"] == [4 / 8, 2 / 3]
+    assert second["acceptance_by_position"] == [7 / 8, 0, 0]
+    assert first["acceptance_rate"] == 6 / 11 and second["tokens_per_round"] == 18 / 11
     # 11 drafts in 12 rounds of exit 1 of 4 layers.
     drafts = 11 / 12
     parts = drafts * (1.0 + 0.25) + 1.0 + 3 * 1.5 + 0.5
-    assert first.predicted == pytest.approx((1 + 6 / 12) * 4.0 / parts)
-    assert first.off_by == pytest.approx(first.predicted / first.speedup - 1)
-    assert first.round_over_parts == pytest.approx((3 / 4 + 50 / 8) / 2 / parts)
+    assert first["predicted"] == pytest.approx((1 + 6 / 12) * 4.0 / parts)
+    assert first["off_by"] == pytest.approx(first["predicted"] / first["speedup"] - 1)
+    assert first["round_over_parts"] == pytest.approx((3 / 4 + 50 / 8) / 2 / parts)
 
 
 def test_groups_and_differences_of_prompts():
@@ -153,14 +160,14 @@ def test_groups_and_differences_of_prompts():
         timed(PLAIN, 4.0, 2, group="a", difference=wide),
     ]
     rows = list(cell_speeds(LlamaConfig.tiny(), 4, [PLAIN], answers, None, 1e6))
-    assert [(row.group, row.equal, row.differ) for row in rows] == [
+    assert [(row["group"], row["equal"], row["differ"]) for row in rows] == [
         *(("all", 1, 2), ("a", 0, 2), ("b", 1, 0)),
     ]
-    assert [row.widest_margin for row in rows] == [np.inf, np.inf, None]
-    assert [row.slowest for row in rows] == [9 / 4, 9 / 4, 9.0]
+    assert [row["widest_margin"] for row in rows] == [np.inf, np.inf, None]
+    assert [row["slowest"] for row in rows] == [9 / 4, 9 / 4, 9.0]
     sampled = [answers[0] | {"seed": 3}]
     (row,) = cell_speeds(LlamaConfig.tiny(), 4, [PLAIN], sampled, None, 1e6)
-    assert row.equal is row.differ is row.widest_margin is None
+    assert row["equal"] is row["differ"] is row["widest_margin"] is None
 
 
 def test_what_rounds_verify_by_hand():
@@ -179,7 +186,7 @@ def test_what_rounds_verify_by_hand():
     parts = 4.1 * (8.0 + 0.5) + 8.0 + 0.9 * 0.5
     parts += 0.2 * (40.0 - 8.0) + 0.1 * (3 * 1.0 + 0.5) + 0.3 * (3 * 2.0 + 1.0)
     parts += 0.4 * (3 * 3.0 + 2.0)
-    assert row.predicted == pytest.approx((1 + 5 / 10) * 40.0 / parts)
+    assert row["predicted"] == pytest.approx((1 + 5 / 10) * 40.0 / parts)
 
 
 PROMPT = [72, 101, 108]
@@ -235,3 +242,33 @@ def test_acceptance_by_position_counted_one_by_one(engine):
     assert text[len(PROMPT) :] == done.token_ids
     assert 0 < sum(accepted) < sum(drafted)
     assert (done.drafted_by_position, done.accepted_by_position) == (drafted, accepted)
+
+
+@pytest.mark.parametrize(
+    "logits, found, margin",
+    [
+        ([5.0, 4.5, -3.0], 1, 0.5),
+        ([5.0, 5.00001, -3.0], 1, 1e-5),
+        ([5.0, 5.00001, -3.0], 2, 8.00001),  # a tie, but of other tokens
+        ([4.0, 3.0, 6.0], 1, 3.0),  # the expected token was not the best either
+        ([np.nan, 3.0, 6.0], 1, np.nan),
+    ],
+)
+def test_margin(model, monkeypatch, logits, found, margin):
+    seen = []
+    monkeypatch.setattr(
+        comparison, "last_logits", lambda _, tokens: seen.append(tokens) or np.array(logits)
+    )
+    difference = first_difference(model, [7, 8], [4, 0, 2], [4, found, 9])
+    assert (difference.index, difference.expected, difference.found) == (1, 0, found)
+    assert difference.margin == pytest.approx(margin, nan_ok=True)
+    last_place = np.max(np.abs(logits)) * 2.0**-23
+    assert difference.roundings == pytest.approx(margin / last_place, nan_ok=True)
+    assert seen == [[7, 8, 4]]
+
+
+def test_equal_and_shorter(model):
+    assert first_difference(model, [7], [1, 2], [1, 2]) is None
+    difference = first_difference(model, [7], [1, 2], [1])
+    assert (difference.index, difference.expected, difference.found) == (1, 2, None)
+    assert difference.margin == difference.roundings == np.inf

@@ -1,0 +1,255 @@
+"""Strategies beside autoregressive decoding: how fast are they, and are they exact?
+
+Self-speculation is lossless in exact arithmetic. In floating point the products of one token and
+of d + 1 tokens round differently. So where the two best logits are all but equal, either may win.
+A difference with a wider margin than rounding explains is a fault.
+"""
+
+import math
+import statistics
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from itertools import pairwise, zip_longest
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from lsjax.config import LlamaConfig
+from lsjax.decoding.completion import Completion
+from lsjax.decoding.cost import RoundCosts, ideal_speedup, unsure_share, weight_bytes
+from lsjax.decoding.engine import Engine
+from lsjax.decoding.self_speculative import SelfSpeculative
+from lsjax.decoding.state import Strategy
+from lsjax.evaluation.answers import (
+    Answer,
+    Cell,
+    Question,
+    acceptance,
+    answer_line,
+    decode_in_turns,
+    grouped,
+)
+from lsjax.model.llama import Llama, unstacked
+
+# The widest margin of the two best logits that rounding in float32 may turn over.
+FLOAT32_MARGIN = 1e-4
+
+
+@dataclass(frozen=True)
+class Difference:
+    """The first place where two decodings differ.
+
+    index: of the new token. margin: by how much the whole model's best logit there exceeds the
+    worse of the two tokens'; infinite if one decoding merely ends earlier. NaN stays NaN.
+    roundings: the same in units of the largest logit's last place in the model's type: a few to
+    some tens are what the sums of all layers leave.
+    """
+
+    index: int
+    expected: int | None
+    found: int | None
+    margin: float
+    roundings: float
+
+    def to_json(self) -> dict[str, Any]:
+        """Its fields; null for a number that is not finite."""
+        row = asdict(self)
+        return row | {k: None for k in ("margin", "roundings") if not math.isfinite(row[k])}
+
+
+def first_difference(
+    model: Llama, prompt: Sequence[int], expected: Sequence[int], found: Sequence[int]
+) -> Difference | None:
+    """Where `found` leaves `expected`, both new tokens after `prompt`; None if they are equal."""
+    if list(expected) == list(found):
+        return None
+    pairs = zip(expected, found, strict=False)
+    index = next((i for i, (a, b) in enumerate(pairs) if a != b), None)
+    if index is None:
+        index = min(len(expected), len(found))
+        ends = [tokens[index] if index < len(tokens) else None for tokens in (expected, found)]
+        return Difference(index, *ends, margin=math.inf, roundings=math.inf)
+    logits_V = last_logits(model, [*prompt, *expected[:index]])
+    margin = float(logits_V.max() - np.minimum(logits_V[expected[index]], logits_V[found[index]]))
+    last_place = float(jnp.finfo(model.dtype).eps) * float(np.abs(logits_V).max())
+    return Difference(index, expected[index], found[index], margin, margin / last_place)
+
+
+def last_logits(model: Llama, tokens: Sequence[int]) -> Float[np.ndarray, " V"]:
+    """Logits of the token that follows, by one pass over the whole text, without a cache."""
+    padded = np.zeros((1, -(-len(tokens) // 128) * 128), np.int32)  # few shapes to compile
+    padded[0, : len(tokens)] = tokens
+    return np.asarray(_logits_at(model, padded, np.int32(len(tokens) - 1)))
+
+
+@jax.jit
+def _logits_at(
+    model: Llama, tokens_BT: Int[Array, "1 T"], index: Int[Array, ""]
+) -> Float[Array, " V"]:
+    return model.unembed(jnp.take(model.exits(tokens_BT)[-1, 0], index, axis=0))
+
+
+def identity_tail(model: Llama, exit_layer: int) -> Llama:
+    """The same model with layers `exit_layer`.. that add nothing: every draft of a later exit is
+    accepted. Their output projections are zero, arrays of their own, so they cost what they did."""
+    tail = jax.tree.map(lambda leaf: leaf, unstacked(model))
+    for block in list(tail.layers)[exit_layer:]:
+        for linear in (block.attention.out, block.feed_forward.down):
+            linear.kernel = nnx.Param(jnp.zeros_like(linear.kernel[...]))
+            if linear.bias is not None:
+                linear.bias = nnx.Param(jnp.zeros_like(linear.bias[...]))
+    return tail
+
+
+def warm_up(engine: Engine, strategies: Sequence[Strategy], questions: Sequence[Question]) -> None:
+    """Compiles and runs each program once: prompts of equal sizes of the cache share theirs."""
+    for strategy in {strategy.program: strategy for strategy in strategies}.values():
+        engine.use(strategy)
+        sizes = {}
+        for request in (question.request for question in questions):
+            length = len(request.prompt)
+            whole = length + request.max_new_tokens
+            sizes[engine.capacity(length + 1), engine.capacity(whole)] = request
+        for request in sizes.values():
+            engine.generate([request])
+
+
+def time_in_turns(
+    engine: Engine,
+    strategies: Sequence[Strategy],
+    questions: Sequence[Question],
+    done: Collection[tuple],
+    on_answer: Callable[[Answer], None],
+) -> None:
+    """Decodes every question with every strategy, the first of which is autoregressive.
+
+    Each answer also has base_seconds, of the autoregressive text of the same turn, and difference,
+    the first from that text where both must be equal.
+    """
+    base: Completion | None = None
+    base_seconds = 0.0
+
+    def ended(question: Question, completion: Completion, seconds: float) -> None:
+        nonlocal base, base_seconds
+        model, strategy = engine.model, engine.strategy
+        if strategy == strategies[0]:
+            base, base_seconds = completion, seconds
+        difference = None
+        if completion.seed is None and strategy.depth(model.config) == model.config.num_layers:
+            tokens = base.token_ids, completion.token_ids
+            difference = first_difference(model, question.request.prompt, *tokens)
+        beside = {"base_seconds": base_seconds, "difference": difference and difference.to_json()}
+        on_answer(answer_line(question, completion, seconds) | beside)
+
+    decode_in_turns(engine, strategies, questions, done, ended, turn=1, beside_first=True)
+
+
+def cell_speeds(
+    config: LlamaConfig,
+    itemsize: int,
+    strategies: Sequence[Strategy],
+    answers: Sequence[Answer],
+    costs: RoundCosts | None,
+    bandwidth: float,
+) -> Iterator[dict[str, Any]]:
+    """Figures of each strategy and group, the whole of a strategy first. Undefined ones are None.
+
+    tokens_per_second: median over the texts, and their slowest and fastest. speedup: median over
+    the texts, each beside the autoregressive one of its turn. tokens_per_round: mean acceptance
+    length. ideal, predicted: speedups (decoding/cost.py). round_over_parts: a round's time over
+    that of its separately timed parts. equal, differ: prompts whose texts are those of
+    autoregressive decoding, and the others. widest_margin: among the first differences.
+
+    answers: of `time_in_turns`. costs: needed where a strategy drafts. bandwidth: of the memory,
+    bytes per second.
+    """
+    by_cell = {Cell.of(strategy): strategy for strategy in strategies}
+    names = ("ideal", "share_of_ideal", "predicted", "off_by", "round_over_parts")
+    names += ("bandwidth", "share_of_bandwidth")
+    for cell, group, own in grouped(answers):
+        speeds = [(one["num_new_tokens"] - 1) / one["seconds"] for one in own]
+        drafted, accepted = (by_position(own, kind) for kind in ("drafted", "accepted"))
+        greedy = {one["id"] for one in own if one["seed"] is None}
+        found = [one for one in own if one["difference"]]
+        differing = {one["id"] for one in found}
+        row = {
+            "group": group,
+            **cell._asdict(),
+            "tokens_per_second": statistics.median(speeds),
+            "slowest": min(speeds),
+            "fastest": max(speeds),
+            "speedup": statistics.median(one["base_seconds"] / one["seconds"] for one in own),
+            **acceptance(own),
+            "acceptance_by_position": [a / d for a, d in zip(accepted, drafted, strict=True)],
+            "equal": len(greedy - differing) if greedy else None,
+            "differ": len(differing) if greedy else None,
+            "widest_margin": max((margin_of(one["difference"]) for one in found), default=None),
+            **dict.fromkeys(names),
+        }
+        if isinstance(by_cell[cell], SelfSpeculative):
+            row |= limits(row, config, by_cell[cell], own, costs)
+        else:
+            row["bandwidth"] = row["tokens_per_second"] * weight_bytes(config, itemsize)
+            row["share_of_bandwidth"] = row["bandwidth"] / bandwidth
+        yield row
+
+
+def margin_of(difference: Answer) -> float:
+    """The margin of a line's difference; infinite where it is no finite number."""
+    return math.inf if difference["margin"] is None else difference["margin"]
+
+
+def limits(
+    row: Answer,
+    config: LlamaConfig,
+    strategy: SelfSpeculative,
+    answers: Sequence[Answer],
+    costs: RoundCosts,
+) -> dict[str, float]:
+    """The ideal and the predicted speedup, and how the measured one compares."""
+    drafted, rounds = by_position(answers, "drafted"), sum(one["rounds"] for one in answers)
+    unsure = 0.0
+    if strategy.draft_confidence is not None:
+        unsure = unsure_share(drafted, strategy.num_draft_tokens, rounds)
+    # The last round of a text may be a shorter one.
+    round_ = (strategy.exit_layer, sum(drafted) / rounds)
+    accepted, layers = row["acceptance_rate"] or 0.0, config.num_layers
+    parts = dict(
+        widths=verified_widths(strategy.lengths, drafted, rounds),
+        draft_vocab=strategy.draft_vocab or config.vocab_size,
+        unsure=unsure,
+    )
+    ideal = ideal_speedup(config, *round_, accepted, strategy.draft_vocab, unsure)
+    predicted = costs.speedup(layers, *round_, accepted, **parts)
+    seconds = statistics.median(one["seconds"] / one["rounds"] for one in answers)
+    return {
+        "ideal": ideal,
+        "share_of_ideal": row["speedup"] / ideal,
+        "predicted": predicted,
+        "off_by": predicted / row["speedup"] - 1,
+        "round_over_parts": seconds / costs.round(layers, *round_, **parts),
+    }
+
+
+def by_position(answers: Sequence[Answer], kind: str) -> list[int]:
+    """Tokens drafted or accepted at each position of all texts' drafts."""
+    counts = [one[f"{kind}_by_position"] for one in answers]
+    return [sum(column) for column in zip_longest(*counts, fillvalue=0)]
+
+
+def verified_widths(
+    lengths: Sequence[int], drafted: Sequence[int], rounds: int
+) -> dict[int, float]:
+    """Positions that a round verifies, each with its share of the rounds.
+
+    lengths: draft lengths that the program verifies. A round takes the shortest that holds its
+    drafts. drafted: rounds that have drafted at each position.
+    """
+    more = [sum(drafted[length : length + 1]) for length in lengths[:-1]]  # rounds that need more
+    counts = [left - right for left, right in pairwise([rounds, *more, 0])]
+    pairs = zip(lengths, counts, strict=True)
+    return {1 + length: count / rounds for length, count in pairs if count > 0}

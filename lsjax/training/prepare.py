@@ -1,0 +1,260 @@
+"""A run before anything is compiled: its input is checked, its data read, its files written.
+
+Decoding finds two of the files in the directory of a run:
+
+token_counts.json   how often each token is learned, to choose a draft vocabulary by
+prompts.jsonl       beginnings of held-out rows, for --prompt-file
+"""
+
+import dataclasses
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from lsjax.checkpoints import (
+    CHECKPOINTS,
+    begin_run,
+    held_out_losses,
+    is_run,
+    open_checkpoint,
+    read_run_config,
+    saved_steps,
+)
+from lsjax.config import EvaluationConfig, LlamaConfig, MeshConfig, TrainConfig, check
+from lsjax.config.checked import differences
+from lsjax.data.packing import PackedRows
+from lsjax.data.pipeline import SPLITS, OnePass, Pipeline, packed_rows
+from lsjax.data.token_store import cache_directory, write_whole
+from lsjax.data.tokenizer import Tokenizer
+from lsjax.data.vocabulary import COUNTS, make_tokenizer, write_counts
+from lsjax.sharding import make_mesh, own_rows, placed_rows
+from lsjax.training.hosts import check_same, in_turn, is_first, wait_to_see
+from lsjax.training.metrics import check_board
+from lsjax.training.step import check_rows
+
+PROMPTS = "prompts.jsonl"
+COUNTED = 4_000_000  # tokens that the draft vocabulary is counted from
+# Fields that a run may change: how steps are computed, saved and shown, not their results.
+FREE = frozenset(
+    {
+        "mesh",
+        "checkpoints",
+        "evaluation",
+        "tensorboard",
+        "max_skipped",
+        "micro_batches",
+        "remat",
+        "attention",
+        "dtype",
+        "init_from",
+        # Where the data and the tokenizer lie. Their contents are compared by their fingerprints.
+        "data.paths",
+        "data.validation_paths",
+        "data.tfds_data_dir",
+        "data.tokenizer",
+        # Of a model that has begun to learn, and of one that a run begins with:
+        "model.init_std",
+        "model.scaled_init",
+        "model.max_context",
+    }
+)
+
+
+@dataclass(frozen=True)
+class TrainingRun:
+    """A run whose input is checked, whose data is read, and whose directory is there."""
+
+    config: TrainConfig  # with the model's shape
+    workdir: Path
+    resumes: bool  # whether the directory held this run already
+    mesh: Mesh | None
+    tokenizer: Tokenizer
+    pipeline: Pipeline  # the training rows of this host
+    held_out: OnePass
+    sample_prompt: list[int]  # tokens that samples continue
+    losses: dict[int, float]  # held-out loss of the last exit by step; evaluations add theirs
+
+    def place(self, batch: Mapping[str, np.ndarray]) -> dict[str, Any]:
+        """A batch of this host's rows on the devices that compute with them."""
+        return placed_rows(batch, self.config.batch_size, self.mesh)
+
+    def describe(self) -> str:
+        """Two lines: the model and the data."""
+        config, rows = self.config, self.pipeline.rows
+        tokens = config.num_steps * config.batch_size * config.seq_len
+        return (
+            f"{self.workdir}: {config.model.num_params / 1e6:.1f}M parameters, "
+            f"{config.model.num_layers} layers; {config.num_steps} steps of {config.batch_size} x "
+            f"{config.seq_len} tokens, {tokens / len(rows) / rows.seq_len:.2g} passes over\n"
+            f"{rows.describe()}"
+        )
+
+
+def prepare_run(config: TrainConfig, workdir: Path) -> TrainingRun:
+    """Checks everything that can be checked before anything is compiled, and reads the data.
+
+    Raises ConfigError, CheckpointError, TokenizerError or OSError for bad input.
+    """
+    resumes = is_run(workdir)
+    if resumes:
+        config = check_same_run(read_run_config(workdir), config, str(workdir))
+    if config.init_from and not saved_steps(workdir / CHECKPOINTS):
+        config = with_model(config, open_checkpoint(config.init_from).config)
+    alone = jax.process_count() == 1 and config.mesh == MeshConfig()
+    mesh = None if alone else make_mesh(config.mesh)
+    check_rows(config, mesh)
+    if config.tensorboard and is_first():
+        check_board()
+    check_same("the configurations and the states of --workdir", f"{config} {resumes}")
+
+    settings = config.evaluation
+    with in_turn("the data are read"):
+        tokenizer, pipeline, held_out = read_data(config, mesh)
+    fingerprints = tokenizer.fingerprint, pipeline.rows.fingerprint, held_out.rows.fingerprint
+    check_same("the tokenizers and the data", f"{fingerprints}")
+    prompts = held_out_prompts(held_out.whole(), settings)  # the same on all hosts
+    sampled = sample_prompt(settings, config.model, tokenizer, prompts)
+    with in_turn("the run has begun"):
+        if is_first():
+            begin_run(workdir, config, tokenizer)
+            fresh = not saved_steps(workdir / CHECKPOINTS)
+            write_run_files(workdir, tokenizer, pipeline.rows, prompts, fresh=fresh)
+        wait_to_see(lambda: is_run(workdir), f"the run in {workdir}")
+    losses = held_out_losses(workdir)
+    return TrainingRun(
+        config, workdir, resumes, mesh, tokenizer, pipeline, held_out, sampled, losses
+    )
+
+
+def check_same_run(before: TrainConfig, now: TrainConfig, where: str) -> TrainConfig:
+    """The configuration to resume with; its model is that of the run.
+
+    Raises ConfigError for the first field that makes it another run: schedules are stretched over
+    num_steps, and the order of the data follows from the seed.
+    """
+    if now.model is None:
+        now = dataclasses.replace(now, model=before.model)
+    for path, old, new in differences(dataclasses.asdict(before), dataclasses.asdict(now)):
+        check(
+            path in FREE or path.partition(".")[0] in FREE,
+            f"{where} was begun with {path} {old}, now it is {new}: a run can't change it; take "
+            "another --workdir, or the value of before",
+        )
+    return dataclasses.replace(now, model=before.model)
+
+
+def with_model(config: TrainConfig, model: LlamaConfig) -> TrainConfig:
+    """The config with the model's shape of the checkpoint that it starts from.
+
+    Raises ConfigError where the config gives another shape.
+    """
+    if config.model is not None:
+        given, found = dataclasses.asdict(config.model), dataclasses.asdict(model)
+        for path, own, other in differences(given, found):
+            check(
+                f"model.{path}" in FREE,
+                f"model.{path} is {own}, but that of {config.init_from} is {other}: "
+                "leave the model out of the config, or correct it",
+            )
+    config = dataclasses.replace(config, model=model)
+    config.check_model(model)
+    return config
+
+
+def read_data(config: TrainConfig, mesh: Mesh | None) -> tuple[Tokenizer, Pipeline, OnePass]:
+    """Tokenizer, training rows and held-out rows; raises ConfigError for bad data."""
+    data, length, cache = config.data, config.seq_len, cache_directory()
+    tokenizer = make_tokenizer(data, cache=cache).fitted(config.model.vocab_size)
+    rows = {
+        split: packed_rows(data, tokenizer, seq_len=length, split=split, cache=cache)
+        for split in SPLITS
+    }
+    own = dict(batch_size=config.batch_size, own_B=own_rows(config.batch_size, mesh))
+    pipeline = Pipeline(rows["train"], seed=config.seed, **own)
+    held_out = OnePass(rows["validation"], max_batches=config.evaluation.batches, **own)
+    return tokenizer, pipeline, held_out
+
+
+def write_run_files(
+    workdir: Path,
+    tokenizer: Tokenizer,
+    rows: PackedRows,
+    prompts: Sequence[Sequence[int]],
+    *,
+    fresh: bool,
+) -> None:
+    """Writes the missing files, from the training rows and held-out prompts; all of them if
+    `fresh`, as the data of a run without a saved step may still change."""
+    if fresh or not (workdir / COUNTS).exists():
+        write_counts(workdir / COUNTS, tokenizer, count_labels(rows))
+    if fresh or not (workdir / PROMPTS).exists():
+        texts = map(tokenizer.decode, prompts)
+        lines = [json.dumps({"prompt": text}, ensure_ascii=False) for text in texts if text]
+        write_whole(workdir / PROMPTS, "".join(f"{line}\n" for line in lines).encode())
+
+
+def count_labels(rows: PackedRows) -> Counter[int]:
+    """How often each token is learned in the first rows."""
+    counts: Counter[int] = Counter()
+    last, step = min(len(rows), COUNTED // rows.seq_len + 1), 256
+    for first in range(0, last, step):
+        labels_BT = rows.read(np.arange(first, min(first + step, len(rows))))["labels_BT"]
+        tokens, times = np.unique(labels_BT[labels_BT >= 0], return_counts=True)
+        counts.update(dict(zip(tokens.tolist(), times.tolist(), strict=True)))
+    return counts
+
+
+def held_out_prompts(
+    held_out: Iterable[Mapping[str, np.ndarray]], config: EvaluationConfig
+) -> list[list[int]]:
+    """Beginnings of evenly spaced rows: the prompt of a row that has one, else its first
+    `prompt_tokens`, at most half of the row.
+
+    Raises ConfigError where no token is labelled, as there is nothing to evaluate either.
+    """
+    prompts: list[list[int]] = []
+    for batch in held_out:
+        for tokens_T, labels_T in zip(batch["tokens_BT"], batch["labels_BT"], strict=True):
+            if not (labels_T >= 0).any():
+                continue  # padding of the last batch
+            half = max(1, min(config.prompt_tokens, len(tokens_T) // 2))
+            prompt = int(np.argmax(labels_T >= 0))  # its tokens before the last have no label
+            prompts.append(tokens_T[: prompt + 1 if prompt else half].tolist())
+    check(
+        bool(prompts),
+        "no token of the held-out rows has a label: raise seq_len so that more than the prompts "
+        "fits, or evaluation.batches",
+    )
+    most = min(config.num_prompts, len(prompts))
+    return [prompts[(2 * number + 1) * len(prompts) // (2 * most)] for number in range(most)]
+
+
+def sample_prompt(
+    config: EvaluationConfig,
+    model: LlamaConfig,
+    tokenizer: Tokenizer,
+    prompts: Sequence[Sequence[int]],
+) -> list[int]:
+    """Tokens that samples continue: the configured text, or the prompt in the middle. Empty where
+    there are no samples.
+
+    Raises ConfigError where the text leaves no room in the model's context.
+    """
+    if config.sample_tokens == 0:
+        return []
+    if not config.sample_prompt:
+        return list(prompts[len(prompts) // 2])[: model.max_context - 1]
+    prompt = tokenizer.encode(config.sample_prompt)
+    check(
+        0 < len(prompt) < model.max_context,
+        f"evaluation.sample_prompt has {len(prompt)} tokens, but must have 1 to "
+        f"{model.max_context - 1}, as the model's context is of {model.max_context}",
+    )
+    return prompt
