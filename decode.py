@@ -18,12 +18,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from lsjax.cli.chat import chat
-from lsjax.cli.flags import (
-    load_engine,
-    make_strategies,
-    open_model,
-    parse_flags,
-)
+from lsjax.cli.flags import load_engine, make_strategies, open_model, parse_flags
 from lsjax.cli.prompts import Arguments, choose_requests, encode_requests
 from lsjax.cli.setup import check_output, ended_by_sigterm, one_line_errors
 from lsjax.cli.show import (

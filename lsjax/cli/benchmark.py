@@ -40,12 +40,7 @@ from lsjax.decoding.engine import Engine
 from lsjax.decoding.self_speculative import SelfSpeculative, in_one_program
 from lsjax.decoding.state import Strategy
 from lsjax.evaluation.answers import ALL, Answer, Question
-from lsjax.evaluation.comparison import (
-    cell_speeds,
-    identity_tail,
-    time_in_turns,
-    warm_up,
-)
+from lsjax.evaluation.comparison import cell_speeds, identity_tail, time_in_turns, warm_up
 from lsjax.evaluation.examples import Task
 from lsjax.evaluation.plots import plot_acceptance, plot_grid
 from lsjax.evaluation.tasks import TASKS
@@ -112,7 +107,8 @@ def benchmark(arguments: Arguments) -> int:
         file = output / "answers.jsonl"
         check_output(file, arguments.prompt_file)
     engine = load_engine(
-        *(model, notes),
+        model,
+        notes,
         change=lambda model: model if tail is None else identity_tail(model, tail),
         ignore_end=True,
     )

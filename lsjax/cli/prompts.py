@@ -11,16 +11,16 @@ import tyro
 from lsjax.cli.flags import ModelFlags, SamplingFlags, StrategyFlags, check_sampling
 from lsjax.config import ConfigError, LlamaConfig, bounded, check
 from lsjax.data.chat import chat_prompt
-from lsjax.data.documents import read_lines, stop_at
-from lsjax.data.sources import Fields, Refuse, fill
+from lsjax.data.files import Fields, Refuse, read_lines, stop_at
+from lsjax.data.sources import fill
 from lsjax.data.tokenizer import Tokenizer
 from lsjax.decoding.request import Request, encode_prompt
 from lsjax.decoding.sampling import GREEDY, Sampling
 from lsjax.evaluation.examples import PlacedRow, file_rows
 
-SAMPLING_FIELDS = [field.name for field in dataclasses.fields(Sampling)]
 # What an object of a file may say beside its prompt.
-OPTIONS = ("max_new_tokens", "stop", "stop_ids", *SAMPLING_FIELDS)
+ENDS = ("max_new_tokens", "stop", "stop_ids")
+SAMPLING = tuple(field.name for field in dataclasses.fields(Sampling))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,12 +151,14 @@ def read_request(where: str, row: Fields, default: Request, number: int) -> Requ
     )
     prompt = fill("{prompt}", row, where)
     check(bool(prompt), f"{where} is an empty prompt: it needs at least one character")
-    given = {name: row[name] for name in OPTIONS if row.get(name) is not None}
+    given, own = (
+        {name: row[name] for name in names if row.get(name) is not None}
+        for names in (ENDS, SAMPLING)
+    )
     for name in {"stop", "stop_ids"} & given.keys():  # one or a list
         value = given[name]
         given[name] = tuple(value) if isinstance(value, list) else (value,)
     try:
-        own = {name: given.pop(name) for name in SAMPLING_FIELDS if name in given}
         sampling = dataclasses.replace(default.sampling, **own)
         ignored = sorted({"top_k", "top_p", "min_p"} & own.keys())
         check(

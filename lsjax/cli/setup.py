@@ -14,7 +14,7 @@ import jax
 from rich.console import Console
 
 from lsjax.config import ConfigError, check
-from lsjax.data.token_store import cache_directory
+from lsjax.data.files import cache_directory
 
 
 def keep_compiled_programs() -> None:

@@ -154,7 +154,7 @@ def table(
     rows: Iterable[Sequence[str]],
     *,
     left: int = 0,
-    best: int = -1,
+    best: int | None = None,
 ) -> Table:
     """A table whose first `left` columns are words. best: number of a row that is green."""
     made = Table(title=Text(title), title_justify="left", box=None, pad_edge=False)

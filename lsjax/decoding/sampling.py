@@ -244,9 +244,11 @@ def argmax(logits: Float[Array, "*any V"]) -> Int[Array, "*any"]:
 def _array(numbers: Sequence[float], dtype: DTypeLike) -> Shaped[Array, " B"]:
     """The numbers in this type; one that is too large or too close to 0 for it becomes the next
     that it has."""
-    limits = jnp.iinfo(dtype) if dtype == jnp.int32 else jnp.finfo(dtype)
-    least = getattr(limits, "tiny", 1)
-    return jnp.asarray([n and min(max(n, least), limits.max) for n in numbers], dtype)
+    if dtype == jnp.int32:
+        least, most = 1, jnp.iinfo(dtype).max
+    else:
+        least, most = float(jnp.finfo(dtype).tiny), float(jnp.finfo(dtype).max)
+    return jnp.asarray([n and min(max(n, least), most) for n in numbers], dtype)
 
 
 def _first_beyond(weight_BN: Float[Array, "B N"], u_B: Float[Array, " B"]) -> Int[Array, " B"]:

@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
 from lsjax.config import AttentionKernel, check
-from lsjax.model.products import FLASH_BLOCK, SAVED, enough_rows, mix
+from lsjax.model.products import FLASH_BLOCK, SAVED, enough_rows
 from lsjax.sharding import ROWS, on_each_device, platform
 
 # Steps of a splash block; of those that pad the sequence least, the first.
@@ -135,7 +135,10 @@ def attention(
     q_BKRH = q_BKGTH.reshape(batch, kv_heads, -1, size)
     k_BKSH, v_BKSH = k_BSKH.swapaxes(1, 2), v_BSKH.swapaxes(1, 2)
     mask_B1RS = jnp.tile(mask_BTS[:, None], (1, 1, heads // kv_heads, 1))
-    mixed = mix(q_BKRH, k_BKSH, v_BKSH, mask_B1RS)
+    wide = jnp.promote_types(q_BTNH.dtype, jnp.float32)
+    scores = jnp.einsum("BKRH,BKSH->BKRS", q_BKRH, k_BKSH, preferred_element_type=wide)
+    weights = jax.nn.softmax(jnp.where(mask_B1RS, scores, -jnp.inf), axis=-1).astype(v_BKSH.dtype)
+    mixed = jnp.einsum("BKRS,BKSH->BKRH", weights, v_BKSH)
     mixed = mixed.reshape(batch, kv_heads, -1, steps, size).transpose(0, 3, 1, 2, 4)
     return mixed.reshape(q_BTNH.shape)
 

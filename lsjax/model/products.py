@@ -1,8 +1,7 @@
-"""Operations whose backward passes are written out: what autodiff makes of them is slower, larger
-or less exact.
+"""Operations with backward passes of their own, where autodiff makes slower or larger ones.
 
 Each gives the same values and gradients as the plain expression in its docstring, up to rounding;
-docs/training.md has what they save. They have no forward-mode derivative.
+docs/performance.md has what they save. They have no forward-mode derivative.
 """
 
 from functools import partial
@@ -11,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
 from lsjax.sharding import platform
 
@@ -149,41 +148,3 @@ def _split_swiglu_backward(halves, dy):
 
 
 split_swiglu.defvjp(_split_swiglu_forward, _split_swiglu_backward)
-
-
-@jax.custom_vjp
-def mix(
-    q: Float[Array, "B K R H"],
-    k: Float[Array, "B K S H"],
-    v: Float[Array, "B K S H"],
-    mask: Bool[Array, "#B #K R S"],
-) -> Float[Array, "B K R H"]:
-    """softmax(q k^T where mask) v, the softmax in float32 or wider; every query sees some key.
-
-    The backward pass keeps the weights alone and needs their sum with their gradients, which is
-    that of the output with its own (Dao et al., 2022): no pass over [R, S] is for a sum.
-    """
-    return _mix_forward(q, k, v, mask)[0]
-
-
-def _mix_forward(q, k, v, mask):
-    wide = jnp.promote_types(q.dtype, jnp.float32)
-    scores = jnp.einsum("BKRH,BKSH->BKRS", q, k, preferred_element_type=wide)
-    weights = jax.nn.softmax(jnp.where(mask, scores, -jnp.inf), axis=-1).astype(v.dtype)
-    y = jnp.einsum("BKRS,BKSH->BKRH", weights, v)
-    return y, (q, k, v, weights, y)
-
-
-def _mix_backward(residuals, dy):
-    q, k, v, weights, y = residuals
-    wide = jnp.promote_types(q.dtype, jnp.float32)
-    dweights = jnp.einsum("BKRH,BKSH->BKRS", dy, v, preferred_element_type=wide)
-    together = (dy.astype(wide) * y.astype(wide)).sum(-1, keepdims=True)
-    dscores = (weights * (dweights - together)).astype(q.dtype)
-    dq = jnp.einsum("BKRS,BKSH->BKRH", dscores, k)
-    dk = jnp.einsum("BKRS,BKRH->BKSH", dscores, q)
-    dv = jnp.einsum("BKRS,BKRH->BKSH", weights, dy)
-    return dq, dk, dv, None
-
-
-mix.defvjp(_mix_forward, _mix_backward)

@@ -6,16 +6,10 @@
 C is the curriculum, e the weights (eq. 6). Exit E = L is always on. Arrays over exits have exit E
 at index E - 1.
 
-CE is the loss of each token, a function of logits. Any other can take its place below exit L:
-
-    def exit_loss(logits, labels, final_logits):    # [..., V], [...], [..., V]
-        return ...                                  # [...]
-
-    step = make_train_step(config, exit_loss=exit_loss)
-
-logits are an exit's, final_logits the last exit's, in float32 or wider. The head calls the function
-on chunks of positions, and differentiates it in `logits`. No gradient flows into `final_logits`.
-They are computed only if the function uses them. Labels of tokens that do not count are negative.
+CE is the loss of each token, a function of an exit's logits. Below exit L any other function takes
+its place: make_train_step(config, exit_loss=...), docs/extending.md. The head calls it on chunks of
+positions, and differentiates it in its first argument. Logits are in float32 or wider. The last
+exit's are computed only if the function uses them. Labels of tokens that do not count are negative.
 """
 
 from collections.abc import Callable, Mapping

@@ -19,7 +19,7 @@ import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 
-from lsjax.checkpoints import METRICS, read_metrics
+from lsjax.checkpoints.run import METRICS, read_metrics
 from lsjax.config import ConfigError, EarlyExitConfig, LlamaConfig, LoraConfig
 from lsjax.model.llama import Llama, stacked
 from lsjax.model.lora import split, with_adapters

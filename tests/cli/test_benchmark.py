@@ -63,9 +63,9 @@ def test_with_an_identity_tail_every_draft_is_accepted(model, cells, capsys):
         assert row["share_of_ideal"] == row["speedup"] / row["ideal"]
         assert row["predicted"] > 0 and row["round_over_parts"] > 0
         assert (row["equal"], row["differ"], row["widest_margin"]) == (3, 0, None)
-    # One to read prompts, one without drafts, and one for each vocabulary.
+    # Two to read prompts of two sizes, one without drafts, and one for each vocabulary.
     printed = capsys.readouterr().out
-    assert "4 programs" in printed
+    assert "5 programs" in printed
     assert "Self-speculation gives the tokens of autoregressive decoding." in printed
 
 

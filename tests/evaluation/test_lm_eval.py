@@ -15,7 +15,7 @@ from lm_eval.api.instance import Instance
 
 from lsjax.config import ConfigError
 from lsjax.data.chat import ChatTemplateError
-from lsjax.data.tokenizer_huggingface import ByteTokenizer
+from lsjax.data.tokenizer_backends import ByteTokenizer
 from lsjax.decoding.autoregressive import Autoregressive, EarlyExit
 from lsjax.decoding.engine import Engine
 from lsjax.decoding.self_speculative import SelfSpeculative

@@ -8,7 +8,7 @@ from decimal import Decimal
 import pytest
 
 from lsjax.config import ConfigError, DataConfig
-from lsjax.data.tfds_rows import _builder
+from lsjax.data.sources import tfds_builder
 from lsjax.evaluation.answers import pass_at_k, scores_by_example
 from lsjax.evaluation.examples import (
     Example,
@@ -282,7 +282,7 @@ def test_a_problem_without_tests_is_a_bad_row(examples, change):
 
 @pytest.mark.parametrize("name", [name for name, task in TASKS.items() if task.tfds])
 def test_tensorflow_data_sets_have_these_names(name, tmp_path):
-    builder = _builder(TASKS[name].tfds[0], data_dir=str(tmp_path))
+    builder = tfds_builder(TASKS[name].tfds[0], data_dir=str(tmp_path))
     assert {*TASKS[name].tfds[1:]} == {"test", "train"} and not builder.is_prepared()
 
 

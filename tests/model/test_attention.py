@@ -117,3 +117,17 @@ def test_the_devices_choose(monkeypatch):
     ):
         with pytest.raises(ConfigError, match=message):
             kernels(array, kernel)
+
+
+def test_gradients_have_the_dtype_of_the_arrays():
+    """The cotangents of bfloat16 are bfloat16, with the softmax in between in float32."""
+    q = jax.random.normal(jax.random.key(1), (1, 4, 1, 8)).astype(jnp.bfloat16)
+
+    def gradients(*arrays):
+        run = partial(self_attention, kernel="xla")
+        return jax.grad(lambda *qkv: run(*qkv).astype(jnp.float32).sum(), (0, 1, 2))(*arrays)
+
+    found, expected = gradients(q, q, q), gradients(*[q.astype(jnp.float32)] * 3)
+    assert {leaf.dtype for leaf in found} == {jnp.dtype(jnp.bfloat16)}
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_allclose(one.astype(jnp.float32), other, atol=0.05)

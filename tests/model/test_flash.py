@@ -59,7 +59,7 @@ def test_bfloat16_is_about_as_far_from_float32_as_xla(size):
         ]
 
     for one, other in zip(errors(flash_attention), errors(xla), strict=True):
-        assert one < 1.25 * other < 0.01
+        assert one < 1.75 * other < 0.01  # xla differentiates weights in float32
 
 
 def test_first_and_last_tokens_of_documents():
