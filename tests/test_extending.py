@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import lsjax
+from lsjax.checkpoints.run import read_metrics
 from lsjax.config import (
     CheckpointConfig,
     DataConfig,
@@ -51,7 +52,7 @@ def test_each_part_has_an_example():
 def test_a_drop_schedule(tmp_path):
     """Rates of 1 in the upper half: exit 2 and the last exit say the same."""
     run_block("drop_rates=", config=CONFIG, workdir=tmp_path / "run")
-    rows = lsjax.checkpoints.read_metrics(tmp_path / "run")
+    rows = read_metrics(tmp_path / "run")
     losses = [row["exit_losses"] for row in rows if "exit_losses" in row]
     assert len(losses) == CONFIG.num_steps
     for exit_losses in losses:
