@@ -113,10 +113,10 @@ class OnePass:
         return OnePass(self.rows, batch_size=self._batch_size, max_batches=self._num_batches)
 
     def __iter__(self) -> Iterator[PackedBatch]:
-        taken = min(len(self.rows), len(self) * self._batch_size)
-        for first in range(0, len(self) * self._batch_size, self._batch_size):
-            numbers_B = np.arange(first, first + self._batch_size)
-            numbers_B = np.where(numbers_B < taken, numbers_B * len(self.rows) // taken, -1)
+        numbers = np.full((len(self), self._batch_size), -1)
+        taken = min(len(self.rows), numbers.size)
+        numbers.flat[:taken] = np.arange(taken) * len(self.rows) // taken
+        for numbers_B in numbers:
             yield self.rows.read(numbers_B[self._own_B])
 
 
@@ -139,8 +139,9 @@ def packed_rows(
     else:
         chosen_N = is_held_out(store.keys_N, config.held_out_fraction) == (split == "validation")
     size = "small" if split == "validation" else "large"
-    reason = f"validation_fraction {config.validation_fraction} is too {size}"
-    reason = "all of them are in the training data too" if own_set else reason
+    reason = "all of them are in the training data too"
+    if not own_set:
+        reason = f"validation_fraction {config.validation_fraction} is too {size}"
     check(bool(chosen_N.any()), f"of {len(chosen_N)} documents none is for {split}: {reason}")
     rows = pack(store, by_key(store.keys_N, chosen_N), seq_len, config)
     return replace(rows, num_shared=int((~chosen_N).sum()) if own_set else 0)

@@ -14,6 +14,7 @@ import string
 import sysconfig
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -78,26 +79,33 @@ def document_source(config: DataConfig, *, validation: bool = False) -> Source:
 
     Raises ConfigError where files are missing.
     """
-    limit = None if validation else config.max_documents
     paths = config.validation_paths if validation else config.paths
-    if config.source == "python_source":
-        return replace(python_source(), limit=limit)
-    if config.source == "text":
-        return replace(text_files(paths, config.separator), limit=limit)
-    if config.source == "tfds":
-        part = config.validation_split if validation else config.tfds_split
-        name, files, rows = tfds_split(config.tfds_name, part, config.tfds_data_dir)
-    else:
-        part, name, files = "", " ".join(paths), find_files(paths)
-        kind = f".{config.source}"
+    match config.source:
+        case "python_source":
+            source = python_source()
+        case "text":
+            source = text_files(paths, config.separator)
+        case "tfds":
+            part = config.validation_split if validation else config.tfds_split
+            found = tfds_split(config.tfds_name, part, config.tfds_data_dir)
+            source = _row_source(config, *found, part)
+        case kind:
+            rows = partial(file_rows, paths, kind=f".{kind}")
+            source = _row_source(config, " ".join(paths), find_files(paths), rows)
+    return replace(source, limit=None if validation else config.max_documents)
 
-        def rows() -> Iterator[tuple[str, Fields]]:
-            return ((where, row) for _, where, row in file_rows(paths, kind=kind))
 
+def _row_source(
+    config: DataConfig,
+    name: str,
+    files: Sequence[Path],
+    rows: Callable[[], Iterator[tuple[Any, ...]]],
+    part: str = "",
+) -> Source:
     def read() -> Iterator[Document]:
-        return (row_document(row, config, where) for where, row in rows())
+        return (row_document(row, config, where) for *_, where, row in rows())
 
-    return Source(name, files, read, part, limit)
+    return Source(name, files, read, part)
 
 
 def python_source() -> Source:
