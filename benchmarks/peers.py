@@ -24,13 +24,12 @@ import transformers
 import tyro
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
 
 import lsjax
 from lsjax.cli.benchmark import OWN_PROMPTS, PROMPTS
 from lsjax.cli.prompts import prompt_rows
 from lsjax.cli.setup import exact_products, keep_compiled_programs, one_line_errors
-from lsjax.cli.show import wide_console
+from lsjax.cli.show import table, wide_console
 from lsjax.config import check
 from lsjax.data.files import cache_directory
 from lsjax.data.tokenizer import Tokenizer
@@ -131,12 +130,8 @@ def main(arguments: Arguments) -> None:
     rows = list(figures(arguments, sides, seconds, same))
     title = f"{arguments.model.name}: {len(prompts)} prompts, {arguments.new_tokens} new tokens, "
     title += f"{arguments.repeats} repeats, {arguments.threads} threads, float32 but for bfloat16"
-    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
-    for name, value in rows[0].items():
-        table.add_column(name, justify="left" if isinstance(value, str) else "right")
-    for row in rows:
-        table.add_row(*(v if isinstance(v, str) else f"{v:.2f}" for v in row.values()))
-    console.print(table)
+    lines = [[v if isinstance(v, str) else f"{v:.2f}" for v in row.values()] for row in rows]
+    console.print(table(title, [*rows[0]], lines, left=1))
     if arguments.json is not None:
         with arguments.json.open("w") as lines:
             for row in rows:
