@@ -109,7 +109,8 @@ class MetricsLog:
         self._file = self._board = None
         if directory is None:
             return
-        from lsjax.checkpoints.run import METRICS, read_metrics  # FLOPs need no checkpoints
+        # A bare machine counts FLOPs without the packages that read checkpoints.
+        from lsjax.checkpoints.run import METRICS, read_metrics
 
         path = directory / METRICS
         kept = [row for row in read_metrics(directory) if row["step"] <= from_step]

@@ -72,7 +72,7 @@ def initial_state(config: TrainConfig, mesh: Mesh | None, like: TrainState) -> T
     if not config.init_from:
         fresh = jax.jit(partial(_fresh_state, config), out_shardings=places)
         return fresh(jax.random.key(config.seed))
-    from lsjax.checkpoints import load  # a step needs no checkpoints
+    from lsjax.checkpoints import load  # a bare machine steps without the readers of files
 
     model = stacked(load(config.init_from, mesh=mesh))
     return jax.jit(partial(init_state, config), out_shardings=places, donate_argnums=0)(model)

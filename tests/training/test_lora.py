@@ -118,7 +118,7 @@ def test_the_optimizer_has_adapters_only(base, finetuned):
 
 
 def test_the_loss_of_each_exit_reaches_the_adapters_below_it(finetuned):
-    """Of exits 1, 2 and 3 in steps 0, 1 and 2; the last one is in the loss of each."""
+    """Exits 1, 2 and 3 are on in steps 0, 1 and 2; the last one is in each loss."""
     config = dataclasses.replace(
         CONFIG,
         layer_dropout=LayerDropoutConfig(),
