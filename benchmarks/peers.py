@@ -35,7 +35,7 @@ from lsjax.data.files import cache_directory
 from lsjax.data.tokenizer import Tokenizer
 from lsjax.data.vocabulary import find_counts
 from lsjax.decoding.draft import DraftVocabulary
-from lsjax.decoding.request import encode_prompt
+from lsjax.decoding.request import Request, encode_prompt
 from lsjax.decoding.state import Strategy
 from lsjax.evaluation.comparison import FLOAT32_MARGIN, first_difference
 from lsjax.evaluation.examples import make_examples, templates
@@ -89,12 +89,13 @@ def main(arguments: Arguments) -> None:
     console = wide_console()
     tokenizer = lsjax.load_tokenizer(arguments.model)
     model = lsjax.load(arguments.model)
-    limits = dict(max_new_tokens=arguments.new_tokens, max_length=None)
     examples = make_examples(
         OWN_PROMPTS,
         templates(OWN_PROMPTS, None),
         prompt_rows(PROMPTS, arguments.prompt_file),
-        encode=lambda text: encode_prompt(text, tokenizer, model.config, **limits),
+        encode=lambda text: encode_prompt(
+            Request(prompt=text, max_new_tokens=arguments.new_tokens), tokenizer, model.config
+        ),
     )
     prompts = [list(example.ids) for example in islice(examples, arguments.limit)]
     own = [

@@ -32,7 +32,7 @@ from lsjax.decoding.self_speculative import DRAFT, SelfSpeculative
 from lsjax.decoding.state import DecodeState, Strategy
 from lsjax.model.attention import LARGE, LARGE_BLOCKS, SMALL, SMALL_BLOCKS
 from lsjax.model.llama import Llama
-from lsjax.model.parameters import placed_shapes
+from lsjax.model.parameters import placed_shapes, sharding_of
 from lsjax.training.early_exit import exit_counts
 from lsjax.training.loss import CHUNKS, EXITS, loss_chunk
 from lsjax.training.step import abstract_state, check_rows, make_train_step
@@ -152,8 +152,9 @@ def round_reads(config: LlamaConfig, shape: DecodingShape, mesh: Mesh) -> tuple[
         passes += strategy.num_draft_tokens * strategy.exit_layer
         heads += strategy.num_draft_tokens
     weights = 2 * (passes * config.layer_params + heads * config.head_params)
-    cache = config.cache_bytes(shape.batch_size, shape.prompt_tokens, itemsize=2)
-    return weights / mesh.shape["tensor"], passes / config.num_layers * cache / mesh.size
+    slots = (shape.batch_size, config.num_kv_heads, shape.prompt_tokens, config.head_dim)
+    own = sharding_of("keys.0", slots, mesh).shard_shape(slots)
+    return weights / mesh.shape["tensor"], 2 * 2 * passes * math.prod(own)
 
 
 def cache_blocks(lengths: list[int], capacity: int) -> Trips:

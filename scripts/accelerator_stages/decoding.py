@@ -158,7 +158,7 @@ def speed(
 ) -> dict[str, Any]:
     """Speed of one strategy after a warm-up. base: tokens/s of autoregressive decoding."""
     config, itemsize = engine.model.config, engine.model.dtype.itemsize
-    compiling, seconds = engine.compile_seconds, []
+    compiling, seconds = engine.programs.compile_seconds, []
     engine.use(strategy)
     for _ in range(1 + repeats):
         before = engine.decode_seconds
@@ -188,5 +188,5 @@ def speed(
         "ms at the limit": limit * 1e3,
         "share of the bandwidth": limit * rounds / median,
         **row,
-        "s compiling": engine.compile_seconds - compiling,
+        "s compiling": engine.programs.compile_seconds - compiling,
     }
