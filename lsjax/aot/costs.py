@@ -30,9 +30,8 @@ from lsjax.aot.hlo import (
 # Regular expression of a loop's op_name -> its trips; of a conditional's -> the share of runs that
 # take the dearest branch. The first that matches counts.
 Trips = Mapping[str, float]
-AMOUNTS = (
-    *("compute_seconds", "cycles", "flops", "moved_bytes", "operations", "loops", "conditionals"),
-)
+AMOUNTS = ("compute_seconds", "cycles", "flops", "moved_bytes")
+COUNTS = ("operations", "loops", "conditionals")
 
 
 class Collective(NamedTuple):
@@ -52,8 +51,8 @@ class ProgramCosts:
     """Costs of one run of a program, or of a part of it.
 
     amounts: compute_seconds, one operation after the other; a TPU's cycles; flops of products and
-    attention kernels; moved_bytes, from and to the device's memory; operations (kernels, on GPUs),
-    loops and conditionals. kernels: custom ones. unknown_loops: names.
+    attention kernels; moved_bytes, from and to the device's memory. Also the COUNTS of operations
+    (kernels, on GPUs), loops and conditionals. kernels: custom ones. unknown_loops: names.
     """
 
     amounts: Counter[str] = field(default_factory=Counter)

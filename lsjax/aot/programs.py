@@ -21,7 +21,7 @@ from jax.stages import Lowered, Wrapped
 from jax.typing import DTypeLike
 
 from lsjax.aot.chips import GIB, Chip
-from lsjax.aot.costs import AMOUNTS, CostAnalysis, ProgramCosts, Trips
+from lsjax.aot.costs import AMOUNTS, COUNTS, CostAnalysis, ProgramCosts, Trips
 from lsjax.aot.hlo import attention_kernel, parse
 from lsjax.config import LlamaConfig, TrainConfig, check
 from lsjax.decoding.autoregressive import Autoregressive
@@ -218,7 +218,7 @@ def cost_figures(costs: ProgramCosts, chip: Chip) -> dict[str, Any]:
     largest_first = sorted(costs.collectives.items(), key=lambda item: -item[0].sent * item[1])
     return {
         "attention": attention_kernel(costs.kernels),
-        **{name: costs.amounts[name] for name in AMOUNTS},
+        **{name: costs.amounts[name] for name in (*AMOUNTS, *COUNTS)},
         "sent_bytes": costs.sent_bytes,
         "sent_seconds": sent_seconds,
         "seconds": max(costs.amounts["compute_seconds"], sent_seconds),
