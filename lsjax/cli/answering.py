@@ -121,8 +121,8 @@ def read_examples(
         else:
             ids, count = encode_document(Document("", prompt), data, tokenizer)
             ids = ids[:count]
-        limits = dict(max_new_tokens=task.max_new_tokens, max_length=flags.max_length)
-        return encode_prompt(ids, tokenizer, model.source.config, **limits)
+        request = Request(prompt=ids, max_new_tokens=task.max_new_tokens)
+        return encode_prompt(request, tokenizer, model.source.config, flags.max_length)
 
     shots: tuple[Document, ...] = ()
     if task.num_shots:

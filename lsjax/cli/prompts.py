@@ -179,15 +179,12 @@ def encode_requests(
     """
     encoded = []
     for number, request in enumerate(requests, start=1):
-        ids = request.prompt
         if arguments.chat or arguments.interactive:
             text = chat_prompt(tokenizer, request.prompt, arguments.system)
             ids = tokenizer.encode(text, add_bos=False)
-        limits = dict(max_new_tokens=request.max_new_tokens, max_length=arguments.max_length)
+            request = dataclasses.replace(request, prompt=ids)
         try:
-            encoded.append(
-                encode_prompt(ids, tokenizer, config, stop_ids=request.stop_ids, **limits)
-            )
+            encoded.append(encode_prompt(request, tokenizer, config, arguments.max_length))
         except ConfigError as error:
             where = f"prompt {number} of {len(requests)}: " if len(requests) > 1 else ""
             raise ConfigError(f"{where}{error}") from None

@@ -199,9 +199,9 @@ def show_cells(title: str, rows: Sequence[Answer]) -> None:
 def show_costs(engine: Engine, base: Answer, costs: RoundCosts | None, bandwidth: float) -> None:
     """Compilation, memory bandwidth, and passes of several positions."""
     config, console = engine.model.config, wide_console()
-    weights = weight_bytes(config, engine.model.dtype.itemsize)
+    weights, programs = weight_bytes(config, engine.model.dtype.itemsize), engine.programs
     console.print(
-        f"{engine.num_programs} programs, {engine.compile_seconds:.1f} s compiling; autoregressive "
+        f"{len(programs)} programs, {programs.compile_seconds:.1f} s compiling; autoregressive "
         f"decoding reads {weights / 1e6:.0f} MB of weights a token, "
         f"{base['bandwidth'] / 1e9:.1f} GB/s, {base['share_of_bandwidth']:.0%} of this memory's "
         f"{bandwidth / 1e9:.1f} GB/s"
