@@ -113,9 +113,8 @@ class LlamaConfig(Checked):
     @classmethod
     def smollm2_135m(cls, **changes) -> "LlamaConfig":
         """SmolLM2-135M (Hugging Face, 2024): deep and narrow, a tied head of 8 layers' weight."""
-        return _preset(
-            changes, 49_152, 576, 1_536, 30, 9, 3, 8_192, rope_theta=1e5, tie_embeddings=True
-        )
+        rest = dict(rope_theta=1e5, tie_embeddings=True)
+        return _preset(changes, 49_152, 576, 1_536, 30, 9, 3, 8_192, **rest)
 
     @classmethod
     def layerskip_1_5b(cls, **changes) -> "LlamaConfig":
@@ -145,19 +144,9 @@ class LlamaConfig(Checked):
     @classmethod
     def llama3_2_1b(cls, **changes) -> "LlamaConfig":
         """Llama-3.2 1B."""
-        return _preset(
-            changes,
-            128_256,
-            2_048,
-            8_192,
-            16,
-            32,
-            8,
-            131_072,
-            rope_theta=5e5,
-            rope_scaling=RopeScaling(kind="llama3", factor=32.0),
-            tie_embeddings=True,
-        )
+        scaling = RopeScaling(kind="llama3", factor=32.0)
+        rest = dict(rope_theta=5e5, rope_scaling=scaling, tie_embeddings=True)
+        return _preset(changes, 128_256, 2_048, 8_192, 16, 32, 8, 131_072, **rest)
 
 
 def _preset(changes: dict, v, d, f, layers, heads, kv_heads, context, **rest) -> LlamaConfig:

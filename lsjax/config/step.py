@@ -79,12 +79,12 @@ class EarlyExitConfig(Checked, prefix="early_exit."):
         super().__post_init__()
         check(
             (self.curriculum == "subset") == bool(self.exits),
-            f"early_exit.exits {self.exits} belongs to the subset curriculum: give both or none",
+            f"early_exit.exits {self.exits} belongs to the subset curriculum: give both or neither",
         )
         check(
             (self.weights == "custom") == bool(self.custom_weights),
             f"early_exit.custom_weights {self.custom_weights} belongs to weights custom: give both "
-            "or none",
+            "or neither",
         )
         check(
             not self.custom_weights or self.custom_weights[-1] > 0,

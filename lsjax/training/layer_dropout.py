@@ -4,8 +4,8 @@
     p(l, t) = S(t) D(l) p_max                                                        (eq. 2)
 
 The masks of a step are a function of seed, step, layer and the row's number in the batch. So they
-are the same after a restart, under accumulation, and on any mesh. Where only kept rows are computed
-(`keep_counted`), they also depend on which rows share a device or a micro-batch.
+are the same after a restart, under accumulation, and on any mesh. Those of `keep_counted` also
+depend on which rows share a device or a micro-batch.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from lsjax.config import LayerDropoutConfig
 
-# Numbers of rows that a layer is compiled for, beside none.
+# Numbers of rows that a layer is compiled for, beside 0.
 COUNTS = 4
 # In place of a row's number, for the draw that all rows share.
 ROUNDING = 2**31 - 1
@@ -77,7 +77,7 @@ def keep_mask(
 
 
 def row_counts(rows: int) -> tuple[int, ...]:
-    """Numbers of rows that a layer is compiled for: none, and up to COUNTS even parts of all."""
+    """Numbers of rows that a layer is compiled for: 0, and up to COUNTS even parts of all."""
     parts = min(COUNTS, rows)
     return tuple(rows * part // parts for part in range(parts + 1))
 
@@ -88,9 +88,8 @@ def keep_counted(
     """Which layers each row keeps, where a layer runs on one of `row_counts(R)` rows in each of S
     shards; and which of these counts it is, the same for all shards.
 
-    The count is (1 - p) R on average, and each set of that many rows of a shard is as likely as any
-    other: so each row keeps the layer with probability 1 - p, as in `keep_mask`. rows_SR: numbers
-    of the rows, as there.
+    The count is (1 - p) R on average, and all sets of that many rows are equally likely: each row
+    keeps the layer with probability 1 - p. rows_SR: numbers of the rows, as in `keep_mask`.
     """
     counts = row_counts(rows_SR.shape[1])
     layer_keys = _layer_keys(len(rates_L), seed, step)

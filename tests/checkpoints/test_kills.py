@@ -64,11 +64,11 @@ def test_differences(run):
 @pytest.mark.parametrize(
     "said, before, trains, step",
     [
-        ("going on after step 20\n", 20, True, None),
+        ("resumes after step 20\n", 20, True, None),
         ("", 0, True, None),  # killed before it had saved anything
         ("", 20, False, None),  # killed before it said anything
         ("", 20, True, 0),
-        ("going on after step 15\n", 20, False, 15),
+        ("resumes after step 15\n", 20, False, 15),
     ],
 )
 def test_a_run_that_began_anew_or_further_back(tmp_path, said, before, trains, step):

@@ -197,7 +197,7 @@ def check_goes_on(run: Path, before: int, trains: bool) -> None:
 
     trains: whether it came so far; else it may have been killed before it said where it goes on.
     """
-    said = re.search(r"going on after step (\d+)\n", log_of(run).read_text())
+    said = re.search(r"resumes after step (\d+)\n", log_of(run).read_text())
     step = int(said[1]) if said else 0
     check(
         step == before or not (said or trains),
