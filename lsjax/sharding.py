@@ -57,10 +57,9 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
 
 
 def own_rows(rows: int, mesh: Mesh | None) -> np.ndarray:
-    """Numbers of the rows of a training batch that lie on this process's devices, in order.
+    """Numbers of the rows of a training batch on this process's devices, in order.
 
-    They need not be neighbours, as the devices of one host need not be. Hosts between which only
-    weights are sharded have the same rows.
+    They need not be neighbours. Hosts between which only weights are sharded have the same rows.
     """
     numbers_B = np.arange(rows)
     if mesh is None:
