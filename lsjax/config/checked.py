@@ -81,7 +81,7 @@ class Checked:
 
     @classmethod
     def name_of(cls, field: str) -> str:
-        """What messages call a field."""
+        """Name of a field in messages."""
         return cls._prefix + (field.replace("_", "-") if cls._prefix.startswith("--") else field)
 
 
@@ -101,7 +101,7 @@ def shown(value: Any) -> str:
 
 
 def described(kind: Any, bounds: Bounds | None = None) -> str:
-    """What a field of this type may be, in words."""
+    """Values of a field of this type, in words."""
     limits = f" {bounds}" if bounds and str(bounds) else ""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if len(_members(kind)) > 1:
@@ -157,7 +157,7 @@ def without_version(raw: Any, where: str) -> dict[str, Any]:
     fields = dict(raw)
     version = fields.pop("version", None)
     check(
-        version == VERSION and type(version) is int,
+        version == VERSION,
         f"{where}: version is {shown(version)}, but this lsjax reads {VERSION}: convert the "
         "run with the lsjax that wrote it (lsjax.cli.convert), or begin another one",
     )

@@ -54,7 +54,7 @@ class LlamaConfig(Checked):
     rope_theta: float = bounded(10_000.0, above=0)
     """Base of the rotary frequencies."""
     rope_scaling: RopeScaling | None = None
-    """How they are stretched for a longer context."""
+    """Stretching of the frequencies for a longer context."""
     norm_eps: float = bounded(1e-5, above=0)
     """Added to the mean square in RMSNorm."""
     tie_embeddings: bool = False
@@ -66,7 +66,7 @@ class LlamaConfig(Checked):
     init_std: float = bounded(0.02, low=0)
     """Standard deviation of new weights, normally distributed."""
     scaled_init: bool = False
-    """Whether what writes to the residual stream starts smaller than that by sqrt(2 L): each layer
+    """Whether weights that write to the residual stream start smaller by sqrt(2 L), as each layer
     adds twice (GPT-2; Radford et al., 2019)."""
 
     def __post_init__(self):

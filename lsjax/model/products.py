@@ -78,10 +78,8 @@ linear.defvjp(_linear_forward, _linear_backward)
 
 
 def gradients_first(x: Any, parameters: Any) -> tuple[Any, Any]:
-    """Both unchanged. On GPUs the gradients of the parameters are computed before that of x.
-
-    XLA would compute them at the end of a layer, and hold their operands until then.
-    """
+    """Returns both unchanged. On GPUs the gradients of the parameters are computed before that of
+    x: XLA would compute them at the end of a layer, and hold their operands until then."""
     return _gradients_first(x, parameters) if platform() == "gpu" else (x, parameters)
 
 

@@ -13,12 +13,7 @@ from lsjax.model.products import SAVED
 from lsjax.model.rope import rope_angles
 from lsjax.sharding import platform, row_shards
 from lsjax.training.kept_rows import Kept, run_on_kept
-from lsjax.training.layer_dropout import (
-    DropRates,
-    drop_rates,
-    keep_counted,
-    keep_mask,
-)
+from lsjax.training.layer_dropout import DropRates, drop_rates, keep_counted, keep_mask
 
 
 def exit_states(
@@ -39,17 +34,17 @@ def exit_states(
     No more than S outputs are held: a layer's output is written to the slot of its exit. Where
     S = L, they are the outputs of the scan.
     """
+    num_slots, num_layers = len(exit_S), model.config.num_layers
     x_BTD = model.embed_rows(batch["tokens_BT"])
     whole = platform() == "tpu"
     rope = rope_angles(batch["positions_BT"], model.config, x_BTD.dtype, whole=whole)
     run = layer_runner(config, rope, batch["segments_BT"])
-    num_slots, num_layers = len(exit_S), model.config.num_layers
     picks = 1 < num_slots < num_layers
     # Slot of the exit below each layer; without an exit the last one, which is not read.
     slot_L = jnp.full(num_layers + 1, num_slots - 1).at[exit_S + 1].set(jnp.arange(num_slots))[:-1]
     dropout = None
     if config.layer_dropout.p_max > 0:
-        rates_L = drop_rates(config.layer_dropout, model.config.num_layers, step, config.num_steps)
+        rates_L = drop_rates(config.layer_dropout, num_layers, step, config.num_steps)
         dropout = rates_L, kept_rows(config, rates_L, step, rows_B)
 
     def look(slots, x_BTD, y_BTD, inputs):
@@ -73,7 +68,7 @@ def exit_states(
 def kept_rows(
     config: StepConfig, rates_L: Float[Array, " L"], step: Int[Array, ""], rows_B: Int[Array, " B"]
 ) -> Array | Kept:
-    """Which rows keep each layer: [L, B], [L] where all rows share it, or Kept."""
+    """Rows that keep each layer: [L, B], [L] for all rows at once, or Kept."""
     match config.layer_dropout.skip:
         case "mask":
             return keep_mask(rates_L, config.seed, step, rows_B)

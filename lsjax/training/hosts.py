@@ -43,9 +43,9 @@ class Hosts(Checked, prefix="--distributed."):
     coordinator: str | None = None
     """host:port of process 0, at a port that is free there."""
     num_processes: int | None = None
-    """How many there are."""
+    """Number of processes."""
     process_id: int | None = None
-    """Which one this is, from 0."""
+    """Number of this process, from 0."""
     heartbeat_timeout: int = bounded(40, low=1)
     """Seconds without a sign of life after which a process counts as dead, and the others end."""
     start_timeout: int = bounded(300, low=1)

@@ -28,10 +28,10 @@ from lsjax.training.layer_dropout import row_counts
 
 
 class Kept(NamedTuple):
-    """Which rows keep the layer."""
+    """Rows that keep the layer."""
 
     keep_SR: Bool[Array, "S R"]
-    which: Int[Array, ""]  # of `row_counts`, how many they are in each shard
+    which: Int[Array, ""]  # index in `row_counts` of their number in each shard
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))

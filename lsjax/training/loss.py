@@ -30,7 +30,7 @@ from lsjax.training.early_exit import (
     loss_weights,
 )
 from lsjax.training.forward import exit_states
-from lsjax.training.layer_dropout import DropRates, drop_rates
+from lsjax.training.layer_dropout import DropRates, draws, drop_rates
 
 # Logits of a chunk, on each device. TPUs take more, as each chunk adds to the table's gradient.
 CHUNK_LOGITS, TPU_CHUNK_LOGITS = 2**25, 2**27
@@ -46,7 +46,7 @@ class Head(NamedTuple):
 
 
 class Positions(NamedTuple):
-    """Which positions of each slot's rows are in the loss."""
+    """Positions of each slot's rows that are in the loss."""
 
     order_SBT: Int[Array, "S B T"]  # those in the loss first
     counts_SB: Int[Array, "S B"]  # how many they are
@@ -137,12 +137,8 @@ def loss_positions(
     if slots > 1 and share < 1:
         key = jax.random.fold_in(jax.random.key(config.seed), step)
         key = jax.random.fold_in(key, 2**31 - 1)  # smaller numbers are those of layers
-
-        def draw(exit, row):
-            row_key = jax.random.fold_in(jax.random.fold_in(key, exit), row)
-            return jax.random.uniform(row_key, labels_BT.shape[1:])
-
-        draws_SBT = jax.vmap(jax.vmap(draw, (None, 0)), (0, None))(exit_S[:-1], rows_B)
+        keys_S = jax.vmap(jax.random.fold_in, (None, 0))(key, exit_S[:-1])
+        draws_SBT = draws(keys_S, rows_B, labels_BT.shape[1:])
         drawn_SBT = jnp.argsort(jnp.where(labelled_BT, draws_SBT, 2), axis=2)
         order_SBT = jnp.concatenate([drawn_SBT, order_BT[None]])
         part_B = jnp.ceil(count_B * share).astype(count_B.dtype)

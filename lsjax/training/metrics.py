@@ -63,7 +63,7 @@ class StepLine:
         if self._compiled:
             old = row["seconds"] if self._seconds is None else self._seconds
             self._seconds = old + WINDOW * (row["seconds"] - old)
-        self._compiled = True  # by the first step, whose time says nothing
+        self._compiled = True  # the first step's time includes compiling
         # Evenly spaced exits where many are on.
         pairs = list(zip(row["exits"], row["exit_losses"], strict=True))[:-1]
         pairs = pairs[:: -(-len(pairs) // 4)] if pairs else []

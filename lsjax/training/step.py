@@ -29,7 +29,7 @@ Metrics = dict[str, Array]
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class TrainState:
-    """All that a step changes."""
+    """Everything that a step changes."""
 
     model: Llama  # stacked
     opt_state: optax.OptState
