@@ -20,3 +20,26 @@ from lsjax.config.train import (
     TrainConfig,
     split_step,
 )
+
+__all__ = [
+    "AttentionKernel",
+    "CheckpointConfig",
+    "Checked",
+    "ComputeDtype",
+    "ConfigError",
+    "DataConfig",
+    "EarlyExitConfig",
+    "EvaluationConfig",
+    "LayerDropoutConfig",
+    "LlamaConfig",
+    "LoraConfig",
+    "LoraTarget",
+    "MeshConfig",
+    "OptimizerConfig",
+    "RopeScaling",
+    "StepConfig",
+    "TrainConfig",
+    "bounded",
+    "check",
+    "split_step",
+]

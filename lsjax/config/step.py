@@ -34,9 +34,9 @@ class LayerDropoutConfig(Checked, prefix="layer_dropout."):
     rescale: bool = False
     """Whether the output of a kept layer is divided by 1 - p; the paper does not divide it."""
     skip: Literal["mask", "gather", "batch"] = "mask"
-    """How a layer is skipped. mask: by each sequence on its own, as in the paper; all of them compute
-    it, and its effect is dropped. gather: by each sequence; only those that keep it compute it, and
-    their number is one of a few fixed ones. batch: by all at once."""
+    """How a layer is skipped. mask: by each sequence on its own, as in the paper; it is computed,
+    and its effect dropped. gather: by each sequence; only those that keep it compute it, and their
+    number is one of a few fixed ones. batch: by all at once."""
 
     def check_layers(self, num_layers: int) -> None:
         """Raises ConfigError where `layers` names one that a model of L layers does not have."""

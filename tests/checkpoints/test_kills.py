@@ -13,7 +13,7 @@ from lsjax.config import ConfigError
 from lsjax.model.llama import Llama
 from lsjax.training.step import init_state
 from tests.checkpoints.test_saving import CONFIG
-from tests.proofs.kills import check_goes_on, differences, log_of, newest
+from tests.proofs.kills import check_resumes, differences, log_of, newest
 
 
 @pytest.fixture(scope="module")
@@ -75,9 +75,9 @@ def test_a_run_that_began_anew_or_further_back(tmp_path, said, before, trains, s
     run = tmp_path / "killed"
     log_of(run).write_text(f"reading the data\n{said}")
     if step is None:
-        check_goes_on(run, before, trains)
+        check_resumes(run, before, trains)
     else:
         with pytest.raises(
-            ConfigError, match=f"step 20 was saved, but .* went on after step {step}:"
+            ConfigError, match=f"step 20 was saved, but .* resumed after step {step}:"
         ):
-            check_goes_on(run, before, trains)
+            check_resumes(run, before, trains)

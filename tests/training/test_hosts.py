@@ -81,7 +81,7 @@ with ending_together():
 
 
 def test_two_processes(tmp_path):
-    """They take turns, share out rows, stop together, and end when one fails."""
+    """They take turns, shard rows, stop together, and end when one fails."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
