@@ -18,7 +18,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from lsjax.config import ConfigError, EarlyExitConfig, LlamaConfig, LoraConfig
+from lsjax.config import EarlyExitConfig, LlamaConfig, LoraConfig
 from lsjax.model.llama import Llama, stacked
 from lsjax.model.lora import split, with_adapters
 from lsjax.training.early_exit import exit_counts
@@ -144,16 +144,6 @@ class MetricsLog:
         for file in (self._file, self._board):
             if file is not None:
                 file.close()
-
-
-def check_board() -> None:
-    """Raises ConfigError where TensorBoard's files can't be written."""
-    try:
-        import tensorboardX  # noqa: F401
-    except ImportError:
-        raise ConfigError(
-            "TensorBoard needs tensorboardX: pip install 'lsjax[tensorboard]', or leave it off"
-        ) from None
 
 
 def step_flops(

@@ -11,6 +11,7 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,6 @@ from lsjax.data.tokenizer import Tokenizer
 from lsjax.data.vocabulary import COUNTS, make_tokenizer, write_counts
 from lsjax.sharding import make_mesh, own_rows, placed_rows
 from lsjax.training.hosts import check_same, in_turn, is_first, wait_to_see
-from lsjax.training.metrics import check_board
 from lsjax.training.step import check_rows
 
 PROMPTS = "prompts.jsonl"
@@ -104,8 +104,10 @@ def prepare_run(config: TrainConfig, workdir: Path) -> TrainingRun:
     alone = jax.process_count() == 1 and config.mesh == MeshConfig()
     mesh = None if alone else make_mesh(config.mesh)
     check_rows(config, mesh)
-    if config.tensorboard and is_first():
-        check_board()
+    check(
+        not config.tensorboard or find_spec("tensorboardX") is not None,
+        "TensorBoard needs tensorboardX: pip install 'lsjax[tensorboard]', or leave it off",
+    )
     check_same("the configurations and the states of --workdir", f"{config} {resumes}")
 
     with in_turn("the data are read"):
