@@ -69,7 +69,8 @@ def test_the_tiny_form_measures_and_writes_a_page(tmp_path):
 
     for part in c.values():
         (row,) = part["rows"]
-        assert row["tokens/s"] > 0 and 0 < row["utilisation"] < 1 and row["attention"] == "xla"
+        assert row["tokens/s"] > 0 and row["attention"] == "xla"
+        assert row["utilisation"] is None  # CPUs have no peak in the table
         assert row["GB by the compiler"] > 0 and math.isfinite(row["loss"])
 
     # Results of a CPU are not the page of docs/.

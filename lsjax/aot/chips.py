@@ -11,7 +11,7 @@ from jax.errors import JaxRuntimeError
 from jax.experimental import topologies
 
 from lsjax.config import ConfigError, check
-from lsjax.training.metrics import device_peak
+from lsjax.training.metrics import peak_flops
 
 GIB = 2**30
 # Platform, which is also the extra of lsjax that installs its compiler -> packages of which any has
@@ -52,7 +52,7 @@ class Chip:
     @property
     def peak_flops(self) -> float:
         """FLOPs per second, bfloat16."""
-        return device_peak(self.kind)
+        return peak_flops(self.kind)
 
     @property
     def clock(self) -> float:

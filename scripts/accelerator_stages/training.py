@@ -71,7 +71,7 @@ def measure(config: StepConfig, shape: LlamaConfig, rows: int, length: int) -> d
     seconds = (time.perf_counter() - began) / STEPS
     if not np.isfinite(loss) or int(state.skipped):
         raise FloatingPointError(f"loss {loss}, {int(state.skipped)} steps skipped")
-    peak = peak_flops("float32" if jax.default_backend() == "cpu" else "bfloat16", 1)
+    peak = peak_flops(jax.devices()[0].device_kind)
     found = program.memory_analysis()
     predicted = found.argument_size_in_bytes + found.output_size_in_bytes
     predicted += found.temp_size_in_bytes - found.alias_size_in_bytes
