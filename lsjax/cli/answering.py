@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import jax
 from rich.console import Console
-from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
+from rich.progress import Progress
 
 from lsjax.checkpoints import fingerprints, is_run, read_run_config
 from lsjax.cli.flags import ChatFlags, ModelFlags, OpenModel, SamplingFlags
@@ -25,16 +25,7 @@ from lsjax.decoding.request import Request, encode_prompt
 from lsjax.decoding.sampling import GREEDY, Sampling
 from lsjax.decoding.self_speculative import SelfSpeculative
 from lsjax.decoding.state import Strategy
-from lsjax.evaluation.answers import (
-    Answer,
-    Cell,
-    Question,
-    append,
-    digest,
-    key_of,
-    key_of_answer,
-    resume,
-)
+from lsjax.evaluation.answers import Answer, Key, Question, append, digest, key_of, resume
 from lsjax.evaluation.examples import (
     Example,
     PlacedRow,
@@ -48,7 +39,7 @@ from lsjax.evaluation.examples import (
 )
 
 LOOKED_AT = 100  # rows that tell whether they are of the kind that the model was finetuned on
-VERSION = 5  # of the conditions and of a line of answers
+VERSION = 6  # of the conditions and of a line of answers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,16 +116,11 @@ def read_examples(
         limits = dict(max_new_tokens=task.max_new_tokens, max_length=flags.max_length)
         return encode_prompt(ids, tokenizer, model.source.config, **limits)
 
-    shots: tuple[Document, ...] = ()
-    if task.num_shots:
-        shots = choose_shots(
-            task, data, _shot_rows(task, flags), task.num_shots, flags.sampling.seed
-        )
     found = make_examples(
         task,
         data,
         rows,
-        shots=shots,
+        shots=_shots(task, data, flags) if task.num_shots else (),
         seen=prompts_of(task, data, file_rows(flags.without_seen)),
         encode=encode,
         refuse=refuse,
@@ -144,12 +130,12 @@ def read_examples(
     check(
         bool(examples), f"the data have no examples{behind}: name other ones, or a lower --offset"
     )
-    for id_, times in Counter(example.id for example in examples).items():
-        check(
-            times == 1,
-            f"two rows have the id {id_}: an answer would have no place of its own; evaluate one "
-            "file at a time",
-        )
+    ((id_, times),) = Counter(example.id for example in examples).most_common(1)
+    check(
+        times == 1,
+        f"two rows have the id {id_}: an answer would have no place of its own; evaluate one "
+        "file at a time",
+    )
     return examples, data, skipped
 
 
@@ -162,16 +148,18 @@ def _rows(task: Task, flags: TaskFlags, refuse: Refuse) -> Iterator[PlacedRow]:
     return tfds_rows(task.tfds[0], flags.tfds_split or task.tfds[1], flags.tfds_data_dir)
 
 
-def _shot_rows(task: Task, flags: TaskFlags) -> Iterator[PlacedRow]:
-    """The rows that shots are drawn from."""
+def _shots(task: Task, data: DataConfig, flags: TaskFlags) -> tuple[Document, ...]:
+    """Shots from the files of the flags, or from the task's TensorFlow data set."""
     check(
         bool(flags.shots_data) or (not flags.data and task.tfds is not None),
         f"{task.num_shots} shots need rows that are not asked: name their files by --shots-data, "
         "or choose --num-shots 0",
     )
     if flags.shots_data:
-        return file_rows(flags.shots_data)
-    return tfds_rows(task.tfds[0], task.tfds[2], flags.tfds_data_dir)
+        rows = file_rows(flags.shots_data)
+    else:
+        rows = tfds_rows(task.tfds[0], task.tfds[2], flags.tfds_data_dir)
+    return choose_shots(task, data, rows, task.num_shots, flags.sampling.seed)
 
 
 def make_questions(
@@ -195,7 +183,7 @@ def complete(
     strategies: Sequence[Strategy],
     questions: Sequence[Question],
     notes: Console,
-    decode: Callable[[Collection[tuple], Callable[[Answer], None]], None],
+    decode: Callable[[Collection[Key], Callable[[Answer], None]], None],
 ) -> list[Answer]:
     """The answers to all questions by all strategies, those that the file has among them.
 
@@ -203,18 +191,17 @@ def complete(
     on when it is ready; then it is added to the file.
     """
     known = {} if file is None else resume(file, asked)
-    wanted = [key_of(one, Cell.of(strategy)) for strategy in strategies for one in questions]
+    wanted = [question.key(strategy) for strategy in strategies for question in questions]
     found = {key: known[key] for key in wanted if key in known}
     if found:
         notes.print(f"{len(found)} of {len(wanted)} answers are there already")
-    columns = (*Progress.get_default_columns()[:-1], MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=notes, transient=True) as progress:
+    with Progress(console=notes, transient=True) as progress:
         bar = progress.add_task("decoding", total=len(wanted), completed=len(found))
 
         def keep(answer: Answer) -> None:
             if file is not None:
                 append(file, answer)
-            found[key_of_answer(answer)] = answer
+            found[key_of(answer)] = answer
             progress.update(bar, completed=len(found))
 
         if len(found) < len(wanted):
@@ -223,14 +210,10 @@ def complete(
 
 
 def conditions(
-    model: OpenModel,
-    engine: Engine,
-    strategies: Sequence[Strategy],
-    sampling: Sampling,
-    **more: Any,
+    model: OpenModel, engine: Engine, strategies: Sequence[Strategy], **more: Any
 ) -> dict[str, Any]:
-    """All that answers and their times depend on, beside strategy, document and sample: a file of
-    answers is only continued under the same conditions."""
+    """All that answers depend on, except strategy, document and sample: a file of answers is only
+    continued under the same conditions."""
     leaves = {str(number): leaf for number, leaf in enumerate(jax.tree.leaves(engine.model))}
     drafting = [one for one in strategies if isinstance(one, SelfSpeculative)]
     vocabularies = {one.draft_vocab: one.vocabulary for one in drafting if one.vocabulary}
@@ -248,6 +231,6 @@ def conditions(
         "jax": jax.__version__,
         "draft_vocab": digest([one.ids_N.tolist() for one in vocabularies.values()]),
         "lengths": sorted(lengths),
-        "sampling": dataclasses.asdict(sampling),
+        "sampling": dataclasses.asdict(model.flags.sampling),
         **more,
     }

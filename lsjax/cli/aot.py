@@ -39,7 +39,8 @@ from lsjax.aot.programs import (
 )
 from lsjax.cli.flags import parse_flags
 from lsjax.cli.setup import check_output, one_line_errors
-from lsjax.cli.training import read_config
+from lsjax.cli.show import table
+from lsjax.cli.training import ConfigFile, read_config
 from lsjax.config import EarlyExitConfig, LayerDropoutConfig, MeshConfig, TrainConfig, check
 from lsjax.evaluation.exits import exit_sums
 from lsjax.sharding import make_mesh
@@ -49,12 +50,18 @@ ProgramName = Literal["train", "evaluate", "prefill", "decode"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Arguments:
+class Slice(ConfigFile):
     """What is compiled, and for what."""
 
-    config: Annotated[TrainConfig, tyro.conf.arg(name="")]
-    topology: str
+    topology: str | None = None
     """Chip and slice: v5e:8x8, v5p:4x4x4, v6e:16x16, h100:1, h100:8."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arguments(Slice):
+    """What is compiled, and for what."""
+
+    fields: Annotated[TrainConfig, tyro.conf.arg(name="")]
     programs: tuple[ProgramName, ...] = get_args(ProgramName)
     """What to compile: the training step, the scoring of a batch at every exit, the reading of a
     prompt, a round of decoding."""
@@ -76,18 +83,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parse(argv: Sequence[str]) -> Arguments:
     """Raises ConfigError for what is wrong with the configuration or the flags."""
-    more = {"--topology": dict(metavar="CHIP:SLICE", help="such as v5p:4x4x4")}
-    known, default, rest = read_config("python -m lsjax.cli.aot", __doc__, argv, more)
-    check(known.topology is not None, "--topology is missing: name a slice such as v5p:4x4x4")
+    found, default = read_config(Slice, argv, __doc__)
+    check(found.topology is not None, "--topology is missing: name a slice such as v5p:4x4x4")
+    mesh = MeshConfig(tensor=min(4, slice_size(found.topology)))
     return parse_flags(
         Arguments,
-        rest,
+        argv,
         __doc__,
-        default=Arguments(
-            config=default,
-            topology=known.topology,
-            decoding_mesh=MeshConfig(tensor=min(4, slice_size(known.topology))),
-        ),
+        default=Arguments(fields=default, decoding_mesh=mesh),
         config=(tyro.conf.AvoidSubcommands,),
     )
 
@@ -100,7 +103,7 @@ def report(arguments: Arguments) -> dict[str, Any]:
     jax.config.update("jax_platforms", "cpu")  # for the shapes alone
     # Without a chip jax can write programs for it to the cache, but not read them.
     jax.config.update("jax_enable_compilation_cache", False)
-    config, shape = arguments.config, arguments.config.model
+    config, shape = arguments.fields, arguments.fields.model
     check(shape is not None, "the configuration has no model, whose shape is needed here")
     known = get_args(ProgramName)
     check(bool(arguments.programs), f"--programs is empty: choose from {', '.join(known)}")
@@ -144,7 +147,7 @@ def report(arguments: Arguments) -> dict[str, Any]:
 
 def lowered(name: str, arguments: Arguments, devices: Sequence[Any]) -> tuple[Mesh, Lowered, Trips]:
     """A program and its mesh."""
-    config = arguments.config
+    config = arguments.fields
     if name in ("prefill", "decode"):
         mesh = make_mesh(arguments.decoding_mesh, devices)
         return mesh, *decoding(name, config.model, arguments.decoding, mesh)
@@ -183,7 +186,7 @@ def programs_table(programs: Sequence[Mapping[str, Any]]) -> Table:
     kernels = ", ".join(f"{one['name']} {one['attention']}" for one in programs if one["memory"])
     below = [f"attention: {kernels or 'none'}"]
     names = ("arguments", "temporaries", "all, GiB", "of HBM", "computing", "sending")
-    table = _table("per device", ["program"], [*names, "compiled in"])
+    rows = []
     for one in programs:
         cells = ["too large", *[""] * 5]
         if memory := one["memory"]:
@@ -191,11 +194,12 @@ def programs_table(programs: Sequence[Mapping[str, Any]]) -> Table:
             cells = [f"{memory[part] / GIB:.2f}" for part in parts]
             cells.append(f"{memory['total'] / memory['hbm']:.1%}")
             cells += [f"{one[f'{part}_seconds'] * 1e3:.1f} ms" for part in ("compute", "sent")]
-        table.add_row(one["name"], *cells, f"{one['compile_seconds']:.0f} s")
+        rows.append([one["name"], *cells, f"{one['compile_seconds']:.0f} s"])
         below += [one["too_large"]] if one["too_large"] else []
         below += [f"a loop of unknown length: {name}" for name in one["unknown_loops"]]
-    table.caption = "\n".join(below)
-    return table
+    made = table("per device", ["program", *names, "compiled in"], rows, left=1)
+    made.caption, made.caption_justify = "\n".join(below), "left"
+    return made
 
 
 def training_lines(programs: Mapping[str, Mapping[str, Any]], training: Mapping[str, Any]) -> str:
@@ -239,23 +243,15 @@ def round_lines(found: Mapping[str, Any], strategy: str) -> str:
 def collectives_table(program: Mapping[str, Any]) -> Table:
     """What a program sends, by kind and by the axes of the mesh."""
     title = f"{program['name']}: {program['sent_bytes'] / 1e9:.2f} GB sent by each device"
-    table = _table(title, ["kind", "over"], ["times", "GB", "GB sent", "largest"])
-    groups = defaultdict(list)
+    rows, groups = [], defaultdict(list)
     for one in program["collectives"]:  # those that send most come first
         groups[one["kind"], " x ".join(one["axes"])].append(one)
     for names, found in groups.items():
         gb, sent = (sum(one[k] * one["count"] for one in found) / 1e9 for k in ("bytes", "sent"))
         largest = max(found, key=lambda one: one["bytes"])["shape"]
         count = sum(one["count"] for one in found)
-        table.add_row(*names, f"{count:.0f}", f"{gb:.3f}", f"{sent:.3f}", largest)
-    return table
-
-
-def _table(title: str, left: Sequence[str], right: Sequence[str]) -> Table:
-    table = Table(title=title, title_justify="left", caption_justify="left", box=None)
-    for name in (*left, *right):
-        table.add_column(name, justify="left" if name in left else "right")
-    return table
+        rows.append([*names, f"{count:.0f}", f"{gb:.3f}", f"{sent:.3f}", largest])
+    return table(title, ["kind", "over", "times", "GB", "GB sent", "largest"], rows, left=2)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import islice
 
 from rich.console import Console
 from rich.segment import Segment, Segments
@@ -10,7 +11,6 @@ from rich.text import Text
 
 from lsjax.data.tokenizer import StreamDecoder, Tokenizer
 from lsjax.decoding.completion import Completion, Trace, Update
-from lsjax.decoding.cost import RoundCosts, weight_bytes
 from lsjax.decoding.engine import Engine
 from lsjax.decoding.self_speculative import SelfSpeculative
 from lsjax.evaluation.answers import Answer, Cell
@@ -169,11 +169,17 @@ def exit_table(title: str, scores: Mapping[str, ExitScores]) -> Table:
     """Loss, perplexity and agreement of each model, at the first exit and at each eighth of the
     layers, rounded up: in the paper's tables quarters of 30 layers are 8, 15 and 23."""
     layers = max(len(one.loss_E) for one in scores.values())
-    exits = sorted({1, *(-(-layers * eighth // 8) for eighth in range(1, 9))})
-    rows = [[str(e), *(cell for one in scores.values() for cell in one.cells(e))] for e in exits]
-    names = [f"{name}: loss" if len(scores) > 1 else "loss" for name in scores]
-    columns = [part for name in names for part in (name, "perplexity", "agreement")]
-    return table(title, ["exit", *columns], rows)
+    rows, names = [], ["exit"]
+    for name in scores:
+        names += [f"{name}: loss" if len(scores) > 1 else "loss", "perplexity", "agreement"]
+    for exit_layer in sorted({1, *(-(-layers * eighth // 8) for eighth in range(1, 9))}):
+        row = [str(exit_layer)]
+        for one in scores.values():
+            figures = zip(one.loss_E, one.perplexity_E, one.agreement_E, strict=True)
+            own = next(islice(figures, exit_layer - 1, None), (None, None, None))
+            row += map(or_dash, own, (".3f", ".2f", ".3f"))
+        rows.append(row)
+    return table(title, names, rows)
 
 
 def or_dash(value: object, form: str = "") -> str:
@@ -194,23 +200,6 @@ def show_cells(title: str, rows: Sequence[Answer]) -> None:
     headings = ["strategy", "prompts", *(heading for heading, _, _ in COLUMNS)]
     faster = best if rows[best]["speedup"] > 1 else None
     wide_console().print(table(title, headings, lines, left=2, best=faster))
-
-
-def show_costs(engine: Engine, base: Answer, costs: RoundCosts | None, bandwidth: float) -> None:
-    """Compilation, memory bandwidth, and passes of several positions."""
-    config, console = engine.model.config, wide_console()
-    weights = weight_bytes(config, engine.model.dtype.itemsize)
-    console.print(
-        f"{engine.num_programs} programs, {engine.compile_seconds:.1f} s compiling; autoregressive "
-        f"decoding reads {weights / 1e6:.0f} MB of weights a token, "
-        f"{base['bandwidth'] / 1e9:.1f} GB/s, {base['share_of_bandwidth']:.0%} of this memory's "
-        f"{bandwidth / 1e9:.1f} GB/s"
-    )
-    if costs is not None:
-        one = costs.pass_seconds(config.num_layers, 1)
-        widths = {width: costs.pass_seconds(config.num_layers, width) for width in costs.head}
-        passes = ", ".join(f"{width} at {seconds / one:.2f}" for width, seconds in widths.items())
-        console.print(f"A pass of one position takes {one * 1e3:.1f} ms; times that, {passes}")
 
 
 def show_verdict(answers: Sequence[Answer], engine: Engine) -> int:

@@ -49,14 +49,6 @@ class ExitScores:
         """exp(loss); infinite where that is beyond a float."""
         return tuple(math.exp(loss) if loss < 700 else math.inf for loss in self.loss_E)
 
-    def cells(self, exit_layer: int) -> tuple[str, str, str]:
-        """Loss, perplexity and agreement of an exit as tables show them; dashes where there is no
-        such exit."""
-        if exit_layer > len(self.loss_E):
-            return "-", "-", "-"
-        loss, agreement = self.loss_E[exit_layer - 1], self.agreement_E[exit_layer - 1]
-        return f"{loss:.3f}", f"{self.perplexity_E[exit_layer - 1]:.2f}", f"{agreement:.3f}"
-
 
 def score_exits(
     model: Llama,
@@ -160,8 +152,7 @@ class Text(NamedTuple):
     count: int
 
 
-@dataclass(frozen=True)
-class TextScore:
+class TextScore(NamedTuple):
     """log_prob: natural logarithm of the probability of all scored tokens together. is_greedy:
     whether each of them is the argmax after those before it."""
 

@@ -4,7 +4,7 @@ run what may be hostile in a machine of its own.
     time                        a deadline here, and RLIMIT_CPU
     memory, output              RLIMIT_AS, RLIMIT_FSIZE
     processes, files, sockets   an audit hook in the program's interpreter
-    network                     namespaces of its own, where bubblewrap or unshare work
+    network                     namespaces of its own, where unshare works
 
 The program gets an empty environment and the standard library alone. When it ends, everything in
 its process group is killed. This file is also the program's interpreter (`main`), so it imports
@@ -17,7 +17,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -27,10 +27,6 @@ MEMORY = 1 << 30  # bytes of address space
 OUTPUT = 1 << 20  # bytes
 PASSED, STOPPED = 57, 58  # exit codes; a program that ends by itself before its end has another
 
-BUBBLEWRAP = (
-    *("bwrap", "--unshare-all", "--die-with-parent", "--new-session"),
-    *("--ro-bind", "/", "/", "--dev", "/dev", "--proc", "/proc"),
-)
 UNSHARE = (
     *("unshare", "--user", "--map-root-user", "--net", "--ipc", "--pid"),
     *("--fork", "--kill-child", "--mount-proc"),
@@ -89,13 +85,13 @@ def run_program(
 def isolation() -> tuple[str, ...]:
     """What stands before a command to run it in namespaces of its own; nothing where that can't be
     had."""
-    for name, *options in (BUBBLEWRAP, UNSHARE):
-        if file := shutil.which(name):  # programs have no PATH to find it by
-            prefix = (file, *options)
-            tried = subprocess.run([*prefix, "true"], capture_output=True, timeout=60)
-            if tried.returncode == 0:
-                return prefix
-    return ()
+    name, *options = UNSHARE
+    prefix = (shutil.which(name) or name, *options)  # programs have no PATH to find it by
+    try:
+        subprocess.run([*prefix, "true"], capture_output=True, timeout=60, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return ()
+    return prefix
 
 
 def _run(command: list[str], folder: str, stream: BinaryIO, seconds: float) -> int | None:
@@ -109,18 +105,14 @@ def _run(command: list[str], folder: str, stream: BinaryIO, seconds: float) -> i
         stderr=subprocess.STDOUT,
         start_new_session=True,
     )
-    deadline = time.monotonic() + seconds
-    ended = False
     try:
-        while not ended and time.monotonic() < deadline:
-            time.sleep(0.005)
-            # Without reaping it: as long as it is there, its group's number is its own.
-            flags = os.WEXITED | os.WNOHANG | os.WNOWAIT
-            ended = os.waitid(os.P_PID, started.pid, flags) is not None
+        return started.wait(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        return None
     finally:
-        os.killpg(started.pid, signal.SIGKILL)
-        code = started.wait()
-    return code if ended else None
+        with suppress(ProcessLookupError):  # nothing of its group is left
+            os.killpg(started.pid, signal.SIGKILL)
+        started.wait()
 
 
 def limit(seconds: float, memory: int, output: int) -> None:

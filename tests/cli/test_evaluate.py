@@ -56,11 +56,8 @@ def run(model_directory, rows, tmp_path):
     return evaluate
 
 
-def untimed(answers):
-    """What must be the same again, in one order."""
-    timed = ("seconds", "prefill_seconds")
-    rows = [{k: v for k, v in answer.items() if k not in timed} for answer in answers]
-    return sorted(rows, key=lambda row: (str(Cell.of(row)), row["id"], row["sample"]))
+def in_order(answers):
+    return sorted(answers, key=lambda row: (str(Cell.of(row)), row["id"], row["sample"]))
 
 
 def test_every_strategy_answers_every_row(run, rows, tmp_path, capsys):
@@ -93,8 +90,6 @@ def test_every_strategy_answers_every_row(run, rows, tmp_path, capsys):
     assert row["acceptance_rate"] == sum(a["accepted"] for a in own) / sum(
         a["drafted"] for a in own
     )
-    later = sum(a["num_new_tokens"] - 1 for a in own)
-    assert row["tokens_per_second"] == pytest.approx(later / sum(a["seconds"] for a in own))
     assert row["equal"] == 1 > figures["early exit, exit 2", "all"]["equal"]
     printed = capsys.readouterr().out
     assert "self speculative, exit 3, 3 drafts" in printed and "exact_match" in printed
@@ -125,7 +120,7 @@ def test_a_killed_run_goes_on(run, rows, tmp_path, monkeypatch):
     monkeypatch.setattr(answering, "append", add)
     answers = run(*two)
     assert (tmp_path / "out.jsonl").read_text().splitlines()[:6] == before[:6]
-    assert untimed(answers) == untimed(whole)
+    assert in_order(answers) == in_order(whole)
     again = (tmp_path / "out.jsonl").read_bytes()
     run(*two)  # nothing is left to do
     assert (tmp_path / "out.jsonl").read_bytes() == again

@@ -9,7 +9,7 @@ import pytest
 
 from lsjax.config import ConfigError, DataConfig
 from lsjax.data.tfds_rows import _builder
-from lsjax.evaluation.answers import pass_at_k, scores_by_example
+from lsjax.evaluation.answers import example_scores, pass_at_k
 from lsjax.evaluation.examples import (
     Example,
     before_prompts,
@@ -303,7 +303,7 @@ def test_pass_at_k():
         for name, good in (("a", 1), ("b", 0))
         for number in range(10)
     ]
-    found = scores_by_example(answers)
+    found = example_scores(answers)
     assert list(found) == ["pass@1", "pass@10", "rouge2"]
-    assert found["pass@1"] == pytest.approx({"a": 0.1, "b": 0.0})
-    assert found["pass@10"] == {"a": 1, "b": 0}
+    assert found["pass@1"] == pytest.approx([0.1, 0.0])
+    assert found["pass@10"] == [1, 0]
