@@ -202,12 +202,13 @@ def measured_costs(engine: Engine, strategies: Sequence[Strategy]) -> RoundCosts
 def describe(arguments: Arguments, engine: Engine, questions: Sequence[Question]) -> str:
     """The title of the table."""
     lengths = [len(one.request.prompt) for one in questions if one.sample == 0]
-    parts = [arguments.model.name, str(engine.model.dtype)]
-    parts += [f"{len(lengths)} prompts of {min(lengths)} to {max(lengths)} tokens"]
-    parts += [f"{arguments.new_tokens} new ones", f"{arguments.repeats} repeat"]
-    parts[-1] += "s" * (arguments.repeats > 1)
-    if arguments.sampling.temperature:
-        parts.append(f"temperature {arguments.sampling.temperature:g}")
+    repeats, temperature = arguments.repeats, arguments.sampling.temperature
+    parts = [
+        f"{arguments.model.name}, {engine.model.dtype}",
+        f"{len(lengths)} prompts of {min(lengths)} to {max(lengths)} tokens",
+        f"{arguments.new_tokens} new ones, {repeats} repeat{'s' * (repeats > 1)}",
+    ]
+    parts += [f"temperature {temperature:g}"] if temperature else []
     if arguments.draft_confidence is not None:
         parts.append(f"drafts at {arguments.draft_confidence:g} or more")
     if arguments.identity_tail is not None:

@@ -44,7 +44,7 @@ class Arguments(StrategyFlags, ChatFlags, ModelFlags):
 
 def run_tasks(arguments: Arguments) -> None:
     """Runs every task with every strategy; lm_eval makes the tables and the files."""
-    limit, changes, path = arguments.limit, arguments.gen_kwargs, arguments.task_path
+    changes, path = arguments.gen_kwargs, arguments.task_path
     check(bool(arguments.tasks), "--tasks names no task: give one or more")
     check(
         changes is None or all("=" in change for change in changes.split(",")),
@@ -65,7 +65,7 @@ def run_tasks(arguments: Arguments) -> None:
         engine.use(strategy)
         results = adapter.evaluate(
             *(model, manager, tasks, arguments.output),
-            limit=limit,
+            limit=arguments.limit,
             num_fewshot=arguments.num_fewshot,
             gen_kwargs=changes,
             apply_chat_template=arguments.chat,

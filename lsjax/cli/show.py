@@ -24,17 +24,26 @@ GAP = "dim red"  # the space before a refused word: struck, it would look like a
 ADDED = "bold blue"
 
 SHOWN = 10  # differing texts
-# Heading, name of the figure and format.
-COLUMNS = (
-    *(("E", "exit_layer", ""), ("d", "num_draft_tokens", ""), ("N", "draft_vocab", "")),
-    *(("tokens/s", "tokens_per_second", ".1f"), ("from", "slowest", ".1f")),
-    *(("to", "fastest", ".1f"), ("speedup", "speedup", ".2f")),
-    *(("accepted", "acceptance_rate", ".3f"), ("tokens/round", "tokens_per_round", ".2f")),
-    *(("ideal", "ideal", ".2f"), ("share", "share_of_ideal", ".2f")),
-    *(("predicted", "predicted", ".2f"), ("off by", "off_by", "+.0%")),
-    *(("round/parts", "round_over_parts", ".2f"), ("equal", "equal", ""), ("differ", "differ", "")),
-    ("margin", "widest_margin", ".1e"),
-)
+# Name of the figure and format by its heading.
+COLUMNS = {
+    "E": ("exit_layer", ""),
+    "d": ("num_draft_tokens", ""),
+    "N": ("draft_vocab", ""),
+    "tokens/s": ("tokens_per_second", ".1f"),
+    "from": ("slowest", ".1f"),
+    "to": ("fastest", ".1f"),
+    "speedup": ("speedup", ".2f"),
+    "accepted": ("acceptance_rate", ".3f"),
+    "tokens/round": ("tokens_per_round", ".2f"),
+    "ideal": ("ideal", ".2f"),
+    "share": ("share_of_ideal", ".2f"),
+    "predicted": ("predicted", ".2f"),
+    "off by": ("off_by", "+.0%"),
+    "round/parts": ("round_over_parts", ".2f"),
+    "equal": ("equal", ""),
+    "differ": ("differ", ""),
+    "margin": ("widest_margin", ".1e"),
+}
 
 LEGEND = Text.assemble(
     ("accepted draft", ACCEPTED),
@@ -193,12 +202,12 @@ def show_cells(title: str, rows: Sequence[Answer]) -> None:
     lines = [
         [
             *(row["strategy"].replace("_", " "), row["group"]),
-            *(or_dash(row[name], form) for _, name, form in COLUMNS),
+            *(or_dash(row[name], form) for name, form in COLUMNS.values()),
         ]
         for row in rows
     ]
-    headings = ["strategy", "prompts", *(heading for heading, _, _ in COLUMNS)]
     faster = best if rows[best]["speedup"] > 1 else None
+    headings = ["strategy", "prompts", *COLUMNS]
     wide_console().print(table(title, headings, lines, left=2, best=faster))
 
 

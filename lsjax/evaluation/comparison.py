@@ -45,9 +45,8 @@ class Difference:
     """The first place where two decodings differ.
 
     index: of the new token. margin: by how much the whole model's best logit there exceeds the
-    worse of the two tokens'; infinite if one decoding merely ends earlier. NaN stays NaN.
-    roundings: the same in units of the largest logit's last place in the model's type: a few to
-    some tens are what the sums of all layers leave.
+    worse of the two tokens'; infinite if one decoding merely ends earlier. roundings: the same in
+    units of the largest logit's last place in the model's type; sums leave a few to some tens.
     """
 
     index: int
@@ -68,16 +67,14 @@ def first_difference(
     """Where `found` leaves `expected`, both new tokens after `prompt`; None if they are equal."""
     if list(expected) == list(found):
         return None
-    pairs = zip(expected, found, strict=False)
-    index = next((i for i, (a, b) in enumerate(pairs) if a != b), None)
-    if index is None:
-        index = min(len(expected), len(found))
-        ends = [tokens[index] if index < len(tokens) else None for tokens in (expected, found)]
-        return Difference(index, *ends, margin=math.inf, roundings=math.inf)
+    pairs = enumerate(zip_longest(expected, found))
+    index, one, other = next((index, one, other) for index, (one, other) in pairs if one != other)
+    if one is None or other is None:
+        return Difference(index, one, other, margin=math.inf, roundings=math.inf)
     logits_V = last_logits(model, [*prompt, *expected[:index]])
-    margin = float(logits_V.max() - np.minimum(logits_V[expected[index]], logits_V[found[index]]))
+    margin = float(logits_V.max() - np.minimum(logits_V[one], logits_V[other]))
     last_place = float(jnp.finfo(model.dtype).eps) * float(np.abs(logits_V).max())
-    return Difference(index, expected[index], found[index], margin, margin / last_place)
+    return Difference(index, one, other, margin, margin / last_place)
 
 
 def last_logits(model: Llama, tokens: Sequence[int]) -> Float[np.ndarray, " V"]:

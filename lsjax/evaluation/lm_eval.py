@@ -9,6 +9,7 @@ lm_eval turns tasks into requests of three kinds:
 This module alone imports lm_eval, which `pip install 'lsjax[eval]'` brings.
 """
 
+import dataclasses
 import os
 from collections.abc import Sequence
 from functools import partial
@@ -32,9 +33,7 @@ from lsjax.decoding.sampling import Sampling
 from lsjax.evaluation.answers import Cell
 from lsjax.evaluation.exits import Text, TextScore, score_texts
 
-# What a task may say of sampling, also of "no_repeat_ngram_size".
-SAMPLING = {"temperature", "top_k", "top_p", "min_p", "repetition_penalty", "no_repeat_ngram"}
-BOOTSTRAP = 1000  # resamplings for a standard error that has no formula
+SAMPLING = {field.name for field in dataclasses.fields(Sampling)} - {"seed"}
 
 
 class EngineLM(TemplateLM):
@@ -79,8 +78,6 @@ class EngineLM(TemplateLM):
             "model": f"{self.name}, {cell}",
             **cell._asdict(),
             "loglikelihood_layers": self.depth,
-            "model_dtype": str(self.engine.model.dtype),
-            "max_length": self.engine.max_length,
         }
 
     def tok_encode(
@@ -208,8 +205,7 @@ def evaluate(
 ) -> dict:
     """`lm_eval.simple_evaluate`, whose results lm_eval saves in the directory `output`.
 
-    options: simple_evaluate's. Raises what lm_eval raises for a task that is wrong or whose data
-    can't be had.
+    options: simple_evaluate's.
     """
     # lm_eval would bootstrap in forks of this process, which has JAX's threads.
     os.environ["DISABLE_MULTIPROC"] = "1"
@@ -220,7 +216,7 @@ def evaluate(
         model_args={"model": folder},
         tasks=tasks,
         task_manager=manager,
-        bootstrap_iters=BOOTSTRAP,
+        bootstrap_iters=1000,  # for a standard error that has no formula
         evaluation_tracker=tracker,
         **options,
     )

@@ -51,13 +51,10 @@ class Outcome(NamedTuple):
     what: str
 
 
-def run_program(
-    source: str, *, seconds: float = SECONDS, memory: int = MEMORY, output: int = OUTPUT
-) -> Outcome:
+def run_program(source: str, *, seconds: float = SECONDS) -> Outcome:
     """Runs Python source in an interpreter of its own.
 
-    seconds: of the clock and of computing. memory: bytes of address space. output: bytes that it
-    may print. Raises ConfigError on other systems than Linux.
+    seconds: of the clock and of computing. Raises ConfigError on other systems than Linux.
     """
     from lsjax.config import check  # not for the program's interpreter
 
@@ -69,10 +66,8 @@ def run_program(
     with tempfile.TemporaryDirectory(prefix="lsjax-program-") as folder:
         program, printed = Path(folder, "program.py"), Path(folder, "printed.txt")
         program.write_text(source, encoding="utf-8", errors="replace")
-        command = [
-            *(*isolation(), sys.executable, "-I", "-S", "-B", __file__),
-            *(str(program), str(seconds), str(memory), str(output)),
-        ]
+        interpreter = (sys.executable, "-I", "-S", "-B", __file__)
+        command = [*isolation(), *interpreter, str(program), str(seconds)]
         with printed.open("wb") as stream:
             code = _run(command, folder, stream, seconds)
         last = printed.read_bytes()[-400:].decode(errors="replace").strip().splitlines()[-1:]
@@ -115,14 +110,14 @@ def _run(command: list[str], folder: str, stream: BinaryIO, seconds: float) -> i
         started.wait()
 
 
-def limit(seconds: float, memory: int, output: int) -> None:
+def limit(seconds: float) -> None:
     """Sets the limits of this process and of all that it would start."""
     import resource
 
     for name, value in (
         ("RLIMIT_CPU", int(seconds) + 10),  # behind the deadline, which says why
-        ("RLIMIT_AS", memory),
-        ("RLIMIT_FSIZE", output),
+        ("RLIMIT_AS", MEMORY),
+        ("RLIMIT_FSIZE", OUTPUT),
         ("RLIMIT_NOFILE", 32),
         ("RLIMIT_CORE", 0),
         ("RLIMIT_NPROC", 64),  # threads count too; does not bind root
@@ -144,11 +139,11 @@ def guard(event: str, arguments: tuple, write=os.write, leave=os._exit) -> None:
         leave(STOPPED)
 
 
-def main(file: str, seconds: str, memory: str, output: str) -> None:
+def main(file: str, seconds: str) -> None:
     """Runs the program in `file`; exit code PASSED if it comes to its end."""
     with open(file, encoding="utf-8") as stream:
         source = stream.read()
-    limit(float(seconds), int(memory), int(output))
+    limit(float(seconds))
     sys.argv = ["program"]
     del os.mkfifo, os.mknod  # files that no event tells of
     sys.addaudithook(guard)

@@ -73,12 +73,12 @@ def test_what_is_forbidden_ends_a_program_even_if_it_catches_errors(layers, sour
 
 
 def test_allocating():
-    outcome = run("x = []\nwhile True:\n    x.append(bytearray(10**7))", memory=2**28)
+    outcome = run("x = []\nwhile True:\n    x.append(bytearray(10**7))")
     assert not outcome.passed and "MemoryError" in outcome.what
 
 
 def test_printing_without_end():
-    outcome = run("while True: print('x' * 1000)", output=10**5)
+    outcome = run("while True: print('x' * 1000)")
     assert not outcome.passed and "took longer" not in outcome.what
 
 
@@ -95,7 +95,7 @@ def test_what_sleeps_on_without_anyone_to_stop_it(tmp_path):
     program = tmp_path / "program.py"
     program.write_text("import time\ntime.sleep(600)")
     command = [sys.executable, "-I", "-S", "-B", sandbox.__file__, program, "-9"]
-    ended = subprocess.run([*command, str(2**30), str(2**20)], timeout=120)
+    ended = subprocess.run(command, timeout=120)
     assert ended.returncode == -signal.SIGALRM
 
 
