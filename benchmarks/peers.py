@@ -32,7 +32,7 @@ from lsjax.cli.prompts import prompt_rows
 from lsjax.cli.setup import exact_products, keep_compiled_programs, one_line_errors
 from lsjax.cli.show import wide_console
 from lsjax.config import check
-from lsjax.data.token_store import cache_directory
+from lsjax.data.files import cache_directory
 from lsjax.data.tokenizer import Tokenizer
 from lsjax.data.vocabulary import find_counts
 from lsjax.decoding.draft import DraftVocabulary

@@ -10,13 +10,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from lsjax.checkpoints import (
-    CheckpointError,
-    GenerationDefaults,
-    load,
-    read_generation_defaults,
-    save,
-)
+from lsjax.checkpoints import load
+from lsjax.checkpoints.huggingface import GenerationDefaults, read_generation_defaults, save
+from lsjax.checkpoints.tensors import CheckpointError
 from lsjax.config import ConfigError, LlamaConfig, MeshConfig, RopeScaling, TrainConfig
 from lsjax.data.tokenizer_files import load_tokenizer
 from lsjax.decoding.autoregressive import Autoregressive, EarlyExit

@@ -39,7 +39,7 @@ from flax import nnx
 
 from lsjax.config import LlamaConfig
 from lsjax.data.tokenizer import Tokenizer
-from lsjax.data.tokenizer_huggingface import ByteTokenizer
+from lsjax.data.tokenizer_backends import ByteTokenizer
 from lsjax.decoding import cost
 from lsjax.model.llama import Llama
 

@@ -1,4 +1,4 @@
-"""The examples of docs/extending.md, which change each of the three knobs."""
+"""The examples of docs/extending.md: three functions that are passed in, and a strategy."""
 
 import dataclasses
 import re
@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import lsjax
+from lsjax.checkpoints.run import read_metrics
 from lsjax.config import (
     CheckpointConfig,
     DataConfig,
@@ -39,19 +40,19 @@ CONFIG = TrainConfig(
 def run_block(knob: str, **names) -> dict:
     """What the example with this word defines, given these names."""
     (code,) = [block for block in BLOCKS if knob in block]
-    assert code.count("\n") < 15
+    assert code.count("\n") < 25
     exec(code, names)
     return names
 
 
-def test_each_knob_has_an_example():
-    assert len(BLOCKS) == 3
+def test_each_part_has_an_example():
+    assert len(BLOCKS) == 4
 
 
 def test_a_drop_schedule(tmp_path):
     """Rates of 1 in the upper half: exit 2 and the last exit say the same."""
     run_block("drop_rates=", config=CONFIG, workdir=tmp_path / "run")
-    rows = lsjax.checkpoints.read_metrics(tmp_path / "run")
+    rows = read_metrics(tmp_path / "run")
     losses = [row["exit_losses"] for row in rows if "exit_losses" in row]
     assert len(losses) == CONFIG.num_steps
     for exit_losses in losses:
@@ -106,3 +107,17 @@ def test_an_acceptance_rule(model, tokenizer):
         assert (rank_T[accepted_T] < 3).all() and (rank_T[~accepted_T] == 0).all()
         ranks += rank_T[accepted_T].tolist()
     assert {0, 1} <= set(ranks)
+
+
+def test_a_strategy(model, tokenizer):
+    """With no layer to skip it decodes autoregressively; otherwise it says something else."""
+    names = run_block("Strategy)")
+    whole, fewer = names["SkipMiddle"](first=2, last=2), names["strategy"]
+
+    def texts(strategy) -> list[list[int]]:
+        engine = lsjax.Engine(model, tokenizer, strategy, batch_size=4)
+        return [one.token_ids for one in engine.generate(PROMPTS, max_new_tokens=NEW)]
+
+    expected = texts(lsjax.Autoregressive())
+    assert texts(whole) == expected
+    assert texts(fewer) != expected

@@ -16,7 +16,8 @@ import pytest
 import decode
 import lsjax
 import train
-from lsjax.checkpoints import held_out_losses, read_metrics, saved_steps
+from lsjax.checkpoints.run import held_out_losses, read_metrics
+from lsjax.checkpoints.steps import saved_steps
 from lsjax.cli import convert, exits
 from lsjax.cli.training import read_config_file
 from lsjax.evaluation.exits import evaluation_hook

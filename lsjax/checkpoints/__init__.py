@@ -7,54 +7,11 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from lsjax.checkpoints.gguf import GGUFSource
-from lsjax.checkpoints.huggingface import (
-    GenerationDefaults,
-    HuggingFaceSource,
-    check_destination,
-    read_generation_defaults,
-    save,
-)
-from lsjax.checkpoints.run import (
-    CHECKPOINTS,
-    CONFIG,
-    EVALUATION,
-    METRICS,
-    RunSource,
-    begin_run,
-    held_out_losses,
-    is_run,
-    read_metrics,
-    read_run_config,
-)
-from lsjax.checkpoints.saving import Checkpoints
-from lsjax.checkpoints.steps import fingerprints, saved_steps
+from lsjax.checkpoints.huggingface import HuggingFaceSource
+from lsjax.checkpoints.run import RunSource, is_run
 from lsjax.checkpoints.tensors import CheckpointError, TensorSource, Track
 from lsjax.config import split_step
 from lsjax.model.llama import Llama
-
-__all__ = [
-    "CHECKPOINTS",
-    "CONFIG",
-    "EVALUATION",
-    "METRICS",
-    "CheckpointError",
-    "Checkpoints",
-    "GenerationDefaults",
-    "RunSource",
-    "TensorSource",
-    "begin_run",
-    "check_destination",
-    "fingerprints",
-    "held_out_losses",
-    "is_run",
-    "load",
-    "open_checkpoint",
-    "read_generation_defaults",
-    "read_metrics",
-    "read_run_config",
-    "save",
-    "saved_steps",
-]
 
 
 def load(
@@ -88,17 +45,9 @@ def open_checkpoint(path: str | Path) -> TensorSource | RunSource:
     if not path.exists():
         raise CheckpointError(f"{path}: does not exist: give an existing directory or GGUF file")
     with path.open("rb") as file:
-        magic = file.read(4)
-    if magic == b"GGUF":
-        return GGUFSource(path)
-    if not magic:
-        problem = "is empty"
-    elif magic == b"PK\3\4" or magic[0] == 0x80:
-        problem = "is a zip or pickle file, which can run code when read"
-    elif path.suffix == ".safetensors":
-        problem = "lacks its configuration: give the directory that holds it and config.json"
-    else:
-        problem = f"starts with {magic!r}, which no model file does"
+        if file.read(4) == b"GGUF":
+            return GGUFSource(path)
     raise CheckpointError(
-        f"{path}: {problem}; only directories with safetensors and GGUF files are read"
+        f"{path}: is no GGUF file: give one, or the directory that holds config.json and "
+        "safetensors (pickles are never read, as they can run code)"
     )

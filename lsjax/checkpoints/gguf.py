@@ -3,15 +3,15 @@
 import dataclasses
 import math
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 
-from lsjax.checkpoints.tensors import CheckpointError, TensorSource, take
-from lsjax.config import ConfigError, LlamaConfig, RopeScaling
+from lsjax.checkpoints.tensors import CheckpointError, TensorSource, default_head_dim
+from lsjax.config import ConfigError, LlamaConfig, RopeScaling, check
+from lsjax.data.files import open_gguf
 from lsjax.model.rope import rope_frequencies
 
 _INTERLEAVED = re.compile(r"blk\.\d+\.attn_(q|k)\.(weight|bias)")
@@ -29,14 +29,15 @@ class GGUFSource(TensorSource):
     names = "gguf"
 
     def __init__(self, path: Path):
-        self.path = path
-        reader = _open(path)
-        self._tensors = {tensor.name: tensor for tensor in reader.tensors}
+        self.path, self._reader = path, open_gguf(path, CheckpointError)
+        self._tensors = {tensor.name: tensor for tensor in self._reader.tensors}
         self.shapes = {
-            name: tuple(int(size) for size in reversed(tensor.shape.tolist()))
-            for name, tensor in self._tensors.items()
+            name: tuple(reversed(tensor.shape.tolist())) for name, tensor in self._tensors.items()
         }
-        self.config = self._read_config(_metadata(reader, path))
+        try:
+            self.config = self._with_llama3_scaling(self._read_config())
+        except (ConfigError, UnicodeDecodeError) as error:
+            raise CheckpointError(f"{self.path}: {error}") from error
 
     def where(self, name: str) -> str:
         """File and name."""
@@ -64,62 +65,61 @@ class GGUFSource(TensorSource):
         interleaved = _INTERLEAVED.fullmatch(name)
         if interleaved is None:
             return value
-        config = self.config
-        return _half_split(
-            value, config.num_heads if interleaved[1] == "q" else config.num_kv_heads
+        queries = interleaved[1] == "q"
+        return _half_split(value, self.config.num_heads if queries else self.config.num_kv_heads)
+
+    def _get(self, key: str, *default: Any) -> Any:
+        """A value of the metadata. Raises ConfigError where it and a default are missing."""
+        field = self._reader.get_field(key)
+        if field is None:
+            check(bool(default), f"{key} is missing from the metadata: convert again")
+            return default[0]
+        value = field.contents()
+        # 1e-05, not the 9.999999747e-06 next to it.
+        return float(str(np.float32(value))) if isinstance(value, float) else value
+
+    def _read_config(self) -> LlamaConfig:
+        get = self._get
+        architecture = get("general.architecture")
+        check(
+            architecture == "llama",
+            f"general.architecture is {architecture!r}; only 'llama' is supported",
+        )
+        width, heads = get("llama.embedding_length"), get("llama.attention.head_count")
+        head_dim = get("llama.attention.key_length", default_head_dim(width, heads))
+        for key, *supported in (
+            ("llama.expert_count", 0, 1),
+            ("split.count", 0, 1),  # llama-gguf-split --merge joins the files
+            ("llama.attention.value_length", head_dim),
+            ("llama.rope.dimension_count", head_dim),
+        ):
+            found = get(key, supported[0])
+            check(found in supported, f"{key} is {found!r}; only {supported[-1]} is supported")
+        return LlamaConfig(
+            vocab_size=get("llama.vocab_size", self.shapes.get("token_embd.weight", (0,))[0]),
+            hidden_size=width,
+            intermediate_size=get("llama.feed_forward_length"),
+            num_layers=get("llama.block_count"),
+            num_heads=heads,
+            num_kv_heads=get("llama.attention.head_count_kv", heads),
+            head_dim=head_dim,
+            max_context=get("llama.context_length"),
+            rope_theta=get("llama.rope.freq_base", 1e4),
+            rope_scaling=self._linear_scaling(),
+            norm_eps=get("llama.attention.layer_norm_rms_epsilon"),
+            tie_embeddings="output.weight" not in self.shapes,
+            attention_bias="blk.0.attn_q.bias" in self.shapes,
+            mlp_bias="blk.0.ffn_gate.bias" in self.shapes,
         )
 
-    def _read_config(self, get: Callable[..., Any]) -> LlamaConfig:
-        architecture = get("general.architecture", str)
-        if architecture != "llama":
-            raise CheckpointError(
-                f"{self.path}: general.architecture is {architecture!r}; only 'llama' is supported"
-            )
-        for key in ("llama.expert_count", "split.count"):
-            if get(key, int, 0) > 1:
-                raise CheckpointError(
-                    f"{self.path}: {key} is {get(key, int)}: mixtures of experts and "
-                    "split files are not supported (llama-gguf-split --merge joins the latter)"
-                )
-        width = get("llama.embedding_length", int)
-        heads = get("llama.attention.head_count", int)
-        head_dim = get("llama.attention.key_length", int, width // max(heads, 1))
-        for key in ("llama.attention.value_length", "llama.rope.dimension_count"):
-            if get(key, int, head_dim) != head_dim:
-                raise CheckpointError(
-                    f"{self.path}: {key} is {get(key, int)}; "
-                    f"only the head size, {head_dim}, is supported"
-                )
-        embedding = self.shapes.get("token_embd.weight", (0,))
-        try:
-            config = LlamaConfig(
-                vocab_size=get("llama.vocab_size", int, embedding[0]),
-                hidden_size=width,
-                intermediate_size=get("llama.feed_forward_length", int),
-                num_layers=get("llama.block_count", int),
-                num_heads=heads,
-                num_kv_heads=get("llama.attention.head_count_kv", int, heads),
-                head_dim=head_dim,
-                max_context=get("llama.context_length", int),
-                rope_theta=get("llama.rope.freq_base", float, 1e4),
-                rope_scaling=self._linear_scaling(get),
-                norm_eps=get("llama.attention.layer_norm_rms_epsilon", float),
-                tie_embeddings="output.weight" not in self.shapes,
-                attention_bias="blk.0.attn_q.bias" in self.shapes,
-                mlp_bias="blk.0.ffn_gate.bias" in self.shapes,
-            )
-            return self._with_llama3_scaling(config)
-        except ConfigError as error:
-            raise CheckpointError(f"{self.path}: {error}") from error
-
-    def _linear_scaling(self, get: Callable[..., Any]) -> RopeScaling | None:
-        kind = get("llama.rope.scaling.type", str, None)
-        old = get("llama.rope.scale_linear", float, 1.0)  # the key of 2023
-        factor = get("llama.rope.scaling.factor", float, old)
-        if kind not in (None, "none", "linear"):
-            raise CheckpointError(
-                f"{self.path}: llama.rope.scaling.type is {kind!r}; only 'linear' is supported"
-            )
+    def _linear_scaling(self) -> RopeScaling | None:
+        kind = self._get("llama.rope.scaling.type", None)
+        old = self._get("llama.rope.scale_linear", 1.0)  # the key of 2023
+        factor = self._get("llama.rope.scaling.factor", old)
+        check(
+            kind in (None, "none", "linear"),
+            f"llama.rope.scaling.type is {kind!r}; only 'linear' is supported",
+        )
         stretched = kind == "linear" or (kind is None and factor != 1.0)
         return RopeScaling(kind="linear", factor=factor) if stretched else None
 
@@ -142,72 +142,6 @@ class GGUFSource(TensorSource):
             f"{self.where(_ROPE_FACTORS)}: its divisors {divisors.min():g} to {factor:g} are not "
             "those of Llama 3 (factors 1 and 4, 8192 positions): convert from the original instead"
         )
-
-
-def _metadata(reader: Any, path: Path) -> Callable[..., Any]:
-    """A function that gives a value by key.
-
-    It raises CheckpointError for another type, or where the key and a default are missing.
-    """
-
-    def get(key: str, kind: type, *default: Any) -> Any:
-        field = reader.get_field(key)
-        if field is None and not default:
-            raise CheckpointError(f"{path}: {key} is missing from the metadata: convert again")
-        try:
-            value = None if field is None else field.contents()
-        except ValueError as error:
-            raise CheckpointError(f"{path}: {key} is not UTF-8: damaged") from error
-        if isinstance(value, float) and abs(value) < 1e30:
-            value = float(str(np.float32(value)))  # 1e-05, not the 9.999999747e-06 next to it
-        return take({key: value}, key, kind, *(default or (None,)), path)
-
-    return get
-
-
-def _open(path: Path) -> Any:
-    """The gguf package's reader, once all that it reads is known to lie inside the file."""
-    try:
-        import gguf
-    except ImportError as error:
-        raise CheckpointError(
-            f"{path}: reading GGUF files needs the gguf package: pip install 'lsjax[gguf]'"
-        ) from error
-    with path.open("rb") as file:
-        head = file.read(8)
-    version = int.from_bytes(head[4:8], "little")
-    if len(head) == 8 and version not in (2, 3):
-        kind = "big-endian" if version & 0xFFFF == 0 else f"version {version}"
-        raise CheckpointError(
-            f"{path}: is a {kind} GGUF; only little-endian ones of version 2 and 3 are read"
-        )
-
-    class Reader(gguf.GGUFReader):
-        """Slices beyond the end of a file are short, not errors; a huge count would loop."""
-
-        def _get(self, offset, dtype, count=1, override_order=None):
-            values = super()._get(offset, dtype, count, override_order)
-            if len(values) != count:
-                size = int(count) * np.dtype(dtype).itemsize
-                raise ValueError(f"{size} bytes at {offset} do not lie in its {len(self.data)}")
-            return values
-
-    try:
-        reader = Reader(path)
-    except Exception as error:
-        problem = " ".join(f"{type(error).__name__}: {error}".split())
-        raise CheckpointError(
-            f"{path}: not a whole GGUF file ({problem}): damaged or cut short, download it again"
-        ) from error
-    reached, previous = reader.data_offset, None
-    for tensor in sorted(reader.tensors, key=lambda tensor: tensor.data_offset):
-        if tensor.data_offset < reached:
-            raise CheckpointError(
-                f"{path}: tensor {tensor.name!r} starts at byte {tensor.data_offset}, inside "
-                f"{previous or 'the header'!r}: damaged, download it again"
-            )
-        reached, previous = tensor.data_offset + tensor.n_bytes, tensor.name
-    return reader
 
 
 def _half_split(weight: np.ndarray, heads: int) -> np.ndarray:

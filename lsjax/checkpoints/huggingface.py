@@ -5,8 +5,6 @@ so an export holds one file beside the model.
 """
 
 import math
-import secrets
-import shutil
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -16,17 +14,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from lsjax.checkpoints.huggingface_config import read_config_json, to_config_json
-from lsjax.checkpoints.tensors import (
-    CheckpointError,
-    Part,
-    TensorSource,
-    Track,
-    parts_of,
-    read_json,
-    take,
-    write_json,
-)
-from lsjax.config import split_step
+from lsjax.checkpoints.tensors import CheckpointError, Part, TensorSource, Track, parts_of
+from lsjax.config import Checked, ConfigError, bounded, split_step
+from lsjax.data.files import read_json, whole_directory, write_json
 from lsjax.model.llama import Llama, unstacked
 from lsjax.model.parameters import named_leaves
 
@@ -39,11 +29,11 @@ _FLOATS = ("F64", "F32", "F16", "BF16")
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerationDefaults:
+class GenerationDefaults(Checked):
     """What a checkpoint says about how to decode it; None where it says nothing."""
 
-    exit_layer: int | None = None  # layers that draft, E
-    num_draft_tokens: int | None = None  # drafted per round, d
+    exit_layer: int | None = bounded(None, low=1)  # layers that draft, E
+    num_draft_tokens: int | None = bounded(None, low=1)  # drafted per round, d
 
 
 def read_generation_defaults(path: str | Path) -> GenerationDefaults:
@@ -53,15 +43,15 @@ def read_generation_defaults(path: str | Path) -> GenerationDefaults:
         CheckpointError: a file that is not JSON, or a value that is not a number of at least 1.
     """
     path, found = split_step(path)[0], {}
-    for file in (path / "generation_config.json", path / "config.json"):
-        raw = read_json(file) if file.is_file() else {}
-        for field, name in _GENERATION.items():
-            value = take(raw, name, int, None, file)
-            if value is not None and value < 1:
-                raise CheckpointError(f"{file}: {name} is {value}, but must be at least 1")
-            if found.get(field) is None:
-                found[field] = value
-    return GenerationDefaults(**found)
+    for file in (path / "config.json", path / "generation_config.json"):
+        raw = read_json(file, CheckpointError) if file.is_file() else {}
+        said = {field: raw.get(name) for field, name in _GENERATION.items()}
+        found |= {field: value for field, value in said.items() if value is not None}
+    try:
+        return GenerationDefaults(**found)
+    except ConfigError as error:
+        names = " and ".join(_GENERATION.values())
+        raise CheckpointError(f"{path}: {names} of its configuration: {error}") from error
 
 
 class HuggingFaceSource(TensorSource):
@@ -72,7 +62,12 @@ class HuggingFaceSource(TensorSource):
     def __init__(self, path: Path):
         self.path = path
         self.config = read_config_json(path)
-        self._tensors = _open_tensors(path)
+        self._tensors = {
+            name: (file, opened.get_slice(name))
+            for file in _files(path)
+            for opened in [_open(file)]
+            for name in opened.keys()  # noqa: SIM118 (no dict)
+        }
         self.shapes = {
             name: tuple(tensor.get_shape()) for name, (_, tensor) in self._tensors.items()
         }
@@ -94,11 +89,11 @@ class HuggingFaceSource(TensorSource):
         return tensor
 
 
-def _open_tensors(directory: Path) -> dict[str, tuple[Path, Any]]:
-    """File and unread content of each tensor: of model.safetensors, or as an index says."""
+def _files(directory: Path) -> list[Path]:
+    """The files with the tensors: model.safetensors, or those that an index names."""
     single, index = directory / _WEIGHTS, directory / _INDEX
     if single.exists():
-        return _open_file(single)
+        return [single]
     if not index.exists():
         pickles = sorted(file.name for file in directory.glob("*.bin"))
         instead = f", only {pickles[0]}" if pickles else ""
@@ -106,38 +101,25 @@ def _open_tensors(directory: Path) -> dict[str, tuple[Path, Any]]:
             f"{directory}: holds neither {_WEIGHTS} nor {_INDEX}{instead}: only safetensors are "
             "read, never pickles, which can run code"
         )
-    weight_map = take(read_json(index), "weight_map", dict, {}, index)
+    weight_map = read_json(index, CheckpointError).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise CheckpointError(f"{index}: weight_map is {weight_map!r}, but must be an object")
     for name, file in weight_map.items():
         if not isinstance(file, str) or file in ("", "..") or Path(file).name != file:
             raise CheckpointError(
                 f"{index}: tensor {name!r} is said to be in {file!r}, "
                 "but must be in a file of the same directory"
             )
-    tensors: dict[str, tuple[Path, Any]] = {}
-    for file in sorted(set(weight_map.values())):
-        if not (directory / file).is_file():
-            raise CheckpointError(f"{index}: {file!r} is missing: download it again")
-        found = _open_file(directory / file)
-        placed = {name for name, place in weight_map.items() if place == file}
-        for name in sorted(found.keys() ^ placed):
-            raise CheckpointError(
-                f"{directory / file}: {'holds' if name in found else 'lacks'} tensor {name!r}, "
-                f"which {_INDEX} places in {weight_map.get(name)!r}: the files are not of one "
-                "checkpoint"
-            )
-        tensors |= found
-    return tensors
+    return [directory / file for file in sorted(set(weight_map.values()))]
 
 
-def _open_file(file: Path) -> dict[str, tuple[Path, Any]]:
+def _open(file: Path) -> Any:
     try:
-        opened = safe_open(file, framework="numpy")
+        return safe_open(file, framework="numpy")
     except (SafetensorError, OSError) as error:
         raise CheckpointError(
             f"{file}: {' '.join(str(error).split())}: damaged or cut short, download it again"
         ) from error
-    names = opened.keys()
-    return {name: (file, opened.get_slice(name)) for name in names}
 
 
 def save(
@@ -163,38 +145,27 @@ def save(
     """
     directory = Path(directory).resolve()
     check_destination(directory)
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    partial = directory.with_name(f".{directory.name}.partial-{secrets.token_hex(4)}")
-    partial.mkdir()
-    try:
-        ids = _special_ids(tokenizer)
+    eos = list(tokenizer.eos_ids) if tokenizer else []
+    # Null where unknown: transformers would put in Llama-2's 1 and 2.
+    ids = {
+        "bos_token_id": tokenizer.bos_id if tokenizer else None,
+        "eos_token_id": eos if len(eos) > 1 else next(iter(eos), None),
+    }
+    defaults = generation or GenerationDefaults()
+    early = {name: getattr(defaults, field) for field, name in _GENERATION.items()}
+    said = {key: value for key, value in (ids | early).items() if value is not None}
+    with whole_directory(directory) as partial:
         write_json(partial / "config.json", to_config_json(model.config, model.dtype) | ids)
-        defaults = generation or GenerationDefaults()
-        early = {name: getattr(defaults, field) for field, name in _GENERATION.items()}
-        said = {key: value for key, value in (ids | early).items() if value is not None}
         write_json(partial / "generation_config.json", said)
         if tokenizer is not None:
             tokenizer.save(partial)
         _write_weights(unstacked(model), partial, shard_bytes, track)
-        partial.rename(directory)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
 
 
 def check_destination(directory: Path) -> None:
     """Raises CheckpointError unless the directory is new or empty."""
     if directory.exists() and not (directory.is_dir() and not any(directory.iterdir())):
         raise CheckpointError(f"{directory}: is not an empty directory: choose a new one")
-
-
-def _special_ids(tokenizer: "Tokenizer | None") -> dict[str, Any]:
-    """Null where unknown: transformers would put in Llama-2's 1 and 2."""
-    eos = list(tokenizer.eos_ids) if tokenizer else []
-    return {
-        "bos_token_id": tokenizer.bos_id if tokenizer else None,
-        "eos_token_id": eos if len(eos) > 1 else next(iter(eos), None),
-    }
 
 
 def _write_weights(model: Llama, directory: Path, shard_bytes: int, track: Track) -> None:

@@ -6,8 +6,7 @@
     metrics.jsonl   a line of figures for each logged step
     checkpoints/    the saved steps (steps.py)
 
-A run is a model like any other: the newest of its steps that is whole, or the step that follows an
-@ in its path.
+A run is a model: the newest of its steps that is whole, or the step that follows an @ in its path.
 """
 
 import json
@@ -22,9 +21,10 @@ from jaxtyping import Array
 
 from lsjax.checkpoints.saving import best_first
 from lsjax.checkpoints.steps import PARAMS, SavedStep, first_whole, saved_steps
-from lsjax.checkpoints.tensors import CheckpointError, Track, read_json, write_json
+from lsjax.checkpoints.tensors import CheckpointError, Track, not_finite
 from lsjax.config import ConfigError, LlamaConfig, LoraConfig, TrainConfig, check
 from lsjax.config.checked import from_json, versioned, without_version
+from lsjax.data.files import read_json, write_json
 from lsjax.data.tokenizer import Tokenizer, TokenizerError
 from lsjax.data.tokenizer_files import load_tokenizer
 from lsjax.model.llama import Llama
@@ -38,7 +38,7 @@ EVALUATION = "evaluation"  # kind of the rows of METRICS that have held-out loss
 def is_run(directory: Path) -> bool:
     """Whether a training run has begun in this directory."""
     file = directory / CONFIG
-    return file.is_file() and {"version", "model"} <= read_json(file).keys()
+    return file.is_file() and {"version", "model"} <= read_json(file, CheckpointError).keys()
 
 
 def begin_run(directory: Path, config: TrainConfig, tokenizer: Tokenizer) -> None:
@@ -48,15 +48,13 @@ def begin_run(directory: Path, config: TrainConfig, tokenizer: Tokenizer) -> Non
     Raises ConfigError where tokenizer and model do not fit, the directory holds another model, the
     run has begun with another tokenizer, or the model that it begins with has another one.
     """
-    assert config.model is not None
     size, rows = tokenizer.fitted(config.model.vocab_size).vocab_size, config.model.vocab_size
     check(
         rows < 2 * size,
         f"the tokenizer has {size} tokens, but the model's vocabulary is {rows}: choose another "
         "data.tokenizer, or set model.vocab_size (a little more than the tokenizer has is fine)",
     )
-    file = directory / CONFIG
-    begun = file.exists()
+    begun = (directory / CONFIG).exists()
     check(
         not begun or is_run(directory),
         f"{directory} holds another model: choose a new directory",
@@ -73,12 +71,9 @@ def begin_run(directory: Path, config: TrainConfig, tokenizer: Tokenizer) -> Non
             f"data.tokenizer is not the one of {config.init_from}, whose table has other tokens in "
             f"the same rows: set data.tokenizer to {config.init_from}",
         )
-    directory.mkdir(parents=True, exist_ok=True)
     if not same:
         tokenizer.save(directory)
-    partial = file.with_name(f".{CONFIG}.partial")
-    write_json(partial, versioned(config))
-    partial.replace(file)
+    write_json(directory / CONFIG, versioned(config))
 
 
 def _has_tokenizer(model: str | Path, tokenizer: Tokenizer) -> bool | None:
@@ -91,7 +86,7 @@ def _has_tokenizer(model: str | Path, tokenizer: Tokenizer) -> bool | None:
 
 def _read_fields(directory: Path) -> dict[str, Any]:
     file = directory / CONFIG
-    return without_version(read_json(file), str(file))
+    return without_version(read_json(file, CheckpointError), str(file))
 
 
 def read_run_config(directory: Path) -> TrainConfig:
@@ -194,9 +189,8 @@ class RunSource:
                 lora = from_json(LoraConfig, self._fields["lora"], f"{self.path / CONFIG}: lora")
                 array = merged(array, *adapter, lora.scale)
             if not jnp.isfinite(array.astype(dtype)).all():
-                fault = "too large for it" if jnp.isfinite(array).all() else "NaN or infinite"
                 where = f"{step.directory / PARAMS}: {stacked}"
-                raise CheckpointError(f"{where} as {dtype.name} has values that are {fault}")
+                raise CheckpointError(f"{where} has values that are {not_finite(dtype)}")
             for path, part in zip(paths, array if layers else [array], strict=True):
                 place = sharding_of(path, part.shape, mesh)
                 arrays[path] = jax.device_put(part.astype(dtype), place)

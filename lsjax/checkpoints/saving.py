@@ -3,12 +3,9 @@
 How damage is found is in steps.py.
 """
 
-import platform
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,11 +28,11 @@ from lsjax.checkpoints.steps import (
     sealed,
 )
 from lsjax.checkpoints.tensors import CheckpointError
-from lsjax.config import CheckpointConfig, TrainConfig
+from lsjax.config import CheckpointConfig
+from lsjax.config.checked import VERSION
 from lsjax.model.parameters import named_leaves
 
 _MODEL = "model."  # what paths of parameters begin with in a state
-_PACKAGES = ("lsjax", "jax", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
 class Restored(NamedTuple):
@@ -50,8 +47,7 @@ class Checkpoints:
     """The saved steps of one run, as a context that waits for the last step to be written.
 
     After an error on one of several hosts it does not wait: the others may have ended. A single
-    process goes on after a step that could not be written, as the next one may find room again.
-    Only where none follows is it an error.
+    process continues after a step that could not be written, unless it was the last.
 
     report: called with one line for each step that is damaged or could not be written. losses:
     held-out loss by step, by which the best steps are kept; it may grow meanwhile.
@@ -89,7 +85,7 @@ class Checkpoints:
     def restore(self, like: Any) -> Restored | None:
         """The newest step that is whole; None where nothing has been saved yet.
 
-        Newer ones, which are damaged, are put aside as 80.damaged: they are saved anew.
+        Newer ones, which are damaged, are renamed to 80.damaged: they are saved anew.
 
         like: the state's shapes (`jax.eval_shape`), with shardings where there is a mesh.
         Raises CheckpointError where no step is whole, or what was saved is of another shape.
@@ -115,10 +111,10 @@ class Checkpoints:
                 shutil.rmtree(aside, ignore_errors=True)
                 step.directory.rename(aside)
         if damaged and jax.process_count() > 1:
-            sync_global_devices("damaged steps are put aside")
+            sync_global_devices("damaged steps are renamed")
         return restored
 
-    def save(self, state: Any, *, step: int, config: TrainConfig, data: Mapping[str, Any]) -> None:
+    def save(self, state: Any, *, step: int, data: Mapping[str, Any]) -> None:
         """Begins to save the state after `step` steps; does nothing where it is saved already.
 
         Waits for the save before it. data: position in it, as JSON has it.
@@ -141,16 +137,12 @@ class Checkpoints:
             return
         self._begun = step
         items = _items(state)
-        meta = {
-            "config": asdict(config),
-            "data": data,
-            "arrays": {item: _described(leaves) for item, leaves in items.items()},
-            "versions": {"python": platform.python_version(), **{p: version(p) for p in _PACKAGES}},
-        }
-        arrays = {item: ocp.args.StandardSave(leaves) for item, leaves in items.items()}
-        args = ocp.args.Composite(**arrays, **{META: ocp.args.JsonSave(sealed(meta))})
+        arrays = {item: _described(leaves) for item, leaves in items.items()}
+        meta = sealed({"version": VERSION, "data": data, "arrays": arrays})
+        args = {item: ocp.args.StandardSave(leaves) for item, leaves in items.items()}
+        args[META] = ocp.args.JsonSave(meta)
         try:
-            self._manager.save(step, args=args, force=True)
+            self._manager.save(step, args=ocp.args.Composite(**args), force=True)
         except Exception as error:
             self._failure = error
 
@@ -174,7 +166,7 @@ class Checkpoints:
             ) from failure
 
     def settle(self) -> None:
-        """`wait`, but a single process reports a step that can't be written, and goes on."""
+        """`wait`, but a single process reports a step that can't be written, and continues."""
         try:
             self.wait()
         except CheckpointError as error:

@@ -1,13 +1,11 @@
-"""Saved steps of a training run as they lie on disk, and whether they are whole.
+"""Saved steps of a training run on disk, and whether they are whole.
 
     checkpoints/80/params   parameters by their path in the model, layers stacked
     checkpoints/80/train    the rest of the training state by its path
-    checkpoints/80/meta     JSON: config, position in the data, fingerprints
+    checkpoints/80/meta     JSON: position in the data, fingerprints
 
-A step is written in the background under another name, and renamed when it is complete. So a kill
-leaves no half of a step.
-
-Storage has no checksum of its own for the numbers in a checkpoint, so each array is saved with one:
+Orbax renames a step when it is complete, so a kill leaves no half of a step. Storage has no
+checksum of its own for the numbers, so each array is saved with one:
 
     sum over all elements of mix(bits + c * position)  mod 2^32
 
@@ -21,7 +19,6 @@ import hashlib
 import json
 import logging
 import math
-import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -40,7 +37,7 @@ from jax.sharding import SingleDeviceSharding
 from jaxtyping import Array, UInt32
 
 from lsjax.checkpoints.tensors import CheckpointError
-from lsjax.config.checked import VERSION, without_version
+from lsjax.config.checked import without_version
 
 PARAMS, TRAIN, META = "params", "train", "meta"
 _STEP = 0x9E3779B9  # of fingerprints; odd, so that all positions below 2^32 differ
@@ -70,12 +67,14 @@ class SavedStep:
 
         Raises DamagedStep, and ConfigError where another version of lsjax has saved the step.
         """
-        where = self.directory / META
-        raw = self._load(META, lambda path: json.loads((path / "metadata").read_bytes()))
-        good = isinstance(raw, dict) and raw.keys() == {"meta", "sha256"}
-        if not good or _digest(raw["meta"]) != raw["sha256"]:
-            raise DamagedStep(f"{where}: is not what was written")
-        return without_version(raw["meta"], str(where))
+
+        def read(path: Path) -> dict[str, Any]:
+            raw = json.loads((path / "metadata").read_bytes())
+            if raw != sealed(raw["meta"]):
+                raise ValueError("it is not what was written")
+            return raw["meta"]
+
+        return without_version(self._load(META, read), f"{self.directory / META}")
 
     def read(self, item: str, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, Array]:
         """Arrays of an item by path, each with the sharding that `wanted` asks for.
@@ -85,13 +84,12 @@ class SavedStep:
         """
         where, saved = self.directory / item, self.meta["arrays"][item]
         for name, want in wanted.items():
-            if name not in saved:
-                raise CheckpointError(f"{where}: has no array {name}")
-            shape, dtype = saved[name]["shape"], saved[name]["dtype"]
-            if (tuple(shape), dtype) != (want.shape, want.dtype.name):
+            found = "{dtype}{shape}".format(**saved[name]) if name in saved else "missing"
+            asked = f"{want.dtype.name}{list(want.shape)}"
+            if found != asked:
                 raise CheckpointError(
-                    f"{where}: {name} is {dtype}{shape}, but the config asks for "
-                    f"{want.dtype.name}{list(want.shape)}: it is of another model or run"
+                    f"{where}: {name} is {found}, but the config asks for {asked}: it is of "
+                    "another model or run"
                 )
         first = SingleDeviceSharding(jax.devices()[0])
         targets = {
@@ -100,11 +98,10 @@ class SavedStep:
         }
         arrays = self._load(item, lambda path: _read_arrays(path, targets))
         for name, now in fingerprints(arrays).items():
-            before = saved[name]["fingerprint"]
-            if now != before:
+            if now != saved[name]["fingerprint"]:
                 raise DamagedStep(
                     f"{where}: {name} is not what was written (its fingerprint is {now}, but was "
-                    f"{before})"
+                    f"{saved[name]['fingerprint']})"
                 )
         return arrays
 
@@ -119,9 +116,6 @@ class SavedStep:
     def _load(self, item: str, read: Callable[[Path], T]) -> T:
         """`read`, with what storage raises as DamagedStep, on every host."""
         path = (self.directory / item).absolute()  # orbax reads no others
-        if not path.is_dir():
-            missing = f"has no {item}" if any(self.directory.iterdir()) else "is empty"
-            raise DamagedStep(f"{self.directory}: {missing}")
         result, reason = None, ""
         with quiet_storage():
             try:
@@ -129,7 +123,7 @@ class SavedStep:
             except (MemoryError, jax.errors.JaxRuntimeError):
                 raise
             except Exception as error:
-                reason = cause(error)
+                reason = cause(error) if path.is_dir() else "is missing"
             if reason:  # let the other arrays' readers end while they are quiet
                 gc.collect()
                 time.sleep(0.2)
@@ -143,7 +137,7 @@ class SavedStep:
 def saved_steps(directory: Path) -> list[SavedStep]:
     """The steps in a directory of checkpoints, the newest first."""
     found = directory.iterdir() if directory.is_dir() else ()
-    steps = [SavedStep(path) for path in found if re.fullmatch(r"\d+", path.name)]
+    steps = [SavedStep(path) for path in found if path.name.isdecimal()]
     return sorted(steps, key=lambda step: step.number, reverse=True)
 
 
@@ -167,18 +161,17 @@ def first_whole(
     )
 
 
-def sealed(meta: Mapping[str, Any]) -> dict[str, Any]:
-    """A step's meta as it is written: with a sum of its text, so that damage shows."""
-    meta = json.loads(json.dumps({"version": VERSION, **meta}, allow_nan=False))
-    return {"meta": meta, "sha256": _digest(meta)}
+def sealed(meta: Any) -> dict[str, Any]:
+    """A step's meta as it is written: with a hash of its text, so that damage shows."""
+    text = json.dumps(meta, sort_keys=True, allow_nan=False)
+    return {"meta": json.loads(text), "sha256": hashlib.sha256(text.encode()).hexdigest()}
 
 
 @contextmanager
 def quiet_storage() -> Iterator[None]:
-    """Hides what follows where one array can't be read or written; the first error is raised.
+    """Hides the errors of the other arrays where one can't be read or written, which is raised.
 
-    Orbax then drops its work on the other arrays, and logs each of their errors. Python prints
-    those of dropped work when it is collected.
+    Orbax logs them, and Python prints those of dropped work when it is collected.
     """
     before = sys.unraisablehook
     loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
@@ -200,10 +193,6 @@ def quiet_storage() -> Iterator[None]:
         sys.unraisablehook = before
         for logger in loggers:
             logger.removeFilter(is_from_elsewhere)
-
-
-def _digest(meta: Any) -> str:
-    return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
 
 
 def cause(error: BaseException) -> str:

@@ -12,13 +12,14 @@ import jax
 from rich.console import Console
 from rich.progress import Progress
 
-from lsjax.checkpoints import fingerprints, is_run, read_run_config
+from lsjax.checkpoints.run import is_run, read_run_config
+from lsjax.checkpoints.steps import fingerprints
 from lsjax.cli.flags import ChatFlags, ModelFlags, OpenModel, SamplingFlags
 from lsjax.cli.setup import machine
 from lsjax.config import ConfigError, DataConfig, bounded, check, split_step
 from lsjax.data.chat import chat_prompt
-from lsjax.data.documents import Document
-from lsjax.data.sources import Refuse
+from lsjax.data.files import Refuse
+from lsjax.data.sources import Document
 from lsjax.data.token_store import encode_document
 from lsjax.decoding.engine import Engine
 from lsjax.decoding.request import Request, encode_prompt

@@ -14,13 +14,8 @@ import tyro
 from rich.console import Console
 from rich.progress import track
 
-from lsjax.checkpoints import (
-    check_destination,
-    load,
-    open_checkpoint,
-    read_generation_defaults,
-    save,
-)
+from lsjax.checkpoints import load, open_checkpoint
+from lsjax.checkpoints.huggingface import check_destination, read_generation_defaults, save
 from lsjax.cli.flags import program
 from lsjax.data.tokenizer_files import load_tokenizer
 

@@ -16,9 +16,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from lsjax.cli.flags import program
-from lsjax.data.documents import read_lines
-from lsjax.data.sources import json_rows
-from lsjax.data.token_store import cache_directory
+from lsjax.data.files import cache_directory, json_rows, read_lines
 from lsjax.data.tokenizer_files import load_tokenizer
 from lsjax.data.vocabulary import cached_counts, count_tokens, write_counts
 

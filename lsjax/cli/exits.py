@@ -16,13 +16,14 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import Progress
 
-from lsjax.checkpoints import is_run, load, open_checkpoint, read_run_config
+from lsjax.checkpoints import load, open_checkpoint
+from lsjax.checkpoints.run import is_run, read_run_config
 from lsjax.cli.flags import program
 from lsjax.cli.setup import check_output, choose_dtype, keep_compiled_programs
 from lsjax.cli.show import exit_table, wide_console
 from lsjax.config import Checked, bounded, check
+from lsjax.data.files import cache_directory
 from lsjax.data.pipeline import OnePass, packed_rows
-from lsjax.data.token_store import cache_directory
 from lsjax.data.tokenizer_files import load_tokenizer
 from lsjax.evaluation.exits import AGREEMENT, ExitScores, score_exits
 from lsjax.evaluation.plots import check_plots, plot_exits

@@ -18,16 +18,13 @@ from jax.sharding import Mesh
 from rich.console import Console
 from rich.progress import Progress
 
-from lsjax.checkpoints import (
-    RunSource,
-    TensorSource,
-    load,
-    open_checkpoint,
-    read_generation_defaults,
-)
+from lsjax.checkpoints import load, open_checkpoint
+from lsjax.checkpoints.huggingface import read_generation_defaults
+from lsjax.checkpoints.run import RunSource
+from lsjax.checkpoints.tensors import TensorSource
 from lsjax.cli.setup import choose_dtype, keep_compiled_programs, one_line_errors
 from lsjax.config import Checked, ConfigError, MeshConfig, check
-from lsjax.data.token_store import cache_directory
+from lsjax.data.files import cache_directory
 from lsjax.data.tokenizer import Tokenizer
 from lsjax.data.tokenizer_files import load_tokenizer
 from lsjax.data.vocabulary import find_counts

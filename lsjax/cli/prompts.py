@@ -11,8 +11,8 @@ import tyro
 from lsjax.cli.flags import ModelFlags, SamplingFlags, StrategyFlags, check_sampling
 from lsjax.config import ConfigError, LlamaConfig, bounded, check
 from lsjax.data.chat import chat_prompt
-from lsjax.data.documents import read_lines, stop_at
-from lsjax.data.sources import Fields, Refuse, fill
+from lsjax.data.files import Fields, Refuse, read_lines, stop_at
+from lsjax.data.sources import fill
 from lsjax.data.tokenizer import Tokenizer
 from lsjax.decoding.request import Request, encode_prompt
 from lsjax.decoding.sampling import GREEDY, Sampling

@@ -11,10 +11,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import jax
-from rich.console import Console
 
 from lsjax.config import ConfigError, check
-from lsjax.data.token_store import cache_directory
+from lsjax.data.files import cache_directory
 
 
 def keep_compiled_programs() -> None:
@@ -107,6 +106,8 @@ def one_line_errors() -> Iterator[None]:
         ours = type(error).__module__.partition(".")[0] == "lsjax"
         if not ours and not isinstance(error, OSError):
             raise
+        from rich.console import Console  # a bare machine measures without rich
+
         console = Console(stderr=True, soft_wrap=True, highlight=False, emoji=False)
         console.print("error: ", style="bold red", end="")
         console.print(" ".join(str(error).split()), markup=False)

@@ -13,7 +13,7 @@ import tyro
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
-from lsjax.checkpoints import EVALUATION, read_metrics
+from lsjax.checkpoints.run import EVALUATION, read_metrics
 from lsjax.cli.flags import parse_flags
 from lsjax.cli.show import coloured, exit_table, verbatim
 from lsjax.config import ConfigError, TrainConfig, check

@@ -26,7 +26,7 @@ READ_BY = {  # fields that only some sources read
 class DataConfig(Checked, prefix="data."):
     """One source of documents, its tokenizer, and the packing of its tokens.
 
-    A document is a text, or a prompt with its response. docs/data.md has an example of each source.
+    A document is a text, or a prompt with its response. docs/training.md has examples of sources.
     """
 
     source: Literal["python_source", "text", "jsonl", "tsv", "tfds"] = "python_source"

@@ -26,9 +26,8 @@ class PackedBatch(TypedDict):
     """Rows of one host, [B, T] each; a plain dict of numpy arrays.
 
     tokens_BT: ids; 0 in padding.
-    labels_BT: the token that follows in the document, -1 where none is to be predicted: prompts in
-      finetuning, a document's last token, padding. Of a document cut at the end of a row it is the
-      first token of the next piece.
+    labels_BT: the token that follows in the document, also where that is in the next row. -1 in
+      prompts (finetuning), at a document's last token, in padding.
     segments_BT: number of the document within the row, from 1; 0 is padding. Tokens attend within
       their segment only.
     positions_BT: position within the piece of the document, from 0; 0 in padding.
@@ -44,11 +43,10 @@ class PackedBatch(TypedDict):
 class PackedRows:
     """Rows of seq_len tokens: row r is the pieces first_R1[r] to first_R1[r + 1].
 
-    start_P, length_P: the piece's place in store.tokens. document_P: the document that it is of.
+    start_P, length_P: the piece's place in store.tokens. document_P: its document.
     train_on_prompt: whether the tokens of prompts are labels.
     num_documents, num_truncated, num_dropped: documents in the rows, those of them that lost their
-    end, and those left out. num_shared: documents of a validation set that are not in the rows
-    because they are in the training data too.
+    end, and those left out. num_shared: validation documents left out as training has them too.
     """
 
     store: TokenStore
@@ -82,11 +80,14 @@ class PackedRows:
     def describe(self) -> str:
         """One line: documents, tokens, rows, how full they are, and what was lost."""
         full = self.num_tokens / (len(self) * self.seq_len)
-        lost = [f"{self.num_truncated:,} truncated"] * (self.num_truncated > 0)
-        lost += [f"{self.num_dropped:,} dropped"] * (self.num_dropped > 0)
-        lost += [f"{self.num_shared:,} left out that training has too"] * (self.num_shared > 0)
-        held = f"{self.num_documents:,} documents, {self.num_tokens:,} tokens"
-        return ", ".join([held, f"{len(self):,} rows of {self.seq_len:,}, {full:.1%} full", *lost])
+        text = f"{self.num_documents:,} documents, {self.num_tokens:,} tokens, "
+        text += f"{len(self):,} rows of {self.seq_len:,}, {full:.1%} full"
+        lost = {
+            "truncated": self.num_truncated,
+            "dropped": self.num_dropped,
+            "left out that training has too": self.num_shared,
+        }
+        return text + "".join(f", {number:,} {why}" for why, number in lost.items() if number)
 
     def read(self, rows: np.ndarray) -> PackedBatch:
         """The rows of these numbers, as int32; a number of -1 is a row of padding."""

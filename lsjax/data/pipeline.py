@@ -9,7 +9,7 @@ of rows that were taken, and resuming there costs nothing.
         another's [2, 3]:       r2 r3 |       r6 r7 | ...
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,7 +24,6 @@ from lsjax.data.token_store import token_store
 from lsjax.data.tokenizer import Tokenizer
 
 SPLITS = ("train", "validation")
-Own = Sequence[int] | np.ndarray | None
 PREFETCH = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
 
 
@@ -35,17 +34,15 @@ class Pipeline:
       rows: what the stream is made of.
       batch_size: rows of all hosts together.
       seed: of the order, 0 <= seed < 2^32.
-      own_B: numbers of this host's rows in each batch, which `next` gives; all by default. Hosts
-        that share rows have the same.
-
-    Raises ConfigError for a seed out of range, and for rows that the batch does not have.
+      own_B: numbers of this host's rows in each batch, which `next` gives; all by default.
     """
 
-    def __init__(self, rows: PackedRows, *, batch_size: int, seed: int, own_B: Own = None):
-        check(0 <= seed < 1 << 32, f"seed {seed} must be at least 0 and below 2^32")
+    def __init__(
+        self, rows: PackedRows, *, batch_size: int, seed: int, own_B: np.ndarray | None = None
+    ):
         self.rows = rows
         self._batch_size, self._seed = batch_size, seed
-        self._own_B = _own_rows(batch_size, own_B)
+        self._own_B = np.arange(batch_size) if own_B is None else own_B
         self._order = grain.MapDataset.range(len(rows)).seed(seed).shuffle().repeat()
         self._taken = 0
         self._start()
@@ -67,10 +64,9 @@ class Pipeline:
         }
 
     def restore(self, state: dict) -> None:
-        """Resumes with the row after the last one that was taken, at once.
+        """Resumes with the row after the last one that was taken.
 
-        The batch size, the number of hosts and the place of the data may differ from those of the
-        state.
+        The batch size, the number of hosts and the place of the data may have changed.
 
         Raises ConfigError, with what differs, if the stream is another one.
         """
@@ -108,11 +104,12 @@ class OnePass:
         rows: PackedRows,
         *,
         batch_size: int,
-        own_B: Own = None,
+        own_B: np.ndarray | None = None,
         max_batches: int | None = None,
     ):
         self.rows = rows
-        self._batch_size, self._own_B = batch_size, _own_rows(batch_size, own_B)
+        self._batch_size = batch_size
+        self._own_B = np.arange(batch_size) if own_B is None else own_B
         batches = -(-len(rows) // batch_size)
         self._num_batches = batches if max_batches is None else min(batches, max_batches)
 
@@ -136,15 +133,14 @@ def packed_rows(
 ) -> PackedRows:
     """The packed rows of a split, "train" or "validation".
 
-    Tokens are made and kept in `cache` if they are not there yet. All hosts must have the same
-    data; with a cache on a shared disk, let one make the tokens before the others begin.
+    Tokens are kept in `cache`. All hosts must have the same data. With a cache on a shared disk,
+    one host makes the tokens before the others begin.
 
-    No document of "validation" is in "train": a validation set of its own is left without those
+    No document of "validation" is in "train": a separate validation set is left without those
     documents that are also in the training data.
 
     Raises ConfigError for missing or unreadable data, and for a split without documents.
     """
-    check(split in SPLITS, f"split {split!r} is unknown: choose {' or '.join(SPLITS)}")
     store = token_store(config, tokenizer, cache=cache)
     own_set = config.has_validation_set
     if split == "validation" and own_set:
@@ -154,11 +150,8 @@ def packed_rows(
     else:
         chosen_N = is_held_out(store.keys_N, config.held_out_fraction) == (split == "validation")
     size = "small" if split == "validation" else "large"
-    reason = (
-        "all of them are in the training data too"
-        if own_set
-        else f"validation_fraction {config.validation_fraction} is too {size}"
-    )
+    reason = f"validation_fraction {config.validation_fraction} is too {size}"
+    reason = "all of them are in the training data too" if own_set else reason
     check(bool(chosen_N.any()), f"of {len(chosen_N)} documents none is for {split}: {reason}")
     rows = pack(store, by_key(store.keys_N, chosen_N), seq_len, config)
     return replace(rows, num_shared=int((~chosen_N).sum()) if own_set else 0)
@@ -174,14 +167,3 @@ def by_key(
     """
     numbers = np.flatnonzero(chosen_N)
     return numbers[np.argsort(keys_N[numbers], kind="stable")]
-
-
-def _own_rows(batch_size: int, own_B: Own) -> np.ndarray:
-    """The numbers of a host's rows, in order; all of them for None."""
-    check(batch_size >= 1, f"a batch of {batch_size} rows is none: choose 1 or more")
-    numbers = list(range(batch_size) if own_B is None else own_B)
-    check(
-        numbers == sorted({*numbers} & {*range(batch_size)}) != [],
-        f"rows {numbers} of a host are not some of 0..{batch_size - 1}, in order",
-    )
-    return np.asarray(numbers)

@@ -1,11 +1,21 @@
-"""The source of a configuration, rows of files, and the templates that make documents of rows."""
+"""Documents in one order, and their sources: text files, rows of files, TFDS, Python's own source.
 
-import csv
-import json
+TFDS works without TensorFlow. It downloads most of its text data sets by itself the first time that
+they are named (gsm8k, cnn_dailymail, squad, ...). Some need files that it does not download (xsum,
+samsum, booksum, ...): it says where to get them and where to put them. A data set that was prepared
+elsewhere is read from its directory, also without the class that made it.
+"""
+
+import hashlib
+import importlib
 import numbers
+import os
+import platform
+import re
 import string
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
+import sysconfig
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -13,51 +23,201 @@ from typing import Any
 import numpy as np
 
 from lsjax.config import ConfigError, DataConfig, check
-from lsjax.data.documents import (
-    Document,
-    Source,
-    find_files,
-    python_source,
-    read_lines,
-    stop_at,
-    text_files,
-)
+from lsjax.data.files import Fields, find_files, json_rows, read_lines, tab_separated_rows
 
-Fields = Mapping[str, Any]
-Refuse = Callable[[ConfigError], None]
+# Tests are repetitive; packages are whatever was installed; the rest belongs to one machine.
+LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+OF_ONE_MACHINE = ("_sysconfigdata", "sitecustomize", "usercustomize")
+# Where TFDS keeps classes that it does not find by itself without TensorFlow.
+TFDS_PACKAGES = ("text", "summarization", "question_answering", "translate")
+
+
+@dataclass(frozen=True)
+class Document:
+    """A text, or a response with the prompt before it."""
+
+    text: str
+    prompt: str = ""
+
+    @property
+    def key(self) -> int:
+        """64 bits of a hash of the prompt, or of a text without one: equal texts have equal keys,
+        and so have all responses to one prompt."""
+        content = (self.prompt or self.text).encode()
+        return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
+
+
+@dataclass(frozen=True)
+class Source:
+    """Documents in one order, the same on every machine that has the same files.
+
+    name: its name in messages. files: the files behind it. read: yields the documents, and raises
+    ConfigError with file and line where it can't. part: which part of the files it reads, if not
+    all.
+    """
+
+    name: str
+    files: Sequence[Path]
+    read: Callable[[], Iterator[Document]]
+    part: str = ""
+
+    def documents(self) -> Iterator[Document]:
+        """All documents but those whose text is blank."""
+        return (document for document in self.read() if document.text.strip())
+
+    def fingerprint(self) -> str:
+        """Hash (hex) of the contents of the files in their order, but not of their names."""
+        whole = hashlib.sha256(self.part.encode())
+        for path in self.files:
+            with path.open("rb") as file:
+                whole.update(hashlib.file_digest(file, "sha256").digest())
+        return whole.hexdigest()
 
 
 def document_source(config: DataConfig, *, validation: bool = False) -> Source:
     """The source of a configuration.
 
-    validation: opens the validation set of its own, if the config has one.
+    validation: opens the separate validation set.
 
     Raises ConfigError where files are missing.
     """
     paths = config.validation_paths if validation else config.paths
-    match config.source:
-        case "python_source":
-            return python_source()
-        case "text":
-            return text_files(paths, config.separator)
-        case "jsonl" | "tsv":
-            name, files, part = " ".join(paths), find_files(paths), ""
-            rows = partial(_rows_of_files, files, config.source)
-        case "tfds":
-            # Only here: its import takes a second.
-            from lsjax.data.tfds_rows import TfdsRows
+    if config.source == "python_source":
+        return python_source()
+    if config.source == "text":
+        return text_files(paths, config.separator)
+    if config.source == "tfds":
+        split = config.validation_split if validation else config.tfds_split
+        name, files, rows = tfds_split(config.tfds_name, split, config.tfds_data_dir)
 
-            part = config.validation_split if validation else config.tfds_split
-            data_set = TfdsRows(config.tfds_name, part, config.tfds_data_dir)
-            name, files, rows = data_set.name, data_set.files, data_set.rows
-    return Source(
-        name, files, lambda: (row_document(row, config, where) for where, row in rows()), part
+        def read_tfds() -> Iterator[Document]:
+            return (row_document(row, config, where) for where, row in rows())
+
+        return Source(name, files, read_tfds, split)
+    files = find_files(paths)
+    rows_of = json_rows if config.source == "jsonl" else tab_separated_rows
+
+    def read_rows() -> Iterator[Document]:
+        for file in files:
+            for line, row in rows_of(file):
+                yield row_document(row, config, f"{file}, line {line}")
+
+    return Source(" ".join(paths), files, read_rows)
+
+
+def python_source() -> Source:
+    """Text that every machine has: the standard library of the Python that runs this.
+
+    Each module is a document, in the order of their paths; bytes that are not UTF-8 are replaced.
+    """
+    root, found = Path(sysconfig.get_path("stdlib")), []
+    for folder, folders, names in os.walk(root):
+        folders[:] = [name for name in folders if name not in LEFT_OUT]  # not walked into
+        own = (name for name in names if not name.startswith(OF_ONE_MACHINE))
+        found += [Path(folder, name) for name in own if name.endswith(".py")]
+    check(
+        bool(found),
+        f"{root} has no .py files: this Python comes without its source, choose --data.source",
+    )
+    files = sorted(found, key=Path.as_posix)
+
+    def read() -> Iterator[Document]:
+        return (Document(file.read_text(encoding="utf-8", errors="replace")) for file in files)
+
+    return Source(f"standard library of Python {platform.python_version()}", files, read)
+
+
+def text_files(paths: Sequence[str], separator: str) -> Source:
+    """Documents of plain text; separators are no part of them.
+
+    paths: files or patterns, as for `find_files`.
+    separator: "file" makes each file a document, "blank_line" ends one at each run of blank lines;
+      anything else is a marker that stands between documents.
+    """
+    files = find_files(paths)
+
+    def read() -> Iterator[Document]:
+        for file in files:
+            text = "".join(line for _, line in read_lines(file))
+            match separator:
+                case "file":
+                    pieces = [text]
+                case "blank_line":
+                    pieces = re.split(r"\n(?:[^\S\n]*\n)+", text)
+                case marker:
+                    pieces = text.split(marker)
+            yield from map(Document, pieces)
+
+    return Source(" ".join(paths), files, read)
+
+
+def tfds_split(
+    name: str, split: str, data_dir: str = ""
+) -> tuple[str, list[Path], Callable[[], Iterator[tuple[str, Fields]]]]:
+    """A split, or a part of one, of a TensorFlow data set; downloaded if it has to be.
+
+    Returns:
+      Its name in messages, its files, and a function that yields the place and the fields of each
+      row. Texts are bytes.
+
+    Raises ConfigError for an unknown name or split, for files that are to be fetched by hand, for a
+    failed download, and for a data set that was prepared in another format.
+    """
+    import tensorflow_datasets as tfds  # here, because it takes a second
+
+    builder = tfds_builder(name, data_dir=data_dir or None)
+    if not builder.is_prepared():
+        builder = tfds_builder(name, data_dir=data_dir or None, file_format="array_record")
+        settings = tfds.download.DownloadConfig(try_download_gcs=False)
+        try:
+            builder.download_and_prepare(download_config=settings)
+        except Exception as error:  # of the network, the disk or the data set; files to get by hand
+            raise ConfigError(
+                f"{name} could not be prepared ({_one_line(error)}): mend that, or prepare it "
+                f"elsewhere with file_format='array_record' and copy it to {builder.data_path}"
+            ) from error
+    written = builder.info.file_format.value
+    check(
+        written == "array_record",
+        f"{builder.data_path} was prepared as {written}, which only TensorFlow reads: prepare "
+        'it again with file_format="array_record" (another tfds_data_dir, or remove it)',
+    )
+    try:
+        source = builder.as_data_source(split=split)
+        files = [Path(file) for file in builder.info.splits[split].filepaths]
+    except (ValueError, AssertionError) as error:
+        raise ConfigError(
+            f"{name} has no split {split!r} ({_one_line(error)}): choose one of "
+            f"{', '.join(builder.info.splits)}, or a part such as train[:10%]"
+        ) from None
+    title = f"{name} {split}"
+    return title, files, lambda: ((f"{title}, row {n}", source[n]) for n in range(len(source)))
+
+
+def tfds_builder(name: str, **settings: Any) -> Any:
+    """TFDS's builder of a data set. Raises ConfigError for an unknown one."""
+    import tensorflow_datasets as tfds
+    from tensorflow_datasets.core.registered import DatasetNotFoundError
+
+    dataset = name.partition("/")[0]
+    modules = [f"{p}.{m}" for p in TFDS_PACKAGES for m in (f"{dataset}.{dataset}", dataset)]
+    for module in (None, *modules):
+        try:
+            if module is not None:
+                importlib.import_module(f"tensorflow_datasets.{module}")
+            return tfds.builder(name, **settings)
+        except (DatasetNotFoundError, ModuleNotFoundError):
+            continue
+        except Exception as error:  # no such config or version, or what another site says
+            raise ConfigError(f"tfds_name {name!r}: {_one_line(error)}") from None
+    raise ConfigError(
+        f"TensorFlow Datasets has no {name!r}: check its spelling, name the tfds_data_dir that "
+        "holds it, or use source jsonl or tsv with its files"
     )
 
 
-def _rows_of_files(files: Sequence[Path], kind: str) -> Iterator[tuple[str, Fields]]:
-    reader = json_rows if kind == "jsonl" else tab_separated_rows
-    return ((f"{file}, line {line}", row) for file in files for line, row in reader(file))
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:600] or type(error).__name__
 
 
 def training_documents(config: DataConfig) -> Iterator[Document]:
@@ -74,65 +234,6 @@ def is_held_out(key: int | np.ndarray, fraction: float) -> bool | np.ndarray:
     documents are on the same side.
     """
     return key < int(fraction * 2**64)
-
-
-def json_rows(file: Path, refuse: Refuse = stop_at) -> Iterator[tuple[int, Fields]]:
-    """Line numbers and objects; blank lines are skipped.
-
-    Raises ConfigError with file and line, or hands it to `refuse` and leaves the line out.
-    """
-    for number, line in read_lines(file, refuse):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            problem = f"is not JSON ({getattr(error, 'msg', error)}): mend it"
-            refuse(ConfigError(f"{file}, line {number} {problem}"))
-            continue
-        if isinstance(row, dict):
-            yield number, row
-        else:
-            refuse(ConfigError(f"{file}, line {number} is no object: write {{...}}"))
-
-
-def tab_separated_rows(file: Path, refuse: Refuse = stop_at) -> Iterator[tuple[int, Fields]]:
-    """Line numbers and columns by the names in the header; quotes are plain characters.
-
-    Raises ConfigError with file and line, or hands it to `refuse` and leaves the line out.
-    """
-    lines = ((n, line.removesuffix("\n").split("\t")) for n, line in read_lines(file, refuse))
-    yield from _named_columns(file, lines, refuse)
-
-
-def comma_separated_rows(file: Path, refuse: Refuse = stop_at) -> Iterator[tuple[int, Fields]]:
-    """Rows of a .csv file like those of a .tsv; quoted columns may hold commas and line ends."""
-    begin = 1
-
-    def lines() -> Iterator[tuple[int, list[str]]]:
-        nonlocal begin
-        reader = csv.reader(line for _, line in read_lines(file, refuse))
-        for columns in reader:
-            yield begin, columns
-            begin = reader.line_num + 1
-
-    try:
-        yield from _named_columns(file, lines(), refuse)
-    except csv.Error as error:  # a column of more than 128 KB, say: where the next begins is unsure
-        raise ConfigError(f"{file}, line {begin} is not CSV ({error}): mend it") from None
-
-
-def _named_columns(
-    file: Path, lines: Iterator[tuple[int, list[str]]], refuse: Refuse
-) -> Iterator[tuple[int, Fields]]:
-    rows = ((number, columns) for number, columns in lines if "".join(columns).strip())
-    _, names = next(rows, (0, []))
-    for number, columns in rows:
-        if len(columns) == len(names):
-            yield number, dict(zip(names, columns, strict=True))
-        else:
-            counts = f"{len(columns)} columns, the header {len(names)}"
-            refuse(ConfigError(f"{file}, line {number} has {counts}: a tab or a line too many?"))
 
 
 def row_document(row: Fields, config: DataConfig, where: str) -> Document:

@@ -3,45 +3,33 @@
 A directory of the cache, named by a hash of the source's content, the tokenizer and all settings
 that the tokens depend on:
 
-    tokens.npy   the tokens of all documents, one after the other, uint16 or uint32
-    starts.npy   where each document begins, and where the last one ends
-    prompts.npy  how many of each document's tokens are its prompt
-    keys.npy     the hash of each document
-    store.json   a hash of the four, and their lengths
+    tokens.bin     the tokens of all documents, one after the other, uint16 or uint32
+    documents.npz  where each document begins (and the last one ends), how many of its tokens are
+                   its prompt, its hash; and the fingerprint of all that
 """
 
 import hashlib
 import json
-import os
 import shutil
-import uuid
 from array import array
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 from jaxtyping import Int32, Int64, UInt64
+from rich.console import Console
+from rich.progress import Progress
 
 from lsjax.config import DataConfig, check
-from lsjax.data.documents import Document, Source
-from lsjax.data.sources import document_source
+from lsjax.data.files import whole_directory
+from lsjax.data.sources import Document, Source, document_source
 from lsjax.data.tokenizer import Tokenizer, TokenizerError
 
-FORMAT = 2  # to be raised when other code makes other tokens of the same text
-ARRAYS = ("tokens", "starts", "prompts", "keys")
-BLOCK = 1 << 20  # tokens that are written at a time
+FORMAT = 3  # to be raised when other code makes other tokens of the same text, or other files
 # Characters that SentencePiece seldom joins with what follows; its normalizers drop the first.
 MARKS = ("\x01", ".", ":", "0", "\u4e00")
-
-
-def cache_directory() -> Path:
-    """For files that can be made again: $LSJAX_CACHE, else lsjax below $XDG_CACHE_HOME or
-    ~/.cache."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("LSJAX_CACHE") or Path(base) / "lsjax")
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,32 +54,30 @@ class TokenStore:
 def token_store(
     config: DataConfig, tokenizer: Tokenizer, *, cache: Path, validation: bool = False
 ) -> TokenStore:
-    """The tokens of the config's source, or of its own validation set; made unless in the cache.
+    """The tokens of the config's source, or of its separate validation set; made unless in the
+    cache.
 
     Raises ConfigError where data are missing or can't be read, where no document is found, and for
     a tokenizer without the end token that the config asks for.
     """
-    check(
-        not config.append_end or bool(tokenizer.eos_ids),
-        "this tokenizer has no end token: set append_end to False",
-    )
-    end = next(iter(tokenizer.eos_ids), 0)
+    end = next(iter(tokenizer.eos_ids), tokenizer.vocab_size)
     check(
         not config.append_end or end < tokenizer.vocab_size,
-        f"the end token {end} has no row in the model's table of {tokenizer.vocab_size} rows: set "
-        "append_end to False, or enlarge the model's vocabulary",
+        f"this tokenizer has no end token among the {tokenizer.vocab_size} rows of the model's "
+        "table: set append_end to False",
     )
     source = document_source(config, validation=validation)
     limit = None if validation else config.max_documents
+    dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
     directory = cache / "tokens" / _name(config, tokenizer, source, limit)
     was_there = directory.is_dir()  # then it was whole: directories appear when they are
-    store = _load(directory)
+    store = _load(directory, dtype)
     if store is None:
         if was_there:
             shutil.rmtree(directory, ignore_errors=True)
         with whole_directory(directory) as partial:
-            _write(partial, config, tokenizer, source, limit)
-        store = _load(directory)
+            _write(partial, config, tokenizer, source, limit, dtype)
+        store = _load(directory, dtype)
         check(store is not None, f"{directory} can't be read back: is the disk in order?")
     return store
 
@@ -125,20 +111,6 @@ def _continuation(text: str, tokenizer: Tokenizer, special: bool) -> list[int]:
     raise TokenizerError(f"the tokenizer joins {text[:40]!r} with whatever stands before it")
 
 
-def _load(directory: Path) -> TokenStore | None:
-    """The store in a directory; None if it is not there, or not as it was written."""
-    try:
-        about = json.loads((directory / "store.json").read_text())
-        arrays = [np.load(directory / f"{name}.npy", mmap_mode="r") for name in ARRAYS]
-        if [len(array) for array in arrays] != about["lengths"]:
-            return None
-    except (OSError, ValueError, LookupError, EOFError):
-        return None
-    tokens, *others = arrays
-    # A plain view of the tokens: slices of a memmap cost several times those of an array.
-    return TokenStore(tokens.view(np.ndarray), *map(np.array, others), about["fingerprint"])
-
-
 def _name(config: DataConfig, tokenizer: Tokenizer, source: Source, limit: int | None) -> str:
     made_of = [
         *(FORMAT, source.fingerprint(), tokenizer.fingerprint, tokenizer.add_bos, limit),
@@ -151,70 +123,47 @@ def _name(config: DataConfig, tokenizer: Tokenizer, source: Source, limit: int |
 
 
 def _write(
-    folder: Path, config: DataConfig, tokenizer: Tokenizer, source: Source, limit: int | None
+    folder: Path,
+    config: DataConfig,
+    tokenizer: Tokenizer,
+    source: Source,
+    limit: int | None,
+    dtype: np.dtype,
 ) -> None:
-    small = tokenizer.vocab_size <= 1 << 16
-    starts, prompts, keys = array("q", [0]), array("i"), array("Q")
-    raw, held = folder / "tokens.raw", array("H" if small else "I")
-    # Here, because decoding works without it.
-    from rich.console import Console
-    from rich.progress import Progress
-
-    with raw.open("wb") as file, Progress(console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task(f"tokens of {source.name}", total=source.num_bytes())
+    starts, prompts, keys, digest = array("q", [0]), array("i"), array("Q"), hashlib.sha256()
+    size = sum(file.stat().st_size for file in source.files)
+    progress = Progress(console=Console(stderr=True), transient=True)
+    with (folder / "tokens.bin").open("wb") as file, progress:
+        task = progress.add_task(f"tokens of {source.name}", total=size)
         for document in islice(source.documents(), limit):
             ids, prompt = encode_document(document, config, tokenizer)
-            held.extend(ids)
+            tokens = np.array(ids, dtype).tobytes()
+            file.write(tokens)
+            digest.update(tokens)
             starts.append(starts[-1] + len(ids))
             prompts.append(prompt)
             keys.append(document.key)
             progress.advance(task, len(document.prompt) + len(document.text))
-            if len(held) >= BLOCK:
-                held.tofile(file)
-                del held[:]
-        held.tofile(file)
     check(len(keys) > 0, f"{source.name} holds no text: every document of it is empty")
-    dtype = np.uint16 if small else np.uint32
-    tokens = np.memmap(raw, dtype=dtype, mode="r", shape=(starts[-1],))
-    arrays = (tokens, np.array(starts), np.array(prompts), np.array(keys))
-    digest = hashlib.sha256()
-    for name, values in zip(ARRAYS, arrays, strict=True):
-        np.save(folder / f"{name}.npy", values)
-        digest.update(values.data)
-    raw.unlink()
-    about = {"fingerprint": digest.hexdigest(), "lengths": [len(values) for values in arrays]}
-    (folder / "store.json").write_text(json.dumps(about))
+    for numbers in (starts, prompts, keys):
+        digest.update(numbers)
+    np.savez(
+        folder / "documents.npz",
+        starts=np.array(starts),
+        prompts=np.array(prompts),
+        keys=np.array(keys),
+        fingerprint=digest.hexdigest(),
+    )
 
 
-def write_whole(file: Path, content: bytes) -> None:
-    """Writes a file under another name first, and then renames it."""
-    partial = _partial(file)
+def _load(directory: Path, dtype: np.dtype) -> TokenStore | None:
+    """The store in a directory; None if it is missing, or not as it was written."""
     try:
-        partial.write_bytes(content)
-        partial.replace(file)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-@contextmanager
-def whole_directory(directory: Path) -> Iterator[Path]:
-    """A directory to write into, which takes the given name when the block has ended well.
-
-    If another process has finished the same one by then, that one stays.
-    """
-    partial = _partial(directory)
-    partial.mkdir()
-    try:
-        yield partial
-        try:
-            partial.rename(directory)
-        except OSError:
-            if not directory.is_dir():
-                raise
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def _partial(path: Path) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return path.with_name(f".partial-{uuid.uuid4().hex}")
+        with np.load(directory / "documents.npz") as arrays:
+            starts_N1, prompts_N, keys_N = (arrays[k] for k in ("starts", "prompts", "keys"))
+            fingerprint = str(arrays["fingerprint"])
+        tokens = np.memmap(directory / "tokens.bin", dtype, "r", shape=(int(starts_N1[-1]),))
+    except (OSError, ValueError, LookupError, EOFError, BadZipFile):
+        return None
+    # A plain view of the tokens: slices of a memmap cost several times those of an array.
+    return TokenStore(tokens.view(np.ndarray), starts_N1, prompts_N, keys_N, fingerprint)

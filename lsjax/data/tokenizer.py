@@ -1,4 +1,4 @@
-"""One interface for SentencePiece, tokenizer.json, Llama-3's tiktoken file, GGUF and plain bytes.
+"""One interface for tokenizer.json, SentencePiece, GGUF and plain bytes.
 
 The `sentencepiece` and `tokenizers` libraries encode. Decoding is done here, from one table of
 id -> bytes, the same for every kind of tokenizer. A text is the bytes of its tokens, so a streaming
@@ -16,7 +16,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+
+from lsjax.data.files import read_json, write_json
 
 # Tokenizers with one vocabulary may differ in digits, whitespace, contractions and rare characters.
 PROBE = "Hello  world!\n\n\tdef f(x):\n        return 12345 + 6.78  # it's\r\n ¿Qué? 你好 ﬁ 🙂👍🏽 "
@@ -65,10 +66,10 @@ class Tokenizer(ABC):
         Args:
           text: any valid Unicode.
           add_bos: put `bos_id` first; None does what the tokenizer's files say (`self.add_bos`).
-            No end token is ever added. A text made by a chat template has its own: pass False.
+            A text made by a chat template has its own: pass False.
           allow_special: True reads the spelling of a special token ("</s>", "<|eot_id|>") as that
-            token, as transformers does. False keeps it plain text: for untrusted text and for
-            training text. Tokens that were added but not declared special are always read.
+            token, as transformers does. False keeps it plain text, for untrusted and training text.
+            Tokens that were added but not declared special are always read.
 
         Raises:
           TokenizerError: `text` holds lone surrogates, or there is no `bos_id` to add, or the
@@ -120,7 +121,7 @@ class Tokenizer(ABC):
         Special tokens are left out, or spelled if `skip_special` is False. Ids without a token
         (the padding of an embedding table) add nothing.
         """
-        stream = StreamDecoder(self, prompt_ids=(), skip_special=skip_special)
+        stream = StreamDecoder(self, (), skip_special=skip_special)
         return stream.push(ids) + stream.finish()
 
     def token_bytes(self, token_id: int, *, skip_special: bool = True) -> bytes:
@@ -142,11 +143,11 @@ class Tokenizer(ABC):
         }
         if self.chat_template is not None:
             config["chat_template"] = self.chat_template
-        _write_json(directory / "tokenizer_config.json", config)
+        write_json(directory / "tokenizer_config.json", config)
         if len(self.eos_ids) > 1:  # tokenizer_config.json has room for one only
             file = directory / "generation_config.json"
-            generation = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-            _write_json(file, generation | {"eos_token_id": list(self.eos_ids)})
+            generation = read_json(file, TokenizerError) if file.exists() else {}
+            write_json(file, generation | {"eos_token_id": list(self.eos_ids)})
 
     @property
     def special_tokens(self) -> dict[str, str]:
@@ -173,7 +174,7 @@ class Tokenizer(ABC):
 
 
 class StreamDecoder:
-    """Text of tokens as they come, never a part of a character: O(1) for each new token.
+    """Text of tokens as they come, never a part of a character.
 
     All `push`es and `finish` together give the text that the new tokens add behind the prompt.
     Unlike `decode` of them it keeps the space before a first word.
@@ -222,7 +223,3 @@ class StreamDecoder:
 def first_line(error: BaseException) -> str:
     """The first line of an error, or its type if it says nothing."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]
-
-
-def _write_json(file: Path, content: dict[str, Any]) -> None:
-    file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

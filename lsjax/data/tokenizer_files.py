@@ -1,47 +1,32 @@
-"""Loading a tokenizer from tokenizer.json, tokenizer.model (SentencePiece or tiktoken) or GGUF."""
+"""Loading a tokenizer from tokenizer.json, tokenizer.model (SentencePiece) or GGUF."""
 
 from __future__ import annotations
 
-import base64
-import json
-import re
 from collections.abc import Callable
-from itertools import count
 from pathlib import Path
 from typing import Any
 
 import tokenizers
+from tokenizers import pre_tokenizers
 
 from lsjax.config import split_step
+from lsjax.data.files import open_gguf, read_json
 from lsjax.data.tokenizer import Tokenizer, TokenizerError, first_line
-from lsjax.data.tokenizer_gguf import load_gguf
-from lsjax.data.tokenizer_huggingface import (
+from lsjax.data.tokenizer_backends import (
+    BYTE_PIECE,
     HuggingFaceTokenizer,
+    SentencePieceTokenizer,
     added_token,
-    all_merges,
-    byte_characters,
     byte_level_bpe,
     llama3_words,
 )
-from lsjax.data.tokenizer_sentencepiece import SentencePieceTokenizer
 
-MAX_FILE_BYTES = 256 << 20  # far above any real one
-TIKTOKEN_LINE = re.compile(rb"[A-Za-z0-9+/]+={0,2} [0-9]{1,9}")
-LLAMA3_NAMED_SPECIALS = {  # offset from the first special token; all the others are reserved
-    0: "<|begin_of_text|>",
-    1: "<|end_of_text|>",
-    4: "<|finetune_right_pad_id|>",
-    6: "<|start_header_id|>",
-    7: "<|end_header_id|>",
-    8: "<|eom_id|>",
-    9: "<|eot_id|>",
-    10: "<|python_tag|>",
-}
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4  # token types of GGUF and of SentencePiece
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """Loads a tokenizer.json, a tokenizer.model (SentencePiece or tiktoken), a *.gguf, or a
-    directory with one of the first two. That may be a training run; a step after its @ is ignored.
+    """Loads a tokenizer.json, a tokenizer.model (SentencePiece), a *.gguf, or a directory with one
+    of the first two. That may be a training run; a step after its @ is ignored.
 
     If a directory has both, tokenizer.json wins: transformers reads it, and it alone has tokens
     that were added later. A SentencePiece model of the same size wins over it, since the json is
@@ -68,43 +53,43 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 
 def _load(path: Path) -> Tokenizer:
     if path.suffix == ".gguf":
-        return load_gguf(path)
-    if path.is_dir():
-        json_file, model_file = path / "tokenizer.json", path / "tokenizer.model"
-        if not json_file.exists() and not model_file.exists():
-            raise TokenizerError(
-                f"{path} has neither tokenizer.json nor tokenizer.model: name a directory or file "
-                "that does, or a .gguf"
-            )
-        if not json_file.exists():
-            return _load_model(model_file)
-        from_json = _load_json(json_file)
-        try:
-            from_model = _load_model(model_file) if model_file.exists() else None
-        except TokenizerError:  # it lacks added tokens that the settings name: the json has all
-            return from_json
-        exact = isinstance(from_model, SentencePieceTokenizer)
-        return from_model if exact and from_model.vocab_size == from_json.vocab_size else from_json
-    if path.suffix == ".json":
-        return _load_json(path)
-    return _load_model(path)
+        return _load_gguf(path)
+    if not path.is_dir():
+        return _load_json(path) if path.suffix == ".json" else _load_model(path)
+    json_file, model_file = path / "tokenizer.json", path / "tokenizer.model"
+    if not json_file.exists() and not model_file.exists():
+        raise TokenizerError(
+            f"{path} has neither tokenizer.json nor tokenizer.model: name a directory or file "
+            "that does, or a .gguf"
+        )
+    if not json_file.exists():
+        return _load_model(model_file)
+    from_json = _load_json(json_file)
+    try:
+        from_model = _load_model(model_file) if model_file.exists() else None
+    except TokenizerError:  # Llama 3's, or without added tokens that the settings name
+        return from_json
+    exact = from_model is not None and from_model.vocab_size == from_json.vocab_size
+    return from_model if exact else from_json
 
 
 def _load_json(file: Path) -> HuggingFaceTokenizer:
-    if "model" not in _read_json(file):
+    if "model" not in read_json(file, TokenizerError):
         raise TokenizerError(f"{file} is JSON but no tokenizer (no 'model'): wrong file?")
     backend = tokenizers.Tokenizer.from_file(str(file))
     return HuggingFaceTokenizer(backend, **_settings(file, backend.token_to_id))
 
 
-def _load_model(file: Path) -> Tokenizer:
-    model = _read_file(file)
-    if TIKTOKEN_LINE.match(model.partition(b"\n")[0]):
-        return _tiktoken(file, model)
+def _load_model(file: Path) -> SentencePieceTokenizer:
+    content = file.read_bytes()
+    if not content:
+        raise TokenizerError(f"{file} is empty: download or export it again")
     try:
-        tokenizer = SentencePieceTokenizer(model)
+        tokenizer = SentencePieceTokenizer(content)
     except TokenizerError as error:
-        raise TokenizerError(f"{file} is {error}: truncated or another file?") from error
+        raise TokenizerError(
+            f"{file} is {error}: truncated, or Llama 3's, whose tokenizer.json is read"
+        ) from error
     added = _beside(file, "tokenizer_config.json").get("added_tokens_decoder") or ()
     if (largest := max(map(int, added), default=-1)) >= tokenizer.vocab_size:
         raise TokenizerError(
@@ -116,35 +101,6 @@ def _load_model(file: Path) -> Tokenizer:
     tokenizer.add_bos &= settings["add_bos"] is not False
     tokenizer.chat_template = settings["chat_template"]
     return tokenizer
-
-
-def _tiktoken(file: Path, content: bytes) -> HuggingFaceTokenizer:
-    """Llama 3's file: a line `base64 rank` for each token, then 256 special tokens."""
-    tokens: list[str] = []
-    characters = byte_characters()
-    for number, line in enumerate(content.splitlines()):
-        if not TIKTOKEN_LINE.fullmatch(line) or int(line.split()[1]) != number:
-            raise TokenizerError(
-                f"line {number + 1} is not 'base64 {number}': truncated or damaged, download again"
-            )
-        token = base64.b64decode(line.split()[0], validate=True)
-        tokens.append("".join(characters[byte] for byte in token))
-    vocab = {token: rank for rank, token in enumerate(tokens)}
-    if len(vocab) != len(tokens) or not vocab.keys() >= set(characters.values()):
-        raise TokenizerError("tokens appear twice or single bytes are missing: a damaged file")
-    merges = all_merges(tokens, vocab)
-    backend = byte_level_bpe(vocab, merges, llama3_words(), whole_words=True)
-    reserved = count()
-    specials = (
-        LLAMA3_NAMED_SPECIALS.get(i) or f"<|reserved_special_token_{next(reserved)}|>"
-        for i in range(256)
-    )
-    backend.add_special_tokens([added_token(name) for name in specials])
-    first = len(tokens)
-    settings = _settings(file, backend.token_to_id)
-    settings |= {"bos_id": first, "eos_ids": (first + 1, first + 9, first + 8)}
-    settings["add_bos"] = settings["add_bos"] is not False
-    return HuggingFaceTokenizer(backend, **settings)
 
 
 def _settings(file: Path, id_of: Callable[[str], int | None]) -> dict[str, Any]:
@@ -175,7 +131,7 @@ def _settings(file: Path, id_of: Callable[[str], int | None]) -> dict[str, Any]:
     bos_ids = ids(generation.get("bos_token_id") if bos is None else bos)
     jinja, template = file.parent / "chat_template.jinja", config.get("chat_template")
     if jinja.exists():
-        template = _read_file(jinja).decode("utf-8")
+        template = jinja.read_text(encoding="utf-8")
     elif isinstance(template, list):  # several, by name
         template = {t["name"]: t["template"] for t in template}.get("default")
     return {
@@ -188,29 +144,78 @@ def _settings(file: Path, id_of: Callable[[str], int | None]) -> dict[str, Any]:
 
 def _beside(file: Path, name: str) -> dict[str, Any]:
     other = file.parent / name
-    return _read_json(other) if other.exists() else {}
+    return read_json(other, TokenizerError) if other.exists() else {}
 
 
-def _read_file(file: Path) -> bytes:
-    """Content of a file that is there, not empty and not absurdly large."""
-    try:
-        if (size := file.stat().st_size) > MAX_FILE_BYTES:
-            raise TokenizerError(f"{file} has {size} bytes: too large for a tokenizer, wrong file?")
-        content = file.read_bytes()
-    except OSError as error:
-        raise TokenizerError(f"cannot read {file} ({error.strerror}): check the path") from error
-    if not content:
-        raise TokenizerError(f"{file} is empty: download or export it again")
-    return content
+def _load_gguf(file: Path) -> Tokenizer:
+    """The tokenizer that a GGUF carries, in its keys tokenizer.*."""
+    fields = {
+        name.removeprefix("tokenizer.").removeprefix("ggml."): field.contents()
+        for name, field in open_gguf(file, TokenizerError).fields.items()
+        if name.startswith("tokenizer.")
+    }
+    kind, tokens = fields.get("model"), fields.get("tokens")
+    if kind not in ("llama", "gpt2") or not tokens:
+        raise TokenizerError(
+            f"{file} has a tokenizer of kind {kind!r}, with {len(tokens or ())} tokens; known are "
+            "gpt2 and llama: take a file that has one"
+        )
+    types = fields.get("token_type", [NORMAL] * len(tokens))
+    ends = [fields.get(f"{name}_token_id") for name in ("eos", "eot", "eom")]
+    eos_ids = list(dict.fromkeys(i for i in ends if i is not None))
+    bos_id = fields.get("bos_token_id")
+    for i in [*eos_ids, *([] if bos_id is None else [bos_id])]:
+        if not 0 <= i < len(tokens):
+            raise TokenizerError(f"{file} names token {i}, but has {len(tokens)}: a damaged file")
+    # Files from before the key was there: those of Llama 3 are told by its tokens.
+    unnamed = "llama-bpe" if "<|begin_of_text|>" in tokens else "default"
+    pre = fields.get("pre", unnamed)
+    settings = {
+        "eos_ids": eos_ids,
+        "add_bos": bool(fields.get("add_bos_token", kind == "llama" or pre == "llama-bpe")),
+        "chat_template": fields.get("chat_template"),
+    }
+    if kind == "llama":
+        model = _sentencepiece_model(tokens, fields, types, bos_id, eos_ids)
+        return SentencePieceTokenizer(model, **settings)
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    words = {
+        "default": byte_level,
+        "gpt-2": byte_level,
+        "smollm": pre_tokenizers.Sequence([digits, byte_level]),
+        "llama-bpe": llama3_words(),
+    }
+    if pre not in words:
+        raise TokenizerError(f"{file} splits words by {pre!r}; known are {', '.join(words)}")
+    merges = [tuple(merge.split(" ", 1)) for merge in fields["merges"]]
+    vocab = {token: i for i, token in enumerate(tokens)}
+    backend = byte_level_bpe(vocab, merges, words[pre], whole_words=pre == "llama-bpe")
+    typed = list(zip(tokens, types, strict=True))
+    backend.add_special_tokens([added_token(t) for t, kind in typed if kind in (UNKNOWN, CONTROL)])
+    backend.add_tokens([added_token(t, special=False) for t, kind in typed if kind == USER_DEFINED])
+    return HuggingFaceTokenizer(backend, bos_id=bos_id, **settings)
 
 
-def _read_json(file: Path) -> dict[str, Any]:
-    """Content of a file that holds a JSON object."""
-    text = _read_file(file)
-    try:
-        content = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise TokenizerError(f"{file} is no valid JSON ({first_line(error)}): repair it") from error
-    if not isinstance(content, dict):
-        raise TokenizerError(f"{file} is JSON but no object: wrong file?")
-    return content
+def _sentencepiece_model(
+    tokens: list[str], fields: dict[str, Any], types: list[int], bos_id: int | None, eos_ids: list
+) -> bytes:
+    """A serialized SentencePiece model, a BPE, of the same tokens."""
+    # Only here: a process can't import this and transformers' copy of another version.
+    from sentencepiece.sentencepiece_model_pb2 import ModelProto, TrainerSpec
+
+    model = ModelProto()
+    for token, score, kind in zip(tokens, fields["scores"], types, strict=True):
+        model.pieces.add(piece=token, score=score, type=kind)
+    trainer, normalizer = model.trainer_spec, model.normalizer_spec
+    trainer.model_type, trainer.vocab_size = TrainerSpec.BPE, len(tokens)
+    trainer.byte_fallback = any(BYTE_PIECE.fullmatch(token) for token in tokens)
+    unk_id, eos_id = fields.get("unknown_token_id", 0), next(iter(eos_ids), None)
+    for name, token_id in {"unk": unk_id, "bos": bos_id, "eos": eos_id, "pad": None}.items():
+        setattr(trainer, f"{name}_id", -1 if token_id is None else token_id)
+        if token_id is not None:  # the library looks it up by name
+            setattr(trainer, f"{name}_piece", tokens[token_id])
+    normalizer.name, normalizer.escape_whitespaces = "identity", True
+    normalizer.add_dummy_prefix = bool(fields.get("add_space_prefix", True))
+    normalizer.remove_extra_whitespaces = False
+    return model.SerializeToString()

@@ -9,7 +9,6 @@ import hashlib
 import heapq
 import io
 import json
-import re
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -17,13 +16,11 @@ from pathlib import Path
 import sentencepiece
 
 from lsjax.config import ConfigError, DataConfig, check, split_step
-from lsjax.data.documents import Document
-from lsjax.data.sources import training_documents
-from lsjax.data.token_store import write_whole
+from lsjax.data.files import write_whole
+from lsjax.data.sources import Document, training_documents
 from lsjax.data.tokenizer import Tokenizer, first_line
+from lsjax.data.tokenizer_backends import ByteTokenizer, SentencePieceTokenizer
 from lsjax.data.tokenizer_files import load_tokenizer
-from lsjax.data.tokenizer_huggingface import ByteTokenizer
-from lsjax.data.tokenizer_sentencepiece import SentencePieceTokenizer
 
 COUNTS = "token_counts.json"  # in a model's directory
 SAMPLE = 20_000_000  # characters that a vocabulary is trained on at most
@@ -62,8 +59,8 @@ def train_tokenizer(
 ) -> SentencePieceTokenizer:
     """A SentencePiece BPE of vocab_size: <unk> 0, <s> 1, </s> 2, 256 bytes, then pieces.
 
-    Text comes back as it was. Of more than `sample` characters it reads a random part, chosen by
-    the documents' hashes.
+    Decoding gives the text back exactly. Of more than `sample` characters it reads a random part,
+    chosen by the documents' hashes.
 
     Raises ConfigError where the text is too little, or has too many different characters.
     """
@@ -75,38 +72,33 @@ def train_tokenizer(
         digest.update(hashlib.sha256(text.encode()).digest())
     file = cache / "vocabularies" / f"{digest.hexdigest()[:32]}.model"
     if not file.is_file():
-        write_whole(file, _train(texts, settings))
+        write_whole(file, _train(texts, vocab_size))
     return SentencePieceTokenizer(file.read_bytes())
 
 
-def _train(texts: list[str], settings: dict) -> bytes:
-    model, vocab_size = io.BytesIO(), settings["vocab_size"]
+def _train(texts: list[str], vocab_size: int) -> bytes:
+    model = io.BytesIO()
     lines = (line for text in texts for line in text.split("\n") if line)
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=lines, model_writer=model, minloglevel=2, **settings
+            sentence_iterator=lines,
+            model_writer=model,
+            minloglevel=2,
+            vocab_size=vocab_size,
+            **SETTINGS,
         )
     except RuntimeError as error:
         characters = sum(map(len, texts))
-        if most := re.search(r"set it to a value <= (\d+)", str(error)):
-            raise ConfigError(
-                f"{characters} characters of text are too few for a vocabulary of {vocab_size}: "
-                f"choose a vocab_size of at most {most[1]}, or bytes, or more text"
-            ) from None
-        if least := re.search(r"required_chars\. \d+ vs (\d+)", str(error)):
-            raise ConfigError(
-                f"a vocabulary of {vocab_size} has no room for the bytes and the characters of "
-                f"this text: choose a vocab_size of at least {least[1]}, or bytes"
-            ) from None
         raise ConfigError(
-            f"SentencePiece can't train a vocabulary on this text ({first_line(error)})"
+            f"SentencePiece can't train a vocabulary of {vocab_size} on {characters} characters of "
+            f"text ({first_line(error)}): choose another data.vocab_size, or bytes"
         ) from error
     return model.getvalue()
 
 
 def _sample(documents: Iterable[Document], limit: int) -> list[str]:
-    """Texts of the documents with the smallest hashes, in their order: at least one, and as many as
-    make `limit` characters. The order of the documents does not matter."""
+    """Texts of the documents with the smallest hashes, in the order of the hashes: at least one,
+    and as many as make `limit` characters."""
     kept: list[tuple[int, str]] = []  # a heap, the largest hash on top
     total, bound = 0, 1 << 64
     for document in documents:
@@ -174,8 +166,7 @@ def find_counts(model: Path, cache: Path, tokenizer: Tokenizer) -> Counter[int]:
     Raises ConfigError if the counts are missing, with the command that makes them.
     """
     model, _ = split_step(model)
-    candidates = [model / COUNTS] if model.is_dir() else []
-    for file in (*candidates, cached_counts(cache, tokenizer)):
+    for file in (model / COUNTS, cached_counts(cache, tokenizer)):
         if file.is_file():
             return read_counts(file, tokenizer)
     raise ConfigError(

@@ -8,15 +8,16 @@ from itertools import islice
 from pathlib import Path
 
 from lsjax.config import ConfigError, DataConfig, check
-from lsjax.data.documents import Document, find_files, stop_at
-from lsjax.data.sources import (
+from lsjax.data.files import (
     Fields,
     Refuse,
     comma_separated_rows,
+    find_files,
     json_rows,
-    row_document,
+    stop_at,
     tab_separated_rows,
 )
+from lsjax.data.sources import Document, row_document, tfds_split
 
 # By the end of a file's name, behind which .gz may stand.
 READERS = {".jsonl": json_rows, ".tsv": tab_separated_rows, ".csv": comma_separated_rows}
@@ -95,10 +96,8 @@ def file_rows(paths: Sequence[str], refuse: Refuse = stop_at) -> Iterator[Placed
 
 def tfds_rows(name: str, split: str, data_dir: str) -> Iterator[PlacedRow]:
     """The rows of a TensorFlow data set."""
-    # Only here: its import takes a second.
-    from lsjax.data.tfds_rows import TfdsRows
-
-    for number, (where, row) in enumerate(TfdsRows(name, split, data_dir).rows()):
+    _, _, rows = tfds_split(name, split, data_dir)
+    for number, (where, row) in enumerate(rows()):
         yield f"{split}:{number}", where, row
 
 

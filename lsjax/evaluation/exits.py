@@ -18,7 +18,7 @@ from jax import lax
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
-from lsjax.checkpoints import EVALUATION
+from lsjax.checkpoints.run import EVALUATION
 from lsjax.config import AttentionKernel, ComputeDtype, check
 from lsjax.decoding.sampling import argmax
 from lsjax.decoding.state import check_exit

@@ -11,7 +11,7 @@ from functools import lru_cache
 from typing import Any
 
 from lsjax.config import ConfigError, check
-from lsjax.data.sources import Fields
+from lsjax.data.files import Fields
 from lsjax.evaluation.examples import Example, Task
 from lsjax.evaluation.sandbox import run_program
 

@@ -7,7 +7,7 @@ Whole sequences, by the kernel that suits the devices:
     flash   GPU kernel of flash.py: blocks of the weights, those that are hidden skipped
     cudnn   cuDNN's flash attention, on NVIDIA GPUs since Ampere
 
-All give the same up to rounding. On a mesh they run on each device's rows and heads.
+All give the same up to rounding, on a mesh for each device's rows and heads.
 """
 
 from functools import partial
@@ -152,8 +152,7 @@ def _cudnn(q_BTNH, k_BTKH, v_BTKH, segments_BT):
 
 
 def _flash(q_BTNH, k_BTKH, v_BTKH, segments_BT):
-    # Here, as Pallas takes most of a second to import.
-    from lsjax.model.flash import flash_attention
+    from lsjax.model.flash import flash_attention  # Pallas takes most of a second to import
 
     if segments_BT is None:
         segments_BT = jnp.zeros(q_BTNH.shape[:2], jnp.int32)
@@ -162,8 +161,7 @@ def _flash(q_BTNH, k_BTKH, v_BTKH, segments_BT):
 
 def _splash(q_BTNH, k_BTKH, v_BTKH, segments_BT):
     """Padding to whole blocks comes last, where no token looks."""
-    # Here, as it takes most of a second to import.
-    from jax.experimental.pallas.ops.tpu import splash_attention as splash
+    from jax.experimental.pallas.ops.tpu import splash_attention as splash  # likewise
 
     steps, heads, size = q_BTNH.shape[1:]
     block = min(BLOCKS, key=lambda block: -(-steps // block) * block)
@@ -216,9 +214,8 @@ def cached_attention(
     kv_heads, capacity = keys.shape[1:3]
     wide = jnp.promote_types(q_BTNH.dtype, jnp.float32)
     rows = heads // kv_heads * steps
-    q_BKRH = (
-        _grouped(q_BTNH, kv_heads).transpose(0, 2, 3, 1, 4).reshape(batch, kv_heads, rows, size)
-    )
+    q_BKGTH = _grouped(q_BTNH, kv_heads).transpose(0, 2, 3, 1, 4)
+    q_BKRH = q_BKGTH.reshape(batch, kv_heads, rows, size)
     position_BR = jnp.tile(positions_BT, (1, heads // kv_heads))  # of row r = (g, t)
     last = positions_BT.max()
 

@@ -158,7 +158,7 @@ def wait_to_see(condition: Callable[[], bool], what: str) -> None:
 
 @contextmanager
 def ending_together() -> Iterator[None]:
-    """One of several processes that fails ends at once, and the others follow (docs/hosts.md).
+    """One of several processes that fails ends at once, and the others follow (docs/pods.md).
 
     An ordinary exit would wait for the others, which wait for this one.
     """

@@ -19,7 +19,6 @@ import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 
-from lsjax.checkpoints import METRICS, read_metrics
 from lsjax.config import ConfigError, EarlyExitConfig, LlamaConfig, LoraConfig
 from lsjax.model.llama import Llama, stacked
 from lsjax.model.lora import split, with_adapters
@@ -110,6 +109,9 @@ class MetricsLog:
         self._file = self._board = None
         if directory is None:
             return
+        # A bare machine counts FLOPs without the packages that read checkpoints.
+        from lsjax.checkpoints.run import METRICS, read_metrics
+
         path = directory / METRICS
         kept = [row for row in read_metrics(directory) if row["step"] <= from_step]
         fresh = path.with_suffix(".new")

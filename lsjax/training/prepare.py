@@ -18,20 +18,14 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from lsjax.checkpoints import (
-    CHECKPOINTS,
-    begin_run,
-    held_out_losses,
-    is_run,
-    open_checkpoint,
-    read_run_config,
-    saved_steps,
-)
+from lsjax.checkpoints import open_checkpoint
+from lsjax.checkpoints.run import CHECKPOINTS, begin_run, held_out_losses, is_run, read_run_config
+from lsjax.checkpoints.steps import saved_steps
 from lsjax.config import EvaluationConfig, LlamaConfig, MeshConfig, TrainConfig, check
 from lsjax.config.checked import differences
+from lsjax.data.files import cache_directory, write_whole
 from lsjax.data.packing import PackedRows
 from lsjax.data.pipeline import SPLITS, OnePass, Pipeline, packed_rows
-from lsjax.data.token_store import cache_directory, write_whole
 from lsjax.data.tokenizer import Tokenizer
 from lsjax.data.vocabulary import COUNTS, make_tokenizer, write_counts
 from lsjax.sharding import make_mesh, own_rows, placed_rows

@@ -11,7 +11,8 @@ from typing import Any
 
 import jax
 
-from lsjax.checkpoints import CHECKPOINTS, Checkpoints, read_metrics
+from lsjax.checkpoints.run import CHECKPOINTS, read_metrics
+from lsjax.checkpoints.saving import Checkpoints
 from lsjax.config import TrainConfig, check
 from lsjax.model.llama import Llama
 from lsjax.training.hosts import is_first, signals
@@ -100,7 +101,7 @@ def train_run(
 
         def save(step: int, state: TrainState) -> None:
             position = {**run.pipeline.state(), "held_out": run.held_out.rows.fingerprint}
-            checkpoints.save(state, step=step, config=config, data=position)
+            checkpoints.save(state, step=step, data=position)
 
         directory = run.workdir if is_first() else None
         log = MetricsLog(directory, from_step=first, tensorboard=config.tensorboard)

@@ -13,7 +13,6 @@ from jax import lax
 from jax.sharding import Mesh
 from jaxtyping import Array, Int
 
-from lsjax.checkpoints import load
 from lsjax.config import OptimizerConfig, StepConfig, TrainConfig, check
 from lsjax.model.llama import Llama, stacked
 from lsjax.model.lora import joined, split, with_adapters
@@ -73,6 +72,8 @@ def initial_state(config: TrainConfig, mesh: Mesh | None, like: TrainState) -> T
     if not config.init_from:
         fresh = jax.jit(partial(_fresh_state, config), out_shardings=places)
         return fresh(jax.random.key(config.seed))
+    from lsjax.checkpoints import load  # a bare machine steps without the readers of files
+
     model = stacked(load(config.init_from, mesh=mesh))
     return jax.jit(partial(init_state, config), out_shardings=places, donate_argnums=0)(model)
 

@@ -5,8 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lsjax.checkpoints import fingerprints
-from lsjax.checkpoints.steps import fingerprint
+from lsjax.checkpoints.steps import fingerprint, fingerprints
 
 M = 2**32
 

@@ -11,13 +11,9 @@ import pytest
 from gguf import GGMLQuantizationType as Kind
 from gguf import quants
 
-from lsjax.checkpoints import (
-    CheckpointError,
-    load,
-    open_checkpoint,
-    read_generation_defaults,
-    save,
-)
+from lsjax.checkpoints import load, open_checkpoint
+from lsjax.checkpoints.huggingface import read_generation_defaults, save
+from lsjax.checkpoints.tensors import CheckpointError
 from lsjax.config import LlamaConfig, RopeScaling
 from lsjax.model.rope import rope_frequencies
 
@@ -272,7 +268,7 @@ def cut_row(tensors):
             "blk.0.attn_q_norm.weight': tensor has no place",
         ),
         (cut_row, "blk.1.attn_q.weight': shape .31, 32., but the config asks for .32, 32."),
-        (nan, "blk.0.ffn_up.weight': 1 of 1536 values are NaN or infinite"),
+        (nan, "blk.0.ffn_up.weight': 1 of 1536 values are NaN, infinite or"),
         (
             lambda t: t.update({"output_norm.weight": (np.ones(32, np.int8), Kind.I8)}),
             "output_norm.weight': type I8 cannot be dequantised",
@@ -295,14 +291,14 @@ def test_tensors_that_are_not_the_models(tmp_path, change, message):
         ({"split.count": 3}, "split.count is 3"),
         ({"llama.block_count": None}, "llama.block_count is missing"),
         ({"llama.block_count": 100_000}, "100000 layers, but 38 tensors"),
-        ({"llama.block_count": "4"}, "llama.block_count is '4', but must be a whole number"),
+        ({"llama.block_count": "4"}, "num_layers '4' must be a whole number"),
         ({"llama.block_count": 3}, "blk.3.* has no place"),
-        ({"llama.attention.head_count": [4, 4, 4, 4]}, "head_count is .4, 4, 4, 4., but must be"),
+        ({"llama.attention.head_count": [4, 4, 4, 4]}, "num_heads .4, 4, 4, 4. must be"),
         ({"llama.attention.head_count": 0}, "num_heads 0 must be"),
-        ({"llama.attention.value_length": 4}, "value_length is 4; only the head size, 8"),
-        ({"llama.rope.dimension_count": 4}, "dimension_count is 4; only the head size, 8"),
+        ({"llama.attention.value_length": 4}, "value_length is 4; only 8"),
+        ({"llama.rope.dimension_count": 4}, "dimension_count is 4; only 8"),
         ({"llama.rope.scaling.type": "yarn"}, "llama.rope.scaling.type is 'yarn'"),
-        ({"llama.rope.freq_base": float("nan")}, "freq_base is nan"),
+        ({"llama.rope.freq_base": float("nan")}, "rope_theta nan must be"),
         ({"llama.vocab_size": 65}, "shape .64, 32., but the config asks for .65, 32."),
     ],
 )
@@ -327,8 +323,7 @@ def test_damaged_files(tmp_path):
 
     for length in (4, 8, 20, 24, 60, 200, 700, 1500, len(blob) // 2, len(blob) - 40):
         fails(blob[:length], "not a whole GGUF file")
-    fails(blob[:4] + (1).to_bytes(4, "little") + blob[8:], "is a version 1 GGUF")
-    fails(blob[:4] + (3).to_bytes(4, "big") + blob[8:], "is a big-endian GGUF")
+    fails(blob[:4] + (1).to_bytes(4, "little") + blob[8:], "not a whole GGUF .*version 1")
     fails(blob[:8] + bytes([255] * 8) + blob[16:], "not a whole GGUF file")  # count of tensors
     # A table whose length would have the reader loop for centuries.
     arrayed = metadata(config) | {"llama.list": [1, 2, 3]}
@@ -337,14 +332,13 @@ def test_damaged_files(tmp_path):
     fails(blob[:at] + (2**60).to_bytes(8, "little") + blob[at + 8 :], "not a whole GGUF file")
 
 
-def test_tensors_that_overlap(tmp_path):
-    config, tensors = from_golden("gqa_tied")
-    path = write(tmp_path / "m.gguf", metadata(config), tensors)
-    blob, name = path.read_bytes(), b"blk.2.ffn_up.weight"
-    at = blob.index(name) + len(name) + 4 + 2 * 8 + 4  # rank, sizes and type come before
-    path.write_bytes(blob[:at] + (64).to_bytes(8, "little") + blob[at + 8 :])
-    with pytest.raises(CheckpointError, match="tensor '.*' starts at byte .*, inside '.*'"):
-        load(path)
+def test_big_endian_files_are_refused(tmp_path):
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama", endianess=gguf.GGUFEndian.BIG)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    with pytest.raises(CheckpointError, match="m.gguf: is a big-endian GGUF"):
+        load(tmp_path / "m.gguf")
 
 
 def test_missing_package_names_the_extra(tmp_path, monkeypatch):

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-from lsjax.checkpoints import Checkpoints
+from lsjax.checkpoints.saving import Checkpoints
 from lsjax.config import ConfigError
 from lsjax.model.llama import Llama
 from lsjax.training.step import init_state
@@ -28,7 +28,7 @@ def run(tmp_path_factory):
         copy.model.norm.scale = nnx.Param(change(copy.model.norm.scale[...]))
         with Checkpoints(directory / "checkpoints", CONFIG.checkpoints) as checkpoints:
             data = {"rows_taken": rows_taken}
-            checkpoints.save(copy, step=3, config=CONFIG, data=data)
+            checkpoints.save(copy, step=3, data=data)
         row = {"kind": "step", "step": 3, "loss": 1.5, "seconds": directory.name}
         (directory / "metrics.jsonl").write_text(json.dumps(row) + "\n")
         return directory

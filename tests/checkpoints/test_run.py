@@ -15,17 +15,12 @@ import pytest
 
 import decode
 import lsjax
-from lsjax.checkpoints import (
-    METRICS,
-    CheckpointError,
-    Checkpoints,
-    begin_run,
-    is_run,
-    read_run_config,
-)
+from lsjax.checkpoints.run import METRICS, begin_run, is_run, read_run_config
+from lsjax.checkpoints.saving import Checkpoints
+from lsjax.checkpoints.tensors import CheckpointError
 from lsjax.cli import convert, flags
 from lsjax.config import ConfigError, LlamaConfig, TrainConfig
-from lsjax.data.tokenizer_huggingface import ByteTokenizer
+from lsjax.data.tokenizer_backends import ByteTokenizer
 from lsjax.data.vocabulary import COUNTS, find_counts
 from lsjax.training.step import init_state
 
@@ -43,7 +38,7 @@ def made(model, tokenizer, tmp_path_factory):
         for step in losses:
             models[step] = jax.tree.map(lambda leaf, step=step: leaf + (9 - step), model)
             state = init_state(CONFIG, models[step])
-            checkpoints.save(state, step=step, config=CONFIG, data={})
+            checkpoints.save(state, step=step, data={})
     rows = [
         {"kind": "evaluation", "step": step, "last_exit_loss": loss}
         for step, loss in (losses | {7: 0.5, 8: None}).items()  # 7 was not saved, 8 was infinite
@@ -94,7 +89,9 @@ def test_a_damaged_step_is_reported_and_the_one_before_is_loaded(run, made, capl
         assert equal(lsjax.load(run), made[1][6])
     (record,) = [record for record in caplog.records if record.name.startswith("lsjax")]
     assert record.getMessage().startswith("step 9 is damaged and is left out: ")
-    with pytest.raises(CheckpointError, match="none of the 1 saved steps can be read; .*no params"):
+    with pytest.raises(
+        CheckpointError, match="none of the 1 saved steps can be read; .*/params: c"
+    ):
         lsjax.load(f"{run}@9")
     (run / "checkpoints" / "6" / "meta" / "metadata").write_text("{}")
     assert equal(lsjax.load(f"{run}@best"), made[1][3])
@@ -103,9 +100,9 @@ def test_a_damaged_step_is_reported_and_the_one_before_is_loaded(run, made, capl
 def test_too_large_for_the_dtype(run, tokenizer, model):
     state = init_state(CONFIG, jax.tree.map(lambda leaf: leaf * 0 + 1e5, model))
     with Checkpoints(run / "checkpoints", CONFIG.checkpoints) as checkpoints:
-        checkpoints.save(state, step=12, config=CONFIG, data={})
+        checkpoints.save(state, step=12, data={})
     assert lsjax.load(run, dtype=jnp.bfloat16).dtype == jnp.bfloat16
-    with pytest.raises(CheckpointError, match=r"12/params: \S+ as float16 has values that are too"):
+    with pytest.raises(CheckpointError, match=r"12/params: \S+ has values .* large for float16"):
         lsjax.load(run, dtype=jnp.float16)
 
 

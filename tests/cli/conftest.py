@@ -3,7 +3,7 @@
 import pytest
 
 import lsjax
-from lsjax.checkpoints import GenerationDefaults
+from lsjax.checkpoints.huggingface import GenerationDefaults
 from lsjax.cli import flags
 
 

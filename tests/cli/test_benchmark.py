@@ -99,7 +99,7 @@ def test_nothing_is_written_unless_asked(model_directory, tmp_path, monkeypatch)
 
 
 def test_rows_of_a_file(model_directory, tmp_path, capsys):
-    """Of Spec-Bench's form, or of a task's files by a template; bad rows are left out."""
+    """Rows in Spec-Bench's form, or of a task's files by a template; bad rows are left out."""
     prompts, rows = tmp_path / "prompts.jsonl", tmp_path / "rows.tsv"
     prompts.write_text("".join(json.dumps({"turns": [c * 5, "x"]}) + "\n" for c in "abcde"))
     given = ("--exit-layers", 1, "--num-draft-tokens", 4)
@@ -144,7 +144,7 @@ def test_a_task_with_categories(cells, tmp_path, capsys):
     ],
 )
 def test_differences(cells, monkeypatch, capsys, dtype, margin, code, words):
-    """Of the third exit's text of one of two prompts, in each of two repeats."""
+    """The third exit's text of one of two prompts differs, in each of two repeats."""
 
     def first_difference(model, prompt, expected, found):
         nonlocal calls

@@ -19,10 +19,10 @@ from rich.console import Console
 
 import decode
 import lsjax
-from lsjax.checkpoints import GenerationDefaults
+from lsjax.checkpoints.huggingface import GenerationDefaults
 from lsjax.cli.chat import HELP, chat
 from lsjax.config import LlamaConfig
-from lsjax.data.tokenizer_huggingface import ByteTokenizer
+from lsjax.data.tokenizer_backends import ByteTokenizer
 from lsjax.decoding.engine import Engine
 from lsjax.decoding.request import Request
 from lsjax.decoding.sampling import Sampling

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, decoders, models
 
-from lsjax.checkpoints import GenerationDefaults, load, read_generation_defaults
+from lsjax.checkpoints import load
+from lsjax.checkpoints.huggingface import GenerationDefaults, read_generation_defaults
 from lsjax.cli.convert import main
 from lsjax.cli.setup import one_line_errors
 from lsjax.config import ConfigError

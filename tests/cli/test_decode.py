@@ -17,7 +17,7 @@ from rich.text import Text
 import decode
 from decode import main
 from lsjax.cli.show import ACCEPTED, ADDED, CORRECTED, GAP, REFUSED, coloured, summary
-from lsjax.data.tokenizer_huggingface import ByteTokenizer
+from lsjax.data.tokenizer_backends import ByteTokenizer
 from lsjax.decoding.autoregressive import Autoregressive
 from lsjax.decoding.completion import Completion, Trace
 from lsjax.decoding.engine import Engine

@@ -7,7 +7,8 @@ import json
 import pytest
 import tensorflow_datasets as tfds
 
-from lsjax.checkpoints import Checkpoints, begin_run
+from lsjax.checkpoints.run import begin_run
+from lsjax.checkpoints.saving import Checkpoints
 from lsjax.cli import answering, evaluate
 from lsjax.cli.evaluate import main
 from lsjax.config import DataConfig, TrainConfig
@@ -173,7 +174,7 @@ def test_a_run_is_asked_in_its_own_template(model, tokenizer, rows, tmp_path):
     begin_run(directory, config, tokenizer)
     with Checkpoints(directory / "checkpoints", config.checkpoints) as checkpoints:
         state = init_state(config, model)
-        checkpoints.save(state, step=1, config=config, data={})
+        checkpoints.save(state, step=1, data={})
     asked = []
 
     def spy(file, conditions, strategies, questions, notes, decode):

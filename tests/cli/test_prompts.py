@@ -13,7 +13,7 @@ from lsjax.cli import benchmark
 from lsjax.cli.flags import OpenModel
 from lsjax.cli.prompts import Arguments, choose_requests
 from lsjax.config import ConfigError, LlamaConfig
-from lsjax.data.tokenizer_huggingface import ByteTokenizer
+from lsjax.data.tokenizer_backends import ByteTokenizer
 from lsjax.decoding.request import Request
 from lsjax.decoding.sampling import Sampling
 

@@ -1,6 +1,5 @@
 """Small tokenizers of every kind, trained here, and texts that tell them apart."""
 
-import base64
 import json
 
 import pytest
@@ -8,8 +7,8 @@ import sentencepiece
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from lsjax.data.tokenizer_backends import ByteTokenizer, llama3_words
 from lsjax.data.tokenizer_files import load_tokenizer
-from lsjax.data.tokenizer_huggingface import ByteTokenizer
 
 CORPUS = [
     "def f(x):\n    return x + 12345\n\n        return 678",
@@ -98,25 +97,17 @@ def bpe_directory(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def tiktoken_ranks():
-    """256 bytes, then joins of two tokens as a trained file has them."""
-    ranks = {bytes([byte]): byte for byte in range(256)}
-    words = ["the", "wor", "world", "ld", "or", "wo", "th", "he", "in", "ing", "st", "é", "你"]
-    words += [" s", " st", " the", " w", "12", "123", "23", "  ", "    ", "\n\n"]
-    for word in sorted(words, key=len):
-        ranks.setdefault(word.encode(), len(ranks))
-    return ranks
+def llama3_directory(tmp_path_factory):
+    """Words as Llama 3 splits them, a begin token, and two tokens that end a text."""
+    folder = tmp_path_factory.mktemp("llama3")
+    _train_bpe(llama3_words()).save(str(folder / "tokenizer.json"))
+    config = {"bos_token": "<s>", "eos_token": "</s>", "add_bos_token": True}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, 2]}))
+    return folder
 
 
-@pytest.fixture(scope="session")
-def tiktoken_file(tiktoken_ranks, tmp_path_factory):
-    lines = [b"%s %d\n" % (base64.b64encode(token), rank) for token, rank in tiktoken_ranks.items()]
-    file = tmp_path_factory.mktemp("tiktoken") / "tokenizer.model"
-    file.write_bytes(b"".join(lines))
-    return file
-
-
-@pytest.fixture(params=["sentencepiece_model", "bpe_directory", "tiktoken_file", "bytes"])
+@pytest.fixture(params=["sentencepiece_model", "bpe_directory", "llama3_directory", "bytes"])
 def any_tokenizer(request):
     if request.param == "bytes":
         return ByteTokenizer()

@@ -3,8 +3,8 @@
 import random
 
 from lsjax.data.tokenizer import StreamDecoder
+from lsjax.data.tokenizer_backends import ByteTokenizer
 from lsjax.data.tokenizer_files import load_tokenizer
-from lsjax.data.tokenizer_huggingface import ByteTokenizer
 
 
 def continued(tokenizer, prompt, ids):

@@ -3,8 +3,8 @@
 import pytest
 
 from lsjax.data.chat import ChatTemplateError, Dialogue
+from lsjax.data.tokenizer_backends import ByteTokenizer
 from lsjax.data.tokenizer_files import load_tokenizer
-from lsjax.data.tokenizer_huggingface import ByteTokenizer
 
 TEMPLATE = (
     "{% for m in messages %}[{{ m.role }}] {{ m.content }}</s>{% endfor %}"
@@ -13,7 +13,7 @@ TEMPLATE = (
 TRIMS = TEMPLATE.replace("m.content", "m.content | trim")
 
 
-@pytest.fixture(params=["bytes", "bpe_directory", "tiktoken_file"])
+@pytest.fixture(params=["bytes", "bpe_directory", "llama3_directory"])
 def tokenizer(request):
     if request.param == "bytes":
         return ByteTokenizer(chat_template=TEMPLATE)

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from lsjax.config import ConfigError, DataConfig
-from lsjax.data.documents import python_source
 from lsjax.data.pipeline import OnePass, Pipeline, packed_rows
-from lsjax.data.tokenizer_huggingface import ByteTokenizer
+from lsjax.data.sources import python_source
+from lsjax.data.tokenizer_backends import ByteTokenizer
 from lsjax.data.vocabulary import make_tokenizer
 
 TEXTS = [f"{n}: " + "naïve words, " * (n % 7) + "end" for n in range(60)]
@@ -81,13 +81,14 @@ def blocks(batch_size, num_hosts):
     return np.split(np.arange(batch_size), num_hosts)
 
 
-@pytest.mark.parametrize("own_B", [range(8), range(4, 8), [0, 1, 4, 5], [7]])
-def test_hosts_share_out_one_stream(make, own_B):
+@pytest.mark.parametrize("own", [range(8), range(4, 8), [0, 1, 4, 5], [7]])
+def test_hosts_share_out_one_stream(make, own):
+    own_B = np.array(own)
     batches = 2 * len(make().rows) // 8 + 3  # into the third epoch
     whole = take(make(8), batches).reshape(batches, 8, 4, SEQ_LEN)
     pipeline = make(8, own_B=own_B)
-    own = take(pipeline, batches).reshape(batches, len(own_B), 4, SEQ_LEN)
-    assert np.array_equal(own, whole[:, list(own_B)])
+    found = take(pipeline, batches).reshape(batches, len(own), 4, SEQ_LEN)
+    assert np.array_equal(found, whole[:, own_B])
     assert pipeline.state()["rows_taken"] == 8 * batches
 
 
@@ -144,17 +145,6 @@ def test_a_state_of_other_data_is_refused(make, config):
         assert pipeline.state()["rows_taken"] == 0
 
 
-def test_rows_that_the_batch_does_not_have_are_refused(make, passes):
-    for function in (make, passes):
-        for own_B in ([4, 5, 6], [-1, 0], [1, 0], [2, 2], []):
-            with pytest.raises(ConfigError, match=r"rows \[.*\] of a host are not some of 0..5"):
-                function(6, own_B=own_B)
-        with pytest.raises(ConfigError, match="batch of 0 rows is none"):
-            function(0)
-    with pytest.raises(ConfigError, match="seed 4294967296 must be at least 0 and below 2.32"):
-        make(seed=1 << 32)
-
-
 def test_one_pass_is_every_row_once_padded_for_every_host(passes, make):
     rows = make().rows
     every = rows.read(np.arange(len(rows)))
@@ -171,7 +161,7 @@ def test_one_pass_is_every_row_once_padded_for_every_host(passes, make):
     again = passes(16)
     assert np.array_equal(joined(again), joined(again)), "a pass can be made again"
     few = joined(passes(4, max_batches=2))
-    assert np.array_equal(few, joined(passes(4, max_batches=2, own_B=[3]).whole()))
+    assert np.array_equal(few, joined(passes(4, max_batches=2, own_B=np.array([3])).whole()))
     at = [k * len(rows) // 8 for k in range(8)]
     assert np.array_equal(few, joined(again)[at]), "from one end of the rows to the other"
 
@@ -228,8 +218,6 @@ def test_a_split_without_documents_is_one_clear_line(passes, config):
     all_held = DataConfig(**(vars(config) | {"validation_fraction": 0.999999}))
     with pytest.raises(ConfigError, match="of 60 documents none is for train: .* too large"):
         passes(config=all_held)
-    with pytest.raises(ConfigError, match="split 'test' is unknown: choose train or validation"):
-        passes(split="test")
 
 
 def test_the_default_source_trains_a_vocabulary_and_comes_back_as_text(tmp_path):

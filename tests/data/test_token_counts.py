@@ -6,7 +6,7 @@ from collections import Counter
 import pytest
 
 from lsjax.config import ConfigError
-from lsjax.data.tokenizer_huggingface import ByteTokenizer
+from lsjax.data.tokenizer_backends import ByteTokenizer
 from lsjax.data.vocabulary import (
     COUNTS,
     cached_counts,

@@ -5,8 +5,8 @@ import tokenizers
 from tokenizers import pre_tokenizers
 
 from lsjax.data.tokenizer import MOST_EXTRA, TokenizerError
+from lsjax.data.tokenizer_backends import ByteTokenizer, HuggingFaceTokenizer
 from lsjax.data.tokenizer_files import load_tokenizer
-from lsjax.data.tokenizer_huggingface import ByteTokenizer, HuggingFaceTokenizer
 
 
 def test_save_and_load(any_tokenizer, texts, tmp_path):
@@ -62,8 +62,8 @@ def test_an_added_token_without_a_row(bpe_directory, tmp_path):
         tokenizer.encode("a", add_bos=True)
 
 
-def test_fingerprints(sentencepiece_model, bpe_directory, tiktoken_file):
-    files = (sentencepiece_model, bpe_directory, tiktoken_file)
+def test_fingerprints(sentencepiece_model, bpe_directory, llama3_directory):
+    files = (sentencepiece_model, bpe_directory, llama3_directory)
     prints = [t.fingerprint for t in (*map(load_tokenizer, files), ByteTokenizer())]
     assert len(set(prints)) == len(prints) and all(len(p) == 64 for p in prints)
     # one and the same vocabulary, but another rule for digits

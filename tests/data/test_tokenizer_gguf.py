@@ -8,8 +8,8 @@ import sentencepiece
 from tokenizers import Regex, pre_tokenizers
 
 from lsjax.data.tokenizer import TokenizerError
+from lsjax.data.tokenizer_backends import LLAMA3_SPLIT
 from lsjax.data.tokenizer_files import load_tokenizer
-from lsjax.data.tokenizer_huggingface import LLAMA3_SPLIT
 
 NORMAL, UNKNOWN, CONTROL, BYTE = 1, 2, 3, 6
 

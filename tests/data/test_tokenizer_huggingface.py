@@ -6,8 +6,8 @@ import pytest
 import tokenizers
 
 from lsjax.data.tokenizer import TokenizerError
+from lsjax.data.tokenizer_backends import ByteTokenizer, HuggingFaceTokenizer
 from lsjax.data.tokenizer_files import load_tokenizer
-from lsjax.data.tokenizer_huggingface import ByteTokenizer, HuggingFaceTokenizer
 
 
 def test_special_tokens_are_read_only_if_allowed(bpe_directory):
@@ -32,8 +32,8 @@ def test_bos_that_does_not_exist(bpe_directory):
         tokenizer.encode("a", add_bos=True)
 
 
-def test_save_writes_what_other_readers_need(tiktoken_file, tmp_path):
-    tokenizer = load_tokenizer(tiktoken_file)
+def test_save_writes_what_other_readers_need(llama3_directory, tmp_path):
+    tokenizer = load_tokenizer(llama3_directory)
     (tmp_path / "generation_config.json").write_text('{"temperature": 0.5}')
     tokenizer.save(tmp_path)
     backend = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))

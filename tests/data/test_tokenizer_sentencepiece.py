@@ -5,9 +5,8 @@ import random
 import pytest
 import sentencepiece
 
+from lsjax.data.tokenizer_backends import HuggingFaceTokenizer, SentencePieceTokenizer
 from lsjax.data.tokenizer_files import load_tokenizer
-from lsjax.data.tokenizer_huggingface import HuggingFaceTokenizer
-from lsjax.data.tokenizer_sentencepiece import SentencePieceTokenizer
 
 
 def test_equals_the_library(sentencepiece_model, texts):

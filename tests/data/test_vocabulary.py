@@ -5,10 +5,10 @@ import json
 import pytest
 
 from lsjax.config import ConfigError, DataConfig
-from lsjax.data.documents import Document
+from lsjax.data.sources import Document
 from lsjax.data.tokenizer import TokenizerError
+from lsjax.data.tokenizer_backends import ByteTokenizer
 from lsjax.data.tokenizer_files import load_tokenizer
-from lsjax.data.tokenizer_huggingface import ByteTokenizer
 from lsjax.data.vocabulary import make_tokenizer, train_tokenizer
 
 WORDS = [
@@ -85,10 +85,10 @@ def test_a_sample_is_of_bounded_size_and_does_not_depend_on_the_order(tmp_path):
 @pytest.mark.parametrize(
     ("documents", "size", "message"),
     [
-        ([Document("ab ab")], 512, r"5 characters of text are too few .* of 512: .* at most 26\d"),
-        (DOCUMENTS, 262, r"vocabulary of 262 has no room .* choose a vocab_size of at least 2\d\d"),
+        ([Document("ab ab")], 512, r"vocabulary of 512 on 5 characters .* to a value <= 26\d"),
+        (DOCUMENTS, 262, r"vocabulary of 262 on .*required_chars. 262 vs 2\d\d"),
         ([], 300, "there are no documents to train a vocabulary on"),
-        ([Document("\n")], 300, "SentencePiece can't train a vocabulary on this text"),
+        ([Document("\n")], 300, "SentencePiece can't train a vocabulary of 300 on 1 characters"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_trained_is_said_in_one_line(tmp_path, documents, size, message):

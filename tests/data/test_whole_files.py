@@ -2,7 +2,7 @@
 
 import pytest
 
-from lsjax.data.token_store import whole_directory, write_whole
+from lsjax.data.files import whole_directory, write_whole
 
 
 def test_a_write_that_fails_leaves_nothing(tmp_path):

@@ -159,7 +159,7 @@ def test_another_strategy(engine, fresh, count_prefilled):
 
 
 def test_another_model(model, tokenizer, fresh, count_prefilled):
-    """Of the same shape: what the other one has read is read again."""
+    """Another model of the same shape reads again what the first one has read."""
     other = jax.jit(lambda: Llama(model.config, rngs=nnx.Rngs(1)))()
     engine, conversation = Engine(other, tokenizer), Conversation()
     counts = count_prefilled(engine)

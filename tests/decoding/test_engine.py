@@ -9,7 +9,7 @@ from flax import nnx
 
 from lsjax.config import ConfigError, LlamaConfig
 from lsjax.data.tokenizer import TokenizerError
-from lsjax.data.tokenizer_huggingface import ByteTokenizer
+from lsjax.data.tokenizer_backends import ByteTokenizer
 from lsjax.decoding import batching
 from lsjax.decoding import programs as compiled_programs
 from lsjax.decoding.autoregressive import Autoregressive, EarlyExit

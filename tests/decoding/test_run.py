@@ -85,7 +85,8 @@ def test_strategies_agree_where_nothing_is_drawn(together):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_log_probs_are_those_of_the_plain_forward(model, together, name):
-    """Of the exit for early exit; without temperature and filters, whoever proposed the token."""
+    """The exit gives them for early exit. They ignore temperature, filters and who proposed the
+    token."""
     index = 0 if name == "early_exit" else 1
     forward = jax.jit(lambda model, ids: model.unembed(model.exits(ids)[index]))
     accepted = 0

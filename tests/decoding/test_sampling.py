@@ -176,7 +176,7 @@ def exact(model, sampling: Sampling, prompt) -> np.ndarray:
 
 
 def p_value(model, sampling: Sampling, prompt, found) -> float:
-    """Of the first tokens together."""
+    """Chi-squared test of the first tokens together."""
     seen = np.bincount(np.ravel_multi_index(found.T, (V,) * NEW), minlength=V**NEW)
     expected = exact(model, sampling, prompt).ravel() * len(found)
     assert (seen[expected == 0] == 0).all(), "a token that may not be drawn"

@@ -8,9 +8,11 @@ import pytest
 from flax import nnx
 
 import lsjax
-from lsjax.checkpoints import Checkpoints, begin_run, fingerprints
+from lsjax.checkpoints.run import begin_run
+from lsjax.checkpoints.saving import Checkpoints
+from lsjax.checkpoints.steps import fingerprints
 from lsjax.config import LlamaConfig, MeshConfig, TrainConfig
-from lsjax.data.tokenizer_huggingface import ByteTokenizer
+from lsjax.data.tokenizer_backends import ByteTokenizer
 from lsjax.model.llama import Llama
 from lsjax.model.parameters import named_leaves, placed, placed_shapes, shardings
 from lsjax.sharding import make_mesh
@@ -44,7 +46,7 @@ def run(whole, tmp_path_factory):
     begin_run(directory, CONFIG, ByteTokenizer(add_bos=False))
     with Checkpoints(directory / "checkpoints", CONFIG.checkpoints) as checkpoints:
         state = placed(whole, make_mesh(FROM))
-        checkpoints.save(state, step=3, config=CONFIG, data={"rows_taken": 24})
+        checkpoints.save(state, step=3, data={"rows_taken": 24})
     return directory
 
 
@@ -83,14 +85,14 @@ def test_loaded_onto_a_mesh(run, whole, sizes):
         assert [leaf.sharding for leaf in jax.tree.leaves(model)] == expected
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # saved_step.py
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # steps.py
 def test_a_step_saved_from_a_mesh_is_checked_on_one_device(run, whole, tmp_path):
     config = dataclasses.replace(CONFIG.checkpoints, keep_last=2)
     lines: list[str] = []
     with Checkpoints(tmp_path, config, lines.append) as checkpoints:
         for step in (1, 2):
             state = placed(whole, make_mesh(FROM))
-            checkpoints.save(state, step=step, config=CONFIG, data={})
+            checkpoints.save(state, step=step, data={})
     (file, *_) = sorted(
         (tmp_path / "2" / "train").glob("ocdbt*/d/*"), key=lambda file: -file.stat().st_size
     )

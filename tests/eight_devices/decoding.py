@@ -14,7 +14,7 @@ import pytest
 from flax import nnx
 
 import decode as decode_program
-from lsjax.checkpoints import save
+from lsjax.checkpoints.huggingface import save
 from lsjax.config import ConfigError, LlamaConfig, MeshConfig
 from lsjax.decoding.autoregressive import Autoregressive, EarlyExit
 from lsjax.decoding.draft import DraftVocabulary

@@ -6,9 +6,10 @@ import pytest
 from flax import nnx
 
 import lsjax
-from lsjax.checkpoints import Checkpoints, begin_run
+from lsjax.checkpoints.run import begin_run
+from lsjax.checkpoints.saving import Checkpoints
 from lsjax.config import EarlyExitConfig, LlamaConfig, LoraConfig, MeshConfig, TrainConfig
-from lsjax.data.tokenizer_huggingface import ByteTokenizer
+from lsjax.data.tokenizer_backends import ByteTokenizer
 from lsjax.model.llama import Llama, stacked
 from lsjax.model.lora import split
 from lsjax.model.parameters import placed, shardings
@@ -63,7 +64,7 @@ def test_a_step_is_that_of_one_device_and_loads_merged(one_device, tmp_path):
 
     begin_run(tmp_path, CONFIG, ByteTokenizer(add_bos=False))
     with Checkpoints(tmp_path / "checkpoints", CONFIG.checkpoints) as checkpoints:
-        checkpoints.save(state, step=1, config=CONFIG, data={})
+        checkpoints.save(state, step=1, data={})
     model, plain = lsjax.load(tmp_path, mesh=mesh), lsjax.load(tmp_path)
     assert [leaf.sharding for leaf in jax.tree.leaves(model)] == jax.tree.leaves(
         shardings(model, mesh)

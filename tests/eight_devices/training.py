@@ -36,7 +36,7 @@ BATCH = dict(
 
 @pytest.fixture(scope="module", autouse=True)
 def several_chunks():
-    """Of the loss."""
+    """Makes the loss take several chunks."""
     with patch.object(loss, "CHUNK_LOGITS", SHAPE.vocab_size * 32):
         yield
 

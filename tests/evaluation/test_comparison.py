@@ -94,7 +94,7 @@ def test_what_is_done_is_left_out_and_has_a_base_beside_it():
 
 
 def test_differences_are_those_from_the_text_beside(monkeypatch):
-    """Of strategies that must be exact; early exit need not."""
+    """Only strategies that must be exact are compared; early exit is not."""
     seen = []
 
     def first_difference(model, prompt, expected, found):
@@ -190,7 +190,7 @@ PROMPT = [72, 101, 108]
 
 @pytest.fixture(scope="module")
 def engine(model, tokenizer):
-    """Of a model whose layers from 2 on add nothing."""
+    """An engine whose model's layers from 2 on add nothing."""
     return Engine(identity_tail(model, 2), tokenizer, drafting_from(1), ignore_end=True)
 
 
@@ -208,7 +208,7 @@ def test_acceptance_by_position_of_an_identity_tail(engine):
 
 
 def test_acceptance_by_position_counted_one_by_one(engine):
-    """Of exit 1, whose drafts are refused now and then."""
+    """Decodes from exit 1, whose drafts are rejected now and then."""
     engine.use(drafting_from(1))
     (done,) = engine.generate([PROMPT], max_new_tokens=24)
 

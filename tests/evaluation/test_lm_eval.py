@@ -15,7 +15,7 @@ from lm_eval.api.instance import Instance
 
 from lsjax.config import ConfigError
 from lsjax.data.chat import ChatTemplateError
-from lsjax.data.tokenizer_huggingface import ByteTokenizer
+from lsjax.data.tokenizer_backends import ByteTokenizer
 from lsjax.decoding.autoregressive import Autoregressive, EarlyExit
 from lsjax.decoding.engine import Engine
 from lsjax.decoding.self_speculative import SelfSpeculative
@@ -78,7 +78,7 @@ def texts_of(results) -> list[str]:
 
 @pytest.mark.parametrize("name, exit_layer", [("self_speculative", 4), ("early_exit", 2)])
 def test_figures_are_those_of_the_scores(results, model, name, exit_layer):
-    """Of the whole model under self-speculation, of the exit under early exit."""
+    """The whole model scores under self-speculation, the exit under early exit."""
 
     def log_prob(context: str, text: str) -> float:
         tokens = [256, *context.encode(), *text.encode()]

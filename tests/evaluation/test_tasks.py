@@ -8,7 +8,7 @@ from decimal import Decimal
 import pytest
 
 from lsjax.config import ConfigError, DataConfig
-from lsjax.data.tfds_rows import _builder
+from lsjax.data.sources import tfds_builder
 from lsjax.evaluation.answers import example_scores, pass_at_k
 from lsjax.evaluation.examples import (
     Example,
@@ -220,7 +220,7 @@ def test_files_of_every_kind(tmp_path):
 
 
 def test_rouge_by_hand():
-    """Of 6 words 5 are shared, in order; of 5 pairs 3; of 4 triples 1."""
+    """5 of 6 words are shared, in order; 3 of 5 pairs; 1 of 4 triples."""
     pytest.importorskip("rouge_score")
     found = rouge("The cat sat on the mat!", "the cat is on the mat!")
     expected = {"rouge2": 3 / 5, "rouge1": 5 / 6, "rouge3": 1 / 4, "rougeL": 5 / 6}
@@ -282,7 +282,7 @@ def test_a_problem_without_tests_is_a_bad_row(examples, change):
 
 @pytest.mark.parametrize("name", [name for name, task in TASKS.items() if task.tfds])
 def test_tensorflow_data_sets_have_these_names(name, tmp_path):
-    builder = _builder(TASKS[name].tfds[0], data_dir=str(tmp_path))
+    builder = tfds_builder(TASKS[name].tfds[0], data_dir=str(tmp_path))
     assert {*TASKS[name].tfds[1:]} == {"test", "train"} and not builder.is_prepared()
 
 
@@ -294,7 +294,7 @@ def test_a_function_ends_where_the_next_thing_begins():
 
 
 def test_pass_at_k():
-    """Of 5 samples 2 passed: 2 drawn at once both fail with 3/5 * 2/4."""
+    """2 of 5 samples passed: 2 drawn at once both fail with 3/5 * 2/4."""
     assert pass_at_k(5, 2, 1) == pytest.approx(2 / 5)
     assert pass_at_k(5, 2, 2) == pytest.approx(1 - 3 / 5 * 2 / 4)
     assert (pass_at_k(5, 0, 2), pass_at_k(5, 4, 2)) == (0, 1)

@@ -12,8 +12,8 @@ from lsjax.model.llama import stacked
 
 @pytest.fixture(scope="module")
 def texts(config) -> list[Text]:
-    """Of one to all tokens scored, on both sides of a bucket's border, a row of which only the
-    first token is given, and one with nothing to score."""
+    """Rows with one to all tokens scored, on both sides of a bucket's border; one whose first token
+    alone is given, and one with nothing to score."""
     rng = np.random.default_rng(0)
     sizes = [(2, 1), (9, 8), (33, 5), (34, 20), (60, 59), (21, 1), (5, 0), (65, 40)]
     return [Text(rng.integers(0, config.vocab_size, n).tolist(), count) for n, count in sizes]

@@ -58,7 +58,7 @@ FAULTS = (
         "model/attention.py",
         "visible_BRS = (slots <= position_BR[:, :, None])",
         "visible_BRS = (slots <= position_BR[:, :, None] + 1)",
-        "tests/decoding/test_strategies.py",
+        "tests/model/test_llama.py tests/decoding/test_strategies.py",
     ),
     Fault(
         "unfiltered draft probabilities",

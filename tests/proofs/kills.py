@@ -35,8 +35,8 @@ import jax
 import numpy as np
 import tyro
 
-from lsjax.checkpoints import CHECKPOINTS, saved_steps
-from lsjax.checkpoints.steps import PARAMS, TRAIN, SavedStep
+from lsjax.checkpoints.run import CHECKPOINTS
+from lsjax.checkpoints.steps import PARAMS, TRAIN, SavedStep, saved_steps
 from lsjax.cli.setup import one_line_errors
 from lsjax.config import check
 

@@ -150,7 +150,7 @@ def worker(case: Case, task: str, source: Path, target: Path, port: int, number:
         else:
             state = Checkpoints(source, CONFIG.checkpoints).restore(like).state
         with Checkpoints(target, CONFIG.checkpoints) as checkpoints:
-            checkpoints.save(state, step=1, config=CONFIG, data={})
+            checkpoints.save(state, step=1, data={})
 
 
 def take_steps(cache: Path, file: Path, mesh) -> None:
@@ -191,7 +191,7 @@ def take_steps(cache: Path, file: Path, mesh) -> None:
 def steps(config, state, cache: Path, mesh):
     """(state, metrics) after each step."""
     from lsjax.data.pipeline import Pipeline, packed_rows
-    from lsjax.data.tokenizer_huggingface import ByteTokenizer
+    from lsjax.data.tokenizer_backends import ByteTokenizer
     from lsjax.sharding import own_rows, placed_rows
     from lsjax.training.step import make_train_step
 

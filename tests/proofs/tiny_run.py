@@ -1,4 +1,4 @@
-"""A run that takes seconds, for the drills of docs/hosts.md; its tokens are bytes of Python."""
+"""A run that takes seconds, for the drills of docs/pods.md; its tokens are bytes of Python."""
 
 from lsjax.config import (
     CheckpointConfig,

@@ -124,7 +124,7 @@ def flat(gradients):
 
 
 def test_mean_gradient_is_that_of_masks(wide, eight_rows):
-    """Of its numbers the furthest is 2.9 standard errors away; 15 with counts rounded to the
+    """The furthest number is 2.9 standard errors away; 15 with counts rounded to the
     nearest, which for two rows are 2, 2, 1, 1 and 0 instead of 2, 1.6, 1.2, 0.8 and 0.4."""
     rates_L = drop_rates(CONFIG.layer_dropout, 5, 1, 8)
     expected = 0

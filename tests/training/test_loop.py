@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from lsjax.checkpoints import METRICS, read_metrics
+from lsjax.checkpoints.run import METRICS, read_metrics
 from lsjax.training import run as loop
 from lsjax.training.metrics import MetricsLog
 from lsjax.training.run import Hook, Interrupted, TooManySkipped

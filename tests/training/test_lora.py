@@ -11,7 +11,8 @@ import pytest
 from flax import nnx
 
 import lsjax
-from lsjax.checkpoints import Checkpoints, begin_run
+from lsjax.checkpoints.run import begin_run
+from lsjax.checkpoints.saving import Checkpoints
 from lsjax.config import (
     ConfigError,
     EarlyExitConfig,
@@ -22,7 +23,7 @@ from lsjax.config import (
     StepConfig,
     TrainConfig,
 )
-from lsjax.data.tokenizer_huggingface import ByteTokenizer
+from lsjax.data.tokenizer_backends import ByteTokenizer
 from lsjax.decoding.autoregressive import Autoregressive
 from lsjax.decoding.engine import Engine
 from lsjax.model.llama import Llama, stacked, unstacked
@@ -117,7 +118,7 @@ def test_the_optimizer_has_adapters_only(base, finetuned):
 
 
 def test_the_loss_of_each_exit_reaches_the_adapters_below_it(finetuned):
-    """Of exits 1, 2 and 3 in steps 0, 1 and 2; the last one is in the loss of each."""
+    """Exits 1, 2 and 3 are on in steps 0, 1 and 2; the last one is in each loss."""
     config = dataclasses.replace(
         CONFIG,
         layer_dropout=LayerDropoutConfig(),
@@ -210,7 +211,7 @@ def test_a_run_goes_on_and_is_an_ordinary_model(base, train_step, finetuned, tmp
     begin_run(tmp_path, CONFIG, ByteTokenizer(add_bos=False))
     state = copied(finetuned)
     with Checkpoints(tmp_path / "checkpoints", CONFIG.checkpoints) as checkpoints:
-        checkpoints.save(state, step=3, config=CONFIG, data={})
+        checkpoints.save(state, step=3, data={})
         checkpoints.wait()
         like = jax.eval_shape(partial(init_state, CONFIG), base)
         restored = checkpoints.restore(like)

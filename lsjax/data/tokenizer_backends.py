@@ -1,0 +1,279 @@
+"""The libraries that encode: `tokenizers` (also of plain bytes) and `sentencepiece`."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from pathlib import Path
+
+import sentencepiece
+import tokenizers
+from tokenizers import (
+    AddedToken,
+    Regex,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+)
+
+from lsjax.data.tokenizer import PROBE, Tokenizer, TokenizerError, first_line
+
+MAX_TOKEN_ID = 1 << 24
+BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")  # SentencePiece's spelling of a byte
+LLAMA3_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+class HuggingFaceTokenizer(Tokenizer):
+    """A `tokenizers` pipeline (a tokenizer.json), with the decoder of Llama 3 or of Llama 2.
+
+    Args:
+      backend: the pipeline; its truncation and padding are switched off.
+      bos_id, eos_ids, chat_template: as in `Tokenizer`.
+      add_bos: None asks the pipeline's post-processor.
+    """
+
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        *,
+        bos_id: int | None = None,
+        eos_ids: Sequence[int] = (),
+        add_bos: bool | None = None,
+        chat_template: str | None = None,
+    ):
+        backend.no_truncation()
+        backend.no_padding()
+        self._backend = backend
+        self.bos_id, self.eos_ids, self.chat_template = bos_id, tuple(eos_ids), chat_template
+        has_bos = backend.encode("").ids[:1] == [bos_id]
+        self.add_bos = has_bos if add_bos is None else add_bos and bos_id is not None
+        if self.add_bos != has_bos:
+            set_bos(backend, bos_id if self.add_bos else None)
+        added = backend.get_added_tokens_decoder()
+        vocab = backend.get_vocab(with_added_tokens=True)
+        self.vocab_size = 1 + max(vocab.values(), default=-1)
+        if not 0 < self.vocab_size <= MAX_TOKEN_ID:
+            raise TokenizerError(f"the largest token id is {self.vocab_size - 1}: a damaged file")
+        piece_bytes, self.leading_spaces = _piece_decoder(backend)
+        self._pieces = {i: piece_bytes(token) for token, i in vocab.items()}
+        self._pieces |= {i: token.content.encode() for i, token in added.items()}
+        self.special_spelling = {i: token.content for i, token in added.items() if token.special}
+        self._pieces |= dict.fromkeys(self.special_spelling, b"")
+
+    @cached_property
+    def _plain(self) -> tokenizers.Tokenizer:
+        # A second pipeline, since the switch is a state of the whole object (threads).
+        backend = tokenizers.Tokenizer.from_str(self._backend.to_str())
+        backend.encode_special_tokens = True
+        return backend
+
+    def _encode(self, text: str, allow_special: bool) -> list[int]:
+        backend = self._backend if allow_special else self._plain
+        return backend.encode(text, add_special_tokens=False).ids
+
+    def _save_model(self, directory: Path) -> str:
+        self._backend.save(str(directory / "tokenizer.json"))
+        return "PreTrainedTokenizerFast"
+
+
+class ByteTokenizer(HuggingFaceTokenizer):
+    """Bytes of UTF-8 as ids 0..255, `<s>` 256, `</s>` 257: for tests and tiny models."""
+
+    def __init__(self, *, add_bos: bool = True, chat_template: str | None = None):
+        vocab = {character: byte for byte, character in byte_characters().items()}
+        backend = byte_level_bpe(vocab, [], pre_tokenizers.ByteLevel(False, use_regex=False))
+        backend.add_special_tokens([added_token("<s>"), added_token("</s>")])
+        super().__init__(
+            backend, bos_id=256, eos_ids=(257,), add_bos=add_bos, chat_template=chat_template
+        )
+
+
+class SentencePieceTokenizer(Tokenizer):
+    """A SentencePiece model, run by the sentencepiece library.
+
+    Decoding equals the library's, but for bytes that are no UTF-8: a broken character is one
+    U+FFFD here, there one for each byte.
+
+    Args:
+      model: a serialized ModelProto, the content of a tokenizer.model.
+      add_bos: as Llama 2 does, unless the model has no such token.
+      eos_ids: None takes the model's own.
+    """
+
+    def __init__(
+        self,
+        model: bytes,
+        *,
+        add_bos: bool = True,
+        eos_ids: Sequence[int] | None = None,
+        chat_template: str | None = None,
+    ):
+        try:
+            processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+        except (RuntimeError, TypeError) as error:
+            raise TokenizerError(f"not a SentencePiece model ({first_line(error)})") from error
+        self._model, self._processor = model, processor
+        self.vocab_size = processor.vocab_size()
+        bos_id, eos_id = processor.bos_id(), processor.eos_id()  # -1 if there is none
+        self.bos_id = bos_id if bos_id >= 0 else None
+        self.eos_ids = tuple(eos_ids or ([eos_id] if eos_id >= 0 else []))
+        self.add_bos = add_bos and self.bos_id is not None
+        self.chat_template = chat_template
+        self.special_spelling, self._pieces = {}, {}
+        for i, piece in enumerate(processor.id_to_piece(list(range(self.vocab_size)))):
+            self._pieces[i] = piece.replace("▁", " ").encode()
+            if processor.is_control(i) or processor.is_unknown(i):
+                self.special_spelling[i] = piece
+                self._pieces[i] = processor.decode([i]).encode()
+            elif processor.is_byte(i):
+                self._pieces[i] = bytes.fromhex(piece[3:5])
+        # The rule for leading spaces stands in the normalizer's settings: ask the decoder instead.
+        space = processor.piece_to_id("▁")
+        if processor.id_to_piece(space) == "▁":
+            self.leading_spaces = (float("inf"), 1, 0)[len(processor.decode([space, space]))]
+        self._specials = re.compile("|".join(map(re.escape, self.special_spelling.values())))
+
+    def _encode(self, text: str, allow_special: bool) -> list[int]:
+        if not allow_special:
+            return self._processor.encode(text)
+        ids, end = [], 0
+        for match in self._specials.finditer(text):
+            ids += self._processor.encode(text[end : match.start()])
+            ids.append(self._processor.piece_to_id(match[0]))
+            end = match.end()
+        return ids + self._processor.encode(text[end:])
+
+    def piece_id(self, piece: str) -> int | None:
+        """Id of a token by its spelling; None if there is no such token."""
+        found = self._processor.piece_to_id(piece)  # the unknown token's where there is none
+        return found if self._processor.id_to_piece(found) == piece else None
+
+    def _save_model(self, directory: Path) -> str:
+        """Writes tokenizer.model and, if it can be had, a tokenizer.json.
+
+        The json is for transformers, which does not run SentencePiece: a BPE with the same merges,
+        equal to the model but for rare ties. It is left out where it would differ on a test text
+        (unigram models, normalizing ones, user-defined pieces).
+        """
+        (directory / "tokenizer.model").write_bytes(self._model)
+        backend = self._as_bpe()
+        if backend is None:
+            return "LlamaTokenizer"
+        backend.save(str(directory / "tokenizer.json"))
+        return "PreTrainedTokenizerFast"
+
+    def _as_bpe(self) -> tokenizers.Tokenizer | None:
+        """The same BPE for the `tokenizers` library, or None where it would not be the same."""
+        processor = self._processor
+        names = processor.id_to_piece(list(range(self.vocab_size)))
+        vocab = {piece: i for i, piece in enumerate(names)}
+        normal = {
+            piece: i
+            for piece, i in vocab.items()
+            if not (i in self.special_spelling or processor.is_byte(i) or processor.is_unused(i))
+        }
+        merges = []  # every way to make a piece of two, by the score of the piece
+        for piece in sorted(normal, key=lambda p: (-processor.get_score(normal[p]), normal[p])):
+            pairs = ((piece[:i], piece[i:]) for i in range(1, len(piece)))
+            known = [pair for pair in pairs if pair[0] in normal and pair[1] in normal]
+            merges += sorted(known, key=lambda pair: (normal[pair[0]], normal[pair[1]]))
+        has_bytes = any(processor.is_byte(i) for i in range(self.vocab_size))
+        backend = tokenizers.Tokenizer(
+            models.BPE(
+                vocab,
+                merges,
+                unk_token=names[processor.unk_id()],
+                fuse_unk=True,
+                byte_fallback=has_bytes,
+            )
+        )
+        prefixed = processor.encode("a", out_type=str)[0].startswith("▁")
+        prefix = [normalizers.Prepend("▁")] if prefixed else []
+        strip = [decoders.Strip(" ", 1, 0)] if prefixed else []
+        backend.normalizer = normalizers.Sequence([*prefix, normalizers.Replace(" ", "▁")])
+        backend.decoder = decoders.Sequence(
+            [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
+        )
+        backend.add_special_tokens([added_token(piece) for piece in self.special_spelling.values()])
+        set_bos(backend, self.bos_id if self.add_bos else None)
+        texts = [PROBE, PROBE[::-1], *names[: 1 << 10]]
+        same = all(
+            backend.encode(text, add_special_tokens=False).ids == self._encode(text, True)
+            for text in texts
+        )
+        return backend if same else None
+
+
+def llama3_words() -> pre_tokenizers.PreTokenizer:
+    """Llama 3's split of a text into words, spelled as bytes."""
+    split = pre_tokenizers.Split(Regex(LLAMA3_SPLIT), "isolated")
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    return pre_tokenizers.Sequence([split, byte_level])
+
+
+def byte_level_bpe(
+    vocab: dict[str, int],
+    merges: list[tuple[str, str]],
+    pre_tokenizer: pre_tokenizers.PreTokenizer,
+    *,
+    whole_words: bool = False,
+) -> tokenizers.Tokenizer:
+    """A BPE over bytes; with `whole_words` a word that is a token is taken without merging."""
+    backend = tokenizers.Tokenizer(models.BPE(vocab, merges, ignore_merges=whole_words))
+    backend.pre_tokenizer = pre_tokenizer
+    backend.decoder = decoders.ByteLevel()
+    return backend
+
+
+def byte_characters() -> dict[int, str]:
+    """GPT-2's spelling of bytes: printable ones as themselves, the others from U+0100 on."""
+    printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    others = (byte for byte in range(256) if byte not in printable)
+    return {b: chr(b) for b in printable} | {b: chr(256 + n) for n, b in enumerate(others)}
+
+
+def added_token(token: str, *, special: bool = True) -> AddedToken:
+    """A token that is read wherever its spelling stands in a text."""
+    return AddedToken(token, special=special, normalized=False)
+
+
+def set_bos(backend: tokenizers.Tokenizer, bos_id: int | None) -> None:
+    """Has other readers of the pipeline put `bos_id` first, or nothing."""
+    bos = [] if bos_id is None else [(backend.id_to_token(bos_id), bos_id)]
+    names = [name for name, _ in bos]
+    backend.post_processor = processors.TemplateProcessing(
+        single=[*names, "$A"], pair=[*names, "$A", *names, "$B:1"], special_tokens=bos
+    )
+
+
+def _piece_decoder(backend: tokenizers.Tokenizer) -> tuple[Callable[[str], bytes], int]:
+    """A function from a vocabulary entry to its bytes, and the number of leading spaces dropped."""
+    decoder = json.loads(backend.decoder.__getstate__()) if backend.decoder else {"type": None}
+    steps = {step["type"]: step for step in decoder.get("decoders", [decoder])}
+    if "ByteLevel" in steps:
+        table = {character: byte for byte, character in byte_characters().items()}
+
+        def byte_level(token: str) -> bytes:
+            known = table.keys() >= set(token)
+            return bytes(table[c] for c in token) if known else token.encode()
+
+        return byte_level, 0
+    for unknown in steps.keys() - {"Replace", "Metaspace", "Strip", "ByteFallback", "Fuse"}:
+        raise TokenizerError(
+            f"its decoder ({unknown}) is unknown; known are ByteLevel, Metaspace and "
+            "SentencePiece's Replace, ByteFallback, Fuse, Strip"
+        )
+
+    def sentencepiece_like(token: str) -> bytes:
+        byte = BYTE_PIECE.fullmatch(token) if "ByteFallback" in steps else None
+        return bytes.fromhex(byte[1]) if byte else token.replace("▁", " ").encode()
+
+    prepends = "Metaspace" in steps and steps["Metaspace"].get("prepend_scheme") != "never"
+    return sentencepiece_like, steps.get("Strip", {}).get("start", int(prepends))
