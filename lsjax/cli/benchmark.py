@@ -19,7 +19,7 @@ import json
 import math
 import sys
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -39,8 +39,8 @@ from lsjax.decoding.cost import RoundCosts, calibrate
 from lsjax.decoding.engine import Engine
 from lsjax.decoding.self_speculative import SelfSpeculative, in_one_program
 from lsjax.decoding.state import Strategy
-from lsjax.evaluation.answers import ALL, Answer, Key, Question
-from lsjax.evaluation.comparison import cell_speeds, identity_tail, time_in_turns, warm_up
+from lsjax.evaluation.answers import ALL, Answer, Question
+from lsjax.evaluation.comparison import cell_speeds, identity_tail, timed_lines
 from lsjax.evaluation.examples import Task
 from lsjax.evaluation.plots import plot_grid
 from lsjax.evaluation.tasks import TASKS
@@ -61,7 +61,7 @@ OWN_PROMPTS = Task(
 )
 # Flags that mean nothing to them.
 TASK_ALONE = (
-    *("data", "tfds_split", "offset", "response_template"),
+    *("data", "offset", "response_template"),
     *("num_shots", "shots_data", "without_seen"),
 )
 
@@ -117,13 +117,11 @@ def benchmark(arguments: Arguments) -> int:
         counts = Counter(token for one in said for token in one.token_ids)
         strategies = choose_strategies(arguments, model, counts)
 
-    def decode(done: Collection[Key], keep: Callable[[Answer], None]) -> None:
-        warm_up(engine, strategies, questions)
-        time_in_turns(engine, strategies, questions, done, keep)
-
     more = {name: getattr(arguments, name) for name in ("identity_tail", "new_tokens")}
     asked = answering.conditions(model, engine, strategies, **more)
-    answers = answering.complete(file, asked, strategies, questions, notes, decode)
+    line = timed_lines(engine, strategies[0])
+    rest = (engine, strategies, questions, line, notes)
+    answers = answering.complete(file, asked, *rest, turn=1, timed=True)
     with Progress(console=notes, transient=True) as progress:
         progress.add_task("timing the parts", total=None)
         costs = measured_costs(engine, strategies)

@@ -10,7 +10,7 @@ The same command after a kill resumes. docs/evaluation.md explains the tasks and
 import dataclasses
 import json
 import sys
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -29,10 +29,8 @@ from lsjax.evaluation.answers import (
     ALL,
     UNSEEN,
     Answer,
-    Key,
     Question,
     answer_line,
-    decode_in_turns,
     summarise,
 )
 from lsjax.evaluation.examples import Task
@@ -89,15 +87,13 @@ def evaluate(arguments: Arguments) -> None:
         **{name: getattr(arguments, name) for name in ("batch_size", "allow_code_execution")},
     )
 
-    def decode(done: Collection[Key], keep: Callable[[Answer], None]) -> None:
-        def ended(question: Question, completion: Completion) -> None:
-            scores = task.score(completion.text, question.example)
-            keep(answer_line(question, completion, scores=scores))
+    def line(question: Question, completion: Completion) -> Answer:
+        return answer_line(
+            question, completion, scores=task.score(completion.text, question.example)
+        )
 
-        turn, shared = TURN * arguments.batch_size, in_one_program(strategies)
-        decode_in_turns(engine, shared, questions, done, ended, turn=turn)
-
-    answers = answering.complete(output, asked, strategies, questions, notes, decode)
+    shared, turn = in_one_program(strategies), TURN * arguments.batch_size
+    answers = answering.complete(output, asked, engine, shared, questions, line, notes, turn=turn)
     rows = summarise(answers)
     summary = {"asked": asked, "bad_rows": bad_rows, "figures": rows}
     output.with_suffix(".summary.json").write_text(

@@ -225,10 +225,8 @@ def show_verdict(answers: Sequence[Answer], engine: Engine) -> int:
             "the end" if token is None else repr(engine.tokenizer.decode([token]))
             for token in (one["expected"], one["found"])
         )
-        margin = f"margin {margin_of(one):.1e}"
-        if one["roundings"] is not None:
-            margin += f", {one['roundings']:.2g} roundings of {dtype}"
-        console.print(f"  {text}: new token {1 + one['index']}, {tokens}, {margin}", markup=False)
+        where = f"  {text}: new token {1 + one['index']}, {tokens}"
+        console.print(f"{where}, margin {margin_of(one):.1e}", markup=False)
     wrong = sum(margin_of(one) > FLOAT32_MARGIN for one in widest.values())
     if dtype == "float32" and wrong:
         console.print(f"[bold red]{wrong} differences are wider than {FLOAT32_MARGIN:.0e}")

@@ -7,7 +7,7 @@ A difference with a wider margin than rounding explains is a fault.
 
 import math
 import statistics
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise, zip_longest
 from typing import Any
@@ -27,11 +27,9 @@ from lsjax.decoding.state import Strategy
 from lsjax.evaluation.answers import (
     Answer,
     Cell,
-    Key,
     Question,
     acceptance,
     answer_line,
-    decode_in_turns,
     grouped,
 )
 from lsjax.model.llama import Llama, unstacked
@@ -45,20 +43,17 @@ class Difference:
     """The first place where two decodings differ.
 
     index: of the new token. margin: by how much the whole model's best logit there exceeds the
-    worse of the two tokens'; infinite if one decoding merely ends earlier. roundings: the same in
-    units of the largest logit's last place in the model's type; sums leave a few to some tens.
+    worse of the two tokens'; infinite if one decoding merely ends earlier.
     """
 
     index: int
     expected: int | None
     found: int | None
     margin: float
-    roundings: float
 
     def to_json(self) -> dict[str, Any]:
-        """Its fields; null for a number that is not finite."""
-        row = asdict(self)
-        return row | {k: None for k in ("margin", "roundings") if not math.isfinite(row[k])}
+        """Its fields; null for a margin that is not finite."""
+        return asdict(self) | {"margin": self.margin if math.isfinite(self.margin) else None}
 
 
 def first_difference(
@@ -70,11 +65,10 @@ def first_difference(
     pairs = enumerate(zip_longest(expected, found))
     index, one, other = next((index, one, other) for index, (one, other) in pairs if one != other)
     if one is None or other is None:
-        return Difference(index, one, other, margin=math.inf, roundings=math.inf)
+        return Difference(index, one, other, math.inf)
     logits_V = last_logits(model, [*prompt, *expected[:index]])
     margin = float(logits_V.max() - np.minimum(logits_V[one], logits_V[other]))
-    last_place = float(jnp.finfo(model.dtype).eps) * float(np.abs(logits_V).max())
-    return Difference(index, one, other, margin, margin / last_place)
+    return Difference(index, one, other, margin)
 
 
 def last_logits(model: Llama, tokens: Sequence[int]) -> Float[np.ndarray, " V"]:
@@ -116,38 +110,31 @@ def warm_up(engine: Engine, strategies: Sequence[Strategy], questions: Sequence[
             engine.generate([request])
 
 
-def time_in_turns(
-    engine: Engine,
-    strategies: Sequence[Strategy],
-    questions: Sequence[Question],
-    done: Collection[Key],
-    on_answer: Callable[[Answer], None],
-) -> None:
-    """Decodes every question with every strategy, the first of which is autoregressive.
+def timed_lines(engine: Engine, first: Strategy) -> Callable[[Question, Completion], Answer]:
+    """Makes lines of answers beside those of the autoregressive strategy `first`, which come first.
 
-    Each answer also has seconds, base_seconds, of the autoregressive text of the same turn, and
+    A line also has seconds, base_seconds, of the autoregressive text of the same turn, and
     difference, the first from that text where both must be equal. A batch has one row.
     """
     base: Completion | None = None
 
-    def ended(question: Question, completion: Completion) -> None:
+    def line(question: Question, completion: Completion) -> Answer:
         nonlocal base
         config, strategy, difference = engine.model.config, engine.strategy, None
-        if strategy == strategies[0]:
+        if strategy == first:
             base = completion
         if completion.seed is None and strategy.depth(config) == config.num_layers:
             tokens = base.token_ids, completion.token_ids
             difference = first_difference(engine.model, question.request.prompt, *tokens)
-        line = answer_line(
+        return answer_line(
             question,
             completion,
             seconds=completion.decode_seconds,
             base_seconds=base.decode_seconds,
             difference=difference and difference.to_json(),
         )
-        on_answer(line)
 
-    decode_in_turns(engine, strategies, questions, done, ended, turn=1, beside_first=True)
+    return line
 
 
 def cell_speeds(

@@ -208,7 +208,7 @@ _TASKS = (
         num_shots=1,
         shot_response=one_line,
         after_shots="\n",
-        tfds=("cnn_dailymail", "test", "train"),
+        tfds="cnn_dailymail",
     ),
     Task(
         name="xsum_summarization",
@@ -217,14 +217,14 @@ _TASKS = (
         score=against_reference(rouge),
         shot_response=one_line,
         after_shots="\n",
-        tfds=("xsum", "test", "train"),
+        tfds="xsum",
     ),
     Task(
         name="cnn_dm_lm",
         prompt_template="{beginning}",
         response_template=" {rest}",
         score=against_reference(rouge),
-        tfds=("cnn_dailymail", "test", "train"),
+        tfds="cnn_dailymail",
         change=beginning_and_rest,
     ),
     Task(
@@ -253,7 +253,7 @@ _TASKS = (
         max_new_tokens=256,
         between_shots="\n\n",
         stop=("\nQuestion:",),
-        tfds=("gsm8k", "test", "train"),
+        tfds="gsm8k",
     ),
     Task(
         name="spec_bench",

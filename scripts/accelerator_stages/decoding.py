@@ -120,7 +120,6 @@ def run_equality(part: str, results: PartResults, tiny: bool) -> None:
             "texts": len(found),
             "differ": len(differences),
             "widest margin": max((float(one.margin) for one in differences), default=None),
-            "roundings": max((float(one.roundings) for one in differences), default=None),
             "accepted": sum(one.accepted for one in found) / drafted if drafted else None,
         }
 

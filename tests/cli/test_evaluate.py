@@ -177,7 +177,7 @@ def test_a_run_is_asked_in_its_own_template(model, tokenizer, rows, tmp_path):
         checkpoints.save(state, step=1, data={})
     asked = []
 
-    def spy(file, conditions, strategies, questions, notes, decode):
+    def spy(file, conditions, engine, strategies, questions, *rest, **more):
         asked.extend(questions)
         return []
 
@@ -199,12 +199,12 @@ def test_a_run_is_asked_in_its_own_template(model, tokenizer, rows, tmp_path):
 
 def test_shots_of_a_tensorflow_data_set(run, tmp_path, monkeypatch):
     tfds.disable_progress_bar()
-    task = dataclasses.replace(TASKS["gsm8k"], tfds=("tiny_questions", "validation", "train"))
+    task = dataclasses.replace(TASKS["gsm8k"], tfds="tiny_questions")
     monkeypatch.setitem(evaluate.TASKS, "gsm8k", task)
     (tmp_path / "tfds").mkdir()
     words = ("--task", "gsm8k", "--num-shots", 2, "--limit", 2, "--max-length", 256)
     answers = run(*words, "--tfds-data-dir", tmp_path / "tfds", data=())
-    assert [answer["id"] for answer in answers] == ["validation:0", "validation:1"]
+    assert [answer["id"] for answer in answers] == ["test:0", "test:1"]
     assert answers[0]["reference"].startswith(" It is ")
     # Two shots of 41 to 45 characters, and a question.
     assert all(105 < answer["num_prompt_tokens"] < 125 for answer in answers)
@@ -270,7 +270,6 @@ def test_categories(run, tmp_path, capsys):
         (("--system", "x"), "--system needs --chat"),
         (("--chat",), "this model has no chat template"),
         (("--allow-code-execution",), "--allow-code-execution means nothing to topv2"),
-        (("--tfds-split", "test"), "--tfds-split means nothing to --data"),
     ],
 )
 def test_bad_input(model_directory, rows, tmp_path, refused, monkeypatch, options, words):

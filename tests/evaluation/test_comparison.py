@@ -15,13 +15,13 @@ from lsjax.decoding.engine import Engine
 from lsjax.decoding.request import Request
 from lsjax.decoding.self_speculative import SelfSpeculative
 from lsjax.evaluation import comparison
-from lsjax.evaluation.answers import Cell, Question
+from lsjax.evaluation.answers import Cell, Question, decode_in_turns
 from lsjax.evaluation.comparison import (
     Difference,
     cell_speeds,
     first_difference,
     identity_tail,
-    time_in_turns,
+    timed_lines,
     verified_widths,
 )
 from lsjax.evaluation.examples import Example
@@ -69,7 +69,13 @@ def completion(fields: dict):
 
 def turns(done=(), engine=None, strategies=EVERYTHING) -> tuple[list, list[dict]]:
     engine, answers = engine or Recorder(), []
-    time_in_turns(engine, strategies, QUESTIONS, set(done), answers.append)
+    line = timed_lines(engine, strategies[0])
+    decode_in_turns(
+        *(engine, strategies, QUESTIONS, set(done)),
+        lambda question, completion: answers.append(line(question, completion)),
+        turn=1,
+        beside_first=True,
+    )
     return engine.asked, answers
 
 
@@ -99,15 +105,13 @@ def test_differences_are_those_from_the_text_beside(monkeypatch):
 
     def first_difference(model, prompt, expected, found):
         seen.append((prompt, expected, found))
-        return Difference(1, 2, 3, np.nan, 5.0) if expected != found else None
+        return Difference(1, 2, 3, np.nan) if expected != found else None
 
     monkeypatch.setattr(comparison, "first_difference", first_difference)
     engine = Recorder(tokens={2: [1, 3], 3: [4, 4]})
     _, answers = turns(engine=engine, strategies=[*EVERYTHING, EarlyExit(3)])
     assert [one["difference"] is None for one in answers[:4]] == [True, True, False, True]
-    assert answers[2]["difference"] == {
-        **{"index": 1, "expected": 2, "found": 3, "margin": None, "roundings": 5.0}
-    }
+    assert answers[2]["difference"] == {**{"index": 1, "expected": 2, "found": 3, "margin": None}}
     assert seen[:3] == [([7], [1, 2], [1, 2]), ([7], [1, 2], [1, 2]), ([7], [1, 2], [1, 3])]
 
 
@@ -258,8 +262,6 @@ def test_margin(model, monkeypatch, logits, found, margin):
     difference = first_difference(model, [7, 8], [4, 0, 2], [4, found, 9])
     assert (difference.index, difference.expected, difference.found) == (1, 0, found)
     assert difference.margin == pytest.approx(margin, nan_ok=True)
-    last_place = np.max(np.abs(logits)) * 2.0**-23
-    assert difference.roundings == pytest.approx(margin / last_place, nan_ok=True)
     assert seen == [[7, 8, 4]]
 
 
@@ -267,4 +269,4 @@ def test_equal_and_shorter(model):
     assert first_difference(model, [7], [1, 2], [1, 2]) is None
     difference = first_difference(model, [7], [1, 2], [1])
     assert (difference.index, difference.expected, difference.found) == (1, 2, None)
-    assert difference.margin == difference.roundings == np.inf
+    assert difference.margin == np.inf
