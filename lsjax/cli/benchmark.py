@@ -31,7 +31,7 @@ from rich.progress import Progress
 from lsjax.cli import answering, flags
 from lsjax.cli.answering import TaskFlags
 from lsjax.cli.flags import OpenModel, StrategyFlags, StrategyName, load_engine
-from lsjax.cli.prompts import first_turn, prompt_rows
+from lsjax.cli.prompts import prompt_rows
 from lsjax.cli.setup import check_output
 from lsjax.cli.show import notes_console, show_cells, show_verdict
 from lsjax.config import ConfigError, LlamaConfig, bounded, check
@@ -43,7 +43,7 @@ from lsjax.evaluation.answers import ALL, Answer, Question
 from lsjax.evaluation.comparison import cell_speeds, identity_tail, timed_lines
 from lsjax.evaluation.examples import Task
 from lsjax.evaluation.plots import plot_grid
-from lsjax.evaluation.tasks import TASKS
+from lsjax.evaluation.tasks import TASKS, first_turn
 
 PROMPTS = (
     "Once upon a time, there was a little girl named Lily who",
@@ -131,7 +131,7 @@ def benchmark(arguments: Arguments) -> int:
     print(f"{engine.num_programs} programs, {engine.compile_seconds:.1f} s compiling")
     if output is not None:
         write(output, title, rows, notes)
-    return show_verdict(answers, engine)
+    return show_verdict(answers, str(engine.model.dtype))
 
 
 def check_numbers(arguments: Arguments, config: LlamaConfig) -> None:

@@ -12,7 +12,6 @@ docs/evaluation.md explains the figures.
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 
 from lsjax.cli import flags
 from lsjax.cli.flags import ChatFlags, ModelFlags, StrategyFlags, load_engine
@@ -57,7 +56,13 @@ def run_tasks(arguments: Arguments) -> None:
         chat_prompt(opened.tokenizer, "?", arguments.system)  # whether there is a template
     if arguments.output is not None:
         arguments.output.mkdir(parents=True, exist_ok=True)
-    adapter = need_lm_eval()
+    try:
+        from lsjax.evaluation import lm_eval as adapter
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f"tasks come from lm-evaluation-harness, and {error.name} is not installed: "
+            "pip install 'lsjax[eval]'"
+        ) from None
     manager, tasks = adapter.find_tasks(arguments.tasks, path)
     engine = load_engine(opened, notes_console(), strategy=strategies[0])
     model = adapter.EngineLM(engine, name=arguments.model.name, seed=arguments.seed)
@@ -73,18 +78,6 @@ def run_tasks(arguments: Arguments) -> None:
         )
         print(f"{arguments.model.name}, {engine.model.dtype}, {Cell.of(strategy)}")
         print(adapter.make_table(results))
-
-
-def need_lm_eval() -> ModuleType:
-    """The module that imports lm_eval. Raises ConfigError where that is not installed."""
-    try:
-        from lsjax.evaluation import lm_eval
-    except ModuleNotFoundError as error:
-        raise ConfigError(
-            f"tasks come from lm-evaluation-harness, and {error.name} is not installed: "
-            "pip install 'lsjax[eval]'"
-        ) from None
-    return lm_eval
 
 
 main = flags.program(Arguments, run_tasks, __doc__)

@@ -39,17 +39,11 @@ class ConfigFile:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunFlags(ConfigFile):
-    """A configuration, whose fields are further flags: --config FILE --help lists them."""
+class TrainingFlags(ConfigFile):
+    """Flags of train.py."""
 
     workdir: Path | None = None
     """Directory of the run."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainingFlags(RunFlags):
-    """Flags of train.py."""
-
     distributed: Hosts = Hosts()
     fields: Annotated[TrainConfig, tyro.conf.arg(name="")]
 
@@ -59,7 +53,7 @@ def parse(argv: Sequence[str], description: str) -> tuple[TrainConfig, Path, Hos
 
     Raises ConfigError for what is wrong with the file, a flag or a value.
     """
-    _, default = read_config(RunFlags, argv, description)
+    _, default = read_config(ConfigFile, argv, description)
     flags = parse_flags(
         TrainingFlags,
         argv,

@@ -49,14 +49,15 @@ class Cell(NamedTuple):
         return cls(*(found[name] for name in cls._fields))
 
     def __str__(self) -> str:
-        of = "" if self.draft_vocab is None else f" of {self.draft_vocab} tokens"
-        parts = {
-            "exit {}": self.exit_layer,
-            f"{{}} drafts{of}": self.num_draft_tokens,
-            "at {:g} or more": self.draft_confidence,
-        }
-        words = [form.format(value) for form, value in parts.items() if value is not None]
-        return ", ".join([self.strategy.replace("_", " "), *words])
+        parts = [self.strategy.replace("_", " ")]
+        if self.exit_layer is not None:
+            parts.append(f"exit {self.exit_layer}")
+        if self.num_draft_tokens is not None:
+            of = "" if self.draft_vocab is None else f" of {self.draft_vocab} tokens"
+            parts.append(f"{self.num_draft_tokens} drafts{of}")
+        if self.draft_confidence is not None:
+            parts.append(f"at {self.draft_confidence:g} or more")
+        return ", ".join(parts)
 
 
 @dataclass(frozen=True)
