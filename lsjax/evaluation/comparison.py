@@ -145,7 +145,7 @@ def cell_speeds(
 ) -> Iterator[dict[str, Any]]:
     """Figures of each strategy and group, the whole of a strategy first. Undefined ones are None.
 
-    docs/performance.md defines them. answers: of `time_in_turns`. costs: needed where a strategy
+    docs/performance.md defines them. answers: of `timed_lines`. costs: needed where a strategy
     drafts.
     """
     by_cell = {Cell.of(strategy): strategy for strategy in strategies}
