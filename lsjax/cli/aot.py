@@ -39,7 +39,7 @@ from lsjax.aot.programs import (
 from lsjax.cli.flags import parse_flags
 from lsjax.cli.setup import check_output, one_line_errors
 from lsjax.cli.show import notes_console, table, wide_console
-from lsjax.cli.training import read_config
+from lsjax.cli.training import ConfigFile, read_config
 from lsjax.config import EarlyExitConfig, LayerDropoutConfig, MeshConfig, TrainConfig, check
 from lsjax.evaluation.exits import exit_sums
 from lsjax.sharding import make_mesh
@@ -49,12 +49,18 @@ ProgramName = Literal["train", "evaluate", "prefill", "decode"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Arguments:
+class Slice(ConfigFile):
     """What is compiled, and for what."""
 
-    config: Annotated[TrainConfig, tyro.conf.arg(name="")]
-    topology: str
+    topology: str | None = None
     """Chip and slice: v5e:8x8, v5p:4x4x4, v6e:16x16, h100:1, h100:8."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arguments(Slice):
+    """What is compiled, and for what."""
+
+    fields: Annotated[TrainConfig, tyro.conf.arg(name="")]
     programs: tuple[ProgramName, ...] = get_args(ProgramName)
     """What to compile: the training step, the scoring of a batch at every exit, the reading of a
     prompt, a round of decoding."""
@@ -76,13 +82,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parse(argv: Sequence[str]) -> Arguments:
     """Raises ConfigError for what is wrong with the configuration or the flags."""
-    more = {"--topology": dict(metavar="CHIP:SLICE", help="such as v5p:4x4x4")}
-    known, config, rest = read_config("python -m lsjax.cli.aot", __doc__, argv, more)
-    check(known.topology is not None, "--topology is missing: name a slice such as v5p:4x4x4")
-    mesh = MeshConfig(tensor=min(4, slice_size(known.topology)))
-    default = Arguments(config=config, topology=known.topology, decoding_mesh=mesh)
-    avoided = (tyro.conf.AvoidSubcommands,)
-    return parse_flags(Arguments, rest, __doc__, default=default, config=avoided)
+    found, default = read_config(Slice, argv, __doc__)
+    check(found.topology is not None, "--topology is missing: name a slice such as v5p:4x4x4")
+    mesh = MeshConfig(tensor=min(4, slice_size(found.topology)))
+    return parse_flags(
+        Arguments,
+        argv,
+        __doc__,
+        default=Arguments(fields=default, decoding_mesh=mesh),
+        config=(tyro.conf.AvoidSubcommands,),
+    )
 
 
 def report(arguments: Arguments) -> dict[str, Any]:
@@ -93,7 +102,7 @@ def report(arguments: Arguments) -> dict[str, Any]:
     jax.config.update("jax_platforms", "cpu")  # for the shapes alone
     # Without a chip jax can write programs for it to the cache, but not read them.
     jax.config.update("jax_enable_compilation_cache", False)
-    config, shape = arguments.config, arguments.config.model
+    config, shape = arguments.fields, arguments.fields.model
     check(shape is not None, "the configuration has no model, whose shape is needed here")
     known = get_args(ProgramName)
     check(bool(arguments.programs), f"--programs is empty: choose from {', '.join(known)}")
@@ -137,7 +146,7 @@ def report(arguments: Arguments) -> dict[str, Any]:
 
 def lowered(name: str, arguments: Arguments, devices: Sequence[Any]) -> tuple[Mesh, Lowered, Trips]:
     """A program and its mesh."""
-    config = arguments.config
+    config = arguments.fields
     if name in ("prefill", "decode"):
         mesh = make_mesh(arguments.decoding_mesh, devices)
         return mesh, *decoding(name, config.model, arguments.decoding, mesh)

@@ -16,6 +16,7 @@ from lsjax.data.sources import fill
 from lsjax.data.tokenizer import Tokenizer
 from lsjax.decoding.request import Request, encode_prompt
 from lsjax.decoding.sampling import GREEDY, Sampling
+from lsjax.evaluation.tasks import first_turn
 
 # What an object of a file may say beside its prompt.
 ENDS = ("max_new_tokens", "stop", "stop_ids")
@@ -94,14 +95,6 @@ def prompt_rows(
         yield file.name, str(file), {"prompt": text}
     else:
         yield from file_rows([str(file)], refuse)
-
-
-def first_turn(row: Fields) -> Fields:
-    """The row; of Spec-Bench's form, which has "turns", with the first of them as prompt."""
-    match row:
-        case {"turns": [str(prompt), *_]} if "prompt" not in row:
-            return {**row, "prompt": prompt}
-    return row
 
 
 def choose_requests(arguments: Arguments) -> list[Request]:
