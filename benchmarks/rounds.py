@@ -9,6 +9,7 @@ autoregressive rounds at several lengths and capacities beside what the bytes of
 values predict from the first line.
 """
 
+from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
@@ -47,24 +48,27 @@ def verify_loop(model: lsjax.Llama, strategy: SelfSpeculative) -> Loop:
     return rounds_loop(model, strategy, verify)
 
 
-def main(
-    model: tyro.conf.Positional[Path],
-    exit_layers: tuple[int, ...] = (2, 8, 15),
-    num_draft_tokens: tuple[int, ...] = (2, 8, 12),
-    lengths: tuple[int, ...] = (200, 2000, 8000),
-) -> None:
-    """What a round is made of, and what a longer text costs.
+@dataclass(frozen=True)
+class Arguments:
+    """What a round is made of, and what a longer text costs."""
 
-    Args:
-        model: Hugging Face directory or .gguf file.
-        exit_layers: exits.
-        num_draft_tokens: draft lengths; every exit is tried with every length.
-        lengths: tokens in the cache.
-    """
+    model: tyro.conf.Positional[Path]
+    """Hugging Face directory or .gguf file."""
+    exit_layers: tuple[int, ...] = (2, 8, 15)
+    """Exits."""
+    num_draft_tokens: tuple[int, ...] = (2, 8, 12)
+    """Draft lengths; every exit is tried with every length."""
+    lengths: tuple[int, ...] = (200, 2000, 8000)
+    """Tokens in the cache."""
+
+
+def main(arguments: Arguments) -> None:
+    """Measures and prints both tables."""
     keep_compiled_programs()
     exact_products()
-    llama, console = lsjax.load(model), wide_console()
-    cells = [SelfSpeculative(E, d) for E, d in product(exit_layers, num_draft_tokens)]
+    llama, console = lsjax.load(arguments.model), wide_console()
+    grid = product(arguments.exit_layers, arguments.num_draft_tokens)
+    cells = [SelfSpeculative(E, d) for E, d in grid]
     rows = []
     for alone, shared in zip(cells, in_one_program(cells), strict=True):
         loops = [draft_loop(llama, alone), verify_loop(llama, alone)]
@@ -81,7 +85,7 @@ def main(
     names = ["E", "d", "draft ms", "verification ms", "round ms", "round/sum", "one program"]
     console.print(table("a round", names, rows))
 
-    places = [(length, length + LENGTH + 1) for length in lengths]
+    places = [(length, length + LENGTH + 1) for length in arguments.lengths]
     places.insert(1, (places[0][0], places[-1][1]))
     seconds = median_seconds(
         [rounds_loop(llama, lsjax.Autoregressive(), length=n, capacity=most) for n, most in places]
@@ -103,4 +107,4 @@ def main(
 
 
 if __name__ == "__main__":
-    tyro.cli(main, description=__doc__)
+    main(tyro.cli(Arguments, description=__doc__))
