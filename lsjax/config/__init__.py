@@ -1,4 +1,4 @@
-"""Configurations: frozen, hashable dataclasses that say what is wrong with a bad value."""
+"""Configurations: frozen, hashable dataclasses that check their values."""
 
 from lsjax.config.checked import Checked, ConfigError, bounded, check
 from lsjax.config.data import DataConfig

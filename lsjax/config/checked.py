@@ -1,4 +1,4 @@
-"""The one checker over annotations and bounds of dataclasses, and their form in JSON."""
+"""Checks of dataclass fields by annotation and bounds, and conversion from and to JSON."""
 
 import dataclasses
 import difflib
@@ -12,12 +12,12 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-VERSION = 3  # of configurations and of saved steps
+VERSION = 3  # format of configurations and of saved steps
 T = TypeVar("T", bound="Checked")
 
 
 class ConfigError(ValueError):
-    """A value that cannot work; the message names the value, the limit and the fix."""
+    """An invalid value; the message names the value, the limit and the fix."""
 
 
 def check(condition: bool, message: str) -> None:
@@ -49,18 +49,18 @@ class Bounds:
 
 
 def bounded(default: Any = dataclasses.MISSING, **bounds: Any) -> Any:
-    """A field of a Checked dataclass whose numbers, also those in a tuple, are within `Bounds`."""
+    """A field of a Checked dataclass whose numbers, including tuple items, are within `Bounds`."""
     return dataclasses.field(default=default, metadata={"bounds": Bounds(**bounds)})
 
 
 class Checked:
-    """Base of dataclasses that check their fields when they are made. Checks that relate fields
-    belong in the subclass's `__post_init__`, after this one."""
+    """Base of dataclasses that check their fields on creation. Checks that relate fields belong in
+    the subclass's `__post_init__`, after this one."""
 
     _prefix = ""
 
     def __init_subclass__(cls, prefix: str | None = None) -> None:
-        """prefix: of names in messages, "early_exit."; names after "--" are written as flags."""
+        """prefix: of names in messages, "early_exit."; with "--", names are written as flags."""
         super().__init_subclass__()
         if prefix is not None:
             cls._prefix = prefix
@@ -95,13 +95,13 @@ def _members(kind: Any) -> tuple[Any, ...]:
 
 
 def shown(value: Any) -> str:
-    """A value as messages write it, at most 60 characters."""
+    """Text of a value in messages, at most 60 characters."""
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
 
 
 def described(kind: Any, bounds: Bounds | None = None) -> str:
-    """Values of a field of this type, in words."""
+    """Description of the values of a field of this type."""
     limits = f" {bounds}" if bounds and str(bounds) else ""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if len(_members(kind)) > 1:
@@ -117,11 +117,11 @@ def described(kind: Any, bounds: Bounds | None = None) -> str:
 
 
 class _Unfit(Exception):
-    """A value that its field does not take."""
+    """A value that its field does not accept."""
 
 
 def _fitted(value: Any, kind: Any, bounds: Bounds) -> Any:
-    """The value in the type of its field: a whole number becomes a float where that is asked."""
+    """The value in the type of its field; an integer becomes a float in a float field."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if len(_members(kind)) > 1:
         for one in _members(kind):
@@ -136,7 +136,7 @@ def _fitted(value: Any, kind: Any, bounds: Bounds) -> Any:
     elif kind in (int, float):
         right = isinstance(value, int if kind is int else int | float)
         if right and not isinstance(value, bool) and bounds.hold(value):
-            with suppress(OverflowError):  # a whole number may be too large for a float
+            with suppress(OverflowError):  # an integer may be too large for a float
                 return kind(value)
     elif isinstance(value, origin or kind):
         return value
@@ -144,12 +144,12 @@ def _fitted(value: Any, kind: Any, bounds: Bounds) -> Any:
 
 
 def versioned(config: Checked) -> dict[str, Any]:
-    """The fields of a configuration as `json.dumps` takes them, and the version of this form."""
+    """The fields of a configuration for `json.dumps`, with the format version."""
     return {"version": VERSION, **dataclasses.asdict(config)}
 
 
 def without_version(raw: Any, where: str) -> dict[str, Any]:
-    """The fields of what `versioned` made.
+    """The fields of an output of `versioned`.
 
     Raises ConfigError for anything but an object of this version.
     """
@@ -159,7 +159,7 @@ def without_version(raw: Any, where: str) -> dict[str, Any]:
     check(
         version == VERSION,
         f"{where}: version is {shown(version)}, but this lsjax reads {VERSION}: convert the "
-        "run with the lsjax that wrote it (lsjax.cli.convert), or begin another one",
+        "run with the lsjax that wrote it (lsjax.cli.convert), or start a new one",
     )
     return fields
 
@@ -167,8 +167,8 @@ def without_version(raw: Any, where: str) -> dict[str, Any]:
 def from_json(kind: type[T], raw: Any, where: str) -> T:
     """The dataclass with these fields; missing ones get their defaults.
 
-    where: what is read, for messages. Raises ConfigError for unknown keys, missing keys without a
-    default, and values that the dataclass refuses.
+    where: source of the fields, for messages. Raises ConfigError for unknown keys, missing keys
+    without a default, and values that the dataclass rejects.
     """
     try:
         check(isinstance(raw, Mapping), f"{shown(raw)} must be an object, as a {kind.__name__} is")
@@ -178,7 +178,7 @@ def from_json(kind: type[T], raw: Any, where: str) -> T:
 
 
 def _decoded(kind: Any, raw: Any) -> Any:
-    """Gives lists and objects the type of the field; other values stay as they are."""
+    """Converts lists and objects to the type of the field; other values stay unchanged."""
     for one in _members(kind):
         if dataclasses.is_dataclass(one) and isinstance(raw, Mapping):
             return _dataclass(one, raw)
@@ -192,7 +192,7 @@ def _dataclass(kind: type[T], raw: Mapping[str, Any]) -> T:
     for key in raw:
         near = difflib.get_close_matches(str(key), fields, n=1)
         fix = f"did you mean {near[0]}?" if near else f"the keys are {', '.join(fields)}"
-        check(key in fields, f"{kind.name_of(key)} is no key of {kind.__name__}: {fix}")
+        check(key in fields, f"{kind.name_of(key)} is not a key of {kind.__name__}: {fix}")
     for name, field in fields.items():
         check(
             name in raw or field.default is not dataclasses.MISSING,
@@ -203,7 +203,7 @@ def _dataclass(kind: type[T], raw: Mapping[str, Any]) -> T:
 
 
 def differences(one: Any, other: Any, path: str = "") -> list[tuple[str, Any, Any]]:
-    """Differences of two JSON values: (dotted path, the one value, the other)."""
+    """Differences of two JSON values: (dotted path, first value, second value)."""
     if isinstance(one, Mapping) and isinstance(other, Mapping):
         return [
             found

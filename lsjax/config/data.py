@@ -1,4 +1,4 @@
-"""Where text comes from, how it becomes tokens, and how tokens become rows."""
+"""Data of a run: source of the text, tokenizer, and packing of tokens into rows."""
 
 import string
 from dataclasses import dataclass
@@ -30,19 +30,19 @@ class DataConfig(Checked, prefix="data."):
     """
 
     source: Literal["python_source", "text", "jsonl", "tsv", "tfds"] = "python_source"
-    """python_source: the standard library of the running Python. text: files of text. jsonl: files
+    """python_source: the standard library of the running Python. text: text files. jsonl: files
     with an object on each line. tsv: files with columns under a header. tfds: a TensorFlow data
     set."""
     paths: tuple[str, ...] = ()
-    """Files of text, jsonl and tsv, or patterns such as books/**/*.txt."""
+    """Files for text, jsonl and tsv, or patterns such as books/**/*.txt."""
     separator: str = "file"
-    """Where documents of text end: with the `file`, at each `blank_line`, or at another marker."""
+    """End of a document of text: the end of the `file`, a `blank_line`, or another marker."""
 
     text_template: str = "{text}"
     """Document of a row of jsonl, tsv or tfds, with the row's fields in braces."""
     prompt_template: str = ""
-    """Prompt of a row, such as "Question: {question} Answer:". Both templates together replace the
-    text's."""
+    """Prompt of a row, such as "Question: {question} Answer:". The prompt and response templates
+    together replace the text template."""
     response_template: str = ""
     """Response of a row, such as " {answer}"."""
     train_on_prompt: bool = False
@@ -54,34 +54,34 @@ class DataConfig(Checked, prefix="data."):
     tfds_split: str = "train"
     """Split, or part of one, such as train[:10%]."""
     tfds_data_dir: str = ""
-    """Directory of the data sets; empty is TFDS's own, ~/tensorflow_datasets."""
+    """Directory of the data sets; empty means TFDS's default, ~/tensorflow_datasets."""
 
     validation_fraction: float = bounded(0.05, low=0, below=1)
-    """Share of the documents that is held out, chosen by a hash of each. Not read with a separate
-    validation set."""
+    """Share of the documents that is held out, chosen by a hash of each. Has no effect with a
+    separate validation set."""
     validation_paths: tuple[str, ...] = ()
     """Files of a separate validation set (text, jsonl, tsv)."""
     validation_split: str = ""
     """Split of a separate validation set (tfds)."""
     max_documents: int | None = bounded(None, low=1)
-    """Largest number of documents, the source's first ones; a validation set is read whole."""
+    """Largest number of documents, the source's first ones; a validation set is read completely."""
 
     tokenizer: str = "sentencepiece"
-    """`bytes`; `sentencepiece`, trained on the training documents; or the path of a model's
+    """`bytes`; `sentencepiece`, trained on the training documents; or the path of a model
     directory, a tokenizer.json, tokenizer.model or .gguf."""
     vocab_size: int = bounded(512, low=260, hint="256 bytes, <unk>, <s>, </s> and a letter")
     """Size of a trained vocabulary."""
     append_end: bool = True
     """Whether each document ends with the tokenizer's end token."""
     allow_special: bool = False
-    """Whether the spelling of a special token ("</s>", "<|im_end|>") in a document is that token
-    and not plain text. For templates that spell them, if the fields can be trusted."""
+    """Whether the spelling of a special token ("</s>", "<|im_end|>") in a document becomes that
+    token instead of plain text. For templates with special tokens, if the fields can be trusted."""
 
     packing: bool = True
-    """Whether a row holds several documents, which never attend to one another, or one."""
+    """Whether a row may hold several documents, which never attend to one another."""
     too_long: Literal["split", "truncate", "drop"] | None = None
-    """How documents that are longer than a row are treated. By default a text is split, and a
-    response truncated. With split, texts fill every row; otherwise whole documents share rows."""
+    """Treatment of documents longer than a row. By default texts are split and responses truncated.
+    With split, texts fill every row; otherwise complete documents share rows."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -107,7 +107,7 @@ class DataConfig(Checked, prefix="data."):
 
     @property
     def held_out_fraction(self) -> float:
-        """Share of the source's documents that is kept for validation."""
+        """Share of the source's documents that is held out for validation."""
         return 0.0 if self.has_validation_set else self.validation_fraction
 
     @property
@@ -148,7 +148,7 @@ class DataConfig(Checked, prefix="data."):
             for field, spec, conversion in fields:
                 check(
                     field is None or (field != "" and not spec and not conversion),
-                    f"data.{name} {template!r} holds braces that are more than a field's name: "
+                    f"data.{name} {template!r} has braces that hold more than a field's name: "
                     "write {name} for a field, {{ for a brace",
                 )
         check(

@@ -1,4 +1,4 @@
-"""The shape of a Llama."""
+"""Configuration of a Llama: its shape and initialisation."""
 
 import math
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from lsjax.config.checked import Checked, bounded, check
 
 @dataclass(frozen=True, kw_only=True)
 class RopeScaling(Checked, prefix="rope_scaling."):
-    """How rotary frequencies are stretched beyond the context that they were trained on.
+    """Scaling of rotary frequencies for contexts longer than in training.
 
     kind: "linear" divides every frequency by `factor` (position interpolation); "llama3" divides
       the low frequencies, keeps the high ones and blends between the two (Llama 3.1).
@@ -48,17 +48,17 @@ class LlamaConfig(Checked):
     num_kv_heads: int = bounded(low=1)
     """K: heads with keys and values; N for multi-head attention, fewer for grouped-query."""
     head_dim: int = bounded(low=1)
-    """H: size of a head; usually D / N, but a checkpoint may say otherwise."""
+    """H: size of a head; usually D / N, but checkpoints may differ."""
     max_context: int = bounded(low=1)
-    """Positions that the model was trained on."""
+    """Longest context that the model was trained on."""
     rope_theta: float = bounded(10_000.0, above=0)
     """Base of the rotary frequencies."""
     rope_scaling: RopeScaling | None = None
-    """Stretching of the frequencies for a longer context."""
+    """Scaling of the frequencies for a longer context."""
     norm_eps: float = bounded(1e-5, above=0)
     """Added to the mean square in RMSNorm."""
     tie_embeddings: bool = False
-    """Whether the head is the embedding."""
+    """Whether the head shares the embedding's weights."""
     attention_bias: bool = False
     """Biases on queries, keys, values and the output of attention."""
     mlp_bias: bool = False
@@ -66,8 +66,8 @@ class LlamaConfig(Checked):
     init_std: float = bounded(0.02, low=0)
     """Standard deviation of new weights, normally distributed."""
     scaled_init: bool = False
-    """Whether weights that write to the residual stream start smaller by sqrt(2 L), as each layer
-    adds twice (GPT-2; Radford et al., 2019)."""
+    """Whether initial weights that write to the residual stream are divided by sqrt(2 L), because
+    each layer adds twice (GPT-2; Radford et al., 2019)."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -107,18 +107,18 @@ class LlamaConfig(Checked):
 
     @classmethod
     def tiny(cls, **changes) -> "LlamaConfig":
-        """Small enough for a test: 4 layers, width 64, 4 heads over 2 K/V heads."""
+        """A small model for tests: 4 layers, width 64, 4 heads over 2 K/V heads."""
         return _preset(changes, 258, 64, 128, 4, 4, 2, 512, init_std=0.2)
 
     @classmethod
     def smollm2_135m(cls, **changes) -> "LlamaConfig":
-        """SmolLM2-135M (Hugging Face, 2024): deep and narrow, a tied head of 8 layers' weight."""
+        """SmolLM2-135M (Hugging Face, 2024): deep and narrow; its tied head equals 8 layers."""
         rest = dict(rope_theta=1e5, tie_embeddings=True)
         return _preset(changes, 49_152, 576, 1_536, 30, 9, 3, 8_192, **rest)
 
     @classmethod
     def layerskip_1_5b(cls, **changes) -> "LlamaConfig":
-        """The paper's Llama 1.5B (its Table 10); the feed-forward width, not given, is ours."""
+        """The paper's Llama 1.5B (Table 10). The feed-forward width is ours; the paper omits it."""
         return _preset(changes, 32_000, 2_048, 5_632, 24, 16, 16, 4_096)
 
     @classmethod

@@ -1,4 +1,4 @@
-"""One training step: layer dropout, the early-exit loss, adapters and the optimizer."""
+"""Configuration of a training step: layer dropout, early-exit loss, adapters and optimizer."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -13,7 +13,7 @@ LoraTarget = Literal["qkv", "out", "gate_up", "down"]
 
 @dataclass(frozen=True, kw_only=True)
 class LayerDropoutConfig(Checked, prefix="layer_dropout."):
-    """Rate at which layer l is skipped at step t: p(l, t) = S(t) D(l) p_max (LayerSkip, eq. 2).
+    """Layer dropout. The rate of layer l at step t is p(l, t) = S(t) D(l) p_max (LayerSkip, eq. 2).
 
     LayerSkip: the defaults with a p_max; from scratch also schedule "exponential". LayerDrop (Fan
     et al., 2020): distribution "uniform", skip "batch". PLD (Zhang and He, 2020): distribution
@@ -22,7 +22,7 @@ class LayerDropoutConfig(Checked, prefix="layer_dropout."):
     """
 
     p_max: float = bounded(0.0, low=0, high=1)
-    """Rate of the layer that is skipped most often; 0 turns layer dropout off."""
+    """Rate of the layer that is skipped most often; 0 disables layer dropout."""
     distribution: Literal["exponential", "linear", "uniform"] = "exponential"
     """D(l): 2^(l / (L-1)) - 1 (eq. 3), l / (L-1), or 1."""
     layers: tuple[int, ...] | None = None
@@ -32,14 +32,14 @@ class LayerDropoutConfig(Checked, prefix="layer_dropout."):
     gamma: float | None = bounded(None, above=0)
     """Speed of the saturating schedule, per step; 100 / T by default, as in PLD."""
     rescale: bool = False
-    """Whether the output of a kept layer is divided by 1 - p; the paper does not divide it."""
+    """Whether the output of a kept layer is divided by 1 - p; the paper does not do this."""
     skip: Literal["mask", "gather", "batch"] = "mask"
-    """How a layer is skipped. mask: by each sequence on its own, as in the paper; it is computed,
-    and its effect dropped. gather: by each sequence; only those that keep it compute it, and their
-    number is one of a few fixed ones. batch: by all at once."""
+    """How a layer is skipped. mask: per sequence, as in the paper; the layer is computed, and its
+    output dropped. gather: per sequence; only sequences that keep the layer compute it, and their
+    count is one of a few fixed counts. batch: by all sequences at once."""
 
     def check_layers(self, num_layers: int) -> None:
-        """Raises ConfigError where `layers` names one that a model of L layers does not have."""
+        """Raises ConfigError if `layers` names a layer that a model of L layers lacks."""
         for layer in self.layers or ():
             check(
                 0 <= layer < num_layers,
@@ -49,31 +49,31 @@ class LayerDropoutConfig(Checked, prefix="layer_dropout."):
 
 @dataclass(frozen=True, kw_only=True)
 class EarlyExitConfig(Checked, prefix="early_exit."):
-    """The early-exit loss (LayerSkip, eq. 5 and 6). Exits are numbered 1..L as in decoding; exit L
-    is the model's normal output and always in the loss.
+    """Early-exit loss (LayerSkip, eq. 5 and 6). Exits are numbered 1..L, as in decoding. Exit L is
+    the model's normal output and always in the loss.
 
     LITE (Varshney et al., 2023): weights "uniform", curriculum "all" or "subset".
     """
 
     curriculum: Literal["none", "rotational", "gradual", "all", "subset"] = "none"
-    """Exits in the loss beside exit L. rotational: every R-th, another set each step. gradual: one
-    more every T / (2L) steps, from the last down to the first. subset: those of `exits`."""
+    """Exits in the loss beside exit L. rotational: every R-th exit, shifted at each step. gradual:
+    one more every T / (2L) steps, from the last to the first. subset: those of `exits`."""
     rotation: int = bounded(8, low=1)
     """R of the rotational curriculum."""
     exits: tuple[int, ...] = ()
     """Exits of the subset curriculum."""
     weights: Literal["paper", "uniform", "custom"] = "paper"
-    """Weights before they are normalised over the active exits. paper: e(l) of eq. 6. uniform: 1.
+    """Weights before normalisation over the enabled exits. paper: the paper's e(l). uniform: 1.
     custom: `custom_weights`."""
     e_scale: float = bounded(1.0, low=0, high=1)
     """Weight of the intermediate exits in the paper's e(l), from 0 to 1."""
     custom_weights: tuple[float, ...] = bounded((), low=0)
     """A weight for each exit 1..L."""
     token_share: float = bounded(1.0, above=0, high=1)
-    """Share of the labelled tokens that an intermediate exit is trained on. It is drawn anew for
-    each exit and step; the loss stays the same on average."""
+    """Share of the labelled tokens that an intermediate exit trains on, sampled for each exit and
+    step. The loss stays the same on average."""
     target: Literal["labels", "final"] = "labels"
-    """What an intermediate exit learns: the next token, or the distribution that exit L gives."""
+    """Target of the intermediate exits: the next token, or the output distribution of exit L."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -93,7 +93,7 @@ class EarlyExitConfig(Checked, prefix="early_exit."):
         )
 
     def check_layers(self, num_layers: int) -> None:
-        """Raises ConfigError where exits or weights do not belong to a model of L layers."""
+        """Raises ConfigError if exits or weights do not belong to a model of L layers."""
         for exit in self.exits:
             check(
                 1 <= exit <= num_layers,
@@ -108,27 +108,27 @@ class EarlyExitConfig(Checked, prefix="early_exit."):
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig(Checked, prefix="optimizer."):
-    """AdamW (Loshchilov and Hutter, 2019). The paper gives learning rates only; the other
-    defaults are the usual ones for Llamas."""
+    """AdamW (Loshchilov and Hutter, 2019). The LayerSkip paper gives learning rates only. The other
+    defaults are common for Llamas."""
 
     learning_rate: float = bounded(3e-4, low=0)
     """Highest learning rate, reached after warm-up."""
     schedule: Literal["constant", "cosine", "linear"] = "cosine"
-    """How the learning rate falls after warm-up."""
+    """Decay of the learning rate after warm-up."""
     warmup_steps: int = bounded(0, low=0)
     """Steps in which the learning rate rises from 0."""
     final_share: float = bounded(0.1, low=0, high=1)
-    """Share of the learning rate that is left at the end; read by cosine and linear."""
+    """Final learning rate, as a share of the highest; read by cosine and linear."""
     b1: float = bounded(0.9, low=0, below=1)
     """Decay of the mean of the gradients."""
     b2: float = bounded(0.95, low=0, below=1)
-    """Decay of the mean of their squares."""
+    """Decay of the mean of the squared gradients."""
     eps: float = bounded(1e-8, above=0)
-    """Added to the root of the mean of the squares."""
+    """Added to the root of the mean squared gradient."""
     weight_decay: float = bounded(0.1, low=0)
-    """Decay of matrices and tables; norms and biases do not decay."""
+    """Weight decay of matrices and tables; norms and biases do not decay."""
     clip_norm: float | None = bounded(1.0, above=0)
-    """Largest norm of the gradient; a longer one is scaled down. None turns clipping off."""
+    """Largest norm of the gradient; larger gradients are scaled down. None disables clipping."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,8 +138,8 @@ class LoraConfig(Checked, prefix="lora."):
     Queries, keys and values are one matrix, so they share an A; so do gate and up.
     """
 
-    rank: int = bounded(0, low=0, hint="0 trains the whole model")
-    """Columns of A and rows of B; 0 trains the whole model."""
+    rank: int = bounded(0, low=0, hint="0 trains the full model")
+    """Columns of A and rows of B; 0 trains the full model."""
     alpha: float = bounded(16.0, above=0)
     """Scale of A B, times the rank."""
     targets: tuple[LoraTarget, ...] = ("qkv", "out", "gate_up", "down")
@@ -160,13 +160,12 @@ class LoraConfig(Checked, prefix="lora."):
 
 @dataclass(frozen=True, kw_only=True)
 class StepConfig(Checked):
-    """Everything that a training step depends on, except for the model and the batch."""
+    """Configuration of a training step, without the model and the batch."""
 
     num_steps: int = bounded(low=1)
     """T: optimizer steps of the whole run; schedules and curricula are stretched over them."""
     seed: int = bounded(0, low=0, below=2**32)
-    """Seed of new weights, of the rows' order, of layer dropout, and of the tokens that exits are
-    trained on."""
+    """Seed of new weights, the order of rows, layer dropout, and the tokens that exits train on."""
     layer_dropout: LayerDropoutConfig = LayerDropoutConfig()
     early_exit: EarlyExitConfig = EarlyExitConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -174,18 +173,18 @@ class StepConfig(Checked):
     z_loss: float = bounded(0.0, low=0)
     """Weight of the squared log of the softmax's denominator (PaLM, 2022: 1e-4)."""
     micro_batches: int = bounded(1, low=1)
-    """Parts of a batch that run one after the other; their gradients are added."""
+    """Number of sequential parts of a batch; their gradients are added."""
     remat: Literal[
         "none", "nothing_saveable", "dots_saveable", "dots_with_no_batch_dims_saveable"
     ] = "none"
     """Values that a layer keeps for its backward pass: all, or those of jax's checkpoint policy of
-    that name. The rest is computed again. Policies that keep products also keep the output of an
-    attention kernel; on GPUs it replaces the projection that follows."""
+    that name. Others are recomputed. Policies that keep matmuls also keep the attention kernel's
+    output; on GPUs it replaces the projection that follows."""
     attention: AttentionKernel = "auto"
-    """Kernel of attention. auto is splash on TPUs, flash on GPUs and xla elsewhere. Where these do
-    not take the arrays it is cudnn or xla (lsjax/model/attention.py)."""
+    """Attention kernel. auto is splash on TPUs, flash on GPUs and xla elsewhere. If these do not
+    support the arrays, it is cudnn or xla (lsjax/model/attention.py)."""
     dtype: ComputeDtype = "auto"
-    """Type of the computation. auto is bfloat16 on accelerators; on CPUs it is the parameters'."""
+    """Dtype of the computation. auto is bfloat16 on accelerators, the parameters' dtype on CPUs."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -196,12 +195,12 @@ class StepConfig(Checked):
         )
 
     def check_model(self, model: LlamaConfig) -> None:
-        """Raises ConfigError where layers or exits are named that the model does not have."""
+        """Raises ConfigError if the config names layers or exits that the model lacks."""
         self.layer_dropout.check_layers(model.num_layers)
         self.early_exit.check_layers(model.num_layers)
 
     def check_batch(self, batch_size: int) -> None:
-        """Raises ConfigError where the micro-batches do not share the rows evenly."""
+        """Raises ConfigError if the number of micro-batches does not divide the rows."""
         check(
             batch_size % self.micro_batches == 0,
             f"micro_batches {self.micro_batches} does not divide the batch of {batch_size} rows: "

@@ -1,4 +1,4 @@
-"""A training run: step, model, data, mesh, checkpoints, evaluation; and the path of a saved run."""
+"""Configuration of a training run, and paths of saved steps."""
 
 import dataclasses
 import math
@@ -16,32 +16,32 @@ from lsjax.config.step import StepConfig
 class MeshConfig(Checked, prefix="mesh."):
     """Sizes of the mesh's axes; one of them may be -1, which takes the remaining devices.
 
-    One device by default. lsjax/sharding.py says how each axis shards the arrays.
+    One device by default. lsjax/sharding.py explains how each axis shards the arrays.
     """
 
     data: int = 1
     """Devices over which the rows of a batch are sharded."""
     fsdp: int = 1
-    """Devices over which weights are sharded along the model's width, and in training rows too."""
+    """Devices over which weights are sharded along D; in training the rows too."""
     tensor: int = 1
     """Devices over which heads, feed-forward channels and vocabulary are sharded."""
 
     def sizes(self, num_devices: int) -> dict[str, int]:
-        """Size of each axis on a machine of that many devices; those beyond the mesh stay idle.
+        """Size of each axis on a machine of that many devices; devices beyond the mesh stay idle.
 
-        Raises ConfigError for a size below 1, for too few devices, and where the other sizes do not
-        divide the devices that a -1 would take.
+        Raises ConfigError for a size below 1, for too few devices, and, with a -1, if the other
+        sizes do not divide the number of devices.
         """
         sizes = dataclasses.asdict(self)
         for name, size in sizes.items():
             check(
                 size == -1 or size >= 1,
-                f"mesh.{name} {size} is not a size: choose 1 or more, or -1 for all that is left",
+                f"mesh.{name} {size} is not a size: choose 1 or more, or -1 for all the rest",
             )
         rest = [name for name, size in sizes.items() if size == -1]
         check(
             len(rest) <= 1,
-            f"mesh.{' and mesh.'.join(rest)} are -1: leave the rest to one of them only",
+            f"mesh.{' and mesh.'.join(rest)} are -1: use -1 for only one of them",
         )
         asked = " x ".join(f"{name} {size}" for name, size in sizes.items() if size != 1)
         fixed = math.prod(size for size in sizes.values() if size != -1)
@@ -59,36 +59,36 @@ class MeshConfig(Checked, prefix="mesh."):
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig(Checked, prefix="checkpoints."):
-    """When a run is saved, and which steps are kept."""
+    """Checkpoints of a run: when they are saved, and which are kept."""
 
     every: int = bounded(500, low=1)
-    """Steps between checkpoints; the last step has one too."""
+    """Steps between checkpoints; the last step is saved too."""
     keep_last: int = bounded(2, low=1)
-    """Number of the newest checkpoints that are kept."""
+    """Number of newest checkpoints to keep."""
     keep_best: int = bounded(1, low=0)
-    """Further checkpoints that are kept, those with the lowest held-out loss of the last exit."""
+    """Number of further checkpoints to keep, by lowest held-out loss of the last exit."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationConfig(Checked, prefix="evaluation."):
-    """How the model is evaluated during the run."""
+    """Evaluation of the model during the run."""
 
     every: int = bounded(500, low=1)
-    """Steps between evaluations; the last step has one too."""
+    """Steps between evaluations; the last step is evaluated too."""
     batches: int = bounded(8, low=1)
-    """Batches of held-out rows on which every exit is scored; always the same ones."""
+    """Batches of held-out rows on which every exit is scored; always the same batches."""
     sample_tokens: int = bounded(64, low=0)
-    """Length of the sample text that the model writes; 0 turns it off."""
+    """Length of the sample text that the model writes; 0 disables it."""
     sample_prompt: str = ""
     """Beginning of the sample text; the start of a held-out document by default."""
     exit_layer: int | None = None
     """Exit that drafts the sample text; a quarter of the layers by default."""
     num_draft_tokens: int = bounded(4, low=1)
-    """Drafts in a round of the sample text."""
+    """Draft tokens per round of the sample text."""
     num_prompts: int = bounded(8, low=1)
     """Largest number of held-out beginnings in prompts.jsonl, for decoding afterwards."""
     prompt_tokens: int = bounded(32, low=1)
-    """Tokens of such a beginning, at most half a row; a row that has a prompt gives the prompt."""
+    """Tokens of such a beginning, at most half a row. A row's own prompt is used instead."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +98,7 @@ class TrainConfig(StepConfig):
     model: LlamaConfig | None = None
     """Shape of the model; by default that of the model in `init_from`."""
     init_from: str = ""
-    """Hugging Face directory, GGUF file or run to start from; by default parameters are random."""
+    """Hugging Face directory, GGUF file or run to start from; random parameters by default."""
     data: DataConfig = DataConfig()
     batch_size: int = bounded(low=1)
     """B: rows of a step on all devices and hosts together."""
@@ -108,7 +108,7 @@ class TrainConfig(StepConfig):
     checkpoints: CheckpointConfig = CheckpointConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     max_skipped: int = bounded(10, low=1)
-    """Consecutive steps without a finite loss and gradient after which the run stops."""
+    """Consecutive steps with a non-finite loss or gradient after which the run stops."""
     tensorboard: bool = False
     """Whether the metrics are written for TensorBoard too (needs the tensorboard extra)."""
 
@@ -120,15 +120,15 @@ class TrainConfig(StepConfig):
         )
         check(
             self.lora.rank == 0 or self.init_from != "",
-            f"lora.rank {self.lora.rank} trains adapters of a model that has learned: name its "
-            "checkpoint in init_from",
+            f"lora.rank {self.lora.rank} trains adapters of a trained model: name its checkpoint "
+            "in init_from",
         )
         self.check_batch(self.batch_size)
         if self.model is not None:
             self.check_model(self.model)
 
     def check_model(self, model: LlamaConfig) -> None:
-        """Raises ConfigError where this run asks for what the model does not have."""
+        """Raises ConfigError if this run does not fit the model."""
         super().check_model(model)
         check(
             self.seq_len <= model.max_context,
@@ -142,16 +142,16 @@ class TrainConfig(StepConfig):
         exit_layer = self.evaluation.exit_layer
         check(
             exit_layer is None or 1 <= exit_layer < model.num_layers,
-            f"evaluation.exit_layer {exit_layer} is not in 1..{model.num_layers - 1}, which can "
-            f"draft for a model of {model.num_layers} layers",
+            f"evaluation.exit_layer {exit_layer} is out of range: use 1..{model.num_layers - 1} "
+            f"for a model of {model.num_layers} layers",
         )
 
 
 def split_step(path: str | Path) -> tuple[Path, int | str | None]:
     """`runs/a@200` is step 200 of runs/a, `runs/a@best` its best one, any other path is itself.
 
-    A file or directory that has such a name is that file or directory.
-    Raises ConfigError where an existing directory and an @ are followed by neither.
+    An existing file or directory of that name takes precedence.
+    Raises ConfigError if neither a number nor "best" follows an existing directory and an @.
     """
     path = Path(path)
     directory, at, step = path.name.rpartition("@")
@@ -160,6 +160,6 @@ def split_step(path: str | Path) -> tuple[Path, int | str | None]:
         return path, None
     check(
         step == "best" or re.fullmatch(r"\d+", step) is not None,
-        f"{path}: {step!r} is no step of {run}: write a number, or best",
+        f"{path}: {step!r} is not a step of {run}: write a number, or best",
     )
     return run, step if step == "best" else int(step)

@@ -1,15 +1,15 @@
-"""The early-exit loss (LayerSkip, 4.1.2): which exits are in it, their weights, what they learn.
+"""Early-exit loss (LayerSkip, 4.1.2): enabled exits, their weights, and their targets.
 
     J(t) = sum over exits E of w(t, E) CE(unembed(output of layer E - 1), labels)    (eq. 5)
-    w(t, E) = C(t, E) e(E - 1) / sum over i of C(t, i) e(i - 1)
+    w(t, E) = C(t, E) e(E - 1) / sum over i of C(t, i) e(i - 1)                      (eq. 6)
 
-C is the curriculum, e the weights (eq. 6). Exit E = L is always on. Arrays over exits have exit E
-at index E - 1.
+C is the curriculum, e the weights before normalisation. Exit E = L is always enabled. Arrays over
+exits have exit E at index E - 1.
 
-CE is the loss of each token, a function of an exit's logits. Below exit L any other function takes
-its place: make_train_step(config, exit_loss=...), docs/extending.md. The head calls it on chunks of
-positions, and differentiates it in its first argument. Logits are in float32 or wider. The last
-exit's are computed only if the function uses them. Labels of tokens that do not count are negative.
+CE is the loss of each token, a function of an exit's logits. Any other function may replace it
+below exit L: make_train_step(config, exit_loss=...), docs/extending.md. The head calls the function
+on chunks of positions, and differentiates it in its first argument. Logits are float32 or wider.
+The last exit's logits are computed only if the function uses them. Ignored labels are negative.
 """
 
 from collections.abc import Callable, Mapping
@@ -24,7 +24,7 @@ from lsjax.config import EarlyExitConfig
 
 
 def exit_weights(config: EarlyExitConfig, num_layers: int) -> Float[np.ndarray, " L"]:
-    """Weights before curriculum and normalisation: e(l), l = E - 1, of eq. 6 for the paper's."""
+    """Weights before curriculum and normalisation: e(l) for layer l = E - 1."""
     config.check_layers(num_layers)
     if config.weights == "custom":
         return np.array(config.custom_weights, float)
@@ -42,7 +42,7 @@ def enabled_exits(
 ) -> Bool[Array | np.ndarray, "... L"]:
     """C(t, E): whether each exit is in the loss of step t of T. Exits of weight 0 never are.
 
-    step: one, or [..., 1] for several. The result is numpy's where the step is.
+    step: one, or [..., 1] for several. The result is a numpy array if `step` is.
     """
     exits = np.arange(1, num_layers + 1)
     match config.curriculum:
@@ -51,7 +51,7 @@ def enabled_exits(
         case "rotational":
             on = (exits - 1) % config.rotation == step % config.rotation
         case "gradual":
-            # t >= (L - E + 1) T / (2L), in whole numbers.
+            # t >= (L - E + 1) T / (2L), in integers.
             first_step = -(-(num_layers - exits + 1) * num_steps // (2 * num_layers))
             on = step >= first_step
         case "all":
@@ -65,10 +65,10 @@ def enabled_exits(
 def loss_weights(
     config: EarlyExitConfig, num_layers: int, step: ArrayLike, num_steps: int
 ) -> Float[Array, " L"]:
-    """w(t, E): the weights of the exits that are on, which sum to 1; 0 for the others."""
+    """w(t, E) (eq. 6): weights of the enabled exits, which sum to 1; 0 for the others."""
     enabled_L = enabled_exits(config, num_layers, step, num_steps)
     weights_L = exit_weights(config, num_layers)
-    # The last exit weighs 1 and the others follow, which float32 holds at any depth.
+    # Relative to the last exit's weight: float32 then holds the weights at any depth.
     on_L = jnp.where(enabled_L, (weights_L / weights_L[-1]).astype(np.float32), 0)
     return on_L / on_L.sum()
 
@@ -76,7 +76,7 @@ def loss_weights(
 def exit_counts(
     config: EarlyExitConfig, num_layers: int, num_steps: int
 ) -> Int[np.ndarray, " steps"]:
-    """Intermediate exits that are on, at each step of the run."""
+    """Number of enabled intermediate exits at each step of the run."""
     steps = np.arange(num_steps)[:, None]
     enabled = enabled_exits(config, num_layers, steps, num_steps)
     return np.broadcast_to(enabled, (num_steps, num_layers))[:, :-1].sum(1)
@@ -88,8 +88,8 @@ ExitLoss = Callable[[Array, Array, Array], Array]
 
 @jax.custom_jvp
 def log_z(logits: Float[Array, "... V"]) -> Float[Array, "..."]:
-    """log sum exp of the logits. Its derivative, the softmax, is computed from the result: the
-    pass over the logits writes no array of their size."""
+    """log sum exp of the logits. Its derivative, the softmax, is recomputed from the result, so the
+    forward pass writes no array of the logits' size."""
     return jax.nn.logsumexp(logits, axis=-1)
 
 
@@ -103,7 +103,7 @@ def _log_z_jvp(primals, tangents):
 def cross_entropy(
     logits: Float[Array, "... V"], labels: Int[Array, "..."], final_logits: object = None
 ) -> Float[Array, "..."]:
-    """-log p(label): the paper's (eq. 5), and always the last exit's."""
+    """-log p(label): the paper's loss of every exit, and always the last exit's."""
     is_label = jnp.arange(logits.shape[-1]) == labels[..., None]
     return log_z(logits) - jnp.where(is_label, logits, 0).sum(-1)
 

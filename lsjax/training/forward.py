@@ -1,5 +1,5 @@
-"""The layers in training: a scan over stacked blocks, with layer dropout, and the outputs that the
-exits in the loss unembed."""
+"""Layers in training: a scan over stacked blocks with layer dropout, and the outputs of the exits
+in the loss."""
 
 import jax
 import jax.numpy as jnp
@@ -27,12 +27,12 @@ def exit_states(
 ) -> Float[Array, "S B T D"]:
     """Outputs of the layers exit_S, in order; the last slot is the model's output.
 
-    model: stacked, in the dtype of the computation. rows_B: numbers of the rows in the batch of the
-    step. exit_S: each layer but the last once at most; slots of L - 1 before the last one hold
-    nothing of use.
+    model: stacked, in the dtype of the computation. rows_B: indices of the rows in the step's
+    batch. exit_S: each layer but the last at most once. Slots of L - 1 before the last slot are
+    unused.
 
-    No more than S outputs are held: a layer's output is written to the slot of its exit. Where
-    S = L, they are the outputs of the scan.
+    At most S outputs are in memory: a layer's output is written to the slot of its exit. If S = L,
+    they are the outputs of the scan.
     """
     num_slots, num_layers = len(exit_S), model.config.num_layers
     x_BTD = model.embed_rows(batch["tokens_BT"])
@@ -40,7 +40,7 @@ def exit_states(
     rope = rope_angles(batch["positions_BT"], model.config, x_BTD.dtype, whole=whole)
     run = layer_runner(config, rope, batch["segments_BT"])
     picks = 1 < num_slots < num_layers
-    # Slot of the exit below each layer; without an exit the last one, which is not read.
+    # Slot of the exit below each layer; without an exit the last slot, which is not read.
     slot_L = jnp.full(num_layers + 1, num_slots - 1).at[exit_S + 1].set(jnp.arange(num_slots))[:-1]
     dropout = None
     if config.layer_dropout.p_max > 0:
@@ -53,7 +53,7 @@ def exit_states(
         return slots, y_BTD if num_slots == num_layers else None
 
     slots = None
-    if picks:  # zeros would be one array with those of the loss, which XLA:GPU holds until then
+    if picks:  # XLA:GPU would merge zeros with those of the loss, and keep them until then
         slots = jnp.broadcast_to(lax.stop_gradient(x_BTD), (num_slots, *x_BTD.shape))
     x_BTD, slots, x_LBTD = model.scan_layers(
         x_BTD, lambda block, x, inputs: run(block, x, inputs[1]), look, slots, (slot_L, dropout)
@@ -91,12 +91,12 @@ def layer_runner(config: StepConfig, rope: tuple[Array, Array], segments_BT: Int
         return x_BTD + (y_BTD - x_BTD) / share
 
     if remat == "none" and dropout.p_max > 0 and dropout.skip == "gather":
-        remat = "dots_saveable"  # residuals are copied once more; the rest is cheaper computed anew
+        remat = "dots_saveable"  # residuals are copied once more; recomputing the rest is cheaper
     if remat != "none":
         policies = jax.checkpoint_policies
         policy = getattr(policies, remat)
         if remat != "nothing_saveable":
-            # The output of attention's kernel is a product too.
+            # The attention kernel's output counts as a matmul too.
             named = policies.save_only_these_names(SAVED, ADAPTED)
             policy = policies.save_from_both_policies(policy, named)
         run = jax.checkpoint(run, policy=policy, prevent_cse=False)  # the scan prevents it

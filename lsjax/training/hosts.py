@@ -1,7 +1,7 @@
 """Several processes of one run: how they find one another, take turns, and end together.
 
-On a pod each host runs the same program. From `start` on, arrays are sharded over the devices of
-all hosts, and every process must do the same steps.
+On a pod each host runs the same program. After `start`, all processes form one run: arrays are
+sharded over the devices of all hosts, and every process must do the same steps.
 """
 
 import hashlib
@@ -27,11 +27,11 @@ from jax.experimental.multihost_utils import (
 
 from lsjax.config import Checked, ConfigError, bounded, check
 
-# Found in errors that follow from the end of another process, whatever their class.
+# Matches errors caused by another process ending, whatever their class.
 LOST = re.compile(r"Gloo|UNAVAILABLE|DEADLINE_EXCEEDED|[Hh]eartbeat|Connection (reset|closed)")
 SEEN = 60.0  # seconds after which a new file must be visible to all hosts
 
-# (steps done) -> number of the signal that stops the run after this step; asked at each step.
+# (steps done) -> number of the signal that stops the run after this step; called at each step.
 Stop = Callable[[int], int | None]
 
 
@@ -41,15 +41,15 @@ class Hosts(Checked, prefix="--distributed."):
     coordinator, num_processes and process_id."""
 
     coordinator: str | None = None
-    """host:port of process 0, at a port that is free there."""
+    """host:port of process 0; the port must be free on that host."""
     num_processes: int | None = None
     """Number of processes."""
     process_id: int | None = None
-    """Number of this process, from 0."""
+    """Index of this process, from 0."""
     heartbeat_timeout: int = bounded(40, low=1)
-    """Seconds without a sign of life after which a process counts as dead, and the others end."""
+    """Seconds without a heartbeat before a process counts as dead, and the others end."""
     start_timeout: int = bounded(300, low=1)
-    """Seconds in which all must have started."""
+    """Seconds to wait for all processes to start."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -59,11 +59,11 @@ class Hosts(Checked, prefix="--distributed."):
         check(
             None not in given,
             "--distributed.coordinator, --distributed.num-processes and --distributed.process-id "
-            "belong together: give all three, or leave them out under SLURM and on TPU VMs",
+            "must be given together: give all three, or none under SLURM and on TPU VMs",
         )
         check(
             re.fullmatch(r".+:[0-9]+", self.coordinator) is not None,
-            f"--distributed.coordinator {self.coordinator!r} is not host:port",
+            f"--distributed.coordinator {self.coordinator!r} is not host:port, such as a:1234",
         )
         check(
             0 <= self.process_id < self.num_processes,
@@ -74,7 +74,7 @@ class Hosts(Checked, prefix="--distributed."):
 def start(hosts: Hosts) -> None:
     """Joins the other processes, if there are any. Must come before all other use of jax.
 
-    Raises ConfigError where they do not come together in time.
+    Raises ConfigError if they do not connect in time.
     """
     flags = hosts.coordinator is not None
     slurm = under_slurm()
@@ -91,12 +91,15 @@ def start(hosts: Hosts) -> None:
         )
     except (RuntimeError, ValueError) as error:
         if isinstance(error, ValueError) and not (flags or slurm):
-            return  # chips, but no neighbours that jax knows of
-        raise ConfigError(f"the processes of this run did not come together ({error})") from error
+            return  # TPU chips, but a single host
+        raise ConfigError(
+            f"the processes could not connect ({error}): check the coordinator address, or raise "
+            "--distributed.start-timeout"
+        ) from error
 
 
 def under_slurm() -> bool:
-    """Whether srun started several of this program."""
+    """Whether srun started several processes of this program."""
     return "SLURM_STEP_NODELIST" in os.environ and int(os.environ.get("SLURM_NTASKS", 1)) > 1
 
 
@@ -108,13 +111,13 @@ def on_tpu_vm() -> bool:
 
 
 def is_first() -> bool:
-    """Whether this is the process that prints and writes for all."""
+    """Whether this process is responsible for printing and writing."""
     return jax.process_index() == 0
 
 
 @contextmanager
 def in_turn(what: str) -> Iterator[None]:
-    """The first process runs the block before the others, which then find its files."""
+    """Runs the block in the first process before the others, which then find its files."""
     if not is_first():
         sync_global_devices(what)
     yield
@@ -130,16 +133,13 @@ def check_same(what: str, value: str) -> None:
     different = np.flatnonzero((digests != digests[0]).any(1)).tolist()
     check(
         not different,
-        f"{what} are not the same for processes 0 and {different}: start all with the same "
-        "command, on a disk that they share",
+        f"{what} differ between process 0 and {different}: start all with the same command and a "
+        "shared disk",
     )
 
 
 def wait_to_see(condition: Callable[[], bool], what: str) -> None:
-    """Waits until something that the first process wrote is visible on a network disk.
-
-    Raises ConfigError after a minute.
-    """
+    """Waits until a file of the first process is visible; raises ConfigError after a minute."""
     end = time.monotonic() + SEEN
     while not condition():
         check(
@@ -152,8 +152,8 @@ def wait_to_see(condition: Callable[[], bool], what: str) -> None:
 
 @contextmanager
 def ending_together() -> Iterator[None]:
-    """One of several processes that fails ends at once: an ordinary exit would wait for the
-    others, which wait for this one."""
+    """A failing process exits at once; the others detect it and exit. An ordinary exit would wait
+    for the others, which wait for this one."""
     try:
         yield
     except BaseException as error:
@@ -165,8 +165,8 @@ def ending_together() -> Iterator[None]:
             case Exception() if LOST.search(str(error)):
                 code, line = 1, str(error).partition("\n")[0][:300]
                 print(
-                    f"error: process {jax.process_index()} has to end, most likely because "
-                    f"another one has ended ({line}): start all of them again",
+                    f"error: process {jax.process_index()} cannot continue, probably because "
+                    f"another process ended ({line}): restart all processes",
                     file=sys.stderr,
                 )
             case _:
@@ -179,9 +179,9 @@ def ending_together() -> Iterator[None]:
 
 @contextmanager
 def signals() -> Iterator[Stop]:
-    """Catches SIGTERM and Ctrl-C for a while; the second one of a kind ends the program at once.
+    """Catches SIGTERM and Ctrl-C in this context. A second signal of a type terminates at once.
 
-    With several processes jax itself handles SIGTERM: all of them stop after the same step.
+    With several processes jax handles SIGTERM. If one gets it, all stop after the same later step.
     """
     several = jax.process_count() > 1
     caught = [signal.SIGINT] if several else [signal.SIGINT, signal.SIGTERM]

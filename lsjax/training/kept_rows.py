@@ -1,15 +1,15 @@
-"""A layer computed only for the rows that keep it: gathered, run, and put back.
+"""Computes a layer only for the rows that keep it: gathers them, runs it, and puts them back.
 
     rows of a shard      a b c d e f g h
     kept                 . b . . e f . h     as many as one of a few fixed counts
-    gathered             b e f h             the layer runs on these; without any it is skipped
+    gathered             b e f h             the layer runs on these, or is skipped if none are kept
     put back             a B c d E F g H
 
-The count chooses a branch of a conditional, so shapes are static. Rows are gathered within each
+The count selects a branch of a conditional, so shapes are static. Rows are gathered within each
 shard. Putting back is a gather too, and each is the other's transpose: no scatter is needed.
 
 jax's derivative of a conditional would keep residuals once for each branch. Here they are kept
-once, padded to all rows; those without an axis of rows follow from the block's parameters.
+once, padded to all rows. Residuals without a row axis are recomputed from the block's parameters.
 
 Letters: S shards, R rows of a shard, C of them that keep the layer.
 """
@@ -31,7 +31,7 @@ class Kept(NamedTuple):
     """Rows that keep the layer."""
 
     keep_SR: Bool[Array, "S R"]
-    which: Int[Array, ""]  # index in `row_counts` of their number in each shard
+    which: Int[Array, ""]  # index in `row_counts` of the count per shard
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -45,8 +45,8 @@ def run_on_kept(
 ) -> Float[Array, "B T D"]:
     """`run(block, x_BTD, others, rate)` on the rows that keep the layer, x_BTD on the others.
 
-    run: computes each row by itself. Residuals of its backward pass that depend on the rows have
-    an axis of them. others: arrays with an axis B in front. They and the rate get no gradient.
+    run: computes each row independently. Residuals of its backward pass that depend on the rows
+    have a row axis. others: arrays with a leading axis B. They and the rate get no gradient.
     """
     return _forward(run, block, x_BTD, others, rate, kept)[0]
 
@@ -86,7 +86,7 @@ def _backward(run, residuals, dy_BTD):
     axes = _row_axes(run, shards, rows, block, dy_BTD, others, rate)
 
     def computed(count: int, saved, block, others, rate, dy_BTD, keep_SR):
-        # The compiler drops the computation on zeros: nothing that depends on them is used.
+        # The compiler removes the computation on zeros, because nothing uses its values.
         pullback = _pullback_of_zeros(run, shards * count, block, dy_BTD, others, rate)
         leaves, structure = jax.tree.flatten(pullback)
         saved = iter(saved)
@@ -132,12 +132,12 @@ def _row_axes(run, shards: int, rows: int, *arguments) -> list[int | None]:
 
 
 def _resized(leaf: Array, axis: int, shards: int, rows: int, wanted: int) -> Array:
-    """An axis of S * rows cut or padded in each shard to S * wanted."""
+    """The leaf with its axis of S * rows cut or padded in each shard to S * wanted."""
     if rows == wanted:
         return leaf
     lead, tail = leaf.shape[:axis], leaf.shape[axis + 1 :]
     old = leaf.shape[axis] // shards
-    new = old * wanted // rows  # an axis may join the rows with others
+    new = old * wanted // rows  # the axis may combine rows with other axes
     leaf = leaf.reshape(*lead, shards, old, *tail)
     if new < old:
         leaf = lax.slice_in_dim(leaf, 0, new, axis=axis + 1)
@@ -165,7 +165,7 @@ def _put_back(y: Array, x: Array, keep_SR: Bool[Array, "S R"]) -> Array:
 
 
 def _taken(x: Array, at_SC: Int[Array, "S C"]) -> Array:
-    """Rows of each shard by their numbers there."""
+    """Rows of each shard, by index within the shard."""
     shards = len(at_SC)
     x = constrain(x.reshape(shards, -1, *x.shape[1:]), ROWS)
     at = at_SC.reshape(*at_SC.shape, *[1] * (x.ndim - 2))

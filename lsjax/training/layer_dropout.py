@@ -1,10 +1,10 @@
-"""Layer dropout: which layers each sequence goes without, at each step (LayerSkip, 4.1.1).
+"""Layer dropout: which layers each sequence skips at each step (LayerSkip, 4.1.1).
 
     x_{l+1} = x_l + M(p(l, t)) f_l(x_l)      M(p) = 0 with probability p, else 1     (eq. 1)
     p(l, t) = S(t) D(l) p_max                                                        (eq. 2)
 
-The masks of a step are a function of seed, step, layer and the row's number in the batch. So they
-are the same after a restart, under accumulation, and on any mesh. Those of `keep_counted` also
+The masks of a step are a function of seed, step, layer and the row's index in the batch. So they
+are the same after a restart, with micro-batches, and on any mesh. Masks of `keep_counted` also
 depend on which rows share a device or a micro-batch.
 """
 
@@ -18,9 +18,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from lsjax.config import LayerDropoutConfig
 
-# Numbers of rows that a layer is compiled for, beside 0.
+# Row counts that a layer is compiled for, beside 0.
 COUNTS = 4
-# In place of a row's number, for the draw that all rows share.
+# Replaces the row's index in the draw that all rows share.
 ROUNDING = 2**31 - 1
 
 # (config, num_layers, step, num_steps) -> the rate of each layer
@@ -30,12 +30,12 @@ DropRates = Callable[[LayerDropoutConfig, int, ArrayLike, int], Float[Array, " L
 def drop_rates(
     config: LayerDropoutConfig, num_layers: int, step: ArrayLike, num_steps: int
 ) -> Float[Array, " L"]:
-    """p(l, t): the rate at which each layer is left out at step t of T (eq. 2)."""
+    """p(l, t): the rate at which each layer is skipped at step t of T (eq. 2)."""
     return layer_rates(config, num_layers) * time_scale(config, step, num_steps)
 
 
 def layer_rates(config: LayerDropoutConfig, num_layers: int) -> Float[np.ndarray, " L"]:
-    """D(l) p_max (eq. 3), 0 for layers that are never left out."""
+    """D(l) p_max (eq. 3); 0 for layers that are never skipped."""
     config.check_layers(num_layers)
     depth = np.arange(num_layers) / (num_layers - 1) if num_layers > 1 else np.ones(1)
     match config.distribution:
@@ -51,7 +51,7 @@ def layer_rates(config: LayerDropoutConfig, num_layers: int) -> Float[np.ndarray
 
 
 def time_scale(config: LayerDropoutConfig, step: ArrayLike, num_steps: int) -> Float[Array, ""]:
-    """S(t) (eq. 4 and its siblings), 1 for a run of one step."""
+    """S(t) (eq. 4 and other schedules); 1 for a run of one step."""
     if num_steps == 1:
         return jnp.float32(1)
     step = jnp.asarray(step, jnp.float32)
@@ -70,13 +70,13 @@ def time_scale(config: LayerDropoutConfig, step: ArrayLike, num_steps: int) -> F
 def keep_mask(
     rates_L: Float[Array, " L"], seed: int, step: ArrayLike, rows_B: Int[Array, " B"]
 ) -> Bool[Array, "L B"]:
-    """Layers that each row keeps. rows_B: numbers of the rows in the whole batch of the step; a
-    mask for the whole batch gives all of them the same number."""
+    """Layers that each row keeps. rows_B: indices of the rows in the step's complete batch. Rows
+    with the same index get the same mask."""
     return draws(_layer_keys(len(rates_L), seed, step), rows_B) >= rates_L[:, None]
 
 
 def row_counts(rows: int) -> tuple[int, ...]:
-    """Numbers of rows that a layer is compiled for: 0, and up to COUNTS even parts of all."""
+    """Row counts that a layer is compiled for: 0, and up to COUNTS even parts of all rows."""
     parts = min(COUNTS, rows)
     return tuple(rows * part // parts for part in range(parts + 1))
 
@@ -84,11 +84,11 @@ def row_counts(rows: int) -> tuple[int, ...]:
 def keep_counted(
     rates_L: Float[Array, " L"], seed: int, step: ArrayLike, rows_SR: Int[Array, "S R"]
 ) -> tuple[Bool[Array, "L S R"], Int[Array, " L"]]:
-    """Layers that each row keeps, where a layer runs on one of `row_counts(R)` rows in each of S
-    shards; and the index of this count, the same for all shards.
+    """Layers that each row keeps, and the index of the row count, which all S shards share. A layer
+    runs on one of `row_counts(R)` rows in each shard.
 
-    The count is (1 - p) R on average, and all sets of that many rows are equally likely: each row
-    keeps the layer with probability 1 - p. rows_SR: numbers of the rows, as in `keep_mask`.
+    The count is (1 - p) R on average, and all sets of that many rows are equally likely. So each
+    row keeps the layer with probability 1 - p. rows_SR: indices of the rows, as in `keep_mask`.
     """
     counts = row_counts(rows_SR.shape[1])
     layer_keys = _layer_keys(len(rates_L), seed, step)
@@ -104,8 +104,7 @@ def keep_counted(
 def stochastic_rounding(
     means_L: Float[Array, " L"], counts: Sequence[int], draws_L: Float[Array, " L"]
 ) -> Int[Array, " L"]:
-    """Index of one of the two counts around each mean: the mean on average. draws_L: uniform from
-    0 to 1."""
+    """Index of one of the two counts around each mean; unbiased. draws_L: uniform from 0 to 1."""
     counts = jnp.array(counts)
     below_L = jnp.searchsorted(counts[1:-1], means_L, side="right")
     share_L = (means_L - counts[below_L]) / jnp.diff(counts)[below_L]

@@ -1,10 +1,10 @@
-"""The objective of a step: losses of the exits that are on, through one head.
+"""The objective of a step: losses of the enabled exits, through one head.
 
-The head's logits are never all held. Positions in the loss come first in each row. Chunks of them
-pass the head, as many as the fullest row has. A chunk's gradient is computed beside its loss, so
-the head has three products a chunk: logits, gradient of the states, gradient of the table.
+The logits are never all in memory at once. Labelled positions are sorted first in each row. The
+row with most labels sets the chunk count. Each chunk's gradient is computed with its loss. That
+takes three matmuls with the head: logits, gradient of the states, gradient of the table.
 
-Letters: S slots of hidden states (exits), C positions of a chunk.
+Letters: S exit slots (hidden states of exits), C positions of a chunk.
 """
 
 from functools import partial
@@ -32,9 +32,9 @@ from lsjax.training.early_exit import (
 from lsjax.training.forward import exit_states
 from lsjax.training.layer_dropout import DropRates, draws, drop_rates
 
-# Logits of a chunk, on each device. TPUs take more, as each chunk adds to the table's gradient.
+# Logits of a chunk, per device. Larger on TPUs: each chunk updates the whole float32 gradient.
 CHUNK_LOGITS, TPU_CHUNK_LOGITS = 2**25, 2**27
-# Names in the compiled program of the loops whose trip counts follow from the step.
+# Loops whose trip count depends on the step; names in the compiled program.
 EXITS, CHUNKS = "exit_losses", "loss_chunks"
 
 
@@ -46,11 +46,11 @@ class Head(NamedTuple):
 
 
 class Positions(NamedTuple):
-    """Positions of each slot's rows that are in the loss."""
+    """Positions of each exit slot's rows that are in the loss."""
 
-    order_SBT: Int[Array, "S B T"]  # those in the loss first
-    counts_SB: Int[Array, "S B"]  # how many they are
-    scales_SB: Float[Array, "S B"]  # by which the loss of each is multiplied
+    order_SBT: Int[Array, "S B T"]  # positions in the loss first
+    counts_SB: Int[Array, "S B"]  # number of positions in the loss
+    scales_SB: Float[Array, "S B"]  # weight of each position (more than 1 if sampled)
 
 
 def objective(
@@ -64,16 +64,16 @@ def objective(
     exit_loss: ExitLoss | None = None,
     drop_rates: DropRates = drop_rates,
 ) -> tuple[Float[Array, ""], Float[Array, " L"]]:
-    """Loss of some rows of a step's batch, and the summed cross entropy of each exit that is on.
+    """Loss of some rows, and summed exit loss of each enabled exit (cross entropy for the last).
 
-    Losses and gradients of parts of a batch add up to those of the whole.
+    Losses and gradients of parts of a batch add up to those of the complete batch.
 
     Args:
         model: stacked, in the dtype of the parameters.
-        rows_B: numbers of these rows in the batch.
-        num_labels: labelled tokens in all of the batch, by which the loss is divided.
-        exit_loss: of the exits below the last one; that of the config's target by default.
-        drop_rates: of layer dropout, where it is on.
+        rows_B: indices of these rows in the batch.
+        num_labels: labelled tokens in the complete batch; the loss is divided by this number.
+        exit_loss: loss of the exits below the last one; by default that of the config's target.
+        drop_rates: rates of layer dropout, if it is enabled.
     """
     shape = model.config
     enabled_L = enabled_exits(config.early_exit, shape.num_layers, step, config.num_steps)
@@ -105,10 +105,10 @@ def objective(
 
 
 def slots(enabled_L: Bool[Array, " L"], most: int) -> tuple[Int[Array, " S"], Bool[Array, " S"]]:
-    """Layers of the exits that have a slot, the last one in the last slot, and whether each is on.
+    """Returns the exit's layer for each slot, and whether the slot is used.
 
-    most: exits beside the last one that are on in any step. Where these are nearly all, each exit
-    has a slot of its own, which costs the scan less.
+    The last exit has the last slot. most: highest number of other exits that a step enables. If
+    that is nearly all exits, every exit has its own slot, which makes the scan cheaper.
     """
     last = len(enabled_L) - 1
     if last and most + 1 >= last:
@@ -125,8 +125,8 @@ def loss_positions(
     exit_S: Int[Array, " S"],
     taken_S: Bool[Array, " S"],
 ) -> Positions:
-    """Labelled positions: all of them for the last slot, and for the others `token_share` of each
-    row, rounded up and drawn for each step, exit and row."""
+    """Positions in the loss. The last exit uses all labelled positions. Other exits sample a
+    `token_share` of each row, rounded up and reweighted."""
     labelled_BT = labels_BT >= 0
     count_B = labelled_BT.sum(1)
     order_BT = jnp.argsort(~labelled_BT, axis=1, stable=True)
@@ -136,7 +136,7 @@ def loss_positions(
     order_SBT = jnp.broadcast_to(order_BT, (slots, *order_BT.shape))
     if slots > 1 and share < 1:
         key = jax.random.fold_in(jax.random.key(config.seed), step)
-        key = jax.random.fold_in(key, 2**31 - 1)  # smaller numbers are those of layers
+        key = jax.random.fold_in(key, 2**31 - 1)  # smaller values belong to layer dropout
         keys_S = jax.vmap(jax.random.fold_in, (None, 0))(key, exit_S[:-1])
         draws_SBT = draws(keys_S, rows_B, labels_BT.shape[1:])
         drawn_SBT = jnp.argsort(jnp.where(labelled_BT, draws_SBT, 2), axis=2)
@@ -148,7 +148,7 @@ def loss_positions(
 
 
 def loss_chunk(batch: int, steps: int, vocab: int) -> int:
-    """C: positions of each row that pass the head together."""
+    """C: positions of each row that pass through the head together."""
     logits = TPU_CHUNK_LOGITS if platform() == "tpu" else CHUNK_LOGITS
     return chunk_steps(batch, steps, vocab, logits)
 
@@ -165,15 +165,15 @@ def head_loss(
 ) -> tuple[Float[Array, ""], Float[Array, " S"]]:
     """Weighted sum over slots of their summed losses, and each slot's sum.
 
-    exit_loss: of all slots but the last one, which has the cross entropy. z_loss: weight of
-    log(Z)^2, which the weighted sum includes and the sums do not.
+    exit_loss: loss of every slot but the last, which uses cross entropy. z_loss: weight of
+    log(Z)^2, included in the weighted sum only.
     """
     return _forward(exit_loss, z_loss, head, x_SBTD, labels_BT, positions, weights_S)[0]
 
 
 def _forward(exit_loss, z_loss, head, x_SBTD, labels_BT, positions, weights_S):
-    """Each device takes its own rows, and sums the table's gradient of them; the sum over devices
-    is taken once, at the end."""
+    """Each device processes its own rows and accumulates the table gradient. One all-reduce at the
+    end sums it."""
     _, batch, steps, _ = x_SBTD.shape
     chunk = loss_chunk(batch, steps, len(head.table_VD))
     chunks_S = -(-positions.counts_SB.max(1) // chunk)
@@ -191,19 +191,19 @@ def _forward(exit_loss, z_loss, head, x_SBTD, labels_BT, positions, weights_S):
 
 
 def _own_rows(exit_loss, z_loss, chunk, head, x_SBTD, labels_BT, positions, weights_S, chunks_S):
-    """Losses and gradients of a device's rows: those to be summed over devices, with an axis of 1
-    in front, and the gradient of the states. chunks_S: of each slot's fullest row."""
+    """Losses and gradients of a device's rows. Values to sum over devices carry a leading axis of
+    size 1. chunks_S: number of chunks per slot, set by the row with most positions."""
     slots, batch, steps, width = x_SBTD.shape
-    whole = -(-steps // chunk) * chunk  # steps of whole chunks
+    whole = -(-steps // chunk) * chunk  # steps, padded to full chunks
     wide = jnp.promote_types(x_SBTD.dtype, jnp.float32)
     order_SBT = jnp.pad(positions.order_SBT, [(0, 0), (0, 0), (0, whole - steps)])
-    table_DV = head.table_VD.T  # turned once for all chunks: the logits would be for each
+    table_DV = head.table_VD.T  # once here, or XLA would transpose it in every chunk
 
     def logits_of(normed_BCD):
         return jnp.einsum("BCD,DV->BCV", normed_BCD, table_DV, preferred_element_type=wide)
 
     def add_slot(slot_loss, slot, carry):
-        """Adds one slot's loss and gradients; that of its states takes their place."""
+        """Adds one slot's loss and gradients; the gradient of the states overwrites the states."""
         (total, sums_S), dhead, slots_SBTD = carry
         x_BTD, final_BTD = slots_SBTD[slot], slots_SBTD[-1]
         weight = weights_S[slot].astype(wide)
@@ -229,7 +229,7 @@ def _own_rows(exit_loss, z_loss, chunk, head, x_SBTD, labels_BT, positions, weig
             normed_BCD, norm_backward = jax.vjp(lambda norm, x: norm(x), head.norm, x_BCD)
             backward = jax.value_and_grad(chunk_loss, has_aux=True)
             losses, dlogits_BCV = backward(logits_of(normed_BCD))
-            # In the dtype of the next products. XLA:TPU would compute it in both of them.
+            # Cast and barrier: otherwise XLA:TPU recomputes dlogits in both following matmuls.
             dlogits_BCV = lax.optimization_barrier(dlogits_BCV.astype(x_BCD.dtype))
             dnormed_BCD = jnp.einsum("BCV,VD->BCD", dlogits_BCV, head.table_VD)
             dtable_DV = jnp.einsum(
@@ -266,7 +266,7 @@ def _own_rows(exit_loss, z_loss, chunk, head, x_SBTD, labels_BT, positions, weig
 
 
 def _backward(exit_loss, z_loss, gradients, cotangents):
-    """The sums have no gradient: they are only reported."""
+    """No gradient flows through the per-exit sums: they are metrics only."""
     scale = cotangents[0]
     head, x_SBTD = jax.tree.map(lambda leaf: leaf * scale.astype(leaf.dtype), gradients)
     return head, x_SBTD, None, None, None

@@ -1,8 +1,8 @@
-"""Figures of a step: its FLOPs, its row in metrics.jsonl and TensorBoard, its line of text.
+"""Metrics of a step: its FLOPs, its row in metrics.jsonl and TensorBoard, its line of text.
 
-FLOPs are those of the plain model, whatever LayerSkip adds or saves, so that utilisations of runs
-with and without it compare (Chowdhery et al., 2022, appendix B). Gradients of frozen weights do not
-count.
+FLOPs are those of the plain model, whatever LayerSkip adds or saves. So utilisations of runs with
+and without LayerSkip are comparable (Chowdhery et al., 2022, appendix B). Gradients of frozen
+weights do not count.
 """
 
 import json
@@ -24,7 +24,7 @@ from lsjax.model.lora import split, with_adapters
 from lsjax.training.early_exit import exit_counts
 
 PAUSE = 10.0  # seconds between printed lines
-WINDOW = 0.1  # weight of the newest step in the speed that is shown
+WINDOW = 0.1  # weight of the newest step in the printed speed
 # Dense bfloat16 FLOPs per second of one jax device, by the start of its `device_kind`.
 PEAKS = {
     "TPU v4": 275e12,
@@ -40,7 +40,7 @@ PEAKS = {
 
 
 def step_row(values: Mapping[str, Any], seconds: float) -> dict[str, Any]:
-    """A step's row of metrics, from its arrays and its time; of the exits, those that were on."""
+    """A step's row of metrics, from its arrays and its time; lists only the enabled exits."""
     on = np.flatnonzero(values["enabled_L"])
     exits = {"exits": (on + 1).tolist(), "exit_losses": values["exit_loss_L"][on].tolist()}
     rest = {k: v for k, v in values.items() if k not in ("exit_loss_L", "enabled_L")}
@@ -56,7 +56,7 @@ class StepLine:
     step_flops: float
     peak_flops: float | None  # of all devices together
     _compiled: bool = False
-    _seconds: float | None = None  # of a step, averaged over the last ones
+    _seconds: float | None = None  # of a step, as a moving average
 
     def __call__(self, step: int, row: Mapping[str, Any]) -> str:
         """step 120/900  loss 2.31 (exits 3: 3.10, 7: 2.62)  5210 tokens/s  MFU 41%  2:31 left"""
@@ -64,7 +64,7 @@ class StepLine:
             old = row["seconds"] if self._seconds is None else self._seconds
             self._seconds = old + WINDOW * (row["seconds"] - old)
         self._compiled = True  # the first step's time includes compiling
-        # Evenly spaced exits where many are on.
+        # Evenly spaced exits, if many are enabled.
         pairs = list(zip(row["exits"], row["exit_losses"], strict=True))[:-1]
         pairs = pairs[:: -(-len(pairs) // 4)] if pairs else []
         exits = ", ".join(f"{exit}: {loss:.2f}" for exit, loss in pairs)
@@ -84,7 +84,7 @@ class StepLine:
 
 
 def paced(print: Callable[[str], None], num_steps: int) -> Callable[[int, str], None]:
-    """(step, line) -> prints the first line, the last, and between them one every PAUSE seconds."""
+    """(step, line) -> prints the first and the last line, and one every PAUSE seconds between."""
     printed = -math.inf
 
     def show(step: int, line: str) -> None:
@@ -97,23 +97,23 @@ def paced(print: Callable[[str], None], num_steps: int) -> Callable[[int, str], 
 
 
 class MetricsLog:
-    """Rows {"kind": ..., "step": n, ...}, appended as they come. Processes without a directory
-    write nothing."""
+    """Appends rows {"kind": ..., "step": n, ...} as they arrive. Without a directory it writes
+    nothing."""
 
     def __init__(self, directory: Path | None, *, from_step: int, tensorboard: bool = False):
-        """Keeps the rows of steps up to `from_step`, after which the run resumes: a step that a
-        crash lost and that is done again is in the file once."""
+        """Keeps the rows of steps up to `from_step`, after which the run resumes. So a step that is
+        repeated after a crash has only one row."""
         self._file = self._board = None
         if directory is None:
             return
-        # A bare machine counts FLOPs without the packages that read checkpoints.
+        # Imported here: counting FLOPs does not need the packages that read checkpoints.
         from lsjax.checkpoints.run import METRICS, read_metrics
 
         path = directory / METRICS
         kept = [row for row in read_metrics(directory) if row["step"] <= from_step]
         fresh = path.with_suffix(".new")
         fresh.write_text("".join(json.dumps(row) + "\n" for row in kept))
-        fresh.replace(path)  # at once: a crash here loses nothing
+        fresh.replace(path)  # atomic: a crash here loses nothing
         self._file = path.open("a")
         if tensorboard:
             from tensorboardX import SummaryWriter
@@ -121,7 +121,7 @@ class MetricsLog:
             self._board = SummaryWriter(str(directory / "tensorboard"), purge_step=from_step + 1)
 
     def write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
-        """One row. Numbers that JSON does not have become null."""
+        """Writes one row. NaN and infinity become null."""
         if self._file is None:
             return
         text = json.dumps(dict(values), default=lambda array: array.tolist())
@@ -149,11 +149,11 @@ class MetricsLog:
 def step_flops(
     config: LlamaConfig, batch_size: int, seq_len: int, lora: LoraConfig | None = None
 ) -> float:
-    """FLOPs of one plain training step: forward, and backward once more for the inputs and once
-    more for the trained weights.
+    """FLOPs of one plain training step: one forward pass, one backward pass for the inputs,
+    and one for the trained weights.
 
-    Two for each weight of a matrix and token, with the head and without the lookup. Attention
-    counts the scores and sums that causality leaves, half of T^2.
+    Counts two FLOPs per matrix weight and token, with the head and without the lookup. Attention
+    counts the causal half of T^2.
     """
     matrices = config.num_layers * config.layer_params + config.head_params
     attention = config.num_layers * config.num_heads * config.head_dim * seq_len
@@ -170,12 +170,12 @@ def step_flops(
 def exit_flops(
     early_exit: EarlyExitConfig, config: LlamaConfig, tokens: int, num_steps: int
 ) -> float:
-    """FLOPs that the intermediate exits add to a step, on average over the run: three passes
-    through the head for each of their tokens."""
+    """FLOPs that the intermediate exits add to a step, averaged over the run: three passes through
+    the head for each of their tokens."""
     exits = exit_counts(early_exit, config.num_layers, num_steps).mean() * early_exit.token_share
     return 3.0 * 2.0 * config.head_params * tokens * float(exits)
 
 
 def peak_flops(device_kind: str) -> float | None:
-    """FLOPs per second of an accelerator by jax's name of it, None for an unknown one and CPUs."""
+    """FLOPs per second of an accelerator, by jax's name; None for CPUs and unknown devices."""
     return next((peak for kind, peak in PEAKS.items() if device_kind.startswith(kind)), None)

@@ -1,8 +1,8 @@
-"""A run before anything is compiled: its input is checked, its data read, its files written.
+"""Preparation of a run before anything is compiled: checks its input, reads data, writes files.
 
-Decoding finds two of the files in the directory of a run:
+Decoding uses two of the files in the directory of a run:
 
-token_counts.json   how often each token is learned, to choose a draft vocabulary by
+token_counts.json   how often each token is a label, to choose a draft vocabulary
 prompts.jsonl       beginnings of held-out rows, for --prompt-file
 """
 
@@ -34,8 +34,8 @@ from lsjax.training.hosts import check_same, in_turn, is_first, wait_to_see
 from lsjax.training.step import check_rows
 
 PROMPTS = "prompts.jsonl"
-COUNTED = 4_000_000  # tokens that the draft vocabulary is counted from
-# Fields that a run may change: how steps are computed, saved and shown, not their results.
+COUNTED = 4_000_000  # tokens counted for the draft vocabulary
+# Fields that a resumed run may change: they do not affect the results of steps.
 FREE = frozenset(
     {
         "mesh",
@@ -53,7 +53,7 @@ FREE = frozenset(
         "data.validation_paths",
         "data.tfds_data_dir",
         "data.tokenizer",
-        # Of a model that has weights already.
+        # Fields of a model that has weights already.
         "model.init_std",
         "model.scaled_init",
         "model.max_context",
@@ -63,20 +63,20 @@ FREE = frozenset(
 
 @dataclass(frozen=True)
 class TrainingRun:
-    """A run that is ready to be compiled."""
+    """A run that is ready for compilation."""
 
     config: TrainConfig  # with the model's shape
     workdir: Path
-    resumes: bool  # whether the directory held this run already
+    resumes: bool  # whether the directory already contains this run
     mesh: Mesh | None
     tokenizer: Tokenizer
     pipeline: Pipeline  # the training rows of this host
     held_out: OnePass
     sample_prompt: list[int]  # tokens that samples continue
-    losses: dict[int, float]  # held-out loss of the last exit by step; evaluations add theirs
+    losses: dict[int, float]  # held-out loss of the last exit by step; evaluations add more
 
     def place(self, batch: Mapping[str, np.ndarray]) -> dict[str, Any]:
-        """A batch of this host's rows on the devices that compute with them."""
+        """Places a batch of this host's rows on their devices."""
         return placed_rows(batch, self.config.batch_size, self.mesh)
 
     def describe(self) -> str:
@@ -106,7 +106,7 @@ def prepare_run(config: TrainConfig, workdir: Path) -> TrainingRun:
     check_rows(config, mesh)
     check(
         not config.tensorboard or find_spec("tensorboardX") is not None,
-        "TensorBoard needs tensorboardX: pip install 'lsjax[tensorboard]', or leave it off",
+        "TensorBoard needs tensorboardX: pip install 'lsjax[tensorboard]', or turn it off",
     )
     check_same("the configurations and the states of --workdir", f"{config} {resumes}")
 
@@ -130,23 +130,23 @@ def prepare_run(config: TrainConfig, workdir: Path) -> TrainingRun:
 def check_same_run(before: TrainConfig, now: TrainConfig, where: str) -> TrainConfig:
     """The configuration to resume with; its model is that of the run.
 
-    Raises ConfigError for the first field that makes it another run.
+    Raises ConfigError for the first changed field that a run can't change.
     """
     if now.model is None:
         now = dataclasses.replace(now, model=before.model)
     for path, old, new in differences(dataclasses.asdict(before), dataclasses.asdict(now)):
         check(
             path in FREE or path.partition(".")[0] in FREE,
-            f"{where} was begun with {path} {old}, now it is {new}: a run can't change it; take "
-            "another --workdir, or the value of before",
+            f"{where} was started with {path} {old}, now it is {new}: a run can't change it; use "
+            "another --workdir or the old value",
         )
     return dataclasses.replace(now, model=before.model)
 
 
 def with_model(config: TrainConfig, model: LlamaConfig) -> TrainConfig:
-    """The config with the model's shape of the checkpoint that it starts from.
+    """The config with the model shape of the checkpoint that it starts from.
 
-    Raises ConfigError where the config gives another shape.
+    Raises ConfigError if the config's own shape differs.
     """
     if config.model is not None:
         given, found = dataclasses.asdict(config.model), dataclasses.asdict(model)
@@ -162,7 +162,7 @@ def with_model(config: TrainConfig, model: LlamaConfig) -> TrainConfig:
 
 
 def read_data(config: TrainConfig, mesh: Mesh | None) -> tuple[Tokenizer, Pipeline, OnePass]:
-    """Tokenizer, training rows and held-out rows; raises ConfigError for bad data."""
+    """Reads tokenizer, training rows and held-out rows; raises ConfigError for bad data."""
     data, length, cache = config.data, config.seq_len, cache_directory()
     tokenizer = make_tokenizer(data, cache=cache).fitted(config.model.vocab_size)
     rows = {
@@ -179,7 +179,7 @@ def write_run_files(
     workdir: Path, tokenizer: Tokenizer, rows: PackedRows, prompts: Sequence[Sequence[int]]
 ) -> None:
     """Writes the missing files, from the training rows and held-out prompts. Before the first saved
-    step it writes all of them, as the data may still change."""
+    step it writes all of them, because the data may still change."""
     fresh = not saved_steps(workdir / CHECKPOINTS)
     if fresh or not (workdir / COUNTS).exists():
         write_counts(workdir / COUNTS, tokenizer, count_labels(rows))
@@ -190,7 +190,7 @@ def write_run_files(
 
 
 def count_labels(rows: PackedRows) -> Counter[int]:
-    """How often each token is learned in the first rows."""
+    """How often each token is a label in the first rows."""
     counts: Counter[int] = Counter()
     last, step = min(len(rows), COUNTED // rows.seq_len + 1), 256
     for first in range(0, last, step):
@@ -202,8 +202,8 @@ def count_labels(rows: PackedRows) -> Counter[int]:
 def held_out_prompts(
     held_out: Iterable[Mapping[str, np.ndarray]], config: EvaluationConfig
 ) -> list[list[int]]:
-    """Beginnings of evenly spaced rows: the prompt of a row that has one, else its first
-    `prompt_tokens`, at most half of the row. Raises ConfigError where no token is labelled."""
+    """Beginnings of evenly spaced rows: the row's prompt if it has one, else its first
+    `prompt_tokens`, at most half of the row. Raises ConfigError if no token is labelled."""
     prompts: list[list[int]] = []
     for batch in held_out:
         for tokens_T, labels_T in zip(batch["tokens_BT"], batch["labels_BT"], strict=True):
@@ -214,8 +214,8 @@ def held_out_prompts(
             prompts.append(tokens_T[: prompt + 1 if prompt else half].tolist())
     check(
         bool(prompts),
-        "no token of the held-out rows has a label: raise seq_len so that more than the prompts "
-        "fits, or evaluation.batches",
+        "no token of the held-out rows has a label: raise seq_len, so that rows hold more than the "
+        "prompts, or raise evaluation.batches",
     )
     most = min(config.num_prompts, len(prompts))
     return [prompts[(2 * number + 1) * len(prompts) // (2 * most)] for number in range(most)]
@@ -227,8 +227,8 @@ def sample_prompt(
     tokenizer: Tokenizer,
     prompts: Sequence[Sequence[int]],
 ) -> list[int]:
-    """Tokens that samples continue: the configured text, or the prompt in the middle; empty without
-    samples. Raises ConfigError where the text leaves no room in the model's context."""
+    """Tokens that samples continue: the configured text, or the middle prompt; empty without
+    samples. Raises ConfigError if the text leaves no room in the model's context."""
     if config.sample_tokens == 0:
         return []
     if not config.sample_prompt:
@@ -236,7 +236,7 @@ def sample_prompt(
     prompt = tokenizer.encode(config.sample_prompt)
     check(
         0 < len(prompt) < model.max_context,
-        f"evaluation.sample_prompt has {len(prompt)} tokens, but must have 1 to "
-        f"{model.max_context - 1}, as the model's context is of {model.max_context}",
+        f"evaluation.sample_prompt has {len(prompt)} tokens: use 1 to {model.max_context - 1}, as "
+        f"the model's context has {model.max_context}",
     )
     return prompt

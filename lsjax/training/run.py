@@ -1,6 +1,6 @@
-"""A whole training run: it trains from a new state, or resumes from the newest saved step.
+"""A complete training run: starts from a new state, or resumes from the newest saved step.
 
-Evaluation, samples and plots come as hooks, so that training knows neither decoding nor evaluation.
+Evaluation, samples and plots are hooks, so training depends on neither decoding nor evaluation.
 """
 
 import time
@@ -27,12 +27,12 @@ from lsjax.training.step import (
     make_train_step,
 )
 
-Show = Callable[[int, str], None]  # (steps done, line of figures), called once for each step
+Show = Callable[[int, str], None]  # (steps done, line of metrics), called once for each step
 
 
 @dataclass(frozen=True)
 class Hook:
-    """Something that looks at the model now and then; what it returns becomes a row of metrics."""
+    """A function called regularly with the model; its result becomes a row of metrics."""
 
     kind: str  # of the row: "evaluation"
     every: int  # steps; also after the last step
@@ -40,7 +40,7 @@ class Hook:
 
 
 class TooManySkipped(RuntimeError):
-    """Too many steps in a row had a loss or gradient that was not finite."""
+    """Too many consecutive steps had a non-finite loss or gradient."""
 
 
 class Interrupted(KeyboardInterrupt):
@@ -54,7 +54,7 @@ class Interrupted(KeyboardInterrupt):
 
 @contextmanager
 def printed(run: TrainingRun, first: int) -> Iterator[Show]:
-    """Prints the line of a step now and then."""
+    """Prints the line of a step at intervals."""
     yield paced(print, run.config.num_steps)
 
 
@@ -67,7 +67,7 @@ def train_run(
     warn: Callable[[str], None] = print,
     **knobs: Any,
 ) -> TrainState:
-    """Trains from the newest saved step to the last; gives the state after the last step.
+    """Trains from the newest saved step to the last; returns the state after the last step.
 
     Args:
       hooks: functions that make hooks of the loop: evaluation, samples.
@@ -76,8 +76,8 @@ def train_run(
       warn: called with a line for each step that is damaged or could not be saved.
       knobs: keywords of `make_train_step`.
 
-    Raises CheckpointError if no saved step is whole or the last one can't be written, ConfigError
-    if the data changed, and what `run_loop` raises.
+    Raises CheckpointError if no saved step is intact or the last one can't be written, ConfigError
+    if the data changed, and the errors of `run_loop`.
     """
     say(run.describe())
     config, mesh = run.config, run.mesh
@@ -89,7 +89,7 @@ def train_run(
         step_flops=step_flops(config.model, config.batch_size, config.seq_len, config.lora),
         peak_flops=peak and peak * (1 if mesh is None else mesh.size),
     )
-    exact = config.dtype == "float32"  # accelerators use fewer bits for products unless told
+    exact = config.dtype == "float32"  # accelerators use fewer bits for matmuls by default
     with (
         jax.default_matmul_precision("highest") if exact else nullcontext(),
         nullcontext() if mesh is None else jax.set_mesh(mesh),
@@ -98,7 +98,7 @@ def train_run(
         state, first = first_state(run, checkpoints, say)
         due = [make(run) for make in hooks]
         if first == config.num_steps:
-            # The program may have been killed while it looked at the last step.
+            # The program may have been killed during the hooks of the last step.
             done = {row["kind"] for row in read_metrics(run.workdir) if row["step"] == first}
             due = [hook for hook in due if hook.kind not in done]
             if not due:
@@ -144,25 +144,25 @@ def run_loop(
     hooks: Sequence[Hook],
     show: Callable[[int, Mapping[str, Any]], None],
 ) -> TrainState:
-    """Trains from the step of `state` to the last; gives the final state, which is saved too.
+    """Trains from the step of `state` to the last; saves and returns the final state.
 
-    A step is saved before its hooks run. The first hooks after a start may run out of memory, so
-    they wait until the step is on disk, whether or not a checkpoint is due. A state of the last
-    step only runs the hooks.
+    A step is saved before its hooks run. The first hooks after a start may run out of memory. So
+    they wait until their step is on disk, even if no checkpoint is due. If `state` is at the last
+    step, only the hooks run.
 
-    save: begins to save the state after so many steps; does nothing if that step is saved.
+    save: starts saving the state of a step; does nothing if that step is saved.
     wait: returns when the last saved step is on disk. show: called with a step and its metrics.
 
-    Raises TooManySkipped; Interrupted after SIGTERM or Ctrl-C, with the state saved; and what a
-    hook raises, with the state saved by a single process.
+    Raises TooManySkipped; Interrupted after SIGTERM or Ctrl-C, with the state saved; and errors of
+    hooks, with the state saved by a single process.
     """
     step = saved = int(state.step)
     num_steps, looked = config.num_steps, False
     waiting: tuple[int, Metrics] | None = None
-    mark = time.perf_counter()  # when the step before was done
+    mark = time.perf_counter()  # end of the previous step
 
     def report() -> None:
-        """Fetches the metrics of the last step; waits for it."""
+        """Waits for the last step and fetches its metrics."""
         nonlocal waiting, mark
         if waiting is None:
             return
@@ -175,8 +175,8 @@ def run_loop(
         in_a_row = int(values["skipped_in_a_row"])
         if in_a_row >= config.max_skipped:
             raise TooManySkipped(
-                f"the loss or gradient of {in_a_row} steps in a row, up to step {number}, was no "
-                f"finite number (learning rate {float(values['learning_rate']):.3g}): lower "
+                f"the loss or gradient of {in_a_row} steps in a row, up to step {number}, was not "
+                f"finite (learning rate {float(values['learning_rate']):.3g}): lower "
                 "--optimizer.learning-rate or lengthen the warm-up; the parameters are those of "
                 f"step {number - in_a_row}, and the last checkpoint is of step {saved}"
             )
@@ -191,7 +191,7 @@ def run_loop(
         while step < num_steps:
             state, metrics = train_step(state, next_batch())
             step += 1
-            report()  # of the step before, while this one runs
+            report()  # of the previous step, while this one runs
             waiting = step, metrics
             stopped_by = stop(step)
             last = step == num_steps or stopped_by is not None
@@ -215,25 +215,25 @@ def run_loop(
                     save(step, state)
                 raise
             looked = looked or bool(due)
-            mark = time.perf_counter()  # hooks and saving are no part of a step
+            mark = time.perf_counter()  # excludes hooks and saving
     return state
 
 
 def first_state(
     run: TrainingRun, checkpoints: Checkpoints, say: Callable[[str], None]
 ) -> tuple[TrainState, int]:
-    """The state of the newest saved step, with the data after it, or a new state; and its step."""
+    """State and step number of the newest saved step, or a new state. Restores the data too."""
     like = abstract_state(run.config, run.mesh)
     restored = checkpoints.restore(like) if run.resumes else None
     if restored is None:
         return initial_state(run.config, run.mesh, like), 0
     run.pipeline.restore(restored.data)
     now = run.held_out.rows.fingerprint
-    before = restored.data.get("held_out", now)  # older checkpoints have no such entry
+    before = restored.data.get("held_out", now)  # older checkpoints lack this entry
     check(
         before == now,
         "the validation data differ from those that the run began with (fingerprint "
-        f"{before}, now {now}): give the same data, or begin a new run",
+        f"{before}, now {now}): give the same data, or start a new run",
     )
     say(f"resumes after step {restored.step}")
     return restored.state, restored.step

@@ -1,4 +1,4 @@
-"""One training step: gradients of the objective, and AdamW; and the state that it changes."""
+"""One training step (gradients of the objective, AdamW), and the training state."""
 
 import math
 from collections.abc import Callable
@@ -29,20 +29,20 @@ Metrics = dict[str, Array]
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class TrainState:
-    """Everything that a step changes."""
+    """State that a step changes."""
 
     model: Llama  # stacked
     opt_state: optax.OptState
-    step: Int[Array, ""]  # steps done, those skipped included
-    skipped: Int[Array, ""]  # steps whose loss or gradient was no number
-    skipped_in_a_row: Int[Array, ""]  # up to now
+    step: Int[Array, ""]  # steps done, including skipped ones
+    skipped: Int[Array, ""]  # steps whose loss or gradient was not finite
+    skipped_in_a_row: Int[Array, ""]  # skipped steps in a row, up to now
 
 
 def init_state(config: StepConfig, model: Llama) -> TrainState:
-    """The state before the first step, with the model's own arrays: steps overwrite them.
+    """State before the first step. It shares the model's arrays, and steps overwrite them.
 
-    With `lora` the model gets adapters, and only these are trained and have an optimizer state.
-    model: stacked or not. Raises ConfigError where config and model do not fit.
+    With `lora` the model gets adapters. Only these are trained and have an optimizer state.
+    model: stacked or not. Raises ConfigError if config and model do not fit.
     """
     config.check_model(model.config)
     model = stacked(model)
@@ -59,15 +59,15 @@ def abstract_state(config: TrainConfig, mesh: Mesh | None) -> TrainState:
 
 
 def initial_state(config: TrainConfig, mesh: Mesh | None, like: TrainState) -> TrainState:
-    """The state before the first step: of the checkpoint in `init_from`, or random.
+    """State before the first step: from the checkpoint in `init_from`, or random.
 
-    It is made sharded. like: its `abstract_state`. Raises CheckpointError for a bad checkpoint.
+    It is created sharded. like: its `abstract_state`. Raises CheckpointError for a bad checkpoint.
     """
     places = None if mesh is None else shardings(like, mesh)
     if not config.init_from:
         fresh = jax.jit(partial(_fresh_state, config), out_shardings=places)
         return fresh(jax.random.key(config.seed))
-    from lsjax.checkpoints import load  # a bare machine steps without the readers of files
+    from lsjax.checkpoints import load  # training alone needs no file readers
 
     model = stacked(load(config.init_from, mesh=mesh))
     return jax.jit(partial(init_state, config), out_shardings=places, donate_argnums=0)(model)
@@ -78,7 +78,7 @@ def _fresh_state(config: TrainConfig, key: jax.Array) -> TrainState:
 
 
 def check_rows(config: TrainConfig, mesh: Mesh | None) -> None:
-    """Raises ConfigError where the devices that shard rows do not divide a micro-batch."""
+    """Raises ConfigError if the devices that shard rows do not divide a micro-batch."""
     if mesh is None:
         return
     rows = config.batch_size // config.micro_batches
@@ -96,15 +96,15 @@ def make_train_step(
     exit_loss: ExitLoss | None = None,
     drop_rates: DropRates = drop_rates,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """The compiled step (state, batch) -> (state, metrics), which takes the state's memory over.
+    """The compiled step (state, batch) -> (state, metrics), which reuses the state's memory.
 
-    exit_loss: what the exits below the last one learn (early_exit.py); the config's target by
-    default. drop_rates: the rates of layer dropout in place of the paper's, where p_max is not 0.
+    exit_loss: loss of the exits below the last one (early_exit.py); by default that of the config's
+    target. drop_rates: replaces the paper's rates of layer dropout, if p_max is not 0.
 
-    A step whose loss or gradient is not finite changes nothing but the counters. Metrics: loss (of
-    the objective), last_exit_loss, exit_loss_L and enabled_L (cross entropy, or divergence, of the
-    exits that are on, exit E at E - 1), grad_norm (before clipping), learning_rate, tokens (that
-    carry a label), skipped and skipped_in_a_row.
+    A step whose loss or gradient is not finite changes only the counters. Metrics: loss (of the
+    objective), last_exit_loss, exit_loss_L, enabled_L, grad_norm, learning_rate, tokens, skipped,
+    skipped_in_a_row. Exit E has index E - 1, and exit_loss_L is 0 for disabled exits. grad_norm is
+    measured before clipping. tokens counts labels.
     """
     optimizer = directions(config.optimizer)
     schedule = learning_rates(config.optimizer, config.num_steps)
@@ -154,7 +154,7 @@ def make_train_step(
 def loss_and_gradients(
     config: StepConfig, state: TrainState, batch: Batch, num_labels: Int[Array, ""], **knobs
 ):
-    """Loss, sums and gradients of what is trained, one micro-batch after the other.
+    """Loss, per-exit sums and gradients of the trained parameters, over all micro-batches.
 
     knobs: as `objective` takes them.
     """
@@ -184,8 +184,8 @@ def loss_and_gradients(
 
 
 def learning_rates(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
-    """Learning rate at step t of T: up over the warm-up, then as the schedule says. Step 0 is one
-    of `warmup_steps + 1` steps up, as a rate of 0 would waste it."""
+    """Learning rate at step t of T: rises in the warm-up, then follows the schedule. Step 0 is one
+    of `warmup_steps + 1` rising steps, because a rate of 0 would waste it."""
     peak, final = config.learning_rate, config.learning_rate * config.final_share
     steps = max(1, num_steps - config.warmup_steps)
     match config.schedule:
@@ -201,7 +201,7 @@ def learning_rates(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
 
 
 def directions(config: OptimizerConfig) -> optax.GradientTransformation:
-    """AdamW without its learning rate, by which the step multiplies."""
+    """AdamW without its learning rate; the step multiplies by the rate."""
     return optax.chain(
         optax.scale_by_adam(config.b1, config.b2, config.eps),
         optax.add_decayed_weights(config.weight_decay, mask=decays),

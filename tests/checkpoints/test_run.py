@@ -173,7 +173,7 @@ def test_without_steps(tmp_path, tokenizer):
     begin_run(tmp_path, CONFIG, tokenizer)
     with pytest.raises(CheckpointError, match="has no saved step yet"):
         lsjax.load(tmp_path)
-    with pytest.raises(ConfigError, match="'last' is no step of .*: write a number, or best"):
+    with pytest.raises(ConfigError, match="'last' is not a step of .*: write a number, or best"):
         lsjax.load(f"{tmp_path}@last")
 
 

@@ -105,7 +105,7 @@ TINY = asdict(LlamaConfig.tiny())
         (
             LlamaConfig,
             {**TINY, "num_layer": 3},
-            "num_layer is no key of LlamaConfig: did you mean num_layers?",
+            "num_layer is not a key of LlamaConfig: did you mean num_layers?",
         ),
         (
             LlamaConfig,
@@ -136,7 +136,7 @@ TINY = asdict(LlamaConfig.tiny())
         (
             LlamaConfig,
             {**TINY, "rope_scaling": {"kind": "linear", "factr": 2}},
-            "rope_scaling.factr is no key of RopeScaling: did you mean factor?",
+            "rope_scaling.factr is not a key of RopeScaling: did you mean factor?",
         ),
         (
             LlamaConfig,
@@ -151,7 +151,7 @@ TINY = asdict(LlamaConfig.tiny())
         (
             MeshConfig,
             {"xyz": 3},
-            "mesh.xyz is no key of MeshConfig: the keys are data, fsdp, tensor",
+            "mesh.xyz is not a key of MeshConfig: the keys are data, fsdp, tensor",
         ),
         (Everything, {"name": "law"}, "name 'law' must be one of cnn, code or None"),
         (Everything, {"exits": "some"}, "exits 'some' must be all or a tuple, each item a whole"),

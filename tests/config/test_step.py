@@ -82,7 +82,7 @@ from lsjax.config import (
         (EarlyExitConfig, dict(exits=[3]), "exits .3. must be a tuple, each item a whole number"),
         (OptimizerConfig, dict(learning_rate=float("nan")), "rate nan must be a finite number"),
         (OptimizerConfig, dict(warmup_steps=5e4), "warmup_steps 50000.0 must be a whole number"),
-        (LoraConfig, dict(rank=-1), "lora.rank -1 must be .* 0: 0 trains the whole model"),
+        (LoraConfig, dict(rank=-1), "lora.rank -1 must be .* 0: 0 trains the full model"),
         (LoraConfig, dict(targets=("head",)), "lora.targets .'head',. must be .* one of qkv"),
         (LoraConfig, dict(targets=("out", "out")), "must name at least one matrix, and each once"),
         (StepConfig, dict(num_steps=True), "num_steps True must be a whole number of at least 1"),

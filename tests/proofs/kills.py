@@ -42,7 +42,7 @@ from lsjax.config import check
 
 POLL = 0.02  # seconds between looks at the run
 # What a process says that ends because another one has; the second one is of jax itself.
-MESSAGE = re.compile("another one has ended|another task died|did not come together")
+MESSAGE = re.compile("another process ended|another task died|could not connect")
 
 
 def main(

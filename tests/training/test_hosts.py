@@ -104,10 +104,10 @@ def test_two_processes(tmp_path):
     programs[0].communicate()
     assert programs[1].returncode == 1 and err.rstrip().endswith("RuntimeError: this one fails")
     said = [
-        "the numbers are not the same for processes 0 and [1]: start all with the same command, on "
-        "a disk that they share",
+        "the numbers differ between process 0 and [1]: start all with the same command and a "
+        "shared disk",
         "a mesh of 1 devices, but 2 processes have 4: set one of --mesh.data, --mesh.fsdp and "
-        "--mesh.tensor to -1, which takes what is left",
+        "--mesh.tensor to -1, which takes the rest",
     ]
     for number, own in enumerate(["[0, 1, 2, 3]", "[4, 5, 6, 7]"]):
         lines = (tmp_path / f"said_{number}").read_text().splitlines()
@@ -117,8 +117,8 @@ def test_two_processes(tmp_path):
 @pytest.mark.parametrize(
     "given, message",
     [
-        (dict(coordinator="a:1"), "belong together: give all three"),
-        (dict(num_processes=2, process_id=0), "belong together: give all three"),
+        (dict(coordinator="a:1"), "must be given together: give all three"),
+        (dict(num_processes=2, process_id=0), "must be given together: give all three"),
         (dict(coordinator="a", num_processes=2, process_id=0), "'a' is not host:port"),
         (dict(coordinator="a:1", num_processes=2, process_id=2), "process-id 2 is not in 0..1"),
         (dict(heartbeat_timeout=0), "heartbeat-timeout 0 must be a whole number of at least 1"),
@@ -154,7 +154,7 @@ def test_a_start_that_fails(monkeypatch):
     monkeypatch.setattr(hosts.jax.distributed, "initialize", fail)
     monkeypatch.setattr(hosts, "on_tpu_vm", lambda: True)
     start(Hosts())  # a TPU without neighbours
-    with pytest.raises(ConfigError, match="did not come together .coordinator_address should"):
+    with pytest.raises(ConfigError, match="could not connect .coordinator_address should"):
         start(Hosts(coordinator="a:1", num_processes=2, process_id=0))
 
 
@@ -164,9 +164,13 @@ def test_a_start_that_fails(monkeypatch):
         (
             ValueError("UNKNOWN: Gloo AllGather failed: Read error"),
             1,
-            "error: process 0 has to end",
+            "error: process 0 cannot continue",
         ),
-        (RuntimeError("DEADLINE_EXCEEDED: Barrier timed out"), 1, "error: process 0 has to end"),
+        (
+            RuntimeError("DEADLINE_EXCEEDED: Barrier timed out"),
+            1,
+            "error: process 0 cannot continue",
+        ),
         (RuntimeError("RESOURCE_EXHAUSTED: Out of memory"), 1, "Traceback"),
         (SystemExit(2), 2, ""),
     ],

@@ -66,4 +66,4 @@ def test_what_may_change(changes):
 def test_what_may_not(changes, message):
     with pytest.raises(ConfigError) as error:
         check_same_run(CONFIG, changed(**changes), "runs/a")
-    assert str(error.value).startswith(f"runs/a was begun with {message}")
+    assert str(error.value).startswith(f"runs/a was started with {message}")
