@@ -1,1 +1,1 @@
-"""Decoding: autoregressive, early exit and self-speculative, each one jitted while-loop."""
+"""Decoding: autoregressive, early exit and self-speculative, each in one jitted while-loop."""

@@ -1,4 +1,4 @@
-"""One token per round: with the whole model, or from an early exit without verification."""
+"""One token per round: with the full model, or from an early exit without verification."""
 
 from dataclasses import dataclass, field
 
@@ -20,7 +20,7 @@ class Autoregressive(Strategy):
 
 @dataclass(frozen=True)
 class EarlyExit(Strategy):
-    """Decoding with the first layers and the shared head: as good as the exit is."""
+    """Decoding with the first layers and the shared head, without verification."""
 
     name = "early_exit"
     exit_layer: int = field()

@@ -1,12 +1,12 @@
 """Continuous batching: requests enter the rows of a batch, and leave them as they end.
 
-requests   0 1 2 3 4 5 ...        a prompt is read in a state of one row, with what it shares
-           | | |                  with the prompt before, and put into the batch (`insert`);
-row 0      0 0 0 0 3 3 3 3        rounds run until a row ends; the row is given to the next
-row 1      1 1 2 2 2 2 4 4  -> t  request while the others wait for its prompt only
+requests   0 1 2 3 4 5 ...        a prompt is read in a state of one row, which reuses the prefix
+           | | |                  of the previous prompt, and put into the batch (`insert`);
+row 0      0 0 0 0 3 3 3 3        rounds run until a row ends; the next request takes the row,
+row 1      1 1 2 2 2 2 4 4  -> t  while the others wait for its prompt only
 
-The cache begins with room for the prompts. Where a row has no room for another round, cache and
-buffers grow to the next capacity, and the rows continue with the program for that one.
+The cache begins with room for the prompts. If a row has no room for another round, cache and
+buffers grow to the next capacity. The rows continue with the program for that capacity.
 """
 
 import dataclasses
@@ -30,20 +30,20 @@ from lsjax.model.llama import Llama
 if TYPE_CHECKING:
     from lsjax.decoding.engine import Engine
 
-# Rounds between two looks at the text, where somebody waits for it or a stop string may be in it.
+# Rounds between two looks at the text, if it is streamed or may contain a stop string.
 ROUNDS_PER_LOOK = 4
 ALL_ROUNDS = np.iinfo(np.int32).max
 FILLER = Request(prompt=(0,), max_new_tokens=0)  # a row that has ended from the start
 
 
 class Conversation:
-    """A cache that is kept from one text to the next: what both begin with is not read again. Given
-    to `Engine.watch` for each turn of a chat."""
+    """A cache that is kept from one text to the next: their shared prefix is not read again. Pass
+    it to `Engine.watch` for each turn of a chat."""
 
     def __init__(self):
         self.ids: list[int] = []  # tokens whose keys and values are in the cache
         self._cache: KVCache | None = None
-        self._model: Llama | None = None  # whose they are
+        self._model: Llama | None = None  # the model that computed them
 
     @property
     def device_bytes(self) -> int:
@@ -54,10 +54,10 @@ class Conversation:
     def take(
         self, ids: Sequence[int], capacity: int, num_layers: int, model: Llama
     ) -> tuple[KVCache | None, int]:
-        """A cache of this model for so many layers and at least so many slots, and how many of
+        """A cache of this model with these layers and at least `capacity` slots, and how many of
         these tokens it holds. The program that reads the rest consumes it.
 
-        Gives (None, 0) without a cache, and for a larger one that shares little.
+        Returns (None, 0) without a cache, and for a larger cache that shares little.
         """
         cache, shared = self._cache, shared_prefix(self.ids, ids)
         if (
@@ -73,8 +73,8 @@ class Conversation:
         return self._cache, shared
 
     def keep(self, state: DecodeState, model: Llama) -> None:
-        """Takes the cache of a state with one row, which this model filled, unless an interrupted
-        program has consumed it."""
+        """Keeps the cache of a one-row state that this model filled, unless an interrupted program
+        has consumed it."""
         if not state.length_B.is_deleted():
             # Sliced by the host: the device would compile a program for each length.
             self.ids = np.asarray(state.tokens_BS)[0, : int(state.length_B[0]) - 1].tolist()
@@ -89,14 +89,14 @@ class ActiveRow:
     request: Request
     text: RowText
     prefill_seconds: float
-    began: float  # seconds that the batch had worked when the first token was there
+    began: float  # seconds that the batch had worked at the first token
     looked: tuple[float, int]  # at the last look: seconds worked, rounds of the row
 
 
 class ContinuousBatch:
-    """Decodes requests, whose prompts are token ids, with the engine's strategy of this moment.
+    """Decodes requests, whose prompts are token ids, with the engine's current strategy.
 
-    stream: look at the texts every few rounds. The rest as for `Engine.watch`.
+    stream: look at the texts every few rounds. Other arguments: as for `Engine.watch`.
     """
 
     def __init__(
@@ -125,7 +125,7 @@ class ContinuousBatch:
             self._state = self._create([FILLER] * engine.batch_size, engine.capacity(longest))
 
     def updates(self) -> Iterator[Update]:
-        """Everything that is found, until all requests have ended."""
+        """Yields updates until all requests have ended."""
         waiting, free = deque(enumerate(self._requests)), deque(range(self._engine.batch_size))
         try:
             while waiting or self._rows:
@@ -152,7 +152,7 @@ class ContinuousBatch:
             self._state = None
 
     def _admit(self, row: int, index: int, request: Request) -> None:
-        """Reads a prompt and gives it a row."""
+        """Reads a prompt and assigns it a row."""
         engine, ids = self._engine, request.prompt
         self._leave()
         capacity = engine.capacity(len(ids) + 1) if self._is_single else self._state.capacity
@@ -175,8 +175,8 @@ class ContinuousBatch:
         self._rows[row] = ActiveRow(index, request, text, seconds, now, (now, 0))
 
     def _look(self, row: int, finish_B: np.ndarray) -> Update | None:
-        """Reads what is new in a row, if it has ended or somebody waits for it; marks in `finish_B`
-        that it has ended."""
+        """Reads the new tokens of a row, if it has ended or its text is needed now. Marks ended
+        rows in `finish_B`."""
         live, finish = self._rows[row], int(finish_B[row])
         cancelled = self._cancelled()
         if finish == RUNNING and not (self._stream or live.request.stop or cancelled):
@@ -197,7 +197,7 @@ class ContinuousBatch:
 
     def _complete(self, live: ActiveRow, trace: Trace, rounds: int, reason: str) -> Completion:
         request, engine = live.request, self._engine
-        # Rounds behind a stop string, which is only seen at the next look, are not the text's.
+        # Rounds after a stop string do not count. The host sees the string only at the next look.
         looked, before = live.looked
         share = (trace.rounds - before) / max(1, rounds - before)
         return Completion.of(
@@ -214,7 +214,7 @@ class ContinuousBatch:
         )
 
     def _advance(self) -> None:
-        """Runs rounds until a row ends or it is time to look; first grows the cache if need be."""
+        """Runs rounds until a row ends or the next look is due; first grows the cache if needed."""
         state, engine = self._state, self._engine
         running_B = np.array(state.finish_B) == RUNNING
         longest = int(np.array(state.length_B)[running_B].max())
@@ -239,7 +239,7 @@ class ContinuousBatch:
     def _create(
         self, requests: Sequence[Request], capacity: int, cache: KVCache | None = None
     ) -> DecodeState:
-        """A state of these requests; it fits the programs for all that is asked."""
+        """A state of these requests; it fits the programs for all requests of the batch."""
         engine, config = self._engine, self._engine.model.config
         ends = () if engine.ignore_end else engine.tokenizer.eos_ids
         return DecodeState.create(
@@ -248,7 +248,7 @@ class ContinuousBatch:
             capacity=capacity,
             num_layers=self._depth,
             dtype=engine.model.dtype,
-            # A tokenizer may name ends that the model does not have: nothing ends there.
+            # A tokenizer may name end tokens that the model does not have.
             ends=[token for token in ends if 0 <= token < config.vocab_size],
             among=self._requests,
             cache=cache,
@@ -257,7 +257,7 @@ class ContinuousBatch:
 
 
 def shared_prefix(known: Sequence[int], ids: Sequence[int]) -> int:
-    """How many tokens both begin with; at most all of `ids` but the last, which is to be read."""
+    """Length of the shared prefix; excludes the last token of `ids`, which must be read."""
     limit = min(len(known), len(ids) - 1)
     return next((i for i in range(limit) if known[i] != ids[i]), limit)
 

@@ -1,4 +1,4 @@
-"""What a row of the decode loop gave: its text, and the statistics of how it was found."""
+"""Results of a row of the decode loop: its text and its statistics."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -16,8 +16,8 @@ FINISH_REASONS = {EOS: "eos", LENGTH: "length", STOP: "stop"}
 class Trace:
     """The n new tokens of a row and where each came from.
 
-    The fields are the buffers of DecodeState; log_probs_n may be None. The first token is the
-    prefill's: a round of its own that is no round of decoding.
+    The fields are the buffers of DecodeState; log_probs_n may be None. The first token comes from
+    the prefill, which does not count as a round of decoding.
     """
 
     tokens_n: Int[np.ndarray, " n"]
@@ -40,8 +40,8 @@ class Trace:
         return len(self.tokens_n)
 
     def cut(self, count: int) -> "Trace":
-        """The first `count` tokens. What comes behind the cut was neither drafted nor accepted: a
-        round that is cut inside has drafted just the tokens that are kept of it."""
+        """The first `count` tokens. Tokens after the cut count neither as drafted nor as accepted.
+        If the cut is inside a round, only its kept tokens count as drafted."""
         cut = Trace(*(None if buffer is None else buffer[:count] for buffer in vars(self).values()))
         if count and not cut.round_n[-1]:
             round_n = cut.round_n.copy()
@@ -67,12 +67,12 @@ class Trace:
 class Completion:
     """One prompt's result; the fields of decode.py's JSON lines. Undefined figures are None.
 
-    token_ids: new tokens, the end token included; the text is without it and without a stop string.
-    decode_seconds: from the first new token to the last; in a batch the reading of other prompts
-    counts in. compile_seconds: in neither of the other two. tokens_per_second, tokens_per_round:
-    without the first new token, so the latter is Spec-Bench's mean acceptance length. seed: None if
-    greedy. log_probs: by the logits of what ran for a token, before penalties, temperature and
-    filters; None unless asked for.
+    token_ids: new tokens, including the end token. text excludes the end token and stop strings.
+    decode_seconds: from the first new token to the last; in a batch it includes reading other
+    prompts. compile_seconds: in neither prefill_seconds nor decode_seconds. tokens_per_second,
+    tokens_per_round: without the first new token, so the latter is Spec-Bench's mean acceptance
+    length. seed: None if greedy. log_probs: before penalties, temperature and filters, from the
+    layers that ran for a token; None if not requested.
     """
 
     prompt: str
@@ -127,14 +127,14 @@ class Completion:
         )
 
     def to_json(self) -> dict:
-        """The fields that belong in a JSON line."""
+        """The fields of a JSON line."""
         return {key: value for key, value in asdict(self).items() if key != "trace"}
 
 
 @dataclass(frozen=True)
 class Update:
-    """What one look at a row found: text that nobody has seen yet (text that may be the beginning
-    of a stop string waits), the trace so far, and at the end the completion."""
+    """Result of one look at a row: new text, the trace so far, and at the end the completion. Text
+    that may be the beginning of a stop string is held back."""
 
     index: int  # of the request
     text: str
@@ -143,22 +143,22 @@ class Update:
 
 
 class RowText:
-    """Turns a row's tokens into text as they come, and finds the stop strings in it."""
+    """Turns a row's tokens into text as they arrive, and finds stop strings in it."""
 
     def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int], stop: Sequence[str]):
         self._decoder = StreamDecoder(tokenizer, prompt_ids)
         self._stop = stop
         self._read = 0  # tokens of the trace that are in the text
-        self._shown = 0  # characters that `look` has given out
+        self._shown = 0  # characters that `look` has returned
         self.text = ""
 
     def look(self, trace: Trace, finish: int) -> tuple[str, Trace, str | None]:
         """Reads the tokens that are new since the last look.
 
-        Returns the text that is safe to show now, the trace (cut behind a stop string) and the
+        Returns the text that is safe to show now, the trace (cut after a stop string) and the
         reason why the row has ended, or None.
         """
-        end = len(trace) - (finish == EOS)  # the end token is no text
+        end = len(trace) - (finish == EOS)  # without the end token
         while self._read < end:
             self.text += self._decoder.push([int(trace.tokens_n[self._read])])
             self._read += 1
@@ -166,12 +166,12 @@ class RowText:
                 return self._show(0), trace.cut(self._read), FINISH_REASONS[STOP]
         if finish == RUNNING:
             return self._show(self._held_back()), trace, None
-        self.text += self._decoder.finish()  # may be U+FFFD, which a stop string may hold
+        self.text += self._decoder.finish()  # may be U+FFFD, which a stop string may contain
         reason = STOP if self._cut_at_stop() else finish
         return self._show(0), trace, FINISH_REASONS[reason]
 
     def _cut_at_stop(self) -> bool:
-        """Cuts the text at the first stop string in what nobody has seen yet."""
+        """Cuts the text at the first stop string in the text not yet shown."""
         found = [self.text.find(stop, self._shown) for stop in self._stop]
         found = [at for at in found if at >= 0]
         if found:

@@ -1,14 +1,14 @@
-"""What a round of decoding costs, and what self-speculation can gain.
+"""Cost of a round of decoding, and the possible gain of self-speculation.
 
 A round of exit E and d drafts, on L layers:
 
     d (E + h_d)          d draft steps; h_d is the head with the draft's vocabulary
-    u h_d                the head once more in the share u of rounds whose draft ends unsure
+    u h_d                the head once more in the share u of rounds that stop by confidence
     E                    the last draft token passes the first layers without a head
     (L - E) and h        the verification of d + 1 positions
 
-The ideal counts bytes of weights: d + 1 positions cost what one does. The prediction takes the
-seconds of each part, which `calibrate` measures, each as a loop on the device.
+The ideal counts bytes of weights: d + 1 positions cost as much as one. The prediction uses the
+seconds of each part. `calibrate` measures each part as a loop on the device.
 """
 
 import dataclasses
@@ -34,20 +34,20 @@ from lsjax.model.cache import KVCache
 from lsjax.model.llama import Llama
 
 LENGTH = 128  # tokens in the cache while the parts are timed
-TIMED_SECONDS = 0.1  # of one timing, so that calling the program is a small part of it
+TIMED_SECONDS = 0.1  # of one timing, so that the call overhead is small
 REPEATS = 7
 DRAFTS = 8  # of the round whose draft steps are timed
 
-Loop = Callable[[int], None]  # runs a part that often, and waits for it
+Loop = Callable[[int], None]  # runs a part this many times, and waits for it
 
 
 @dataclass(frozen=True)
 class RoundCosts:
     """Costs of the parts of a round, in seconds or any other unit.
 
-    token: a round of autoregressive decoding. layer: one layer, by the number of positions that
-    pass at once. head: the head and its argmax, likewise, without 1, which `token` has. draft: a
-    draft step but for its layers, by the size of the draft's vocabulary.
+    token: a round of autoregressive decoding. layer: one layer, keyed by the number of positions
+    in a pass. head: the head and its argmax, keyed likewise; one position is part of `token`.
+    draft: a draft step without its layers, keyed by the size of the draft's vocabulary.
     """
 
     token: float
@@ -71,8 +71,8 @@ class RoundCosts:
     ) -> float:
         """Cost of a round of self-speculation with `drafts` draft steps (on average).
 
-        widths: by the number of positions, the share of rounds that verify so many. unsure: share
-        of rounds whose draft ends by its confidence, after the head has given its next token.
+        widths: share of rounds that verify each number of positions. unsure: share of rounds whose
+        draft stops by confidence, after the head has computed its next token.
         """
         verification = sum(
             share * (self.pass_seconds(num_layers, width) - exit_layer * self.layer[width])
@@ -90,8 +90,8 @@ class RoundCosts:
 
 
 def unsure_share(drafted_by_position: Sequence[int], num_draft_tokens: int, rounds: int) -> float:
-    """Share of the rounds whose draft ended before its last position: by its confidence, and a few
-    by the end of a text."""
+    """Share of the rounds whose draft ended before its last position. Confidence ends most of them;
+    the end of a text ends a few."""
     if num_draft_tokens == 0:
         return 0.0
     return 1 - sum(drafted_by_position[num_draft_tokens - 1 : num_draft_tokens]) / rounds
@@ -105,8 +105,8 @@ def ideal_speedup(
     draft_vocab: int | None = None,
     unsure: float = 0.0,
 ) -> float:
-    """Speedup over autoregressive decoding if time were bytes of weights, whatever the number of
-    positions."""
+    """Speedup over autoregressive decoding if time depended only on bytes of weights, and not on
+    the number of positions."""
     layers, vocab = config.num_layers, draft_vocab or config.vocab_size
     head = config.head_params / config.layer_params
     draft = {vocab: head * vocab / config.vocab_size}
@@ -121,10 +121,10 @@ def weight_bytes(config: LlamaConfig, itemsize: int) -> int:
 
 
 def calibrate(model: Llama, lengths: Sequence[int], vocabularies: Sequence[int]) -> RoundCosts:
-    """Times the parts in turns: one row, LENGTH tokens in the cache. Compiles a program a part.
+    """Times the parts in turns: one row, LENGTH tokens in the cache. Compiles a program per part.
 
     lengths: draft lengths d above 0, for verifications of d + 1 positions. vocabularies: sizes of
-    what drafts are chosen from.
+    the draft vocabularies.
     """
     config, widths = model.config, sorted({length + 1 for length in lengths})
     drafting = [
@@ -137,7 +137,7 @@ def calibrate(model: Llama, lengths: Sequence[int], vocabularies: Sequence[int])
         *(head_loop(model, width) for width in widths),
         *(draft_loop(model, strategy) for strategy in drafting),
     ]
-    # Products of one position are timed where they stand: alone they may take longer.
+    # Matmuls of one position are timed within a round: alone they may take longer.
     seconds = iter(median_seconds(parts))
     token = next(seconds)
     layer = {width: next(seconds) / config.num_layers for width in (1, *widths)}
@@ -150,12 +150,12 @@ def layers_loop(model: Llama, width: int) -> Loop:
     """All layers on `width` positions."""
     start = jnp.ones((1, width, model.config.hidden_size), model.dtype)
     cache = KVCache.create(model.config, 1, 2 * LENGTH + width, model.dtype)
-    # In the carry: where the compiler knows the positions, it makes other programs of the layers.
+    # In the carry: if the compiler knew the positions, it would compile other programs.
     positions_BT = jnp.arange(LENGTH, LENGTH + width)[None]
 
     def body(model, carry):
         x_BTD, cache, positions_BT = carry
-        # What comes in depends on what came out, or the compiler would run the layers once.
+        # The input depends on the last output, or the compiler would run the layers once.
         x_BTD = start + 1e-6 * x_BTD
         x_BTD, cache = model.run_layers(x_BTD, 0, model.config.num_layers, positions_BT, cache)
         return x_BTD, cache, positions_BT
@@ -181,8 +181,8 @@ def rounds_loop(
     length: int = LENGTH,
     capacity: int = 0,
 ) -> Loop:
-    """Rounds of the strategy, or another `step`, of a row with `length` tokens, which is shortened
-    again after each."""
+    """Rounds of the strategy, or of another `step`, for a row with `length` tokens. After each
+    round the row gets its old length back."""
     step = step or strategy.step
     start = DecodeState.create(
         model.config,
@@ -204,7 +204,7 @@ def draft_loop(model: Llama, strategy: SelfSpeculative) -> Loop:
 
     def step(model, state, arguments):
         draft = strategy.draft(model, state, arguments)
-        # The drafts decide the pending token, or the compiler would leave out the head.
+        # The drafts decide the pending token, or the compiler would remove the head.
         pending_BT = draft.tokens_BT[:, :1]
         tokens_BS = lax.dynamic_update_slice(draft.state.tokens_BS, pending_BT, (0, LENGTH - 1))
         return dataclasses.replace(draft.state, tokens_BS=tokens_BS)
@@ -213,7 +213,7 @@ def draft_loop(model: Llama, strategy: SelfSpeculative) -> Loop:
 
 
 def compiled_loop(constants: Any, body: Callable[[Any, Any], Any], start: Any) -> Loop:
-    """A loop of `body(constants, carry)` on the device; the carry goes from call to call."""
+    """A loop of `body(constants, carry)` on the device; calls share the carry."""
     leaves, structure = jax.tree.flatten(constants)
     start = jax.tree.map(jnp.copy, start)  # it is donated
 
@@ -231,7 +231,7 @@ def compiled_loop(constants: Any, body: Callable[[Any, Any], Any], start: Any) -
 
 
 def median_seconds(loops: Sequence[Loop]) -> list[float]:
-    """Seconds of one turn of each loop, the median of repeats in which the loops take turns."""
+    """Median seconds of one iteration of each loop; in every repeat the loops take turns."""
     times = []
     for loop in loops:
         loop(1)
@@ -244,7 +244,7 @@ def median_seconds(loops: Sequence[Loop]) -> list[float]:
 
 
 def memory_bandwidth(num_bytes: int = 1 << 30) -> float:
-    """Bytes per second of a sum over float32 numbers, with all threads that XLA has."""
+    """Bytes per second of a sum over float32 numbers, with all of XLA's threads."""
     x = jnp.ones((1 << 10, num_bytes >> 12), jnp.float32)
     total = jax.jit(lambda x: x.sum(1)).lower(x).compile()
 

@@ -1,12 +1,12 @@
-"""Drafts: the tokens that may be drafted, and the rules by which the whole model accepts them.
+"""Drafts: the tokens that may be drafted, and the rules by which the full model accepts them.
 
-A rule is a plain function `rule(logits_BTV, draft) -> (tokens_BT, accepted_B)`, which
-`SelfSpeculative(..., accept=rule)` uses instead of the two below. Column t is about the t-th new
-token of a row: `draft.tokens_BT[:, t]` is the draft, and `logits_BTV[:, t]` are the whole model's
-logits there, after the drafts before it and after penalties. The rule returns
+A rule is a plain function `rule(logits_BTV, draft) -> (tokens_BT, accepted_B)`.
+`SelfSpeculative(..., accept=rule)` uses it instead of the two below. Column t belongs to the t-th
+new token of a row. `draft.tokens_BT[:, t]` is the draft. `logits_BTV[:, t]` are the full model's
+logits, given the earlier drafts and after penalties. The rule returns
 
-    accepted_B   how many drafts of each row are accepted, from the first one on
-    tokens_BT    these drafts, and one token more; the columns behind it are not read
+    accepted_B   number of accepted drafts of each row, counted from the first
+    tokens_BT    these drafts, and one more token; later columns are not read
 
 This rule accepts a draft that is among the model's three most probable tokens:
 
@@ -33,8 +33,8 @@ from lsjax.model.llama import Llama
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class DraftHead:
-    """The head's rows of the N tokens that may be drafted. places_V: the number of a token among
-    them, N if it is none of them."""
+    """The head's rows of the N tokens that may be drafted. places_V: index of each token among
+    them, or N if it may not be drafted."""
 
     ids_N: Int[Array, " N"]
     places_V: Int[Array, " V"]
@@ -43,10 +43,10 @@ class DraftHead:
 
 @dataclass(frozen=True, eq=False)
 class DraftVocabulary:
-    """Token ids that may be drafted, in rising order: of equal logits the lower id wins.
+    """Token ids that may be drafted, in ascending order: of equal logits the lower id wins.
 
-    The head costs as much as several layers, and a draft passes it for every token: N rows of it
-    instead of V are quicker. The verification takes the whole head, so the text stays the same.
+    The head costs as much as several layers, and runs for every draft token. N rows of it are
+    faster than V. The verification uses the full head, so the text stays the same.
     """
 
     ids_N: Int[np.ndarray, " N"]
@@ -58,8 +58,8 @@ class DraftVocabulary:
     def most_frequent(
         cls, counts: Mapping[int, int], size: int, vocab_size: int
     ) -> "DraftVocabulary":
-        """The `size` tokens with the highest counts. Where fewer were seen, the lowest ids follow:
-        tokenizers give low ids to what they merged first.
+        """The `size` tokens with the highest counts. If fewer were seen, the lowest ids follow:
+        tokenizers give low ids to their first merges.
 
         Raises ConfigError for a size that is not in 1..vocab_size - 1.
         """
@@ -68,9 +68,9 @@ class DraftVocabulary:
         return cls(np.sort(np.array(known[:size], np.int32)))
 
     def validate(self, config: LlamaConfig) -> None:
-        """Raises ConfigError where the model has no such tokens, or no others."""
+        """Raises ConfigError if the model lacks some of the tokens, or has no others."""
         _check_size(len(self), config.vocab_size)
-        check(bool((np.diff(self.ids_N) > 0).all()), "the draft vocabulary's ids do not rise")
+        check(bool((np.diff(self.ids_N) > 0).all()), "draft vocabulary ids must ascend: sort them")
         check(
             bool(0 <= self.ids_N[0] and self.ids_N[-1] < config.vocab_size),
             f"the draft vocabulary has ids {self.ids_N[0]}..{self.ids_N[-1]}, the model "
@@ -78,7 +78,7 @@ class DraftVocabulary:
         )
 
     def head(self, model: Llama) -> DraftHead:
-        """Its rows of the model's head."""
+        """The rows of the model's head for these tokens."""
         ids_N = jnp.asarray(self.ids_N)
         places_V = jnp.full(model.config.vocab_size, len(self), jnp.int32)
         places_V = places_V.at[ids_N].set(jnp.arange(len(self)))
@@ -96,12 +96,12 @@ def _check_size(size: int, vocab_size: int) -> None:
 
 @dataclass(frozen=True)
 class Draft:
-    """What the first E layers leave for the verification.
+    """Output of the first E layers, as input of the verification.
 
     state: the rows before the round, with the draft's keys and values. hidden_BTD: exit hidden
     states of the pending token and the drafts. tokens_BT: the first count_B[b] columns are drafts
-    of row b; the last column is a spare. log_q_BTN: what they were drawn from; None if greedy.
-    head: of a draft vocabulary.
+    of row b; the last column is unused. log_q_BTN: log-probabilities of the drafts' distributions;
+    None if greedy. head: rows of a draft vocabulary, if there is one.
     """
 
     state: DecodeState
@@ -117,22 +117,22 @@ class Draft:
         return jnp.arange(self.tokens_BT.shape[1]) < self.count_B[:, None]
 
     def of_drafts(self, values_BTV: Float[Array, "B T V"]) -> Float[Array, "B T"]:
-        """The value of each column's draft among its values."""
+        """The value of each column's draft token."""
         return _of_tokens(values_BTV, self.tokens_BT)
 
     def leading(self, stands_BT: Bool[Array, "B T"]) -> Int[Array, " B"]:
-        """How many drafts of each row there are before the first that does not stand."""
+        """Number of drafts of each row before the first whose `stands_BT` is false."""
         return jnp.cumprod(stands_BT & self.exists_BT, axis=1).sum(1)
 
     def followed_by(
         self, own_BT: Int[Array, "B T"], accepted_B: Int[Array, " B"]
     ) -> Int[Array, "B T"]:
-        """The first `accepted_B` drafts, and the whole model's own tokens behind them."""
+        """The first `accepted_B` drafts, followed by the full model's own tokens."""
         is_draft_BT = jnp.arange(own_BT.shape[1]) < accepted_B[:, None]
         return jnp.where(is_draft_BT, self.tokens_BT, own_BT)
 
     def first(self, steps: int) -> "Draft":
-        """Its first columns."""
+        """The first columns of the draft."""
         return replace(
             self,
             hidden_BTD=self.hidden_BTD[:, :steps],
@@ -149,7 +149,7 @@ AcceptanceRule = Callable[
 def accept_equal(
     logits_BTV: Float[Array, "B T V"], draft: Draft
 ) -> tuple[Int[Array, "B T"], Int[Array, " B"]]:
-    """Greedy: a draft is accepted if it is the whole model's argmax."""
+    """Greedy: a draft is accepted if it is the full model's argmax."""
     best_BT = argmax(logits_BTV)
     return best_BT, draft.leading(draft.tokens_BT == best_BT)
 
@@ -157,11 +157,11 @@ def accept_equal(
 def accept_by_ratio(
     logits_BTV: Float[Array, "B T V"], draft: Draft
 ) -> tuple[Int[Array, "B T"], Int[Array, " B"]]:
-    """Speculative sampling (Leviathan et al., 2023; Chen et al., 2023): the tokens have the whole
-    model's distribution p, whatever the draft's distribution q is.
+    """Speculative sampling (Leviathan et al., 2023; Chen et al., 2023): the tokens have the full
+    model's distribution p, whatever the draft's distribution q.
 
-    Draft x is accepted with probability min(1, p(x) / q(x)). In the place of the first that is
-    rejected, a token is drawn from max(0, p - q); behind a draft that is accepted whole, from p.
+    Draft x is accepted with probability min(1, p(x) / q(x)). The first rejected draft is replaced
+    by a sample from max(0, p - q), normalised. If all are accepted, the next token comes from p.
     """
     state, draws, head = draft.state, draft.state.draws, draft.head
     log_p_BTV = draws.log_probs(logits_BTV)
@@ -178,7 +178,7 @@ def accept_by_ratio(
     q_BN = jnp.where((accepted_B < draft.count_B)[:, None], q_BN, 0)  # no draft: all of p
     rest_BV = p_BV - q_BN if head is None else p_BV.at[:, head.ids_N].add(-q_BN)
     rest_BV = jnp.maximum(rest_BV, 0)
-    # Where rounding leaves nothing, p and q are equal.
+    # If rounding leaves nothing, p and q are equal.
     rest_BV = jnp.where(rest_BV.sum(1, keepdims=True) > 0, rest_BV, p_BV)
     token_B = draws.token(rest_BV, state.length_B + accepted_B, Purpose.TOKEN)
     own_BT = jnp.broadcast_to(token_B[:, None], draft.tokens_BT.shape)

@@ -1,4 +1,4 @@
-"""Holds what decoding needs, and takes requests."""
+"""Engine: a model with its compiled programs, which decodes requests."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -20,21 +20,21 @@ from lsjax.model.llama import Llama
 from lsjax.model.parameters import placed, sharding_of
 
 MIN_CAPACITY = 256  # slots of a row's cache: this, or a larger power of two
-# Plus a multiple of this for drafts: strategies then share programs, and GPUs need no padding.
+# Plus a multiple of this for drafts, so that strategies share programs and GPUs need no padding.
 SLACK = 64
 
 
 class Engine:
     """A model, its tokenizer, a strategy and the programs compiled for them.
 
-    batch_size: rows that decode side by side; a row that ends is given the next request at once.
+    batch_size: rows that decode side by side; the next request takes an ended row at once.
     max_length: prompt and new tokens of a row; the model's context by default. ignore_end: decode
-    behind the end of a text. min_capacity: least slots of a row's cache. mesh: devices to decode on
-    (lsjax/sharding.py). lay_out: let the compiler choose layouts of the weights on accelerators;
-    whoever keeps `model` then keeps those that change twice.
+    past the end of a text. min_capacity: fewest slots of a row's cache. mesh: devices to decode on
+    (lsjax/sharding.py). lay_out: let the compiler choose layouts of the weights on accelerators.
+    If the caller keeps `model`, weights with a new layout are then in memory twice.
 
-    Raises ConfigError where the strategy or the length does not fit the model, or the batch not
-    the mesh; TokenizerError where the tokenizer does not fit the model.
+    Raises ConfigError if the strategy or length does not fit the model, or the batch the mesh.
+    Raises TokenizerError if the tokenizer does not fit the model.
     """
 
     def __init__(
@@ -65,9 +65,9 @@ class Engine:
         self.use(strategy)
 
     def use(self, strategy: Strategy) -> None:
-        """Decodes with another strategy from now on; programs that fit it are used again.
+        """Decodes with another strategy from now on; matching programs are reused.
 
-        Raises ConfigError where it does not fit the model.
+        Raises ConfigError if the strategy does not fit the model.
         """
         strategy.validate(self.model.config)
         self.strategy = strategy
@@ -76,7 +76,7 @@ class Engine:
     def use_model(self, model: Llama) -> None:
         """Decodes with another model of the same form from now on, by the same programs.
 
-        Raises ConfigError where the form is not the same.
+        Raises ConfigError if the form differs.
         """
         self.programs.use(placed(model, self.mesh))
         self.use(self.strategy)
@@ -87,7 +87,7 @@ class Engine:
         return self.programs.model
 
     def capacity(self, length: int) -> int:
-        """Slots of a row's cache while it has `length` tokens."""
+        """Slots of a row's cache for `length` tokens."""
         return cache_slots(max(length, self.min_capacity), self.strategy)
 
     def memory_bytes(self, total: int) -> tuple[int, int]:
@@ -96,9 +96,9 @@ class Engine:
         return model_bytes, self._cache_bytes(self.capacity(total), None)
 
     def check_memory(self, first: int, total: int, held: int = 0) -> None:
-        """Raises ConfigError where the devices can't hold the cache for rows that begin with
+        """Raises ConfigError if the devices can't hold the cache for rows that begin with
         `first` tokens and end with `total`. While the cache grows, the old and the new one are
-        both in memory. held: bytes in use on each device that will be free then.
+        both in memory. held: bytes in use on each device that are freed first.
         """
         free = free_memory()
         if free is None:
@@ -115,8 +115,8 @@ class Engine:
         )
 
     def _cache_bytes(self, slots: int, mesh: Mesh | None) -> int:
-        """Bytes of the cache on each device of a mesh. Beside a batch there is a row in which the
-        next prompt is read."""
+        """Bytes of the cache on each device of a mesh. A batch has one extra row, which reads the
+        next prompt."""
         config, rows = self.model.config, self.batch_size + (self.batch_size > 1)
         shape = (rows, config.num_kv_heads, slots, config.head_dim)
         if mesh is not None:
@@ -131,14 +131,14 @@ class Engine:
         on_completion: Callable[[int, Completion], None] | None = None,
         **options,
     ) -> list[Completion]:
-        """Continues every prompt; completions in the same order.
+        """Continues every prompt; returns completions in the same order.
 
         prompts: text, token ids, or a `Request`, to which the other arguments do not apply.
         sampling: prompt number i uses its seed + i, so equal prompts give different texts.
-        options: the other fields of `Request`. on_completion: called with index and completion as
-        each one ends.
+        options: the other fields of `Request`. on_completion: called with index and completion
+        when a text ends.
 
-        Raises ConfigError for what `Request` and `encode_prompt` refuse.
+        Raises ConfigError as `Request` and `encode_prompt` do.
         """
         requests = []
         for index, prompt in enumerate(prompts):
@@ -155,9 +155,9 @@ class Engine:
     def stream(
         self, prompt: str | Sequence[int] | Request, **options
     ) -> Iterator[str | Completion]:
-        """Pieces of one prompt's new text as they are found, and at the end its Completion.
+        """Yields pieces of one prompt's new text, and at the end its Completion.
 
-        Pieces end between characters, and text that may be the beginning of a stop string waits.
+        Pieces are complete characters. The possible beginning of a stop string is held back.
         options: as for `watch`.
         """
         for update in self.watch(prompt, **options):
@@ -174,11 +174,11 @@ class Engine:
         cancelled: Callable[[], bool] = lambda: False,
         **options,
     ) -> Iterator[Update]:
-        """What every look at one prompt's new text finds.
+        """Yields an update for every look at one prompt's new text.
 
-        conversation: keeps the cache for the next text, also where this one is left early; it
-        needs an engine with one row. cancelled: ends the text, with finish_reason "interrupt", as
-        soon as it is true. options: the other fields of `Request`.
+        conversation: keeps the cache for the next text, even if this one stops early. It needs an
+        engine with one row. cancelled: once it returns true, the text ends with finish_reason
+        "interrupt". options: the other fields of `Request`.
         """
         check(
             conversation is None or self.batch_size == 1,
@@ -189,7 +189,7 @@ class Engine:
         yield from ContinuousBatch(self, [request], **rest).updates()
 
     def _request(self, prompt: str | Sequence[int] | Request, **options) -> Request:
-        """The request with its prompt's ids."""
+        """The request with its prompt as token ids."""
         if not isinstance(prompt, Request):
             options = {k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}
             ids = prompt if isinstance(prompt, str) else list(prompt)
@@ -206,7 +206,7 @@ def check_settings(
     max_length: int | None,
     data_axis: int = 1,
 ) -> None:
-    """Raises ConfigError where an Engine could not work; no weights are needed to tell.
+    """Raises ConfigError if an Engine could not work; needs no weights.
 
     data_axis: devices over which the rows of a batch are sharded.
     """
@@ -214,19 +214,19 @@ def check_settings(
     check(batch_size >= 1, f"batch size {batch_size} is below 1: choose --batch-size 1 or more")
     check(
         batch_size == 1 or batch_size % data_axis == 0,  # a single row is replicated
-        f"batch size {batch_size} does not divide into the mesh's data axis of {data_axis}: choose "
-        "a multiple of it as --batch-size, or another --mesh.data",
+        f"batch size {batch_size} is not a multiple of the mesh's data axis of {data_axis}: choose "
+        "such a multiple as --batch-size, or another --mesh.data",
     )
     check(
         max_length is None or 2 <= max_length <= config.max_context,
-        f"max length {max_length} is not in 2..{config.max_context}, the model's context: "
-        "choose --max-length there",
+        f"max length {max_length} is out of range: use --max-length 2..{config.max_context} (the "
+        "model's context)",
     )
 
 
 def cache_slots(length: int, strategy: Strategy) -> int:
-    """Slots of a cache in which rows of `length` tokens have room for another round: sizes that
-    double, so that few programs are needed and less than half of the slots stay empty for long."""
+    """Slots of a cache in which rows of `length` tokens have room for another round. Sizes double,
+    so that few programs are needed and less than half of the slots stay empty for long."""
     slots, more = MIN_CAPACITY, -(-strategy.slack // SLACK) * SLACK
     while slots + more < length + strategy.slack:
         slots *= 2
@@ -234,7 +234,7 @@ def cache_slots(length: int, strategy: Strategy) -> int:
 
 
 def free_memory() -> int | None:
-    """Bytes that the first device has left; None where it does not say."""
+    """Free bytes of the first device; None if the device does not report them."""
     stats = jax.local_devices()[0].memory_stats() or {}
     if "bytes_limit" not in stats:
         return None

@@ -1,4 +1,4 @@
-"""The compiled programs of decoding: read prompts, put a row into a batch, and run rounds."""
+"""Compiled programs of decoding: read prompts, put a row into a batch, and run rounds."""
 
 import time
 from collections.abc import Callable, Hashable, Sequence
@@ -22,26 +22,26 @@ from lsjax.sharding import platform
 
 # Names of the loops in compiled programs.
 PROMPT_CHUNKS, ROUNDS = "prompt_chunks", "rounds"
-# A prompt is read in chunks of the smallest of these that holds it, a longer one in several of
-# the largest: as many programs as there are sizes, whatever the prompts.
+# A prompt is read in one chunk of the smallest size that fits, or in several of the largest size.
+# So prompts of all lengths need only one program per size.
 PREFILL_CHUNKS = (32, 64, 128, 256, 512)
 
 
 def prefill(
     model: Llama, state: DecodeState, start: Int[Array, ""], *, chunk: int, depth: int
 ) -> DecodeState:
-    """Runs the prompts from position `start` on through the first `depth` layers, `chunk` positions
-    at a time, and appends the first new token of every row. What comes before is in the cache."""
+    """Runs the prompts through the first `depth` layers, and appends each row's first new token.
+    Starts at position `start`, after the cached ones, and reads `chunk` positions at a time."""
     batch, capacity = state.tokens_BS.shape
 
     def read(index, carry):
         cache, last_BD = carry
-        # At the end of the cache a few positions are read again rather than written beyond it.
+        # At the end of the cache a few positions are read again, to stay inside the cache.
         begin = jnp.minimum(start + index * chunk, capacity - chunk)
         tokens_BT = lax.dynamic_slice_in_dim(state.tokens_BS, begin, chunk, axis=1)
         positions_BT = jnp.broadcast_to(begin + jnp.arange(chunk), (batch, chunk))
         x_BTD, cache = model.run_layers(model.embed(tokens_BT), 0, depth, positions_BT, cache)
-        offset_B = state.length_B - 1 - begin  # of the prompt's last token, if it is here
+        offset_B = state.length_B - 1 - begin  # of the prompt's last token in this chunk
         x_BD = jnp.take_along_axis(x_BTD, jnp.clip(offset_B, 0, chunk - 1)[:, None, None], 1)[:, 0]
         here_B = (offset_B >= 0) & (offset_B < chunk)
         return cache, jnp.where(here_B[:, None], x_BD, last_BD)
@@ -54,7 +54,7 @@ def prefill(
 
 
 def chunk_size(unread: int, capacity: int) -> int:
-    """The size in which so many tokens are read into a cache of `capacity` slots."""
+    """Chunk size for reading `unread` tokens into a cache of `capacity` slots."""
     sizes = [size for size in PREFILL_CHUNKS if size <= capacity]
     return next((size for size in sizes if size >= unread), sizes[-1])
 
@@ -62,7 +62,7 @@ def chunk_size(unread: int, capacity: int) -> int:
 def insert(
     model: Llama, state: DecodeState, single: DecodeState, row: Int[Array, ""]
 ) -> DecodeState:
-    """The batch with the one row of `single` in the place of one of its own."""
+    """The batch with its row `row` replaced by the one row of `single`."""
     return jax.tree.map(
         lambda batch, one: lax.dynamic_update_slice_in_dim(batch, one, row, axis=0), state, single
     )
@@ -76,10 +76,10 @@ def grow(model: Llama, state: DecodeState, *, capacity: int) -> DecodeState:
 def decode(
     model: Llama, state: DecodeState, rounds: Int[Array, ""], arguments: Any, *, strategy: Strategy
 ) -> DecodeState:
-    """At most `rounds` rounds of the strategy with these `arguments` of it.
+    """Runs at most `rounds` rounds of the strategy with its `arguments`.
 
-    Returns as soon as a row has ended, so that the host can note its time, and before a round that
-    the cache has no room for, so that the host can give it more.
+    Returns as soon as a row has ended, so that the host can note its time. Also returns before a
+    round that the cache has no room for, so that the host can grow the cache.
     """
 
     def more(carry):
@@ -100,15 +100,15 @@ def decode(
 class Programs:
     """Compiles `function(model, state, *rest)`, one of the above, once for each kind of state.
 
-    lay_out: let the compiler choose layouts of the weights, on accelerators. It does so for the
-    first program, and the others use the same: else every call would convert some weights.
+    lay_out: let the compiler choose layouts of the weights, on accelerators. The first program
+    decides, and the others use the same layouts: otherwise every call would convert some weights.
     """
 
     def __init__(self, model: Llama, mesh: Mesh | None = None, *, lay_out: bool = True):
-        self.model = model  # its arrays laid out as the programs want them
-        # A flat list is quicker to hand over than a module.
+        self.model = model  # its arrays have the programs' layouts
+        # A flat list is faster to pass than a module.
         self._leaves, self._structure = jax.tree.flatten(model)
-        self._formats: list[Format] | None = None  # in which the programs want the leaves
+        self._formats: list[Format] | None = None  # layouts of the leaves in the programs
         self._mesh, self._lays_out = mesh, lay_out
         self._compiled: dict[Hashable, Callable] = {}
         self.compile_seconds = 0.0
@@ -117,7 +117,7 @@ class Programs:
         return len(self._compiled)
 
     def use(self, model: Llama) -> None:
-        """Runs the programs on another model. Raises ConfigError unless it has the same form."""
+        """Runs the programs on another model. Raises ConfigError if its form differs."""
         leaves, structure = jax.tree.flatten(model)
         check(
             structure == self._structure and _shapes(leaves) == _shapes(self._leaves),
@@ -131,8 +131,8 @@ class Programs:
         self, function: partial, state: DecodeState, *rest: Any, donate: bool = True
     ) -> Callable:
         """The program for arguments of these shapes. It consumes the state (its buffers are
-        donated) unless told otherwise. Strategies among the function's keywords are told apart by
-        what they compile."""
+        donated) by default. Strategies among the function's keywords count as equal if their
+        `program` is equal."""
         static = (getattr(value, "program", value) for value in function.keywords.values())
         leaves, structure = jax.tree.flatten((state, rest))
         key = (function.func, *static, _shapes(leaves), structure)
@@ -151,8 +151,8 @@ class Programs:
     def lower(
         self, function: partial, state: DecodeState, *rest: Any, donate: bool = True
     ) -> Lowered:
-        """The program before it is compiled; shapes suffice for it, of the model too. Stacked
-        layers are separated inside the program, so that no copy of them stays."""
+        """The program before compilation; shapes suffice, also for the model. Stacked layers are
+        unstacked inside the program, so that no copy of them stays."""
 
         def run(leaves, state, *rest):
             model = jax.tree.unflatten(self._structure, leaves)
@@ -171,7 +171,7 @@ class Programs:
             return program.lower(self._leaves, state, *rest)
 
     def _lay_out(self) -> None:
-        """Lays out the model's arrays as the programs want them, one after the other."""
+        """Converts the model's arrays to the programs' layouts, one after the other."""
         if self._formats is None:
             return
         for index, (leaf, format_) in enumerate(zip(self._leaves, self._formats, strict=True)):
@@ -181,7 +181,7 @@ class Programs:
 
 
 def chooses_layouts() -> bool:
-    """Whether the compiler may choose layouts: on CPUs it would gain nothing."""
+    """Whether the compiler may choose layouts: on CPUs that has no benefit."""
     return platform() != "cpu"
 
 

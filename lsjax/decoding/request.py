@@ -1,4 +1,4 @@
-"""What can be asked of a model: checked before its weights are read."""
+"""Requests: prompts with their settings, checked before weights are read."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from lsjax.decoding.sampling import GREEDY, Sampling
 
 @dataclass(frozen=True, kw_only=True)
 class Request(Checked):
-    """A prompt, how its text continues, and what ends it.
+    """A prompt, how its text is sampled, and when it ends.
 
     Raises ConfigError for a field of another type, an empty stop string and negative stop ids.
     """
@@ -18,15 +18,15 @@ class Request(Checked):
     prompt: str | Sequence[int]
     """Text or token ids."""
     max_new_tokens: int = 128
-    """Ends a text that does not end by itself."""
+    """Maximum number of new tokens."""
     stop: tuple[str, ...] = ()
-    """Strings that end it, wherever token borders lie; they are cut off."""
+    """Strings that end the text, across token boundaries too; they are cut off."""
     stop_ids: tuple[int, ...] = bounded((), low=0)
-    """Tokens that end it, beside the tokenizer's own."""
+    """Tokens that end the text, beside the tokenizer's own."""
     sampling: Sampling = GREEDY
-    """How tokens are chosen; a text depends on its own request only, not on its batch mates."""
+    """How tokens are chosen; a text depends only on its own request, not on its batch mates."""
     log_probs: bool = False
-    """Whether the completion says how likely each token was."""
+    """Whether the completion contains the log-probability of each token."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -36,10 +36,10 @@ class Request(Checked):
 def encode_prompt(
     request: Request, tokenizer: Tokenizer, config: LlamaConfig, max_length: int | None = None
 ) -> list[int]:
-    """The token ids of a request's prompt. max_length: of the text, the model's context by default.
+    """Token ids of a request's prompt. max_length: of the text, the model's context by default.
 
-    Raises ConfigError for an empty prompt, for one that leaves no room for the new tokens, and for
-    ids that the model does not have, in the prompt or among those that end its text.
+    Raises ConfigError for an empty prompt, for too little room for the new tokens, and for ids (of
+    prompt or `stop_ids`) that the model does not have.
     """
     prompt, new = request.prompt, request.max_new_tokens
     ids = tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
@@ -50,7 +50,7 @@ def encode_prompt(
         f"stop ids {list(request.stop_ids)} are not all in {vocabulary}",
     )
     check(len(ids) > 0, "the prompt is empty: it needs at least one token")
-    check(new >= 1, f"max_new_tokens {new} is below 1: ask for 1 or more")
+    check(new >= 1, f"max_new_tokens {new} is below 1: use 1 or more")
     check(
         min(ids) >= 0 and max(ids) < config.vocab_size,
         f"token ids {min(ids)}..{max(ids)} are not all in {vocabulary}",

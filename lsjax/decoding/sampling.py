@@ -1,9 +1,9 @@
 """Sampling: penalties on the logits, the distribution that a token is drawn from, and the draws.
 
 A distribution is a row of log-probabilities [V], -inf for a token that may not be drawn. A row of
-temperature 0 is greedy: all of its probability is on the argmax. The filters find a threshold by
-bisection instead of sorting the vocabulary. A draw depends on nothing but the row's key, the
-token's position and the draw's purpose, so a row's tokens do not depend on its batch mates.
+temperature 0 is greedy: the argmax has probability 1. The filters find a threshold by bisection
+instead of sorting the vocabulary. A draw depends only on the row's key, the token's position and
+the draw's purpose. So a row's tokens do not depend on its batch mates.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,13 +19,13 @@ from jaxtyping import Array, Bool, Float, Int, Shaped, UInt32
 from lsjax.config import Checked, bounded
 from lsjax.sharding import constrain
 
-DRAW_BLOCK = 256  # tokens that a draw takes together first
+DRAW_BLOCK = 256  # tokens per block in the first search of a draw
 
 
 class Purpose(IntEnum):
-    """What a draw at a position is for; each purpose has a random stream of its own."""
+    """Purpose of a draw at a position; each purpose has its own random stream."""
 
-    TOKEN = 0  # the whole model's own token, or what replaces a rejected draft
+    TOKEN = 0  # the full model's own token, or the replacement of a rejected draft
     DRAFT = 1
     ACCEPT = 2
 
@@ -34,28 +34,28 @@ class Purpose(IntEnum):
 class Sampling(Checked):
     """How the tokens of a text are chosen.
 
-    Penalties come first, then the temperature, then top_k, top_p and min_p in this order, each on
-    the tokens that the one before has left.
+    Penalties come first, then the temperature, then top_k, top_p and min_p in this order. Each
+    filter applies to the tokens that the previous one has left.
 
     Raises ConfigError for a number out of its range.
     """
 
     temperature: float = bounded(0.0, low=0, hint="0 is greedy, 1 draws as the model says")
-    """0 is greedy: the argmax, whatever the filters and the seed. Above 0 tokens are drawn, with
-    logits divided by this."""
+    """0 is greedy: the argmax, whatever the filters and the seed. Above 0, tokens are drawn with
+    logits divided by this value."""
     top_k: int = bounded(0, low=0, hint="0 is all tokens")
     """Draws from the k most probable tokens, ties with the last one included. 0 is all."""
     top_p: float = bounded(1.0, above=0, high=1, hint="1 is all tokens")
-    """Draws from the fewest tokens whose probabilities sum up to p (Holtzman et al., 2020)."""
+    """Draws from the fewest tokens whose probabilities sum to p (Holtzman et al., 2020)."""
     min_p: float = bounded(0.0, low=0, high=1, hint="0 is all tokens")
     """Draws from tokens at least min_p times as probable as the argmax (Nguyen et al., 2024)."""
     seed: int = bounded(0, low=0, high=2**32 - 1)
-    """Seed of the first text; each further one has the next number."""
+    """Seed of the first text; each further text has the next number."""
     repetition_penalty: float = bounded(1.0, low=1, hint="1 is no penalty")
-    """Divides the logits above 0 of tokens of prompt and text, and multiplies those below (Keskar
-    et al., 2019)."""
+    """For tokens of prompt and text, divides logits above 0 and multiplies those below (Keskar et
+    al., 2019)."""
     no_repeat_ngram: int = bounded(0, low=0, hint="0 allows all")
-    """Says no n-gram of this size twice, prompt included; 0 allows all."""
+    """Repeats no n-gram of this size, prompt included; 0 allows all."""
 
 
 GREEDY = Sampling()
@@ -64,8 +64,8 @@ GREEDY = Sampling()
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class Draws:
-    """How each row of a batch is sampled, as arrays. filters: those that some row has on; the
-    others are left out of the program."""
+    """Sampling settings of each row of a batch, as arrays. filters: those that some row uses; the
+    program omits the others."""
 
     temperature_B: Float[Array, " B"]
     top_k_B: Int[Array, " B"]
@@ -78,8 +78,8 @@ class Draws:
     def create(
         cls, rows: Sequence[Sampling], among: Sequence[Sampling] | None = None
     ) -> "Draws | None":
-        """Row b is sampled as rows[b] says; None if all are greedy. among: all rows that share the
-        program, these by default."""
+        """Settings of these rows; None if all are greedy. among: all rows that share the program,
+        these by default."""
         among = among or rows
         if all(row.temperature == 0 for row in among):
             return None
@@ -98,13 +98,13 @@ class Draws:
 
     def log_probs(self, logits_BTV: Float[Array, "B T V"]) -> Float[Array, "B T V"]:
         """The distributions that a token is drawn from, normalised."""
-        # Gathered once rather than summed over devices in every step of a bisection.
+        # Gathered once, instead of an all-reduce in every step of a bisection.
         logits_BTV = constrain(logits_BTV, "data")
         greedy_B11 = (self.temperature_B == 0)[:, None, None]
         temperature_B11 = jnp.where(greedy_B11, 1, self.temperature_B[:, None, None])
         top_BT1 = logits_BTV.max(-1, keepdims=True)
         below_BTV = (top_BT1 - logits_BTV) / temperature_B11  # how far below the largest
-        limit_BT1 = jnp.full_like(top_BT1, jnp.inf)  # tokens further below are left out
+        limit_BT1 = jnp.full_like(top_BT1, jnp.inf)  # tokens further below are excluded
         if "top_k" in self.filters:
             k_B11 = self.top_k_B[:, None, None]
 
@@ -131,10 +131,10 @@ class Draws:
     def token(
         self, weight_BV: Float[Array, "B V"], position_B: Int[Array, " B"], purpose: Purpose
     ) -> Int[Array, " B"]:
-        """Draws an index for each row, for the token at its position; weights need not sum up to 1.
+        """Draws an index for each row, for the token at its position; weights need not sum to 1.
 
-        First a block of tokens by its sum, then one of the block: two short searches instead of a
-        random number for every token of the vocabulary.
+        Draws a block of tokens by its sum first, then a token of the block. These two short
+        searches replace a random number for every token of the vocabulary.
         """
         batch, size = weight_BV.shape
         weight_BMb = jnp.pad(weight_BV, ((0, 0), (0, -size % DRAW_BLOCK)))
@@ -160,10 +160,10 @@ class Draws:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class Penalties:
-    """What each row of a batch may not say again; see `Sampling` for the two numbers.
+    """Penalties on repetition for each row of a batch; `Sampling` explains the two numbers.
 
-    The logits of a draft see the drafts before them, and so do those of the verification: every
-    strategy gives the same tokens.
+    Logits of draft and verification are penalised given the earlier drafts. So all strategies
+    produce the same greedy tokens.
     """
 
     repetition_B: Float[Array, " B"]
@@ -173,7 +173,7 @@ class Penalties:
     def create(
         cls, rows: Sequence[Sampling], among: Sequence[Sampling] | None = None
     ) -> "Penalties | None":
-        """Row b is treated as rows[b] says; None if nobody among them asks for any."""
+        """Penalties of these rows; None if no row of `among` requests any."""
         if all(one.repetition_penalty == 1 and one.no_repeat_ngram == 0 for one in among or rows):
             return None
         return cls(
@@ -188,10 +188,10 @@ class Penalties:
         position_BT: Int[Array, "B T"],
         places_V: Int[Array, " V"] | None = None,
     ) -> Float[Array, "B T N"]:
-        """Logits for the tokens at these positions, each by the tokens of the history before it.
+        """Penalises the logits at these positions, each by the earlier tokens of the history.
 
-        places_V: where a token stands among the N that the logits are of, N if it does not. Where
-        every token would be forbidden, none is.
+        places_V: index of each token among the N that have logits, N if it has none. If every token
+        would be forbidden, none is.
         """
         batch, steps, size = logits_BTN.shape
         index_BS = history_BS if places_V is None else places_V[history_BS]
@@ -203,7 +203,7 @@ class Penalties:
         penalty_B11 = self.repetition_B[:, None, None]
         lower_BTS = jnp.where(said_BTS > 0, said_BTS / penalty_B11, said_BTS * penalty_B11)
         lower_BTS = jnp.where(self._completes(history_BS, position_BT), -jnp.inf, lower_BTS)
-        # A token that was said several times takes the lowest of its values.
+        # A token that occurs several times takes the lowest of its values.
         found_BTN = logits_BTN.at[rows, columns, index_BTS].min(lower_BTS, mode="drop")
         left_BT1 = jnp.isfinite(found_BTN.max(-1, keepdims=True))
         return jnp.where(left_BT1, found_BTN, logits_BTN)
@@ -211,12 +211,12 @@ class Penalties:
     def _completes(
         self, history_BS: Int[Array, "B S"], position_BT: Int[Array, "B T"]
     ) -> Bool[Array, "B T S"]:
-        """Whether the history's token s, said again at the position, would complete an n-gram that
-        ends in slot s: whether the n - 1 tokens before both are the same."""
+        """Whether token s of the history, repeated at the position, would complete an n-gram that
+        ends in slot s. That holds if the n - 1 tokens before both are the same."""
         slots = jnp.arange(history_BS.shape[1])
         ngram_B11 = self.ngram_B[:, None, None]
 
-        def undecided(carry):  # however long the n-gram, few steps
+        def undecided(carry):  # few steps, however long the n-gram
             k, same_BTS = carry
             return (same_BTS & (k < ngram_B11)).any()
 
@@ -233,8 +233,8 @@ class Penalties:
 
 
 def argmax(logits: Float[Array, "*any V"]) -> Int[Array, "*any"]:
-    """The index of the largest logit, the first of equals. Two passes, which a CPU runs in vectors,
-    unlike `jnp.argmax` (docs/performance.md)."""
+    """Index of the largest logit, the first of equals. CPUs vectorise these two passes, unlike
+    `jnp.argmax` (docs/performance.md)."""
     size = logits.shape[-1]
     is_top = logits == logits.max(-1, keepdims=True)
     index = jnp.where(is_top, jnp.arange(size, dtype=jnp.int32), size - 1)
@@ -242,8 +242,8 @@ def argmax(logits: Float[Array, "*any V"]) -> Int[Array, "*any"]:
 
 
 def _array(numbers: Sequence[float], dtype: DTypeLike) -> Shaped[Array, " B"]:
-    """The numbers in this type; one that is too large or too close to 0 for it becomes the next
-    that it has."""
+    """The numbers in this type. Numbers too large or too close to 0 for the type are clipped to its
+    range."""
     if dtype == jnp.int32:
         least, most = 1, jnp.iinfo(dtype).max
     else:
@@ -252,7 +252,7 @@ def _array(numbers: Sequence[float], dtype: DTypeLike) -> Shaped[Array, " B"]:
 
 
 def _first_beyond(weight_BN: Float[Array, "B N"], u_B: Float[Array, " B"]) -> Int[Array, " B"]:
-    """The first index at which the running sum exceeds the share u of the whole; never one of
+    """First index at which the running sum exceeds the share u of the total; never an index of
     weight 0, whatever the rounding."""
     sum_BN = jnp.cumsum(weight_BN, axis=-1)
     index = jnp.arange(weight_BN.shape[-1])
@@ -265,8 +265,8 @@ def _first_beyond(weight_BN: Float[Array, "B N"], u_B: Float[Array, " B"]) -> In
 def _smallest(
     holds: Callable[[Float[Array, "B T 1"]], Bool[Array, "B T 1"]], like: Float[Array, "B T 1"]
 ) -> Float[Array, "B T 1"]:
-    """The smallest number m >= 0 for which `holds(m)`, which stays true from there on; infinity
-    if none. By bisection of the bits, whose order is that of the numbers."""
+    """The smallest number m >= 0 for which `holds(m)`, or infinity. `holds` must stay true above m.
+    Bisects the bits, which have the same order as the numbers."""
 
     def step(_, bounds):
         low, high = bounds  # holds is false at low, true at high

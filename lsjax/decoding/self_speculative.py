@@ -7,7 +7,7 @@ One round for one row, exit E = 2 of L = 4 layers, d = 3 drafts. The pending tok
     layers 0..1   p   a   b   c        ^ ^ ^ ^     from the exit hidden states kept below
                   |   |   |   |        h h h h  <- (the paper's "KVQ" cache)
     draft head    a   b   c   -
-    full head                          a b x y     what the whole model says after p, a, b, c
+    full head                          a b x y     the full model's tokens after p, a, b, c
                                        = = !
     committed     a   b   x                        two accepted drafts and one correction;
                                                    c is dropped: its slots get overwritten
@@ -16,8 +16,8 @@ Layers 0..E-1 never run twice on a token: the verification starts from the draft
 states and reads the draft's keys and values. The last draft token passes the first layers
 without a head, because nothing is drafted after it.
 
-A compiled round is given exit and draft length as numbers. If it serves several, the layers
-between two exits are under a branch, and so is the verification of each length.
+Exit and draft length are runtime arguments. With several exits, a `cond` guards the layers between
+them. With several lengths, a `cond` guards each verification.
 """
 
 from collections.abc import Callable, Sequence
@@ -50,7 +50,7 @@ DRAFT = "draft"  # the loop's name in compiled programs
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class RoundSettings:
-    """Arguments of a compiled round. confidence: the probability below which a draft ends."""
+    """Arguments of a compiled round. confidence: minimum joint probability of the draft."""
 
     exit_layer: Int[Array, ""]
     num_draft_tokens: Int[Array, ""]
@@ -60,14 +60,14 @@ class RoundSettings:
 
 @dataclass(frozen=True)
 class SelfSpeculative(Strategy):
-    """The tokens of Autoregressive in fewer passes of the model; sampled, the same distribution.
+    """Same greedy tokens as Autoregressive in fewer passes. Sampling keeps the distribution.
 
-    exit_layer: E, layers of the draft. num_draft_tokens: d, drafts per round and row; 0 makes a
-    plain step of a round. vocabulary: tokens that may be drafted, all by default. draft_confidence:
-    ends a draft before the token with which it would be less probable than this, by the exit's
-    probabilities of its argmax tokens. accept: which drafts are accepted (draft.py); by default the
-    rule that loses nothing. shared_exits, shared_lengths: others that the compiled program serves
-    too (`in_one_program`).
+    exit_layer: E, layers of the draft. num_draft_tokens: d, drafts per round and row; 0 makes each
+    round one autoregressive step. vocabulary: tokens that may be drafted, all by default.
+    draft_confidence: stops drafting when the product of the exit's top-token probabilities falls
+    below this value. accept: acceptance rule (draft.py); by default the lossless rule.
+    shared_exits, shared_lengths: other exits and lengths that share the compiled program
+    (`in_one_program`).
     """
 
     name = "self_speculative"
@@ -81,7 +81,7 @@ class SelfSpeculative(Strategy):
 
     @property
     def draft_vocab(self) -> int | None:
-        """Tokens that may be drafted, None for all."""
+        """Number of tokens that may be drafted; None for all."""
         return None if self.vocabulary is None else len(self.vocabulary)
 
     @property
@@ -91,35 +91,35 @@ class SelfSpeculative(Strategy):
 
     @property
     def lengths(self) -> tuple[int, ...]:
-        """Draft lengths that the program serves. Where drafts may end early, quarters of d are
-        among them: a round takes the shortest that holds its drafts."""
+        """Draft lengths that the program serves. If drafts may end early, quarters of d are
+        included. Each round verifies with the shortest length that fits."""
         quarters = (4,) if self.draft_confidence is None else range(5)
         own = {self.num_draft_tokens * quarter // 4 for quarter in quarters}
         return tuple(sorted(own | {*self.shared_lengths}))
 
     @property
     def slack(self) -> int:
-        """A round writes the pending token and the longest draft."""
+        """Cache slots per round: the pending token plus the longest draft."""
         return 1 + self.lengths[-1]
 
     @property
     def program(self) -> tuple:
-        """All that `step` reads; the rest comes with `arguments`."""
+        """Static settings that `step` reads. `arguments` carries the rest at run time."""
         ends_early = self.draft_confidence is not None
         return type(self), self.exits, self.lengths, self.draft_vocab, ends_early, self.accept
 
     def validate(self, config: LlamaConfig) -> None:
-        """Raises ConfigError where a number is out of range or the vocabulary not the model's."""
+        """Raises ConfigError if a number is out of range or the vocabulary does not match."""
         check(
             self.draft_confidence is None or 0 <= self.draft_confidence <= 1,
-            f"draft_confidence {self.draft_confidence} is not in 0..1: choose one there",
+            f"draft_confidence {self.draft_confidence} is out of range: use a value from 0 to 1",
         )
         for exit_layer in self.exits:
             check_exit(exit_layer, config.num_layers - 1)  # the draft does not run all layers
         for drafts in self.lengths:
             check(
                 0 <= drafts <= config.max_context,
-                f"num_draft_tokens {drafts} is not in 0..{config.max_context}: choose it there",
+                f"num_draft_tokens {drafts} is out of range: use 0..{config.max_context}",
             )
         if self.vocabulary is not None:
             self.vocabulary.validate(config)
@@ -134,14 +134,14 @@ class SelfSpeculative(Strategy):
         )
 
     def step(self, model: Llama, state: DecodeState, arguments: RoundSettings) -> DecodeState:
-        """One round: draft, verify, commit what is accepted and one token more."""
+        """One round: draft, verify, and commit the accepted tokens plus one."""
         return self.verify(model, self.draft(model, state, arguments), arguments)
 
     def draft(self, model: Llama, state: DecodeState, settings: RoundSettings) -> Draft:
         """Up to d tokens per row from the exit.
 
-        A row drafts as far as its end (the verification adds one token of its own) or a stop token,
-        and as long as the exit is sure of the whole draft.
+        A row stops drafting at its length limit, at a stop token, or when confidence is too low.
+        The limit leaves room for the token that the verification adds.
         """
         head, draws = settings.head, state.draws
         table_ND, places_V = (None, None) if head is None else (head.table_ND, head.places_V)
@@ -149,12 +149,12 @@ class SelfSpeculative(Strategy):
         limit_B = jnp.minimum(state.end_B - state.length_B - 1, settings.num_draft_tokens)
 
         def choose(x_BTD, i, tokens_BT, log_q_BTN, sure_B):
-            """Draft number i of each row, by the exit's logits, and how probable drafts are."""
+            """Chooses draft i of each row from the exit's logits, and updates the confidence."""
             logits_BTN = model.unembed(x_BTD, table_ND)
             logits_BTN = state.penalised(logits_BTN, i, tokens_BT, places_V)
             if settings.confidence is not None:
-                # Of the argmax, not of the token that is drawn: if what is drawn decided whether
-                # it counts, texts would not have the model's distribution.
+                # Use the argmax probability. Stopping on the sampled token's probability would bias
+                # the output distribution.
                 over_BTN = jnp.exp(logits_BTN - logits_BTN.max(-1, keepdims=True))
                 sure_B = sure_B / over_BTN[:, 0].sum(-1)
             if draws is None:
@@ -168,7 +168,7 @@ class SelfSpeculative(Strategy):
             return tokens_BT, log_q_BTN, sure_B
 
         def step(carry):
-            """The first layers on token i of each row, and the next draft of the active rows."""
+            """Runs the first layers on token i of each row, and drafts for the active rows."""
             active_B, i, cache, token_B, sure_B, drafts = carry
             hidden_BTD, tokens_BT, log_q_BTN, count_B = drafts
             x_BTD, cache = _run_segments(
@@ -181,7 +181,7 @@ class SelfSpeculative(Strategy):
             )
             hidden_BTD = lax.dynamic_update_slice_in_dim(hidden_BTD, x_BTD, i, axis=1)
             active_B &= i < limit_B
-            # The last pass drafts nothing; its column is a spare.
+            # The last pass drafts nothing; its column is unused.
             tokens_BT, log_q_BTN, sure_B = lax.cond(
                 active_B.any(),
                 choose,
@@ -210,13 +210,13 @@ class SelfSpeculative(Strategy):
         return Draft(state.with_cache(cache), hidden_BTD, tokens_BT, count_B, log_q_BTN, head)
 
     def verify(self, model: Llama, draft: Draft, settings: RoundSettings) -> DecodeState:
-        """The other layers on the pending token and the drafts, all at once; then the drafts that
-        are accepted, and one token of the whole model's."""
+        """Runs the other layers on the pending token and the drafts in one pass. Commits the
+        accepted drafts and one token of the full model."""
         state, longest, steps = draft.state, draft.count_B.max(), draft.tokens_BT.shape[1]
         rule = self.accept or (accept_equal if state.draws is None else accept_by_ratio)
 
         def judge(length: int, cache: KVCache, *_):
-            """The verification of `length` drafts at most: tokens, how many are drafts, and their
+            """Verifies up to `length` drafts. Returns cache, accepted count, tokens and
             log-probabilities."""
             some = draft.first(1 + length)
             x_BTD, cache = _run_segments(
@@ -252,7 +252,7 @@ class SelfSpeculative(Strategy):
 
 
 def in_one_program(strategies: Sequence[Strategy]) -> list[Strategy]:
-    """The same strategies; those that speculate share one compiled program."""
+    """The same strategies; all self-speculative ones share one compiled program."""
     drafting = [one for one in strategies if isinstance(one, SelfSpeculative)]
     exits = tuple(sorted({one.exit_layer for one in drafting}))
     lengths = tuple(sorted({length for one in drafting for length in one.lengths}))
@@ -263,7 +263,7 @@ def in_one_program(strategies: Sequence[Strategy]) -> list[Strategy]:
 
 
 def _run_segments(model, bounds, runs, x_BTD, positions_BT, cache):
-    """The layers between neighbours lo, hi of `bounds`, where `runs(lo, hi)`."""
+    """Runs layers lo..hi-1 for each adjacent pair in `bounds`, if `runs(lo, hi)`."""
     for lo, hi in pairwise(bounds):
         x_BTD, cache = _run_if(
             runs(lo, hi),
@@ -274,8 +274,8 @@ def _run_segments(model, bounds, runs, x_BTD, positions_BT, cache):
 
 
 def _run_if(condition: Bool[Array, ""] | bool, run: Callable, *carry):
-    """`run(*carry)`, or the carry as it is; no branch where the condition is known. Unlike
-    `lax.switch` over whole programs, a `cond` around a part updates the cache in place."""
+    """`run(*carry)` if the condition holds, else the carry. A static True needs no branch. Unlike
+    `lax.switch` over whole programs, a small `cond` lets XLA update the cache in place."""
     if condition is True:
         return run(*carry)
     return lax.cond(condition, run, lambda *carry: carry, *carry)

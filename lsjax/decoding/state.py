@@ -1,4 +1,4 @@
-"""The rows of a batch that decode, and the one rule by which new tokens enter them."""
+"""State of a decoding batch, and the single function (`commit`) that appends tokens."""
 
 import dataclasses
 from abc import ABC, abstractmethod
@@ -22,30 +22,30 @@ from lsjax.model.llama import Llama
 from lsjax.model.parameters import placed
 from lsjax.sharding import on_each_device
 
-RUNNING, EOS, LENGTH, STOP = range(4)  # why a row ended, if it did; STOP is set by the host
-STOP_IDS = 4  # room for stop ids in a row: a multiple of this
+RUNNING, EOS, LENGTH, STOP = range(4)  # why a row ended; the host sets STOP
+STOP_IDS = 4  # the stop-id capacity of a row is a multiple of this
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class DecodeState:
-    """B rows with S slots each: everything that the decode loop carries.
+    """Carry of the decode loop: B rows with S slots each.
 
-    A row has `length_B` tokens, prompt and new ones. The keys and values of the last, the pending
-    one, are not in the cache yet. Text and statistics come from the buffers (completion.py).
+    A row has `length_B` tokens, prompt and new ones. The last one is pending: only earlier tokens
+    are cached. completion.py derives text and statistics from the buffers.
     """
 
     cache: KVCache
     length_B: Int[Array, " B"]
     end_B: Int[Array, " B"]  # no token at this position or beyond
     finish_B: Int[Array, " B"]  # RUNNING, EOS, LENGTH or STOP
-    stop_Bn: Int[Array, "B n"]  # tokens that end a row; -1 is none
+    stop_Bn: Int[Array, "B n"]  # tokens that end a row; -1 means empty
     tokens_BS: Int[Array, "B S"]
-    accepted_BS: Bool[Array, "B S"]  # a draft proposed this token and the verification agreed
-    replaced_BS: Int[Array, "B S"]  # the draft's token that the verification rejected here, or -1
-    round_BS: Int[Array, "B S"]  # at the last token of a round 1 + tokens drafted in it, else 0
-    log_probs_BS: Float[Array, "B S"] | None  # of the tokens, if somebody wants them
-    draws: Draws | None  # how tokens are drawn; None takes the argmax
+    accepted_BS: Bool[Array, "B S"]  # this token was an accepted draft token
+    replaced_BS: Int[Array, "B S"]  # the draft token that was rejected here, or -1
+    round_BS: Int[Array, "B S"]  # 1 + drafted tokens, at a round's last token; else 0
+    log_probs_BS: Float[Array, "B S"] | None  # of the tokens, if requested
+    draws: Draws | None  # how tokens are sampled; None means argmax
     penalties: Penalties | None
 
     @classmethod
@@ -64,11 +64,11 @@ class DecodeState:
     ) -> "DecodeState":
         """Rows of requests, whose prompts are token ids, sharded over a mesh (lsjax/sharding.py).
 
-        A request of 0 new tokens is a filler. capacity: slots of each row, which may be fewer than
-        it will need (`grown`). num_layers: of the cache. ends: tokens that end every row. among:
-        all requests that will share the program, these by default. cache: an empty one by default.
+        A request of 0 new tokens is a filler. capacity: initial slots per row; `grown` adds more.
+        num_layers: layers in the cache. ends: tokens that end every row. among: all requests served
+        by this compiled program; sets optional buffers. cache: an empty one by default.
 
-        Raises ConfigError where a prompt and a token do not fit the capacity.
+        Raises ConfigError if a prompt and a token do not fit the capacity.
         """
         among, batch = among or requests, len(requests)
         length_B = np.array([len(request.prompt) for request in requests], np.int32)
@@ -76,7 +76,8 @@ class DecodeState:
         longest = int(length_B.max())
         check(
             longest < capacity,
-            f"a prompt of {longest} tokens and a new one do not fit the cache of {capacity} slots",
+            f"a prompt of {longest} tokens and a new one do not fit the cache of {capacity} slots: "
+            "raise the capacity",
         )
         room = max(1, *(len({*ends, *request.stop_ids}) for request in among))
         stop_Bn = np.full((batch, -(-room // STOP_IDS) * STOP_IDS), -1, np.int32)
@@ -111,7 +112,7 @@ class DecodeState:
         return self.tokens_BS.shape[1]
 
     def grown(self, capacity: int) -> "DecodeState":
-        """The same rows with more slots, up to `capacity`; what is in those is not read."""
+        """The same rows with `capacity` slots. New slots are never read before a write."""
         names = ("tokens_BS", "accepted_BS", "replaced_BS", "round_BS", "log_probs_BS")
         buffers = {name: getattr(self, name) for name in names}
         more = ((0, 0), (0, capacity - self.capacity))
@@ -120,7 +121,7 @@ class DecodeState:
 
     @property
     def running_B(self) -> Bool[Array, " B"]:
-        """Rows that want more tokens."""
+        """Rows still decoding."""
         return self.finish_B == RUNNING
 
     @property
@@ -134,7 +135,7 @@ class DecodeState:
         return (tokens[..., None] == stop).any(-1)
 
     def with_cache(self, cache: KVCache) -> "DecodeState":
-        """The same rows with a cache that has seen more tokens."""
+        """The same rows with an updated cache."""
         return dataclasses.replace(self, cache=cache)
 
     def penalised(
@@ -144,8 +145,8 @@ class DecodeState:
         draft_BT: Int[Array, "B D"] | None = None,
         places_V: Int[Array, " V"] | None = None,
     ) -> Float[Array, "B T N"]:
-        """Logits of T tokens for each row, number `first` and on of the new ones, changed by the
-        penalties. draft_BT: what new tokens there would be; places_V: of a draft vocabulary."""
+        """Applies penalties to logits of T new positions, starting at offset `first`. draft_BT:
+        hypothetical new tokens. places_V: as in DraftHead, for a draft vocabulary."""
         if self.penalties is None:
             return logits_BTN
         history_BS = self.tokens_BS
@@ -159,14 +160,14 @@ class DecodeState:
     def log_probs(
         self, logits_BTV: Float[Array, "B T V"], tokens_BT: Int[Array, "B T"]
     ) -> Float[Array, "B T"] | None:
-        """Log-probabilities of the tokens by these logits as they are; None if nobody asks."""
+        """Log-probabilities of the tokens before penalties; None if not requested."""
         if self.log_probs_BS is None:
             return None
         chosen_BT = jnp.take_along_axis(logits_BTV, tokens_BT[..., None], axis=2)[..., 0]
         return chosen_BT - jax.nn.logsumexp(logits_BTV, axis=-1)
 
     def append(self, logits_BV: Float[Array, "B V"]) -> "DecodeState":
-        """One more token in every running row, chosen by these logits."""
+        """Appends one token to every running row, chosen by these logits."""
         logits_BTV = logits_BV[:, None]
         changed_BTV = self.penalised(logits_BTV)
         if self.draws is None:
@@ -189,8 +190,8 @@ class DecodeState:
     ) -> "DecodeState":
         """Appends the first `count_B` of T tokens to every running row and ends rows.
 
-        Tokens behind a stop token or a row's end are dropped. The first `accepted_B` came from a
-        draft, draft_BT, of `drafted_B` tokens. log_probs_BT is needed where the state keeps them.
+        Tokens after a stop token or past the row's limit are dropped. The first `accepted_B` came
+        from a draft, draft_BT, of `drafted_B` tokens. log_probs_BT: required if the state keeps it.
         """
         steps = new_BT.shape[1]
         index_T = jnp.arange(steps)
@@ -224,16 +225,16 @@ class DecodeState:
     def _written(
         self, buffer_BS: Shaped[Array, "B S"], new_BT: Shaped[Array, "B T"]
     ) -> Shaped[Array, "B S"]:
-        """The buffer with these values behind the tokens of each row."""
+        """The buffer with these values after the tokens of each row."""
         rows = P("data")
         return on_each_device(write, (buffer_BS, new_BT, self.length_B), (rows,) * 3, rows)
 
 
 class Strategy(ABC):
-    """How new tokens are found. Frozen and hashable.
+    """A decoding method. Frozen and hashable.
 
-    Only `program` decides what is compiled; `arguments` are handed to it at each call. So
-    strategies that differ in nothing but their arguments share a compiled loop.
+    Only `program` decides what is compiled; each call passes `arguments`. So strategies that
+    differ only in arguments share a compiled loop.
     """
 
     name: ClassVar[str]
@@ -246,18 +247,18 @@ class Strategy(ABC):
 
     @property
     def program(self) -> Hashable:
-        """Strategies with equal ones share their programs."""
+        """Strategies with equal keys share a compiled program."""
         return self
 
     def validate(self, config: LlamaConfig) -> None:  # noqa: B027
-        """Raises ConfigError where the strategy does not fit the model."""
+        """Raises ConfigError if the strategy does not fit the model."""
 
     def depth(self, config: LlamaConfig) -> int:
-        """Layers that run for a token that counts: all of them, or the exit layer."""
+        """Layers run for each committed token: all, or the exit's."""
         return config.num_layers
 
     def arguments(self, model: Llama) -> Any:
-        """A pytree of arrays: what `step` needs beside the model."""
+        """A pytree of arrays that `step` needs beside the model."""
         return ()
 
     @abstractmethod
@@ -269,6 +270,5 @@ def check_exit(exit_layer: int, last: int) -> None:
     """Raises ConfigError for an exit that is not in 1..last."""
     check(
         1 <= exit_layer <= last,
-        f"exit layer {exit_layer} is not in 1..{last}, the exits of this model that such a "
-        "strategy can use: choose --exit-layer there",
+        f"exit layer {exit_layer} is out of range: use --exit-layer 1..{last}",
     )

@@ -261,8 +261,11 @@ def test_every_size_of_the_cache_is_warmed_up(model_directory, tmp_path, monkeyp
             "a draft vocabulary of 1000000000000 does not make the head of 258 smaller",
         ),
         (("--identity-tail", 4), "--identity-tail 4 is not in 1..3"),
-        (("--exit-layers", 4), "exit layer 4 is not in 1..3"),
-        (("--exit-layers", 1, "--num-draft-tokens", -1), "num_draft_tokens -1 is not in 0..512"),
+        (("--exit-layers", 4), "exit layer 4 is out of range: use --exit-layer 1..3"),
+        (
+            ("--exit-layers", 1, "--num-draft-tokens", -1),
+            "num_draft_tokens -1 is out of range: use 0..512",
+        ),
         (("--exit-layers", 1, "--draft-vocab", 9), "needs token counts"),
         (
             ("--exit-layers", 1, "--identity-tail", 1, "--draft-vocab", 258),

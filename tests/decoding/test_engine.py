@@ -184,7 +184,7 @@ def test_text_prompts_are_encoded(engine_of):
     [
         ("", 5, None, "the prompt is empty: it needs at least one token"),
         ([], 5, None, "the prompt is empty"),
-        ([1], 0, None, "max_new_tokens 0 is below 1: ask for 1 or more"),
+        ([1], 0, None, "max_new_tokens 0 is below 1: use 1 or more"),
         ([1], -3, None, "max_new_tokens -3 is below 1"),
         ([5, 258], 5, None, r"token ids 5..258 .* vocabulary of 258: give ids in 0..257"),
         ([-1, 7], 5, None, r"token ids -1..7 .* vocabulary of 258"),
@@ -220,8 +220,8 @@ def test_max_length_is_reached(model, tokenizer, length):
 @pytest.mark.parametrize(
     "options, words",
     [
-        ({"max_length": 1}, r"max length 1 is not in 2..512, .*: choose --max-length there"),
-        ({"max_length": 513}, r"max length 513 is not in 2..512"),
+        ({"max_length": 1}, r"max length 1 is out of range: use --max-length 2..512"),
+        ({"max_length": 513}, r"max length 513 is out of range: use --max-length 2..512"),
         ({"batch_size": 0}, "batch size 0 is below 1: choose --batch-size 1 or more"),
     ],
 )

@@ -236,20 +236,32 @@ def test_max_new_tokens_1_needs_no_round(engine, expected):
 @pytest.mark.parametrize(
     "strategy, words",
     [
-        (SelfSpeculative(0, 4), "exit layer 0 is not in 1..3"),
-        (SelfSpeculative(4, 4), "exit layer 4 is not in 1..3"),
-        (SelfSpeculative(2, -1), "num_draft_tokens -1 is not in 0..512"),
-        (SelfSpeculative(2, 3 * 10**9), "num_draft_tokens 3000000000 is not in 0..512: choose"),
-        (SelfSpeculative(1, 2, DraftVocabulary(np.array([3, 9, 7]))), "ids do not rise"),
+        (SelfSpeculative(0, 4), "exit layer 0 is out of range: use --exit-layer 1..3"),
+        (SelfSpeculative(4, 4), "exit layer 4 is out of range: use --exit-layer 1..3"),
+        (SelfSpeculative(2, -1), "num_draft_tokens -1 is out of range: use 0..512"),
+        (SelfSpeculative(2, 3 * 10**9), "num_draft_tokens 3000000000 is out of range: use 0..512"),
+        (SelfSpeculative(1, 2, DraftVocabulary(np.array([3, 9, 7]))), "ids must ascend"),
         (SelfSpeculative(1, 2, DraftVocabulary(np.array([], int))), "a draft vocabulary of 0"),
-        (SelfSpeculative(1, 2, shared_exits=(1, 4)), "exit layer 4 is not in 1..3"),
-        (SelfSpeculative(1, 2, shared_lengths=(-1,)), "num_draft_tokens -1 is not in 0..512"),
-        (SelfSpeculative(1, 2, draft_confidence=1.1), "draft_confidence 1.1 is not in 0..1"),
-        (SelfSpeculative(1, 2, draft_confidence=-0.1), "draft_confidence -0.1 is not in 0..1"),
+        (
+            SelfSpeculative(1, 2, shared_exits=(1, 4)),
+            "exit layer 4 is out of range: use --exit-layer 1..3",
+        ),
+        (
+            SelfSpeculative(1, 2, shared_lengths=(-1,)),
+            "num_draft_tokens -1 is out of range: use 0..512",
+        ),
+        (
+            SelfSpeculative(1, 2, draft_confidence=1.1),
+            "draft_confidence 1.1 is out of range: use a value from 0 to 1",
+        ),
+        (
+            SelfSpeculative(1, 2, draft_confidence=-0.1),
+            "draft_confidence -0.1 is out of range: use a value from 0 to 1",
+        ),
         (SelfSpeculative(1, 2, DraftVocabulary(np.arange(258))), "258 does not make the head"),
         (SelfSpeculative(1, 2, DraftVocabulary(np.array([3, 258]))), "has ids 3..258, the model"),
-        (EarlyExit(0), "exit layer 0 is not in 1..4"),
-        (EarlyExit(5), "exit layer 5 is not in 1..4"),
+        (EarlyExit(0), "exit layer 0 is out of range: use --exit-layer 1..4"),
+        (EarlyExit(5), "exit layer 5 is out of range: use --exit-layer 1..4"),
     ],
 )
 def test_bad_strategies_are_refused(model, tokenizer, strategy, words):

@@ -177,5 +177,5 @@ def test_scores(model):
 
 
 def test_engine_refuses_a_batch_that_the_data_axis_does_not_divide(model, tokenizer):
-    with pytest.raises(ConfigError, match="batch size 6 does not divide into the mesh's data axis"):
+    with pytest.raises(ConfigError, match="batch size 6 is not a multiple of the mesh's data axis"):
         Engine(model, tokenizer, batch_size=6, mesh=make_mesh(DATA_AND_TENSOR))

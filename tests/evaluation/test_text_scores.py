@@ -115,8 +115,16 @@ def test_nothing_to_score(model):
 @pytest.mark.parametrize(
     "texts, options, words",
     [
-        ([Text([1, 2], 1)], dict(exit_layer=0), "exit layer 0 is not in 1..4"),
-        ([Text([1, 2], 1)], dict(exit_layer=5), "exit layer 5 is not in 1..4"),
+        (
+            [Text([1, 2], 1)],
+            dict(exit_layer=0),
+            "exit layer 0 is out of range: use --exit-layer 1..4",
+        ),
+        (
+            [Text([1, 2], 1)],
+            dict(exit_layer=5),
+            "exit layer 5 is out of range: use --exit-layer 1..4",
+        ),
         ([Text([1] * 514, 1)], {}, "text 0 of 514 tokens can't have 1 scored"),
         ([Text([1, 2], 1), Text([1, 2], 2)], {}, "text 1 of 2 tokens can't have 2 scored"),
         ([Text([], 0)], {}, "text 0 of 0 tokens can't have 0 scored"),
