@@ -69,18 +69,18 @@ def train(
     hooks: Sequence[Callable] | None = None,
     **options: Any,
 ) -> TrainState:
-    """Trains the run in `workdir`, or resumes it; gives the state after the last step.
+    """Trains or resumes the run in `workdir`; returns the state after the last step.
 
-    The directory holds the saved steps and metrics.jsonl, and is a model for `load`.
+    The directory holds the saved steps and metrics.jsonl; `load` reads it as a model.
 
     Args:
-      hooks: functions that make hooks of the loop. The default scores every exit on held-out rows,
-        which decides which saved steps are the best.
+      hooks: functions that make hooks of the loop. The default scores every exit on held-out rows.
+        These scores select the best saved steps.
       options: keywords of `train_run` (lsjax/training/run.py) and of `make_train_step`.
 
     Raises ConfigError or CheckpointError for bad input.
     """
-    # Imported here because they bring grain and orbax, which decoding does without.
+    # Imported here: they import grain and orbax, which decoding does not need.
     from lsjax.evaluation.exits import evaluation_hook
     from lsjax.training.prepare import prepare_run
     from lsjax.training.run import train_run

@@ -1,4 +1,4 @@
-"""The mesh of devices, and how arrays are constrained to it.
+"""Mesh of devices, and sharding of arrays over it.
 
 The mesh has three axes (any of them may be 1):
 
@@ -10,11 +10,11 @@ Training has many rows, so each layer's weights are gathered along fsdp when the
 (Rajbhandari et al., 2020). Decoding has few rows: the weights stay, and each device multiplies its
 share of D.
 
-An axis of the mesh that does not divide an array's axis leaves it replicated. Of two axes for one
-size the first one stays, if it divides. Some weights have a second choice before that
-(lsjax/model/parameters.py): qkv is sharded along D where the K/V heads are fewer than the devices.
-The heads, their cache and the attention itself are then replicated over the tensor axis. A table
-whose vocabulary does not divide is sharded along D likewise.
+If a mesh axis does not divide an array's axis, the array is replicated over it. If two mesh axes
+shard one array axis, the second is dropped first. Some weights have another candidate before that
+(lsjax/model/parameters.py). If there are fewer K/V heads than devices, qkv is sharded along D.
+Heads, cache and attention are then replicated over the tensor axis. A table whose vocabulary does
+not divide is sharded along D too.
 """
 
 import math
@@ -38,8 +38,8 @@ ROWS = ("data", "fsdp")
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """The mesh of this config on the first devices, for `jax.set_mesh`.
 
-    devices: all by default. Raises ConfigError where it does not fit them, or leaves devices of
-    several hosts idle.
+    devices: all by default. Raises ConfigError if the mesh does not fit them, or leaves devices
+    idle in a run with several hosts.
     """
     devices = jax.devices() if devices is None else devices
     sizes = config.sizes(len(devices))
@@ -47,9 +47,9 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     check(
         len(used) == len(devices) or jax.process_count() == 1,
         f"a mesh of {len(used)} devices, but {jax.process_count()} processes have {len(devices)}: "
-        "set one of --mesh.data, --mesh.fsdp and --mesh.tensor to -1, which takes what is left",
+        "set one of --mesh.data, --mesh.fsdp and --mesh.tensor to -1, which takes the rest",
     )
-    # Unlike jax.make_mesh, also where an axis takes a part of the torus's: 16 of 8 x 8.
+    # Unlike jax.make_mesh, this may split an axis of the torus: 16 of 8 x 8.
     places = mesh_utils.create_device_mesh(
         tuple(sizes.values()), used, allow_split_physical_axes=True
     )
@@ -57,9 +57,9 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
 
 
 def own_rows(rows: int, mesh: Mesh | None) -> np.ndarray:
-    """Numbers of the rows of a training batch on this process's devices, in order.
+    """Indices of the rows of a training batch on this process's devices, in order.
 
-    They need not be neighbours. Hosts between which only weights are sharded have the same rows.
+    They may be non-contiguous. Hosts that share rows and shard only weights have the same indices.
     """
     numbers_B = np.arange(rows)
     if mesh is None:
@@ -70,7 +70,7 @@ def own_rows(rows: int, mesh: Mesh | None) -> np.ndarray:
 
 
 def placed_rows(batch: Mapping[str, np.ndarray], rows: int, mesh: Mesh | None) -> dict[str, Any]:
-    """A batch of so many rows, of which each process gives its `own_rows`, sharded on the mesh."""
+    """Shards a batch of `rows` rows over the mesh; each process provides its `own_rows`."""
     if mesh is None:
         return dict(batch)
     place = NamedSharding(mesh, fitted(P(ROWS), (rows,), mesh))
@@ -81,9 +81,9 @@ def placed_rows(batch: Mapping[str, np.ndarray], rows: int, mesh: Mesh | None) -
 
 
 def fitted(spec: P, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> P:
-    """The spec without the axes of the mesh that do not divide the array's.
+    """The spec without mesh axes that do not divide the array's axes.
 
-    Of several for one axis the first ones stay.
+    If several mesh axes shard one array axis, the last ones are dropped first.
     """
 
     def fit(size, names):
@@ -97,9 +97,9 @@ def fitted(spec: P, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> P:
 
 
 def constrain(x: Array, *spec: str | tuple[str, ...] | None) -> Array:
-    """Shards x over these axes of the mesh in use, axis by axis, where they divide.
+    """Shards x over these axes of the current mesh, axis by axis, if they divide.
 
-    Other axes are replicated. Without a mesh x stays as it is.
+    Other axes are replicated. Without a mesh x is unchanged.
     """
     mesh = jax.sharding.get_abstract_mesh()
     return x if mesh.empty else lax.with_sharding_constraint(x, fitted(P(*spec), x.shape, mesh))
@@ -108,15 +108,15 @@ def constrain(x: Array, *spec: str | tuple[str, ...] | None) -> Array:
 def platform() -> str:
     """Platform of the program that is being traced: "cpu", "gpu" or "tpu".
 
-    It is that of the mesh in use, whose devices may be abstract, or else of this machine.
+    The current mesh decides, whose devices may be abstract; without a mesh, this machine.
     """
     device = jax.sharding.get_abstract_mesh().abstract_device
     return jax.default_backend() if device is None else device.platform
 
 
 def chunk_steps(batch: int, steps: int, vocab: int, logits: int) -> int:
-    """C: positions of each row in a chunk, so that each device of the mesh in use holds no more
-    than so many logits at a time; chunks are about equal."""
+    """C: positions of each row in a chunk. Each device of the current mesh then holds at most
+    `logits` logits at a time. Chunks are about equal."""
     mesh = jax.sharding.get_abstract_mesh()
     devices = 1 if mesh.empty else mesh.size
     most = max(1, min(steps, logits * devices // (batch * vocab)))
@@ -124,9 +124,9 @@ def chunk_steps(batch: int, steps: int, vocab: int, logits: int) -> int:
 
 
 def split_rows(tree: Any, parts: int) -> Any:
-    """Arrays of rows [B, ...] as parts of them [M, B / M, ...], for a scan.
+    """Splits arrays of rows [B, ...] into parts [M, B / M, ...], for a scan.
 
-    Part m takes the rows m, M + m, 2 M + m ...: each device then has its share of every part.
+    Part m has the rows m, M + m, 2 M + m ..., so each device has its share of every part.
     """
 
     def split(array: Array) -> Array:
@@ -136,8 +136,7 @@ def split_rows(tree: Any, parts: int) -> Any:
 
 
 def row_shards(rows: int) -> int:
-    """Parts of a batch of that many rows that training has on different devices of the mesh in
-    use."""
+    """Number of shards of a training batch of that many rows, on the current mesh."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return 1
@@ -152,15 +151,15 @@ def on_each_device(
     outputs: Any,
     axes: Sequence[str] | None = None,
 ) -> Any:
-    """`function(*arguments)`, by each device on its own shard and without communication.
+    """Runs `function(*arguments)` on each device's own shard, without communication.
 
-    Without a mesh it is the plain call. It serves functions that the compiler does not see to be
-    independent along the sharded axes.
+    Without a mesh it is the plain call. It serves functions that are independent along the sharded
+    axes, if the compiler cannot infer this.
 
     Args:
-        specs: of all the arrays in each argument. An axis of the mesh that does not divide one of
-            the arrays is left out for all of them.
-        axes: of the mesh, all by default; sharding over the others stays with the compiler.
+        specs: sharding of all arrays in each argument. A mesh axis that does not divide one of the
+            arrays is dropped for all of them.
+        axes: mesh axes, all by default; the compiler shards over the others.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:

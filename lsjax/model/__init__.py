@@ -1,1 +1,1 @@
-"""Llama: the model, its cache, and how checkpoints become one."""
+"""Llama: the model, its kernels, its cache, and the table of its parameters."""

@@ -1,13 +1,13 @@
 """Scaled dot-product attention with grouped queries: within whole sequences, and to a cache.
 
-Whole sequences, by the kernel that suits the devices:
+Kernels for whole sequences:
 
-    xla     products and a softmax; [T, T] weights are held
-    splash  TPU kernel that comes with jax: blocks of the weights, those past the diagonal skipped
-    flash   GPU kernel of flash.py: blocks of the weights, those that are hidden skipped
+    xla     matmuls and a softmax; materialises [T, T] weights
+    splash  TPU kernel that comes with jax: skips blocks above the diagonal
+    flash   GPU kernel of flash.py: skips fully masked blocks
     cudnn   cuDNN's flash attention, on NVIDIA GPUs since Ampere
 
-All give the same up to rounding, on a mesh for each device's rows and heads.
+All agree up to rounding. On a mesh, each device computes its own rows and heads.
 """
 
 from functools import partial
@@ -22,15 +22,16 @@ from lsjax.config import AttentionKernel, check
 from lsjax.model.products import FLASH_BLOCK, SAVED, enough_rows
 from lsjax.sharding import ROWS, on_each_device, platform
 
-# Steps of a splash block; the first that pads the sequence least is taken.
+# Candidate splash block sizes. The first that pads the sequence least is used.
 BLOCKS = (512, 384, 256, 128)
-# Compute capability of cards that programs are compiled for ahead of time (lsjax/aot/chips.py).
+# Compute capabilities for ahead-of-time compilation, where JAX knows only the device's name.
 CAPABILITIES = {"NVIDIA A100": 8.0, "NVIDIA H100": 9.0, "NVIDIA H200": 9.0}
 # Slots of the cache that one step of `cached_attention` reads; LARGE is a multiple of SMALL.
 SMALL, LARGE = 256, 1024
-# Scores of each head that accelerators hold at a time: 512 queries of 8,192 slots and a few more.
+# Maximum scores of a head (queries times slots) that accelerators compute at once. Admits a chunk
+# of 512 queries with 8,192 slots plus slack, but not with twice as many.
 MOST_SCORES = 2**23
-# Names of the loops over these in compiled programs.
+# Names of the two block loops in compiled programs.
 SMALL_BLOCKS, LARGE_BLOCKS = "small_cache_blocks", "large_cache_blocks"
 
 
@@ -41,15 +42,15 @@ def self_attention(
     segments_BT: Int[Array, "B T"] | None = None,
     kernel: AttentionKernel = "auto",
 ) -> Float[Array, "B T N H"]:
-    """Causal attention of each token to those of its own segment; softmax in float32 or wider.
+    """Causal attention of each token within its own segment; softmax in float32 or wider.
 
-    segments_BT: number of the document that a token belongs to; one document by default. Padding is
-    a segment like the others. Segments are contiguous.
+    segments_BT: document number of each token; one document by default. Padding is a segment like
+    the others. Segments are contiguous.
 
-    kernel: "auto" is the first of these that takes the arrays: splash on TPUs; on GPUs flash for
-    several documents, and cudnn; xla. On CPUs splash and flash are interpreted, for tests.
+    kernel: "auto" picks the first supported kernel. TPUs: splash. GPUs: flash if `segments_BT` is
+    given, then cudnn. Otherwise xla. On CPUs splash and flash are interpreted, for tests.
 
-    Raises ConfigError where the named kernel does not fit.
+    Raises ConfigError if the named kernel does not fit; `_problem` lists each kernel's limits.
     """
     if kernel == "auto":
         packed = ("flash",) if segments_BT is not None else ()
@@ -69,7 +70,7 @@ def self_attention(
 
 
 def _problem(kernel: str, q_BTNH: Array) -> str | None:
-    """Why the kernel can't be used."""
+    """Why the kernel can't be used; None if it can."""
     (_, steps, _, size), dtype, devices = q_BTNH.shape, q_BTNH.dtype, platform()
     if kernel == "splash":
         if devices not in ("tpu", "cpu"):
@@ -93,7 +94,7 @@ def _problem(kernel: str, q_BTNH: Array) -> str | None:
 
 
 def nvidia_capability() -> float:
-    """Compute capability of the NVIDIA GPUs that the program being traced is for; 0 for others."""
+    """Compute capability of the NVIDIA GPUs that the traced program targets; 0 for others."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     local = jax.local_devices()
     kind = local[0].device_kind if device is None else device.device_kind
@@ -121,8 +122,8 @@ def attention(
 ) -> Float[Array, "B T N H"]:
     """Attention of T queries to S keys where `mask_BTS` is true; softmax in float32 or wider."""
     (_, _, heads, size), kv_heads = q_BTNH.shape, k_BSKH.shape[2]
-    # All queries of a K/V head in one product, r = (g, t), and heads before positions: XLA:CPU
-    # copies other layouts, most of all in the backward pass.
+    # All queries of a K/V head in one matmul, r = (g, t), and heads before positions. XLA:CPU
+    # copies other layouts.
     q_BKRH = _rows_of_heads(q_BTNH, kv_heads) * size**-0.5
     k_BKSH, v_BKSH = k_BSKH.swapaxes(1, 2), v_BSKH.swapaxes(1, 2)
     mask_B1RS = jnp.tile(mask_BTS[:, None], (1, 1, heads // kv_heads, 1))
@@ -133,7 +134,7 @@ def attention(
 
 
 def _cudnn(q_BTNH, k_BTKH, v_BTKH, segments_BT):
-    """Segments become a mask, [B, 1, T, T]; blocks past the diagonal are skipped."""
+    """Segments become a mask, [B, 1, T, T]; blocks above the diagonal are skipped."""
     mask = None if segments_BT is None else _mask(q_BTNH, segments_BT)[:, None]
     return jax.nn.dot_product_attention(
         q_BTNH, k_BTKH, v_BTKH, mask=mask, is_causal=True, implementation="cudnn"
@@ -141,7 +142,7 @@ def _cudnn(q_BTNH, k_BTKH, v_BTKH, segments_BT):
 
 
 def _flash(q_BTNH, k_BTKH, v_BTKH, segments_BT):
-    from lsjax.model.flash import flash_attention  # Pallas takes most of a second to import
+    from lsjax.model.flash import flash_attention  # slow to import
 
     if segments_BT is None:
         segments_BT = jnp.zeros(q_BTNH.shape[:2], jnp.int32)
@@ -149,7 +150,7 @@ def _flash(q_BTNH, k_BTKH, v_BTKH, segments_BT):
 
 
 def _splash(q_BTNH, k_BTKH, v_BTKH, segments_BT):
-    """Pads to whole blocks at the end, which no token sees."""
+    """Pads to full blocks at the end, where causal masking hides it."""
     from jax.experimental.pallas.ops.tpu import splash_attention as splash  # likewise
 
     steps, heads, size = q_BTNH.shape[1:]
@@ -187,16 +188,15 @@ def cached_attention(
 ) -> Float[Array, "B T N H"]:
     """Attention of T new queries to the slots at or before their own positions.
 
-    On accelerators it reads all slots, under a mask: a loop or a branch in each layer would stall
-    the device. Chunks of a prompt in a large cache are read in blocks, to save memory. For few
-    tokens NVIDIA GPUs have a kernel instead (flash_decoding.py).
+    On accelerators it reads all slots at once, because a loop or branch would stall the device.
+    Large prompt chunks are the exception: they are read in blocks to save memory. For few tokens
+    NVIDIA GPUs have a kernel instead (flash_decoding.py).
 
-    On CPUs it reads blocks up to the furthest query of the batch, with an online softmax (Milakov
-    and Gimelshein, 2018): LARGE blocks as far as they are half full or more, then SMALL ones; or
-    all slots at once (`reads_all`).
-
-    Slots beyond a row's own length add exact zeros to it. So rows do not depend on their batch
-    mates, except for rounding. Unused slots must hold finite numbers.
+    On CPUs it reads blocks with an online softmax (Milakov and Gimelshein, 2018), so cost follows
+    the used length. LARGE blocks come first, SMALL blocks cover the rest. If most slots are used,
+    it reads all at once (`reads_all`). Slots beyond a row's length contribute exactly zero. Rows
+    are independent, except that batch length selects the code path, which affects rounding.
+    Unused slots must not contain NaN or infinity.
     """
     batch, steps, heads, size = q_BTNH.shape
     kv_heads, capacity = keys.shape[1:3]
@@ -208,12 +208,12 @@ def cached_attention(
 
     def step(block, index, carry):
         top, total, mixed = carry
-        # The last block starts earlier where the capacity is no multiple of the block, and masks
-        # the slots that the block before it has read.
+        # If the block size does not divide the capacity, the last block starts earlier. It then
+        # masks the slots that the previous block has read.
         start = jnp.minimum(index * block, capacity - block)
         slots = start + jnp.arange(block)
-        # XLA:CPU copies both blocks before a product reads them. The scale and the `where` make
-        # each copy a computation, which it splits among threads (docs/performance.md).
+        # XLA:CPU copies both blocks before the matmul. Fusing arithmetic into the copy (the scale
+        # and the `where`) parallelises it across threads (docs/performance.md).
         k_block = lax.dynamic_slice_in_dim(keys, start, block, axis=2) * size**-0.5
         v_block = lax.dynamic_slice_in_dim(values, start, block, axis=2)
         v_block = jnp.where((slots <= last)[:, None], v_block, 0)
@@ -256,7 +256,7 @@ def cached_attention(
         scores = jnp.where(visible_BRS[:, None], scores * size**-0.5, -jnp.inf)
         weights = jnp.exp(scores - scores.max(-1, keepdims=True))
         total = weights.sum(-1)
-        if not on_cpu:  # one kernel less; on CPUs dividing the product is cheaper
+        if not on_cpu:  # saves a kernel; CPUs divide after the matmul, which is cheaper
             weights, total = weights / total[..., None], jnp.ones_like(total)
         mixed = jnp.einsum("BKRS,BKSH->BKRH", enough_rows(weights.astype(values.dtype)), values)
         return total, mixed[:, :, :rows].astype(wide)
@@ -265,7 +265,7 @@ def cached_attention(
     if not on_cpu and steps * capacity <= MOST_SCORES:
         total, mixed = at_once()
     elif on_cpu:
-        # The division is outside of the branches: inside XLA:CPU computes the weights twice.
+        # Divide outside the branches, or XLA:CPU computes the weights twice.
         total, mixed = lax.cond(reads_all(last, capacity), at_once, in_blocks)
     else:
         total, mixed = in_blocks()
@@ -273,14 +273,14 @@ def cached_attention(
 
 
 def reads_all(last: Int[Array, ""], capacity: int) -> Bool[Array, ""]:
-    """Whether reading all slots at once is no slower than copying the blocks in use: half of a
-    small cache, nearly all of a large one (docs/performance.md)."""
+    """Whether reading all slots is no slower than copying the used blocks. That holds from half of
+    a small cache on, or nearly all of a large one (docs/performance.md)."""
     in_blocks = (last // SMALL + 1) * SMALL
     return in_blocks >= (capacity // 2 if capacity <= LARGE else capacity * 7 // 8)
 
 
 def _rows_of_heads(q_BTNH: Float[Array, "B T N H"], kv_heads: int) -> Float[Array, "B K R H"]:
-    """The rows r = (g, t) of queries that share each K/V head."""
+    """Queries grouped by K/V head, as rows r = (g, t)."""
     batch, steps, _, size = q_BTNH.shape
     q_BKGTH = q_BTNH.reshape(batch, steps, kv_heads, -1, size).transpose(0, 2, 3, 1, 4)
     return q_BKGTH.reshape(batch, kv_heads, -1, size)

@@ -18,7 +18,7 @@ from lsjax.model.products import gradients_first, linear, split_swiglu, swiglu, 
 from lsjax.model.rope import rotate
 from lsjax.sharding import constrain, on_each_device, platform
 
-# Name of the sum of a matrix's and its adapter's outputs, for remat policies: it replaces both.
+# Name of the summed outputs of a matrix and its adapter, for remat policies: it replaces both.
 ADAPTED = "adapted"
 
 
@@ -32,12 +32,12 @@ class RMSNorm(nnx.Module):
     def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
         wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         mean_square = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
-        # The scale too: its gradient is a sum over all tokens.
+        # The scale is applied in the wide dtype: its gradient is a sum over all tokens.
         return (wide * lax.rsqrt(mean_square + self.eps) * self.scale[...]).astype(x.dtype)
 
 
 class Linear(nnx.Module):
-    """A matrix [inputs, *outputs], and if asked for a bias [*outputs] and an adapter."""
+    """A matrix [inputs, *outputs], with an optional bias [*outputs] and adapter."""
 
     def __init__(
         self,
@@ -69,8 +69,8 @@ class Linear(nnx.Module):
 class Attention(nnx.Module):
     """Grouped-query self-attention.
 
-    Queries, keys and values come from one matrix [D, K, G + 2, H], a K/V head beside the query
-    heads that share it: one product instead of three, and it shards along K without a gather.
+    One matrix [D, K, G + 2, H] computes queries, keys and values. It stores a K/V head beside its
+    query heads. That needs one matmul instead of three, and shards along K without a gather.
     """
 
     def __init__(self, config: LlamaConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
@@ -83,7 +83,7 @@ class Attention(nnx.Module):
     def project(
         self, x_BUD: Float[Array, "B U D"], rope: tuple[Array, Array]
     ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T K H"], Float[Array, "B T K H"]]:
-        """Queries and keys, turned to their positions, and values, of the first T of U steps."""
+        """Rotated queries and keys, and values, of the first T of U steps."""
         if isinstance(self.qkv, nnx.List):  # split_matrices
             q, k, v = (matrix(x_BUD) for matrix in self.qkv)
         else:
@@ -96,7 +96,7 @@ class Attention(nnx.Module):
     def merge(
         self, mixed_BTNH: Float[Array, "B T N H"], again: bool = False
     ) -> Float[Array, "B T D"]:
-        """Heads back into the model's width; again: as for `linear`."""
+        """Projects heads back to the model's width; again: as for `linear`."""
         return self.out(mixed_BTNH.reshape(*mixed_BTNH.shape[:2], -1), again)
 
 
@@ -118,7 +118,7 @@ class FeedForward(nnx.Module):
 
 
 class Block(nnx.Module):
-    """One transformer layer, f_l in x_{l+1} = x_l + f_l(x_l) of the paper's equation 1."""
+    """One transformer layer: f_l in x_{l+1} = x_l + f_l(x_l) of the paper's equation 1."""
 
     def __init__(self, config: LlamaConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
         self.attention_norm = RMSNorm(config.hidden_size, config.norm_eps, dtype)
@@ -136,8 +136,8 @@ class Block(nnx.Module):
     ) -> Float[Array, "B T D"]:
         """The layer on whole sequences, without a cache; segments do not see one another.
 
-        kernel: of the attention (attention.py). keep_B: M of equation 1, all rows by default.
-        The others stay as they are: both branches add 0 to them.
+        kernel: attention kernel (attention.py). keep_B: M of equation 1, all rows by default.
+        The other rows stay unchanged: both branches add 0 to them.
         """
 
         def kept(y_BTD):
@@ -145,8 +145,8 @@ class Block(nnx.Module):
 
         q, k, v = self.attention.project(self.attention_norm(x_BTD), rope)
         mixed = self_attention(q, k, v, segments_BT, kernel)
-        # On GPUs remat keeps the output of attention instead of this product of it: as large, and
-        # dearer to compute again for long sequences.
+        # On GPUs remat keeps the output of attention instead of its projection. Both have the same
+        # size, but attention is slower to recompute for long sequences.
         x_BTD = x_BTD + kept(self.attention.merge(mixed, again=platform() == "gpu"))
         return x_BTD + kept(self.feed_forward(self.feed_forward_norm(x_BTD)))
 
@@ -158,9 +158,9 @@ class Block(nnx.Module):
         keys: Float[Array, "B K S H"],
         values: Float[Array, "B K S H"],
     ) -> tuple[Float[Array, "B U D"], Float[Array, "B K S H"], Float[Array, "B K S H"]]:
-        """The layer on T tokens that follow those in the cache; also gives the longer cache.
+        """The layer on T tokens that follow those in the cache; also returns the longer cache.
 
-        x_BUD: U steps; those behind the T tokens are padding (`enough_steps`).
+        x_BUD: U steps; those after the T tokens are padding (`enough_steps`).
         """
         q, k, v = self.attention.project(self.attention_norm(x_BUD), rope)
         mixed, keys, values = _attend(q, k, v, keys, values, positions_BT)
@@ -171,12 +171,12 @@ class Block(nnx.Module):
 
 
 def _attend(q, k, v, keys, values, positions_BT):
-    """Writes new keys and values to the cache and attends to all of it; on a mesh each device for
-    its own rows and heads."""
+    """Writes new keys and values to the cache and attends to all of it. On a mesh, each device
+    computes its own rows and heads."""
 
     def attend(q, k, v, keys, values, positions_BT):
         if nvidia_capability() >= 8:
-            from lsjax.model import flash_decoding as flash  # here, as Pallas is slow to import
+            from lsjax.model import flash_decoding as flash  # Pallas is slow to import
 
             if flash.fits(q, keys):
                 return flash.flash_decoding(q, k, v, keys, values, positions_BT[:, 0])

@@ -1,9 +1,8 @@
-"""The key/value cache: one array per layer, updated in place inside the decode loop.
+"""Key/value cache: one array per layer, updated in place inside the decode loop.
 
-Slot s of a row holds the token at position s. A query at position p looks at the slots 0..p, and
-each token writes its own slot before it looks, so stale slots beyond are never seen: dropping
-rejected drafts means that the row's next position (DecodeState.length_B) is smaller. No crop, no
-copy, and the rows of a batch may differ.
+Slot s of a row holds the token at position s. A query at position p reads the slots 0..p. Each
+token writes its own slot first, so stale slots are never read. Rejected drafts only lower the
+row's next position (DecodeState.length_B). That needs no crop and no copy, and rows may differ.
 
       slots    0   1   2   3   4   5   6   7
       row 0  [ the cat sat on  .   .   .   . ]   the next token has position 4
@@ -24,7 +23,7 @@ from lsjax.config import LlamaConfig
 from lsjax.model.parameters import sharding_of
 from lsjax.sharding import platform
 
-# Above this many rows one scatter replaces a chain of slice updates (docs/performance.md).
+# Above this many rows, one scatter replaces a chain of slice updates (docs/performance.md).
 MAX_UNROLLED_ROWS = 8
 
 
@@ -62,16 +61,16 @@ class KVCache:
 
     @property
     def capacity(self) -> int:
-        """Slots of a row, S."""
+        """S: slots of a row."""
         return self.keys[0].shape[2]
 
     @property
     def num_layers(self) -> int:
-        """Layers whose keys and values it holds."""
+        """Number of layers in the cache."""
         return len(self.keys)
 
     def grown(self, capacity: int) -> "KVCache":
-        """The same slots and empty ones behind them, up to `capacity`; itself if it has as many."""
+        """The cache with empty slots appended up to `capacity`; unchanged if it has as many."""
         more = capacity - self.capacity
         if more <= 0:
             return self
@@ -82,7 +81,7 @@ class KVCache:
 def write_slots(
     cache: Float[Array, "B K S H"], new_BTKH: Float[Array, "B T K H"], start_B: Int[Array, " B"]
 ) -> Float[Array, "B K S H"]:
-    """Puts T new slots at `start_B` of each row, as `write` does."""
+    """Writes T new slots at `start_B` of each row, as `write` does."""
     return write(cache, new_BTKH.swapaxes(1, 2).astype(cache.dtype), start_B, axis=2)
 
 
@@ -92,9 +91,9 @@ def write(
     start_B: Int[Array, " B"],
     axis: int = 1,
 ) -> Shaped[Array, "..."]:
-    """Puts `new` into the buffer at `start_B` of each row along `axis`.
+    """Writes `new` into the buffer at `start_B` of each row along `axis`.
 
-    The caller keeps start + T <= S: `dynamic_update_slice` would clamp the start and overwrite
+    The caller ensures start + T <= S: `dynamic_update_slice` would clamp the start and overwrite
     older slots.
     """
     batch = new.shape[0]

@@ -1,6 +1,6 @@
 """Causal attention of packed rows on NVIDIA GPUs, in blocks (FlashAttention-2, Dao 2023).
 
-Documents are contiguous, so a block of queries visits the keys from the start of its first
+Documents are contiguous. So a block of queries visits the keys from the start of its first
 document to the diagonal. Neither weights nor a mask of [T, T] are ever in memory.
 
     queries  keys
@@ -10,7 +10,7 @@ document to the diagonal. Neither weights nor a mask of [T, T] are ever in memor
           b      x
           c      x x
 
-The kernels are written in Pallas and compiled by Triton. A program has a block of OWN tokens and
+The kernels are written in Pallas and compiled by Triton. A program has a block of OWN tokens, and
 visits the tokens that it needs in blocks of OTHERS. Weights are powers of 2, in float32.
 """
 
@@ -40,15 +40,15 @@ def flash_attention(
     v_BTKH: Float[Array, "B T K H"],
     segments_BT: Int[Array, "B T"],
 ) -> Float[Array, "B T N H"]:
-    """Attention of each token to those before it in its segment, and itself.
+    """Attention of each token to itself and the earlier tokens of its segment.
 
-    Segments are contiguous, T a multiple of OWN, and H a power of 2 from 16 on.
+    Segments are contiguous, T is a multiple of OWN, and H is a power of 2 and at least 16.
     """
     return _forward(q_BTNH, k_BTKH, v_BTKH, segments_BT)[0]
 
 
 def _forward(q, k, v, segments):
-    """Also gives the logarithm of each query's softmax denominator, to base 2: [B, N, T]."""
+    """Also returns the base-2 logarithm of each query's softmax denominator, [B, N, T]."""
     specs, sums = _Specs(q, k), jax.ShapeDtypeStruct(q.swapaxes(1, 2).shape[:3], jnp.float32)
     return _call(
         _flash_forward,
@@ -67,7 +67,7 @@ def _forward_with_residuals(q, k, v, segments):
 def _backward(residuals, dy):
     q, k, v, segments, y, logs = residuals
     specs = _Specs(q, k)
-    # The sum of weights times their gradients, from the output: it needs no pass over [T, T].
+    # The sum of weights times their gradients follows from the output, without a [T, T] pass.
     together = (dy.astype(jnp.float32) * y.astype(jnp.float32)).sum(-1).swapaxes(1, 2)
     (dq,) = _call(
         _flash_dq,
@@ -92,7 +92,7 @@ flash_attention.defvjp(_forward_with_residuals, _backward)
 
 
 class _Specs:
-    """Blocks of the arrays: program (i, n, b) has block i of head n in row b."""
+    """Blocks of the arrays: program (i, n, b) handles block i of head n in row b."""
 
     def __init__(self, q, k):
         _, steps, heads, size = q.shape
@@ -108,9 +108,9 @@ class _Specs:
 
 
 def _call(kernel, arrays, in_specs, results, out_specs):
-    """A program for each block of the first result."""
+    """Calls the kernel with a program for each block of the first result."""
     batch, steps, heads, size = results[0].shape
-    # The compiler for H100 spills no registers with these (docs/training.md).
+    # With these numbers of warps the compiler for H100 spills no registers (docs/training.md).
     warps = 4 if kernel is _flash_forward and size <= 64 else 8
     return pl.pallas_call(
         partial(kernel, scale=size**-0.5),
@@ -135,7 +135,7 @@ def _last(segments_BT):
 
 
 def _flash_forward(segments_ref, first_ref, q_ref, k_ref, v_ref, y_ref, logs_ref, *, scale):
-    """Sums over the keys so far, relative to the largest score so far."""
+    """Accumulates over the keys so far, relative to the largest score so far."""
     block = pl.program_id(0)
     q, own = q_ref[...], _tokens(segments_ref, block, OWN, 1)
 
@@ -144,8 +144,8 @@ def _flash_forward(segments_ref, first_ref, q_ref, k_ref, v_ref, y_ref, logs_ref
         keys = pl.ds(other * OTHERS, OTHERS)
         scores = _scores(q, k_ref[keys, :], own, _tokens(segments_ref, other, OTHERS, 0), scale)
         v, larger = v_ref[keys, :], jnp.maximum(largest, scores.max(1))
-        # Before a query's document the weights are 1; its own scores are larger and shrink these
-        # to 0.
+        # Keys before a query's document have weight 1. Its own scores are larger, and shrink these
+        # weights to 0.
         weights, shrink = jnp.exp2(scores - larger[:, None]), jnp.exp2(largest - larger)
         y = y * shrink[:, None] + _product(weights.astype(v.dtype), v, 1, 0)
         return y, larger, total * shrink + weights.sum(1)
@@ -187,7 +187,7 @@ def _flash_dq(
 def _flash_dkv(
     segments_ref, last_ref, q_ref, k_ref, v_ref, dy_ref, logs_ref, together_ref, *results, scale
 ):
-    """Sums over the queries of all heads that share the keys."""
+    """Accumulates over the queries of all heads that share the keys."""
     block = pl.program_id(0)
     own, k, v = _tokens(segments_ref, block, OWN, 1), k_ref[...], v_ref[...]
 
@@ -196,7 +196,7 @@ def _flash_dkv(
         queries = pl.ds(other * OTHERS, OTHERS)
         q, dy = q_ref[queries, head, :], dy_ref[queries, head, :]
         others = _tokens(segments_ref, other, OTHERS, 0)
-        # [keys, queries], as the sums need them.
+        # [keys, queries]: the layout of the matmuls below.
         weights = jnp.exp2(_scores(k, q, others, own, scale) - logs_ref[head, queries])
         dscores = weights * (_product(v, dy, 1, 1) - together_ref[head, queries])
         dv += _product(weights.astype(dy.dtype), dy, 1, 0)
@@ -214,7 +214,7 @@ def _flash_dkv(
 
 
 def _tokens(segments_ref, block, size, axis):
-    """Places and segments of a block's tokens, as a column ([size, 1], axis 1) or a row."""
+    """Positions and segments of a block's tokens, as a column ([size, 1], axis 1) or a row."""
     places = block * size + jnp.arange(size, dtype=jnp.int32)
     segments = segments_ref[pl.ds(block * size, size)]
     return jnp.expand_dims(places, axis), jnp.expand_dims(segments, axis)
@@ -223,7 +223,7 @@ def _tokens(segments_ref, block, size, axis):
 def _scores(x, y, queries, keys, scale):
     """Scores of x with y, one of them queries and one keys.
 
-    They are multiplied by log2(e): the powers of 2 of the result are the weights.
+    They are multiplied by log2(e), so that the weights are powers of 2.
     """
     (q_places, q_segments), (k_places, k_segments) = queries, keys
     seen = (q_places >= k_places) & (q_segments == k_segments)
@@ -231,6 +231,6 @@ def _scores(x, y, queries, keys, scale):
 
 
 def _product(x, y, axis, other):
-    """In float32, over this axis of x and this other of y."""
+    """Matmul in float32, over `axis` of x and `other` of y."""
     dimensions = (((axis,), (other,)), ((), ()))
     return lax.dot_general(x, y, dimensions, preferred_element_type=jnp.float32)

@@ -1,9 +1,9 @@
 """Attention of a few new tokens to a cache as one kernel, for NVIDIA GPUs (Flash-Decoding, Dao et
 al., 2023).
 
-Rows of a batch, K/V heads and blocks of the cache in use are split among programs. Each gives the
-attention to its own blocks and their log-sum-exp, which weighs the parts in their sum. The first
-one also sees the new tokens, and writes their keys and values to slots that no program reads.
+Rows of a batch, K/V heads and used cache blocks are split among programs. Each program returns the
+attention to its own blocks, and their log-sum-exp as a weight for the sum. The first program also
+sees the new tokens, and writes their keys and values to slots that no program reads.
 
 Letters beside those of llama.py: R = G * T query rows of a K/V head, P parts.
 """
@@ -17,18 +17,18 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 from jaxtyping import Array, Float, Int
 
-# Slots that a program reads at a time, and the most new tokens.
+# Slots that a program reads at a time, and maximum number of new tokens.
 BLOCK, MOST_STEPS = 64, 16
-# Fewest rows of a product; the most that a program's registers hold.
+# Minimum rows of a matmul; maximum rows that fit a program's registers.
 FEWEST_ROWS, MOST_ROWS = 16, 64
-# Programs that keep a card busy; and the most parts of a row.
+# Programs that keep a GPU busy, and maximum parts of a row.
 PROGRAMS, MOST_PARTS = 256, 16
-# Score of hidden slots: finite, so that differences are too.
+# Score of hidden slots: finite, so that differences are finite too.
 LOWEST = float(jnp.finfo(jnp.float32).min)
 
 
 def fits(q_BTNH: Float[Array, "B T N H"], keys: Float[Array, "B K S H"]) -> bool:
-    """Whether the kernel takes these shapes; Triton wants powers of two."""
+    """Whether the kernel supports these shapes; Triton requires powers of two."""
     (_, steps, heads, size), (_, kv_heads, capacity, _) = q_BTNH.shape, keys.shape
     rows = heads // kv_heads * steps
     few = steps <= MOST_STEPS and rows <= MOST_ROWS
@@ -45,8 +45,8 @@ def flash_decoding(
     *,
     interpret: bool = False,
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B K S H"], Float[Array, "B K S H"]]:
-    """Attention of T tokens from position `start_B` on to those before them and to themselves, and
-    the caches with their keys and values; softmax in float32.
+    """Causal attention of T tokens, from position `start_B` on, to the cache and to one another.
+    Also returns the caches with their keys and values. Softmax in float32.
 
     interpret: run the kernel as plain operations, on any device. The caller checks `fits`.
     """
@@ -61,7 +61,7 @@ def flash_decoding(
         x_BKRH = x_BTKGH.transpose(0, 2, 3, 1, 4).reshape(batch, kv_heads, -1, size)
         return jnp.pad(x_BKRH, [(0, 0), (0, 0), (0, count - x_BKRH.shape[2]), (0, 0)])
 
-    # One array, which is one kernel to make: queries, keys and values in whole blocks.
+    # One array, so that one kernel makes it: queries, keys and values, padded to blocks.
     new = (
         (q_BTNH.reshape(batch, steps, kv_heads, -1, size), padded),
         (k_BTKH[:, :, :, None].astype(keys.dtype), MOST_STEPS),
@@ -101,7 +101,7 @@ def flash_decoding(
         interpret=interpret,
         name="flash_decoding",
     )(start_B, new_BKRH, new_BKRH, new_BKRH, keys, values)
-    # Written out, the sums over parts are one kernel; as reductions they are three.
+    # Written out, the sums over parts need one kernel; as reductions they need three.
     top_BKR = reduce(jnp.maximum, weigh_PBKR)
     weights = [jnp.exp(weigh_BKR - top_BKR)[..., None] for weigh_BKR in weigh_PBKR]
     mixed_BKRH = sum(map(jnp.multiply, weights, mixed_PBKRH)) / sum(weights)
@@ -155,7 +155,7 @@ def _kernel(steps, parts, start_ref, q_ref, k_ref, v_ref, keys_ref, values_ref, 
     @pl.when(part == 0)
     def _():
         for step in range(steps):
-            # Rows that have ended may have no room left: their writes stay inside of the cache.
+            # Ended rows may have no room left: their writes stay inside the cache.
             slot = pl.ds(jnp.minimum(start + step, capacity - 1), 1)
             new_keys_ref[slot, :] = k_ref[pl.ds(step, 1), :]
             new_values_ref[slot, :] = v_ref[pl.ds(step, 1), :]

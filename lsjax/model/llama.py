@@ -1,8 +1,8 @@
 """Llama (Touvron et al., 2023): RMSNorm, rotary grouped-query attention, SwiGLU, one head.
 
-LayerSkip is "run a range of layers", so the model is three pure pieces that everything else
-composes: `embed`, `run_layers(lo, hi)` and `unembed` (final norm and head, the same for every
-exit). Exit E means that layers 0..E-1 have run; E = L is the whole model.
+LayerSkip runs ranges of layers. So the model has three pure pieces that everything else composes:
+`embed`, `run_layers(lo, hi)` and `unembed` (final norm and head, the same for every exit). Exit E
+means that layers 0..E-1 have run; E = L is the full model.
 
 Letters, here and everywhere: B batch, T query length, S cache slots, L layers, D model width,
 F feed-forward width, N heads, K K/V heads, G = N / K, H head size, V vocabulary, E exit.
@@ -29,7 +29,7 @@ from lsjax.sharding import ROWS, constrain, platform
 
 class Llama(nnx.Module):
     """A Llama whose layers are separate (`nnx.List` of Block: decoding) or stacked (one Block
-    with [L, ...] leaves: training); `stacked` and `unstacked` turn one form into the other."""
+    with [L, ...] leaves: training); `stacked` and `unstacked` convert between the forms."""
 
     def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32):
         self.config = config
@@ -54,7 +54,7 @@ class Llama(nnx.Module):
 
     @property
     def compute_dtype(self) -> jnp.dtype:
-        """Dtype of the layers' matrices and of hidden states (`cast_matrices`)."""
+        """Dtype of the layers' matrices and of the hidden states (`cast_matrices`)."""
         block = self.layers if self.is_stacked else self.layers[0]
         return block.attention.out.kernel[...].dtype
 
@@ -65,8 +65,8 @@ class Llama(nnx.Module):
     def embed_rows(self, tokens_BT: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """Token embeddings of whole sequences, sharded over a mesh by rows.
 
-        The table is sharded along D, and each shard is looked up for the rows of all its devices.
-        So no device holds the whole table or its gradient.
+        Each device looks up its columns for the rows of its data shard. Then an all-to-all
+        redistributes by row. No device holds the full table or gradient.
         """
         x_BTD = self.embed(constrain(tokens_BT, "data"))
         return constrain(constrain(x_BTD, "data", None, "fsdp"), ROWS)
@@ -79,8 +79,8 @@ class Llama(nnx.Module):
         positions_BT: Int[Array, "B T"],
         cache: KVCache,
     ) -> tuple[Float[Array, "B T D"], KVCache]:
-        """Layers lo..hi-1, which are separate, on T new tokens per row at consecutive positions,
-        with their cache."""
+        """Runs unstacked layers lo..hi-1 on T new tokens per row, updating their cache. Positions
+        are consecutive."""
         rope = rope_angles(positions_BT, self.config, x_BTD.dtype)
         steps = x_BTD.shape[1]
         x_BTD = constrain(enough_steps(x_BTD), "data")
@@ -100,11 +100,10 @@ class Llama(nnx.Module):
         kernel: AttentionKernel = "auto",
         read: Callable[[Float[Array, "B T D"]], Any] = lambda x_BTD: x_BTD,
     ) -> Any:
-        """`read` of each layer's output on whole sequences, [L, ...]; by default the output itself.
-        Exit E unembeds output E - 1.
+        """`read` of each layer's output, stacked as [L, ...]. Index E - 1 belongs to exit E.
 
-        Rows of several documents come with positions that restart and a segment number for each.
-        kernel: of the attention (attention.py).
+        By default `read` returns the output. In packed rows, positions restart at each document,
+        and each document has its own segment number. kernel: attention kernel (attention.py).
         """
         if positions_BT is None:
             positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
@@ -124,11 +123,11 @@ class Llama(nnx.Module):
         carry: Any = None,
         inputs_L: Any = None,
     ) -> tuple[Float[Array, "B T D"], Any, Any]:
-        """All layers on whole sequences: the model's output, the last carry, and what `look` gives
-        for each layer, [L, ...].
+        """Runs all layers on whole sequences. Returns the model's output, the final carry, and
+        `look`'s second result stacked over layers.
 
         run: (block, x_BTD, inputs) -> the layer's output y_BTD. look: (carry, x_BTD, y_BTD, inputs)
-        -> (carry, anything). inputs_L: of the layers, where these are stacked.
+        -> (carry, anything). inputs_L: per-layer inputs, for stacked layers only.
         """
 
         def layer(before, block_and_inputs):
@@ -148,7 +147,7 @@ class Llama(nnx.Module):
 
     @property
     def head_table(self) -> Float[Array, "V D"]:
-        """The head's rows; the embedding where the two are tied."""
+        """The head's rows; the embedding if the two are tied."""
         return (self.embedding if self.head is None else self.head)[...]
 
     def unembed(
@@ -156,14 +155,14 @@ class Llama(nnx.Module):
     ) -> Float[Array, "*batch V"]:
         """Final norm and head, shared by every exit; logits in float32 or wider.
 
-        table_VD: some of the head's rows, for their logits only.
+        table_VD: a subset of head rows; only their logits are computed.
         """
         table_VD = (self.head_table if table_VD is None else table_VD).astype(x.dtype)
         x = self.norm(x)
         rows_RD = x.reshape(-1, x.shape[-1])
         count = len(rows_RD)
-        # The table is the left operand: XLA:CPU then runs any number of rows near the speed of
-        # memory, on jax 0.10 and 0.12 alike (docs/performance.md).
+        # With the table as left operand, XLA:CPU reads it near memory bandwidth for any number of
+        # rows (docs/performance.md).
         logits_VR = jnp.matmul(
             table_VD,
             enough_rows(rows_RD).T,
@@ -172,7 +171,7 @@ class Llama(nnx.Module):
         return logits_VR.T[:count].reshape(*x.shape[:-1], -1)
 
     def __call__(self, tokens_BT: Int[Array, "B T"]) -> Float[Array, "B T V"]:
-        """Logits of the whole model."""
+        """Logits of the full model."""
         return self.unembed(self.exits(tokens_BT)[-1])
 
 
@@ -194,9 +193,9 @@ def unstacked(model: Llama) -> Llama:
 
 
 def cast_matrices(model: Llama, dtype: ComputeDtype) -> Llama:
-    """The model with its matrices in the dtype of a computation; auto is bfloat16 on accelerators
-    and the model's own on CPUs. Embedding, norm scales and biases stay as they are: their gradients
-    are sums over all tokens, which bfloat16 cannot hold."""
+    """Casts the matrices to the dtype of a computation; auto is bfloat16 on accelerators and the
+    model's own on CPUs. Embedding, norm scales and biases keep their dtype: their gradients are
+    sums over all tokens, which bfloat16 would round too coarsely."""
     if dtype == "auto":
         dtype = model.dtype if platform() == "cpu" else "bfloat16"
 
@@ -209,9 +208,9 @@ def cast_matrices(model: Llama, dtype: ComputeDtype) -> Llama:
 def split_matrices(model: Llama) -> Llama:
     """The same model, stacked, with a Linear for each part of qkv and gate_up.
 
-    A training step splits them where products get faster; autodiff joins their gradients.
+    A training step splits them once, if that speeds up its matmuls. Autodiff joins the gradients.
     """
-    # Slots of the last but one axis: a K/V head has its G queries, its key and its value.
+    # Indices along the second-to-last axis: a K/V head has its G queries, its key and its value.
     slots = {"qkv": (slice(None, -2), -2, -1), "gate_up": (0, 1)}
 
     def part(matrix, slot):
@@ -241,7 +240,7 @@ def map_matrices(change: Callable[[str, Linear], Any], model: Llama) -> Llama:
 
 
 def with_parts(module: Any, **parts: Any) -> Any:
-    """A copy of a module that shares all but these parts."""
+    """A copy of a module that replaces these parts and shares the rest."""
     copy = jax.tree.map(lambda leaf: leaf, module)
     for name, part in parts.items():
         setattr(copy, name, part)

@@ -1,4 +1,4 @@
-"""Low-rank adapters beside the matrices of a Llama (LoRA; Hu et al., 2021).
+"""Low-rank adapters for the matrices of a Llama (LoRA; Hu et al., 2021).
 
     y = x W + scale (x A) B      A [inputs, R] random, B [R, *outputs] zero at the start
 
@@ -21,7 +21,7 @@ from lsjax.model.products import linear
 
 
 class Adapter(nnx.Module):
-    """A and B of one matrix, or of one in each of L layers."""
+    """A and B of one matrix, or of the same matrix in each of L layers."""
 
     def __init__(self, a: Float[Array, "... R"], b: Float[Array, "..."], scale: float):
         self.a, self.b = nnx.Param(a), nnx.Param(b)
@@ -34,7 +34,7 @@ class Adapter(nnx.Module):
 
 
 def with_adapters(model: Llama, config: LoraConfig, seed: int) -> Llama:
-    """The model, stacked, with new adapters, which change nothing yet."""
+    """The stacked model with new adapters, which change nothing yet."""
 
     def adapted(name: str, matrix: Linear) -> Linear:
         if name not in config.targets:
@@ -55,7 +55,7 @@ def merged(
     b: Float[Array, "L R *O"],
     scale: float,
 ) -> Float[Array, "L I *O"]:
-    """W + scale A B of each layer, in the memory of W; no more than one product is held."""
+    """W + scale A B of each layer, in the memory of W; holds one layer's A B at a time."""
     wide = jnp.promote_types(kernel.dtype, jnp.float32)
     exact = dict(precision=lax.Precision.HIGHEST, preferred_element_type=wide)
 
@@ -70,8 +70,8 @@ def merged(
 
 
 def split(model: Llama) -> tuple[Llama, Llama]:
-    """The trained part, which is the adapters, or the whole model without any; and the frozen rest.
-    Each has None in place of the other's parameters."""
+    """The trained part and the frozen rest. Without adapters, all parameters are trained. Each part
+    has None in place of the other's parameters."""
     found = map_named(lambda name, _: ".adapter." in name, model)
     if not any(jax.tree.leaves(found)):
         found = jax.tree.map(lambda _: True, model)
@@ -81,7 +81,7 @@ def split(model: Llama) -> tuple[Llama, Llama]:
 
 
 def joined(trained: Llama, frozen: Llama) -> Llama:
-    """The model that was split."""
+    """Inverse of `split`."""
     return jax.tree.map(
         lambda one, other: other if one is None else one,
         trained,

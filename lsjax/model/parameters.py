@@ -1,8 +1,8 @@
-"""The table of parameters: path in a Llama, sharding, and names in files.
+"""Table of parameters: path in a Llama, sharding, and names in files.
 
-Import, export, saved runs and sharding read it. A parameter that the block gains is one more line.
-Paths are those of stacked layers ("layers.attention.qkv.kernel"); separate layers have a number
-more ("layers.3.attention.qkv.kernel"). Letters as in llama.py.
+Import, export, saved runs and sharding read the table. A new parameter needs one more line. Paths
+are those of stacked layers ("layers.attention.qkv.kernel"). Paths of separate layers also have a
+number ("layers.3.attention.qkv.kernel"). Letters as in llama.py.
 """
 
 import re
@@ -19,18 +19,18 @@ Names = Literal["huggingface", "gguf"]
 
 
 class FileTensor(NamedTuple):
-    """A tensor of a file: its names there, without layer and ".weight" or ".bias", and its slot."""
+    """A tensor in files: its names, without layer and ".weight" or ".bias", and its slot."""
 
     huggingface: str
     gguf: str
-    # Index in the parameter's last but one axis; None where the tensor is the whole parameter.
+    # Index in the parameter's second-to-last axis; None if the tensor is the complete parameter.
     slot: int | slice | None = None
 
 
 class Parameter(NamedTuple):
-    """One parameter, or that of every layer.
+    """One parameter, or the same parameter of every layer.
 
-    sharding: choices of the mesh's axes for each axis; the first that divides is taken.
+    sharding: candidate mesh axes for each array axis; the first candidate that divides is used.
     """
 
     path: str
@@ -38,7 +38,7 @@ class Parameter(NamedTuple):
     sharding: tuple[P, ...] = (P(),)
 
 
-# A K/V head's slots are its G queries, its key and its value.
+# Slots of a K/V head: its G queries, its key and its value.
 _QKV = (
     FileTensor("self_attn.q_proj", "attn_q", slice(None, -2)),
     FileTensor("self_attn.k_proj", "attn_k", -2),
@@ -47,7 +47,7 @@ _QKV = (
 _OUT = (FileTensor("self_attn.o_proj", "attn_output"),)
 _GATE_UP = (FileTensor("mlp.gate_proj", "ffn_gate", 0), FileTensor("mlp.up_proj", "ffn_up", 1))
 _DOWN = (FileTensor("mlp.down_proj", "ffn_down"),)
-# A lookup in a table sharded along V costs a sum of [B, T, D]; unembedding costs nothing.
+# Sharded along V, a lookup needs an all-reduce of [B, T, D]; unembedding needs none.
 _TABLE = (P("tensor", "fsdp"), P(None, ("fsdp", "tensor")))
 _ATTENTION = "layers.attention."
 _FEED_FORWARD = "layers.feed_forward."
@@ -55,7 +55,7 @@ _FEED_FORWARD = "layers.feed_forward."
 PARAMETERS = (
     Parameter("embedding", (FileTensor("model.embed_tokens", "token_embd"),), _TABLE),
     Parameter("layers.attention_norm.scale", (FileTensor("input_layernorm", "attn_norm"),)),
-    # [D, K, G + 2, H]; along D where the K/V heads do not divide.
+    # [D, K, G + 2, H]; sharded along D if the mesh does not divide the K/V heads.
     Parameter(_ATTENTION + "qkv.kernel", _QKV, (P("fsdp", "tensor"), P(("fsdp", "tensor")))),
     Parameter(_ATTENTION + "qkv.bias", _QKV, (P("tensor"),)),
     Parameter(_ATTENTION + "out.kernel", _OUT, (P("tensor", "fsdp"),)),  # [N * H, D]
@@ -73,7 +73,7 @@ PARAMETERS = (
 )
 _BY_PATH = {parameter.path: parameter for parameter in PARAMETERS}
 _LAYER = {"huggingface": "model.layers.{}.", "gguf": "blk.{}."}
-# Caches, states and batches, by the end of their path; names of arrays say their axes.
+# Caches, states and batches, by the end of their path; array names contain their axes.
 _ARRAYS = (
     (r"table_ND$", _TABLE),
     (r"(keys|values)(\.\d+)?$", (P("data", "tensor"),)),  # [B, K, S, H]
@@ -84,7 +84,7 @@ _STACKED = re.compile(r"(^|\.)(layers\.\D|(keys|values)$)")
 
 
 def adapter_paths(path: str) -> list[str]:
-    """Paths of A and B beside a kernel (lora.py); empty for another parameter."""
+    """Paths of A and B of a kernel (lora.py); empty for other parameters."""
     if not path.endswith("kernel"):
         return []
     return [path.removesuffix("kernel") + adapter for adapter in ("adapter.a", "adapter.b")]
@@ -130,7 +130,7 @@ def _choices(path: str) -> tuple[P, ...]:
 
 
 def map_named(function: Callable[[str, Any], Any], tree: Any) -> Any:
-    """`function(path, leaf)` of every leaf of a model, a training state or the like."""
+    """Applies `function(path, leaf)` to every leaf of a model, training state or similar tree."""
 
     def named(path, leaf):
         name = jax.tree_util.keystr(path, simple=True, separator=".")
@@ -140,14 +140,14 @@ def map_named(function: Callable[[str, Any], Any], tree: Any) -> Any:
 
 
 def named_leaves(tree: Any) -> dict[str, Any]:
-    """The leaves by their path, in the tree's order."""
+    """Leaves by path, in the tree's order."""
     leaves: dict[str, Any] = {}
     map_named(leaves.__setitem__, tree)
     return leaves
 
 
 def shardings(tree: Any, mesh: Mesh | AbstractMesh) -> Any:
-    """`sharding_of` every leaf of a model, a decode state or the like."""
+    """`sharding_of` every leaf of a model, decode state or similar tree."""
     return map_named(lambda path, leaf: sharding_of(path, leaf.shape, mesh), tree)
 
 

@@ -1,7 +1,7 @@
-"""Operations with backward passes of their own, where autodiff makes slower or larger ones.
+"""Operations with custom backward passes that are faster or smaller than autodiff's.
 
-Each gives the same values and gradients as the plain expression in its docstring, up to rounding;
-docs/performance.md has what they save. They have no forward-mode derivative.
+Each returns the same values and gradients as the plain expression in its docstring, up to rounding.
+docs/performance.md lists the savings. They have no forward-mode derivative.
 """
 
 from functools import partial
@@ -14,29 +14,29 @@ from jaxtyping import Array, Float
 
 from lsjax.sharding import platform
 
-# Fewest rows for which XLA uses the matrix unit well (docs/performance.md).
+# Minimum rows for which XLA uses the matrix unit well (docs/performance.md).
 ROWS = {"tpu": 8, "gpu": 16}
-# Tokens of a block of flash.py, which divides its sequences.
+# Tokens per block of flash.py; must divide the sequence length.
 FLASH_BLOCK = 128
 # Name of the residuals of splash and flash, for remat policies.
 SAVED = "attention"
 
 
 def enough_steps(x_BTD: Float[Array, "B T D"]) -> Float[Array, "B U D"]:
-    """On accelerators adds zeros behind the steps, so that B * U is at least ROWS."""
+    """Appends zero steps on accelerators, so that B * U is at least ROWS."""
     batch, steps, _ = x_BTD.shape
     return with_steps(x_BTD, max(steps, -(-ROWS.get(platform(), 0) // batch)))
 
 
 def with_steps(x: Float[Array, "B T *rest"], steps: int) -> Float[Array, "B U *rest"]:
-    """x with zeros behind its steps, up to so many."""
+    """x with zero steps appended, up to `steps`."""
     more = steps - x.shape[1]
     return jnp.pad(x, [(0, 0), (0, more)] + [(0, 0)] * (x.ndim - 2)) if more else x
 
 
 def enough_rows(x: Float[Array, "*batch R I"]) -> Float[Array, "*batch S I"]:
-    """x as the left side of a product: on TPUs with zeros behind its rows up to ROWS. The barrier
-    keeps XLA from dropping them."""
+    """x as the left side of a matmul: on TPUs with zero rows appended up to ROWS. The barrier keeps
+    XLA from removing them."""
     missing = ROWS["tpu"] - x.shape[-2]
     if platform() != "tpu" or missing <= 0:
         return x
@@ -51,8 +51,8 @@ def linear(
 
     The gradient of w has the layout of w, [I, *O]; autodiff would transpose it in every layer.
 
-    again: a layer under remat computes the product once more and does not keep it. A batch axis of
-    1 tells the policy dots_with_no_batch_dims_saveable.
+    again: a layer under remat recomputes the matmul instead of keeping it. A batch axis of size 1
+    has this effect under dots_with_no_batch_dims_saveable.
     """
     return _linear_forward(x, w, again)[0]
 
@@ -78,8 +78,8 @@ linear.defvjp(_linear_forward, _linear_backward)
 
 
 def gradients_first(x: Any, parameters: Any) -> tuple[Any, Any]:
-    """Returns both unchanged. On GPUs the gradients of the parameters are computed before that of
-    x: XLA would compute them at the end of a layer, and hold their operands until then."""
+    """Returns both unchanged. On GPUs the parameters' gradients are computed before that of x. XLA
+    would compute them at the end of a layer, and keep their operands until then."""
     return _gradients_first(x, parameters) if platform() == "gpu" else (x, parameters)
 
 
@@ -108,9 +108,9 @@ def _swiglu_forward(gate_up):
 
 def _swiglu_backward(gate_up, dy):
     dgate, dup = _halves_of_gradient(gate_up[..., 0, :], gate_up[..., 1, :], dy)
-    if platform() == "gpu":  # for a choice XLA:GPU would write both halves first
+    if platform() == "gpu":  # with `where`, XLA:GPU would write both halves first
         return (jnp.stack([dgate, dup], -2),)
-    # As a choice for each element: XLA:CPU joins arrays on one thread.
+    # `where` instead of a concatenation, which XLA:CPU runs on one thread.
     is_gate = jnp.arange(2)[:, None] == 0
     return (jnp.where(is_gate, dgate[..., None, :], dup[..., None, :]),)
 
@@ -131,7 +131,7 @@ def split_swiglu(
 ) -> Float[Array, "*batch F"]:
     """`swiglu` of separate halves, for TPUs (`split_matrices`).
 
-    Barriers keep XLA:TPU from fusing it into the products around it, which slows them down.
+    Barriers keep XLA:TPU from fusing it into the matmuls around it, which would slow them down.
     """
     return _split_swiglu_forward(gate, up)[0]
 

@@ -1,9 +1,9 @@
 """Rotary position embeddings (Su et al., 2021), in the half-split form of Llama checkpoints.
 
-The half swap by slices makes arrays of h channels, which leave half of a TPU's 128 lanes empty.
-There training multiplies by a permutation matrix instead.
+Swapping the halves by slices makes arrays of h channels, which leave half of a TPU's 128 lanes
+empty. On TPUs training multiplies by a permutation matrix instead.
 
-Letters: h = H / 2, the pairs of channels that turn together.
+Letters: h = H / 2, the number of channel pairs that rotate together.
 """
 
 import jax
@@ -26,8 +26,8 @@ def rope_frequencies(config: LlamaConfig) -> Float[np.ndarray, " h"]:
         case RopeScaling(kind="linear", factor=factor):
             return frequencies / np.float32(factor)
         case scaling:
-            # Llama 3.1: wavelengths beyond the old context / low_freq_factor are stretched by
-            # factor, those below the old context / high_freq_factor are kept, between they blend.
+            # Llama 3.1: wavelengths above the old context / low_freq_factor are stretched by
+            # factor. Those below the old context / high_freq_factor stay; the others are blended.
             turns = scaling.original_context * frequencies / (2 * np.pi)  # in the old context
             low, high = scaling.low_freq_factor, scaling.high_freq_factor
             keep = np.clip((turns - low) / (high - low), 0.0, 1.0)
@@ -37,9 +37,9 @@ def rope_frequencies(config: LlamaConfig) -> Float[np.ndarray, " h"]:
 def rope_angles(
     positions_BT: Int[Array, "B T"], config: LlamaConfig, dtype: DTypeLike, *, whole: bool = False
 ) -> tuple[Float[Array, "B T 1 hH"], Float[Array, "B T 1 hH"]]:
-    """Sine and cosine for each position, in float32 or wider: bfloat16 cannot count to 300.
+    """Sine and cosine for each position, in float32 or wider: bfloat16 cannot represent 257.
 
-    whole: for all H channels, the first h sines negated; `rotate` then multiplies by a permutation.
+    whole: for all H channels, the first h sines negated; `rotate` then uses a permutation matrix.
     """
     wide = jnp.promote_types(dtype, jnp.float32)
     angles = positions_BT[:, :, None, None].astype(wide) * rope_frequencies(config).astype(wide)
@@ -54,7 +54,7 @@ def rotate(
     sin: Float[Array, "B T 1 hH"],
     cos: Float[Array, "B T 1 hH"],
 ) -> Float[Array, "B T N H"]:
-    """Turns channel pairs (i, i + H/2) by their angle."""
+    """Rotates channel pairs (i, i + H/2) by their angle."""
     if sin.shape[-1] == x_BTNH.shape[-1]:
         return _rotate_whole(x_BTNH, sin, cos)
     first, second = jnp.split(x_BTNH.astype(sin.dtype), 2, axis=-1)
@@ -64,9 +64,9 @@ def rotate(
 
 @jax.custom_vjp
 def _rotate_whole(x_BTNH, sin, cos):
-    """x cos + (x with its halves swapped) sin; exact, as each sum of the product has one term.
+    """x cos + (x with its halves swapped) sin; exact, as each sum of the matmul has one term.
 
-    The permutation has a batch axis, so that remat policies do not keep the product.
+    The permutation has a batch axis, so that remat policies do not keep the matmul.
     """
     batch, _, _, size = x_BTNH.shape
     swap_HH = jnp.roll(jnp.eye(size, dtype=x_BTNH.dtype), size // 2, axis=0)
@@ -81,7 +81,7 @@ def _rotate_whole_forward(x_BTNH, sin, cos):
 
 
 def _rotate_whole_backward(angles, dy_BTNH):
-    """Turns back: rounded once, where autodiff rounds both terms."""
+    """Rotates back; rounds once, while autodiff would round both terms."""
     sin, cos = angles
     return _rotate_whole(dy_BTNH, -sin, cos), None, None
 
