@@ -276,7 +276,7 @@ def bad(model_directory, tmp_path_factory):
         ("--model {bad}/notes.bin", "notes.bin: starts with b'hell', which no model file does"),
         ("--model {bad}/cut", "cut/model.safetensors: "),
         ("--model {bad}/bare", "bare has neither tokenizer.json nor tokenizer.model"),
-        ("--model {bad}/other", "the tokenizer has 258 tokens, but the model's table 64 rows"),
+        ("--model {bad}/other", "the tokenizer has 258 tokens, but the model's table has 64"),
         ("--strategy self_speculative --exit-layer 0", "exit layer 0 is not in 1..3"),
         ("--strategy self_speculative --exit-layer 4", "exit layer 4 is not in 1..3"),
         ("--strategy self_speculative --exit-layer 5", "exit layer 5 is not in 1..3"),
