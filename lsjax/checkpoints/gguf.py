@@ -1,4 +1,4 @@
-"""GGUF files of llama.cpp: metadata into a LlamaConfig, tensors dequantised one at a time."""
+"""GGUF files of llama.cpp: metadata in the keys of config.json, tensors dequantised one by one."""
 
 import dataclasses
 import math
@@ -9,11 +9,28 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from lsjax.checkpoints.tensors import CheckpointError, TensorSource, default_head_dim
+from lsjax.checkpoints.huggingface_config import llama_config
+from lsjax.checkpoints.tensors import CheckpointError, TensorSource
 from lsjax.config import ConfigError, LlamaConfig, RopeScaling, check
 from lsjax.data.files import open_gguf
 from lsjax.model.rope import rope_frequencies
 
+# Keys of the metadata, behind "llama.", and of config.json.
+_REQUIRED = {
+    "block_count": "num_hidden_layers",
+    "context_length": "max_position_embeddings",
+    "embedding_length": "hidden_size",
+    "feed_forward_length": "intermediate_size",
+    "attention.head_count": "num_attention_heads",
+    "attention.layer_norm_rms_epsilon": "rms_norm_eps",
+}
+_OPTIONAL = {
+    "vocab_size": "vocab_size",
+    "expert_count": "num_local_experts",
+    "attention.head_count_kv": "num_key_value_heads",
+    "attention.key_length": "head_dim",
+    "rope.freq_base": "rope_theta",
+}
 _INTERLEAVED = re.compile(r"blk\.\d+\.attn_(q|k)\.(weight|bias)")
 _ROPE_FACTORS = "rope_freqs.weight"
 
@@ -35,7 +52,12 @@ class GGUFSource(TensorSource):
             name: tuple(reversed(tensor.shape.tolist())) for name, tensor in self._tensors.items()
         }
         try:
-            self.config = self._with_llama3_scaling(self._read_config())
+            config = llama_config(self._config_json(), str(path))
+            for key in ("attention.value_length", "rope.dimension_count"):
+                size = self._get(f"llama.{key}", config.head_dim)
+                good = size == config.head_dim
+                check(good, f"llama.{key} is {size!r}; only {config.head_dim} is supported")
+            self.config = self._with_llama3_scaling(config)
         except (ConfigError, UnicodeDecodeError) as error:
             raise CheckpointError(f"{self.path}: {error}") from error
 
@@ -68,60 +90,36 @@ class GGUFSource(TensorSource):
         queries = interleaved[1] == "q"
         return _half_split(value, self.config.num_heads if queries else self.config.num_kv_heads)
 
-    def _get(self, key: str, *default: Any) -> Any:
-        """A value of the metadata. Raises ConfigError where it and a default are missing."""
+    def _get(self, key: str, default: Any = None) -> Any:
+        """A value of the metadata."""
         field = self._reader.get_field(key)
-        if field is None:
-            check(bool(default), f"{key} is missing from the metadata: convert again")
-            return default[0]
-        value = field.contents()
+        value = default if field is None else field.contents()
         # 1e-05, not the 9.999999747e-06 next to it.
         return float(str(np.float32(value))) if isinstance(value, float) else value
 
-    def _read_config(self) -> LlamaConfig:
-        get = self._get
-        architecture = get("general.architecture")
-        check(
-            architecture == "llama",
-            f"general.architecture is {architecture!r}; only 'llama' is supported",
-        )
-        width, heads = get("llama.embedding_length"), get("llama.attention.head_count")
-        head_dim = get("llama.attention.key_length", default_head_dim(width, heads))
-        for key, *supported in (
-            ("llama.expert_count", 0, 1),
-            ("split.count", 0, 1),  # llama-gguf-split --merge joins the files
-            ("llama.attention.value_length", head_dim),
-            ("llama.rope.dimension_count", head_dim),
-        ):
-            found = get(key, supported[0])
-            check(found in supported, f"{key} is {found!r}; only {supported[-1]} is supported")
-        return LlamaConfig(
-            vocab_size=get("llama.vocab_size", self.shapes.get("token_embd.weight", (0,))[0]),
-            hidden_size=width,
-            intermediate_size=get("llama.feed_forward_length"),
-            num_layers=get("llama.block_count"),
-            num_heads=heads,
-            num_kv_heads=get("llama.attention.head_count_kv", heads),
-            head_dim=head_dim,
-            max_context=get("llama.context_length"),
-            rope_theta=get("llama.rope.freq_base", 1e4),
-            rope_scaling=self._linear_scaling(),
-            norm_eps=get("llama.attention.layer_norm_rms_epsilon"),
-            tie_embeddings="output.weight" not in self.shapes,
-            attention_bias="blk.0.attn_q.bias" in self.shapes,
-            mlp_bias="blk.0.ffn_gate.bias" in self.shapes,
-        )
-
-    def _linear_scaling(self) -> RopeScaling | None:
-        kind = self._get("llama.rope.scaling.type", None)
+    def _config_json(self) -> dict[str, Any]:
+        """The metadata in the keys of config.json; None where they are missing."""
+        for key, supported in (("general.architecture", "llama"), ("split.count", 1)):
+            found = self._get(key, supported) or supported
+            check(found == supported, f"{key} is {found!r}; only {supported!r} is supported")
+        raw = {name: self._get(f"llama.{key}") for key, name in (_REQUIRED | _OPTIONAL).items()}
+        for key, name in _REQUIRED.items():
+            check(
+                raw[name] is not None,
+                f"llama.{key} is missing from the metadata: convert again",
+            )
+        if raw["vocab_size"] is None:
+            raw["vocab_size"] = self.shapes.get("token_embd.weight", (0,))[0]
         old = self._get("llama.rope.scale_linear", 1.0)  # the key of 2023
         factor = self._get("llama.rope.scaling.factor", old)
-        check(
-            kind in (None, "none", "linear"),
-            f"llama.rope.scaling.type is {kind!r}; only 'linear' is supported",
-        )
-        stretched = kind == "linear" or (kind is None and factor != 1.0)
-        return RopeScaling(kind="linear", factor=factor) if stretched else None
+        kind = self._get("llama.rope.scaling.type", "none" if factor == 1 else "linear")
+        return raw | {
+            "model_type": "llama",
+            "rope_scaling": None if kind == "none" else {"type": kind, "factor": factor},
+            "tie_word_embeddings": "output.weight" not in self.shapes,
+            "attention_bias": "blk.0.attn_q.bias" in self.shapes,
+            "mlp_bias": "blk.0.ffn_gate.bias" in self.shapes,
+        }
 
     def _with_llama3_scaling(self, config: LlamaConfig) -> LlamaConfig:
         """Llama 3's scaling is kept as a divisor for each frequency: which scaling made them?"""

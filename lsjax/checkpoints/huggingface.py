@@ -16,7 +16,7 @@ from safetensors.numpy import save_file
 from lsjax.checkpoints.huggingface_config import read_config_json, to_config_json
 from lsjax.checkpoints.tensors import CheckpointError, Part, TensorSource, Track, parts_of
 from lsjax.config import Checked, ConfigError, bounded, split_step
-from lsjax.data.files import read_json, whole_directory, write_json
+from lsjax.data.files import one_line, read_json, whole_directory, write_json
 from lsjax.model.llama import Llama, unstacked
 from lsjax.model.parameters import named_leaves
 
@@ -118,7 +118,7 @@ def _open(file: Path) -> Any:
         return safe_open(file, framework="numpy")
     except (SafetensorError, OSError) as error:
         raise CheckpointError(
-            f"{file}: {' '.join(str(error).split())}: damaged or cut short, download it again"
+            f"{file}: {one_line(error)}: damaged or cut short, download it again"
         ) from error
 
 

@@ -1,43 +1,63 @@
-"""config.json of Hugging Face directories: into a LlamaConfig, and back."""
+"""Hugging Face's config.json, whose keys GGUF files are read in too: into a LlamaConfig, and back.
 
+Each key is in one table: it is a field, or it has values that change nothing, or it is harmless.
+"""
+
+import logging
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from lsjax.checkpoints.tensors import CheckpointError, default_head_dim
+from lsjax.checkpoints.tensors import CheckpointError
 from lsjax.config import ConfigError, LlamaConfig, RopeScaling, check
 from lsjax.data.files import read_json
 
-# Key of config.json, field of LlamaConfig, and the default of transformers.
-_FIELDS: tuple[tuple[str, str, Any], ...] = (
-    ("vocab_size", "vocab_size", 32_000),
-    ("hidden_size", "hidden_size", 4096),
-    ("intermediate_size", "intermediate_size", 11_008),
-    ("num_hidden_layers", "num_layers", 32),
-    ("num_attention_heads", "num_heads", 32),
-    ("num_key_value_heads", "num_kv_heads", None),  # num_attention_heads
-    ("head_dim", "head_dim", None),  # hidden_size / num_attention_heads
-    ("max_position_embeddings", "max_context", 2048),
-    ("rms_norm_eps", "norm_eps", 1e-6),
-    ("tie_word_embeddings", "tie_embeddings", False),
-    ("attention_bias", "attention_bias", False),
-    ("mlp_bias", "mlp_bias", False),
-    ("initializer_range", "init_std", 0.02),
-)
-_ORIGINAL = "original_max_position_embeddings"
-# Keys that change the computation and are not supported, with the values beside null that change
-# nothing.
+log = logging.getLogger(__name__)
+
+# Field of LlamaConfig, and the default of transformers.
+FIELDS: Mapping[str, tuple[str, Any]] = {
+    "vocab_size": ("vocab_size", 32_000),
+    "hidden_size": ("hidden_size", 4096),
+    "intermediate_size": ("intermediate_size", 11_008),
+    "num_hidden_layers": ("num_layers", 32),
+    "num_attention_heads": ("num_heads", 32),
+    "num_key_value_heads": ("num_kv_heads", None),  # num_attention_heads
+    "head_dim": ("head_dim", None),  # hidden_size / num_attention_heads
+    "max_position_embeddings": ("max_context", 2048),
+    "rms_norm_eps": ("norm_eps", 1e-6),
+    "tie_word_embeddings": ("tie_embeddings", False),
+    "attention_bias": ("attention_bias", False),
+    "mlp_bias": ("mlp_bias", False),
+    "initializer_range": ("init_std", 0.02),
+}
+# The values beside null that change nothing; others change the computation and are refused.
 NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     **dict.fromkeys(("attn_logit_softcapping", "clip_qkv", "final_logit_softcapping"), ()),
-    **dict.fromkeys(("query_pre_attn_scalar", "scale_depth", "sliding_window"), ()),
+    **dict.fromkeys(("quantization_config", "query_pre_attn_scalar", "scale_depth"), ()),
     **dict.fromkeys(("alibi", "qk_norm", "use_qk_norm"), (False,)),
     **dict.fromkeys(("rope_interleaved", "use_parallel_residual"), (False,)),
     **dict.fromkeys(("attention_multiplier", "embedding_multiplier", "logit_scale"), (1.0,)),
     **dict.fromkeys(("logits_scaling", "residual_multiplier", "rotary_pct", "scale_emb"), (1.0,)),
     **dict.fromkeys(("num_experts", "num_local_experts"), (0, 1)),
+    "hidden_act": ("silu",),
     "no_rope_layers": ([],),
+    "partial_rotary_factor": (1.0,),
     "pruned_heads": ({},),
+    "sliding_window": (),
 }
+_ORIGINAL = "original_max_position_embeddings"
+# Keys that are read below, and those about loading, training, generation and labels.
+HARMLESS = frozenset(
+    f"""
+    architectures model_type rope_parameters rope_scaling rope_theta {_ORIGINAL}
+    _attn_implementation _name_or_path assistant_early_exit attention_dropout bos_token_id do_sample
+    dtype eos_token_id id2label is_decoder is_encoder_decoder is_llama_config label2id max_length
+    max_sequence_length num_assistant_tokens output_attentions output_hidden_states pad_token_id
+    pretraining_tp return_dict temperature tokenizer_class top_k top_p torch_dtype torchscript
+    transformers.js_config transformers_version unsloth_fixed unsloth_version use_bfloat16 use_cache
+    """.split()
+)
 
 
 def read_config_json(directory: Path) -> LlamaConfig:
@@ -50,14 +70,18 @@ def read_config_json(directory: Path) -> LlamaConfig:
         ggufs = sorted(found.name for found in directory.glob("*.gguf"))
         fix = f"give {ggufs[0]} itself" if ggufs else "give the directory of a whole model"
         raise CheckpointError(f"{file}: does not exist: {fix}")
-    raw = read_json(file, CheckpointError)
     try:
-        return _llama_config({key: value for key, value in raw.items() if value is not None})
+        return llama_config(read_json(file, CheckpointError), str(file))
     except ConfigError as error:
         raise CheckpointError(f"{file}: {error}") from error
 
 
-def _llama_config(raw: Mapping[str, Any]) -> LlamaConfig:
+def llama_config(raw: Mapping[str, Any], where: str) -> LlamaConfig:
+    """The model of a config.json; keys that are null count as missing.
+
+    where: the file, for a warning that names unknown keys. Raises ConfigError.
+    """
+    raw = {key: value for key, value in raw.items() if value is not None}
     architectures = raw.get("architectures") or (
         ["LlamaForCausalLM"] if raw.get("model_type") == "llama" else raw.get("model_type")
     )
@@ -65,23 +89,21 @@ def _llama_config(raw: Mapping[str, Any]) -> LlamaConfig:
         architectures == ["LlamaForCausalLM"],
         f"architecture {architectures!r}; only ['LlamaForCausalLM'] is supported",
     )
-    activation = raw.get("hidden_act", "silu")
-    check(activation == "silu", f"hidden_act {activation!r}; only 'silu' is supported")
-    check(
-        "quantization_config" not in raw,
-        "quantization_config is not supported: dequantise it first",
-    )
     for key in raw.keys() & NEUTRAL.keys():
         check(
             raw[key] in NEUTRAL[key],
             f"{key} is {raw[key]!r}, which changes the computation and is not supported: use a "
-            "checkpoint in which it is null",
+            f"checkpoint in which it is {' or '.join(map(repr, NEUTRAL[key])) or 'null'}",
         )
-    fields = {field: raw.get(key, default) for key, field, default in _FIELDS}
+    unknown = sorted(raw.keys() - FIELDS.keys() - NEUTRAL.keys() - HARMLESS)
+    if unknown:
+        log.warning("%s: unknown keys are ignored: %s", where, ", ".join(unknown))
+    fields = {field: raw.get(key, default) for key, (field, default) in FIELDS.items()}
     if fields["num_kv_heads"] is None:
         fields["num_kv_heads"] = fields["num_heads"]
     if fields["head_dim"] is None:
-        fields["head_dim"] = default_head_dim(fields["hidden_size"], fields["num_heads"])
+        with suppress(TypeError, ZeroDivisionError):  # LlamaConfig names the bad one of the two
+            fields["head_dim"] = fields["hidden_size"] // fields["num_heads"]
     theta, scaling = _read_rope(raw)
     return LlamaConfig(**fields, rope_theta=theta, rope_scaling=scaling)
 
@@ -90,9 +112,8 @@ def _read_rope(raw: Mapping[str, Any]) -> tuple[Any, RopeScaling | None]:
     """Theta, and scaling: in rope_scaling (version 4) or rope_parameters (5), the former first."""
     rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
     check(isinstance(rope, dict), f"rope_scaling is {rope!r}, but must be an object")
-    for table in (raw, rope):
-        partial = table.get("partial_rotary_factor", 1.0)
-        check(partial == 1.0, f"partial_rotary_factor {partial!r} is not supported")
+    partial = rope.get("partial_rotary_factor", 1.0)
+    check(partial == 1.0, f"partial_rotary_factor {partial!r} is not supported")
     theta = rope.get("rope_theta", raw.get("rope_theta", 1e4))
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":
@@ -122,7 +143,7 @@ def to_config_json(config: LlamaConfig, dtype: Any) -> dict[str, Any]:
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
         "hidden_act": "silu",
-        **{key: getattr(config, field) for key, field, *_ in _FIELDS},
+        **{key: getattr(config, field) for key, (field, _) in FIELDS.items()},
         **theta,
         "rope_scaling": scaling,
         "rope_parameters": (scaling or {"rope_type": "default"}) | theta,

@@ -10,6 +10,7 @@ A run is a model: the newest of its steps that is whole, or the step that follow
 """
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from jaxtyping import Array
 from lsjax.checkpoints.saving import best_first
 from lsjax.checkpoints.steps import PARAMS, SavedStep, first_whole, saved_steps
 from lsjax.checkpoints.tensors import CheckpointError, Track, not_finite
-from lsjax.config import ConfigError, LlamaConfig, LoraConfig, TrainConfig, check
+from lsjax.config import LlamaConfig, LoraConfig, TrainConfig, check
 from lsjax.config.checked import from_json, versioned, without_version
 from lsjax.data.files import read_json, write_json
 from lsjax.data.tokenizer import Tokenizer, TokenizerError
@@ -42,13 +43,13 @@ def is_run(directory: Path) -> bool:
 
 
 def begin_run(directory: Path, config: TrainConfig, tokenizer: Tokenizer) -> None:
-    """Writes the files that a run has from the start, for a config whose model is known.
+    """Writes the files that a run has from the start; config.json, which may be a new one, last.
 
-    config.json comes last: where it is, the rest is. A run that resumes gets a new config.json.
     Raises ConfigError where tokenizer and model do not fit, the directory holds another model, the
     run has begun with another tokenizer, or the model that it begins with has another one.
     """
-    size, rows = tokenizer.fitted(config.model.vocab_size).vocab_size, config.model.vocab_size
+    rows = config.model.vocab_size
+    size = tokenizer.fitted(rows).vocab_size
     check(
         rows < 2 * size,
         f"the tokenizer has {size} tokens, but the model's vocabulary is {rows}: choose another "
@@ -95,24 +96,14 @@ def read_run_config(directory: Path) -> TrainConfig:
 
 
 def read_metrics(directory: Path) -> list[dict[str, Any]]:
-    """All rows of a run's metrics.jsonl; a last line that a crash cut off is left out.
-
-    Raises ConfigError for another line that is no row.
-    """
+    """The rows of a run's metrics.jsonl; other lines, such as one that a crash cut, are skipped."""
     path = directory / METRICS
-    lines = path.read_text().splitlines() if path.exists() else []
     rows = []
-    for number, line in enumerate(lines, 1):
-        try:
+    for line in path.read_text().splitlines() if path.exists() else ():
+        with suppress(ValueError, TypeError, KeyError):
             row = json.loads(line)
             row["step"], row["kind"]
-        except (ValueError, TypeError, KeyError):
-            if number == len(lines):
-                break
-            raise ConfigError(
-                f"{path}:{number}: is no row of metrics: remove the line, or the file"
-            ) from None
-        rows.append(row)
+            rows.append(row)
     return rows
 
 
@@ -130,9 +121,8 @@ class RunSource:
     """A run that is opened as a model: its shape is known, no array has been read."""
 
     def __init__(self, directory: Path, step: int | str | None = None):
-        self.path = directory
         # Only the model's shape: the rest of the config may be of another version's training.
-        self._fields = _read_fields(directory)
+        self.path, self._fields = directory, _read_fields(directory)
         self.config = from_json(LlamaConfig, self._fields["model"], f"{directory / CONFIG}: model")
         self._steps = saved_steps(directory / CHECKPOINTS)
         if not self._steps:
@@ -171,20 +161,16 @@ class RunSource:
         saved = step.meta["arrays"][PARAMS]
 
         def read(path: str, shape: tuple[int, ...]) -> Array:
-            place = sharding_of(path, shape, mesh)
             stored = saved[path]["dtype"] if path in saved else dtype
-            wanted = jax.ShapeDtypeStruct(shape, stored, sharding=place)
+            wanted = jax.ShapeDtypeStruct(shape, stored, sharding=sharding_of(path, shape, mesh))
             return step.read(PARAMS, {path: wanted})[path]
 
         arrays: dict[str, Array] = {}
         for stacked, paths in track(list(together.items())):
             layers = () if stacked in paths else (len(paths),)
             array = read(stacked, layers + shapes[paths[0]])
-            adapter = [
-                read(path, tuple(saved[path]["shape"]))
-                for path in adapter_paths(stacked)
-                if path in saved
-            ]
+            names = [path for path in adapter_paths(stacked) if path in saved]
+            adapter = [read(path, tuple(saved[path]["shape"])) for path in names]
             if adapter:
                 lora = from_json(LoraConfig, self._fields["lora"], f"{self.path / CONFIG}: lora")
                 array = merged(array, *adapter, lora.scale)

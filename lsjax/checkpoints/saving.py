@@ -1,7 +1,4 @@
-"""Saving a training run and resuming it: orbax writes in the background and removes old steps.
-
-How damage is found is in steps.py.
-"""
+"""Saving a training run and resuming it: orbax writes in the background and removes old steps."""
 
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
@@ -46,8 +43,7 @@ class Restored(NamedTuple):
 class Checkpoints:
     """The saved steps of one run, as a context that waits for the last step to be written.
 
-    After an error on one of several hosts it does not wait: the others may have ended. A single
-    process continues after a step that could not be written, unless it was the last.
+    A single process continues after a step that could not be written, unless it was the last.
 
     report: called with one line for each step that is damaged or could not be written. losses:
     held-out loss by step, by which the best steps are kept; it may grow meanwhile.
@@ -78,23 +74,22 @@ class Checkpoints:
             elif jax.process_count() == 1:
                 self.settle()
             else:
-                return
+                return  # the other hosts may have ended
             if self._manager is not None:
                 self._manager.close()
 
     def restore(self, like: Any) -> Restored | None:
         """The newest step that is whole; None where nothing has been saved yet.
 
-        Newer ones, which are damaged, are renamed to 80.damaged: they are saved anew.
+        Damaged ones after it are renamed to 80.damaged: they are saved anew.
 
         like: the state's shapes (`jax.eval_shape`), with shardings where there is a mesh.
         Raises CheckpointError where no step is whole, or what was saved is of another shape.
         """
-        wanted = _items(like)
 
         def read(step: SavedStep) -> Restored:
             arrays: dict[str, Array] = {}
-            for item, leaves in wanted.items():
+            for item, leaves in _items(like).items():
                 step.check_names(item, leaves)
                 arrays |= step.read(item, leaves)
             leaves = [arrays[path.removeprefix(_MODEL)] for path in named_leaves(like)]
@@ -105,21 +100,18 @@ class Checkpoints:
         if not steps:
             return None
         restored, damaged = first_whole(steps, read, self._report)
-        if damaged and jax.process_index() == 0:
-            for step in damaged:
-                aside = step.directory.with_name(f"{step.number}.damaged")
-                shutil.rmtree(aside, ignore_errors=True)
-                step.directory.rename(aside)
+        for step in damaged if jax.process_index() == 0 else ():
+            aside = step.directory.with_name(f"{step.number}.damaged")
+            shutil.rmtree(aside, ignore_errors=True)
+            step.directory.rename(aside)
         if damaged and jax.process_count() > 1:
             sync_global_devices("damaged steps are renamed")
         return restored
 
     def save(self, state: Any, *, step: int, data: Mapping[str, Any]) -> None:
-        """Begins to save the state after `step` steps; does nothing where it is saved already.
+        """Begins to save the state after `step` steps, if it is not saved; waits for the last save.
 
-        Waits for the save before it. data: position in it, as JSON has it.
-        Raises CheckpointError where one of several processes can't write: the others would wait for
-        it.
+        data: position in it, as JSON has it.
         """
         import orbax.checkpoint as ocp
 
@@ -136,10 +128,14 @@ class Checkpoints:
         if step in self._manager.all_steps():
             return
         self._begun = step
-        items = _items(state)
-        arrays = {item: _described(leaves) for item, leaves in items.items()}
+        arrays, args = {}, {}
+        for item, leaves in _items(state).items():
+            args[item], found = ocp.args.StandardSave(leaves), fingerprints(leaves)
+            arrays[item] = {
+                name: {"shape": leaf.shape, "dtype": leaf.dtype.name, "fingerprint": found[name]}
+                for name, leaf in leaves.items()
+            }
         meta = sealed({"version": VERSION, "data": data, "arrays": arrays})
-        args = {item: ocp.args.StandardSave(leaves) for item, leaves in items.items()}
         args[META] = ocp.args.JsonSave(meta)
         try:
             self._manager.save(step, args=ocp.args.Composite(**args), force=True)
@@ -147,7 +143,7 @@ class Checkpoints:
             self._failure = error
 
     def wait(self) -> None:
-        """Until the last step is on disk; raises CheckpointError where it can't be written."""
+        """Waits until the last step is on disk; raises CheckpointError if it can't be written."""
         if self._manager is None:
             return
         failure, self._failure = self._failure, None
@@ -175,7 +171,7 @@ class Checkpoints:
             self._report(str(error))
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
-        """Orbax's question which of the steps to keep; its own policies need losses at saving."""
+        """Which steps orbax is to keep; its own policies need the losses when a step is saved."""
         steps = [checkpoint.step for checkpoint in checkpoints]
         scored = best_first([step for step in steps if step in self._losses], self._losses)
         kept = {*steps[-self._config.keep_last :], *scored[: self._config.keep_best]}
@@ -193,11 +189,3 @@ def _items(state: Any) -> dict[str, dict[str, Any]]:
     for path, leaf in named_leaves(state).items():
         items[PARAMS if path.startswith(_MODEL) else TRAIN][path.removeprefix(_MODEL)] = leaf
     return items
-
-
-def _described(leaves: Mapping[str, Array]) -> dict[str, Any]:
-    found = fingerprints(leaves)
-    return {
-        name: {"shape": leaf.shape, "dtype": leaf.dtype.name, "fingerprint": found[name]}
-        for name, leaf in leaves.items()
-    }

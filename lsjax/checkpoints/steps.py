@@ -5,13 +5,7 @@
     checkpoints/80/meta     JSON: position in the data, fingerprints
 
 Orbax renames a step when it is complete, so a kill leaves no half of a step. Storage has no
-checksum of its own for the numbers, so each array is saved with one:
-
-    sum over all elements of mix(bits + c * position)  mod 2^32
-
-`mix` is a bijection on 32 bits (the finaliser of MurmurHash3, Appleby, 2011), so one changed
-element always shows, and more of them but for a chance of 2^-32. The terms are whole numbers and
-their sum has no order: the fingerprint is the same on any mesh, where each device sums its shard.
+checksum of its own for the numbers, so each array is saved with a `fingerprint`.
 """
 
 import gc
@@ -40,7 +34,6 @@ from lsjax.checkpoints.tensors import CheckpointError
 from lsjax.config.checked import without_version
 
 PARAMS, TRAIN, META = "params", "train", "meta"
-_STEP = 0x9E3779B9  # of fingerprints; odd, so that all positions below 2^32 differ
 T = TypeVar("T")
 Report = Callable[[str], None]
 log = logging.getLogger(__name__)
@@ -67,20 +60,13 @@ class SavedStep:
 
         Raises DamagedStep, and ConfigError where another version of lsjax has saved the step.
         """
-
-        def read(path: Path) -> dict[str, Any]:
-            raw = json.loads((path / "metadata").read_bytes())
-            if raw != sealed(raw["meta"]):
-                raise ValueError("it is not what was written")
-            return raw["meta"]
-
-        return without_version(self._load(META, read), f"{self.directory / META}")
+        return without_version(self._load(META, _read_meta), f"{self.directory / META}")
 
     def read(self, item: str, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, Array]:
-        """Arrays of an item by path, each with the sharding that `wanted` asks for.
+        """Arrays of an item by path, each with the sharding that `wanted` asks for, or on the first
+        device.
 
-        Without one an array goes to the first device. Raises CheckpointError where another shape or
-        dtype was saved, and DamagedStep; both name the array.
+        Raises CheckpointError for another shape or dtype, and DamagedStep; both name the array.
         """
         where, saved = self.directory / item, self.meta["arrays"][item]
         for name, want in wanted.items():
@@ -107,9 +93,9 @@ class SavedStep:
 
     def check_names(self, item: str, known: Iterable[str]) -> None:
         """Raises CheckpointError if a saved array is not among these names."""
-        for name in sorted(self.meta["arrays"][item].keys() - known):
+        if extra := sorted(self.meta["arrays"][item].keys() - known):
             raise CheckpointError(
-                f"{self.directory / item}: {name} has no place in this model or optimizer: the "
+                f"{self.directory / item}: {extra[0]} has no place in this model or optimizer: the "
                 "config is of another one"
             )
 
@@ -169,12 +155,8 @@ def sealed(meta: Any) -> dict[str, Any]:
 
 @contextmanager
 def quiet_storage() -> Iterator[None]:
-    """Hides the errors of the other arrays where one can't be read or written, which is raised.
-
-    Orbax logs them, and Python prints those of dropped work when it is collected.
-    """
-    before = sys.unraisablehook
-    loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
+    """Hides what orbax logs, and Python prints of dropped work, beside the error that is raised."""
+    before, loggers = sys.unraisablehook, [logging.getLogger(name) for name in ("absl", "asyncio")]
 
     def hook(unraisable: Any) -> None:
         said = str(unraisable.exc_value)
@@ -203,16 +185,19 @@ def cause(error: BaseException) -> str:
     return line if len(line) <= 300 else f"{line[:200]} ... {line[-95:]}"
 
 
+def _read_meta(path: Path) -> dict[str, Any]:
+    raw = json.loads((path / "metadata").read_bytes())
+    if raw != sealed(raw["meta"]):
+        raise ValueError("it is not what was written")
+    return raw["meta"]
+
+
 def _read_arrays(path: Path, targets: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, Array]:
     import orbax.checkpoint as ocp  # here: it takes a while, and few programs need it
 
-    args = ocp.args.PyTreeRestore(
-        item=dict(targets),
-        restore_args=ocp.checkpoint_utils.construct_restore_args(dict(targets)),
-        partial_restore=True,
-    )
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-        arrays = reader.restore(path, args=args)
+    placed = ocp.checkpoint_utils.construct_restore_args(dict(targets))
+    with ocp.PyTreeCheckpointer() as reader:
+        arrays = reader.restore(path, item=dict(targets), restore_args=placed, partial_restore=True)
     for name, array in arrays.items():
         if isinstance(array, jax.ShapeDtypeStruct):  # orbax leaves the target in its place
             raise ValueError(f"array {name} is missing")
@@ -221,31 +206,27 @@ def _read_arrays(path: Path, targets: Mapping[str, jax.ShapeDtypeStruct]) -> dic
 
 @jax.jit
 def fingerprint(x: Array) -> UInt32[Array, ""]:
-    """The sum over the bits of an array of numbers, in row-major order."""
-    bits = _words(x)
+    """The sum over all elements of mix(bits + c * position) mod 2^32, positions in row-major order.
+
+    `mix` is a bijection on 32 bits (the finaliser of MurmurHash3, Appleby, 2011), so one changed
+    element always shows, and more of them but for a chance of 2^-32. A sum of whole numbers has no
+    order: it is the same on any mesh. An element of 64 bits counts as two.
+    """
+    x = x.astype(jnp.uint8) if x.dtype == jnp.bool_ else x
+    unsigned = {1: jnp.uint8, 2: jnp.uint16}.get(x.dtype.itemsize, jnp.uint32)
+    bits = lax.bitcast_convert_type(x, unsigned).astype(jnp.uint32)
     position = jnp.zeros(bits.shape, jnp.uint32)
     for axis in range(bits.ndim):
         stride = math.prod(bits.shape[axis + 1 :]) % 2**32
         index = lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
         position = position + index * jnp.uint32(stride)
-    return jnp.sum(_mix(bits + position * jnp.uint32(_STEP)), dtype=jnp.uint32)
+    bits = bits + position * jnp.uint32(0x9E3779B9)  # odd, so that all positions differ
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+        bits = (bits ^ (bits >> shift)) * jnp.uint32(factor)
+    return jnp.sum(bits ^ (bits >> 16), dtype=jnp.uint32)
 
 
 def fingerprints(leaves: Mapping[str, Any]) -> dict[str, str]:
     """Fingerprint of each array, as eight hexadecimal digits."""
     numbers = jax.device_get([fingerprint(jnp.asarray(leaf)) for leaf in leaves.values()])
     return {name: f"{int(number):08x}" for name, number in zip(leaves, numbers, strict=True)}
-
-
-def _words(x: Array) -> UInt32[Array, "..."]:
-    """The bits of each element as one uint32, of 64-bit elements as two."""
-    if x.dtype == jnp.bool_:
-        return x.astype(jnp.uint32)
-    unsigned = {1: jnp.uint8, 2: jnp.uint16}.get(x.dtype.itemsize, jnp.uint32)
-    return lax.bitcast_convert_type(x, unsigned).astype(jnp.uint32)
-
-
-def _mix(x: UInt32[Array, "..."]) -> UInt32[Array, "..."]:
-    x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
-    x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
-    return x ^ (x >> 16)

@@ -1,8 +1,7 @@
 """From the tensors of a file to a Llama: what every format shares.
 
 A format (huggingface.py, gguf.py) offers its tensors by name, and lsjax/model/parameters.py says
-which parameter each of them is a part of. A tensor that is missing, extra or not finite is a
-`CheckpointError`.
+which parameter each of them is a part of.
 """
 
 import math
@@ -57,10 +56,7 @@ class Part(NamedTuple):
         return np.ascontiguousarray(view.reshape(self.stored_shape(parameter.shape)))
 
     def slices(self, index: Index, shape: tuple[int, ...]) -> Index:
-        """What a shard of the parameter needs of the tensor.
-
-        Axes of the `view` between the first and the last are not sharded.
-        """
+        """What a shard of the parameter needs of the tensor; inner axes of `view` are whole."""
         axes = list(zip(shape, index, strict=True))
         if isinstance(self.slot, int):
             del axes[-2]
@@ -87,10 +83,7 @@ class TensorSource(ABC):
 
     @abstractmethod
     def read(self, name: str) -> Any:
-        """One tensor, to be sliced: in its stored dtype, or in float32 if it was quantised.
-
-        Where the format allows it, only what is sliced out is read.
-        """
+        """One tensor, to be sliced: in its stored dtype, or in float32 if it was quantised."""
 
     @abstractmethod
     def where(self, name: str) -> str:
@@ -113,10 +106,10 @@ class TensorSource(ABC):
         arrays = []
         for path in track(list(shapes)):
             read = parameter_reader(self, path, shapes[path], dtype)
-            if mesh is None:
+            place = sharding_of(path, shapes[path], mesh)
+            if place is None:
                 arrays.append(jnp.asarray(read((slice(None),) * len(shapes[path]))))
             else:
-                place = sharding_of(path, shapes[path], mesh)
                 arrays.append(jax.make_array_from_callback(shapes[path], place, read))
         return jax.tree.unflatten(jax.tree.structure(model), arrays)
 
@@ -161,7 +154,6 @@ def parameter_reader(
     Raises CheckpointError for values that are not finite.
     """
     parts = [(part, source.read(part.tensor)) for part in parts_of(path, source.names)]
-
     shards: dict[str, np.ndarray] = {}
 
     def read(index: Index) -> np.ndarray:
@@ -189,9 +181,3 @@ def not_finite(dtype: np.dtype) -> str:
         f"NaN, infinite or too large for {dtype.name}: the checkpoint is damaged, or needs float32 "
         "or bfloat16"
     )
-
-
-def default_head_dim(hidden_size: Any, num_heads: Any) -> int:
-    """D / N, for files that do not give it; 1 for values that LlamaConfig refuses by name."""
-    good = isinstance(hidden_size, int) and isinstance(num_heads, int) and num_heads > 0
-    return hidden_size // num_heads if good else 1

@@ -1,8 +1,7 @@
 """Chat templates: jinja2 source that comes with a model, rendered in a sandbox.
 
 The template is data from whoever made the model file. As in transformers, jinja2's immutable
-sandbox keeps it from Python's internals and from changing its arguments. It does not limit the time
-and the memory that a template takes.
+sandbox keeps it from Python's internals. It limits neither the time nor the memory it takes.
 """
 
 from __future__ import annotations
@@ -18,6 +17,7 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from lsjax.data.files import one_line
 from lsjax.data.tokenizer import Tokenizer
 
 
@@ -44,19 +44,15 @@ def render_chat(
 ) -> str:
     """The prompt that `template` makes of `messages`, as transformers' apply_chat_template does.
 
+    Encode it with `allow_special=True, add_bos=False`.
+
     Args:
       template: jinja2 source.
       messages: dicts with "role" and "content".
       add_generation_prompt: end with the opening of the assistant's turn.
-      special_tokens: `bos_token` and `eos_token`, for the template to place;
-        one that is missing is empty.
+      special_tokens: `bos_token` and `eos_token`, empty where they are missing.
 
-    Returns:
-      Text to be encoded with `allow_special=True, add_bos=False`.
-
-    Raises:
-      ChatTemplateError: the template is wrong, asks for something forbidden, or refuses the
-        messages.
+    Raises ChatTemplateError where the template is wrong, reaches too far or refuses.
     """
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _Generation]
@@ -74,8 +70,9 @@ def render_chat(
     except Exception as error:
         where = f"line {error.lineno}: " if getattr(error, "lineno", None) else ""
         name = "" if isinstance(error, TemplateError) else f"{type(error).__name__}: "
-        what = " ".join(str(error).split())[:300]
-        raise ChatTemplateError(f"the chat template fails: {where}{name}{what}") from error
+        raise ChatTemplateError(
+            f"the chat template fails: {where}{name}{one_line(error)}"
+        ) from error
 
 
 def chat_prompt(
@@ -84,10 +81,9 @@ def chat_prompt(
     system: str | None = None,
     history: Sequence[dict[str, Any]] = (),
 ) -> str:
-    """The prompt for the next reply: `system`, the messages of `history`, then `user`.
+    """`render_chat` of `system`, the messages of `history`, then `user`.
 
-    Encode it with `allow_special=True, add_bos=False`. Raises ChatTemplateError as `render_chat`
-    does, and for a tokenizer without a template.
+    Raises ChatTemplateError, also for a tokenizer without a template.
     """
     if tokenizer.chat_template is None:
         raise ChatTemplateError("this model has no chat template: use --prompt without --chat")
@@ -99,9 +95,9 @@ def chat_prompt(
 class Dialogue:
     """The messages so far, in the model's chat template.
 
-    A reply's own ids stay in the prompt of the next turn: encoded again, its text may fall into
-    other tokens. A template that changes what was said makes the whole chat be encoded again, and
-    so does SentencePiece, whose tokens depend on where a text begins.
+    A reply's own ids stay in the next prompt, as its text encoded again may have other tokens. The
+    whole chat is encoded again where the template changes what was said, and by SentencePiece,
+    whose tokens depend on where a text begins.
     """
 
     def __init__(self, tokenizer: Tokenizer, system: str | None = None):
@@ -110,10 +106,7 @@ class Dialogue:
         self._known: tuple[str, list[int]] = "", []  # text and ids to the end of the last reply
 
     def prompt(self, user: str) -> tuple[str, list[int]]:
-        """Text and ids of the prompt for a reply to `user`.
-
-        Raises ChatTemplateError as `chat_prompt` does.
-        """
+        """Text and ids of the prompt for a reply to `user`. Raises ChatTemplateError."""
         text = chat_prompt(self._tokenizer, user, self._system, self.messages)
         known, ids = self._known
         if ids and text.startswith(known) and not self._tokenizer.leading_spaces:
@@ -124,10 +117,8 @@ class Dialogue:
         self, user: str, prompt: tuple[str, list[int]], reply: str, reply_ids: list[int] | None
     ) -> None:
         """Enters a turn. reply_ids: tokens that make exactly the text of the reply, if known."""
-        self.messages += [
-            {"role": "user", "content": user},
-            {"role": "assistant", "content": reply},
-        ]
+        self.messages.append({"role": "user", "content": user})
+        self.messages.append({"role": "assistant", "content": reply})
         text, ids = prompt
         self._known = text + reply, [] if reply_ids is None else ids + reply_ids
 

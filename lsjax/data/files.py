@@ -18,22 +18,20 @@ import numpy as np
 from lsjax.config import ConfigError, check
 
 Fields = Mapping[str, Any]
-Refuse = Callable[[ConfigError], None]
+PlacedRow = tuple[str, str, Fields]  # a short name, where it stands in words, and its fields
+Refuse = Callable[[ConfigError], None]  # is called with the error of a bad line
 
 
 def cache_directory() -> Path:
-    """For files that can be made again: $LSJAX_CACHE, else lsjax below $XDG_CACHE_HOME or
-    ~/.cache."""
+    """Holds what can be made again: $LSJAX_CACHE, else lsjax in $XDG_CACHE_HOME or ~/.cache."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(os.environ.get("LSJAX_CACHE") or Path(base) / "lsjax")
 
 
 def find_files(paths: Sequence[str]) -> list[Path]:
-    """The files that paths and patterns (*, ?, [...], ** for directories) name.
+    """The files that paths and patterns (*, ?, [...], ** for directories) name, each once.
 
-    Those of a pattern are sorted; the patterns keep their order. No file comes twice.
-
-    Raises ConfigError for a path or pattern that names none.
+    Those of a pattern are sorted. Raises ConfigError for a path or pattern that names none.
     """
     found: dict[Path, None] = {}
     for path in paths:
@@ -51,10 +49,7 @@ def find_files(paths: Sequence[str]) -> list[Path]:
 
 
 def stop_at(error: ConfigError) -> None:
-    """Raises the error of a bad line: the default of every `refuse`.
-
-    Another `refuse` may return. The line is then left out.
-    """
+    """The default `refuse`; where another one returns, the line is left out."""
     raise error
 
 
@@ -69,9 +64,8 @@ def read_lines(file: Path, refuse: Refuse = stop_at) -> Iterator[tuple[int, str]
                 try:
                     text = line.decode("utf-8-sig" if number == 1 else "utf-8")
                 except UnicodeDecodeError:
-                    refuse(
-                        ConfigError(f"{file}, line {number} is not UTF-8 text: save it as UTF-8")
-                    )
+                    problem = "is not UTF-8 text: save it as UTF-8"
+                    refuse(ConfigError(f"{file}, line {number} {problem}"))
                     continue
                 yield number, text[:-2] + "\n" if text.endswith("\r\n") else text
     except (gzip.BadGzipFile, zlib.error, EOFError) as error:
@@ -79,7 +73,7 @@ def read_lines(file: Path, refuse: Refuse = stop_at) -> Iterator[tuple[int, str]
 
 
 def json_rows(file: Path, refuse: Refuse = stop_at) -> Iterator[tuple[int, Fields]]:
-    """Line numbers and objects of a .jsonl file; blank lines are skipped."""
+    """Line numbers and objects of a .jsonl file; blank lines do not count."""
     for number, line in read_lines(file, refuse):
         if not line.strip():
             continue
@@ -103,19 +97,17 @@ def tab_separated_rows(file: Path, refuse: Refuse = stop_at) -> Iterator[tuple[i
 
 def comma_separated_rows(file: Path, refuse: Refuse = stop_at) -> Iterator[tuple[int, Fields]]:
     """Rows of a .csv file like those of a .tsv; quoted columns may hold commas and line ends."""
-    begin = 1
 
     def lines() -> Iterator[tuple[int, list[str]]]:
-        nonlocal begin
-        reader = csv.reader(line for _, line in read_lines(file, refuse))
-        for columns in reader:
-            yield begin, columns
-            begin = reader.line_num + 1
+        reader, begin = csv.reader(line for _, line in read_lines(file, refuse)), 1
+        try:
+            for columns in reader:
+                yield begin, columns
+                begin = reader.line_num + 1
+        except csv.Error as error:  # such as a column of more than 128 KB
+            raise ConfigError(f"{file}, line {begin} is not CSV ({error}): mend it") from None
 
-    try:
-        yield from _named_columns(file, lines(), refuse)
-    except csv.Error as error:  # a column of more than 128 KB, say: where the next begins is unsure
-        raise ConfigError(f"{file}, line {begin} is not CSV ({error}): mend it") from None
+    yield from _named_columns(file, lines(), refuse)
 
 
 def _named_columns(
@@ -129,6 +121,32 @@ def _named_columns(
         else:
             counts = f"{len(columns)} columns, the header {len(names)}"
             refuse(ConfigError(f"{file}, line {number} has {counts}: a tab or a line too many?"))
+
+
+# By the end of a file's name, behind which .gz may stand.
+READERS = {".jsonl": json_rows, ".tsv": tab_separated_rows, ".csv": comma_separated_rows}
+
+
+def file_rows(
+    paths: Sequence[str], refuse: Refuse = stop_at, kind: str | None = None
+) -> Iterator[PlacedRow]:
+    """The rows of files: .jsonl, .tsv or .csv, each also as .gz.
+
+    kind: one of these for all files, whatever their names. Raises ConfigError for a missing file
+    and for one of another kind.
+    """
+    for file in find_files(paths):
+        own = kind or (Path(file.stem).suffix if file.suffix == ".gz" else file.suffix)
+        check(
+            own in READERS, f"{file}: rows come from {', '.join(READERS)}, not from {own or 'that'}"
+        )
+        for number, row in READERS[own](file, refuse):
+            yield f"{file.name}:{number}", f"{file}, line {number}", row
+
+
+def one_line(error: BaseException) -> str:
+    """What the error of a library says, or its type if it says nothing."""
+    return " ".join(str(error).split())[:600] or type(error).__name__
 
 
 def read_json(file: Path, error_type: type[ValueError]) -> dict[str, Any]:
@@ -145,8 +163,8 @@ def read_json(file: Path, error_type: type[ValueError]) -> dict[str, Any]:
 def open_gguf(file: Path, error_type: type[ValueError]) -> Any:
     """The gguf package's reader of a file.
 
-    Raises an error of this type for anything but a whole little-endian file of version 2 or 3, and
-    where the package is not installed.
+    Raises an error of this type where the package is not installed, and for anything but a whole
+    little-endian file of version 2 or 3.
     """
     try:
         import gguf
@@ -170,7 +188,7 @@ def open_gguf(file: Path, error_type: type[ValueError]) -> Any:
     except OSError:
         raise
     except Exception as error:
-        problem = " ".join(f"{type(error).__name__}: {error}".split())
+        problem = f"{type(error).__name__}: {one_line(error)}"
         raise error_type(
             f"{file}: not a whole GGUF file ({problem}): damaged or cut short, download it again"
         ) from error
@@ -198,7 +216,7 @@ def write_whole(file: Path, content: bytes) -> None:
 def whole_directory(directory: Path) -> Iterator[Path]:
     """A directory to write into, which takes the given name when the block has ended well.
 
-    If another process has finished the same one by then, that one stays.
+    One that another process has finished by then stays.
     """
     partial = _partial(directory)
     partial.mkdir()

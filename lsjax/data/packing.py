@@ -4,8 +4,7 @@
     split        a a a a b b b b | b b c c c c c d | d d . . . . . .    all rows full but the last
     first-fit    a a a a d d d . | b b b b b b . . | c c c c c . . .    documents stay whole
 
-A row is a list of pieces, and a piece a stretch of one document. Nothing is copied until a row is
-read.
+A row is a list of pieces, each a stretch of one document. Nothing is copied until a row is read.
 """
 
 import hashlib
@@ -28,8 +27,7 @@ class PackedBatch(TypedDict):
     tokens_BT: ids; 0 in padding.
     labels_BT: the token that follows in the document, also where that is in the next row. -1 in
       prompts (finetuning), at a document's last token, in padding.
-    segments_BT: number of the document within the row, from 1; 0 is padding. Tokens attend within
-      their segment only.
+    segments_BT: number of the document within the row, from 1; 0 in padding.
     positions_BT: position within the piece of the document, from 0; 0 in padding.
     """
 
@@ -44,7 +42,6 @@ class PackedRows:
     """Rows of seq_len tokens: row r is the pieces first_R1[r] to first_R1[r + 1].
 
     start_P, length_P: the piece's place in store.tokens. document_P: its document.
-    train_on_prompt: whether the tokens of prompts are labels.
     num_documents, num_truncated, num_dropped: documents in the rows, those of them that lost their
     end, and those left out. num_shared: validation documents left out as training has them too.
     """
@@ -82,12 +79,9 @@ class PackedRows:
         full = self.num_tokens / (len(self) * self.seq_len)
         text = f"{self.num_documents:,} documents, {self.num_tokens:,} tokens, "
         text += f"{len(self):,} rows of {self.seq_len:,}, {full:.1%} full"
-        lost = {
-            "truncated": self.num_truncated,
-            "dropped": self.num_dropped,
-            "left out that training has too": self.num_shared,
-        }
-        return text + "".join(f", {number:,} {why}" for why, number in lost.items() if number)
+        reasons = "truncated", "dropped", "left out that training has too"
+        lost = zip((self.num_truncated, self.num_dropped, self.num_shared), reasons, strict=True)
+        return text + "".join(f", {number:,} {why}" for number, why in lost if number)
 
     def read(self, rows: np.ndarray) -> PackedBatch:
         """The rows of these numbers, as int32; a number of -1 is a row of padding."""
@@ -98,11 +92,11 @@ class PackedRows:
         for b, row in enumerate(rows):
             if row < 0:
                 continue
-            at = 0
+            to = 0
             for number, piece in enumerate(range(self.first_R1[row], self.first_R1[row + 1]), 1):
                 start, length = int(self.start_P[piece]), int(self.length_P[piece])
                 document = self.document_P[piece]
-                to = at + length
+                at, to = to, to + length
                 tokens[b, at:to] = source[start : start + length]
                 segments[b, at:to] = number
                 positions[b, at:to] = np.arange(length)
@@ -113,21 +107,15 @@ class PackedRows:
                 if first < last:
                     offset = at - start - 1
                     labels[b, first + offset : last + offset] = source[first:last]
-                at = to
         return PackedBatch(
             tokens_BT=tokens, labels_BT=labels, segments_BT=segments, positions_BT=positions
         )
 
 
 def pack(
-    store: TokenStore,
-    documents_M: Int64[np.ndarray, "M"],
-    seq_len: int,
-    config: DataConfig,
+    store: TokenStore, documents_M: Int64[np.ndarray, "M"], seq_len: int, config: DataConfig
 ) -> PackedRows:
-    """Rows of the given documents of the store, taken in this order.
-
-    A document that would be truncated to a prompt without a label is dropped.
+    """Rows of these documents of the store, in this order; those that lose all labels are dropped.
 
     Raises ConfigError where no row is left.
     """
@@ -170,11 +158,9 @@ def pack(
 def split(
     lengths_M: Int64[np.ndarray, "M"], seq_len: int, packing: bool
 ) -> tuple[Int64[np.ndarray, "P"], ...]:
-    """Pieces of documents laid end to end and cut at the ends of rows; with packing off each
-    document begins a row.
+    """Pieces of documents laid end to end, or each from the start of a row, cut at ends of rows.
 
-    Returns:
-      Of each piece: its document (an index into lengths_M), its offset in it, length and row.
+    Returns each piece's document (an index into lengths_M), its offset in it, length and row.
     """
     room_M = lengths_M if packing else -(-lengths_M // seq_len) * seq_len
     ends_M = np.cumsum(room_M)

@@ -1,8 +1,7 @@
 """One stream of rows, shuffled anew each epoch, of which each host reads its own.
 
-The stream is a function of the data and the seed. Its order depends neither on the batch size nor
-on the number of hosts, and it continues across the ends of epochs. So its whole state is the number
-of rows that were taken, and resuming there costs nothing.
+The stream is a function of the data and the seed. Neither the batch size nor the number of hosts
+changes its order, and it continues across epochs. So its state is the number of rows taken.
 
         the stream:       r0 r1 r2 r3 | r4 r5 r6 r7 | ...      batches of 4
         a host's [0, 1]:  r0 r1       | r4 r5       | ...
@@ -30,18 +29,14 @@ PREFETCH = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
 class Pipeline:
     """Batches without end, for one host.
 
-    Args:
-      rows: what the stream is made of.
-      batch_size: rows of all hosts together.
-      seed: of the order, 0 <= seed < 2^32.
-      own_B: numbers of this host's rows in each batch, which `next` gives; all by default.
+    batch_size: rows of all hosts together. seed: of the order, 0 <= seed < 2^32. own_B: numbers of
+    this host's rows in each batch; all by default.
     """
 
     def __init__(
         self, rows: PackedRows, *, batch_size: int, seed: int, own_B: np.ndarray | None = None
     ):
-        self.rows = rows
-        self._batch_size, self._seed = batch_size, seed
+        self.rows, self._batch_size, self._seed = rows, batch_size, seed
         self._own_B = np.arange(batch_size) if own_B is None else own_B
         self._order = grain.MapDataset.range(len(rows)).seed(seed).shuffle().repeat()
         self._taken = 0
@@ -66,15 +61,13 @@ class Pipeline:
     def restore(self, state: dict) -> None:
         """Resumes with the row after the last one that was taken.
 
-        The batch size, the number of hosts and the place of the data may have changed.
-
         Raises ConfigError, with what differs, if the stream is another one.
         """
         own = self.state()
-        named = {"seed": "seed", "seq_len": "seq_len", "num_rows": "rows", "data": "fingerprint"}
+        names = {"num_rows": "rows", "data": "fingerprint"}
         others = [
-            f"{name} {state[key]}, now {own[key]}"
-            for key, name in named.items()
+            f"{names.get(key, key)} {state[key]}, now {own[key]}"
+            for key in ("seed", "seq_len", "num_rows", "data")
             if state[key] != own[key]
         ]
         check(
@@ -93,7 +86,7 @@ class Pipeline:
 
 
 class OnePass:
-    """Every row of a split once, in a fixed order, for one host; can be iterated again and again.
+    """Every row of a split once, in a fixed order, for one host, as often as it is iterated.
 
     With max_batches fewer rows, evenly spaced: the first rows may all be of one long document. The
     last batch is filled up with padding (segments 0, labels -1).
@@ -107,8 +100,7 @@ class OnePass:
         own_B: np.ndarray | None = None,
         max_batches: int | None = None,
     ):
-        self.rows = rows
-        self._batch_size = batch_size
+        self.rows, self._batch_size = rows, batch_size
         self._own_B = np.arange(batch_size) if own_B is None else own_B
         batches = -(-len(rows) // batch_size)
         self._num_batches = batches if max_batches is None else min(batches, max_batches)
@@ -121,23 +113,20 @@ class OnePass:
         return OnePass(self.rows, batch_size=self._batch_size, max_batches=self._num_batches)
 
     def __iter__(self) -> Iterator[PackedBatch]:
-        taken = min(len(self.rows), len(self) * self._batch_size)
-        for first in range(0, len(self) * self._batch_size, self._batch_size):
-            numbers_B = np.arange(first, first + self._batch_size)
-            numbers_B = np.where(numbers_B < taken, numbers_B * len(self.rows) // taken, -1)
+        numbers = np.full((len(self), self._batch_size), -1)
+        taken = min(len(self.rows), numbers.size)
+        numbers.flat[:taken] = np.arange(taken) * len(self.rows) // taken
+        for numbers_B in numbers:
             yield self.rows.read(numbers_B[self._own_B])
 
 
 def packed_rows(
     config: DataConfig, tokenizer: Tokenizer, *, seq_len: int, split: str, cache: Path
 ) -> PackedRows:
-    """The packed rows of a split, "train" or "validation".
+    """The packed rows of a split, "train" or "validation", which share no document.
 
-    Tokens are kept in `cache`. All hosts must have the same data. With a cache on a shared disk,
-    one host makes the tokens before the others begin.
-
-    No document of "validation" is in "train": a separate validation set is left without those
-    documents that are also in the training data.
+    Tokens are kept in `cache`. A separate validation set is left without the documents that are
+    also in the training data.
 
     Raises ConfigError for missing or unreadable data, and for a split without documents.
     """
@@ -150,8 +139,9 @@ def packed_rows(
     else:
         chosen_N = is_held_out(store.keys_N, config.held_out_fraction) == (split == "validation")
     size = "small" if split == "validation" else "large"
-    reason = f"validation_fraction {config.validation_fraction} is too {size}"
-    reason = "all of them are in the training data too" if own_set else reason
+    reason = "all of them are in the training data too"
+    if not own_set:
+        reason = f"validation_fraction {config.validation_fraction} is too {size}"
     check(bool(chosen_N.any()), f"of {len(chosen_N)} documents none is for {split}: {reason}")
     rows = pack(store, by_key(store.keys_N, chosen_N), seq_len, config)
     return replace(rows, num_shared=int((~chosen_N).sum()) if own_set else 0)
@@ -160,10 +150,6 @@ def packed_rows(
 def by_key(
     keys_N: UInt64[np.ndarray, "N"], chosen_N: Bool[np.ndarray, "N"]
 ) -> Int64[np.ndarray, "M"]:
-    """Numbers of the chosen documents, in the order of their keys.
-
-    That order is as good as random, and renaming files does not change it. Neighbours in a file are
-    not neighbours in the rows, and the first rows are a sample of all.
-    """
+    """Numbers of the chosen documents, in the order of their keys, which is as good as random."""
     numbers = np.flatnonzero(chosen_N)
     return numbers[np.argsort(keys_N[numbers], kind="stable")]

@@ -1,9 +1,7 @@
 """Documents in one order, and their sources: text files, rows of files, TFDS, Python's own source.
 
-TFDS works without TensorFlow. It downloads most of its text data sets by itself the first time that
-they are named (gsm8k, cnn_dailymail, squad, ...). Some need files that it does not download (xsum,
-samsum, booksum, ...): it says where to get them and where to put them. A data set that was prepared
-elsewhere is read from its directory, also without the class that made it.
+TFDS works without TensorFlow. It downloads most text data sets when they are first named, and says
+which files to get by hand for the others. It reads one that was prepared elsewhere as well.
 """
 
 import hashlib
@@ -15,7 +13,8 @@ import re
 import string
 import sysconfig
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from lsjax.config import ConfigError, DataConfig, check
-from lsjax.data.files import Fields, find_files, json_rows, read_lines, tab_separated_rows
+from lsjax.data.files import Fields, file_rows, find_files, one_line, read_lines
 
 # Tests are repetitive; packages are whatever was installed; the rest belongs to one machine.
 LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
@@ -52,18 +51,19 @@ class Source:
     """Documents in one order, the same on every machine that has the same files.
 
     name: its name in messages. files: the files behind it. read: yields the documents, and raises
-    ConfigError with file and line where it can't. part: which part of the files it reads, if not
-    all.
+    ConfigError with file and line where it can't. part: of the files, if not all are read. limit:
+    number of documents.
     """
 
     name: str
     files: Sequence[Path]
     read: Callable[[], Iterator[Document]]
     part: str = ""
+    limit: int | None = None
 
     def documents(self) -> Iterator[Document]:
-        """All documents but those whose text is blank."""
-        return (document for document in self.read() if document.text.strip())
+        """The first documents whose text is not blank."""
+        return islice((one for one in self.read() if one.text.strip()), self.limit)
 
     def fingerprint(self) -> str:
         """Hash (hex) of the contents of the files in their order, but not of their names."""
@@ -75,34 +75,37 @@ class Source:
 
 
 def document_source(config: DataConfig, *, validation: bool = False) -> Source:
-    """The source of a configuration.
-
-    validation: opens the separate validation set.
+    """The source of a configuration, or its separate validation set.
 
     Raises ConfigError where files are missing.
     """
     paths = config.validation_paths if validation else config.paths
-    if config.source == "python_source":
-        return python_source()
-    if config.source == "text":
-        return text_files(paths, config.separator)
-    if config.source == "tfds":
-        split = config.validation_split if validation else config.tfds_split
-        name, files, rows = tfds_split(config.tfds_name, split, config.tfds_data_dir)
+    match config.source:
+        case "python_source":
+            source = python_source()
+        case "text":
+            source = text_files(paths, config.separator)
+        case "tfds":
+            part = config.validation_split if validation else config.tfds_split
+            found = tfds_split(config.tfds_name, part, config.tfds_data_dir)
+            source = _row_source(config, *found, part)
+        case kind:
+            rows = partial(file_rows, paths, kind=f".{kind}")
+            source = _row_source(config, " ".join(paths), find_files(paths), rows)
+    return replace(source, limit=None if validation else config.max_documents)
 
-        def read_tfds() -> Iterator[Document]:
-            return (row_document(row, config, where) for where, row in rows())
 
-        return Source(name, files, read_tfds, split)
-    files = find_files(paths)
-    rows_of = json_rows if config.source == "jsonl" else tab_separated_rows
+def _row_source(
+    config: DataConfig,
+    name: str,
+    files: Sequence[Path],
+    rows: Callable[[], Iterator[tuple[Any, ...]]],
+    part: str = "",
+) -> Source:
+    def read() -> Iterator[Document]:
+        return (row_document(row, config, where) for *_, where, row in rows())
 
-    def read_rows() -> Iterator[Document]:
-        for file in files:
-            for line, row in rows_of(file):
-                yield row_document(row, config, f"{file}, line {line}")
-
-    return Source(" ".join(paths), files, read_rows)
+    return Source(name, files, read, part)
 
 
 def python_source() -> Source:
@@ -130,7 +133,6 @@ def python_source() -> Source:
 def text_files(paths: Sequence[str], separator: str) -> Source:
     """Documents of plain text; separators are no part of them.
 
-    paths: files or patterns, as for `find_files`.
     separator: "file" makes each file a document, "blank_line" ends one at each run of blank lines;
       anything else is a marker that stands between documents.
     """
@@ -156,9 +158,8 @@ def tfds_split(
 ) -> tuple[str, list[Path], Callable[[], Iterator[tuple[str, Fields]]]]:
     """A split, or a part of one, of a TensorFlow data set; downloaded if it has to be.
 
-    Returns:
-      Its name in messages, its files, and a function that yields the place and the fields of each
-      row. Texts are bytes.
+    Returns its name in messages, its files, and a function that yields the place and the fields of
+    each row. Texts are bytes.
 
     Raises ConfigError for an unknown name or split, for files that are to be fetched by hand, for a
     failed download, and for a data set that was prepared in another format.
@@ -173,7 +174,7 @@ def tfds_split(
             builder.download_and_prepare(download_config=settings)
         except Exception as error:  # of the network, the disk or the data set; files to get by hand
             raise ConfigError(
-                f"{name} could not be prepared ({_one_line(error)}): mend that, or prepare it "
+                f"{name} could not be prepared ({one_line(error)}): mend that, or prepare it "
                 f"elsewhere with file_format='array_record' and copy it to {builder.data_path}"
             ) from error
     written = builder.info.file_format.value
@@ -187,7 +188,7 @@ def tfds_split(
         files = [Path(file) for file in builder.info.splits[split].filepaths]
     except (ValueError, AssertionError) as error:
         raise ConfigError(
-            f"{name} has no split {split!r} ({_one_line(error)}): choose one of "
+            f"{name} has no split {split!r} ({one_line(error)}): choose one of "
             f"{', '.join(builder.info.splits)}, or a part such as train[:10%]"
         ) from None
     title = f"{name} {split}"
@@ -209,29 +210,23 @@ def tfds_builder(name: str, **settings: Any) -> Any:
         except (DatasetNotFoundError, ModuleNotFoundError):
             continue
         except Exception as error:  # no such config or version, or what another site says
-            raise ConfigError(f"tfds_name {name!r}: {_one_line(error)}") from None
+            raise ConfigError(f"tfds_name {name!r}: {one_line(error)}") from None
     raise ConfigError(
         f"TensorFlow Datasets has no {name!r}: check its spelling, name the tfds_data_dir that "
         "holds it, or use source jsonl or tsv with its files"
     )
 
 
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:600] or type(error).__name__
-
-
 def training_documents(config: DataConfig) -> Iterator[Document]:
-    """The documents that are not held out, without those beyond config.max_documents."""
-    documents = islice(document_source(config).documents(), config.max_documents)
-    fraction = config.held_out_fraction
+    """The documents that are not held out."""
+    documents, fraction = document_source(config).documents(), config.held_out_fraction
     return (document for document in documents if not is_held_out(document.key, fraction))
 
 
 def is_held_out(key: int | np.ndarray, fraction: float) -> bool | np.ndarray:
     """Whether documents with these keys are in the share that is kept for validation.
 
-    The choice depends neither on the order of the documents nor on their number, and equal
-    documents are on the same side.
+    Neither the order nor the number of the documents matters, and equal ones are on the same side.
     """
     return key < int(fraction * 2**64)
 
@@ -239,8 +234,7 @@ def is_held_out(key: int | np.ndarray, fraction: float) -> bool | np.ndarray:
 def row_document(row: Fields, config: DataConfig, where: str) -> Document:
     """The document that the templates make of a row.
 
-    Raises ConfigError, beginning with `where`, for a field that the row lacks, that is no text or
-    number, or that holds half a character.
+    Raises ConfigError, beginning with `where`, as `fill` does and for an empty prompt.
     """
     if config.has_prompts:
         prompt = fill(config.prompt_template, row, where)
@@ -250,7 +244,10 @@ def row_document(row: Fields, config: DataConfig, where: str) -> Document:
 
 
 def fill(template: str, row: Fields, where: str) -> str:
-    """The template with each {field} replaced by what the row has under that name."""
+    """The template with each {field} replaced by what the row has under that name.
+
+    Raises ConfigError for a field that is missing, no text or number, or holds half a character.
+    """
     parts = []
     for literal, field, _, _ in string.Formatter().parse(template):
         parts.append(literal)

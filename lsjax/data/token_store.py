@@ -1,11 +1,9 @@
 """The tokens of a source: made once, kept on disk, and read from there without loading them.
 
-A directory of the cache, named by a hash of the source's content, the tokenizer and all settings
-that the tokens depend on:
+A directory of the cache, named by a hash of all that the tokens depend on:
 
     tokens.bin     the tokens of all documents, one after the other, uint16 or uint32
-    documents.npz  where each document begins (and the last one ends), how many of its tokens are
-                   its prompt, its hash; and the fingerprint of all that
+    documents.npz  the other arrays of a `TokenStore`, and the fingerprint of all
 """
 
 import hashlib
@@ -13,7 +11,6 @@ import json
 import shutil
 from array import array
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from zipfile import BadZipFile
 
@@ -36,7 +33,8 @@ MARKS = ("\x01", ".", ":", "0", "\u4e00")
 class TokenStore:
     """Tokens of N documents: document n is tokens[starts_N1[n] : starts_N1[n + 1]].
 
-    tokens: 1-D, memory-mapped. fingerprint: hash (hex) of all four arrays.
+    tokens: memory-mapped. prompts_N: how many of the tokens are the prompt. keys_N: of `Document`.
+    fingerprint: hash (hex) of all four arrays.
     """
 
     tokens: np.ndarray
@@ -54,8 +52,7 @@ class TokenStore:
 def token_store(
     config: DataConfig, tokenizer: Tokenizer, *, cache: Path, validation: bool = False
 ) -> TokenStore:
-    """The tokens of the config's source, or of its separate validation set; made unless in the
-    cache.
+    """The tokens of the config's source, or of its separate validation set, by way of the cache.
 
     Raises ConfigError where data are missing or can't be read, where no document is found, and for
     a tokenizer without the end token that the config asks for.
@@ -67,16 +64,15 @@ def token_store(
         "table: set append_end to False",
     )
     source = document_source(config, validation=validation)
-    limit = None if validation else config.max_documents
     dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
-    directory = cache / "tokens" / _name(config, tokenizer, source, limit)
+    directory = cache / "tokens" / _name(config, tokenizer, source)
     was_there = directory.is_dir()  # then it was whole: directories appear when they are
     store = _load(directory, dtype)
     if store is None:
         if was_there:
             shutil.rmtree(directory, ignore_errors=True)
         with whole_directory(directory) as partial:
-            _write(partial, config, tokenizer, source, limit, dtype)
+            _write(partial, config, tokenizer, source, dtype)
         store = _load(directory, dtype)
         check(store is not None, f"{directory} can't be read back: is the disk in order?")
     return store
@@ -87,8 +83,7 @@ def encode_document(
 ) -> tuple[list[int], int]:
     """Token ids of a document, and how many of them are its prompt.
 
-    A prompt is encoded by itself, as it is when decoding; the beginning-of-text token, where the
-    tokenizer adds one, is part of it.
+    A prompt is encoded by itself, as in decoding, and includes a beginning-of-text token.
     """
     special = config.allow_special
     if config.has_prompts:
@@ -111,31 +106,25 @@ def _continuation(text: str, tokenizer: Tokenizer, special: bool) -> list[int]:
     raise TokenizerError(f"the tokenizer joins {text[:40]!r} with whatever stands before it")
 
 
-def _name(config: DataConfig, tokenizer: Tokenizer, source: Source, limit: int | None) -> str:
+def _name(config: DataConfig, tokenizer: Tokenizer, source: Source) -> str:
     made_of = [
-        *(FORMAT, source.fingerprint(), tokenizer.fingerprint, tokenizer.add_bos, limit),
+        *(FORMAT, source.fingerprint(), tokenizer.fingerprint, tokenizer.add_bos, source.limit),
         *(tokenizer.bos_id, tokenizer.eos_ids[:1], config.append_end, config.allow_special),
-        tokenizer.vocab_size,
-        *(config.source, config.separator),
+        *(tokenizer.vocab_size, config.source, config.separator),
         *(config.text_template, config.prompt_template, config.response_template),
     ]
     return hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:32]
 
 
 def _write(
-    folder: Path,
-    config: DataConfig,
-    tokenizer: Tokenizer,
-    source: Source,
-    limit: int | None,
-    dtype: np.dtype,
+    folder: Path, config: DataConfig, tokenizer: Tokenizer, source: Source, dtype: np.dtype
 ) -> None:
     starts, prompts, keys, digest = array("q", [0]), array("i"), array("Q"), hashlib.sha256()
     size = sum(file.stat().st_size for file in source.files)
     progress = Progress(console=Console(stderr=True), transient=True)
     with (folder / "tokens.bin").open("wb") as file, progress:
         task = progress.add_task(f"tokens of {source.name}", total=size)
-        for document in islice(source.documents(), limit):
+        for document in source.documents():
             ids, prompt = encode_document(document, config, tokenizer)
             tokens = np.array(ids, dtype).tobytes()
             file.write(tokens)
@@ -147,13 +136,8 @@ def _write(
     check(len(keys) > 0, f"{source.name} holds no text: every document of it is empty")
     for numbers in (starts, prompts, keys):
         digest.update(numbers)
-    np.savez(
-        folder / "documents.npz",
-        starts=np.array(starts),
-        prompts=np.array(prompts),
-        keys=np.array(keys),
-        fingerprint=digest.hexdigest(),
-    )
+    arrays = {"starts": starts, "prompts": prompts, "keys": keys, "fingerprint": digest.hexdigest()}
+    np.savez(folder / "documents.npz", **arrays)
 
 
 def _load(directory: Path, dtype: np.dtype) -> TokenStore | None:

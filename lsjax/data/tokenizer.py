@@ -1,8 +1,7 @@
 """One interface for tokenizer.json, SentencePiece, GGUF and plain bytes.
 
 The `sentencepiece` and `tokenizers` libraries encode. Decoding is done here, from one table of
-id -> bytes, the same for every kind of tokenizer. A text is the bytes of its tokens, so a streaming
-decoder has the state of an incremental UTF-8 decoder.
+id -> bytes. A text is the bytes of its tokens, so streaming only decodes UTF-8 incrementally.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ import hashlib
 import json
 import struct
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
 
@@ -33,13 +32,13 @@ class Tokenizer(ABC):
 
     Attributes:
       vocab_size: largest id + 1; fewer if the model's table has fewer rows (`fitted`).
-      bos_id: id of the beginning-of-text token, or None.
+      bos_id: id of the beginning-of-text token.
       eos_ids: ids that end a generated text, the tokenizer's own first.
       add_bos: whether `encode` puts `bos_id` first unless told otherwise.
-      chat_template: jinja2 source, or None.
-      special_spelling: id of each special token -> how it is spelled.
-      leading_spaces: how many leading spaces `decode` drops, at most one of each token: the space
-        that SentencePiece puts before a text on encoding.
+      chat_template: jinja2 source.
+      special_spelling: spelling of each special token by its id.
+      leading_spaces: how many leading spaces `decode` drops, at most one of each token, as
+        SentencePiece puts one before a text.
     """
 
     vocab_size: int
@@ -71,9 +70,8 @@ class Tokenizer(ABC):
             token, as transformers does. False keeps it plain text, for untrusted and training text.
             Tokens that were added but not declared special are always read.
 
-        Raises:
-          TokenizerError: `text` holds lone surrogates, or there is no `bos_id` to add, or the
-            model has no row for a token (`fitted`).
+        Raises TokenizerError for lone surrogates, for a token without a row in the model's table,
+        and where there is no `bos_id` to add.
         """
         try:
             text.encode()
@@ -99,10 +97,8 @@ class Tokenizer(ABC):
     def fitted(self, rows: int) -> Tokenizer:
         """This tokenizer for a model whose table has so many rows.
 
-        A few tokens may be without a row, such as a <pad> that was added. `encode` then refuses a
-        text that contains one.
-
-        Raises TokenizerError where there are more than MOST_EXTRA of them.
+        At most MOST_EXTRA tokens may be without a row, such as a <pad> that was added. `encode`
+        then refuses a text that contains one. Raises TokenizerError for more of them.
         """
         if self.vocab_size <= rows:
             return self
@@ -118,8 +114,7 @@ class Tokenizer(ABC):
     def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
         """Text of a whole sequence; bytes that are no UTF-8 become U+FFFD.
 
-        Special tokens are left out, or spelled if `skip_special` is False. Ids without a token
-        (the padding of an embedding table) add nothing.
+        Special tokens are spelled if `skip_special` is False. Ids without a token add nothing.
         """
         stream = StreamDecoder(self, (), skip_special=skip_special)
         return stream.push(ids) + stream.finish()
@@ -152,18 +147,19 @@ class Tokenizer(ABC):
     @property
     def special_tokens(self) -> dict[str, str]:
         """Spelling of `bos_token` and `eos_token`, as chat templates name them."""
-        named = {"bos_token": self.bos_id, "eos_token": next(iter(self.eos_ids), None)}
+        bos = () if self.bos_id is None else (self.bos_id,)
+        named = {"bos_token": bos, "eos_token": self.eos_ids}
         return {
-            name: self.token_bytes(token_id, skip_special=False).decode(errors="replace")
-            for name, token_id in named.items()
-            if token_id is not None
+            name: self.token_bytes(ids[0], skip_special=False).decode(errors="replace")
+            for name, ids in named.items()
+            if ids
         }
 
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 (hex) of the bytes of all tokens and of the ids of a fixed text.
 
-        It depends on ids only, not on the kind of file, nor on bos, eos or chat template.
+        The kind of file, bos, eos and the chat template are no part of it.
         """
         digest = hashlib.sha256()
         for token_id in sorted(self._pieces):
@@ -177,14 +173,10 @@ class StreamDecoder:
     """Text of tokens as they come, never a part of a character.
 
     All `push`es and `finish` together give the text that the new tokens add behind the prompt.
-    Unlike `decode` of them it keeps the space before a first word.
 
-    Args:
-      tokenizer: whose ids come.
-      prompt_ids: what goes before. None: some text, so a leading space is text; () is the start of
-        a text, where SentencePiece drops its own leading space. A character that the prompt leaves
-        unfinished is given with the token that completes it.
-      skip_special: leave special tokens out instead of spelling them.
+    prompt_ids: what goes before. None is some text, behind which a leading space is text. () is the
+    start of a text, where SentencePiece drops its own leading space. A character that the prompt
+    leaves unfinished is given with the token that completes it.
     """
 
     def __init__(
@@ -194,8 +186,7 @@ class StreamDecoder:
         *,
         skip_special: bool = True,
     ):
-        self._tokenizer = tokenizer
-        self._skip_special = skip_special
+        self._tokenizer, self._skip_special = tokenizer, skip_special
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         self._leading_spaces = 0 if prompt_ids is None else tokenizer.leading_spaces
         if prompt_ids is not None:
@@ -203,13 +194,7 @@ class StreamDecoder:
 
     def push(self, ids: Iterable[int]) -> str:
         """The text that `ids` complete."""
-        return "".join(self._utf8.decode(piece) for piece in self._bytes(ids))
-
-    def finish(self) -> str:
-        """What is held back: U+FFFD for an unfinished character, else nothing."""
-        return self._utf8.decode(b"", final=True)
-
-    def _bytes(self, ids: Iterable[int]) -> Iterator[bytes]:
+        text = ""
         for token_id in map(int, ids):
             piece = self._tokenizer.token_bytes(token_id, skip_special=self._skip_special)
             if piece and self._leading_spaces:
@@ -217,9 +202,9 @@ class StreamDecoder:
                 if token_id not in self._tokenizer.special_spelling:
                     piece = piece.removeprefix(b" ")
                 self._leading_spaces = 0 if piece else self._leading_spaces - 1
-            yield piece
+            text += self._utf8.decode(piece)
+        return text
 
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error, or its type if it says nothing."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]
+    def finish(self) -> str:
+        """What is held back: U+FFFD for an unfinished character, else nothing."""
+        return self._utf8.decode(b"", final=True)

@@ -10,17 +10,10 @@ from pathlib import Path
 
 import sentencepiece
 import tokenizers
-from tokenizers import (
-    AddedToken,
-    Regex,
-    decoders,
-    models,
-    normalizers,
-    pre_tokenizers,
-    processors,
-)
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 
-from lsjax.data.tokenizer import PROBE, Tokenizer, TokenizerError, first_line
+from lsjax.data.files import one_line
+from lsjax.data.tokenizer import PROBE, Tokenizer, TokenizerError
 
 MAX_TOKEN_ID = 1 << 24
 BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")  # SentencePiece's spelling of a byte
@@ -33,10 +26,8 @@ LLAMA3_SPLIT = (
 class HuggingFaceTokenizer(Tokenizer):
     """A `tokenizers` pipeline (a tokenizer.json), with the decoder of Llama 3 or of Llama 2.
 
-    Args:
-      backend: the pipeline; its truncation and padding are switched off.
-      bos_id, eos_ids, chat_template: as in `Tokenizer`.
-      add_bos: None asks the pipeline's post-processor.
+    backend: its truncation and padding are switched off. add_bos: by default what its
+    post-processor does. The others are as in `Tokenizer`.
     """
 
     def __init__(
@@ -87,8 +78,8 @@ class ByteTokenizer(HuggingFaceTokenizer):
     """Bytes of UTF-8 as ids 0..255, `<s>` 256, `</s>` 257: for tests and tiny models."""
 
     def __init__(self, *, add_bos: bool = True, chat_template: str | None = None):
-        vocab = {character: byte for byte, character in byte_characters().items()}
-        backend = byte_level_bpe(vocab, [], pre_tokenizers.ByteLevel(False, use_regex=False))
+        words = pre_tokenizers.ByteLevel(False, use_regex=False)
+        backend = byte_level_bpe(bytes_by_character(), [], words)
         backend.add_special_tokens([added_token("<s>"), added_token("</s>")])
         super().__init__(
             backend, bos_id=256, eos_ids=(257,), add_bos=add_bos, chat_template=chat_template
@@ -98,13 +89,10 @@ class ByteTokenizer(HuggingFaceTokenizer):
 class SentencePieceTokenizer(Tokenizer):
     """A SentencePiece model, run by the sentencepiece library.
 
-    Decoding equals the library's, but for bytes that are no UTF-8: a broken character is one
-    U+FFFD here, there one for each byte.
+    Decoding equals the library's, but a broken character is one U+FFFD, there one for each byte.
 
-    Args:
-      model: a serialized ModelProto, the content of a tokenizer.model.
-      add_bos: as Llama 2 does, unless the model has no such token.
-      eos_ids: None takes the model's own.
+    model: the content of a tokenizer.model. add_bos: holds where the model has such a token.
+    eos_ids: the model's own by default.
     """
 
     def __init__(
@@ -112,13 +100,13 @@ class SentencePieceTokenizer(Tokenizer):
         model: bytes,
         *,
         add_bos: bool = True,
-        eos_ids: Sequence[int] | None = None,
+        eos_ids: Sequence[int] = (),
         chat_template: str | None = None,
     ):
         try:
             processor = sentencepiece.SentencePieceProcessor(model_proto=model)
         except (RuntimeError, TypeError) as error:
-            raise TokenizerError(f"not a SentencePiece model ({first_line(error)})") from error
+            raise TokenizerError(f"not a SentencePiece model ({one_line(error)})") from error
         self._model, self._processor = model, processor
         self.vocab_size = processor.vocab_size()
         bos_id, eos_id = processor.bos_id(), processor.eos_id()  # -1 if there is none
@@ -156,12 +144,7 @@ class SentencePieceTokenizer(Tokenizer):
         return found if self._processor.id_to_piece(found) == piece else None
 
     def _save_model(self, directory: Path) -> str:
-        """Writes tokenizer.model and, if it can be had, a tokenizer.json.
-
-        The json is for transformers, which does not run SentencePiece: a BPE with the same merges,
-        equal to the model but for rare ties. It is left out where it would differ on a test text
-        (unigram models, normalizing ones, user-defined pieces).
-        """
+        """Writes tokenizer.model, and tokenizer.json for transformers where `_as_bpe` makes one."""
         (directory / "tokenizer.model").write_bytes(self._model)
         backend = self._as_bpe()
         if backend is None:
@@ -170,37 +153,35 @@ class SentencePieceTokenizer(Tokenizer):
         return "PreTrainedTokenizerFast"
 
     def _as_bpe(self) -> tokenizers.Tokenizer | None:
-        """The same BPE for the `tokenizers` library, or None where it would not be the same."""
-        processor = self._processor
-        names = processor.id_to_piece(list(range(self.vocab_size)))
-        vocab = {piece: i for i, piece in enumerate(names)}
-        normal = {
-            piece: i
-            for piece, i in vocab.items()
-            if not (i in self.special_spelling or processor.is_byte(i) or processor.is_unused(i))
-        }
+        """A BPE of the `tokenizers` library with the same merges, equal but for rare ties.
+
+        None where it differs on a test text: unigram and normalizing models, user-defined pieces.
+        """
+        processor, ids = self._processor, range(self.vocab_size)
+        names = processor.id_to_piece(list(ids))
+        vocab = dict(zip(names, ids, strict=True))
+        bytes_ = {i for i in ids if processor.is_byte(i)}
+        left_out = (
+            {i for i in ids if processor.is_unused(i)} | bytes_ | self.special_spelling.keys()
+        )
+        normal = {piece: i for piece, i in vocab.items() if i not in left_out}
         merges = []  # every way to make a piece of two, by the score of the piece
         for piece in sorted(normal, key=lambda p: (-processor.get_score(normal[p]), normal[p])):
             pairs = ((piece[:i], piece[i:]) for i in range(1, len(piece)))
             known = [pair for pair in pairs if pair[0] in normal and pair[1] in normal]
             merges += sorted(known, key=lambda pair: (normal[pair[0]], normal[pair[1]]))
-        has_bytes = any(processor.is_byte(i) for i in range(self.vocab_size))
-        backend = tokenizers.Tokenizer(
-            models.BPE(
-                vocab,
-                merges,
-                unk_token=names[processor.unk_id()],
-                fuse_unk=True,
-                byte_fallback=has_bytes,
-            )
+        unknown = names[processor.unk_id()]
+        model = models.BPE(
+            vocab, merges, unk_token=unknown, fuse_unk=True, byte_fallback=bool(bytes_)
         )
-        prefixed = processor.encode("a", out_type=str)[0].startswith("▁")
-        prefix = [normalizers.Prepend("▁")] if prefixed else []
-        strip = [decoders.Strip(" ", 1, 0)] if prefixed else []
-        backend.normalizer = normalizers.Sequence([*prefix, normalizers.Replace(" ", "▁")])
-        backend.decoder = decoders.Sequence(
-            [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
-        )
+        backend = tokenizers.Tokenizer(model)
+        normal_form = [normalizers.Replace(" ", "▁")]
+        text_form = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+        if processor.encode("a", out_type=str)[0].startswith("▁"):
+            normal_form.insert(0, normalizers.Prepend("▁"))
+            text_form.append(decoders.Strip(" ", 1, 0))
+        backend.normalizer = normalizers.Sequence(normal_form)
+        backend.decoder = decoders.Sequence(text_form)
         backend.add_special_tokens([added_token(piece) for piece in self.special_spelling.values()])
         set_bos(backend, self.bos_id if self.add_bos else None)
         texts = [PROBE, PROBE[::-1], *names[: 1 << 10]]
@@ -232,11 +213,11 @@ def byte_level_bpe(
     return backend
 
 
-def byte_characters() -> dict[int, str]:
+def bytes_by_character() -> dict[str, int]:
     """GPT-2's spelling of bytes: printable ones as themselves, the others from U+0100 on."""
     printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
     others = (byte for byte in range(256) if byte not in printable)
-    return {b: chr(b) for b in printable} | {b: chr(256 + n) for n, b in enumerate(others)}
+    return {chr(b): b for b in printable} | {chr(256 + n): b for n, b in enumerate(others)}
 
 
 def added_token(token: str, *, special: bool = True) -> AddedToken:
@@ -258,7 +239,7 @@ def _piece_decoder(backend: tokenizers.Tokenizer) -> tuple[Callable[[str], bytes
     decoder = json.loads(backend.decoder.__getstate__()) if backend.decoder else {"type": None}
     steps = {step["type"]: step for step in decoder.get("decoders", [decoder])}
     if "ByteLevel" in steps:
-        table = {character: byte for byte, character in byte_characters().items()}
+        table = bytes_by_character()
 
         def byte_level(token: str) -> bytes:
             known = table.keys() >= set(token)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,8 @@ import tokenizers
 from tokenizers import pre_tokenizers
 
 from lsjax.config import split_step
-from lsjax.data.files import open_gguf, read_json
-from lsjax.data.tokenizer import Tokenizer, TokenizerError, first_line
+from lsjax.data.files import one_line, open_gguf, read_json
+from lsjax.data.tokenizer import Tokenizer, TokenizerError
 from lsjax.data.tokenizer_backends import (
     BYTE_PIECE,
     HuggingFaceTokenizer,
@@ -28,13 +29,11 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     """Loads a tokenizer.json, a tokenizer.model (SentencePiece), a *.gguf, or a directory with one
     of the first two. That may be a training run; a step after its @ is ignored.
 
-    If a directory has both, tokenizer.json wins: transformers reads it, and it alone has tokens
-    that were added later. A SentencePiece model of the same size wins over it, since the json is
-    then a conversion, which is not exact on runs of whitespace. Settings (bos, eos, add_bos_token,
-    chat template) come from the files beside.
+    Of both, tokenizer.json wins, which alone has tokens that were added later. A tokenizer.model of
+    the same size wins over it: the json is a conversion then, not exact on runs of whitespace.
+    Settings (bos, eos, add_bos_token, chat template) come from the files beside.
 
-    Raises:
-      TokenizerError: missing, empty, truncated or unsuitable files.
+    Raises TokenizerError for missing, empty, truncated or unsuitable files.
     """
     path, _ = split_step(path)
     try:
@@ -47,7 +46,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         raise
     except BaseException as error:  # the Rust library panics with a BaseException of its own
         raise TokenizerError(
-            f"{path} holds no usable tokenizer ({first_line(error)}): download or export it again"
+            f"{path} holds no usable tokenizer ({one_line(error)}): download or export it again"
         ) from error
 
 
@@ -65,12 +64,11 @@ def _load(path: Path) -> Tokenizer:
     if not json_file.exists():
         return _load_model(model_file)
     from_json = _load_json(json_file)
-    try:
-        from_model = _load_model(model_file) if model_file.exists() else None
-    except TokenizerError:  # Llama 3's, or without added tokens that the settings name
-        return from_json
-    exact = from_model is not None and from_model.vocab_size == from_json.vocab_size
-    return from_model if exact else from_json
+    if model_file.exists():
+        with suppress(TokenizerError):  # Llama 3's, or without added tokens that the settings name
+            from_model = _load_model(model_file)
+            return from_model if from_model.vocab_size == from_json.vocab_size else from_json
+    return from_json
 
 
 def _load_json(file: Path) -> HuggingFaceTokenizer:
@@ -104,10 +102,7 @@ def _load_model(file: Path) -> SentencePieceTokenizer:
 
 
 def _settings(file: Path, id_of: Callable[[str], int | None]) -> dict[str, Any]:
-    """The settings of HuggingFaceTokenizer, by the small files beside a tokenizer.
-
-    id_of: maps the spelling of a token to its id, or to None where it has none.
-    """
+    """The settings of HuggingFaceTokenizer, by the small files beside a tokenizer."""
     names = ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
     config, special, generation = (_beside(file, name) for name in names)
 
@@ -117,14 +112,12 @@ def _settings(file: Path, id_of: Callable[[str], int | None]) -> dict[str, Any]:
         return token if isinstance(token, str) else None
 
     def ids(*tokens: str | int | None) -> tuple[int, ...]:
-        found: dict[int, None] = {}  # each once
-        for token in tokens:
-            token_id = id_of(token) if isinstance(token, str) else token
-            if isinstance(token_id, int):
-                found[token_id] = None
-            elif token is not None:
+        """Each once."""
+        known = [id_of(token) if isinstance(token, str) else token for token in tokens]
+        for token, token_id in zip(tokens, known, strict=True):
+            if token is not None and not isinstance(token_id, int):
                 raise TokenizerError(f"its tokenizer_config.json names {token!r}, which it lacks")
-        return tuple(found)
+        return tuple(dict.fromkeys(i for i in known if i is not None))
 
     ends = generation.get("eos_token_id")
     bos, add_bos = spelled("bos_token"), config.get("add_bos_token")
@@ -164,8 +157,8 @@ def _load_gguf(file: Path) -> Tokenizer:
     ends = [fields.get(f"{name}_token_id") for name in ("eos", "eot", "eom")]
     eos_ids = list(dict.fromkeys(i for i in ends if i is not None))
     bos_id = fields.get("bos_token_id")
-    for i in [*eos_ids, *([] if bos_id is None else [bos_id])]:
-        if not 0 <= i < len(tokens):
+    for i in (*eos_ids, bos_id):
+        if i is not None and not 0 <= i < len(tokens):
             raise TokenizerError(f"{file} names token {i}, but has {len(tokens)}: a damaged file")
     # Files from before the key was there: those of Llama 3 are told by its tokens.
     unnamed = "llama-bpe" if "<|begin_of_text|>" in tokens else "default"
@@ -181,8 +174,7 @@ def _load_gguf(file: Path) -> Tokenizer:
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
     digits = pre_tokenizers.Digits(individual_digits=True)
     words = {
-        "default": byte_level,
-        "gpt-2": byte_level,
+        **dict.fromkeys(("default", "gpt-2"), byte_level),
         "smollm": pre_tokenizers.Sequence([digits, byte_level]),
         "llama-bpe": llama3_words(),
     }

@@ -1,7 +1,6 @@
 """The tokenizer that a configuration names, vocabularies trained here, and counts of their tokens.
 
-How often each token occurs in a domain decides about a draft vocabulary. The counts are a JSON file
-`token_counts.json` in the model's directory, or one in the cache under the tokenizer's fingerprint:
+The counts decide about a draft vocabulary. They are in the model's directory, or in the cache:
 {"tokenizer": fingerprint, "total": n, "counts": {"id": n, ...}}.
 """
 
@@ -16,9 +15,9 @@ from pathlib import Path
 import sentencepiece
 
 from lsjax.config import ConfigError, DataConfig, check, split_step
-from lsjax.data.files import write_whole
+from lsjax.data.files import one_line, write_whole
 from lsjax.data.sources import Document, training_documents
-from lsjax.data.tokenizer import Tokenizer, first_line
+from lsjax.data.tokenizer import Tokenizer
 from lsjax.data.tokenizer_backends import ByteTokenizer, SentencePieceTokenizer
 from lsjax.data.tokenizer_files import load_tokenizer
 
@@ -38,10 +37,7 @@ SETTINGS = dict(
 
 
 def make_tokenizer(config: DataConfig, *, cache: Path) -> Tokenizer:
-    """The tokenizer of config.tokenizer.
-
-    A trained one is made from the training documents only, kept in the cache under the hash of
-    their content, and the same for the same content.
+    """The tokenizer of config.tokenizer; a trained one reads the training documents only.
 
     Raises ConfigError (no data; too little text for the vocabulary), TokenizerError (a path).
     """
@@ -59,8 +55,8 @@ def train_tokenizer(
 ) -> SentencePieceTokenizer:
     """A SentencePiece BPE of vocab_size: <unk> 0, <s> 1, </s> 2, 256 bytes, then pieces.
 
-    Decoding gives the text back exactly. Of more than `sample` characters it reads a random part,
-    chosen by the documents' hashes.
+    Decoding gives the text back exactly. Equal documents in any order make an equal vocabulary,
+    which the cache keeps. Of more than `sample` characters a random part is read.
 
     Raises ConfigError where the text is too little, or has too many different characters.
     """
@@ -77,28 +73,23 @@ def train_tokenizer(
 
 
 def _train(texts: list[str], vocab_size: int) -> bytes:
-    model = io.BytesIO()
+    model, settings = io.BytesIO(), dict(vocab_size=vocab_size, minloglevel=2, **SETTINGS)
     lines = (line for text in texts for line in text.split("\n") if line)
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=lines,
-            model_writer=model,
-            minloglevel=2,
-            vocab_size=vocab_size,
-            **SETTINGS,
+            sentence_iterator=lines, model_writer=model, **settings
         )
     except RuntimeError as error:
         characters = sum(map(len, texts))
         raise ConfigError(
             f"SentencePiece can't train a vocabulary of {vocab_size} on {characters} characters of "
-            f"text ({first_line(error)}): choose another data.vocab_size, or bytes"
+            f"text ({one_line(error)}): choose another data.vocab_size, or bytes"
         ) from error
     return model.getvalue()
 
 
 def _sample(documents: Iterable[Document], limit: int) -> list[str]:
-    """Texts of the documents with the smallest hashes, in the order of the hashes: at least one,
-    and as many as make `limit` characters."""
+    """Texts with the smallest hashes, in that order: `limit` characters, or a single text."""
     kept: list[tuple[int, str]] = []  # a heap, the largest hash on top
     total, bound = 0, 1 << 64
     for document in documents:
@@ -127,10 +118,7 @@ def cached_counts(cache: Path, tokenizer: Tokenizer) -> Path:
 
 
 def write_counts(file: Path, tokenizer: Tokenizer, counts: Counter[int]) -> None:
-    """Writes the file, whole or not at all.
-
-    Raises ConfigError where nothing was counted, OSError where it can't be written.
-    """
+    """Writes the file, whole or not at all. Raises ConfigError where nothing was counted."""
     check(bool(counts), "the text has no tokens in it: count a longer one")
     content = {
         "tokenizer": tokenizer.fingerprint,
@@ -141,10 +129,7 @@ def write_counts(file: Path, tokenizer: Tokenizer, counts: Counter[int]) -> None
 
 
 def read_counts(file: Path, tokenizer: Tokenizer) -> Counter[int]:
-    """The counts in a file.
-
-    Raises ConfigError for a file that is not one of these, or of another tokenizer.
-    """
+    """The counts in a file. Raises ConfigError if it has none, or another tokenizer's."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
         counts = Counter({int(token): int(n) for token, n in content["counts"].items()})
@@ -161,10 +146,7 @@ def read_counts(file: Path, tokenizer: Tokenizer) -> Counter[int]:
 
 
 def find_counts(model: Path, cache: Path, tokenizer: Tokenizer) -> Counter[int]:
-    """The counts of the model's directory, else those in the cache.
-
-    Raises ConfigError if the counts are missing, with the command that makes them.
-    """
+    """The counts of the model's directory, else those in the cache. Raises ConfigError."""
     model, _ = split_step(model)
     for file in (model / COUNTS, cached_counts(cache, tokenizer)):
         if file.is_file():

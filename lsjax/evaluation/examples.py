@@ -5,25 +5,12 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import islice
-from pathlib import Path
 
 from lsjax.config import ConfigError, DataConfig, check
-from lsjax.data.files import (
-    Fields,
-    Refuse,
-    comma_separated_rows,
-    find_files,
-    json_rows,
-    stop_at,
-    tab_separated_rows,
-)
+from lsjax.data.files import Fields, PlacedRow, Refuse, stop_at
 from lsjax.data.sources import Document, row_document, tfds_split
 
-# By the end of a file's name, behind which .gz may stand.
-READERS = {".jsonl": json_rows, ".tsv": tab_separated_rows, ".csv": comma_separated_rows}
 SHOT_ROWS = 10_000  # of which shots are drawn
-
-PlacedRow = tuple[str, str, Fields]  # a short name, where it stands in words, and its fields
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +41,7 @@ class Task:
     max_new_tokens, num_shots, stop: defaults, which flags change.
     shot_response: changes the response of a shot. between_shots: what follows each shot.
     after_shots: what follows all of them.
-    tfds: name of the TensorFlow data set, its split, and the split of its shots.
+    tfds: name of the TensorFlow data set, which has the splits test and train (for shots).
     change: changes a row before the templates read it. Raises ConfigError whose message continues
     from where the row stands.
     id: the field that is a row's id; by default where it stands. group: the field of its category.
@@ -71,27 +58,11 @@ class Task:
     between_shots: str = "\n"
     after_shots: str = ""
     stop: tuple[str, ...] = ()
-    tfds: tuple[str, str, str] | None = None
+    tfds: str | None = None
     change: Callable[[Fields], Fields] = dict
     id: str | None = None
     group: str | None = None
     needs_reference: bool = True
-
-
-def file_rows(paths: Sequence[str], refuse: Refuse = stop_at) -> Iterator[PlacedRow]:
-    """The rows of files: .jsonl, .tsv or .csv, each also as .gz.
-
-    Raises ConfigError for a missing file and for one of another kind. `refuse` is called with the
-    error of each bad row, which is left out if it returns.
-    """
-    for file in find_files(paths):
-        kind = Path(file.stem).suffix if file.suffix == ".gz" else file.suffix
-        check(
-            kind in READERS,
-            f"{file}: rows come from {', '.join(READERS)}, not from {kind or 'that'}",
-        )
-        for number, row in READERS[kind](file, refuse):
-            yield f"{file.name}:{number}", f"{file}, line {number}", row
 
 
 def tfds_rows(name: str, split: str, data_dir: str) -> Iterator[PlacedRow]:

@@ -218,7 +218,7 @@ def test_redundant_head_must_be_the_embedding(tmp_path):
         (dict(architectures=["MistralForCausalLM"]), "architecture .'MistralForCausalLM'."),
         (dict(architectures=None, model_type="qwen2"), "architecture 'qwen2'"),
         (dict(architectures=7), "architecture 7"),
-        (dict(hidden_act="gelu"), "hidden_act 'gelu'"),
+        (dict(hidden_act="gelu"), "hidden_act is 'gelu', .* in which it is 'silu'"),
         (dict(quantization_config={"bits": 4}), "quantization_config"),
         (dict(hidden_size="32"), "hidden_size '32' must be a whole number"),
         (dict(hidden_size=32.0), "hidden_size 32.0 must be a whole number"),
@@ -276,13 +276,19 @@ def test_config_that_cannot_work(tmp_path, change, message):
     assert str(directory) in str(error.value) and "\n" not in str(error.value)
 
 
-def test_keys_that_change_nothing(tmp_path):
+def test_keys_that_change_nothing(tmp_path, caplog):
+    """Neutral and harmless values pass without a word; unknown keys get one warning."""
     directory = copied(tmp_path, "mha_untied")
     expected = open_checkpoint(directory).config
     neutral = {key: value for key, values in NEUTRAL.items() for value in values}
-    for values in (dict.fromkeys(NEUTRAL), neutral):
+    for values in (dict.fromkeys(NEUTRAL), neutral | {"use_cache": False}):
         edit_json(directory / "config.json", lambda raw, values=values: raw.update(values))
         assert open_checkpoint(directory).config == expected
+    assert not caplog.records
+    edit_json(directory / "config.json", lambda raw: raw.update(novel_gate=True, a=0, b=None))
+    assert open_checkpoint(directory).config == expected
+    (record,) = caplog.records
+    assert record.getMessage().endswith("config.json: unknown keys are ignored: a, novel_gate")
 
 
 def nan(tensors):

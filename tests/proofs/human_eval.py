@@ -14,7 +14,8 @@ from rich.progress import track
 
 from lsjax.cli.setup import one_line_errors
 from lsjax.config import check
-from lsjax.evaluation.examples import file_rows, make_examples, templates
+from lsjax.data.files import file_rows
+from lsjax.evaluation.examples import make_examples, templates
 from lsjax.evaluation.sandbox import isolation, run_program
 from lsjax.evaluation.tasks import TASKS, tested_program
 
