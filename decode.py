@@ -97,9 +97,8 @@ def decode(arguments: Arguments) -> None:
         else:
             shown = None if to_stdout else people
             generate_all(engine, requests, encoded, shown, notes, show_drafts, finish)
-    notes.print(
-        f"{summary(completions, engine.decode_seconds)}; {engine.compile_seconds:.1f} s compiling"
-    )
+    compiling = f"{engine.programs.compile_seconds:.1f} s compiling"
+    notes.print(f"{summary(completions, engine.decode_seconds)}; {compiling}")
     advise(notes, strategy, completions)
 
 

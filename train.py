@@ -5,7 +5,7 @@
     python decode.py --model runs/quickstart --prompt "import " --strategy self_speculative \\
         --exit-layer 4 --num-draft-tokens 4
 
-The same command again goes on with a run that was stopped. Fields of the configuration are flags:
+The same command again resumes a run that was stopped. Fields of the configuration are flags:
 `python train.py --config configs/quickstart.py --help` lists them.
 """
 
@@ -50,7 +50,7 @@ def train(config: TrainConfig, workdir: Path) -> int:
             warn=partial(say, style="yellow"),
         )
     except Interrupted as stopped:
-        say(f"{stopped}: the same command goes on")
+        say(f"{stopped}: the same command resumes it")
         return 128 + stopped.number
     except TooManySkipped as failure:
         say(f"error: {failure}", style="bold red")

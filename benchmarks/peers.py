@@ -24,19 +24,18 @@ import transformers
 import tyro
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
 
 import lsjax
 from lsjax.cli.benchmark import OWN_PROMPTS, PROMPTS
 from lsjax.cli.prompts import prompt_rows
 from lsjax.cli.setup import exact_products, keep_compiled_programs, one_line_errors
-from lsjax.cli.show import wide_console
+from lsjax.cli.show import table, wide_console
 from lsjax.config import check
 from lsjax.data.files import cache_directory
 from lsjax.data.tokenizer import Tokenizer
 from lsjax.data.vocabulary import find_counts
 from lsjax.decoding.draft import DraftVocabulary
-from lsjax.decoding.request import encode_prompt
+from lsjax.decoding.request import Request, encode_prompt
 from lsjax.decoding.state import Strategy
 from lsjax.evaluation.comparison import FLOAT32_MARGIN, first_difference
 from lsjax.evaluation.examples import make_examples, templates
@@ -90,12 +89,13 @@ def main(arguments: Arguments) -> None:
     console = wide_console()
     tokenizer = lsjax.load_tokenizer(arguments.model)
     model = lsjax.load(arguments.model)
-    limits = dict(max_new_tokens=arguments.new_tokens, max_length=None)
     examples = make_examples(
         OWN_PROMPTS,
         templates(OWN_PROMPTS, None),
         prompt_rows(PROMPTS, arguments.prompt_file),
-        encode=lambda text: encode_prompt(text, tokenizer, model.config, **limits),
+        encode=lambda text: encode_prompt(
+            Request(prompt=text, max_new_tokens=arguments.new_tokens), tokenizer, model.config
+        ),
     )
     prompts = [list(example.ids) for example in islice(examples, arguments.limit)]
     own = [
@@ -131,12 +131,8 @@ def main(arguments: Arguments) -> None:
     rows = list(figures(arguments, sides, seconds, same))
     title = f"{arguments.model.name}: {len(prompts)} prompts, {arguments.new_tokens} new tokens, "
     title += f"{arguments.repeats} repeats, {arguments.threads} threads, float32 unless noted"
-    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
-    for name, value in rows[0].items():
-        table.add_column(name, justify="left" if isinstance(value, str) else "right")
-    for row in rows:
-        table.add_row(*(v if isinstance(v, str) else f"{v:.2f}" for v in row.values()))
-    console.print(table)
+    lines = [[v if isinstance(v, str) else f"{v:.2f}" for v in row.values()] for row in rows]
+    console.print(table(title, [*rows[0]], lines, left=1))
     if arguments.json is not None:
         with arguments.json.open("w") as lines:
             for row in rows:

@@ -3,22 +3,23 @@
     python benchmarks/rounds.py models/smollm2
 
 Every number comes from a loop on the device that repeats one operation at a fixed position. Loops
-run in turns. The first table compares rounds of self-speculation with the sum of draft and
-verification, each compiled separately. The second has autoregressive rounds at several lengths and
-capacities. It compares them with a prediction from the bytes of weights, keys and values.
+run in turns. The first table compares a round of self-speculation with its draft plus verification,
+each compiled separately. Its last column compares a round in one program for all exits and lengths.
+The second table compares autoregressive rounds at several lengths and capacities with a prediction
+from the first row and the bytes of weights, keys and values.
 """
 
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import tyro
-from rich.console import Console
-from rich.table import Table
 
 import lsjax
 from lsjax.cli.setup import exact_products, keep_compiled_programs
+from lsjax.cli.show import table, wide_console
 from lsjax.decoding.cost import (
     LENGTH,
     Loop,
@@ -30,20 +31,6 @@ from lsjax.decoding.cost import (
 )
 from lsjax.decoding.draft import Draft
 from lsjax.decoding.self_speculative import SelfSpeculative, in_one_program
-
-
-@dataclass(frozen=True)
-class Arguments:
-    """Cost of the parts of a round, and of longer texts."""
-
-    model: tyro.conf.Positional[Path]
-    """Hugging Face directory or .gguf file."""
-    exit_layers: tuple[int, ...] = (2, 8, 15)
-    """Exit layers."""
-    num_draft_tokens: tuple[int, ...] = (2, 8, 12)
-    """Draft lengths; every exit is tried with every length."""
-    lengths: tuple[int, ...] = (200, 2000, 8000)
-    """Tokens in the cache."""
 
 
 def verify_loop(model: lsjax.Llama, strategy: SelfSpeculative) -> Loop:
@@ -61,53 +48,61 @@ def verify_loop(model: lsjax.Llama, strategy: SelfSpeculative) -> Loop:
     return rounds_loop(model, strategy, verify)
 
 
+@dataclass(frozen=True)
+class Arguments:
+    """What a round is made of, and what a longer text costs."""
+
+    model: tyro.conf.Positional[Path]
+    """Hugging Face directory or .gguf file."""
+    exit_layers: tuple[int, ...] = (2, 8, 15)
+    """Exits."""
+    num_draft_tokens: tuple[int, ...] = (2, 8, 12)
+    """Draft lengths; every exit is tried with every length."""
+    lengths: tuple[int, ...] = (200, 2000, 8000)
+    """Tokens in the cache."""
+
+
 def main(arguments: Arguments) -> None:
     """Measures and prints both tables."""
     keep_compiled_programs()
     exact_products()
-    model = lsjax.load(arguments.model)
-    console = Console(highlight=False)
-    exits, drafts = arguments.exit_layers, arguments.num_draft_tokens
-    cells = in_one_program(
-        [SelfSpeculative(E, d) for E in sorted({*exits}) for d in sorted({*drafts})]
-    )
-    table = Table("E", "d", "draft ms", "verification ms", "round ms", "round/sum", "one program")
-    for cell in cells:
-        alone = SelfSpeculative(cell.exit_layer, cell.num_draft_tokens)
-        loops = [draft_loop(model, alone), verify_loop(model, alone)]
-        loops += [rounds_loop(model, alone), rounds_loop(model, cell)]
-        draft, verification, own, shared = (1e3 * x for x in median_seconds(loops))
-        table.add_row(
-            *(str(x) for x in (cell.exit_layer, cell.num_draft_tokens)),
-            *(f"{x:.1f}" for x in (draft, verification, own)),
-            f"{own / (draft + verification):.3f}",
-            f"{shared / own:.3f}",
+    llama, console = lsjax.load(arguments.model), wide_console()
+    grid = product(arguments.exit_layers, arguments.num_draft_tokens)
+    cells = [SelfSpeculative(E, d) for E, d in grid]
+    rows = []
+    for alone, shared in zip(cells, in_one_program(cells), strict=True):
+        loops = [draft_loop(llama, alone), verify_loop(llama, alone)]
+        loops += [rounds_loop(llama, strategy) for strategy in (alone, shared)]
+        draft, verification, own, one_program = median_seconds(loops)
+        rows.append(
+            [
+                *map(str, (alone.exit_layer, alone.num_draft_tokens)),
+                *(f"{1e3 * seconds:.1f}" for seconds in (draft, verification, own)),
+                f"{own / (draft + verification):.3f}",
+                f"{one_program / own:.3f}",
+            ]
         )
-    console.print(table)
-    console.print("one program: a round in one program for all exits and lengths, over `round`")
+    names = ["E", "d", "draft ms", "verification ms", "round ms", "round/sum", "one program"]
+    console.print(table("a round", names, rows))
 
     places = [(length, length + LENGTH + 1) for length in arguments.lengths]
     places.insert(1, (places[0][0], places[-1][1]))
-    loops = [
-        rounds_loop(model, lsjax.Autoregressive(), length=length, capacity=capacity)
-        for length, capacity in places
-    ]
-    seconds = median_seconds(loops)
-    read = [
-        weight_bytes(model.config, model.dtype.itemsize)
-        + model.config.cache_bytes(1, length, model.dtype.itemsize)
-        for length, _ in places
-    ]
-    bandwidth = memory_bandwidth()
-    table = Table("tokens", "slots", "ms", "GB/s", "of the memory's", "over prediction")
-    for (length, capacity), second, size in zip(places, seconds, read, strict=True):
-        predicted = seconds[0] * size / read[0]
-        table.add_row(
+    seconds = median_seconds(
+        [rounds_loop(llama, lsjax.Autoregressive(), length=n, capacity=most) for n, most in places]
+    )
+    config, itemsize = llama.config, llama.dtype.itemsize
+    weights, bandwidth = weight_bytes(config, itemsize), memory_bandwidth()
+    read = [weights + config.cache_bytes(1, length, itemsize) for length, _ in places]
+    rows = [
+        [
             *(str(length), str(capacity), f"{second * 1e3:.1f}"),
             *(f"{size / second / 1e9:.1f}", f"{size / second / bandwidth:.0%}"),
-            f"{second / predicted:.2f}",
-        )
-    console.print(table)
+            f"{second / (seconds[0] * size / read[0]):.2f}",
+        ]
+        for (length, capacity), second, size in zip(places, seconds, read, strict=True)
+    ]
+    names = ["tokens", "slots", "ms", "GB/s", "of the memory's", "over prediction"]
+    console.print(table("a token of a longer text", names, rows))
     console.print(f"jax {jax.__version__}, memory {bandwidth / 1e9:.1f} GB/s")
 
 

@@ -38,8 +38,8 @@ ROWS = ("data", "fsdp")
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """The mesh of this config on the first devices, for `jax.set_mesh`.
 
-    devices: those that there are, by default. Raises ConfigError where it does not fit them, or
-    leaves some of several hosts idle.
+    devices: all by default. Raises ConfigError where it does not fit them, or leaves devices of
+    several hosts idle.
     """
     devices = jax.devices() if devices is None else devices
     sizes = config.sizes(len(devices))
@@ -57,10 +57,9 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
 
 
 def own_rows(rows: int, mesh: Mesh | None) -> np.ndarray:
-    """Numbers of the rows of a training batch that lie on this process's devices, in order.
+    """Numbers of the rows of a training batch on this process's devices, in order.
 
-    They need not be neighbours, as the devices of one host need not be. Hosts between which only
-    weights are sharded have the same rows.
+    They need not be neighbours. Hosts between which only weights are sharded have the same rows.
     """
     numbers_B = np.arange(rows)
     if mesh is None:
@@ -107,9 +106,9 @@ def constrain(x: Array, *spec: str | tuple[str, ...] | None) -> Array:
 
 
 def platform() -> str:
-    """Where the program that is being traced will run: "cpu", "gpu" or "tpu".
+    """Platform of the program that is being traced: "cpu", "gpu" or "tpu".
 
-    It follows the mesh in use, whose devices may be abstract, or else this machine.
+    It is that of the mesh in use, whose devices may be abstract, or else of this machine.
     """
     device = jax.sharding.get_abstract_mesh().abstract_device
     return jax.default_backend() if device is None else device.platform

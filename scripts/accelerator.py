@@ -1,19 +1,17 @@
 """A day with an accelerator: checks and measures on the device that jax finds.
 
-    python scripts/accelerator.py --stage a --output build/accelerator
-    python scripts/accelerator.py --stage b --part 1b-off
+    python scripts/accelerator.py --stage a b --output build/accelerator
     python scripts/accelerator.py --stage all
 
     a      all strategies against autoregressive decoding, in float32 and in bfloat16
     b, b8  decoding of a 1B and of an 8B shape, on GPUs also by other uses of command buffers
     c      training steps of a 1B shape
     d      the quickstart's configuration; the only one that needs all that lsjax depends on
-    page   writes docs/accelerators.md from what the others have found
+    page   writes docs/accelerators.md from what the others have found on accelerators
     all    all of these, one after the other
 
 A stage writes a JSON file and takes --minutes at most. Each of its parts runs in a process of its
-own; one that fails says so in a line, and the others go on. Exit code 1 if anything failed. --tiny
-takes tiny shapes, to try the program on CPUs.
+own; one that fails says so in a line, and the others go on. Exit code 1 if anything failed.
 """
 
 import argparse
@@ -43,7 +41,6 @@ FLAGS = {  # of GPUs: no command buffers, and loops and branches in them too
     "off": "--xla_gpu_enable_command_buffer=",
     "loops": "--xla_gpu_enable_command_buffer=+WHILE,+CONDITIONAL",
 }
-DEFAULT_PAGE = ROOT / "docs" / "accelerators.md"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -52,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     failed = False
     for stage in arguments.stage:
         if stage == "page":
-            good = write_page(arguments.output, arguments.page, DEFAULT_PAGE)
+            good = write_page(arguments.output, ROOT / "docs")
         else:
             good = (run_parts if arguments.part else run_stage)(stage, arguments)
         if not good:
@@ -69,8 +66,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--part", nargs="+", help="runs these parts alone, in this process")
     parser.add_argument("--output", type=Path, default=Path("build/accelerator"))
     parser.add_argument("--minutes", type=float, default=8.0, help="limit of each stage")
-    parser.add_argument("--page", type=Path, default=DEFAULT_PAGE, help="file of the page")
-    parser.add_argument("--tiny", action="store_true", help="tiny shapes, for CPUs")
+    parser.add_argument("--tiny", action="store_true", help="tiny shapes, to try it on CPUs")
     arguments = parser.parse_args(argv)
     if "all" in arguments.stage:
         arguments.stage = [*STAGES, "page"]
@@ -87,9 +83,7 @@ def run_stage(stage: str, arguments: argparse.Namespace) -> bool:
     """Starts a process for each part, for as long as there is time."""
     deadline, good = time.monotonic() + 60 * arguments.minutes, True
     *_, parts = STAGES[stage]
-    # Tiny parts share a process: starting takes longer than they do.
-    for group in [parts] if arguments.tiny and stage == "a" else [[part] for part in parts]:
-        part = group[0]
+    for part in parts:
         first = read(arguments.output, stage).get(parts[0], {})
         if flags_of(part) and first.get("platform") != "gpu":
             print(f"{stage} {part}: left out, it is for GPUs", flush=True)
@@ -97,7 +91,7 @@ def run_stage(stage: str, arguments: argparse.Namespace) -> bool:
         rest = max(0.0, deadline - time.monotonic())
         results = PartResults(arguments.output, stage, part, deadline)
         results.put()  # forgets what an earlier run has found
-        words = [sys.executable, __file__, "--stage", stage, "--part", *group]
+        words = [sys.executable, __file__, "--stage", stage, "--part", part]
         words += ["--output", str(arguments.output), "--minutes", f"{rest / 60}"]
         words += ["--tiny"] if arguments.tiny else []
         try:
@@ -126,10 +120,8 @@ def run_parts(stage: str, arguments: argparse.Namespace) -> bool:
     deadline, good = time.monotonic() + 60 * arguments.minutes, True
     module, function, _ = STAGES[stage]
     for part in arguments.part:
-        # Before jax is imported. Tiny programs compile for longer than they run.
-        for flag in (flags_of(part), "--xla_backend_optimization_level=0" * arguments.tiny):
-            if flag not in (flags := os.environ.get("XLA_FLAGS", "")):
-                os.environ["XLA_FLAGS"] = f"{flags} {flag}".strip()
+        # Before jax is imported.
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags_of(part)}".strip()
         results = PartResults(arguments.output, stage, part, deadline)
         try:
             run = getattr(importlib.import_module(f"accelerator_stages.{module}"), function)

@@ -16,8 +16,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import beside_maxtext
 import tyro
+from beside_maxtext import COLUMNS as BESIDE
+from beside_maxtext import of_maxtext
+from beside_maxtext import row as row_beside
 
 NOTHING = "--remat nothing_saveable"
 # Configuration, slice, and what differs from the file there.
@@ -101,12 +103,16 @@ def main(arguments: Arguments) -> int:
         if "--beside-plain" in flags:
             beside.append((config, report))
     if beside:
-        print_row(beside_maxtext.COLUMNS, head=True)
+        print_row(BESIDE, head=True)
     for config, report in beside:
-        for cells in beside_maxtext.rows_of_lsjax(config, report):
-            print_row(cells)
-        if arguments.maxtext is not None and config == beside_maxtext.CONFIG.stem:
-            print_row(beside_maxtext.row_of_maxtext(report, maxtext_report(arguments, report)))
+        programs = {program["name"]: program for program in report["programs"]}
+        plain, layerskip = programs["plain"], programs["train"]
+        ratio = f" ({layerskip['seconds'] / plain['seconds']:.3f}x)"
+        print_row(row_beside(f"{config}, plain", report, plain))
+        print_row(row_beside(f"{config}, LayerSkip", report, layerskip, ratio))
+        if arguments.maxtext is not None and config == "continual_llama2_7b":
+            other = maxtext_report(arguments, report)
+            print_row(row_beside(f"MaxText llama2-7b, {other['policy']}", report, other))
     return int(failed)
 
 
@@ -124,10 +130,8 @@ def maxtext_report(arguments: Arguments, report: dict) -> dict:
     if not is_report(file):
         directory.mkdir(exist_ok=True)
         policy = {"nothing": "full"}.get(REMAT[report["training"]["remat"]], "minimal")
-        wanted = beside_maxtext.Arguments(
-            arguments.maxtext, arguments.python, topology, remat_policy=policy
-        )
-        file.write_text(json.dumps(beside_maxtext.of_maxtext(wanted, report, directory)))
+        found = of_maxtext(arguments.maxtext, arguments.python, policy, report, directory)
+        file.write_text(json.dumps(found))
     return json.loads(file.read_text())
 
 

@@ -34,10 +34,10 @@ builtins.__import__ = hiding
 
 def test_the_tiny_form_measures_and_writes_a_page(tmp_path):
     (tmp_path / "sitecustomize.py").write_text(HIDING)
-    output, page = tmp_path / "results", tmp_path / "page.md"
+    output = tmp_path / "results"
 
     def run(*words: str) -> str:
-        command = [sys.executable, PROGRAM, "--output", output, "--page", page, "--tiny", *words]
+        command = [sys.executable, PROGRAM, "--output", output, "--tiny", *words]
         environment = os.environ | {"PYTHONPATH": str(tmp_path)}
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
@@ -59,7 +59,7 @@ def test_the_tiny_form_measures_and_writes_a_page(tmp_path):
         if "drafts" in row[""] and "identity tail" in row[""]:
             assert row["accepted"] == 1
 
-    assert list(b) == ["1b"] and b["1b"]["bandwidth"] > 1e8
+    assert list(b) == ["1b"] and b["1b"]["settings"]["memory GB/s"] > 0.1
     for row in b["1b"]["rows"]:
         assert row["tokens/s"] > 0 and 0 < row["share of the bandwidth"] < 1
         assert row["ms a round"] > row["ms at the limit"] > 0
@@ -69,10 +69,12 @@ def test_the_tiny_form_measures_and_writes_a_page(tmp_path):
 
     for part in c.values():
         (row,) = part["rows"]
-        assert row["tokens/s"] > 0 and 0 < row["utilisation"] < 1 and row["attention"] == "xla"
+        assert row["tokens/s"] > 0 and row["attention"] == "xla"
+        assert row["utilisation"] is None  # CPUs have no peak in the table
         assert row["GB by the compiler"] > 0 and math.isfinite(row["loss"])
 
-    text = page.read_text()
+    # Results of a CPU are not the page of docs/.
+    text = (output / "accelerators.md").read_text()
     assert "# Accelerators" in text and "| layerskip |" in text and a["float32"]["card"] in text
     assert text.count("This stage was not run.") == 2  # b8 and d
 
@@ -130,16 +132,13 @@ def test_a_process_that_is_too_slow_is_one_line(tmp_path, monkeypatch, capsys):
     assert json.loads((tmp_path / "d.json").read_text())["quickstart"]["errors"]
 
 
-def test_results_of_a_cpu_are_not_the_page_of_accelerators(tmp_path, monkeypatch, capsys):
+def test_no_results_and_no_such_part(tmp_path, monkeypatch, capsys):
     monkeypatch.syspath_prepend(ROOT / "scripts")
     import accelerator
 
     asked = ["--stage", "page", "--output", str(tmp_path)]
     assert accelerator.main(asked) == 1
     assert "has no results: run the stages first" in capsys.readouterr().out
-    (tmp_path / "a.json").write_text('{"float32": {"card": "cpu", "platform": "cpu"}}')
-    assert accelerator.main(asked) == 1
-    assert "some results are of a CPU" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         accelerator.main(["--stage", "c", "--part", "float32"])
     assert "stage c has no part float32: use plain, layerskip" in capsys.readouterr().err

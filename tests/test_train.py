@@ -127,7 +127,7 @@ def test_going_on_gives_the_run_that_nothing_disturbed_bit_for_bit(
         shutil.rmtree(cut / "checkpoints" / str(step))
     assert saved_steps(cut / "checkpoints")[0].number == 2
     assert launch(config, cut) == 0
-    assert "going on after step 2\n" in capsys.readouterr().out
+    assert "resumes after step 2\n" in capsys.readouterr().out
     assert last_arrays(cut) == last_arrays(finished)
     assert rows_of(cut) == rows_of(finished)
 
@@ -241,7 +241,7 @@ def test_adapters_go_on_and_the_export_decodes_as_the_run(config, finished, tmp_
         shutil.rmtree(cut / "checkpoints" / str(step))
     capsys.readouterr()
     assert launch(config, cut, *flags) == 0
-    assert "going on after step 2\n" in capsys.readouterr().out
+    assert "resumes after step 2\n" in capsys.readouterr().out
     assert last_arrays(cut) == last_arrays(whole)
     assert rows_of(cut) == rows_of(whole)
     saved, base = last_arrays(whole)["params"], last_arrays(finished)["params"]
@@ -405,7 +405,7 @@ def test_a_run_from_python_is_that_of_the_command(config, finished, tmp_path, ca
     own = [row for row in rows_of(workdir) if row["kind"] != "stop"]
     assert own == [row for row in rows_of(finished) if row["kind"] != "sample"]
     printed, said = capsys.readouterr().out, []
-    assert "going on after step 4\n" in printed and "step 6/6  loss " in printed
+    assert "resumes after step 4\n" in printed and "step 6/6  loss " in printed
     assert lsjax.train(given, workdir, say=said.append).step == 6
     assert "all 6 steps are done: nothing to do" in said
     with pytest.raises(lsjax.ConfigError, match="num_steps 6, now it is 7"):

@@ -11,11 +11,11 @@ from jax.errors import JaxRuntimeError
 from jax.experimental import topologies
 
 from lsjax.config import ConfigError, check
-from lsjax.training.metrics import device_peak
+from lsjax.training.metrics import peak_flops
 
 GIB = 2**30
-# jax's name of a platform, which is also the extra of lsjax that installs its compiler -> packages
-# of which any has the compiler, and slices.
+# Platform, which is also the extra of lsjax that installs its compiler -> packages of which any has
+# the compiler, and slices.
 COMPILERS = {
     "tpu": (("libtpu",), "v5e:8x8, v5p:4x4x4 or v6e:8x8"),
     "cuda": (("jax_cuda13_plugin", "jax_cuda12_plugin"), "h100:1 or h100:8"),
@@ -34,8 +34,7 @@ LIBTPU_ENVIRONMENT = {
 
 @dataclass(frozen=True)
 class Chip:
-    """The maker's figures of a chip: "System architecture" in Google's Cloud TPU documentation,
-    and NVIDIA's H100 data sheet (SXM)."""
+    """Figures from Google's Cloud TPU documentation and NVIDIA's H100 data sheet (SXM)."""
 
     name: str
     kind: str  # jax's device_kind
@@ -53,7 +52,7 @@ class Chip:
     @property
     def peak_flops(self) -> float:
         """FLOPs per second, bfloat16."""
-        return device_peak(self.kind)
+        return peak_flops(self.kind)
 
     @property
     def clock(self) -> float:
@@ -89,8 +88,7 @@ CHIPS = (
 
 def slice_size(topology: str) -> int:
     """Devices of a slice: 64 of "v5p:4x4x4"."""
-    sizes = re.findall(r"\d+", topology.partition(":")[2])
-    return math.prod(max(1, int(size)) for size in sizes)
+    return math.prod(int(size) or 1 for size in re.findall(r"\d+", topology.partition(":")[2]))
 
 
 def slice_of(topology: str) -> tuple[Chip, list[Any]]:
@@ -99,12 +97,13 @@ def slice_of(topology: str) -> tuple[Chip, list[Any]]:
     Raises ConfigError for an unknown slice, and without the chip's compiler.
     """
     name, _, part = topology.partition(":")
-    chip = next((chip for chip in CHIPS if chip.name == name), None)
+    known = {chip.name: chip for chip in CHIPS}
     check(
-        chip is not None,
-        f"--topology {topology!r} names no known chip ({', '.join(one.name for one in CHIPS)}): "
+        name in known,
+        f"--topology {topology!r} names no known chip ({', '.join(known)}): "
         f"name a chip and a slice, such as {', '.join(slices for _, slices in COMPILERS.values())}",
     )
+    chip = known[name]
     packages, slices = COMPILERS[chip.platform]
     check(
         any(map(importlib.util.find_spec, packages)),

@@ -2,8 +2,8 @@
 body counts as often as it runs.
 
 An operation takes the longest of its cycles, its FLOPs at the chip's peak, and its bytes at the
-memory's bandwidth. Of a conditional the branch that takes longest counts. A loop whose number of
-trips the program does not say is looked up by its name; an unknown one counts once and is listed.
+memory's bandwidth. Of a conditional the branch that takes longest counts. The trips of a loop are
+those that the program says, or looked up by its name; an unknown one counts once and is listed.
 """
 
 import math
@@ -11,6 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
@@ -29,6 +30,8 @@ from lsjax.aot.hlo import (
 # Regular expression of a loop's op_name -> its trips; of a conditional's -> the share of runs that
 # take the dearest branch. The first that matches counts.
 Trips = Mapping[str, float]
+AMOUNTS = ("compute_seconds", "cycles", "flops", "moved_bytes")
+COUNTS = ("operations", "loops", "conditionals")
 
 
 class Collective(NamedTuple):
@@ -47,25 +50,21 @@ class Collective(NamedTuple):
 class ProgramCosts:
     """Costs of one run of a program, or of a part of it.
 
-    amounts: seconds, one operation after the other; cycles; flops of products outside of a TPU's
-    own operations, and of attention kernels; bytes read from the device's memory and written to
-    it. runs: of each "operation" (kernel, on GPUs), "while" and "conditional". kernels: custom
-    ones, by name.
+    amounts: compute_seconds, one operation after the other; a TPU's cycles; flops of products and
+    attention kernels; moved_bytes, from and to the device's memory. Also the COUNTS of operations
+    (kernels, on GPUs), loops and conditionals. kernels: custom ones. unknown_loops: names.
     """
 
     amounts: Counter[str] = field(default_factory=Counter)
-    runs: Counter[str] = field(default_factory=Counter)
     collectives: Counter[Collective] = field(default_factory=Counter)
     kernels: Counter[str] = field(default_factory=Counter)
-    unknown_loops: set[str] = field(default_factory=set)
+    unknown_loops: Counter[str] = field(default_factory=Counter)
 
     def add(self, other: "ProgramCosts", times: float = 1) -> None:
         """Adds so many runs of a part."""
-        for name in ("amounts", "runs", "collectives", "kernels"):
-            mine = getattr(self, name)
-            for key, count in getattr(other, name).items():
-                mine[key] += times * count
-        self.unknown_loops |= other.unknown_loops
+        for name, counts in vars(other).items():
+            for key, count in counts.items():
+                getattr(self, name)[key] += times * count
 
     @property
     def sent_bytes(self) -> float:
@@ -88,11 +87,10 @@ class CostAnalysis:
     def loop(self, scope: str) -> tuple[ProgramCosts, ProgramCosts]:
         """Costs of one trip of the loop in this named scope, jit(run)/.../SCOPE/while, which has to
         count once, and of all else."""
-        parts = self.module.computations.values()
-        every = (one for part in parts for one in part.instructions.values())
-        loops = (one for one in every if one.opcode == "while")
-        each = self._trip(next(one for one in loops if one.op_name.endswith(f"/{scope}/while")))
-        once = ProgramCosts()
+        every = [part.instructions.values() for part in self.module.computations.values()]
+        loops = (one for one in chain(*every) if one.opcode == "while")
+        loop = next(one for one in loops if one.op_name.endswith(f"/{scope}/while"))
+        each, once = self._all(loop, "condition", "body"), ProgramCosts()
         once.add(self.program())
         once.add(each, -1)
         return each, once
@@ -110,50 +108,44 @@ class CostAnalysis:
                         total.collectives[collective] += count
         return self._known[computation.name]
 
-    def _called(self, one: Instruction, *roles: str) -> list[ProgramCosts]:
-        return [self._computation(part) for role in roles for part in one.called.get(role, ())]
-
-    def _trip(self, loop: Instruction) -> ProgramCosts:
+    def _all(self, one: Instruction, *roles: str) -> ProgramCosts:
+        """One run of everything that an instruction calls in these roles."""
         total = ProgramCosts()
-        for part in self._called(loop, "condition", "body"):
-            total.add(part)
+        for part in chain(*(one.called.get(role, ()) for role in roles)):
+            total.add(self._computation(part))
         return total
 
     def _add(self, total: ProgramCosts, one: Instruction) -> None:
         """Adds one instruction, but for what it sends. A fusion's own figures stand for all that is
         in it."""
-        if runs(one) or one.opcode in ("while", "conditional"):
-            total.runs["operation" if runs(one) else one.opcode] += 1
+        # Trips of a loop, or the share of the dearest branch.
+        named = (n for name, n in self.trips.items() if re.search(name, one.op_name))
         match one.opcode:
             case "while":
                 known = trip_count(one)
-                times = self._named(one) if known is None else known
+                times = next(named, None) if known is None else known
                 if times is None:
-                    total.unknown_loops.add(one.op_name or one.name)
-                total.add(self._trip(one), 1 if times is None else times)
+                    total.unknown_loops[one.op_name or one.name] += 1
+                total.amounts["loops"] += 1
+                total.add(self._all(one, "condition", "body"), 1 if times is None else times)
             case "conditional":
-                # All of the dearest branch, or as large a share as `trips` says for this name.
-                branches = self._called(one, *one.called)
-                branches.sort(key=lambda branch: [branch.amounts[n] for n in ("seconds", "cycles")])
-                share = self._named(one)
-                total.add(branches[-1], 1 if share is None else share)
-                if share is not None:
+                branches = [self._computation(part) for part in chain(*one.called.values())]
+                branches.sort(key=lambda b: (b.amounts["compute_seconds"], b.amounts["cycles"]))
+                share = next(named, 1)
+                total.amounts["conditionals"] += 1
+                total.add(branches[-1], share)
+                if share < 1:
                     total.add(branches[0], 1 - share)
             case "call" | "async-start":
-                for part in self._called(one, "calls", "to_apply"):
-                    total.add(part)
+                total.add(self._all(one, "calls", "to_apply"))
             case _:
                 cycles = int(one.attribute(r'"estimated_cycles":"(\d+)"') or 0)  # on TPUs
                 flops, moved = operation_flops(one), moved_bytes(one)
                 seconds = self.chip.seconds(cycles, flops, moved)
-                total.amounts.update(seconds=seconds, cycles=cycles, flops=flops, bytes=moved)
+                total.amounts.update(cycles=cycles, flops=flops, moved_bytes=moved)
+                total.amounts.update(compute_seconds=seconds, operations=runs(one))
                 if one.opcode == "custom-call" and runs(one):
                     total.kernels[one.kernel] += 1
-
-    def _named(self, one: Instruction) -> float | None:
-        """Trips or share by the name of a loop or conditional."""
-        found = (n for name, n in self.trips.items() if re.search(name, one.op_name))
-        return next(found, None)
 
     def _sent(self, one: Instruction) -> Mapping[Collective, float]:
         """What an operation sends."""
@@ -198,29 +190,26 @@ def trip_count(loop: Instruction) -> int | None:
 
 def device_groups(attributes: str, devices: int) -> np.ndarray:
     """[groups, devices of each] that communicate, from any of the ways to write that."""
-    pairs = re.search(r"(?:replica_groups|source_target_pairs)=\{(\{[\d,{}]*\})\}", attributes)
-    if pairs:
+    if pairs := re.search(r"(?:_groups|_pairs)=\{(\{[\d,{}]*\})\}", attributes):
         return np.array([_numbers(row) for row in re.findall(r"\{([\d,]+)\}", pairs[1])])
     # [2,4]<=[4,2]T(1,0): 0..7 as [4, 2], transposed, as [2, 4]
-    iota = re.search(r"replica_groups=\[([\d,]+)\]<=(\[[\d,]+\](?:T\([\d,]+\))?)", attributes)
-    if iota:
+    if iota := re.search(r"replica_groups=\[([\d,]+)\]<=([^ ]+)", attributes):
         return _iota(iota[2]).reshape(_numbers(iota[1]))
     # mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'b'}: along some axes of a mesh
-    named = re.search(r"replica_groups=mesh\[([^\]]+)\](.*?)\{([^}]*)\}", attributes)
-    if named:
-        sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", named[1])}
-        order = re.search(r"device_ids=\((\[[\d,]+\](?:T\([\d,]+\))?)\)", named[2])
-        ids = np.arange(devices) if order is None else _iota(order[1])
+    if named := re.search(r"replica_groups=mesh\[([^\]]+)\](.*?)\{([^}]*)\}", attributes):
+        sizes = dict(re.findall(r"'(\w+)'=(\d+)", named[1]))
+        ids = _iota(named[2]) if "device_ids" in named[2] else np.arange(devices)
         along = [list(sizes).index(name) for name in re.findall(r"'(\w+)'", named[3])]
-        ids = np.moveaxis(ids.reshape(tuple(sizes.values())), along, range(-len(along), 0))
+        ids = np.moveaxis(ids.reshape([*map(int, sizes.values())]), along, range(-len(along), 0))
         return ids.reshape(-1, math.prod(ids.shape[-len(along) :]))
     return np.arange(devices)[None]  # {}: all of them
 
 
 def _iota(text: str) -> np.ndarray:
+    """0, 1, ... in the shape [4,2], then transposed as T(1,0) says."""
     sizes, _, order = text.partition("T")
     ids = np.arange(math.prod(_numbers(sizes))).reshape(_numbers(sizes))
-    return (ids.transpose(_numbers(order)) if order else ids).reshape(-1)
+    return ids.transpose(_numbers(order)) if order else ids
 
 
 def _numbers(text: str) -> tuple[int, ...]:

@@ -26,8 +26,8 @@ FREE = {
 }
 # Custom calls that run on the device; Pallas calls Triton's by two names.
 KERNEL = re.compile(r"tpu_custom_call|__cu|cub|__gpu\$xla\.gpu\.triton|triton_kernel_call")
-# Part of a kernel's name -> the attention that it belongs to, its products of [T, T] by [T, H] or
-# alike, and the axis of T in its largest operand: [B, N, T, H] on TPUs, [B, T, N, H] on GPUs.
+# Part of a kernel's name -> its attention, its products of the size [T, T] by [T, H], and the axis
+# of T in its largest operand: [B, N, T, H] on TPUs, [B, T, N, H] on GPUs.
 ATTENTION = {
     "splash_mha_fwd": ("splash", 2, -2),
     "splash_mha_dq": ("splash", 3, -2),
@@ -41,9 +41,9 @@ ATTENTION = {
 }
 _VIEWS = ("bitcast", "convert", "copy", "reshape", "transpose")
 # Types whose names do not say their bits, as those of bf16 and f8e4m3 do.
-BITS = {"pred": 8, "token": 0, "opaque": 0, "c64": 64, "c128": 128}
-_ARRAY = re.compile(r"([a-z]+\d*[a-z\d]*)\[([\d,<=]*)\](\{[^}]*\})?")
-_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
+BITS = {"pred": 8, "token": 0}
+_ARRAY = re.compile(r"([a-z]+\d*[a-z\d]*)\[([\d,]*)\](\{[^}]*\})?")
+_COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{$")
 _INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\(([^)]*)\)(.*)")
 _CALLED = re.compile(r"\b(condition|body|calls|to_apply|\w+_computations?)=({[^}]*}|%?[\w.\-]+)")
 
@@ -79,17 +79,16 @@ class HloArray(NamedTuple):
 def arrays(shape: str) -> list[HloArray]:
     """The arrays of a shape, "(f32[8,128]{1,0}, s32[])", tuples flattened."""
     return [
-        HloArray(kind, tuple(int(size.lstrip("<=")) for size in sizes.split(",") if size), layout)
+        HloArray(kind, tuple(map(int, re.findall(r"\d+", sizes))), layout)
         for kind, sizes, layout in _ARRAY.findall(shape)
     ]
 
 
 @dataclass(eq=False)
 class Instruction:
-    """One line: %name = shape opcode(operands), attributes.
+    """One line: %name = shape opcode(inputs), attributes.
 
-    inputs: between the brackets, such as the value of a constant. users: what takes the result, and
-    as which operand. called: computations by their role ("body", "calls" ...). inside: where it is.
+    users: what takes the result, and as which operand. called: computations by their role.
     """
 
     name: str
@@ -115,7 +114,7 @@ class Instruction:
     def attribute(self, pattern: str) -> str:
         """What the pattern's group finds in the attributes; "" if nothing."""
         found = re.search(pattern, self.attributes)
-        return found.group(1) if found else ""
+        return found[1] if found else ""
 
     @property
     def op_name(self) -> str:
@@ -132,8 +131,7 @@ class Instruction:
         """Name of a custom call's kernel: as Pallas calls it, or the target."""
         if self.target == "tpu_custom_call":
             return re.sub(r"[.\d]+$", "", self.name)
-        found = re.search(r"([^/]+)/pallas_call$", self.op_name)
-        return found.group(1) if found else self.target
+        return self.attribute(r'op_name="[^"]*?([^/"]+)/pallas_call"') or self.target
 
 
 @dataclass(eq=False)
@@ -154,14 +152,11 @@ class HloModule:
 
 
 def parse(text: str) -> HloModule:
-    """Reads `compiled.as_text()`."""
+    """Reads `compiled.as_text()`, where what is called comes first and the entry last."""
     computations: dict[str, Computation] = {}
-    computation = entry = Computation("")
     for line in text.splitlines():
         if found := _COMPUTATION.match(line):
-            is_entry, name = found.groups()
-            computation = computations[name] = Computation(name)
-            entry = computation if is_entry else entry
+            computation = computations[found[1]] = Computation(found[1])
         elif found := _INSTRUCTION.match(line):
             is_root, *parts = found.groups()
             one = Instruction(*parts, computation)
@@ -173,7 +168,7 @@ def parse(text: str) -> HloModule:
                 one.called[role] = [computations[n] for n in re.findall(r"[\w.\-]+", called)]
             computation.instructions[one.name] = one
             computation.root = one if is_root else computation.root
-    return HloModule(computations, entry)
+    return HloModule(computations, computation)
 
 
 def runs(one: Instruction) -> bool:
@@ -195,25 +190,21 @@ def operation_flops(one: Instruction) -> float:
 
     Causality leaves half of the scores of an attention kernel.
     """
-    match one.opcode:
-        case "dot":
-            contracted = one.attribute(r"lhs_contracting_dims={([\d,]*)}")
-        case "fusion":
-            (inner,) = one.called["calls"]
-            return sum(map(operation_flops, inner.instructions.values()))
-        case "custom-call" if one.kernel.startswith("__cublas"):
-            contracted = one.attribute(r'"lhs_contracting_dimensions": ?\[([\d",]*)\]')
-        case "custom-call":
-            known = (rest for mark, (_, *rest) in ATTENTION.items() if re.search(mark, one.kernel))
-            products, axis = next(known, (0, 0))
-            # The queries are cuDNN's first operand, which may have a larger one, the bias.
-            operands = one.operands[:1] if one.kernel.startswith("__cudnn") else one.operands
-            found = [array for operand in operands if products for array in operand.arrays]
-            queries = max(found, key=lambda array: array.bytes, default=None)
-            return float(products * queries.elements * queries.sizes[axis]) if queries else 0.0
-        case _:
-            return 0.0
+    if one.opcode == "fusion":
+        (inner,) = one.called["calls"]
+        return sum(map(operation_flops, inner.instructions.values()))
+    if one.opcode == "custom-call":
+        for mark, (_, products, axis) in ATTENTION.items():
+            if re.search(mark, one.kernel):
+                # The queries are cuDNN's first operand, which may have a larger one, the bias.
+                operands = one.operands[:1] if one.kernel.startswith("__cudnn") else one.operands
+                inputs = (array for operand in operands for array in operand.arrays)
+                queries = max(inputs, key=lambda array: array.bytes)
+                return float(products * queries.elements * queries.sizes[axis])
+    if one.opcode != "dot" and not one.kernel.startswith("__cublas"):
+        return 0.0
     # Two for each element of the result and each step of its sum.
+    contracted = one.attribute(r'lhs_contracting_dim\w+"?[=:] ?[{[]([\d",]*)')
     sizes = one.operands[0].arrays[0].sizes
     steps = math.prod(sizes[int(axis)] for axis in re.findall(r"\d+", contracted))
     return 2.0 * one.arrays[0].elements * steps
@@ -281,19 +272,15 @@ def _written(one: Instruction) -> float:
     )
 
 
-def _new_elements(one: Instruction) -> list[int]:
-    """Elements of each result that an operation writes."""
+def _new_elements(one: Instruction, inside: bool = False) -> list[int]:
+    """Elements of each result that an operation writes. inside: a fusion, where a view has what the
+    operation behind it writes."""
+    if inside and one.opcode in _VIEWS and one.operands[0].opcode != "parameter":
+        return _new_elements(one.operands[0], inside)
     if one.opcode == "fusion":
         root = one.called["calls"][0].root
         sources = root.operands if root.opcode == "tuple" else [root]
-        return [new for source in sources for new in _new_elements(_behind_views(source))]
+        return [new for source in sources for new in _new_elements(source, inside=True)]
     if one.opcode in ("dynamic-update-slice", "scatter"):
         return [one.operands[1 if one.opcode == "dynamic-update-slice" else -1].elements]
     return [array.elements for array in one.arrays]
-
-
-def _behind_views(one: Instruction) -> Instruction:
-    """The operation behind casts and other views of its result."""
-    while one.opcode in _VIEWS and one.operands[0].opcode != "parameter":
-        one = one.operands[0]
-    return one

@@ -6,7 +6,6 @@ Figures are JSON objects. Seconds are bounds from below, for a device.
 
 import math
 import statistics
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -22,7 +21,7 @@ from jax.stages import Lowered, Wrapped
 from jax.typing import DTypeLike
 
 from lsjax.aot.chips import GIB, Chip
-from lsjax.aot.costs import CostAnalysis, ProgramCosts, Trips
+from lsjax.aot.costs import AMOUNTS, COUNTS, CostAnalysis, ProgramCosts, Trips
 from lsjax.aot.hlo import attention_kernel, parse
 from lsjax.config import LlamaConfig, TrainConfig, check
 from lsjax.decoding.autoregressive import Autoregressive
@@ -32,9 +31,8 @@ from lsjax.decoding.request import Request
 from lsjax.decoding.self_speculative import DRAFT, SelfSpeculative
 from lsjax.decoding.state import DecodeState, Strategy
 from lsjax.model.attention import LARGE, LARGE_BLOCKS, SMALL, SMALL_BLOCKS
-from lsjax.model.cache import KVCache
 from lsjax.model.llama import Llama
-from lsjax.model.parameters import placed_shapes
+from lsjax.model.parameters import placed_shapes, sharding_of
 from lsjax.training.early_exit import exit_counts
 from lsjax.training.loss import CHUNKS, EXITS, loss_chunk
 from lsjax.training.step import abstract_state, check_rows, make_train_step
@@ -50,11 +48,9 @@ class DecodingShape:
     batch_size: int = 1
     """Rows."""
     prompt_tokens: int = 2_048
-    """Tokens of each prompt; their number is also what a round finds in the cache."""
-    new_tokens: int = 256
-    """New tokens of each row."""
+    """Tokens of each prompt, which are also those that a round finds in the cache."""
     strategy: Literal["self_speculative", "autoregressive"] = "self_speculative"
-    """Decoding strategy; a round of autoregressive decoding is one token."""
+    """A round of autoregressive decoding is one token."""
     exit_layer: int | None = None
     """Exit that drafts; a quarter of the layers by default."""
     num_draft_tokens: int = 4
@@ -107,12 +103,12 @@ def decoding(
 ) -> tuple[Lowered, Trips]:
     """How decode.py reads a prompt, or its loop; a round of the loop counts, not the loop.
 
-    Raises ConfigError for lengths beyond the model's context.
+    Raises ConfigError for a prompt beyond the model's context.
     """
-    prompt, new = shape.prompt_tokens, shape.new_tokens
+    prompt = shape.prompt_tokens
     check(
-        prompt + new <= config.max_context,
-        f"{prompt} tokens and {new} new ones are beyond the model's context of "
+        prompt < config.max_context,
+        f"--decoding.prompt-tokens {prompt} is beyond the model's context of "
         f"{config.max_context}: choose fewer",
     )
     strategy, rows = shape.chosen(config), 1 if name == "prefill" else shape.batch_size
@@ -120,13 +116,14 @@ def decoding(
     state = jax.eval_shape(
         lambda: DecodeState.create(
             config,
-            [Request(prompt=[0] * prompt, max_new_tokens=new)] * rows,
+            [Request(prompt=[0] * prompt)] * rows,
             capacity=capacity,
             num_layers=config.num_layers,
             dtype=dtype,
         )
     )
-    model, state = _model(config, mesh, dtype), placed_shapes(state, mesh)
+    model = jax.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0), dtype=dtype))
+    model, state = placed_shapes(model, mesh), placed_shapes(state, mesh)
     number = jax.ShapeDtypeStruct((), jnp.int32, sharding=NamedSharding(mesh, P()))
     if name == "prefill":
         size = chunk_size(prompt, capacity)
@@ -145,22 +142,19 @@ def decoding(
     return Programs(model, mesh).lower(loop, state, number, arguments), trips
 
 
-def round_reads(
-    config: LlamaConfig, shape: DecodingShape, mesh: Mesh, dtype: DTypeLike = jnp.bfloat16
-) -> tuple[int, int]:
-    """Bytes of weights, and of cache in use, that each device has to read in a round, however it is
-    compiled; in autoregressive decoding a round is a token."""
-    model = _model(config, mesh, dtype)
-    cache = jax.eval_shape(lambda: KVCache.create(config, shape.batch_size, 1, dtype, 1))
+def round_reads(config: LlamaConfig, shape: DecodingShape, mesh: Mesh) -> tuple[float, float]:
+    """Bytes in bfloat16 of weights, and of cache in use, that each device has to read in a round,
+    however it is compiled; in autoregressive decoding a round is a token."""
     passes, heads, strategy = config.num_layers, 1, shape.chosen(config)
     if isinstance(strategy, SelfSpeculative):
         # The draft passes its layers once more than it has tokens, and the head once for each; the
         # verification passes the other layers and the head once.
         passes += strategy.num_draft_tokens * strategy.exit_layer
         heads += strategy.num_draft_tokens
-    table = model.embedding if model.head is None else model.head
-    weights = passes * _bytes(model.layers[0]) + heads * _bytes(table)
-    return weights, passes * shape.prompt_tokens * _bytes(placed_shapes(cache, mesh))
+    weights = 2 * (passes * config.layer_params + heads * config.head_params)
+    slots = (shape.batch_size, config.num_kv_heads, shape.prompt_tokens, config.head_dim)
+    own = sharding_of("keys.0", slots, mesh).shard_shape(slots)
+    return weights / mesh.shape["tensor"], 2 * 2 * passes * math.prod(own)
 
 
 def cache_blocks(lengths: list[int], capacity: int) -> Trips:
@@ -178,23 +172,22 @@ def program_report(
     trips: Trips,
     chip: Chip,
     mesh: Mapping[str, int],
-    reads: tuple[int, int] | None = None,
+    reads: tuple[float, float] | None = None,
 ) -> dict[str, Any]:
     """Compiles, which takes a minute or more, and reads what came out.
 
     reads: bytes of weights and of cache that a round has to read, for a program that loops over
     rounds; the costs are then those of a round.
     """
-    begin = time.perf_counter()
-    compiled = memory = too_large = None
+    memory = too_large = of_round = None
+    costs = ProgramCosts()
     try:
         compiled = lowered.compile()
     except JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         too_large = " ".join(str(error).split())[:400]
-    seconds, costs, of_round = time.perf_counter() - begin, ProgramCosts(), None
-    if compiled is not None:
+    else:
         memory = memory_figures(partial(getattr, compiled.memory_analysis()), chip)
         if memory["total"] > chip.hbm:  # the compiler for GPUs makes programs of any size
             too_large = f"{name} needs {memory['total'] / GIB:.1f} GiB of {chip.hbm / GIB:.1f}"
@@ -205,15 +198,9 @@ def program_report(
             costs, once = analysis.loop(ROUNDS)
             weights, cache = (number / chip.hbm_bandwidth for number in reads)
             of_round = dict(weights_seconds=weights, cache_seconds=cache)
-            of_round["once_seconds"] = once.amounts["seconds"]
-    return {
-        "name": name,
-        "compile_seconds": round(seconds, 1),
-        "too_large": too_large,
-        "memory": memory,
-        **cost_figures(costs, chip),
-        "round": of_round,
-    }
+            of_round["once_seconds"] = once.amounts["compute_seconds"]
+    found = {"name": name, "too_large": too_large, "memory": memory, "round": of_round}
+    return found | cost_figures(costs, chip)
 
 
 def memory_figures(found: Callable[[str], int], chip: Chip) -> dict[str, int]:
@@ -227,20 +214,14 @@ def memory_figures(found: Callable[[str], int], chip: Chip) -> dict[str, int]:
 def cost_figures(costs: ProgramCosts, chip: Chip) -> dict[str, Any]:
     """Costs of a run. A program takes at least as long as its computation or, with all links of
     the chip busy, its communication, if the two overlap entirely."""
-    amounts, sent = costs.amounts, costs.sent_bytes
+    sent_seconds = costs.sent_bytes / chip.link_bandwidth
     largest_first = sorted(costs.collectives.items(), key=lambda item: -item[0].sent * item[1])
     return {
         "attention": attention_kernel(costs.kernels),
-        "cycles": amounts["cycles"],
-        "flops": amounts["flops"],
-        "moved_bytes": amounts["bytes"],
-        "operations": costs.runs["operation"],
-        "loops": costs.runs["while"],
-        "conditionals": costs.runs["conditional"],
-        "compute_seconds": amounts["seconds"],
-        "sent_bytes": sent,
-        "sent_seconds": sent / chip.link_bandwidth,
-        "seconds": max(amounts["seconds"], sent / chip.link_bandwidth),
+        **{name: costs.amounts[name] for name in (*AMOUNTS, *COUNTS)},
+        "sent_bytes": costs.sent_bytes,
+        "sent_seconds": sent_seconds,
+        "seconds": max(costs.amounts["compute_seconds"], sent_seconds),
         "kernels": dict(costs.kernels),
         "unknown_loops": sorted(costs.unknown_loops),
         "collectives": [one._asdict() | {"count": count} for one, count in largest_first],
@@ -251,16 +232,3 @@ def _batch(config: TrainConfig, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
     shape = jax.ShapeDtypeStruct((config.batch_size, config.seq_len), jnp.int32)
     names = ("tokens_BT", "labels_BT", "segments_BT", "positions_BT")
     return placed_shapes({name: shape for name in names}, mesh)
-
-
-def _model(config: LlamaConfig, mesh: Mesh, dtype: DTypeLike) -> Llama:
-    model = jax.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0), dtype=dtype))
-    return placed_shapes(model, mesh)
-
-
-def _bytes(tree) -> int:
-    """Bytes of a device's share."""
-    return sum(
-        math.prod(leaf.sharding.shard_shape(leaf.shape)) * jnp.dtype(leaf.dtype).itemsize
-        for leaf in jax.tree.leaves(tree)
-    )

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice, product, tee
 from pathlib import Path
@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import jax
 from rich.console import Console
-from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
+from rich.progress import Progress
 
 from lsjax.checkpoints.run import is_run, read_run_config
 from lsjax.checkpoints.steps import fingerprints
@@ -18,9 +18,10 @@ from lsjax.cli.flags import ChatFlags, ModelFlags, OpenModel, SamplingFlags
 from lsjax.cli.setup import machine
 from lsjax.config import ConfigError, DataConfig, bounded, check, split_step
 from lsjax.data.chat import chat_prompt
-from lsjax.data.files import PlacedRow, Refuse, file_rows
+from lsjax.data.files import PlacedRow, Refuse, file_rows, stop_at
 from lsjax.data.sources import Document
 from lsjax.data.token_store import encode_document
+from lsjax.decoding.completion import Completion
 from lsjax.decoding.engine import Engine
 from lsjax.decoding.request import Request, encode_prompt
 from lsjax.decoding.sampling import GREEDY, Sampling
@@ -28,14 +29,14 @@ from lsjax.decoding.self_speculative import SelfSpeculative
 from lsjax.decoding.state import Strategy
 from lsjax.evaluation.answers import (
     Answer,
-    Cell,
     Question,
     append,
+    decode_in_turns,
     digest,
     key_of,
-    key_of_answer,
     resume,
 )
+from lsjax.evaluation.comparison import warm_up
 from lsjax.evaluation.examples import (
     Example,
     Task,
@@ -47,7 +48,7 @@ from lsjax.evaluation.examples import (
 )
 
 LOOKED_AT = 100  # rows that tell whether they are of the kind that the model was finetuned on
-VERSION = 5  # of the conditions and of a line of answers
+VERSION = 6  # of the conditions and of a line of answers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,8 +58,6 @@ class TaskFlags(ChatFlags, ModelFlags):
     data: tuple[str, ...] = ()
     """Files of rows or patterns: .jsonl, .tsv, .csv, each also as .gz. By default the task's
     TensorFlow data set."""
-    tfds_split: str | None = None
-    """Another split of that."""
     tfds_data_dir: str = ""
     """Where TensorFlow data sets are; empty is TFDS's own, ~/tensorflow_datasets."""
     offset: int = bounded(0, low=0)
@@ -109,7 +108,8 @@ def read_examples(
     (directory, _), trained = split_step(flags.model), None
     if own_rows is None and not {*names[1:]} & given.keys() and is_run(directory):
         trained = read_run_config(directory).data
-    rows, looked_at = tee(own_rows(refuse) if own_rows else _rows(task, flags, refuse))
+    found = own_rows(refuse) if own_rows else _rows(task, flags, flags.data, "test", refuse)
+    rows, looked_at = tee(found)
     data = templates(task, trained, islice(looked_at, LOOKED_AT))
 
     def encode(prompt: str) -> list[int]:
@@ -121,56 +121,42 @@ def read_examples(
         else:
             ids, count = encode_document(Document("", prompt), data, tokenizer)
             ids = ids[:count]
-        limits = dict(max_new_tokens=task.max_new_tokens, max_length=flags.max_length)
-        return encode_prompt(ids, tokenizer, model.source.config, **limits)
+        request = Request(prompt=ids, max_new_tokens=task.max_new_tokens)
+        return encode_prompt(request, tokenizer, model.source.config, flags.max_length)
 
     shots: tuple[Document, ...] = ()
     if task.num_shots:
-        shots = choose_shots(
-            task, data, _shot_rows(task, flags), task.num_shots, flags.sampling.seed
+        check(
+            bool(flags.shots_data) or (not flags.data and task.tfds is not None),
+            f"{task.num_shots} shots need rows that are not asked: name their files by "
+            "--shots-data, or choose --num-shots 0",
         )
-    found = make_examples(
-        task,
-        data,
-        rows,
-        shots=shots,
-        seen=prompts_of(task, data, file_rows(flags.without_seen)),
-        encode=encode,
-        refuse=refuse,
-    )
-    examples = list(islice(islice(found, flags.offset, None), flags.limit))
+        drawn = _rows(task, flags, flags.shots_data, "train")
+        shots = choose_shots(task, data, drawn, task.num_shots, flags.sampling.seed)
+    seen = prompts_of(task, data, file_rows(flags.without_seen))
+    made = make_examples(task, data, rows, shots=shots, seen=seen, encode=encode, refuse=refuse)
+    examples = list(islice(islice(made, flags.offset, None), flags.limit))
     behind = f" behind the first {flags.offset}" if flags.offset else ""
     check(
         bool(examples), f"the data have no examples{behind}: name other ones, or a lower --offset"
     )
-    for id_, times in Counter(example.id for example in examples).items():
-        check(
-            times == 1,
-            f"two rows have the id {id_}: an answer would have no place of its own; evaluate one "
-            "file at a time",
-        )
+    ((id_, times),) = Counter(example.id for example in examples).most_common(1)
+    check(
+        times == 1,
+        f"two rows have the id {id_}: an answer would have no place of its own; evaluate one "
+        "file at a time",
+    )
     return examples, data, skipped
 
 
-def _rows(task: Task, flags: TaskFlags, refuse: Refuse) -> Iterator[PlacedRow]:
-    """The rows that the flags name: files, or the task's TensorFlow data set."""
-    if flags.data:
-        check(flags.tfds_split is None, "--tfds-split means nothing to --data")
-        return file_rows(flags.data, refuse)
+def _rows(
+    task: Task, flags: TaskFlags, files: Sequence[str], split: str, refuse: Refuse = stop_at
+) -> Iterator[PlacedRow]:
+    """The rows of files, or without any those of a split of the task's TensorFlow data set."""
+    if files:
+        return file_rows(files, refuse)
     check(task.tfds is not None, f"{task.name} is no TensorFlow data set: name its files by --data")
-    return tfds_rows(task.tfds[0], flags.tfds_split or task.tfds[1], flags.tfds_data_dir)
-
-
-def _shot_rows(task: Task, flags: TaskFlags) -> Iterator[PlacedRow]:
-    """The rows that shots are drawn from."""
-    check(
-        bool(flags.shots_data) or (not flags.data and task.tfds is not None),
-        f"{task.num_shots} shots need rows that are not asked: name their files by --shots-data, "
-        "or choose --num-shots 0",
-    )
-    if flags.shots_data:
-        return file_rows(flags.shots_data)
-    return tfds_rows(task.tfds[0], task.tfds[2], flags.tfds_data_dir)
+    return tfds_rows(task.tfds, split, flags.tfds_data_dir)
 
 
 def make_questions(
@@ -191,45 +177,49 @@ def make_questions(
 def complete(
     file: Path | None,
     asked: dict[str, Any],
+    engine: Engine,
     strategies: Sequence[Strategy],
     questions: Sequence[Question],
+    line: Callable[[Question, Completion], Answer],
     notes: Console,
-    decode: Callable[[Collection[tuple], Callable[[Answer], None]], None],
+    *,
+    turn: int,
+    timed: bool = False,
 ) -> list[Answer]:
-    """The answers to all questions by all strategies, those that the file has among them.
+    """The answers to all questions by all strategies; those that the file lacks are added to it.
 
-    asked: the conditions. decode: makes all answers but those with the given keys, and hands each
-    on when it is ready; then it is added to the file.
+    asked: the conditions. line: makes an answer of a text, as soon as that ends. turn: as for
+    `decode_in_turns`. timed: runs every program before, and the first strategy again beside missing
+    answers of the others.
     """
     known = {} if file is None else resume(file, asked)
-    wanted = [key_of(one, Cell.of(strategy)) for strategy in strategies for one in questions]
+    wanted = [question.key(strategy) for strategy in strategies for question in questions]
     found = {key: known[key] for key in wanted if key in known}
     if found:
         notes.print(f"{len(found)} of {len(wanted)} answers are there already")
-    columns = (*Progress.get_default_columns()[:-1], MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=notes, transient=True) as progress:
+    if timed and len(found) < len(wanted):
+        warm_up(engine, strategies, questions)
+    with Progress(console=notes, transient=True) as progress:
         bar = progress.add_task("decoding", total=len(wanted), completed=len(found))
 
-        def keep(answer: Answer) -> None:
+        def ended(question: Question, completion: Completion) -> None:
+            answer = line(question, completion)
             if file is not None:
                 append(file, answer)
-            found[key_of_answer(answer)] = answer
+            found[key_of(answer)] = answer
             progress.update(bar, completed=len(found))
 
-        if len(found) < len(wanted):
-            decode(set(found), keep)
+        decode_in_turns(
+            engine, strategies, questions, set(found), ended, turn=turn, beside_first=timed
+        )
     return [found[key] for key in wanted]
 
 
 def conditions(
-    model: OpenModel,
-    engine: Engine,
-    strategies: Sequence[Strategy],
-    sampling: Sampling,
-    **more: Any,
+    model: OpenModel, engine: Engine, strategies: Sequence[Strategy], **more: Any
 ) -> dict[str, Any]:
-    """All that answers and their times depend on, beside strategy, document and sample: a file of
-    answers is only continued under the same conditions."""
+    """All that answers depend on, except strategy, document and sample: a file of answers is only
+    continued under the same conditions."""
     leaves = {str(number): leaf for number, leaf in enumerate(jax.tree.leaves(engine.model))}
     drafting = [one for one in strategies if isinstance(one, SelfSpeculative)]
     vocabularies = {one.draft_vocab: one.vocabulary for one in drafting if one.vocabulary}
@@ -247,6 +237,6 @@ def conditions(
         "jax": jax.__version__,
         "draft_vocab": digest([one.ids_N.tolist() for one in vocabularies.values()]),
         "lengths": sorted(lengths),
-        "sampling": dataclasses.asdict(sampling),
+        "sampling": dataclasses.asdict(model.flags.sampling),
         **more,
     }

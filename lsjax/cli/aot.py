@@ -24,7 +24,6 @@ import jax
 import tyro
 from jax.sharding import Mesh
 from jax.stages import Lowered
-from rich.console import Console
 from rich.table import Table
 
 from lsjax.aot.chips import GIB, slice_of, slice_size
@@ -39,7 +38,8 @@ from lsjax.aot.programs import (
 )
 from lsjax.cli.flags import parse_flags
 from lsjax.cli.setup import check_output, one_line_errors
-from lsjax.cli.training import read_config
+from lsjax.cli.show import notes_console, table, wide_console
+from lsjax.cli.training import ConfigFile, read_config
 from lsjax.config import EarlyExitConfig, LayerDropoutConfig, MeshConfig, TrainConfig, check
 from lsjax.evaluation.exits import exit_sums
 from lsjax.sharding import make_mesh
@@ -49,12 +49,18 @@ ProgramName = Literal["train", "evaluate", "prefill", "decode"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Arguments:
+class Slice(ConfigFile):
     """What is compiled, and for what."""
 
-    config: Annotated[TrainConfig, tyro.conf.arg(name="")]
-    topology: str
+    topology: str | None = None
     """Chip and slice: v5e:8x8, v5p:4x4x4, v6e:16x16, h100:1, h100:8."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arguments(Slice):
+    """What is compiled, and for what."""
+
+    fields: Annotated[TrainConfig, tyro.conf.arg(name="")]
     programs: tuple[ProgramName, ...] = get_args(ProgramName)
     """What to compile: the training step, the scoring of a batch at every exit, the reading of a
     prompt, a round of decoding."""
@@ -76,18 +82,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parse(argv: Sequence[str]) -> Arguments:
     """Raises ConfigError for what is wrong with the configuration or the flags."""
-    more = {"--topology": dict(metavar="CHIP:SLICE", help="such as v5p:4x4x4")}
-    known, default, rest = read_config("python -m lsjax.cli.aot", __doc__, argv, more)
-    check(known.topology is not None, "--topology is missing: name a slice such as v5p:4x4x4")
+    found, default = read_config(Slice, argv, __doc__)
+    check(found.topology is not None, "--topology is missing: name a slice such as v5p:4x4x4")
+    mesh = MeshConfig(tensor=min(4, slice_size(found.topology)))
     return parse_flags(
         Arguments,
-        rest,
+        argv,
         __doc__,
-        default=Arguments(
-            config=default,
-            topology=known.topology,
-            decoding_mesh=MeshConfig(tensor=min(4, slice_size(known.topology))),
-        ),
+        default=Arguments(fields=default, decoding_mesh=mesh),
         config=(tyro.conf.AvoidSubcommands,),
     )
 
@@ -100,7 +102,7 @@ def report(arguments: Arguments) -> dict[str, Any]:
     jax.config.update("jax_platforms", "cpu")  # for the shapes alone
     # Without a chip jax can write programs for it to the cache, but not read them.
     jax.config.update("jax_enable_compilation_cache", False)
-    config, shape = arguments.config, arguments.config.model
+    config, shape = arguments.fields, arguments.fields.model
     check(shape is not None, "the configuration has no model, whose shape is needed here")
     known = get_args(ProgramName)
     check(bool(arguments.programs), f"--programs is empty: choose from {', '.join(known)}")
@@ -113,10 +115,10 @@ def report(arguments: Arguments) -> dict[str, Any]:
     # All are lowered first: what does not fit is refused before anything is compiled.
     begun = {name: lowered(name, arguments, devices) for name in names}
     meshes = {name: dict(mesh.shape) for name, (mesh, *_) in begun.items()}
-    programs, notes = [], Console(stderr=True)
+    programs = []
     for name, (mesh, program, trips) in begun.items():
         reads = round_reads(shape, arguments.decoding, mesh) if name == "decode" else None
-        with notes.status(f"compiling {name} for {arguments.topology}"):
+        with notes_console().status(f"compiling {name} for {arguments.topology}"):
             programs.append(program_report(name, program, trips, chip, meshes[name], reads))
     rows, length = config.batch_size, config.seq_len
     trained_on = math.prod(meshes.get("train", {}).values())
@@ -136,7 +138,7 @@ def report(arguments: Arguments) -> dict[str, Any]:
         "decoding": asdict(arguments.decoding),
         "programs": programs,
     }
-    print_report(config, found)
+    print_report(found)
     if arguments.output is not None:
         arguments.output.write_text(json.dumps(found, indent=1) + "\n")
     return found
@@ -144,7 +146,7 @@ def report(arguments: Arguments) -> dict[str, Any]:
 
 def lowered(name: str, arguments: Arguments, devices: Sequence[Any]) -> tuple[Mesh, Lowered, Trips]:
     """A program and its mesh."""
-    config = arguments.config
+    config = arguments.fields
     if name in ("prefill", "decode"):
         mesh = make_mesh(arguments.decoding_mesh, devices)
         return mesh, *decoding(name, config.model, arguments.decoding, mesh)
@@ -156,106 +158,69 @@ def lowered(name: str, arguments: Arguments, devices: Sequence[Any]) -> tuple[Me
     return mesh, *train_step(config, mesh)
 
 
-def print_report(config: TrainConfig, found: Mapping[str, Any]) -> None:
+def print_report(found: Mapping[str, Any]) -> None:
     """Tables of what the programs need."""
-    people = Console(highlight=False, markup=False, soft_wrap=True)
-    programs = {program["name"]: program for program in found["programs"]}
-    mesh = next(iter(found["meshes"].values()))
-    sizes = " x ".join(f"{name} {size}" for name, size in mesh.items() if size > 1)
-    title = f"{config.model.num_params / 1e9:.2f}B parameters on {math.prod(mesh.values())} of "
-    title += f"{found['topology']} ({sizes or 'one device'})"
-    if {"train", "evaluate"} & {*programs}:
-        rows, parts = f"{config.batch_size} x {config.seq_len}", config.micro_batches
-        title += f"; training with {rows} tokens in {parts} micro-batches, remat {config.remat}"
-    people.print(title)
-    people.print(programs_table(found["programs"]))
-    if "train" in programs:
-        people.print(training_lines(programs, found["training"]))
-    for program in programs.values():
-        if program["round"] is not None:
-            people.print(round_lines(program, found["decoding"]["strategy"]))
-        if program["collectives"]:
-            people.print(collectives_table(program))
+    people = wide_console()
+    people.print(programs_table(found))
+    if "train" in found["meshes"]:
+        plain, exits = (found["training"][f"{name}_flops"] for name in ("plain", "exit"))
+        people.print(f"the exits add {exits / plain:.1%} to the FLOPs of plain training")
+    for one in found["programs"]:
+        problems = [one["too_large"]] if one["too_large"] else []
+        problems += [f"a loop of unknown length: {loop}" for loop in one["unknown_loops"]]
+        for problem in problems:
+            people.print(f"{one['name']}: {problem}")
+        if one["round"] is not None:
+            people.print(round_table(one, found["decoding"]["strategy"]))
+        if one["collectives"]:
+            people.print(collectives_table(one))
 
 
-def programs_table(programs: Sequence[Mapping[str, Any]]) -> Table:
-    """A row for each program, per device; attention kernels and problems below."""
-    kernels = ", ".join(f"{one['name']} {one['attention']}" for one in programs if one["memory"])
-    below = [f"attention: {kernels or 'none'}"]
-    names = ("arguments", "temporaries", "all, GiB", "of HBM", "computing", "sending")
-    table = _table("per device", ["program"], [*names, "compiled in"])
-    for one in programs:
-        cells = ["too large", *[""] * 5]
-        if memory := one["memory"]:
-            parts = ("arguments", "temporaries", "total")
-            cells = [f"{memory[part] / GIB:.2f}" for part in parts]
-            cells.append(f"{memory['total'] / memory['hbm']:.1%}")
-            cells += [f"{one[f'{part}_seconds'] * 1e3:.1f} ms" for part in ("compute", "sent")]
-        table.add_row(one["name"], *cells, f"{one['compile_seconds']:.0f} s")
-        below += [one["too_large"]] if one["too_large"] else []
-        below += [f"a loop of unknown length: {name}" for name in one["unknown_loops"]]
-    table.caption = "\n".join(below)
-    return table
+def programs_table(found: Mapping[str, Any]) -> Table:
+    """A row for each program, per device. Only the FLOPs of plain training count as useful."""
+    training, rows = found["training"], []
+    for one in found["programs"]:
+        mesh = " x ".join(map(str, found["meshes"][one["name"]].values()))
+        if (memory := one["memory"]) is None:
+            rows.append([one["name"], mesh, "too large"])
+            continue
+        sizes = [f"{memory[part] / GIB:.2f}" for part in ("arguments", "temporaries", "total")]
+        seconds = [one[name] for name in ("compute_seconds", "sent_seconds", "seconds")]
+        useful = ""
+        if one["name"] in ("train", "plain"):
+            useful = f"{training['plain_flops'] / training['peak_flops'] / one['seconds']:.1%}"
+        share = f"{memory['total'] / memory['hbm']:.1%}"
+        times = [f"{1e3 * second:.2f}" for second in seconds]
+        rows.append([one["name"], mesh, one["attention"], *sizes, share, *times, useful])
+    names = ["program", "data x fsdp x tensor", "attention", "arguments", "temporaries", "all, GiB"]
+    names += ["of HBM", "computing", "sending", "at least, ms", "plain FLOPs of peak"]
+    return table(f"{found['topology']}, per device", names, rows, left=3)
 
 
-def training_lines(programs: Mapping[str, Mapping[str, Any]], training: Mapping[str, Any]) -> str:
-    """FLOPs of the step and the utilisation that its bound allows; beside plain training, if that
-    was compiled."""
-    plain, exits, peak = (training[f"{name}_flops"] for name in ("plain", "exit", "peak"))
-    lines = [
-        f"FLOPs of a step: {plain:.4g} of the plain model, {exits:.4g} ({exits / plain:.1%}) more "
-        "for the exits"
-    ]
-    one, other = programs["train"], programs.get("plain")
-    if one["memory"] is not None:
-        lines.append(
-            f"a step takes {one['seconds']:.3f} s or more: the plain model's FLOPs at "
-            f"{plain / peak / one['seconds']:.1%} of the peak"
-        )
-        if other is not None and other["memory"] is not None:
-            less = other["memory"]["total"]
-            more = one["memory"]["total"] - less
-            lines.append(
-                f"over plain training: {more / GIB:+.2f} GiB ({more / less:+.1%}), "
-                f"{one['seconds'] / other['seconds'] - 1:+.1%} of the time"
-            )
-    return "\n".join(lines)
-
-
-def round_lines(found: Mapping[str, Any], strategy: str) -> str:
+def round_table(program: Mapping[str, Any], strategy: str) -> Table:
     """A round of decoding beside what it has to read, and the kernels and loops in it."""
-    names = ("weights_seconds", "cache_seconds", "once_seconds")
-    weights, cache, once = (found["round"][name] * 1e3 for name in names)
-    whole, each = found["seconds"] * 1e3, "a token" if strategy == "autoregressive" else "a round"
-    return (
-        f"decode: {each} takes {whole:.2f} ms or more, and {once:.2f} ms once per call\n"
-        f"  weights over bandwidth: {weights:.2f} ms ({whole / weights:.2f} times that); with the "
-        f"cache in use: {weights + cache:.2f} ms ({whole / (weights + cache):.2f} times)\n"
-        f"  kernels: {found['operations']:.0f}; loops: {found['loops']:.0f}; "
-        f"conditionals: {found['conditionals']:.0f}"
-    )
+    seconds = dict(program["round"], seconds=program["seconds"])
+    weights, cache, once, whole = (number * 1e3 for number in seconds.values())
+    cells = [f"{n:.2f}" for n in (weights, weights + cache, whole, whole / (weights + cache), once)]
+    cells += [f"{program[name]:.0f}" for name in ("operations", "loops", "conditionals")]
+    names = ["weights", "and cache", "takes at least", "times that", "once per call", "kernels"]
+    each = "a token" if strategy == "autoregressive" else "a round"
+    return table(f"decode: {each}, milliseconds", [*names, "loops", "conditionals"], [cells])
 
 
 def collectives_table(program: Mapping[str, Any]) -> Table:
     """What a program sends, by kind and by the axes of the mesh."""
-    title = f"{program['name']}: {program['sent_bytes'] / 1e9:.2f} GB sent by each device"
-    table = _table(title, ["kind", "over"], ["times", "GB", "GB sent", "largest"])
     groups = defaultdict(list)
     for one in program["collectives"]:  # those that send most come first
         groups[one["kind"], " x ".join(one["axes"])].append(one)
+    rows = []
     for names, found in groups.items():
         gb, sent = (sum(one[k] * one["count"] for one in found) / 1e9 for k in ("bytes", "sent"))
         largest = max(found, key=lambda one: one["bytes"])["shape"]
         count = sum(one["count"] for one in found)
-        table.add_row(*names, f"{count:.0f}", f"{gb:.3f}", f"{sent:.3f}", largest)
-    return table
-
-
-def _table(title: str, left: Sequence[str], right: Sequence[str]) -> Table:
-    table = Table(title=title, title_justify="left", caption_justify="left", box=None)
-    for name in (*left, *right):
-        table.add_column(name, justify="left" if name in left else "right")
-    return table
+        rows.append([*names, f"{count:.0f}", f"{gb:.3f}", f"{sent:.3f}", largest])
+    title = f"{program['name']}: {program['sent_bytes'] / 1e9:.2f} GB sent by each device"
+    return table(title, ["kind", "over", "times", "GB", "GB sent", "largest"], rows, left=2)
 
 
 if __name__ == "__main__":

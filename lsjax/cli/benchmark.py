@@ -12,14 +12,14 @@ warm-up. The columns are defined in docs/performance.md. Greedy texts are compar
 autoregressive decoding: exit code 1 if they differ in float32 by more than rounding explains.
 
 The directory --output gets answers.jsonl, a line for each text, from which a killed run resumes;
-cells.jsonl, the table; and for a grid benchmark.png and acceptance.png.
+cells.jsonl, the table; and for a grid benchmark.png.
 """
 
 import json
 import math
 import sys
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -31,19 +31,19 @@ from rich.progress import Progress
 from lsjax.cli import answering, flags
 from lsjax.cli.answering import TaskFlags
 from lsjax.cli.flags import OpenModel, StrategyFlags, StrategyName, load_engine
-from lsjax.cli.prompts import first_turn, prompt_rows
+from lsjax.cli.prompts import prompt_rows
 from lsjax.cli.setup import check_output
-from lsjax.cli.show import notes_console, show_cells, show_costs, show_verdict
+from lsjax.cli.show import notes_console, show_cells, show_verdict
 from lsjax.config import ConfigError, LlamaConfig, bounded, check
-from lsjax.decoding.cost import RoundCosts, calibrate, memory_bandwidth
+from lsjax.decoding.cost import RoundCosts, calibrate
 from lsjax.decoding.engine import Engine
 from lsjax.decoding.self_speculative import SelfSpeculative, in_one_program
 from lsjax.decoding.state import Strategy
 from lsjax.evaluation.answers import ALL, Answer, Question
-from lsjax.evaluation.comparison import cell_speeds, identity_tail, time_in_turns, warm_up
+from lsjax.evaluation.comparison import cell_speeds, identity_tail, timed_lines
 from lsjax.evaluation.examples import Task
-from lsjax.evaluation.plots import plot_acceptance, plot_grid
-from lsjax.evaluation.tasks import TASKS
+from lsjax.evaluation.plots import plot_grid
+from lsjax.evaluation.tasks import TASKS, first_turn
 
 PROMPTS = (
     "Once upon a time, there was a little girl named Lily who",
@@ -61,7 +61,7 @@ OWN_PROMPTS = Task(
 )
 # Flags that mean nothing to them.
 TASK_ALONE = (
-    *("data", "tfds_split", "offset", "response_template"),
+    *("data", "offset", "response_template"),
     *("num_shots", "shots_data", "without_seen"),
 )
 
@@ -87,7 +87,7 @@ class Arguments(TaskFlags, StrategyFlags):
     """Lets the layers from this one on add nothing, so that every draft of a later exit is right:
     the machinery without the training. The draft vocabulary is that of the model's own output."""
     output: Path | None = None
-    """Directory of the answers, the table and the pictures; nothing is written by default."""
+    """Directory of the answers, the table and the picture; nothing is written by default."""
 
 
 def benchmark(arguments: Arguments) -> int:
@@ -117,24 +117,21 @@ def benchmark(arguments: Arguments) -> int:
         counts = Counter(token for one in said for token in one.token_ids)
         strategies = choose_strategies(arguments, model, counts)
 
-    def decode(done: Collection[tuple], keep: Callable[[Answer], None]) -> None:
-        warm_up(engine, strategies, questions)
-        time_in_turns(engine, strategies, questions, done, keep)
-
     more = {name: getattr(arguments, name) for name in ("identity_tail", "new_tokens")}
-    asked = answering.conditions(model, engine, strategies, arguments.sampling, **more)
-    answers = answering.complete(file, asked, strategies, questions, notes, decode)
+    asked = answering.conditions(model, engine, strategies, **more)
+    line = timed_lines(engine, strategies[0])
+    rest = (engine, strategies, questions, line, notes)
+    answers = answering.complete(file, asked, *rest, turn=1, timed=True)
     with Progress(console=notes, transient=True) as progress:
         progress.add_task("timing the parts", total=None)
-        costs, bandwidth = measured_costs(engine, strategies), memory_bandwidth()
-    itemsize = engine.model.dtype.itemsize
-    rows = list(cell_speeds(config, itemsize, strategies, answers, costs, bandwidth))
+        costs = measured_costs(engine, strategies)
+    rows = list(cell_speeds(config, strategies, answers, costs))
     title = describe(arguments, engine, questions)
     show_cells(title, [row for row in rows if arguments.groups or row["group"] == ALL])
-    show_costs(engine, rows[0], costs, bandwidth)
+    print(f"{len(engine.programs)} programs, {engine.programs.compile_seconds:.1f} s compiling")
     if output is not None:
         write(output, title, rows, notes)
-    return show_verdict(answers, engine)
+    return show_verdict(answers, str(engine.model.dtype))
 
 
 def check_numbers(arguments: Arguments, config: LlamaConfig) -> None:
@@ -190,8 +187,7 @@ def make_questions(arguments: Arguments, model: OpenModel, notes: Console) -> li
 
 
 def measured_costs(engine: Engine, strategies: Sequence[Strategy]) -> RoundCosts | None:
-    """What the parts of a round cost now, beside what they are compared with; None where nothing
-    drafts."""
+    """What the parts of a round cost now; None where nothing drafts."""
     drafting = [one for one in strategies if isinstance(one, SelfSpeculative)]
     if not drafting:
         return None
@@ -204,12 +200,13 @@ def measured_costs(engine: Engine, strategies: Sequence[Strategy]) -> RoundCosts
 def describe(arguments: Arguments, engine: Engine, questions: Sequence[Question]) -> str:
     """The title of the table."""
     lengths = [len(one.request.prompt) for one in questions if one.sample == 0]
-    parts = [arguments.model.name, str(engine.model.dtype)]
-    parts += [f"{len(lengths)} prompts of {min(lengths)} to {max(lengths)} tokens"]
-    parts += [f"{arguments.new_tokens} new ones", f"{arguments.repeats} repeat"]
-    parts[-1] += "s" * (arguments.repeats > 1)
-    if arguments.sampling.temperature:
-        parts.append(f"temperature {arguments.sampling.temperature:g}")
+    repeats, temperature = arguments.repeats, arguments.sampling.temperature
+    parts = [
+        f"{arguments.model.name}, {engine.model.dtype}",
+        f"{len(lengths)} prompts of {min(lengths)} to {max(lengths)} tokens",
+        f"{arguments.new_tokens} new ones, {repeats} repeat{'s' * (repeats > 1)}",
+    ]
+    parts += [f"temperature {temperature:g}"] if temperature else []
     if arguments.draft_confidence is not None:
         parts.append(f"drafts at {arguments.draft_confidence:g} or more")
     if arguments.identity_tail is not None:
@@ -218,19 +215,17 @@ def describe(arguments: Arguments, engine: Engine, questions: Sequence[Question]
 
 
 def write(output: Path, title: str, rows: Sequence[Answer], notes: Console) -> None:
-    """The table as JSON lines, in which infinity is null, and the pictures of a grid."""
+    """The table as JSON lines, in which infinity is null, and the picture of a grid."""
     with (output / "cells.jsonl").open("w", encoding="utf-8") as lines:
         for row in rows:
             values = {k: None if v == math.inf else v for k, v in row.items()}
             print(json.dumps(values), file=lines)
     whole = [row for row in rows if row["group"] == ALL and row["num_draft_tokens"] is not None]
-    if len({(row["exit_layer"], row["num_draft_tokens"]) for row in whole}) < 2:
-        return
-    try:
-        plot_grid(whole, output / "benchmark.png", title=title)
-        plot_acceptance(whole, output / "acceptance.png", title=title.partition(",")[0])
-    except ConfigError as error:
-        notes.print(f"no pictures: {error}")
+    if len({(row["exit_layer"], row["num_draft_tokens"]) for row in whole}) > 1:
+        try:
+            plot_grid(whole, output / "benchmark.png", title=title)
+        except ConfigError as error:
+            notes.print(f"no picture: {error}")
 
 
 main = flags.program(Arguments, benchmark, __doc__)

@@ -21,7 +21,6 @@ from lsjax.data.tokenizer_files import load_tokenizer
 from lsjax.data.vocabulary import cached_counts, count_tokens, write_counts
 
 LINES = 1 << 14  # of a text, which are encoded at a time
-SHARES = (1024, 2048, 4096, 8192)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +36,7 @@ class Arguments:
 
 
 def count(arguments: Arguments) -> None:
-    """Counts, writes and says what share of the text the most frequent tokens make."""
+    """Counts and writes."""
     tokenizer = load_tokenizer(arguments.model)
     output = arguments.output or cached_counts(cache_directory(), tokenizer)
     total = sum(file.stat().st_size for file in arguments.text)
@@ -45,16 +44,14 @@ def count(arguments: Arguments) -> None:
         task = progress.add_task("counting", total=total)
 
         def pieces() -> Iterator[str]:
-            for piece in (piece for file in arguments.text for piece in read_pieces(file)):
-                yield piece
-                progress.advance(task, len(piece.encode()))
+            for file in arguments.text:
+                for piece in read_pieces(file):
+                    yield piece
+                    progress.advance(task, len(piece.encode()))
 
         counts = count_tokens(tokenizer, pieces())
     write_counts(output, tokenizer, counts)
     print(f"{output}: {counts.total()} tokens, {len(counts)} different ones")
-    ranked = [n for _, n in counts.most_common()]
-    for size in (size for size in SHARES if size < len(ranked)):
-        print(f"the {size} most frequent make {sum(ranked[:size]) / counts.total():.1%}")
 
 
 def read_pieces(file: Path) -> Iterator[str]:
@@ -73,14 +70,11 @@ def read_pieces(file: Path) -> Iterator[str]:
 
 def _strings(value: object) -> Iterator[str]:
     """Every string in a JSON value, keys left out."""
-    match value:
-        case str():
-            yield value.encode(errors="replace").decode()  # JSON may hold half a character
-        case list():
-            for item in value:
-                yield from _strings(item)
-        case dict():
-            yield from _strings(list(value.values()))
+    if isinstance(value, str):
+        yield value.encode(errors="replace").decode()  # JSON may hold half a character
+    elif isinstance(value, list | dict):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _strings(item)
 
 
 main = program(Arguments, count, __doc__)

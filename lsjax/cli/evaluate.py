@@ -10,7 +10,7 @@ The same command after a kill resumes. docs/evaluation.md explains the tasks and
 import dataclasses
 import json
 import sys
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -31,15 +31,12 @@ from lsjax.evaluation.answers import (
     Answer,
     Question,
     answer_line,
-    decode_in_turns,
     summarise,
 )
 from lsjax.evaluation.examples import Task
 from lsjax.evaluation.tasks import TASKS
 
-# Questions for each row of a batch before the next strategy has its turn: strategies are timed near
-# to one another, and a batch is seldom half empty.
-TURN = 8
+TURN = 8  # questions for each row of a batch before the next strategy has its turn
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,28 +77,23 @@ def evaluate(arguments: Arguments) -> None:
     longest = max(len(example.ids) for example in examples)
     engine = load_engine(model, notes, min_capacity=longest + task.max_new_tokens)
 
-    def decode(done: Collection[tuple], keep: Callable[[Answer], None]) -> None:
-        notes.print(
-            f"prompts are like {data.prompt_template!r}, responses {data.response_template!r}"
-        )
-
-        def ended(question: Question, completion: Completion, seconds: float) -> None:
-            scores = task.score(completion.text, question.example)
-            keep({**answer_line(question, completion, seconds), "scores": scores})
-
-        turn, shared = TURN * arguments.batch_size, in_one_program(strategies)
-        decode_in_turns(engine, shared, questions, done, ended, turn=turn)
-
+    templates = {name: getattr(data, name) for name in ("prompt_template", "response_template")}
     asked = answering.conditions(
-        *(model, engine, strategies, sampling),
+        *(model, engine, strategies),
         task=task.name,
-        prompt_template=data.prompt_template,
-        response_template=data.response_template,
+        **templates,
         max_new_tokens=task.max_new_tokens,
         stop=list(task.stop),
         **{name: getattr(arguments, name) for name in ("batch_size", "allow_code_execution")},
     )
-    answers = answering.complete(output, asked, strategies, questions, notes, decode)
+
+    def line(question: Question, completion: Completion) -> Answer:
+        return answer_line(
+            question, completion, scores=task.score(completion.text, question.example)
+        )
+
+    shared, turn = in_one_program(strategies), TURN * arguments.batch_size
+    answers = answering.complete(output, asked, engine, shared, questions, line, notes, turn=turn)
     rows = summarise(answers)
     summary = {"asked": asked, "bad_rows": bad_rows, "figures": rows}
     output.with_suffix(".summary.json").write_text(
@@ -129,11 +121,8 @@ def chosen_task(arguments: Arguments) -> Task:
 def show(title: str, rows: Sequence[Mapping[str, Any]]) -> None:
     """A row for each strategy and group of examples."""
     scores = list(dict.fromkeys(name for row in rows for name in row["scores"]))
-    figures = {
-        **{"equal": ("equal", ".3f"), "accepted": ("acceptance_rate", ".3f")},
-        **{"tokens/round": ("tokens_per_round", ".2f"), "tokens/s": ("tokens_per_second", ".1f")},
-        "speedup": ("speedup", ".2f"),
-    }
+    figures = {"equal": ("equal", ".3f"), "accepted": ("acceptance_rate", ".3f")}
+    figures |= {"tokens/round": ("tokens_per_round", ".2f")}
     lines, before = [], None
     for row in rows:
         cells = []

@@ -12,7 +12,6 @@ docs/evaluation.md explains the figures.
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 
 from lsjax.cli import flags
 from lsjax.cli.flags import ChatFlags, ModelFlags, StrategyFlags, load_engine
@@ -44,7 +43,7 @@ class Arguments(StrategyFlags, ChatFlags, ModelFlags):
 
 def run_tasks(arguments: Arguments) -> None:
     """Runs every task with every strategy; lm_eval makes the tables and the files."""
-    limit, changes, path = arguments.limit, arguments.gen_kwargs, arguments.task_path
+    changes, path = arguments.gen_kwargs, arguments.task_path
     check(bool(arguments.tasks), "--tasks names no task: give one or more")
     check(
         changes is None or all("=" in change for change in changes.split(",")),
@@ -57,7 +56,13 @@ def run_tasks(arguments: Arguments) -> None:
         chat_prompt(opened.tokenizer, "?", arguments.system)  # whether there is a template
     if arguments.output is not None:
         arguments.output.mkdir(parents=True, exist_ok=True)
-    adapter = need_lm_eval()
+    try:
+        from lsjax.evaluation import lm_eval as adapter
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f"tasks come from lm-evaluation-harness, and {error.name} is not installed: "
+            "pip install 'lsjax[eval]'"
+        ) from None
     manager, tasks = adapter.find_tasks(arguments.tasks, path)
     engine = load_engine(opened, notes_console(), strategy=strategies[0])
     model = adapter.EngineLM(engine, name=arguments.model.name, seed=arguments.seed)
@@ -65,7 +70,7 @@ def run_tasks(arguments: Arguments) -> None:
         engine.use(strategy)
         results = adapter.evaluate(
             *(model, manager, tasks, arguments.output),
-            limit=limit,
+            limit=arguments.limit,
             num_fewshot=arguments.num_fewshot,
             gen_kwargs=changes,
             apply_chat_template=arguments.chat,
@@ -73,18 +78,6 @@ def run_tasks(arguments: Arguments) -> None:
         )
         print(f"{arguments.model.name}, {engine.model.dtype}, {Cell.of(strategy)}")
         print(adapter.make_table(results))
-
-
-def need_lm_eval() -> ModuleType:
-    """The module that imports lm_eval. Raises ConfigError where that is not installed."""
-    try:
-        from lsjax.evaluation import lm_eval
-    except ModuleNotFoundError as error:
-        raise ConfigError(
-            f"tasks come from lm-evaluation-harness, and {error.name} is not installed: "
-            "pip install 'lsjax[eval]'"
-        ) from None
-    return lm_eval
 
 
 main = flags.program(Arguments, run_tasks, __doc__)

@@ -16,6 +16,7 @@ from lsjax.data.sources import fill
 from lsjax.data.tokenizer import Tokenizer
 from lsjax.decoding.request import Request, encode_prompt
 from lsjax.decoding.sampling import GREEDY, Sampling
+from lsjax.evaluation.tasks import first_turn
 
 # What an object of a file may say beside its prompt.
 ENDS = ("max_new_tokens", "stop", "stop_ids")
@@ -96,14 +97,6 @@ def prompt_rows(
         yield from file_rows([str(file)], refuse)
 
 
-def first_turn(row: Fields) -> Fields:
-    """The row; of Spec-Bench's form, which has "turns", with the first of them as prompt."""
-    match row:
-        case {"turns": [str(prompt), *_]} if "prompt" not in row:
-            return {**row, "prompt": prompt}
-    return row
-
-
 def choose_requests(arguments: Arguments) -> list[Request]:
     """Every text that is asked for, each with a seed of its own; for a chat one that stands for its
     turns. Text number i of all has the seed of the arguments + i; where an object of the file has a
@@ -179,15 +172,12 @@ def encode_requests(
     """
     encoded = []
     for number, request in enumerate(requests, start=1):
-        ids = request.prompt
         if arguments.chat or arguments.interactive:
             text = chat_prompt(tokenizer, request.prompt, arguments.system)
             ids = tokenizer.encode(text, add_bos=False)
-        limits = dict(max_new_tokens=request.max_new_tokens, max_length=arguments.max_length)
+            request = dataclasses.replace(request, prompt=ids)
         try:
-            encoded.append(
-                encode_prompt(ids, tokenizer, config, stop_ids=request.stop_ids, **limits)
-            )
+            encoded.append(encode_prompt(request, tokenizer, config, arguments.max_length))
         except ConfigError as error:
             where = f"prompt {number} of {len(requests)}: " if len(requests) > 1 else ""
             raise ConfigError(f"{where}{error}") from None

@@ -2,6 +2,7 @@
 
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import islice
 
 from rich.console import Console
 from rich.segment import Segment, Segments
@@ -10,10 +11,8 @@ from rich.text import Text
 
 from lsjax.data.tokenizer import StreamDecoder, Tokenizer
 from lsjax.decoding.completion import Completion, Trace, Update
-from lsjax.decoding.cost import RoundCosts, weight_bytes
-from lsjax.decoding.engine import Engine
 from lsjax.decoding.self_speculative import SelfSpeculative
-from lsjax.evaluation.answers import Answer, Cell
+from lsjax.evaluation.answers import Answer
 from lsjax.evaluation.comparison import FLOAT32_MARGIN, margin_of
 from lsjax.evaluation.exits import ExitScores
 
@@ -23,18 +22,26 @@ REFUSED = "dim red strike"
 GAP = "dim red"  # the space before a refused word: struck, it would look like a dash
 ADDED = "bold blue"
 
-SHOWN = 10  # differing texts
-# Heading, name of the figure and format.
-COLUMNS = (
-    *(("E", "exit_layer", ""), ("d", "num_draft_tokens", ""), ("N", "draft_vocab", "")),
-    *(("tokens/s", "tokens_per_second", ".1f"), ("from", "slowest", ".1f")),
-    *(("to", "fastest", ".1f"), ("speedup", "speedup", ".2f")),
-    *(("accepted", "acceptance_rate", ".3f"), ("tokens/round", "tokens_per_round", ".2f")),
-    *(("ideal", "ideal", ".2f"), ("share", "share_of_ideal", ".2f")),
-    *(("predicted", "predicted", ".2f"), ("off by", "off_by", "+.0%")),
-    *(("round/parts", "round_over_parts", ".2f"), ("equal", "equal", ""), ("differ", "differ", "")),
-    ("margin", "widest_margin", ".1e"),
-)
+# Name of the figure and format by its heading.
+COLUMNS = {
+    "E": ("exit_layer", ""),
+    "d": ("num_draft_tokens", ""),
+    "N": ("draft_vocab", ""),
+    "tokens/s": ("tokens_per_second", ".1f"),
+    "from": ("slowest", ".1f"),
+    "to": ("fastest", ".1f"),
+    "speedup": ("speedup", ".2f"),
+    "accepted": ("acceptance_rate", ".3f"),
+    "tokens/round": ("tokens_per_round", ".2f"),
+    "ideal": ("ideal", ".2f"),
+    "share": ("share_of_ideal", ".2f"),
+    "predicted": ("predicted", ".2f"),
+    "off by": ("off_by", "+.0%"),
+    "round/parts": ("round_over_parts", ".2f"),
+    "equal": ("equal", ""),
+    "differ": ("differ", ""),
+    "margin": ("widest_margin", ".1e"),
+}
 
 LEGEND = Text.assemble(
     ("accepted draft", ACCEPTED),
@@ -169,11 +176,17 @@ def exit_table(title: str, scores: Mapping[str, ExitScores]) -> Table:
     """Loss, perplexity and agreement of each model, at the first exit and at each eighth of the
     layers, rounded up: in the paper's tables quarters of 30 layers are 8, 15 and 23."""
     layers = max(len(one.loss_E) for one in scores.values())
-    exits = sorted({1, *(-(-layers * eighth // 8) for eighth in range(1, 9))})
-    rows = [[str(e), *(cell for one in scores.values() for cell in one.cells(e))] for e in exits]
-    names = [f"{name}: loss" if len(scores) > 1 else "loss" for name in scores]
-    columns = [part for name in names for part in (name, "perplexity", "agreement")]
-    return table(title, ["exit", *columns], rows)
+    rows, names = [], ["exit"]
+    for name in scores:
+        names += [f"{name}: loss" if len(scores) > 1 else "loss", "perplexity", "agreement"]
+    for exit_layer in sorted({1, *(-(-layers * eighth // 8) for eighth in range(1, 9))}):
+        row = [str(exit_layer)]
+        for one in scores.values():
+            figures = zip(one.loss_E, one.perplexity_E, one.agreement_E, strict=True)
+            own = next(islice(figures, exit_layer - 1, None), (None, None, None))
+            row += map(or_dash, own, (".3f", ".2f", ".3f"))
+        rows.append(row)
+    return table(title, names, rows)
 
 
 def or_dash(value: object, form: str = "") -> str:
@@ -187,55 +200,24 @@ def show_cells(title: str, rows: Sequence[Answer]) -> None:
     lines = [
         [
             *(row["strategy"].replace("_", " "), row["group"]),
-            *(or_dash(row[name], form) for _, name, form in COLUMNS),
+            *(or_dash(row[name], form) for name, form in COLUMNS.values()),
         ]
         for row in rows
     ]
-    headings = ["strategy", "prompts", *(heading for heading, _, _ in COLUMNS)]
     faster = best if rows[best]["speedup"] > 1 else None
+    headings = ["strategy", "prompts", *COLUMNS]
     wide_console().print(table(title, headings, lines, left=2, best=faster))
 
 
-def show_costs(engine: Engine, base: Answer, costs: RoundCosts | None, bandwidth: float) -> None:
-    """Compilation, memory bandwidth, and passes of several positions."""
-    config, console = engine.model.config, wide_console()
-    weights = weight_bytes(config, engine.model.dtype.itemsize)
-    console.print(
-        f"{engine.num_programs} programs, {engine.compile_seconds:.1f} s compiling; autoregressive "
-        f"decoding reads {weights / 1e6:.0f} MB of weights a token, "
-        f"{base['bandwidth'] / 1e9:.1f} GB/s, {base['share_of_bandwidth']:.0%} of this memory's "
-        f"{bandwidth / 1e9:.1f} GB/s"
-    )
-    if costs is not None:
-        one = costs.pass_seconds(config.num_layers, 1)
-        widths = {width: costs.pass_seconds(config.num_layers, width) for width in costs.head}
-        passes = ", ".join(f"{width} at {seconds / one:.2f}" for width, seconds in widths.items())
-        console.print(f"A pass of one position takes {one * 1e3:.1f} ms; times that, {passes}")
-
-
-def show_verdict(answers: Sequence[Answer], engine: Engine) -> int:
-    """Shows the widest differences from autoregressive decoding; 1 if one of them is a fault."""
-    console, dtype = Console(highlight=False, soft_wrap=True), str(engine.model.dtype)
-    differing = [one for one in answers if one["difference"]]
-    widest: dict[str, Answer] = {}  # of all repeats, the widest first
-    for one in sorted(differing, key=lambda one: -margin_of(one["difference"])):
-        widest.setdefault(f"prompt {one['id']}, {Cell.of(one)}", one["difference"])
-    if widest:
-        console.print(f"{len(widest)} texts differ; the widest margins:")
-    for text, one in list(widest.items())[:SHOWN]:
-        tokens = " became ".join(
-            "the end" if token is None else repr(engine.tokenizer.decode([token]))
-            for token in (one["expected"], one["found"])
-        )
-        margin = f"margin {margin_of(one):.1e}"
-        if one["roundings"] is not None:
-            margin += f", {one['roundings']:.2g} roundings of {dtype}"
-        console.print(f"  {text}: new token {1 + one['index']}, {tokens}, {margin}", markup=False)
-    wrong = sum(margin_of(one) > FLOAT32_MARGIN for one in widest.values())
-    if dtype == "float32" and wrong:
-        console.print(f"[bold red]{wrong} differences are wider than {FLOAT32_MARGIN:.0e}")
-        return 1
+def show_verdict(answers: Sequence[Answer], dtype: str) -> int:
+    """Says whether texts in float32 are those of autoregressive decoding; 1 if one is not."""
+    console = Console(highlight=False, soft_wrap=True)
+    differences = [one["difference"] for one in answers if one["difference"]]
+    wrong = sum(margin_of(one) > FLOAT32_MARGIN for one in differences)
     drafted = {one["seed"] for one in answers if one["strategy"] == SelfSpeculative.name}
+    if dtype == "float32" and wrong:
+        console.print(f"[bold red]{wrong} texts differ by a margin above {FLOAT32_MARGIN:.0e}")
+        return 1
     if dtype == "float32" and drafted == {None}:
         console.print("[green]Self-speculation gives the tokens of autoregressive decoding.")
     return 0

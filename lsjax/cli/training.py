@@ -1,14 +1,13 @@
 """The command line of train.py: its flags, and what people see of a run."""
 
-import argparse
 import runpy
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import tyro
 from rich.console import Console
@@ -28,13 +27,25 @@ from lsjax.training.metrics import paced
 from lsjax.training.prepare import TrainingRun
 from lsjax.training.run import Hook, Show
 
+T = TypeVar("T", bound="ConfigFile")
 
-@dataclass(frozen=True)
-class TrainingFlags:
+
+@dataclass(frozen=True, kw_only=True)
+class ConfigFile:
+    """A configuration, whose fields are further flags: --config FILE --help lists them."""
+
+    config: Path | None = None
+    """configs/NAME.py"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingFlags(ConfigFile):
     """Flags of train.py."""
 
-    config: Annotated[TrainConfig, tyro.conf.arg(name="")]
+    workdir: Path | None = None
+    """Directory of the run."""
     distributed: Hosts = Hosts()
+    fields: Annotated[TrainConfig, tyro.conf.arg(name="")]
 
 
 def parse(argv: Sequence[str], description: str) -> tuple[TrainConfig, Path, Hosts]:
@@ -42,44 +53,28 @@ def parse(argv: Sequence[str], description: str) -> tuple[TrainConfig, Path, Hos
 
     Raises ConfigError for what is wrong with the file, a flag or a value.
     """
-    more = {"--workdir": dict(type=Path, metavar="DIRECTORY", help="of the run")}
-    known, default, rest = read_config("train.py", description, argv, more)
+    _, default = read_config(ConfigFile, argv, description)
     flags = parse_flags(
         TrainingFlags,
-        rest,
+        argv,
         description,
-        default=TrainingFlags(default),
+        default=TrainingFlags(fields=default),
         config=(tyro.conf.AvoidSubcommands,),
     )
-    check(known.workdir is not None, "--workdir is missing: name the directory of the run")
-    return flags.config, known.workdir, flags.distributed
+    check(flags.workdir is not None, "--workdir is missing: name the directory of the run")
+    return flags.fields, flags.workdir, flags.distributed
 
 
-def read_config(
-    prog: str, description: str, argv: Sequence[str], more: Mapping[str, dict[str, Any]]
-) -> tuple[argparse.Namespace, TrainConfig, list[str]]:
-    """Reads `--config FILE`, and flags that are no fields of it, before all else.
+def read_config(kind: type[T], argv: Sequence[str], description: str) -> tuple[T, TrainConfig]:
+    """The flags in `kind`, read before all others, and the configuration that they name.
 
-    more: these flags, with their options for argparse. Returns the flags, the configuration of the
-    file, and the other arguments. Raises ConfigError where no file is named, and for what is wrong
-    with it.
+    Raises ConfigError where no file is named, and for what is wrong with it.
     """
-    parser = argparse.ArgumentParser(
-        prog=prog,
-        description=description,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        add_help=False,
-        allow_abbrev=False,
-    )
-    parser.add_argument("--config", type=Path, metavar="FILE", help="configs/NAME.py")
-    for name, options in more.items():
-        parser.add_argument(name, **options)
-    known, rest = parser.parse_known_args(argv)
-    if known.config is None and {"-h", "--help"} & {*rest}:
-        parser.print_help()
-        raise SystemExit(0)
-    check(bool(known.config), "--config is missing: name a file such as configs/quickstart.py")
-    return known, read_config_file(known.config), rest
+    found, rest = parse_flags(kind, argv, "", return_unknown_args=True, add_help=False)
+    if found.config is None and {"-h", "--help"} & {*rest}:
+        parse_flags(kind, ["--help"], description)
+    check(bool(found.config), "--config is missing: name a file such as configs/quickstart.py")
+    return found, read_config_file(found.config)
 
 
 def read_config_file(file: Path) -> TrainConfig:
@@ -90,14 +85,13 @@ def read_config_file(file: Path) -> TrainConfig:
     """
     check(file.is_file(), f"--config {file} is no file: name one such as configs/quickstart.py")
     try:
-        found = runpy.run_path(str(file))
+        config = runpy.run_path(str(file)).get("config")
     except ConfigError as error:
         raise ConfigError(f"{file}: {error}") from None
     except Exception as error:
         frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename == str(file)]
         line = getattr(error, "lineno", None) or (frames[-1].lineno if frames else "?")
         raise ConfigError(f"{file}:{line}: {type(error).__name__}: {error}") from None
-    config = found.get("config")
     check(
         isinstance(config, TrainConfig),
         f"{file}: has no `config` that is a TrainConfig: set config = TrainConfig(...)",
@@ -151,12 +145,8 @@ def shown_sample(run: TrainingRun, console: Console) -> Hook:
         console.print(coloured(tokenizer, prompt, done))
         drafts = f"{done.accepted} of {done.drafted} drafts of exit {exit_layer} were accepted"
         console.print(drafts, style="dim")
-        return {
-            "text": done.text,
-            "exit_layer": exit_layer,
-            "num_draft_tokens": config.num_draft_tokens,
-            "acceptance_rate": done.acceptance_rate,
-        }
+        names = ("text", "exit_layer", "num_draft_tokens", "acceptance_rate")
+        return {name: getattr(done, name) for name in names}
 
     return Hook("sample", config.every, sample)
 

@@ -28,7 +28,7 @@ def check(condition: bool, message: str) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Bounds:
-    """Limits of a field's numbers: `low` and `high` may be reached, `above` and `below` not."""
+    """Limits of a field's numbers: `low` and `high` are included, `above` and `below` are not."""
 
     low: float = -math.inf
     high: float = math.inf
@@ -37,7 +37,7 @@ class Bounds:
     hint: str = ""  # ends the message
 
     def hold(self, number: float) -> bool:
-        """Whether the number is within all limits; NaN and the infinities never are."""
+        """Whether the number is finite and within all limits."""
         return self.low <= number <= self.high and self.above < number < self.below
 
     def __str__(self):
@@ -49,20 +49,18 @@ class Bounds:
 
 
 def bounded(default: Any = dataclasses.MISSING, **bounds: Any) -> Any:
-    """A field of a Checked dataclass whose numbers, those in a tuple too, are within `Bounds`."""
+    """A field of a Checked dataclass whose numbers, also those in a tuple, are within `Bounds`."""
     return dataclasses.field(default=default, metadata={"bounds": Bounds(**bounds)})
 
 
 class Checked:
-    """Base of dataclasses that check their fields when they are made.
-
-    A subclass that relates two fields does so in `__post_init__`, after that of this class.
-    """
+    """Base of dataclasses that check their fields when they are made. Checks that relate fields
+    belong in the subclass's `__post_init__`, after this one."""
 
     _prefix = ""
 
     def __init_subclass__(cls, prefix: str | None = None) -> None:
-        """prefix: of names in messages, "early_exit."; after "--" they are written as flags."""
+        """prefix: of names in messages, "early_exit."; names after "--" are written as flags."""
         super().__init_subclass__()
         if prefix is not None:
             cls._prefix = prefix
@@ -83,7 +81,7 @@ class Checked:
 
     @classmethod
     def name_of(cls, field: str) -> str:
-        """What messages call a field."""
+        """Name of a field in messages."""
         return cls._prefix + (field.replace("_", "-") if cls._prefix.startswith("--") else field)
 
 
@@ -91,19 +89,19 @@ _field_types = lru_cache(typing.get_type_hints)
 
 
 def _members(kind: Any) -> tuple[Any, ...]:
-    """The types that a union joins; any other type alone."""
+    """The types of a union; any other type alone."""
     is_union = typing.get_origin(kind) in (typing.Union, types.UnionType)
     return typing.get_args(kind) if is_union else (kind,)
 
 
 def shown(value: Any) -> str:
-    """A value as messages write it, cut where it is long."""
+    """A value as messages write it, at most 60 characters."""
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
 
 
 def described(kind: Any, bounds: Bounds | None = None) -> str:
-    """What a field of this type may be, in words."""
+    """Values of a field of this type, in words."""
     limits = f" {bounds}" if bounds and str(bounds) else ""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if len(_members(kind)) > 1:
@@ -111,15 +109,10 @@ def described(kind: Any, bounds: Bounds | None = None) -> str:
     if origin is Literal:
         choices = ", ".join(str(choice) for choice in arguments)
         return f"one of {choices}" if len(arguments) > 1 else choices
-    if origin is tuple and arguments[-1] is ...:
-        return f"a tuple, each item {described(arguments[0], bounds)}"
     if origin is tuple:
-        return f"a tuple of {', '.join(described(one, bounds) for one in arguments)}"
-    if kind is int:
-        return f"a whole number{limits}"
-    if kind is float:
-        return f"a finite number{limits}"
-    words = {str: "text", bool: "True or False", Path: "a path", type(None): "None"}
+        return f"a tuple, each item {described(arguments[0], bounds)}"
+    words = {int: f"a whole number{limits}", float: f"a finite number{limits}", str: "text"}
+    words |= {bool: "True or False", Path: "a path", type(None): "None"}
     return words.get(kind) or f"a {getattr(kind, '__name__', kind)}"
 
 
@@ -128,7 +121,7 @@ class _Unfit(Exception):
 
 
 def _fitted(value: Any, kind: Any, bounds: Bounds) -> Any:
-    """The value as its field holds it: a whole number is a float where the type says so."""
+    """The value in the type of its field: a whole number becomes a float where that is asked."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if len(_members(kind)) > 1:
         for one in _members(kind):
@@ -139,18 +132,13 @@ def _fitted(value: Any, kind: Any, bounds: Bounds) -> Any:
             return value
     elif origin is tuple:
         if isinstance(value, tuple):
-            kinds = arguments[:1] * len(value) if arguments[-1] is ... else arguments
-            if len(kinds) == len(value):
-                return tuple(map(_fitted, value, kinds, [bounds] * len(value)))
+            return tuple(_fitted(item, arguments[0], bounds) for item in value)
     elif kind in (int, float):
         right = isinstance(value, int if kind is int else int | float)
-        within = (
-            right and bounds.low <= value <= bounds.high and bounds.above < value < bounds.below
-        )
-        if within and not isinstance(value, bool):
+        if right and not isinstance(value, bool) and bounds.hold(value):
             with suppress(OverflowError):  # a whole number may be too large for a float
                 return kind(value)
-    elif kind is Any or isinstance(value, origin or kind):
+    elif isinstance(value, origin or kind):
         return value
     raise _Unfit
 
@@ -169,7 +157,7 @@ def without_version(raw: Any, where: str) -> dict[str, Any]:
     fields = dict(raw)
     version = fields.pop("version", None)
     check(
-        version == VERSION and type(version) is int,
+        version == VERSION,
         f"{where}: version is {shown(version)}, but this lsjax reads {VERSION}: convert the "
         "run with the lsjax that wrote it (lsjax.cli.convert), or begin another one",
     )
@@ -177,10 +165,10 @@ def without_version(raw: Any, where: str) -> dict[str, Any]:
 
 
 def from_json(kind: type[T], raw: Any, where: str) -> T:
-    """The dataclass with these fields; those that are left out get their defaults.
+    """The dataclass with these fields; missing ones get their defaults.
 
-    where: what is read, for messages. Raises ConfigError for unknown and missing keys, and for what
-    the dataclass itself refuses.
+    where: what is read, for messages. Raises ConfigError for unknown keys, missing keys without a
+    default, and values that the dataclass refuses.
     """
     try:
         check(isinstance(raw, Mapping), f"{shown(raw)} must be an object, as a {kind.__name__} is")
@@ -190,7 +178,7 @@ def from_json(kind: type[T], raw: Any, where: str) -> T:
 
 
 def _decoded(kind: Any, raw: Any) -> Any:
-    """Gives lists and objects the type of the field; the dataclass refuses what has another."""
+    """Gives lists and objects the type of the field; other values stay as they are."""
     for one in _members(kind):
         if dataclasses.is_dataclass(one) and isinstance(raw, Mapping):
             return _dataclass(one, raw)
@@ -215,7 +203,7 @@ def _dataclass(kind: type[T], raw: Mapping[str, Any]) -> T:
 
 
 def differences(one: Any, other: Any, path: str = "") -> list[tuple[str, Any, Any]]:
-    """What two JSON values differ in: (dotted path, the one value, the other)."""
+    """Differences of two JSON values: (dotted path, the one value, the other)."""
     if isinstance(one, Mapping) and isinstance(other, Mapping):
         return [
             found

@@ -57,8 +57,8 @@ class DataConfig(Checked, prefix="data."):
     """Directory of the data sets; empty is TFDS's own, ~/tensorflow_datasets."""
 
     validation_fraction: float = bounded(0.05, low=0, below=1)
-    """Share of the documents that is held out, chosen by a hash of each. It is not read where there
-    is a separate validation set."""
+    """Share of the documents that is held out, chosen by a hash of each. Not read with a separate
+    validation set."""
     validation_paths: tuple[str, ...] = ()
     """Files of a separate validation set (text, jsonl, tsv)."""
     validation_split: str = ""
@@ -69,7 +69,7 @@ class DataConfig(Checked, prefix="data."):
     tokenizer: str = "sentencepiece"
     """`bytes`; `sentencepiece`, trained on the training documents; or the path of a model's
     directory, a tokenizer.json, tokenizer.model or .gguf."""
-    vocab_size: int = 512
+    vocab_size: int = bounded(512, low=260, hint="256 bytes, <unk>, <s>, </s> and a letter")
     """Size of a trained vocabulary."""
     append_end: bool = True
     """Whether each document ends with the tokenizer's end token."""
@@ -89,11 +89,6 @@ class DataConfig(Checked, prefix="data."):
         self._check_templates()
         check(
             self.tokenizer != "", "data.tokenizer is empty: choose bytes, sentencepiece or a path"
-        )
-        check(
-            self.tokenizer != "sentencepiece" or self.vocab_size >= 260,
-            f"data.vocab_size {self.vocab_size} is below 260: 256 bytes, <unk>, <s>, </s> and a "
-            "letter",
         )
         check(
             not (self.has_prompts and self.too_long == "split"),

@@ -54,7 +54,7 @@ class LlamaConfig(Checked):
     rope_theta: float = bounded(10_000.0, above=0)
     """Base of the rotary frequencies."""
     rope_scaling: RopeScaling | None = None
-    """How they are stretched for a longer context."""
+    """Stretching of the frequencies for a longer context."""
     norm_eps: float = bounded(1e-5, above=0)
     """Added to the mean square in RMSNorm."""
     tie_embeddings: bool = False
@@ -66,7 +66,7 @@ class LlamaConfig(Checked):
     init_std: float = bounded(0.02, low=0)
     """Standard deviation of new weights, normally distributed."""
     scaled_init: bool = False
-    """Whether what writes to the residual stream starts smaller than that by sqrt(2 L): each layer
+    """Whether weights that write to the residual stream start smaller by sqrt(2 L), as each layer
     adds twice (GPT-2; Radford et al., 2019)."""
 
     def __post_init__(self):
@@ -113,9 +113,8 @@ class LlamaConfig(Checked):
     @classmethod
     def smollm2_135m(cls, **changes) -> "LlamaConfig":
         """SmolLM2-135M (Hugging Face, 2024): deep and narrow, a tied head of 8 layers' weight."""
-        return _preset(
-            changes, 49_152, 576, 1_536, 30, 9, 3, 8_192, rope_theta=1e5, tie_embeddings=True
-        )
+        rest = dict(rope_theta=1e5, tie_embeddings=True)
+        return _preset(changes, 49_152, 576, 1_536, 30, 9, 3, 8_192, **rest)
 
     @classmethod
     def layerskip_1_5b(cls, **changes) -> "LlamaConfig":
@@ -145,19 +144,9 @@ class LlamaConfig(Checked):
     @classmethod
     def llama3_2_1b(cls, **changes) -> "LlamaConfig":
         """Llama-3.2 1B."""
-        return _preset(
-            changes,
-            128_256,
-            2_048,
-            8_192,
-            16,
-            32,
-            8,
-            131_072,
-            rope_theta=5e5,
-            rope_scaling=RopeScaling(kind="llama3", factor=32.0),
-            tie_embeddings=True,
-        )
+        scaling = RopeScaling(kind="llama3", factor=32.0)
+        rest = dict(rope_theta=5e5, rope_scaling=scaling, tie_embeddings=True)
+        return _preset(changes, 128_256, 2_048, 8_192, 16, 32, 8, 131_072, **rest)
 
 
 def _preset(changes: dict, v, d, f, layers, heads, kv_heads, context, **rest) -> LlamaConfig:

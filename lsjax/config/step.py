@@ -34,9 +34,9 @@ class LayerDropoutConfig(Checked, prefix="layer_dropout."):
     rescale: bool = False
     """Whether the output of a kept layer is divided by 1 - p; the paper does not divide it."""
     skip: Literal["mask", "gather", "batch"] = "mask"
-    """How a layer is skipped. mask: by each sequence on its own, as in the paper; the layer is
-    computed for all of them, and its effect dropped. gather: by each sequence, and computed for
-    those that keep it only; their number is one of a few fixed ones. batch: by all at once."""
+    """How a layer is skipped. mask: by each sequence on its own, as in the paper; it is computed,
+    and its effect dropped. gather: by each sequence; only those that keep it compute it, and their
+    number is one of a few fixed ones. batch: by all at once."""
 
     def check_layers(self, num_layers: int) -> None:
         """Raises ConfigError where `layers` names one that a model of L layers does not have."""
@@ -79,12 +79,12 @@ class EarlyExitConfig(Checked, prefix="early_exit."):
         super().__post_init__()
         check(
             (self.curriculum == "subset") == bool(self.exits),
-            f"early_exit.exits {self.exits} belongs to the subset curriculum: give both or none",
+            f"early_exit.exits {self.exits} belongs to the subset curriculum: give both or neither",
         )
         check(
             (self.weights == "custom") == bool(self.custom_weights),
             f"early_exit.custom_weights {self.custom_weights} belongs to weights custom: give both "
-            "or none",
+            "or neither",
         )
         check(
             not self.custom_weights or self.custom_weights[-1] > 0,
@@ -178,9 +178,9 @@ class StepConfig(Checked):
     remat: Literal[
         "none", "nothing_saveable", "dots_saveable", "dots_with_no_batch_dims_saveable"
     ] = "none"
-    """What a layer keeps for its backward pass: everything, or what jax's checkpoint policy of that
-    name keeps. The rest is computed again. Policies that keep products keep the output of an
-    attention kernel too; on GPUs it replaces the projection that follows."""
+    """Values that a layer keeps for its backward pass: all, or those of jax's checkpoint policy of
+    that name. The rest is computed again. Policies that keep products also keep the output of an
+    attention kernel; on GPUs it replaces the projection that follows."""
     attention: AttentionKernel = "auto"
     """Kernel of attention. auto is splash on TPUs, flash on GPUs and xla elsewhere. Where these do
     not take the arrays it is cudnn or xla (lsjax/model/attention.py)."""

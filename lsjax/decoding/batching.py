@@ -96,8 +96,7 @@ class ActiveRow:
 class ContinuousBatch:
     """Decodes requests, whose prompts are token ids, with the engine's strategy of this moment.
 
-    stream: look at the texts every few rounds. conversation: where the cache comes from and is
-    left, for an engine with one row. cancelled: asked at each look; if true, what runs then ends.
+    stream: look at the texts every few rounds. The rest as for `Engine.watch`.
     """
 
     def __init__(
@@ -116,7 +115,7 @@ class ContinuousBatch:
         self._cancelled = cancelled
         self._rows: dict[int, ActiveRow] = {}
         self._worked = 0.0  # seconds, without compiling
-        self._compiled_before = engine.compile_seconds
+        self._compiled_before = engine.programs.compile_seconds
         self._is_single = engine.batch_size == 1
         longest = 1 + max(len(request.prompt) for request in requests)
         total = max(len(request.prompt) + request.max_new_tokens for request in requests)
@@ -148,7 +147,6 @@ class ContinuousBatch:
             self._leave()
 
     def _leave(self) -> None:
-        """Gives the cache of a single row to the conversation, for the next text."""
         if self._is_single and self._state is not None:
             self._conversation.keep(self._state, self._engine.model)
             self._state = None
@@ -198,7 +196,6 @@ class ContinuousBatch:
         return Update(live.index, text, trace, completion)
 
     def _complete(self, live: ActiveRow, trace: Trace, rounds: int, reason: str) -> Completion:
-        """What a row that has ended after so many rounds gave, and the seconds that it took."""
         request, engine = live.request, self._engine
         # Rounds behind a stop string, which is only seen at the next look, are not the text's.
         looked, before = live.looked
@@ -212,13 +209,12 @@ class ContinuousBatch:
             num_prompt_tokens=len(request.prompt),
             prefill_seconds=live.prefill_seconds,
             decode_seconds=looked + share * (self._worked - looked) - live.began,
-            compile_seconds=engine.compile_seconds - self._compiled_before,
+            compile_seconds=engine.programs.compile_seconds - self._compiled_before,
             finish_reason=reason,
         )
 
     def _advance(self) -> None:
-        """Rounds, until a row ends or it is time to look; first the next capacity, if a row has no
-        room for another round."""
+        """Runs rounds until a row ends or it is time to look; first grows the cache if need be."""
         state, engine = self._state, self._engine
         running_B = np.array(state.finish_B) == RUNNING
         longest = int(np.array(state.length_B)[running_B].max())
@@ -236,7 +232,6 @@ class ContinuousBatch:
         return self._engine.programs.get(loop, state, np.int32(0), self._arguments)
 
     def _work(self, program: Callable, *rest) -> None:
-        """Runs a program on the rows, and takes the time."""
         self._state, seconds = _timed(program, self._state, *rest)
         self._worked += seconds
         self._engine.decode_seconds += seconds

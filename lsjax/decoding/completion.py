@@ -14,12 +14,10 @@ FINISH_REASONS = {EOS: "eos", LENGTH: "length", STOP: "stop"}
 
 @dataclass(frozen=True)
 class Trace:
-    """The n new tokens of a row and where each came from (the buffers of DecodeState).
+    """The n new tokens of a row and where each came from.
 
-    tokens_n: ids. accepted_n: an accepted draft. replaced_n: the draft's token that was rejected
-    in favour of this one, or -1. round_n: at the last token of a round, 1 + tokens drafted in it.
-    log_probs_n: of the tokens, or None. The first token is the prefill's: a round of its own that
-    is no round of decoding.
+    The fields are the buffers of DecodeState; log_probs_n may be None. The first token is the
+    prefill's: a round of its own that is no round of decoding.
     """
 
     tokens_n: Int[np.ndarray, " n"]
@@ -69,14 +67,12 @@ class Trace:
 class Completion:
     """One prompt's result; the fields of decode.py's JSON lines. Undefined figures are None.
 
-    token_ids: new tokens only, the end token included; the text is without it and without a stop
-    string. prefill_seconds: reading the prompt. decode_seconds: from the first new token to the
-    row's last one; in a batch the reading of other prompts counts in. compile_seconds: spent
-    before, in neither of them. tokens_per_second: new tokens after the first over decode_seconds.
-    acceptance_rate: accepted / drafted. tokens_per_round: new tokens after the first over rounds,
-    which is the mean acceptance length of Spec-Bench. seed: None if greedy. log_probs: of the new
-    tokens by the logits of what ran for them, before penalties, temperature and filters; None
-    unless asked for.
+    token_ids: new tokens, the end token included; the text is without it and without a stop string.
+    decode_seconds: from the first new token to the last; in a batch the reading of other prompts
+    counts in. compile_seconds: in neither of the other two. tokens_per_second, tokens_per_round:
+    without the first new token, so the latter is Spec-Bench's mean acceptance length. seed: None if
+    greedy. log_probs: by the logits of what ran for a token, before penalties, temperature and
+    filters; None unless asked for.
     """
 
     prompt: str

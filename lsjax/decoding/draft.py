@@ -18,7 +18,6 @@ This rule accepts a draft that is among the model's three most probable tokens:
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from itertools import count, islice
 
 import jax
 import jax.numpy as jnp
@@ -46,9 +45,8 @@ class DraftHead:
 class DraftVocabulary:
     """Token ids that may be drafted, in rising order: of equal logits the lower id wins.
 
-    The head costs as much as several layers, and a draft passes it for every token. A draft may
-    come from any distribution, so N frequent tokens serve: N rows of the head instead of V. The
-    verification takes the whole head, so the text stays the same.
+    The head costs as much as several layers, and a draft passes it for every token: N rows of it
+    instead of V are quicker. The verification takes the whole head, so the text stays the same.
     """
 
     ids_N: Int[np.ndarray, " N"]
@@ -66,10 +64,8 @@ class DraftVocabulary:
         Raises ConfigError for a size that is not in 1..vocab_size - 1.
         """
         _check_size(size, vocab_size)
-        ranked = sorted(counts, key=lambda token: (-counts[token], token))[:size]
-        unseen = (token for token in count() if token not in counts)
-        ranked += islice(unseen, size - len(ranked))
-        return cls(np.sort(np.array(ranked, np.int32)))
+        known = sorted({*range(size), *counts}, key=lambda token: (-counts.get(token, 0), token))
+        return cls(np.sort(np.array(known[:size], np.int32)))
 
     def validate(self, config: LlamaConfig) -> None:
         """Raises ConfigError where the model has no such tokens, or no others."""
@@ -102,10 +98,10 @@ def _check_size(size: int, vocab_size: int) -> None:
 class Draft:
     """What the first E layers leave for the verification.
 
-    state: the rows before the round, with the draft's keys and values in the cache. hidden_BTD:
-    exit hidden states of the pending token and of the drafts. tokens_BT: the drafts, of row b the
-    first count_B[b] columns; there is a column more than the longest draft has. log_q_BTN: the
-    distributions that they were drawn from; None in greedy decoding. head: of a draft vocabulary.
+    state: the rows before the round, with the draft's keys and values. hidden_BTD: exit hidden
+    states of the pending token and the drafts. tokens_BT: the first count_B[b] columns are drafts
+    of row b; the last column is a spare. log_q_BTN: what they were drawn from; None if greedy.
+    head: of a draft vocabulary.
     """
 
     state: DecodeState

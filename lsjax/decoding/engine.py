@@ -27,12 +27,11 @@ SLACK = 64
 class Engine:
     """A model, its tokenizer, a strategy and the programs compiled for them.
 
-    batch_size: rows that decode side by side; a row's text does not depend on the others. A row
-    that ends is given the next request at once. max_length: prompt and new tokens of a row; the
-    model's context by default. ignore_end: decode behind the end of a text. min_capacity: least
-    slots of a row's cache. mesh: devices to decode on (lsjax/sharding.py). lay_out: let the
-    compiler choose layouts of the weights on accelerators; whoever keeps `model` then keeps those
-    that change twice.
+    batch_size: rows that decode side by side; a row that ends is given the next request at once.
+    max_length: prompt and new tokens of a row; the model's context by default. ignore_end: decode
+    behind the end of a text. min_capacity: least slots of a row's cache. mesh: devices to decode on
+    (lsjax/sharding.py). lay_out: let the compiler choose layouts of the weights on accelerators;
+    whoever keeps `model` then keeps those that change twice.
 
     Raises ConfigError where the strategy or the length does not fit the model, or the batch not
     the mesh; TokenizerError where the tokenizer does not fit the model.
@@ -86,16 +85,6 @@ class Engine:
     def model(self) -> Llama:
         """The model that decodes, on the mesh and laid out for its programs."""
         return self.programs.model
-
-    @property
-    def num_programs(self) -> int:
-        """Programs compiled so far."""
-        return len(self.programs)
-
-    @property
-    def compile_seconds(self) -> float:
-        """Spent on them."""
-        return self.programs.compile_seconds
 
     def capacity(self, length: int) -> int:
         """Slots of a row's cache while it has `length` tokens."""
@@ -205,18 +194,8 @@ class Engine:
             options = {k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}
             ids = prompt if isinstance(prompt, str) else list(prompt)
             prompt = Request(prompt=ids, **options)
-        return replace(prompt, prompt=self.encode(prompt))
-
-    def encode(self, request: Request) -> list[int]:
-        """The token ids of its prompt. Raises ConfigError for what `encode_prompt` refuses."""
-        return encode_prompt(
-            request.prompt,
-            self.tokenizer,
-            self.model.config,
-            max_new_tokens=request.max_new_tokens,
-            max_length=self.max_length,
-            stop_ids=request.stop_ids,
-        )
+        ids = encode_prompt(prompt, self.tokenizer, self.model.config, self.max_length)
+        return replace(prompt, prompt=ids)
 
 
 def check_settings(

@@ -34,35 +34,30 @@ class Request(Checked):
 
 
 def encode_prompt(
-    prompt: str | Sequence[int],
-    tokenizer: Tokenizer,
-    config: LlamaConfig,
-    *,
-    max_new_tokens: int,
-    max_length: int | None,
-    stop_ids: Sequence[int] = (),
+    request: Request, tokenizer: Tokenizer, config: LlamaConfig, max_length: int | None = None
 ) -> list[int]:
-    """The prompt's token ids.
+    """The token ids of a request's prompt. max_length: of the text, the model's context by default.
 
-    Raises ConfigError for an empty prompt, for one that leaves no room for max_new_tokens, and for
+    Raises ConfigError for an empty prompt, for one that leaves no room for the new tokens, and for
     ids that the model does not have, in the prompt or among those that end its text.
     """
+    prompt, new = request.prompt, request.max_new_tokens
     ids = tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
     limit = config.max_context if max_length is None else max_length
     vocabulary = f"the vocabulary of {config.vocab_size}: give ids in 0..{config.vocab_size - 1}"
     check(
-        max(stop_ids, default=0) < config.vocab_size,
-        f"stop ids {list(stop_ids)} are not all in {vocabulary}",
+        max(request.stop_ids, default=0) < config.vocab_size,
+        f"stop ids {list(request.stop_ids)} are not all in {vocabulary}",
     )
     check(len(ids) > 0, "the prompt is empty: it needs at least one token")
-    check(max_new_tokens >= 1, f"max_new_tokens {max_new_tokens} is below 1: ask for 1 or more")
+    check(new >= 1, f"max_new_tokens {new} is below 1: ask for 1 or more")
     check(
         min(ids) >= 0 and max(ids) < config.vocab_size,
         f"token ids {min(ids)}..{max(ids)} are not all in {vocabulary}",
     )
     check(
-        len(ids) + max_new_tokens <= limit,
-        f"a prompt of {len(ids)} tokens and {max_new_tokens} new ones do not fit the length of "
+        len(ids) + new <= limit,
+        f"a prompt of {len(ids)} tokens and {new} new ones do not fit the length of "
         f"{limit}: shorten the prompt, lower --max-new-tokens"
         + (" or raise --max-length" if limit < config.max_context else ""),
     )

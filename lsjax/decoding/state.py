@@ -31,9 +31,8 @@ STOP_IDS = 4  # room for stop ids in a row: a multiple of this
 class DecodeState:
     """B rows with S slots each: everything that the decode loop carries.
 
-    A row has `length_B` tokens, prompt and new ones. The last of them is pending: its keys and
-    values are not in the cache yet, those of all before it are. The host derives text, colours and
-    statistics from the buffers [B, S] (completion.py).
+    A row has `length_B` tokens, prompt and new ones. The keys and values of the last, the pending
+    one, are not in the cache yet. Text and statistics come from the buffers (completion.py).
     """
 
     cache: KVCache
@@ -190,9 +189,8 @@ class DecodeState:
     ) -> "DecodeState":
         """Appends the first `count_B` of T tokens to every running row and ends rows.
 
-        Tokens behind a stop token or a row's end are dropped. The first `accepted_B` of the tokens
-        came from a draft of `drafted_B` tokens, which were draft_BT. log_probs_BT is needed where
-        the state keeps them.
+        Tokens behind a stop token or a row's end are dropped. The first `accepted_B` came from a
+        draft, draft_BT, of `drafted_B` tokens. log_probs_BT is needed where the state keeps them.
         """
         steps = new_BT.shape[1]
         index_T = jnp.arange(steps)

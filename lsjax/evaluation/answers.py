@@ -9,6 +9,7 @@ import hashlib
 import json
 import math
 import statistics
+from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -28,6 +29,7 @@ ALL, UNSEEN = "all", "not seen in training"  # groups that are no category
 PASS_AT = (1, 10, 100)
 
 Answer = Mapping[str, Any]  # a line of the file
+Key = tuple[Any, ...]  # of an answer: values of KEY
 
 
 class Cell(NamedTuple):
@@ -68,11 +70,23 @@ class Question:
 
     @property
     def document(self) -> str:
-        """Hash of all that the answer depends on beside the first line of its file."""
+        """Hash of all that the answer depends on, except the first line of its file."""
         example, sampling = self.example, self.request.sampling
         seed = sampling.seed if sampling.temperature else None
         row = repr(sorted(example.fields.items()))
         return digest([list(self.request.prompt), example.reference, example.seen, row, seed])
+
+    def key(self, strategy: Strategy) -> Key:
+        """The key of the answer by this strategy."""
+        return *Cell.of(strategy), self.example.id, self.sample, self.document
+
+
+KEY = (*Cell._fields, "id", "sample", "document")
+
+
+def key_of(answer: Answer) -> Key:
+    """What distinguishes an answer from the others of its file."""
+    return tuple(answer[name] for name in KEY)
 
 
 def digest(content: Any) -> str:
@@ -84,23 +98,22 @@ def decode_in_turns(
     engine: Engine,
     strategies: Sequence[Strategy],
     questions: Sequence[Question],
-    done: Collection[tuple],
-    on_answer: Callable[[Question, Completion, float], None],
+    done: Collection[Key],
+    on_answer: Callable[[Question, Completion], None],
     *,
     turn: int,
     beside_first: bool = False,
 ) -> None:
     """Decodes every question with every strategy, except the keys that are `done`.
 
-    Strategies take turns of `turn` questions, so that a machine that slows down slows all of them.
-    on_answer: called as each text ends, with the seconds of decoding since the text before. Those
-    of all texts sum up to the time that decoding took, whatever the size of the batch.
-    beside_first: decodes with the first strategy again beside others of its turn that are missing.
+    Strategies take turns of `turn` questions, so that a slower machine slows all of them.
+    on_answer: called as each text ends. beside_first: decodes with the first strategy again beside
+    missing answers of the others.
     """
     queue = iter(questions)
     while chunk := list(islice(queue, turn)):
         missing = {
-            strategy: [one for one in chunk if key_of(one, Cell.of(strategy)) not in done]
+            strategy: [one for one in chunk if one.key(strategy) not in done]
             for strategy in strategies
         }
         if beside_first and any(missing.values()):
@@ -109,47 +122,32 @@ def decode_in_turns(
             if not wanted:
                 continue
             engine.use(strategy)
-            before = engine.decode_seconds
-
-            def ended(index: int, completion: Completion, wanted=wanted) -> None:
-                nonlocal before
-                seconds, before = engine.decode_seconds - before, engine.decode_seconds
-                on_answer(wanted[index], completion, seconds)
-
-            engine.generate([one.request for one in wanted], on_completion=ended)
+            engine.generate(
+                [one.request for one in wanted],
+                on_completion=lambda index, found, wanted=wanted: on_answer(wanted[index], found),
+            )
 
 
-def key_of(question: Question, cell: Cell) -> tuple:
-    """What tells an answer from the others of its file."""
-    return cell, question.example.id, question.sample, question.document
-
-
-def key_of_answer(answer: Answer) -> tuple:
-    """The same of a line of the file."""
-    return Cell.of(answer), answer["id"], answer["sample"], answer["document"]
-
-
-def answer_line(question: Question, completion: Completion, seconds: float) -> dict[str, Any]:
-    """An answer as a line of the file; the caller adds scores."""
+def answer_line(question: Question, completion: Completion, **more: Any) -> dict[str, Any]:
+    """An answer as a line of the file."""
     example = question.example
     names = (
         *("text", "num_prompt_tokens", "num_new_tokens", "rounds", "drafted", "accepted"),
-        *("drafted_by_position", "accepted_by_position", "prefill_seconds", "finish_reason"),
-        *(*Cell._fields, "seed"),
+        *("drafted_by_position", "accepted_by_position", "finish_reason", *Cell._fields, "seed"),
     )
     return {
         **{"id": example.id, "sample": question.sample, "document": question.document},
         **{"group": example.group, "seen": example.seen, "reference": example.reference},
         **{name: getattr(completion, name) for name in names},
-        "seconds": seconds,
+        **more,
     }
 
 
-def resume(file: Path, asked: Mapping[str, Any]) -> dict[tuple, Answer]:
-    """The answers of a file by their keys (`key_of`); a new file begins with its header.
+def resume(file: Path, asked: Mapping[str, Any]) -> dict[Key, Answer]:
+    """The answers of a file by their keys; a new file begins with its header.
 
     The later of two answers with one key counts. Cuts off a torn last line. Raises ConfigError
-    where the header is another, with what differs, and for a line that is no answer.
+    with the differences if the header is another, and for a line that is no answer.
     """
     header = _line({HEADER: dict(asked)})
     content = file.read_bytes() if file.exists() else b""
@@ -167,7 +165,7 @@ def resume(file: Path, asked: Mapping[str, Any]) -> dict[tuple, Answer]:
     )
     with file.open("rb+") as stream:
         stream.truncate(content.rfind(b"\n") + 1)
-    return {key_of_answer(answer): answer for answer in answers}
+    return {key_of(answer): answer for answer in answers}
 
 
 def read(file: Path) -> tuple[dict[str, Any], list[Answer]]:
@@ -175,14 +173,14 @@ def read(file: Path) -> tuple[dict[str, Any], list[Answer]]:
 
     Raises ConfigError for another file.
     """
-    needed = {*Cell._fields, "id", "sample", "document"}
     rows = []
     for number, line in enumerate(file.read_bytes().split(b"\n")[:-1], 1):
         try:
             row = json.loads(line)
         except ValueError:
             row = None
-        good = isinstance(row, dict) and (HEADER in row if number == 1 else needed <= row.keys())
+        needed = {HEADER} if number == 1 else {*KEY}
+        good = isinstance(row, dict) and needed <= row.keys()
         check(good, f"{file}, line {number} is no answer: name another --output, or remove it")
         rows.append(row)
     check(bool(rows), f"{file} holds no answers: name another --output, or remove it")
@@ -190,7 +188,7 @@ def read(file: Path) -> tuple[dict[str, Any], list[Answer]]:
 
 
 def append(file: Path, answer: Answer) -> None:
-    """Adds an answer; the line is written whole."""
+    """Adds an answer."""
     with file.open("a", encoding="utf-8") as stream:
         stream.write(_line(answer))
 
@@ -229,23 +227,14 @@ def summarise(answers: Sequence[Answer]) -> list[dict[str, Any]]:
     """Figures of each strategy and group (`grouped`). Undefined ones are None.
 
     scores: mean and standard error over the examples, of the mean over an example's samples.
-    tokens_per_second: new tokens after the first of each text over the time of decoding. speedup:
-    over autoregressive decoding. equal: share of the texts that are those of autoregressive
-    decoding, where both are greedy.
+    equal: share of the greedy texts that are those of greedy autoregressive decoding.
     """
     plain = Cell("autoregressive")
     texts = {one["id"]: one["text"] for one in answers if Cell.of(one) == plain}
-    rows, base = [], {}
+    rows = []
     for cell, group, own in grouped(answers):
-        new_tokens, seconds = (
-            sum(one[name] for one in own) for name in ("num_new_tokens", "seconds")
-        )
-        speed = (new_tokens - len(own)) / seconds if seconds else None
-        if cell == plain:
-            base[group] = speed
-        beside = [one for one in own if one["seed"] is None and one["id"] in texts]
-        same = [one["text"] == texts[one["id"]] for one in beside]
-        scores = {name: [*means.values()] for name, means in scores_by_example(own).items()}
+        compared = [one for one in own if one["seed"] is None and one["id"] in texts]
+        same = [one["text"] == texts[one["id"]] for one in compared]
         rows.append(
             {
                 "strategy": str(cell),
@@ -254,37 +243,32 @@ def summarise(answers: Sequence[Answer]) -> list[dict[str, Any]]:
                 "answers": len(own),
                 "scores": {
                     name: {"mean": statistics.fmean(means), "stderr": standard_error(means)}
-                    for name, means in scores.items()
+                    for name, means in example_scores(own).items()
                 },
                 "equal": statistics.fmean(same) if same else None,
                 **acceptance(own),
-                "tokens_per_second": speed,
-                "new_tokens": new_tokens,
             }
         )
-    for row in rows:
-        speed, before = row["tokens_per_second"], base.get(row["group"])
-        row["speedup"] = speed / before if speed is not None and before else None
     return rows
 
 
-def scores_by_example(answers: Iterable[Answer]) -> dict[str, dict[str, float]]:
-    """Each score's mean over an example's samples, by the example's id; of `passed` the unbiased
+def example_scores(answers: Iterable[Answer]) -> dict[str, list[float]]:
+    """Each score's mean over an example's samples, of every example. `passed` becomes the unbiased
     estimates of pass@k that the samples are enough for."""
-    samples: dict[str, dict[str, list[float]]] = {}
+    samples: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for answer in answers:
         for name, value in answer["scores"].items():
-            samples.setdefault(name, {}).setdefault(answer["id"], []).append(value)
-    passed = samples.pop("passed", {})
-    fewest = min(map(len, passed.values()), default=0)
-    return {
-        f"pass@{k}": {one: pass_at_k(len(p), int(sum(p)), k) for one, p in passed.items()}
-        for k in PASS_AT
-        if k <= fewest
-    } | {
-        name: {example: statistics.fmean(values) for example, values in by_example.items()}
-        for name, by_example in samples.items()
-    }
+            samples[name][answer["id"]].append(value)
+    means = {}
+    for name, by_example in samples.items():
+        values = by_example.values()
+        if name != "passed":
+            means[name] = [*map(statistics.fmean, values)]
+            continue
+        for k in PASS_AT:
+            if k <= min(map(len, values)):
+                means[f"pass@{k}"] = [pass_at_k(len(one), int(sum(one)), k) for one in values]
+    return means
 
 
 def pass_at_k(samples: int, passed: int, k: int) -> float:

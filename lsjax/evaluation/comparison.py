@@ -7,7 +7,7 @@ A difference with a wider margin than rounding explains is a fault.
 
 import math
 import statistics
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise, zip_longest
 from typing import Any
@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Int
 
 from lsjax.config import LlamaConfig
 from lsjax.decoding.completion import Completion
-from lsjax.decoding.cost import RoundCosts, ideal_speedup, unsure_share, weight_bytes
+from lsjax.decoding.cost import RoundCosts, ideal_speedup, unsure_share
 from lsjax.decoding.engine import Engine
 from lsjax.decoding.self_speculative import SelfSpeculative
 from lsjax.decoding.state import Strategy
@@ -30,7 +30,6 @@ from lsjax.evaluation.answers import (
     Question,
     acceptance,
     answer_line,
-    decode_in_turns,
     grouped,
 )
 from lsjax.model.llama import Llama, unstacked
@@ -44,21 +43,17 @@ class Difference:
     """The first place where two decodings differ.
 
     index: of the new token. margin: by how much the whole model's best logit there exceeds the
-    worse of the two tokens'; infinite if one decoding merely ends earlier. NaN stays NaN.
-    roundings: the same in units of the largest logit's last place in the model's type: a few to
-    some tens are what the sums of all layers leave.
+    worse of the two tokens'; infinite if one decoding merely ends earlier.
     """
 
     index: int
     expected: int | None
     found: int | None
     margin: float
-    roundings: float
 
     def to_json(self) -> dict[str, Any]:
-        """Its fields; null for a number that is not finite."""
-        row = asdict(self)
-        return row | {k: None for k in ("margin", "roundings") if not math.isfinite(row[k])}
+        """Its fields; null for a margin that is not finite."""
+        return asdict(self) | {"margin": self.margin if math.isfinite(self.margin) else None}
 
 
 def first_difference(
@@ -67,16 +62,13 @@ def first_difference(
     """Where `found` leaves `expected`, both new tokens after `prompt`; None if they are equal."""
     if list(expected) == list(found):
         return None
-    pairs = zip(expected, found, strict=False)
-    index = next((i for i, (a, b) in enumerate(pairs) if a != b), None)
-    if index is None:
-        index = min(len(expected), len(found))
-        ends = [tokens[index] if index < len(tokens) else None for tokens in (expected, found)]
-        return Difference(index, *ends, margin=math.inf, roundings=math.inf)
+    pairs = enumerate(zip_longest(expected, found))
+    index, one, other = next((index, one, other) for index, (one, other) in pairs if one != other)
+    if one is None or other is None:
+        return Difference(index, one, other, math.inf)
     logits_V = last_logits(model, [*prompt, *expected[:index]])
-    margin = float(logits_V.max() - np.minimum(logits_V[expected[index]], logits_V[found[index]]))
-    last_place = float(jnp.finfo(model.dtype).eps) * float(np.abs(logits_V).max())
-    return Difference(index, expected[index], found[index], margin, margin / last_place)
+    margin = float(logits_V.max() - np.minimum(logits_V[one], logits_V[other]))
+    return Difference(index, one, other, margin)
 
 
 def last_logits(model: Llama, tokens: Sequence[int]) -> Float[np.ndarray, " V"]:
@@ -118,84 +110,64 @@ def warm_up(engine: Engine, strategies: Sequence[Strategy], questions: Sequence[
             engine.generate([request])
 
 
-def time_in_turns(
-    engine: Engine,
-    strategies: Sequence[Strategy],
-    questions: Sequence[Question],
-    done: Collection[tuple],
-    on_answer: Callable[[Answer], None],
-) -> None:
-    """Decodes every question with every strategy, the first of which is autoregressive.
+def timed_lines(engine: Engine, first: Strategy) -> Callable[[Question, Completion], Answer]:
+    """Makes lines of answers beside those of the autoregressive strategy `first`, which come first.
 
-    Each answer also has base_seconds, of the autoregressive text of the same turn, and difference,
-    the first from that text where both must be equal.
+    A line also has seconds, base_seconds, of the autoregressive text of the same turn, and
+    difference, the first from that text where both must be equal. A batch has one row.
     """
     base: Completion | None = None
-    base_seconds = 0.0
 
-    def ended(question: Question, completion: Completion, seconds: float) -> None:
-        nonlocal base, base_seconds
-        model, strategy = engine.model, engine.strategy
-        if strategy == strategies[0]:
-            base, base_seconds = completion, seconds
-        difference = None
-        if completion.seed is None and strategy.depth(model.config) == model.config.num_layers:
+    def line(question: Question, completion: Completion) -> Answer:
+        nonlocal base
+        config, strategy, difference = engine.model.config, engine.strategy, None
+        if strategy == first:
+            base = completion
+        if completion.seed is None and strategy.depth(config) == config.num_layers:
             tokens = base.token_ids, completion.token_ids
-            difference = first_difference(model, question.request.prompt, *tokens)
-        beside = {"base_seconds": base_seconds, "difference": difference and difference.to_json()}
-        on_answer(answer_line(question, completion, seconds) | beside)
+            difference = first_difference(engine.model, question.request.prompt, *tokens)
+        return answer_line(
+            question,
+            completion,
+            seconds=completion.decode_seconds,
+            base_seconds=base.decode_seconds,
+            difference=difference and difference.to_json(),
+        )
 
-    decode_in_turns(engine, strategies, questions, done, ended, turn=1, beside_first=True)
+    return line
 
 
 def cell_speeds(
     config: LlamaConfig,
-    itemsize: int,
     strategies: Sequence[Strategy],
     answers: Sequence[Answer],
     costs: RoundCosts | None,
-    bandwidth: float,
 ) -> Iterator[dict[str, Any]]:
     """Figures of each strategy and group, the whole of a strategy first. Undefined ones are None.
 
-    tokens_per_second: median over the texts, and their slowest and fastest. speedup: median over
-    the texts, each beside the autoregressive one of its turn. tokens_per_round: mean acceptance
-    length. ideal, predicted: speedups (decoding/cost.py). round_over_parts: a round's time over
-    that of its separately timed parts. equal, differ: prompts whose texts are those of
-    autoregressive decoding, and the others. widest_margin: among the first differences.
-
-    answers: of `time_in_turns`. costs: needed where a strategy drafts. bandwidth: of the memory,
-    bytes per second.
+    docs/performance.md defines them. answers: of `timed_lines`. costs: needed where a strategy
+    drafts.
     """
     by_cell = {Cell.of(strategy): strategy for strategy in strategies}
-    names = ("ideal", "share_of_ideal", "predicted", "off_by", "round_over_parts")
-    names += ("bandwidth", "share_of_bandwidth")
     for cell, group, own in grouped(answers):
         speeds = [(one["num_new_tokens"] - 1) / one["seconds"] for one in own]
-        drafted, accepted = (by_position(own, kind) for kind in ("drafted", "accepted"))
+        speedup = statistics.median(one["base_seconds"] / one["seconds"] for one in own)
         greedy = {one["id"] for one in own if one["seed"] is None}
         found = [one for one in own if one["difference"]]
         differing = {one["id"] for one in found}
-        row = {
+        yield {
             "group": group,
             **cell._asdict(),
             "tokens_per_second": statistics.median(speeds),
             "slowest": min(speeds),
             "fastest": max(speeds),
-            "speedup": statistics.median(one["base_seconds"] / one["seconds"] for one in own),
+            "speedup": speedup,
             **acceptance(own),
-            "acceptance_by_position": [a / d for a, d in zip(accepted, drafted, strict=True)],
             "equal": len(greedy - differing) if greedy else None,
             "differ": len(differing) if greedy else None,
             "widest_margin": max((margin_of(one["difference"]) for one in found), default=None),
-            **dict.fromkeys(names),
+            **limits(config, by_cell[cell], own, costs, speedup),
         }
-        if isinstance(by_cell[cell], SelfSpeculative):
-            row |= limits(row, config, by_cell[cell], own, costs)
-        else:
-            row["bandwidth"] = row["tokens_per_second"] * weight_bytes(config, itemsize)
-            row["share_of_bandwidth"] = row["bandwidth"] / bandwidth
-        yield row
 
 
 def margin_of(difference: Answer) -> float:
@@ -204,41 +176,41 @@ def margin_of(difference: Answer) -> float:
 
 
 def limits(
-    row: Answer,
     config: LlamaConfig,
-    strategy: SelfSpeculative,
+    strategy: Strategy,
     answers: Sequence[Answer],
-    costs: RoundCosts,
-) -> dict[str, float]:
-    """The ideal and the predicted speedup, and how the measured one compares."""
-    drafted, rounds = by_position(answers, "drafted"), sum(one["rounds"] for one in answers)
+    costs: RoundCosts | None,
+    speedup: float,
+) -> dict[str, float | None]:
+    """The ideal and the predicted speedup, and how the measured one compares; None for a strategy
+    without drafts."""
+    if not isinstance(strategy, SelfSpeculative):
+        names = ("ideal", "share_of_ideal", "predicted", "off_by", "round_over_parts")
+        return dict.fromkeys(names)
+    positions = (one["drafted_by_position"] for one in answers)
+    drafted = [sum(column) for column in zip_longest(*positions, fillvalue=0)]
+    rounds = sum(one["rounds"] for one in answers)
     unsure = 0.0
     if strategy.draft_confidence is not None:
         unsure = unsure_share(drafted, strategy.num_draft_tokens, rounds)
     # The last round of a text may be a shorter one.
     round_ = (strategy.exit_layer, sum(drafted) / rounds)
-    accepted, layers = row["acceptance_rate"] or 0.0, config.num_layers
+    accepted = acceptance(answers)["acceptance_rate"] or 0.0
     parts = dict(
         widths=verified_widths(strategy.lengths, drafted, rounds),
         draft_vocab=strategy.draft_vocab or config.vocab_size,
         unsure=unsure,
     )
     ideal = ideal_speedup(config, *round_, accepted, strategy.draft_vocab, unsure)
-    predicted = costs.speedup(layers, *round_, accepted, **parts)
+    predicted = costs.speedup(config.num_layers, *round_, accepted, **parts)
     seconds = statistics.median(one["seconds"] / one["rounds"] for one in answers)
     return {
         "ideal": ideal,
-        "share_of_ideal": row["speedup"] / ideal,
+        "share_of_ideal": speedup / ideal,
         "predicted": predicted,
-        "off_by": predicted / row["speedup"] - 1,
-        "round_over_parts": seconds / costs.round(layers, *round_, **parts),
+        "off_by": predicted / speedup - 1,
+        "round_over_parts": seconds / costs.round(config.num_layers, *round_, **parts),
     }
-
-
-def by_position(answers: Sequence[Answer], kind: str) -> list[int]:
-    """Tokens drafted or accepted at each position of all texts' drafts."""
-    counts = [one[f"{kind}_by_position"] for one in answers]
-    return [sum(column) for column in zip_longest(*counts, fillvalue=0)]
 
 
 def verified_widths(

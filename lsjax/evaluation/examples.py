@@ -41,7 +41,7 @@ class Task:
     max_new_tokens, num_shots, stop: defaults, which flags change.
     shot_response: changes the response of a shot. between_shots: what follows each shot.
     after_shots: what follows all of them.
-    tfds: name of the TensorFlow data set, its split, and the split of its shots.
+    tfds: name of the TensorFlow data set, which has the splits test and train (for shots).
     change: changes a row before the templates read it. Raises ConfigError whose message continues
     from where the row stands.
     id: the field that is a row's id; by default where it stands. group: the field of its category.
@@ -58,7 +58,7 @@ class Task:
     between_shots: str = "\n"
     after_shots: str = ""
     stop: tuple[str, ...] = ()
-    tfds: tuple[str, str, str] | None = None
+    tfds: str | None = None
     change: Callable[[Fields], Fields] = dict
     id: str | None = None
     group: str | None = None

@@ -34,28 +34,21 @@ MIN_LENGTH = 32  # a scored text is padded to this many tokens, or a larger powe
 
 @dataclass(frozen=True)
 class ExitScores:
-    """Scores of the exits 1..L on labelled batches; index E - 1 is exit E."""
+    """Scores of the exits 1..L on labelled batches; index E - 1 is exit E.
+
+    loss_E: cross entropy, nats per labelled token. agreement_E: share of the labelled tokens at
+    which the argmax is that of exit L: what greedy drafts of this exit would have accepted, one at
+    a time, along this text. tokens: that are labelled.
+    """
 
     loss_E: tuple[float, ...]
-    """Cross entropy, nats per labelled token."""
     agreement_E: tuple[float, ...]
-    """Share of the labelled tokens at which the argmax is that of exit L: what greedy drafts of
-    this exit would have accepted, one at a time, along this text."""
     tokens: int
-    """Labelled tokens."""
 
     @property
     def perplexity_E(self) -> tuple[float, ...]:
         """exp(loss); infinite where that is beyond a float."""
         return tuple(math.exp(loss) if loss < 700 else math.inf for loss in self.loss_E)
-
-    def cells(self, exit_layer: int) -> tuple[str, str, str]:
-        """Loss, perplexity and agreement of an exit as tables show them; dashes where there is no
-        such exit."""
-        if exit_layer > len(self.loss_E):
-            return "-", "-", "-"
-        loss, agreement = self.loss_E[exit_layer - 1], self.agreement_E[exit_layer - 1]
-        return f"{loss:.3f}", f"{self.perplexity_E[exit_layer - 1]:.2f}", f"{agreement:.3f}"
 
 
 def score_exits(
@@ -68,9 +61,8 @@ def score_exits(
 ) -> ExitScores:
     """Scores every exit on batches of tokens_BT, labels_BT, segments_BT and positions_BT.
 
-    dtype, micro_batches, attention: of the computation, as in `StepConfig`. A training run gives
-    its own, so that scoring never needs more memory than a step. Labels of -1 do not count.
-    Raises ConfigError where no token is labelled.
+    dtype, micro_batches, attention: of the computation, as in `StepConfig`. Labels of -1 do not
+    count. Raises ConfigError where no token is labelled.
     """
     compiled = partial(exit_sums, dtype=dtype, micro_batches=micro_batches, attention=attention)
     totals = None
@@ -91,8 +83,7 @@ def evaluation_hook(
 ) -> Hook:
     """Scores every exit of a training run on its held-out batches, computing as a step does.
 
-    The loss of the last exit decides which saved steps are the best. show: called with the steps
-    done and the scores.
+    The loss of the last exit decides which saved steps are best. show: gets step and scores.
     """
     config, batches = run.config, list(run.held_out)
 
@@ -160,8 +151,7 @@ class Text(NamedTuple):
     count: int
 
 
-@dataclass(frozen=True)
-class TextScore:
+class TextScore(NamedTuple):
     """log_prob: natural logarithm of the probability of all scored tokens together. is_greedy:
     whether each of them is the argmax after those before it."""
 
@@ -183,8 +173,8 @@ def score_texts(
     Texts of similar length share a batch. A program is compiled for each power of two. track:
     wraps the sequence of batches, for a progress bar.
 
-    Raises ConfigError for an exit that the model does not have, for ids beyond its vocabulary, and
-    for a text that is longer than its context, or whose first scored token has nothing before it.
+    Raises ConfigError for an exit or token ids that the model does not have, for a text longer than
+    its context, and for one whose first scored token has nothing before it.
     """
     config = model.config
     exit_layer = config.num_layers if exit_layer is None else exit_layer
@@ -218,9 +208,7 @@ def score_texts(
 
 def _padded(batch: Sequence[Text], batch_size: int) -> tuple[np.ndarray, np.ndarray]:
     """Inputs and labels [B, T] of texts, of which the first is the longest."""
-    length = MIN_LENGTH
-    while length < len(batch[0].tokens) - 1:
-        length *= 2
+    length = max(MIN_LENGTH, 1 << (len(batch[0].tokens) - 2).bit_length())
     tokens_BT = np.zeros((batch_size, length), np.int32)
     labels_BT = np.full_like(tokens_BT, -1)
     for row, (tokens, count) in enumerate(batch):

@@ -9,6 +9,7 @@ lm_eval turns tasks into requests of three kinds:
 This module alone imports lm_eval, which `pip install 'lsjax[eval]'` brings.
 """
 
+import dataclasses
 import os
 from collections.abc import Sequence
 from functools import partial
@@ -19,7 +20,7 @@ from lm_eval import simple_evaluate
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.loggers import EvaluationTracker
-from lm_eval.models.utils import maybe_truncate, normalize_gen_kwargs
+from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_table  # noqa: F401
 from tqdm import tqdm
@@ -32,12 +33,7 @@ from lsjax.decoding.sampling import Sampling
 from lsjax.evaluation.answers import Cell
 from lsjax.evaluation.exits import Text, TextScore, score_texts
 
-# What a task may say of sampling, with the engine's name for it.
-SAMPLING = {
-    **{name: name for name in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")},
-    "no_repeat_ngram_size": "no_repeat_ngram",
-}
-BOOTSTRAP = 1000  # resamplings for a standard error that has no formula
+SAMPLING = {field.name for field in dataclasses.fields(Sampling)} - {"seed"}
 
 
 class EngineLM(TemplateLM):
@@ -60,8 +56,8 @@ class EngineLM(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """What stands before a text without context: the token that begins texts, else the one
-        that ends them."""
+        """Context of a text that has none: the token that begins texts, else the one that ends
+        them."""
         bos_id = self.tokenizer.bos_id
         return self.eot_token_id if bos_id is None else bos_id
 
@@ -82,8 +78,6 @@ class EngineLM(TemplateLM):
             "model": f"{self.name}, {cell}",
             **cell._asdict(),
             "loglikelihood_layers": self.depth,
-            "model_dtype": str(self.engine.model.dtype),
-            "max_length": self.engine.max_length,
         }
 
     def tok_encode(
@@ -118,8 +112,8 @@ class EngineLM(TemplateLM):
                 texts.append(Text([*inputs, scored[-1]], len(scored)))
                 owners.append(number)
         found = [0.0] * len(requests)
-        for number, one in zip(owners, self._score(texts, disable_tqdm), strict=True):
-            found[number] += one.log_prob
+        for number, (log_prob, _) in zip(owners, self._score(texts, disable_tqdm), strict=True):
+            found[number] += log_prob
         return found
 
     def _loglikelihood_tokens(
@@ -134,7 +128,7 @@ class EngineLM(TemplateLM):
             tokens = [*(context or [self.prefix_token_id]), *continuation]
             tokens = tokens[-self.engine.max_length - 1 :]
             texts.append(Text(tokens, min(len(continuation), len(tokens) - 1)))
-        return [(one.log_prob, one.is_greedy) for one in self._score(texts, disable_tqdm)]
+        return self._score(texts, disable_tqdm)
 
     def _score(self, texts: Sequence[Text], quiet: bool) -> list[TextScore]:
         return score_texts(
@@ -163,27 +157,27 @@ class EngineLM(TemplateLM):
     def _request(self, context: str, settings: dict[str, Any], *, seed: int) -> Request:
         """lm_eval's request as the engine's."""
         try:
-            settings = dict(normalize_gen_kwargs(settings))
+            sampling = dict(normalize_gen_kwargs(settings))
         except ValueError as error:
             raise ConfigError(f"{error}: correct the task, or --gen-kwargs") from None
-        until, room = settings.pop("until"), settings.pop("max_gen_toks")
-        is_greedy, beams = not settings.pop("do_sample", False), settings.pop("num_beams", 1)
+        until, room = sampling.pop("until"), sampling.pop("max_gen_toks")
+        is_greedy, beams = not sampling.pop("do_sample", False), sampling.pop("num_beams", 1)
+        sampling["no_repeat_ngram"] = sampling.pop("no_repeat_ngram_size", 0)
+        sampling["temperature"] = 0.0 if is_greedy else sampling.get("temperature", 1.0)
         check(beams == 1, f"the task asks for {beams} beams: add num_beams=1 to --gen-kwargs")
-        unknown = ", ".join(sorted(settings.keys() - SAMPLING.keys()))
+        unknown = ", ".join(sorted(sampling.keys() - SAMPLING))
         check(not unknown, f"the task sets {unknown}, which the engine does not know")
+        length = self.engine.max_length
         check(
-            1 <= room < self.engine.max_length,
-            f"the task asks for {room} new tokens, not 1..{self.engine.max_length - 1}: "
+            1 <= room < length,
+            f"the task asks for {room} new tokens, not 1..{length - 1}: "
             "add a max_gen_toks there to --gen-kwargs",
         )
-        sampling = {SAMPLING[name]: value for name, value in settings.items()}
-        sampling["temperature"] = 0.0 if is_greedy else sampling.get("temperature", 1.0)
         ids = self.tok_encode(context) or [self.prefix_token_id]
-        ids, _ = maybe_truncate(ids, room, self.engine.max_length)
         # Texts are without special tokens: the spelling of one is meant to end them as a token.
         special = {text: token for token, text in self.tokenizer.special_spelling.items()}
         return Request(
-            prompt=ids,
+            prompt=ids[-(length - room) :],
             max_new_tokens=room,
             stop=tuple(text for text in until if text and text not in special),
             stop_ids=tuple(special[text] for text in until if text in special),
@@ -211,18 +205,22 @@ def evaluate(
 ) -> dict:
     """`lm_eval.simple_evaluate`, whose results lm_eval saves in the directory `output`.
 
-    options: simple_evaluate's. Raises what lm_eval raises for a task that is wrong or whose data
-    can't be had.
+    options: simple_evaluate's.
     """
     # lm_eval would bootstrap in forks of this process, which has JAX's threads.
     os.environ["DISABLE_MULTIPROC"] = "1"
+    tracker = None if output is None else EvaluationTracker(output_path=str(output))
+    folder = model.get_model_info()["model"].replace(", ", "_").replace(" ", "_")
     results = simple_evaluate(
-        model, tasks=tasks, task_manager=manager, bootstrap_iters=BOOTSTRAP, **options
+        model,
+        model_args={"model": folder},
+        tasks=tasks,
+        task_manager=manager,
+        bootstrap_iters=1000,  # for a standard error that has no formula
+        evaluation_tracker=tracker,
+        **options,
     )
-    if output is not None:
-        tracker = EvaluationTracker(output_path=str(output))
-        name = {"model": model.get_model_info()["model"].replace(", ", "_").replace(" ", "_")}
-        tracker.general_config_tracker.log_experiment_args("lsjax", name, None, None, True)
+    if tracker is not None:
         tracker.save_results_aggregated(results, results["samples"])
         for task, samples in results["samples"].items():
             tracker.save_results_samples(task, samples)

@@ -10,14 +10,14 @@ from typing import IO, Any
 
 import numpy as np
 
-from lsjax.config import ConfigError
+from lsjax.config import ConfigError, check
 from lsjax.evaluation.exits import ExitScores
 
 Row = Mapping[str, Any]  # of a run's metrics.jsonl, or of a benchmark's cells.jsonl
 # Legible in print and to people who do not tell red from green (Okabe and Ito, 2008).
 COLOURS = ("#2A85C9", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#999999")
 GREY = "#AAAAAA"
-DOTS_PER_INCH = 150
+DOTS = dict(marker="o", ms=4)
 WIDE = 20  # times: from here on a linear axis draws the small as zero
 
 
@@ -43,11 +43,8 @@ def check_plots() -> None:
 
 def save(drawn, file: Path | IO[bytes], title: str) -> None:
     """Writes a PNG."""
-    if title:
-        drawn.suptitle(title, parse_math=False)
-    if isinstance(file, Path):
-        file.parent.mkdir(parents=True, exist_ok=True)
-    drawn.savefig(file, dpi=DOTS_PER_INCH, format="png")
+    drawn.suptitle(title, parse_math=False)
+    drawn.savefig(file, dpi=150, format="png")
 
 
 def plot_exits(
@@ -61,13 +58,12 @@ def plot_exits(
     drawn, ((losses, agreements),) = figure(1, 2, (10, 4))
     for (name, score), colour in zip(scores.items(), cycle(COLOURS), strict=False):
         exits = range(1, len(score.loss_E) + 1)
-        style = dict(label=name.replace("$", r"\$"), color=colour, marker="o", markersize=3.5)
+        style = dict(label=name.replace("$", r"\$"), color=colour, **DOTS)
         losses.plot(exits, score.loss_E, **style)
         agreements.plot(exits, score.agreement_E, **style)
-    losses.set(xlabel="exit (layers run)", ylabel="loss (nats per token)")
-    agreements.set(
-        xlabel="exit (layers run)", ylabel="agreement with the final argmax", ylim=(0, 1.03)
-    )
+    exit_axis = dict(xlabel="exit (layers run)")
+    losses.set(**exit_axis, ylabel="loss (nats per token)")
+    agreements.set(**exit_axis, ylabel="agreement with the final argmax", ylim=(0, 1.03))
     for axes in (losses, agreements):
         axes.xaxis.get_major_locator().set_params(integer=True)
     if len(scores) > 1:
@@ -76,33 +72,32 @@ def plot_exits(
 
 
 def plot_training(metrics: Sequence[Row], file: Path | IO[bytes], *, title: str = "") -> None:
-    """A run's curves by step: loss of the last and of some trained exits, held-out agreement of
-    these exits, gradient norm and learning rate, and labelled tokens per second.
+    """A run's losses by exit, held-out agreement, gradient norm with learning rate, and speed.
 
-    metrics: rows of a run's metrics.jsonl. Losses and speed are means over a fortieth of the steps.
+    metrics: lines of metrics.jsonl. Raises ConfigError where there are no steps among them.
     """
     steps = [row for row in metrics if row.get("kind") == "step"]
     evaluations = [row for row in metrics if row.get("kind") == "evaluation"]
-    if not steps:
-        raise ConfigError("there are no steps to plot: give the metrics.jsonl of a run that began")
+    check(bool(steps), "there are no steps to plot: give the metrics.jsonl of a run that began")
     drawn, ((losses, agreements), (rates, speeds)) = figure(2, 2, (11, 7))
-    at = np.array([row["step"] for row in steps])
+    at = _numbers(steps, "step")
     losses.plot(at, _numbers(steps, "last_exit_loss"), color=GREY, lw=0.6, alpha=0.6)
-    by_exit = _loss_by_exit(steps)
-    last = max(by_exit)
-    quarters = (last * share / 4 for share in (1, 2, 3, 4))
+    by_exit: dict[int, list[tuple[int, float | None]]] = {}
+    for row in steps:
+        for exit_layer, loss in zip(row["exits"], row["exit_losses"], strict=True):
+            by_exit.setdefault(exit_layer, []).append((row["step"], loss))
+    quarters = (max(by_exit) * share / 4 for share in (1, 2, 3, 4))
     shown = sorted({min(by_exit, key=lambda exit_: abs(exit_ - at)) for at in quarters})
+    seen = _numbers(evaluations, "step")
     for exit_layer, colour in zip(shown, COLOURS, strict=False):
-        when, values = by_exit[exit_layer]
-        losses.plot(when, _smooth(values, len(steps)), color=colour, label=f"exit {exit_layer}")
-        if evaluations:
-            held_out = [row["loss_E"][exit_layer - 1] for row in evaluations]
-            agreement = [row["agreement_E"][exit_layer - 1] for row in evaluations]
-            seen = [row["step"] for row in evaluations]
-            losses.plot(seen, held_out, color=colour, ls="", marker="o", ms=4)
-            agreements.plot(seen, agreement, color=colour, marker="o", ms=4, label=exit_layer)
+        when, values = np.array(by_exit[exit_layer], float).T
+        losses.plot(when, _smooth(values), color=colour, label=f"exit {exit_layer}")
+        held_out = [row["loss_E"][exit_layer - 1] for row in evaluations]
+        agreement = [row["agreement_E"][exit_layer - 1] for row in evaluations]
+        losses.plot(seen, held_out, color=colour, ls="", **DOTS)
+        agreements.plot(seen, agreement, color=colour, label=exit_layer, **DOTS)
     if evaluations:
-        losses.plot([], [], color=GREY, ls="", marker="o", ms=4, label="held out")
+        losses.plot([], [], color=GREY, ls="", label="held out", **DOTS)
     losses.set(xlabel="step", ylabel="loss (nats per token)")
     low, high = losses.dataLim.intervaly
     if 0 < low * WIDE < high:  # a finetuning's exits begin at 20 and end at 0.1
@@ -117,8 +112,9 @@ def plot_training(metrics: Sequence[Row], file: Path | IO[bytes], *, title: str 
     twin.set_ylabel("learning rate", color=COLOURS[0])
     twin.set_ylim(bottom=0)
     speed = _numbers(steps, "tokens") / _numbers(steps, "seconds")
-    speeds.plot(at[1:], speed[1:], color=GREY, lw=0.6, alpha=0.6)  # the first step compiles
-    speeds.plot(at[1:], _smooth(speed[1:], len(steps)), color=COLOURS[0])
+    speed[0] = np.nan  # the first step compiles
+    speeds.plot(at, speed, color=GREY, lw=0.6, alpha=0.6)
+    speeds.plot(at, _smooth(speed), color=COLOURS[0])
     speeds.set(xlabel="step", ylabel="labelled tokens per second", ylim=(0, None))
     save(drawn, file, title)
 
@@ -128,59 +124,49 @@ def _numbers(rows: Sequence[Row], name: str) -> np.ndarray:
     return np.array([row.get(name) for row in rows], float)
 
 
-def _loss_by_exit(steps: Sequence[Row]) -> dict[int, tuple[list, np.ndarray]]:
-    """The steps at which each exit was trained, and its losses."""
-    found: dict[int, list[tuple[int, Any]]] = {}
-    for row in steps:
-        for exit_layer, loss in zip(row["exits"], row["exit_losses"], strict=True):
-            found.setdefault(exit_layer, []).append((row["step"], loss))
-    return {
-        exit_layer: ([step for step, _ in pairs], np.array([loss for _, loss in pairs], float))
-        for exit_layer, pairs in found.items()
-    }
-
-
-def _smooth(values: np.ndarray, steps: int) -> np.ndarray:
-    """Means over the values around each; fewer at both ends."""
-    if steps < 120:
-        return values
+def _smooth(values: np.ndarray) -> np.ndarray:
+    """Means over the values around each, a fortieth of all; fewer at both ends."""
     weights = np.ones(max(1, round(len(values) / 40)))
-    good = np.isfinite(values)
-    total = np.convolve(np.where(good, values, 0), weights, "same")
-    count = np.convolve(good.astype(float), weights, "same")
-    return np.where(good, total / np.maximum(count, 1), np.nan)
+    known = np.isfinite(values)
+    totals = np.convolve(np.where(known, values, 0), weights, "same")
+    counts = np.convolve(known, weights, "same")
+    return np.where(known, totals / np.maximum(counts, 1), np.nan)
 
 
 def plot_grid(rows: Sequence[Row], file: Path | IO[bytes], *, title: str = "") -> None:
     """Heat maps of every exit and draft length, a line of maps for each head.
 
     Tokens per second with the speedup, the predicted speedup, and the acceptance rate. The best
-    speedup and prediction are framed.
+    speedup and prediction are framed. rows: of strategies that draft.
     """
     check_plots()
     from matplotlib.patches import Rectangle
 
-    drafting = [row for row in rows if row["num_draft_tokens"] is not None]
-    exits = sorted({row["exit_layer"] for row in drafting})
-    lengths = sorted({row["num_draft_tokens"] for row in drafting})
-    heads = sorted({row["draft_vocab"] or 0 for row in drafting})  # 0: the full head
+    exits = sorted({row["exit_layer"] for row in rows})
+    lengths = sorted({row["num_draft_tokens"] for row in rows})
+    heads = sorted({row["draft_vocab"] or 0 for row in rows})  # 0: the full head
 
     def values(name: str) -> np.ndarray:
         """Heads by exits by lengths; NaN where a cell was not measured."""
         found = np.full((len(heads), len(exits), len(lengths)), np.nan)
-        for row in drafting:
+        for row in rows:
             head, exit_layer = row["draft_vocab"] or 0, row["exit_layer"]
             at = heads.index(head), exits.index(exit_layer), lengths.index(row["num_draft_tokens"])
             found[at] = np.nan if row[name] is None else row[name]
         return found
 
-    speed, names = values("tokens_per_second"), ("speedup", "predicted", "acceptance_rate")
-    titles = ("tokens/s (speedup)", "predicted speedup", "acceptance rate")
     size = 3 * max(3.2, 0.75 * len(lengths) + 1.4), len(heads) * max(2.6, 0.5 * len(exits) + 1.2)
     drawn, axes = figure(len(heads), 3, size)
-    for column, (name, heading) in enumerate(zip(names, titles, strict=True)):
-        shown = values(name)
-        is_rate = name == "acceptance_rate"  # a share of 1; empty where nothing was drafted
+    speed, speedup, rate = values("tokens_per_second"), values("speedup"), values("acceptance_rate")
+    predicted = values("predicted")
+    with_speed = np.vectorize(lambda speed, times: f"{speed:,.1f}\n{times:.2f}x")(speed, speedup)
+    columns = {
+        "tokens/s (speedup)": (speedup, with_speed),
+        "predicted speedup": (predicted, np.char.mod("%.2f", predicted)),
+        "acceptance rate": (rate, np.char.mod("%.2f", rate)),
+    }
+    for column, (heading, (shown, words)) in enumerate(columns.items()):
+        is_rate = shown is rate  # a share of 1; empty where nothing was drafted
         low, high = (0, 1) if is_rate else (np.nanmin(shown), np.nanmax(shown))
         for line, head in enumerate(heads):
             axis = axes[line, column]
@@ -192,38 +178,12 @@ def plot_grid(rows: Sequence[Row], file: Path | IO[bytes], *, title: str = "") -
             axis.set(xlabel="draft length d", ylabel="exit E")
             of_head = f", drafts from {head} tokens" if head else ", full head"
             axis.set_title(heading + of_head * (len(heads) > 1), fontsize="medium")
-            for (i, j), value in np.ndenumerate(shown[line]):
-                if np.isfinite(value):
-                    text = f"{speed[line, i, j]:,.1f}\n{value:.2f}x" if column == 0 else None
-                    bright = high > low and (value - low) / (high - low) > 0.55
-                    style = dict(color="black" if bright else "white", fontsize=8)
-                    axis.text(j, i, text or f"{value:.2f}", ha="center", va="center", **style)
+            for i, j in np.argwhere(np.isfinite(shown[line])):
+                dark = shown[line, i, j] <= low + 0.55 * (high - low)
+                style = dict(color="white" if dark else "black", ha="center", va="center")
+                axis.text(j, i, words[line, i, j], fontsize=8, **style)
         if not is_rate:
             head, i, j = np.unravel_index(np.nanargmax(shown), shown.shape)
             style = dict(fill=False, edgecolor=COLOURS[1], linewidth=3.5, clip_on=False)
             axes[head, column].add_patch(Rectangle((j - 0.5, i - 0.5), 1, 1, **style))
-    save(drawn, file, title)
-
-
-def plot_acceptance(rows: Sequence[Row], file: Path | IO[bytes], *, title: str = "") -> None:
-    """Share of the drafts at each position that were accepted, by exit, for its longest drafts;
-    dashed with a draft vocabulary. Behind a rejected draft none is accepted: the curve falls."""
-    drafting = [row for row in rows if row["acceptance_by_position"]]
-    exits = sorted({row["exit_layer"] for row in drafting})
-    drawn, ((axis,),) = figure(1, 1, (6, 3.8))
-    for exit_layer, colour in zip(exits, cycle(COLOURS), strict=False):
-        own = [row for row in drafting if row["exit_layer"] == exit_layer]
-        longest = max(row["num_draft_tokens"] for row in own)
-        for row in (row for row in own if row["num_draft_tokens"] == longest):
-            style = dict(ls="--", lw=1) if row["draft_vocab"] else dict(label=f"exit {exit_layer}")
-            curve = row["acceptance_by_position"]
-            axis.plot(range(1, 1 + len(curve)), curve, color=colour, marker="o", ms=3, **style)
-    axis.set(xlabel="position in the draft", ylabel="accepted", ylim=(0, 1.03))
-    axis.xaxis.get_major_locator().set_params(integer=True)
-    vocabularies = sorted({row["draft_vocab"] for row in drafting if row["draft_vocab"]})
-    if vocabularies:
-        label = f"drafts from {' or '.join(map(str, vocabularies))} tokens"
-        axis.plot([], [], color=GREY, ls="--", lw=1, label=label)
-    if drafting:
-        axis.legend(frameon=False)
     save(drawn, file, title)

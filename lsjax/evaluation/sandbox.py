@@ -4,7 +4,7 @@ run what may be hostile in a machine of its own.
     time                        a deadline here, and RLIMIT_CPU
     memory, output              RLIMIT_AS, RLIMIT_FSIZE
     processes, files, sockets   an audit hook in the program's interpreter
-    network                     namespaces of its own, where bubblewrap or unshare work
+    network                     namespaces of its own, where unshare works
 
 The program gets an empty environment and the standard library alone. When it ends, everything in
 its process group is killed. This file is also the program's interpreter (`main`), so it imports
@@ -17,7 +17,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -27,10 +27,6 @@ MEMORY = 1 << 30  # bytes of address space
 OUTPUT = 1 << 20  # bytes
 PASSED, STOPPED = 57, 58  # exit codes; a program that ends by itself before its end has another
 
-BUBBLEWRAP = (
-    *("bwrap", "--unshare-all", "--die-with-parent", "--new-session"),
-    *("--ro-bind", "/", "/", "--dev", "/dev", "--proc", "/proc"),
-)
 UNSHARE = (
     *("unshare", "--user", "--map-root-user", "--net", "--ipc", "--pid"),
     *("--fork", "--kill-child", "--mount-proc"),
@@ -55,13 +51,10 @@ class Outcome(NamedTuple):
     what: str
 
 
-def run_program(
-    source: str, *, seconds: float = SECONDS, memory: int = MEMORY, output: int = OUTPUT
-) -> Outcome:
+def run_program(source: str, *, seconds: float = SECONDS) -> Outcome:
     """Runs Python source in an interpreter of its own.
 
-    seconds: of the clock and of computing. memory: bytes of address space. output: bytes that it
-    may print. Raises ConfigError on other systems than Linux.
+    seconds: of the clock and of computing. Raises ConfigError on other systems than Linux.
     """
     from lsjax.config import check  # not for the program's interpreter
 
@@ -73,10 +66,8 @@ def run_program(
     with tempfile.TemporaryDirectory(prefix="lsjax-program-") as folder:
         program, printed = Path(folder, "program.py"), Path(folder, "printed.txt")
         program.write_text(source, encoding="utf-8", errors="replace")
-        command = [
-            *(*isolation(), sys.executable, "-I", "-S", "-B", __file__),
-            *(str(program), str(seconds), str(memory), str(output)),
-        ]
+        interpreter = (sys.executable, "-I", "-S", "-B", __file__)
+        command = [*isolation(), *interpreter, str(program), str(seconds)]
         with printed.open("wb") as stream:
             code = _run(command, folder, stream, seconds)
         last = printed.read_bytes()[-400:].decode(errors="replace").strip().splitlines()[-1:]
@@ -89,13 +80,13 @@ def run_program(
 def isolation() -> tuple[str, ...]:
     """What stands before a command to run it in namespaces of its own; nothing where that can't be
     had."""
-    for name, *options in (BUBBLEWRAP, UNSHARE):
-        if file := shutil.which(name):  # programs have no PATH to find it by
-            prefix = (file, *options)
-            tried = subprocess.run([*prefix, "true"], capture_output=True, timeout=60)
-            if tried.returncode == 0:
-                return prefix
-    return ()
+    name, *options = UNSHARE
+    prefix = (shutil.which(name) or name, *options)  # programs have no PATH to find it by
+    try:
+        subprocess.run([*prefix, "true"], capture_output=True, timeout=60, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return ()
+    return prefix
 
 
 def _run(command: list[str], folder: str, stream: BinaryIO, seconds: float) -> int | None:
@@ -109,28 +100,24 @@ def _run(command: list[str], folder: str, stream: BinaryIO, seconds: float) -> i
         stderr=subprocess.STDOUT,
         start_new_session=True,
     )
-    deadline = time.monotonic() + seconds
-    ended = False
     try:
-        while not ended and time.monotonic() < deadline:
-            time.sleep(0.005)
-            # Without reaping it: as long as it is there, its group's number is its own.
-            flags = os.WEXITED | os.WNOHANG | os.WNOWAIT
-            ended = os.waitid(os.P_PID, started.pid, flags) is not None
+        return started.wait(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        return None
     finally:
-        os.killpg(started.pid, signal.SIGKILL)
-        code = started.wait()
-    return code if ended else None
+        with suppress(ProcessLookupError):  # nothing of its group is left
+            os.killpg(started.pid, signal.SIGKILL)
+        started.wait()
 
 
-def limit(seconds: float, memory: int, output: int) -> None:
+def limit(seconds: float) -> None:
     """Sets the limits of this process and of all that it would start."""
     import resource
 
     for name, value in (
         ("RLIMIT_CPU", int(seconds) + 10),  # behind the deadline, which says why
-        ("RLIMIT_AS", memory),
-        ("RLIMIT_FSIZE", output),
+        ("RLIMIT_AS", MEMORY),
+        ("RLIMIT_FSIZE", OUTPUT),
         ("RLIMIT_NOFILE", 32),
         ("RLIMIT_CORE", 0),
         ("RLIMIT_NPROC", 64),  # threads count too; does not bind root
@@ -152,11 +139,11 @@ def guard(event: str, arguments: tuple, write=os.write, leave=os._exit) -> None:
         leave(STOPPED)
 
 
-def main(file: str, seconds: str, memory: str, output: str) -> None:
+def main(file: str, seconds: str) -> None:
     """Runs the program in `file`; exit code PASSED if it comes to its end."""
     with open(file, encoding="utf-8") as stream:
         source = stream.read()
-    limit(float(seconds), int(memory), int(output))
+    limit(float(seconds))
     sys.argv = ["program"]
     del os.mkfifo, os.mknod  # files that no event tells of
     sys.addaudithook(guard)

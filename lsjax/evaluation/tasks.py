@@ -175,18 +175,26 @@ def passed(text: str, example: Example) -> Scores:
 
 
 def first_turn(row: Fields) -> Fields:
+    """The row; of Spec-Bench's form, which has "turns", with the first of them as prompt."""
+    match row:
+        case {"turns": [str(prompt), *_]} if "prompt" not in row:
+            return {**row, "prompt": prompt}
+    return row
+
+
+def spec_bench_question(row: Fields) -> Fields:
     """A question of Spec-Bench: its first turn, its first reference if that is a text, and one of
     six categories."""
-    match row:
-        case {"turns": [str(prompt), *_], "category": str(category)}:
-            reference = ""
-        case _:
-            check(False, 'is no question of Spec-Bench: it needs "turns" and "category"')
+    row, reference = first_turn(row), ""
+    check(
+        {"turns", "prompt", "category"} <= row.keys(),
+        'is no question of Spec-Bench: it needs "turns" and "category"',
+    )
+    category = "mt_bench" if row["category"] in MT_BENCH else row["category"]
     match row.get("reference"):
-        case [str(first), *_] if category not in MT_BENCH:
+        case [str(first), *_] if category != "mt_bench":
             reference = first
-    category = "mt_bench" if category in MT_BENCH else category
-    return {**row, "prompt": prompt, "reference": reference, "category": category}
+    return {**row, "reference": reference, "category": category}
 
 
 def score_of_category(text: str, example: Example) -> Scores:
@@ -208,7 +216,7 @@ _TASKS = (
         num_shots=1,
         shot_response=one_line,
         after_shots="\n",
-        tfds=("cnn_dailymail", "test", "train"),
+        tfds="cnn_dailymail",
     ),
     Task(
         name="xsum_summarization",
@@ -217,14 +225,14 @@ _TASKS = (
         score=against_reference(rouge),
         shot_response=one_line,
         after_shots="\n",
-        tfds=("xsum", "test", "train"),
+        tfds="xsum",
     ),
     Task(
         name="cnn_dm_lm",
         prompt_template="{beginning}",
         response_template=" {rest}",
         score=against_reference(rouge),
-        tfds=("cnn_dailymail", "test", "train"),
+        tfds="cnn_dailymail",
         change=beginning_and_rest,
     ),
     Task(
@@ -253,14 +261,14 @@ _TASKS = (
         max_new_tokens=256,
         between_shots="\n\n",
         stop=("\nQuestion:",),
-        tfds=("gsm8k", "test", "train"),
+        tfds="gsm8k",
     ),
     Task(
         name="spec_bench",
         prompt_template="{prompt}",
         response_template="{reference}",
         score=score_of_category,
-        change=first_turn,
+        change=spec_bench_question,
         id="question_id",
         group="category",
         needs_reference=False,

@@ -22,16 +22,15 @@ from lsjax.config import AttentionKernel, check
 from lsjax.model.products import FLASH_BLOCK, SAVED, enough_rows
 from lsjax.sharding import ROWS, on_each_device, platform
 
-# Steps of a splash block; of those that pad the sequence least, the first.
+# Steps of a splash block; the first that pads the sequence least is taken.
 BLOCKS = (512, 384, 256, 128)
-# Compute capability of cards that programs are compiled for without one (lsjax/aot/chips.py): jax's
-# meshes know the names of such devices only.
+# Compute capability of cards that programs are compiled for ahead of time (lsjax/aot/chips.py).
 CAPABILITIES = {"NVIDIA A100": 8.0, "NVIDIA H100": 9.0, "NVIDIA H200": 9.0}
 # Slots of the cache that one step of `cached_attention` reads; LARGE is a multiple of SMALL.
 SMALL, LARGE = 256, 1024
 # Scores of each head that accelerators hold at a time: 512 queries of 8,192 slots and a few more.
 MOST_SCORES = 2**23
-# The loops over these, by their names in compiled programs.
+# Names of the loops over these in compiled programs.
 SMALL_BLOCKS, LARGE_BLOCKS = "small_cache_blocks", "large_cache_blocks"
 
 
@@ -48,10 +47,9 @@ def self_attention(
     a segment like the others. Segments are contiguous.
 
     kernel: "auto" is the first of these that takes the arrays: splash on TPUs; on GPUs flash for
-    several documents, and cudnn; xla. `_problem` says what they take. Splash pads lengths that no
-    block divides. On CPUs splash and flash are interpreted, for tests.
+    several documents, and cudnn; xla. On CPUs splash and flash are interpreted, for tests.
 
-    Raises ConfigError where the kernel that is asked for by name does not fit.
+    Raises ConfigError where the named kernel does not fit.
     """
     if kernel == "auto":
         packed = ("flash",) if segments_BT is not None else ()
@@ -78,24 +76,19 @@ def _problem(kernel: str, q_BTNH: Array) -> str | None:
             return f"is for TPUs, but this program is for {devices}"
         if dtype not in (jnp.float32, jnp.bfloat16):
             return f"takes float32 and bfloat16, not {dtype}"
-    if kernel == "flash":
-        if devices != "cpu" and (devices != "gpu" or nvidia_capability() < 8):
-            return f"is for NVIDIA GPUs since Ampere, but this program is for {devices}"
-        if devices == "gpu" and dtype not in (jnp.float16, jnp.bfloat16):
-            return f"takes float16 and bfloat16, not {dtype}"
-        if size not in (16, 32, 64, 128):
-            return f"takes head sizes of 16, 32, 64 and 128, not {size}"
-        if steps % FLASH_BLOCK:
-            return f"takes lengths that {FLASH_BLOCK} divides, not {steps}"
-    if kernel == "cudnn":
+    if kernel in ("flash", "cudnn") and not (kernel == "flash" and devices == "cpu"):
         if devices != "gpu" or nvidia_capability() < 8:
             return f"is for NVIDIA GPUs since Ampere, but this program is for {devices}"
         if dtype not in (jnp.float16, jnp.bfloat16):
             return f"takes float16 and bfloat16, not {dtype}"
-        if size > 128 or size % 8:
-            return f"takes head sizes of 8, 16, ... 128, not {size}"
-        if steps % 2:
-            return f"takes even lengths, not {steps}"
+    if kernel == "flash" and size not in (16, 32, 64, 128):
+        return f"takes head sizes of 16, 32, 64 and 128, not {size}"
+    if kernel == "flash" and steps % FLASH_BLOCK:
+        return f"takes lengths that {FLASH_BLOCK} divides, not {steps}"
+    if kernel == "cudnn" and (size > 128 or size % 8):
+        return f"takes head sizes of 8, 16, ... 128, not {size}"
+    if kernel == "cudnn" and steps % 2:
+        return f"takes even lengths, not {steps}"
     return None
 
 
@@ -107,7 +100,7 @@ def nvidia_capability() -> float:
     here = next((one for one in local if one.device_kind == kind), None)
     try:
         return float(here.compute_capability)
-    except (AttributeError, ValueError):  # no GPU that is here, or none of NVIDIA's
+    except (AttributeError, ValueError):  # another kind of device, or not on this machine
         return next((value for name, value in CAPABILITIES.items() if kind.startswith(name)), 0.0)
 
 
@@ -127,24 +120,20 @@ def attention(
     mask_BTS: Bool[Array, "#B T S"],
 ) -> Float[Array, "B T N H"]:
     """Attention of T queries to S keys where `mask_BTS` is true; softmax in float32 or wider."""
-    batch, steps, heads, size = q_BTNH.shape
-    kv_heads = k_BSKH.shape[2]
+    (_, _, heads, size), kv_heads = q_BTNH.shape, k_BSKH.shape[2]
     # All queries of a K/V head in one product, r = (g, t), and heads before positions: XLA:CPU
-    # copies what lies otherwise, and more of it in the backward pass.
-    q_BKGTH = _grouped(q_BTNH, kv_heads).transpose(0, 2, 3, 1, 4) * size**-0.5
-    q_BKRH = q_BKGTH.reshape(batch, kv_heads, -1, size)
+    # copies other layouts, most of all in the backward pass.
+    q_BKRH = _rows_of_heads(q_BTNH, kv_heads) * size**-0.5
     k_BKSH, v_BKSH = k_BSKH.swapaxes(1, 2), v_BSKH.swapaxes(1, 2)
     mask_B1RS = jnp.tile(mask_BTS[:, None], (1, 1, heads // kv_heads, 1))
     wide = jnp.promote_types(q_BTNH.dtype, jnp.float32)
     scores = jnp.einsum("BKRH,BKSH->BKRS", q_BKRH, k_BKSH, preferred_element_type=wide)
     weights = jax.nn.softmax(jnp.where(mask_B1RS, scores, -jnp.inf), axis=-1).astype(v_BKSH.dtype)
-    mixed = jnp.einsum("BKRS,BKSH->BKRH", weights, v_BKSH)
-    mixed = mixed.reshape(batch, kv_heads, -1, steps, size).transpose(0, 3, 1, 2, 4)
-    return mixed.reshape(q_BTNH.shape)
+    return _heads_of_rows(jnp.einsum("BKRS,BKSH->BKRH", weights, v_BKSH), q_BTNH.shape)
 
 
 def _cudnn(q_BTNH, k_BTKH, v_BTKH, segments_BT):
-    """Segments go in as a mask, [B, 1, T, T], and the blocks past the diagonal are skipped."""
+    """Segments become a mask, [B, 1, T, T]; blocks past the diagonal are skipped."""
     mask = None if segments_BT is None else _mask(q_BTNH, segments_BT)[:, None]
     return jax.nn.dot_product_attention(
         q_BTNH, k_BTKH, v_BTKH, mask=mask, is_causal=True, implementation="cudnn"
@@ -160,7 +149,7 @@ def _flash(q_BTNH, k_BTKH, v_BTKH, segments_BT):
 
 
 def _splash(q_BTNH, k_BTKH, v_BTKH, segments_BT):
-    """Padding to whole blocks comes last, where no token looks."""
+    """Pads to whole blocks at the end, which no token sees."""
     from jax.experimental.pallas.ops.tpu import splash_attention as splash  # likewise
 
     steps, heads, size = q_BTNH.shape[1:]
@@ -199,34 +188,32 @@ def cached_attention(
     """Attention of T new queries to the slots at or before their own positions.
 
     On accelerators it reads all slots, under a mask: a loop or a branch in each layer would stall
-    the device. Chunks of a prompt in a large cache are read in blocks, as their scores would take
-    too much memory. For few tokens NVIDIA GPUs have a kernel instead (flash_decoding.py).
+    the device. Chunks of a prompt in a large cache are read in blocks, to save memory. For few
+    tokens NVIDIA GPUs have a kernel instead (flash_decoding.py).
 
-    On CPUs it reads the cache in blocks up to the furthest query of the batch, with an online
-    softmax (Milakov and Gimelshein, 2018), so that the cost follows the length in use: LARGE blocks
-    as far as they are half full or more, then SMALL ones; all slots at once where these would be
-    most of them (`reads_all`).
+    On CPUs it reads blocks up to the furthest query of the batch, with an online softmax (Milakov
+    and Gimelshein, 2018): LARGE blocks as far as they are half full or more, then SMALL ones; or
+    all slots at once (`reads_all`).
 
-    What lies beyond a row's own length adds exact zeros to it. So rows do not see their batch
-    mates, but for the rounding of the way that is taken. Unused slots must hold numbers, no NaN.
+    Slots beyond a row's own length add exact zeros to it. So rows do not depend on their batch
+    mates, except for rounding. Unused slots must hold finite numbers.
     """
     batch, steps, heads, size = q_BTNH.shape
     kv_heads, capacity = keys.shape[1:3]
     wide = jnp.promote_types(q_BTNH.dtype, jnp.float32)
     rows = heads // kv_heads * steps
-    q_BKGTH = _grouped(q_BTNH, kv_heads).transpose(0, 2, 3, 1, 4)
-    q_BKRH = q_BKGTH.reshape(batch, kv_heads, rows, size)
+    q_BKRH = _rows_of_heads(q_BTNH, kv_heads)
     position_BR = jnp.tile(positions_BT, (1, heads // kv_heads))  # of row r = (g, t)
     last = positions_BT.max()
 
     def step(block, index, carry):
         top, total, mixed = carry
-        # The last block starts earlier where the capacity is no multiple of the block, and skips
-        # what the block before it has read.
+        # The last block starts earlier where the capacity is no multiple of the block, and masks
+        # the slots that the block before it has read.
         start = jnp.minimum(index * block, capacity - block)
         slots = start + jnp.arange(block)
-        # Both blocks are copied before a product reads them. What makes the copy a computation
-        # lets XLA:CPU share it among the threads (docs/performance.md).
+        # XLA:CPU copies both blocks before a product reads them. The scale and the `where` make
+        # each copy a computation, which it splits among threads (docs/performance.md).
         k_block = lax.dynamic_slice_in_dim(keys, start, block, axis=2) * size**-0.5
         v_block = lax.dynamic_slice_in_dim(values, start, block, axis=2)
         v_block = jnp.where((slots <= last)[:, None], v_block, 0)
@@ -250,8 +237,8 @@ def cached_attention(
             jnp.zeros((batch, kv_heads, rows), wide),
             jnp.zeros((batch, kv_heads, rows, size), wide),
         )
-        # Loops even where one block is all, as there is a branch for all slots: without either
-        # XLA:CPU copies the cache before it writes.
+        # Keeps a loop even for one block. Without a loop or branch, XLA:CPU copies the whole cache
+        # before writing.
         small, done = min(SMALL, capacity), 0
         if capacity >= LARGE:
             full = (last + 1 + LARGE // 2) // LARGE
@@ -269,7 +256,7 @@ def cached_attention(
         scores = jnp.where(visible_BRS[:, None], scores * size**-0.5, -jnp.inf)
         weights = jnp.exp(scores - scores.max(-1, keepdims=True))
         total = weights.sum(-1)
-        if not on_cpu:  # one kernel less; XLA:CPU divides fewer numbers behind the product
+        if not on_cpu:  # one kernel less; on CPUs dividing the product is cheaper
             weights, total = weights / total[..., None], jnp.ones_like(total)
         mixed = jnp.einsum("BKRS,BKSH->BKRH", enough_rows(weights.astype(values.dtype)), values)
         return total, mixed[:, :, :rows].astype(wide)
@@ -278,23 +265,28 @@ def cached_attention(
     if not on_cpu and steps * capacity <= MOST_SCORES:
         total, mixed = at_once()
     elif on_cpu:
-        # The division is not in the branches: there XLA:CPU computes the weights twice.
+        # The division is outside of the branches: inside XLA:CPU computes the weights twice.
         total, mixed = lax.cond(reads_all(last, capacity), at_once, in_blocks)
     else:
         total, mixed = in_blocks()
-    mixed = (mixed / total[..., None]).astype(q_BTNH.dtype)
-    mixed = mixed.reshape(batch, kv_heads, heads // kv_heads, steps, size)
-    return mixed.transpose(0, 3, 1, 2, 4).reshape(q_BTNH.shape)
+    return _heads_of_rows((mixed / total[..., None]).astype(q_BTNH.dtype), q_BTNH.shape)
 
 
 def reads_all(last: Int[Array, ""], capacity: int) -> Bool[Array, ""]:
-    """Whether all slots at once take no longer than the blocks up to the last one in use, which
-    have to be copied: half of a small cache, nearly all of a large one (docs/performance.md)."""
+    """Whether reading all slots at once is no slower than copying the blocks in use: half of a
+    small cache, nearly all of a large one (docs/performance.md)."""
     in_blocks = (last // SMALL + 1) * SMALL
     return in_blocks >= (capacity // 2 if capacity <= LARGE else capacity * 7 // 8)
 
 
-def _grouped(q_BTNH: Float[Array, "B T N H"], kv_heads: int) -> Float[Array, "B T K G H"]:
-    """Queries beside the K/V head that they share (G = N / K of them each)."""
-    batch, steps, heads, size = q_BTNH.shape
-    return q_BTNH.reshape(batch, steps, kv_heads, heads // kv_heads, size)
+def _rows_of_heads(q_BTNH: Float[Array, "B T N H"], kv_heads: int) -> Float[Array, "B K R H"]:
+    """The rows r = (g, t) of queries that share each K/V head."""
+    batch, steps, _, size = q_BTNH.shape
+    q_BKGTH = q_BTNH.reshape(batch, steps, kv_heads, -1, size).transpose(0, 2, 3, 1, 4)
+    return q_BKGTH.reshape(batch, kv_heads, -1, size)
+
+
+def _heads_of_rows(mixed: Float[Array, "B K R H"], shape: tuple[int, ...]) -> Float[Array, "..."]:
+    """The inverse of `_rows_of_heads`; shape: B, T, N, H."""
+    mixed_BKGTH = mixed.reshape(*mixed.shape[:2], -1, shape[1], shape[3])
+    return mixed_BKGTH.transpose(0, 3, 1, 2, 4).reshape(shape)

@@ -18,7 +18,7 @@ from lsjax.model.products import gradients_first, linear, split_swiglu, swiglu, 
 from lsjax.model.rope import rotate
 from lsjax.sharding import constrain, on_each_device, platform
 
-# Name of what a matrix and its adapter give together, for remat policies: they need not keep both.
+# Name of the sum of a matrix's and its adapter's outputs, for remat policies: it replaces both.
 ADAPTED = "adapted"
 
 
@@ -37,8 +37,7 @@ class RMSNorm(nnx.Module):
 
 
 class Linear(nnx.Module):
-    """A matrix [inputs, *outputs], a bias [*outputs] where the config says so, and in finetuning
-    perhaps an adapter."""
+    """A matrix [inputs, *outputs], and if asked for a bias [*outputs] and an adapter."""
 
     def __init__(
         self,
@@ -161,7 +160,7 @@ class Block(nnx.Module):
     ) -> tuple[Float[Array, "B U D"], Float[Array, "B K S H"], Float[Array, "B K S H"]]:
         """The layer on T tokens that follow those in the cache; also gives the longer cache.
 
-        x_BUD: U steps; those behind the T tokens fill up products (`enough_steps`).
+        x_BUD: U steps; those behind the T tokens are padding (`enough_steps`).
         """
         q, k, v = self.attention.project(self.attention_norm(x_BUD), rope)
         mixed, keys, values = _attend(q, k, v, keys, values, positions_BT)
@@ -172,8 +171,8 @@ class Block(nnx.Module):
 
 
 def _attend(q, k, v, keys, values, positions_BT):
-    """Puts new keys and values into the cache and looks at all of it. On a mesh each device does
-    that for its own rows and heads, without communication."""
+    """Writes new keys and values to the cache and attends to all of it; on a mesh each device for
+    its own rows and heads."""
 
     def attend(q, k, v, keys, values, positions_BT):
         if nvidia_capability() >= 8:

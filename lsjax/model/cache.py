@@ -24,8 +24,7 @@ from lsjax.config import LlamaConfig
 from lsjax.model.parameters import sharding_of
 from lsjax.sharding import platform
 
-# Above this many rows one scatter instead of a chain of slice updates. On CPUs it is as fast, and
-# compiled sooner (docs/performance.md). TPUs like slices better; on GPUs each is a kernel.
+# Above this many rows one scatter replaces a chain of slice updates (docs/performance.md).
 MAX_UNROLLED_ROWS = 8
 
 
@@ -48,8 +47,7 @@ class KVCache:
         *,
         mesh: Mesh | None = None,
     ) -> "KVCache":
-        """An empty cache for the first `num_layers` layers (all of them by default); on a mesh
-        each device makes its own share."""
+        """An empty cache for the first `num_layers` layers (by default all), sharded on a mesh."""
         shape = (batch, config.num_kv_heads, capacity, config.head_dim)
         layers = config.num_layers if num_layers is None else num_layers
 
@@ -77,17 +75,14 @@ class KVCache:
         more = capacity - self.capacity
         if more <= 0:
             return self
-
-        def longer(leaf):
-            return jnp.pad(leaf, [(0, 0), (0, 0), (0, more), (0, 0)])
-
-        return jax.tree.map(longer, self)
+        padding = [(0, 0), (0, 0), (0, more), (0, 0)]
+        return jax.tree.map(lambda leaf: jnp.pad(leaf, padding), self)
 
 
 def write_slots(
     cache: Float[Array, "B K S H"], new_BTKH: Float[Array, "B T K H"], start_B: Int[Array, " B"]
 ) -> Float[Array, "B K S H"]:
-    """Puts T new slots at `start_B` of each row; see `write`."""
+    """Puts T new slots at `start_B` of each row, as `write` does."""
     return write(cache, new_BTKH.swapaxes(1, 2).astype(cache.dtype), start_B, axis=2)
 
 
@@ -99,8 +94,8 @@ def write(
 ) -> Shaped[Array, "..."]:
     """Puts `new` into the buffer at `start_B` of each row along `axis`.
 
-    The caller keeps start + T <= S: `dynamic_update_slice` would clamp the start without a word
-    and overwrite older slots (`cache_slots` and `decode` see to that).
+    The caller keeps start + T <= S: `dynamic_update_slice` would clamp the start and overwrite
+    older slots.
     """
     batch = new.shape[0]
     if batch > (1 if platform() == "gpu" else MAX_UNROLLED_ROWS):

@@ -30,7 +30,7 @@ from lsjax.model.products import SAVED
 from lsjax.sharding import platform
 
 OTHERS = 64
-HIDDEN = -1e30  # score of what a query does not see
+HIDDEN = -1e30  # score of hidden keys
 
 
 @jax.custom_vjp
@@ -67,7 +67,7 @@ def _forward_with_residuals(q, k, v, segments):
 def _backward(residuals, dy):
     q, k, v, segments, y, logs = residuals
     specs = _Specs(q, k)
-    # The sum of weights times their gradients, from the output: no pass over [T, T] is for it.
+    # The sum of weights times their gradients, from the output: it needs no pass over [T, T].
     together = (dy.astype(jnp.float32) * y.astype(jnp.float32)).sum(-1).swapaxes(1, 2)
     (dq,) = _call(
         _flash_dq,
@@ -92,7 +92,7 @@ flash_attention.defvjp(_forward_with_residuals, _backward)
 
 
 class _Specs:
-    """What a program sees of the arrays: program (i, n, b) has block i of head n in row b."""
+    """Blocks of the arrays: program (i, n, b) has block i of head n in row b."""
 
     def __init__(self, q, k):
         _, steps, heads, size = q.shape
@@ -110,7 +110,7 @@ class _Specs:
 def _call(kernel, arrays, in_specs, results, out_specs):
     """A program for each block of the first result."""
     batch, steps, heads, size = results[0].shape
-    # The compiler for H100 spills no registers with these (docs/training.md).
+    # The compiler for H100 spills no registers with these.
     warps = 4 if kernel is _flash_forward and size <= 64 else 8
     return pl.pallas_call(
         partial(kernel, scale=size**-0.5),

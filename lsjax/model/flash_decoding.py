@@ -1,10 +1,9 @@
 """Attention of a few new tokens to a cache as one kernel, for NVIDIA GPUs (Flash-Decoding, Dao et
 al., 2023).
 
-Programs share out the rows of a batch, the K/V heads, and the blocks of the cache in use. Each
-gives the attention to its own blocks and their log-sum-exp, by which the parts are then added up.
-The first of them also sees the new tokens, and writes their keys and values to the cache. Nobody
-reads those slots: the others look at the older ones only.
+Rows of a batch, K/V heads and blocks of the cache in use are split among programs. Each gives the
+attention to its own blocks and their log-sum-exp, which weighs the parts in their sum. The first
+one also sees the new tokens, and writes their keys and values to slots that no program reads.
 
 Letters beside those of llama.py: R = G * T query rows of a K/V head, P parts.
 """
@@ -22,9 +21,9 @@ from jaxtyping import Array, Float, Int
 BLOCK, MOST_STEPS = 64, 16
 # Fewest rows of a product; the most that a program's registers hold.
 FEWEST_ROWS, MOST_ROWS = 16, 64
-# Programs that keep a card busy, a few for each of its processors; and the most parts of a row.
+# Programs that keep a card busy; and the most parts of a row.
 PROGRAMS, MOST_PARTS = 256, 16
-# Scores of what is not seen, so that differences stay finite.
+# Score of hidden slots: finite, so that differences are too.
 LOWEST = float(jnp.finfo(jnp.float32).min)
 
 
@@ -156,7 +155,7 @@ def _kernel(steps, parts, start_ref, q_ref, k_ref, v_ref, keys_ref, values_ref, 
     @pl.when(part == 0)
     def _():
         for step in range(steps):
-            # Rows that have ended may have no room left; nothing may lie behind the cache.
+            # Rows that have ended may have no room left: their writes stay inside of the cache.
             slot = pl.ds(jnp.minimum(start + step, capacity - 1), 1)
             new_keys_ref[slot, :] = k_ref[pl.ds(step, 1), :]
             new_values_ref[slot, :] = v_ref[pl.ds(step, 1), :]

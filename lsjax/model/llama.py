@@ -29,10 +29,7 @@ from lsjax.sharding import ROWS, constrain, platform
 
 class Llama(nnx.Module):
     """A Llama whose layers are separate (`nnx.List` of Block: decoding) or stacked (one Block
-    with [L, ...] leaves: training); `stacked` and `unstacked` turn one form into the other.
-
-    Raises nothing by itself: shapes are checked by `LlamaConfig` and by the loaders.
-    """
+    with [L, ...] leaves: training); `stacked` and `unstacked` turn one form into the other."""
 
     def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32):
         self.config = config
@@ -57,7 +54,7 @@ class Llama(nnx.Module):
 
     @property
     def compute_dtype(self) -> jnp.dtype:
-        """Dtype of the layers' matrices and of what passes through the layers (`cast_matrices`)."""
+        """Dtype of the layers' matrices and of hidden states (`cast_matrices`)."""
         block = self.layers if self.is_stacked else self.layers[0]
         return block.attention.out.kernel[...].dtype
 
@@ -68,9 +65,8 @@ class Llama(nnx.Module):
     def embed_rows(self, tokens_BT: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """Token embeddings of whole sequences, sharded over a mesh by rows.
 
-        The table is sharded along D. It is looked up for the rows of all devices that have parts
-        of it; each device then gets its rows whole. So no device holds all of the table or of its
-        gradient.
+        The table is sharded along D, and each shard is looked up for the rows of all its devices.
+        So no device holds the whole table or its gradient.
         """
         x_BTD = self.embed(constrain(tokens_BT, "data"))
         return constrain(constrain(x_BTD, "data", None, "fsdp"), ROWS)
@@ -104,8 +100,8 @@ class Llama(nnx.Module):
         kernel: AttentionKernel = "auto",
         read: Callable[[Float[Array, "B T D"]], Any] = lambda x_BTD: x_BTD,
     ) -> Any:
-        """What `read` makes of each layer's output on whole sequences, [L, ...]: the outputs
-        themselves, [L, B, T, D], by default. Index E - 1 is of what exit E unembeds.
+        """`read` of each layer's output on whole sequences, [L, ...]; by default the output itself.
+        Exit E unembeds output E - 1.
 
         Rows of several documents come with positions that restart and a segment number for each.
         kernel: of the attention (attention.py).
@@ -128,8 +124,8 @@ class Llama(nnx.Module):
         carry: Any = None,
         inputs_L: Any = None,
     ) -> tuple[Float[Array, "B T D"], Any, Any]:
-        """All layers on whole sequences: the model's output, the last carry, and [L, ...] of what
-        `look` gives for each layer.
+        """All layers on whole sequences: the model's output, the last carry, and what `look` gives
+        for each layer, [L, ...].
 
         run: (block, x_BTD, inputs) -> the layer's output y_BTD. look: (carry, x_BTD, y_BTD, inputs)
         -> (carry, anything). inputs_L: of the layers, where these are stacked.
@@ -199,11 +195,8 @@ def unstacked(model: Llama) -> Llama:
 
 def cast_matrices(model: Llama, dtype: ComputeDtype) -> Llama:
     """The model with its matrices in the dtype of a computation; auto is bfloat16 on accelerators
-    and the model's own on CPUs.
-
-    Embedding, norm scales and biases stay as they are. Their gradients are sums over all tokens,
-    which bfloat16 cannot hold.
-    """
+    and the model's own on CPUs. Embedding, norm scales and biases stay as they are: their gradients
+    are sums over all tokens, which bfloat16 cannot hold."""
     if dtype == "auto":
         dtype = model.dtype if platform() == "cpu" else "bfloat16"
 
@@ -216,8 +209,7 @@ def cast_matrices(model: Llama, dtype: ComputeDtype) -> Llama:
 def split_matrices(model: Llama) -> Llama:
     """The same model, stacked, with a Linear for each part of qkv and gate_up.
 
-    Parameters, checkpoints and adapters keep them joined. A training step takes them apart once,
-    where that makes its products faster, and autodiff joins their gradients again.
+    A training step splits them where products get faster; autodiff joins their gradients.
     """
     # Slots of the last but one axis: a K/V head has its G queries, its key and its value.
     slots = {"qkv": (slice(None, -2), -2, -1), "gate_up": (0, 1)}
@@ -237,24 +229,20 @@ def split_matrices(model: Llama) -> Llama:
 
 
 def map_matrices(change: Callable[[str, Linear], Any], model: Llama) -> Llama:
-    """The model, stacked, with `change(name, matrix)` in the place of the matrices of its layers:
-    qkv, out, gate_up and down."""
+    """The model, stacked, with `change(name, matrix)` for qkv, out, gate_up and down."""
 
     def changed(part, *names):
         return with_parts(part, **{name: change(name, getattr(part, name)) for name in names})
 
-    block = model.layers
-    attention = changed(block.attention, "qkv", "out")
-    feed_forward = changed(block.feed_forward, "gate_up", "down")
-    return with_parts(
-        model, layers=with_parts(block, attention=attention, feed_forward=feed_forward)
-    )
+    attention = changed(model.layers.attention, "qkv", "out")
+    feed_forward = changed(model.layers.feed_forward, "gate_up", "down")
+    layers = with_parts(model.layers, attention=attention, feed_forward=feed_forward)
+    return with_parts(model, layers=layers)
 
 
 def with_parts(module: Any, **parts: Any) -> Any:
     """A copy of a module that shares all but these parts."""
-    leaves, structure = jax.tree.flatten(module)
-    copy = jax.tree.unflatten(structure, leaves)
+    copy = jax.tree.map(lambda leaf: leaf, module)
     for name, part in parts.items():
         setattr(copy, name, part)
     return copy

@@ -34,7 +34,7 @@ class Adapter(nnx.Module):
 
 
 def with_adapters(model: Llama, config: LoraConfig, seed: int) -> Llama:
-    """The model, stacked, with new adapters; it computes what it did before."""
+    """The model, stacked, with new adapters, which change nothing yet."""
 
     def adapted(name: str, matrix: Linear) -> Linear:
         if name not in config.targets:
@@ -55,11 +55,7 @@ def merged(
     b: Float[Array, "L R *O"],
     scale: float,
 ) -> Float[Array, "L I *O"]:
-    """W + scale A B of each layer, in the place of W and laid out as it is.
-
-    One layer after the other, so that no more than one product is held.
-    """
-
+    """W + scale A B of each layer, in the memory of W; no more than one product is held."""
     wide = jnp.promote_types(kernel.dtype, jnp.float32)
     exact = dict(precision=lax.Precision.HIGHEST, preferred_element_type=wide)
 
@@ -67,16 +63,15 @@ def merged(
         kernel, a, b = layer
         return (kernel + scale * jnp.tensordot(a, b, axes=1, **exact)).astype(kernel.dtype)
 
-    def merge(kernel, a, b):
-        return lax.map(merge_layer, (kernel, a, b))
+    def merge(*arrays):
+        return lax.map(merge_layer, arrays)
 
     return jax.jit(merge, donate_argnums=0, out_shardings=kernel.sharding)(kernel, a, b)
 
 
 def split(model: Llama) -> tuple[Llama, Llama]:
-    """What is trained, which is the adapters, or without any the whole model; and what is frozen.
+    """The trained part, which is the adapters, or the whole model without any; and the frozen rest.
     Each has None in place of the other's parameters."""
-
     found = map_named(lambda name, _: ".adapter." in name, model)
     if not any(jax.tree.leaves(found)):
         found = jax.tree.map(lambda _: True, model)

@@ -30,8 +30,7 @@ class FileTensor(NamedTuple):
 class Parameter(NamedTuple):
     """One parameter, or that of every layer.
 
-    sharding: axes of the mesh that shard each axis. The first choice that divides is taken. The
-    parameter is replicated without a choice.
+    sharding: choices of the mesh's axes for each axis; the first that divides is taken.
     """
 
     path: str
@@ -64,9 +63,8 @@ PARAMETERS = (
     Parameter(
         "layers.feed_forward_norm.scale", (FileTensor("post_attention_layernorm", "ffn_norm"),)
     ),
-    Parameter(
-        _FEED_FORWARD + "gate_up.kernel", _GATE_UP, (P("fsdp", None, "tensor"),)
-    ),  # [D, 2, F]
+    # [D, 2, F]
+    Parameter(_FEED_FORWARD + "gate_up.kernel", _GATE_UP, (P("fsdp", None, "tensor"),)),
     Parameter(_FEED_FORWARD + "gate_up.bias", _GATE_UP, (P(None, "tensor"),)),
     Parameter(_FEED_FORWARD + "down.kernel", _DOWN, (P("tensor", "fsdp"),)),  # [F, D]
     Parameter(_FEED_FORWARD + "down.bias", _DOWN),
@@ -86,7 +84,7 @@ _STACKED = re.compile(r"(^|\.)(layers\.\D|(keys|values)$)")
 
 
 def adapter_paths(path: str) -> list[str]:
-    """Paths of A and B beside a kernel (lora.py); none beside another parameter."""
+    """Paths of A and B beside a kernel (lora.py); empty for another parameter."""
     if not path.endswith("kernel"):
         return []
     return [path.removesuffix("kernel") + adapter for adapter in ("adapter.a", "adapter.b")]
@@ -109,10 +107,7 @@ def tensors_of(path: str, names: Names) -> list[tuple[str, int | slice | None]]:
 def sharding_of(
     path: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh | None
 ) -> NamedSharding | None:
-    """How the array with this path in its tree ("layers.0.attention.qkv.kernel") is sharded.
-
-    None without a mesh.
-    """
+    """Sharding of the array with this path, "layers.0.norm.scale"; None without a mesh."""
     if mesh is None:
         return None
     choices = _choices(stacked_path(path))

@@ -14,17 +14,16 @@ from jaxtyping import Array, Float
 
 from lsjax.sharding import platform
 
-# Fewest rows for which XLA uses the matrix unit well. With one row it sums on the vector unit, on
-# TPUs several times slower, on GPUs in more kernels (docs/performance.md).
+# Fewest rows for which XLA uses the matrix unit well (docs/performance.md).
 ROWS = {"tpu": 8, "gpu": 16}
 # Tokens of a block of flash.py, which divides its sequences.
 FLASH_BLOCK = 128
-# What splash and flash keep for their backward passes, for remat policies that save by name.
+# Name of the residuals of splash and flash, for remat policies.
 SAVED = "attention"
 
 
 def enough_steps(x_BTD: Float[Array, "B T D"]) -> Float[Array, "B U D"]:
-    """On accelerators with zeros behind the steps, so that B * U is at least ROWS."""
+    """On accelerators adds zeros behind the steps, so that B * U is at least ROWS."""
     batch, steps, _ = x_BTD.shape
     return with_steps(x_BTD, max(steps, -(-ROWS.get(platform(), 0) // batch)))
 
@@ -36,10 +35,8 @@ def with_steps(x: Float[Array, "B T *rest"], steps: int) -> Float[Array, "B U *r
 
 
 def enough_rows(x: Float[Array, "*batch R I"]) -> Float[Array, "*batch S I"]:
-    """x for the left side of a single product: on TPUs with zeros behind its rows up to ROWS.
-
-    The barrier keeps XLA from dropping them again.
-    """
+    """x as the left side of a product: on TPUs with zeros behind its rows up to ROWS. The barrier
+    keeps XLA from dropping them."""
     missing = ROWS["tpu"] - x.shape[-2]
     if platform() != "tpu" or missing <= 0:
         return x
@@ -52,11 +49,10 @@ def linear(
 ) -> Float[Array, "..."]:
     """tensordot(x, w, 1): [*batch, *O].
 
-    The gradient of w comes out as it lies, [I, *O]. Autodiff makes [*O, I] of it and transposes it
-    in every layer, and the gradient of the output before that.
+    The gradient of w has the layout of w, [I, *O]; autodiff would transpose it in every layer.
 
     again: a layer under remat computes the product once more and does not keep it. A batch axis of
-    1 says so to the policy dots_with_no_batch_dims_saveable.
+    1 tells the policy dots_with_no_batch_dims_saveable.
     """
     return _linear_forward(x, w, again)[0]
 
@@ -82,10 +78,8 @@ linear.defvjp(_linear_forward, _linear_backward)
 
 
 def gradients_first(x: Any, parameters: Any) -> tuple[Any, Any]:
-    """Both unchanged. On GPUs the gradients of the parameters are computed before that of x.
-
-    XLA would compute them at the end of a layer, and hold their operands until then.
-    """
+    """Returns both unchanged. On GPUs the gradients of the parameters are computed before that of
+    x: XLA would compute them at the end of a layer, and hold their operands until then."""
     return _gradients_first(x, parameters) if platform() == "gpu" else (x, parameters)
 
 
@@ -103,8 +97,7 @@ _gradients_first.defvjp(
 def swiglu(gate_up: Float[Array, "*batch 2 F"]) -> Float[Array, "*batch F"]:
     """silu(gate) * up (Shazeer, 2020).
 
-    Keeps its input for the backward pass and nothing else; the gradient is written once, not as
-    two padded halves that are added.
+    Keeps only its input for the backward pass, and writes the gradient once.
     """
     return jax.nn.silu(gate_up[..., 0, :]) * gate_up[..., 1, :]
 
@@ -138,7 +131,7 @@ def split_swiglu(
 ) -> Float[Array, "*batch F"]:
     """`swiglu` of separate halves, for TPUs (`split_matrices`).
 
-    Barriers keep XLA:TPU from fusing it into the products around it, which spoils these.
+    Barriers keep XLA:TPU from fusing it into the products around it, which slows them down.
     """
     return _split_swiglu_forward(gate, up)[0]
 

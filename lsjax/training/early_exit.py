@@ -40,7 +40,7 @@ def exit_weights(config: EarlyExitConfig, num_layers: int) -> Float[np.ndarray, 
 def enabled_exits(
     config: EarlyExitConfig, num_layers: int, step: ArrayLike, num_steps: int
 ) -> Bool[Array | np.ndarray, "... L"]:
-    """Which exits are in the loss of step t of T: C(t, E), and those of weight 0 left out.
+    """C(t, E): whether each exit is in the loss of step t of T. Exits of weight 0 never are.
 
     step: one, or [..., 1] for several. The result is numpy's where the step is.
     """

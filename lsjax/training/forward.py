@@ -13,12 +13,7 @@ from lsjax.model.products import SAVED
 from lsjax.model.rope import rope_angles
 from lsjax.sharding import platform, row_shards
 from lsjax.training.kept_rows import Kept, run_on_kept
-from lsjax.training.layer_dropout import (
-    DropRates,
-    drop_rates,
-    keep_counted,
-    keep_mask,
-)
+from lsjax.training.layer_dropout import DropRates, drop_rates, keep_counted, keep_mask
 
 
 def exit_states(
@@ -33,23 +28,23 @@ def exit_states(
     """Outputs of the layers exit_S, in order; the last slot is the model's output.
 
     model: stacked, in the dtype of the computation. rows_B: numbers of the rows in the batch of the
-    step. exit_S: each layer but the last once at most; what slots of L - 1 hold before the last
-    one is of no meaning.
+    step. exit_S: each layer but the last once at most; slots of L - 1 before the last one hold
+    nothing of use.
 
-    The output of a layer with an exit is written to that exit's slot. So no more than S outputs are
-    held, whatever the number of layers. Where S = L, they are the outputs of the scan.
+    No more than S outputs are held: a layer's output is written to the slot of its exit. Where
+    S = L, they are the outputs of the scan.
     """
+    num_slots, num_layers = len(exit_S), model.config.num_layers
     x_BTD = model.embed_rows(batch["tokens_BT"])
     whole = platform() == "tpu"
     rope = rope_angles(batch["positions_BT"], model.config, x_BTD.dtype, whole=whole)
     run = layer_runner(config, rope, batch["segments_BT"])
-    num_slots, num_layers = len(exit_S), model.config.num_layers
     picks = 1 < num_slots < num_layers
-    # Slot of the exit below each layer; the last one, which nobody reads, where it has none.
+    # Slot of the exit below each layer; without an exit the last one, which is not read.
     slot_L = jnp.full(num_layers + 1, num_slots - 1).at[exit_S + 1].set(jnp.arange(num_slots))[:-1]
     dropout = None
     if config.layer_dropout.p_max > 0:
-        rates_L = drop_rates(config.layer_dropout, model.config.num_layers, step, config.num_steps)
+        rates_L = drop_rates(config.layer_dropout, num_layers, step, config.num_steps)
         dropout = rates_L, kept_rows(config, rates_L, step, rows_B)
 
     def look(slots, x_BTD, y_BTD, inputs):
@@ -73,7 +68,7 @@ def exit_states(
 def kept_rows(
     config: StepConfig, rates_L: Float[Array, " L"], step: Int[Array, ""], rows_B: Int[Array, " B"]
 ) -> Array | Kept:
-    """Which rows keep each layer: [L, B], [L] where all rows share it, or Kept."""
+    """Rows that keep each layer: [L, B], [L] for all rows at once, or Kept."""
     match config.layer_dropout.skip:
         case "mask":
             return keep_mask(rates_L, config.seed, step, rows_B)
@@ -85,8 +80,7 @@ def kept_rows(
 
 
 def layer_runner(config: StepConfig, rope: tuple[Array, Array], segments_BT: Int[Array, "B T"]):
-    """(block, x_BTD, None or (rate, kept)) -> x_BTD after one layer, or without it for the rows
-    that do not keep it."""
+    """(block, x_BTD, None or (rate, kept)) -> x_BTD after one layer, for the rows that keep it."""
     others, dropout, remat = (rope, segments_BT), config.layer_dropout, config.remat
 
     def run(block, x_BTD, others, rate=None, keep_B=None):
@@ -97,12 +91,12 @@ def layer_runner(config: StepConfig, rope: tuple[Array, Array], segments_BT: Int
         return x_BTD + (y_BTD - x_BTD) / share
 
     if remat == "none" and dropout.p_max > 0 and dropout.skip == "gather":
-        remat = "dots_saveable"  # what is kept is copied once more: the rest is cheaper anew
+        remat = "dots_saveable"  # residuals are copied once more; the rest is cheaper computed anew
     if remat != "none":
         policies = jax.checkpoint_policies
         policy = getattr(policies, remat)
         if remat != "nothing_saveable":
-            # Attention's kernel gives results of products too.
+            # The output of attention's kernel is a product too.
             named = policies.save_only_these_names(SAVED, ADAPTED)
             policy = policies.save_from_both_policies(policy, named)
         run = jax.checkpoint(run, policy=policy, prevent_cse=False)  # the scan prevents it

@@ -1,7 +1,7 @@
 """Several processes of one run: how they find one another, take turns, and end together.
 
-On a pod each host runs the same program. They are one run from `start` on: arrays are sharded over
-the devices of all hosts, and every process must do the same steps.
+On a pod each host runs the same program. From `start` on, arrays are sharded over the devices of
+all hosts, and every process must do the same steps.
 """
 
 import hashlib
@@ -43,9 +43,9 @@ class Hosts(Checked, prefix="--distributed."):
     coordinator: str | None = None
     """host:port of process 0, at a port that is free there."""
     num_processes: int | None = None
-    """How many there are."""
+    """Number of processes."""
     process_id: int | None = None
-    """Which one this is, from 0."""
+    """Number of this process, from 0."""
     heartbeat_timeout: int = bounded(40, low=1)
     """Seconds without a sign of life after which a process counts as dead, and the others end."""
     start_timeout: int = bounded(300, low=1)
@@ -59,7 +59,7 @@ class Hosts(Checked, prefix="--distributed."):
         check(
             None not in given,
             "--distributed.coordinator, --distributed.num-processes and --distributed.process-id "
-            "belong together: give all three, or none under SLURM and on TPU VMs",
+            "belong together: give all three, or leave them out under SLURM and on TPU VMs",
         )
         check(
             re.fullmatch(r".+:[0-9]+", self.coordinator) is not None,
@@ -76,27 +76,21 @@ def start(hosts: Hosts) -> None:
 
     Raises ConfigError where they do not come together in time.
     """
-    if hosts.coordinator is not None:
-        how = dict(
-            coordinator_address=hosts.coordinator,
-            num_processes=hosts.num_processes,
-            process_id=hosts.process_id,
-            cluster_detection_method="deactivate",
-        )
-    elif under_slurm():
-        how = dict(cluster_detection_method="slurm")
-    elif on_tpu_vm():
-        how = {}
-    else:
+    flags = hosts.coordinator is not None
+    slurm = under_slurm()
+    if not (flags or slurm or on_tpu_vm()):
         return
-    times = dict(
-        heartbeat_timeout_seconds=hosts.heartbeat_timeout,
-        initialization_timeout=hosts.start_timeout,
-    )
     try:
-        jax.distributed.initialize(**how, **times)
+        jax.distributed.initialize(
+            hosts.coordinator,
+            hosts.num_processes,
+            hosts.process_id,
+            cluster_detection_method="deactivate" if flags else "slurm" if slurm else None,
+            heartbeat_timeout_seconds=hosts.heartbeat_timeout,
+            initialization_timeout=hosts.start_timeout,
+        )
     except (RuntimeError, ValueError) as error:
-        if isinstance(error, ValueError) and not how:
+        if isinstance(error, ValueError) and not (flags or slurm):
             return  # chips, but no neighbours that jax knows of
         raise ConfigError(f"the processes of this run did not come together ({error})") from error
 
@@ -158,10 +152,8 @@ def wait_to_see(condition: Callable[[], bool], what: str) -> None:
 
 @contextmanager
 def ending_together() -> Iterator[None]:
-    """One of several processes that fails ends at once, and the others follow (docs/pods.md).
-
-    An ordinary exit would wait for the others, which wait for this one.
-    """
+    """One of several processes that fails ends at once: an ordinary exit would wait for the
+    others, which wait for this one."""
     try:
         yield
     except BaseException as error:
@@ -173,7 +165,7 @@ def ending_together() -> Iterator[None]:
             case Exception() if LOST.search(str(error)):
                 code, line = 1, str(error).partition("\n")[0][:300]
                 print(
-                    f"error: process {jax.process_index()} can't go on, most likely because "
+                    f"error: process {jax.process_index()} has to end, most likely because "
                     f"another one has ended ({line}): start all of them again",
                     file=sys.stderr,
                 )
@@ -189,8 +181,7 @@ def ending_together() -> Iterator[None]:
 def signals() -> Iterator[Stop]:
     """Catches SIGTERM and Ctrl-C for a while; the second one of a kind ends the program at once.
 
-    With several processes jax itself handles SIGTERM. If one process gets it, all are told to stop
-    after the same step, which none of them has passed.
+    With several processes jax itself handles SIGTERM: all of them stop after the same step.
     """
     several = jax.process_count() > 1
     caught = [signal.SIGINT] if several else [signal.SIGINT, signal.SIGTERM]

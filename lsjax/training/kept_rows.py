@@ -6,12 +6,10 @@
     put back             a B c d E F g H
 
 The count chooses a branch of a conditional, so shapes are static. Rows are gathered within each
-shard, and kept rows stay in their order. Putting back is a gather too, of the row for each place.
-Each is the other's transpose, so there is no scatter, forward or backward.
+shard. Putting back is a gather too, and each is the other's transpose: no scatter is needed.
 
-The derivative is written out because jax's own, of a conditional, keeps residuals of the backward
-pass once for each branch. Here they are kept once, padded to all rows. Only those with an axis of
-rows are kept. The others follow from the block's parameters, and most are the parameters.
+jax's derivative of a conditional would keep residuals once for each branch. Here they are kept
+once, padded to all rows; those without an axis of rows follow from the block's parameters.
 
 Letters: S shards, R rows of a shard, C of them that keep the layer.
 """
@@ -30,10 +28,10 @@ from lsjax.training.layer_dropout import row_counts
 
 
 class Kept(NamedTuple):
-    """Which rows keep the layer."""
+    """Rows that keep the layer."""
 
     keep_SR: Bool[Array, "S R"]
-    which: Int[Array, ""]  # of `row_counts`, how many they are in each shard
+    which: Int[Array, ""]  # index in `row_counts` of their number in each shard
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -45,12 +43,10 @@ def run_on_kept(
     rate: Float[Array, ""],
     kept: Kept,
 ) -> Float[Array, "B T D"]:
-    """`run(block, x_BTD, others, rate)` on the rows that keep the layer; the others stay as they
-    are.
+    """`run(block, x_BTD, others, rate)` on the rows that keep the layer, x_BTD on the others.
 
     run: computes each row by itself. Residuals of its backward pass that depend on the rows have
-    an axis of them. others: arrays with an axis B in front; nothing flows back to them, nor to the
-    rate.
+    an axis of them. others: arrays with an axis B in front. They and the rate get no gradient.
     """
     return _forward(run, block, x_BTD, others, rate, kept)[0]
 
@@ -116,16 +112,14 @@ run_on_kept.defvjp(_forward, _backward)
 
 def _pullback_of_zeros(run, rows: int, block, x_BTD, others, rate):
     """The pullback of `run` on that many rows of zeros."""
-
-    def zeros(leaf):
-        return jnp.zeros((rows, *leaf.shape[1:]), leaf.dtype)
-
-    others = jax.tree.map(zeros, others)
-    return jax.vjp(lambda block, x: run(block, x, others, rate), block, zeros(x_BTD))[1]
+    x_BTD, others = jax.tree.map(
+        lambda leaf: jnp.zeros((rows, *leaf.shape[1:]), leaf.dtype), (x_BTD, others)
+    )
+    return jax.vjp(lambda block, x: run(block, x, others, rate), block, x_BTD)[1]
 
 
 def _row_axes(run, shards: int, rows: int, *arguments) -> list[int | None]:
-    """The axis of rows of each residual, None where it has none: the axis that grows with them."""
+    """The axis of each residual that grows with the rows, or None."""
 
     def shapes(rows: int) -> list[tuple[int, ...]]:
         pullback = jax.eval_shape(partial(_pullback_of_zeros, run, rows), *arguments)
@@ -138,7 +132,7 @@ def _row_axes(run, shards: int, rows: int, *arguments) -> list[int | None]:
 
 
 def _resized(leaf: Array, axis: int, shards: int, rows: int, wanted: int) -> Array:
-    """An axis of S * rows cut or padded in each shard, so that it is one of S * wanted."""
+    """An axis of S * rows cut or padded in each shard to S * wanted."""
     if rows == wanted:
         return leaf
     lead, tail = leaf.shape[:axis], leaf.shape[axis + 1 :]

@@ -4,8 +4,8 @@
     p(l, t) = S(t) D(l) p_max                                                        (eq. 2)
 
 The masks of a step are a function of seed, step, layer and the row's number in the batch. So they
-are the same after a restart, under accumulation, and on any mesh. Where only kept rows are computed
-(`keep_counted`), they also depend on which rows share a device or a micro-batch.
+are the same after a restart, under accumulation, and on any mesh. Those of `keep_counted` also
+depend on which rows share a device or a micro-batch.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from lsjax.config import LayerDropoutConfig
 
-# Numbers of rows that a layer is compiled for, beside none.
+# Numbers of rows that a layer is compiled for, beside 0.
 COUNTS = 4
 # In place of a row's number, for the draw that all rows share.
 ROUNDING = 2**31 - 1
@@ -70,14 +70,13 @@ def time_scale(config: LayerDropoutConfig, step: ArrayLike, num_steps: int) -> F
 def keep_mask(
     rates_L: Float[Array, " L"], seed: int, step: ArrayLike, rows_B: Int[Array, " B"]
 ) -> Bool[Array, "L B"]:
-    """Which layers each row keeps. rows_B: numbers of the rows in the whole batch of the step; a
+    """Layers that each row keeps. rows_B: numbers of the rows in the whole batch of the step; a
     mask for the whole batch gives all of them the same number."""
-    layer_keys = _layer_keys(len(rates_L), seed, step)
-    return _draws(layer_keys, rows_B) >= rates_L[:, None]
+    return draws(_layer_keys(len(rates_L), seed, step), rows_B) >= rates_L[:, None]
 
 
 def row_counts(rows: int) -> tuple[int, ...]:
-    """Numbers of rows that a layer is compiled for: none, and up to COUNTS even parts of all."""
+    """Numbers of rows that a layer is compiled for: 0, and up to COUNTS even parts of all."""
     parts = min(COUNTS, rows)
     return tuple(rows * part // parts for part in range(parts + 1))
 
@@ -85,20 +84,19 @@ def row_counts(rows: int) -> tuple[int, ...]:
 def keep_counted(
     rates_L: Float[Array, " L"], seed: int, step: ArrayLike, rows_SR: Int[Array, "S R"]
 ) -> tuple[Bool[Array, "L S R"], Int[Array, " L"]]:
-    """Which layers each row keeps, where a layer runs on one of `row_counts(R)` rows in each of S
-    shards; and which of these counts it is, the same for all shards.
+    """Layers that each row keeps, where a layer runs on one of `row_counts(R)` rows in each of S
+    shards; and the index of this count, the same for all shards.
 
-    The count is (1 - p) R on average, and each set of that many rows of a shard is as likely as any
-    other: so each row keeps the layer with probability 1 - p, as in `keep_mask`. rows_SR: numbers
-    of the rows, as there.
+    The count is (1 - p) R on average, and all sets of that many rows are equally likely: each row
+    keeps the layer with probability 1 - p. rows_SR: numbers of the rows, as in `keep_mask`.
     """
     counts = row_counts(rows_SR.shape[1])
     layer_keys = _layer_keys(len(rates_L), seed, step)
     rounding_keys = jax.vmap(jax.random.fold_in, (0, None))(layer_keys, ROUNDING)
-    draws_L = _draws(rounding_keys, rows_SR[0, :1])[:, 0]
+    draws_L = draws(rounding_keys, rows_SR[0, :1])[:, 0]
     which_L = stochastic_rounding((1 - rates_L) * rows_SR.shape[1], counts, draws_L)
     # The rows with the largest draws.
-    draws_LSR = _draws(layer_keys, rows_SR.reshape(-1)).reshape(-1, *rows_SR.shape)
+    draws_LSR = draws(layer_keys, rows_SR.reshape(-1)).reshape(-1, *rows_SR.shape)
     rank_LSR = jnp.argsort(jnp.argsort(-draws_LSR, axis=2), axis=2)
     return rank_LSR < jnp.array(counts)[which_L][:, None, None], which_L
 
@@ -106,8 +104,8 @@ def keep_counted(
 def stochastic_rounding(
     means_L: Float[Array, " L"], counts: Sequence[int], draws_L: Float[Array, " L"]
 ) -> Int[Array, " L"]:
-    """Which of its two neighbours among the counts each mean becomes: the upper one as often as
-    makes it the mean. draws_L: uniform from 0 to 1."""
+    """Index of one of the two counts around each mean: the mean on average. draws_L: uniform from
+    0 to 1."""
     counts = jnp.array(counts)
     below_L = jnp.searchsorted(counts[1:-1], means_L, side="right")
     share_L = (means_L - counts[below_L]) / jnp.diff(counts)[below_L]
@@ -119,10 +117,12 @@ def _layer_keys(num_layers: int, seed: int, step: ArrayLike):
     return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(num_layers))
 
 
-def _draws(layer_keys, rows_B: Int[Array, " B"]) -> Float[Array, "L B"]:
-    """Uniform numbers, one for each layer and row."""
+def draws(
+    keys_L: Array, rows_B: Int[Array, " B"], shape: tuple[int, ...] = ()
+) -> Float[Array, "L B ..."]:
+    """Uniform numbers from 0 to 1 of this shape for each key and row."""
 
     def draw(key, row):
-        return jax.random.uniform(jax.random.fold_in(key, row))
+        return jax.random.uniform(jax.random.fold_in(key, row), shape)
 
-    return jax.vmap(jax.vmap(draw, (None, 0)), (0, None))(layer_keys, rows_B)
+    return jax.vmap(jax.vmap(draw, (None, 0)), (0, None))(keys_L, rows_B)

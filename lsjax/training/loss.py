@@ -1,8 +1,8 @@
 """The objective of a step: losses of the exits that are on, through one head.
 
 The head's logits are never all held. Positions in the loss come first in each row. Chunks of them
-pass the head, as many as the fullest row has. A chunk's gradient is computed beside its loss. So
-the head passes over it three times: logits, gradient of the states, gradient of the table.
+pass the head, as many as the fullest row has. A chunk's gradient is computed beside its loss, so
+the head has three products a chunk: logits, gradient of the states, gradient of the table.
 
 Letters: S slots of hidden states (exits), C positions of a chunk.
 """
@@ -30,12 +30,11 @@ from lsjax.training.early_exit import (
     loss_weights,
 )
 from lsjax.training.forward import exit_states
-from lsjax.training.layer_dropout import DropRates, drop_rates
+from lsjax.training.layer_dropout import DropRates, draws, drop_rates
 
-# Logits of a chunk, on each device. On TPUs each chunk's pass over the table's gradient in float32
-# would show.
+# Logits of a chunk, on each device. TPUs take more, as each chunk adds to the table's gradient.
 CHUNK_LOGITS, TPU_CHUNK_LOGITS = 2**25, 2**27
-# The loops of which only a step knows the trip counts, by their names in the compiled program.
+# Names in the compiled program of the loops whose trip counts follow from the step.
 EXITS, CHUNKS = "exit_losses", "loss_chunks"
 
 
@@ -47,11 +46,11 @@ class Head(NamedTuple):
 
 
 class Positions(NamedTuple):
-    """Which positions of each slot's rows are in the loss."""
+    """Positions of each slot's rows that are in the loss."""
 
     order_SBT: Int[Array, "S B T"]  # those in the loss first
     counts_SB: Int[Array, "S B"]  # how many they are
-    scales_SB: Float[Array, "S B"]  # what each of them stands for
+    scales_SB: Float[Array, "S B"]  # by which the loss of each is multiplied
 
 
 def objective(
@@ -106,11 +105,10 @@ def objective(
 
 
 def slots(enabled_L: Bool[Array, " L"], most: int) -> tuple[Int[Array, " S"], Bool[Array, " S"]]:
-    """Layers of the exits that have a slot, the last one in the last slot, and whether the exit is
-    on.
+    """Layers of the exits that have a slot, the last one in the last slot, and whether each is on.
 
-    most: exits beside the last one that are on in any step. Their slots are taken in order; where
-    nearly all exits are on in some step, each has a slot of its own, which costs the scan less.
+    most: exits beside the last one that are on in any step. Where these are nearly all, each exit
+    has a slot of its own, which costs the scan less.
     """
     last = len(enabled_L) - 1
     if last and most + 1 >= last:
@@ -127,8 +125,8 @@ def loss_positions(
     exit_S: Int[Array, " S"],
     taken_S: Bool[Array, " S"],
 ) -> Positions:
-    """Labelled positions, all of them for the last slot, and for the others their share of each
-    row: rounded up, drawn for each step, exit and row, and each counting for more accordingly."""
+    """Labelled positions: all of them for the last slot, and for the others `token_share` of each
+    row, rounded up and drawn for each step, exit and row."""
     labelled_BT = labels_BT >= 0
     count_B = labelled_BT.sum(1)
     order_BT = jnp.argsort(~labelled_BT, axis=1, stable=True)
@@ -138,13 +136,9 @@ def loss_positions(
     order_SBT = jnp.broadcast_to(order_BT, (slots, *order_BT.shape))
     if slots > 1 and share < 1:
         key = jax.random.fold_in(jax.random.key(config.seed), step)
-        key = jax.random.fold_in(key, 2**31 - 1)  # the layers below have layer dropout
-
-        def draw(exit, row):
-            row_key = jax.random.fold_in(jax.random.fold_in(key, exit), row)
-            return jax.random.uniform(row_key, labels_BT.shape[1:])
-
-        draws_SBT = jax.vmap(jax.vmap(draw, (None, 0)), (0, None))(exit_S[:-1], rows_B)
+        key = jax.random.fold_in(key, 2**31 - 1)  # smaller numbers are those of layers
+        keys_S = jax.vmap(jax.random.fold_in, (None, 0))(key, exit_S[:-1])
+        draws_SBT = draws(keys_S, rows_B, labels_BT.shape[1:])
         drawn_SBT = jnp.argsort(jnp.where(labelled_BT, draws_SBT, 2), axis=2)
         order_SBT = jnp.concatenate([drawn_SBT, order_BT[None]])
         part_B = jnp.ceil(count_B * share).astype(count_B.dtype)
@@ -178,8 +172,8 @@ def head_loss(
 
 
 def _forward(exit_loss, z_loss, head, x_SBTD, labels_BT, positions, weights_S):
-    """Each device goes through the head with its own rows, and adds up the gradient of the table
-    that they give; the sum over devices is taken once, at the end."""
+    """Each device takes its own rows, and sums the table's gradient of them; the sum over devices
+    is taken once, at the end."""
     _, batch, steps, _ = x_SBTD.shape
     chunk = loss_chunk(batch, steps, len(head.table_VD))
     chunks_S = -(-positions.counts_SB.max(1) // chunk)
@@ -197,13 +191,10 @@ def _forward(exit_loss, z_loss, head, x_SBTD, labels_BT, positions, weights_S):
 
 
 def _own_rows(exit_loss, z_loss, chunk, head, x_SBTD, labels_BT, positions, weights_S, chunks_S):
-    """Losses and gradients of a device's rows: what is to be summed over devices, with an axis of
-    1 in front, and the gradient of the states.
-
-    chunks_S: that there are in each slot's fullest row, of all rows.
-    """
+    """Losses and gradients of a device's rows: those to be summed over devices, with an axis of 1
+    in front, and the gradient of the states. chunks_S: of each slot's fullest row."""
     slots, batch, steps, width = x_SBTD.shape
-    whole = -(-steps // chunk) * chunk  # steps, as chunks
+    whole = -(-steps // chunk) * chunk  # steps of whole chunks
     wide = jnp.promote_types(x_SBTD.dtype, jnp.float32)
     order_SBT = jnp.pad(positions.order_SBT, [(0, 0), (0, 0), (0, whole - steps)])
     table_DV = head.table_VD.T  # turned once for all chunks: the logits would be for each
@@ -238,7 +229,7 @@ def _own_rows(exit_loss, z_loss, chunk, head, x_SBTD, labels_BT, positions, weig
             normed_BCD, norm_backward = jax.vjp(lambda norm, x: norm(x), head.norm, x_BCD)
             backward = jax.value_and_grad(chunk_loss, has_aux=True)
             losses, dlogits_BCV = backward(logits_of(normed_BCD))
-            # In the dtype of the products that follow. XLA:TPU would compute it in both of them.
+            # In the dtype of the next products. XLA:TPU would compute it in both of them.
             dlogits_BCV = lax.optimization_barrier(dlogits_BCV.astype(x_BCD.dtype))
             dnormed_BCD = jnp.einsum("BCV,VD->BCD", dlogits_BCV, head.table_VD)
             dtable_DV = jnp.einsum(
@@ -275,7 +266,7 @@ def _own_rows(exit_loss, z_loss, chunk, head, x_SBTD, labels_BT, positions, weig
 
 
 def _backward(exit_loss, z_loss, gradients, cotangents):
-    """Nothing flows back from the sums: they are for people."""
+    """The sums have no gradient: they are only reported."""
     scale = cotangents[0]
     head, x_SBTD = jax.tree.map(lambda leaf: leaf * scale.astype(leaf.dtype), gradients)
     return head, x_SBTD, None, None, None

@@ -1,25 +1,24 @@
 """Figures of a step: its FLOPs, its row in metrics.jsonl and TensorBoard, its line of text.
 
 FLOPs are those of the plain model, whatever LayerSkip adds or saves, so that utilisations of runs
-with and without it compare (Chowdhery et al., 2022, appendix B). Frozen weights have no gradient,
-and none is counted.
+with and without it compare (Chowdhery et al., 2022, appendix B). Gradients of frozen weights do not
+count.
 """
 
 import json
 import math
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.typing import DTypeLike
 
-from lsjax.config import ConfigError, EarlyExitConfig, LlamaConfig, LoraConfig
+from lsjax.config import EarlyExitConfig, LlamaConfig, LoraConfig
 from lsjax.model.llama import Llama, stacked
 from lsjax.model.lora import split, with_adapters
 from lsjax.training.early_exit import exit_counts
@@ -48,36 +47,36 @@ def step_row(values: Mapping[str, Any], seconds: float) -> dict[str, Any]:
     return {**rest, **exits, "seconds": seconds}
 
 
+@dataclass(kw_only=True)
 class StepLine:
     """A step's line of text: losses, tokens/s, model FLOPs utilisation, time left."""
 
-    def __init__(
-        self, *, num_steps: int, step_tokens: int, step_flops: float, peak_flops: float | None
-    ):
-        self._num_steps, self._tokens = num_steps, step_tokens
-        self._flops, self._peak = step_flops, peak_flops
-        self._compiled = False
-        self._seconds: float | None = None  # of a step, averaged over the last ones
+    num_steps: int
+    step_tokens: int
+    step_flops: float
+    peak_flops: float | None  # of all devices together
+    _compiled: bool = False
+    _seconds: float | None = None  # of a step, averaged over the last ones
 
     def __call__(self, step: int, row: Mapping[str, Any]) -> str:
         """step 120/900  loss 2.31 (exits 3: 3.10, 7: 2.62)  5210 tokens/s  MFU 41%  2:31 left"""
         if self._compiled:
             old = row["seconds"] if self._seconds is None else self._seconds
             self._seconds = old + WINDOW * (row["seconds"] - old)
-        self._compiled = True  # by the first step, whose time says nothing
+        self._compiled = True  # the first step's time includes compiling
         # Evenly spaced exits where many are on.
         pairs = list(zip(row["exits"], row["exit_losses"], strict=True))[:-1]
         pairs = pairs[:: -(-len(pairs) // 4)] if pairs else []
         exits = ", ".join(f"{exit}: {loss:.2f}" for exit, loss in pairs)
         parts = [
-            f"step {step}/{self._num_steps}",
+            f"step {step}/{self.num_steps}",
             f"loss {float(row['last_exit_loss']):.3f}" + (f" (exits {exits})" if exits else ""),
         ]
         if self._seconds:
-            parts.append(f"{self._tokens / self._seconds:,.0f} tokens/s")
-            if self._peak:
-                parts.append(f"MFU {self._flops / self._seconds / self._peak:.0%}")
-            left = round((self._num_steps - step) * self._seconds)
+            parts.append(f"{self.step_tokens / self._seconds:,.0f} tokens/s")
+            if self.peak_flops:
+                parts.append(f"MFU {self.step_flops / self._seconds / self.peak_flops:.0%}")
+            left = round((self.num_steps - step) * self._seconds)
             parts.append(f"{timedelta(seconds=left)} left")
         if int(row["skipped"]):
             parts.append(f"{int(row['skipped'])} steps skipped")
@@ -98,14 +97,12 @@ def paced(print: Callable[[str], None], num_steps: int) -> Callable[[int, str], 
 
 
 class MetricsLog:
-    """Rows {"kind": ..., "step": n, ...}, appended as they come. A step that a crash lost and that
-    is done again is in the file once.
-
-    One of several processes writes; the others have no directory.
-    """
+    """Rows {"kind": ..., "step": n, ...}, appended as they come. Processes without a directory
+    write nothing."""
 
     def __init__(self, directory: Path | None, *, from_step: int, tensorboard: bool = False):
-        """Keeps the rows of steps up to `from_step`, after which the run resumes."""
+        """Keeps the rows of steps up to `from_step`, after which the run resumes: a step that a
+        crash lost and that is done again is in the file once."""
         self._file = self._board = None
         if directory is None:
             return
@@ -124,10 +121,11 @@ class MetricsLog:
             self._board = SummaryWriter(str(directory / "tensorboard"), purge_step=from_step + 1)
 
     def write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
-        """One row. Numbers that JSON does not have become null; TensorBoard gets the plain ones."""
+        """One row. Numbers that JSON does not have become null."""
         if self._file is None:
             return
-        row = {name: _plain(value) for name, value in values.items()}
+        text = json.dumps(dict(values), default=lambda array: array.tolist())
+        row = json.loads(text, parse_constant=lambda _: None)
         self._file.write(json.dumps({"kind": kind, "step": step, **row}) + "\n")
         self._file.flush()
         if self._board is not None:
@@ -148,26 +146,6 @@ class MetricsLog:
                 file.close()
 
 
-def check_board() -> None:
-    """Raises ConfigError where TensorBoard's files can't be written."""
-    try:
-        import tensorboardX  # noqa: F401
-    except ImportError:
-        raise ConfigError(
-            "TensorBoard needs tensorboardX: pip install 'lsjax[tensorboard]', or leave it off"
-        ) from None
-
-
-def _plain(value: Any) -> Any:
-    if hasattr(value, "tolist"):
-        value = value.tolist()
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
-
-
 def step_flops(
     config: LlamaConfig, batch_size: int, seq_len: int, lora: LoraConfig | None = None
 ) -> float:
@@ -181,16 +159,12 @@ def step_flops(
     attention = config.num_layers * config.num_heads * config.head_dim * seq_len
     products = 3.0 * (2.0 * matrices + 2.0 * attention)
     if lora is not None and lora.rank > 0:
-        products += 3 * 2.0 * num_adapter_params(config, lora) - 2.0 * matrices
+        adapters = jax.eval_shape(
+            lambda: split(with_adapters(stacked(Llama(config, rngs=nnx.Rngs(0))), lora, 0))[0]
+        )
+        adapter_params = sum(leaf.size for leaf in jax.tree.leaves(adapters))
+        products += 3 * 2.0 * adapter_params - 2.0 * matrices
     return products * batch_size * seq_len
-
-
-def num_adapter_params(config: LlamaConfig, lora: LoraConfig) -> int:
-    """Parameters of the adapters of all layers."""
-    adapted = jax.eval_shape(
-        lambda: split(with_adapters(stacked(Llama(config, rngs=nnx.Rngs(0))), lora, 0))[0]
-    )
-    return sum(leaf.size for leaf in jax.tree.leaves(adapted))
 
 
 def exit_flops(
@@ -202,31 +176,6 @@ def exit_flops(
     return 3.0 * 2.0 * config.head_params * tokens * float(exits)
 
 
-def peak_flops(dtype: DTypeLike, devices: int) -> float | None:
-    """FLOPs per second of so many devices together; None for an unknown accelerator.
-
-    On CPUs the speed of a large product of this type, measured here, once for each process.
-    """
-    device = jax.devices()[0]
-    if device.platform == "cpu":
-        return _measured(dtype) * jax.process_count()
-    peak = device_peak(device.device_kind)
-    return None if peak is None else peak * devices
-
-
-def device_peak(device_kind: str) -> float | None:
-    """FLOPs per second of an accelerator by jax's name of it, None for an unknown one."""
+def peak_flops(device_kind: str) -> float | None:
+    """FLOPs per second of an accelerator by jax's name of it, None for an unknown one and CPUs."""
     return next((peak for kind, peak in PEAKS.items() if device_kind.startswith(kind)), None)
-
-
-def _measured(dtype: DTypeLike, size: int = 1536, repeats: int = 4) -> float:
-    """Speed of the fastest of a few products, as others may use the machine too."""
-    x = jnp.ones((size, size), dtype)
-    product = jax.jit(jnp.matmul).lower(x, x).compile()
-    return 2.0 * size**3 / min(_seconds(product, x) for _ in range(repeats))
-
-
-def _seconds(product, x) -> float:
-    start = time.perf_counter()
-    jax.block_until_ready(product(x, x))
-    return time.perf_counter() - start

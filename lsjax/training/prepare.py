@@ -11,6 +11,7 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,6 @@ from lsjax.data.tokenizer import Tokenizer
 from lsjax.data.vocabulary import COUNTS, make_tokenizer, write_counts
 from lsjax.sharding import make_mesh, own_rows, placed_rows
 from lsjax.training.hosts import check_same, in_turn, is_first, wait_to_see
-from lsjax.training.metrics import check_board
 from lsjax.training.step import check_rows
 
 PROMPTS = "prompts.jsonl"
@@ -48,12 +48,12 @@ FREE = frozenset(
         "attention",
         "dtype",
         "init_from",
-        # Where the data and the tokenizer lie. Their contents are compared by their fingerprints.
+        # Paths of the data and the tokenizer. Fingerprints compare their contents.
         "data.paths",
         "data.validation_paths",
         "data.tfds_data_dir",
         "data.tokenizer",
-        # Of a model that has begun to learn, and of one that a run begins with:
+        # Of a model that has weights already.
         "model.init_std",
         "model.scaled_init",
         "model.max_context",
@@ -63,7 +63,7 @@ FREE = frozenset(
 
 @dataclass(frozen=True)
 class TrainingRun:
-    """A run whose input is checked, whose data is read, and whose directory is there."""
+    """A run that is ready to be compiled."""
 
     config: TrainConfig  # with the model's shape
     workdir: Path
@@ -92,7 +92,7 @@ class TrainingRun:
 
 
 def prepare_run(config: TrainConfig, workdir: Path) -> TrainingRun:
-    """Checks everything that can be checked before anything is compiled, and reads the data.
+    """Checks the configuration, reads the data, and writes the first files of the run.
 
     Raises ConfigError, CheckpointError, TokenizerError or OSError for bad input.
     """
@@ -104,22 +104,22 @@ def prepare_run(config: TrainConfig, workdir: Path) -> TrainingRun:
     alone = jax.process_count() == 1 and config.mesh == MeshConfig()
     mesh = None if alone else make_mesh(config.mesh)
     check_rows(config, mesh)
-    if config.tensorboard and is_first():
-        check_board()
+    check(
+        not config.tensorboard or find_spec("tensorboardX") is not None,
+        "TensorBoard needs tensorboardX: pip install 'lsjax[tensorboard]', or leave it off",
+    )
     check_same("the configurations and the states of --workdir", f"{config} {resumes}")
 
-    settings = config.evaluation
     with in_turn("the data are read"):
         tokenizer, pipeline, held_out = read_data(config, mesh)
     fingerprints = tokenizer.fingerprint, pipeline.rows.fingerprint, held_out.rows.fingerprint
     check_same("the tokenizers and the data", f"{fingerprints}")
-    prompts = held_out_prompts(held_out.whole(), settings)  # the same on all hosts
-    sampled = sample_prompt(settings, config.model, tokenizer, prompts)
+    prompts = held_out_prompts(held_out.whole(), config.evaluation)  # the same on all hosts
+    sampled = sample_prompt(config.evaluation, config.model, tokenizer, prompts)
     with in_turn("the run has begun"):
         if is_first():
             begin_run(workdir, config, tokenizer)
-            fresh = not saved_steps(workdir / CHECKPOINTS)
-            write_run_files(workdir, tokenizer, pipeline.rows, prompts, fresh=fresh)
+            write_run_files(workdir, tokenizer, pipeline.rows, prompts)
         wait_to_see(lambda: is_run(workdir), f"the run in {workdir}")
     losses = held_out_losses(workdir)
     return TrainingRun(
@@ -130,8 +130,7 @@ def prepare_run(config: TrainConfig, workdir: Path) -> TrainingRun:
 def check_same_run(before: TrainConfig, now: TrainConfig, where: str) -> TrainConfig:
     """The configuration to resume with; its model is that of the run.
 
-    Raises ConfigError for the first field that makes it another run: schedules are stretched over
-    num_steps, and the order of the data follows from the seed.
+    Raises ConfigError for the first field that makes it another run.
     """
     if now.model is None:
         now = dataclasses.replace(now, model=before.model)
@@ -177,15 +176,11 @@ def read_data(config: TrainConfig, mesh: Mesh | None) -> tuple[Tokenizer, Pipeli
 
 
 def write_run_files(
-    workdir: Path,
-    tokenizer: Tokenizer,
-    rows: PackedRows,
-    prompts: Sequence[Sequence[int]],
-    *,
-    fresh: bool,
+    workdir: Path, tokenizer: Tokenizer, rows: PackedRows, prompts: Sequence[Sequence[int]]
 ) -> None:
-    """Writes the missing files, from the training rows and held-out prompts; all of them if
-    `fresh`, as the data of a run without a saved step may still change."""
+    """Writes the missing files, from the training rows and held-out prompts. Before the first saved
+    step it writes all of them, as the data may still change."""
+    fresh = not saved_steps(workdir / CHECKPOINTS)
     if fresh or not (workdir / COUNTS).exists():
         write_counts(workdir / COUNTS, tokenizer, count_labels(rows))
     if fresh or not (workdir / PROMPTS).exists():
@@ -200,8 +195,7 @@ def count_labels(rows: PackedRows) -> Counter[int]:
     last, step = min(len(rows), COUNTED // rows.seq_len + 1), 256
     for first in range(0, last, step):
         labels_BT = rows.read(np.arange(first, min(first + step, len(rows))))["labels_BT"]
-        tokens, times = np.unique(labels_BT[labels_BT >= 0], return_counts=True)
-        counts.update(dict(zip(tokens.tolist(), times.tolist(), strict=True)))
+        counts.update(labels_BT[labels_BT >= 0].tolist())
     return counts
 
 
@@ -209,10 +203,7 @@ def held_out_prompts(
     held_out: Iterable[Mapping[str, np.ndarray]], config: EvaluationConfig
 ) -> list[list[int]]:
     """Beginnings of evenly spaced rows: the prompt of a row that has one, else its first
-    `prompt_tokens`, at most half of the row.
-
-    Raises ConfigError where no token is labelled, as there is nothing to evaluate either.
-    """
+    `prompt_tokens`, at most half of the row. Raises ConfigError where no token is labelled."""
     prompts: list[list[int]] = []
     for batch in held_out:
         for tokens_T, labels_T in zip(batch["tokens_BT"], batch["labels_BT"], strict=True):
@@ -236,11 +227,8 @@ def sample_prompt(
     tokenizer: Tokenizer,
     prompts: Sequence[Sequence[int]],
 ) -> list[int]:
-    """Tokens that samples continue: the configured text, or the prompt in the middle. Empty where
-    there are no samples.
-
-    Raises ConfigError where the text leaves no room in the model's context.
-    """
+    """Tokens that samples continue: the configured text, or the prompt in the middle; empty without
+    samples. Raises ConfigError where the text leaves no room in the model's context."""
     if config.sample_tokens == 0:
         return []
     if not config.sample_prompt:

@@ -5,7 +5,7 @@ Evaluation, samples and plots come as hooks, so that training knows neither deco
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,7 +82,13 @@ def train_run(
     say(run.describe())
     config, mesh = run.config, run.mesh
     train_step = make_train_step(config, **knobs)
-    line = step_line(config, 1 if mesh is None else mesh.size)  # measures outside of the mesh
+    peak = peak_flops(jax.devices()[0].device_kind)
+    line = StepLine(
+        num_steps=config.num_steps,
+        step_tokens=config.batch_size * config.seq_len,
+        step_flops=step_flops(config.model, config.batch_size, config.seq_len, config.lora),
+        peak_flops=peak and peak * (1 if mesh is None else mesh.size),
+    )
     exact = config.dtype == "float32"  # accelerators use fewer bits for products unless told
     with (
         jax.default_matmul_precision("highest") if exact else nullcontext(),
@@ -106,18 +112,16 @@ def train_run(
         directory = run.workdir if is_first() else None
         log = MetricsLog(directory, from_step=first, tensorboard=config.tensorboard)
         try:
-            with watch(run, first) as show:
+            with closing(log), watch(run, first) as show:
                 return run_loop(
+                    config,
                     state,
                     log,
-                    num_steps=config.num_steps,
                     train_step=train_step,
                     next_batch=lambda: run.place(run.pipeline.next()),
                     save=save,
                     wait=checkpoints.settle,
-                    save_every=config.checkpoints.every,
                     hooks=due,
-                    max_skipped=config.max_skipped,
                     show=lambda step, row: show(step, line(step, row)),
                 )
         except Interrupted:
@@ -126,39 +130,34 @@ def train_run(
         except TooManySkipped:
             checkpoints.settle()
             raise
-        finally:
-            log.close()
 
 
 def run_loop(
+    config: TrainConfig,
     state: TrainState,
     log: MetricsLog,
     *,
-    num_steps: int,
     train_step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]],
     next_batch: Callable[[], Batch],
     save: Callable[[int, TrainState], None],
     wait: Callable[[], None],
-    save_every: int,
-    hooks: Sequence[Hook] = (),
-    max_skipped: int = 10,
-    show: Callable[[int, Mapping[str, Any]], None] = lambda step, row: None,
+    hooks: Sequence[Hook],
+    show: Callable[[int, Mapping[str, Any]], None],
 ) -> TrainState:
     """Trains from the step of `state` to the last; gives the final state, which is saved too.
 
     A step is saved before its hooks run. The first hooks after a start may run out of memory, so
-    they wait until the step is on disk, whether or not a checkpoint is due. The next start then
-    resumes behind it. A state of the last step only runs the hooks.
+    they wait until the step is on disk, whether or not a checkpoint is due. A state of the last
+    step only runs the hooks.
 
     save: begins to save the state after so many steps; does nothing if that step is saved.
-    wait: returns when the last saved step is on disk. max_skipped: steps in a row without a finite
-    loss and gradient that stop the run. show: called with each step and its row of metrics.
+    wait: returns when the last saved step is on disk. show: called with a step and its metrics.
 
     Raises TooManySkipped; Interrupted after SIGTERM or Ctrl-C, with the state saved; and what a
-    hook raises, with the state saved by a single process (several may not be at one).
+    hook raises, with the state saved by a single process.
     """
     step = saved = int(state.step)
-    looked = False
+    num_steps, looked = config.num_steps, False
     waiting: tuple[int, Metrics] | None = None
     mark = time.perf_counter()  # when the step before was done
 
@@ -174,7 +173,7 @@ def run_loop(
         log.write("step", number, row)
         show(number, row)
         in_a_row = int(values["skipped_in_a_row"])
-        if in_a_row >= max_skipped:
+        if in_a_row >= config.max_skipped:
             raise TooManySkipped(
                 f"the loss or gradient of {in_a_row} steps in a row, up to step {number}, was no "
                 f"finite number (learning rate {float(values['learning_rate']):.3g}): lower "
@@ -198,7 +197,7 @@ def run_loop(
             last = step == num_steps or stopped_by is not None
             due = [hook for hook in hooks if step % hook.every == 0 or step == num_steps]
             first_look = bool(due) and not looked
-            saving = last or first_look or step % save_every == 0
+            saving = last or first_look or step % config.checkpoints.every == 0
             if not (due or saving):
                 continue
             report()
@@ -230,22 +229,11 @@ def first_state(
         return initial_state(run.config, run.mesh, like), 0
     run.pipeline.restore(restored.data)
     now = run.held_out.rows.fingerprint
-    before = restored.data.get("held_out", now)  # checkpoints of older versions have no such entry
+    before = restored.data.get("held_out", now)  # older checkpoints have no such entry
     check(
         before == now,
         "the validation data differ from those that the run began with (fingerprint "
         f"{before}, now {now}): give the same data, or begin a new run",
     )
-    say(f"going on after step {restored.step}")
+    say(f"resumes after step {restored.step}")
     return restored.state, restored.step
-
-
-def step_line(config: TrainConfig, devices: int) -> StepLine:
-    """A step's metrics as a line of text."""
-    dtype = "float32" if config.dtype == "auto" else config.dtype  # of a product that is timed
-    return StepLine(
-        num_steps=config.num_steps,
-        step_tokens=config.batch_size * config.seq_len,
-        step_flops=step_flops(config.model, config.batch_size, config.seq_len, config.lora),
-        peak_flops=peak_flops(dtype, devices),
-    )

@@ -26,14 +26,10 @@ Batch = dict[str, Array]  # tokens_BT, labels_BT, segments_BT, positions_BT
 Metrics = dict[str, Array]
 
 
-@partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["model", "opt_state", "step", "skipped", "skipped_in_a_row"],
-    meta_fields=[],
-)
+@jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class TrainState:
-    """All that a step changes."""
+    """Everything that a step changes."""
 
     model: Llama  # stacked
     opt_state: optax.OptState
@@ -43,7 +39,7 @@ class TrainState:
 
 
 def init_state(config: StepConfig, model: Llama) -> TrainState:
-    """The state before the first step, which takes the model's arrays over: steps overwrite them.
+    """The state before the first step, with the model's own arrays: steps overwrite them.
 
     With `lora` the model gets adapters, and only these are trained and have an optimizer state.
     model: stacked or not. Raises ConfigError where config and model do not fit.
@@ -65,8 +61,7 @@ def abstract_state(config: TrainConfig, mesh: Mesh | None) -> TrainState:
 def initial_state(config: TrainConfig, mesh: Mesh | None, like: TrainState) -> TrainState:
     """The state before the first step: of the checkpoint in `init_from`, or random.
 
-    It is made sharded. like: its `abstract_state`. Raises CheckpointError for what is wrong with
-    the checkpoint.
+    It is made sharded. like: its `abstract_state`. Raises CheckpointError for a bad checkpoint.
     """
     places = None if mesh is None else shardings(like, mesh)
     if not config.init_from:
@@ -135,7 +130,6 @@ def make_train_step(
             (after, opt_state),
             (before, state.opt_state),
         )
-        model = joined(after, frozen)
         skipped = jnp.where(finite, state.skipped, state.skipped + 1)
         in_a_row = jnp.where(finite, 0, state.skipped_in_a_row + 1)
         layers = state.model.config.num_layers
@@ -151,6 +145,7 @@ def make_train_step(
             skipped=skipped,
             skipped_in_a_row=in_a_row,
         )
+        model = joined(after, frozen)
         return TrainState(model, opt_state, state.step + 1, skipped, in_a_row), metrics
 
     return train_step
@@ -163,9 +158,8 @@ def loss_and_gradients(
 
     knobs: as `objective` takes them.
     """
-    rows = len(batch["tokens_BT"])
-    parts = config.micro_batches
-    config.check_batch(rows)
+    rows_B = jnp.arange(len(batch["tokens_BT"]))
+    config.check_batch(len(rows_B))
     trained, frozen = split(state.model)
 
     def loss(trained, part, rows_B):
@@ -175,11 +169,9 @@ def loss_and_gradients(
     def one(part, rows_B):
         return jax.value_and_grad(loss, has_aux=True)(trained, part, rows_B)
 
-    rows_B = jnp.arange(rows)
-    if parts == 1:
+    if config.micro_batches == 1:
         return one(batch, rows_B)
-
-    split_batch = split_rows((batch, rows_B), parts)
+    split_batch = split_rows((batch, rows_B), config.micro_batches)
     zeros = jax.tree.map(
         lambda leaf: jnp.zeros(leaf.shape, leaf.dtype),
         jax.eval_shape(one, *jax.tree.map(lambda leaf: leaf[0], split_batch)),
@@ -192,10 +184,8 @@ def loss_and_gradients(
 
 
 def learning_rates(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
-    """Learning rate at step t of T: up from 0 over the warm-up, then as the schedule says.
-
-    Step 0 is already one of `warmup_steps + 1` steps up, as a rate of 0 would waste it.
-    """
+    """Learning rate at step t of T: up over the warm-up, then as the schedule says. Step 0 is one
+    of `warmup_steps + 1` steps up, as a rate of 0 would waste it."""
     peak, final = config.learning_rate, config.learning_rate * config.final_share
     steps = max(1, num_steps - config.warmup_steps)
     match config.schedule:

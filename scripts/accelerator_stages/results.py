@@ -24,8 +24,6 @@ SECTIONS = {
     "device's own count, beside what the compiler has planned for the step.",
     "d": "Quickstart\n\nThe programs of `make quickstart`, and the speed of the trained model.",
 }
-# What the page has elsewhere than among the settings of a part.
-ABOUT = ("card", "platform", "jax", "flags", "rows", "left_out", "errors", "traceback", "bandwidth")
 
 
 def read(output: Path, stage: str) -> dict[str, dict[str, Any]]:
@@ -68,7 +66,7 @@ class PartResults:
 
     def start(self, card: Mapping[str, str], **settings: Any) -> None:
         """Notes the device, the compiler's flags and the part's settings."""
-        self.put(**card, flags=os.environ.get("XLA_FLAGS", ""), **settings)
+        self.put(**card, flags=os.environ.get("XLA_FLAGS", ""), settings=settings)
         self.say(f"{card['card']} ({card['platform']}), jax {card['jax']}")
 
     def measure(self, name: str, function: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -114,16 +112,16 @@ def shown(value: Any) -> str:
     return str(value)
 
 
-def write_page(output: Path, file: Path, default: Path) -> bool:
-    """Writes the page; False, with a line that says why, where there is nothing to write."""
+def write_page(output: Path, docs: Path) -> bool:
+    """Writes the page to `docs`, or beside the results if some are of a CPU. False, with a line
+    that says so, if there are none."""
     stages = {stage: read(output, stage) for stage in SECTIONS}
     found = [part for stage in stages.values() for part in stage.values() if "card" in part]
     if not found:
         print(f"page: {output} has no results: run the stages first")
         return False
-    if file.resolve() == default.resolve() and any(part["platform"] == "cpu" for part in found):
-        print(f"page: some results are of a CPU: {file.name} is for accelerators; choose --page")
-        return False
+    on_cpus = any(part["platform"] == "cpu" for part in found)
+    file = (output if on_cpus else docs) / "accelerators.md"
     cards = ", ".join(dict.fromkeys(part["card"] for part in found))
     blocks = ["# Accelerators", f"Measured on: {cards}. (This page is made by `make accelerator`.)"]
     for stage, parts in stages.items():
@@ -141,8 +139,8 @@ def _blocks(part: Mapping[str, Any]) -> Sequence[str]:
     """Results of a part: its settings, its table, and the rows that are missing."""
     about = [part["card"], f"jax {part['jax']}"] if "card" in part else []
     about += [f"`XLA_FLAGS={shlex.quote(part['flags'])}`"] if part.get("flags") else []
-    about += [f"memory at {part['bandwidth'] / 1e9:.0f} GB/s"] if "bandwidth" in part else []
-    about += [f"{key.replace('_', ' ')} {part[key]}" for key in part if key not in ABOUT]
+    settings = part.get("settings", {})
+    about += [f"{key.replace('_', ' ')} {shown(value)}" for key, value in settings.items()]
     blocks = [f"{', '.join(about)}."] if about else []
     if rows := part["rows"]:
         columns = list(dict.fromkeys(key for row in rows for key in row))

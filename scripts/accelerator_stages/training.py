@@ -5,9 +5,7 @@ Each part is a process of its own, because the device's peak memory counts from 
 Utilisation counts the FLOPs of the plain model, whatever LayerSkip adds or saves.
 """
 
-import importlib.util
 import json
-import shlex
 import shutil
 import subprocess
 import sys
@@ -21,8 +19,7 @@ import numpy as np
 from accelerator_stages.decoding import random_model
 from accelerator_stages.results import PartResults, card
 
-from lsjax.aot.hlo import attention_kernel, parse
-from lsjax.cli.setup import exact_products
+from lsjax.aot.hlo import attention_kernel
 from lsjax.config import EarlyExitConfig, LayerDropoutConfig, LlamaConfig, StepConfig
 from lsjax.model.llama import stacked
 from lsjax.training.metrics import peak_flops, step_flops
@@ -37,8 +34,6 @@ CONFIGS = {
     "dropout-gather": dict(layer_dropout=LayerDropoutConfig(p_max=0.5, skip="gather")),
 }
 ROOT = Path(__file__).parents[2]
-NEEDED = ("tokenizers", "tyro", "rich", "orbax", "grain", "safetensors")
-CARD = "import json; from accelerator_stages.results import card; print(json.dumps(card()))"
 SHORT = "--num-steps 4 --optimizer.warmup-steps 1 --evaluation.batches 1 --evaluation.num-prompts 1"
 
 
@@ -47,8 +42,6 @@ def run_steps(part: str, results: PartResults, tiny: bool) -> None:
     config = LlamaConfig.tiny(num_layers=2) if tiny else LlamaConfig.llama3_2_1b()
     rows, length = (2, 32) if tiny else (8, 2048)
     results.start(card(), rows_of_a_batch=rows, tokens_of_a_row=length)
-    if jax.default_backend() == "cpu":
-        exact_products()
     step = StepConfig(num_steps=1000, remat="dots_with_no_batch_dims_saveable", **CONFIGS[part])
     results.say("compiling")
     results.measure(part, partial(measure, step, config, rows, length))
@@ -78,17 +71,10 @@ def measure(config: StepConfig, shape: LlamaConfig, rows: int, length: int) -> d
     seconds = (time.perf_counter() - began) / STEPS
     if not np.isfinite(loss) or int(state.skipped):
         raise FloatingPointError(f"loss {loss}, {int(state.skipped)} steps skipped")
-    peak = peak_flops("float32" if jax.default_backend() == "cpu" else "bfloat16", 1)
+    peak = peak_flops(jax.devices()[0].device_kind)
     found = program.memory_analysis()
     predicted = found.argument_size_in_bytes + found.output_size_in_bytes
     predicted += found.temp_size_in_bytes - found.alias_size_in_bytes
-    hlo = parse(program.as_text())
-    kernels = {
-        one.kernel
-        for computation in hlo.computations.values()
-        for one in computation.instructions.values()
-        if one.opcode == "custom-call"
-    }
     used = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
     return {
         "tokens/s": rows * length / seconds,
@@ -96,7 +82,7 @@ def measure(config: StepConfig, shape: LlamaConfig, rows: int, length: int) -> d
         "utilisation": step_flops(shape, rows, length) / seconds / peak if peak else None,
         "GB at the peak": used and used / 1e9,
         "GB by the compiler": predicted / 1e9,
-        "attention": attention_kernel(kernels),
+        "attention": attention_kernel([program.as_text()]),
         "loss": loss,
         "s compiling": compiling,
     }
@@ -105,25 +91,18 @@ def measure(config: StepConfig, shape: LlamaConfig, rows: int, length: int) -> d
 def run_quickstart(part: str, results: PartResults, tiny: bool) -> None:
     """Stage d: trains, decodes, checks the tokens and measures the speed, by the programs and flags
     of the Makefile. Needs all that lsjax depends on: flags, a tokenizer and checkpoints."""
-    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
-    if missing:
-        raise ModuleNotFoundError(f"{', '.join(missing)}: this stage needs all of pyproject.toml")
-    # In a process of its own, as this one must leave the device to the programs.
-    asked = [sys.executable, "-c", CARD]
-    found = subprocess.run(asked, cwd=ROOT / "scripts", stdout=subprocess.PIPE, check=True).stdout
-    results.start(json.loads(found))
     work = (results.output / "quickstart").resolve()
     shutil.rmtree(work, ignore_errors=True)  # else training would resume from its checkpoint
-    folder = shlex.quote(str(work))
-    prompts = f"--model {folder} --prompt-file {folder}/prompts.jsonl"
-    new, short = ("8", SHORT) if tiny else ("64", "")
-    grid = f"{prompts} --num-draft-tokens 5"
+    texts = ["--model", str(work), "--prompt-file", f"{work}/prompts.jsonl"]
+    texts += ["--num-draft-tokens", "5"]
+    new = "8" if tiny else "64"
     programs = {
-        "train": f"train.py --config configs/quickstart.py --workdir {folder} {short}",
-        "decode": f"decode.py {prompts} --max-new-tokens {new} --strategy self_speculative "
-        "--exit-layer 4 --num-draft-tokens 5",
-        "benchmark": f"-m lsjax.cli.benchmark {grid} --exit-layers 2 4 --new-tokens {new} "
-        f"--repeats 1 --output {folder}/benchmark",
+        "train": ["train.py", "--config", "configs/quickstart.py", "--workdir"]
+        + [str(work), *(SHORT.split() if tiny else [])],
+        "decode": ["decode.py", *texts, "--max-new-tokens", new]
+        + ["--strategy", "self_speculative", "--exit-layer", "4"],
+        "benchmark": ["-m", "lsjax.cli.benchmark", *texts, "--new-tokens", new]
+        + f"--exit-layers 2 4 --repeats 1 --output {work}/benchmark".split(),
     }
 
     def timed(words: list[str]) -> dict[str, Any]:
@@ -133,9 +112,9 @@ def run_quickstart(part: str, results: PartResults, tiny: bool) -> None:
         subprocess.run([sys.executable, *words], cwd=ROOT, check=True, timeout=rest)
         return {"seconds": time.monotonic() - began}
 
-    for name, command in programs.items():
-        results.say(f"python {command}")
-        results.measure(name, partial(timed, shlex.split(command)))
+    for name, words in programs.items():
+        results.measure(name, partial(timed, words))
+    results.start(card())  # only now, as this process must leave the device to the programs
     keys = ("tokens_per_second", "speedup", "acceptance_rate", "ideal", "share_of_ideal")
     cells = work / "benchmark" / "cells.jsonl"
     if cells.exists():

@@ -13,7 +13,7 @@ from lsjax.config import ConfigError
 from lsjax.model.llama import Llama
 from lsjax.training.step import init_state
 from tests.checkpoints.test_saving import CONFIG
-from tests.proofs.kills import check_goes_on, differences, log_of, newest
+from tests.proofs.kills import check_resumes, differences, log_of, newest
 
 
 @pytest.fixture(scope="module")
@@ -64,20 +64,20 @@ def test_differences(run):
 @pytest.mark.parametrize(
     "said, before, trains, step",
     [
-        ("going on after step 20\n", 20, True, None),
+        ("resumes after step 20\n", 20, True, None),
         ("", 0, True, None),  # killed before it had saved anything
         ("", 20, False, None),  # killed before it said anything
         ("", 20, True, 0),
-        ("going on after step 15\n", 20, False, 15),
+        ("resumes after step 15\n", 20, False, 15),
     ],
 )
 def test_a_run_that_began_anew_or_further_back(tmp_path, said, before, trains, step):
     run = tmp_path / "killed"
     log_of(run).write_text(f"reading the data\n{said}")
     if step is None:
-        check_goes_on(run, before, trains)
+        check_resumes(run, before, trains)
     else:
         with pytest.raises(
-            ConfigError, match=f"step 20 was saved, but .* went on after step {step}:"
+            ConfigError, match=f"step 20 was saved, but .* resumed after step {step}:"
         ):
-            check_goes_on(run, before, trains)
+            check_resumes(run, before, trains)

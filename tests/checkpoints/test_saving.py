@@ -1,4 +1,4 @@
-"""Saving a run and going on with it: what comes back, what stays, and every kind of damage."""
+"""Saving a run and resuming it: what comes back, what stays, and every kind of damage."""
 
 import dataclasses
 import gc

@@ -17,7 +17,6 @@ from lsjax.evaluation.comparison import Difference
 def quick(monkeypatch, tmp_path, numbered_times):
     monkeypatch.setenv("LSJAX_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("COLUMNS", "250")
-    monkeypatch.setattr(benchmark, "memory_bandwidth", lambda: 1e9)
 
 
 def run(directory, *options) -> int:
@@ -41,7 +40,7 @@ def cells(model_directory, tmp_path):
     return cells
 
 
-def test_with_an_identity_tail_every_draft_is_accepted(model, cells, capsys):
+def test_with_an_identity_tail_every_draft_is_accepted(cells, capsys):
     grid = ("--exit-layers", 1, 2, "--num-draft-tokens", 2, 4)
     found = cells("--identity-tail", 1, "--draft-vocab", 64, *grid)
     names = [(r["exit_layer"], r["num_draft_tokens"], r["draft_vocab"]) for r in found]
@@ -50,14 +49,9 @@ def test_with_an_identity_tail_every_draft_is_accepted(model, cells, capsys):
     ]
     base, *others = found
     assert base["speedup"] == 1 and base["tokens_per_round"] == 1
-    # The tiny model's weights are read for every token.
-    assert base["bandwidth"] == pytest.approx(
-        base["tokens_per_second"] * 4 * (4 * model.config.layer_params + 258 * 64)
-    )
-    assert base["share_of_bandwidth"] == pytest.approx(base["bandwidth"] / 1e9)
     for row in others:
         # 64 tokens hold all that the model says, which were counted.
-        assert row["acceptance_rate"] == 1 == min(row["acceptance_by_position"])
+        assert row["acceptance_rate"] == 1
         # 15 tokens after the first: rounds of d + 1.
         assert row["tokens_per_round"] == 15 / -(-15 // (row["num_draft_tokens"] + 1))
         assert row["share_of_ideal"] == row["speedup"] / row["ideal"]
@@ -74,7 +68,6 @@ def test_of_a_trained_model_drafts_are_rejected_too(cells):
     options = ("--exit-layers", 3)
     base, row = cells(*options)
     assert row["num_draft_tokens"] == 4 and 0 < row["acceptance_rate"] < 1
-    assert row["acceptance_by_position"][0] >= row["acceptance_by_position"][-1]
     _, sure = cells(*options, "--draft-confidence", 0.15)
     assert sure["acceptance_rate"] > row["acceptance_rate"]
     assert sure["ideal"] > row["ideal"] and sure["predicted"] > 0
@@ -144,9 +137,9 @@ def test_a_task_with_categories(cells, tmp_path, capsys):
     "dtype, margin, code, words",
     [
         ("float32", 1e-5, 0, "Self-speculation gives the tokens"),  # rounding explains it
-        ("float32", 1e-3, 1, "1 differences are wider than 1e-04"),
-        ("float32", np.inf, 1, "1 differences are wider"),
-        ("float32", np.nan, 1, "1 differences are wider"),
+        ("float32", 1e-3, 1, "2 texts differ by a margin above 1e-04"),
+        ("float32", np.inf, 1, "2 texts differ by a margin above"),
+        ("float32", np.nan, 1, "2 texts differ by a margin above"),
         ("bfloat16", 1.0, 0, "1.0e+00"),  # shown, and no failure
     ],
 )
@@ -158,19 +151,14 @@ def test_differences(cells, monkeypatch, capsys, dtype, margin, code, words):
         calls += 1
         return difference if calls % 4 == 2 else None
 
-    calls, difference = 0, Difference(0, 65, None, margin=margin, roundings=2 * margin)
+    calls, difference = 0, Difference(0, 65, None, margin=margin)
     monkeypatch.setattr(comparison, "first_difference", first_difference)
     monkeypatch.setattr(benchmark, "PROMPTS", ("ab", "cd"))
     options = ("--exit-layers", 3, "--num-draft-tokens", 4, "--dtype", dtype, "--repeats", 2)
     _, row = cells(*options, code=code)
     assert (row["equal"], row["differ"]) == (1, 1)
     out = capsys.readouterr().out
-    where = "prompt 1, self speculative, exit 3, 4 drafts: new token 1, 'A' became the end"
-    if np.isfinite(margin):
-        assert f"{where}, margin {margin:.1e}, {2 * margin:.2g} roundings of {dtype}" in out
-        assert row["widest_margin"] == margin
-    else:
-        assert f"{where}, margin inf" in out and row["widest_margin"] is None
+    assert row["widest_margin"] == (margin if np.isfinite(margin) else None)
     assert words in out and ("gives the tokens" in out) == (code == 0 and dtype == "float32")
 
 
@@ -216,8 +204,7 @@ def test_a_killed_run_resumes(model_directory, tmp_path, monkeypatch, capsys):
         *((None, None), (1, 2), (3, 2)),
     ]
     assert "2 prompts of 3 to 7 tokens, 16 new ones, 1 repeat" in printed.out
-    for name in ("benchmark.png", "acceptance.png"):
-        assert (output / name).read_bytes().startswith(b"\x89PNG")
+    assert (output / "benchmark.png").read_bytes().startswith(b"\x89PNG")
 
     # With everything there nothing is decoded; a larger grid resumes too.
     before = (output / "answers.jsonl").read_bytes()

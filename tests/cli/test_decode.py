@@ -272,8 +272,8 @@ def bad(model_directory, tmp_path_factory):
     [
         ("--model nowhere", "nowhere: does not exist: give an existing directory"),
         (f"--model nowhere {' '.join(SELF)}", "nowhere: does not exist"),
-        ("--model {bad}/empty.gguf", "empty.gguf: is empty"),
-        ("--model {bad}/notes.bin", "notes.bin: starts with b'hell', which no model file does"),
+        ("--model {bad}/empty.gguf", "empty.gguf: is no GGUF file"),
+        ("--model {bad}/notes.bin", "notes.bin: is no GGUF file"),
         ("--model {bad}/cut", "cut/model.safetensors: "),
         ("--model {bad}/bare", "bare has neither tokenizer.json nor tokenizer.model"),
         ("--model {bad}/other", "the tokenizer has 258 tokens, but the model's table has 64"),
@@ -395,7 +395,7 @@ def test_damage_found_while_loading(model_directory, refused, tmp_path):
     weights.write_bytes(weights.read_bytes()[:-4] + np.float32("nan").tobytes())
     (tmp_path / "old.jsonl").write_text("an older run\n")
     given = ["--model", directory, "--prompt", "a", "--json", tmp_path / "old.jsonl"]
-    assert "values are NaN or infinite" in refused(main, *given)
+    assert "values are NaN, infinite" in refused(main, *given)
     assert (tmp_path / "old.jsonl").read_text() == "an older run\n"
 
 

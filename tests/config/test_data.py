@@ -52,7 +52,7 @@ def test_long_documents_by_default(rest, expected):
         ({"validation_fraction": -0.1}, "-0.1 must be a finite number of at least 0 and below 1"),
         ({"max_documents": 0}, "max_documents 0 must be a whole number of at least 1"),
         ({"tokenizer": ""}, "choose bytes, sentencepiece or a path"),
-        ({"vocab_size": 100}, "vocab_size 100 is below 260"),
+        ({"vocab_size": 100}, "data.vocab_size 100 must be a whole number of at least 260: 256 by"),
     ],
 )
 def test_what_cannot_be_is_one_clear_line(changes, message):

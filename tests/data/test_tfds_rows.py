@@ -52,7 +52,7 @@ def test_the_fingerprint_tells_parts_and_splits_apart(data_dir):
 
 def test_what_is_not_there_is_one_clear_line(data_dir):
     cases = [
-        ("tiny_questions", "test", "has no split 'test' .* choose one of train, validation"),
+        ("tiny_questions", "no", "has no split 'no' .* choose one of train, validation, test"),
         ("tiny_questions", "train[:x]", "has no split .* or a part such as train"),
         ("topv2", "train", "has no 'topv2': .* use source jsonl or tsv with its"),
         ("tiny_answers", "train", "check the spelling, set the tfds_data_dir"),

@@ -5,7 +5,7 @@ import tensorflow_datasets as tfds
 
 
 class TinyQuestions(tfds.core.GeneratorBasedBuilder):
-    """Questions 0 to 19 to train on; 15 to 29 to validate, five of which are in both."""
+    """Questions 0 to 19 to train on; 15 to 29 to validate and to test; five are in both."""
 
     VERSION = tfds.core.Version("1.0.0")
 
@@ -18,6 +18,7 @@ class TinyQuestions(tfds.core.GeneratorBasedBuilder):
         return {
             "train": self._generate_examples(range(20)),
             "validation": self._generate_examples(range(15, 30)),
+            "test": self._generate_examples(range(15, 30)),
         }
 
     def _generate_examples(self, numbers):

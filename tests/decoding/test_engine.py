@@ -17,7 +17,7 @@ from lsjax.decoding.batching import Conversation
 from lsjax.decoding.completion import Completion
 from lsjax.decoding.draft import DraftVocabulary
 from lsjax.decoding.engine import Engine
-from lsjax.decoding.request import Request
+from lsjax.decoding.request import Request, encode_prompt
 from lsjax.decoding.self_speculative import SelfSpeculative
 from lsjax.decoding.state import DecodeState
 from lsjax.evaluation.comparison import identity_tail, last_logits
@@ -139,20 +139,20 @@ def test_vocabularies_of_one_size_share_a_program_and_no_tokens(model, tokenizer
         (completion,) = engine.generate([[5, 6]], max_new_tokens=NEW)
         drafts = completion.trace.replaced_n[completion.trace.replaced_n >= 0]
         assert len(drafts) and (first <= drafts).all() and (drafts < first + 100).all()
-    assert engine.num_programs == 2
+    assert len(engine.programs) == 2
 
 
 def test_a_bucket_has_one_program(model, tokenizer):
     """Prompts of every length of a bucket share it; the next bucket adds a prefill only."""
     engine = Engine(model, tokenizer, SelfSpeculative(3, 4))
-    assert engine.num_programs == 0
+    assert len(engine.programs) == 0
     for length, programs in [(1, 2), (17, 2), (32, 2), (33, 3), (64, 3), (5, 3)]:
         for new in (1, 3):
             engine.generate([[65] * length], max_new_tokens=new)
-            assert engine.num_programs == programs, (length, new)
-    spent = engine.compile_seconds
+            assert len(engine.programs) == programs, (length, new)
+    spent = engine.programs.compile_seconds
     (completion,) = engine.generate([[65] * 20], max_new_tokens=2)
-    assert completion.compile_seconds == 0 and engine.compile_seconds == spent > 0
+    assert completion.compile_seconds == 0 and engine.programs.compile_seconds == spent > 0
 
 
 @by_name
@@ -200,20 +200,21 @@ def test_text_prompts_are_encoded(engine_of):
 )
 def test_bad_prompts_are_refused(model, tokenizer, prompt, new, length, words):
     engine = Engine(model, tokenizer, max_length=length)
+    asked = Request(prompt=prompt, max_new_tokens=new)
     for refuse in (
-        lambda: engine.encode(Request(prompt=prompt, max_new_tokens=new)),
+        lambda: encode_prompt(asked, tokenizer, model.config, length),
         lambda: engine.generate([[1], prompt], max_new_tokens=new),
         lambda: next(engine.stream(prompt, max_new_tokens=new)),
     ):
         with pytest.raises(ConfigError, match=words):
             refuse()
-    assert engine.num_programs == 0
+    assert len(engine.programs) == 0
 
 
 @pytest.mark.parametrize("length", [2, 16, 512])
 def test_max_length_is_reached(model, tokenizer, length):
-    engine = Engine(model, tokenizer, max_length=length)
-    assert len(engine.encode(Request(prompt=[1] * (length - 1), max_new_tokens=1))) == length - 1
+    request = Request(prompt=[1] * (length - 1), max_new_tokens=1)
+    assert encode_prompt(request, tokenizer, model.config, length) == request.prompt
 
 
 @pytest.mark.parametrize(

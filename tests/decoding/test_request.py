@@ -48,7 +48,7 @@ def test_refused(model, tokenizer, options, words):
     ):
         with pytest.raises(ConfigError, match=words):
             refuse()
-    assert engine.num_programs == 0
+    assert len(engine.programs) == 0
 
 
 def test_a_request_has_settings_of_its_own(engine, whole):
@@ -95,8 +95,8 @@ def test_lists_of_ends_share_a_program(engine, monkeypatch):
         ending.eos_ids = tuple(range(250, 250 + count)) * 3
         monkeypatch.setattr(engine, "tokenizer", ending)
         engine.generate([PROMPT], max_new_tokens=2, stop_ids=(250,))
-        programs = engine.num_programs if count == 1 else programs
-        assert engine.num_programs == programs
+        programs = len(engine.programs) if count == 1 else programs
+        assert len(engine.programs) == programs
 
 
 def test_equal_prompts_are_sampled_with_seeds_that_count_up(engine):

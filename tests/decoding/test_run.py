@@ -131,13 +131,13 @@ def test_200_requests(model, tokenizer, caplog):
     many = requests(200)
     many[0] = Request(prompt=[1], max_new_tokens=200)
     many[60] = Request(prompt=[1], max_new_tokens=40)
-    programs, order = engine.num_programs, []
+    programs, order = len(engine.programs), []
     caplog.clear()
     with jax.log_compiles(), caplog.at_level(logging.WARNING):
         found = engine.generate(many, on_completion=lambda index, _: order.append(index))
     compiled = [record.getMessage() for record in caplog.records]
     assert not [message for message in compiled if "ompil" in message]
-    assert engine.num_programs == programs
+    assert len(engine.programs) == programs
     assert sorted(order) == list(range(200)) and order[-1] == 0
     assert [c.num_new_tokens for c in found] == [request.max_new_tokens for request in many]
     ends = ends_of([request.max_new_tokens for request in many], 8)

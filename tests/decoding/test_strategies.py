@@ -119,7 +119,7 @@ def test_strategies_share_a_program(model, tokenizer, engine, expected):
             for one, other in zip(own, found, strict=True):
                 assert one.trace.round_n.tolist() == other.trace.round_n.tolist()
                 assert one.accepted_by_position == other.accepted_by_position
-    assert shared.num_programs == 4  # two sizes of prompts, into the batch, rounds
+    assert len(shared.programs) == 4  # two sizes of prompts, into the batch, rounds
 
 
 def test_lengths_between_those_compiled_for(model, tokenizer, expected):
@@ -133,7 +133,7 @@ def test_lengths_between_those_compiled_for(model, tokenizer, expected):
         for prompt, one, other in zip(PROMPTS, expected, found, strict=True):
             assert_same_tokens(model, prompt, one, other.token_ids)
             assert len(other.drafted_by_position) == drafts
-    assert engine.num_programs == 4
+    assert len(engine.programs) == 4
 
 
 @pytest.mark.parametrize("confidence", [0.003, 0.1, 0.9])

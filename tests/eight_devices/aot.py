@@ -108,7 +108,7 @@ def test_trips_of_the_exits(mesh):
 def test_decoding(mesh):
     """Prefill and a round of self-speculation on two devices that share out the heads."""
     few = make_mesh(MeshConfig(tensor=2), jax.devices())
-    asked = DecodingShape(batch_size=2, prompt_tokens=300, new_tokens=20, num_draft_tokens=3)
+    asked = DecodingShape(batch_size=2, prompt_tokens=300, num_draft_tokens=3)
     for name in ("prefill", "decode"):
         lowered, trips = decoding(name, CONFIG.model, asked, few, dtype=jax.numpy.float32)
         costs = costs_of(lowered.compile(), few, trips)
@@ -116,5 +116,5 @@ def test_decoding(mesh):
         assert {one.axes for one in costs.collectives} == {("tensor",)}
     assert found(trips, "jit(run)/rounds/while") == 1
     assert found(trips, "jit(run)/rounds/while/body/draft/while") == 4
-    with pytest.raises(ConfigError, match="300 tokens and 999 new ones are beyond"):
-        decoding("decode", CONFIG.model, DecodingShape(prompt_tokens=300, new_tokens=999), few)
+    with pytest.raises(ConfigError, match="prompt-tokens 99999 is beyond"):
+        decoding("decode", CONFIG.model, DecodingShape(prompt_tokens=99999), few)

@@ -24,7 +24,7 @@ def layers(request, monkeypatch):
     if request.param == "hook alone":
         monkeypatch.setattr(sandbox, "isolation", lambda: ())
     elif not sandbox.isolation():
-        pytest.skip("neither bubblewrap nor unshare works here")
+        pytest.skip("unshare does not work here")
 
 
 def test_good_programs_pass(layers):
@@ -73,12 +73,12 @@ def test_what_is_forbidden_ends_a_program_even_if_it_catches_errors(layers, sour
 
 
 def test_allocating():
-    outcome = run("x = []\nwhile True:\n    x.append(bytearray(10**7))", memory=2**28)
+    outcome = run("x = []\nwhile True:\n    x.append(bytearray(10**7))")
     assert not outcome.passed and "MemoryError" in outcome.what
 
 
 def test_printing_without_end():
-    outcome = run("while True: print('x' * 1000)", output=10**5)
+    outcome = run("while True: print('x' * 1000)")
     assert not outcome.passed and "took longer" not in outcome.what
 
 
@@ -95,7 +95,7 @@ def test_what_sleeps_on_without_anyone_to_stop_it(tmp_path):
     program = tmp_path / "program.py"
     program.write_text("import time\ntime.sleep(600)")
     command = [sys.executable, "-I", "-S", "-B", sandbox.__file__, program, "-9"]
-    ended = subprocess.run([*command, str(2**30), str(2**20)], timeout=120)
+    ended = subprocess.run(command, timeout=120)
     assert ended.returncode == -signal.SIGALRM
 
 
@@ -105,7 +105,6 @@ def test_namespaces_are_found_on_the_path_of_this_process(tmp_path, monkeypatch)
     tool.write_text('#!/bin/sh\nwhile [ "$1" != -- ]; do shift; done\nshift\nexec "$@"\n')
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
-    monkeypatch.setattr(sandbox, "BUBBLEWRAP", ("no such tool",))
     monkeypatch.setattr(sandbox, "UNSHARE", ("unshare", "--all", "--"))
     monkeypatch.setattr(sandbox, "isolation", sandbox.isolation.__wrapped__)
     assert sandbox.isolation() == (str(tool), "--all", "--")

@@ -110,7 +110,7 @@ def main(
         said = f"{kind.name} to process {victim}: all ended after {took:.1f} s with {codes}"
         print(f"{number}. {said}; step {after} is saved", flush=True)
         check(after >= before, f"step {before} was saved, but is missing now")
-        check_goes_on(killed, before, trains)
+        check_resumes(killed, before, trains)
         for other, code in enumerate(codes):
             log = log_of(killed, other)
             if kind == signal.SIGTERM:
@@ -124,7 +124,7 @@ def main(
     before = newest(killed)
     with start(command, killed, processes) as programs:
         check(not any(ends(programs)), f"the last run failed: see {log_of(killed)}")
-    check_goes_on(killed, before, trains=True)
+    check_resumes(killed, before, trains=True)
 
     different = list(differences(calm, killed))
     for line in different:
@@ -192,16 +192,16 @@ def until_it_trains(programs: list[subprocess.Popen], run: Path) -> float | None
     return None
 
 
-def check_goes_on(run: Path, before: int, trains: bool) -> None:
-    """Raises ConfigError where the run that was started last did not go on after step `before`.
+def check_resumes(run: Path, before: int, trains: bool) -> None:
+    """Raises ConfigError if the last run did not resume after step `before`.
 
-    trains: whether it came so far; else it may have been killed before it said where it goes on.
+    trains: whether it reached training; otherwise the kill may precede the message.
     """
-    said = re.search(r"going on after step (\d+)\n", log_of(run).read_text())
+    said = re.search(r"resumes after step (\d+)\n", log_of(run).read_text())
     step = int(said[1]) if said else 0
     check(
         step == before or not (said or trains),
-        f"step {before} was saved, but the run went on after step {step}: see {log_of(run)}",
+        f"step {before} was saved, but the run resumed after step {step}: see {log_of(run)}",
     )
 
 

@@ -48,7 +48,7 @@ def packed() -> dict[str, np.ndarray]:
     same[:, -1] = False
     labels = np.where(same, labels, -1)
     labels[0, 4:6] = -1  # the prompt of the second document
-    labels[0, -1] = 7  # a document that goes on in another row
+    labels[0, -1] = 7  # a document that continues in another row
     batch = dict(tokens_BT=tokens, labels_BT=labels, segments_BT=segments, positions_BT=positions)
     return {name: array.astype(np.int32) for name, array in batch.items()}
 

@@ -1,11 +1,6 @@
 """FLOPs of a step, counted by hand."""
 
-from types import SimpleNamespace
-
-import pytest
-
 from lsjax.config import LlamaConfig, LoraConfig
-from lsjax.training import metrics
 from lsjax.training.metrics import peak_flops, step_flops
 
 
@@ -43,19 +38,6 @@ def test_frozen_matrices_have_no_gradient():
     assert found == whole - 2 * weights * tokens + 3 * 2 * 2 * added * tokens
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_processor_is_measured_in_the_type_that_the_run_computes_in(monkeypatch, dtype):
-    seconds = iter([4.0, 2.0, 8.0, 4.0])
-
-    def timed(product, x):
-        assert x.dtype == dtype == product(x, x).dtype
-        return next(seconds)
-
-    monkeypatch.setattr(metrics, "_seconds", timed)
-    assert peak_flops(dtype, 8) == 2 * 1536**3 / 2.0  # the best of the four
-
-
-def test_an_accelerator_that_the_run_does_not_use_is_not_counted(monkeypatch):
-    devices = [SimpleNamespace(platform="gpu", device_kind="NVIDIA H100 80GB HBM3")] * 8
-    monkeypatch.setattr(metrics.jax, "devices", lambda: devices)
-    assert peak_flops("bfloat16", 1) == 989e12 and peak_flops("bfloat16", 4) == 4 * 989e12
+def test_peaks_of_accelerators():
+    assert peak_flops("NVIDIA H100 80GB HBM3") == 989e12 and peak_flops("TPU v5 lite") == 197e12
+    assert peak_flops("cpu") is None

@@ -81,7 +81,7 @@ with ending_together():
 
 
 def test_two_processes(tmp_path):
-    """They take turns, share out rows, stop together, and end when one fails."""
+    """They take turns, shard rows, stop together, and end when one fails."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -131,7 +131,7 @@ def test_what_is_wrong_with_the_flags(given, message):
 
 def test_slurm_and_tpu_vms_are_found_without_a_flag(monkeypatch):
     asked = []
-    monkeypatch.setattr(hosts.jax.distributed, "initialize", lambda **how: asked.append(how))
+    monkeypatch.setattr(hosts.jax.distributed, "initialize", lambda *_, **how: asked.append(how))
     start(Hosts())
     assert asked == []
     monkeypatch.setenv("SLURM_STEP_NODELIST", "node[1-2]")
@@ -144,11 +144,11 @@ def test_slurm_and_tpu_vms_are_found_without_a_flag(monkeypatch):
     monkeypatch.delenv("SLURM_NTASKS")
     monkeypatch.setattr(hosts, "on_tpu_vm", lambda: True)
     start(Hosts(heartbeat_timeout=7))
-    assert asked[1:] == [times]
+    assert asked[1:] == [dict(cluster_detection_method=None, **times)]
 
 
 def test_a_start_that_fails(monkeypatch):
-    def fail(**how):
+    def fail(*flags, **how):
         raise ValueError("coordinator_address should be defined.")
 
     monkeypatch.setattr(hosts.jax.distributed, "initialize", fail)
@@ -161,8 +161,12 @@ def test_a_start_that_fails(monkeypatch):
 @pytest.mark.parametrize(
     "error, code, said",
     [
-        (ValueError("UNKNOWN: Gloo AllGather failed: Read error"), 1, "error: process 0 can't go"),
-        (RuntimeError("DEADLINE_EXCEEDED: Barrier timed out"), 1, "error: process 0 can't go"),
+        (
+            ValueError("UNKNOWN: Gloo AllGather failed: Read error"),
+            1,
+            "error: process 0 has to end",
+        ),
+        (RuntimeError("DEADLINE_EXCEEDED: Barrier timed out"), 1, "error: process 0 has to end"),
         (RuntimeError("RESOURCE_EXHAUSTED: Out of memory"), 1, "Traceback"),
         (SystemExit(2), 2, ""),
     ],

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from lsjax.checkpoints.run import METRICS, read_metrics
+from lsjax.config import CheckpointConfig, LlamaConfig, TrainConfig
 from lsjax.training import run as loop
 from lsjax.training.metrics import MetricsLog
 from lsjax.training.run import Hook, Interrupted, TooManySkipped
@@ -40,21 +41,28 @@ def start(step=0):
     return SimpleNamespace(step=step, in_a_row=0, model="model 0")
 
 
-def run(tmp_path, state, saved, seen, **options):
+def run(tmp_path, state, saved, seen, num_steps=7, max_skipped=10, save_every=3, **options):
     """`run_loop`, and the log closed however it ends."""
+    config = TrainConfig(
+        num_steps=num_steps,
+        batch_size=1,
+        seq_len=2,
+        model=LlamaConfig.tiny(),
+        max_skipped=max_skipped,
+        checkpoints=CheckpointConfig(every=save_every),
+    )
     settings = dict(
-        num_steps=7,
         train_step=counting_step(),
         next_batch=lambda: None,
         save=lambda step, state: saved.append(step) if step not in saved else None,
         wait=lambda: None,
-        save_every=3,
         hooks=[
             Hook("evaluation", 2, lambda step, model: seen.append((step, model)) or {"x": step})
         ],
+        show=lambda step, row: None,
     )
     with closing(MetricsLog(tmp_path, from_step=state.step)) as log:
-        return loop.run_loop(state, log, **(settings | options))
+        return loop.run_loop(config, state, log, **(settings | options))
 
 
 def test_saves_and_hooks_come_at_their_steps_and_after_the_last(tmp_path):

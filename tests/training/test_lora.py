@@ -1,4 +1,4 @@
-"""Finetuning of adapters: what moves and what does not, going on, and the run as a model."""
+"""Finetuning of adapters: what moves and what does not, resuming, and the run as a model."""
 
 import dataclasses
 from collections import Counter

@@ -1,4 +1,4 @@
-"""What of a configuration may change when a run goes on, and what is said of the rest."""
+"""What of a configuration may change when a run resumes, and what is said of the rest."""
 
 import dataclasses
 
