@@ -5,8 +5,8 @@
 Every number comes from a loop on the device that repeats one operation at a fixed position. Loops
 run in turns. The first table compares a round of self-speculation with its draft plus verification,
 each compiled separately. Its last column compares a round in one program for all exits and lengths.
-The second table compares autoregressive rounds at several lengths and capacities with a prediction
-from the first row and the bytes of weights, keys and values.
+The second table has autoregressive rounds at several lengths and capacities. It compares them with
+a prediction from the first row and the bytes of weights, keys and values.
 """
 
 from dataclasses import dataclass
@@ -50,12 +50,12 @@ def verify_loop(model: lsjax.Llama, strategy: SelfSpeculative) -> Loop:
 
 @dataclass(frozen=True)
 class Arguments:
-    """What a round is made of, and what a longer text costs."""
+    """Cost of the parts of a round, and of longer texts."""
 
     model: tyro.conf.Positional[Path]
     """Hugging Face directory or .gguf file."""
     exit_layers: tuple[int, ...] = (2, 8, 15)
-    """Exits."""
+    """Exit layers."""
     num_draft_tokens: tuple[int, ...] = (2, 8, 12)
     """Draft lengths; every exit is tried with every length."""
     lengths: tuple[int, ...] = (200, 2000, 8000)

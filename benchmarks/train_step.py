@@ -18,8 +18,8 @@ turn, so no step always follows the same one:
     mask        the same rates, layers are computed for all rows
     torch       plain, transformers' Llama in eager torch
 
-`predicted` is the ratio of FLOPs. A token costs 2 for each parameter of its layers and heads, and
-4 T N H for attention in each layer. Forward and backward cost 3 times that. Seconds are medians
+`predicted` is the ratio of FLOPs. A token costs 2 for each parameter of its layers and heads.
+Attention adds 4 T N H in each layer. Forward and backward cost 3 times that. Seconds are medians
 over repeats, averaged over the 8 phases. `from` and `to` are the lowest and highest ratio of a
 single repeat.
 """

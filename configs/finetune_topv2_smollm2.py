@@ -7,9 +7,9 @@
 Sized for two CPU cores: 4.4 passes over 2,993 examples, packed into rows of 192 tokens. With
 `--dtype bfloat16` it takes 41 minutes with AMX, or 85 on a single core with AVX-512's bfloat16. The
 head costs as much as 8 of the 30 layers. So only the exits at a quarter, a half and three quarters
-of the depth are trained, on half of the tokens. The first of them drafts, so it and the last exit
-weigh more. On an accelerator, use `--early-exit.token-share 1 --num-steps 1000`. Files are those of
-configs/finetune_topv2.py; docs/results.md has the results.
+of the depth are trained. They use half of the tokens. The first of them drafts, so it and the last
+exit weigh more. On an accelerator, use `--early-exit.token-share 1 --num-steps 1000`. Files are
+those of configs/finetune_topv2.py; docs/results.md has the results.
 """
 
 from lsjax.config import (

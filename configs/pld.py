@@ -5,7 +5,7 @@ layer, up to one half. They also rise with time, quickly at first.
         --init-from models/llama2-7b --data.paths 'corpus/*.txt'
 
 This differs from the paper in three ways. One draw drops an entire block; the paper gates attention
-and feed-forward separately. D(l) is l / (L - 1), not l / L, so the first layer is never dropped and
+and feed-forward separately. D(l) is l / (L - 1), not l / L: the first layer is never dropped, and
 the last one has the full rate. Training continues from a checkpoint; the paper trains from scratch.
 A dropped block costs nothing, so expect steps about a quarter shorter once the rates have risen.
 """

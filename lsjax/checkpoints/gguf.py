@@ -39,8 +39,8 @@ class GGUFSource(TensorSource):
     """A GGUF file.
 
     Raises:
-        CheckpointError: the file is not a complete little-endian Llama GGUF of version 2 or 3, or
-            the `gguf` package is not installed.
+        CheckpointError: no complete little-endian Llama GGUF of version 2 or 3, or no `gguf`
+            package.
     """
 
     names = "gguf"

@@ -1,7 +1,7 @@
 """Reads and writes Hugging Face directories: safetensors and generation_config.json.
 
-The safetensors package reads and writes the files. Its writer takes all tensors of a file at once,
-so an export holds one file in memory beside the model.
+The safetensors package reads and writes the files. Its writer takes all tensors of a file at once.
+So an export holds one file in memory beside the model.
 """
 
 import math

@@ -45,8 +45,8 @@ def is_run(directory: Path) -> bool:
 def begin_run(directory: Path, config: TrainConfig, tokenizer: Tokenizer) -> None:
     """Writes the first files of a run, config.json last; a resumed run may change that one.
 
-    Raises ConfigError if tokenizer and model do not fit, if the directory holds another model, or
-    if the run or its initial model has another tokenizer.
+    Raises ConfigError if the directory holds another model. Also raises it if the tokenizer does
+    not match the model, the run or the initial model.
     """
     rows = config.model.vocab_size
     size = tokenizer.fitted(rows).vocab_size
@@ -132,7 +132,7 @@ class RunSource:
             losses = held_out_losses(directory)
             numbers = best_first(by_number.keys() & losses, losses)
             if not numbers:
-                raise CheckpointError(f"{directory}: no step has a held-out loss: give its number")
+                raise CheckpointError(f"{directory}: no step has a held-out loss: give a number")
             self._steps = [by_number[number] for number in numbers]
         elif step is not None:
             if step not in by_number:

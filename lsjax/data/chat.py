@@ -52,7 +52,7 @@ def render_chat(
       add_generation_prompt: end with the opening of the assistant's turn.
       special_tokens: `bos_token` and `eos_token`, empty if missing.
 
-    Raises ChatTemplateError if the template is invalid, leaves the sandbox or rejects the messages.
+    Raises ChatTemplateError if the template is invalid, is unsafe or rejects the messages.
     """
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _Generation]

@@ -23,7 +23,7 @@ Refuse = Callable[[ConfigError], None]  # called with the error of a bad line
 
 
 def cache_directory() -> Path:
-    """Directory of reproducible files: $LSJAX_CACHE, else lsjax in $XDG_CACHE_HOME or ~/.cache."""
+    """The cache directory: $LSJAX_CACHE, else lsjax in $XDG_CACHE_HOME or ~/.cache."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(os.environ.get("LSJAX_CACHE") or Path(base) / "lsjax")
 
@@ -161,8 +161,8 @@ def read_json(file: Path, error_type: type[ValueError]) -> dict[str, Any]:
 def open_gguf(file: Path, error_type: type[ValueError]) -> Any:
     """The gguf package's reader for a file.
 
-    Raises `error_type` if the package is not installed, or if the file is not a complete
-    little-endian GGUF of version 2 or 3.
+    Raises `error_type` if the package is not installed. Also raises it unless the file is a
+    complete little-endian GGUF of version 2 or 3.
     """
     try:
         import gguf

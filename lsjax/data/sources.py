@@ -161,8 +161,8 @@ def tfds_split(
     Returns its name for messages, its files, and a function that yields the place and the fields of
     each row. Texts are bytes.
 
-    Raises ConfigError for an unknown name or split, files to fetch by hand, a failed download, or a
-    data set that was prepared in another format.
+    Raises ConfigError for an unknown name or split, or a failed download. Also raises it for files
+    to fetch by hand, or a data set that was prepared in another format.
     """
     import tensorflow_datasets as tfds  # slow to import
 

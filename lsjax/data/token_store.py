@@ -54,8 +54,8 @@ def token_store(
 ) -> TokenStore:
     """Tokens of the config's source, or of its separate validation set; cached.
 
-    Raises ConfigError if data are missing or unreadable, if there is no document, or if the
-    tokenizer lacks the end token that the config requests.
+    Raises ConfigError if data are missing or unreadable, or if there is no document. Also raises it
+    if the tokenizer lacks the end token that the config requests.
     """
     end = next(iter(tokenizer.eos_ids), tokenizer.vocab_size)
     check(

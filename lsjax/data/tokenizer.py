@@ -70,8 +70,8 @@ class Tokenizer(ABC):
             token, as transformers does. False keeps it plain text, for untrusted and training text.
             Added tokens that are not special are always read.
 
-        Raises TokenizerError for lone surrogates, for a token without a row in the model's table,
-        or if there is no `bos_id` to add.
+        Raises TokenizerError for lone surrogates, a token without a row in the model's table, or a
+        missing `bos_id`.
         """
         try:
             text.encode()
