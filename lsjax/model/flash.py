@@ -110,7 +110,7 @@ class _Specs:
 def _call(kernel, arrays, in_specs, results, out_specs):
     """Calls the kernel with a program for each block of the first result."""
     batch, steps, heads, size = results[0].shape
-    # With these numbers of warps the compiler for H100 spills no registers (docs/training.md).
+    # With these numbers of warps the compiler for H100 spills no registers.
     warps = 4 if kernel is _flash_forward and size <= 64 else 8
     return pl.pallas_call(
         partial(kernel, scale=size**-0.5),

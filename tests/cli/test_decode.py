@@ -272,11 +272,11 @@ def bad(model_directory, tmp_path_factory):
     [
         ("--model nowhere", "nowhere: does not exist: give an existing directory"),
         (f"--model nowhere {' '.join(SELF)}", "nowhere: does not exist"),
-        ("--model {bad}/empty.gguf", "empty.gguf: is no GGUF file"),
-        ("--model {bad}/notes.bin", "notes.bin: is no GGUF file"),
+        ("--model {bad}/empty.gguf", "empty.gguf: is not a GGUF file"),
+        ("--model {bad}/notes.bin", "notes.bin: is not a GGUF file"),
         ("--model {bad}/cut", "cut/model.safetensors: "),
         ("--model {bad}/bare", "bare has neither tokenizer.json nor tokenizer.model"),
-        ("--model {bad}/other", "the tokenizer has 258 tokens, but the model's table 64 rows"),
+        ("--model {bad}/other", "the tokenizer has 258 tokens, but the model's table has 64"),
         (
             "--strategy self_speculative --exit-layer 0",
             "exit layer 0 is out of range: use --exit-layer 1..3",
