@@ -113,9 +113,8 @@ def warm_up(engine: Engine, strategies: Sequence[Strategy], questions: Sequence[
 def timed_lines(engine: Engine, first: Strategy) -> Callable[[Question, Completion], Answer]:
     """Returns a function that makes answer lines, with the strategy `first` as the baseline.
 
-    `first` is autoregressive, and its answers must come first. A line adds its seconds, the
-    base_seconds of the same turn, and the first difference of texts that must be equal. Batches
-    have one row.
+    Answers of `first` (autoregressive) must come first. A line adds seconds, base_seconds of the
+    same turn, and the first difference if both texts must be equal. A batch has one row.
     """
     base: Completion | None = None
 

@@ -326,7 +326,7 @@ def bad(model_directory, tmp_path_factory):
         ("--prompt-file {bad}/good.txt", "give one of --prompt and --prompt-file and not both"),
         ("--no-prompt", "give one of --prompt and --prompt-file$"),
         ("--no-prompt --prompt-file {bad}/empty.txt", "empty.txt is an empty prompt"),
-        ("--no-prompt --prompt-file {bad}/bad.jsonl", "bad.jsonl, line 2 is not an object with a text"),
+        ("--no-prompt --prompt-file {bad}/bad.jsonl", "bad.jsonl, line 2 is not an object with"),
         ("--no-prompt --prompt-file nowhere.txt", "No such file or directory: 'nowhere.txt'"),
         ("--json {bad}", "bad.* can't be written .Is a directory.: name a file"),
         ("--json {bad}/nowhere/out.jsonl", "nowhere/out.jsonl can't be written .No such file"),
