@@ -99,7 +99,7 @@ def of_maxtext(
 
 
 def row(name: str, found: Mapping[str, Any], program, ratio: str = "") -> list[str]:
-    """Table cells of a program on a report's slice. Only the FLOPs of plain training count as useful."""
+    """Table cells of a program. Only the FLOPs of plain training count as useful."""
     training, mesh = found["training"], found["meshes"]["train"]
     useful = training["plain_flops"] / training["peak_flops"]
     return [

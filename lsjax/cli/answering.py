@@ -47,7 +47,7 @@ from lsjax.evaluation.examples import (
     tfds_rows,
 )
 
-LOOKED_AT = 100  # rows among which one has to fit the finetuning templates
+LOOKED_AT = 100  # rows that are tried when templates are chosen
 VERSION = 6  # of the file's header and lines
 
 
