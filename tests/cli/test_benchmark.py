@@ -104,7 +104,7 @@ def test_rows_of_a_file(model_directory, tmp_path, capsys):
     prompts.write_text("".join(json.dumps({"turns": [c * 5, "x"]}) + "\n" for c in "abcde"))
     given = ("--exit-layers", 1, "--num-draft-tokens", 4)
     assert run(model_directory, "--prompt-file", prompts, "--limit", 3, *given) == 0
-    assert "float32, 3 prompts of 5 to 5 tokens, 16 new ones" in capsys.readouterr().out
+    assert "float32, 3 prompts of 5 to 5 tokens, 16 new tokens" in capsys.readouterr().out
     rows.write_text("id\tquery\n1\tab\n2\tcd\n3\tef\n4\t\n5\tgh\n6\tij\n7\tkl\n")
     taken = ("--prompt-template", "{query}?", "--limit", 3, "--bad-rows", "skip")
     for dtype in ("bfloat16", "float16"):

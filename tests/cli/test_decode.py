@@ -290,7 +290,7 @@ def bad(model_directory, tmp_path_factory):
         ),
         (
             "--strategy early_exit --exit-layer 2 3",
-            "several .* this program takes one of --strategy",
+            "several .* give one value each to --strategy",
         ),
         ("--exit-layer 2", "--exit-layer has no effect on autoregressive"),
         ("--num-draft-tokens 2", "--num-draft-tokens has no effect on autoregressive"),
