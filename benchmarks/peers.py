@@ -1,13 +1,13 @@
-"""lsjax beside transformers: same weights, prompts, threads and process, the same tokens.
+"""Compares lsjax with transformers: same weights, prompts, threads, process and tokens.
 
     make peers
     .venv/bin/python -m lsjax.cli.convert models/SmolLM2-135M-Instruct.Q4_1.gguf models/smollm2
     .venv/bin/python benchmarks/peers.py models/smollm2 --exit-layer 8 --num-draft-tokens 4
 
-All sides continue the same prompts greedily by the same number of tokens, in turns, after a
-warm-up. Every side is timed alike: the time of N tokens minus the time of one, so that reading the
-prompt is left out. Those that promise the text of the whole model in float32 are compared with
-lsjax's autoregressive tokens; where one differs by more than rounding explains, the program fails.
+All sides greedily continue the same prompts by the same number of tokens, in turns, after a
+warm-up. A side's time is that of N tokens minus that of one token, which excludes reading the
+prompt. Exact float32 sides must match lsjax's autoregressive tokens. If one differs by more than
+rounding explains, the program fails.
 """
 
 import json
@@ -40,38 +40,38 @@ from lsjax.decoding.state import Strategy
 from lsjax.evaluation.comparison import FLOAT32_MARGIN, first_difference
 from lsjax.evaluation.examples import make_examples, templates
 
-Generate = Callable[[list[int], int], list[int]]  # new tokens: so many after a prompt
+Generate = Callable[[list[int], int], list[int]]  # (prompt, number of new tokens) -> new tokens
 
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
-    """lsjax beside transformers."""
+    """Compares lsjax with transformers."""
 
     model: tyro.conf.Positional[Path]
     """Hugging Face directory (see lsjax.cli.convert)."""
     prompt_file: Path | None = None
-    """.txt is one prompt, .jsonl has an object with "prompt" on each line; three are built in."""
+    """.txt is one prompt, .jsonl has an object with "prompt" per line; default: built-in ones."""
     limit: int | None = None
-    """Takes no more than so many prompts."""
+    """Maximum number of prompts."""
     exit_layer: int | None = None
-    """Exit to draft from, on both sides; none leaves such drafts out."""
+    """Exit to draft from, on both sides; by default no exit drafts."""
     num_draft_tokens: int = 4
-    """Drafts a round, on both sides; prompt lookup takes as many."""
+    """Drafts per round, on both sides and in prompt lookup."""
     draft_vocab: int | None = None
     """Also lets lsjax draft from this many of the most frequent tokens."""
     new_tokens: int = 64
-    """Tokens per prompt; ends of text are ignored."""
+    """New tokens per prompt; end tokens are ignored."""
     repeats: int = 5
     """Turns of each side."""
     threads: int = torch.get_num_threads()
-    """For torch; XLA takes all cores that the process may use (taskset limits both)."""
+    """Threads of torch; XLA uses all cores of the process (taskset limits both)."""
     json: Path | None = None
-    """Writes a JSON object a side to this file."""
+    """Writes one JSON object per side to this file."""
 
 
 @dataclass
 class Side:
-    """One way to decode. exact: its tokens must be those of the whole model in float32."""
+    """One way to decode. exact: its tokens must be those of the full model in float32."""
 
     name: str
     generate: Generate
@@ -80,8 +80,8 @@ class Side:
 
 def main(arguments: Arguments) -> None:
     """Measures in turns, compares the tokens, prints the table."""
-    check(arguments.new_tokens >= 2, f"--new-tokens {arguments.new_tokens} is below 2: choose 2 up")
-    check(arguments.repeats >= 1, f"--repeats {arguments.repeats} is below 1: choose 1 up")
+    check(arguments.new_tokens >= 2, f"--new-tokens {arguments.new_tokens} must be at least 2")
+    check(arguments.repeats >= 1, f"--repeats {arguments.repeats} must be at least 1")
     keep_compiled_programs()
     exact_products()
     transformers.logging.set_verbosity_error()
@@ -103,7 +103,7 @@ def main(arguments: Arguments) -> None:
         for name, strategy, exact in strategies(arguments, tokenizer)
     ]
     sides = [*own, *transformers_sides(arguments)]
-    # Of each side its seconds for all tokens but the first, of every turn; warm-up first.
+    # Seconds per side and turn, for all tokens except the first. The warm-up turn is not kept.
     seconds: list[list[float]] = [[] for _ in sides]
     tokens: list[list[list[int]]] = [[] for _ in sides]
     with Progress(console=Console(stderr=True), transient=True) as progress:
@@ -121,7 +121,7 @@ def main(arguments: Arguments) -> None:
                         tokens[index].append(new)
                     else:
                         taken = (middle - begin) - (end - middle)
-                        check(taken > 0, f"{side.name}: too quick to time; raise --new-tokens")
+                        check(taken > 0, f"{side.name}: too fast to time; raise --new-tokens")
                         seconds[index].append(taken)
                     progress.advance(task)
     same = [
@@ -130,7 +130,7 @@ def main(arguments: Arguments) -> None:
     ]
     rows = list(figures(arguments, sides, seconds, same))
     title = f"{arguments.model.name}: {len(prompts)} prompts, {arguments.new_tokens} new tokens, "
-    title += f"{arguments.repeats} repeats, {arguments.threads} threads, float32 but for bfloat16"
+    title += f"{arguments.repeats} repeats, {arguments.threads} threads, float32 unless noted"
     lines = [[v if isinstance(v, str) else f"{v:.2f}" for v in row.values()] for row in rows]
     console.print(table(title, [*rows[0]], lines, left=1))
     if arguments.json is not None:
@@ -140,7 +140,7 @@ def main(arguments: Arguments) -> None:
 
 
 def strategies(arguments: Arguments, tokenizer: Tokenizer) -> list[tuple[str, Strategy, bool]]:
-    """lsjax's, with whether the text is the whole model's."""
+    """lsjax's strategies, each with whether its text must be the full model's."""
     found: list[tuple[str, Strategy, bool]] = [("autoregressive", lsjax.Autoregressive(), True)]
     exit_layer, drafts = arguments.exit_layer, arguments.num_draft_tokens
     if exit_layer is None:
@@ -159,13 +159,13 @@ def strategies(arguments: Arguments, tokenizer: Tokenizer) -> list[tuple[str, St
 
 
 def lsjax_side(model: lsjax.Llama, tokenizer: Tokenizer, strategy: Strategy) -> Generate:
-    """An engine of its own for each strategy."""
+    """Generates with a new engine for the strategy."""
     engine = lsjax.Engine(model, tokenizer, strategy, ignore_end=True)
     return lambda prompt, count: engine.generate([prompt], max_new_tokens=count)[0].token_ids
 
 
 def transformers_sides(arguments: Arguments) -> list[Side]:
-    """Greedy decoding in two types, prompt lookup, and its early-exit drafts."""
+    """Greedy decoding in two dtypes, prompt lookup, and early-exit drafts."""
     drafts = arguments.num_draft_tokens
     single, half = (
         transformers.AutoModelForCausalLM.from_pretrained(arguments.model, dtype=dtype).eval()
@@ -179,7 +179,7 @@ def transformers_sides(arguments: Arguments) -> list[Side]:
         ),
     ]
     if arguments.exit_layer is not None:
-        # As many drafts in every round, however unsure the exit is.
+        # A fixed number of drafts per round, whatever the exit's confidence.
         options: dict[str, Any] = dict(
             assistant_early_exit=arguments.exit_layer,
             num_assistant_tokens=drafts,
@@ -215,17 +215,17 @@ def compare(
     found: Sequence[list[int]],
     side: Side,
 ) -> str:
-    """How many texts are those of lsjax's autoregressive decoding.
+    """Number of texts that equal lsjax's autoregressive decoding.
 
-    Raises SystemExit where an exact side differs by more than rounding explains.
+    Raises SystemExit if an exact side differs by more than rounding explains.
     """
     equal = 0
     for prompt, one, other in zip(prompts, expected, found, strict=True):
         difference = first_difference(model, prompt, one, other)
         equal += difference is None
         if side.exact and difference is not None and not difference.margin <= FLOAT32_MARGIN:
-            raise SystemExit(f"{side.name} says something else: {difference}")
-    return f"{equal} of {len(prompts)}" + ("" if side.exact else ", need not be")
+            raise SystemExit(f"{side.name} decodes other tokens: {difference}")
+    return f"{equal} of {len(prompts)}" + ("" if side.exact else ", not required")
 
 
 def figures(
@@ -234,8 +234,8 @@ def figures(
     seconds: Sequence[list[float]],
     same: Sequence[str],
 ):
-    """A row for each side: tokens per second (median, least, most), and how much faster it is than
-    greedy decoding of transformers and of lsjax, each turn against that of the same prompt and
+    """A row for each side: tokens per second (median, minimum, maximum), and its speedups over
+    greedy decoding of transformers and of lsjax. Speedups compare turns of the same prompt and
     repeat."""
     peer = next(i for i, side in enumerate(sides) if side.name.endswith(" greedy"))
     for side, own, equal in zip(sides, seconds, same, strict=True):

@@ -1,12 +1,12 @@
-"""What a round is made of, and what a longer text costs: measured apart from any text.
+"""Cost of the parts of a round, and of longer texts, measured without decoding a text.
 
     python benchmarks/rounds.py models/smollm2
 
-Every figure comes from a loop on the device that repeats one thing at one place, all loops in
-turns. First: rounds of self-speculation beside the sum of their draft and their verification, each
-in a program of its own, and beside the round in one program for all exits and lengths. Then:
-autoregressive rounds at several lengths and capacities beside what the bytes of weights, keys and
-values predict from the first line.
+Every number comes from a loop on the device that repeats one operation at a fixed position. Loops
+run in turns. The first table compares a round of self-speculation with its draft plus verification,
+each compiled separately. Its last column compares a round in one program for all exits and lengths.
+The second table has autoregressive rounds at several lengths and capacities. It compares them with
+a prediction from the first row and the bytes of weights, keys and values.
 """
 
 from dataclasses import dataclass
@@ -34,7 +34,7 @@ from lsjax.decoding.self_speculative import SelfSpeculative, in_one_program
 
 
 def verify_loop(model: lsjax.Llama, strategy: SelfSpeculative) -> Loop:
-    """The verification of a round, of full drafts."""
+    """Loop of verifications of full drafts."""
     steps = 1 + strategy.num_draft_tokens
     hidden_BTD = jnp.ones((1, steps, model.config.hidden_size), model.dtype)
 
@@ -50,12 +50,12 @@ def verify_loop(model: lsjax.Llama, strategy: SelfSpeculative) -> Loop:
 
 @dataclass(frozen=True)
 class Arguments:
-    """What a round is made of, and what a longer text costs."""
+    """Cost of the parts of a round, and of longer texts."""
 
     model: tyro.conf.Positional[Path]
     """Hugging Face directory or .gguf file."""
     exit_layers: tuple[int, ...] = (2, 8, 15)
-    """Exits."""
+    """Exit layers."""
     num_draft_tokens: tuple[int, ...] = (2, 8, 12)
     """Draft lengths; every exit is tried with every length."""
     lengths: tuple[int, ...] = (200, 2000, 8000)

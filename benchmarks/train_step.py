@@ -1,4 +1,4 @@
-"""Cost of a training step: LayerSkip beside plain training, and plain training beside torch.
+"""Cost of a training step: LayerSkip against plain training, and plain training against torch.
 
     python benchmarks/train_step.py --shape smollm2
     python benchmarks/train_step.py --shape small_vocab --batch-size 8
@@ -6,22 +6,22 @@
     python benchmarks/train_step.py --batch-size 16 --seq-len 128 --kinds plain gather
     python benchmarks/train_step.py --kinds plain torch       # extra: peers
 
-Parameters and tokens are random, in float32 on CPUs. Steps run in turns, in an order that is drawn
-for each turn, so that no step always follows the same one:
+Parameters and tokens are random, in float32 on CPUs. Steps run in turns, in a random order per
+turn, so no step always follows the same one:
 
     plain       loss of the last exit, AdamW
-    nothing-on  rising layer dropout and gradual exits, at a step that has neither yet
+    nothing-on  rising layer dropout and gradual exits, before either takes effect
     rotational  R = 8, p_max = 0.1, one step of each of the 8 phases
     all         every exit
     bfloat16    plain, computed in bfloat16
-    gather      p(l) = p_max l / (L - 1), layers are computed for the rows that keep them
+    gather      p(l) = p_max l / (L - 1), layers are computed only for rows that keep them
     mask        the same rates, layers are computed for all rows
     torch       plain, transformers' Llama in eager torch
 
-`predicted` is the ratio of FLOPs: 2 for each parameter of a layer and of the head that a token
-passes, and 4 T N H for attention in each layer, 3 times for forward and backward. Seconds are
-means over the 8 phases, of medians over the repeats; `from` and `to` are the ratios of single
-rounds.
+`predicted` is the ratio of FLOPs. A token costs 2 for each parameter of its layers and heads.
+Attention adds 4 T N H in each layer. Forward and backward cost 3 times that. Seconds are medians
+over repeats, averaged over the 8 phases. `from` and `to` are the lowest and highest ratio of a
+single repeat.
 """
 
 import os
@@ -47,7 +47,7 @@ from lsjax.training.step import init_state, make_train_step
 
 Kind = Literal["plain", "nothing-on", "rotational", "all", "bfloat16", "gather", "mask", "torch"]
 STEPS, PHASES = 80, 8
-PAUSE = 0.5  # seconds before each step, in which the threads of the other library go to sleep
+PAUSE = 0.5  # seconds before each step, for the other library's threads to go to sleep
 
 
 @dataclass(frozen=True)
@@ -59,21 +59,21 @@ class Arguments:
     batch_size: int = 4
     """Rows."""
     seq_len: int = 256
-    """Tokens of a row."""
+    """Tokens per row."""
     layers: int | None = None
-    """Layers instead of the shape's."""
+    """Number of layers; by default the shape's."""
     remat: str = "none"
-    """What layers keep for the backward pass."""
+    """Activations that layers keep for the backward pass."""
     kinds: tuple[Kind, ...] = ("plain", "nothing-on", "rotational")
-    """Steps to compare. Ratios are those to the first one."""
+    """Steps to compare. Ratios are relative to the first one."""
     p_max: float = 0.8
     """Rate of the last layer, for gather and mask."""
     repeats: int = 3
     """Rounds of 8 steps of each kind."""
     keep_freed_memory: bool = True
-    """As train.py does, for torch too."""
+    """Keeps freed memory as train.py does, also for torch."""
     compile: bool = False
-    """Compiles only: temporary memory, and the time to trace and compile."""
+    """Only compiles: shows temporary memory, and the time to trace and compile."""
 
     @property
     def model(self) -> LlamaConfig:
@@ -87,7 +87,7 @@ class Arguments:
 
     @property
     def batch(self) -> dict[str, np.ndarray]:
-        """Random tokens, one document a row, every token labelled."""
+        """Random tokens, one document per row, every token labelled."""
         rows, steps = self.batch_size, self.seq_len
         rng = np.random.default_rng(0)
         tokens = rng.integers(0, self.model.vocab_size, (rows, steps + 1), dtype=np.int32)
@@ -123,7 +123,7 @@ class Arguments:
         )
 
     def flops(self, kind: Kind) -> float:
-        """FLOPs of a step: the mean of the 8 phases."""
+        """FLOPs of a step, averaged over the 8 phases."""
         shape, config = self.model, self.step(kind)
         heads, layers = 1.0, 1.0
         if kind in ("rotational", "all"):
@@ -144,13 +144,13 @@ class Arguments:
 
     @property
     def title(self) -> str:
-        """What is measured."""
+        """Title of the table: shape, size and versions."""
         size = f"{self.model.num_layers} layers, batch {self.batch_size} x {self.seq_len}"
         return f"{self.shape}, {size}, remat {self.remat}, jax {jax.__version__}"
 
 
 def jax_step(arguments: Arguments, kind: Kind):
-    """A function of the step's number that runs one step and gives its seconds."""
+    """A function that runs the step of this number and returns its seconds."""
     config = arguments.step(kind)
     model = jax.jit(lambda: stacked(Llama(arguments.model, rngs=nnx.Rngs(0))))()
     state, step, batch = init_state(config, model), make_train_step(config), arguments.batch
@@ -169,7 +169,7 @@ def jax_step(arguments: Arguments, kind: Kind):
 
 
 def torch_step(arguments: Arguments):
-    """The same for transformers' Llama in torch, eager, with fused attention."""
+    """`jax_step` for transformers' Llama in eager torch, with fused attention."""
     import torch
     import transformers
 
@@ -205,7 +205,7 @@ def torch_step(arguments: Arguments):
 
 
 def times(arguments: Arguments) -> Table:
-    """Steps of each kind in turns."""
+    """Times steps of each kind in turns."""
     runs = {
         kind: torch_step(arguments) if kind == "torch" else jax_step(arguments, kind)
         for kind in arguments.kinds
@@ -233,7 +233,7 @@ def times(arguments: Arguments) -> Table:
 
 
 def programs(arguments: Arguments) -> Table:
-    """Temporary memory of the compiled steps, and seconds to trace and compile them: medians."""
+    """Temporary memory of the compiled steps, and median seconds to trace and compile them."""
     jax.config.update("jax_enable_compilation_cache", False)
     columns = ("temporary MB", "over the first", "seconds to trace and compile")
     table = Table("step", *columns, title=arguments.title)

@@ -3,9 +3,9 @@
     python train.py --config configs/continual_llama2_13b.py --workdir runs/continual_llama2_13b \
         --init-from models/llama2-13b --data.paths 'corpus/*.txt' --data.tokenizer models/llama2-13b
 
-Rates, weights, curriculum, learning rate, batch, steps and context are the paper's; warm-up, decay
-and all else of AdamW, which it does not give, are ours. Expect in the paper: exit 15 with 12 drafts
-accepts 75% on CNN/DM and decodes 1.81 times as fast.
+Rates, weights, curriculum, learning rate, batch, steps and context are the paper's. It does not
+give warm-up, decay and the rest of AdamW, so those are ours. Expected from the paper: exit 15 with
+12 drafts accepts 75% on CNN/DM and decodes 1.81 times as fast.
 """
 
 from lsjax.config import (

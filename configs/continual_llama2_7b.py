@@ -3,9 +3,9 @@
     python train.py --config configs/continual_llama2_7b.py --workdir runs/continual_llama2_7b \
         --init-from models/llama2-7b --data.paths 'corpus/*.txt' --data.tokenizer models/llama2-7b
 
-Rates, weights, curriculum, learning rate, batch, steps and context are the paper's; warm-up, decay
-and all else of AdamW, which it does not give, are ours. Expect in the paper: exit 8 with 12 drafts
-accepts 69% on CNN/DM and decodes 1.86 times as fast.
+Rates, weights, curriculum, learning rate, batch, steps and context are the paper's. It does not
+give warm-up, decay and the rest of AdamW, so those are ours. Expected from the paper: exit 8 with
+12 drafts accepts 69% on CNN/DM and decodes 1.86 times as fast.
 """
 
 from lsjax.config import (

@@ -3,12 +3,12 @@
     python train.py --config configs/continual_llama3_8b.py --workdir runs/continual_llama3_8b \
         --init-from models/llama3-8b --data.paths 'corpus/*.txt' --data.tokenizer models/llama3-8b
 
-Rate, weights and curriculum are the paper's, and the number of tokens. Learning rate, batch,
-context and schedule, which it does not give, are ours. The head weighs as much as 2.4 layers here:
-`--early-exit.token-share 0.25` makes the exits' losses a quarter as dear and leaves them the same
-on average. Expect in the paper (its Table 2): a perplexity on Wikipedia of 12.2 at exit 16 (1.1e5
-without) and of 5.38 at the last one (5.63), which loses 6 points on MMLU, 9 on GSM8K, HumanEval
-and MBPP.
+Rate, weights, curriculum and number of tokens are the paper's. It does not give learning rate,
+batch, context and schedule, so those are ours. The head costs as much as 2.4 layers here.
+`--early-exit.token-share 0.25` quarters the cost of the exits' losses, with the same expectation.
+Expected from the paper (its Table 2): a perplexity on Wikipedia of 12.2 at exit 16 (1.1e5 without
+LayerSkip) and of 5.38 at the last exit (5.63). The last exit loses 6 points on MMLU and 9 on each
+of GSM8K, HumanEval and MBPP.
 """
 
 from lsjax.config import (

@@ -1,14 +1,13 @@
-"""SmolLM2-135M, continual pretraining: the paper's recipe for Llama-3.2 1B on a model that fits
-anywhere.
+"""SmolLM2-135M, continual pretraining: the paper's recipe for Llama-3.2 1B on a small model.
 
     python scripts/get_smollm2.py models/SmolLM2-135M-Instruct.Q4_1.gguf
     python train.py --config configs/continual_smollm2_135m.py --workdir runs/smollm2 \
         --data.paths 'corpus/*.txt'
 
-Its head weighs as much as 8 of its 30 layers, so intermediate exits learn from a quarter of the
-tokens. Steps and learning rate are ours: a small model on one accelerator. Two cores of a
-Xeon with AMX take 14 to 17 minutes in bfloat16 for 260 steps of 4 x 192 tokens, after which exit 8
-agrees with the last one at 0.37 of the held-out tokens (docs/results.md has the flags).
+The head costs as much as 8 of the 30 layers, so intermediate exits learn from a quarter of all
+tokens. Steps and learning rate are ours, for one accelerator. In bfloat16, two Xeon cores with AMX
+take 14 to 17 minutes for 260 steps of 4 x 192 tokens. Exit 8 then agrees with the last exit at 0.37
+of the held-out tokens (docs/results.md has the flags).
 """
 
 from lsjax.config import (

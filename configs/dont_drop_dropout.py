@@ -1,13 +1,12 @@
 """"Don't Drop Dropout" (Elhoushi et al., 2026, arXiv 2609.05275): from scratch with layer dropout
-alone, at rates that rise towards the last layer and fall with time; what is kept is scaled by 1 /
-(1 - p).
+alone. Rates rise towards the last layer and fall with time. Kept blocks are scaled by 1 / (1 - p).
 
     python train.py --config configs/dont_drop_dropout.py --workdir runs/dont_drop_dropout \
         --data.paths 'corpus/*.txt' --data.tokenizer tokenizers/llama3
 
-Shape and rate are near its 1.8B run (p_max 0.6), the learning rate is ours. A quarter of p_max is
-the mean share of the blocks that are left out, and of the layers' computing that can be saved
-(`--layer-dropout.skip gather`: docs/training.md has what it saves).
+Shape and rate are near its 1.8B run (p_max 0.6); the learning rate is ours. On average, a quarter
+of p_max is the share of dropped blocks. `--layer-dropout.skip gather` can save that share of the
+layers' computation (docs/training.md has measurements).
 """
 
 from lsjax.config import (

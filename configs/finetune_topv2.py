@@ -6,11 +6,11 @@ r"""Llama 1.5B, finetuned on TOPv2, from an utterance to its semantic parse (the
         --data.validation-paths topv2/validation.tsv
 
 Rates, weights, curriculum, learning rate, batch and steps are the paper's; context, warm-up and the
-rest of AdamW are ours. Each row is one example, so a step sees the paper's 256 samples, each with
-layer dropout of its own. The files are tab-separated with the columns en_query and en_parse, as
-Hinglish-TOP has them; for TOPv2's own files add `--data.prompt-template $'{utterance}\n'
---data.response-template '{semantic_parse}'`. Expect in the paper: 82.9% exact match (85.9% without
-LayerSkip); exit 6 with 8 drafts accepts 76% and decodes 2.0 times as fast.
+rest of AdamW are ours. Each row is one example with its own layer dropout, so a step sees the
+paper's 256 samples. The files are tab-separated, with Hinglish-TOP's columns en_query and en_parse.
+For TOPv2's own files, add `--data.prompt-template $'{utterance}\n' --data.response-template
+'{semantic_parse}'`. Expected from the paper: 82.9% exact match (85.9% without LayerSkip). Exit 6
+with 8 drafts accepts 76% and decodes 2.0 times as fast.
 """
 
 from lsjax.config import (

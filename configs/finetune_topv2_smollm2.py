@@ -1,15 +1,15 @@
 """SmolLM2-135M, finetuned on TOPv2, from an utterance to its semantic parse: the paper's section
-5.4 on a model that fits anywhere.
+5.4 on a small model.
 
     python scripts/get_smollm2.py models/SmolLM2-135M-Instruct.Q4_1.gguf
     python train.py --config configs/finetune_topv2_smollm2.py --workdir runs/topv2
 
-For two CPU cores: 4.4 passes over 2,993 rows in packed rows of 192 tokens, 41 minutes with
-`--dtype bfloat16` where the processor has AMX, 85 on a single core with AVX-512's bfloat16. Its
-head weighs as much as 8 of its 30 layers, so only the exits at a quarter, a half and three quarters
-of them are trained, on half of the tokens; the first of these, which is to draft, and the last one
-count more. On an accelerator take `--early-exit.token-share 1 --num-steps 1000`. Files as in
-configs/finetune_topv2.py; docs/results.md has what came of it.
+Sized for two CPU cores: 4.4 passes over 2,993 examples, packed into rows of 192 tokens. With
+`--dtype bfloat16` it takes 41 minutes with AMX, or 85 on a single core with AVX-512's bfloat16. The
+head costs as much as 8 of the 30 layers. So only the exits at a quarter, a half and three quarters
+of the depth are trained. They use half of the tokens. The first of them drafts, so it and the last
+exit weigh more. On an accelerator, use `--early-exit.token-share 1 --num-steps 1000`. Files are
+those of configs/finetune_topv2.py; docs/results.md has the results.
 """
 
 from lsjax.config import (

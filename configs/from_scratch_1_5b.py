@@ -3,10 +3,10 @@
     python train.py --config configs/from_scratch_1_5b.py --workdir runs/from_scratch_1_5b \
         --data.paths 'corpus/*.txt' --data.tokenizer tokenizers/llama2
 
-Layer dropout rises with time, and the learning rate is the higher one that the paper pairs with it
-(without layer dropout: 4e-4). Batch, steps and context are the paper's; warm-up, decay and all else
-of AdamW, which it does not give, are ours. Expect in the paper: self-speculation from exit 8
-accepts 77 to 78% of its drafts on CNN/DM and decodes 1.76 times as fast.
+Layer dropout rises with time. The learning rate is the higher one that the paper pairs with it
+(without layer dropout: 4e-4). Batch, steps and context are the paper's. It does not give warm-up,
+decay and the rest of AdamW, so those are ours. Expected from the paper: self-speculation from exit
+8 accepts 77 to 78% of its drafts on CNN/DM and decodes 1.76 times as fast.
 """
 
 from lsjax.config import (

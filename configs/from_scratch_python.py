@@ -1,12 +1,12 @@
-"""A deep small Llama reads the standard library's source byte by byte, with LayerSkip: training
-from scratch at the size of two CPU cores, with a recipe of our own (linear dropout, two exits).
+"""A small deep Llama, trained with LayerSkip on the bytes of the standard library's source. The
+recipe is ours (linear dropout, two exits), sized for two CPU cores.
 
     python train.py --config configs/from_scratch_python.py --workdir runs/python
 
-25 million parameters; needs no data but what comes with Python. An hour on 2 cores (with AMX, or
-AMD's AVX-512, add `--dtype bfloat16`), 3.5 million bytes: held-out loss 1.23, exit 4 agrees with
-the last one at 0.89 of the bytes (docs/results.md). Exits 2 and 4 alone have a loss beside the last
-one: they are to draft.
+It has 25 million parameters and needs only data that comes with Python. Expect an hour on 2 cores
+for 3.5 million bytes; with AMX or AMD's AVX-512, add `--dtype bfloat16`. The held-out loss is 1.23,
+and exit 4 agrees with the last exit at 0.89 of the bytes (docs/results.md). Besides the last exit,
+only exits 2 and 4 have a loss, because they draft.
 """
 
 from lsjax.config import (

@@ -1,11 +1,11 @@
-"""LayerDrop (Fan et al., 2020, arXiv 1909.11556): every layer is left out of whole batches with the
-same rate, so that the trained model can be pruned, to every other layer for example.
+"""LayerDrop (Fan et al., 2020, arXiv 1909.11556): every layer is dropped for entire batches at the
+same rate. The trained model can then be pruned, for example to every other layer.
 
     python train.py --config configs/layerdrop.py --workdir runs/layerdrop \
         --init-from models/llama2-7b --data.paths 'corpus/*.txt'
 
-The rate is the paper's; it trains from scratch, and this continues from a checkpoint. A layer that
-is left out of the batch costs nothing: expect steps about a fifth shorter.
+The rate is the paper's. The paper trains from scratch; this configuration continues from a
+checkpoint. A dropped layer costs nothing, so expect steps about a fifth shorter.
 """
 
 from lsjax.config import (

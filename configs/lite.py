@@ -5,8 +5,8 @@ dropout.
         --data.source jsonl --data.paths instructions.jsonl \
         --data.prompt-template '{prompt}' --data.response-template '{response}'
 
-The exits are those of its Llama-2 7B; steps and learning rate are ours. Expect the middle exits to
-become usable models at a final loss close to plain finetuning.
+The exits are the paper's for Llama-2 7B; steps and learning rate are ours. Expect usable middle
+exits, and a final loss close to that of plain finetuning.
 """
 
 from lsjax.config import (

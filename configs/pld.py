@@ -1,14 +1,13 @@
 """Progressive layer dropping (Zhang and He, 2020, arXiv 2010.13369): rates rise towards the last
-layer and, quickly at first, with time, up to half at the last layer.
+layer, up to one half. They also rise with time, quickly at first.
 
     python train.py --config configs/pld.py --workdir runs/pld \
         --init-from models/llama2-7b --data.paths 'corpus/*.txt'
 
-This differs from the paper in three ways. One draw drops a whole block, where the paper gates
-attention and feed-forward separately. D(l) is l / (L - 1), where the paper has l / L: here the
-first layer is never left out, and the last one has the full rate. And this continues from a
-checkpoint, where the paper trains from scratch. A block that is left out of the batch costs
-nothing: expect steps about a quarter shorter once the rates have risen.
+This differs from the paper in three ways. One draw drops an entire block; the paper gates attention
+and feed-forward separately. D(l) is l / (L - 1), not l / L: the first layer is never dropped, and
+the last one has the full rate. Training continues from a checkpoint; the paper trains from scratch.
+A dropped block costs nothing, so expect steps about a quarter shorter once the rates have risen.
 """
 
 from lsjax.config import (

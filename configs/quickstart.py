@@ -1,13 +1,13 @@
-"""A small deep Llama learns to write Python, with LayerSkip, from the standard library's source.
+"""A small deep Llama, trained with LayerSkip to write Python on the standard library's source.
 
     python train.py --config configs/quickstart.py --workdir runs/quickstart
 
-Needs no data but what comes with Python. Five minutes as `make quickstart` runs it, with a device
-for each of 2 cores; held-out loss 2.30, and exits 4 and 8 agree with the last one at 0.79 and 0.83
-of the tokens (0.28 and 0.47 without LayerSkip: docs/results.md). Exits 2 and 4 alone have a loss
-beside the last one, as they are to draft, and all count alike: the paper's weights, which grow with
-the square of the layer, leave the first exits of so short a training behind. So short a training
-also needs new weights as large as these, and a start close to the embeddings.
+It needs only data that comes with Python. `make quickstart` runs it in five minutes on 2 cores,
+each as one device. Expect a held-out loss of 2.30. Exits 4 and 8 agree with the last exit at 0.79
+and 0.83 of the tokens (0.28 and 0.47 without LayerSkip: docs/results.md). Besides the last exit,
+only exits 2 and 4 have a loss, because they draft. All weigh the same: the paper's weights grow
+with the square of the layer, so short training would leave the first exits behind. Short training
+also needs large initial weights (`init_std`) and small first residual updates (`scaled_init`).
 """
 
 from lsjax.config import (

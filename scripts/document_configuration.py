@@ -19,11 +19,11 @@ PAGE = Path(__file__).parents[1] / "docs" / "configuration.md"
 INTRODUCTION = """\
 # Configuration
 
-A file in configs/ is Python that sets `config` to a `lsjax.config.TrainConfig`. Every field is a
-flag of train.py too, with dots between the names and hyphens in them: `early_exit.e_scale` is
-`--early-exit.e-scale`. Flags win over the file. A run keeps what it was started with in its
-config.json. A value that can't work ends the program with one line before anything is compiled.
-(This page is made by `python scripts/document_configuration.py`.)
+A file in configs/ is Python that sets `config` to a `lsjax.config.TrainConfig`. Each field is also
+a train.py flag: join names with dots, and replace underscores by hyphens. So `early_exit.e_scale`
+is `--early-exit.e-scale`. Flags win over the file. Each run saves its configuration in config.json.
+An invalid value stops the program before compilation, with a one-line error.
+(`python scripts/document_configuration.py` writes this page.)
 """
 
 

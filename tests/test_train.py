@@ -302,7 +302,7 @@ def test_the_exits_of_runs_are_compared_on_the_held_out_data(finished, tmp_path,
         ),
         (["--model.num-layers", "1"], "sample_tokens 4 needs an exit that drafts"),
         (["--evaluation.sample-prompt", "1" * 511], "sample_prompt has 512 tokens, .* 1 to 511"),
-        (["--model.vocab-size", "100"], "tokenizer has 258 tokens, but the model's table 100 rows"),
+        (["--model.vocab-size", "100"], "tokenizer has 258 tokens, but the model's table has 100"),
         (["--seq-len", "1024"], "seq_len 1024 is longer than the model's context of 512"),
         (["--mesh.data", "2"], "a mesh of data 2 needs 2 devices, but there are 1"),
     ],
@@ -336,7 +336,7 @@ def test_a_run_can_not_become_another(config, finished, capsys):
 @pytest.mark.parametrize(
     "content, message",
     [
-        ("config = 1", "has no `config`"),
+        ("config = 1", "`config` is missing or of another type"),
         ("x = 1\nconfig = y", ":2: NameError"),
         ("def f(:", ":1: SyntaxError"),
         ("from lsjax.config import *\nDataConfig(max_documents=0)", "max_documents 0 must be"),

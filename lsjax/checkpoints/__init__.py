@@ -1,4 +1,4 @@
-"""Models and training runs in files: what is read, what is written, and what is refused."""
+"""Reads and writes models and training runs, and rejects damaged or unsupported files."""
 
 from pathlib import Path
 from typing import Any
@@ -21,24 +21,23 @@ def load(
     track: Track = iter,
     mesh: Mesh | None = None,
 ) -> Llama:
-    """The model in a Hugging Face directory, a GGUF file or a training run, with a Block per layer.
+    """Loads a Hugging Face directory, a GGUF file or a training run, with a Block per layer.
 
     Args:
-        source: the directory or file, or what `open_checkpoint` made of it. A run gives its newest
-            step that is whole; "run@200" is step 200, "run@best" the one with the lowest held-out
-            loss.
-        dtype: of the parameters, whatever the file has; float32 if not given.
-        track: wraps the sequence of parameters that is walked, for a progress bar.
-        mesh: the devices to shard the parameters over; one device by default.
+        source: the directory or file, or the result of `open_checkpoint`. A run loads its newest
+            undamaged step. "run@200" is step 200; "run@best" has the lowest held-out loss.
+        dtype: dtype of the parameters, whatever the file has; float32 by default.
+        track: wraps the sequence of parameters, for a progress bar.
+        mesh: devices to shard the parameters over; one device by default.
     Raises:
-        CheckpointError: the file is missing, damaged or of another model; in one line.
+        CheckpointError: the file is missing, damaged or of another model; one line.
     """
     opened = open_checkpoint(source) if isinstance(source, str | Path) else source
     return opened.assemble(dtype=jnp.float32 if dtype is None else dtype, track=track, mesh=mesh)
 
 
 def open_checkpoint(path: str | Path) -> TensorSource | RunSource:
-    """Opens a checkpoint of any kind and checks all but the numbers in it."""
+    """Opens a checkpoint of any kind and checks everything except its values."""
     path, step = split_step(path)
     if path.is_dir():
         return RunSource(path, step) if is_run(path) else HuggingFaceSource(path)
@@ -48,6 +47,6 @@ def open_checkpoint(path: str | Path) -> TensorSource | RunSource:
         if file.read(4) == b"GGUF":
             return GGUFSource(path)
     raise CheckpointError(
-        f"{path}: is no GGUF file: give one, or the directory that holds config.json and "
+        f"{path}: is not a GGUF file: give one, or the directory that holds config.json and "
         "safetensors (pickles are never read, as they can run code)"
     )

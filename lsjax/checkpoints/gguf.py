@@ -1,4 +1,4 @@
-"""GGUF files of llama.cpp: metadata in the keys of config.json, tensors dequantised one by one."""
+"""GGUF files of llama.cpp: metadata under config.json's keys, tensors dequantised one by one."""
 
 import dataclasses
 import math
@@ -15,7 +15,7 @@ from lsjax.config import ConfigError, LlamaConfig, RopeScaling, check
 from lsjax.data.files import open_gguf
 from lsjax.model.rope import rope_frequencies
 
-# Keys of the metadata, behind "llama.", and of config.json.
+# Metadata keys (after "llama.") and config.json's keys.
 _REQUIRED = {
     "block_count": "num_hidden_layers",
     "context_length": "max_position_embeddings",
@@ -39,8 +39,8 @@ class GGUFSource(TensorSource):
     """A GGUF file.
 
     Raises:
-        CheckpointError: not a whole little-endian GGUF of version 2 or 3 with a Llama in it, or
-            the `gguf` package is not installed.
+        CheckpointError: no complete little-endian Llama GGUF of version 2 or 3, or no `gguf`
+            package.
     """
 
     names = "gguf"
@@ -62,11 +62,11 @@ class GGUFSource(TensorSource):
             raise CheckpointError(f"{self.path}: {error}") from error
 
     def where(self, name: str) -> str:
-        """File and name."""
+        """File and tensor name."""
         return f"{self.path}: tensor {name!r}"
 
     def read(self, name: str) -> np.ndarray:
-        """One tensor: float32 if it was quantised; queries and keys in half-split order."""
+        """One tensor: float32 if quantised; queries and keys in half-split order."""
         from gguf import quants
 
         tensor = self._tensors[name]
@@ -77,7 +77,7 @@ class GGUFSource(TensorSource):
             value = tensor.data
         else:
             try:
-                with np.errstate(over="ignore", invalid="ignore"):  # found by whoever fills it in
+                with np.errstate(over="ignore", invalid="ignore"):  # parameter_reader checks
                     value = quants.dequantize(tensor.data, tensor.tensor_type)
             except NotImplementedError as error:
                 raise CheckpointError(
@@ -91,14 +91,14 @@ class GGUFSource(TensorSource):
         return _half_split(value, self.config.num_heads if queries else self.config.num_kv_heads)
 
     def _get(self, key: str, default: Any = None) -> Any:
-        """A value of the metadata."""
+        """A metadata value."""
         field = self._reader.get_field(key)
         value = default if field is None else field.contents()
-        # 1e-05, not the 9.999999747e-06 next to it.
+        # The shortest spelling of the float32: 1e-05, not 9.999999747e-06.
         return float(str(np.float32(value))) if isinstance(value, float) else value
 
     def _config_json(self) -> dict[str, Any]:
-        """The metadata in the keys of config.json; None where they are missing."""
+        """Metadata under config.json's keys; None if missing."""
         for key, supported in (("general.architecture", "llama"), ("split.count", 1)):
             found = self._get(key, supported) or supported
             check(found == supported, f"{key} is {found!r}; only {supported!r} is supported")
@@ -122,7 +122,7 @@ class GGUFSource(TensorSource):
         }
 
     def _with_llama3_scaling(self, config: LlamaConfig) -> LlamaConfig:
-        """Llama 3's scaling is kept as a divisor for each frequency: which scaling made them?"""
+        """Finds the Llama 3 scaling that gives the file's divisor of each frequency."""
         if _ROPE_FACTORS not in self._tensors:
             return config
         divisors = np.asarray(self.read(_ROPE_FACTORS), np.float32)
@@ -138,7 +138,7 @@ class GGUFSource(TensorSource):
                 return scaled
         raise CheckpointError(
             f"{self.where(_ROPE_FACTORS)}: its divisors {divisors.min():g} to {factor:g} are not "
-            "those of Llama 3 (factors 1 and 4, 8192 positions): convert from the original instead"
+            "those of Llama 3 (factors 1 and 4, 8192 positions): use the original model instead"
         )
 
 

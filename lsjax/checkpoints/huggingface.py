@@ -1,7 +1,7 @@
-"""Hugging Face directories: safetensors and generation_config.json, in and out.
+"""Reads and writes Hugging Face directories: safetensors and generation_config.json.
 
-The safetensors package reads and writes the files. Its writer takes all tensors of a file at once,
-so an export holds one file beside the model.
+The safetensors package reads and writes the files. Its writer takes all tensors of a file at once.
+So an export holds one file in memory beside the model.
 """
 
 import math
@@ -30,17 +30,17 @@ _FLOATS = ("F64", "F32", "F16", "BF16")
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationDefaults(Checked):
-    """What a checkpoint says about how to decode it; None where it says nothing."""
+    """A checkpoint's defaults for decoding; None if unset."""
 
     exit_layer: int | None = bounded(None, low=1)  # layers that draft, E
     num_draft_tokens: int | None = bounded(None, low=1)  # drafted per round, d
 
 
 def read_generation_defaults(path: str | Path) -> GenerationDefaults:
-    """From generation_config.json, else config.json; nothing for a GGUF file.
+    """Reads generation_config.json, else config.json; empty for a GGUF file.
 
     Raises:
-        CheckpointError: a file that is not JSON, or a value that is not a number of at least 1.
+        CheckpointError: a file is not JSON, or a value is not a number of at least 1.
     """
     path, found = split_step(path)[0], {}
     for file in (path / "config.json", path / "generation_config.json"):
@@ -55,7 +55,7 @@ def read_generation_defaults(path: str | Path) -> GenerationDefaults:
 
 
 class HuggingFaceSource(TensorSource):
-    """A directory with config.json and safetensors in one file or several."""
+    """A directory with config.json and one or several safetensors files."""
 
     names = "huggingface"
 
@@ -73,12 +73,12 @@ class HuggingFaceSource(TensorSource):
         }
 
     def where(self, name: str) -> str:
-        """File and name."""
+        """File and tensor name."""
         file = self._tensors[name][0] if name in self._tensors else self.path
         return f"{file}: tensor {name!r}"
 
     def read(self, name: str) -> Any:
-        """One tensor in its stored dtype; what is sliced out of it is read."""
+        """One tensor in its stored dtype; slicing it reads the file."""
         file, tensor = self._tensors[name]
         dtype = tensor.get_dtype()
         if dtype not in _FLOATS:
@@ -90,7 +90,7 @@ class HuggingFaceSource(TensorSource):
 
 
 def _files(directory: Path) -> list[Path]:
-    """The files with the tensors: model.safetensors, or those that an index names."""
+    """Files with the tensors: model.safetensors, or those that an index names."""
     single, index = directory / _WEIGHTS, directory / _INDEX
     if single.exists():
         return [single]
@@ -118,7 +118,7 @@ def _open(file: Path) -> Any:
         return safe_open(file, framework="numpy")
     except (SafetensorError, OSError) as error:
         raise CheckpointError(
-            f"{file}: {one_line(error)}: damaged or cut short, download it again"
+            f"{file}: {one_line(error)}: damaged or cut off, download it again"
         ) from error
 
 
@@ -131,22 +131,22 @@ def save(
     shard_bytes: int = 5_000_000_000,
     track: Track = iter,
 ) -> None:
-    """Writes a directory that transformers and `load` read: all of it, or nothing.
+    """Writes atomically a directory that transformers and `load` read.
 
     Args:
         model: stacked or not; written in the dtype of its parameters.
-        directory: new or empty; it appears under its name when everything is in it.
-        generation: how to decode it, for generation_config.json.
-        tokenizer: gives its files and the ids of the begin and end tokens.
-        shard_bytes: a file is not made longer than this, unless by a single tensor.
-        track: wraps the sequence of tensors that is written, for a progress bar.
+        directory: new or empty; it appears under its name once it is complete.
+        generation: defaults for decoding, for generation_config.json.
+        tokenizer: adds its files and the ids of its begin and end tokens.
+        shard_bytes: maximum size of a file, unless a single tensor is larger.
+        track: wraps the sequence of tensors, for a progress bar.
     Raises:
-        CheckpointError: the directory holds something.
+        CheckpointError: the directory is not empty.
     """
     directory = Path(directory).resolve()
     check_destination(directory)
     eos = list(tokenizer.eos_ids) if tokenizer else []
-    # Null where unknown: transformers would put in Llama-2's 1 and 2.
+    # Null if unknown: transformers would use Llama-2's 1 and 2 for a missing key.
     ids = {
         "bos_token_id": tokenizer.bos_id if tokenizer else None,
         "eos_token_id": eos if len(eos) > 1 else next(iter(eos), None),
@@ -169,7 +169,7 @@ def check_destination(directory: Path) -> None:
 
 
 def _write_weights(model: Llama, directory: Path, shard_bytes: int, track: Track) -> None:
-    """One file, or several and an index of them."""
+    """Writes one file, or several and their index."""
     parameters = named_leaves(model)
     files: list[list[Part]] = [[]]
     filled = total = 0

@@ -1,6 +1,6 @@
-"""Hugging Face's config.json, whose keys GGUF files are read in too: into a LlamaConfig, and back.
+"""Converts config.json to a LlamaConfig and back; GGUF metadata is read under the same keys.
 
-Each key is in one table: it is a field, or it has values that change nothing, or it is harmless.
+Each key is in one table: FIELDS, NEUTRAL (keys with values that change nothing) or HARMLESS.
 """
 
 import logging
@@ -15,7 +15,7 @@ from lsjax.data.files import read_json
 
 log = logging.getLogger(__name__)
 
-# Field of LlamaConfig, and the default of transformers.
+# Field of LlamaConfig, and transformers' default.
 FIELDS: Mapping[str, tuple[str, Any]] = {
     "vocab_size": ("vocab_size", 32_000),
     "hidden_size": ("hidden_size", 4096),
@@ -31,7 +31,7 @@ FIELDS: Mapping[str, tuple[str, Any]] = {
     "mlp_bias": ("mlp_bias", False),
     "initializer_range": ("init_std", 0.02),
 }
-# The values beside null that change nothing; others change the computation and are refused.
+# Values besides null that change nothing; others change the computation and are rejected.
 NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     **dict.fromkeys(("attn_logit_softcapping", "clip_qkv", "final_logit_softcapping"), ()),
     **dict.fromkeys(("quantization_config", "query_pre_attn_scalar", "scale_depth"), ()),
@@ -61,14 +61,14 @@ HARMLESS = frozenset(
 
 
 def read_config_json(directory: Path) -> LlamaConfig:
-    """config.json as transformers reads it: the rope keys of version 4 or 5, the same defaults.
+    """Reads config.json as transformers does: rope keys of version 4 or 5, the same defaults.
 
-    Raises CheckpointError for a config that is missing, wrong, or of a model that is not supported.
+    Raises CheckpointError if the config is missing, invalid, or of an unsupported model.
     """
     file = directory / "config.json"
     if not file.is_file():
         ggufs = sorted(found.name for found in directory.glob("*.gguf"))
-        fix = f"give {ggufs[0]} itself" if ggufs else "give the directory of a whole model"
+        fix = f"give {ggufs[0]} itself" if ggufs else "give the directory of a complete model"
         raise CheckpointError(f"{file}: does not exist: {fix}")
     try:
         return llama_config(read_json(file, CheckpointError), str(file))
@@ -77,9 +77,9 @@ def read_config_json(directory: Path) -> LlamaConfig:
 
 
 def llama_config(raw: Mapping[str, Any], where: str) -> LlamaConfig:
-    """The model of a config.json; keys that are null count as missing.
+    """The LlamaConfig of a config.json; keys that are null count as missing.
 
-    where: the file, for a warning that names unknown keys. Raises ConfigError.
+    where: the file, for the warning about unknown keys. Raises ConfigError.
     """
     raw = {key: value for key, value in raw.items() if value is not None}
     architectures = raw.get("architectures") or (
@@ -102,14 +102,14 @@ def llama_config(raw: Mapping[str, Any], where: str) -> LlamaConfig:
     if fields["num_kv_heads"] is None:
         fields["num_kv_heads"] = fields["num_heads"]
     if fields["head_dim"] is None:
-        with suppress(TypeError, ZeroDivisionError):  # LlamaConfig names the bad one of the two
+        with suppress(TypeError, ZeroDivisionError):  # LlamaConfig reports the bad value
             fields["head_dim"] = fields["hidden_size"] // fields["num_heads"]
     theta, scaling = _read_rope(raw)
     return LlamaConfig(**fields, rope_theta=theta, rope_scaling=scaling)
 
 
 def _read_rope(raw: Mapping[str, Any]) -> tuple[Any, RopeScaling | None]:
-    """Theta, and scaling: in rope_scaling (version 4) or rope_parameters (5), the former first."""
+    """Theta and scaling, from rope_scaling (version 4), else from rope_parameters (version 5)."""
     rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
     check(isinstance(rope, dict), f"rope_scaling is {rope!r}, but must be an object")
     partial = rope.get("partial_rotary_factor", 1.0)
@@ -121,7 +121,7 @@ def _read_rope(raw: Mapping[str, Any]) -> tuple[Any, RopeScaling | None]:
     check(kind in ("linear", "llama3"), f"rope type {kind!r}; only linear and llama3 are supported")
     names = ("factor", "low_freq_factor", "high_freq_factor")[: 3 if kind == "llama3" else 1]
     for name in names:
-        check(rope.get(name) is not None, f"rope {name} is missing, and type {kind!r} needs it")
+        check(rope.get(name) is not None, f"rope {name} is missing, but type {kind!r} needs it")
     values = {name: rope[name] for name in names}
     if kind == "llama3":
         context = raw.get("max_position_embeddings", 2048)
@@ -130,7 +130,7 @@ def _read_rope(raw: Mapping[str, Any]) -> tuple[Any, RopeScaling | None]:
 
 
 def to_config_json(config: LlamaConfig, dtype: Any) -> dict[str, Any]:
-    """Read alike by transformers 4 (torch_dtype, rope_theta, rope_scaling) and 5."""
+    """config.json for transformers 4 (torch_dtype, rope_theta, rope_scaling) and 5."""
     scaling, rope = None, config.rope_scaling
     if rope is not None:
         scaling = {"rope_type": rope.kind, "factor": rope.factor}

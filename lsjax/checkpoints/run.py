@@ -3,10 +3,10 @@
     config.json     the run's configuration, with the model's shape (lsjax/config/checked.py)
     tokenizer.*     the tokenizer's files, and generation_config.json if there is one
     token_counts.json, prompts.jsonl        for decoding (lsjax/training/prepare.py)
-    metrics.jsonl   a line of figures for each logged step
+    metrics.jsonl   one line of metrics for each logged step
     checkpoints/    the saved steps (steps.py)
 
-A run is a model: the newest of its steps that is whole, or the step that follows an @ in its path.
+A run can be loaded as a model: its newest undamaged step, or the step after an @ in its path.
 """
 
 import json
@@ -33,7 +33,7 @@ from lsjax.model.lora import merged
 from lsjax.model.parameters import adapter_paths, named_leaves, sharding_of, stacked_path
 
 CONFIG, CHECKPOINTS, METRICS = "config.json", "checkpoints", "metrics.jsonl"
-EVALUATION = "evaluation"  # kind of the rows of METRICS that have held-out losses
+EVALUATION = "evaluation"  # kind of the METRICS rows with held-out losses
 
 
 def is_run(directory: Path) -> bool:
@@ -43,10 +43,10 @@ def is_run(directory: Path) -> bool:
 
 
 def begin_run(directory: Path, config: TrainConfig, tokenizer: Tokenizer) -> None:
-    """Writes the files that a run has from the start; config.json, which may be a new one, last.
+    """Writes the first files of a run, config.json last; a resumed run may change that one.
 
-    Raises ConfigError where tokenizer and model do not fit, the directory holds another model, the
-    run has begun with another tokenizer, or the model that it begins with has another one.
+    Raises ConfigError if the directory holds another model. Also raises it if the tokenizer does
+    not match the model, the run or the initial model.
     """
     rows = config.model.vocab_size
     size = tokenizer.fitted(rows).vocab_size
@@ -63,8 +63,8 @@ def begin_run(directory: Path, config: TrainConfig, tokenizer: Tokenizer) -> Non
     same = _has_tokenizer(directory, tokenizer) if begun else None
     check(
         same is not False,
-        f"{directory} was begun with another tokenizer than data.tokenizer gives now: the data "
-        "or the Python that it is trained from changed; begin another run in a new directory",
+        f"{directory} was begun with another tokenizer than data.tokenizer is now: its training "
+        "data or Python has changed, so begin a new run in a new directory",
     )
     if config.init_from and not saved_steps(directory / CHECKPOINTS):
         check(
@@ -78,7 +78,7 @@ def begin_run(directory: Path, config: TrainConfig, tokenizer: Tokenizer) -> Non
 
 
 def _has_tokenizer(model: str | Path, tokenizer: Tokenizer) -> bool | None:
-    """Whether a model's tokenizer is this one; None where it has none that can be read."""
+    """Whether a model's tokenizer equals this one; None if it has no readable tokenizer."""
     try:
         return load_tokenizer(model).fingerprint == tokenizer.fingerprint
     except TokenizerError:
@@ -96,7 +96,7 @@ def read_run_config(directory: Path) -> TrainConfig:
 
 
 def read_metrics(directory: Path) -> list[dict[str, Any]]:
-    """The rows of a run's metrics.jsonl; other lines, such as one that a crash cut, are skipped."""
+    """Rows of a run's metrics.jsonl; skips invalid lines, such as one that a crash cut off."""
     path = directory / METRICS
     rows = []
     for line in path.read_text().splitlines() if path.exists() else ():
@@ -108,7 +108,7 @@ def read_metrics(directory: Path) -> list[dict[str, Any]]:
 
 
 def held_out_losses(directory: Path) -> dict[int, float]:
-    """The last exit's loss by step, of the steps of a run that were evaluated."""
+    """The last exit's held-out loss at each evaluated step."""
     losses = {
         row["step"]: row.get("last_exit_loss")
         for row in read_metrics(directory)
@@ -118,10 +118,10 @@ def held_out_losses(directory: Path) -> dict[int, float]:
 
 
 class RunSource:
-    """A run that is opened as a model: its shape is known, no array has been read."""
+    """A run opened as a model: its shape is known, no array has been read."""
 
     def __init__(self, directory: Path, step: int | str | None = None):
-        # Only the model's shape: the rest of the config may be of another version's training.
+        # Only the model's shape: another version may have written the rest of the config.
         self.path, self._fields = directory, _read_fields(directory)
         self.config = from_json(LlamaConfig, self._fields["model"], f"{directory / CONFIG}: model")
         self._steps = saved_steps(directory / CHECKPOINTS)
@@ -132,25 +132,25 @@ class RunSource:
             losses = held_out_losses(directory)
             numbers = best_first(by_number.keys() & losses, losses)
             if not numbers:
-                raise CheckpointError(f"{directory}: no saved step has a held-out loss yet")
+                raise CheckpointError(f"{directory}: no step has a held-out loss: give a number")
             self._steps = [by_number[number] for number in numbers]
         elif step is not None:
             if step not in by_number:
                 known = ", ".join(map(str, by_number))
-                raise CheckpointError(f"{directory}: has no step {step}: there are {known}")
+                raise CheckpointError(f"{directory}: has no step {step}: choose from {known}")
             self._steps = [by_number[step]]
 
     def assemble(self, *, dtype: Any, track: Track, mesh: Mesh | None) -> Llama:
-        """The model of the first step that is whole, with a Block per layer.
+        """The model of the first undamaged step, with a Block per layer.
 
-        Raises CheckpointError if no step is whole, or if a value does not fit the dtype.
+        Raises CheckpointError if all steps are damaged, or if a value does not fit the dtype.
         """
         return first_whole(
             self._steps, lambda step: self._read(step, jnp.dtype(dtype), track, mesh)
         )[0]
 
     def _read(self, step: SavedStep, dtype: jnp.dtype, track: Track, mesh: Mesh | None) -> Llama:
-        """Reads one stacked parameter after the other, so that no more than one is held twice."""
+        """Reads one stacked parameter after another, so at most one is held twice."""
         model = jax.eval_shape(lambda: Llama(self.config, rngs=nnx.Rngs(0), dtype=dtype))
         shapes = {path: leaf.shape for path, leaf in named_leaves(model).items()}
         together: dict[str, list[str]] = {}  # path of stacked layers -> paths here

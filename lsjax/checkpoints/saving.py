@@ -1,4 +1,4 @@
-"""Saving a training run and resuming it: orbax writes in the background and removes old steps."""
+"""Saves and restores a training run with orbax, in the background; steps.py detects damage."""
 
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
@@ -29,11 +29,11 @@ from lsjax.config import CheckpointConfig
 from lsjax.config.checked import VERSION
 from lsjax.model.parameters import named_leaves
 
-_MODEL = "model."  # what paths of parameters begin with in a state
+_MODEL = "model."  # prefix of parameter paths in a state
 
 
 class Restored(NamedTuple):
-    """A run as it was saved."""
+    """A restored run."""
 
     state: Any
     step: int
@@ -41,12 +41,12 @@ class Restored(NamedTuple):
 
 
 class Checkpoints:
-    """The saved steps of one run, as a context that waits for the last step to be written.
+    """Saved steps of one run; a context manager that waits for the last save on exit.
 
-    A single process continues after a step that could not be written, unless it was the last.
+    A single process continues after a failed save, unless it was the last one.
 
     report: called with one line for each step that is damaged or could not be written. losses:
-    held-out loss by step, by which the best steps are kept; it may grow meanwhile.
+    held-out loss by step, used to select the best steps; it may grow during the run.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class Checkpoints:
         self._losses = {} if losses is None else losses
         self._manager: Any = None
         self._quiet = ExitStack()
-        self._begun = 0  # the step that was saved last, and its error if it failed at once
+        self._begun = 0  # the last step whose save began, and its error if it failed at once
         self._failure: Exception | None = None
 
     def __enter__(self) -> "Checkpoints":
@@ -79,12 +79,12 @@ class Checkpoints:
                 self._manager.close()
 
     def restore(self, like: Any) -> Restored | None:
-        """The newest step that is whole; None where nothing has been saved yet.
+        """The newest undamaged step; None if nothing has been saved yet.
 
-        Damaged ones after it are renamed to 80.damaged: they are saved anew.
+        Newer, damaged steps are renamed, for example to 80.damaged, and will be saved again.
 
-        like: the state's shapes (`jax.eval_shape`), with shardings where there is a mesh.
-        Raises CheckpointError where no step is whole, or what was saved is of another shape.
+        like: the state's shapes (`jax.eval_shape`), with shardings if there is a mesh.
+        Raises CheckpointError if all steps are damaged, or saved shapes do not match.
         """
 
         def read(step: SavedStep) -> Restored:
@@ -109,9 +109,9 @@ class Checkpoints:
         return restored
 
     def save(self, state: Any, *, step: int, data: Mapping[str, Any]) -> None:
-        """Begins to save the state after `step` steps, if it is not saved; waits for the last save.
+        """Waits for the last save, then begins to save the state after `step` steps, if unsaved.
 
-        data: position in it, as JSON has it.
+        data: JSON-serialisable position in the data.
         """
         import orbax.checkpoint as ocp
 
@@ -119,7 +119,7 @@ class Checkpoints:
         if self._manager is None:
             options = ocp.CheckpointManagerOptions(
                 preservation_policy=self,
-                # Not after a failure, whose threads may still be writing.
+                # Not after a failure: its threads may still be writing.
                 cleanup_tmp_directories=not self._begun,
                 save_root_metadata=False,
                 lightweight_initialize=True,
@@ -143,7 +143,7 @@ class Checkpoints:
             self._failure = error
 
     def wait(self) -> None:
-        """Waits until the last step is on disk; raises CheckpointError if it can't be written."""
+        """Waits until the last step is on disk; raises CheckpointError if the save failed."""
         if self._manager is None:
             return
         failure, self._failure = self._failure, None
@@ -153,16 +153,16 @@ class Checkpoints:
             failure = failure or error
         if failure is not None:
             self._manager = None  # it would raise again
-            # What orbax's threads write after this is removed at the next start.
+            # The next start removes files that orbax's threads write after this.
             for left in self._directory.glob(f"{self._begun}.*-tmp"):
                 shutil.rmtree(left, ignore_errors=True)
             raise CheckpointError(
-                f"step {self._begun} could not be saved ({cause(failure)}): make sure that "
-                f"{self._directory} is yours and has room, or let checkpoints.keep_last be fewer"
+                f"step {self._begun} could not be saved ({cause(failure)}): check that "
+                f"{self._directory} is writable and has free space, or lower checkpoints.keep_last"
             ) from failure
 
     def settle(self) -> None:
-        """`wait`, but a single process reports a step that can't be written, and continues."""
+        """`wait`, but a single process reports a failed save and continues."""
         try:
             self.wait()
         except CheckpointError as error:
@@ -171,7 +171,7 @@ class Checkpoints:
             self._report(str(error))
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
-        """Which steps orbax is to keep; its own policies need the losses when a step is saved."""
+        """Orbax callback: which steps to keep. Its own policies need the loss at save time."""
         steps = [checkpoint.step for checkpoint in checkpoints]
         scored = best_first([step for step in steps if step in self._losses], self._losses)
         kept = {*steps[-self._config.keep_last :], *scored[: self._config.keep_best]}
@@ -179,12 +179,12 @@ class Checkpoints:
 
 
 def best_first(steps: Iterable[int], losses: Mapping[int, float]) -> list[int]:
-    """Numbers of steps, that of the lowest held-out loss first, and of equal ones the newest."""
+    """Steps sorted by held-out loss, ties newest first."""
     return sorted(steps, key=lambda step: (losses[step], -step))
 
 
 def _items(state: Any) -> dict[str, dict[str, Any]]:
-    """Leaves of a state by path, the model's by themselves."""
+    """Leaves of a state by path; model leaves are separate."""
     items: dict[str, dict[str, Any]] = {PARAMS: {}, TRAIN: {}}
     for path, leaf in named_leaves(state).items():
         items[PARAMS if path.startswith(_MODEL) else TRAIN][path.removeprefix(_MODEL)] = leaf

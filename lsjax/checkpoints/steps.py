@@ -1,11 +1,11 @@
-"""Saved steps of a training run on disk, and whether they are whole.
+"""Saved steps of a training run on disk, and detection of damaged ones.
 
     checkpoints/80/params   parameters by their path in the model, layers stacked
     checkpoints/80/train    the rest of the training state by its path
     checkpoints/80/meta     JSON: position in the data, fingerprints
 
-Orbax renames a step when it is complete, so a kill leaves no half of a step. Storage has no
-checksum of its own for the numbers, so each array is saved with a `fingerprint`.
+Orbax renames a step when it is complete, so a kill never leaves a partial step. Storage has no
+checksum for array values, so each array is saved with a `fingerprint`.
 """
 
 import gc
@@ -40,31 +40,30 @@ log = logging.getLogger(__name__)
 
 
 class DamagedStep(CheckpointError):
-    """A saved step that differs from what was written."""
+    """A saved step that has changed since it was written."""
 
 
 @dataclass(frozen=True)
 class SavedStep:
-    """One step on disk; nothing is read before it is asked for."""
+    """One step on disk; read only on request."""
 
     directory: Path
 
     @property
     def number(self) -> int:
-        """How many steps had been taken."""
+        """Number of steps taken."""
         return int(self.directory.name)
 
     @cached_property
     def meta(self) -> dict[str, Any]:
-        """What was saved beside the arrays.
+        """Metadata saved beside the arrays.
 
-        Raises DamagedStep, and ConfigError where another version of lsjax has saved the step.
+        Raises DamagedStep, or ConfigError if another version of lsjax saved the step.
         """
         return without_version(self._load(META, _read_meta), f"{self.directory / META}")
 
     def read(self, item: str, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, Array]:
-        """Arrays of an item by path, each with the sharding that `wanted` asks for, or on the first
-        device.
+        """Arrays of an item by path, with the sharding in `wanted`, or on the first device.
 
         Raises CheckpointError for another shape or dtype, and DamagedStep; both name the array.
         """
@@ -74,7 +73,7 @@ class SavedStep:
             asked = f"{want.dtype.name}{list(want.shape)}"
             if found != asked:
                 raise CheckpointError(
-                    f"{where}: {name} is {found}, but the config asks for {asked}: it is of "
+                    f"{where}: {name} is {found}, but the config expects {asked}: it is of "
                     "another model or run"
                 )
         first = SingleDeviceSharding(jax.devices()[0])
@@ -86,8 +85,8 @@ class SavedStep:
         for name, now in fingerprints(arrays).items():
             if now != saved[name]["fingerprint"]:
                 raise DamagedStep(
-                    f"{where}: {name} is not what was written (its fingerprint is {now}, but was "
-                    f"{saved[name]['fingerprint']})"
+                    f"{where}: {name} has changed since it was saved (its fingerprint is {now}, "
+                    f"but was {saved[name]['fingerprint']})"
                 )
         return arrays
 
@@ -100,7 +99,7 @@ class SavedStep:
             )
 
     def _load(self, item: str, read: Callable[[Path], T]) -> T:
-        """`read`, with what storage raises as DamagedStep, on every host."""
+        """Runs `read`, and turns storage errors into DamagedStep on every host."""
         path = (self.directory / item).absolute()  # orbax reads no others
         result, reason = None, ""
         with quiet_storage():
@@ -110,18 +109,18 @@ class SavedStep:
                 raise
             except Exception as error:
                 reason = cause(error) if path.is_dir() else "is missing"
-            if reason:  # let the other arrays' readers end while they are quiet
+            if reason:  # let the other arrays' readers end before logging resumes
                 gc.collect()
                 time.sleep(0.2)
         if jax.process_count() > 1 and not process_allgather(np.array(not reason)).all():
-            reason = reason or "another host can't read its part"
+            reason = reason or "another host cannot read its part"
         if reason:
             raise DamagedStep(f"{path}: cannot be read ({reason})")
         return result
 
 
 def saved_steps(directory: Path) -> list[SavedStep]:
-    """The steps in a directory of checkpoints, the newest first."""
+    """Steps in a directory of checkpoints, newest first."""
     found = directory.iterdir() if directory.is_dir() else ()
     steps = [SavedStep(path) for path in found if path.name.isdecimal()]
     return sorted(steps, key=lambda step: step.number, reverse=True)
@@ -130,9 +129,9 @@ def saved_steps(directory: Path) -> list[SavedStep]:
 def first_whole(
     steps: Iterable[SavedStep], use: Callable[[SavedStep], T], report: Report = log.warning
 ) -> tuple[T, list[SavedStep]]:
-    """What `use` makes of the first step that is whole, and the damaged steps before it.
+    """Result of `use` for the first undamaged step, and the damaged steps before it.
 
-    report: called with one line per damaged step. Raises CheckpointError where all are damaged.
+    report: called with one line per damaged step. Raises CheckpointError if all are damaged.
     """
     damaged, reason = [], ""
     for step in steps:
@@ -141,21 +140,21 @@ def first_whole(
         except DamagedStep as error:
             damaged.append(step)
             reason = str(error)
-            report(f"step {step.number} is damaged and is left out: {reason}")
+            report(f"step {step.number} is damaged and skipped: {reason}")
     raise CheckpointError(
         f"none of the {len(damaged)} saved steps can be read; the last one tried: {reason}"
     )
 
 
 def sealed(meta: Any) -> dict[str, Any]:
-    """A step's meta as it is written: with a hash of its text, so that damage shows."""
+    """A step's metadata as written, with a hash of its text that reveals damage."""
     text = json.dumps(meta, sort_keys=True, allow_nan=False)
     return {"meta": json.loads(text), "sha256": hashlib.sha256(text.encode()).hexdigest()}
 
 
 @contextmanager
 def quiet_storage() -> Iterator[None]:
-    """Hides what orbax logs, and Python prints of dropped work, beside the error that is raised."""
+    """Hides orbax's logs and Python's notes on dropped work; the raised error is enough."""
     before, loggers = sys.unraisablehook, [logging.getLogger(name) for name in ("absl", "asyncio")]
 
     def hook(unraisable: Any) -> None:
@@ -178,7 +177,7 @@ def quiet_storage() -> Iterator[None]:
 
 
 def cause(error: BaseException) -> str:
-    """The first line of the error at the bottom, where storage names array, file and problem."""
+    """First line of the innermost error, in which storage names array, file and problem."""
     while error.__cause__ is not None:
         error = error.__cause__
     line = next(iter(str(error).strip().splitlines()), type(error).__name__)
@@ -188,29 +187,29 @@ def cause(error: BaseException) -> str:
 def _read_meta(path: Path) -> dict[str, Any]:
     raw = json.loads((path / "metadata").read_bytes())
     if raw != sealed(raw["meta"]):
-        raise ValueError("it is not what was written")
+        raise ValueError("it has changed since it was saved")
     return raw["meta"]
 
 
 def _read_arrays(path: Path, targets: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, Array]:
-    import orbax.checkpoint as ocp  # here: it takes a while, and few programs need it
+    import orbax.checkpoint as ocp  # slow to import, and few programs need it
 
     placed = ocp.checkpoint_utils.construct_restore_args(dict(targets))
     with ocp.PyTreeCheckpointer() as reader:
         arrays = reader.restore(path, item=dict(targets), restore_args=placed, partial_restore=True)
     for name, array in arrays.items():
-        if isinstance(array, jax.ShapeDtypeStruct):  # orbax leaves the target in its place
+        if isinstance(array, jax.ShapeDtypeStruct):  # orbax returns the target of a missing array
             raise ValueError(f"array {name} is missing")
     return arrays
 
 
 @jax.jit
 def fingerprint(x: Array) -> UInt32[Array, ""]:
-    """The sum over all elements of mix(bits + c * position) mod 2^32, positions in row-major order.
+    """Sum over all elements of mix(bits + c * position) mod 2^32, positions in row-major order.
 
-    `mix` is a bijection on 32 bits (the finaliser of MurmurHash3, Appleby, 2011), so one changed
-    element always shows, and more of them but for a chance of 2^-32. A sum of whole numbers has no
-    order: it is the same on any mesh. An element of 64 bits counts as two.
+    `mix` is a bijection on 32 bits (the finaliser of MurmurHash3, Appleby, 2011). So one changed
+    element always shows; several are missed with probability 2^-32. Integer sums have no order, so
+    every mesh gives the same result. An element of 64 bits counts as two.
     """
     x = x.astype(jnp.uint8) if x.dtype == jnp.bool_ else x
     unsigned = {1: jnp.uint8, 2: jnp.uint16}.get(x.dtype.itemsize, jnp.uint32)

@@ -1,7 +1,7 @@
-"""From the tensors of a file to a Llama: what every format shares.
+"""From the tensors of a file to a Llama: code that every format shares.
 
-A format (huggingface.py, gguf.py) offers its tensors by name, and lsjax/model/parameters.py says
-which parameter each of them is a part of.
+A format (huggingface.py, gguf.py) offers its tensors by name. lsjax/model/parameters.py maps each
+tensor to a parameter.
 """
 
 import math
@@ -21,8 +21,8 @@ from lsjax.config import LlamaConfig
 from lsjax.model.llama import Llama
 from lsjax.model.parameters import Names, named_leaves, sharding_of, tensors_of
 
-Index = tuple[slice, ...]  # of a shard in an array, axis by axis
-Track = Callable[[Sequence[Any]], Iterable[Any]]  # hands a sequence on, and may show how far
+Index = tuple[slice, ...]  # place of a shard in an array, one slice per axis
+Track = Callable[[Sequence[Any]], Iterable[Any]]  # passes a sequence on, and may show progress
 # Constants that transformers < 4.32 and llama.cpp store beside the weights.
 _DERIVED = re.compile(r"(.*\.)?(rotary_emb\.inv_freq|attn_rot_embd\.weight|rope_freqs\.weight)")
 
@@ -32,31 +32,31 @@ class CheckpointError(ValueError):
 
 
 class Part(NamedTuple):
-    """A tensor of a file as a part of one parameter."""
+    """A file's tensor as a part of one parameter."""
 
     tensor: str  # its name in the file
-    path: str  # of the parameter
-    slot: int | slice | None  # in the parameter's last but one axis; None: the whole parameter
+    path: str  # path of the parameter
+    slot: int | slice | None  # in the parameter's second-to-last axis; None: the whole parameter
 
     def view(self, parameter: np.ndarray) -> np.ndarray:
-        """This part of a parameter, or of a shard with all slots, with the file's order of axes."""
+        """This part of a parameter, or of a shard with all slots, in the file's axis order."""
         part = parameter if self.slot is None else parameter[..., self.slot, :]
         return np.moveaxis(part, 0, -1) if self.path.endswith("kernel") else part
 
     def stored_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Shape in the file, for a parameter of that shape: [outputs, inputs], biases are flat."""
+        """Shape in the file for a parameter of this shape: [outputs, inputs]; biases are flat."""
         sizes = self.view(np.broadcast_to(0, shape)).shape
         if self.path.endswith("bias") or len(sizes) == 1:
             return (math.prod(sizes),)
         return (math.prod(sizes[:-1]), sizes[-1])
 
     def stored(self, parameter: Any) -> np.ndarray:
-        """The tensor as the file has it."""
+        """The tensor as the file stores it."""
         view = self.view(np.asarray(parameter))
         return np.ascontiguousarray(view.reshape(self.stored_shape(parameter.shape)))
 
     def slices(self, index: Index, shape: tuple[int, ...]) -> Index:
-        """What a shard of the parameter needs of the tensor; inner axes of `view` are whole."""
+        """Slices of the tensor for a shard of the parameter; inner axes of `view` are complete."""
         axes = list(zip(shape, index, strict=True))
         if isinstance(self.slot, int):
             del axes[-2]
@@ -69,35 +69,35 @@ class Part(NamedTuple):
 
 
 def parts_of(path: str, names: Names) -> list[Part]:
-    """The tensors that a parameter consists of."""
+    """Tensors that make up a parameter."""
     return [Part(name, path, slot) for name, slot in tensors_of(path, names)]
 
 
 class TensorSource(ABC):
-    """An opened file or directory of tensors: their shapes are known, none has been read."""
+    """An opened file or directory of tensors: shapes are known, no tensor has been read."""
 
     path: Path
     config: LlamaConfig
-    names: Names  # which column of the table names the tensors
-    shapes: Mapping[str, tuple[int, ...]]  # of every tensor, by its name in the file
+    names: Names  # column of the table that names the tensors
+    shapes: Mapping[str, tuple[int, ...]]  # of every tensor, by name in the file
 
     @abstractmethod
     def read(self, name: str) -> Any:
-        """One tensor, to be sliced: in its stored dtype, or in float32 if it was quantised."""
+        """One tensor, to be sliced: in its stored dtype, or in float32 if quantised."""
 
     @abstractmethod
     def where(self, name: str) -> str:
-        """The file that holds a tensor, and its name, for messages."""
+        """File and name of a tensor, for messages."""
 
     def assemble(self, *, dtype: Any, track: Track, mesh: Mesh | None) -> Llama:
-        """Builds the model, each parameter straight in its dtype and with its sharding.
+        """Builds the model; each parameter is created in its final dtype and sharding.
 
         The host holds its shards of one parameter at a time, and reads each once.
         """
         config, dtype = self.config, jnp.dtype(dtype)
-        if config.num_layers > len(self.shapes):  # before a model of that many layers is laid out
+        if config.num_layers > len(self.shapes):  # check before building that many layers
             raise CheckpointError(
-                f"{self.path}: a config of {config.num_layers} layers, "
+                f"{self.path}: the config has {config.num_layers} layers, "
                 f"but {len(self.shapes)} tensors: correct the number of layers"
             )
         model = jax.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0), dtype=dtype))
@@ -114,7 +114,7 @@ class TensorSource(ABC):
         return jax.tree.unflatten(jax.tree.structure(model), arrays)
 
     def _check(self, wanted: Mapping[str, tuple[int, ...]]) -> None:
-        """Raises unless the tensors are exactly those of the model, in name and shape."""
+        """Raises CheckpointError unless tensor names and shapes are exactly the model's."""
         stored = {
             part.tensor: part.stored_shape(shape)
             for path, shape in wanted.items()
@@ -130,7 +130,7 @@ class TensorSource(ABC):
         for name, shape in self.shapes.items():
             if name in stored and shape != stored[name]:
                 raise CheckpointError(
-                    f"{self.where(name)}: shape {shape}, but the config asks for {stored[name]}: "
+                    f"{self.where(name)}: shape {shape}, but the config expects {stored[name]}: "
                     "the config is of another model"
                 )
             if name == head and self.config.tie_embeddings:
@@ -149,15 +149,15 @@ class TensorSource(ABC):
 def parameter_reader(
     source: TensorSource, path: str, shape: tuple[int, ...], dtype: np.dtype
 ) -> Callable[[Index], np.ndarray]:
-    """Reads shards of one parameter, each once and tensor by tensor.
+    """Returns a reader of one parameter's shards, which reads each once, tensor by tensor.
 
-    Raises CheckpointError for values that are not finite.
+    The reader raises CheckpointError for values that are not finite.
     """
     parts = [(part, source.read(part.tensor)) for part in parts_of(path, source.names)]
     shards: dict[str, np.ndarray] = {}
 
     def read(index: Index) -> np.ndarray:
-        if str(index) in shards:  # another device has it too
+        if str(index) in shards:  # another device holds it too
             return shards[str(index)]
         taken = (range(size)[some] for size, some in zip(shape, index, strict=True))
         shard = shards[str(index)] = np.zeros([len(some) for some in taken], dtype)
@@ -176,7 +176,7 @@ def parameter_reader(
 
 
 def not_finite(dtype: np.dtype) -> str:
-    """The fault of values that are not finite in this dtype, and the fix."""
+    """Fault and fix for values that are not finite in this dtype."""
     return (
         f"NaN, infinite or too large for {dtype.name}: the checkpoint is damaged, or needs float32 "
         "or bfloat16"

@@ -1,7 +1,7 @@
 """Chat templates: jinja2 source that comes with a model, rendered in a sandbox.
 
-The template is data from whoever made the model file. As in transformers, jinja2's immutable
-sandbox keeps it from Python's internals. It limits neither the time nor the memory it takes.
+The template is untrusted data from the model file. As in transformers, jinja2's immutable sandbox
+keeps it from Python's internals. The sandbox does not limit time or memory.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from lsjax.data.tokenizer import Tokenizer
 
 
 class ChatTemplateError(ValueError):
-    """A chat template is missing, wrong, or refuses the messages; one line."""
+    """A chat template is missing, invalid, or rejects the messages; one line."""
 
 
 class _Generation(Extension):
-    """`{% generation %}`, with which training code marks replies: its content as it is."""
+    """`{% generation %}`, which marks replies for training; renders its content unchanged."""
 
     tags = {"generation"}
 
@@ -42,22 +42,22 @@ def render_chat(
     add_generation_prompt: bool = True,
     special_tokens: dict[str, str],
 ) -> str:
-    """The prompt that `template` makes of `messages`, as transformers' apply_chat_template does.
+    """Renders `messages` with `template`, as transformers' apply_chat_template does.
 
-    Encode it with `allow_special=True, add_bos=False`.
+    Encode the result with `allow_special=True, add_bos=False`.
 
     Args:
       template: jinja2 source.
       messages: dicts with "role" and "content".
       add_generation_prompt: end with the opening of the assistant's turn.
-      special_tokens: `bos_token` and `eos_token`, empty where they are missing.
+      special_tokens: `bos_token` and `eos_token`, empty if missing.
 
-    Raises ChatTemplateError where the template is wrong, reaches too far or refuses.
+    Raises ChatTemplateError if the template is invalid, is unsafe or rejects the messages.
     """
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _Generation]
     )
-    # jinja2's own escapes <, > and &, which a prompt must not.
+    # jinja2's own filter escapes <, > and &, but a prompt must keep them.
     environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
@@ -81,9 +81,9 @@ def chat_prompt(
     system: str | None = None,
     history: Sequence[dict[str, Any]] = (),
 ) -> str:
-    """`render_chat` of `system`, the messages of `history`, then `user`.
+    """`render_chat` of `system`, `history`, then `user`.
 
-    Raises ChatTemplateError, also for a tokenizer without a template.
+    Raises ChatTemplateError, also if the tokenizer has no template.
     """
     if tokenizer.chat_template is None:
         raise ChatTemplateError("this model has no chat template: use --prompt without --chat")
@@ -95,9 +95,9 @@ def chat_prompt(
 class Dialogue:
     """The messages so far, in the model's chat template.
 
-    A reply's own ids stay in the next prompt, as its text encoded again may have other tokens. The
-    whole chat is encoded again where the template changes what was said, and by SentencePiece,
-    whose tokens depend on where a text begins.
+    The next prompt keeps a reply's own ids: encoding its text again may give other tokens. If the
+    template alters earlier messages, the complete chat is encoded again. SentencePiece also encodes
+    it again, because its tokens depend on where a text begins.
     """
 
     def __init__(self, tokenizer: Tokenizer, system: str | None = None):
@@ -116,7 +116,7 @@ class Dialogue:
     def add(
         self, user: str, prompt: tuple[str, list[int]], reply: str, reply_ids: list[int] | None
     ) -> None:
-        """Enters a turn. reply_ids: tokens that make exactly the text of the reply, if known."""
+        """Adds a turn. reply_ids: tokens that spell exactly `reply`, if known."""
         self.messages.append({"role": "user", "content": user})
         self.messages.append({"role": "assistant", "content": reply})
         text, ids = prompt

@@ -1,4 +1,4 @@
-"""Files: found by patterns, read line by line or row by row, and written whole or not at all."""
+"""Finds files by pattern, reads their lines or rows, and writes files atomically."""
 
 import csv
 import glob
@@ -18,20 +18,20 @@ import numpy as np
 from lsjax.config import ConfigError, check
 
 Fields = Mapping[str, Any]
-PlacedRow = tuple[str, str, Fields]  # a short name, where it stands in words, and its fields
-Refuse = Callable[[ConfigError], None]  # is called with the error of a bad line
+PlacedRow = tuple[str, str, Fields]  # short name, location in words, fields
+Refuse = Callable[[ConfigError], None]  # called with the error of a bad line
 
 
 def cache_directory() -> Path:
-    """Holds what can be made again: $LSJAX_CACHE, else lsjax in $XDG_CACHE_HOME or ~/.cache."""
+    """The cache directory: $LSJAX_CACHE, else lsjax in $XDG_CACHE_HOME or ~/.cache."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(os.environ.get("LSJAX_CACHE") or Path(base) / "lsjax")
 
 
 def find_files(paths: Sequence[str]) -> list[Path]:
-    """The files that paths and patterns (*, ?, [...], ** for directories) name, each once.
+    """Files that match the paths and patterns (*, ?, [...], ** for directories), each once.
 
-    Those of a pattern are sorted. Raises ConfigError for a path or pattern that names none.
+    Matches of a pattern are sorted. Raises ConfigError if a path or pattern matches no file.
     """
     found: dict[Path, None] = {}
     for path in paths:
@@ -40,23 +40,23 @@ def find_files(paths: Sequence[str]) -> list[Path]:
             not literal.is_dir(),
             f"{path} is a directory: name its files, such as {path.rstrip('/')}/**/*.txt",
         )
-        # An existing path is itself, even if it looks like a pattern.
+        # An existing path is taken literally, even if it looks like a pattern.
         matches = [literal] if literal.exists() else sorted(glob.glob(str(literal), recursive=True))
         files = [file for file in map(Path, matches) if file.is_file()]
-        check(bool(files), f"no file matches {path}: check paths and the directory you are in")
+        check(bool(files), f"no file matches {path}: check the path and the current directory")
         found |= dict.fromkeys(files)
     return list(found)
 
 
 def stop_at(error: ConfigError) -> None:
-    """The default `refuse`; where another one returns, the line is left out."""
+    """Default `refuse`: raises the error. If another `refuse` returns, the line is skipped."""
     raise error
 
 
 def read_lines(file: Path, refuse: Refuse = stop_at) -> Iterator[tuple[int, str]]:
-    """Numbers and texts of the lines of a UTF-8 file; a .gz file is unpacked.
+    """Line numbers and texts of a UTF-8 file; decompresses a .gz file.
 
-    A byte order mark is left out, and lines end with \\n. Raises ConfigError for a broken .gz file.
+    Removes a byte order mark, and ends lines with \\n. Raises ConfigError for a damaged .gz file.
     """
     try:
         with gzip.open(file) if file.suffix == ".gz" else file.open("rb") as lines:
@@ -69,34 +69,34 @@ def read_lines(file: Path, refuse: Refuse = stop_at) -> Iterator[tuple[int, str]
                     continue
                 yield number, text[:-2] + "\n" if text.endswith("\r\n") else text
     except (gzip.BadGzipFile, zlib.error, EOFError) as error:
-        raise ConfigError(f"{file} can't be unpacked ({error}): get it again") from None
+        raise ConfigError(f"{file} cannot be decompressed ({error}): get it again") from None
 
 
 def json_rows(file: Path, refuse: Refuse = stop_at) -> Iterator[tuple[int, Fields]]:
-    """Line numbers and objects of a .jsonl file; blank lines do not count."""
+    """Line numbers and objects of a .jsonl file; skips blank lines."""
     for number, line in read_lines(file, refuse):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
-            problem = f"is not JSON ({getattr(error, 'msg', error)}): mend it"
+            problem = f"is not JSON ({getattr(error, 'msg', error)}): correct it"
             refuse(ConfigError(f"{file}, line {number} {problem}"))
             continue
         if isinstance(row, dict):
             yield number, row
         else:
-            refuse(ConfigError(f"{file}, line {number} is no object: write {{...}}"))
+            refuse(ConfigError(f"{file}, line {number} is not an object: write {{...}}"))
 
 
 def tab_separated_rows(file: Path, refuse: Refuse = stop_at) -> Iterator[tuple[int, Fields]]:
-    """Line numbers and columns by the names in the header; quotes are plain characters."""
+    """Line numbers and columns, keyed by the header's names; quotes are plain characters."""
     lines = ((n, line.removesuffix("\n").split("\t")) for n, line in read_lines(file, refuse))
     yield from _named_columns(file, lines, refuse)
 
 
 def comma_separated_rows(file: Path, refuse: Refuse = stop_at) -> Iterator[tuple[int, Fields]]:
-    """Rows of a .csv file like those of a .tsv; quoted columns may hold commas and line ends."""
+    """Rows of a .csv file, as of a .tsv; quoted columns may contain commas and line breaks."""
 
     def lines() -> Iterator[tuple[int, list[str]]]:
         reader, begin = csv.reader(line for _, line in read_lines(file, refuse)), 1
@@ -105,7 +105,7 @@ def comma_separated_rows(file: Path, refuse: Refuse = stop_at) -> Iterator[tuple
                 yield begin, columns
                 begin = reader.line_num + 1
         except csv.Error as error:  # such as a column of more than 128 KB
-            raise ConfigError(f"{file}, line {begin} is not CSV ({error}): mend it") from None
+            raise ConfigError(f"{file}, line {begin} is not CSV ({error}): correct it") from None
 
     yield from _named_columns(file, lines(), refuse)
 
@@ -119,38 +119,36 @@ def _named_columns(
         if len(columns) == len(names):
             yield number, dict(zip(names, columns, strict=True))
         else:
-            counts = f"{len(columns)} columns, the header {len(names)}"
-            refuse(ConfigError(f"{file}, line {number} has {counts}: a tab or a line too many?"))
+            counts = f"{len(columns)} columns, but the header has {len(names)}"
+            refuse(ConfigError(f"{file}, line {number} has {counts}: correct the line"))
 
 
-# By the end of a file's name, behind which .gz may stand.
+# Keyed by file extension; .gz may follow it.
 READERS = {".jsonl": json_rows, ".tsv": tab_separated_rows, ".csv": comma_separated_rows}
 
 
 def file_rows(
     paths: Sequence[str], refuse: Refuse = stop_at, kind: str | None = None
 ) -> Iterator[PlacedRow]:
-    """The rows of files: .jsonl, .tsv or .csv, each also as .gz.
+    """Rows of .jsonl, .tsv and .csv files, also compressed as .gz.
 
-    kind: one of these for all files, whatever their names. Raises ConfigError for a missing file
-    and for one of another kind.
+    kind: one of these extensions for all files, whatever their names. Raises ConfigError for a
+    missing file or another extension.
     """
     for file in find_files(paths):
         own = kind or (Path(file.stem).suffix if file.suffix == ".gz" else file.suffix)
-        check(
-            own in READERS, f"{file}: rows come from {', '.join(READERS)}, not from {own or 'that'}"
-        )
+        check(own in READERS, f"{file}: extension {own!r} is not one of {', '.join(READERS)}")
         for number, row in READERS[own](file, refuse):
             yield f"{file.name}:{number}", f"{file}, line {number}", row
 
 
 def one_line(error: BaseException) -> str:
-    """What the error of a library says, or its type if it says nothing."""
+    """A library's error message on one line, or the error's type if the message is empty."""
     return " ".join(str(error).split())[:600] or type(error).__name__
 
 
 def read_json(file: Path, error_type: type[ValueError]) -> dict[str, Any]:
-    """The object in a JSON file; raises an error of this type for anything else."""
+    """The object in a JSON file; raises `error_type` for anything else."""
     try:
         raw = json.loads(file.read_bytes())
     except (ValueError, RecursionError) as error:
@@ -161,10 +159,10 @@ def read_json(file: Path, error_type: type[ValueError]) -> dict[str, Any]:
 
 
 def open_gguf(file: Path, error_type: type[ValueError]) -> Any:
-    """The gguf package's reader of a file.
+    """The gguf package's reader for a file.
 
-    Raises an error of this type where the package is not installed, and for anything but a whole
-    little-endian file of version 2 or 3.
+    Raises `error_type` if the package is not installed. Also raises it unless the file is a
+    complete little-endian GGUF of version 2 or 3.
     """
     try:
         import gguf
@@ -174,13 +172,13 @@ def open_gguf(file: Path, error_type: type[ValueError]) -> Any:
         ) from error
 
     class Reader(gguf.GGUFReader):
-        """Slices beyond the end of a file are short, not errors; a huge count would loop."""
+        """Raises at slices past the file's end: gguf shortens them, and loops on huge counts."""
 
         def _get(self, offset, dtype, count=1, override_order=None):
             values = super()._get(offset, dtype, count, override_order)
             if len(values) != count:
                 size = int(count) * np.dtype(dtype).itemsize
-                raise ValueError(f"{size} bytes at {offset} are not in its {len(self.data)}")
+                raise ValueError(f"{size} bytes at {offset} exceed its {len(self.data)} bytes")
             return values
 
     try:
@@ -190,20 +188,20 @@ def open_gguf(file: Path, error_type: type[ValueError]) -> Any:
     except Exception as error:
         problem = f"{type(error).__name__}: {one_line(error)}"
         raise error_type(
-            f"{file}: not a whole GGUF file ({problem}): damaged or cut short, download it again"
+            f"{file}: not a complete GGUF file ({problem}): damaged or cut off, download it again"
         ) from error
     if reader.byte_order == "S":
-        raise error_type(f"{file}: is a big-endian GGUF; only little-endian ones are read")
+        raise error_type(f"{file}: is a big-endian GGUF: use a little-endian one")
     return reader
 
 
 def write_json(file: Path, content: Mapping[str, Any]) -> None:
-    """Writes the file whole: indented, with a newline at the end."""
+    """Writes a JSON file atomically: indented, with a newline at the end."""
     write_whole(file, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
 
 
 def write_whole(file: Path, content: bytes) -> None:
-    """Writes a file under another name first, and then renames it."""
+    """Writes a file atomically: under a temporary name first, then renamed."""
     partial = _partial(file)
     try:
         partial.write_bytes(content)
@@ -214,9 +212,9 @@ def write_whole(file: Path, content: bytes) -> None:
 
 @contextmanager
 def whole_directory(directory: Path) -> Iterator[Path]:
-    """A directory to write into, which takes the given name when the block has ended well.
+    """Yields a directory to write into, and renames it to `directory` if the block succeeds.
 
-    One that another process has finished by then stays.
+    If another process has created `directory` by then, that one stays.
     """
     partial = _partial(directory)
     partial.mkdir()

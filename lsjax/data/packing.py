@@ -1,10 +1,10 @@
-"""Documents of any length to rows of one length.
+"""Packs documents of any length into rows of equal length.
 
                  row 0                     row 1                      row 2
     split        a a a a b b b b | b b c c c c c d | d d . . . . . .    all rows full but the last
-    first-fit    a a a a d d d . | b b b b b b . . | c c c c c . . .    documents stay whole
+    first-fit    a a a a d d d . | b b b b b b . . | c c c c c . . .    documents stay intact
 
-A row is a list of pieces, each a stretch of one document. Nothing is copied until a row is read.
+A row is a list of pieces; a piece is a contiguous span of one document. Reading a row copies it.
 """
 
 import hashlib
@@ -18,17 +18,17 @@ from jaxtyping import Int32, Int64
 from lsjax.config import DataConfig, check
 from lsjax.data.token_store import TokenStore
 
-OPEN_ROWS = 1024  # rows, the newest, that first-fit still looks at
+OPEN_ROWS = 1024  # number of newest rows that first-fit searches
 
 
 class PackedBatch(TypedDict):
     """Rows of one host, [B, T] each; a plain dict of numpy arrays.
 
     tokens_BT: ids; 0 in padding.
-    labels_BT: the token that follows in the document, also where that is in the next row. -1 in
-      prompts (finetuning), at a document's last token, in padding.
+    labels_BT: the document's next token, even if it falls in the next row. -1 in prompts
+      (finetuning), at a document's last token, and in padding.
     segments_BT: number of the document within the row, from 1; 0 in padding.
-    positions_BT: position within the piece of the document, from 0; 0 in padding.
+    positions_BT: position within the piece, from 0; 0 in padding.
     """
 
     tokens_BT: Int32[np.ndarray, "B T"]
@@ -39,11 +39,11 @@ class PackedBatch(TypedDict):
 
 @dataclass(frozen=True, eq=False)
 class PackedRows:
-    """Rows of seq_len tokens: row r is the pieces first_R1[r] to first_R1[r + 1].
+    """Rows of seq_len tokens: row r has the pieces first_R1[r] .. first_R1[r + 1] - 1.
 
-    start_P, length_P: the piece's place in store.tokens. document_P: its document.
-    num_documents, num_truncated, num_dropped: documents in the rows, those of them that lost their
-    end, and those left out. num_shared: validation documents left out as training has them too.
+    start_P, length_P: span of each piece in store.tokens. document_P: its document.
+    num_documents, num_truncated, num_dropped: documents in the rows, those of them that were
+    truncated, and dropped. num_shared: validation documents also in training, left out.
     """
 
     store: TokenStore
@@ -63,28 +63,28 @@ class PackedRows:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens in all rows, padding left out."""
+        """Tokens in all rows, without padding."""
         return int(self.length_P.sum())
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hash (hex) of what the rows hold."""
+        """Hash (hex) of the rows' contents."""
         whole = hashlib.sha256(f"{self.store.fingerprint} {self.train_on_prompt}".encode())
         for numbers in (self.first_R1, self.start_P, self.length_P):
             whole.update(np.ascontiguousarray(numbers, np.int64).data)
         return whole.hexdigest()[:16]
 
     def describe(self) -> str:
-        """One line: documents, tokens, rows, how full they are, and what was lost."""
+        """One line: documents, tokens, rows, share that is filled, and documents lost."""
         full = self.num_tokens / (len(self) * self.seq_len)
         text = f"{self.num_documents:,} documents, {self.num_tokens:,} tokens, "
         text += f"{len(self):,} rows of {self.seq_len:,}, {full:.1%} full"
-        reasons = "truncated", "dropped", "left out that training has too"
+        reasons = "truncated", "dropped", "also in training, left out"
         lost = zip((self.num_truncated, self.num_dropped, self.num_shared), reasons, strict=True)
         return text + "".join(f", {number:,} {why}" for number, why in lost if number)
 
     def read(self, rows: np.ndarray) -> PackedBatch:
-        """The rows of these numbers, as int32; a number of -1 is a row of padding."""
+        """Reads rows by number, as int32; number -1 is a row of padding."""
         shape = (len(rows), self.seq_len)
         tokens, segments, positions = (np.zeros(shape, np.int32) for _ in range(3))
         labels = np.full(shape, -1, np.int32)
@@ -100,7 +100,7 @@ class PackedRows:
                 tokens[b, at:to] = source[start : start + length]
                 segments[b, at:to] = number
                 positions[b, at:to] = np.arange(length)
-                # Labels are the tokens after the piece's own, from the response's first on.
+                # Labels are the following tokens, starting at the response's first token.
                 prompt = 0 if self.train_on_prompt else int(self.store.prompts_N[document])
                 first = max(start + 1, int(starts[document]) + prompt)
                 last = min(start + length + 1, int(starts[document + 1]))
@@ -115,11 +115,11 @@ class PackedRows:
 def pack(
     store: TokenStore, documents_M: Int64[np.ndarray, "M"], seq_len: int, config: DataConfig
 ) -> PackedRows:
-    """Rows of these documents of the store, in this order; those that lose all labels are dropped.
+    """Packs these documents in this order; drops those without labels or truncated to a prompt.
 
-    Raises ConfigError where no row is left.
+    Raises ConfigError if no row is left.
     """
-    check(seq_len >= 2, f"seq_len {seq_len} must be at least 2: a token and the one that follows")
+    check(seq_len >= 2, f"seq_len {seq_len} must be at least 2: a token and its label")
     lengths_M = store.lengths_N[documents_M]
     truncated = dropped = 0
     if config.long_documents == "split":
@@ -137,7 +137,7 @@ def pack(
         row_P = first_fit(length_P, seq_len) if config.packing else np.arange(len(which_P))
     check(
         len(row_P) > 0,
-        f"no document fits a row of {seq_len} tokens ({dropped} are dropped): raise seq_len",
+        f"no document fits a row of {seq_len} tokens ({dropped} dropped): raise seq_len",
     )
     order = np.argsort(row_P, kind="stable")
     document_P = documents_M[which_P[order]]
@@ -158,9 +158,9 @@ def pack(
 def split(
     lengths_M: Int64[np.ndarray, "M"], seq_len: int, packing: bool
 ) -> tuple[Int64[np.ndarray, "P"], ...]:
-    """Pieces of documents laid end to end, or each from the start of a row, cut at ends of rows.
+    """Cuts documents at row ends. They are laid end to end, or each starts a row.
 
-    Returns each piece's document (an index into lengths_M), its offset in it, length and row.
+    Returns each piece's document (an index into lengths_M), offset in it, length and row.
     """
     room_M = lengths_M if packing else -(-lengths_M // seq_len) * seq_len
     ends_M = np.cumsum(room_M)
@@ -174,9 +174,9 @@ def split(
 
 
 def first_fit(lengths_P: Int64[np.ndarray, "P"], seq_len: int) -> Int64[np.ndarray, "P"]:
-    """Row of each document: the first of the newest OPEN_ROWS that has room, else a new one."""
+    """Row of each document: the first of the newest OPEN_ROWS with room, else a new one."""
     row_P = np.empty(len(lengths_P), np.int64)
-    room = np.zeros(len(lengths_P), np.int64)  # of each row, as many as there may be
+    room = np.zeros(len(lengths_P), np.int64)  # free space; one row per document at most
     rows = 0
     for number, length in enumerate(lengths_P):
         low = max(0, rows - OPEN_ROWS)

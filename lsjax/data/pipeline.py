@@ -1,7 +1,7 @@
-"""One stream of rows, shuffled anew each epoch, of which each host reads its own.
+"""One stream of rows, reshuffled each epoch; each host reads its own part.
 
-The stream is a function of the data and the seed. Neither the batch size nor the number of hosts
-changes its order, and it continues across epochs. So its state is the number of rows taken.
+The stream depends only on the data and the seed. Batch size and number of hosts do not change its
+order. It continues across epochs, so its state is the number of rows taken.
 
         the stream:       r0 r1 r2 r3 | r4 r5 r6 r7 | ...      batches of 4
         a host's [0, 1]:  r0 r1       | r4 r5       | ...
@@ -27,10 +27,10 @@ PREFETCH = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
 
 
 class Pipeline:
-    """Batches without end, for one host.
+    """Endless batches for one host.
 
-    batch_size: rows of all hosts together. seed: of the order, 0 <= seed < 2^32. own_B: numbers of
-    this host's rows in each batch; all by default.
+    batch_size: rows of all hosts together. seed: sets the order, 0 <= seed < 2^32. own_B: numbers
+    of this host's rows in each batch; all by default.
     """
 
     def __init__(
@@ -43,13 +43,13 @@ class Pipeline:
         self._start()
 
     def next(self) -> PackedBatch:
-        """The next rows of this host, [rows of its own, T]."""
+        """The next rows of this host, [own rows, T]."""
         batch = next(self._batches)
         self._taken += self._batch_size
         return batch
 
     def state(self) -> dict:
-        """Where the stream is, for JSON; the same on all hosts after the same number of batches."""
+        """Position in the stream, for JSON; equal on all hosts after equally many batches."""
         return {
             "rows_taken": self._taken,
             "seed": self._seed,
@@ -59,9 +59,9 @@ class Pipeline:
         }
 
     def restore(self, state: dict) -> None:
-        """Resumes with the row after the last one that was taken.
+        """Resumes after the last row that was taken.
 
-        Raises ConfigError, with what differs, if the stream is another one.
+        Raises ConfigError, which lists the differences, if the stream is another one.
         """
         own = self.state()
         names = {"num_rows": "rows", "data": "fingerprint"}
@@ -86,10 +86,10 @@ class Pipeline:
 
 
 class OnePass:
-    """Every row of a split once, in a fixed order, for one host, as often as it is iterated.
+    """Every row of a split once, in a fixed order, for one host; can be iterated repeatedly.
 
-    With max_batches fewer rows, evenly spaced: the first rows may all be of one long document. The
-    last batch is filled up with padding (segments 0, labels -1).
+    max_batches takes evenly spaced rows, because the first ones may all be of one long document.
+    The last batch is padded (segments 0, labels -1).
     """
 
     def __init__(
@@ -123,12 +123,12 @@ class OnePass:
 def packed_rows(
     config: DataConfig, tokenizer: Tokenizer, *, seq_len: int, split: str, cache: Path
 ) -> PackedRows:
-    """The packed rows of a split, "train" or "validation", which share no document.
+    """Packed rows of a split, "train" or "validation"; the splits share no document.
 
-    Tokens are kept in `cache`. A separate validation set is left without the documents that are
-    also in the training data.
+    Tokens are cached in `cache`. A separate validation set loses the documents that are also in
+    the training data.
 
-    Raises ConfigError for missing or unreadable data, and for a split without documents.
+    Raises ConfigError for missing or unreadable data, or a split without documents.
     """
     store = token_store(config, tokenizer, cache=cache)
     own_set = config.has_validation_set
@@ -139,10 +139,10 @@ def packed_rows(
     else:
         chosen_N = is_held_out(store.keys_N, config.held_out_fraction) == (split == "validation")
     size = "small" if split == "validation" else "large"
-    reason = "all of them are in the training data too"
+    reason = "all are in the training data too, so choose another validation set"
     if not own_set:
         reason = f"validation_fraction {config.validation_fraction} is too {size}"
-    check(bool(chosen_N.any()), f"of {len(chosen_N)} documents none is for {split}: {reason}")
+    check(bool(chosen_N.any()), f"none of {len(chosen_N)} documents is for {split}: {reason}")
     rows = pack(store, by_key(store.keys_N, chosen_N), seq_len, config)
     return replace(rows, num_shared=int((~chosen_N).sum()) if own_set else 0)
 
@@ -150,6 +150,6 @@ def packed_rows(
 def by_key(
     keys_N: UInt64[np.ndarray, "N"], chosen_N: Bool[np.ndarray, "N"]
 ) -> Int64[np.ndarray, "M"]:
-    """Numbers of the chosen documents, in the order of their keys, which is as good as random."""
+    """Numbers of the chosen documents, in the order of their keys, which is effectively random."""
     numbers = np.flatnonzero(chosen_N)
     return numbers[np.argsort(keys_N[numbers], kind="stable")]

@@ -1,7 +1,7 @@
-"""Documents in one order, and their sources: text files, rows of files, TFDS, Python's own source.
+"""Ordered documents and their sources: text files, rows of files, TFDS, Python's own source.
 
-TFDS works without TensorFlow. It downloads most text data sets when they are first named, and says
-which files to get by hand for the others. It reads one that was prepared elsewhere as well.
+TFDS works without TensorFlow. It downloads most text data sets on first use, and names the files to
+get by hand for the others. It also reads data sets that were prepared elsewhere.
 """
 
 import hashlib
@@ -24,35 +24,35 @@ import numpy as np
 from lsjax.config import ConfigError, DataConfig, check
 from lsjax.data.files import Fields, file_rows, find_files, one_line, read_lines
 
-# Tests are repetitive; packages are whatever was installed; the rest belongs to one machine.
+# Tests are repetitive, installed packages vary, and the rest is specific to one machine.
 LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 OF_ONE_MACHINE = ("_sysconfigdata", "sitecustomize", "usercustomize")
-# Where TFDS keeps classes that it does not find by itself without TensorFlow.
+# Packages of TFDS whose classes it does not find without TensorFlow.
 TFDS_PACKAGES = ("text", "summarization", "question_answering", "translate")
 
 
 @dataclass(frozen=True)
 class Document:
-    """A text, or a response with the prompt before it."""
+    """A text, or a response and its prompt."""
 
     text: str
     prompt: str = ""
 
     @property
     def key(self) -> int:
-        """64 bits of a hash of the prompt, or of a text without one: equal texts have equal keys,
-        and so have all responses to one prompt."""
+        """64-bit hash of the prompt, or of a text without one. Equal texts have equal keys, and so
+        do all responses to one prompt."""
         content = (self.prompt or self.text).encode()
         return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
 
 
 @dataclass(frozen=True)
 class Source:
-    """Documents in one order, the same on every machine that has the same files.
+    """Documents in a fixed order, the same on every machine with the same files.
 
-    name: its name in messages. files: the files behind it. read: yields the documents, and raises
-    ConfigError with file and line where it can't. part: of the files, if not all are read. limit:
-    number of documents.
+    name: its name in messages. files: the files it reads. read: yields the documents, and raises
+    ConfigError with file and line if it cannot. part: names the part of the files, if not all are
+    read. limit: maximum number of documents.
     """
 
     name: str
@@ -62,11 +62,11 @@ class Source:
     limit: int | None = None
 
     def documents(self) -> Iterator[Document]:
-        """The first documents whose text is not blank."""
+        """The first `limit` documents whose text is not blank."""
         return islice((one for one in self.read() if one.text.strip()), self.limit)
 
     def fingerprint(self) -> str:
-        """Hash (hex) of the contents of the files in their order, but not of their names."""
+        """Hash (hex) of the files' contents, in order; ignores file names."""
         whole = hashlib.sha256(self.part.encode())
         for path in self.files:
             with path.open("rb") as file:
@@ -77,7 +77,7 @@ class Source:
 def document_source(config: DataConfig, *, validation: bool = False) -> Source:
     """The source of a configuration, or its separate validation set.
 
-    Raises ConfigError where files are missing.
+    Raises ConfigError if files are missing.
     """
     paths = config.validation_paths if validation else config.paths
     match config.source:
@@ -109,18 +109,18 @@ def _row_source(
 
 
 def python_source() -> Source:
-    """Text that every machine has: the standard library of the Python that runs this.
+    """Text that every machine has: the standard library of the running Python.
 
-    Each module is a document, in the order of their paths; bytes that are not UTF-8 are replaced.
+    Each module is a document, in order of paths. Bytes that are not UTF-8 are replaced.
     """
     root, found = Path(sysconfig.get_path("stdlib")), []
     for folder, folders, names in os.walk(root):
-        folders[:] = [name for name in folders if name not in LEFT_OUT]  # not walked into
+        folders[:] = [name for name in folders if name not in LEFT_OUT]  # prunes the walk
         own = (name for name in names if not name.startswith(OF_ONE_MACHINE))
         found += [Path(folder, name) for name in own if name.endswith(".py")]
     check(
         bool(found),
-        f"{root} has no .py files: this Python comes without its source, choose --data.source",
+        f"{root} has no .py files: this Python lacks its source, set another --data.source",
     )
     files = sorted(found, key=Path.as_posix)
 
@@ -131,10 +131,10 @@ def python_source() -> Source:
 
 
 def text_files(paths: Sequence[str], separator: str) -> Source:
-    """Documents of plain text; separators are no part of them.
+    """Documents of plain text, without separators.
 
-    separator: "file" makes each file a document, "blank_line" ends one at each run of blank lines;
-      anything else is a marker that stands between documents.
+    separator: "file" makes each file a document. "blank_line" splits at each run of blank lines.
+      Any other string is a marker between documents.
     """
     files = find_files(paths)
 
@@ -156,15 +156,15 @@ def text_files(paths: Sequence[str], separator: str) -> Source:
 def tfds_split(
     name: str, split: str, data_dir: str = ""
 ) -> tuple[str, list[Path], Callable[[], Iterator[tuple[str, Fields]]]]:
-    """A split, or a part of one, of a TensorFlow data set; downloaded if it has to be.
+    """A split of a TensorFlow data set, or part of one; downloaded if needed.
 
-    Returns its name in messages, its files, and a function that yields the place and the fields of
+    Returns its name for messages, its files, and a function that yields the place and the fields of
     each row. Texts are bytes.
 
-    Raises ConfigError for an unknown name or split, for files that are to be fetched by hand, for a
-    failed download, and for a data set that was prepared in another format.
+    Raises ConfigError for an unknown name or split, or a failed download. Also raises it for files
+    to fetch by hand, or a data set that was prepared in another format.
     """
-    import tensorflow_datasets as tfds  # here, because it takes a second
+    import tensorflow_datasets as tfds  # slow to import
 
     builder = tfds_builder(name, data_dir=data_dir or None)
     if not builder.is_prepared():
@@ -172,16 +172,16 @@ def tfds_split(
         settings = tfds.download.DownloadConfig(try_download_gcs=False)
         try:
             builder.download_and_prepare(download_config=settings)
-        except Exception as error:  # of the network, the disk or the data set; files to get by hand
+        except Exception as error:  # network, disk, data set, or files to get by hand
             raise ConfigError(
-                f"{name} could not be prepared ({one_line(error)}): mend that, or prepare it "
+                f"{name} could not be prepared ({one_line(error)}): fix that, or prepare it "
                 f"elsewhere with file_format='array_record' and copy it to {builder.data_path}"
             ) from error
     written = builder.info.file_format.value
     check(
         written == "array_record",
         f"{builder.data_path} was prepared as {written}, which only TensorFlow reads: prepare "
-        'it again with file_format="array_record" (another tfds_data_dir, or remove it)',
+        'it again with file_format="array_record" in another tfds_data_dir',
     )
     try:
         source = builder.as_data_source(split=split)
@@ -196,7 +196,7 @@ def tfds_split(
 
 
 def tfds_builder(name: str, **settings: Any) -> Any:
-    """TFDS's builder of a data set. Raises ConfigError for an unknown one."""
+    """TFDS's builder for a data set. Raises ConfigError if the data set is unknown."""
     import tensorflow_datasets as tfds
     from tensorflow_datasets.core.registered import DatasetNotFoundError
 
@@ -209,32 +209,32 @@ def tfds_builder(name: str, **settings: Any) -> Any:
             return tfds.builder(name, **settings)
         except (DatasetNotFoundError, ModuleNotFoundError):
             continue
-        except Exception as error:  # no such config or version, or what another site says
+        except Exception as error:  # unknown config or version, or an error of another site
             raise ConfigError(f"tfds_name {name!r}: {one_line(error)}") from None
     raise ConfigError(
-        f"TensorFlow Datasets has no {name!r}: check its spelling, name the tfds_data_dir that "
+        f"TensorFlow Datasets has no {name!r}: check the spelling, set the tfds_data_dir that "
         "holds it, or use source jsonl or tsv with its files"
     )
 
 
 def training_documents(config: DataConfig) -> Iterator[Document]:
-    """The documents that are not held out."""
+    """Documents that are not held out."""
     documents, fraction = document_source(config).documents(), config.held_out_fraction
     return (document for document in documents if not is_held_out(document.key, fraction))
 
 
 def is_held_out(key: int | np.ndarray, fraction: float) -> bool | np.ndarray:
-    """Whether documents with these keys are in the share that is kept for validation.
+    """Whether documents with these keys belong to the validation share.
 
-    Neither the order nor the number of the documents matters, and equal ones are on the same side.
+    Order and number of the documents have no effect. Equal documents are on the same side.
     """
     return key < int(fraction * 2**64)
 
 
 def row_document(row: Fields, config: DataConfig, where: str) -> Document:
-    """The document that the templates make of a row.
+    """Builds a document from a row with the templates.
 
-    Raises ConfigError, beginning with `where`, as `fill` does and for an empty prompt.
+    Raises ConfigError, beginning with `where`, as `fill` does, or if the prompt is empty.
     """
     if config.has_prompts:
         prompt = fill(config.prompt_template, row, where)
@@ -244,9 +244,9 @@ def row_document(row: Fields, config: DataConfig, where: str) -> Document:
 
 
 def fill(template: str, row: Fields, where: str) -> str:
-    """The template with each {field} replaced by what the row has under that name.
+    """Replaces each {field} of the template with the row's value of that name.
 
-    Raises ConfigError for a field that is missing, no text or number, or holds half a character.
+    Raises ConfigError if a field is missing, not a text or number, or has a lone surrogate.
     """
     parts = []
     for literal, field, _, _ in string.Formatter().parse(template):
@@ -265,5 +265,5 @@ def fill(template: str, row: Fields, where: str) -> str:
         parts.append(str(value))
     text = "".join(parts)
     half = next((c for c in text if "\ud800" <= c <= "\udfff"), None)
-    check(half is None, f"{where} holds {half!r}, half a character: give valid Unicode")
+    check(half is None, f"{where} contains {half!r}, a lone surrogate: give valid Unicode")
     return text

@@ -1,8 +1,8 @@
-"""The tokens of a source: made once, kept on disk, and read from there without loading them.
+"""Tokens of a source: computed once, cached on disk, and memory-mapped.
 
-A directory of the cache, named by a hash of all that the tokens depend on:
+Each store is a directory of the cache, named by a hash of everything that determines the tokens:
 
-    tokens.bin     the tokens of all documents, one after the other, uint16 or uint32
+    tokens.bin     tokens of all documents, one document after another, uint16 or uint32
     documents.npz  the other arrays of a `TokenStore`, and the fingerprint of all
 """
 
@@ -24,8 +24,8 @@ from lsjax.data.files import whole_directory
 from lsjax.data.sources import Document, Source, document_source
 from lsjax.data.tokenizer import Tokenizer, TokenizerError
 
-FORMAT = 3  # to be raised when other code makes other tokens of the same text, or other files
-# Characters that SentencePiece seldom joins with what follows; its normalizers drop the first.
+FORMAT = 3  # raise it if the code makes other tokens from the same text, or other files
+# SentencePiece rarely joins these with the next character. Its normalizers drop the first.
 MARKS = ("\x01", ".", ":", "0", "\u4e00")
 
 
@@ -33,7 +33,7 @@ MARKS = ("\x01", ".", ":", "0", "\u4e00")
 class TokenStore:
     """Tokens of N documents: document n is tokens[starts_N1[n] : starts_N1[n + 1]].
 
-    tokens: memory-mapped. prompts_N: how many of the tokens are the prompt. keys_N: of `Document`.
+    tokens: memory-mapped. prompts_N: prompt tokens of each document. keys_N: `Document.key`.
     fingerprint: hash (hex) of all four arrays.
     """
 
@@ -52,10 +52,10 @@ class TokenStore:
 def token_store(
     config: DataConfig, tokenizer: Tokenizer, *, cache: Path, validation: bool = False
 ) -> TokenStore:
-    """The tokens of the config's source, or of its separate validation set, by way of the cache.
+    """Tokens of the config's source, or of its separate validation set; cached.
 
-    Raises ConfigError where data are missing or can't be read, where no document is found, and for
-    a tokenizer without the end token that the config asks for.
+    Raises ConfigError if data are missing or unreadable, or if there is no document. Also raises it
+    if the tokenizer lacks the end token that the config requests.
     """
     end = next(iter(tokenizer.eos_ids), tokenizer.vocab_size)
     check(
@@ -66,7 +66,7 @@ def token_store(
     source = document_source(config, validation=validation)
     dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
     directory = cache / "tokens" / _name(config, tokenizer, source)
-    was_there = directory.is_dir()  # then it was whole: directories appear when they are
+    was_there = directory.is_dir()  # then it was complete: directories are renamed into place
     store = _load(directory, dtype)
     if store is None:
         if was_there:
@@ -74,16 +74,16 @@ def token_store(
         with whole_directory(directory) as partial:
             _write(partial, config, tokenizer, source, dtype)
         store = _load(directory, dtype)
-        check(store is not None, f"{directory} can't be read back: is the disk in order?")
+        check(store is not None, f"{directory} cannot be read back: check the disk")
     return store
 
 
 def encode_document(
     document: Document, config: DataConfig, tokenizer: Tokenizer
 ) -> tuple[list[int], int]:
-    """Token ids of a document, and how many of them are its prompt.
+    """Token ids of a document, and the number of prompt tokens.
 
-    A prompt is encoded by itself, as in decoding, and includes a beginning-of-text token.
+    The prompt is encoded separately, as in decoding, and includes a beginning-of-text token.
     """
     special = config.allow_special
     if config.has_prompts:
@@ -95,7 +95,7 @@ def encode_document(
 
 
 def _continuation(text: str, tokenizer: Tokenizer, special: bool) -> list[int]:
-    """Ids of a text that goes on, without the space that SentencePiece puts before a text."""
+    """Ids of a continuation, without the space that SentencePiece puts before a text."""
     if not tokenizer.leading_spaces:
         return tokenizer.encode(text, add_bos=False, allow_special=special)
     for mark in MARKS:
@@ -103,7 +103,7 @@ def _continuation(text: str, tokenizer: Tokenizer, special: bool) -> list[int]:
         ids = tokenizer.encode(mark + text, add_bos=False, allow_special=special)
         if tokenizer.decode(alone) == mark and ids[: len(alone)] == alone:
             return ids[len(alone) :]
-    raise TokenizerError(f"the tokenizer joins {text[:40]!r} with whatever stands before it")
+    raise TokenizerError(f"the tokenizer joins {text[:40]!r} with its prompt: use another one")
 
 
 def _name(config: DataConfig, tokenizer: Tokenizer, source: Source) -> str:
@@ -133,7 +133,7 @@ def _write(
             prompts.append(prompt)
             keys.append(document.key)
             progress.advance(task, len(document.prompt) + len(document.text))
-    check(len(keys) > 0, f"{source.name} holds no text: every document of it is empty")
+    check(len(keys) > 0, f"{source.name} holds no text: every document is empty, check its files")
     for numbers in (starts, prompts, keys):
         digest.update(numbers)
     arrays = {"starts": starts, "prompts": prompts, "keys": keys, "fingerprint": digest.hexdigest()}
@@ -141,7 +141,7 @@ def _write(
 
 
 def _load(directory: Path, dtype: np.dtype) -> TokenStore | None:
-    """The store in a directory; None if it is missing, or not as it was written."""
+    """The store in a directory; None if missing or damaged."""
     try:
         with np.load(directory / "documents.npz") as arrays:
             starts_N1, prompts_N, keys_N = (arrays[k] for k in ("starts", "prompts", "keys"))
@@ -149,5 +149,5 @@ def _load(directory: Path, dtype: np.dtype) -> TokenStore | None:
         tokens = np.memmap(directory / "tokens.bin", dtype, "r", shape=(int(starts_N1[-1]),))
     except (OSError, ValueError, LookupError, EOFError, BadZipFile):
         return None
-    # A plain view of the tokens: slices of a memmap cost several times those of an array.
+    # A plain view of the tokens: slicing a memmap is slower than slicing an array.
     return TokenStore(tokens.view(np.ndarray), starts_N1, prompts_N, keys_N, fingerprint)

@@ -1,6 +1,6 @@
 """One interface for tokenizer.json, SentencePiece, GGUF and plain bytes.
 
-The `sentencepiece` and `tokenizers` libraries encode. Decoding is done here, from one table of
+The `sentencepiece` and `tokenizers` libraries encode. This module decodes, from one table of
 id -> bytes. A text is the bytes of its tokens, so streaming only decodes UTF-8 incrementally.
 """
 
@@ -18,9 +18,9 @@ from pathlib import Path
 
 from lsjax.data.files import read_json, write_json
 
-# Tokenizers with one vocabulary may differ in digits, whitespace, contractions and rare characters.
+# Tokenizers with equal vocabularies may split digits, whitespace or contractions differently.
 PROBE = "Hello  world!\n\n\tdef f(x):\n        return 12345 + 6.78  # it's\r\n ¿Qué? 你好 ﬁ 🙂👍🏽 "
-MOST_EXTRA = 64  # tokens of a tokenizer that may lack a row in the model's table
+MOST_EXTRA = 64  # maximum number of tokens without a row in the model's table
 
 
 class TokenizerError(ValueError):
@@ -31,13 +31,13 @@ class Tokenizer(ABC):
     """Text to token ids and back.
 
     Attributes:
-      vocab_size: largest id + 1; fewer if the model's table has fewer rows (`fitted`).
+      vocab_size: largest id + 1, or the rows of the model's table if fewer (`fitted`).
       bos_id: id of the beginning-of-text token.
       eos_ids: ids that end a generated text, the tokenizer's own first.
       add_bos: whether `encode` puts `bos_id` first unless told otherwise.
       chat_template: jinja2 source.
       special_spelling: spelling of each special token by its id.
-      leading_spaces: how many leading spaces `decode` drops, at most one of each token, as
+      leading_spaces: number of leading spaces that `decode` drops, at most one per token.
         SentencePiece puts one before a text.
     """
 
@@ -48,14 +48,14 @@ class Tokenizer(ABC):
     chat_template: str | None
     special_spelling: dict[int, str]
     leading_spaces: float = 0
-    _pieces: dict[int, bytes]  # what a token adds to a text; nothing for special tokens
+    _pieces: dict[int, bytes]  # bytes that a token adds to a text; empty for special tokens
 
     @abstractmethod
     def _encode(self, text: str, allow_special: bool) -> list[int]: ...
 
     @abstractmethod
     def _save_model(self, directory: Path) -> str:
-        """Writes the vocabulary; returns the name of the class with which transformers reads it."""
+        """Writes the vocabulary; returns the name of the transformers class that reads it."""
 
     def encode(
         self, text: str, *, add_bos: bool | None = None, allow_special: bool = True
@@ -64,14 +64,14 @@ class Tokenizer(ABC):
 
         Args:
           text: any valid Unicode.
-          add_bos: put `bos_id` first; None does what the tokenizer's files say (`self.add_bos`).
-            A text made by a chat template has its own: pass False.
+          add_bos: put `bos_id` first; None follows the tokenizer's files (`self.add_bos`).
+            Chat templates add their own: pass False.
           allow_special: True reads the spelling of a special token ("</s>", "<|eot_id|>") as that
             token, as transformers does. False keeps it plain text, for untrusted and training text.
-            Tokens that were added but not declared special are always read.
+            Added tokens that are not special are always read.
 
-        Raises TokenizerError for lone surrogates, for a token without a row in the model's table,
-        and where there is no `bos_id` to add.
+        Raises TokenizerError for lone surrogates, a token without a row in the model's table, or a
+        missing `bos_id`.
         """
         try:
             text.encode()
@@ -95,38 +95,38 @@ class Tokenizer(ABC):
         return ids
 
     def fitted(self, rows: int) -> Tokenizer:
-        """This tokenizer for a model whose table has so many rows.
+        """This tokenizer for a model whose table has this many rows.
 
-        At most MOST_EXTRA tokens may be without a row, such as a <pad> that was added. `encode`
-        then refuses a text that contains one. Raises TokenizerError for more of them.
+        At most MOST_EXTRA tokens may lack a row, such as an added <pad>. `encode` then rejects a
+        text that contains one. Raises TokenizerError if more tokens lack a row.
         """
         if self.vocab_size <= rows:
             return self
         if self.vocab_size > rows + MOST_EXTRA:
             raise TokenizerError(
-                f"the tokenizer has {self.vocab_size} tokens, but the model's table {rows} rows: "
-                "give the model's own tokenizer"
+                f"the tokenizer has {self.vocab_size} tokens, but the model's table has {rows} "
+                "rows: use the model's own tokenizer"
             )
         smaller = copy.copy(self)
         smaller.vocab_size = rows
         return smaller
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
-        """Text of a whole sequence; bytes that are no UTF-8 become U+FFFD.
+        """Text of a complete sequence; bytes that are not UTF-8 become U+FFFD.
 
-        Special tokens are spelled if `skip_special` is False. Ids without a token add nothing.
+        Special tokens are spelled out if `skip_special` is False. Unknown ids add nothing.
         """
         stream = StreamDecoder(self, (), skip_special=skip_special)
         return stream.push(ids) + stream.finish()
 
     def token_bytes(self, token_id: int, *, skip_special: bool = True) -> bytes:
-        """What one token adds to a text that has begun: UTF-8, maybe a part of a character."""
+        """UTF-8 bytes that a token adds inside a text; may be only part of a character."""
         if not skip_special and token_id in self.special_spelling:
             return self.special_spelling[token_id].encode()
         return self._pieces.get(token_id, b"")
 
     def save(self, directory: str | Path) -> None:
-        """Writes files from which `load_tokenizer` and transformers' AutoTokenizer read it."""
+        """Writes files that `load_tokenizer` and transformers' AutoTokenizer read."""
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         config = {
@@ -139,7 +139,7 @@ class Tokenizer(ABC):
         if self.chat_template is not None:
             config["chat_template"] = self.chat_template
         write_json(directory / "tokenizer_config.json", config)
-        if len(self.eos_ids) > 1:  # tokenizer_config.json has room for one only
+        if len(self.eos_ids) > 1:  # tokenizer_config.json holds only one
             file = directory / "generation_config.json"
             generation = read_json(file, TokenizerError) if file.exists() else {}
             write_json(file, generation | {"eos_token_id": list(self.eos_ids)})
@@ -159,7 +159,7 @@ class Tokenizer(ABC):
     def fingerprint(self) -> str:
         """SHA-256 (hex) of the bytes of all tokens and of the ids of a fixed text.
 
-        The kind of file, bos, eos and the chat template are no part of it.
+        It ignores the file type, bos, eos and the chat template.
         """
         digest = hashlib.sha256()
         for token_id in sorted(self._pieces):
@@ -170,13 +170,13 @@ class Tokenizer(ABC):
 
 
 class StreamDecoder:
-    """Text of tokens as they come, never a part of a character.
+    """Decodes tokens as they arrive, and returns only complete characters.
 
-    All `push`es and `finish` together give the text that the new tokens add behind the prompt.
+    All `push`es and `finish` together return the text that the new tokens add after the prompt.
 
-    prompt_ids: what goes before. None is some text, behind which a leading space is text. () is the
-    start of a text, where SentencePiece drops its own leading space. A character that the prompt
-    leaves unfinished is given with the token that completes it.
+    prompt_ids: tokens before the new ones. None stands for some text, after which leading spaces
+    are kept. () is the start of a text, where SentencePiece drops its own leading space. The token
+    that completes a character returns all of it, even if the prompt began it.
     """
 
     def __init__(
@@ -193,12 +193,12 @@ class StreamDecoder:
             self.push(prompt_ids)
 
     def push(self, ids: Iterable[int]) -> str:
-        """The text that `ids` complete."""
+        """Text that `ids` complete."""
         text = ""
         for token_id in map(int, ids):
             piece = self._tokenizer.token_bytes(token_id, skip_special=self._skip_special)
             if piece and self._leading_spaces:
-                # a special token keeps it: SentencePiece writes unknown as " ⁇ "
+                # Special tokens keep it: SentencePiece writes unknown as " ⁇ ".
                 if token_id not in self._tokenizer.special_spelling:
                     piece = piece.removeprefix(b" ")
                 self._leading_spaces = 0 if piece else self._leading_spaces - 1
@@ -206,5 +206,5 @@ class StreamDecoder:
         return text
 
     def finish(self) -> str:
-        """What is held back: U+FFFD for an unfinished character, else nothing."""
+        """Remaining text: U+FFFD for an incomplete character, else empty."""
         return self._utf8.decode(b"", final=True)

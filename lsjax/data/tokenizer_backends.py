@@ -1,4 +1,4 @@
-"""The libraries that encode: `tokenizers` (also of plain bytes) and `sentencepiece`."""
+"""Tokenizers of the encoding libraries: `tokenizers` (also for plain bytes) and `sentencepiece`."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ LLAMA3_SPLIT = (
 
 
 class HuggingFaceTokenizer(Tokenizer):
-    """A `tokenizers` pipeline (a tokenizer.json), with the decoder of Llama 3 or of Llama 2.
+    """A `tokenizers` pipeline (a tokenizer.json), with the decoder of Llama 3 or Llama 2.
 
-    backend: its truncation and padding are switched off. add_bos: by default what its
-    post-processor does. The others are as in `Tokenizer`.
+    backend: the pipeline; its truncation and padding are disabled. add_bos: by default, what the
+    post-processor does. Other arguments are as in `Tokenizer`.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class HuggingFaceTokenizer(Tokenizer):
         vocab = backend.get_vocab(with_added_tokens=True)
         self.vocab_size = 1 + max(vocab.values(), default=-1)
         if not 0 < self.vocab_size <= MAX_TOKEN_ID:
-            raise TokenizerError(f"the largest token id is {self.vocab_size - 1}: a damaged file")
+            raise TokenizerError(f"largest token id {self.vocab_size - 1}: get an undamaged file")
         piece_bytes, self.leading_spaces = _piece_decoder(backend)
         self._pieces = {i: piece_bytes(token) for token, i in vocab.items()}
         self._pieces |= {i: token.content.encode() for i, token in added.items()}
@@ -60,7 +60,7 @@ class HuggingFaceTokenizer(Tokenizer):
 
     @cached_property
     def _plain(self) -> tokenizers.Tokenizer:
-        # A second pipeline, since the switch is a state of the whole object (threads).
+        # A second pipeline: the switch belongs to the whole object, which threads may share.
         backend = tokenizers.Tokenizer.from_str(self._backend.to_str())
         backend.encode_special_tokens = True
         return backend
@@ -75,7 +75,7 @@ class HuggingFaceTokenizer(Tokenizer):
 
 
 class ByteTokenizer(HuggingFaceTokenizer):
-    """Bytes of UTF-8 as ids 0..255, `<s>` 256, `</s>` 257: for tests and tiny models."""
+    """UTF-8 bytes as ids 0..255, `<s>` 256, `</s>` 257: for tests and tiny models."""
 
     def __init__(self, *, add_bos: bool = True, chat_template: str | None = None):
         words = pre_tokenizers.ByteLevel(False, use_regex=False)
@@ -89,9 +89,9 @@ class ByteTokenizer(HuggingFaceTokenizer):
 class SentencePieceTokenizer(Tokenizer):
     """A SentencePiece model, run by the sentencepiece library.
 
-    Decoding equals the library's, but a broken character is one U+FFFD, there one for each byte.
+    Decoding equals the library's, except that a broken character is one U+FFFD, not one per byte.
 
-    model: the content of a tokenizer.model. add_bos: holds where the model has such a token.
+    model: content of a tokenizer.model. add_bos: has no effect if the model lacks the token.
     eos_ids: the model's own by default.
     """
 
@@ -122,7 +122,7 @@ class SentencePieceTokenizer(Tokenizer):
                 self._pieces[i] = processor.decode([i]).encode()
             elif processor.is_byte(i):
                 self._pieces[i] = bytes.fromhex(piece[3:5])
-        # The rule for leading spaces stands in the normalizer's settings: ask the decoder instead.
+        # The normalizer's settings hide the rule for leading spaces, so test the decoder.
         space = processor.piece_to_id("▁")
         if processor.id_to_piece(space) == "▁":
             self.leading_spaces = (float("inf"), 1, 0)[len(processor.decode([space, space]))]
@@ -140,11 +140,11 @@ class SentencePieceTokenizer(Tokenizer):
 
     def piece_id(self, piece: str) -> int | None:
         """Id of a token by its spelling; None if there is no such token."""
-        found = self._processor.piece_to_id(piece)  # the unknown token's where there is none
+        found = self._processor.piece_to_id(piece)  # the unknown token's id if there is none
         return found if self._processor.id_to_piece(found) == piece else None
 
     def _save_model(self, directory: Path) -> str:
-        """Writes tokenizer.model, and tokenizer.json for transformers where `_as_bpe` makes one."""
+        """Writes tokenizer.model, and tokenizer.json for transformers if `_as_bpe` makes one."""
         (directory / "tokenizer.model").write_bytes(self._model)
         backend = self._as_bpe()
         if backend is None:
@@ -153,9 +153,9 @@ class SentencePieceTokenizer(Tokenizer):
         return "PreTrainedTokenizerFast"
 
     def _as_bpe(self) -> tokenizers.Tokenizer | None:
-        """A BPE of the `tokenizers` library with the same merges, equal but for rare ties.
+        """A BPE of the `tokenizers` library with the same merges; equal except for rare ties.
 
-        None where it differs on a test text: unigram and normalizing models, user-defined pieces.
+        None if a test text differs: for unigram or normalizing models, or user-defined pieces.
         """
         processor, ids = self._processor, range(self.vocab_size)
         names = processor.id_to_piece(list(ids))
@@ -165,7 +165,7 @@ class SentencePieceTokenizer(Tokenizer):
             {i for i in ids if processor.is_unused(i)} | bytes_ | self.special_spelling.keys()
         )
         normal = {piece: i for piece, i in vocab.items() if i not in left_out}
-        merges = []  # every way to make a piece of two, by the score of the piece
+        merges = []  # every split of a piece into two pieces, ordered by the piece's score
         for piece in sorted(normal, key=lambda p: (-processor.get_score(normal[p]), normal[p])):
             pairs = ((piece[:i], piece[i:]) for i in range(1, len(piece)))
             known = [pair for pair in pairs if pair[0] in normal and pair[1] in normal]
@@ -193,7 +193,7 @@ class SentencePieceTokenizer(Tokenizer):
 
 
 def llama3_words() -> pre_tokenizers.PreTokenizer:
-    """Llama 3's split of a text into words, spelled as bytes."""
+    """Llama 3's pre-tokenizer: splits a text into words, spelled as bytes."""
     split = pre_tokenizers.Split(Regex(LLAMA3_SPLIT), "isolated")
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     return pre_tokenizers.Sequence([split, byte_level])
@@ -206,7 +206,7 @@ def byte_level_bpe(
     *,
     whole_words: bool = False,
 ) -> tokenizers.Tokenizer:
-    """A BPE over bytes; with `whole_words` a word that is a token is taken without merging."""
+    """A BPE over bytes. With `whole_words`, a word that is a token is used without merging."""
     backend = tokenizers.Tokenizer(models.BPE(vocab, merges, ignore_merges=whole_words))
     backend.pre_tokenizer = pre_tokenizer
     backend.decoder = decoders.ByteLevel()
@@ -214,19 +214,19 @@ def byte_level_bpe(
 
 
 def bytes_by_character() -> dict[str, int]:
-    """GPT-2's spelling of bytes: printable ones as themselves, the others from U+0100 on."""
+    """GPT-2's spelling of bytes: printable ones as themselves, the others from U+0100."""
     printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
     others = (byte for byte in range(256) if byte not in printable)
     return {chr(b): b for b in printable} | {chr(256 + n): b for n, b in enumerate(others)}
 
 
 def added_token(token: str, *, special: bool = True) -> AddedToken:
-    """A token that is read wherever its spelling stands in a text."""
+    """A token that is recognised wherever its spelling occurs in a text."""
     return AddedToken(token, special=special, normalized=False)
 
 
 def set_bos(backend: tokenizers.Tokenizer, bos_id: int | None) -> None:
-    """Has other readers of the pipeline put `bos_id` first, or nothing."""
+    """Makes other readers of the pipeline put `bos_id` first, or nothing."""
     bos = [] if bos_id is None else [(backend.id_to_token(bos_id), bos_id)]
     names = [name for name, _ in bos]
     backend.post_processor = processors.TemplateProcessing(
@@ -248,7 +248,7 @@ def _piece_decoder(backend: tokenizers.Tokenizer) -> tuple[Callable[[str], bytes
         return byte_level, 0
     for unknown in steps.keys() - {"Replace", "Metaspace", "Strip", "ByteFallback", "Fuse"}:
         raise TokenizerError(
-            f"its decoder ({unknown}) is unknown; known are ByteLevel, Metaspace and "
+            f"its decoder ({unknown}) is not supported; supported are ByteLevel, Metaspace and "
             "SentencePiece's Replace, ByteFallback, Fuse, Strip"
         )
 

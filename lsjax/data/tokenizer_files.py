@@ -27,11 +27,11 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4  # token types of GGUF and o
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
     """Loads a tokenizer.json, a tokenizer.model (SentencePiece), a *.gguf, or a directory with one
-    of the first two. That may be a training run; a step after its @ is ignored.
+    of the first two. The directory may be a training run; a step after @ is ignored.
 
-    Of both, tokenizer.json wins, which alone has tokens that were added later. A tokenizer.model of
-    the same size wins over it: the json is a conversion then, not exact on runs of whitespace.
-    Settings (bos, eos, add_bos_token, chat template) come from the files beside.
+    If both exist, tokenizer.json wins, because only it has tokens that were added later. If sizes
+    are equal, tokenizer.model wins: the json is then a conversion, inexact on runs of whitespace.
+    Settings (bos, eos, add_bos_token, chat template) come from the files beside it.
 
     Raises TokenizerError for missing, empty, truncated or unsuitable files.
     """
@@ -44,7 +44,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         raise TokenizerError(f"{path}: {error}") from error
     except (KeyboardInterrupt, SystemExit, MemoryError):
         raise
-    except BaseException as error:  # the Rust library panics with a BaseException of its own
+    except BaseException as error:  # the Rust library's panics do not subclass Exception
         raise TokenizerError(
             f"{path} holds no usable tokenizer ({one_line(error)}): download or export it again"
         ) from error
@@ -58,14 +58,14 @@ def _load(path: Path) -> Tokenizer:
     json_file, model_file = path / "tokenizer.json", path / "tokenizer.model"
     if not json_file.exists() and not model_file.exists():
         raise TokenizerError(
-            f"{path} has neither tokenizer.json nor tokenizer.model: name a directory or file "
-            "that does, or a .gguf"
+            f"{path} has neither tokenizer.json nor tokenizer.model: name a directory that has "
+            "one, a tokenizer file or a .gguf"
         )
     if not json_file.exists():
         return _load_model(model_file)
     from_json = _load_json(json_file)
     if model_file.exists():
-        with suppress(TokenizerError):  # Llama 3's, or without added tokens that the settings name
+        with suppress(TokenizerError):  # Llama 3's, or lacks added tokens that the settings name
             from_model = _load_model(model_file)
             return from_model if from_model.vocab_size == from_json.vocab_size else from_json
     return from_json
@@ -73,7 +73,7 @@ def _load(path: Path) -> Tokenizer:
 
 def _load_json(file: Path) -> HuggingFaceTokenizer:
     if "model" not in read_json(file, TokenizerError):
-        raise TokenizerError(f"{file} is JSON but no tokenizer (no 'model'): wrong file?")
+        raise TokenizerError(f"{file} is not a tokenizer (no key 'model'): use another file")
     backend = tokenizers.Tokenizer.from_file(str(file))
     return HuggingFaceTokenizer(backend, **_settings(file, backend.token_to_id))
 
@@ -86,7 +86,7 @@ def _load_model(file: Path) -> SentencePieceTokenizer:
         tokenizer = SentencePieceTokenizer(content)
     except TokenizerError as error:
         raise TokenizerError(
-            f"{file} is {error}: truncated, or Llama 3's, whose tokenizer.json is read"
+            f"{file} is {error}: download it again, or for Llama 3 use tokenizer.json"
         ) from error
     added = _beside(file, "tokenizer_config.json").get("added_tokens_decoder") or ()
     if (largest := max(map(int, added), default=-1)) >= tokenizer.vocab_size:
@@ -102,7 +102,7 @@ def _load_model(file: Path) -> SentencePieceTokenizer:
 
 
 def _settings(file: Path, id_of: Callable[[str], int | None]) -> dict[str, Any]:
-    """The settings of HuggingFaceTokenizer, by the small files beside a tokenizer."""
+    """Settings of HuggingFaceTokenizer from the small files beside a tokenizer."""
     names = ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
     config, special, generation = (_beside(file, name) for name in names)
 
@@ -112,7 +112,7 @@ def _settings(file: Path, id_of: Callable[[str], int | None]) -> dict[str, Any]:
         return token if isinstance(token, str) else None
 
     def ids(*tokens: str | int | None) -> tuple[int, ...]:
-        """Each once."""
+        """Ids without duplicates."""
         known = [id_of(token) if isinstance(token, str) else token for token in tokens]
         for token, token_id in zip(tokens, known, strict=True):
             if token is not None and not isinstance(token_id, int):
@@ -125,7 +125,7 @@ def _settings(file: Path, id_of: Callable[[str], int | None]) -> dict[str, Any]:
     jinja, template = file.parent / "chat_template.jinja", config.get("chat_template")
     if jinja.exists():
         template = jinja.read_text(encoding="utf-8")
-    elif isinstance(template, list):  # several, by name
+    elif isinstance(template, list):  # several named templates
         template = {t["name"]: t["template"] for t in template}.get("default")
     return {
         "bos_id": next(iter(bos_ids), None),
@@ -141,7 +141,7 @@ def _beside(file: Path, name: str) -> dict[str, Any]:
 
 
 def _load_gguf(file: Path) -> Tokenizer:
-    """The tokenizer that a GGUF carries, in its keys tokenizer.*."""
+    """The tokenizer of a GGUF, from its keys tokenizer.*."""
     fields = {
         name.removeprefix("tokenizer.").removeprefix("ggml."): field.contents()
         for name, field in open_gguf(file, TokenizerError).fields.items()
@@ -150,8 +150,8 @@ def _load_gguf(file: Path) -> Tokenizer:
     kind, tokens = fields.get("model"), fields.get("tokens")
     if kind not in ("llama", "gpt2") or not tokens:
         raise TokenizerError(
-            f"{file} has a tokenizer of kind {kind!r}, with {len(tokens or ())} tokens; known are "
-            "gpt2 and llama: take a file that has one"
+            f"{file} has a tokenizer of kind {kind!r} with {len(tokens or ())} tokens; supported "
+            "are gpt2 and llama: use a file with one of them"
         )
     types = fields.get("token_type", [NORMAL] * len(tokens))
     ends = [fields.get(f"{name}_token_id") for name in ("eos", "eot", "eom")]
@@ -159,8 +159,8 @@ def _load_gguf(file: Path) -> Tokenizer:
     bos_id = fields.get("bos_token_id")
     for i in (*eos_ids, bos_id):
         if i is not None and not 0 <= i < len(tokens):
-            raise TokenizerError(f"{file} names token {i}, but has {len(tokens)}: a damaged file")
-    # Files from before the key was there: those of Llama 3 are told by its tokens.
+            raise TokenizerError(f"{file} names token {i} of {len(tokens)}: download it again")
+    # Older files lack the key; Llama 3's are recognised by a token.
     unnamed = "llama-bpe" if "<|begin_of_text|>" in tokens else "default"
     pre = fields.get("pre", unnamed)
     settings = {
@@ -179,7 +179,7 @@ def _load_gguf(file: Path) -> Tokenizer:
         "llama-bpe": llama3_words(),
     }
     if pre not in words:
-        raise TokenizerError(f"{file} splits words by {pre!r}; known are {', '.join(words)}")
+        raise TokenizerError(f"{file}: pre-tokenizer {pre!r} is not one of {', '.join(words)}")
     merges = [tuple(merge.split(" ", 1)) for merge in fields["merges"]]
     vocab = {token: i for i, token in enumerate(tokens)}
     backend = byte_level_bpe(vocab, merges, words[pre], whole_words=pre == "llama-bpe")
@@ -192,8 +192,8 @@ def _load_gguf(file: Path) -> Tokenizer:
 def _sentencepiece_model(
     tokens: list[str], fields: dict[str, Any], types: list[int], bos_id: int | None, eos_ids: list
 ) -> bytes:
-    """A serialized SentencePiece model, a BPE, of the same tokens."""
-    # Only here: a process can't import this and transformers' copy of another version.
+    """A serialized SentencePiece BPE model of the same tokens."""
+    # Imported here: it clashes with transformers' copy of another version.
     from sentencepiece.sentencepiece_model_pb2 import ModelProto, TrainerSpec
 
     model = ModelProto()
@@ -205,7 +205,7 @@ def _sentencepiece_model(
     unk_id, eos_id = fields.get("unknown_token_id", 0), next(iter(eos_ids), None)
     for name, token_id in {"unk": unk_id, "bos": bos_id, "eos": eos_id, "pad": None}.items():
         setattr(trainer, f"{name}_id", -1 if token_id is None else token_id)
-        if token_id is not None:  # the library looks it up by name
+        if token_id is not None:  # the library looks the token up by name
             setattr(trainer, f"{name}_piece", tokens[token_id])
     normalizer.name, normalizer.escape_whitespaces = "identity", True
     normalizer.add_dummy_prefix = bool(fields.get("add_space_prefix", True))

@@ -1,6 +1,6 @@
-"""The tokenizer that a configuration names, vocabularies trained here, and counts of their tokens.
+"""The tokenizer that a configuration names, vocabularies trained here, and token counts.
 
-The counts decide about a draft vocabulary. They are in the model's directory, or in the cache:
+The counts select a draft vocabulary. They are in the model's directory, or in the cache:
 {"tokenizer": fingerprint, "total": n, "counts": {"id": n, ...}}.
 """
 
@@ -22,10 +22,10 @@ from lsjax.data.tokenizer_backends import ByteTokenizer, SentencePieceTokenizer
 from lsjax.data.tokenizer_files import load_tokenizer
 
 COUNTS = "token_counts.json"  # in a model's directory
-SAMPLE = 20_000_000  # characters that a vocabulary is trained on at most
+SAMPLE = 20_000_000  # maximum number of characters to train a vocabulary on
 SETTINGS = dict(
     model_type="bpe",
-    byte_fallback=True,  # any text can be written, and comes back as it was
+    byte_fallback=True,  # decoding restores any text
     split_digits=True,
     normalization_rule_name="identity",
     add_dummy_prefix=False,
@@ -37,9 +37,9 @@ SETTINGS = dict(
 
 
 def make_tokenizer(config: DataConfig, *, cache: Path) -> Tokenizer:
-    """The tokenizer of config.tokenizer; a trained one reads the training documents only.
+    """The tokenizer of config.tokenizer; training one reads only the training documents.
 
-    Raises ConfigError (no data; too little text for the vocabulary), TokenizerError (a path).
+    Raises ConfigError (no data, or too little text for the vocabulary), TokenizerError (a path).
     """
     match config.tokenizer:
         case "bytes":
@@ -53,12 +53,12 @@ def make_tokenizer(config: DataConfig, *, cache: Path) -> Tokenizer:
 def train_tokenizer(
     documents: Iterable[Document], vocab_size: int, *, cache: Path, sample: int = SAMPLE
 ) -> SentencePieceTokenizer:
-    """A SentencePiece BPE of vocab_size: <unk> 0, <s> 1, </s> 2, 256 bytes, then pieces.
+    """Trains a SentencePiece BPE of vocab_size: <unk> 0, <s> 1, </s> 2, 256 bytes, then pieces.
 
-    Decoding gives the text back exactly. Equal documents in any order make an equal vocabulary,
-    which the cache keeps. Of more than `sample` characters a random part is read.
+    Decoding restores the text exactly. Equal documents in any order give an equal vocabulary,
+    which is cached. If there are more than `sample` characters, it reads a random part.
 
-    Raises ConfigError where the text is too little, or has too many different characters.
+    Raises ConfigError if there is too little text, or too many different characters.
     """
     texts = _sample(documents, sample)
     check(bool(texts), "there are no documents to train a vocabulary on: check the source")
@@ -82,14 +82,14 @@ def _train(texts: list[str], vocab_size: int) -> bytes:
     except RuntimeError as error:
         characters = sum(map(len, texts))
         raise ConfigError(
-            f"SentencePiece can't train a vocabulary of {vocab_size} on {characters} characters of "
-            f"text ({one_line(error)}): choose another data.vocab_size, or bytes"
+            f"SentencePiece cannot train a vocabulary of {vocab_size} on {characters} characters "
+            f"of text ({one_line(error)}): set another data.vocab_size, or data.tokenizer bytes"
         ) from error
     return model.getvalue()
 
 
 def _sample(documents: Iterable[Document], limit: int) -> list[str]:
-    """Texts with the smallest hashes, in that order: `limit` characters, or a single text."""
+    """Texts with the smallest hashes, in that order: up to `limit` characters, or one text."""
     kept: list[tuple[int, str]] = []  # a heap, the largest hash on top
     total, bound = 0, 1 << 64
     for document in documents:
@@ -105,7 +105,7 @@ def _sample(documents: Iterable[Document], limit: int) -> list[str]:
 
 
 def count_tokens(tokenizer: Tokenizer, texts: Iterable[str]) -> Counter[int]:
-    """Occurrences of each token id in the texts, special tokens left out."""
+    """Occurrences of each token id in the texts, without special tokens."""
     counts: Counter[int] = Counter()
     for text in texts:
         counts.update(tokenizer.encode(text, add_bos=False, allow_special=False))
@@ -113,13 +113,13 @@ def count_tokens(tokenizer: Tokenizer, texts: Iterable[str]) -> Counter[int]:
 
 
 def cached_counts(cache: Path, tokenizer: Tokenizer) -> Path:
-    """The file of a tokenizer's counts in the cache directory."""
+    """File of a tokenizer's counts in the cache directory."""
     return cache / "token_counts" / f"{tokenizer.fingerprint[:16]}.json"
 
 
 def write_counts(file: Path, tokenizer: Tokenizer, counts: Counter[int]) -> None:
-    """Writes the file, whole or not at all. Raises ConfigError where nothing was counted."""
-    check(bool(counts), "the text has no tokens in it: count a longer one")
+    """Writes the file atomically. Raises ConfigError if nothing was counted."""
+    check(bool(counts), "the text has no tokens: count a longer one")
     content = {
         "tokenizer": tokenizer.fingerprint,
         "total": counts.total(),
@@ -129,30 +129,30 @@ def write_counts(file: Path, tokenizer: Tokenizer, counts: Counter[int]) -> None
 
 
 def read_counts(file: Path, tokenizer: Tokenizer) -> Counter[int]:
-    """The counts in a file. Raises ConfigError if it has none, or another tokenizer's."""
+    """Counts from a file. Raises ConfigError if it has none, or another tokenizer's."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
         counts = Counter({int(token): int(n) for token, n in content["counts"].items()})
         fingerprint = content["tokenizer"]
     except Exception as error:  # the file may hold anything
-        raise ConfigError(f"{file} has no token counts in it ({error}): count again") from None
+        raise ConfigError(f"{file} has no token counts ({error}): count again") from None
     check(
         fingerprint == tokenizer.fingerprint,
         f"{file} was counted with another tokenizer: count again with the model's own",
     )
     good = all(0 <= token < tokenizer.vocab_size and n >= 0 for token, n in counts.items())
-    check(bool(counts) and good, f"{file} counts tokens that there are not: count again")
+    check(bool(counts) and good, f"{file} has empty or invalid counts: count again")
     return counts
 
 
 def find_counts(model: Path, cache: Path, tokenizer: Tokenizer) -> Counter[int]:
-    """The counts of the model's directory, else those in the cache. Raises ConfigError."""
+    """Counts from the model's directory, else from the cache. Raises ConfigError."""
     model, _ = split_step(model)
     for file in (model / COUNTS, cached_counts(cache, tokenizer)):
         if file.is_file():
             return read_counts(file, tokenizer)
     raise ConfigError(
         "a draft vocabulary needs token counts, and this tokenizer's are missing: make them "
-        f"by python -m lsjax.cli.count_tokens --model {model} --text FILE, with text of your "
+        f"with python -m lsjax.cli.count_tokens --model {model} --text FILE, using text of your "
         "domain"
     )

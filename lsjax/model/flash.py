@@ -110,7 +110,7 @@ class _Specs:
 def _call(kernel, arrays, in_specs, results, out_specs):
     """A program for each block of the first result."""
     batch, steps, heads, size = results[0].shape
-    # The compiler for H100 spills no registers with these (docs/training.md).
+    # The compiler for H100 spills no registers with these.
     warps = 4 if kernel is _flash_forward and size <= 64 else 8
     return pl.pallas_call(
         partial(kernel, scale=size**-0.5),

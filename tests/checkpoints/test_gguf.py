@@ -267,7 +267,7 @@ def cut_row(tensors):
             lambda t: t.update({"blk.0.attn_q_norm.weight": t["output_norm.weight"]}),
             "blk.0.attn_q_norm.weight': tensor has no place",
         ),
-        (cut_row, "blk.1.attn_q.weight': shape .31, 32., but the config asks for .32, 32."),
+        (cut_row, "blk.1.attn_q.weight': shape .31, 32., but the config expects .32, 32."),
         (nan, "blk.0.ffn_up.weight': 1 of 1536 values are NaN, infinite or"),
         (
             lambda t: t.update({"output_norm.weight": (np.ones(32, np.int8), Kind.I8)}),
@@ -299,7 +299,7 @@ def test_tensors_that_are_not_the_models(tmp_path, change, message):
         ({"llama.rope.dimension_count": 4}, "dimension_count is 4; only 8"),
         ({"llama.rope.scaling.type": "yarn"}, "rope type 'yarn'; only linear"),
         ({"llama.rope.freq_base": float("nan")}, "rope_theta nan must be"),
-        ({"llama.vocab_size": 65}, "shape .64, 32., but the config asks for .65, 32."),
+        ({"llama.vocab_size": 65}, "shape .64, 32., but the config expects .65, 32."),
     ],
 )
 def test_metadata_that_cannot_work(tmp_path, change, message):
@@ -322,14 +322,14 @@ def test_damaged_files(tmp_path):
         assert "\n" not in str(error.value)
 
     for length in (4, 8, 20, 24, 60, 200, 700, 1500, len(blob) // 2, len(blob) - 40):
-        fails(blob[:length], "not a whole GGUF file")
-    fails(blob[:4] + (1).to_bytes(4, "little") + blob[8:], "not a whole GGUF .*version 1")
-    fails(blob[:8] + bytes([255] * 8) + blob[16:], "not a whole GGUF file")  # count of tensors
+        fails(blob[:length], "not a complete GGUF file")
+    fails(blob[:4] + (1).to_bytes(4, "little") + blob[8:], "not a complete GGUF .*version 1")
+    fails(blob[:8] + bytes([255] * 8) + blob[16:], "not a complete GGUF file")  # count of tensors
     # A table whose length would have the reader loop for centuries.
     arrayed = metadata(config) | {"llama.list": [1, 2, 3]}
     blob = write(tmp_path / "a.gguf", arrayed, tensors).read_bytes()
     at = blob.index(b"llama.list") + len("llama.list") + 8
-    fails(blob[:at] + (2**60).to_bytes(8, "little") + blob[at + 8 :], "not a whole GGUF file")
+    fails(blob[:at] + (2**60).to_bytes(8, "little") + blob[at + 8 :], "not a complete GGUF file")
 
 
 def test_big_endian_files_are_refused(tmp_path):

@@ -234,7 +234,7 @@ def test_redundant_head_must_be_the_embedding(tmp_path):
         (dict(vocab_size=65), "'lm_head.weight': shape .64, 32., but .* .65, 32."),
         (
             dict(intermediate_size=2**31 - 1),
-            "shape .32, 48., but the config asks for .32, 2147483647",
+            "shape .32, 48., but the config expects .32, 2147483647",
         ),
         (dict(rms_norm_eps="small"), "norm_eps 'small' must be a finite number"),
         (dict(rms_norm_eps=float("nan")), "norm_eps nan must be a finite number"),
@@ -363,7 +363,7 @@ def test_header_that_lies(tmp_path, entry, message):
 def test_damaged_safetensors(tmp_path, damage, message):
     file = copied(tmp_path, "mha_untied") / WEIGHTS
     file.write_bytes(damage(file.read_bytes()))
-    with pytest.raises(CheckpointError, match=f"{WEIGHTS}: .*{message}.*: damaged or cut short"):
+    with pytest.raises(CheckpointError, match=f"{WEIGHTS}: .*{message}.*: damaged or cut off"):
         load(file.parent)
 
 
@@ -391,8 +391,8 @@ def test_index_that_names_no_files(tmp_path):
     "content, message",
     [
         (None, "does not exist: give an existing"),
-        (b"", "is no GGUF file"),
-        (b"PK\3\4" + bytes(50), "is no GGUF file.*pickles are never read, as they can run code"),
+        (b"", "is not a GGUF file"),
+        (b"PK\3\4" + bytes(50), "is not a GGUF file.*pickles are never read, as they can run code"),
     ],
 )
 def test_file_that_is_no_model(tmp_path, content, message):
@@ -405,7 +405,7 @@ def test_file_that_is_no_model(tmp_path, content, message):
 
 def test_directory_that_is_no_model(tmp_path):
     directory = copied(tmp_path, "mha_untied")
-    with pytest.raises(CheckpointError, match=f"{WEIGHTS}: is no GGUF .* the directory that holds"):
+    with pytest.raises(CheckpointError, match=f"{WEIGHTS}: is not a GGUF .* the directory"):
         load(directory / WEIGHTS)
     (directory / WEIGHTS).rename(directory / "pytorch_model.bin")
     with pytest.raises(CheckpointError, match="only pytorch_model.bin: only safetensors are read"):

@@ -55,7 +55,7 @@ def test_differences(run):
     file.write_text(file.read_text().replace("1.5", "1.25"))
     (other / "checkpoints" / "2.damaged").mkdir()
     left, losses = differences(one, other)
-    assert left.endswith("2.damaged was left: a step was damaged, or half of one stayed")
+    assert left.endswith("2.damaged remains: a step was damaged or incomplete")
     assert losses == "the losses in metrics.jsonl differ"
     shutil.move(other / "checkpoints" / "3", other / "checkpoints" / "4")
     assert "the last step is 4, not 3" in list(differences(one, other))

@@ -79,7 +79,7 @@ def test_one_of_its_steps(made, name, step, tokenizer):
 def test_in_another_dtype(made):
     loaded = lsjax.load(made[0], dtype=jnp.bfloat16)
     assert equal(loaded, jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), made[1][9]))
-    with pytest.raises(CheckpointError, match="has no step 999: there are 3, 6, 9"):
+    with pytest.raises(CheckpointError, match="has no step 999: choose from 3, 6, 9"):
         lsjax.load(f"{made[0]}@999")
 
 
@@ -88,7 +88,7 @@ def test_a_damaged_step_is_reported_and_the_one_before_is_loaded(run, made, capl
     with caplog.at_level(logging.WARNING):
         assert equal(lsjax.load(run), made[1][6])
     (record,) = [record for record in caplog.records if record.name.startswith("lsjax")]
-    assert record.getMessage().startswith("step 9 is damaged and is left out: ")
+    assert record.getMessage().startswith("step 9 is damaged and skipped: ")
     with pytest.raises(
         CheckpointError, match="none of the 1 saved steps can be read; .*/params: c"
     ):
@@ -162,7 +162,7 @@ def test_a_config_that_is_none(run, changes, message):
 
 def test_a_config_of_another_model(run):
     change_config(run, model=dataclasses.asdict(LlamaConfig.tiny(num_layers=3)))
-    with pytest.raises(CheckpointError, match=r"is float32\[4, .*, but the config asks for .*\[3"):
+    with pytest.raises(CheckpointError, match=r"is float32\[4, .*, but the config expects .*\[3"):
         lsjax.load(run)
     change_config(run, model=dataclasses.asdict(LlamaConfig.tiny(tie_embeddings=True)))
     with pytest.raises(CheckpointError, match="params: head has no place in this model"):
@@ -178,7 +178,7 @@ def test_without_steps(tmp_path, tokenizer):
 
 
 def test_what_a_run_begins_with(tmp_path, tokenizer, model):
-    for size, words in ((190, "table 190 rows"), (600, "vocabulary is 600")):
+    for size, words in ((190, "table has 190"), (600, "vocabulary is 600")):
         config = dataclasses.replace(CONFIG, model=LlamaConfig.tiny(vocab_size=size))
         with pytest.raises(ValueError, match=f"has 258 tokens, but the model's {words}"):
             begin_run(tmp_path / "new", config, tokenizer)

@@ -217,7 +217,7 @@ DAMAGES = {
     ),
     "no meta": (lambda step: shutil.rmtree(step / "meta"), r"meta: cannot be read \(is missing"),
     "empty manifest": (empty_manifest, r"params: cannot be read \("),
-    "changed meta": (change_meta, r"meta: cannot be read \(it is not what was written"),
+    "changed meta": (change_meta, r"meta: cannot be read \(it has changed since it was saved"),
     "cut meta": (cut_meta, r"meta: cannot be read \("),
     "empty step": (make_empty, r"meta: cannot be read \(is missing"),
 }
@@ -231,7 +231,7 @@ def test_damage_is_named_and_the_step_before_is_used(damage, copy, saved, like):
     with open_(copy, lines.append) as checkpoints:
         restored = checkpoints.restore(like)
         (line,) = lines
-        assert line.startswith("step 3 is damaged and is left out: ") and "\n" not in line
+        assert line.startswith("step 3 is damaged and skipped: ") and "\n" not in line
         assert re.search(expected, line), line
         assert restored.step == 2 and restored.data == {"rows_taken": 4}
         assert bits(restored.state) == bits(saved[1][1])
@@ -258,7 +258,7 @@ def test_one_wrong_bit_in_an_array(copy, like, monkeypatch):
     lines: list[str] = []
     assert open_(copy, lines.append).restore(like).step == 2
     assert re.search(
-        r"3/params: layers\.feed_forward\.down\.kernel is not what was written \(its fingerprint",
+        r"3/params: layers\.feed_forward\.down\.kernel has changed since it was saved \(its",
         lines[0],
     )
 
@@ -287,7 +287,7 @@ def test_another_shape_is_no_damage(copy, like):
     with pytest.raises(CheckpointError) as error:
         open_(copy).restore(other)
     assert re.search(
-        r"params: layers\.[a-z_.]+ is float32\[2, 64.*\], but the config asks for float32\[3, 64",
+        r"params: layers\.[a-z_.]+ is float32\[2, 64.*\], but the config expects float32\[3, 64",
         str(error.value),
     )
     tied = LlamaConfig.tiny(num_layers=2, tie_embeddings=True)
@@ -329,7 +329,9 @@ def test_what_can_not_be_written_is_said_and_the_next_step_is_saved(
             save(checkpoints, state)
             state = advance(state)
             save(checkpoints, state)
-            with pytest.raises(CheckpointError, match="^step 2 could not be saved .*has room"):
+            with pytest.raises(
+                CheckpointError, match="^step 2 could not be saved .*has free space"
+            ):
                 checkpoints.wait()
         (line,) = lines
         assert line.startswith("step 1 could not be saved (") and "\n" not in line

@@ -110,7 +110,7 @@ def test_rows_of_a_file(model_directory, tmp_path, capsys):
     for dtype in ("bfloat16", "float16"):
         assert run(model_directory, "--prompt-file", rows, *taken, "--dtype", dtype, *given) == 0
         printed = capsys.readouterr().out
-        assert f"{dtype}, 3 prompts of 3 to 3 tokens, 16 new ones" in printed
+        assert f"{dtype}, 3 prompts of 3 to 3 tokens, 16 new tokens" in printed
         assert "gives the same tokens" not in printed
 
 

@@ -70,7 +70,7 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path, capsys):
 
 def test_tokenizer_must_belong_to_the_model(tmp_path, capsys):
     given = source(tmp_path, tokens=64 + MOST_EXTRA + 1)
-    words = "129 tokens, but the model's table 64 rows"
+    words = "129 tokens, but the model's table has 64"
     assert words in refused(capsys, given, tmp_path / "made")
     (given / "tokenizer.json").unlink()
     assert "tokenizer.json" in refused(capsys, given, tmp_path / "made")

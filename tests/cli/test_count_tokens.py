@@ -42,7 +42,7 @@ def test_counts_are_kept_and_used(model_directory, tmp_path, capsys, monkeypatch
 
 def test_draft_vocabularies_without_counts(model_directory, refused):
     given = ["--model", model_directory, "--prompt", "a", "--strategy", "self_speculative"]
-    words = "make them by python -m lsjax.cli.count_tokens --model"
+    words = "make them with python -m lsjax.cli.count_tokens --model"
     assert words in refused(decode.main, *given, "--draft-vocab", 100)
 
 
@@ -73,7 +73,7 @@ def test_strings_of_json_are_texts_of_their_own(tmp_path):
     [
         ("a.txt", b"a\nb\xff", "line 2 is not UTF-8"),
         ("a.jsonl", b'{"a": "b"}\n{"a"\n', "line 2 is not JSON"),
-        ("a.jsonl", b'{"a": "b"}\n"three"\n', "line 2 is no object"),
+        ("a.jsonl", b'{"a": "b"}\n"three"\n', "line 2 is not an object"),
     ],
 )
 def test_damaged_text(tmp_path, name, content, words):

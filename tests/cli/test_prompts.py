@@ -57,8 +57,8 @@ ONE = b'{"prompt": "a"}\n'
         ("p.txt", b"", "p.txt is an empty prompt: it needs at least one character"),
         ("p.txt", b"\n", "p.txt is an empty prompt"),
         ("p.txt", b"a\nb\xff", "p.txt, line 2 is not UTF-8 text: save it as UTF-8"),
-        ("p.md", b"a", "p.md: rows come from .jsonl, .tsv, .csv, not from .md"),
-        ("p", b"a", "p: rows come from .jsonl, .tsv, .csv, not from that"),
+        ("p.md", b"a", "p.md: extension '.md' is not one of .jsonl, .tsv, .csv"),
+        ("p", b"a", "p: extension '' is not one of .jsonl, .tsv, .csv"),
         ("p.jsonl", b"", "p.jsonl has no prompts: add at least one"),
         ("p.jsonl", b"\n \n", "p.jsonl has no prompts: add"),
         ("p.jsonl", ONE + b'{"prompt": "b"', "line 2 is not JSON (Expecting ',' delimiter)"),
@@ -70,9 +70,9 @@ ONE = b'{"prompt": "a"}\n'
         ("p.jsonl", ONE + b'{"text": "b"}', 'line 2 is not an object with a text under "prompt"'),
         ("p.jsonl", ONE + b'{"prompt": 3}', "line 2 is not an object with"),
         ("p.jsonl", ONE + b'{"prompt": null}', "line 2 is not an object with"),
-        ("p.jsonl", ONE + b'"b"', "line 2 is no object"),
+        ("p.jsonl", ONE + b'"b"', "line 2 is not an object"),
         ("p.jsonl", ONE + b'{"prompt": ""}', "line 2 is an empty prompt"),
-        ("p.jsonl", ONE + b'{"prompt": "\\ud800"}', r"line 2 holds '\ud800', half a character"),
+        ("p.jsonl", ONE + b'{"prompt": "\\ud800"}', r"line 2 contains '\ud800', a lone surrogate"),
         ("p.jsonl", b'{"turns": []}', "line 1 is not an object with"),
     ],
 )
@@ -218,7 +218,7 @@ def test_rows_become_prompts_by_a_template(tmp_path):
     assert prompts_of(tmp_path / "rows.jsonl", notes, **options) == ["a:1", ":", "e:6"]
     warnings = notes.export_text().splitlines()
     assert [re.search(r", line (\d)", warning)[1] for warning in warnings] == ["2", "3", "4", "5"]
-    words = ("has no field 'n'", "do not fit", "is no object", "has no field 'q'")
+    words = ("has no field 'n'", "do not fit", "is not an object", "has no field 'q'")
     assert all(word in warning for word, warning in zip(words, warnings, strict=True))
 
 

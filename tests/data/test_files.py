@@ -38,7 +38,7 @@ def test_blank_files_are_no_documents(folder):
 
 
 def test_missing_files_and_directories_are_named(folder):
-    with pytest.raises(ConfigError, match=r"no file matches .*none\*\.txt: check paths"):
+    with pytest.raises(ConfigError, match=r"no file matches .*none\*\.txt: check the path"):
         find_files([f"{folder}/none*.txt"])
     with pytest.raises(
         ConfigError, match=r"deep/ is a directory: name its files, such as .*deep/\*\*"

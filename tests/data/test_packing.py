@@ -185,7 +185,7 @@ def test_split_gives_pieces_of_every_document():
 def test_rows_of_nothing_and_of_one_token_are_refused():
     with pytest.raises(ConfigError, match="seq_len 1 must be at least 2"):
         make(GOLDEN, 1)
-    with pytest.raises(ConfigError, match=r"no document fits a row of 2 tokens \(4 are dropped\)"):
+    with pytest.raises(ConfigError, match=r"no document fits a row of 2 tokens \(4 dropped\)"):
         make(GOLDEN, 2, too_long="drop")
 
 

@@ -196,7 +196,7 @@ def test_a_validation_set_of_its_own_is_left_without_what_is_in_training(passes,
     }
     assert sorted(texts["train"]) == [f"question {n}? answer {n}" for n in range(8)]
     assert sorted(texts["validation"]) == sorted(f"question {n}? other {n}" for n in range(8, 12))
-    assert held["validation"].rows.describe().endswith("2 left out that training has too")
+    assert held["validation"].rows.describe().endswith("2 also in training, left out")
     assert held["train"].rows.describe().endswith("% full")
     rows = joined(held["validation"])
     responses = [row[1][row[1] >= 0].tolist() for row in rows if row[2].any()]
@@ -207,16 +207,16 @@ def test_a_validation_set_of_its_own_is_left_without_what_is_in_training(passes,
     )
     assert sorted(learned) == sorted(f" other {n}" for n in range(8, 12)), "prompts are no labels"
     validation.write_text(train.read_text())
-    with pytest.raises(ConfigError, match="of 8 documents none is for validation: all of them are"):
+    with pytest.raises(ConfigError, match="none of 8 documents is for validation: all are in"):
         passes(config=config, split="validation")
 
 
 def test_a_split_without_documents_is_one_clear_line(passes, config):
     none_held = DataConfig(**(vars(config) | {"validation_fraction": 0.0}))
-    with pytest.raises(ConfigError, match="of 60 documents none is for validation: .* too small"):
+    with pytest.raises(ConfigError, match="none of 60 documents is for validation: .* too small"):
         passes(config=none_held, split="validation")
     all_held = DataConfig(**(vars(config) | {"validation_fraction": 0.999999}))
-    with pytest.raises(ConfigError, match="of 60 documents none is for train: .* too large"):
+    with pytest.raises(ConfigError, match="none of 60 documents is for train: .* too large"):
         passes(config=all_held)
 
 

@@ -38,7 +38,7 @@ def test_tsv_takes_quotes_as_they_are(tmp_path):
     ("source", "content", "message"),
     [
         ("jsonl", '{"text": "a"}\n\n{"text": \n', "line 3 is not JSON (Expecting value)"),
-        ("jsonl", "[1]\n", "line 1 is no object"),
+        ("jsonl", "[1]\n", "line 1 is not an object"),
         (
             "jsonl",
             '{"text": "a"}\n{"body": "b", "id": 1}\n',
@@ -46,9 +46,9 @@ def test_tsv_takes_quotes_as_they_are(tmp_path):
         ),
         ("jsonl", '{"text": null}\n', "line 1: text is None, but must be a text or a number"),
         ("jsonl", '{"text": true}\n', "line 1: text is True, but must be"),
-        ("jsonl", '{"text": "\\ud83d"}\n', "line 1 holds '\\ud83d', half a character"),
+        ("jsonl", '{"text": "\\ud83d"}\n', "line 1 contains '\\ud83d', a lone surrogate"),
         ("jsonl", b'{"text": "a"}\n{"text": "\xe9"}\n', "line 2 is not UTF-8"),
-        ("tsv", "text\tn\na\t1\nb\n", "line 3 has 1 columns, the header 2"),
+        ("tsv", "text\tn\na\t1\nb\n", "line 3 has 1 columns, but the header has 2"),
         ("tsv", "body\tn\na\t1\n", "line 2 has no field 'text', it has body, n"),
     ],
 )

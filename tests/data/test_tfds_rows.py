@@ -55,7 +55,7 @@ def test_what_is_not_there_is_one_clear_line(data_dir):
         ("tiny_questions", "no", "has no split 'no' .* choose one of train, validation, test"),
         ("tiny_questions", "train[:x]", "has no split .* or a part such as train"),
         ("topv2", "train", "has no 'topv2': .* use source jsonl or tsv with its"),
-        ("tiny_answers", "train", "check its spelling, name the tfds_data_dir"),
+        ("tiny_answers", "train", "check the spelling, set the tfds_data_dir"),
         ("tiny questions", "train", "tfds_name 'tiny questions': "),
         ("by_hand", "train", "could not be prepared .*Get questions.zip from the lib"),
     ]

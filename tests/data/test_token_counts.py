@@ -42,14 +42,14 @@ def test_the_models_own_file_comes_first(tmp_path):
 @pytest.mark.parametrize(
     "content, words",
     [
-        ("[1", "has no token counts in it"),
-        ("[1]", "has no token counts in it"),
-        ('{"tokenizer": "x", "counts": {"1": Infinity}}', "has no token counts in it"),
-        ('{"tokenizer": "x", "counts": 3}', "has no token counts in it"),
+        ("[1", "has no token counts"),
+        ("[1]", "has no token counts"),
+        ('{"tokenizer": "x", "counts": {"1": Infinity}}', "has no token counts"),
+        ('{"tokenizer": "x", "counts": 3}', "has no token counts"),
         ('{"tokenizer": "x", "counts": {"1": 2}}', "was counted with another tokenizer"),
-        ({"counts": {"999": 2}}, "counts tokens that there are not"),
-        ({"counts": {"1": -2}}, "counts tokens that there are not"),
-        ({"counts": {}}, "counts tokens that there are not"),
+        ({"counts": {"999": 2}}, "has empty or invalid counts"),
+        ({"counts": {"1": -2}}, "has empty or invalid counts"),
+        ({"counts": {}}, "has empty or invalid counts"),
     ],
 )
 def test_damaged_files_are_named(tmp_path, content, words):

@@ -170,7 +170,7 @@ def test_nothing_to_learn_from_is_one_clear_line(tmp_path):
     file = tmp_path / "empty.txt"
     file.write_text("\n \n")
     empty = DataConfig(source="text", paths=(str(file),))
-    with pytest.raises(ConfigError, match="empty.txt holds no text: every document of it is empty"):
+    with pytest.raises(ConfigError, match="empty.txt holds no text: every document is empty"):
         token_store(empty, ByteTokenizer(), cache=tmp_path)
     endless = ByteTokenizer()
     endless.eos_ids = ()

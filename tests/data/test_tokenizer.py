@@ -43,7 +43,7 @@ def test_tokens_without_a_row_are_refused_in_a_text(any_tokenizer, texts):
         elif smaller is not None:
             assert smaller.encode(text) == found
     assert any_tokenizer.fitted(size - 1).fingerprint == any_tokenizer.fingerprint
-    with pytest.raises(TokenizerError, match=f"has {size} tokens, but the model's table 9 rows"):
+    with pytest.raises(TokenizerError, match=f"has {size} tokens, but the model's table has 9"):
         any_tokenizer.fitted(9)
 
 

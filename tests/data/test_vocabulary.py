@@ -88,7 +88,7 @@ def test_a_sample_is_of_bounded_size_and_does_not_depend_on_the_order(tmp_path):
         ([Document("ab ab")], 512, r"vocabulary of 512 on 5 characters .* to a value <= 26\d"),
         (DOCUMENTS, 262, r"vocabulary of 262 on .*required_chars. 262 vs 2\d\d"),
         ([], 300, "there are no documents to train a vocabulary on"),
-        ([Document("\n")], 300, "SentencePiece can't train a vocabulary of 300 on 1 characters"),
+        ([Document("\n")], 300, "SentencePiece cannot train a vocabulary of 300 on 1 characters"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_trained_is_said_in_one_line(tmp_path, documents, size, message):

@@ -232,7 +232,7 @@ def test_bad_settings_are_refused(model, tokenizer, options, words):
 
 def test_the_tokenizer_must_fit(tokenizer):
     smaller = nnx.eval_shape(lambda: Llama(LlamaConfig.tiny(vocab_size=190), rngs=nnx.Rngs(0)))
-    with pytest.raises(TokenizerError, match="has 258 tokens, but the model's table 190 rows"):
+    with pytest.raises(TokenizerError, match="has 258 tokens, but the model's table has 190"):
         Engine(smaller, tokenizer)
 
 

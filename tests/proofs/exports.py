@@ -1,4 +1,4 @@
-"""transformers loads what lsjax exports, with the logits of the original (needs `make peers`).
+"""Checks that transformers loads lsjax's exports with equal logits (needs `make peers`).
 
 python tests/proofs/exports.py tests/golden
 """
@@ -14,7 +14,7 @@ import lsjax
 
 
 def main(golden: Path) -> None:
-    """Compares the models below `golden` with their exports; exits with 1 on a difference."""
+    """Compares the models in `golden` with their exports; exits with 1 on a difference."""
     ids, wrong = torch.arange(12)[None], 0
     for source in sorted(file.parent for file in golden.glob("*/config.json")):
         with tempfile.TemporaryDirectory() as folder, torch.no_grad():

