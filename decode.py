@@ -37,16 +37,16 @@ from lsjax.decoding.state import Strategy
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the program; exits with 2 on bad input."""
+    """Runs the program. Bad input exits with code 2."""
     with one_line_errors(), ended_by_sigterm():
         decode(parse_flags(Arguments, argv, __doc__))
     return 0
 
 
 def decode(arguments: Arguments) -> None:
-    """Loads, decodes, shows.
+    """Loads the model, decodes the prompts, and prints the texts.
 
-    Raises ConfigError, CheckpointError, TokenizerError or OSError with one line for bad input.
+    Raises ConfigError, CheckpointError, TokenizerError or OSError, each in one line, for bad input.
     """
     to_stdout = arguments.json == Path("-")
     requests = choose_requests(arguments)
@@ -105,7 +105,7 @@ def decode(arguments: Arguments) -> None:
 def stream_one(
     engine: Engine, request: Request, ids: list[int], people: Console, show_drafts: bool
 ) -> Completion:
-    """Shows one text as it comes."""
+    """Streams one text to the terminal."""
     people.print(verbatim(request.prompt), style="dim")
     colours = Colours(engine.tokenizer, ids) if show_drafts else None
     return stream(people, engine.watch(dataclasses.replace(request, prompt=ids)), colours)
@@ -120,7 +120,7 @@ def generate_all(
     show_drafts: bool,
     finish: Callable[[str, Completion], None],
 ) -> None:
-    """Shows texts in the order of their prompts, with a bar where `notes` is a terminal."""
+    """Prints texts in prompt order, with a progress bar if `notes` is a terminal."""
     asked = [
         dataclasses.replace(request, prompt=ids)
         for request, ids in zip(requests, encoded, strict=True)
@@ -153,8 +153,8 @@ def generate_all(
 def in_order(
     show: Callable[[int, Completion], None],
 ) -> Iterator[Callable[[int, Completion], None]]:
-    """Texts end in any order; `show` gets them in that of the prompts. Where decoding is broken
-    off, it gets at the end what has waited for another text."""
+    """Yields a function that takes texts as they end and passes them to `show` in prompt order. If
+    decoding is interrupted, texts that are still waiting are shown at the end."""
     waiting: dict[int, Completion] = {}
     shown = 0
 
@@ -173,20 +173,20 @@ def in_order(
 
 
 def json_lines(path: Path | None) -> AbstractContextManager[TextIO | None]:
-    """Where the JSON lines go, if anywhere; a file that exists is emptied."""
+    """Opens the output for JSON lines, if there is one. An existing file is emptied."""
     if path is None or path == Path("-"):
         return nullcontext(sys.stdout if path else None)
     return path.open("w", encoding="utf-8")
 
 
 def advise(notes: Console, strategy: Strategy, completions: Sequence[Completion]) -> None:
-    """Says why self-speculation did not pay, if it can't have."""
+    """Prints a hint if few drafts were accepted."""
     drafted = sum(c.drafted for c in completions)
     accepted = sum(c.accepted for c in completions)
     if drafted and accepted < 0.3 * drafted:
         notes.print(
-            f"Few drafts of exit {strategy.exit_layer} were right. A model that was not trained "
-            "with LayerSkip decodes slower by early-exit drafts, though the text is the same."
+            f"Few drafts of exit {strategy.exit_layer} were accepted. Early-exit drafts slow down "
+            "models that were not trained with LayerSkip, though the text stays the same."
         )
 
 

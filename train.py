@@ -5,7 +5,7 @@
     python decode.py --model runs/quickstart --prompt "import " --strategy self_speculative \\
         --exit-layer 4 --num-draft-tokens 4
 
-The same command again resumes a run that was stopped. Fields of the configuration are flags:
+Running the same command again resumes a stopped run. Fields of the configuration are flags:
 `python train.py --config configs/quickstart.py --help` lists them.
 """
 
@@ -25,8 +25,8 @@ from lsjax.training.run import Interrupted, TooManySkipped, train_run
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the program. The exit code is 2 on bad input, 1 if training fails, and 128 + the
-    signal's number if one stopped it."""
+    """Runs the program. Returns 1 if training fails, or 128 + the number of a signal that stopped
+    it. Bad input exits with code 2."""
     with ending_together(), one_line_errors():
         config, workdir, hosts = parse(sys.argv[1:] if argv is None else argv, __doc__)
         start(hosts)
@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def train(config: TrainConfig, workdir: Path) -> int:
-    """Trains as the configuration says, and prints what happens."""
+    """Trains as configured, and prints the progress."""
     keep_freed_memory()
     console = Console(highlight=False, soft_wrap=True, emoji=False, quiet=not is_first())
     say = partial(console.print, markup=False)

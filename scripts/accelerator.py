@@ -1,17 +1,17 @@
-"""A day with an accelerator: checks and measures on the device that jax finds.
+"""Checks and measures lsjax on the device that JAX finds, usually an accelerator.
 
     python scripts/accelerator.py --stage a b --output build/accelerator
     python scripts/accelerator.py --stage all
 
-    a      all strategies against autoregressive decoding, in float32 and in bfloat16
-    b, b8  decoding of a 1B and of an 8B shape, on GPUs also by other uses of command buffers
+    a      all strategies compared with autoregressive decoding, in float32 and bfloat16
+    b, b8  decoding of a 1B and an 8B shape; on GPUs also with other uses of command buffers
     c      training steps of a 1B shape
-    d      the quickstart's configuration; the only one that needs all that lsjax depends on
-    page   writes docs/accelerators.md from what the others have found on accelerators
+    d      the quickstart's configuration; only this stage needs all dependencies of lsjax
+    page   writes docs/accelerators.md from the results on accelerators
     all    all of these, one after the other
 
-A stage writes a JSON file and takes --minutes at most. Each of its parts runs in a process of its
-own; one that fails says so in a line, and the others go on. Exit code 1 if anything failed.
+A stage writes a JSON file and takes --minutes at most. Each of its parts runs in its own process.
+A part that fails prints one line, and the others still run. Exit code 1 if anything failed.
 """
 
 import argparse
@@ -37,14 +37,14 @@ STAGES = {
     "c": ("training", "run_steps", ("plain", "layerskip", "dropout-mask", "dropout-gather")),
     "d": ("training", "run_quickstart", ("quickstart",)),
 }
-FLAGS = {  # of GPUs: no command buffers, and loops and branches in them too
+FLAGS = {  # for GPUs: no command buffers, or command buffers with loops and branches
     "off": "--xla_gpu_enable_command_buffer=",
     "loops": "--xla_gpu_enable_command_buffer=+WHILE,+CONDITIONAL",
 }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs what is asked for; 1 if anything failed."""
+    """Runs the requested stages. Returns 1 if anything failed."""
     arguments = parse(argv)
     failed = False
     for stage in arguments.stage:
@@ -59,14 +59,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Flags."""
+    """Parses the flags."""
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
     parser.add_argument("--stage", nargs="+", choices=[*STAGES, "page", "all"], required=True)
     parser.add_argument("--part", nargs="+", help="runs these parts alone, in this process")
     parser.add_argument("--output", type=Path, default=Path("build/accelerator"))
     parser.add_argument("--minutes", type=float, default=8.0, help="limit of each stage")
-    parser.add_argument("--tiny", action="store_true", help="tiny shapes, to try it on CPUs")
+    parser.add_argument("--tiny", action="store_true", help="tiny shapes, for a trial on CPUs")
     arguments = parser.parse_args(argv)
     if "all" in arguments.stage:
         arguments.stage = [*STAGES, "page"]
@@ -80,17 +80,17 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def run_stage(stage: str, arguments: argparse.Namespace) -> bool:
-    """Starts a process for each part, for as long as there is time."""
+    """Starts a process for each part, while there is time."""
     deadline, good = time.monotonic() + 60 * arguments.minutes, True
     *_, parts = STAGES[stage]
     for part in parts:
         first = read(arguments.output, stage).get(parts[0], {})
         if flags_of(part) and first.get("platform") != "gpu":
-            print(f"{stage} {part}: left out, it is for GPUs", flush=True)
+            print(f"{stage} {part}: skipped: it is for GPUs", flush=True)
             continue
         rest = max(0.0, deadline - time.monotonic())
         results = PartResults(arguments.output, stage, part, deadline)
-        results.put()  # forgets what an earlier run has found
+        results.put()  # overwrites the results of an earlier run
         words = [sys.executable, __file__, "--stage", stage, "--part", part]
         words += ["--output", str(arguments.output), "--minutes", f"{rest / 60}"]
         words += ["--tiny"] if arguments.tiny else []
@@ -100,7 +100,7 @@ def run_stage(stage: str, arguments: argparse.Namespace) -> bool:
         except subprocess.TimeoutExpired:
             code, fault = None, f"no result within {arguments.minutes:g} minutes"
         good &= code == 0
-        if code not in (0, 1):  # it could not say what was wrong
+        if code not in (0, 1):  # the part did not record an error
             results.values = read(arguments.output, stage)[part]
             results.fail(part, fault)
     return good
@@ -109,18 +109,18 @@ def run_stage(stage: str, arguments: argparse.Namespace) -> bool:
 def run_parts(stage: str, arguments: argparse.Namespace) -> bool:
     """Runs parts in this process."""
     if "lsjax" not in sys.modules:
-        # The package without its __init__, which loads libraries of tokenizers.
+        # Imports the package without its __init__, which loads tokenizer libraries.
         where = [str(ROOT / "lsjax")]
         spec = importlib.util.spec_from_file_location(
             "lsjax", f"{where[0]}/__init__.py", submodule_search_locations=where
         )
         sys.modules["lsjax"] = importlib.util.module_from_spec(spec)
-    # Where the time was over, a second run finds what the first has compiled.
+    # If time runs out, a second run reuses the compiled programs of the first.
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(arguments.output.resolve() / "xla"))
     deadline, good = time.monotonic() + 60 * arguments.minutes, True
     module, function, _ = STAGES[stage]
     for part in arguments.part:
-        # Before jax is imported.
+        # Must be set before jax is imported.
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags_of(part)}".strip()
         results = PartResults(arguments.output, stage, part, deadline)
         try:
@@ -133,7 +133,7 @@ def run_parts(stage: str, arguments: argparse.Namespace) -> bool:
 
 
 def flags_of(part: str) -> str:
-    """The compiler's flags of a part of b or b8; none for most."""
+    """Compiler flags of a part of b or b8; empty for most."""
     return FLAGS.get(part.rpartition("-")[2], "")
 
 

@@ -1,5 +1,5 @@
-"""MaxText's training step of Llama-2 7B, compiled for the slice of a report of lsjax.cli.aot and
-counted alike: the second table of scripts/pods.py.
+"""Compiles MaxText's training step of Llama-2 7B for the slice of a report of lsjax.cli.aot, and
+counts its costs in the same way, for the second table of scripts/pods.py.
 
 Needs libtpu (pip install 'lsjax[tpu]'), no TPU. MaxText is a checkout of AI-Hypercomputer/maxtext,
 and its own train_compile runs in an environment with Python 3.12:
@@ -9,8 +9,8 @@ and its own train_compile runs in an environment with Python 3.12:
         jinja2 jaxtyping numpy omegaconf optax orbax-checkpoint pathwaysutils pillow psutil \\
         pydantic pyyaml qwix sentencepiece sympy tensorboardX tiktoken tokamax transformers
 
-jax and libtpu should have the versions that lsjax's environment has. Rows, tokens and the mesh are
-those of the report; all else is MaxText's default.
+jax and libtpu should have the same versions as in lsjax's environment. Rows, tokens and the mesh
+come from the report; all else is MaxText's default.
 """
 
 import json
@@ -35,7 +35,7 @@ COLUMNS = (
     "plain FLOPs of peak",
     "sent GB",
 )
-# Runs MaxText's program, and keeps what the compiler makes of it.
+# Runs MaxText's program, and saves the compiled program and its memory.
 KEEP = """
 import json, pathlib, runpy, sys
 import jax
@@ -60,7 +60,7 @@ def of_maxtext(
     """Memory and costs of MaxText's program for the slice, rows and tokens of a report.
 
     maxtext: its checkout. python: interpreter of its environment. policy: its remat policy. found:
-    the report. directory: for what MaxText writes.
+    the report. directory: for MaxText's output.
     """
     training, mesh, topology = found["training"], found["meshes"]["train"], found["topology"]
     flags = {
@@ -85,7 +85,7 @@ def of_maxtext(
     command = [str(python), "-c", KEEP, str(directory)]
     command += [str(source / "maxtext/configs/base.yml")]
     command += [f"{name}={value}" for name, value in flags.items()]
-    # Without Google Cloud's packages, and on shapes alone.
+    # Without Google Cloud's packages, and from shapes alone.
     environment = {"PYTHONPATH": str(source), "DECOUPLE_GCLOUD": "TRUE", "JAX_PLATFORMS": "cpu"}
     done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True)
     if done.returncode:
@@ -99,7 +99,7 @@ def of_maxtext(
 
 
 def row(name: str, found: Mapping[str, Any], program, ratio: str = "") -> list[str]:
-    """Cells of a program beside a report. Only the FLOPs of plain training count as useful."""
+    """Table cells of a program. Only the FLOPs of plain training count as useful."""
     training, mesh = found["training"], found["meshes"]["train"]
     useful = training["plain_flops"] / training["peak_flops"]
     return [

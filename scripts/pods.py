@@ -5,8 +5,8 @@
     python scripts/pods.py --directory build/pods --maxtext ../maxtext --python ../env/bin/python
 
 A second table has the rows with --beside-plain, and MaxText's steps if there is a checkout of it
-(scripts/beside_maxtext.py). Needs libtpu (pip install 'lsjax[tpu]'), no TPU. A program takes a
-minute on two quiet cores. Reports are kept in the directory, and are not made again.
+(scripts/beside_maxtext.py). Needs libtpu (pip install 'lsjax[tpu]') but no TPU. Existing reports in
+the directory are reused.
 """
 
 import json
@@ -22,7 +22,7 @@ from beside_maxtext import of_maxtext
 from beside_maxtext import row as row_beside
 
 NOTHING = "--remat nothing_saveable"
-# Configuration, slice, and what differs from the file there.
+# Configuration, slice, and flags that differ from the file.
 ROWS = (
     ("continual_llama2_7b", "v5p:4x4x4", "--beside-plain"),
     ("continual_llama2_13b", "v5p:4x4x4", "--beside-plain"),
@@ -72,7 +72,7 @@ class Arguments:
     directory: Path = Path("build/pods")
     """Folder of the reports."""
     only: str = ""
-    """Configuration whose rows are wanted; all by default."""
+    """Configuration whose rows are printed; all by default."""
     maxtext: Path | None = None
     """Checkout of MaxText."""
     python: Path = Path(sys.executable)
@@ -80,7 +80,7 @@ class Arguments:
 
 
 def main(arguments: Arguments) -> int:
-    """Prints a line as soon as it is known; gives 1 where something does not fit."""
+    """Prints each row when it is ready. Returns 1 if a program could not be compiled."""
     arguments.directory.mkdir(parents=True, exist_ok=True)
     failed, beside = False, []
     print_row(COLUMNS, head=True)
@@ -117,13 +117,13 @@ def main(arguments: Arguments) -> int:
 
 
 def print_row(cells: Sequence[str], head: bool = False) -> None:
-    """A row of a table, or the first of one."""
+    """Prints a row of a table. head: whether it is the header."""
     above, below = ("\n", "\n" + "|---" * len(cells) + "|") if head else ("", "")
     print(f"{above}| {' | '.join(cells)} |{below}", flush=True)
 
 
 def maxtext_report(arguments: Arguments, report: dict) -> dict:
-    """MaxText's step beside a row of ours, made once."""
+    """Report of MaxText's step for comparison with ours, made once."""
     topology = report["topology"]
     directory = arguments.directory / f"maxtext-{topology.replace(':', '-')}"
     file = directory / "report.json"
@@ -136,7 +136,7 @@ def maxtext_report(arguments: Arguments, report: dict) -> dict:
 
 
 def is_report(file: Path) -> bool:
-    """Whether the report is there."""
+    """Whether the report exists."""
     return file.exists() and file.stat().st_size > 0
 
 

@@ -44,7 +44,7 @@ def test_the_tiny_form_measures_and_writes_a_page(tmp_path):
         return done.stdout
 
     said = run("--stage", "a", "b")
-    assert "b 1b-off: left out, it is for GPUs" in said
+    assert "b 1b-off: skipped: it is for GPUs" in said
     # In one process, and two of its four parts, to save time.
     run("--stage", "c", "--part", "layerskip", "dropout-gather")
     run("--stage", "page")

@@ -274,9 +274,9 @@ def test_the_exits_of_runs_are_compared_on_the_held_out_data(finished, tmp_path,
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert f"{first['loss_E'][-1]:.3f}" in capsys.readouterr().out
     for wrong, words in (
-        ([str(tmp_path)], "is no training run"),
+        ([str(tmp_path)], "is not a training run"),
         ([flags[1]] * 2, "rename"),
-        ([flags[1], "--output", "scores.txt"], "name a .png"),
+        ([flags[1], "--output", "scores.txt"], "is not a .png file"),
     ):
         with pytest.raises(SystemExit) as end:
             exits.main(["--runs", *wrong])
@@ -336,7 +336,7 @@ def test_a_run_can_not_become_another(config, finished, capsys):
 @pytest.mark.parametrize(
     "content, message",
     [
-        ("config = 1", "has no `config`"),
+        ("config = 1", "`config` is missing or of another type"),
         ("x = 1\nconfig = y", ":2: NameError"),
         ("def f(:", ":1: SyntaxError"),
         ("from lsjax.config import *\nDataConfig(max_documents=0)", "max_documents 0 must be"),

@@ -14,8 +14,8 @@ from lsjax.config import ConfigError, check
 from lsjax.training.metrics import peak_flops
 
 GIB = 2**30
-# Platform, which is also the extra of lsjax that installs its compiler -> packages of which any has
-# the compiler, and slices.
+# Platform, which is also the extra of lsjax that installs its compiler -> packages, any of which
+# has the compiler, and example slices.
 COMPILERS = {
     "tpu": (("libtpu",), "v5e:8x8, v5p:4x4x4 or v6e:8x8"),
     "cuda": (("jax_cuda13_plugin", "jax_cuda12_plugin"), "h100:1 or h100:8"),
@@ -24,9 +24,9 @@ LIBTPU_ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_ACCELERATOR_TYPE": "v5litepod-8",
     "TPU_WORKER_HOSTNAMES": "localhost",
-    # Compiling takes no chip, so two programs may do it at once.
+    # Compiling uses no chip, so two programs may compile at once.
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-    # Errors alone, to stderr and not to files.
+    # Only errors, to stderr instead of files.
     "TPU_STDERR_LOG_LEVEL": "2",
     "TPU_LOG_DIR": "disabled",
 }
@@ -42,11 +42,11 @@ class Chip:
     hbm_bandwidth: float  # bytes per second
     link_bandwidth: float  # bytes per second that all its links send, one way
     flops_per_cycle: int  # of its matrix units, bfloat16
-    target: str = ""  # for GPUs, what the compiler asks the card: a GpuTargetConfigProto as text
+    target: str = ""  # for GPUs, a description of the card: a GpuTargetConfigProto as text
 
     @property
     def platform(self) -> str:
-        """One of COMPILERS."""
+        """Key of COMPILERS."""
         return "cuda" if self.target else "tpu"
 
     @property
@@ -87,14 +87,14 @@ CHIPS = (
 
 
 def slice_size(topology: str) -> int:
-    """Devices of a slice: 64 of "v5p:4x4x4"."""
+    """Number of devices in a slice: 64 in "v5p:4x4x4"."""
     return math.prod(int(size) or 1 for size in re.findall(r"\d+", topology.partition(":")[2]))
 
 
 def slice_of(topology: str) -> tuple[Chip, list[Any]]:
-    """The chip and the devices of a slice ("v5p:4x4x4", "h100:8"); they need not be there.
+    """The chip and the devices of a slice ("v5p:4x4x4", "h100:8"), which need not be present.
 
-    Raises ConfigError for an unknown slice, and without the chip's compiler.
+    Raises ConfigError for an unknown slice, or if the chip's compiler is missing.
     """
     name, _, part = topology.partition(":")
     known = {chip.name: chip for chip in CHIPS}
@@ -111,7 +111,7 @@ def slice_of(topology: str) -> tuple[Chip, list[Any]]:
     )
     unknown, advice = f"--topology {topology!r} is an unknown slice", f"use one such as {slices}"
     options = {"topology_name": topology}
-    if chip.platform == "cuda":  # cards of one host, which NVLink joins
+    if chip.platform == "cuda":  # cards of one host, joined by NVLink
         check(re.fullmatch(r"[1-8]", part) is not None, f"{unknown}: {advice}")
         options = {"topology": f"1x1x{part}", "target_config": chip.target}
     else:

@@ -1,9 +1,9 @@
-"""What one run of a compiled program costs: time, memory traffic, and what devices send; a loop's
-body counts as often as it runs.
+"""Costs of one run of a compiled program: time, memory traffic and communication. The body of a
+loop counts once per trip.
 
 An operation takes the longest of its cycles, its FLOPs at the chip's peak, and its bytes at the
-memory's bandwidth. Of a conditional the branch that takes longest counts. The trips of a loop are
-those that the program says, or looked up by its name; an unknown one counts once and is listed.
+memory's bandwidth. A conditional counts its slowest branch. The trips of a loop are in the program,
+or are looked up by the loop's name. A loop of unknown length counts once and is listed.
 """
 
 import math
@@ -27,8 +27,8 @@ from lsjax.aot.hlo import (
     runs,
 )
 
-# Regular expression of a loop's op_name -> its trips; of a conditional's -> the share of runs that
-# take the dearest branch. The first that matches counts.
+# Regular expression for the op_name of a loop -> its trips, or of a conditional -> the share of
+# runs that take the slowest branch. The first match counts.
 Trips = Mapping[str, float]
 AMOUNTS = ("compute_seconds", "cycles", "flops", "moved_bytes")
 COUNTS = ("operations", "loops", "conditionals")
@@ -39,20 +39,20 @@ class Collective(NamedTuple):
 
     kind: str  # one of COLLECTIVES
     axes: tuple[str, ...]  # of the mesh
-    shape: str  # the larger side: what is gathered, reduced, or exchanged
-    bytes: int  # of that
+    shape: str  # the larger of input and output
+    bytes: int  # of this shape
     sent: int  # bytes that leave each device, by ring algorithms
     op_name: str
-    channel: str | None  # shared by the parts that the compiler spreads over several fusions
+    channel: str | None  # shared by the parts of a collective in several fusions
 
 
 @dataclass
 class ProgramCosts:
     """Costs of one run of a program, or of a part of it.
 
-    amounts: compute_seconds, one operation after the other; a TPU's cycles; flops of products and
-    attention kernels; moved_bytes, from and to the device's memory. Also the COUNTS of operations
-    (kernels, on GPUs), loops and conditionals. kernels: custom ones. unknown_loops: names.
+    amounts: compute_seconds, without overlap; a TPU's cycles; flops of matmuls and attention
+    kernels; moved_bytes, from and to the device's memory; COUNTS of operations (kernels on GPUs),
+    loops and conditionals. kernels: custom kernels. unknown_loops: names.
     """
 
     amounts: Counter[str] = field(default_factory=Counter)
@@ -61,7 +61,7 @@ class ProgramCosts:
     unknown_loops: Counter[str] = field(default_factory=Counter)
 
     def add(self, other: "ProgramCosts", times: float = 1) -> None:
-        """Adds so many runs of a part."""
+        """Adds the costs of a part that runs `times` times."""
         for name, counts in vars(other).items():
             for key, count in counts.items():
                 getattr(self, name)[key] += times * count
@@ -73,8 +73,8 @@ class ProgramCosts:
 
 
 class CostAnalysis:
-    """Counts what the computations of a program cost on a chip. mesh: sizes of its axes, in order;
-    the devices of the program count along the last axis first."""
+    """Counts the costs of a program on a chip. mesh: sizes of its axes, in order; the program
+    numbers its devices along the last axis first."""
 
     def __init__(self, module: HloModule, mesh: Mapping[str, int], trips: Trips, chip: Chip):
         self.module, self.mesh, self.trips, self.chip = module, mesh, trips, chip
@@ -85,8 +85,8 @@ class CostAnalysis:
         return self._computation(self.module.entry)
 
     def loop(self, scope: str) -> tuple[ProgramCosts, ProgramCosts]:
-        """Costs of one trip of the loop in this named scope, jit(run)/.../SCOPE/while, which has to
-        count once, and of all else."""
+        """Costs of one trip of the loop in this named scope, jit(run)/.../SCOPE/while, and of all
+        else. The loop's number of trips must be 1."""
         every = [part.instructions.values() for part in self.module.computations.values()]
         loops = (one for one in chain(*every) if one.opcode == "while")
         loop = next(one for one in loops if one.op_name.endswith(f"/{scope}/while"))
@@ -109,16 +109,16 @@ class CostAnalysis:
         return self._known[computation.name]
 
     def _all(self, one: Instruction, *roles: str) -> ProgramCosts:
-        """One run of everything that an instruction calls in these roles."""
+        """Costs of one run of everything that an instruction calls in these roles."""
         total = ProgramCosts()
         for part in chain(*(one.called.get(role, ()) for role in roles)):
             total.add(self._computation(part))
         return total
 
     def _add(self, total: ProgramCosts, one: Instruction) -> None:
-        """Adds one instruction, but for what it sends. A fusion's own figures stand for all that is
-        in it."""
-        # Trips of a loop, or the share of the dearest branch.
+        """Adds one instruction, except its communication. A fusion's own figures cover its
+        contents."""
+        # Trips of a loop, or the share of the slowest branch.
         named = (n for name, n in self.trips.items() if re.search(name, one.op_name))
         match one.opcode:
             case "while":
@@ -148,13 +148,13 @@ class CostAnalysis:
                     total.kernels[one.kernel] += 1
 
     def _sent(self, one: Instruction) -> Mapping[Collective, float]:
-        """What an operation sends."""
+        """Collectives of an operation, with their counts."""
         if one.opcode == "fusion":
             (inner,) = one.called["calls"]
             found = self._computation(inner).collectives
             if not inner.name.startswith("all-reduce-scatter"):
                 return found
-            # An all-reduce of which each device keeps its share is a reduce-scatter.
+            # An all-reduce that leaves each device its share is a reduce-scatter.
             kind = "reduce-scatter"
             return {o._replace(kind=kind, sent=o.sent // 2): n for o, n in found.items()}
         kind = one.opcode.removesuffix("-start")
@@ -176,8 +176,8 @@ class CostAnalysis:
 
 
 def trip_count(loop: Instruction) -> int | None:
-    """How often the body of a `while` runs, where the program says so: as an attribute, or by the
-    constant that the counter of a scan is compared with."""
+    """Trips of a `while`, if the program states them: as an attribute, or as the constant that the
+    counter of a scan is compared with."""
     known = loop.attribute(r'"known_trip_count":\{"n":"(\d+)"\}')
     (condition,) = loop.called["condition"]
     if not known and "direction=LT" in condition.root.attributes:
@@ -189,7 +189,7 @@ def trip_count(loop: Instruction) -> int | None:
 
 
 def device_groups(attributes: str, devices: int) -> np.ndarray:
-    """[groups, devices of each] that communicate, from any of the ways to write that."""
+    """[groups, devices per group] that communicate, from any notation of HLO."""
     if pairs := re.search(r"(?:_groups|_pairs)=\{(\{[\d,{}]*\})\}", attributes):
         return np.array([_numbers(row) for row in re.findall(r"\{([\d,]+)\}", pairs[1])])
     # [2,4]<=[4,2]T(1,0): 0..7 as [4, 2], transposed, as [2, 4]

@@ -1,4 +1,4 @@
-"""Reads the text of a compiled program (optimized HLO), and what each operation computes and moves.
+"""Parses the text of a compiled program (optimized HLO), and counts FLOPs and bytes by operation.
 
 %body (p: (s32[], f32[8])) -> (s32[], f32[8]) {
   %p = (s32[], f32[8]) parameter(0)
@@ -6,9 +6,9 @@
   %sum = f32[8]{0:T(8)} all-reduce(%x), replica_groups={{0,1},{2,3}}, to_apply=%add
   ...
 
-FLOPs count for products and attention kernels. An operand counts in full, unless the operation
-reads a slice of it; an update in place counts what it writes. On TPUs the fast memory of a core is
-free: a copy ahead of time counts where it is used.
+Only matmuls and attention kernels have FLOPs. An operand counts in full, unless the operation reads
+a slice of it. An in-place update counts the bytes that it writes. On TPUs the fast memory of a core
+is free: a prefetched copy counts at its use.
 """
 
 import math
@@ -19,15 +19,15 @@ from functools import cached_property
 from typing import NamedTuple
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
-# Operations that move nothing themselves.
+# Operations that move no data themselves.
 FREE = {
     *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "iota"),
     *("while", "conditional", "call", "partition-id", "replica-id", "optimization-barrier"),
 }
-# Custom calls that run on the device; Pallas calls Triton's by two names.
+# Custom calls that run on the device. Pallas has two names for Triton's.
 KERNEL = re.compile(r"tpu_custom_call|__cu|cub|__gpu\$xla\.gpu\.triton|triton_kernel_call")
-# Part of a kernel's name -> its attention, its products of the size [T, T] by [T, H], and the axis
-# of T in its largest operand: [B, N, T, H] on TPUs, [B, T, N, H] on GPUs.
+# Part of a kernel's name -> its attention, its number of [T, T] by [T, H] matmuls, and the axis of
+# T in its largest operand: [B, N, T, H] on TPUs, [B, T, N, H] on GPUs.
 ATTENTION = {
     "splash_mha_fwd": ("splash", 2, -2),
     "splash_mha_dq": ("splash", 3, -2),
@@ -40,7 +40,7 @@ ATTENTION = {
     r"__cudnn\$fmha": ("cudnn", 2, 1),
 }
 _VIEWS = ("bitcast", "convert", "copy", "reshape", "transpose")
-# Types whose names do not say their bits, as those of bf16 and f8e4m3 do.
+# Bits of types whose names do not state them, unlike bf16 and f8e4m3.
 BITS = {"pred": 8, "token": 0}
 _ARRAY = re.compile(r"([a-z]+\d*[a-z\d]*)\[([\d,]*)\](\{[^}]*\})?")
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{$")
@@ -88,7 +88,7 @@ def arrays(shape: str) -> list[HloArray]:
 class Instruction:
     """One line: %name = shape opcode(inputs), attributes.
 
-    users: what takes the result, and as which operand. called: computations by their role.
+    users: instructions that use the result, with the operand's index. called: computations by role.
     """
 
     name: str
@@ -108,17 +108,17 @@ class Instruction:
 
     @property
     def elements(self) -> int:
-        """Numbers in the result."""
+        """The number of elements in the result."""
         return sum(array.elements for array in self.arrays)
 
     def attribute(self, pattern: str) -> str:
-        """What the pattern's group finds in the attributes; "" if nothing."""
+        """Match of the pattern's group in the attributes; "" if there is none."""
         found = re.search(pattern, self.attributes)
         return found[1] if found else ""
 
     @property
     def op_name(self) -> str:
-        """Where jax made it: jit(step)/scope/while/body/dot_general."""
+        """Origin in the JAX program: jit(step)/scope/while/body/dot_general."""
         return self.attribute(r'op_name="([^"]*)"')
 
     @property
@@ -128,7 +128,7 @@ class Instruction:
 
     @property
     def kernel(self) -> str:
-        """Name of a custom call's kernel: as Pallas calls it, or the target."""
+        """Name of a custom call's kernel: its name in Pallas, or the target."""
         if self.target == "tpu_custom_call":
             return re.sub(r"[.\d]+$", "", self.name)
         return self.attribute(r'op_name="[^"]*?([^/"]+)/pallas_call"') or self.target
@@ -136,7 +136,7 @@ class Instruction:
 
 @dataclass(eq=False)
 class Computation:
-    """Instructions by name, in the order in which they run; the root gives the result."""
+    """Instructions by name, in order of execution; the root is the result."""
 
     name: str
     instructions: dict[str, Instruction] = field(default_factory=dict)
@@ -152,7 +152,7 @@ class HloModule:
 
 
 def parse(text: str) -> HloModule:
-    """Reads `compiled.as_text()`, where what is called comes first and the entry last."""
+    """Parses `compiled.as_text()`, where callees precede their callers and the entry is last."""
     computations: dict[str, Computation] = {}
     for line in text.splitlines():
         if found := _COMPUTATION.match(line):
@@ -172,7 +172,7 @@ def parse(text: str) -> HloModule:
 
 
 def runs(one: Instruction) -> bool:
-    """Whether it is an operation (a kernel, on GPUs) that runs on the device and computes."""
+    """Whether it is an operation (a kernel on GPUs) that runs on the device and computes."""
     if one.opcode == "custom-call":
         return KERNEL.match(one.target) is not None
     asynchronous = one.opcode.endswith(("-start", "-update", "-done"))
@@ -180,15 +180,15 @@ def runs(one: Instruction) -> bool:
 
 
 def attention_kernel(names: Iterable[str]) -> str:
-    """The attention by the names of a program's kernels; xla for the compiler's own products."""
+    """The attention kernel, by the names of a program's kernels; xla if none of them is one."""
     found = " ".join(names)
     return next((kind for mark, (kind, *_) in ATTENTION.items() if re.search(mark, found)), "xla")
 
 
 def operation_flops(one: Instruction) -> float:
-    """FLOPs of the products in an operation, or of a known kernel; 0 for others.
+    """FLOPs of the matmuls in an operation, or of a known kernel; 0 for others.
 
-    Causality leaves half of the scores of an attention kernel.
+    Causal attention kernels compute half of the scores.
     """
     if one.opcode == "fusion":
         (inner,) = one.called["calls"]
@@ -196,14 +196,14 @@ def operation_flops(one: Instruction) -> float:
     if one.opcode == "custom-call":
         for mark, (_, products, axis) in ATTENTION.items():
             if re.search(mark, one.kernel):
-                # The queries are cuDNN's first operand, which may have a larger one, the bias.
+                # cuDNN's first operand holds the queries; its bias may be larger.
                 operands = one.operands[:1] if one.kernel.startswith("__cudnn") else one.operands
                 inputs = (array for operand in operands for array in operand.arrays)
                 queries = max(inputs, key=lambda array: array.bytes)
                 return float(products * queries.elements * queries.sizes[axis])
     if one.opcode != "dot" and not one.kernel.startswith("__cublas"):
         return 0.0
-    # Two for each element of the result and each step of its sum.
+    # Two per element of the result and step of its sum.
     contracted = one.attribute(r'lhs_contracting_dim\w+"?[=:] ?[{[]([\d",]*)')
     sizes = one.operands[0].arrays[0].sizes
     steps = math.prod(sizes[int(axis)] for axis in re.findall(r"\d+", contracted))
@@ -223,7 +223,7 @@ def moved_bytes(one: Instruction) -> float:
 
 
 def _from_memory(one: Instruction) -> bool:
-    """Whether its bytes come from the device's memory, now or by a copy ahead of time."""
+    """Whether its bytes come from the device's memory, now or by a prefetched copy."""
     if one.opcode in ("copy-done", "slice-done") or all(array.in_memory for array in one.arrays):
         return True
     is_view = one.opcode in ("bitcast", "get-tuple-element") or one.kernel == "ConcatBitcast"
@@ -231,8 +231,8 @@ def _from_memory(one: Instruction) -> bool:
 
 
 def _used(user: Instruction, index: int, inside: bool = True, result: bool = True) -> float:
-    """Elements of an operand that are read. inside: a fusion, where results of parts are not
-    stored. result: an operand that the fusion returns counts as read."""
+    """Number of elements of an operand that are read. inside: within a fusion, which stores no
+    intermediate results. result: an operand that the fusion returns counts as read."""
     match user.opcode:
         case "fusion":
             inner = user.called["calls"][0].instructions.values()
@@ -241,7 +241,7 @@ def _used(user: Instruction, index: int, inside: bool = True, result: bool = Tru
         case "dynamic-slice" | "slice" | "gather" if index == 0:
             return user.elements
         case "dynamic-update-slice" | "scatter" if index == 0:
-            # In place: only what others read of the result is read.
+            # In place: only elements of the result that others read are read.
             return _read(user, result=False) if inside else 0.0
         case opcode if inside and opcode in _VIEWS:
             return _read(user, result)
@@ -251,14 +251,14 @@ def _used(user: Instruction, index: int, inside: bool = True, result: bool = Tru
 
 
 def _read(one: Instruction, result: bool = True) -> float:
-    """Elements of a value in a fusion that are read."""
+    """Number of elements of a value in a fusion that are read."""
     total = one.elements if result and one is one.inside.root else 0
     total += sum(_used(user, index, result=result) for user, index in one.users)
     return min(one.elements, total)
 
 
 def _written(one: Instruction) -> float:
-    """Bytes of the results; of an update in place, those that are new."""
+    """Bytes of the results; for an in-place update, only the new ones."""
     new = _new_elements(one)
     if one.opcode == "custom-call":
         # {{2}: (4, {}), {3}: (5, {})}: results 2 and 3 share the memory of operands 4 and 5.
@@ -273,8 +273,8 @@ def _written(one: Instruction) -> float:
 
 
 def _new_elements(one: Instruction, inside: bool = False) -> list[int]:
-    """Elements of each result that an operation writes. inside: a fusion, where a view has what the
-    operation behind it writes."""
+    """Number of elements of each result that an operation writes. inside: within a fusion, where a
+    view has the elements that its operand writes."""
     if inside and one.opcode in _VIEWS and one.operands[0].opcode != "parameter":
         return _new_elements(one.operands[0], inside)
     if one.opcode == "fusion":

@@ -1,7 +1,7 @@
-"""The programs of a run for devices that need not be there: lowered from shapes alone, compiled,
-and what they need.
+"""Lowers the programs of a run from shapes alone, compiles them for devices that need not be
+present, and reports their costs.
 
-Figures are JSON objects. Seconds are bounds from below, for a device.
+Figures are JSON objects. Seconds are lower bounds per device.
 """
 
 import math
@@ -37,27 +37,27 @@ from lsjax.training.early_exit import exit_counts
 from lsjax.training.loss import CHUNKS, EXITS, loss_chunk
 from lsjax.training.step import abstract_state, check_rows, make_train_step
 
-# What the conditional around the draft's head is called in compiled programs.
+# Name of the conditional around the draft's head in compiled programs.
 DRAFT_HEAD = rf"/{DRAFT}/while/body/cond$"
 
 
 @dataclass(frozen=True)
 class DecodingShape:
-    """What is decoded: greedy rows of one length."""
+    """Rows to decode: greedy, with prompts of one length."""
 
     batch_size: int = 1
-    """Rows."""
+    """Number of rows."""
     prompt_tokens: int = 2_048
-    """Tokens of each prompt, which are also those that a round finds in the cache."""
+    """Tokens of each prompt, and so in the cache at a round."""
     strategy: Literal["self_speculative", "autoregressive"] = "self_speculative"
     """A round of autoregressive decoding is one token."""
     exit_layer: int | None = None
     """Exit that drafts; a quarter of the layers by default."""
     num_draft_tokens: int = 4
-    """Drafts a round."""
+    """Tokens drafted per round."""
 
     def chosen(self, model: LlamaConfig) -> Strategy:
-        """The strategy. Raises ConfigError where it does not fit the model."""
+        """The strategy. Raises ConfigError if it does not fit the model."""
         if self.strategy == "autoregressive":
             return Autoregressive()
         exit_layer = self.exit_layer or max(1, model.num_layers // 4)
@@ -67,8 +67,8 @@ class DecodingShape:
 
 
 def train_step(config: TrainConfig, mesh: Mesh) -> tuple[Lowered, Trips]:
-    """The step of train.py and the trips of its loops: every position is labelled, and as many
-    exits are on as on average over the run."""
+    """The step of train.py and the trips of its loops. Every position is labelled, and the number
+    of enabled exits is the run's average."""
     check_rows(config, mesh)
     state, batch = abstract_state(config, mesh), _batch(config, mesh)
     rows = config.batch_size // config.micro_batches
@@ -85,8 +85,8 @@ def train_step(config: TrainConfig, mesh: Mesh) -> tuple[Lowered, Trips]:
 
 
 def evaluation(config: TrainConfig, mesh: Mesh, score: Wrapped) -> tuple[Lowered, Trips]:
-    """How train.py scores every exit on a batch, by `exit_sums` of lsjax/evaluation; the program
-    says the trips of all its loops."""
+    """The program with which train.py scores every exit on a batch; score: `exit_sums` of
+    lsjax/evaluation. The program states the trips of all its loops."""
     check_rows(config, mesh)
     model, batch = abstract_state(config, mesh).model, _batch(config, mesh)
     rest = dict(micro_batches=config.micro_batches, attention=config.attention)
@@ -101,9 +101,9 @@ def decoding(
     mesh: Mesh,
     dtype: DTypeLike = jnp.bfloat16,
 ) -> tuple[Lowered, Trips]:
-    """How decode.py reads a prompt, or its loop; a round of the loop counts, not the loop.
+    """The prefill of a prompt in decode.py, or its decoding loop, which counts as one round.
 
-    Raises ConfigError for a prompt beyond the model's context.
+    Raises ConfigError for a prompt longer than the model's context.
     """
     prompt = shape.prompt_tokens
     check(
@@ -136,19 +136,19 @@ def decoding(
     trips = {
         rf"/{ROUNDS}/while$": 1,
         rf"/{DRAFT}/while$": 1 + drafts,
-        DRAFT_HEAD: drafts / (1 + drafts),  # the last draft passes no head
+        DRAFT_HEAD: drafts / (1 + drafts),  # the last trip skips the head
         **cache_blocks([prompt], capacity),
     }
     return Programs(model, mesh).lower(loop, state, number, arguments), trips
 
 
 def round_reads(config: LlamaConfig, shape: DecodingShape, mesh: Mesh) -> tuple[float, float]:
-    """Bytes in bfloat16 of weights, and of cache in use, that each device has to read in a round,
-    however it is compiled; in autoregressive decoding a round is a token."""
+    """Bytes of weights and of used cache, in bfloat16, that each device must read in a round. In
+    autoregressive decoding, a round is one token."""
     passes, heads, strategy = config.num_layers, 1, shape.chosen(config)
     if isinstance(strategy, SelfSpeculative):
-        # The draft passes its layers once more than it has tokens, and the head once for each; the
-        # verification passes the other layers and the head once.
+        # The draft runs its layers once more than it has tokens, and the head once per token. The
+        # verification runs the other layers and the head once.
         passes += strategy.num_draft_tokens * strategy.exit_layer
         heads += strategy.num_draft_tokens
     weights = 2 * (passes * config.layer_params + heads * config.head_params)
@@ -158,7 +158,7 @@ def round_reads(config: LlamaConfig, shape: DecodingShape, mesh: Mesh) -> tuple[
 
 
 def cache_blocks(lengths: list[int], capacity: int) -> Trips:
-    """Blocks of the cache that lengths in use need, on average (`cached_attention`)."""
+    """Average number of cache blocks for these used lengths (`cached_attention`)."""
     large = [(length + LARGE // 2) // LARGE if capacity >= LARGE else 0 for length in lengths]
     pairs = zip(lengths, large, strict=True)
     small = [max(0, math.ceil(length / SMALL) - n * (LARGE // SMALL)) for length, n in pairs]
@@ -174,10 +174,10 @@ def program_report(
     mesh: Mapping[str, int],
     reads: tuple[float, float] | None = None,
 ) -> dict[str, Any]:
-    """Compiles, which takes a minute or more, and reads what came out.
+    """Compiles a program, which may take minutes, and returns its figures.
 
-    reads: bytes of weights and of cache that a round has to read, for a program that loops over
-    rounds; the costs are then those of a round.
+    reads: bytes of weights and of cache that a round must read, if the program loops over rounds.
+    The costs are then those of one round.
     """
     memory = too_large = of_round = None
     costs = ProgramCosts()
@@ -189,7 +189,7 @@ def program_report(
         too_large = " ".join(str(error).split())[:400]
     else:
         memory = memory_figures(partial(getattr, compiled.memory_analysis()), chip)
-        if memory["total"] > chip.hbm:  # the compiler for GPUs makes programs of any size
+        if memory["total"] > chip.hbm:  # the GPU compiler accepts programs of any size
             too_large = f"{name} needs {memory['total'] / GIB:.1f} GiB of {chip.hbm / GIB:.1f}"
         analysis = CostAnalysis(parse(compiled.as_text()), mesh, trips, chip)
         if reads is None:
@@ -204,7 +204,7 @@ def program_report(
 
 
 def memory_figures(found: Callable[[str], int], chip: Chip) -> dict[str, int]:
-    """Bytes on each device. found: sizes by the names of the compiler's analysis."""
+    """Bytes on each device. found: returns a size by its name in the compiler's analysis."""
     names = dict(arguments="argument", outputs="output", temporaries="temp", code="generated_code")
     sizes = {name: found(f"{word}_size_in_bytes") for name, word in names.items()}
     shared = found("alias_size_in_bytes")  # outputs that share the memory of arguments
@@ -212,8 +212,8 @@ def memory_figures(found: Callable[[str], int], chip: Chip) -> dict[str, int]:
 
 
 def cost_figures(costs: ProgramCosts, chip: Chip) -> dict[str, Any]:
-    """Costs of a run. A program takes at least as long as its computation or, with all links of
-    the chip busy, its communication, if the two overlap entirely."""
+    """Costs of one run. Its time is the longer of computation and communication: a lower bound that
+    assumes full overlap and that all links of the chip are busy."""
     sent_seconds = costs.sent_bytes / chip.link_bandwidth
     largest_first = sorted(costs.collectives.items(), key=lambda item: -item[0].sent * item[1])
     return {

@@ -1,4 +1,4 @@
-"""Questions from the examples of a task, and a file of answers that is completed."""
+"""Questions made from a task's examples, and the file that collects their answers."""
 
 import dataclasses
 from collections import Counter
@@ -47,39 +47,39 @@ from lsjax.evaluation.examples import (
     tfds_rows,
 )
 
-LOOKED_AT = 100  # rows that tell whether they are of the kind that the model was finetuned on
-VERSION = 6  # of the conditions and of a line of answers
+LOOKED_AT = 100  # rows that are tried when templates are chosen
+VERSION = 6  # of the file's header and lines
 
 
 @dataclass(frozen=True, kw_only=True)
 class TaskFlags(ChatFlags, ModelFlags):
-    """Which examples of a task a model is asked, and how."""
+    """Examples of a task, and how they become prompts."""
 
     data: tuple[str, ...] = ()
-    """Files of rows or patterns: .jsonl, .tsv, .csv, each also as .gz. By default the task's
+    """Files of rows, or patterns: .jsonl, .tsv, .csv, each also as .gz. Default: the task's
     TensorFlow data set."""
     tfds_data_dir: str = ""
-    """Where TensorFlow data sets are; empty is TFDS's own, ~/tensorflow_datasets."""
+    """Directory of TensorFlow data sets; empty means TFDS's default, ~/tensorflow_datasets."""
     offset: int = bounded(0, low=0)
-    """Leaves out the first so many examples."""
+    """Number of examples to skip at the start."""
     limit: int | None = bounded(None, low=1)
-    """Takes no more than so many rows."""
+    """Maximum number of examples."""
     bad_rows: Literal["refuse", "skip"] = "refuse"
-    """Whether a row that is no prompt, or is too long, ends the program. Either way it is named."""
+    """Whether to stop at a row that is invalid or too long, or to report and skip it."""
     prompt_template: str | None = None
-    """Makes the prompt of a row, its fields in braces: '{question}'. A task has its own, and a run
-    that was finetuned on rows with these fields too."""
+    """Prompt of a row, with its fields in braces: '{question}'. Default: the template that the run
+    was finetuned with, if its fields fit, or else the task's."""
     response_template: str | None = None
-    """The response to compare with, as --prompt-template."""
+    """Response to compare with, written like --prompt-template."""
     num_shots: int | None = bounded(None, low=0)
-    """Examples with their responses before each prompt; the task's own number by default."""
+    """Solved examples before each prompt; the task's own number by default."""
     shots_data: tuple[str, ...] = ()
-    """Files that the shots are drawn from, by --seed."""
+    """Files to draw the shots from, with --seed."""
     without_seen: tuple[str, ...] = ()
-    """Files of training rows: figures also for the examples whose prompt is not among them."""
+    """Files of training rows. Adds figures for the examples whose prompts are not in them."""
     sampling: SamplingFlags = GREEDY
     groups: bool = False
-    """Shows each category of the examples too; files have them in any case."""
+    """Also prints each category of examples. Files always contain them."""
 
 
 def read_examples(
@@ -89,10 +89,10 @@ def read_examples(
     notes: Console,
     own_rows: Callable[[Refuse], Iterator[PlacedRow]] | None = None,
 ) -> tuple[list[Example], DataConfig, list[str]]:
-    """The examples that are asked for, their templates, and the errors of rows that are skipped.
+    """The requested examples, their templates, and the errors of skipped rows.
 
-    Prompts become tokens as in training on such data, or in the chat template. own_rows: gives rows
-    that are no training data and fit the task's own templates; by default those of the flags.
+    Prompts are tokenised as in training, or with the chat template. own_rows: returns rows that are
+    not training data and fit the task's templates; by default, the rows of the flags.
     """
     skipped: list[str] = []
 
@@ -128,7 +128,7 @@ def read_examples(
     if task.num_shots:
         check(
             bool(flags.shots_data) or (not flags.data and task.tfds is not None),
-            f"{task.num_shots} shots need rows that are not asked: name their files by "
+            f"{task.num_shots} shots need rows that are not evaluated: name their files with "
             "--shots-data, or choose --num-shots 0",
         )
         drawn = _rows(task, flags, flags.shots_data, "train")
@@ -136,14 +136,12 @@ def read_examples(
     seen = prompts_of(task, data, file_rows(flags.without_seen))
     made = make_examples(task, data, rows, shots=shots, seen=seen, encode=encode, refuse=refuse)
     examples = list(islice(islice(made, flags.offset, None), flags.limit))
-    behind = f" behind the first {flags.offset}" if flags.offset else ""
-    check(
-        bool(examples), f"the data have no examples{behind}: name other ones, or a lower --offset"
-    )
+    after = f" after the first {flags.offset}" if flags.offset else ""
+    check(bool(examples), f"the data have no examples{after}: use other data or a lower --offset")
     ((id_, times),) = Counter(example.id for example in examples).most_common(1)
     check(
         times == 1,
-        f"two rows have the id {id_}: an answer would have no place of its own; evaluate one "
+        f"two rows have the id {id_}, which must be unique: correct the ids, or evaluate one "
         "file at a time",
     )
     return examples, data, skipped
@@ -152,17 +150,17 @@ def read_examples(
 def _rows(
     task: Task, flags: TaskFlags, files: Sequence[str], split: str, refuse: Refuse = stop_at
 ) -> Iterator[PlacedRow]:
-    """The rows of files, or without any those of a split of the task's TensorFlow data set."""
+    """Rows of the files, or without files a split of the task's TensorFlow data set."""
     if files:
         return file_rows(files, refuse)
-    check(task.tfds is not None, f"{task.name} is no TensorFlow data set: name its files by --data")
+    check(task.tfds is not None, f"{task.name} has no TensorFlow data set: name files with --data")
     return tfds_rows(task.tfds, split, flags.tfds_data_dir)
 
 
 def make_questions(
     examples: Sequence[Example], num_samples: int, sampling: Sampling, **request: Any
 ) -> list[Question]:
-    """A question for each sample of each example; text number i of all has the seed + i.
+    """One question per sample of each example. Question number i has the seed + i.
 
     request: other fields of `Request`.
     """
@@ -186,17 +184,17 @@ def complete(
     turn: int,
     timed: bool = False,
 ) -> list[Answer]:
-    """The answers to all questions by all strategies; those that the file lacks are added to it.
+    """The answers to all questions by all strategies. Missing answers are added to the file.
 
-    asked: the conditions. line: makes an answer of a text, as soon as that ends. turn: as for
-    `decode_in_turns`. timed: runs every program before, and the first strategy again beside missing
-    answers of the others.
+    asked: the conditions. line: turns a finished text into an answer. turn: as in
+    `decode_in_turns`. timed: warms up every program, and reruns the first strategy as a baseline
+    for missing answers.
     """
     known = {} if file is None else resume(file, asked)
     wanted = [question.key(strategy) for strategy in strategies for question in questions]
     found = {key: known[key] for key in wanted if key in known}
     if found:
-        notes.print(f"{len(found)} of {len(wanted)} answers are there already")
+        notes.print(f"{len(found)} of {len(wanted)} answers are already stored")
     if timed and len(found) < len(wanted):
         warm_up(engine, strategies, questions)
     with Progress(console=notes, transient=True) as progress:
@@ -218,12 +216,12 @@ def complete(
 def conditions(
     model: OpenModel, engine: Engine, strategies: Sequence[Strategy], **more: Any
 ) -> dict[str, Any]:
-    """All that answers depend on, except strategy, document and sample: a file of answers is only
-    continued under the same conditions."""
+    """Everything that answers depend on, except strategy, document and sample. A file of answers is
+    resumed only under the same conditions."""
     leaves = {str(number): leaf for number, leaf in enumerate(jax.tree.leaves(engine.model))}
     drafting = [one for one in strategies if isinstance(one, SelfSpeculative)]
     vocabularies = {one.draft_vocab: one.vocabulary for one in drafting if one.vocabulary}
-    # A draft that ends early is verified by the shortest program that holds it.
+    # A draft that ends early is verified with the shortest length that fits.
     lengths = {n for one in drafting if one.draft_confidence is not None for n in one.lengths}
     devices = jax.devices()[:1] if engine.mesh is None else engine.mesh.devices.flat
     return {

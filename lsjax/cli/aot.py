@@ -1,4 +1,4 @@
-"""Compiles a run for TPUs or GPUs, on a machine without them, and says what it needs there.
+"""Compiles a run for TPUs or GPUs on a machine without them, and reports its time and memory.
 
     python -m lsjax.cli.aot --config configs/continual_llama2_7b.py --topology v5p:4x4x4
     python -m lsjax.cli.aot --config configs/continual_llama2_7b.py --topology v5e:16x16 \\
@@ -6,9 +6,8 @@
     python -m lsjax.cli.aot --config configs/continual_llama3_2_1b.py --topology h100:1 \\
         --programs prefill decode --decoding.strategy autoregressive
 
-Needs the chip's compiler (pip install 'lsjax[tpu]' or 'lsjax[cuda]') and a minute or more for each
-program. Any field of the configuration is a flag, as for train.py. docs/pods.md says what the
-figures mean.
+Needs the chip's compiler (pip install 'lsjax[tpu]' or 'lsjax[cuda]'). Compiling may take minutes.
+Any field of the configuration is a flag, as in train.py. docs/pods.md explains the figures.
 """
 
 import json
@@ -50,7 +49,7 @@ ProgramName = Literal["train", "evaluate", "prefill", "decode"]
 
 @dataclass(frozen=True, kw_only=True)
 class Slice(ConfigFile):
-    """What is compiled, and for what."""
+    """The slice to compile for."""
 
     topology: str | None = None
     """Chip and slice: v5e:8x8, v5p:4x4x4, v6e:16x16, h100:1, h100:8."""
@@ -58,30 +57,30 @@ class Slice(ConfigFile):
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments(Slice):
-    """What is compiled, and for what."""
+    """Programs to compile, and the slice to compile for."""
 
     fields: Annotated[TrainConfig, tyro.conf.arg(name="")]
     programs: tuple[ProgramName, ...] = get_args(ProgramName)
-    """What to compile: the training step, the scoring of a batch at every exit, the reading of a
+    """Programs to compile: a training step, the scoring of a batch at every exit, the prefill of a
     prompt, a round of decoding."""
     beside_plain: bool = False
-    """Compile the step without layer dropout and exits too, and compare."""
+    """Also compiles the step without layer dropout and exits, for comparison."""
     decoding: DecodingShape = DecodingShape()
     decoding_mesh: MeshConfig = MeshConfig(tensor=4)
-    """Devices that decode: four, or all of a smaller slice."""
+    """Devices that decode; by default four, or all of a smaller slice."""
     output: Path | None = None
     """Writes a JSON object with all figures to this file."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the program; exits with 2 on bad input."""
+    """Runs the program. Returns 1 if a program is too large; bad input exits with code 2."""
     with one_line_errors():
         found = report(parse(sys.argv[1:] if argv is None else argv))
     return 1 if any(program["too_large"] for program in found["programs"]) else 0
 
 
 def parse(argv: Sequence[str]) -> Arguments:
-    """Raises ConfigError for what is wrong with the configuration or the flags."""
+    """Parses the flags and the configuration. Raises ConfigError for a bad value."""
     found, default = read_config(Slice, argv, __doc__)
     check(found.topology is not None, "--topology is missing: name a slice such as v5p:4x4x4")
     mesh = MeshConfig(tensor=min(4, slice_size(found.topology)))
@@ -95,15 +94,15 @@ def parse(argv: Sequence[str]) -> Arguments:
 
 
 def report(arguments: Arguments) -> dict[str, Any]:
-    """Compiles, prints, and gives all figures.
+    """Compiles the programs, prints the tables, and returns all figures.
 
-    Raises ConfigError for what does not fit, before anything is compiled.
+    Raises ConfigError before compiling if the settings do not fit.
     """
-    jax.config.update("jax_platforms", "cpu")  # for the shapes alone
-    # Without a chip jax can write programs for it to the cache, but not read them.
+    jax.config.update("jax_platforms", "cpu")  # only shapes are needed
+    # Without the chip, JAX can write its programs to the cache but cannot read them.
     jax.config.update("jax_enable_compilation_cache", False)
     config, shape = arguments.fields, arguments.fields.model
-    check(shape is not None, "the configuration has no model, whose shape is needed here")
+    check(shape is not None, "the configuration has no model: set `model`, which gives the shape")
     known = get_args(ProgramName)
     check(bool(arguments.programs), f"--programs is empty: choose from {', '.join(known)}")
     if arguments.output is not None:
@@ -112,7 +111,7 @@ def report(arguments: Arguments) -> dict[str, Any]:
     names = [name for name in known if name in arguments.programs]
     if "train" in names and arguments.beside_plain:
         names.insert(1, "plain")
-    # All are lowered first: what does not fit is refused before anything is compiled.
+    # All programs are lowered first, so that errors come before the slow compilation.
     begun = {name: lowered(name, arguments, devices) for name in names}
     meshes = {name: dict(mesh.shape) for name, (mesh, *_) in begun.items()}
     programs = []
@@ -145,7 +144,7 @@ def report(arguments: Arguments) -> dict[str, Any]:
 
 
 def lowered(name: str, arguments: Arguments, devices: Sequence[Any]) -> tuple[Mesh, Lowered, Trips]:
-    """A program and its mesh."""
+    """Mesh, lowered program and loop trips."""
     config = arguments.fields
     if name in ("prefill", "decode"):
         mesh = make_mesh(arguments.decoding_mesh, devices)
@@ -159,7 +158,7 @@ def lowered(name: str, arguments: Arguments, devices: Sequence[Any]) -> tuple[Me
 
 
 def print_report(found: Mapping[str, Any]) -> None:
-    """Tables of what the programs need."""
+    """Prints tables of the programs' memory, time and communication."""
     people = wide_console()
     people.print(programs_table(found))
     if "train" in found["meshes"]:
@@ -177,7 +176,7 @@ def print_report(found: Mapping[str, Any]) -> None:
 
 
 def programs_table(found: Mapping[str, Any]) -> Table:
-    """A row for each program, per device. Only the FLOPs of plain training count as useful."""
+    """Table with a row per program. Only the FLOPs of plain training count as useful."""
     training, rows = found["training"], []
     for one in found["programs"]:
         mesh = " x ".join(map(str, found["meshes"][one["name"]].values()))
@@ -198,7 +197,7 @@ def programs_table(found: Mapping[str, Any]) -> Table:
 
 
 def round_table(program: Mapping[str, Any], strategy: str) -> Table:
-    """A round of decoding beside what it has to read, and the kernels and loops in it."""
+    """Table of a decoding round: its time, the least time for its reads, its kernels and loops."""
     seconds = dict(program["round"], seconds=program["seconds"])
     weights, cache, once, whole = (number * 1e3 for number in seconds.values())
     cells = [f"{n:.2f}" for n in (weights, weights + cache, whole, whole / (weights + cache), once)]
@@ -209,9 +208,9 @@ def round_table(program: Mapping[str, Any], strategy: str) -> Table:
 
 
 def collectives_table(program: Mapping[str, Any]) -> Table:
-    """What a program sends, by kind and by the axes of the mesh."""
+    """Table of a program's collectives, by kind and mesh axes."""
     groups = defaultdict(list)
-    for one in program["collectives"]:  # those that send most come first
+    for one in program["collectives"]:  # sorted by bytes sent
         groups[one["kind"], " x ".join(one["axes"])].append(one)
     rows = []
     for names, found in groups.items():

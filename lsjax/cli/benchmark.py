@@ -1,5 +1,4 @@
-"""Strategies side by side on the same prompts: how fast, how far from the limit, and are they
-exact?
+"""Compares strategies on the same prompts: speed, distance from the limit, and exactness.
 
     python -m lsjax.cli.benchmark --model PATH --exit-layers 4 8 --num-draft-tokens 4 8
     python -m lsjax.cli.benchmark --model PATH --identity-tail 2 --exit-layers 2 4 8 15 \\
@@ -7,12 +6,12 @@ exact?
     python -m lsjax.cli.benchmark --model PATH --task spec_bench --data question.jsonl --groups \\
         --exit-layers 8 --num-draft-tokens 4 --repeats 1 --output benchmarks/model
 
-Autoregressive decoding and every exit with every draft length take turns in one process, after a
-warm-up. The columns are defined in docs/performance.md. Greedy texts are compared with those of
-autoregressive decoding: exit code 1 if they differ in float32 by more than rounding explains.
+After a warm-up, autoregressive decoding and every exit with every draft length take turns in one
+process. docs/performance.md defines the columns. Greedy texts are compared with autoregressive
+decoding. Exit code 1: in float32 they differ by more than rounding explains.
 
-The directory --output gets answers.jsonl, a line for each text, from which a killed run resumes;
-cells.jsonl, the table; and for a grid benchmark.png.
+The directory --output gets answers.jsonl (a line per text, from which a killed run resumes),
+cells.jsonl (the table), and for a grid benchmark.png.
 """
 
 import json
@@ -59,7 +58,7 @@ OWN_PROMPTS = Task(
     change=first_turn,
     needs_reference=False,
 )
-# Flags that mean nothing to them.
+# Flags that need --task.
 TASK_ALONE = (
     *("data", "offset", "response_template"),
     *("num_shots", "shots_data", "without_seen"),
@@ -68,32 +67,32 @@ TASK_ALONE = (
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments(TaskFlags, StrategyFlags):
-    """Strategies side by side on the same prompts."""
+    """Compares strategies on the same prompts."""
 
     strategies: tuple[StrategyName, ...] = ("self_speculative",)
-    """Beside autoregressive decoding, at every exit."""
+    """Strategies to compare with autoregressive decoding, at every exit."""
     prompt: str | None = None
-    """Text to continue; three are built in."""
+    """Text to continue; by default, three built-in prompts."""
     prompt_file: Path | None = None
-    """.txt is one prompt, .jsonl has an object with "prompt" (or Spec-Bench's "turns") on each
-    line; with --prompt-template also other rows, and .tsv and .csv, each also as .gz."""
+    """File of prompts. A .txt file is one prompt. A .jsonl file has "prompt" (or Spec-Bench's
+    "turns") on each line. With --prompt-template, other rows, .tsv and .csv work too; also .gz."""
     task: Literal[tuple(TASKS)] | None = None  # type: ignore[valid-type]
     """Prompts of a task (docs/evaluation.md)."""
     new_tokens: int = bounded(64, low=2)
-    """Tokens per prompt; ends of text are ignored."""
+    """New tokens per prompt; end-of-text tokens are ignored."""
     repeats: int = bounded(5, low=1)
-    """Turns of each strategy with each prompt."""
+    """Number of runs of each strategy with each prompt."""
     identity_tail: int | None = None
-    """Lets the layers from this one on add nothing, so that every draft of a later exit is right:
-    the machinery without the training. The draft vocabulary is that of the model's own output."""
+    """Makes the layers from this one on add nothing, so that every draft of a later exit is
+    accepted. The draft vocabulary is chosen from the model's own output."""
     output: Path | None = None
-    """Directory of the answers, the table and the picture; nothing is written by default."""
+    """Directory for answers, table and plot; by default, nothing is written."""
 
 
 def benchmark(arguments: Arguments) -> int:
-    """Measures what is not measured yet, prints the table, writes and draws it.
+    """Makes the missing measurements, and prints, writes and plots the table.
 
-    Gives 1 where texts are not exact.
+    Returns 1 if texts are not exact.
     """
     notes = notes_console()
     model = flags.open_model(arguments)
@@ -135,13 +134,13 @@ def benchmark(arguments: Arguments) -> int:
 
 
 def check_numbers(arguments: Arguments, config: LlamaConfig) -> None:
-    """Raises ConfigError for numbers that cannot work, and for flags that mean nothing."""
-    check(arguments.batch_size == 1, "--batch-size means nothing here: texts are timed one by one")
+    """Raises ConfigError for numbers out of range and for flags without effect."""
+    check(arguments.batch_size == 1, "--batch-size must be 1 here: texts are timed one by one")
     flags.check_sampling(arguments.sampling, 1)
     last, tail = config.num_layers - 1, arguments.identity_tail
     check(
         tail is None or 1 <= tail <= last,
-        f"--identity-tail {tail} is not in 1..{last}: choose a layer there",
+        f"--identity-tail {tail} is out of range: use a layer in 1..{last}",
     )
     given = [n for n in ("prompt", "prompt_file", "task") if getattr(arguments, n) is not None]
     names = " and ".join(map(arguments.name_of, given))
@@ -149,20 +148,20 @@ def check_numbers(arguments: Arguments, config: LlamaConfig) -> None:
     for name in TASK_ALONE:
         check(
             arguments.task is not None or not getattr(arguments, name),
-            f"{arguments.name_of(name)} needs --task, whose rows it is about",
+            f"{arguments.name_of(name)} needs --task: add it, or leave this out",
         )
     check(
         bool(given) or arguments.prompt_template is None,
-        "--prompt-template needs --prompt-file, whose rows it is for",
+        "--prompt-template needs --prompt-file or --task: add one of them",
     )
 
 
 def choose_strategies(
     arguments: Arguments, model: OpenModel, counts: Mapping[int, int] | None
 ) -> list[Strategy]:
-    """Autoregressive decoding, then each cell of the grid, those with the full head first.
+    """Autoregressive decoding, then each cell of the grid, cells with the full head first.
 
-    counts: of the tokens that the draft vocabulary is chosen by; those of the model's by default.
+    counts: token counts for the draft vocabulary; by default those stored for the model.
     """
     names = ("autoregressive", *(arguments.strategies if arguments.exit_layers else ()))
     found: list[Strategy] = []
@@ -187,7 +186,7 @@ def make_questions(arguments: Arguments, model: OpenModel, notes: Console) -> li
 
 
 def measured_costs(engine: Engine, strategies: Sequence[Strategy]) -> RoundCosts | None:
-    """What the parts of a round cost now; None where nothing drafts."""
+    """Measured costs of the parts of a round; None if no strategy drafts."""
     drafting = [one for one in strategies if isinstance(one, SelfSpeculative)]
     if not drafting:
         return None
@@ -204,18 +203,18 @@ def describe(arguments: Arguments, engine: Engine, questions: Sequence[Question]
     parts = [
         f"{arguments.model.name}, {engine.model.dtype}",
         f"{len(lengths)} prompts of {min(lengths)} to {max(lengths)} tokens",
-        f"{arguments.new_tokens} new ones, {repeats} repeat{'s' * (repeats > 1)}",
+        f"{arguments.new_tokens} new tokens, {repeats} repeat{'s' * (repeats > 1)}",
     ]
     parts += [f"temperature {temperature:g}"] if temperature else []
     if arguments.draft_confidence is not None:
-        parts.append(f"drafts at {arguments.draft_confidence:g} or more")
+        parts.append(f"draft confidence {arguments.draft_confidence:g}")
     if arguments.identity_tail is not None:
         parts.append(f"identity tail from layer {arguments.identity_tail} on")
     return ", ".join(parts)
 
 
 def write(output: Path, title: str, rows: Sequence[Answer], notes: Console) -> None:
-    """The table as JSON lines, in which infinity is null, and the picture of a grid."""
+    """Writes the table as JSON lines, with null for infinity, and plots a grid."""
     with (output / "cells.jsonl").open("w", encoding="utf-8") as lines:
         for row in rows:
             values = {k: None if v == math.inf else v for k, v in row.items()}
@@ -225,7 +224,7 @@ def write(output: Path, title: str, rows: Sequence[Answer], notes: Console) -> N
         try:
             plot_grid(whole, output / "benchmark.png", title=title)
         except ConfigError as error:
-            notes.print(f"no picture: {error}")
+            notes.print(f"no plot: {error}")
 
 
 main = flags.program(Arguments, benchmark, __doc__)

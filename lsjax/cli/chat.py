@@ -31,11 +31,11 @@ def chat(
     show_drafts: bool = False,
     finish: Callable[[str, Completion], None],
 ) -> None:
-    """Reads messages and streams replies until the input ends. The cache stays between turns: only
-    what is new is read. Each turn has the next seed.
+    """Reads messages and streams replies until the input ends. The cache is kept between turns, so
+    only new tokens are processed. Each turn has the next seed.
 
-    A Ctrl-C ends an answer where it is, and the chat goes on from there; a second one before the
-    turn is over takes the whole turn back. finish: called with message and completion after each.
+    Ctrl-C stops an answer, and the chat continues from there. A second Ctrl-C in the same turn
+    discards the turn. finish: called with message and completion after each turn.
     """
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  (editing and history for `input`)
@@ -73,7 +73,7 @@ def chat(
             notes.print(HELP)
             continue
         except UnicodeDecodeError:
-            notes.print("that was not UTF-8: say it again")
+            notes.print("that was not UTF-8: type it again")
             continue
         if message.strip() == "/new":
             dialogue, conversation = Dialogue(engine.tokenizer, system), Conversation()
@@ -88,11 +88,11 @@ def chat(
                 notes.print(str(error))
             except KeyboardInterrupt:
                 people.print()
-                notes.print("broken off: this message and its answer are forgotten")
+                notes.print("cancelled: this message and its answer are forgotten")
 
 
 def ask(people: Console) -> str:
-    """A line of input. The prompt goes where people look, which may not be standard output."""
+    """Reads a line of input. The prompt goes to `people`, which may not be standard output."""
     if people.file is sys.stdout:
         return input(PROMPT)
     people.print(PROMPT, end="")
@@ -101,7 +101,7 @@ def ask(people: Console) -> str:
 
 @contextlib.contextmanager
 def noted_interrupt() -> Iterator[Callable[[], bool]]:
-    """Inside, the first Ctrl-C is only noted; the second is a KeyboardInterrupt as ever."""
+    """Context in which the first Ctrl-C is only noted. The second raises KeyboardInterrupt."""
     noted = []
 
     def note(number, frame):

@@ -1,7 +1,7 @@
 """Converts a Hugging Face directory, a GGUF file or a training run into a Hugging Face directory.
 
-The result holds config.json, safetensors and the tokenizer, and is read by lsjax and by
-transformers. It appears under its name only when it is whole.
+The result holds config.json, safetensors and the tokenizer. lsjax and transformers can load it.
+It appears under its name only when it is complete.
 """
 
 import sys
@@ -36,14 +36,14 @@ class Arguments:
 def convert(arguments: Arguments) -> None:
     """Reads and writes the model.
 
-    Raises CheckpointError where model and tokenizer do not belong together.
+    Raises CheckpointError if model and tokenizer do not match.
     """
     source, destination, dtype = arguments.source, arguments.destination, arguments.dtype
     console = Console(stderr=True)
     bar = partial(track, console=console, disable=not console.is_terminal, transient=True)
     check_destination(destination)
     opened, tokenizer = open_checkpoint(source), load_tokenizer(source)
-    tokenizer.fitted(opened.config.vocab_size)  # before the long part
+    tokenizer.fitted(opened.config.vocab_size)  # fails before the long part
     model = load(opened, dtype=dtype, track=partial(bar, description="reading"))
     generation = read_generation_defaults(source)
     writing = partial(bar, description="writing")

@@ -3,7 +3,7 @@
     python -m lsjax.cli.count_tokens --model PATH --text domain.txt more.jsonl
     python decode.py --model PATH --strategy self_speculative ... --draft-vocab 2048
 
-The counts are kept in the cache for every model with this tokenizer, or where --output says.
+The counts are stored in the cache for all models with this tokenizer, or in the --output file.
 """
 
 import sys
@@ -20,7 +20,7 @@ from lsjax.data.files import cache_directory, json_rows, read_lines
 from lsjax.data.tokenizer_files import load_tokenizer
 from lsjax.data.vocabulary import cached_counts, count_tokens, write_counts
 
-LINES = 1 << 14  # of a text, which are encoded at a time
+LINES = 1 << 14  # lines of text encoded at a time
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,13 +30,13 @@ class Arguments:
     model: Path
     """Hugging Face directory, .gguf file, or directory of a training run, for its tokenizer."""
     text: tuple[Path, ...]
-    """Files of text; of .jsonl files, every text in the objects of the lines."""
+    """Text files. In .jsonl files, every string in the objects counts."""
     output: Path | None = None
-    """File to write; token_counts.json in a model's directory is found by decode.py."""
+    """File to write. decode.py finds token_counts.json in a model's directory."""
 
 
 def count(arguments: Arguments) -> None:
-    """Counts and writes."""
+    """Counts the tokens and writes the counts."""
     tokenizer = load_tokenizer(arguments.model)
     output = arguments.output or cached_counts(cache_directory(), tokenizer)
     total = sum(file.stat().st_size for file in arguments.text)
@@ -51,13 +51,13 @@ def count(arguments: Arguments) -> None:
 
         counts = count_tokens(tokenizer, pieces())
     write_counts(output, tokenizer, counts)
-    print(f"{output}: {counts.total()} tokens, {len(counts)} different ones")
+    print(f"{output}: {counts.total()} tokens, {len(counts)} distinct")
 
 
 def read_pieces(file: Path) -> Iterator[str]:
-    """A file's text in pieces: of .jsonl every string by itself, of others LINES lines.
+    """A file's text in pieces: each string of a .jsonl file, or LINES lines of another file.
 
-    Raises ConfigError with the line for text that is not UTF-8, or no object in a .jsonl file.
+    Raises ConfigError with the line for text that is not UTF-8, or for a JSON line without object.
     """
     if file.suffix == ".jsonl":
         for _, row in json_rows(file):
@@ -69,9 +69,9 @@ def read_pieces(file: Path) -> Iterator[str]:
 
 
 def _strings(value: object) -> Iterator[str]:
-    """Every string in a JSON value, keys left out."""
+    """Every string in a JSON value, except keys."""
     if isinstance(value, str):
-        yield value.encode(errors="replace").decode()  # JSON may hold half a character
+        yield value.encode(errors="replace").decode()  # JSON may hold half a surrogate pair
     elif isinstance(value, list | dict):
         for item in value.values() if isinstance(value, dict) else value:
             yield from _strings(item)

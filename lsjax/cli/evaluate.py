@@ -4,7 +4,7 @@
         --strategies autoregressive early_exit self_speculative --exit-layers 8 15 23 \\
         --num-draft-tokens 4 --without-seen topv2/train.tsv --output topv2.jsonl
 
-The same command after a kill resumes. docs/evaluation.md explains the tasks and the figures.
+The same command resumes a killed run. docs/evaluation.md explains the tasks and the figures.
 """
 
 import dataclasses
@@ -36,34 +36,33 @@ from lsjax.evaluation.answers import (
 from lsjax.evaluation.examples import Task
 from lsjax.evaluation.tasks import TASKS
 
-TURN = 8  # questions for each row of a batch before the next strategy has its turn
+TURN = 8  # questions per batch row before the next strategy takes its turn
 
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments(TaskFlags, StrategyFlags):
-    """A task at several exits and with several strategies."""
+    """Evaluates a task at several exits and with several strategies."""
 
     task: Literal[tuple(TASKS)]  # type: ignore[valid-type]
-    """What is asked."""
+    """Task to evaluate (docs/evaluation.md)."""
     output: Path
-    """A line of JSON an answer (.jsonl); the summary goes beside it, as .summary.json. If it holds
-    answers under the same conditions, only the missing ones are made."""
+    """File of answers, one JSON line each (.jsonl). The summary is written beside it, as
+    .summary.json. If the file has answers from the same settings, only missing ones are added."""
     max_new_tokens: int | None = bounded(None, low=1)
-    """Ends a text that does not end by itself; the task's own number by default."""
+    """Maximum number of new tokens; the task's own number by default."""
     num_samples: int = bounded(1, low=1)
-    """Texts for each example; a score is the mean over them."""
+    """Number of texts per example; scores are means over them."""
     stop: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
-    """Ends a text where it would contain this, beside what the task says; may be given several
-    times."""
+    """Ends a text before this string, in addition to the task's strings; may be repeated."""
     allow_code_execution: bool = False
-    """Runs the texts of human_eval against its tests, with limits that guard against accidents; it
-    is no security boundary (docs/evaluation.md)."""
+    """Runs the texts of human_eval against its tests. The limits guard against accidents; they are
+    not a security boundary (docs/evaluation.md)."""
 
 
 def evaluate(arguments: Arguments) -> None:
-    """Makes the answers that are missing, prints the table and writes the summary."""
+    """Makes the missing answers, prints the table and writes the summary."""
     output, sampling = arguments.output, arguments.sampling
-    check(output.suffix == ".jsonl", f"--output {output} is no .jsonl: it gets a line an answer")
+    check(output.suffix == ".jsonl", f"--output {output} is not a .jsonl file: name one")
     flags.check_sampling(sampling, arguments.num_samples)
     notes, task = notes_console(), chosen_task(arguments)
     model = flags.open_model(arguments)
@@ -71,7 +70,7 @@ def evaluate(arguments: Arguments) -> None:
     examples, data, bad_rows = answering.read_examples(task, arguments, model, notes)
     check_output(output)
     for example in {one.group: one for one in examples}.values():
-        task.score("", example)  # whether that can be done here, before the work
+        task.score("", example)  # fails before the work if scoring is impossible
     request = dict(max_new_tokens=task.max_new_tokens, stop=task.stop)
     questions = answering.make_questions(examples, arguments.num_samples, sampling, **request)
     longest = max(len(example.ids) for example in examples)
@@ -104,11 +103,11 @@ def evaluate(arguments: Arguments) -> None:
 
 
 def chosen_task(arguments: Arguments) -> Task:
-    """The task with its length, stop strings and scores as the flags say."""
+    """The task with length, stop strings and scores from the flags."""
     task, by_running = TASKS[arguments.task], arguments.allow_code_execution
     check(
         task.score_by_running is not None or not by_running,
-        f"--allow-code-execution means nothing to {task.name}, whose texts are no programs",
+        f"--allow-code-execution has no effect on {task.name}: leave it out",
     )
     return dataclasses.replace(
         task,
@@ -119,7 +118,7 @@ def chosen_task(arguments: Arguments) -> Task:
 
 
 def show(title: str, rows: Sequence[Mapping[str, Any]]) -> None:
-    """A row for each strategy and group of examples."""
+    """Prints a row for each strategy and group of examples."""
     scores = list(dict.fromkeys(name for row in rows for name in row["scores"]))
     figures = {"equal": ("equal", ".3f"), "accepted": ("acceptance_rate", ".3f")}
     figures |= {"tokens/round": ("tokens_per_round", ".2f")}

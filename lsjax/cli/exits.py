@@ -1,11 +1,10 @@
-"""Loss, perplexity and agreement of every exit of models, on the held-out data of the first one,
-which is a training run.
+"""Scores every exit of several models on the held-out data of the first one, a training run.
 
     python -m lsjax.cli.exits --runs runs/quickstart runs/plain --output exits.png
     python -m lsjax.cli.exits --runs runs/smollm2 models/smollm2 --output exits.png
 
-The second compares a run with the model that it began from. One table, a row for each of some
-exits; a picture with a line for each model (the paper's Figures 6 and 8).
+The second command compares a run with the model that it started from. The table has loss,
+perplexity and agreement by exit. The plot has a line per model (the paper's Figures 6 and 8).
 """
 
 import json
@@ -32,34 +31,34 @@ from lsjax.model.llama import stacked
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments(Checked, prefix="--"):
-    """Loss and agreement of every exit of training runs and models."""
+    """Scores every exit of training runs and models."""
 
     runs: tuple[Path, ...]
-    """A training run, and what to set beside it: other runs or models with its tokenizer."""
+    """A training run, then runs or models with the same tokenizer to compare with it."""
     batches: int = bounded(64, low=1)
-    """Batches of held-out rows, of the first run's size."""
+    """Number of held-out batches, of the first run's batch size."""
     output: Path | None = None
-    """A picture to draw (.png)."""
+    """Plot to draw (.png)."""
     json: Path | None = None
-    """Writes a JSON object a run to this file."""
+    """Writes one JSON object per run to this file."""
 
 
 def score_models(arguments: Arguments) -> None:
-    """Scores the models, prints the table, draws the picture."""
+    """Scores the models, prints the table and draws the plot."""
     check(len(arguments.runs) >= 1, "--runs is empty: name the directory of a run")
     first, output = arguments.runs[0], arguments.output
-    check(is_run(first), f"{first} is no training run: name the --workdir of train.py first")
+    check(is_run(first), f"{first} is not a training run: name a --workdir of train.py first")
     names = [run.name for run in arguments.runs]
-    check(len(set(names)) == len(names), f"runs of one name ({names}) would be one line: rename")
+    check(len(set(names)) == len(names), f"two runs have the same name ({names}): rename one")
     sources = [open_checkpoint(run) for run in arguments.runs]
     tokenizer = load_tokenizer(first).fitted(sources[0].config.vocab_size)
     for run in arguments.runs[1:]:
         check(
             load_tokenizer(run).fingerprint == tokenizer.fingerprint,
-            f"{run} has another tokenizer than {first}: their losses can't be compared",
+            f"{run} and {first} have different tokenizers: compare runs with the same one",
         )
     if output is not None:
-        check(output.suffix == ".png", f"--output {output} is no picture: name a .png")
+        check(output.suffix == ".png", f"--output {output} is not a .png file: name one")
         check_plots()
     for file in (output, arguments.json):
         if file is not None:

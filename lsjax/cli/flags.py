@@ -1,4 +1,4 @@
-"""Flags that programs share, and what is made of them.
+"""Shared command-line flags, and the objects built from them.
 
 A program's arguments are a dataclass that inherits `ModelFlags` and `StrategyFlags`, and has
 `sampling: SamplingFlags = GREEDY`. All flags are flat: --model, --exit-layer, --temperature.
@@ -45,60 +45,60 @@ SamplingFlags = tyro.conf.OmitArgPrefixes[Sampling]
 
 @dataclass(frozen=True, kw_only=True)
 class ModelFlags(Checked, prefix="--"):
-    """A model and how it runs."""
+    """Model, devices and dtype."""
 
     model: Path
     """Hugging Face directory (config.json, safetensors, tokenizer), .gguf file, or directory of a
     training run (RUN@200 and RUN@best are steps of it)."""
     batch_size: int = 1
-    """Prompts decoded side by side."""
+    """Prompts decoded in parallel."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Type of weights and cache; auto is float32 on CPUs and bfloat16 on accelerators."""
     max_length: int | None = None
-    """Most tokens of prompt and new text together; the model's context by default."""
+    """Maximum tokens, prompt plus new text; the model's context by default."""
     mesh: MeshConfig = MeshConfig()
     """Devices to decode on; one by default."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class StrategyFlags(Checked, prefix="--"):
-    """Strategies: each name with each exit, and self-speculation with each draft length too."""
+    """Every combination of strategy, exit and draft length."""
 
     strategies: Annotated[tuple[StrategyName, ...], tyro.conf.arg(aliases=("--strategy",))] = (
         "autoregressive",
     )
-    """autoregressive runs all layers for each token. early_exit runs the first layers only.
-    self_speculative drafts with the first layers and verifies with the others: the same tokens as
-    autoregressive."""
+    """autoregressive runs all layers. early_exit runs only the first layers. self_speculative
+    drafts with the first layers and verifies with the others. Greedy tokens match autoregressive
+    decoding, up to rounding; sampled text has the same distribution."""
     exit_layers: Annotated[tuple[int, ...], tyro.conf.arg(aliases=("--exit-layer",))] = ()
-    """Layers that draft, or that early_exit runs. Self-speculation takes it from the model's
-    generation_config.json (assistant_early_exit) if that has it."""
+    """Number of layers that draft, or that early_exit runs. Default for self_speculative:
+    assistant_early_exit in the model's generation_config.json."""
     num_draft_tokens: tuple[int, ...] = ()
-    """Tokens drafted in a round (from num_assistant_tokens of the model, if it has that)."""
+    """Tokens drafted per round. Default: num_assistant_tokens in generation_config.json."""
     draft_vocab: int | None = None
-    """Drafts from this many of the most frequent tokens only: a cheaper head, the same text.
-    python -m lsjax.cli.count_tokens counts them."""
+    """Drafts only from this many of the most frequent tokens, which makes the draft's head cheaper.
+    python -m lsjax.cli.count_tokens counts the tokens."""
     draft_confidence: float | None = None
-    """Ends a draft before the token with which the exit gives it less than this probability: fewer
-    rejected drafts, the same text."""
+    """Stops drafting when the draft's probability at the exit falls below this, so that fewer
+    drafts are rejected."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ChatFlags(Checked, prefix="--"):
-    """Prompts as messages of a chat."""
+    """Prompts as chat messages."""
 
     chat: bool = False
-    """Puts prompts into the model's chat template."""
+    """Formats prompts with the model's chat template."""
     system: str | None = None
-    """With --chat: the system message."""
+    """System message, with --chat."""
 
     def __post_init__(self):
         super().__post_init__()
-        check(self.chat or self.system is None, "--system needs --chat: give both or none")
+        check(self.chat or self.system is None, "--system needs --chat: add it, or drop --system")
 
 
 class OpenModel(NamedTuple):
-    """A checkpoint without its weights, its tokenizer, and the mesh that the flags ask for."""
+    """A checkpoint's metadata, its tokenizer and the requested mesh; weights are not loaded."""
 
     flags: ModelFlags
     source: TensorSource | RunSource
@@ -107,8 +107,8 @@ class OpenModel(NamedTuple):
 
 
 def open_model(flags: ModelFlags) -> OpenModel:
-    """Raises CheckpointError or TokenizerError for damaged files, and ConfigError if the devices
-    don't suffice."""
+    """Opens a checkpoint and its tokenizer. Raises CheckpointError or TokenizerError for damaged
+    files, and ConfigError if there are too few devices."""
     source = open_checkpoint(flags.model)
     tokenizer = load_tokenizer(flags.model).fitted(source.config.vocab_size)
     mesh = None if flags.mesh == MeshConfig() else make_mesh(flags.mesh)
@@ -118,25 +118,25 @@ def open_model(flags: ModelFlags) -> OpenModel:
 def make_strategies(
     flags: StrategyFlags, model: OpenModel, counts: Mapping[int, int] | None = None
 ) -> list[Strategy]:
-    """Each strategy that the flags name, with each exit and draft length.
+    """Every requested strategy, with every exit and draft length.
 
-    Self-speculation may leave exit and draft length to the model's directory. counts: how frequent
-    each token is, for the draft vocabulary; by default those kept for this model.
+    The model's directory has defaults for the exit and draft length of self-speculation. counts:
+    token counts for the draft vocabulary; by default those stored for this model.
 
-    Raises ConfigError for a number that is missing, or that no strategy uses, and where a strategy,
-    batch size or length fits neither model nor mesh.
+    Raises ConfigError for a missing or unused number, or for settings that do not fit the model or
+    the mesh.
     """
     names, exits = list(dict.fromkeys(flags.strategies)), list(dict.fromkeys(flags.exit_layers))
     check(bool(names), "--strategies is empty: name one or more")
     check(
         not exits or names != ["autoregressive"],
-        "--exit-layer means nothing to autoregressive decoding: choose another --strategy",
+        "--exit-layer has no effect on autoregressive decoding: choose another --strategy",
     )
-    check(bool(exits) or "early_exit" not in names, "early_exit needs --exit-layer")
+    check(bool(exits) or "early_exit" not in names, "early_exit needs --exit-layer, such as 8")
     for name in ("num_draft_tokens", "draft_vocab", "draft_confidence"):
         check(
             getattr(flags, name) in (None, ()) or "self_speculative" in names,
-            f"{flags.name_of(name)} means nothing to {' and '.join(names)}: add --strategy "
+            f"{flags.name_of(name)} has no effect on {' and '.join(names)}: add --strategy "
             "self_speculative",
         )
     made: dict[str, list[Strategy]] = {
@@ -149,10 +149,10 @@ def make_strategies(
             kept = read_generation_defaults(model.flags.model)
             exits = exits or [one for one in [kept.exit_layer] if one is not None]
             lengths = lengths or [one for one in [kept.num_draft_tokens] if one is not None]
+        missing = ["--exit-layer"] * (not exits) + ["--num-draft-tokens"] * (not lengths)
         check(
-            bool(exits) and bool(lengths),
-            "self_speculative needs --exit-layer and --num-draft-tokens: "
-            f"{model.flags.model} does not say them",
+            not missing,
+            f"self_speculative needs {' and '.join(missing)}: {model.flags.model} has no default",
         )
         vocabulary = None
         if (size := flags.draft_vocab) is not None:
@@ -176,15 +176,15 @@ def make_strategies(
 
 
 def check_sampling(sampling: Sampling, num_samples: int, *, is_greedy: bool | None = None) -> None:
-    """Raises ConfigError where decoding is greedy and a flag asks for what only sampling uses.
+    """Raises ConfigError if decoding is greedy and a flag affects only sampling.
 
-    is_greedy: whether all texts are; by default whether `sampling` is.
+    is_greedy: whether all texts are decoded greedily; by default, whether `sampling` is greedy.
     """
     given = [n for n in ("top_k", "top_p", "min_p") if getattr(sampling, n) != getattr(GREEDY, n)]
     given += ["num_samples"] * (num_samples > 1)
     if given and (sampling.temperature == 0 if is_greedy is None else is_greedy):
         raise ConfigError(
-            f"--{given[0].replace('_', '-')} means nothing to greedy decoding: choose a "
+            f"--{given[0].replace('_', '-')} has no effect on greedy decoding: choose a "
             "--temperature above 0"
         )
 
@@ -197,9 +197,9 @@ def load_engine(
     change: Callable[[Llama], Llama] = lambda model: model,
     **options: Any,
 ) -> Engine:
-    """An engine with the checkpoint's weights, read with a bar where `notes` is a terminal.
+    """An engine with the checkpoint's weights, loaded with a progress bar if `notes` is a terminal.
 
-    change: what is done to the model first. options: other arguments of `Engine`.
+    change: applied to the model after loading. options: other arguments of `Engine`.
     """
     keep_compiled_programs()
     with Progress(console=notes, transient=True, disable=not notes.is_terminal) as progress:
@@ -223,8 +223,8 @@ def load_engine(
 def program(
     kind: type[T], work: Callable[[T], int | None], description: str
 ) -> Callable[[Sequence[str] | None], int]:
-    """`main` of a program: hands its flags to `work`, whose exit code it gives (0 for None). Exits
-    with 2 on bad input."""
+    """Builds a `main` that parses flags, runs `work` and returns its exit code (0 for None).
+    Bad input exits with code 2."""
 
     def main(argv: Sequence[str] | None = None) -> int:
         with one_line_errors():
@@ -234,10 +234,10 @@ def program(
 
 
 def parse_flags(kind: type[T], argv: Sequence[str] | None, description: str, **settings: Any) -> T:
-    """`tyro.cli`: the fields of the dataclass `kind` as flags.
+    """Parses flags into the dataclass `kind` with `tyro.cli`.
 
-    Raises ConfigError with one line for an unknown flag, for a value of another type, and for
-    values that the dataclasses reject.
+    Raises ConfigError with one line for an unknown flag, a value of the wrong type, or a value that
+    the dataclass rejects.
     """
     shown = io.StringIO()
     try:
@@ -253,7 +253,7 @@ def parse_flags(kind: type[T], argv: Sequence[str] | None, description: str, **s
 
 
 def _in_a_line(box: str) -> str:
-    """The text of tyro's box without its title, drawn or in ASCII, coloured or not."""
+    """The text in tyro's error box on one line, without title, borders and colours."""
     lines = re.sub(r"\x1b\[[\d;]*m", "", box).splitlines()[1:]
     rows = [line.strip(" │╰╯") for line in lines]
     sections = " ".join(row if row.strip("─-") else "\n" for row in rows).split("\n")

@@ -28,32 +28,32 @@ class Arguments(StrategyFlags, ChatFlags, ModelFlags):
     tasks: tuple[str, ...]
     """Names or patterns of tasks, groups and tags."""
     task_path: Path | None = None
-    """A directory with .yaml files of tasks, instead of lm_eval's own."""
+    """Directory of .yaml task files, instead of lm_eval's own tasks."""
     num_fewshot: int | None = None
     """Examples before each question; the task's own number by default."""
     limit: float | None = bounded(None, above=0)
-    """Takes the first so many documents of a task; below 1 it is a share of them."""
+    """Number of documents per task, or a share of them if below 1."""
     gen_kwargs: str | None = None
-    """Changes what tasks say of generation: "max_gen_toks=64,do_sample=True,temperature=0.8"."""
+    """Overrides generation settings of tasks: "max_gen_toks=64,do_sample=True,temperature=0.8"."""
     seed: int = 0
-    """Seed of the first sampled text. Each further text has the next number."""
+    """Seed of the first sampled text. Each further text has the next seed."""
     output: Path | None = None
-    """Directory for lm_eval's results and samples, in a folder for each strategy."""
+    """Directory for lm_eval's results and samples, with a folder per strategy."""
 
 
 def run_tasks(arguments: Arguments) -> None:
     """Runs every task with every strategy; lm_eval makes the tables and the files."""
     changes, path = arguments.gen_kwargs, arguments.task_path
-    check(bool(arguments.tasks), "--tasks names no task: give one or more")
+    check(bool(arguments.tasks), "--tasks is empty: name one or more")
     check(
         changes is None or all("=" in change for change in changes.split(",")),
-        f'--gen-kwargs {changes} is not like "max_gen_toks=64,do_sample=True,temperature=0.8"',
+        f'--gen-kwargs {changes} must look like "max_gen_toks=64,do_sample=True,temperature=0.8"',
     )
-    check(path is None or path.is_dir(), f"--task-path {path} is no directory: name one")
+    check(path is None or path.is_dir(), f"--task-path {path} is not a directory: name one")
     opened = flags.open_model(arguments)
     strategies = flags.make_strategies(arguments, opened)
     if arguments.chat:
-        chat_prompt(opened.tokenizer, "?", arguments.system)  # whether there is a template
+        chat_prompt(opened.tokenizer, "?", arguments.system)  # fails now if there is no template
     if arguments.output is not None:
         arguments.output.mkdir(parents=True, exist_ok=True)
     try:

@@ -1,4 +1,4 @@
-"""The prompts of a file, and decode.py's arguments with the requests that they ask for."""
+"""Prompt files, decode.py's arguments, and the requests made from both."""
 
 import dataclasses
 from collections.abc import Iterator, Sequence
@@ -18,7 +18,7 @@ from lsjax.decoding.request import Request, encode_prompt
 from lsjax.decoding.sampling import GREEDY, Sampling
 from lsjax.evaluation.tasks import first_turn
 
-# What an object of a file may say beside its prompt.
+# Fields that a row of a prompt file may have in addition to its prompt.
 ENDS = ("max_new_tokens", "stop", "stop_ids")
 SAMPLING = tuple(field.name for field in dataclasses.fields(Sampling))
 
@@ -30,51 +30,51 @@ class Arguments(StrategyFlags, ModelFlags):
     prompt: str | None = None
     """Text to continue."""
     prompt_file: Path | None = None
-    """Prompts: .txt is one prompt, .jsonl has an object with "prompt" on each line, which may say
-    of its own: max_new_tokens, stop, stop_ids, temperature and all that is about tokens here."""
+    """File of prompts. A .txt file is one prompt. A .jsonl file has an object with "prompt" on each
+    line, and optionally max_new_tokens, stop, stop_ids, and sampling fields such as temperature."""
     interactive: bool = False
-    """A chat in the terminal, in the model's chat template."""
+    """Chats in the terminal, with the model's chat template."""
     max_new_tokens: int = 128
-    """Ends a text that does not end by itself."""
+    """Maximum number of new tokens."""
     sampling: SamplingFlags = GREEDY
-    """How tokens are chosen: penalties come first, then temperature, top_k, top_p and min_p."""
+    """Choice of tokens: penalties apply first, then temperature, top_k, top_p and min_p."""
     num_samples: int = bounded(1, low=1)
-    """Texts for each prompt."""
+    """Number of texts per prompt."""
     stop: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
-    """Ends a text where it would contain this; may be given several times."""
+    """Ends a text before this string; may be repeated."""
     stop_ids: tuple[int, ...] = ()
-    """Token ids that end a text, beside the model's own."""
+    """Token ids that end a text, in addition to the model's own."""
     logprobs: bool = False
     """Writes the log-probability of each new token to the JSON lines."""
     chat: bool = False
-    """Puts the prompt into the model's chat template, as a user's message."""
+    """Formats the prompt as a user message with the model's chat template."""
     system: str | None = None
-    """With --chat or --interactive: the system message."""
+    """System message, with --chat or --interactive."""
     json: Path | None = None
-    """Writes a JSON object a text to this file ("-": to standard output, and nothing else)."""
+    """Writes one JSON object per text to this file. With "-", standard output has only these."""
     show_drafts: bool = False
-    """Shows which tokens the draft proposed and what the verification made of them."""
+    """Colours accepted drafts, rejected drafts, and the model's own tokens."""
 
     def __post_init__(self):
         super().__post_init__()
         check(
             self.chat or self.interactive or self.system is None,
-            "--system needs --chat or --interactive: give one of them, or no --system",
+            "--system needs --chat or --interactive: add one of them, or drop --system",
         )
         check("" not in self.stop, "--stop is empty: give the text to stop at")
         check(
             self.json is not None or not self.logprobs,
-            "--logprobs needs --json, the file that they are written to: give both or none",
+            "--logprobs needs --json, the file to write them to: add --json or drop --logprobs",
         )
         for name in ("prompt", "prompt_file", "num_samples", "batch_size"):
             check(
                 not self.interactive or getattr(self, name) == getattr(Arguments, name),
-                f"{self.name_of(name)} means nothing to --interactive: leave it out",
+                f"{self.name_of(name)} has no effect with --interactive: leave it out",
             )
         check(
             all(len({*some}) < 2 for some in (self.strategies, self.exit_layers))
             and len({*self.num_draft_tokens}) < 2,
-            "several strategies, exit layers or draft lengths are given: this program takes one of "
+            "several strategies, exit layers or draft lengths are given: give one value each to "
             "--strategy, --exit-layer and --num-draft-tokens",
         )
 
@@ -82,9 +82,9 @@ class Arguments(StrategyFlags, ModelFlags):
 def prompt_rows(
     prompts: Sequence[str], file: Path | None, refuse: Refuse = stop_at
 ) -> Iterator[PlacedRow]:
-    """The rows of a file, of which a .txt is one prompt; without a file these prompts as rows.
+    """Rows of a file (.txt is one prompt). Without a file, `prompts` as rows.
 
-    Raises ConfigError with file and line, or hands it to `refuse` and leaves the row out.
+    Raises ConfigError with file and line, or passes it to `refuse` and skips the row.
     """
     if file is None:
         for number, prompt in enumerate(prompts, start=1):
@@ -98,11 +98,11 @@ def prompt_rows(
 
 
 def choose_requests(arguments: Arguments) -> list[Request]:
-    """Every text that is asked for, each with a seed of its own; for a chat one that stands for its
-    turns. Text number i of all has the seed of the arguments + i; where an object of the file has a
-    seed of its own, its texts count from that.
+    """One request per text, each with its own seed. A chat has a single request, which every turn
+    copies. Text number i has the seed of the arguments + i. If a row has its own seed, the seeds of
+    its texts count from there.
 
-    Raises ConfigError for a number out of its range, and for one that greedy decoding ignores.
+    Raises ConfigError for a number out of range, or for one that greedy decoding ignores.
     """
     default = Request(
         prompt="?",  # the shortest message of a chat
@@ -125,21 +125,21 @@ def choose_requests(arguments: Arguments) -> list[Request]:
             for sample in range(arguments.num_samples):
                 number = len(requests) if row.get("seed") is None else sample
                 requests.append(read_request(where, row, default, number))
-        check(bool(requests), f"{file} has no prompts in it: it needs at least one")
+        check(bool(requests), f"{file} has no prompts: add at least one")
     is_greedy = all(request.sampling.temperature == 0 for request in requests)
     check_sampling(arguments.sampling, arguments.num_samples, is_greedy=is_greedy)
     return requests
 
 
 def read_request(where: str, row: Fields, default: Request, number: int) -> Request:
-    """`default` with the row's prompt, what the row says of its own, and the seed + `number`.
+    """`default` with the row's prompt and other fields, and the seed + `number`.
 
-    Raises ConfigError, beginning with where the row stands.
+    Raises ConfigError, which begins with the row's location.
     """
     row = first_turn(row)
     check(
         isinstance(row.get("prompt"), str),
-        f'{where} is no object with a text under "prompt": write {{"prompt": "..."}}',
+        f'{where} is not an object with a text under "prompt": write {{"prompt": "..."}}',
     )
     prompt = fill("{prompt}", row, where)
     check(bool(prompt), f"{where} is an empty prompt: it needs at least one character")
@@ -155,7 +155,7 @@ def read_request(where: str, row: Fields, default: Request, number: int) -> Requ
         ignored = sorted({"top_k", "top_p", "min_p"} & own.keys())
         check(
             sampling.temperature > 0 or not ignored,
-            f"{', '.join(ignored)} means nothing to greedy decoding: give a temperature above 0",
+            f"{', '.join(ignored)} has no effect on greedy decoding: give a temperature above 0",
         )
         sampling = dataclasses.replace(sampling, seed=sampling.seed + number)
         return dataclasses.replace(default, prompt=prompt, sampling=sampling, **given)
@@ -166,9 +166,9 @@ def read_request(where: str, row: Fields, default: Request, number: int) -> Requ
 def encode_requests(
     requests: Sequence[Request], arguments: Arguments, tokenizer: Tokenizer, config: LlamaConfig
 ) -> list[list[int]]:
-    """Token ids of each prompt, in the chat template if asked for.
+    """Token ids of each prompt, in the chat template if requested.
 
-    Raises ConfigError for what `encode_prompt` refuses, with the number of the prompt.
+    Raises ConfigError, with the prompt's number, for a prompt that `encode_prompt` rejects.
     """
     encoded = []
     for number, request in enumerate(requests, start=1):

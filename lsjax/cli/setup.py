@@ -1,4 +1,4 @@
-"""What every program does around its work: compiled programs, precision, memory, and errors."""
+"""Setup that all programs share: compilation cache, precision, memory, and errors."""
 
 import ctypes
 import hashlib
@@ -17,32 +17,32 @@ from lsjax.data.files import cache_directory
 
 
 def keep_compiled_programs() -> None:
-    """Keeps compiled programs on disk, so that a second run starts at once: those of each kind of
-    machine apart, as home directories travel. JAX_COMPILATION_CACHE_DIR, if set, holds."""
+    """Caches compiled programs on disk, so that a second run starts at once. Each kind of machine
+    has its own cache, as machines may share a home. JAX_COMPILATION_CACHE_DIR takes precedence."""
     if jax.config.jax_compilation_cache_dir is None:
         jax.config.update("jax_compilation_cache_dir", str(cache_directory() / "xla" / machine()))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
 def exact_products() -> None:
-    """Matrix products in full float32: accelerators use fewer bits unless told."""
+    """Sets matmuls to full float32. Accelerators use fewer bits by default."""
     jax.config.update("jax_default_matmul_precision", "highest")
 
 
 def keep_freed_memory() -> None:
-    """Lets glibc keep large freed blocks: a page of a training step's memory that the system hands
-    out anew costs a fault on CPUs (docs/training.md). Does nothing with another C library."""
+    """Makes glibc keep large freed blocks. Otherwise training steps on CPUs spend time on page
+    faults (docs/training.md). Does nothing with other C libraries."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is None:
         return
     trim_threshold, mmap_max, arena_max = -1, -4, -8  # M_TRIM_THRESHOLD ... of malloc.h
-    mallopt(mmap_max, 0)  # no block of its own for a large request,
-    mallopt(trim_threshold, -1)  # nothing handed back,
-    mallopt(arena_max, 1)  # and one pool for all threads
+    mallopt(mmap_max, 0)  # no separate mapping for a large request
+    mallopt(trim_threshold, -1)  # no memory returned to the system
+    mallopt(arena_max, 1)  # one pool for all threads
 
 
 def choose_dtype(dtype: str) -> str:
-    """`auto` is float32 on CPUs and bfloat16 on accelerators; float32 gets exact products."""
+    """Resolves `auto`: float32 on CPUs, bfloat16 on accelerators. float32 sets exact matmuls."""
     if dtype == "auto":
         dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     if dtype == "float32":
@@ -51,7 +51,7 @@ def choose_dtype(dtype: str) -> str:
 
 
 def machine() -> str:
-    """A name for this kind of processor and the cores that we may use."""
+    """Hash of the kind of processor and the number of usable cores."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -62,8 +62,8 @@ def machine() -> str:
 
 
 def check_output(file: Path, prompts: Path | None = None) -> None:
-    """Raises ConfigError where a file can't be written: better now than after the work; and where
-    it is that of the prompts."""
+    """Checks a file before the work starts. Raises ConfigError if it can't be written, or if it is
+    the file of prompts."""
     check(
         prompts is None or file.resolve() != prompts.resolve(),
         f"{file} would overwrite the prompts: name another file",
@@ -73,13 +73,13 @@ def check_output(file: Path, prompts: Path | None = None) -> None:
     except OSError as error:
         raise ConfigError(
             f"{file} can't be written ({error.strerror}): name a file in a directory that exists "
-            "and is yours"
+            "and is writable"
         ) from None
 
 
 @contextmanager
 def ended_by_sigterm() -> Iterator[None]:
-    """SIGTERM leaves by the way of an exception, exit code 143: what is done is written."""
+    """Turns SIGTERM into an exception with exit code 143, so that finished work is written."""
 
     def leave(number, frame):
         sys.exit(128 + number)
@@ -88,15 +88,15 @@ def ended_by_sigterm() -> Iterator[None]:
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)  # None: it was not Python's
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)  # None: not set from Python
 
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Turns bad input into one line on stderr and exit code 2, Ctrl-C into a quiet 130.
+    """Turns bad input into one line on stderr and exit code 2, and Ctrl-C into exit code 130.
 
-    Bad input is an OSError or a ValueError of this package's own. Anything else is a bug, and keeps
-    its traceback.
+    Bad input is an OSError, or a ValueError that this package defines. Other errors are bugs and
+    keep their tracebacks.
     """
     try:
         yield
@@ -106,7 +106,7 @@ def one_line_errors() -> Iterator[None]:
         ours = type(error).__module__.partition(".")[0] == "lsjax"
         if not ours and not isinstance(error, OSError):
             raise
-        from rich.console import Console  # a bare machine measures without rich
+        from rich.console import Console  # scripts/accelerator.py runs without rich
 
         console = Console(stderr=True, soft_wrap=True, highlight=False, emoji=False)
         console.print("error: ", style="bold red", end="")

@@ -1,4 +1,4 @@
-"""What people see: texts in the colours of their origin, and tables of figures."""
+"""Terminal output: texts coloured by origin, and tables of figures."""
 
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,11 +18,11 @@ from lsjax.evaluation.exits import ExitScores
 
 ACCEPTED = "bold green"
 CORRECTED = "bold red"
-REFUSED = "dim red strike"
-GAP = "dim red"  # the space before a refused word: struck, it would look like a dash
+REJECTED = "dim red strike"
+GAP = "dim red"  # the space before a rejected word; a struck space looks like a dash
 ADDED = "bold blue"
 
-# Name of the figure and format by its heading.
+# Heading -> name and format of the figure.
 COLUMNS = {
     "E": ("exit_layer", ""),
     "d": ("num_draft_tokens", ""),
@@ -46,7 +46,7 @@ COLUMNS = {
 LEGEND = Text.assemble(
     ("accepted draft", ACCEPTED),
     "   ",
-    ("refused draft", REFUSED),
+    ("rejected draft", REJECTED),
     (" its correction", CORRECTED),
     "   ",
     ("the model's own, after a draft that was all right", ADDED),
@@ -54,7 +54,7 @@ LEGEND = Text.assemble(
 
 
 class Colours:
-    """New text as it is found, each token in the colour of where it came from (see LEGEND)."""
+    """New text as it is decoded, each token coloured by its origin (see LEGEND)."""
 
     def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int]):
         self._tokenizer = tokenizer
@@ -63,13 +63,13 @@ class Colours:
         self._waiting: deque[tuple[str, str]] = deque()  # text and style
 
     def push(self, trace: Trace, text: str, *, last: bool = False) -> Text:
-        """The next piece of the text in colours, and what was refused on the way. last: what the
-        trace holds behind the piece is no text, a stop string."""
+        """The next piece of text in colours, with its rejected drafts. last: the text ends with
+        this piece. Tokens after it in the trace belong to a stop string."""
         for index in range(self._read, len(trace)):
             accepted, replaced = trace.accepted_n[index], int(trace.replaced_n[index])
             if replaced >= 0:
-                refused = self._tokenizer.token_bytes(replaced, skip_special=False)
-                self._waiting.append((_visible(refused), REFUSED))
+                rejected = self._tokenizer.token_bytes(replaced, skip_special=False)
+                self._waiting.append((_visible(rejected), REJECTED))
             style = ACCEPTED if accepted else CORRECTED if replaced >= 0 else ADDED
             self._waiting.append((self._decoder.push([int(trace.tokens_n[index])]), style))
         self._read = len(trace)
@@ -78,7 +78,7 @@ class Colours:
         shown, left = Text(), len(text)
         while self._waiting:
             piece, style = self._waiting.popleft()
-            if style == REFUSED:
+            if style == REJECTED:
                 word = piece.lstrip(" ")
                 shown.append(piece[: len(piece) - len(word)], GAP)
                 shown.append(word, style)
@@ -92,12 +92,12 @@ class Colours:
 
 
 def coloured(tokenizer: Tokenizer, prompt_ids: Sequence[int], completion: Completion) -> Text:
-    """A whole text in colours."""
+    """A complete text in colours."""
     return Colours(tokenizer, prompt_ids).push(completion.trace, completion.text, last=True)
 
 
 def stream(people: Console, updates: Iterable[Update], colours: Colours | None) -> Completion:
-    """Shows one text as it is found, in colours if there are some; gives its completion."""
+    """Prints one text as it is decoded, in colours if given, and returns its completion."""
     for update in updates:
         if colours is None:
             people.print(verbatim(update.text))
@@ -109,12 +109,12 @@ def stream(people: Console, updates: Iterable[Update], colours: Colours | None) 
 
 
 def verbatim(text: str) -> Segments:
-    """For a console's print: rich expands tabs and turns ":smile:" into a picture otherwise."""
+    """Text for `Console.print`, unchanged: rich expands tabs and turns ":smile:" into an emoji."""
     return Segments([Segment(text)])
 
 
 def summary(completions: Sequence[Completion], wall_seconds: float) -> str:
-    """One line: tokens, seconds, speed, and how the drafts did."""
+    """One line with tokens, speed, acceptance of drafts, and reasons for ending."""
     tokens = sum(c.num_new_tokens for c in completions)
     later = tokens - len(completions)
     drafted = sum(c.drafted for c in completions)
@@ -132,8 +132,8 @@ def summary(completions: Sequence[Completion], wall_seconds: float) -> str:
 
 
 def _visible(token: bytes) -> str:
-    """A refused token's text on one line; a line break in it would move the text around it, and
-    spaces alone would not be seen."""
+    """A rejected token's text on one line. Line breaks are escaped. If there are only spaces, they
+    are drawn as ␣."""
     text = token.decode("utf-8", errors="replace")
     if text.isspace():
         text = text.replace(" ", "␣")
@@ -141,14 +141,14 @@ def _visible(token: bytes) -> str:
 
 
 def notes_console() -> Console:
-    """A console on stderr, for what is not the result."""
+    """A console on stderr, for notes that are not part of the result."""
     return Console(
         stderr=True, highlight=False, markup=False, emoji=False, soft_wrap=True, style="dim"
     )
 
 
 def wide_console() -> Console:
-    """A console with room for a table of figures, also where it is a file."""
+    """A console wide enough for tables, even if the output is a file."""
     console = Console(highlight=False, markup=False, emoji=False)
     if not console.is_terminal:
         console.width = 200
@@ -163,7 +163,7 @@ def table(
     left: int = 0,
     best: int | None = None,
 ) -> Table:
-    """A table whose first `left` columns are words. best: number of a row that is green."""
+    """A table with its first `left` columns left-aligned. best: index of the row shown in green."""
     made = Table(title=Text(title), title_justify="left", box=None, pad_edge=False)
     for column, name in enumerate(names):
         made.add_column(name, justify="left" if column < left else "right")
@@ -174,7 +174,7 @@ def table(
 
 def exit_table(title: str, scores: Mapping[str, ExitScores]) -> Table:
     """Loss, perplexity and agreement of each model, at the first exit and at each eighth of the
-    layers, rounded up: in the paper's tables quarters of 30 layers are 8, 15 and 23."""
+    layers. Eighths are rounded up, as in the paper: the quarters of 30 layers are 8, 15 and 23."""
     layers = max(len(one.loss_E) for one in scores.values())
     rows, names = [], ["exit"]
     for name in scores:
@@ -195,7 +195,7 @@ def or_dash(value: object, form: str = "") -> str:
 
 
 def show_cells(title: str, rows: Sequence[Answer]) -> None:
-    """The benchmark's rows as a table; the best speedup is green."""
+    """Prints the benchmark's rows as a table, with the best speedup in green."""
     best = max(range(len(rows)), key=lambda number: rows[number]["speedup"])
     lines = [
         [
@@ -210,7 +210,7 @@ def show_cells(title: str, rows: Sequence[Answer]) -> None:
 
 
 def show_verdict(answers: Sequence[Answer], dtype: str) -> int:
-    """Says whether texts in float32 are those of autoregressive decoding; 1 if one is not."""
+    """Prints whether float32 texts match autoregressive decoding. Returns 1 if one does not."""
     console = Console(highlight=False, soft_wrap=True)
     differences = [one["difference"] for one in answers if one["difference"]]
     wrong = sum(margin_of(one) > FLOAT32_MARGIN for one in differences)
@@ -219,5 +219,5 @@ def show_verdict(answers: Sequence[Answer], dtype: str) -> int:
         console.print(f"[bold red]{wrong} texts differ by a margin above {FLOAT32_MARGIN:.0e}")
         return 1
     if dtype == "float32" and drafted == {None}:
-        console.print("[green]Self-speculation gives the tokens of autoregressive decoding.")
+        console.print("[green]Self-speculation gives the same tokens as autoregressive decoding.")
     return 0

@@ -1,4 +1,4 @@
-"""The command line of train.py: its flags, and what people see of a run."""
+"""Command line of train.py: its flags and its output."""
 
 import runpy
 import traceback
@@ -32,7 +32,7 @@ T = TypeVar("T", bound="ConfigFile")
 
 @dataclass(frozen=True, kw_only=True)
 class ConfigFile:
-    """A configuration, whose fields are further flags: --config FILE --help lists them."""
+    """Configuration file. Its fields are also flags: --config FILE --help lists them."""
 
     config: Path | None = None
     """configs/NAME.py"""
@@ -51,7 +51,7 @@ class TrainingFlags(ConfigFile):
 def parse(argv: Sequence[str], description: str) -> tuple[TrainConfig, Path, Hosts]:
     """Reads `--config FILE --workdir DIRECTORY` and any field of the configuration.
 
-    Raises ConfigError for what is wrong with the file, a flag or a value.
+    Raises ConfigError for a bad file, flag or value.
     """
     _, default = read_config(ConfigFile, argv, description)
     flags = parse_flags(
@@ -68,7 +68,7 @@ def parse(argv: Sequence[str], description: str) -> tuple[TrainConfig, Path, Hos
 def read_config(kind: type[T], argv: Sequence[str], description: str) -> tuple[T, TrainConfig]:
     """The flags in `kind`, read before all others, and the configuration that they name.
 
-    Raises ConfigError where no file is named, and for what is wrong with it.
+    Raises ConfigError if no file is named, or if it is bad.
     """
     found, rest = parse_flags(kind, argv, "", return_unknown_args=True, add_help=False)
     if found.config is None and {"-h", "--help"} & {*rest}:
@@ -80,10 +80,10 @@ def read_config(kind: type[T], argv: Sequence[str], description: str) -> tuple[T
 def read_config_file(file: Path) -> TrainConfig:
     """The `config` of a Python file.
 
-    Raises ConfigError, with the line, where the file fails or holds none, and for a value of
-    another type than its field's: 5e4 is no whole number.
+    Raises ConfigError, with the line, if the file fails or defines no `config`, or if a value has
+    the wrong type: 5e4 is not an integer.
     """
-    check(file.is_file(), f"--config {file} is no file: name one such as configs/quickstart.py")
+    check(file.is_file(), f"--config {file} is not a file: name one such as configs/quickstart.py")
     try:
         config = runpy.run_path(str(file)).get("config")
     except ConfigError as error:
@@ -94,19 +94,19 @@ def read_config_file(file: Path) -> TrainConfig:
         raise ConfigError(f"{file}:{line}: {type(error).__name__}: {error}") from None
     check(
         isinstance(config, TrainConfig),
-        f"{file}: has no `config` that is a TrainConfig: set config = TrainConfig(...)",
+        f"{file}: `config` is missing or of another type: set config = TrainConfig(...)",
     )
     return config
 
 
 def shown_hooks(config: TrainConfig, console: Console) -> list[Callable[[TrainingRun], Hook]]:
-    """Evaluation with a table and plots, and samples if the configuration asks for them."""
+    """Hooks for evaluation with a table and plots, and for samples if they are configured."""
     makers = [shown_evaluation, *[shown_sample] * (config.evaluation.sample_tokens > 0)]
     return [partial(maker, console=console) for maker in makers]
 
 
 def shown_evaluation(run: TrainingRun, console: Console) -> Hook:
-    """`evaluation_hook`; prints the scores, and plots loss and agreement by exit."""
+    """`evaluation_hook` that prints the scores, and plots loss and agreement by exit."""
     workdir = run.workdir
 
     def show(step: int, scores: ExitScores) -> None:
@@ -119,14 +119,14 @@ def shown_evaluation(run: TrainingRun, console: Console) -> Hook:
         try:
             plot_exits({f"step {step}": scores}, workdir / "exits.png", title=workdir.name)
             plot_training([*read_metrics(workdir), row], workdir / "training.png")
-        except (ConfigError, OSError) as error:  # no matplotlib, no room: metrics.jsonl has it all
+        except (ConfigError, OSError) as error:  # no matplotlib, full disk: metrics.jsonl has it
             console.print(str(error), style="dim")
 
     return evaluation_hook(run, show)
 
 
 def shown_sample(run: TrainingRun, console: Console) -> Hook:
-    """Lets the model continue a prompt, drafting by an early exit, and shows it in colours."""
+    """Hook that continues a prompt by self-speculation, and prints the text in colours."""
     config, model_config = run.config.evaluation, run.config.model
     exit_layer = config.exit_layer or max(1, model_config.num_layers // 4)
     prompt, tokenizer = run.sample_prompt, run.tokenizer
@@ -153,7 +153,7 @@ def shown_sample(run: TrainingRun, console: Console) -> Hook:
 
 @contextmanager
 def shown_progress(run: TrainingRun, first: int, console: Console) -> Iterator[Show]:
-    """A line that moves in a terminal, and a line now and then elsewhere."""
+    """Shows a progress bar in a terminal, and occasional lines elsewhere."""
     num_steps = run.config.num_steps
     if not console.is_terminal:
         yield paced(console.print, num_steps)

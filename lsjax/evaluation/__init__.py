@@ -1,1 +1,1 @@
-"""Evaluation: what a model gives at every exit, and whether strategies agree."""
+"""Evaluation: scores of every exit, tasks, and comparisons of strategies."""

@@ -1,8 +1,8 @@
-"""Questions decoded by several strategies in turns, the file of answers, and its figures.
+"""Decodes questions with several strategies, stores the answers, and summarises them.
 
-A line of the file is one answer, written when it is ready, so a killed run resumes. An answer is
-known by its strategy, document and sample. The first line holds what all answers depend on, such
-as a hash of the weights. A last line without an end is what a killed run left.
+Each line of the file is one answer, written when it is ready, so a killed run resumes. An answer is
+identified by its strategy, document and sample. The first line holds what all answers depend on,
+such as a hash of the weights. An incomplete last line comes from a killed run.
 """
 
 import hashlib
@@ -25,11 +25,11 @@ from lsjax.decoding.state import Strategy
 from lsjax.evaluation.examples import Example
 
 HEADER = "asked"
-ALL, UNSEEN = "all", "not seen in training"  # groups that are no category
+ALL, UNSEEN = "all", "not seen in training"  # groups besides the task's categories
 PASS_AT = (1, 10, 100)
 
 Answer = Mapping[str, Any]  # a line of the file
-Key = tuple[Any, ...]  # of an answer: values of KEY
+Key = tuple[Any, ...]  # identifies an answer: values of KEY
 
 
 class Cell(NamedTuple):
@@ -53,16 +53,16 @@ class Cell(NamedTuple):
         if self.exit_layer is not None:
             parts.append(f"exit {self.exit_layer}")
         if self.num_draft_tokens is not None:
-            of = "" if self.draft_vocab is None else f" of {self.draft_vocab} tokens"
+            of = "" if self.draft_vocab is None else f", vocabulary {self.draft_vocab}"
             parts.append(f"{self.num_draft_tokens} drafts{of}")
         if self.draft_confidence is not None:
-            parts.append(f"at {self.draft_confidence:g} or more")
+            parts.append(f"confidence {self.draft_confidence:g}")
         return ", ".join(parts)
 
 
 @dataclass(frozen=True)
 class Question:
-    """One text to decode: sample number `sample` of an example. The request's prompt is ids."""
+    """One text to decode: sample number `sample` of an example. The request holds token ids."""
 
     example: Example
     sample: int
@@ -70,14 +70,14 @@ class Question:
 
     @property
     def document(self) -> str:
-        """Hash of all that the answer depends on, except the first line of its file."""
+        """Hash of everything that the answer depends on, apart from the file's header."""
         example, sampling = self.example, self.request.sampling
         seed = sampling.seed if sampling.temperature else None
         row = repr(sorted(example.fields.items()))
         return digest([list(self.request.prompt), example.reference, example.seen, row, seed])
 
     def key(self, strategy: Strategy) -> Key:
-        """The key of the answer by this strategy."""
+        """Key that identifies this strategy's answer."""
         return *Cell.of(strategy), self.example.id, self.sample, self.document
 
 
@@ -85,7 +85,7 @@ KEY = (*Cell._fields, "id", "sample", "document")
 
 
 def key_of(answer: Answer) -> Key:
-    """What distinguishes an answer from the others of its file."""
+    """Key of a stored answer line."""
     return tuple(answer[name] for name in KEY)
 
 
@@ -104,11 +104,11 @@ def decode_in_turns(
     turn: int,
     beside_first: bool = False,
 ) -> None:
-    """Decodes every question with every strategy, except the keys that are `done`.
+    """Decodes every question with every strategy, except answers whose keys are in `done`.
 
-    Strategies take turns of `turn` questions, so that a slower machine slows all of them.
-    on_answer: called as each text ends. beside_first: decodes with the first strategy again beside
-    missing answers of the others.
+    Strategies take turns of `turn` questions, so that a slowdown of the machine affects all.
+    on_answer: called as each text ends. beside_first: if any answer of a turn is missing, reruns
+    the first strategy as a baseline.
     """
     queue = iter(questions)
     while chunk := list(islice(queue, turn)):
@@ -144,10 +144,10 @@ def answer_line(question: Question, completion: Completion, **more: Any) -> dict
 
 
 def resume(file: Path, asked: Mapping[str, Any]) -> dict[Key, Answer]:
-    """The answers of a file by their keys; a new file begins with its header.
+    """Answers of a file by key. A new file gets a header.
 
-    The later of two answers with one key counts. Cuts off a torn last line. Raises ConfigError
-    with the differences if the header is another, and for a line that is no answer.
+    For duplicate keys, the later answer wins. An incomplete last line is cut off. Raises
+    ConfigError if the header differs, listing the differences, or if a line is not an answer.
     """
     header = _line({HEADER: dict(asked)})
     content = file.read_bytes() if file.exists() else b""
@@ -161,7 +161,7 @@ def resume(file: Path, asked: Mapping[str, Any]) -> dict[Key, Answer]:
     )
     check(
         not changes,
-        f"{file} holds answers to something else: {changes}; name another --output, or remove it",
+        f"{file} was made with other settings ({changes}): choose another --output, or delete it",
     )
     with file.open("rb+") as stream:
         stream.truncate(content.rfind(b"\n") + 1)
@@ -169,9 +169,9 @@ def resume(file: Path, asked: Mapping[str, Any]) -> dict[Key, Answer]:
 
 
 def read(file: Path) -> tuple[dict[str, Any], list[Answer]]:
-    """Header and answers of a file, without a torn last line.
+    """Header and answers of a file, without an incomplete last line.
 
-    Raises ConfigError for another file.
+    Raises ConfigError if the file is not an answers file.
     """
     rows = []
     for number, line in enumerate(file.read_bytes().split(b"\n")[:-1], 1):
@@ -181,14 +181,14 @@ def read(file: Path) -> tuple[dict[str, Any], list[Answer]]:
             row = None
         needed = {HEADER} if number == 1 else {*KEY}
         good = isinstance(row, dict) and needed <= row.keys()
-        check(good, f"{file}, line {number} is no answer: name another --output, or remove it")
+        check(good, f"{file}, line {number} is not an answer: choose another --output")
         rows.append(row)
-    check(bool(rows), f"{file} holds no answers: name another --output, or remove it")
+    check(bool(rows), f"{file} has no answers: choose another --output, or delete it")
     return rows[0][HEADER], rows[1:]
 
 
 def append(file: Path, answer: Answer) -> None:
-    """Adds an answer."""
+    """Appends an answer to the file."""
     with file.open("a", encoding="utf-8") as stream:
         stream.write(_line(answer))
 
@@ -198,8 +198,8 @@ def _line(row: Mapping[str, Any]) -> str:
 
 
 def grouped(answers: Sequence[Answer]) -> Iterator[tuple[Cell, str, list[Answer]]]:
-    """Answers of each strategy: all, those to examples that training has not seen if it has seen
-    some, and those of each category if there are several."""
+    """All answers of each strategy. Adds unseen examples if only some were seen in training, and
+    each category if there are several."""
     for cell in dict.fromkeys(map(Cell.of, answers)):
         own = [one for one in answers if Cell.of(one) == cell]
         yield cell, ALL, own
@@ -212,7 +212,7 @@ def grouped(answers: Sequence[Answer]) -> Iterator[tuple[Cell, str, list[Answer]
 
 
 def acceptance(answers: Sequence[Answer]) -> dict[str, float | None]:
-    """Acceptance rate and tokens per round of all texts together."""
+    """Acceptance rate and tokens per round, over all texts."""
     drafted, accepted, rounds = (
         sum(one[name] for one in answers) for name in ("drafted", "accepted", "rounds")
     )
@@ -226,8 +226,8 @@ def acceptance(answers: Sequence[Answer]) -> dict[str, float | None]:
 def summarise(answers: Sequence[Answer]) -> list[dict[str, Any]]:
     """Figures of each strategy and group (`grouped`). Undefined ones are None.
 
-    scores: mean and standard error over the examples, of the mean over an example's samples.
-    equal: share of the greedy texts that are those of greedy autoregressive decoding.
+    scores: mean and standard error over examples; samples are averaged per example first.
+    equal: share of greedy texts identical to autoregressive decoding.
     """
     plain = Cell("autoregressive")
     texts = {one["id"]: one["text"] for one in answers if Cell.of(one) == plain}
@@ -253,8 +253,8 @@ def summarise(answers: Sequence[Answer]) -> list[dict[str, Any]]:
 
 
 def example_scores(answers: Iterable[Answer]) -> dict[str, list[float]]:
-    """Each score's mean over an example's samples, of every example. `passed` becomes the unbiased
-    estimates of pass@k that the samples are enough for."""
+    """Scores of every example, averaged over its samples. `passed` becomes unbiased estimates of
+    pass@k, for each k of PASS_AT up to the sample count."""
     samples: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for answer in answers:
         for name, value in answer["scores"].items():

@@ -1,8 +1,8 @@
-"""Strategies beside autoregressive decoding: how fast are they, and are they exact?
+"""Compares strategies with autoregressive decoding: how fast are they, and are they exact?
 
-Self-speculation is lossless in exact arithmetic. In floating point the products of one token and
-of d + 1 tokens round differently. So where the two best logits are all but equal, either may win.
-A difference with a wider margin than rounding explains is a fault.
+Self-speculation is lossless in exact arithmetic. In floating point, matmuls of one token and of
+d + 1 tokens round differently. If the two best logits are almost equal, either may win. A margin
+wider than rounding explains is a bug.
 """
 
 import math
@@ -34,16 +34,16 @@ from lsjax.evaluation.answers import (
 )
 from lsjax.model.llama import Llama, unstacked
 
-# The widest margin of the two best logits that rounding in float32 may turn over.
+# Widest margin between the two best logits that rounding in float32 may reverse.
 FLOAT32_MARGIN = 1e-4
 
 
 @dataclass(frozen=True)
 class Difference:
-    """The first place where two decodings differ.
+    """First position where two decodings differ.
 
-    index: of the new token. margin: by how much the whole model's best logit there exceeds the
-    worse of the two tokens'; infinite if one decoding merely ends earlier.
+    index: index of the new token. margin: the full model's best logit there minus the lower logit
+    of the two tokens; infinite if one decoding only ends earlier.
     """
 
     index: int
@@ -52,14 +52,14 @@ class Difference:
     margin: float
 
     def to_json(self) -> dict[str, Any]:
-        """Its fields; null for a margin that is not finite."""
+        """The fields, with null for an infinite margin."""
         return asdict(self) | {"margin": self.margin if math.isfinite(self.margin) else None}
 
 
 def first_difference(
     model: Llama, prompt: Sequence[int], expected: Sequence[int], found: Sequence[int]
 ) -> Difference | None:
-    """Where `found` leaves `expected`, both new tokens after `prompt`; None if they are equal."""
+    """First difference of `found` from `expected`, new tokens after `prompt`; None if equal."""
     if list(expected) == list(found):
         return None
     pairs = enumerate(zip_longest(expected, found))
@@ -72,7 +72,7 @@ def first_difference(
 
 
 def last_logits(model: Llama, tokens: Sequence[int]) -> Float[np.ndarray, " V"]:
-    """Logits of the token that follows, by one pass over the whole text, without a cache."""
+    """Logits of the next token, from one pass over the complete text without a cache."""
     padded = np.zeros((1, -(-len(tokens) // 128) * 128), np.int32)  # few shapes to compile
     padded[0, : len(tokens)] = tokens
     return np.asarray(_logits_at(model, padded, np.int32(len(tokens) - 1)))
@@ -86,8 +86,8 @@ def _logits_at(
 
 
 def identity_tail(model: Llama, exit_layer: int) -> Llama:
-    """The same model with layers `exit_layer`.. that add nothing: every draft of a later exit is
-    accepted. Their output projections are zero, arrays of their own, so they cost what they did."""
+    """The model, except that layers from `exit_layer` on add nothing: drafts of exits from there on
+    are all accepted. The output projections are separate zero arrays, so the cost is unchanged."""
     tail = jax.tree.map(lambda leaf: leaf, unstacked(model))
     for block in list(tail.layers)[exit_layer:]:
         for linear in (block.attention.out, block.feed_forward.down):
@@ -98,7 +98,7 @@ def identity_tail(model: Llama, exit_layer: int) -> Llama:
 
 
 def warm_up(engine: Engine, strategies: Sequence[Strategy], questions: Sequence[Question]) -> None:
-    """Compiles and runs each program once: prompts of equal sizes of the cache share theirs."""
+    """Compiles and runs each program once. Prompts with equal cache sizes share a program."""
     for strategy in {strategy.program: strategy for strategy in strategies}.values():
         engine.use(strategy)
         sizes = {}
@@ -111,10 +111,10 @@ def warm_up(engine: Engine, strategies: Sequence[Strategy], questions: Sequence[
 
 
 def timed_lines(engine: Engine, first: Strategy) -> Callable[[Question, Completion], Answer]:
-    """Makes lines of answers beside those of the autoregressive strategy `first`, which come first.
+    """Returns a function that makes answer lines, with the strategy `first` as the baseline.
 
-    A line also has seconds, base_seconds, of the autoregressive text of the same turn, and
-    difference, the first from that text where both must be equal. A batch has one row.
+    Answers of `first` (autoregressive) must come first. A line adds seconds, base_seconds of the
+    same turn, and the first difference if both texts must be equal. A batch has one row.
     """
     base: Completion | None = None
 
@@ -143,9 +143,9 @@ def cell_speeds(
     answers: Sequence[Answer],
     costs: RoundCosts | None,
 ) -> Iterator[dict[str, Any]]:
-    """Figures of each strategy and group, the whole of a strategy first. Undefined ones are None.
+    """Figures of each strategy and group, starting with all answers. Undefined figures are None.
 
-    docs/performance.md defines them. answers: of `timed_lines`. costs: needed where a strategy
+    docs/performance.md defines them. answers: from `timed_lines`. costs: needed if a strategy
     drafts.
     """
     by_cell = {Cell.of(strategy): strategy for strategy in strategies}
@@ -171,7 +171,7 @@ def cell_speeds(
 
 
 def margin_of(difference: Answer) -> float:
-    """The margin of a line's difference; infinite where it is no finite number."""
+    """The margin of a line's difference; null means infinite."""
     return math.inf if difference["margin"] is None else difference["margin"]
 
 
@@ -182,8 +182,8 @@ def limits(
     costs: RoundCosts | None,
     speedup: float,
 ) -> dict[str, float | None]:
-    """The ideal and the predicted speedup, and how the measured one compares; None for a strategy
-    without drafts."""
+    """The ideal and the predicted speedup, and the measured speedup relative to them. All are None
+    for a strategy without drafts."""
     if not isinstance(strategy, SelfSpeculative):
         names = ("ideal", "share_of_ideal", "predicted", "off_by", "round_over_parts")
         return dict.fromkeys(names)
@@ -193,7 +193,7 @@ def limits(
     unsure = 0.0
     if strategy.draft_confidence is not None:
         unsure = unsure_share(drafted, strategy.num_draft_tokens, rounds)
-    # The last round of a text may be a shorter one.
+    # The last round of a text may be shorter.
     round_ = (strategy.exit_layer, sum(drafted) / rounds)
     accepted = acceptance(answers)["acceptance_rate"] or 0.0
     parts = dict(
@@ -216,10 +216,10 @@ def limits(
 def verified_widths(
     lengths: Sequence[int], drafted: Sequence[int], rounds: int
 ) -> dict[int, float]:
-    """Positions that a round verifies, each with its share of the rounds.
+    """Share of the rounds for each number of verified positions.
 
-    lengths: draft lengths that the program verifies. A round takes the shortest that holds its
-    drafts. drafted: rounds that have drafted at each position.
+    lengths: draft lengths that the program verifies. A round uses the shortest that fits. drafted:
+    number of rounds that drafted at each position.
     """
     more = [sum(drafted[length : length + 1]) for length in lengths[:-1]]  # rounds that need more
     counts = [left - right for left, right in pairwise([rounds, *more, 0])]

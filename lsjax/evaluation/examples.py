@@ -1,4 +1,4 @@
-"""What a task is, and its examples from the rows of files or of a TensorFlow data set."""
+"""Tasks, and their examples from rows of files or of a TensorFlow data set."""
 
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -10,16 +10,16 @@ from lsjax.config import ConfigError, DataConfig, check
 from lsjax.data.files import Fields, PlacedRow, Refuse, stop_at
 from lsjax.data.sources import Document, row_document, tfds_split
 
-SHOT_ROWS = 10_000  # of which shots are drawn
+SHOT_ROWS = 10_000  # rows that shots are drawn from
 
 
 @dataclass(frozen=True, kw_only=True)
 class Example:
     """One row of a task.
 
-    id: of the row, unique in its data. prompt: text, shots included; ids: its tokens. reference:
-    what a text is compared with; empty where the row has none. group: its category. seen: whether
-    given training rows have the same prompt. fields: of the row.
+    id: unique in the data. prompt: text, shots included. ids: tokens of the prompt. reference: text
+    to compare with, or empty. group: category. seen: whether the given training rows have the same
+    prompt. fields: fields of the row.
     """
 
     id: str
@@ -37,14 +37,14 @@ class Task:
 
     prompt_template, response_template: as in DataConfig, with the names of a row's fields.
     score: figures of a text, each from 0 to 1, the main one first; some examples may have none.
-    score_by_running: the same, and runs the text as a program.
-    max_new_tokens, num_shots, stop: defaults, which flags change.
-    shot_response: changes the response of a shot. between_shots: what follows each shot.
-    after_shots: what follows all of them.
+    score_by_running: like `score`, but runs the text as a program.
+    max_new_tokens, num_shots, stop: defaults, which flags override.
+    shot_response: changes the response of a shot. between_shots: text after each shot.
+    after_shots: text after all shots.
     tfds: name of the TensorFlow data set, which has the splits test and train (for shots).
-    change: changes a row before the templates read it. Raises ConfigError whose message continues
-    from where the row stands.
-    id: the field that is a row's id; by default where it stands. group: the field of its category.
+    change: changes a row before the templates read it. Raises ConfigError, whose message continues
+    the row's location.
+    id: field with a row's id; by default, the row's location. group: field with its category.
     """
 
     name: str
@@ -73,9 +73,9 @@ def tfds_rows(name: str, split: str, data_dir: str) -> Iterator[PlacedRow]:
 
 
 def read_row(task: Task, data: DataConfig, placed: PlacedRow) -> tuple[Fields, Document]:
-    """The row as the task changes it, and the document that the templates make of it.
+    """The row after the task's `change`, and the document that the templates make from it.
 
-    Raises ConfigError, beginning with where the row stands.
+    Raises ConfigError, which begins with the row's location.
     """
     _, where, row = placed
     try:
@@ -89,8 +89,8 @@ def templates(task: Task, trained: DataConfig | None, rows: Iterable[PlacedRow] 
     """The templates of training, if the model was finetuned on rows with these fields, else the
     task's.
 
-    trained: the data of the run, if the model is one. rows: some of the task's; the first one that
-    fits either decides.
+    trained: the run's data configuration, if the model is a run. rows: some rows of the task; the
+    first that fits either template decides.
     """
     own = DataConfig(
         source="jsonl",
@@ -118,12 +118,12 @@ def make_examples(
     encode: Callable[[str], Sequence[int]] = lambda prompt: (),
     refuse: Refuse = stop_at,
 ) -> Iterator[Example]:
-    """The examples of a task, one of each good row.
+    """The examples of a task, one per valid row.
 
-    data: the templates. shots: stand before each prompt. seen: prompts of training rows. encode:
-    gives a prompt's ids; raises ConfigError for one that the model can't be asked.
+    data: the templates. shots: precede each prompt. seen: prompts of training rows. encode: returns
+    a prompt's ids, or raises ConfigError for a prompt that the model can't take.
 
-    `refuse` is called with the error of each bad row, which is left out if it returns.
+    `refuse` is called with the error of each bad row. If it returns, the row is skipped.
     """
     before = before_prompts(task, shots)
     for placed in rows:
@@ -132,7 +132,7 @@ def make_examples(
             fields, own = read_row(task, data, placed)
             check(
                 bool(own.text.strip()) or not task.needs_reference,
-                f"{where} has an empty response: there is nothing to compare with",
+                f"{where} has an empty response: add a text to compare with",
             )
             check(own not in shots, f"{where} is one of the shots: draw them from other rows")
             prompt = before + own.prompt
@@ -164,18 +164,18 @@ def choose_shots(
 ) -> tuple[Document, ...]:
     """`count` rows, drawn by the seed from the first SHOT_ROWS.
 
-    Raises ConfigError where there are fewer.
+    Raises ConfigError if there are fewer.
     """
     documents = [read_row(task, data, row)[1] for row in islice(rows, SHOT_ROWS)]
     check(
         len(documents) >= count,
-        f"{count} shots are asked for, but there are {len(documents)} rows for them: lower "
+        f"{count} shots are requested, but there are {len(documents)} rows for them: lower "
         "--num-shots",
     )
     return tuple(random.Random(seed).sample(documents, count))
 
 
 def before_prompts(task: Task, shots: Sequence[Document]) -> str:
-    """The text before every prompt: the shots."""
+    """The shots as text, which precedes every prompt."""
     parts = (f"{one.prompt}{task.shot_response(one.text)}{task.between_shots}" for one in shots)
     return "".join(parts) + task.after_shots if shots else ""

@@ -1,4 +1,4 @@
-"""How good each exit is along given texts, in one pass and without decoding.
+"""Scores exits on given texts, in one pass and without decoding.
 
 Loss, perplexity and agreement of every exit on labelled batches (the paper's Figures 6 and 8), and
 the log-probability of given texts at one exit.
@@ -28,7 +28,7 @@ from lsjax.training.prepare import TrainingRun
 from lsjax.training.run import Hook
 
 AGREEMENT = "agreement: share of greedy drafts that would be accepted, teacher-forced"
-CHUNK_LOGITS = 2**25  # logits that exist at a time, on each device
+CHUNK_LOGITS = 2**25  # logits in memory at once, per device
 MIN_LENGTH = 32  # a scored text is padded to this many tokens, or a larger power of two
 
 
@@ -36,9 +36,9 @@ MIN_LENGTH = 32  # a scored text is padded to this many tokens, or a larger powe
 class ExitScores:
     """Scores of the exits 1..L on labelled batches; index E - 1 is exit E.
 
-    loss_E: cross entropy, nats per labelled token. agreement_E: share of the labelled tokens at
-    which the argmax is that of exit L: what greedy drafts of this exit would have accepted, one at
-    a time, along this text. tokens: that are labelled.
+    loss_E: cross entropy, nats per labelled token. agreement_E: share of labelled tokens where the
+    exit's argmax equals that of exit L. It is the acceptance rate of single greedy drafts along
+    this text. tokens: number of labelled tokens.
     """
 
     loss_E: tuple[float, ...]
@@ -47,7 +47,7 @@ class ExitScores:
 
     @property
     def perplexity_E(self) -> tuple[float, ...]:
-        """exp(loss); infinite where that is beyond a float."""
+        """exp(loss); infinite if it overflows."""
         return tuple(math.exp(loss) if loss < 700 else math.inf for loss in self.loss_E)
 
 
@@ -61,8 +61,8 @@ def score_exits(
 ) -> ExitScores:
     """Scores every exit on batches of tokens_BT, labels_BT, segments_BT and positions_BT.
 
-    dtype, micro_batches, attention: of the computation, as in `StepConfig`. Labels of -1 do not
-    count. Raises ConfigError where no token is labelled.
+    dtype, micro_batches, attention: as in `StepConfig`. Labels of -1 do not count. Raises
+    ConfigError if no token is labelled.
     """
     compiled = partial(exit_sums, dtype=dtype, micro_batches=micro_batches, attention=attention)
     totals = None
@@ -81,9 +81,9 @@ def score_exits(
 def evaluation_hook(
     run: TrainingRun, show: Callable[[int, ExitScores], None] = lambda step, scores: None
 ) -> Hook:
-    """Scores every exit of a training run on its held-out batches, computing as a step does.
+    """Hook that scores every exit of a run on its held-out batches, computed as in a training step.
 
-    The loss of the last exit decides which saved steps are best. show: gets step and scores.
+    The loss of the last exit decides which saved steps are best. show: called with step and scores.
     """
     config, batches = run.config, list(run.held_out)
 
@@ -113,12 +113,12 @@ def exit_sums(
     micro_batches: int,
     attention: AttentionKernel,
 ):
-    """Sums over the labelled tokens of loss [L] and agreement [L], and their number.
+    """Sums of loss [L] and agreement [L] over the labelled tokens, and the number of these tokens.
 
-    The scan over layers keeps two numbers of each token and exit, neither states nor logits.
+    The scan over layers keeps two numbers per token and exit, but no states or logits.
     """
     model = cast_matrices(model, dtype)
-    # Cast and gathered once, and not in each chunk.
+    # Cast and gathered once, not in each chunk.
     table_VD = constrain(model.head_table.astype(model.compute_dtype), "tensor")
 
     def sums(part: dict[str, Array]):
@@ -152,8 +152,8 @@ class Text(NamedTuple):
 
 
 class TextScore(NamedTuple):
-    """log_prob: natural logarithm of the probability of all scored tokens together. is_greedy:
-    whether each of them is the argmax after those before it."""
+    """log_prob: joint log-probability of the scored tokens, in nats. is_greedy: whether each scored
+    token is the argmax at its position."""
 
     log_prob: float
     is_greedy: bool
@@ -170,11 +170,11 @@ def score_texts(
 ) -> list[TextScore]:
     """Scores of the texts, in their order, by the first `exit_layer` layers (all by default).
 
-    Texts of similar length share a batch. A program is compiled for each power of two. track:
+    Texts of similar length share a batch. Each power-of-two length has its own program. track:
     wraps the sequence of batches, for a progress bar.
 
-    Raises ConfigError for an exit or token ids that the model does not have, for a text longer than
-    its context, and for one whose first scored token has nothing before it.
+    Raises ConfigError for an unknown exit or token id, for a text longer than the context, and for
+    a text whose first scored token has no token before it.
     """
     config = model.config
     exit_layer = config.num_layers if exit_layer is None else exit_layer
@@ -207,7 +207,7 @@ def score_texts(
 
 
 def _padded(batch: Sequence[Text], batch_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Inputs and labels [B, T] of texts, of which the first is the longest."""
+    """Inputs and labels [B, T] of texts, longest first."""
     length = max(MIN_LENGTH, 1 << (len(batch[0].tokens) - 2).bit_length())
     tokens_BT = np.zeros((batch_size, length), np.int32)
     labels_BT = np.full_like(tokens_BT, -1)
@@ -248,7 +248,7 @@ def _loss_and_argmax(
         x_BCD, label_BC = parts
         logits_BCV = model.unembed(x_BCD, table_VD)
         log_z_BC = jax.nn.logsumexp(logits_BCV, axis=-1)
-        label_BC = jnp.maximum(label_BC, 0)  # those that do not count are left out later
+        label_BC = jnp.maximum(label_BC, 0)  # unlabelled positions are dropped later
         wanted_BC = jnp.take_along_axis(logits_BCV, label_BC[:, :, None], -1)[:, :, 0]
         return log_z_BC - wanted_BC, argmax(logits_BCV)
 

@@ -1,12 +1,12 @@
-"""lm-evaluation-harness (EleutherAI) over an engine, at any exit and with any strategy.
+"""Runs lm-evaluation-harness (EleutherAI) on an engine, at any exit and with any strategy.
 
 lm_eval turns tasks into requests of three kinds:
 
-    generate_until          decoded by the engine's strategy; its rows are refilled as texts end
-    loglikelihood           scored by one pass through the layers whose distribution the strategy
-    loglikelihood_rolling   has: E for early exit, all for the others
+    generate_until          decoded by the engine's strategy; rows are refilled as texts end
+    loglikelihood           scored by one pass through the layers that the strategy's distribution
+    loglikelihood_rolling   comes from: E for early exit, all for the others
 
-This module alone imports lm_eval, which `pip install 'lsjax[eval]'` brings.
+Only this module imports lm_eval, which `pip install 'lsjax[eval]'` installs.
 """
 
 import dataclasses
@@ -37,10 +37,10 @@ SAMPLING = {field.name for field in dataclasses.fields(Sampling)} - {"seed"}
 
 
 class EngineLM(TemplateLM):
-    """An engine as lm_eval's model; `engine.use(strategy)` changes who answers from then on.
+    """An engine as lm_eval's model. `engine.use(strategy)` changes the strategy of later answers.
 
-    name: of the model, for the results. seed: of the first sampled text; each further one has the
-    next number. A context that does not fit loses its beginning.
+    name: the model's name in the results. seed: seed of the first sampled text; each further text
+    has the next seed. A context that does not fit is truncated at its beginning.
     """
 
     def __init__(self, engine: Engine, *, name: str = "lsjax", seed: int = 0):
@@ -56,23 +56,23 @@ class EngineLM(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """Context of a text that has none: the token that begins texts, else the one that ends
+        """Context of a text without one: the token that begins texts, or else the one that ends
         them."""
         bos_id = self.tokenizer.bos_id
         return self.eot_token_id if bos_id is None else bos_id
 
     @property
     def tokenizer_name(self) -> str:
-        """Tells tokenizers apart in lm_eval's cache of requests."""
+        """Name of the tokenizer in lm_eval's cache of requests."""
         return self.tokenizer.fingerprint
 
     @property
     def depth(self) -> int:
-        """Layers that the distribution of the strategy's tokens comes from."""
+        """Number of layers that the distribution of the strategy's tokens comes from."""
         return self.engine.strategy.depth(self.engine.model.config)
 
     def get_model_info(self) -> dict[str, Any]:
-        """What lm_eval writes into the config of its results."""
+        """The model's entries in the config of lm_eval's results."""
         cell = Cell.of(self.engine.strategy)
         return {
             "model": f"{self.name}, {cell}",
@@ -83,8 +83,8 @@ class EngineLM(TemplateLM):
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
     ) -> list[int]:
-        """Token ids. The beginning token comes first where the tokenizer puts it there, unless the
-        text has it already, as one of a chat template may."""
+        """Token ids. The tokenizer's beginning token comes first, unless the text has it already,
+        as the text of a chat template may."""
         has_bos = string.startswith(self.tokenizer.special_tokens.get("bos_token", ""))
         add_bos = self.tokenizer.add_bos and add_special_tokens is not False and not has_bos
         return self.tokenizer.encode(string, add_bos=add_bos)
@@ -103,7 +103,7 @@ class EngineLM(TemplateLM):
     def loglikelihood_rolling(
         self, requests: list[Instance], disable_tqdm: bool = False
     ) -> list[float]:
-        """Log-probability of each whole text, window by window."""
+        """Log-probability of each complete text, window by window."""
         texts, owners = [], []
         for number, request in enumerate(requests):
             ids = self.tok_encode(request.args[0], add_special_tokens=False)
@@ -122,7 +122,7 @@ class EngineLM(TemplateLM):
         disable_tqdm: bool = False,
         **kwargs: Any,
     ) -> list[tuple[float, bool]]:
-        """Log-probability of each continuation, and whether greedy decoding would give it."""
+        """Log-probability of each continuation, and whether greedy decoding would produce it."""
         texts = []
         for _, context, continuation in requests:
             tokens = [*(context or [self.prefix_token_id]), *continuation]
@@ -143,7 +143,7 @@ class EngineLM(TemplateLM):
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """The engine's texts, each up to the first of its `until` strings.
 
-        Raises ConfigError for what a task says of generation and the engine does not do.
+        Raises ConfigError for generation settings that the engine does not support.
         """
         asked = [
             self._request(*request.args, seed=self.seed + number)
@@ -155,7 +155,7 @@ class EngineLM(TemplateLM):
         return [completion.text for completion in completions]
 
     def _request(self, context: str, settings: dict[str, Any], *, seed: int) -> Request:
-        """lm_eval's request as the engine's."""
+        """Converts lm_eval's request to the engine's."""
         try:
             sampling = dict(normalize_gen_kwargs(settings))
         except ValueError as error:
@@ -164,17 +164,17 @@ class EngineLM(TemplateLM):
         is_greedy, beams = not sampling.pop("do_sample", False), sampling.pop("num_beams", 1)
         sampling["no_repeat_ngram"] = sampling.pop("no_repeat_ngram_size", 0)
         sampling["temperature"] = 0.0 if is_greedy else sampling.get("temperature", 1.0)
-        check(beams == 1, f"the task asks for {beams} beams: add num_beams=1 to --gen-kwargs")
+        check(beams == 1, f"the task requests {beams} beams: add num_beams=1 to --gen-kwargs")
         unknown = ", ".join(sorted(sampling.keys() - SAMPLING))
-        check(not unknown, f"the task sets {unknown}, which the engine does not know")
+        check(not unknown, f"the task sets {unknown}, which the engine lacks: drop them")
         length = self.engine.max_length
         check(
             1 <= room < length,
-            f"the task asks for {room} new tokens, not 1..{length - 1}: "
-            "add a max_gen_toks there to --gen-kwargs",
+            f"the task requests {room} new tokens, which is out of range: "
+            f"add a max_gen_toks in 1..{length - 1} to --gen-kwargs",
         )
         ids = self.tok_encode(context) or [self.prefix_token_id]
-        # Texts are without special tokens: the spelling of one is meant to end them as a token.
+        # Texts contain no special tokens: a stop string that spells one becomes a stop id.
         special = {text: token for token, text in self.tokenizer.special_spelling.items()}
         return Request(
             prompt=ids[-(length - room) :],
@@ -186,8 +186,8 @@ class EngineLM(TemplateLM):
 
 
 def find_tasks(names: Sequence[str], directory: Path | None = None) -> tuple[TaskManager, list]:
-    """An index of tasks, and those of these names or patterns: of a directory's .yaml files, or
-    without one of lm_eval's own. Raises ConfigError for a name that no task has."""
+    """An index of tasks, and the tasks with these names or patterns: from a directory's .yaml
+    files, or else lm_eval's own. Raises ConfigError for an unknown name."""
     include = None if directory is None else str(directory)
     manager = TaskManager(include_path=include, include_defaults=directory is None)
     found = {name: manager.match_tasks([name]) for name in names}
@@ -203,11 +203,11 @@ def find_tasks(names: Sequence[str], directory: Path | None = None) -> tuple[Tas
 def evaluate(
     model: EngineLM, manager: TaskManager, tasks: list, output: Path | None = None, **options: Any
 ) -> dict:
-    """`lm_eval.simple_evaluate`, whose results lm_eval saves in the directory `output`.
+    """Runs `lm_eval.simple_evaluate`, and saves the results in the directory `output`.
 
-    options: simple_evaluate's.
+    options: further arguments of simple_evaluate.
     """
-    # lm_eval would bootstrap in forks of this process, which has JAX's threads.
+    # Otherwise lm_eval bootstraps in forks of this process, which are unsafe with JAX.
     os.environ["DISABLE_MULTIPROC"] = "1"
     tracker = None if output is None else EvaluationTracker(output_path=str(output))
     folder = model.get_model_info()["model"].replace(", ", "_").replace(" ", "_")
@@ -216,7 +216,7 @@ def evaluate(
         model_args={"model": folder},
         tasks=tasks,
         task_manager=manager,
-        bootstrap_iters=1000,  # for a standard error that has no formula
+        bootstrap_iters=1000,  # for standard errors without a formula
         evaluation_tracker=tracker,
         **options,
     )

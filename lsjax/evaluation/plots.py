@@ -1,4 +1,4 @@
-"""Pictures: every exit's loss and agreement, a run's curves, and a benchmark's grid.
+"""Plots: every exit's loss and agreement, a run's curves, and a benchmark's grid.
 
 Needs the `plots` extra (matplotlib). Every function writes one PNG, to a path or an open file.
 """
@@ -13,17 +13,17 @@ import numpy as np
 from lsjax.config import ConfigError, check
 from lsjax.evaluation.exits import ExitScores
 
-Row = Mapping[str, Any]  # of a run's metrics.jsonl, or of a benchmark's cells.jsonl
-# Legible in print and to people who do not tell red from green (Okabe and Ito, 2008).
+Row = Mapping[str, Any]  # a line of a run's metrics.jsonl, or of a benchmark's cells.jsonl
+# Legible in print and with red-green colour blindness (Okabe and Ito, 2008).
 COLOURS = ("#2A85C9", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#999999")
 GREY = "#AAAAAA"
 DOTS = dict(marker="o", ms=4)
-WIDE = 20  # times: from here on a linear axis draws the small as zero
+WIDE = 20  # ratio of largest to smallest from which an axis is logarithmic
 
 
 def figure(rows: int, columns: int, size: tuple[float, float]):
-    """A figure and its array of axes, without pyplot's global state: plots are also made beside
-    training. Raises ConfigError where matplotlib is not installed."""
+    """A figure and its array of axes, without pyplot's global state, as plots are also made during
+    training. Raises ConfigError if matplotlib is not installed."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -37,7 +37,7 @@ def figure(rows: int, columns: int, size: tuple[float, float]):
 
 
 def check_plots() -> None:
-    """Raises ConfigError where no plot can be made: better now than after the work."""
+    """Raises ConfigError if matplotlib is missing. Meant for the start of a program."""
     figure(1, 1, (1, 1))
 
 
@@ -53,7 +53,7 @@ def plot_exits(
     """Loss and agreement with the final argmax by exit, a line for each model (the paper's Figures
     6 and 8).
 
-    scores: by the name that the legend gives; the models may differ in their number of layers.
+    scores: by name in the legend; the models may have different numbers of layers.
     """
     drawn, ((losses, agreements),) = figure(1, 2, (10, 4))
     for (name, score), colour in zip(scores.items(), cycle(COLOURS), strict=False):
@@ -74,11 +74,11 @@ def plot_exits(
 def plot_training(metrics: Sequence[Row], file: Path | IO[bytes], *, title: str = "") -> None:
     """A run's losses by exit, held-out agreement, gradient norm with learning rate, and speed.
 
-    metrics: lines of metrics.jsonl. Raises ConfigError where there are no steps among them.
+    metrics: lines of metrics.jsonl. Raises ConfigError if they contain no steps.
     """
     steps = [row for row in metrics if row.get("kind") == "step"]
     evaluations = [row for row in metrics if row.get("kind") == "evaluation"]
-    check(bool(steps), "there are no steps to plot: give the metrics.jsonl of a run that began")
+    check(bool(steps), "there are no steps to plot: give the metrics.jsonl of a run that started")
     drawn, ((losses, agreements), (rates, speeds)) = figure(2, 2, (11, 7))
     at = _numbers(steps, "step")
     losses.plot(at, _numbers(steps, "last_exit_loss"), color=GREY, lw=0.6, alpha=0.6)
@@ -100,7 +100,7 @@ def plot_training(metrics: Sequence[Row], file: Path | IO[bytes], *, title: str 
         losses.plot([], [], color=GREY, ls="", label="held out", **DOTS)
     losses.set(xlabel="step", ylabel="loss (nats per token)")
     low, high = losses.dataLim.intervaly
-    if 0 < low * WIDE < high:  # a finetuning's exits begin at 20 and end at 0.1
+    if 0 < low * WIDE < high:  # exits that finetuning improves a lot
         losses.set_yscale("log")
         losses.yaxis.set_major_formatter("{x:g}")
     losses.legend(frameon=False)
@@ -120,12 +120,12 @@ def plot_training(metrics: Sequence[Row], file: Path | IO[bytes], *, title: str 
 
 
 def _numbers(rows: Sequence[Row], name: str) -> np.ndarray:
-    """A column; null is NaN, which is not drawn."""
+    """A column of numbers; null becomes NaN, which is not drawn."""
     return np.array([row.get(name) for row in rows], float)
 
 
 def _smooth(values: np.ndarray) -> np.ndarray:
-    """Means over the values around each, a fortieth of all; fewer at both ends."""
+    """Moving average over a fortieth of the values; over fewer at both ends."""
     weights = np.ones(max(1, round(len(values) / 40)))
     known = np.isfinite(values)
     totals = np.convolve(np.where(known, values, 0), weights, "same")
@@ -134,10 +134,10 @@ def _smooth(values: np.ndarray) -> np.ndarray:
 
 
 def plot_grid(rows: Sequence[Row], file: Path | IO[bytes], *, title: str = "") -> None:
-    """Heat maps of every exit and draft length, a line of maps for each head.
+    """Heat maps over exits and draft lengths, with a row of maps for each head.
 
-    Tokens per second with the speedup, the predicted speedup, and the acceptance rate. The best
-    speedup and prediction are framed. rows: of strategies that draft.
+    The maps show tokens per second with the speedup, the predicted speedup, and the acceptance
+    rate. The best speedup and prediction are framed. rows: lines of strategies that draft.
     """
     check_plots()
     from matplotlib.patches import Rectangle
@@ -166,7 +166,7 @@ def plot_grid(rows: Sequence[Row], file: Path | IO[bytes], *, title: str = "") -
         "acceptance rate": (rate, np.char.mod("%.2f", rate)),
     }
     for column, (heading, (shown, words)) in enumerate(columns.items()):
-        is_rate = shown is rate  # a share of 1; empty where nothing was drafted
+        is_rate = shown is rate  # from 0 to 1; empty if nothing was drafted
         low, high = (0, 1) if is_rate else (np.nanmin(shown), np.nanmax(shown))
         for line, head in enumerate(heads):
             axis = axes[line, column]

@@ -1,14 +1,14 @@
-"""Runs a program that a model wrote, with limits. A guard against accidents, no security boundary:
-run what may be hostile in a machine of its own.
+"""Runs a program that a model wrote, with limits. They guard against accidents and are not a
+security boundary: run programs that may be hostile on a separate machine.
 
     time                        a deadline here, and RLIMIT_CPU
     memory, output              RLIMIT_AS, RLIMIT_FSIZE
     processes, files, sockets   an audit hook in the program's interpreter
-    network                     namespaces of its own, where unshare works
+    network                     separate namespaces, if unshare works
 
-The program gets an empty environment and the standard library alone. When it ends, everything in
-its process group is killed. This file is also the program's interpreter (`main`), so it imports
-the standard library alone.
+The program gets an empty environment and only the standard library. When it ends, its process
+group is killed. This file also runs in the program's interpreter (`main`), so it imports only the
+standard library.
 """
 
 import os
@@ -25,15 +25,15 @@ from typing import BinaryIO, NamedTuple
 SECONDS = 10.0
 MEMORY = 1 << 30  # bytes of address space
 OUTPUT = 1 << 20  # bytes
-PASSED, STOPPED = 57, 58  # exit codes; a program that ends by itself before its end has another
+PASSED, STOPPED = 57, 58  # exit codes; a program that exits early has another
 
 UNSHARE = (
     *("unshare", "--user", "--map-root-user", "--net", "--ipc", "--pid"),
     *("--fork", "--kill-child", "--mount-proc"),
 )
 
-# Events (docs.python.org, Audit events) that end the program at once, by the beginning of their
-# names: processes, sockets, foreign functions, limits, and changes of files.
+# Prefixes of audit events (docs.python.org) that end the program at once: processes, sockets,
+# foreign functions, limits, and changes of files.
 FORBIDDEN = (
     *("os.exec", "os.fork", "os.posix_spawn", "os.spawn", "os.startfile", "os.system"),
     *("subprocess.", "pty.", "os.kill", "socket.", "ctypes.", "resource.", "signal.pthread_kill"),
@@ -45,22 +45,22 @@ WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 
 
 class Outcome(NamedTuple):
-    """Whether a program ran to its end without an error, and what happened otherwise."""
+    """Whether a program ran to its end without an error, and the reason if not."""
 
     passed: bool
     what: str
 
 
 def run_program(source: str, *, seconds: float = SECONDS) -> Outcome:
-    """Runs Python source in an interpreter of its own.
+    """Runs Python source in a separate interpreter.
 
-    seconds: of the clock and of computing. Raises ConfigError on other systems than Linux.
+    seconds: limit of wall-clock time. Raises ConfigError on systems other than Linux.
     """
     from lsjax.config import check  # not for the program's interpreter
 
     check(
         sys.platform == "linux",
-        f"programs are run on Linux only, for its limits, not on {sys.platform}: leave out "
+        f"programs run only on Linux, whose limits they need, not on {sys.platform}: leave out "
         "--allow-code-execution",
     )
     with tempfile.TemporaryDirectory(prefix="lsjax-program-") as folder:
@@ -78,10 +78,9 @@ def run_program(source: str, *, seconds: float = SECONDS) -> Outcome:
 
 @lru_cache
 def isolation() -> tuple[str, ...]:
-    """What stands before a command to run it in namespaces of its own; nothing where that can't be
-    had."""
+    """Prefix of a command that runs it in separate namespaces; empty if that does not work."""
     name, *options = UNSHARE
-    prefix = (shutil.which(name) or name, *options)  # programs have no PATH to find it by
+    prefix = (shutil.which(name) or name, *options)  # programs have no PATH
     try:
         subprocess.run([*prefix, "true"], capture_output=True, timeout=60, check=True)
     except (OSError, subprocess.SubprocessError):
@@ -90,7 +89,7 @@ def isolation() -> tuple[str, ...]:
 
 
 def _run(command: list[str], folder: str, stream: BinaryIO, seconds: float) -> int | None:
-    """The exit code; None for a program that had to be stopped."""
+    """The exit code; None if the program was stopped at the deadline."""
     started = subprocess.Popen(
         command,
         cwd=folder,
@@ -105,17 +104,17 @@ def _run(command: list[str], folder: str, stream: BinaryIO, seconds: float) -> i
     except subprocess.TimeoutExpired:
         return None
     finally:
-        with suppress(ProcessLookupError):  # nothing of its group is left
+        with suppress(ProcessLookupError):  # the group has ended
             os.killpg(started.pid, signal.SIGKILL)
         started.wait()
 
 
 def limit(seconds: float) -> None:
-    """Sets the limits of this process and of all that it would start."""
+    """Sets the limits of this process and its children."""
     import resource
 
     for name, value in (
-        ("RLIMIT_CPU", int(seconds) + 10),  # behind the deadline, which says why
+        ("RLIMIT_CPU", int(seconds) + 10),  # after the deadline, which has a clearer message
         ("RLIMIT_AS", MEMORY),
         ("RLIMIT_FSIZE", OUTPUT),
         ("RLIMIT_NOFILE", 32),
@@ -126,13 +125,13 @@ def limit(seconds: float) -> None:
         hard = resource.getrlimit(kind)[1]
         value = value if hard == resource.RLIM_INFINITY else min(value, hard)
         resource.setrlimit(kind, (value, value))
-    signal.signal(signal.SIGXFSZ, signal.SIG_DFL)  # Python ignores it: writing would only fail
-    # Ends what sleeps on when the process with the deadline has been killed.
+    signal.signal(signal.SIGXFSZ, signal.SIG_DFL)  # Python ignores it by default
+    # Ends a sleeping program if the process with the deadline was killed.
     signal.setitimer(signal.ITIMER_REAL, seconds + 10)
 
 
 def guard(event: str, arguments: tuple, write=os.write, leave=os._exit) -> None:
-    """Ends the process at a forbidden event: an exception could be caught."""
+    """Ends the process at a forbidden event. The program could catch an exception."""
     writes = event == "open" and (arguments[2] or 0) & WRITING
     if writes or event.startswith(FORBIDDEN):
         write(2, f"\nwas stopped at {event}\n".encode())
@@ -140,12 +139,12 @@ def guard(event: str, arguments: tuple, write=os.write, leave=os._exit) -> None:
 
 
 def main(file: str, seconds: str) -> None:
-    """Runs the program in `file`; exit code PASSED if it comes to its end."""
+    """Runs the program in `file`. The exit code is PASSED if the program completes."""
     with open(file, encoding="utf-8") as stream:
         source = stream.read()
     limit(float(seconds))
     sys.argv = ["program"]
-    del os.mkfifo, os.mknod  # files that no event tells of
+    del os.mkfifo, os.mknod  # they make files without an audit event
     sys.addaudithook(guard)
     exec(compile(source, "program.py", "exec"), {"__name__": "__main__"})
     sys.stdout.flush()

@@ -1,4 +1,4 @@
-"""The tasks in one table: how a row becomes a prompt with its reference, and what scores a text.
+"""Table of tasks: how a row becomes a prompt with a reference, and how a text is scored.
 
 Templates, shots and lengths of the summaries, cnn_dm_lm and human_eval are those of the paper's
 benchmark.
@@ -20,9 +20,9 @@ Tree = tuple  # an intent (IN) or a slot (SL) of TOPv2: its label, and the words
 
 ROUGE_KINDS = ("rouge2", "rouge1", "rouge3", "rougeL")  # ROUGE-2 is the paper's
 ANSWER_MARK = "####"  # before the final number of a GSM8K reference
-# A minus belongs to the number unless it stands behind something to subtract from.
+# A minus belongs to the number unless it follows something to subtract from.
 NUMBER = re.compile(r"(?:(?<![\w)])-)?\$?(\d[\d,]*(?:\.\d+)?)")
-# What follows a finished function (the stop sequences of Chen et al., 2021, section 2.3).
+# Text after a complete function (the stop sequences of Chen et al., 2021, section 2.3).
 FUNCTION_ENDS = re.compile("\nclass|\ndef|\n#|\nif|\nprint")
 # Spec-Bench's file has MT-bench under eight labels.
 MT_BENCH = (
@@ -34,8 +34,8 @@ MT_BENCH = (
 def rouge(text: str, reference: str) -> Scores:
     """ROUGE F-measures (Lin, 2004) over lower-case words with their punctuation, not stemmed.
 
-    Words are split at white space, as in the paper's benchmark. rouge-score's own words drop
-    punctuation, and with it most of a program. Raises ConfigError where it is not installed.
+    Words are split at white space, as in the paper's benchmark. rouge-score's own tokenizer drops
+    punctuation, and so most of a program. Raises ConfigError if rouge-score is not installed.
     """
     found = _rouge_scorer().score(reference, text)
     return {kind: float(found[kind].fmeasure) for kind in ROUGE_KINDS}
@@ -60,7 +60,7 @@ def _rouge_scorer() -> Any:
 
 
 def exact_match(text: str, reference: str) -> Scores:
-    """Whether both are equal but for white space around them."""
+    """Whether both are equal, apart from white space around them."""
     return {"exact_match": float(text.strip() == reference.strip())}
 
 
@@ -71,9 +71,9 @@ def accuracy(text: str, reference: str) -> Scores:
 
 
 def final_number(text: str) -> Decimal | None:
-    """The first number behind ####, or else the last number of the text."""
-    before, mark, behind = text.partition(ANSWER_MARK)
-    found = list(NUMBER.finditer(behind if mark else before))
+    """The first number after ####, or else the last number of the text."""
+    before, mark, after = text.partition(ANSWER_MARK)
+    found = list(NUMBER.finditer(after if mark else before))
     if not found:
         return None
     chosen = found[0] if mark else found[-1]
@@ -82,7 +82,7 @@ def final_number(text: str) -> Decimal | None:
 
 
 def parse_tree(text: str) -> Tree | None:
-    """The tree that a text spells, whatever the white space; None if it spells none, or more.
+    """The tree that a text spells, ignoring white space; None unless it spells exactly one.
 
     [IN:CREATE_ALARM set alarm [SL:DATE_TIME for 2 hours ] ]
     """
@@ -106,7 +106,7 @@ def parse_tree(text: str) -> Tree | None:
 def decoupled(tree: Tree) -> Tree:
     """The tree without the words that only repeat the utterance (Aghajanyan et al., 2020).
 
-    Words stay where they are the value of a slot that holds no intent.
+    Words are kept if they are the value of a slot without an intent.
     """
     label, *children = tree
     trees = [decoupled(child) for child in children if isinstance(child, tuple)]
@@ -121,24 +121,24 @@ def tree_match(text: str, reference: str) -> Scores:
 
 
 def function_body(text: str) -> str:
-    """The text up to what follows the function (HumanEval)."""
+    """The text up to the end of the function (HumanEval)."""
     return FUNCTION_ENDS.split(text, maxsplit=1)[0]
 
 
 def against_reference(*scores: Callable[[str, str], Scores]) -> Callable[[str, Example], Scores]:
-    """A task's `score` that joins these, which compare a text with the reference."""
+    """A task's `score` that merges these scores of a text against the reference."""
     return lambda text, example: {
         name: value for one in scores for name, value in one(text, example.reference).items()
     }
 
 
 def one_line(text: str) -> str:
-    """A shot's summary on one line: CNN/DM's have a line a sentence, and a line end ends a shot."""
+    """A shot's summary on one line. CNN/DM has a line per sentence, and a line end ends a shot."""
     return " ".join(text.splitlines())
 
 
 def beginning_and_rest(row: Fields) -> Fields:
-    """The row with its article split behind its first 100 words."""
+    """The row with its article split after the first 100 words."""
     article = row.get("article")
     article = article.decode(errors="replace") if isinstance(article, bytes) else article
     check(isinstance(article, str), "has no text under 'article': name files that have one")
@@ -153,7 +153,7 @@ def english_columns(row: Fields) -> Fields:
 
 
 def tested_problem(row: Fields) -> Fields:
-    """A row of HumanEval, if it has what its text is tested by."""
+    """A row of HumanEval. Raises ConfigError if it has no tests."""
     for name in ("test", "entry_point"):
         check(
             isinstance(row.get(name), str),
@@ -163,19 +163,19 @@ def tested_problem(row: Fields) -> Fields:
 
 
 def tested_program(text: str, example: Example) -> str:
-    """HumanEval's prompt with the text, and its tests: a program that fails if they do."""
+    """A program of HumanEval's prompt, the text, and the tests. It fails if a test fails."""
     prompt, test, name = (example.fields[key] for key in ("prompt", "test", "entry_point"))
     return f"{prompt}{function_body(text)}\n\n{test}\n\ncheck({name})\n"
 
 
 def passed(text: str, example: Example) -> Scores:
-    """Whether the function passes the problem's tests; and ROUGE."""
+    """Whether the function passes the problem's tests, and ROUGE."""
     outcome = run_program(tested_program(text, example))
     return {"passed": float(outcome.passed), **rouge(text, example.reference)}
 
 
 def first_turn(row: Fields) -> Fields:
-    """The row; of Spec-Bench's form, which has "turns", with the first of them as prompt."""
+    """The row. If it has Spec-Bench's "turns", the first turn becomes the prompt."""
     match row:
         case {"turns": [str(prompt), *_]} if "prompt" not in row:
             return {**row, "prompt": prompt}
@@ -188,7 +188,7 @@ def spec_bench_question(row: Fields) -> Fields:
     row, reference = first_turn(row), ""
     check(
         {"turns", "prompt", "category"} <= row.keys(),
-        'is no question of Spec-Bench: it needs "turns" and "category"',
+        'is not a question of Spec-Bench: it needs "turns" and "category"',
     )
     category = "mt_bench" if row["category"] in MT_BENCH else row["category"]
     match row.get("reference"):

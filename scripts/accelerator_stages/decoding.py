@@ -1,12 +1,12 @@
-"""Stage a: every strategy gives the tokens of autoregressive decoding. Stages b and b8: the speed
-of 1B and 8B shapes, every draft right.
+"""Stage a: every strategy gives the same tokens as autoregressive decoding. Stages b and b8: the
+speed of 1B and 8B shapes if every draft is accepted.
 
-Models have random weights, or the same with an identity tail, whose drafts are all right. A
-strategy's texts are compared in float32, where a difference is a failure if the two best logits
-are further apart than rounding explains, and in bfloat16, where the margins are noted.
+Models have random weights, or the same with an identity tail, whose drafts are all accepted. Texts
+are compared in float32 and bfloat16. In float32, a margin between the two best logits that is wider
+than rounding explains is a failure. In bfloat16, the margins are only recorded.
 
-The limit of a round is the bytes of weights and of cache in use that it reads, over the memory's
-measured bandwidth. The ideal speedup counts weights alone (lsjax/decoding/cost.py).
+The limit of a round is the bytes of weights and of used cache that it reads, over the memory's
+measured bandwidth. The ideal speedup counts only weights (lsjax/decoding/cost.py).
 """
 
 import statistics
@@ -31,12 +31,12 @@ from lsjax.decoding.state import Strategy
 from lsjax.evaluation.comparison import FLOAT32_MARGIN, first_difference, identity_tail
 from lsjax.model.llama import Llama
 
-ROWS = 4  # of a batch: fewer than there are prompts, so that a row is given another
+ROWS = 4  # of a batch: fewer than the prompts, so that rows are refilled
 SHAPES = {"1b": LlamaConfig.llama3_2_1b, "8b": LlamaConfig.llama3_8b}
 
 
 class NoText(Tokenizer):
-    """Tokens that add nothing to a text: prompts are ids, and ids are compared."""
+    """Tokenizer whose texts are empty: prompts are ids, and ids are compared."""
 
     vocab_size, eos_ids, special_spelling, _pieces = 0, (), {}, {}
     _encode = _save_model = None
@@ -54,8 +54,8 @@ def random_prompts(config: LlamaConfig, lengths: Sequence[int]) -> list[list[int
 
 
 def strategies(config: LlamaConfig, part: str, tiny: bool) -> list[tuple[str, Strategy, int]]:
-    """Names, strategies, and the rows of their batches; of tiny models a few, as each of them takes
-    seconds to compile. An early exit gives the same tokens only with the identity tail."""
+    """Names, strategies, and batch sizes; for tiny models only a few, because compiling is slow.
+    An early exit gives the same tokens only with the identity tail."""
     layers, half = config.num_layers, config.num_layers // 2
     vocabulary = DraftVocabulary(np.arange(config.vocab_size // 4, dtype=np.int32))
     several = SelfSpeculative(half, 5, shared_exits=(layers - 1,), shared_lengths=(2,))
@@ -74,13 +74,13 @@ def strategies(config: LlamaConfig, part: str, tiny: bool) -> list[tuple[str, St
 
 
 def run_equality(part: str, results: PartResults, tiny: bool) -> None:
-    """Stage a in one dtype, which is the part."""
-    if part == "float32":  # accelerators use fewer bits in products unless told
+    """Stage a in one dtype, the name of the part."""
+    if part == "float32":  # accelerators use fewer bits in matmuls by default
         jax.config.update("jax_default_matmul_precision", "highest")
     config = LlamaConfig.tiny(num_layers=2)
     if not tiny:  # an untied head: a tied one repeats the last token
         config = LlamaConfig.llama3_2_1b(num_layers=8, vocab_size=4096, tie_embeddings=False)
-    # Lengths that are read in chunks of one size, so that there is one program for it.
+    # Lengths with prompt chunks of one size, so that there is one prefill program.
     lengths = [5, 24, 17, 32, 30, 9] if tiny else [300, 410, 290, 520, 333, 700]
     prompts = random_prompts(config, lengths)
     results.start(card(), new_tokens=(new := 12 if tiny else 48), prompts=len(prompts))
@@ -134,7 +134,7 @@ def run_speed(part: str, results: PartResults, tiny: bool) -> None:
         cells = {(quarter, 4)}
         if batch == 1 and not variant and not tiny:
             cells |= {(eighth, 4), (quarter, 8), (half, 4)}
-        # A batch reads its prompts into a row of its own, so each batch is another engine.
+        # Each batch size needs its own engine.
         engine = Engine(model, NoText(), batch_size=batch)
         prompts = random_prompts(config, [prompt] * batch)
         measured = partial(speed, engine, prompts, new, repeats, bandwidth)
@@ -177,7 +177,7 @@ def speed(
         if base is not None:
             speedup = tokens_per_second / base
             row |= {"speedup": speedup, "share of the ideal": speedup / ideal}
-        # The draft reads its layers of the cache once for each of its tokens.
+        # The draft reads its layers of the cache once per token.
         weights *= (1 + drafts * accepted / drafted) / ideal
         cache *= 1 + drafts * strategy.exit_layer / config.num_layers
     limit = (weights + cache) / bandwidth

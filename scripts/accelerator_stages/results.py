@@ -1,5 +1,5 @@
-"""Results of a stage in a JSON file, written after every measurement, so that a kill loses none;
-and the page docs/accelerators.md, made from these files."""
+"""Results of a stage in a JSON file, written after every measurement so that a kill loses none.
+Also makes the page docs/accelerators.md from these files."""
 
 import json
 import os
@@ -12,16 +12,16 @@ from typing import Any
 
 DECODING = (
     "Weights are random and every draft is right (an identity tail). The limit is the bytes of "
-    "weights and of cache in use over the measured bandwidth. The ideal speedup counts weights "
-    "alone. `off` is without command buffers, `loops` has loops and branches in them too."
+    "weights and of used cache over the measured bandwidth. The ideal speedup counts weights "
+    "alone. `off` disables command buffers, `loops` extends them to loops and branches."
 )
 SECTIONS = {
-    "a": "Equality\n\nTexts of each strategy beside those of autoregressive decoding. A margin is "
+    "a": "Equality\n\nTexts of each strategy compared with autoregressive decoding. A margin is "
     "by how much the best logit exceeds the other token's, where two texts first differ.",
     "b": f"Decoding, 1B\n\n{DECODING}",
     "b8": f"Decoding, 8B\n\n{DECODING}",
     "c": "Training, 1B\n\nUtilisation counts the FLOPs of the plain model. The peak is the "
-    "device's own count, beside what the compiler has planned for the step.",
+    "device's own count, next to the compiler's plan for the step.",
     "d": "Quickstart\n\nThe programs of `make quickstart`, and the speed of the trained model.",
 }
 
@@ -33,7 +33,7 @@ def read(output: Path, stage: str) -> dict[str, dict[str, Any]]:
 
 
 def card() -> dict[str, str]:
-    """Name and platform of the device; takes the device, as any use of it does."""
+    """Name and platform of the device. The call acquires the device."""
     import jax  # here: the page needs no jax
 
     device = jax.devices()[0]
@@ -43,7 +43,7 @@ def card() -> dict[str, str]:
 class PartResults:
     """Results of one part of a stage.
 
-    deadline: in seconds of `time.monotonic`; no measurement begins that would probably end later.
+    deadline: seconds of `time.monotonic`. Measurements that would probably end later are skipped.
     """
 
     def __init__(self, output: Path, stage: str, part: str, deadline: float):
@@ -65,12 +65,12 @@ class PartResults:
         print(f"{self.stage} {self.part}: {line}", flush=True)
 
     def start(self, card: Mapping[str, str], **settings: Any) -> None:
-        """Notes the device, the compiler's flags and the part's settings."""
+        """Records the device, the compiler's flags and the part's settings."""
         self.put(**card, flags=os.environ.get("XLA_FLAGS", ""), settings=settings)
         self.say(f"{card['card']} ({card['platform']}), jax {card['jax']}")
 
     def measure(self, name: str, function: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """A row with what the function measures. An error is noted, and the next row follows."""
+        """Adds a row with the function's figures. Records an error, and returns an empty row."""
         began = time.monotonic()
         if began + self._longest > self.deadline:
             self.values["left_out"].append(name)
@@ -93,7 +93,7 @@ class PartResults:
         return values
 
     def fail(self, name: str, error: BaseException | str) -> None:
-        """Notes an error and prints its first line."""
+        """Records an error and prints its first line."""
         line = (str(error).strip().splitlines() or [""])[0][:300]
         if isinstance(error, BaseException):
             line = f"{type(error).__name__}: {line}"
@@ -104,7 +104,7 @@ class PartResults:
 
 
 def shown(value: Any) -> str:
-    """A figure as it is printed and as the page has it."""
+    """A figure as text, for the terminal and the page."""
     if value is None:
         return "-"
     if isinstance(value, float):
@@ -113,8 +113,8 @@ def shown(value: Any) -> str:
 
 
 def write_page(output: Path, docs: Path) -> bool:
-    """Writes the page to `docs`, or beside the results if some are of a CPU. False, with a line
-    that says so, if there are none."""
+    """Writes the page to `docs`, or beside the results if some are from a CPU. Prints a line and
+    returns False if there are no results."""
     stages = {stage: read(output, stage) for stage in SECTIONS}
     found = [part for stage in stages.values() for part in stage.values() if "card" in part]
     if not found:

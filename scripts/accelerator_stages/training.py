@@ -1,7 +1,7 @@
 """Stage c: training steps of a 1B shape: plain, LayerSkip, and layer dropout that skips. Stage d:
 the quickstart's configuration.
 
-Each part is a process of its own, because the device's peak memory counts from its start.
+Each part runs in its own process, because peak memory counts from the start of the process.
 Utilisation counts the FLOPs of the plain model, whatever LayerSkip adds or saves.
 """
 
@@ -25,7 +25,7 @@ from lsjax.model.llama import stacked
 from lsjax.training.metrics import peak_flops, step_flops
 from lsjax.training.step import init_state, make_train_step
 
-STEPS = 8  # timed: a whole turn of the rotational curriculum
+STEPS = 8  # timed: a complete turn of the rotational curriculum
 EXITS = EarlyExitConfig(curriculum="rotational", rotation=STEPS, e_scale=0.1)
 CONFIGS = {
     "plain": {},
@@ -62,7 +62,7 @@ def measure(config: StepConfig, shape: LlamaConfig, rows: int, length: int) -> d
     program = make_train_step(config).lower(state, batch).compile()
     compiling = time.perf_counter() - began
     for number in range(2 + STEPS):
-        if number == 2:  # the first ones warm up
+        if number == 2:  # the first two warm up
             jax.block_until_ready(state)
             began = time.perf_counter()
         state, metrics = program(state, batch)
@@ -89,8 +89,8 @@ def measure(config: StepConfig, shape: LlamaConfig, rows: int, length: int) -> d
 
 
 def run_quickstart(part: str, results: PartResults, tiny: bool) -> None:
-    """Stage d: trains, decodes, checks the tokens and measures the speed, by the programs and flags
-    of the Makefile. Needs all that lsjax depends on: flags, a tokenizer and checkpoints."""
+    """Stage d: trains, decodes, checks the tokens and measures the speed, with the programs and
+    flags of the Makefile. Needs all dependencies of lsjax."""
     work = (results.output / "quickstart").resolve()
     shutil.rmtree(work, ignore_errors=True)  # else training would resume from its checkpoint
     texts = ["--model", str(work), "--prompt-file", f"{work}/prompts.jsonl"]
@@ -107,14 +107,14 @@ def run_quickstart(part: str, results: PartResults, tiny: bool) -> None:
 
     def timed(words: list[str]) -> dict[str, Any]:
         began = time.monotonic()
-        # Ends before this process is ended, which would leave the program alone.
+        # Ends before this process is killed, which would orphan the program.
         rest = max(1.0, results.deadline - began - 20)
         subprocess.run([sys.executable, *words], cwd=ROOT, check=True, timeout=rest)
         return {"seconds": time.monotonic() - began}
 
     for name, words in programs.items():
         results.measure(name, partial(timed, words))
-    results.start(card())  # only now, as this process must leave the device to the programs
+    results.start(card())  # only now: until here the programs need the device
     keys = ("tokens_per_second", "speedup", "acceptance_rate", "ideal", "share_of_ideal")
     cells = work / "benchmark" / "cells.jsonl"
     if cells.exists():

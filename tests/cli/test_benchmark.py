@@ -60,7 +60,7 @@ def test_with_an_identity_tail_every_draft_is_accepted(cells, capsys):
     # Two to read prompts of two sizes, one without drafts, and one for each vocabulary.
     printed = capsys.readouterr().out
     assert "5 programs" in printed
-    assert "Self-speculation gives the tokens of autoregressive decoding." in printed
+    assert "Self-speculation gives the same tokens as autoregressive decoding." in printed
 
 
 def test_of_a_trained_model_drafts_are_rejected_too(cells):
@@ -77,7 +77,7 @@ def test_sampled_drafts_are_accepted_as_often_as_the_distributions_agree(cells, 
     options = ("--identity-tail", 2, "--exit-layers", 2, "--num-draft-tokens", 3)
     found = cells(*options, "--temperature", 1.5)
     assert found[1]["acceptance_rate"] == 1, "exit and model are one distribution"
-    assert found[1]["equal"] is None and "gives the tokens" not in capsys.readouterr().out
+    assert found[1]["equal"] is None and "gives the same tokens" not in capsys.readouterr().out
     options = ("--exit-layers", 1, "--num-draft-tokens", 3, "--temperature", 1.5)
     assert 0 < cells(*options)[1]["acceptance_rate"] < 1
 
@@ -104,14 +104,14 @@ def test_rows_of_a_file(model_directory, tmp_path, capsys):
     prompts.write_text("".join(json.dumps({"turns": [c * 5, "x"]}) + "\n" for c in "abcde"))
     given = ("--exit-layers", 1, "--num-draft-tokens", 4)
     assert run(model_directory, "--prompt-file", prompts, "--limit", 3, *given) == 0
-    assert "float32, 3 prompts of 5 to 5 tokens, 16 new ones" in capsys.readouterr().out
+    assert "float32, 3 prompts of 5 to 5 tokens, 16 new tokens" in capsys.readouterr().out
     rows.write_text("id\tquery\n1\tab\n2\tcd\n3\tef\n4\t\n5\tgh\n6\tij\n7\tkl\n")
     taken = ("--prompt-template", "{query}?", "--limit", 3, "--bad-rows", "skip")
     for dtype in ("bfloat16", "float16"):
         assert run(model_directory, "--prompt-file", rows, *taken, "--dtype", dtype, *given) == 0
         printed = capsys.readouterr().out
-        assert f"{dtype}, 3 prompts of 3 to 3 tokens, 16 new ones" in printed
-        assert "gives the tokens" not in printed
+        assert f"{dtype}, 3 prompts of 3 to 3 tokens, 16 new tokens" in printed
+        assert "gives the same tokens" not in printed
 
 
 def test_a_task_with_categories(cells, tmp_path, capsys):
@@ -136,7 +136,7 @@ def test_a_task_with_categories(cells, tmp_path, capsys):
 @pytest.mark.parametrize(
     "dtype, margin, code, words",
     [
-        ("float32", 1e-5, 0, "Self-speculation gives the tokens"),  # rounding explains it
+        ("float32", 1e-5, 0, "Self-speculation gives the same tokens"),  # rounding explains it
         ("float32", 1e-3, 1, "2 texts differ by a margin above 1e-04"),
         ("float32", np.inf, 1, "2 texts differ by a margin above"),
         ("float32", np.nan, 1, "2 texts differ by a margin above"),
@@ -159,7 +159,7 @@ def test_differences(cells, monkeypatch, capsys, dtype, margin, code, words):
     assert (row["equal"], row["differ"]) == (1, 1)
     out = capsys.readouterr().out
     assert row["widest_margin"] == (margin if np.isfinite(margin) else None)
-    assert words in out and ("gives the tokens" in out) == (code == 0 and dtype == "float32")
+    assert words in out and ("gives the same tokens" in out) == (code == 0 and dtype == "float32")
 
 
 def test_a_killed_run_resumes(model_directory, tmp_path, monkeypatch, capsys):
@@ -191,7 +191,7 @@ def test_a_killed_run_resumes(model_directory, tmp_path, monkeypatch, capsys):
 
     assert run(model_directory, *options) == 0
     printed = capsys.readouterr()
-    assert "5 of 6 answers are there already" in printed.err
+    assert "5 of 6 answers are already stored" in printed.err
     answers = read(output / "answers.jsonl")[1:]
     # The last cell has autoregressive decoding beside it once more.
     order = [(1, None), (1, 1), (1, 3), (3, None), (3, 1), (3, None), (3, 3)]
@@ -203,7 +203,7 @@ def test_a_killed_run_resumes(model_directory, tmp_path, monkeypatch, capsys):
     assert [(row["exit_layer"], row["num_draft_tokens"]) for row in found] == [
         *((None, None), (1, 2), (3, 2)),
     ]
-    assert "2 prompts of 3 to 7 tokens, 16 new ones, 1 repeat" in printed.out
+    assert "2 prompts of 3 to 7 tokens, 16 new tokens, 1 repeat" in printed.out
     assert (output / "benchmark.png").read_bytes().startswith(b"\x89PNG")
 
     # With everything there nothing is decoded; a larger grid resumes too.
@@ -214,7 +214,7 @@ def test_a_killed_run_resumes(model_directory, tmp_path, monkeypatch, capsys):
     assert (output / "answers.jsonl").read_bytes() == before
     capsys.readouterr()
     assert run(model_directory, *options, "--exit-layers", 1, 2) == 0
-    assert "4 of 6 answers are there already" in capsys.readouterr().err
+    assert "4 of 6 answers are already stored" in capsys.readouterr().err
     with pytest.raises(SystemExit) as stop:
         run(model_directory, *options, "--new-tokens", 13)
     assert stop.value.code == 2
@@ -252,15 +252,15 @@ def test_every_size_of_the_cache_is_warmed_up(model_directory, tmp_path, monkeyp
         (("--temperature", -1), "temperature -1.0 must be a finite number of at least 0"),
         (("--prompt", ""), "--prompt has an empty prompt"),
         (("--prompt-file", "/nowhere.jsonl"), "no file matches /nowhere.jsonl"),
-        (("--prompt-template", "{a}"), "--prompt-template needs --prompt-file"),
-        (("--batch-size", 2), "--batch-size means nothing here"),
-        (("--draft-vocab", 9), "--draft-vocab means nothing to autoregressive"),
-        (("--draft-confidence", 0.5), "--draft-confidence means nothing to autoregressive"),
+        (("--prompt-template", "{a}"), "--prompt-template needs --prompt-file or --task"),
+        (("--batch-size", 2), "--batch-size must be 1 here"),
+        (("--draft-vocab", 9), "--draft-vocab has no effect on autoregressive"),
+        (("--draft-confidence", 0.5), "--draft-confidence has no effect on autoregressive"),
         (
             ("--exit-layers", 1, "--identity-tail", 1, "--draft-vocab", 10**12),
             "a draft vocabulary of 1000000000000 does not make the head of 258 smaller",
         ),
-        (("--identity-tail", 4), "--identity-tail 4 is not in 1..3"),
+        (("--identity-tail", 4), "--identity-tail 4 is out of range: use a layer in 1..3"),
         (("--exit-layers", 4), "exit layer 4 is out of range: use --exit-layer 1..3"),
         (
             ("--exit-layers", 1, "--num-draft-tokens", -1),
@@ -276,7 +276,7 @@ def test_every_size_of_the_cache_is_warmed_up(model_directory, tmp_path, monkeyp
         (("--prompt-file", "long.jsonl"), "long.jsonl, line 1: a prompt of 600 tokens and 64 new"),
         (("--prompt-file", "bad.jsonl", "--prompt", "x"), "--prompt and --prompt-file are given"),
         (("--task", "pairs", "--prompt", "x"), "--prompt and --task are given"),
-        (("--task", "pairs"), "pairs is no TensorFlow data set: name its files by --data"),
+        (("--task", "pairs"), "pairs has no TensorFlow data set: name files with --data"),
         (("--data", "bad.jsonl"), "--data needs --task"),
         (("--num-shots", 2), "--num-shots needs --task"),
         (("--chat",), "this model has no chat template"),

@@ -16,7 +16,7 @@ from rich.text import Text
 
 import decode
 from decode import main
-from lsjax.cli.show import ACCEPTED, ADDED, CORRECTED, GAP, REFUSED, coloured, summary
+from lsjax.cli.show import ACCEPTED, ADDED, CORRECTED, GAP, REJECTED, coloured, summary
 from lsjax.data.tokenizer_backends import ByteTokenizer
 from lsjax.decoding.autoregressive import Autoregressive
 from lsjax.decoding.completion import Completion, Trace
@@ -139,8 +139,8 @@ def test_show_drafts(run, model, tokenizer, monkeypatch):
     assert "accepted draft" in legend and "\x1b[1;32m" in legend
     engine = Engine(model, tokenizer, SelfSpeculative(3, 4))
     (completion,) = engine.generate(["a"], max_new_tokens=NEW)
-    refused = int((completion.trace.replaced_n >= 0).sum())
-    assert "\n".join(rest).count("\x1b[2;9;31m") == refused > 0
+    rejected = int((completion.trace.replaced_n >= 0).sum())
+    assert "\n".join(rest).count("\x1b[2;9;31m") == rejected > 0
 
 
 def test_chat(run, model_directory, tmp_path):
@@ -193,12 +193,12 @@ def completion_of(text: str, tokens: bytes, accepted: str, replaced: dict[int, i
             b"abcXdef",
             "nyynyyn",
             {3: ord("\r")},
-            [("a", ADDED), ("bc", ACCEPTED), ("\\r", REFUSED), ("X", CORRECTED)]
+            [("a", ADDED), ("bc", ACCEPTED), ("\\r", REJECTED), ("X", CORRECTED)]
             + [("de", ACCEPTED), ("f", ADDED)],
         ),
-        ("ab", b"ab", "nn", {1: 257}, [("a", ADDED), ("</s>", REFUSED), ("b", CORRECTED)]),
-        ("ab", b"ab", "nn", {1: 0xC3}, [("a", ADDED), ("�", REFUSED), ("b", CORRECTED)]),
-        ("ab", b"ab", "nn", {1: ord(" ")}, [("a", ADDED), ("␣", REFUSED), ("b", CORRECTED)]),
+        ("ab", b"ab", "nn", {1: 257}, [("a", ADDED), ("</s>", REJECTED), ("b", CORRECTED)]),
+        ("ab", b"ab", "nn", {1: 0xC3}, [("a", ADDED), ("�", REJECTED), ("b", CORRECTED)]),
+        ("ab", b"ab", "nn", {1: ord(" ")}, [("a", ADDED), ("␣", REJECTED), ("b", CORRECTED)]),
         ("é", "é".encode(), "ny", {}, [("é", ACCEPTED)]),  # of the token that completes it
         ("a", b"aEND", "nyyy", {}, [("a", ADDED)]),  # ended by a stop string
         ("a", b"aN\xc3D", "nyyy", {}, [("a", ADDED)]),  # the last token adds two characters
@@ -213,15 +213,15 @@ def test_colours_of_a_trace(tokenizer, text, tokens, accepted, replaced, shown):
 @pytest.mark.parametrize("stop", [[], ["Z"]])
 @pytest.mark.parametrize("prompt", [PROMPT, "é".encode()[:1], "a", "bc"])
 def test_colours_of_a_real_completion(model, tokenizer, prompt, stop):
-    """Without the refused tokens it is the completion's text; each refused token is there."""
+    """Without the rejected tokens it is the completion's text; each rejected token is there."""
     ids = list(prompt) if isinstance(prompt, bytes) else tokenizer.encode(prompt)
     engine = Engine(model, tokenizer, SelfSpeculative(3, 4))
     (completion,) = engine.generate([ids], max_new_tokens=NEW, stop=stop)
     text = coloured(tokenizer, ids, completion)
-    refused = [span for span in text.spans if span.style == REFUSED]
-    assert len(refused) == (completion.trace.replaced_n >= 0).sum()
+    rejected = [span for span in text.spans if span.style == REJECTED]
+    assert len(rejected) == (completion.trace.replaced_n >= 0).sum()
     plain = text.plain
-    for span in reversed(refused):
+    for span in reversed(rejected):
         plain = plain[: span.start] + plain[span.end :]
     assert plain == strip_control_codes(completion.text)  # rich leaves out bells and their like
 
@@ -233,10 +233,10 @@ class Words(ByteTokenizer):
         return f" w{chr(token_id)}".encode() if chr(token_id).isdigit() else b"-"
 
 
-def test_the_space_before_a_refused_word_is_not_struck():
+def test_the_space_before_a_rejected_word_is_not_struck():
     text = coloured(Words(add_bos=False), [65], completion_of(" w1 w2", b"12", "nn", {1: ord("3")}))
     assert text.plain == " w1 w3 w2"
-    assert parts(text) == [(" w1", ADDED), (" ", GAP), ("w3", REFUSED), (" w2", CORRECTED)]
+    assert parts(text) == [(" w1", ADDED), (" ", GAP), ("w3", REJECTED), (" w2", CORRECTED)]
 
 
 def test_summary():
@@ -302,10 +302,10 @@ def bad(model_directory, tmp_path_factory):
         ),
         (
             "--strategy early_exit --exit-layer 2 3",
-            "several .* this program takes one of --strategy",
+            "several .* give one value each to --strategy",
         ),
-        ("--exit-layer 2", "--exit-layer means nothing to autoregressive"),
-        ("--num-draft-tokens 2", "--num-draft-tokens means nothing to autoregressive"),
+        ("--exit-layer 2", "--exit-layer has no effect on autoregressive"),
+        ("--num-draft-tokens 2", "--num-draft-tokens has no effect on autoregressive"),
         ("--prompt " + "a" * 600, "600 tokens and 128 new ones .* length of 512: shorten the"),
         ("--no-prompt --prompt-file {bad}/long.jsonl", "prompt 2 of 2: a prompt of 600 tokens and"),
         ("--max-new-tokens 0", "max_new_tokens 0 is below 1: use 1 or more"),
@@ -316,9 +316,9 @@ def bad(model_directory, tmp_path_factory):
         ("--temperature -1", "temperature -1.0 must be .* at least 0: 0 is greedy"),
         ("--temperature nan", "temperature nan must be a finite number of at least 0"),
         ("--temperature 1 --top-p 0", "top_p 0.0 must be .* above 0 and at most 1: 1 is all"),
-        ("--top-k 5", "--top-k means nothing to greedy decoding: choose a --temperature above 0"),
-        ("--num-samples 2", "--num-samples means nothing to greedy decoding"),
-        ("--draft-confidence 0.5", "--draft-confidence means nothing to autoregressive"),
+        ("--top-k 5", "--top-k has no effect on greedy decoding: choose a --temperature above 0"),
+        ("--num-samples 2", "--num-samples has no effect on greedy decoding"),
+        ("--draft-confidence 0.5", "--draft-confidence has no effect on autoregressive"),
         (
             "--strategy self_speculative --draft-confidence 2",
             "draft_confidence 2.0 is out of range: use a value from 0 to 1",
@@ -332,13 +332,13 @@ def bad(model_directory, tmp_path_factory):
         ("--mesh.data -2", "mesh.data -2 is not a size: choose 1 or more, or -1"),
         ("--system s", "--system needs --chat or --interactive"),
         ("--no-prompt --interactive --temperature -1", "temperature -1.0 must be a finite number"),
-        ("--no-prompt --interactive --top-k 5", "--top-k means nothing to greedy decoding"),
+        ("--no-prompt --interactive --top-k 5", "--top-k has no effect on greedy decoding"),
         ("--stop-ids 999", r"stop ids \[999\] are not all in the vocab"),
         ("--chat", "no chat template: use --prompt without --chat"),
         ("--prompt-file {bad}/good.txt", "give one of --prompt and --prompt-file and not both"),
         ("--no-prompt", "give one of --prompt and --prompt-file$"),
         ("--no-prompt --prompt-file {bad}/empty.txt", "empty.txt is an empty prompt"),
-        ("--no-prompt --prompt-file {bad}/bad.jsonl", "bad.jsonl, line 2 is no object with a text"),
+        ("--no-prompt --prompt-file {bad}/bad.jsonl", "bad.jsonl, line 2 is not an object with"),
         ("--no-prompt --prompt-file nowhere.txt", "No such file or directory: 'nowhere.txt'"),
         ("--json {bad}", "bad.* can't be written .Is a directory.: name a file"),
         ("--json {bad}/nowhere/out.jsonl", "nowhere/out.jsonl can't be written .No such file"),

@@ -134,7 +134,7 @@ def test_other_conditions_are_not_mixed_in(run, rows, tmp_path, refused, model_d
     assert [(a["exit_layer"], a["id"]) for a in answers] == [
         *((None, "test.tsv:2"), (None, "test.tsv:3"), (1, "test.tsv:2"), (1, "test.tsv:3")),
     ]
-    assert "1 of 4 answers are there already" in capsys.readouterr().err
+    assert "1 of 4 answers are already stored" in capsys.readouterr().err
     words = ("--model", model_directory, "--task", "topv2", "--output", tmp_path / "out.jsonl")
     words += ("--data", rows, "--limit", 2)
     assert "max_new_tokens was 12 and is now 9" in refused(main, *words, "--max-new-tokens", 9)
@@ -258,18 +258,18 @@ def test_categories(run, tmp_path, capsys):
     ("options", "words"),
     [
         (("--limit", 0), "--limit 0 must be a whole number of at least 1"),
-        (("--offset", 9), "no examples behind the first 9"),
-        (("--num-samples", 2), "--num-samples means nothing to greedy decoding"),
-        (("--num-shots", 1), "1 shots need rows that are not asked"),
+        (("--offset", 9), "no examples after the first 9"),
+        (("--num-samples", 2), "--num-samples has no effect on greedy decoding"),
+        (("--num-shots", 1), "1 shots need rows that are not evaluated"),
         (("--data", "/nowhere.tsv"), "no file matches /nowhere.tsv"),
         (("--strategies", "early_exit"), "early_exit needs --exit-layer"),
-        (("--num-draft-tokens", 2), "--num-draft-tokens means nothing to autoregressive: add"),
+        (("--num-draft-tokens", 2), "--num-draft-tokens has no effect on autoregressive: add"),
         (("--prompt-template", "{query}"), "line 2 has no field 'query'"),
         (("--output", "/nowhere/out.jsonl"), "/nowhere/out.jsonl can't be written"),
-        (("--output", "out.json"), "--output out.json is no .jsonl"),
+        (("--output", "out.json"), "--output out.json is not a .jsonl file"),
         (("--system", "x"), "--system needs --chat"),
         (("--chat",), "this model has no chat template"),
-        (("--allow-code-execution",), "--allow-code-execution means nothing to topv2"),
+        (("--allow-code-execution",), "--allow-code-execution has no effect on topv2"),
     ],
 )
 def test_bad_input(model_directory, rows, tmp_path, refused, monkeypatch, options, words):

@@ -38,12 +38,12 @@ VOCABULARY = DraftVocabulary.most_frequent({1: 2, 7: 1}, 2, 258)
         ),
         (
             SelfSpeculative(2, 4, VOCABULARY),
-            "self speculative, exit 2, 4 drafts of 2 tokens",
+            "self speculative, exit 2, 4 drafts, vocabulary 2",
             Cell("self_speculative", 2, 4, 2),
         ),
         (
             SelfSpeculative(2, 4, draft_confidence=0.5),
-            "self speculative, exit 2, 4 drafts, at 0.5 or more",
+            "self speculative, exit 2, 4 drafts, confidence 0.5",
             Cell("self_speculative", 2, 4, None, 0.5),
         ),
     ],
@@ -135,7 +135,7 @@ def test_answers_under_other_conditions_are_kept(file):
 )
 def test_another_file_is_left_alone(file, content):
     file.write_text(content)
-    with pytest.raises(ConfigError, match="line 1 is no answer|holds no answers"):
+    with pytest.raises(ConfigError, match="line 1 is not an answer|has no answers"):
         resume(file, ASKED)
     assert file.read_text() == content
 
@@ -145,7 +145,7 @@ def test_a_bad_line_in_the_middle_is_named(file, bad):
     resume(file, ASKED)
     with file.open("a") as stream:
         stream.write(bad + "\n" + json.dumps(line("b")) + "\n")
-    with pytest.raises(ConfigError, match="line 2 is no answer"):
+    with pytest.raises(ConfigError, match="line 2 is not an answer"):
         resume(file, ASKED)
 
 

@@ -117,7 +117,7 @@ def test_shots_stand_before_the_prompt(tmp_path):
     assert drawn(0) == drawn(0)
     assert {drawn(seed) for seed in range(40)} == {a + b + "\n" for a in three for b in three - {a}}
     shots = choose_shots(task, data, file_rows([str(file)]), 2, seed=0)
-    with pytest.raises(ConfigError, match="4 shots are asked for, but there are 3 rows"):
+    with pytest.raises(ConfigError, match="4 shots are requested, but there are 3 rows"):
         choose_shots(task, data, file_rows([str(file)]), 4, seed=0)
 
     found, problems = [], []
@@ -176,8 +176,8 @@ def test_a_finetuned_model_is_asked_as_it_was_trained():
         ("pairs", {"prompt": "", "response": "b"}, "line 2 has an empty prompt"),
         ("pairs", {"prompt": "a", "response": " "}, "line 2 has an empty response"),
         ("pairs", {"prompt": None, "response": "b"}, "line 2: prompt is None"),
-        ("spec_bench", {"turns": ["a"]}, "line 2 is no question of Spec-Bench"),
-        ("spec_bench", {"turns": [], "category": "qa"}, "line 2 is no question of Spec-Bench"),
+        ("spec_bench", {"turns": ["a"]}, "line 2 is not a question of Spec-Bench"),
+        ("spec_bench", {"turns": [], "category": "qa"}, "line 2 is not a question of Spec-Bench"),
         ("cnn_dm_lm", {"highlights": "a"}, "line 2 has no text under 'article'"),
         ("cnn_dm_lm", {"article": "too short"}, "line 2 has an empty response"),
     ],
