@@ -85,8 +85,8 @@ class CostAnalysis:
         return self._computation(self.module.entry)
 
     def loop(self, scope: str) -> tuple[ProgramCosts, ProgramCosts]:
-        """Costs of one trip of the loop in this named scope, jit(run)/.../SCOPE/while, and of all
-        else. The loop's number of trips must be 1."""
+        """Costs of one trip of the loop at jit(run)/.../SCOPE/while, and of the rest of the
+        program, which must count this loop once."""
         every = [part.instructions.values() for part in self.module.computations.values()]
         loops = (one for one in chain(*every) if one.opcode == "while")
         loop = next(one for one in loops if one.op_name.endswith(f"/{scope}/while"))

@@ -45,7 +45,7 @@ class DamagedStep(CheckpointError):
 
 @dataclass(frozen=True)
 class SavedStep:
-    """One step on disk; read only on request."""
+    """One step on disk, loaded lazily."""
 
     directory: Path
 
@@ -73,8 +73,8 @@ class SavedStep:
             asked = f"{want.dtype.name}{list(want.shape)}"
             if found != asked:
                 raise CheckpointError(
-                    f"{where}: {name} is {found}, but the config expects {asked}: it is of "
-                    "another model or run"
+                    f"{where}: {name} is {found}, but the config expects {asked}: it "
+                    "belongs to another model or run"
                 )
         first = SingleDeviceSharding(jax.devices()[0])
         targets = {
@@ -95,12 +95,12 @@ class SavedStep:
         if extra := sorted(self.meta["arrays"][item].keys() - known):
             raise CheckpointError(
                 f"{self.directory / item}: {extra[0]} has no place in this model or optimizer: the "
-                "config is of another one"
+                "config belongs to another run"
             )
 
     def _load(self, item: str, read: Callable[[Path], T]) -> T:
         """Runs `read`, and turns storage errors into DamagedStep on every host."""
-        path = (self.directory / item).absolute()  # orbax reads no others
+        path = (self.directory / item).absolute()  # orbax requires absolute paths
         result, reason = None, ""
         with quiet_storage():
             try:
@@ -154,7 +154,7 @@ def sealed(meta: Any) -> dict[str, Any]:
 
 @contextmanager
 def quiet_storage() -> Iterator[None]:
-    """Hides orbax's logs and Python's notes on dropped work; the raised error is enough."""
+    """Hides orbax's logs and warnings about abandoned tasks; the raised error is enough."""
     before, loggers = sys.unraisablehook, [logging.getLogger(name) for name in ("absl", "asyncio")]
 
     def hook(unraisable: Any) -> None:

@@ -1,4 +1,4 @@
-"""Compares strategies on the same prompts: speed, distance from the limit, and exactness.
+"""Compares strategies on the same prompts: speed, share of the ideal speedup, and exactness.
 
     python -m lsjax.cli.benchmark --model PATH --exit-layers 4 8 --num-draft-tokens 4 8
     python -m lsjax.cli.benchmark --model PATH --identity-tail 2 --exit-layers 2 4 8 15 \\
@@ -11,7 +11,7 @@ process. docs/performance.md defines the columns. Greedy texts are compared with
 decoding. Exit code 1: in float32 they differ by more than rounding explains.
 
 The directory --output gets answers.jsonl (a line per text, from which a killed run resumes),
-cells.jsonl (the table), and for a grid benchmark.png.
+cells.jsonl (the table), and benchmark.png if there are several cells.
 """
 
 import json
@@ -83,8 +83,8 @@ class Arguments(TaskFlags, StrategyFlags):
     repeats: int = bounded(5, low=1)
     """Number of runs of each strategy with each prompt."""
     identity_tail: int | None = None
-    """Makes the layers from this one on add nothing, so that every draft of a later exit is
-    accepted. The draft vocabulary is chosen from the model's own output."""
+    """Layers from this one on add nothing. Drafts of this or a later exit are all accepted.
+    The draft vocabulary is chosen from the model's own output."""
     output: Path | None = None
     """Directory for answers, table and plot; by default, nothing is written."""
 

@@ -96,8 +96,8 @@ class Dialogue:
     """The messages so far, in the model's chat template.
 
     The next prompt keeps a reply's own ids: encoding its text again may give other tokens. If the
-    template alters earlier messages, the complete chat is encoded again. SentencePiece also encodes
-    it again, because its tokens depend on where a text begins.
+    template alters earlier messages, the complete chat is encoded again. The same
+    holds for SentencePiece tokenizers, whose tokens depend on where a text begins.
     """
 
     def __init__(self, tokenizer: Tokenizer, system: str | None = None):

@@ -30,7 +30,7 @@ from lsjax.model.llama import Llama
 if TYPE_CHECKING:
     from lsjax.decoding.engine import Engine
 
-# Rounds between two looks at the text, if it is streamed or may contain a stop string.
+# Rounds between two reads of the text by the host, if it is streamed or may contain a stop string.
 ROUNDS_PER_LOOK = 4
 ALL_ROUNDS = np.iinfo(np.int32).max
 FILLER = Request(prompt=(0,), max_new_tokens=0)  # a row that has ended from the start
@@ -54,8 +54,8 @@ class Conversation:
     def take(
         self, ids: Sequence[int], capacity: int, num_layers: int, model: Llama
     ) -> tuple[KVCache | None, int]:
-        """A cache of this model with these layers and at least `capacity` slots, and how many of
-        these tokens it holds. The program that reads the rest consumes it.
+        """The cache, grown to `capacity` slots, and how many leading `ids` it holds. The program
+        that reads the rest donates it.
 
         Returns (None, 0) without a cache, and for a larger cache that shares little.
         """
@@ -89,8 +89,8 @@ class ActiveRow:
     request: Request
     text: RowText
     prefill_seconds: float
-    began: float  # seconds that the batch had worked at the first token
-    looked: tuple[float, int]  # at the last look: seconds worked, rounds of the row
+    began: float  # computing seconds of the batch at the row's first token
+    looked: tuple[float, int]  # when last read: computing seconds, rounds of the row
 
 
 class ContinuousBatch:

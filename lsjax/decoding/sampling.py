@@ -46,7 +46,7 @@ class Sampling(Checked):
     top_k: int = bounded(0, low=0, hint="0 is all tokens")
     """Draws from the k most probable tokens, ties with the last one included. 0 is all."""
     top_p: float = bounded(1.0, above=0, high=1, hint="1 is all tokens")
-    """Draws from the fewest tokens whose probabilities sum to p (Holtzman et al., 2020)."""
+    """Draws from the fewest tokens with total probability p or more (Holtzman et al., 2020)."""
     min_p: float = bounded(0.0, low=0, high=1, hint="0 is all tokens")
     """Draws from tokens at least min_p times as probable as the argmax (Nguyen et al., 2024)."""
     seed: int = bounded(0, low=0, high=2**32 - 1)
@@ -190,8 +190,8 @@ class Penalties:
     ) -> Float[Array, "B T N"]:
         """Penalises the logits at these positions, each by the earlier tokens of the history.
 
-        places_V: index of each token among the N that have logits, N if it has none. If every token
-        would be forbidden, none is.
+        places_V: index of each token among the N with logits, or N if absent. If all tokens would
+        be forbidden, penalties are skipped.
         """
         batch, steps, size = logits_BTN.shape
         index_BS = history_BS if places_V is None else places_V[history_BS]
@@ -211,8 +211,8 @@ class Penalties:
     def _completes(
         self, history_BS: Int[Array, "B S"], position_BT: Int[Array, "B T"]
     ) -> Bool[Array, "B T S"]:
-        """Whether token s of the history, repeated at the position, would complete an n-gram that
-        ends in slot s. That holds if the n - 1 tokens before both are the same."""
+        """Whether repeating token s at the position would repeat the n-gram that ends in slot s.
+        True if the n - 1 tokens before the slot and before the position match."""
         slots = jnp.arange(history_BS.shape[1])
         ngram_B11 = self.ngram_B[:, None, None]
 

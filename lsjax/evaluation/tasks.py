@@ -147,7 +147,7 @@ def beginning_and_rest(row: Fields) -> Fields:
 
 
 def english_columns(row: Fields) -> Fields:
-    """TOPv2's rows under the names that the Hinglish-TOP files give its English columns."""
+    """The row, with TOPv2's columns renamed as in the Hinglish-TOP files."""
     names = {"en_query": "utterance", "en_parse": "semantic_parse"}
     return {new: row[old] for new, old in names.items() if old in row} | dict(row)
 

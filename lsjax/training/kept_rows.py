@@ -1,12 +1,13 @@
 """Computes a layer only for the rows that keep it: gathers them, runs it, and puts them back.
 
     rows of a shard      a b c d e f g h
-    kept                 . b . . e f . h     as many as one of a few fixed counts
+    kept                 . b . . e f . h     their number is one of a few fixed counts
     gathered             b e f h             the layer runs on these, or is skipped if none are kept
     put back             a B c d E F g H
 
 The count selects a branch of a conditional, so shapes are static. Rows are gathered within each
-shard. Putting back is a gather too, and each is the other's transpose: no scatter is needed.
+shard. Putting back is a gather too. Each gather is the other's transpose, so neither pass needs a
+scatter.
 
 jax's derivative of a conditional would keep residuals once for each branch. Here they are kept
 once, padded to all rows. Residuals without a row axis are recomputed from the block's parameters.

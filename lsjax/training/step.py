@@ -156,7 +156,7 @@ def loss_and_gradients(
 ):
     """Loss, per-exit sums and gradients of the trained parameters, over all micro-batches.
 
-    knobs: as `objective` takes them.
+    knobs: `exit_loss` and `drop_rates`, passed to `objective`.
     """
     rows_B = jnp.arange(len(batch["tokens_BT"]))
     config.check_batch(len(rows_B))
@@ -184,8 +184,8 @@ def loss_and_gradients(
 
 
 def learning_rates(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
-    """Learning rate at step t of T: rises in the warm-up, then follows the schedule. Step 0 is one
-    of `warmup_steps + 1` rising steps, because a rate of 0 would waste it."""
+    """Learning rate at step t of T: rises in the warm-up, then follows the schedule. Warm-up
+    starts at the peak over `warmup_steps + 1`, because a rate of 0 would waste step 0."""
     peak, final = config.learning_rate, config.learning_rate * config.final_share
     steps = max(1, num_steps - config.warmup_steps)
     match config.schedule:
