@@ -200,11 +200,11 @@ def make_empty(step: Path) -> None:
 DAMAGES = {
     "zeroed page": (
         zero_a_page,
-        r'params: (cannot be read \(.*"[a-z_.]+/|[a-z_.]+ is not what was)',
+        r'params: (cannot be read \(.*"[a-z_.]+/|[a-z_.]+ has changed since)',
     ),
     "zeroed page of the optimizer": (
         partial(zero_a_page, item="train"),
-        r'train: (cannot be read \(.*"opt_state\.|opt_state\.[0-9a-z_.]+ is not what was)',
+        r'train: (cannot be read \(.*"opt_state\.|opt_state\.[0-9a-z_.]+ has changed since)',
     ),
     "truncated file": (truncate, r'params: cannot be read \(.*"[a-z_.]+/'),
     "no params": (
