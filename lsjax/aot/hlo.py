@@ -112,7 +112,7 @@ class Instruction:
         return sum(array.elements for array in self.arrays)
 
     def attribute(self, pattern: str) -> str:
-        """Match of the pattern's group in the attributes; "" if there is none."""
+        """The pattern's first group in the attributes, or "" without a match."""
         found = re.search(pattern, self.attributes)
         return found[1] if found else ""
 

@@ -109,7 +109,7 @@ class SentencePieceTokenizer(Tokenizer):
             raise TokenizerError(f"not a SentencePiece model ({one_line(error)})") from error
         self._model, self._processor = model, processor
         self.vocab_size = processor.vocab_size()
-        bos_id, eos_id = processor.bos_id(), processor.eos_id()  # -1 if there is none
+        bos_id, eos_id = processor.bos_id(), processor.eos_id()  # -1 if missing
         self.bos_id = bos_id if bos_id >= 0 else None
         self.eos_ids = tuple(eos_ids or ([eos_id] if eos_id >= 0 else []))
         self.add_bos = add_bos and self.bos_id is not None
@@ -140,7 +140,7 @@ class SentencePieceTokenizer(Tokenizer):
 
     def piece_id(self, piece: str) -> int | None:
         """Id of a token by its spelling; None if there is no such token."""
-        found = self._processor.piece_to_id(piece)  # the unknown token's id if there is none
+        found = self._processor.piece_to_id(piece)  # the unknown id if missing
         return found if self._processor.id_to_piece(found) == piece else None
 
     def _save_model(self, directory: Path) -> str:

@@ -206,7 +206,7 @@ def check_resumes(run: Path, before: int, trains: bool) -> None:
 
 
 def newest(run: Path) -> int:
-    """The newest saved step; 0 if there is none."""
+    """Returns the newest saved step, or 0 without any."""
     return max((step.number for step in saved_steps(run / CHECKPOINTS)), default=0)
 
 
