@@ -176,16 +176,24 @@ class CostAnalysis:
 
 
 def trip_count(loop: Instruction) -> int | None:
-    """Trips of a `while`, if the program states them: as an attribute, or as the constant that the
-    counter of a scan is compared with."""
-    known = loop.attribute(r'"known_trip_count":\{"n":"(\d+)"\}')
-    (condition,) = loop.called["condition"]
-    if not known and "direction=LT" in condition.root.attributes:
-        limit = condition.root.operands[1]
-        while limit.opcode in ("copy", "bitcast", "convert"):
-            limit = limit.operands[0]
-        known = limit.inputs if limit.opcode == "constant" else ""
-    return int(known) if known else None
+    """Trips of a `while`, if the program states them: as an attribute, or as the constant that a
+    counter from 0 is compared with, by the constant that each trip adds."""
+    if known := loop.attribute(r'"known_trip_count":\{"n":"(\d+)"\}'):
+        return int(known)
+    (condition,), (body,) = loop.called["condition"], loop.called["body"]
+    if "direction=LT" not in condition.root.attributes:
+        return None
+    counter, limit = condition.root.operands
+    while limit.opcode in ("copy", "bitcast", "convert"):
+        limit = limit.operands[0]
+    if limit.opcode != "constant":
+        return None
+    step = 1  # the partitioner's loops of matmuls take two steps in a trip
+    if (index := counter.attribute(r"\bindex=(\d+)")) and body.root.opcode == "tuple":
+        after = body.root.operands[int(index)]
+        added = [one for one in after.operands if one.opcode == "constant"]
+        step = int(added[0].inputs) if after.opcode == "add" and added else 1
+    return -(-int(limit.inputs) // step)
 
 
 def device_groups(attributes: str, devices: int) -> np.ndarray:

@@ -124,6 +124,12 @@ def test_trip_counts_are_read_from_limits():
     assert trip_count(program.computations["body"].instructions["chunks"]) is None
 
 
+def test_trips_that_add_more_than_one_are_fewer():
+    """XLA:TPU's loops of matmuls overlap two steps with their communication in each trip."""
+    text = TEXT.replace("%one = s32[]{:T(128)} constant(1)", "%one = s32[]{:T(128)} constant(4)")
+    assert trip_count(parse(text).entry.instructions["loop"]) == 2
+
+
 def test_a_known_trip_count_holds():
     known = 'backend_config={"known_trip_count":{"n":"3"}}'
     text = TEXT.replace('metadata={op_name="jit(step)/while"}', known)
