@@ -31,6 +31,8 @@ from jaxtyping import Array
 
 from lsjax.config import MeshConfig, check
 
+# Compute capabilities for ahead-of-time compilation, where JAX knows only the device's name.
+CAPABILITIES = {"NVIDIA A100": 8.0, "NVIDIA H100": 9.0, "NVIDIA H200": 9.0}
 # The axes that shard the rows of a batch in training.
 ROWS = ("data", "fsdp")
 
@@ -112,6 +114,18 @@ def platform() -> str:
     """
     device = jax.sharding.get_abstract_mesh().abstract_device
     return jax.default_backend() if device is None else device.platform
+
+
+def nvidia_capability() -> float:
+    """Compute capability of the NVIDIA GPUs that the traced program targets; 0 for others."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    local = jax.local_devices()
+    kind = local[0].device_kind if device is None else device.device_kind
+    here = next((one for one in local if one.device_kind == kind), None)
+    try:
+        return float(here.compute_capability)
+    except (AttributeError, ValueError):  # another kind of device, or not on this machine
+        return next((value for name, value in CAPABILITIES.items() if kind.startswith(name)), 0.0)
 
 
 def chunk_steps(batch: int, steps: int, vocab: int, logits: int) -> int:

@@ -9,12 +9,21 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from lsjax.checkpoints.families import FULL, SLIDING
 from lsjax.checkpoints.huggingface_config import llama_config
 from lsjax.checkpoints.tensors import CheckpointError, TensorSource
 from lsjax.config import ConfigError, LlamaConfig, RopeScaling, check
 from lsjax.data.files import open_gguf
 from lsjax.model.rope import rope_frequencies
 
+# llama.cpp's name of an architecture, and transformers'.
+_ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "olmo2": "Olmo2ForCausalLM",  # or Olmo3ForCausalLM, with a sliding window
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "smollm3": "SmolLM3ForCausalLM",
+}
 # Metadata keys (after "llama.") and config.json's keys.
 _REQUIRED = {
     "block_count": "num_hidden_layers",
@@ -29,8 +38,17 @@ _OPTIONAL = {
     "expert_count": "num_local_experts",
     "attention.head_count_kv": "num_key_value_heads",
     "attention.key_length": "head_dim",
+    "attention.sliding_window": "sliding_window",
     "rope.freq_base": "rope_theta",
 }
+# Metadata keys (after "llama.rope.scaling.") and keys of rope_scaling.
+_YARN = {
+    "original_context_length": "original_max_position_embeddings",
+    "attn_factor": "attention_factor",
+    "yarn_beta_fast": "beta_fast",
+    "yarn_beta_slow": "beta_slow",
+}
+_INTERLEAVED_ROPE = ("llama", "smollm3")
 _INTERLEAVED = re.compile(r"blk\.\d+\.attn_(q|k)\.(weight|bias)")
 _ROPE_FACTORS = "rope_freqs.weight"
 
@@ -39,8 +57,8 @@ class GGUFSource(TensorSource):
     """A GGUF file.
 
     Raises:
-        CheckpointError: no complete little-endian Llama GGUF of version 2 or 3, or no `gguf`
-            package.
+        CheckpointError: no complete little-endian GGUF of version 2 or 3, another architecture, or
+            no `gguf` package.
     """
 
     names = "gguf"
@@ -52,11 +70,18 @@ class GGUFSource(TensorSource):
             name: tuple(reversed(tensor.shape.tolist())) for name, tensor in self._tensors.items()
         }
         try:
+            self._architecture = self._get("general.architecture")
+            supported = self._architecture in _ARCHITECTURES
+            check(
+                supported,
+                f"general.architecture is {self._architecture!r}; only "
+                f"{', '.join(_ARCHITECTURES)} are supported",
+            )
             config = llama_config(self._config_json(), str(path))
             for key in ("attention.value_length", "rope.dimension_count"):
-                size = self._get(f"llama.{key}", config.head_dim)
+                size = self._own(key, config.head_dim)
                 good = size == config.head_dim
-                check(good, f"llama.{key} is {size!r}; only {config.head_dim} is supported")
+                check(good, f"{self._key(key)} is {size!r}; only {config.head_dim} is supported")
             self.config = self._with_llama3_scaling(config)
         except (ConfigError, UnicodeDecodeError) as error:
             raise CheckpointError(f"{self.path}: {error}") from error
@@ -85,7 +110,7 @@ class GGUFSource(TensorSource):
                     "F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0 or a K-quant"
                 ) from error
         interleaved = _INTERLEAVED.fullmatch(name)
-        if interleaved is None:
+        if interleaved is None or self._architecture not in _INTERLEAVED_ROPE:
             return value
         queries = interleaved[1] == "q"
         return _half_split(value, self.config.num_heads if queries else self.config.num_kv_heads)
@@ -97,27 +122,42 @@ class GGUFSource(TensorSource):
         # The shortest spelling of the float32: 1e-05, not 9.999999747e-06.
         return float(str(np.float32(value))) if isinstance(value, float) else value
 
+    def _key(self, key: str) -> str:
+        return f"{self._architecture}.{key}"
+
+    def _own(self, key: str, default: Any = None) -> Any:
+        """A metadata value of the architecture."""
+        return self._get(self._key(key), default)
+
     def _config_json(self) -> dict[str, Any]:
         """Metadata under config.json's keys; None if missing."""
-        for key, supported in (("general.architecture", "llama"), ("split.count", 1)):
-            found = self._get(key, supported) or supported
-            check(found == supported, f"{key} is {found!r}; only {supported!r} is supported")
-        raw = {name: self._get(f"llama.{key}") for key, name in (_REQUIRED | _OPTIONAL).items()}
+        count = self._get("split.count", 1) or 1
+        check(count == 1, f"split.count is {count!r}; only 1 is supported")
+        raw = {name: self._own(key) for key, name in (_REQUIRED | _OPTIONAL).items()}
         for key, name in _REQUIRED.items():
             check(
                 raw[name] is not None,
-                f"llama.{key} is missing from the metadata: convert again",
+                f"{self._key(key)} is missing from the metadata: convert again",
             )
         if raw["vocab_size"] is None:
             raw["vocab_size"] = self.shapes.get("token_embd.weight", (0,))[0]
-        old = self._get("llama.rope.scale_linear", 1.0)  # the key of 2023
-        factor = self._get("llama.rope.scaling.factor", old)
-        kind = self._get("llama.rope.scaling.type", "none" if factor == 1 else "linear")
+        old = self._own("rope.scale_linear", 1.0)  # the key of 2023
+        factor = self._own("rope.scaling.factor", old)
+        kind = self._own("rope.scaling.type", "none" if factor == 1 else "linear")
+        rope = {"type": kind, "factor": factor}
+        if kind == "yarn":
+            rope |= {name: self._own(f"rope.scaling.{key}") for key, name in _YARN.items()}
+        rope = {"type": "default"} if kind == "none" else rope
+        architecture, theta = _ARCHITECTURES[self._architecture], {"rope_theta": raw["rope_theta"]}
+        if slides := self._own("attention.sliding_window_pattern"):
+            architecture = "Olmo3ForCausalLM"
+            raw["layer_types"] = [SLIDING if one else FULL for one in slides]
+            rope = {FULL: rope | theta, SLIDING: theta}
         return raw | {
-            "model_type": "llama",
-            "rope_scaling": None if kind == "none" else {"type": kind, "factor": factor},
+            "architectures": [architecture],
+            "rope_parameters": rope,
             "tie_word_embeddings": "output.weight" not in self.shapes,
-            "attention_bias": "blk.0.attn_q.bias" in self.shapes,
+            "attention_bias": "blk.0.attn_output.bias" in self.shapes,
             "mlp_bias": "blk.0.ffn_gate.bias" in self.shapes,
         }
 

@@ -1,63 +1,35 @@
 """Converts config.json to a LlamaConfig and back; GGUF metadata is read under the same keys.
 
-Each key is in one table: FIELDS, NEUTRAL (keys with values that change nothing) or HARMLESS.
+families.py has the tables of keys.
 """
 
+import dataclasses
 import logging
+import math
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from lsjax.checkpoints.families import (
+    BIASES,
+    FAMILIES,
+    FIELDS,
+    FULL,
+    HARMLESS,
+    MISSING,
+    NEUTRAL,
+    OPTIONAL,
+    ORIGINAL,
+    SLIDING,
+    Family,
+    no_rope_layers,
+)
 from lsjax.checkpoints.tensors import CheckpointError
 from lsjax.config import ConfigError, LlamaConfig, RopeScaling, check
 from lsjax.data.files import read_json
 
 log = logging.getLogger(__name__)
-
-# Field of LlamaConfig, and transformers' default.
-FIELDS: Mapping[str, tuple[str, Any]] = {
-    "vocab_size": ("vocab_size", 32_000),
-    "hidden_size": ("hidden_size", 4096),
-    "intermediate_size": ("intermediate_size", 11_008),
-    "num_hidden_layers": ("num_layers", 32),
-    "num_attention_heads": ("num_heads", 32),
-    "num_key_value_heads": ("num_kv_heads", None),  # num_attention_heads
-    "head_dim": ("head_dim", None),  # hidden_size / num_attention_heads
-    "max_position_embeddings": ("max_context", 2048),
-    "rms_norm_eps": ("norm_eps", 1e-6),
-    "tie_word_embeddings": ("tie_embeddings", False),
-    "attention_bias": ("attention_bias", False),
-    "mlp_bias": ("mlp_bias", False),
-    "initializer_range": ("init_std", 0.02),
-}
-# Values besides null that change nothing; others change the computation and are rejected.
-NEUTRAL: Mapping[str, tuple[Any, ...]] = {
-    **dict.fromkeys(("attn_logit_softcapping", "clip_qkv", "final_logit_softcapping"), ()),
-    **dict.fromkeys(("quantization_config", "query_pre_attn_scalar", "scale_depth"), ()),
-    **dict.fromkeys(("alibi", "qk_norm", "use_qk_norm"), (False,)),
-    **dict.fromkeys(("rope_interleaved", "use_parallel_residual"), (False,)),
-    **dict.fromkeys(("attention_multiplier", "embedding_multiplier", "logit_scale"), (1.0,)),
-    **dict.fromkeys(("logits_scaling", "residual_multiplier", "rotary_pct", "scale_emb"), (1.0,)),
-    **dict.fromkeys(("num_experts", "num_local_experts"), (0, 1)),
-    "hidden_act": ("silu",),
-    "no_rope_layers": ([],),
-    "partial_rotary_factor": (1.0,),
-    "pruned_heads": ({},),
-    "sliding_window": (),
-}
-_ORIGINAL = "original_max_position_embeddings"
-# Keys that are read below, and those about loading, training, generation and labels.
-HARMLESS = frozenset(
-    f"""
-    architectures model_type rope_parameters rope_scaling rope_theta {_ORIGINAL}
-    _attn_implementation _name_or_path assistant_early_exit attention_dropout bos_token_id do_sample
-    dtype eos_token_id id2label is_decoder is_encoder_decoder is_llama_config label2id max_length
-    max_sequence_length num_assistant_tokens output_attentions output_hidden_states pad_token_id
-    pretraining_tp return_dict temperature tokenizer_class top_k top_p torch_dtype torchscript
-    transformers.js_config transformers_version unsloth_fixed unsloth_version use_bfloat16 use_cache
-    """.split()
-)
 
 
 def read_config_json(directory: Path) -> LlamaConfig:
@@ -77,75 +49,194 @@ def read_config_json(directory: Path) -> LlamaConfig:
 
 
 def llama_config(raw: Mapping[str, Any], where: str) -> LlamaConfig:
-    """The LlamaConfig of a config.json; keys that are null count as missing.
+    """The LlamaConfig of a config.json. Keys that are null count as missing, except OPTIONAL ones.
 
     where: the file, for the warning about unknown keys. Raises ConfigError.
     """
-    raw = {key: value for key, value in raw.items() if value is not None}
-    architectures = raw.get("architectures") or (
-        ["LlamaForCausalLM"] if raw.get("model_type") == "llama" else raw.get("model_type")
-    )
-    check(
-        architectures == ["LlamaForCausalLM"],
-        f"architecture {architectures!r}; only ['LlamaForCausalLM'] is supported",
-    )
-    for key in raw.keys() & NEUTRAL.keys():
+    given = {key: value for key, value in raw.items() if value is not None}
+    family = _family(given)
+    for key in given.keys() & NEUTRAL.keys() - family.defaults.keys():
         check(
-            raw[key] in NEUTRAL[key],
-            f"{key} is {raw[key]!r}, which changes the computation and is not supported: use a "
+            given[key] in NEUTRAL[key],
+            f"{key} is {given[key]!r}, which changes the computation and is not supported: use a "
             f"checkpoint in which it is {' or '.join(map(repr, NEUTRAL[key])) or 'null'}",
         )
-    unknown = sorted(raw.keys() - FIELDS.keys() - NEUTRAL.keys() - HARMLESS)
-    if unknown:
+    known = FIELDS.keys() | NEUTRAL.keys() | HARMLESS | family.defaults.keys()
+    if unknown := sorted(given.keys() - known):
         log.warning("%s: unknown keys are ignored: %s", where, ", ".join(unknown))
-    fields = {field: raw.get(key, default) for key, (field, default) in FIELDS.items()}
+    off = {key: None for key in OPTIONAL if raw.get(key, 0) is None}
+    defaults = {key: default for key, (_, default) in FIELDS.items()}
+    raw = {"rope_theta": 1e4, **defaults, **family.defaults, **given, **off}
+    for key in family.defaults.keys() - FIELDS.keys():
+        kind = type(family.defaults[key])
+        check(
+            kind not in (bool, int) or isinstance(raw[key], kind) or key in off,
+            f"{key} is {raw[key]!r}, but must be of type {kind.__name__}",
+        )
+    fields = {field: raw[key] for key, (field, _) in FIELDS.items()}
     if fields["num_kv_heads"] is None:
         fields["num_kv_heads"] = fields["num_heads"]
     if fields["head_dim"] is None:
         with suppress(TypeError, ZeroDivisionError):  # LlamaConfig reports the bad value
             fields["head_dim"] = fields["hidden_size"] // fields["num_heads"]
-    theta, scaling = _read_rope(raw)
-    return LlamaConfig(**fields, rope_theta=theta, rope_scaling=scaling)
+    fields |= {key: raw.get(key, False) for key in BIASES}
+    count = LlamaConfig(**fields).num_layers  # reports bad sizes, which the rest relies on
+    check(count <= 10_000, f"num_hidden_layers is {count}, more than 10000: correct it")
+    layers = _window_and_full_layers(raw, family)
+    return LlamaConfig(**fields, **family.switches, **layers, **_read_rope(raw, family))
 
 
-def _read_rope(raw: Mapping[str, Any]) -> tuple[Any, RopeScaling | None]:
+def _family(given: Mapping[str, Any]) -> Family:
+    """The family that a config names."""
+    kind = given.get("model_type")
+    named = [name for name, family in FAMILIES.items() if family.model_type == kind]
+    architectures = given.get("architectures") or named or kind
+    one = isinstance(architectures, list) and len(architectures) == 1
+    if one and (family := FAMILIES.get(str(architectures[0]))):
+        return family
+    needs = [why for start, why in MISSING.items() if str(kind).startswith(start)]
+    needs = ["mixtures of experts"] if str(kind).endswith("_moe") else needs
+    why = f", which needs {needs[0]}" if needs else ""
+    raise ConfigError(
+        f"architecture {architectures!r}{why}; only {', '.join(FAMILIES)} are supported"
+    )
+
+
+def _window_and_full_layers(raw: Mapping[str, Any], family: Family) -> dict[str, Any]:
+    """The fields of LlamaConfig that differ by layer."""
+    count, types = raw["num_hidden_layers"], raw.get("layer_types")
+    window = raw.get("sliding_window") if raw.get("use_sliding_window", True) else None
+    if types is None:
+        slides = [window is not None and family.slides(layer, raw) for layer in range(count)]
+        types = [SLIDING if one else FULL for one in slides]
+    check(
+        isinstance(types, list) and len(types) == count and {*types} <= {FULL, SLIDING},
+        f"layer_types is {types!r}, but must have {FULL} or {SLIDING} for each of {count} layers",
+    )
+    check(
+        window is not None or SLIDING not in types,
+        f"layer_types has {SLIDING}, but sliding_window is off: set one of them right",
+    )
+    full = tuple(layer for layer, kind in enumerate(types) if kind == FULL)
+    if len(full) == count:
+        window, full = None, ()
+    return {
+        "sliding_window": window,
+        "full_attention_layers": full,
+        "no_rope_layers": no_rope_layers(raw) if "no_rope_layers" in family.defaults else (),
+    }
+
+
+def _read_rope(raw: Mapping[str, Any], family: Family) -> dict[str, Any]:
     """Theta and scaling, from rope_scaling (version 4), else from rope_parameters (version 5)."""
     rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
     check(isinstance(rope, dict), f"rope_scaling is {rope!r}, but must be an object")
+    own: dict[str, Any] = {}
+    if family.model_type == "olmo3":
+        window = rope.get(SLIDING, {})
+        theta, default = raw["rope_theta"], family.defaults["rope_theta"]
+        check(
+            SLIDING in rope or theta == default,
+            f"rope_theta is {theta!r}, and versions of transformers differ on layers with a "
+            "sliding window: give rope_parameters for each type of layer",
+        )
+        check(
+            window.get("rope_type", "default") == "default",
+            f"rope_parameters scale layers with {SLIDING}, which is not supported",
+        )
+        own = {"window_rope_theta": window.get("rope_theta", theta)}
+        rope = rope.get(FULL, {} if SLIDING in rope else rope)
     partial = rope.get("partial_rotary_factor", 1.0)
     check(partial == 1.0, f"partial_rotary_factor {partial!r} is not supported")
-    theta = rope.get("rope_theta", raw.get("rope_theta", 1e4))
+    own["rope_theta"] = rope.get("rope_theta", raw["rope_theta"])
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":
-        return theta, None
-    check(kind in ("linear", "llama3"), f"rope type {kind!r}; only linear and llama3 are supported")
-    names = ("factor", "low_freq_factor", "high_freq_factor")[: 3 if kind == "llama3" else 1]
-    for name in names:
+        return own
+    needed = {
+        "linear": ("factor",),
+        "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+        "yarn": ("factor",),
+    }
+    check(kind in needed, f"rope type {kind!r}; only {', '.join(needed)} are supported")
+    for name in needed[kind]:
         check(rope.get(name) is not None, f"rope {name} is missing, but type {kind!r} needs it")
-    values = {name: rope[name] for name in names}
-    if kind == "llama3":
-        context = raw.get("max_position_embeddings", 2048)
-        values["original_context"] = raw.get(_ORIGINAL, rope.get(_ORIGINAL, context))
-    return theta, RopeScaling(kind=kind, **values)
+    values = {name: rope[name] for name in needed[kind]}
+    if kind != "linear":
+        context = raw["max_position_embeddings"]
+        values["original_context"] = raw.get(ORIGINAL, rope.get(ORIGINAL, context))
+    if kind == "yarn":
+        names = ("beta_fast", "beta_slow", "truncate")
+        values |= {name: rope[name] for name in names if rope.get(name) is not None}
+        factor = rope.get("attention_factor")
+        values["attention_factor"] = _yarn_attention(rope) if factor is None else factor
+    return {**own, "rope_scaling": RopeScaling(kind=kind, **values)}
+
+
+def _yarn_attention(rope: Mapping[str, Any]) -> float:
+    """Factor of sines and cosines that YaRN recommends; mscale: as in DeepSeek's variant."""
+
+    def scale(by: float) -> float:
+        return 1.0 + (0.1 * by * math.log(rope["factor"]) if rope["factor"] > 1 else 0.0)
+
+    above, below = rope.get("mscale"), rope.get("mscale_all_dim")
+    return scale(above) / scale(below) if above and below else scale(1.0)
 
 
 def to_config_json(config: LlamaConfig, dtype: Any) -> dict[str, Any]:
-    """config.json for transformers 4 (torch_dtype, rope_theta, rope_scaling) and 5."""
+    """config.json for transformers 4 (torch_dtype, rope_theta, rope_scaling) and 5.
+
+    Its architecture is the first that reads it back as this config. Raises CheckpointError if
+    there is none.
+    """
     scaling, rope = None, config.rope_scaling
     if rope is not None:
         scaling = {"rope_type": rope.kind, "factor": rope.factor}
-        if rope.kind == "llama3":
-            scaling["low_freq_factor"] = rope.low_freq_factor
-            scaling["high_freq_factor"] = rope.high_freq_factor
-            scaling[_ORIGINAL] = rope.original_context
+        if rope.kind != "linear":
+            scaling[ORIGINAL] = rope.original_context
+        names = {
+            "llama3": ("low_freq_factor", "high_freq_factor"),
+            "yarn": ("beta_fast", "beta_slow", "attention_factor", "truncate"),
+        }
+        scaling |= {name: getattr(rope, name) for name in names.get(rope.kind, ())}
     theta = {"rope_theta": config.rope_theta}
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "hidden_act": "silu",
-        **{key: getattr(config, field) for key, (field, _) in FIELDS.items()},
-        **theta,
-        "rope_scaling": scaling,
-        "rope_parameters": (scaling or {"rope_type": "default"}) | theta,
-        "torch_dtype": str(dtype),
+    parameters = (scaling or {"rope_type": "default"}) | theta
+    if config.window_rope_theta is not None:
+        window = {"rope_type": "default", "rope_theta": config.window_rope_theta}
+        parameters = {FULL: parameters, SLIDING: window}
+    layers = range(config.num_layers)
+    full, window = config.full_attention_layers, config.sliding_window
+    values = {key: getattr(config, field) for key, (field, _) in FIELDS.items()} | {
+        "attention_bias": config.attention_bias,
+        "mlp_bias": config.mlp_bias,
+        "sliding_window": window,
+        "use_sliding_window": window is not None,
+        "max_window_layers": len(full) if window else config.num_layers,
+        "layer_types": [FULL if window is None or one in full else SLIDING for one in layers],
+        "no_rope_layers": [int(layer not in config.no_rope_layers) for layer in layers],
     }
+    for architecture, family in FAMILIES.items():
+        keys = FIELDS.keys() | family.defaults.keys()
+        raw = {
+            "architectures": [architecture],
+            "model_type": family.model_type,
+            "hidden_act": "silu",
+            **{key: value for key, value in values.items() if key in keys},
+            **theta,
+            "rope_scaling": scaling,
+            "rope_parameters": parameters,
+            "torch_dtype": str(dtype),
+        }
+        with suppress(ConfigError):
+            read = llama_config(raw, architecture)
+            if dataclasses.replace(read, scaled_init=config.scaled_init) == config:
+                return raw
+    raise CheckpointError(
+        "no architecture of transformers has the switches of this model together: it has "
+        f"{', '.join(sorted(_switches(config)))}"
+    )
+
+
+def _switches(config: LlamaConfig) -> set[str]:
+    """Names of the fields with other values than their defaults."""
+    fields = [one for one in dataclasses.fields(config) if one.default is not dataclasses.MISSING]
+    return {one.name for one in fields if getattr(config, one.name) != one.default}

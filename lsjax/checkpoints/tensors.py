@@ -44,9 +44,9 @@ class Part(NamedTuple):
         return np.moveaxis(part, 0, -1) if self.path.endswith("kernel") else part
 
     def stored_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Shape in the file for a parameter of this shape: [outputs, inputs]; biases are flat."""
+        """Shape in the file: [outputs, inputs]; biases and scales of norms are flat."""
         sizes = self.view(np.broadcast_to(0, shape)).shape
-        if self.path.endswith("bias") or len(sizes) == 1:
+        if self.path.endswith(("bias", "scale")):
             return (math.prod(sizes),)
         return (math.prod(sizes[:-1]), sizes[-1])
 

@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from lsjax.config.checked import Checked, bounded, check
 
@@ -12,15 +12,24 @@ class RopeScaling(Checked, prefix="rope_scaling."):
     """Scaling of rotary frequencies for contexts longer than in training.
 
     kind: "linear" divides every frequency by `factor` (position interpolation); "llama3" divides
-      the low frequencies, keeps the high ones and blends between the two (Llama 3.1).
-    low_freq_factor, high_freq_factor, original_context: read by "llama3" only.
+      the low frequencies, keeps the high ones and blends between the two (Llama 3.1); "yarn" does
+      so with other limits, and scales sines and cosines (YaRN; Peng et al., 2023).
+    low_freq_factor, high_freq_factor: of "llama3".
+    original_context: of "llama3" and "yarn".
+    beta_fast, beta_slow, attention_factor, truncate: of "yarn". Channel pairs that turn more often
+      than beta_fast in the original context are kept; those below beta_slow are divided.
+      attention_factor multiplies sines and cosines. truncate: whether limits are whole numbers.
     """
 
-    kind: Literal["linear", "llama3"]
+    kind: Literal["linear", "llama3", "yarn"]
     factor: float = bounded(low=1)
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_context: int = bounded(8192, low=1)
+    beta_fast: float = bounded(32.0, above=0)
+    beta_slow: float = bounded(1.0, above=0)
+    attention_factor: float = bounded(1.0, above=0)
+    truncate: bool = True
 
     def __post_init__(self):
         super().__post_init__()
@@ -29,6 +38,21 @@ class RopeScaling(Checked, prefix="rope_scaling."):
             f"rope_scaling needs 0 < low_freq_factor ({self.low_freq_factor}) < "
             f"high_freq_factor ({self.high_freq_factor})",
         )
+        check(
+            self.kind != "yarn" or self.beta_slow < self.beta_fast,
+            f"rope_scaling needs beta_slow ({self.beta_slow}) < beta_fast ({self.beta_fast})",
+        )
+
+
+class LayerKind(NamedTuple):
+    """How one layer differs from the others.
+
+    rope: "full" has rope_theta and rope_scaling, "window" window_rope_theta alone. window: number
+    of keys that a query sees, its own included.
+    """
+
+    rope: Literal["none", "full", "window"]
+    window: int | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,8 +85,23 @@ class LlamaConfig(Checked):
     """Whether the head shares the embedding's weights."""
     attention_bias: bool = False
     """Biases on queries, keys, values and the output of attention."""
+    qkv_bias: bool = False
+    """Biases on queries, keys and values, not on the output (Qwen2)."""
     mlp_bias: bool = False
     """Biases on gate, up and down."""
+    qk_norm: Literal["none", "head", "full"] = "none"
+    """RMSNorm on queries and keys before rope: of each head (Qwen3) or all heads (OLMo 2)."""
+    norm_after: bool = False
+    """Whether norms follow attention and feed-forward (OLMo 2) instead of preceding them."""
+    no_rope_layers: tuple[int, ...] = bounded((), low=0)
+    """Indices of layers without rope (SmolLM3)."""
+    sliding_window: int | None = bounded(None, low=1)
+    """Number of keys that a query sees, its own included; None for all before it (Mistral)."""
+    full_attention_layers: tuple[int, ...] = bounded((), low=0)
+    """Indices of layers that ignore the sliding window."""
+    window_rope_theta: float | None = bounded(None, above=0)
+    """Base of the frequencies in layers with a sliding window, which are then not scaled (OLMo 3);
+    None for the frequencies of other layers."""
     init_std: float = bounded(0.02, low=0)
     """Standard deviation of new weights, normally distributed."""
     scaled_init: bool = False
@@ -76,14 +115,37 @@ class LlamaConfig(Checked):
             f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}",
         )
         check(self.head_dim % 2 == 0, f"head_dim {self.head_dim} must be even for rope")
+        for name in ("no_rope_layers", "full_attention_layers"):
+            top = max(getattr(self, name), default=0)
+            check(
+                top < self.num_layers,
+                f"{name} has index {top}, but the last layer is {self.num_layers - 1}",
+            )
+
+    def layer_kind(self, layer: int) -> LayerKind:
+        """The switches of the layer with this index."""
+        window = None if layer in self.full_attention_layers else self.sliding_window
+        if layer in self.no_rope_layers:
+            return LayerKind("none", window)
+        own = window is not None and self.window_rope_theta is not None
+        return LayerKind("window" if own else "full", window)
+
+    @property
+    def layer_period(self) -> int:
+        """Smallest number of layers, a divisor of L, after which the kinds of layers repeat."""
+        kinds = [self.layer_kind(layer) for layer in range(self.num_layers)]
+        sizes = (size for size in range(1, self.num_layers + 1) if self.num_layers % size == 0)
+        return next(size for size in sizes if kinds == kinds[:size] * (self.num_layers // size))
 
     @property
     def layer_params(self) -> int:
         """Parameters of one transformer block."""
         d, f = self.hidden_size, self.intermediate_size
         q, kv = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
-        biases = self.attention_bias * (q + 2 * kv + d) + self.mlp_bias * (2 * f + d)
-        return d * (2 * q + 2 * kv) + 3 * d * f + 2 * d + biases
+        biases = (self.attention_bias or self.qkv_bias) * (q + 2 * kv)
+        biases += self.attention_bias * d + self.mlp_bias * (2 * f + d)
+        norms = 2 * d + {"none": 0, "head": 2 * self.head_dim, "full": q + kv}[self.qk_norm]
+        return d * (2 * q + 2 * kv) + 3 * d * f + norms + biases
 
     @property
     def head_params(self) -> int:

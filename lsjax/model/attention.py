@@ -20,12 +20,10 @@ from jaxtyping import Array, Bool, Float, Int
 
 from lsjax.config import AttentionKernel, check
 from lsjax.model.products import FLASH_BLOCK, SAVED, enough_rows
-from lsjax.sharding import ROWS, on_each_device, platform
+from lsjax.sharding import ROWS, nvidia_capability, on_each_device, platform
 
 # Candidate splash block sizes. The first that pads the sequence least is used.
 BLOCKS = (512, 384, 256, 128)
-# Compute capabilities for ahead-of-time compilation, where JAX knows only the device's name.
-CAPABILITIES = {"NVIDIA A100": 8.0, "NVIDIA H100": 9.0, "NVIDIA H200": 9.0}
 # Slots of the cache that one step of `cached_attention` reads; LARGE is a multiple of SMALL.
 SMALL, LARGE = 256, 1024
 # Maximum scores of a head (queries times slots) that accelerators compute at once. Admits a chunk
@@ -41,11 +39,12 @@ def self_attention(
     v_BTKH: Float[Array, "B T K H"],
     segments_BT: Int[Array, "B T"] | None = None,
     kernel: AttentionKernel = "auto",
+    window: int | None = None,
 ) -> Float[Array, "B T N H"]:
     """Causal attention of each token within its own segment; softmax in float32 or wider.
 
     segments_BT: document number of each token; one document by default. Padding is a segment like
-    the others. Segments are contiguous.
+    the others. Segments are contiguous. window: keys that a query sees, its own included.
 
     kernel: "auto" picks the first supported kernel. TPUs: splash. GPUs: flash if `segments_BT` is
     given, then cudnn. Otherwise xla. On CPUs splash and flash are interpreted, for tests.
@@ -59,10 +58,10 @@ def self_attention(
     problem = _problem(kernel, q_BTNH)
     check(problem is None, f"attention {kernel!r} {problem}: use auto or xla")
     if kernel == "xla":
-        return attention(q_BTNH, k_BTKH, v_BTKH, _mask(q_BTNH, segments_BT))
+        return attention(q_BTNH, k_BTKH, v_BTKH, _mask(q_BTNH, segments_BT, window))
     heads = P(ROWS, None, "tensor")
     return on_each_device(
-        {"splash": _splash, "flash": _flash, "cudnn": _cudnn}[kernel],
+        partial({"splash": _splash, "flash": _flash, "cudnn": _cudnn}[kernel], window=window),
         (q_BTNH, k_BTKH, v_BTKH, segments_BT),
         (heads, heads, heads, P(ROWS)),
         heads,
@@ -93,22 +92,12 @@ def _problem(kernel: str, q_BTNH: Array) -> str | None:
     return None
 
 
-def nvidia_capability() -> float:
-    """Compute capability of the NVIDIA GPUs that the traced program targets; 0 for others."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    local = jax.local_devices()
-    kind = local[0].device_kind if device is None else device.device_kind
-    here = next((one for one in local if one.device_kind == kind), None)
-    try:
-        return float(here.compute_capability)
-    except (AttributeError, ValueError):  # another kind of device, or not on this machine
-        return next((value for name, value in CAPABILITIES.items() if kind.startswith(name)), 0.0)
-
-
-def _mask(q_BTNH, segments_BT):
+def _mask(q_BTNH, segments_BT, window):
     """[B or 1, T, T]: which keys each query sees."""
     steps = q_BTNH.shape[1]
     mask_BTT = jnp.tril(jnp.ones((1, steps, steps), bool))
+    if window is not None:
+        mask_BTT = jnp.triu(mask_BTT, 1 - window)
     if segments_BT is not None:
         mask_BTT &= segments_BT[:, :, None] == segments_BT[:, None]
     return mask_BTT
@@ -133,23 +122,25 @@ def attention(
     return _heads_of_rows(jnp.einsum("BKRS,BKSH->BKRH", weights, v_BKSH), q_BTNH.shape)
 
 
-def _cudnn(q_BTNH, k_BTKH, v_BTKH, segments_BT):
-    """Segments become a mask, [B, 1, T, T]; blocks above the diagonal are skipped."""
-    mask = None if segments_BT is None else _mask(q_BTNH, segments_BT)[:, None]
-    return jax.nn.dot_product_attention(
-        q_BTNH, k_BTKH, v_BTKH, mask=mask, is_causal=True, implementation="cudnn"
-    )
+def _cudnn(q_BTNH, k_BTKH, v_BTKH, segments_BT, window):
+    """Segments become a mask, [B, 1, T, T], with the window; blocks above the diagonal are skipped.
+    A window alone also skips the blocks before it."""
+    mask, local = None, None if window is None else (window - 1, 0)
+    if segments_BT is not None:
+        mask, local = _mask(q_BTNH, segments_BT, window)[:, None], None
+    options = dict(is_causal=True, local_window_size=local, implementation="cudnn")
+    return jax.nn.dot_product_attention(q_BTNH, k_BTKH, v_BTKH, mask=mask, **options)
 
 
-def _flash(q_BTNH, k_BTKH, v_BTKH, segments_BT):
+def _flash(q_BTNH, k_BTKH, v_BTKH, segments_BT, window):
     from lsjax.model.flash import flash_attention  # slow to import
 
     if segments_BT is None:
         segments_BT = jnp.zeros(q_BTNH.shape[:2], jnp.int32)
-    return flash_attention(q_BTNH, k_BTKH, v_BTKH, segments_BT)
+    return flash_attention(q_BTNH, k_BTKH, v_BTKH, segments_BT, window)
 
 
-def _splash(q_BTNH, k_BTKH, v_BTKH, segments_BT):
+def _splash(q_BTNH, k_BTKH, v_BTKH, segments_BT, window):
     """Pads to full blocks at the end, where causal masking hides it."""
     from jax.experimental.pallas.ops.tpu import splash_attention as splash  # likewise
 
@@ -160,7 +151,10 @@ def _splash(q_BTNH, k_BTKH, v_BTKH, segments_BT):
     def padded(x):
         return jnp.pad(x, ((0, 0), (0, padding)) + ((0, 0),) * (x.ndim - 2))
 
-    mask = splash.CausalMask((steps + padding, steps + padding))
+    shape = (steps + padding, steps + padding)
+    mask = splash.CausalMask(shape)
+    if window is not None:
+        mask = splash.LocalMask(shape, (window - 1, 0), offset=0)
     names = ("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute", "q_dq", "kv_dq")
     attend = splash.make_splash_mha(
         splash.MultiHeadMask([mask] * heads),
@@ -185,8 +179,10 @@ def cached_attention(
     keys: Float[Array, "B K S H"],
     values: Float[Array, "B K S H"],
     positions_BT: Int[Array, "B T"],
+    window: int | None = None,
 ) -> Float[Array, "B T N H"]:
-    """Attention of T new queries to the slots at or before their own positions.
+    """Attention of T new queries to the slots at or before their own positions, or to as many of
+    them as the window, if given.
 
     On accelerators it reads all slots at once, because a loop or branch would stall the device.
     Large prompt chunks are the exception: they are read in blocks to save memory. For few tokens
@@ -205,6 +201,11 @@ def cached_attention(
     q_BKRH = _rows_of_heads(q_BTNH, kv_heads)
     position_BR = jnp.tile(positions_BT, (1, heads // kv_heads))  # of row r = (g, t)
     last = positions_BT.max()
+    first = 0 if window is None else jnp.maximum(positions_BT.min() - window + 1, 0)
+
+    def visible(slots):
+        seen_BRS = slots <= position_BR[:, :, None]
+        return seen_BRS if window is None else seen_BRS & (slots > position_BR[:, :, None] - window)
 
     def step(block, index, carry):
         top, total, mixed = carry
@@ -217,7 +218,7 @@ def cached_attention(
         k_block = lax.dynamic_slice_in_dim(keys, start, block, axis=2) * size**-0.5
         v_block = lax.dynamic_slice_in_dim(values, start, block, axis=2)
         v_block = jnp.where((slots <= last)[:, None], v_block, 0)
-        visible_BRS = (slots <= position_BR[:, :, None]) & (slots >= index * block)
+        visible_BRS = visible(slots) & (slots >= index * block)
         scores = jnp.einsum("BKRH,BKSH->BKRS", q_BKRH, k_block, preferred_element_type=wide)
         scores = jnp.where(visible_BRS[:, None], scores, -jnp.inf)
         new_top = jnp.maximum(top, scores.max(-1))
@@ -231,9 +232,9 @@ def cached_attention(
         )
 
     def in_blocks():
-        # Slot 0 is visible to every query, so the first block makes `top` finite.
+        # `top` is finite from the start: with a window, a query may see no slot of a block.
         carry = (
-            jnp.full((batch, kv_heads, rows), -jnp.inf, wide),
+            jnp.full((batch, kv_heads, rows), jnp.finfo(wide).min, wide),
             jnp.zeros((batch, kv_heads, rows), wide),
             jnp.zeros((batch, kv_heads, rows, size), wide),
         )
@@ -243,8 +244,10 @@ def cached_attention(
         if capacity >= LARGE:
             full = (last + 1 + LARGE // 2) // LARGE
             with jax.named_scope(LARGE_BLOCKS):
-                carry = lax.fori_loop(0, full, partial(step, LARGE), carry)
+                carry = lax.fori_loop(first // LARGE, full, partial(step, LARGE), carry)
             done = full * (LARGE // SMALL)
+        if window is not None:
+            done = jnp.maximum(done, first // small)
         with jax.named_scope(SMALL_BLOCKS):
             carry = lax.fori_loop(done, last // small + 1, partial(step, small), carry)
         return carry[1:]
@@ -252,7 +255,7 @@ def cached_attention(
     def at_once():
         q = enough_rows(q_BKRH)
         scores = jnp.einsum("BKRH,BKSH->BKRS", q, keys, preferred_element_type=wide)[:, :, :rows]
-        visible_BRS = jnp.arange(capacity) <= position_BR[:, :, None]
+        visible_BRS = visible(jnp.arange(capacity))
         scores = jnp.where(visible_BRS[:, None], scores * size**-0.5, -jnp.inf)
         weights = jnp.exp(scores - scores.max(-1, keepdims=True))
         total = weights.sum(-1)
@@ -266,7 +269,7 @@ def cached_attention(
         total, mixed = at_once()
     elif on_cpu:
         # Divide outside the branches, or XLA:CPU computes the weights twice.
-        total, mixed = lax.cond(reads_all(last, capacity), at_once, in_blocks)
+        total, mixed = lax.cond(reads_all(last - first, capacity), at_once, in_blocks)
     else:
         total, mixed = in_blocks()
     return _heads_of_rows((mixed / total[..., None]).astype(q_BTNH.dtype), q_BTNH.shape)

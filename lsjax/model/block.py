@@ -12,26 +12,27 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from lsjax.config import AttentionKernel, LlamaConfig
-from lsjax.model.attention import cached_attention, nvidia_capability, self_attention
+from lsjax.model.attention import cached_attention, self_attention
 from lsjax.model.cache import write_slots
 from lsjax.model.products import gradients_first, linear, split_swiglu, swiglu, with_steps
-from lsjax.model.rope import rotate
-from lsjax.sharding import constrain, on_each_device, platform
+from lsjax.model.rope import Rope, rotate
+from lsjax.sharding import constrain, nvidia_capability, on_each_device, platform
 
 # Name of the summed outputs of a matrix and its adapter, for remat policies: it replaces both.
 ADAPTED = "adapted"
 
 
 class RMSNorm(nnx.Module):
-    """x / rms(x) * scale (Zhang and Sennrich, 2019), in float32 or wider."""
+    """x / rms(x) * scale (Zhang and Sennrich, 2019), in float32 or wider, over the scale's axes."""
 
-    def __init__(self, size: int, eps: float, dtype: DTypeLike):
+    def __init__(self, size: int | tuple[int, ...], eps: float, dtype: DTypeLike):
         self.eps = eps
         self.scale = nnx.Param(jnp.ones(size, dtype))
 
-    def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
+    def __call__(self, x: Float[Array, "*batch"]) -> Float[Array, "*batch"]:
         wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-        mean_square = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
+        axes = tuple(range(-self.scale[...].ndim, 0))
+        mean_square = jnp.mean(jnp.square(wide), axis=axes, keepdims=True)
         # The scale is applied in the wide dtype: its gradient is a sum over all tokens.
         return (wide * lax.rsqrt(mean_square + self.eps) * self.scale[...]).astype(x.dtype)
 
@@ -76,22 +77,30 @@ class Attention(nnx.Module):
     def __init__(self, config: LlamaConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
         d, k, h = config.hidden_size, config.num_kv_heads, config.head_dim
         self.group = config.num_heads // k
-        rest = dict(bias=config.attention_bias, dtype=dtype, rngs=rngs)
-        self.qkv = Linear(d, (k, self.group + 2, h), std=config.init_std, **rest)
-        self.out = Linear(config.num_heads * h, (d,), std=config.residual_std, **rest)
+        rest, bias = dict(dtype=dtype, rngs=rngs), config.attention_bias
+        shape = (k, self.group + 2, h)
+        self.qkv = Linear(d, shape, bias=bias or config.qkv_bias, std=config.init_std, **rest)
+        heads = config.num_heads
+        self.out = Linear(heads * h, (d,), bias=bias, std=config.residual_std, **rest)
+
+        def norm(count: int) -> RMSNorm | None:
+            size = {"none": None, "head": h, "full": (count, h)}[config.qk_norm]
+            return size and RMSNorm(size, config.norm_eps, dtype)
+
+        self.q_norm, self.k_norm = norm(heads), norm(k)
 
     def project(
-        self, x_BUD: Float[Array, "B U D"], rope: tuple[Array, Array]
+        self, x_BUD: Float[Array, "B U D"], rope: Rope, steps: int
     ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T K H"], Float[Array, "B T K H"]]:
-        """Rotated queries and keys, and values, of the first T of U steps."""
+        """Rotated queries and keys, and values, of the first T = `steps` of U steps."""
         if isinstance(self.qkv, nnx.List):  # split_matrices
             q, k, v = (matrix(x_BUD) for matrix in self.qkv)
         else:
-            qkv_BTKPH = self.qkv(x_BUD)[:, : rope[0].shape[1]]
+            qkv_BTKPH = self.qkv(x_BUD)[:, :steps]
             q = qkv_BTKPH[:, :, :, : self.group]
             k, v = qkv_BTKPH[:, :, :, self.group], qkv_BTKPH[:, :, :, self.group + 1]
         q = q.reshape(*q.shape[:2], -1, q.shape[-1])
-        return rotate(q, *rope), rotate(k, *rope), v
+        return rotate(normed(self.q_norm, q), rope), rotate(normed(self.k_norm, k), rope), v
 
     def merge(
         self, mixed_BTNH: Float[Array, "B T N H"], again: bool = False
@@ -121,56 +130,75 @@ class Block(nnx.Module):
     """One transformer layer: f_l in x_{l+1} = x_l + f_l(x_l) of the paper's equation 1."""
 
     def __init__(self, config: LlamaConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
-        self.attention_norm = RMSNorm(config.hidden_size, config.norm_eps, dtype)
+        def norm(after: bool) -> RMSNorm | None:
+            is_here = after == config.norm_after
+            return RMSNorm(config.hidden_size, config.norm_eps, dtype) if is_here else None
+
+        self.attention_norm = norm(after=False)
         self.attention = Attention(config, dtype=dtype, rngs=rngs)
-        self.feed_forward_norm = RMSNorm(config.hidden_size, config.norm_eps, dtype)
+        self.attention_post_norm = norm(after=True)
+        self.feed_forward_norm = norm(after=False)
         self.feed_forward = FeedForward(config, dtype=dtype, rngs=rngs)
+        self.feed_forward_post_norm = norm(after=True)
 
     def __call__(
         self,
         x_BTD: Float[Array, "B T D"],
-        rope: tuple[Array, Array],
+        rope: Rope,
         segments_BT: Int[Array, "B T"] | None = None,
         kernel: AttentionKernel = "auto",
         keep_B: Bool[Array, " B"] | None = None,
+        window: int | None = None,
     ) -> Float[Array, "B T D"]:
         """The layer on whole sequences, without a cache; segments do not see one another.
 
         kernel: attention kernel (attention.py). keep_B: M of equation 1, all rows by default.
-        The other rows stay unchanged: both branches add 0 to them.
+        The other rows stay unchanged: both branches add 0 to them. window: as in LayerKind.
         """
 
         def kept(y_BTD):
             return y_BTD if keep_B is None else keep_B.astype(y_BTD.dtype)[:, None, None] * y_BTD
 
-        q, k, v = self.attention.project(self.attention_norm(x_BTD), rope)
-        mixed = self_attention(q, k, v, segments_BT, kernel)
+        heads = self.attention.project(normed(self.attention_norm, x_BTD), rope, x_BTD.shape[1])
+        mixed = self_attention(*heads, segments_BT, kernel, window)
         # On GPUs remat keeps the output of attention instead of its projection. Both have the same
         # size, but attention is slower to recompute for long sequences.
-        x_BTD = x_BTD + kept(self.attention.merge(mixed, again=platform() == "gpu"))
-        return x_BTD + kept(self.feed_forward(self.feed_forward_norm(x_BTD)))
+        y_BTD = self.attention.merge(mixed, again=platform() == "gpu")
+        x_BTD = x_BTD + kept(normed(self.attention_post_norm, y_BTD))
+        return x_BTD + kept(self._feed_forward(x_BTD))
 
     def extend(
         self,
         x_BUD: Float[Array, "B U D"],
-        rope: tuple[Array, Array],
+        rope: Rope,
         positions_BT: Int[Array, "B T"],
         keys: Float[Array, "B K S H"],
         values: Float[Array, "B K S H"],
+        window: int | None = None,
     ) -> tuple[Float[Array, "B U D"], Float[Array, "B K S H"], Float[Array, "B K S H"]]:
         """The layer on T tokens that follow those in the cache; also returns the longer cache.
 
         x_BUD: U steps; those after the T tokens are padding (`enough_steps`).
         """
-        q, k, v = self.attention.project(self.attention_norm(x_BUD), rope)
-        mixed, keys, values = _attend(q, k, v, keys, values, positions_BT)
-        mixed = with_steps(mixed, x_BUD.shape[1])
-        x_BUD = constrain(x_BUD + self.attention.merge(mixed), "data")
-        x_BUD = constrain(x_BUD + self.feed_forward(self.feed_forward_norm(x_BUD)), "data")
+        steps = positions_BT.shape[1]
+        q, k, v = self.attention.project(normed(self.attention_norm, x_BUD), rope, steps)
+        mixed, keys, values = _attend(q, k, v, keys, values, positions_BT, window)
+        y_BUD = self.attention.merge(with_steps(mixed, x_BUD.shape[1]))
+        x_BUD = constrain(x_BUD + normed(self.attention_post_norm, y_BUD), "data")
+        x_BUD = constrain(x_BUD + self._feed_forward(x_BUD), "data")
         return x_BUD, keys, values
 
+    def _feed_forward(self, x: Float[Array, "B U D"]) -> Float[Array, "B U D"]:
+        y = self.feed_forward(normed(self.feed_forward_norm, x))
+        return normed(self.feed_forward_post_norm, y)
 
-def _attend(q, k, v, keys, values, positions_BT):
+
+def normed(norm: RMSNorm | None, x: Float[Array, "*batch"]) -> Float[Array, "*batch"]:
+    """norm(x); x without a norm."""
+    return x if norm is None else norm(x)
+
+
+def _attend(q, k, v, keys, values, positions_BT, window):
     """Writes new keys and values to the cache and attends to all of it. On a mesh, each device
     computes its own rows and heads."""
 
@@ -179,10 +207,10 @@ def _attend(q, k, v, keys, values, positions_BT):
             from lsjax.model import flash_decoding as flash  # Pallas is slow to import
 
             if flash.fits(q, keys):
-                return flash.flash_decoding(q, k, v, keys, values, positions_BT[:, 0])
+                return flash.flash_decoding(q, k, v, keys, values, positions_BT[:, 0], window)
         keys = write_slots(keys, k, positions_BT[:, 0])
         values = write_slots(values, v, positions_BT[:, 0])
-        return cached_attention(q, keys, values, positions_BT), keys, values
+        return cached_attention(q, keys, values, positions_BT, window), keys, values
 
     new, cache = P("data", None, "tensor"), P("data", "tensor")
     return on_each_device(

@@ -33,53 +33,55 @@ OTHERS = 64
 HIDDEN = -1e30  # score of hidden keys
 
 
-@jax.custom_vjp
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
 def flash_attention(
     q_BTNH: Float[Array, "B T N H"],
     k_BTKH: Float[Array, "B T K H"],
     v_BTKH: Float[Array, "B T K H"],
     segments_BT: Int[Array, "B T"],
+    window: int | None = None,
 ) -> Float[Array, "B T N H"]:
-    """Attention of each token to itself and the earlier tokens of its segment.
+    """Attention of each token to itself and the earlier tokens of its segment, or to the last ones
+    if there is a window: as many, its own included.
 
     Segments are contiguous, T is a multiple of OWN, and H is a power of 2 and at least 16.
     """
-    return _forward(q_BTNH, k_BTKH, v_BTKH, segments_BT)[0]
+    return _forward(q_BTNH, k_BTKH, v_BTKH, segments_BT, window)[0]
 
 
-def _forward(q, k, v, segments):
+def _forward(q, k, v, segments, window):
     """Also returns the base-2 logarithm of each query's softmax denominator, [B, N, T]."""
     specs, sums = _Specs(q, k), jax.ShapeDtypeStruct(q.swapaxes(1, 2).shape[:3], jnp.float32)
     return _call(
-        _flash_forward,
-        (segments, _first(segments), q, k, v),
+        partial(_flash_forward, window=window),
+        (segments, _first(segments, window), q, k, v),
         (specs.row, specs.blocks, specs.own, specs.shared, specs.shared),
         (q, sums),
         (specs.own, specs.own_sums),
     )
 
 
-def _forward_with_residuals(q, k, v, segments):
-    y, logs = checkpoint_name(_forward(q, k, v, segments), SAVED)
+def _forward_with_residuals(q, k, v, segments, window):
+    y, logs = checkpoint_name(_forward(q, k, v, segments, window), SAVED)
     return y, (q, k, v, segments, y, logs)
 
 
-def _backward(residuals, dy):
+def _backward(window, residuals, dy):
     q, k, v, segments, y, logs = residuals
     specs = _Specs(q, k)
     # The sum of weights times their gradients follows from the output, without a [T, T] pass.
     together = (dy.astype(jnp.float32) * y.astype(jnp.float32)).sum(-1).swapaxes(1, 2)
     (dq,) = _call(
-        _flash_dq,
-        (segments, _first(segments), q, k, v, dy, logs, together),
+        partial(_flash_dq, window=window),
+        (segments, _first(segments, window), q, k, v, dy, logs, together),
         (specs.row, specs.blocks, specs.own, specs.shared, specs.shared)
         + (specs.own, specs.own_sums, specs.own_sums),
         (q,),
         (specs.own,),
     )
     dk, dv = _call(
-        _flash_dkv,
-        (segments, _last(segments), q, k, v, dy, logs, together),
+        partial(_flash_dkv, window=window),
+        (segments, _last(segments, window), q, k, v, dy, logs, together),
         (specs.row, specs.blocks, specs.group, specs.own, specs.own)
         + (specs.group, specs.group_sums, specs.group_sums),
         (k, v),
@@ -111,7 +113,7 @@ def _call(kernel, arrays, in_specs, results, out_specs):
     """Calls the kernel with a program for each block of the first result."""
     batch, steps, heads, size = results[0].shape
     # With these numbers of warps the compiler for H100 spills no registers.
-    warps = 4 if kernel is _flash_forward and size <= 64 else 8
+    warps = 4 if kernel.func is _flash_forward and size <= 64 else 8
     return pl.pallas_call(
         partial(kernel, scale=size**-0.5),
         grid=(steps // OWN, heads, batch),
@@ -120,21 +122,24 @@ def _call(kernel, arrays, in_specs, results, out_specs):
         out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in results],
         compiler_params=triton.CompilerParams(num_warps=warps, num_stages=2),
         interpret=platform() == "cpu",
-        name=kernel.__name__.strip("_"),
+        name=kernel.func.__name__.strip("_"),
     )(*arrays)
 
 
-def _first(segments_BT):
-    """[B, T / OWN]: where the document of each block's first token begins."""
-    return lax.argmax(segments_BT[:, ::OWN, None] == segments_BT[:, None], 2, jnp.int32)
+def _first(segments_BT, window=None):
+    """[B, T / OWN]: the first key that each block's first token sees."""
+    first = lax.argmax(segments_BT[:, ::OWN, None] == segments_BT[:, None], 2, jnp.int32)
+    if window is None:
+        return first
+    return jnp.maximum(first, jnp.arange(first.shape[1], dtype=jnp.int32) * OWN - (window - 1))
 
 
-def _last(segments_BT):
-    """[B, T / OWN]: where the document of each block's last token ends, that token included."""
-    return segments_BT.shape[1] - 1 - _first(segments_BT[:, ::-1])[:, ::-1]
+def _last(segments_BT, window=None):
+    """[B, T / OWN]: the last query that sees each block's last token."""
+    return segments_BT.shape[1] - 1 - _first(segments_BT[:, ::-1], window)[:, ::-1]
 
 
-def _flash_forward(segments_ref, first_ref, q_ref, k_ref, v_ref, y_ref, logs_ref, *, scale):
+def _flash_forward(segments_ref, first_ref, q_ref, k_ref, v_ref, y_ref, logs_ref, *, scale, window):
     """Accumulates over the keys so far, relative to the largest score so far."""
     block = pl.program_id(0)
     q, own = q_ref[...], _tokens(segments_ref, block, OWN, 1)
@@ -142,7 +147,8 @@ def _flash_forward(segments_ref, first_ref, q_ref, k_ref, v_ref, y_ref, logs_ref
     def visit(other, carry):
         y, largest, total = carry
         keys = pl.ds(other * OTHERS, OTHERS)
-        scores = _scores(q, k_ref[keys, :], own, _tokens(segments_ref, other, OTHERS, 0), scale)
+        others = _tokens(segments_ref, other, OTHERS, 0)
+        scores = _scores(q, k_ref[keys, :], own, others, scale, window)
         v, larger = v_ref[keys, :], jnp.maximum(largest, scores.max(1))
         # Keys before a query's document have weight 1. Its own scores are larger, and shrink these
         # weights to 0.
@@ -161,9 +167,8 @@ def _flash_forward(segments_ref, first_ref, q_ref, k_ref, v_ref, y_ref, logs_ref
     logs_ref[...] = largest + jnp.log2(total)
 
 
-def _flash_dq(
-    segments_ref, first_ref, q_ref, k_ref, v_ref, dy_ref, logs_ref, together_ref, dq_ref, *, scale
-):
+def _flash_dq(segments_ref, first_ref, q_ref, k_ref, v_ref, *gradient_refs, scale, window):
+    dy_ref, logs_ref, together_ref, dq_ref = gradient_refs
     block = pl.program_id(0)
     own, q, dy = _tokens(segments_ref, block, OWN, 1), q_ref[...], dy_ref[...]
     logs, together = logs_ref[...], together_ref[...]
@@ -171,7 +176,7 @@ def _flash_dq(
     def visit(other, dq):
         keys = pl.ds(other * OTHERS, OTHERS)
         k, others = k_ref[keys, :], _tokens(segments_ref, other, OTHERS, 0)
-        weights = jnp.exp2(_scores(q, k, own, others, scale) - logs[:, None])
+        weights = jnp.exp2(_scores(q, k, own, others, scale, window) - logs[:, None])
         dscores = weights * (_product(dy, v_ref[keys, :], 1, 1) - together[:, None])
         return dq + _product(dscores.astype(k.dtype), k, 1, 0)
 
@@ -184,10 +189,9 @@ def _flash_dq(
     dq_ref[...] = (dq * scale).astype(dq_ref.dtype)
 
 
-def _flash_dkv(
-    segments_ref, last_ref, q_ref, k_ref, v_ref, dy_ref, logs_ref, together_ref, *results, scale
-):
+def _flash_dkv(segments_ref, last_ref, q_ref, k_ref, v_ref, *gradient_refs, scale, window):
     """Accumulates over the queries of all heads that share the keys."""
+    dy_ref, logs_ref, together_ref, dk_ref, dv_ref = gradient_refs
     block = pl.program_id(0)
     own, k, v = _tokens(segments_ref, block, OWN, 1), k_ref[...], v_ref[...]
 
@@ -197,7 +201,8 @@ def _flash_dkv(
         q, dy = q_ref[queries, head, :], dy_ref[queries, head, :]
         others = _tokens(segments_ref, other, OTHERS, 0)
         # [keys, queries]: the layout of the matmuls below.
-        weights = jnp.exp2(_scores(k, q, others, own, scale) - logs_ref[head, queries])
+        scores = _scores(k, q, others, own, scale, window)
+        weights = jnp.exp2(scores - logs_ref[head, queries])
         dscores = weights * (_product(v, dy, 1, 1) - together_ref[head, queries])
         dv += _product(weights.astype(dy.dtype), dy, 1, 0)
         return dk + _product(dscores.astype(q.dtype), q, 1, 0), dv
@@ -208,7 +213,6 @@ def _flash_dkv(
 
     zeros = jnp.zeros(k.shape, jnp.float32)
     dk, dv = lax.fori_loop(0, q_ref.shape[1], visit_head, (zeros, zeros))
-    dk_ref, dv_ref = results
     dk_ref[...] = (dk * scale).astype(dk_ref.dtype)
     dv_ref[...] = dv.astype(dv_ref.dtype)
 
@@ -220,13 +224,15 @@ def _tokens(segments_ref, block, size, axis):
     return jnp.expand_dims(places, axis), jnp.expand_dims(segments, axis)
 
 
-def _scores(x, y, queries, keys, scale):
+def _scores(x, y, queries, keys, scale, window):
     """Scores of x with y, one of them queries and one keys.
 
     They are multiplied by log2(e), so that the weights are powers of 2.
     """
     (q_places, q_segments), (k_places, k_segments) = queries, keys
     seen = (q_places >= k_places) & (q_segments == k_segments)
+    if window is not None:
+        seen &= q_places < k_places + window
     return jnp.where(seen, _product(x, y, 1, 1) * (scale * math.log2(math.e)), HIDDEN)
 
 

@@ -42,12 +42,14 @@ def flash_decoding(
     keys: Float[Array, "B K S H"],
     values: Float[Array, "B K S H"],
     start_B: Int[Array, " B"],
+    window: int | None = None,
     *,
     interpret: bool = False,
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B K S H"], Float[Array, "B K S H"]]:
     """Causal attention of T tokens, from position `start_B` on, to the cache and to one another.
     Also returns the caches with their keys and values. Softmax in float32.
 
+    window: keys that a query sees, its own included; by default all.
     interpret: run the kernel as plain operations, on any device. The caller checks `fits`.
     """
     batch, steps, heads, size = q_BTNH.shape
@@ -79,7 +81,7 @@ def flash_decoding(
 
     shape = (parts, batch, kv_heads, padded)
     mixed_PBKRH, weigh_PBKR, keys, values = pl.pallas_call(
-        partial(_kernel, steps, parts),
+        partial(_kernel, steps, parts, window),
         grid=(batch, kv_heads, parts),
         in_specs=(
             pl.BlockSpec((1,), lambda b, k, p: (b,)),
@@ -110,7 +112,7 @@ def flash_decoding(
     return mixed.transpose(0, 3, 1, 2, 4).reshape(q_BTNH.shape), keys, values
 
 
-def _kernel(steps, parts, start_ref, q_ref, k_ref, v_ref, keys_ref, values_ref, *outputs):
+def _kernel(steps, parts, window, start_ref, q_ref, k_ref, v_ref, keys_ref, values_ref, *outputs):
     """A part of one K/V head's attention in one row of the batch."""
     mixed_ref, weigh_ref, new_keys_ref, new_values_ref = outputs
     part, start = pl.program_id(2), start_ref[0]
@@ -130,9 +132,11 @@ def _kernel(steps, parts, start_ref, q_ref, k_ref, v_ref, keys_ref, values_ref, 
 
     def look_at_block(index, carry):
         first = (part + index * parts) * BLOCK
-        visible_S = first + jnp.arange(BLOCK) < start
+        slots_S = first + jnp.arange(BLOCK)
+        visible_RS = jnp.broadcast_to(slots_S[None] < start, (rows, BLOCK))
+        if window is not None:
+            visible_RS &= slots_S[None] > start + step_R1 - window
         slots = pl.ds(first, BLOCK)
-        visible_RS = jnp.broadcast_to(visible_S[None], (rows, BLOCK))
         return look(keys_ref[slots, :], values_ref[slots, :], visible_RS, carry)
 
     carry = (
@@ -142,10 +146,17 @@ def _kernel(steps, parts, start_ref, q_ref, k_ref, v_ref, keys_ref, values_ref, 
     )
     # Row r = (g, t) sees the new tokens up to its own.
     new_S, row_R = jnp.arange(MOST_STEPS), jnp.arange(rows)
-    visible_RS = (new_S[None] <= (row_R % steps)[:, None]) & (part == 0)
+    step_R1 = (row_R % steps)[:, None]
+    visible_RS = (new_S[None] <= step_R1) & (part == 0)
+    if window is not None:
+        visible_RS &= new_S[None] > step_R1 - window
     carry = look(k_ref[...], v_ref[...], visible_RS, carry)
     in_use = pl.cdiv(jnp.minimum(start, capacity), BLOCK)
-    carry = lax.fori_loop(0, pl.cdiv(in_use - part, parts), look_at_block, carry)
+    begin = 0
+    if window is not None:  # the part's first block with a slot that a query sees
+        unseen = jnp.maximum(start - window + 1, 0) // BLOCK
+        begin = pl.cdiv(jnp.maximum(unseen - part, 0), parts)
+    carry = lax.fori_loop(begin, pl.cdiv(in_use - part, parts), look_at_block, carry)
     top_R, total_R, mixed_RH = carry
     seen_R = total_R > 0
     total_R = jnp.where(seen_R, total_R, 1)

@@ -81,13 +81,14 @@ class Llama(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], KVCache]:
         """Runs unstacked layers lo..hi-1 on T new tokens per row, updating their cache. Positions
         are consecutive."""
-        rope = rope_angles(positions_BT, self.config, x_BTD.dtype)
+        ropes = rope_angles(positions_BT, self.config, x_BTD.dtype)
         steps = x_BTD.shape[1]
         x_BTD = constrain(enough_steps(x_BTD), "data")
         keys, values = list(cache.keys), list(cache.values)
         for layer in range(lo, hi):
+            rope, window = self.config.layer_kind(layer)
             x_BTD, keys[layer], values[layer] = self.layers[layer].extend(
-                x_BTD, rope, positions_BT, keys[layer], values[layer]
+                x_BTD, ropes[rope], positions_BT, keys[layer], values[layer], window
             )
         return x_BTD[:, :steps], KVCache(tuple(keys), tuple(values))
 
@@ -108,10 +109,10 @@ class Llama(nnx.Module):
         if positions_BT is None:
             positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
         x_BTD = self.embed_rows(tokens_BT)
-        rope = rope_angles(positions_BT, self.config, x_BTD.dtype)
+        ropes = rope_angles(positions_BT, self.config, x_BTD.dtype)
 
-        def run(block, x_BTD, _):
-            return block(x_BTD, rope, segments_BT, kernel)
+        def run(block, x_BTD, _, kind):
+            return block(x_BTD, ropes[kind.rope], segments_BT, kernel, window=kind.window)
 
         return self.scan_layers(x_BTD, run, lambda _, __, y_BTD, ___: (None, read(y_BTD)))[2]
 
@@ -126,24 +127,38 @@ class Llama(nnx.Module):
         """Runs all layers on whole sequences. Returns the model's output, the final carry, and
         `look`'s second result stacked over layers.
 
-        run: (block, x_BTD, inputs) -> the layer's output y_BTD. look: (carry, x_BTD, y_BTD, inputs)
-        -> (carry, anything). inputs_L: per-layer inputs, for stacked layers only.
+        run: (block, x_BTD, inputs, kind) -> the layer's output y_BTD; kind: its LayerKind. look:
+        (carry, x_BTD, y_BTD, inputs) -> (carry, anything). inputs_L: per-layer inputs, for stacked
+        layers only. Layers of different kinds that repeat are one step of the scan.
         """
 
-        def layer(before, block_and_inputs):
+        def layer(before, block_and_inputs, index=0):
             (x_BTD, carry), (block, inputs) = before, block_and_inputs
-            y_BTD = constrain(run(block, x_BTD, inputs), ROWS)
+            y_BTD = constrain(run(block, x_BTD, inputs, self.config.layer_kind(index)), ROWS)
             carry, seen = look(carry, x_BTD, y_BTD, inputs)
             return (y_BTD, carry), seen
 
-        if self.is_stacked:
-            after, seen_L = lax.scan(layer, (x_BTD, carry), (self.layers, inputs_L))
-            return *after, seen_L
-        after, seen_L = (x_BTD, carry), []
-        for block in self.layers:
-            after, seen = layer(after, (block, None))
-            seen_L.append(seen)
-        return *after, jax.tree.map(lambda *leaves: jnp.stack(leaves), *seen_L)
+        def several(before, layers):
+            found = []
+            for index, one in enumerate(layers):
+                before, seen = layer(before, one, index)
+                found.append(seen)
+            return before, jax.tree.map(lambda *leaves: jnp.stack(leaves), *found)
+
+        def one_period(before, layers):
+            split = (jax.tree.map(lambda leaf, at=at: leaf[at], layers) for at in range(period))
+            return several(before, split)
+
+        before, layers, period = (x_BTD, carry), (self.layers, inputs_L), self.config.layer_period
+        if not self.is_stacked:
+            after, seen_L = several(before, ((block, None) for block in self.layers))
+        elif period == 1:
+            after, seen_L = lax.scan(layer, before, layers)
+        else:
+            layers = jax.tree.map(lambda leaf: leaf.reshape(-1, period, *leaf.shape[1:]), layers)
+            after, seen_L = lax.scan(one_period, before, layers)
+            seen_L = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), seen_L)
+        return *after, seen_L
 
     @property
     def head_table(self) -> Float[Array, "V D"]:

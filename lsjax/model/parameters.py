@@ -60,8 +60,19 @@ PARAMETERS = (
     Parameter(_ATTENTION + "qkv.bias", _QKV, (P("tensor"),)),
     Parameter(_ATTENTION + "out.kernel", _OUT, (P("tensor", "fsdp"),)),  # [N * H, D]
     Parameter(_ATTENTION + "out.bias", _OUT),
+    # [H], or [N, H] and [K, H]
+    Parameter(_ATTENTION + "q_norm.scale", (FileTensor("self_attn.q_norm", "attn_q_norm"),)),
+    Parameter(_ATTENTION + "k_norm.scale", (FileTensor("self_attn.k_norm", "attn_k_norm"),)),
+    Parameter(
+        "layers.attention_post_norm.scale",
+        (FileTensor("post_attention_layernorm", "post_attention_norm"),),
+    ),
     Parameter(
         "layers.feed_forward_norm.scale", (FileTensor("post_attention_layernorm", "ffn_norm"),)
+    ),
+    Parameter(
+        "layers.feed_forward_post_norm.scale",
+        (FileTensor("post_feedforward_layernorm", "post_ffw_norm"),),
     ),
     # [D, 2, F]
     Parameter(_FEED_FORWARD + "gate_up.kernel", _GATE_UP, (P("fsdp", None, "tensor"),)),

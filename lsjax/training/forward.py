@@ -1,6 +1,9 @@
 """Layers in training: a scan over stacked blocks with layer dropout, and the outputs of the exits
 in the loss."""
 
+from collections.abc import Mapping
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -10,7 +13,7 @@ from lsjax.config import StepConfig
 from lsjax.model.block import ADAPTED
 from lsjax.model.llama import Llama
 from lsjax.model.products import SAVED
-from lsjax.model.rope import rope_angles
+from lsjax.model.rope import Rope, rope_angles
 from lsjax.sharding import platform, row_shards
 from lsjax.training.kept_rows import Kept, run_on_kept
 from lsjax.training.layer_dropout import DropRates, drop_rates, keep_counted, keep_mask
@@ -37,8 +40,8 @@ def exit_states(
     num_slots, num_layers = len(exit_S), model.config.num_layers
     x_BTD = model.embed_rows(batch["tokens_BT"])
     whole = platform() == "tpu"
-    rope = rope_angles(batch["positions_BT"], model.config, x_BTD.dtype, whole=whole)
-    run = layer_runner(config, rope, batch["segments_BT"])
+    ropes = rope_angles(batch["positions_BT"], model.config, x_BTD.dtype, whole=whole)
+    run = layer_runner(config, ropes, batch["segments_BT"])
     picks = 1 < num_slots < num_layers
     # Slot of the exit below each layer; without an exit the last slot, which is not read.
     slot_L = jnp.full(num_layers + 1, num_slots - 1).at[exit_S + 1].set(jnp.arange(num_slots))[:-1]
@@ -55,9 +58,11 @@ def exit_states(
     slots = None
     if picks:  # XLA:GPU would merge zeros with those of the loss, and keep them until then
         slots = jnp.broadcast_to(lax.stop_gradient(x_BTD), (num_slots, *x_BTD.shape))
-    x_BTD, slots, x_LBTD = model.scan_layers(
-        x_BTD, lambda block, x, inputs: run(block, x, inputs[1]), look, slots, (slot_L, dropout)
-    )
+
+    def run_layer(block, x_BTD, inputs, kind):
+        return run(block, x_BTD, inputs[1], kind)
+
+    x_BTD, slots, x_LBTD = model.scan_layers(x_BTD, run_layer, look, slots, (slot_L, dropout))
     if num_slots == num_layers:
         return x_LBTD
     if not picks:
@@ -79,12 +84,13 @@ def kept_rows(
             return Kept(*keep_counted(rates_L, config.seed, step, rows_SR))
 
 
-def layer_runner(config: StepConfig, rope: tuple[Array, Array], segments_BT: Int[Array, "B T"]):
-    """(block, x_BTD, None or (rate, kept)) -> x_BTD after one layer, for the rows that keep it."""
-    others, dropout, remat = (rope, segments_BT), config.layer_dropout, config.remat
+def layer_runner(config: StepConfig, ropes: Mapping[str, Rope], segments_BT: Int[Array, "B T"]):
+    """(block, x_BTD, None or (rate, kept), kind) -> x_BTD after one layer, for the rows that keep
+    it. ropes: by `LayerKind.rope`."""
+    dropout, remat = config.layer_dropout, config.remat
 
-    def run(block, x_BTD, others, rate=None, keep_B=None):
-        y_BTD = block(x_BTD, *others, config.attention, keep_B)
+    def run(window, block, x_BTD, others, rate=None, keep_B=None):
+        y_BTD = block(x_BTD, *others, config.attention, keep_B, window)
         if rate is None or not dropout.rescale:
             return y_BTD
         share = jnp.where(rate < 1, 1 - rate, 1).astype(x_BTD.dtype)
@@ -99,18 +105,21 @@ def layer_runner(config: StepConfig, rope: tuple[Array, Array], segments_BT: Int
             # The attention kernel's output counts as a matmul too.
             named = policies.save_only_these_names(SAVED, ADAPTED)
             policy = policies.save_from_both_policies(policy, named)
-        run = jax.checkpoint(run, policy=policy, prevent_cse=False)  # the scan prevents it
+        # The scan prevents common subexpressions.
+        run = jax.checkpoint(run, policy=policy, prevent_cse=False, static_argnums=0)
 
-    def run_or_drop(block, x_BTD, rate_and_kept):
+    def run_or_drop(block, x_BTD, rate_and_kept, kind):
+        run_kind, others = partial(run, kind.window), (ropes[kind.rope], segments_BT)
         if rate_and_kept is None:
-            return run(block, x_BTD, others)
+            return run_kind(block, x_BTD, others)
         rate, kept = rate_and_kept
         match dropout.skip:
             case "mask":
-                return run(block, x_BTD, others, rate, kept)
+                return run_kind(block, x_BTD, others, rate, kept)
             case "batch":
-                return lax.cond(kept, lambda x: run(block, x, others, rate), lambda x: x, x_BTD)
+                run_all = partial(run_kind, block, others=others, rate=rate)
+                return lax.cond(kept, run_all, lambda x: x, x_BTD)
             case "gather":
-                return run_on_kept(run, block, x_BTD, others, rate, kept)
+                return run_on_kept(run_kind, block, x_BTD, others, rate, kept)
 
     return run_or_drop

@@ -39,12 +39,23 @@ LLAMA3_2_1B = """{
     "factor": 32.0,
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
-    "original_context": 8192
+    "original_context": 8192,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "attention_factor": 1.0,
+    "truncate": true
   },
   "norm_eps": 1e-05,
   "tie_embeddings": true,
   "attention_bias": false,
+  "qkv_bias": false,
   "mlp_bias": false,
+  "qk_norm": "none",
+  "norm_after": false,
+  "no_rope_layers": [],
+  "sliding_window": null,
+  "full_attention_layers": [],
+  "window_rope_theta": null,
   "init_std": 0.02,
   "scaled_init": false
 }"""
@@ -130,8 +141,8 @@ TINY = asdict(LlamaConfig.tiny())
         (LlamaConfig, [1], "[1] must be an object, as a LlamaConfig is"),
         (
             LlamaConfig,
-            {**TINY, "rope_scaling": {"kind": "yarn", "factor": 2}},
-            "rope_scaling.kind 'yarn' must be one of linear, llama3",
+            {**TINY, "rope_scaling": {"kind": "longrope", "factor": 2}},
+            "rope_scaling.kind 'longrope' must be one of linear, llama3, yarn",
         ),
         (
             LlamaConfig,

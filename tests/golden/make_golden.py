@@ -1,4 +1,4 @@
-"""Writes tests/golden: tiny random Llamas by transformers, and what transformers computes.
+"""Writes tests/golden: tiny random models by transformers, and what transformers computes.
 
 The numbers are those of transformers in float32 on a CPU. The tests read only the result; this
 script needs torch and transformers >= 5, which lsjax itself does not:
@@ -35,6 +35,7 @@ LLAMA3 = dict(
     high_freq_factor=4.0,
     original_max_position_embeddings=16,  # so that it matters within 24 tokens
 )
+YARN = dict(rope_type="yarn", rope_theta=500_000.0, factor=4.0, original_max_position_embeddings=16)
 VARIANTS = {
     "mha_untied": dict(num_key_value_heads=4, tie_word_embeddings=False, num_hidden_layers=2),
     "gqa_tied": dict(num_hidden_layers=4, num_key_value_heads=1),
@@ -44,6 +45,23 @@ VARIANTS = {
     "head_dim": dict(head_dim=12),
     "sharded": dict(tie_word_embeddings=False, num_hidden_layers=2),
     "old_config": dict(rope_parameters=dict(rope_type="linear", factor=2.0, rope_theta=5_000.0)),
+    # Windows end within the 24 tokens.
+    "mistral": dict(model_type="mistral", sliding_window=6, tie_word_embeddings=False),
+    "qwen2": dict(
+        model_type="qwen2", use_sliding_window=True, sliding_window=5, max_window_layers=1
+    ),
+    "qwen3": dict(model_type="qwen3", head_dim=12, rope_parameters=YARN | dict(rope_theta=1e4)),
+    "smollm3": dict(model_type="smollm3", num_hidden_layers=4, no_rope_layer_interval=2),
+    "olmo2": dict(model_type="olmo2", num_key_value_heads=4, tie_word_embeddings=False),
+    "olmo3": dict(
+        model_type="olmo3",
+        sliding_window=5,
+        num_hidden_layers=4,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+        rope_parameters=dict(
+            full_attention=YARN, sliding_attention=dict(rope_type="default", rope_theta=500_000.0)
+        ),
+    ),
 }
 DTYPES = {"mha_untied": torch.float32, "sharded": torch.float16}  # of the files; else bfloat16
 BATCH, STEPS, PROMPT = 2, 24, 8
@@ -51,7 +69,11 @@ BATCH, STEPS, PROMPT = 2, 24, 8
 
 def write_model(name: str, directory: Path) -> None:
     """A random model with norms and biases that are not all ones and zeros."""
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**(SHAPE | VARIANTS[name])))
+    fields = {"model_type": "llama", **SHAPE, **VARIANTS[name]}
+    if fields["model_type"] != "llama":
+        fields["pad_token_id"] = 0  # the defaults lie outside of the vocabulary
+    config = transformers.AutoConfig.for_model(**fields)
+    model = transformers.AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for key, parameter in model.named_parameters():
             if "norm" in key:
@@ -83,7 +105,7 @@ def age(file: Path) -> None:
 @torch.no_grad()
 def compute(directory: Path) -> dict[str, np.ndarray]:
     """Logits [B, T, V], the loss of each exit at each token [L, B, T - 1], and greedy tokens."""
-    model = transformers.LlamaForCausalLM.from_pretrained(
+    model = transformers.AutoModelForCausalLM.from_pretrained(
         directory, dtype=torch.float32, attn_implementation="eager"
     ).eval()
     tokens = torch.randint(3, SHAPE["vocab_size"], (BATCH, STEPS))

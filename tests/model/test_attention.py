@@ -22,11 +22,13 @@ def arrays(dtype=jnp.float32, shapes=((B, T, N, H), (B, T, K, H), (B, T, K, H), 
     return [jnp.asarray(rng.normal(size=shape), dtype) for shape in shapes]
 
 
-def plain(q, k, v, segments):
+def plain(q, k, v, segments, window=None):
     """In NumPy's order of things: every query beside its own copy of a key."""
     k, v = (jnp.repeat(x, q.shape[2] // x.shape[2], axis=2) for x in (k, v))
     scores = jnp.einsum("btnh,bsnh->bnts", q, k) / q.shape[-1] ** 0.5
-    seen = np.tril(np.ones((q.shape[1],) * 2, bool))
+    places = np.arange(q.shape[1])
+    back = places[:, None] - places
+    seen = (back >= 0) & (back < (window or len(places)))
     if segments is not None:
         seen = seen & (segments[:, None, :, None] == segments[:, None, None, :])
     return jnp.einsum("bnts,bsnh->btnh", jax.nn.softmax(jnp.where(seen, scores, -1e30)), v)
@@ -65,6 +67,22 @@ def test_splash_is_the_same_attention_gradients_too(splash, kernel):
     without = with_gradients(other, q, k, v, jnp.ones_like(SEGMENTS), dy)
     for found, wanted in zip(splash, without, strict=True):
         assert np.abs(found - wanted).max() > 0.1
+
+
+@pytest.mark.parametrize("window", [1, 40, 129])
+@pytest.mark.parametrize("kernel", ["splash", "xla"])
+@pytest.mark.parametrize("packed", [True, False])
+def test_a_window_hides_what_lies_before_it(kernel, window, packed):
+    q, k, v, dy = arrays()
+    segments = SEGMENTS if packed else None
+    found = with_gradients(
+        partial(self_attention, kernel=kernel, window=window), q, k, v, segments, dy
+    )
+    expected = with_gradients(partial(plain, window=window), q, k, v, segments, dy)
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_allclose(one, other, atol=2e-5)
+    without = with_gradients(plain, q, k, v, segments, dy)
+    assert np.abs(found[0] - without[0]).max() > 0.01
 
 
 def test_padding_gives_numbers_and_no_gradients(splash):

@@ -43,6 +43,15 @@ def test_values_and_gradients(heads, kv_heads, size):
         assert np.abs(one - without).max() > 0.1
 
 
+@pytest.mark.parametrize("window", [1, 50, OWN + 3])
+def test_a_window_hides_what_lies_before_it(window):
+    q, k, v, dy = arrays(4, 2, 16)
+    found = with_gradients(partial(flash_attention, window=window), q, k, v, SEGMENTS, dy)
+    expected = with_gradients(partial(xla, window=window), q, k, v, SEGMENTS, dy)
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_allclose(one, other, atol=2e-5)
+
+
 @pytest.mark.parametrize("size", [64, 128])
 def test_bfloat16_is_about_as_far_from_float32_as_xla(size):
     """By the root of the mean square."""
@@ -65,6 +74,8 @@ def test_bfloat16_is_about_as_far_from_float32_as_xla(size):
 def test_first_and_last_tokens_of_documents():
     np.testing.assert_array_equal(_first(SEGMENTS), [[0, 91, 171], [0, 0, 192]])
     np.testing.assert_array_equal(_last(SEGMENTS), [[170, 347, 383], [191, 383, 383]])
+    np.testing.assert_array_equal(_first(SEGMENTS, 60), [[0, 91, 197], [0, 69, 197]])
+    np.testing.assert_array_equal(_last(SEGMENTS, 60), [[170, 314, 383], [186, 314, 383]])
 
 
 def test_hidden_blocks_are_not_visited():

@@ -36,10 +36,10 @@ def arrays(name, dtype):
     return *made, jnp.asarray(starts, jnp.int32)
 
 
-def plain(q, k, v, keys, values, start_B):
+def plain(q, k, v, keys, values, start_B, window=None):
     keys, values = write_slots(keys, k, start_B), write_slots(values, v, start_B)
     positions_BT = start_B[:, None] + jnp.arange(q.shape[1])
-    return cached_attention(q, keys, values, positions_BT), keys, values
+    return cached_attention(q, keys, values, positions_BT, window), keys, values
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -50,6 +50,14 @@ def test_attention_and_cache(name):
     np.testing.assert_allclose(mixed, expected, rtol=2e-5, atol=2e-6)
     for one, other in zip(caches, filled, strict=True):
         np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize("window", [1, 3, 64, 130])
+@pytest.mark.parametrize("name", CASES)
+def test_a_window_hides_what_lies_before_it(name, window):
+    given = arrays(name, jnp.float32)
+    mixed, expected = (f(*given, window=window)[0] for f in (interpreted, plain))
+    np.testing.assert_allclose(mixed, expected, rtol=2e-5, atol=2e-6)
 
 
 @pytest.mark.parametrize("name", CASES)

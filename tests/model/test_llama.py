@@ -101,6 +101,22 @@ def test_blocks_of_the_cache_equal_plain_attention(position, capacity):
     np.testing.assert_allclose(found, plain, atol=1e-6)
 
 
+@pytest.mark.parametrize("window", [1, 40, SMALL + 9, LARGE + 3])
+@pytest.mark.parametrize("position", [0, 39, SMALL + 10, LARGE + 2, 2 * LARGE - 70])
+def test_a_window_of_the_cache_equals_plain_attention(position, window):
+    """Rows of two lengths; blocks before both windows are not read."""
+    capacity, keys = 2 * LARGE, jax.random.split(jax.random.key(3), 3)
+    q = jax.random.normal(keys[0], (2, 2, 4, 16))
+    k, v = (jax.random.normal(key, (2, 2, capacity, 16)) for key in keys[1:])
+    positions_BT = jnp.array([[position], [position + 60]]) + jnp.arange(2)
+    back = positions_BT[:, :, None] - jnp.arange(capacity)
+    plain = attention(q, k.swapaxes(1, 2), v.swapaxes(1, 2), (back >= 0) & (back < window))
+    unseen = (position - window + 1) // LARGE * LARGE
+    k = k.at[:, :, : max(unseen, 0)].set(jnp.nan)
+    found = jax.jit(cached_attention, static_argnums=4)(q, k, v, positions_BT, window)
+    np.testing.assert_allclose(found, plain, atol=1e-6)
+
+
 def test_float64_stays_float64():
     with jax.enable_x64(True):
         config = LlamaConfig.tiny()

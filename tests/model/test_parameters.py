@@ -43,7 +43,15 @@ def test_golden_paths():
         "layers.feed_forward.down.kernel": (4, 128, 64),
         "layers.feed_forward.down.bias": (4, 64),
     }
-    assert {parameter.path for parameter in PARAMETERS} == set(leaves)
+    families = named_leaves(shapes(qk_norm="full", norm_after=True))
+    assert {name: leaf.shape for name, leaf in families.items() if name not in leaves} == {
+        "layers.attention.q_norm.scale": (4, 4, 16),
+        "layers.attention.k_norm.scale": (4, 2, 16),
+        "layers.attention_post_norm.scale": (4, 64),
+        "layers.feed_forward_post_norm.scale": (4, 64),
+    }
+    assert named_leaves(shapes(qk_norm="head"))["layers.attention.k_norm.scale"].shape == (4, 16)
+    assert {parameter.path for parameter in PARAMETERS} == {*leaves, *families}
     assert "head" not in named_leaves(shapes(tie_embeddings=True))
 
 
@@ -60,8 +68,11 @@ def test_adapters_lie_beside_their_kernels():
 
 @pytest.mark.parametrize("names", ["huggingface", "gguf"])
 def test_every_tensor_has_a_name_of_its_own(names):
-    found = [name for parameter in PARAMETERS for name, _ in tensors_of(parameter.path, names)]
-    assert len(found) == len(set(found)) == 19
+    """In each model: norms precede attention and feed-forward, or follow them."""
+    for norm_after, count in ((False, 21), (True, 21)):
+        model = shapes(attention_bias=True, mlp_bias=True, qk_norm="head", norm_after=norm_after)
+        found = [name for path in named_leaves(model) for name, _ in tensors_of(path, names)]
+        assert len(found) == len(set(found)) == count
 
 
 def test_names_of_a_tensor():

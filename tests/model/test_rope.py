@@ -16,7 +16,7 @@ POSITIONS = jnp.array([[0, 1, 2, 3, 4], [7, 900, 0, 1, 2]])
 
 
 def angles(dtype, whole):
-    return rope_angles(POSITIONS, CONFIG, dtype, whole=whole)
+    return rope_angles(POSITIONS, CONFIG, dtype, whole=whole)["full"]
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
@@ -26,7 +26,7 @@ def test_both_forms_turn_alike(dtype):
     for whole in (False, True):
         sin, cos = angles(dtype, whole)
         assert sin.dtype == jnp.float32 and sin.shape[-1] == (16 if whole else 8)
-        y, pullback = jax.vjp(lambda x, rope=(sin, cos): rotate(x, *rope), x)
+        y, pullback = jax.vjp(lambda x, rope=(sin, cos): rotate(x, rope), x)
         results.append((y, *pullback(dy)))
     for plain, product in zip(*results, strict=True):
         assert product.dtype == dtype
@@ -42,7 +42,7 @@ def test_remat_keeps_no_swapped_halves(capsys):
 
     @partial(jax.checkpoint, policy=policy)
     def turned(x, w):
-        return jnp.sin(rotate(jnp.sin(x) @ w, *rope)).sum()
+        return jnp.sin(rotate(jnp.sin(x) @ w, rope)).sum()
 
     jax.ad_checkpoint.print_saved_residuals(turned, jnp.ones(SHAPE), w)
     kept = [line for line in capsys.readouterr().out.splitlines() if "dot_general" in line]

@@ -81,7 +81,7 @@ def test_each_row_goes_without_the_layers_of_its_mask(wide, packed, evaluate, re
     assert (keep_LB.any(1) & ~keep_LB.all(1)).sum() >= 3  # layers that rows differ in
     batch = {name: jnp.asarray(array) for name, array in packed.items()}
     x_BTD = wide.embed(batch["tokens_BT"])
-    rope = rope_angles(batch["positions_BT"], wide.config, x_BTD.dtype)
+    rope = rope_angles(batch["positions_BT"], wide.config, x_BTD.dtype)["full"]
     run = jax.jit(lambda block, x_BTD: block(x_BTD, rope, batch["segments_BT"]))
     for index, keep_B in enumerate(keep_LB):
         block = jax.tree.map(lambda leaf, index=index: leaf[index], wide.layers)
@@ -147,10 +147,12 @@ def test_gpus_keep_the_output_of_attention_and_not_its_projection(monkeypatch):
     monkeypatch.setattr(block, "platform", lambda: "gpu")
     shape = LlamaConfig.tiny(hidden_size=48, num_heads=4, num_kv_heads=2, head_dim=16)
     layer = block.Block(shape, dtype=jnp.float32, rngs=nnx.Rngs(0))
-    rope = rope_angles(jnp.arange(128)[None], shape, jnp.float32)
+    ropes = rope_angles(jnp.arange(128)[None], shape, jnp.float32)
     config = StepConfig(num_steps=1, attention="flash", remat="dots_with_no_batch_dims_saveable")
-    run = layer_runner(config, rope, jnp.zeros((1, 128), jnp.int32))
-    _, pullback = jax.vjp(lambda *arrays: run(*arrays, None), layer, jnp.ones((1, 128, 48)))
+    run = layer_runner(config, ropes, jnp.zeros((1, 128), jnp.int32))
+    _, pullback = jax.vjp(
+        lambda *arrays: run(*arrays, None, shape.layer_kind(0)), layer, jnp.ones((1, 128, 48))
+    )
     parameters = {leaf.shape for leaf in jax.tree.leaves(layer)}
     kept = [leaf.shape for leaf in jax.tree.leaves(pullback) if leaf.ndim > 2]
     kept = sorted(each for each in kept if each not in parameters and each[-1] != 8)

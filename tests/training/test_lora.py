@@ -176,14 +176,16 @@ def make_train_step_with(config, keep_mask):
 def test_of_a_matrix_and_its_adapter_one_result_is_kept(finetuned, base, remat):
     config = StepConfig(num_steps=1, remat=remat)
     x_BTD = jnp.zeros((4, 8, SHAPE.hidden_size))
-    rope = rope_angles(jnp.asarray(batch(0)["positions_BT"]), SHAPE, x_BTD.dtype)
-    run = layer_runner(config, rope, None)
+    ropes = rope_angles(jnp.asarray(batch(0)["positions_BT"]), SHAPE, x_BTD.dtype)
+    run = layer_runner(config, ropes, None)
 
     def kept(model):
         """Shapes of all that the backward pass gets of the rows."""
         block = jax.tree.map(lambda leaf: leaf[0], model.layers)
         pullback = jax.eval_shape(
-            lambda *a: jax.vjp(lambda b, x: run(b, x, None), *a)[1], block, x_BTD
+            lambda *a: jax.vjp(lambda b, x: run(b, x, None, SHAPE.layer_kind(0)), *a)[1],
+            block,
+            x_BTD,
         )
         return Counter(leaf.shape for leaf in jax.tree.leaves(pullback) if leaf.shape[:2] == (4, 8))
 

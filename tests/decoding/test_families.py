@@ -1,0 +1,159 @@
+"""The families of transformers: decoding with a cache, training, and exports.
+
+tests/checkpoints/test_huggingface.py compares their whole sequences with transformers.
+"""
+
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+from tokenizers import pre_tokenizers
+
+from lsjax import Engine, load
+from lsjax.checkpoints import open_checkpoint
+from lsjax.checkpoints.huggingface import save
+from lsjax.config import EarlyExitConfig, LayerDropoutConfig, LlamaConfig, StepConfig
+from lsjax.data.tokenizer_backends import (
+    HuggingFaceTokenizer,
+    byte_level_bpe,
+    bytes_by_character,
+)
+from lsjax.decoding.autoregressive import Autoregressive
+from lsjax.decoding.self_speculative import SelfSpeculative
+from lsjax.model.cache import KVCache
+from lsjax.model.llama import stacked, unstacked
+from lsjax.training.loss import objective
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+FAMILIES = ("mistral", "qwen2", "qwen3", "smollm3", "olmo2", "olmo3")
+PROMPT = 8
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_cached_logits_are_those_of_transformers_past_the_window(name):
+    """A prompt, then a few tokens at a time, at every exit."""
+    golden, model = np.load(GOLDEN / name / "golden.npz"), load(GOLDEN / name)
+    tokens_BT, layers = jnp.asarray(golden["tokens"]), model.config.num_layers
+
+    @partial(jax.jit, static_argnums=0)
+    def step(width, start, cache):
+        at_BT = jnp.broadcast_to(start + jnp.arange(width), (len(tokens_BT), width))
+        x_BTD, exits = model.embed(jnp.take_along_axis(tokens_BT, at_BT, 1)), []
+        for layer in range(layers):
+            x_BTD, cache = model.run_layers(x_BTD, layer, layer + 1, at_BT, cache)
+            exits.append(model.unembed(x_BTD))
+        return jnp.stack(exits), cache
+
+    cache, start, parts = KVCache.create(model.config, 2, 32, jnp.float32), 0, []
+    with jax.default_matmul_precision("highest"):
+        for width in (PROMPT, 1, 1, 3, 3, 1, 3, 3, 1):
+            found, cache = step(width, start, cache)
+            parts.append(found)
+            start += width
+        expected = model.unembed(model.exits(tokens_BT))
+    assert start == tokens_BT.shape[1]
+    logits = np.concatenate(parts, 2)
+    np.testing.assert_allclose(logits[-1], golden["logits"], atol=2e-4)
+    np.testing.assert_allclose(logits, expected, atol=2e-4)
+
+
+@pytest.fixture(scope="module")
+def small_tokenizer() -> HuggingFaceTokenizer:
+    """As many bytes as the golden models have tokens."""
+    vocab = dict(list(bytes_by_character().items())[:64])
+    words = pre_tokenizers.ByteLevel(False, use_regex=False)
+    return HuggingFaceTokenizer(byte_level_bpe(vocab, [], words))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_self_speculation_is_lossless_at_every_exit(name, small_tokenizer):
+    golden, model = np.load(GOLDEN / name / "golden.npz"), load(GOLDEN / name)
+    strategies = [Autoregressive()]
+    strategies += [SelfSpeculative(e, 3) for e in range(1, model.config.num_layers)]
+    for strategy in strategies:
+        engine = Engine(model, small_tokenizer, strategy)
+        prompts = golden["greedy"][:, :PROMPT].tolist()
+        found = engine.generate(prompts, max_new_tokens=golden["greedy"].shape[1] - PROMPT)
+        for completion, expected in zip(found, golden["greedy"], strict=True):
+            assert list(completion.token_ids) == expected[PROMPT:].tolist()
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_gradients_are_those_of_separate_layers(name):
+    """Stacked layers of several kinds are a scan over periods; here with packed rows and remat."""
+    model, rng = load(GOLDEN / name), np.random.default_rng(0)
+    layers, shape = model.config.num_layers, (3, 20)
+    segments = np.repeat([[1, 2], [1, 0], [1, 2]], 10, axis=1)
+    tokens = rng.integers(3, 64, shape)
+    labels = np.where(segments > 0, np.roll(tokens, -1, 1), -1)
+    batch = dict(tokens_BT=tokens, labels_BT=labels, segments_BT=segments)
+    batch["positions_BT"] = np.tile(np.arange(10), (3, 2))
+    batch = {name: jnp.asarray(array, jnp.int32) for name, array in batch.items()}
+    exits = EarlyExitConfig(curriculum="subset", exits=(1, 2), weights="uniform")
+    config = StepConfig(num_steps=4, early_exit=exits, remat="nothing_saveable")
+
+    def by_step(model):
+        rows, count = jnp.arange(3), (batch["labels_BT"] >= 0).sum()
+        return objective(config, model, batch, 0, rows, count)[0]
+
+    def by_hand(model):
+        names = ("tokens_BT", "positions_BT", "segments_BT")
+        logits = unstacked(model).exits(*(batch[name] for name in names), read=model.unembed)
+        losses = -jax.nn.log_softmax(logits)
+        at = jnp.maximum(batch["labels_BT"], 0)[None, :, :, None]
+        losses = jnp.take_along_axis(losses, at, -1)[..., 0] * (batch["labels_BT"] >= 0)
+        weights = np.isin(np.arange(1, layers + 1), (1, 2, layers))
+        return (losses.sum((1, 2)) * weights).sum() / weights.sum() / (segments > 0).sum()
+
+    results = [jax.jit(jax.value_and_grad(f))(stacked(model)) for f in (by_step, by_hand)]
+    for one, other in zip(*map(jax.tree.leaves, results), strict=True):
+        np.testing.assert_allclose(one, other, atol=2e-6)
+    assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(results[0]))
+
+
+@pytest.mark.parametrize("skip", ["mask", "gather", "batch"])
+def test_a_dropped_layer_is_the_same_in_every_form(skip):
+    """Layers 1 and 3, of two kinds, never run."""
+    model = load(GOLDEN / "olmo3")
+    dropout = LayerDropoutConfig(p_max=1.0, distribution="uniform", layers=(1, 2), skip=skip)
+    config = StepConfig(num_steps=4, layer_dropout=dropout)
+    tokens = jnp.asarray(np.load(GOLDEN / "olmo3" / "golden.npz")["tokens"])
+    batch = dict(tokens_BT=tokens, labels_BT=tokens, segments_BT=jnp.ones_like(tokens))
+    batch["positions_BT"] = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    loss, _ = objective(config, stacked(model), batch, 0, jnp.arange(2), tokens.size)
+    ropes_and_kinds = [model.config.layer_kind(layer) for layer in (0, 3)]
+    assert ropes_and_kinds[0] != ropes_and_kinds[1]
+    cache, x_BTD = KVCache.create(model.config, 2, 32, jnp.float32), model.embed(tokens)
+    for layer in (0, 3):
+        x_BTD, cache = model.run_layers(x_BTD, layer, layer + 1, batch["positions_BT"], cache)
+    losses = -jax.nn.log_softmax(model.unembed(x_BTD))
+    expected = jnp.take_along_axis(losses, tokens[..., None], -1).mean()
+    np.testing.assert_allclose(loss, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_exports_have_the_same_architecture_and_tensors(tmp_path, name):
+    source = open_checkpoint(GOLDEN / name)
+    save(load(GOLDEN / name, dtype="bfloat16"), tmp_path / "out")
+    ours, theirs = (
+        load_file(path / "model.safetensors") for path in (tmp_path / "out", source.path)
+    )
+    assert ours.keys() == theirs.keys()
+    for key, tensor in theirs.items():
+        np.testing.assert_array_equal(ours[key], tensor)
+    assert open_checkpoint(tmp_path / "out").config == source.config
+
+
+def test_kinds_of_layers_repeat():
+    def period(**changes):
+        return LlamaConfig.tiny(num_layers=12, **changes).layer_period
+
+    assert period() == period(sliding_window=4) == 1
+    assert period(no_rope_layers=(3, 7, 11)) == 4
+    assert period(no_rope_layers=(3, 7)) == 12
+    assert period(sliding_window=4, full_attention_layers=(1, 3, 5, 7, 9, 11)) == 2
+    assert period(full_attention_layers=(1, 3)) == 1
