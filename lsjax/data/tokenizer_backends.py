@@ -64,6 +64,12 @@ class HuggingFaceTokenizer(Tokenizer):
         self.special_spelling = {i: token.content for i, token in added.items() if token.special}
         self._pieces |= dict.fromkeys(self.special_spelling, b"")
 
+    @property
+    def spaces_first_only(self) -> bool:
+        """Whether SentencePiece's space is put before a text, but not after special tokens."""
+        words = self._backend.pre_tokenizer
+        return words is not None and b'"prepend_scheme":"first"' in words.__getstate__()
+
     @cached_property
     def _plain(self) -> tokenizers.Tokenizer:
         # A second pipeline: the switch belongs to the whole object, which threads may share.

@@ -49,6 +49,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 
     If both exist, tokenizer.json wins, because only it has tokens that were added later. If sizes
     are equal, tokenizer.model wins: the json is then a conversion, inexact on runs of whitespace.
+    But json wins if it puts no space after special tokens (Mistral v0.3); the model always does.
     Settings (bos, eos, add_bos_token, chat template) come from the files beside it.
 
     Raises TokenizerError for missing, empty, truncated or unsuitable files.
@@ -82,7 +83,7 @@ def _load(path: Path) -> Tokenizer:
     if not json_file.exists():
         return _load_model(model_file)
     from_json = _load_json(json_file)
-    if model_file.exists():
+    if model_file.exists() and not from_json.spaces_first_only:
         with suppress(TokenizerError):  # Llama 3's, or lacks added tokens that the settings name
             from_model = _load_model(model_file)
             return from_model if from_model.vocab_size == from_json.vocab_size else from_json
