@@ -163,6 +163,12 @@ def test_any_part_of_split_files_opens_all(tmp_path, first_has_tensors):
         load(parts[0])
 
 
+def test_merged_parts_are_a_single_file(tmp_path):
+    config, tensors = from_golden("gqa_tied")
+    fields = metadata(config) | {"split.no": 0, "split.count": 0, "split.tensors.count": 38}
+    assert load(write(tmp_path / "m.gguf", fields, tensors)).config.num_layers == config.num_layers
+
+
 def test_tensors_of_split_files_are_reported_with_their_part(tmp_path):
     config, tensors = from_golden("gqa_tied")
     nan(tensors)
