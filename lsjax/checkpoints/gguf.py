@@ -13,7 +13,7 @@ from lsjax.checkpoints.families import FULL, SLIDING
 from lsjax.checkpoints.huggingface_config import llama_config
 from lsjax.checkpoints.tensors import CheckpointError, TensorSource
 from lsjax.config import ConfigError, LlamaConfig, RopeScaling, check
-from lsjax.data.files import open_gguf
+from lsjax.data.files import gguf_parts, open_gguf
 from lsjax.model.rope import rope_frequencies
 
 # llama.cpp's name of an architecture, and transformers'.
@@ -54,26 +54,32 @@ _ROPE_FACTORS = "rope_freqs.weight"
 
 
 class GGUFSource(TensorSource):
-    """A GGUF file.
+    """A GGUF file, or all parts of a split one, whose first part has the metadata.
 
-    Raises:
-        CheckpointError: no complete little-endian GGUF of version 2 or 3, another architecture, or
-            no `gguf` package.
+    path: the file, or any part. Raises CheckpointError for anything but complete little-endian
+    GGUFs of version 2 or 3 of a supported architecture, for a missing part, or without the `gguf`
+    package.
     """
 
     names = "gguf"
 
     def __init__(self, path: Path):
-        self.path, self._reader = path, open_gguf(path, CheckpointError)
-        self._tensors = {tensor.name: tensor for tensor in self._reader.tensors}
+        self.path, parts = path, gguf_parts(path)
+        readers = [_open_part(part, number, len(parts)) for number, part in enumerate(parts)]
+        self._reader = readers[0]
+        self._tensors = {
+            tensor.name: (part, tensor)
+            for part, reader in zip(parts, readers, strict=True)
+            for tensor in reader.tensors
+        }
         self.shapes = {
-            name: tuple(reversed(tensor.shape.tolist())) for name, tensor in self._tensors.items()
+            name: tuple(reversed(tensor.shape.tolist()))
+            for name, (_, tensor) in self._tensors.items()
         }
         try:
             self._architecture = self._get("general.architecture")
-            supported = self._architecture in _ARCHITECTURES
             check(
-                supported,
+                self._architecture in _ARCHITECTURES,
                 f"general.architecture is {self._architecture!r}; only "
                 f"{', '.join(_ARCHITECTURES)} are supported",
             )
@@ -88,13 +94,14 @@ class GGUFSource(TensorSource):
 
     def where(self, name: str) -> str:
         """File and tensor name."""
-        return f"{self.path}: tensor {name!r}"
+        file = self._tensors[name][0] if name in self._tensors else self.path
+        return f"{file}: tensor {name!r}"
 
     def read(self, name: str) -> np.ndarray:
         """One tensor: float32 if quantised; queries and keys in half-split order."""
         from gguf import quants
 
-        tensor = self._tensors[name]
+        _, tensor = self._tensors[name]
         kind = tensor.tensor_type.name
         if kind == "BF16":
             value = tensor.data.view(ml_dtypes.bfloat16)
@@ -131,8 +138,6 @@ class GGUFSource(TensorSource):
 
     def _config_json(self) -> dict[str, Any]:
         """Metadata under config.json's keys; None if missing."""
-        count = self._get("split.count", 1) or 1
-        check(count == 1, f"split.count is {count!r}; only 1 is supported")
         raw = {name: self._own(key) for key, name in (_REQUIRED | _OPTIONAL).items()}
         for key, name in _REQUIRED.items():
             check(
@@ -180,6 +185,23 @@ class GGUFSource(TensorSource):
             f"{self.where(_ROPE_FACTORS)}: its divisors {divisors.min():g} to {factor:g} are not "
             "those of Llama 3 (factors 1 and 4, 8192 positions): use the original model instead"
         )
+
+
+def _open_part(file: Path, number: int, count: int) -> Any:
+    """Reader of a part of a split GGUF, or of a single file (part 0 of 1)."""
+    if not file.exists():
+        raise CheckpointError(f"{file}: part {number + 1} of {count} is missing: add it")
+    reader = open_gguf(file, CheckpointError)
+    for key, wanted in (("split.no", number), ("split.count", count)):
+        field = reader.get_field(key)
+        found = wanted if field is None else field.contents()
+        merged = found == 0 and count == 1  # what llama.cpp's merging of parts writes
+        if found != wanted and not merged:
+            raise CheckpointError(
+                f"{file}: {key} is {found}, but its name says {wanted}: restore the original "
+                "names, NAME-00001-of-00003.gguf for part 0 of 3"
+            )
+    return reader
 
 
 def _half_split(weight: np.ndarray, heads: int) -> np.ndarray:

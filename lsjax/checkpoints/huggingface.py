@@ -95,11 +95,15 @@ def _files(directory: Path) -> list[Path]:
     if single.exists():
         return [single]
     if not index.exists():
+        missing = f"{directory}: holds neither {_WEIGHTS} nor {_INDEX}"
         pickles = sorted(file.name for file in directory.glob("*.bin"))
-        instead = f", only {pickles[0]}" if pickles else ""
+        if not pickles:
+            raise CheckpointError(f"{missing}: add the weights as safetensors")
+        convert = f"M.from_pretrained('{directory}').save_pretrained('NEW')"
         raise CheckpointError(
-            f"{directory}: holds neither {_WEIGHTS} nor {_INDEX}{instead}: only safetensors are "
-            "read, never pickles, which can run code"
+            f"{missing}, only {pickles[0]}: pickles can run code and are never read: if you trust "
+            'it, run python -c "from transformers import AutoModelForCausalLM as M; '
+            f'{convert}" and copy the tokenizer files to NEW'
         )
     weight_map = read_json(index, CheckpointError).get("weight_map")
     if not isinstance(weight_map, dict):

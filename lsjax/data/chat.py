@@ -26,13 +26,14 @@ class ChatTemplateError(ValueError):
 
 
 class _Generation(Extension):
-    """`{% generation %}`, which marks replies for training; renders its content unchanged."""
+    """`{% generation %}`, which marks replies for training; a scope, whose content is unchanged."""
 
     tags = {"generation"}
 
-    def parse(self, parser: Parser) -> list[nodes.Node]:
-        parser.stream.skip()
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+    def parse(self, parser: Parser) -> nodes.Node:
+        line = next(parser.stream).lineno
+        content = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return nodes.Scope(content, lineno=line)
 
 
 def render_chat(
@@ -66,6 +67,8 @@ def render_chat(
             {"bos_token": "", "eos_token": ""} | special_tokens,
             messages=messages,
             add_generation_prompt=add_generation_prompt,
+            tools=None,  # templates test for None rather than undefined
+            documents=None,
         )
     except Exception as error:
         where = f"line {error.lineno}: " if getattr(error, "lineno", None) else ""

@@ -5,6 +5,7 @@ import glob
 import gzip
 import json
 import os
+import re
 import shutil
 import uuid
 import zlib
@@ -156,6 +157,15 @@ def read_json(file: Path, error_type: type[ValueError]) -> dict[str, Any]:
     if not isinstance(raw, dict):
         raise error_type(f"{file}: holds a {type(raw).__name__}, but must be a JSON object")
     return raw
+
+
+def gguf_parts(file: Path) -> list[Path]:
+    """All files of a split GGUF, named NAME-00001-of-00003.gguf; the file itself if not split."""
+    part = re.fullmatch(r"(.+-)\d{5}(-of-(?!0{5})(\d{5})\.gguf)", file.name)
+    if part is None:
+        return [file]
+    name, of, count = part.groups()
+    return [file.with_name(f"{name}{number:05d}{of}") for number in range(1, int(count) + 1)]
 
 
 def open_gguf(file: Path, error_type: type[ValueError]) -> Any:

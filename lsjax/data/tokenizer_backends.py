@@ -21,6 +21,12 @@ LLAMA3_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+QWEN2_SPLIT = LLAMA3_SPLIT.replace("{1,3}", "")  # each digit is a word
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+TEKKEN_SPLIT = (
+    rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*"
+    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 
 
 class HuggingFaceTokenizer(Tokenizer):
@@ -57,6 +63,12 @@ class HuggingFaceTokenizer(Tokenizer):
         self._pieces |= {i: token.content.encode() for i, token in added.items()}
         self.special_spelling = {i: token.content for i, token in added.items() if token.special}
         self._pieces |= dict.fromkeys(self.special_spelling, b"")
+
+    @property
+    def spaces_first_only(self) -> bool:
+        """Whether SentencePiece's space is put before a text, but not after special tokens."""
+        words = self._backend.pre_tokenizer
+        return words is not None and b'"prepend_scheme":"first"' in words.__getstate__()
 
     @cached_property
     def _plain(self) -> tokenizers.Tokenizer:
@@ -192,9 +204,9 @@ class SentencePieceTokenizer(Tokenizer):
         return backend if same else None
 
 
-def llama3_words() -> pre_tokenizers.PreTokenizer:
-    """Llama 3's pre-tokenizer: splits a text into words, spelled as bytes."""
-    split = pre_tokenizers.Split(Regex(LLAMA3_SPLIT), "isolated")
+def matched_words(pattern: str) -> pre_tokenizers.PreTokenizer:
+    """Splits a text into the matches of `pattern`, spelled as bytes."""
+    split = pre_tokenizers.Split(Regex(pattern), "isolated")
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     return pre_tokenizers.Sequence([split, byte_level])
 

@@ -8,21 +8,39 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
-from tokenizers import pre_tokenizers
+from tokenizers import normalizers, pre_tokenizers
 
 from lsjax.config import split_step
-from lsjax.data.files import one_line, open_gguf, read_json
+from lsjax.data.files import gguf_parts, one_line, open_gguf, read_json
 from lsjax.data.tokenizer import Tokenizer, TokenizerError
 from lsjax.data.tokenizer_backends import (
     BYTE_PIECE,
+    LLAMA3_SPLIT,
+    QWEN2_SPLIT,
+    TEKKEN_SPLIT,
     HuggingFaceTokenizer,
     SentencePieceTokenizer,
     added_token,
     byte_level_bpe,
-    llama3_words,
+    matched_words,
 )
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4  # token types of GGUF and of SentencePiece
+_BYTE_LEVEL = pre_tokenizers.ByteLevel(add_prefix_space=False)
+_DIGITS = pre_tokenizers.Digits(individual_digits=True)
+# Words of each tokenizer.ggml.pre, as in the tokenizer.json of its models.
+_WORDS = {
+    "default": _BYTE_LEVEL,
+    "gpt-2": _BYTE_LEVEL,
+    "smollm": pre_tokenizers.Sequence([_DIGITS, _BYTE_LEVEL]),  # SmolLM 1 and 2
+    "llama-bpe": matched_words(LLAMA3_SPLIT),
+    "smaug-bpe": matched_words(LLAMA3_SPLIT),  # SmolLM3, and Llama 3 without a begin token
+    "dbrx": matched_words(LLAMA3_SPLIT),  # OLMo 2 and 3
+    "qwen2": matched_words(QWEN2_SPLIT),
+    "tekken": matched_words(TEKKEN_SPLIT),  # Mistral
+}
+_WHOLE_WORDS = ("llama-bpe", "smaug-bpe", "tekken")  # a word that is a token skips the merges
+_ADD_BOS = ("llama-bpe", "tekken")  # if the file does not say
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
@@ -31,6 +49,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 
     If both exist, tokenizer.json wins, because only it has tokens that were added later. If sizes
     are equal, tokenizer.model wins: the json is then a conversion, inexact on runs of whitespace.
+    But json wins if it puts no space after special tokens (Mistral v0.3); the model always does.
     Settings (bos, eos, add_bos_token, chat template) come from the files beside it.
 
     Raises TokenizerError for missing, empty, truncated or unsuitable files.
@@ -64,7 +83,7 @@ def _load(path: Path) -> Tokenizer:
     if not json_file.exists():
         return _load_model(model_file)
     from_json = _load_json(json_file)
-    if model_file.exists():
+    if model_file.exists() and not from_json.spaces_first_only:
         with suppress(TokenizerError):  # Llama 3's, or lacks added tokens that the settings name
             from_model = _load_model(model_file)
             return from_model if from_model.vocab_size == from_json.vocab_size else from_json
@@ -141,10 +160,10 @@ def _beside(file: Path, name: str) -> dict[str, Any]:
 
 
 def _load_gguf(file: Path) -> Tokenizer:
-    """The tokenizer of a GGUF, from its keys tokenizer.*."""
+    """The tokenizer of a GGUF, from the keys tokenizer.* of its first part."""
     fields = {
         name.removeprefix("tokenizer.").removeprefix("ggml."): field.contents()
-        for name, field in open_gguf(file, TokenizerError).fields.items()
+        for name, field in open_gguf(gguf_parts(file)[0], TokenizerError).fields.items()
         if name.startswith("tokenizer.")
     }
     kind, tokens = fields.get("model"), fields.get("tokens")
@@ -165,24 +184,19 @@ def _load_gguf(file: Path) -> Tokenizer:
     pre = fields.get("pre", unnamed)
     settings = {
         "eos_ids": eos_ids,
-        "add_bos": bool(fields.get("add_bos_token", kind == "llama" or pre == "llama-bpe")),
+        "add_bos": bool(fields.get("add_bos_token", kind == "llama" or pre in _ADD_BOS)),
         "chat_template": fields.get("chat_template"),
     }
     if kind == "llama":
         model = _sentencepiece_model(tokens, fields, types, bos_id, eos_ids)
         return SentencePieceTokenizer(model, **settings)
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    digits = pre_tokenizers.Digits(individual_digits=True)
-    words = {
-        **dict.fromkeys(("default", "gpt-2"), byte_level),
-        "smollm": pre_tokenizers.Sequence([digits, byte_level]),
-        "llama-bpe": llama3_words(),
-    }
-    if pre not in words:
-        raise TokenizerError(f"{file}: pre-tokenizer {pre!r} is not one of {', '.join(words)}")
+    if pre not in _WORDS:
+        raise TokenizerError(f"{file}: pre-tokenizer {pre!r} is not one of {', '.join(_WORDS)}")
     merges = [tuple(merge.split(" ", 1)) for merge in fields["merges"]]
     vocab = {token: i for i, token in enumerate(tokens)}
-    backend = byte_level_bpe(vocab, merges, words[pre], whole_words=pre == "llama-bpe")
+    backend = byte_level_bpe(vocab, merges, _WORDS[pre], whole_words=pre in _WHOLE_WORDS)
+    if pre == "qwen2":
+        backend.normalizer = normalizers.NFC()
     typed = list(zip(tokens, types, strict=True))
     backend.add_special_tokens([added_token(t) for t, kind in typed if kind in (UNKNOWN, CONTROL)])
     backend.add_tokens([added_token(t, special=False) for t, kind in typed if kind == USER_DEFINED])

@@ -1,5 +1,6 @@
 """GGUF files, written here with the gguf package from the golden models: twins of those."""
 
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -75,9 +76,9 @@ def metadata(config: LlamaConfig, **changes) -> dict:
     } | {f"llama.{key.replace('__', '.')}": value for key, value in changes.items()}
 
 
-def write(path: Path, fields: dict, tensors: dict[str, tuple[np.ndarray, Kind]]) -> Path:
+def write(path: Path, fields: dict, tensors: dict[str, tuple[np.ndarray, Kind]], **split) -> Path:
     """Tensors by their GGUF names, as they are to lie in the file, each with its type."""
-    writer = gguf.GGUFWriter(path, fields["general.architecture"])
+    writer = gguf.GGUFWriter(path, fields["general.architecture"], **split)
     adders = {
         int: writer.add_uint32,
         float: writer.add_float32,
@@ -183,6 +184,44 @@ def test_types_equal_their_dequantised_weights(tmp_path, kind):
     true = np.asarray(load(GOLDEN / "gqa_tied").layers[0].attention.qkv.kernel)
     error = np.abs(np.asarray(model.layers[0].attention.qkv.kernel) - true).max()
     assert error < 0.15 * np.abs(true).max()
+
+
+@pytest.mark.parametrize("first_has_tensors", [True, False])
+def test_any_part_of_split_files_opens_all(tmp_path, first_has_tensors):
+    config, tensors = from_golden("gqa_tied", Kind.Q8_0)
+    whole = load(write(tmp_path / "whole.gguf", metadata(config), tensors))
+    split = dict(split_max_tensors=15, small_first_shard=not first_has_tensors)
+    write(tmp_path / "m.gguf", metadata(config), tensors, **split)
+    parts = sorted(tmp_path.glob("m-*.gguf"))
+    assert [part.name[2:] for part in parts[1:3]] == [
+        f"{number:05d}-of-{len(parts):05d}.gguf" for number in (2, 3)
+    ]
+    for part in parts:
+        assert_same(load(part), whole)
+    parts[1].rename(tmp_path / "aside")
+    message = f"{parts[1].name}: part 2 of {len(parts)} is missing"
+    with pytest.raises(CheckpointError, match=message) as error:
+        load(parts[2])
+    assert "\n" not in str(error.value)
+    shutil.copy(parts[2], parts[1])
+    with pytest.raises(CheckpointError, match=f"{parts[1].name}: split.no is 2, .* says 1"):
+        load(parts[0])
+
+
+def test_merged_parts_are_a_single_file(tmp_path):
+    config, tensors = from_golden("gqa_tied")
+    fields = metadata(config) | {"split.no": 0, "split.count": 0, "split.tensors.count": 38}
+    assert load(write(tmp_path / "m.gguf", fields, tensors)).config.num_layers == config.num_layers
+
+
+def test_tensors_of_split_files_are_reported_with_their_part(tmp_path):
+    config, tensors = from_golden("gqa_tied")
+    nan(tensors)
+    write(tmp_path / "m.gguf", metadata(config), tensors, split_max_tensors=20)
+    with pytest.raises(CheckpointError, match="m-0000(.)-of-.*blk.0.ffn_up.*1 of 1536") as error:
+        load(tmp_path / "m-00001-of-00002.gguf")
+    part = str(error.value).split(":")[0]
+    assert b"blk.0.ffn_up.weight" in Path(part).read_bytes()
 
 
 def test_bfloat16_is_read_as_stored(tmp_path):

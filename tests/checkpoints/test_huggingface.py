@@ -418,7 +418,12 @@ def test_directory_that_is_no_model(tmp_path):
     with pytest.raises(CheckpointError, match=f"{WEIGHTS}: is not a GGUF .* the directory"):
         load(directory / WEIGHTS)
     (directory / WEIGHTS).rename(directory / "pytorch_model.bin")
-    with pytest.raises(CheckpointError, match="only pytorch_model.bin: only safetensors are read"):
+    pickles = "only pytorch_model.bin: pickles .* never read.*from_pretrained.*save_pretrained"
+    with pytest.raises(CheckpointError, match=pickles) as error:
+        load(directory)
+    assert f"('{directory}')" in str(error.value) and "\n" not in str(error.value)
+    (directory / "pytorch_model.bin").unlink()
+    with pytest.raises(CheckpointError, match="holds neither .*: add the weights as safetensors"):
         load(directory)
     (directory / "config.json").write_text('{"hidden_size": ')
     with pytest.raises(CheckpointError, match="config.json: is not JSON"):

@@ -15,7 +15,9 @@ from lsjax.cli.convert import main
 from lsjax.cli.setup import one_line_errors
 from lsjax.config import ConfigError
 from lsjax.data.tokenizer import MOST_EXTRA
+from lsjax.data.tokenizer_backends import bytes_by_character
 from lsjax.data.tokenizer_files import load_tokenizer
+from tests.checkpoints.test_gguf import from_golden, metadata, write
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 
@@ -43,6 +45,22 @@ def test_writes_a_whole_directory(tmp_path, capsys, dtype):
     assert read_generation_defaults(made) == GenerationDefaults(exit_layer=2, num_draft_tokens=3)
     assert load_tokenizer(made).fingerprint == load_tokenizer(given).fingerprint
     assert sorted(file.name for file in tmp_path.iterdir()) == ["made", "source"]
+
+
+def test_reads_all_parts_of_a_split_gguf(tmp_path, capsys):
+    config, tensors = from_golden("gqa_tied")
+    pieces = [*bytes_by_character()][: config.vocab_size - 1]
+    fields = {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.tokens": [*pieces, pieces[0] + pieces[1]],
+        "tokenizer.ggml.merges": [f"{pieces[0]} {pieces[1]}"],
+    }
+    write(tmp_path / "m.gguf", metadata(config) | fields, tensors, split_max_tensors=20)
+    assert main([str(tmp_path / "m-00002-of-00002.gguf"), str(tmp_path / "made")]) == 0
+    assert "million parameters" in capsys.readouterr().out
+    made, twin = (jax.tree.leaves(load(path)) for path in (tmp_path / "made", GOLDEN / "gqa_tied"))
+    jax.tree.map(np.testing.assert_array_equal, made, twin)
+    assert load_tokenizer(tmp_path / "made").encode(pieces[0] + pieces[1]) == [63]
 
 
 def refused(capsys: pytest.CaptureFixture, *argv: Path) -> str:

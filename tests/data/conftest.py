@@ -7,7 +7,7 @@ import sentencepiece
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from lsjax.data.tokenizer_backends import ByteTokenizer, llama3_words
+from lsjax.data.tokenizer_backends import LLAMA3_SPLIT, ByteTokenizer, matched_words
 from lsjax.data.tokenizer_files import load_tokenizer
 
 CORPUS = [
@@ -100,7 +100,7 @@ def bpe_directory(tmp_path_factory):
 def llama3_directory(tmp_path_factory):
     """Words as Llama 3 splits them, a begin token, and two tokens that end a text."""
     folder = tmp_path_factory.mktemp("llama3")
-    _train_bpe(llama3_words()).save(str(folder / "tokenizer.json"))
+    _train_bpe(matched_words(LLAMA3_SPLIT)).save(str(folder / "tokenizer.json"))
     config = {"bos_token": "<s>", "eos_token": "</s>", "add_bos_token": True}
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, 2]}))

@@ -22,6 +22,36 @@ CHATML = """\
 """
 
 
+# Features of the published templates of Qwen 3, SmolLM3, Mistral and OLMo 3.
+FEATURES = """\
+{%- if enable_thinking is not defined -%}
+{%- set enable_thinking = true -%}
+{%- endif -%}
+{%- set ns = namespace(last=-1) %}
+{%- for message in messages[::-1] %}
+    {%- if ns.last < 0 and message.role == "user" and not message.content.startswith("<tool>") %}
+        {%- set ns.last = messages | length - 1 - loop.index0 %}
+    {%- endif %}
+{%- endfor %}
+{%- macro turn(message) -%}
+    {{ message["role"] }}:{{ message.content.split("</think>")[-1].lstrip("\\n") }}
+{%- endmacro %}
+{%- for message in messages %}
+    {%- if message.tool_calls is defined or message.get("functions", none) is not none %}
+        {{- raise_exception("no tools") }}
+    {%- endif %}
+    {%- if loop.index0 == ns.last and (tools is not none or xml_tools) %}
+        {{- tools | tojson(indent=2) }}
+    {%- endif %}
+    {% generation %}
+    {{- turn(message) ~ "/" ~ loop.index0 }}
+    {%- endgeneration %}
+    {%- if loop.last %}{{ ns.last }}{{ enable_thinking }}{% break %}{% endif %}
+{%- endfor %}
+{{ (messages | selectattr("role", "equalto", "user") | list)[-1]["content"] | trim }}
+"""
+
+
 def render(template, messages=(), **variables):
     return render_chat(template, list(messages), special_tokens=variables)
 
@@ -41,6 +71,16 @@ def test_conversation_is_rendered_with_block_lines_trimmed():
     assert chat_prompt(tokenizer, "x").startswith("<s>default</s>")
 
 
+def test_features_of_published_templates():
+    said = [("user", "a"), ("assistant", "<think>\nhm\n</think>\n\nb"), ("user", " c\n")]
+    messages = [{"role": role, "content": content} for role, content in said]
+    # What transformers 5 renders.
+    assert render(FEATURES, messages) == "user:a/0assistant:b/1user: c\n/22Truec"
+    refused = [{"role": "user", "content": "a", "tool_calls": []}]
+    with pytest.raises(ChatTemplateError, match="no tools"):
+        render(FEATURES, refused)
+
+
 def test_generation_prompt_is_optional():
     messages = [{"role": "user", "content": "x"}]
     rendered = render_chat(CHATML, messages, add_generation_prompt=False, special_tokens={})
@@ -54,6 +94,13 @@ def test_tojson_keeps_html_and_unicode():
 
 def test_generation_marks_leave_their_content():
     assert render("a{% generation %}b{{ 1 }}{% endgeneration %}c") == "ab1c"
+    kept = "{% set x = 1 %}{% generation %}{% set x = 2 %}{{ x }}{% endgeneration %}{{ x }}"
+    assert render(kept) == "21"  # a scope of its own, as in transformers
+
+
+def test_no_tools_and_documents_are_none():
+    assert render("{{ tools is none }} {{ documents is none }}") == "True True"
+    assert render("{% if enable_thinking is not defined %}unset{% endif %}") == "unset"
 
 
 def test_date():

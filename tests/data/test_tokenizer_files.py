@@ -5,6 +5,8 @@ import random
 import shutil
 
 import pytest
+import tokenizers
+from tokenizers import pre_tokenizers
 
 from lsjax.data.tokenizer import TokenizerError
 from lsjax.data.tokenizer_backends import HuggingFaceTokenizer
@@ -17,6 +19,20 @@ def test_tokenizer_json_with_more_tokens_goes_before_tokenizer_model(
     for file in (bpe_directory / "tokenizer.json", sentencepiece_model):
         shutil.copy(file, tmp_path)
     assert isinstance(load_tokenizer(tmp_path), HuggingFaceTokenizer)
+
+
+@pytest.mark.parametrize("scheme", ["first", "always"])
+def test_space_after_special_tokens_follows_tokenizer_json(sentencepiece_model, tmp_path, scheme):
+    load_tokenizer(sentencepiece_model).save(tmp_path)
+    file = tmp_path / "tokenizer.json"
+    backend = tokenizers.Tokenizer.from_file(str(file))
+    backend.normalizer = None
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
+    backend.save(str(file))
+    tokenizer = load_tokenizer(tmp_path)
+    ids = tokenizer.encode("<s> little house", add_bos=False)
+    spaces = 1 if scheme == "first" else 2  # tokenizer.model also puts its own
+    assert b"".join(map(tokenizer.token_bytes, ids[1:])) == b" " * spaces + b"little house"
 
 
 def test_bad_files_are_one_line_that_names_them(sentencepiece_model, bpe_directory, tmp_path):

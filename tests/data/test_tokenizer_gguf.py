@@ -3,36 +3,41 @@
 import json
 import random
 
+import numpy as np
 import pytest
 import sentencepiece
-from tokenizers import Regex, pre_tokenizers
+from tokenizers import Regex, normalizers, pre_tokenizers
 
 from lsjax.data.tokenizer import TokenizerError
-from lsjax.data.tokenizer_backends import LLAMA3_SPLIT
 from lsjax.data.tokenizer_files import load_tokenizer
 
 NORMAL, UNKNOWN, CONTROL, BYTE = 1, 2, 3, 6
 
 
-def write_gguf(file, *, model, tokens, types, **settings):
+def write_gguf(file, *, model, tokens, types, split=0, **settings):
     gguf = pytest.importorskip("gguf")
-    writer = gguf.GGUFWriter(file, "llama")
+    writer = gguf.GGUFWriter(file, "llama", split_max_tensors=split)
     writer.add_tokenizer_model(model)
     writer.add_token_list(tokens)
     writer.add_token_types(types)
     for name, value in settings.items():
         if value is not None:
             getattr(writer, f"add_{name}")(value)
+    for name in "abc" if split else "":
+        writer.add_tensor(name, np.zeros(1, np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
+    if split:
+        writer.write_tensors_to_file()
     writer.close()
     return file
 
 
-def write_bpe_gguf(file, backend, pre, first=None, **settings):
+def write_bpe_gguf(file, backend, pre, first=None, more=(), **settings):
     model = json.loads(backend.to_str())["model"]
     tokens = [backend.id_to_token(i) for i in range(backend.get_vocab_size())]
     tokens[0] = first or tokens[0]
+    tokens += more
     types = [CONTROL if i < 3 else NORMAL for i in range(len(tokens))]
     merges = [" ".join(merge) for merge in model["merges"]]
     return write_gguf(
@@ -81,20 +86,41 @@ def test_without_the_space_put_first(sentencepiece_model, tmp_path):
     assert tokenizer.decode(space) == " little"
 
 
-@pytest.mark.parametrize("pre", ["smollm", "gpt-2", "default", "llama-bpe", None])
+# The words of each family, from its tokenizer.json.
+CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)|"
+LETTERS = r"[^\r\n\p{L}\p{N}]?\p{L}+|"
+CASES = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+|"
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|"
+)
+SPACES = r"\s*[\r\n]+|\s+(?!\S)|\s+"
+LLAMA3 = CONTRACTIONS + LETTERS + r"\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|" + SPACES
+SPLITS = {
+    "llama-bpe": LLAMA3,
+    "smaug-bpe": LLAMA3,
+    "dbrx": LLAMA3,
+    "qwen2": CONTRACTIONS + LETTERS + r"\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|" + SPACES,
+    "tekken": CASES + r"\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|" + SPACES,
+}
+BEGINS = ("llama-bpe", "tekken")
+WHOLE_WORDS = (*BEGINS, "smaug-bpe")
+
+
+@pytest.mark.parametrize("pre", ["smollm", "gpt-2", "default", *SPLITS, None])
 def test_bpe_equals_the_trained_pipeline(pre, train_bpe, texts, tmp_path):
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pre != "llama-bpe")
-    first = {
-        "smollm": [pre_tokenizers.Digits(individual_digits=True)],
-        "llama-bpe": [pre_tokenizers.Split(Regex(LLAMA3_SPLIT), "isolated")],
-    }.get(pre, [])
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pre not in SPLITS)
+    first = [pre_tokenizers.Digits(individual_digits=True)] if pre == "smollm" else []
+    if pre in SPLITS:
+        first = [pre_tokenizers.Split(Regex(SPLITS[pre]), "isolated")]
     backend = train_bpe(pre_tokenizers.Sequence([*first, byte_level]))
+    if pre == "qwen2":
+        backend.normalizer = normalizers.NFC()
     file = write_bpe_gguf(
         tmp_path / "m.gguf", backend, pre, bos_token_id=0, eos_token_id=1, chat_template="c"
     )
     tokenizer = load_tokenizer(file)
-    assert tokenizer.add_bos == (pre == "llama-bpe") and tokenizer.chat_template == "c"
-    for text in texts:
+    assert tokenizer.add_bos == (pre in BEGINS) and tokenizer.chat_template == "c"
+    for text in [*texts, "cafe\u0301 1234 it's WE'LL /path//to HTTPServer"]:
         assert tokenizer.encode(text, add_bos=False) == backend.encode(text).ids
     assert tokenizer.encode("</s>", add_bos=False) == [1]
     tokenizer.save(tmp_path / "saved")
@@ -103,9 +129,30 @@ def test_bpe_equals_the_trained_pipeline(pre, train_bpe, texts, tmp_path):
     assert again.fingerprint == tokenizer.fingerprint
 
 
+@pytest.mark.parametrize("pre", ["qwen2", "dbrx", *WHOLE_WORDS])
+def test_only_some_families_take_a_word_that_is_a_token(pre, train_bpe, tmp_path):
+    backend = train_bpe(pre_tokenizers.ByteLevel(add_prefix_space=False))
+    file = write_bpe_gguf(tmp_path / "m.gguf", backend, pre, more=["qzx"])  # no merges make it
+    ids = load_tokenizer(file).encode("qzx", add_bos=False)
+    whole = [backend.get_vocab_size()]
+    assert ids == (whole if pre in WHOLE_WORDS else backend.encode("qzx").ids)
+
+
+def test_split_files_have_it_in_the_first(train_bpe, tmp_path):
+    backend = train_bpe(pre_tokenizers.ByteLevel(add_prefix_space=False))
+    write_bpe_gguf(tmp_path / "m.gguf", backend, "gpt-2", split=1)
+    first, *others = sorted(tmp_path.iterdir())
+    assert [file.name for file in others] == ["m-00002-of-00003.gguf", "m-00003-of-00003.gguf"]
+    expected = load_tokenizer(first).fingerprint
+    assert {load_tokenizer(file).fingerprint for file in others} == {expected}
+    first.unlink()
+    with pytest.raises(TokenizerError, match="m-00002-of-00003.gguf.*m-00001-of-00003.gguf"):
+        load_tokenizer(others[0])
+
+
 def test_llama_3_from_before_its_words_had_a_name(train_bpe, tmp_path):
     """Told by its first token; what does not have it is GPT-2's kind (above)."""
-    split = pre_tokenizers.Split(Regex(LLAMA3_SPLIT), "isolated")
+    split = pre_tokenizers.Split(Regex(LLAMA3), "isolated")
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend = train_bpe(pre_tokenizers.Sequence([split, byte_level]))
     settings = dict(bos_token_id=0, eos_token_id=1)
