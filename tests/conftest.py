@@ -36,10 +36,16 @@ with jaxtyping.install_import_hook(CHECKED, "beartype.beartype"):
     import lsjax  # noqa: F401
 
 from flax import nnx
+from tokenizers import pre_tokenizers
 
 from lsjax.config import LlamaConfig
 from lsjax.data.tokenizer import Tokenizer
-from lsjax.data.tokenizer_backends import ByteTokenizer
+from lsjax.data.tokenizer_backends import (
+    ByteTokenizer,
+    HuggingFaceTokenizer,
+    byte_level_bpe,
+    bytes_by_character,
+)
 from lsjax.decoding import cost
 from lsjax.model.llama import Llama
 
@@ -60,6 +66,14 @@ def model(config) -> Llama:
 def tokenizer() -> Tokenizer:
     """Bytes: every token of the tiny model is one."""
     return ByteTokenizer(add_bos=False)
+
+
+@pytest.fixture(scope="session")
+def small_tokenizer() -> Tokenizer:
+    """As many bytes as the golden models have tokens."""
+    vocab = dict(list(bytes_by_character().items())[:64])
+    words = pre_tokenizers.ByteLevel(False, use_regex=False)
+    return HuggingFaceTokenizer(byte_level_bpe(vocab, [], words))
 
 
 @pytest.fixture

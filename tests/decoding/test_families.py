@@ -11,17 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
-from tokenizers import pre_tokenizers
 
 from lsjax import Engine, load
 from lsjax.checkpoints import open_checkpoint
 from lsjax.checkpoints.huggingface import save
 from lsjax.config import EarlyExitConfig, LayerDropoutConfig, LlamaConfig, StepConfig
-from lsjax.data.tokenizer_backends import (
-    HuggingFaceTokenizer,
-    byte_level_bpe,
-    bytes_by_character,
-)
 from lsjax.decoding.autoregressive import Autoregressive
 from lsjax.decoding.self_speculative import SelfSpeculative
 from lsjax.model.cache import KVCache
@@ -59,14 +53,6 @@ def test_cached_logits_are_those_of_transformers_past_the_window(name):
     logits = np.concatenate(parts, 2)
     np.testing.assert_allclose(logits[-1], golden["logits"], atol=2e-4)
     np.testing.assert_allclose(logits, expected, atol=2e-4)
-
-
-@pytest.fixture(scope="module")
-def small_tokenizer() -> HuggingFaceTokenizer:
-    """As many bytes as the golden models have tokens."""
-    vocab = dict(list(bytes_by_character().items())[:64])
-    words = pre_tokenizers.ByteLevel(False, use_regex=False)
-    return HuggingFaceTokenizer(byte_level_bpe(vocab, [], words))
 
 
 @pytest.mark.parametrize("name", FAMILIES)
