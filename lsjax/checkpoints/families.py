@@ -102,8 +102,8 @@ FAMILIES: Mapping[str, Family] = {
     "Olmo3ForCausalLM": dataclasses.replace(
         _OLMO2,
         model_type="olmo3",
-        defaults={**_OLMO2.defaults, "rope_theta": 5e5, "sliding_window": 4096}
-        | dict(layer_types=None),
+        defaults={**_OLMO2.defaults, "rope_theta": 5e5, "window_rope_theta": 5e5}
+        | dict(sliding_window=4096, layer_types=None),
         slides=lambda layer, raw: (layer + 1) % 4 != 0,
     ),
 }

@@ -154,6 +154,7 @@ def save(
     ids = {
         "bos_token_id": tokenizer.bos_id if tokenizer else None,
         "eos_token_id": eos if len(eos) > 1 else next(iter(eos), None),
+        "pad_token_id": None,
     }
     defaults = generation or GenerationDefaults()
     early = {name: getattr(defaults, field) for field, name in _GENERATION.items()}

@@ -82,8 +82,9 @@ def llama_config(raw: Mapping[str, Any], where: str) -> LlamaConfig:
     fields |= {key: raw.get(key, False) for key in BIASES}
     count = LlamaConfig(**fields).num_layers  # reports bad sizes, which the rest relies on
     check(count <= 10_000, f"num_hidden_layers is {count}, more than 10000: correct it")
-    layers = _window_and_full_layers(raw, family)
-    return LlamaConfig(**fields, **family.switches, **layers, **_read_rope(raw, family))
+    layers = _kinds_of_layers(raw, family)
+    slides = layers["sliding_window"] is not None
+    return LlamaConfig(**fields, **family.switches, **layers, **_read_rope(raw, slides))
 
 
 def _family(given: Mapping[str, Any]) -> Family:
@@ -102,7 +103,7 @@ def _family(given: Mapping[str, Any]) -> Family:
     )
 
 
-def _window_and_full_layers(raw: Mapping[str, Any], family: Family) -> dict[str, Any]:
+def _kinds_of_layers(raw: Mapping[str, Any], family: Family) -> dict[str, Any]:
     """The fields of LlamaConfig that differ by layer."""
     count, types = raw["num_hidden_layers"], raw.get("layer_types")
     window = raw.get("sliding_window") if raw.get("use_sliding_window", True) else None
@@ -110,7 +111,9 @@ def _window_and_full_layers(raw: Mapping[str, Any], family: Family) -> dict[str,
         slides = [window is not None and family.slides(layer, raw) for layer in range(count)]
         types = [SLIDING if one else FULL for one in slides]
     check(
-        isinstance(types, list) and len(types) == count and {*types} <= {FULL, SLIDING},
+        isinstance(types, list)
+        and len(types) == count
+        and all(one in (FULL, SLIDING) for one in types),
         f"layer_types is {types!r}, but must have {FULL} or {SLIDING} for each of {count} layers",
     )
     check(
@@ -127,16 +130,21 @@ def _window_and_full_layers(raw: Mapping[str, Any], family: Family) -> dict[str,
     }
 
 
-def _read_rope(raw: Mapping[str, Any], family: Family) -> dict[str, Any]:
-    """Theta and scaling, from rope_scaling (version 4), else from rope_parameters (version 5)."""
+def _read_rope(raw: Mapping[str, Any], slides: bool) -> dict[str, Any]:
+    """Theta and scaling, from rope_scaling (version 4), else from rope_parameters (version 5).
+
+    slides: whether a layer has the sliding window.
+    """
     rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
     check(isinstance(rope, dict), f"rope_scaling is {rope!r}, but must be an object")
-    own: dict[str, Any] = {}
-    if family.model_type == "olmo3":
-        window = rope.get(SLIDING, {})
-        theta, default = raw["rope_theta"], family.defaults["rope_theta"]
+    window, own = rope.get(SLIDING) or {}, {}
+    rope = rope.get(FULL, {} if window else rope)
+    for one in (rope, window):
+        check(isinstance(one, dict), f"rope_parameters has {one!r}, but must have objects")
+    theta = raw["rope_theta"]
+    if slides and (own_theta := window.get("rope_theta", raw.get("window_rope_theta"))):
         check(
-            SLIDING in rope or theta == default,
+            bool(window) or theta == own_theta,
             f"rope_theta is {theta!r}, and versions of transformers differ on layers with a "
             "sliding window: give rope_parameters for each type of layer",
         )
@@ -144,11 +152,10 @@ def _read_rope(raw: Mapping[str, Any], family: Family) -> dict[str, Any]:
             window.get("rope_type", "default") == "default",
             f"rope_parameters scale layers with {SLIDING}, which is not supported",
         )
-        own = {"window_rope_theta": window.get("rope_theta", theta)}
-        rope = rope.get(FULL, {} if SLIDING in rope else rope)
+        own["window_rope_theta"] = own_theta
     partial = rope.get("partial_rotary_factor", 1.0)
     check(partial == 1.0, f"partial_rotary_factor {partial!r} is not supported")
-    own["rope_theta"] = rope.get("rope_theta", raw["rope_theta"])
+    own["rope_theta"] = rope.get("rope_theta", theta)
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":
         return own
@@ -231,12 +238,6 @@ def to_config_json(config: LlamaConfig, dtype: Any) -> dict[str, Any]:
             if dataclasses.replace(read, scaled_init=config.scaled_init) == config:
                 return raw
     raise CheckpointError(
-        "no architecture of transformers has the switches of this model together: it has "
-        f"{', '.join(sorted(_switches(config)))}"
+        f"no architecture of transformers has the switches of {config} together: keep the run, "
+        "which lsjax reads"
     )
-
-
-def _switches(config: LlamaConfig) -> set[str]:
-    """Names of the fields with other values than their defaults."""
-    fields = [one for one in dataclasses.fields(config) if one.default is not dataclasses.MISSING]
-    return {one.name for one in fields if getattr(config, one.name) != one.default}
