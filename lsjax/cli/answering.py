@@ -20,7 +20,6 @@ from lsjax.config import ConfigError, DataConfig, bounded, check, split_step
 from lsjax.data.chat import chat_prompt
 from lsjax.data.files import PlacedRow, Refuse, file_rows, stop_at
 from lsjax.data.sources import Document
-from lsjax.data.token_store import encode_document
 from lsjax.decoding.completion import Completion
 from lsjax.decoding.engine import Engine
 from lsjax.decoding.request import Request, encode_prompt
@@ -119,8 +118,7 @@ def read_examples(
         elif own_rows is not None:
             ids = tokenizer.encode(prompt)
         else:
-            ids, count = encode_document(Document("", prompt), data, tokenizer)
-            ids = ids[:count]
+            ids = tokenizer.encode(prompt, allow_special=data.allow_special)
         request = Request(prompt=ids, max_new_tokens=task.max_new_tokens)
         return encode_prompt(request, tokenizer, model.source.config, flags.max_length)
 

@@ -11,6 +11,7 @@ import uuid
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import chain, islice, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -54,28 +55,48 @@ def stop_at(error: ConfigError) -> None:
     raise error
 
 
-def read_lines(file: Path, refuse: Refuse = stop_at) -> Iterator[tuple[int, str]]:
+def read_lines(
+    file: Path, refuse: Refuse = stop_at, begin: int = 0, end: int | None = None
+) -> Iterator[tuple[int, str]]:
     """Line numbers and texts of a UTF-8 file; decompresses a .gz file.
 
     Removes a byte order mark, and ends lines with \\n. Raises ConfigError for a damaged .gz file.
+    begin, end: only lines whose first byte is in this range, numbered from 1.
     """
+    lines = lines_with_offsets(file, refuse, begin)
+    lines = lines if end is None else takewhile(lambda one: one[1] < end, lines)
+    return ((number, line) for number, _, line in lines)
+
+
+def lines_with_offsets(
+    file: Path, refuse: Refuse = stop_at, begin: int = 0
+) -> Iterator[tuple[int, int, str]]:
+    """Number, offset of the first byte, and text of the lines that begin at `begin` or later."""
+    at = begin
     try:
         with gzip.open(file) if file.suffix == ".gz" else file.open("rb") as lines:
+            if begin:
+                lines.seek(begin - 1)
+                at += len(lines.readline()) - 1
             for number, line in enumerate(lines, 1):
                 try:
-                    text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+                    text = line.decode("utf-8" if at else "utf-8-sig")
                 except UnicodeDecodeError:
                     problem = "is not UTF-8 text: save it as UTF-8"
                     refuse(ConfigError(f"{file}, line {number} {problem}"))
                     continue
-                yield number, text[:-2] + "\n" if text.endswith("\r\n") else text
+                finally:
+                    at, offset = at + len(line), at
+                yield number, offset, text[:-2] + "\n" if text.endswith("\r\n") else text
     except (gzip.BadGzipFile, zlib.error, EOFError) as error:
         raise ConfigError(f"{file} cannot be decompressed ({error}): get it again") from None
 
 
-def json_rows(file: Path, refuse: Refuse = stop_at) -> Iterator[tuple[int, Fields]]:
+def json_rows(
+    file: Path, refuse: Refuse = stop_at, begin: int = 0, end: int | None = None
+) -> Iterator[tuple[int, Fields]]:
     """Line numbers and objects of a .jsonl file; skips blank lines."""
-    for number, line in read_lines(file, refuse):
+    for number, line in read_lines(file, refuse, begin, end):
         if not line.strip():
             continue
         try:
@@ -90,10 +111,16 @@ def json_rows(file: Path, refuse: Refuse = stop_at) -> Iterator[tuple[int, Field
             refuse(ConfigError(f"{file}, line {number} is not an object: write {{...}}"))
 
 
-def tab_separated_rows(file: Path, refuse: Refuse = stop_at) -> Iterator[tuple[int, Fields]]:
+def tab_separated_rows(
+    file: Path, refuse: Refuse = stop_at, begin: int = 0, end: int | None = None
+) -> Iterator[tuple[int, Fields]]:
     """Line numbers and columns, keyed by the header's names; quotes are plain characters."""
-    lines = ((n, line.removesuffix("\n").split("\t")) for n, line in read_lines(file, refuse))
-    yield from _named_columns(file, lines, refuse)
+    lines = read_lines(file, refuse, begin, end)
+    if begin:  # the header is the first line that is not blank
+        heads = (one for one in read_lines(file, refuse) if one[1].replace("\t", "").strip())
+        lines = chain(islice(heads, 1), lines)
+    columns = ((number, line.removesuffix("\n").split("\t")) for number, line in lines)
+    yield from _named_columns(file, columns, refuse)
 
 
 def comma_separated_rows(file: Path, refuse: Refuse = stop_at) -> Iterator[tuple[int, Fields]]:

@@ -7,18 +7,33 @@
 A row is a list of pieces; a piece is a contiguous span of one document. Reading a row copies it.
 """
 
-import hashlib
 from dataclasses import dataclass
-from functools import cached_property
 from typing import TypedDict
 
 import numpy as np
-from jaxtyping import Int32, Int64
+from jaxtyping import Int32, Int64, UInt64
 
-from lsjax.config import DataConfig, check
-from lsjax.data.token_store import TokenStore
+from lsjax.config import DataConfig
 
 OPEN_ROWS = 1024  # number of newest rows that first-fit searches
+
+
+@dataclass(frozen=True, eq=False)
+class TokenStore:
+    """Tokens of N documents: document n is tokens[starts_N1[n] : starts_N1[n + 1]].
+
+    prompts_N: prompt tokens of each document. keys_N: `Document.key`.
+    """
+
+    tokens: np.ndarray
+    starts_N1: Int64[np.ndarray, "N+1"]
+    prompts_N: Int32[np.ndarray, "N"]
+    keys_N: UInt64[np.ndarray, "N"]
+
+    @property
+    def lengths_N(self) -> Int64[np.ndarray, "N"]:
+        """Number of tokens of each document."""
+        return np.diff(self.starts_N1)
 
 
 class PackedBatch(TypedDict):
@@ -43,7 +58,7 @@ class PackedRows:
 
     start_P, length_P: span of each piece in store.tokens. document_P: its document.
     num_documents, num_truncated, num_dropped: documents in the rows, those of them that were
-    truncated, and dropped. num_shared: validation documents also in training, left out.
+    truncated, and dropped.
     """
 
     store: TokenStore
@@ -56,7 +71,6 @@ class PackedRows:
     num_documents: int
     num_truncated: int = 0
     num_dropped: int = 0
-    num_shared: int = 0
 
     def __len__(self) -> int:
         return len(self.first_R1) - 1
@@ -65,23 +79,6 @@ class PackedRows:
     def num_tokens(self) -> int:
         """Tokens in all rows, without padding."""
         return int(self.length_P.sum())
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """Hash (hex) of the rows' contents."""
-        whole = hashlib.sha256(f"{self.store.fingerprint} {self.train_on_prompt}".encode())
-        for numbers in (self.first_R1, self.start_P, self.length_P):
-            whole.update(np.ascontiguousarray(numbers, np.int64).data)
-        return whole.hexdigest()[:16]
-
-    def describe(self) -> str:
-        """One line: documents, tokens, rows, share that is filled, and documents lost."""
-        full = self.num_tokens / (len(self) * self.seq_len)
-        text = f"{self.num_documents:,} documents, {self.num_tokens:,} tokens, "
-        text += f"{len(self):,} rows of {self.seq_len:,}, {full:.1%} full"
-        reasons = "truncated", "dropped", "also in training, left out"
-        lost = zip((self.num_truncated, self.num_dropped, self.num_shared), reasons, strict=True)
-        return text + "".join(f", {number:,} {why}" for number, why in lost if number)
 
     def read(self, rows: np.ndarray) -> PackedBatch:
         """Reads rows by number, as int32; number -1 is a row of padding."""
@@ -115,11 +112,7 @@ class PackedRows:
 def pack(
     store: TokenStore, documents_M: Int64[np.ndarray, "M"], seq_len: int, config: DataConfig
 ) -> PackedRows:
-    """Packs these documents in this order; drops those without labels or truncated to a prompt.
-
-    Raises ConfigError if no row is left.
-    """
-    check(seq_len >= 2, f"seq_len {seq_len} must be at least 2: a token and its label")
+    """Packs these documents in this order; drops those without labels or truncated to a prompt."""
     lengths_M = store.lengths_N[documents_M]
     truncated = dropped = 0
     if config.long_documents == "split":
@@ -135,17 +128,13 @@ def pack(
         length_P = np.minimum(lengths_M[which_P], seq_len)
         offset_P = np.zeros_like(which_P)
         row_P = first_fit(length_P, seq_len) if config.packing else np.arange(len(which_P))
-    check(
-        len(row_P) > 0,
-        f"no document fits a row of {seq_len} tokens ({dropped} dropped): raise seq_len",
-    )
     order = np.argsort(row_P, kind="stable")
     document_P = documents_M[which_P[order]]
     return PackedRows(
         store=store,
         seq_len=seq_len,
         train_on_prompt=config.train_on_prompt,
-        first_R1=np.searchsorted(row_P[order], np.arange(row_P.max() + 2)),
+        first_R1=np.searchsorted(row_P[order], np.arange(row_P.max(initial=-1) + 2)),
         start_P=store.starts_N1[document_P] + offset_P[order],
         length_P=length_P[order],
         document_P=document_P,
@@ -165,10 +154,11 @@ def split(
     room_M = lengths_M if packing else -(-lengths_M // seq_len) * seq_len
     ends_M = np.cumsum(room_M)
     begins_M = ends_M - room_M
-    cut_P = np.union1d(begins_M[lengths_M > 0], np.arange(0, ends_M[-1], seq_len))
+    total = room_M.sum()
+    cut_P = np.union1d(begins_M[lengths_M > 0], np.arange(0, total, seq_len))
     which_P = np.searchsorted(begins_M, cut_P, side="right") - 1
     offset_P = cut_P - begins_M[which_P]
-    next_P = np.append(cut_P[1:], ends_M[-1])
+    next_P = np.append(cut_P[1:], total)
     length_P = np.minimum(next_P - cut_P, lengths_M[which_P] - offset_P)
     return which_P, offset_P, length_P, cut_P // seq_len
 

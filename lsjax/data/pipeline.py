@@ -9,20 +9,16 @@ order. It continues across epochs, so its state is the number of rows taken.
 """
 
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import grain
 import numpy as np
-from jaxtyping import Bool, Int64, UInt64
 
 from lsjax.config import DataConfig, check
-from lsjax.data.packing import PackedBatch, PackedRows, pack
-from lsjax.data.sources import is_held_out
-from lsjax.data.token_store import token_store
+from lsjax.data.packing import PackedBatch
+from lsjax.data.token_rows import Share, TokenRows, token_rows
 from lsjax.data.tokenizer import Tokenizer
 
-SPLITS = ("train", "validation")
 PREFETCH = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
 
 
@@ -34,7 +30,7 @@ class Pipeline:
     """
 
     def __init__(
-        self, rows: PackedRows, *, batch_size: int, seed: int, own_B: np.ndarray | None = None
+        self, rows: TokenRows, *, batch_size: int, seed: int, own_B: np.ndarray | None = None
     ):
         self.rows, self._batch_size, self._seed = rows, batch_size, seed
         self._own_B = np.arange(batch_size) if own_B is None else own_B
@@ -94,7 +90,7 @@ class OnePass:
 
     def __init__(
         self,
-        rows: PackedRows,
+        rows: TokenRows,
         *,
         batch_size: int,
         own_B: np.ndarray | None = None,
@@ -121,35 +117,35 @@ class OnePass:
 
 
 def packed_rows(
-    config: DataConfig, tokenizer: Tokenizer, *, seq_len: int, split: str, cache: Path
-) -> PackedRows:
-    """Packed rows of a split, "train" or "validation"; the splits share no document.
+    config: DataConfig,
+    tokenizer: Tokenizer,
+    *,
+    seq_len: int,
+    split: str,
+    cache: Path,
+    share: Share | None = None,
+    workers: int | None = None,
+) -> TokenRows:
+    """Rows of a split, "train" or "validation"; the splits share no document.
 
-    Tokens are cached in `cache`. A separate validation set loses the documents that are also in
-    the training data.
+    share, workers: as for `token_rows`. A separate validation set loses the documents that are also
+    in the training data.
 
-    Raises ConfigError for missing or unreadable data, or a split without documents.
+    Raises ConfigError for missing or unreadable data, or a split without documents or rows.
     """
-    store = token_store(config, tokenizer, cache=cache)
-    own_set = config.has_validation_set
-    if split == "validation" and own_set:
-        seen = store.keys_N
-        store = token_store(config, tokenizer, cache=cache, validation=True)
-        chosen_N = ~np.isin(store.keys_N, seen)
-    else:
-        chosen_N = is_held_out(store.keys_N, config.held_out_fraction) == (split == "validation")
+    own_set = config.has_validation_set and split == "validation"
+    options = dict(seq_len=seq_len, cache=cache, validation=own_set)
+    rows = token_rows(config, tokenizer, share=share, workers=workers, **options)[split]
     size = "small" if split == "validation" else "large"
     reason = "all are in the training data too, so choose another validation set"
     if not own_set:
         reason = f"validation_fraction {config.validation_fraction} is too {size}"
-    check(bool(chosen_N.any()), f"none of {len(chosen_N)} documents is for {split}: {reason}")
-    rows = pack(store, by_key(store.keys_N, chosen_N), seq_len, config)
-    return replace(rows, num_shared=int((~chosen_N).sum()) if own_set else 0)
-
-
-def by_key(
-    keys_N: UInt64[np.ndarray, "N"], chosen_N: Bool[np.ndarray, "N"]
-) -> Int64[np.ndarray, "M"]:
-    """Numbers of the chosen documents, in the order of their keys, which is effectively random."""
-    numbers = np.flatnonzero(chosen_N)
-    return numbers[np.argsort(keys_N[numbers], kind="stable")]
+    check(
+        rows.num_documents + rows.num_dropped > 0,
+        f"none of {rows.num_all} documents is for {split}: {reason}",
+    )
+    check(
+        len(rows) > 0,
+        f"no document fits a row of {seq_len} tokens ({rows.num_dropped} dropped): raise seq_len",
+    )
+    return rows

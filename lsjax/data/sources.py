@@ -6,28 +6,39 @@ get by hand for the others. It also reads data sets that were prepared elsewhere
 
 import hashlib
 import importlib
+import logging
 import numbers
 import os
 import platform
-import re
 import string
 import sysconfig
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
-from itertools import islice
+from itertools import islice, pairwise, repeat
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from lsjax.config import ConfigError, DataConfig, check
-from lsjax.data.files import Fields, file_rows, find_files, one_line, read_lines
+from lsjax.data.files import (
+    READERS,
+    Fields,
+    find_files,
+    lines_with_offsets,
+    one_line,
+    read_lines,
+)
+
+log = logging.getLogger(__name__)
 
 # Tests are repetitive, installed packages vary, and the rest is specific to one machine.
 LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 OF_ONE_MACHINE = ("_sysconfigdata", "sitecustomize", "usercustomize")
 # Packages of TFDS whose classes it does not find without TensorFlow.
+# Number of pieces that large sources are divided into, and limits of a piece's bytes.
+MANY_PIECES, SMALLEST_PIECE, LARGEST_PIECE = 4096, 2_000_000, 32_000_000
+LARGE_DOCUMENT, BLOCK = 10_000_000, 1 << 20
 TFDS_PACKAGES = ("text", "summarization", "question_answering", "translate")
 
 
@@ -46,32 +57,102 @@ class Document:
         return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
 
 
+class Piece(NamedTuple):
+    """The part of a source whose tokens are one shard.
+
+    ranges: index of a file, first byte, and first byte after it. rows: the same of rows, for
+    sources of rows without bytes. limit: maximum number of documents.
+    """
+
+    ranges: tuple[tuple[int, int, int], ...]
+    rows: tuple[int, int] | None = None
+    limit: int | None = None
+
+
 @dataclass(frozen=True)
 class Source:
     """Documents in a fixed order, the same on every machine with the same files.
 
-    name: its name in messages. files: the files it reads. read: yields the documents, and raises
-    ConfigError with file and line if it cannot. part: names the part of the files, if not all are
-    read. limit: maximum number of documents.
+    name: its name in messages. files: the files it reads. read: (file, begin, end) -> documents
+    that begin in this range of bytes; with num_rows, (None, first, last) -> those of these rows. It
+    raises ConfigError with file and line if it cannot. whole: files are not divided. part: names
+    the part of the files, if not all are read. limit: maximum number of documents.
     """
 
     name: str
     files: Sequence[Path]
-    read: Callable[[], Iterator[Document]]
+    read: Callable[[Path | None, int, int | None], Iterator[Document]]
+    whole: bool = False
+    num_rows: int | None = None
     part: str = ""
     limit: int | None = None
 
     def documents(self) -> Iterator[Document]:
         """The first `limit` documents whose text is not blank."""
-        return islice((one for one in self.read() if one.text.strip()), self.limit)
+        return islice((one for piece in self._pieces() for one in self.in_piece(piece)), self.limit)
 
-    def fingerprint(self) -> str:
-        """Hash (hex) of the files' contents, in order; ignores file names."""
-        whole = hashlib.sha256(self.part.encode())
-        for path in self.files:
-            with path.open("rb") as file:
-                whole.update(hashlib.file_digest(file, "sha256").digest())
-        return whole.hexdigest()
+    def in_piece(self, piece: Piece) -> Iterator[Document]:
+        """The documents of a piece whose text is not blank."""
+        ranges = [(self.files[index], begin, end) for index, begin, end in piece.ranges]
+        # Offsets in the text of a .gz file are others than in the file, which is read as a whole.
+        ranges = [(file, at, None if file.suffix == ".gz" else end) for file, at, end in ranges]
+        if piece.rows is not None:
+            ranges = [(None, *piece.rows)]
+        found = (document for one in ranges for document in self.read(*one))
+        return islice((one for one in found if one.text.strip()), piece.limit)
+
+    def stats(self) -> list[tuple[str, int, int]]:
+        """Name, size, and time of the last change of each file. Equal ones have equal contents."""
+        found = ((file.name, file.stat()) for file in self.files)
+        return [(name, stat.st_size, stat.st_mtime_ns) for name, stat in found]
+
+    def content(self, piece: Piece) -> str:
+        """Hash (hex) of a piece's bytes."""
+        digest = hashlib.sha256()
+        for index, begin, end in piece.ranges:
+            with self.files[index].open("rb") as file:
+                file.seek(begin)
+                for at in range(begin, end, BLOCK):
+                    digest.update(file.read(min(BLOCK, end - at)))
+        return digest.hexdigest()
+
+    def pieces(self) -> list[Piece]:
+        """All pieces, of about equal size. They depend on the sizes of the files, and on the
+        documents if there is a limit."""
+        pieces = self._pieces()
+        if self.limit is None:
+            return pieces
+        left, taken = self.limit, []
+        while left and len(taken) < len(pieces):
+            piece = pieces[len(taken)]._replace(limit=left)
+            left -= sum(1 for _ in self.in_piece(piece))
+            taken.append(piece)
+        return taken
+
+    def _pieces(self) -> list[Piece]:
+        sizes = [file.stat().st_size for file in self.files]
+        most = min(max(sum(sizes) // MANY_PIECES, SMALLEST_PIECE), LARGEST_PIECE)
+        if self.num_rows is not None:
+            count = min(-(-sum(sizes) // most), self.num_rows) or 1
+            files = [[] for _ in range(count)]
+            for index, size in enumerate(sizes):
+                files[index % count].append((index, 0, size))
+            ends = [number * self.num_rows // count for number in range(count + 1)]
+            return [
+                Piece(tuple(own), rows) for own, rows in zip(files, pairwise(ends), strict=True)
+            ]
+        pieces: list[list[tuple[int, int, int]]] = []
+        room = 0
+        for index, (file, size) in enumerate(zip(self.files, sizes, strict=True)):
+            parts = 1 if self.whole or file.suffix == ".gz" else max(1, -(-size // most))
+            ends = [number * size // parts for number in range(parts + 1)]
+            for begin, end in pairwise(ends):
+                if end - begin > room or parts > 1:
+                    pieces.append([])
+                    room = most
+                pieces[-1].append((index, begin, end))
+                room -= end - begin
+        return [Piece(tuple(ranges)) for ranges in pieces]
 
 
 def document_source(config: DataConfig, *, validation: bool = False) -> Source:
@@ -87,25 +168,22 @@ def document_source(config: DataConfig, *, validation: bool = False) -> Source:
             source = text_files(paths, config.separator)
         case "tfds":
             part = config.validation_split if validation else config.tfds_split
-            found = tfds_split(config.tfds_name, part, config.tfds_data_dir)
-            source = _row_source(config, *found, part)
+            title, files, rows = tfds_split(config.tfds_name, part, config.tfds_data_dir)
+
+            def read_rows(_, first: int, last: int) -> Iterator[Document]:
+                wheres = (f"{title}, row {number}" for number in range(first, last))
+                own = (rows[number] for number in range(first, last))
+                return map(row_document, own, repeat(config), wheres)
+
+            source = Source(title, files, read_rows, num_rows=len(rows), part=part)
         case kind:
-            rows = partial(file_rows, paths, kind=f".{kind}")
-            source = _row_source(config, " ".join(paths), find_files(paths), rows)
+
+            def read_lines_of(file: Path, begin: int, end: int | None) -> Iterator[Document]:
+                for number, row in READERS[f".{kind}"](file, begin=begin, end=end):
+                    yield row_document(row, config, f"{file}, line {number}")
+
+            source = Source(" ".join(paths), find_files(paths), read_lines_of)
     return replace(source, limit=None if validation else config.max_documents)
-
-
-def _row_source(
-    config: DataConfig,
-    name: str,
-    files: Sequence[Path],
-    rows: Callable[[], Iterator[tuple[Any, ...]]],
-    part: str = "",
-) -> Source:
-    def read() -> Iterator[Document]:
-        return (row_document(row, config, where) for *_, where, row in rows())
-
-    return Source(name, files, read, part)
 
 
 def python_source() -> Source:
@@ -124,42 +202,69 @@ def python_source() -> Source:
     )
     files = sorted(found, key=Path.as_posix)
 
-    def read() -> Iterator[Document]:
-        return (Document(file.read_text(encoding="utf-8", errors="replace")) for file in files)
+    def read(file: Path, begin: int, end: int | None) -> Iterator[Document]:
+        yield Document(file.read_text(encoding="utf-8", errors="replace"))
 
-    return Source(f"standard library of Python {platform.python_version()}", files, read)
+    name = f"standard library of Python {platform.python_version()}"
+    return Source(name, files, read, whole=True)
 
 
 def text_files(paths: Sequence[str], separator: str) -> Source:
     """Documents of plain text, without separators.
 
-    separator: "file" makes each file a document. "blank_line" splits at each run of blank lines.
-      Any other string is a marker between documents.
+    separator: "file" makes each file a document, in parts if it is large. "blank_line" splits at
+      each run of blank lines. Any other string is a marker between documents.
     """
     files = find_files(paths)
+    blank = separator == "blank_line"
 
-    def read() -> Iterator[Document]:
-        for file in files:
+    def cut(line: str) -> list[str]:
+        return (
+            ["", ""] if blank and not line.strip() else [line] if blank else line.split(separator)
+        )
+
+    def read(file: Path, begin: int, end: int | None) -> Iterator[Document]:
+        if separator == "file":
+            yield Document("".join(line for _, line in read_lines(file, begin=begin, end=end)))
+            return
+        if "\n" in separator:
             text = "".join(line for _, line in read_lines(file))
-            match separator:
-                case "file":
-                    pieces = [text]
-                case "blank_line":
-                    pieces = re.split(r"\n(?:[^\S\n]*\n)+", text)
-                case marker:
-                    pieces = text.split(marker)
-            yield from map(Document, pieces)
+            yield from map(Document, text.split(separator))
+            return
+        # The documents after the separators in this range; at the file's begin also the first one.
+        lines: list[str] | None = None if begin else []
+        size, tail = 0, "\n" if blank else ""
+        for _, at, line in lines_with_offsets(file, begin=begin):
+            first, *others = cut(line)
+            size += len(line)
+            if lines is not None:
+                lines.append(first)
+            if (others or size > LARGEST_PIECE) and lines is not None:
+                yield Document("".join(lines).removesuffix(tail))
+                lines, size = [], 0
+            if end is not None and at >= end and (others or lines is None):
+                return
+            if others:
+                yield from map(Document, others[:-1])
+                lines = others[-1:]
+        yield Document("".join(lines or ()))
 
-    return Source(" ".join(paths), files, read)
+    large = [file for file in files if file.stat().st_size > LARGE_DOCUMENT]
+    if separator == "file" and large:
+        log.warning(
+            "%s has %.1f MB and no separator, so it is cut into documents at line ends: set "
+            "data.separator to blank_line, or to a marker between its documents",
+            *(large[0], large[0].stat().st_size / 1e6),
+        )
+    return Source(" ".join(paths), files, read, whole="\n" in separator)
 
 
 def tfds_split(
     name: str, split: str, data_dir: str = ""
-) -> tuple[str, list[Path], Callable[[], Iterator[tuple[str, Fields]]]]:
+) -> tuple[str, list[Path], Sequence[Fields]]:
     """A split of a TensorFlow data set, or part of one; downloaded if needed.
 
-    Returns its name for messages, its files, and a function that yields the place and the fields of
-    each row. Texts are bytes.
+    Returns its name for messages, its files, and its rows, in which texts are bytes.
 
     Raises ConfigError for an unknown name or split, or a failed download. Also raises it for files
     to fetch by hand, or a data set that was prepared in another format.
@@ -191,8 +296,7 @@ def tfds_split(
             f"{name} has no split {split!r} ({one_line(error)}): choose one of "
             f"{', '.join(builder.info.splits)}, or a part such as train[:10%]"
         ) from None
-    title = f"{name} {split}"
-    return title, files, lambda: ((f"{title}, row {n}", source[n]) for n in range(len(source)))
+    return f"{name} {split}", files, source
 
 
 def tfds_builder(name: str, **settings: Any) -> Any:

@@ -12,7 +12,7 @@ import hashlib
 import json
 import struct
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -51,7 +51,7 @@ class Tokenizer(ABC):
     _pieces: dict[int, bytes]  # bytes that a token adds to a text; empty for special tokens
 
     @abstractmethod
-    def _encode(self, text: str, allow_special: bool) -> list[int]: ...
+    def _encode_batch(self, texts: Sequence[str], allow_special: bool) -> list[list[int]]: ...
 
     @abstractmethod
     def _save_model(self, directory: Path) -> str:
@@ -60,10 +60,16 @@ class Tokenizer(ABC):
     def encode(
         self, text: str, *, add_bos: bool | None = None, allow_special: bool = True
     ) -> list[int]:
-        """Token ids of `text`.
+        """Token ids of one text; arguments as for `encode_batch`."""
+        return self.encode_batch([text], add_bos=add_bos, allow_special=allow_special)[0]
+
+    def encode_batch(
+        self, texts: Sequence[str], *, add_bos: bool | None = None, allow_special: bool = True
+    ) -> list[list[int]]:
+        """Token ids of each text.
 
         Args:
-          text: any valid Unicode.
+          texts: any valid Unicode.
           add_bos: put `bos_id` first; None follows the tokenizer's files (`self.add_bos`).
             Chat templates add their own: pass False.
           allow_special: True reads the spelling of a special token ("</s>", "<|eot_id|>") as that
@@ -74,25 +80,26 @@ class Tokenizer(ABC):
         missing `bos_id`.
         """
         try:
-            text.encode()
+            for text in texts:
+                text.encode()
         except UnicodeEncodeError as error:
             raise TokenizerError(
                 f"character {error.start} of the text is not valid Unicode (a lone surrogate): "
                 "decode the input as UTF-8 with errors='replace'"
             ) from error
-        ids = self._encode(text, allow_special)
+        batch = self._encode_batch(texts, allow_special)
         if self.add_bos if add_bos is None else add_bos:
             if self.bos_id is None:
                 raise TokenizerError("this tokenizer has no beginning-of-text token: add_bos=False")
-            ids = [self.bos_id, *ids]
-        extra = next((token for token in ids if token >= self.vocab_size), None)
-        if extra is not None:
+            batch = [[self.bos_id, *ids] for ids in batch]
+        extra = max((max(ids, default=0) for ids in batch), default=0)
+        if extra >= self.vocab_size:
             spelling = self.token_bytes(extra, skip_special=False).decode(errors="replace")
             raise TokenizerError(
                 f"the text contains {spelling!r} (token {extra}), but the model has only "
                 f"{self.vocab_size} tokens: remove it from the text"
             )
-        return ids
+        return batch
 
     def fitted(self, rows: int) -> Tokenizer:
         """This tokenizer for a model whose table has this many rows.
@@ -165,7 +172,7 @@ class Tokenizer(ABC):
         for token_id in sorted(self._pieces):
             piece = self.token_bytes(token_id, skip_special=False)
             digest.update(struct.pack("<II", token_id, len(piece)) + piece)
-        digest.update(json.dumps(self._encode(PROBE, allow_special=True)).encode())
+        digest.update(json.dumps(self._encode_batch([PROBE], True)[0]).encode())
         return digest.hexdigest()
 
 

@@ -77,9 +77,10 @@ class HuggingFaceTokenizer(Tokenizer):
         backend.encode_special_tokens = True
         return backend
 
-    def _encode(self, text: str, allow_special: bool) -> list[int]:
+    def _encode_batch(self, texts: Sequence[str], allow_special: bool) -> list[list[int]]:
         backend = self._backend if allow_special else self._plain
-        return backend.encode(text, add_special_tokens=False).ids
+        found = backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [one.ids for one in found]
 
     def _save_model(self, directory: Path) -> str:
         self._backend.save(str(directory / "tokenizer.json"))
@@ -119,7 +120,7 @@ class SentencePieceTokenizer(Tokenizer):
             processor = sentencepiece.SentencePieceProcessor(model_proto=model)
         except (RuntimeError, TypeError) as error:
             raise TokenizerError(f"not a SentencePiece model ({one_line(error)})") from error
-        self._model, self._processor = model, processor
+        self.model, self._processor = model, processor
         self.vocab_size = processor.vocab_size()
         bos_id, eos_id = processor.bos_id(), processor.eos_id()  # -1 if missing
         self.bos_id = bos_id if bos_id >= 0 else None
@@ -140,9 +141,12 @@ class SentencePieceTokenizer(Tokenizer):
             self.leading_spaces = (float("inf"), 1, 0)[len(processor.decode([space, space]))]
         self._specials = re.compile("|".join(map(re.escape, self.special_spelling.values())))
 
-    def _encode(self, text: str, allow_special: bool) -> list[int]:
+    def _encode_batch(self, texts: Sequence[str], allow_special: bool) -> list[list[int]]:
         if not allow_special:
-            return self._processor.encode(text)
+            return self._processor.encode(list(texts), num_threads=1)
+        return [self._encode_special(text) for text in texts]
+
+    def _encode_special(self, text: str) -> list[int]:
         ids, end = [], 0
         for match in self._specials.finditer(text):
             ids += self._processor.encode(text[end : match.start()])
@@ -157,7 +161,7 @@ class SentencePieceTokenizer(Tokenizer):
 
     def _save_model(self, directory: Path) -> str:
         """Writes tokenizer.model, and tokenizer.json for transformers if `_as_bpe` makes one."""
-        (directory / "tokenizer.model").write_bytes(self._model)
+        (directory / "tokenizer.model").write_bytes(self.model)
         backend = self._as_bpe()
         if backend is None:
             return "LlamaTokenizer"
@@ -198,7 +202,7 @@ class SentencePieceTokenizer(Tokenizer):
         set_bos(backend, self.bos_id if self.add_bos else None)
         texts = [PROBE, PROBE[::-1], *names[: 1 << 10]]
         same = all(
-            backend.encode(text, add_special_tokens=False).ids == self._encode(text, True)
+            backend.encode(text, add_special_tokens=False).ids == self._encode_special(text)
             for text in texts
         )
         return backend if same else None

@@ -16,7 +16,7 @@ import sentencepiece
 
 from lsjax.config import ConfigError, DataConfig, check, split_step
 from lsjax.data.files import one_line, write_whole
-from lsjax.data.sources import Document, training_documents
+from lsjax.data.sources import Document, document_source, training_documents
 from lsjax.data.tokenizer import Tokenizer
 from lsjax.data.tokenizer_backends import ByteTokenizer, SentencePieceTokenizer
 from lsjax.data.tokenizer_files import load_tokenizer
@@ -45,7 +45,15 @@ def make_tokenizer(config: DataConfig, *, cache: Path) -> Tokenizer:
         case "bytes":
             return ByteTokenizer()
         case "sentencepiece":
-            return train_tokenizer(training_documents(config), config.vocab_size, cache=cache)
+            # Found by the files' names, sizes and times, so that a later start reads none of them.
+            stats = document_source(config).stats()
+            known = [sentencepiece.__version__, SETTINGS, repr(config), stats]
+            name = hashlib.sha256(json.dumps(known).encode()).hexdigest()[:32]
+            file = cache / "vocabularies" / f"of-{name}.model"
+            if not file.is_file():
+                made = train_tokenizer(training_documents(config), config.vocab_size, cache=cache)
+                write_whole(file, made.model)
+            return SentencePieceTokenizer(file.read_bytes())
         case path:
             return load_tokenizer(Path(path).expanduser())
 

@@ -67,9 +67,9 @@ class Task:
 
 def tfds_rows(name: str, split: str, data_dir: str) -> Iterator[PlacedRow]:
     """The rows of a TensorFlow data set."""
-    _, _, rows = tfds_split(name, split, data_dir)
-    for number, (where, row) in enumerate(rows()):
-        yield f"{split}:{number}", where, row
+    title, _, rows = tfds_split(name, split, data_dir)
+    for number in range(len(rows)):
+        yield f"{split}:{number}", f"{title}, row {number}", rows[number]
 
 
 def read_row(task: Task, data: DataConfig, placed: PlacedRow) -> tuple[Fields, Document]:

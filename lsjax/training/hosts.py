@@ -115,6 +115,12 @@ def is_first() -> bool:
     return jax.process_index() == 0
 
 
+def wait_for_all(what: str) -> None:
+    """Returns once all processes have called it for this occasion."""
+    if jax.process_count() > 1:
+        sync_global_devices(what)
+
+
 @contextmanager
 def in_turn(what: str) -> Iterator[None]:
     """Runs the block in the first process before the others, which then find its files."""

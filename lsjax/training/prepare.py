@@ -25,12 +25,13 @@ from lsjax.checkpoints.steps import saved_steps
 from lsjax.config import EvaluationConfig, LlamaConfig, MeshConfig, TrainConfig, check
 from lsjax.config.checked import differences
 from lsjax.data.files import cache_directory, write_whole
-from lsjax.data.packing import PackedRows
-from lsjax.data.pipeline import SPLITS, OnePass, Pipeline, packed_rows
+from lsjax.data.pipeline import OnePass, Pipeline, packed_rows
+from lsjax.data.shards import SPLITS
+from lsjax.data.token_rows import Share, TokenRows
 from lsjax.data.tokenizer import Tokenizer
 from lsjax.data.vocabulary import COUNTS, make_tokenizer, write_counts
 from lsjax.sharding import make_mesh, own_rows, placed_rows
-from lsjax.training.hosts import check_same, in_turn, is_first, wait_to_see
+from lsjax.training.hosts import check_same, in_turn, is_first, wait_for_all, wait_to_see
 from lsjax.training.step import check_rows
 
 PROMPTS = "prompts.jsonl"
@@ -110,8 +111,9 @@ def prepare_run(config: TrainConfig, workdir: Path) -> TrainingRun:
     )
     check_same("the configurations and the states of --workdir", f"{config} {resumes}")
 
-    with in_turn("the data are read"):
-        tokenizer, pipeline, held_out = read_data(config, mesh)
+    with in_turn("the tokenizer is read"):
+        tokenizer = make_tokenizer(config.data, cache=cache_directory())
+    tokenizer, pipeline, held_out = read_data(config, tokenizer, mesh)
     fingerprints = tokenizer.fingerprint, pipeline.rows.fingerprint, held_out.rows.fingerprint
     check_same("the tokenizers and the data", f"{fingerprints}")
     prompts = held_out_prompts(held_out.whole(), config.evaluation)  # the same on all hosts
@@ -161,14 +163,15 @@ def with_model(config: TrainConfig, model: LlamaConfig) -> TrainConfig:
     return config
 
 
-def read_data(config: TrainConfig, mesh: Mesh | None) -> tuple[Tokenizer, Pipeline, OnePass]:
-    """Reads tokenizer, training rows and held-out rows; raises ConfigError for bad data."""
-    data, length, cache = config.data, config.seq_len, cache_directory()
-    tokenizer = make_tokenizer(data, cache=cache).fitted(config.model.vocab_size)
-    rows = {
-        split: packed_rows(data, tokenizer, seq_len=length, split=split, cache=cache)
-        for split in SPLITS
-    }
+def read_data(
+    config: TrainConfig, tokenizer: Tokenizer, mesh: Mesh | None
+) -> tuple[Tokenizer, Pipeline, OnePass]:
+    """The tokenizer for the model, training rows and held-out rows; raises ConfigError for bad
+    data. All hosts share the work if tokens are missing."""
+    tokenizer = tokenizer.fitted(config.model.vocab_size)
+    share = Share(jax.process_index(), jax.process_count(), wait_for_all)
+    options = dict(seq_len=config.seq_len, cache=cache_directory(), share=share)
+    rows = {split: packed_rows(config.data, tokenizer, split=split, **options) for split in SPLITS}
     own = dict(batch_size=config.batch_size, own_B=own_rows(config.batch_size, mesh))
     pipeline = Pipeline(rows["train"], seed=config.seed, **own)
     held_out = OnePass(rows["validation"], max_batches=config.evaluation.batches, **own)
@@ -176,7 +179,7 @@ def read_data(config: TrainConfig, mesh: Mesh | None) -> tuple[Tokenizer, Pipeli
 
 
 def write_run_files(
-    workdir: Path, tokenizer: Tokenizer, rows: PackedRows, prompts: Sequence[Sequence[int]]
+    workdir: Path, tokenizer: Tokenizer, rows: TokenRows, prompts: Sequence[Sequence[int]]
 ) -> None:
     """Writes the missing files, from the training rows and held-out prompts. Before the first saved
     step it writes all of them, because the data may still change."""
@@ -189,7 +192,7 @@ def write_run_files(
         write_whole(workdir / PROMPTS, "".join(f"{line}\n" for line in lines).encode())
 
 
-def count_labels(rows: PackedRows) -> Counter[int]:
+def count_labels(rows: TokenRows) -> Counter[int]:
     """How often each token is a label in the first rows."""
     counts: Counter[int] = Counter()
     last, step = min(len(rows), COUNTED // rows.seq_len + 1), 256

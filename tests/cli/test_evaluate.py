@@ -12,8 +12,8 @@ from lsjax.checkpoints.saving import Checkpoints
 from lsjax.cli import answering, evaluate
 from lsjax.cli.evaluate import main
 from lsjax.config import DataConfig, TrainConfig
+from lsjax.data.shards import encode_documents
 from lsjax.data.sources import document_source
-from lsjax.data.token_store import encode_document
 from lsjax.evaluation.answers import Cell, read
 from lsjax.evaluation.tasks import TASKS
 from lsjax.training.step import init_state
@@ -191,7 +191,7 @@ def test_a_run_is_asked_in_its_own_template(model, tokenizer, rows, tmp_path):
         main(argv)
     trained = list(document_source(data).documents())
     for question, document in zip(asked, trained, strict=True):
-        ids, count = encode_document(document, data, tokenizer)
+        ((ids, count),) = encode_documents([document], data, tokenizer)
         assert list(question.request.prompt) == ids[:count]
         assert question.example.reference == document.text
     assert asked[0].example.prompt == "Parse: will it rain ->"

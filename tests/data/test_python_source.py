@@ -19,4 +19,4 @@ def test_modules_in_order_without_tests_packages_and_files_of_this_machine():
     decoder = Path(json.decoder.__file__).read_text(encoding="utf-8")
     documents = list(source.documents())
     assert Document(decoder) in documents and len(documents) <= len(paths)
-    assert source.fingerprint() == python_source().fingerprint()
+    assert source.stats() == python_source().stats()

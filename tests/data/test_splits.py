@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from lsjax.data.pipeline import by_key
+from lsjax.data.shards import by_key
 from lsjax.data.sources import Document, is_held_out
 
 DOCUMENTS = [Document(f"text {n}") for n in range(4000)]

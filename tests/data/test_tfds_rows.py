@@ -7,7 +7,8 @@ import pytest
 import tensorflow_datasets as tfds
 
 from lsjax.config import ConfigError, DataConfig
-from lsjax.data.pipeline import SPLITS, packed_rows
+from lsjax.data.pipeline import packed_rows
+from lsjax.data.shards import SPLITS
 from lsjax.data.sources import Document, document_source
 from lsjax.data.tokenizer_backends import ByteTokenizer
 from tests.data import tiny_questions  # noqa: F401 (TFDS knows it from then on)
@@ -44,9 +45,12 @@ def test_rows_of_both_splits(data_dir, tmp_path):
     assert (train.num_documents, held.num_documents, held.num_shared) == (20, 10, 5)
 
 
-def test_the_fingerprint_tells_parts_and_splits_apart(data_dir):
-    splits = (*SPLITS, "train[:25%]", "train")
-    prints = [document_source(config(data_dir, tfds_split=split)).fingerprint() for split in splits]
+def test_the_fingerprint_tells_parts_and_splits_apart(data_dir, tmp_path):
+    settings = dict(seq_len=64, cache=tmp_path, split="train")
+    prints = [
+        packed_rows(config(data_dir, tfds_split=split), ByteTokenizer(), **settings).fingerprint
+        for split in (*SPLITS, "train[:25%]", "train")
+    ]
     assert prints[0] == prints[3] and len(set(prints)) == 3
 
 

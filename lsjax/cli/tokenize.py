@@ -1,0 +1,74 @@
+"""Tokenizes the data of a configuration ahead of training, with many processes and hosts.
+
+    python -m lsjax.cli.tokenize --config configs/continual_llama2_7b.py \\
+        --init-from models/llama2-7b --data.paths 'corpus/*.txt' --data.tokenizer models/llama2-7b
+    python -m lsjax.cli.tokenize --config configs/X.py --shard 3/8      (the third of eight hosts)
+
+Give the flags of train.py, which finds the tokens in LSJAX_CACHE. A killed program resumes with the
+shards that are missing. With --shard, hosts need not run at the same time; the last one joins the
+shards. Without this program, train.py tokenizes by itself.
+"""
+
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated
+
+import tyro
+
+from lsjax.checkpoints import open_checkpoint
+from lsjax.cli.flags import parse_flags
+from lsjax.cli.setup import one_line_errors
+from lsjax.cli.training import ConfigFile, read_config
+from lsjax.config import TrainConfig, bounded, check
+from lsjax.data.files import cache_directory
+from lsjax.data.pipeline import packed_rows
+from lsjax.data.shards import SPLITS
+from lsjax.data.token_rows import ShardsMissing, Share
+from lsjax.data.vocabulary import make_tokenizer
+from lsjax.training.prepare import with_model
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arguments(ConfigFile):
+    """Tokenizes the data of a configuration."""
+
+    fields: Annotated[TrainConfig, tyro.conf.arg(name="")]
+    shard: str = "1/1"
+    """This host's part of the work, i/n."""
+    workers: int | None = bounded(None, low=1)
+    """Number of processes; by default one for each core."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the program. Bad input exits with code 2."""
+    argv = sys.argv[1:] if argv is None else argv
+    with one_line_errors():
+        _, default = read_config(ConfigFile, argv, __doc__)
+        flags = (tyro.conf.AvoidSubcommands,)
+        make(parse_flags(Arguments, argv, __doc__, default=Arguments(fields=default), config=flags))
+    return 0
+
+
+def make(arguments: Arguments) -> None:
+    """Makes this host's shards, and joins all if none is missing."""
+    config, part = arguments.fields, re.fullmatch(r"(\d+)/(\d+)", arguments.shard)
+    index, count = map(int, part.groups()) if part else (0, 0)
+    check(1 <= index <= count, f"--shard {arguments.shard} must be i/n with 1 <= i <= n")
+    if config.init_from:
+        config = with_model(config, open_checkpoint(config.init_from).config)
+    cache = cache_directory()
+    tokenizer = make_tokenizer(config.data, cache=cache).fitted(config.model.vocab_size)
+    share = Share(index - 1, count, alone=count > 1)
+    options = dict(seq_len=config.seq_len, cache=cache, share=share, workers=arguments.workers)
+    try:
+        for split in SPLITS:
+            rows = packed_rows(config.data, tokenizer, split=split, **options)
+            print(f"{split}: {rows.describe()}")
+    except ShardsMissing as missing:
+        print(missing)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,280 @@
+"""Shards: the rows of one piece of a source, as fixed-size records on disk.
+
+    record of a row of T tokens
+      uint32     number of tokens, without padding
+      T bits     whether a piece of a document begins here
+      T bits     whether the next token is a label
+      T + 1 ids  uint16 or uint32; the last one is the label of the last token
+
+A shard has one file of records for each split, and a JSON file, written last, with what it holds.
+So a killed program resumes with the shards that have none. Pieces do not depend on the number of
+hosts and processes, and neither do rows.
+"""
+
+import os
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, Int64, UInt8, UInt64
+
+from lsjax.config import ConfigError, DataConfig
+from lsjax.data.files import write_json, write_whole
+from lsjax.data.packing import PackedBatch, TokenStore, pack
+from lsjax.data.sources import Document, Piece, Source, document_source, is_held_out
+from lsjax.data.tokenizer import Tokenizer, TokenizerError
+
+SPLITS = ("train", "validation")
+# Characters that are encoded at a time, which take about 40 bytes each.
+BATCH = 4_000_000
+ROWS = 256  # packed at a time
+# SentencePiece rarely joins these with the next character. Its normalizers drop the first.
+MARKS = ("\x01", ".", ":", "0", "\u4e00")
+
+
+@dataclass(frozen=True)
+class Job:
+    """What all shards of a store have in common.
+
+    seen: directory of the training rows, whose documents a separate validation set loses.
+    """
+
+    config: DataConfig
+    tokenizer: Tokenizer
+    seq_len: int
+    directory: Path
+    validation: bool = False
+    seen: Path | None = None
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Type of the ids on disk."""
+        return np.dtype(np.uint16 if self.tokenizer.vocab_size <= 1 << 16 else np.uint32)
+
+    def meta(self, number: int) -> Path:
+        """JSON file of a shard."""
+        return self.directory / f"{number:06d}.json"
+
+    def is_made(self, number: int) -> bool:
+        """Whether a shard is complete."""
+        return self.meta(number).exists()
+
+
+def record_bytes(seq_len: int, dtype: np.dtype) -> int:
+    """Size of a record."""
+    return 4 + 2 * -(-seq_len // 8) + (seq_len + 1) * dtype.itemsize
+
+
+def to_records(batch: PackedBatch, dtype: np.dtype) -> UInt8[np.ndarray, "B bytes"]:
+    """The records of packed rows."""
+    segments = batch["segments_BT"]
+    begins = (segments > 0) & (np.diff(segments, axis=1, prepend=0) != 0)
+    last = np.maximum(batch["labels_BT"][:, -1:], 0)
+    ids = np.concatenate([batch["tokens_BT"], last], axis=1).astype(dtype)
+    lengths = (segments > 0).sum(1, keepdims=True).astype(np.uint32)
+    bits = (np.packbits(one, axis=1) for one in (begins, batch["labels_BT"] >= 0))
+    return np.concatenate([lengths.view(np.uint8), *bits, ids.view(np.uint8)], axis=1)
+
+
+def from_records(
+    records: UInt8[np.ndarray, "B bytes"], seq_len: int, dtype: np.dtype
+) -> PackedBatch:
+    """The inverse of `to_records`; a record of zeros is a row of padding."""
+    begin, bits = 4, -(-seq_len // 8)
+    length_B1 = np.ascontiguousarray(records[:, :begin]).view(np.uint32)
+    flags = [
+        np.unpackbits(records[:, at : at + bits], axis=1, count=seq_len)
+        for at in (begin, begin + bits)
+    ]
+    ids = np.ascontiguousarray(records[:, begin + 2 * bits :]).view(dtype).astype(np.int32)
+    at_T = np.arange(seq_len, dtype=np.int32)
+    inside = at_T < length_B1
+    first = np.maximum.accumulate(np.where(flags[0], at_T, 0), axis=1)
+    return PackedBatch(
+        tokens_BT=ids[:, :-1],
+        labels_BT=np.where(flags[1], ids[:, 1:], np.int32(-1)),
+        segments_BT=np.cumsum(flags[0], axis=1, dtype=np.int32) * inside,
+        positions_BT=(at_T - first) * inside,
+    )
+
+
+def encode_documents(
+    documents: Sequence[Document], config: DataConfig, tokenizer: Tokenizer
+) -> list[tuple[list[int], int]]:
+    """Token ids of documents, and the number of prompt tokens of each.
+
+    A prompt is encoded separately, as in decoding, and includes a beginning-of-text token. A text
+    of more than BATCH characters is encoded in parts that end with lines.
+    """
+    special = config.allow_special
+    texts = [list(_parts(document.text)) for document in documents]
+    if config.has_prompts:
+        prompts = [document.prompt for document in documents]
+        heads = tokenizer.encode_batch(prompts, allow_special=special)
+        counts = list(map(len, heads))
+    else:
+        firsts = [parts.pop(0) for parts in texts]
+        heads, counts = tokenizer.encode_batch(firsts, allow_special=special), [0] * len(texts)
+    rest = iter(_continuations([part for parts in texts for part in parts], tokenizer, special))
+    end = [*tokenizer.eos_ids[:1]] * config.append_end
+    return [
+        (head + [token for _ in parts for token in next(rest)] + end, count)
+        for head, parts, count in zip(heads, texts, counts, strict=True)
+    ]
+
+
+def _parts(text: str) -> Iterator[str]:
+    """The text in parts of at most BATCH characters, at line ends where there are any."""
+    begin = 0
+    while len(text) - begin > BATCH:
+        end = text.rfind("\n", begin, begin + BATCH) + 1 or begin + BATCH
+        yield text[begin:end]
+        begin = end
+    yield text[begin:]
+
+
+def _continuations(texts: Sequence[str], tokenizer: Tokenizer, special: bool) -> list[list[int]]:
+    """Ids of continuations, without the space that SentencePiece puts before a text."""
+    if not texts or not tokenizer.leading_spaces:
+        return tokenizer.encode_batch(texts, add_bos=False, allow_special=special)
+    for mark in MARKS:
+        alone = tokenizer.encode(mark, add_bos=False)
+        marked = [mark + text for text in texts]
+        batch = tokenizer.encode_batch(marked, add_bos=False, allow_special=special)
+        split = all(ids[: len(alone)] == alone for ids in batch)
+        if tokenizer.decode(alone) == mark and split:
+            return [ids[len(alone) :] for ids in batch]
+    raise TokenizerError(f"the tokenizer joins {texts[0][:40]!r} with its prompt: use another one")
+
+
+def make_shard(job: Job, source: Source, number: int, piece: Piece) -> None:
+    """Writes the files of a shard."""
+    try:
+        encoded = list(_encoded(source.in_piece(piece), job))
+    except ConfigError:
+        for index, begin, _ in piece.ranges:
+            if begin:  # read the file from its begin, so that the message has the line's number
+                list(source.read(source.files[index], 0, None))
+        raise
+    ids, prompts, keys = zip(*encoded, strict=True) if encoded else ((), (), ())
+    keys_N = np.array(keys, np.uint64)
+    store = TokenStore(
+        tokens=np.concatenate([np.empty(0, job.dtype), *ids]),
+        starts_N1=np.cumsum([0, *map(len, ids)]),
+        prompts_N=np.array(prompts, np.int32),
+        keys_N=keys_N,
+    )
+    held_N = is_held_out(keys_N, job.config.held_out_fraction)
+    chosen = {"train": ~held_N, "validation": held_N}
+    if job.validation:
+        chosen = {"validation": ~_are_seen(keys_N, job.seen)}
+    meta: dict[str, Any] = {"content": source.content(piece), "documents": len(keys_N)}
+    for split, chosen_N in chosen.items():
+        rows = pack(store, by_key(keys_N, chosen_N), job.seq_len, job.config)
+        batches = (np.arange(at, min(at + ROWS, len(rows))) for at in range(0, len(rows), ROWS))
+        records = b"".join(to_records(rows.read(one), job.dtype).tobytes() for one in batches)
+        write_whole(job.directory / f"{number:06d}.{split}", records)
+        meta[split] = {"rows": len(rows), "chosen": int(chosen_N.sum()), "tokens": rows.num_tokens}
+        meta[split] |= {name: getattr(rows, f"num_{name}") for name in LOST}
+    if job.config.has_validation_set and not job.validation:
+        write_whole(job.directory / f"{number:06d}.keys", np.unique(keys_N).tobytes())
+    write_json(job.meta(number), meta)
+
+
+LOST = ("documents", "truncated", "dropped")
+
+
+def _encoded(documents: Iterable[Document], job: Job) -> Iterator[tuple[np.ndarray, int, int]]:
+    """Ids, number of prompt tokens and key of each document, encoded in batches."""
+    batch: list[Document] = []
+    size = 0
+
+    def encode() -> Iterator[tuple[np.ndarray, int, int]]:
+        found = encode_documents(batch, job.config, job.tokenizer)
+        for document, (ids, prompt) in zip(batch, found, strict=True):
+            yield np.array(ids, job.dtype), prompt, document.key
+
+    for document in documents:
+        batch.append(document)
+        size += len(document.prompt) + len(document.text)
+        if size > BATCH // 4:
+            yield from encode()
+            batch, size = [], 0
+    yield from encode()
+
+
+def by_key(
+    keys_N: UInt64[np.ndarray, "N"], chosen_N: Bool[np.ndarray, "N"]
+) -> Int64[np.ndarray, "M"]:
+    """Numbers of the chosen documents, in the order of their keys, which is effectively random."""
+    numbers = np.flatnonzero(chosen_N)
+    return numbers[np.argsort(keys_N[numbers], kind="stable")]
+
+
+def _are_seen(keys_N: UInt64[np.ndarray, "N"], seen: Path) -> Bool[np.ndarray, "N"]:
+    """Whether documents with these keys are in the training rows."""
+    found = np.zeros(len(keys_N), bool)
+    for file in sorted(seen.glob("*.keys")):
+        found |= np.isin(keys_N, np.fromfile(file, np.uint64))
+    return found
+
+
+def make_shards(
+    job: Job,
+    source: Source,
+    pieces: Sequence[Piece],
+    numbers: Sequence[int],
+    workers: int,
+    on_made: Callable[[int], None],
+) -> None:
+    """Makes the shards with these numbers, in several processes; on_made: called after each.
+
+    Raises ConfigError or TokenizerError for bad data, and if a process is killed.
+    """
+    if min(workers, len(numbers)) <= 1:
+        for number in numbers:
+            make_shard(job, source, number, pieces[number])
+            on_made(number)
+        return
+    pool = ProcessPoolExecutor(
+        min(workers, len(numbers)), get_context("spawn"), _start, (job, os.getpid())
+    )
+    try:
+        made = {pool.submit(_make, number, pieces[number]): number for number in numbers}
+        for future in as_completed(made):
+            future.result()
+            on_made(made[future])
+    except BrokenProcessPool:
+        raise ConfigError(
+            "a process that tokenizes was killed, perhaps because memory ran out: start again to "
+            "resume, with fewer --workers"
+        ) from None
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+_jobs: list[tuple[Job, Source]] = []  # of a process that tokenizes
+
+
+def _start(job: Job, parent: int) -> None:
+    """Begins a process that tokenizes. It has one thread, and ends with its parent."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+    _jobs.append((job, document_source(job.config, validation=job.validation)))
+
+
+def _make(number: int, piece: Piece) -> None:
+    make_shard(*_jobs[0], number, piece)

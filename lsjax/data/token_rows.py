@@ -1,0 +1,253 @@
+"""Rows of tokens of a source: made once by many processes, cached, and read by random access.
+
+Each store is a directory of the cache, named by a hash of everything but the contents of the files
+that determines the rows. shards.py describes its shards. index.json, written last, joins them:
+
+    files      name, size and time of the last change of each file, as they were read
+    contents   hash of the bytes that each shard comes from
+    train      rows of each shard, and counts of documents and tokens; likewise validation
+
+A later start compares the files' names, sizes and times, and reads contents only where they differ.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int64
+from rich.console import Console
+from rich.progress import Progress
+
+from lsjax.config import ConfigError, DataConfig, check
+from lsjax.data.files import read_json, write_json
+from lsjax.data.packing import PackedBatch
+from lsjax.data.shards import LOST, SPLITS, Job, from_records, make_shards, record_bytes
+from lsjax.data.sources import Source, document_source
+from lsjax.data.tokenizer import Tokenizer
+
+log = logging.getLogger(__name__)
+
+FORMAT = 4  # raise it if the code makes other rows from the same text, or other files
+WORTH = 4_000_000  # bytes that another process begins for, which takes seconds
+INDEX, FILES = "index.json", "files.json"
+
+
+@dataclass(frozen=True)
+class Share:
+    """The part of the work of one host: the shards index, index + count, ...
+
+    wait: returns once all hosts have called it; the argument names the occasion. alone: other hosts
+    run at other times, and their shards are left to them.
+    """
+
+    index: int = 0
+    count: int = 1
+    wait: Callable[[str], Any] = lambda what: None
+    alone: bool = False
+
+
+class ShardsMissing(ConfigError):
+    """Shards that other hosts have not made yet."""
+
+
+@dataclass(frozen=True, eq=False)
+class TokenRows:
+    """Rows of one split.
+
+    rows_S: number of rows of each shard. num_documents, num_truncated, num_dropped: documents in
+    the rows, those of them that were truncated, and dropped. num_shared: validation documents also
+    in training, left out. fingerprint: hash (hex) of all that determines the rows.
+    """
+
+    directory: Path
+    split: str
+    seq_len: int
+    dtype: np.dtype
+    rows_S: Int64[np.ndarray, "S"]
+    fingerprint: str
+    num_tokens: int
+    num_all: int  # documents of all splits
+    num_documents: int
+    num_truncated: int = 0
+    num_dropped: int = 0
+    num_shared: int = 0
+    _shards: dict[int, np.ndarray] = field(default_factory=dict, repr=False)
+
+    @cached_property
+    def _ends_S(self) -> Int64[np.ndarray, "S"]:
+        return np.cumsum(self.rows_S)
+
+    def __len__(self) -> int:
+        return int(self._ends_S[-1])
+
+    def describe(self) -> str:
+        """One line: documents, tokens, rows, share that is filled, and documents lost."""
+        full = self.num_tokens / (len(self) * self.seq_len)
+        text = f"{self.num_documents:,} documents, {self.num_tokens:,} tokens, "
+        text += f"{len(self):,} rows of {self.seq_len:,}, {full:.1%} full"
+        reasons = "truncated", "dropped", "also in training, left out"
+        lost = zip((self.num_truncated, self.num_dropped, self.num_shared), reasons, strict=True)
+        return text + "".join(f", {number:,} {why}" for number, why in lost if number)
+
+    def read(self, rows: np.ndarray) -> PackedBatch:
+        """Reads rows by number, as int32; number -1 is a row of padding."""
+        records = np.zeros((len(rows), record_bytes(self.seq_len, self.dtype)), np.uint8)
+        for b, row in enumerate(rows):
+            if row >= 0:
+                shard = int(np.searchsorted(self._ends_S, row, side="right"))
+                records[b] = self._shard(shard)[row - self._ends_S[shard] + self.rows_S[shard]]
+        return from_records(records, self.seq_len, self.dtype)
+
+    def _shard(self, number: int) -> np.ndarray:
+        """Records of a shard, memory-mapped."""
+        if number not in self._shards:
+            file = self.directory / f"{number:06d}.{self.split}"
+            shape = int(self.rows_S[number]), record_bytes(self.seq_len, self.dtype)
+            # A plain view: slicing a memmap is slower than slicing an array.
+            self._shards[number] = np.memmap(file, np.uint8, "r", shape=shape).view(np.ndarray)
+        return self._shards[number]
+
+
+def token_rows(
+    config: DataConfig,
+    tokenizer: Tokenizer,
+    *,
+    seq_len: int,
+    cache: Path,
+    validation: bool = False,
+    share: Share | None = None,
+    workers: int | None = None,
+) -> Mapping[str, TokenRows]:
+    """The rows of each split of the config's source, or of its separate validation set.
+
+    Missing shards are made first, by `workers` processes: by default one for each core, but none
+    for less than WORTH bytes.
+
+    Raises ConfigError if data are missing or unreadable, or if there is no document. Also raises it
+    if the tokenizer lacks the end token that the config requests.
+    """
+    check(seq_len >= 2, f"seq_len {seq_len} must be at least 2: a token and its label")
+    end = next(iter(tokenizer.eos_ids), tokenizer.vocab_size)
+    check(
+        not config.append_end or end < tokenizer.vocab_size,
+        f"this tokenizer has no end token among the {tokenizer.vocab_size} rows of the model's "
+        "table: set append_end to False",
+    )
+    share, seen = share or Share(), None
+    if validation:
+        options = dict(seq_len=seq_len, cache=cache, share=share, workers=workers)
+        seen = token_rows(config, tokenizer, **options)["train"]
+    source = document_source(config, validation=validation)
+    settings = _settings(config, tokenizer, seq_len, source, seen)
+    name = _hash([settings, [size for _, size, _ in source.stats()]])[:32]
+    directory = cache / "tokens" / name
+    job = Job(config, tokenizer, seq_len, directory, validation, seen and seen.directory)
+    if share.index == 0:
+        prepare_directory(directory, source)
+    share.wait("old tokens are removed")
+    if not (directory / INDEX).exists():
+        make_missing(job, source, share, workers)
+    index = read_json(directory / INDEX, ConfigError)
+    return {
+        split: _rows(job, split, index, settings) for split in SPLITS if split in index["splits"]
+    }
+
+
+def _rows(job: Job, split: str, index: Mapping[str, Any], settings: list) -> TokenRows:
+    own = index["splits"][split]
+    return TokenRows(
+        directory=job.directory,
+        split=split,
+        seq_len=job.seq_len,
+        dtype=job.dtype,
+        rows_S=np.array(own["rows"], np.int64),
+        fingerprint=_hash([settings, split, index["contents"]])[:16],
+        num_tokens=own["tokens"],
+        num_all=index["documents"],
+        num_shared=index["documents"] - own["chosen"] if job.validation else 0,
+        **{f"num_{name}": own[name] for name in LOST},
+    )
+
+
+def _settings(
+    config: DataConfig, tokenizer: Tokenizer, seq_len: int, source: Source, seen: TokenRows | None
+) -> list:
+    """All that determines the rows, besides the files."""
+    return [
+        *(FORMAT, seq_len, seen and seen.fingerprint, source.part, source.limit),
+        *(tokenizer.fingerprint, tokenizer.add_bos, tokenizer.bos_id, tokenizer.eos_ids[:1]),
+        *(tokenizer.vocab_size, config.append_end, config.allow_special, config.packing),
+        *(config.source, config.separator, config.long_documents, config.train_on_prompt),
+        *(config.text_template, config.prompt_template, config.response_template),
+        config.held_out_fraction,
+    ]
+
+
+def _hash(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+def prepare_directory(directory: Path, source: Source) -> None:
+    """Creates the directory, or empties it if its shards come from files that have changed."""
+    stats = [list(stat) for stat in source.stats()]
+    now = {"files": stats}
+    if (directory / FILES).exists() and read_json(directory / FILES, ConfigError) != now:
+        index = directory / INDEX
+        same = index.exists() and read_json(index, ConfigError)["contents"] == [
+            source.content(piece) for piece in source.pieces()
+        ]
+        if not same:
+            shutil.rmtree(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    write_json(directory / FILES, now)
+
+
+def make_missing(job: Job, source: Source, share: Share, workers: int | None) -> None:
+    """Makes this host's missing shards, then those that other hosts should have made elsewhere, and
+    joins them."""
+    pieces = source.pieces()
+    sizes = [sum(end - begin for _, begin, end in piece.ranges) for piece in pieces]
+    every = range(len(pieces))
+    turns = (every[share.index :: share.count], every)
+    for mine in turns[:1] if share.alone else turns:
+        missing = [number for number in mine if not job.is_made(number)]
+        with Progress(console=Console(stderr=True), transient=True) as progress:
+            total = sum(sizes[number] for number in missing)
+            task = progress.add_task(f"tokens of {source.name}", total=total)
+            make_shards(
+                *(job, source, pieces, missing),
+                workers or min(os.cpu_count() or 1, 1 + total // WORTH),
+                lambda number, task=task: progress.advance(task, sizes[number]),
+            )
+        share.wait("shards of tokens are made")
+    missing = sum(not job.is_made(number) for number in every)
+    if missing:
+        raise ShardsMissing(
+            f"{missing} of {len(pieces)} shards are missing: run the other parts of --shard"
+        )
+    if share.index == 0 or not (job.directory / INDEX).exists():
+        join(job, source, len(pieces))
+    share.wait("the index of tokens is made")
+
+
+def join(job: Job, source: Source, shards: int) -> None:
+    """Writes the index of shards that are all made. Raises ConfigError if there is no document."""
+    metas = [read_json(job.meta(number), ConfigError) for number in range(shards)]
+    documents = sum(meta["documents"] for meta in metas)
+    check(documents > 0, f"{source.name} holds no text: every document is empty, check its files")
+    splits = {}
+    for split in (split for split in SPLITS if split in metas[0]):
+        own = [meta[split] for meta in metas]
+        splits[split] = {name: sum(one[name] for one in own) for name in own[0]}
+        splits[split]["rows"] = [one["rows"] for one in own]
+    contents = [meta["content"] for meta in metas]
+    index = {"documents": documents, "contents": contents, "splits": splits}
+    write_json(job.directory / INDEX, index)
