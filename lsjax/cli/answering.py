@@ -19,7 +19,7 @@ from lsjax.cli.setup import machine
 from lsjax.config import ConfigError, DataConfig, bounded, check, split_step
 from lsjax.data.chat import chat_prompt
 from lsjax.data.files import PlacedRow, Refuse, file_rows, stop_at
-from lsjax.data.sources import Document
+from lsjax.data.pieces import Document
 from lsjax.decoding.completion import Completion
 from lsjax.decoding.engine import Engine
 from lsjax.decoding.request import Request, encode_prompt

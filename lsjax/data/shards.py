@@ -28,7 +28,8 @@ from jaxtyping import Bool, Int64, UInt8, UInt64
 from lsjax.config import ConfigError, DataConfig
 from lsjax.data.files import write_json, write_whole
 from lsjax.data.packing import PackedBatch, TokenStore, pack
-from lsjax.data.sources import Document, Piece, Source, document_source, is_held_out
+from lsjax.data.pieces import Document, Piece, Source, is_held_out
+from lsjax.data.sources import document_source
 from lsjax.data.tokenizer import Tokenizer, TokenizerError
 
 SPLITS = ("train", "validation")

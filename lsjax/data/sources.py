@@ -4,7 +4,6 @@ TFDS works without TensorFlow. It downloads most text data sets on first use, an
 get by hand for the others. It also reads data sets that were prepared elsewhere.
 """
 
-import hashlib
 import importlib
 import logging
 import numbers
@@ -12,13 +11,11 @@ import os
 import platform
 import string
 import sysconfig
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from itertools import islice, pairwise, repeat
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from itertools import repeat
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import numpy as np
+from typing import Any
 
 from lsjax.config import ConfigError, DataConfig, check
 from lsjax.data.files import (
@@ -29,6 +26,7 @@ from lsjax.data.files import (
     one_line,
     read_lines,
 )
+from lsjax.data.pieces import LARGEST_PIECE, Document, Source, is_held_out
 
 log = logging.getLogger(__name__)
 
@@ -36,123 +34,8 @@ log = logging.getLogger(__name__)
 LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 OF_ONE_MACHINE = ("_sysconfigdata", "sitecustomize", "usercustomize")
 # Packages of TFDS whose classes it does not find without TensorFlow.
-# Number of pieces that large sources are divided into, and limits of a piece's bytes.
-MANY_PIECES, SMALLEST_PIECE, LARGEST_PIECE = 4096, 2_000_000, 32_000_000
-LARGE_DOCUMENT, BLOCK = 10_000_000, 1 << 20
+LARGE_DOCUMENT = 10_000_000  # bytes of a file above which a separator is missed
 TFDS_PACKAGES = ("text", "summarization", "question_answering", "translate")
-
-
-@dataclass(frozen=True)
-class Document:
-    """A text, or a response and its prompt."""
-
-    text: str
-    prompt: str = ""
-
-    @property
-    def key(self) -> int:
-        """64-bit hash of the prompt, or of a text without one. Equal texts have equal keys, and so
-        do all responses to one prompt."""
-        content = (self.prompt or self.text).encode()
-        return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
-
-
-class Piece(NamedTuple):
-    """The part of a source whose tokens are one shard.
-
-    ranges: index of a file, first byte, and first byte after it. rows: the same of rows, for
-    sources of rows without bytes. limit: maximum number of documents.
-    """
-
-    ranges: tuple[tuple[int, int, int], ...]
-    rows: tuple[int, int] | None = None
-    limit: int | None = None
-
-
-@dataclass(frozen=True)
-class Source:
-    """Documents in a fixed order, the same on every machine with the same files.
-
-    name: its name in messages. files: the files it reads. read: (file, begin, end) -> documents
-    that begin in this range of bytes; with num_rows, (None, first, last) -> those of these rows. It
-    raises ConfigError with file and line if it cannot. whole: files are not divided. part: names
-    the part of the files, if not all are read. limit: maximum number of documents.
-    """
-
-    name: str
-    files: Sequence[Path]
-    read: Callable[[Path | None, int, int | None], Iterator[Document]]
-    whole: bool = False
-    num_rows: int | None = None
-    part: str = ""
-    limit: int | None = None
-
-    def documents(self) -> Iterator[Document]:
-        """The first `limit` documents whose text is not blank."""
-        return islice((one for piece in self._pieces() for one in self.in_piece(piece)), self.limit)
-
-    def in_piece(self, piece: Piece) -> Iterator[Document]:
-        """The documents of a piece whose text is not blank."""
-        ranges = [(self.files[index], begin, end) for index, begin, end in piece.ranges]
-        # Offsets in the text of a .gz file are others than in the file, which is read as a whole.
-        ranges = [(file, at, None if file.suffix == ".gz" else end) for file, at, end in ranges]
-        if piece.rows is not None:
-            ranges = [(None, *piece.rows)]
-        found = (document for one in ranges for document in self.read(*one))
-        return islice((one for one in found if one.text.strip()), piece.limit)
-
-    def stats(self) -> list[tuple[str, int, int]]:
-        """Name, size, and time of the last change of each file. Equal ones have equal contents."""
-        found = ((file.name, file.stat()) for file in self.files)
-        return [(name, stat.st_size, stat.st_mtime_ns) for name, stat in found]
-
-    def content(self, piece: Piece) -> str:
-        """Hash (hex) of a piece's bytes."""
-        digest = hashlib.sha256()
-        for index, begin, end in piece.ranges:
-            with self.files[index].open("rb") as file:
-                file.seek(begin)
-                for at in range(begin, end, BLOCK):
-                    digest.update(file.read(min(BLOCK, end - at)))
-        return digest.hexdigest()
-
-    def pieces(self) -> list[Piece]:
-        """All pieces, of about equal size. They depend on the sizes of the files, and on the
-        documents if there is a limit."""
-        pieces = self._pieces()
-        if self.limit is None:
-            return pieces
-        left, taken = self.limit, []
-        while left and len(taken) < len(pieces):
-            piece = pieces[len(taken)]._replace(limit=left)
-            left -= sum(1 for _ in self.in_piece(piece))
-            taken.append(piece)
-        return taken
-
-    def _pieces(self) -> list[Piece]:
-        sizes = [file.stat().st_size for file in self.files]
-        most = min(max(sum(sizes) // MANY_PIECES, SMALLEST_PIECE), LARGEST_PIECE)
-        if self.num_rows is not None:
-            count = min(-(-sum(sizes) // most), self.num_rows) or 1
-            files = [[] for _ in range(count)]
-            for index, size in enumerate(sizes):
-                files[index % count].append((index, 0, size))
-            ends = [number * self.num_rows // count for number in range(count + 1)]
-            return [
-                Piece(tuple(own), rows) for own, rows in zip(files, pairwise(ends), strict=True)
-            ]
-        pieces: list[list[tuple[int, int, int]]] = []
-        room = 0
-        for index, (file, size) in enumerate(zip(self.files, sizes, strict=True)):
-            parts = 1 if self.whole or file.suffix == ".gz" else max(1, -(-size // most))
-            ends = [number * size // parts for number in range(parts + 1)]
-            for begin, end in pairwise(ends):
-                if end - begin > room or parts > 1:
-                    pieces.append([])
-                    room = most
-                pieces[-1].append((index, begin, end))
-                room -= end - begin
-        return [Piece(tuple(ranges)) for ranges in pieces]
 
 
 def document_source(config: DataConfig, *, validation: bool = False) -> Source:
@@ -325,14 +208,6 @@ def training_documents(config: DataConfig) -> Iterator[Document]:
     """Documents that are not held out."""
     documents, fraction = document_source(config).documents(), config.held_out_fraction
     return (document for document in documents if not is_held_out(document.key, fraction))
-
-
-def is_held_out(key: int | np.ndarray, fraction: float) -> bool | np.ndarray:
-    """Whether documents with these keys belong to the validation share.
-
-    Order and number of the documents have no effect. Equal documents are on the same side.
-    """
-    return key < int(fraction * 2**64)
 
 
 def row_document(row: Fields, config: DataConfig, where: str) -> Document:

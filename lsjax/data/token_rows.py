@@ -29,8 +29,9 @@ from rich.progress import Progress
 from lsjax.config import ConfigError, DataConfig, check
 from lsjax.data.files import read_json, write_json
 from lsjax.data.packing import PackedBatch
+from lsjax.data.pieces import Source
 from lsjax.data.shards import LOST, SPLITS, Job, from_records, make_shards, record_bytes
-from lsjax.data.sources import Source, document_source
+from lsjax.data.sources import document_source
 from lsjax.data.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)

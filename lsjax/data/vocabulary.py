@@ -16,7 +16,8 @@ import sentencepiece
 
 from lsjax.config import ConfigError, DataConfig, check, split_step
 from lsjax.data.files import one_line, write_whole
-from lsjax.data.sources import Document, document_source, training_documents
+from lsjax.data.pieces import Document
+from lsjax.data.sources import document_source, training_documents
 from lsjax.data.tokenizer import Tokenizer
 from lsjax.data.tokenizer_backends import ByteTokenizer, SentencePieceTokenizer
 from lsjax.data.tokenizer_files import load_tokenizer

@@ -8,7 +8,8 @@ from itertools import islice
 
 from lsjax.config import ConfigError, DataConfig, check
 from lsjax.data.files import Fields, PlacedRow, Refuse, stop_at
-from lsjax.data.sources import Document, row_document, tfds_split
+from lsjax.data.pieces import Document
+from lsjax.data.sources import row_document, tfds_split
 
 SHOT_ROWS = 10_000  # rows that shots are drawn from
 

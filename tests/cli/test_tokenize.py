@@ -5,7 +5,7 @@ import json
 import pytest
 
 from lsjax.cli.tokenize import main
-from lsjax.data import sources
+from lsjax.data import pieces as pieces_module
 from lsjax.data.token_rows import INDEX
 
 CONFIG = """
@@ -21,8 +21,8 @@ config = TrainConfig(
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     """A configuration with data of several shards."""
-    monkeypatch.setattr(sources, "SMALLEST_PIECE", 300)
-    monkeypatch.setattr(sources, "MANY_PIECES", 1 << 40)
+    monkeypatch.setattr(pieces_module, "SMALLEST_PIECE", 300)
+    monkeypatch.setattr(pieces_module, "MANY_PIECES", 1 << 40)
     monkeypatch.setenv("LSJAX_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
     rows = [{"text": f"{n} " + "word " * (n % 11)} for n in range(90)]

@@ -7,8 +7,10 @@ import random
 import pytest
 
 from lsjax.config import ConfigError, DataConfig
+from lsjax.data import pieces as pieces_module
 from lsjax.data import sources
-from lsjax.data.sources import Document, document_source
+from lsjax.data.pieces import Document
+from lsjax.data.sources import document_source
 
 TEXTS = [f"{n}: naïve\nline {n} " + "é" * (n % 9) for n in range(70)]
 
@@ -16,8 +18,8 @@ TEXTS = [f"{n}: naïve\nline {n} " + "é" * (n % 9) for n in range(70)]
 @pytest.fixture(params=[1, 7, 40, 1_000_000])
 def small_pieces(request, monkeypatch):
     """Pieces of about this many bytes."""
-    monkeypatch.setattr(sources, "SMALLEST_PIECE", request.param)
-    monkeypatch.setattr(sources, "MANY_PIECES", 1 << 40)
+    monkeypatch.setattr(pieces_module, "SMALLEST_PIECE", request.param)
+    monkeypatch.setattr(pieces_module, "MANY_PIECES", 1 << 40)
     return request.param
 
 
@@ -93,7 +95,7 @@ def test_a_limit_ends_the_pieces(tmp_path, small_pieces):
 
 def test_a_large_file_without_a_separator_is_cut_at_line_ends(tmp_path, monkeypatch, caplog):
     """And the warning names the fix."""
-    monkeypatch.setattr(sources, "SMALLEST_PIECE", 1000)
+    monkeypatch.setattr(pieces_module, "SMALLEST_PIECE", 1000)
     monkeypatch.setattr(sources, "LARGE_DOCUMENT", 5000)
     draw = random.Random(0)
     lines = ["x" * draw.randrange(60) for _ in range(400)]

@@ -4,7 +4,8 @@ import json
 import sysconfig
 from pathlib import Path
 
-from lsjax.data.sources import Document, python_source
+from lsjax.data.pieces import Document
+from lsjax.data.sources import python_source
 
 
 def test_modules_in_order_without_tests_packages_and_files_of_this_machine():

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from lsjax.config import ConfigError, DataConfig
-from lsjax.data.sources import Document, document_source, fill
+from lsjax.data.pieces import Document
+from lsjax.data.sources import document_source, fill
 
 TOP = dict(prompt_template="{en_query}", response_template=" {en_parse}")
 

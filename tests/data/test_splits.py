@@ -2,8 +2,8 @@
 
 import numpy as np
 
+from lsjax.data.pieces import Document, is_held_out
 from lsjax.data.shards import by_key
-from lsjax.data.sources import Document, is_held_out
 
 DOCUMENTS = [Document(f"text {n}") for n in range(4000)]
 KEYS_N = np.array([document.key for document in DOCUMENTS], np.uint64)

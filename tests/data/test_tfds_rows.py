@@ -7,9 +7,10 @@ import pytest
 import tensorflow_datasets as tfds
 
 from lsjax.config import ConfigError, DataConfig
+from lsjax.data.pieces import Document
 from lsjax.data.pipeline import packed_rows
 from lsjax.data.shards import SPLITS
-from lsjax.data.sources import Document, document_source
+from lsjax.data.sources import document_source
 from lsjax.data.tokenizer_backends import ByteTokenizer
 from tests.data import tiny_questions  # noqa: F401 (TFDS knows it from then on)
 

@@ -14,11 +14,13 @@ import pytest
 import sentencepiece
 
 from lsjax.config import ConfigError, DataConfig
-from lsjax.data import shards, sources
+from lsjax.data import pieces as pieces_module
+from lsjax.data import shards
 from lsjax.data.packing import TokenStore, pack
+from lsjax.data.pieces import Document
 from lsjax.data.pipeline import packed_rows
 from lsjax.data.shards import by_key, encode_documents
-from lsjax.data.sources import Document, document_source
+from lsjax.data.sources import document_source
 from lsjax.data.token_rows import INDEX, Share, token_rows
 from lsjax.data.tokenizer_backends import ByteTokenizer
 from lsjax.data.tokenizer_files import load_tokenizer
@@ -37,8 +39,8 @@ def rows(tmp_path):
 @pytest.fixture
 def many(tmp_path, monkeypatch):
     """A file that is divided into pieces of about 300 bytes."""
-    monkeypatch.setattr(sources, "SMALLEST_PIECE", 300)
-    monkeypatch.setattr(sources, "MANY_PIECES", 1 << 40)
+    monkeypatch.setattr(pieces_module, "SMALLEST_PIECE", 300)
+    monkeypatch.setattr(pieces_module, "MANY_PIECES", 1 << 40)
     file = tmp_path / "many.jsonl"
     texts = [{"text": f"{n} " + "word " * (n % 11)} for n in range(90)]
     file.write_text("\n".join(map(json.dumps, texts)))
@@ -257,11 +259,11 @@ LOOP = """
 import sys
 from pathlib import Path
 from lsjax.config import DataConfig
-from lsjax.data import sources
+from lsjax.data import pieces
 from lsjax.data.token_rows import token_rows
 from lsjax.data.tokenizer_backends import ByteTokenizer
 if __name__ == "__main__":
-    sources.SMALLEST_PIECE = 50_000
+    pieces.SMALLEST_PIECE = 50_000
     config = DataConfig(source="text", paths=(sys.argv[1],), separator="|")
     token_rows(config, ByteTokenizer(), seq_len=64, cache=Path(sys.argv[2]), workers=2)
 """

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from lsjax.config import ConfigError, DataConfig
-from lsjax.data.sources import Document
+from lsjax.data.pieces import Document
 from lsjax.data.tokenizer import TokenizerError
 from lsjax.data.tokenizer_backends import ByteTokenizer
 from lsjax.data.tokenizer_files import load_tokenizer
