@@ -44,6 +44,7 @@ config = TrainConfig(
     early_exit=EarlyExitConfig(curriculum="rotational", rotation=8, e_scale=0.1, token_share=0.25),
     optimizer=OptimizerConfig(learning_rate=3e-5, warmup_steps=500),
     remat="dots_with_no_batch_dims_saveable",
-    mesh=MeshConfig(data=-1, fsdp=8),  # 32 devices, as in v5p:2x4x4
+    micro_batches=2,
+    mesh=MeshConfig(data=-1, fsdp=8),  # 64 devices, as in v5e:8x8
     checkpoints=CheckpointConfig(every=1_000),
 )
