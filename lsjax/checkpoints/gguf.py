@@ -87,7 +87,7 @@ class GGUFSource(TensorSource):
             for key in ("attention.value_length", "rope.dimension_count"):
                 size = self._own(key, config.head_dim)
                 good = size == config.head_dim
-                check(good, f"{self._key(key)} is {size!r}; only {config.head_dim} is supported")
+                check(good, f"{key} is {size!r}; only {config.head_dim} is supported")
             self.config = self._with_llama3_scaling(config)
         except (ConfigError, UnicodeDecodeError) as error:
             raise CheckpointError(f"{self.path}: {error}") from error
@@ -129,12 +129,9 @@ class GGUFSource(TensorSource):
         # The shortest spelling of the float32: 1e-05, not 9.999999747e-06.
         return float(str(np.float32(value))) if isinstance(value, float) else value
 
-    def _key(self, key: str) -> str:
-        return f"{self._architecture}.{key}"
-
     def _own(self, key: str, default: Any = None) -> Any:
         """A metadata value of the architecture."""
-        return self._get(self._key(key), default)
+        return self._get(f"{self._architecture}.{key}", default)
 
     def _config_json(self) -> dict[str, Any]:
         """Metadata under config.json's keys; None if missing."""
@@ -142,7 +139,7 @@ class GGUFSource(TensorSource):
         for key, name in _REQUIRED.items():
             check(
                 raw[name] is not None,
-                f"{self._key(key)} is missing from the metadata: convert again",
+                f"{self._architecture}.{key} is missing from the metadata: convert again",
             )
         if raw["vocab_size"] is None:
             raw["vocab_size"] = self.shapes.get("token_embd.weight", (0,))[0]
