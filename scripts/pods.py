@@ -57,7 +57,7 @@ ROWS = (
     ("continual_smollm3_3b", "v5e:16x16", NOTHING),
     ("continual_smollm3_3b", "v6e:8x8", NOTHING),
     ("continual_olmo2_1b", "v5p:2x4x4", ""),
-    ("continual_olmo2_1b", "v5e:8x8", "--micro-batches 2"),
+    ("continual_olmo2_1b", "v5e:8x8", "--micro-batches 4"),
     ("continual_olmo2_1b", "v6e:4x8", NOTHING),
 )
 COLUMNS = (
