@@ -35,7 +35,7 @@ FIELDS = [
     *("drafted_by_position", "accepted_by_position"),
     *("log_probs", "finish_reason"),
 ]
-SELF = ["--strategy", "self_speculative"]
+PLAIN, SELF = ["--strategy", "autoregressive"], ["--strategy", "self_speculative"]
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +65,7 @@ def lines_of(text: str) -> list[dict]:
 @pytest.mark.parametrize(
     "options, exit_layer, drafts",
     [
-        (["--strategy", "autoregressive"], None, None),
+        (PLAIN, None, None),
         (["--strategy", "early_exit", "--exit-layer", "4"], 4, None),
         ([], 3, 4),  # from generation_config.json
         (SELF, 3, 4),
@@ -439,7 +439,7 @@ def test_as_a_script(model_directory, expected):
     assert line["token_ids"] == expected.token_ids
 
 
-@pytest.mark.parametrize("options", [[], SELF], ids=["autoregressive", "self_speculative"])
+@pytest.mark.parametrize("options", [PLAIN, SELF], ids=["autoregressive", "self_speculative"])
 def test_samples(run, tmp_path, options):
     """Two texts for each of two prompts, seeds in a row; one seed repeats, alone and in a batch."""
     file = tmp_path / "prompts.jsonl"
