@@ -184,19 +184,9 @@ class LlamaConfig(Checked):
         return _preset(changes, 32_000, 2_048, 5_632, 24, 16, 16, 4_096)
 
     @classmethod
-    def llama_7b(cls, **changes) -> "LlamaConfig":
-        """Llama 7B (Touvron et al., 2023)."""
-        return _preset(changes, 32_000, 4_096, 11_008, 32, 32, 32, 2_048, norm_eps=1e-6)
-
-    @classmethod
     def llama2_7b(cls, **changes) -> "LlamaConfig":
         """Llama-2 7B."""
         return _preset(changes, 32_000, 4_096, 11_008, 32, 32, 32, 4_096)
-
-    @classmethod
-    def llama2_13b(cls, **changes) -> "LlamaConfig":
-        """Llama-2 13B."""
-        return _preset(changes, 32_000, 5_120, 13_824, 40, 40, 40, 4_096)
 
     @classmethod
     def llama3_8b(cls, **changes) -> "LlamaConfig":
