@@ -14,11 +14,9 @@ class RopeScaling(Checked, prefix="rope_scaling."):
     kind: "linear" divides every frequency by `factor` (position interpolation); "llama3" divides
       the low frequencies, keeps the high ones and blends between the two (Llama 3.1); "yarn" does
       so with other limits, and scales sines and cosines (YaRN; Peng et al., 2023).
-    low_freq_factor, high_freq_factor: of "llama3".
-    original_context: of "llama3" and "yarn".
-    beta_fast, beta_slow, attention_factor, truncate: of "yarn". Channel pairs that turn more often
-      than beta_fast in the original context are kept; those below beta_slow are divided.
-      attention_factor multiplies sines and cosines. truncate: whether limits are whole numbers.
+    low_freq_factor, high_freq_factor: of "llama3". beta_fast, beta_slow: of "yarn", which keeps
+      pairs of channels that turn more than beta_fast times in original_context, and divides those
+      below beta_slow. truncate: at whole pairs. attention_factor: of its sines and cosines.
     """
 
     kind: Literal["linear", "llama3", "yarn"]
