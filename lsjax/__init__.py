@@ -7,68 +7,53 @@
 """
 
 from collections.abc import Callable, Sequence
+from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from lsjax.checkpoints import load
-from lsjax.checkpoints.huggingface import GenerationDefaults, read_generation_defaults, save
-from lsjax.checkpoints.tensors import CheckpointError
-from lsjax.config import ConfigError, LlamaConfig, MeshConfig, RopeScaling, TrainConfig
-from lsjax.data.tokenizer_files import load_tokenizer
-from lsjax.decoding.autoregressive import Autoregressive, EarlyExit
-from lsjax.decoding.batching import Conversation
-from lsjax.decoding.completion import Completion
-from lsjax.decoding.engine import Engine
-from lsjax.decoding.request import Request
-from lsjax.decoding.sampling import Sampling
-from lsjax.decoding.self_speculative import SelfSpeculative
-from lsjax.model.cache import KVCache
-from lsjax.model.llama import Llama, stacked, unstacked
-from lsjax.sharding import make_mesh
-from lsjax.training.early_exit import exit_weights
-from lsjax.training.layer_dropout import drop_rates
-from lsjax.training.step import TrainState, init_state, make_train_step
+if TYPE_CHECKING:
+    from lsjax.config import TrainConfig
+    from lsjax.training.step import TrainState
 
-__all__ = [
-    "Autoregressive",
-    "CheckpointError",
-    "Completion",
-    "ConfigError",
-    "Conversation",
-    "EarlyExit",
-    "Engine",
-    "GenerationDefaults",
-    "KVCache",
-    "Llama",
-    "LlamaConfig",
-    "MeshConfig",
-    "Request",
-    "RopeScaling",
-    "Sampling",
-    "SelfSpeculative",
-    "TrainConfig",
-    "drop_rates",
-    "exit_weights",
-    "init_state",
-    "load",
-    "load_tokenizer",
-    "make_mesh",
-    "make_train_step",
-    "read_generation_defaults",
-    "save",
-    "stacked",
-    "train",
-    "unstacked",
-]
+# Public names by module. They are imported when they are used, because JAX is slow to import and
+# processes that only tokenize do not need it.
+_PUBLIC = {
+    "checkpoints": ("load",),
+    "checkpoints.huggingface": ("GenerationDefaults", "read_generation_defaults", "save"),
+    "checkpoints.tensors": ("CheckpointError",),
+    "config": ("ConfigError", "LlamaConfig", "MeshConfig", "RopeScaling", "TrainConfig"),
+    "data.tokenizer_files": ("load_tokenizer",),
+    "decoding.autoregressive": ("Autoregressive", "EarlyExit"),
+    "decoding.batching": ("Conversation",),
+    "decoding.completion": ("Completion",),
+    "decoding.engine": ("Engine",),
+    "decoding.request": ("Request",),
+    "decoding.sampling": ("Sampling",),
+    "decoding.self_speculative": ("SelfSpeculative",),
+    "model.cache": ("KVCache",),
+    "model.llama": ("Llama", "stacked", "unstacked"),
+    "sharding": ("make_mesh",),
+    "training.early_exit": ("exit_weights",),
+    "training.layer_dropout": ("drop_rates",),
+    "training.step": ("init_state", "make_train_step"),
+}
+_HOME = {name: module for module, names in _PUBLIC.items() for name in names}
+__all__ = [*_HOME, "train"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'lsjax' has no attribute {name!r}")
+    return getattr(import_module(f"lsjax.{_HOME[name]}"), name)
 
 
 def train(
-    config: TrainConfig,
+    config: "TrainConfig",
     workdir: str | Path,
     *,
     hooks: Sequence[Callable] | None = None,
     **options: Any,
-) -> TrainState:
+) -> "TrainState":
     """Trains or resumes the run in `workdir`; returns the state after the last step.
 
     The directory holds the saved steps and metrics.jsonl; `load` reads it as a model.

@@ -33,7 +33,10 @@ CHECKED = [
     "lsjax.sharding",
 ]
 with jaxtyping.install_import_hook(CHECKED, "beartype.beartype"):
-    import lsjax  # noqa: F401
+    import lsjax
+
+    for name in lsjax.__all__:
+        getattr(lsjax, name)
 
 from flax import nnx
 from tokenizers import pre_tokenizers

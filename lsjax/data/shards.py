@@ -12,14 +12,17 @@ hosts and processes, and neither do rows.
 """
 
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -44,14 +47,15 @@ MARKS = ("\x01", ".", ":", "0", "\u4e00")
 class Job:
     """What all shards of a store have in common.
 
-    seen: directory of the training rows, whose documents a separate validation set loses.
+    settings: hash (hex) of what determines the rows, besides the files. seen: for a separate
+    validation set, the directory of the training rows, whose documents it loses.
     """
 
     config: DataConfig
     tokenizer: Tokenizer
     seq_len: int
     directory: Path
-    validation: bool = False
+    settings: str
     seen: Path | None = None
 
     @property
@@ -174,7 +178,7 @@ def make_shard(job: Job, source: Source, number: int, piece: Piece) -> None:
     )
     held_N = is_held_out(keys_N, job.config.held_out_fraction)
     chosen = {"train": ~held_N, "validation": held_N}
-    if job.validation:
+    if job.seen is not None:
         chosen = {"validation": ~_are_seen(keys_N, job.seen)}
     meta: dict[str, Any] = {"content": source.content(piece), "documents": len(keys_N)}
     for split, chosen_N in chosen.items():
@@ -184,7 +188,7 @@ def make_shard(job: Job, source: Source, number: int, piece: Piece) -> None:
         write_whole(job.directory / f"{number:06d}.{split}", records)
         meta[split] = {"rows": len(rows), "chosen": int(chosen_N.sum()), "tokens": rows.num_tokens}
         meta[split] |= {name: getattr(rows, f"num_{name}") for name in LOST}
-    if job.config.has_validation_set and not job.validation:
+    if job.config.has_validation_set and job.seen is None:
         write_whole(job.directory / f"{number:06d}.keys", np.unique(keys_N).tobytes())
     write_json(job.meta(number), meta)
 
@@ -235,21 +239,27 @@ def make_shards(
     workers: int,
     on_made: Callable[[int], None],
 ) -> None:
-    """Makes the shards with these numbers, in several processes; on_made: called after each.
+    """Makes the shards with these numbers in several processes, of which this is one.
 
-    Raises ConfigError or TokenizerError for bad data, and if a process is killed.
+    on_made: called after each. Raises ConfigError or TokenizerError for bad data, and if a process
+    is killed.
     """
-    if min(workers, len(numbers)) <= 1:
+    others = min(workers, len(numbers)) - 1
+    if others <= 0:
         for number in numbers:
             make_shard(job, source, number, pieces[number])
             on_made(number)
         return
-    pool = ProcessPoolExecutor(
-        min(workers, len(numbers)), get_context("spawn"), _start, (job, os.getpid())
-    )
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # one thread for each process
+    pool = ProcessPoolExecutor(others, get_context("spawn"), _start, (job, os.getpid()))
     try:
-        made = {pool.submit(_make, number, pieces[number]): number for number in numbers}
-        for future in as_completed(made):
+        with _another_main():
+            made = {pool.submit(_make, number, pieces[number]): number for number in numbers}
+        for future in reversed(made):
+            if future.cancel():
+                make_shard(job, source, made[future], pieces[made[future]])
+                on_made(made[future])
+        for future in as_completed(one for one in made if not one.cancelled()):
             future.result()
             on_made(made[future])
     except BrokenProcessPool:
@@ -261,12 +271,22 @@ def make_shards(
         pool.shutdown(cancel_futures=True)
 
 
+@contextmanager
+def _another_main() -> Iterator[None]:
+    """New processes import the main module first. Theirs is an empty one, because importing JAX
+    takes longer than many texts."""
+    main, sys.modules["__main__"] = sys.modules["__main__"], ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
+
+
 _jobs: list[tuple[Job, Source]] = []  # of a process that tokenizes
 
 
 def _start(job: Job, parent: int) -> None:
-    """Begins a process that tokenizes. It has one thread, and ends with its parent."""
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    """Begins a process that tokenizes, and ends with its parent."""
 
     def watch() -> None:
         while os.getppid() == parent:
@@ -274,7 +294,7 @@ def _start(job: Job, parent: int) -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
-    _jobs.append((job, document_source(job.config, validation=job.validation)))
+    _jobs.append((job, document_source(job.config, validation=job.seen is not None)))
 
 
 def _make(number: int, piece: Piece) -> None:

@@ -147,42 +147,26 @@ def token_rows(
         options = dict(seq_len=seq_len, cache=cache, share=share, workers=workers)
         seen = token_rows(config, tokenizer, **options)["train"]
     source = document_source(config, validation=validation)
-    settings = _settings(config, tokenizer, seq_len, source, seen)
-    name = _hash([settings, [size for _, size, _ in source.stats()]])[:32]
-    directory = cache / "tokens" / name
-    job = Job(config, tokenizer, seq_len, directory, validation, seen and seen.directory)
+    job = open_job(config, tokenizer, seq_len, cache, source, seen)
     if share.index == 0:
-        prepare_directory(directory, source)
+        prepare_directory(job.directory, source)
     share.wait("old tokens are removed")
-    if not (directory / INDEX).exists():
+    if not (job.directory / INDEX).exists():
         make_missing(job, source, share, workers)
-    index = read_json(directory / INDEX, ConfigError)
-    return {
-        split: _rows(job, split, index, settings) for split in SPLITS if split in index["splits"]
-    }
+    index = read_json(job.directory / INDEX, ConfigError)
+    return {split: _rows(job, split, index) for split in SPLITS if split in index["splits"]}
 
 
-def _rows(job: Job, split: str, index: Mapping[str, Any], settings: list) -> TokenRows:
-    own = index["splits"][split]
-    return TokenRows(
-        directory=job.directory,
-        split=split,
-        seq_len=job.seq_len,
-        dtype=job.dtype,
-        rows_S=np.array(own["rows"], np.int64),
-        fingerprint=_hash([settings, split, index["contents"]])[:16],
-        num_tokens=own["tokens"],
-        num_all=index["documents"],
-        num_shared=index["documents"] - own["chosen"] if job.validation else 0,
-        **{f"num_{name}": own[name] for name in LOST},
-    )
-
-
-def _settings(
-    config: DataConfig, tokenizer: Tokenizer, seq_len: int, source: Source, seen: TokenRows | None
-) -> list:
-    """All that determines the rows, besides the files."""
-    return [
+def open_job(
+    config: DataConfig,
+    tokenizer: Tokenizer,
+    seq_len: int,
+    cache: Path,
+    source: Source,
+    seen: TokenRows | None = None,
+) -> Job:
+    """The job of a store, in the directory that its settings and the sizes of its files name."""
+    settings = [
         *(FORMAT, seq_len, seen and seen.fingerprint, source.part, source.limit),
         *(tokenizer.fingerprint, tokenizer.add_bos, tokenizer.bos_id, tokenizer.eos_ids[:1]),
         *(tokenizer.vocab_size, config.append_end, config.allow_special, config.packing),
@@ -190,6 +174,25 @@ def _settings(
         *(config.text_template, config.prompt_template, config.response_template),
         config.held_out_fraction,
     ]
+    sizes = [size for _, size, _ in source.stats()]
+    directory = cache / "tokens" / _hash([settings, sizes])[:32]
+    return Job(config, tokenizer, seq_len, directory, _hash(settings), seen and seen.directory)
+
+
+def _rows(job: Job, split: str, index: Mapping[str, Any]) -> TokenRows:
+    own = index["splits"][split]
+    return TokenRows(
+        directory=job.directory,
+        split=split,
+        seq_len=job.seq_len,
+        dtype=job.dtype,
+        rows_S=np.array(own["rows"], np.int64),
+        fingerprint=_hash([job.settings, split, index["contents"]])[:16],
+        num_tokens=own["tokens"],
+        num_all=index["documents"],
+        num_shared=index["documents"] - own["chosen"] if job.seen else 0,
+        **{f"num_{name}": own[name] for name in LOST},
+    )
 
 
 def _hash(content: Any) -> str:

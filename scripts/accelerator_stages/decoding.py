@@ -39,7 +39,7 @@ class NoText(Tokenizer):
     """Tokenizer whose texts are empty: prompts are ids, and ids are compared."""
 
     vocab_size, eos_ids, special_spelling, _pieces = 0, (), {}, {}
-    _encode = _save_model = None
+    _encode_batch = _save_model = None
 
 
 def random_model(config: LlamaConfig, dtype: str) -> Llama:

@@ -132,7 +132,7 @@ class Pieces(Tokenizer):
         self._pieces = dict(enumerate(pieces))
         self.special_spelling = {}
 
-    def _encode(self, text, allow_special):
+    def _encode_batch(self, texts, allow_special):
         raise NotImplementedError
 
     def _save_model(self, directory):
