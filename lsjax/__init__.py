@@ -7,13 +7,20 @@
 """
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 from lsjax.checkpoints import load
 from lsjax.checkpoints.huggingface import GenerationDefaults, read_generation_defaults, save
 from lsjax.checkpoints.tensors import CheckpointError
-from lsjax.config import ConfigError, LlamaConfig, MeshConfig, RopeScaling, TrainConfig
+from lsjax.config import (
+    ConfigError,
+    LlamaConfig,
+    MeshConfig,
+    Path,
+    RopeScaling,
+    TrainConfig,
+    as_path,
+)
 from lsjax.data.tokenizer_files import load_tokenizer
 from lsjax.decoding.autoregressive import Autoregressive, EarlyExit
 from lsjax.decoding.batching import Conversation
@@ -86,4 +93,4 @@ def train(
     from lsjax.training.run import train_run
 
     hooks = [evaluation_hook] if hooks is None else hooks
-    return train_run(prepare_run(config, Path(workdir)), hooks=hooks, **options)
+    return train_run(prepare_run(config, as_path(workdir)), hooks=hooks, **options)

@@ -14,9 +14,9 @@ import struct
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from functools import cached_property
-from pathlib import Path
 
-from lsjax.data.files import read_json, write_json
+from lsjax.config import Path, as_path
+from lsjax.data.files import make_directory, read_json, write_json
 
 # Tokenizers with equal vocabularies may split digits, whitespace or contractions differently.
 PROBE = "Hello  world!\n\n\tdef f(x):\n        return 12345 + 6.78  # it's\r\n ¿Qué? 你好 ﬁ 🙂👍🏽 "
@@ -127,8 +127,8 @@ class Tokenizer(ABC):
 
     def save(self, directory: str | Path) -> None:
         """Writes files that `load_tokenizer` and transformers' AutoTokenizer read."""
-        directory = Path(directory)
-        directory.mkdir(parents=True, exist_ok=True)
+        directory = as_path(directory)
+        make_directory(directory)
         config = {
             "tokenizer_class": self._save_model(directory),
             "add_bos_token": self.add_bos,

@@ -10,11 +10,10 @@ import io
 import json
 from collections import Counter
 from collections.abc import Iterable
-from pathlib import Path
 
 import sentencepiece
 
-from lsjax.config import ConfigError, DataConfig, check, split_step
+from lsjax.config import ConfigError, DataConfig, Path, as_path, check, split_step
 from lsjax.data.files import one_line, write_whole
 from lsjax.data.sources import Document, training_documents
 from lsjax.data.tokenizer import Tokenizer
@@ -47,7 +46,7 @@ def make_tokenizer(config: DataConfig, *, cache: Path) -> Tokenizer:
         case "sentencepiece":
             return train_tokenizer(training_documents(config), config.vocab_size, cache=cache)
         case path:
-            return load_tokenizer(Path(path).expanduser())
+            return load_tokenizer(as_path(path).expanduser())
 
 
 def train_tokenizer(

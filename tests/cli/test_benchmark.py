@@ -9,7 +9,7 @@ from lsjax.cli import answering, benchmark
 from lsjax.cli.benchmark import main
 from lsjax.decoding.engine import Engine
 from lsjax.evaluation import comparison
-from lsjax.evaluation.answers import append
+from lsjax.evaluation.answers import as_line
 from lsjax.evaluation.comparison import Difference
 
 
@@ -22,6 +22,11 @@ def quick(monkeypatch, tmp_path, numbered_times):
 def run(directory, *options) -> int:
     given = ["--model", directory, "--new-tokens", 16, "--repeats", 1, *options]
     return main([str(option) for option in given])
+
+
+def append(file, answer):
+    with file.open("a", encoding="utf-8") as stream:
+        stream.write(as_line(answer))
 
 
 def read(file) -> list[dict]:
