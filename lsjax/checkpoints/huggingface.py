@@ -14,7 +14,7 @@ from safetensors.numpy import save_file
 
 from lsjax.checkpoints.huggingface_config import read_config_json, to_config_json
 from lsjax.checkpoints.tensors import CheckpointError, Part, TensorSource, Track, parts_of
-from lsjax.config import Checked, ConfigError, Path, as_path, bounded, in_bucket, split_step
+from lsjax.config import Checked, ConfigError, Path, as_path, bounded, split_step
 from lsjax.data.files import one_line, read_json, whole_directory, write_json
 from lsjax.model.llama import Llama, unstacked
 from lsjax.model.parameters import named_leaves
@@ -146,9 +146,7 @@ def save(
     Raises:
         CheckpointError: the directory is not empty.
     """
-    directory = as_path(directory)
-    if not in_bucket(directory):
-        directory = directory.resolve()
+    directory = as_path(directory).resolve()
     check_destination(directory)
     eos = list(tokenizer.eos_ids) if tokenizer else []
     # Null if unknown: transformers would use Llama-2's 1 and 2 for a missing key.

@@ -25,7 +25,6 @@ from lsjax.checkpoints.steps import (
 from lsjax.checkpoints.tensors import CheckpointError
 from lsjax.config import CheckpointConfig, Path
 from lsjax.config.checked import VERSION
-from lsjax.config.paths import absolute
 from lsjax.data.files import remove_directory
 from lsjax.model.parameters import named_leaves
 
@@ -56,7 +55,7 @@ class Checkpoints:
         report: Report = log.warning,
         losses: Mapping[int, float] | None = None,
     ):
-        self._directory, self._config, self._report = absolute(directory), config, report
+        self._directory, self._config, self._report = directory.absolute(), config, report
         self._losses = {} if losses is None else losses
         self._manager: Any = None
         self._quiet = ExitStack()

@@ -33,7 +33,6 @@ from jaxtyping import Array, UInt32
 from lsjax.checkpoints.tensors import CheckpointError
 from lsjax.config import Path, in_bucket
 from lsjax.config.checked import without_version
-from lsjax.config.paths import absolute
 
 PARAMS, TRAIN, META = "params", "train", "meta"
 MARKER = "commit_success.txt"
@@ -103,7 +102,7 @@ class SavedStep:
 
     def _load(self, item: str, read: Callable[[Path], T]) -> T:
         """Runs `read`, and turns storage errors into DamagedStep on every host."""
-        path = absolute(self.directory / item)  # orbax requires absolute paths
+        path = (self.directory / item).absolute()  # orbax requires absolute paths
         result, reason = None, ""
         with quiet_storage():
             try:

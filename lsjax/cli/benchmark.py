@@ -33,7 +33,6 @@ from lsjax.cli.prompts import prompt_rows
 from lsjax.cli.setup import check_output
 from lsjax.cli.show import notes_console, show_cells, show_verdict
 from lsjax.config import ConfigError, LlamaConfig, Path, bounded, check
-from lsjax.data.files import make_directory
 from lsjax.decoding.cost import RoundCosts, calibrate
 from lsjax.decoding.engine import Engine
 from lsjax.decoding.self_speculative import SelfSpeculative, in_one_program
@@ -102,7 +101,7 @@ def benchmark(arguments: Arguments) -> int:
     strategies = choose_strategies(arguments, model, None if tail is None else {})
     output, file = arguments.output, None
     if output is not None:
-        make_directory(output)
+        output.mkdir(parents=True, exist_ok=True)
         file = output / "answers.jsonl"
         check_output(file, arguments.prompt_file)
     engine = load_engine(

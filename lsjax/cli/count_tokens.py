@@ -16,7 +16,7 @@ from rich.progress import Progress
 
 from lsjax.cli.flags import program
 from lsjax.config import Path
-from lsjax.data.files import cache_directory, file_size, json_rows, read_lines
+from lsjax.data.files import cache_directory, json_rows, read_lines
 from lsjax.data.tokenizer_files import load_tokenizer
 from lsjax.data.vocabulary import cached_counts, count_tokens, write_counts
 
@@ -39,7 +39,7 @@ def count(arguments: Arguments) -> None:
     """Counts the tokens and writes the counts."""
     tokenizer = load_tokenizer(arguments.model)
     output = arguments.output or cached_counts(cache_directory(), tokenizer)
-    total = sum(map(file_size, arguments.text))
+    total = sum(file.stat().st_size for file in arguments.text)
     with Progress(console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("counting", total=total)
 

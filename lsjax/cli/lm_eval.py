@@ -17,7 +17,6 @@ from lsjax.cli.flags import ChatFlags, ModelFlags, StrategyFlags, load_engine
 from lsjax.cli.show import notes_console
 from lsjax.config import ConfigError, Path, bounded, check, in_bucket
 from lsjax.data.chat import chat_prompt
-from lsjax.data.files import make_directory
 from lsjax.evaluation.answers import Cell
 
 
@@ -60,7 +59,7 @@ def run_tasks(arguments: Arguments) -> None:
             f"--output {arguments.output} is in a bucket, where lm_eval cannot write: name a local "
             "directory",
         )
-        make_directory(arguments.output)
+        arguments.output.mkdir(parents=True, exist_ok=True)
     try:
         from lsjax.evaluation import lm_eval as adapter
     except ModuleNotFoundError as error:

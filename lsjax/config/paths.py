@@ -1,17 +1,14 @@
 """Paths on a local disk or in a bucket, and the one place where text becomes a path."""
 
-import logging
 import os
 import pathlib
 import re
-from functools import cache
 from importlib.util import find_spec
-from typing import Any
 
 from lsjax.config.checked import check
 
-# Base class of local paths (pathlib.Path) and of paths in buckets (etils.epath.Path). Both have
-# pathlib's methods. It is for annotations; `as_path` makes paths.
+# Base class of local paths (pathlib.Path) and of paths in buckets (BucketPath). Both have pathlib's
+# methods. It is for annotations; `as_path` makes paths.
 Path = pathlib.PurePath
 _BUCKET = re.compile("gs:/+")  # pathlib turns gs://bucket into gs:/bucket
 _OTHER = re.compile(r"\w+://")
@@ -24,7 +21,14 @@ def as_path(path: str | Path) -> Path:
     """
     bucket = _BUCKET.match(str(path))
     if bucket is not None:
-        return _bucket_paths()(f"gs://{str(path)[bucket.end() :]}")
+        check(
+            find_spec("gcsfs") is not None,
+            "gs:// paths need the gcsfs package: pip install 'lsjax[gcs]'",
+        )
+        os.environ.setdefault("EPATH_USE_TF", "false")  # gcsfs, whatever else is installed
+        from lsjax.config.buckets import BucketPath
+
+        return BucketPath(f"gs://{str(path)[bucket.end() :]}")
     check(
         _OTHER.match(str(path)) is None,
         f"{path} is neither a local path nor one in a gs:// bucket: copy it there",
@@ -35,34 +39,6 @@ def as_path(path: str | Path) -> Path:
 def in_bucket(path: Path) -> bool:
     """Whether a path is in a bucket."""
     return not isinstance(path, pathlib.Path)
-
-
-@cache
-def _bucket_paths() -> type[Path]:
-    check(
-        find_spec("gcsfs") is not None,
-        "gs:// paths need the gcsfs package: pip install 'lsjax[gcs]'",
-    )
-    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it logs errors that it also raises
-    os.environ.setdefault("EPATH_USE_TF", "false")  # one file system, whatever is installed
-    import fsspec.config
-    from etils import epath
-
-    # Otherwise a listing hides what other processes have written since.
-    fsspec.config.conf.setdefault("gs", {}).setdefault("use_listings_cache", False)
-    return epath.Path
-
-
-def absolute(path: Path) -> Path:
-    """The path from the root; those in buckets begin there."""
-    return path if in_bucket(path) else path.absolute()
-
-
-def file_system() -> Any:
-    """The fsspec file system of gs:// paths."""
-    import fsspec
-
-    return fsspec.filesystem("gs", finalize_on_close=True)
 
 
 def split_step(path: str | Path) -> tuple[Path, int | str | None]:

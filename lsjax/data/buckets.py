@@ -8,8 +8,7 @@ import time
 from typing import IO
 
 from lsjax.config import Path, check, in_bucket
-from lsjax.config.paths import file_system
-from lsjax.data.files import local_cache, make_directory, whole_directory, write_whole
+from lsjax.data.files import local_cache, whole_directory, write_whole
 from lsjax.data.gguf_files import gguf_parts
 
 TOKENIZER = re.compile(
@@ -30,6 +29,8 @@ def local_copy(path: Path, *, wanted: re.Pattern = TOKENIZER) -> Path:
     """
     if not in_bucket(path):
         return path
+    from lsjax.config.buckets import file_system
+
     storage, alone = file_system(), path.is_file()
     folder = path.parent if alone else path
     parts = {part.name for part in gguf_parts(path)} if alone else set()
@@ -46,7 +47,7 @@ def local_copy(path: Path, *, wanted: re.Pattern = TOKENIZER) -> Path:
     key = hashlib.sha256(f"{folder} {sorted(found.items())}".encode()).hexdigest()[:16]
     copy = local_cache() / "models" / f"{folder.name}-{key}"
     if not copy.is_dir():
-        make_directory(copy.parent)
+        copy.parent.mkdir(parents=True, exist_ok=True)
         size, free = sum(size for size, _ in found.values()), shutil.disk_usage(copy.parent).free
         check(
             size < free,

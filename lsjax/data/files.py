@@ -15,7 +15,6 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 from lsjax.config import ConfigError, Path, as_path, check, in_bucket
-from lsjax.config.paths import file_system
 
 Fields = Mapping[str, Any]
 PlacedRow = tuple[str, str, Fields]  # short name, location in words, fields
@@ -61,14 +60,10 @@ def _matches(pattern: Path) -> list[Path]:
     if not in_bucket(pattern):
         found = map(as_path, sorted(glob.glob(str(pattern), recursive=True)))
         return [file for file in found if file.is_file()]
+    from lsjax.config.buckets import file_system
+
     found = file_system().glob(str(pattern), detail=True)
     return [as_path(f"gs://{name}") for name in sorted(found) if found[name]["type"] == "file"]
-
-
-def file_size(file: Path) -> int:
-    """Bytes of a file."""
-    found = file.stat()
-    return found.length if in_bucket(file) else found.st_size
 
 
 def stop_at(error: ConfigError) -> None:
@@ -198,12 +193,7 @@ def write_whole(file: Path, content: bytes) -> None:
     """Writes a file atomically: under a temporary name first, then renamed. A file in a bucket
     appears when it is complete."""
     if in_bucket(file):
-        try:
-            file.write_bytes(content)
-        except FileNotFoundError:
-            raise FileNotFoundError(
-                f"{file} can't be written, as there is no such bucket: create it, or name another"
-            ) from None
+        file.write_bytes(content)
         return
     partial = _partial(file)
     try:
@@ -222,7 +212,7 @@ def whole_directory(directory: Path, last: str = "") -> Iterator[Path]:
     If another process has created `directory` by then, that one stays.
     """
     if in_bucket(directory):
-        make_directory(local_cache())
+        local_cache().mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=local_cache()) as folder:
             yield as_path(folder)
             _upload(as_path(folder), directory, last)
@@ -241,19 +231,16 @@ def whole_directory(directory: Path, last: str = "") -> Iterator[Path]:
 
 
 def _upload(folder: Path, directory: Path, last: str) -> None:
+    from lsjax.config.buckets import file_system
+
+    storage = file_system()
     names = [str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()]
     for some in ([name for name in names if name != last], [last] if last in names else []):
         if last and (directory / last).exists():
             return
         if some:
             here, there = ([str(base / name) for name in some] for base in (folder, directory))
-            file_system().put(here, there)
-
-
-def make_directory(directory: Path) -> None:
-    """Makes a directory and its parents, if missing. Buckets need none, and stay as they are."""
-    if not in_bucket(directory):
-        directory.mkdir(parents=True, exist_ok=True)
+            storage.put(here, there)
 
 
 def remove_directory(directory: Path) -> None:
@@ -265,5 +252,5 @@ def remove_directory(directory: Path) -> None:
 
 
 def _partial(path: Path) -> Path:
-    make_directory(path.parent)
+    path.parent.mkdir(parents=True, exist_ok=True)
     return path.with_name(f".partial-{uuid.uuid4().hex}")

@@ -16,7 +16,7 @@ from collections.abc import Iterable
 from functools import cached_property
 
 from lsjax.config import Path, as_path
-from lsjax.data.files import make_directory, read_json, write_json
+from lsjax.data.files import read_json, write_json
 
 # Tokenizers with equal vocabularies may split digits, whitespace or contractions differently.
 PROBE = "Hello  world!\n\n\tdef f(x):\n        return 12345 + 6.78  # it's\r\n ¿Qué? 你好 ﬁ 🙂👍🏽 "
@@ -128,7 +128,7 @@ class Tokenizer(ABC):
     def save(self, directory: str | Path) -> None:
         """Writes files that `load_tokenizer` and transformers' AutoTokenizer read."""
         directory = as_path(directory)
-        make_directory(directory)
+        directory.mkdir(parents=True, exist_ok=True)
         config = {
             "tokenizer_class": self._save_model(directory),
             "add_bos_token": self.add_bos,

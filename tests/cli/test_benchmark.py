@@ -24,11 +24,6 @@ def run(directory, *options) -> int:
     return main([str(option) for option in given])
 
 
-def append(file, answer):
-    with file.open("a", encoding="utf-8") as stream:
-        stream.write(as_line(answer))
-
-
 def read(file) -> list[dict]:
     return [json.loads(line) for line in file.read_text().splitlines()]
 
@@ -176,14 +171,14 @@ def test_a_killed_run_resumes(model_directory, tmp_path, monkeypatch, capsys):
     options = ("--output", output, *grid, "--prompt-file", prompts, "--bad-rows", "skip")
     written = []
 
-    def killed(file, row):
+    def killed(row):
         if len(written) == 5:
             raise KeyboardInterrupt
         written.append(row)
-        append(file, row)
+        return as_line(row)
 
     with monkeypatch.context() as patch:
-        patch.setattr(answering, "append", killed)
+        patch.setattr(answering, "as_line", killed)
         with pytest.raises(SystemExit) as stop:
             run(model_directory, *options)
     assert stop.value.code == 130
