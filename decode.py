@@ -16,6 +16,7 @@ from typing import TextIO
 from rich.console import Console
 from rich.progress import Progress
 
+from lsjax.checkpoints.huggingface import read_generation_defaults
 from lsjax.cli.chat import chat
 from lsjax.cli.flags import load_engine, make_strategies, open_model, parse_flags
 from lsjax.cli.prompts import Arguments, choose_requests, encode_requests
@@ -56,6 +57,11 @@ def decode(arguments: Arguments) -> None:
     needed = -(-len(requests) // data_axis) * data_axis
     fewer = dataclasses.replace(arguments, batch_size=min(arguments.batch_size, needed))
     model = model._replace(flags=fewer)
+    if not arguments.strategies:
+        kept = read_generation_defaults(arguments.model)
+        drafts = None not in (kept.exit_layer, kept.num_draft_tokens)
+        name = "self_speculative" if drafts else "autoregressive"
+        arguments = dataclasses.replace(arguments, strategies=(name,))
     (strategy,) = make_strategies(arguments, model)
     encoded = encode_requests(requests, arguments, model.tokenizer, config)
     if arguments.json is not None and not to_stdout:

@@ -20,7 +20,16 @@ from lsjax.config import (
 )
 
 config = TrainConfig(
-    model=LlamaConfig.llama2_13b(),
+    model=LlamaConfig(
+        vocab_size=32_000,
+        hidden_size=5_120,
+        intermediate_size=13_824,
+        num_layers=40,
+        num_heads=40,
+        num_kv_heads=40,
+        head_dim=128,
+        max_context=4_096,
+    ),
     init_from="models/llama2-13b",
     data=DataConfig(source="text", paths=("corpus/*.txt",), tokenizer="models/llama2-13b"),
     num_steps=50_000,

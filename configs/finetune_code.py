@@ -21,7 +21,17 @@ from lsjax.config import (
 )
 
 config = TrainConfig(
-    model=LlamaConfig.llama_7b(),
+    model=LlamaConfig(
+        vocab_size=32_000,
+        hidden_size=4_096,
+        intermediate_size=11_008,
+        num_layers=32,
+        num_heads=32,
+        num_kv_heads=32,
+        head_dim=128,
+        max_context=2_048,
+        norm_eps=1e-6,
+    ),
     init_from="models/llama-7b",
     data=DataConfig(source="text", paths=("code/**/*.py",), tokenizer="models/llama-7b"),
     num_steps=10_000,

@@ -1,4 +1,4 @@
-"""Compiles the paper's configurations for slices of TPUs, and prints the tables of docs/pods.md.
+"""Compiles configurations for slices of TPUs, and prints the tables of docs/pods.md.
 
     python scripts/pods.py --directory build/pods
     python scripts/pods.py --directory build/pods --only continual_llama2_7b
@@ -48,6 +48,17 @@ ROWS = (
     ("finetune_code", "v6e:4x8", NOTHING),
     ("finetune_topv2", "v5e:4x4", "--remat dots_with_no_batch_dims_saveable"),
     ("finetune_topv2", "v6e:2x4", ""),
+    ("continual_qwen3_0_6b", "v5e:8x8", ""),
+    ("continual_qwen3_0_6b", "v6e:4x8", ""),
+    ("continual_qwen3_8b", "v5p:4x4x4", ""),
+    ("continual_qwen3_8b", "v5e:16x16", f"--mesh.fsdp 32 {NOTHING}"),
+    ("continual_qwen3_8b", "v6e:8x8", NOTHING),
+    ("continual_smollm3_3b", "v5p:4x4x4", ""),
+    ("continual_smollm3_3b", "v5e:16x16", NOTHING),
+    ("continual_smollm3_3b", "v6e:8x8", NOTHING),
+    ("continual_olmo2_1b", "v5p:2x4x4", ""),
+    ("continual_olmo2_1b", "v5e:8x8", "--micro-batches 4"),
+    ("continual_olmo2_1b", "v6e:4x8", NOTHING),
 )
 COLUMNS = (
     "configuration",

@@ -107,15 +107,18 @@ FAMILIES: Mapping[str, Family] = {
         slides=lambda layer, raw: (layer + 1) % 4 != 0,
     ),
 }
-# What other models need, by the beginning of their model_type.
+# What other models need, by regular expressions of their model_type.
 MISSING: Mapping[str, str] = {
     "gemma": "norm scales of 1 + w, scaled embeddings and GELU",
     "phi": "joined projections, partial rotary embeddings or layer norm",
-    "qwen3_5": "layers with linear attention",
-    "qwen3_next": "layers with linear attention",
-    "mixtral": "mixtures of experts",
-    "olmoe": "mixtures of experts",
-    "deepseek": "mixtures of experts and latent attention",
+    "qwen3_5|qwen3_next": "layers with linear attention",
+    "mixtral|olmoe|deepseek|.*_moe$": "mixtures of experts",
+}
+# Keys of rope scaling that each type needs, and others that it may have.
+SCALINGS: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "linear": (("factor",), ()),
+    "llama3": (("factor", "low_freq_factor", "high_freq_factor"), ()),
+    "yarn": (("factor",), ("beta_fast", "beta_slow", "truncate", "attention_factor")),
 }
 # Values besides null that change nothing; others change the computation and are rejected.
 NEUTRAL: Mapping[str, tuple[Any, ...]] = {

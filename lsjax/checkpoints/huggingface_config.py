@@ -6,6 +6,7 @@ families.py has the tables of keys.
 import dataclasses
 import logging
 import math
+import re
 from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
@@ -20,6 +21,7 @@ from lsjax.checkpoints.families import (
     NEUTRAL,
     OPTIONAL,
     ORIGINAL,
+    SCALINGS,
     SLIDING,
     Family,
     no_rope_layers,
@@ -91,12 +93,13 @@ def _family(given: Mapping[str, Any]) -> Family:
     kind = given.get("model_type")
     named = [name for name, family in FAMILIES.items() if family.model_type == kind]
     architectures = given.get("architectures") or named or kind
-    one = isinstance(architectures, list) and len(architectures) == 1
-    if one and (family := FAMILIES.get(str(architectures[0]))):
-        return family
-    needs = [why for start, why in MISSING.items() if str(kind).startswith(start)]
-    needs = ["mixtures of experts"] if str(kind).endswith("_moe") else needs
-    why = f", which needs {needs[0]}" if needs else ""
+    match architectures:
+        case [str(name)] if name in FAMILIES:
+            return FAMILIES[name]
+    needs = (
+        f", which needs {need}" for names, need in MISSING.items() if re.match(names, f"{kind}")
+    )
+    why = next(needs, "")
     raise ConfigError(
         f"architecture {architectures!r}{why}; only {', '.join(FAMILIES)} are supported"
     )
@@ -158,34 +161,23 @@ def _read_rope(raw: Mapping[str, Any], slides: bool) -> dict[str, Any]:
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":
         return own
-    needed = {
-        "linear": ("factor",),
-        "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
-        "yarn": ("factor",),
-    }
-    check(kind in needed, f"rope type {kind!r}; only {', '.join(needed)} are supported")
-    for name in needed[kind]:
+    check(kind in SCALINGS, f"rope type {kind!r}; only {', '.join(SCALINGS)} are supported")
+    needed, optional = SCALINGS[kind]
+    for name in needed:
         check(rope.get(name) is not None, f"rope {name} is missing, but type {kind!r} needs it")
-    values = {name: rope[name] for name in needed[kind]}
+    values = {name: rope[name] for name in (*needed, *optional) if rope.get(name) is not None}
     if kind != "linear":
         context = raw["max_position_embeddings"]
         values["original_context"] = raw.get(ORIGINAL, rope.get(ORIGINAL, context))
-    if kind == "yarn":
-        names = ("beta_fast", "beta_slow", "truncate")
-        values |= {name: rope[name] for name in names if rope.get(name) is not None}
-        factor = rope.get("attention_factor")
-        values["attention_factor"] = _yarn_attention(rope) if factor is None else factor
-    return {**own, "rope_scaling": RopeScaling(kind=kind, **values)}
-
-
-def _yarn_attention(rope: Mapping[str, Any]) -> float:
-    """Factor of sines and cosines that YaRN recommends; mscale: as in DeepSeek's variant."""
-
-    def scale(by: float) -> float:
-        return 1.0 + (0.1 * by * math.log(rope["factor"]) if rope["factor"] > 1 else 0.0)
-
-    above, below = rope.get("mscale"), rope.get("mscale_all_dim")
-    return scale(above) / scale(below) if above and below else scale(1.0)
+    scaling = RopeScaling(kind=kind, **values)
+    if kind == "yarn" and "attention_factor" not in values:
+        # As YaRN recommends; two factors of its logarithm are DeepSeek's variant.
+        above, below = rope.get("mscale"), rope.get("mscale_all_dim")
+        by = (above, below) if above and below else (1.0, 0.0)
+        check(all(isinstance(one, int | float) for one in by), f"rope mscale is {by}")
+        up, down = (1.0 + 0.1 * one * math.log(scaling.factor) for one in by)
+        scaling = dataclasses.replace(scaling, attention_factor=up / down)
+    return {**own, "rope_scaling": scaling}
 
 
 def to_config_json(config: LlamaConfig, dtype: Any) -> dict[str, Any]:
@@ -196,14 +188,11 @@ def to_config_json(config: LlamaConfig, dtype: Any) -> dict[str, Any]:
     """
     scaling, rope = None, config.rope_scaling
     if rope is not None:
-        scaling = {"rope_type": rope.kind, "factor": rope.factor}
+        scaling = {"rope_type": rope.kind}
         if rope.kind != "linear":
             scaling[ORIGINAL] = rope.original_context
-        names = {
-            "llama3": ("low_freq_factor", "high_freq_factor"),
-            "yarn": ("beta_fast", "beta_slow", "attention_factor", "truncate"),
-        }
-        scaling |= {name: getattr(rope, name) for name in names.get(rope.kind, ())}
+        names = (name for names in SCALINGS[rope.kind] for name in names)
+        scaling |= {name: getattr(rope, name) for name in names}
     theta = {"rope_theta": config.rope_theta}
     parameters = (scaling or {"rope_type": "default"}) | theta
     if config.window_rope_theta is not None:

@@ -7,7 +7,13 @@ from typing import Annotated
 
 import tyro
 
-from lsjax.cli.flags import ModelFlags, SamplingFlags, StrategyFlags, check_sampling
+from lsjax.cli.flags import (
+    ModelFlags,
+    SamplingFlags,
+    StrategyFlags,
+    StrategyName,
+    check_sampling,
+)
 from lsjax.config import ConfigError, LlamaConfig, Path, bounded, check
 from lsjax.data.chat import chat_prompt
 from lsjax.data.files import Fields, PlacedRow, Refuse, file_rows, read_lines, stop_at
@@ -26,6 +32,11 @@ SAMPLING = tuple(field.name for field in dataclasses.fields(Sampling))
 class Arguments(StrategyFlags, ModelFlags):
     """Continues prompts with a Llama."""
 
+    strategies: Annotated[tuple[StrategyName, ...], tyro.conf.arg(aliases=("--strategy",))] = ()
+    """autoregressive runs all layers. early_exit runs only the first layers. self_speculative
+    drafts with the first layers and verifies with the others: the same greedy tokens, up to
+    rounding. Default: self_speculative if generation_config.json has both of its numbers, else
+    autoregressive."""
     prompt: str | None = None
     """Text to continue."""
     prompt_file: Path | None = None

@@ -14,11 +14,9 @@ class RopeScaling(Checked, prefix="rope_scaling."):
     kind: "linear" divides every frequency by `factor` (position interpolation); "llama3" divides
       the low frequencies, keeps the high ones and blends between the two (Llama 3.1); "yarn" does
       so with other limits, and scales sines and cosines (YaRN; Peng et al., 2023).
-    low_freq_factor, high_freq_factor: of "llama3".
-    original_context: of "llama3" and "yarn".
-    beta_fast, beta_slow, attention_factor, truncate: of "yarn". Channel pairs that turn more often
-      than beta_fast in the original context are kept; those below beta_slow are divided.
-      attention_factor multiplies sines and cosines. truncate: whether limits are whole numbers.
+    low_freq_factor, high_freq_factor: of "llama3". beta_fast, beta_slow: of "yarn", which keeps
+      pairs of channels that turn more than beta_fast times in original_context, and divides those
+      below beta_slow. truncate: at whole pairs. attention_factor: of its sines and cosines.
     """
 
     kind: Literal["linear", "llama3", "yarn"]
@@ -184,19 +182,9 @@ class LlamaConfig(Checked):
         return _preset(changes, 32_000, 2_048, 5_632, 24, 16, 16, 4_096)
 
     @classmethod
-    def llama_7b(cls, **changes) -> "LlamaConfig":
-        """Llama 7B (Touvron et al., 2023)."""
-        return _preset(changes, 32_000, 4_096, 11_008, 32, 32, 32, 2_048, norm_eps=1e-6)
-
-    @classmethod
     def llama2_7b(cls, **changes) -> "LlamaConfig":
         """Llama-2 7B."""
         return _preset(changes, 32_000, 4_096, 11_008, 32, 32, 32, 4_096)
-
-    @classmethod
-    def llama2_13b(cls, **changes) -> "LlamaConfig":
-        """Llama-2 13B."""
-        return _preset(changes, 32_000, 5_120, 13_824, 40, 40, 40, 4_096)
 
     @classmethod
     def llama3_8b(cls, **changes) -> "LlamaConfig":

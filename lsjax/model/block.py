@@ -130,16 +130,12 @@ class Block(nnx.Module):
     """One transformer layer: f_l in x_{l+1} = x_l + f_l(x_l) of the paper's equation 1."""
 
     def __init__(self, config: LlamaConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
-        def norm(after: bool) -> RMSNorm | None:
-            is_here = after == config.norm_after
-            return RMSNorm(config.hidden_size, config.norm_eps, dtype) if is_here else None
-
-        self.attention_norm = norm(after=False)
+        norms = [RMSNorm(config.hidden_size, config.norm_eps, dtype) for _ in range(2)]
+        before, after = ([None] * 2, norms) if config.norm_after else (norms, [None] * 2)
+        self.attention_norm, self.feed_forward_norm = before
         self.attention = Attention(config, dtype=dtype, rngs=rngs)
-        self.attention_post_norm = norm(after=True)
-        self.feed_forward_norm = norm(after=False)
         self.feed_forward = FeedForward(config, dtype=dtype, rngs=rngs)
-        self.feed_forward_post_norm = norm(after=True)
+        self.attention_post_norm, self.feed_forward_post_norm = after
 
     def __call__(
         self,

@@ -35,7 +35,7 @@ FIELDS = [
     *("drafted_by_position", "accepted_by_position"),
     *("log_probs", "finish_reason"),
 ]
-SELF = ["--strategy", "self_speculative"]
+PLAIN, SELF = ["--strategy", "autoregressive"], ["--strategy", "self_speculative"]
 
 
 @pytest.fixture(scope="module")
@@ -65,13 +65,14 @@ def lines_of(text: str) -> list[dict]:
 @pytest.mark.parametrize(
     "options, exit_layer, drafts",
     [
-        ([], None, None),
+        (PLAIN, None, None),
         (["--strategy", "early_exit", "--exit-layer", "4"], 4, None),
-        (SELF, 3, 4),  # from generation_config.json
+        ([], 3, 4),  # from generation_config.json
+        (SELF, 3, 4),
         ([*SELF, "--num-draft-tokens", "2"], 3, 2),
         ([*SELF, "--exit-layer", "1"], 1, 4),
     ],
-    ids=["autoregressive", "early_exit", "of the model", "drafts", "exit"],
+    ids=["autoregressive", "early_exit", "of the model", "self_speculative", "drafts", "exit"],
 )
 def test_strategies(run, expected, tmp_path, options, exit_layer, drafts):
     """All give the same tokens; the text is printed as it is, the figures are written."""
@@ -84,7 +85,7 @@ def test_strategies(run, expected, tmp_path, options, exit_layer, drafts):
     same = ("token_ids", "text", "num_prompt_tokens", "num_new_tokens", "finish_reason")
     assert {key: line[key] for key in same} == {key: getattr(expected, key) for key in same}
     assert line["prompt"] == PROMPT
-    assert line["strategy"] == (options[1] if options else "autoregressive")
+    assert line["strategy"] == (options[1] if options else "self_speculative")
     assert (line["exit_layer"], line["num_draft_tokens"]) == (exit_layer, drafts)
     drafted = sum(line["drafted_by_position"])
     assert line["drafted"] == drafted and (drafted > 0) == (drafts is not None)
@@ -304,8 +305,11 @@ def bad(model_directory, tmp_path_factory):
             "--strategy early_exit --exit-layer 2 3",
             "several .* give one value each to --strategy",
         ),
-        ("--exit-layer 2", "--exit-layer has no effect on autoregressive"),
-        ("--num-draft-tokens 2", "--num-draft-tokens has no effect on autoregressive"),
+        ("--exit-layer 2 --model {bad}/silent", "--exit-layer has no effect on autoregressive"),
+        (
+            "--num-draft-tokens 2 --model {bad}/silent",
+            "--num-draft-tokens has no effect on autoregressive",
+        ),
         ("--prompt " + "a" * 600, "600 tokens and 128 new ones .* length of 512: shorten the"),
         ("--no-prompt --prompt-file {bad}/long.jsonl", "prompt 2 of 2: a prompt of 600 tokens and"),
         ("--max-new-tokens 0", "max_new_tokens 0 is below 1: use 1 or more"),
@@ -318,7 +322,10 @@ def bad(model_directory, tmp_path_factory):
         ("--temperature 1 --top-p 0", "top_p 0.0 must be .* above 0 and at most 1: 1 is all"),
         ("--top-k 5", "--top-k has no effect on greedy decoding: choose a --temperature above 0"),
         ("--num-samples 2", "--num-samples has no effect on greedy decoding"),
-        ("--draft-confidence 0.5", "--draft-confidence has no effect on autoregressive"),
+        (
+            "--draft-confidence 0.5 --model {bad}/silent",
+            "--draft-confidence has no effect on autoregressive",
+        ),
         (
             "--strategy self_speculative --draft-confidence 2",
             "draft_confidence 2.0 is out of range: use a value from 0 to 1",
@@ -432,7 +439,7 @@ def test_as_a_script(model_directory, expected):
     assert line["token_ids"] == expected.token_ids
 
 
-@pytest.mark.parametrize("options", [[], SELF], ids=["autoregressive", "self_speculative"])
+@pytest.mark.parametrize("options", [PLAIN, SELF], ids=["autoregressive", "self_speculative"])
 def test_samples(run, tmp_path, options):
     """Two texts for each of two prompts, seeds in a row; one seed repeats, alone and in a batch."""
     file = tmp_path / "prompts.jsonl"

@@ -1,5 +1,6 @@
 """The files in configs/ against the numbers that the paper gives (its Tables 8 to 10)."""
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +30,20 @@ TOKENS = {  # that the paper says the run sees
     "continual_llama3_2_1b": 839e9,
     "from_scratch_1_5b": 26e9,
     "from_scratch_7b": 26e9,
+}
+FAMILIES = {
+    "continual_olmo2_1b",
+    "continual_qwen3_0_6b",
+    "continual_qwen3_8b",
+    "continual_smollm3_3b",
+}
+PARAMETERS = {  # as published
+    "continual_llama2_13b": 13_015_864_320,
+    "continual_olmo2_1b": 1_484_916_736,
+    "continual_qwen3_0_6b": 596_049_920,
+    "continual_qwen3_8b": 8_190_735_360,
+    "continual_smollm3_3b": 3_075_098_624,
+    "finetune_code": 6_738_415_616,
 }
 
 
@@ -70,6 +85,25 @@ def test_meshes_follow_the_advice(file):
     assert config.model.hidden_size // config.mesh.fsdp >= 128 or config.mesh.fsdp == 1
 
 
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_shapes_have_the_published_number_of_parameters(name):
+    assert read_config_file(CONFIGS / f"{name}.py").model.num_params == PARAMETERS[name]
+
+
+@pytest.mark.parametrize("name", sorted(FAMILIES))
+def test_families_have_the_recipe_of_llama_3(name):
+    """And the tokens of Llama-2, as the paper gives no steps for Llama-3."""
+    config, llama3, llama2 = (
+        read_config_file(CONFIGS / f"{file}.py")
+        for file in (name, "continual_llama3_8b", "continual_llama2_7b")
+    )
+    assert config.layer_dropout == llama3.layer_dropout
+    assert dataclasses.replace(config.early_exit, token_share=1.0) == llama3.early_exit
+    assert config.optimizer == llama3.optimizer
+    shapes = [(c.num_steps, c.batch_size, c.seq_len) for c in (config, llama2)]
+    assert shapes[0] == shapes[1]
+
+
 def test_topv2_has_one_example_in_each_row():
     """So that rows are the paper's samples, each with layer dropout of its own."""
     assert not read_config_file(CONFIGS / "finetune_topv2.py").data.packing
@@ -89,4 +123,4 @@ def test_all_of_them_are_there():
     siblings = {"lite", "layerdrop", "pld", "dont_drop_dropout"}
     ours = {"quickstart", "from_scratch_python"}
     smollm2 = {"continual_smollm2_135m", "finetune_topv2_smollm2"}
-    assert {file.stem for file in FILES} == {*PAPER, *siblings, *ours, *smollm2}
+    assert {file.stem for file in FILES} == {*PAPER, *siblings, *ours, *smollm2, *FAMILIES}

@@ -32,9 +32,9 @@ def test_each_device_has_its_rows_and_heads(kernel, steps, size, kv_heads, monke
     shapes = []
     run = getattr(module, f"_{kernel}")
 
-    def noted(q, *rest):
+    def noted(q, *rest, **options):
         shapes.append(q.shape)
-        return run(q, *rest)
+        return run(q, *rest, **options)
 
     monkeypatch.setattr(module, f"_{kernel}", noted)
     with jax.set_mesh(make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))):
