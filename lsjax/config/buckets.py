@@ -40,6 +40,11 @@ class BucketPath(type(epath.Path("gs://"))):
             return file_system().info(str(self))["type"]
         except FileNotFoundError:
             return None
+        except Exception as error:  # of the network, the bucket, or the account's rights
+            raise OSError(
+                f"{self} cannot be reached ({error}): check the bucket, and that this account may "
+                "use it"
+            ) from error
 
     def stat(self) -> Any:
         """Size, and time of the last change, by the names of os.stat."""

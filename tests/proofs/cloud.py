@@ -4,10 +4,10 @@
 
 The bucket is a server on this machine (fake_bucket.py). It holds workdir, data, tokenizer and the
 model to start from. One of two processes is killed at random moments (kills.py). The result must
-equal that of an undisturbed run on the local disk, bit for bit. Then the bucket answers with errors
-for 20 seconds while a third run trains and saves; it must end with the same result, too. At last
-the programs that read a run read this one from the bucket, and must print what they print for the
-undisturbed run.
+equal that of an undisturbed run on the local disk, bit for bit. Then the bucket fails for 20
+seconds while another run trains: first it answers with errors, then not at all. The result must be
+the same. Finally the programs that read a run must print the same for the run in the bucket as for
+the one on the disk.
 """
 
 import os
@@ -26,18 +26,21 @@ from lsjax.config import as_path, check
 from lsjax.data.files import whole_directory
 
 OUTAGE = 20.0  # seconds
-FILES = "--data.tokenizer {parent}/files/model"
-TRAIN = f"{sys.executable} train.py --config tests/proofs/tiny_run.py --workdir "
-STARTING = f"{TRAIN}{{workdir}} --init-from {{parent}}/files/model {FILES} --data.source text"
-STARTING += " --data.paths {parent}/files/*.txt --num-steps "
+TRAIN = f"{sys.executable} train.py --config tests/proofs/tiny_run.py --workdir {{workdir}} "
+FROM_FILES = (
+    "--init-from {parent}/files/model --data.tokenizer {parent}/files/model "
+    "--data.source text --data.paths {parent}/files/*.txt --mesh.fsdp -1 "
+    "--distributed.heartbeat-timeout 10 --distributed.start-timeout 45 "
+)
 
 
-def main(directory: str, kills: int = 10, steps: int = 200, seed: int = 0) -> None:
+def main(directory: str, kills: int = 10, terms: int = 1, steps: int = 200, seed: int = 0) -> None:
     """Runs the drill; exits with 1, or an error, if anything differs.
 
     Args:
         directory: directory for the runs, their logs, and what the server holds.
         kills: number of times to kill the run.
+        terms: number of times to stop it by SIGTERM, after that.
         steps: number of steps of the run.
         seed: seed of the moments and of the choice of processes.
     """
@@ -48,32 +51,35 @@ def main(directory: str, kills: int = 10, steps: int = 200, seed: int = 0) -> No
             make_files(files)
         with whole_directory(there / "files") as copy:
             copy_files(files, Path(copy))
-        hosts = " --distributed.heartbeat-timeout 10 --distributed.start-timeout 45"
+        command = f"{TRAIN}{FROM_FILES}--num-steps {steps}"
         drill.main(
-            f"{STARTING}{steps} --mesh.fsdp -1{hosts}",
+            command,
             directory,
             f"{there}",
             kills=kills,
+            terms=terms,
             processes=2,
             seed=seed,
         )
         calm = drill.Run(here / "undisturbed", here)
-        failing = drill.Run(there / "failing", here)
-        drill.remove_directory(failing.workdir)
-        began = time.monotonic()
-        with drill.start(f"{STARTING}{steps} --mesh.fsdp -1{hosts}", failing, 2) as programs:
-            check(drill.until_it_trains(programs, failing) is not None, f"see {failing.log()}")
-            with server.failing(503):
-                time.sleep(OUTAGE)
-            check(not any(drill.ends(programs)), f"the run failed: see {failing.log()}")
-        different = list(drill.differences(calm, failing))
-        check(not different, f"after the bucket failed: {different}")
-        said = f"{OUTAGE:.0f} s of status 503: the same result"
-        print(f"{said}, after {time.monotonic() - began:.0f} s", flush=True)
-        for run in (calm, failing):
-            drill.remove_directory(run.workdir.parent / "out")
+        for name, outage in (("status 503", server.failing(503)), ("no answer", server.away())):
+            run = drill.Run(there / "failing", here)
+            drill.remove_directory(run.workdir)
+            began = time.monotonic()
+            with drill.start(command, run, 2) as programs:
+                check(drill.until_it_trains(programs, run) is not None, f"see {run.log()}")
+                with outage:
+                    time.sleep(OUTAGE)
+                check(programs[0].poll() is None, f"the run ended before: see {run.log()}")
+                check(not any(drill.ends(programs)), f"the run failed: see {run.log()}")
+            different = list(drill.differences(calm, run))
+            check(not different, f"after {name}: {different}")
+            took = time.monotonic() - began
+            print(f"{OUTAGE:.0f} s of {name}: the same result, after {took:.0f} s", flush=True)
+        for one in (calm, run):
+            drill.remove_directory(one.workdir.parent / "out")
         for number, words in enumerate(READERS):
-            texts = [output_of(words, run.workdir, here, number) for run in (calm, failing)]
+            texts = [output_of(words, one.workdir, here, number) for one in (calm, run)]
             check(texts[0] == texts[1], f"{words}: {texts[1]} is not {texts[0]}")
             print(f"{words}: the same from the bucket", flush=True)
 
@@ -107,7 +113,7 @@ def output_of(words: str, run: Path, directory: Path, number: int) -> str:
 def make_files(files: Path) -> None:
     """A model trained for a few steps, with its tokenizer, and text."""
     start = files.parent / "start"
-    run = f"{TRAIN}{start} --num-steps 4"
+    run = f"{TRAIN.format(workdir=start)}--num-steps 4"
     for words in (run, f"{sys.executable} -m lsjax.cli.convert {start} {files}/model"):
         subprocess.run(words.split(), check=True, stdout=subprocess.DEVNULL)
     rows = "".join(f'{{"question": "{n} + 1?", "answer": "#### {n + 1}"}}\n' for n in range(4))

