@@ -15,14 +15,8 @@ from lsjax.config import ConfigError, LlamaConfig, Path, RopeScaling, check
 from lsjax.data.gguf_files import gguf_parts, open_gguf
 from lsjax.model.rope import rope_frequencies
 
-# llama.cpp's name of an architecture, and transformers'.
-_ARCHITECTURES = {
-    "llama": "LlamaForCausalLM",
-    "olmo2": "Olmo2ForCausalLM",  # or Olmo3ForCausalLM, with a sliding window
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-    "smollm3": "SmolLM3ForCausalLM",
-}
+# The names are also model_types of config.json, but OLMo 3 is olmo2 with a sliding window.
+_ARCHITECTURES = ("llama", "olmo2", "qwen2", "qwen3", "smollm3")
 # Metadata keys (after "llama.") and config.json's keys.
 _REQUIRED = {
     "block_count": "num_hidden_layers",
@@ -149,13 +143,13 @@ class GGUFSource(TensorSource):
         if kind == "yarn":
             rope |= {name: self._own(f"rope.scaling.{key}") for key, name in _YARN.items()}
         rope = {"type": "default"} if kind == "none" else rope
-        architecture, theta = _ARCHITECTURES[self._architecture], {"rope_theta": raw["rope_theta"]}
+        kind, theta = self._architecture, {"rope_theta": raw["rope_theta"]}
         if slides := self._own("attention.sliding_window_pattern"):
-            architecture = "Olmo3ForCausalLM"
+            kind = "olmo3"
             raw["layer_types"] = [SLIDING if one else FULL for one in slides]
             rope = {FULL: rope | theta, SLIDING: theta}
         return raw | {
-            "architectures": [architecture],
+            "model_type": kind,
             "rope_parameters": rope,
             "tie_word_embeddings": "output.weight" not in self.shapes,
             "attention_bias": "blk.0.attn_output.bias" in self.shapes,

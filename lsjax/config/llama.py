@@ -43,11 +43,8 @@ class RopeScaling(Checked, prefix="rope_scaling."):
 
 
 class LayerKind(NamedTuple):
-    """How one layer differs from the others.
-
-    rope: "full" has rope_theta and rope_scaling, "window" window_rope_theta alone. window: number
-    of keys that a query sees, its own included.
-    """
+    """How one layer differs from the others. rope: "full" has rope_theta and rope_scaling, "window"
+    window_rope_theta alone. window: number of keys that a query sees, its own included."""
 
     rope: Literal["none", "full", "window"]
     window: int | None
@@ -113,12 +110,6 @@ class LlamaConfig(Checked):
             f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}",
         )
         check(self.head_dim % 2 == 0, f"head_dim {self.head_dim} must be even for rope")
-        for name in ("no_rope_layers", "full_attention_layers"):
-            top = max(getattr(self, name), default=0)
-            check(
-                top < self.num_layers,
-                f"{name} has index {top}, but the last layer is {self.num_layers - 1}",
-            )
 
     def layer_kind(self, layer: int) -> LayerKind:
         """The switches of the layer with this index."""
