@@ -11,7 +11,6 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from pathlib import Path
 from typing import TextIO
 
 from rich.console import Console
@@ -31,6 +30,7 @@ from lsjax.cli.show import (
     summary,
     verbatim,
 )
+from lsjax.config import Path, as_path
 from lsjax.decoding.completion import Completion
 from lsjax.decoding.engine import Engine
 from lsjax.decoding.request import Request
@@ -49,7 +49,7 @@ def decode(arguments: Arguments) -> None:
 
     Raises ConfigError, CheckpointError, TokenizerError or OSError, each in one line, for bad input.
     """
-    to_stdout = arguments.json == Path("-")
+    to_stdout = arguments.json == as_path("-")
     requests = choose_requests(arguments)
     model = open_model(arguments)
     config = model.source.config
@@ -180,7 +180,7 @@ def in_order(
 
 def json_lines(path: Path | None) -> AbstractContextManager[TextIO | None]:
     """Opens the output for JSON lines, if there is one. An existing file is emptied."""
-    if path is None or path == Path("-"):
+    if path is None or path == as_path("-"):
         return nullcontext(sys.stdout if path else None)
     return path.open("w", encoding="utf-8")
 

@@ -12,13 +12,12 @@ Running the same command again resumes a stopped run. Fields of the configuratio
 import sys
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 
 from rich.console import Console
 
 from lsjax.cli.setup import keep_compiled_programs, keep_freed_memory, one_line_errors
 from lsjax.cli.training import parse, shown_hooks, shown_progress
-from lsjax.config import TrainConfig
+from lsjax.config import Path, TrainConfig
 from lsjax.training.hosts import ending_together, is_first, start
 from lsjax.training.prepare import prepare_run
 from lsjax.training.run import Interrupted, TooManySkipped, train_run

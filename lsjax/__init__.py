@@ -8,11 +8,10 @@
 
 from collections.abc import Callable, Sequence
 from importlib import import_module
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lsjax.config import TrainConfig
+    from lsjax.config import Path, TrainConfig
     from lsjax.training.step import TrainState
 
 # Public names by module. They are imported when they are used, because JAX is slow to import and
@@ -49,7 +48,7 @@ def __getattr__(name: str) -> Any:
 
 def train(
     config: "TrainConfig",
-    workdir: str | Path,
+    workdir: "str | Path",
     *,
     hooks: Sequence[Callable] | None = None,
     **options: Any,
@@ -66,9 +65,10 @@ def train(
     Raises ConfigError or CheckpointError for bad input.
     """
     # Imported here: they import grain and orbax, which decoding does not need.
+    from lsjax.config import as_path
     from lsjax.evaluation.exits import evaluation_hook
     from lsjax.training.prepare import prepare_run
     from lsjax.training.run import train_run
 
     hooks = [evaluation_hook] if hooks is None else hooks
-    return train_run(prepare_run(config, Path(workdir)), hooks=hooks, **options)
+    return train_run(prepare_run(config, as_path(workdir)), hooks=hooks, **options)

@@ -1,6 +1,5 @@
 """Reads and writes models and training runs, and rejects damaged or unsupported files."""
 
-from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
@@ -10,7 +9,8 @@ from lsjax.checkpoints.gguf import GGUFSource
 from lsjax.checkpoints.huggingface import HuggingFaceSource
 from lsjax.checkpoints.run import RunSource, is_run
 from lsjax.checkpoints.tensors import CheckpointError, TensorSource, Track
-from lsjax.config import split_step
+from lsjax.config import Path, split_step
+from lsjax.data.buckets import WEIGHTS, local_copy
 from lsjax.model.llama import Llama
 
 
@@ -40,12 +40,14 @@ def open_checkpoint(path: str | Path) -> TensorSource | RunSource:
     """Opens a checkpoint of any kind and checks everything except its values."""
     path, step = split_step(path)
     if path.is_dir():
-        return RunSource(path, step) if is_run(path) else HuggingFaceSource(path)
+        if is_run(path):
+            return RunSource(path, step)
+        return HuggingFaceSource(local_copy(path, wanted=WEIGHTS))
     if not path.exists():
         raise CheckpointError(f"{path}: does not exist: give an existing directory or GGUF file")
     with path.open("rb") as file:
         if file.read(4) == b"GGUF":
-            return GGUFSource(path)
+            return GGUFSource(local_copy(path))
     raise CheckpointError(
         f"{path}: is not a GGUF file: give one, or the directory that holds config.json and "
         "safetensors (pickles are never read, as they can run code)"

@@ -3,7 +3,6 @@
 import dataclasses
 import math
 import re
-from pathlib import Path
 from typing import Any
 
 import ml_dtypes
@@ -12,8 +11,8 @@ import numpy as np
 from lsjax.checkpoints.families import FULL, SLIDING
 from lsjax.checkpoints.huggingface_config import llama_config
 from lsjax.checkpoints.tensors import CheckpointError, TensorSource
-from lsjax.config import ConfigError, LlamaConfig, RopeScaling, check
-from lsjax.data.files import gguf_parts, open_gguf
+from lsjax.config import ConfigError, LlamaConfig, Path, RopeScaling, check
+from lsjax.data.gguf_files import gguf_parts, open_gguf
 from lsjax.model.rope import rope_frequencies
 
 # The names are also model_types of config.json, but OLMo 3 is olmo2 with a sliding window.

@@ -7,7 +7,6 @@ So an export holds one file in memory beside the model.
 import math
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
@@ -15,7 +14,7 @@ from safetensors.numpy import save_file
 
 from lsjax.checkpoints.huggingface_config import read_config_json, to_config_json
 from lsjax.checkpoints.tensors import CheckpointError, Part, TensorSource, Track, parts_of
-from lsjax.config import Checked, ConfigError, bounded, split_step
+from lsjax.config import Checked, ConfigError, Path, as_path, bounded, split_step
 from lsjax.data.files import one_line, read_json, whole_directory, write_json
 from lsjax.model.llama import Llama, unstacked
 from lsjax.model.parameters import named_leaves
@@ -147,7 +146,7 @@ def save(
     Raises:
         CheckpointError: the directory is not empty.
     """
-    directory = Path(directory).resolve()
+    directory = as_path(directory).resolve()
     check_destination(directory)
     eos = list(tokenizer.eos_ids) if tokenizer else []
     # Null if unknown: transformers would use Llama-2's 1 and 2 for a missing key.
@@ -159,7 +158,7 @@ def save(
     defaults = generation or GenerationDefaults()
     early = {name: getattr(defaults, field) for field, name in _GENERATION.items()}
     said = {key: value for key, value in (ids | early).items() if value is not None}
-    with whole_directory(directory) as partial:
+    with whole_directory(directory, last="config.json") as partial:
         write_json(partial / "config.json", to_config_json(model.config, model.dtype) | ids)
         write_json(partial / "generation_config.json", said)
         if tokenizer is not None:

@@ -9,7 +9,6 @@ import math
 import re
 from collections.abc import Mapping
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 from lsjax.checkpoints.families import (
@@ -28,7 +27,7 @@ from lsjax.checkpoints.families import (
     no_rope_layers,
 )
 from lsjax.checkpoints.tensors import CheckpointError
-from lsjax.config import ConfigError, LlamaConfig, RopeScaling, check
+from lsjax.config import ConfigError, LlamaConfig, Path, RopeScaling, check
 from lsjax.data.files import read_json
 
 log = logging.getLogger(__name__)

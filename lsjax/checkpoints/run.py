@@ -11,7 +11,6 @@ A run can be loaded as a model: its newest undamaged step, or the step after an 
 
 import json
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -23,7 +22,7 @@ from jaxtyping import Array
 from lsjax.checkpoints.saving import best_first
 from lsjax.checkpoints.steps import PARAMS, SavedStep, first_whole, saved_steps
 from lsjax.checkpoints.tensors import CheckpointError, Track, not_finite
-from lsjax.config import LlamaConfig, LoraConfig, TrainConfig, check
+from lsjax.config import LlamaConfig, LoraConfig, Path, TrainConfig, check
 from lsjax.config.checked import from_json, versioned, without_version
 from lsjax.data.files import read_json, write_json
 from lsjax.data.tokenizer import Tokenizer, TokenizerError

@@ -1,9 +1,7 @@
 """Saves and restores a training run with orbax, in the background; steps.py detects damage."""
 
-import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -25,8 +23,9 @@ from lsjax.checkpoints.steps import (
     sealed,
 )
 from lsjax.checkpoints.tensors import CheckpointError
-from lsjax.config import CheckpointConfig
+from lsjax.config import CheckpointConfig, Path
 from lsjax.config.checked import VERSION
+from lsjax.data.files import remove_directory
 from lsjax.model.parameters import named_leaves
 
 _MODEL = "model."  # prefix of parameter paths in a state
@@ -102,7 +101,7 @@ class Checkpoints:
         restored, damaged = first_whole(steps, read, self._report)
         for step in damaged if jax.process_index() == 0 else ():
             aside = step.directory.with_name(f"{step.number}.damaged")
-            shutil.rmtree(aside, ignore_errors=True)
+            remove_directory(aside)
             step.directory.rename(aside)
         if damaged and jax.process_count() > 1:
             sync_global_devices("damaged steps are renamed")
@@ -155,7 +154,7 @@ class Checkpoints:
             self._manager = None  # it would raise again
             # The next start removes files that orbax's threads write after this.
             for left in self._directory.glob(f"{self._begun}.*-tmp"):
-                shutil.rmtree(left, ignore_errors=True)
+                remove_directory(left)
             raise CheckpointError(
                 f"step {self._begun} could not be saved ({cause(failure)}): check that "
                 f"{self._directory} is writable and has free space, or lower checkpoints.keep_last"

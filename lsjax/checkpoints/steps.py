@@ -4,8 +4,9 @@
     checkpoints/80/train    the rest of the training state by its path
     checkpoints/80/meta     JSON: position in the data, fingerprints
 
-Orbax renames a step when it is complete, so a kill never leaves a partial step. Storage has no
-checksum for array values, so each array is saved with a `fingerprint`.
+Orbax renames a step when it is complete, so a kill never leaves a partial step. Buckets cannot
+rename, so there it writes a MARKER last. Storage has no checksum for array values, so each array is
+saved with a `fingerprint`.
 """
 
 import gc
@@ -19,7 +20,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
@@ -31,9 +31,11 @@ from jax.sharding import SingleDeviceSharding
 from jaxtyping import Array, UInt32
 
 from lsjax.checkpoints.tensors import CheckpointError
+from lsjax.config import Path, in_bucket
 from lsjax.config.checked import without_version
 
 PARAMS, TRAIN, META = "params", "train", "meta"
+MARKER = "commit_success.txt"
 T = TypeVar("T")
 Report = Callable[[str], None]
 log = logging.getLogger(__name__)
@@ -121,8 +123,11 @@ class SavedStep:
 
 def saved_steps(directory: Path) -> list[SavedStep]:
     """Steps in a directory of checkpoints, newest first."""
-    found = directory.iterdir() if directory.is_dir() else ()
-    steps = [SavedStep(path) for path in found if path.name.isdecimal()]
+    try:
+        found = [path for path in directory.iterdir() if path.name.isdecimal()]
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    steps = [SavedStep(path) for path in found if not in_bucket(path) or (path / MARKER).exists()]
     return sorted(steps, key=lambda step: step.number, reverse=True)
 
 

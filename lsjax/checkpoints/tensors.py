@@ -8,7 +8,6 @@ import math
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -17,7 +16,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from lsjax.config import LlamaConfig
+from lsjax.config import LlamaConfig, Path
 from lsjax.model.llama import Llama
 from lsjax.model.parameters import Names, named_leaves, sharding_of, tensors_of
 

@@ -3,9 +3,9 @@
 import dataclasses
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from itertools import islice, product, tee
-from pathlib import Path
 from typing import Any, Literal
 
 import jax
@@ -16,7 +16,8 @@ from lsjax.checkpoints.run import is_run, read_run_config
 from lsjax.checkpoints.steps import fingerprints
 from lsjax.cli.flags import ChatFlags, ModelFlags, OpenModel, SamplingFlags
 from lsjax.cli.setup import machine
-from lsjax.config import ConfigError, DataConfig, bounded, check, split_step
+from lsjax.config import ConfigError, DataConfig, Path, bounded, check, split_step
+from lsjax.data.buckets import Lines
 from lsjax.data.chat import chat_prompt
 from lsjax.data.files import PlacedRow, Refuse, file_rows, stop_at
 from lsjax.data.pieces import Document
@@ -29,7 +30,7 @@ from lsjax.decoding.state import Strategy
 from lsjax.evaluation.answers import (
     Answer,
     Question,
-    append,
+    as_line,
     decode_in_turns,
     digest,
     key_of,
@@ -195,13 +196,16 @@ def complete(
         notes.print(f"{len(found)} of {len(wanted)} answers are already stored")
     if timed and len(found) < len(wanted):
         warm_up(engine, strategies, questions)
-    with Progress(console=notes, transient=True) as progress:
+    with (
+        nullcontext() if file is None else closing(Lines(file)) as lines,
+        Progress(console=notes, transient=True) as progress,
+    ):
         bar = progress.add_task("decoding", total=len(wanted), completed=len(found))
 
         def ended(question: Question, completion: Completion) -> None:
             answer = line(question, completion)
-            if file is not None:
-                append(file, answer)
+            if lines is not None:
+                lines.write(as_line(answer))
             found[key_of(answer)] = answer
             progress.update(bar, completed=len(found))
 

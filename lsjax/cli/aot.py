@@ -16,7 +16,6 @@ import sys
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import jax
@@ -39,7 +38,7 @@ from lsjax.cli.flags import parse_flags
 from lsjax.cli.setup import check_output, one_line_errors
 from lsjax.cli.show import notes_console, table, wide_console
 from lsjax.cli.training import ConfigFile, read_config
-from lsjax.config import EarlyExitConfig, LayerDropoutConfig, MeshConfig, TrainConfig, check
+from lsjax.config import EarlyExitConfig, LayerDropoutConfig, MeshConfig, Path, TrainConfig, check
 from lsjax.evaluation.exits import exit_sums
 from lsjax.sharding import make_mesh
 from lsjax.training.metrics import exit_flops, step_flops

@@ -21,7 +21,6 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Literal
 
 from rich.console import Console
@@ -33,7 +32,7 @@ from lsjax.cli.flags import OpenModel, StrategyFlags, StrategyName, load_engine
 from lsjax.cli.prompts import prompt_rows
 from lsjax.cli.setup import check_output
 from lsjax.cli.show import notes_console, show_cells, show_verdict
-from lsjax.config import ConfigError, LlamaConfig, bounded, check
+from lsjax.config import ConfigError, LlamaConfig, Path, bounded, check
 from lsjax.decoding.cost import RoundCosts, calibrate
 from lsjax.decoding.engine import Engine
 from lsjax.decoding.self_speculative import SelfSpeculative, in_one_program

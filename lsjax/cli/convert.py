@@ -7,7 +7,6 @@ It appears under its name only when it is complete.
 import sys
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
@@ -17,6 +16,7 @@ from rich.progress import track
 from lsjax.checkpoints import load, open_checkpoint
 from lsjax.checkpoints.huggingface import check_destination, read_generation_defaults, save
 from lsjax.cli.flags import program
+from lsjax.config import Path
 from lsjax.data.tokenizer_files import load_tokenizer
 
 

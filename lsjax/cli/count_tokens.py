@@ -10,12 +10,12 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 
 from rich.console import Console
 from rich.progress import Progress
 
 from lsjax.cli.flags import program
+from lsjax.config import Path
 from lsjax.data.files import cache_directory, json_rows, read_lines
 from lsjax.data.tokenizer_files import load_tokenizer
 from lsjax.data.vocabulary import cached_counts, count_tokens, write_counts

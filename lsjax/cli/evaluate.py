@@ -12,7 +12,6 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
@@ -22,7 +21,7 @@ from lsjax.cli.answering import TaskFlags
 from lsjax.cli.flags import StrategyFlags, load_engine
 from lsjax.cli.setup import check_output
 from lsjax.cli.show import notes_console, or_dash, table, wide_console
-from lsjax.config import bounded, check
+from lsjax.config import Path, bounded, check
 from lsjax.decoding.completion import Completion
 from lsjax.decoding.self_speculative import in_one_program
 from lsjax.evaluation.answers import (

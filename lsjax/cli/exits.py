@@ -10,7 +10,6 @@ perplexity and agreement by exit. The plot has a line per model (the paper's Fig
 import json
 import sys
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 from rich.console import Console
 from rich.progress import Progress
@@ -20,7 +19,7 @@ from lsjax.checkpoints.run import is_run, read_run_config
 from lsjax.cli.flags import program
 from lsjax.cli.setup import check_output, choose_dtype, keep_compiled_programs
 from lsjax.cli.show import exit_table, wide_console
-from lsjax.config import Checked, bounded, check
+from lsjax.config import Checked, Path, bounded, check
 from lsjax.data.files import cache_directory
 from lsjax.data.pipeline import OnePass, packed_rows
 from lsjax.data.tokenizer_files import load_tokenizer

@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stderr
 from dataclasses import dataclass
 from itertools import product
-from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
 import tyro
@@ -23,7 +22,7 @@ from lsjax.checkpoints.huggingface import read_generation_defaults
 from lsjax.checkpoints.run import RunSource
 from lsjax.checkpoints.tensors import TensorSource
 from lsjax.cli.setup import choose_dtype, keep_compiled_programs, one_line_errors
-from lsjax.config import Checked, ConfigError, MeshConfig, check
+from lsjax.config import Checked, ConfigError, MeshConfig, Path, as_path, check
 from lsjax.data.files import cache_directory
 from lsjax.data.tokenizer import Tokenizer
 from lsjax.data.tokenizer_files import load_tokenizer
@@ -38,6 +37,7 @@ from lsjax.model.llama import Llama
 from lsjax.sharding import make_mesh
 
 T = TypeVar("T")
+PATHS = tyro.constructors.ConstructorRegistry()
 StrategyName = Literal["autoregressive", "early_exit", "self_speculative"]
 # `Sampling` itself, without a prefix on the command line.
 SamplingFlags = tyro.conf.OmitArgPrefixes[Sampling]
@@ -220,6 +220,27 @@ def load_engine(
     )
 
 
+def _read_path(words: list[str]) -> Path:
+    try:
+        return as_path(words[0])
+    except ConfigError as error:
+        raise SystemExit(2) from error  # `parse_flags` finds the error, which tyro would wrap
+
+
+@PATHS.primitive_rule
+def _path_flag(info: Any) -> Any:
+    """Tells tyro how to read and show a path, which may be in a bucket."""
+    if info.type is not Path:
+        return None
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="PATH",
+        instance_from_str=_read_path,
+        is_instance=lambda value: isinstance(value, Path),
+        str_from_instance=lambda path: [str(path)],
+    )
+
+
 def program(
     kind: type[T], work: Callable[[T], int | None], description: str
 ) -> Callable[[Sequence[str] | None], int]:
@@ -242,7 +263,7 @@ def parse_flags(kind: type[T], argv: Sequence[str] | None, description: str, **s
     shown = io.StringIO()
     try:
         with redirect_stderr(shown):
-            return tyro.cli(kind, args=argv, description=description, **settings)
+            return tyro.cli(kind, args=argv, description=description, registry=PATHS, **settings)
     except SystemExit as end:
         if not end.code:  # --help
             raise

@@ -11,12 +11,11 @@ docs/evaluation.md explains the figures.
 
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 
 from lsjax.cli import flags
 from lsjax.cli.flags import ChatFlags, ModelFlags, StrategyFlags, load_engine
 from lsjax.cli.show import notes_console
-from lsjax.config import ConfigError, bounded, check
+from lsjax.config import ConfigError, Path, bounded, check, in_bucket
 from lsjax.data.chat import chat_prompt
 from lsjax.evaluation.answers import Cell
 
@@ -55,6 +54,11 @@ def run_tasks(arguments: Arguments) -> None:
     if arguments.chat:
         chat_prompt(opened.tokenizer, "?", arguments.system)  # fails now if there is no template
     if arguments.output is not None:
+        check(
+            not in_bucket(arguments.output),
+            f"--output {arguments.output} is in a bucket, where lm_eval cannot write: name a local "
+            "directory",
+        )
         arguments.output.mkdir(parents=True, exist_ok=True)
     try:
         from lsjax.evaluation import lm_eval as adapter

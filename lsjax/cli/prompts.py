@@ -3,7 +3,6 @@
 import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated
 
 import tyro
@@ -15,7 +14,7 @@ from lsjax.cli.flags import (
     StrategyName,
     check_sampling,
 )
-from lsjax.config import ConfigError, LlamaConfig, bounded, check
+from lsjax.config import ConfigError, LlamaConfig, Path, bounded, check
 from lsjax.data.chat import chat_prompt
 from lsjax.data.files import Fields, PlacedRow, Refuse, file_rows, read_lines, stop_at
 from lsjax.data.sources import fill

@@ -8,12 +8,14 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import jax
 
-from lsjax.config import ConfigError, check
-from lsjax.data.files import cache_directory
+from lsjax.config import ConfigError, Path, as_path, check, in_bucket
+from lsjax.data.files import cache_directory, one_line, write_whole
+
+# Packages that reach buckets. Their errors tell of the network, of the bucket, or of its rights.
+BUCKETS = ("gcsfs", "google", "aiohttp", "requests")
 
 
 def keep_compiled_programs() -> None:
@@ -53,7 +55,7 @@ def choose_dtype(dtype: str) -> str:
 def machine() -> str:
     """Hash of the kind of processor and the number of usable cores."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = as_path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         lines = [f"model name {platform.platform()} {platform.processor()}"]
     kind = sorted({line for line in lines if line.startswith(("model name", "flags"))})
@@ -69,11 +71,14 @@ def check_output(file: Path, prompts: Path | None = None) -> None:
         f"{file} would overwrite the prompts: name another file",
     )
     try:
-        file.open("a").close()
+        if not in_bucket(file):
+            file.open("a").close()
+        elif not file.exists():
+            write_whole(file, b"")
     except OSError as error:
         raise ConfigError(
-            f"{file} can't be written ({error.strerror}): name a file in a directory that exists "
-            "and is writable"
+            f"{file} can't be written ({error.strerror or one_line(error)}): name a file in a "
+            "directory or bucket that exists and is writable"
         ) from None
 
 
@@ -95,16 +100,16 @@ def ended_by_sigterm() -> Iterator[None]:
 def one_line_errors() -> Iterator[None]:
     """Turns bad input into one line on stderr and exit code 2, and Ctrl-C into exit code 130.
 
-    Bad input is an OSError, or a ValueError that this package defines. Other errors are bugs and
-    keep their tracebacks.
+    Bad input is an OSError, an error that this package defines, or an error of a bucket. Other
+    errors are bugs and keep their tracebacks.
     """
     try:
         yield
     except KeyboardInterrupt:
         sys.exit(130)
-    except (OSError, ValueError) as error:
-        ours = type(error).__module__.partition(".")[0] == "lsjax"
-        if not ours and not isinstance(error, OSError):
+    except Exception as error:
+        package = type(error).__module__.partition(".")[0]
+        if not isinstance(error, OSError) and package not in ("lsjax", *BUCKETS):
             raise
         from rich.console import Console  # scripts/accelerator.py runs without rich
 

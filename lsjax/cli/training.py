@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import tyro
@@ -16,7 +15,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 from lsjax.checkpoints.run import EVALUATION, read_metrics
 from lsjax.cli.flags import parse_flags
 from lsjax.cli.show import coloured, exit_table, verbatim
-from lsjax.config import ConfigError, TrainConfig, check
+from lsjax.config import ConfigError, Path, TrainConfig, check, in_bucket
 from lsjax.decoding.engine import Engine
 from lsjax.decoding.self_speculative import SelfSpeculative
 from lsjax.evaluation.exits import AGREEMENT, ExitScores, evaluation_hook
@@ -83,7 +82,10 @@ def read_config_file(file: Path) -> TrainConfig:
     Raises ConfigError, with the line, if the file fails or defines no `config`, or if a value has
     the wrong type: 5e4 is not an integer.
     """
-    check(file.is_file(), f"--config {file} is not a file: name one such as configs/quickstart.py")
+    check(
+        file.is_file() and not in_bucket(file),
+        f"--config {file} is not a local file: name one such as configs/quickstart.py",
+    )
     try:
         config = runpy.run_path(str(file)).get("config")
     except ConfigError as error:
@@ -120,7 +122,7 @@ def shown_evaluation(run: TrainingRun, console: Console) -> Hook:
             plot_exits({f"step {step}": scores}, workdir / "exits.png", title=workdir.name)
             plot_training([*read_metrics(workdir), row], workdir / "training.png")
         except (ConfigError, OSError) as error:  # no matplotlib, full disk: metrics.jsonl has it
-            console.print(str(error), style="dim")
+            console.print(str(error), style="dim", markup=False)
 
     return evaluation_hook(run, show)
 

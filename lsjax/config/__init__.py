@@ -3,6 +3,7 @@
 from lsjax.config.checked import Checked, ConfigError, bounded, check
 from lsjax.config.data import DataConfig
 from lsjax.config.llama import LlamaConfig, RopeScaling
+from lsjax.config.paths import Path, as_path, in_bucket, split_step
 from lsjax.config.step import (
     AttentionKernel,
     ComputeDtype,
@@ -18,7 +19,6 @@ from lsjax.config.train import (
     EvaluationConfig,
     MeshConfig,
     TrainConfig,
-    split_step,
 )
 
 __all__ = [
@@ -36,10 +36,13 @@ __all__ = [
     "LoraTarget",
     "MeshConfig",
     "OptimizerConfig",
+    "Path",
     "RopeScaling",
     "StepConfig",
     "TrainConfig",
+    "as_path",
     "bounded",
     "check",
+    "in_bucket",
     "split_step",
 ]

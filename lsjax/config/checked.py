@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
+from pathlib import PurePath
 from typing import Any, Literal, TypeVar
 
 VERSION = 3  # format of configurations and of saved steps
@@ -112,7 +112,7 @@ def described(kind: Any, bounds: Bounds | None = None) -> str:
     if origin is tuple:
         return f"a tuple, each item {described(arguments[0], bounds)}"
     words = {int: f"a whole number{limits}", float: f"a finite number{limits}", str: "text"}
-    words |= {bool: "True or False", Path: "a path", type(None): "None"}
+    words |= {bool: "True or False", PurePath: "a path", type(None): "None"}
     return words.get(kind) or f"a {getattr(kind, '__name__', kind)}"
 
 

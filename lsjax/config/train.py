@@ -1,10 +1,8 @@
-"""Configuration of a training run, and paths of saved steps."""
+"""Configuration of a training run."""
 
 import dataclasses
 import math
-import re
 from dataclasses import dataclass
-from pathlib import Path
 
 from lsjax.config.checked import Checked, bounded, check
 from lsjax.config.data import DataConfig
@@ -145,21 +143,3 @@ class TrainConfig(StepConfig):
             f"evaluation.exit_layer {exit_layer} is out of range: use 1..{model.num_layers - 1} "
             f"for a model of {model.num_layers} layers",
         )
-
-
-def split_step(path: str | Path) -> tuple[Path, int | str | None]:
-    """`runs/a@200` is step 200 of runs/a, `runs/a@best` its best one, any other path is itself.
-
-    An existing file or directory of that name takes precedence.
-    Raises ConfigError if neither a number nor "best" follows an existing directory and an @.
-    """
-    path = Path(path)
-    directory, at, step = path.name.rpartition("@")
-    run = path.with_name(directory) if directory else path
-    if not at or not directory or path.exists() or not run.is_dir():
-        return path, None
-    check(
-        step == "best" or re.fullmatch(r"\d+", step) is not None,
-        f"{path}: {step!r} is not a step of {run}: write a number, or best",
-    )
-    return run, step if step == "best" else int(step)

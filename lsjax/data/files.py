@@ -3,21 +3,19 @@
 import csv
 import glob
 import gzip
+import io
 import json
 import os
-import re
 import shutil
+import tempfile
 import uuid
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import chain, islice, takewhile
-from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from lsjax.config import ConfigError, check
+from lsjax.config import ConfigError, Path, as_path, check, in_bucket
 
 Fields = Mapping[str, Any]
 PlacedRow = tuple[str, str, Fields]  # short name, location in words, fields
@@ -26,8 +24,18 @@ Refuse = Callable[[ConfigError], None]  # called with the error of a bad line
 
 def cache_directory() -> Path:
     """The cache directory: $LSJAX_CACHE, else lsjax in $XDG_CACHE_HOME or ~/.cache."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("LSJAX_CACHE") or Path(base) / "lsjax")
+    return as_path(os.environ.get("LSJAX_CACHE") or _default_cache())
+
+
+def local_cache() -> Path:
+    """The cache directory, or the default one if $LSJAX_CACHE is in a bucket."""
+    directory = cache_directory()
+    return _default_cache() if in_bucket(directory) else directory
+
+
+def _default_cache() -> Path:
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (as_path(base) if base else as_path("~/.cache").expanduser()) / "lsjax"
 
 
 def find_files(paths: Sequence[str]) -> list[Path]:
@@ -37,17 +45,26 @@ def find_files(paths: Sequence[str]) -> list[Path]:
     """
     found: dict[Path, None] = {}
     for path in paths:
-        literal = Path(path).expanduser()
+        literal = as_path(path).expanduser()
         check(
             not literal.is_dir(),
             f"{path} is a directory: name its files, such as {path.rstrip('/')}/**/*.txt",
         )
         # An existing path is taken literally, even if it looks like a pattern.
-        matches = [literal] if literal.exists() else sorted(glob.glob(str(literal), recursive=True))
-        files = [file for file in map(Path, matches) if file.is_file()]
+        files = [literal] if literal.is_file() else _matches(literal)
         check(bool(files), f"no file matches {path}: check the path and the current directory")
         found |= dict.fromkeys(files)
     return list(found)
+
+
+def _matches(pattern: Path) -> list[Path]:
+    if not in_bucket(pattern):
+        found = map(as_path, sorted(glob.glob(str(pattern), recursive=True)))
+        return [file for file in found if file.is_file()]
+    from lsjax.config.buckets import file_system
+
+    found = file_system().glob(str(pattern), detail=True)
+    return [as_path(f"gs://{name}") for name in sorted(found) if found[name]["type"] == "file"]
 
 
 def stop_at(error: ConfigError) -> None:
@@ -74,7 +91,8 @@ def lines_with_offsets(
     """Number, offset of the first byte, and text of the lines that begin at `begin` or later."""
     at = begin
     try:
-        with gzip.open(file) if file.suffix == ".gz" else file.open("rb") as lines:
+        packed = file.suffix == ".gz"
+        with file.open("rb") as raw, gzip.open(raw) if packed else _buffered(raw) as lines:
             if begin:
                 lines.seek(begin - 1)
                 at += len(lines.readline()) - 1
@@ -90,6 +108,13 @@ def lines_with_offsets(
                 yield number, offset, text[:-2] + "\n" if text.endswith("\r\n") else text
     except (gzip.BadGzipFile, zlib.error, EOFError) as error:
         raise ConfigError(f"{file} cannot be decompressed ({error}): get it again") from None
+
+
+def _buffered(raw: Any) -> AbstractContextManager[Any]:
+    """A binary stream whose lines are read fast; files in buckets are slow without a buffer."""
+    return nullcontext(
+        raw if isinstance(raw, io.BufferedReader) else io.BufferedReader(raw, 1 << 20)
+    )
 
 
 def json_rows(
@@ -164,7 +189,7 @@ def file_rows(
     missing file or another extension.
     """
     for file in find_files(paths):
-        own = kind or (Path(file.stem).suffix if file.suffix == ".gz" else file.suffix)
+        own = kind or (as_path(file.stem).suffix if file.suffix == ".gz" else file.suffix)
         check(own in READERS, f"{file}: extension {own!r} is not one of {', '.join(READERS)}")
         for number, row in READERS[own](file, refuse):
             yield f"{file.name}:{number}", f"{file}, line {number}", row
@@ -186,59 +211,17 @@ def read_json(file: Path, error_type: type[ValueError]) -> dict[str, Any]:
     return raw
 
 
-def gguf_parts(file: Path) -> list[Path]:
-    """All files of a split GGUF, named NAME-00001-of-00003.gguf; the file itself if not split."""
-    part = re.fullmatch(r"(.+-)\d{5}(-of-(?!0{5})(\d{5})\.gguf)", file.name)
-    if part is None:
-        return [file]
-    name, of, count = part.groups()
-    return [file.with_name(f"{name}{number:05d}{of}") for number in range(1, int(count) + 1)]
-
-
-def open_gguf(file: Path, error_type: type[ValueError]) -> Any:
-    """The gguf package's reader for a file.
-
-    Raises `error_type` if the package is not installed. Also raises it unless the file is a
-    complete little-endian GGUF of version 2 or 3.
-    """
-    try:
-        import gguf
-    except ImportError as error:
-        raise error_type(
-            f"{file}: reading GGUF files needs the gguf package: pip install 'lsjax[gguf]'"
-        ) from error
-
-    class Reader(gguf.GGUFReader):
-        """Raises at slices past the file's end: gguf shortens them, and loops on huge counts."""
-
-        def _get(self, offset, dtype, count=1, override_order=None):
-            values = super()._get(offset, dtype, count, override_order)
-            if len(values) != count:
-                size = int(count) * np.dtype(dtype).itemsize
-                raise ValueError(f"{size} bytes at {offset} exceed its {len(self.data)} bytes")
-            return values
-
-    try:
-        reader = Reader(file)
-    except OSError:
-        raise
-    except Exception as error:
-        problem = f"{type(error).__name__}: {one_line(error)}"
-        raise error_type(
-            f"{file}: not a complete GGUF file ({problem}): damaged or cut off, download it again"
-        ) from error
-    if reader.byte_order == "S":
-        raise error_type(f"{file}: is a big-endian GGUF: use a little-endian one")
-    return reader
-
-
 def write_json(file: Path, content: Mapping[str, Any]) -> None:
     """Writes a JSON file atomically: indented, with a newline at the end."""
     write_whole(file, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
 
 
 def write_whole(file: Path, content: bytes) -> None:
-    """Writes a file atomically: under a temporary name first, then renamed."""
+    """Writes a file atomically: under a temporary name first, then renamed. A file in a bucket
+    appears when it is complete."""
+    if in_bucket(file):
+        file.write_bytes(content)
+        return
     partial = _partial(file)
     try:
         partial.write_bytes(content)
@@ -248,11 +231,19 @@ def write_whole(file: Path, content: bytes) -> None:
 
 
 @contextmanager
-def whole_directory(directory: Path) -> Iterator[Path]:
-    """Yields a directory to write into, and renames it to `directory` if the block succeeds.
+def whole_directory(directory: Path, last: str = "") -> Iterator[Path]:
+    """Yields a local directory to write into. If the block succeeds, it is renamed to `directory`,
+    or its files are copied to the bucket.
 
+    last: the file that is copied after all others, so that it marks a complete directory.
     If another process has created `directory` by then, that one stays.
     """
+    if in_bucket(directory):
+        local_cache().mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=local_cache()) as folder:
+            yield as_path(folder)
+            _upload(as_path(folder), directory, last)
+        return
     partial = _partial(directory)
     partial.mkdir()
     try:
@@ -263,7 +254,28 @@ def whole_directory(directory: Path) -> Iterator[Path]:
             if not directory.is_dir():
                 raise
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        remove_directory(partial)
+
+
+def _upload(folder: Path, directory: Path, last: str) -> None:
+    from lsjax.config.buckets import file_system
+
+    storage = file_system()
+    names = [str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()]
+    for some in ([name for name in names if name != last], [last] if last in names else []):
+        if last and (directory / last).exists():
+            return
+        if some:
+            here, there = ([str(base / name) for name in some] for base in (folder, directory))
+            storage.put(here, there)
+
+
+def remove_directory(directory: Path) -> None:
+    """Removes a directory with all that it holds, if it exists."""
+    if in_bucket(directory):
+        directory.rmtree(missing_ok=True)
+    else:
+        shutil.rmtree(directory, ignore_errors=True)
 
 
 def _partial(path: Path) -> Path:

@@ -4,10 +4,11 @@ import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice, pairwise
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+
+from lsjax.config import Path
 
 # Number of pieces that large sources are divided into, and limits of a piece's bytes.
 MANY_PIECES, SMALLEST_PIECE, LARGEST_PIECE = 4096, 2_000_000, 32_000_000

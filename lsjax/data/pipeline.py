@@ -9,12 +9,11 @@ order. It continues across epochs, so its state is the number of rows taken.
 """
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import grain
 import numpy as np
 
-from lsjax.config import DataConfig, check
+from lsjax.config import DataConfig, Path, check
 from lsjax.data.packing import PackedBatch
 from lsjax.data.token_rows import Share, TokenRows, token_rows
 from lsjax.data.tokenizer import Tokenizer

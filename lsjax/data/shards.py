@@ -21,14 +21,13 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import get_context
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Int64, UInt8, UInt64
 
-from lsjax.config import ConfigError, DataConfig
+from lsjax.config import ConfigError, DataConfig, Path
 from lsjax.data.files import write_json, write_whole
 from lsjax.data.packing import PackedBatch, TokenStore, pack
 from lsjax.data.pieces import Document, Piece, Source, is_held_out
@@ -227,7 +226,7 @@ def _are_seen(keys_N: UInt64[np.ndarray, "N"], seen: Path) -> Bool[np.ndarray, "
     """Whether documents with these keys are in the training rows."""
     found = np.zeros(len(keys_N), bool)
     for file in sorted(seen.glob("*.keys")):
-        found |= np.isin(keys_N, np.fromfile(file, np.uint64))
+        found |= np.isin(keys_N, np.frombuffer(file.read_bytes(), np.uint64))
     return found
 
 

@@ -14,10 +14,9 @@ import sysconfig
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import repeat
-from pathlib import Path
 from typing import Any
 
-from lsjax.config import ConfigError, DataConfig, check
+from lsjax.config import ConfigError, DataConfig, Path, as_path, check
 from lsjax.data.files import (
     READERS,
     Fields,
@@ -74,11 +73,11 @@ def python_source() -> Source:
 
     Each module is a document, in order of paths. Bytes that are not UTF-8 are replaced.
     """
-    root, found = Path(sysconfig.get_path("stdlib")), []
+    root, found = as_path(sysconfig.get_path("stdlib")), []
     for folder, folders, names in os.walk(root):
         folders[:] = [name for name in folders if name not in LEFT_OUT]  # prunes the walk
         own = (name for name in names if not name.startswith(OF_ONE_MACHINE))
-        found += [Path(folder, name) for name in own if name.endswith(".py")]
+        found += [as_path(folder) / name for name in own if name.endswith(".py")]
     check(
         bool(found),
         f"{root} has no .py files: this Python lacks its source, set another --data.source",
@@ -173,7 +172,7 @@ def tfds_split(
     )
     try:
         source = builder.as_data_source(split=split)
-        files = [Path(file) for file in builder.info.splits[split].filepaths]
+        files = [as_path(file) for file in builder.info.splits[split].filepaths]
     except (ValueError, AssertionError) as error:
         raise ConfigError(
             f"{name} has no split {split!r} ({one_line(error)}): choose one of "

@@ -14,8 +14,8 @@ import struct
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from functools import cached_property
-from pathlib import Path
 
+from lsjax.config import Path, as_path
 from lsjax.data.files import read_json, write_json
 
 # Tokenizers with equal vocabularies may split digits, whitespace or contractions differently.
@@ -134,7 +134,7 @@ class Tokenizer(ABC):
 
     def save(self, directory: str | Path) -> None:
         """Writes files that `load_tokenizer` and transformers' AutoTokenizer read."""
-        directory = Path(directory)
+        directory = as_path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         config = {
             "tokenizer_class": self._save_model(directory),

@@ -6,13 +6,13 @@ import json
 import re
 from collections.abc import Callable, Sequence
 from functools import cached_property
-from pathlib import Path
 
 import sentencepiece
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 
-from lsjax.data.files import one_line
+from lsjax.config import Path
+from lsjax.data.files import one_line, write_whole
 from lsjax.data.tokenizer import PROBE, Tokenizer, TokenizerError
 
 MAX_TOKEN_ID = 1 << 24
@@ -83,7 +83,7 @@ class HuggingFaceTokenizer(Tokenizer):
         return [one.ids for one in found]
 
     def _save_model(self, directory: Path) -> str:
-        self._backend.save(str(directory / "tokenizer.json"))
+        write_whole(directory / "tokenizer.json", self._backend.to_str(pretty=True).encode())
         return "PreTrainedTokenizerFast"
 
 
@@ -161,11 +161,11 @@ class SentencePieceTokenizer(Tokenizer):
 
     def _save_model(self, directory: Path) -> str:
         """Writes tokenizer.model, and tokenizer.json for transformers if `_as_bpe` makes one."""
-        (directory / "tokenizer.model").write_bytes(self.model)
+        write_whole(directory / "tokenizer.model", self.model)
         backend = self._as_bpe()
         if backend is None:
             return "LlamaTokenizer"
-        backend.save(str(directory / "tokenizer.json"))
+        write_whole(directory / "tokenizer.json", backend.to_str(pretty=True).encode())
         return "PreTrainedTokenizerFast"
 
     def _as_bpe(self) -> tokenizers.Tokenizer | None:

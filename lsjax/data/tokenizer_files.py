@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 import tokenizers
 from tokenizers import normalizers, pre_tokenizers
 
-from lsjax.config import split_step
-from lsjax.data.files import gguf_parts, one_line, open_gguf, read_json
+from lsjax.config import Path, split_step
+from lsjax.data.buckets import local_copy
+from lsjax.data.files import one_line, read_json
+from lsjax.data.gguf_files import gguf_parts, open_gguf
 from lsjax.data.tokenizer import Tokenizer, TokenizerError
 from lsjax.data.tokenizer_backends import (
     BYTE_PIECE,
@@ -54,7 +55,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 
     Raises TokenizerError for missing, empty, truncated or unsuitable files.
     """
-    path, _ = split_step(path)
+    path = local_copy(split_step(path)[0])
     try:
         return _load(path)
     except TokenizerError as error:

@@ -10,11 +10,10 @@ import io
 import json
 from collections import Counter
 from collections.abc import Iterable
-from pathlib import Path
 
 import sentencepiece
 
-from lsjax.config import ConfigError, DataConfig, check, split_step
+from lsjax.config import ConfigError, DataConfig, Path, as_path, check, split_step
 from lsjax.data.files import one_line, write_whole
 from lsjax.data.pieces import Document
 from lsjax.data.sources import document_source, training_documents
@@ -56,7 +55,7 @@ def make_tokenizer(config: DataConfig, *, cache: Path) -> Tokenizer:
                 write_whole(file, made.model)
             return SentencePieceTokenizer(file.read_bytes())
         case path:
-            return load_tokenizer(Path(path).expanduser())
+            return load_tokenizer(as_path(path).expanduser())
 
 
 def train_tokenizer(

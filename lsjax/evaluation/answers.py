@@ -13,11 +13,11 @@ from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 from typing import Any, NamedTuple
 
-from lsjax.config import check
+from lsjax.config import Path, check
 from lsjax.config.checked import differences, shown
+from lsjax.data.files import write_whole
 from lsjax.decoding.completion import Completion
 from lsjax.decoding.engine import Engine
 from lsjax.decoding.request import Request
@@ -149,7 +149,7 @@ def resume(file: Path, asked: Mapping[str, Any]) -> dict[Key, Answer]:
     For duplicate keys, the later answer wins. An incomplete last line is cut off. Raises
     ConfigError if the header differs, listing the differences, or if a line is not an answer.
     """
-    header = _line({HEADER: dict(asked)})
+    header = as_line({HEADER: dict(asked)})
     content = file.read_bytes() if file.exists() else b""
     if b"\n" not in content and header.encode().startswith(content):
         file.write_text(header, encoding="utf-8")
@@ -163,8 +163,8 @@ def resume(file: Path, asked: Mapping[str, Any]) -> dict[Key, Answer]:
         not changes,
         f"{file} was made with other settings ({changes}): choose another --output, or delete it",
     )
-    with file.open("rb+") as stream:
-        stream.truncate(content.rfind(b"\n") + 1)
+    if not content.endswith(b"\n"):
+        write_whole(file, content[: content.rfind(b"\n") + 1])
     return {key_of(answer): answer for answer in answers}
 
 
@@ -187,13 +187,8 @@ def read(file: Path) -> tuple[dict[str, Any], list[Answer]]:
     return rows[0][HEADER], rows[1:]
 
 
-def append(file: Path, answer: Answer) -> None:
-    """Appends an answer to the file."""
-    with file.open("a", encoding="utf-8") as stream:
-        stream.write(_line(answer))
-
-
-def _line(row: Mapping[str, Any]) -> str:
+def as_line(row: Mapping[str, Any]) -> str:
+    """A header or an answer as a line of the file."""
     return json.dumps(row, ensure_ascii=False) + "\n"
 
 

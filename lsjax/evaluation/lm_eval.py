@@ -13,7 +13,6 @@ import dataclasses
 import os
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from lm_eval import simple_evaluate
@@ -25,7 +24,7 @@ from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_table  # noqa: F401
 from tqdm import tqdm
 
-from lsjax.config import ConfigError, check
+from lsjax.config import ConfigError, Path, check
 from lsjax.data.chat import render_chat
 from lsjax.decoding.engine import Engine
 from lsjax.decoding.request import Request

@@ -3,14 +3,15 @@
 Needs the `plots` extra (matplotlib). Every function writes one PNG, to a path or an open file.
 """
 
+import io
 from collections.abc import Mapping, Sequence
 from itertools import cycle
-from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 
-from lsjax.config import ConfigError, check
+from lsjax.config import ConfigError, Path, check
+from lsjax.data.files import write_whole
 from lsjax.evaluation.exits import ExitScores
 
 Row = Mapping[str, Any]  # a line of a run's metrics.jsonl, or of a benchmark's cells.jsonl
@@ -44,6 +45,11 @@ def check_plots() -> None:
 def save(drawn, file: Path | IO[bytes], title: str) -> None:
     """Writes a PNG."""
     drawn.suptitle(title, parse_math=False)
+    if isinstance(file, Path):
+        content = io.BytesIO()
+        save(drawn, content, title)
+        write_whole(file, content.getvalue())
+        return
     drawn.savefig(file, dpi=150, format="png")
 
 

@@ -11,14 +11,13 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 from flax import nnx
 
-from lsjax.config import EarlyExitConfig, LlamaConfig, LoraConfig
+from lsjax.config import EarlyExitConfig, LlamaConfig, LoraConfig, Path
 from lsjax.model.llama import Llama, stacked
 from lsjax.model.lora import split, with_adapters
 from lsjax.training.early_exit import exit_counts
@@ -108,13 +107,13 @@ class MetricsLog:
             return
         # Imported here: counting FLOPs does not need the packages that read checkpoints.
         from lsjax.checkpoints.run import METRICS, read_metrics
+        from lsjax.data.buckets import Lines
+        from lsjax.data.files import write_whole
 
         path = directory / METRICS
         kept = [row for row in read_metrics(directory) if row["step"] <= from_step]
-        fresh = path.with_suffix(".new")
-        fresh.write_text("".join(json.dumps(row) + "\n" for row in kept))
-        fresh.replace(path)  # atomic: a crash here loses nothing
-        self._file = path.open("a")
+        write_whole(path, "".join(json.dumps(row) + "\n" for row in kept).encode())
+        self._file = Lines(path)
         if tensorboard:
             from tensorboardX import SummaryWriter
 
@@ -127,7 +126,8 @@ class MetricsLog:
         text = json.dumps(dict(values), default=lambda array: array.tolist())
         row = json.loads(text, parse_constant=lambda _: None)
         self._file.write(json.dumps({"kind": kind, "step": step, **row}) + "\n")
-        self._file.flush()
+        if kind != "step":  # a resumed run does not repeat it
+            self._file.flush()
         if self._board is not None:
             for name, value in row.items():
                 self._add(f"{kind}/{name}", value, step)
@@ -138,6 +138,11 @@ class MetricsLog:
                 self._add(f"{name}/{index + 1}", item, step)
         elif isinstance(value, int | float) and not isinstance(value, bool):
             self._board.add_scalar(name, value, step)
+
+    def flush(self) -> None:
+        """Writes rows that wait, as they do if the directory is in a bucket."""
+        if self._file is not None:
+            self._file.flush()
 
     def close(self) -> None:
         """Closes the files."""

@@ -12,7 +12,6 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -22,7 +21,7 @@ from jax.sharding import Mesh
 from lsjax.checkpoints import open_checkpoint
 from lsjax.checkpoints.run import CHECKPOINTS, begin_run, held_out_losses, is_run, read_run_config
 from lsjax.checkpoints.steps import saved_steps
-from lsjax.config import EvaluationConfig, LlamaConfig, MeshConfig, TrainConfig, check
+from lsjax.config import EvaluationConfig, LlamaConfig, MeshConfig, Path, TrainConfig, check
 from lsjax.config.checked import differences
 from lsjax.data.files import cache_directory, write_whole
 from lsjax.data.pipeline import OnePass, Pipeline, packed_rows

@@ -106,6 +106,7 @@ def train_run(
                 return state
 
         def save(step: int, state: TrainState) -> None:
+            log.flush()  # a resumed run needs the rows up to its step
             position = {**run.pipeline.state(), "held_out": run.held_out.rows.fingerprint}
             checkpoints.save(state, step=step, data=position)
 

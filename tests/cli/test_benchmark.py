@@ -9,7 +9,7 @@ from lsjax.cli import answering, benchmark
 from lsjax.cli.benchmark import main
 from lsjax.decoding.engine import Engine
 from lsjax.evaluation import comparison
-from lsjax.evaluation.answers import append
+from lsjax.evaluation.answers import as_line
 from lsjax.evaluation.comparison import Difference
 
 
@@ -171,14 +171,14 @@ def test_a_killed_run_resumes(model_directory, tmp_path, monkeypatch, capsys):
     options = ("--output", output, *grid, "--prompt-file", prompts, "--bad-rows", "skip")
     written = []
 
-    def killed(file, row):
+    def killed(row):
         if len(written) == 5:
             raise KeyboardInterrupt
         written.append(row)
-        append(file, row)
+        return as_line(row)
 
     with monkeypatch.context() as patch:
-        patch.setattr(answering, "append", killed)
+        patch.setattr(answering, "as_line", killed)
         with pytest.raises(SystemExit) as stop:
             run(model_directory, *options)
     assert stop.value.code == 130

@@ -101,24 +101,24 @@ def test_a_killed_run_goes_on(run, rows, tmp_path, monkeypatch):
     two = ("--strategies", "autoregressive", "early_exit", "--exit-layers", 1, "--limit", 4)
     two += ("--batch-size", 2)
     whole = run(*two, output="whole.jsonl")
-    add, count = answering.append, 0
+    line, count = answering.as_line, 0
 
-    def killed(file, answer):
+    def killed(answer):
         nonlocal count
         count += 1
         if count == 6:
-            with file.open("a") as stream:
+            with (tmp_path / "out.jsonl").open("a") as stream:
                 stream.write('{"strategy": "early ex')
             raise KeyboardInterrupt
-        add(file, answer)
+        return line(answer)
 
-    monkeypatch.setattr(answering, "append", killed)
+    monkeypatch.setattr(answering, "as_line", killed)
     with pytest.raises(SystemExit) as exit_:
         run(*two)
     assert exit_.value.code == 130
     before = (tmp_path / "out.jsonl").read_text().splitlines()
     assert len(before) == 1 + 5 + 1
-    monkeypatch.setattr(answering, "append", add)
+    monkeypatch.setattr(answering, "as_line", line)
     answers = run(*two)
     assert (tmp_path / "out.jsonl").read_text().splitlines()[:6] == before[:6]
     assert in_order(answers) == in_order(whole)

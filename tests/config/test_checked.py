@@ -1,12 +1,11 @@
 """The checker: what each kind of field takes, and how a refusal reads."""
 
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Annotated, Literal
 
 import pytest
 
-from lsjax.config import Checked, ConfigError, bounded
+from lsjax.config import Checked, ConfigError, Path, bounded
 
 
 @dataclass(frozen=True, kw_only=True)

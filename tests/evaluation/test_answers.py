@@ -15,13 +15,19 @@ from lsjax.evaluation.answers import (
     UNSEEN,
     Cell,
     Question,
-    append,
+    as_line,
     key_of,
     read,
     resume,
     summarise,
 )
 from lsjax.evaluation.examples import Example
+
+
+def append(file, answer):
+    with file.open("a", encoding="utf-8") as stream:
+        stream.write(as_line(answer))
+
 
 VOCABULARY = DraftVocabulary.most_frequent({1: 2, 7: 1}, 2, 258)
 

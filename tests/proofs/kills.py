@@ -13,6 +13,9 @@ the newest saved step.
 With --processes 2 the command is started twice, as two hosts of one run. A random one is killed;
 the other must end by itself, --within a minute and with a message. --terms also sends SIGTERM to a
 random process once it trains. All must then end, with the step saved that they report.
+
+With --bucket gs://... the second run is there. The command may name files below {parent}, the
+run's parent directory: they must be both in DIRECTORY and in the bucket (tests/proofs/cloud.py).
 """
 
 import json
@@ -20,7 +23,6 @@ import os
 import random
 import re
 import shlex
-import shutil
 import signal
 import socket
 import subprocess
@@ -28,17 +30,17 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 import tyro
 
-from lsjax.checkpoints.run import CHECKPOINTS
+from lsjax.checkpoints.run import CHECKPOINTS, METRICS
 from lsjax.checkpoints.steps import PARAMS, TRAIN, SavedStep, saved_steps
 from lsjax.cli.setup import one_line_errors
-from lsjax.config import check
+from lsjax.config import Path, as_path, check, in_bucket
+from lsjax.data.files import remove_directory
 
 POLL = 0.02  # seconds between looks at the run
 # What a process says that ends because another one has; the second one is of jax itself.
@@ -47,7 +49,8 @@ MESSAGE = re.compile("another process ended|another task died|could not connect"
 
 def main(
     command: str,
-    directory: Path,
+    directory: str,
+    bucket: str = "",
     kills: int = 20,
     terms: int = 0,
     processes: int = 1,
@@ -58,7 +61,8 @@ def main(
 
     Args:
         command: the training command, with {workdir} for its directory.
-        directory: directory for the two runs; older runs in it are deleted.
+        directory: directory for the two runs and their logs; older runs in it are deleted.
+        bucket: directory in a bucket for the second run.
         kills: number of times to kill the second run.
         terms: number of times to stop it by SIGTERM, after that.
         processes: number of processes of the run.
@@ -66,16 +70,17 @@ def main(
         seed: seed of the moments and of the choice of processes.
     """
     check("{workdir}" in command, "--command must contain {workdir}, the directory of the run")
-    directory.mkdir(parents=True, exist_ok=True)
-    calm, killed = directory / "undisturbed", directory / "killed"
+    as_path(directory).mkdir(parents=True, exist_ok=True)
+    calm = Run(as_path(directory) / "undisturbed", as_path(directory))
+    killed = Run(as_path(bucket or directory) / "killed", calm.logs)
     for run in (calm, killed):
-        shutil.rmtree(run, ignore_errors=True)
+        remove_directory(run.workdir)
     began = time.monotonic()
     with start(command, calm, processes) as programs:
         training = until_it_trains(programs, calm)
-        check(not any(ends(programs)), f"the undisturbed run failed: see {log_of(calm)}")
+        check(not any(ends(programs)), f"the undisturbed run failed: see {calm.log()}")
     end = time.monotonic() - began
-    check(training is not None, f"{calm} logged nothing: pass {{workdir}} to --workdir")
+    check(training is not None, f"{calm.workdir} logged nothing: pass {{workdir}} to --workdir")
     ready = training - began
     print(f"undisturbed: {end:.1f} s, of which {ready:.1f} s before the first step", flush=True)
 
@@ -99,7 +104,7 @@ def main(
             victim = chance.randrange(processes)
             check(
                 all(program.poll() is None for program in programs),
-                f"the run ended by itself after {number - 1} stops: see {log_of(killed)}, or raise "
+                f"the run ended by itself after {number - 1} stops: see {killed.log()}, or raise "
                 "its number of steps",
             )
             os.killpg(programs[victim].pid, kind)
@@ -112,18 +117,18 @@ def main(
         check(after >= before, f"step {before} was saved, but is missing now")
         check_resumes(killed, before, trains)
         for other, code in enumerate(codes):
-            log = log_of(killed, other)
+            log = killed.log(other)
             if kind == signal.SIGTERM:
                 check(code == 128 + kind, f"process {other} ended with {code}: see {log}")
             elif other != victim:
                 check(code not in (0, None), f"process {other} did not end by itself: see {log}")
                 check(MESSAGE.search(log.read_text()) is not None, f"{log} gives no reason")
         if kind == signal.SIGTERM:
-            step = re.findall(r"stopped after step (\d+)", log_of(killed).read_text())[-1]
+            step = re.findall(r"stopped after step (\d+)", killed.log().read_text())[-1]
             check(after == int(step), f"step {after} is saved, not step {step}")
     before = newest(killed)
     with start(command, killed, processes) as programs:
-        check(not any(ends(programs)), f"the last run failed: see {log_of(killed)}")
+        check(not any(ends(programs)), f"the last run failed: see {killed.log()}")
     check_resumes(killed, before, trains=True)
 
     different = list(differences(calm, killed))
@@ -135,8 +140,19 @@ def main(
     print(f"and the same result: step {newest(killed)}, bit for bit")
 
 
+class Run(NamedTuple):
+    """Directory of a run, and the local directory of its processes' logs."""
+
+    workdir: Path
+    logs: Path
+
+    def log(self, process: int = 0) -> Path:
+        """Log file of a process."""
+        return self.logs / f"{self.workdir.name}{f'.{process}' if process else ''}.log"
+
+
 @contextmanager
-def start(command: str, run: Path, processes: int = 1) -> Iterator[list[subprocess.Popen]]:
+def start(command: str, run: Run, processes: int = 1) -> Iterator[list[subprocess.Popen]]:
     """Starts each process of the command in its own group; kills the groups on exit."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -148,8 +164,9 @@ def start(command: str, run: Path, processes: int = 1) -> Iterator[list[subproce
                 f" --distributed.coordinator 127.0.0.1:{port}"
                 f" --distributed.num-processes {processes} --distributed.process-id {number}"
             )
-            asked = command.replace("{workdir}", str(run)) + hosts * (processes > 1)
-            with log_of(run, number).open("w") as log:
+            asked = command.replace("{workdir}", str(run.workdir))
+            asked = asked.replace("{parent}", str(run.workdir.parent)) + hosts * (processes > 1)
+            with run.log(number).open("w") as log:
                 program = subprocess.Popen(
                     shlex.split(asked), stdout=log, stderr=log, start_new_session=True
                 )
@@ -171,14 +188,9 @@ def ends(programs: list[subprocess.Popen], within: float | None = None) -> list[
     return [program.returncode for program in programs]
 
 
-def log_of(run: Path, process: int = 0) -> Path:
-    """Log file of a process of a run."""
-    return run.with_name(f"{run.name}.{process}.log" if process else f"{run.name}.log")
-
-
-def until_it_trains(programs: list[subprocess.Popen], run: Path) -> float | None:
+def until_it_trains(programs: list[subprocess.Popen], run: Run) -> float | None:
     """Waits until the run logs a new step; returns the time, or None if the run ends before."""
-    file = run / "metrics.jsonl"
+    file = run.workdir / METRICS
 
     def last() -> int:
         return max((row["step"] for row in rows(file)), default=0)
@@ -188,26 +200,26 @@ def until_it_trains(programs: list[subprocess.Popen], run: Path) -> float | None
         now = file.stat().st_mtime_ns if file.exists() else 0
         if now != seen and last() > before:
             return time.monotonic()
-        time.sleep(POLL)
+        time.sleep(10 * POLL if in_bucket(file) else POLL)
     return None
 
 
-def check_resumes(run: Path, before: int, trains: bool) -> None:
+def check_resumes(run: Run, before: int, trains: bool) -> None:
     """Raises ConfigError if the last run did not resume after step `before`.
 
     trains: whether it reached training; otherwise the kill may precede the message.
     """
-    said = re.search(r"resumes after step (\d+)\n", log_of(run).read_text())
+    said = re.search(r"resumes after step (\d+)\n", run.log().read_text())
     step = int(said[1]) if said else 0
     check(
         step == before or not (said or trains),
-        f"step {before} was saved, but the run resumed after step {step}: see {log_of(run)}",
+        f"step {before} was saved, but the run resumed after step {step}: see {run.log()}",
     )
 
 
-def newest(run: Path) -> int:
+def newest(run: Run) -> int:
     """Returns the newest saved step, or 0 without any."""
-    return max((step.number for step in saved_steps(run / CHECKPOINTS)), default=0)
+    return max((step.number for step in saved_steps(run.workdir / CHECKPOINTS)), default=0)
 
 
 def rows(file: Path) -> list[dict[str, Any]]:
@@ -216,12 +228,13 @@ def rows(file: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines if line]
 
 
-def differences(calm: Path, killed: Path) -> Iterator[str]:
+def differences(calm: Run, killed: Run) -> Iterator[str]:
     """Differences between the results, one line each."""
-    for path in sorted((killed / CHECKPOINTS).iterdir()):
-        if not path.name.isdigit():
+    whole = {step.directory.name for step in saved_steps(killed.workdir / CHECKPOINTS)}
+    for path in sorted((killed.workdir / CHECKPOINTS).iterdir()):
+        if path.name not in whole:
             yield f"{path} remains: a step was damaged or incomplete"
-    steps = [saved_steps(run / CHECKPOINTS)[0] for run in (calm, killed)]
+    steps = [saved_steps(run.workdir / CHECKPOINTS)[0] for run in (calm, killed)]
     numbers = [step.number for step in steps]
     if numbers[0] != numbers[1]:
         yield f"the last step is {numbers[1]}, not {numbers[0]}"
@@ -237,7 +250,7 @@ def differences(calm: Path, killed: Path) -> Iterator[str]:
             elif first[name].tobytes() != second[name].tobytes():
                 yield f"{item}: {name} differs"
     logged = [
-        [(row["step"], row["loss"]) for row in rows(run / "metrics.jsonl") if "loss" in row]
+        [(row["step"], row["loss"]) for row in rows(run.workdir / METRICS) if "loss" in row]
         for run in (calm, killed)
     ]
     if logged[0] != logged[1]:

@@ -1,0 +1,69 @@
+"""Paths in gs:// buckets, by etils.epath and gcsfs, with pathlib's behaviour on disks."""
+
+import logging
+from types import SimpleNamespace
+from typing import Any
+
+import fsspec
+import fsspec.config
+from etils import epath
+
+logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it logs errors that it also raises
+# Otherwise a listing hides what other processes have written since.
+fsspec.config.conf.setdefault("gs", {}).setdefault("use_listings_cache", False)
+
+
+class BucketPath(type(epath.Path("gs://"))):
+    """A path in a bucket, which has files and their prefixes, but no directories."""
+
+    def absolute(self) -> "BucketPath":
+        """The path itself."""
+        return self
+
+    def resolve(self, strict: bool = False) -> "BucketPath":
+        """The path itself."""
+        return self
+
+    def mkdir(self, mode: int | None = None, parents: bool = False, exist_ok: bool = False) -> None:
+        """Does nothing. epath would create a missing bucket."""
+
+    def is_dir(self) -> bool:
+        """Whether there are files below. Raises the bucket's errors, which epath takes for no."""
+        return self._kind() == "directory"
+
+    def is_file(self) -> bool:
+        """Whether this is a file; raises the bucket's errors."""
+        return self._kind() == "file"
+
+    def _kind(self) -> str | None:
+        try:
+            return file_system().info(str(self))["type"]
+        except FileNotFoundError:
+            return None
+        except Exception as error:  # of the network, the bucket, or the account's rights
+            raise OSError(
+                f"{self} cannot be reached ({error}): check the bucket, and that this account may "
+                "use it"
+            ) from error
+
+    def stat(self) -> Any:
+        """Size, and time of the last change, by the names of os.stat."""
+        found = file_system().info(str(self))
+        # A version's number is the time in microseconds.
+        return SimpleNamespace(
+            st_size=found["size"], st_mtime_ns=1000 * int(found.get("generation", 0))
+        )
+
+    def write_bytes(self, data: bytes) -> int:
+        """Writes a file, which appears when it is complete."""
+        try:
+            return super().write_bytes(data)
+        except FileNotFoundError:
+            raise FileNotFoundError(
+                f"{self} can't be written, as there is no such bucket: create it, or name another"
+            ) from None
+
+
+def file_system() -> Any:
+    """The fsspec file system of gs:// paths."""
+    return fsspec.filesystem("gs", finalize_on_close=True)

@@ -1,0 +1,198 @@
+"""Runs, models and results in a bucket, which a server on this machine holds."""
+
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+import decode
+import train
+from lsjax.checkpoints import load
+from lsjax.checkpoints.run import CHECKPOINTS, read_metrics
+from lsjax.checkpoints.steps import MARKER, saved_steps
+from lsjax.cli import convert
+from lsjax.config import ConfigError, as_path
+from lsjax.config.paths import split_step
+from lsjax.data import buckets
+from lsjax.data.buckets import Lines, local_copy
+from lsjax.data.files import find_files, read_lines, whole_directory, write_whole
+from lsjax.data.tokenizer_files import load_tokenizer
+from lsjax.model.parameters import named_leaves
+
+PROOFS = Path(__file__).parent / "proofs"
+TINY = ("--config", PROOFS / "tiny_run.py", "--checkpoints.every", 2, "--evaluation.every", 2)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(PROOFS)
+        import fake_bucket
+
+        if fake_bucket.missing():
+            pytest.skip(f"needs {fake_bucket.missing()}")
+        with fake_bucket.served(tmp_path_factory.mktemp("buckets")) as server:
+            yield server
+
+
+@pytest.fixture
+def bucket(server, tmp_path, monkeypatch):
+    monkeypatch.setenv("LSJAX_CACHE", str(tmp_path / "cache"))
+    return as_path("gs://lsjax-bucket") / tmp_path.name
+
+
+def run(program, *words) -> int:
+    return program([str(word) for word in words])
+
+
+def message(program, *words, capsys) -> str:
+    with pytest.raises(SystemExit) as end:
+        run(program, *words)
+    assert end.value.code == 2
+    said = capsys.readouterr().err.removeprefix("\n")  # of the hidden progress bar
+    assert said.startswith("error: ") and said.count("\n") == 1
+    return said
+
+
+def test_a_run_in_a_bucket_resumes_decodes_and_converts(bucket, tmp_path, capsys):
+    ours, local = bucket / "run", tmp_path / "run"
+    assert run(train.main, *TINY, "--workdir", ours, "--num-steps", 4) == 0
+    assert [step.number for step in saved_steps(ours / CHECKPOINTS)] == [4, 2]
+    # As if the process had been killed while it saved step 4.
+    (ours / CHECKPOINTS / "4" / MARKER).unlink()
+    capsys.readouterr()
+    for workdir in (ours, local):
+        assert run(train.main, *TINY, "--workdir", workdir, "--num-steps", 4) == 0
+    assert "resumes after step 2" in capsys.readouterr().out
+    rows = [
+        [{k: v for k, v in row.items() if k != "seconds"} for row in read_metrics(workdir)]
+        for workdir in (ours, local)
+    ]
+    assert rows[0] == rows[1] and rows[0][-1]["kind"] == "evaluation"
+
+    hf, output = bucket / "hf", bucket / "texts.jsonl"
+    assert run(convert.main, f"{ours}@best", hf) == 0
+    assert "not an empty directory" in message(convert.main, ours, hf, capsys=capsys)
+    words = ("--prompt", "import", "--max-new-tokens", 4, "--json", output)
+    texts = []
+    for model in (ours, hf, local):
+        run(decode.main, "--model", model, *words)
+        texts.append(json.loads(output.read_text())["token_ids"])
+    assert texts[0] == texts[1] == texts[2]
+    leaves = [named_leaves(load(model)) for model in (hf, local)]
+    assert all((leaf == leaves[1][path]).all() for path, leaf in leaves[0].items())
+    assert load_tokenizer(hf).fingerprint == load_tokenizer(local).fingerprint
+
+
+def test_damaged_steps_in_a_bucket_are_moved_aside(bucket, capsys):
+    workdir = bucket / "run"
+    assert run(train.main, *TINY, "--workdir", workdir, "--num-steps", 4) == 0
+    write_whole(workdir / CHECKPOINTS / "4" / "meta" / "metadata", b"{}")
+    assert run(train.main, *TINY, "--workdir", workdir, "--num-steps", 4) == 0
+    assert "step 4 is damaged and skipped" in capsys.readouterr().out
+    assert {path.name for path in (workdir / CHECKPOINTS).iterdir()} == {"2", "4", "4.damaged"}
+    assert saved_steps(workdir / CHECKPOINTS)[0].meta["data"]
+
+
+def test_a_changed_model_is_copied_again(bucket, monkeypatch):
+    write_whole(bucket / "tokenizer.json", b"{}")
+    write_whole(bucket / "weights.bin", b"large")
+    first = local_copy(bucket)
+    assert [file.name for file in first.iterdir()] == ["tokenizer.json"]
+    assert local_copy(bucket) == first and local_copy(first) == first
+    write_whole(bucket / "tokenizer.json", b"[]")
+    assert (local_copy(bucket) / "tokenizer.json").read_bytes() == b"[]"
+    assert (first / "tokenizer.json").read_bytes() == b"{}"
+    for number in (1, 2):
+        write_whole(bucket / f"m-0000{number}-of-00002.gguf", b"GGUF")
+    assert len([*local_copy(bucket / "m-00002-of-00002.gguf").parent.iterdir()]) == 2
+    write_whole(bucket / "tokenizer.json", b"1")
+    monkeypatch.setattr(buckets.shutil, "disk_usage", lambda _: SimpleNamespace(free=0))
+    with pytest.raises(ConfigError, match="has only 0.0 GB free"):
+        local_copy(bucket)
+    with pytest.raises(FileNotFoundError, match="none: does not exist"):
+        local_copy(bucket / "none")
+
+
+def test_files_of_a_bucket(bucket):
+    for name in ("a.txt", "deep/b.txt", "deep/er/c.txt", "deep/d.json"):
+        write_whole(bucket / name, b"one\ntwo\n")
+    found = find_files([f"{bucket}/**/*.txt", f"{bucket}/a.txt"])
+    assert [str(file.relative_to(bucket)) for file in found] == [
+        "a.txt",
+        "deep/b.txt",
+        "deep/er/c.txt",
+    ]
+    assert list(read_lines(found[0])) == [(1, "one\n"), (2, "two\n")]
+    assert found[0].stat().st_size == 8 and found[0].stat().st_mtime_ns > 1e18
+    assert found[0].is_file() and not found[0].is_dir() and (bucket / "deep").is_dir()
+    with pytest.raises(ConfigError, match="deep is a directory"):
+        find_files([f"{bucket}/deep"])
+    with pytest.raises(ConfigError, match="no file matches"):
+        find_files([f"{bucket}/*.csv"])
+
+
+def test_directories_appear_with_their_last_file_and_stay(bucket, monkeypatch):
+    def write(text):
+        with whole_directory(bucket / "made", last="config.json") as partial:
+            for name in ("config.json", "sub/a.bin"):
+                (partial / name).parent.mkdir(exist_ok=True)
+                (partial / name).write_text(text)
+            assert text == "again" or not (bucket / "made").exists()
+
+    write("first")
+    write("again")
+    names = ("config.json", "sub/a.bin")
+    assert [(bucket / "made" / name).read_text() for name in names] == ["first"] * 2
+
+
+def test_lines_of_a_bucket_are_written_at_intervals_and_at_the_end(bucket, monkeypatch):
+    file = bucket / "lines.txt"
+    lines = Lines(file)
+    lines.write("one\n")
+    assert not file.exists()
+    lines.flush()
+    assert file.read_text() == "one\n"
+    monkeypatch.setattr(buckets, "PAUSE", -1)
+    lines.write("two\n")
+    assert file.read_text() == "one\ntwo\n"
+    lines.close()
+    again = Lines(file)
+    again.write("three\n")
+    again.close()
+    assert file.read_text() == "one\ntwo\nthree\n"
+
+
+def test_a_bucket_that_does_not_exist_or_forbids_is_one_line(bucket, server, tmp_path, capsys):
+    none = "gs://no-bucket/run"
+    said = message(train.main, *TINY, "--workdir", none, capsys=capsys)
+    assert "can't be written, as there is no such bucket" in said
+    assert not (server.directory / "no-bucket").exists()
+    said = message(decode.main, "--model", none, "--prompt", "a", capsys=capsys)
+    assert f"{none}: does not exist" in said
+    with server.failing(403):
+        for program, *words in (
+            (train.main, *TINY, "--workdir", bucket / "run"),
+            (decode.main, "--model", bucket / "run", "--prompt", "a"),
+            (convert.main, bucket / "run", tmp_path / "hf"),
+        ):
+            said = message(program, *words, capsys=capsys)
+            assert "run cannot be reached (Forbidden" in said or "run/config.json cannot" in said
+
+
+def test_text_becomes_a_path_in_a_bucket_or_a_local_one(bucket, monkeypatch):
+    assert str(as_path(Path("gs://a/b"))) == "gs://a/b" == str(as_path("gs://a") / "b")
+    assert isinstance(as_path("a/b"), Path)
+    write_whole(bucket / "run" / "config.json", b"{}")
+    assert split_step(f"{bucket}/run@best") == (bucket / "run", "best")
+    with pytest.raises(ConfigError, match="s3://a/b is neither a local path nor one in a gs://"):
+        as_path("s3://a/b")
+
+
+def test_without_gcsfs_the_fix_is_named(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "gcsfs", None)
+    monkeypatch.setattr("lsjax.config.paths.find_spec", lambda _: None)
+    said = message(decode.main, "--model", "gs://a/b", "--prompt", "a", capsys=capsys)
+    assert said == "error: gs:// paths need the gcsfs package: pip install 'lsjax[gcs]'\n"
