@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 import decode
@@ -13,11 +14,13 @@ from lsjax.checkpoints import load
 from lsjax.checkpoints.run import CHECKPOINTS, read_metrics
 from lsjax.checkpoints.steps import MARKER, saved_steps
 from lsjax.cli import convert
-from lsjax.config import ConfigError, as_path
+from lsjax.config import ConfigError, DataConfig, as_path
 from lsjax.config.paths import split_step
-from lsjax.data import buckets
+from lsjax.data import buckets, pieces
 from lsjax.data.buckets import Lines, local_copy
 from lsjax.data.files import find_files, read_lines, whole_directory, write_whole
+from lsjax.data.token_rows import token_rows
+from lsjax.data.tokenizer_backends import ByteTokenizer
 from lsjax.data.tokenizer_files import load_tokenizer
 from lsjax.model.parameters import named_leaves
 
@@ -51,7 +54,7 @@ def message(program, *words, capsys) -> str:
     with pytest.raises(SystemExit) as end:
         run(program, *words)
     assert end.value.code == 2
-    said = capsys.readouterr().err.removeprefix("\n")  # of the hidden progress bar
+    said = capsys.readouterr().err.lstrip("\n")  # of the hidden progress bars
     assert said.startswith("error: ") and said.count("\n") == 1
     return said
 
@@ -94,6 +97,23 @@ def test_damaged_steps_in_a_bucket_are_moved_aside(bucket, capsys):
     assert "step 4 is damaged and skipped" in capsys.readouterr().out
     assert {path.name for path in (workdir / CHECKPOINTS).iterdir()} == {"2", "4", "4.damaged"}
     assert saved_steps(workdir / CHECKPOINTS)[0].meta["data"]
+
+
+def test_tokens_in_a_bucket_are_those_of_a_disk(bucket, tmp_path, monkeypatch):
+    """The corpus too; several pieces, and rows read by their ranges."""
+    monkeypatch.setattr(pieces, "SMALLEST_PIECE", 300)
+    text = "|".join(f"{n} " + "word " * (n % 11) for n in range(90))
+    found = []
+    for folder in (bucket, tmp_path):
+        write_whole(folder / "corpus.txt", text.encode())
+        config = DataConfig(source="text", paths=(f"{folder}/corpus.txt",), separator="|")
+        for _ in range(2):
+            rows = token_rows(config, ByteTokenizer(), seq_len=32, cache=folder / "tokens")["train"]
+        found.append((rows.fingerprint, rows.read(np.array([5, 0, -1, len(rows) - 1]))))
+        assert len(rows.rows_S) > 8
+    assert found[0][0] == found[1][0]
+    for name, array in found[1][1].items():
+        np.testing.assert_array_equal(found[0][1][name], array)
 
 
 def test_a_changed_model_is_copied_again(bucket, monkeypatch):
