@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import tyro
 
-from lsjax.cli import aot, training
+from lsjax.cli import aot, tokenize, training
 
 ROOT = Path(__file__).parents[1]
 COMMAND = re.compile(
@@ -48,6 +48,8 @@ def test_a_documented_command_is_taken(page, program, flags, monkeypatch):
         training.parse(given, "")[0].mesh.sizes(64)
     elif program == "lsjax.cli.aot":
         aot.parse(given).fields.mesh.sizes(64)
+    elif program == "lsjax.cli.tokenize":
+        tokenize.parse(given)
     else:
         name = program.removesuffix(".py").replace("/", ".")
         tyro.cli(importlib.import_module(name).Arguments, args=given)

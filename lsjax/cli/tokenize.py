@@ -43,12 +43,16 @@ class Arguments(ConfigFile):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the program. Bad input exits with code 2."""
-    argv = sys.argv[1:] if argv is None else argv
     with one_line_errors():
-        _, default = read_config(ConfigFile, argv, __doc__)
-        flags = (tyro.conf.AvoidSubcommands,)
-        make(parse_flags(Arguments, argv, __doc__, default=Arguments(fields=default), config=flags))
+        make(parse(sys.argv[1:] if argv is None else argv))
     return 0
+
+
+def parse(argv: Sequence[str]) -> Arguments:
+    """Parses the flags and the configuration. Raises ConfigError for a bad value."""
+    default = Arguments(fields=read_config(ConfigFile, argv, __doc__)[1])
+    settings = dict(default=default, config=(tyro.conf.AvoidSubcommands,))
+    return parse_flags(Arguments, argv, __doc__, **settings)
 
 
 def make(arguments: Arguments) -> None:

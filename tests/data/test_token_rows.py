@@ -144,7 +144,7 @@ def test_ends_and_special_tokens_are_as_the_config_says(bpe_directory):
 
 @pytest.mark.parametrize("leading_space", [False, True])
 def test_a_long_text_is_encoded_in_parts(tmp_path, monkeypatch, leading_space, any_tokenizer):
-    """Of lines; no token is lost or added between them."""
+    """The parts are lines; no token is lost or added between them."""
     text = "".join(f"line {n} of a text\n" for n in range(40))
     plain = DataConfig(source="jsonl", paths=("x",), append_end=False)
     whole, _ = encode_document(Document(text), plain, any_tokenizer)
