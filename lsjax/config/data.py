@@ -6,12 +6,13 @@ from typing import Literal
 
 from lsjax.config.checked import Checked, ConfigError, bounded, check
 
-FILES = ("text", "jsonl", "tsv")
+FILES = ("text", "jsonl", "tsv", "array_record")
 ROWS = ("jsonl", "tsv", "tfds")
 READ_BY = {  # fields that only some sources read
     "paths": FILES,
     "validation_paths": FILES,
     "separator": ("text",),
+    "ids_field": ("array_record",),
     "text_template": ROWS,
     "prompt_template": ROWS,
     "response_template": ROWS,
@@ -29,15 +30,19 @@ class DataConfig(Checked, prefix="data."):
     A document is a text, or a prompt with its response. docs/training.md has examples of sources.
     """
 
-    source: Literal["python_source", "text", "jsonl", "tsv", "tfds"] = "python_source"
+    source: Literal["python_source", "text", "jsonl", "tsv", "tfds", "array_record"] = (
+        "python_source"
+    )
     """python_source: the standard library of the running Python. text: text files. jsonl: files
     with an object on each line. tsv: files with columns under a header. tfds: a TensorFlow data
-    set."""
+    set. array_record: ArrayRecord files of tf.train.Example with token ids, as MaxText reads."""
     paths: tuple[str, ...] = ()
-    """Files for text, jsonl and tsv, or patterns such as books/**/*.txt."""
+    """Files for text, jsonl, tsv and array_record, or patterns such as books/**/*.txt."""
     separator: str = "file"
     """End of a document of text: the end of the `file`, a `blank_line`, or another marker."""
 
+    ids_field: str = "inputs"
+    """Name of the integers in a record of array_record: a document, used as it is."""
     text_template: str = "{text}"
     """Document of a row of jsonl, tsv or tfds, with the row's fields in braces."""
     prompt_template: str = ""
@@ -60,7 +65,7 @@ class DataConfig(Checked, prefix="data."):
     """Share of the documents that is held out, chosen by a hash of each. Has no effect with a
     separate validation set."""
     validation_paths: tuple[str, ...] = ()
-    """Files of a separate validation set (text, jsonl, tsv)."""
+    """Files of a separate validation set (text, jsonl, tsv, array_record)."""
     validation_split: str = ""
     """Split of a separate validation set (tfds)."""
     max_documents: int | None = bounded(None, low=1)

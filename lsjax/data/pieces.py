@@ -17,16 +17,17 @@ BLOCK = 1 << 20  # bytes that are hashed at a time
 
 @dataclass(frozen=True)
 class Document:
-    """A text, or a response and its prompt."""
+    """A text, or a response and its prompt; or ids of tokens."""
 
-    text: str
+    text: str = ""
     prompt: str = ""
+    ids: tuple[int, ...] = ()
 
     @property
     def key(self) -> int:
         """64-bit hash of the prompt, or of a text without one. Equal texts have equal keys, and so
         do all responses to one prompt."""
-        content = (self.prompt or self.text).encode()
+        content = (self.prompt or self.text or str(self.ids)).encode()
         return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
 
 
@@ -61,18 +62,18 @@ class Source:
     limit: int | None = None
 
     def documents(self) -> Iterator[Document]:
-        """The first `limit` documents whose text is not blank."""
+        """The first `limit` documents that are not blank."""
         return islice((one for piece in self._pieces() for one in self.in_piece(piece)), self.limit)
 
     def in_piece(self, piece: Piece) -> Iterator[Document]:
-        """The documents of a piece whose text is not blank."""
+        """The documents of a piece that are not blank."""
         ranges = [(self.files[index], begin, end) for index, begin, end in piece.ranges]
         # Offsets in the text of a .gz file are others than in the file, which is read as a whole.
         ranges = [(file, at, None if file.suffix == ".gz" else end) for file, at, end in ranges]
         if piece.rows is not None:
             ranges = [(None, *piece.rows)]
         found = (document for one in ranges for document in self.read(*one))
-        return islice((one for one in found if one.text.strip()), piece.limit)
+        return islice((one for one in found if one.text.strip() or one.ids), piece.limit)
 
     def stats(self) -> list[tuple[str, int, int]]:
         """Name, size, and time of the last change of each file. Equal ones have equal contents."""

@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Int64, UInt8, UInt64
 
-from lsjax.config import ConfigError, DataConfig, Path
+from lsjax.config import ConfigError, DataConfig, Path, check
 from lsjax.data.files import write_json, write_whole
 from lsjax.data.packing import PackedBatch, TokenStore, pack
 from lsjax.data.pieces import Document, Piece, Source, is_held_out
@@ -117,6 +117,15 @@ def encode_documents(
     A prompt is encoded separately, as in decoding, and includes a beginning-of-text token. A text
     of more than BATCH characters is encoded in parts that end with lines.
     """
+    if any(document.ids for document in documents):
+        for document in documents:
+            extra = max(document.ids, key=lambda token: token if token >= 0 else float("inf"))
+            check(
+                0 <= extra < tokenizer.vocab_size,
+                f"token {extra} of a record is not one of {tokenizer.vocab_size}: name the "
+                "tokenizer that made the records",
+            )
+        return [(list(document.ids), 0) for document in documents]
     special = config.allow_special
     texts = [list(_parts(document.text)) for document in documents]
     if config.has_prompts:

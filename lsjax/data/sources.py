@@ -16,7 +16,7 @@ from dataclasses import replace
 from itertools import repeat
 from typing import Any
 
-from lsjax.config import ConfigError, DataConfig, Path, as_path, check
+from lsjax.config import ConfigError, DataConfig, Path, as_path, check, in_bucket
 from lsjax.data.files import (
     READERS,
     Fields,
@@ -58,6 +58,8 @@ def document_source(config: DataConfig, *, validation: bool = False) -> Source:
                 return map(row_document, own, repeat(config), wheres)
 
             source = Source(title, files, read_rows, num_rows=len(rows), part=part)
+        case "array_record":
+            source = array_records(paths, config.ids_field)
         case kind:
 
             def read_lines_of(file: Path, begin: int, end: int | None) -> Iterator[Document]:
@@ -139,6 +141,40 @@ def text_files(paths: Sequence[str], separator: str) -> Source:
             *(large[0], large[0].stat().st_size / 1e6),
         )
     return Source(" ".join(paths), files, read, whole="\n" in separator)
+
+
+def array_records(paths: Sequence[str], field: str) -> Source:
+    """Documents that are token ids already, in ArrayRecord files of tf.train.Example."""
+    # They are slow to import.
+    from grain.sources import ArrayRecordDataSource
+    from tensorflow_datasets.proto import tf_example_pb2
+
+    files = find_files(paths)
+    for file in files:
+        check(not in_bucket(file), f"{file}: ArrayRecord files in buckets are not read: copy it")
+    name = " ".join(paths)
+    try:
+        records = ArrayRecordDataSource([str(file) for file in files])
+        num_rows = len(records)
+    except Exception as error:  # of the format's own library
+        raise ConfigError(f"{name}: not ArrayRecord files ({one_line(error)})") from None
+
+    def read(_, first: int, last: int) -> Iterator[Document]:
+        for number in range(first, last):
+            try:
+                features = tf_example_pb2.Example.FromString(records[number]).features.feature
+            except Exception as error:  # likewise
+                where = f"{name}, record {number}"
+                raise ConfigError(f"{where} is no Example ({one_line(error)})") from None
+            ids = tuple(features[field].int64_list.value) if field in features else ()
+            check(
+                bool(ids),
+                f"{name}, record {number} has no integers under {field!r}, it has "
+                f"{', '.join(sorted(features)) or 'nothing'}: set data.ids_field",
+            )
+            yield Document(ids=ids)
+
+    return Source(name, files, read, num_rows=num_rows)
 
 
 def tfds_split(

@@ -12,6 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import sentencepiece
+from array_record.python.array_record_module import ArrayRecordWriter
+from tensorflow_datasets.proto import tf_example_pb2
 
 from lsjax.config import ConfigError, DataConfig
 from lsjax.data import pieces as pieces_module
@@ -267,6 +269,43 @@ if __name__ == "__main__":
     config = DataConfig(source="text", paths=(sys.argv[1],), separator="|")
     token_rows(config, ByteTokenizer(), seq_len=64, cache=Path(sys.argv[2]), workers=2)
 """
+
+
+def array_record(file, rows, field="inputs"):
+    writer = ArrayRecordWriter(str(file), "group_size:1")
+    for row in rows:
+        example = tf_example_pb2.Example()
+        example.features.feature[field].int64_list.value.extend(row)
+        writer.write(example.SerializeToString())
+    writer.close()
+
+
+def test_records_of_token_ids_are_documents(tmp_path):
+    """As MaxText reads them: used as they are, without an end token."""
+    draw = np.random.default_rng(0)
+    rows = [draw.integers(0, 258, draw.integers(2, 40)).tolist() for _ in range(30)]
+    array_record(tmp_path / "a.array_record", rows[:20])
+    array_record(tmp_path / "b.array_record", rows[20:])
+    settings = dict(source="array_record", paths=(f"{tmp_path}/*.array_record",))
+    found = make(DataConfig(**settings, validation_fraction=0.3), tmp_path)
+    documents = []
+    for split in found.values():
+        tokens, labels, segments, _ = everything(split)
+        stream, own = tokens[segments > 0].tolist(), labels[segments > 0].tolist()
+        ends = [at + 1 for at, label in enumerate(own) if label == -1]
+        documents += [stream[a:b] for a, b in zip([0, *ends], ends, strict=False)]
+    assert sorted(documents) == sorted(rows)
+    assert found["validation"].num_documents > 0
+    for changes, message in (
+        (dict(ids_field="targets"), "record 0 has no integers under 'targets', it has inputs"),
+        (dict(paths=(f"{tmp_path}/bad",)), "bad: not ArrayRecord files"),
+    ):
+        (tmp_path / "bad").write_text("x" * 100_000)
+        with pytest.raises(ConfigError, match=message):
+            make(DataConfig(**settings | changes), tmp_path / "other")
+    array_record(tmp_path / "c.array_record", [[1, 300]])
+    with pytest.raises(ConfigError, match="token 300 of a record is not one of 258"):
+        make(DataConfig(**settings), tmp_path)
 
 
 def test_killed_processes_leave_whole_shards_and_no_process(tmp_path):
