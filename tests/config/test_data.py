@@ -28,7 +28,10 @@ def test_long_documents_by_default(rest, expected):
     ("changes", "message"),
     [
         ({"source": "text"}, "data.source text needs data.paths"),
-        ({"paths": ("a.txt",)}, "paths is read by source text, jsonl, tsv, array_record, not by python_source"),
+        (
+            {"paths": ("a.txt",)},
+            "paths is read by source text, jsonl, tsv, array_record, not by python_source",
+        ),
         ({"validation_paths": ("a.txt",)}, "validation_paths is read by source text, jsonl, tsv"),
         ({"separator": "blank_line"}, "is read by source text, not by python_source"),
         ({"source": "text", "paths": ("a.txt",), "separator": ""}, "separator is empty"),
