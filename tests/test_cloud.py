@@ -54,7 +54,7 @@ def message(program, *words, capsys) -> str:
     with pytest.raises(SystemExit) as end:
         run(program, *words)
     assert end.value.code == 2
-    said = capsys.readouterr().err.lstrip("\n")  # of the hidden progress bars
+    said = capsys.readouterr().err.lstrip("\n")  # of hidden progress bars
     assert said.startswith("error: ") and said.count("\n") == 1
     return said
 
@@ -152,6 +152,8 @@ def test_files_of_a_bucket(bucket):
         find_files([f"{bucket}/deep"])
     with pytest.raises(ConfigError, match="no file matches"):
         find_files([f"{bucket}/*.csv"])
+    with pytest.raises(ConfigError, match="no file matches"):
+        find_files(["gs://no-bucket/*.csv"])
 
 
 def test_directories_appear_with_their_last_file_and_stay(bucket, monkeypatch):

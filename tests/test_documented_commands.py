@@ -36,6 +36,7 @@ def words(flags: str) -> list[str]:
     if flags.count('"') % 2:
         flags = flags.rpartition('"')[0]
     flags = re.sub(r"--config (configs/X\.py|FILE)", "--config configs/from_scratch_7b.py", flags)
+    flags = flags.replace("gs://", "/")  # which need a package
     return shlex.split(re.sub(r"\[(--[^]]*)\]", r"\1", flags), comments=True)
 
 

@@ -1,6 +1,7 @@
 """Paths in gs:// buckets, by etils.epath and gcsfs, with pathlib's behaviour on disks."""
 
 import logging
+from contextlib import suppress
 from types import SimpleNamespace
 from typing import Any
 
@@ -56,6 +57,8 @@ class BucketPath(type(epath.Path("gs://"))):
 
     def write_bytes(self, data: bytes) -> int:
         """Writes a file, which appears when it is complete."""
+        with suppress(FileNotFoundError):  # a failing server may forget a large upload
+            return super().write_bytes(data)
         try:
             return super().write_bytes(data)
         except FileNotFoundError:

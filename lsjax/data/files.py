@@ -63,7 +63,10 @@ def _matches(pattern: Path) -> list[Path]:
         return [file for file in found if file.is_file()]
     from lsjax.config.buckets import file_system
 
-    found = file_system().glob(str(pattern), detail=True)
+    try:
+        found = file_system().glob(str(pattern), detail=True)
+    except FileNotFoundError:  # no such bucket
+        return []
     return [as_path(f"gs://{name}") for name in sorted(found) if found[name]["type"] == "file"]
 
 

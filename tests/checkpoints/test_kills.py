@@ -13,7 +13,7 @@ from lsjax.config import ConfigError
 from lsjax.model.llama import Llama
 from lsjax.training.step import init_state
 from tests.checkpoints.test_saving import CONFIG
-from tests.proofs.kills import check_resumes, differences, log_of, newest
+from tests.proofs.kills import Run, check_resumes, differences, newest
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,7 @@ def run(tmp_path_factory):
             checkpoints.save(copy, step=3, data=data)
         row = {"kind": "step", "step": 3, "loss": 1.5, "seconds": directory.name}
         (directory / "metrics.jsonl").write_text(json.dumps(row) + "\n")
-        return directory
+        return Run(directory, directory)
 
     return make
 
@@ -51,13 +51,14 @@ def test_differences(run):
         "the position in the data is {'rows_taken': 8}, not {'rows_taken': 6}"
     ]
     other = run()
-    file = other / "metrics.jsonl"
+    file = other.workdir / "metrics.jsonl"
     file.write_text(file.read_text().replace("1.5", "1.25"))
-    (other / "checkpoints" / "2.damaged").mkdir()
+    (other.workdir / "checkpoints" / "2.damaged").mkdir()
     left, losses = differences(one, other)
     assert left.endswith("2.damaged remains: a step was damaged or incomplete")
     assert losses == "the losses in metrics.jsonl differ"
-    shutil.move(other / "checkpoints" / "3", other / "checkpoints" / "4")
+    checkpoints = other.workdir / "checkpoints"
+    shutil.move(checkpoints / "3", checkpoints / "4")
     assert "the last step is 4, not 3" in list(differences(one, other))
 
 
@@ -72,8 +73,8 @@ def test_differences(run):
     ],
 )
 def test_a_run_that_began_anew_or_further_back(tmp_path, said, before, trains, step):
-    run = tmp_path / "killed"
-    log_of(run).write_text(f"reading the data\n{said}")
+    run = Run(tmp_path / "killed", tmp_path)
+    run.log().write_text(f"reading the data\n{said}")
     if step is None:
         check_resumes(run, before, trains)
     else:
