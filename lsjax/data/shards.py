@@ -1,10 +1,4 @@
-"""Shards: the rows of one piece of a source, as fixed-size records on disk.
-
-    record of a row of T tokens
-      uint32     number of tokens, without padding
-      T bits     whether a piece of a document begins here
-      T bits     whether the next token is a label
-      T + 1 ids  uint16 or uint32; the last one is the label of the last token
+"""Shards: the rows of one piece of a source, as records on disk (packing.py).
 
 A shard has one file of records for each split, and a JSON file, written last, with what it holds.
 So a killed program resumes with the shards that have none. Pieces do not depend on the number of
@@ -25,11 +19,11 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Int64, UInt8, UInt64
+from jaxtyping import Bool, Int64, UInt64
 
 from lsjax.config import ConfigError, DataConfig, Path, check
 from lsjax.data.files import write_json, write_whole
-from lsjax.data.packing import PackedBatch, TokenStore, pack
+from lsjax.data.packing import TokenStore, pack, to_records
 from lsjax.data.pieces import Document, Piece, Source, is_held_out
 from lsjax.data.sources import document_source
 from lsjax.data.tokenizer import Tokenizer, TokenizerError
@@ -69,44 +63,6 @@ class Job:
     def is_made(self, number: int) -> bool:
         """Whether a shard is complete."""
         return self.meta(number).exists()
-
-
-def record_bytes(seq_len: int, dtype: np.dtype) -> int:
-    """Size of a record."""
-    return 4 + 2 * -(-seq_len // 8) + (seq_len + 1) * dtype.itemsize
-
-
-def to_records(batch: PackedBatch, dtype: np.dtype) -> UInt8[np.ndarray, "B bytes"]:
-    """The records of packed rows."""
-    segments = batch["segments_BT"]
-    begins = (segments > 0) & (np.diff(segments, axis=1, prepend=0) != 0)
-    last = np.maximum(batch["labels_BT"][:, -1:], 0)
-    ids = np.concatenate([batch["tokens_BT"], last], axis=1).astype(dtype)
-    lengths = (segments > 0).sum(1, keepdims=True).astype(np.uint32)
-    bits = (np.packbits(one, axis=1) for one in (begins, batch["labels_BT"] >= 0))
-    return np.concatenate([lengths.view(np.uint8), *bits, ids.view(np.uint8)], axis=1)
-
-
-def from_records(
-    records: UInt8[np.ndarray, "B bytes"], seq_len: int, dtype: np.dtype
-) -> PackedBatch:
-    """The inverse of `to_records`; a record of zeros is a row of padding."""
-    begin, bits = 4, -(-seq_len // 8)
-    length_B1 = np.ascontiguousarray(records[:, :begin]).view(np.uint32)
-    flags = [
-        np.unpackbits(records[:, at : at + bits], axis=1, count=seq_len)
-        for at in (begin, begin + bits)
-    ]
-    ids = np.ascontiguousarray(records[:, begin + 2 * bits :]).view(dtype).astype(np.int32)
-    at_T = np.arange(seq_len, dtype=np.int32)
-    inside = at_T < length_B1
-    first = np.maximum.accumulate(np.where(flags[0], at_T, 0), axis=1)
-    return PackedBatch(
-        tokens_BT=ids[:, :-1],
-        labels_BT=np.where(flags[1], ids[:, 1:], np.int32(-1)),
-        segments_BT=np.cumsum(flags[0], axis=1, dtype=np.int32) * inside,
-        positions_BT=(at_T - first) * inside,
-    )
 
 
 def encode_documents(

@@ -26,9 +26,9 @@ from rich.progress import Progress
 
 from lsjax.config import ConfigError, DataConfig, Path, check, in_bucket
 from lsjax.data.files import read_json, remove_directory, write_json
-from lsjax.data.packing import PackedBatch
+from lsjax.data.packing import PackedBatch, from_records, record_bytes
 from lsjax.data.pieces import Source
-from lsjax.data.shards import LOST, SPLITS, Job, from_records, make_shards, record_bytes
+from lsjax.data.shards import LOST, SPLITS, Job, make_shards
 from lsjax.data.sources import document_source
 from lsjax.data.tokenizer import Tokenizer
 

@@ -4,8 +4,16 @@ import numpy as np
 import pytest
 
 from lsjax.config import DataConfig
-from lsjax.data.packing import OPEN_ROWS, TokenStore, first_fit, pack, split
-from lsjax.data.shards import from_records, record_bytes, to_records
+from lsjax.data.packing import (
+    OPEN_ROWS,
+    TokenStore,
+    first_fit,
+    from_records,
+    pack,
+    record_bytes,
+    split,
+    to_records,
+)
 
 #   a: 1 2 3 4         b: 11 ... 16        c: 21 ... 25      d: 31 32 33
 GOLDEN = [[1, 2, 3, 4], [11, 12, 13, 14, 15, 16], [21, 22, 23, 24, 25], [31, 32, 33]]
