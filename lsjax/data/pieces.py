@@ -11,7 +11,7 @@ import numpy as np
 from lsjax.config import Path
 
 # Number of pieces that large sources are divided into, and limits of a piece's bytes.
-MANY_PIECES, SMALLEST_PIECE, LARGEST_PIECE = 4096, 2_000_000, 32_000_000
+MANY_PIECES, SMALLEST_PIECE, LARGEST_PIECE = 4096, 1_000_000, 32_000_000
 BLOCK = 1 << 20  # bytes that are hashed at a time
 
 
@@ -50,7 +50,8 @@ class Source:
     name: its name in messages. files: the files it reads. read: (file, begin, end) -> documents
     that begin in this range of bytes; with num_rows, (None, first, last) -> those of these rows. It
     raises ConfigError with file and line if it cannot. whole: files are not divided. part: names
-    the part of the files, if not all are read. limit: maximum number of documents.
+    the part of the files, if not all are read. limit: maximum number of documents. warning: for
+    when its tokens are made.
     """
 
     name: str
@@ -60,6 +61,7 @@ class Source:
     num_rows: int | None = None
     part: str = ""
     limit: int | None = None
+    warning: str | None = None
 
     def documents(self) -> Iterator[Document]:
         """The first `limit` documents that are not blank."""

@@ -9,11 +9,13 @@ import os
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import chain
 from multiprocessing import get_context
 from types import ModuleType
 from typing import Any
@@ -30,7 +32,7 @@ from lsjax.data.tokenizer import Tokenizer, TokenizerError
 
 SPLITS = ("train", "validation")
 # Characters that are encoded at a time, which take about 40 bytes each.
-BATCH = 4_000_000
+BATCH = 1_000_000
 ROWS = 256  # packed at a time
 # SentencePiece rarely joins these with the next character. Its normalizers drop the first.
 MARKS = ("\x01", ".", ":", "0", "\u4e00")
@@ -70,8 +72,7 @@ def encode_documents(
 ) -> list[tuple[list[int], int]]:
     """Token ids of documents, and the number of prompt tokens of each.
 
-    A prompt is encoded separately, as in decoding, and includes a beginning-of-text token. A text
-    of more than BATCH characters is encoded in parts that end with lines.
+    A prompt is encoded separately, as in decoding, and includes a beginning-of-text token.
     """
     if any(document.ids for document in documents):
         for document in documents:
@@ -82,21 +83,29 @@ def encode_documents(
                 "tokenizer that made the records",
             )
         return [(list(document.ids), 0) for document in documents]
-    special = config.allow_special
-    texts = [list(_parts(document.text)) for document in documents]
-    if config.has_prompts:
-        prompts = [document.prompt for document in documents]
-        heads = tokenizer.encode_batch(prompts, allow_special=special)
-        counts = list(map(len, heads))
-    else:
-        firsts = [parts.pop(0) for parts in texts]
-        heads, counts = tokenizer.encode_batch(firsts, allow_special=special), [0] * len(texts)
-    rest = iter(_continuations([part for parts in texts for part in parts], tokenizer, special))
+    special, end = config.allow_special, [*tokenizer.eos_ids[:1]] * config.append_end
+    texts = [document.text for document in documents]
+    if not config.has_prompts:
+        found = tokenizer.encode_batch(texts, allow_special=special)
+        return [(ids + end, 0) for ids in found]
+    prompts = [document.prompt for document in documents]
+    heads = tokenizer.encode_batch(prompts, allow_special=special)
+    tails = _continuations(texts, tokenizer, special)
+    return [(head + tail + end, len(head)) for head, tail in zip(heads, tails, strict=True)]
+
+
+def encode_long(
+    document: Document, config: DataConfig, tokenizer: Tokenizer
+) -> tuple[np.ndarray, int]:
+    """The same for one document of any length, in parts of BATCH characters that end with lines."""
+    rest = _parts(document.text)
+    start, settings = replace(document, text=next(rest)), replace(config, append_end=False)
+    ((head, count),) = encode_documents([start], settings, tokenizer)
+    parts = (_continuations([part], tokenizer, config.allow_special)[0] for part in rest)
     end = [*tokenizer.eos_ids[:1]] * config.append_end
-    return [
-        (head + [token for _ in parts for token in next(rest)] + end, count)
-        for head, parts, count in zip(heads, texts, counts, strict=True)
-    ]
+    # Arrays at once: lists of ids take 40 bytes a token.
+    ids = [np.array(part, np.uint32) for part in chain([head], parts, [end])]
+    return np.concatenate(ids), count
 
 
 def _parts(text: str) -> Iterator[str]:
@@ -171,9 +180,15 @@ def _encoded(documents: Iterable[Document], job: Job) -> Iterator[tuple[np.ndarr
             yield np.array(ids, job.dtype), prompt, document.key
 
     for document in documents:
+        if len(document.text) > BATCH:
+            yield from encode()
+            batch, size = [], 0
+            ids, prompt = encode_long(document, job.config, job.tokenizer)
+            yield ids.astype(job.dtype), prompt, document.key
+            continue
         batch.append(document)
         size += len(document.prompt) + len(document.text)
-        if size > BATCH // 4:
+        if size > BATCH:
             yield from encode()
             batch, size = [], 0
     yield from encode()
@@ -216,16 +231,31 @@ def make_shards(
         return
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # one thread for each process
     pool = ProcessPoolExecutor(others, get_context("spawn"), _start, (job, os.getpid()))
-    try:
+    left, given = deque(numbers), {}
+
+    def give() -> None:
+        """One shard more than the others are busy with: what they have can't be taken back."""
         with _another_main():
-            made = {pool.submit(_make, number, pieces[number]): number for number in numbers}
-        for future in reversed(made):
-            if future.cancel():
-                make_shard(job, source, made[future], pieces[made[future]])
-                on_made(made[future])
-        for future in as_completed(one for one in made if not one.cancelled()):
+            while left and len(given) <= others:
+                number = left.popleft()
+                given[pool.submit(_make, number, pieces[number])] = number
+
+    def take(done: Iterable[Future]) -> None:
+        for future in list(done):
+            number = given.pop(future)
             future.result()
-            on_made(made[future])
+            on_made(number)
+
+    try:
+        give()
+        while left:
+            number = left.pop()
+            make_shard(job, source, number, pieces[number])
+            on_made(number)
+            take(future for future in given if future.done())
+            give()
+        while given:
+            take(wait(given, return_when=FIRST_COMPLETED).done)
     except BrokenProcessPool:
         raise ConfigError(
             "a process that tokenizes was killed, perhaps because memory ran out: start again to "

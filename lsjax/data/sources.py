@@ -5,7 +5,6 @@ get by hand for the others. It also reads data sets that were prepared elsewhere
 """
 
 import importlib
-import logging
 import numbers
 import os
 import platform
@@ -26,8 +25,6 @@ from lsjax.data.files import (
     read_lines,
 )
 from lsjax.data.pieces import LARGEST_PIECE, Document, Source, is_held_out
-
-log = logging.getLogger(__name__)
 
 # Tests are repetitive, installed packages vary, and the rest is specific to one machine.
 LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
@@ -133,14 +130,16 @@ def text_files(paths: Sequence[str], separator: str) -> Source:
                 lines = others[-1:]
         yield Document("".join(lines or ()))
 
-    large = [file for file in files if file.stat().st_size > LARGE_DOCUMENT]
-    if separator == "file" and large:
-        log.warning(
-            "%s has %.1f MB and no separator, so it is cut into documents at line ends: set "
-            "data.separator to blank_line, or to a marker between its documents",
-            *(large[0], large[0].stat().st_size / 1e6),
+    sizes = {file: file.stat().st_size for file in files}
+    largest, warning = max(files, key=sizes.__getitem__), None
+    if separator == "file" and sizes[largest] > LARGE_DOCUMENT:
+        warning = (
+            f"{largest} has {sizes[largest] / 1e6:.1f} MB and no separator, so it is cut into "
+            "documents at line ends: set data.separator to blank_line, or to a marker between its "
+            "documents"
         )
-    return Source(" ".join(paths), files, read, whole="\n" in separator)
+    whole = "\n" in separator
+    return Source(" ".join(paths), files, read, whole=whole, warning=warning)
 
 
 def array_records(paths: Sequence[str], field: str) -> Source:

@@ -226,6 +226,8 @@ def prepare_directory(directory: Path, source: Source) -> None:
 def make_missing(job: Job, source: Source, share: Share, workers: int | None) -> None:
     """Makes this host's missing shards, then those that other hosts should have made elsewhere, and
     joins them."""
+    if source.warning is not None and share.index == 0:
+        log.warning("%s", source.warning)
     pieces = source.pieces()
     sizes = [sum(end - begin for _, begin, end in piece.ranges) for piece in pieces]
     every = range(len(pieces))

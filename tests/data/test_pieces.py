@@ -93,17 +93,18 @@ def test_a_limit_ends_the_pieces(tmp_path, small_pieces):
         assert found == list(source.documents()) == [Document(text) for text in TEXTS[:limit]]
 
 
-def test_a_large_file_without_a_separator_is_cut_at_line_ends(tmp_path, monkeypatch, caplog):
+def test_a_large_file_without_a_separator_is_cut_at_line_ends(tmp_path, monkeypatch):
     """And the warning names the fix."""
     monkeypatch.setattr(pieces_module, "SMALLEST_PIECE", 1000)
     monkeypatch.setattr(sources, "LARGE_DOCUMENT", 5000)
     draw = random.Random(0)
     lines = ["x" * draw.randrange(60) for _ in range(400)]
     (tmp_path / "a.txt").write_text("\n".join(lines))
-    texts, pieces = in_pieces(DataConfig(source="text", paths=(f"{tmp_path}/a.txt",)))
+    config = DataConfig(source="text", paths=(f"{tmp_path}/a.txt",))
+    texts, pieces = in_pieces(config)
     assert "".join(texts) == "\n".join(lines) and len(pieces) > 8
     assert all(text.endswith("\n") and len(text) < 1100 for text in texts[:-1])
-    assert "set data.separator to blank_line" in caplog.text
+    assert "set data.separator to blank_line" in document_source(config).warning
 
 
 def test_a_text_without_its_marker_is_cut_too(tmp_path, monkeypatch):

@@ -21,7 +21,7 @@ from lsjax.data import shards
 from lsjax.data.packing import TokenStore, pack
 from lsjax.data.pieces import Document
 from lsjax.data.pipeline import packed_rows
-from lsjax.data.shards import by_key, encode_documents
+from lsjax.data.shards import by_key, encode_documents, encode_long
 from lsjax.data.sources import document_source
 from lsjax.data.token_rows import INDEX, Share, token_rows
 from lsjax.data.tokenizer_backends import ByteTokenizer
@@ -144,17 +144,17 @@ def test_ends_and_special_tokens_are_as_the_config_says(bpe_directory):
     assert ids[-1] == 2, "<|end|> is a token of its own"
 
 
-@pytest.mark.parametrize("leading_space", [False, True])
-def test_a_long_text_is_encoded_in_parts(tmp_path, monkeypatch, leading_space, any_tokenizer):
+def test_a_long_text_is_encoded_in_parts(monkeypatch, any_tokenizer):
     """The parts are lines; no token is lost or added between them."""
     text = "".join(f"line {n} of a text\n" for n in range(40))
     plain = DataConfig(source="jsonl", paths=("x",), append_end=False)
     whole, _ = encode_document(Document(text), plain, any_tokenizer)
     monkeypatch.setattr(shards, "BATCH", 100)
-    ids, _ = encode_document(Document(text), plain, any_tokenizer)
-    assert any_tokenizer.decode(ids) == any_tokenizer.decode(whole) == text
-    ids, _ = encode_document(Document("x" * 950), plain, ByteTokenizer(add_bos=False))
-    assert ids == [120] * 950
+    ids, _ = encode_long(Document(text), plain, any_tokenizer)
+    assert any_tokenizer.decode(ids.tolist()) == any_tokenizer.decode(whole) == text
+    ended = DataConfig(source="jsonl", paths=("x",))
+    ids, _ = encode_long(Document("x" * 950), ended, ByteTokenizer(add_bos=False))
+    assert ids.tolist() == [120] * 950 + [257]
 
 
 def test_rows_are_made_once_for_all_that_does_not_change_them(rows, tmp_path, monkeypatch):
