@@ -3,9 +3,9 @@
     python benchmarks/data_pipeline.py --data.tokenizer models/SmolLM2-135M-Instruct.Q4_1.gguf
     python benchmarks/data_pipeline.py --documents 50_000_000 --cache build/simulated
 
-Three ways to tokenize take turns: all processes, one process, and the tokenizer alone on all cores,
-which only encodes texts in memory. The stream is measured twice: first, batches follow one another
-at once; then the loop is busy for --step-ms between them, and its waiting time counts.
+Three ways to tokenize take turns: lsjax, lsjax with one thread, and the tokenizer alone with all
+cores, which only encodes texts in memory. The stream is measured twice: first, batches follow one
+another at once; then the loop is busy for --step-ms between them, and its waiting time counts.
 
 With --documents, the store is simulated. A shard of real rows (50,000 documents of 80 random bytes)
 is written as often as needed, 9 MB each. The corpus is files of the right sizes without content,
@@ -27,6 +27,7 @@ from rich.console import Console
 
 from lsjax.cli.setup import one_line_errors
 from lsjax.config import DataConfig
+from lsjax.data import shards
 from lsjax.data.files import write_json
 from lsjax.data.packing import TokenStore, pack, to_records
 from lsjax.data.pipeline import Pipeline, packed_rows
@@ -82,10 +83,11 @@ def tokenizing(arguments: Arguments) -> None:
     texts = [document.text for document in document_source(arguments.data).documents()]
     size, cores = sum(len(text.encode()) for text in texts) / 1e6, os.cpu_count() or 1
 
-    def make(workers: int) -> None:
+    def make(threads: int) -> None:
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
+        shards.THREADS = threads
         with tempfile.TemporaryDirectory() as folder:
-            options = dict(seq_len=arguments.seq_len, cache=Path(folder), workers=workers)
+            options = dict(seq_len=arguments.seq_len, cache=Path(folder))
             token_rows(arguments.data, tokenizer, **options)
 
     def encode() -> None:
@@ -93,7 +95,8 @@ def tokenizing(arguments: Arguments) -> None:
         tokenizer.encode_batch(texts)
 
     encode()
-    turns = {f"{cores} processes": lambda: make(cores), "one process": lambda: make(1)}
+    usual = shards.THREADS
+    turns = {f"{cores} cores": lambda: make(usual), "one thread": lambda: make(1)}
     turns["the tokenizer alone"] = encode
     repeats = [[timed(run)[0] for run in turns.values()] for _ in range(arguments.repeats)]
     seconds = dict(zip(turns, zip(*repeats, strict=True), strict=True))
@@ -109,9 +112,9 @@ def tokenizing(arguments: Arguments) -> None:
 
 def simulate(arguments: Arguments, cache: Path) -> None:
     """Writes the corpus without content, and a store that says it comes from it."""
-    shards = arguments.documents // OF_A_SHARD
+    count = arguments.documents // OF_A_SHARD
     (cache / "corpus").mkdir(parents=True)
-    for number in range(shards):
+    for number in range(count):
         with (cache / "corpus" / f"{number:05d}.jsonl.gz").open("wb") as file:
             file.truncate(16_000_000)
     source = document_source(arguments.data)
@@ -130,10 +133,10 @@ def simulate(arguments: Arguments, cache: Path) -> None:
     split |= {name: getattr(rows, f"num_{name}") for name in LOST}
     meta = {"documents": OF_A_SHARD, "train": split, "validation": dict.fromkeys(split, 0)}
     prepare_directory(job.directory, source)
-    for number in range(shards):
+    for number in range(count):
         (job.directory / f"{number:06d}.train").write_bytes(records)
         write_json(job.meta(number), {"content": f"{number}", **meta})
-    join(job, source, shards)
+    join(job, source, count)
 
 
 def streaming(arguments: Arguments, cache: Path) -> None:

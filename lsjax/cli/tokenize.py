@@ -38,7 +38,7 @@ class Arguments(ConfigFile):
     shard: str = "1/1"
     """This host's part of the work, i/n."""
     workers: int | None = bounded(None, low=1)
-    """Number of processes; by default one for each core."""
+    """Number of processes, of four threads each; by default one for four cores."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

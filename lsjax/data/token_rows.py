@@ -28,14 +28,14 @@ from lsjax.config import ConfigError, DataConfig, Path, check, in_bucket
 from lsjax.data.files import read_json, remove_directory, write_json
 from lsjax.data.packing import PackedBatch, from_records, record_bytes
 from lsjax.data.pieces import Source
-from lsjax.data.shards import LOST, SPLITS, Job, make_shards
+from lsjax.data.shards import LOST, SPLITS, THREADS, Job, make_shards
 from lsjax.data.sources import document_source
 from lsjax.data.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 
 FORMAT = 4  # raise it if the code makes other rows from the same text, or other files
-WORTH = 4_000_000  # bytes that another process begins for, which takes seconds
+WORTH = 50_000_000  # bytes that another process begins for, which takes seconds
 INDEX, FILES = "index.json", "files.json"
 
 
@@ -138,8 +138,8 @@ def token_rows(
 ) -> Mapping[str, TokenRows]:
     """The rows of each split of the config's source, or of its separate validation set.
 
-    Missing shards are made first, by `workers` processes: by default one for each core, but none
-    for less than WORTH bytes.
+    Missing shards are made first, by `workers` processes of several threads: by default one for
+    THREADS cores, but only one for less than WORTH bytes.
 
     Raises ConfigError if data are missing or unreadable, or if there is no document. Also raises it
     if the tokenizer lacks the end token that the config requests.
@@ -239,7 +239,7 @@ def make_missing(job: Job, source: Source, share: Share, workers: int | None) ->
             task = progress.add_task(f"tokens of {source.name}", total=total)
             make_shards(
                 *(job, source, pieces, missing),
-                workers or min(os.cpu_count() or 1, 1 + total // WORTH),
+                workers or max(1, min((os.cpu_count() or 1) // THREADS, total // WORTH)),
                 lambda number, task=task: progress.advance(task, sizes[number]),
             )
         share.wait("shards of tokens are made")
