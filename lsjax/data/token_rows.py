@@ -14,6 +14,7 @@ import hashlib
 import json
 import logging
 import os
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -36,6 +37,7 @@ log = logging.getLogger(__name__)
 
 FORMAT = 4  # raise it if the code makes other rows from the same text, or other files
 WORTH = 50_000_000  # bytes that another process begins for, which takes seconds
+SEEN = 60.0  # seconds after which all hosts see a file
 INDEX, FILES = "index.json", "files.json"
 
 
@@ -181,7 +183,7 @@ def open_job(
         *(tokenizer.vocab_size, config.append_end, config.allow_special, config.packing),
         *(config.source, config.separator, config.long_documents, config.train_on_prompt),
         *(config.text_template, config.prompt_template, config.response_template),
-        config.held_out_fraction,
+        *(config.held_out_fraction, config.ids_field),
     ]
     sizes = [size for _, size, _ in source.stats()]
     directory = cache / "tokens" / _hash([settings, sizes])[:32]
@@ -210,17 +212,17 @@ def _hash(content: Any) -> str:
 
 def prepare_directory(directory: Path, source: Source) -> None:
     """Creates the directory, or empties it if its shards come from files that have changed."""
-    stats = [list(stat) for stat in source.stats()]
-    now = {"files": stats}
-    if (directory / FILES).exists() and read_json(directory / FILES, ConfigError) != now:
-        index = directory / INDEX
-        same = index.exists() and read_json(index, ConfigError)["contents"] == [
-            source.content(piece) for piece in source.pieces()
-        ]
-        if not same:
+    files, index = directory / FILES, directory / INDEX
+    now = {"files": [list(stat) for stat in source.stats()]}
+    before = read_json(files, ConfigError) if files.exists() else None
+    if before == now:
+        return
+    if before is not None:
+        contents = [source.content(piece) for piece in source.pieces()]
+        if not index.exists() or read_json(index, ConfigError)["contents"] != contents:
             remove_directory(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    write_json(directory / FILES, now)
+    write_json(files, now)
 
 
 def make_missing(job: Job, source: Source, share: Share, workers: int | None) -> None:
@@ -251,6 +253,9 @@ def make_missing(job: Job, source: Source, share: Share, workers: int | None) ->
     if share.index == 0 or not (job.directory / INDEX).exists():
         join(job, source, len(pieces))
     share.wait("the index of tokens is made")
+    end = time.monotonic() + SEEN
+    while not (job.directory / INDEX).exists() and time.monotonic() < end:
+        time.sleep(0.1)  # a shared disk may show it late
 
 
 def join(job: Job, source: Source, shards: int) -> None:
