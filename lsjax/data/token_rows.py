@@ -218,8 +218,10 @@ def prepare_directory(directory: Path, source: Source) -> None:
     if before == now:
         return
     if before is not None:
-        contents = [source.content(piece) for piece in source.pieces()]
-        if not index.exists() or read_json(index, ConfigError)["contents"] != contents:
+        same = index.exists() and read_json(index, ConfigError)["contents"] == [
+            source.content(piece) for piece in source.pieces()
+        ]
+        if not same:
             remove_directory(directory)
     directory.mkdir(parents=True, exist_ok=True)
     write_json(files, now)
