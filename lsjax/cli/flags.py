@@ -111,6 +111,10 @@ def open_model(flags: ModelFlags) -> OpenModel:
     files, and ConfigError if there are too few devices."""
     source = open_checkpoint(flags.model)
     tokenizer = load_tokenizer(flags.model).fitted(source.config.vocab_size)
+    check(
+        flags.mesh.context == 1,
+        f"--mesh.context {flags.mesh.context} shards the positions of training rows: leave it out",
+    )
     mesh = None if flags.mesh == MeshConfig() else make_mesh(flags.mesh)
     return OpenModel(flags, source, tokenizer, mesh)
 

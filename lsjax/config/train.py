@@ -21,6 +21,8 @@ class MeshConfig(Checked, prefix="mesh."):
     """Devices over which the rows of a batch are sharded."""
     fsdp: int = 1
     """Devices over which weights are sharded along D; in training the rows too."""
+    context: int = 1
+    """Devices over which the positions of a row are sharded, in training only."""
     tensor: int = 1
     """Devices over which heads, feed-forward channels and vocabulary are sharded."""
 
