@@ -146,6 +146,7 @@ def lowered(name: str, arguments: Arguments, devices: Sequence[Any]) -> tuple[Me
     """Mesh, lowered program and loop trips."""
     config = arguments.fields
     if name in ("prefill", "decode"):
+        arguments.decoding_mesh.check_decoding()
         mesh = make_mesh(arguments.decoding_mesh, devices)
         return mesh, *decoding(name, config.model, arguments.decoding, mesh)
     if name == "plain":

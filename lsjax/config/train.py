@@ -56,6 +56,13 @@ class MeshConfig(Checked, prefix="mesh."):
         )
         return sizes | dict.fromkeys(rest, num_devices // fixed)
 
+    def check_decoding(self) -> None:
+        """Raises ConfigError if this is a mesh for training only."""
+        check(
+            self.context == 1,
+            f"mesh.context {self.context} is for training: decode without the flag",
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig(Checked, prefix="checkpoints."):

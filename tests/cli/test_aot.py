@@ -78,6 +78,11 @@ def test_one_host_of_gpus(refused, monkeypatch, topology):
             "6 rows (batch_size / micro_batches) can't be sharded over 4 devices",
         ),
         (
+            ("--topology", "v5e:2x2", "--mesh.context", "4", "--seq-len", "60"),
+            "rows of 60 tokens can't be sharded over mesh.context 4: choose a seq_len that is a "
+            "multiple of 8",
+        ),
+        (
             ("--topology", "v5e:2x2", "--decoding.prompt-tokens", "9999"),
             "is beyond the model's context",
         ),

@@ -24,7 +24,7 @@ CONFIG = TrainConfig(
     seq_len=8,
     model=LlamaConfig.tiny(num_layers=2, vocab_size=260, attention_bias=True),
 )
-FROM = MeshConfig(data=2, fsdp=2, tensor=2)
+FROM = MeshConfig(fsdp=2, context=2, tensor=2)
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +63,9 @@ def test_fingerprints_do_not_depend_on_the_mesh(whole):
         assert fingerprints(named_leaves(placed(whole, make_mesh(sizes)))) == expected
 
 
-@pytest.mark.parametrize("sizes", [None, MeshConfig(fsdp=4), MeshConfig(data=4, tensor=2)])
+@pytest.mark.parametrize(
+    "sizes", [None, MeshConfig(fsdp=4), MeshConfig(data=4, tensor=2), MeshConfig(fsdp=2, context=4)]
+)
 def test_restored_onto_another_mesh(run, whole, sizes):
     like = jax.eval_shape(lambda: whole)
     if sizes is not None:
