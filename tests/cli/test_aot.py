@@ -121,7 +121,7 @@ def test_a_report_of_a_small_model(tmp_path, capsys):
     train, evaluate = found["programs"]
     assert 0 < evaluate["memory"]["temporaries"] < train["memory"]["temporaries"]
     assert evaluate["unknown_loops"] == []
-    mesh = {"data": 2, "fsdp": 2, "tensor": 1}
+    mesh = {"data": 2, "fsdp": 2, "context": 1, "tensor": 1}
     assert found["meshes"] == {"train": mesh, "evaluate": mesh}
     assert train["too_large"] is None and train["unknown_loops"] == []
     assert 0 < train["memory"]["total"] < train["memory"]["hbm"]

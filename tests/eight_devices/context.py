@@ -79,7 +79,6 @@ def step_on():
     "sizes, changes",
     [
         (MeshConfig(context=4), {}),
-        (MeshConfig(context=8), {}),
         (MeshConfig(data=2, context=4), {}),
         (MeshConfig(fsdp=2, context=2, tensor=2), {}),
         (MeshConfig(fsdp=2, context=4), dict(micro_batches=2)),
@@ -130,8 +129,7 @@ def test_what_a_step_sends(step_on):
     assert largest.keys() == {"all-gather", "reduce-scatter", "all-reduce"}
 
 
-@pytest.mark.parametrize("window", [None, 7, 200])
-@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("window, packed", [(None, True), (None, False), (7, True), (200, False)])
 def test_splash_on_shards_of_queries(window, packed):
     """Forward and backward, where blocks do and do not divide the shards."""
     steps = 8 * 160
@@ -163,7 +161,7 @@ def test_shards_have_equally_many_blocks(shards):
         kernel = splash.shard_kernels(places)
     for info in (kernel.fwd_mask_info, kernel.dq_mask_info, kernel.dkv_mask_info):
         visited = np.asarray(info.block_mask > 0).reshape(shards, -1).sum(1)
-        assert (visited == 4 * (8 * shards + 2) // 4).all() or len(set(visited)) == 1, visited
+        assert (visited == 8 * shards + 2).all()
 
 
 def test_scores_of_all_exits_are_those_of_one_device():
