@@ -19,6 +19,7 @@ not divide is sharded along D too.
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -40,22 +41,42 @@ ROWS = ("data", "fsdp")
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """The mesh of this config on the first devices, for `jax.set_mesh`.
 
+    Slices are outermost on the data axis, so only sums over rows are sent between them.
     devices: all by default. Raises ConfigError if the mesh does not fit them, or leaves devices
     idle in a run with several hosts.
     """
     devices = jax.devices() if devices is None else devices
-    sizes = config.sizes(len(devices))
-    used = devices[: math.prod(sizes.values())]
+    sizes, slices = config.sizes(len(devices)), config.slices
+    each = math.prod(sizes.values()) // slices
+    used = [part[:each] for part in _by_slice(devices, slices)]
     check(
-        len(used) == len(devices) or jax.process_count() == 1,
-        f"a mesh of {len(used)} devices, but {jax.process_count()} processes have {len(devices)}: "
+        each * slices == len(devices) or jax.process_count() == 1,
+        f"a mesh of {each * slices} devices, but {jax.process_count()} processes have {len(devices)}: "
         "set one of --mesh.data, --mesh.fsdp and --mesh.tensor to -1, which takes the rest",
     )
     # Unlike jax.make_mesh, this may split an axis of the torus: 16 of 8 x 8.
-    places = mesh_utils.create_device_mesh(
-        tuple(sizes.values()), used, allow_split_physical_axes=True
-    )
+    shape = (sizes["data"] // slices, *list(sizes.values())[1:])
+    place = partial(mesh_utils.create_device_mesh, shape, allow_split_physical_axes=True)
+    places = np.concatenate([place(part) for part in used])
     return Mesh(places, tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
+
+
+def _by_slice(devices: Sequence[Any], slices: int) -> list[Sequence[Any]]:
+    """The devices of each slice. CPUs, which are in no slice, are split evenly."""
+    numbers = [getattr(device, "slice_index", None) for device in devices]
+    found = sorted(set(numbers) - {None})
+    # On GPUs, slices are the groups that NVLink joins, and a mesh may ignore them.
+    if not found or (slices == 1 and devices[0].platform != "tpu"):
+        each = len(devices) // slices
+        return [devices[start : start + each] for start in range(0, each * slices, each)]
+    check(
+        len(found) == slices,
+        f"mesh.slices is {slices}, but the devices are in {len(found)}: set it to {len(found)}",
+    )
+    return [
+        [device for device, number in zip(devices, numbers, strict=True) if number == index]
+        for index in found
+    ]
 
 
 def own_rows(rows: int, mesh: Mesh | None) -> np.ndarray:

@@ -91,10 +91,11 @@ def slice_size(topology: str) -> int:
     return math.prod(int(size) or 1 for size in re.findall(r"\d+", topology.partition(":")[2]))
 
 
-def slice_of(topology: str) -> tuple[Chip, list[Any]]:
+def slice_of(topology: str, slices: int = 1) -> tuple[Chip, list[Any]]:
     """The chip and the devices of a slice ("v5p:4x4x4", "h100:8"), which need not be present.
 
-    Raises ConfigError for an unknown slice, or if the chip's compiler is missing.
+    slices: number of such slices. Raises ConfigError for an unknown slice, or if the chip's
+    compiler is missing.
     """
     name, _, part = topology.partition(":")
     known = {chip.name: chip for chip in CHIPS}
@@ -104,13 +105,18 @@ def slice_of(topology: str) -> tuple[Chip, list[Any]]:
         f"name a chip and a slice, such as {', '.join(slices for _, slices in COMPILERS.values())}",
     )
     chip = known[name]
-    packages, slices = COMPILERS[chip.platform]
+    packages, examples = COMPILERS[chip.platform]
     check(
         any(map(importlib.util.find_spec, packages)),
         f"the compiler for {name} is missing: pip install 'lsjax[{chip.platform}]'",
     )
-    unknown, advice = f"--topology {topology!r} is an unknown slice", f"use one such as {slices}"
-    options = {"topology_name": topology}
+    unknown, advice = f"--topology {topology!r} is an unknown slice", f"use one such as {examples}"
+    options: dict[str, Any] = {"topology_name": topology}
+    if slices > 1:
+        check(
+            chip.platform == "tpu", f"mesh.slices {slices} is for TPUs, not {name}: leave it at 1"
+        )
+        options["num_slices"] = slices
     if chip.platform == "cuda":  # cards of one host, joined by NVLink
         check(re.fullmatch(r"[1-8]", part) is not None, f"{unknown}: {advice}")
         options = {"topology": f"1x1x{part}", "target_config": chip.target}

@@ -106,7 +106,7 @@ def report(arguments: Arguments) -> dict[str, Any]:
     check(bool(arguments.programs), f"--programs is empty: choose from {', '.join(known)}")
     if arguments.output is not None:
         check_output(arguments.output)
-    chip, devices = slice_of(arguments.topology)
+    chip, devices = slice_of(arguments.topology, config.mesh.slices)
     names = [name for name in known if name in arguments.programs]
     if "train" in names and arguments.beside_plain:
         names.insert(1, "plain")
