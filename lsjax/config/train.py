@@ -65,6 +65,13 @@ class MeshConfig(Checked, prefix="mesh."):
         sizes |= dict.fromkeys(rest, num_devices // fixed)
         return sizes | {"data": sizes["data"] * slices}
 
+    def check_decoding(self) -> None:
+        """Raises ConfigError if this is a mesh for training only."""
+        check(
+            self.slices == 1,
+            f"mesh.slices {self.slices} is for training: decode in one slice, without the flag",
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig(Checked, prefix="checkpoints."):
