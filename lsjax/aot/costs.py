@@ -208,24 +208,33 @@ def ring_bytes(kind: str, size: int, members: int) -> int:
 
 
 def trip_count(loop: Instruction) -> int | None:
-    """Trips of a `while`, if the program states them: as an attribute, or as the constant that a
-    counter from 0 is compared with, by the constant that each trip adds."""
+    """Trips of a `while`, if the program states them: as an attribute, or by the constants where
+    a counter begins, that it is compared with, and that each trip adds."""
     if known := loop.attribute(r'"known_trip_count":\{"n":"(\d+)"\}'):
         return int(known)
     (condition,), (body,) = loop.called["condition"], loop.called["body"]
     if "direction=LT" not in condition.root.attributes:
         return None
-    counter, limit = condition.root.operands
-    while limit.opcode in ("copy", "bitcast", "convert"):
-        limit = limit.operands[0]
+    counter, limit = map(_copied, condition.root.operands)
     if limit.opcode != "constant":
         return None
-    step = 1  # the partitioner's loops of matmuls take two steps in a trip
+    # A peeled loop begins at 1. The partitioner's loops of matmuls take two steps in a trip.
+    first, step = 0, 1
     if (index := counter.attribute(r"\bindex=(\d+)")) and body.root.opcode == "tuple":
         after = body.root.operands[int(index)]
         added = [one for one in after.operands if one.opcode == "constant"]
         step = int(added[0].inputs) if after.opcode == "add" and added else 1
-    return -(-int(limit.inputs) // step)
+        if loop.operands[0].opcode == "tuple":
+            begin = _copied(loop.operands[0].operands[int(index)])
+            first = int(begin.inputs) if begin.opcode == "constant" else 0
+    return -(-(int(limit.inputs) - first) // step)
+
+
+def _copied(one: Instruction) -> Instruction:
+    """The value that this is a copy of."""
+    while one.opcode in ("copy", "bitcast", "convert"):
+        one = one.operands[0]
+    return one
 
 
 def device_groups(attributes: str, devices: int) -> np.ndarray:
