@@ -47,36 +47,33 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """
     devices = jax.devices() if devices is None else devices
     sizes, slices = config.sizes(len(devices)), config.slices
-    each = math.prod(sizes.values()) // slices
-    used = [part[:each] for part in _by_slice(devices, slices)]
+    size = math.prod(sizes.values())
+    used = [part[: size // slices] for part in _by_slice(devices, slices)]
     check(
-        each * slices == len(devices) or jax.process_count() == 1,
-        f"a mesh of {each * slices} devices, but {jax.process_count()} processes have {len(devices)}: "
+        size == len(devices) or jax.process_count() == 1,
+        f"a mesh of {size} devices, but {jax.process_count()} processes have {len(devices)}: "
         "set one of --mesh.data, --mesh.fsdp and --mesh.tensor to -1, which takes the rest",
     )
     # Unlike jax.make_mesh, this may split an axis of the torus: 16 of 8 x 8.
-    shape = (sizes["data"] // slices, *list(sizes.values())[1:])
+    shape = tuple({**sizes, "data": sizes["data"] // slices}.values())
     place = partial(mesh_utils.create_device_mesh, shape, allow_split_physical_axes=True)
     places = np.concatenate([place(part) for part in used])
     return Mesh(places, tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
 
 
 def _by_slice(devices: Sequence[Any], slices: int) -> list[Sequence[Any]]:
-    """The devices of each slice. CPUs, which are in no slice, are split evenly."""
-    numbers = [getattr(device, "slice_index", None) for device in devices]
-    found = sorted(set(numbers) - {None})
-    # On GPUs, slices are the groups that NVLink joins, and a mesh may ignore them.
-    if not found or (slices == 1 and devices[0].platform != "tpu"):
+    """The devices of each slice. Only TPUs are in slices; others are split evenly, in order."""
+    if devices[0].platform != "tpu":
         each = len(devices) // slices
-        return [devices[start : start + each] for start in range(0, each * slices, each)]
+        return [devices[index * each :][:each] for index in range(slices)]
+    found: dict[int, list[Any]] = {}
+    for device in devices:
+        found.setdefault(getattr(device, "slice_index", 0), []).append(device)
     check(
         len(found) == slices,
         f"mesh.slices is {slices}, but the devices are in {len(found)}: set it to {len(found)}",
     )
-    return [
-        [device for device, number in zip(devices, numbers, strict=True) if number == index]
-        for index in found
-    ]
+    return [found[index] for index in sorted(found)]
 
 
 def own_rows(rows: int, mesh: Mesh | None) -> np.ndarray:

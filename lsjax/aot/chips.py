@@ -81,7 +81,7 @@ device_description_str: "NVIDIA H100"
 """
 CHIPS = (
     Chip("v5e", "TPU v5 lite", 16 * GIB, 819e9, 200e9, 4 * 2 * 128**2, 3.125e9),
-    Chip("v5p", "TPU v5", 95 * GIB, 2765e9, 600e9, 8 * 2 * 128**2, 6.25e9),  # two cores as one device
+    Chip("v5p", "TPU v5", 95 * GIB, 2765e9, 600e9, 8 * 2 * 128**2, 6.25e9),  # a device is two cores
     Chip("v6e", "TPU v6 lite", 32 * GIB, 1640e9, 400e9, 4 * 2 * 256**2, 12.5e9),
     Chip("h100", "NVIDIA H100", 80 * 10**9, 3350e9, 450e9, 132 * 4096, target=H100),
 )

@@ -232,8 +232,9 @@ def collectives_table(program: Mapping[str, Any]) -> Table:
         largest = max(found, key=lambda one: one["bytes"])["shape"]
         count = sum(one["count"] for one in found)
         rows.append([*names, f"{count:.0f}", f"{gb:.3f}", f"{sent:.3f}", largest])
-    title = f"{program['name']}: {program['sent_bytes'] / 1e9:.2f} GB sent by each device in its slice"
-    return table(title, ["kind", "over", "times", "GB", "GB sent", "largest"], rows, left=2)
+    within = f"{program['sent_bytes'] / 1e9:.2f} GB sent by each device within its slice"
+    names = ["kind", "over", "times", "GB", "GB sent", "largest"]
+    return table(f"{program['name']}: {within}", names, rows, left=2)
 
 
 if __name__ == "__main__":

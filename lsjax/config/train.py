@@ -31,7 +31,7 @@ class MeshConfig(Checked, prefix="mesh."):
         """Size of each axis on a machine of that many devices; devices beyond the mesh stay idle.
 
         The data axis covers all slices. Raises ConfigError for a size below 1, for too few devices,
-        and, with a -1, if the other sizes do not divide the number of devices.
+        and if the slices or, with a -1, the other sizes do not divide the number of devices.
         """
         sizes = dataclasses.asdict(self)
         slices = sizes.pop("slices")
@@ -40,7 +40,7 @@ class MeshConfig(Checked, prefix="mesh."):
             f"mesh.slices {slices} does not divide {num_devices} devices: choose a divisor",
         )
         num_devices //= slices
-        there = f"{num_devices} in each slice" if slices > 1 else f"{num_devices}"
+        where = " in each slice" if slices > 1 else ""
         for name, size in sizes.items():
             check(
                 size == -1 or size >= 1,
@@ -55,12 +55,13 @@ class MeshConfig(Checked, prefix="mesh."):
         fixed = math.prod(size for size in sizes.values() if size != -1)
         check(
             fixed <= num_devices,
-            f"a mesh of {asked} needs {fixed} devices, but there are {there}: "
+            f"a mesh of {asked} needs {fixed} devices, but there are {num_devices}{where}: "
             "choose smaller --mesh sizes",
         )
         check(
             not rest or num_devices % fixed == 0,
-            f"a mesh of {asked} does not fit {num_devices} devices: {fixed} does not divide them",
+            f"a mesh of {asked} does not fit {num_devices} devices{where}: {fixed} does not divide "
+            "them",
         )
         sizes |= dict.fromkeys(rest, num_devices // fixed)
         return sizes | {"data": sizes["data"] * slices}

@@ -200,6 +200,21 @@ ENTRY %main (x: f32[8,128]) -> f32[8,128] {{
     assert costs.amounts["moved_bytes"] == costs.amounts["operations"] == 0
 
 
+def test_groups_within_and_between_slices():
+    """Other compilers number the devices of all slices: 0 to 3 are the first of two."""
+    text = """\
+ENTRY %main (x: f32[8,128]) -> f32[8,128] {
+  %x = f32[8,128]{1,0} parameter(0)
+  %within = f32[8,128]{1,0} all-reduce(%x), replica_groups={{0,1,2,3},{4,5,6,7}}
+  ROOT %between = f32[8,128]{1,0} all-reduce(%within), replica_groups={{0,4},{1,5},{2,6},{3,7}}
+}
+"""
+    costs = CostAnalysis(parse(text), dict(slices=2, data=2, fsdp=2), {}, CHIPS[0]).program()
+    assert [one.axes for one in costs.collectives] == [("data", "fsdp"), ("slices",)]
+    assert costs.sent_bytes == 2 * 3 / 4 * 8 * 128 * 4
+    assert costs.between_bytes == 2 * 1 / 2 * 8 * 128 * 4
+
+
 def test_kernels_are_listed(costs):
     assert costs.kernels == {"splash_mha_fwd_residuals": 1}
 

@@ -151,7 +151,7 @@ def test_two_slices_send_only_gradients(tmp_path):
     """Layers have gradients in bfloat16, the table and the norms in float32."""
     file = tmp_path / "report.json"
     flags = ["--mesh.slices", "2", "--mesh.fsdp", "4", "--model.hidden-size", "512"]
-    flags += ["--no-model.tie-embeddings", "--model.num-layers", "2", "--early-exit.exits", "1"]
+    flags += ["--model.no-tie-embeddings", "--model.num-layers", "2", "--early-exit.exits", "1"]
     flags += ["--batch-size", "8", "--programs", "train", "--output", str(file)]
     with jax.default_matmul_precision("default"):
         assert main([*map(str, QUICKSTART), "--topology", "v5e:2x2", *flags]) == 0

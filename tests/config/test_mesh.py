@@ -33,6 +33,7 @@ def test_sizes(config, devices, sizes):
         (dict(data=-1, tensor=16), 8, "data -1 x tensor 16 needs 16 devices, but there are 8"),
         (dict(slices=3), 8, "mesh.slices 3 does not divide 8 devices"),
         (dict(slices=2, fsdp=8), 8, "fsdp 8 needs 8 devices, but there are 4 in each slice"),
+        (dict(slices=2, data=-1, tensor=3), 8, "does not fit 4 devices in each slice: 3 does not"),
         (dict(data=-1, tensor=3), 8, "data -1 x tensor 3 does not fit 8 devices: 3 does not"),
     ],
 )
