@@ -36,10 +36,9 @@ from lsjax.aot.programs import (
     round_reads,
     train_step,
 )
-from lsjax.cli.flags import parse_flags
 from lsjax.cli.setup import check_output, one_line_errors
 from lsjax.cli.show import notes_console, table, wide_console
-from lsjax.cli.training import ConfigFile, read_config
+from lsjax.cli.training import ConfigFile, parse_fields, read_config
 from lsjax.config import EarlyExitConfig, LayerDropoutConfig, MeshConfig, Path, TrainConfig, check
 from lsjax.evaluation.exits import exit_sums
 from lsjax.sharding import make_mesh
@@ -85,13 +84,7 @@ def parse(argv: Sequence[str]) -> Arguments:
     found, default = read_config(Slice, argv, __doc__)
     check(found.topology is not None, "--topology is missing: name a slice such as v5p:4x4x4")
     mesh = MeshConfig(tensor=min(4, slice_size(found.topology)))
-    return parse_flags(
-        Arguments,
-        argv,
-        __doc__,
-        default=Arguments(fields=default, decoding_mesh=mesh),
-        config=(tyro.conf.AvoidSubcommands,),
-    )
+    return parse_fields(Arguments, argv, __doc__, fields=default, decoding_mesh=mesh)
 
 
 def report(arguments: Arguments) -> dict[str, Any]:
