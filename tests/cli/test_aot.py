@@ -102,7 +102,7 @@ def test_what_does_not_fit(refused, flags, words):
 def test_devices_of_two_slices():
     _, devices = chips.slice_of("v5e:2x2", 2)
     mesh = make_mesh(MeshConfig(slices=2, data=-1, fsdp=2), devices[::-1])
-    assert mesh.shape == dict(data=4, fsdp=2, tensor=1)
+    assert mesh.shape == dict(data=4, fsdp=2, context=1, tensor=1)
     slices = [[device.slice_index for device in row.flat] for row in mesh.devices]
     assert slices == [[0, 0], [0, 0], [1, 1], [1, 1]]
     for wrong in (1, 4):
