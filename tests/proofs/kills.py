@@ -8,7 +8,7 @@ The command runs to its end in DIRECTORY/undisturbed. Then it runs in DIRECTORY/
 at a random moment, and is restarted. Every second run is killed only once it trains. After the last
 kill it may end too. Parameters, optimizer state, counters, the position in the data and the logged
 losses must then be equal, bit for bit. No saved step may be damaged. No restart may resume before
-the newest saved step. The split of the second run's wall time must add up to it within 2%.
+the newest saved step. The split of the second run's wall time must add up to it, within 2% or 3 s.
 
 With --processes 2 the command is started twice, as two hosts of one run. A random one is killed;
 the other must end by itself, --within a minute and with a message. --terms also sends SIGTERM to a
@@ -44,6 +44,7 @@ from lsjax.data.files import remove_directory
 from lsjax.training.wall_time import TIME, USES
 
 POLL = 0.02  # seconds between looks at the run
+BESIDE = 3.0  # seconds of a short run in which Python starts and ends
 # What a process says that ends because another one has; the second one is of jax itself.
 MESSAGE = re.compile("another process ended|another task died|could not connect")
 
@@ -225,7 +226,7 @@ def split(run: Run, seconds: float) -> str:
     added = sum(last[use] for use in USES)
     uses = ", ".join(f"{use} {last[use]:.1f}" for use in USES)
     said = f"{seconds:.1f} s of wall time, {added:.1f} s ({added / seconds:.1%}) by use: {uses}"
-    check(abs(added / seconds - 1) < 0.02, said)
+    check(abs(added - seconds) < max(0.02 * seconds, BESIDE), said)
     return said
 
 
