@@ -29,7 +29,7 @@ from lsjax.cli.setup import one_line_errors
 from lsjax.config import DataConfig
 from lsjax.data import shards
 from lsjax.data.files import write_json
-from lsjax.data.packing import TokenStore, pack, to_records
+from lsjax.data.packing import TokenStore, pack
 from lsjax.data.pipeline import Pipeline, packed_rows
 from lsjax.data.shards import LOST
 from lsjax.data.sources import document_source
@@ -128,7 +128,7 @@ def simulate(arguments: Arguments, cache: Path) -> None:
         keys_N=np.arange(OF_A_SHARD, dtype=np.uint64),
     )
     rows = pack(store, np.arange(OF_A_SHARD), arguments.seq_len, arguments.data)
-    records = to_records(rows.read(np.arange(len(rows))), job.dtype).tobytes()
+    records = rows.records(np.arange(len(rows))).tobytes()
     split = {"rows": len(rows), "chosen": OF_A_SHARD, "tokens": rows.num_tokens}
     split |= {name: getattr(rows, f"num_{name}") for name in LOST}
     meta = {"documents": OF_A_SHARD, "train": split, "validation": dict.fromkeys(split, 0)}

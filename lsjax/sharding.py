@@ -19,6 +19,7 @@ not divide is sharded along D too.
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -40,22 +41,39 @@ ROWS = ("data", "fsdp")
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """The mesh of this config on the first devices, for `jax.set_mesh`.
 
+    Slices are outermost on the data axis, so only sums over rows are sent between them.
     devices: all by default. Raises ConfigError if the mesh does not fit them, or leaves devices
     idle in a run with several hosts.
     """
     devices = jax.devices() if devices is None else devices
-    sizes = config.sizes(len(devices))
-    used = devices[: math.prod(sizes.values())]
+    sizes, slices = config.sizes(len(devices)), config.slices
+    size = math.prod(sizes.values())
+    used = [part[: size // slices] for part in _by_slice(devices, slices)]
     check(
-        len(used) == len(devices) or jax.process_count() == 1,
-        f"a mesh of {len(used)} devices, but {jax.process_count()} processes have {len(devices)}: "
+        size == len(devices) or jax.process_count() == 1,
+        f"a mesh of {size} devices, but {jax.process_count()} processes have {len(devices)}: "
         "set one of --mesh.data, --mesh.fsdp and --mesh.tensor to -1, which takes the rest",
     )
     # Unlike jax.make_mesh, this may split an axis of the torus: 16 of 8 x 8.
-    places = mesh_utils.create_device_mesh(
-        tuple(sizes.values()), used, allow_split_physical_axes=True
-    )
+    shape = tuple({**sizes, "data": sizes["data"] // slices}.values())
+    place = partial(mesh_utils.create_device_mesh, shape, allow_split_physical_axes=True)
+    places = np.concatenate([place(part) for part in used])
     return Mesh(places, tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
+
+
+def _by_slice(devices: Sequence[Any], slices: int) -> list[Sequence[Any]]:
+    """The devices of each slice. Only TPUs are in slices; others are split evenly, in order."""
+    if devices[0].platform != "tpu":
+        each = len(devices) // slices
+        return [devices[index * each :][:each] for index in range(slices)]
+    found: dict[int, list[Any]] = {}
+    for device in devices:
+        found.setdefault(getattr(device, "slice_index", 0), []).append(device)
+    check(
+        len(found) == slices,
+        f"mesh.slices is {slices}, but the devices are in {len(found)}: set it to {len(found)}",
+    )
+    return [found[index] for index in sorted(found)]
 
 
 def own_rows(rows: int, mesh: Mesh | None) -> np.ndarray:

@@ -42,6 +42,7 @@ class Chip:
     hbm_bandwidth: float  # bytes per second
     link_bandwidth: float  # bytes per second that all its links send, one way
     flops_per_cycle: int  # of its matrix units, bfloat16
+    slice_bandwidth: float = 0.0  # bytes per second to other slices; 0 if there are none
     target: str = ""  # for GPUs, a description of the card: a GpuTargetConfigProto as text
 
     @property
@@ -79,10 +80,10 @@ platform_name: "CUDA"
 device_description_str: "NVIDIA H100"
 """
 CHIPS = (
-    Chip("v5e", "TPU v5 lite", 16 * GIB, 819e9, 200e9, 4 * 2 * 128**2),
-    Chip("v5p", "TPU v5", 95 * GIB, 2765e9, 600e9, 8 * 2 * 128**2),  # two cores as one device
-    Chip("v6e", "TPU v6 lite", 32 * GIB, 1640e9, 400e9, 4 * 2 * 256**2),
-    Chip("h100", "NVIDIA H100", 80 * 10**9, 3350e9, 450e9, 132 * 4096, H100),
+    Chip("v5e", "TPU v5 lite", 16 * GIB, 819e9, 200e9, 4 * 2 * 128**2, 3.125e9),
+    Chip("v5p", "TPU v5", 95 * GIB, 2765e9, 600e9, 8 * 2 * 128**2, 6.25e9),  # a device is two cores
+    Chip("v6e", "TPU v6 lite", 32 * GIB, 1640e9, 400e9, 4 * 2 * 256**2, 12.5e9),
+    Chip("h100", "NVIDIA H100", 80 * 10**9, 3350e9, 450e9, 132 * 4096, target=H100),
 )
 
 
@@ -91,10 +92,11 @@ def slice_size(topology: str) -> int:
     return math.prod(int(size) or 1 for size in re.findall(r"\d+", topology.partition(":")[2]))
 
 
-def slice_of(topology: str) -> tuple[Chip, list[Any]]:
+def slice_of(topology: str, slices: int = 1) -> tuple[Chip, list[Any]]:
     """The chip and the devices of a slice ("v5p:4x4x4", "h100:8"), which need not be present.
 
-    Raises ConfigError for an unknown slice, or if the chip's compiler is missing.
+    slices: number of such slices. Raises ConfigError for an unknown slice, or if the chip's
+    compiler is missing.
     """
     name, _, part = topology.partition(":")
     known = {chip.name: chip for chip in CHIPS}
@@ -104,13 +106,16 @@ def slice_of(topology: str) -> tuple[Chip, list[Any]]:
         f"name a chip and a slice, such as {', '.join(slices for _, slices in COMPILERS.values())}",
     )
     chip = known[name]
-    packages, slices = COMPILERS[chip.platform]
+    packages, examples = COMPILERS[chip.platform]
     check(
         any(map(importlib.util.find_spec, packages)),
         f"the compiler for {name} is missing: pip install 'lsjax[{chip.platform}]'",
     )
-    unknown, advice = f"--topology {topology!r} is an unknown slice", f"use one such as {slices}"
-    options = {"topology_name": topology}
+    unknown, advice = f"--topology {topology!r} is an unknown slice", f"use one such as {examples}"
+    options: dict[str, Any] = {"topology_name": topology}
+    if slices > 1:
+        check(chip.slice_bandwidth > 0, f"mesh.slices {slices}: {name} has no slices, so use 1")
+        options["num_slices"] = slices
     if chip.platform == "cuda":  # cards of one host, joined by NVLink
         check(re.fullmatch(r"[1-8]", part) is not None, f"{unknown}: {advice}")
         options = {"topology": f"1x1x{part}", "target_config": chip.target}

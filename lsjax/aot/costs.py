@@ -32,6 +32,8 @@ from lsjax.aot.hlo import (
 Trips = Mapping[str, float]
 AMOUNTS = ("compute_seconds", "cycles", "flops", "moved_bytes")
 COUNTS = ("operations", "loops", "conditionals")
+# The outermost axis of a mesh that covers several slices.
+SLICES = "slices"
 
 
 class Collective(NamedTuple):
@@ -67,14 +69,21 @@ class ProgramCosts:
                 getattr(self, name)[key] += times * count
 
     @property
+    def between_bytes(self) -> float:
+        """Bytes that leave each device for other slices."""
+        found = self.collectives.items()
+        return sum(one.sent * count for one, count in found if SLICES in one.axes)
+
+    @property
     def sent_bytes(self) -> float:
-        """Bytes that leave each device."""
-        return sum(one.sent * count for one, count in self.collectives.items())
+        """Bytes that leave each device within its slice."""
+        every = sum(one.sent * count for one, count in self.collectives.items())
+        return every - self.between_bytes
 
 
 class CostAnalysis:
-    """Counts the costs of a program on a chip. mesh: sizes of its axes, in order; the program
-    numbers its devices along the last axis first."""
+    """Counts the costs of a program on a chip. mesh: sizes of its axes, in order, SLICES first if
+    there are several; the program numbers its devices along the last axis first."""
 
     def __init__(self, module: HloModule, mesh: Mapping[str, int], trips: Trips, chip: Chip):
         self.module, self.mesh, self.trips, self.chip = module, mesh, trips, chip
@@ -157,6 +166,8 @@ class CostAnalysis:
             # An all-reduce that leaves each device its share is a reduce-scatter.
             kind = "reduce-scatter"
             return {o._replace(kind=kind, sent=o.sent // 2): n for o, n in found.items()}
+        if one.opcode == "send":
+            return sent_between(one, self.mesh.get(SLICES, 1))
         kind = one.opcode.removesuffix("-start")
         if kind not in COLLECTIVES:
             return {}
@@ -165,8 +176,7 @@ class CostAnalysis:
         larger = max(sides, key=lambda side: sum(array.bytes for array in side))
         size = int(sum(array.bytes for array in larger))
         groups = device_groups(one.attributes, math.prod(self.mesh.values()))
-        others = (groups.shape[1] - 1) / groups.shape[1]
-        sent = int({"collective-permute": 1, "all-reduce": 2 * others}.get(kind, others) * size)
+        sent = ring_bytes(kind, size, groups.shape[1])
         places = np.unravel_index(groups, tuple(self.mesh.values()))
         differ = [(place != place[:, :1]).any() for place in places]
         axes = tuple(name for name, differs in zip(self.mesh, differ, strict=True) if differs)
@@ -175,25 +185,56 @@ class CostAnalysis:
         return {Collective(kind, axes, shape, size, sent, one.op_name, channel): 1}
 
 
+def sent_between(one: Instruction, slices: int) -> dict[Collective, int]:
+    """The collective between slices of a TPU's send to its host; other sends have none.
+
+    The compiler splits a collective over several slices: parts within a slice number its devices
+    from 0, and the hosts combine what the slices send.
+    """
+    kind = one.attribute(r'_xla_megascale_transfer_type="(\w+)"').lower().replace("_", "-")
+    if not kind:
+        return {}
+    kind = "collective-permute" if kind == "one-to-one" else kind
+    (array,) = one.operands[0].arrays
+    size = int(array.bytes) * (slices if kind == "all-gather" else 1)
+    sent = ring_bytes(kind, size, slices)
+    return {Collective(kind, (SLICES,), str(array), size, sent, one.op_name, None): 1}
+
+
+def ring_bytes(kind: str, size: int, members: int) -> int:
+    """Bytes that each member of a group sends in a collective of that many bytes."""
+    others = (members - 1) / members
+    return int({"collective-permute": 1, "all-reduce": 2 * others}.get(kind, others) * size)
+
+
 def trip_count(loop: Instruction) -> int | None:
-    """Trips of a `while`, if the program states them: as an attribute, or as the constant that a
-    counter from 0 is compared with, by the constant that each trip adds."""
+    """Trips of a `while`, if the program states them: as an attribute, or by the constants where
+    a counter begins, that it is compared with, and that each trip adds."""
     if known := loop.attribute(r'"known_trip_count":\{"n":"(\d+)"\}'):
         return int(known)
     (condition,), (body,) = loop.called["condition"], loop.called["body"]
     if "direction=LT" not in condition.root.attributes:
         return None
-    counter, limit = condition.root.operands
-    while limit.opcode in ("copy", "bitcast", "convert"):
-        limit = limit.operands[0]
+    counter, limit = map(_copied, condition.root.operands)
     if limit.opcode != "constant":
         return None
-    step = 1  # the partitioner's loops of matmuls take two steps in a trip
+    # A peeled loop begins at 1. The partitioner's loops of matmuls take two steps in a trip.
+    first, step = 0, 1
     if (index := counter.attribute(r"\bindex=(\d+)")) and body.root.opcode == "tuple":
         after = body.root.operands[int(index)]
         added = [one for one in after.operands if one.opcode == "constant"]
         step = int(added[0].inputs) if after.opcode == "add" and added else 1
-    return -(-int(limit.inputs) // step)
+        if loop.operands[0].opcode == "tuple":
+            begin = _copied(loop.operands[0].operands[int(index)])
+            first = int(begin.inputs) if begin.opcode == "constant" else 0
+    return -(-(int(limit.inputs) - first) // step)
+
+
+def _copied(one: Instruction) -> Instruction:
+    """The value that this is a copy of."""
+    while one.opcode in ("copy", "bitcast", "convert"):
+        one = one.operands[0]
+    return one
 
 
 def device_groups(attributes: str, devices: int) -> np.ndarray:

@@ -175,7 +175,7 @@ def runs(one: Instruction) -> bool:
     """Whether it is an operation (a kernel on GPUs) that runs on the device and computes."""
     if one.opcode == "custom-call":
         return KERNEL.match(one.target) is not None
-    asynchronous = one.opcode.endswith(("-start", "-update", "-done"))
+    asynchronous = one.opcode.endswith(("-start", "-update", "-done", "send", "recv"))
     return not (asynchronous or one.opcode in FREE or one.opcode in COLLECTIVES)
 
 

@@ -212,16 +212,19 @@ def memory_figures(found: Callable[[str], int], chip: Chip) -> dict[str, int]:
 
 
 def cost_figures(costs: ProgramCosts, chip: Chip) -> dict[str, Any]:
-    """Costs of one run. Its time is the longer of computation and communication: a lower bound that
-    assumes full overlap and that all links of the chip are busy."""
-    sent_seconds = costs.sent_bytes / chip.link_bandwidth
+    """Costs of one run. Its time is the longest of computation and communication within slices and
+    between them: a lower bound that assumes full overlap and that all links are busy."""
+    sent_seconds, between = costs.sent_bytes / chip.link_bandwidth, costs.between_bytes
+    between_seconds = between / chip.slice_bandwidth if between else 0.0
     largest_first = sorted(costs.collectives.items(), key=lambda item: -item[0].sent * item[1])
     return {
         "attention": attention_kernel(costs.kernels),
         **{name: costs.amounts[name] for name in (*AMOUNTS, *COUNTS)},
         "sent_bytes": costs.sent_bytes,
         "sent_seconds": sent_seconds,
-        "seconds": max(costs.amounts["compute_seconds"], sent_seconds),
+        "between_bytes": between,
+        "between_seconds": between_seconds,
+        "seconds": max(costs.amounts["compute_seconds"], sent_seconds, between_seconds),
         "kernels": dict(costs.kernels),
         "unknown_loops": sorted(costs.unknown_loops),
         "collectives": [one._asdict() | {"count": count} for one, count in largest_first],

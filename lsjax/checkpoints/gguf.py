@@ -60,14 +60,14 @@ class GGUFSource(TensorSource):
         self.path, parts = path, gguf_parts(path)
         readers = [_open_part(part, number, len(parts)) for number, part in enumerate(parts)]
         self._reader = readers[0]
-        self._tensors = {
+        self.tensors = {
             tensor.name: (part, tensor)
             for part, reader in zip(parts, readers, strict=True)
             for tensor in reader.tensors
         }
         self.shapes = {
             name: tuple(reversed(tensor.shape.tolist()))
-            for name, (_, tensor) in self._tensors.items()
+            for name, (_, tensor) in self.tensors.items()
         }
         try:
             self._architecture = self._get("general.architecture")
@@ -85,16 +85,11 @@ class GGUFSource(TensorSource):
         except (ConfigError, UnicodeDecodeError) as error:
             raise CheckpointError(f"{self.path}: {error}") from error
 
-    def where(self, name: str) -> str:
-        """File and tensor name."""
-        file = self._tensors[name][0] if name in self._tensors else self.path
-        return f"{file}: tensor {name!r}"
-
     def read(self, name: str) -> np.ndarray:
         """One tensor: float32 if quantised; queries and keys in half-split order."""
         from gguf import quants
 
-        _, tensor = self._tensors[name]
+        _, tensor = self.tensors[name]
         kind = tensor.tensor_type.name
         if kind == "BF16":
             value = tensor.data.view(ml_dtypes.bfloat16)
@@ -158,7 +153,7 @@ class GGUFSource(TensorSource):
 
     def _with_llama3_scaling(self, config: LlamaConfig) -> LlamaConfig:
         """Finds the Llama 3 scaling that gives the file's divisor of each frequency."""
-        if _ROPE_FACTORS not in self._tensors:
+        if _ROPE_FACTORS not in self.tensors:
             return config
         divisors = np.asarray(self.read(_ROPE_FACTORS), np.float32)
         if config.rope_scaling is None and (divisors == 1).all():

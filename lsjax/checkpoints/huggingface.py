@@ -61,24 +61,19 @@ class HuggingFaceSource(TensorSource):
     def __init__(self, path: Path):
         self.path = path
         self.config = read_config_json(path)
-        self._tensors = {
+        self.tensors = {
             name: (file, opened.get_slice(name))
             for file in _files(path)
             for opened in [_open(file)]
             for name in opened.keys()  # noqa: SIM118 (no dict)
         }
         self.shapes = {
-            name: tuple(tensor.get_shape()) for name, (_, tensor) in self._tensors.items()
+            name: tuple(tensor.get_shape()) for name, (_, tensor) in self.tensors.items()
         }
-
-    def where(self, name: str) -> str:
-        """File and tensor name."""
-        file = self._tensors[name][0] if name in self._tensors else self.path
-        return f"{file}: tensor {name!r}"
 
     def read(self, name: str) -> Any:
         """One tensor in its stored dtype; slicing it reads the file."""
-        file, tensor = self._tensors[name]
+        file, tensor = self.tensors[name]
         dtype = tensor.get_dtype()
         if dtype not in _FLOATS:
             raise CheckpointError(

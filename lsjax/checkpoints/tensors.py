@@ -78,15 +78,17 @@ class TensorSource(ABC):
     path: Path
     config: LlamaConfig
     names: Names  # column of the table that names the tensors
-    shapes: Mapping[str, tuple[int, ...]]  # of every tensor, by name in the file
+    tensors: Mapping[str, tuple[Path, Any]]  # file and unread tensor, by name in the file
+    shapes: Mapping[str, tuple[int, ...]]  # of every tensor
 
     @abstractmethod
     def read(self, name: str) -> Any:
         """One tensor, to be sliced: in its stored dtype, or in float32 if quantised."""
 
-    @abstractmethod
     def where(self, name: str) -> str:
         """File and name of a tensor, for messages."""
+        file = self.tensors[name][0] if name in self.tensors else self.path
+        return f"{file}: tensor {name!r}"
 
     def assemble(self, *, dtype: Any, track: Track, mesh: Mesh | None) -> Llama:
         """Builds the model; each parameter is created in its final dtype and sharding.

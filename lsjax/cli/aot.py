@@ -3,6 +3,8 @@
     python -m lsjax.cli.aot --config configs/continual_llama2_7b.py --topology v5p:4x4x4
     python -m lsjax.cli.aot --config configs/continual_llama2_7b.py --topology v5e:16x16 \\
         --mesh.data 8 --mesh.fsdp 32 --programs train --output report.json
+    python -m lsjax.cli.aot --config configs/continual_llama2_7b.py --topology v5p:4x4x4 \\
+        --mesh.slices 2 --programs train
     python -m lsjax.cli.aot --config configs/continual_llama3_2_1b.py --topology h100:1 \\
         --programs prefill decode --decoding.strategy autoregressive
 
@@ -25,7 +27,7 @@ from jax.stages import Lowered
 from rich.table import Table
 
 from lsjax.aot.chips import GIB, slice_of, slice_size
-from lsjax.aot.costs import Trips
+from lsjax.aot.costs import SLICES, Trips
 from lsjax.aot.programs import (
     DecodingShape,
     decoding,
@@ -34,10 +36,9 @@ from lsjax.aot.programs import (
     round_reads,
     train_step,
 )
-from lsjax.cli.flags import parse_flags
 from lsjax.cli.setup import check_output, one_line_errors
 from lsjax.cli.show import notes_console, table, wide_console
-from lsjax.cli.training import ConfigFile, read_config
+from lsjax.cli.training import ConfigFile, parse_fields, read_config
 from lsjax.config import EarlyExitConfig, LayerDropoutConfig, MeshConfig, Path, TrainConfig, check
 from lsjax.evaluation.exits import exit_sums
 from lsjax.sharding import make_mesh
@@ -83,13 +84,7 @@ def parse(argv: Sequence[str]) -> Arguments:
     found, default = read_config(Slice, argv, __doc__)
     check(found.topology is not None, "--topology is missing: name a slice such as v5p:4x4x4")
     mesh = MeshConfig(tensor=min(4, slice_size(found.topology)))
-    return parse_flags(
-        Arguments,
-        argv,
-        __doc__,
-        default=Arguments(fields=default, decoding_mesh=mesh),
-        config=(tyro.conf.AvoidSubcommands,),
-    )
+    return parse_fields(Arguments, argv, __doc__, fields=default, decoding_mesh=mesh)
 
 
 def report(arguments: Arguments) -> dict[str, Any]:
@@ -106,13 +101,13 @@ def report(arguments: Arguments) -> dict[str, Any]:
     check(bool(arguments.programs), f"--programs is empty: choose from {', '.join(known)}")
     if arguments.output is not None:
         check_output(arguments.output)
-    chip, devices = slice_of(arguments.topology)
+    chip, devices = slice_of(arguments.topology, config.mesh.slices)
     names = [name for name in known if name in arguments.programs]
     if "train" in names and arguments.beside_plain:
         names.insert(1, "plain")
     # All programs are lowered first, so that errors come before the slow compilation.
     begun = {name: lowered(name, arguments, devices) for name in names}
-    meshes = {name: dict(mesh.shape) for name, (mesh, *_) in begun.items()}
+    meshes = {name: sizes_by_slice(mesh) for name, (mesh, *_) in begun.items()}
     programs = []
     for name, (mesh, program, trips) in begun.items():
         reads = round_reads(shape, arguments.decoding, mesh) if name == "decode" else None
@@ -146,7 +141,8 @@ def lowered(name: str, arguments: Arguments, devices: Sequence[Any]) -> tuple[Me
     """Mesh, lowered program and loop trips."""
     config = arguments.fields
     if name in ("prefill", "decode"):
-        mesh = make_mesh(arguments.decoding_mesh, devices)
+        arguments.decoding_mesh.check_decoding()
+        mesh = make_mesh(arguments.decoding_mesh, slice_of(arguments.topology)[1])
         return mesh, *decoding(name, config.model, arguments.decoding, mesh)
     if name == "plain":
         config = replace(config, layer_dropout=LayerDropoutConfig(), early_exit=EarlyExitConfig())
@@ -154,6 +150,13 @@ def lowered(name: str, arguments: Arguments, devices: Sequence[Any]) -> tuple[Me
     if name == "evaluate":
         return mesh, *evaluation(config, mesh, exit_sums)
     return mesh, *train_step(config, mesh)
+
+
+def sizes_by_slice(mesh: Mesh) -> dict[str, int]:
+    """Sizes of a mesh's axes. Several slices are an axis of their own, the first."""
+    sizes = dict(mesh.shape)
+    slices = len({getattr(device, "slice_index", 0) for device in mesh.devices.flat})
+    return {SLICES: slices, **sizes, "data": sizes["data"] // slices} if slices > 1 else sizes
 
 
 def print_report(found: Mapping[str, Any]) -> None:
@@ -164,10 +167,13 @@ def print_report(found: Mapping[str, Any]) -> None:
         plain, exits = (found["training"][f"{name}_flops"] for name in ("plain", "exit"))
         people.print(f"the exits add {exits / plain:.1%} to the FLOPs of plain training")
     for one in found["programs"]:
-        problems = [one["too_large"]] if one["too_large"] else []
-        problems += [f"a loop of unknown length: {loop}" for loop in one["unknown_loops"]]
-        for problem in problems:
-            people.print(f"{one['name']}: {problem}")
+        lines = [one["too_large"]] if one["too_large"] else []
+        lines += [f"a loop of unknown length: {loop}" for loop in one["unknown_loops"]]
+        if one["between_bytes"]:
+            sent, least = one["between_bytes"] / 1e9, one["between_seconds"] * 1e3
+            lines.append(f"each device sends {sent:.3f} GB to other slices: {least:.2f} ms alone")
+        for line in lines:
+            people.print(f"{one['name']}: {line}")
         if one["round"] is not None:
             people.print(round_table(one, found["decoding"]["strategy"]))
         if one["collectives"]:
@@ -178,7 +184,9 @@ def programs_table(found: Mapping[str, Any]) -> Table:
     """Table with a row per program. Only the FLOPs of plain training count as useful."""
     training, rows = found["training"], []
     for one in found["programs"]:
-        mesh = " x ".join(map(str, found["meshes"][one["name"]].values()))
+        sizes = dict(found["meshes"][one["name"]])
+        slices = f"{sizes.pop(SLICES)} slices of " if SLICES in sizes else ""
+        mesh = slices + " x ".join(map(str, sizes.values()))
         if (memory := one["memory"]) is None:
             rows.append([one["name"], mesh, "too large"])
             continue
@@ -217,8 +225,9 @@ def collectives_table(program: Mapping[str, Any]) -> Table:
         largest = max(found, key=lambda one: one["bytes"])["shape"]
         count = sum(one["count"] for one in found)
         rows.append([*names, f"{count:.0f}", f"{gb:.3f}", f"{sent:.3f}", largest])
-    title = f"{program['name']}: {program['sent_bytes'] / 1e9:.2f} GB sent by each device"
-    return table(title, ["kind", "over", "times", "GB", "GB sent", "largest"], rows, left=2)
+    within = f"{program['sent_bytes'] / 1e9:.2f} GB sent by each device within its slice"
+    names = ["kind", "over", "times", "GB", "GB sent", "largest"]
+    return table(f"{program['name']}: {within}", names, rows, left=2)
 
 
 if __name__ == "__main__":

@@ -108,7 +108,8 @@ class OpenModel(NamedTuple):
 
 def open_model(flags: ModelFlags) -> OpenModel:
     """Opens a checkpoint and its tokenizer. Raises CheckpointError or TokenizerError for damaged
-    files, and ConfigError if there are too few devices."""
+    files, and ConfigError if the mesh does not fit."""
+    flags.mesh.check_decoding()
     source = open_checkpoint(flags.model)
     tokenizer = load_tokenizer(flags.model).fitted(source.config.vocab_size)
     mesh = None if flags.mesh == MeshConfig() else make_mesh(flags.mesh)

@@ -18,9 +18,8 @@ from typing import Annotated
 import tyro
 
 from lsjax.checkpoints import open_checkpoint
-from lsjax.cli.flags import parse_flags
 from lsjax.cli.setup import one_line_errors
-from lsjax.cli.training import ConfigFile, read_config
+from lsjax.cli.training import ConfigFile, parse_fields, read_config
 from lsjax.config import TrainConfig, bounded, check
 from lsjax.data.files import cache_directory
 from lsjax.data.pipeline import packed_rows
@@ -50,9 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parse(argv: Sequence[str]) -> Arguments:
     """Parses the flags and the configuration. Raises ConfigError for a bad value."""
-    default = Arguments(fields=read_config(ConfigFile, argv, __doc__)[1])
-    settings = dict(default=default, config=(tyro.conf.AvoidSubcommands,))
-    return parse_flags(Arguments, argv, __doc__, **settings)
+    _, config = read_config(ConfigFile, argv, __doc__)
+    return parse_fields(Arguments, argv, __doc__, fields=config)
 
 
 def make(arguments: Arguments) -> None:

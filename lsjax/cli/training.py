@@ -53,13 +53,7 @@ def parse(argv: Sequence[str], description: str) -> tuple[TrainConfig, Path, Hos
     Raises ConfigError for a bad file, flag or value.
     """
     _, default = read_config(ConfigFile, argv, description)
-    flags = parse_flags(
-        TrainingFlags,
-        argv,
-        description,
-        default=TrainingFlags(fields=default),
-        config=(tyro.conf.AvoidSubcommands,),
-    )
+    flags = parse_fields(TrainingFlags, argv, description, fields=default)
     check(flags.workdir is not None, "--workdir is missing: name the directory of the run")
     return flags.fields, flags.workdir, flags.distributed
 
@@ -74,6 +68,12 @@ def read_config(kind: type[T], argv: Sequence[str], description: str) -> tuple[T
         parse_flags(kind, ["--help"], description)
     check(bool(found.config), "--config is missing: name a file such as configs/quickstart.py")
     return found, read_config_file(found.config)
+
+
+def parse_fields(kind: type[T], argv: Sequence[str], description: str, **defaults: Any) -> T:
+    """`parse_flags` for a `kind` with the fields of a configuration. Raises ConfigError."""
+    settings = dict(default=kind(**defaults), config=(tyro.conf.AvoidSubcommands,))
+    return parse_flags(kind, argv, description, **settings)
 
 
 def read_config_file(file: Path) -> TrainConfig:

@@ -17,10 +17,6 @@ fsspec.config.conf.setdefault("gs", {}).setdefault("use_listings_cache", False)
 class BucketPath(type(epath.Path("gs://"))):
     """A path in a bucket, which has files and their prefixes, but no directories."""
 
-    def absolute(self) -> "BucketPath":
-        """The path itself."""
-        return self
-
     def resolve(self, strict: bool = False) -> "BucketPath":
         """The path itself."""
         return self

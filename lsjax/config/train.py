@@ -23,14 +23,24 @@ class MeshConfig(Checked, prefix="mesh."):
     """Devices over which weights are sharded along D; in training the rows too."""
     tensor: int = 1
     """Devices over which heads, feed-forward channels and vocabulary are sharded."""
+    slices: int = bounded(1, low=1)
+    """Slices of a TPU pod, joined by the data center's network. The other sizes are those of one
+    slice, and the rows are sharded over all slices."""
 
     def sizes(self, num_devices: int) -> dict[str, int]:
         """Size of each axis on a machine of that many devices; devices beyond the mesh stay idle.
 
-        Raises ConfigError for a size below 1, for too few devices, and, with a -1, if the other
-        sizes do not divide the number of devices.
+        The data axis covers all slices. Raises ConfigError for a size below 1, for too few devices,
+        and if the slices or, with a -1, the other sizes do not divide the number of devices.
         """
         sizes = dataclasses.asdict(self)
+        slices = sizes.pop("slices")
+        check(
+            num_devices % slices == 0,
+            f"mesh.slices {slices} does not divide {num_devices} devices: choose a divisor",
+        )
+        num_devices //= slices
+        where = " in each slice" if slices > 1 else ""
         for name, size in sizes.items():
             check(
                 size == -1 or size >= 1,
@@ -45,14 +55,23 @@ class MeshConfig(Checked, prefix="mesh."):
         fixed = math.prod(size for size in sizes.values() if size != -1)
         check(
             fixed <= num_devices,
-            f"a mesh of {asked} needs {fixed} devices, but there are {num_devices}: "
+            f"a mesh of {asked} needs {fixed} devices, but there are {num_devices}{where}: "
             "choose smaller --mesh sizes",
         )
         check(
             not rest or num_devices % fixed == 0,
-            f"a mesh of {asked} does not fit {num_devices} devices: {fixed} does not divide them",
+            f"a mesh of {asked} does not fit {num_devices} devices{where}: {fixed} does not divide "
+            "them",
         )
-        return sizes | dict.fromkeys(rest, num_devices // fixed)
+        sizes |= dict.fromkeys(rest, num_devices // fixed)
+        return sizes | {"data": sizes["data"] * slices}
+
+    def check_decoding(self) -> None:
+        """Raises ConfigError if this is a mesh for training only."""
+        check(
+            self.slices == 1,
+            f"mesh.slices {self.slices} is for training: decode in one slice, without the flag",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,7 @@ import tempfile
 import uuid
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from itertools import chain, islice, takewhile
 from typing import Any
 
@@ -94,8 +94,9 @@ def lines_with_offsets(
     """Number, offset of the first byte, and text of the lines that begin at `begin` or later."""
     at = begin
     try:
-        packed = file.suffix == ".gz"
-        with file.open("rb") as raw, gzip.open(raw) if packed else _buffered(raw) as lines:
+        # Files in buckets are read slowly without a large buffer.
+        with file.open("rb") as raw, io.BufferedReader(raw, 1 << 20) as buffer:
+            lines = gzip.GzipFile(fileobj=buffer) if file.suffix == ".gz" else buffer
             if begin:
                 lines.seek(begin - 1)
                 at += len(lines.readline()) - 1
@@ -111,13 +112,6 @@ def lines_with_offsets(
                 yield number, offset, text[:-2] + "\n" if text.endswith("\r\n") else text
     except (gzip.BadGzipFile, zlib.error, EOFError) as error:
         raise ConfigError(f"{file} cannot be decompressed ({error}): get it again") from None
-
-
-def _buffered(raw: Any) -> AbstractContextManager[Any]:
-    """A binary stream whose lines are read fast; files in buckets are slow without a buffer."""
-    return nullcontext(
-        raw if isinstance(raw, io.BufferedReader) else io.BufferedReader(raw, 1 << 20)
-    )
 
 
 def json_rows(

@@ -4,8 +4,8 @@
     split        a a a a b b b b | b b c c c c c d | d d . . . . . .    all rows full but the last
     first-fit    a a a a d d d . | b b b b b b . . | c c c c c . . .    documents stay intact
 
-A row is a list of pieces; a piece is a contiguous span of one document. Reading a row copies it.
-On disk a row is a record of fixed size:
+A row is a list of pieces; a piece is a contiguous span of one document. On disk a row is a record
+of fixed size:
 
     uint32     number of tokens, without padding
     T bits     whether a piece of a document begins here
@@ -86,33 +86,30 @@ class PackedRows:
         """Tokens in all rows, without padding."""
         return int(self.length_P.sum())
 
-    def read(self, rows: np.ndarray) -> PackedBatch:
-        """Reads rows by number, as int32; number -1 is a row of padding."""
-        shape = (len(rows), self.seq_len)
-        tokens, segments, positions = (np.zeros(shape, np.int32) for _ in range(3))
-        labels = np.full(shape, -1, np.int32)
-        source, starts = self.store.tokens, self.store.starts_N1
+    def records(self, rows: np.ndarray) -> UInt8[np.ndarray, "B bytes"]:
+        """Records of rows, by number."""
+        tokens, starts = self.store.tokens, self.store.starts_N1
+        lengths = np.zeros((len(rows), 1), np.uint32)
+        begins, labelled = np.zeros((2, len(rows), self.seq_len), bool)
+        ids = np.zeros((len(rows), self.seq_len + 1), tokens.dtype)
         for b, row in enumerate(rows):
-            if row < 0:
-                continue
             to = 0
-            for number, piece in enumerate(range(self.first_R1[row], self.first_R1[row + 1]), 1):
+            for piece in range(self.first_R1[row], self.first_R1[row + 1]):
                 start, length = int(self.start_P[piece]), int(self.length_P[piece])
                 document = self.document_P[piece]
                 at, to = to, to + length
-                tokens[b, at:to] = source[start : start + length]
-                segments[b, at:to] = number
-                positions[b, at:to] = np.arange(length)
+                begins[b, at] = True
+                ids[b, at:to] = tokens[start : start + length]
                 # Labels are the following tokens, starting at the response's first token.
                 prompt = 0 if self.train_on_prompt else int(self.store.prompts_N[document])
                 first = max(start + 1, int(starts[document]) + prompt)
                 last = min(start + length + 1, int(starts[document + 1]))
-                if first < last:
-                    offset = at - start - 1
-                    labels[b, first + offset : last + offset] = source[first:last]
-        return PackedBatch(
-            tokens_BT=tokens, labels_BT=labels, segments_BT=segments, positions_BT=positions
-        )
+                labelled[b, first + at - start - 1 : last + at - start - 1] = True
+            lengths[b] = to
+            if labelled[b, -1]:
+                ids[b, -1] = tokens[last - 1]
+        bits = (np.packbits(one, axis=1) for one in (begins, labelled))
+        return np.concatenate([lengths.view(np.uint8), *bits, ids.view(np.uint8)], axis=1)
 
 
 def pack(
@@ -190,21 +187,10 @@ def record_bytes(seq_len: int, dtype: np.dtype) -> int:
     return 4 + 2 * -(-seq_len // 8) + (seq_len + 1) * dtype.itemsize
 
 
-def to_records(batch: PackedBatch, dtype: np.dtype) -> UInt8[np.ndarray, "B bytes"]:
-    """The records of packed rows."""
-    segments = batch["segments_BT"]
-    begins = (segments > 0) & (np.diff(segments, axis=1, prepend=0) != 0)
-    last = np.maximum(batch["labels_BT"][:, -1:], 0)
-    ids = np.concatenate([batch["tokens_BT"], last], axis=1).astype(dtype)
-    lengths = (segments > 0).sum(1, keepdims=True).astype(np.uint32)
-    bits = (np.packbits(one, axis=1) for one in (begins, batch["labels_BT"] >= 0))
-    return np.concatenate([lengths.view(np.uint8), *bits, ids.view(np.uint8)], axis=1)
-
-
 def from_records(
     records: UInt8[np.ndarray, "B bytes"], seq_len: int, dtype: np.dtype
 ) -> PackedBatch:
-    """The inverse of `to_records`; a record of zeros is a row of padding."""
+    """Rows from their records; a record of zeros is a row of padding."""
     begin, bits = 4, -(-seq_len // 8)
     length_B1 = np.ascontiguousarray(records[:, :begin]).view(np.uint32)
     flags = [

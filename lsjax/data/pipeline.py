@@ -9,13 +9,14 @@ order. It continues across epochs, so its state is the number of rows taken.
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import grain
 import numpy as np
 
-from lsjax.config import DataConfig, Path, check
+from lsjax.config import DataConfig, check
 from lsjax.data.packing import PackedBatch
-from lsjax.data.token_rows import Share, TokenRows, token_rows
+from lsjax.data.token_rows import TokenRows, token_rows
 from lsjax.data.tokenizer import Tokenizer
 
 PREFETCH = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
@@ -116,25 +117,15 @@ class OnePass:
 
 
 def packed_rows(
-    config: DataConfig,
-    tokenizer: Tokenizer,
-    *,
-    seq_len: int,
-    split: str,
-    cache: Path,
-    share: Share | None = None,
-    workers: int | None = None,
+    config: DataConfig, tokenizer: Tokenizer, *, split: str, **options: Any
 ) -> TokenRows:
     """Rows of a split, "train" or "validation"; the splits share no document.
 
-    share, workers: as for `token_rows`. A separate validation set loses the documents that are also
-    in the training data.
-
-    Raises ConfigError for missing or unreadable data, or a split without documents or rows.
+    A separate validation set loses the documents that are also in the training data. options: other
+    arguments of `token_rows`. Raises ConfigError as it does, or for a split without rows.
     """
     own_set = config.has_validation_set and split == "validation"
-    options = dict(seq_len=seq_len, cache=cache, validation=own_set)
-    rows = token_rows(config, tokenizer, share=share, workers=workers, **options)[split]
+    rows = token_rows(config, tokenizer, validation=own_set, **options)[split]
     size = "small" if split == "validation" else "large"
     reason = "all are in the training data too, so choose another validation set"
     if not own_set:
@@ -145,6 +136,7 @@ def packed_rows(
     )
     check(
         len(rows) > 0,
-        f"no document fits a row of {seq_len} tokens ({rows.num_dropped} dropped): raise seq_len",
+        f"no document fits a row of {rows.seq_len} tokens ({rows.num_dropped} dropped): raise "
+        "seq_len",
     )
     return rows

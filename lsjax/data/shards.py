@@ -3,25 +3,21 @@
 A shard has one file of records for each split, and a JSON file, written last, with what it holds.
 So a killed program resumes with the shards that have none. Pieces do not depend on the number of
 hosts and processes, and neither do rows.
+
+Documents are encoded in batches, and long ones in parts, which bounds the memory that ids take.
 """
 
 import os
 import sys
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import (
-    FIRST_COMPLETED,
-    Future,
-    ProcessPoolExecutor,
-    ThreadPoolExecutor,
-    as_completed,
-    wait,
-)
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import chain
 from multiprocessing import get_context
 from types import ModuleType
 from typing import Any
@@ -29,17 +25,20 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Int64, UInt64
 
-from lsjax.config import ConfigError, DataConfig, Path
-from lsjax.data.encoding import BATCH, encode_documents, encode_long
+from lsjax.config import ConfigError, DataConfig, Path, check
 from lsjax.data.files import write_json, write_whole
-from lsjax.data.packing import TokenStore, pack, to_records
+from lsjax.data.packing import TokenStore, pack
 from lsjax.data.pieces import Document, Piece, Source, is_held_out
 from lsjax.data.sources import document_source
-from lsjax.data.tokenizer import Tokenizer
+from lsjax.data.tokenizer import Tokenizer, TokenizerError
 
 SPLITS = ("train", "validation")
 ROWS = 256  # packed at a time
 THREADS = min(4, os.cpu_count() or 1)  # of a process
+# Characters that are encoded at a time, which take about 40 bytes each.
+BATCH = 1_000_000
+# SentencePiece rarely joins these with the next character. Its normalizers drop the first.
+MARKS = ("\x01", ".", ":", "0", "\u4e00")
 Shards = list[tuple[int, Piece]]
 
 
@@ -97,7 +96,7 @@ def make_shard(job: Job, source: Source, number: int, piece: Piece) -> None:
     for split, chosen_N in chosen.items():
         rows = pack(store, by_key(keys_N, chosen_N), job.seq_len, job.config)
         batches = (np.arange(at, min(at + ROWS, len(rows))) for at in range(0, len(rows), ROWS))
-        records = b"".join(to_records(rows.read(one), job.dtype).tobytes() for one in batches)
+        records = b"".join(rows.records(one).tobytes() for one in batches)
         write_whole(job.directory / f"{number:06d}.{split}", records)
         meta[split] = {"rows": len(rows), "chosen": int(chosen_N.sum()), "tokens": rows.num_tokens}
         meta[split] |= {name: getattr(rows, f"num_{name}") for name in LOST}
@@ -110,28 +109,94 @@ LOST = ("documents", "truncated", "dropped")
 
 
 def _encoded(documents: Iterable[Document], job: Job) -> Iterator[tuple[np.ndarray, int, int]]:
-    """Ids, number of prompt tokens and key of each document, encoded in batches."""
-    batch: list[Document] = []
-    size = 0
-
-    def encode() -> Iterator[tuple[np.ndarray, int, int]]:
-        found = encode_documents(batch, job.config, job.tokenizer)
+    """Ids, number of prompt tokens and key of each document."""
+    for batch in _batches(documents):
+        if len(batch[0].text) > BATCH:
+            found = [encode_long(batch[0], job.config, job.tokenizer)]
+        else:
+            found = encode_documents(batch, job.config, job.tokenizer)
         for document, (ids, prompt) in zip(batch, found, strict=True):
             yield np.array(ids, job.dtype), prompt, document.key
 
+
+def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
+    """Batches of at most BATCH characters; a longer document is alone."""
+    batch: list[Document] = []
+    room = BATCH
     for document in documents:
-        if len(document.text) > BATCH:
-            yield from encode()
-            batch, size = [], 0
-            ids, prompt = encode_long(document, job.config, job.tokenizer)
-            yield ids.astype(job.dtype), prompt, document.key
-            continue
+        size = len(document.prompt) + len(document.text)
+        if batch and size > room:
+            yield batch
+            batch, room = [], BATCH
         batch.append(document)
-        size += len(document.prompt) + len(document.text)
-        if size > BATCH:
-            yield from encode()
-            batch, size = [], 0
-    yield from encode()
+        room -= size
+    if batch:
+        yield batch
+
+
+def encode_documents(
+    documents: Sequence[Document], config: DataConfig, tokenizer: Tokenizer
+) -> list[tuple[list[int], int]]:
+    """Token ids of documents, and the number of prompt tokens of each.
+
+    A prompt is encoded separately, as in decoding, and includes a beginning-of-text token.
+    """
+    if any(document.ids for document in documents):
+        for document in documents:
+            extra = max(document.ids, key=lambda token: token if token >= 0 else float("inf"))
+            check(
+                0 <= extra < tokenizer.vocab_size,
+                f"token {extra} of a record is not one of {tokenizer.vocab_size}: name the "
+                "tokenizer that made the records",
+            )
+        return [(list(document.ids), 0) for document in documents]
+    special, end = config.allow_special, [*tokenizer.eos_ids[:1]] * config.append_end
+    texts = [document.text for document in documents]
+    if not config.has_prompts:
+        found = tokenizer.encode_batch(texts, allow_special=special)
+        return [(ids + end, 0) for ids in found]
+    prompts = [document.prompt for document in documents]
+    heads = tokenizer.encode_batch(prompts, allow_special=special)
+    tails = _continuations(texts, tokenizer, special)
+    return [(head + tail + end, len(head)) for head, tail in zip(heads, tails, strict=True)]
+
+
+def encode_long(
+    document: Document, config: DataConfig, tokenizer: Tokenizer
+) -> tuple[np.ndarray, int]:
+    """The same for one document of any length, in parts of BATCH characters that end with lines."""
+    rest = _parts(document.text)
+    start, settings = replace(document, text=next(rest)), replace(config, append_end=False)
+    ((head, count),) = encode_documents([start], settings, tokenizer)
+    parts = (_continuations([part], tokenizer, config.allow_special)[0] for part in rest)
+    end = [*tokenizer.eos_ids[:1]] * config.append_end
+    # Arrays at once: lists of ids take 40 bytes a token.
+    ids = [np.array(part, np.uint32) for part in chain([head], parts, [end])]
+    return np.concatenate(ids), count
+
+
+def _parts(text: str) -> Iterator[str]:
+    """The text in parts of at most BATCH characters, at line ends where there are any."""
+    begin = 0
+    while len(text) - begin > BATCH:
+        end = text.rfind("\n", begin, begin + BATCH) + 1 or begin + BATCH
+        yield text[begin:end]
+        begin = end
+    yield text[begin:]
+
+
+def _continuations(texts: Sequence[str], tokenizer: Tokenizer, special: bool) -> list[list[int]]:
+    """Ids of continuations, without the space that SentencePiece puts before a text."""
+    if not texts or not tokenizer.leading_spaces:
+        return tokenizer.encode_batch(texts, add_bos=False, allow_special=special)
+    for mark in MARKS:
+        alone = tokenizer.encode(mark, add_bos=False)
+        marked = [mark + text for text in texts]
+        batch = tokenizer.encode_batch(marked, add_bos=False, allow_special=special)
+        split = all(ids[: len(alone)] == alone for ids in batch)
+        if tokenizer.decode(alone) == mark and split:
+            return [ids[len(alone) :] for ids in batch]
+    raise TokenizerError(f"the tokenizer joins {texts[0][:40]!r} with its prompt: use another one")
 
 
 def by_key(
@@ -158,54 +223,28 @@ def make_shards(
     workers: int,
     on_made: Callable[[int], None],
 ) -> None:
-    """Makes the shards with these numbers in several processes, of which this is one.
+    """Makes the shards with these numbers in several processes, or in threads of this one.
 
     on_made: called after each. Raises ConfigError or TokenizerError for bad data, and if a process
     is killed.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the threads are here
-    others = min(workers, -(-len(numbers) // THREADS)) - 1
-    if others <= 0:
-        with ThreadPoolExecutor(THREADS) as threads:
-            made = {threads.submit(make_shard, job, source, n, pieces[n]): n for n in numbers}
-            try:
-                for future in as_completed(made):
-                    future.result()
-                    on_made(made[future])
-            finally:
-                threads.shutdown(cancel_futures=True)
-        return
-    pool = ProcessPoolExecutor(others, get_context("spawn"), _start, (job, os.getpid()))
-    left: deque[Shards] = deque(
-        [(number, pieces[number]) for number in numbers[at : at + THREADS]]
-        for at in range(0, len(numbers), THREADS)
-    )
-    given: dict[Future, Shards] = {}
-
-    def give() -> None:
-        """Some shards more than the others are busy with: what they have can't be taken back."""
-        with _another_main():
-            while left and len(given) <= others:
-                given[pool.submit(_make, left[0])] = left.popleft()
-
-    def take(done: Iterable[Future]) -> None:
-        for future in list(done):
-            some = given.pop(future)
-            future.result()
-            for number, _ in some:
-                on_made(number)
-
+    parts = [numbers[at : at + THREADS] for at in range(0, len(numbers), THREADS)]
+    pool: Executor
+    if min(workers, len(parts)) > 1:
+        start = (job, os.getpid())
+        pool = ProcessPoolExecutor(min(workers, len(parts)), get_context("spawn"), _start, start)
+        make = _make
+    else:
+        pool, parts = ThreadPoolExecutor(THREADS), [[number] for number in numbers]
+        make = partial(make_together, job, source)
     try:
-        give()
-        while left:
-            some = left.pop()
-            make_together(job, source, some)
-            for number, _ in some:
+        with _another_main():
+            made = {pool.submit(make, [(n, pieces[n]) for n in part]): part for part in parts}
+        for future in as_completed(made):
+            future.result()
+            for number in made[future]:
                 on_made(number)
-            take(future for future in given if future.done())
-            give()
-        while given:
-            take(wait(given, return_when=FIRST_COMPLETED).done)
     except BrokenProcessPool:
         raise ConfigError(
             "a process that tokenizes was killed, perhaps because memory ran out: start again to "

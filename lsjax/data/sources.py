@@ -12,7 +12,6 @@ import string
 import sysconfig
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from itertools import repeat
 from typing import Any
 
 from lsjax.config import ConfigError, DataConfig, Path, as_path, check, in_bucket
@@ -50,9 +49,8 @@ def document_source(config: DataConfig, *, validation: bool = False) -> Source:
             title, files, rows = tfds_split(config.tfds_name, part, config.tfds_data_dir)
 
             def read_rows(_, first: int, last: int) -> Iterator[Document]:
-                wheres = (f"{title}, row {number}" for number in range(first, last))
-                own = (rows[number] for number in range(first, last))
-                return map(row_document, own, repeat(config), wheres)
+                for number in range(first, last):
+                    yield row_document(rows[number], config, f"{title}, row {number}")
 
             source = Source(title, files, read_rows, num_rows=len(rows), part=part)
         case "array_record":

@@ -130,6 +130,11 @@ def test_trips_that_add_more_than_one_are_fewer():
     assert trip_count(parse(text).entry.instructions["loop"]) == 2
 
 
+def test_a_peeled_loop_begins_at_one():
+    text = TEXT.replace("%zero = s32[]{:T(128)} constant(0)", "%zero = s32[]{:T(128)} constant(1)")
+    assert trip_count(parse(text).entry.instructions["loop"]) == 5
+
+
 def test_a_known_trip_count_holds():
     known = 'backend_config={"known_trip_count":{"n":"3"}}'
     text = TEXT.replace('metadata={op_name="jit(step)/while"}', known)
@@ -162,6 +167,52 @@ def test_collectives_by_kind_axes_and_bytes(costs):
     # Devices 0 and 4 and so on, which the text names by a mesh of its own.
     begun, times = found["all-gather f32[8,128]"]
     assert (begun.axes, times, begun.sent) == (("data",), 1, 8 * 128 * 4 // 2)
+
+
+@pytest.mark.parametrize(
+    "transfer, kind, size, sent",
+    [
+        ("ALL_REDUCE", "all-reduce", 4096, 4096 * 2 * 3 // 4),
+        ("ALL_GATHER", "all-gather", 4 * 4096, 4 * 4096 * 3 // 4),
+        ("ALL_TO_ALL", "all-to-all", 4096, 4096 * 3 // 4),
+        ("ONE_TO_ONE", "collective-permute", 4096, 4096),
+    ],
+)
+def test_what_slices_send_to_each_other(transfer, kind, size, sent):
+    """The TPU compiler writes a send to the host. It moves nothing else, and a send without the
+    attribute is no collective."""
+    attributes = f'frontend_attributes={{_xla_megascale_transfer_type="{transfer}"}}'
+    text = f"""\
+ENTRY %main (x: f32[8,128]) -> f32[8,128] {{
+  %x = f32[8,128]{{1,0}} parameter(0)
+  %after = token[] after-all()
+  %other = (f32[8,128]{{1,0}}, u32[], token[]) send(%x, %after), channel_id=1
+  %sent = (f32[8,128]{{1,0}}, u32[], token[]) send(%x, %after), channel_id=2, {attributes}
+  ROOT %sum = f32[8,128]{{1,0}} all-reduce(%x), replica_groups={{{{0,1}},{{2,3}}}}
+}}
+"""
+    mesh = dict(slices=4, data=2, fsdp=2)
+    costs = CostAnalysis(parse(text), mesh, {}, CHIPS[0]).program()
+    within, between = sorted(costs.collectives, key=lambda one: one.axes)
+    assert (within.axes, costs.sent_bytes) == (("fsdp",), 4096)
+    assert (between.axes, between.kind, between.bytes) == (("slices",), kind, size)
+    assert costs.between_bytes == between.sent == sent
+    assert costs.amounts["moved_bytes"] == costs.amounts["operations"] == 0
+
+
+def test_groups_within_and_between_slices():
+    """Other compilers number the devices of all slices: 0 to 3 are the first of two."""
+    text = """\
+ENTRY %main (x: f32[8,128]) -> f32[8,128] {
+  %x = f32[8,128]{1,0} parameter(0)
+  %within = f32[8,128]{1,0} all-reduce(%x), replica_groups={{0,1,2,3},{4,5,6,7}}
+  ROOT %between = f32[8,128]{1,0} all-reduce(%within), replica_groups={{0,4},{1,5},{2,6},{3,7}}
+}
+"""
+    costs = CostAnalysis(parse(text), dict(slices=2, data=2, fsdp=2), {}, CHIPS[0]).program()
+    assert [one.axes for one in costs.collectives] == [("data", "fsdp"), ("slices",)]
+    assert costs.sent_bytes == 2 * 3 / 4 * 8 * 128 * 4
+    assert costs.between_bytes == 2 * 1 / 2 * 8 * 128 * 4
 
 
 def test_kernels_are_listed(costs):

@@ -13,6 +13,8 @@ from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
 from lsjax.aot import chips
 from lsjax.cli.aot import main
+from lsjax.config import ConfigError, MeshConfig
+from lsjax.sharding import make_mesh
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 QUICKSTART = ("--config", CONFIGS / "quickstart.py")
@@ -78,6 +80,10 @@ def test_one_host_of_gpus(refused, monkeypatch, topology):
             "6 rows (batch_size / micro_batches) can't be sharded over 4 devices",
         ),
         (
+            ("--topology", "v5e:2x2", "--decoding-mesh.slices", "2"),
+            "mesh.slices 2 is for training",
+        ),
+        (
             ("--topology", "v5e:2x2", "--decoding.prompt-tokens", "9999"),
             "is beyond the model's context",
         ),
@@ -85,6 +91,18 @@ def test_one_host_of_gpus(refused, monkeypatch, topology):
 )
 def test_what_does_not_fit(refused, flags, words):
     assert words in refused(main, *QUICKSTART, *flags)
+
+
+@needs_libtpu
+def test_devices_of_two_slices():
+    _, devices = chips.slice_of("v5e:2x2", 2)
+    mesh = make_mesh(MeshConfig(slices=2, data=-1, fsdp=2), devices[::-1])
+    assert mesh.shape == dict(data=4, fsdp=2, tensor=1)
+    slices = [[device.slice_index for device in row.flat] for row in mesh.devices]
+    assert slices == [[0, 0], [0, 0], [1, 1], [1, 1]]
+    for wrong in (1, 4):
+        with pytest.raises(ConfigError, match=f"mesh.slices is {wrong}, but the devices are in 2"):
+            make_mesh(MeshConfig(slices=wrong, data=-1), devices)
 
 
 @needs_libtpu
@@ -126,6 +144,27 @@ def test_a_report_of_a_small_model(tmp_path, capsys):
     assert exchanged and all(shape.startswith("bf16[") for shape in exchanged)
     gathers = [one for one in train["collectives"] if one["kind"] == "all-gather"]
     assert any("fsdp" in one["axes"] and one["count"] == 2 for one in gathers)
+
+
+@needs_libtpu
+def test_two_slices_send_only_gradients(tmp_path):
+    """Layers have gradients in bfloat16, the table and the norms in float32."""
+    file = tmp_path / "report.json"
+    flags = ["--mesh.slices", "2", "--mesh.fsdp", "4", "--model.hidden-size", "512"]
+    flags += ["--model.no-tie-embeddings", "--model.num-layers", "2", "--early-exit.exits", "1"]
+    flags += ["--batch-size", "8", "--programs", "train", "--output", str(file)]
+    with jax.default_matmul_precision("default"):
+        assert main([*map(str, QUICKSTART), "--topology", "v5e:2x2", *flags]) == 0
+    found = json.loads(file.read_text())
+    assert found["meshes"]["train"] == {"slices": 2, "data": 1, "fsdp": 4, "tensor": 1}
+    assert found["training"]["devices"] == 8
+    (train,) = found["programs"]
+    between = [one for one in train["collectives"] if "slices" in one["axes"]]
+    assert {one["kind"] for one in between} == {"all-reduce"}
+    assert train["between_bytes"] == sum(one["sent"] * one["count"] for one in between)
+    layer, table = 512 * (2 * 256 + 2 * 128) + 3 * 512 * 704, 384 * 512
+    matrices = 2 * 2 * layer + 4 * 2 * table
+    assert matrices / 4 <= train["between_bytes"] <= matrices / 4 + 20_000
 
 
 @needs_cuda

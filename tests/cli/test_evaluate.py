@@ -12,7 +12,7 @@ from lsjax.checkpoints.saving import Checkpoints
 from lsjax.cli import answering, evaluate
 from lsjax.cli.evaluate import main
 from lsjax.config import DataConfig, TrainConfig
-from lsjax.data.encoding import encode_documents
+from lsjax.data.shards import encode_documents
 from lsjax.data.sources import document_source
 from lsjax.evaluation.answers import Cell, read
 from lsjax.evaluation.tasks import TASKS

@@ -14,6 +14,9 @@ from lsjax.config import ConfigError, MeshConfig
         (MeshConfig(fsdp=-1), 6, (1, 6, 1)),
         (MeshConfig(data=8, tensor=-1), 8, (8, 1, 1)),
         (MeshConfig(tensor=3), 8, (1, 1, 3)),
+        (MeshConfig(slices=2, tensor=2), 8, (2, 1, 2)),
+        (MeshConfig(slices=2, data=2, fsdp=-1), 16, (4, 4, 1)),
+        (MeshConfig(slices=4, data=-1), 8, (8, 1, 1)),
     ],
 )
 def test_sizes(config, devices, sizes):
@@ -28,6 +31,9 @@ def test_sizes(config, devices, sizes):
         (dict(data=-1, fsdp=-1), 8, "mesh.data and mesh.fsdp are -1"),
         (dict(data=4, tensor=4), 8, "data 4 x tensor 4 needs 16 devices, but there are 8"),
         (dict(data=-1, tensor=16), 8, "data -1 x tensor 16 needs 16 devices, but there are 8"),
+        (dict(slices=3), 8, "mesh.slices 3 does not divide 8 devices"),
+        (dict(slices=2, fsdp=8), 8, "fsdp 8 needs 8 devices, but there are 4 in each slice"),
+        (dict(slices=2, data=-1, tensor=3), 8, "does not fit 4 devices in each slice: 3 does not"),
         (dict(data=-1, tensor=3), 8, "data -1 x tensor 3 does not fit 8 devices: 3 does not"),
     ],
 )

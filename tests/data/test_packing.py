@@ -12,28 +12,37 @@ from lsjax.data.packing import (
     pack,
     record_bytes,
     split,
-    to_records,
 )
 
 #   a: 1 2 3 4         b: 11 ... 16        c: 21 ... 25      d: 31 32 33
 GOLDEN = [[1, 2, 3, 4], [11, 12, 13, 14, 15, 16], [21, 22, 23, 24, 25], [31, 32, 33]]
 
 
-def store(documents, prompts=None):
-    tokens = np.array([token for document in documents for token in document], np.uint16)
+def store(documents, prompts=None, dtype=np.uint16):
+    tokens = np.array([token for document in documents for token in document], dtype)
     starts_N1 = np.cumsum([0, *map(len, documents)])
     prompts_N = np.array(prompts or [0] * len(documents), np.int32)
     return TokenStore(tokens, starts_N1, prompts_N, np.zeros(len(documents), np.uint64))
 
 
-def make(documents, seq_len, prompts=None, **settings):
+def make(documents, seq_len, prompts=None, dtype=np.uint16, **settings):
     config = DataConfig(**dict(too_long="split") | settings)
-    return pack(store(documents, prompts), np.arange(len(documents)), seq_len, config)
+    return pack(store(documents, prompts, dtype), np.arange(len(documents)), seq_len, config)
+
+
+def batch_of(rows):
+    """The rows as they are read, after one of padding, whose record is zeros."""
+    records, dtype = rows.records(np.arange(len(rows))), rows.store.tokens.dtype
+    assert records.shape == (len(rows), record_bytes(rows.seq_len, dtype))
+    batch = from_records(np.pad(records, ((1, 0), (0, 0))), rows.seq_len, dtype)
+    for name, array in batch.items():
+        assert array.dtype == np.int32
+        assert (array[0] == (-1 if name == "labels_BT" else 0)).all()
+    return {name: array[1:] for name, array in batch.items()}
 
 
 def read(rows):
-    batch = rows.read(np.arange(len(rows)))
-    assert all(array.dtype == np.int32 for array in batch.values())
+    batch = batch_of(rows)
     return {name.removesuffix("_BT"): array.tolist() for name, array in batch.items()}
 
 
@@ -139,19 +148,6 @@ def test_first_fit_looks_at_the_newest_rows_only():
     assert first_fit(lengths, 8)[-1] == OPEN_ROWS + 1  # the first row is closed by then
 
 
-def assert_survives_the_disk(batch):
-    """Records of rows, and one of zeros, which is padding."""
-    size = batch["tokens_BT"].shape[1]
-    for dtype in (np.dtype(np.uint16), np.dtype(np.uint32)):
-        records = to_records(batch, dtype)
-        assert records.shape == (len(batch["tokens_BT"]), record_bytes(size, dtype))
-        again = from_records(np.pad(records, ((0, 1), (0, 0))), size, dtype)
-        for name, array in batch.items():
-            assert again[name].dtype == np.int32
-            np.testing.assert_array_equal(again[name][:-1], array)
-            assert (again[name][-1] == (-1 if name == "labels_BT" else 0)).all()
-
-
 @pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize("packing", [True, False])
 @pytest.mark.parametrize("long_documents", ["split", "truncate", "drop"])
@@ -162,9 +158,13 @@ def test_rows_hold_the_documents_and_nothing_leaks(seed, packing, long_documents
     prompts = (draw.random(len(lengths)) * lengths).astype(int) if seed % 2 else 0 * lengths
     ends = np.cumsum(lengths)
     documents = [np.arange(end - n, end) + 1 for n, end in zip(lengths, ends, strict=True)]
-    rows = make(documents, 11, prompts.tolist(), packing=packing, too_long=long_documents)
-    batch = rows.read(np.arange(len(rows)))
-    assert_survives_the_disk(batch)
+    settings = dict(packing=packing, too_long=long_documents)
+    batch, large = (
+        batch_of(make(documents, 11, prompts.tolist(), dtype, **settings))
+        for dtype in (np.uint16, np.uint32)
+    )
+    for name, array in batch.items():
+        np.testing.assert_array_equal(large[name], array)
     document_of = np.searchsorted(ends, np.arange(ends[-1]), side="right")
     labelled, seen = [], []
     for tokens, labels, segments, positions in zip(*batch.values(), strict=True):

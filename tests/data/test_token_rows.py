@@ -16,13 +16,12 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from tensorflow_datasets.proto import tf_example_pb2
 
 from lsjax.config import ConfigError, DataConfig
-from lsjax.data import encoding, shards
 from lsjax.data import pieces as pieces_module
-from lsjax.data.encoding import encode_documents, encode_long
-from lsjax.data.packing import TokenStore, pack
+from lsjax.data import shards
+from lsjax.data.packing import TokenStore, from_records, pack
 from lsjax.data.pieces import Document
 from lsjax.data.pipeline import packed_rows
-from lsjax.data.shards import by_key
+from lsjax.data.shards import by_key, encode_documents, encode_long
 from lsjax.data.sources import document_source
 from lsjax.data.token_rows import INDEX, Share, token_rows
 from lsjax.data.tokenizer_backends import ByteTokenizer
@@ -87,7 +86,7 @@ def test_rows_are_the_packed_documents_of_their_piece(many, tmp_path):
         documents = list(source.in_piece(piece))
         encoded = encode_documents(documents, many, tokenizer)
         store = TokenStore(
-            tokens=np.concatenate([ids for ids, _ in encoded]),
+            tokens=np.concatenate([np.array(ids, np.uint16) for ids, _ in encoded]),
             starts_N1=np.cumsum([0, *(len(ids) for ids, _ in encoded)]),
             prompts_N=np.zeros(len(encoded), np.int32),
             keys_N=np.array([document.key for document in documents], np.uint64),
@@ -97,7 +96,8 @@ def test_rows_are_the_packed_documents_of_their_piece(many, tmp_path):
             expected = pack(store, by_key(store.keys_N, chosen_N), 32, many)
             at = np.arange(len(expected))
             batch = found[split].read(place[split] + at)
-            for name, array in expected.read(at).items():
+            packed = from_records(expected.records(at), 32, np.dtype(np.uint16))
+            for name, array in packed.items():
                 np.testing.assert_array_equal(batch[name], array)
             place[split] += len(expected)
     assert {split: len(rows) for split, rows in found.items()} == place
@@ -150,12 +150,31 @@ def test_a_long_text_is_encoded_in_parts(monkeypatch, any_tokenizer):
     text = "".join(f"line {n} of a text\n" for n in range(40))
     plain = DataConfig(source="jsonl", paths=("x",), append_end=False)
     whole, _ = encode_document(Document(text), plain, any_tokenizer)
-    monkeypatch.setattr(encoding, "BATCH", 100)
+    monkeypatch.setattr(shards, "BATCH", 100)
     ids, _ = encode_long(Document(text), plain, any_tokenizer)
     assert any_tokenizer.decode(ids.tolist()) == any_tokenizer.decode(whole) == text
     ended = DataConfig(source="jsonl", paths=("x",))
     ids, _ = encode_long(Document("x" * 950), ended, ByteTokenizer(add_bos=False))
     assert ids.tolist() == [120] * 950 + [257]
+
+
+def test_batches_are_small_and_a_long_document_is_alone(tmp_path, monkeypatch):
+    file = tmp_path / "texts.jsonl"
+    texts = [{"text": "x" * length} for length in (40, 50, 30, 150, 1, 99, 1)]
+    file.write_text("\n".join(map(json.dumps, texts)))
+    plain = DataConfig(source="jsonl", paths=(str(file),))
+    expected = everything(make(plain, tmp_path / "one")["train"])
+    batches, real = [], encode_documents
+
+    def noting(documents, *rest):
+        batches.append([len(document.text) for document in documents])
+        return real(documents, *rest)
+
+    monkeypatch.setattr(shards, "encode_documents", noting)
+    monkeypatch.setattr(shards, "BATCH", 100)
+    found = everything(make(plain, tmp_path / "several")["train"])
+    assert batches == [[40, 50], [30], [100], [1, 99], [1]]  # 100: the first part of 150
+    np.testing.assert_array_equal(found, expected)
 
 
 def test_rows_are_made_once_for_all_that_does_not_change_them(rows, tmp_path, monkeypatch):
@@ -216,7 +235,7 @@ def test_an_interrupted_store_goes_on_with_what_is_missing(many, tmp_path, monke
     real, made = shards.make_shard, []
 
     def dies(job, source, number, piece):
-        if len(made) == 4:
+        if len(made) >= 4:  # a thread may add one between
             raise KeyboardInterrupt
         real(job, source, number, piece)
         made.append(number)
@@ -234,14 +253,17 @@ def test_an_interrupted_store_goes_on_with_what_is_missing(many, tmp_path, monke
     np.testing.assert_array_equal(everything(found), expected)
 
 
-def test_hosts_and_processes_make_the_same_files(many, tmp_path):
-    """Two hosts one after the other, as if each waited for the other; then two processes."""
+def test_hosts_and_processes_make_the_same_files(many, tmp_path, monkeypatch):
+    """Two hosts one after the other, as if each waited for the other; then two processes, with many
+    parts and with two."""
     whole = make(many, tmp_path / "whole")["train"]
     for index in (1, 0):
         (tmp_path / "shared").mkdir(exist_ok=True)
         made = make(many, tmp_path / "shared", share=Share(index, 2))
     parallel = make(many, tmp_path / "parallel", workers=2)
-    for other in (made["train"], parallel["train"]):
+    monkeypatch.setattr(shards, "THREADS", len(whole.rows_S) - 1)
+    two = make(many, tmp_path / "two", workers=2)
+    for other in (made["train"], parallel["train"], two["train"]):
         assert other.fingerprint == whole.fingerprint
         for file in sorted(whole.directory.iterdir()):
             assert (other.directory / file.name).read_bytes() == file.read_bytes(), file.name

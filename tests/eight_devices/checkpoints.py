@@ -24,7 +24,7 @@ CONFIG = TrainConfig(
     seq_len=8,
     model=LlamaConfig.tiny(num_layers=2, vocab_size=260, attention_bias=True),
 )
-FROM = MeshConfig(data=2, fsdp=2, tensor=2)
+FROM = MeshConfig(slices=2, fsdp=2, tensor=2)
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,7 @@ def whole():
 
 @pytest.fixture(scope="module")
 def run(whole, tmp_path_factory):
-    """A run whose only step was saved from eight devices."""
+    """A run whose only step was saved from eight devices in two slices."""
     directory = tmp_path_factory.mktemp("run")
     begin_run(directory, CONFIG, ByteTokenizer(add_bos=False))
     with Checkpoints(directory / "checkpoints", CONFIG.checkpoints) as checkpoints:
@@ -59,11 +59,14 @@ def equal(one, other) -> bool:
 
 def test_fingerprints_do_not_depend_on_the_mesh(whole):
     expected = fingerprints(named_leaves(whole))
-    for sizes in (FROM, MeshConfig(fsdp=8), MeshConfig(tensor=4)):
+    for sizes in (FROM, MeshConfig(fsdp=8), MeshConfig(tensor=4), MeshConfig(slices=4, data=2)):
         assert fingerprints(named_leaves(placed(whole, make_mesh(sizes)))) == expected
 
 
-@pytest.mark.parametrize("sizes", [None, MeshConfig(fsdp=4), MeshConfig(data=4, tensor=2)])
+@pytest.mark.parametrize(
+    "sizes",
+    [None, MeshConfig(fsdp=4), MeshConfig(data=4, tensor=2), MeshConfig(slices=4, fsdp=2)],
+)
 def test_restored_onto_another_mesh(run, whole, sizes):
     like = jax.eval_shape(lambda: whole)
     if sizes is not None:

@@ -77,6 +77,21 @@ def test_the_same_gradients_on_any_mesh(step_on, sizes):
         assert difference < 1e-5, name
 
 
+def test_slices_train_as_data_does(step_on):
+    _, expected = step_on(MeshConfig(data=2, fsdp=4))
+    _, found = step_on(MeshConfig(slices=2, fsdp=4))
+    for name, gradient in expected.items():
+        np.testing.assert_array_equal(found[name], gradient, name)
+
+
+def test_slices_are_outermost():
+    """CPUs are in no slice: the first half of them stands for the first one."""
+    mesh = make_mesh(MeshConfig(slices=2, data=-1, tensor=2))
+    assert mesh.shape == dict(data=4, fsdp=1, tensor=2)
+    first = {device.id for device in mesh.devices[:2].flat}
+    assert first == {device.id for device in jax.devices()[:4]}
+
+
 def test_what_a_step_sends(step_on):
     """Weights are gathered layer by layer, and the head's table once for all exits. Nothing is
     sent in the loops of the loss, and no rows but those of the embedding."""

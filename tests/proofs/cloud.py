@@ -34,7 +34,14 @@ FROM_FILES = (
 )
 
 
-def main(directory: str, kills: int = 10, terms: int = 1, steps: int = 200, seed: int = 0) -> None:
+def main(
+    directory: str,
+    kills: int = 10,
+    terms: int = 1,
+    steps: int = 200,
+    seed: int = 0,
+    bucket_cache: bool = False,
+) -> None:
     """Runs the drill; exits with 1, or an error, if anything differs.
 
     Args:
@@ -43,6 +50,7 @@ def main(directory: str, kills: int = 10, terms: int = 1, steps: int = 200, seed
         terms: number of times to stop it by SIGTERM, after that.
         steps: number of steps of the run.
         seed: seed of the moments and of the choice of processes.
+        bucket_cache: whether the runs in the bucket also make and read their tokens there.
     """
     here, there = Path(directory), as_path(f"gs://{BUCKET}")
     with served(here / "buckets") as server:
@@ -52,6 +60,10 @@ def main(directory: str, kills: int = 10, terms: int = 1, steps: int = 200, seed
         with whole_directory(there / "files") as copy:
             copy_files(files, Path(copy))
         command = f"{TRAIN}{FROM_FILES}--num-steps {steps}"
+        if bucket_cache:
+            command = f"env LSJAX_CACHE={{parent}}/cache {command}"
+            for parent in (here, there):
+                drill.remove_directory(parent / "cache")
         drill.main(
             command,
             directory,

@@ -59,7 +59,7 @@ with ending_together():
     mesh = make_mesh(MeshConfig(data=2, fsdp=2))
     tokens_BT = np.arange(24, dtype=np.int32).reshape(8, 3)
     own_B = own_rows(8, mesh)
-    say(own_B.tolist())
+    say(own_B.tolist(), own_rows(8, make_mesh(MeshConfig(slices=2, data=2))).tolist())
     placed = placed_rows({"tokens_BT": tokens_BT[own_B]}, 8, mesh)["tokens_BT"]
     assert len(placed.addressable_shards) == 2
     assert np.array_equal(process_allgather(placed, tiled=True), tokens_BT)
@@ -109,9 +109,9 @@ def test_two_processes(tmp_path):
         "a mesh of 1 devices, but 2 processes have 4: set one of --mesh.data, --mesh.fsdp and "
         "--mesh.tensor to -1, which takes the rest",
     ]
-    for number, own in enumerate(["[0, 1, 2, 3]", "[4, 5, 6, 7]"]):
+    for number, own in enumerate(["[0, 1, 2, 3]", "[4, 5, 6, 7]"]):  # a slice each
         lines = (tmp_path / f"said_{number}").read_text().splitlines()
-        assert lines == [*said, own, "stopped after True True"]
+        assert lines == [*said, f"{own} {own}", "stopped after True True"]
 
 
 @pytest.mark.parametrize(
