@@ -35,6 +35,7 @@ from lsjax.decoding.completion import Completion
 from lsjax.decoding.engine import Engine
 from lsjax.decoding.request import Request
 from lsjax.decoding.state import Strategy
+from lsjax.training.profiling import trace
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -81,7 +82,9 @@ def decode(arguments: Arguments) -> None:
     )
 
     completions: list[Completion] = []
-    with json_lines(arguments.json) as lines:
+    profile = arguments.profile
+    tracing = nullcontext() if profile is None else trace(profile)
+    with json_lines(arguments.json) as lines, tracing:
 
         def finish(prompt: str, completion: Completion) -> None:
             completion = dataclasses.replace(completion, prompt=prompt)

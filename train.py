@@ -15,6 +15,7 @@ from functools import partial
 
 from rich.console import Console
 
+import lsjax
 from lsjax.cli.setup import keep_compiled_programs, keep_freed_memory, one_line_errors
 from lsjax.cli.training import parse, shown_hooks, shown_progress
 from lsjax.config import Path, TrainConfig
@@ -47,6 +48,7 @@ def train(config: TrainConfig, workdir: Path) -> int:
             watch=partial(shown_progress, console=console),
             say=say,
             warn=partial(say, style="yellow"),
+            began=lsjax.IMPORTED,
         )
     except Interrupted as stopped:
         say(f"{stopped}: the same command resumes it")

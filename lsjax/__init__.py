@@ -6,6 +6,7 @@
 >>> print(engine.generate(["Once upon a time"], max_new_tokens=32)[0].text)
 """
 
+import time
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from lsjax.config import Path, TrainConfig
     from lsjax.training.step import TrainState
 
+IMPORTED = time.time()  # about when the program began: other imports take seconds
 # Public names by module. They are imported when they are used, because JAX is slow to import and
 # processes that only tokenize do not need it.
 _PUBLIC = {

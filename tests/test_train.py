@@ -7,6 +7,8 @@ import shutil
 import signal
 import subprocess
 import sys
+from importlib.machinery import ModuleSpec
+from types import ModuleType
 
 import jax
 import jax.numpy as jnp
@@ -83,7 +85,7 @@ def last_arrays(workdir):
 
 def rows_of(workdir):
     """The rows of metrics, without times."""
-    rows = read_metrics(workdir)
+    rows = [row for row in read_metrics(workdir) if row["kind"] != "time"]
     return [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
 
 
@@ -305,6 +307,10 @@ def test_the_exits_of_runs_are_compared_on_the_held_out_data(finished, tmp_path,
         (["--model.vocab-size", "100"], "tokenizer has 258 tokens, but the model's table has 100"),
         (["--seq-len", "1024"], "seq_len 1024 is longer than the model's context of 512"),
         (["--mesh.data", "2"], "a mesh of data 2 needs 2 devices, but there are 1"),
+        (
+            ["--profile.steps", "1", "--profile.start", "7"],
+            r"profile.start 7 is after the last step: use 1..6",
+        ),
     ],
 )
 def test_bad_input_ends_with_2_before_anything_is_compiled(
@@ -318,12 +324,67 @@ def test_bad_input_ends_with_2_before_anything_is_compiled(
     assert not (tmp_path / "run").exists()
 
 
-def test_tensorboard_that_is_not_there(config, tmp_path, capsys, monkeypatch):
-    monkeypatch.setitem(sys.modules, "tensorboardX", None)
+@pytest.mark.parametrize("extra, package", [("tensorboard", "tensorboardX"), ("wandb", "wandb")])
+def test_a_tracker_that_is_not_there(config, tmp_path, capsys, monkeypatch, extra, package):
+    monkeypatch.setitem(sys.modules, package, None)
     monkeypatch.delattr(run, "abstract_state")
     with pytest.raises(SystemExit) as end:
-        launch(config, tmp_path / "run", "--tensorboard")
-    assert end.value.code == 2 and "pip install 'lsjax[tensorboard]'" in capsys.readouterr().err
+        launch(config, tmp_path / "run", f"--{extra}")
+    assert end.value.code == 2
+    words = f"error: --{extra} needs {package}: pip install 'lsjax[{extra}]', or turn it off\n"
+    assert capsys.readouterr().err == words
+
+
+def test_a_tracker_that_does_not_start(config, tmp_path, capsys, monkeypatch):
+    def init(**_):
+        raise wandb.Error("No API key configured.")
+
+    wandb = ModuleType("wandb")
+    wandb.__spec__ = ModuleSpec("wandb", None)
+    wandb.Error, wandb.Settings, wandb.init = type("Error", (Exception,), {}), dict, init
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    with pytest.raises(SystemExit) as end:
+        launch(config, tmp_path / "run", "--wandb")
+    assert end.value.code == 2
+    words = "error: wandb can't start (No API key configured.): run `wandb login`, set "
+    assert capsys.readouterr().err.startswith(words)
+
+
+def test_traces_of_a_run_and_of_decoding(config, finished, tmp_path):
+    """Their steps and named scopes; a run that resumes within its trace writes the rest. Neither
+    the trace nor the scopes change a result."""
+    workdir = tmp_path / "run"
+    shutil.copytree(finished, workdir)
+    for step in (4, 5, 6):
+        shutil.rmtree(workdir / "checkpoints" / str(step), ignore_errors=True)
+    flags = ["--profile.start", "2", "--profile.steps", "3"]
+    assert launch(config, workdir, *flags) == 0
+    (file,) = (workdir / "profile").glob("plugins/profile/step_4_process_0/*.xplane.pb")
+    numbers, modules, scopes = traced(file)
+    assert numbers == {4}, "steps 2 to 4 were wanted, and 3 is done"
+    assert "jit_train_step" in modules
+    assert {"embedding", "layers", "exits", "head", "optimizer"} <= scopes
+    assert last_arrays(workdir) == last_arrays(finished)
+    assert launch(config, workdir, *flags) == 0  # nothing is left to do
+
+    flags = ["--model", str(finished), "--prompt", "1", "--max-new-tokens", "8"]
+    flags += ["--strategy", "self_speculative", "--exit-layer", "1", "--num-draft-tokens", "2"]
+    assert decode.main([*flags, "--profile", str(tmp_path / "trace")]) == 0
+    (file,) = (tmp_path / "trace").glob("plugins/profile/*/*.xplane.pb")
+    assert {"embedding", "layers", "head", "draft", "verify"} <= traced(file)[2]
+
+
+def traced(file):
+    """The steps of a trace, the programs that ran, and the parts of the operations' names."""
+    numbers, modules = set(), set()
+    for plane in jax.profiler.ProfileData.from_file(str(file)).planes:
+        for event in (event for line in plane.lines for event in line.events):
+            stats = dict(event.stats)
+            modules.add(stats.get("hlo_module"))
+            if event.name == "train":
+                numbers.add(stats["step_num"])
+    names = re.findall(rb"jit\(\w+\)/[\w/().-]+", file.read_bytes())
+    return numbers, modules, set(re.findall(r"\w+", b" ".join(names).decode()))
 
 
 def test_a_run_can_not_become_another(config, finished, capsys):

@@ -64,6 +64,8 @@ class Arguments(StrategyFlags, ModelFlags):
     """Writes one JSON object per text to this file. With "-", standard output has only these."""
     show_drafts: bool = False
     """Colours accepted drafts, rejected drafts, and the model's own tokens."""
+    profile: Path | None = None
+    """Writes a trace of decoding, for xprof or TensorBoard, to this directory."""
 
     def __post_init__(self):
         super().__post_init__()

@@ -18,6 +18,7 @@ from lsjax.config.train import (
     CheckpointConfig,
     EvaluationConfig,
     MeshConfig,
+    ProfileConfig,
     TrainConfig,
 )
 
@@ -37,6 +38,7 @@ __all__ = [
     "MeshConfig",
     "OptimizerConfig",
     "Path",
+    "ProfileConfig",
     "RopeScaling",
     "StepConfig",
     "TrainConfig",

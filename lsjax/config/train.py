@@ -115,6 +115,18 @@ class EvaluationConfig(Checked, prefix="evaluation."):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ProfileConfig(Checked, prefix="profile."):
+    """A trace of a few steps, for xprof or TensorBoard, in the run's directory profile/."""
+
+    start: int = bounded(10, low=1)
+    """First step of the trace. A run that resumes within the trace writes the rest of it."""
+    steps: int = bounded(0, low=0)
+    """Number of steps to trace; 0 disables it."""
+    all_processes: bool = False
+    """Whether each process writes its own trace, not only process 0."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainConfig(StepConfig):
     """A training run: its step, model, data, mesh, checkpoints and evaluation."""
 
@@ -134,6 +146,9 @@ class TrainConfig(StepConfig):
     """Consecutive steps with a non-finite loss or gradient after which the run stops."""
     tensorboard: bool = False
     """Whether the metrics are written for TensorBoard too (needs the tensorboard extra)."""
+    wandb: bool = False
+    """Whether the metrics go to Weights & Biases too (needs the wandb extra)."""
+    profile: ProfileConfig = ProfileConfig()
 
     def __post_init__(self):
         super().__post_init__()
@@ -145,6 +160,10 @@ class TrainConfig(StepConfig):
             self.lora.rank == 0 or self.init_from != "",
             f"lora.rank {self.lora.rank} trains adapters of a trained model: name its checkpoint "
             "in init_from",
+        )
+        check(
+            self.profile.steps == 0 or self.profile.start <= self.num_steps,
+            f"profile.start {self.profile.start} is after the last step: use 1..{self.num_steps}",
         )
         self.check_batch(self.batch_size)
         if self.model is not None:

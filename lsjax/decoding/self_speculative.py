@@ -209,6 +209,7 @@ class SelfSpeculative(Strategy):
         hidden_BTD, tokens_BT, log_q_BTN, count_B = drafts
         return Draft(state.with_cache(cache), hidden_BTD, tokens_BT, count_B, log_q_BTN, head)
 
+    @jax.named_scope("verify")
     def verify(self, model: Llama, draft: Draft, settings: RoundSettings) -> DecodeState:
         """Runs the other layers on the pending token and the drafts in one pass. Commits the
         accepted drafts and one token of the full model."""

@@ -59,6 +59,7 @@ class Llama(nnx.Module):
         block = self.layers if self.is_stacked else self.layers[0]
         return block.attention.out.kernel[...].dtype
 
+    @jax.named_scope("embedding")
     def embed(self, tokens_BT: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """Token embeddings: the input of layer 0. Their gradient is summed in the table's dtype."""
         return self.embedding[...][tokens_BT].astype(self.compute_dtype)
@@ -72,6 +73,7 @@ class Llama(nnx.Module):
         x_BTD = self.embed(constrain(tokens_BT, "data", "context"))
         return constrain(constrain(x_BTD, "data", "context", "fsdp"), ROWS, "context")
 
+    @jax.named_scope("layers")
     def run_layers(
         self,
         x_BTD: Float[Array, "B T D"],
@@ -119,6 +121,7 @@ class Llama(nnx.Module):
 
         return self.scan_layers(x_BTD, run, lambda _, __, y_BTD, ___: (None, read(y_BTD)))[2]
 
+    @jax.named_scope("layers")
     def scan_layers(
         self,
         x_BTD: Float[Array, "B T D"],
@@ -169,6 +172,7 @@ class Llama(nnx.Module):
         """The head's rows; the embedding if the two are tied."""
         return (self.embedding if self.head is None else self.head)[...]
 
+    @jax.named_scope("head")
     def unembed(
         self, x: Float[Array, "*batch D"], table_VD: Float[Array, "V D"] | None = None
     ) -> Float[Array, "*batch V"]:

@@ -45,7 +45,7 @@ from lsjax.training.layer_dropout import DropRates, draws, drop_rates
 # Logits of a chunk, per device. Larger on TPUs: each chunk updates the whole float32 gradient.
 CHUNK_LOGITS, TPU_CHUNK_LOGITS = 2**25, 2**27
 # Loops whose trip count depends on the step; names in the compiled program.
-EXITS, CHUNKS = "exit_losses", "loss_chunks"
+EXITS, CHUNKS = "exits", "loss_chunks"
 
 
 class Head(NamedTuple):
@@ -184,6 +184,7 @@ def head_loss(
     return _forward(exit_loss, z_loss, head, x_SBTD, labels_BT, positions, weights_S)[0]
 
 
+@jax.named_scope("head")
 def _forward(exit_loss, z_loss, head, x_SBTD, labels_BT, positions, weights_S):
     """Each device processes its own rows and accumulates the table gradient. One all-reduce at the
     end sums it."""

@@ -1,4 +1,4 @@
-"""Metrics of a step: its FLOPs, its row in metrics.jsonl and TensorBoard, its line of text.
+"""Metrics of a step: its FLOPs, its row in metrics.jsonl and trackers, its line of text.
 
 FLOPs are those of the plain model, whatever LayerSkip adds or saves. So utilisations of runs with
 and without LayerSkip are comparable (Chowdhery et al., 2022, appendix B). Gradients of frozen
@@ -9,7 +9,8 @@ import json
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from contextlib import ExitStack, closing
+from dataclasses import asdict, dataclass
 from datetime import timedelta
 from typing import Any
 
@@ -17,10 +18,11 @@ import jax
 import numpy as np
 from flax import nnx
 
-from lsjax.config import EarlyExitConfig, LlamaConfig, LoraConfig, Path
+from lsjax.config import EarlyExitConfig, LlamaConfig, LoraConfig, Path, TrainConfig
 from lsjax.model.llama import Llama, stacked
 from lsjax.model.lora import split, with_adapters
 from lsjax.training.early_exit import exit_counts
+from lsjax.training.wall_time import TIME, Clock
 
 PAUSE = 10.0  # seconds between printed lines
 WINDOW = 0.1  # weight of the newest step in the printed speed
@@ -54,15 +56,12 @@ class StepLine:
     step_tokens: int
     step_flops: float
     peak_flops: float | None  # of all devices together
-    _compiled: bool = False
     _seconds: float | None = None  # of a step, as a moving average
 
     def __call__(self, step: int, row: Mapping[str, Any]) -> str:
         """step 120/900  loss 2.31 (exits 3: 3.10, 7: 2.62)  5210 tokens/s  MFU 41%  2:31 left"""
-        if self._compiled:
-            old = row["seconds"] if self._seconds is None else self._seconds
-            self._seconds = old + WINDOW * (row["seconds"] - old)
-        self._compiled = True  # the first step's time includes compiling
+        old = row["seconds"] if self._seconds is None else self._seconds
+        self._seconds = old + WINDOW * (row["seconds"] - old)
         # Evenly spaced exits, if many are enabled.
         pairs = list(zip(row["exits"], row["exit_losses"], strict=True))[:-1]
         pairs = pairs[:: -(-len(pairs) // 4)] if pairs else []
@@ -70,13 +69,12 @@ class StepLine:
         parts = [
             f"step {step}/{self.num_steps}",
             f"loss {float(row['last_exit_loss']):.3f}" + (f" (exits {exits})" if exits else ""),
+            f"{self.step_tokens / self._seconds:,.0f} tokens/s",
         ]
-        if self._seconds:
-            parts.append(f"{self.step_tokens / self._seconds:,.0f} tokens/s")
-            if self.peak_flops:
-                parts.append(f"MFU {self.step_flops / self._seconds / self.peak_flops:.0%}")
-            left = round((self.num_steps - step) * self._seconds)
-            parts.append(f"{timedelta(seconds=left)} left")
+        if self.peak_flops:
+            parts.append(f"MFU {self.step_flops / self._seconds / self.peak_flops:.0%}")
+        left = round((self.num_steps - step) * self._seconds)
+        parts.append(f"{timedelta(seconds=left)} left")
         if int(row["skipped"]):
             parts.append(f"{int(row['skipped'])} steps skipped")
         return "  ".join(parts)
@@ -96,48 +94,51 @@ def paced(print: Callable[[str], None], num_steps: int) -> Callable[[int, str], 
 
 
 class MetricsLog:
-    """Appends rows {"kind": ..., "step": n, ...} as they arrive. Without a directory it writes
-    nothing."""
+    """Appends rows {"kind": ..., "step": n, ...} as they arrive, and has the run's clock. Without a
+    directory it writes nothing."""
 
-    def __init__(self, directory: Path | None, *, from_step: int, tensorboard: bool = False):
+    def __init__(self, directory: Path | None, config: TrainConfig, from_step: int, began: float):
         """Keeps the rows of steps up to `from_step`, after which the run resumes. So a step that is
-        repeated after a crash has only one row."""
-        self._file = self._board = None
-        if directory is None:
-            return
+        repeated after a crash has only one row.
+
+        began: Unix time at which this process began. Raises ConfigError if wandb can't start.
+        """
         # Imported here: counting FLOPs does not need the packages that read checkpoints.
         from lsjax.checkpoints.run import METRICS, read_metrics
         from lsjax.data.buckets import Lines
         from lsjax.data.files import write_whole
+        from lsjax.training import trackers
 
-        path = directory / METRICS
-        kept = [row for row in read_metrics(directory) if row["step"] <= from_step]
-        write_whole(path, "".join(json.dumps(row) + "\n" for row in kept).encode())
-        self._file = Lines(path)
-        if tensorboard:
-            from tensorboardX import SummaryWriter
-
-            self._board = SummaryWriter(str(directory / "tensorboard"), purge_step=from_step + 1)
+        self._file, self._trackers, self._opened = None, [], ExitStack()
+        rows = [] if directory is None else read_metrics(directory)
+        self.clock = Clock(rows, from_step, began)
+        if directory is None:
+            return
+        kept = [row for row in rows if row["step"] <= from_step]
+        kept.append({"kind": TIME, "step": from_step, **self.clock.row()})
+        asked = [trackers.weights_and_biases(directory, kept, asdict(config))] * config.wandb
+        asked += [trackers.tensorboard(directory, kept)] * config.tensorboard
+        self._trackers += map(self._opened.enter_context, asked)
+        write_whole(directory / METRICS, "".join(json.dumps(row) + "\n" for row in kept).encode())
+        self._file = self._opened.enter_context(closing(Lines(directory / METRICS)))
 
     def write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
         """Writes one row. NaN and infinity become null."""
         if self._file is None:
             return
         text = json.dumps(dict(values), default=lambda array: array.tolist())
-        row = json.loads(text, parse_constant=lambda _: None)
-        self._file.write(json.dumps({"kind": kind, "step": step, **row}) + "\n")
-        if kind != "step":  # a resumed run does not repeat it
+        row = {"kind": kind, "step": step, **json.loads(text, parse_constant=lambda _: None)}
+        self._file.write(json.dumps(row) + "\n")
+        if kind not in ("step", TIME):  # a resumed run does not repeat it
             self._file.flush()
-        if self._board is not None:
-            for name, value in row.items():
-                self._add(f"{kind}/{name}", value, step)
+        for tracker in self._trackers:
+            tracker(row)
 
-    def _add(self, name: str, value: Any, step: int) -> None:
-        if isinstance(value, list):
-            for index, item in enumerate(value):
-                self._add(f"{name}/{index + 1}", item, step)
-        elif isinstance(value, int | float) and not isinstance(value, bool):
-            self._board.add_scalar(name, value, step)
+    def spent(self, use: str, step: int) -> None:
+        """Counts the time that is not counted yet for a use, and writes the clock's row."""
+        self.clock.spend(use)
+        self.clock.lap()
+        self.write(TIME, step, self.clock.row())
 
     def flush(self) -> None:
         """Writes rows that wait, as they do if the directory is in a bucket."""
@@ -146,9 +147,7 @@ class MetricsLog:
 
     def close(self) -> None:
         """Closes the files."""
-        for file in (self._file, self._board):
-            if file is not None:
-                file.close()
+        self._opened.close()
 
 
 def step_flops(

@@ -42,6 +42,8 @@ FREE = frozenset(
         "checkpoints",
         "evaluation",
         "tensorboard",
+        "wandb",
+        "profile",
         "max_skipped",
         "micro_batches",
         "remat",
@@ -104,10 +106,11 @@ def prepare_run(config: TrainConfig, workdir: Path) -> TrainingRun:
     alone = jax.process_count() == 1 and config.mesh == MeshConfig()
     mesh = None if alone else make_mesh(config.mesh)
     check_rows(config, mesh)
-    check(
-        not config.tensorboard or find_spec("tensorboardX") is not None,
-        "TensorBoard needs tensorboardX: pip install 'lsjax[tensorboard]', or turn it off",
-    )
+    for extra, package in (("tensorboard", "tensorboardX"), ("wandb", "wandb")):
+        check(
+            not getattr(config, extra) or find_spec(package) is not None,
+            f"--{extra} needs {package}: pip install 'lsjax[{extra}]', or turn it off",
+        )
     check_same("the configurations and the states of --workdir", f"{config} {resumes}")
 
     with in_turn("the tokenizer is read"):

@@ -5,6 +5,7 @@ Evaluation, samples and plots are hooks, so training depends on neither decoding
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,7 @@ from lsjax.model.llama import Llama
 from lsjax.training.hosts import is_first, signals
 from lsjax.training.metrics import MetricsLog, StepLine, paced, peak_flops, step_flops, step_row
 from lsjax.training.prepare import TrainingRun
+from lsjax.training.profiling import traced
 from lsjax.training.step import (
     Batch,
     Metrics,
@@ -65,6 +67,7 @@ def train_run(
     watch: Callable[[TrainingRun, int], AbstractContextManager[Show]] = printed,
     say: Callable[[str], None] = print,
     warn: Callable[[str], None] = print,
+    began: float | None = None,
     **knobs: Any,
 ) -> TrainState:
     """Trains from the newest saved step to the last; returns the state after the last step.
@@ -74,11 +77,13 @@ def train_run(
       watch: (run, first step) -> a context around the steps, whose value shows each step.
       say: called with lines about the run, such as the step after which it resumes.
       warn: called with a line for each step that is damaged or could not be saved.
+      began: Unix time at which this process began; the start of this call by default.
       knobs: keywords of `make_train_step`.
 
     Raises CheckpointError if no saved step is intact or the last one can't be written, ConfigError
     if the data changed, and the errors of `run_loop`.
     """
+    began = time.time() if began is None else began
     say(run.describe())
     config, mesh = run.config, run.mesh
     train_step = make_train_step(config, **knobs)
@@ -111,9 +116,10 @@ def train_run(
             checkpoints.save(state, step=step, data=position)
 
         directory = run.workdir if is_first() else None
-        log = MetricsLog(directory, from_step=first, tensorboard=config.tensorboard)
+        log = MetricsLog(directory, config, first, began)
+        tracing = traced(train_step, config.profile, run.workdir / "profile", first)
         try:
-            with closing(log), watch(run, first) as show:
+            with closing(log), watch(run, first) as show, tracing as train_step:
                 return run_loop(
                     config,
                     state,
@@ -131,6 +137,8 @@ def train_run(
         except TooManySkipped:
             checkpoints.settle()
             raise
+        finally:
+            say(f"{log.clock}")
 
 
 def run_loop(
@@ -157,20 +165,19 @@ def run_loop(
     Raises TooManySkipped; Interrupted after SIGTERM or Ctrl-C, with the state saved; and errors of
     hooks, with the state saved by a single process.
     """
-    step = saved = int(state.step)
+    step = saved = first = int(state.step)
     num_steps, looked = config.num_steps, False
     waiting: tuple[int, Metrics] | None = None
-    mark = time.perf_counter()  # end of the previous step
 
     def report() -> None:
         """Waits for the last step and fetches its metrics."""
-        nonlocal waiting, mark
+        nonlocal waiting
         if waiting is None:
             return
         (number, metrics), waiting = waiting, None
         values = jax.device_get(metrics)
-        seconds, mark = time.perf_counter() - mark, time.perf_counter()
-        row = step_row(values, seconds)
+        log.clock.spend("steps")
+        row = step_row(values, log.clock.lap())
         log.write("step", number, row)
         show(number, row)
         in_a_row = int(values["skipped_in_a_row"])
@@ -185,12 +192,20 @@ def run_loop(
     def look(due: Sequence[Hook]) -> None:
         for hook in due:
             log.write(hook.kind, step, hook.call(step, state.model))
+            log.spent("evaluation", step)
 
     if step == num_steps:
         look(hooks)
-    with signals() as stop:
+    with signals() as stop, ThreadPoolExecutor(1) as watcher:
+        ready = watcher.submit(time.time)  # time from which the devices have nothing to do
         while step < num_steps:
-            state, metrics = train_step(state, next_batch())
+            batch = next_batch()
+            log.clock.spend("steps", ready.result() if ready.done() else None)
+            log.clock.spend("waiting_for_data")
+            state, metrics = train_step(state, batch)
+            if step == first:
+                log.spent("compiling", step)
+            ready = watcher.submit(time_when_ready, metrics)
             step += 1
             report()  # of the previous step, while this one runs
             waiting = step, metrics
@@ -205,8 +220,9 @@ def run_loop(
             if saving:
                 save(step, state)
                 saved = step
-            if first_look or last:
-                wait()
+                if first_look or last:
+                    wait()
+                log.spent("checkpoints", step)
             if stopped_by is not None and step < num_steps:
                 raise Interrupted(stopped_by, step)
             try:
@@ -216,8 +232,13 @@ def run_loop(
                     save(step, state)
                 raise
             looked = looked or bool(due)
-            mark = time.perf_counter()  # excludes hooks and saving
     return state
+
+
+def time_when_ready(metrics: Metrics) -> float:
+    """Waits until the devices have done a step; returns the Unix time."""
+    jax.block_until_ready(metrics)
+    return time.time()
 
 
 def first_state(

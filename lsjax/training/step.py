@@ -121,22 +121,23 @@ def make_train_step(
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         num_labels = (batch["labels_BT"] >= 0).sum()
         (loss, sums_L), gradients = loss_and_gradients(config, state, batch, num_labels, **knobs)
-        grad_norm = optax.tree.norm(gradients)
-        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-        if config.optimizer.clip_norm is not None:
-            shrink = jnp.minimum(1, config.optimizer.clip_norm / jnp.maximum(grad_norm, 1e-30))
-            gradients = jax.tree.map(lambda g: g * shrink.astype(g.dtype), gradients)
-        learning_rate = schedule(state.step)
-        before, frozen = split(state.model)
-        updates, opt_state = optimizer.update(gradients, state.opt_state, before)
-        after = jax.tree.map(
-            lambda leaf, update: leaf - learning_rate.astype(leaf.dtype) * update, before, updates
-        )
-        after, opt_state = jax.tree.map(
-            lambda new, old: jnp.where(finite, new, old),
-            (after, opt_state),
-            (before, state.opt_state),
-        )
+        with jax.named_scope("optimizer"):
+            grad_norm = optax.tree.norm(gradients)
+            finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+            if config.optimizer.clip_norm is not None:
+                shrink = jnp.minimum(1, config.optimizer.clip_norm / jnp.maximum(grad_norm, 1e-30))
+                gradients = jax.tree.map(lambda g: g * shrink.astype(g.dtype), gradients)
+            learning_rate = schedule(state.step)
+            before, frozen = split(state.model)
+            updates, opt_state = optimizer.update(gradients, state.opt_state, before)
+            after = jax.tree.map(
+                lambda leaf, move: leaf - learning_rate.astype(leaf.dtype) * move, before, updates
+            )
+            after, opt_state = jax.tree.map(
+                lambda new, old: jnp.where(finite, new, old),
+                (after, opt_state),
+                (before, state.opt_state),
+            )
         skipped = jnp.where(finite, state.skipped, state.skipped + 1)
         in_a_row = jnp.where(finite, 0, state.skipped_in_a_row + 1)
         layers = state.model.config.num_layers

@@ -56,8 +56,8 @@ FAULTS = (
     Fault(
         "stale cache slot",
         "model/attention.py",
-        "visible_BRS = (slots <= position_BR[:, :, None])",
-        "visible_BRS = (slots <= position_BR[:, :, None] + 1)",
+        "seen_BRS = slots <= position_BR[:, :, None]",
+        "seen_BRS = slots <= position_BR[:, :, None] + 1",
         "tests/model/test_llama.py tests/decoding/test_strategies.py",
     ),
     Fault(

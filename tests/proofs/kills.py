@@ -8,7 +8,7 @@ The command runs to its end in DIRECTORY/undisturbed. Then it runs in DIRECTORY/
 at a random moment, and is restarted. Every second run is killed only once it trains. After the last
 kill it may end too. Parameters, optimizer state, counters, the position in the data and the logged
 losses must then be equal, bit for bit. No saved step may be damaged. No restart may resume before
-the newest saved step.
+the newest saved step. The split of the second run's wall time must add up to it, within 2% or 3 s.
 
 With --processes 2 the command is started twice, as two hosts of one run. A random one is killed;
 the other must end by itself, --within a minute and with a message. --terms also sends SIGTERM to a
@@ -41,8 +41,10 @@ from lsjax.checkpoints.steps import PARAMS, TRAIN, SavedStep, saved_steps
 from lsjax.cli.setup import one_line_errors
 from lsjax.config import Path, as_path, check, in_bucket
 from lsjax.data.files import remove_directory
+from lsjax.training.wall_time import TIME, USES
 
 POLL = 0.02  # seconds between looks at the run
+BESIDE = 3.0  # seconds of a short run in which Python starts and ends
 # What a process says that ends because another one has; the second one is of jax itself.
 MESSAGE = re.compile("another process ended|another task died|could not connect")
 
@@ -88,7 +90,7 @@ def main(
     stops = kills + terms
     # Seconds of training per kill. On average half of them pass, so some are left for the last run.
     share = 1.4 * (end - ready) / stops
-    slowest = 0.0
+    slowest, first = 0.0, time.monotonic()
     for number in range(1, stops + 1):
         before, began, trains = newest(killed), time.monotonic(), False
         kind = signal.SIGKILL if number <= kills else signal.SIGTERM
@@ -129,6 +131,7 @@ def main(
     before = newest(killed)
     with start(command, killed, processes) as programs:
         check(not any(ends(programs)), f"the last run failed: see {killed.log()}")
+    print(split(killed, time.monotonic() - first))
     check_resumes(killed, before, trains=True)
 
     different = list(differences(calm, killed))
@@ -215,6 +218,16 @@ def check_resumes(run: Run, before: int, trains: bool) -> None:
         step == before or not (said or trains),
         f"step {before} was saved, but the run resumed after step {step}: see {run.log()}",
     )
+
+
+def split(run: Run, seconds: float) -> str:
+    """A run's split of its wall time. Raises ConfigError if it does not add up to `seconds`."""
+    *_, last = (row for row in rows(run.workdir / METRICS) if row["kind"] == TIME)
+    added = sum(last[use] for use in USES)
+    uses = ", ".join(f"{use} {last[use]:.1f}" for use in USES)
+    said = f"{seconds:.1f} s of wall time, {added:.1f} s ({added / seconds:.1%}) by use: {uses}"
+    check(abs(added - seconds) < max(0.02 * seconds, BESIDE), said)
+    return said
 
 
 def newest(run: Run) -> int:

@@ -2,7 +2,9 @@
 
 import os
 import signal
-from contextlib import closing
+import time
+from concurrent.futures import Future
+from contextlib import closing, nullcontext
 from types import SimpleNamespace
 
 import numpy as np
@@ -61,7 +63,8 @@ def run(tmp_path, state, saved, seen, num_steps=7, max_skipped=10, save_every=3,
         ],
         show=lambda step, row: None,
     )
-    with closing(MetricsLog(tmp_path, from_step=state.step)) as log:
+    log = MetricsLog(tmp_path, config, state.step, time.time())
+    with closing(log):
         return loop.run_loop(config, state, log, **(settings | options))
 
 
@@ -74,7 +77,8 @@ def test_saves_and_hooks_come_at_their_steps_and_after_the_last(tmp_path):
     assert shown == [1, 2, 3, 4, 5, 6, 7]
     rows = read_metrics(tmp_path)
     assert [row["step"] for row in rows if row["kind"] == "step"] == [1, 2, 3, 4, 5, 6, 7]
-    assert rows[0]["exits"] == [1, 3] and rows[0]["exit_losses"] == [3, 1]
+    step = next(row for row in rows if row["kind"] == "step")
+    assert step["exits"] == [1, 3] and step["exit_losses"] == [3, 1]
     assert [row["step"] for row in rows if row["kind"] == "evaluation"] == [2, 4, 6, 7]
 
 
@@ -144,6 +148,69 @@ def test_steps_that_are_done_again_are_in_the_log_once(tmp_path):
     run(tmp_path, start(3), saved, seen)
     rows = read_metrics(tmp_path)
     assert [row["step"] for row in rows if row["kind"] == "step"] == [1, 2, 3, 4, 5, 6, 7]
+
+
+class AtOnce(nullcontext):
+    """An executor without a thread."""
+
+    def __enter__(self):
+        return self
+
+    def submit(self, function, *arguments):
+        result = Future()
+        result.set_result(function(*arguments))
+        return result
+
+
+def test_the_time_of_a_run_by_use(tmp_path, monkeypatch):
+    """Data take 5 s and a step 2 s, so the devices wait for 3 s."""
+    now, ends = 1000.0, {}
+
+    def takes(seconds, result=None):
+        nonlocal now
+        now += max(0, seconds)
+        return result
+
+    def compiled():
+        count, compiling = counting_step(), iter([100])
+
+        def train_step(state, batch):
+            takes(next(compiling, 0))
+            ends[state.step + 1] = now + 2
+            return count(state, batch)
+
+        return train_step
+
+    def end(metrics):
+        return ends[10 - int(metrics["loss"])]
+
+    fetch = loop.jax.device_get
+    monkeypatch.setattr(loop.jax, "device_get", lambda own: takes(end(own) - now, fetch(own)))
+    monkeypatch.setattr(time, "time", lambda: now)
+    monkeypatch.setattr(loop, "ThreadPoolExecutor", AtOnce)
+    monkeypatch.setattr(loop, "time_when_ready", end)
+    options = dict(
+        next_batch=lambda: takes(5),
+        save=lambda *_: takes(7),
+        wait=lambda: takes(11),
+        hooks=[Hook("evaluation", 3, lambda *_: takes(20, {}))],
+    )
+    options |= dict(num_steps=6, save_every=9)
+    run(tmp_path, start(), [], [], train_step=compiled(), **options)
+    rows = read_metrics(tmp_path)
+    # Neither compiling nor hooks nor saving; those of 3 and 6 end before the next batch.
+    assert [row["seconds"] for row in rows if row["kind"] == "step"] == [5, 5, 2, 10, 5, 2]
+    uses = dict(steps=12, compiling=100, waiting_for_data=22, evaluation=40, checkpoints=36)
+    uses |= dict(start=0, restarts=0, steps_done_again=0)
+    last = dict(kind="time", step=6, began=1000)
+    assert rows[-1] == {**last, "wall": now - 1000, **uses} and sum(uses.values()) == now - 1000
+
+    takes(50)  # killed, and started again after step 3
+    run(tmp_path, start(3), [], [], train_step=compiled(), **options)
+    uses = dict(steps=12, compiling=200, waiting_for_data=33, evaluation=60, checkpoints=54)
+    uses |= dict(start=0, restarts=50, steps_done_again=6)
+    assert read_metrics(tmp_path)[-1] == {**last, "wall": now - 1000, **uses}
+    assert sum(uses.values()) == now - 1000
 
 
 def test_a_step_is_fetched_while_the_next_one_runs(tmp_path, monkeypatch):
