@@ -1,10 +1,11 @@
 """Mesh of devices, and sharding of arrays over it.
 
-The mesh has three axes (any of them may be 1):
+The mesh has four axes (any of them may be 1):
 
-    data    shards the rows of a batch
-    fsdp    shards the weights along D, and in training the rows too
-    tensor  shards the weights along K (heads), F and V, the cache along K, the logits along V
+    data     shards the rows of a batch
+    fsdp     shards the weights along D, and in training the rows too
+    context  shards the positions of a row in training (`in_context_order`)
+    tensor   shards the weights along K (heads), F and V, the cache along K, the logits along V
 
 Training has many rows, so each layer's weights are gathered along fsdp when the layer runs
 (Rajbhandari et al., 2020). Decoding has few rows: the weights stay, and each device multiplies its
@@ -34,8 +35,9 @@ from lsjax.config import MeshConfig, check
 
 # Compute capabilities for ahead-of-time compilation, where JAX knows only the device's name.
 CAPABILITIES = {"NVIDIA A100": 8.0, "NVIDIA H100": 9.0, "NVIDIA H200": 9.0}
-# The axes that shard the rows of a batch in training.
+# The axes that shard the rows of a batch in training, and pieces of rows.
 ROWS = ("data", "fsdp")
+PIECES = ("context", *ROWS)
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
@@ -176,6 +178,41 @@ def row_shards(rows: int) -> int:
     return rows // place.shard_shape((rows,))[0]
 
 
+def context_shards() -> int:
+    """Number of shards of a row's positions in training, on the current mesh."""
+    return jax.sharding.get_abstract_mesh().shape.get("context", 1)
+
+
+def in_context_order(x: Any, *, back: bool = False) -> Any:
+    """Rows [B, T, ...] with their columns in the order in which N context shards hold them.
+
+    Shard i holds chunks i and 2 N - 1 - i of 2 N. So each shard's queries see equally many keys, up
+    to their own chunk: causal attention takes equally long on each. back: the inverse.
+    """
+    shards = context_shards()
+    if shards == 1:
+        return x
+    first = np.arange(shards)
+    order = np.stack([first, 2 * shards - 1 - first], 1).ravel()
+    chunks = x.reshape(len(x), 2 * shards, -1, *x.shape[2:])
+    return chunks[:, np.argsort(order) if back else order].reshape(x.shape)
+
+
+def over_context(batch: Mapping[str, Array]) -> dict[str, Array]:
+    """The batch of training rows in context order, sharded over the current mesh."""
+    return {name: constrain(in_context_order(x), ROWS, "context") for name, x in batch.items()}
+
+
+def pieces(x: Array) -> Array:
+    """Rows in context order, [B, T, ...], as rows of their own for each of N context shards,
+    [N B, T / N, ...]. Each device keeps its elements."""
+    shards = context_shards()
+    if shards == 1:
+        return x
+    x = x.reshape(len(x), shards, -1, *x.shape[2:]).swapaxes(0, 1)
+    return constrain(x.reshape(-1, *x.shape[2:]), PIECES)
+
+
 def on_each_device(
     function: Callable,
     arguments: Sequence[Any],
@@ -183,10 +220,10 @@ def on_each_device(
     outputs: Any,
     axes: Sequence[str] | None = None,
 ) -> Any:
-    """Runs `function(*arguments)` on each device's own shard, without communication.
+    """Runs `function(*arguments)` on each device's own shard.
 
     Without a mesh it is the plain call. It serves functions that are independent along the sharded
-    axes, if the compiler cannot infer this.
+    axes, or communicate themselves, if the compiler cannot infer this.
 
     Args:
         specs: sharding of all arrays in each argument. A mesh axis that does not divide one of the

@@ -48,7 +48,7 @@ def test_a_documented_command_is_taken(page, program, flags, monkeypatch):
     if program == "train.py":
         training.parse(given, "")[0].mesh.sizes(64)
     elif program == "lsjax.cli.aot":
-        aot.parse(given).fields.mesh.sizes(64)
+        aot.parse(given).fields.mesh.sizes(128)
     elif program == "lsjax.cli.tokenize":
         tokenize.parse(given)
     else:

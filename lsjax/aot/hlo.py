@@ -26,8 +26,8 @@ FREE = {
 }
 # Custom calls that run on the device. Pallas has two names for Triton's.
 KERNEL = re.compile(r"tpu_custom_call|__cu|cub|__gpu\$xla\.gpu\.triton|triton_kernel_call")
-# Part of a kernel's name -> its attention, its number of [T, T] by [T, H] matmuls, and the axis of
-# T in its largest operand: [B, N, T, H] on TPUs, [B, T, N, H] on GPUs.
+# Part of a kernel's name -> its attention, its number of [T, S] by [S, H] matmuls, and the axis of
+# S in the keys, its second array of numbers: [B, K, S, H] on TPUs, [B, S, K, H] on GPUs.
 ATTENTION = {
     "splash_mha_fwd": ("splash", 2, -2),
     "splash_mha_dq": ("splash", 3, -2),
@@ -196,11 +196,9 @@ def operation_flops(one: Instruction) -> float:
     if one.opcode == "custom-call":
         for mark, (_, products, axis) in ATTENTION.items():
             if re.search(mark, one.kernel):
-                # cuDNN's first operand holds the queries; its bias may be larger.
-                operands = one.operands[:1] if one.kernel.startswith("__cudnn") else one.operands
-                inputs = (array for operand in operands for array in operand.arrays)
-                queries = max(inputs, key=lambda array: array.bytes)
-                return float(products * queries.elements * queries.sizes[axis])
+                inputs = (array for operand in one.operands for array in operand.arrays)
+                queries, keys, *_ = (array for array in inputs if "f" in array.kind)
+                return float(products * queries.elements * keys.sizes[axis])
     if one.opcode != "dot" and not one.kernel.startswith("__cublas"):
         return 0.0
     # Two per element of the result and step of its sum.

@@ -33,6 +33,7 @@ from lsjax.decoding.state import DecodeState, Strategy
 from lsjax.model.attention import LARGE, LARGE_BLOCKS, SMALL, SMALL_BLOCKS
 from lsjax.model.llama import Llama
 from lsjax.model.parameters import placed_shapes, sharding_of
+from lsjax.sharding import context_shards
 from lsjax.training.early_exit import exit_counts
 from lsjax.training.loss import CHUNKS, EXITS, loss_chunk
 from lsjax.training.step import abstract_state, check_rows, make_train_step
@@ -74,13 +75,14 @@ def train_step(config: TrainConfig, mesh: Mesh) -> tuple[Lowered, Trips]:
     rows = config.batch_size // config.micro_batches
     with jax.set_mesh(mesh):
         lowered = make_train_step(config).lower(state, batch)
-        chunk = loss_chunk(rows, config.seq_len, config.model.vocab_size)
+        pieces, steps = rows * context_shards(), config.seq_len // context_shards()
+        chunk = loss_chunk(pieces, steps, config.model.vocab_size)
     exits = exit_counts(config.early_exit, config.model.num_layers, config.num_steps).mean()
-    learned = math.ceil(config.seq_len * config.early_exit.token_share)
+    learned = math.ceil(steps * config.early_exit.token_share)
     return lowered, {
         rf"/{EXITS}/while$": float(exits),
         rf"/{EXITS}/.*/{CHUNKS}/while$": math.ceil(learned / chunk),
-        rf"/{CHUNKS}/while$": math.ceil(config.seq_len / chunk),
+        rf"/{CHUNKS}/while$": math.ceil(steps / chunk),
     }
 
 

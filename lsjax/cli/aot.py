@@ -198,7 +198,8 @@ def programs_table(found: Mapping[str, Any]) -> Table:
         share = f"{memory['total'] / memory['hbm']:.1%}"
         times = [f"{1e3 * second:.2f}" for second in seconds]
         rows.append([one["name"], mesh, one["attention"], *sizes, share, *times, useful])
-    names = ["program", "data x fsdp x tensor", "attention", "arguments", "temporaries", "all, GiB"]
+    axes = " x ".join(next(iter(found["meshes"].values())))
+    names = ["program", axes, "attention", "arguments", "temporaries", "all, GiB"]
     names += ["of HBM", "computing", "sending", "at least, ms", "plain FLOPs of peak"]
     return table(f"{found['topology']}, per device", names, rows, left=3)
 

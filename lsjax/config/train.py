@@ -21,6 +21,8 @@ class MeshConfig(Checked, prefix="mesh."):
     """Devices over which the rows of a batch are sharded."""
     fsdp: int = 1
     """Devices over which weights are sharded along D; in training the rows too."""
+    context: int = 1
+    """Devices over which the positions of a row are sharded, in training only."""
     tensor: int = 1
     """Devices over which heads, feed-forward channels and vocabulary are sharded."""
     slices: int = bounded(1, low=1)
@@ -71,6 +73,10 @@ class MeshConfig(Checked, prefix="mesh."):
         check(
             self.slices == 1,
             f"mesh.slices {self.slices} is for training: decode in one slice, without the flag",
+        )
+        check(
+            self.context == 1,
+            f"mesh.context {self.context} is for training: decode without the flag",
         )
 
 

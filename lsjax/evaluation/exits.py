@@ -23,7 +23,7 @@ from lsjax.config import AttentionKernel, ComputeDtype, check
 from lsjax.decoding.sampling import argmax
 from lsjax.decoding.state import check_exit
 from lsjax.model.llama import Llama, cast_matrices
-from lsjax.sharding import chunk_steps, constrain, split_rows
+from lsjax.sharding import chunk_steps, constrain, over_context, pieces, split_rows
 from lsjax.training.prepare import TrainingRun
 from lsjax.training.run import Hook
 
@@ -122,14 +122,15 @@ def exit_sums(
     table_VD = constrain(model.head_table.astype(model.compute_dtype), "tensor")
 
     def sums(part: dict[str, Array]):
-        labels_BT = part["labels_BT"]
+        part = over_context(part)
+        labels_BT = pieces(part["labels_BT"])
         labelled_BT = labels_BT >= 0
         loss_LBT, token_LBT = model.exits(
             part["tokens_BT"],
             part["positions_BT"],
             part["segments_BT"],
             kernel=attention,
-            read=partial(_loss_and_argmax, model, table_VD, labels_BT),
+            read=lambda x_BTD: _loss_and_argmax(model, table_VD, labels_BT, pieces(x_BTD)),
         )
         agreed_LBT = token_LBT == token_LBT[-1]
 

@@ -7,23 +7,30 @@ Kernels for whole sequences:
     flash   GPU kernel of flash.py: skips fully masked blocks
     cudnn   cuDNN's flash attention, on NVIDIA GPUs since Ampere
 
-All agree up to rounding. On a mesh, each device computes its own rows and heads.
+All agree up to rounding. On a mesh, each device computes its own rows and heads. If the mesh shards
+positions, it computes its own queries too, and gathers the keys and values of the whole row.
 """
 
 from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
 from lsjax.config import AttentionKernel, check
-from lsjax.model.products import FLASH_BLOCK, SAVED, enough_rows
-from lsjax.sharding import ROWS, nvidia_capability, on_each_device, platform
+from lsjax.model.products import FLASH_BLOCK, enough_rows
+from lsjax.sharding import (
+    ROWS,
+    context_shards,
+    in_context_order,
+    nvidia_capability,
+    on_each_device,
+    platform,
+)
 
-# Candidate splash block sizes. The first that pads the sequence least is used.
-BLOCKS = (512, 384, 256, 128)
 # Slots of the cache that one step of `cached_attention` reads; LARGE is a multiple of SMALL.
 SMALL, LARGE = 256, 1024
 # Maximum scores of a head (queries times slots) that accelerators compute at once. Admits a chunk
@@ -44,7 +51,8 @@ def self_attention(
     """Causal attention of each token within its own segment; softmax in float32 or wider.
 
     segments_BT: document number of each token; one document by default. Padding is a segment like
-    the others. Segments are contiguous. window: keys that a query sees, its own included.
+    the others. Segments are contiguous. window: keys that a query sees, its own included. Columns
+    are `in_context_order`.
 
     kernel: "auto" picks the first supported kernel. TPUs: splash. GPUs: flash if `segments_BT` is
     given, then cudnn. Otherwise xla. On CPUs splash and flash are interpreted, for tests.
@@ -57,15 +65,29 @@ def self_attention(
         kernel = next((name for name in kernels if _problem(name, q_BTNH) is None), "xla")
     problem = _problem(kernel, q_BTNH)
     check(problem is None, f"attention {kernel!r} {problem}: use auto or xla")
-    if kernel == "xla":
-        return attention(q_BTNH, k_BTKH, v_BTKH, _mask(q_BTNH, segments_BT, window))
-    heads = P(ROWS, None, "tensor")
-    return on_each_device(
-        partial({"splash": _splash, "flash": _flash, "cudnn": _cudnn}[kernel], window=window),
-        (q_BTNH, k_BTKH, v_BTKH, segments_BT),
-        (heads, heads, heads, P(ROWS)),
-        heads,
-    )
+    shards, steps = context_shards(), q_BTNH.shape[1]
+    run = {"xla": _xla, "splash": _splash, "flash": _flash, "cudnn": _cudnn}[kernel]
+    # Places of each shard's queries in the row, or a kernel made for them.
+    masks = in_context_order(np.arange(steps)[None]).reshape(shards, -1)
+    if kernel == "splash":
+        from lsjax.model.splash import shard_kernels  # slow to import
+
+        masks = shard_kernels(masks, window)
+
+    def own_queries(q, k, v, segments_BT, masks):
+        keys = k, v, segments_BT
+        if shards > 1:
+            keys = jax.tree.map(_whole_rows, keys)
+        return run(q, segments_BT, *keys, jax.tree.map(lambda leaf: leaf[0], masks), window)
+
+    heads, row = P(ROWS, "context", "tensor"), P(ROWS, "context")
+    arguments = q_BTNH, k_BTKH, v_BTKH, segments_BT, masks
+    return on_each_device(own_queries, arguments, (heads, heads, heads, row, P("context")), heads)
+
+
+def _whole_rows(x):
+    """All columns of [B, T, ...], in their own order, from each device's in context order."""
+    return in_context_order(lax.all_gather(x, "context", axis=1, tiled=True), back=True)
 
 
 def _problem(kernel: str, q_BTNH: Array) -> str | None:
@@ -76,6 +98,8 @@ def _problem(kernel: str, q_BTNH: Array) -> str | None:
             return f"is for TPUs, but this program is for {devices}"
         if dtype not in (jnp.float32, jnp.bfloat16):
             return f"takes float32 and bfloat16, not {dtype}"
+    if kernel in ("flash", "cudnn") and context_shards() > 1:
+        return f"can't shard positions over mesh.context {context_shards()}"
     if kernel in ("flash", "cudnn") and not (kernel == "flash" and devices == "cpu"):
         if devices != "gpu" or nvidia_capability() < 8:
             return f"is for NVIDIA GPUs since Ampere, but this program is for {devices}"
@@ -92,15 +116,20 @@ def _problem(kernel: str, q_BTNH: Array) -> str | None:
     return None
 
 
-def _mask(q_BTNH, segments_BT, window):
-    """[B or 1, T, T]: which keys each query sees."""
-    steps = q_BTNH.shape[1]
-    mask_BTT = jnp.tril(jnp.ones((1, steps, steps), bool))
+def _mask(places_T, segments_BT, segments_BS, steps, window):
+    """[B or 1, T, S]: which of S = `steps` keys each query sees."""
+    keys_S = jnp.arange(steps)
+    mask_BTS = (places_T[:, None] >= keys_S)[None]
     if window is not None:
-        mask_BTT = jnp.triu(mask_BTT, 1 - window)
+        mask_BTS &= places_T[:, None] < keys_S + window
     if segments_BT is not None:
-        mask_BTT &= segments_BT[:, :, None] == segments_BT[:, None]
-    return mask_BTT
+        mask_BTS &= segments_BT[:, :, None] == segments_BS[:, None]
+    return mask_BTS
+
+
+def _xla(q_BTNH, segments_BT, k_BSKH, v_BSKH, segments_BS, places_T, window):
+    mask_BTS = _mask(places_T, segments_BT, segments_BS, k_BSKH.shape[1], window)
+    return attention(q_BTNH, k_BSKH, v_BSKH, mask_BTS)
 
 
 def attention(
@@ -122,17 +151,18 @@ def attention(
     return _heads_of_rows(jnp.einsum("BKRS,BKSH->BKRH", weights, v_BKSH), q_BTNH.shape)
 
 
-def _cudnn(q_BTNH, k_BTKH, v_BTKH, segments_BT, window):
+def _cudnn(q_BTNH, segments_BT, k_BTKH, v_BTKH, _, places_T, window):
     """Segments become a mask, [B, 1, T, T], with the window; blocks above the diagonal are skipped.
     A window alone also skips the blocks before it."""
     mask, local = None, None if window is None else (window - 1, 0)
     if segments_BT is not None:
-        mask, local = _mask(q_BTNH, segments_BT, window)[:, None], None
+        mask = _mask(places_T, segments_BT, segments_BT, len(places_T), window)[:, None]
+        local = None
     options = dict(is_causal=True, local_window_size=local, implementation="cudnn")
     return jax.nn.dot_product_attention(q_BTNH, k_BTKH, v_BTKH, mask=mask, **options)
 
 
-def _flash(q_BTNH, k_BTKH, v_BTKH, segments_BT, window):
+def _flash(q_BTNH, segments_BT, k_BTKH, v_BTKH, _, places_T, window):
     from lsjax.model.flash import flash_attention  # slow to import
 
     if segments_BT is None:
@@ -140,38 +170,10 @@ def _flash(q_BTNH, k_BTKH, v_BTKH, segments_BT, window):
     return flash_attention(q_BTNH, k_BTKH, v_BTKH, segments_BT, window)
 
 
-def _splash(q_BTNH, k_BTKH, v_BTKH, segments_BT, window):
-    """Pads to full blocks at the end, where causal masking hides it."""
-    from jax.experimental.pallas.ops.tpu import splash_attention as splash  # likewise
+def _splash(q_BTNH, segments_BT, k_BSKH, v_BSKH, segments_BS, attend, window):
+    from lsjax.model.splash import splash_attention  # likewise
 
-    steps, heads, size = q_BTNH.shape[1:]
-    block = min(BLOCKS, key=lambda block: -(-steps // block) * block)
-    padding = -steps % block
-
-    def padded(x):
-        return jnp.pad(x, ((0, 0), (0, padding)) + ((0, 0),) * (x.ndim - 2))
-
-    shape = (steps + padding, steps + padding)
-    mask = splash.CausalMask(shape)
-    if window is not None:
-        mask = splash.LocalMask(shape, (window - 1, 0), offset=0)
-    names = ("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute", "q_dq", "kv_dq")
-    attend = splash.make_splash_mha(
-        splash.MultiHeadMask([mask] * heads),
-        head_shards=1,
-        q_seq_shards=1,
-        block_sizes=splash.BlockSizes(**{f"block_{name}": block for name in names}),
-        residual_checkpoint_name=SAVED,
-        interpret=platform() == "cpu",
-    )
-
-    def one_row(q_TNH, k_TKH, v_TKH, segments_T):
-        segments = None if segments_T is None else splash.SegmentIds(segments_T, segments_T)
-        q_NTH, k_KTH, v_KTH = (x.swapaxes(0, 1) for x in (q_TNH * size**-0.5, k_TKH, v_TKH))
-        return attend(q_NTH, k_KTH, v_KTH, segment_ids=segments).swapaxes(0, 1)
-
-    arrays = jax.tree.map(padded, (q_BTNH, k_BTKH, v_BTKH, segments_BT))
-    return jax.vmap(one_row)(*arrays)[:, :steps]
+    return splash_attention(attend, q_BTNH, k_BSKH, v_BSKH, segments_BT, segments_BS)
 
 
 def cached_attention(

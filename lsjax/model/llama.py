@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import lax
 from jax.typing import DTypeLike
@@ -24,7 +25,7 @@ from lsjax.model.cache import KVCache
 from lsjax.model.parameters import map_named
 from lsjax.model.products import enough_rows, enough_steps
 from lsjax.model.rope import rope_angles
-from lsjax.sharding import ROWS, constrain, platform
+from lsjax.sharding import ROWS, constrain, in_context_order, platform
 
 
 class Llama(nnx.Module):
@@ -69,8 +70,8 @@ class Llama(nnx.Module):
         Each device looks up its columns for the rows of its data shard. Then an all-to-all
         redistributes by row. No device holds the full table or gradient.
         """
-        x_BTD = self.embed(constrain(tokens_BT, "data"))
-        return constrain(constrain(x_BTD, "data", None, "fsdp"), ROWS)
+        x_BTD = self.embed(constrain(tokens_BT, "data", "context"))
+        return constrain(constrain(x_BTD, "data", "context", "fsdp"), ROWS, "context")
 
     @jax.named_scope("layers")
     def run_layers(
@@ -107,9 +108,11 @@ class Llama(nnx.Module):
 
         By default `read` returns the output. In packed rows, positions restart at each document,
         and each document has its own segment number. kernel: attention kernel (attention.py).
+        On a mesh with a context axis, the columns are `in_context_order`.
         """
         if positions_BT is None:
-            positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
+            positions_T = in_context_order(np.arange(tokens_BT.shape[1])[None])
+            positions_BT = jnp.broadcast_to(positions_T, tokens_BT.shape)
         x_BTD = self.embed_rows(tokens_BT)
         ropes = rope_angles(positions_BT, self.config, x_BTD.dtype)
 
@@ -137,7 +140,8 @@ class Llama(nnx.Module):
 
         def layer(before, block_and_inputs, index=0):
             (x_BTD, carry), (block, inputs) = before, block_and_inputs
-            y_BTD = constrain(run(block, x_BTD, inputs, self.config.layer_kind(index)), ROWS)
+            y_BTD = run(block, x_BTD, inputs, self.config.layer_kind(index))
+            y_BTD = constrain(y_BTD, ROWS, "context")
             carry, seen = look(carry, x_BTD, y_BTD, inputs)
             return (y_BTD, carry), seen
 

@@ -166,9 +166,9 @@ def _put_back(y: Array, x: Array, keep_SR: Bool[Array, "S R"]) -> Array:
 
 
 def _taken(x: Array, at_SC: Int[Array, "S C"]) -> Array:
-    """Rows of each shard, by index within the shard."""
+    """Rows of each shard, by index within the shard; x: [B, T, ...]."""
     shards = len(at_SC)
-    x = constrain(x.reshape(shards, -1, *x.shape[1:]), ROWS)
+    x = constrain(x.reshape(shards, -1, *x.shape[1:]), ROWS, None, "context")
     at = at_SC.reshape(*at_SC.shape, *[1] * (x.ndim - 2))
     taken = jnp.take_along_axis(x, at, axis=1, mode="promise_in_bounds")
-    return constrain(taken.reshape(-1, *x.shape[2:]), ROWS)
+    return constrain(taken.reshape(-1, *x.shape[2:]), ROWS, "context")

@@ -1,8 +1,9 @@
 """The objective of a step: losses of the enabled exits, through one head.
 
 The logits are never all in memory at once. Labelled positions are sorted first in each row. The
-row with most labels sets the chunk count. Each chunk's gradient is computed with its loss. That
-takes three matmuls with the head: logits, gradient of the states, gradient of the table.
+row with most labels sets the chunk count. If a mesh shards positions, each device's piece of a row
+counts as a row here (`pieces`). Each chunk's gradient is computed with its loss. That takes three
+matmuls with the head: logits, gradient of the states, gradient of the table.
 
 Letters: S exit slots (hidden states of exits), C positions of a chunk.
 """
@@ -19,7 +20,16 @@ from jaxtyping import Array, Bool, Float, Int
 from lsjax.config import StepConfig
 from lsjax.model.block import RMSNorm
 from lsjax.model.llama import Llama, cast_matrices, split_matrices
-from lsjax.sharding import ROWS, chunk_steps, on_each_device, platform
+from lsjax.sharding import (
+    PIECES,
+    chunk_steps,
+    context_shards,
+    in_context_order,
+    on_each_device,
+    over_context,
+    pieces,
+    platform,
+)
 from lsjax.training.early_exit import (
     EXIT_LOSSES,
     ExitLoss,
@@ -83,7 +93,7 @@ def objective(
     narrow = cast_matrices(model, config.dtype)
     if platform() == "tpu":
         narrow = split_matrices(narrow)
-    x_SBTD = exit_states(config, narrow, batch, step, rows_B, exit_S, drop_rates)
+    x_SBTD = exit_states(config, narrow, over_context(batch), step, rows_B, exit_S, drop_rates)
 
     head = Head(model.norm, model.head_table)
     if platform() == "gpu":
@@ -95,8 +105,8 @@ def objective(
         exit_loss or EXIT_LOSSES[config.early_exit.target],
         config.z_loss,
         head,
-        x_SBTD,
-        batch["labels_BT"],
+        jax.vmap(pieces)(x_SBTD),
+        pieces(in_context_order(batch["labels_BT"])),
         positions,
         weights_S,
     )
@@ -125,26 +135,29 @@ def loss_positions(
     exit_S: Int[Array, " S"],
     taken_S: Bool[Array, " S"],
 ) -> Positions:
-    """Positions in the loss. The last exit uses all labelled positions. Other exits sample a
-    `token_share` of each row, rounded up and reweighted."""
+    """Positions in the loss, of the pieces of rows. The last exit uses all labelled positions.
+    Other exits sample a `token_share` of each row, rounded up and reweighted."""
     labelled_BT = labels_BT >= 0
     count_B = labelled_BT.sum(1)
-    order_BT = jnp.argsort(~labelled_BT, axis=1, stable=True)
     slots, share = len(exit_S), config.early_exit.token_share
-    counts_SB = jnp.where(taken_S[:, None], count_B, 0)
-    scales_SB = jnp.ones(counts_SB.shape)
-    order_SBT = jnp.broadcast_to(order_BT, (slots, *order_BT.shape))
+    chosen_SBT, scales_SB = labelled_BT[None], jnp.ones((slots, len(labels_BT)))
     if slots > 1 and share < 1:
         key = jax.random.fold_in(jax.random.key(config.seed), step)
         key = jax.random.fold_in(key, 2**31 - 1)  # smaller values belong to layer dropout
         keys_S = jax.vmap(jax.random.fold_in, (None, 0))(key, exit_S[:-1])
         draws_SBT = draws(keys_S, rows_B, labels_BT.shape[1:])
         drawn_SBT = jnp.argsort(jnp.where(labelled_BT, draws_SBT, 2), axis=2)
-        order_SBT = jnp.concatenate([drawn_SBT, order_BT[None]])
         part_B = jnp.ceil(count_B * share).astype(count_B.dtype)
-        counts_SB = counts_SB.at[:-1].set(jnp.where(taken_S[:-1, None], part_B, 0))
+        drawn_SBT = jnp.argsort(drawn_SBT, axis=2) < part_B[:, None]
+        chosen_SBT = jnp.concatenate([drawn_SBT, chosen_SBT])
         scales_SB = scales_SB.at[:-1].set(count_B / jnp.maximum(part_B, 1))
-    return Positions(order_SBT, counts_SB, scales_SB)
+    chosen_SBT = jax.vmap(lambda x_BT: pieces(in_context_order(x_BT)))(chosen_SBT)
+    order_SBT = jnp.argsort(~chosen_SBT, axis=2, stable=True)
+    return Positions(
+        jnp.broadcast_to(order_SBT, (slots, *order_SBT.shape[1:])),
+        jnp.where(taken_S[:, None], chosen_SBT.sum(2), 0),
+        jnp.tile(scales_SB, (1, context_shards())),
+    )
 
 
 def loss_chunk(batch: int, steps: int, vocab: int) -> int:
@@ -182,9 +195,9 @@ def _forward(exit_loss, z_loss, head, x_SBTD, labels_BT, positions, weights_S):
     sums, dx_SBTD = on_each_device(
         partial(_own_rows, exit_loss, z_loss, chunk),
         (narrow, x_SBTD, labels_BT, positions, weights_S, chunks_S),
-        (P(), P(None, ROWS), P(ROWS), P(None, ROWS), P(), P()),
-        (P(ROWS), P(None, ROWS)),
-        axes=ROWS,
+        (P(), P(None, PIECES), P(PIECES), P(None, PIECES), P(), P()),
+        (P(PIECES), P(None, PIECES)),
+        axes=PIECES,
     )
     losses, dhead = jax.tree.map(lambda leaf: leaf.sum(0), sums)
     dhead = jax.tree.map(lambda gradient, leaf: gradient.astype(leaf.dtype), dhead, head)

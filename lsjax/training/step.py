@@ -78,7 +78,8 @@ def _fresh_state(config: TrainConfig, key: jax.Array) -> TrainState:
 
 
 def check_rows(config: TrainConfig, mesh: Mesh | None) -> None:
-    """Raises ConfigError if the devices that shard rows do not divide a micro-batch."""
+    """Raises ConfigError if the devices that shard rows do not divide a micro-batch, or those that
+    shard positions do not divide a row."""
     if mesh is None:
         return
     rows = config.batch_size // config.micro_batches
@@ -87,6 +88,12 @@ def check_rows(config: TrainConfig, mesh: Mesh | None) -> None:
         rows % shards == 0,
         f"{rows} rows (batch_size / micro_batches) can't be sharded over {shards} devices "
         f"(mesh.data x mesh.fsdp): choose a multiple of {shards}",
+    )
+    context = mesh.shape["context"]
+    check(
+        context == 1 or config.seq_len % (2 * context) == 0,
+        f"rows of {config.seq_len} tokens can't be sharded over mesh.context {context}: choose a "
+        f"seq_len that is a multiple of {2 * context}",
     )
 
 

@@ -96,7 +96,7 @@ ENTRY %main.9_spmd (x.4: f32[8,128]) -> f32[8,128] {
   %loop = (s32[], f32[8,128], s32[]) while(%t.2), condition=%cond, body=%body, \
 metadata={op_name="jit(step)/while"}
   %q8 = bf16[2,4,64,32]{3,2,1,0} bitcast(%x.4)
-  %splash_mha_fwd_residuals.7 = (f32[8]{0}, bf16[2,4,64,32]{3,2,1,0}) custom-call(%q8, %zero), \
+  %splash_mha_fwd_residuals.7 = (f32[8]{0}, bf16[2,4,64,32]{3,2,1,0}) custom-call(%q8, %q8), \
 custom_call_target="tpu_custom_call"
   %begun = (f32[4,128]{1,0}, f32[8,128]{1,0}) all-gather-start(%x.4), \
 replica_groups=mesh['a'=4,'b'=2], device_ids=([2,4]T(1,0)) {'b'}, dimensions={0}

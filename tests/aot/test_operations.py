@@ -174,19 +174,20 @@ def test_flops_of_operations(name, expected):
 
 
 def test_flops_of_splash():
-    """Half of the scores and half of the sums."""
+    """Half of the scores and half of the sums, for a shard of 64 queries of a row."""
     text = """\
-ENTRY %main (n: s32[], q: bf16[2,4,64,32]) -> f32[8] {
+ENTRY %main (n: s32[], q: bf16[2,4,64,32], k: bf16[2,2,256,32]) -> f32[8] {
   %n = s32[] parameter(0)
   %q = bf16[2,4,64,32]{3,2,1,0} parameter(1)
-  ROOT %NAME.7 = f32[8]{0} custom-call(%n, %q), custom_call_target="tpu_custom_call"
+  %k = bf16[2,2,256,32]{3,2,1,0} parameter(2)
+  ROOT %NAME.7 = f32[8]{0} custom-call(%n, %q, %k, %k), custom_call_target="tpu_custom_call"
 }
 """
     forward, backward, other = (
         operation_flops(parse(text.replace("NAME", name)).entry.root)
         for name in ("splash_mha_fwd_residuals", "splash_mha_dkv_x", "other")
     )
-    assert forward == 2 * (2 * 64 * 64 * 32) * 2 * 4 / 2
+    assert forward == 2 * (2 * 64 * 256 * 32) * 2 * 4 / 2
     assert (backward, other) == (2 * forward, 0)
 
 

@@ -80,6 +80,11 @@ def test_one_host_of_gpus(refused, monkeypatch, topology):
             "6 rows (batch_size / micro_batches) can't be sharded over 4 devices",
         ),
         (
+            ("--topology", "v5e:2x2", "--mesh.context", "4", "--seq-len", "60"),
+            "rows of 60 tokens can't be sharded over mesh.context 4: choose a seq_len that is a "
+            "multiple of 8",
+        ),
+        (
             ("--topology", "v5e:2x2", "--decoding-mesh.slices", "2"),
             "mesh.slices 2 is for training",
         ),
@@ -97,7 +102,7 @@ def test_what_does_not_fit(refused, flags, words):
 def test_devices_of_two_slices():
     _, devices = chips.slice_of("v5e:2x2", 2)
     mesh = make_mesh(MeshConfig(slices=2, data=-1, fsdp=2), devices[::-1])
-    assert mesh.shape == dict(data=4, fsdp=2, tensor=1)
+    assert mesh.shape == dict(data=4, fsdp=2, context=1, tensor=1)
     slices = [[device.slice_index for device in row.flat] for row in mesh.devices]
     assert slices == [[0, 0], [0, 0], [1, 1], [1, 1]]
     for wrong in (1, 4):
@@ -134,7 +139,7 @@ def test_a_report_of_a_small_model(tmp_path, capsys):
     train, evaluate = found["programs"]
     assert 0 < evaluate["memory"]["temporaries"] < train["memory"]["temporaries"]
     assert evaluate["unknown_loops"] == []
-    mesh = {"data": 2, "fsdp": 2, "tensor": 1}
+    mesh = {"data": 2, "fsdp": 2, "context": 1, "tensor": 1}
     assert found["meshes"] == {"train": mesh, "evaluate": mesh}
     assert train["too_large"] is None and train["unknown_loops"] == []
     assert 0 < train["memory"]["total"] < train["memory"]["hbm"]
@@ -156,7 +161,8 @@ def test_two_slices_send_only_gradients(tmp_path):
     with jax.default_matmul_precision("default"):
         assert main([*map(str, QUICKSTART), "--topology", "v5e:2x2", *flags]) == 0
     found = json.loads(file.read_text())
-    assert found["meshes"]["train"] == {"slices": 2, "data": 1, "fsdp": 4, "tensor": 1}
+    mesh = {"slices": 2, "data": 1, "fsdp": 4, "context": 1, "tensor": 1}
+    assert found["meshes"]["train"] == mesh
     assert found["training"]["devices"] == 8
     (train,) = found["programs"]
     between = [one for one in train["collectives"] if "slices" in one["axes"]]

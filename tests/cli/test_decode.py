@@ -338,6 +338,7 @@ def bad(model_directory, tmp_path_factory):
         ("--mesh.tensor 2", "a mesh of tensor 2 needs 2 devices, but there are 1"),
         ("--mesh.slices 2", "mesh.slices 2 is for training: decode in one slice"),
         ("--mesh.data -2", "mesh.data -2 is not a size: choose 1 or more, or -1"),
+        ("--mesh.context 2", "mesh.context 2 is for training: decode without the flag"),
         ("--system s", "--system needs --chat or --interactive"),
         ("--no-prompt --interactive --temperature -1", "temperature -1.0 must be a finite number"),
         ("--no-prompt --interactive --top-k 5", "--top-k has no effect on greedy decoding"),

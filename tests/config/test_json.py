@@ -162,7 +162,7 @@ TINY = asdict(LlamaConfig.tiny())
         (
             MeshConfig,
             {"xyz": 3},
-            "mesh.xyz is not a key of MeshConfig: the keys are data, fsdp, tensor",
+            "mesh.xyz is not a key of MeshConfig: the keys are data, fsdp, context, tensor",
         ),
         (Everything, {"name": "law"}, "name 'law' must be one of cnn, code or None"),
         (Everything, {"exits": "some"}, "exits 'some' must be all or a tuple, each item a whole"),

@@ -4,23 +4,25 @@ import pytest
 
 from lsjax.config import ConfigError, MeshConfig
 
+NAMES = ("data", "fsdp", "context", "tensor")
+
 
 @pytest.mark.parametrize(
     "config, devices, sizes",
     [
-        (MeshConfig(), 8, (1, 1, 1)),
-        (MeshConfig(data=4, tensor=2), 8, (4, 1, 2)),
-        (MeshConfig(data=-1, tensor=2), 8, (4, 1, 2)),
-        (MeshConfig(fsdp=-1), 6, (1, 6, 1)),
-        (MeshConfig(data=8, tensor=-1), 8, (8, 1, 1)),
-        (MeshConfig(tensor=3), 8, (1, 1, 3)),
-        (MeshConfig(slices=2, tensor=2), 8, (2, 1, 2)),
-        (MeshConfig(slices=2, data=2, fsdp=-1), 16, (4, 4, 1)),
-        (MeshConfig(slices=4, data=-1), 8, (8, 1, 1)),
+        (MeshConfig(), 8, (1, 1, 1, 1)),
+        (MeshConfig(data=4, tensor=2), 8, (4, 1, 1, 2)),
+        (MeshConfig(data=-1, context=2), 8, (4, 1, 2, 1)),
+        (MeshConfig(fsdp=-1), 6, (1, 6, 1, 1)),
+        (MeshConfig(data=8, tensor=-1), 8, (8, 1, 1, 1)),
+        (MeshConfig(tensor=3), 8, (1, 1, 1, 3)),
+        (MeshConfig(slices=2, tensor=2), 8, (2, 1, 1, 2)),
+        (MeshConfig(slices=2, data=2, fsdp=-1), 16, (4, 4, 1, 1)),
+        (MeshConfig(slices=4, data=-1), 8, (8, 1, 1, 1)),
     ],
 )
 def test_sizes(config, devices, sizes):
-    assert config.sizes(devices) == dict(zip(("data", "fsdp", "tensor"), sizes, strict=True))
+    assert config.sizes(devices) == dict(zip(NAMES, sizes, strict=True))
 
 
 @pytest.mark.parametrize(

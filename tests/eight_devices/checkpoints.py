@@ -24,7 +24,7 @@ CONFIG = TrainConfig(
     seq_len=8,
     model=LlamaConfig.tiny(num_layers=2, vocab_size=260, attention_bias=True),
 )
-FROM = MeshConfig(slices=2, fsdp=2, tensor=2)
+FROM = MeshConfig(slices=2, fsdp=2, context=2)
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +65,12 @@ def test_fingerprints_do_not_depend_on_the_mesh(whole):
 
 @pytest.mark.parametrize(
     "sizes",
-    [None, MeshConfig(fsdp=4), MeshConfig(data=4, tensor=2), MeshConfig(slices=4, fsdp=2)],
+    [
+        None,
+        MeshConfig(fsdp=2, context=4),
+        MeshConfig(data=4, tensor=2),
+        MeshConfig(slices=4, fsdp=2),
+    ],
 )
 def test_restored_onto_another_mesh(run, whole, sizes):
     like = jax.eval_shape(lambda: whole)

@@ -53,10 +53,10 @@ def test_the_same_values_and_gradients(rank):
 )
 def test_training_on_tpus_takes_them_apart(kind, platform, apart):
     """And turns queries and keys by a product. The tiny program is traced, not compiled."""
-    names = ("data", "fsdp", "tensor")
+    names = ("data", "fsdp", "context", "tensor")
     device = AbstractDevice(device_kind=kind, num_cores=None, platform=platform)
     types = (AxisType.Auto,) * len(names)
-    mesh = AbstractMesh((1, 1, 1), names, axis_types=types, abstract_device=device)
+    mesh = AbstractMesh((1,) * len(names), names, axis_types=types, abstract_device=device)
     model = jax.eval_shape(lambda: stacked(Llama(SHAPE, rngs=nnx.Rngs(0))))
     row = jax.ShapeDtypeStruct((2, 9), jnp.int32)
     batch = {f"{name}_BT": row for name in ("tokens", "labels", "segments", "positions")}

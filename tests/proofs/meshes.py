@@ -44,6 +44,7 @@ CASES = (
     Case("data 4 x fsdp 2", MeshConfig(data=4, fsdp=2)),
     Case("data 4 x tensor 2", MeshConfig(data=4, tensor=2)),
     Case("data 2 x fsdp 2 x tensor 2", MeshConfig(data=2, fsdp=2, tensor=2)),
+    Case("fsdp 2 x context 4", MeshConfig(fsdp=2, context=4)),
     TWO_PROCESSES,
     Case("2 processes x 4, tensor 2 x fsdp 4", MeshConfig(fsdp=4, tensor=2), 4, 2),
 )

@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 from lsjax.config import EarlyExitConfig, LayerDropoutConfig, LlamaConfig, StepConfig
-from lsjax.model import attention, block
+from lsjax.model import attention, block, splash
 from lsjax.model.rope import rope_angles
 from lsjax.training.forward import layer_runner
 from lsjax.training.layer_dropout import keep_mask
@@ -134,7 +134,8 @@ def test_the_kernel_of_attention_changes_nothing(small, packed, evaluate):
 @pytest.mark.parametrize("remat, runs", [("dots_saveable", 1), ("nothing_saveable", 2)])
 def test_what_a_kernel_gives_is_kept_as_products_are(small, packed, monkeypatch, remat, runs):
     """How often the gradient's program for a TPU runs the kernel forward, beside two backward."""
-    monkeypatch.setattr(attention, "platform", lambda: "tpu")
+    for module in (attention, splash):
+        monkeypatch.setattr(module, "platform", lambda: "tpu")
     config = StepConfig(num_steps=1, attention="splash", remat=remat)
     differentiated = jax.jit(jax.grad(partial(objective, config), has_aux=True))
     traced = differentiated.trace(small, packed, 0, jnp.arange(4), 9)
