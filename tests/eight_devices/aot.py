@@ -99,8 +99,8 @@ def test_the_evaluation(mesh, parts):
 def test_trips_of_the_exits(mesh):
     """Exit 1 at each step, with every position."""
     _, trips = train_step(CONFIG, mesh)
-    assert found(trips, "jit(train_step)/jvp()/shard_map/exit_losses/while") == 1
-    inner = "jit(train_step)/jvp()/shard_map/exit_losses/while/body/loss_chunks/while"
+    assert found(trips, "jit(train_step)/jvp()/shard_map/exits/while") == 1
+    inner = "jit(train_step)/jvp()/shard_map/exits/while/body/loss_chunks/while"
     assert found(trips, inner) == 1
     assert found(trips, "jit(train_step)/jvp()/while") is None
 

@@ -87,7 +87,7 @@ def test_slices_train_as_data_does(step_on):
 def test_slices_are_outermost():
     """CPUs are in no slice: the first half of them stands for the first one."""
     mesh = make_mesh(MeshConfig(slices=2, data=-1, tensor=2))
-    assert mesh.shape == dict(data=4, fsdp=1, tensor=2)
+    assert mesh.shape == dict(data=4, fsdp=1, context=1, tensor=2)
     first = {device.id for device in mesh.devices[:2].flat}
     assert first == {device.id for device in jax.devices()[:4]}
 
