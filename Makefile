@@ -14,12 +14,13 @@ STORY = "Once upon a time, there was a little girl named Lily who"
 RUN ?= runs/quickstart
 EXIT = 4
 DRAFTS = 5
-COMPARE = --model $(RUN) --prompt-file $(RUN)/prompts.jsonl --num-draft-tokens $(DRAFTS)
+COMPARE = --model $(RUN) --prompt-file $(RUN)/prompts.jsonl --num-draft-tokens $(DRAFTS) \
+	--strategies self_speculative auto
 quickstart: $(VENV)/installed
 	JAX_PLATFORMS=cpu JAX_NUM_CPU_DEVICES=2 GLIBC_TUNABLES=glibc.malloc.hugetlb=1 \
 		$(BIN)/python train.py --config configs/quickstart.py --workdir $(RUN) --mesh.data 2
 	$(BIN)/python decode.py --model $(RUN) --prompt-file $(RUN)/prompts.jsonl --max-new-tokens 64 \
-		--strategy self_speculative --exit-layer $(EXIT) --num-draft-tokens $(DRAFTS) --show-drafts
+		--strategy auto --show-drafts
 	$(BIN)/python -m lsjax.cli.benchmark $(COMPARE) --exit-layers 2 $(EXIT) --new-tokens 128 --repeats 1
 	$(BIN)/python -m lsjax.cli.benchmark $(COMPARE) --exit-layers $(EXIT) --new-tokens 128 --repeats 1 \
 		--temperature 1

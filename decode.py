@@ -16,21 +16,24 @@ from typing import TextIO
 from rich.console import Console
 from rich.progress import Progress
 
-from lsjax.checkpoints.huggingface import read_generation_defaults
 from lsjax.cli.chat import chat
-from lsjax.cli.flags import load_engine, make_strategies, open_model, parse_flags
+from lsjax.cli.flags import load_engine, open_model, parse_flags
 from lsjax.cli.prompts import Arguments, choose_requests, encode_requests
 from lsjax.cli.setup import check_output, ended_by_sigterm, one_line_errors
 from lsjax.cli.show import (
-    LEGEND,
     Colours,
     coloured,
+    legend,
     notes_console,
     stream,
     summary,
     verbatim,
 )
+from lsjax.cli.strategies import make_strategies, trained_exits
 from lsjax.config import Path, as_path
+from lsjax.data.files import cache_directory
+from lsjax.data.vocabulary import add_written
+from lsjax.decoding.adaptive import Adaptive
 from lsjax.decoding.completion import Completion
 from lsjax.decoding.engine import Engine
 from lsjax.decoding.request import Request
@@ -59,9 +62,7 @@ def decode(arguments: Arguments) -> None:
     fewer = dataclasses.replace(arguments, batch_size=min(arguments.batch_size, needed))
     model = model._replace(flags=fewer)
     if not arguments.strategies:
-        kept = read_generation_defaults(arguments.model)
-        drafts = None not in (kept.exit_layer, kept.num_draft_tokens)
-        name = "self_speculative" if drafts else "autoregressive"
+        name = "auto" if trained_exits(model) else "autoregressive"
         arguments = dataclasses.replace(arguments, strategies=(name,))
     (strategy,) = make_strategies(arguments, model)
     encoded = encode_requests(requests, arguments, model.tokenizer, config)
@@ -96,9 +97,10 @@ def decode(arguments: Arguments) -> None:
         if arguments.interactive:
             options = dict(system=arguments.system, show_drafts=show_drafts, finish=finish)
             chat(engine, requests[0], people, notes, **options)
+            count_written(engine, completions)
             return
         if show_drafts:
-            people.print(LEGEND)
+            people.print(legend(strategy))
         if len(requests) == 1 and not to_stdout:
             finish(
                 requests[0].prompt, stream_one(engine, requests[0], encoded[0], people, show_drafts)
@@ -106,9 +108,18 @@ def decode(arguments: Arguments) -> None:
         else:
             shown = None if to_stdout else people
             generate_all(engine, requests, encoded, shown, notes, show_drafts, finish)
+    count_written(engine, completions)
     compiling = f"{engine.programs.compile_seconds:.1f} s compiling"
     notes.print(f"{summary(completions, engine.decode_seconds)}; {compiling}")
     advise(notes, strategy, completions)
+
+
+def count_written(engine: Engine, completions: Sequence[Completion]) -> None:
+    """Counts the tokens, if a draft vocabulary may be chosen by them later."""
+    strategy = engine.strategy
+    if isinstance(strategy, Adaptive) and strategy.exits and strategy.vocabulary is None:
+        ids = (token for one in completions for token in one.token_ids)
+        add_written(cache_directory(), engine.tokenizer, ids)
 
 
 def stream_one(
@@ -192,7 +203,7 @@ def advise(notes: Console, strategy: Strategy, completions: Sequence[Completion]
     """Prints a hint if few drafts were accepted."""
     drafted = sum(c.drafted for c in completions)
     accepted = sum(c.accepted for c in completions)
-    if drafted and accepted < 0.3 * drafted:
+    if strategy.exit_layer and drafted and accepted < 0.3 * drafted:
         notes.print(
             f"Few drafts of exit {strategy.exit_layer} were accepted. Early-exit drafts slow down "
             "models that were not trained with LayerSkip, though the text stays the same."

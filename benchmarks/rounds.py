@@ -42,8 +42,9 @@ def verify_loop(model: lsjax.Llama, strategy: SelfSpeculative) -> Loop:
         tokens_BT = jnp.broadcast_to(state.pending_B[:, None], (1, steps))
         count_B = jnp.full(1, strategy.num_draft_tokens, jnp.int32)
         hidden_now_BTD = hidden_BTD + 1e-9 * tokens_BT[..., None]
-        draft = Draft(state, hidden_now_BTD, tokens_BT, count_B, None, None)
-        return strategy.verify(model, draft, arguments)
+        hidden = (hidden_now_BTD,) * len(strategy.exits)
+        draft = Draft(state, hidden, tokens_BT, count_B, None, None)
+        return strategy.rounds.verify(model, draft, arguments)[0]
 
     return rounds_loop(model, strategy, verify)
 

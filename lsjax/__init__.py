@@ -24,6 +24,7 @@ _PUBLIC = {
     "checkpoints.tensors": ("CheckpointError",),
     "config": ("ConfigError", "LlamaConfig", "MeshConfig", "RopeScaling", "TrainConfig"),
     "data.tokenizer_files": ("load_tokenizer",),
+    "decoding.adaptive": ("Adaptive",),
     "decoding.autoregressive": ("Autoregressive", "EarlyExit"),
     "decoding.batching": ("Conversation",),
     "decoding.completion": ("Completion",),

@@ -18,7 +18,10 @@ Heads, cache and attention are then replicated over the tensor axis. A table who
 not divide is sharded along D too.
 """
 
+import hashlib
 import math
+import os
+import platform as python_platform
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -31,7 +34,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
-from lsjax.config import MeshConfig, check
+from lsjax.config import MeshConfig, as_path, check
 
 # Compute capabilities for ahead-of-time compilation, where JAX knows only the device's name.
 CAPABILITIES = {"NVIDIA A100": 8.0, "NVIDIA H100": 9.0, "NVIDIA H200": 9.0}
@@ -146,6 +149,17 @@ def nvidia_capability() -> float:
         return float(here.compute_capability)
     except (AttributeError, ValueError):  # another kind of device, or not on this machine
         return next((value for name, value in CAPABILITIES.items() if kind.startswith(name)), 0.0)
+
+
+def machine() -> str:
+    """Hash of the kind of processor and the number of usable cores."""
+    try:
+        lines = as_path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = [f"model name {python_platform.platform()} {python_platform.processor()}"]
+    kind = sorted({line for line in lines if line.startswith(("model name", "flags"))})
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return hashlib.sha256("\n".join([*kind, str(cores)]).encode()).hexdigest()[:12]
 
 
 def chunk_steps(batch: int, steps: int, vocab: int, logits: int) -> int:

@@ -24,11 +24,13 @@ from lsjax.aot.chips import GIB, Chip
 from lsjax.aot.costs import AMOUNTS, COUNTS, CostAnalysis, ProgramCosts, Trips
 from lsjax.aot.hlo import attention_kernel, parse
 from lsjax.config import LlamaConfig, TrainConfig, check
+from lsjax.decoding.adaptive import Adaptive
 from lsjax.decoding.autoregressive import Autoregressive
 from lsjax.decoding.engine import cache_slots
 from lsjax.decoding.programs import PROMPT_CHUNKS, ROUNDS, Programs, chunk_size, decode, prefill
 from lsjax.decoding.request import Request
-from lsjax.decoding.self_speculative import DRAFT, SelfSpeculative
+from lsjax.decoding.rounds import BRANCH, DRAFT
+from lsjax.decoding.self_speculative import SelfSpeculative
 from lsjax.decoding.state import DecodeState, Strategy
 from lsjax.model.attention import LARGE, LARGE_BLOCKS, SMALL, SMALL_BLOCKS
 from lsjax.model.llama import Llama
@@ -50,8 +52,9 @@ class DecodingShape:
     """Number of rows."""
     prompt_tokens: int = 2_048
     """Tokens of each prompt, and so in the cache at a round."""
-    strategy: Literal["self_speculative", "autoregressive"] = "self_speculative"
-    """A round of autoregressive decoding is one token."""
+    strategy: Literal["self_speculative", "autoregressive", "auto"] = "self_speculative"
+    """A round of autoregressive decoding is one token. auto may draft with the exit, or with the
+    one at half of the layers."""
     exit_layer: int | None = None
     """Exit that drafts; a quarter of the layers by default."""
     num_draft_tokens: int = 4
@@ -63,6 +66,8 @@ class DecodingShape:
             return Autoregressive()
         exit_layer = self.exit_layer or max(1, model.num_layers // 4)
         strategy = SelfSpeculative(exit_layer, self.num_draft_tokens)
+        if self.strategy == "auto":
+            strategy = Adaptive(tuple(sorted({exit_layer, model.num_layers // 2})))
         strategy.validate(model)
         return strategy
 
@@ -122,6 +127,7 @@ def decoding(
             capacity=capacity,
             num_layers=config.num_layers,
             dtype=dtype,
+            learned=strategy.first_guess(rows),
         )
     )
     model = jax.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0), dtype=dtype))
@@ -138,6 +144,7 @@ def decoding(
     trips = {
         rf"/{ROUNDS}/while$": 1,
         rf"/{DRAFT}/while$": 1 + drafts,
+        rf"/{BRANCH}/while$": 1,
         DRAFT_HEAD: drafts / (1 + drafts),  # the last trip skips the head
         **cache_blocks([prompt], capacity),
     }

@@ -123,6 +123,7 @@ class RunSource:
         # Only the model's shape: another version may have written the rest of the config.
         self.path, self._fields = directory, _read_fields(directory)
         self.config = from_json(LlamaConfig, self._fields["model"], f"{directory / CONFIG}: model")
+        self.early_exit = self._fields.get("early_exit") or {}  # of the config, as JSON
         self._steps = saved_steps(directory / CHECKPOINTS)
         if not self._steps:
             raise CheckpointError(f"{directory}: has no saved step yet: wait for the first one")

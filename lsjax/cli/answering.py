@@ -15,7 +15,6 @@ from rich.progress import Progress
 from lsjax.checkpoints.run import is_run, read_run_config
 from lsjax.checkpoints.steps import fingerprints
 from lsjax.cli.flags import ChatFlags, ModelFlags, OpenModel, SamplingFlags
-from lsjax.cli.setup import machine
 from lsjax.config import ConfigError, DataConfig, Path, bounded, check, split_step
 from lsjax.data.buckets import Lines
 from lsjax.data.chat import chat_prompt
@@ -46,6 +45,7 @@ from lsjax.evaluation.examples import (
     templates,
     tfds_rows,
 )
+from lsjax.sharding import machine
 
 LOOKED_AT = 100  # rows that are tried when templates are chosen
 VERSION = 6  # of the file's header and lines

@@ -28,10 +28,11 @@ from rich.progress import Progress
 
 from lsjax.cli import answering, flags
 from lsjax.cli.answering import TaskFlags
-from lsjax.cli.flags import OpenModel, StrategyFlags, StrategyName, load_engine
+from lsjax.cli.flags import OpenModel, load_engine
 from lsjax.cli.prompts import prompt_rows
 from lsjax.cli.setup import check_output
 from lsjax.cli.show import notes_console, show_cells, show_verdict
+from lsjax.cli.strategies import StrategyFlags, StrategyName, make_strategies
 from lsjax.config import ConfigError, LlamaConfig, Path, bounded, check
 from lsjax.decoding.cost import RoundCosts, calibrate
 from lsjax.decoding.engine import Engine
@@ -162,11 +163,12 @@ def choose_strategies(
 
     counts: token counts for the draft vocabulary; by default those stored for the model.
     """
-    names = ("autoregressive", *(arguments.strategies if arguments.exit_layers else ()))
+    own = arguments.strategies
+    names = ("autoregressive", *(own if arguments.exit_layers or "auto" in own else ()))
     found: list[Strategy] = []
     for size in dict.fromkeys((None, arguments.draft_vocab)):
         asked = replace(arguments, strategies=names, draft_vocab=size)
-        found += flags.make_strategies(asked, model, counts)
+        found += make_strategies(asked, model, counts)
     return in_one_program(list(dict.fromkeys(found)))
 
 

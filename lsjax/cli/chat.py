@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 
 from rich.console import Console
 
-from lsjax.cli.show import LEGEND, Colours, stream, summary
+from lsjax.cli.show import Colours, legend, stream, summary
 from lsjax.config import ConfigError
 from lsjax.data.chat import ChatTemplateError, Dialogue
 from lsjax.data.tokenizer import TokenizerError
@@ -42,7 +42,7 @@ def chat(
 
     notes.print(HELP)
     if show_drafts:
-        people.print(LEGEND)
+        people.print(legend(engine.strategy))
     dialogue, conversation = Dialogue(engine.tokenizer, system), Conversation()
     seed = default.sampling.seed
 

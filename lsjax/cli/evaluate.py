@@ -18,9 +18,10 @@ import tyro
 
 from lsjax.cli import answering, flags
 from lsjax.cli.answering import TaskFlags
-from lsjax.cli.flags import StrategyFlags, load_engine
+from lsjax.cli.flags import load_engine
 from lsjax.cli.setup import check_output
 from lsjax.cli.show import notes_console, or_dash, table, wide_console
+from lsjax.cli.strategies import StrategyFlags, make_strategies
 from lsjax.config import Path, bounded, check
 from lsjax.decoding.completion import Completion
 from lsjax.decoding.self_speculative import in_one_program
@@ -65,7 +66,7 @@ def evaluate(arguments: Arguments) -> None:
     flags.check_sampling(sampling, arguments.num_samples)
     notes, task = notes_console(), chosen_task(arguments)
     model = flags.open_model(arguments)
-    strategies = flags.make_strategies(arguments, model)
+    strategies = make_strategies(arguments, model)
     examples, data, bad_rows = answering.read_examples(task, arguments, model, notes)
     check_output(output)
     for example in {one.group: one for one in examples}.values():

@@ -6,11 +6,10 @@ A program's arguments are a dataclass that inherits `ModelFlags` and `StrategyFl
 
 import io
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import redirect_stderr
 from dataclasses import dataclass
-from itertools import product
-from typing import Annotated, Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import tyro
 from jax.sharding import Mesh
@@ -18,27 +17,20 @@ from rich.console import Console
 from rich.progress import Progress
 
 from lsjax.checkpoints import load, open_checkpoint
-from lsjax.checkpoints.huggingface import read_generation_defaults
 from lsjax.checkpoints.run import RunSource
 from lsjax.checkpoints.tensors import TensorSource
 from lsjax.cli.setup import choose_dtype, keep_compiled_programs, one_line_errors
 from lsjax.config import Checked, ConfigError, MeshConfig, Path, as_path, check
-from lsjax.data.files import cache_directory
 from lsjax.data.tokenizer import Tokenizer
 from lsjax.data.tokenizer_files import load_tokenizer
-from lsjax.data.vocabulary import find_counts
-from lsjax.decoding.autoregressive import Autoregressive, EarlyExit
-from lsjax.decoding.draft import DraftVocabulary
-from lsjax.decoding.engine import Engine, check_settings
+from lsjax.decoding.engine import Engine
 from lsjax.decoding.sampling import GREEDY, Sampling
-from lsjax.decoding.self_speculative import SelfSpeculative
 from lsjax.decoding.state import Strategy
 from lsjax.model.llama import Llama
 from lsjax.sharding import make_mesh
 
 T = TypeVar("T")
 PATHS = tyro.constructors.ConstructorRegistry()
-StrategyName = Literal["autoregressive", "early_exit", "self_speculative"]
 # `Sampling` itself, without a prefix on the command line.
 SamplingFlags = tyro.conf.OmitArgPrefixes[Sampling]
 
@@ -58,29 +50,6 @@ class ModelFlags(Checked, prefix="--"):
     """Maximum tokens, prompt plus new text; the model's context by default."""
     mesh: MeshConfig = MeshConfig()
     """Devices to decode on; one by default."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class StrategyFlags(Checked, prefix="--"):
-    """Every combination of strategy, exit and draft length."""
-
-    strategies: Annotated[tuple[StrategyName, ...], tyro.conf.arg(aliases=("--strategy",))] = (
-        "autoregressive",
-    )
-    """autoregressive runs all layers. early_exit runs only the first layers. self_speculative
-    drafts with the first layers and verifies with the others. Greedy tokens match autoregressive
-    decoding, up to rounding; sampled text has the same distribution."""
-    exit_layers: Annotated[tuple[int, ...], tyro.conf.arg(aliases=("--exit-layer",))] = ()
-    """Number of layers that draft, or that early_exit runs. Default for self_speculative:
-    assistant_early_exit in the model's generation_config.json."""
-    num_draft_tokens: tuple[int, ...] = ()
-    """Tokens drafted per round. Default: num_assistant_tokens in generation_config.json."""
-    draft_vocab: int | None = None
-    """Drafts only from this many of the most frequent tokens, which makes the draft's head cheaper.
-    python -m lsjax.cli.count_tokens counts the tokens."""
-    draft_confidence: float | None = None
-    """Stops drafting when the draft's probability at the exit falls below this, so that fewer
-    drafts are rejected."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,66 +83,6 @@ def open_model(flags: ModelFlags) -> OpenModel:
     tokenizer = load_tokenizer(flags.model).fitted(source.config.vocab_size)
     mesh = None if flags.mesh == MeshConfig() else make_mesh(flags.mesh)
     return OpenModel(flags, source, tokenizer, mesh)
-
-
-def make_strategies(
-    flags: StrategyFlags, model: OpenModel, counts: Mapping[int, int] | None = None
-) -> list[Strategy]:
-    """Every requested strategy, with every exit and draft length.
-
-    The model's directory has defaults for the exit and draft length of self-speculation. counts:
-    token counts for the draft vocabulary; by default those stored for this model.
-
-    Raises ConfigError for a missing or unused number, or for settings that do not fit the model or
-    the mesh.
-    """
-    names, exits = list(dict.fromkeys(flags.strategies)), list(dict.fromkeys(flags.exit_layers))
-    check(bool(names), "--strategies is empty: name one or more")
-    check(
-        not exits or names != ["autoregressive"],
-        "--exit-layer has no effect on autoregressive decoding: choose another --strategy",
-    )
-    check(bool(exits) or "early_exit" not in names, "early_exit needs --exit-layer, such as 8")
-    for name in ("num_draft_tokens", "draft_vocab", "draft_confidence"):
-        check(
-            getattr(flags, name) in (None, ()) or "self_speculative" in names,
-            f"{flags.name_of(name)} has no effect on {' and '.join(names)}: add --strategy "
-            "self_speculative",
-        )
-    made: dict[str, list[Strategy]] = {
-        "autoregressive": [Autoregressive()],
-        "early_exit": [EarlyExit(exit_layer) for exit_layer in exits],
-    }
-    if "self_speculative" in names:
-        lengths = list(dict.fromkeys(flags.num_draft_tokens))
-        if not exits or not lengths:
-            kept = read_generation_defaults(model.flags.model)
-            exits = exits or [one for one in [kept.exit_layer] if one is not None]
-            lengths = lengths or [one for one in [kept.num_draft_tokens] if one is not None]
-        missing = ["--exit-layer"] * (not exits) + ["--num-draft-tokens"] * (not lengths)
-        check(
-            not missing,
-            f"self_speculative needs {' and '.join(missing)}: {model.flags.model} has no default",
-        )
-        vocabulary = None
-        if (size := flags.draft_vocab) is not None:
-            if counts is None:
-                counts = find_counts(model.flags.model, cache_directory(), model.tokenizer)
-            vocabulary = DraftVocabulary.most_frequent(counts, size, model.tokenizer.vocab_size)
-        made["self_speculative"] = [
-            SelfSpeculative(*cell, vocabulary, draft_confidence=flags.draft_confidence)
-            for cell in product(exits, lengths)
-        ]
-    strategies = [strategy for name in names for strategy in made[name]]
-    for strategy in strategies:
-        check_settings(
-            model.source.config,
-            strategy,
-            batch_size=model.flags.batch_size,
-            max_length=model.flags.max_length,
-            data_axis=1 if model.mesh is None else model.mesh.shape["data"],
-        )
-    return strategies
 
 
 def check_sampling(sampling: Sampling, num_samples: int, *, is_greedy: bool | None = None) -> None:
@@ -210,10 +119,16 @@ def load_engine(
             track=lambda parts: progress.track(parts, description="loading"),
             mesh=model.mesh,
         )
+
+    def timings(sequence: Sequence) -> Iterator:
+        with Progress(console=notes, transient=True) as progress:
+            yield from progress.track(sequence, description="timing rounds, once for this machine")
+
     return Engine(
         change(loaded),
         model.tokenizer,
         strategy,
+        track=timings,
         batch_size=model.flags.batch_size,
         max_length=model.flags.max_length,
         mesh=model.mesh,

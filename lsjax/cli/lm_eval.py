@@ -13,8 +13,9 @@ import sys
 from dataclasses import dataclass
 
 from lsjax.cli import flags
-from lsjax.cli.flags import ChatFlags, ModelFlags, StrategyFlags, load_engine
+from lsjax.cli.flags import ChatFlags, ModelFlags, load_engine
 from lsjax.cli.show import notes_console
+from lsjax.cli.strategies import StrategyFlags, make_strategies
 from lsjax.config import ConfigError, Path, bounded, check, in_bucket
 from lsjax.data.chat import chat_prompt
 from lsjax.evaluation.answers import Cell
@@ -50,7 +51,7 @@ def run_tasks(arguments: Arguments) -> None:
     )
     check(path is None or path.is_dir(), f"--task-path {path} is not a directory: name one")
     opened = flags.open_model(arguments)
-    strategies = flags.make_strategies(arguments, opened)
+    strategies = make_strategies(arguments, opened)
     if arguments.chat:
         chat_prompt(opened.tokenizer, "?", arguments.system)  # fails now if there is no template
     if arguments.output is not None:

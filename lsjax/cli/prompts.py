@@ -10,10 +10,9 @@ import tyro
 from lsjax.cli.flags import (
     ModelFlags,
     SamplingFlags,
-    StrategyFlags,
-    StrategyName,
     check_sampling,
 )
+from lsjax.cli.strategies import StrategyFlags, StrategyName
 from lsjax.config import ConfigError, LlamaConfig, Path, bounded, check
 from lsjax.data.chat import chat_prompt
 from lsjax.data.files import Fields, PlacedRow, Refuse, file_rows, read_lines, stop_at
@@ -35,8 +34,8 @@ class Arguments(StrategyFlags, ModelFlags):
     strategies: Annotated[tuple[StrategyName, ...], tyro.conf.arg(aliases=("--strategy",))] = ()
     """autoregressive runs all layers. early_exit runs only the first layers. self_speculative
     drafts with the first layers and verifies with the others: the same greedy tokens, up to
-    rounding. Default: self_speculative if generation_config.json has both of its numbers, else
-    autoregressive."""
+    rounding. auto chooses exit and draft length in each round, or looks drafts up in the text.
+    Default: auto if the model was trained with exits, else autoregressive."""
     prompt: str | None = None
     """Text to continue."""
     prompt_file: Path | None = None

@@ -1,9 +1,6 @@
 """Setup that all programs share: compilation cache, precision, memory, and errors."""
 
 import ctypes
-import hashlib
-import os
-import platform
 import signal
 import sys
 from collections.abc import Iterator
@@ -11,8 +8,9 @@ from contextlib import contextmanager
 
 import jax
 
-from lsjax.config import ConfigError, Path, as_path, check, in_bucket
+from lsjax.config import ConfigError, Path, check, in_bucket
 from lsjax.data.files import cache_directory, one_line, write_whole
+from lsjax.sharding import machine
 
 # Packages that reach buckets. Their errors tell of the network, of the bucket, or of its rights.
 BUCKETS = ("gcsfs", "google", "aiohttp", "requests")
@@ -50,17 +48,6 @@ def choose_dtype(dtype: str) -> str:
     if dtype == "float32":
         exact_products()
     return dtype
-
-
-def machine() -> str:
-    """Hash of the kind of processor and the number of usable cores."""
-    try:
-        lines = as_path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = [f"model name {platform.platform()} {platform.processor()}"]
-    kind = sorted({line for line in lines if line.startswith(("model name", "flags"))})
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return hashlib.sha256("\n".join([*kind, str(cores)]).encode()).hexdigest()[:12]
 
 
 def check_output(file: Path, prompts: Path | None = None) -> None:

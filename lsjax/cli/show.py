@@ -1,6 +1,6 @@
 """Terminal output: texts coloured by origin, and tables of figures."""
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
 
@@ -10,13 +10,16 @@ from rich.table import Table
 from rich.text import Text
 
 from lsjax.data.tokenizer import StreamDecoder, Tokenizer
+from lsjax.decoding.adaptive import Adaptive
 from lsjax.decoding.completion import Completion, Trace, Update
 from lsjax.decoding.self_speculative import SelfSpeculative
+from lsjax.decoding.state import Strategy
 from lsjax.evaluation.answers import Answer
 from lsjax.evaluation.comparison import FLOAT32_MARGIN, margin_of
 from lsjax.evaluation.exits import ExitScores
 
 ACCEPTED = "bold green"
+LOOKED_UP = "bold yellow"
 CORRECTED = "bold red"
 REJECTED = "dim red strike"
 GAP = "dim red"  # the space before a rejected word; a struck space looks like a dash
@@ -43,18 +46,23 @@ COLUMNS = {
     "margin": ("widest_margin", ".1e"),
 }
 
-LEGEND = Text.assemble(
-    ("accepted draft", ACCEPTED),
-    "   ",
-    ("rejected draft", REJECTED),
-    (" its correction", CORRECTED),
-    "   ",
-    ("the model's own, after a draft that was all right", ADDED),
-)
+
+def legend(strategy: Strategy) -> Text:
+    """The colours of a strategy's texts."""
+    looked_up = ("   draft found in the text", LOOKED_UP)
+    return Text.assemble(
+        ("accepted draft", ACCEPTED),
+        looked_up if isinstance(strategy, Adaptive) else "",
+        "   ",
+        ("rejected draft", REJECTED),
+        (" its correction", CORRECTED),
+        "   ",
+        ("the model's own, after a draft that was all right", ADDED),
+    )
 
 
 class Colours:
-    """New text as it is decoded, each token coloured by its origin (see LEGEND)."""
+    """New text as it is decoded, each token coloured by its origin (see `legend`)."""
 
     def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int]):
         self._tokenizer = tokenizer
@@ -70,7 +78,9 @@ class Colours:
             if replaced >= 0:
                 rejected = self._tokenizer.token_bytes(replaced, skip_special=False)
                 self._waiting.append((_visible(rejected), REJECTED))
-            style = ACCEPTED if accepted else CORRECTED if replaced >= 0 else ADDED
+            looked_up = trace.source_n is not None and trace.source_n[index] == 0
+            right = LOOKED_UP if looked_up else ACCEPTED
+            style = right if accepted else CORRECTED if replaced >= 0 else ADDED
             self._waiting.append((self._decoder.push([int(trace.tokens_n[index])]), style))
         self._read = len(trace)
         if last:
@@ -126,9 +136,25 @@ def summary(completions: Sequence[Completion], wall_seconds: float) -> str:
         accepted = sum(c.accepted for c in completions)
         parts.append(f"{accepted} of {drafted} drafts accepted ({accepted / drafted:.0%})")
         parts.append(f"{later / rounds:.2f} tokens per round")
+    if chosen := choices(completions):
+        parts.append(chosen)
     reasons = [c.finish_reason for c in completions]
     parts.append(", ".join(f"{reasons.count(r)} ended by {r}" for r in sorted(set(reasons))))
     return "; ".join(parts)
+
+
+def choices(completions: Sequence[Completion]) -> str:
+    """How often each source of drafts was chosen, and the tokens that it gave; empty if the
+    strategy does not choose."""
+    rounds, tokens = Counter(), Counter()
+    for completion in completions:
+        for name, one in (completion.sources or {}).items():
+            rounds[name] += one["rounds"]
+            tokens[name] += one["tokens"]
+    return ", ".join(
+        f"{name}: {times / rounds.total():.0%} of rounds, {tokens[name] / times:.2f} tokens each"
+        for name, times in rounds.most_common()
+    )
 
 
 def _visible(token: bytes) -> str:
@@ -214,7 +240,8 @@ def show_verdict(answers: Sequence[Answer], dtype: str) -> int:
     console = Console(highlight=False, soft_wrap=True)
     differences = [one["difference"] for one in answers if one["difference"]]
     wrong = sum(margin_of(one) > FLOAT32_MARGIN for one in differences)
-    drafted = {one["seed"] for one in answers if one["strategy"] == SelfSpeculative.name}
+    drafting = (SelfSpeculative.name, Adaptive.name)
+    drafted = {one["seed"] for one in answers if one["strategy"] in drafting}
     if dtype == "float32" and wrong:
         console.print(f"[bold red]{wrong} texts differ by a margin above {FLOAT32_MARGIN:.0e}")
         return 1

@@ -22,6 +22,7 @@ from lsjax.data.tokenizer_backends import ByteTokenizer, SentencePieceTokenizer
 from lsjax.data.tokenizer_files import load_tokenizer
 
 COUNTS = "token_counts.json"  # in a model's directory
+ENOUGH = 10_000  # decoded tokens, before a draft vocabulary is chosen by their counts
 SAMPLE = 20_000_000  # maximum number of characters to train a vocabulary on
 SETTINGS = dict(
     model_type="bpe",
@@ -125,6 +126,20 @@ def cached_counts(cache: Path, tokenizer: Tokenizer) -> Path:
     return cache / "token_counts" / f"{tokenizer.fingerprint[:16]}.json"
 
 
+def written_counts(cache: Path, tokenizer: Tokenizer) -> Path:
+    """File of the counts of a tokenizer's decoded tokens."""
+    return cache / "token_counts" / f"{tokenizer.fingerprint[:16]}-written.json"
+
+
+def add_written(cache: Path, tokenizer: Tokenizer, ids: Iterable[int]) -> None:
+    """Adds decoded tokens to the counts in the cache."""
+    file, counts = written_counts(cache, tokenizer), Counter(ids)
+    if file.is_file():
+        counts += read_counts(file, tokenizer)
+    if counts:
+        write_counts(file, tokenizer, counts)
+
+
 def write_counts(file: Path, tokenizer: Tokenizer, counts: Counter[int]) -> None:
     """Writes the file atomically. Raises ConfigError if nothing was counted."""
     check(bool(counts), "the text has no tokens: count a longer one")
@@ -154,11 +169,16 @@ def read_counts(file: Path, tokenizer: Tokenizer) -> Counter[int]:
 
 
 def find_counts(model: Path, cache: Path, tokenizer: Tokenizer) -> Counter[int]:
-    """Counts from the model's directory, else from the cache. Raises ConfigError."""
+    """Counts from the model's directory, else from the cache: of a text, or of ENOUGH decoded
+    tokens. Raises ConfigError."""
     model, _ = split_step(model)
     for file in (model / COUNTS, cached_counts(cache, tokenizer)):
         if file.is_file():
             return read_counts(file, tokenizer)
+    if (file := written_counts(cache, tokenizer)).is_file():
+        counts = read_counts(file, tokenizer)
+        if counts.total() >= ENOUGH:
+            return counts
     raise ConfigError(
         "a draft vocabulary needs token counts, and this tokenizer's are missing: make them "
         f"with python -m lsjax.cli.count_tokens --model {model} --text FILE, using text of your "

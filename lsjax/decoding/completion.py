@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -16,8 +17,8 @@ FINISH_REASONS = {EOS: "eos", LENGTH: "length", STOP: "stop"}
 class Trace:
     """The n new tokens of a row and where each came from.
 
-    The fields are the buffers of DecodeState; log_probs_n may be None. The first token comes from
-    the prefill, which does not count as a round of decoding.
+    The fields are the buffers of DecodeState; log_probs_n and source_n may be None. The first token
+    comes from the prefill, which does not count as a round of decoding.
     """
 
     tokens_n: Int[np.ndarray, " n"]
@@ -25,16 +26,17 @@ class Trace:
     replaced_n: Int[np.ndarray, " n"]
     round_n: Int[np.ndarray, " n"]
     log_probs_n: Float[np.ndarray, " n"] | None = None
+    source_n: Int[np.ndarray, " n"] | None = None
 
     @classmethod
     def of(cls, state: DecodeState, row: int, start: int) -> "Trace":
         """The tokens of a row from position `start` on."""
         new = slice(start, int(state.length_B[row]))
         buffers = (state.tokens_BS, state.accepted_BS, state.replaced_BS, state.round_BS)
-        if state.log_probs_BS is not None:
-            buffers += (state.log_probs_BS,)
+        buffers += (state.log_probs_BS, state.source_BS)
         # Copies: a view would keep the whole batch's buffers.
-        return cls(*(np.asarray(buffer)[row, new].copy() for buffer in buffers))
+        copies = (b if b is None else np.asarray(b)[row, new].copy() for b in buffers)
+        return cls(*copies)
 
     def __len__(self) -> int:
         return len(self.tokens_n)
@@ -54,6 +56,21 @@ class Trace:
         """Rounds of decoding."""
         return int((self.round_n[1:] > 0).sum())
 
+    def by_source(self) -> dict[str, dict[str, int]] | None:
+        """Rounds and tokens of each source of drafts ("exit 8", "lookup" or "none"); None if the
+        strategy does not choose them."""
+        if self.source_n is None:
+            return None
+        found: dict[str, dict[str, int]] = {}
+        ends = np.flatnonzero(self.round_n)
+        for before, end in pairwise(ends):
+            exit_layer, drafted = self.source_n[end], self.round_n[end] > 1
+            name = f"exit {exit_layer}" if exit_layer else "lookup" if drafted else "none"
+            one = found.setdefault(name, dict(rounds=0, tokens=0))
+            one["rounds"] += 1
+            one["tokens"] += int(end - before)
+        return found
+
     def by_position(self) -> tuple[list[int], list[int]]:
         """Tokens drafted and accepted at each position of a draft, first position first."""
         ends = np.flatnonzero(self.round_n)
@@ -71,8 +88,9 @@ class Completion:
     decode_seconds: from the first new token to the last; in a batch it includes reading other
     prompts. compile_seconds: in neither prefill_seconds nor decode_seconds. tokens_per_second,
     tokens_per_round: without the first new token, so the latter is Spec-Bench's mean acceptance
-    length. seed: None if greedy. log_probs: before penalties, temperature and filters, from the
-    layers that ran for a token; None if not requested.
+    length. sources: rounds and tokens of each source of drafts, if the strategy chooses them. seed:
+    None if greedy. log_probs: before penalties, temperature and filters, from the layers that ran
+    for a token; None if not requested.
     """
 
     prompt: str
@@ -97,6 +115,7 @@ class Completion:
     tokens_per_round: float | None
     drafted_by_position: list[int]
     accepted_by_position: list[int]
+    sources: dict[str, dict[str, int]] | None
     log_probs: list[float] | None
     finish_reason: str
     trace: Trace
@@ -121,6 +140,7 @@ class Completion:
             tokens_per_round=later / trace.rounds if trace.rounds else None,
             drafted_by_position=drafted,
             accepted_by_position=accepted,
+            sources=trace.by_source(),
             log_probs=None if trace.log_probs_n is None else trace.log_probs_n.tolist(),
             trace=trace,
             **rest,

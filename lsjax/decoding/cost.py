@@ -36,7 +36,8 @@ from lsjax.model.llama import Llama
 LENGTH = 128  # tokens in the cache while the parts are timed
 TIMED_SECONDS = 0.1  # of one timing, so that the call overhead is small
 REPEATS = 7
-DRAFTS = 8  # of the round whose draft steps are timed
+DRAFTS = 8  # of the round whose draft steps are timed, and of a draft vocabulary's choice
+PASSES = 0.8  # share of drafts that pass, for that choice
 
 Loop = Callable[[int], None]  # runs a part this many times, and waits for it
 
@@ -113,6 +114,26 @@ def ideal_speedup(
     costs = RoundCosts(layers + head, {1: 1.0}, {}, draft)
     cell = (layers, exit_layer, drafts, acceptance)
     return costs.speedup(*cell, widths={1: 1.0}, draft_vocab=vocab, unsure=unsure)
+
+
+def best_draft_vocab(config: LlamaConfig, exit_layer: int, counts: Mapping[int, int]) -> int | None:
+    """Draft vocabulary with the best ideal speedup: a power of two, or None for all tokens.
+
+    counts: occurrences of each token. The share of new tokens is estimated by the share of those
+    seen once (Good, 1953).
+    """
+    total = sum(counts.values())
+    covered = np.cumsum(sorted(counts.values(), reverse=True)) / total
+    known = 1 - sum(count == 1 for count in counts.values()) / total
+
+    def speedup(size: int) -> float:
+        share = PASSES if size == config.vocab_size else PASSES * known * covered[:size][-1]
+        acceptance = sum(share**n for n in range(1, DRAFTS + 1)) / DRAFTS
+        return ideal_speedup(config, exit_layer, DRAFTS, acceptance, size)
+
+    sizes = [2**n for n in range(8, 20) if 2**n <= config.vocab_size // 2]
+    best = max((config.vocab_size, *sizes), key=speedup)
+    return None if best == config.vocab_size else best
 
 
 def weight_bytes(config: LlamaConfig, itemsize: int) -> int:
@@ -203,7 +224,7 @@ def draft_loop(model: Llama, strategy: SelfSpeculative) -> Loop:
     """The drafts of a round."""
 
     def step(model, state, arguments):
-        draft = strategy.draft(model, state, arguments)
+        draft = strategy.rounds.draft(model, state, arguments)
         # The drafts decide the pending token, or the compiler would remove the head.
         pending_BT = draft.tokens_BT[:, :1]
         tokens_BS = lax.dynamic_update_slice(draft.state.tokens_BS, pending_BT, (0, LENGTH - 1))

@@ -98,14 +98,15 @@ def _check_size(size: int, vocab_size: int) -> None:
 class Draft:
     """Output of the first E layers, as input of the verification.
 
-    state: the rows before the round, with the draft's keys and values. hidden_BTD: exit hidden
-    states of the pending token and the drafts. tokens_BT: the first count_B[b] columns are drafts
-    of row b; the last column is unused. log_q_BTN: log-probabilities of the drafts' distributions;
-    None if greedy. head: rows of a draft vocabulary, if there is one.
+    state: the rows before the round, with the draft's keys and values. hidden: for each exit of the
+    program, hidden states [B, T, D] of the pending token and the drafts; they are valid up to the
+    exit that drafted. tokens_BT: the first count_B[b] columns are drafts of row b; the last column
+    is unused. log_q_BTN: log-probabilities of the drafts' distributions; None if greedy. head: rows
+    of a draft vocabulary, if there is one.
     """
 
     state: DecodeState
-    hidden_BTD: Float[Array, "B T D"]
+    hidden: tuple[Float[Array, "B T D"], ...]
     tokens_BT: Int[Array, "B T"]
     count_B: Int[Array, " B"]
     log_q_BTN: Float[Array, "B T N"] | None
@@ -118,7 +119,7 @@ class Draft:
 
     def of_drafts(self, values_BTV: Float[Array, "B T V"]) -> Float[Array, "B T"]:
         """The value of each column's draft token."""
-        return _of_tokens(values_BTV, self.tokens_BT)
+        return of_tokens(values_BTV, self.tokens_BT)
 
     def leading(self, stands_BT: Bool[Array, "B T"]) -> Int[Array, " B"]:
         """Number of drafts of each row before the first whose `stands_BT` is false."""
@@ -135,7 +136,7 @@ class Draft:
         """The first columns of the draft."""
         return replace(
             self,
-            hidden_BTD=self.hidden_BTD[:, :steps],
+            hidden=tuple(x_BTD[:, :steps] for x_BTD in self.hidden),
             tokens_BT=self.tokens_BT[:, :steps],
             log_q_BTN=None if self.log_q_BTN is None else self.log_q_BTN[:, :steps],
         )
@@ -154,29 +155,36 @@ def accept_equal(
     return best_BT, draft.leading(draft.tokens_BT == best_BT)
 
 
-def accept_by_ratio(
+def accept_block(
     logits_BTV: Float[Array, "B T V"], draft: Draft
 ) -> tuple[Int[Array, "B T"], Int[Array, " B"]]:
-    """Speculative sampling (Leviathan et al., 2023; Chen et al., 2023): the tokens have the full
-    model's distribution p, whatever the draft's distribution q.
+    """Block verification (Sun et al., 2024): the tokens have the full model's distribution p,
+    whatever the draft's distribution q. On average it accepts at least as many drafts as a test of
+    each draft in turn.
 
-    Draft x is accepted with probability min(1, p(x) / q(x)). The first rejected draft is replaced
-    by a sample from max(0, p - q), normalised. If all are accepted, the next token comes from p.
+    Accepts the first t drafts, for the largest t whose random number is below `block_chances`. The
+    next token comes from max(0, w_t p - q), normalised, with q = 0 after the last draft.
+
+    A draft may end early, if only its own tokens decide that. Imagine that it goes on with q = p up
+    to the full length. Then no excess is left between its end and the full length, and w stays.
+    So all imagined drafts are accepted, with chance w, or none. They are samples of p, so the next
+    rounds may draw them again.
     """
     state, draws, head = draft.state, draft.state.draws, draft.head
     log_p_BTV = draws.log_probs(logits_BTV)
-    index_BT = draft.tokens_BT if head is None else head.places_V[draft.tokens_BT]
-    log_ratio_BT = draft.of_drafts(log_p_BTV) - _of_tokens(draft.log_q_BTN, index_BT)
-    positions_BT = state.length_B[:, None] + jnp.arange(logits_BTV.shape[1])
-    stands_BT = jnp.log(draws.uniform(positions_BT, Purpose.ACCEPT)) < log_ratio_BT
-    accepted_B = draft.leading(stands_BT)
+    weight_BT, chance_BT = block_chances(log_p_BTV, draft)
+    index_T = jnp.arange(chance_BT.shape[1])
+    # All tests count, so every round needs fresh numbers: they depend on where it starts.
+    passes_BT = draws.uniform(state.length_B, index_T, Purpose.ACCEPT) < chance_BT
+    accepted_B = jnp.where(passes_BT & (index_T <= draft.count_B[:, None]), index_T, 0).max(1)
 
     def here(values_BTX):
         return jnp.take_along_axis(values_BTX, accepted_B[:, None, None], axis=1)[:, 0]
 
     p_BV, q_BN = jnp.exp(here(log_p_BTV)), jnp.exp(here(draft.log_q_BTN))
     q_BN = jnp.where((accepted_B < draft.count_B)[:, None], q_BN, 0)  # no draft: all of p
-    rest_BV = p_BV - q_BN if head is None else p_BV.at[:, head.ids_N].add(-q_BN)
+    rest_BV = here(weight_BT[..., None]) * p_BV
+    rest_BV = rest_BV - q_BN if head is None else rest_BV.at[:, head.ids_N].add(-q_BN)
     rest_BV = jnp.maximum(rest_BV, 0)
     # If rounding leaves nothing, p and q are equal.
     rest_BV = jnp.where(rest_BV.sum(1, keepdims=True) > 0, rest_BV, p_BV)
@@ -185,7 +193,39 @@ def accept_by_ratio(
     return draft.followed_by(own_BT, accepted_B), accepted_B
 
 
-def _of_tokens(
+def block_chances(
+    log_p_BTV: Float[Array, "B T V"], draft: Draft
+) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
+    """Weights w_t of the first t drafts x, and the chances h_t that their test passes:
+
+        w_0 = 1    w_t = min(1, w_t-1 p(x_t) / q(x_t))
+        h_t = e_t / (e_t + 1 - w_t)    with the excess e_t = sum of max(0, w_t p - q) over tokens
+
+    Columns beyond the draft are undefined.
+    """
+    head = draft.head
+    index_BT, log_p_BTN = draft.tokens_BT, log_p_BTV
+    if head is not None:
+        index_BT, log_p_BTN = head.places_V[index_BT], log_p_BTV[..., head.ids_N]
+    log_ratio_BT = of_tokens(log_p_BTN, index_BT) - of_tokens(draft.log_q_BTN, index_BT)
+    log_w_B = jnp.zeros_like(log_ratio_BT[:, 0])
+    log_weights = [log_w_B]
+    for t in range(log_ratio_BT.shape[1] - 1):
+        log_w_B = jnp.minimum(0, log_w_B + log_ratio_BT[:, t])
+        log_weights.append(log_w_B)
+    log_w_BT = jnp.stack(log_weights, axis=1)
+    # max(0, a - b) = a - min(a, b): tokens that may not be drafted need no pass.
+    shared_BTN = jnp.minimum(log_w_BT[..., None] + log_p_BTN, draft.log_q_BTN)
+    shared_BT = jnp.where(draft.exists_BT, jnp.exp(shared_BTN).sum(-1), 0)
+    weight_BT = jnp.exp(log_w_BT)
+    excess_BT = jnp.maximum(weight_BT - shared_BT, 0)
+    # Without excess, p and q are equal or the weight is 0: longer drafts decide.
+    total_BT = jnp.where(excess_BT > 0, excess_BT + (1 - weight_BT), 1)
+    return weight_BT, excess_BT / total_BT
+
+
+def of_tokens(
     values_BTN: Float[Array, "B T N"], index_BT: Int[Array, "B T"]
 ) -> Float[Array, "B T"]:
+    """The value of each token; NaN for an index beyond the last."""
     return jnp.take_along_axis(values_BTN, index_BT[..., None], axis=2)[..., 0]

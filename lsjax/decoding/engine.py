@@ -1,8 +1,9 @@
 """Engine: a model with its compiled programs, which decodes requests."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
@@ -31,7 +32,8 @@ class Engine:
     max_length: prompt and new tokens of a row; the model's context by default. ignore_end: decode
     past the end of a text. min_capacity: fewest slots of a row's cache. mesh: devices to decode on
     (lsjax/sharding.py). lay_out: let the compiler choose layouts of the weights on accelerators.
-    If the caller keeps `model`, weights with a new layout are then in memory twice.
+    If the caller keeps `model`, weights with a new layout are then in memory twice. track: wraps
+    the timings of an adaptive strategy, for a progress bar.
 
     Raises ConfigError if the strategy or length does not fit the model, or the batch the mesh.
     Raises TokenizerError if the tokenizer does not fit the model.
@@ -49,6 +51,7 @@ class Engine:
         min_capacity: int = 0,
         mesh: Mesh | None = None,
         lay_out: bool = True,
+        track: Callable[[Sequence], Iterable] = iter,
     ):
         config, strategy = model.config, strategy or Autoregressive()
         data_axis = 1 if mesh is None else mesh.shape["data"]
@@ -62,6 +65,8 @@ class Engine:
         self.mesh = mesh
         self.programs = Programs(placed(model, mesh), mesh, lay_out=lay_out)
         self.decode_seconds = 0.0  # of all rounds so far
+        self.track = track
+        self.learned: dict[Strategy, Any] = {}  # by each strategy, from its last text
         self.use(strategy)
 
     def use(self, strategy: Strategy) -> None:
@@ -70,7 +75,8 @@ class Engine:
         Raises ConfigError if the strategy does not fit the model.
         """
         strategy.validate(self.model.config)
-        self.strategy = strategy
+        self.strategy = strategy  # `capacity` needs it
+        self.strategy = strategy = strategy.prepared(self)
         self.arguments = placed(strategy.arguments(self.model), self.mesh)
 
     def use_model(self, model: Llama) -> None:
@@ -79,6 +85,7 @@ class Engine:
         Raises ConfigError if the form differs.
         """
         self.programs.use(placed(model, self.mesh))
+        self.learned = {}
         self.use(self.strategy)
 
     @property

@@ -2,8 +2,9 @@
 
 A distribution is a row of log-probabilities [V], -inf for a token that may not be drawn. A row of
 temperature 0 is greedy: the argmax has probability 1. The filters find a threshold by bisection
-instead of sorting the vocabulary. A draw depends only on the row's key, the token's position and
-the draw's purpose. So a row's tokens do not depend on its batch mates.
+instead of sorting the vocabulary. A draw depends only on the row's key, the draw's purpose, the
+position where its round starts, and its offset from there. So a row's tokens do not depend on its
+batch mates, and no draw of a rejected draft returns in the next round.
 """
 
 from collections.abc import Callable, Sequence
@@ -129,9 +130,13 @@ class Draws:
         return jnp.where(greedy_B11, jnp.where(is_best_BTV, 0, -jnp.inf), log_BTV)
 
     def token(
-        self, weight_BV: Float[Array, "B V"], position_B: Int[Array, " B"], purpose: Purpose
+        self,
+        weight_BV: Float[Array, "B V"],
+        position_B: Int[Array, " B"],
+        purpose: Purpose,
+        offset: Int[Array, ""] | int = 0,
     ) -> Int[Array, " B"]:
-        """Draws an index for each row, for the token at its position; weights need not sum to 1.
+        """Draws an index for each row; weights need not sum to 1.
 
         Draws a block of tokens by its sum first, then a token of the block. These two short
         searches replace a random number for every token of the vocabulary.
@@ -139,21 +144,26 @@ class Draws:
         batch, size = weight_BV.shape
         weight_BMb = jnp.pad(weight_BV, ((0, 0), (0, -size % DRAW_BLOCK)))
         weight_BMb = weight_BMb.reshape(batch, -1, DRAW_BLOCK)
-        u_B2 = jax.vmap(lambda key: jax.random.uniform(key, (2,)))(self._keys(position_B, purpose))
+        keys_B = self._keys(position_B, offset, purpose)
+        u_B2 = jax.vmap(lambda key: jax.random.uniform(key, (2,)))(keys_B)
         block_B = _first_beyond(weight_BMb.sum(-1), u_B2[:, 0])
         inside_Bb = jnp.take_along_axis(weight_BMb, block_B[:, None, None], axis=1)[:, 0]
         return block_B * DRAW_BLOCK + _first_beyond(inside_Bb, u_B2[:, 1])
 
-    def uniform(self, position_BT: Int[Array, "B T"], purpose: Purpose) -> Float[Array, "B T"]:
-        """A number in [0, 1) for each position."""
-        keys = jax.vmap(self._keys, in_axes=(1, None), out_axes=1)(position_BT, purpose)
-        return jax.vmap(jax.vmap(jax.random.uniform))(keys)
+    def uniform(
+        self, position_B: Int[Array, " B"], offset_T: Int[Array, " T"], purpose: Purpose
+    ) -> Float[Array, "B T"]:
+        """A number in [0, 1) for each row and offset."""
+        keys = jax.vmap(self._keys, in_axes=(None, 0, None), out_axes=1)
+        return jax.vmap(jax.vmap(jax.random.uniform))(keys(position_B, offset_T, purpose))
 
-    def _keys(self, position_B: Int[Array, " B"], purpose: Purpose) -> Array:
-        """A key for each row's draw at its position."""
-        keys_B = jax.random.wrap_key_data(self.key_B2)
+    def _keys(
+        self, position_B: Int[Array, " B"], offset: Int[Array, ""] | int, purpose: Purpose
+    ) -> Array:
+        """A key for each row's draw."""
+        keys_B, stream = jax.random.wrap_key_data(self.key_B2), len(Purpose) * offset + purpose
         return jax.vmap(
-            lambda key, position: jax.random.fold_in(jax.random.fold_in(key, position), purpose)
+            lambda key, position: jax.random.fold_in(jax.random.fold_in(key, position), stream)
         )(keys_B, position_B)
 
 

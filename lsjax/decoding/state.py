@@ -4,7 +4,7 @@ import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,9 @@ from lsjax.model.cache import KVCache, write
 from lsjax.model.llama import Llama
 from lsjax.model.parameters import placed
 from lsjax.sharding import on_each_device
+
+if TYPE_CHECKING:
+    from lsjax.decoding.engine import Engine
 
 RUNNING, EOS, LENGTH, STOP = range(4)  # why a row ended; the host sets STOP
 STOP_IDS = 4  # the stop-id capacity of a row is a multiple of this
@@ -45,8 +48,10 @@ class DecodeState:
     replaced_BS: Int[Array, "B S"]  # the draft token that was rejected here, or -1
     round_BS: Int[Array, "B S"]  # 1 + drafted tokens, at a round's last token; else 0
     log_probs_BS: Float[Array, "B S"] | None  # of the tokens, if requested
+    source_BS: Int[Array, "B S"] | None  # layers that drafted, if the strategy chooses them
     draws: Draws | None  # how tokens are sampled; None means argmax
     penalties: Penalties | None
+    learned: Any  # what the strategy has learned of each row; None for most
 
     @classmethod
     def create(
@@ -60,13 +65,15 @@ class DecodeState:
         ends: Sequence[int] = (),
         among: Sequence[Request] | None = None,
         cache: KVCache | None = None,
+        learned: Any = None,
         mesh: Mesh | None = None,
     ) -> "DecodeState":
         """Rows of requests, whose prompts are token ids, sharded over a mesh (lsjax/sharding.py).
 
         A request of 0 new tokens is a filler. capacity: initial slots per row; `grown` adds more.
         num_layers: layers in the cache. ends: tokens that end every row. among: all requests served
-        by this compiled program; sets optional buffers. cache: an empty one by default.
+        by this compiled program; sets optional buffers. cache: an empty one by default. learned: of
+        the strategy's `first_guess`.
 
         Raises ConfigError if a prompt and a token do not fit the capacity.
         """
@@ -101,8 +108,10 @@ class DecodeState:
             replaced_BS=jnp.full((batch, capacity), -1, jnp.int32),
             round_BS=jnp.zeros((batch, capacity), jnp.int32),
             log_probs_BS=jnp.zeros((batch, capacity), jnp.float32) if log_probs else None,
+            source_BS=None if learned is None else jnp.zeros((batch, capacity), jnp.int32),
             draws=Draws.create(*samplings),
             penalties=Penalties.create(*samplings),
+            learned=learned,
         )
         return placed(state, mesh)
 
@@ -113,7 +122,7 @@ class DecodeState:
 
     def grown(self, capacity: int) -> "DecodeState":
         """The same rows with `capacity` slots. New slots are never read before a write."""
-        names = ("tokens_BS", "accepted_BS", "replaced_BS", "round_BS", "log_probs_BS")
+        names = ("tokens_BS", "accepted_BS", "replaced_BS", "round_BS", "log_probs_BS", "source_BS")
         buffers = {name: getattr(self, name) for name in names}
         more = ((0, 0), (0, capacity - self.capacity))
         longer = jax.tree.map(lambda buffer_BS: jnp.pad(buffer_BS, more), buffers)
@@ -187,11 +196,13 @@ class DecodeState:
         drafted_B: Int[Array, " B"] | int = 0,
         draft_BT: Int[Array, "B T"] | None = None,
         log_probs_BT: Float[Array, "B T"] | None = None,
+        source: Int[Array, ""] | int = 0,
     ) -> "DecodeState":
         """Appends the first `count_B` of T tokens to every running row and ends rows.
 
         Tokens after a stop token or past the row's limit are dropped. The first `accepted_B` came
-        from a draft, draft_BT, of `drafted_B` tokens. log_probs_BT: required if the state keeps it.
+        from a draft, draft_BT, of `drafted_B` tokens, by `source` layers. log_probs_BT: required if
+        the state keeps it.
         """
         steps = new_BT.shape[1]
         index_T = jnp.arange(steps)
@@ -210,10 +221,13 @@ class DecodeState:
         stops_B = (last_BT & stop_BT).any(1)
         finish_B = jnp.where(ends_B, LENGTH, self.finish_B)
 
-        put, kept = self._written, self.log_probs_BS
+        put, kept, sources_BS = self._written, self.log_probs_BS, self.source_BS
+        if sources_BS is not None:
+            sources_BS = put(sources_BS, jnp.full_like(new_BT, source))
         return dataclasses.replace(
             self,
             log_probs_BS=None if kept is None else put(kept, log_probs_BT),
+            source_BS=sources_BS,
             length_B=self.length_B + count_B,
             finish_B=jnp.where(stops_B, EOS, finish_B),
             tokens_BS=put(self.tokens_BS, new_BT),
@@ -260,6 +274,14 @@ class Strategy(ABC):
     def arguments(self, model: Llama) -> Any:
         """A pytree of arrays that `step` needs beside the model."""
         return ()
+
+    def prepared(self, engine: "Engine") -> "Strategy":
+        """The strategy for this engine; one that needs the costs of rounds measures them."""
+        return self
+
+    def first_guess(self, batch: int) -> Any:
+        """What the strategy knows of each row before its first round; None for most."""
+        return None
 
     @abstractmethod
     def step(self, model: Llama, state: DecodeState, arguments: Any) -> DecodeState:

@@ -33,7 +33,7 @@ FIELDS = [
     *("seed", "rounds"),
     *("drafted", "accepted", "acceptance_rate", "tokens_per_round"),
     *("drafted_by_position", "accepted_by_position"),
-    *("log_probs", "finish_reason"),
+    *("sources", "log_probs", "finish_reason"),
 ]
 PLAIN, SELF = ["--strategy", "autoregressive"], ["--strategy", "self_speculative"]
 
@@ -67,12 +67,11 @@ def lines_of(text: str) -> list[dict]:
     [
         (PLAIN, None, None),
         (["--strategy", "early_exit", "--exit-layer", "4"], 4, None),
-        ([], 3, 4),  # from generation_config.json
-        (SELF, 3, 4),
+        (SELF, 3, 4),  # from generation_config.json
         ([*SELF, "--num-draft-tokens", "2"], 3, 2),
         ([*SELF, "--exit-layer", "1"], 1, 4),
     ],
-    ids=["autoregressive", "early_exit", "of the model", "self_speculative", "drafts", "exit"],
+    ids=["autoregressive", "early_exit", "self_speculative", "drafts", "exit"],
 )
 def test_strategies(run, expected, tmp_path, options, exit_layer, drafts):
     """All give the same tokens; the text is printed as it is, the figures are written."""
@@ -85,7 +84,7 @@ def test_strategies(run, expected, tmp_path, options, exit_layer, drafts):
     same = ("token_ids", "text", "num_prompt_tokens", "num_new_tokens", "finish_reason")
     assert {key: line[key] for key in same} == {key: getattr(expected, key) for key in same}
     assert line["prompt"] == PROMPT
-    assert line["strategy"] == (options[1] if options else "self_speculative")
+    assert line["strategy"] == options[1] and line["sources"] is None
     assert (line["exit_layer"], line["num_draft_tokens"]) == (exit_layer, drafts)
     drafted = sum(line["drafted_by_position"])
     assert line["drafted"] == drafted and (drafted > 0) == (drafts is not None)
@@ -97,6 +96,26 @@ def test_strategies(run, expected, tmp_path, options, exit_layer, drafts):
     assert line["prefill_seconds"] > 0 and line["compile_seconds"] > 0
     assert "tiny [x] :smile:: 0M parameters" in err and f"{later + 1} new tokens at" in err
     assert ("drafts accepted" in err) == bool(drafts)
+
+
+def test_a_model_with_an_exit_chooses_its_drafts(run, expected, tmp_path, monkeypatch):
+    """The default, as generation_config.json names an exit. Seconds are measured once."""
+    monkeypatch.setenv("LSJAX_CACHE", str(tmp_path / "cache"))
+    file = tmp_path / "out.jsonl"
+    for _ in range(2):
+        out, err = run("--prompt", PROMPT, "--json", file)
+        assert out == PROMPT + expected.text + "\n"
+        (line,) = lines_of(file.read_text(encoding="utf-8"))
+        assert line["strategy"] == "auto" and line["exit_layer"] is None
+        assert sum(one["rounds"] for one in line["sources"].values()) == line["rounds"]
+        (most, *_) = sorted(line["sources"], key=lambda name: -line["sources"][name]["rounds"])
+        assert f"{most}: " in err and "of rounds" in err
+    (kept,) = (tmp_path / "cache" / "round_seconds").iterdir()
+    assert len(json.loads(kept.read_text())) == 4  # lookup and exits 1, 2 and 3
+    _, err = run("--prompt", PROMPT, "--exit-layer", "2")
+    assert len(list(kept.parent.iterdir())) == 2
+    (counts,) = (tmp_path / "cache" / "token_counts").iterdir()
+    assert json.loads(counts.read_text())["total"] == 3 * len(expected.token_ids)
 
 
 def test_batches_and_json_to_stdout(run, expected, tmp_path):

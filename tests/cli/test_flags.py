@@ -7,16 +7,18 @@ from types import SimpleNamespace
 import pytest
 from tyro import _fmtlib
 
+from lsjax.checkpoints.run import RunSource
 from lsjax.cli.flags import (
     ModelFlags,
     OpenModel,
     SamplingFlags,
-    StrategyFlags,
-    make_strategies,
     parse_flags,
 )
+from lsjax.cli.strategies import StrategyFlags, make_strategies, trained_exits
 from lsjax.config import ConfigError, LlamaConfig, OptimizerConfig
+from lsjax.decoding.adaptive import Adaptive
 from lsjax.decoding.autoregressive import Autoregressive, EarlyExit
+from lsjax.decoding.cost import best_draft_vocab
 from lsjax.decoding.sampling import GREEDY, Sampling
 from lsjax.decoding.self_speculative import SelfSpeculative
 
@@ -102,3 +104,48 @@ def test_shared_flags_have_no_prefix_and_two_names(tokenizer, strategy, exits):
             for drafts in (1, 4)
         ),
     ]
+
+
+@pytest.mark.parametrize(
+    "early_exit, exits",
+    [
+        (dict(curriculum="rotational"), (2, 4, 8, 16)),
+        (dict(curriculum="subset", exits=[24, 6]), (6, 24)),
+        (dict(curriculum="subset", exits=[2, 4, 6, 8, 10]), (2, 4, 6, 8)),
+        (dict(curriculum="none"), ()),
+        ({}, ()),
+    ],
+)
+def test_exits_that_a_run_was_trained_with(tokenizer, early_exit, exits):
+    source = object.__new__(RunSource)
+    source.config, source.early_exit = LlamaConfig.tiny(num_layers=32), early_exit
+    model = OpenModel(ModelFlags(model=Path("nowhere")), source, tokenizer, None)
+    assert trained_exits(model) == exits
+    flags = parse_flags(Shared, ["--strategy", "auto"], "")
+    assert make_strategies(flags, model) == [Adaptive(exits)]
+
+
+def test_exits_of_a_model_that_names_one(tokenizer, tmp_path):
+    model = OpenModel(
+        ModelFlags(model=tmp_path), SimpleNamespace(config=LlamaConfig.tiny()), tokenizer, None
+    )
+    assert trained_exits(model) == ()
+    (tmp_path / "generation_config.json").write_text('{"assistant_early_exit": 3}')
+    assert trained_exits(model) == (1, 2, 3)
+
+
+def test_auto_chooses_a_draft_vocabulary(tokenizer, tmp_path):
+    """By the counts; --draft-vocab sets another size."""
+    config = LlamaConfig.smollm2_135m()
+    tokenizer = SimpleNamespace(vocab_size=config.vocab_size)
+    counts = {token: 1_000_000 // (token + 1) for token in range(20_000)}
+    model = OpenModel(
+        ModelFlags(model=Path("nowhere")), SimpleNamespace(config=config), tokenizer, None
+    )
+    auto = ["--strategy", "auto", "--exit-layers", "8", "15"]
+    (chosen,) = make_strategies(parse_flags(Shared, auto, ""), model, counts)
+    assert chosen.exits == (8, 15) and chosen.draft_vocab == best_draft_vocab(config, 15, counts)
+    (chosen,) = make_strategies(
+        parse_flags(Shared, [*auto, "--draft-vocab", "99"], ""), model, counts
+    )
+    assert chosen.draft_vocab == 99

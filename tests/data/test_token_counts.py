@@ -9,6 +9,7 @@ from lsjax.config import ConfigError
 from lsjax.data.tokenizer_backends import ByteTokenizer
 from lsjax.data.vocabulary import (
     COUNTS,
+    add_written,
     cached_counts,
     count_tokens,
     find_counts,
@@ -37,6 +38,19 @@ def test_the_models_own_file_comes_first(tmp_path):
     write_counts(model / COUNTS, TOKENIZER, Counter({3: 4, 5: 6}))
     assert find_counts(model, cache, TOKENIZER) == {3: 4, 5: 6}
     assert [file.name for file in model.iterdir()] == [COUNTS]
+
+
+def test_decoded_tokens_count_when_there_are_enough(tmp_path):
+    model, cache = tmp_path / "model", tmp_path / "cache"
+    add_written(cache, TOKENIZER, [])
+    assert not cache.exists()
+    add_written(cache, TOKENIZER, [7] * 6_000)
+    with pytest.raises(ConfigError):
+        find_counts(model, cache, TOKENIZER)
+    add_written(cache, TOKENIZER, [7] * 3_000 + [8] * 1_000)
+    assert find_counts(model, cache, TOKENIZER) == {7: 9_000, 8: 1_000}
+    write_counts(cached_counts(cache, TOKENIZER), TOKENIZER, Counter({1: 2}))
+    assert find_counts(model, cache, TOKENIZER) == {1: 2}
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Figures of a trace by hand, and text that is cut at stop strings while it comes."""
 
 import codecs
+import dataclasses
 
 import numpy as np
 import pytest
@@ -100,9 +101,22 @@ def test_figures(trace):
         "tokens_per_round": 8 / 3,
         "drafted_by_position": [3, 3, 1],
         "accepted_by_position": [3, 3, 0],
+        "sources": None,
         "log_probs": None,
         "finish_reason": "eos",
     }
+
+
+def test_rounds_and_tokens_of_each_source(trace):
+    """Rounds of 3, 3 and 2 tokens."""
+    source_n = np.array([0, 2, 2, 2, 2, 0, 0, 0, 1], np.int32)
+    chosen = dataclasses.replace(trace, source_n=source_n)
+    assert chosen.by_source() == {
+        "exit 2": dict(rounds=1, tokens=3),
+        "lookup": dict(rounds=1, tokens=3),
+        "exit 1": dict(rounds=1, tokens=2),
+    }
+    assert trace.by_source() is None
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from lsjax.config import LlamaConfig
 from lsjax.decoding import cost
 from lsjax.decoding.cost import (
     RoundCosts,
+    best_draft_vocab,
     calibrate,
     ideal_speedup,
     unsure_share,
@@ -93,3 +94,13 @@ def test_median_of_loops(monkeypatch):
 
     found = cost.median_seconds([loop(0.02), loop(0.3)])
     assert np.allclose(found, [0.02, 0.3])
+
+
+def test_a_draft_vocabulary_pays_if_few_tokens_are_common():
+    """SmolLM2's head is as large as 8 layers. All tokens if all are equally common."""
+    config = LlamaConfig.smollm2_135m()
+    common = {token: 1_000_000 if token < 500 else 2 for token in range(30_000)}
+    assert best_draft_vocab(config, 8, common) == 512
+    assert best_draft_vocab(config, 8, dict.fromkeys(range(49_152), 10)) is None
+    once = dict.fromkeys(range(500), 1)  # half of the next tokens may be others
+    assert best_draft_vocab(config, 8, once) is None

@@ -11,8 +11,9 @@ from flax import nnx
 from scipy.stats import chisquare
 
 from lsjax.config import ConfigError, LlamaConfig
+from lsjax.decoding.adaptive import Adaptive
 from lsjax.decoding.autoregressive import Autoregressive
-from lsjax.decoding.draft import DraftVocabulary, accept_by_ratio
+from lsjax.decoding.draft import DraftVocabulary, accept_block
 from lsjax.decoding.programs import decode, prefill
 from lsjax.decoding.request import Request
 from lsjax.decoding.sampling import Draws, Purpose, Sampling
@@ -145,6 +146,7 @@ def texts(model, strategy, settings=SETTINGS) -> np.ndarray:
         capacity=16,
         num_layers=3,
         dtype=jnp.float32,
+        learned=strategy.first_guess(len(requests)),
     )
     pairs = np.arange(2 * len(settings)).reshape(-1, 1, 2).repeat(ROWS, axis=1)
     base = jax.tree.map(lambda leaf: leaf[pairs.ravel()], base)
@@ -190,6 +192,8 @@ def p_value(model, sampling: Sampling, prompt, found) -> float:
 
 
 VOCABULARY = DraftVocabulary(np.array([0, 2, 3, 5, 8, 9]))
+COSTS = ((1.0, 1.2, 1.4), (np.inf, 1.1, 1.2), (np.inf, 1.2, 1.3))  # of none and lookups, and exits
+LOOKUPS = ((1.0, 0.9, 0.8),)
 
 
 @pytest.mark.parametrize(
@@ -199,8 +203,17 @@ VOCABULARY = DraftVocabulary(np.array([0, 2, 3, 5, 8, 9]))
         SelfSpeculative(1, 2),
         SelfSpeculative(2, 2, VOCABULARY),
         SelfSpeculative(2, 2, draft_confidence=0.3),
+        Adaptive((1, 2), VOCABULARY, lengths=(0, 1, 2), seconds=COSTS),
+        Adaptive(lengths=(0, 1, 2), seconds=LOOKUPS),
     ],
-    ids=["autoregressive", "self_speculative", "draft_vocabulary", "draft_confidence"],
+    ids=[
+        "autoregressive",
+        "self_speculative",
+        "draft_vocabulary",
+        "draft_confidence",
+        "auto",
+        "lookup",
+    ],
 )
 def test_texts_have_the_models_distribution(small, strategy):
     """Chi-square over 20,480 texts of each setting: the first token is the prefill's, the others
@@ -212,13 +225,13 @@ def test_texts_have_the_models_distribution(small, strategy):
 
 
 def accept_always(logits_BTV, draft):
-    drafts_BT, _ = accept_by_ratio(logits_BTV, draft)
+    drafts_BT, _ = accept_block(logits_BTV, draft)
     return jnp.where(draft.exists_BT, draft.tokens_BT, drafts_BT), draft.count_B
 
 
 def resample_from_the_target(logits_BTV, draft):
     """Replaces a refused draft by a token from p instead of max(0, p - q)."""
-    tokens_BT, accepted_B = accept_by_ratio(logits_BTV, draft)
+    tokens_BT, accepted_B = accept_block(logits_BTV, draft)
     p_BTV = jnp.exp(draft.state.draws.log_probs(logits_BTV))
     p_BV = jnp.take_along_axis(p_BTV, accepted_B[:, None, None], axis=1)[:, 0]
     token_B = draft.state.draws.token(p_BV, draft.state.length_B + accepted_B, Purpose.TOKEN)
@@ -229,7 +242,7 @@ def resample_from_the_target(logits_BTV, draft):
 def another_temperature(logits_BTV, draft):
     """The ratio takes other probabilities than those that the draft was drawn from."""
     wrong = jax.nn.log_softmax(draft.log_q_BTN / 2)
-    return accept_by_ratio(logits_BTV, dataclasses.replace(draft, log_q_BTN=wrong))
+    return accept_block(logits_BTV, dataclasses.replace(draft, log_q_BTN=wrong))
 
 
 @pytest.mark.parametrize("rule", [accept_always, resample_from_the_target, another_temperature])

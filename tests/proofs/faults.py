@@ -62,7 +62,7 @@ FAULTS = (
     ),
     Fault(
         "unfiltered draft probabilities",
-        "decoding/self_speculative.py",
+        "decoding/rounds.py",
         "log_q_BTN = lax.dynamic_update_slice_in_dim(log_q_BTN, log_BTN, i, axis=1)",
         "wrong = jax.nn.log_softmax(logits_BTN)\n"
         "                log_q_BTN = lax.dynamic_update_slice_in_dim(log_q_BTN, wrong, i, axis=1)",

@@ -1,0 +1,108 @@
+"""Seconds of a round with each choice of `Adaptive`: measured once for each model and machine."""
+
+import dataclasses
+import hashlib
+import json
+import math
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental.multihost_utils import broadcast_one_to_all
+
+from lsjax.config import Path
+from lsjax.data.files import local_cache, write_whole
+from lsjax.decoding.adaptive import Adaptive
+from lsjax.decoding.cost import LENGTH
+from lsjax.decoding.programs import decode
+from lsjax.decoding.request import Request
+from lsjax.decoding.state import DecodeState
+from lsjax.model.parameters import placed
+from lsjax.sharding import machine
+
+if TYPE_CHECKING:
+    from lsjax.decoding.engine import Engine
+
+Track = Callable[[Sequence], Iterable]
+BUDGET = 20.0  # seconds of measuring; compiling comes before
+REPEATS = 7
+
+
+def calibrated(engine: "Engine", strategy: Adaptive, track: Track) -> Adaptive:
+    """The strategy with its measured seconds: those of the cache, or new ones.
+
+    track: wraps the sequence of timings, for a progress bar. In a run with several hosts all use
+    the seconds of process 0.
+    """
+    file = _file(engine, strategy)
+    try:
+        seconds_SD = np.array(json.loads(file.read_text()), np.float64)
+    except (OSError, ValueError):
+        seconds_SD = measure(engine, strategy, track)
+        if jax.process_index() == 0:
+            write_whole(file, json.dumps(seconds_SD.tolist()).encode())
+    if jax.process_count() > 1:
+        seconds_SD = np.asarray(broadcast_one_to_all(seconds_SD))
+    return dataclasses.replace(strategy, seconds=tuple(map(tuple, seconds_SD.tolist())))
+
+
+def _file(engine: "Engine", strategy: Adaptive) -> Path:
+    """The file of these measurements: its name has all that they depend on."""
+    sizes = [leaf.shape for leaf in jax.tree.leaves(engine.model)]
+    devices = jax.devices()[:1] if engine.mesh is None else list(engine.mesh.devices.flat)
+    kinds = [device.device_kind for device in devices]
+    own = strategy.exits, strategy.lengths, strategy.draft_vocab, engine.batch_size
+    known = [sizes, str(engine.model.dtype), kinds, machine(), *own, jax.__version__]
+    name = hashlib.sha256(repr(known).encode()).hexdigest()[:32]
+    return local_cache() / "round_seconds" / f"{name}.json"
+
+
+def measure(engine: "Engine", strategy: Adaptive, track: Track) -> np.ndarray:
+    """Seconds [S, D] of a round with each source and length, by the engine's own program.
+
+    Medium lengths come first. Choices that are not measured within the budget are infinite: they
+    are never taken.
+    """
+    arguments = placed(strategy.arguments(engine.model), engine.mesh)
+    request = Request(prompt=(1,) * LENGTH, max_new_tokens=LENGTH)
+    state = DecodeState.create(
+        engine.model.config,
+        [request] * engine.batch_size,
+        capacity=engine.capacity(LENGTH + 1),
+        num_layers=engine.model.config.num_layers,
+        dtype=engine.model.dtype,
+        learned=strategy.first_guess(engine.batch_size),
+        mesh=engine.mesh,
+    )
+    program = engine.programs.get(partial(decode, strategy=strategy), state, np.int32(0), arguments)
+    shape = arguments.seconds_SD.shape
+
+    def seconds(choice: tuple[int, int], rounds: int) -> float:
+        """Seconds of a call. All tokens of the text are equal, so every lookup finds them."""
+        only_SD = jnp.full(shape, jnp.inf).at[choice].set(1.0)
+        pinned = placed(dataclasses.replace(arguments, seconds_SD=only_SD), engine.mesh)
+        copy = jax.block_until_ready(jax.tree.map(jnp.copy, state))  # the program consumes it
+        begin = time.perf_counter()
+        jax.block_until_ready(program(copy, np.int32(rounds), pinned))
+        return time.perf_counter() - begin
+
+    sources, lengths = shape
+    order = sorted(range(1, lengths), key=lambda index: abs(index - lengths // 2))
+    choices = [(0, 0), *((source, index) for index in order for source in range(sources))]
+    seconds((0, 0), 1)  # the first call is slower
+    begin = time.perf_counter()
+    call = statistics.median(seconds((0, 0), 0) for _ in range(REPEATS))
+    found = defaultdict(list)
+    for choice in track(choices * REPEATS):
+        if time.perf_counter() - begin < BUDGET or not found:
+            found[choice].append(seconds(choice, 1) - call)
+    measured_SD = np.full(shape, math.inf)
+    for choice, values in found.items():
+        measured_SD[choice] = max(statistics.median(values), 1e-9)
+    return measured_SD

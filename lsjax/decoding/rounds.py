@@ -1,0 +1,253 @@
+"""Mechanics of a round: draft with the first layers, verify with the others.
+
+With several exits, a branch guards the layers between them. With several lengths, a branch guards
+each verification. Exit and draft length are runtime arguments.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise, zip_longest
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
+
+from lsjax.decoding.draft import AcceptanceRule, Draft, DraftHead, accept_block, accept_equal
+from lsjax.decoding.sampling import Purpose, argmax
+from lsjax.decoding.state import DecodeState
+from lsjax.model.cache import KVCache
+from lsjax.model.llama import Llama
+
+DRAFT, BRANCH = "draft", "branch"  # names of loops in compiled programs
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class RoundSettings:
+    """Arguments of a compiled round. confidence: minimum joint probability of the draft."""
+
+    exit_layer: Int[Array, ""]
+    num_draft_tokens: Int[Array, ""]
+    head: DraftHead | None
+    confidence: Float[Array, ""] | None
+
+
+class Verified(NamedTuple):
+    """Result of a verification: the new tokens of each row, and how many were drafts. The last one
+    has no draft. scores_BTE: of `look`."""
+
+    tokens_BT: Int[Array, "B T"]
+    accepted_B: Int[Array, " B"]
+    scores_BTE: Float[Array, "B T E"] | None = None
+
+
+@dataclass(frozen=True)
+class Rounds:
+    """Rounds of one compiled program.
+
+    exits, lengths: those that it serves, ascending. Exit 0 runs no layers. Each round verifies with
+    the shortest length that fits. accept: acceptance rule; None is the lossless one.
+    """
+
+    exits: tuple[int, ...]
+    lengths: tuple[int, ...]
+    accept: AcceptanceRule | None = None
+
+    def limit(self, state: DecodeState, settings: RoundSettings) -> Int[Array, " B"]:
+        """Maximum drafts of each row. Leaves room for the token that the verification adds."""
+        return jnp.minimum(state.end_B - state.length_B - 1, settings.num_draft_tokens)
+
+    def draft(
+        self,
+        model: Llama,
+        state: DecodeState,
+        settings: RoundSettings,
+        begun: Draft | None = None,
+    ) -> Draft:
+        """Up to d tokens per row from the exit.
+
+        A row stops drafting at its limit, at a stop token, or when confidence is too low. begun:
+        the draft of exit 0, which runs no layers.
+        """
+        head, draws, limit_B = settings.head, state.draws, self.limit(state, settings)
+        table_ND, places_V = (None, None) if head is None else (head.table_ND, head.places_V)
+        if self.exits == (0,):
+            return begun
+
+        def choose(x_BTD, i, tokens_BT, log_q_BTN, sure_B):
+            """Chooses draft i of each row from the exit's logits, and updates the confidence."""
+            logits_BTN = model.unembed(x_BTD, table_ND)
+            logits_BTN = state.penalised(logits_BTN, i, tokens_BT, places_V)
+            if settings.confidence is not None:
+                # Use the argmax probability. Stopping on the sampled token's probability would bias
+                # the output distribution.
+                over_BTN = jnp.exp(logits_BTN - logits_BTN.max(-1, keepdims=True))
+                sure_B = sure_B / over_BTN[:, 0].sum(-1)
+            if draws is None:
+                index_B = argmax(logits_BTN[:, 0])
+            else:
+                log_BTN = draws.log_probs(logits_BTN)
+                index_B = draws.token(jnp.exp(log_BTN[:, 0]), state.length_B, Purpose.DRAFT, i)
+                log_q_BTN = lax.dynamic_update_slice_in_dim(log_q_BTN, log_BTN, i, axis=1)
+            token_B = index_B if head is None else head.ids_N[index_B]
+            tokens_BT = lax.dynamic_update_slice_in_dim(tokens_BT, token_B[:, None], i, axis=1)
+            return tokens_BT, log_q_BTN, sure_B
+
+        def step(carry):
+            """Runs the first layers on token i of each row, and drafts for the active rows."""
+            active_B, i, cache, token_B, sure_B, drafts = carry
+            hidden, tokens_BT, log_q_BTN, count_B = drafts
+            reached, cache = _run_segments(
+                model,
+                (0, *self.exits),
+                lambda lo, hi: lo == 0 or settings.exit_layer >= hi,
+                model.embed(token_B[:, None]),
+                state.length_B[:, None] - 1 + i,
+                cache,
+            )
+            x_BTD = reached[-1]
+            hidden = tuple(
+                lax.dynamic_update_slice_in_dim(kept_BTD, one_BTD, i, axis=1)
+                for kept_BTD, one_BTD in zip(hidden, reached, strict=True)
+            )
+            active_B &= i < limit_B
+            # The last pass drafts nothing; its column is unused.
+            tokens_BT, log_q_BTN, sure_B = lax.cond(
+                active_B.any(),
+                choose,
+                lambda x_BTD, i, *drafts: drafts,
+                *(x_BTD, i, tokens_BT, log_q_BTN, sure_B),
+            )
+            if settings.confidence is not None:
+                active_B &= sure_B >= settings.confidence
+            token_B, count_B = tokens_BT[:, i], count_B + active_B
+            active_B &= ~state.is_stop(token_B)
+            drafts = (hidden, tokens_BT, log_q_BTN, count_B)
+            return active_B, i + 1, cache, token_B, sure_B, drafts
+
+        active_B = state.running_B
+        if begun is None:
+            begun = self.no_draft(model, state, head)
+        else:
+            active_B &= settings.exit_layer > 0
+        drafts = (begun.hidden, begun.tokens_BT, begun.log_q_BTN, begun.count_B)
+        sure_B = jnp.ones_like(limit_B, jnp.float32)
+        start = (active_B, 0, state.cache, state.pending_B, sure_B, drafts)
+        with jax.named_scope(DRAFT):
+            _, _, cache, _, _, drafts = lax.while_loop(lambda carry: carry[0].any(), step, start)
+        hidden, tokens_BT, log_q_BTN, count_B = drafts
+        return Draft(state.with_cache(cache), hidden, tokens_BT, count_B, log_q_BTN, head)
+
+    def no_draft(self, model: Llama, state: DecodeState, head: DraftHead | None) -> Draft:
+        """A draft without tokens."""
+        shape_BT = (len(state.length_B), 1 + self.lengths[-1])
+        size = model.config.vocab_size if head is None else len(head.ids_N)
+        none_BTD = jnp.zeros((*shape_BT, model.config.hidden_size), model.dtype)
+        return Draft(
+            state,
+            (none_BTD,) * len(self.exits),
+            jnp.zeros(shape_BT, jnp.int32),
+            jnp.zeros_like(state.length_B),
+            None if state.draws is None else jnp.zeros((*shape_BT, size), jnp.float32),
+            head,
+        )
+
+    @jax.named_scope("verify")
+    def verify(
+        self, model: Llama, draft: Draft, settings: RoundSettings, look: Callable | None = None
+    ) -> tuple[DecodeState, Verified]:
+        """Runs the other layers on the pending token and the drafts in one pass. Commits the
+        accepted drafts and one token of the full model.
+
+        look: called with the hidden states [B, T, D] of each exit, the full model's logits after
+        penalties, and the new tokens. Its scores [B, T, exits] are in the second value.
+        """
+        state, longest, steps = draft.state, draft.count_B.max(), draft.tokens_BT.shape[1]
+        rule = self.accept or (accept_equal if state.draws is None else accept_block)
+
+        def judge(length: int, cache: KVCache, *_):
+            """Verifies up to `length` drafts. Returns cache, accepted count, and for each position
+            the token, its log-probability and what `look` gives."""
+            some = draft.first(1 + length)
+            reached, cache = _run_segments(
+                model,
+                (*self.exits, model.config.num_layers),
+                lambda lo, hi: lo == self.exits[-1] or settings.exit_layer <= lo,
+                some.hidden[0],
+                state.length_B[:, None] - 1 + jnp.arange(1 + length),
+                cache,
+                some.hidden[1:],
+            )
+            logits_BTV = model.unembed(reached[-1])
+            changed_BTV = state.penalised(logits_BTV, 0, draft.tokens_BT)
+            new_BT, accepted_B = rule(changed_BTV, some)
+            found = new_BT, state.log_probs(logits_BTV, new_BT)
+            if look is not None:
+                found += (look((some.hidden[0], *reached[:-1]), changed_BTV, new_BT),)
+            return cache, accepted_B, *(_padded(x, steps) for x in found)
+
+        empty_BT, log_probs_BT = jnp.zeros_like(draft.tokens_BT), None
+        if state.log_probs_BS is not None:
+            log_probs_BT = empty_BT.astype(jnp.float32)
+        carry = (state.cache, jnp.zeros_like(draft.count_B), empty_BT, log_probs_BT)
+        if look is not None:
+            carry += (jnp.zeros((*empty_BT.shape, len(self.exits) - 1)),)
+        for shorter, length in pairwise((-1, *self.lengths)):
+            fits = len(self.lengths) == 1 or (shorter < longest) & (longest <= length)
+            carry = _run_if(fits, partial(judge, length), *carry)
+        cache, accepted_B, new_BT, log_probs_BT, *looked = carry
+        done = state.with_cache(cache).commit(
+            new_BT,
+            accepted_B + 1,
+            accepted_B=accepted_B,
+            drafted_B=draft.count_B,
+            draft_BT=draft.tokens_BT,
+            log_probs_BT=log_probs_BT,
+            source=settings.exit_layer,
+        )
+        return done, Verified(new_BT, accepted_B, *looked)
+
+
+def _run_segments(model, bounds, runs, x_BTD, positions_BT, cache, kept=()):
+    """Runs layers lo..hi-1 for each adjacent pair in `bounds`, if `runs(lo, hi)`. Returns the
+    hidden states after each pair and the cache. kept: states of pairs that do not run; by default
+    those before the pair."""
+    reached = []
+    for (lo, hi), kept_BTD in zip_longest(pairwise(bounds), kept):
+        start_BTD = x_BTD
+
+        def run(_, cache, lo=lo, hi=hi, start_BTD=start_BTD):
+            return model.run_layers(start_BTD, lo, hi, positions_BT, cache)
+
+        if lo < hi:
+            x_BTD, cache = _run_if(
+                runs(lo, hi), run, x_BTD if kept_BTD is None else kept_BTD, cache
+            )
+        reached.append(x_BTD)
+    return reached, cache
+
+
+def _padded(x_BT, steps):
+    """Array [B, T, ...] with `steps` columns."""
+    if x_BT is None:
+        return None
+    return jnp.pad(x_BT, ((0, 0), (0, steps - x_BT.shape[1])) + ((0, 0),) * (x_BT.ndim - 2))
+
+
+def _run_if(condition: Bool[Array, ""] | bool, run: Callable, *carry):
+    """`run(*carry)` if the condition holds, else the carry. A static True needs no branch.
+
+    The branch is a loop of at most one trip: loops update the cache in place. Around a `cond`, XLA
+    copies the cache on GPUs.
+    """
+    if condition is True:
+        return run(*carry)
+
+    def once(carry):
+        return jnp.zeros((), bool), *run(*carry[1:])
+
+    with jax.named_scope(BRANCH):
+        return lax.while_loop(lambda carry: carry[0], once, (condition, *carry))[1:]
