@@ -25,6 +25,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from lsjax.config import LlamaConfig, check
+from lsjax.decoding.calibration import calibrated
 from lsjax.decoding.draft import Draft, DraftHead, DraftVocabulary, of_tokens
 from lsjax.decoding.lookup import LONGEST, look_up
 from lsjax.decoding.rounds import Rounds, RoundSettings, Verified
@@ -186,8 +187,6 @@ class Adaptive(Strategy):
 
     def prepared(self, engine: "Engine") -> "Adaptive":
         """With measured seconds (calibration.py), unless it has some."""
-        from lsjax.decoding.calibration import calibrated  # it imports this module
-
         return self if self.seconds is not None else calibrated(engine, self, engine.track)
 
     def scored_every(self, config: LlamaConfig) -> int:

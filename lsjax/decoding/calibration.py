@@ -18,7 +18,6 @@ from jax.experimental.multihost_utils import broadcast_one_to_all
 
 from lsjax.config import Path
 from lsjax.data.files import local_cache, write_whole
-from lsjax.decoding.adaptive import Adaptive
 from lsjax.decoding.cost import LENGTH
 from lsjax.decoding.programs import decode
 from lsjax.decoding.request import Request
@@ -27,6 +26,7 @@ from lsjax.model.parameters import placed
 from lsjax.sharding import machine
 
 if TYPE_CHECKING:
+    from lsjax.decoding.adaptive import Adaptive
     from lsjax.decoding.engine import Engine
 
 Track = Callable[[Sequence], Iterable]
@@ -34,7 +34,7 @@ BUDGET = 20.0  # seconds of measuring; compiling comes before
 REPEATS = 7
 
 
-def calibrated(engine: "Engine", strategy: Adaptive, track: Track) -> Adaptive:
+def calibrated(engine: "Engine", strategy: "Adaptive", track: Track) -> "Adaptive":
     """The strategy with its measured seconds: those of the cache, or new ones.
 
     track: wraps the sequence of timings, for a progress bar. In a run with several hosts all use
@@ -52,7 +52,7 @@ def calibrated(engine: "Engine", strategy: Adaptive, track: Track) -> Adaptive:
     return dataclasses.replace(strategy, seconds=tuple(map(tuple, seconds_SD.tolist())))
 
 
-def _file(engine: "Engine", strategy: Adaptive) -> Path:
+def _file(engine: "Engine", strategy: "Adaptive") -> Path:
     """The file of these measurements: its name has all that they depend on."""
     sizes = [leaf.shape for leaf in jax.tree.leaves(engine.model)]
     devices = jax.devices()[:1] if engine.mesh is None else list(engine.mesh.devices.flat)
@@ -63,7 +63,7 @@ def _file(engine: "Engine", strategy: Adaptive) -> Path:
     return local_cache() / "round_seconds" / f"{name}.json"
 
 
-def measure(engine: "Engine", strategy: Adaptive, track: Track) -> np.ndarray:
+def measure(engine: "Engine", strategy: "Adaptive", track: Track) -> np.ndarray:
     """Seconds [S, D] of a round with each source and length, by the engine's own program.
 
     Medium lengths come first. Choices that are not measured within the budget are infinite: they
