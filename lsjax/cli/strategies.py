@@ -22,7 +22,7 @@ from lsjax.decoding.self_speculative import SelfSpeculative
 from lsjax.decoding.state import Strategy
 
 StrategyName = Literal["autoregressive", "early_exit", "self_speculative", "auto"]
-MOST_EXITS = 4  # that one program of auto chooses from
+MOST_EXITS = 4  # of a model, that auto chooses from
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,8 +34,8 @@ class StrategyFlags(Checked, prefix="--"):
     )
     """autoregressive runs all layers. early_exit runs only the first layers. self_speculative
     drafts with the first layers and verifies with the others. auto chooses exit and draft length in
-    each round, or looks drafts up in the text. Greedy tokens match autoregressive decoding, up to
-    rounding; sampled text has the same distribution."""
+    each round, or looks drafts up in the text. These two give the tokens of greedy autoregressive
+    decoding, up to rounding, or the same distribution of sampled text."""
     exit_layers: Annotated[tuple[int, ...], tyro.conf.arg(aliases=("--exit-layer",))] = ()
     """Number of layers that draft, or that early_exit runs. Default for self_speculative:
     assistant_early_exit in the model's generation_config.json. Default for auto: exits that the
@@ -46,8 +46,8 @@ class StrategyFlags(Checked, prefix="--"):
     """Drafts only from this many of the most frequent tokens, which makes the draft's head cheaper.
     python -m lsjax.cli.count_tokens counts the tokens."""
     draft_confidence: float | None = None
-    """Stops drafting when the draft's probability at the exit falls below this, so that fewer
-    drafts are rejected."""
+    """Stops drafting before the product of the exit's highest probabilities falls below this, so
+    that fewer draft tokens are rejected."""
 
 
 def make_strategies(
@@ -122,6 +122,7 @@ def _adaptive(
     """The strategy that chooses its drafts, with the trained exits and the best draft vocabulary by
     default. Without token counts, exits may draft all tokens."""
     exits, size = exits or trained_exits(model), flags.draft_vocab
+    check(bool(exits) or size is None, "--draft-vocab has no effect without exits: leave it out")
     if not exits:
         return Adaptive()
     try:
@@ -154,4 +155,5 @@ def trained_exits(model: OpenModel) -> tuple[int, ...]:
         if exit_layer is None:
             return ()
         own = (exit_layer,)
-    return tuple(sorted({max(1, round(layers / part)) for part in (16, 8, 4, 2)} | {*own}))
+    more = [max(1, round(layers / part)) for part in (4, 2, 8, 16)]
+    return tuple(sorted([*dict.fromkeys((*own, *more))][:MOST_EXITS]))

@@ -1,8 +1,8 @@
 """Shards: the rows of one piece of a source, as records on disk (packing.py).
 
 A shard has one file of records for each split, and a JSON file, written last, with what it holds.
-So a killed program resumes with the shards that have none. Pieces do not depend on the number of
-hosts and processes, and neither do rows.
+So a killed program resumes with the shards that lack a JSON file. Neither pieces nor rows depend on
+the number of hosts and processes.
 
 Documents are encoded in batches, and long ones in parts, which bounds the memory that ids take.
 """
@@ -146,8 +146,8 @@ def encode_documents(
             extra = max(document.ids, key=lambda token: token if token >= 0 else float("inf"))
             check(
                 0 <= extra < tokenizer.vocab_size,
-                f"token {extra} of a record is not one of {tokenizer.vocab_size}: name the "
-                "tokenizer that made the records",
+                f"token {extra} of a record is not below {tokenizer.vocab_size}: set "
+                "data.tokenizer to the one that made the records",
             )
         return [(list(document.ids), 0) for document in documents]
     special, end = config.allow_special, [*tokenizer.eos_ids[:1]] * config.append_end
@@ -164,7 +164,7 @@ def encode_documents(
 def encode_long(
     document: Document, config: DataConfig, tokenizer: Tokenizer
 ) -> tuple[np.ndarray, int]:
-    """The same for one document of any length, in parts of BATCH characters that end with lines."""
+    """`encode_documents` for a document of any length, in parts of at most BATCH characters."""
     rest = _parts(document.text)
     start, settings = replace(document, text=next(rest)), replace(config, append_end=False)
     ((head, count),) = encode_documents([start], settings, tokenizer)
@@ -196,7 +196,9 @@ def _continuations(texts: Sequence[str], tokenizer: Tokenizer, special: bool) ->
         split = all(ids[: len(alone)] == alone for ids in batch)
         if tokenizer.decode(alone) == mark and split:
             return [ids[len(alone) :] for ids in batch]
-    raise TokenizerError(f"the tokenizer joins {texts[0][:40]!r} with its prompt: use another one")
+    raise TokenizerError(
+        f"the tokenizer joins {texts[0][:40]!r} with its prompt: use another tokenizer"
+    )
 
 
 def by_key(

@@ -8,8 +8,8 @@ is an autoregressive step. It takes the choice with the most expected tokens per
                       probability that grows with the number of matching tokens.
     seconds           measured for each choice on this machine (calibration.py)
 
-Exits that did not draft are scored too, in every fourth round or so: their hidden states of the
-verified tokens pass by. Lookups are scored in every round. All of this is part of the compiled
+Exits that did not draft are scored too, in every fourth round or less often: a round computes their
+hidden states anyway. Lookups are scored in every round. All of this is part of the compiled
 loop. The choice depends only on earlier rounds, so that sampling stays exact.
 """
 
@@ -105,7 +105,7 @@ class Learned:
         passed_BE = jnp.where(others_E, scores_BE, passed_BE)
         kept_BE = EXIT_DECAY**tried_BE
 
-        # As far as the lookup was right, and the first wrong token.
+        # Right tokens of the lookup, and the first wrong one.
         right_BT = proposal_BT == new_BT[:, :-1]
         reached_BT = jnp.cumprod(jnp.pad(right_BT, ((0, 0), (1, 0)), constant_values=True), axis=1)
         looked_BT = (reached_BT[:, :-1] > 0) & is_new_BT[:, :-1] & (matched_B[:, None] > 0)
@@ -138,7 +138,7 @@ class Adaptive(Strategy):
     """The same greedy tokens as Autoregressive, and the same distribution of sampled ones.
 
     exits: those that may draft; none for a model without LayerSkip. vocabulary: tokens that exits
-    may draft; looked-up drafts of sampled texts too. lengths: draft lengths, from 0. seconds:
+    may draft, and lookups too if sampled. lengths: draft lengths, from 0. seconds:
     of a round with each source and length (`AdaptiveSettings`); an engine measures them by default.
     """
 
@@ -256,8 +256,8 @@ class Adaptive(Strategy):
         )
 
     def scores(self, model, state, head, due, hidden, logits_BTV, new_BT):
-        """Probability [B, T, E] that a draft of each exit had passed, given the new tokens: whether
-        its argmax is the token, or min(1, q / p)."""
+        """Probability [B, T, E] that a draft of each exit would have passed at the new tokens. If
+        greedy, whether its argmax is the token; else min(1, q / p) of exit and full model."""
         if not self.exits:
             return jnp.zeros((*new_BT.shape, 0))
         table_ND, places_V = (None, None) if head is None else (head.table_ND, head.places_V)

@@ -66,8 +66,8 @@ def _file(engine: "Engine", strategy: "Adaptive") -> Path:
 def measure(engine: "Engine", strategy: "Adaptive", track: Track) -> np.ndarray:
     """Seconds [S, D] of a round with each source and length, by the engine's own program.
 
-    Medium lengths come first. Choices that are not measured within the budget are infinite: they
-    are never taken.
+    Rounds without drafts come first, then medium lengths. Choices that are not measured within the
+    budget are infinite: they are never taken.
     """
     arguments = placed(strategy.arguments(engine.model), engine.mesh)
     request = Request(prompt=(1,) * LENGTH, max_new_tokens=LENGTH)

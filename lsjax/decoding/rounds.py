@@ -27,7 +27,7 @@ DRAFT, BRANCH = "draft", "branch"  # names of loops in compiled programs
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class RoundSettings:
-    """Arguments of a compiled round. confidence: minimum joint probability of the draft."""
+    """Arguments of a compiled round. confidence: minimum product of an exit's top probabilities."""
 
     exit_layer: Int[Array, ""]
     num_draft_tokens: Int[Array, ""]
@@ -36,8 +36,8 @@ class RoundSettings:
 
 
 class Verified(NamedTuple):
-    """Result of a verification: the new tokens of each row, and how many were drafts. The last one
-    has no draft. scores_BTE: of `look`."""
+    """Result of a verification: the new tokens of each row, and how many of them were drafted (not
+    the last). scores_BTE: what `look` returned."""
 
     tokens_BT: Int[Array, "B T"]
     accepted_B: Int[Array, " B"]

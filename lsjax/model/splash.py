@@ -13,14 +13,14 @@ from jaxtyping import Array, Float, Int
 from lsjax.model.products import SAVED
 from lsjax.sharding import platform
 
-# Its arrays describe a mask.
+# Arrays that describe a mask.
 Kernel = splash.splash_attention_kernel.SplashAttentionKernel
 # Candidate block sizes. The first that pads the queries least is used.
 BLOCKS = (512, 384, 256, 128)
 
 
 def shard_kernels(places_CT: Int[np.ndarray, "C T"], window: int | None = None) -> Kernel:
-    """The kernels of C shards of queries at these places: one, whose arrays have a leading axis C.
+    """One kernel for C shards of queries at these places. Its arrays have a leading axis C.
 
     window: keys that a query sees, its own included. All heads have the same mask.
     """

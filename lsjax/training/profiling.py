@@ -23,7 +23,7 @@ def trace(directory: Path, name: str = "") -> Iterator[None]:
 
 @contextmanager
 def traced(train_step: Callable, config: ProfileConfig, directory: Path, done: int):
-    """Yields the step, which traces the configured ones of the run. done: steps done."""
+    """Yields the train step, which traces the configured steps. done: steps done before."""
     begin, end = max(config.start, done + 1), config.start + config.steps
 
     def traced_step(state, batch):

@@ -13,7 +13,7 @@ Tracker = Callable[[Row], None]  # called with each row that follows the kept on
 
 @contextmanager
 def tensorboard(directory: Path, kept: Sequence[Row]) -> Iterator[Tracker]:
-    """Event files in tensorboard/, which hide those of earlier starts after the kept rows."""
+    """Event files in tensorboard/. They hide rows of earlier starts after the kept ones."""
     from tensorboardX import SummaryWriter
 
     def write(row: Row) -> None:
@@ -44,7 +44,7 @@ def weights_and_biases(directory: Path, kept: Sequence[Row], config: dict) -> It
     try:
         run = wandb.init(id=run_id, resume="allow", **about)
     except wandb.Error as error:
-        fix = "run `wandb login`, set WANDB_MODE=offline, or turn --wandb off"
+        fix = "run `wandb login`, set WANDB_MODE=offline, or leave --wandb out"
         raise ConfigError(f"wandb can't start ({one_line(error)}): {fix}") from error
     first = run.step  # that the server lacks
 

@@ -20,7 +20,7 @@ USES = (
 
 
 class Clock:
-    """Counts each moment since the run began once. rows: all rows of earlier processes. from_step:
+    """Counts each moment of the run exactly once. rows: all rows of earlier processes. from_step:
     step after which the run resumes. began: Unix time at which this process began."""
 
     def __init__(self, rows: Sequence[Mapping[str, Any]], from_step: int, began: float):

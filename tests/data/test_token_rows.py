@@ -328,7 +328,7 @@ def test_records_of_token_ids_are_documents(tmp_path):
         with pytest.raises(ConfigError, match=message):
             make(DataConfig(**settings | changes), tmp_path / "other")
     array_record(tmp_path / "c.array_record", [[1, 300]])
-    with pytest.raises(ConfigError, match="token 300 of a record is not one of 258"):
+    with pytest.raises(ConfigError, match="token 300 of a record is not below 258"):
         make(DataConfig(**settings), tmp_path)
 
 
