@@ -10,7 +10,7 @@ import dataclasses
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import TextIO
 
 from rich.console import Console
@@ -119,7 +119,8 @@ def count_written(engine: Engine, completions: Sequence[Completion]) -> None:
     strategy = engine.strategy
     if isinstance(strategy, Adaptive) and strategy.exits and strategy.vocabulary is None:
         ids = (token for one in completions for token in one.token_ids)
-        add_written(cache_directory(), engine.tokenizer, ids)
+        with suppress(OSError):  # a cache that can't be written
+            add_written(cache_directory(), engine.tokenizer, ids)
 
 
 def stream_one(

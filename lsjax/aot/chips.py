@@ -42,7 +42,7 @@ class Chip:
     hbm_bandwidth: float  # bytes per second
     link_bandwidth: float  # bytes per second that all its links send, one way
     flops_per_cycle: int  # of its matrix units, bfloat16
-    slice_bandwidth: float = 0.0  # bytes per second to other slices; 0 if there are none
+    slice_bandwidth: float = 0.0  # bytes per second to other slices, or 0
     target: str = ""  # for GPUs, a description of the card: a GpuTargetConfigProto as text
 
     @property

@@ -7,11 +7,7 @@ from typing import Annotated
 
 import tyro
 
-from lsjax.cli.flags import (
-    ModelFlags,
-    SamplingFlags,
-    check_sampling,
-)
+from lsjax.cli.flags import ModelFlags, SamplingFlags, check_sampling
 from lsjax.cli.strategies import StrategyFlags, StrategyName
 from lsjax.config import ConfigError, LlamaConfig, Path, bounded, check
 from lsjax.data.chat import chat_prompt

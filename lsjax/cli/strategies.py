@@ -94,8 +94,7 @@ def make_strategies(
         )
         vocabulary = None
         if (size := flags.draft_vocab) is not None:
-            if counts is None:
-                counts = find_counts(model.flags.model, cache_directory(), model.tokenizer)
+            counts = counts_of(model) if counts is None else counts
             vocabulary = DraftVocabulary.most_frequent(counts, size, model.tokenizer.vocab_size)
         made["self_speculative"] = [
             SelfSpeculative(*cell, vocabulary, draft_confidence=flags.draft_confidence)
@@ -125,19 +124,23 @@ def _adaptive(
     check(bool(exits) or size is None, "--draft-vocab has no effect without exits: leave it out")
     if not exits:
         return Adaptive()
-    try:
-        if counts is None:
-            counts = find_counts(model.flags.model, cache_directory(), model.tokenizer)
-    except ConfigError:
-        check(size is None, "--draft-vocab needs token counts: see lsjax.cli.count_tokens")
-        return Adaptive(exits)
-    if size is None:
-        middle = exits[len(exits) // 2]
-        size = best_draft_vocab(model.source.config, middle, counts)
+    if counts is None:
+        try:
+            counts = counts_of(model)
+        except ConfigError:
+            if size is not None:
+                raise
+    if size is None and counts:
+        size = best_draft_vocab(model.source.config, exits[len(exits) // 2], counts)
     if size is None:
         return Adaptive(exits)
     vocab_size = model.tokenizer.vocab_size
     return Adaptive(exits, DraftVocabulary.most_frequent(counts, size, vocab_size))
+
+
+def counts_of(model: OpenModel) -> Mapping[int, int]:
+    """The token counts that are stored for the model. Raises ConfigError if there are none."""
+    return find_counts(model.flags.model, cache_directory(), model.tokenizer)
 
 
 def trained_exits(model: OpenModel) -> tuple[int, ...]:

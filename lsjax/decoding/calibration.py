@@ -1,5 +1,6 @@
 """Seconds of a round with each choice of `Adaptive`: measured once for each model and machine."""
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -14,7 +15,6 @@ from typing import TYPE_CHECKING
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental.multihost_utils import broadcast_one_to_all
 
 from lsjax.config import Path
 from lsjax.data.files import local_cache, write_whole
@@ -37,18 +37,18 @@ REPEATS = 7
 def calibrated(engine: "Engine", strategy: "Adaptive", track: Track) -> "Adaptive":
     """The strategy with its measured seconds: those of the cache, or new ones.
 
-    track: wraps the sequence of timings, for a progress bar. In a run with several hosts all use
-    the seconds of process 0.
+    track: wraps the sequence of timings, for a progress bar.
     """
-    file = _file(engine, strategy)
+    file, shape = _file(engine, strategy), (1 + len(strategy.exits), len(strategy.lengths))
     try:
         seconds_SD = np.array(json.loads(file.read_text()), np.float64)
+        known = seconds_SD.shape == shape and (seconds_SD > 0).all()
     except (OSError, ValueError):
+        known = False
+    if not known:
         seconds_SD = measure(engine, strategy, track)
-        if jax.process_index() == 0:
+        with contextlib.suppress(OSError):  # a cache that can't be written
             write_whole(file, json.dumps(seconds_SD.tolist()).encode())
-    if jax.process_count() > 1:
-        seconds_SD = np.asarray(broadcast_one_to_all(seconds_SD))
     return dataclasses.replace(strategy, seconds=tuple(map(tuple, seconds_SD.tolist())))
 
 
