@@ -2,8 +2,9 @@
 loop counts once per trip.
 
 An operation takes the longest of its cycles, its FLOPs at the chip's peak, and its bytes at the
-memory's bandwidth. A conditional counts its slowest branch. The trips of a loop are in the program,
-or are looked up by the loop's name. A loop of unknown length counts once and is listed.
+memory's bandwidth. A conditional counts its slowest branch, or the share in `Trips`. The trips of
+a loop are in the program, or are looked up by the loop's name. A loop of unknown length counts once
+and is listed.
 """
 
 import math

@@ -42,7 +42,7 @@ class Restored(NamedTuple):
 class Checkpoints:
     """Saved steps of one run; a context manager that waits for the last save on exit.
 
-    A single process continues after a failed save, unless it was the last one.
+    A single process continues after a failed save, except that of the last step.
 
     report: called with one line for each step that is damaged or could not be written. losses:
     held-out loss by step, used to select the best steps; it may grow during the run.

@@ -25,7 +25,7 @@ class BucketPath(type(epath.Path("gs://"))):
         """Does nothing. epath would create a missing bucket."""
 
     def is_dir(self) -> bool:
-        """Whether there are files below. Raises the bucket's errors, which epath takes for no."""
+        """Whether there are files below. Raises the bucket's errors; epath returns False."""
         return self._kind() == "directory"
 
     def is_file(self) -> bool:
@@ -46,7 +46,7 @@ class BucketPath(type(epath.Path("gs://"))):
     def stat(self) -> Any:
         """Size, and time of the last change, by the names of os.stat."""
         found = file_system().info(str(self))
-        # A version's number is the time in microseconds.
+        # The generation: when it was written, in microseconds.
         return SimpleNamespace(
             st_size=found["size"], st_mtime_ns=1000 * int(found.get("generation", 0))
         )

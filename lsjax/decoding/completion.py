@@ -17,8 +17,9 @@ FINISH_REASONS = {EOS: "eos", LENGTH: "length", STOP: "stop"}
 class Trace:
     """The n new tokens of a row and where each came from.
 
-    The fields are the buffers of DecodeState; log_probs_n and source_n may be None. The first token
-    comes from the prefill, which does not count as a round of decoding.
+    The fields are the buffers of DecodeState; log_probs_n and source_n may be None. round_n is 1 +
+    drafted tokens at a round's last token, else 0. The first token comes from the prefill, which
+    does not count as a round of decoding.
     """
 
     tokens_n: Int[np.ndarray, " n"]

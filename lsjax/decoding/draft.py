@@ -5,8 +5,8 @@ A rule is a plain function `rule(logits_BTV, draft) -> (tokens_BT, accepted_B)`.
 new token of a row. `draft.tokens_BT[:, t]` is the draft. `logits_BTV[:, t]` are the full model's
 logits, given the earlier drafts and after penalties. The rule returns
 
+    tokens_BT    the accepted drafts, and one more token; later columns are not read
     accepted_B   number of accepted drafts of each row, counted from the first
-    tokens_BT    these drafts, and one more token; later columns are not read
 
 This rule accepts a draft that is among the model's three most probable tokens:
 
@@ -99,10 +99,10 @@ class Draft:
     """Output of the first E layers, as input of the verification.
 
     state: the rows before the round, with the draft's keys and values. hidden: for each exit of the
-    program, hidden states [B, T, D] of the pending token and the drafts; they are valid up to the
-    exit that drafted. tokens_BT: the first count_B[b] columns are drafts of row b; the last column
-    is unused. log_q_BTN: log-probabilities of the drafts' distributions; None if greedy. head: rows
-    of a draft vocabulary, if there is one.
+    program, hidden states [B, T, D] of the pending token and the drafts; those of exits after the
+    drafting one are undefined. tokens_BT: the first count_B[b] columns are drafts of row b, the
+    last column is unused. log_q_BTN: log-probabilities of the drafts' distributions; None if greedy.
+    head: rows of a draft vocabulary, if there is one.
     """
 
     state: DecodeState
@@ -165,10 +165,10 @@ def accept_block(
     Accepts the first t drafts, for the largest t whose random number is below `block_chances`. The
     next token comes from max(0, w_t p - q), normalised, with q = 0 after the last draft.
 
-    A draft may end early, if only its own tokens decide that. Imagine that it goes on with q = p up
-    to the full length. Then no excess is left between its end and the full length, and w stays.
-    So all imagined drafts are accepted, with chance w, or none. They are samples of p, so the next
-    rounds may draw them again.
+    A draft may end early, if its end depends on its own tokens only. Let it go on with q = p to the
+    full length. There w is constant, and the excess is 0 except after the last token. So all these
+    imagined tokens are accepted, with chance w, or none. They are samples of p, so the next rounds
+    may draw them again.
     """
     state, draws, head = draft.state, draft.state.draws, draft.head
     log_p_BTV = draws.log_probs(logits_BTV)
@@ -198,7 +198,7 @@ def block_chances(
 ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
     """Weights w_t of the first t drafts x, and the chances h_t that their test passes:
 
-        w_0 = 1    w_t = min(1, w_t-1 p(x_t) / q(x_t))
+        w_0 = 1    w_t = min(1, w_{t-1} p(x_t) / q(x_t))
         h_t = e_t / (e_t + 1 - w_t)    with the excess e_t = sum of max(0, w_t p - q) over tokens
 
     Columns beyond the draft are undefined.

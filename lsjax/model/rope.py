@@ -1,7 +1,7 @@
 """Rotary position embeddings (Su et al., 2021), in the half-split form of Llama checkpoints.
 
 Swapping the halves by slices makes arrays of h channels, which leave half of a TPU's 128 lanes
-empty. On TPUs training multiplies by a permutation matrix instead.
+empty. Training on TPUs multiplies by a permutation matrix instead.
 
 Letters: h = H / 2, the number of channel pairs that rotate together.
 """

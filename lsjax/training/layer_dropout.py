@@ -20,7 +20,7 @@ from lsjax.config import LayerDropoutConfig
 
 # Row counts that a layer is compiled for, beside 0.
 COUNTS = 4
-# Replaces the row's index in the draw that all rows share.
+# Makes the key of the one draw that all rows share.
 ROUNDING = 2**31 - 1
 
 # (config, num_layers, step, num_steps) -> the rate of each layer
