@@ -101,8 +101,8 @@ class Draft:
     state: the rows before the round, with the draft's keys and values. hidden: for each exit of the
     program, hidden states [B, T, D] of the pending token and the drafts; those of exits after the
     drafting one are undefined. tokens_BT: the first count_B[b] columns are drafts of row b, the
-    last column is unused. log_q_BTN: log-probabilities of the drafts' distributions; None if greedy.
-    head: rows of a draft vocabulary, if there is one.
+    last column is unused. log_q_BTN: log-probabilities of the drafts' distributions, None if
+    greedy. head: rows of a draft vocabulary, if there is one.
     """
 
     state: DecodeState
