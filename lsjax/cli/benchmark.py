@@ -56,6 +56,7 @@ OWN_PROMPTS = Task(
     response_template=" ",
     score=lambda text, example: {},
     change=first_turn,
+    group="category",
     needs_reference=False,
 )
 # Flags that need --task.
@@ -207,8 +208,6 @@ def describe(arguments: Arguments, engine: Engine, questions: Sequence[Question]
         f"{arguments.new_tokens} new tokens, {repeats} repeat{'s' * (repeats > 1)}",
     ]
     parts += [f"temperature {temperature:g}"] if temperature else []
-    if arguments.draft_confidence is not None:
-        parts.append(f"draft confidence {arguments.draft_confidence:g}")
     if arguments.identity_tail is not None:
         parts.append(f"identity tail from layer {arguments.identity_tail} on")
     return ", ".join(parts)

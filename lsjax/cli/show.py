@@ -30,6 +30,7 @@ COLUMNS = {
     "E": ("exit_layer", ""),
     "d": ("num_draft_tokens", ""),
     "N": ("draft_vocab", ""),
+    "c": ("draft_confidence", ""),
     "tokens/s": ("tokens_per_second", ".1f"),
     "from": ("slowest", ".1f"),
     "to": ("fastest", ".1f"),

@@ -45,9 +45,9 @@ class StrategyFlags(Checked, prefix="--"):
     draft_vocab: int | None = None
     """Drafts only from this many of the most frequent tokens, which makes the draft's head cheaper.
     python -m lsjax.cli.count_tokens counts the tokens."""
-    draft_confidence: float | None = None
+    draft_confidence: tuple[float, ...] = ()
     """Stops drafting before the product of the exit's highest probabilities falls below this, so
-    that fewer draft tokens are rejected."""
+    that fewer draft tokens are rejected. With 0, the default, drafts have their full length."""
 
 
 def make_strategies(
@@ -96,9 +96,10 @@ def make_strategies(
         if (size := flags.draft_vocab) is not None:
             counts = counts_of(model) if counts is None else counts
             vocabulary = DraftVocabulary.most_frequent(counts, size, model.tokenizer.vocab_size)
+        confidences = dict.fromkeys(flags.draft_confidence or (0.0,))
         made["self_speculative"] = [
-            SelfSpeculative(*cell, vocabulary, draft_confidence=flags.draft_confidence)
-            for cell in product(exits, lengths)
+            SelfSpeculative(exit_layer, length, vocabulary, draft_confidence=confidence or None)
+            for exit_layer, length, confidence in product(exits, lengths, confidences)
         ]
     strategies = [strategy for name in names for strategy in made[name]]
     for strategy in strategies:

@@ -58,13 +58,15 @@ class Learned:
     rounds_B: Int[Array, " B"]
 
     @classmethod
-    def create(cls, batch: int, exits: int) -> "Learned":
-        """Guesses before the first round."""
+    def create(cls, batch: int, exits: int, before: "Learned | None" = None) -> "Learned":
+        """Guesses before the first round. before: of one text; its share of passed drafts is kept.
+        Its lookups are not: at their end, greedy texts often repeat themselves."""
+        share_E = EXIT_SHARE if before is None else (before.passed_BE / before.tried_BE)[0]
         tried_BE = jnp.full((batch, exits), EXIT_COUNT)
         looked_BM = jnp.full((batch, LONGEST), LOOKUP_COUNT)
         found_BM = looked_BM * jnp.array(LOOKUP_SHARES)
         rounds_B = jnp.zeros(batch, jnp.int32)
-        return cls(tried_BE * EXIT_SHARE, tried_BE, found_BM, looked_BM, rounds_B)
+        return cls(tried_BE * share_E, tried_BE, found_BM, looked_BM, rounds_B)
 
     def exit_tokens(self, length_D: Int[Array, " D"]) -> Float[Array, "B E D"]:
         """Expected tokens of a round with each exit and draft length."""
@@ -196,9 +198,9 @@ class Adaptive(Strategy):
         whole = config.num_layers * config.layer_params + config.head_params
         return max(SCORED_EVERY, math.ceil(heads / (SCORES_SHARE * whole)))
 
-    def first_guess(self, batch: int) -> Learned:
+    def first_guess(self, batch: int, before: Learned | None = None) -> Learned:
         """Counts before the first round."""
-        return Learned.create(batch, len(self.exits))
+        return Learned.create(batch, len(self.exits), before)
 
     def step(self, model: Llama, state: DecodeState, arguments: AdaptiveSettings) -> DecodeState:
         """One round with the best source and length."""

@@ -262,10 +262,9 @@ class ContinuousBatch:
 
     def _learned(self, batch: int) -> Any:
         """What the strategy knows of new rows. Sampled texts do not depend on earlier texts."""
-        known = self._engine.learned.get(self._strategy)
-        if known is None or any(one.sampling.temperature for one in self._requests):
-            return self._strategy.first_guess(batch)
-        return jax.tree.map(lambda leaf: np.repeat(leaf, batch, axis=0), known)
+        sampled = any(one.sampling.temperature for one in self._requests)
+        before = None if sampled else self._engine.learned.get(self._strategy)
+        return self._strategy.first_guess(batch, before)
 
 
 def shared_prefix(known: Sequence[int], ids: Sequence[int]) -> int:

@@ -10,7 +10,7 @@ import pytest
 
 from lsjax.config import ConfigError, LlamaConfig
 from lsjax.decoding import calibration
-from lsjax.decoding.adaptive import EXIT_DECAY, LOOKUP_DECAY, Adaptive, Learned
+from lsjax.decoding.adaptive import EXIT_COUNT, EXIT_DECAY, LOOKUP_DECAY, Adaptive, Learned
 from lsjax.decoding.autoregressive import Autoregressive
 from lsjax.decoding.draft import DraftVocabulary
 from lsjax.decoding.engine import Engine
@@ -133,6 +133,12 @@ def test_greedy_texts_begin_with_what_was_learned(engine):
     learned = engine.learned[strategy]
     start = Learned.create(1, 3)
     assert learned.rounds_B > 0 and (learned.tried_BE != start.tried_BE).any()
+    # Two rows begin with the last text's shares of the exits, and with nothing else of it.
+    guess = dataclasses.asdict(strategy.first_guess(2, learned))
+    expected = np.repeat(EXIT_COUNT * learned.passed_BE / learned.tried_BE, 2, axis=0)
+    np.testing.assert_allclose(guess.pop("passed_BE"), expected, rtol=1e-6)
+    same = dataclasses.asdict(strategy.first_guess(2))
+    assert all((guess[name] == same[name]).all() for name in guess)
     engine.use_model(engine.model)
     assert engine.learned == {}
 
