@@ -1,111 +1,107 @@
-"""Cost of the parts of a round, and of longer texts, measured without decoding a text.
+"""Cost of a round, measured without decoding a text.
 
     python benchmarks/rounds.py models/smollm2
 
-Every number comes from a loop on the device that repeats one operation at a fixed position. Loops
-run in turns. The first table compares a round of self-speculation with its draft plus verification,
-each compiled separately. Its last column compares a round in one program for all exits and lengths.
-The second table has autoregressive rounds at several lengths and capacities. It compares them with
-a prediction from the first row and the bytes of weights, keys and values.
+Loops on the device repeat a round at a fixed position, and take turns. Rounds of one exit and
+length are compared with the same rounds in a program for all of them, and with `auto` if it always
+makes this choice: medians of the ratios, with quartiles. The first row has autoregressive rounds.
 """
 
-from dataclasses import dataclass
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Sequence
 from itertools import product
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import tyro
+from jax import lax
 
 import lsjax
 from lsjax.cli.setup import exact_products, keep_compiled_programs
 from lsjax.cli.show import table, wide_console
-from lsjax.decoding.cost import (
-    LENGTH,
-    Loop,
-    draft_loop,
-    median_seconds,
-    memory_bandwidth,
-    rounds_loop,
-    weight_bytes,
-)
-from lsjax.decoding.draft import Draft
+from lsjax.decoding.calibration import LENGTH
 from lsjax.decoding.self_speculative import SelfSpeculative, in_one_program
+from lsjax.decoding.state import DecodeState, Strategy
+
+Loop = Callable[[int], None]  # runs a round this many times, and waits for it
 
 
-def verify_loop(model: lsjax.Llama, strategy: SelfSpeculative) -> Loop:
-    """Loop of verifications of full drafts."""
-    steps = 1 + strategy.num_draft_tokens
-    hidden_BTD = jnp.ones((1, steps, model.config.hidden_size), model.dtype)
+def rounds_loop(model: lsjax.Llama, strategy: Strategy) -> Loop:
+    """Rounds of the strategy for a row with LENGTH tokens; each begins at the old length."""
+    start = DecodeState.create(
+        model.config,
+        [lsjax.Request(prompt=[1] * LENGTH, max_new_tokens=LENGTH)],
+        capacity=2 * LENGTH + strategy.slack,
+        num_layers=model.config.num_layers,
+        dtype=model.dtype,
+        learned=strategy.first_guess(1),
+    )
 
-    def verify(model, state, arguments):
-        tokens_BT = jnp.broadcast_to(state.pending_B[:, None], (1, steps))
-        count_B = jnp.full(1, strategy.num_draft_tokens, jnp.int32)
-        hidden_now_BTD = hidden_BTD + 1e-9 * tokens_BT[..., None]
-        hidden = (hidden_now_BTD,) * len(strategy.exits)
-        draft = Draft(state, hidden, tokens_BT, count_B, None, None)
-        return strategy.rounds.verify(model, draft, arguments)[0]
+    def rounds(model, arguments, state, times):
+        def body(_, state):
+            done = strategy.step(model, state, arguments)
+            return dataclasses.replace(done, length_B=state.length_B, finish_B=state.finish_B)
 
-    return rounds_loop(model, strategy, verify)
+        return lax.fori_loop(0, times, body, state)
 
+    constants, held = (model, strategy.arguments(model)), [jax.tree.map(jnp.copy, start)]
+    program = jax.jit(rounds, donate_argnums=2).lower(*constants, start, np.int32(1)).compile()
 
-@dataclass(frozen=True)
-class Arguments:
-    """Cost of the parts of a round, and of longer texts."""
+    def run(times: int) -> None:
+        held[0] = jax.block_until_ready(program(*constants, held[0], np.int32(times)))
 
-    model: tyro.conf.Positional[Path]
-    """Hugging Face directory or .gguf file."""
-    exit_layers: tuple[int, ...] = (2, 8, 15)
-    """Exit layers."""
-    num_draft_tokens: tuple[int, ...] = (2, 8, 12)
-    """Draft lengths; every exit is tried with every length."""
-    lengths: tuple[int, ...] = (200, 2000, 8000)
-    """Tokens in the cache."""
+    return run
 
 
-def main(arguments: Arguments) -> None:
-    """Measures and prints both tables."""
+def seconds_of(loops: Sequence[Loop], repeats: int) -> np.ndarray:
+    """Seconds [repeats, loops] of a round of each loop; in every repeat the loops take turns."""
+
+    def seconds(loop: Loop, times: int) -> float:
+        begin = time.perf_counter()
+        loop(times)
+        return (time.perf_counter() - begin) / times
+
+    times = [max(1, int(0.1 / min(seconds(loop, 2) for _ in range(2)))) for loop in loops]
+    pairs = list(zip(loops, times, strict=True))
+    return np.array([[seconds(*pair) for pair in pairs] for _ in range(repeats)])
+
+
+def pinned(choice: tuple[int, int], exits: Sequence[int], lengths: Sequence[int]):
+    """`auto` that always takes this exit and length; (0, 0) never drafts."""
+    lengths = tuple(sorted({0, *lengths}))
+    seconds = ((1 if (E, d) == choice else math.inf for d in lengths) for E in (0, *exits))
+    return lsjax.Adaptive(tuple(exits), lengths=lengths, seconds=tuple(map(tuple, seconds)))
+
+
+def main(
+    model: tyro.conf.Positional[Path],
+    exit_layers: tuple[int, ...] = (8, 15),
+    num_draft_tokens: tuple[int, ...] = (6, 15),
+    repeats: int = 40,
+) -> None:
+    """Measures every exit with every draft length; a repeat takes a tenth of a second for each."""
     keep_compiled_programs()
     exact_products()
-    llama, console = lsjax.load(arguments.model), wide_console()
-    grid = product(arguments.exit_layers, arguments.num_draft_tokens)
-    cells = [SelfSpeculative(E, d) for E, d in grid]
+    llama, exits, lengths = lsjax.load(model), sorted(exit_layers), sorted(num_draft_tokens)
+    cells = [SelfSpeculative(E, d) for E, d in product(exits, lengths)]
+    kinds: list[list[Strategy]] = [[lsjax.Autoregressive(), pinned((0, 0), exits, lengths)]]
+    for own, shared in zip(cells, in_one_program(cells), strict=True):
+        kinds.append([own, shared, pinned((own.exit_layer, own.num_draft_tokens), exits, lengths)])
     rows = []
-    for alone, shared in zip(cells, in_one_program(cells), strict=True):
-        loops = [draft_loop(llama, alone), verify_loop(llama, alone)]
-        loops += [rounds_loop(llama, strategy) for strategy in (alone, shared)]
-        draft, verification, own, one_program = median_seconds(loops)
-        rows.append(
-            [
-                *map(str, (alone.exit_layer, alone.num_draft_tokens)),
-                *(f"{1e3 * seconds:.1f}" for seconds in (draft, verification, own)),
-                f"{own / (draft + verification):.3f}",
-                f"{one_program / own:.3f}",
-            ]
-        )
-    names = ["E", "d", "draft ms", "verification ms", "round ms", "round/sum", "one program"]
-    console.print(table("a round", names, rows))
-
-    places = [(length, length + LENGTH + 1) for length in arguments.lengths]
-    places.insert(1, (places[0][0], places[-1][1]))
-    seconds = median_seconds(
-        [rounds_loop(llama, lsjax.Autoregressive(), length=n, capacity=most) for n, most in places]
-    )
-    config, itemsize = llama.config, llama.dtype.itemsize
-    weights, bandwidth = weight_bytes(config, itemsize), memory_bandwidth()
-    read = [weights + config.cache_bytes(1, length, itemsize) for length, _ in places]
-    rows = [
-        [
-            *(str(length), str(capacity), f"{second * 1e3:.1f}"),
-            *(f"{size / second / 1e9:.1f}", f"{size / second / bandwidth:.0%}"),
-            f"{second / (seconds[0] * size / read[0]):.2f}",
-        ]
-        for (length, capacity), second, size in zip(places, seconds, read, strict=True)
-    ]
-    names = ["tokens", "slots", "ms", "GB/s", "of the memory's", "over prediction"]
-    console.print(table("a token of a longer text", names, rows))
-    console.print(f"jax {jax.__version__}, memory {bandwidth / 1e9:.1f} GB/s")
+    for own, *others in kinds:
+        loops = [rounds_loop(llama, strategy) for strategy in (own, *others)]
+        seconds = seconds_of(loops, repeats)
+        ratios = np.quantile(seconds[:, 1:] / seconds[:, :1], (0.5, 0.25, 0.75), axis=0).T
+        words = ["{:.3f} ({:.3f} to {:.3f})".format(*ratio) for ratio in ratios]
+        names = [str(own.exit_layer or "-"), str(own.num_draft_tokens or "-")]
+        rows.append([*names, f"{1e3 * np.median(seconds[:, 0]):.2f}", *words])
+    rows[0].insert(3, "-")
+    wide_console().print(table("a round", ["E", "d", "ms", "of several", "auto"], rows))
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Arguments, description=__doc__))
+    tyro.cli(main, description=__doc__)

@@ -49,7 +49,6 @@ from lsjax.data.tokenizer_backends import (
     byte_level_bpe,
     bytes_by_character,
 )
-from lsjax.decoding import cost
 from lsjax.model.llama import Llama
 
 
@@ -77,15 +76,3 @@ def small_tokenizer() -> Tokenizer:
     vocab = dict(list(bytes_by_character().items())[:64])
     words = pre_tokenizers.ByteLevel(False, use_regex=False)
     return HuggingFaceTokenizer(byte_level_bpe(vocab, [], words))
-
-
-@pytest.fixture
-def numbered_times(monkeypatch):
-    """Calibration runs each part once; the first takes 1 ms, the next 2 ms, whatever the clock."""
-
-    def median_seconds(loops):
-        for loop in loops:
-            loop(1)
-        return [1e-3 * number for number in range(1, len(loops) + 1)]
-
-    monkeypatch.setattr(cost, "median_seconds", median_seconds)

@@ -24,7 +24,6 @@ from functools import partial
 from typing import Literal
 
 from rich.console import Console
-from rich.progress import Progress
 
 from lsjax.cli import answering, flags
 from lsjax.cli.answering import TaskFlags
@@ -34,9 +33,8 @@ from lsjax.cli.setup import check_output
 from lsjax.cli.show import notes_console, show_cells, show_verdict
 from lsjax.cli.strategies import StrategyFlags, StrategyName, make_strategies
 from lsjax.config import ConfigError, LlamaConfig, Path, bounded, check
-from lsjax.decoding.cost import RoundCosts, calibrate
 from lsjax.decoding.engine import Engine
-from lsjax.decoding.self_speculative import SelfSpeculative, in_one_program
+from lsjax.decoding.self_speculative import in_one_program
 from lsjax.decoding.state import Strategy
 from lsjax.evaluation.answers import ALL, Answer, Question
 from lsjax.evaluation.comparison import cell_speeds, identity_tail, timed_lines
@@ -122,10 +120,7 @@ def benchmark(arguments: Arguments) -> int:
     line = timed_lines(engine, strategies[0])
     rest = (engine, strategies, questions, line, notes)
     answers = answering.complete(file, asked, *rest, turn=1, timed=True)
-    with Progress(console=notes, transient=True) as progress:
-        progress.add_task("timing the parts", total=None)
-        costs = measured_costs(engine, strategies)
-    rows = list(cell_speeds(config, strategies, answers, costs))
+    rows = list(cell_speeds(config, strategies, answers))
     title = describe(arguments, engine, questions)
     show_cells(title, [row for row in rows if arguments.groups or row["group"] == ALL])
     print(f"{len(engine.programs)} programs, {engine.programs.compile_seconds:.1f} s compiling")
@@ -185,17 +180,6 @@ def make_questions(arguments: Arguments, model: OpenModel, notes: Console) -> li
         examples, arguments.repeats, arguments.sampling, max_new_tokens=arguments.new_tokens
     )
     return sorted(questions, key=lambda question: question.sample)
-
-
-def measured_costs(engine: Engine, strategies: Sequence[Strategy]) -> RoundCosts | None:
-    """Measured costs of the parts of a round; None if no strategy drafts."""
-    drafting = [one for one in strategies if isinstance(one, SelfSpeculative)]
-    if not drafting:
-        return None
-    size = engine.model.config.vocab_size
-    sizes = sorted({one.draft_vocab or size for one in drafting}, reverse=True)
-    lengths = sorted({length for one in drafting for length in one.lengths if length > 0})
-    return calibrate(engine.model, lengths, sizes)
 
 
 def describe(arguments: Arguments, engine: Engine, questions: Sequence[Question]) -> str:

@@ -16,7 +16,6 @@ import numpy as np
 
 from lsjax.config import Path
 from lsjax.data.files import local_cache, write_whole
-from lsjax.decoding.cost import LENGTH
 from lsjax.decoding.programs import decode
 from lsjax.decoding.request import Request
 from lsjax.decoding.state import DecodeState
@@ -28,6 +27,7 @@ if TYPE_CHECKING:
     from lsjax.decoding.engine import Engine
 
 Track = Callable[[Sequence], Iterable]
+LENGTH = 128  # tokens in the cache while rounds are measured
 BUDGET = 20.0  # seconds of measuring; compiling comes before
 REPEATS = 7
 CALL, MOST_ROUNDS = 0.05, 6  # seconds of a call with short rounds, and its most rounds

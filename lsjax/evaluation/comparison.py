@@ -9,7 +9,7 @@ import math
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from itertools import pairwise, zip_longest
+from itertools import zip_longest
 from typing import Any
 
 import jax
@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Int
 
 from lsjax.config import LlamaConfig
 from lsjax.decoding.completion import Completion
-from lsjax.decoding.cost import RoundCosts, ideal_speedup, unsure_share
+from lsjax.decoding.cost import ideal_speedup
 from lsjax.decoding.engine import Engine
 from lsjax.decoding.self_speculative import SelfSpeculative
 from lsjax.decoding.state import Strategy
@@ -138,15 +138,11 @@ def timed_lines(engine: Engine, first: Strategy) -> Callable[[Question, Completi
 
 
 def cell_speeds(
-    config: LlamaConfig,
-    strategies: Sequence[Strategy],
-    answers: Sequence[Answer],
-    costs: RoundCosts | None,
+    config: LlamaConfig, strategies: Sequence[Strategy], answers: Sequence[Answer]
 ) -> Iterator[dict[str, Any]]:
     """Figures of each strategy and group, starting with all answers. Undefined figures are None.
 
-    docs/performance.md defines them. answers: from `timed_lines`. costs: needed if a strategy
-    drafts.
+    docs/performance.md defines them. answers: from `timed_lines`.
     """
     by_cell = {Cell.of(strategy): strategy for strategy in strategies}
     for cell, group, own in grouped(answers):
@@ -166,7 +162,7 @@ def cell_speeds(
             "equal": len(greedy - differing) if greedy else None,
             "differ": len(differing) if greedy else None,
             "widest_margin": max((margin_of(one["difference"]) for one in found), default=None),
-            **limits(config, by_cell[cell], own, costs, speedup),
+            **limits(config, by_cell[cell], own, speedup),
         }
 
 
@@ -176,52 +172,14 @@ def margin_of(difference: Answer) -> float:
 
 
 def limits(
-    config: LlamaConfig,
-    strategy: Strategy,
-    answers: Sequence[Answer],
-    costs: RoundCosts | None,
-    speedup: float,
+    config: LlamaConfig, strategy: Strategy, answers: Sequence[Answer], speedup: float
 ) -> dict[str, float | None]:
-    """The ideal and the predicted speedup, and the measured speedup relative to them. All are None
-    for a strategy without drafts."""
+    """The ideal speedup, and the measured one over it. None for a strategy without drafts."""
     if not isinstance(strategy, SelfSpeculative):
-        names = ("ideal", "share_of_ideal", "predicted", "off_by", "round_over_parts")
-        return dict.fromkeys(names)
-    positions = (one["drafted_by_position"] for one in answers)
-    drafted = [sum(column) for column in zip_longest(*positions, fillvalue=0)]
-    rounds = sum(one["rounds"] for one in answers)
-    unsure = 0.0
-    if strategy.draft_confidence is not None:
-        unsure = unsure_share(drafted, strategy.num_draft_tokens, rounds)
+        return {"ideal": None, "share_of_ideal": None}
     # The last round of a text may be shorter.
-    round_ = (strategy.exit_layer, sum(drafted) / rounds)
+    drafts = sum(one["drafted"] for one in answers) / sum(one["rounds"] for one in answers)
     accepted = acceptance(answers)["acceptance_rate"] or 0.0
-    parts = dict(
-        widths=verified_widths(strategy.lengths, drafted, rounds),
-        draft_vocab=strategy.draft_vocab or config.vocab_size,
-        unsure=unsure,
-    )
-    ideal = ideal_speedup(config, *round_, accepted, strategy.draft_vocab, unsure)
-    predicted = costs.speedup(config.num_layers, *round_, accepted, **parts)
-    seconds = statistics.median(one["seconds"] / one["rounds"] for one in answers)
-    return {
-        "ideal": ideal,
-        "share_of_ideal": speedup / ideal,
-        "predicted": predicted,
-        "off_by": predicted / speedup - 1,
-        "round_over_parts": seconds / costs.round(config.num_layers, *round_, **parts),
-    }
-
-
-def verified_widths(
-    lengths: Sequence[int], drafted: Sequence[int], rounds: int
-) -> dict[int, float]:
-    """Share of the rounds for each number of verified positions.
-
-    lengths: draft lengths that the program verifies. A round uses the shortest that fits. drafted:
-    number of rounds that drafted at each position.
-    """
-    more = [sum(drafted[length : length + 1]) for length in lengths[:-1]]  # rounds that need more
-    counts = [left - right for left, right in pairwise([rounds, *more, 0])]
-    pairs = zip(lengths, counts, strict=True)
-    return {1 + length: count / rounds for length, count in pairs if count > 0}
+    round_ = (strategy.exit_layer, drafts, accepted, strategy.draft_vocab)
+    ideal = ideal_speedup(config, *round_)
+    return {"ideal": ideal, "share_of_ideal": speedup / ideal}

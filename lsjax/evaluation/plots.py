@@ -140,41 +140,40 @@ def _smooth(values: np.ndarray) -> np.ndarray:
 
 
 def plot_grid(rows: Sequence[Row], file: Path | IO[bytes], *, title: str = "") -> None:
-    """Heat maps over exits and draft lengths, with a row of maps for each head.
+    """Heat maps over exits and draft lengths, with a row of maps for each head and confidence.
 
-    The maps show tokens per second with the speedup, the predicted speedup, and the acceptance
-    rate. The best speedup and prediction are framed. rows: lines of strategies that draft.
+    The maps show tokens per second with the speedup, and the acceptance rate. The best speedup is
+    framed. rows: lines of strategies that draft.
     """
     check_plots()
     from matplotlib.patches import Rectangle
 
+    def kind(row: Row) -> tuple[int, float]:
+        """Draft vocabulary and confidence; 0 means the full head, or no confidence."""
+        return row["draft_vocab"] or 0, row["draft_confidence"] or 0.0
+
     exits = sorted({row["exit_layer"] for row in rows})
     lengths = sorted({row["num_draft_tokens"] for row in rows})
-    heads = sorted({row["draft_vocab"] or 0 for row in rows})  # 0: the full head
+    kinds = sorted({kind(row) for row in rows})
 
     def values(name: str) -> np.ndarray:
-        """Heads by exits by lengths; NaN where a cell was not measured."""
-        found = np.full((len(heads), len(exits), len(lengths)), np.nan)
+        """Kinds by exits by lengths; NaN where a cell was not measured."""
+        found = np.full((len(kinds), len(exits), len(lengths)), np.nan)
         for row in rows:
-            head, exit_layer = row["draft_vocab"] or 0, row["exit_layer"]
-            at = heads.index(head), exits.index(exit_layer), lengths.index(row["num_draft_tokens"])
-            found[at] = np.nan if row[name] is None else row[name]
+            at = exits.index(row["exit_layer"]), lengths.index(row["num_draft_tokens"])
+            found[kinds.index(kind(row)), *at] = np.nan if row[name] is None else row[name]
         return found
 
-    size = 3 * max(3.2, 0.75 * len(lengths) + 1.4), len(heads) * max(2.6, 0.5 * len(exits) + 1.2)
-    drawn, axes = figure(len(heads), 3, size)
+    size = 2 * max(3.2, 0.75 * len(lengths) + 1.4), len(kinds) * max(2.6, 0.5 * len(exits) + 1.2)
+    drawn, axes = figure(len(kinds), 2, size)
     speed, speedup, rate = values("tokens_per_second"), values("speedup"), values("acceptance_rate")
-    predicted = values("predicted")
     with_speed = np.vectorize(lambda speed, times: f"{speed:,.1f}\n{times:.2f}x")(speed, speedup)
     columns = {
-        "tokens/s (speedup)": (speedup, with_speed),
-        "predicted speedup": (predicted, np.char.mod("%.2f", predicted)),
-        "acceptance rate": (rate, np.char.mod("%.2f", rate)),
+        "tokens/s (speedup)": (speedup, with_speed, np.nanmin(speedup), np.nanmax(speedup)),
+        "acceptance rate": (rate, np.char.mod("%.2f", rate), 0, 1),  # empty if nothing was drafted
     }
-    for column, (heading, (shown, words)) in enumerate(columns.items()):
-        is_rate = shown is rate  # from 0 to 1; empty if nothing was drafted
-        low, high = (0, 1) if is_rate else (np.nanmin(shown), np.nanmax(shown))
-        for line, head in enumerate(heads):
+    for column, (heading, (shown, words, low, high)) in enumerate(columns.items()):
+        for line, (head, confidence) in enumerate(kinds):
             axis = axes[line, column]
             axis.imshow(shown[line], vmin=low, vmax=high, aspect="auto", origin="lower")
             axis.grid(False)
@@ -182,14 +181,14 @@ def plot_grid(rows: Sequence[Row], file: Path | IO[bytes], *, title: str = "") -
             axis.set_xticks(range(len(lengths)), lengths)
             axis.set_yticks(range(len(exits)), exits)
             axis.set(xlabel="draft length d", ylabel="exit E")
-            of_head = f", drafts from {head} tokens" if head else ", full head"
-            axis.set_title(heading + of_head * (len(heads) > 1), fontsize="medium")
+            of_kind = f", drafts from {head} tokens" if head else ", full head"
+            of_kind += f", confidence {confidence:g}" * (confidence > 0)
+            axis.set_title(heading + of_kind * (len(kinds) > 1), fontsize="medium")
             for i, j in np.argwhere(np.isfinite(shown[line])):
                 dark = shown[line, i, j] <= low + 0.55 * (high - low)
                 style = dict(color="white" if dark else "black", ha="center", va="center")
                 axis.text(j, i, words[line, i, j], fontsize=8, **style)
-        if not is_rate:
-            head, i, j = np.unravel_index(np.nanargmax(shown), shown.shape)
-            style = dict(fill=False, edgecolor=COLOURS[1], linewidth=3.5, clip_on=False)
-            axes[head, column].add_patch(Rectangle((j - 0.5, i - 0.5), 1, 1, **style))
+    line, i, j = np.unravel_index(np.nanargmax(speedup), speedup.shape)
+    style = dict(fill=False, edgecolor=COLOURS[1], linewidth=3.5, clip_on=False)
+    axes[line, 0].add_patch(Rectangle((j - 0.5, i - 0.5), 1, 1, **style))
     save(drawn, file, title)

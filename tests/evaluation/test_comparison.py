@@ -10,7 +10,6 @@ import pytest
 from lsjax.config import LlamaConfig
 from lsjax.decoding.autoregressive import Autoregressive, EarlyExit
 from lsjax.decoding.completion import Completion
-from lsjax.decoding.cost import RoundCosts
 from lsjax.decoding.engine import Engine
 from lsjax.decoding.request import Request
 from lsjax.decoding.self_speculative import SelfSpeculative
@@ -22,7 +21,6 @@ from lsjax.evaluation.comparison import (
     first_difference,
     identity_tail,
     timed_lines,
-    verified_widths,
 )
 from lsjax.evaluation.examples import Example
 
@@ -134,20 +132,18 @@ def test_figures_by_hand():
         timed(PLAIN, 12.0, 1),
         timed(two, 3.0, 1, [3], [3], rounds=6, base=12.0),
     ]
-    costs = RoundCosts(4.0, {1: 1.0, 3: 1.5}, {3: 0.5}, {100: 0.25})
     config = LlamaConfig.tiny(vocab_size=100)
-    base, first, second = cell_speeds(config, EVERYTHING, answers, costs)
+    base, first, second = cell_speeds(config, EVERYTHING, answers)
     assert base["speedup"] == 1 and base["acceptance_rate"] is None
     # 9 tokens in 9 s and 9 in 12 s.
     assert (base["slowest"], base["fastest"]) == (9 / 12, 1.0)
     assert first["speedup"] == (3.0 + 2.0) / 2 and second["speedup"] == (1.5 + 4.0) / 2
     assert first["acceptance_rate"] == 6 / 11 and second["tokens_per_round"] == 18 / 11
-    # 11 drafts in 12 rounds of exit 1 of 4 layers.
-    drafts = 11 / 12
-    parts = drafts * (1.0 + 0.25) + 1.0 + 3 * 1.5 + 0.5
-    assert first["predicted"] == pytest.approx((1 + 6 / 12) * 4.0 / parts)
-    assert first["off_by"] == pytest.approx(first["predicted"] / first["speedup"] - 1)
-    assert first["round_over_parts"] == pytest.approx((3 / 4 + 50 / 8) / 2 / parts)
+    # 11 drafts in 12 rounds of exit 1 of 4 layers, and a head as large as k of them.
+    k = config.head_params / config.layer_params
+    ideal = (1 + 6 / 12) * (4 + k) / (11 / 12 * (1 + k) + 4 + k)
+    assert first["ideal"] == pytest.approx(ideal)
+    assert first["share_of_ideal"] == pytest.approx(first["speedup"] / ideal)
 
 
 def test_groups_and_differences_of_prompts():
@@ -159,34 +155,15 @@ def test_groups_and_differences_of_prompts():
         timed(PLAIN, 2.0, 1, group="a", difference=narrow),
         timed(PLAIN, 4.0, 2, group="a", difference=wide),
     ]
-    rows = list(cell_speeds(LlamaConfig.tiny(), [PLAIN], answers, None))
+    rows = list(cell_speeds(LlamaConfig.tiny(), [PLAIN], answers))
     assert [(row["group"], row["equal"], row["differ"]) for row in rows] == [
         *(("all", 1, 2), ("a", 0, 2), ("b", 1, 0)),
     ]
     assert [row["widest_margin"] for row in rows] == [np.inf, np.inf, None]
     assert [row["slowest"] for row in rows] == [9 / 4, 9 / 4, 9.0]
     sampled = [answers[0] | {"seed": 3}]
-    (row,) = cell_speeds(LlamaConfig.tiny(), [PLAIN], sampled, None)
+    (row,) = cell_speeds(LlamaConfig.tiny(), [PLAIN], sampled)
     assert row["equal"] is row["differ"] is row["widest_margin"] is None
-
-
-def test_what_rounds_verify_by_hand():
-    """10 rounds of at most 8 drafts: 2 have none, 1 has one or two, 3 three or four, none five or
-    six, and 4 more."""
-    sure = SelfSpeculative(1, 8, draft_confidence=0.5)
-    drafted, accepted = [8, 7, 7, 6, 4, 4, 4, 1], [5, 0, 0, 0, 0, 0, 0, 0]
-    widths = verified_widths(sure.lengths, drafted, 10)
-    assert widths == pytest.approx({1: 0.2, 3: 0.1, 5: 0.3, 9: 0.4})
-    answers = [timed(PLAIN, 9.0), timed(sure, 3.0, 0, drafted, accepted, rounds=10, base=9.0)]
-    layer, head = {1: 8.0, 3: 1.0, 5: 2.0, 9: 3.0}, {3: 0.5, 5: 1.0, 9: 2.0}
-    costs = RoundCosts(40.0, layer, head, {100: 0.5})
-    config = LlamaConfig.tiny(vocab_size=100)
-    _, row = cell_speeds(config, [PLAIN, sure], answers, costs)
-    # 41 drafts by one layer of four, and 9 rounds in which the head gives a token in vain.
-    parts = 4.1 * (8.0 + 0.5) + 8.0 + 0.9 * 0.5
-    parts += 0.2 * (40.0 - 8.0) + 0.1 * (3 * 1.0 + 0.5) + 0.3 * (3 * 2.0 + 1.0)
-    parts += 0.4 * (3 * 3.0 + 2.0)
-    assert row["predicted"] == pytest.approx((1 + 5 / 10) * 40.0 / parts)
 
 
 PROMPT = [72, 101, 108]

@@ -109,9 +109,9 @@ def test_exits_of_several_models(drawn):
     assert lines(agreements)["without"] == [(1, 0.1), (2, 0.5), (3, 1.0)]
 
 
-def row(exit_layer, drafts, vocab, speedup) -> dict:
-    figures = {"tokens_per_second": 10 * speedup, "speedup": speedup, "predicted": speedup + 0.1}
-    cell = Cell("self_speculative", exit_layer, drafts, vocab)
+def row(exit_layer, drafts, vocab, speedup, confidence=None) -> dict:
+    figures = {"tokens_per_second": 10 * speedup, "speedup": speedup}
+    cell = Cell("self_speculative", exit_layer, drafts, vocab, confidence)
     return cell._asdict() | figures | {"acceptance_rate": 0.4}
 
 
@@ -132,20 +132,21 @@ def read_labels(figure) -> list[list[str]]:
 def test_where_nothing_was_drafted_there_is_no_acceptance(drawn):
     """Drafts that end before their first token, in every cell."""
     plot_grid([row(8, 4, None, 0.9) | {"acceptance_rate": None}], io.BytesIO())
-    assert read_labels(drawn[0]) == [["9.0\n0.90x"], ["1.00"], []]
+    assert read_labels(drawn[0]) == [["9.0\n0.90x"], []]
 
 
 def test_a_grid(tmp_path, drawn):
-    """A line for each exit, a column for each length, a map for each head."""
-    plot_grid(ROWS, tmp_path / "grid.png", title="a <model> & $_$")
+    """A line for each exit, a column for each length, a map for each head and confidence."""
+    sure = row(8, 4, 64, 2.2, confidence=0.5)
+    plot_grid([*ROWS, sure], tmp_path / "grid.png", title="a <model> & $_$")
     (grid,) = drawn
     labels = read_labels(grid)
     assert labels[0] == ["14.0\n1.40x", "12.0\n1.20x", "15.0\n1.50x"]
-    assert labels[4] == ["1.40", "0.80", "2.60"]
-    speedups = [np.asarray(axis.images[0].get_array()) for axis in grid.axes[::3]]
+    assert labels[4:] == [["22.0\n2.20x"], ["0.40"]]
+    speedups = [np.asarray(axis.images[0].get_array()) for axis in grid.axes[::2]]
     np.testing.assert_equal(np.ma.filled(speedups[0], np.nan), [[1.4, 1.2], [np.nan, 1.5]])
     np.testing.assert_equal(np.ma.filled(speedups[1], np.nan), [[1.3, np.nan], [0.7, 2.5]])
-    # One cell is framed among the speeds, one among the predictions, both of the second head.
-    assert [len(axis.patches) for axis in grid.axes] == [0, 0, 0, 1, 1, 0]
-    assert grid.axes[3].patches[0].get_xy() == (0.5, 0.5)
+    # The best speedup is framed: of the second head, without confidence.
+    assert [len(axis.patches) for axis in grid.axes] == [0, 0, 1, 0, 0, 0]
+    assert grid.axes[2].patches[0].get_xy() == (0.5, 0.5)
     assert (tmp_path / "grid.png").read_bytes().startswith(b"\x89PNG")
