@@ -249,7 +249,7 @@ def test_every_size_of_the_cache_is_warmed_up(model_directory, tmp_path, monkeyp
         (("--new-tokens", 600), "600 new ones do not fit the length of 512"),
         (("--repeats", 0), "--repeats 0 must be a whole number of at least 1"),
         (("--limit", 0), "--limit 0 must be a whole number of at least 1"),
-        (("--temperature", -1), "temperature -1.0 must be a finite number of at least 0"),
+        (("--temperature", -1), "temperature -1.0 must be a finite number from 0"),
         (("--prompt", ""), "--prompt has an empty prompt"),
         (("--prompt-file", "/nowhere.jsonl"), "no file matches /nowhere.jsonl"),
         (("--prompt-template", "{a}"), "--prompt-template needs --prompt-file or --task"),
