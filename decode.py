@@ -9,8 +9,8 @@
 import dataclasses
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import TextIO
 
 from rich.console import Console
@@ -141,13 +141,18 @@ def generate_all(
     show_drafts: bool,
     finish: Callable[[str, Completion], None],
 ) -> None:
-    """Prints texts in prompt order, with a progress bar if `notes` is a terminal."""
+    """Prints texts in prompt order, with a progress bar if `notes` is a terminal. If decoding is
+    interrupted, texts that wait for earlier ones are printed at the end."""
     asked = [
         dataclasses.replace(request, prompt=ids)
         for request, ids in zip(requests, encoded, strict=True)
     ]
 
-    def show(index: int, completion: Completion) -> None:
+    waiting: dict[int, Completion] = {}
+    shown = 0
+
+    def show(index: int) -> None:
+        completion = waiting.pop(index)
         finish(requests[index].prompt, completion)
         if people is None:
             return
@@ -157,40 +162,22 @@ def generate_all(
         else:
             people.print(verbatim(completion.text + "\n"))
 
-    with (
-        Progress(console=notes, transient=True, disable=not notes.is_terminal) as progress,
-        in_order(show) as put,
-    ):
+    with Progress(console=notes, transient=True, disable=not notes.is_terminal) as progress:
         task = progress.add_task("decoding", total=len(asked))
 
         def ended(index: int, completion: Completion) -> None:
-            put(index, completion)
+            nonlocal shown
+            waiting[index] = completion
+            while shown in waiting:
+                show(shown)
+                shown += 1
             progress.advance(task)
 
-        engine.generate(asked, on_completion=ended)
-
-
-@contextmanager
-def in_order(
-    show: Callable[[int, Completion], None],
-) -> Iterator[Callable[[int, Completion], None]]:
-    """Yields a function that takes texts as they end and passes them to `show` in prompt order. If
-    decoding is interrupted, texts that are still waiting are shown at the end."""
-    waiting: dict[int, Completion] = {}
-    shown = 0
-
-    def put(index: int, completion: Completion) -> None:
-        nonlocal shown
-        waiting[index] = completion
-        while shown in waiting:
-            show(shown, waiting.pop(shown))
-            shown += 1
-
-    try:
-        yield put
-    finally:
-        for index in sorted(waiting):
-            show(index, waiting[index])
+        try:
+            engine.generate(asked, on_completion=ended)
+        finally:
+            for index in sorted(waiting):
+                show(index)
 
 
 def json_lines(path: Path | None) -> AbstractContextManager[TextIO | None]:

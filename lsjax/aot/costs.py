@@ -31,8 +31,7 @@ from lsjax.aot.hlo import (
 # Regular expression for the op_name of a loop -> its trips, or of a conditional -> the share of
 # runs that take the slowest branch. The first match counts.
 Trips = Mapping[str, float]
-AMOUNTS = ("compute_seconds", "cycles", "flops", "moved_bytes")
-COUNTS = ("operations", "loops", "conditionals")
+AMOUNTS = ("compute_seconds", "cycles", "flops", "moved_bytes", "operations")
 # The outermost axis of a mesh that covers several slices.
 SLICES = "slices"
 
@@ -54,8 +53,8 @@ class ProgramCosts:
     """Costs of one run of a program, or of a part of it.
 
     amounts: compute_seconds, without overlap; a TPU's cycles; flops of matmuls and attention
-    kernels; moved_bytes, from and to the device's memory; COUNTS of operations (kernels on GPUs),
-    loops and conditionals. kernels: custom kernels. unknown_loops: names.
+    kernels; moved_bytes, from and to the device's memory; operations (kernels on GPUs). kernels:
+    custom kernels. unknown_loops: names.
     """
 
     amounts: Counter[str] = field(default_factory=Counter)
@@ -94,16 +93,12 @@ class CostAnalysis:
         """Costs of one run of the program."""
         return self._computation(self.module.entry)
 
-    def loop(self, scope: str) -> tuple[ProgramCosts, ProgramCosts]:
-        """Costs of one trip of the loop at jit(run)/.../SCOPE/while, and of the rest of the
-        program, which must count this loop once."""
+    def loop(self, scope: str) -> ProgramCosts:
+        """Costs of one trip of the loop at jit(run)/.../SCOPE/while."""
         every = [part.instructions.values() for part in self.module.computations.values()]
         loops = (one for one in chain(*every) if one.opcode == "while")
         loop = next(one for one in loops if one.op_name.endswith(f"/{scope}/while"))
-        each, once = self._all(loop, "condition", "body"), ProgramCosts()
-        once.add(self.program())
-        once.add(each, -1)
-        return each, once
+        return self._all(loop, "condition", "body")
 
     def _computation(self, computation: Computation) -> ProgramCosts:
         if computation.name not in self._known:
@@ -136,13 +131,11 @@ class CostAnalysis:
                 times = next(named, None) if known is None else known
                 if times is None:
                     total.unknown_loops[one.op_name or one.name] += 1
-                total.amounts["loops"] += 1
                 total.add(self._all(one, "condition", "body"), 1 if times is None else times)
             case "conditional":
                 branches = [self._computation(part) for part in chain(*one.called.values())]
                 branches.sort(key=lambda b: (b.amounts["compute_seconds"], b.amounts["cycles"]))
                 share = next(named, 1)
-                total.amounts["conditionals"] += 1
                 total.add(branches[-1], share)
                 if share < 1:
                     total.add(branches[0], 1 - share)

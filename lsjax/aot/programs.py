@@ -21,7 +21,7 @@ from jax.stages import Lowered, Wrapped
 from jax.typing import DTypeLike
 
 from lsjax.aot.chips import GIB, Chip
-from lsjax.aot.costs import AMOUNTS, COUNTS, CostAnalysis, ProgramCosts, Trips
+from lsjax.aot.costs import AMOUNTS, CostAnalysis, ProgramCosts, Trips
 from lsjax.aot.hlo import attention_kernel, parse
 from lsjax.config import LlamaConfig, TrainConfig, check
 from lsjax.decoding.adaptive import Adaptive
@@ -204,10 +204,9 @@ def program_report(
         if reads is None:
             costs = analysis.program()
         else:
-            costs, once = analysis.loop(ROUNDS)
+            costs = analysis.loop(ROUNDS)
             weights, cache = (number / chip.hbm_bandwidth for number in reads)
             of_round = dict(weights_seconds=weights, cache_seconds=cache)
-            of_round["once_seconds"] = once.amounts["compute_seconds"]
     found = {"name": name, "too_large": too_large, "memory": memory, "round": of_round}
     return found | cost_figures(costs, chip)
 
@@ -228,7 +227,7 @@ def cost_figures(costs: ProgramCosts, chip: Chip) -> dict[str, Any]:
     largest_first = sorted(costs.collectives.items(), key=lambda item: -item[0].sent * item[1])
     return {
         "attention": attention_kernel(costs.kernels),
-        **{name: costs.amounts[name] for name in (*AMOUNTS, *COUNTS)},
+        **{name: costs.amounts[name] for name in AMOUNTS},
         "sent_bytes": costs.sent_bytes,
         "sent_seconds": sent_seconds,
         "between_bytes": between,

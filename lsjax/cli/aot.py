@@ -205,14 +205,14 @@ def programs_table(found: Mapping[str, Any]) -> Table:
 
 
 def round_table(program: Mapping[str, Any], strategy: str) -> Table:
-    """Table of a decoding round: its time, the least time for its reads, its kernels and loops."""
-    seconds = dict(program["round"], seconds=program["seconds"])
-    weights, cache, once, whole = (number * 1e3 for number in seconds.values())
-    cells = [f"{n:.2f}" for n in (weights, weights + cache, whole, whole / (weights + cache), once)]
-    cells += [f"{program[name]:.0f}" for name in ("operations", "loops", "conditionals")]
-    names = ["weights", "and cache", "takes at least", "times that", "once per call", "kernels"]
+    """Table of a decoding round: its time, the least time for its reads, and its kernels."""
+    weights, cache = (1e3 * seconds for seconds in program["round"].values())
+    whole, reads = 1e3 * program["seconds"], weights + cache
+    cells = [f"{number:.2f}" for number in (weights, reads, whole, whole / reads)]
+    cells.append(f"{program['operations']:.0f}")
+    names = ["weights", "and cache", "takes at least", "times that", "kernels"]
     each = "a token" if strategy == "autoregressive" else "a round"
-    return table(f"decode: {each}, milliseconds", [*names, "loops", "conditionals"], [cells])
+    return table(f"decode: {each}, milliseconds", names, [cells])
 
 
 def collectives_table(program: Mapping[str, Any]) -> Table:

@@ -57,11 +57,6 @@ OWN_PROMPTS = Task(
     group="category",
     needs_reference=False,
 )
-# Flags that need --task.
-TASK_ALONE = (
-    *("data", "offset", "response_template"),
-    *("num_shots", "shots_data", "without_seen"),
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,14 +136,9 @@ def check_numbers(arguments: Arguments, config: LlamaConfig) -> None:
     given = [n for n in ("prompt", "prompt_file", "task") if getattr(arguments, n) is not None]
     names = " and ".join(map(arguments.name_of, given))
     check(len(given) < 2, f"{names} are given: choose one source of prompts")
-    for name in TASK_ALONE:
-        check(
-            arguments.task is not None or not getattr(arguments, name),
-            f"{arguments.name_of(name)} needs --task: add it, or leave this out",
-        )
     check(
-        bool(given) or arguments.prompt_template is None,
-        "--prompt-template needs --prompt-file or --task: add one of them",
+        arguments.task is not None or not arguments.data,
+        "--data needs --task: add it, or name the file with --prompt-file",
     )
 
 

@@ -24,7 +24,8 @@ from lsjax.data.files import cache_directory
 from lsjax.data.pipeline import OnePass, packed_rows
 from lsjax.data.tokenizer_files import load_tokenizer
 from lsjax.evaluation.exits import AGREEMENT, ExitScores, score_exits
-from lsjax.evaluation.plots import check_plots, plot_exits
+from lsjax.evaluation.extras import installed
+from lsjax.evaluation.plots import plot_exits
 from lsjax.model.llama import stacked
 
 
@@ -58,7 +59,7 @@ def score_models(arguments: Arguments) -> None:
         )
     if output is not None:
         check(output.suffix == ".png", f"--output {output} is not a .png file: name one")
-        check_plots()
+        installed("matplotlib", "plots")
     for file in (output, arguments.json):
         if file is not None:
             check_output(file)

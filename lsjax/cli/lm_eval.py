@@ -16,9 +16,10 @@ from lsjax.cli import flags
 from lsjax.cli.flags import ChatFlags, ModelFlags, load_engine
 from lsjax.cli.show import notes_console
 from lsjax.cli.strategies import StrategyFlags, make_strategies
-from lsjax.config import ConfigError, Path, bounded, check, in_bucket
+from lsjax.config import Path, bounded, check, in_bucket
 from lsjax.data.chat import chat_prompt
 from lsjax.evaluation.answers import Cell
+from lsjax.evaluation.extras import installed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,13 +62,7 @@ def run_tasks(arguments: Arguments) -> None:
             "directory",
         )
         arguments.output.mkdir(parents=True, exist_ok=True)
-    try:
-        from lsjax.evaluation import lm_eval as adapter
-    except ModuleNotFoundError as error:
-        raise ConfigError(
-            f"tasks come from lm-evaluation-harness, and {error.name} is not installed: "
-            "pip install 'lsjax[eval]'"
-        ) from None
+    adapter = installed("lsjax.evaluation.lm_eval", "eval")
     manager, tasks = adapter.find_tasks(arguments.tasks, path)
     engine = load_engine(opened, notes_console(), strategy=strategies[0])
     model = adapter.EngineLM(engine, name=arguments.model.name, seed=arguments.seed)

@@ -156,16 +156,6 @@ class Adaptive(Strategy):
         return Rounds((0, *self.exits), self.lengths)
 
     @property
-    def draft_vocab(self) -> int | None:
-        """Number of tokens that exits may draft; None for all."""
-        return None if self.vocabulary is None else len(self.vocabulary)
-
-    @property
-    def slack(self) -> int:
-        """Cache slots per round: the pending token plus the longest draft."""
-        return 1 + self.lengths[-1]
-
-    @property
     def program(self) -> tuple:
         """Static settings that `step` reads. `arguments` carries the rest at run time."""
         return type(self), self.exits, self.lengths

@@ -14,8 +14,7 @@ from enum import IntEnum
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float, Int, Shaped, UInt32
+from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from lsjax.config import Checked, bounded
 from lsjax.sharding import constrain
@@ -41,10 +40,12 @@ class Sampling(Checked):
     Raises ConfigError for a number out of its range.
     """
 
-    temperature: float = bounded(0.0, low=0, hint="0 is greedy, 1 draws as the model says")
+    temperature: float = bounded(
+        0.0, low=0, high=1e30, hint="0 is greedy, 1 draws as the model says"
+    )
     """0 is greedy: the argmax, whatever the filters and the seed. Above 0, tokens are drawn with
     logits divided by this value."""
-    top_k: int = bounded(0, low=0, hint="0 is all tokens")
+    top_k: int = bounded(0, low=0, high=2**31 - 1, hint="0 is all tokens")
     """Draws from the k most probable tokens, ties with the last one included. 0 is all."""
     top_p: float = bounded(1.0, above=0, high=1, hint="1 is all tokens")
     """Draws from the fewest tokens with total probability p or more (Holtzman et al., 2020)."""
@@ -52,10 +53,10 @@ class Sampling(Checked):
     """Draws from tokens at least min_p times as probable as the argmax (Nguyen et al., 2024)."""
     seed: int = bounded(0, low=0, high=2**32 - 1)
     """Seed of the first text; each further text has the next number."""
-    repetition_penalty: float = bounded(1.0, low=1, hint="1 is no penalty")
+    repetition_penalty: float = bounded(1.0, low=1, high=1e30, hint="1 is no penalty")
     """For tokens of prompt and text, divides logits above 0 and multiplies those below (Keskar et
     al., 2019)."""
-    no_repeat_ngram: int = bounded(0, low=0, hint="0 allows all")
+    no_repeat_ngram: int = bounded(0, low=0, high=2**31 - 1, hint="0 allows all")
     """Repeats no n-gram of this size, prompt included; 0 allows all."""
 
 
@@ -85,10 +86,10 @@ class Draws:
         if all(row.temperature == 0 for row in among):
             return None
         return cls(
-            temperature_B=_array([row.temperature for row in rows], jnp.float32),
-            top_k_B=_array([row.top_k for row in rows], jnp.int32),
-            top_p_B=_array([row.top_p for row in rows], jnp.float32),
-            min_p_B=_array([row.min_p for row in rows], jnp.float32),
+            temperature_B=jnp.asarray([row.temperature for row in rows], jnp.float32),
+            top_k_B=jnp.asarray([row.top_k for row in rows], jnp.int32),
+            top_p_B=jnp.asarray([max(row.top_p, 1e-30) for row in rows], jnp.float32),  # not 0
+            min_p_B=jnp.asarray([row.min_p for row in rows], jnp.float32),
             key_B2=jnp.stack([jax.random.key_data(jax.random.key(row.seed)) for row in rows]),
             filters=frozenset(
                 name
@@ -187,8 +188,8 @@ class Penalties:
         if all(one.repetition_penalty == 1 and one.no_repeat_ngram == 0 for one in among or rows):
             return None
         return cls(
-            repetition_B=_array([row.repetition_penalty for row in rows], jnp.float32),
-            ngram_B=_array([row.no_repeat_ngram for row in rows], jnp.int32),
+            repetition_B=jnp.asarray([row.repetition_penalty for row in rows], jnp.float32),
+            ngram_B=jnp.asarray([row.no_repeat_ngram for row in rows], jnp.int32),
         )
 
     def apply(
@@ -249,16 +250,6 @@ def argmax(logits: Float[Array, "*any V"]) -> Int[Array, "*any"]:
     is_top = logits == logits.max(-1, keepdims=True)
     index = jnp.where(is_top, jnp.arange(size, dtype=jnp.int32), size - 1)
     return index.min(-1)
-
-
-def _array(numbers: Sequence[float], dtype: DTypeLike) -> Shaped[Array, " B"]:
-    """The numbers in this type. Numbers too large or too close to 0 for the type are clipped to its
-    range."""
-    if dtype == jnp.int32:
-        least, most = 1, jnp.iinfo(dtype).max
-    else:
-        least, most = float(jnp.finfo(dtype).tiny), float(jnp.finfo(dtype).max)
-    return jnp.asarray([n and min(max(n, least), most) for n in numbers], dtype)
 
 
 def _first_beyond(weight_BN: Float[Array, "B N"], u_B: Float[Array, " B"]) -> Int[Array, " B"]:

@@ -51,11 +51,6 @@ class SelfSpeculative(Strategy):
     shared_lengths: tuple[int, ...] = ()
 
     @property
-    def draft_vocab(self) -> int | None:
-        """Number of tokens that may be drafted; None for all."""
-        return None if self.vocabulary is None else len(self.vocabulary)
-
-    @property
     def exits(self) -> tuple[int, ...]:
         """Exits that the program serves."""
         return tuple(sorted({self.exit_layer, *self.shared_exits}))
@@ -72,11 +67,6 @@ class SelfSpeculative(Strategy):
     def rounds(self) -> Rounds:
         """Draft and verification."""
         return Rounds(self.exits, self.lengths, self.accept)
-
-    @property
-    def slack(self) -> int:
-        """Cache slots per round: the pending token plus the longest draft."""
-        return 1 + self.lengths[-1]
 
     @property
     def program(self) -> tuple:

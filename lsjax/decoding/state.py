@@ -23,6 +23,7 @@ from lsjax.model.parameters import placed
 from lsjax.sharding import on_each_device
 
 if TYPE_CHECKING:
+    from lsjax.decoding.draft import DraftVocabulary
     from lsjax.decoding.engine import Engine
 
 RUNNING, EOS, LENGTH, STOP = range(4)  # why a row ended; the host sets STOP
@@ -254,10 +255,19 @@ class Strategy(ABC):
     name: ClassVar[str]
     exit_layer: int | None = None
     num_draft_tokens: int | None = None
-    draft_vocab: int | None = None
     draft_confidence: float | None = None
-    slack: int = 1
-    """Slots that one round may write beyond the end of a row."""
+    vocabulary: "DraftVocabulary | None" = None  # tokens that may be drafted, all by default
+    lengths: tuple[int, ...] = (0,)  # draft lengths, ascending
+
+    @property
+    def draft_vocab(self) -> int | None:
+        """Number of tokens that may be drafted; None for all."""
+        return None if self.vocabulary is None else len(self.vocabulary)
+
+    @property
+    def slack(self) -> int:
+        """Cache slots that a round may write: for the pending token and the longest draft."""
+        return 1 + self.lengths[-1]
 
     @property
     def program(self) -> Hashable:

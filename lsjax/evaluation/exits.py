@@ -21,7 +21,6 @@ from jaxtyping import Array, Float, Int
 from lsjax.checkpoints.run import EVALUATION
 from lsjax.config import AttentionKernel, ComputeDtype, check
 from lsjax.decoding.sampling import argmax
-from lsjax.decoding.state import check_exit
 from lsjax.model.llama import Llama, cast_matrices
 from lsjax.sharding import chunk_steps, constrain, over_context, pieces, split_rows
 from lsjax.training.prepare import TrainingRun
@@ -146,7 +145,7 @@ def exit_sums(
 
 
 class Text(NamedTuple):
-    """Token ids, of which the last `count` are scored."""
+    """Token ids that fit the context, of which the last `count` are scored, but never the first."""
 
     tokens: Sequence[int]
     count: int
@@ -164,33 +163,16 @@ def score_texts(
     model: Llama,
     texts: Sequence[Text],
     *,
-    exit_layer: int | None = None,
+    exit_layer: int,
     batch_size: int = 1,
     mesh: Mesh | None = None,
     track: Callable[[Sequence], Iterable] = iter,
 ) -> list[TextScore]:
-    """Scores of the texts, in their order, by the first `exit_layer` layers (all by default).
+    """Scores of the texts, in their order, by the first `exit_layer` layers.
 
     Texts of similar length share a batch. Each power-of-two length has its own program. track:
     wraps the sequence of batches, for a progress bar.
-
-    Raises ConfigError for an unknown exit or token id, for a text longer than the context, and for
-    a text whose first scored token has no token before it.
     """
-    config = model.config
-    exit_layer = config.num_layers if exit_layer is None else exit_layer
-    check_exit(exit_layer, config.num_layers)
-    for index, (tokens, count) in enumerate(texts):
-        check(
-            0 <= count < len(tokens) <= config.max_context + 1,
-            f"text {index} of {len(tokens)} tokens can't have {count} scored: the first scored one "
-            f"needs a token before it, and the context is {config.max_context}",
-        )
-        check(
-            0 <= min(tokens) and max(tokens) < config.vocab_size,
-            f"text {index} has token ids {min(tokens)}..{max(tokens)}: give ids in "
-            f"0..{config.vocab_size - 1}",
-        )
     scores = [TextScore(0.0, True)] * len(texts)
     order = sorted(range(len(texts)), key=lambda index: -len(texts[index].tokens))
     for begin in track(range(0, len(texts), batch_size)):

@@ -1,18 +1,19 @@
 """Plots: every exit's loss and agreement, a run's curves, and a benchmark's grid.
 
-Needs the `plots` extra (matplotlib). Every function writes one PNG, to a path or an open file.
+Needs the `plots` extra (matplotlib). Every function writes one PNG.
 """
 
 import io
 from collections.abc import Mapping, Sequence
 from itertools import cycle
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 
-from lsjax.config import ConfigError, Path, check
+from lsjax.config import Path, check
 from lsjax.data.files import write_whole
 from lsjax.evaluation.exits import ExitScores
+from lsjax.evaluation.extras import installed
 
 Row = Mapping[str, Any]  # a line of a run's metrics.jsonl, or of a benchmark's cells.jsonl
 # Legible in print and with red-green colour blindness (Okabe and Ito, 2008).
@@ -25,11 +26,7 @@ WIDE = 20  # ratio of largest to smallest from which an axis is logarithmic
 def figure(rows: int, columns: int, size: tuple[float, float]):
     """A figure and its array of axes, without pyplot's global state, as plots are also made during
     training. Raises ConfigError if matplotlib is not installed."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ConfigError("plots need matplotlib: pip install 'lsjax[plots]'") from None
-    drawn = Figure(figsize=size, layout="constrained")
+    drawn = installed("matplotlib.figure", "plots").Figure(figsize=size, layout="constrained")
     axes = drawn.subplots(rows, columns, squeeze=False)
     for one in axes.flat:
         one.grid(alpha=0.3)
@@ -37,25 +34,15 @@ def figure(rows: int, columns: int, size: tuple[float, float]):
     return drawn, axes
 
 
-def check_plots() -> None:
-    """Raises ConfigError if matplotlib is missing. Meant for the start of a program."""
-    figure(1, 1, (1, 1))
-
-
-def save(drawn, file: Path | IO[bytes], title: str) -> None:
+def save(drawn, file: Path, title: str) -> None:
     """Writes a PNG."""
     drawn.suptitle(title, parse_math=False)
-    if isinstance(file, Path):
-        content = io.BytesIO()
-        save(drawn, content, title)
-        write_whole(file, content.getvalue())
-        return
-    drawn.savefig(file, dpi=150, format="png")
+    content = io.BytesIO()
+    drawn.savefig(content, dpi=150, format="png")
+    write_whole(file, content.getvalue())
 
 
-def plot_exits(
-    scores: Mapping[str, ExitScores], file: Path | IO[bytes], *, title: str = ""
-) -> None:
+def plot_exits(scores: Mapping[str, ExitScores], file: Path, *, title: str = "") -> None:
     """Loss and agreement with the final argmax by exit, a line for each model (the paper's Figures
     6 and 8).
 
@@ -77,7 +64,7 @@ def plot_exits(
     save(drawn, file, title)
 
 
-def plot_training(metrics: Sequence[Row], file: Path | IO[bytes], *, title: str = "") -> None:
+def plot_training(metrics: Sequence[Row], file: Path, *, title: str = "") -> None:
     """A run's losses by exit, held-out agreement, gradient norm with learning rate, and speed.
 
     metrics: lines of metrics.jsonl. Raises ConfigError if they contain no steps.
@@ -139,14 +126,12 @@ def _smooth(values: np.ndarray) -> np.ndarray:
     return np.where(known, totals / np.maximum(counts, 1), np.nan)
 
 
-def plot_grid(rows: Sequence[Row], file: Path | IO[bytes], *, title: str = "") -> None:
+def plot_grid(rows: Sequence[Row], file: Path, *, title: str = "") -> None:
     """Heat maps over exits and draft lengths, with a row of maps for each head and confidence.
 
     The maps show tokens per second with the speedup, and the acceptance rate. The best speedup is
     framed. rows: lines of strategies that draft.
     """
-    check_plots()
-    from matplotlib.patches import Rectangle
 
     def kind(row: Row) -> tuple[int, float]:
         """Draft vocabulary and confidence; 0 means the full head, or no confidence."""
@@ -190,5 +175,6 @@ def plot_grid(rows: Sequence[Row], file: Path | IO[bytes], *, title: str = "") -
                 axis.text(j, i, words[line, i, j], fontsize=8, **style)
     line, i, j = np.unravel_index(np.nanargmax(speedup), speedup.shape)
     style = dict(fill=False, edgecolor=COLOURS[1], linewidth=3.5, clip_on=False)
-    axes[line, 0].add_patch(Rectangle((j - 0.5, i - 0.5), 1, 1, **style))
+    frame = installed("matplotlib.patches", "plots").Rectangle((j - 0.5, i - 0.5), 1, 1, **style)
+    axes[line, 0].add_patch(frame)
     save(drawn, file, title)

@@ -8,11 +8,13 @@ import re
 from collections.abc import Callable
 from decimal import Decimal
 from functools import lru_cache
+from types import SimpleNamespace
 from typing import Any
 
-from lsjax.config import ConfigError, check
+from lsjax.config import check
 from lsjax.data.files import Fields
 from lsjax.evaluation.examples import Example, Task
+from lsjax.evaluation.extras import installed
 from lsjax.evaluation.sandbox import run_program
 
 Scores = dict[str, float]
@@ -43,20 +45,9 @@ def rouge(text: str, reference: str) -> Scores:
 
 @lru_cache
 def _rouge_scorer() -> Any:
-    try:
-        from rouge_score.rouge_scorer import RougeScorer
-        from rouge_score.tokenizers import Tokenizer
-    except ModuleNotFoundError as error:
-        raise ConfigError(
-            f"ROUGE comes from rouge-score, and {error.name} is not installed: "
-            "pip install 'lsjax[eval]'"
-        ) from None
-
-    class Words(Tokenizer):
-        def tokenize(self, text: str) -> list[str]:
-            return text.lower().split()
-
-    return RougeScorer(list(ROUGE_KINDS), tokenizer=Words())
+    words = SimpleNamespace(tokenize=lambda text: text.lower().split())
+    scorer = installed("rouge_score.rouge_scorer", "eval").RougeScorer
+    return scorer(list(ROUGE_KINDS), tokenizer=words)
 
 
 def exact_match(text: str, reference: str) -> Scores:

@@ -163,7 +163,7 @@ def test_seeds(tmp_path):
     [
         ({"temperature": "hot"}, "temperature 'hot' must be a finite number"),
         ({"temperature": True}, "temperature True must be a finite number"),
-        ({"temperature": -1}, "temperature -1 must be a finite number of at least 0"),
+        ({"temperature": -1}, "temperature -1 must be a finite number from 0"),
         ({"temperature": float("nan")}, "temperature nan must be"),
         ({"top_k": 1.5}, "top_k 1.5 must be a whole number"),
         ({"top_p": [0.5]}, "top_p [0.5] must be a finite number"),
@@ -178,7 +178,7 @@ def test_seeds(tmp_path):
             {"stop_ids": -2},
             "stop_ids (-2,) must be a tuple, each item a whole number of at least 0",
         ),
-        ({"no_repeat_ngram": -2}, "no_repeat_ngram -2 must be a whole number of at least 0"),
+        ({"no_repeat_ngram": -2}, "no_repeat_ngram -2 must be a whole number from 0"),
         ({"temperature": 0, "top_k": 5}, "top_k has no effect on greedy decoding"),
     ],
 )

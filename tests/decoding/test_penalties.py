@@ -36,7 +36,7 @@ ROWS = [
     Sampling(repetition_penalty=1.5, no_repeat_ngram=3),
     Sampling(repetition_penalty=3.0),
     Sampling(no_repeat_ngram=11),  # the history may have 11 tokens, or fewer
-    Sampling(no_repeat_ngram=10**12),
+    Sampling(no_repeat_ngram=2**31 - 1),
     Sampling(repetition_penalty=1e30, no_repeat_ngram=4),
     Sampling(),
 ]
@@ -132,13 +132,10 @@ def test_all_strategies_give_the_same_text(
 @pytest.mark.parametrize(
     "changes, words",
     [
-        (
-            {"repetition_penalty": 0.9},
-            "repetition_penalty 0.9 must be a finite number of at least",
-        ),
+        ({"repetition_penalty": 0.9}, "repetition_penalty 0.9 must be a finite number from 1 to"),
         ({"repetition_penalty": float("inf")}, "repetition_penalty inf must be"),
         ({"repetition_penalty": float("nan")}, "repetition_penalty nan must be"),
-        ({"no_repeat_ngram": -1}, "no_repeat_ngram -1 must be a whole number of at least 0"),
+        ({"no_repeat_ngram": -1}, "no_repeat_ngram -1 must be a whole number from 0"),
     ],
 )
 def test_bad_numbers(changes, words):

