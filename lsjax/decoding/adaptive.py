@@ -8,6 +8,9 @@ is an autoregressive step. It takes the choice with the most expected tokens per
                       probability that grows with the number of matching tokens.
     seconds           measured for each choice on this machine (calibration.py)
 
+A draft of an exit then ends where the next token costs more seconds than it is worth. Its chance to
+pass depends on the exit's top probability, again by counts.
+
 Exits that did not draft are scored too, in every fourth round or less often: a round computes their
 hidden states anyway. Lookups are scored in every round. All of this is part of the compiled
 loop. The choice depends only on earlier rounds, so that sampling stays exact.
@@ -16,19 +19,21 @@ loop. The choice depends only on earlier rounds, so that sampling stays exact.
 import math
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from lsjax.config import LlamaConfig, check
 from lsjax.decoding.calibration import calibrated
 from lsjax.decoding.draft import Draft, DraftHead, DraftVocabulary, of_tokens
-from lsjax.decoding.lookup import LONGEST, look_up
-from lsjax.decoding.rounds import Rounds, RoundSettings, Verified
+from lsjax.decoding.learned import Learned, by_level
+from lsjax.decoding.lookup import look_up
+from lsjax.decoding.rounds import Rounds, RoundSettings
 from lsjax.decoding.sampling import argmax
 from lsjax.decoding.state import DecodeState, Strategy, check_exit
 from lsjax.model.llama import Llama
@@ -36,93 +41,9 @@ from lsjax.model.llama import Llama
 if TYPE_CHECKING:
     from lsjax.decoding.engine import Engine
 
-LENGTHS = (0, 2, 6, 15)
+LENGTHS = (0, 2, 4, 8, 15)
 # Rounds from one score of all exits to the next, at least, and the share of bytes for their heads.
 SCORED_EVERY, SCORES_SHARE = 4, 0.01
-# Weight of the older counts, for each new one.
-EXIT_DECAY, LOOKUP_DECAY = 0.95, 0.97
-# Counts before the first round: how many, and what share of them passed.
-EXIT_COUNT, EXIT_SHARE = 4.0, 0.7
-LOOKUP_COUNT, LOOKUP_SHARES = 2.0, (0.2, 0.35, 0.5, 0.6, 0.7, 0.75, 0.8, 0.85)
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class Learned:
-    """Decayed counts of each row. E: exits. M: matching tokens of a lookup, 1 to LONGEST."""
-
-    passed_BE: Float[Array, "B E"]
-    tried_BE: Float[Array, "B E"]
-    found_BM: Float[Array, "B M"]
-    looked_BM: Float[Array, "B M"]
-    rounds_B: Int[Array, " B"]
-
-    @classmethod
-    def create(cls, batch: int, exits: int, before: "Learned | None" = None) -> "Learned":
-        """Guesses before the first round. before: of one text; its share of passed drafts is kept.
-        Its lookups are not: at their end, greedy texts often repeat themselves."""
-        share_E = EXIT_SHARE if before is None else (before.passed_BE / before.tried_BE)[0]
-        tried_BE = jnp.full((batch, exits), EXIT_COUNT)
-        looked_BM = jnp.full((batch, LONGEST), LOOKUP_COUNT)
-        found_BM = looked_BM * jnp.array(LOOKUP_SHARES)
-        rounds_B = jnp.zeros(batch, jnp.int32)
-        return cls(tried_BE * share_E, tried_BE, found_BM, looked_BM, rounds_B)
-
-    def exit_tokens(self, length_D: Int[Array, " D"]) -> Float[Array, "B E D"]:
-        """Expected tokens of a round with each exit and draft length."""
-        share_BE1 = jnp.minimum(self.passed_BE / self.tried_BE, 0.999)[..., None]
-        return (1 - share_BE1 ** (length_D + 1)) / (1 - share_BE1)
-
-    def lookup_tokens(
-        self, matched_B: Int[Array, " B"], lengths: tuple[int, ...]
-    ) -> Float[Array, "B D"]:
-        """Expected tokens of a round with a lookup of each draft length."""
-        share_BM = self.found_BM / self.looked_BM
-        place_BT = jnp.clip(matched_B[:, None] + jnp.arange(lengths[-1]), 1, LONGEST) - 1
-        passes_BT = jnp.cumprod(jnp.take_along_axis(share_BM, place_BT, axis=1), axis=1)
-        passes_BT = jnp.where(matched_B[:, None] > 0, passes_BT, 0)
-        tokens_BT = 1 + jnp.pad(jnp.cumsum(passes_BT, axis=1), ((0, 0), (1, 0)))
-        return tokens_BT[:, np.array(lengths)]
-
-    def after(
-        self,
-        verified: Verified,
-        own_E: Bool[Array, " E"],
-        drafted_B: Int[Array, " B"],
-        scored: Bool[Array, ""],
-        matched_B: Int[Array, " B"],
-        proposal_BT: Int[Array, "B T"],
-    ) -> "Learned":
-        """The counts after a round. own_E: the exit that drafted. scored: whether `verified` has
-        scores of the others."""
-        accepted_B1 = verified.accepted_B[:, None]
-        new_BT = verified.tokens_BT
-        is_new_BT = jnp.arange(new_BT.shape[1]) <= accepted_B1
-
-        others_E = scored & ~own_E
-        tried_BE = jnp.where(own_E, jnp.minimum(accepted_B1 + 1, drafted_B[:, None]), 0)
-        passed_BE = jnp.where(own_E, accepted_B1, 0)
-        scores_BE = (verified.scores_BTE * is_new_BT[..., None]).sum(1)
-        tried_BE = jnp.where(others_E, accepted_B1 + 1, tried_BE)
-        passed_BE = jnp.where(others_E, scores_BE, passed_BE)
-        kept_BE = EXIT_DECAY**tried_BE
-
-        # Right tokens of the lookup, and the first wrong one.
-        right_BT = proposal_BT == new_BT[:, :-1]
-        reached_BT = jnp.cumprod(jnp.pad(right_BT, ((0, 0), (1, 0)), constant_values=True), axis=1)
-        looked_BT = (reached_BT[:, :-1] > 0) & is_new_BT[:, :-1] & (matched_B[:, None] > 0)
-        size_BT = jnp.minimum(matched_B[:, None] + jnp.arange(right_BT.shape[1]), LONGEST)
-        size_BTM = size_BT[..., None] == jnp.arange(1, LONGEST + 1)
-        looked_BM = (size_BTM & looked_BT[..., None]).sum(1)
-        found_BM = (size_BTM & (looked_BT & right_BT)[..., None]).sum(1)
-        kept_BM = LOOKUP_DECAY**looked_BM
-        return Learned(
-            self.passed_BE * kept_BE + passed_BE,
-            self.tried_BE * kept_BE + tried_BE,
-            self.found_BM * kept_BM + found_BM,
-            self.looked_BM * kept_BM + looked_BM,
-            self.rounds_B + 1,
-        )
 
 
 @jax.tree_util.register_dataclass
@@ -188,37 +109,77 @@ class Adaptive(Strategy):
         whole = config.num_layers * config.layer_params + config.head_params
         return max(SCORED_EVERY, math.ceil(heads / (SCORES_SHARE * whole)))
 
-    def first_guess(self, batch: int, before: Learned | None = None) -> Learned:
+    def first_guess(self, batch: int) -> Learned:
         """Counts before the first round."""
-        return Learned.create(batch, len(self.exits), before)
+        return Learned.create(batch, len(self.exits))
 
     def step(self, model: Llama, state: DecodeState, arguments: AdaptiveSettings) -> DecodeState:
         """One round with the best source and length."""
-        learned, head = state.learned, arguments.head
+        learned = state.learned
         matched_B, proposal_BT = look_up(state.tokens_BS, state.length_B, self.lengths[-1])
-        exit_layer, length = self.choose(state, matched_B, arguments.seconds_SD)
-        settings = RoundSettings(exit_layer, length, head, None)
+        settings = self.choose(model.config.num_layers, state, matched_B, arguments)
         begun = self.proposed(model, state, settings, proposal_BT)
         draft = self.rounds.draft(model, state, settings, begun)
         due = learned.rounds_B.max() % self.scored_every(model.config) == 0
-        look = partial(self.scores, model, state, head, due)
-        done, verified = self.rounds.verify(model, draft, settings, look)
-        own_E = jnp.array(self.exits, jnp.int32) == exit_layer
-        after = learned.after(verified, own_E, draft.count_B, due, matched_B, proposal_BT)
+        look = partial(self.scores, model, state, arguments.head, due)
+        none = jnp.zeros_like(learned.passed_BEC)
+        done, verified = self.rounds.verify(model, draft, settings, look, (none, none))
+        own_E = jnp.array(self.exits, jnp.int32) == settings.exit_layer
+        after = learned.after(draft, verified, own_E, matched_B, proposal_BT)
         return replace(done, learned=after)
 
     def choose(
-        self, state: DecodeState, matched_B: Int[Array, " B"], seconds_SD: Float[Array, "S D"]
-    ) -> tuple[Int[Array, ""], Int[Array, ""]]:
-        """Exit (0 for a lookup) and length with the most expected tokens per second."""
+        self, layers: int, state: DecodeState, matched_B: Int[Array, " B"], given: AdaptiveSettings
+    ) -> RoundSettings:
+        """The source and length with the most expected tokens per second. A draft of an exit may be
+        longer, until its next token costs more than that."""
         learned, length_D = state.learned, jnp.array(self.lengths)
+        chance_BE1 = learned.chance_BE[..., None]
+        exit_BED = (1 - chance_BE1 ** (length_D + 1)) / (1 - chance_BE1)
         lookup_BD = learned.lookup_tokens(matched_B, self.lengths)
-        tokens_BSD = jnp.concatenate([lookup_BD[:, None], learned.exit_tokens(length_D)], axis=1)
+        tokens_BSD = jnp.concatenate([lookup_BD[:, None], exit_BED], axis=1)
         tokens_BSD = jnp.minimum(tokens_BSD, (state.end_B - state.length_B)[:, None, None])
         tokens_SD = jnp.where(state.running_B[:, None, None], tokens_BSD, 0).sum(0)
-        best = argmax((tokens_SD / seconds_SD).reshape(-1))
+        rate_SD = tokens_SD / given.seconds_SD
+        best = argmax(rate_SD.reshape(-1))
         source, length = jnp.divmod(best, len(self.lengths))
-        return jnp.array((0, *self.exits))[source], length_D[length]
+        exit_layer, length = jnp.array((0, *self.exits))[source], length_D[length]
+        if not self.exits:
+            return RoundSettings(exit_layer, length, given.head)
+        own, at_most = jnp.maximum(source - 1, 0), jnp.where(source > 0, self.lengths[-1], length)
+        rate = rate_SD.max() / state.running_B.sum()  # of a row
+        seconds_BT = self.seconds_of_drafts(
+            given.seconds_SD[source],
+            (1 - exit_layer / layers) * given.seconds_SD[0],
+            learned.chance_BE[:, own],
+        )
+        chances_BC = learned.chances_BEC[:, own]
+        return RoundSettings(exit_layer, at_most, given.head, rate * seconds_BT, chances_BC)
+
+    def seconds_of_drafts(
+        self,
+        round_D: Float[Array, " D"],
+        verified_D: Float[Array, " D"],
+        chance_B: Float[Array, " B"],
+    ) -> Float[Array, "B T"]:
+        """Seconds of each further draft, over the tokens expected of it if it passes.
+
+        round_D: seconds of a round of each length. verified_D: of its verification. Within a length
+        a draft costs the exit's layers. The first beyond it costs the wider verification as well,
+        which serves all drafts up to the next length.
+        """
+        lengths = self.lengths
+        step = round_D[-1] - round_D[1] - (verified_D[-1] - verified_D[1])
+        step = step / max(1, lengths[-1] - lengths[1])
+        step = jnp.where(jnp.isfinite(step), jnp.maximum(step, 0), 0)
+        seconds_BT = jnp.full((len(chance_B), 1 + lengths[-1]), step)
+        for index, (length, longer) in enumerate(pairwise(lengths[1:]), start=1):
+            tokens_B = (1 - chance_B ** (longer - length)) / (1 - chance_B)
+            wider_B = (round_D[index + 1] - round_D[index]) / tokens_B
+            # Choices that were not measured have infinite seconds.
+            wider_B = jnp.nan_to_num(wider_B, nan=0, posinf=jnp.inf, neginf=0)
+            seconds_BT = seconds_BT.at[:, length].max(wider_B)
+        return seconds_BT
 
     def proposed(
         self,
@@ -228,7 +189,7 @@ class Adaptive(Strategy):
         proposal_BT: Int[Array, "B T"],
     ) -> Draft:
         """The draft of exit 0: looked-up tokens, whose distributions are points."""
-        none, head = self.rounds.no_draft(model, state, settings.head), settings.head
+        none, head = self.rounds.no_draft(model, state, settings), settings.head
         tokens_BT = jnp.pad(proposal_BT, ((0, 0), (0, 1)))
         limit_B = self.rounds.limit(state, settings)
         log_q_BTN = none.log_q_BTN
@@ -247,24 +208,32 @@ class Adaptive(Strategy):
             none, hidden=hidden, tokens_BT=tokens_BT, count_B=count_B, log_q_BTN=log_q_BTN
         )
 
-    def scores(self, model, state, head, due, hidden, logits_BTV, new_BT):
-        """Probability [B, T, E] that a draft of each exit would have passed at the new tokens. If
-        greedy, whether its argmax is the token; else min(1, q / p) of exit and full model."""
-        if not self.exits:
-            return jnp.zeros((*new_BT.shape, 0))
+    def scores(self, model, state, head, due, hidden, logits_BTV, new_BT, accepted_B):
+        """Counts [B, E, C] of passed and tried drafts, if each exit had drafted the new tokens. A
+        draft passes if its argmax is the token; in sampling with min(1, q / p) of exit and full
+        model."""
         table_ND, places_V = (None, None) if head is None else (head.table_ND, head.places_V)
         index_BT = new_BT if head is None else places_V[new_BT]
+        is_new_BT = jnp.arange(new_BT.shape[1]) <= accepted_B[:, None]
 
         def score(x_BTD):
             logits_BTN = model.unembed(x_BTD, table_ND)
             logits_BTN = state.penalised(logits_BTN, 0, new_BT, places_V)
+            top_BT = 1 / jnp.exp(logits_BTN - logits_BTN.max(-1, keepdims=True)).sum(-1)
             if state.draws is None:
-                return (argmax(logits_BTN) == index_BT).astype(jnp.float32)
+                return by_level(top_BT, is_new_BT, argmax(logits_BTN) == index_BT)
             log_q_BT = of_tokens(state.draws.log_probs(logits_BTN), index_BT)
             log_p_BT = of_tokens(state.draws.log_probs(logits_BTV), new_BT)
             # NaN: not in the vocabulary, or beyond the new tokens.
-            return jnp.nan_to_num(jnp.exp(jnp.minimum(0, log_q_BT - log_p_BT)))
+            passed_BT = jnp.nan_to_num(jnp.exp(jnp.minimum(0, log_q_BT - log_p_BT)))
+            return by_level(top_BT, is_new_BT, passed_BT)
 
-        none_BTE = jnp.zeros((*new_BT.shape, len(self.exits)))
-        every = lambda: jnp.stack([score(x_BTD) for x_BTD in hidden[1:]], axis=-1)  # noqa: E731
-        return lax.cond(due, every, lambda: none_BTE)
+        none = jnp.zeros_like(state.learned.passed_BEC)
+        if not self.exits:
+            return none, none
+
+        def every():
+            counts = [score(x_BTD) for x_BTD in hidden[1:]]
+            return tuple(jnp.stack(each, axis=1) for each in zip(*counts, strict=True))
+
+        return lax.cond(due, every, lambda: (none, none))

@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import jax
 import numpy as np
@@ -188,10 +188,6 @@ class ContinuousBatch:
             text, reason = text + rest, "interrupt"
         completion = None
         if reason is not None:
-            learned = self._state.learned
-            self._engine.learned[self._strategy] = jax.tree.map(
-                lambda x: np.asarray(x)[row : row + 1], learned
-            )
             if finish == EOS and trace.tokens_n[-1] in live.request.stop_ids:
                 reason = "stop"
             finish_B[row] = finish or STOP
@@ -256,15 +252,9 @@ class ContinuousBatch:
             ends=[token for token in ends if 0 <= token < config.vocab_size],
             among=self._requests,
             cache=cache,
-            learned=self._learned(len(requests)),
+            learned=self._strategy.first_guess(len(requests)),
             mesh=engine.mesh,
         )
-
-    def _learned(self, batch: int) -> Any:
-        """What the strategy knows of new rows. Sampled texts do not depend on earlier texts."""
-        sampled = any(one.sampling.temperature for one in self._requests)
-        before = None if sampled else self._engine.learned.get(self._strategy)
-        return self._strategy.first_guess(batch, before)
 
 
 def shared_prefix(known: Sequence[int], ids: Sequence[int]) -> int:

@@ -102,7 +102,9 @@ class Draft:
     program, hidden states [B, T, D] of the pending token and the drafts; those of exits after the
     drafting one are undefined. tokens_BT: the first count_B[b] columns are drafts of row b, the
     last column is unused. log_q_BTN: log-probabilities of the drafts' distributions, None if
-    greedy. head: rows of a draft vocabulary, if there is one.
+    greedy. head: rows of a draft vocabulary, if there is one. top_BT: highest probability of each
+    draft, also of the one before which the confidence stopped; 0 where none was computed. None if
+    confidence does not stop drafts.
     """
 
     state: DecodeState
@@ -111,6 +113,7 @@ class Draft:
     count_B: Int[Array, " B"]
     log_q_BTN: Float[Array, "B T N"] | None
     head: DraftHead | None
+    top_BT: Float[Array, "B T"] | None = None
 
     @property
     def exists_BT(self) -> Bool[Array, "B T"]:

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any
 
 import jax
 from jax.sharding import Mesh
@@ -66,7 +65,6 @@ class Engine:
         self.programs = Programs(placed(model, mesh), mesh, lay_out=lay_out)
         self.decode_seconds = 0.0  # of all rounds so far
         self.track = track
-        self.learned: dict[Strategy, Any] = {}  # by each strategy, from its last text
         self.use(strategy)
 
     def use(self, strategy: Strategy) -> None:
@@ -85,7 +83,6 @@ class Engine:
         Raises ConfigError if the form differs.
         """
         self.programs.use(placed(model, self.mesh))
-        self.learned = {}
         self.use(self.strategy)
 
     @property

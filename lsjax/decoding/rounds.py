@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise, zip_longest
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,26 +22,37 @@ from lsjax.model.cache import KVCache
 from lsjax.model.llama import Llama
 
 DRAFT, BRANCH = "draft", "branch"  # names of loops in compiled programs
+LEVELS = (0.4, 0.6, 0.8, 0.95)  # of an exit's top probability
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class RoundSettings:
-    """Arguments of a compiled round. confidence: minimum product of an exit's top probabilities."""
+    """Arguments of a compiled round.
+
+    confidence: minimum product of the drafts' chances to pass, for each draft; one row may serve
+    all. A chance is the exit's top probability, or chances_BC at its level (`confidence_level`).
+    """
 
     exit_layer: Int[Array, ""]
     num_draft_tokens: Int[Array, ""]
     head: DraftHead | None
-    confidence: Float[Array, ""] | None
+    confidence: Float[Array, "B T"] | None = None
+    chances_BC: Float[Array, "B C"] | None = None
+
+
+def confidence_level(top: Float[Array, "..."]) -> Int[Array, "..."]:
+    """Level of a top probability: 0 below the first of LEVELS, 1 from there on, and so on."""
+    return (top[..., None] >= jnp.array(LEVELS)).sum(-1)
 
 
 class Verified(NamedTuple):
     """Result of a verification: the new tokens of each row, and how many of them were drafted (not
-    the last). scores_BTE: what `look` returned."""
+    the last). seen: what `look` returned."""
 
     tokens_BT: Int[Array, "B T"]
     accepted_B: Int[Array, " B"]
-    scores_BTE: Float[Array, "B T E"] | None = None
+    seen: Any = None
 
 
 @dataclass(frozen=True)
@@ -77,7 +88,7 @@ class Rounds:
         if self.exits == (0,):
             return begun
 
-        def choose(x_BTD, i, tokens_BT, log_q_BTN, sure_B):
+        def choose(x_BTD, i, tokens_BT, log_q_BTN, top_BT, sure_B):
             """Chooses draft i of each row from the exit's logits, and updates the confidence."""
             logits_BTN = model.unembed(x_BTD, table_ND)
             logits_BTN = state.penalised(logits_BTN, i, tokens_BT, places_V)
@@ -85,7 +96,12 @@ class Rounds:
                 # Use the argmax probability. Stopping on the sampled token's probability would bias
                 # the output distribution.
                 over_BTN = jnp.exp(logits_BTN - logits_BTN.max(-1, keepdims=True))
-                sure_B = sure_B / over_BTN[:, 0].sum(-1)
+                top_B1 = 1 / over_BTN.sum(-1)
+                top_BT = lax.dynamic_update_slice_in_dim(top_BT, top_B1, i, axis=1)
+                if settings.chances_BC is not None:
+                    level_B1 = confidence_level(top_B1)
+                    top_B1 = jnp.take_along_axis(settings.chances_BC, level_B1, axis=1)
+                sure_B = sure_B * top_B1[:, 0]
             if draws is None:
                 index_B = argmax(logits_BTN[:, 0])
             else:
@@ -94,12 +110,12 @@ class Rounds:
                 log_q_BTN = lax.dynamic_update_slice_in_dim(log_q_BTN, log_BTN, i, axis=1)
             token_B = index_B if head is None else head.ids_N[index_B]
             tokens_BT = lax.dynamic_update_slice_in_dim(tokens_BT, token_B[:, None], i, axis=1)
-            return tokens_BT, log_q_BTN, sure_B
+            return tokens_BT, log_q_BTN, top_BT, sure_B
 
         def step(carry):
             """Runs the first layers on token i of each row, and drafts for the active rows."""
             active_B, i, cache, token_B, sure_B, drafts = carry
-            hidden, tokens_BT, log_q_BTN, count_B = drafts
+            hidden, tokens_BT, log_q_BTN, top_BT, count_B = drafts
             reached, cache = _run_segments(
                 model,
                 (0, *self.exits),
@@ -115,35 +131,36 @@ class Rounds:
             )
             active_B &= i < limit_B
             # The last pass drafts nothing; its column is unused.
-            tokens_BT, log_q_BTN, sure_B = lax.cond(
+            tokens_BT, log_q_BTN, top_BT, sure_B = lax.cond(
                 active_B.any(),
                 choose,
                 lambda x_BTD, i, *drafts: drafts,
-                *(x_BTD, i, tokens_BT, log_q_BTN, sure_B),
+                *(x_BTD, i, tokens_BT, log_q_BTN, top_BT, sure_B),
             )
             if settings.confidence is not None:
-                active_B &= sure_B >= settings.confidence
+                active_B &= sure_B >= settings.confidence[:, i]
             token_B, count_B = tokens_BT[:, i], count_B + active_B
             active_B &= ~state.is_stop(token_B)
-            drafts = (hidden, tokens_BT, log_q_BTN, count_B)
+            drafts = (hidden, tokens_BT, log_q_BTN, top_BT, count_B)
             return active_B, i + 1, cache, token_B, sure_B, drafts
 
         active_B = state.running_B
         if begun is None:
-            begun = self.no_draft(model, state, head)
+            begun = self.no_draft(model, state, settings)
         else:
             active_B &= settings.exit_layer > 0
-        drafts = (begun.hidden, begun.tokens_BT, begun.log_q_BTN, begun.count_B)
+        drafts = (begun.hidden, begun.tokens_BT, begun.log_q_BTN, begun.top_BT, begun.count_B)
         sure_B = jnp.ones_like(limit_B, jnp.float32)
         start = (active_B, 0, state.cache, state.pending_B, sure_B, drafts)
         with jax.named_scope(DRAFT):
             _, _, cache, _, _, drafts = lax.while_loop(lambda carry: carry[0].any(), step, start)
-        hidden, tokens_BT, log_q_BTN, count_B = drafts
-        return Draft(state.with_cache(cache), hidden, tokens_BT, count_B, log_q_BTN, head)
+        hidden, tokens_BT, log_q_BTN, top_BT, count_B = drafts
+        done = state.with_cache(cache)
+        return Draft(done, hidden, tokens_BT, count_B, log_q_BTN, head, top_BT)
 
-    def no_draft(self, model: Llama, state: DecodeState, head: DraftHead | None) -> Draft:
+    def no_draft(self, model: Llama, state: DecodeState, settings: RoundSettings) -> Draft:
         """A draft without tokens."""
-        shape_BT = (len(state.length_B), 1 + self.lengths[-1])
+        shape_BT, head = (len(state.length_B), 1 + self.lengths[-1]), settings.head
         size = model.config.vocab_size if head is None else len(head.ids_N)
         none_BTD = jnp.zeros((*shape_BT, model.config.hidden_size), model.dtype)
         return Draft(
@@ -153,24 +170,31 @@ class Rounds:
             jnp.zeros_like(state.length_B),
             None if state.draws is None else jnp.zeros((*shape_BT, size), jnp.float32),
             head,
+            None if settings.confidence is None else jnp.zeros(shape_BT, jnp.float32),
         )
 
     @jax.named_scope("verify")
     def verify(
-        self, model: Llama, draft: Draft, settings: RoundSettings, look: Callable | None = None
+        self,
+        model: Llama,
+        draft: Draft,
+        settings: RoundSettings,
+        look: Callable | None = None,
+        unseen: Any = None,
     ) -> tuple[DecodeState, Verified]:
         """Runs the other layers on the pending token and the drafts in one pass. Commits the
         accepted drafts and one token of the full model.
 
         look: called with the hidden states [B, T, D] of each exit, the full model's logits after
-        penalties, and the new tokens. Its scores [B, T, exits] are in the second value.
+        penalties, the new tokens, and the accepted count. The second value has its result, which
+        has the form of `unseen`.
         """
         state, longest, steps = draft.state, draft.count_B.max(), draft.tokens_BT.shape[1]
         rule = self.accept or (accept_equal if state.draws is None else accept_block)
 
         def judge(length: int, cache: KVCache, *_):
             """Verifies up to `length` drafts. Returns cache, accepted count, and for each position
-            the token, its log-probability and what `look` gives."""
+            the token and its log-probability; after the count, what `look` gives."""
             some = draft.first(1 + length)
             reached, cache = _run_segments(
                 model,
@@ -184,21 +208,20 @@ class Rounds:
             logits_BTV = model.unembed(reached[-1])
             changed_BTV = state.penalised(logits_BTV, 0, draft.tokens_BT)
             new_BT, accepted_B = rule(changed_BTV, some)
-            found = new_BT, state.log_probs(logits_BTV, new_BT)
+            seen = unseen
             if look is not None:
-                found += (look((some.hidden[0], *reached[:-1]), changed_BTV, new_BT),)
-            return cache, accepted_B, *(_padded(x, steps) for x in found)
+                seen = look((some.hidden[0], *reached[:-1]), changed_BTV, new_BT, accepted_B)
+            found = new_BT, state.log_probs(logits_BTV, new_BT)
+            return cache, accepted_B, seen, *(_padded(x_BT, steps) for x_BT in found)
 
         empty_BT, log_probs_BT = jnp.zeros_like(draft.tokens_BT), None
         if state.log_probs_BS is not None:
             log_probs_BT = empty_BT.astype(jnp.float32)
-        carry = (state.cache, jnp.zeros_like(draft.count_B), empty_BT, log_probs_BT)
-        if look is not None:
-            carry += (jnp.zeros((*empty_BT.shape, len(self.exits) - 1)),)
+        carry = (state.cache, jnp.zeros_like(draft.count_B), unseen, empty_BT, log_probs_BT)
         for shorter, length in pairwise((-1, *self.lengths)):
             fits = len(self.lengths) == 1 or (shorter < longest) & (longest <= length)
             carry = _run_if(fits, partial(judge, length), *carry)
-        cache, accepted_B, new_BT, log_probs_BT, *looked = carry
+        cache, accepted_B, seen, new_BT, log_probs_BT = carry
         done = state.with_cache(cache).commit(
             new_BT,
             accepted_B + 1,
@@ -208,7 +231,7 @@ class Rounds:
             log_probs_BT=log_probs_BT,
             source=settings.exit_layer,
         )
-        return done, Verified(new_BT, accepted_B, *looked)
+        return done, Verified(new_BT, accepted_B, seen)
 
 
 def _run_segments(model, bounds, runs, x_BTD, positions_BT, cache, kept=()):
@@ -231,10 +254,8 @@ def _run_segments(model, bounds, runs, x_BTD, positions_BT, cache, kept=()):
 
 
 def _padded(x_BT, steps):
-    """Array [B, T, ...] with `steps` columns."""
-    if x_BT is None:
-        return None
-    return jnp.pad(x_BT, ((0, 0), (0, steps - x_BT.shape[1])) + ((0, 0),) * (x_BT.ndim - 2))
+    """An array with `steps` columns."""
+    return None if x_BT is None else jnp.pad(x_BT, ((0, 0), (0, steps - x_BT.shape[1])))
 
 
 def _run_if(condition: Bool[Array, ""] | bool, run: Callable, *carry):

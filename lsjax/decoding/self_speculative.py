@@ -92,11 +92,12 @@ class SelfSpeculative(Strategy):
 
     def arguments(self, model: Llama) -> RoundSettings:
         """Exit, length and confidence as numbers, and the rows of the head that the draft uses."""
+        confidence, shape = self.draft_confidence, (1, 1 + self.lengths[-1])
         return RoundSettings(
             jnp.int32(self.exit_layer),
             jnp.int32(self.num_draft_tokens),
             None if self.vocabulary is None else self.vocabulary.head(model),
-            None if self.draft_confidence is None else jnp.float32(self.draft_confidence),
+            None if confidence is None else jnp.full(shape, confidence, jnp.float32),
         )
 
     def step(self, model: Llama, state: DecodeState, arguments: RoundSettings) -> DecodeState:

@@ -289,9 +289,8 @@ class Strategy(ABC):
         """The strategy for this engine; one that needs the costs of rounds measures them."""
         return self
 
-    def first_guess(self, batch: int, before: Any = None) -> Any:
-        """What the strategy knows of each row before its first round; None for most. before: what
-        it has learned of the last text."""
+    def first_guess(self, batch: int) -> Any:
+        """What the strategy knows of each row before its first round; None for most."""
         return None
 
     @abstractmethod

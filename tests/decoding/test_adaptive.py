@@ -3,22 +3,34 @@
 import dataclasses
 import json
 import math
+from functools import partial
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from lsjax.config import ConfigError, LlamaConfig
 from lsjax.decoding import calibration
-from lsjax.decoding.adaptive import EXIT_COUNT, EXIT_DECAY, LOOKUP_DECAY, Adaptive, Learned
+from lsjax.decoding.adaptive import Adaptive
 from lsjax.decoding.autoregressive import Autoregressive
-from lsjax.decoding.draft import DraftVocabulary
+from lsjax.decoding.draft import Draft, DraftVocabulary
 from lsjax.decoding.engine import Engine
+from lsjax.decoding.learned import (
+    DECAY,
+    LEVEL_COUNT,
+    LEVEL_SHARES,
+    LOOKUP_COUNT,
+    LOOKUP_SHARES,
+    Learned,
+)
 from lsjax.decoding.lookup import LONGEST
+from lsjax.decoding.programs import decode
 from lsjax.decoding.request import Request
 from lsjax.decoding.rounds import Verified
 from lsjax.decoding.sampling import Sampling
 from lsjax.decoding.self_speculative import SelfSpeculative
+from lsjax.decoding.state import DecodeState
 
 LENGTHS, EXITS = (0, 2, 5), (1, 2, 3)
 SAME = ((1.0,) * 3, *[(math.inf, 1.0, 1.0)] * 3)
@@ -116,61 +128,89 @@ def test_texts_of_a_seed_repeat(engine):
     assert len({tuple(one.token_ids) for one in first}) == 6
 
 
-def test_counts_of_sampled_texts_are_finite(engine):
+def test_counts_of_sampled_texts_are_finite(model):
     """Also if filters or a vocabulary give probability 0 to tokens."""
     strategy = adaptive(vocabulary=DraftVocabulary(np.arange(0, 258, 3)))
-    options = dict(sampling=Sampling(temperature=1.5, top_k=3, seed=4), max_new_tokens=60)
-    generate(engine, strategy, **options)
-    learned = dataclasses.asdict(engine.learned[strategy])
-    for name, counts in learned.items():
+    sampling = Sampling(temperature=1.5, top_k=3, seed=4)
+    state = DecodeState.create(
+        model.config,
+        [Request(prompt=prompt, max_new_tokens=60, sampling=sampling) for prompt in PROMPTS],
+        capacity=128,
+        num_layers=4,
+        dtype=jnp.float32,
+        learned=strategy.first_guess(len(PROMPTS)),
+    )
+    rounds = jax.jit(partial(decode, strategy=strategy))
+    learned = rounds(model, state, np.int32(20), strategy.arguments(model)).learned
+    for name, counts in dataclasses.asdict(learned).items():
         assert np.isfinite(counts).all(), name
-    assert (learned["passed_BE"] <= learned["tried_BE"]).all()
+    assert (learned.passed_BEC <= learned.tried_BEC).all() and (
+        learned.tried_BEC.sum((1, 2)) > 9
+    ).all()
+    assert (learned.rounds_B == 20).all()
 
 
-def test_greedy_texts_begin_with_what_was_learned(engine):
-    strategy = adaptive()
-    generate(engine, strategy, PROMPTS[:1])
-    learned = engine.learned[strategy]
-    start = Learned.create(1, 3)
-    assert learned.rounds_B > 0 and (learned.tried_BE != start.tried_BE).any()
-    # Two rows begin with the last text's shares of the exits, and with nothing else of it.
-    guess = dataclasses.asdict(strategy.first_guess(2, learned))
-    expected = np.repeat(EXIT_COUNT * learned.passed_BE / learned.tried_BE, 2, axis=0)
-    np.testing.assert_allclose(guess.pop("passed_BE"), expected, rtol=1e-6)
-    same = dataclasses.asdict(strategy.first_guess(2))
-    assert all((guess[name] == same[name]).all() for name in guess)
-    engine.use_model(engine.model)
-    assert engine.learned == {}
-
-
-def verified(tokens, accepted, scores):
-    return Verified(jnp.array(tokens), jnp.array(accepted), jnp.array(scores, jnp.float32))
+def drafted(tokens, count, top, log_q_BTN=None):
+    return Draft(None, (), *map(jnp.array, (tokens, count)), log_q_BTN, None, jnp.array(top))
 
 
 def test_counts_by_hand():
-    """Two rows, three drafts by exit 2 of (1, 2). Row 0: two pass. Row 1: none pass. The lookup was
-    right about row 0's first token; row 1 had none."""
-    start = Learned.create(2, 2)
-    scores = [[[1, 0.5], [0, 0.5], [1, 0.5], [1, 1]], [[0.25, 0], [1, 1], [1, 1], [1, 1]]]
-    round_ = verified([[4, 5, 6, 0], [7, 0, 0, 0]], [2, 0], scores)
-    own_E, drafted_B = jnp.array([False, True]), jnp.array([3, 3])
+    """Drafts by exit 2 of (1, 2). Row 0: two of three pass. Row 1: the draft stopped before its
+    first token, which was right. The lookup was right about row 0's first token; row 1 had none."""
+    top = [[0.99, 0.7, 0.5, 0.0], [0.3, 0.0, 0.0, 0.0]]
+    draft = drafted([[4, 5, 9, 0], [7, 0, 0, 0]], [3, 0], top)
+    seen = np.arange(20.0).reshape(2, 2, 5), np.arange(1, 21.0).reshape(2, 2, 5)
+    new = [[4, 5, 6, 0], [7, 0, 0, 0]]
+    verified = Verified(jnp.array(new), jnp.array([2, 0]), tuple(map(jnp.array, seen)))
+    start = Learned(*map(jnp.ones, [(2, 2, 5)] * 2 + [(2, 8)] * 2), jnp.zeros(2, jnp.int32))
     proposal_BT = jnp.array([[4, 9, 6], [7, 0, 0]])
-    rest = (own_E, drafted_B, jnp.array(True), jnp.array([7, 0]), proposal_BT)
-    after = start.after(round_, *rest)
-    g, h = EXIT_DECAY, LOOKUP_DECAY
-    # Exit 1 is scored at the three new tokens of row 0 and the one of row 1; exit 2 tried as many.
-    np.testing.assert_allclose(
-        after.passed_BE, [[2.8 * g**3 + 2, 2.8 * g**3 + 2], [2.8 * g + 0.25, 2.8 * g]], rtol=1e-6
-    )
-    np.testing.assert_allclose(after.tried_BE, [[4 * g**3 + 3] * 2, [4 * g + 1] * 2], rtol=1e-6)
+    rest = verified, jnp.array([False, True]), jnp.array([7, 0]), proposal_BT
+    after = start.after(draft, *rest)
+    # The levels begin at 0, 0.4, 0.6, 0.8 and 0.95.
+    tried, passed = np.array([[0, 1, 1, 0, 1], [1, 0, 0, 0, 0]]), [[0, 0, 1, 0, 1], [1, 0, 0, 0, 0]]
+    kept = DECAY ** tried.sum(1)[:, None]
+    np.testing.assert_allclose(after.passed_BEC[:, 1], kept + passed, rtol=1e-6)
+    np.testing.assert_allclose(after.tried_BEC[:, 1], kept + tried, rtol=1e-6)
+    kept = DECAY ** seen[1][:, 0].sum(1)[:, None]
+    np.testing.assert_allclose(after.passed_BEC[:, 0], kept + seen[0][:, 0], rtol=1e-6)
+    np.testing.assert_allclose(after.tried_BEC[:, 0], kept + seen[1][:, 0], rtol=1e-6)
     # Seven tokens matched, then eight.
-    looked, found = np.full((2, 8), 2.0), np.array(start.found_BM)
-    looked[0, 6], found[0, 6] = 2 * h + 1, found[0, 6] * h + 1
-    looked[0, 7], found[0, 7] = 2 * h + 1, found[0, 7] * h
+    looked, found = np.ones((2, 8)), np.ones((2, 8))
+    kept = DECAY
+    looked[0, 6], found[0, 6] = kept + 1, kept + 1
+    looked[0, 7], found[0, 7] = kept + 1, kept
     np.testing.assert_allclose(after.looked_BM, looked, rtol=1e-6)
     np.testing.assert_allclose(after.found_BM, found, rtol=1e-6)
-    unscored = start.after(round_, own_E, drafted_B, jnp.array(False), *rest[3:])
-    assert (unscored.tried_BE[:, 0] == 4).all() and (unscored.tried_BE[:, 1] != 4).all()
+    # When sampling, the token before which a draft stopped tells nothing.
+    sampled = start.after(drafted(draft.tokens_BT, [2, 0], top, jnp.zeros((2, 4, 9))), *rest)
+    counts = (sampled.tried_BEC[:, 1] / DECAY ** jnp.array([[2], [0]]) - 1).sum(1)
+    np.testing.assert_allclose(counts, [2 / DECAY**2, 0], rtol=1e-5)
+
+
+def test_seconds_of_drafts_by_hand():
+    """Rounds of 0, 2 and 5 drafts take 4, 10 and 22 seconds, of which verifications take 2, 4, 7: a
+    draft costs (12 - 3) / 3. The third one costs 12 seconds for 1 + 1/2 + 1/4 expected tokens."""
+    found = adaptive().seconds_of_drafts(
+        jnp.array([4.0, 10.0, 22.0]), jnp.array([2.0, 4.0, 7.0]), jnp.array([0.5])
+    )
+    np.testing.assert_allclose(found, [[3, 3, 12 / 1.75, 3, 3, 3]], rtol=1e-6)
+    unmeasured = adaptive().seconds_of_drafts(
+        jnp.array([4.0, 10.0, math.inf]), jnp.array([2.0, 4.0, 7.0]), jnp.array([0.5])
+    )
+    np.testing.assert_allclose(unmeasured, [[0, 0, math.inf, 0, 0, 0]])
+
+
+def test_dear_drafts_are_shorter(engine, expected):
+    """Exit 3 is always taken. Where a draft costs as much as a round, unsure drafts end early."""
+    lengths = []
+    for dear in (0.0, 0.3):
+        seconds = np.full((4, 3), math.inf)
+        seconds[0], seconds[3, 1:] = (1.0, 1.0, 1.0), (0.1 + 2 * dear, 0.1 + 5 * dear)
+        seconds[0] *= 100
+        found = generate(engine, adaptive(tuple(map(tuple, seconds.tolist()))))
+        assert [one.token_ids for one in found] == expected
+        lengths.append(sum(one.drafted for one in found) / sum(one.rounds for one in found))
+    assert 0 < lengths[1] < lengths[0] - 1
 
 
 def test_scores_take_a_hundredth_of_the_bytes():
@@ -181,15 +221,34 @@ def test_scores_take_a_hundredth_of_the_bytes():
     assert Adaptive((8, 15), DraftVocabulary(np.arange(1024))).scored_every(config) == 4
 
 
-def test_expected_tokens_by_hand():
-    one = Learned.create(1, 1)
-    one = dataclasses.replace(one, passed_BE=jnp.array([[3.0]]), tried_BE=jnp.array([[4.0]]))
-    tokens = one.exit_tokens(jnp.array([0, 1, 3]))[0, 0]
-    np.testing.assert_allclose(tokens, [1, 1.75, 1 + 0.75 + 0.75**2 + 0.75**3], rtol=1e-6)
-    half = dataclasses.replace(one, found_BM=one.looked_BM.at[0, LONGEST - 1].mul(0.5))
-    tokens = half.lookup_tokens(jnp.array([LONGEST - 1]), (0, 1, 3))[0]
-    np.testing.assert_allclose(tokens, [1, 2, 2 + 0.5 + 0.25], rtol=1e-6)
-    assert half.lookup_tokens(jnp.array([0]), (0, 1, 3)).tolist() == [[1, 1, 1]]
+def test_chances_by_hand():
+    """Prior counts are added to those of the rounds."""
+    one, count = Learned.create(1, 1), LEVEL_COUNT
+    assert one.chance_BE[0, 0] == pytest.approx(np.mean(LEVEL_SHARES))
+    np.testing.assert_allclose(one.chances_BEC[0, 0], LEVEL_SHARES, rtol=1e-6)
+    one = dataclasses.replace(
+        one,
+        passed_BEC=one.passed_BEC.at[0, 0, 4].set(2),
+        tried_BEC=one.tried_BEC.at[0, 0, 4].set(3),
+    )
+    expected = [*LEVEL_SHARES[:4], (LEVEL_SHARES[4] * count + 2) / (count + 3)]
+    np.testing.assert_allclose(one.chances_BEC[0, 0], expected, rtol=1e-6)
+    share = (count * sum(LEVEL_SHARES) + 2) / (5 * count + 3)
+    assert one.chance_BE[0, 0] == pytest.approx(share)
+
+
+def test_tokens_of_lookups_by_hand():
+    """Seven tokens match. The eighth is found as often as not."""
+    found = np.zeros((1, LONGEST))
+    found[0, LONGEST - 1] = 10 - LOOKUP_COUNT * LOOKUP_SHARES[-1]
+    one = dataclasses.replace(
+        Learned.create(1, 1),
+        found_BM=jnp.array(found),
+        looked_BM=jnp.zeros((1, LONGEST)).at[0, -1].set(20 - LOOKUP_COUNT),
+    )
+    tokens, seventh = one.lookup_tokens(jnp.array([LONGEST - 1]), (0, 1, 3))[0], LOOKUP_SHARES[-2]
+    np.testing.assert_allclose(tokens, [1, 1 + seventh, 1 + seventh * 1.75], rtol=1e-6)
+    assert one.lookup_tokens(jnp.array([0]), (0, 1, 3)).tolist() == [[1, 1, 1]]
 
 
 def test_measured_seconds_are_kept(model, tokenizer, tmp_path, monkeypatch):

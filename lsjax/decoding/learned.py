@@ -1,0 +1,111 @@
+"""What the strategy auto learns while it decodes: which drafts pass."""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from lsjax.decoding.draft import Draft
+from lsjax.decoding.lookup import LONGEST
+from lsjax.decoding.rounds import Verified, confidence_level
+
+DECAY = 0.97  # weight of the older counts, for each new one
+# Added to the counts: how many drafts of each kind, and what share of them passed.
+LEVEL_COUNT, LEVEL_SHARES = 1.2, (0.2, 0.5, 0.7, 0.875, 0.975)
+LOOKUP_COUNT, LOOKUP_SHARES = 2.0, (0.2, 0.35, 0.5, 0.6, 0.7, 0.75, 0.8, 0.85)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Learned:
+    """Decayed counts of each row. E: exits. C: levels of their top probability. M: matching tokens
+    of a lookup, 1 to LONGEST."""
+
+    passed_BEC: Float[Array, "B E C"]
+    tried_BEC: Float[Array, "B E C"]
+    found_BM: Float[Array, "B M"]
+    looked_BM: Float[Array, "B M"]
+    rounds_B: Int[Array, " B"]
+
+    @classmethod
+    def create(cls, batch: int, exits: int) -> "Learned":
+        """Nothing is known before the first round."""
+        shapes = [(batch, exits, len(LEVEL_SHARES))] * 2 + [(batch, LONGEST)] * 2
+        return cls(*map(jnp.zeros, shapes), jnp.zeros(batch, jnp.int32))
+
+    @property
+    def chances_BEC(self) -> Float[Array, "B E C"]:
+        """Chance that a draft of each exit passes, by its top probability."""
+        passed_BEC = self.passed_BEC + LEVEL_COUNT * jnp.array(LEVEL_SHARES)
+        return passed_BEC / (self.tried_BEC + LEVEL_COUNT)
+
+    @property
+    def chance_BE(self) -> Float[Array, "B E"]:
+        """Chance that a draft of each exit passes."""
+        passed_BE = self.passed_BEC.sum(-1) + LEVEL_COUNT * sum(LEVEL_SHARES)
+        tried_BE = self.tried_BEC.sum(-1) + LEVEL_COUNT * len(LEVEL_SHARES)
+        return jnp.minimum(passed_BE / tried_BE, 0.999)
+
+    def lookup_tokens(
+        self, matched_B: Int[Array, " B"], lengths: tuple[int, ...]
+    ) -> Float[Array, "B D"]:
+        """Expected tokens of a round with a lookup of each draft length."""
+        found_BM = self.found_BM + LOOKUP_COUNT * jnp.array(LOOKUP_SHARES)
+        share_BM = found_BM / (self.looked_BM + LOOKUP_COUNT)
+        place_BT = jnp.clip(matched_B[:, None] + jnp.arange(lengths[-1]), 1, LONGEST) - 1
+        passes_BT = jnp.cumprod(jnp.take_along_axis(share_BM, place_BT, axis=1), axis=1)
+        passes_BT = jnp.where(matched_B[:, None] > 0, passes_BT, 0)
+        tokens_BT = 1 + jnp.pad(jnp.cumsum(passes_BT, axis=1), ((0, 0), (1, 0)))
+        return tokens_BT[:, np.array(lengths)]
+
+    def after(
+        self,
+        draft: Draft,
+        verified: Verified,
+        own_E: Bool[Array, " E"],
+        matched_B: Int[Array, " B"],
+        proposal_BT: Int[Array, "B T"],
+    ) -> "Learned":
+        """The counts after a round. own_E: the exit that drafted. `verified.seen` has the counts of
+        the others."""
+        accepted_B1, new_BT = verified.accepted_B[:, None], verified.tokens_BT
+        is_new_BT = jnp.arange(new_BT.shape[1]) <= accepted_B1
+        passed_BEC, tried_BEC = verified.seen
+        if draft.top_BT is not None:
+            right_BT = jnp.arange(new_BT.shape[1]) < accepted_B1
+            tried_BT = is_new_BT & draft.exists_BT
+            if draft.log_q_BTN is None:  # also the token before which the draft stopped
+                right_BT, tried_BT = draft.tokens_BT == new_BT, is_new_BT & (draft.top_BT > 0)
+            own = own_E[:, None]
+            own_passed_BC, own_tried_BC = by_level(draft.top_BT, tried_BT, right_BT)
+            passed_BEC = jnp.where(own, own_passed_BC[:, None], passed_BEC)
+            tried_BEC = jnp.where(own, own_tried_BC[:, None], tried_BEC)
+        kept_BE1 = DECAY ** tried_BEC.sum(-1, keepdims=True)
+
+        # Right tokens of the lookup, and the first wrong one.
+        right_BT = proposal_BT == new_BT[:, :-1]
+        reached_BT = jnp.cumprod(jnp.pad(right_BT, ((0, 0), (1, 0)), constant_values=True), axis=1)
+        looked_BT = (reached_BT[:, :-1] > 0) & is_new_BT[:, :-1] & (matched_B[:, None] > 0)
+        size_BT = jnp.minimum(matched_B[:, None] + jnp.arange(right_BT.shape[1]), LONGEST)
+        size_BTM = size_BT[..., None] == jnp.arange(1, LONGEST + 1)
+        looked_BM = (size_BTM & looked_BT[..., None]).sum(1)
+        found_BM = (size_BTM & (looked_BT & right_BT)[..., None]).sum(1)
+        kept_BM = DECAY**looked_BM
+        return Learned(
+            self.passed_BEC * kept_BE1 + passed_BEC,
+            self.tried_BEC * kept_BE1 + tried_BEC,
+            self.found_BM * kept_BM + found_BM,
+            self.looked_BM * kept_BM + looked_BM,
+            self.rounds_B + 1,
+        )
+
+
+def by_level(
+    top_BT: Float[Array, "B T"], tried_BT: Bool[Array, "B T"], passed_BT: Float[Array, "B T"]
+) -> tuple[Float[Array, "B C"], Float[Array, "B C"]]:
+    """Counts of passed and of tried drafts, by their top probability."""
+    level_BTC = confidence_level(top_BT)[..., None] == jnp.arange(len(LEVEL_SHARES))
+    tried_BTC = (level_BTC & tried_BT[..., None]).astype(jnp.float32)
+    return (tried_BTC * passed_BT[..., None]).sum(1), tried_BTC.sum(1)
