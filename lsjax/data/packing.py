@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import TypedDict
 
 import numpy as np
-from jaxtyping import Int32, Int64, UInt8, UInt64
+from jaxtyping import Int32, Int64, UInt8
 
 from lsjax.config import DataConfig
 
@@ -28,13 +28,12 @@ OPEN_ROWS = 1024  # number of newest rows that first-fit searches
 class TokenStore:
     """Tokens of N documents: document n is tokens[starts_N1[n] : starts_N1[n + 1]].
 
-    prompts_N: prompt tokens of each document. keys_N: `Document.key`.
+    prompts_N: prompt tokens of each document.
     """
 
     tokens: np.ndarray
     starts_N1: Int64[np.ndarray, "N+1"]
     prompts_N: Int32[np.ndarray, "N"]
-    keys_N: UInt64[np.ndarray, "N"]
 
     @property
     def lengths_N(self) -> Int64[np.ndarray, "N"]:
