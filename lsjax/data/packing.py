@@ -35,11 +35,6 @@ class TokenStore:
     starts_N1: Int64[np.ndarray, "N+1"]
     prompts_N: Int32[np.ndarray, "N"]
 
-    @property
-    def lengths_N(self) -> Int64[np.ndarray, "N"]:
-        """Number of tokens of each document."""
-        return np.diff(self.starts_N1)
-
 
 class PackedBatch(TypedDict):
     """Rows of one host, [B, T] each; a plain dict of numpy arrays.
@@ -115,7 +110,7 @@ def pack(
     store: TokenStore, documents_M: Int64[np.ndarray, "M"], seq_len: int, config: DataConfig
 ) -> PackedRows:
     """Packs these documents in this order; drops those without labels or truncated to a prompt."""
-    lengths_M = store.lengths_N[documents_M]
+    lengths_M = np.diff(store.starts_N1)[documents_M]
     truncated = dropped = 0
     if config.long_documents == "split":
         which_P, offset_P, length_P, row_P = split(lengths_M, seq_len, config.packing)

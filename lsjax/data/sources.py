@@ -21,8 +21,8 @@ from lsjax.data.pieces import LARGEST_PIECE, Document, Source, is_held_out
 # Tests are repetitive, installed packages vary, and the rest is specific to one machine.
 LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 OF_ONE_MACHINE = ("_sysconfigdata", "sitecustomize", "usercustomize")
-# Packages of TFDS whose classes it does not find without TensorFlow.
 LARGE_DOCUMENT = 10_000_000  # bytes of a file above which a separator is missed
+# Packages of TFDS whose classes it does not find without TensorFlow.
 TFDS_PACKAGES = ("text", "summarization", "question_answering", "translate")
 
 
