@@ -125,7 +125,6 @@ def simulate(arguments: Arguments, cache: Path) -> None:
         tokens=draw.integers(0, 256, OF_A_SHARD * TOKENS).astype(job.dtype),
         starts_N1=np.arange(OF_A_SHARD + 1) * TOKENS,
         prompts_N=np.zeros(OF_A_SHARD, np.int32),
-        keys_N=np.arange(OF_A_SHARD, dtype=np.uint64),
     )
     rows = pack(store, np.arange(OF_A_SHARD), arguments.seq_len, arguments.data)
     records = rows.records(np.arange(len(rows))).tobytes()

@@ -151,7 +151,7 @@ def test_files_of_a_bucket(bucket):
         "deep/b.txt",
         "deep/er/c.txt",
     ]
-    assert list(read_lines(found[0])) == [(1, "one\n"), (2, "two\n")]
+    assert list(read_lines(found[0])) == [(1, 0, "one\n"), (2, 4, "two\n")]
     assert found[0].stat().st_size == 8 and found[0].stat().st_mtime_ns > 1e18
     assert found[0].is_file() and not found[0].is_dir() and (bucket / "deep").is_dir()
     with pytest.raises(ConfigError, match="deep is a directory"):

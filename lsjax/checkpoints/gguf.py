@@ -50,15 +50,15 @@ class GGUFSource(TensorSource):
     """A GGUF file, or all parts of a split one, whose first part has the metadata.
 
     path: the file, or any part. Raises CheckpointError for anything but complete little-endian
-    GGUFs of version 2 or 3 of a supported architecture, for a missing part, or without the `gguf`
-    package.
+    GGUFs of version 2 or 3 of a supported architecture, or without the `gguf` package. Raises
+    FileNotFoundError for a missing part.
     """
 
     names = "gguf"
 
     def __init__(self, path: Path):
         self.path, parts = path, gguf_parts(path)
-        readers = [_open_part(part, number, len(parts)) for number, part in enumerate(parts)]
+        readers = [open_gguf(part, CheckpointError) for part in parts]
         self._reader = readers[0]
         self.tensors = {
             tensor.name: (part, tensor)
@@ -170,23 +170,6 @@ class GGUFSource(TensorSource):
             f"{self.where(_ROPE_FACTORS)}: its divisors {divisors.min():g} to {factor:g} are not "
             "those of Llama 3 (factors 1 and 4, 8192 positions): use the original model instead"
         )
-
-
-def _open_part(file: Path, number: int, count: int) -> Any:
-    """Reader of a part of a split GGUF, or of a single file (part 0 of 1)."""
-    if not file.exists():
-        raise CheckpointError(f"{file}: part {number + 1} of {count} is missing: add it")
-    reader = open_gguf(file, CheckpointError)
-    for key, wanted in (("split.no", number), ("split.count", count)):
-        field = reader.get_field(key)
-        found = wanted if field is None else field.contents()
-        merged = found == 0 and count == 1  # what llama.cpp's merging of parts writes
-        if found != wanted and not merged:
-            raise CheckpointError(
-                f"{file}: {key} is {found}, but its name says {wanted}: restore the original "
-                "names, NAME-00001-of-00003.gguf for part 0 of 3"
-            )
-    return reader
 
 
 def _half_split(weight: np.ndarray, heads: int) -> np.ndarray:

@@ -63,7 +63,7 @@ def read_pieces(file: Path) -> Iterator[str]:
         for _, row in json_rows(file):
             yield from _strings(row)
         return
-    lines = (line for _, line in read_lines(file))
+    lines = (line for *_, line in read_lines(file))
     while piece := "".join(islice(lines, LINES)):
         yield piece
 

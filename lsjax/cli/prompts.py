@@ -98,7 +98,7 @@ def prompt_rows(
             where = f"prompt {number} of {len(prompts)}" if len(prompts) > 1 else "--prompt"
             yield str(number), where, {"prompt": prompt}
     elif file.suffix == ".txt":
-        text = "".join(line for _, line in read_lines(file)).removesuffix("\n")
+        text = "".join(line for *_, line in read_lines(file)).removesuffix("\n")
         yield file.name, str(file), {"prompt": text}
     else:
         yield from file_rows([str(file)], refuse)

@@ -1,10 +1,10 @@
 """Data of a run: source of the text, tokenizer, and packing of tokens into rows."""
 
-import string
+import re
 from dataclasses import dataclass
 from typing import Literal
 
-from lsjax.config.checked import Checked, ConfigError, bounded, check
+from lsjax.config.checked import Checked, bounded, check
 
 FILES = ("text", "jsonl", "tsv", "array_record")
 ROWS = ("jsonl", "tsv", "tfds")
@@ -21,6 +21,7 @@ READ_BY = {  # fields that only some sources read
     "tfds_data_dir": ("tfds",),
     "validation_split": ("tfds",),
 }
+TEMPLATE = re.compile(r"([^{}]|\{\{|\}\}|\{[^{}:!]+\})*")  # characters, {{, }} and {name}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,18 +145,11 @@ class DataConfig(Checked, prefix="data."):
         )
         for name in ("text_template", "prompt_template", "response_template"):
             template = getattr(self, name)
-            try:
-                fields = [part[1:] for part in string.Formatter().parse(template)]
-            except ValueError as error:
-                raise ConfigError(
-                    f"data.{name} {template!r}: {error}; write {{{{ for a brace"
-                ) from None
-            for field, spec, conversion in fields:
-                check(
-                    field is None or (field != "" and not spec and not conversion),
-                    f"data.{name} {template!r} has braces that hold more than a field's name: "
-                    "write {name} for a field, {{ for a brace",
-                )
+            check(
+                TEMPLATE.fullmatch(template) is not None,
+                f"data.{name} {template!r} has braces that do not hold just a field's name: "
+                "write {name} for a field, {{ for a brace",
+            )
         check(
             self.has_prompts or "{" in self.text_template,
             f"data.text_template {self.text_template!r} names no field: write one in braces",

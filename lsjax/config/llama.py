@@ -152,10 +152,6 @@ class LlamaConfig(Checked):
         """Standard deviation of new weights that write to the residual stream."""
         return self.init_std / math.sqrt(2 * self.num_layers if self.scaled_init else 1)
 
-    def cache_bytes(self, batch: int, capacity: int, itemsize: int) -> int:
-        """Bytes of a key/value cache of `capacity` slots for `batch` rows."""
-        return 2 * self.num_layers * batch * capacity * self.num_kv_heads * self.head_dim * itemsize
-
     @classmethod
     def tiny(cls, **changes) -> "LlamaConfig":
         """A small model for tests: 4 layers, width 64, 4 heads over 2 K/V heads."""

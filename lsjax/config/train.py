@@ -36,13 +36,8 @@ class MeshConfig(Checked, prefix="mesh."):
         and if the slices or, with a -1, the other sizes do not divide the number of devices.
         """
         sizes = dataclasses.asdict(self)
+        asked = " x ".join(f"{name} {size}" for name, size in sizes.items() if size != 1)
         slices = sizes.pop("slices")
-        check(
-            num_devices % slices == 0,
-            f"mesh.slices {slices} does not divide {num_devices} devices: choose a divisor",
-        )
-        num_devices //= slices
-        where = " in each slice" if slices > 1 else ""
         for name, size in sizes.items():
             check(
                 size == -1 or size >= 1,
@@ -53,31 +48,23 @@ class MeshConfig(Checked, prefix="mesh."):
             len(rest) <= 1,
             f"mesh.{' and mesh.'.join(rest)} are -1: use -1 for only one of them",
         )
-        asked = " x ".join(f"{name} {size}" for name, size in sizes.items() if size != 1)
         fixed = math.prod(size for size in sizes.values() if size != -1)
+        of_slice, over = divmod(num_devices, slices)
+        fits = over == 0 and (of_slice % fixed == 0 if rest else fixed <= of_slice)
+        several = "a multiple of " if rest or slices > 1 else ""
         check(
-            fixed <= num_devices,
-            f"a mesh of {asked} needs {fixed} devices, but there are {num_devices}{where}: "
-            "choose smaller --mesh sizes",
+            fits,
+            f"a mesh of {asked} needs {several}{fixed * slices} devices, but there are "
+            f"{num_devices}: choose --mesh sizes that fit",
         )
-        check(
-            not rest or num_devices % fixed == 0,
-            f"a mesh of {asked} does not fit {num_devices} devices{where}: {fixed} does not divide "
-            "them",
-        )
-        sizes |= dict.fromkeys(rest, num_devices // fixed)
+        sizes |= dict.fromkeys(rest, of_slice // fixed)
         return sizes | {"data": sizes["data"] * slices}
 
     def check_decoding(self) -> None:
         """Raises ConfigError if this is a mesh for training only."""
-        check(
-            self.slices == 1,
-            f"mesh.slices {self.slices} is for training: decode in one slice, without the flag",
-        )
-        check(
-            self.context == 1,
-            f"mesh.context {self.context} is for training: decode without the flag",
-        )
+        for name in ("slices", "context"):
+            size = getattr(self, name)
+            check(size == 1, f"mesh.{name} {size} is for training: decode without the flag")
 
 
 @dataclass(frozen=True, kw_only=True)

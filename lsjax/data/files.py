@@ -12,7 +12,7 @@ import uuid
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import chain, islice, takewhile
+from itertools import chain, islice
 from typing import Any
 
 from lsjax.config import ConfigError, Path, as_path, check, in_bucket
@@ -77,21 +77,13 @@ def stop_at(error: ConfigError) -> None:
 
 def read_lines(
     file: Path, refuse: Refuse = stop_at, begin: int = 0, end: int | None = None
-) -> Iterator[tuple[int, str]]:
-    """Line numbers and texts of a UTF-8 file; decompresses a .gz file.
+) -> Iterator[tuple[int, int, str]]:
+    """Number, offset of the first byte, and text of each line of a UTF-8 file.
 
-    Removes a byte order mark, and ends lines with \\n. Raises ConfigError for a damaged .gz file.
+    Decompresses a .gz file, removes a byte order mark, and ends lines with \\n. Raises ConfigError
+    for a damaged .gz file.
     begin, end: only lines whose first byte is in this range, numbered from 1.
     """
-    lines = lines_with_offsets(file, refuse, begin)
-    lines = lines if end is None else takewhile(lambda one: one[1] < end, lines)
-    return ((number, line) for number, _, line in lines)
-
-
-def lines_with_offsets(
-    file: Path, refuse: Refuse = stop_at, begin: int = 0
-) -> Iterator[tuple[int, int, str]]:
-    """Number, offset of the first byte, and text of the lines that begin at `begin` or later."""
     at = begin
     try:
         # Files in buckets are read slowly without a large buffer.
@@ -101,6 +93,8 @@ def lines_with_offsets(
                 lines.seek(begin - 1)
                 at += len(lines.readline()) - 1
             for number, line in enumerate(lines, 1):
+                if end is not None and at >= end:
+                    return
                 try:
                     text = line.decode("utf-8" if at else "utf-8-sig")
                 except UnicodeDecodeError:
@@ -118,7 +112,7 @@ def json_rows(
     file: Path, refuse: Refuse = stop_at, begin: int = 0, end: int | None = None
 ) -> Iterator[tuple[int, Fields]]:
     """Line numbers and objects of a .jsonl file; skips blank lines."""
-    for number, line in read_lines(file, refuse, begin, end):
+    for number, _, line in read_lines(file, refuse, begin, end):
         if not line.strip():
             continue
         try:
@@ -139,9 +133,9 @@ def tab_separated_rows(
     """Line numbers and columns, keyed by the header's names; quotes are plain characters."""
     lines = read_lines(file, refuse, begin, end)
     if begin:  # the header is the first line that is not blank
-        heads = (one for one in read_lines(file, refuse) if one[1].replace("\t", "").strip())
+        heads = (one for one in read_lines(file, refuse) if one[2].replace("\t", "").strip())
         lines = chain(islice(heads, 1), lines)
-    columns = ((number, line.removesuffix("\n").split("\t")) for number, line in lines)
+    columns = ((number, line.removesuffix("\n").split("\t")) for number, _, line in lines)
     yield from _named_columns(file, columns, refuse)
 
 
@@ -149,7 +143,7 @@ def comma_separated_rows(file: Path, refuse: Refuse = stop_at) -> Iterator[tuple
     """Rows of a .csv file, as of a .tsv; quoted columns may contain commas and line breaks."""
 
     def lines() -> Iterator[tuple[int, list[str]]]:
-        reader, begin = csv.reader(line for _, line in read_lines(file, refuse)), 1
+        reader, begin = csv.reader(line for *_, line in read_lines(file, refuse)), 1
         try:
             for columns in reader:
                 yield begin, columns

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import TypedDict
 
 import numpy as np
-from jaxtyping import Int32, Int64, UInt8, UInt64
+from jaxtyping import Int32, Int64, UInt8
 
 from lsjax.config import DataConfig
 
@@ -28,18 +28,12 @@ OPEN_ROWS = 1024  # number of newest rows that first-fit searches
 class TokenStore:
     """Tokens of N documents: document n is tokens[starts_N1[n] : starts_N1[n + 1]].
 
-    prompts_N: prompt tokens of each document. keys_N: `Document.key`.
+    prompts_N: prompt tokens of each document.
     """
 
     tokens: np.ndarray
     starts_N1: Int64[np.ndarray, "N+1"]
     prompts_N: Int32[np.ndarray, "N"]
-    keys_N: UInt64[np.ndarray, "N"]
-
-    @property
-    def lengths_N(self) -> Int64[np.ndarray, "N"]:
-        """Number of tokens of each document."""
-        return np.diff(self.starts_N1)
 
 
 class PackedBatch(TypedDict):
@@ -116,7 +110,7 @@ def pack(
     store: TokenStore, documents_M: Int64[np.ndarray, "M"], seq_len: int, config: DataConfig
 ) -> PackedRows:
     """Packs these documents in this order; drops those without labels or truncated to a prompt."""
-    lengths_M = store.lengths_N[documents_M]
+    lengths_M = np.diff(store.starts_N1)[documents_M]
     truncated = dropped = 0
     if config.long_documents == "split":
         which_P, offset_P, length_P, row_P = split(lengths_M, seq_len, config.packing)

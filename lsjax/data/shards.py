@@ -10,7 +10,6 @@ Documents are encoded in batches, and long ones in parts, which bounds the memor
 import os
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -18,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from types import ModuleType
 from typing import Any
 
@@ -63,12 +62,8 @@ class Job:
         return np.dtype(np.uint16 if self.tokenizer.vocab_size <= 1 << 16 else np.uint32)
 
     def meta(self, number: int) -> Path:
-        """JSON file of a shard."""
+        """JSON file of a shard; exists once the shard is complete."""
         return self.directory / f"{number:06d}.json"
-
-    def is_made(self, number: int) -> bool:
-        """Whether a shard is complete."""
-        return self.meta(number).exists()
 
 
 def make_shard(job: Job, source: Source, number: int, piece: Piece) -> None:
@@ -86,7 +81,6 @@ def make_shard(job: Job, source: Source, number: int, piece: Piece) -> None:
         tokens=np.concatenate([np.empty(0, job.dtype), *ids]),
         starts_N1=np.cumsum([0, *map(len, ids)]),
         prompts_N=np.array(prompts, np.int32),
-        keys_N=keys_N,
     )
     held_N = is_held_out(keys_N, job.config.held_out_fraction)
     chosen = {"train": ~held_N, "validation": held_N}
@@ -234,8 +228,7 @@ def make_shards(
     parts = [numbers[at : at + THREADS] for at in range(0, len(numbers), THREADS)]
     pool: Executor
     if min(workers, len(parts)) > 1:
-        start = (job, os.getpid())
-        pool = ProcessPoolExecutor(min(workers, len(parts)), get_context("spawn"), _start, start)
+        pool = ProcessPoolExecutor(min(workers, len(parts)), get_context("spawn"), _start, (job,))
         make = _make
     else:
         pool, parts = ThreadPoolExecutor(THREADS), [[number] for number in numbers]
@@ -270,12 +263,11 @@ def _another_main() -> Iterator[None]:
 _jobs: list[tuple[Job, Source]] = []  # of a process that tokenizes
 
 
-def _start(job: Job, parent: int) -> None:
+def _start(job: Job) -> None:
     """Begins a process that tokenizes, and ends with its parent."""
 
     def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(0.5)
+        parent_process().join()
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()

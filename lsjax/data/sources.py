@@ -15,21 +15,14 @@ from dataclasses import replace
 from typing import Any
 
 from lsjax.config import ConfigError, DataConfig, Path, as_path, check, in_bucket
-from lsjax.data.files import (
-    READERS,
-    Fields,
-    find_files,
-    lines_with_offsets,
-    one_line,
-    read_lines,
-)
+from lsjax.data.files import READERS, Fields, find_files, one_line, read_lines
 from lsjax.data.pieces import LARGEST_PIECE, Document, Source, is_held_out
 
 # Tests are repetitive, installed packages vary, and the rest is specific to one machine.
 LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 OF_ONE_MACHINE = ("_sysconfigdata", "sitecustomize", "usercustomize")
-# Packages of TFDS whose classes it does not find without TensorFlow.
 LARGE_DOCUMENT = 10_000_000  # bytes of a file above which a separator is missed
+# Packages of TFDS whose classes it does not find without TensorFlow.
 TFDS_PACKAGES = ("text", "summarization", "question_answering", "translate")
 
 
@@ -104,16 +97,16 @@ def text_files(paths: Sequence[str], separator: str) -> Source:
 
     def read(file: Path, begin: int, end: int | None) -> Iterator[Document]:
         if separator == "file":
-            yield Document("".join(line for _, line in read_lines(file, begin=begin, end=end)))
+            yield Document("".join(line for *_, line in read_lines(file, begin=begin, end=end)))
             return
         if "\n" in separator:
-            text = "".join(line for _, line in read_lines(file))
+            text = "".join(line for *_, line in read_lines(file))
             yield from map(Document, text.split(separator))
             return
         # The documents after the separators in this range; at the file's begin also the first one.
         lines: list[str] | None = None if begin else []
         size, tail = 0, "\n" if blank else ""
-        for _, at, line in lines_with_offsets(file, begin=begin):
+        for _, at, line in read_lines(file, begin=begin):
             first, *others = cut(line)
             size += len(line)
             if lines is not None:

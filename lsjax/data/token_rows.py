@@ -237,7 +237,7 @@ def make_missing(job: Job, source: Source, share: Share, workers: int | None) ->
     every = range(len(pieces))
     turns = (every[share.index :: share.count], every)
     for mine in turns[:1] if share.alone else turns:
-        missing = [number for number in mine if not job.is_made(number)]
+        missing = [number for number in mine if not job.meta(number).exists()]
         with Progress(console=Console(stderr=True), transient=True) as progress:
             total = sum(sizes[number] for number in missing)
             task = progress.add_task(f"tokens of {source.name}", total=total)
@@ -247,7 +247,7 @@ def make_missing(job: Job, source: Source, share: Share, workers: int | None) ->
                 lambda number, task=task: progress.advance(task, sizes[number]),
             )
         share.wait("shards of tokens are made")
-    missing = sum(not job.is_made(number) for number in every)
+    missing = sum(not job.meta(number).exists() for number in every)
     if missing:
         raise ShardsMissing(
             f"{missing} of {len(pieces)} shards are missing: run the other parts of --shard"

@@ -52,7 +52,7 @@ def make_tokenizer(config: DataConfig, *, cache: Path) -> Tokenizer:
             name = hashlib.sha256(json.dumps(known).encode()).hexdigest()[:32]
             file = cache / "vocabularies" / f"of-{name}.model"
             if not file.is_file():
-                made = train_tokenizer(training_documents(config), config.vocab_size, cache=cache)
+                made = train_tokenizer(training_documents(config), config.vocab_size)
                 write_whole(file, made.model)
             return SentencePieceTokenizer(file.read_bytes())
         case path:
@@ -60,28 +60,17 @@ def make_tokenizer(config: DataConfig, *, cache: Path) -> Tokenizer:
 
 
 def train_tokenizer(
-    documents: Iterable[Document], vocab_size: int, *, cache: Path, sample: int = SAMPLE
+    documents: Iterable[Document], vocab_size: int, *, sample: int = SAMPLE
 ) -> SentencePieceTokenizer:
     """Trains a SentencePiece BPE of vocab_size: <unk> 0, <s> 1, </s> 2, 256 bytes, then pieces.
 
-    Decoding restores the text exactly. Equal documents in any order give an equal vocabulary,
-    which is cached. If there are more than `sample` characters, it reads a random part.
+    Decoding restores the text exactly. Equal documents in any order give an equal vocabulary.
+    If there are more than `sample` characters, it reads a random part.
 
     Raises ConfigError if there is too little text, or too many different characters.
     """
     texts = _sample(documents, sample)
     check(bool(texts), "there are no documents to train a vocabulary on: check the source")
-    settings = dict(vocab_size=vocab_size, **SETTINGS)
-    digest = hashlib.sha256(f"{sentencepiece.__version__} {sorted(settings.items())}".encode())
-    for text in texts:
-        digest.update(hashlib.sha256(text.encode()).digest())
-    file = cache / "vocabularies" / f"{digest.hexdigest()[:32]}.model"
-    if not file.is_file():
-        write_whole(file, _train(texts, vocab_size))
-    return SentencePieceTokenizer(file.read_bytes())
-
-
-def _train(texts: list[str], vocab_size: int) -> bytes:
     model, settings = io.BytesIO(), dict(vocab_size=vocab_size, minloglevel=2, **SETTINGS)
     lines = (line for text in texts for line in text.split("\n") if line)
     try:
@@ -94,7 +83,7 @@ def _train(texts: list[str], vocab_size: int) -> bytes:
             f"SentencePiece cannot train a vocabulary of {vocab_size} on {characters} characters "
             f"of text ({one_line(error)}): set another data.vocab_size, or data.tokenizer bytes"
         ) from error
-    return model.getvalue()
+    return SentencePieceTokenizer(model.getvalue())
 
 
 def _sample(documents: Iterable[Document], limit: int) -> list[str]:

@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from lsjax.config import AttentionKernel, LlamaConfig
 from lsjax.model.attention import cached_attention, self_attention
-from lsjax.model.cache import write_slots
+from lsjax.model.cache import write
 from lsjax.model.products import gradients_first, linear, split_swiglu, swiglu, with_steps
 from lsjax.model.rope import Rope, rotate
 from lsjax.sharding import constrain, nvidia_capability, on_each_device, platform
@@ -204,8 +204,9 @@ def _attend(q, k, v, keys, values, positions_BT, window):
 
             if flash.fits(q, keys):
                 return flash.flash_decoding(q, k, v, keys, values, positions_BT[:, 0], window)
-        keys = write_slots(keys, k, positions_BT[:, 0])
-        values = write_slots(values, v, positions_BT[:, 0])
+        start_B = positions_BT[:, 0]
+        keys = write(keys, k.swapaxes(1, 2).astype(keys.dtype), start_B, axis=2)
+        values = write(values, v.swapaxes(1, 2).astype(values.dtype), start_B, axis=2)
         return cached_attention(q, keys, values, positions_BT, window), keys, values
 
     new, cache = P("data", None, "tensor"), P("data", "tensor")

@@ -78,13 +78,6 @@ class KVCache:
         return jax.tree.map(lambda leaf: jnp.pad(leaf, padding), self)
 
 
-def write_slots(
-    cache: Float[Array, "B K S H"], new_BTKH: Float[Array, "B T K H"], start_B: Int[Array, " B"]
-) -> Float[Array, "B K S H"]:
-    """Writes T new slots at `start_B` of each row, as `write` does."""
-    return write(cache, new_BTKH.swapaxes(1, 2).astype(cache.dtype), start_B, axis=2)
-
-
 def write(
     buffer: Shaped[Array, "..."],
     new: Shaped[Array, "B *T"],

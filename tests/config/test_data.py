@@ -47,7 +47,7 @@ def test_long_documents_by_default(rest, expected):
         (PAIRS, "prompt_template is read by source jsonl, tsv, tfds, not by python_source"),
         (ROWS | {"prompt_template": "{q}"}, "go together: give both or neither"),
         (ROWS | PAIRS | {"too_long": "split"}, "would part a response from its prompt"),
-        (ROWS | {"text_template": "{text"}, "write {{ for a brace"),
+        (ROWS | {"text_template": "{text"}, "{{ for a brace"),
         (ROWS | {"text_template": "{}"}, "write {name} for a field, {{ for a brace"),
         (ROWS | {"text_template": "{text!r}"}, "write {name} for a field"),
         (ROWS | {"text_template": "text"}, "names no field"),

@@ -32,11 +32,11 @@ def test_sizes(config, devices, sizes):
         (dict(tensor=-2), 8, "mesh.tensor -2 is not a size"),
         (dict(data=-1, fsdp=-1), 8, "mesh.data and mesh.fsdp are -1"),
         (dict(data=4, tensor=4), 8, "data 4 x tensor 4 needs 16 devices, but there are 8"),
-        (dict(data=-1, tensor=16), 8, "data -1 x tensor 16 needs 16 devices, but there are 8"),
-        (dict(slices=3), 8, "mesh.slices 3 does not divide 8 devices"),
-        (dict(slices=2, fsdp=8), 8, "fsdp 8 needs 8 devices, but there are 4 in each slice"),
-        (dict(slices=2, data=-1, tensor=3), 8, "does not fit 4 devices in each slice: 3 does not"),
-        (dict(data=-1, tensor=3), 8, "data -1 x tensor 3 does not fit 8 devices: 3 does not"),
+        (dict(data=-1, tensor=16), 8, "tensor 16 needs a multiple of 16 devices, but there are 8"),
+        (dict(slices=3), 8, "slices 3 needs a multiple of 3 devices, but there are 8"),
+        (dict(slices=2, fsdp=8), 8, "fsdp 8 x slices 2 needs a multiple of 16 devices, but"),
+        (dict(slices=2, data=-1, tensor=3), 8, "x slices 2 needs a multiple of 6 devices"),
+        (dict(data=-1, tensor=3), 8, "data -1 x tensor 3 needs a multiple of 3 devices"),
     ],
 )
 def test_sizes_that_cannot_be(sizes, devices, message):

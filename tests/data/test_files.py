@@ -49,7 +49,7 @@ def test_missing_files_and_directories_are_named(folder):
 def test_text_is_utf8_without_its_mark_and_with_plain_ends_of_lines(tmp_path):
     file = tmp_path / "windows.txt"
     file.write_bytes(b"\xef\xbb\xbfcaf\xc3\xa9\r\nb\rc")
-    assert list(read_lines(file)) == [(1, "café\n"), (2, "b\rc")]
+    assert list(read_lines(file)) == [(1, 0, "café\n"), (2, 10, "b\rc")]
     file.write_bytes(b"good\nb\xe9d\n")
     with pytest.raises(ConfigError, match="windows.txt, line 2 is not UTF-8"):
         list(read_lines(file))

@@ -22,7 +22,7 @@ def store(documents, prompts=None, dtype=np.uint16):
     tokens = np.array([token for document in documents for token in document], dtype)
     starts_N1 = np.cumsum([0, *map(len, documents)])
     prompts_N = np.array(prompts or [0] * len(documents), np.int32)
-    return TokenStore(tokens, starts_N1, prompts_N, np.zeros(len(documents), np.uint64))
+    return TokenStore(tokens, starts_N1, prompts_N)
 
 
 def make(documents, seq_len, prompts=None, dtype=np.uint16, **settings):

@@ -89,11 +89,11 @@ def test_rows_are_the_packed_documents_of_their_piece(many, tmp_path):
             tokens=np.concatenate([np.array(ids, np.uint16) for ids, _ in encoded]),
             starts_N1=np.cumsum([0, *(len(ids) for ids, _ in encoded)]),
             prompts_N=np.zeros(len(encoded), np.int32),
-            keys_N=np.array([document.key for document in documents], np.uint64),
         )
-        held_N = store.keys_N < int(0.2 * 2**64)
+        keys_N = np.array([document.key for document in documents], np.uint64)
+        held_N = keys_N < int(0.2 * 2**64)
         for split, chosen_N in (("train", ~held_N), ("validation", held_N)):
-            expected = pack(store, by_key(store.keys_N, chosen_N), 32, many)
+            expected = pack(store, by_key(keys_N, chosen_N), 32, many)
             at = np.arange(len(expected))
             batch = found[split].read(place[split] + at)
             packed = from_records(expected.records(at), 32, np.dtype(np.uint16))

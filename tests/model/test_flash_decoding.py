@@ -12,7 +12,7 @@ from lsjax.config import LlamaConfig
 from lsjax.model import block, products
 from lsjax.model import flash_decoding as flash_decoding_module
 from lsjax.model.attention import cached_attention
-from lsjax.model.cache import KVCache, write_slots
+from lsjax.model.cache import KVCache, write
 from lsjax.model.flash_decoding import BLOCK, MOST_STEPS, fits, flash_decoding
 from lsjax.model.llama import Llama
 
@@ -37,7 +37,8 @@ def arrays(name, dtype):
 
 
 def plain(q, k, v, keys, values, start_B, window=None):
-    keys, values = write_slots(keys, k, start_B), write_slots(values, v, start_B)
+    keys = write(keys, k.swapaxes(1, 2), start_B, axis=2)
+    values = write(values, v.swapaxes(1, 2), start_B, axis=2)
     positions_BT = start_B[:, None] + jnp.arange(q.shape[1])
     return cached_attention(q, keys, values, positions_BT, window), keys, values
 

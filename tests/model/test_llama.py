@@ -8,7 +8,7 @@ from flax import nnx
 
 from lsjax.config import ConfigError, LlamaConfig
 from lsjax.model.attention import LARGE, SMALL, attention, cached_attention
-from lsjax.model.cache import MAX_UNROLLED_ROWS, KVCache, write_slots
+from lsjax.model.cache import MAX_UNROLLED_ROWS, KVCache, write
 from lsjax.model.llama import Llama, cast_matrices, stacked, unstacked
 
 TOKENS = jax.random.randint(jax.random.key(1), (3, 21), 0, 258)
@@ -143,7 +143,7 @@ def test_writes_land_at_each_row_s_position(batch):
     expected = np.array(cache)
     for row in range(batch):
         expected[row, :, start[row] : start[row] + steps] = new[row].swapaxes(0, 1)
-    np.testing.assert_array_equal(write_slots(cache, new, start), expected)
+    np.testing.assert_array_equal(write(cache, new.swapaxes(1, 2), start, axis=2), expected)
 
 
 @pytest.mark.parametrize("scaled, expected", [(False, 0.02), (True, 0.005)])
