@@ -36,7 +36,7 @@ from lsjax.data.tokenizer import Tokenizer
 from lsjax.data.vocabulary import find_counts
 from lsjax.decoding.draft import DraftVocabulary
 from lsjax.decoding.request import Request, encode_prompt
-from lsjax.decoding.state import Strategy
+from lsjax.decoding.strategy import Strategy
 from lsjax.evaluation.comparison import FLOAT32_MARGIN, first_difference
 from lsjax.evaluation.examples import make_examples, templates
 

@@ -25,7 +25,8 @@ from lsjax.cli.setup import exact_products, keep_compiled_programs
 from lsjax.cli.show import table, wide_console
 from lsjax.decoding.calibration import LENGTH
 from lsjax.decoding.self_speculative import SelfSpeculative, in_one_program
-from lsjax.decoding.state import DecodeState, Strategy
+from lsjax.decoding.state import DecodeState
+from lsjax.decoding.strategy import Strategy
 
 Loop = Callable[[int], None]  # runs a round this many times, and waits for it
 

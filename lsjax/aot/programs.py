@@ -31,7 +31,8 @@ from lsjax.decoding.programs import PROMPT_CHUNKS, ROUNDS, Programs, chunk_size,
 from lsjax.decoding.request import Request
 from lsjax.decoding.rounds import BRANCH, DRAFT
 from lsjax.decoding.self_speculative import SelfSpeculative
-from lsjax.decoding.state import DecodeState, Strategy
+from lsjax.decoding.state import DecodeState
+from lsjax.decoding.strategy import Strategy
 from lsjax.model.attention import LARGE, LARGE_BLOCKS, SMALL, SMALL_BLOCKS
 from lsjax.model.llama import Llama
 from lsjax.model.parameters import placed_shapes, sharding_of

@@ -25,7 +25,7 @@ from lsjax.decoding.engine import Engine
 from lsjax.decoding.request import Request, encode_prompt
 from lsjax.decoding.sampling import GREEDY, Sampling
 from lsjax.decoding.self_speculative import SelfSpeculative
-from lsjax.decoding.state import Strategy
+from lsjax.decoding.strategy import Strategy
 from lsjax.evaluation.answers import (
     Answer,
     Question,

@@ -35,7 +35,7 @@ from lsjax.cli.strategies import StrategyFlags, StrategyName, make_strategies
 from lsjax.config import ConfigError, LlamaConfig, Path, bounded, check
 from lsjax.decoding.engine import Engine
 from lsjax.decoding.self_speculative import in_one_program
-from lsjax.decoding.state import Strategy
+from lsjax.decoding.strategy import Strategy
 from lsjax.evaluation.answers import ALL, Answer, Question
 from lsjax.evaluation.comparison import cell_speeds, identity_tail, timed_lines
 from lsjax.evaluation.examples import Task

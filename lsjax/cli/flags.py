@@ -25,7 +25,7 @@ from lsjax.data.tokenizer import Tokenizer
 from lsjax.data.tokenizer_files import load_tokenizer
 from lsjax.decoding.engine import Engine
 from lsjax.decoding.sampling import GREEDY, Sampling
-from lsjax.decoding.state import Strategy
+from lsjax.decoding.strategy import Strategy
 from lsjax.model.llama import Llama
 from lsjax.sharding import make_mesh
 

@@ -13,7 +13,7 @@ from lsjax.data.tokenizer import StreamDecoder, Tokenizer
 from lsjax.decoding.adaptive import Adaptive
 from lsjax.decoding.completion import Completion, Trace, Update
 from lsjax.decoding.self_speculative import SelfSpeculative
-from lsjax.decoding.state import Strategy
+from lsjax.decoding.strategy import Strategy
 from lsjax.evaluation.answers import Answer
 from lsjax.evaluation.comparison import FLOAT32_MARGIN, margin_of
 from lsjax.evaluation.exits import ExitScores

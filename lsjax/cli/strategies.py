@@ -19,7 +19,7 @@ from lsjax.decoding.cost import best_draft_vocab
 from lsjax.decoding.draft import DraftVocabulary
 from lsjax.decoding.engine import check_settings
 from lsjax.decoding.self_speculative import SelfSpeculative
-from lsjax.decoding.state import Strategy
+from lsjax.decoding.strategy import Strategy
 
 StrategyName = Literal["autoregressive", "early_exit", "self_speculative", "auto"]
 MOST_EXITS = 4  # of a model, that auto chooses from

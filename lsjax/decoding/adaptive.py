@@ -35,7 +35,8 @@ from lsjax.decoding.learned import Learned, by_level
 from lsjax.decoding.lookup import look_up
 from lsjax.decoding.rounds import Rounds, RoundSettings
 from lsjax.decoding.sampling import argmax
-from lsjax.decoding.state import DecodeState, Strategy, check_exit
+from lsjax.decoding.state import DecodeState
+from lsjax.decoding.strategy import Strategy, check_exit
 from lsjax.model.llama import Llama
 
 if TYPE_CHECKING:

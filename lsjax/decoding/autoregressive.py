@@ -3,7 +3,8 @@
 from dataclasses import dataclass, field
 
 from lsjax.config import LlamaConfig
-from lsjax.decoding.state import DecodeState, Strategy, check_exit
+from lsjax.decoding.state import DecodeState
+from lsjax.decoding.strategy import Strategy, check_exit
 from lsjax.model.llama import Llama
 
 

@@ -8,7 +8,8 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from lsjax.data.tokenizer import StreamDecoder, Tokenizer
-from lsjax.decoding.state import EOS, LENGTH, RUNNING, STOP, DecodeState, Strategy
+from lsjax.decoding.state import EOS, LENGTH, RUNNING, STOP, DecodeState
+from lsjax.decoding.strategy import Strategy
 
 FINISH_REASONS = {EOS: "eos", LENGTH: "length", STOP: "stop"}
 

@@ -15,7 +15,7 @@ from lsjax.decoding.completion import Completion, Update
 from lsjax.decoding.programs import Programs
 from lsjax.decoding.request import Request, encode_prompt
 from lsjax.decoding.sampling import GREEDY, Sampling
-from lsjax.decoding.state import Strategy
+from lsjax.decoding.strategy import Strategy
 from lsjax.model.llama import Llama
 from lsjax.model.parameters import placed, sharding_of
 

@@ -15,7 +15,8 @@ from jax.stages import Lowered
 from jaxtyping import Array, Int
 
 from lsjax.config import check
-from lsjax.decoding.state import DecodeState, Strategy
+from lsjax.decoding.state import DecodeState
+from lsjax.decoding.strategy import Strategy
 from lsjax.model.llama import Llama, unstacked
 from lsjax.model.parameters import shardings
 from lsjax.sharding import platform

@@ -25,7 +25,8 @@ import jax.numpy as jnp
 from lsjax.config import LlamaConfig, check
 from lsjax.decoding.draft import AcceptanceRule, DraftVocabulary
 from lsjax.decoding.rounds import Rounds, RoundSettings
-from lsjax.decoding.state import DecodeState, Strategy, check_exit
+from lsjax.decoding.state import DecodeState
+from lsjax.decoding.strategy import Strategy, check_exit
 from lsjax.model.llama import Llama
 
 

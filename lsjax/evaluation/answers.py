@@ -21,7 +21,7 @@ from lsjax.data.files import write_whole
 from lsjax.decoding.completion import Completion
 from lsjax.decoding.engine import Engine
 from lsjax.decoding.request import Request
-from lsjax.decoding.state import Strategy
+from lsjax.decoding.strategy import Strategy
 from lsjax.evaluation.examples import Example
 
 HEADER = "asked"

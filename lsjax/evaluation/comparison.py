@@ -23,7 +23,7 @@ from lsjax.decoding.completion import Completion
 from lsjax.decoding.cost import ideal_speedup
 from lsjax.decoding.engine import Engine
 from lsjax.decoding.self_speculative import SelfSpeculative
-from lsjax.decoding.state import Strategy
+from lsjax.decoding.strategy import Strategy
 from lsjax.evaluation.answers import (
     Answer,
     Cell,

@@ -29,7 +29,7 @@ from lsjax.decoding.cost import ideal_speedup
 from lsjax.decoding.draft import DraftVocabulary
 from lsjax.decoding.engine import Engine
 from lsjax.decoding.self_speculative import SelfSpeculative
-from lsjax.decoding.state import Strategy
+from lsjax.decoding.strategy import Strategy
 from lsjax.evaluation.comparison import FLOAT32_MARGIN, first_difference, identity_tail
 from lsjax.model.llama import Llama
 

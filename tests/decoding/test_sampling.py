@@ -193,7 +193,7 @@ def p_value(model, sampling: Sampling, prompt, found) -> float:
 
 
 VOCABULARY = DraftVocabulary(np.array([0, 2, 3, 5, 8, 9]))
-COSTS = ((1.0, 1.2, 1.4), (np.inf, 1.1, 1.2), (np.inf, 1.2, 1.3))  # of none and lookups, and exits
+COSTS = ((1.0, 1.2, 1.4), (np.inf, 1.1, 1.5), (np.inf, 1.2, 1.7))  # of none and lookups, and exits
 LOOKUPS = ((1.0, 0.9, 0.8),)
 
 
