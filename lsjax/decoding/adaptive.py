@@ -173,14 +173,16 @@ class Adaptive(Strategy):
         step = round_D[-1] - round_D[1] - (verified_D[-1] - verified_D[1])
         step = step / max(1, lengths[-1] - lengths[1])
         step = jnp.where(jnp.isfinite(step), jnp.maximum(step, 0), 0)
-        seconds_BT = jnp.full((len(chance_B), 1 + lengths[-1]), step)
-        for index, (length, longer) in enumerate(pairwise(lengths[1:]), start=1):
-            tokens_B = (1 - chance_B ** (longer - length)) / (1 - chance_B)
-            wider_B = (round_D[index + 1] - round_D[index]) / tokens_B
-            # Choices that were not measured have infinite seconds.
-            wider_B = jnp.nan_to_num(wider_B, nan=0, posinf=jnp.inf, neginf=0)
-            seconds_BT = seconds_BT.at[:, length].max(wider_B)
-        return seconds_BT
+        # Number of drafts up to the next length, and the index of that length; only at a length.
+        ahead_T, next_T = np.ones(1 + lengths[-1]), np.zeros(1 + lengths[-1], int)
+        for index, (length, longer) in enumerate(pairwise(lengths[1:]), start=2):
+            ahead_T[length], next_T[length] = longer - length, index
+        wider_T = jnp.where(next_T > 0, round_D[next_T] - round_D[next_T - 1], 0)
+        chance_B1 = chance_B[:, None]
+        tokens_BT = (1 - chance_B1**ahead_T) / (1 - chance_B1)
+        # Choices that were not measured have infinite seconds.
+        wider_T = jnp.nan_to_num(wider_T, nan=0, posinf=jnp.inf, neginf=0)
+        return jnp.maximum(wider_T / tokens_BT, step)
 
     def proposed(
         self,

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 Track = Callable[[Sequence], Iterable]
 LENGTH = 128  # tokens in the cache while rounds are measured
 BUDGET = 20.0  # seconds of measuring; compiling comes before
-REPEATS = 7
+REPEATS = 15
 CALL, MOST_ROUNDS = 0.05, 6  # seconds of a call with short rounds, and its most rounds
 
 
