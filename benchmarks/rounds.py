@@ -3,14 +3,15 @@
     python benchmarks/rounds.py models/smollm2
 
 Loops on the device repeat a round at a fixed position, and take turns. Rounds of one exit and
-length are compared with the same rounds in a program for all of them, and with `auto` if it always
-makes this choice: medians of the ratios, with quartiles. The first row has autoregressive rounds.
+length are compared with those of `auto` if it always makes this choice: medians of the ratios, with
+quartiles. The first row has autoregressive rounds.
 """
 
 import dataclasses
 import math
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
@@ -24,7 +25,7 @@ import lsjax
 from lsjax.cli.setup import exact_products, keep_compiled_programs
 from lsjax.cli.show import table, wide_console
 from lsjax.decoding.calibration import LENGTH
-from lsjax.decoding.self_speculative import SelfSpeculative, in_one_program
+from lsjax.decoding.self_speculative import SelfSpeculative
 from lsjax.decoding.state import DecodeState
 from lsjax.decoding.strategy import Strategy
 
@@ -78,31 +79,35 @@ def pinned(choice: tuple[int, int], exits: Sequence[int], lengths: Sequence[int]
     return lsjax.Adaptive(tuple(exits), lengths=lengths, seconds=tuple(map(tuple, seconds)))
 
 
-def main(
-    model: tyro.conf.Positional[Path],
-    exit_layers: tuple[int, ...] = (8, 15),
-    num_draft_tokens: tuple[int, ...] = (6, 15),
-    repeats: int = 40,
-) -> None:
-    """Measures every exit with every draft length; a repeat takes a tenth of a second for each."""
+@dataclass(frozen=True)
+class Arguments:
+    """Every exit with every draft length. A repeat takes a tenth of a second for each."""
+
+    model: tyro.conf.Positional[Path]
+    exit_layers: tuple[int, ...] = (8, 15)
+    num_draft_tokens: tuple[int, ...] = (6, 15)
+    repeats: int = 40
+
+
+def main(arguments: Arguments) -> None:
+    """Measures and prints the table."""
     keep_compiled_programs()
     exact_products()
-    llama, exits, lengths = lsjax.load(model), sorted(exit_layers), sorted(num_draft_tokens)
-    cells = [SelfSpeculative(E, d) for E, d in product(exits, lengths)]
-    kinds: list[list[Strategy]] = [[lsjax.Autoregressive(), pinned((0, 0), exits, lengths)]]
-    for own, shared in zip(cells, in_one_program(cells), strict=True):
-        kinds.append([own, shared, pinned((own.exit_layer, own.num_draft_tokens), exits, lengths)])
-    rows = []
-    for own, *others in kinds:
-        loops = [rounds_loop(llama, strategy) for strategy in (own, *others)]
-        seconds = seconds_of(loops, repeats)
-        ratios = np.quantile(seconds[:, 1:] / seconds[:, :1], (0.5, 0.25, 0.75), axis=0).T
-        words = ["{:.3f} ({:.3f} to {:.3f})".format(*ratio) for ratio in ratios]
-        names = [str(own.exit_layer or "-"), str(own.num_draft_tokens or "-")]
-        rows.append([*names, f"{1e3 * np.median(seconds[:, 0]):.2f}", *words])
-    rows[0].insert(3, "-")
-    wide_console().print(table("a round", ["E", "d", "ms", "of several", "auto"], rows))
+    exits, lengths = sorted(arguments.exit_layers), sorted(arguments.num_draft_tokens)
+    kinds: list[tuple[Strategy, tuple[int, int]]] = [(lsjax.Autoregressive(), (0, 0))]
+    kinds += [(SelfSpeculative(*cell), cell) for cell in product(exits, lengths)]
+    llama, rows = lsjax.load(arguments.model), []
+    for own, cell in kinds:
+        both = [rounds_loop(llama, one) for one in (own, pinned(cell, exits, lengths))]
+        seconds = seconds_of(both, arguments.repeats)
+        ratio = np.quantile(seconds[:, 1] / seconds[:, 0], (0.5, 0.25, 0.75))
+        words = [
+            f"{1e3 * np.median(seconds[:, 0]):.2f}",
+            "{:.3f} ({:.3f} to {:.3f})".format(*ratio),
+        ]
+        rows.append([*(str(number or "-") for number in cell), *words])
+    wide_console().print(table("a round", ["E", "d", "ms", "auto over it"], rows))
 
 
 if __name__ == "__main__":
-    tyro.cli(main, description=__doc__)
+    main(tyro.cli(Arguments, description=__doc__))

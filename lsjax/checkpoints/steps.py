@@ -114,6 +114,7 @@ class SavedStep:
             if reason:  # let the other arrays' readers end before logging resumes
                 gc.collect()
                 time.sleep(0.2)
+                gc.collect()
         if jax.process_count() > 1 and not process_allgather(np.array(not reason)).all():
             reason = reason or "another host cannot read its part"
         if reason:
