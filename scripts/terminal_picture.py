@@ -16,12 +16,7 @@ from rich.text import Text
 
 
 def main(output: tyro.conf.Positional[str], columns: int = 100) -> None:
-    """Reads the terminal's text from standard input.
-
-    Args:
-        output: file of the picture.
-        columns: width of the terminal.
-    """
+    """Reads the text of a terminal with this many columns from standard input."""
     console = Console(width=columns, record=True, force_terminal=True, file=io.StringIO())
     # Only colours count. Sequences that move the cursor or erase are dropped.
     text = re.sub(r"\r|\x1b\[\??[\d;]*[A-HJKhl]", "", sys.stdin.read().rstrip("\n"))
