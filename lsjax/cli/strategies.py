@@ -140,7 +140,7 @@ def _adaptive(
 
 
 def counts_of(model: OpenModel) -> Mapping[int, int]:
-    """The token counts that are stored for the model. Raises ConfigError if there are none."""
+    """The model's stored token counts. Raises ConfigError if there are none."""
     return find_counts(model.flags.model, cache_directory(), model.tokenizer)
 
 

@@ -62,8 +62,8 @@ class Adaptive(Strategy):
     """The same greedy tokens as Autoregressive, and the same distribution of sampled ones.
 
     exits: those that may draft; none for a model without LayerSkip. vocabulary: tokens that exits
-    may draft, and lookups too if sampled. lengths: draft lengths, from 0. seconds:
-    of a round with each source and length (`AdaptiveSettings`); an engine measures them by default.
+    may draft, and lookups too if sampled. lengths: draft lengths, from 0. seconds: of a round with
+    each source and length (`AdaptiveSettings`); an engine measures them by default.
     """
 
     name = "auto"
