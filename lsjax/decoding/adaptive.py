@@ -33,7 +33,7 @@ from lsjax.decoding.calibration import calibrated
 from lsjax.decoding.draft import Draft, DraftHead, DraftVocabulary, of_tokens
 from lsjax.decoding.learned import Learned, by_level
 from lsjax.decoding.lookup import look_up
-from lsjax.decoding.rounds import Rounds, RoundSettings
+from lsjax.decoding.rounds import Rounds, RoundSettings, top_probability
 from lsjax.decoding.sampling import argmax
 from lsjax.decoding.state import DecodeState
 from lsjax.decoding.strategy import Strategy, check_exit
@@ -222,7 +222,7 @@ class Adaptive(Strategy):
         def score(x_BTD):
             logits_BTN = model.unembed(x_BTD, table_ND)
             logits_BTN = state.penalised(logits_BTN, 0, new_BT, places_V)
-            top_BT = 1 / jnp.exp(logits_BTN - logits_BTN.max(-1, keepdims=True)).sum(-1)
+            top_BT = top_probability(logits_BTN)
             if state.draws is None:
                 return by_level(top_BT, is_new_BT, argmax(logits_BTN) == index_BT)
             log_q_BT = of_tokens(state.draws.log_probs(logits_BTN), index_BT)

@@ -41,6 +41,11 @@ class RoundSettings:
     chances_BC: Float[Array, "B C"] | None = None
 
 
+def top_probability(logits: Float[Array, "... N"]) -> Float[Array, "..."]:
+    """Highest probability of the distribution that the logits give."""
+    return 1 / jnp.exp(logits - logits.max(-1, keepdims=True)).sum(-1)
+
+
 def confidence_level(top: Float[Array, "..."]) -> Int[Array, "..."]:
     """Level of a top probability: 0 below the first of LEVELS, 1 from there on, and so on."""
     return (top[..., None] >= jnp.array(LEVELS)).sum(-1)
@@ -95,8 +100,7 @@ class Rounds:
             if settings.confidence is not None:
                 # Use the argmax probability. Stopping on the sampled token's probability would bias
                 # the output distribution.
-                over_BTN = jnp.exp(logits_BTN - logits_BTN.max(-1, keepdims=True))
-                top_B1 = 1 / over_BTN.sum(-1)
+                top_B1 = top_probability(logits_BTN)
                 top_BT = lax.dynamic_update_slice_in_dim(top_BT, top_B1, i, axis=1)
                 if settings.chances_BC is not None:
                     level_B1 = confidence_level(top_B1)
