@@ -12,9 +12,11 @@ from lsjax.decoding.lookup import LONGEST
 from lsjax.decoding.rounds import Verified, confidence_level
 
 DECAY = 0.95  # weight of the older counts, for each new one
-# Added to the counts: how many drafts of each kind, and what share of them passed.
+# Added to the counts: how many drafts of each kind, and what share of them usually passes.
 LEVEL_COUNT, LEVEL_SHARES = 1.2, (0.2, 0.5, 0.7, 0.875, 0.975)
-LOOKUP_COUNT, LOOKUP_SHARES = 2.0, (0.2, 0.35, 0.5, 0.6, 0.7, 0.75, 0.8, 0.85)
+LOOKUP_COUNT, LOOKUP_SHARES = 2.0, (0.17, 0.3, 0.42, 0.5, 0.6, 0.64, 0.68, 0.72)
+# Lookups that a text does not follow fail at all sizes. How many drafts the usual shares weigh.
+TEXT_COUNT = 4.0
 
 
 @jax.tree_util.register_dataclass
@@ -52,7 +54,11 @@ class Learned:
         self, matched_B: Int[Array, " B"], lengths: tuple[int, ...]
     ) -> Float[Array, "B D"]:
         """Expected tokens of a round with a lookup of each draft length."""
-        found_BM = self.found_BM + LOOKUP_COUNT * jnp.array(LOOKUP_SHARES)
+        usual_BM = self.looked_BM * jnp.array(LOOKUP_SHARES)
+        found_B1, usual_B1 = self.found_BM.sum(-1, keepdims=True), usual_BM.sum(-1, keepdims=True)
+        factor_B1 = (found_B1 + TEXT_COUNT) / (usual_B1 + TEXT_COUNT)
+        expected_BM = jnp.minimum(factor_B1 * jnp.array(LOOKUP_SHARES), 0.98)
+        found_BM = self.found_BM + LOOKUP_COUNT * expected_BM
         share_BM = found_BM / (self.looked_BM + LOOKUP_COUNT)
         place_BT = jnp.clip(matched_B[:, None] + jnp.arange(lengths[-1]), 1, LONGEST) - 1
         passes_BT = jnp.cumprod(jnp.take_along_axis(share_BM, place_BT, axis=1), axis=1)

@@ -8,7 +8,7 @@ Letters, here and everywhere: B batch, T query length, S cache slots, L layers, 
 F feed-forward width, N heads, K K/V heads, G = N / K, H head size, V vocabulary, E exit.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -24,7 +24,7 @@ from lsjax.model.block import Block, Linear, RMSNorm
 from lsjax.model.cache import KVCache
 from lsjax.model.parameters import map_named
 from lsjax.model.products import enough_rows, enough_steps
-from lsjax.model.rope import rope_angles
+from lsjax.model.rope import Rope, rope_angles
 from lsjax.sharding import ROWS, constrain, in_context_order, platform
 
 
@@ -81,10 +81,11 @@ class Llama(nnx.Module):
         hi: int,
         positions_BT: Int[Array, "B T"],
         cache: KVCache,
+        ropes: Mapping[str, Rope] | None = None,
     ) -> tuple[Float[Array, "B T D"], KVCache]:
         """Runs unstacked layers lo..hi-1 on T new tokens per row, updating their cache. Positions
-        are consecutive."""
-        ropes = rope_angles(positions_BT, self.config, x_BTD.dtype)
+        are consecutive. ropes: their `rope_angles`, if they are known."""
+        ropes = ropes or rope_angles(positions_BT, self.config, x_BTD.dtype)
         steps = x_BTD.shape[1]
         x_BTD = constrain(enough_steps(x_BTD), "data")
         keys, values = list(cache.keys), list(cache.values)

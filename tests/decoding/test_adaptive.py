@@ -22,6 +22,7 @@ from lsjax.decoding.learned import (
     LEVEL_SHARES,
     LOOKUP_COUNT,
     LOOKUP_SHARES,
+    TEXT_COUNT,
     Learned,
 )
 from lsjax.decoding.lookup import LONGEST
@@ -238,16 +239,19 @@ def test_chances_by_hand():
 
 
 def test_tokens_of_lookups_by_hand():
-    """Seven tokens match. The eighth is found as often as not."""
-    found = np.zeros((1, LONGEST))
-    found[0, LONGEST - 1] = 10 - LOOKUP_COUNT * LOOKUP_SHARES[-1]
+    """Two of ten drafts with eight matching tokens passed, so those with seven pass less often."""
     one = dataclasses.replace(
         Learned.create(1, 1),
-        found_BM=jnp.array(found),
-        looked_BM=jnp.zeros((1, LONGEST)).at[0, -1].set(20 - LOOKUP_COUNT),
+        found_BM=jnp.zeros((1, LONGEST)).at[0, -1].set(2),
+        looked_BM=jnp.zeros((1, LONGEST)).at[0, -1].set(10),
     )
-    tokens, seventh = one.lookup_tokens(jnp.array([LONGEST - 1]), (0, 1, 3))[0], LOOKUP_SHARES[-2]
-    np.testing.assert_allclose(tokens, [1, 1 + seventh, 1 + seventh * 1.75], rtol=1e-6)
+    *_, seventh, eighth = LOOKUP_SHARES
+    factor = (2 + TEXT_COUNT) / (10 * eighth + TEXT_COUNT)
+    seventh, eighth = seventh * factor, eighth * factor
+    eighth = (2 + LOOKUP_COUNT * eighth) / (10 + LOOKUP_COUNT)
+    tokens = one.lookup_tokens(jnp.array([LONGEST - 1]), (0, 1, 3))[0]
+    expected = [1, 1 + seventh, 1 + seventh * (1 + eighth + eighth**2)]
+    np.testing.assert_allclose(tokens, expected, rtol=1e-6)
     assert one.lookup_tokens(jnp.array([0]), (0, 1, 3)).tolist() == [[1, 1, 1]]
 
 
