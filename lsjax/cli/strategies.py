@@ -140,7 +140,7 @@ def _adaptive(
 
 
 def counts_of(model: OpenModel) -> Mapping[int, int]:
-    """The model's stored token counts. Raises ConfigError if there are none."""
+    """Token counts stored for the model. Raises ConfigError if they are missing."""
     return find_counts(model.flags.model, cache_directory(), model.tokenizer)
 
 

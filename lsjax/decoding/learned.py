@@ -15,7 +15,7 @@ DECAY = 0.95  # weight of the older counts, for each new one
 # Added to the counts: how many drafts of each kind, and what share of them usually passes.
 LEVEL_COUNT, LEVEL_SHARES = 1.2, (0.2, 0.5, 0.7, 0.875, 0.975)
 LOOKUP_COUNT, LOOKUP_SHARES = 2.0, (0.17, 0.3, 0.42, 0.5, 0.6, 0.64, 0.68, 0.72)
-# Lookups that a text does not follow fail at all sizes. How many drafts the usual shares weigh.
+# If lookups of one size fail in a text, so do the others. Weight of the usual shares, in drafts.
 TEXT_COUNT = 4.0
 
 

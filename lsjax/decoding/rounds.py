@@ -80,8 +80,8 @@ class Rounds:
     def positions(
         self, model: Llama, state: DecodeState
     ) -> tuple[Int[Array, "B T"], Mapping[str, Rope]]:
-        """Positions of the pending token and of the longest draft, and their `rope_angles`. Inside
-        of loops and branches, XLA would compute these in each layer."""
+        """Positions of the pending token and the longest draft, with their `rope_angles`. Inside a
+        loop or branch, XLA would compute the angles again in each layer."""
         positions_BT = state.length_B[:, None] - 1 + jnp.arange(1 + self.lengths[-1])
         return positions_BT, rope_angles(positions_BT, model.config, model.dtype)
 
