@@ -1,8 +1,8 @@
 """Compiled programs of decoding: read prompts, put a row into a batch, and run rounds."""
 
 import time
-from collections.abc import Callable, Hashable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -169,7 +169,8 @@ class Programs:
                 in_shardings=None if formats is None else (formats, *[None] * (1 + len(rest))),
                 out_shardings=None if mesh is None else shardings(state, mesh),
             )
-            return program.lower(self._leaves, state, *rest)
+            with _without_code_lines():
+                return program.lower(self._leaves, state, *rest)
 
     def _lay_out(self) -> None:
         """Converts the model's arrays to the programs' layouts, one after the other."""
@@ -184,6 +185,19 @@ class Programs:
 def chooses_layouts() -> bool:
     """Whether the compiler may choose layouts: on CPUs that has no benefit."""
     return platform() != "cpu"
+
+
+@contextmanager
+def _without_code_lines() -> Iterator[None]:
+    """Programs lowered inside do not know the Python lines of their operations; scopes stay. TPUs'
+    compiler (libtpu 0.0.42) can join these lines to a circle, and then never ends."""
+    name = "jax_traceback_in_locations_limit"
+    before = getattr(jax.config, name)
+    jax.config.update(name, 0)
+    try:
+        yield
+    finally:
+        jax.config.update(name, before)
 
 
 def _shapes(leaves: Sequence[Any]) -> tuple[tuple, ...]:

@@ -4,7 +4,7 @@ With several exits, a branch guards the layers between them. With several length
 each verification. Exit and draft length are runtime arguments.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise, zip_longest
@@ -20,7 +20,7 @@ from lsjax.decoding.sampling import Purpose, argmax
 from lsjax.decoding.state import DecodeState
 from lsjax.model.cache import KVCache
 from lsjax.model.llama import Llama
-from lsjax.model.rope import Rope, rope_angles
+from lsjax.model.rope import rope_angles
 
 DRAFT, BRANCH = "draft", "branch"  # names of loops in compiled programs
 LEVELS = (0.4, 0.6, 0.8, 0.95)  # of an exit's top probability
@@ -77,14 +77,6 @@ class Rounds:
         """Maximum drafts of each row. Leaves room for the token that the verification adds."""
         return jnp.minimum(state.end_B - state.length_B - 1, settings.num_draft_tokens)
 
-    def positions(
-        self, model: Llama, state: DecodeState
-    ) -> tuple[Int[Array, "B T"], Mapping[str, Rope]]:
-        """Positions of the pending token and the longest draft, with their `rope_angles`. Inside a
-        loop or branch, XLA would compute the angles again in each layer."""
-        positions_BT = state.length_B[:, None] - 1 + jnp.arange(1 + self.lengths[-1])
-        return positions_BT, rope_angles(positions_BT, model.config, model.dtype)
-
     def draft(
         self,
         model: Llama,
@@ -101,7 +93,6 @@ class Rounds:
         table_ND, places_V = (None, None) if head is None else (head.table_ND, head.places_V)
         if self.exits == (0,):
             return begun
-        positions_BT, ropes = self.positions(model, state)
 
         def choose(x_BTD, i, tokens_BT, log_q_BTN, top_BT, sure_B):
             """Chooses draft i of each row from the exit's logits, and updates the confidence."""
@@ -126,19 +117,18 @@ class Rounds:
             tokens_BT = lax.dynamic_update_slice_in_dim(tokens_BT, token_B[:, None], i, axis=1)
             return tokens_BT, log_q_BTN, top_BT, sure_B
 
-        def column(i, x):
-            return lax.dynamic_slice_in_dim(x, i, 1, axis=1)
-
         def step(carry):
             """Runs the first layers on token i of each row, and drafts for the active rows."""
             active_B, i, cache, token_B, sure_B, drafts = carry
             hidden, tokens_BT, log_q_BTN, top_BT, count_B = drafts
+            positions_B1 = state.length_B[:, None] - 1 + i
             reached, cache = _run_segments(
                 model,
                 (0, *self.exits),
                 lambda lo, hi: lo == 0 or settings.exit_layer >= hi,
                 model.embed(token_B[:, None]),
-                *jax.tree.map(partial(column, i), (positions_BT, ropes)),
+                positions_B1,
+                rope_angles(positions_B1, model.config, model.dtype),
                 cache,
             )
             x_BTD = reached[-1]
@@ -208,7 +198,9 @@ class Rounds:
         """
         state, longest, steps = draft.state, draft.count_B.max(), draft.tokens_BT.shape[1]
         rule = self.accept or (accept_equal if state.draws is None else accept_block)
-        positions_BT, ropes = self.positions(model, state)
+        positions_BT = state.length_B[:, None] - 1 + jnp.arange(steps)
+        # Inside of the branches, XLA would compute the angles again in each layer.
+        ropes = rope_angles(positions_BT, model.config, model.dtype)
 
         def judge(length: int, cache: KVCache, *_):
             """Verifies up to `length` drafts. Returns cache, accepted count, and for each position

@@ -10,7 +10,7 @@ import pytest
 
 from lsjax.decoding.autoregressive import Autoregressive, EarlyExit
 from lsjax.decoding.draft import DraftVocabulary
-from lsjax.decoding.programs import decode
+from lsjax.decoding.programs import Programs, decode
 from lsjax.decoding.request import Request
 from lsjax.decoding.self_speculative import SelfSpeculative
 from lsjax.decoding.state import DecodeState
@@ -75,3 +75,23 @@ def test_the_search_for_copies_finds_one():
     swap = jax.jit(lambda x, y: jax.lax.fori_loop(0, 3, lambda _, pair: pair[::-1], (x, y)))
     text = swap.lower(jnp.zeros((64, 64)), jnp.ones((64, 64))).compile().as_text()
     assert any(shape == (64, 64) for _, shape in copies(text))
+
+
+def test_programs_have_no_code_lines(model):
+    """TPUs' compiler can join stacks of code lines to a circle."""
+    state = DecodeState.create(
+        model.config,
+        [Request(prompt=[1, 2, 3], max_new_tokens=9)],
+        capacity=32,
+        num_layers=1,
+        dtype=jnp.float32,
+    )
+    before = jax.config.jax_traceback_in_locations_limit
+    strategy = EarlyExit(1)
+    function = partial(decode, strategy=strategy)
+    rest = (state, np.int32(9), strategy.arguments(model))
+    lines = []
+    for lower in (Programs(model).lower, lambda _, *rest: jax.jit(function).lower(model, *rest)):
+        lines.append("programs.py" in lower(function, *rest).as_text(debug_info=True))
+    assert lines == [False, True]
+    assert jax.config.jax_traceback_in_locations_limit == before
