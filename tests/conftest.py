@@ -1,5 +1,6 @@
 """Everything runs on CPUs, in exact float32, with shapes checked at run time."""
 
+import gc
 import os
 from pathlib import Path
 
@@ -22,6 +23,8 @@ import jaxtyping
 import pytest
 
 jax.config.update("jax_default_matmul_precision", "highest")
+# Tracing makes many objects. Collecting them seldom saves a tenth of the time.
+gc.set_threshold(200_000, 50, 1000)
 
 # Not the modules of pytrees (cache, state, self_speculative): jax also builds those from
 # placeholders that have no shape.

@@ -3,6 +3,9 @@
 Letters as in llama.py.
 """
 
+from functools import partial
+
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
@@ -163,6 +166,8 @@ class Block(nnx.Module):
         x_BTD = x_BTD + kept(normed(self.attention_post_norm, y_BTD))
         return x_BTD + kept(self._feed_forward(x_BTD))
 
+    # Layers of the same form are traced once; inlined, the program does not know of it.
+    @partial(jax.jit, static_argnames="window", inline=True)
     def extend(
         self,
         x_BUD: Float[Array, "B U D"],

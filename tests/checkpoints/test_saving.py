@@ -236,7 +236,12 @@ def test_damage_is_named_and_the_step_before_is_used(damage, copy, saved, like):
         assert restored.step == 2 and restored.data == {"rows_taken": 4}
         assert bits(restored.state) == bits(saved[1][1])
         assert (copy / "3.damaged").is_dir() and numbers(copy) == [2, 1]
-        save(checkpoints, advance(restored.state))  # step 3, once more
+
+
+def test_a_damaged_step_is_saved_once_more(copy, saved, like):
+    truncate(copy / "3")
+    with open_(copy) as checkpoints:
+        save(checkpoints, advance(checkpoints.restore(like).state))
     again = open_(copy).restore(like)
     assert again.step == 3 and bits(again.state) == bits(saved[1][2])
 

@@ -17,7 +17,7 @@ from lsjax.checkpoints import open_checkpoint
 from lsjax.checkpoints.huggingface import save
 from lsjax.config import EarlyExitConfig, LayerDropoutConfig, LlamaConfig, StepConfig
 from lsjax.decoding.autoregressive import Autoregressive
-from lsjax.decoding.self_speculative import SelfSpeculative
+from lsjax.decoding.self_speculative import SelfSpeculative, in_one_program
 from lsjax.model.cache import KVCache
 from lsjax.model.llama import stacked, unstacked
 from lsjax.training.loss import objective
@@ -58,11 +58,10 @@ def test_cached_logits_are_those_of_transformers_past_the_window(name):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_self_speculation_is_lossless_at_every_exit(name, small_tokenizer):
     golden, model = np.load(GOLDEN / name / "golden.npz"), load(GOLDEN / name)
-    strategies = [Autoregressive()]
-    strategies += [SelfSpeculative(e, 3) for e in range(1, model.config.num_layers)]
-    for strategy in strategies:
-        engine = Engine(model, small_tokenizer, strategy)
-        prompts = golden["greedy"][:, :PROMPT].tolist()
+    drafting = [SelfSpeculative(exit_layer, 3) for exit_layer in range(1, model.config.num_layers)]
+    engine, prompts = Engine(model, small_tokenizer), golden["greedy"][:, :PROMPT].tolist()
+    for strategy in (Autoregressive(), *in_one_program(drafting)):
+        engine.use(strategy)
         found = engine.generate(prompts, max_new_tokens=golden["greedy"].shape[1] - PROMPT)
         for completion, expected in zip(found, golden["greedy"], strict=True):
             assert list(completion.token_ids) == expected[PROMPT:].tolist()

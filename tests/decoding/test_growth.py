@@ -27,8 +27,8 @@ REQUESTS = [
 
 @pytest.fixture
 def small(monkeypatch):
-    """Caches of 16, 32, 64 and 128 slots, and 16 more for drafts."""
-    monkeypatch.setattr(engines, "MIN_CAPACITY", 16)
+    """Caches of 32, 64 and 128 slots, and 16 more for drafts."""
+    monkeypatch.setattr(engines, "MIN_CAPACITY", 32)
     monkeypatch.setattr(engines, "SLACK", 16)
 
 
@@ -46,7 +46,7 @@ def test_texts_and_refill(model, tokenizer, small, strategy, batch_size):
     """Rows of a batch grow together; requests enter rows of every capacity."""
     grown = Engine(model, tokenizer, strategy, batch_size=batch_size)
     roomy = Engine(model, tokenizer, strategy, batch_size=batch_size, min_capacity=128)
-    assert grown.capacity(3) == 32 and grown.capacity(90) == 144 == roomy.capacity(3)
+    assert grown.capacity(3) == 48 and grown.capacity(90) == 144 == roomy.capacity(3)
     expected = roomy.generate(REQUESTS)
     same(grown.generate(REQUESTS), expected)
     programs = len(grown.programs)
@@ -81,7 +81,7 @@ def test_conversation(model, tokenizer, small):
     engine, kept = Engine(model, tokenizer, STRATEGY), Conversation()
     fresh = Engine(model, tokenizer, STRATEGY, min_capacity=256)
     prompt = [1, 2, 3]
-    for new in (60, 80):
+    for new in (66, 80):
         *_, done = engine.stream(prompt, conversation=kept, max_new_tokens=new)
         same([done], fresh.generate([prompt], max_new_tokens=new))
         prompt = [*prompt, *done.token_ids, 9]

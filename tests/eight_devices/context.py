@@ -78,7 +78,6 @@ def step_on():
 @pytest.mark.parametrize(
     "sizes, changes",
     [
-        (MeshConfig(context=4), {}),
         (MeshConfig(data=2, context=4), {}),
         (MeshConfig(fsdp=2, context=2, tensor=2), {}),
         (MeshConfig(fsdp=2, context=4), dict(micro_batches=2)),

@@ -124,6 +124,7 @@ def test_a_model_as_accelerators_run_it(monkeypatch, platform):
     if platform == "gpu":
         monkeypatch.setattr(block, "nvidia_capability", lambda: 9.0)
         monkeypatch.setattr(flash_decoding_module, "flash_decoding", interpreted)
+    jax.clear_caches()  # layers are traced once for each form
     cache = KVCache.create(config, 2, BLOCK, jnp.float32)
     first_B = jnp.array([0, 0])
     run = jax.jit(lambda x, at, cache: model.run_layers(x, 0, 2, at, cache))
