@@ -240,7 +240,7 @@ def test_damage_is_named_and_the_step_before_is_used(damage, copy, saved, like):
 
 def test_a_damaged_step_is_saved_once_more(copy, saved, like):
     truncate(copy / "3")
-    with open_(copy) as checkpoints:
+    with open_(copy, [].append) as checkpoints:
         save(checkpoints, advance(checkpoints.restore(like).state))
     again = open_(copy).restore(like)
     assert again.step == 3 and bits(again.state) == bits(saved[1][2])

@@ -282,6 +282,7 @@ def test_measured_seconds_are_kept(model, tokenizer, tmp_path, monkeypatch):
     assert len(shown) == 3
     other = Engine(model, tokenizer, dataclasses.replace(asked, exits=(1,)), track=track)
     assert len(shown) == 4 and len(other.strategy.seconds) == 2
+    assert len(list(file.parent.iterdir())) == 2
 
 
 @pytest.mark.parametrize(

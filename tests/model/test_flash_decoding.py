@@ -53,7 +53,7 @@ def test_attention_and_cache(name):
         np.testing.assert_array_equal(one, other)
 
 
-@pytest.mark.parametrize("window", [1, 3, 64, 130])
+@pytest.mark.parametrize("window", [3, 130])
 @pytest.mark.parametrize("name", CASES)
 def test_a_window_hides_what_lies_before_it(name, window):
     given = arrays(name, jnp.float32)
