@@ -55,7 +55,8 @@ $(VENV)/accelerator: pyproject.toml $(LOCK)
 # The tests mostly compile, on one core each, so two processes share the tests. Each prints its
 # output when it ends, if make is 4.0 or newer. Each has its own compilation cache, because jax
 # would also read entries that another process is still writing.
-HALF = tests/cli tests/decoding tests/test_extending.py tests/test_tutorial.py
+HALF = tests/cli tests/decoding \
+	tests/test_accelerator.py tests/test_extending.py tests/test_tutorial.py
 test: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
