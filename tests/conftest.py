@@ -23,7 +23,7 @@ import jaxtyping
 import pytest
 
 jax.config.update("jax_default_matmul_precision", "highest")
-# Tracing makes many objects. Collecting them seldom saves a tenth of the time.
+# Tracing makes many objects. Rare collections save a tenth of the time.
 gc.set_threshold(200_000, 50, 1000)
 
 # Not the modules of pytrees (cache, state, self_speculative): jax also builds those from

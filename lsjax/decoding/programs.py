@@ -189,8 +189,10 @@ def chooses_layouts() -> bool:
 
 @contextmanager
 def _without_code_lines() -> Iterator[None]:
-    """Programs lowered inside do not know the Python lines of their operations; scopes stay. TPUs'
-    compiler (libtpu 0.0.42) can join these lines to a circle, and then never ends."""
+    """Lowers programs without the Python lines of their operations. Named scopes stay.
+
+    TPUs' compiler (libtpu 0.0.42) can join these lines to a circle. Then it never ends.
+    """
     name = "jax_traceback_in_locations_limit"
     before = getattr(jax.config, name)
     jax.config.update(name, 0)

@@ -137,7 +137,7 @@ class Rounds:
                 for kept_BTD, one_BTD in zip(hidden, reached, strict=True)
             )
             active_B &= i < limit_B
-            if settings.confidence is not None:  # too much for any draft: spare the head
+            if settings.confidence is not None:  # the head can't raise sure_B: spare it
                 active_B &= sure_B >= settings.confidence[:, i]
             # The last pass drafts nothing; its column is unused.
             tokens_BT, log_q_BTN, top_BT, sure_B = lax.cond(

@@ -166,7 +166,7 @@ class Block(nnx.Module):
         x_BTD = x_BTD + kept(normed(self.attention_post_norm, y_BTD))
         return x_BTD + kept(self._feed_forward(x_BTD))
 
-    # Layers of the same form are traced once; inlined, the program does not know of it.
+    # Layers of the same form are traced once. `inline` leaves the compiled program as it is.
     @partial(jax.jit, static_argnames="window", inline=True)
     def extend(
         self,

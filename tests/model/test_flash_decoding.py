@@ -124,7 +124,7 @@ def test_a_model_as_accelerators_run_it(monkeypatch, platform):
     if platform == "gpu":
         monkeypatch.setattr(block, "nvidia_capability", lambda: 9.0)
         monkeypatch.setattr(flash_decoding_module, "flash_decoding", interpreted)
-    jax.clear_caches()  # layers are traced once for each form
+    jax.clear_caches()  # of layers that were traced for CPUs
     cache = KVCache.create(config, 2, BLOCK, jnp.float32)
     first_B = jnp.array([0, 0])
     run = jax.jit(lambda x, at, cache: model.run_layers(x, 0, 2, at, cache))
@@ -135,3 +135,4 @@ def test_a_model_as_accelerators_run_it(monkeypatch, platform):
         wanted = jnp.take_along_axis(expected, at_BT[:, :, None], 1)
         np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-5)
         first_B = first_B + steps - jnp.array(back_B)
+    jax.clear_caches()
