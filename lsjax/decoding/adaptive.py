@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from lsjax.config import LlamaConfig, check
 from lsjax.decoding.calibration import calibrated
@@ -122,11 +122,10 @@ class Adaptive(Strategy):
         begun = self.proposed(model, state, settings, proposal_BT)
         draft = self.rounds.draft(model, state, settings, begun)
         due = learned.rounds_B.max() % self.scored_every(model.config) == 0
-        look = partial(self.scores, model, state, arguments.head, due)
+        look = partial(self.scores, model, draft, settings.exit_layer, due)
         none = jnp.zeros_like(learned.passed_BEC)
         done, verified = self.rounds.verify(model, draft, settings, look, (none, none))
-        own_E = jnp.array(self.exits, jnp.int32) == settings.exit_layer
-        after = learned.after(draft, verified, own_E, matched_B, proposal_BT)
+        after = learned.after(verified, matched_B, proposal_BT)
         return replace(done, learned=after)
 
     def choose(
@@ -211,13 +210,37 @@ class Adaptive(Strategy):
             none, hidden=hidden, tokens_BT=tokens_BT, count_B=count_B, log_q_BTN=log_q_BTN
         )
 
-    def scores(self, model, state, head, due, hidden, logits_BTV, new_BT, accepted_B):
-        """Counts [B, E, C] of passed and tried drafts, if each exit had drafted the new tokens. A
-        draft passes if its argmax is the token; in sampling with min(1, q / p) of exit and full
-        model."""
+    def scores(
+        self,
+        model: Llama,
+        draft: Draft,
+        exit_layer: Int[Array, ""],
+        due: Bool[Array, ""],
+        hidden: tuple[Float[Array, "B T D"], ...],
+        logits_BTV: Float[Array, "B T V"],
+        new_BT: Int[Array, "B T"],
+        accepted_B: Int[Array, " B"],
+    ) -> tuple[Float[Array, "B E C"], Float[Array, "B E C"]]:
+        """Counts of passed and tried drafts, if each exit had drafted the new tokens.
+
+        A draft passes if its argmax is the token; in sampling with min(1, q / p) of exit and full
+        model. `exit_layer` drafted, and has its distributions, also the one at which it stopped.
+        The others are scored if `due`.
+        """
+        state, head = draft.state, draft.head
+        none = jnp.zeros_like(state.learned.passed_BEC)
+        if not self.exits:
+            return none, none
         table_ND, places_V = (None, None) if head is None else (head.table_ND, head.places_V)
-        index_BT = new_BT if head is None else places_V[new_BT]
-        is_new_BT = jnp.arange(new_BT.shape[1]) <= accepted_B[:, None]
+        index_BT, steps = new_BT if head is None else places_V[new_BT], new_BT.shape[1]
+        is_new_BT = jnp.arange(steps) <= accepted_B[:, None]
+        if state.draws is not None:
+            log_p_BT = of_tokens(state.draws.log_probs(logits_BTV), new_BT)
+
+        def passed(log_q_BTN):
+            # NaN: not in the vocabulary, or beyond the new tokens.
+            log_q_BT = of_tokens(log_q_BTN, index_BT)
+            return jnp.nan_to_num(jnp.exp(jnp.minimum(0, log_q_BT - log_p_BT)))
 
         def score(x_BTD):
             logits_BTN = model.unembed(x_BTD, table_ND)
@@ -225,18 +248,19 @@ class Adaptive(Strategy):
             top_BT = top_probability(logits_BTN)
             if state.draws is None:
                 return by_level(top_BT, is_new_BT, argmax(logits_BTN) == index_BT)
-            log_q_BT = of_tokens(state.draws.log_probs(logits_BTN), index_BT)
-            log_p_BT = of_tokens(state.draws.log_probs(logits_BTV), new_BT)
-            # NaN: not in the vocabulary, or beyond the new tokens.
-            passed_BT = jnp.nan_to_num(jnp.exp(jnp.minimum(0, log_q_BT - log_p_BT)))
-            return by_level(top_BT, is_new_BT, passed_BT)
-
-        none = jnp.zeros_like(state.learned.passed_BEC)
-        if not self.exits:
-            return none, none
+            return by_level(top_BT, is_new_BT, passed(state.draws.log_probs(logits_BTN)))
 
         def every():
             counts = [score(x_BTD) for x_BTD in hidden[1:]]
             return tuple(jnp.stack(each, axis=1) for each in zip(*counts, strict=True))
 
-        return lax.cond(due, every, lambda: (none, none))
+        top_BT = draft.top_BT[:, :steps]
+        if state.draws is None:
+            right_BT = draft.tokens_BT[:, :steps] == new_BT
+        else:
+            right_BT = passed(draft.log_q_BTN[:, :steps])
+        own = by_level(top_BT, is_new_BT & (top_BT > 0), right_BT)
+        is_own_E1 = (jnp.array(self.exits) == exit_layer)[:, None]
+        others = lax.cond(due, every, lambda: (none, none))
+        pairs = zip(own, others, strict=True)
+        return tuple(jnp.where(is_own_E1, own_BC[:, None], each) for own_BC, each in pairs)

@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from lsjax.decoding.draft import Draft
 from lsjax.decoding.lookup import LONGEST
 from lsjax.decoding.rounds import Verified, confidence_level
 
@@ -15,7 +14,8 @@ DECAY = 0.95  # weight of the older counts, for each new one
 # Added to the counts: how many drafts of each kind, and what share of them usually passes.
 LEVEL_COUNT, LEVEL_SHARES = 1.2, (0.2, 0.5, 0.7, 0.875, 0.975)
 LOOKUP_COUNT, LOOKUP_SHARES = 2.0, (0.17, 0.3, 0.42, 0.5, 0.6, 0.64, 0.68, 0.72)
-# If lookups of one size fail in a text, so do the others. Weight of the usual shares, in drafts.
+# If lookups of one size fail in a text, so do the others. The same holds for the levels of an exit.
+# Weight of the usual shares, in drafts.
 TEXT_COUNT = 4.0
 
 
@@ -38,16 +38,25 @@ class Learned:
         return cls(*map(jnp.zeros, shapes), jnp.zeros(batch, jnp.int32))
 
     @property
+    def usual_BEC(self) -> Float[Array, "B E C"]:
+        """Usual chances, where more or fewer drafts of an exit fail in this text than usually."""
+        failing_C = 1 - jnp.array(LEVEL_SHARES)
+        failed_BE1 = (self.tried_BEC - self.passed_BEC).sum(-1, keepdims=True)
+        usual_BE1 = (self.tried_BEC * failing_C).sum(-1, keepdims=True)
+        factor_BE1 = (failed_BE1 + TEXT_COUNT) / (usual_BE1 + TEXT_COUNT)
+        return jnp.maximum(1 - factor_BE1 * failing_C, 0.02)
+
+    @property
     def chances_BEC(self) -> Float[Array, "B E C"]:
         """Chance that a draft of each exit passes, by its top probability."""
-        passed_BEC = self.passed_BEC + LEVEL_COUNT * jnp.array(LEVEL_SHARES)
+        passed_BEC = self.passed_BEC + LEVEL_COUNT * self.usual_BEC
         return passed_BEC / (self.tried_BEC + LEVEL_COUNT)
 
     @property
     def chance_BE(self) -> Float[Array, "B E"]:
         """Chance that a draft of each exit passes."""
-        passed_BE = self.passed_BEC.sum(-1) + LEVEL_COUNT * sum(LEVEL_SHARES)
-        tried_BE = self.tried_BEC.sum(-1) + LEVEL_COUNT * len(LEVEL_SHARES)
+        passed_BE = (self.passed_BEC + LEVEL_COUNT * self.usual_BEC).sum(-1)
+        tried_BE = (self.tried_BEC + LEVEL_COUNT).sum(-1)
         return jnp.minimum(passed_BE / tried_BE, 0.999)
 
     def lookup_tokens(
@@ -68,26 +77,14 @@ class Learned:
 
     def after(
         self,
-        draft: Draft,
         verified: Verified,
-        own_E: Bool[Array, " E"],
         matched_B: Int[Array, " B"],
         proposal_BT: Int[Array, "B T"],
     ) -> "Learned":
-        """The counts after a round. own_E: the exit that drafted. `verified.seen` has the counts of
-        the others."""
+        """The counts after a round. `verified.seen` has those of the exits."""
         accepted_B1, new_BT = verified.accepted_B[:, None], verified.tokens_BT
         is_new_BT = jnp.arange(new_BT.shape[1]) <= accepted_B1
         passed_BEC, tried_BEC = verified.seen
-        if draft.top_BT is not None:
-            right_BT = jnp.arange(new_BT.shape[1]) < accepted_B1
-            tried_BT = is_new_BT & draft.exists_BT
-            if draft.log_q_BTN is None:  # also the token before which the draft stopped
-                right_BT, tried_BT = draft.tokens_BT == new_BT, is_new_BT & (draft.top_BT > 0)
-            own = own_E[:, None]
-            own_passed_BC, own_tried_BC = by_level(draft.top_BT, tried_BT, right_BT)
-            passed_BEC = jnp.where(own, own_passed_BC[:, None], passed_BEC)
-            tried_BEC = jnp.where(own, own_tried_BC[:, None], tried_BEC)
         kept_BE1 = DECAY ** tried_BEC.sum(-1, keepdims=True)
 
         # Right tokens of the lookup, and the first wrong one.

@@ -151,30 +151,43 @@ def test_counts_of_sampled_texts_are_finite(model):
     assert (learned.rounds_B == 20).all()
 
 
-def drafted(tokens, count, top, log_q_BTN=None):
-    return Draft(None, (), *map(jnp.array, (tokens, count)), log_q_BTN, None, jnp.array(top))
+TOP = [[0.99, 0.7, 0.5, 0.0], [0.3, 0.0, 0.0, 0.0]]
+NEW = [[4, 5, 6, 0], [7, 0, 0, 0]]
+
+
+@pytest.mark.parametrize("temperature", (0, 1))
+def test_counts_of_the_exit_that_drafted_by_hand(model, temperature):
+    """Exit 2 of (1, 2). Row 0: two of three drafts pass. Row 1: the draft stopped before its first
+    token. Greedy drafts pass or fail. Sampled ones pass with min(1, q / p), and here q is p / 2."""
+    strategy, sampling = Adaptive((1, 2)), Sampling(temperature=temperature)
+    requests = [Request(prompt=[1], max_new_tokens=9, sampling=sampling)] * 2
+    options = dict(capacity=128, num_layers=4, dtype=jnp.float32)
+    state = DecodeState.create(model.config, requests, learned=strategy.first_guess(2), **options)
+    tokens_BT, count_B = jnp.array([[4, 5, 9, 0], [7, 0, 0, 0]]), jnp.array([3, 0])
+    logits_BTV = jax.random.normal(jax.random.key(0), (2, 4, model.config.vocab_size))
+    log_q_BTV = jax.nn.log_softmax(logits_BTV) - math.log(2) if temperature else None
+    draft = Draft(state, (), tokens_BT, count_B, log_q_BTV, None, jnp.array(TOP))
+    hidden = (jnp.zeros((2, 4, model.config.hidden_size)),) * 3
+    rest = logits_BTV, jnp.array(NEW), jnp.array([2, 0])
+    passed, tried = strategy.scores(model, draft, 2, jnp.array(False), hidden, *rest)
+    assert not passed[:, 0].any() and not tried[:, 0].any()
+    # The levels begin at 0, 0.4, 0.6, 0.8 and 0.95.
+    np.testing.assert_array_equal(tried[:, 1], [[0, 1, 1, 0, 1], [1, 0, 0, 0, 0]])
+    expected = [[0, 0, 1, 0, 1], [1, 0, 0, 0, 0]]
+    if temperature:
+        expected = [[0, 0.5, 0.5, 0, 0.5], [0.5, 0, 0, 0, 0]]
+    np.testing.assert_allclose(passed[:, 1], expected, rtol=1e-5)
 
 
 def test_counts_by_hand():
-    """Drafts by exit 2 of (1, 2). Row 0: two of three pass. Row 1: the draft stopped before its
-    first token, which was right. The lookup was right about row 0's first token; row 1 had none."""
-    top = [[0.99, 0.7, 0.5, 0.0], [0.3, 0.0, 0.0, 0.0]]
-    draft = drafted([[4, 5, 9, 0], [7, 0, 0, 0]], [3, 0], top)
+    """Older counts weigh less. The lookup was right about row 0's first token; row 1 had none."""
     seen = np.arange(20.0).reshape(2, 2, 5), np.arange(1, 21.0).reshape(2, 2, 5)
-    new = [[4, 5, 6, 0], [7, 0, 0, 0]]
-    verified = Verified(jnp.array(new), jnp.array([2, 0]), tuple(map(jnp.array, seen)))
+    verified = Verified(jnp.array(NEW), jnp.array([2, 0]), tuple(map(jnp.array, seen)))
     start = Learned(*map(jnp.ones, [(2, 2, 5)] * 2 + [(2, 8)] * 2), jnp.zeros(2, jnp.int32))
-    proposal_BT = jnp.array([[4, 9, 6], [7, 0, 0]])
-    rest = verified, jnp.array([False, True]), jnp.array([7, 0]), proposal_BT
-    after = start.after(draft, *rest)
-    # The levels begin at 0, 0.4, 0.6, 0.8 and 0.95.
-    tried, passed = np.array([[0, 1, 1, 0, 1], [1, 0, 0, 0, 0]]), [[0, 0, 1, 0, 1], [1, 0, 0, 0, 0]]
-    kept = DECAY ** tried.sum(1)[:, None]
-    np.testing.assert_allclose(after.passed_BEC[:, 1], kept + passed, rtol=1e-6)
-    np.testing.assert_allclose(after.tried_BEC[:, 1], kept + tried, rtol=1e-6)
-    kept = DECAY ** seen[1][:, 0].sum(1)[:, None]
-    np.testing.assert_allclose(after.passed_BEC[:, 0], kept + seen[0][:, 0], rtol=1e-6)
-    np.testing.assert_allclose(after.tried_BEC[:, 0], kept + seen[1][:, 0], rtol=1e-6)
+    after = start.after(verified, jnp.array([7, 0]), jnp.array([[4, 9, 6], [7, 0, 0]]))
+    kept = DECAY ** seen[1].sum(2, keepdims=True)
+    np.testing.assert_allclose(after.passed_BEC, kept + seen[0], rtol=1e-6)
+    np.testing.assert_allclose(after.tried_BEC, kept + seen[1], rtol=1e-6)
     # Seven tokens matched, then eight.
     looked, found = np.ones((2, 8)), np.ones((2, 8))
     kept = DECAY
@@ -182,10 +195,6 @@ def test_counts_by_hand():
     looked[0, 7], found[0, 7] = kept + 1, kept
     np.testing.assert_allclose(after.looked_BM, looked, rtol=1e-6)
     np.testing.assert_allclose(after.found_BM, found, rtol=1e-6)
-    # When sampling, the token before which a draft stopped tells nothing.
-    sampled = start.after(drafted(draft.tokens_BT, [2, 0], top, jnp.zeros((2, 4, 9))), *rest)
-    counts = (sampled.tried_BEC[:, 1] / DECAY ** jnp.array([[2], [0]]) - 1).sum(1)
-    np.testing.assert_allclose(counts, [2 / DECAY**2, 0], rtol=1e-5)
 
 
 def test_seconds_of_drafts_by_hand():
@@ -223,7 +232,7 @@ def test_scores_take_a_hundredth_of_the_bytes():
 
 
 def test_chances_by_hand():
-    """Prior counts are added to those of the rounds."""
+    """One of three sure drafts failed. Where more fail than usually, unsure ones do so as well."""
     one, count = Learned.create(1, 1), LEVEL_COUNT
     assert one.chance_BE[0, 0] == pytest.approx(np.mean(LEVEL_SHARES))
     np.testing.assert_allclose(one.chances_BEC[0, 0], LEVEL_SHARES, rtol=1e-6)
@@ -232,9 +241,11 @@ def test_chances_by_hand():
         passed_BEC=one.passed_BEC.at[0, 0, 4].set(2),
         tried_BEC=one.tried_BEC.at[0, 0, 4].set(3),
     )
-    expected = [*LEVEL_SHARES[:4], (LEVEL_SHARES[4] * count + 2) / (count + 3)]
+    factor = (1 + TEXT_COUNT) / (3 * (1 - LEVEL_SHARES[4]) + TEXT_COUNT)
+    usual = [max(1 - factor * (1 - share), 0.02) for share in LEVEL_SHARES]
+    expected = [*usual[:4], (usual[4] * count + 2) / (count + 3)]
     np.testing.assert_allclose(one.chances_BEC[0, 0], expected, rtol=1e-6)
-    share = (count * sum(LEVEL_SHARES) + 2) / (5 * count + 3)
+    share = (count * sum(usual) + 2) / (5 * count + 3)
     assert one.chance_BE[0, 0] == pytest.approx(share)
 
 
