@@ -2,9 +2,10 @@
 
     python benchmarks/rounds.py models/smollm2
 
-Loops on the device repeat a round at a fixed position, and take turns. Rounds of one exit and
-length are compared with those of `auto` if it always makes this choice: medians of the ratios, with
-quartiles. The first row has autoregressive rounds.
+Loops on the device repeat a round at a fixed position, and take turns. Rounds of `auto` that always
+makes one choice are compared with static ones of this exit and length, and with static ones in a
+program that serves all of them. Medians of the ratios, with quartiles. The first row has
+autoregressive rounds.
 """
 
 import dataclasses
@@ -25,7 +26,7 @@ import lsjax
 from lsjax.cli.setup import exact_products, keep_compiled_programs
 from lsjax.cli.show import table, wide_console
 from lsjax.decoding.calibration import LENGTH
-from lsjax.decoding.self_speculative import SelfSpeculative
+from lsjax.decoding.self_speculative import SelfSpeculative, in_one_program
 from lsjax.decoding.state import DecodeState
 from lsjax.decoding.strategy import Strategy
 
@@ -94,19 +95,18 @@ def main(arguments: Arguments) -> None:
     keep_compiled_programs()
     exact_products()
     exits, lengths = sorted(arguments.exit_layers), sorted(arguments.num_draft_tokens)
-    kinds: list[tuple[Strategy, tuple[int, int]]] = [(lsjax.Autoregressive(), (0, 0))]
-    kinds += [(SelfSpeculative(*cell), cell) for cell in product(exits, lengths)]
-    llama, rows = lsjax.load(arguments.model), []
-    for own, cell in kinds:
-        both = [rounds_loop(llama, one) for one in (own, pinned(cell, exits, lengths))]
-        seconds = seconds_of(both, arguments.repeats)
-        ratio = np.quantile(seconds[:, 1] / seconds[:, 0], (0.5, 0.25, 0.75))
-        words = [
-            f"{1e3 * np.median(seconds[:, 0]):.2f}",
-            "{:.3f} ({:.3f} to {:.3f})".format(*ratio),
-        ]
-        rows.append([*(str(number or "-") for number in cell), *words])
-    wide_console().print(table("a round", ["E", "d", "ms", "auto over it"], rows))
+    cells, llama, rows = [(0, 0), *product(exits, lengths)], lsjax.load(arguments.model), []
+    static = [SelfSpeculative(E or exits[0], d) for E, d in cells]
+    for cell, own, shared in zip(cells, static, in_one_program(static), strict=True):
+        own = own if cell[0] else lsjax.Autoregressive()
+        each = (own, shared, pinned(cell, exits, lengths))
+        seconds = seconds_of([rounds_loop(llama, one) for one in each], arguments.repeats)
+        ratios = seconds[:, 2:] / seconds[:, :2]
+        words = map("{:.3f} ({:.3f} to {:.3f})".format, *np.quantile(ratios, (0.5, 0.25, 0.75), 0))
+        milliseconds = f"{1e3 * np.median(seconds[:, 0]):.2f}"
+        rows.append([*(str(n or "-") for n in cell), milliseconds, *words])
+    names = ["E", "d", "ms", "auto over it", "over one program for all"]
+    wide_console().print(table("a round", names, rows))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float, Int
 from lsjax.decoding.lookup import LONGEST
 from lsjax.decoding.rounds import Verified, confidence_level
 
-DECAY = 0.95  # weight of the older counts, for each new one
+DECAY = 0.97  # weight of the older counts, for each new one
 # Added to the counts: how many drafts of each kind, and what share of them usually passes.
 LEVEL_COUNT, LEVEL_SHARES = 1.2, (0.2, 0.5, 0.7, 0.875, 0.975)
 LOOKUP_COUNT, LOOKUP_SHARES = 2.0, (0.17, 0.3, 0.42, 0.5, 0.6, 0.64, 0.68, 0.72)

@@ -29,10 +29,11 @@ from lsjax.sharding import in_context_order, make_mesh, over_context
 from lsjax.training import loss
 from lsjax.training.step import init_state, make_train_step
 
+EXITS = EarlyExitConfig(curriculum="all", token_share=0.4)
 CONFIG = StepConfig(
     num_steps=4,
     layer_dropout=LayerDropoutConfig(p_max=0.5, distribution="uniform"),
-    early_exit=EarlyExitConfig(curriculum="all", token_share=0.4),
+    early_exit=EXITS,
     remat="dots_with_no_batch_dims_saveable",
     z_loss=1e-3,
 )
@@ -51,19 +52,19 @@ BATCH = dict(
 )
 
 
-def first_state(config):
-    return init_state(config, Llama(SHAPE, rngs=nnx.Rngs(0)))
+def first_state(config, shape=SHAPE):
+    return init_state(config, Llama(shape, rngs=nnx.Rngs(0)))
 
 
 @pytest.fixture(scope="module")
 def step_on():
     """The compiled step on a mesh, the gradient of each parameter, and the metrics."""
 
-    def step(sizes, config):
+    def step(sizes, config, shape=SHAPE):
         mesh = make_mesh(sizes)
         with jax.set_mesh(mesh), patch.object(loss, "CHUNK_LOGITS", SHAPE.vocab_size * 32):
             state, batch = (
-                placed(jax.jit(partial(first_state, config))(), mesh),
+                placed(jax.jit(partial(first_state, config, shape))(), mesh),
                 placed(BATCH, mesh),
             )
             program = make_train_step(config).lower(state, batch).compile()
@@ -96,11 +97,12 @@ def test_the_same_gradients_with_any_context(step_on, sizes, changes):
 
 
 def test_the_same_gradients_with_gathered_rows(step_on):
-    """Rows that share a shard stay together: context does not change the draws."""
+    """Rows that share a shard stay together: context does not change the draws. Two layers."""
     skip = dataclasses.replace(CONFIG.layer_dropout, skip="gather")
-    config = dataclasses.replace(CONFIG, layer_dropout=skip)
-    _, expected, _ = step_on(MeshConfig(data=2), config)
-    _, found, _ = step_on(MeshConfig(data=2, context=4), config)
+    config = StepConfig(num_steps=4, layer_dropout=skip, early_exit=EXITS)
+    shape = LlamaConfig.tiny(num_layers=2)
+    _, expected, _ = step_on(MeshConfig(data=2), config, shape)
+    _, found, _ = step_on(MeshConfig(data=2, context=4), config, shape)
     for name, gradient in expected.items():
         difference = np.linalg.norm(found[name] - gradient) / np.linalg.norm(gradient)
         assert difference < 1e-5, name

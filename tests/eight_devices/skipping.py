@@ -24,7 +24,7 @@ GATHER = StepConfig(
 MASK = dataclasses.replace(
     GATHER, layer_dropout=dataclasses.replace(GATHER.layer_dropout, skip="mask")
 )
-SHAPE = LlamaConfig.tiny(num_layers=4)
+SHAPE = LlamaConfig.tiny(num_layers=2)
 TOKENS = np.random.default_rng(0).integers(0, 258, (32, 9), dtype=np.int32)
 BATCH = dict(
     tokens_BT=TOKENS[:, :-1],
