@@ -4,8 +4,8 @@
 
 Loops on the device repeat a round at a fixed position, and take turns. Rounds of `auto` that always
 makes one choice are compared with static ones of this exit and length, and with static ones in a
-program that serves all of them. Medians of the ratios, with quartiles. The first row has
-autoregressive rounds.
+program that serves all of them. The table has medians of the ratios, with quartiles. Its first row
+has autoregressive rounds.
 """
 
 import dataclasses

@@ -224,8 +224,8 @@ class Adaptive(Strategy):
         """Counts of passed and tried drafts, if each exit had drafted the new tokens.
 
         A draft passes if its argmax is the token; in sampling with min(1, q / p) of exit and full
-        model. `exit_layer` drafted, and has its distributions, also the one at which it stopped.
-        The others are scored if `due`.
+        model. `exit_layer` is the one that drafted. It is scored in every round, also at the token
+        before which it stopped. The other exits are scored if `due`.
         """
         state, head = draft.state, draft.head
         none = jnp.zeros_like(state.learned.passed_BEC)

@@ -14,8 +14,8 @@ DECAY = 0.97  # weight of the older counts, for each new one
 # Added to the counts: how many drafts of each kind, and what share of them usually passes.
 LEVEL_COUNT, LEVEL_SHARES = 1.2, (0.2, 0.5, 0.7, 0.875, 0.975)
 LOOKUP_COUNT, LOOKUP_SHARES = 2.0, (0.17, 0.3, 0.42, 0.5, 0.6, 0.64, 0.68, 0.72)
-# If lookups of one size fail in a text, so do the others. The same holds for the levels of an exit.
-# Weight of the usual shares, in drafts.
+# If lookups of one size fail in a text, others fail too. The same holds for the levels of an exit.
+# The usual shares weigh as much as this many drafts.
 TEXT_COUNT = 4.0
 
 
@@ -39,7 +39,7 @@ class Learned:
 
     @property
     def usual_BEC(self) -> Float[Array, "B E C"]:
-        """Usual chances, where more or fewer drafts of an exit fail in this text than usually."""
+        """Usual chances, adjusted to how often drafts of the exit failed in this text."""
         failing_C = 1 - jnp.array(LEVEL_SHARES)
         failed_BE1 = (self.tried_BEC - self.passed_BEC).sum(-1, keepdims=True)
         usual_BE1 = (self.tried_BEC * failing_C).sum(-1, keepdims=True)

@@ -232,7 +232,7 @@ def test_scores_take_a_hundredth_of_the_bytes():
 
 
 def test_chances_by_hand():
-    """One of three sure drafts failed. Where more fail than usually, unsure ones do so as well."""
+    """One of three sure drafts failed. If more fail than usual, unsure ones do too."""
     one, count = Learned.create(1, 1), LEVEL_COUNT
     assert one.chance_BE[0, 0] == pytest.approx(np.mean(LEVEL_SHARES))
     np.testing.assert_allclose(one.chances_BEC[0, 0], LEVEL_SHARES, rtol=1e-6)
