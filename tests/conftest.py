@@ -41,17 +41,13 @@ with jaxtyping.install_import_hook(CHECKED, "beartype.beartype"):
     for name in lsjax.__all__:
         getattr(lsjax, name)
 
+import tokenizers
 from flax import nnx
-from tokenizers import pre_tokenizers
+from tokenizers import decoders, models, pre_tokenizers
 
 from lsjax.config import LlamaConfig
 from lsjax.data.tokenizer import Tokenizer
-from lsjax.data.tokenizer_backends import (
-    ByteTokenizer,
-    HuggingFaceTokenizer,
-    byte_level_bpe,
-    bytes_by_character,
-)
+from lsjax.data.tokenizer_backends import ByteTokenizer, HuggingFaceTokenizer, bytes_by_character
 from lsjax.model.llama import Llama
 
 
@@ -77,5 +73,7 @@ def tokenizer() -> Tokenizer:
 def small_tokenizer() -> Tokenizer:
     """As many bytes as the golden models have tokens."""
     vocab = dict(list(bytes_by_character().items())[:64])
-    words = pre_tokenizers.ByteLevel(False, use_regex=False)
-    return HuggingFaceTokenizer(byte_level_bpe(vocab, [], words))
+    backend = tokenizers.Tokenizer(models.BPE(vocab, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    return HuggingFaceTokenizer(backend)

@@ -10,8 +10,7 @@ from rich.console import Console
 
 from lsjax.cli.show import Colours, legend, stream, summary
 from lsjax.config import ConfigError
-from lsjax.data.chat import ChatTemplateError, Dialogue
-from lsjax.data.tokenizer import TokenizerError
+from lsjax.data.tokenizer import ChatTemplateError, Dialogue, TokenizerError
 from lsjax.decoding.batching import Conversation
 from lsjax.decoding.completion import Completion
 from lsjax.decoding.engine import Engine

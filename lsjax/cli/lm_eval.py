@@ -17,7 +17,7 @@ from lsjax.cli.flags import ChatFlags, ModelFlags, load_engine
 from lsjax.cli.show import notes_console
 from lsjax.cli.strategies import StrategyFlags, make_strategies
 from lsjax.config import Path, bounded, check, in_bucket
-from lsjax.data.chat import chat_prompt
+from lsjax.data.tokenizer import Dialogue
 from lsjax.evaluation.answers import Cell
 from lsjax.evaluation.extras import installed
 
@@ -54,7 +54,7 @@ def run_tasks(arguments: Arguments) -> None:
     opened = flags.open_model(arguments)
     strategies = make_strategies(arguments, opened)
     if arguments.chat:
-        chat_prompt(opened.tokenizer, "?", arguments.system)  # fails now if there is no template
+        Dialogue(opened.tokenizer, arguments.system).prompt("?")  # fails now without a template
     if arguments.output is not None:
         check(
             not in_bucket(arguments.output),

@@ -10,10 +10,9 @@ import tyro
 from lsjax.cli.flags import ModelFlags, SamplingFlags, check_sampling
 from lsjax.cli.strategies import StrategyFlags, StrategyName
 from lsjax.config import ConfigError, LlamaConfig, Path, bounded, check
-from lsjax.data.chat import chat_prompt
 from lsjax.data.files import Fields, PlacedRow, Refuse, file_rows, read_lines, stop_at
 from lsjax.data.sources import fill
-from lsjax.data.tokenizer import Tokenizer
+from lsjax.data.tokenizer import Dialogue, Tokenizer
 from lsjax.decoding.request import Request, encode_prompt
 from lsjax.decoding.sampling import GREEDY, Sampling
 from lsjax.evaluation.tasks import first_turn
@@ -180,8 +179,7 @@ def encode_requests(
     encoded = []
     for number, request in enumerate(requests, start=1):
         if arguments.chat or arguments.interactive:
-            text = chat_prompt(tokenizer, request.prompt, arguments.system)
-            ids = tokenizer.encode(text, add_bos=False)
+            _, ids = Dialogue(tokenizer, arguments.system).prompt(request.prompt)
             request = dataclasses.replace(request, prompt=ids)
         try:
             encoded.append(encode_prompt(request, tokenizer, config, arguments.max_length))

@@ -8,8 +8,7 @@ import time
 from typing import IO
 
 from lsjax.config import Path, check, in_bucket
-from lsjax.data.files import local_cache, whole_directory, write_whole
-from lsjax.data.gguf_files import gguf_parts
+from lsjax.data.files import gguf_parts, local_cache, whole_directory, write_whole
 
 TOKENIZER = re.compile(
     r"(tokenizer|tokenizer_config|special_tokens_map|generation_config)\.json"

@@ -6,6 +6,7 @@ import gzip
 import io
 import json
 import os
+import re
 import shutil
 import tempfile
 import uuid
@@ -68,6 +69,15 @@ def _matches(pattern: Path) -> list[Path]:
     except FileNotFoundError:  # no such bucket
         return []
     return [as_path(f"gs://{name}") for name in sorted(found) if found[name]["type"] == "file"]
+
+
+def gguf_parts(file: Path) -> list[Path]:
+    """All files of a split GGUF, named NAME-00001-of-00003.gguf; the file itself if not split."""
+    part = re.fullmatch(r"(.+-)\d{5}(-of-(?!0{5})(\d{5})\.gguf)", file.name)
+    if part is None:
+        return [file]
+    name, of, count = part.groups()
+    return [file.with_name(f"{name}{number:05d}{of}") for number in range(1, int(count) + 1)]
 
 
 def stop_at(error: ConfigError) -> None:

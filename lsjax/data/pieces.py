@@ -110,13 +110,10 @@ class Source:
         most = min(max(sum(sizes) // MANY_PIECES, SMALLEST_PIECE), LARGEST_PIECE)
         if self.num_rows is not None:
             count = min(-(-sum(sizes) // most), self.num_rows) or 1
-            files = [[] for _ in range(count)]
-            for index, size in enumerate(sizes):
-                files[index % count].append((index, 0, size))
+            files = [(index, 0, size) for index, size in enumerate(sizes)]
             ends = [number * self.num_rows // count for number in range(count + 1)]
-            return [
-                Piece(tuple(own), rows) for own, rows in zip(files, pairwise(ends), strict=True)
-            ]
+            rows = enumerate(pairwise(ends))
+            return [Piece(tuple(files[number::count]), own) for number, own in rows]
         pieces: list[list[tuple[int, int, int]]] = []
         room = 0
         for index, (file, size) in enumerate(zip(self.files, sizes, strict=True)):

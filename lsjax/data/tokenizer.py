@@ -1,4 +1,4 @@
-"""One interface for tokenizer.json, SentencePiece, GGUF and plain bytes.
+"""Text to token ids and back, and chats to text, for tokenizers of every kind.
 
 The `sentencepiece` and `tokenizers` libraries encode. This module decodes, from one table of
 id -> bytes. A text is the bytes of its tokens, so streaming only decodes UTF-8 incrementally.
@@ -13,10 +13,17 @@ import json
 import struct
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
-from functools import cached_property
+from datetime import datetime
+from functools import cached_property, partial
+from typing import Any, NoReturn
+
+from jinja2 import TemplateError, nodes
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from lsjax.config import Path, as_path
-from lsjax.data.files import read_json, write_json
+from lsjax.data.files import one_line, read_json, write_json
 
 # Tokenizers with equal vocabularies may split digits, whitespace or contractions differently.
 PROBE = "Hello  world!\n\n\tdef f(x):\n        return 12345 + 6.78  # it's\r\n ¿Qué? 你好 ﬁ 🙂👍🏽 "
@@ -25,6 +32,10 @@ MOST_EXTRA = 64  # maximum number of tokens without a row in the model's table
 
 class TokenizerError(ValueError):
     """A tokenizer cannot be loaded or used; one line with the file, the fault and the fix."""
+
+
+class ChatTemplateError(ValueError):
+    """A chat template is missing, invalid, or rejects the messages; one line."""
 
 
 class Tokenizer(ABC):
@@ -42,10 +53,10 @@ class Tokenizer(ABC):
     """
 
     vocab_size: int
-    bos_id: int | None
-    eos_ids: tuple[int, ...]
-    add_bos: bool
-    chat_template: str | None
+    bos_id: int | None = None
+    eos_ids: tuple[int, ...] = ()
+    add_bos: bool = False
+    chat_template: str | None = None
     special_spelling: dict[int, str]
     leading_spaces: float = 0
     _pieces: dict[int, bytes]  # bytes that a token adds to a text; empty for special tokens
@@ -80,13 +91,9 @@ class Tokenizer(ABC):
         missing `bos_id`.
         """
         try:
-            for text in texts:
-                text.encode()
+            "".join(texts).encode()
         except UnicodeEncodeError as error:
-            raise TokenizerError(
-                f"character {error.start} of the text is not valid Unicode (a lone surrogate): "
-                "decode the input as UTF-8 with errors='replace'"
-            ) from error
+            raise TokenizerError(f"the text has a lone surrogate: give UTF-8 ({error})") from None
         batch = self._encode_batch(texts, allow_special)
         if self.add_bos if add_bos is None else add_bos:
             if self.bos_id is None:
@@ -94,10 +101,9 @@ class Tokenizer(ABC):
             batch = [[self.bos_id, *ids] for ids in batch]
         extra = max((max(ids, default=0) for ids in batch), default=0)
         if extra >= self.vocab_size:
-            spelling = self.token_bytes(extra, skip_special=False).decode(errors="replace")
             raise TokenizerError(
-                f"the text contains {spelling!r} (token {extra}), but the model has only "
-                f"{self.vocab_size} tokens: remove it from the text"
+                f"the text contains {self.spelling(extra)!r} (token {extra}), but the model has "
+                f"only {self.vocab_size} tokens: remove it from the text"
             )
         return batch
 
@@ -123,7 +129,8 @@ class Tokenizer(ABC):
 
         Special tokens are spelled out if `skip_special` is False. Unknown ids add nothing.
         """
-        stream = StreamDecoder(self, (), skip_special=skip_special)
+        stream = StreamDecoder(self, ())
+        stream.skip_special = skip_special
         return stream.push(ids) + stream.finish()
 
     def token_bytes(self, token_id: int, *, skip_special: bool = True) -> bytes:
@@ -131,6 +138,14 @@ class Tokenizer(ABC):
         if not skip_special and token_id in self.special_spelling:
             return self.special_spelling[token_id].encode()
         return self._pieces.get(token_id, b"")
+
+    def spelling(self, token_id: int) -> str:
+        """A token as text; special tokens are spelled out."""
+        return self.token_bytes(token_id, skip_special=False).decode(errors="replace")
+
+    def token_id(self, spelling: str) -> int | None:
+        """Smallest id of a token with this spelling; None if there is none."""
+        return min((i for i in self._pieces if self.spelling(i) == spelling), default=None)
 
     def save(self, directory: str | Path) -> None:
         """Writes files that `load_tokenizer` and transformers' AutoTokenizer read."""
@@ -141,10 +156,9 @@ class Tokenizer(ABC):
             "add_bos_token": self.add_bos,
             "add_eos_token": False,
             "clean_up_tokenization_spaces": False,
+            "chat_template": self.chat_template,
             **self.special_tokens,
         }
-        if self.chat_template is not None:
-            config["chat_template"] = self.chat_template
         write_json(directory / "tokenizer_config.json", config)
         if len(self.eos_ids) > 1:  # tokenizer_config.json holds only one
             file = directory / "generation_config.json"
@@ -154,13 +168,8 @@ class Tokenizer(ABC):
     @property
     def special_tokens(self) -> dict[str, str]:
         """Spelling of `bos_token` and `eos_token`, as chat templates name them."""
-        bos = () if self.bos_id is None else (self.bos_id,)
-        named = {"bos_token": bos, "eos_token": self.eos_ids}
-        return {
-            name: self.token_bytes(ids[0], skip_special=False).decode(errors="replace")
-            for name, ids in named.items()
-            if ids
-        }
+        ids = {"bos_token": self.bos_id, "eos_token": next(iter(self.eos_ids), None)}
+        return {name: self.spelling(i) for name, i in ids.items() if i is not None}
 
     @cached_property
     def fingerprint(self) -> str:
@@ -180,20 +189,16 @@ class StreamDecoder:
     """Decodes tokens as they arrive, and returns only complete characters.
 
     All `push`es and `finish` together return the text that the new tokens add after the prompt.
+    The token that completes a character returns all of it, even if the prompt began it.
 
     prompt_ids: tokens before the new ones. None stands for some text, after which leading spaces
-    are kept. () is the start of a text, where SentencePiece drops its own leading space. The token
-    that completes a character returns all of it, even if the prompt began it.
+    are kept. () is the start of a text, where SentencePiece drops its own leading space.
     """
 
-    def __init__(
-        self,
-        tokenizer: Tokenizer,
-        prompt_ids: Iterable[int] | None = None,
-        *,
-        skip_special: bool = True,
-    ):
-        self._tokenizer, self._skip_special = tokenizer, skip_special
+    skip_special = True  # as in `Tokenizer.decode`
+
+    def __init__(self, tokenizer: Tokenizer, prompt_ids: Iterable[int] | None = None):
+        self._tokenizer = tokenizer
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         self._leading_spaces = 0 if prompt_ids is None else tokenizer.leading_spaces
         if prompt_ids is not None:
@@ -203,7 +208,7 @@ class StreamDecoder:
         """Text that `ids` complete."""
         text = ""
         for token_id in map(int, ids):
-            piece = self._tokenizer.token_bytes(token_id, skip_special=self._skip_special)
+            piece = self._tokenizer.token_bytes(token_id, skip_special=self.skip_special)
             if piece and self._leading_spaces:
                 # Special tokens keep it: SentencePiece writes unknown as " ⁇ ".
                 if token_id not in self._tokenizer.special_spelling:
@@ -215,3 +220,83 @@ class StreamDecoder:
     def finish(self) -> str:
         """Remaining text: U+FFFD for an incomplete character, else empty."""
         return self._utf8.decode(b"", final=True)
+
+
+class _Generation(Extension):
+    """`{% generation %}`, which marks replies for training; a scope, whose content is unchanged."""
+
+    tags = {"generation"}
+
+    def parse(self, parser: Parser) -> nodes.Node:
+        line = next(parser.stream).lineno
+        content = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return nodes.Scope(content, lineno=line)
+
+
+def render_chat(
+    tokenizer: Tokenizer, messages: list[dict[str, Any]], *, add_generation_prompt: bool = True
+) -> str:
+    """Renders messages with the chat template, as transformers' apply_chat_template does.
+
+    Encode the result with `allow_special=True, add_bos=False`. As in transformers, jinja2's
+    immutable sandbox keeps Python's internals from the template, which is untrusted data from the
+    model's files. The sandbox does not limit time or memory.
+
+    messages: dicts with "role" and "content". add_generation_prompt: end with the opening of the
+    assistant's turn.
+
+    Raises ChatTemplateError if the template is missing, invalid, unsafe or rejects the messages.
+    """
+    if tokenizer.chat_template is None:
+        raise ChatTemplateError("this model has no chat template: use --prompt without --chat")
+
+    def raise_exception(message: str) -> NoReturn:
+        raise TemplateError(message)
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _Generation]
+    )
+    # jinja2's own filter escapes <, > and &, but a prompt must keep them.
+    environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)
+    environment.globals["raise_exception"] = raise_exception
+    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    # Templates test for None rather than undefined.
+    variables = {"bos_token": "", "eos_token": "", "tools": None, "documents": None}
+    variables |= tokenizer.special_tokens
+    variables |= {"messages": messages, "add_generation_prompt": add_generation_prompt}
+    try:
+        return environment.from_string(tokenizer.chat_template).render(variables)
+    except Exception as error:
+        where = f"line {error.lineno}: " if getattr(error, "lineno", None) else ""
+        raise ChatTemplateError(f"the chat template fails: {where}{one_line(error)}") from error
+
+
+class Dialogue:
+    """The messages so far, in the model's chat template.
+
+    The next prompt keeps a reply's own ids: encoding its text again may give other tokens. The
+    complete chat is encoded again if the template alters earlier messages. The same holds for
+    SentencePiece tokenizers, whose tokens depend on where a text begins.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, system: str | None = None):
+        self._tokenizer = tokenizer
+        self.messages = [] if system is None else [{"role": "system", "content": system}]
+        self._known: tuple[str, list[int]] = "", []  # text and ids to the end of the last reply
+
+    def prompt(self, user: str) -> tuple[str, list[int]]:
+        """Text and ids of the prompt for a reply to `user`. Raises ChatTemplateError."""
+        text = render_chat(self._tokenizer, [*self.messages, {"role": "user", "content": user}])
+        known, ids = self._known
+        if not text.startswith(known) or self._tokenizer.leading_spaces:
+            known, ids = "", []
+        return text, ids + self._tokenizer.encode(text.removeprefix(known), add_bos=False)
+
+    def add(
+        self, user: str, prompt: tuple[str, list[int]], reply: str, reply_ids: list[int] | None
+    ) -> None:
+        """Adds a turn. reply_ids: tokens that spell exactly `reply`, if known."""
+        self.messages.append({"role": "user", "content": user})
+        self.messages.append({"role": "assistant", "content": reply})
+        text, ids = prompt
+        self._known = ("", []) if reply_ids is None else (text + reply, ids + reply_ids)

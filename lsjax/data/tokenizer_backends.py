@@ -6,63 +6,41 @@ import json
 import re
 from collections.abc import Callable, Sequence
 from functools import cached_property
+from itertools import chain
 
 import sentencepiece
 import tokenizers
-from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
 from lsjax.config import Path
-from lsjax.data.files import one_line, write_whole
+from lsjax.data.files import write_whole
 from lsjax.data.tokenizer import PROBE, Tokenizer, TokenizerError
 
-MAX_TOKEN_ID = 1 << 24
 BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")  # SentencePiece's spelling of a byte
-LLAMA3_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-QWEN2_SPLIT = LLAMA3_SPLIT.replace("{1,3}", "")  # each digit is a word
-_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
-TEKKEN_SPLIT = (
-    rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*"
-    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
 
 
 class HuggingFaceTokenizer(Tokenizer):
     """A `tokenizers` pipeline (a tokenizer.json), with the decoder of Llama 3 or Llama 2.
 
-    backend: the pipeline; its truncation and padding are disabled. add_bos: by default, what the
-    post-processor does. Other arguments are as in `Tokenizer`.
+    backend: the pipeline; its truncation and padding are disabled.
     """
 
-    def __init__(
-        self,
-        backend: tokenizers.Tokenizer,
-        *,
-        bos_id: int | None = None,
-        eos_ids: Sequence[int] = (),
-        add_bos: bool | None = None,
-        chat_template: str | None = None,
-    ):
+    def __init__(self, backend: tokenizers.Tokenizer):
         backend.no_truncation()
         backend.no_padding()
         self._backend = backend
-        self.bos_id, self.eos_ids, self.chat_template = bos_id, tuple(eos_ids), chat_template
-        has_bos = backend.encode("").ids[:1] == [bos_id]
-        self.add_bos = has_bos if add_bos is None else add_bos and bos_id is not None
-        if self.add_bos != has_bos:
-            set_bos(backend, bos_id if self.add_bos else None)
-        added = backend.get_added_tokens_decoder()
-        vocab = backend.get_vocab(with_added_tokens=True)
+        added, vocab = backend.get_added_tokens_decoder(), backend.get_vocab()
         self.vocab_size = 1 + max(vocab.values(), default=-1)
-        if not 0 < self.vocab_size <= MAX_TOKEN_ID:
-            raise TokenizerError(f"largest token id {self.vocab_size - 1}: get an undamaged file")
         piece_bytes, self.leading_spaces = _piece_decoder(backend)
         self._pieces = {i: piece_bytes(token) for token, i in vocab.items()}
         self._pieces |= {i: token.content.encode() for i, token in added.items()}
         self.special_spelling = {i: token.content for i, token in added.items() if token.special}
         self._pieces |= dict.fromkeys(self.special_spelling, b"")
+
+    @property
+    def adds_bos(self) -> bool:
+        """Whether other readers of the pipeline put `bos_id` before a text."""
+        return self._backend.encode("").ids[:1] == [self.bos_id]
 
     @property
     def spaces_first_only(self) -> bool:
@@ -83,6 +61,12 @@ class HuggingFaceTokenizer(Tokenizer):
         return [one.ids for one in found]
 
     def _save_model(self, directory: Path) -> str:
+        if self.add_bos != self.adds_bos:
+            bos = [(self.spelling(self.bos_id), self.bos_id)] if self.add_bos else []
+            names = [name for name, _ in bos]
+            self._backend.post_processor = processors.TemplateProcessing(
+                single=[*names, "$A"], pair=[*names, "$A", *names, "$B:1"], special_tokens=bos
+            )
         write_whole(directory / "tokenizer.json", self._backend.to_str(pretty=True).encode())
         return "PreTrainedTokenizerFast"
 
@@ -91,12 +75,13 @@ class ByteTokenizer(HuggingFaceTokenizer):
     """UTF-8 bytes as ids 0..255, `<s>` 256, `</s>` 257: for tests and tiny models."""
 
     def __init__(self, *, add_bos: bool = True, chat_template: str | None = None):
-        words = pre_tokenizers.ByteLevel(False, use_regex=False)
-        backend = byte_level_bpe(bytes_by_character(), [], words)
-        backend.add_special_tokens([added_token("<s>"), added_token("</s>")])
-        super().__init__(
-            backend, bos_id=256, eos_ids=(257,), add_bos=add_bos, chat_template=chat_template
-        )
+        backend = tokenizers.Tokenizer(models.BPE(bytes_by_character(), []))
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(False, use_regex=False)
+        backend.decoder = decoders.ByteLevel()
+        backend.add_special_tokens(["<s>", "</s>"])
+        super().__init__(backend)
+        self.bos_id, self.eos_ids = 256, (257,)
+        self.add_bos, self.chat_template = add_bos, chat_template
 
 
 class SentencePieceTokenizer(Tokenizer):
@@ -104,29 +89,18 @@ class SentencePieceTokenizer(Tokenizer):
 
     Decoding equals the library's, except that a broken character is one U+FFFD, not one per byte.
 
-    model: content of a tokenizer.model. add_bos: has no effect if the model lacks the token.
-    eos_ids: the model's own by default.
+    model: content of a tokenizer.model. Raises RuntimeError for anything else.
     """
 
-    def __init__(
-        self,
-        model: bytes,
-        *,
-        add_bos: bool = True,
-        eos_ids: Sequence[int] = (),
-        chat_template: str | None = None,
-    ):
-        try:
-            processor = sentencepiece.SentencePieceProcessor(model_proto=model)
-        except (RuntimeError, TypeError) as error:
-            raise TokenizerError(f"not a SentencePiece model ({one_line(error)})") from error
+    def __init__(self, model: bytes):
+        processor = sentencepiece.SentencePieceProcessor()
+        processor.LoadFromSerializedProto(model)
         self.model, self._processor = model, processor
         self.vocab_size = processor.vocab_size()
         bos_id, eos_id = processor.bos_id(), processor.eos_id()  # -1 if missing
         self.bos_id = bos_id if bos_id >= 0 else None
-        self.eos_ids = tuple(eos_ids or ([eos_id] if eos_id >= 0 else []))
-        self.add_bos = add_bos and self.bos_id is not None
-        self.chat_template = chat_template
+        self.eos_ids = (eos_id,) if eos_id >= 0 else ()
+        self.add_bos = self.bos_id is not None
         self.special_spelling, self._pieces = {}, {}
         for i, piece in enumerate(processor.id_to_piece(list(range(self.vocab_size)))):
             self._pieces[i] = piece.replace("▁", " ").encode()
@@ -139,59 +113,50 @@ class SentencePieceTokenizer(Tokenizer):
         space = processor.piece_to_id("▁")
         if processor.id_to_piece(space) == "▁":
             self.leading_spaces = (float("inf"), 1, 0)[len(processor.decode([space, space]))]
-        self._specials = re.compile("|".join(map(re.escape, self.special_spelling.values())))
+        self._specials = re.compile(f"({'|'.join(map(re.escape, self.special_spelling.values()))})")
 
     def _encode_batch(self, texts: Sequence[str], allow_special: bool) -> list[list[int]]:
         if not allow_special:
-            threads = 1 if len(texts) == 1 else 4  # of its own, as it keeps Python's lock
-            return self._processor.encode(list(texts), num_threads=threads)
+            # In threads of its own, as it keeps Python's lock.
+            return self._processor.encode(list(texts), num_threads=4)
         return [self._encode_special(text) for text in texts]
 
     def _encode_special(self, text: str) -> list[int]:
-        ids, end = [], 0
-        for match in self._specials.finditer(text):
-            ids += self._processor.encode(text[end : match.start()])
-            ids.append(self._processor.piece_to_id(match[0]))
-            end = match.end()
-        return ids + self._processor.encode(text[end:])
-
-    def piece_id(self, piece: str) -> int | None:
-        """Id of a token by its spelling; None if there is no such token."""
-        found = self._processor.piece_to_id(piece)  # the unknown id if missing
-        return found if self._processor.id_to_piece(found) == piece else None
+        parts = self._specials.split(text)  # every second one is a special token
+        batch = self._processor.encode(parts)
+        batch[1::2] = [[self._processor.piece_to_id(part)] for part in parts[1::2]]
+        return [*chain.from_iterable(batch)]
 
     def _save_model(self, directory: Path) -> str:
-        """Writes tokenizer.model, and tokenizer.json for transformers if `_as_bpe` makes one."""
+        """Writes tokenizer.model, and tokenizer.json for transformers if an equal one exists."""
         write_whole(directory / "tokenizer.model", self.model)
-        backend = self._as_bpe()
-        if backend is None:
+        converted, some = self._as_bpe(), range(min(1 << 10, self.vocab_size))
+        texts = [PROBE, PROBE[::-1], *self._processor.id_to_piece(list(some))]
+        if converted._encode_batch(texts, True) != self._encode_batch(texts, True):
             return "LlamaTokenizer"
-        write_whole(directory / "tokenizer.json", backend.to_str(pretty=True).encode())
-        return "PreTrainedTokenizerFast"
+        return converted._save_model(directory)
 
-    def _as_bpe(self) -> tokenizers.Tokenizer | None:
-        """A BPE of the `tokenizers` library with the same merges; equal except for rare ties.
-
-        None if a test text differs: for unigram or normalizing models, or user-defined pieces.
-        """
+    def _as_bpe(self) -> HuggingFaceTokenizer:
+        """A BPE with the same merges: equal except for rare ties, and for unigram or normalizing
+        models and user-defined pieces."""
         processor, ids = self._processor, range(self.vocab_size)
         names = processor.id_to_piece(list(ids))
-        vocab = dict(zip(names, ids, strict=True))
-        bytes_ = {i for i in ids if processor.is_byte(i)}
-        left_out = (
-            {i for i in ids if processor.is_unused(i)} | bytes_ | self.special_spelling.keys()
-        )
-        normal = {piece: i for piece, i in vocab.items() if i not in left_out}
+        plain = [i for i in ids if not (processor.is_unused(i) or processor.is_byte(i))]
+        normal = {names[i]: i for i in plain if i not in self.special_spelling}
         merges = []  # every split of a piece into two pieces, ordered by the piece's score
         for piece in sorted(normal, key=lambda p: (-processor.get_score(normal[p]), normal[p])):
             pairs = ((piece[:i], piece[i:]) for i in range(1, len(piece)))
             known = [pair for pair in pairs if pair[0] in normal and pair[1] in normal]
             merges += sorted(known, key=lambda pair: (normal[pair[0]], normal[pair[1]]))
-        unknown = names[processor.unk_id()]
-        model = models.BPE(
-            vocab, merges, unk_token=unknown, fuse_unk=True, byte_fallback=bool(bytes_)
+        backend = tokenizers.Tokenizer(
+            models.BPE(
+                dict(zip(names, ids, strict=True)),
+                merges,
+                unk_token=names[processor.unk_id()],
+                fuse_unk=True,
+                byte_fallback=any(map(processor.is_byte, ids)),
+            )
         )
-        backend = tokenizers.Tokenizer(model)
         normal_form = [normalizers.Replace(" ", "▁")]
         text_form = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
         if processor.encode("a", out_type=str)[0].startswith("▁"):
@@ -199,35 +164,10 @@ class SentencePieceTokenizer(Tokenizer):
             text_form.append(decoders.Strip(" ", 1, 0))
         backend.normalizer = normalizers.Sequence(normal_form)
         backend.decoder = decoders.Sequence(text_form)
-        backend.add_special_tokens([added_token(piece) for piece in self.special_spelling.values()])
-        set_bos(backend, self.bos_id if self.add_bos else None)
-        texts = [PROBE, PROBE[::-1], *names[: 1 << 10]]
-        same = all(
-            backend.encode(text, add_special_tokens=False).ids == self._encode_special(text)
-            for text in texts
-        )
-        return backend if same else None
-
-
-def matched_words(pattern: str) -> pre_tokenizers.PreTokenizer:
-    """Splits a text into the matches of `pattern`, spelled as bytes."""
-    split = pre_tokenizers.Split(Regex(pattern), "isolated")
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    return pre_tokenizers.Sequence([split, byte_level])
-
-
-def byte_level_bpe(
-    vocab: dict[str, int],
-    merges: list[tuple[str, str]],
-    pre_tokenizer: pre_tokenizers.PreTokenizer,
-    *,
-    whole_words: bool = False,
-) -> tokenizers.Tokenizer:
-    """A BPE over bytes. With `whole_words`, a word that is a token is used without merging."""
-    backend = tokenizers.Tokenizer(models.BPE(vocab, merges, ignore_merges=whole_words))
-    backend.pre_tokenizer = pre_tokenizer
-    backend.decoder = decoders.ByteLevel()
-    return backend
+        backend.add_special_tokens([*self.special_spelling.values()])
+        converted = HuggingFaceTokenizer(backend)
+        converted.bos_id, converted.add_bos = self.bos_id, self.add_bos
+        return converted
 
 
 def bytes_by_character() -> dict[str, int]:
@@ -235,20 +175,6 @@ def bytes_by_character() -> dict[str, int]:
     printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
     others = (byte for byte in range(256) if byte not in printable)
     return {chr(b): b for b in printable} | {chr(256 + n): b for n, b in enumerate(others)}
-
-
-def added_token(token: str, *, special: bool = True) -> AddedToken:
-    """A token that is recognised wherever its spelling occurs in a text."""
-    return AddedToken(token, special=special, normalized=False)
-
-
-def set_bos(backend: tokenizers.Tokenizer, bos_id: int | None) -> None:
-    """Makes other readers of the pipeline put `bos_id` first, or nothing."""
-    bos = [] if bos_id is None else [(backend.id_to_token(bos_id), bos_id)]
-    names = [name for name, _ in bos]
-    backend.post_processor = processors.TemplateProcessing(
-        single=[*names, "$A"], pair=[*names, "$A", *names, "$B:1"], special_tokens=bos
-    )
 
 
 def _piece_decoder(backend: tokenizers.Tokenizer) -> tuple[Callable[[str], bytes], int]:
@@ -265,8 +191,7 @@ def _piece_decoder(backend: tokenizers.Tokenizer) -> tuple[Callable[[str], bytes
         return byte_level, 0
     for unknown in steps.keys() - {"Replace", "Metaspace", "Strip", "ByteFallback", "Fuse"}:
         raise TokenizerError(
-            f"its decoder ({unknown}) is not supported; supported are ByteLevel, Metaspace and "
-            "SentencePiece's Replace, ByteFallback, Fuse, Strip"
+            f"its decoder ({unknown}) is neither GPT-2's nor SentencePiece's: use another file"
         )
 
     def sentencepiece_like(token: str) -> bytes:

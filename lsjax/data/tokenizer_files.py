@@ -2,43 +2,55 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
+import numpy as np
 import tokenizers
-from tokenizers import normalizers, pre_tokenizers
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 
 from lsjax.config import Path, split_step
 from lsjax.data.buckets import local_copy
-from lsjax.data.files import one_line, read_json
-from lsjax.data.gguf_files import gguf_parts, open_gguf
+from lsjax.data.files import gguf_parts, one_line, read_json
 from lsjax.data.tokenizer import Tokenizer, TokenizerError
 from lsjax.data.tokenizer_backends import (
     BYTE_PIECE,
-    LLAMA3_SPLIT,
-    QWEN2_SPLIT,
-    TEKKEN_SPLIT,
     HuggingFaceTokenizer,
     SentencePieceTokenizer,
-    added_token,
-    byte_level_bpe,
-    matched_words,
 )
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4  # token types of GGUF and of SentencePiece
+LLAMA3_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_TEKKEN_SPLIT = (
+    rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*"
+    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+def matched_words(pattern: str) -> pre_tokenizers.PreTokenizer:
+    """Splits a text into the matches of `pattern`, spelled as bytes."""
+    split = pre_tokenizers.Split(Regex(pattern), "isolated")
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    return pre_tokenizers.Sequence([split, byte_level])
+
+
 _BYTE_LEVEL = pre_tokenizers.ByteLevel(add_prefix_space=False)
 _DIGITS = pre_tokenizers.Digits(individual_digits=True)
+_LLAMA3 = matched_words(LLAMA3_SPLIT)
 # Words of each tokenizer.ggml.pre, as in the tokenizer.json of its models.
 _WORDS = {
     "default": _BYTE_LEVEL,
     "gpt-2": _BYTE_LEVEL,
     "smollm": pre_tokenizers.Sequence([_DIGITS, _BYTE_LEVEL]),  # SmolLM 1 and 2
-    "llama-bpe": matched_words(LLAMA3_SPLIT),
-    "smaug-bpe": matched_words(LLAMA3_SPLIT),  # SmolLM3, and Llama 3 without a begin token
-    "dbrx": matched_words(LLAMA3_SPLIT),  # OLMo 2 and 3
-    "qwen2": matched_words(QWEN2_SPLIT),
-    "tekken": matched_words(TEKKEN_SPLIT),  # Mistral
+    "llama-bpe": _LLAMA3,
+    "smaug-bpe": _LLAMA3,  # SmolLM3, and Llama 3 without a begin token
+    "dbrx": _LLAMA3,  # OLMo 2 and 3
+    "qwen2": matched_words(LLAMA3_SPLIT.replace("{1,3}", "")),  # each digit is a word
+    "tekken": matched_words(_TEKKEN_SPLIT),  # Mistral
 }
 _WHOLE_WORDS = ("llama-bpe", "smaug-bpe", "tekken")  # a word that is a token skips the merges
 _ADD_BOS = ("llama-bpe", "tekken")  # if the file does not say
@@ -66,26 +78,26 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         raise
     except BaseException as error:  # the Rust library's panics do not subclass Exception
         raise TokenizerError(
-            f"{path} holds no usable tokenizer ({one_line(error)}): download or export it again"
+            f"{path} holds no usable tokenizer ({one_line(error)}): download or export it again, "
+            "and use tokenizer.json for Llama 3"
         ) from error
 
 
 def _load(path: Path) -> Tokenizer:
-    if path.suffix == ".gguf":
-        return _load_gguf(path)
     if not path.is_dir():
-        return _load_json(path) if path.suffix == ".json" else _load_model(path)
+        return {".gguf": _load_gguf, ".json": _load_json}.get(path.suffix, _load_model)(path)
     json_file, model_file = path / "tokenizer.json", path / "tokenizer.model"
     if not json_file.exists() and not model_file.exists():
         raise TokenizerError(
-            f"{path} has neither tokenizer.json nor tokenizer.model: name a directory that has "
-            "one, a tokenizer file or a .gguf"
+            f"{path} has neither tokenizer.json nor tokenizer.model: name a directory with one, "
+            "a tokenizer file or a .gguf"
         )
     if not json_file.exists():
         return _load_model(model_file)
     from_json = _load_json(json_file)
     if model_file.exists() and not from_json.spaces_first_only:
-        with suppress(TokenizerError):  # Llama 3's, or lacks added tokens that the settings name
+        # RuntimeError: Llama 3's. TokenizerError: it lacks added tokens that the settings name.
+        with suppress(RuntimeError, TokenizerError):
             from_model = _load_model(model_file)
             return from_model if from_model.vocab_size == from_json.vocab_size else from_json
     return from_json
@@ -94,70 +106,55 @@ def _load(path: Path) -> Tokenizer:
 def _load_json(file: Path) -> HuggingFaceTokenizer:
     if "model" not in read_json(file, TokenizerError):
         raise TokenizerError(f"{file} is not a tokenizer (no key 'model'): use another file")
-    backend = tokenizers.Tokenizer.from_file(str(file))
-    return HuggingFaceTokenizer(backend, **_settings(file, backend.token_to_id))
+    tokenizer = HuggingFaceTokenizer(tokenizers.Tokenizer.from_file(str(file)))
+    _apply_settings(tokenizer, file)
+    return tokenizer
 
 
 def _load_model(file: Path) -> SentencePieceTokenizer:
-    content = file.read_bytes()
-    if not content:
-        raise TokenizerError(f"{file} is empty: download or export it again")
-    try:
-        tokenizer = SentencePieceTokenizer(content)
-    except TokenizerError as error:
-        raise TokenizerError(
-            f"{file} is {error}: download it again, or for Llama 3 use tokenizer.json"
-        ) from error
-    added = _beside(file, "tokenizer_config.json").get("added_tokens_decoder") or ()
+    tokenizer = SentencePieceTokenizer(file.read_bytes())
+    added = _apply_settings(tokenizer, file).get("added_tokens_decoder") or ()
     if (largest := max(map(int, added), default=-1)) >= tokenizer.vocab_size:
         raise TokenizerError(
             f"tokenizer_config.json adds a token {largest} that {file} lacks: add the "
             "tokenizer.json of this model"
         )
-    settings = _settings(file, tokenizer.piece_id)
-    tokenizer.eos_ids = settings["eos_ids"] or tokenizer.eos_ids
-    tokenizer.add_bos &= settings["add_bos"] is not False
-    tokenizer.chat_template = settings["chat_template"]
     return tokenizer
 
 
-def _settings(file: Path, id_of: Callable[[str], int | None]) -> dict[str, Any]:
-    """Settings of HuggingFaceTokenizer from the small files beside a tokenizer."""
+def _apply_settings(tokenizer: Tokenizer, file: Path) -> dict[str, Any]:
+    """Sets what the small files beside a tokenizer say; returns tokenizer_config.json."""
     names = ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
-    config, special, generation = (_beside(file, name) for name in names)
+    beside = [file.with_name(name) for name in names]
+    config, special, generation = (
+        read_json(other, TokenizerError) if other.exists() else {} for other in beside
+    )
 
-    def spelled(name: str) -> str | None:
-        token = config.get(name) or special.get(name)
-        token = token.get("content") if isinstance(token, dict) else token
-        return token if isinstance(token, str) else None
+    def ids(name: str) -> tuple[int, ...]:
+        """Ids of bos or eos: the one that is spelled, then those of generation_config.json."""
+        token, others = config.get(name) or special.get(name), generation.get(f"{name}_id")
+        spelled = token.get("content") if isinstance(token, dict) else token
+        found = [] if others is None else others if isinstance(others, list) else [others]
+        if spelled:
+            found = [tokenizer.token_id(spelled), *found]
+        if not all(isinstance(i, int) for i in found):
+            raise TokenizerError(f"the files beside it name {name} {spelled!r}, which it lacks")
+        return tuple(dict.fromkeys(found))
 
-    def ids(*tokens: str | int | None) -> tuple[int, ...]:
-        """Ids without duplicates."""
-        known = [id_of(token) if isinstance(token, str) else token for token in tokens]
-        for token, token_id in zip(tokens, known, strict=True):
-            if token is not None and not isinstance(token_id, int):
-                raise TokenizerError(f"its tokenizer_config.json names {token!r}, which it lacks")
-        return tuple(dict.fromkeys(i for i in known if i is not None))
-
-    ends = generation.get("eos_token_id")
-    bos, add_bos = spelled("bos_token"), config.get("add_bos_token")
-    bos_ids = ids(generation.get("bos_token_id") if bos is None else bos)
-    jinja, template = file.parent / "chat_template.jinja", config.get("chat_template")
+    bos_ids, add_bos = ids("bos_token"), config.get("add_bos_token")
+    if tokenizer.bos_id is None:
+        tokenizer.bos_id = next(iter(bos_ids), None)
+    if add_bos is None:
+        add_bos = not isinstance(tokenizer, HuggingFaceTokenizer) or tokenizer.adds_bos
+    tokenizer.add_bos = bool(add_bos) and tokenizer.bos_id is not None
+    tokenizer.eos_ids = ids("eos_token") or tokenizer.eos_ids
+    jinja, template = file.with_name("chat_template.jinja"), config.get("chat_template")
     if jinja.exists():
         template = jinja.read_text(encoding="utf-8")
     elif isinstance(template, list):  # several named templates
         template = {t["name"]: t["template"] for t in template}.get("default")
-    return {
-        "bos_id": next(iter(bos_ids), None),
-        "eos_ids": ids(spelled("eos_token"), *(ends if isinstance(ends, list) else [ends])),
-        "add_bos": add_bos if isinstance(add_bos, bool) else None,
-        "chat_template": template if isinstance(template, str) else None,
-    }
-
-
-def _beside(file: Path, name: str) -> dict[str, Any]:
-    other = file.parent / name
-    return read_json(other, TokenizerError) if other.exists() else {}
+    tokenizer.chat_template = template
+    return config
 
 
 def _load_gguf(file: Path) -> Tokenizer:
@@ -183,35 +180,42 @@ def _load_gguf(file: Path) -> Tokenizer:
     # Older files lack the key; Llama 3's are recognised by a token.
     unnamed = "llama-bpe" if "<|begin_of_text|>" in tokens else "default"
     pre = fields.get("pre", unnamed)
-    settings = {
-        "eos_ids": eos_ids,
-        "add_bos": bool(fields.get("add_bos_token", kind == "llama" or pre in _ADD_BOS)),
-        "chat_template": fields.get("chat_template"),
-    }
     if kind == "llama":
-        model = _sentencepiece_model(tokens, fields, types, bos_id, eos_ids)
-        return SentencePieceTokenizer(model, **settings)
+        tokenizer = SentencePieceTokenizer(_sentencepiece_model(fields, types, bos_id, eos_ids))
+    else:
+        tokenizer = HuggingFaceTokenizer(_byte_level_bpe(fields, types, pre))
+    add_bos = fields.get("add_bos_token", kind == "llama" or pre in _ADD_BOS)
+    tokenizer.bos_id, tokenizer.add_bos = bos_id, bool(add_bos) and bos_id is not None
+    tokenizer.eos_ids, tokenizer.chat_template = tuple(eos_ids), fields.get("chat_template")
+    return tokenizer
+
+
+def _byte_level_bpe(fields: dict[str, Any], types: list[int], pre: str) -> tokenizers.Tokenizer:
     if pre not in _WORDS:
-        raise TokenizerError(f"{file}: pre-tokenizer {pre!r} is not one of {', '.join(_WORDS)}")
-    merges = [tuple(merge.split(" ", 1)) for merge in fields["merges"]]
+        raise TokenizerError(f"its pre-tokenizer {pre!r} is not one of {', '.join(_WORDS)}")
+    tokens = fields["tokens"]
     vocab = {token: i for i, token in enumerate(tokens)}
-    backend = byte_level_bpe(vocab, merges, _WORDS[pre], whole_words=pre in _WHOLE_WORDS)
+    merges = [tuple(merge.split(" ", 1)) for merge in fields["merges"]]
+    model = models.BPE(vocab, merges, ignore_merges=pre in _WHOLE_WORDS)
+    backend = tokenizers.Tokenizer(model)
+    backend.pre_tokenizer, backend.decoder = _WORDS[pre], decoders.ByteLevel()
     if pre == "qwen2":
         backend.normalizer = normalizers.NFC()
     typed = list(zip(tokens, types, strict=True))
-    backend.add_special_tokens([added_token(t) for t, kind in typed if kind in (UNKNOWN, CONTROL)])
-    backend.add_tokens([added_token(t, special=False) for t, kind in typed if kind == USER_DEFINED])
-    return HuggingFaceTokenizer(backend, bos_id=bos_id, **settings)
+    backend.add_special_tokens([token for token, kind in typed if kind in (UNKNOWN, CONTROL)])
+    own = [token for token, kind in typed if kind == USER_DEFINED]
+    backend.add_tokens([AddedToken(token, normalized=False) for token in own])
+    return backend
 
 
 def _sentencepiece_model(
-    tokens: list[str], fields: dict[str, Any], types: list[int], bos_id: int | None, eos_ids: list
+    fields: dict[str, Any], types: list[int], bos_id: int | None, eos_ids: list[int]
 ) -> bytes:
     """A serialized SentencePiece BPE model of the same tokens."""
     # Imported here: it clashes with transformers' copy of another version.
     from sentencepiece.sentencepiece_model_pb2 import ModelProto, TrainerSpec
 
-    model = ModelProto()
+    model, tokens = ModelProto(), fields["tokens"]
     for token, score, kind in zip(tokens, fields["scores"], types, strict=True):
         model.pieces.add(piece=token, score=score, type=kind)
     trainer, normalizer = model.trainer_spec, model.normalizer_spec
@@ -226,3 +230,40 @@ def _sentencepiece_model(
     normalizer.add_dummy_prefix = bool(fields.get("add_space_prefix", True))
     normalizer.remove_extra_whitespaces = False
     return model.SerializeToString()
+
+
+def open_gguf(file: Path, error_type: type[ValueError]) -> Any:
+    """The gguf package's reader for a file.
+
+    Raises `error_type` if the package is not installed. Also raises it unless the file is a
+    complete little-endian GGUF of version 2 or 3.
+    """
+    try:
+        import gguf
+    except ImportError as error:
+        raise error_type(
+            f"{file}: reading GGUF files needs the gguf package: pip install 'lsjax[gguf]'"
+        ) from error
+
+    class Reader(gguf.GGUFReader):
+        """Raises at slices past the file's end: gguf shortens them, and loops on huge counts."""
+
+        def _get(self, offset, dtype, count=1, override_order=None):
+            values = super()._get(offset, dtype, count, override_order)
+            if len(values) != count:
+                size = int(count) * np.dtype(dtype).itemsize
+                raise ValueError(f"{size} bytes at {offset} exceed its {len(self.data)} bytes")
+            return values
+
+    try:
+        reader = Reader(file)
+    except OSError:
+        raise
+    except Exception as error:
+        problem = f"{type(error).__name__}: {one_line(error)}"
+        raise error_type(
+            f"{file}: not a complete GGUF file ({problem}): damaged or cut off, download it again"
+        ) from error
+    if reader.byte_order == "S":
+        raise error_type(f"{file}: is a big-endian GGUF: use a little-endian one")
+    return reader

@@ -10,6 +10,7 @@ import io
 import json
 from collections import Counter
 from collections.abc import Iterable
+from itertools import chain
 
 import sentencepiece
 
@@ -22,6 +23,7 @@ from lsjax.data.tokenizer_backends import ByteTokenizer, SentencePieceTokenizer
 from lsjax.data.tokenizer_files import load_tokenizer
 
 COUNTS = "token_counts.json"  # in a model's directory
+WRITTEN = "-written"
 ENOUGH = 10_000  # decoded tokens, before a draft vocabulary is chosen by their counts
 SAMPLE = 20_000_000  # maximum number of characters to train a vocabulary on
 SETTINGS = dict(
@@ -71,12 +73,10 @@ def train_tokenizer(
     """
     texts = _sample(documents, sample)
     check(bool(texts), "there are no documents to train a vocabulary on: check the source")
-    model, settings = io.BytesIO(), dict(vocab_size=vocab_size, minloglevel=2, **SETTINGS)
-    lines = (line for text in texts for line in text.split("\n") if line)
+    model, lines = io.BytesIO(), (line for text in texts for line in text.split("\n") if line)
+    options = dict(sentence_iterator=lines, model_writer=model, minloglevel=2)
     try:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=lines, model_writer=model, **settings
-        )
+        sentencepiece.SentencePieceTrainer.train(vocab_size=vocab_size, **options, **SETTINGS)
     except RuntimeError as error:
         characters = sum(map(len, texts))
         raise ConfigError(
@@ -104,25 +104,18 @@ def _sample(documents: Iterable[Document], limit: int) -> list[str]:
 
 def count_tokens(tokenizer: Tokenizer, texts: Iterable[str]) -> Counter[int]:
     """Occurrences of each token id in the texts, without special tokens."""
-    counts: Counter[int] = Counter()
-    for text in texts:
-        counts.update(tokenizer.encode(text, add_bos=False, allow_special=False))
-    return counts
+    batch = (tokenizer.encode(text, add_bos=False, allow_special=False) for text in texts)
+    return Counter(chain.from_iterable(batch))
 
 
-def cached_counts(cache: Path, tokenizer: Tokenizer) -> Path:
-    """File of a tokenizer's counts in the cache directory."""
-    return cache / "token_counts" / f"{tokenizer.fingerprint[:16]}.json"
-
-
-def written_counts(cache: Path, tokenizer: Tokenizer) -> Path:
-    """File of the counts of a tokenizer's decoded tokens."""
-    return cache / "token_counts" / f"{tokenizer.fingerprint[:16]}-written.json"
+def cached_counts(cache: Path, tokenizer: Tokenizer, kind: str = "") -> Path:
+    """File of a tokenizer's counts in the cache: of a text, or of decoded tokens (WRITTEN)."""
+    return cache / "token_counts" / f"{tokenizer.fingerprint[:16]}{kind}.json"
 
 
 def add_written(cache: Path, tokenizer: Tokenizer, ids: Iterable[int]) -> None:
     """Adds decoded tokens to the counts in the cache."""
-    file, counts = written_counts(cache, tokenizer), Counter(ids)
+    file, counts = cached_counts(cache, tokenizer, WRITTEN), Counter(ids)
     if file.is_file():
         counts += read_counts(file, tokenizer)
     if counts:
@@ -132,11 +125,8 @@ def add_written(cache: Path, tokenizer: Tokenizer, ids: Iterable[int]) -> None:
 def write_counts(file: Path, tokenizer: Tokenizer, counts: Counter[int]) -> None:
     """Writes the file atomically. Raises ConfigError if nothing was counted."""
     check(bool(counts), "the text has no tokens: count a longer one")
-    content = {
-        "tokenizer": tokenizer.fingerprint,
-        "total": counts.total(),
-        "counts": {str(token): n for token, n in counts.most_common()},
-    }
+    content = {"tokenizer": tokenizer.fingerprint, "total": counts.total()}
+    content["counts"] = dict(counts.most_common())
     write_whole(file, json.dumps(content).encode())
 
 
@@ -161,15 +151,13 @@ def find_counts(model: Path, cache: Path, tokenizer: Tokenizer) -> Counter[int]:
     """Counts from the model's directory, else from the cache: of a text, or of ENOUGH decoded
     tokens. Raises ConfigError."""
     model, _ = split_step(model)
-    for file in (model / COUNTS, cached_counts(cache, tokenizer)):
+    written = cached_counts(cache, tokenizer, WRITTEN)
+    for file in (model / COUNTS, cached_counts(cache, tokenizer), written):
         if file.is_file():
-            return read_counts(file, tokenizer)
-    if (file := written_counts(cache, tokenizer)).is_file():
-        counts = read_counts(file, tokenizer)
-        if counts.total() >= ENOUGH:
-            return counts
+            counts = read_counts(file, tokenizer)
+            if file != written or counts.total() >= ENOUGH:
+                return counts
     raise ConfigError(
         "a draft vocabulary needs token counts, and this tokenizer's are missing: make them "
-        f"with python -m lsjax.cli.count_tokens --model {model} --text FILE, using text of your "
-        "domain"
+        f"with python -m lsjax.cli.count_tokens --model {model} --text FILE, of your domain"
     )

@@ -25,7 +25,7 @@ from lm_eval.utils import get_rolling_token_windows, make_table  # noqa: F401
 from tqdm import tqdm
 
 from lsjax.config import ConfigError, Path, check
-from lsjax.data.chat import render_chat
+from lsjax.data.tokenizer import render_chat
 from lsjax.decoding.engine import Engine
 from lsjax.decoding.request import Request
 from lsjax.decoding.sampling import Sampling
@@ -93,10 +93,7 @@ class EngineLM(TemplateLM):
     ) -> str:
         """The messages in the model's chat template. Raises ChatTemplateError without one."""
         return render_chat(
-            self.tokenizer.chat_template or "{{ raise_exception('this model has none') }}",
-            chat_history,
-            add_generation_prompt=add_generation_prompt,
-            special_tokens=self.tokenizer.special_tokens,
+            self.tokenizer, chat_history, add_generation_prompt=add_generation_prompt
         )
 
     def loglikelihood_rolling(

@@ -7,8 +7,8 @@ import sentencepiece
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from lsjax.data.tokenizer_backends import LLAMA3_SPLIT, ByteTokenizer, matched_words
-from lsjax.data.tokenizer_files import load_tokenizer
+from lsjax.data.tokenizer_backends import ByteTokenizer
+from lsjax.data.tokenizer_files import LLAMA3_SPLIT, load_tokenizer, matched_words
 
 CORPUS = [
     "def f(x):\n    return x + 12345\n\n        return 678",

@@ -2,7 +2,7 @@
 
 import pytest
 
-from lsjax.data.chat import ChatTemplateError, chat_prompt, render_chat
+from lsjax.data.tokenizer import ChatTemplateError, Dialogue, render_chat
 from lsjax.data.tokenizer_backends import ByteTokenizer
 
 CHATML = """\
@@ -52,8 +52,8 @@ FEATURES = """\
 """
 
 
-def render(template, messages=(), **variables):
-    return render_chat(template, list(messages), special_tokens=variables)
+def render(template, messages=(), **options):
+    return render_chat(ByteTokenizer(chat_template=template), list(messages), **options)
 
 
 def test_conversation_is_rendered_with_block_lines_trimmed():
@@ -63,12 +63,13 @@ def test_conversation_is_rendered_with_block_lines_trimmed():
         {"role": "tool", "content": "left out"},
         {"role": "assistant", "content": "two"},
     ]
-    prompt = chat_prompt(tokenizer, "three", system="be brief", history=history)
-    assert prompt == (
+    dialogue = Dialogue(tokenizer, "be brief")
+    dialogue.messages += history
+    assert dialogue.prompt("three")[0] == (
         "<|system|>\nbe brief</s>\n<|user|>\none</s>\n<|assistant|>\ntwo</s>\n"
         "<|user|>\nthree</s>\n<|assistant|>\n"
     )
-    assert chat_prompt(tokenizer, "x").startswith("<s>default</s>")
+    assert Dialogue(tokenizer).prompt("x")[0].startswith("<s>default</s>")
 
 
 def test_features_of_published_templates():
@@ -83,8 +84,7 @@ def test_features_of_published_templates():
 
 def test_generation_prompt_is_optional():
     messages = [{"role": "user", "content": "x"}]
-    rendered = render_chat(CHATML, messages, add_generation_prompt=False, special_tokens={})
-    assert "assistant" not in rendered
+    assert "assistant" not in render(CHATML, messages, add_generation_prompt=False)
 
 
 def test_tojson_keeps_html_and_unicode():
@@ -150,4 +150,4 @@ def test_syntax_error_names_its_line():
 
 def test_tokenizer_without_template():
     with pytest.raises(ChatTemplateError, match="--prompt without --chat"):
-        chat_prompt(ByteTokenizer(), "hello")
+        render_chat(ByteTokenizer(), [])

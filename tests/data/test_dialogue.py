@@ -2,7 +2,7 @@
 
 import pytest
 
-from lsjax.data.chat import ChatTemplateError, Dialogue
+from lsjax.data.tokenizer import ChatTemplateError, Dialogue
 from lsjax.data.tokenizer_backends import ByteTokenizer
 from lsjax.data.tokenizer_files import load_tokenizer
 
@@ -52,7 +52,7 @@ def test_each_prompt_begins_with_all_that_was_read_and_said(tokenizer):
         assert (again == reply_ids) == isinstance(tokenizer, ByteTokenizer)
         dialogue.add(user, prompt, reply, reply_ids)
         before, spoken = ids + reply_ids, f"{spoken}{reply}</s>"
-    assert [m["role"] for m in dialogue.messages] == ["user", "assistant"] * 4
+    assert [m["role"] for m in dialogue.messages] == ["system", *["user", "assistant"] * 4]
 
 
 def test_a_reply_without_ids_is_encoded(tokenizer):

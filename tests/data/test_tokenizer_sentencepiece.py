@@ -60,10 +60,11 @@ def test_an_end_that_is_an_ordinary_piece_is_saved_and_found(tmp_path, corpus):
         model_type="unigram", user_defined_symbols=["<|im_end|>"], character_coverage=1.0,
         hard_vocab_limit=False, minloglevel=2,
     )  # fmt: skip
-    model = (tmp_path / "m.model").read_bytes()
-    end = SentencePieceTokenizer(model).piece_id("<|im_end|>")
-    assert end is not None and SentencePieceTokenizer(model).piece_id("<|im_start|>") is None
-    SentencePieceTokenizer(model, eos_ids=(end,)).save(tmp_path / "saved")
+    tokenizer = load_tokenizer(tmp_path / "m.model")
+    *_, end = tokenizer.encode("a<|im_end|>")
+    assert tokenizer.spelling(end) == "<|im_end|>" and tokenizer.eos_ids == (2,)
+    tokenizer.eos_ids = (end,)
+    tokenizer.save(tmp_path / "saved")
     assert load_tokenizer(tmp_path / "saved").eos_ids == (end,)
 
 

@@ -15,7 +15,7 @@ import numpy as np
 
 import lsjax
 from lsjax.cli.setup import exact_products, keep_compiled_programs
-from lsjax.data.chat import chat_prompt
+from lsjax.data.tokenizer import Dialogue
 from lsjax.evaluation.comparison import FLOAT32_MARGIN, first_difference
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "smollm2.json"
@@ -37,7 +37,7 @@ def main(path: Path) -> int:
 
     engine = lsjax.Engine(model, tokenizer)
     report(
-        chat_prompt(tokenizer, golden["question"]) == golden["greedy"][-1]["prompt"],
+        Dialogue(tokenizer).prompt(golden["question"])[0] == golden["greedy"][-1]["prompt"],
         "chat template rendered as by transformers",
     )
     for case in golden["greedy"]:
