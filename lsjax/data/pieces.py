@@ -47,21 +47,18 @@ class Piece(NamedTuple):
 class Source:
     """Documents in a fixed order, the same on every machine with the same files.
 
-    name: its name in messages. files: the files it reads. read: (file, begin, end) -> documents
-    that begin in this range of bytes; with num_rows, (None, first, last) -> those of these rows. It
-    raises ConfigError with file and line if it cannot. whole: files are not divided. part: names
-    the part of the files, if not all are read. limit: maximum number of documents. warning: for
-    when its tokens are made.
+    read: (file, begin, end) -> documents that begin in this range of bytes; with num_rows,
+    (None, first, last) -> those of these rows. It raises ConfigError with file and line.
     """
 
-    name: str
+    name: str  # in messages
     files: Sequence[Path]
     read: Callable[[Path | None, int, int | None], Iterator[Document]]
-    whole: bool = False
+    whole: bool = False  # files are not divided
     num_rows: int | None = None
-    part: str = ""
-    limit: int | None = None
-    warning: str | None = None
+    part: str = ""  # names the part of the files, if not all are read
+    limit: int | None = None  # maximum number of documents
+    warning: str | None = None  # for when its tokens are made
 
     def documents(self) -> Iterator[Document]:
         """The first `limit` documents that are not blank."""
@@ -95,14 +92,13 @@ class Source:
     def pieces(self) -> list[Piece]:
         """All pieces, of about equal size. They depend on the sizes of the files, and on the
         documents if there is a limit."""
-        pieces = self._pieces()
         if self.limit is None:
-            return pieces
+            return self._pieces()
         left, taken = self.limit, []
-        while left and len(taken) < len(pieces):
-            piece = pieces[len(taken)]._replace(limit=left)
-            left -= sum(1 for _ in self.in_piece(piece))
-            taken.append(piece)
+        for piece in self._pieces():
+            if left:
+                taken.append(piece._replace(limit=left))
+                left -= sum(1 for _ in self.in_piece(taken[-1]))
         return taken
 
     def _pieces(self) -> list[Piece]:

@@ -10,6 +10,7 @@ import codecs
 import copy
 import hashlib
 import json
+import re
 import struct
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
@@ -17,9 +18,8 @@ from datetime import datetime
 from functools import cached_property, partial
 from typing import Any, NoReturn
 
-from jinja2 import TemplateError, nodes
-from jinja2.ext import Extension, loopcontrols
-from jinja2.parser import Parser
+from jinja2 import TemplateError
+from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from lsjax.config import Path, as_path
@@ -39,25 +39,15 @@ class ChatTemplateError(ValueError):
 
 
 class Tokenizer(ABC):
-    """Text to token ids and back.
+    """Text to token ids and back."""
 
-    Attributes:
-      vocab_size: largest id + 1, or the rows of the model's table if fewer (`fitted`).
-      bos_id: id of the beginning-of-text token.
-      eos_ids: ids that end a generated text, the tokenizer's own first.
-      add_bos: whether `encode` puts `bos_id` first unless told otherwise.
-      chat_template: jinja2 source.
-      special_spelling: spelling of each special token by its id.
-      leading_spaces: number of leading spaces that `decode` drops, at most one per token.
-        SentencePiece puts one before a text.
-    """
-
-    vocab_size: int
-    bos_id: int | None = None
-    eos_ids: tuple[int, ...] = ()
-    add_bos: bool = False
-    chat_template: str | None = None
-    special_spelling: dict[int, str]
+    vocab_size: int  # largest id + 1, or the rows of the model's table if fewer (`fitted`)
+    bos_id: int | None = None  # the beginning-of-text token
+    eos_ids: tuple[int, ...] = ()  # end a generated text; the tokenizer's own is first
+    add_bos: bool = False  # whether `encode` puts `bos_id` first unless told otherwise
+    chat_template: str | None = None  # jinja2 source
+    special_spelling: dict[int, str]  # of each special token, by its id
+    # Leading spaces that `decode` drops, at most one per token: SentencePiece puts one first.
     leading_spaces: float = 0
     _pieces: dict[int, bytes]  # bytes that a token adds to a text; empty for special tokens
 
@@ -77,10 +67,9 @@ class Tokenizer(ABC):
     def encode_batch(
         self, texts: Sequence[str], *, add_bos: bool | None = None, allow_special: bool = True
     ) -> list[list[int]]:
-        """Token ids of each text.
+        """Token ids of each text, which may be any valid Unicode.
 
         Args:
-          texts: any valid Unicode.
           add_bos: put `bos_id` first; None follows the tokenizer's files (`self.add_bos`).
             Chat templates add their own: pass False.
           allow_special: True reads the spelling of a special token ("</s>", "<|eot_id|>") as that
@@ -145,7 +134,9 @@ class Tokenizer(ABC):
 
     def token_id(self, spelling: str) -> int | None:
         """Smallest id of a token with this spelling; None if there is none."""
-        return min((i for i in self._pieces if self.spelling(i) == spelling), default=None)
+        wanted = spelling.encode()
+        ids = (i for i in self._pieces if self.token_bytes(i, skip_special=False) == wanted)
+        return min(ids, default=None)
 
     def save(self, directory: str | Path) -> None:
         """Writes files that `load_tokenizer` and transformers' AutoTokenizer read."""
@@ -156,9 +147,10 @@ class Tokenizer(ABC):
             "add_bos_token": self.add_bos,
             "add_eos_token": False,
             "clean_up_tokenization_spaces": False,
-            "chat_template": self.chat_template,
             **self.special_tokens,
         }
+        if self.chat_template is not None:
+            config["chat_template"] = self.chat_template
         write_json(directory / "tokenizer_config.json", config)
         if len(self.eos_ids) > 1:  # tokenizer_config.json holds only one
             file = directory / "generation_config.json"
@@ -222,17 +214,6 @@ class StreamDecoder:
         return self._utf8.decode(b"", final=True)
 
 
-class _Generation(Extension):
-    """`{% generation %}`, which marks replies for training; a scope, whose content is unchanged."""
-
-    tags = {"generation"}
-
-    def parse(self, parser: Parser) -> nodes.Node:
-        line = next(parser.stream).lineno
-        content = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return nodes.Scope(content, lineno=line)
-
-
 def render_chat(
     tokenizer: Tokenizer, messages: list[dict[str, Any]], *, add_generation_prompt: bool = True
 ) -> str:
@@ -253,8 +234,10 @@ def render_chat(
     def raise_exception(message: str) -> NoReturn:
         raise TemplateError(message)
 
+    # A generation block marks a reply for training. Like `with`, it is a scope.
+    template = re.sub(r"({%[-+]?\s*(?:end)?)generation\b", r"\1with", tokenizer.chat_template)
     environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _Generation]
+        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
     )
     # jinja2's own filter escapes <, > and &, but a prompt must keep them.
     environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)
@@ -265,7 +248,7 @@ def render_chat(
     variables |= tokenizer.special_tokens
     variables |= {"messages": messages, "add_generation_prompt": add_generation_prompt}
     try:
-        return environment.from_string(tokenizer.chat_template).render(variables)
+        return environment.from_string(template).render(variables)
     except Exception as error:
         where = f"line {error.lineno}: " if getattr(error, "lineno", None) else ""
         raise ChatTemplateError(f"the chat template fails: {where}{one_line(error)}") from error

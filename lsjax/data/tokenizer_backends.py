@@ -148,15 +148,9 @@ class SentencePieceTokenizer(Tokenizer):
             pairs = ((piece[:i], piece[i:]) for i in range(1, len(piece)))
             known = [pair for pair in pairs if pair[0] in normal and pair[1] in normal]
             merges += sorted(known, key=lambda pair: (normal[pair[0]], normal[pair[1]]))
-        backend = tokenizers.Tokenizer(
-            models.BPE(
-                dict(zip(names, ids, strict=True)),
-                merges,
-                unk_token=names[processor.unk_id()],
-                fuse_unk=True,
-                byte_fallback=any(map(processor.is_byte, ids)),
-            )
-        )
+        vocab, unknown = dict(zip(names, ids, strict=True)), names[processor.unk_id()]
+        model = models.BPE(vocab, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True)
+        backend = tokenizers.Tokenizer(model)
         normal_form = [normalizers.Replace(" ", "▁")]
         text_form = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
         if processor.encode("a", out_type=str)[0].startswith("▁"):
@@ -181,22 +175,17 @@ def _piece_decoder(backend: tokenizers.Tokenizer) -> tuple[Callable[[str], bytes
     """A function from a vocabulary entry to its bytes, and the number of leading spaces dropped."""
     decoder = json.loads(backend.decoder.__getstate__()) if backend.decoder else {"type": None}
     steps = {step["type"]: step for step in decoder.get("decoders", [decoder])}
-    if "ByteLevel" in steps:
-        table = bytes_by_character()
+    table = bytes_by_character() if "ByteLevel" in steps else {}
+    supported = {"ByteLevel", "Replace", "Metaspace", "Strip", "ByteFallback", "Fuse"}
+    for unknown in steps.keys() - supported:
+        raise TokenizerError(f"its decoder {unknown} is not supported: use another file")
 
-        def byte_level(token: str) -> bytes:
+    def piece_bytes(token: str) -> bytes:
+        if table:
             known = table.keys() >= set(token)
             return bytes(table[c] for c in token) if known else token.encode()
-
-        return byte_level, 0
-    for unknown in steps.keys() - {"Replace", "Metaspace", "Strip", "ByteFallback", "Fuse"}:
-        raise TokenizerError(
-            f"its decoder ({unknown}) is neither GPT-2's nor SentencePiece's: use another file"
-        )
-
-    def sentencepiece_like(token: str) -> bytes:
         byte = BYTE_PIECE.fullmatch(token) if "ByteFallback" in steps else None
         return bytes.fromhex(byte[1]) if byte else token.replace("▁", " ").encode()
 
     prepends = "Metaspace" in steps and steps["Metaspace"].get("prepend_scheme") != "never"
-    return sentencepiece_like, steps.get("Strip", {}).get("start", int(prepends))
+    return piece_bytes, steps.get("Strip", {}).get("start", int(prepends))

@@ -5,7 +5,6 @@ from __future__ import annotations
 from contextlib import suppress
 from typing import Any
 
-import numpy as np
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 
@@ -13,11 +12,7 @@ from lsjax.config import Path, split_step
 from lsjax.data.buckets import local_copy
 from lsjax.data.files import gguf_parts, one_line, read_json
 from lsjax.data.tokenizer import Tokenizer, TokenizerError
-from lsjax.data.tokenizer_backends import (
-    BYTE_PIECE,
-    HuggingFaceTokenizer,
-    SentencePieceTokenizer,
-)
+from lsjax.data.tokenizer_backends import BYTE_PIECE, HuggingFaceTokenizer, SentencePieceTokenizer
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4  # token types of GGUF and of SentencePiece
 LLAMA3_SPLIT = (
@@ -39,13 +34,12 @@ def matched_words(pattern: str) -> pre_tokenizers.PreTokenizer:
 
 
 _BYTE_LEVEL = pre_tokenizers.ByteLevel(add_prefix_space=False)
-_DIGITS = pre_tokenizers.Digits(individual_digits=True)
 _LLAMA3 = matched_words(LLAMA3_SPLIT)
 # Words of each tokenizer.ggml.pre, as in the tokenizer.json of its models.
 _WORDS = {
     "default": _BYTE_LEVEL,
     "gpt-2": _BYTE_LEVEL,
-    "smollm": pre_tokenizers.Sequence([_DIGITS, _BYTE_LEVEL]),  # SmolLM 1 and 2
+    "smollm": pre_tokenizers.Sequence([pre_tokenizers.Digits(True), _BYTE_LEVEL]),  # 1 and 2
     "llama-bpe": _LLAMA3,
     "smaug-bpe": _LLAMA3,  # SmolLM3, and Llama 3 without a begin token
     "dbrx": _LLAMA3,  # OLMo 2 and 3
@@ -78,8 +72,8 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         raise
     except BaseException as error:  # the Rust library's panics do not subclass Exception
         raise TokenizerError(
-            f"{path} holds no usable tokenizer ({one_line(error)}): download or export it again, "
-            "and use tokenizer.json for Llama 3"
+            f"{path} holds no usable tokenizer ({one_line(error)}): download or export it again "
+            "(Llama 3 needs tokenizer.json)"
         ) from error
 
 
@@ -88,10 +82,7 @@ def _load(path: Path) -> Tokenizer:
         return {".gguf": _load_gguf, ".json": _load_json}.get(path.suffix, _load_model)(path)
     json_file, model_file = path / "tokenizer.json", path / "tokenizer.model"
     if not json_file.exists() and not model_file.exists():
-        raise TokenizerError(
-            f"{path} has neither tokenizer.json nor tokenizer.model: name a directory with one, "
-            "a tokenizer file or a .gguf"
-        )
+        raise TokenizerError(f"{path} has neither tokenizer.json nor tokenizer.model: add one")
     if not json_file.exists():
         return _load_model(model_file)
     from_json = _load_json(json_file)
@@ -104,8 +95,6 @@ def _load(path: Path) -> Tokenizer:
 
 
 def _load_json(file: Path) -> HuggingFaceTokenizer:
-    if "model" not in read_json(file, TokenizerError):
-        raise TokenizerError(f"{file} is not a tokenizer (no key 'model'): use another file")
     tokenizer = HuggingFaceTokenizer(tokenizers.Tokenizer.from_file(str(file)))
     _apply_settings(tokenizer, file)
     return tokenizer
@@ -115,20 +104,16 @@ def _load_model(file: Path) -> SentencePieceTokenizer:
     tokenizer = SentencePieceTokenizer(file.read_bytes())
     added = _apply_settings(tokenizer, file).get("added_tokens_decoder") or ()
     if (largest := max(map(int, added), default=-1)) >= tokenizer.vocab_size:
-        raise TokenizerError(
-            f"tokenizer_config.json adds a token {largest} that {file} lacks: add the "
-            "tokenizer.json of this model"
-        )
+        raise TokenizerError(f"it lacks token {largest} of its settings: add tokenizer.json")
     return tokenizer
 
 
 def _apply_settings(tokenizer: Tokenizer, file: Path) -> dict[str, Any]:
-    """Sets what the small files beside a tokenizer say; returns tokenizer_config.json."""
+    """Sets bos, eos, add_bos and template by the files beside; returns tokenizer_config.json."""
     names = ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
-    beside = [file.with_name(name) for name in names]
-    config, special, generation = (
-        read_json(other, TokenizerError) if other.exists() else {} for other in beside
-    )
+    files = (file.with_name(name) for name in names)
+    found = (read_json(one, TokenizerError) if one.exists() else {} for one in files)
+    config, special, generation = found
 
     def ids(name: str) -> tuple[int, ...]:
         """Ids of bos or eos: the one that is spelled, then those of generation_config.json."""
@@ -138,7 +123,7 @@ def _apply_settings(tokenizer: Tokenizer, file: Path) -> dict[str, Any]:
         if spelled:
             found = [tokenizer.token_id(spelled), *found]
         if not all(isinstance(i, int) for i in found):
-            raise TokenizerError(f"the files beside it name {name} {spelled!r}, which it lacks")
+            raise TokenizerError(f"its settings name {spelled or others!r}, which it lacks: add it")
         return tuple(dict.fromkeys(found))
 
     bos_ids, add_bos = ids("bos_token"), config.get("add_bos_token")
@@ -153,7 +138,7 @@ def _apply_settings(tokenizer: Tokenizer, file: Path) -> dict[str, Any]:
         template = jinja.read_text(encoding="utf-8")
     elif isinstance(template, list):  # several named templates
         template = {t["name"]: t["template"] for t in template}.get("default")
-    tokenizer.chat_template = template
+    tokenizer.chat_template = template if isinstance(template, str) else None
     return config
 
 
@@ -166,10 +151,7 @@ def _load_gguf(file: Path) -> Tokenizer:
     }
     kind, tokens = fields.get("model"), fields.get("tokens")
     if kind not in ("llama", "gpt2") or not tokens:
-        raise TokenizerError(
-            f"{file} has a tokenizer of kind {kind!r} with {len(tokens or ())} tokens; supported "
-            "are gpt2 and llama: use a file with one of them"
-        )
+        raise TokenizerError(f"its tokenizer, {kind!r}, is not a gpt2 or llama: use another file")
     types = fields.get("token_type", [NORMAL] * len(tokens))
     ends = [fields.get(f"{name}_token_id") for name in ("eos", "eot", "eom")]
     eos_ids = list(dict.fromkeys(i for i in ends if i is not None))
@@ -251,8 +233,7 @@ def open_gguf(file: Path, error_type: type[ValueError]) -> Any:
         def _get(self, offset, dtype, count=1, override_order=None):
             values = super()._get(offset, dtype, count, override_order)
             if len(values) != count:
-                size = int(count) * np.dtype(dtype).itemsize
-                raise ValueError(f"{size} bytes at {offset} exceed its {len(self.data)} bytes")
+                raise ValueError(f"{count} values at {offset} exceed its {len(self.data)} bytes")
             return values
 
     try:
@@ -260,9 +241,9 @@ def open_gguf(file: Path, error_type: type[ValueError]) -> Any:
     except OSError:
         raise
     except Exception as error:
-        problem = f"{type(error).__name__}: {one_line(error)}"
         raise error_type(
-            f"{file}: not a complete GGUF file ({problem}): damaged or cut off, download it again"
+            f"{file}: not a complete GGUF file ({type(error).__name__}: {one_line(error)}): "
+            "damaged or cut off, download it again"
         ) from error
     if reader.byte_order == "S":
         raise error_type(f"{file}: is a big-endian GGUF: use a little-endian one")

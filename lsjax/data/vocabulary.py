@@ -44,21 +44,18 @@ def make_tokenizer(config: DataConfig, *, cache: Path) -> Tokenizer:
 
     Raises ConfigError (no data, or too little text for the vocabulary), TokenizerError (a path).
     """
-    match config.tokenizer:
-        case "bytes":
-            return ByteTokenizer()
-        case "sentencepiece":
-            # Found by the files' names, sizes and times, so that a later start reads none of them.
-            stats = document_source(config).stats()
-            known = [sentencepiece.__version__, SETTINGS, repr(config), stats]
-            name = hashlib.sha256(json.dumps(known).encode()).hexdigest()[:32]
-            file = cache / "vocabularies" / f"of-{name}.model"
-            if not file.is_file():
-                made = train_tokenizer(training_documents(config), config.vocab_size)
-                write_whole(file, made.model)
-            return SentencePieceTokenizer(file.read_bytes())
-        case path:
-            return load_tokenizer(as_path(path).expanduser())
+    if config.tokenizer == "bytes":
+        return ByteTokenizer()
+    if config.tokenizer != "sentencepiece":
+        return load_tokenizer(as_path(config.tokenizer).expanduser())
+    # Found by the files' names, sizes and times, so that a later start reads none of them.
+    known = [sentencepiece.__version__, SETTINGS, repr(config), document_source(config).stats()]
+    name = hashlib.sha256(json.dumps(known).encode()).hexdigest()[:32]
+    file = cache / "vocabularies" / f"of-{name}.model"
+    if not file.is_file():
+        made = train_tokenizer(training_documents(config), config.vocab_size)
+        write_whole(file, made.model)
+    return SentencePieceTokenizer(file.read_bytes())
 
 
 def train_tokenizer(
