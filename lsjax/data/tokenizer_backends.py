@@ -123,7 +123,7 @@ class SentencePieceTokenizer(Tokenizer):
 
     def _encode_special(self, text: str) -> list[int]:
         parts = self._specials.split(text)  # every second one is a special token
-        batch = self._processor.encode(parts)
+        batch = [self._processor.encode(part) for part in parts]
         batch[1::2] = [[self._processor.piece_to_id(part)] for part in parts[1::2]]
         return [*chain.from_iterable(batch)]
 
