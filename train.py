@@ -17,7 +17,7 @@ from rich.console import Console
 
 import lsjax
 from lsjax.cli.setup import keep_compiled_programs, keep_freed_memory, one_line_errors
-from lsjax.cli.training import parse, shown_hooks, shown_progress
+from lsjax.cli.training import TrainingFlags, parse_config, shown_hooks, shown_progress
 from lsjax.config import Path, TrainConfig
 from lsjax.training.hosts import ending_together, is_first, start
 from lsjax.training.prepare import prepare_run
@@ -28,9 +28,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the program. Returns 1 if training fails, or 128 + the number of a signal that stopped
     it. Bad input exits with code 2."""
     with ending_together(), one_line_errors():
-        config, workdir, hosts = parse(sys.argv[1:] if argv is None else argv, __doc__)
-        start(hosts)
-        return train(config, workdir)
+        flags = parse_config(TrainingFlags, argv, __doc__)
+        start(flags.distributed)
+        return train(flags.fields, flags.workdir)
 
 
 def train(config: TrainConfig, workdir: Path) -> int:
