@@ -7,9 +7,10 @@ The counts are stored in the cache for all models with this tokenizer, or in the
 """
 
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 
 from rich.progress import Progress
 
@@ -39,17 +40,12 @@ def count(arguments: Arguments) -> None:
     """Counts the tokens and writes the counts."""
     tokenizer = load_tokenizer(arguments.model)
     output = arguments.output or cached_counts(cache_directory(), tokenizer)
-    total = sum(file.stat().st_size for file in arguments.text)
+    counts, total = Counter(), sum(file.stat().st_size for file in arguments.text)
     with Progress(console=notes_console(), transient=True) as progress:
         task = progress.add_task("counting", total=total)
-
-        def pieces() -> Iterator[str]:
-            for file in arguments.text:
-                for piece in read_pieces(file):
-                    yield piece
-                    progress.advance(task, len(piece.encode()))
-
-        counts = count_tokens(tokenizer, pieces())
+        for piece in chain.from_iterable(map(read_pieces, arguments.text)):
+            counts.update(count_tokens(tokenizer, [piece]))
+            progress.advance(task, len(piece.encode()))
     write_counts(output, tokenizer, counts)
     print(f"{output}: {counts.total()} tokens, {len(counts)} distinct")
 

@@ -215,9 +215,9 @@ def chat(
                     completion = stream(people, engine, request, cancelled=interrupted, **options)
                     notes.print(summary([completion], completion.decode_seconds))
                     finish(message, completion)
-                    # The end token is not part of the reply; a stop string may end inside a token.
-                    reason, ids = completion.finish_reason, completion.token_ids
-                    known = None if reason == "stop" else ids[:-1] if reason == "eos" else ids
+                    # A stop string may end inside a token. The end token is not in the text.
+                    ids = completion.token_ids
+                    known = {"stop": None, "eos": ids[:-1]}.get(completion.finish_reason, ids)
                     dialogue.add(message, prompt, completion.text, known)
                 sampling = dataclasses.replace(sampling, seed=(sampling.seed + 1) % 2**32)
         except EOFError:

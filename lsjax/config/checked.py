@@ -160,11 +160,8 @@ def without_version(raw: Any, where: str) -> dict[str, Any]:
 
 
 def from_json(kind: type[T], raw: Any, where: str) -> T:
-    """The dataclass with these fields; missing ones get their defaults.
-
-    where: source of the fields, for messages. Raises ConfigError for unknown keys, missing keys
-    without a default, and values that the dataclass rejects.
-    """
+    """The dataclass with these fields; missing ones get their defaults. Raises ConfigError for
+    unknown and missing keys and for rejected values. where: source of the fields, for messages."""
     try:
         check(isinstance(raw, Mapping), f"{shown(raw)} must be an object, as a {kind.__name__} is")
         return _made(kind, raw)

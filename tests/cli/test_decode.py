@@ -322,6 +322,10 @@ def bad(model_directory, tmp_path_factory):
             "--strategy early_exit --exit-layer 2 3",
             "several .* give one value each to --strategy",
         ),
+        (
+            "--strategy self_speculative --draft-confidence 0.5 0.6",
+            "several .* give one value each to .* --draft-confidence",
+        ),
         ("--exit-layer 2 --model {bad}/silent", "--exit-layer has no effect on autoregressive"),
         (
             "--num-draft-tokens 2 --model {bad}/silent",
