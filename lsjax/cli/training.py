@@ -5,7 +5,6 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from functools import partial
 from typing import Annotated, Any, TypeVar
 
 import tyro
@@ -15,7 +14,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 from lsjax.checkpoints.run import EVALUATION, read_metrics
 from lsjax.cli.setup import parse_flags
 from lsjax.cli.show import coloured, exit_table, verbatim
-from lsjax.config import ConfigError, Path, TrainConfig, check, in_bucket
+from lsjax.config import ConfigError, Path, TrainConfig, check
 from lsjax.decoding.engine import Engine
 from lsjax.decoding.self_speculative import SelfSpeculative
 from lsjax.evaluation.exits import AGREEMENT, ExitScores, evaluation_hook
@@ -70,29 +69,20 @@ def parse_config(
 
 
 def read_config_file(file: Path) -> TrainConfig:
-    """The `config` of a Python file. Raises ConfigError, with the line, if the file fails, defines
-    no `config`, or gives a field a value that it rejects."""
-    check(
-        file.is_file() and not in_bucket(file),
-        f"--config {file} is not a local file: name one such as configs/quickstart.py",
-    )
+    """The `config` of a Python file. Raises ConfigError, with the line, if the file is missing or
+    fails, defines no `config`, or gives a field a value that it rejects."""
     try:
         config = runpy.run_path(str(file)).get("config")
     except Exception as error:
         frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename == str(file)]
-        line = getattr(error, "lineno", None) or (frames[-1].lineno if frames else "?")
-        raise ConfigError(f"{file}:{line}: {type(error).__name__}: {error}") from None
+        line = getattr(error, "lineno", None) or (frames[-1].lineno if frames else None)
+        where = f"{file}:{line}" if line else f"--config {file}"
+        raise ConfigError(f"{where}: {type(error).__name__}: {error}") from None
     check(
         isinstance(config, TrainConfig),
         f"{file}: `config` is missing or of another type: set config = TrainConfig(...)",
     )
     return config
-
-
-def shown_hooks(config: TrainConfig, console: Console) -> list[Callable[[TrainingRun], Hook]]:
-    """Hooks for evaluation with a table and plots, and for samples if they are configured."""
-    makers = [shown_evaluation, *[shown_sample] * (config.evaluation.sample_tokens > 0)]
-    return [partial(maker, console=console) for maker in makers]
 
 
 def shown_evaluation(run: TrainingRun, console: Console) -> Hook:
