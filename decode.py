@@ -6,38 +6,28 @@
     python decode.py --model PATH --interactive
 """
 
-import dataclasses
 import json
 import sys
+from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
+from dataclasses import replace
 from typing import TextIO
 
 from rich.console import Console
 from rich.progress import Progress
 
-from lsjax.cli.chat import chat
-from lsjax.cli.flags import load_engine, open_model, parse_flags
-from lsjax.cli.prompts import Arguments, choose_requests, encode_requests
-from lsjax.cli.setup import check_output, ended_by_sigterm, one_line_errors
-from lsjax.cli.show import (
-    Colours,
-    coloured,
-    legend,
-    notes_console,
-    stream,
-    summary,
-    verbatim,
-)
-from lsjax.cli.strategies import make_strategies, trained_exits
-from lsjax.config import Path, as_path
+from lsjax.cli.flags import load_engine, make_strategies, open_model, trained_exits
+from lsjax.cli.prompts import Arguments, chat, choose_requests, encode_requests
+from lsjax.cli.setup import check_output, ended_by_sigterm, one_line_errors, parse_flags
+from lsjax.cli.show import PLAIN, coloured, legend, notes_console, stream, summary, verbatim
+from lsjax.config import Path, as_path, check
 from lsjax.data.files import cache_directory
 from lsjax.data.vocabulary import add_written
 from lsjax.decoding.adaptive import Adaptive
 from lsjax.decoding.completion import Completion
 from lsjax.decoding.engine import Engine
 from lsjax.decoding.request import Request
-from lsjax.decoding.strategy import Strategy
 from lsjax.training.profiling import trace
 
 
@@ -59,59 +49,59 @@ def decode(arguments: Arguments) -> None:
     config = model.source.config
     data_axis = 1 if model.mesh is None else model.mesh.shape["data"]
     needed = -(-len(requests) // data_axis) * data_axis
-    fewer = dataclasses.replace(arguments, batch_size=min(arguments.batch_size, needed))
-    model = model._replace(flags=fewer)
-    if not arguments.strategies:
-        name = "auto" if trained_exits(model) else "autoregressive"
-        arguments = dataclasses.replace(arguments, strategies=(name,))
-    (strategy,) = make_strategies(arguments, model)
-    encoded = encode_requests(requests, arguments, model.tokenizer, config)
+    arguments = replace(arguments, batch_size=min(arguments.batch_size, needed))
+    if not arguments.strategies and trained_exits(model):
+        arguments = replace(arguments, strategies=("auto",))
+    model = model._replace(flags=arguments)
+    strategies = make_strategies(arguments, model)
+    check(
+        len(strategies) == 1,
+        "several strategies, exit layers, draft lengths or confidences are given: give one value "
+        "each to --strategy, --exit-layer, --num-draft-tokens and --draft-confidence",
+    )
+    prompts = [request.prompt for request in requests]
+    requests = encode_requests(requests, arguments, model.tokenizer, config)
     if arguments.json is not None and not to_stdout:
         check_output(arguments.json, arguments.prompt_file)
 
-    plain = dict(highlight=False, markup=False, emoji=False, soft_wrap=True)
-    people, notes = Console(stderr=to_stdout, **plain), notes_console()
-    engine = load_engine(model, notes, strategy=strategy)
-    longest = max(
-        len(ids) + request.max_new_tokens for request, ids in zip(requests, encoded, strict=True)
+    quiet = to_stdout and not arguments.interactive
+    people = Console(stderr=to_stdout, quiet=quiet, soft_wrap=True, **PLAIN)
+    notes = notes_console()
+    engine = load_engine(model, notes, strategy=strategies[0])
+    weights, cache = engine.memory_bytes(
+        max(len(request.prompt) + request.max_new_tokens for request in requests)
     )
-    weights, cache = engine.memory_bytes(longest)
     notes.print(
         f"{arguments.model.name}: {config.num_params / 1e6:.0f}M parameters, "
         f"{weights / 1e6:.0f} MB in {engine.model.dtype}; "
         f"cache {cache / 1e6:.0f} MB for {engine.batch_size} row{'s' * (engine.batch_size > 1)}"
     )
-
     completions: list[Completion] = []
-    profile = arguments.profile
-    tracing = nullcontext() if profile is None else trace(profile)
+    tracing = nullcontext() if arguments.profile is None else trace(arguments.profile)
     with json_lines(arguments.json) as lines, tracing:
 
         def finish(prompt: str, completion: Completion) -> None:
-            completion = dataclasses.replace(completion, prompt=prompt)
-            completions.append(completion)
+            completions.append(replace(completion, prompt=prompt))
             if lines:
-                print(json.dumps(completion.to_json(), ensure_ascii=False), file=lines, flush=True)
+                line = json.dumps(completions[-1].to_json(), ensure_ascii=False)
+                print(line, file=lines, flush=True)
 
         show_drafts = arguments.show_drafts
-        if arguments.interactive:
-            options = dict(system=arguments.system, show_drafts=show_drafts, finish=finish)
-            chat(engine, requests[0], people, notes, **options)
-            count_written(engine, completions)
-            return
+        options = dict(show_drafts=show_drafts, finish=finish)
         if show_drafts:
-            people.print(legend(strategy))
-        if len(requests) == 1 and not to_stdout:
-            finish(
-                requests[0].prompt, stream_one(engine, requests[0], encoded[0], people, show_drafts)
-            )
+            people.print(legend(engine.strategy))
+        if arguments.interactive:
+            chat(engine, requests[0], people, notes, system=arguments.system, **options)
+        elif len(requests) == 1 and not to_stdout:
+            people.print(verbatim(prompts[0]), style="dim")
+            finish(prompts[0], stream(people, engine, requests[0], show_drafts=show_drafts))
         else:
-            shown = None if to_stdout else people
-            generate_all(engine, requests, encoded, shown, notes, show_drafts, finish)
+            generate_all(engine, prompts, requests, people, notes, **options)
     count_written(engine, completions)
-    compiling = f"{engine.programs.compile_seconds:.1f} s compiling"
-    notes.print(f"{summary(completions, engine.decode_seconds)}; {compiling}")
-    advise(notes, strategy, completions)
+    if not arguments.interactive:
+        compiling = f"{engine.programs.compile_seconds:.1f} s compiling"
+        notes.print(f"{summary(completions, engine.decode_seconds)}; {compiling}")
+        advise(notes, engine.strategy.exit_layer, completions)
 
 
 def count_written(engine: Engine, completions: Sequence[Completion]) -> None:
@@ -123,61 +113,43 @@ def count_written(engine: Engine, completions: Sequence[Completion]) -> None:
             add_written(cache_directory(), engine.tokenizer, ids)
 
 
-def stream_one(
-    engine: Engine, request: Request, ids: list[int], people: Console, show_drafts: bool
-) -> Completion:
-    """Streams one text to the terminal."""
-    people.print(verbatim(request.prompt), style="dim")
-    colours = Colours(engine.tokenizer, ids) if show_drafts else None
-    return stream(people, engine.watch(dataclasses.replace(request, prompt=ids)), colours)
-
-
 def generate_all(
     engine: Engine,
+    prompts: Sequence[str],
     requests: Sequence[Request],
-    encoded: Sequence[list[int]],
-    people: Console | None,
+    people: Console,
     notes: Console,
+    *,
     show_drafts: bool,
     finish: Callable[[str, Completion], None],
 ) -> None:
     """Prints texts in prompt order, with a progress bar if `notes` is a terminal. If decoding is
     interrupted, texts that wait for earlier ones are printed at the end."""
-    asked = [
-        dataclasses.replace(request, prompt=ids)
-        for request, ids in zip(requests, encoded, strict=True)
-    ]
+    missing, waiting = deque(range(len(requests))), {}
 
-    waiting: dict[int, Completion] = {}
-    shown = 0
-
-    def show(index: int) -> None:
-        completion = waiting.pop(index)
-        finish(requests[index].prompt, completion)
-        if people is None:
-            return
-        people.print(verbatim(requests[index].prompt), style="dim")
+    def show(index: int, completion: Completion) -> None:
+        finish(prompts[index], completion)
+        people.print(verbatim(prompts[index]), style="dim")
         if show_drafts:
-            people.print(coloured(engine.tokenizer, encoded[index], completion))
+            people.print(coloured(engine.tokenizer, requests[index].prompt, completion))
         else:
             people.print(verbatim(completion.text + "\n"))
 
     with Progress(console=notes, transient=True, disable=not notes.is_terminal) as progress:
-        task = progress.add_task("decoding", total=len(asked))
+        task = progress.add_task("decoding", total=len(requests))
 
         def ended(index: int, completion: Completion) -> None:
-            nonlocal shown
             waiting[index] = completion
-            while shown in waiting:
-                show(shown)
-                shown += 1
+            while missing and missing[0] in waiting:
+                first = missing.popleft()
+                show(first, waiting.pop(first))
             progress.advance(task)
 
         try:
-            engine.generate(asked, on_completion=ended)
+            engine.generate(requests, on_completion=ended)
         finally:
             for index in sorted(waiting):
-                show(index)
+                show(index, waiting[index])
 
 
 def json_lines(path: Path | None) -> AbstractContextManager[TextIO | None]:
@@ -187,13 +159,13 @@ def json_lines(path: Path | None) -> AbstractContextManager[TextIO | None]:
     return path.open("w", encoding="utf-8")
 
 
-def advise(notes: Console, strategy: Strategy, completions: Sequence[Completion]) -> None:
+def advise(notes: Console, exit_layer: int | None, completions: Sequence[Completion]) -> None:
     """Prints a hint if few drafts were accepted."""
     drafted = sum(c.drafted for c in completions)
     accepted = sum(c.accepted for c in completions)
-    if strategy.exit_layer and drafted and accepted < 0.3 * drafted:
+    if exit_layer and accepted < 0.3 * drafted:
         notes.print(
-            f"Few drafts of exit {strategy.exit_layer} were accepted. Early-exit drafts slow down "
+            f"Few drafts of exit {exit_layer} were accepted. Early-exit drafts slow down "
             "models that were not trained with LayerSkip, though the text stays the same."
         )
 

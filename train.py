@@ -16,8 +16,8 @@ from functools import partial
 from rich.console import Console
 
 import lsjax
+from lsjax.cli import training
 from lsjax.cli.setup import keep_compiled_programs, keep_freed_memory, one_line_errors
-from lsjax.cli.training import parse, shown_hooks, shown_progress
 from lsjax.config import Path, TrainConfig
 from lsjax.training.hosts import ending_together, is_first, start
 from lsjax.training.prepare import prepare_run
@@ -28,9 +28,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the program. Returns 1 if training fails, or 128 + the number of a signal that stopped
     it. Bad input exits with code 2."""
     with ending_together(), one_line_errors():
-        config, workdir, hosts = parse(sys.argv[1:] if argv is None else argv, __doc__)
-        start(hosts)
-        return train(config, workdir)
+        flags = training.parse_config(training.TrainingFlags, argv, __doc__)
+        start(flags.distributed)
+        return train(flags.fields, flags.workdir)
 
 
 def train(config: TrainConfig, workdir: Path) -> int:
@@ -41,11 +41,13 @@ def train(config: TrainConfig, workdir: Path) -> int:
     with console.status("reading the data"):
         run = prepare_run(config, workdir)
     keep_compiled_programs()
+    hooks = [training.shown_evaluation]
+    hooks += [training.shown_sample] * (config.evaluation.sample_tokens > 0)
     try:
         train_run(
             run,
-            hooks=shown_hooks(config, console),
-            watch=partial(shown_progress, console=console),
+            hooks=[partial(hook, console=console) for hook in hooks],
+            watch=partial(training.shown_progress, console=console),
             say=say,
             warn=partial(say, style="yellow"),
             began=lsjax.IMPORTED,

@@ -46,11 +46,11 @@ def test_a_documented_command_is_taken(page, program, flags, monkeypatch):
     monkeypatch.setattr(sys, "path", [str(ROOT), str(ROOT / "benchmarks"), *sys.path])
     given = words(flags)
     if program == "train.py":
-        training.parse(given, "")[0].mesh.sizes(64)
+        training.parse_config(training.TrainingFlags, given, "").fields.mesh.sizes(64)
     elif program == "lsjax.cli.aot":
         aot.parse(given).fields.mesh.sizes(128)
     elif program == "lsjax.cli.tokenize":
-        tokenize.parse(given)
+        training.parse_config(tokenize.Arguments, given, "")
     else:
         name = program.removesuffix(".py").replace("/", ".")
         tyro.cli(importlib.import_module(name).Arguments, args=given)

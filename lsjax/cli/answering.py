@@ -17,9 +17,9 @@ from lsjax.checkpoints.steps import fingerprints
 from lsjax.cli.flags import ChatFlags, ModelFlags, OpenModel, SamplingFlags
 from lsjax.config import ConfigError, DataConfig, Path, bounded, check, split_step
 from lsjax.data.buckets import Lines
+from lsjax.data.chat import Dialogue
 from lsjax.data.files import PlacedRow, Refuse, file_rows, stop_at
 from lsjax.data.pieces import Document
-from lsjax.data.tokenizer import Dialogue
 from lsjax.decoding.completion import Completion
 from lsjax.decoding.engine import Engine
 from lsjax.decoding.request import Request, encode_prompt

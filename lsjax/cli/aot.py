@@ -38,7 +38,7 @@ from lsjax.aot.programs import (
 )
 from lsjax.cli.setup import check_output, one_line_errors
 from lsjax.cli.show import notes_console, table, wide_console
-from lsjax.cli.training import ConfigFile, parse_fields, read_config
+from lsjax.cli.training import ConfigFile, parse_config
 from lsjax.config import EarlyExitConfig, LayerDropoutConfig, MeshConfig, Path, TrainConfig, check
 from lsjax.evaluation.exits import exit_sums
 from lsjax.sharding import make_mesh
@@ -81,10 +81,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parse(argv: Sequence[str]) -> Arguments:
     """Parses the flags and the configuration. Raises ConfigError for a bad value."""
-    found, default = read_config(Slice, argv, __doc__)
+    return parse_config(Arguments, argv, __doc__, Slice, default_mesh)
+
+
+def default_mesh(found: Slice) -> dict[str, MeshConfig]:
+    """The devices that decode by default."""
     check(found.topology is not None, "--topology is missing: name a slice such as v5p:4x4x4")
-    mesh = MeshConfig(tensor=min(4, slice_size(found.topology)))
-    return parse_fields(Arguments, argv, __doc__, fields=default, decoding_mesh=mesh)
+    return {"decoding_mesh": MeshConfig(tensor=min(4, slice_size(found.topology)))}
 
 
 def report(arguments: Arguments) -> dict[str, Any]:

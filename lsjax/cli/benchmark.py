@@ -27,11 +27,10 @@ from rich.console import Console
 
 from lsjax.cli import answering, flags
 from lsjax.cli.answering import TaskFlags
-from lsjax.cli.flags import OpenModel, load_engine
+from lsjax.cli.flags import OpenModel, StrategyFlags, StrategyName, load_engine, make_strategies
 from lsjax.cli.prompts import prompt_rows
-from lsjax.cli.setup import check_output
+from lsjax.cli.setup import check_output, program
 from lsjax.cli.show import notes_console, show_cells, show_verdict
-from lsjax.cli.strategies import StrategyFlags, StrategyName, make_strategies
 from lsjax.config import ConfigError, LlamaConfig, Path, bounded, check
 from lsjax.decoding.engine import Engine
 from lsjax.decoding.self_speculative import in_one_program
@@ -201,7 +200,7 @@ def write(output: Path, title: str, rows: Sequence[Answer], notes: Console) -> N
             notes.print(f"no plot: {error}")
 
 
-main = flags.program(Arguments, benchmark, __doc__)
+main = program(Arguments, benchmark, __doc__)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -6,16 +6,14 @@ It appears under its name only when it is complete.
 
 import sys
 from dataclasses import dataclass
-from functools import partial
 from typing import Annotated, Literal
 
 import tyro
-from rich.console import Console
-from rich.progress import track
 
 from lsjax.checkpoints import load, open_checkpoint
 from lsjax.checkpoints.huggingface import check_destination, read_generation_defaults, save
-from lsjax.cli.flags import program
+from lsjax.cli.setup import bar, program
+from lsjax.cli.show import notes_console
 from lsjax.config import Path
 from lsjax.data.tokenizer_files import load_tokenizer
 
@@ -34,19 +32,14 @@ class Arguments:
 
 
 def convert(arguments: Arguments) -> None:
-    """Reads and writes the model.
-
-    Raises CheckpointError if model and tokenizer do not match.
-    """
+    """Reads and writes the model. Raises CheckpointError if model and tokenizer do not match."""
     source, destination, dtype = arguments.source, arguments.destination, arguments.dtype
-    console = Console(stderr=True)
-    bar = partial(track, console=console, disable=not console.is_terminal, transient=True)
+    notes = notes_console()
     check_destination(destination)
     opened, tokenizer = open_checkpoint(source), load_tokenizer(source)
     tokenizer.fitted(opened.config.vocab_size)  # fails before the long part
-    model = load(opened, dtype=dtype, track=partial(bar, description="reading"))
-    generation = read_generation_defaults(source)
-    writing = partial(bar, description="writing")
+    model = load(opened, dtype=dtype, track=bar(notes, "reading"))
+    generation, writing = read_generation_defaults(source), bar(notes, "writing")
     save(model, destination, generation=generation, tokenizer=tokenizer, track=writing)
     parameters = model.config.num_params / 1e6
     print(f"{destination}: {parameters:.1f} million parameters in {dtype}")

@@ -7,14 +7,15 @@ The counts are stored in the cache for all models with this tokenizer, or in the
 """
 
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 
-from rich.console import Console
 from rich.progress import Progress
 
-from lsjax.cli.flags import program
+from lsjax.cli.setup import program
+from lsjax.cli.show import notes_console
 from lsjax.config import Path
 from lsjax.data.files import cache_directory, json_rows, read_lines
 from lsjax.data.tokenizer_files import load_tokenizer
@@ -39,26 +40,19 @@ def count(arguments: Arguments) -> None:
     """Counts the tokens and writes the counts."""
     tokenizer = load_tokenizer(arguments.model)
     output = arguments.output or cached_counts(cache_directory(), tokenizer)
-    total = sum(file.stat().st_size for file in arguments.text)
-    with Progress(console=Console(stderr=True), transient=True) as progress:
+    counts, total = Counter(), sum(file.stat().st_size for file in arguments.text)
+    with Progress(console=notes_console(), transient=True) as progress:
         task = progress.add_task("counting", total=total)
-
-        def pieces() -> Iterator[str]:
-            for file in arguments.text:
-                for piece in read_pieces(file):
-                    yield piece
-                    progress.advance(task, len(piece.encode()))
-
-        counts = count_tokens(tokenizer, pieces())
+        for piece in chain.from_iterable(map(read_pieces, arguments.text)):
+            counts.update(count_tokens(tokenizer, [piece]))
+            progress.advance(task, len(piece.encode()))
     write_counts(output, tokenizer, counts)
     print(f"{output}: {counts.total()} tokens, {len(counts)} distinct")
 
 
 def read_pieces(file: Path) -> Iterator[str]:
-    """A file's text in pieces: each string of a .jsonl file, or LINES lines of another file.
-
-    Raises ConfigError with the line for text that is not UTF-8, or for a JSON line without object.
-    """
+    """A file's text in pieces: each string of a .jsonl file, or LINES lines of another file. Raises
+    ConfigError with the line for text that is not UTF-8, or for a JSON line without object."""
     if file.suffix == ".jsonl":
         for _, row in json_rows(file):
             yield from _strings(row)

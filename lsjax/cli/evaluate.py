@@ -18,10 +18,9 @@ import tyro
 
 from lsjax.cli import answering, flags
 from lsjax.cli.answering import TaskFlags
-from lsjax.cli.flags import load_engine
-from lsjax.cli.setup import check_output
+from lsjax.cli.flags import StrategyFlags, load_engine, make_strategies
+from lsjax.cli.setup import check_output, program
 from lsjax.cli.show import notes_console, or_dash, table, wide_console
-from lsjax.cli.strategies import StrategyFlags, make_strategies
 from lsjax.config import Path, bounded, check
 from lsjax.decoding.completion import Completion
 from lsjax.decoding.self_speculative import in_one_program
@@ -136,7 +135,7 @@ def show(title: str, rows: Sequence[Mapping[str, Any]]) -> None:
     wide_console().print(table(title, [*names, *figures], lines, left=2))
 
 
-main = flags.program(Arguments, evaluate, __doc__)
+main = program(Arguments, evaluate, __doc__)
 
 if __name__ == "__main__":
     sys.exit(main())

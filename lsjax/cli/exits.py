@@ -16,8 +16,7 @@ from rich.progress import Progress
 
 from lsjax.checkpoints import load, open_checkpoint
 from lsjax.checkpoints.run import is_run, read_run_config
-from lsjax.cli.flags import program
-from lsjax.cli.setup import check_output, choose_dtype, keep_compiled_programs
+from lsjax.cli.setup import check_output, choose_dtype, keep_compiled_programs, program
 from lsjax.cli.show import exit_table, wide_console
 from lsjax.config import Checked, Path, bounded, check
 from lsjax.data.files import cache_directory

@@ -1,38 +1,45 @@
-"""Shared command-line flags, and the objects built from them.
+"""Shared command-line flags, and the engine and strategies made from them.
 
 A program's arguments are a dataclass that inherits `ModelFlags` and `StrategyFlags`, and has
 `sampling: SamplingFlags = GREEDY`. All flags are flat: --model, --exit-layer, --temperature.
 """
 
-import io
-import re
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import redirect_stderr
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, TypeVar
+from itertools import product
+from typing import Annotated, Any, Literal, NamedTuple
 
 import tyro
 from jax.sharding import Mesh
 from rich.console import Console
-from rich.progress import Progress
 
 from lsjax.checkpoints import load, open_checkpoint
+from lsjax.checkpoints.huggingface import read_generation_defaults
 from lsjax.checkpoints.run import RunSource
 from lsjax.checkpoints.tensors import TensorSource
-from lsjax.cli.setup import choose_dtype, keep_compiled_programs, one_line_errors
-from lsjax.config import Checked, ConfigError, MeshConfig, Path, as_path, check
+from lsjax.cli.setup import bar, choose_dtype, keep_compiled_programs
+from lsjax.config import Checked, ConfigError, MeshConfig, Path, check
+from lsjax.data.files import cache_directory
 from lsjax.data.tokenizer import Tokenizer
 from lsjax.data.tokenizer_files import load_tokenizer
-from lsjax.decoding.engine import Engine
+from lsjax.data.vocabulary import find_counts
+from lsjax.decoding.adaptive import Adaptive
+from lsjax.decoding.autoregressive import Autoregressive, EarlyExit
+from lsjax.decoding.cost import best_draft_vocab
+from lsjax.decoding.draft import DraftVocabulary
+from lsjax.decoding.engine import Engine, check_settings
 from lsjax.decoding.sampling import GREEDY, Sampling
+from lsjax.decoding.self_speculative import SelfSpeculative
 from lsjax.decoding.strategy import Strategy
 from lsjax.model.llama import Llama
 from lsjax.sharding import make_mesh
 
-T = TypeVar("T")
-PATHS = tyro.constructors.ConstructorRegistry()
+FILTERS = ("top_k", "top_p", "min_p")  # fields of `Sampling` without effect on greedy decoding
+MOST_EXITS = 4  # of a model, that auto chooses from
+Counts = Mapping[int, int]  # token id -> occurrences
 # `Sampling` itself, without a prefix on the command line.
 SamplingFlags = tyro.conf.OmitArgPrefixes[Sampling]
+StrategyName = Literal["autoregressive", "early_exit", "self_speculative", "auto"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +73,30 @@ class ChatFlags(Checked, prefix="--"):
         check(self.chat or self.system is None, "--system needs --chat: add it, or drop --system")
 
 
+@dataclass(frozen=True, kw_only=True)
+class StrategyFlags(Checked, prefix="--"):
+    """Every combination of strategy, exit and draft length."""
+
+    strategies: Annotated[tuple[StrategyName, ...], tyro.conf.arg(aliases=("--strategy",))] = ()
+    """autoregressive runs all layers. early_exit runs only the first layers. self_speculative
+    drafts with the first layers and verifies with the others. auto chooses exit and draft length in
+    each round, or looks drafts up in the text. These two give the tokens of greedy autoregressive
+    decoding, up to rounding, or the same distribution of sampled text. Default: autoregressive, but
+    decode.py takes auto if the model was trained with exits."""
+    exit_layers: Annotated[tuple[int, ...], tyro.conf.arg(aliases=("--exit-layer",))] = ()
+    """Number of layers that draft, or that early_exit runs. Default for self_speculative:
+    assistant_early_exit in the model's generation_config.json. Default for auto: exits that the
+    model was trained with."""
+    num_draft_tokens: tuple[int, ...] = ()
+    """Tokens drafted per round. Default: num_assistant_tokens in generation_config.json."""
+    draft_vocab: int | None = None
+    """Drafts only from this many of the most frequent tokens, which makes the draft's head cheaper.
+    python -m lsjax.cli.count_tokens counts the tokens."""
+    draft_confidence: tuple[float, ...] = ()
+    """Stops drafting before the product of the exit's highest probabilities falls below this, so
+    that fewer draft tokens are rejected. With 0, the default, drafts have their full length."""
+
+
 class OpenModel(NamedTuple):
     """A checkpoint's metadata, its tokenizer and the requested mesh; weights are not loaded."""
 
@@ -85,20 +116,6 @@ def open_model(flags: ModelFlags) -> OpenModel:
     return OpenModel(flags, source, tokenizer, mesh)
 
 
-def check_sampling(sampling: Sampling, num_samples: int, *, is_greedy: bool | None = None) -> None:
-    """Raises ConfigError if decoding is greedy and a flag affects only sampling.
-
-    is_greedy: whether all texts are decoded greedily; by default, whether `sampling` is greedy.
-    """
-    given = [n for n in ("top_k", "top_p", "min_p") if getattr(sampling, n) != getattr(GREEDY, n)]
-    given += ["num_samples"] * (num_samples > 1)
-    if given and (sampling.temperature == 0 if is_greedy is None else is_greedy):
-        raise ConfigError(
-            f"--{given[0].replace('_', '-')} has no effect on greedy decoding: choose a "
-            "--temperature above 0"
-        )
-
-
 def load_engine(
     model: OpenModel,
     notes: Console,
@@ -112,23 +129,13 @@ def load_engine(
     change: applied to the model after loading. options: other arguments of `Engine`.
     """
     keep_compiled_programs()
-    with Progress(console=notes, transient=True, disable=not notes.is_terminal) as progress:
-        loaded = load(
-            model.source,
-            dtype=choose_dtype(model.flags.dtype),
-            track=lambda parts: progress.track(parts, description="loading"),
-            mesh=model.mesh,
-        )
-
-    def timings(sequence: Sequence) -> Iterator:
-        with Progress(console=notes, transient=True) as progress:
-            yield from progress.track(sequence, description="timing rounds, once for this machine")
-
+    dtype = choose_dtype(model.flags.dtype)
+    loaded = load(model.source, dtype=dtype, track=bar(notes, "loading"), mesh=model.mesh)
     return Engine(
         change(loaded),
         model.tokenizer,
         strategy,
-        track=timings,
+        track=bar(notes, "timing rounds, once for this machine"),
         batch_size=model.flags.batch_size,
         max_length=model.flags.max_length,
         mesh=model.mesh,
@@ -136,64 +143,107 @@ def load_engine(
     )
 
 
-def _read_path(words: list[str]) -> Path:
-    try:
-        return as_path(words[0])
-    except ConfigError as error:
-        raise SystemExit(2) from error  # `parse_flags` finds the error, which tyro would wrap
+def check_sampling(sampling: Sampling, num_samples: int) -> None:
+    """Raises ConfigError if decoding is greedy and a flag affects only sampling."""
+    given = [name for name in FILTERS if getattr(sampling, name) != getattr(GREEDY, name)]
+    given += ["num_samples"] * (num_samples > 1)
+    if given and sampling.temperature == 0:
+        raise ConfigError(
+            f"--{given[0].replace('_', '-')} has no effect on greedy decoding: choose a "
+            "--temperature above 0"
+        )
 
 
-@PATHS.primitive_rule
-def _path_flag(info: Any) -> Any:
-    """Tells tyro how to read and show a path, which may be in a bucket."""
-    if info.type is not Path:
-        return None
-    return tyro.constructors.PrimitiveConstructorSpec(
-        nargs=1,
-        metavar="PATH",
-        instance_from_str=_read_path,
-        is_instance=lambda value: isinstance(value, Path),
-        str_from_instance=lambda path: [str(path)],
-    )
+def make_strategies(
+    flags: StrategyFlags, model: OpenModel, counts: Counts | None = None
+) -> list[Strategy]:
+    """Every requested strategy, with every exit and draft length.
 
-
-def program(
-    kind: type[T], work: Callable[[T], int | None], description: str
-) -> Callable[[Sequence[str] | None], int]:
-    """Builds a `main` that parses flags, runs `work` and returns its exit code (0 for None).
-    Bad input exits with code 2."""
-
-    def main(argv: Sequence[str] | None = None) -> int:
-        with one_line_errors():
-            return work(parse_flags(kind, argv, description)) or 0
-
-    return main
-
-
-def parse_flags(kind: type[T], argv: Sequence[str] | None, description: str, **settings: Any) -> T:
-    """Parses flags into the dataclass `kind` with `tyro.cli`.
-
-    Raises ConfigError with one line for an unknown flag, a value of the wrong type, or a value that
-    the dataclass rejects.
+    counts: token counts for the draft vocabulary; by default those stored for this model. Raises
+    ConfigError for a missing or unused number, or for settings that do not fit model or mesh.
     """
-    shown = io.StringIO()
+    names, exits = list(dict.fromkeys(flags.strategies)), list(dict.fromkeys(flags.exit_layers))
+    names = names or ["autoregressive"]
+    check(
+        not exits or names != ["autoregressive"],
+        "--exit-layer has no effect on autoregressive decoding: choose another --strategy",
+    )
+    check(bool(exits) or "early_exit" not in names, "early_exit needs --exit-layer, such as 8")
+    for name in ("num_draft_tokens", "draft_vocab", "draft_confidence"):
+        uses = {"self_speculative", *["auto"] * (name == "draft_vocab")}
+        check(
+            getattr(flags, name) in (None, ()) or bool(uses & {*names}),
+            f"{flags.name_of(name)} has no effect on {' and '.join(names)}: add --strategy "
+            "self_speculative",
+        )
+    made: dict[str, list[Strategy]] = {
+        "autoregressive": [Autoregressive()],
+        "early_exit": [EarlyExit(exit_layer) for exit_layer in exits],
+    }
+    size = flags.draft_vocab
+    if "auto" in names:
+        own = tuple(sorted(exits)) or trained_exits(model)
+        check(bool(own) or size is None, "--draft-vocab has no effect without exits: leave it out")
+        vocabulary = _vocabulary(model, size, counts, own[len(own) // 2]) if own else None
+        made["auto"] = [Adaptive(own, vocabulary)]
+    if "self_speculative" in names:
+        lengths = list(dict.fromkeys(flags.num_draft_tokens))
+        if not exits or not lengths:
+            defaults = read_generation_defaults(model.flags.model)
+            exits = exits or [defaults.exit_layer]
+            lengths = lengths or [defaults.num_draft_tokens]
+        missing = ["--exit-layer"] * (None in exits) + ["--num-draft-tokens"] * (None in lengths)
+        check(
+            not missing,
+            f"self_speculative needs {' and '.join(missing)}: {model.flags.model} has no default",
+        )
+        vocabulary = None if size is None else _vocabulary(model, size, counts, exits[0])
+        confidences = dict.fromkeys(flags.draft_confidence or (0.0,))
+        made["self_speculative"] = [
+            SelfSpeculative(exit_layer, length, vocabulary, draft_confidence=confidence or None)
+            for exit_layer, length, confidence in product(exits, lengths, confidences)
+        ]
+    strategies = [strategy for name in names for strategy in made[name]]
+    for strategy in strategies:
+        check_settings(
+            model.source.config,
+            strategy,
+            batch_size=model.flags.batch_size,
+            max_length=model.flags.max_length,
+            data_axis=1 if model.mesh is None else model.mesh.shape["data"],
+        )
+    return strategies
+
+
+def _vocabulary(
+    model: OpenModel, size: int | None, counts: Counts | None, exit_layer: int
+) -> DraftVocabulary | None:
+    """The most frequent tokens: `size` of them, or the best number for drafts of this exit. Without
+    `size` and counts it is None, which drafts all tokens."""
     try:
-        with redirect_stderr(shown):
-            return tyro.cli(kind, args=argv, description=description, registry=PATHS, **settings)
-    except SystemExit as end:
-        if not end.code:  # --help
+        if counts is None:
+            counts = find_counts(model.flags.model, cache_directory(), model.tokenizer)
+    except ConfigError:
+        if size is not None:
             raise
-        cause: BaseException | None = end
-        while cause is not None and not isinstance(cause, ConfigError):
-            cause = cause.__context__
-        raise cause or ConfigError(_in_a_line(shown.getvalue())) from None
+    if size is None and counts:
+        size = best_draft_vocab(model.source.config, exit_layer, counts)
+    if size is None:
+        return None
+    return DraftVocabulary.most_frequent(counts, size, model.tokenizer.vocab_size)
 
 
-def _in_a_line(box: str) -> str:
-    """The text in tyro's error box on one line, without title, borders and colours."""
-    lines = re.sub(r"\x1b\[[\d;]*m", "", box).splitlines()[1:]
-    rows = [line.strip(" │╰╯") for line in lines]
-    sections = " ".join(row if row.strip("─-") else "\n" for row in rows).split("\n")
-    said = [" ".join(part.split()).removesuffix(".") for part in sections if part.strip()]
-    said = [part for part in said if "full helptext" not in part]
-    return "; ".join((*said, "--help lists all flags"))
+def trained_exits(model: OpenModel) -> tuple[int, ...]:
+    """Exits that the model was trained with, at most four; none for a model without LayerSkip. If
+    all were trained, those at a sixteenth, an eighth, a quarter and half of the layers."""
+    layers, exits = model.source.config.num_layers, []
+    if isinstance(model.source, RunSource):
+        early_exit = model.source.early_exit
+        if early_exit.get("curriculum", "none") in ("none", "subset"):
+            return tuple(sorted(early_exit.get("exits", ())))[:MOST_EXITS]
+    else:
+        exits = [read_generation_defaults(model.flags.model).exit_layer]
+        if exits == [None]:
+            return ()
+    exits += [max(1, round(layers / part)) for part in (4, 2, 8, 16)]
+    return tuple(sorted([*dict.fromkeys(exits)][:MOST_EXITS]))

@@ -13,11 +13,11 @@ import sys
 from dataclasses import dataclass
 
 from lsjax.cli import flags
-from lsjax.cli.flags import ChatFlags, ModelFlags, load_engine
+from lsjax.cli.flags import ChatFlags, ModelFlags, StrategyFlags, load_engine, make_strategies
+from lsjax.cli.setup import program
 from lsjax.cli.show import notes_console
-from lsjax.cli.strategies import StrategyFlags, make_strategies
 from lsjax.config import Path, bounded, check, in_bucket
-from lsjax.data.tokenizer import Dialogue
+from lsjax.data.chat import Dialogue
 from lsjax.evaluation.answers import Cell
 from lsjax.evaluation.extras import installed
 
@@ -80,7 +80,7 @@ def run_tasks(arguments: Arguments) -> None:
         print(adapter.make_table(results))
 
 
-main = flags.program(Arguments, run_tasks, __doc__)
+main = program(Arguments, run_tasks, __doc__)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,18 +1,32 @@
-"""Prompt files, decode.py's arguments, and the requests made from both."""
+"""Prompts of decode.py: its arguments, prompt files, and the chat in the terminal."""
 
+import contextlib
 import dataclasses
-from collections.abc import Iterator, Sequence
+import signal
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
 import tyro
+from rich.console import Console
 
-from lsjax.cli.flags import ModelFlags, SamplingFlags, check_sampling
-from lsjax.cli.strategies import StrategyFlags, StrategyName
+from lsjax.cli.flags import (
+    FILTERS,
+    ChatFlags,
+    ModelFlags,
+    SamplingFlags,
+    StrategyFlags,
+    check_sampling,
+)
+from lsjax.cli.show import stream, summary
 from lsjax.config import ConfigError, LlamaConfig, Path, bounded, check
+from lsjax.data.chat import ChatTemplateError, Dialogue
 from lsjax.data.files import Fields, PlacedRow, Refuse, file_rows, read_lines, stop_at
 from lsjax.data.sources import fill
-from lsjax.data.tokenizer import Dialogue, Tokenizer
+from lsjax.data.tokenizer import Tokenizer, TokenizerError
+from lsjax.decoding.batching import Conversation
+from lsjax.decoding.completion import Completion
+from lsjax.decoding.engine import Engine
 from lsjax.decoding.request import Request, encode_prompt
 from lsjax.decoding.sampling import GREEDY, Sampling
 from lsjax.evaluation.tasks import first_turn
@@ -20,17 +34,13 @@ from lsjax.evaluation.tasks import first_turn
 # Fields that a row of a prompt file may have in addition to its prompt.
 ENDS = ("max_new_tokens", "stop", "stop_ids")
 SAMPLING = tuple(field.name for field in dataclasses.fields(Sampling))
+HELP = "Ctrl-C stops an answer, /new forgets the chat, Ctrl-D ends."
 
 
 @dataclass(frozen=True, kw_only=True)
-class Arguments(StrategyFlags, ModelFlags):
+class Arguments(ChatFlags, StrategyFlags, ModelFlags):
     """Continues prompts with a Llama."""
 
-    strategies: Annotated[tuple[StrategyName, ...], tyro.conf.arg(aliases=("--strategy",))] = ()
-    """autoregressive runs all layers. early_exit runs only the first layers. self_speculative
-    drafts with the first layers and verifies with the others: the same greedy tokens, up to
-    rounding. auto chooses exit and draft length in each round, or looks drafts up in the text.
-    Default: auto if the model was trained with exits, else autoregressive."""
     prompt: str | None = None
     """Text to continue."""
     prompt_file: Path | None = None
@@ -50,10 +60,6 @@ class Arguments(StrategyFlags, ModelFlags):
     """Token ids that end a text, in addition to the model's own."""
     logprobs: bool = False
     """Writes the log-probability of each new token to the JSON lines."""
-    chat: bool = False
-    """Formats the prompt as a user message with the model's chat template."""
-    system: str | None = None
-    """System message, with --chat or --interactive."""
     json: Path | None = None
     """Writes one JSON object per text to this file. With "-", standard output has only these."""
     show_drafts: bool = False
@@ -62,12 +68,9 @@ class Arguments(StrategyFlags, ModelFlags):
     """Writes a trace of decoding, for xprof or TensorBoard, to this directory."""
 
     def __post_init__(self):
+        if self.interactive:
+            object.__setattr__(self, "chat", True)
         super().__post_init__()
-        check(
-            self.chat or self.interactive or self.system is None,
-            "--system needs --chat or --interactive: add one of them, or drop --system",
-        )
-        check("" not in self.stop, "--stop is empty: give the text to stop at")
         check(
             self.json is not None or not self.logprobs,
             "--logprobs needs --json, the file to write them to: add --json or drop --logprobs",
@@ -77,21 +80,13 @@ class Arguments(StrategyFlags, ModelFlags):
                 not self.interactive or getattr(self, name) == getattr(Arguments, name),
                 f"{self.name_of(name)} has no effect with --interactive: leave it out",
             )
-        check(
-            all(len({*some}) < 2 for some in (self.strategies, self.exit_layers))
-            and len({*self.num_draft_tokens}) < 2,
-            "several strategies, exit layers or draft lengths are given: give one value each to "
-            "--strategy, --exit-layer and --num-draft-tokens",
-        )
 
 
 def prompt_rows(
     prompts: Sequence[str], file: Path | None, refuse: Refuse = stop_at
 ) -> Iterator[PlacedRow]:
-    """Rows of a file (.txt is one prompt). Without a file, `prompts` as rows.
-
-    Raises ConfigError with file and line, or passes it to `refuse` and skips the row.
-    """
+    """Rows of a file (.txt is one prompt). Without a file, `prompts` as rows. Raises ConfigError
+    with file and line, or passes it to `refuse` and skips the row."""
     if file is None:
         for number, prompt in enumerate(prompts, start=1):
             where = f"prompt {number} of {len(prompts)}" if len(prompts) > 1 else "--prompt"
@@ -106,10 +101,7 @@ def prompt_rows(
 def choose_requests(arguments: Arguments) -> list[Request]:
     """One request per text, each with its own seed. A chat has a single request, which every turn
     copies. Text number i has the seed of the arguments + i. If a row has its own seed, the seeds of
-    its texts count from there.
-
-    Raises ConfigError for a number out of range, or for one that greedy decoding ignores.
-    """
+    its texts count from there. Raises ConfigError for a number that is out of range or ignored."""
     default = Request(
         prompt="?",  # the shortest message of a chat
         max_new_tokens=arguments.max_new_tokens,
@@ -118,11 +110,9 @@ def choose_requests(arguments: Arguments) -> list[Request]:
         log_probs=arguments.logprobs,
         sampling=arguments.sampling,
     )
-    requests: list[Request] = []
-    if arguments.interactive:
-        requests = [default]
-    else:
-        prompt, file = arguments.prompt, arguments.prompt_file
+    requests = [default] if arguments.interactive else []
+    prompt, file = arguments.prompt, arguments.prompt_file
+    if not arguments.interactive:
         check(
             (prompt is None) != (file is None),
             "give one of --prompt and --prompt-file" + (" and not both" if prompt else ""),
@@ -132,16 +122,15 @@ def choose_requests(arguments: Arguments) -> list[Request]:
                 number = len(requests) if row.get("seed") is None else sample
                 requests.append(read_request(where, row, default, number))
         check(bool(requests), f"{file} has no prompts: add at least one")
-    is_greedy = all(request.sampling.temperature == 0 for request in requests)
-    check_sampling(arguments.sampling, arguments.num_samples, is_greedy=is_greedy)
+    hottest = max(request.sampling.temperature for request in requests)
+    given = dataclasses.replace(arguments.sampling, temperature=hottest)
+    check_sampling(given, arguments.num_samples)
     return requests
 
 
 def read_request(where: str, row: Fields, default: Request, number: int) -> Request:
-    """`default` with the row's prompt and other fields, and the seed + `number`.
-
-    Raises ConfigError, which begins with the row's location.
-    """
+    """`default` with the row's prompt and other fields, and the seed + `number`. Raises
+    ConfigError, which begins with the row's location."""
     row = first_turn(row)
     check(
         isinstance(row.get("prompt"), str),
@@ -153,12 +142,12 @@ def read_request(where: str, row: Fields, default: Request, number: int) -> Requ
         {name: row[name] for name in names if row.get(name) is not None}
         for names in (ENDS, SAMPLING)
     )
-    for name in {"stop", "stop_ids"} & given.keys():  # one or a list
-        value = given[name]
-        given[name] = tuple(value) if isinstance(value, list) else (value,)
+    for name in {"stop", "stop_ids"} & given.keys():
+        if not isinstance(given[name], list):
+            given[name] = [given[name]]
     try:
         sampling = dataclasses.replace(default.sampling, **own)
-        ignored = sorted({"top_k", "top_p", "min_p"} & own.keys())
+        ignored = sorted({*FILTERS} & own.keys())
         check(
             sampling.temperature > 0 or not ignored,
             f"{', '.join(ignored)} has no effect on greedy decoding: give a temperature above 0",
@@ -171,19 +160,92 @@ def read_request(where: str, row: Fields, default: Request, number: int) -> Requ
 
 def encode_requests(
     requests: Sequence[Request], arguments: Arguments, tokenizer: Tokenizer, config: LlamaConfig
-) -> list[list[int]]:
-    """Token ids of each prompt, in the chat template if requested.
-
-    Raises ConfigError, with the prompt's number, for a prompt that `encode_prompt` rejects.
-    """
+) -> list[Request]:
+    """The requests with token ids as prompts, in the chat template if requested. Raises
+    ConfigError, with the prompt's number, for a prompt that `encode_prompt` rejects."""
     encoded = []
     for number, request in enumerate(requests, start=1):
-        if arguments.chat or arguments.interactive:
+        if arguments.chat:
             _, ids = Dialogue(tokenizer, arguments.system).prompt(request.prompt)
             request = dataclasses.replace(request, prompt=ids)
         try:
-            encoded.append(encode_prompt(request, tokenizer, config, arguments.max_length))
+            ids = encode_prompt(request, tokenizer, config, arguments.max_length)
         except ConfigError as error:
             where = f"prompt {number} of {len(requests)}: " if len(requests) > 1 else ""
             raise ConfigError(f"{where}{error}") from None
+        encoded.append(dataclasses.replace(request, prompt=ids))
     return encoded
+
+
+def chat(
+    engine: Engine,
+    default: Request,
+    people: Console,
+    notes: Console,
+    *,
+    system: str | None = None,
+    show_drafts: bool = False,
+    finish: Callable[[str, Completion], None],
+) -> None:
+    """Reads messages and streams replies until the input ends. The cache is kept between turns, so
+    only new tokens are processed. Each turn has the next seed.
+
+    Ctrl-C stops an answer, and the chat continues from there. A second Ctrl-C in the same turn
+    discards the turn. finish: called with message and completion after each turn.
+    """
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401  (editing and history for `input`)
+
+    notes.print(HELP)
+    dialogue, conversation = Dialogue(engine.tokenizer, system), Conversation()
+    sampling = default.sampling
+    while True:
+        message = ""
+        try:
+            with contextlib.redirect_stdout(people.file):  # where the prompt goes
+                message = input("> ")
+            if message.strip() == "/new":
+                dialogue, conversation = Dialogue(engine.tokenizer, system), Conversation()
+            elif message.strip():
+                prompt = dialogue.prompt(message)
+                request = dataclasses.replace(default, prompt=prompt[1], sampling=sampling)
+                options = dict(show_drafts=show_drafts, conversation=conversation)
+                with noted_interrupt() as interrupted:
+                    completion = stream(people, engine, request, cancelled=interrupted, **options)
+                    notes.print(summary([completion], completion.decode_seconds))
+                    finish(message, completion)
+                    # A stop string may end inside a token. The end token is not in the text.
+                    ids = completion.token_ids
+                    known = {"stop": None, "eos": ids[:-1]}.get(completion.finish_reason, ids)
+                    dialogue.add(message, prompt, completion.text, known)
+                sampling = dataclasses.replace(sampling, seed=(sampling.seed + 1) % 2**32)
+        except EOFError:
+            people.print()
+            return
+        except KeyboardInterrupt:
+            people.print()
+            forgotten = "cancelled: this message and its answer are forgotten"
+            notes.print(forgotten if message else HELP)
+        except UnicodeDecodeError:
+            notes.print("that was not UTF-8: type it again")
+        except ConfigError as error:  # the chat has become too long
+            notes.print(f"{error}; /new forgets the chat")
+        except (ChatTemplateError, TokenizerError) as error:
+            notes.print(str(error))
+
+
+@contextlib.contextmanager
+def noted_interrupt() -> Iterator[Callable[[], bool]]:
+    """Context in which the first Ctrl-C is only noted. The second raises KeyboardInterrupt."""
+    noted = []
+
+    def note(number, frame):
+        if noted:
+            raise KeyboardInterrupt
+        noted.append(number)
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield lambda: bool(noted)
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -1,53 +1,109 @@
-"""Setup that all programs share: compilation cache, precision, memory, and errors."""
+"""Setup that all programs share: flags, errors, compilation cache, precision and memory."""
 
 import ctypes
+import io
+import re
 import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr
+from functools import partial
+from typing import Any, TypeVar
 
 import jax
+import tyro
+from rich.console import Console
+from rich.progress import track
 
-from lsjax.config import ConfigError, Path, check, in_bucket
+from lsjax.config import ConfigError, Path, as_path, check, in_bucket
 from lsjax.data.files import cache_directory, one_line, write_whole
 from lsjax.sharding import machine
 
+T = TypeVar("T")
+PATHS = tyro.constructors.ConstructorRegistry()
 # Packages that reach buckets. Their errors tell of the network, of the bucket, or of its rights.
 BUCKETS = ("gcsfs", "google", "aiohttp", "requests")
 
 
-def keep_compiled_programs() -> None:
-    """Caches compiled programs on disk, so that a second run starts at once. Each kind of machine
-    has its own cache, as machines may share a home. JAX_COMPILATION_CACHE_DIR takes precedence."""
-    if jax.config.jax_compilation_cache_dir is None:
-        jax.config.update("jax_compilation_cache_dir", str(cache_directory() / "xla" / machine()))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+def parse_flags(kind: type[T], argv: Sequence[str] | None, description: str, **settings: Any) -> T:
+    """Parses flags into the dataclass `kind` with `tyro.cli`. Raises ConfigError with one line for
+    an unknown flag, a value of the wrong type, or a value that the dataclass rejects."""
+    shown = io.StringIO()
+    try:
+        with redirect_stderr(shown):
+            return tyro.cli(kind, args=argv, description=description, registry=PATHS, **settings)
+    except SystemExit as end:
+        if not end.code:  # --help
+            raise
+        cause: BaseException | None = end
+        while cause is not None and not isinstance(cause, ConfigError):
+            cause = cause.__context__
+        raise cause or ConfigError(_in_a_line(shown.getvalue())) from None
 
 
-def exact_products() -> None:
-    """Sets matmuls to full float32. Accelerators use fewer bits by default."""
-    jax.config.update("jax_default_matmul_precision", "highest")
+def _in_a_line(box: str) -> str:
+    """The text in tyro's error box on one line, without title, borders and colours."""
+    lines = re.sub(r"\x1b\[[\d;]*m", "", box).splitlines()[1:]
+    rows = [line.strip(" │╰╯") for line in lines]
+    sections = " ".join(row if row.strip("─-") else "\n" for row in rows).split("\n")
+    said = [" ".join(part.split()).removesuffix(".") for part in sections if part.strip()]
+    said = [part for part in said if "full helptext" not in part]
+    return "; ".join((*said, "--help lists all flags"))
 
 
-def keep_freed_memory() -> None:
-    """Makes glibc keep large freed blocks. Otherwise training steps on CPUs spend time on page
-    faults (docs/training.md). Does nothing with other C libraries."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is None:
-        return
-    trim_threshold, mmap_max, arena_max = -1, -4, -8  # M_TRIM_THRESHOLD ... of malloc.h
-    mallopt(mmap_max, 0)  # no separate mapping for a large request
-    mallopt(trim_threshold, -1)  # no memory returned to the system
-    mallopt(arena_max, 1)  # one pool for all threads
+def program(
+    kind: type[T], work: Callable[[T], int | None], description: str, parse: Callable = parse_flags
+) -> Callable[[Sequence[str] | None], int]:
+    """Builds a `main` that parses flags, runs `work` and returns its exit code (0 for None).
+    Bad input exits with code 2."""
+
+    def main(argv: Sequence[str] | None = None) -> int:
+        with one_line_errors():
+            return work(parse(kind, argv, description)) or 0
+
+    return main
 
 
-def choose_dtype(dtype: str) -> str:
-    """Resolves `auto`: float32 on CPUs, bfloat16 on accelerators. float32 sets exact matmuls."""
-    if dtype == "auto":
-        dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    if dtype == "float32":
-        exact_products()
-    return dtype
+@PATHS.primitive_rule
+def _path_flag(info: Any) -> Any:
+    """Tells tyro how to read and show a path, which may be in a bucket."""
+    if info.type is not Path:
+        return None
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="PATH",
+        instance_from_str=lambda words: as_path(words[0]),
+        is_instance=lambda value: isinstance(value, Path),
+        str_from_instance=lambda path: [str(path)],
+    )
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Turns bad input into one line on stderr and exit code 2, and Ctrl-C into exit code 130. Bad
+    input is an OSError, or an error of this package or of a bucket. Bugs keep their traceback."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except Exception as error:
+        package = type(error).__module__.partition(".")[0]
+        if not isinstance(error, OSError) and package not in ("lsjax", *BUCKETS):
+            raise
+        console = Console(stderr=True, soft_wrap=True, highlight=False, emoji=False)
+        console.print("error: ", style="bold red", end="")
+        console.print(" ".join(str(error).split()), markup=False)
+        sys.exit(2)
+
+
+@contextmanager
+def ended_by_sigterm() -> Iterator[None]:
+    """Turns SIGTERM into an exception with exit code 143, so that finished work is written."""
+    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)  # None: not set from Python
 
 
 def check_output(file: Path, prompts: Path | None = None) -> None:
@@ -69,38 +125,41 @@ def check_output(file: Path, prompts: Path | None = None) -> None:
         ) from None
 
 
-@contextmanager
-def ended_by_sigterm() -> Iterator[None]:
-    """Turns SIGTERM into an exception with exit code 143, so that finished work is written."""
-
-    def leave(number, frame):
-        sys.exit(128 + number)
-
-    before = signal.signal(signal.SIGTERM, leave)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)  # None: not set from Python
+def bar(console: Console, description: str) -> Callable[[Sequence[Any]], Iterable[Any]]:
+    """Passes a sequence on, and shows a progress bar if the console is a terminal."""
+    options = dict(console=console, transient=True, disable=not console.is_terminal)
+    return partial(track, description=description, **options)
 
 
-@contextmanager
-def one_line_errors() -> Iterator[None]:
-    """Turns bad input into one line on stderr and exit code 2, and Ctrl-C into exit code 130.
+def keep_compiled_programs() -> None:
+    """Caches compiled programs on disk, so that a second run starts at once. Each kind of machine
+    has its own cache, as machines may share a home. JAX_COMPILATION_CACHE_DIR takes precedence."""
+    if jax.config.jax_compilation_cache_dir is None:
+        jax.config.update("jax_compilation_cache_dir", str(cache_directory() / "xla" / machine()))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
-    Bad input is an OSError, an error that this package defines, or an error of a bucket. Other
-    errors are bugs and keep their tracebacks.
-    """
-    try:
-        yield
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except Exception as error:
-        package = type(error).__module__.partition(".")[0]
-        if not isinstance(error, OSError) and package not in ("lsjax", *BUCKETS):
-            raise
-        from rich.console import Console  # scripts/accelerator.py runs without rich
 
-        console = Console(stderr=True, soft_wrap=True, highlight=False, emoji=False)
-        console.print("error: ", style="bold red", end="")
-        console.print(" ".join(str(error).split()), markup=False)
-        sys.exit(2)
+def exact_products() -> None:
+    """Sets matmuls to full float32. Accelerators use fewer bits by default."""
+    jax.config.update("jax_default_matmul_precision", "highest")
+
+
+def choose_dtype(dtype: str) -> str:
+    """Resolves `auto`: float32 on CPUs, bfloat16 on accelerators. float32 sets exact matmuls."""
+    if dtype == "auto":
+        dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    if dtype == "float32":
+        exact_products()
+    return dtype
+
+
+def keep_freed_memory() -> None:
+    """Makes glibc keep large freed blocks. Otherwise training steps on CPUs spend time on page
+    faults (docs/training.md). Does nothing with other C libraries."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is None:
+        return
+    trim_threshold, mmap_max, arena_max = -1, -4, -8  # M_TRIM_THRESHOLD ... of malloc.h
+    mallopt(mmap_max, 0)  # no separate mapping for a large request
+    mallopt(trim_threshold, -1)  # no memory returned to the system
+    mallopt(arena_max, 1)  # one pool for all threads

@@ -2,7 +2,9 @@
 
 from collections import Counter, deque
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import closing
 from itertools import islice
+from typing import Any
 
 from rich.console import Console
 from rich.segment import Segment, Segments
@@ -11,7 +13,9 @@ from rich.text import Text
 
 from lsjax.data.tokenizer import StreamDecoder, Tokenizer
 from lsjax.decoding.adaptive import Adaptive
-from lsjax.decoding.completion import Completion, Trace, Update
+from lsjax.decoding.completion import Completion, Trace
+from lsjax.decoding.engine import Engine
+from lsjax.decoding.request import Request
 from lsjax.decoding.self_speculative import SelfSpeculative
 from lsjax.decoding.strategy import Strategy
 from lsjax.evaluation.answers import Answer
@@ -24,6 +28,7 @@ CORRECTED = "bold red"
 REJECTED = "dim red strike"
 GAP = "dim red"  # the space before a rejected word; a struck space looks like a dash
 ADDED = "bold blue"
+PLAIN = dict(highlight=False, markup=False, emoji=False)  # of a console that changes no text
 
 # Heading -> name and format of the figure.
 COLUMNS = {
@@ -47,14 +52,11 @@ COLUMNS = {
 
 def legend(strategy: Strategy) -> Text:
     """The colours of a strategy's texts."""
-    looked_up = ("   draft found in the text", LOOKED_UP)
     return Text.assemble(
-        ("accepted draft", ACCEPTED),
-        looked_up if isinstance(strategy, Adaptive) else "",
-        "   ",
+        ("accepted draft   ", ACCEPTED),
+        ("draft found in the text   " if isinstance(strategy, Adaptive) else "", LOOKED_UP),
         ("rejected draft", REJECTED),
-        (" its correction", CORRECTED),
-        "   ",
+        (" its correction   ", CORRECTED),
         ("the model's own, after a draft that was all right", ADDED),
     )
 
@@ -72,13 +74,14 @@ class Colours:
         """The next piece of text in colours, with its rejected drafts. last: the text ends with
         this piece. Tokens after it in the trace belong to a stop string."""
         for index in range(self._read, len(trace)):
-            accepted, replaced = trace.accepted_n[index], int(trace.replaced_n[index])
+            style, replaced = ADDED, int(trace.replaced_n[index])
             if replaced >= 0:
                 rejected = self._tokenizer.token_bytes(replaced, skip_special=False)
                 self._waiting.append((_visible(rejected), REJECTED))
-            looked_up = trace.source_n is not None and trace.source_n[index] == 0
-            right = LOOKED_UP if looked_up else ACCEPTED
-            style = right if accepted else CORRECTED if replaced >= 0 else ADDED
+                style = CORRECTED
+            if trace.accepted_n[index]:
+                looked_up = trace.source_n is not None and trace.source_n[index] == 0
+                style = LOOKED_UP if looked_up else ACCEPTED
             self._waiting.append((self._decoder.push([int(trace.tokens_n[index])]), style))
         self._read = len(trace)
         if last:
@@ -104,14 +107,21 @@ def coloured(tokenizer: Tokenizer, prompt_ids: Sequence[int], completion: Comple
     return Colours(tokenizer, prompt_ids).push(completion.trace, completion.text, last=True)
 
 
-def stream(people: Console, updates: Iterable[Update], colours: Colours | None) -> Completion:
-    """Prints one text as it is decoded, in colours if given, and returns its completion."""
-    for update in updates:
-        if colours is None:
-            people.print(verbatim(update.text))
-        else:
-            last = update.completion is not None
-            people.print(colours.push(update.trace, update.text, last=last), end="")
+def stream(
+    people: Console, engine: Engine, request: Request, *, show_drafts: bool, **options: Any
+) -> Completion:
+    """Prints the text of a prompt of token ids as it is decoded, and returns its completion.
+
+    show_drafts: in colours. options: of `Engine.watch`.
+    """
+    colours = Colours(engine.tokenizer, request.prompt)
+    with closing(engine.watch(request, **options)) as updates:
+        for update in updates:
+            if show_drafts:
+                last = update.completion is not None
+                people.print(colours.push(update.trace, update.text, last=last), end="")
+            else:
+                people.print(verbatim(update.text))
     people.print()
     return update.completion
 
@@ -134,25 +144,19 @@ def summary(completions: Sequence[Completion], wall_seconds: float) -> str:
         accepted = sum(c.accepted for c in completions)
         parts.append(f"{accepted} of {drafted} drafts accepted ({accepted / drafted:.0%})")
         parts.append(f"{later / rounds:.2f} tokens per round")
-    if chosen := choices(completions):
-        parts.append(chosen)
-    reasons = [c.finish_reason for c in completions]
-    parts.append(", ".join(f"{reasons.count(r)} ended by {r}" for r in sorted(set(reasons))))
-    return "; ".join(parts)
-
-
-def choices(completions: Sequence[Completion]) -> str:
-    """How often each source of drafts was chosen, and the tokens that it gave; empty if the
-    strategy does not choose."""
-    rounds, tokens = Counter(), Counter()
+    chosen, given = Counter(), Counter()  # rounds and tokens of each source of drafts
     for completion in completions:
         for name, one in (completion.sources or {}).items():
-            rounds[name] += one["rounds"]
-            tokens[name] += one["tokens"]
-    return ", ".join(
-        f"{name}: {times / rounds.total():.0%} of rounds, {tokens[name] / times:.2f} tokens each"
-        for name, times in rounds.most_common()
-    )
+            chosen[name] += one["rounds"]
+            given[name] += one["tokens"]
+    sources = [
+        f"{name}: {times / chosen.total():.0%} of rounds, {given[name] / times:.2f} tokens each"
+        for name, times in chosen.most_common()
+    ]
+    parts += [", ".join(sources)] if sources else []
+    reasons = Counter(c.finish_reason for c in completions)
+    parts.append(", ".join(f"{n} ended by {reason}" for reason, n in sorted(reasons.items())))
+    return "; ".join(parts)
 
 
 def _visible(token: bytes) -> str:
@@ -166,14 +170,12 @@ def _visible(token: bytes) -> str:
 
 def notes_console() -> Console:
     """A console on stderr, for notes that are not part of the result."""
-    return Console(
-        stderr=True, highlight=False, markup=False, emoji=False, soft_wrap=True, style="dim"
-    )
+    return Console(stderr=True, soft_wrap=True, style="dim", **PLAIN)
 
 
 def wide_console() -> Console:
     """A console wide enough for tables, even if the output is a file."""
-    console = Console(highlight=False, markup=False, emoji=False)
+    console = Console(**PLAIN)
     if not console.is_terminal:
         console.width = 200
     return console
@@ -221,13 +223,10 @@ def or_dash(value: object, form: str = "") -> str:
 def show_cells(title: str, rows: Sequence[Answer]) -> None:
     """Prints the benchmark's rows as a table, with the best speedup in green."""
     best = max(range(len(rows)), key=lambda number: rows[number]["speedup"])
-    lines = [
-        [
-            *(row["strategy"].replace("_", " "), row["group"]),
-            *(or_dash(row[name], form) for name, form in COLUMNS.values()),
-        ]
-        for row in rows
-    ]
+    lines = []
+    for row in rows:
+        figures = [or_dash(row[name], form) for name, form in COLUMNS.values()]
+        lines.append([row["strategy"].replace("_", " "), row["group"], *figures])
     faster = best if rows[best]["speedup"] > 1 else None
     headings = ["strategy", "prompts", *COLUMNS]
     wide_console().print(table(title, headings, lines, left=2, best=faster))

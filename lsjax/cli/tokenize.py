@@ -11,16 +11,12 @@ shards. Without this program, train.py tokenizes by itself.
 
 import re
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated
-
-import tyro
 
 from lsjax.checkpoints import open_checkpoint
-from lsjax.cli.setup import one_line_errors
-from lsjax.cli.training import ConfigFile, parse_fields, read_config
-from lsjax.config import TrainConfig, bounded, check
+from lsjax.cli.setup import program
+from lsjax.cli.training import ConfigFields, ConfigFile, parse_config
+from lsjax.config import bounded, check
 from lsjax.data.files import cache_directory
 from lsjax.data.pipeline import packed_rows
 from lsjax.data.shards import SPLITS
@@ -33,24 +29,11 @@ from lsjax.training.prepare import with_model
 class Arguments(ConfigFile):
     """Tokenizes the data of a configuration."""
 
-    fields: Annotated[TrainConfig, tyro.conf.arg(name="")]
+    fields: ConfigFields
     shard: str = "1/1"
     """This host's part of the work, i/n."""
     workers: int | None = bounded(None, low=1)
     """Number of processes, of four threads each; by default one for four cores."""
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the program. Bad input exits with code 2."""
-    with one_line_errors():
-        make(parse(sys.argv[1:] if argv is None else argv))
-    return 0
-
-
-def parse(argv: Sequence[str]) -> Arguments:
-    """Parses the flags and the configuration. Raises ConfigError for a bad value."""
-    _, config = read_config(ConfigFile, argv, __doc__)
-    return parse_fields(Arguments, argv, __doc__, fields=config)
 
 
 def make(arguments: Arguments) -> None:
@@ -71,6 +54,8 @@ def make(arguments: Arguments) -> None:
     except ShardsMissing as missing:
         print(missing)
 
+
+main = program(Arguments, make, __doc__, parse_config)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -5,7 +5,6 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from functools import partial
 from typing import Annotated, Any, TypeVar
 
 import tyro
@@ -13,9 +12,9 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from lsjax.checkpoints.run import EVALUATION, read_metrics
-from lsjax.cli.flags import parse_flags
+from lsjax.cli.setup import parse_flags
 from lsjax.cli.show import coloured, exit_table, verbatim
-from lsjax.config import ConfigError, Path, TrainConfig, check, in_bucket
+from lsjax.config import ConfigError, Path, TrainConfig, check
 from lsjax.decoding.engine import Engine
 from lsjax.decoding.self_speculative import SelfSpeculative
 from lsjax.evaluation.exits import AGREEMENT, ExitScores, evaluation_hook
@@ -27,6 +26,7 @@ from lsjax.training.prepare import TrainingRun
 from lsjax.training.run import Hook, Show
 
 T = TypeVar("T", bound="ConfigFile")
+ConfigFields = Annotated[TrainConfig, tyro.conf.arg(name="")]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,70 +41,48 @@ class ConfigFile:
 class TrainingFlags(ConfigFile):
     """Flags of train.py."""
 
-    workdir: Path | None = None
+    workdir: Path = tyro.MISSING  # required
     """Directory of the run."""
     distributed: Hosts = Hosts()
-    fields: Annotated[TrainConfig, tyro.conf.arg(name="")]
+    fields: ConfigFields
 
 
-def parse(argv: Sequence[str], description: str) -> tuple[TrainConfig, Path, Hosts]:
-    """Reads `--config FILE --workdir DIRECTORY` and any field of the configuration.
+def parse_config(
+    kind: type[T],
+    argv: Sequence[str] | None,
+    description: str,
+    early: type[ConfigFile] = ConfigFile,
+    derived: Callable[[Any], dict[str, Any]] = lambda found: {},
+) -> T:
+    """Flags of a `kind` with the fields of its --config file.
 
-    Raises ConfigError for a bad file, flag or value.
+    early: flags that are read before all others. derived: other defaults of `kind`, made from
+    these. Raises ConfigError for a bad file, flag or value.
     """
-    _, default = read_config(ConfigFile, argv, description)
-    flags = parse_fields(TrainingFlags, argv, description, fields=default)
-    check(flags.workdir is not None, "--workdir is missing: name the directory of the run")
-    return flags.fields, flags.workdir, flags.distributed
-
-
-def read_config(kind: type[T], argv: Sequence[str], description: str) -> tuple[T, TrainConfig]:
-    """The flags in `kind`, read before all others, and the configuration that they name.
-
-    Raises ConfigError if no file is named, or if it is bad.
-    """
-    found, rest = parse_flags(kind, argv, "", return_unknown_args=True, add_help=False)
+    found, rest = parse_flags(early, argv, "", return_unknown_args=True, add_help=False)
     if found.config is None and {"-h", "--help"} & {*rest}:
-        parse_flags(kind, ["--help"], description)
+        parse_flags(early, ["--help"], description)
     check(bool(found.config), "--config is missing: name a file such as configs/quickstart.py")
-    return found, read_config_file(found.config)
-
-
-def parse_fields(kind: type[T], argv: Sequence[str], description: str, **defaults: Any) -> T:
-    """`parse_flags` for a `kind` with the fields of a configuration. Raises ConfigError."""
-    settings = dict(default=kind(**defaults), config=(tyro.conf.AvoidSubcommands,))
-    return parse_flags(kind, argv, description, **settings)
+    default = kind(fields=read_config_file(found.config), **derived(found))
+    config = (tyro.conf.AvoidSubcommands,)
+    return parse_flags(kind, argv, description, default=default, config=config)
 
 
 def read_config_file(file: Path) -> TrainConfig:
-    """The `config` of a Python file.
-
-    Raises ConfigError, with the line, if the file fails or defines no `config`, or if a value has
-    the wrong type: 5e4 is not an integer.
-    """
-    check(
-        file.is_file() and not in_bucket(file),
-        f"--config {file} is not a local file: name one such as configs/quickstart.py",
-    )
+    """The `config` of a Python file. Raises ConfigError, with the line, if the file is missing or
+    fails, defines no `config`, or gives a field a value that it rejects."""
     try:
         config = runpy.run_path(str(file)).get("config")
-    except ConfigError as error:
-        raise ConfigError(f"{file}: {error}") from None
     except Exception as error:
         frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename == str(file)]
-        line = getattr(error, "lineno", None) or (frames[-1].lineno if frames else "?")
-        raise ConfigError(f"{file}:{line}: {type(error).__name__}: {error}") from None
+        line = getattr(error, "lineno", None) or (frames[-1].lineno if frames else None)
+        where = f"{file}:{line}" if line else f"--config {file}"
+        raise ConfigError(f"{where}: {type(error).__name__}: {error}") from None
     check(
         isinstance(config, TrainConfig),
         f"{file}: `config` is missing or of another type: set config = TrainConfig(...)",
     )
     return config
-
-
-def shown_hooks(config: TrainConfig, console: Console) -> list[Callable[[TrainingRun], Hook]]:
-    """Hooks for evaluation with a table and plots, and for samples if they are configured."""
-    makers = [shown_evaluation, *[shown_sample] * (config.evaluation.sample_tokens > 0)]
-    return [partial(maker, console=console) for maker in makers]
 
 
 def shown_evaluation(run: TrainingRun, console: Console) -> Hook:

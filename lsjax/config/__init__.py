@@ -4,7 +4,6 @@ from lsjax.config.checked import Checked as Checked
 from lsjax.config.checked import ConfigError as ConfigError
 from lsjax.config.checked import bounded as bounded
 from lsjax.config.checked import check as check
-from lsjax.config.data import DataConfig as DataConfig
 from lsjax.config.llama import LlamaConfig as LlamaConfig
 from lsjax.config.llama import RopeScaling as RopeScaling
 from lsjax.config.paths import Path as Path
@@ -17,10 +16,11 @@ from lsjax.config.step import EarlyExitConfig as EarlyExitConfig
 from lsjax.config.step import LayerDropoutConfig as LayerDropoutConfig
 from lsjax.config.step import LoraConfig as LoraConfig
 from lsjax.config.step import LoraTarget as LoraTarget
+from lsjax.config.step import MeshConfig as MeshConfig
 from lsjax.config.step import OptimizerConfig as OptimizerConfig
 from lsjax.config.step import StepConfig as StepConfig
 from lsjax.config.train import CheckpointConfig as CheckpointConfig
+from lsjax.config.train import DataConfig as DataConfig
 from lsjax.config.train import EvaluationConfig as EvaluationConfig
-from lsjax.config.train import MeshConfig as MeshConfig
 from lsjax.config.train import ProfileConfig as ProfileConfig
 from lsjax.config.train import TrainConfig as TrainConfig

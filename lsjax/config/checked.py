@@ -13,6 +13,7 @@ from pathlib import PurePath
 from typing import Any, Literal, TypeVar
 
 VERSION = 3  # format of configurations and of saved steps
+UNIONS = (typing.Union, types.UnionType)
 T = TypeVar("T", bound="Checked")
 
 
@@ -54,8 +55,8 @@ def bounded(default: Any = dataclasses.MISSING, **bounds: Any) -> Any:
 
 
 class Checked:
-    """Base of dataclasses that check their fields on creation. Checks that relate fields belong in
-    the subclass's `__post_init__`, after this one."""
+    """Base of dataclasses that check and convert their fields on creation (see `_fitted`). Checks
+    that relate fields belong in the subclass's `__post_init__`, after this one."""
 
     _prefix = ""
 
@@ -88,12 +89,6 @@ class Checked:
 _field_types = lru_cache(typing.get_type_hints)
 
 
-def _members(kind: Any) -> tuple[Any, ...]:
-    """The types of a union; any other type alone."""
-    is_union = typing.get_origin(kind) in (typing.Union, types.UnionType)
-    return typing.get_args(kind) if is_union else (kind,)
-
-
 def shown(value: Any) -> str:
     """Text of a value in messages, at most 60 characters."""
     text = repr(value)
@@ -104,8 +99,8 @@ def described(kind: Any, bounds: Bounds | None = None) -> str:
     """Description of the values of a field of this type."""
     limits = f" {bounds}" if bounds and str(bounds) else ""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if len(_members(kind)) > 1:
-        return " or ".join(described(one, bounds) for one in _members(kind))
+    if origin in UNIONS:
+        return " or ".join(described(one, bounds) for one in arguments)
     if origin is Literal:
         choices = ", ".join(str(choice) for choice in arguments)
         return f"one of {choices}" if len(arguments) > 1 else choices
@@ -121,17 +116,18 @@ class _Unfit(Exception):
 
 
 def _fitted(value: Any, kind: Any, bounds: Bounds) -> Any:
-    """The value in the type of its field; an integer becomes a float in a float field."""
+    """The value in the type of its field. Integers become floats, and what JSON has instead of
+    tuples and dataclasses becomes these."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if len(_members(kind)) > 1:
-        for one in _members(kind):
+    if origin in UNIONS:
+        for one in arguments:
             with suppress(_Unfit):
                 return _fitted(value, one, bounds)
     elif origin is Literal:
         if any(type(value) is type(one) and value == one for one in arguments):
             return value
     elif origin is tuple:
-        if isinstance(value, tuple):
+        if isinstance(value, tuple | list):
             return tuple(_fitted(item, arguments[0], bounds) for item in value)
     elif kind in (int, float):
         right = isinstance(value, int if kind is int else int | float)
@@ -140,6 +136,8 @@ def _fitted(value: Any, kind: Any, bounds: Bounds) -> Any:
                 return kind(value)
     elif isinstance(value, origin or kind):
         return value
+    elif dataclasses.is_dataclass(kind) and isinstance(value, Mapping):
+        return _made(kind, value)
     raise _Unfit
 
 
@@ -149,10 +147,7 @@ def versioned(config: Checked) -> dict[str, Any]:
 
 
 def without_version(raw: Any, where: str) -> dict[str, Any]:
-    """The fields of an output of `versioned`.
-
-    Raises ConfigError for anything but an object of this version.
-    """
+    """The fields of an output of `versioned`. Raises ConfigError for anything else."""
     check(isinstance(raw, Mapping), f"{where}: holds {shown(raw)}, but must be a JSON object")
     fields = dict(raw)
     version = fields.pop("version", None)
@@ -165,29 +160,16 @@ def without_version(raw: Any, where: str) -> dict[str, Any]:
 
 
 def from_json(kind: type[T], raw: Any, where: str) -> T:
-    """The dataclass with these fields; missing ones get their defaults.
-
-    where: source of the fields, for messages. Raises ConfigError for unknown keys, missing keys
-    without a default, and values that the dataclass rejects.
-    """
+    """The dataclass with these fields; missing ones get their defaults. Raises ConfigError for
+    unknown and missing keys and for rejected values. where: source of the fields, for messages."""
     try:
         check(isinstance(raw, Mapping), f"{shown(raw)} must be an object, as a {kind.__name__} is")
-        return _decoded(kind, raw)
+        return _made(kind, raw)
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from None
 
 
-def _decoded(kind: Any, raw: Any) -> Any:
-    """Converts lists and objects to the type of the field; other values stay unchanged."""
-    for one in _members(kind):
-        if dataclasses.is_dataclass(one) and isinstance(raw, Mapping):
-            return _dataclass(one, raw)
-        if typing.get_origin(one) is tuple and isinstance(raw, list):
-            return tuple(_decoded(typing.get_args(one)[0], item) for item in raw)
-    return raw
-
-
-def _dataclass(kind: type[T], raw: Mapping[str, Any]) -> T:
+def _made(kind: type[T], raw: Mapping[str, Any]) -> T:
     fields = {field.name: field for field in dataclasses.fields(kind)}
     for key in raw:
         near = difflib.get_close_matches(str(key), fields, n=1)
@@ -198,8 +180,7 @@ def _dataclass(kind: type[T], raw: Mapping[str, Any]) -> T:
             name in raw or field.default is not dataclasses.MISSING,
             f"{kind.name_of(name)} is missing: {kind.__name__} needs it",
         )
-    kinds = _field_types(kind)
-    return kind(**{name: _decoded(kinds[name], value) for name, value in raw.items()})
+    return kind(**raw)
 
 
 def differences(one: Any, other: Any, path: str = "") -> list[tuple[str, Any, Any]]:

@@ -2,9 +2,13 @@
 
 import math
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from lsjax.config.checked import Checked, bounded, check
+
+# Of the presets, in their order.
+SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_layers")
+SIZES += ("num_heads", "num_kv_heads", "max_context")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,15 +190,8 @@ class LlamaConfig(Checked):
         return _preset(changes, 128_256, 2_048, 8_192, 16, 32, 8, 131_072, **rest)
 
 
-def _preset(changes: dict, v, d, f, layers, heads, kv_heads, context, **rest) -> LlamaConfig:
-    shape = dict(
-        vocab_size=v,
-        hidden_size=d,
-        intermediate_size=f,
-        num_layers=layers,
-        num_heads=heads,
-        num_kv_heads=kv_heads,
-        head_dim=d // heads,
-        max_context=context,
-    )
+def _preset(changes: dict[str, Any], *sizes: int, **rest: Any) -> LlamaConfig:
+    """The config with these `SIZES` and fields."""
+    shape = dict(zip(SIZES, sizes, strict=True))
+    shape["head_dim"] = shape["hidden_size"] // shape["num_heads"]
     return LlamaConfig(**(shape | rest | changes))

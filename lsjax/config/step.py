@@ -1,5 +1,7 @@
-"""Configuration of a training step: layer dropout, early-exit loss, adapters and optimizer."""
+"""Configuration of a training step, and of the mesh that it runs on."""
 
+import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -40,11 +42,9 @@ class LayerDropoutConfig(Checked, prefix="layer_dropout."):
 
     def check_layers(self, num_layers: int) -> None:
         """Raises ConfigError if `layers` names a layer that a model of L layers lacks."""
-        for layer in self.layers or ():
-            check(
-                0 <= layer < num_layers,
-                f"layer_dropout.layers has {layer}, but the layers are 0..{num_layers - 1}",
-            )
+        last = num_layers - 1
+        unknown = next((layer for layer in self.layers or () if not 0 <= layer <= last), None)
+        check(unknown is None, f"layer_dropout.layers has {unknown}, but the layers are 0..{last}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,15 +94,12 @@ class EarlyExitConfig(Checked, prefix="early_exit."):
 
     def check_layers(self, num_layers: int) -> None:
         """Raises ConfigError if exits or weights do not belong to a model of L layers."""
-        for exit in self.exits:
-            check(
-                1 <= exit <= num_layers,
-                f"early_exit.exits has {exit}, but the exits are 1..{num_layers}",
-            )
+        unknown = next((exit for exit in self.exits if not 1 <= exit <= num_layers), None)
+        check(unknown is None, f"early_exit.exits has {unknown}, but the exits are 1..{num_layers}")
+        given = len(self.custom_weights)
         check(
-            len(self.custom_weights) in (0, num_layers),
-            f"early_exit.custom_weights has {len(self.custom_weights)} weights, but there are "
-            f"{num_layers} exits",
+            given in (0, num_layers),
+            f"early_exit.custom_weights has {given} weights, but there are {num_layers} exits",
         )
 
 
@@ -156,6 +153,56 @@ class LoraConfig(Checked, prefix="lora."):
     def scale(self) -> float:
         """alpha / rank."""
         return self.alpha / self.rank
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeshConfig(Checked, prefix="mesh."):
+    """Sizes of the mesh's axes, by default of one device. One of them may be -1, which takes the
+    remaining devices. lsjax/sharding.py explains how each axis shards the arrays."""
+
+    data: int = 1
+    """Devices over which the rows of a batch are sharded."""
+    fsdp: int = 1
+    """Devices over which weights are sharded along D; in training the rows too."""
+    context: int = 1
+    """Devices over which the positions of a row are sharded, in training only."""
+    tensor: int = 1
+    """Devices over which heads, feed-forward channels and vocabulary are sharded."""
+    slices: int = bounded(1, low=1)
+    """Slices of a TPU pod, joined by the data center's network. The other sizes are those of one
+    slice, and the rows are sharded over all slices."""
+
+    def sizes(self, num_devices: int) -> dict[str, int]:
+        """Size of each axis on a machine of that many devices; devices beyond the mesh stay idle.
+
+        The data axis covers all slices. Raises ConfigError if the sizes do not fit the devices.
+        """
+        sizes = dataclasses.asdict(self)
+        asked = " x ".join(f"{name} {size}" for name, size in sizes.items() if size != 1)
+        slices = sizes.pop("slices")
+        for name, size in sizes.items():
+            check(
+                size == -1 or size >= 1,
+                f"mesh.{name} {size} is not a size: choose 1 or more, or -1 for all the rest",
+            )
+        rest = [name for name, size in sizes.items() if size == -1]
+        check(len(rest) <= 1, f"mesh.{' and mesh.'.join(rest)} are -1: use -1 for only one of them")
+        fixed = math.prod(size for size in sizes.values() if size != -1)
+        of_slice, over = divmod(num_devices, slices)
+        several = "a multiple of " if rest or slices > 1 else ""
+        check(
+            over == 0 and (of_slice % fixed == 0 if rest else fixed <= of_slice),
+            f"a mesh of {asked} needs {several}{fixed * slices} devices, but there are "
+            f"{num_devices}: choose --mesh sizes that fit",
+        )
+        sizes |= dict.fromkeys(rest, of_slice // fixed)
+        return sizes | {"data": sizes["data"] * slices}
+
+    def check_decoding(self) -> None:
+        """Raises ConfigError if this is a mesh for training only."""
+        for name in ("slices", "context"):
+            size = getattr(self, name)
+            check(size == 1, f"mesh.{name} {size} is for training: decode without the flag")
 
 
 @dataclass(frozen=True, kw_only=True)

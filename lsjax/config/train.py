@@ -1,70 +1,145 @@
-"""Configuration of a training run."""
+"""Configuration of a training run: its step, data, checkpoints and evaluation."""
 
-import dataclasses
-import math
+import re
 from dataclasses import dataclass
+from typing import Literal
 
 from lsjax.config.checked import Checked, bounded, check
-from lsjax.config.data import DataConfig
 from lsjax.config.llama import LlamaConfig
-from lsjax.config.step import StepConfig
+from lsjax.config.step import MeshConfig, StepConfig
+
+Source = Literal["python_source", "text", "jsonl", "tsv", "tfds", "array_record"]
+FILES = ("text", "jsonl", "tsv", "array_record")
+ROWS = ("jsonl", "tsv", "tfds")
+READ_BY = {  # fields that only these sources read
+    FILES: ("paths", "validation_paths"),
+    ROWS: ("text_template", "prompt_template", "response_template"),
+    ("text",): ("separator",),
+    ("array_record",): ("ids_field",),
+    ("tfds",): ("tfds_name", "tfds_split", "tfds_data_dir", "validation_split"),
+}
+TEMPLATE = re.compile(r"([^{}]|\{\{|\}\}|\{[^{}:!]+\})*")  # characters, {{, }} and {name}
 
 
 @dataclass(frozen=True, kw_only=True)
-class MeshConfig(Checked, prefix="mesh."):
-    """Sizes of the mesh's axes; one of them may be -1, which takes the remaining devices.
+class DataConfig(Checked, prefix="data."):
+    """One source of documents, its tokenizer, and the packing of its tokens. A document is a text,
+    or a prompt with its response. docs/training.md has examples of sources."""
 
-    One device by default. lsjax/sharding.py explains how each axis shards the arrays.
-    """
+    source: Source = "python_source"
+    """python_source: the standard library of the running Python. text: text files. jsonl: files
+    with an object on each line. tsv: files with columns under a header. tfds: a TensorFlow data
+    set. array_record: ArrayRecord files of tf.train.Example with token ids, as MaxText reads."""
+    paths: tuple[str, ...] = ()
+    """Files for text, jsonl, tsv and array_record, or patterns such as books/**/*.txt."""
+    separator: str = "file"
+    """End of a document of text: the end of the `file`, a `blank_line`, or another marker."""
 
-    data: int = 1
-    """Devices over which the rows of a batch are sharded."""
-    fsdp: int = 1
-    """Devices over which weights are sharded along D; in training the rows too."""
-    context: int = 1
-    """Devices over which the positions of a row are sharded, in training only."""
-    tensor: int = 1
-    """Devices over which heads, feed-forward channels and vocabulary are sharded."""
-    slices: int = bounded(1, low=1)
-    """Slices of a TPU pod, joined by the data center's network. The other sizes are those of one
-    slice, and the rows are sharded over all slices."""
+    ids_field: str = "inputs"
+    """Name of the integers in a record of array_record: a document, used as it is."""
+    text_template: str = "{text}"
+    """Document of a row of jsonl, tsv or tfds, with the row's fields in braces."""
+    prompt_template: str = ""
+    """Prompt of a row, such as "Question: {question} Answer:". The prompt and response templates
+    together replace the text template."""
+    response_template: str = ""
+    """Response of a row, such as " {answer}"."""
+    train_on_prompt: bool = False
+    """Whether the tokens of prompts are labels too."""
 
-    def sizes(self, num_devices: int) -> dict[str, int]:
-        """Size of each axis on a machine of that many devices; devices beyond the mesh stay idle.
+    tfds_name: str = ""
+    """Name of the TensorFlow data set, with its config if it has several: wikipedia/20230601.en."""
+    tfds_split: str = "train"
+    """Split, or part of one, such as train[:10%]."""
+    tfds_data_dir: str = ""
+    """Directory of the data sets; empty means TFDS's default, ~/tensorflow_datasets."""
 
-        The data axis covers all slices. Raises ConfigError for a size below 1, for too few devices,
-        and if the slices or, with a -1, the other sizes do not divide the number of devices.
-        """
-        sizes = dataclasses.asdict(self)
-        asked = " x ".join(f"{name} {size}" for name, size in sizes.items() if size != 1)
-        slices = sizes.pop("slices")
-        for name, size in sizes.items():
+    validation_fraction: float = bounded(0.05, low=0, below=1)
+    """Share of the documents that is held out, by a hash of each. Ignored with a validation set."""
+    validation_paths: tuple[str, ...] = ()
+    """Files of a separate validation set (text, jsonl, tsv, array_record)."""
+    validation_split: str = ""
+    """Split of a separate validation set (tfds)."""
+    max_documents: int | None = bounded(None, low=1)
+    """Largest number of documents, the source's first ones; a validation set is read completely."""
+
+    tokenizer: str = "sentencepiece"
+    """`bytes`; `sentencepiece`, trained on the training documents; or the path of a model
+    directory, a tokenizer.json, tokenizer.model or .gguf."""
+    vocab_size: int = bounded(512, low=260, hint="256 bytes, <unk>, <s>, </s> and a letter")
+    """Size of a trained vocabulary."""
+    append_end: bool = True
+    """Whether each document ends with the tokenizer's end token."""
+    allow_special: bool = False
+    """Whether the spelling of a special token ("</s>") in a document becomes that token instead of
+    plain text. For templates with special tokens, if the fields can be trusted."""
+
+    packing: bool = True
+    """Whether a row may hold several documents, which never attend to one another."""
+    too_long: Literal["split", "truncate", "drop"] | None = None
+    """Treatment of documents longer than a row. By default texts are split and responses truncated.
+    With split, texts fill every row; otherwise complete documents share rows."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        for sources, names in READ_BY.items():
+            for name in names:
+                check(
+                    self.source in sources or getattr(self, name) == getattr(DataConfig, name),
+                    f"data.{name} is read by source {', '.join(sources)}, not by {self.source}: "
+                    "leave it out, or choose another source",
+                )
+        check(
+            self.source not in FILES or bool(self.paths),
+            f"data.source {self.source} needs data.paths: name files or patterns",
+        )
+        check(
+            self.source != "tfds" or self.tfds_name != "",
+            "data.source tfds needs data.tfds_name, such as gsm8k",
+        )
+        check(self.separator != "", "data.separator is empty: choose file, blank_line or a marker")
+        check(
+            bool(self.prompt_template) == bool(self.response_template),
+            "data.prompt_template and data.response_template go together: give both or neither",
+        )
+        for name in ("text_template", "prompt_template", "response_template"):
+            template = getattr(self, name)
             check(
-                size == -1 or size >= 1,
-                f"mesh.{name} {size} is not a size: choose 1 or more, or -1 for all the rest",
+                TEMPLATE.fullmatch(template) is not None,
+                f"data.{name} {template!r} has braces that do not hold just a field's name: "
+                "write {name} for a field, {{ for a brace",
             )
-        rest = [name for name, size in sizes.items() if size == -1]
         check(
-            len(rest) <= 1,
-            f"mesh.{' and mesh.'.join(rest)} are -1: use -1 for only one of them",
+            self.has_prompts or "{" in self.text_template,
+            f"data.text_template {self.text_template!r} names no field: write one in braces",
         )
-        fixed = math.prod(size for size in sizes.values() if size != -1)
-        of_slice, over = divmod(num_devices, slices)
-        fits = over == 0 and (of_slice % fixed == 0 if rest else fixed <= of_slice)
-        several = "a multiple of " if rest or slices > 1 else ""
         check(
-            fits,
-            f"a mesh of {asked} needs {several}{fixed * slices} devices, but there are "
-            f"{num_devices}: choose --mesh sizes that fit",
+            self.tokenizer != "", "data.tokenizer is empty: choose bytes, sentencepiece or a path"
         )
-        sizes |= dict.fromkeys(rest, of_slice // fixed)
-        return sizes | {"data": sizes["data"] * slices}
+        check(
+            not (self.has_prompts and self.too_long == "split"),
+            "data.too_long 'split' would part a response from its prompt: choose truncate or drop",
+        )
 
-    def check_decoding(self) -> None:
-        """Raises ConfigError if this is a mesh for training only."""
-        for name in ("slices", "context"):
-            size = getattr(self, name)
-            check(size == 1, f"mesh.{name} {size} is for training: decode without the flag")
+    @property
+    def has_prompts(self) -> bool:
+        """Whether a document is a prompt with its response."""
+        return self.prompt_template != ""
+
+    @property
+    def has_validation_set(self) -> bool:
+        """Whether there is a separate validation set."""
+        return bool(self.validation_paths or self.validation_split)
+
+    @property
+    def held_out_fraction(self) -> float:
+        """Share of the source's documents that is held out for validation."""
+        return 0.0 if self.has_validation_set else self.validation_fraction
+
+    @property
+    def long_documents(self) -> Literal["split", "truncate", "drop"]:
+        """`too_long`, with the default resolved."""
+        return self.too_long or ("truncate" if self.has_prompts else "split")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,8 +220,7 @@ class TrainConfig(StepConfig):
         )
         check(
             self.lora.rank == 0 or self.init_from != "",
-            f"lora.rank {self.lora.rank} trains adapters of a trained model: name its checkpoint "
-            "in init_from",
+            f"lora.rank {self.lora.rank} trains adapters of a trained model: name it in init_from",
         )
         check(
             self.profile.steps == 0 or self.profile.start <= self.num_steps,
@@ -171,6 +245,5 @@ class TrainConfig(StepConfig):
         exit_layer = self.evaluation.exit_layer
         check(
             exit_layer is None or 1 <= exit_layer < model.num_layers,
-            f"evaluation.exit_layer {exit_layer} is out of range: use 1..{model.num_layers - 1} "
-            f"for a model of {model.num_layers} layers",
+            f"evaluation.exit_layer {exit_layer} is out of range: use 1..{model.num_layers - 1}",
         )

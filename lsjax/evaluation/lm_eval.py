@@ -25,7 +25,7 @@ from lm_eval.utils import get_rolling_token_windows, make_table  # noqa: F401
 from tqdm import tqdm
 
 from lsjax.config import ConfigError, Path, check
-from lsjax.data.tokenizer import render_chat
+from lsjax.data.chat import render_chat
 from lsjax.decoding.engine import Engine
 from lsjax.decoding.request import Request
 from lsjax.decoding.sampling import Sampling

@@ -20,7 +20,7 @@ from rich.console import Console
 import decode
 import lsjax
 from lsjax.checkpoints.huggingface import GenerationDefaults
-from lsjax.cli.chat import HELP, chat
+from lsjax.cli.prompts import HELP, chat
 from lsjax.config import LlamaConfig
 from lsjax.data.tokenizer_backends import ByteTokenizer
 from lsjax.decoding.engine import Engine
@@ -174,7 +174,8 @@ def talk(model, monkeypatch):
         shown, notes, prompts, completions = Interrupting(), io.StringIO(), [], []
         said = iter(inputs)
 
-        def read(prompt=""):
+        def read(prompt):
+            print(prompt, end="")
             one = next(said, EOFError)
             if isinstance(one, int):
                 shown.presses = one

@@ -12,9 +12,11 @@ from lsjax.cli.flags import (
     ModelFlags,
     OpenModel,
     SamplingFlags,
-    parse_flags,
+    StrategyFlags,
+    make_strategies,
+    trained_exits,
 )
-from lsjax.cli.strategies import StrategyFlags, make_strategies, trained_exits
+from lsjax.cli.setup import parse_flags
 from lsjax.config import ConfigError, LlamaConfig, OptimizerConfig
 from lsjax.decoding.adaptive import Adaptive
 from lsjax.decoding.autoregressive import Autoregressive, EarlyExit

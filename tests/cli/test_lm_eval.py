@@ -41,7 +41,6 @@ def no_lm_eval(monkeypatch):
             ("--strategy", "self_speculative", "--exit-layers", 4),
             "exit layer 4 is out of range: use --exit-layer 1..3",
         ),
-        (("--strategy",), "--strategies is empty: name one or more"),
         (("--num-draft-tokens", 4), "--num-draft-tokens has no effect on autoregressive: add"),
         (("--draft-vocab", 4), "--draft-vocab has no effect on autoregressive: add"),
         (("--batch-size", 0), "batch size 0 is below 1"),

@@ -40,6 +40,12 @@ def test_what_fits(changes):
     assert replace(More(), **changes) == More(**changes)
 
 
+def test_what_json_has_becomes_a_tuple_or_dataclass():
+    assert More(lengths=[1, 9], inner=dict(share=0.1)) == More(
+        lengths=(1, 9), inner=Flags(share=0.1)
+    )
+
+
 def test_whole_numbers_become_floats():
     more = More(share=0.5, weights=(1, 2.5), limit=3)
     assert (type(more.weights[0]), type(more.limit), type(more.num_samples)) == (float, float, int)
@@ -58,7 +64,8 @@ def test_whole_numbers_become_floats():
         (dict(num_samples=1.0), "--num-samples 1.0 must be a whole number of at least 1: 1 is one"),
         (dict(share=0), "--share 0 must be a finite number above 0 and below 1"),
         (dict(share=float("nan")), "--share nan must be a finite number above 0 and below 1"),
-        (dict(lengths=[1]), "--lengths [1] must be a tuple, each item a whole number"),
+        (dict(lengths=[0]), "--lengths [0] must be a tuple, each item a whole number"),
+        (dict(lengths=1), "--lengths 1 must be a tuple, each item a whole number"),
         (dict(lengths=(1, 10)), "each item a whole number from 1 to 9"),
         (dict(inner=3), "--inner 3 must be a Flags or None"),
         (dict(limit=10**400), "... must be a finite number or None"),

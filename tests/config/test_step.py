@@ -79,7 +79,7 @@ from lsjax.config import (
             "clip_norm 0.0 must be a finite number above 0 or None",
         ),
         (EarlyExitConfig, dict(weights="custom", custom_weights=(-1.0, 1.0)), "each item a finite"),
-        (EarlyExitConfig, dict(exits=[3]), "exits .3. must be a tuple, each item a whole number"),
+        (EarlyExitConfig, dict(exits=3), "exits 3 must be a tuple, each item a whole number"),
         (OptimizerConfig, dict(learning_rate=float("nan")), "rate nan must be a finite number"),
         (OptimizerConfig, dict(warmup_steps=5e4), "warmup_steps 50000.0 must be a whole number"),
         (LoraConfig, dict(rank=-1), "lora.rank -1 must be .* 0: 0 trains the full model"),

@@ -2,7 +2,7 @@
 
 import pytest
 
-from lsjax.data.tokenizer import ChatTemplateError, Dialogue, render_chat
+from lsjax.data.chat import ChatTemplateError, Dialogue, render_chat
 from lsjax.data.tokenizer_backends import ByteTokenizer
 
 CHATML = """\

@@ -2,7 +2,7 @@
 
 import pytest
 
-from lsjax.data.tokenizer import ChatTemplateError, Dialogue
+from lsjax.data.chat import ChatTemplateError, Dialogue
 from lsjax.data.tokenizer_backends import ByteTokenizer
 from lsjax.data.tokenizer_files import load_tokenizer
 

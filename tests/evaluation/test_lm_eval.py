@@ -14,7 +14,7 @@ import datasets
 from lm_eval.api.instance import Instance
 
 from lsjax.config import ConfigError
-from lsjax.data.tokenizer import ChatTemplateError
+from lsjax.data.chat import ChatTemplateError
 from lsjax.data.tokenizer_backends import ByteTokenizer
 from lsjax.decoding.autoregressive import Autoregressive, EarlyExit
 from lsjax.decoding.engine import Engine

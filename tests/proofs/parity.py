@@ -15,7 +15,7 @@ import numpy as np
 
 import lsjax
 from lsjax.cli.setup import exact_products, keep_compiled_programs
-from lsjax.data.tokenizer import Dialogue
+from lsjax.data.chat import Dialogue
 from lsjax.evaluation.comparison import FLOAT32_MARGIN, first_difference
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "smollm2.json"

@@ -17,7 +17,8 @@ from pathlib import Path
 from jinja2 import TemplateError
 from transformers import AutoTokenizer
 
-from lsjax.data.tokenizer import ChatTemplateError, Tokenizer, render_chat
+from lsjax.data.chat import ChatTemplateError, render_chat
+from lsjax.data.tokenizer import Tokenizer
 from lsjax.data.tokenizer_files import CONTROL, NORMAL, USER_DEFINED, load_tokenizer
 from tests.data.test_tokenizer_gguf import write_gguf, write_sentencepiece_gguf
 
