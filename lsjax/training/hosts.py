@@ -19,20 +19,13 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from jax.experimental.multihost_utils import (
-    process_allgather,
-    reached_preemption_sync_point,
-    sync_global_devices,
-)
+from jax.experimental import multihost_utils
 
 from lsjax.config import Checked, ConfigError, bounded, check
 
 # Matches errors caused by another process ending, whatever their class.
 LOST = re.compile(r"Gloo|UNAVAILABLE|DEADLINE_EXCEEDED|[Hh]eartbeat|Connection (reset|closed)")
 SEEN = 60.0  # seconds after which a new file must be visible to all hosts
-
-# (steps done) -> number of the signal that stops the run after this step; called at each step.
-Stop = Callable[[int], int | None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,27 +108,21 @@ def is_first() -> bool:
     return jax.process_index() == 0
 
 
-def wait_for_all(what: str) -> None:
-    """Returns once all processes have called it for this occasion."""
-    if jax.process_count() > 1:
-        sync_global_devices(what)
-
-
 @contextmanager
 def in_turn(what: str) -> Iterator[None]:
     """Runs the block in the first process before the others, which then find its files."""
     if not is_first():
-        sync_global_devices(what)
+        multihost_utils.sync_global_devices(what)
     yield
-    if is_first() and jax.process_count() > 1:
-        sync_global_devices(what)
+    if is_first():
+        multihost_utils.sync_global_devices(what)
 
 
 def check_same(what: str, value: str) -> None:
     """Raises ConfigError on all processes unless they agree on a value."""
-    if jax.process_count() == 1:
-        return
-    digests = process_allgather(np.frombuffer(hashlib.sha256(value.encode()).digest(), np.uint32))
+    digests = multihost_utils.process_allgather(
+        np.frombuffer(hashlib.sha256(value.encode()).digest(), np.uint32)
+    )
     different = np.flatnonzero((digests != digests[0]).any(1)).tolist()
     check(
         not different,
@@ -184,8 +171,9 @@ def ending_together() -> Iterator[None]:
 
 
 @contextmanager
-def signals() -> Iterator[Stop]:
-    """Catches SIGTERM and Ctrl-C in this context. A second signal of a type terminates at once.
+def signals() -> Iterator[Callable[[int], int | None]]:
+    """Catches SIGTERM and Ctrl-C; a second signal of a type terminates at once. Yields a function
+    to call with each step. It returns the number of the signal that stops the run after the step.
 
     With several processes jax handles SIGTERM. If one gets it, all stop after the same later step.
     """
@@ -201,7 +189,8 @@ def signals() -> Iterator[Stop]:
 
     def stop(step):
         if several:
-            return signal.SIGTERM if reached_preemption_sync_point(step) else None
+            stopping = multihost_utils.reached_preemption_sync_point(step)
+            return signal.SIGTERM if stopping else None
         return received[0] if received else None
 
     before = {number: signal.signal(number, once) for number in caught}

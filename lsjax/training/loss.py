@@ -85,10 +85,10 @@ def objective(
         exit_loss: loss of the exits below the last one; by default that of the config's target.
         drop_rates: rates of layer dropout, if it is enabled.
     """
-    shape = model.config
-    enabled_L = enabled_exits(config.early_exit, shape.num_layers, step, config.num_steps)
-    weights_L = loss_weights(config.early_exit, shape.num_layers, step, config.num_steps)
-    most = int(exit_counts(config.early_exit, shape.num_layers, config.num_steps).max())
+    num_layers, num_steps = model.config.num_layers, config.num_steps
+    enabled_L = enabled_exits(config.early_exit, num_layers, step, num_steps)
+    weights_L = loss_weights(config.early_exit, num_layers, step, num_steps)
+    most = int(exit_counts(config.early_exit, num_layers, num_steps).max())
     exit_S, taken_S = slots(enabled_L, most)
     narrow = cast_matrices(model, config.dtype)
     if platform() == "tpu":
@@ -101,25 +101,18 @@ def objective(
         head, x_SBTD = lax.optimization_barrier((head, x_SBTD))
     weights_S = jnp.where(taken_S, weights_L[exit_S], 0) / jnp.maximum(num_labels, 1)
     positions = loss_positions(config, batch["labels_BT"], step, rows_B, exit_S, taken_S)
-    loss, sums_S = head_loss(
-        exit_loss or EXIT_LOSSES[config.early_exit.target],
-        config.z_loss,
-        head,
-        jax.vmap(pieces)(x_SBTD),
-        pieces(in_context_order(batch["labels_BT"])),
-        positions,
-        weights_S,
-    )
-    sums_L = jnp.zeros(shape.num_layers, sums_S.dtype).at[exit_S].add(jnp.where(taken_S, sums_S, 0))
+    x_SBTD, labels_BT = jax.vmap(pieces)(x_SBTD), pieces(in_context_order(batch["labels_BT"]))
+    exit_loss = exit_loss or EXIT_LOSSES[config.early_exit.target]
+    arrays = head, x_SBTD, labels_BT, positions, weights_S
+    loss, sums_S = head_loss(exit_loss, config.z_loss, *arrays)
+    sums_L = jnp.zeros(num_layers, sums_S.dtype).at[exit_S].add(jnp.where(taken_S, sums_S, 0))
     return loss, sums_L
 
 
 def slots(enabled_L: Bool[Array, " L"], most: int) -> tuple[Int[Array, " S"], Bool[Array, " S"]]:
-    """Returns the exit's layer for each slot, and whether the slot is used.
-
-    The last exit has the last slot. most: highest number of other exits that a step enables. If
-    that is nearly all exits, every exit has its own slot, which makes the scan cheaper.
-    """
+    """The exit's layer for each slot, and whether the slot is used; the last exit has the last one.
+    most: highest number of other exits that a step enables. If that is nearly all exits, every exit
+    has its own slot, which makes the scan cheaper."""
     last = len(enabled_L) - 1
     if last and most + 1 >= last:
         return jnp.arange(last + 1), jnp.append(enabled_L[:-1], True)
@@ -153,11 +146,9 @@ def loss_positions(
         scales_SB = scales_SB.at[:-1].set(count_B / jnp.maximum(part_B, 1))
     chosen_SBT = jax.vmap(lambda x_BT: pieces(in_context_order(x_BT)))(chosen_SBT)
     order_SBT = jnp.argsort(~chosen_SBT, axis=2, stable=True)
-    return Positions(
-        jnp.broadcast_to(order_SBT, (slots, *order_SBT.shape[1:])),
-        jnp.where(taken_S[:, None], chosen_SBT.sum(2), 0),
-        jnp.tile(scales_SB, (1, context_shards())),
-    )
+    order_SBT = jnp.broadcast_to(order_SBT, (slots, *order_SBT.shape[1:]))
+    counts_SB = jnp.where(taken_S[:, None], chosen_SBT.sum(2), 0)
+    return Positions(order_SBT, counts_SB, jnp.tile(scales_SB, (1, context_shards())))
 
 
 def loss_chunk(batch: int, steps: int, vocab: int) -> int:
@@ -186,8 +177,7 @@ def head_loss(
 
 @jax.named_scope("head")
 def _forward(exit_loss, z_loss, head, x_SBTD, labels_BT, positions, weights_S):
-    """Each device processes its own rows and accumulates the table gradient. One all-reduce at the
-    end sums it."""
+    """Each device accumulates the table gradient of its rows. One all-reduce at the end sums it."""
     _, batch, steps, _ = x_SBTD.shape
     chunk = loss_chunk(batch, steps, len(head.table_VD))
     chunks_S = -(-positions.counts_SB.max(1) // chunk)
@@ -205,16 +195,14 @@ def _forward(exit_loss, z_loss, head, x_SBTD, labels_BT, positions, weights_S):
 
 
 def _own_rows(exit_loss, z_loss, chunk, head, x_SBTD, labels_BT, positions, weights_S, chunks_S):
-    """Losses and gradients of a device's rows. Values to sum over devices carry a leading axis of
+    """Losses and gradients of a device's rows. Values to sum over devices have a leading axis of
     size 1. chunks_S: number of chunks per slot, set by the row with most positions."""
     slots, batch, steps, width = x_SBTD.shape
     whole = -(-steps // chunk) * chunk  # steps, padded to full chunks
     wide = jnp.promote_types(x_SBTD.dtype, jnp.float32)
     order_SBT = jnp.pad(positions.order_SBT, [(0, 0), (0, 0), (0, whole - steps)])
     table_DV = head.table_VD.T  # once here, or XLA would transpose it in every chunk
-
-    def logits_of(normed_BCD):
-        return jnp.einsum("BCD,DV->BCV", normed_BCD, table_DV, preferred_element_type=wide)
+    product = partial(jnp.einsum, preferred_element_type=wide)
 
     def add_slot(slot_loss, slot, carry):
         """Adds one slot's loss and gradients; the gradient of the states overwrites the states."""
@@ -231,24 +219,21 @@ def _own_rows(exit_loss, z_loss, chunk, head, x_SBTD, labels_BT, positions, weig
             label_BC = jnp.take_along_axis(labels_BT, at_BC, 1)
             x_BCD = jnp.take_along_axis(x_BTD, at_BC[:, :, None], 1)
             final_BCD = jnp.take_along_axis(final_BTD, at_BC[:, :, None], 1)
-            final_BCV = logits_of(head.norm(final_BCD))
+            final_BCV = product("BCD,DV->BCV", head.norm(final_BCD), table_DV)
 
             def chunk_loss(logits_BCV):
-                added = (scale_BC * slot_loss(logits_BCV, label_BC, final_BCV)).sum()
-                if not z_loss:
-                    return weight * added, added
-                z_term = (scale_BC * jnp.square(log_z(logits_BCV))).sum()
-                return weight * (added + z_loss * z_term), added
+                total = added = (scale_BC * slot_loss(logits_BCV, label_BC, final_BCV)).sum()
+                if z_loss:
+                    total += z_loss * (scale_BC * jnp.square(log_z(logits_BCV))).sum()
+                return weight * total, added
 
             normed_BCD, norm_backward = jax.vjp(lambda norm, x: norm(x), head.norm, x_BCD)
-            backward = jax.value_and_grad(chunk_loss, has_aux=True)
-            losses, dlogits_BCV = backward(logits_of(normed_BCD))
+            logits_BCV = product("BCD,DV->BCV", normed_BCD, table_DV)
+            losses, dlogits_BCV = jax.value_and_grad(chunk_loss, has_aux=True)(logits_BCV)
             # Cast and barrier: otherwise XLA:TPU recomputes dlogits in both following matmuls.
             dlogits_BCV = lax.optimization_barrier(dlogits_BCV.astype(x_BCD.dtype))
             dnormed_BCD = jnp.einsum("BCV,VD->BCD", dlogits_BCV, head.table_VD)
-            dtable_DV = jnp.einsum(
-                "BCD,BCV->DV", normed_BCD, dlogits_BCV, preferred_element_type=wide
-            )
+            dtable_DV = product("BCD,BCV->DV", normed_BCD, dlogits_BCV)
             dnorm, dx_BCD = norm_backward(dnormed_BCD)
             sums = jax.tree.map(jnp.add, sums, [losses, Head(dnorm, dtable_DV)])
             return *sums, lax.dynamic_update_slice_in_dim(dx_BTD, dx_BCD, start, 1)
