@@ -74,6 +74,23 @@ def exit_counts(config: EarlyExitConfig, num_layers: int, num_steps: int) -> Int
     return np.broadcast_to(enabled, (num_steps, num_layers))[:, :-1].sum(1)
 
 
+def exit_slots(
+    config: EarlyExitConfig, num_layers: int, step: ArrayLike, num_steps: int
+) -> tuple[Int[Array, " S"], Bool[Array, " S"], Float[Array, " S"]]:
+    """Each slot's layer, whether the slot is used, and the weight of its exit. There are as many
+    slots as a step enables exits at most, and the last exit has the last slot. If these are nearly
+    all exits, every exit has its own slot, which makes the scan cheaper."""
+    enabled_L = enabled_exits(config, num_layers, step, num_steps)
+    weights_L = loss_weights(config, num_layers, step, num_steps)
+    most, last = int(exit_counts(config, num_layers, num_steps).max()), num_layers - 1
+    if last and most + 1 >= last:
+        exit_S, taken_S = jnp.arange(num_layers), jnp.append(enabled_L[:-1], True)
+    else:
+        (exit_S,) = jnp.nonzero(enabled_L[:-1], size=most, fill_value=last)
+        exit_S, taken_S = jnp.append(exit_S, last), jnp.append(exit_S < last, True)
+    return exit_S, taken_S, jnp.where(taken_S, weights_L[exit_S], 0)
+
+
 # (logits [..., V], labels [...], final_logits [..., V]) -> losses [...]
 ExitLoss = Callable[[Array, Array, Array], Array]
 

@@ -10,8 +10,7 @@ If rows skip layers by `gather`, a layer is computed only for the rows that keep
 
 The count selects a branch of a conditional, so shapes are static. Putting back is a gather too:
 each is the other's transpose, so neither pass needs a scatter. jax's derivative of a conditional
-would keep residuals once for each branch. Here they are kept once, padded to all rows. Residuals
-without a row axis are recomputed from the block's parameters.
+would keep residuals once for each branch. Here they are kept once, padded to all rows.
 
 Letters: S exit slots, or shards of a batch; R rows of a shard, C of them that keep the layer.
 """
@@ -30,7 +29,7 @@ from lsjax.model.block import ADAPTED
 from lsjax.model.llama import Llama
 from lsjax.model.products import SAVED
 from lsjax.model.rope import Rope, rope_angles
-from lsjax.sharding import ROWS, constrain, platform, row_shards
+from lsjax.sharding import ROWS, constrain, over_context, platform, row_shards
 from lsjax.training.layer_dropout import DropRates, keep_counted, keep_mask, row_counts
 
 
@@ -47,12 +46,9 @@ def exit_states(
 
     model: stacked, in the dtype of the computation. rows_B: indices of the rows in the step's
     batch. exit_S: each layer but the last at most once. Slots of L - 1 before the last slot are
-    unused.
-
-    At most S outputs are in memory: a layer's output is written to the slot of its exit. If S = L,
-    they are the outputs of the scan.
+    unused. At most S outputs are in memory: each is written to its slot, or S = L.
     """
-    num_slots, num_layers = len(exit_S), model.config.num_layers
+    num_slots, num_layers, batch = len(exit_S), model.config.num_layers, over_context(batch)
     x_BTD = model.embed_rows(batch["tokens_BT"])
     whole = platform() == "tpu"
     ropes = rope_angles(batch["positions_BT"], model.config, x_BTD.dtype, whole=whole)
@@ -63,7 +59,15 @@ def exit_states(
     dropout = None
     if config.layer_dropout.p_max > 0:
         rates_L = drop_rates(config.layer_dropout, num_layers, step, config.num_steps)
-        dropout = rates_L, kept_rows(config, rates_L, step, rows_B)
+        match config.layer_dropout.skip:
+            case "mask":
+                kept = keep_mask(rates_L, config.seed, step, rows_B)
+            case "batch":  # one mask for all rows
+                kept = keep_mask(rates_L, config.seed, step, jnp.zeros_like(rows_B[:1]))[:, 0]
+            case "gather":
+                rows_SR = rows_B.reshape(row_shards(len(rows_B)), -1)
+                kept = keep_counted(rates_L, config.seed, step, rows_SR)
+        dropout = rates_L, kept
 
     def run_layer(block, x_BTD, inputs, kind):
         return run(block, x_BTD, inputs[1], kind)
@@ -80,20 +84,6 @@ def exit_states(
     if num_slots == num_layers:
         return x_LBTD
     return jnp.concatenate([slots[:-1], x_BTD[None]]) if picks else x_BTD[None]
-
-
-def kept_rows(
-    config: StepConfig, rates_L: Float[Array, " L"], step: Int[Array, ""], rows_B: Int[Array, " B"]
-) -> Bool[Array, "L B"] | Bool[Array, " L"] | tuple[Bool[Array, "L S R"], Int[Array, " L"]]:
-    """Rows that keep each layer; one entry for all rows if a layer is skipped by the batch."""
-    match config.layer_dropout.skip:
-        case "mask":
-            return keep_mask(rates_L, config.seed, step, rows_B)
-        case "batch":
-            return keep_mask(rates_L, config.seed, step, jnp.zeros_like(rows_B[:1]))[:, 0]
-        case "gather":
-            rows_SR = rows_B.reshape(row_shards(len(rows_B)), -1)
-            return keep_counted(rates_L, config.seed, step, rows_SR)
 
 
 def layer_runner(config: StepConfig, ropes: Mapping[str, Rope], segments_BT: Int[Array, "B T"]):
@@ -122,17 +112,13 @@ def layer_runner(config: StepConfig, ropes: Mapping[str, Rope], segments_BT: Int
 
     def run_or_drop(block, x_BTD, rate_and_kept, kind):
         run_kind, others = partial(run, kind.window), (ropes[kind.rope], segments_BT)
-        if rate_and_kept is None:
-            return run_kind(block, x_BTD, others)
-        rate, kept = rate_and_kept
-        match dropout.skip:
-            case "mask":
-                return run_kind(block, x_BTD, others, rate, kept)
-            case "batch":
-                run_all = partial(run_kind, block, others=others, rate=rate)
-                return lax.cond(kept, run_all, lambda x: x, x_BTD)
-            case "gather":
-                return run_on_kept(run_kind, block, x_BTD, others, rate, *kept)
+        rate, kept = rate_and_kept or (None, None)
+        if rate is None or dropout.skip == "mask":
+            return run_kind(block, x_BTD, others, rate, kept)
+        if dropout.skip == "gather":
+            return run_on_kept(run_kind, block, x_BTD, others, rate, *kept)
+        run_all = partial(run_kind, block, others=others, rate=rate)
+        return lax.cond(kept, run_all, lambda x: x, x_BTD)
 
     return run_or_drop
 
@@ -149,9 +135,8 @@ def run_on_kept(
 ) -> Float[Array, "B T D"]:
     """`run(block, x_BTD, others, rate)` on the rows that keep the layer, x_BTD on the others.
 
-    run: computes each row independently. Residuals of its backward pass that depend on the rows
-    have a row axis. others: arrays with a leading axis B. They and the rate get no gradient.
-    which: index in `row_counts` of the number of kept rows per shard.
+    run: computes each row independently, and its residuals of rows have a row axis. others: arrays
+    with a leading axis B. They and the rate get no gradient. which: index in `row_counts`.
     """
     return _forward(run, block, x_BTD, others, rate, keep_SR, which)[0]
 
@@ -183,7 +168,7 @@ def _backward(run, residuals, dy_BTD):
     axes = _row_axes(run, shards, rows, block, dy_BTD, others, rate)
 
     def computed(count: int):
-        # The compiler removes the computation on zeros, because nothing uses its values.
+        # The compiler removes the computation on zeros. Only residuals of parameters are used.
         pullback = _pullback_of_zeros(run, shards * count, block, dy_BTD, others, rate)
         leaves, structure = jax.tree.flatten(pullback)
         of_rows = iter(saved)

@@ -1,7 +1,6 @@
 """Several processes of one run: how they find one another, take turns, and end together.
 
-On a pod each host runs the same program. After `start`, all processes form one run: arrays are
-sharded over the devices of all hosts, and every process must do the same steps.
+Each host runs the same program. After `start`, arrays are sharded over the devices of all hosts.
 """
 
 import hashlib
@@ -65,12 +64,9 @@ class Hosts(Checked, prefix="--distributed."):
 
 
 def start(hosts: Hosts) -> None:
-    """Joins the other processes, if there are any. Must come before all other use of jax.
-
-    Raises ConfigError if they do not connect in time.
-    """
-    flags = hosts.coordinator is not None
-    slurm = under_slurm()
+    """Joins the other processes, if there are any. Must come before all other use of jax. Raises
+    ConfigError if they do not connect in time."""
+    flags, slurm = hosts.coordinator is not None, under_slurm()
     if not (flags or slurm or on_tpu_vm()):
         return
     try:
@@ -152,19 +148,18 @@ def ending_together() -> Iterator[None]:
     except BaseException as error:
         if not jax.distributed.is_initialized():
             raise
-        match error:
-            case SystemExit(code=int(code)):
-                pass
-            case Exception() if LOST.search(str(error)):
-                code, line = 1, str(error).partition("\n")[0][:300]
-                print(
-                    f"error: process {jax.process_index()} cannot continue, probably because "
-                    f"another process ended ({line}): restart all processes",
-                    file=sys.stderr,
-                )
-            case _:
-                code = 1
-                traceback.print_exception(error)
+        code = 1
+        if isinstance(error, SystemExit) and isinstance(error.code, int):
+            code = error.code
+        elif isinstance(error, Exception) and LOST.search(str(error)):
+            line = str(error).partition("\n")[0][:300]
+            print(
+                f"error: process {jax.process_index()} cannot continue, probably because another "
+                f"process ended ({line}): restart all processes",
+                file=sys.stderr,
+            )
+        else:
+            traceback.print_exception(error)
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

@@ -2,8 +2,8 @@
 
 The logits are never all in memory at once. Labelled positions are sorted first in each row. The
 row with most labels sets the chunk count. If a mesh shards positions, each device's piece of a row
-counts as a row here (`pieces`). Each chunk's gradient is computed with its loss. That takes three
-matmuls with the head: logits, gradient of the states, gradient of the table.
+counts as a row (`pieces`). Each chunk's gradient is computed with its loss, in three matmuls with
+the head: logits, gradient of the states, gradient of the table.
 
 Letters: S exit slots (hidden states of exits), C positions of a chunk.
 """
@@ -20,25 +20,8 @@ from jaxtyping import Array, Bool, Float, Int
 from lsjax.config import StepConfig
 from lsjax.model.block import RMSNorm
 from lsjax.model.llama import Llama, cast_matrices, split_matrices
-from lsjax.sharding import (
-    PIECES,
-    chunk_steps,
-    context_shards,
-    in_context_order,
-    on_each_device,
-    over_context,
-    pieces,
-    platform,
-)
-from lsjax.training.early_exit import (
-    EXIT_LOSSES,
-    ExitLoss,
-    cross_entropy,
-    enabled_exits,
-    exit_counts,
-    log_z,
-    loss_weights,
-)
+from lsjax.sharding import PIECES, chunk_steps, in_context_order, on_each_device, pieces, platform
+from lsjax.training.early_exit import EXIT_LOSSES, ExitLoss, cross_entropy, exit_slots, log_z
 from lsjax.training.forward import exit_states
 from lsjax.training.layer_dropout import DropRates, draws, drop_rates
 
@@ -82,24 +65,21 @@ def objective(
         model: stacked, in the dtype of the parameters.
         rows_B: indices of these rows in the batch.
         num_labels: labelled tokens in the complete batch; the loss is divided by this number.
-        exit_loss: loss of the exits below the last one; by default that of the config's target.
-        drop_rates: rates of layer dropout, if it is enabled.
+        exit_loss, drop_rates: as in `make_train_step`.
     """
-    num_layers, num_steps = model.config.num_layers, config.num_steps
-    enabled_L = enabled_exits(config.early_exit, num_layers, step, num_steps)
-    weights_L = loss_weights(config.early_exit, num_layers, step, num_steps)
-    most = int(exit_counts(config.early_exit, num_layers, num_steps).max())
-    exit_S, taken_S = slots(enabled_L, most)
+    num_layers = model.config.num_layers
+    slots = exit_slots(config.early_exit, num_layers, step, config.num_steps)
+    exit_S, taken_S, weights_S = slots
     narrow = cast_matrices(model, config.dtype)
     if platform() == "tpu":
         narrow = split_matrices(narrow)
-    x_SBTD = exit_states(config, narrow, over_context(batch), step, rows_B, exit_S, drop_rates)
+    x_SBTD = exit_states(config, narrow, batch, step, rows_B, exit_S, drop_rates)
 
     head = Head(model.norm, model.head_table)
     if platform() == "gpu":
         # XLA:GPU would gather the table, and allocate its gradient, before the layers run.
         head, x_SBTD = lax.optimization_barrier((head, x_SBTD))
-    weights_S = jnp.where(taken_S, weights_L[exit_S], 0) / jnp.maximum(num_labels, 1)
+    weights_S = weights_S / jnp.maximum(num_labels, 1)
     positions = loss_positions(config, batch["labels_BT"], step, rows_B, exit_S, taken_S)
     x_SBTD, labels_BT = jax.vmap(pieces)(x_SBTD), pieces(in_context_order(batch["labels_BT"]))
     exit_loss = exit_loss or EXIT_LOSSES[config.early_exit.target]
@@ -107,17 +87,6 @@ def objective(
     loss, sums_S = head_loss(exit_loss, config.z_loss, *arrays)
     sums_L = jnp.zeros(num_layers, sums_S.dtype).at[exit_S].add(jnp.where(taken_S, sums_S, 0))
     return loss, sums_L
-
-
-def slots(enabled_L: Bool[Array, " L"], most: int) -> tuple[Int[Array, " S"], Bool[Array, " S"]]:
-    """The exit's layer for each slot, and whether the slot is used; the last exit has the last one.
-    most: highest number of other exits that a step enables. If that is nearly all exits, every exit
-    has its own slot, which makes the scan cheaper."""
-    last = len(enabled_L) - 1
-    if last and most + 1 >= last:
-        return jnp.arange(last + 1), jnp.append(enabled_L[:-1], True)
-    (exit_S,) = jnp.nonzero(enabled_L[:-1], size=most, fill_value=last)
-    return jnp.append(exit_S, last), jnp.append(exit_S < last, True)
 
 
 def loss_positions(
@@ -145,10 +114,11 @@ def loss_positions(
         chosen_SBT = jnp.concatenate([drawn_SBT, chosen_SBT])
         scales_SB = scales_SB.at[:-1].set(count_B / jnp.maximum(part_B, 1))
     chosen_SBT = jax.vmap(lambda x_BT: pieces(in_context_order(x_BT)))(chosen_SBT)
+    shards = chosen_SBT.shape[1] // len(labels_BT)  # of the positions
     order_SBT = jnp.argsort(~chosen_SBT, axis=2, stable=True)
     order_SBT = jnp.broadcast_to(order_SBT, (slots, *order_SBT.shape[1:]))
     counts_SB = jnp.where(taken_S[:, None], chosen_SBT.sum(2), 0)
-    return Positions(order_SBT, counts_SB, jnp.tile(scales_SB, (1, context_shards())))
+    return Positions(order_SBT, counts_SB, jnp.tile(scales_SB, (1, shards)))
 
 
 def loss_chunk(batch: int, steps: int, vocab: int) -> int:
@@ -167,11 +137,8 @@ def head_loss(
     positions: Positions,
     weights_S: Float[Array, " S"],
 ) -> tuple[Float[Array, ""], Float[Array, " S"]]:
-    """Weighted sum over slots of their summed losses, and each slot's sum.
-
-    exit_loss: loss of every slot but the last, which uses cross entropy. z_loss: weight of
-    log(Z)^2, included in the weighted sum only.
-    """
+    """Weighted sum over slots of their summed losses, and each slot's sum. exit_loss: loss of every
+    slot but the last. z_loss: weight of log(Z)^2, included in the weighted sum only."""
     return _forward(exit_loss, z_loss, head, x_SBTD, labels_BT, positions, weights_S)[0]
 
 
@@ -182,13 +149,11 @@ def _forward(exit_loss, z_loss, head, x_SBTD, labels_BT, positions, weights_S):
     chunk = loss_chunk(batch, steps, len(head.table_VD))
     chunks_S = -(-positions.counts_SB.max(1) // chunk)
     narrow = Head(head.norm, head.table_VD.astype(x_SBTD.dtype))
-    sums, dx_SBTD = on_each_device(
-        partial(_own_rows, exit_loss, z_loss, chunk),
-        (narrow, x_SBTD, labels_BT, positions, weights_S, chunks_S),
-        (P(), P(None, PIECES), P(PIECES), P(None, PIECES), P(), P()),
-        (P(PIECES), P(None, PIECES)),
-        axes=PIECES,
-    )
+    function = partial(_own_rows, exit_loss, z_loss, chunk)
+    arrays = narrow, x_SBTD, labels_BT, positions, weights_S, chunks_S
+    specs = P(), P(None, PIECES), P(PIECES), P(None, PIECES), P(), P()
+    outputs = P(PIECES), P(None, PIECES)
+    sums, dx_SBTD = on_each_device(function, arrays, specs, outputs, axes=PIECES)
     losses, dhead = jax.tree.map(lambda leaf: leaf.sum(0), sums)
     dhead = jax.tree.map(lambda gradient, leaf: gradient.astype(leaf.dtype), dhead, head)
     return losses, (dhead, dx_SBTD)

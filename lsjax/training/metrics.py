@@ -38,12 +38,10 @@ Tracker = Callable[[Row], None]  # called with each row that follows the kept on
 
 
 class StepLine:
-    """A step's line of text: losses, tokens/s, model FLOPs utilisation, time left.
-
-    peak_flops: of all devices together, if it is known.
-    """
+    """A step's line of text: losses, tokens/s, model FLOPs utilisation, time left."""
 
     def __init__(self, config: TrainConfig, peak_flops: float | None):
+        """peak_flops: FLOPs per second of all devices together, if known."""
         shape = config.batch_size, config.seq_len
         self._num_steps, self._tokens = config.num_steps, math.prod(shape)
         self._flops, self._peak = step_flops(config.model, *shape, config.lora), peak_flops
@@ -131,15 +129,11 @@ def so_far(rows: Sequence[Row]) -> Counter[str]:
 
 
 class MetricsLog:
-    """Appends rows {"kind": ..., "step": n, ...} as they arrive, and has the run's clock. Without a
-    directory it writes nothing."""
+    """metrics.jsonl, the trackers and the clock of a run. Without a directory it writes nothing."""
 
     def __init__(self, directory: Path | None, config: TrainConfig, from_step: int, began: float):
-        """Keeps the rows of steps up to `from_step`, after which the run resumes. So a step that is
-        repeated after a crash has only one row.
-
-        began: Unix time at which this process began. Raises ConfigError if wandb can't start.
-        """
+        """Keeps the rows of steps up to `from_step`, after which the run resumes. began: Unix time
+        at which this process began. Raises ConfigError if wandb can't start."""
         rows = [] if directory is None else read_metrics(directory)
         self.clock = Clock(rows, from_step, began)
         peak, mesh = peak_flops(jax.devices()[0].device_kind), jax.sharding.get_abstract_mesh()
@@ -157,8 +151,7 @@ class MetricsLog:
         self._lines = self._opened.enter_context(closing(Lines(directory / METRICS)))
 
     def step(self, step: int, values: Mapping[str, Any]) -> str:
-        """Writes the row of a step that has just ended, from its arrays; returns its line of text.
-        The row lists only the enabled exits."""
+        """Writes the row of a step that has just ended; returns its line of text."""
         self.clock.spend("steps")
         on = np.flatnonzero(values["enabled_L"])
         row = {k: v for k, v in values.items() if k not in ("exit_loss_L", "enabled_L")}
@@ -199,9 +192,8 @@ def tensorboard(directory: Path, kept: Sequence[Row], opened: ExitStack) -> Trac
     """Event files in tensorboard/. They hide rows of earlier starts after the kept ones."""
     from tensorboardX import SummaryWriter
 
-    first = kept[-1]["step"] + 1
-    board = SummaryWriter(str(directory / "tensorboard"), purge_step=first)
-    opened.enter_context(board)
+    files = SummaryWriter(str(directory / "tensorboard"), purge_step=kept[-1]["step"] + 1)
+    board = opened.enter_context(files)
 
     def write(row: Row) -> None:
         for name, number in numbers(row).items():

@@ -1,9 +1,7 @@
 """Preparation of a run before anything is compiled: checks its input, reads data, writes files.
 
-Decoding uses two of the files in the directory of a run:
-
-token_counts.json   how often each token is a label, to choose a draft vocabulary
-prompts.jsonl       beginnings of held-out rows, for --prompt-file
+Decoding uses two of the files: token_counts.json says how often each token is a label, to choose a
+draft vocabulary. prompts.jsonl holds beginnings of held-out rows, for --prompt-file.
 """
 
 import dataclasses
@@ -131,17 +129,13 @@ def prepare_run(config: TrainConfig, workdir: Path) -> TrainingRun:
             begin_run(workdir, config, tokenizer)
             write_run_files(workdir, tokenizer, pipeline.rows, prompts)
         wait_to_see(lambda: is_run(workdir), f"the run in {workdir}")
-    losses = held_out_losses(workdir)
-    return TrainingRun(
-        config, workdir, resumes, mesh, tokenizer, pipeline, held_out, sampled, losses
-    )
+    read = tokenizer, pipeline, held_out, sampled, held_out_losses(workdir)
+    return TrainingRun(config, workdir, resumes, mesh, *read)
 
 
 def check_same_run(before: TrainConfig, now: TrainConfig, where: str) -> TrainConfig:
-    """The configuration to resume with; its model is that of the run.
-
-    Raises ConfigError for the first changed field that a run can't change.
-    """
+    """The configuration to resume with; its model is that of the run. Raises ConfigError for the
+    first changed field that a run can't change."""
     if now.model is None:
         now = dataclasses.replace(now, model=before.model)
     for path, old, new in differences(dataclasses.asdict(before), dataclasses.asdict(now)):
@@ -154,10 +148,8 @@ def check_same_run(before: TrainConfig, now: TrainConfig, where: str) -> TrainCo
 
 
 def with_model(config: TrainConfig, model: LlamaConfig) -> TrainConfig:
-    """The config with the model shape of the checkpoint that it starts from.
-
-    Raises ConfigError if the config's own shape differs, or if the run does not fit the model.
-    """
+    """The config with the model shape of the checkpoint that it starts from. Raises ConfigError if
+    the config's own shape differs, or if the run does not fit the model."""
     given = dataclasses.asdict(config.model or model)
     for path, own, other in differences(given, dataclasses.asdict(model)):
         check(

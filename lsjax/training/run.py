@@ -120,9 +120,8 @@ def run_loop(
 ) -> TrainState:
     """Trains from the step of `state` to the last; saves and returns the final state.
 
-    A step is saved before its hooks run. The first hooks after a start may run out of memory. So
-    they wait until their step is on disk, even if no checkpoint is due. If `state` is at the last
-    step, only the hooks run.
+    A step is saved before its hooks run. The first hooks after a start may run out of memory, so
+    their step is saved and on disk before. If `state` is at the last step, only the hooks run.
 
     Raises TooManySkipped; Interrupted after SIGTERM or Ctrl-C, with the state saved; and errors of
     hooks, with the state saved by a single process.
