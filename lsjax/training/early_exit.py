@@ -35,10 +35,8 @@ def exit_weights(config: EarlyExitConfig, num_layers: int) -> Float[np.ndarray, 
 def enabled_exits(
     config: EarlyExitConfig, num_layers: int, step: ArrayLike, num_steps: int
 ) -> Bool[Array | np.ndarray, "... L"]:
-    """C(t, E): whether each exit is in the loss of step t of T. Exits of weight 0 never are.
-
-    step: one, or [..., 1] for several. The result is a numpy array if `step` is.
-    """
+    """C(t, E): whether each exit is in the loss of step t of T. Exits of weight 0 never are. step:
+    one, or [..., 1] for several. The result is a numpy array if `step` is."""
     exits = np.arange(1, num_layers + 1)
     match config.curriculum:
         case "none":

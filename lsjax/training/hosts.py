@@ -24,7 +24,6 @@ from lsjax.config import Checked, ConfigError, bounded, check
 
 # Matches errors caused by another process ending, whatever their class.
 LOST = re.compile(r"Gloo|UNAVAILABLE|DEADLINE_EXCEEDED|[Hh]eartbeat|Connection (reset|closed)")
-SEEN = 60.0  # seconds after which a new file must be visible to all hosts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,7 +128,7 @@ def check_same(what: str, value: str) -> None:
 
 def wait_to_see(condition: Callable[[], bool], what: str) -> None:
     """Waits until a file of the first process is visible; raises ConfigError after a minute."""
-    end = time.monotonic() + SEEN
+    end = time.monotonic() + 60
     while not condition():
         check(
             time.monotonic() < end,
@@ -169,9 +168,7 @@ def ending_together() -> Iterator[None]:
 def signals() -> Iterator[Callable[[int], int | None]]:
     """Catches SIGTERM and Ctrl-C; a second signal of a type terminates at once. Yields a function
     to call with each step. It returns the number of the signal that stops the run after the step.
-
-    With several processes jax handles SIGTERM. If one gets it, all stop after the same later step.
-    """
+    With several processes jax handles SIGTERM, and all stop after the same later step."""
     several = jax.process_count() > 1
     caught = [signal.SIGINT] if several else [signal.SIGINT, signal.SIGTERM]
     received: list[int] = []

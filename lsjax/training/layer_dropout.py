@@ -81,8 +81,7 @@ def row_counts(rows: int) -> tuple[int, ...]:
 def keep_counted(
     rates_L: Float[Array, " L"], seed: int, step: ArrayLike, rows_SR: Int[Array, "S R"]
 ) -> tuple[Bool[Array, "L S R"], Int[Array, " L"]]:
-    """Layers that each row keeps, and the index of the row count, which all S shards share. A layer
-    runs on one of `row_counts(R)` rows in each shard.
+    """Layers that each row keeps, and the index of its `row_counts(R)`, which all S shards share.
 
     The count is (1 - p) R on average, and all sets of that many rows are equally likely. So each
     row keeps the layer with probability 1 - p. rows_SR: indices of the rows, as in `keep_mask`.

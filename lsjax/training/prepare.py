@@ -91,10 +91,8 @@ class TrainingRun:
 
 
 def prepare_run(config: TrainConfig, workdir: Path) -> TrainingRun:
-    """Checks the configuration, reads the data, and writes the first files of the run.
-
-    Raises ConfigError, CheckpointError, TokenizerError or OSError for bad input.
-    """
+    """Checks the configuration, reads the data, and writes the first files of the run. Raises
+    ConfigError, CheckpointError, TokenizerError or OSError for bad input."""
     resumes = is_run(workdir)
     if resumes:
         config = check_same_run(read_run_config(workdir), config, str(workdir))
@@ -136,9 +134,8 @@ def prepare_run(config: TrainConfig, workdir: Path) -> TrainingRun:
 def check_same_run(before: TrainConfig, now: TrainConfig, where: str) -> TrainConfig:
     """The configuration to resume with; its model is that of the run. Raises ConfigError for the
     first changed field that a run can't change."""
-    if now.model is None:
-        now = dataclasses.replace(now, model=before.model)
-    for path, old, new in differences(dataclasses.asdict(before), dataclasses.asdict(now)):
+    given = dataclasses.replace(now, model=now.model or before.model)
+    for path, old, new in differences(dataclasses.asdict(before), dataclasses.asdict(given)):
         check(
             path in FREE or path.partition(".")[0] in FREE,
             f"{where} was started with {path} {old}, now it is {new}: a run can't change it; use "

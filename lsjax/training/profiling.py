@@ -38,12 +38,9 @@ def peak_flops(device_kind: str) -> float | None:
 def step_flops(
     config: LlamaConfig, batch_size: int, seq_len: int, lora: LoraConfig | None = None
 ) -> float:
-    """FLOPs of one plain training step: one forward pass, one backward pass for the inputs,
-    and one for the trained weights.
-
-    Counts two FLOPs per matrix weight and token, with the head and without the lookup. Attention
-    counts the causal half of T^2.
-    """
+    """FLOPs of one plain training step: one forward pass, one backward pass for the inputs, and one
+    for the trained weights. Counts two FLOPs per matrix weight and token, with the head and without
+    the lookup. Attention counts the causal half of T^2."""
     matrices = config.num_layers * config.layer_params + config.head_params
     attention = config.num_layers * config.num_heads * config.head_dim * seq_len
     products = 3.0 * (2.0 * matrices + 2.0 * attention)

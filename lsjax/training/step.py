@@ -39,11 +39,9 @@ class TrainState:
 
 
 def init_state(config: StepConfig, model: Llama) -> TrainState:
-    """State before the first step. It shares the model's arrays, and steps overwrite them.
-
-    With `lora` the model gets adapters, and only these are trained. model: stacked or not.
-    Raises ConfigError if config and model do not fit.
-    """
+    """State before the first step. It shares the model's arrays, and steps overwrite them. With
+    `lora` the model gets adapters, and only these are trained. model: stacked or not. Raises
+    ConfigError if config and model do not fit."""
     config.check_model(model.config)
     model = stacked(model)
     if config.lora.rank > 0:
