@@ -11,7 +11,7 @@ from jax.errors import JaxRuntimeError
 from jax.experimental import topologies
 
 from lsjax.config import ConfigError, check
-from lsjax.training.metrics import peak_flops
+from lsjax.training.profiling import peak_flops
 
 GIB = 2**30
 # Platform, which is also the extra of lsjax that installs its compiler -> packages, any of which

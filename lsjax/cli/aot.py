@@ -42,7 +42,7 @@ from lsjax.cli.training import ConfigFile, parse_config
 from lsjax.config import EarlyExitConfig, LayerDropoutConfig, MeshConfig, Path, TrainConfig, check
 from lsjax.evaluation.exits import exit_sums
 from lsjax.sharding import make_mesh
-from lsjax.training.metrics import exit_flops, step_flops
+from lsjax.training.profiling import exit_flops, step_flops
 
 ProgramName = Literal["train", "evaluate", "prefill", "decode"]
 

@@ -3,13 +3,9 @@
     J(t) = sum over exits E of w(t, E) CE(unembed(output of layer E - 1), labels)    (eq. 5)
     w(t, E) = C(t, E) e(E - 1) / sum over i of C(t, i) e(i - 1)                      (eq. 6)
 
-C is the curriculum, e the weights before normalisation. Exit E = L is always enabled. Arrays over
-exits have exit E at index E - 1.
-
-CE is the loss of each token, a function of an exit's logits. Any other function may replace it
-below exit L: make_train_step(config, exit_loss=...), docs/extending.md. The head calls the function
-on chunks of positions, and differentiates it in its first argument. Logits are float32 or wider.
-The last exit's logits are computed only if the function uses them. Ignored labels are negative.
+C is the curriculum, e the weights before normalisation. Arrays over exits have exit E at index
+E - 1. CE is the loss of each token, a function of an exit's logits, which are float32 or wider. Any
+other function may replace it below exit L (docs/extending.md). Ignored labels are negative.
 """
 
 from collections.abc import Callable, Mapping
@@ -30,9 +26,8 @@ def exit_weights(config: EarlyExitConfig, num_layers: int) -> Float[np.ndarray, 
         return np.array(config.custom_weights, float)
     if config.weights == "uniform" or num_layers == 1:
         return np.ones(num_layers)
-    depth = np.arange(num_layers)
+    depth, last = np.arange(num_layers), num_layers - 1
     weights = config.e_scale * depth * (depth + 1) / 2
-    last = num_layers - 1
     weights[last] = last + config.e_scale * (last - 1) * last / 2
     return weights
 
@@ -40,10 +35,8 @@ def exit_weights(config: EarlyExitConfig, num_layers: int) -> Float[np.ndarray, 
 def enabled_exits(
     config: EarlyExitConfig, num_layers: int, step: ArrayLike, num_steps: int
 ) -> Bool[Array | np.ndarray, "... L"]:
-    """C(t, E): whether each exit is in the loss of step t of T. Exits of weight 0 never are.
-
-    step: one, or [..., 1] for several. The result is a numpy array if `step` is.
-    """
+    """C(t, E): whether each exit is in the loss of step t of T. Exits of weight 0 never are. step:
+    one, or [..., 1] for several. The result is a numpy array if `step` is."""
     exits = np.arange(1, num_layers + 1)
     match config.curriculum:
         case "none":
@@ -73,13 +66,27 @@ def loss_weights(
     return on_L / on_L.sum()
 
 
-def exit_counts(
-    config: EarlyExitConfig, num_layers: int, num_steps: int
-) -> Int[np.ndarray, " steps"]:
-    """Number of enabled intermediate exits at each step of the run."""
-    steps = np.arange(num_steps)[:, None]
-    enabled = enabled_exits(config, num_layers, steps, num_steps)
+def exit_counts(config: EarlyExitConfig, num_layers: int, num_steps: int) -> Int[np.ndarray, " T"]:
+    """Number of enabled intermediate exits at each of the T steps of the run."""
+    enabled = enabled_exits(config, num_layers, np.arange(num_steps)[:, None], num_steps)
     return np.broadcast_to(enabled, (num_steps, num_layers))[:, :-1].sum(1)
+
+
+def exit_slots(
+    config: EarlyExitConfig, num_layers: int, step: ArrayLike, num_steps: int
+) -> tuple[Int[Array, " S"], Bool[Array, " S"], Float[Array, " S"]]:
+    """Each slot's layer, whether the slot is used, and the weight of its exit. There are as many
+    slots as a step enables exits at most, and the last exit has the last slot. If these are nearly
+    all exits, every exit has its own slot, which makes the scan cheaper."""
+    enabled_L = enabled_exits(config, num_layers, step, num_steps)
+    weights_L = loss_weights(config, num_layers, step, num_steps)
+    most, last = int(exit_counts(config, num_layers, num_steps).max()), num_layers - 1
+    if last and most + 1 >= last:
+        exit_S, taken_S = jnp.arange(num_layers), jnp.append(enabled_L[:-1], True)
+    else:
+        (exit_S,) = jnp.nonzero(enabled_L[:-1], size=most, fill_value=last)
+        exit_S, taken_S = jnp.append(exit_S, last), jnp.append(exit_S < last, True)
+    return exit_S, taken_S, jnp.where(taken_S, weights_L[exit_S], 0)
 
 
 # (logits [..., V], labels [...], final_logits [..., V]) -> losses [...]
@@ -88,8 +95,8 @@ ExitLoss = Callable[[Array, Array, Array], Array]
 
 @jax.custom_jvp
 def log_z(logits: Float[Array, "... V"]) -> Float[Array, "..."]:
-    """log sum exp of the logits. Its derivative, the softmax, is recomputed from the result, so the
-    forward pass writes no array of the logits' size."""
+    """log sum exp of the logits. Its derivative is recomputed from the result, so the forward pass
+    writes no array of the logits' size."""
     return jax.nn.logsumexp(logits, axis=-1)
 
 

@@ -1,7 +1,6 @@
 """Several processes of one run: how they find one another, take turns, and end together.
 
-On a pod each host runs the same program. After `start`, all processes form one run: arrays are
-sharded over the devices of all hosts, and every process must do the same steps.
+Each host runs the same program. After `start`, arrays are sharded over the devices of all hosts.
 """
 
 import hashlib
@@ -19,20 +18,12 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from jax.experimental.multihost_utils import (
-    process_allgather,
-    reached_preemption_sync_point,
-    sync_global_devices,
-)
+from jax.experimental import multihost_utils
 
 from lsjax.config import Checked, ConfigError, bounded, check
 
 # Matches errors caused by another process ending, whatever their class.
 LOST = re.compile(r"Gloo|UNAVAILABLE|DEADLINE_EXCEEDED|[Hh]eartbeat|Connection (reset|closed)")
-SEEN = 60.0  # seconds after which a new file must be visible to all hosts
-
-# (steps done) -> number of the signal that stops the run after this step; called at each step.
-Stop = Callable[[int], int | None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,12 +63,9 @@ class Hosts(Checked, prefix="--distributed."):
 
 
 def start(hosts: Hosts) -> None:
-    """Joins the other processes, if there are any. Must come before all other use of jax.
-
-    Raises ConfigError if they do not connect in time.
-    """
-    flags = hosts.coordinator is not None
-    slurm = under_slurm()
+    """Joins the other processes, if there are any. Must come before all other use of jax. Raises
+    ConfigError if they do not connect in time."""
+    flags, slurm = hosts.coordinator is not None, under_slurm()
     if not (flags or slurm or on_tpu_vm()):
         return
     try:
@@ -115,27 +103,21 @@ def is_first() -> bool:
     return jax.process_index() == 0
 
 
-def wait_for_all(what: str) -> None:
-    """Returns once all processes have called it for this occasion."""
-    if jax.process_count() > 1:
-        sync_global_devices(what)
-
-
 @contextmanager
 def in_turn(what: str) -> Iterator[None]:
     """Runs the block in the first process before the others, which then find its files."""
     if not is_first():
-        sync_global_devices(what)
+        multihost_utils.sync_global_devices(what)
     yield
-    if is_first() and jax.process_count() > 1:
-        sync_global_devices(what)
+    if is_first():
+        multihost_utils.sync_global_devices(what)
 
 
 def check_same(what: str, value: str) -> None:
     """Raises ConfigError on all processes unless they agree on a value."""
-    if jax.process_count() == 1:
-        return
-    digests = process_allgather(np.frombuffer(hashlib.sha256(value.encode()).digest(), np.uint32))
+    digests = multihost_utils.process_allgather(
+        np.frombuffer(hashlib.sha256(value.encode()).digest(), np.uint32)
+    )
     different = np.flatnonzero((digests != digests[0]).any(1)).tolist()
     check(
         not different,
@@ -146,7 +128,7 @@ def check_same(what: str, value: str) -> None:
 
 def wait_to_see(condition: Callable[[], bool], what: str) -> None:
     """Waits until a file of the first process is visible; raises ConfigError after a minute."""
-    end = time.monotonic() + SEEN
+    end = time.monotonic() + 60
     while not condition():
         check(
             time.monotonic() < end,
@@ -165,30 +147,28 @@ def ending_together() -> Iterator[None]:
     except BaseException as error:
         if not jax.distributed.is_initialized():
             raise
-        match error:
-            case SystemExit(code=int(code)):
-                pass
-            case Exception() if LOST.search(str(error)):
-                code, line = 1, str(error).partition("\n")[0][:300]
-                print(
-                    f"error: process {jax.process_index()} cannot continue, probably because "
-                    f"another process ended ({line}): restart all processes",
-                    file=sys.stderr,
-                )
-            case _:
-                code = 1
-                traceback.print_exception(error)
+        code = 1
+        if isinstance(error, SystemExit) and isinstance(error.code, int):
+            code = error.code
+        elif isinstance(error, Exception) and LOST.search(str(error)):
+            line = str(error).partition("\n")[0][:300]
+            print(
+                f"error: process {jax.process_index()} cannot continue, probably because another "
+                f"process ended ({line}): restart all processes",
+                file=sys.stderr,
+            )
+        else:
+            traceback.print_exception(error)
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
 
 
 @contextmanager
-def signals() -> Iterator[Stop]:
-    """Catches SIGTERM and Ctrl-C in this context. A second signal of a type terminates at once.
-
-    With several processes jax handles SIGTERM. If one gets it, all stop after the same later step.
-    """
+def signals() -> Iterator[Callable[[int], int | None]]:
+    """Catches SIGTERM and Ctrl-C; a second signal of a type terminates at once. Yields a function
+    to call with each step. It returns the number of the signal that stops the run after the step.
+    With several processes jax handles SIGTERM, and all stop after the same later step."""
     several = jax.process_count() > 1
     caught = [signal.SIGINT] if several else [signal.SIGINT, signal.SIGTERM]
     received: list[int] = []
@@ -201,7 +181,8 @@ def signals() -> Iterator[Stop]:
 
     def stop(step):
         if several:
-            return signal.SIGTERM if reached_preemption_sync_point(step) else None
+            stopping = multihost_utils.reached_preemption_sync_point(step)
+            return signal.SIGTERM if stopping else None
         return received[0] if received else None
 
     before = {number: signal.signal(number, once) for number in caught}

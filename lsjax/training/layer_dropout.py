@@ -18,10 +18,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from lsjax.config import LayerDropoutConfig
 
-# Row counts that a layer is compiled for, beside 0.
-COUNTS = 4
-# Makes the key of the one draw that all rows share.
-ROUNDING = 2**31 - 1
+COUNTS = 4  # row counts that a layer is compiled for, beside 0
+ROUNDING = 2**31 - 1  # makes the key of the one draw that all rows share
 
 # (config, num_layers, step, num_steps) -> the rate of each layer
 DropRates = Callable[[LayerDropoutConfig, int, ArrayLike, int], Float[Array, " L"]]
@@ -70,8 +68,7 @@ def time_scale(config: LayerDropoutConfig, step: ArrayLike, num_steps: int) -> F
 def keep_mask(
     rates_L: Float[Array, " L"], seed: int, step: ArrayLike, rows_B: Int[Array, " B"]
 ) -> Bool[Array, "L B"]:
-    """Layers that each row keeps. rows_B: indices of the rows in the step's complete batch. Rows
-    with the same index get the same mask."""
+    """Layers that each row keeps. rows_B: indices of the rows in the step's complete batch."""
     return draws(_layer_keys(len(rates_L), seed, step), rows_B) >= rates_L[:, None]
 
 
@@ -84,20 +81,18 @@ def row_counts(rows: int) -> tuple[int, ...]:
 def keep_counted(
     rates_L: Float[Array, " L"], seed: int, step: ArrayLike, rows_SR: Int[Array, "S R"]
 ) -> tuple[Bool[Array, "L S R"], Int[Array, " L"]]:
-    """Layers that each row keeps, and the index of the row count, which all S shards share. A layer
-    runs on one of `row_counts(R)` rows in each shard.
+    """Layers that each row keeps, and the index of its `row_counts(R)`, which all S shards share.
 
     The count is (1 - p) R on average, and all sets of that many rows are equally likely. So each
     row keeps the layer with probability 1 - p. rows_SR: indices of the rows, as in `keep_mask`.
     """
-    counts = row_counts(rows_SR.shape[1])
-    layer_keys = _layer_keys(len(rates_L), seed, step)
+    rows = rows_SR.shape[1]
+    counts, layer_keys = row_counts(rows), _layer_keys(len(rates_L), seed, step)
     rounding_keys = jax.vmap(jax.random.fold_in, (0, None))(layer_keys, ROUNDING)
     draws_L = draws(rounding_keys, rows_SR[0, :1])[:, 0]
-    which_L = stochastic_rounding((1 - rates_L) * rows_SR.shape[1], counts, draws_L)
-    # The rows with the largest draws.
+    which_L = stochastic_rounding((1 - rates_L) * rows, counts, draws_L)
     draws_LSR = draws(layer_keys, rows_SR.reshape(-1)).reshape(-1, *rows_SR.shape)
-    rank_LSR = jnp.argsort(jnp.argsort(-draws_LSR, axis=2), axis=2)
+    rank_LSR = jnp.argsort(jnp.argsort(-draws_LSR, axis=2), axis=2)  # the largest draws first
     return rank_LSR < jnp.array(counts)[which_L][:, None, None], which_L
 
 

@@ -2,8 +2,8 @@
 
 The logits are never all in memory at once. Labelled positions are sorted first in each row. The
 row with most labels sets the chunk count. If a mesh shards positions, each device's piece of a row
-counts as a row here (`pieces`). Each chunk's gradient is computed with its loss. That takes three
-matmuls with the head: logits, gradient of the states, gradient of the table.
+counts as a row (`pieces`). Each chunk's gradient is computed with its loss, in three matmuls with
+the head: logits, gradient of the states, gradient of the table.
 
 Letters: S exit slots (hidden states of exits), C positions of a chunk.
 """
@@ -20,25 +20,8 @@ from jaxtyping import Array, Bool, Float, Int
 from lsjax.config import StepConfig
 from lsjax.model.block import RMSNorm
 from lsjax.model.llama import Llama, cast_matrices, split_matrices
-from lsjax.sharding import (
-    PIECES,
-    chunk_steps,
-    context_shards,
-    in_context_order,
-    on_each_device,
-    over_context,
-    pieces,
-    platform,
-)
-from lsjax.training.early_exit import (
-    EXIT_LOSSES,
-    ExitLoss,
-    cross_entropy,
-    enabled_exits,
-    exit_counts,
-    log_z,
-    loss_weights,
-)
+from lsjax.sharding import PIECES, chunk_steps, in_context_order, on_each_device, pieces, platform
+from lsjax.training.early_exit import EXIT_LOSSES, ExitLoss, cross_entropy, exit_slots, log_z
 from lsjax.training.forward import exit_states
 from lsjax.training.layer_dropout import DropRates, draws, drop_rates
 
@@ -82,49 +65,28 @@ def objective(
         model: stacked, in the dtype of the parameters.
         rows_B: indices of these rows in the batch.
         num_labels: labelled tokens in the complete batch; the loss is divided by this number.
-        exit_loss: loss of the exits below the last one; by default that of the config's target.
-        drop_rates: rates of layer dropout, if it is enabled.
+        exit_loss, drop_rates: as in `make_train_step`.
     """
-    shape = model.config
-    enabled_L = enabled_exits(config.early_exit, shape.num_layers, step, config.num_steps)
-    weights_L = loss_weights(config.early_exit, shape.num_layers, step, config.num_steps)
-    most = int(exit_counts(config.early_exit, shape.num_layers, config.num_steps).max())
-    exit_S, taken_S = slots(enabled_L, most)
+    num_layers = model.config.num_layers
+    slots = exit_slots(config.early_exit, num_layers, step, config.num_steps)
+    exit_S, taken_S, weights_S = slots
     narrow = cast_matrices(model, config.dtype)
     if platform() == "tpu":
         narrow = split_matrices(narrow)
-    x_SBTD = exit_states(config, narrow, over_context(batch), step, rows_B, exit_S, drop_rates)
+    x_SBTD = exit_states(config, narrow, batch, step, rows_B, exit_S, drop_rates)
 
     head = Head(model.norm, model.head_table)
     if platform() == "gpu":
         # XLA:GPU would gather the table, and allocate its gradient, before the layers run.
         head, x_SBTD = lax.optimization_barrier((head, x_SBTD))
-    weights_S = jnp.where(taken_S, weights_L[exit_S], 0) / jnp.maximum(num_labels, 1)
+    weights_S = weights_S / jnp.maximum(num_labels, 1)
     positions = loss_positions(config, batch["labels_BT"], step, rows_B, exit_S, taken_S)
-    loss, sums_S = head_loss(
-        exit_loss or EXIT_LOSSES[config.early_exit.target],
-        config.z_loss,
-        head,
-        jax.vmap(pieces)(x_SBTD),
-        pieces(in_context_order(batch["labels_BT"])),
-        positions,
-        weights_S,
-    )
-    sums_L = jnp.zeros(shape.num_layers, sums_S.dtype).at[exit_S].add(jnp.where(taken_S, sums_S, 0))
+    x_SBTD, labels_BT = jax.vmap(pieces)(x_SBTD), pieces(in_context_order(batch["labels_BT"]))
+    exit_loss = exit_loss or EXIT_LOSSES[config.early_exit.target]
+    arrays = head, x_SBTD, labels_BT, positions, weights_S
+    loss, sums_S = head_loss(exit_loss, config.z_loss, *arrays)
+    sums_L = jnp.zeros(num_layers, sums_S.dtype).at[exit_S].add(jnp.where(taken_S, sums_S, 0))
     return loss, sums_L
-
-
-def slots(enabled_L: Bool[Array, " L"], most: int) -> tuple[Int[Array, " S"], Bool[Array, " S"]]:
-    """Returns the exit's layer for each slot, and whether the slot is used.
-
-    The last exit has the last slot. most: highest number of other exits that a step enables. If
-    that is nearly all exits, every exit has its own slot, which makes the scan cheaper.
-    """
-    last = len(enabled_L) - 1
-    if last and most + 1 >= last:
-        return jnp.arange(last + 1), jnp.append(enabled_L[:-1], True)
-    (exit_S,) = jnp.nonzero(enabled_L[:-1], size=most, fill_value=last)
-    return jnp.append(exit_S, last), jnp.append(exit_S < last, True)
 
 
 def loss_positions(
@@ -152,12 +114,11 @@ def loss_positions(
         chosen_SBT = jnp.concatenate([drawn_SBT, chosen_SBT])
         scales_SB = scales_SB.at[:-1].set(count_B / jnp.maximum(part_B, 1))
     chosen_SBT = jax.vmap(lambda x_BT: pieces(in_context_order(x_BT)))(chosen_SBT)
+    shards = chosen_SBT.shape[1] // len(labels_BT)  # of the positions
     order_SBT = jnp.argsort(~chosen_SBT, axis=2, stable=True)
-    return Positions(
-        jnp.broadcast_to(order_SBT, (slots, *order_SBT.shape[1:])),
-        jnp.where(taken_S[:, None], chosen_SBT.sum(2), 0),
-        jnp.tile(scales_SB, (1, context_shards())),
-    )
+    order_SBT = jnp.broadcast_to(order_SBT, (slots, *order_SBT.shape[1:]))
+    counts_SB = jnp.where(taken_S[:, None], chosen_SBT.sum(2), 0)
+    return Positions(order_SBT, counts_SB, jnp.tile(scales_SB, (1, shards)))
 
 
 def loss_chunk(batch: int, steps: int, vocab: int) -> int:
@@ -176,45 +137,37 @@ def head_loss(
     positions: Positions,
     weights_S: Float[Array, " S"],
 ) -> tuple[Float[Array, ""], Float[Array, " S"]]:
-    """Weighted sum over slots of their summed losses, and each slot's sum.
-
-    exit_loss: loss of every slot but the last, which uses cross entropy. z_loss: weight of
-    log(Z)^2, included in the weighted sum only.
-    """
+    """Weighted sum over slots of their summed losses, and each slot's sum. exit_loss: loss of every
+    slot but the last. z_loss: weight of log(Z)^2, included in the weighted sum only."""
     return _forward(exit_loss, z_loss, head, x_SBTD, labels_BT, positions, weights_S)[0]
 
 
 @jax.named_scope("head")
 def _forward(exit_loss, z_loss, head, x_SBTD, labels_BT, positions, weights_S):
-    """Each device processes its own rows and accumulates the table gradient. One all-reduce at the
-    end sums it."""
+    """Each device accumulates the table gradient of its rows. One all-reduce at the end sums it."""
     _, batch, steps, _ = x_SBTD.shape
     chunk = loss_chunk(batch, steps, len(head.table_VD))
     chunks_S = -(-positions.counts_SB.max(1) // chunk)
     narrow = Head(head.norm, head.table_VD.astype(x_SBTD.dtype))
-    sums, dx_SBTD = on_each_device(
-        partial(_own_rows, exit_loss, z_loss, chunk),
-        (narrow, x_SBTD, labels_BT, positions, weights_S, chunks_S),
-        (P(), P(None, PIECES), P(PIECES), P(None, PIECES), P(), P()),
-        (P(PIECES), P(None, PIECES)),
-        axes=PIECES,
-    )
+    function = partial(_own_rows, exit_loss, z_loss, chunk)
+    arrays = narrow, x_SBTD, labels_BT, positions, weights_S, chunks_S
+    specs = P(), P(None, PIECES), P(PIECES), P(None, PIECES), P(), P()
+    outputs = P(PIECES), P(None, PIECES)
+    sums, dx_SBTD = on_each_device(function, arrays, specs, outputs, axes=PIECES)
     losses, dhead = jax.tree.map(lambda leaf: leaf.sum(0), sums)
     dhead = jax.tree.map(lambda gradient, leaf: gradient.astype(leaf.dtype), dhead, head)
     return losses, (dhead, dx_SBTD)
 
 
 def _own_rows(exit_loss, z_loss, chunk, head, x_SBTD, labels_BT, positions, weights_S, chunks_S):
-    """Losses and gradients of a device's rows. Values to sum over devices carry a leading axis of
+    """Losses and gradients of a device's rows. Values to sum over devices have a leading axis of
     size 1. chunks_S: number of chunks per slot, set by the row with most positions."""
     slots, batch, steps, width = x_SBTD.shape
     whole = -(-steps // chunk) * chunk  # steps, padded to full chunks
     wide = jnp.promote_types(x_SBTD.dtype, jnp.float32)
     order_SBT = jnp.pad(positions.order_SBT, [(0, 0), (0, 0), (0, whole - steps)])
     table_DV = head.table_VD.T  # once here, or XLA would transpose it in every chunk
-
-    def logits_of(normed_BCD):
-        return jnp.einsum("BCD,DV->BCV", normed_BCD, table_DV, preferred_element_type=wide)
+    product = partial(jnp.einsum, preferred_element_type=wide)
 
     def add_slot(slot_loss, slot, carry):
         """Adds one slot's loss and gradients; the gradient of the states overwrites the states."""
@@ -231,24 +184,21 @@ def _own_rows(exit_loss, z_loss, chunk, head, x_SBTD, labels_BT, positions, weig
             label_BC = jnp.take_along_axis(labels_BT, at_BC, 1)
             x_BCD = jnp.take_along_axis(x_BTD, at_BC[:, :, None], 1)
             final_BCD = jnp.take_along_axis(final_BTD, at_BC[:, :, None], 1)
-            final_BCV = logits_of(head.norm(final_BCD))
+            final_BCV = product("BCD,DV->BCV", head.norm(final_BCD), table_DV)
 
             def chunk_loss(logits_BCV):
-                added = (scale_BC * slot_loss(logits_BCV, label_BC, final_BCV)).sum()
-                if not z_loss:
-                    return weight * added, added
-                z_term = (scale_BC * jnp.square(log_z(logits_BCV))).sum()
-                return weight * (added + z_loss * z_term), added
+                total = added = (scale_BC * slot_loss(logits_BCV, label_BC, final_BCV)).sum()
+                if z_loss:
+                    total += z_loss * (scale_BC * jnp.square(log_z(logits_BCV))).sum()
+                return weight * total, added
 
             normed_BCD, norm_backward = jax.vjp(lambda norm, x: norm(x), head.norm, x_BCD)
-            backward = jax.value_and_grad(chunk_loss, has_aux=True)
-            losses, dlogits_BCV = backward(logits_of(normed_BCD))
+            logits_BCV = product("BCD,DV->BCV", normed_BCD, table_DV)
+            losses, dlogits_BCV = jax.value_and_grad(chunk_loss, has_aux=True)(logits_BCV)
             # Cast and barrier: otherwise XLA:TPU recomputes dlogits in both following matmuls.
             dlogits_BCV = lax.optimization_barrier(dlogits_BCV.astype(x_BCD.dtype))
             dnormed_BCD = jnp.einsum("BCV,VD->BCD", dlogits_BCV, head.table_VD)
-            dtable_DV = jnp.einsum(
-                "BCD,BCV->DV", normed_BCD, dlogits_BCV, preferred_element_type=wide
-            )
+            dtable_DV = product("BCD,BCV->DV", normed_BCD, dlogits_BCV)
             dnorm, dx_BCD = norm_backward(dnormed_BCD)
             sums = jax.tree.map(jnp.add, sums, [losses, Head(dnorm, dtable_DV)])
             return *sums, lax.dynamic_update_slice_in_dim(dx_BTD, dx_BCD, start, 1)

@@ -1,62 +1,51 @@
-"""Metrics of a step: its FLOPs, its row in metrics.jsonl and trackers, its line of text.
+"""Metrics of a run: the line and the row of a step, metrics.jsonl, trackers, wall time by use.
 
-FLOPs are those of the plain model, whatever LayerSkip adds or saves. So utilisations of runs with
-and without LayerSkip are comparable (Chowdhery et al., 2022, appendix B). Gradients of frozen
-weights do not count.
+Rows of kind "time" in metrics.jsonl hold the seconds of each use up to then. The rows of steps that
+follow the last one continue it, so a run that was killed knows its time up to its last row.
 """
 
 import json
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from datetime import timedelta
 from typing import Any
 
 import jax
 import numpy as np
-from flax import nnx
 
-from lsjax.config import EarlyExitConfig, LlamaConfig, LoraConfig, Path, TrainConfig
-from lsjax.model.llama import Llama, stacked
-from lsjax.model.lora import split, with_adapters
-from lsjax.training.early_exit import exit_counts
-from lsjax.training.wall_time import TIME, Clock
+from lsjax.checkpoints.run import METRICS, read_metrics
+from lsjax.config import ConfigError, Path, TrainConfig, in_bucket
+from lsjax.data.buckets import Lines
+from lsjax.data.files import local_cache, one_line, remove_directory, write_whole
+from lsjax.training.profiling import peak_flops, step_flops
 
 PAUSE = 10.0  # seconds between printed lines
 WINDOW = 0.1  # weight of the newest step in the printed speed
-# Dense bfloat16 FLOPs per second of one jax device, by the start of its `device_kind`.
-PEAKS = {
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5e": 197e12,
-    "TPU v5p": 459e12,
-    "TPU v5": 459e12,
-    "TPU v6": 918e12,
-    "NVIDIA A100": 312e12,
-    "NVIDIA H100": 989e12,
-    "NVIDIA H200": 989e12,
-}
+TIME = "time"  # kind of the rows of the clock
+# "steps_done_again": those of a killed process after its last checkpoint. "checkpoints": the time
+# for which they block. "restarts": from the last row of a process until the next one has its state.
+USES = (
+    *("steps", "steps_done_again", "compiling", "waiting_for_data", "evaluation", "checkpoints"),
+    *("start", "restarts"),
+)
+
+Row = Mapping[str, Any]  # {"kind": ..., "step": n, ...}
+Tracker = Callable[[Row], None]  # called with each row that follows the kept ones of metrics.jsonl
 
 
-def step_row(values: Mapping[str, Any], seconds: float) -> dict[str, Any]:
-    """A step's row of metrics, from its arrays and its time; lists only the enabled exits."""
-    on = np.flatnonzero(values["enabled_L"])
-    exits = {"exits": (on + 1).tolist(), "exit_losses": values["exit_loss_L"][on].tolist()}
-    rest = {k: v for k, v in values.items() if k not in ("exit_loss_L", "enabled_L")}
-    return {**rest, **exits, "seconds": seconds}
-
-
-@dataclass(kw_only=True)
 class StepLine:
     """A step's line of text: losses, tokens/s, model FLOPs utilisation, time left."""
 
-    num_steps: int
-    step_tokens: int
-    step_flops: float
-    peak_flops: float | None  # of all devices together
-    _seconds: float | None = None  # of a step, as a moving average
+    def __init__(self, config: TrainConfig, peak_flops: float | None):
+        """peak_flops: FLOPs per second of all devices together, if known."""
+        shape = config.batch_size, config.seq_len
+        self._num_steps, self._tokens = config.num_steps, math.prod(shape)
+        self._flops, self._peak = step_flops(config.model, *shape, config.lora), peak_flops
+        self._seconds: float | None = None  # of a step, as a moving average
 
     def __call__(self, step: int, row: Mapping[str, Any]) -> str:
         """step 120/900  loss 2.31 (exits 3: 3.10, 7: 2.62)  5210 tokens/s  MFU 41%  2:31 left"""
@@ -67,13 +56,13 @@ class StepLine:
         pairs = pairs[:: -(-len(pairs) // 4)] if pairs else []
         exits = ", ".join(f"{exit}: {loss:.2f}" for exit, loss in pairs)
         parts = [
-            f"step {step}/{self.num_steps}",
+            f"step {step}/{self._num_steps}",
             f"loss {float(row['last_exit_loss']):.3f}" + (f" (exits {exits})" if exits else ""),
-            f"{self.step_tokens / self._seconds:,.0f} tokens/s",
+            f"{self._tokens / self._seconds:,.0f} tokens/s",
         ]
-        if self.peak_flops:
-            parts.append(f"MFU {self.step_flops / self._seconds / self.peak_flops:.0%}")
-        left = round((self.num_steps - step) * self._seconds)
+        if self._peak:
+            parts.append(f"MFU {self._flops / self._seconds / self._peak:.0%}")
+        left = round((self._num_steps - step) * self._seconds)
         parts.append(f"{timedelta(seconds=left)} left")
         if int(row["skipped"]):
             parts.append(f"{int(row['skipped'])} steps skipped")
@@ -93,44 +82,93 @@ def paced(print: Callable[[str], None], num_steps: int) -> Callable[[int, str], 
     return show
 
 
+class Clock:
+    """Counts each moment of the run exactly once. rows: all rows of earlier processes. from_step:
+    step after which the run resumes. began: Unix time at which this process began."""
+
+    def __init__(self, rows: Sequence[Row], from_step: int, began: float):
+        self._began = next((row["began"] for row in rows if row["kind"] == TIME), began)
+        self._seconds = so_far(rows)
+        use = "restarts" if self._seconds else "start"
+        kept = so_far([row for row in rows if row["step"] <= from_step])["steps"]
+        self._seconds["steps_done_again"] += self._seconds["steps"] - kept
+        self._seconds["steps"] = kept
+        self.spend(use)
+        self._last = self._seconds.total()
+
+    def spend(self, use: str, until: float | None = None) -> None:
+        """Counts the time that is not counted yet for a use. until: Unix time; now by default."""
+        counted = self._began + self._seconds.total()
+        self._seconds[use] += max(0.0, (until or time.time()) - counted)
+
+    def lap(self) -> float:
+        """Counted seconds since the last call."""
+        before, self._last = self._last, self._seconds.total()
+        return self._last - before
+
+    def row(self) -> dict[str, float]:
+        """The seconds of each use and their sum; began: Unix time of the start of the run."""
+        uses = {use: self._seconds[use] for use in USES}
+        return {"began": self._began, "wall": self._seconds.total(), **uses}
+
+    def __str__(self):
+        wall = self._seconds.total()
+        shares = (f"{use.replace('_', ' ')} {self._seconds[use] / wall:.1%}" for use in USES)
+        return f"wall time {timedelta(seconds=round(wall))}: {', '.join(shares)}"
+
+
+def so_far(rows: Sequence[Row]) -> Counter[str]:
+    """Seconds of each use up to the last row; empty for rows without times."""
+    seconds: Counter[str] = Counter()
+    for row in rows:
+        if row["kind"] == TIME:
+            seconds = Counter({use: row[use] for use in USES})
+        elif row["kind"] == "step" and seconds:
+            seconds["steps"] += row["seconds"]
+    return seconds
+
+
 class MetricsLog:
-    """Appends rows {"kind": ..., "step": n, ...} as they arrive, and has the run's clock. Without a
-    directory it writes nothing."""
+    """metrics.jsonl, the trackers and the clock of a run. Without a directory it writes nothing."""
 
     def __init__(self, directory: Path | None, config: TrainConfig, from_step: int, began: float):
-        """Keeps the rows of steps up to `from_step`, after which the run resumes. So a step that is
-        repeated after a crash has only one row.
-
-        began: Unix time at which this process began. Raises ConfigError if wandb can't start.
-        """
-        # Imported here: counting FLOPs does not need the packages that read checkpoints.
-        from lsjax.checkpoints.run import METRICS, read_metrics
-        from lsjax.data.buckets import Lines
-        from lsjax.data.files import write_whole
-        from lsjax.training import trackers
-
-        self._file, self._trackers, self._opened = None, [], ExitStack()
+        """Keeps the rows of steps up to `from_step`, after which the run resumes. began: Unix time
+        at which this process began. Raises ConfigError if wandb can't start."""
         rows = [] if directory is None else read_metrics(directory)
         self.clock = Clock(rows, from_step, began)
+        peak, mesh = peak_flops(jax.devices()[0].device_kind), jax.sharding.get_abstract_mesh()
+        self._line = StepLine(config, peak and peak * (1 if mesh.empty else mesh.size))
+        self._lines, self._trackers, self._opened = None, [], ExitStack()
         if directory is None:
             return
         kept = [row for row in rows if row["step"] <= from_step]
         kept.append({"kind": TIME, "step": from_step, **self.clock.row()})
-        asked = [trackers.weights_and_biases(directory, kept, asdict(config))] * config.wandb
-        asked += [trackers.tensorboard(directory, kept)] * config.tensorboard
-        self._trackers += map(self._opened.enter_context, asked)
+        if config.wandb:
+            self._trackers.append(weights_and_biases(directory, kept, self._opened, config))
+        if config.tensorboard:
+            self._trackers.append(tensorboard(directory, kept, self._opened))
         write_whole(directory / METRICS, "".join(json.dumps(row) + "\n" for row in kept).encode())
-        self._file = self._opened.enter_context(closing(Lines(directory / METRICS)))
+        self._lines = self._opened.enter_context(closing(Lines(directory / METRICS)))
+
+    def step(self, step: int, values: Mapping[str, Any]) -> str:
+        """Writes the row of a step that has just ended; returns its line of text."""
+        self.clock.spend("steps")
+        on = np.flatnonzero(values["enabled_L"])
+        row = {k: v for k, v in values.items() if k not in ("exit_loss_L", "enabled_L")}
+        row |= {"exits": (on + 1).tolist(), "exit_losses": values["exit_loss_L"][on].tolist()}
+        row["seconds"] = self.clock.lap()
+        self.write("step", step, row)
+        return self._line(step, row)
 
     def write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
         """Writes one row. NaN and infinity become null."""
-        if self._file is None:
+        if self._lines is None:
             return
         text = json.dumps(dict(values), default=lambda array: array.tolist())
         row = {"kind": kind, "step": step, **json.loads(text, parse_constant=lambda _: None)}
-        self._file.write(json.dumps(row) + "\n")
+        self._lines.write(json.dumps(row) + "\n")
         if kind not in ("step", TIME):  # a resumed run does not repeat it
-            self._file.flush()
+            self._lines.flush()
         for tracker in self._trackers:
             tracker(row)
 
@@ -142,44 +180,66 @@ class MetricsLog:
 
     def flush(self) -> None:
         """Writes rows that wait, as they do if the directory is in a bucket."""
-        if self._file is not None:
-            self._file.flush()
+        if self._lines is not None:
+            self._lines.flush()
 
     def close(self) -> None:
         """Closes the files."""
         self._opened.close()
 
 
-def step_flops(
-    config: LlamaConfig, batch_size: int, seq_len: int, lora: LoraConfig | None = None
-) -> float:
-    """FLOPs of one plain training step: one forward pass, one backward pass for the inputs,
-    and one for the trained weights.
+def tensorboard(directory: Path, kept: Sequence[Row], opened: ExitStack) -> Tracker:
+    """Event files in tensorboard/. They hide rows of earlier starts after the kept ones."""
+    from tensorboardX import SummaryWriter
 
-    Counts two FLOPs per matrix weight and token, with the head and without the lookup. Attention
-    counts the causal half of T^2.
+    files = SummaryWriter(str(directory / "tensorboard"), purge_step=kept[-1]["step"] + 1)
+    board = opened.enter_context(files)
+
+    def write(row: Row) -> None:
+        for name, number in numbers(row).items():
+            board.add_scalar(name, number, row["step"])
+
+    return write
+
+
+def weights_and_biases(
+    directory: Path, kept: Sequence[Row], opened: ExitStack, config: TrainConfig
+) -> Tracker:
+    """One run at Weights & Biases, however often it starts: its id is the time when it began.
+
+    wandb loses the last steps of a killed process. So each start sends the kept rows that the
+    server lacks. Offline it writes all of them, and removes the files of earlier starts.
+    Raises ConfigError if wandb can't start.
     """
-    matrices = config.num_layers * config.layer_params + config.head_params
-    attention = config.num_layers * config.num_heads * config.head_dim * seq_len
-    products = 3.0 * (2.0 * matrices + 2.0 * attention)
-    if lora is not None and lora.rank > 0:
-        adapters = jax.eval_shape(
-            lambda: split(with_adapters(stacked(Llama(config, rngs=nnx.Rngs(0))), lora, 0))[0]
-        )
-        adapter_params = sum(leaf.size for leaf in jax.tree.leaves(adapters))
-        products += 3 * 2.0 * adapter_params - 2.0 * matrices
-    return products * batch_size * seq_len
+    import wandb
+
+    run_id = f"{round(1e6 * kept[-1]['began']):x}"
+    folder = local_cache() if in_bucket(directory) else directory.absolute()
+    for old in (folder / "wandb").glob(f"offline-run-*-{run_id}"):
+        remove_directory(old)
+    settings = wandb.Settings(console="off")  # it would capture the progress bar
+    about = dict(name=directory.name, config=asdict(config), dir=str(folder), settings=settings)
+    try:
+        run = opened.enter_context(wandb.init(id=run_id, resume="allow", **about))
+    except wandb.Error as error:
+        fix = "run `wandb login`, set WANDB_MODE=offline, or leave --wandb out"
+        raise ConfigError(f"wandb can't start ({one_line(error)}): {fix}") from error
+    first = run.step  # that the server lacks
+
+    def write(row: Row) -> None:
+        if row["step"] >= first:
+            run.log(numbers(row), step=row["step"])
+
+    for row in kept:
+        write(row)
+    return write
 
 
-def exit_flops(
-    early_exit: EarlyExitConfig, config: LlamaConfig, tokens: int, num_steps: int
-) -> float:
-    """FLOPs that the intermediate exits add to a step, averaged over the run: three passes through
-    the head for each of their tokens."""
-    exits = exit_counts(early_exit, config.num_layers, num_steps).mean() * early_exit.token_share
-    return 3.0 * 2.0 * config.head_params * tokens * float(exits)
-
-
-def peak_flops(device_kind: str) -> float | None:
-    """FLOPs per second of an accelerator, by jax's name; None for CPUs and unknown devices."""
-    return next((peak for kind, peak in PEAKS.items() if device_kind.startswith(kind)), None)
+def numbers(row: Row) -> dict[str, float]:
+    """The numbers of a row by kind/field; those of a list by kind/field/1 and so on."""
+    flat: dict[str, Any] = {}
+    for name in row.keys() - {"kind", "step"}:
+        key, value = f"{row['kind']}/{name}", row[name]
+        items = enumerate(value, start=1) if isinstance(value, list) else ()
+        flat |= {f"{key}/{index}": item for index, item in items} or {key: value}
+    return {key: value for key, value in flat.items() if type(value) in (int, float)}

@@ -1,9 +1,7 @@
 """Preparation of a run before anything is compiled: checks its input, reads data, writes files.
 
-Decoding uses two of the files in the directory of a run:
-
-token_counts.json   how often each token is a label, to choose a draft vocabulary
-prompts.jsonl       beginnings of held-out rows, for --prompt-file
+Decoding uses two of the files: token_counts.json says how often each token is a label, to choose a
+draft vocabulary. prompts.jsonl holds beginnings of held-out rows, for --prompt-file.
 """
 
 import dataclasses
@@ -16,6 +14,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental.multihost_utils import sync_global_devices
 from jax.sharding import Mesh
 
 from lsjax.checkpoints import open_checkpoint
@@ -30,37 +29,20 @@ from lsjax.data.token_rows import Share, TokenRows
 from lsjax.data.tokenizer import Tokenizer
 from lsjax.data.vocabulary import COUNTS, make_tokenizer, write_counts
 from lsjax.sharding import make_mesh, own_rows, placed_rows
-from lsjax.training.hosts import check_same, in_turn, is_first, wait_for_all, wait_to_see
+from lsjax.training.hosts import check_same, in_turn, is_first, wait_to_see
 from lsjax.training.step import check_rows
 
 PROMPTS = "prompts.jsonl"
 COUNTED = 4_000_000  # tokens counted for the draft vocabulary
 # Fields that a resumed run may change: they do not affect the results of steps.
-FREE = frozenset(
-    {
-        "mesh",
-        "checkpoints",
-        "evaluation",
-        "tensorboard",
-        "wandb",
-        "profile",
-        "max_skipped",
-        "micro_batches",
-        "remat",
-        "attention",
-        "dtype",
-        "init_from",
-        # Paths of the data and the tokenizer. Fingerprints compare their contents.
-        "data.paths",
-        "data.validation_paths",
-        "data.tfds_data_dir",
-        "data.tokenizer",
-        # Fields of a model that has weights already.
-        "model.init_std",
-        "model.scaled_init",
-        "model.max_context",
-    }
-)
+FREE = {
+    *("mesh", "checkpoints", "evaluation", "tensorboard", "wandb", "profile", "max_skipped"),
+    *("micro_batches", "remat", "attention", "dtype", "init_from"),
+    # Paths of the data and the tokenizer. Fingerprints compare their contents.
+    *("data.paths", "data.validation_paths", "data.tfds_data_dir", "data.tokenizer"),
+    # Fields of a model that has weights already.
+    *("model.init_std", "model.scaled_init", "model.max_context"),
+}
 
 
 @dataclass(frozen=True)
@@ -81,6 +63,21 @@ class TrainingRun:
         """Places a batch of this host's rows on their devices."""
         return placed_rows(batch, self.config.batch_size, self.mesh)
 
+    def data_position(self) -> dict[str, Any]:
+        """Position in the data, for `resume_data` and JSON."""
+        return {**self.pipeline.state(), "held_out": self.held_out.rows.fingerprint}
+
+    def resume_data(self, position: Mapping[str, Any]) -> None:
+        """Resumes at a position in the data. Raises ConfigError if the data differ."""
+        self.pipeline.restore(position)
+        now = self.held_out.rows.fingerprint
+        before = position.get("held_out", now)  # older checkpoints lack this entry
+        check(
+            before == now,
+            "the validation data differ from those that the run began with (fingerprint "
+            f"{before}, now {now}): give the same data, or start a new run",
+        )
+
     def describe(self) -> str:
         """Two lines: the model and the data."""
         config, rows = self.config, self.pipeline.rows
@@ -94,10 +91,8 @@ class TrainingRun:
 
 
 def prepare_run(config: TrainConfig, workdir: Path) -> TrainingRun:
-    """Checks the configuration, reads the data, and writes the first files of the run.
-
-    Raises ConfigError, CheckpointError, TokenizerError or OSError for bad input.
-    """
+    """Checks the configuration, reads the data, and writes the first files of the run. Raises
+    ConfigError, CheckpointError, TokenizerError or OSError for bad input."""
     resumes = is_run(workdir)
     if resumes:
         config = check_same_run(read_run_config(workdir), config, str(workdir))
@@ -115,30 +110,32 @@ def prepare_run(config: TrainConfig, workdir: Path) -> TrainingRun:
 
     with in_turn("the tokenizer is read"):
         tokenizer = make_tokenizer(config.data, cache=cache_directory())
-    tokenizer, pipeline, held_out = read_data(config, tokenizer, mesh)
+    tokenizer = tokenizer.fitted(config.model.vocab_size)
+    # All hosts share the work if tokens are missing.
+    share = Share(jax.process_index(), jax.process_count(), sync_global_devices)
+    options = dict(seq_len=config.seq_len, cache=cache_directory(), share=share)
+    rows = {split: packed_rows(config.data, tokenizer, split=split, **options) for split in SPLITS}
+    own = dict(batch_size=config.batch_size, own_B=own_rows(config.batch_size, mesh))
+    pipeline = Pipeline(rows["train"], seed=config.seed, **own)
+    held_out = OnePass(rows["validation"], max_batches=config.evaluation.batches, **own)
     fingerprints = tokenizer.fingerprint, pipeline.rows.fingerprint, held_out.rows.fingerprint
     check_same("the tokenizers and the data", f"{fingerprints}")
     prompts = held_out_prompts(held_out.whole(), config.evaluation)  # the same on all hosts
-    sampled = sample_prompt(config.evaluation, config.model, tokenizer, prompts)
+    sampled = sample_prompt(config, tokenizer, prompts)
     with in_turn("the run has begun"):
         if is_first():
             begin_run(workdir, config, tokenizer)
             write_run_files(workdir, tokenizer, pipeline.rows, prompts)
         wait_to_see(lambda: is_run(workdir), f"the run in {workdir}")
-    losses = held_out_losses(workdir)
-    return TrainingRun(
-        config, workdir, resumes, mesh, tokenizer, pipeline, held_out, sampled, losses
-    )
+    read = tokenizer, pipeline, held_out, sampled, held_out_losses(workdir)
+    return TrainingRun(config, workdir, resumes, mesh, *read)
 
 
 def check_same_run(before: TrainConfig, now: TrainConfig, where: str) -> TrainConfig:
-    """The configuration to resume with; its model is that of the run.
-
-    Raises ConfigError for the first changed field that a run can't change.
-    """
-    if now.model is None:
-        now = dataclasses.replace(now, model=before.model)
-    for path, old, new in differences(dataclasses.asdict(before), dataclasses.asdict(now)):
+    """The configuration to resume with; its model is that of the run. Raises ConfigError for the
+    first changed field that a run can't change."""
+    given = dataclasses.replace(now, model=now.model or before.model)
+    for path, old, new in differences(dataclasses.asdict(before), dataclasses.asdict(given)):
         check(
             path in FREE or path.partition(".")[0] in FREE,
             f"{where} was started with {path} {old}, now it is {new}: a run can't change it; use "
@@ -148,36 +145,16 @@ def check_same_run(before: TrainConfig, now: TrainConfig, where: str) -> TrainCo
 
 
 def with_model(config: TrainConfig, model: LlamaConfig) -> TrainConfig:
-    """The config with the model shape of the checkpoint that it starts from.
-
-    Raises ConfigError if the config's own shape differs.
-    """
-    if config.model is not None:
-        given, found = dataclasses.asdict(config.model), dataclasses.asdict(model)
-        for path, own, other in differences(given, found):
-            check(
-                f"model.{path}" in FREE,
-                f"model.{path} is {own}, but that of {config.init_from} is {other}: "
-                "leave the model out of the config, or correct it",
-            )
-    config = dataclasses.replace(config, model=model)
-    config.check_model(model)
-    return config
-
-
-def read_data(
-    config: TrainConfig, tokenizer: Tokenizer, mesh: Mesh | None
-) -> tuple[Tokenizer, Pipeline, OnePass]:
-    """The tokenizer for the model, training rows and held-out rows; raises ConfigError for bad
-    data. All hosts share the work if tokens are missing."""
-    tokenizer = tokenizer.fitted(config.model.vocab_size)
-    share = Share(jax.process_index(), jax.process_count(), wait_for_all)
-    options = dict(seq_len=config.seq_len, cache=cache_directory(), share=share)
-    rows = {split: packed_rows(config.data, tokenizer, split=split, **options) for split in SPLITS}
-    own = dict(batch_size=config.batch_size, own_B=own_rows(config.batch_size, mesh))
-    pipeline = Pipeline(rows["train"], seed=config.seed, **own)
-    held_out = OnePass(rows["validation"], max_batches=config.evaluation.batches, **own)
-    return tokenizer, pipeline, held_out
+    """The config with the model shape of the checkpoint that it starts from. Raises ConfigError if
+    the config's own shape differs, or if the run does not fit the model."""
+    given = dataclasses.asdict(config.model or model)
+    for path, own, other in differences(given, dataclasses.asdict(model)):
+        check(
+            f"model.{path}" in FREE,
+            f"model.{path} is {own}, but that of {config.init_from} is {other}: "
+            "leave the model out of the config, or correct it",
+        )
+    return dataclasses.replace(config, model=model)
 
 
 def write_run_files(
@@ -187,21 +164,15 @@ def write_run_files(
     step it writes all of them, because the data may still change."""
     fresh = not saved_steps(workdir / CHECKPOINTS)
     if fresh or not (workdir / COUNTS).exists():
-        write_counts(workdir / COUNTS, tokenizer, count_labels(rows))
+        counts: Counter[int] = Counter()
+        for first in range(0, min(len(rows), COUNTED // rows.seq_len + 1), 256):
+            labels_BT = rows.read(np.arange(first, min(first + 256, len(rows))))["labels_BT"]
+            counts.update(labels_BT[labels_BT >= 0].tolist())
+        write_counts(workdir / COUNTS, tokenizer, counts)
     if fresh or not (workdir / PROMPTS).exists():
         texts = map(tokenizer.decode, prompts)
         lines = [json.dumps({"prompt": text}, ensure_ascii=False) for text in texts if text]
         write_whole(workdir / PROMPTS, "".join(f"{line}\n" for line in lines).encode())
-
-
-def count_labels(rows: TokenRows) -> Counter[int]:
-    """How often each token is a label in the first rows."""
-    counts: Counter[int] = Counter()
-    last, step = min(len(rows), COUNTED // rows.seq_len + 1), 256
-    for first in range(0, last, step):
-        labels_BT = rows.read(np.arange(first, min(first + step, len(rows))))["labels_BT"]
-        counts.update(labels_BT[labels_BT >= 0].tolist())
-    return counts
 
 
 def held_out_prompts(
@@ -227,21 +198,19 @@ def held_out_prompts(
 
 
 def sample_prompt(
-    config: EvaluationConfig,
-    model: LlamaConfig,
-    tokenizer: Tokenizer,
-    prompts: Sequence[Sequence[int]],
+    config: TrainConfig, tokenizer: Tokenizer, prompts: Sequence[Sequence[int]]
 ) -> list[int]:
     """Tokens that samples continue: the configured text, or the middle prompt; empty without
     samples. Raises ConfigError if the text leaves no room in the model's context."""
-    if config.sample_tokens == 0:
+    if config.evaluation.sample_tokens == 0:
         return []
-    if not config.sample_prompt:
-        return list(prompts[len(prompts) // 2])[: model.max_context - 1]
-    prompt = tokenizer.encode(config.sample_prompt)
+    most = config.model.max_context - 1
+    if not config.evaluation.sample_prompt:
+        return list(prompts[len(prompts) // 2])[:most]
+    prompt = tokenizer.encode(config.evaluation.sample_prompt)
     check(
-        0 < len(prompt) < model.max_context,
-        f"evaluation.sample_prompt has {len(prompt)} tokens: use 1 to {model.max_context - 1}, as "
-        f"the model's context has {model.max_context}",
+        0 < len(prompt) <= most,
+        f"evaluation.sample_prompt has {len(prompt)} tokens: use 1 to {most}, as the model's "
+        f"context has {most + 1}",
     )
     return prompt

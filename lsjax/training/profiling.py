@@ -1,12 +1,65 @@
-"""Traces that xprof and TensorBoard open."""
+"""How fast a run is: FLOPs of a step, peaks of accelerators, and traces for xprof and TensorBoard.
+
+FLOPs are those of the plain model, whatever LayerSkip adds or saves. So utilisations of runs with
+and without LayerSkip are comparable (Chowdhery et al., 2022, appendix B). Gradients of frozen
+weights do not count.
+"""
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 
 import jax
+from flax import nnx
 
-from lsjax.config import Path, ProfileConfig, in_bucket
+from lsjax.config import EarlyExitConfig, LlamaConfig, LoraConfig, Path, ProfileConfig, in_bucket
 from lsjax.data.files import whole_directory
+from lsjax.model.llama import Llama, stacked
+from lsjax.model.lora import split, with_adapters
+from lsjax.training.early_exit import exit_counts
+
+# Dense bfloat16 FLOPs per second of one jax device, by the start of its `device_kind`.
+PEAKS = {
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5": 459e12,
+    "TPU v6": 918e12,
+    "NVIDIA A100": 312e12,
+    "NVIDIA H100": 989e12,
+    "NVIDIA H200": 989e12,
+}
+
+
+def peak_flops(device_kind: str) -> float | None:
+    """FLOPs per second of an accelerator, by jax's name; None for CPUs and unknown devices."""
+    return next((peak for kind, peak in PEAKS.items() if device_kind.startswith(kind)), None)
+
+
+def step_flops(
+    config: LlamaConfig, batch_size: int, seq_len: int, lora: LoraConfig | None = None
+) -> float:
+    """FLOPs of one plain training step: one forward pass, one backward pass for the inputs, and one
+    for the trained weights. Counts two FLOPs per matrix weight and token, with the head and without
+    the lookup. Attention counts the causal half of T^2."""
+    matrices = config.num_layers * config.layer_params + config.head_params
+    attention = config.num_layers * config.num_heads * config.head_dim * seq_len
+    products = 3.0 * (2.0 * matrices + 2.0 * attention)
+    if lora is not None and lora.rank > 0:
+        adapters = jax.eval_shape(
+            lambda: split(with_adapters(stacked(Llama(config, rngs=nnx.Rngs(0))), lora, 0))[0]
+        )
+        adapter_params = sum(leaf.size for leaf in jax.tree.leaves(adapters))
+        products += 3 * 2.0 * adapter_params - 2.0 * matrices
+    return products * batch_size * seq_len
+
+
+def exit_flops(
+    early_exit: EarlyExitConfig, config: LlamaConfig, tokens: int, num_steps: int
+) -> float:
+    """FLOPs that the intermediate exits add to a step, averaged over the run: three passes through
+    the head for each of their tokens."""
+    exits = exit_counts(early_exit, config.num_layers, num_steps).mean() * early_exit.token_share
+    return 3.0 * 2.0 * config.head_params * tokens * float(exits)
 
 
 @contextmanager

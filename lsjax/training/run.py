@@ -4,9 +4,9 @@ Evaluation, samples and plots are hooks, so training depends on neither decoding
 """
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,20 +14,12 @@ import jax
 
 from lsjax.checkpoints.run import CHECKPOINTS, read_metrics
 from lsjax.checkpoints.saving import Checkpoints
-from lsjax.config import TrainConfig, check
 from lsjax.model.llama import Llama
 from lsjax.training.hosts import is_first, signals
-from lsjax.training.metrics import MetricsLog, StepLine, paced, peak_flops, step_flops, step_row
+from lsjax.training.metrics import MetricsLog, paced
 from lsjax.training.prepare import TrainingRun
 from lsjax.training.profiling import traced
-from lsjax.training.step import (
-    Batch,
-    Metrics,
-    TrainState,
-    abstract_state,
-    initial_state,
-    make_train_step,
-)
+from lsjax.training.step import Metrics, TrainState, abstract_state, initial_state, make_train_step
 
 Show = Callable[[int, str], None]  # (steps done, line of metrics), called once for each step
 
@@ -54,10 +46,9 @@ class Interrupted(KeyboardInterrupt):
         self.step = step
 
 
-@contextmanager
-def printed(run: TrainingRun, first: int) -> Iterator[Show]:
+def printed(run: TrainingRun, first: int) -> AbstractContextManager[Show]:
     """Prints the line of a step at intervals."""
-    yield paced(print, run.config.num_steps)
+    return nullcontext(paced(print, run.config.num_steps))
 
 
 def train_run(
@@ -87,20 +78,20 @@ def train_run(
     say(run.describe())
     config, mesh = run.config, run.mesh
     train_step = make_train_step(config, **knobs)
-    peak = peak_flops(jax.devices()[0].device_kind)
-    line = StepLine(
-        num_steps=config.num_steps,
-        step_tokens=config.batch_size * config.seq_len,
-        step_flops=step_flops(config.model, config.batch_size, config.seq_len, config.lora),
-        peak_flops=peak and peak * (1 if mesh is None else mesh.size),
-    )
     exact = config.dtype == "float32"  # accelerators use fewer bits for matmuls by default
     with (
         jax.default_matmul_precision("highest") if exact else nullcontext(),
         nullcontext() if mesh is None else jax.set_mesh(mesh),
         Checkpoints(run.workdir / CHECKPOINTS, config.checkpoints, warn, run.losses) as checkpoints,
     ):
-        state, first = first_state(run, checkpoints, say)
+        like = abstract_state(config, mesh)
+        restored = checkpoints.restore(like) if run.resumes else None
+        if restored is None:
+            state, first = initial_state(config, mesh, like), 0
+        else:
+            state, first = restored.state, restored.step
+            run.resume_data(restored.data)
+            say(f"resumes after step {first}")
         due = [make(run) for make in hooks]
         if first == config.num_steps:
             # The program may have been killed during the hooks of the last step.
@@ -109,85 +100,53 @@ def train_run(
             if not due:
                 say(f"all {first} steps are done: nothing to do")
                 return state
-
-        def save(step: int, state: TrainState) -> None:
-            log.flush()  # a resumed run needs the rows up to its step
-            position = {**run.pipeline.state(), "held_out": run.held_out.rows.fingerprint}
-            checkpoints.save(state, step=step, data=position)
-
-        directory = run.workdir if is_first() else None
-        log = MetricsLog(directory, config, first, began)
+        log = MetricsLog(run.workdir if is_first() else None, config, first, began)
         tracing = traced(train_step, config.profile, run.workdir / "profile", first)
         try:
             with closing(log), watch(run, first) as show, tracing as train_step:
-                return run_loop(
-                    config,
-                    state,
-                    log,
-                    train_step=train_step,
-                    next_batch=lambda: run.place(run.pipeline.next()),
-                    save=save,
-                    wait=checkpoints.settle,
-                    hooks=due,
-                    show=lambda step, row: show(step, line(step, row)),
-                )
-        except Interrupted:
-            checkpoints.wait()  # every host stops here
-            raise
-        except TooManySkipped:
-            checkpoints.settle()
-            raise
+                return run_loop(run, state, checkpoints, log, train_step, due, show)
         finally:
             say(f"{log.clock}")
 
 
 def run_loop(
-    config: TrainConfig,
+    run: TrainingRun,
     state: TrainState,
+    checkpoints: Checkpoints,
     log: MetricsLog,
-    *,
-    train_step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]],
-    next_batch: Callable[[], Batch],
-    save: Callable[[int, TrainState], None],
-    wait: Callable[[], None],
+    train_step: Callable[..., tuple[TrainState, Metrics]],
     hooks: Sequence[Hook],
-    show: Callable[[int, Mapping[str, Any]], None],
+    show: Show,
 ) -> TrainState:
     """Trains from the step of `state` to the last; saves and returns the final state.
 
-    A step is saved before its hooks run. The first hooks after a start may run out of memory. So
-    they wait until their step is on disk, even if no checkpoint is due. If `state` is at the last
-    step, only the hooks run.
-
-    save: starts saving the state of a step; does nothing if that step is saved.
-    wait: returns when the last saved step is on disk. show: called with a step and its metrics.
+    A step is saved before its hooks run. The first hooks after a start may run out of memory, so
+    their step is saved and on disk before. If `state` is at the last step, only the hooks run.
 
     Raises TooManySkipped; Interrupted after SIGTERM or Ctrl-C, with the state saved; and errors of
     hooks, with the state saved by a single process.
     """
+    config, num_steps, looked = run.config, run.config.num_steps, False
     step = saved = first = int(state.step)
-    num_steps, looked = config.num_steps, False
-    waiting: tuple[int, Metrics] | None = None
+    waiting: tuple[int, Metrics] | None = None  # the last step, while it is not reported
 
-    def report() -> None:
-        """Waits for the last step and fetches its metrics."""
-        nonlocal waiting
-        if waiting is None:
-            return
-        (number, metrics), waiting = waiting, None
+    def report(number: int, metrics: Metrics) -> None:
+        """Waits for a step and fetches its metrics."""
         values = jax.device_get(metrics)
-        log.clock.spend("steps")
-        row = step_row(values, log.clock.lap())
-        log.write("step", number, row)
-        show(number, row)
+        show(number, log.step(number, values))
         in_a_row = int(values["skipped_in_a_row"])
         if in_a_row >= config.max_skipped:
+            checkpoints.settle()
             raise TooManySkipped(
                 f"the loss or gradient of {in_a_row} steps in a row, up to step {number}, was not "
                 f"finite (learning rate {float(values['learning_rate']):.3g}): lower "
                 "--optimizer.learning-rate or lengthen the warm-up; the parameters are those of "
                 f"step {number - in_a_row}, and the last checkpoint is of step {saved}"
             )
+
+    def save() -> None:
+        log.flush()  # a resumed run needs the rows up to its step
+        checkpoints.save(state, step=step, data=run.data_position())
 
     def look(due: Sequence[Hook]) -> None:
         for hook in due:
@@ -199,7 +158,7 @@ def run_loop(
     with signals() as stop, ThreadPoolExecutor(1) as watcher:
         ready = watcher.submit(time.time)  # time from which the devices have nothing to do
         while step < num_steps:
-            batch = next_batch()
+            batch = run.place(run.pipeline.next())
             log.clock.spend("steps", ready.result() if ready.done() else None)
             log.clock.spend("waiting_for_data")
             state, metrics = train_step(state, batch)
@@ -207,7 +166,8 @@ def run_loop(
                 log.spent("compiling", step)
             ready = watcher.submit(time_when_ready, metrics)
             step += 1
-            report()  # of the previous step, while this one runs
+            if waiting is not None:
+                report(*waiting)  # of the previous step, while this one runs
             waiting = step, metrics
             stopped_by = stop(step)
             last = step == num_steps or stopped_by is not None
@@ -216,12 +176,13 @@ def run_loop(
             saving = last or first_look or step % config.checkpoints.every == 0
             if not (due or saving):
                 continue
-            report()
+            report(*waiting)
+            waiting = None
             if saving:
-                save(step, state)
+                save()
                 saved = step
                 if first_look or last:
-                    wait()
+                    checkpoints.settle()
                 log.spent("checkpoints", step)
             if stopped_by is not None and step < num_steps:
                 raise Interrupted(stopped_by, step)
@@ -229,7 +190,7 @@ def run_loop(
                 look(due)
             except Exception:
                 if jax.process_count() == 1:
-                    save(step, state)
+                    save()
                 raise
             looked = looked or bool(due)
     return state
@@ -239,23 +200,3 @@ def time_when_ready(metrics: Metrics) -> float:
     """Waits until the devices have done a step; returns the Unix time."""
     jax.block_until_ready(metrics)
     return time.time()
-
-
-def first_state(
-    run: TrainingRun, checkpoints: Checkpoints, say: Callable[[str], None]
-) -> tuple[TrainState, int]:
-    """State and step number of the newest saved step, or a new state. Restores the data too."""
-    like = abstract_state(run.config, run.mesh)
-    restored = checkpoints.restore(like) if run.resumes else None
-    if restored is None:
-        return initial_state(run.config, run.mesh, like), 0
-    run.pipeline.restore(restored.data)
-    now = run.held_out.rows.fingerprint
-    before = restored.data.get("held_out", now)  # older checkpoints lack this entry
-    check(
-        before == now,
-        "the validation data differ from those that the run began with (fingerprint "
-        f"{before}, now {now}): give the same data, or start a new run",
-    )
-    say(f"resumes after step {restored.step}")
-    return restored.state, restored.step

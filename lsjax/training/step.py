@@ -39,11 +39,9 @@ class TrainState:
 
 
 def init_state(config: StepConfig, model: Llama) -> TrainState:
-    """State before the first step. It shares the model's arrays, and steps overwrite them.
-
-    With `lora` the model gets adapters. Only these are trained and have an optimizer state.
-    model: stacked or not. Raises ConfigError if config and model do not fit.
-    """
+    """State before the first step. It shares the model's arrays, and steps overwrite them. With
+    `lora` the model gets adapters, and only these are trained. model: stacked or not. Raises
+    ConfigError if config and model do not fit."""
     config.check_model(model.config)
     model = stacked(model)
     if config.lora.rank > 0:
@@ -59,10 +57,8 @@ def abstract_state(config: TrainConfig, mesh: Mesh | None) -> TrainState:
 
 
 def initial_state(config: TrainConfig, mesh: Mesh | None, like: TrainState) -> TrainState:
-    """State before the first step: from the checkpoint in `init_from`, or random.
-
-    It is created sharded. like: its `abstract_state`. Raises CheckpointError for a bad checkpoint.
-    """
+    """State before the first step, sharded: from the checkpoint in `init_from`, or random.
+    like: its `abstract_state`. Raises CheckpointError for a bad checkpoint."""
     places = None if mesh is None else shardings(like, mesh)
     if not config.init_from:
         fresh = jax.jit(partial(_fresh_state, config), out_shardings=places)
@@ -134,19 +130,16 @@ def make_train_step(
                 lambda leaf, move: leaf - learning_rate.astype(leaf.dtype) * move, before, updates
             )
             after, opt_state = jax.tree.map(
-                lambda new, old: jnp.where(finite, new, old),
-                (after, opt_state),
-                (before, state.opt_state),
+                partial(jnp.where, finite), (after, opt_state), (before, state.opt_state)
             )
         skipped = jnp.where(finite, state.skipped, state.skipped + 1)
         in_a_row = jnp.where(finite, 0, state.skipped_in_a_row + 1)
-        layers = state.model.config.num_layers
         exit_loss_L = sums_L / jnp.maximum(num_labels, 1)
         metrics = dict(
             loss=loss,
             last_exit_loss=exit_loss_L[-1],
             exit_loss_L=exit_loss_L,
-            enabled_L=enabled_exits(config.early_exit, layers, state.step, config.num_steps),
+            enabled_L=enabled_exits(config.early_exit, len(sums_L), state.step, config.num_steps),
             grad_norm=grad_norm,
             learning_rate=learning_rate,
             tokens=num_labels,
@@ -162,10 +155,8 @@ def make_train_step(
 def loss_and_gradients(
     config: StepConfig, state: TrainState, batch: Batch, num_labels: Int[Array, ""], **knobs
 ):
-    """Loss, per-exit sums and gradients of the trained parameters, over all micro-batches.
-
-    knobs: `exit_loss` and `drop_rates`, passed to `objective`.
-    """
+    """Loss, per-exit sums and gradients of the trained parameters, over all micro-batches. knobs:
+    `exit_loss` and `drop_rates`, passed to `objective`."""
     rows_B = jnp.arange(len(batch["tokens_BT"]))
     config.check_batch(len(rows_B))
     trained, frozen = split(state.model)
@@ -180,10 +171,8 @@ def loss_and_gradients(
     if config.micro_batches == 1:
         return one(batch, rows_B)
     split_batch = split_rows((batch, rows_B), config.micro_batches)
-    zeros = jax.tree.map(
-        lambda leaf: jnp.zeros(leaf.shape, leaf.dtype),
-        jax.eval_shape(one, *jax.tree.map(lambda leaf: leaf[0], split_batch)),
-    )
+    shapes = jax.eval_shape(one, *jax.tree.map(lambda leaf: leaf[0], split_batch))
+    zeros = jax.tree.map(jnp.zeros_like, shapes)
 
     def add(total, part):
         return jax.tree.map(jnp.add, total, one(*part)), None

@@ -22,7 +22,7 @@ from accelerator_stages.results import PartResults, card
 from lsjax.aot.hlo import attention_kernel
 from lsjax.config import EarlyExitConfig, LayerDropoutConfig, LlamaConfig, StepConfig
 from lsjax.model.llama import stacked
-from lsjax.training.metrics import peak_flops, step_flops
+from lsjax.training.profiling import peak_flops, step_flops
 from lsjax.training.step import init_state, make_train_step
 
 STEPS = 8  # timed: a complete turn of the rotational curriculum

@@ -1,7 +1,7 @@
 """FLOPs of a step, counted by hand."""
 
 from lsjax.config import LlamaConfig, LoraConfig
-from lsjax.training.metrics import peak_flops, step_flops
+from lsjax.training.profiling import peak_flops, step_flops
 
 
 def test_a_step_of_a_small_model():

@@ -44,7 +44,7 @@ def start(step=0):
 
 
 def run(tmp_path, state, saved, seen, num_steps=7, max_skipped=10, save_every=3, **options):
-    """`run_loop`, and the log closed however it ends."""
+    """`run_loop` on a run without data, and the log closed however it ends."""
     config = TrainConfig(
         num_steps=num_steps,
         batch_size=1,
@@ -53,24 +53,30 @@ def run(tmp_path, state, saved, seen, num_steps=7, max_skipped=10, save_every=3,
         max_skipped=max_skipped,
         checkpoints=CheckpointConfig(every=save_every),
     )
-    settings = dict(
+    given = dict(
         train_step=counting_step(),
         next_batch=lambda: None,
-        save=lambda step, state: saved.append(step) if step not in saved else None,
+        save=lambda state, step, data: saved.append(step) if step not in saved else None,
         wait=lambda: None,
         hooks=[
             Hook("evaluation", 2, lambda step, model: seen.append((step, model)) or {"x": step})
         ],
-        show=lambda step, row: None,
+        show=lambda step, line: None,
     )
+    given |= options
+    pipeline = SimpleNamespace(next=given.pop("next_batch"))
+    known = SimpleNamespace(
+        config=config, pipeline=pipeline, place=lambda batch: batch, data_position=dict
+    )
+    checkpoints = SimpleNamespace(save=given.pop("save"), settle=given.pop("wait"))
     log = MetricsLog(tmp_path, config, state.step, time.time())
     with closing(log):
-        return loop.run_loop(config, state, log, **(settings | options))
+        return loop.run_loop(known, state, checkpoints, log, **given)
 
 
 def test_saves_and_hooks_come_at_their_steps_and_after_the_last(tmp_path):
     saved, seen, shown = [], [], []
-    final = run(tmp_path, start(), saved, seen, show=lambda step, row: shown.append(step))
+    final = run(tmp_path, start(), saved, seen, show=lambda step, line: shown.append(step))
     assert final.step == 7
     assert seen == [(step, f"model {step}") for step in (2, 4, 6, 7)]
     assert saved == [2, 3, 6, 7]  # 2 is the first that is looked at
@@ -103,7 +109,7 @@ def test_a_step_is_saved_before_hooks_look_at_it(tmp_path):
         [],
         [],
         train_step=counting_step(signal_at=7),
-        save=lambda step, state: order.append(("save", step)),
+        save=lambda state, step, data: order.append(("save", step)),
         wait=lambda: order.append("wait"),
         hooks=[
             Hook(kind, 2, lambda step, model: order.append(("look", step)) or {}) for kind in "ab"
@@ -191,7 +197,7 @@ def test_the_time_of_a_run_by_use(tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "time_when_ready", end)
     options = dict(
         next_batch=lambda: takes(5),
-        save=lambda *_: takes(7),
+        save=lambda *_, **__: takes(7),
         wait=lambda: takes(11),
         hooks=[Hook("evaluation", 3, lambda *_: takes(20, {}))],
     )

@@ -3,7 +3,11 @@
 import io
 from functools import partial
 
+from lsjax.config import LlamaConfig, TrainConfig
 from lsjax.training.metrics import StepLine, paced
+from lsjax.training.profiling import step_flops
+
+CONFIG = TrainConfig(num_steps=100, batch_size=10, seq_len=100, model=LlamaConfig.tiny())
 
 
 def metrics(step, exits, losses, seconds, skipped=0):
@@ -14,7 +18,7 @@ def metrics(step, exits, losses, seconds, skipped=0):
 def test_figures_of_a_step():
     out = io.StringIO()
     show = paced(partial(print, file=out), num_steps=100)
-    line = StepLine(num_steps=100, step_tokens=1000, step_flops=3e9, peak_flops=1e10)
+    line = StepLine(CONFIG, peak_flops=step_flops(CONFIG.model, 10, 100) / 0.3)
     show(1, line(*metrics(1, [16], [5.0], 2.0)))
     show(2, line(*metrics(2, [3, 16], [4.5, 4.0], 2.0)))
     show(100, line(*metrics(100, [*range(2, 17)], [*range(2, 17)], 2.0, skipped=3)))
@@ -26,7 +30,7 @@ def test_figures_of_a_step():
         "step 100/100",
         "loss 16.000 (exits 2: 2.00, 6: 6.00, 10: 10.00, 14: 14.00)",
         "500 tokens/s",
-        "MFU 15%",  # 1.5e9 of 1e10
+        "MFU 15%",  # in 2 s
         "0:00:00 left",
         "3 steps skipped",
     ]

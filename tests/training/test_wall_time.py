@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from lsjax.training.wall_time import USES, Clock
+from lsjax.training.metrics import USES, Clock
 
 
 @pytest.fixture
