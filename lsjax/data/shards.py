@@ -26,13 +26,12 @@ from jaxtyping import Bool, Int64, UInt64
 
 from lsjax.config import ConfigError, DataConfig, Path, check
 from lsjax.data.files import write_json, write_whole
-from lsjax.data.packing import TokenStore, pack
+from lsjax.data.packing import pack
 from lsjax.data.pieces import Document, Piece, Source, is_held_out
 from lsjax.data.sources import document_source
 from lsjax.data.tokenizer import Tokenizer, TokenizerError
 
 SPLITS = ("train", "validation")
-ROWS = 256  # packed at a time
 THREADS = min(4, os.cpu_count() or 1)  # of a process
 # Characters that are encoded at a time, which take about 40 bytes each.
 BATCH = 1_000_000
@@ -76,30 +75,22 @@ def make_shard(job: Job, source: Source, number: int, piece: Piece) -> None:
                 list(source.read(source.files[index], 0, None))
         raise
     ids, prompts, keys = zip(*encoded, strict=True) if encoded else ((), (), ())
+    tokens = np.concatenate([np.empty(0, job.dtype), *ids])
+    starts_N1, prompts_N = np.cumsum([0, *map(len, ids)]), np.array(prompts, np.int32)
     keys_N = np.array(keys, np.uint64)
-    store = TokenStore(
-        tokens=np.concatenate([np.empty(0, job.dtype), *ids]),
-        starts_N1=np.cumsum([0, *map(len, ids)]),
-        prompts_N=np.array(prompts, np.int32),
-    )
     held_N = is_held_out(keys_N, job.config.held_out_fraction)
     chosen = {"train": ~held_N, "validation": held_N}
     if job.seen is not None:
         chosen = {"validation": ~_are_seen(keys_N, job.seen)}
     meta: dict[str, Any] = {"content": source.content(piece), "documents": len(keys_N)}
     for split, chosen_N in chosen.items():
-        rows = pack(store, by_key(keys_N, chosen_N), job.seq_len, job.config)
-        batches = (np.arange(at, min(at + ROWS, len(rows))) for at in range(0, len(rows), ROWS))
-        records = b"".join(rows.records(one).tobytes() for one in batches)
+        order_M = by_key(keys_N, chosen_N)
+        records, counts = pack(tokens, starts_N1, prompts_N, order_M, job.seq_len, job.config)
         write_whole(job.directory / f"{number:06d}.{split}", records)
-        meta[split] = {"rows": len(rows), "chosen": int(chosen_N.sum()), "tokens": rows.num_tokens}
-        meta[split] |= {name: getattr(rows, f"num_{name}") for name in LOST}
+        meta[split] = counts | {"chosen": len(order_M)}
     if job.config.has_validation_set and job.seen is None:
         write_whole(job.directory / f"{number:06d}.keys", np.unique(keys_N).tobytes())
     write_json(job.meta(number), meta)
-
-
-LOST = ("documents", "truncated", "dropped")
 
 
 def _encoded(documents: Iterable[Document], job: Job) -> Iterator[tuple[np.ndarray, int, int]]:

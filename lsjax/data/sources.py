@@ -15,7 +15,8 @@ from dataclasses import replace
 from typing import Any
 
 from lsjax.config import ConfigError, DataConfig, Path, as_path, check, in_bucket
-from lsjax.data.files import READERS, Fields, find_files, one_line, read_lines
+from lsjax.config.paths import find_files
+from lsjax.data.files import READERS, Fields, one_line, read_lines
 from lsjax.data.pieces import LARGEST_PIECE, Document, Source, is_held_out
 
 # Tests are repetitive, installed packages vary, and the rest is specific to one machine.

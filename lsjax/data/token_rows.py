@@ -15,8 +15,8 @@ import json
 import logging
 import os
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -26,11 +26,11 @@ from rich.console import Console
 from rich.progress import Progress
 
 from lsjax.config import ConfigError, DataConfig, Path, check, in_bucket
+from lsjax.config.paths import file_system
 from lsjax.data.files import read_json, remove_directory, write_json
 from lsjax.data.packing import PackedBatch, from_records, record_bytes
 from lsjax.data.pieces import Source
-from lsjax.data.shards import LOST, SPLITS, THREADS, Job, make_shards
-from lsjax.data.sources import document_source
+from lsjax.data.shards import SPLITS, THREADS, Job, make_shards
 from lsjax.data.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
@@ -53,6 +53,9 @@ class Share:
     count: int = 1
     wait: Callable[[str], Any] = lambda what: None
     alone: bool = False
+
+
+ALONE = Share()
 
 
 class ShardsMissing(ConfigError):
@@ -80,7 +83,6 @@ class TokenRows:
     num_truncated: int = 0
     num_dropped: int = 0
     num_shared: int = 0
-    _shards: dict[int, np.ndarray] = field(default_factory=dict, repr=False)
 
     @cached_property
     def _ends_S(self) -> Int64[np.ndarray, "S"]:
@@ -103,69 +105,15 @@ class TokenRows:
         size = record_bytes(self.seq_len, self.dtype)
         records, given = np.zeros((len(rows), size), np.uint8), np.flatnonzero(rows >= 0)
         shards = np.searchsorted(self._ends_S, rows[given], side="right")
-        places = rows[given] - self._ends_S[shards] + self.rows_S[shards]
+        begins = size * (rows[given] - self._ends_S[shards] + self.rows_S[shards])
+        files = [self.directory / f"{shard:06d}.{self.split}" for shard in shards]
         if in_bucket(self.directory):
-            from lsjax.config.buckets import file_system
-
-            names, begins = [str(self._file(shard)) for shard in shards], places * size
-            found = file_system().cat_ranges(names, begins, begins + size)
+            found = file_system().cat_ranges(list(map(str, files)), begins, begins + size)
             records[given] = [np.frombuffer(one, np.uint8) for one in found]
         else:
-            for b, shard, place in zip(given, shards, places, strict=True):
-                records[b] = self._shard(shard)[place]
+            for b, file, begin in zip(given, files, begins, strict=True):
+                records[b] = np.fromfile(file, np.uint8, size, offset=begin)
         return from_records(records, self.seq_len, self.dtype)
-
-    def _file(self, shard: int) -> Path:
-        return self.directory / f"{shard:06d}.{self.split}"
-
-    def _shard(self, number: int) -> np.ndarray:
-        """Records of a shard, memory-mapped."""
-        if number not in self._shards:
-            shape = int(self.rows_S[number]), record_bytes(self.seq_len, self.dtype)
-            mapped = np.memmap(self._file(number), np.uint8, "r", shape=shape)
-            # A plain view: slicing a memmap is slower than slicing an array.
-            self._shards[number] = mapped.view(np.ndarray)
-        return self._shards[number]
-
-
-def token_rows(
-    config: DataConfig,
-    tokenizer: Tokenizer,
-    *,
-    seq_len: int,
-    cache: Path,
-    validation: bool = False,
-    share: Share | None = None,
-    workers: int | None = None,
-) -> Mapping[str, TokenRows]:
-    """The rows of each split of the config's source, or of its separate validation set.
-
-    Missing shards are made first, by `workers` processes of several threads: by default one for
-    THREADS cores, but only one for less than WORTH bytes.
-
-    Raises ConfigError if data are missing or unreadable, or if there is no document. Also raises it
-    if the tokenizer lacks the end token that the config requests.
-    """
-    check(seq_len >= 2, f"seq_len {seq_len} must be at least 2: a token and its label")
-    end = next(iter(tokenizer.eos_ids), tokenizer.vocab_size)
-    check(
-        not config.append_end or end < tokenizer.vocab_size,
-        f"this tokenizer has no end token among the {tokenizer.vocab_size} rows of the model's "
-        "table: set append_end to False",
-    )
-    share, seen = share or Share(), None
-    if validation:
-        options = dict(seq_len=seq_len, cache=cache, share=share, workers=workers)
-        seen = token_rows(config, tokenizer, **options)["train"]
-    source = document_source(config, validation=validation)
-    job = open_job(config, tokenizer, seq_len, cache, source, seen)
-    if share.index == 0:
-        prepare_directory(job.directory, source)
-    share.wait("old tokens are removed")
-    if not (job.directory / INDEX).exists():
-        make_missing(job, source, share, workers)
-    index = read_json(job.directory / INDEX, ConfigError)
-    return {split: _rows(job, split, index) for split in SPLITS if split in index["splits"]}
 
 
 def open_job(
@@ -190,7 +138,16 @@ def open_job(
     return Job(config, tokenizer, seq_len, directory, _hash(settings), seen and seen.directory)
 
 
-def _rows(job: Job, split: str, index: Mapping[str, Any]) -> TokenRows:
+def stored_rows(
+    job: Job, source: Source, split: str, share: Share, workers: int | None
+) -> TokenRows:
+    """The rows of a split; makes the store's missing shards first."""
+    if share.index == 0:
+        prepare_directory(job.directory, source)
+    share.wait("old tokens are removed")
+    if not (job.directory / INDEX).exists():
+        make_missing(job, source, share, workers)
+    index = read_json(job.directory / INDEX, ConfigError)
     own = index["splits"][split]
     return TokenRows(
         directory=job.directory,
@@ -201,8 +158,10 @@ def _rows(job: Job, split: str, index: Mapping[str, Any]) -> TokenRows:
         fingerprint=_hash([job.settings, split, index["contents"]])[:16],
         num_tokens=own["tokens"],
         num_all=index["documents"],
+        num_documents=own["documents"],
+        num_truncated=own["truncated"],
+        num_dropped=own["dropped"],
         num_shared=index["documents"] - own["chosen"] if job.seen else 0,
-        **{f"num_{name}": own[name] for name in LOST},
     )
 
 

@@ -10,8 +10,7 @@ import tokenizers
 from tokenizers import normalizers, pre_tokenizers
 
 from lsjax.config import Path, split_step
-from lsjax.data.buckets import local_copy
-from lsjax.data.files import one_line, read_json
+from lsjax.data.files import local_copy, one_line, read_json
 from lsjax.data.gguf_files import gguf_parts, open_gguf
 from lsjax.data.tokenizer import Tokenizer, TokenizerError
 from lsjax.data.tokenizer_backends import (

@@ -105,8 +105,7 @@ class MetricsLog:
         """
         # Imported here: counting FLOPs does not need the packages that read checkpoints.
         from lsjax.checkpoints.run import METRICS, read_metrics
-        from lsjax.data.buckets import Lines
-        from lsjax.data.files import write_whole
+        from lsjax.data.files import Lines, write_whole
         from lsjax.training import trackers
 
         self._file, self._trackers, self._opened = None, [], ExitStack()
