@@ -178,7 +178,8 @@ def write_whole(file: Path, content: bytes) -> None:
     if in_bucket(file):
         file.write_bytes(content)
         return
-    partial = _partial(file)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_name(f".partial-{uuid.uuid4().hex}")
     try:
         partial.write_bytes(content)
         partial.replace(file)
@@ -194,23 +195,20 @@ def whole_directory(directory: Path, last: str = "") -> Iterator[Path]:
     last: the file that is copied after all others, so that it marks a complete directory.
     If another process has created `directory` by then, that one stays.
     """
-    if in_bucket(directory):
-        local_cache().mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=local_cache()) as folder:
-            yield as_path(folder)
-            _upload(as_path(folder), directory, last)
-        return
-    partial = _partial(directory)
-    partial.mkdir()
-    try:
+    parent = local_cache() if in_bucket(directory) else directory.parent
+    parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".partial-", dir=parent) as folder:
+        partial = as_path(folder) / "whole"
+        partial.mkdir()
         yield partial
+        if in_bucket(directory):
+            _upload(partial, directory, last)
+            return
         try:
             partial.rename(directory)
         except OSError:
             if not directory.is_dir():
                 raise
-    finally:
-        remove_directory(partial)
 
 
 def _upload(folder: Path, directory: Path, last: str) -> None:
@@ -229,11 +227,6 @@ def remove_directory(directory: Path) -> None:
         directory.rmtree(missing_ok=True)
     else:
         shutil.rmtree(directory, ignore_errors=True)
-
-
-def _partial(path: Path) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return path.with_name(f".partial-{uuid.uuid4().hex}")
 
 
 def local_copy(path: Path, *, wanted: re.Pattern = TOKENIZER) -> Path:

@@ -71,9 +71,8 @@ def pack(
         length_P = np.minimum(lengths_M[which_P], seq_len)
         offset_P = np.zeros_like(which_P)
         row_P = first_fit(length_P, seq_len) if config.packing else np.arange(len(which_P))
-    order = np.argsort(row_P, kind="stable")
-    start_P = (starts_N1[documents_M[which_P]] + offset_P)[order]
-    row_P, length_P = row_P[order], length_P[order]
+    pieces_3P = np.stack([row_P, starts_N1[documents_M[which_P]] + offset_P, length_P])
+    pieces_3P = pieces_3P[:, np.argsort(row_P, kind="stable")]
     # A prompt's last token has the response's first as its label; a document's last token has none.
     labelled = np.ones(len(tokens), bool)
     for start, end, prompt in zip(starts_N1[:-1], starts_N1[1:], prompts_N, strict=True):
@@ -81,9 +80,8 @@ def pack(
         labelled[end - 1 : end] = False
     rows, records = int(row_P.max(initial=-1)) + 1, []
     for row in range(0, rows, ROWS):
-        own = slice(*np.searchsorted(row_P, (row, row + ROWS)))
-        pieces = row_P[own] - row, start_P[own], length_P[own]
-        records.append(_records(tokens, labelled, seq_len, *pieces).tobytes())
+        own = slice(*np.searchsorted(pieces_3P[0], (row, row + ROWS)))
+        records.append(_records(tokens, labelled, seq_len, pieces_3P[:, own]).tobytes())
     return b"".join(records), {
         "rows": rows,
         "tokens": int(length_P.sum()),
@@ -94,15 +92,11 @@ def pack(
 
 
 def _records(
-    tokens: np.ndarray,
-    labelled: np.ndarray,
-    seq_len: int,
-    row_P: Int64[np.ndarray, "P"],
-    start_P: Int64[np.ndarray, "P"],
-    length_P: Int64[np.ndarray, "P"],
+    tokens: np.ndarray, labelled: np.ndarray, seq_len: int, pieces_3P: Int64[np.ndarray, "3 P"]
 ) -> UInt8[np.ndarray, "B bytes"]:
     """Records of rows with these pieces. labelled: whether the token after each is a label."""
-    lengths_B1 = np.bincount(row_P, length_P).astype(np.uint32)[:, None]
+    row_P, start_P, length_P = pieces_3P
+    lengths_B1 = np.bincount(row_P - row_P[0], length_P).astype(np.uint32)[:, None]
     inside_BT = np.arange(seq_len) < lengths_B1
     piece_N = np.repeat(np.arange(len(length_P)), length_P)
     begins_BT, place_BT = np.zeros_like(inside_BT), np.zeros(inside_BT.shape, np.int64)

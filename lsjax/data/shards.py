@@ -13,7 +13,6 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
@@ -22,7 +21,6 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Int64, UInt64
 
 from lsjax.config import ConfigError, DataConfig, Path, check
 from lsjax.data.files import write_json, write_whole
@@ -33,11 +31,9 @@ from lsjax.data.tokenizer import Tokenizer, TokenizerError
 
 SPLITS = ("train", "validation")
 THREADS = min(4, os.cpu_count() or 1)  # of a process
-# Characters that are encoded at a time, which take about 40 bytes each.
-BATCH = 1_000_000
+BATCH = 1_000_000  # characters that are encoded at a time, which take about 40 bytes each
 # SentencePiece rarely joins these with the next character. Its normalizers drop the first.
 MARKS = ("\x01", ".", ":", "0", "\u4e00")
-Shards = list[tuple[int, Piece]]
 
 
 @dataclass(frozen=True)
@@ -81,13 +77,18 @@ def make_shard(job: Job, source: Source, number: int, piece: Piece) -> None:
     held_N = is_held_out(keys_N, job.config.held_out_fraction)
     chosen = {"train": ~held_N, "validation": held_N}
     if job.seen is not None:
-        chosen = {"validation": ~_are_seen(keys_N, job.seen)}
+        new_N = np.ones(len(keys_N), bool)
+        for file in job.seen.glob("*.keys"):
+            new_N &= ~np.isin(keys_N, np.frombuffer(file.read_bytes(), np.uint64))
+        chosen = {"validation": new_N}
     meta: dict[str, Any] = {"content": source.content(piece), "documents": len(keys_N)}
     for split, chosen_N in chosen.items():
-        order_M = by_key(keys_N, chosen_N)
-        records, counts = pack(tokens, starts_N1, prompts_N, order_M, job.seq_len, job.config)
+        documents_M = np.flatnonzero(chosen_N)
+        # In the order of their keys, which is effectively random.
+        documents_M = documents_M[np.argsort(keys_N[documents_M], kind="stable")]
+        records, counts = pack(tokens, starts_N1, prompts_N, documents_M, job.seq_len, job.config)
         write_whole(job.directory / f"{number:06d}.{split}", records)
-        meta[split] = counts | {"chosen": len(order_M)}
+        meta[split] = counts | {"chosen": len(documents_M)}
     if job.config.has_validation_set and job.seen is None:
         write_whole(job.directory / f"{number:06d}.keys", np.unique(keys_N).tobytes())
     write_json(job.meta(number), meta)
@@ -127,13 +128,13 @@ def encode_documents(
     A prompt is encoded separately, as in decoding, and includes a beginning-of-text token.
     """
     if any(document.ids for document in documents):
-        for document in documents:
-            extra = max(document.ids, key=lambda token: token if token >= 0 else float("inf"))
-            check(
-                0 <= extra < tokenizer.vocab_size,
-                f"token {extra} of a record is not below {tokenizer.vocab_size}: set "
-                "data.tokenizer to the one that made the records",
-            )
+        size, tokens = tokenizer.vocab_size, chain(*(document.ids for document in documents))
+        extra = next((token for token in tokens if not 0 <= token < size), None)
+        check(
+            extra is None,
+            f"token {extra} of a record is not below {size}: set data.tokenizer to the one that "
+            "made the records",
+        )
         return [(list(document.ids), 0) for document in documents]
     special, end = config.allow_special, [*tokenizer.eos_ids[:1]] * config.append_end
     texts = [document.text for document in documents]
@@ -186,34 +187,18 @@ def _continuations(texts: Sequence[str], tokenizer: Tokenizer, special: bool) ->
     )
 
 
-def by_key(
-    keys_N: UInt64[np.ndarray, "N"], chosen_N: Bool[np.ndarray, "N"]
-) -> Int64[np.ndarray, "M"]:
-    """Numbers of the chosen documents, in the order of their keys, which is effectively random."""
-    numbers = np.flatnonzero(chosen_N)
-    return numbers[np.argsort(keys_N[numbers], kind="stable")]
-
-
-def _are_seen(keys_N: UInt64[np.ndarray, "N"], seen: Path) -> Bool[np.ndarray, "N"]:
-    """Whether documents with these keys are in the training rows."""
-    found = np.zeros(len(keys_N), bool)
-    for file in sorted(seen.glob("*.keys")):
-        found |= np.isin(keys_N, np.frombuffer(file.read_bytes(), np.uint64))
-    return found
-
-
 def make_shards(
     job: Job,
     source: Source,
     pieces: Sequence[Piece],
     numbers: Sequence[int],
     workers: int,
-    on_made: Callable[[int], None],
+    on_made: Callable[[Sequence[int]], None],
 ) -> None:
     """Makes the shards with these numbers in several processes, or in threads of this one.
 
-    on_made: called after each. Raises ConfigError or TokenizerError for bad data, and if a process
-    is killed.
+    on_made: called with the numbers of shards that are made. Raises ConfigError or TokenizerError
+    for bad data, and if a process is killed.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the threads are here
     parts = [numbers[at : at + THREADS] for at in range(0, len(numbers), THREADS)]
@@ -224,31 +209,22 @@ def make_shards(
     else:
         pool, parts = ThreadPoolExecutor(THREADS), [[number] for number in numbers]
         make = partial(make_together, job, source)
+    # New processes import the main module first. Theirs is an empty one, because importing JAX
+    # takes longer than many texts.
+    main, sys.modules["__main__"] = sys.modules["__main__"], ModuleType("__main__")
     try:
-        with _another_main():
-            made = {pool.submit(make, [(n, pieces[n]) for n in part]): part for part in parts}
+        made = {pool.submit(make, [(n, pieces[n]) for n in part]): part for part in parts}
         for future in as_completed(made):
             future.result()
-            for number in made[future]:
-                on_made(number)
+            on_made(made[future])
     except BrokenProcessPool:
         raise ConfigError(
             "a process that tokenizes was killed, perhaps because memory ran out: start again to "
             "resume, with fewer --workers"
         ) from None
     finally:
-        pool.shutdown(cancel_futures=True)
-
-
-@contextmanager
-def _another_main() -> Iterator[None]:
-    """New processes import the main module first. Theirs is an empty one, because importing JAX
-    takes longer than many texts."""
-    main, sys.modules["__main__"] = sys.modules["__main__"], ModuleType("__main__")
-    try:
-        yield
-    finally:
         sys.modules["__main__"] = main
+        pool.shutdown(cancel_futures=True)
 
 
 _jobs: list[tuple[Job, Source]] = []  # of a process that tokenizes
@@ -265,11 +241,11 @@ def _start(job: Job) -> None:
     _jobs.append((job, document_source(job.config, validation=job.seen is not None)))
 
 
-def _make(some: Shards) -> None:
+def _make(some: Sequence[tuple[int, Piece]]) -> None:
     make_together(*_jobs[0], some)
 
 
-def make_together(job: Job, source: Source, some: Shards) -> None:
+def make_together(job: Job, source: Source, some: Sequence[tuple[int, Piece]]) -> None:
     """Makes a few shards in threads: tokenizers release Python's lock, and packing takes a tenth of
     the time."""
     with ThreadPoolExecutor(THREADS) as threads:

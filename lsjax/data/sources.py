@@ -11,6 +11,7 @@ import platform
 import string
 import sysconfig
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -73,13 +74,12 @@ def python_source() -> Source:
         bool(found),
         f"{root} has no .py files: this Python lacks its source, set another --data.source",
     )
-    files = sorted(found, key=Path.as_posix)
 
     def read(file: Path, begin: int, end: int | None) -> Iterator[Document]:
         yield Document(file.read_text(encoding="utf-8", errors="replace"))
 
     name = f"standard library of Python {platform.python_version()}"
-    return Source(name, files, read, whole=True)
+    return Source(name, sorted(found, key=Path.as_posix), read, whole=True)
 
 
 def text_files(paths: Sequence[str], separator: str) -> Source:
@@ -88,33 +88,27 @@ def text_files(paths: Sequence[str], separator: str) -> Source:
     separator: "file" makes each file a document, in parts if it is large. "blank_line" splits at
       each run of blank lines. Any other string is a marker between documents.
     """
-    files = find_files(paths)
-    blank = separator == "blank_line"
-
-    def cut(line: str) -> list[str]:
-        return (
-            ["", ""] if blank and not line.strip() else [line] if blank else line.split(separator)
-        )
+    files, whole, blank = find_files(paths), "\n" in separator, separator == "blank_line"
 
     def read(file: Path, begin: int, end: int | None) -> Iterator[Document]:
-        if separator == "file":
-            yield Document("".join(line for *_, line in read_lines(file, begin=begin, end=end)))
-            return
-        if "\n" in separator:
-            text = "".join(line for *_, line in read_lines(file))
-            yield from map(Document, text.split(separator))
+        if whole or separator == "file":
+            text = "".join(line for *_, line in read_lines(file, begin=begin, end=end))
+            yield from map(Document, text.split(separator) if whole else [text])
             return
         # The documents after the separators in this range; at the file's begin also the first one.
         lines: list[str] | None = None if begin else []
         size, tail = 0, "\n" if blank else ""
         for _, at, line in read_lines(file, begin=begin):
-            first, *others = cut(line)
+            if blank:
+                first, *others = [line] if line.strip() else ["", ""]
+            else:
+                first, *others = line.split(separator)
             size += len(line)
             if lines is not None:
                 lines.append(first)
-            if (others or size > LARGEST_PIECE) and lines is not None:
-                yield Document("".join(lines).removesuffix(tail))
-                lines, size = [], 0
+                if others or size > LARGEST_PIECE:
+                    yield Document("".join(lines).removesuffix(tail))
+                    lines, size = [], 0
             if end is not None and at >= end and (others or lines is None):
                 return
             if others:
@@ -122,15 +116,13 @@ def text_files(paths: Sequence[str], separator: str) -> Source:
                 lines = others[-1:]
         yield Document("".join(lines or ()))
 
-    sizes = {file: file.stat().st_size for file in files}
-    largest, warning = max(files, key=sizes.__getitem__), None
-    if separator == "file" and sizes[largest] > LARGE_DOCUMENT:
+    size, largest = max((file.stat().st_size, file) for file in files)
+    warning = None
+    if separator == "file" and size > LARGE_DOCUMENT:
         warning = (
-            f"{largest} has {sizes[largest] / 1e6:.1f} MB and no separator, so it is cut into "
-            "documents at line ends: set data.separator to blank_line, or to a marker between its "
-            "documents"
+            f"{largest} has {size / 1e6:.1f} MB and no separator, so it is cut into documents at "
+            "line ends: set data.separator to blank_line, or to a marker between its documents"
         )
-    whole = "\n" in separator
     return Source(" ".join(paths), files, read, whole=whole, warning=warning)
 
 
@@ -215,19 +207,18 @@ def tfds_builder(name: str, **settings: Any) -> Any:
 
     dataset = name.partition("/")[0]
     modules = [f"{p}.{m}" for p in TFDS_PACKAGES for m in (f"{dataset}.{dataset}", dataset)]
-    for module in (None, *modules):
-        try:
-            if module is not None:
-                importlib.import_module(f"tensorflow_datasets.{module}")
-            return tfds.builder(name, **settings)
-        except (DatasetNotFoundError, ModuleNotFoundError):
-            continue
-        except Exception as error:  # unknown config or version, or an error of another site
-            raise ConfigError(f"tfds_name {name!r}: {one_line(error)}") from None
-    raise ConfigError(
-        f"TensorFlow Datasets has no {name!r}: check the spelling, set the tfds_data_dir that "
-        "holds it, or use source jsonl or tsv with its files"
-    )
+    for module in modules:
+        with suppress(ModuleNotFoundError):
+            importlib.import_module(f"tensorflow_datasets.{module}")
+    try:
+        return tfds.builder(name, **settings)
+    except DatasetNotFoundError:
+        raise ConfigError(
+            f"TensorFlow Datasets has no {name!r}: check the spelling, set the tfds_data_dir that "
+            "holds it, or use source jsonl or tsv with its files"
+        ) from None
+    except Exception as error:  # unknown config or version, or an error of another site
+        raise ConfigError(f"tfds_name {name!r}: {one_line(error)}") from None
 
 
 def training_documents(config: DataConfig) -> Iterator[Document]:

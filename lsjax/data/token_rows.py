@@ -14,7 +14,6 @@ import hashlib
 import json
 import logging
 import os
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -37,7 +36,6 @@ log = logging.getLogger(__name__)
 
 FORMAT = 4  # raise it if the code makes other rows from the same text, or other files
 WORTH = 50_000_000  # bytes that another process begins for, which takes seconds
-SEEN = 60.0  # seconds after which all hosts see a file
 INDEX, FILES = "index.json", "files.json"
 
 
@@ -156,12 +154,9 @@ def stored_rows(
         dtype=job.dtype,
         rows_S=np.array(own["rows"], np.int64),
         fingerprint=_hash([job.settings, split, index["contents"]])[:16],
-        num_tokens=own["tokens"],
         num_all=index["documents"],
-        num_documents=own["documents"],
-        num_truncated=own["truncated"],
-        num_dropped=own["dropped"],
         num_shared=index["documents"] - own["chosen"] if job.seen else 0,
+        **{f"num_{name}": own[name] for name in ("tokens", "documents", "truncated", "dropped")},
     )
 
 
@@ -177,10 +172,8 @@ def prepare_directory(directory: Path, source: Source) -> None:
     if before == now:
         return
     if before is not None:
-        same = index.exists() and read_json(index, ConfigError)["contents"] == [
-            source.content(piece) for piece in source.pieces()
-        ]
-        if not same:
+        contents = [source.content(piece) for piece in source.pieces()] if index.exists() else []
+        if not index.exists() or read_json(index, ConfigError)["contents"] != contents:
             remove_directory(directory)
     directory.mkdir(parents=True, exist_ok=True)
     write_json(files, now)
@@ -194,8 +187,7 @@ def make_missing(job: Job, source: Source, share: Share, workers: int | None) ->
     pieces = source.pieces()
     sizes = [sum(end - begin for _, begin, end in piece.ranges) for piece in pieces]
     every = range(len(pieces))
-    turns = (every[share.index :: share.count], every)
-    for mine in turns[:1] if share.alone else turns:
+    for mine in [every[share.index :: share.count]] + [every] * (not share.alone):
         missing = [number for number in mine if not job.meta(number).exists()]
         with Progress(console=Console(stderr=True), transient=True) as progress:
             total = sum(sizes[number] for number in missing)
@@ -203,7 +195,7 @@ def make_missing(job: Job, source: Source, share: Share, workers: int | None) ->
             make_shards(
                 *(job, source, pieces, missing),
                 workers or max(1, min((os.cpu_count() or 1) // THREADS, total // WORTH)),
-                lambda number, task=task: progress.advance(task, sizes[number]),
+                lambda made, task=task: progress.advance(task, sum(sizes[n] for n in made)),
             )
         share.wait("shards of tokens are made")
     missing = sum(not job.meta(number).exists() for number in every)
@@ -211,12 +203,11 @@ def make_missing(job: Job, source: Source, share: Share, workers: int | None) ->
         raise ShardsMissing(
             f"{missing} of {len(pieces)} shards are missing: run the other parts of --shard"
         )
-    if share.index == 0 or not (job.directory / INDEX).exists():
+    if share.index == 0:
         join(job, source, len(pieces))
     share.wait("the index of tokens is made")
-    end = time.monotonic() + SEEN
-    while not (job.directory / INDEX).exists() and time.monotonic() < end:
-        time.sleep(0.1)  # a shared disk may show it late
+    if not (job.directory / INDEX).exists():  # hosts do not share this disk
+        join(job, source, len(pieces))
 
 
 def join(job: Job, source: Source, shards: int) -> None:
@@ -225,7 +216,7 @@ def join(job: Job, source: Source, shards: int) -> None:
     documents = sum(meta["documents"] for meta in metas)
     check(documents > 0, f"{source.name} holds no text: every document is empty, check its files")
     splits = {}
-    for split in (split for split in SPLITS if split in metas[0]):
+    for split in [split for split in SPLITS if split in metas[0]]:
         own = [meta[split] for meta in metas]
         splits[split] = {name: sum(one[name] for one in own) for name in own[0]}
         splits[split]["rows"] = [one["rows"] for one in own]

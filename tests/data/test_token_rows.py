@@ -21,7 +21,7 @@ from lsjax.data import shards
 from lsjax.data.packing import from_records, pack, record_bytes
 from lsjax.data.pieces import Document
 from lsjax.data.pipeline import packed_rows
-from lsjax.data.shards import by_key, encode_documents, encode_long
+from lsjax.data.shards import encode_documents, encode_long
 from lsjax.data.sources import document_source
 from lsjax.data.token_rows import INDEX, Share
 from lsjax.data.tokenizer_backends import ByteTokenizer
@@ -93,7 +93,8 @@ def test_rows_are_the_packed_documents_of_their_piece(many, tmp_path):
         keys_N = np.array([document.key for document in documents], np.uint64)
         held_N = keys_N < int(0.2 * 2**64)
         for split, chosen_N in (("train", ~held_N), ("validation", held_N)):
-            chosen_M = by_key(keys_N, chosen_N)
+            chosen_M = sorted(np.flatnonzero(chosen_N), key=keys_N.__getitem__)
+            chosen_M = np.array(chosen_M, np.int64)
             records, _ = pack(tokens, starts_N1, prompts_N, chosen_M, 32, many)
             size = record_bytes(32, np.dtype(np.uint16))
             records = np.frombuffer(records, np.uint8).reshape(-1, size)
