@@ -201,24 +201,20 @@ def whole_directory(directory: Path, last: str = "") -> Iterator[Path]:
         partial = as_path(folder) / "whole"
         partial.mkdir()
         yield partial
-        if in_bucket(directory):
-            _upload(partial, directory, last)
+        if not in_bucket(directory):
+            try:
+                partial.rename(directory)
+            except OSError:
+                if not directory.is_dir():
+                    raise
             return
-        try:
-            partial.rename(directory)
-        except OSError:
-            if not directory.is_dir():
-                raise
-
-
-def _upload(folder: Path, directory: Path, last: str) -> None:
-    names = {str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()}
-    for some in (names - {last}, names & {last}):
-        if last and (directory / last).exists():
-            return
-        if some:
-            here, there = ([str(base / name) for name in some] for base in (folder, directory))
-            file_system().put(here, there)
+        names = {str(file.relative_to(partial)) for file in partial.rglob("*") if file.is_file()}
+        for some in (names - {last}, names & {last}):
+            if last and (directory / last).exists():
+                return
+            if some:
+                here, there = ([str(base / name) for name in some] for base in (partial, directory))
+                file_system().put(here, there)
 
 
 def remove_directory(directory: Path) -> None:

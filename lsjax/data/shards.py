@@ -13,9 +13,9 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
-from itertools import chain
+from itertools import chain, islice
 from multiprocessing import get_context, parent_process
 from types import ModuleType
 from typing import Any
@@ -34,6 +34,7 @@ THREADS = min(4, os.cpu_count() or 1)  # of a process
 BATCH = 1_000_000  # characters that are encoded at a time, which take about 40 bytes each
 # SentencePiece rarely joins these with the next character. Its normalizers drop the first.
 MARKS = ("\x01", ".", ":", "0", "\u4e00")
+Numbered = Sequence[tuple[int, Piece]]  # pieces with the numbers of their shards
 
 
 @dataclass(frozen=True)
@@ -97,12 +98,9 @@ def make_shard(job: Job, source: Source, number: int, piece: Piece) -> None:
 def _encoded(documents: Iterable[Document], job: Job) -> Iterator[tuple[np.ndarray, int, int]]:
     """Ids, number of prompt tokens and key of each document."""
     for batch in _batches(documents):
-        if len(batch[0].text) > BATCH:
-            found = [encode_long(batch[0], job.config, job.tokenizer)]
-        else:
-            found = encode_documents(batch, job.config, job.tokenizer)
+        found = encode_documents(batch, job.config, job.tokenizer)
         for document, (ids, prompt) in zip(batch, found, strict=True):
-            yield np.array(ids, job.dtype), prompt, document.key
+            yield ids.astype(job.dtype), prompt, document.key
 
 
 def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
@@ -122,10 +120,11 @@ def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
 
 def encode_documents(
     documents: Sequence[Document], config: DataConfig, tokenizer: Tokenizer
-) -> list[tuple[list[int], int]]:
+) -> list[tuple[np.ndarray, int]]:
     """Token ids of documents, and the number of prompt tokens of each.
 
-    A prompt is encoded separately, as in decoding, and includes a beginning-of-text token.
+    A prompt is encoded separately, as in decoding, and includes a beginning-of-text token. A long
+    text is encoded in parts of at most BATCH characters.
     """
     if any(document.ids for document in documents):
         size, tokens = tokenizer.vocab_size, chain(*(document.ids for document in documents))
@@ -135,30 +134,21 @@ def encode_documents(
             f"token {extra} of a record is not below {size}: set data.tokenizer to the one that "
             "made the records",
         )
-        return [(list(document.ids), 0) for document in documents]
+        return [(np.array(document.ids), 0) for document in documents]
     special, end = config.allow_special, [*tokenizer.eos_ids[:1]] * config.append_end
-    texts = [document.text for document in documents]
-    if not config.has_prompts:
-        found = tokenizer.encode_batch(texts, allow_special=special)
-        return [(ids + end, 0) for ids in found]
-    prompts = [document.prompt for document in documents]
-    heads = tokenizer.encode_batch(prompts, allow_special=special)
-    tails = _continuations(texts, tokenizer, special)
-    return [(head + tail + end, len(head)) for head, tail in zip(heads, tails, strict=True)]
-
-
-def encode_long(
-    document: Document, config: DataConfig, tokenizer: Tokenizer
-) -> tuple[np.ndarray, int]:
-    """`encode_documents` for a document of any length, in parts of at most BATCH characters."""
-    rest = _parts(document.text)
-    start, settings = replace(document, text=next(rest)), replace(config, append_end=False)
-    ((head, count),) = encode_documents([start], settings, tokenizer)
-    parts = (_continuations([part], tokenizer, config.allow_special)[0] for part in rest)
-    end = [*tokenizer.eos_ids[:1]] * config.append_end
-    # Arrays at once: lists of ids take 40 bytes a token.
-    ids = [np.array(part, np.uint32) for part in chain([head], parts, [end])]
-    return np.concatenate(ids), count
+    parts = [[*_parts(document.text)] for document in documents]
+    heads = [document.prompt or own.pop(0) for document, own in zip(documents, parts, strict=True)]
+    tails, found = [*chain(*parts)], []
+    # Parts of a long document, which is alone, become arrays at once: lists take 40 bytes a token.
+    step = 1 if len(documents) == 1 else max(1, len(tails))
+    batches = (tails[at : at + step] for at in range(0, len(tails), step))
+    ids = (one for batch in batches for one in _continuations(batch, tokenizer, special))
+    rest = (np.array(one, np.uint32) for one in ids)
+    encoded = tokenizer.encode_batch(heads, allow_special=special)
+    for document, head, own in zip(documents, encoded, parts, strict=True):
+        pieces = np.array(head, np.uint32), *islice(rest, len(own)), np.array(end, np.uint32)
+        found.append((np.concatenate(pieces), len(head) if document.prompt else 0))
+    return found
 
 
 def _parts(text: str) -> Iterator[str]:
@@ -188,32 +178,27 @@ def _continuations(texts: Sequence[str], tokenizer: Tokenizer, special: bool) ->
 
 
 def make_shards(
-    job: Job,
-    source: Source,
-    pieces: Sequence[Piece],
-    numbers: Sequence[int],
-    workers: int,
-    on_made: Callable[[Sequence[int]], None],
+    job: Job, source: Source, pieces: Numbered, workers: int, on_made: Callable[[Numbered], None]
 ) -> None:
-    """Makes the shards with these numbers in several processes, or in threads of this one.
+    """Makes the shards of these pieces in several processes, or in threads of this one.
 
-    on_made: called with the numbers of shards that are made. Raises ConfigError or TokenizerError
+    on_made: called with the pieces whose shards are made. Raises ConfigError or TokenizerError
     for bad data, and if a process is killed.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the threads are here
-    parts = [numbers[at : at + THREADS] for at in range(0, len(numbers), THREADS)]
+    parts = [pieces[at : at + THREADS] for at in range(0, len(pieces), THREADS)]
     pool: Executor
     if min(workers, len(parts)) > 1:
         pool = ProcessPoolExecutor(min(workers, len(parts)), get_context("spawn"), _start, (job,))
         make = _make
     else:
-        pool, parts = ThreadPoolExecutor(THREADS), [[number] for number in numbers]
+        pool, parts = ThreadPoolExecutor(THREADS), [[piece] for piece in pieces]
         make = partial(make_together, job, source)
     # New processes import the main module first. Theirs is an empty one, because importing JAX
     # takes longer than many texts.
     main, sys.modules["__main__"] = sys.modules["__main__"], ModuleType("__main__")
     try:
-        made = {pool.submit(make, [(n, pieces[n]) for n in part]): part for part in parts}
+        made = {pool.submit(make, part): part for part in parts}
         for future in as_completed(made):
             future.result()
             on_made(made[future])
@@ -241,11 +226,11 @@ def _start(job: Job) -> None:
     _jobs.append((job, document_source(job.config, validation=job.seen is not None)))
 
 
-def _make(some: Sequence[tuple[int, Piece]]) -> None:
+def _make(some: Numbered) -> None:
     make_together(*_jobs[0], some)
 
 
-def make_together(job: Job, source: Source, some: Sequence[tuple[int, Piece]]) -> None:
+def make_together(job: Job, source: Source, some: Numbered) -> None:
     """Makes a few shards in threads: tokenizers release Python's lock, and packing takes a tenth of
     the time."""
     with ThreadPoolExecutor(THREADS) as threads:

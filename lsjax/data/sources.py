@@ -11,7 +11,6 @@ import platform
 import string
 import sysconfig
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -132,10 +131,8 @@ def array_records(paths: Sequence[str], field: str) -> Source:
     from grain.sources import ArrayRecordDataSource
     from tensorflow_datasets.proto import tf_example_pb2
 
-    files = find_files(paths)
-    for file in files:
-        check(not in_bucket(file), f"{file}: ArrayRecord files in buckets are not read: copy it")
-    name = " ".join(paths)
+    files, name = find_files(paths), " ".join(paths)
+    check(not any(map(in_bucket, files)), f"{name}: ArrayRecord files must be on a disk: copy them")
     try:
         records = ArrayRecordDataSource([str(file) for file in files])
         num_rows = len(records)
@@ -207,18 +204,19 @@ def tfds_builder(name: str, **settings: Any) -> Any:
 
     dataset = name.partition("/")[0]
     modules = [f"{p}.{m}" for p in TFDS_PACKAGES for m in (f"{dataset}.{dataset}", dataset)]
-    for module in modules:
-        with suppress(ModuleNotFoundError):
-            importlib.import_module(f"tensorflow_datasets.{module}")
-    try:
-        return tfds.builder(name, **settings)
-    except DatasetNotFoundError:
-        raise ConfigError(
-            f"TensorFlow Datasets has no {name!r}: check the spelling, set the tfds_data_dir that "
-            "holds it, or use source jsonl or tsv with its files"
-        ) from None
-    except Exception as error:  # unknown config or version, or an error of another site
-        raise ConfigError(f"tfds_name {name!r}: {one_line(error)}") from None
+    for module in (None, *modules):
+        try:
+            if module is not None:
+                importlib.import_module(f"tensorflow_datasets.{module}")
+            return tfds.builder(name, **settings)
+        except (DatasetNotFoundError, ModuleNotFoundError):
+            continue
+        except Exception as error:  # unknown config or version, or an error of another site
+            raise ConfigError(f"tfds_name {name!r}: {one_line(error)}") from None
+    raise ConfigError(
+        f"TensorFlow Datasets has no {name!r}: check the spelling, set the tfds_data_dir that "
+        "holds it, or use source jsonl or tsv with its files"
+    )
 
 
 def training_documents(config: DataConfig) -> Iterator[Document]:

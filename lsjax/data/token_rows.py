@@ -94,9 +94,9 @@ class TokenRows:
         full = self.num_tokens / (len(self) * self.seq_len)
         text = f"{self.num_documents:,} documents, {self.num_tokens:,} tokens, "
         text += f"{len(self):,} rows of {self.seq_len:,}, {full:.1%} full"
-        reasons = "truncated", "dropped", "also in training, left out"
-        lost = zip((self.num_truncated, self.num_dropped, self.num_shared), reasons, strict=True)
-        return text + "".join(f", {number:,} {why}" for number, why in lost if number)
+        lost = {"truncated": self.num_truncated, "dropped": self.num_dropped}
+        lost["also in training, left out"] = self.num_shared
+        return text + "".join(f", {number:,} {why}" for why, number in lost.items() if number)
 
     def read(self, rows: np.ndarray) -> PackedBatch:
         """Reads rows by number, as int32; number -1 is a row of padding."""
@@ -185,23 +185,22 @@ def make_missing(job: Job, source: Source, share: Share, workers: int | None) ->
     if source.warning is not None and share.index == 0:
         log.warning("%s", source.warning)
     pieces = source.pieces()
-    sizes = [sum(end - begin for _, begin, end in piece.ranges) for piece in pieces]
     every = range(len(pieces))
     for mine in [every[share.index :: share.count]] + [every] * (not share.alone):
-        missing = [number for number in mine if not job.meta(number).exists()]
+        missing = [(n, pieces[n]) for n in mine if not job.meta(n).exists()]
         with Progress(console=Console(stderr=True), transient=True) as progress:
-            total = sum(sizes[number] for number in missing)
-            task = progress.add_task(f"tokens of {source.name}", total=total)
+            size = sum(end - begin for _, piece in missing for _, begin, end in piece.ranges)
+            task = progress.add_task(f"tokens of {source.name}", total=len(missing))
             make_shards(
-                *(job, source, pieces, missing),
-                workers or max(1, min((os.cpu_count() or 1) // THREADS, total // WORTH)),
-                lambda made, task=task: progress.advance(task, sum(sizes[n] for n in made)),
+                *(job, source, missing),
+                workers or max(1, min((os.cpu_count() or 1) // THREADS, size // WORTH)),
+                lambda made, task=task: progress.advance(task, len(made)),
             )
         share.wait("shards of tokens are made")
-    missing = sum(not job.meta(number).exists() for number in every)
-    if missing:
+    left = sum(not job.meta(number).exists() for number in every)
+    if left:
         raise ShardsMissing(
-            f"{missing} of {len(pieces)} shards are missing: run the other parts of --shard"
+            f"{left} of {len(pieces)} shards are missing: run the other parts of --shard"
         )
     if share.index == 0:
         join(job, source, len(pieces))

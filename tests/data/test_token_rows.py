@@ -21,7 +21,7 @@ from lsjax.data import shards
 from lsjax.data.packing import from_records, pack, record_bytes
 from lsjax.data.pieces import Document
 from lsjax.data.pipeline import packed_rows
-from lsjax.data.shards import encode_documents, encode_long
+from lsjax.data.shards import encode_documents
 from lsjax.data.sources import document_source
 from lsjax.data.token_rows import INDEX, Share
 from lsjax.data.tokenizer_backends import ByteTokenizer
@@ -55,7 +55,7 @@ def config(file, **rest):
 
 def encode_document(document, config, tokenizer):
     ((ids, count),) = encode_documents([document], config, tokenizer)
-    return ids, count
+    return ids.tolist(), count
 
 
 def make(config, cache, tokenizer=None, split="train", seq_len=32, **rest):
@@ -154,11 +154,11 @@ def test_a_long_text_is_encoded_in_parts(monkeypatch, any_tokenizer):
     plain = DataConfig(source="jsonl", paths=("x",), append_end=False)
     whole, _ = encode_document(Document(text), plain, any_tokenizer)
     monkeypatch.setattr(shards, "BATCH", 100)
-    ids, _ = encode_long(Document(text), plain, any_tokenizer)
-    assert any_tokenizer.decode(ids.tolist()) == any_tokenizer.decode(whole) == text
+    ids, _ = encode_document(Document(text), plain, any_tokenizer)
+    assert any_tokenizer.decode(ids) == any_tokenizer.decode(whole) == text
     ended = DataConfig(source="jsonl", paths=("x",))
-    ids, _ = encode_long(Document("x" * 950), ended, ByteTokenizer(add_bos=False))
-    assert ids.tolist() == [120] * 950 + [257]
+    ids, _ = encode_document(Document("x" * 950), ended, ByteTokenizer(add_bos=False))
+    assert ids == [120] * 950 + [257]
 
 
 def test_batches_are_small_and_a_long_document_is_alone(tmp_path, monkeypatch):
@@ -176,7 +176,7 @@ def test_batches_are_small_and_a_long_document_is_alone(tmp_path, monkeypatch):
     monkeypatch.setattr(shards, "encode_documents", noting)
     monkeypatch.setattr(shards, "BATCH", 100)
     found = everything(make(plain, tmp_path / "several"))
-    assert batches == [[40, 50], [30], [100], [1, 99], [1]]  # 100: the first part of 150
+    assert batches == [[40, 50], [30], [150], [1, 99], [1]]
     np.testing.assert_array_equal(found, expected)
 
 
