@@ -116,9 +116,8 @@ def simulate(arguments: Arguments, cache: Path) -> None:
     for number in range(count):
         with (cache / "corpus" / f"{number:05d}.jsonl.gz").open("wb") as file:
             file.truncate(16_000_000)
-    source = document_source(arguments.data)
     tokenizer = make_tokenizer(arguments.data, cache=cache)
-    job = open_job(arguments.data, tokenizer, arguments.seq_len, cache, source)
+    job = open_job(arguments.data, tokenizer, arguments.seq_len, cache, None)
     draw = np.random.default_rng(0)
     tokens = draw.integers(0, 256, OF_A_SHARD * TOKENS).astype(job.dtype)
     starts_N1, every_M = np.arange(OF_A_SHARD + 1) * TOKENS, np.arange(OF_A_SHARD)
@@ -126,11 +125,11 @@ def simulate(arguments: Arguments, cache: Path) -> None:
     records, split = pack(tokens, starts_N1, prompts_N, every_M, arguments.seq_len, arguments.data)
     split |= {"chosen": OF_A_SHARD}
     meta = {"documents": OF_A_SHARD, "train": split, "validation": dict.fromkeys(split, 0)}
-    prepare_directory(job.directory, source)
+    prepare_directory(job)
     for number in range(count):
         (job.directory / f"{number:06d}.train").write_bytes(records)
         write_json(job.meta(number), {"content": f"{number}", **meta})
-    join(job, source, count)
+    join(job, count)
 
 
 def streaming(arguments: Arguments, cache: Path) -> None:

@@ -15,7 +15,6 @@ import numpy as np
 
 from lsjax.config import DataConfig, Path, check
 from lsjax.data.packing import PackedBatch
-from lsjax.data.sources import document_source
 from lsjax.data.token_rows import ALONE, Share, TokenRows, open_job, stored_rows
 from lsjax.data.tokenizer import Tokenizer
 
@@ -146,9 +145,8 @@ def packed_rows(
     if own_set:
         options = dict(seq_len=seq_len, cache=cache, share=share, workers=workers)
         seen = packed_rows(config, tokenizer, split="train", **options)
-    source = document_source(config, validation=own_set)
-    job = open_job(config, tokenizer, seq_len, cache, source, seen)
-    rows = stored_rows(job, source, split, share, workers)
+    job = open_job(config, tokenizer, seq_len, cache, seen)
+    rows = stored_rows(job, split, share, workers)
     size = "small" if split == "validation" else "large"
     reason = f"validation_fraction {config.validation_fraction} is too {size}"
     if own_set:

@@ -13,8 +13,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
 from itertools import chain, islice
 from multiprocessing import get_context, parent_process
 from types import ModuleType
@@ -48,6 +47,7 @@ class Job:
     config: DataConfig
     tokenizer: Tokenizer
     seq_len: int
+    source: Source | None  # another process opens its own
     directory: Path
     settings: str
     seen: Path | None = None
@@ -62,14 +62,14 @@ class Job:
         return self.directory / f"{number:06d}.json"
 
 
-def make_shard(job: Job, source: Source, number: int, piece: Piece) -> None:
+def make_shard(job: Job, number: int, piece: Piece) -> None:
     """Writes the files of a shard."""
     try:
-        encoded = list(_encoded(source.in_piece(piece), job))
+        encoded = list(_encoded(job.source.in_piece(piece), job))
     except ConfigError:
         for index, begin, _ in piece.ranges:
             if begin:  # read the file from its begin, so that the message has the line's number
-                list(source.read(source.files[index], 0, None))
+                list(job.source.read(job.source.files[index], 0, None))
         raise
     ids, prompts, keys = zip(*encoded, strict=True) if encoded else ((), (), ())
     tokens = np.concatenate([np.empty(0, job.dtype), *ids])
@@ -82,7 +82,7 @@ def make_shard(job: Job, source: Source, number: int, piece: Piece) -> None:
         for file in job.seen.glob("*.keys"):
             new_N &= ~np.isin(keys_N, np.frombuffer(file.read_bytes(), np.uint64))
         chosen = {"validation": new_N}
-    meta: dict[str, Any] = {"content": source.content(piece), "documents": len(keys_N)}
+    meta: dict[str, Any] = {"content": job.source.content(piece), "documents": len(keys_N)}
     for split, chosen_N in chosen.items():
         documents_M = np.flatnonzero(chosen_N)
         # In the order of their keys, which is effectively random.
@@ -178,7 +178,7 @@ def _continuations(texts: Sequence[str], tokenizer: Tokenizer, special: bool) ->
 
 
 def make_shards(
-    job: Job, source: Source, pieces: Numbered, workers: int, on_made: Callable[[Numbered], None]
+    job: Job, pieces: Numbered, workers: int, on_made: Callable[[Numbered], None]
 ) -> None:
     """Makes the shards of these pieces in several processes, or in threads of this one.
 
@@ -187,18 +187,18 @@ def make_shards(
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the threads are here
     parts = [pieces[at : at + THREADS] for at in range(0, len(pieces), THREADS)]
-    pool: Executor
-    if min(workers, len(parts)) > 1:
-        pool = ProcessPoolExecutor(min(workers, len(parts)), get_context("spawn"), _start, (job,))
-        make = _make
+    pool: Executor = ThreadPoolExecutor(THREADS)
+    workers, here = min(workers, len(parts)), job
+    if workers > 1:
+        told, here = (replace(job, source=None),), None
+        pool = ProcessPoolExecutor(workers, get_context("spawn"), _start, told)
     else:
-        pool, parts = ThreadPoolExecutor(THREADS), [[piece] for piece in pieces]
-        make = partial(make_together, job, source)
+        parts = [[piece] for piece in pieces]
     # New processes import the main module first. Theirs is an empty one, because importing JAX
     # takes longer than many texts.
     main, sys.modules["__main__"] = sys.modules["__main__"], ModuleType("__main__")
     try:
-        made = {pool.submit(make, part): part for part in parts}
+        made = {pool.submit(_make, here, part): part for part in parts}
         for future in as_completed(made):
             future.result()
             on_made(made[future])
@@ -212,7 +212,7 @@ def make_shards(
         pool.shutdown(cancel_futures=True)
 
 
-_jobs: list[tuple[Job, Source]] = []  # of a process that tokenizes
+_jobs: list[Job] = []  # of a process that tokenizes
 
 
 def _start(job: Job) -> None:
@@ -223,15 +223,13 @@ def _start(job: Job) -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
-    _jobs.append((job, document_source(job.config, validation=job.seen is not None)))
+    source = document_source(job.config, validation=job.seen is not None)
+    _jobs.append(replace(job, source=source))
 
 
-def _make(some: Numbered) -> None:
-    make_together(*_jobs[0], some)
-
-
-def make_together(job: Job, source: Source, some: Numbered) -> None:
+def _make(job: Job | None, pieces: Numbered) -> None:
     """Makes a few shards in threads: tokenizers release Python's lock, and packing takes a tenth of
-    the time."""
+    the time. Without a job, it is that of this process."""
+    own = job or _jobs[0]
     with ThreadPoolExecutor(THREADS) as threads:
-        list(threads.map(lambda one: make_shard(job, source, *one), some))
+        list(threads.map(lambda piece: make_shard(own, *piece), pieces))

@@ -28,8 +28,8 @@ from lsjax.config import ConfigError, DataConfig, Path, check, in_bucket
 from lsjax.config.paths import file_system
 from lsjax.data.files import read_json, remove_directory, write_json
 from lsjax.data.packing import PackedBatch, from_records, record_bytes
-from lsjax.data.pieces import Source
 from lsjax.data.shards import SPLITS, THREADS, Job, make_shards
+from lsjax.data.sources import document_source
 from lsjax.data.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
@@ -115,14 +115,10 @@ class TokenRows:
 
 
 def open_job(
-    config: DataConfig,
-    tokenizer: Tokenizer,
-    seq_len: int,
-    cache: Path,
-    source: Source,
-    seen: TokenRows | None = None,
+    config: DataConfig, tokenizer: Tokenizer, seq_len: int, cache: Path, seen: TokenRows | None
 ) -> Job:
     """The job of a store, in the directory that its settings and the sizes of its files name."""
+    source = document_source(config, validation=seen is not None)
     settings = [
         *(FORMAT, seq_len, seen and seen.fingerprint, source.part, source.limit),
         *(tokenizer.fingerprint, tokenizer.add_bos, tokenizer.bos_id, tokenizer.eos_ids[:1]),
@@ -133,18 +129,17 @@ def open_job(
     ]
     sizes = [size for _, size, _ in source.stats()]
     directory = cache / "tokens" / _hash([settings, sizes])[:32]
-    return Job(config, tokenizer, seq_len, directory, _hash(settings), seen and seen.directory)
+    told = _hash(settings), seen and seen.directory
+    return Job(config, tokenizer, seq_len, source, directory, *told)
 
 
-def stored_rows(
-    job: Job, source: Source, split: str, share: Share, workers: int | None
-) -> TokenRows:
+def stored_rows(job: Job, split: str, share: Share, workers: int | None) -> TokenRows:
     """The rows of a split; makes the store's missing shards first."""
     if share.index == 0:
-        prepare_directory(job.directory, source)
+        prepare_directory(job)
     share.wait("old tokens are removed")
     if not (job.directory / INDEX).exists():
-        make_missing(job, source, share, workers)
+        make_missing(job, share, workers)
     index = read_json(job.directory / INDEX, ConfigError)
     own = index["splits"][split]
     return TokenRows(
@@ -164,8 +159,9 @@ def _hash(content: Any) -> str:
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
-def prepare_directory(directory: Path, source: Source) -> None:
+def prepare_directory(job: Job) -> None:
     """Creates the directory, or empties it if its shards come from files that have changed."""
+    directory, source = job.directory, job.source
     files, index = directory / FILES, directory / INDEX
     now = {"files": [list(stat) for stat in source.stats()]}
     before = read_json(files, ConfigError) if files.exists() else None
@@ -179,20 +175,20 @@ def prepare_directory(directory: Path, source: Source) -> None:
     write_json(files, now)
 
 
-def make_missing(job: Job, source: Source, share: Share, workers: int | None) -> None:
+def make_missing(job: Job, share: Share, workers: int | None) -> None:
     """Makes this host's missing shards, then those that other hosts should have made elsewhere, and
     joins them."""
-    if source.warning is not None and share.index == 0:
-        log.warning("%s", source.warning)
-    pieces = source.pieces()
+    if job.source.warning is not None and share.index == 0:
+        log.warning("%s", job.source.warning)
+    pieces = job.source.pieces()
     every = range(len(pieces))
     for mine in [every[share.index :: share.count]] + [every] * (not share.alone):
         missing = [(n, pieces[n]) for n in mine if not job.meta(n).exists()]
         with Progress(console=Console(stderr=True), transient=True) as progress:
             size = sum(end - begin for _, piece in missing for _, begin, end in piece.ranges)
-            task = progress.add_task(f"tokens of {source.name}", total=len(missing))
+            task = progress.add_task(f"tokens of {job.source.name}", total=len(missing))
             make_shards(
-                *(job, source, missing),
+                *(job, missing),
                 workers or max(1, min((os.cpu_count() or 1) // THREADS, size // WORTH)),
                 lambda made, task=task: progress.advance(task, len(made)),
             )
@@ -203,17 +199,18 @@ def make_missing(job: Job, source: Source, share: Share, workers: int | None) ->
             f"{left} of {len(pieces)} shards are missing: run the other parts of --shard"
         )
     if share.index == 0:
-        join(job, source, len(pieces))
+        join(job, len(pieces))
     share.wait("the index of tokens is made")
     if not (job.directory / INDEX).exists():  # hosts do not share this disk
-        join(job, source, len(pieces))
+        join(job, len(pieces))
 
 
-def join(job: Job, source: Source, shards: int) -> None:
+def join(job: Job, shards: int) -> None:
     """Writes the index of shards that are all made. Raises ConfigError if there is no document."""
     metas = [read_json(job.meta(number), ConfigError) for number in range(shards)]
     documents = sum(meta["documents"] for meta in metas)
-    check(documents > 0, f"{source.name} holds no text: every document is empty, check its files")
+    name = job.source.name
+    check(documents > 0, f"{name} holds no text: every document is empty, check its files")
     splits = {}
     for split in [split for split in SPLITS if split in metas[0]]:
         own = [meta[split] for meta in metas]

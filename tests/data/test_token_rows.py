@@ -237,10 +237,10 @@ def test_an_interrupted_store_goes_on_with_what_is_missing(many, tmp_path, monke
     expected = everything(make(many, tmp_path / "whole"))
     real, made = shards.make_shard, []
 
-    def dies(job, source, number, piece):
+    def dies(job, number, piece):
         if len(made) >= 4:  # a thread may add one between
             raise KeyboardInterrupt
-        real(job, source, number, piece)
+        real(job, number, piece)
         made.append(number)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
@@ -250,7 +250,7 @@ def test_an_interrupted_store_goes_on_with_what_is_missing(many, tmp_path, monke
     assert not (folder / INDEX).exists()
     before = {*made}
     assert 4 <= len(before) < len(document_source(many).pieces())
-    monkeypatch.setattr(shards, "make_shard", lambda *a: made.append(a[2]) or real(*a))
+    monkeypatch.setattr(shards, "make_shard", lambda *a: made.append(a[1]) or real(*a))
     found = make(many, tmp_path / "cache")
     assert sorted(made) == list(range(len(found.rows_S)))
     np.testing.assert_array_equal(everything(found), expected)
