@@ -144,10 +144,8 @@ class BucketPath(type(epath.Path("gs://"))):
     def stat(self) -> Any:
         """Size, and time of the last change, by the names of os.stat."""
         found = file_system().info(str(self))
-        # The generation: when it was written, in microseconds.
-        return SimpleNamespace(
-            st_size=found["size"], st_mtime_ns=1000 * int(found.get("generation", 0))
-        )
+        written = int(found.get("generation", 0))  # in microseconds
+        return SimpleNamespace(st_size=found["size"], st_mtime_ns=1000 * written)
 
     def write_bytes(self, data: bytes) -> int:
         """Writes a file, which appears when it is complete."""

@@ -16,7 +16,7 @@ of fixed size:
 from typing import TypedDict
 
 import numpy as np
-from jaxtyping import Int32, Int64, UInt8
+from jaxtyping import Int32, Int64, Shaped
 
 from lsjax.config import DataConfig
 
@@ -93,11 +93,11 @@ def pack(
 
 def _records(
     tokens: np.ndarray, labelled: np.ndarray, seq_len: int, pieces_3P: Int64[np.ndarray, "3 P"]
-) -> UInt8[np.ndarray, "B bytes"]:
+) -> Shaped[np.ndarray, "B"]:
     """Records of rows with these pieces. labelled: whether the token after each is a label."""
     row_P, start_P, length_P = pieces_3P
-    lengths_B1 = np.bincount(row_P - row_P[0], length_P).astype(np.uint32)[:, None]
-    inside_BT = np.arange(seq_len) < lengths_B1
+    lengths_B = np.bincount(row_P - row_P[0], length_P)
+    inside_BT = np.arange(seq_len) < lengths_B[:, None]
     piece_N = np.repeat(np.arange(len(length_P)), length_P)
     begins_BT, place_BT = np.zeros_like(inside_BT), np.zeros(inside_BT.shape, np.int64)
     begins_BT[inside_BT] = np.diff(piece_N, prepend=-1) > 0
@@ -105,9 +105,12 @@ def _records(
     place_BT[inside_BT] = np.arange(len(piece_N)) + shift_P[piece_N]
     labelled_BT = labelled[place_BT] & inside_BT
     next_B = tokens[place_BT[:, -1] + labelled_BT[:, -1]] * labelled_BT[:, -1]
-    ids = np.column_stack([tokens[place_BT] * inside_BT, next_B])
-    bits = (np.packbits(one, axis=1) for one in (begins_BT, labelled_BT))
-    return np.concatenate([lengths_B1.view(np.uint8), *bits, ids.view(np.uint8)], axis=1)
+    records = np.empty(len(lengths_B), record_type(seq_len, tokens.dtype))
+    records["length"] = lengths_B
+    records["begins"] = np.packbits(begins_BT, axis=1)
+    records["labelled"] = np.packbits(labelled_BT, axis=1)
+    records["ids"] = np.column_stack([tokens[place_BT] * inside_BT, next_B])
+    return records
 
 
 def split(
@@ -145,28 +148,25 @@ def first_fit(lengths_P: Int64[np.ndarray, "P"], seq_len: int) -> Int64[np.ndarr
     return row_P
 
 
-def record_bytes(seq_len: int, dtype: np.dtype) -> int:
-    """Size of a record."""
-    return 4 + 2 * -(-seq_len // 8) + (seq_len + 1) * dtype.itemsize
+def record_type(seq_len: int, dtype: np.dtype) -> np.dtype:
+    """Layout of a record with ids of this type."""
+    bits = np.uint8, (-(-seq_len // 8),)
+    fields = [("length", np.uint32), ("begins", *bits), ("labelled", *bits)]
+    return np.dtype([*fields, ("ids", dtype, (seq_len + 1,))])
 
 
-def from_records(
-    records: UInt8[np.ndarray, "B bytes"], seq_len: int, dtype: np.dtype
-) -> PackedBatch:
+def from_records(records: Shaped[np.ndarray, "B"]) -> PackedBatch:
     """Rows from their records; a record of zeros is a row of padding."""
-    begin, bits = 4, -(-seq_len // 8)
-    length_B1 = np.ascontiguousarray(records[:, :begin]).view(np.uint32)
-    flags = [
-        np.unpackbits(records[:, at : at + bits], axis=1, count=seq_len)
-        for at in (begin, begin + bits)
-    ]
-    ids = np.ascontiguousarray(records[:, begin + 2 * bits :]).view(dtype).astype(np.int32)
-    at_T = np.arange(seq_len, dtype=np.int32)
-    inside = at_T < length_B1
-    first = np.maximum.accumulate(np.where(flags[0], at_T, 0), axis=1)
+    ids = records["ids"].astype(np.int32)
+    at_T = np.arange(ids.shape[1] - 1, dtype=np.int32)
+    begins_BT, labelled_BT = (
+        np.unpackbits(records[name], axis=1, count=len(at_T)) for name in ("begins", "labelled")
+    )
+    inside_BT = at_T < records["length"][:, None]
+    first_BT = np.maximum.accumulate(np.where(begins_BT, at_T, 0), axis=1)
     return PackedBatch(
         tokens_BT=ids[:, :-1],
-        labels_BT=np.where(flags[1], ids[:, 1:], np.int32(-1)),
-        segments_BT=np.cumsum(flags[0], axis=1, dtype=np.int32) * inside,
-        positions_BT=(at_T - first) * inside,
+        labels_BT=np.where(labelled_BT, ids[:, 1:], np.int32(-1)),
+        segments_BT=np.cumsum(begins_BT, axis=1, dtype=np.int32) * inside_BT,
+        positions_BT=(at_T - first_BT) * inside_BT,
     )

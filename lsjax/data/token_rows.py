@@ -27,7 +27,7 @@ from rich.progress import Progress
 from lsjax.config import ConfigError, DataConfig, Path, check, in_bucket
 from lsjax.config.paths import file_system
 from lsjax.data.files import read_json, remove_directory, write_json
-from lsjax.data.packing import PackedBatch, from_records, record_bytes
+from lsjax.data.packing import PackedBatch, from_records, record_type
 from lsjax.data.shards import SPLITS, THREADS, Job, make_shards
 from lsjax.data.sources import document_source
 from lsjax.data.tokenizer import Tokenizer
@@ -100,18 +100,19 @@ class TokenRows:
 
     def read(self, rows: np.ndarray) -> PackedBatch:
         """Reads rows by number, as int32; number -1 is a row of padding."""
-        size = record_bytes(self.seq_len, self.dtype)
-        records, given = np.zeros((len(rows), size), np.uint8), np.flatnonzero(rows >= 0)
+        layout = record_type(self.seq_len, self.dtype)
+        records, given = np.zeros(len(rows), layout), np.flatnonzero(rows >= 0)
         shards = np.searchsorted(self._ends_S, rows[given], side="right")
-        begins = size * (rows[given] - self._ends_S[shards] + self.rows_S[shards])
+        begins = layout.itemsize * (rows[given] - self._ends_S[shards] + self.rows_S[shards])
         files = [self.directory / f"{shard:06d}.{self.split}" for shard in shards]
         if in_bucket(self.directory):
-            found = file_system().cat_ranges(list(map(str, files)), begins, begins + size)
-            records[given] = [np.frombuffer(one, np.uint8) for one in found]
+            ends = begins + layout.itemsize
+            found = file_system().cat_ranges(list(map(str, files)), begins, ends)
+            records[given] = np.frombuffer(b"".join(found), layout)
         else:
             for b, file, begin in zip(given, files, begins, strict=True):
-                records[b] = np.fromfile(file, np.uint8, size, offset=begin)
-        return from_records(records, self.seq_len, self.dtype)
+                records[b : b + 1] = np.fromfile(file, layout, 1, offset=begin)
+        return from_records(records)
 
 
 def open_job(

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from lsjax.config import DataConfig
-from lsjax.data.packing import OPEN_ROWS, first_fit, from_records, pack, record_bytes, split
+from lsjax.data.packing import OPEN_ROWS, first_fit, from_records, pack, record_type, split
 
 #   a: 1 2 3 4         b: 11 ... 16        c: 21 ... 25      d: 31 32 33
 GOLDEN = [[1, 2, 3, 4], [11, 12, 13, 14, 15, 16], [21, 22, 23, 24, 25], [31, 32, 33]]
@@ -18,9 +18,10 @@ def make(documents, seq_len, prompts=None, dtype=np.uint16, **settings):
     prompts_N = np.array(prompts or [0] * len(documents), np.int32)
     every = np.arange(len(documents))
     content, counts = pack(tokens, starts_N1, prompts_N, every, seq_len, config)
-    records = np.frombuffer(content, np.uint8).reshape(-1, record_bytes(seq_len, dtype))
+    layout = record_type(seq_len, dtype)
+    records = np.frombuffer(content, layout)
     assert len(records) == counts["rows"]
-    batch = from_records(np.pad(records, ((1, 0), (0, 0))), seq_len, dtype)
+    batch = from_records(np.concatenate([np.zeros(1, layout), records]))
     for name, array in batch.items():
         assert array.dtype == np.int32
         assert (array[0] == (-1 if name == "labels_BT" else 0)).all()

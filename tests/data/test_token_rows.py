@@ -18,7 +18,7 @@ from tensorflow_datasets.proto import tf_example_pb2
 from lsjax.config import ConfigError, DataConfig
 from lsjax.data import pieces as pieces_module
 from lsjax.data import shards
-from lsjax.data.packing import from_records, pack, record_bytes
+from lsjax.data.packing import from_records, pack, record_type
 from lsjax.data.pieces import Document
 from lsjax.data.pipeline import packed_rows
 from lsjax.data.shards import encode_documents
@@ -96,10 +96,9 @@ def test_rows_are_the_packed_documents_of_their_piece(many, tmp_path):
             chosen_M = sorted(np.flatnonzero(chosen_N), key=keys_N.__getitem__)
             chosen_M = np.array(chosen_M, np.int64)
             records, _ = pack(tokens, starts_N1, prompts_N, chosen_M, 32, many)
-            size = record_bytes(32, np.dtype(np.uint16))
-            records = np.frombuffer(records, np.uint8).reshape(-1, size)
+            records = np.frombuffer(records, record_type(32, np.dtype(np.uint16)))
             batch = found[split].read(place[split] + np.arange(len(records)))
-            packed = from_records(records, 32, np.dtype(np.uint16))
+            packed = from_records(records)
             for name, array in packed.items():
                 np.testing.assert_array_equal(batch[name], array)
             place[split] += len(records)

@@ -72,7 +72,7 @@ FAULTS = (
         "dropped label at a row's end",
         "data/packing.py",
         "labelled_BT = labelled[place_BT] & inside_BT",
-        "labelled_BT = labelled[place_BT] & (np.arange(seq_len) < lengths_B1 - 1)",
+        "labelled_BT = labelled[place_BT] & (np.arange(seq_len) < lengths_B[:, None] - 1)",
         "tests/data/test_packing.py",
     ),
     Fault(
