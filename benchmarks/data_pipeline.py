@@ -29,11 +29,10 @@ from lsjax.cli.setup import one_line_errors
 from lsjax.config import DataConfig
 from lsjax.data import shards
 from lsjax.data.files import write_json
-from lsjax.data.packing import TokenStore, pack
+from lsjax.data.packing import pack
 from lsjax.data.pipeline import Pipeline, packed_rows
-from lsjax.data.shards import LOST
 from lsjax.data.sources import document_source
-from lsjax.data.token_rows import join, open_job, prepare_directory, token_rows
+from lsjax.data.token_rows import join, open_job, prepare_directory
 from lsjax.data.vocabulary import make_tokenizer
 
 OF_A_SHARD, TOKENS = 50_000, 80  # documents of a simulated shard, and tokens of each
@@ -87,8 +86,8 @@ def tokenizing(arguments: Arguments) -> None:
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
         shards.THREADS = threads
         with tempfile.TemporaryDirectory() as folder:
-            options = dict(seq_len=arguments.seq_len, cache=Path(folder))
-            token_rows(arguments.data, tokenizer, **options)
+            options = dict(split="train", seq_len=arguments.seq_len, cache=Path(folder))
+            packed_rows(arguments.data, tokenizer, **options)
 
     def encode() -> None:
         os.environ["TOKENIZERS_PARALLELISM"] = "true"
@@ -117,25 +116,20 @@ def simulate(arguments: Arguments, cache: Path) -> None:
     for number in range(count):
         with (cache / "corpus" / f"{number:05d}.jsonl.gz").open("wb") as file:
             file.truncate(16_000_000)
-    source = document_source(arguments.data)
     tokenizer = make_tokenizer(arguments.data, cache=cache)
-    job = open_job(arguments.data, tokenizer, arguments.seq_len, cache, source)
+    job = open_job(arguments.data, tokenizer, arguments.seq_len, cache, None)
     draw = np.random.default_rng(0)
-    store = TokenStore(
-        tokens=draw.integers(0, 256, OF_A_SHARD * TOKENS).astype(job.dtype),
-        starts_N1=np.arange(OF_A_SHARD + 1) * TOKENS,
-        prompts_N=np.zeros(OF_A_SHARD, np.int32),
-    )
-    rows = pack(store, np.arange(OF_A_SHARD), arguments.seq_len, arguments.data)
-    records = rows.records(np.arange(len(rows))).tobytes()
-    split = {"rows": len(rows), "chosen": OF_A_SHARD, "tokens": rows.num_tokens}
-    split |= {name: getattr(rows, f"num_{name}") for name in LOST}
+    tokens = draw.integers(0, 256, OF_A_SHARD * TOKENS).astype(job.dtype)
+    starts_N1, every_M = np.arange(OF_A_SHARD + 1) * TOKENS, np.arange(OF_A_SHARD)
+    prompts_N = np.zeros(OF_A_SHARD, np.int32)
+    records, split = pack(tokens, starts_N1, prompts_N, every_M, arguments.seq_len, arguments.data)
+    split |= {"chosen": OF_A_SHARD}
     meta = {"documents": OF_A_SHARD, "train": split, "validation": dict.fromkeys(split, 0)}
-    prepare_directory(job.directory, source)
+    prepare_directory(job)
     for number in range(count):
         (job.directory / f"{number:06d}.train").write_bytes(records)
         write_json(job.meta(number), {"content": f"{number}", **meta})
-    join(job, source, count)
+    join(job, count)
 
 
 def streaming(arguments: Arguments, cache: Path) -> None:

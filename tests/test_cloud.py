@@ -15,11 +15,10 @@ from lsjax.checkpoints.run import CHECKPOINTS, read_metrics
 from lsjax.checkpoints.steps import MARKER, saved_steps
 from lsjax.cli import convert
 from lsjax.config import ConfigError, DataConfig, as_path
-from lsjax.config.paths import split_step
-from lsjax.data import buckets, pieces
-from lsjax.data.buckets import Lines, local_copy
-from lsjax.data.files import find_files, read_lines, whole_directory, write_whole
-from lsjax.data.token_rows import token_rows
+from lsjax.config.paths import find_files, split_step
+from lsjax.data import files, pieces
+from lsjax.data.files import Lines, local_copy, read_lines, whole_directory, write_whole
+from lsjax.data.pipeline import packed_rows
 from lsjax.data.tokenizer_backends import ByteTokenizer
 from lsjax.data.tokenizer_files import load_tokenizer
 from lsjax.model.parameters import named_leaves
@@ -113,8 +112,9 @@ def test_tokens_in_a_bucket_are_those_of_a_disk(bucket, tmp_path, monkeypatch):
     for folder in (bucket, tmp_path):
         write_whole(folder / "corpus.txt", text.encode())
         config = DataConfig(source="text", paths=(f"{folder}/corpus.txt",), separator="|")
+        options = dict(split="train", seq_len=32, cache=folder / "tokens")
         for _ in range(2):
-            rows = token_rows(config, ByteTokenizer(), seq_len=32, cache=folder / "tokens")["train"]
+            rows = packed_rows(config, ByteTokenizer(), **options)
         found.append((rows.fingerprint, rows.read(np.array([5, 0, -1, len(rows) - 1]))))
         assert len(rows.rows_S) > 8
     assert found[0][0] == found[1][0]
@@ -135,7 +135,7 @@ def test_a_changed_model_is_copied_again(bucket, monkeypatch):
         write_whole(bucket / f"m-0000{number}-of-00002.gguf", b"GGUF")
     assert len([*local_copy(bucket / "m-00002-of-00002.gguf").parent.iterdir()]) == 2
     write_whole(bucket / "tokenizer.json", b"1")
-    monkeypatch.setattr(buckets.shutil, "disk_usage", lambda _: SimpleNamespace(free=0))
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda _: SimpleNamespace(free=0))
     with pytest.raises(ConfigError, match="has only 0.0 GB free"):
         local_copy(bucket)
     with pytest.raises(FileNotFoundError, match="none: does not exist"):
@@ -183,7 +183,7 @@ def test_lines_of_a_bucket_are_written_at_intervals_and_at_the_end(bucket, monke
     assert not file.exists()
     lines.flush()
     assert file.read_text() == "one\n"
-    monkeypatch.setattr(buckets, "PAUSE", -1)
+    monkeypatch.setattr(files, "PAUSE", -1)
     lines.write("two\n")
     assert file.read_text() == "one\ntwo\n"
     lines.close()

@@ -12,8 +12,7 @@ from lsjax.checkpoints.families import FULL, SLIDING
 from lsjax.checkpoints.huggingface_config import llama_config
 from lsjax.checkpoints.tensors import CheckpointError, TensorSource
 from lsjax.config import ConfigError, LlamaConfig, Path, RopeScaling, check
-from lsjax.data.files import gguf_parts
-from lsjax.data.tokenizer_files import open_gguf
+from lsjax.data.tokenizer_files import gguf_parts, open_gguf
 from lsjax.model.rope import rope_frequencies
 
 # The names are also model_types of config.json, but OLMo 3 is olmo2 with a sliding window.

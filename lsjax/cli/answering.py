@@ -16,9 +16,8 @@ from lsjax.checkpoints.run import is_run, read_run_config
 from lsjax.checkpoints.steps import fingerprints
 from lsjax.cli.flags import ChatFlags, ModelFlags, OpenModel, SamplingFlags
 from lsjax.config import ConfigError, DataConfig, Path, bounded, check, split_step
-from lsjax.data.buckets import Lines
 from lsjax.data.chat import Dialogue
-from lsjax.data.files import PlacedRow, Refuse, file_rows, stop_at
+from lsjax.data.files import Lines, PlacedRow, Refuse, file_rows, stop_at
 from lsjax.data.pieces import Document
 from lsjax.decoding.completion import Completion
 from lsjax.decoding.engine import Engine

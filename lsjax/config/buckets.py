@@ -1,4 +1,4 @@
-"""Paths in gs:// buckets, by etils.epath and gcsfs, with pathlib's behaviour on disks."""
+"""Files and paths in gs:// buckets, by etils.epath and gcsfs, with pathlib's behaviour on disks."""
 
 import logging
 from contextlib import suppress
@@ -12,6 +12,20 @@ from etils import epath
 logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it logs errors that it also raises
 # Otherwise a listing hides what other processes have written since.
 fsspec.config.conf.setdefault("gs", {}).setdefault("use_listings_cache", False)
+
+
+def bucket_files(pattern: str) -> dict[str, dict[str, Any]]:
+    """Names of the files in a bucket that match a pattern, sorted, and what the bucket knows."""
+    try:
+        found = file_system().glob(pattern, detail=True)
+    except FileNotFoundError:  # no such bucket
+        return {}
+    return {name: found[name] for name in sorted(found) if found[name]["type"] == "file"}
+
+
+def file_system() -> Any:
+    """The fsspec file system of gs:// paths."""
+    return fsspec.filesystem("gs", finalize_on_close=True)
 
 
 class BucketPath(type(epath.Path("gs://"))):
@@ -46,10 +60,8 @@ class BucketPath(type(epath.Path("gs://"))):
     def stat(self) -> Any:
         """Size, and time of the last change, by the names of os.stat."""
         found = file_system().info(str(self))
-        # The generation: when it was written, in microseconds.
-        return SimpleNamespace(
-            st_size=found["size"], st_mtime_ns=1000 * int(found.get("generation", 0))
-        )
+        written = int(found.get("generation", 0))  # in microseconds
+        return SimpleNamespace(st_size=found["size"], st_mtime_ns=1000 * written)
 
     def write_bytes(self, data: bytes) -> int:
         """Writes a file, which appears when it is complete."""
@@ -61,8 +73,3 @@ class BucketPath(type(epath.Path("gs://"))):
             raise FileNotFoundError(
                 f"{self} can't be written, as there is no such bucket: create it, or name another"
             ) from None
-
-
-def file_system() -> Any:
-    """The fsspec file system of gs:// paths."""
-    return fsspec.filesystem("gs", finalize_on_close=True)

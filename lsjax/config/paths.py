@@ -1,8 +1,10 @@
 """Paths on a local disk or in a bucket, and the one place where text becomes a path."""
 
+import glob
 import os
 import pathlib
 import re
+from collections.abc import Sequence
 from importlib.util import find_spec
 
 from lsjax.config.checked import check
@@ -57,3 +59,30 @@ def split_step(path: str | Path) -> tuple[Path, int | str | None]:
         f"{path}: {step!r} is not a step of {run}: write a number, or best",
     )
     return run, step if step == "best" else int(step)
+
+
+def find_files(paths: Sequence[str]) -> list[Path]:
+    """Files that match the paths and patterns (*, ?, [...], ** for directories), each once.
+
+    Matches of a pattern are sorted. Raises ConfigError if a path or pattern matches no file.
+    """
+    found: dict[Path, None] = {}
+    for path in paths:
+        literal = as_path(path).expanduser()
+        check(
+            not literal.is_dir(),
+            f"{path} is a directory: name its files, such as {path.rstrip('/')}/**/*.txt",
+        )
+        # An existing path is taken literally, even if it looks like a pattern.
+        if literal.is_file():
+            files = [literal]
+        elif in_bucket(literal):
+            from lsjax.config.buckets import bucket_files
+
+            files = [as_path(f"gs://{name}") for name in bucket_files(str(literal))]
+        else:
+            matches = sorted(glob.glob(str(literal), recursive=True))
+            files = [file for file in map(as_path, matches) if file.is_file()]
+        check(bool(files), f"no file matches {path}: check the path and the current directory")
+        found |= dict.fromkeys(files)
+    return list(found)

@@ -1,26 +1,31 @@
-"""Finds files by pattern, reads their lines or rows, and writes files atomically."""
+"""Reads lines and rows of files, writes files atomically, and does what a bucket cannot."""
 
 import csv
-import glob
 import gzip
+import hashlib
 import io
 import json
 import os
 import re
 import shutil
 import tempfile
+import time
 import uuid
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import chain, islice
-from typing import Any
+from itertools import chain, islice, repeat
+from typing import IO, Any
 
 from lsjax.config import ConfigError, Path, as_path, check, in_bucket
+from lsjax.config.paths import find_files
 
 Fields = Mapping[str, Any]
 PlacedRow = tuple[str, str, Fields]  # short name, location in words, fields
 Refuse = Callable[[ConfigError], None]  # called with the error of a bad line
+TOKENIZER = re.compile(r"(tokenizer|special|generation).*\.(json|model)|chat_template\.jinja")
+WEIGHTS = re.compile(r"config\.json|.+\.safetensors(\.index\.json)?")
+PAUSE = 60.0  # seconds between two writes of a growing file in a bucket
 
 
 def cache_directory() -> Path:
@@ -35,49 +40,7 @@ def local_cache() -> Path:
 
 
 def _default_cache() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (as_path(base) if base else as_path("~/.cache").expanduser()) / "lsjax"
-
-
-def find_files(paths: Sequence[str]) -> list[Path]:
-    """Files that match the paths and patterns (*, ?, [...], ** for directories), each once.
-
-    Matches of a pattern are sorted. Raises ConfigError if a path or pattern matches no file.
-    """
-    found: dict[Path, None] = {}
-    for path in paths:
-        literal = as_path(path).expanduser()
-        check(
-            not literal.is_dir(),
-            f"{path} is a directory: name its files, such as {path.rstrip('/')}/**/*.txt",
-        )
-        # An existing path is taken literally, even if it looks like a pattern.
-        files = [literal] if literal.is_file() else _matches(literal)
-        check(bool(files), f"no file matches {path}: check the path and the current directory")
-        found |= dict.fromkeys(files)
-    return list(found)
-
-
-def _matches(pattern: Path) -> list[Path]:
-    if not in_bucket(pattern):
-        found = map(as_path, sorted(glob.glob(str(pattern), recursive=True)))
-        return [file for file in found if file.is_file()]
-    from lsjax.config.buckets import file_system
-
-    try:
-        found = file_system().glob(str(pattern), detail=True)
-    except FileNotFoundError:  # no such bucket
-        return []
-    return [as_path(f"gs://{name}") for name in sorted(found) if found[name]["type"] == "file"]
-
-
-def gguf_parts(file: Path) -> list[Path]:
-    """All files of a split GGUF, named NAME-00001-of-00003.gguf; the file itself if not split."""
-    part = re.fullmatch(r"(.+-)\d{5}(-of-(?!0{5})(\d{5})\.gguf)", file.name)
-    if part is None:
-        return [file]
-    name, of, count = part.groups()
-    return [file.with_name(f"{name}{number:05d}{of}") for number in range(1, int(count) + 1)]
+    return as_path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "lsjax"
 
 
 def stop_at(error: ConfigError) -> None:
@@ -125,16 +88,15 @@ def json_rows(
     for number, _, line in read_lines(file, refuse, begin, end):
         if not line.strip():
             continue
+        row, problem = None, "is not an object: write {...}"
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
             problem = f"is not JSON ({getattr(error, 'msg', error)}): correct it"
-            refuse(ConfigError(f"{file}, line {number} {problem}"))
-            continue
         if isinstance(row, dict):
             yield number, row
         else:
-            refuse(ConfigError(f"{file}, line {number} is not an object: write {{...}}"))
+            refuse(ConfigError(f"{file}, line {number} {problem}"))
 
 
 def tab_separated_rows(
@@ -151,17 +113,13 @@ def tab_separated_rows(
 
 def comma_separated_rows(file: Path, refuse: Refuse = stop_at) -> Iterator[tuple[int, Fields]]:
     """Rows of a .csv file, as of a .tsv; quoted columns may contain commas and line breaks."""
-
-    def lines() -> Iterator[tuple[int, list[str]]]:
-        reader, begin = csv.reader(line for *_, line in read_lines(file, refuse)), 1
-        try:
-            for columns in reader:
-                yield begin, columns
-                begin = reader.line_num + 1
-        except csv.Error as error:  # such as a column of more than 128 KB
-            raise ConfigError(f"{file}, line {begin} is not CSV ({error}): correct it") from None
-
-    yield from _named_columns(file, lines(), refuse)
+    reader = csv.reader(line for *_, line in read_lines(file, refuse))
+    begins = (reader.line_num + 1 for _ in repeat(None))
+    try:
+        yield from _named_columns(file, zip(begins, reader, strict=False), refuse)
+    except csv.Error as error:  # such as a column of more than 128 KB
+        where = f"{file}, line {reader.line_num}"
+        raise ConfigError(f"{where} is not CSV ({error}): correct it") from None
 
 
 def _named_columns(
@@ -181,18 +139,15 @@ def _named_columns(
 READERS = {".jsonl": json_rows, ".tsv": tab_separated_rows, ".csv": comma_separated_rows}
 
 
-def file_rows(
-    paths: Sequence[str], refuse: Refuse = stop_at, kind: str | None = None
-) -> Iterator[PlacedRow]:
+def file_rows(paths: Sequence[str], refuse: Refuse = stop_at) -> Iterator[PlacedRow]:
     """Rows of .jsonl, .tsv and .csv files, also compressed as .gz.
 
-    kind: one of these extensions for all files, whatever their names. Raises ConfigError for a
-    missing file or another extension.
+    Raises ConfigError for a missing file or another extension.
     """
     for file in find_files(paths):
-        own = kind or (as_path(file.stem).suffix if file.suffix == ".gz" else file.suffix)
-        check(own in READERS, f"{file}: extension {own!r} is not one of {', '.join(READERS)}")
-        for number, row in READERS[own](file, refuse):
+        kind = as_path(file.name.removesuffix(".gz")).suffix
+        check(kind in READERS, f"{file}: extension {kind!r} is not one of {', '.join(READERS)}")
+        for number, row in READERS[kind](file, refuse):
             yield f"{file.name}:{number}", f"{file}, line {number}", row
 
 
@@ -223,7 +178,8 @@ def write_whole(file: Path, content: bytes) -> None:
     if in_bucket(file):
         file.write_bytes(content)
         return
-    partial = _partial(file)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_name(f".partial-{uuid.uuid4().hex}")
     try:
         partial.write_bytes(content)
         partial.replace(file)
@@ -239,36 +195,28 @@ def whole_directory(directory: Path, last: str = "") -> Iterator[Path]:
     last: the file that is copied after all others, so that it marks a complete directory.
     If another process has created `directory` by then, that one stays.
     """
-    if in_bucket(directory):
-        local_cache().mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=local_cache()) as folder:
-            yield as_path(folder)
-            _upload(as_path(folder), directory, last)
-        return
-    partial = _partial(directory)
-    partial.mkdir()
-    try:
+    parent = local_cache() if in_bucket(directory) else directory.parent
+    parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".partial-", dir=parent) as folder:
+        partial = as_path(folder) / "whole"
+        partial.mkdir()
         yield partial
-        try:
-            partial.rename(directory)
-        except OSError:
-            if not directory.is_dir():
-                raise
-    finally:
-        remove_directory(partial)
-
-
-def _upload(folder: Path, directory: Path, last: str) -> None:
-    from lsjax.config.buckets import file_system
-
-    storage = file_system()
-    names = [str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()]
-    for some in ([name for name in names if name != last], [last] if last in names else []):
-        if last and (directory / last).exists():
+        if not in_bucket(directory):
+            try:
+                partial.rename(directory)
+            except OSError:
+                if not directory.is_dir():
+                    raise
             return
-        if some:
-            here, there = ([str(base / name) for name in some] for base in (folder, directory))
-            storage.put(here, there)
+        from lsjax.config.buckets import file_system
+
+        names = {str(file.relative_to(partial)) for file in partial.rglob("*") if file.is_file()}
+        for some in (names - {last}, names & {last}):
+            if last and (directory / last).exists():
+                return
+            if some:
+                here, there = ([str(base / name) for name in some] for base in (partial, directory))
+                file_system().put(here, there)
 
 
 def remove_directory(directory: Path) -> None:
@@ -279,6 +227,71 @@ def remove_directory(directory: Path) -> None:
         shutil.rmtree(directory, ignore_errors=True)
 
 
-def _partial(path: Path) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return path.with_name(f".partial-{uuid.uuid4().hex}")
+def local_copy(path: Path, *, wanted: re.Pattern = TOKENIZER) -> Path:
+    """The path itself, or a copy in the cache if it is in a bucket. A changed file is copied again.
+
+    path: directory of a model, tokenizer file, or GGUF file, which is copied with all its parts.
+    wanted: names of the files to copy from a directory.
+
+    Raises FileNotFoundError, and ConfigError if the disk has too little space.
+    """
+    if not in_bucket(path):
+        return path
+    from lsjax.config.buckets import bucket_files, file_system
+
+    alone = path.is_file()
+    if not alone and not path.is_dir():
+        raise FileNotFoundError(f"{path}: does not exist: check the bucket and the name")
+    folder, is_gguf = path.parent if alone else path, alone and path.suffix == ".gguf"
+    pattern = re.sub(r"-\d{5}-of-", "-?????-of-", path.name) if is_gguf else "*"
+    found = {}
+    for place, entry in bucket_files(f"{folder}/{pattern}").items():
+        name = place.rpartition("/")[2]
+        if is_gguf or name == path.name or wanted.fullmatch(name):
+            found[name] = entry["size"], entry["generation"]
+    key = hashlib.sha256(f"{folder} {sorted(found.items())}".encode()).hexdigest()[:16]
+    copy = local_cache() / "models" / f"{folder.name}-{key}"
+    if not copy.is_dir():
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        size, free = sum(size for size, _ in found.values()), shutil.disk_usage(copy.parent).free
+        check(
+            size < free,
+            f"{path} has {size / 1e9:.1f} GB, but {copy.parent} has only {free / 1e9:.1f} GB free: "
+            "remove old copies there, or set LSJAX_CACHE to a larger disk",
+        )
+        with whole_directory(copy) as partial:
+            for name in found:
+                file_system().get_file(str(folder / name), str(partial / name))
+    return copy / path.name if alone else copy
+
+
+class Lines:
+    """A text file that grows line by line.
+
+    A file in a bucket can only be written as a whole. This happens at most once a minute, and at
+    `flush` and `close`.
+    """
+
+    def __init__(self, file: Path):
+        self._file, self._written = file, time.monotonic()
+        self._text: IO[str] = io.StringIO() if in_bucket(file) else file.open("a", encoding="utf-8")
+        if in_bucket(file) and file.exists():
+            self._text.write(file.read_text())
+
+    def write(self, line: str) -> None:
+        """Appends a line; a local file has it at once."""
+        self._text.write(line)
+        if not in_bucket(self._file) or time.monotonic() - self._written > PAUSE:
+            self.flush()
+
+    def flush(self) -> None:
+        """Writes every line."""
+        self._text.flush()
+        if in_bucket(self._file):
+            write_whole(self._file, self._text.getvalue().encode())
+            self._written = time.monotonic()
+
+    def close(self) -> None:
+        """Writes every line and closes the file."""
+        self.flush()
+        self._text.close()

@@ -13,27 +13,15 @@ of fixed size:
     T + 1 ids  uint16 or uint32; the last one is the label of the last token
 """
 
-from dataclasses import dataclass
 from typing import TypedDict
 
 import numpy as np
-from jaxtyping import Int32, Int64, UInt8
+from jaxtyping import Int32, Int64, Shaped
 
 from lsjax.config import DataConfig
 
 OPEN_ROWS = 1024  # number of newest rows that first-fit searches
-
-
-@dataclass(frozen=True, eq=False)
-class TokenStore:
-    """Tokens of N documents: document n is tokens[starts_N1[n] : starts_N1[n + 1]].
-
-    prompts_N: prompt tokens of each document.
-    """
-
-    tokens: np.ndarray
-    starts_N1: Int64[np.ndarray, "N+1"]
-    prompts_N: Int32[np.ndarray, "N"]
+ROWS = 256  # that are laid out at a time
 
 
 class PackedBatch(TypedDict):
@@ -52,70 +40,28 @@ class PackedBatch(TypedDict):
     positions_BT: Int32[np.ndarray, "B T"]
 
 
-@dataclass(frozen=True, eq=False)
-class PackedRows:
-    """Rows of seq_len tokens: row r has the pieces first_R1[r] .. first_R1[r + 1] - 1.
-
-    start_P, length_P: span of each piece in store.tokens. document_P: its document.
-    num_documents, num_truncated, num_dropped: documents in the rows, those of them that were
-    truncated, and dropped.
-    """
-
-    store: TokenStore
-    seq_len: int
-    train_on_prompt: bool
-    first_R1: Int64[np.ndarray, "R+1"]
-    start_P: Int64[np.ndarray, "P"]
-    length_P: Int64[np.ndarray, "P"]
-    document_P: Int64[np.ndarray, "P"]
-    num_documents: int
-    num_truncated: int = 0
-    num_dropped: int = 0
-
-    def __len__(self) -> int:
-        return len(self.first_R1) - 1
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens in all rows, without padding."""
-        return int(self.length_P.sum())
-
-    def records(self, rows: np.ndarray) -> UInt8[np.ndarray, "B bytes"]:
-        """Records of rows, by number."""
-        tokens, starts = self.store.tokens, self.store.starts_N1
-        lengths = np.zeros((len(rows), 1), np.uint32)
-        begins, labelled = np.zeros((2, len(rows), self.seq_len), bool)
-        ids = np.zeros((len(rows), self.seq_len + 1), tokens.dtype)
-        for b, row in enumerate(rows):
-            to = 0
-            for piece in range(self.first_R1[row], self.first_R1[row + 1]):
-                start, length = int(self.start_P[piece]), int(self.length_P[piece])
-                document = self.document_P[piece]
-                at, to = to, to + length
-                begins[b, at] = True
-                ids[b, at:to] = tokens[start : start + length]
-                # Labels are the following tokens, starting at the response's first token.
-                prompt = 0 if self.train_on_prompt else int(self.store.prompts_N[document])
-                first = max(start + 1, int(starts[document]) + prompt)
-                last = min(start + length + 1, int(starts[document + 1]))
-                labelled[b, first + at - start - 1 : last + at - start - 1] = True
-            lengths[b] = to
-            if labelled[b, -1]:
-                ids[b, -1] = tokens[last - 1]
-        bits = (np.packbits(one, axis=1) for one in (begins, labelled))
-        return np.concatenate([lengths.view(np.uint8), *bits, ids.view(np.uint8)], axis=1)
-
-
 def pack(
-    store: TokenStore, documents_M: Int64[np.ndarray, "M"], seq_len: int, config: DataConfig
-) -> PackedRows:
-    """Packs these documents in this order; drops those without labels or truncated to a prompt."""
-    lengths_M = np.diff(store.starts_N1)[documents_M]
+    tokens: np.ndarray,
+    starts_N1: Int64[np.ndarray, "N+1"],
+    prompts_N: Int32[np.ndarray, "N"],
+    documents_M: Int64[np.ndarray, "M"],
+    seq_len: int,
+    config: DataConfig,
+) -> tuple[bytes, dict[str, int]]:
+    """Packs some documents in this order; drops those without labels or truncated to a prompt.
+
+    Document n is tokens[starts_N1[n] : starts_N1[n + 1]]; prompts_N of its tokens are the prompt.
+
+    Returns the records of the rows. Also returns the numbers of rows, of tokens without padding, of
+    documents in the rows, and of documents that were truncated or dropped.
+    """
+    if config.train_on_prompt:
+        prompts_N = np.zeros_like(prompts_N)
+    lengths_M, prompts_M = np.diff(starts_N1)[documents_M], prompts_N[documents_M]
     truncated = dropped = 0
     if config.long_documents == "split":
         which_P, offset_P, length_P, row_P = split(lengths_M, seq_len, config.packing)
     else:
-        prompts_M = 0 if config.train_on_prompt else store.prompts_N[documents_M]
         keep_M = (lengths_M >= 2) & (prompts_M < lengths_M) & (prompts_M <= seq_len)
         long_M = lengths_M > seq_len
         if config.long_documents == "drop":
@@ -125,20 +71,46 @@ def pack(
         length_P = np.minimum(lengths_M[which_P], seq_len)
         offset_P = np.zeros_like(which_P)
         row_P = first_fit(length_P, seq_len) if config.packing else np.arange(len(which_P))
-    order = np.argsort(row_P, kind="stable")
-    document_P = documents_M[which_P[order]]
-    return PackedRows(
-        store=store,
-        seq_len=seq_len,
-        train_on_prompt=config.train_on_prompt,
-        first_R1=np.searchsorted(row_P[order], np.arange(row_P.max(initial=-1) + 2)),
-        start_P=store.starts_N1[document_P] + offset_P[order],
-        length_P=length_P[order],
-        document_P=document_P,
-        num_documents=len(np.unique(which_P)),
-        num_truncated=truncated,
-        num_dropped=dropped,
-    )
+    pieces_3P = np.stack([row_P, starts_N1[documents_M[which_P]] + offset_P, length_P])
+    pieces_3P = pieces_3P[:, np.argsort(row_P, kind="stable")]
+    # A prompt's last token has the response's first as its label; a document's last token has none.
+    labelled = np.ones(len(tokens), bool)
+    for start, end, prompt in zip(starts_N1[:-1], starts_N1[1:], prompts_N, strict=True):
+        labelled[start : start + max(prompt - 1, 0)] = False
+        labelled[end - 1 : end] = False
+    rows, records = int(row_P.max(initial=-1)) + 1, []
+    for row in range(0, rows, ROWS):
+        own = slice(*np.searchsorted(pieces_3P[0], (row, row + ROWS)))
+        records.append(_records(tokens, labelled, seq_len, pieces_3P[:, own]).tobytes())
+    return b"".join(records), {
+        "rows": rows,
+        "tokens": int(length_P.sum()),
+        "documents": len(np.unique(which_P)),
+        "truncated": truncated,
+        "dropped": dropped,
+    }
+
+
+def _records(
+    tokens: np.ndarray, labelled: np.ndarray, seq_len: int, pieces_3P: Int64[np.ndarray, "3 P"]
+) -> Shaped[np.ndarray, "B"]:
+    """Records of rows with these pieces. labelled: whether the token after each is a label."""
+    row_P, start_P, length_P = pieces_3P
+    lengths_B = np.bincount(row_P - row_P[0], length_P)
+    inside_BT = np.arange(seq_len) < lengths_B[:, None]
+    piece_N = np.repeat(np.arange(len(length_P)), length_P)
+    begins_BT, place_BT = np.zeros_like(inside_BT), np.zeros(inside_BT.shape, np.int64)
+    begins_BT[inside_BT] = np.diff(piece_N, prepend=-1) > 0
+    shift_P = start_P + length_P - np.cumsum(length_P)
+    place_BT[inside_BT] = np.arange(len(piece_N)) + shift_P[piece_N]
+    labelled_BT = labelled[place_BT] & inside_BT
+    next_B = tokens[place_BT[:, -1] + labelled_BT[:, -1]] * labelled_BT[:, -1]
+    records = np.empty(len(lengths_B), record_type(seq_len, tokens.dtype))
+    records["length"] = lengths_B
+    records["begins"] = np.packbits(begins_BT, axis=1)
+    records["labelled"] = np.packbits(labelled_BT, axis=1)
+    records["ids"] = np.column_stack([tokens[place_BT] * inside_BT, next_B])
+    return records
 
 
 def split(
@@ -176,28 +148,25 @@ def first_fit(lengths_P: Int64[np.ndarray, "P"], seq_len: int) -> Int64[np.ndarr
     return row_P
 
 
-def record_bytes(seq_len: int, dtype: np.dtype) -> int:
-    """Size of a record."""
-    return 4 + 2 * -(-seq_len // 8) + (seq_len + 1) * dtype.itemsize
+def record_type(seq_len: int, dtype: np.dtype) -> np.dtype:
+    """Layout of a record with ids of this type."""
+    bits = np.uint8, (-(-seq_len // 8),)
+    fields = [("length", np.uint32), ("begins", *bits), ("labelled", *bits)]
+    return np.dtype([*fields, ("ids", dtype, (seq_len + 1,))])
 
 
-def from_records(
-    records: UInt8[np.ndarray, "B bytes"], seq_len: int, dtype: np.dtype
-) -> PackedBatch:
+def from_records(records: Shaped[np.ndarray, "B"]) -> PackedBatch:
     """Rows from their records; a record of zeros is a row of padding."""
-    begin, bits = 4, -(-seq_len // 8)
-    length_B1 = np.ascontiguousarray(records[:, :begin]).view(np.uint32)
-    flags = [
-        np.unpackbits(records[:, at : at + bits], axis=1, count=seq_len)
-        for at in (begin, begin + bits)
-    ]
-    ids = np.ascontiguousarray(records[:, begin + 2 * bits :]).view(dtype).astype(np.int32)
-    at_T = np.arange(seq_len, dtype=np.int32)
-    inside = at_T < length_B1
-    first = np.maximum.accumulate(np.where(flags[0], at_T, 0), axis=1)
+    ids = records["ids"].astype(np.int32)
+    at_T = np.arange(ids.shape[1] - 1, dtype=np.int32)
+    begins_BT, labelled_BT = (
+        np.unpackbits(records[name], axis=1, count=len(at_T)) for name in ("begins", "labelled")
+    )
+    inside_BT = at_T < records["length"][:, None]
+    first_BT = np.maximum.accumulate(np.where(begins_BT, at_T, 0), axis=1)
     return PackedBatch(
         tokens_BT=ids[:, :-1],
-        labels_BT=np.where(flags[1], ids[:, 1:], np.int32(-1)),
-        segments_BT=np.cumsum(flags[0], axis=1, dtype=np.int32) * inside,
-        positions_BT=(at_T - first) * inside,
+        labels_BT=np.where(labelled_BT, ids[:, 1:], np.int32(-1)),
+        segments_BT=np.cumsum(begins_BT, axis=1, dtype=np.int32) * inside_BT,
+        positions_BT=(at_T - first_BT) * inside_BT,
     )

@@ -9,14 +9,13 @@ order. It continues across epochs, so its state is the number of rows taken.
 """
 
 from collections.abc import Iterator
-from typing import Any
 
 import grain
 import numpy as np
 
-from lsjax.config import DataConfig, check
+from lsjax.config import DataConfig, Path, check
 from lsjax.data.packing import PackedBatch
-from lsjax.data.token_rows import TokenRows, token_rows
+from lsjax.data.token_rows import ALONE, Share, TokenRows, open_job, stored_rows
 from lsjax.data.tokenizer import Tokenizer
 
 PREFETCH = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
@@ -117,26 +116,47 @@ class OnePass:
 
 
 def packed_rows(
-    config: DataConfig, tokenizer: Tokenizer, *, split: str, **options: Any
+    config: DataConfig,
+    tokenizer: Tokenizer,
+    *,
+    split: str,
+    seq_len: int,
+    cache: Path,
+    share: Share = ALONE,
+    workers: int | None = None,
 ) -> TokenRows:
     """Rows of a split, "train" or "validation"; the splits share no document.
 
-    A separate validation set loses the documents that are also in the training data. options: other
-    arguments of `token_rows`. Raises ConfigError as it does, or for a split without rows.
+    Missing shards are made first, by `workers` processes of several threads: by default one for
+    THREADS cores, but only one for less than WORTH bytes. A separate validation set loses the
+    documents that are also in the training data.
+
+    Raises ConfigError if data are missing or unreadable, or if the split has no document or row.
+    Also raises it if the tokenizer lacks the end token that the config requests.
     """
-    own_set = config.has_validation_set and split == "validation"
-    rows = token_rows(config, tokenizer, validation=own_set, **options)[split]
+    check(seq_len >= 2, f"seq_len {seq_len} must be at least 2: a token and its label")
+    end = next(iter(tokenizer.eos_ids), tokenizer.vocab_size)
+    check(
+        not config.append_end or end < tokenizer.vocab_size,
+        f"this tokenizer has no end token among the {tokenizer.vocab_size} rows of the model's "
+        "table: set append_end to False",
+    )
+    own_set, seen = config.has_validation_set and split == "validation", None
+    if own_set:
+        options = dict(seq_len=seq_len, cache=cache, share=share, workers=workers)
+        seen = packed_rows(config, tokenizer, split="train", **options)
+    job = open_job(config, tokenizer, seq_len, cache, seen)
+    rows = stored_rows(job, split, share, workers)
     size = "small" if split == "validation" else "large"
-    reason = "all are in the training data too, so choose another validation set"
-    if not own_set:
-        reason = f"validation_fraction {config.validation_fraction} is too {size}"
+    reason = f"validation_fraction {config.validation_fraction} is too {size}"
+    if own_set:
+        reason = "all are in the training data too, so choose another validation set"
     check(
         rows.num_documents + rows.num_dropped > 0,
         f"none of {rows.num_all} documents is for {split}: {reason}",
     )
     check(
         len(rows) > 0,
-        f"no document fits a row of {rows.seq_len} tokens ({rows.num_dropped} dropped): raise "
-        "seq_len",
+        f"no document fits a row of {seq_len} tokens ({rows.num_dropped} dropped): raise seq_len",
     )
     return rows

@@ -13,32 +13,27 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
-from itertools import chain
+from itertools import chain, islice
 from multiprocessing import get_context, parent_process
 from types import ModuleType
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Int64, UInt64
 
 from lsjax.config import ConfigError, DataConfig, Path, check
 from lsjax.data.files import write_json, write_whole
-from lsjax.data.packing import TokenStore, pack
+from lsjax.data.packing import pack
 from lsjax.data.pieces import Document, Piece, Source, is_held_out
 from lsjax.data.sources import document_source
 from lsjax.data.tokenizer import Tokenizer, TokenizerError
 
 SPLITS = ("train", "validation")
-ROWS = 256  # packed at a time
 THREADS = min(4, os.cpu_count() or 1)  # of a process
-# Characters that are encoded at a time, which take about 40 bytes each.
-BATCH = 1_000_000
+BATCH = 1_000_000  # characters that are encoded at a time, which take about 40 bytes each
 # SentencePiece rarely joins these with the next character. Its normalizers drop the first.
 MARKS = ("\x01", ".", ":", "0", "\u4e00")
-Shards = list[tuple[int, Piece]]
+Numbered = Sequence[tuple[int, Piece]]  # pieces with the numbers of their shards
 
 
 @dataclass(frozen=True)
@@ -52,6 +47,7 @@ class Job:
     config: DataConfig
     tokenizer: Tokenizer
     seq_len: int
+    source: Source | None  # another process opens its own
     directory: Path
     settings: str
     seen: Path | None = None
@@ -66,51 +62,45 @@ class Job:
         return self.directory / f"{number:06d}.json"
 
 
-def make_shard(job: Job, source: Source, number: int, piece: Piece) -> None:
+def make_shard(job: Job, number: int, piece: Piece) -> None:
     """Writes the files of a shard."""
     try:
-        encoded = list(_encoded(source.in_piece(piece), job))
+        encoded = list(_encoded(job.source.in_piece(piece), job))
     except ConfigError:
         for index, begin, _ in piece.ranges:
             if begin:  # read the file from its begin, so that the message has the line's number
-                list(source.read(source.files[index], 0, None))
+                list(job.source.read(job.source.files[index], 0, None))
         raise
     ids, prompts, keys = zip(*encoded, strict=True) if encoded else ((), (), ())
+    tokens = np.concatenate([np.empty(0, job.dtype), *ids])
+    starts_N1, prompts_N = np.cumsum([0, *map(len, ids)]), np.array(prompts, np.int32)
     keys_N = np.array(keys, np.uint64)
-    store = TokenStore(
-        tokens=np.concatenate([np.empty(0, job.dtype), *ids]),
-        starts_N1=np.cumsum([0, *map(len, ids)]),
-        prompts_N=np.array(prompts, np.int32),
-    )
     held_N = is_held_out(keys_N, job.config.held_out_fraction)
     chosen = {"train": ~held_N, "validation": held_N}
     if job.seen is not None:
-        chosen = {"validation": ~_are_seen(keys_N, job.seen)}
-    meta: dict[str, Any] = {"content": source.content(piece), "documents": len(keys_N)}
+        new_N = np.ones(len(keys_N), bool)
+        for file in job.seen.glob("*.keys"):
+            new_N &= ~np.isin(keys_N, np.frombuffer(file.read_bytes(), np.uint64))
+        chosen = {"validation": new_N}
+    meta: dict[str, Any] = {"content": job.source.content(piece), "documents": len(keys_N)}
     for split, chosen_N in chosen.items():
-        rows = pack(store, by_key(keys_N, chosen_N), job.seq_len, job.config)
-        batches = (np.arange(at, min(at + ROWS, len(rows))) for at in range(0, len(rows), ROWS))
-        records = b"".join(rows.records(one).tobytes() for one in batches)
+        documents_M = np.flatnonzero(chosen_N)
+        # In the order of their keys, which is effectively random.
+        documents_M = documents_M[np.argsort(keys_N[documents_M], kind="stable")]
+        records, counts = pack(tokens, starts_N1, prompts_N, documents_M, job.seq_len, job.config)
         write_whole(job.directory / f"{number:06d}.{split}", records)
-        meta[split] = {"rows": len(rows), "chosen": int(chosen_N.sum()), "tokens": rows.num_tokens}
-        meta[split] |= {name: getattr(rows, f"num_{name}") for name in LOST}
+        meta[split] = counts | {"chosen": len(documents_M)}
     if job.config.has_validation_set and job.seen is None:
         write_whole(job.directory / f"{number:06d}.keys", np.unique(keys_N).tobytes())
     write_json(job.meta(number), meta)
 
 
-LOST = ("documents", "truncated", "dropped")
-
-
 def _encoded(documents: Iterable[Document], job: Job) -> Iterator[tuple[np.ndarray, int, int]]:
     """Ids, number of prompt tokens and key of each document."""
     for batch in _batches(documents):
-        if len(batch[0].text) > BATCH:
-            found = [encode_long(batch[0], job.config, job.tokenizer)]
-        else:
-            found = encode_documents(batch, job.config, job.tokenizer)
+        found = encode_documents(batch, job.config, job.tokenizer)
         for document, (ids, prompt) in zip(batch, found, strict=True):
-            yield np.array(ids, job.dtype), prompt, document.key
+            yield ids.astype(job.dtype), prompt, document.key
 
 
 def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
@@ -130,43 +120,35 @@ def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
 
 def encode_documents(
     documents: Sequence[Document], config: DataConfig, tokenizer: Tokenizer
-) -> list[tuple[list[int], int]]:
+) -> list[tuple[np.ndarray, int]]:
     """Token ids of documents, and the number of prompt tokens of each.
 
-    A prompt is encoded separately, as in decoding, and includes a beginning-of-text token.
+    A prompt is encoded separately, as in decoding, and includes a beginning-of-text token. A long
+    text is encoded in parts of at most BATCH characters.
     """
     if any(document.ids for document in documents):
-        for document in documents:
-            extra = max(document.ids, key=lambda token: token if token >= 0 else float("inf"))
-            check(
-                0 <= extra < tokenizer.vocab_size,
-                f"token {extra} of a record is not below {tokenizer.vocab_size}: set "
-                "data.tokenizer to the one that made the records",
-            )
-        return [(list(document.ids), 0) for document in documents]
+        size, tokens = tokenizer.vocab_size, chain(*(document.ids for document in documents))
+        extra = next((token for token in tokens if not 0 <= token < size), None)
+        check(
+            extra is None,
+            f"token {extra} of a record is not below {size}: set data.tokenizer to the one that "
+            "made the records",
+        )
+        return [(np.array(document.ids), 0) for document in documents]
     special, end = config.allow_special, [*tokenizer.eos_ids[:1]] * config.append_end
-    texts = [document.text for document in documents]
-    if not config.has_prompts:
-        found = tokenizer.encode_batch(texts, allow_special=special)
-        return [(ids + end, 0) for ids in found]
-    prompts = [document.prompt for document in documents]
-    heads = tokenizer.encode_batch(prompts, allow_special=special)
-    tails = _continuations(texts, tokenizer, special)
-    return [(head + tail + end, len(head)) for head, tail in zip(heads, tails, strict=True)]
-
-
-def encode_long(
-    document: Document, config: DataConfig, tokenizer: Tokenizer
-) -> tuple[np.ndarray, int]:
-    """`encode_documents` for a document of any length, in parts of at most BATCH characters."""
-    rest = _parts(document.text)
-    start, settings = replace(document, text=next(rest)), replace(config, append_end=False)
-    ((head, count),) = encode_documents([start], settings, tokenizer)
-    parts = (_continuations([part], tokenizer, config.allow_special)[0] for part in rest)
-    end = [*tokenizer.eos_ids[:1]] * config.append_end
-    # Arrays at once: lists of ids take 40 bytes a token.
-    ids = [np.array(part, np.uint32) for part in chain([head], parts, [end])]
-    return np.concatenate(ids), count
+    parts = [[*_parts(document.text)] for document in documents]
+    heads = [document.prompt or own.pop(0) for document, own in zip(documents, parts, strict=True)]
+    tails, found = [*chain(*parts)], []
+    # Parts of a long document, which is alone, become arrays at once: lists take 40 bytes a token.
+    step = 1 if len(documents) == 1 else max(1, len(tails))
+    batches = (tails[at : at + step] for at in range(0, len(tails), step))
+    ids = (one for batch in batches for one in _continuations(batch, tokenizer, special))
+    rest = (np.array(one, np.uint32) for one in ids)
+    encoded = tokenizer.encode_batch(heads, allow_special=special)
+    for document, head, own in zip(documents, encoded, parts, strict=True):
+        pieces = np.array(head, np.uint32), *islice(rest, len(own)), np.array(end, np.uint32)
+        found.append((np.concatenate(pieces), len(head) if document.prompt else 0))
+    return found
 
 
 def _parts(text: str) -> Iterator[str]:
@@ -195,72 +177,42 @@ def _continuations(texts: Sequence[str], tokenizer: Tokenizer, special: bool) ->
     )
 
 
-def by_key(
-    keys_N: UInt64[np.ndarray, "N"], chosen_N: Bool[np.ndarray, "N"]
-) -> Int64[np.ndarray, "M"]:
-    """Numbers of the chosen documents, in the order of their keys, which is effectively random."""
-    numbers = np.flatnonzero(chosen_N)
-    return numbers[np.argsort(keys_N[numbers], kind="stable")]
-
-
-def _are_seen(keys_N: UInt64[np.ndarray, "N"], seen: Path) -> Bool[np.ndarray, "N"]:
-    """Whether documents with these keys are in the training rows."""
-    found = np.zeros(len(keys_N), bool)
-    for file in sorted(seen.glob("*.keys")):
-        found |= np.isin(keys_N, np.frombuffer(file.read_bytes(), np.uint64))
-    return found
-
-
 def make_shards(
-    job: Job,
-    source: Source,
-    pieces: Sequence[Piece],
-    numbers: Sequence[int],
-    workers: int,
-    on_made: Callable[[int], None],
+    job: Job, pieces: Numbered, workers: int, on_made: Callable[[Numbered], None]
 ) -> None:
-    """Makes the shards with these numbers in several processes, or in threads of this one.
+    """Makes the shards of these pieces in several processes, or in threads of this one.
 
-    on_made: called after each. Raises ConfigError or TokenizerError for bad data, and if a process
-    is killed.
+    on_made: called with the pieces whose shards are made. Raises ConfigError or TokenizerError
+    for bad data, and if a process is killed.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the threads are here
-    parts = [numbers[at : at + THREADS] for at in range(0, len(numbers), THREADS)]
-    pool: Executor
-    if min(workers, len(parts)) > 1:
-        pool = ProcessPoolExecutor(min(workers, len(parts)), get_context("spawn"), _start, (job,))
-        make = _make
+    parts = [pieces[at : at + THREADS] for at in range(0, len(pieces), THREADS)]
+    pool: Executor = ThreadPoolExecutor(THREADS)
+    workers, here = min(workers, len(parts)), job
+    if workers > 1:
+        told, here = (replace(job, source=None),), None
+        pool = ProcessPoolExecutor(workers, get_context("spawn"), _start, told)
     else:
-        pool, parts = ThreadPoolExecutor(THREADS), [[number] for number in numbers]
-        make = partial(make_together, job, source)
+        parts = [[piece] for piece in pieces]
+    # New processes import the main module first. Theirs is an empty one, because importing JAX
+    # takes longer than many texts.
+    main, sys.modules["__main__"] = sys.modules["__main__"], ModuleType("__main__")
     try:
-        with _another_main():
-            made = {pool.submit(make, [(n, pieces[n]) for n in part]): part for part in parts}
+        made = {pool.submit(_make, here, part): part for part in parts}
         for future in as_completed(made):
             future.result()
-            for number in made[future]:
-                on_made(number)
+            on_made(made[future])
     except BrokenProcessPool:
         raise ConfigError(
             "a process that tokenizes was killed, perhaps because memory ran out: start again to "
             "resume, with fewer --workers"
         ) from None
     finally:
+        sys.modules["__main__"] = main
         pool.shutdown(cancel_futures=True)
 
 
-@contextmanager
-def _another_main() -> Iterator[None]:
-    """New processes import the main module first. Theirs is an empty one, because importing JAX
-    takes longer than many texts."""
-    main, sys.modules["__main__"] = sys.modules["__main__"], ModuleType("__main__")
-    try:
-        yield
-    finally:
-        sys.modules["__main__"] = main
-
-
-_jobs: list[tuple[Job, Source]] = []  # of a process that tokenizes
+_jobs: list[Job] = []  # of a process that tokenizes
 
 
 def _start(job: Job) -> None:
@@ -271,15 +223,13 @@ def _start(job: Job) -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
-    _jobs.append((job, document_source(job.config, validation=job.seen is not None)))
+    source = document_source(job.config, validation=job.seen is not None)
+    _jobs.append(replace(job, source=source))
 
 
-def _make(some: Shards) -> None:
-    make_together(*_jobs[0], some)
-
-
-def make_together(job: Job, source: Source, some: Shards) -> None:
+def _make(job: Job | None, pieces: Numbered) -> None:
     """Makes a few shards in threads: tokenizers release Python's lock, and packing takes a tenth of
-    the time."""
+    the time. Without a job, it is that of this process."""
+    own = job or _jobs[0]
     with ThreadPoolExecutor(THREADS) as threads:
-        list(threads.map(lambda one: make_shard(job, source, *one), some))
+        list(threads.map(lambda piece: make_shard(own, *piece), pieces))

@@ -15,7 +15,8 @@ from dataclasses import replace
 from typing import Any
 
 from lsjax.config import ConfigError, DataConfig, Path, as_path, check, in_bucket
-from lsjax.data.files import READERS, Fields, find_files, one_line, read_lines
+from lsjax.config.paths import find_files
+from lsjax.data.files import READERS, Fields, one_line, read_lines
 from lsjax.data.pieces import LARGEST_PIECE, Document, Source, is_held_out
 
 # Tests are repetitive, installed packages vary, and the rest is specific to one machine.
@@ -72,13 +73,12 @@ def python_source() -> Source:
         bool(found),
         f"{root} has no .py files: this Python lacks its source, set another --data.source",
     )
-    files = sorted(found, key=Path.as_posix)
 
     def read(file: Path, begin: int, end: int | None) -> Iterator[Document]:
         yield Document(file.read_text(encoding="utf-8", errors="replace"))
 
     name = f"standard library of Python {platform.python_version()}"
-    return Source(name, files, read, whole=True)
+    return Source(name, sorted(found, key=Path.as_posix), read, whole=True)
 
 
 def text_files(paths: Sequence[str], separator: str) -> Source:
@@ -87,33 +87,27 @@ def text_files(paths: Sequence[str], separator: str) -> Source:
     separator: "file" makes each file a document, in parts if it is large. "blank_line" splits at
       each run of blank lines. Any other string is a marker between documents.
     """
-    files = find_files(paths)
-    blank = separator == "blank_line"
-
-    def cut(line: str) -> list[str]:
-        return (
-            ["", ""] if blank and not line.strip() else [line] if blank else line.split(separator)
-        )
+    files, whole, blank = find_files(paths), "\n" in separator, separator == "blank_line"
 
     def read(file: Path, begin: int, end: int | None) -> Iterator[Document]:
-        if separator == "file":
-            yield Document("".join(line for *_, line in read_lines(file, begin=begin, end=end)))
-            return
-        if "\n" in separator:
-            text = "".join(line for *_, line in read_lines(file))
-            yield from map(Document, text.split(separator))
+        if whole or separator == "file":
+            text = "".join(line for *_, line in read_lines(file, begin=begin, end=end))
+            yield from map(Document, text.split(separator) if whole else [text])
             return
         # The documents after the separators in this range; at the file's begin also the first one.
         lines: list[str] | None = None if begin else []
         size, tail = 0, "\n" if blank else ""
         for _, at, line in read_lines(file, begin=begin):
-            first, *others = cut(line)
+            if blank:
+                first, *others = [line] if line.strip() else ["", ""]
+            else:
+                first, *others = line.split(separator)
             size += len(line)
             if lines is not None:
                 lines.append(first)
-            if (others or size > LARGEST_PIECE) and lines is not None:
-                yield Document("".join(lines).removesuffix(tail))
-                lines, size = [], 0
+                if others or size > LARGEST_PIECE:
+                    yield Document("".join(lines).removesuffix(tail))
+                    lines, size = [], 0
             if end is not None and at >= end and (others or lines is None):
                 return
             if others:
@@ -121,15 +115,13 @@ def text_files(paths: Sequence[str], separator: str) -> Source:
                 lines = others[-1:]
         yield Document("".join(lines or ()))
 
-    sizes = {file: file.stat().st_size for file in files}
-    largest, warning = max(files, key=sizes.__getitem__), None
-    if separator == "file" and sizes[largest] > LARGE_DOCUMENT:
+    size, largest = max((file.stat().st_size, file) for file in files)
+    warning = None
+    if separator == "file" and size > LARGE_DOCUMENT:
         warning = (
-            f"{largest} has {sizes[largest] / 1e6:.1f} MB and no separator, so it is cut into "
-            "documents at line ends: set data.separator to blank_line, or to a marker between its "
-            "documents"
+            f"{largest} has {size / 1e6:.1f} MB and no separator, so it is cut into documents at "
+            "line ends: set data.separator to blank_line, or to a marker between its documents"
         )
-    whole = "\n" in separator
     return Source(" ".join(paths), files, read, whole=whole, warning=warning)
 
 
@@ -139,10 +131,8 @@ def array_records(paths: Sequence[str], field: str) -> Source:
     from grain.sources import ArrayRecordDataSource
     from tensorflow_datasets.proto import tf_example_pb2
 
-    files = find_files(paths)
-    for file in files:
-        check(not in_bucket(file), f"{file}: ArrayRecord files in buckets are not read: copy it")
-    name = " ".join(paths)
+    files, name = find_files(paths), " ".join(paths)
+    check(not any(map(in_bucket, files)), f"{name}: ArrayRecord files must be on a disk: copy them")
     try:
         records = ArrayRecordDataSource([str(file) for file in files])
         num_rows = len(records)

@@ -14,8 +14,7 @@ import hashlib
 import json
 import logging
 import os
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -27,9 +26,8 @@ from rich.progress import Progress
 
 from lsjax.config import ConfigError, DataConfig, Path, check, in_bucket
 from lsjax.data.files import read_json, remove_directory, write_json
-from lsjax.data.packing import PackedBatch, from_records, record_bytes
-from lsjax.data.pieces import Source
-from lsjax.data.shards import LOST, SPLITS, THREADS, Job, make_shards
+from lsjax.data.packing import PackedBatch, from_records, record_type
+from lsjax.data.shards import SPLITS, THREADS, Job, make_shards
 from lsjax.data.sources import document_source
 from lsjax.data.tokenizer import Tokenizer
 
@@ -37,7 +35,6 @@ log = logging.getLogger(__name__)
 
 FORMAT = 4  # raise it if the code makes other rows from the same text, or other files
 WORTH = 50_000_000  # bytes that another process begins for, which takes seconds
-SEEN = 60.0  # seconds after which all hosts see a file
 INDEX, FILES = "index.json", "files.json"
 
 
@@ -53,6 +50,9 @@ class Share:
     count: int = 1
     wait: Callable[[str], Any] = lambda what: None
     alone: bool = False
+
+
+ALONE = Share()
 
 
 class ShardsMissing(ConfigError):
@@ -80,7 +80,7 @@ class TokenRows:
     num_truncated: int = 0
     num_dropped: int = 0
     num_shared: int = 0
-    _shards: dict[int, np.ndarray] = field(default_factory=dict, repr=False)
+    _shards: dict[int, np.ndarray] = field(default_factory=dict, repr=False)  # mapped
 
     @cached_property
     def _ends_S(self) -> Int64[np.ndarray, "S"]:
@@ -94,89 +94,38 @@ class TokenRows:
         full = self.num_tokens / (len(self) * self.seq_len)
         text = f"{self.num_documents:,} documents, {self.num_tokens:,} tokens, "
         text += f"{len(self):,} rows of {self.seq_len:,}, {full:.1%} full"
-        reasons = "truncated", "dropped", "also in training, left out"
-        lost = zip((self.num_truncated, self.num_dropped, self.num_shared), reasons, strict=True)
-        return text + "".join(f", {number:,} {why}" for number, why in lost if number)
+        lost = {"truncated": self.num_truncated, "dropped": self.num_dropped}
+        lost["also in training, left out"] = self.num_shared
+        return text + "".join(f", {number:,} {why}" for why, number in lost.items() if number)
 
     def read(self, rows: np.ndarray) -> PackedBatch:
         """Reads rows by number, as int32; number -1 is a row of padding."""
-        size = record_bytes(self.seq_len, self.dtype)
-        records, given = np.zeros((len(rows), size), np.uint8), np.flatnonzero(rows >= 0)
+        layout = record_type(self.seq_len, self.dtype)
+        records, given = np.zeros(len(rows), layout), np.flatnonzero(rows >= 0)
         shards = np.searchsorted(self._ends_S, rows[given], side="right")
         places = rows[given] - self._ends_S[shards] + self.rows_S[shards]
         if in_bucket(self.directory):
             from lsjax.config.buckets import file_system
 
-            names, begins = [str(self._file(shard)) for shard in shards], places * size
-            found = file_system().cat_ranges(names, begins, begins + size)
-            records[given] = [np.frombuffer(one, np.uint8) for one in found]
+            names, begins = [str(self._file(shard)) for shard in shards], places * layout.itemsize
+            found = file_system().cat_ranges(names, begins, begins + layout.itemsize)
+            records[given] = np.frombuffer(b"".join(found), layout)
         else:
             for b, shard, place in zip(given, shards, places, strict=True):
-                records[b] = self._shard(shard)[place]
-        return from_records(records, self.seq_len, self.dtype)
+                if shard not in self._shards:
+                    self._shards[shard] = np.memmap(self._file(shard), layout, "r")
+                records[b] = self._shards[shard][place]
+        return from_records(records)
 
     def _file(self, shard: int) -> Path:
         return self.directory / f"{shard:06d}.{self.split}"
 
-    def _shard(self, number: int) -> np.ndarray:
-        """Records of a shard, memory-mapped."""
-        if number not in self._shards:
-            shape = int(self.rows_S[number]), record_bytes(self.seq_len, self.dtype)
-            mapped = np.memmap(self._file(number), np.uint8, "r", shape=shape)
-            # A plain view: slicing a memmap is slower than slicing an array.
-            self._shards[number] = mapped.view(np.ndarray)
-        return self._shards[number]
-
-
-def token_rows(
-    config: DataConfig,
-    tokenizer: Tokenizer,
-    *,
-    seq_len: int,
-    cache: Path,
-    validation: bool = False,
-    share: Share | None = None,
-    workers: int | None = None,
-) -> Mapping[str, TokenRows]:
-    """The rows of each split of the config's source, or of its separate validation set.
-
-    Missing shards are made first, by `workers` processes of several threads: by default one for
-    THREADS cores, but only one for less than WORTH bytes.
-
-    Raises ConfigError if data are missing or unreadable, or if there is no document. Also raises it
-    if the tokenizer lacks the end token that the config requests.
-    """
-    check(seq_len >= 2, f"seq_len {seq_len} must be at least 2: a token and its label")
-    end = next(iter(tokenizer.eos_ids), tokenizer.vocab_size)
-    check(
-        not config.append_end or end < tokenizer.vocab_size,
-        f"this tokenizer has no end token among the {tokenizer.vocab_size} rows of the model's "
-        "table: set append_end to False",
-    )
-    share, seen = share or Share(), None
-    if validation:
-        options = dict(seq_len=seq_len, cache=cache, share=share, workers=workers)
-        seen = token_rows(config, tokenizer, **options)["train"]
-    source = document_source(config, validation=validation)
-    job = open_job(config, tokenizer, seq_len, cache, source, seen)
-    if share.index == 0:
-        prepare_directory(job.directory, source)
-    share.wait("old tokens are removed")
-    if not (job.directory / INDEX).exists():
-        make_missing(job, source, share, workers)
-    index = read_json(job.directory / INDEX, ConfigError)
-    return {split: _rows(job, split, index) for split in SPLITS if split in index["splits"]}
-
 
 def open_job(
-    config: DataConfig,
-    tokenizer: Tokenizer,
-    seq_len: int,
-    cache: Path,
-    source: Source,
-    seen: TokenRows | None = None,
+    config: DataConfig, tokenizer: Tokenizer, seq_len: int, cache: Path, seen: TokenRows | None
 ) -> Job:
     """The job of a store, in the directory that its settings and the sizes of its files name."""
+    source = document_source(config, validation=seen is not None)
     settings = [
         *(FORMAT, seq_len, seen and seen.fingerprint, source.part, source.limit),
         *(tokenizer.fingerprint, tokenizer.add_bos, tokenizer.bos_id, tokenizer.eos_ids[:1]),
@@ -187,10 +136,18 @@ def open_job(
     ]
     sizes = [size for _, size, _ in source.stats()]
     directory = cache / "tokens" / _hash([settings, sizes])[:32]
-    return Job(config, tokenizer, seq_len, directory, _hash(settings), seen and seen.directory)
+    told = _hash(settings), seen and seen.directory
+    return Job(config, tokenizer, seq_len, source, directory, *told)
 
 
-def _rows(job: Job, split: str, index: Mapping[str, Any]) -> TokenRows:
+def stored_rows(job: Job, split: str, share: Share, workers: int | None) -> TokenRows:
+    """The rows of a split; makes the store's missing shards first."""
+    if share.index == 0:
+        prepare_directory(job)
+    share.wait("old tokens are removed")
+    if not (job.directory / INDEX).exists():
+        make_missing(job, share, workers)
+    index = read_json(job.directory / INDEX, ConfigError)
     own = index["splits"][split]
     return TokenRows(
         directory=job.directory,
@@ -199,10 +156,9 @@ def _rows(job: Job, split: str, index: Mapping[str, Any]) -> TokenRows:
         dtype=job.dtype,
         rows_S=np.array(own["rows"], np.int64),
         fingerprint=_hash([job.settings, split, index["contents"]])[:16],
-        num_tokens=own["tokens"],
         num_all=index["documents"],
         num_shared=index["documents"] - own["chosen"] if job.seen else 0,
-        **{f"num_{name}": own[name] for name in LOST},
+        **{f"num_{name}": own[name] for name in ("tokens", "documents", "truncated", "dropped")},
     )
 
 
@@ -210,63 +166,60 @@ def _hash(content: Any) -> str:
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
-def prepare_directory(directory: Path, source: Source) -> None:
+def prepare_directory(job: Job) -> None:
     """Creates the directory, or empties it if its shards come from files that have changed."""
+    directory, source = job.directory, job.source
     files, index = directory / FILES, directory / INDEX
     now = {"files": [list(stat) for stat in source.stats()]}
     before = read_json(files, ConfigError) if files.exists() else None
     if before == now:
         return
     if before is not None:
-        same = index.exists() and read_json(index, ConfigError)["contents"] == [
-            source.content(piece) for piece in source.pieces()
-        ]
-        if not same:
+        contents = [source.content(piece) for piece in source.pieces()] if index.exists() else []
+        if not index.exists() or read_json(index, ConfigError)["contents"] != contents:
             remove_directory(directory)
     directory.mkdir(parents=True, exist_ok=True)
     write_json(files, now)
 
 
-def make_missing(job: Job, source: Source, share: Share, workers: int | None) -> None:
+def make_missing(job: Job, share: Share, workers: int | None) -> None:
     """Makes this host's missing shards, then those that other hosts should have made elsewhere, and
     joins them."""
-    if source.warning is not None and share.index == 0:
-        log.warning("%s", source.warning)
-    pieces = source.pieces()
-    sizes = [sum(end - begin for _, begin, end in piece.ranges) for piece in pieces]
+    if job.source.warning is not None and share.index == 0:
+        log.warning("%s", job.source.warning)
+    pieces = job.source.pieces()
     every = range(len(pieces))
-    turns = (every[share.index :: share.count], every)
-    for mine in turns[:1] if share.alone else turns:
-        missing = [number for number in mine if not job.meta(number).exists()]
+    for mine in [every[share.index :: share.count]] + [every] * (not share.alone):
+        missing = [(n, pieces[n]) for n in mine if not job.meta(n).exists()]
         with Progress(console=Console(stderr=True), transient=True) as progress:
-            total = sum(sizes[number] for number in missing)
-            task = progress.add_task(f"tokens of {source.name}", total=total)
+            size = sum(end - begin for _, piece in missing for _, begin, end in piece.ranges)
+            task = progress.add_task(f"tokens of {job.source.name}", total=len(missing))
             make_shards(
-                *(job, source, pieces, missing),
-                workers or max(1, min((os.cpu_count() or 1) // THREADS, total // WORTH)),
-                lambda number, task=task: progress.advance(task, sizes[number]),
+                *(job, missing),
+                workers or max(1, min((os.cpu_count() or 1) // THREADS, size // WORTH)),
+                lambda made, task=task: progress.advance(task, len(made)),
             )
         share.wait("shards of tokens are made")
-    missing = sum(not job.meta(number).exists() for number in every)
-    if missing:
+    left = sum(not job.meta(number).exists() for number in every)
+    if left:
         raise ShardsMissing(
-            f"{missing} of {len(pieces)} shards are missing: run the other parts of --shard"
+            f"{left} of {len(pieces)} shards are missing: run the other parts of --shard"
         )
-    if share.index == 0 or not (job.directory / INDEX).exists():
-        join(job, source, len(pieces))
+    if share.index == 0:
+        join(job, len(pieces))
     share.wait("the index of tokens is made")
-    end = time.monotonic() + SEEN
-    while not (job.directory / INDEX).exists() and time.monotonic() < end:
-        time.sleep(0.1)  # a shared disk may show it late
+    if not (job.directory / INDEX).exists():  # hosts do not share this disk
+        join(job, len(pieces))
 
 
-def join(job: Job, source: Source, shards: int) -> None:
+def join(job: Job, shards: int) -> None:
     """Writes the index of shards that are all made. Raises ConfigError if there is no document."""
     metas = [read_json(job.meta(number), ConfigError) for number in range(shards)]
     documents = sum(meta["documents"] for meta in metas)
-    check(documents > 0, f"{source.name} holds no text: every document is empty, check its files")
+    name = job.source.name
+    check(documents > 0, f"{name} holds no text: every document is empty, check its files")
     splits = {}
-    for split in (split for split in SPLITS if split in metas[0]):
+    for split in [split for split in SPLITS if split in metas[0]]:
         own = [meta[split] for meta in metas]
         splits[split] = {name: sum(one[name] for one in own) for name in own[0]}
         splits[split]["rows"] = [one["rows"] for one in own]

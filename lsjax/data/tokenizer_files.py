@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from contextlib import suppress
 from typing import Any
 
@@ -9,8 +10,7 @@ import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 
 from lsjax.config import Path, split_step
-from lsjax.data.buckets import local_copy
-from lsjax.data.files import gguf_parts, one_line, read_json
+from lsjax.data.files import local_copy, one_line, read_json
 from lsjax.data.tokenizer import Tokenizer, TokenizerError
 from lsjax.data.tokenizer_backends import BYTE_PIECE, HuggingFaceTokenizer, SentencePieceTokenizer
 
@@ -212,6 +212,15 @@ def _sentencepiece_model(
     normalizer.add_dummy_prefix = bool(fields.get("add_space_prefix", True))
     normalizer.remove_extra_whitespaces = False
     return model.SerializeToString()
+
+
+def gguf_parts(file: Path) -> list[Path]:
+    """All files of a split GGUF, named NAME-00001-of-00003.gguf; the file itself if not split."""
+    part = re.fullmatch(r"(.+-)\d{5}(-of-(?!0{5})(\d{5})\.gguf)", file.name)
+    if part is None:
+        return [file]
+    name, of, count = part.groups()
+    return [file.with_name(f"{name}{number:05d}{of}") for number in range(1, int(count) + 1)]
 
 
 def open_gguf(file: Path, error_type: type[ValueError]) -> Any:

@@ -19,8 +19,7 @@ import numpy as np
 
 from lsjax.checkpoints.run import METRICS, read_metrics
 from lsjax.config import ConfigError, Path, TrainConfig, in_bucket
-from lsjax.data.buckets import Lines
-from lsjax.data.files import local_cache, one_line, remove_directory, write_whole
+from lsjax.data.files import Lines, local_cache, one_line, remove_directory, write_whole
 from lsjax.training.profiling import peak_flops, step_flops
 
 PAUSE = 10.0  # seconds between printed lines

@@ -192,7 +192,7 @@ def test_a_run_is_asked_in_its_own_template(model, tokenizer, rows, tmp_path):
     trained = list(document_source(data).documents())
     for question, document in zip(asked, trained, strict=True):
         ((ids, count),) = encode_documents([document], data, tokenizer)
-        assert list(question.request.prompt) == ids[:count]
+        assert list(question.request.prompt) == ids[:count].tolist()
         assert question.example.reference == document.text
     assert asked[0].example.prompt == "Parse: will it rain ->"
 

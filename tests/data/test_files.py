@@ -3,7 +3,8 @@
 import pytest
 
 from lsjax.config import ConfigError
-from lsjax.data.files import find_files, read_lines
+from lsjax.config.paths import find_files
+from lsjax.data.files import read_lines
 from lsjax.data.sources import text_files
 
 

@@ -4,46 +4,36 @@ import numpy as np
 import pytest
 
 from lsjax.config import DataConfig
-from lsjax.data.packing import (
-    OPEN_ROWS,
-    TokenStore,
-    first_fit,
-    from_records,
-    pack,
-    record_bytes,
-    split,
-)
+from lsjax.data.packing import OPEN_ROWS, first_fit, from_records, pack, record_type, split
 
 #   a: 1 2 3 4         b: 11 ... 16        c: 21 ... 25      d: 31 32 33
 GOLDEN = [[1, 2, 3, 4], [11, 12, 13, 14, 15, 16], [21, 22, 23, 24, 25], [31, 32, 33]]
 
 
-def store(documents, prompts=None, dtype=np.uint16):
+def make(documents, seq_len, prompts=None, dtype=np.uint16, **settings):
+    """The rows as they are read, after one of padding, whose record is zeros; and their counts."""
+    config, dtype = DataConfig(**dict(too_long="split") | settings), np.dtype(dtype)
     tokens = np.array([token for document in documents for token in document], dtype)
     starts_N1 = np.cumsum([0, *map(len, documents)])
     prompts_N = np.array(prompts or [0] * len(documents), np.int32)
-    return TokenStore(tokens, starts_N1, prompts_N)
-
-
-def make(documents, seq_len, prompts=None, dtype=np.uint16, **settings):
-    config = DataConfig(**dict(too_long="split") | settings)
-    return pack(store(documents, prompts, dtype), np.arange(len(documents)), seq_len, config)
-
-
-def batch_of(rows):
-    """The rows as they are read, after one of padding, whose record is zeros."""
-    records, dtype = rows.records(np.arange(len(rows))), rows.store.tokens.dtype
-    assert records.shape == (len(rows), record_bytes(rows.seq_len, dtype))
-    batch = from_records(np.pad(records, ((1, 0), (0, 0))), rows.seq_len, dtype)
+    every = np.arange(len(documents))
+    content, counts = pack(tokens, starts_N1, prompts_N, every, seq_len, config)
+    layout = record_type(seq_len, dtype)
+    records = np.frombuffer(content, layout)
+    assert len(records) == counts["rows"]
+    batch = from_records(np.concatenate([np.zeros(1, layout), records]))
     for name, array in batch.items():
         assert array.dtype == np.int32
         assert (array[0] == (-1 if name == "labels_BT" else 0)).all()
-    return {name: array[1:] for name, array in batch.items()}
+    return {name: array[1:] for name, array in batch.items()}, counts
 
 
 def read(rows):
-    batch = batch_of(rows)
-    return {name.removesuffix("_BT"): array.tolist() for name, array in batch.items()}
+    return {name.removesuffix("_BT"): array.tolist() for name, array in rows[0].items()}
+
+
+def lost(rows):
+    return [rows[1][name] for name in ("documents", "truncated", "dropped")]
 
 
 def test_split_by_hand():
@@ -71,7 +61,7 @@ def test_split_by_hand():
             [0, 1, 0, 0, 0, 0, 0, 0],
         ],
     }
-    assert (rows.num_documents, rows.num_tokens) == (4, 18)
+    assert (rows[1]["documents"], rows[1]["tokens"]) == (4, 18)
 
 
 def test_whole_documents_by_hand():
@@ -100,7 +90,7 @@ def test_whole_documents_by_hand():
             [0, 1, 2, 3, 4, 0, 0, 0],
         ],
     }
-    assert (rows.num_truncated, rows.num_dropped) == (0, 0)
+    assert lost(rows)[1:] == [0, 0]
 
 
 def test_prompts_are_labelled_if_asked_for():
@@ -118,12 +108,12 @@ def test_too_long_examples_are_truncated_or_dropped_and_counted():
         [31, 32, 33, 0],
     ]
     assert read(rows)["labels"][1:3] == [[-1, -1, -1, 15], [-1, -1, -1, 25]]
-    assert (rows.num_documents, rows.num_truncated, rows.num_dropped) == (4, 2, 0)
+    assert lost(rows) == [4, 2, 0]
     rows = make(GOLDEN, 4, [2, 5, 4, 1], too_long="truncate")
-    assert (rows.num_documents, rows.num_truncated, rows.num_dropped) == (3, 1, 1)
+    assert lost(rows) == [3, 1, 1]
     rows = make(GOLDEN, 4, [2, 4, 4, 1], too_long="drop")
     assert read(rows)["tokens"] == [[1, 2, 3, 4], [31, 32, 33, 0]]
-    assert (rows.num_documents, rows.num_truncated, rows.num_dropped) == (2, 0, 2)
+    assert lost(rows) == [2, 0, 2]
 
 
 def test_without_packing_each_document_begins_a_row():
@@ -151,8 +141,9 @@ def test_first_fit_looks_at_the_newest_rows_only():
 @pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize("packing", [True, False])
 @pytest.mark.parametrize("long_documents", ["split", "truncate", "drop"])
-def test_rows_hold_the_documents_and_nothing_leaks(seed, packing, long_documents):
-    """Token n of the store is n + 1, so a token tells where it is from."""
+def test_rows_hold_the_documents_and_nothing_leaks(seed, packing, long_documents, monkeypatch):
+    """Token number n is n + 1, so a token tells where it is from. Few rows are laid out at once."""
+    monkeypatch.setattr("lsjax.data.packing.ROWS", 7)
     draw = np.random.default_rng(seed)
     lengths = draw.integers(1, 30, draw.integers(2, 60))
     prompts = (draw.random(len(lengths)) * lengths).astype(int) if seed % 2 else 0 * lengths
@@ -160,7 +151,7 @@ def test_rows_hold_the_documents_and_nothing_leaks(seed, packing, long_documents
     documents = [np.arange(end - n, end) + 1 for n, end in zip(lengths, ends, strict=True)]
     settings = dict(packing=packing, too_long=long_documents)
     batch, large = (
-        batch_of(make(documents, 11, prompts.tolist(), dtype, **settings))
+        make(documents, 11, prompts.tolist(), dtype, **settings)[0]
         for dtype in (np.uint16, np.uint32)
     )
     for name, array in batch.items():
@@ -205,4 +196,4 @@ def test_split_gives_pieces_of_every_document():
 
 def test_no_document_makes_no_row():
     for long_documents in ("split", "drop"):
-        assert len(make([], 8, too_long=long_documents)) == 0
+        assert make([], 8, too_long=long_documents)[1]["rows"] == 0

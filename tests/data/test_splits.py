@@ -3,7 +3,6 @@
 import numpy as np
 
 from lsjax.data.pieces import Document, is_held_out
-from lsjax.data.shards import by_key
 
 DOCUMENTS = [Document(f"text {n}") for n in range(4000)]
 KEYS_N = np.array([document.key for document in DOCUMENTS], np.uint64)
@@ -24,8 +23,3 @@ def test_a_larger_share_holds_the_smaller_one():
 def test_all_responses_to_a_prompt_are_on_one_side():
     assert Document("yes", "really?").key == Document("no", "really?").key
     assert Document("yes", "really?").key != Document("yes", "honestly?").key
-
-
-def test_chosen_documents_come_in_the_order_of_their_keys():
-    keys_N = np.array([5, 1, 9, 1, 7], np.uint64)
-    assert by_key(keys_N, np.array([True, True, False, True, True])).tolist() == [1, 3, 0, 4]

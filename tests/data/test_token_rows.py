@@ -18,12 +18,12 @@ from tensorflow_datasets.proto import tf_example_pb2
 from lsjax.config import ConfigError, DataConfig
 from lsjax.data import pieces as pieces_module
 from lsjax.data import shards
-from lsjax.data.packing import TokenStore, from_records, pack
+from lsjax.data.packing import from_records, pack, record_type
 from lsjax.data.pieces import Document
 from lsjax.data.pipeline import packed_rows
-from lsjax.data.shards import by_key, encode_documents, encode_long
+from lsjax.data.shards import encode_documents
 from lsjax.data.sources import document_source
-from lsjax.data.token_rows import INDEX, Share, token_rows
+from lsjax.data.token_rows import INDEX, Share
 from lsjax.data.tokenizer_backends import ByteTokenizer
 from lsjax.data.tokenizer_files import load_tokenizer
 
@@ -55,11 +55,12 @@ def config(file, **rest):
 
 def encode_document(document, config, tokenizer):
     ((ids, count),) = encode_documents([document], config, tokenizer)
-    return ids, count
+    return ids.tolist(), count
 
 
-def make(config, cache, tokenizer=None, seq_len=32, **rest):
-    return token_rows(config, tokenizer or ByteTokenizer(), seq_len=seq_len, cache=cache, **rest)
+def make(config, cache, tokenizer=None, split="train", seq_len=32, **rest):
+    options = dict(split=split, seq_len=seq_len, cache=cache) | rest
+    return packed_rows(config, tokenizer or ByteTokenizer(), **options)
 
 
 def counted(monkeypatch, config, tokenizer, cache):
@@ -71,7 +72,7 @@ def counted(monkeypatch, config, tokenizer, cache):
         return encode_documents(documents, *rest)
 
     monkeypatch.setattr(shards, "encode_documents", counting)
-    return make(config, cache, tokenizer)["train"], len(count)
+    return make(config, cache, tokenizer), len(count)
 
 
 def everything(rows):
@@ -80,26 +81,27 @@ def everything(rows):
 
 def test_rows_are_the_packed_documents_of_their_piece(many, tmp_path):
     source, tokenizer = document_source(many), ByteTokenizer()
-    found, place = make(many, tmp_path), {"train": 0, "validation": 0}
+    place = {"train": 0, "validation": 0}
+    found = {split: make(many, tmp_path, split=split) for split in place}
     assert len(source.pieces()) > 8
     for piece in source.pieces():
         documents = list(source.in_piece(piece))
         encoded = encode_documents(documents, many, tokenizer)
-        store = TokenStore(
-            tokens=np.concatenate([np.array(ids, np.uint16) for ids, _ in encoded]),
-            starts_N1=np.cumsum([0, *(len(ids) for ids, _ in encoded)]),
-            prompts_N=np.zeros(len(encoded), np.int32),
-        )
+        tokens = np.concatenate([np.array(ids, np.uint16) for ids, _ in encoded])
+        starts_N1 = np.cumsum([0, *(len(ids) for ids, _ in encoded)])
+        prompts_N = np.zeros(len(encoded), np.int32)
         keys_N = np.array([document.key for document in documents], np.uint64)
         held_N = keys_N < int(0.2 * 2**64)
         for split, chosen_N in (("train", ~held_N), ("validation", held_N)):
-            expected = pack(store, by_key(keys_N, chosen_N), 32, many)
-            at = np.arange(len(expected))
-            batch = found[split].read(place[split] + at)
-            packed = from_records(expected.records(at), 32, np.dtype(np.uint16))
+            chosen_M = sorted(np.flatnonzero(chosen_N), key=keys_N.__getitem__)
+            chosen_M = np.array(chosen_M, np.int64)
+            records, _ = pack(tokens, starts_N1, prompts_N, chosen_M, 32, many)
+            records = np.frombuffer(records, record_type(32, np.dtype(np.uint16)))
+            batch = found[split].read(place[split] + np.arange(len(records)))
+            packed = from_records(records)
             for name, array in packed.items():
                 np.testing.assert_array_equal(batch[name], array)
-            place[split] += len(expected)
+            place[split] += len(records)
     assert {split: len(rows) for split, rows in found.items()} == place
     assert found["train"].num_documents + found["validation"].num_documents == 90
 
@@ -127,9 +129,9 @@ def test_a_response_has_no_space_of_its_own_whatever_the_normalizer_drops(tmp_pa
 
 
 def test_a_large_vocabulary_takes_four_bytes(rows, tmp_path, any_tokenizer):
-    small = make(config(rows), tmp_path, any_tokenizer)["train"]
+    small = make(config(rows), tmp_path, any_tokenizer)
     any_tokenizer.vocab_size = (1 << 16) + 1
-    large = make(config(rows), tmp_path / "other", any_tokenizer)["train"]
+    large = make(config(rows), tmp_path / "other", any_tokenizer)
     assert (small.dtype, large.dtype) == (np.uint16, np.uint32)
     np.testing.assert_array_equal(everything(small), everything(large))
 
@@ -151,11 +153,11 @@ def test_a_long_text_is_encoded_in_parts(monkeypatch, any_tokenizer):
     plain = DataConfig(source="jsonl", paths=("x",), append_end=False)
     whole, _ = encode_document(Document(text), plain, any_tokenizer)
     monkeypatch.setattr(shards, "BATCH", 100)
-    ids, _ = encode_long(Document(text), plain, any_tokenizer)
-    assert any_tokenizer.decode(ids.tolist()) == any_tokenizer.decode(whole) == text
+    ids, _ = encode_document(Document(text), plain, any_tokenizer)
+    assert any_tokenizer.decode(ids) == any_tokenizer.decode(whole) == text
     ended = DataConfig(source="jsonl", paths=("x",))
-    ids, _ = encode_long(Document("x" * 950), ended, ByteTokenizer(add_bos=False))
-    assert ids.tolist() == [120] * 950 + [257]
+    ids, _ = encode_document(Document("x" * 950), ended, ByteTokenizer(add_bos=False))
+    assert ids == [120] * 950 + [257]
 
 
 def test_batches_are_small_and_a_long_document_is_alone(tmp_path, monkeypatch):
@@ -163,7 +165,7 @@ def test_batches_are_small_and_a_long_document_is_alone(tmp_path, monkeypatch):
     texts = [{"text": "x" * length} for length in (40, 50, 30, 150, 1, 99, 1)]
     file.write_text("\n".join(map(json.dumps, texts)))
     plain = DataConfig(source="jsonl", paths=(str(file),))
-    expected = everything(make(plain, tmp_path / "one")["train"])
+    expected = everything(make(plain, tmp_path / "one"))
     batches, real = [], encode_documents
 
     def noting(documents, *rest):
@@ -172,8 +174,8 @@ def test_batches_are_small_and_a_long_document_is_alone(tmp_path, monkeypatch):
 
     monkeypatch.setattr(shards, "encode_documents", noting)
     monkeypatch.setattr(shards, "BATCH", 100)
-    found = everything(make(plain, tmp_path / "several")["train"])
-    assert batches == [[40, 50], [30], [100], [1, 99], [1]]  # 100: the first part of 150
+    found = everything(make(plain, tmp_path / "several"))
+    assert batches == [[40, 50], [30], [150], [1, 99], [1]]
     np.testing.assert_array_equal(found, expected)
 
 
@@ -231,13 +233,13 @@ def test_a_later_start_reads_nothing_of_the_corpus(many, tmp_path, monkeypatch):
 
 
 def test_an_interrupted_store_goes_on_with_what_is_missing(many, tmp_path, monkeypatch):
-    expected = everything(make(many, tmp_path / "whole")["train"])
+    expected = everything(make(many, tmp_path / "whole"))
     real, made = shards.make_shard, []
 
-    def dies(job, source, number, piece):
+    def dies(job, number, piece):
         if len(made) >= 4:  # a thread may add one between
             raise KeyboardInterrupt
-        real(job, source, number, piece)
+        real(job, number, piece)
         made.append(number)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
@@ -247,8 +249,8 @@ def test_an_interrupted_store_goes_on_with_what_is_missing(many, tmp_path, monke
     assert not (folder / INDEX).exists()
     before = {*made}
     assert 4 <= len(before) < len(document_source(many).pieces())
-    monkeypatch.setattr(shards, "make_shard", lambda *a: made.append(a[2]) or real(*a))
-    found = make(many, tmp_path / "cache")["train"]
+    monkeypatch.setattr(shards, "make_shard", lambda *a: made.append(a[1]) or real(*a))
+    found = make(many, tmp_path / "cache")
     assert sorted(made) == list(range(len(found.rows_S)))
     np.testing.assert_array_equal(everything(found), expected)
 
@@ -256,14 +258,14 @@ def test_an_interrupted_store_goes_on_with_what_is_missing(many, tmp_path, monke
 def test_hosts_and_processes_make_the_same_files(many, tmp_path, monkeypatch):
     """Two hosts one after the other, as if each waited for the other; then two processes, with many
     parts and with two."""
-    whole = make(many, tmp_path / "whole")["train"]
+    whole = make(many, tmp_path / "whole")
     for index in (1, 0):
         (tmp_path / "shared").mkdir(exist_ok=True)
         made = make(many, tmp_path / "shared", share=Share(index, 2))
     parallel = make(many, tmp_path / "parallel", workers=2)
     monkeypatch.setattr(shards, "THREADS", len(whole.rows_S) - 1)
     two = make(many, tmp_path / "two", workers=2)
-    for other in (made["train"], parallel["train"], two["train"]):
+    for other in (made, parallel, two):
         assert other.fingerprint == whole.fingerprint
         for file in sorted(whole.directory.iterdir()):
             assert (other.directory / file.name).read_bytes() == file.read_bytes(), file.name
@@ -273,10 +275,10 @@ def test_a_validation_set_of_its_own_depends_on_the_training_rows(rows, tmp_path
     held = tmp_path / "held.jsonl"
     held.write_text("\n".join(json.dumps(row) for row in ({"q": "new", "a": "x"}, ROWS[3])))
     settings = config(rows, validation_paths=(str(held),))
-    found = make(settings, tmp_path, validation=True)["validation"]
+    found = make(settings, tmp_path, split="validation")
     assert (found.num_documents, found.num_shared, found.num_all) == (1, 1, 2)
     rows.write_text(json.dumps(ROWS[0]))
-    again = make(settings, tmp_path, validation=True)["validation"]
+    again = make(settings, tmp_path, split="validation")
     assert (again.num_documents, again.num_shared) == (2, 0)
     assert again.fingerprint != found.fingerprint
 
@@ -286,12 +288,13 @@ import sys
 from pathlib import Path
 from lsjax.config import DataConfig
 from lsjax.data import pieces
-from lsjax.data.token_rows import token_rows
+from lsjax.data.pipeline import packed_rows
 from lsjax.data.tokenizer_backends import ByteTokenizer
 if __name__ == "__main__":
     pieces.SMALLEST_PIECE = 50_000
     config = DataConfig(source="text", paths=(sys.argv[1],), separator="|")
-    token_rows(config, ByteTokenizer(), seq_len=64, cache=Path(sys.argv[2]), workers=2)
+    options = dict(split="train", seq_len=64, cache=Path(sys.argv[2]), workers=2)
+    packed_rows(config, ByteTokenizer(), **options)
 """
 
 
@@ -311,7 +314,8 @@ def test_records_of_token_ids_are_documents(tmp_path):
     array_record(tmp_path / "a.array_record", rows[:20])
     array_record(tmp_path / "b.array_record", rows[20:])
     settings = dict(source="array_record", paths=(f"{tmp_path}/*.array_record",))
-    found = make(DataConfig(**settings, validation_fraction=0.3), tmp_path)
+    config = DataConfig(**settings, validation_fraction=0.3)
+    found = {split: make(config, tmp_path, split=split) for split in shards.SPLITS}
     documents = []
     for split in found.values():
         tokens, labels, segments, _ = everything(split)
@@ -399,4 +403,4 @@ def test_an_end_token_without_a_row_is_refused(rows, tmp_path):
     fitted = tokenizer.fitted(tokenizer.eos_ids[0])
     with pytest.raises(ConfigError, match=r"no end token among the 257 rows of the model's table"):
         make(config(rows), tmp_path, fitted)
-    assert len(make(config(rows, append_end=False), tmp_path, fitted)["train"]) > 0
+    assert len(make(config(rows, append_end=False), tmp_path, fitted)) > 0

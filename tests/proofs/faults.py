@@ -71,8 +71,8 @@ FAULTS = (
     Fault(
         "dropped label at a row's end",
         "data/packing.py",
-        "last = min(start + length + 1, int(starts[document + 1]))",
-        "last = min(start + length, int(starts[document + 1]))",
+        "labelled_BT = labelled[place_BT] & inside_BT",
+        "labelled_BT = labelled[place_BT] & (np.arange(seq_len) < lengths_B[:, None] - 1)",
         "tests/data/test_packing.py",
     ),
     Fault(
