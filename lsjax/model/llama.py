@@ -9,6 +9,7 @@ F feed-forward width, N heads, K K/V heads, G = N / K, H head size, V vocabulary
 """
 
 from collections.abc import Callable, Mapping
+from operator import itemgetter
 from typing import Any
 
 import jax
@@ -22,7 +23,7 @@ from jaxtyping import Array, Float, Int
 from lsjax.config import AttentionKernel, ComputeDtype, LlamaConfig
 from lsjax.model.block import Block, Linear, RMSNorm
 from lsjax.model.cache import KVCache
-from lsjax.model.parameters import map_named
+from lsjax.model.parameters import SLOTS, map_named
 from lsjax.model.products import enough_rows, enough_steps
 from lsjax.model.rope import Rope, rope_angles
 from lsjax.sharding import ROWS, constrain, in_context_order, platform
@@ -154,8 +155,7 @@ class Llama(nnx.Module):
             return before, jax.tree.map(lambda *leaves: jnp.stack(leaves), *found)
 
         def one_period(before, layers):
-            split = (jax.tree.map(lambda leaf, at=at: leaf[at], layers) for at in range(period))
-            return several(before, split)
+            return several(before, (jax.tree.map(itemgetter(at), layers) for at in range(period)))
 
         before, layers, period = (x_BTD, carry), (self.layers, inputs_L), self.config.layer_period
         if not self.is_stacked:
@@ -203,16 +203,14 @@ def stacked(model: Llama) -> Llama:
     """The same model with its layers in one Block of [L, ...] leaves, for `lax.scan`."""
     if model.is_stacked:
         return model
-    blocks = list(model.layers)
-    return with_parts(model, layers=jax.tree.map(lambda *leaves: jnp.stack(leaves), *blocks))
+    return with_parts(model, layers=jax.tree.map(lambda *leaves: jnp.stack(leaves), *model.layers))
 
 
 def unstacked(model: Llama) -> Llama:
     """The same model with a Block per layer, for decoding."""
     if not model.is_stacked:
         return model
-    layers = range(model.config.num_layers)
-    blocks = [jax.tree.map(lambda leaf, at=at: leaf[at], model.layers) for at in layers]
+    blocks = [jax.tree.map(itemgetter(at), model.layers) for at in range(model.config.num_layers)]
     return with_parts(model, layers=nnx.List(blocks))
 
 
@@ -234,33 +232,31 @@ def split_matrices(model: Llama) -> Llama:
 
     A training step splits them once, if that speeds up its matmuls. Autodiff joins the gradients.
     """
-    # Indices along the second-to-last axis: a K/V head has its G queries, its key and its value.
-    slots = {"qkv": (slice(None, -2), -2, -1), "gate_up": (0, 1)}
 
     def part(matrix, slot):
-        taken = jax.tree.map(lambda leaf: leaf[..., slot, :], matrix)
-        if matrix.adapter is not None:
-            taken.adapter.a = matrix.adapter.a  # [L, D, R] has no slots
-        return taken
+        def taken(name, leaf):  # A of an adapter, [L, D, R], has no slots
+            return leaf if name == "adapter.a" else leaf[..., slot, :]
+
+        return map_named(taken, matrix)
 
     def parts(name, matrix):
-        if name not in slots:
+        if name not in SLOTS:
             return matrix
-        return nnx.List(part(matrix, slot) for slot in slots[name])
+        return nnx.List(part(matrix, slot) for slot in SLOTS[name])
 
     return map_matrices(parts, model)
 
 
 def map_matrices(change: Callable[[str, Linear], Any], model: Llama) -> Llama:
-    """The model, stacked, with `change(name, matrix)` for qkv, out, gate_up and down."""
+    """The model with `change(name, matrix)` for qkv, out, gate_up and down."""
 
-    def changed(part, *names):
-        return with_parts(part, **{name: change(name, getattr(part, name)) for name in names})
+    def is_matrix(part):
+        return isinstance(part, Linear)
 
-    attention = changed(model.layers.attention, "qkv", "out")
-    feed_forward = changed(model.layers.feed_forward, "gate_up", "down")
-    layers = with_parts(model.layers, attention=attention, feed_forward=feed_forward)
-    return with_parts(model, layers=layers)
+    def changed(path, part):
+        return change(path.rpartition(".")[2], part) if is_matrix(part) else part
+
+    return map_named(changed, model, is_matrix)
 
 
 def with_parts(module: Any, **parts: Any) -> Any:

@@ -82,9 +82,8 @@ def split(model: Llama) -> tuple[Llama, Llama]:
 
 def joined(trained: Llama, frozen: Llama) -> Llama:
     """Inverse of `split`."""
-    return jax.tree.map(
-        lambda one, other: other if one is None else one,
-        trained,
-        frozen,
-        is_leaf=lambda leaf: leaf is None,
-    )
+
+    def either(one, other):
+        return other if one is None else one
+
+    return jax.tree.map(either, trained, frozen, is_leaf=lambda leaf: leaf is None)

@@ -101,8 +101,8 @@ FAULTS = (
     Fault(
         "unsharded head",
         "model/parameters.py",
-        'Parameter("head", (FileTensor("lm_head", "output"),), _TABLE)',
-        'Parameter("head", (FileTensor("lm_head", "output"),))',
+        'Parameter("head", "lm_head", "output", _TABLE)',
+        'Parameter("head", "lm_head", "output")',
         "tests/test_sharding.py",
     ),
 )
