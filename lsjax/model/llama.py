@@ -9,6 +9,7 @@ F feed-forward width, N heads, K K/V heads, G = N / K, H head size, V vocabulary
 """
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from operator import itemgetter
 from typing import Any
 
@@ -23,9 +24,8 @@ from jaxtyping import Array, Float, Int
 from lsjax.config import AttentionKernel, ComputeDtype, LlamaConfig
 from lsjax.model.block import Block, Linear, RMSNorm
 from lsjax.model.cache import KVCache
+from lsjax.model.operations import Rope, enough_rows, enough_steps, rope_angles
 from lsjax.model.parameters import SLOTS, map_named
-from lsjax.model.products import enough_rows, enough_steps
-from lsjax.model.rope import Rope, rope_angles
 from lsjax.sharding import ROWS, constrain, in_context_order, platform
 
 
@@ -66,11 +66,8 @@ class Llama(nnx.Module):
         return self.embedding[...][tokens_BT].astype(self.compute_dtype)
 
     def embed_rows(self, tokens_BT: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-        """Token embeddings of whole sequences, sharded over a mesh by rows.
-
-        Each device looks up its columns for the rows of its data shard. Then an all-to-all
-        redistributes by row. No device holds the full table or gradient.
-        """
+        """Token embeddings of whole sequences, sharded over a mesh by rows. Each device looks up
+        its columns for the rows of its data shard. Then an all-to-all redistributes by row."""
         x_BTD = self.embed(constrain(tokens_BT, "data", "context"))
         return constrain(constrain(x_BTD, "data", "context", "fsdp"), ROWS, "context")
 
@@ -108,9 +105,9 @@ class Llama(nnx.Module):
     ) -> Any:
         """`read` of each layer's output, stacked as [L, ...]. Index E - 1 belongs to exit E.
 
-        By default `read` returns the output. In packed rows, positions restart at each document,
-        and each document has its own segment number. kernel: attention kernel (attention.py).
-        On a mesh with a context axis, the columns are `in_context_order`.
+        In packed rows, positions restart at each document, and each document has its own segment
+        number. kernel: attention kernel (attention.py). On a mesh with a context axis, the columns
+        are `in_context_order`.
         """
         if positions_BT is None:
             positions_T = in_context_order(np.arange(tokens_BT.shape[1])[None])
@@ -135,9 +132,9 @@ class Llama(nnx.Module):
         """Runs all layers on whole sequences. Returns the model's output, the final carry, and
         `look`'s second result stacked over layers.
 
-        run: (block, x_BTD, inputs, kind) -> the layer's output y_BTD; kind: its LayerKind. look:
-        (carry, x_BTD, y_BTD, inputs) -> (carry, anything). inputs_L: per-layer inputs, for stacked
-        layers only. Layers of different kinds that repeat are one step of the scan.
+        run: (block, x_BTD, inputs, LayerKind) -> the layer's output y_BTD. look: (carry, x_BTD,
+        y_BTD, inputs) -> (carry, anything). inputs_L: per-layer inputs, for stacked layers only.
+        Layers of different kinds that repeat are one step of the scan.
         """
 
         def layer(before, block_and_inputs, index=0):
@@ -184,15 +181,11 @@ class Llama(nnx.Module):
         table_VD = (self.head_table if table_VD is None else table_VD).astype(x.dtype)
         x = self.norm(x)
         rows_RD = x.reshape(-1, x.shape[-1])
-        count = len(rows_RD)
         # With the table as left operand, XLA:CPU reads it near memory bandwidth for any number of
         # rows (docs/performance.md).
-        logits_VR = jnp.matmul(
-            table_VD,
-            enough_rows(rows_RD).T,
-            preferred_element_type=jnp.promote_types(x.dtype, jnp.float32),
-        )
-        return logits_VR.T[:count].reshape(*x.shape[:-1], -1)
+        wide = jnp.promote_types(x.dtype, jnp.float32)
+        logits_VR = jnp.matmul(table_VD, enough_rows(rows_RD).T, preferred_element_type=wide)
+        return logits_VR.T[: len(rows_RD)].reshape(*x.shape[:-1], -1)
 
     def __call__(self, tokens_BT: Int[Array, "B T"]) -> Float[Array, "B T V"]:
         """Logits of the full model."""
@@ -228,21 +221,16 @@ def cast_matrices(model: Llama, dtype: ComputeDtype) -> Llama:
 
 
 def split_matrices(model: Llama) -> Llama:
-    """The same model, stacked, with a Linear for each part of qkv and gate_up.
+    """The same model, stacked, with a Linear for each part of qkv and gate_up. TPUs train on it,
+    because its matmuls are faster. Autodiff joins the gradients."""
 
-    A training step splits them once, if that speeds up its matmuls. Autodiff joins the gradients.
-    """
-
-    def part(matrix, slot):
-        def taken(name, leaf):  # A of an adapter, [L, D, R], has no slots
-            return leaf if name == "adapter.a" else leaf[..., slot, :]
-
-        return map_named(taken, matrix)
+    def taken(slot, name, leaf):  # A of an adapter, [L, D, R], has no slots
+        return leaf if name == "adapter.a" else leaf[..., slot, :]
 
     def parts(name, matrix):
         if name not in SLOTS:
             return matrix
-        return nnx.List(part(matrix, slot) for slot in SLOTS[name])
+        return nnx.List(map_named(partial(taken, slot), matrix) for slot in SLOTS[name])
 
     return map_matrices(parts, model)
 

@@ -19,12 +19,9 @@ Names = Literal["huggingface", "gguf"]
 
 
 class Parameter(NamedTuple):
-    """One parameter, or the same parameter of every layer.
-
-    huggingface, gguf: its tensors in files, without layer and ".weight" or ".bias"; several of them
-    are its `SLOTS`. sharding: candidate mesh axes for each array axis; the first candidate that
-    divides is used.
-    """
+    """One parameter, or the same parameter of every layer. huggingface, gguf: its tensors in files,
+    without layer and ".weight" or ".bias"; several of them are its `SLOTS`. sharding: candidate
+    mesh axes for each array axis; the first candidate that divides is used."""
 
     path: str
     huggingface: str
@@ -80,9 +77,8 @@ _ARRAYS = (
 
 def adapter_paths(path: str) -> list[str]:
     """Paths of A and B of a kernel (lora.py); empty for other parameters."""
-    if not path.endswith("kernel"):
-        return []
-    return [path.removesuffix("kernel") + adapter for adapter in ("adapter.a", "adapter.b")]
+    names = ("adapter.a", "adapter.b") if path.endswith("kernel") else ()
+    return [path.removesuffix("kernel") + name for name in names]
 
 
 def stacked_path(path: str) -> str:

@@ -12,8 +12,7 @@ from jaxtyping import Array, Float, Int
 from lsjax.config import StepConfig
 from lsjax.model.block import ADAPTED
 from lsjax.model.llama import Llama
-from lsjax.model.products import SAVED
-from lsjax.model.rope import Rope, rope_angles
+from lsjax.model.operations import SAVED, Rope, rope_angles
 from lsjax.sharding import platform, row_shards
 from lsjax.training.kept_rows import Kept, run_on_kept
 from lsjax.training.layer_dropout import DropRates, drop_rates, keep_counted, keep_mask
