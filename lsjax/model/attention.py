@@ -171,9 +171,9 @@ def cached_attention(
 
     On CPUs it reads blocks with an online softmax (Milakov and Gimelshein, 2018), so cost follows
     the used length. LARGE blocks come first, SMALL blocks cover the rest. If most slots are used,
-    it reads all at once. Slots beyond a row's length contribute exactly zero. Rows
-    are independent, except that batch length selects the code path, which affects rounding.
-    Unused slots must not contain NaN or infinity.
+    it reads all at once. Slots beyond a row's length contribute exactly zero. Rows are independent,
+    except that batch length selects the code path, which affects rounding. Unused slots must not
+    contain NaN or infinity.
     """
     batch, steps, heads, size = q_BTNH.shape
     kv_heads, capacity = keys.shape[1:3]
@@ -211,11 +211,9 @@ def cached_attention(
 
     def in_blocks():
         # `top` is finite from the start: with a window, a query may see no slot of a block.
-        carry = (
-            jnp.full((batch, kv_heads, rows), jnp.finfo(wide).min, wide),
-            jnp.zeros((batch, kv_heads, rows), wide),
-            jnp.zeros((batch, kv_heads, rows, size), wide),
-        )
+        shape = batch, kv_heads, rows
+        top = jnp.full(shape, jnp.finfo(wide).min, wide)
+        carry = top, jnp.zeros(shape, wide), jnp.zeros((*shape, size), wide)
         # Keeps a loop even for one block. Without a loop or branch, XLA:CPU copies the whole cache
         # before writing.
         small, done = min(SMALL, capacity), 0

@@ -63,11 +63,8 @@ class Linear(nnx.Module):
 
 
 class Attention(nnx.Module):
-    """Grouped-query self-attention.
-
-    One matrix [D, K, G + 2, H] computes queries, keys and values. It stores a K/V head beside its
-    query heads. That needs one matmul instead of three, and shards along K without a gather.
-    """
+    """Grouped-query self-attention. One matrix [D, K, G + 2, H] stores a K/V head beside its query
+    heads. That needs one matmul instead of three, and shards along K without a gather."""
 
     def __init__(self, config: LlamaConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
         d, k, h = config.hidden_size, config.num_kv_heads, config.head_dim
@@ -137,11 +134,9 @@ class Block(nnx.Module):
         keep_B: Bool[Array, " B"] | None = None,
         window: int | None = None,
     ) -> Float[Array, "B T D"]:
-        """The layer on whole sequences, without a cache; segments do not see one another.
-
-        kernel: attention kernel (attention.py). keep_B: M of equation 1, all rows by default; other
-        rows stay unchanged. window: as in LayerKind.
-        """
+        """The layer on whole sequences, without a cache; segments do not see one another. kernel:
+        attention kernel (attention.py). keep_B: M of equation 1, all rows by default; other rows
+        stay unchanged. window: as in LayerKind."""
 
         def kept(y_BTD):
             return y_BTD if keep_B is None else keep_B.astype(y_BTD.dtype)[:, None, None] * y_BTD
@@ -166,9 +161,7 @@ class Block(nnx.Module):
         window: int | None = None,
     ) -> tuple[Float[Array, "B U D"], Float[Array, "B K S H"], Float[Array, "B K S H"]]:
         """The layer on T tokens that follow those in the cache; also returns the longer cache.
-
-        x_BUD: U steps; those after the T tokens are padding (`enough_steps`).
-        """
+        x_BUD: U steps; those after the T tokens are padding (`enough_steps`)."""
         steps = positions_BT.shape[1]
         q, k, v = self.attention.project(self.attention_norm(x_BUD), rope, steps)
         mixed, keys, values = _attend(q, k, v, keys, values, positions_BT, window)

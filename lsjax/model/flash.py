@@ -13,9 +13,6 @@ diagonal. Neither weights nor a mask of [T, T] are ever in memory.
 
 Its kernels are written in Pallas and compiled by Triton. A program has a block of OWN tokens, and
 visits the tokens that it needs in blocks of OTHERS. Weights are powers of 2, in float32.
-
-Splash comes with jax. A shard of queries attends to the keys of the whole row. Its mask depends on
-the places of its queries in the row, which are known when the program is traced.
 """
 
 import math
@@ -51,17 +48,14 @@ def flash_attention(
     segments_BT: Int[Array, "B T"],
     window: int | None = None,
 ) -> Float[Array, "B T N H"]:
-    """Attention of each token to itself and the earlier tokens of its segment, or to the last ones
-    if there is a window: as many, its own included.
-
-    Segments are contiguous, T is a multiple of OWN, and H is a power of 2 and at least 16.
-    """
+    """Attention of each token to itself and the earlier tokens of its segment. window: keys that it
+    sees, its own included. Segments are contiguous, T is a multiple of OWN, and H is a power of 2
+    and at least 16."""
     return _forward(q_BTNH, k_BTKH, v_BTKH, segments_BT, window)[0]
 
 
 def _forward(q, k, v, segments, window):
-    """Also returns the residuals, among them each query's base-2 logarithm of the softmax
-    denominator, [B, N, T]."""
+    """Also returns residuals; logs [B, N, T]: base-2 logarithms of the softmax's denominators."""
     results = q, jax.ShapeDtypeStruct(q.swapaxes(1, 2).shape[:3], jnp.float32)
     found = _call(_flash_forward, window, segments, q, k, v, results=results)
     y, logs = checkpoint_name(found, SAVED)
@@ -218,10 +212,9 @@ def _product(x, y, axis, other):
 
 
 def shard_kernels(places_CT: Int[np.ndarray, "C T"], window: int | None = None) -> SplashKernel:
-    """One kernel for C shards of queries at these places. Its arrays have a leading axis C.
-
-    window: keys that a query sees, its own included. All heads have the same mask.
-    """
+    """One kernel of jax for C shards of queries, which attend to the keys of the whole row. Its
+    arrays have a leading axis C. places_CT: places of the queries in the row, known when the
+    program is traced. window: keys that a query sees, its own included."""
     shards, steps = places_CT.shape
     block = _block(steps)
     places = np.pad(places_CT, ((0, 0), (0, -steps % block)), mode="edge").ravel()
@@ -251,10 +244,8 @@ def splash_attention(
     segments_BT: Int[Array, "B T"] | None,
     segments_BS: Int[Array, "B S"] | None,
 ) -> Float[Array, "B T N H"]:
-    """Attention of a shard's queries to the keys of the whole row. kernel: the shard's.
-
-    Pads to full blocks. Padded keys are at the end, where causal masking hides them.
-    """
+    """Attention of a shard's queries to the keys of the whole row. kernel: the shard's. Pads to
+    full blocks; padded keys are at the end, where causal masking hides them."""
     steps, size = q_BTNH.shape[1], q_BTNH.shape[3]
     block = _block(steps)
 

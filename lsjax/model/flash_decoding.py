@@ -49,11 +49,9 @@ def flash_decoding(
     interpret: bool = False,
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B K S H"], Float[Array, "B K S H"]]:
     """Causal attention of T tokens, from position `start_B` on, to the cache and to one another.
-    Also returns the caches with their keys and values. Softmax in float32.
-
-    window: keys that a query sees, its own included; by default all.
-    interpret: run the kernel as plain operations, on any device. The caller checks `fits`.
-    """
+    Also returns the caches with their keys and values. Softmax in float32. window: keys that a
+    query sees, its own included; by default all. interpret: run the kernel as plain operations, on
+    any device. The caller checks `fits`."""
     batch, steps, heads, size = q_BTNH.shape
     kv_heads, capacity = keys.shape[1:3]
     rows = heads // kv_heads * steps
@@ -136,11 +134,8 @@ def _kernel(steps, parts, window, start_ref, q_ref, k_ref, v_ref, keys_ref, valu
         slots = pl.ds(first, BLOCK)
         return look(keys_ref[slots, :], values_ref[slots, :], visible_RS, carry)
 
-    carry = (
-        jnp.full(rows, LOWEST, jnp.float32),
-        jnp.zeros(rows, jnp.float32),
-        jnp.zeros((rows, size), jnp.float32),
-    )
+    top_R, total_R = jnp.full(rows, LOWEST, jnp.float32), jnp.zeros(rows, jnp.float32)
+    carry = top_R, total_R, jnp.zeros((rows, size), jnp.float32)
     # Row r = (g, t) sees the new tokens up to its own.
     new_S, row_R = jnp.arange(MOST_STEPS), jnp.arange(rows)
     step_R1 = (row_R % steps)[:, None]

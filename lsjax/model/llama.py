@@ -38,9 +38,8 @@ class Llama(nnx.Module):
         init = nnx.initializers.normal(config.init_std)
         table = (config.vocab_size, config.hidden_size)
         self.embedding = nnx.Param(init(rngs.params(), table, dtype))
-        self.layers = nnx.List(
-            Block(config, dtype=dtype, rngs=rngs) for _ in range(config.num_layers)
-        )
+        layers = range(config.num_layers)
+        self.layers = nnx.List(Block(config, dtype=dtype, rngs=rngs) for _ in layers)
         self.norm = RMSNorm(config.hidden_size, config.norm_eps, dtype)
         self.head = None if config.tie_embeddings else nnx.Param(init(rngs.params(), table, dtype))
 

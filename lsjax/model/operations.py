@@ -59,13 +59,9 @@ def enough_rows(x: Float[Array, "*batch R I"]) -> Float[Array, "*batch S I"]:
 def linear(
     x: Float[Array, "*batch I"], w: Float[Array, "I *O"], again: bool = False
 ) -> Float[Array, "..."]:
-    """tensordot(x, w, 1): [*batch, *O].
-
-    The gradient of w has the layout of w, [I, *O]; autodiff would transpose it in every layer.
-
-    again: a layer under remat recomputes the matmul instead of keeping it. A batch axis of size 1
-    has this effect under dots_with_no_batch_dims_saveable.
-    """
+    """tensordot(x, w, 1): [*batch, *O]. The gradient of w has the layout of w, [I, *O]; autodiff
+    would transpose it in every layer. again: a layer under remat recomputes the matmul instead of
+    keeping it. A batch axis of size 1 has this effect under dots_with_no_batch_dims_saveable."""
     return _linear_forward(x, w, again)[0]
 
 
@@ -140,10 +136,8 @@ swiglu.defvjp(lambda gate_up: (swiglu(gate_up), gate_up), _swiglu_backward)
 
 
 def rope_frequencies(config: LlamaConfig, kind: str = "full") -> Float[np.ndarray, " h"]:
-    """Radians per position of each pair of channels, after scaling; float32, as in training.
-
-    kind: `LayerKind.rope`.
-    """
+    """Radians per position of each pair of channels, after scaling; float32, as in training. kind:
+    `LayerKind.rope`."""
     theta, scaling = config.rope_theta, config.rope_scaling
     if kind == "window":
         theta, scaling = config.window_rope_theta, None
@@ -171,18 +165,16 @@ def _yarn_ends(config: LlamaConfig, scaling: RopeScaling) -> tuple[float, float]
     slow, fast = config.head_dim * np.log(wavelengths) / (2 * np.log(config.rope_theta))
     if scaling.truncate:
         slow, fast = np.ceil(slow), np.floor(fast)
-    slow, fast = min(slow, config.head_dim - 1), max(fast, 0)
+    slow, fast = min(slow, config.head_dim - 1.0), max(fast, 0.0)
     return (slow + 1e-3 if slow == fast else slow), fast
 
 
 def rope_angles(
     positions_BT: Int[Array, "B T"], config: LlamaConfig, dtype: DTypeLike, *, whole: bool = False
 ) -> Mapping[str, Rope]:
-    """Sine and cosine for each position, by `LayerKind.rope`, for the kinds of the layers.
-
-    They are in float32 or wider: bfloat16 cannot represent 257. whole: for all H channels, the
-    first h sines negated; `rotate` then uses a permutation matrix.
-    """
+    """Sine and cosine for each position, by `LayerKind.rope`, for the kinds of the layers. They are
+    in float32 or wider: bfloat16 cannot represent 257. whole: for all H channels, the first h sines
+    negated; `rotate` then uses a permutation matrix."""
     wide = jnp.promote_types(dtype, jnp.float32)
     positions = positions_BT[:, :, None, None].astype(wide)
 
@@ -215,10 +207,8 @@ def rotate(x_BTNH: Float[Array, "B T N H"], rope: Rope) -> Float[Array, "B T N H
 
 @jax.custom_vjp
 def _rotate_whole(x_BTNH, sin, cos):
-    """x cos + (x with its halves swapped) sin; exact, as each sum of the matmul has one term.
-
-    The permutation has a batch axis, so that remat policies do not keep the matmul.
-    """
+    """x cos + (x with its halves swapped) sin; exact, as each sum of the matmul has one term. The
+    permutation has a batch axis, so that remat policies do not keep the matmul."""
     batch, _, _, size = x_BTNH.shape
     swap_HH = jnp.roll(jnp.eye(size, dtype=x_BTNH.dtype), size // 2, axis=0)
     swap_BHH = jnp.broadcast_to(swap_HH, (batch, size, size))
