@@ -11,11 +11,10 @@ Training has many rows, so each layer's weights are gathered along fsdp when the
 (Rajbhandari et al., 2020). Decoding has few rows: the weights stay, and each device multiplies its
 share of D.
 
-If a mesh axis does not divide an array's axis, the array is replicated over it. If two mesh axes
-shard one array axis, the second is dropped first. Some weights have another candidate before that
-(lsjax/model/parameters.py). If there are fewer K/V heads than devices, qkv is sharded along D.
-Heads, cache and attention are then replicated over the tensor axis. A table whose vocabulary does
-not divide is sharded along D too.
+If a mesh axis does not divide an array's axis, the array is replicated over it. Some weights have
+another candidate before that (lsjax/model/parameters.py). If there are fewer K/V heads than
+devices, qkv is sharded along D. Heads, cache and attention are then replicated over the tensor
+axis. A table whose vocabulary does not divide is sharded along D too.
 """
 
 import hashlib
@@ -46,14 +45,20 @@ PIECES = ("context", *ROWS)
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """The mesh of this config on the first devices, for `jax.set_mesh`.
 
-    Slices are outermost on the data axis, so only sums over rows are sent between them.
-    devices: all by default. Raises ConfigError if the mesh does not fit them, or leaves devices
-    idle in a run with several hosts.
+    Slices are outermost on the data axis, so only sums over rows are sent between them. Devices
+    other than TPUs are split evenly into slices, in order. devices: all by default. Raises
+    ConfigError if the mesh does not fit them, or leaves devices idle in a run with several hosts.
     """
     devices = jax.devices() if devices is None else devices
     sizes, slices = config.sizes(len(devices)), config.slices
     size = math.prod(sizes.values())
-    used = [part[: size // slices] for part in _by_slice(devices, slices)]
+    if devices[0].platform == "tpu":
+        devices = sorted(devices, key=_slice)
+        found = len(set(map(_slice, devices)))
+        check(
+            found == slices,
+            f"mesh.slices is {slices}, but the devices are in {found}: set it to {found}",
+        )
     check(
         size == len(devices) or jax.process_count() == 1,
         f"a mesh of {size} devices, but {jax.process_count()} processes have {len(devices)}: "
@@ -62,30 +67,18 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     # Unlike jax.make_mesh, this may split an axis of the torus: 16 of 8 x 8.
     shape = tuple({**sizes, "data": sizes["data"] // slices}.values())
     place = partial(mesh_utils.create_device_mesh, shape, allow_split_physical_axes=True)
-    places = np.concatenate([place(part) for part in used])
+    firsts = range(0, len(devices), len(devices) // slices)
+    places = np.concatenate([place(devices[first:][: size // slices]) for first in firsts])
     return Mesh(places, tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
 
 
-def _by_slice(devices: Sequence[Any], slices: int) -> list[Sequence[Any]]:
-    """The devices of each slice. Only TPUs are in slices; others are split evenly, in order."""
-    if devices[0].platform != "tpu":
-        each = len(devices) // slices
-        return [devices[index * each :][:each] for index in range(slices)]
-    found: dict[int, list[Any]] = {}
-    for device in devices:
-        found.setdefault(getattr(device, "slice_index", 0), []).append(device)
-    check(
-        len(found) == slices,
-        f"mesh.slices is {slices}, but the devices are in {len(found)}: set it to {len(found)}",
-    )
-    return [found[index] for index in sorted(found)]
+def _slice(device: Any) -> int:
+    return getattr(device, "slice_index", 0)
 
 
 def own_rows(rows: int, mesh: Mesh | None) -> np.ndarray:
-    """Indices of the rows of a training batch on this process's devices, in order.
-
-    They may be non-contiguous. Hosts that share rows and shard only weights have the same indices.
-    """
+    """Indices of the rows of a training batch on this process's devices, in order. They may be
+    non-contiguous. Hosts that share rows and shard only weights have the same indices."""
     numbers_B = np.arange(rows)
     if mesh is None:
         return numbers_B
@@ -106,10 +99,8 @@ def placed_rows(batch: Mapping[str, np.ndarray], rows: int, mesh: Mesh | None) -
 
 
 def fitted(spec: P, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> P:
-    """The spec without mesh axes that do not divide the array's axes.
-
-    If several mesh axes shard one array axis, the last ones are dropped first.
-    """
+    """The spec without mesh axes that do not divide the array's axes. If several mesh axes shard
+    one array axis, the last ones are dropped first."""
 
     def fit(size, names):
         if isinstance(names, str | None):
@@ -122,19 +113,15 @@ def fitted(spec: P, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> P:
 
 
 def constrain(x: Array, *spec: str | tuple[str, ...] | None) -> Array:
-    """Shards x over these axes of the current mesh, axis by axis, if they divide.
-
-    Other axes are replicated. Without a mesh x is unchanged.
-    """
+    """Shards x over these axes of the current mesh, axis by axis, if they divide. Other axes are
+    replicated. Without a mesh x is unchanged."""
     mesh = jax.sharding.get_abstract_mesh()
     return x if mesh.empty else lax.with_sharding_constraint(x, fitted(P(*spec), x.shape, mesh))
 
 
 def platform() -> str:
-    """Platform of the program that is being traced: "cpu", "gpu" or "tpu".
-
-    The current mesh decides, whose devices may be abstract; without a mesh, this machine.
-    """
+    """Platform of the program that is being traced: "cpu", "gpu" or "tpu". The current mesh
+    decides, whose devices may be abstract; without a mesh, this machine."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     return jax.default_backend() if device is None else device.platform
 
@@ -172,15 +159,9 @@ def chunk_steps(batch: int, steps: int, vocab: int, logits: int) -> int:
 
 
 def split_rows(tree: Any, parts: int) -> Any:
-    """Splits arrays of rows [B, ...] into parts [M, B / M, ...], for a scan.
-
-    Part m has the rows m, M + m, 2 M + m ..., so each device has its share of every part.
-    """
-
-    def split(array: Array) -> Array:
-        return array.reshape(-1, parts, *array.shape[1:]).swapaxes(0, 1)
-
-    return jax.tree.map(split, tree)
+    """Splits arrays of rows [B, ...] into parts [M, B / M, ...], for a scan. Part m has the rows m,
+    M + m, 2 M + m ..., so each device has its share of every part."""
+    return jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), tree)
 
 
 def row_shards(rows: int) -> int:
@@ -234,15 +215,12 @@ def on_each_device(
     outputs: Any,
     axes: Sequence[str] | None = None,
 ) -> Any:
-    """Runs `function(*arguments)` on each device's own shard.
+    """Runs `function(*arguments)` on each device's own shard; the plain call without a mesh.
 
-    Without a mesh it is the plain call. It serves functions that are independent along the sharded
-    axes, or communicate themselves, if the compiler cannot infer this.
-
-    Args:
-        specs: sharding of all arrays in each argument. A mesh axis that does not divide one of the
-            arrays is dropped for all of them.
-        axes: mesh axes, all by default; the compiler shards over the others.
+    It serves functions that are independent along the sharded axes, or communicate themselves, if
+    the compiler cannot infer this. specs: sharding of all arrays in each argument. A mesh axis that
+    does not divide one of the arrays is dropped for all of them. axes: mesh axes, all by default;
+    the compiler shards over the others.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
@@ -254,17 +232,13 @@ def on_each_device(
         for name, kept in zip(spec, fitted(spec, array.shape, mesh), strict=True)
         if name != kept
     }
-    specs, outputs = jax.tree.map(
-        lambda spec: P(*[None if name in left_out else name for name in spec]),
-        (tuple(specs), outputs),
-        is_leaf=lambda spec: isinstance(spec, P),
-    )
+
+    def without(spec):
+        return P(*[None if name in left_out else name for name in spec])
+
+    specs, outputs = jax.tree.map(without, (tuple(specs), outputs))
+    names = {*(axes or mesh.axis_names)}
     mapped = jax.shard_map(
-        function,
-        mesh=mesh,
-        in_specs=specs,
-        out_specs=outputs,
-        axis_names={*(mesh.axis_names if axes is None else axes)},
-        check_vma=False,
+        function, mesh=mesh, in_specs=specs, out_specs=outputs, axis_names=names, check_vma=False
     )
     return mapped(*arguments)

@@ -31,7 +31,7 @@ gc.set_threshold(200_000, 50, 1000)
 CHECKED = [
     "lsjax.checkpoints",
     "lsjax.data",
-    *(f"lsjax.model.{name}" for name in ("attention", "block", "llama", "rope")),
+    *(f"lsjax.model.{name}" for name in ("attention", "block", "llama", "operations")),
     *(f"lsjax.decoding.{name}" for name in ("autoregressive", "completion", "engine", "programs")),
     "lsjax.sharding",
 ]

@@ -20,7 +20,7 @@ from lsjax.decoding.sampling import Purpose, argmax
 from lsjax.decoding.state import DecodeState
 from lsjax.model.cache import KVCache
 from lsjax.model.llama import Llama
-from lsjax.model.rope import rope_angles
+from lsjax.model.operations import rope_angles
 
 DRAFT, BRANCH = "draft", "branch"  # names of loops in compiled programs
 LEVELS = (0.4, 0.6, 0.8, 0.95)  # of an exit's top probability

@@ -21,7 +21,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
 from lsjax.config import AttentionKernel, check
-from lsjax.model.products import FLASH_BLOCK, enough_rows
+from lsjax.model.operations import FLASH_BLOCK, enough_rows
 from lsjax.sharding import (
     ROWS,
     context_shards,
@@ -50,13 +50,10 @@ def self_attention(
 ) -> Float[Array, "B T N H"]:
     """Causal attention of each token within its own segment; softmax in float32 or wider.
 
-    segments_BT: document number of each token; one document by default. Padding is a segment like
-    the others. Segments are contiguous. window: keys that a query sees, its own included. Columns
-    are `in_context_order`.
-
-    kernel: "auto" picks the first supported kernel. TPUs: splash. GPUs: flash if `segments_BT` is
-    given, then cudnn. Otherwise xla. On CPUs splash and flash are interpreted, for tests.
-
+    segments_BT: document number of each token; one document by default. Segments are contiguous,
+    and padding is one too. window: keys that a query sees, its own included. Columns are
+    `in_context_order`. kernel: "auto" picks the first supported kernel. TPUs: splash. GPUs: flash
+    if `segments_BT` is given, then cudnn. Otherwise xla. On CPUs splash and flash are interpreted.
     Raises ConfigError if the named kernel does not fit; `_problem` lists each kernel's limits.
     """
     if kernel == "auto":
@@ -66,28 +63,24 @@ def self_attention(
     problem = _problem(kernel, q_BTNH)
     check(problem is None, f"attention {kernel!r} {problem}: use auto or xla")
     shards, steps = context_shards(), q_BTNH.shape[1]
-    run = {"xla": _xla, "splash": _splash, "flash": _flash, "cudnn": _cudnn}[kernel]
     # Places of each shard's queries in the row, or a kernel made for them.
     masks = in_context_order(np.arange(steps)[None]).reshape(shards, -1)
     if kernel == "splash":
-        from lsjax.model.splash import shard_kernels  # slow to import
+        from lsjax.model.flash import shard_kernels  # slow to import
 
         masks = shard_kernels(masks, window)
 
     def own_queries(q, k, v, segments_BT, masks):
         keys = k, v, segments_BT
         if shards > 1:
-            keys = jax.tree.map(_whole_rows, keys)
-        return run(q, segments_BT, *keys, jax.tree.map(lambda leaf: leaf[0], masks), window)
+            gather = partial(lax.all_gather, axis_name="context", axis=1, tiled=True)
+            keys = jax.tree.map(lambda x: in_context_order(gather(x), back=True), keys)
+        masks = jax.tree.map(lambda leaf: leaf[0], masks)
+        return _run(kernel, window, masks, q, segments_BT, *keys)
 
     heads, row = P(ROWS, "context", "tensor"), P(ROWS, "context")
     arguments = q_BTNH, k_BTKH, v_BTKH, segments_BT, masks
     return on_each_device(own_queries, arguments, (heads, heads, heads, row, P("context")), heads)
-
-
-def _whole_rows(x):
-    """All columns of [B, T, ...], in their own order, from each device's in context order."""
-    return in_context_order(lax.all_gather(x, "context", axis=1, tiled=True), back=True)
 
 
 def _problem(kernel: str, q_BTNH: Array) -> str | None:
@@ -116,20 +109,32 @@ def _problem(kernel: str, q_BTNH: Array) -> str | None:
     return None
 
 
-def _mask(places_T, segments_BT, segments_BS, steps, window):
-    """[B or 1, T, S]: which of S = `steps` keys each query sees."""
-    keys_S = jnp.arange(steps)
+def _run(kernel, window, places_T, q_BTNH, segments_BT, k_BSKH, v_BSKH, segments_BS):
+    """Runs a kernel on a device's queries. places_T: their places in the row, or splash's masks."""
+    if kernel == "splash":
+        from lsjax.model.flash import splash_attention  # likewise
+
+        return splash_attention(places_T, q_BTNH, k_BSKH, v_BSKH, segments_BT, segments_BS)
+    if kernel == "flash":
+        from lsjax.model.flash import flash_attention  # likewise
+
+        if segments_BT is None:
+            segments_BT = jnp.zeros(q_BTNH.shape[:2], jnp.int32)
+        return flash_attention(q_BTNH, k_BSKH, v_BSKH, segments_BT, window)
+    options = dict(is_causal=True, implementation="cudnn")  # skips blocks above the diagonal
+    if kernel == "cudnn" and segments_BT is None:
+        local = None if window is None else (window - 1, 0)  # skips the blocks before it too
+        options |= dict(local_window_size=local)
+        return jax.nn.dot_product_attention(q_BTNH, k_BSKH, v_BSKH, **options)
+    keys_S = jnp.arange(k_BSKH.shape[1])
     mask_BTS = (places_T[:, None] >= keys_S)[None]
     if window is not None:
         mask_BTS &= places_T[:, None] < keys_S + window
     if segments_BT is not None:
         mask_BTS &= segments_BT[:, :, None] == segments_BS[:, None]
-    return mask_BTS
-
-
-def _xla(q_BTNH, segments_BT, k_BSKH, v_BSKH, segments_BS, places_T, window):
-    mask_BTS = _mask(places_T, segments_BT, segments_BS, k_BSKH.shape[1], window)
-    return attention(q_BTNH, k_BSKH, v_BSKH, mask_BTS)
+    if kernel == "xla":
+        return attention(q_BTNH, k_BSKH, v_BSKH, mask_BTS)
+    return jax.nn.dot_product_attention(q_BTNH, k_BSKH, v_BSKH, mask=mask_BTS[:, None], **options)
 
 
 def attention(
@@ -142,38 +147,13 @@ def attention(
     (_, _, heads, size), kv_heads = q_BTNH.shape, k_BSKH.shape[2]
     # All queries of a K/V head in one matmul, r = (g, t), and heads before positions. XLA:CPU
     # copies other layouts.
-    q_BKRH = _rows_of_heads(q_BTNH, kv_heads) * size**-0.5
+    q_BKRH = rows_of_heads(q_BTNH, kv_heads) * size**-0.5
     k_BKSH, v_BKSH = k_BSKH.swapaxes(1, 2), v_BSKH.swapaxes(1, 2)
     mask_B1RS = jnp.tile(mask_BTS[:, None], (1, 1, heads // kv_heads, 1))
     wide = jnp.promote_types(q_BTNH.dtype, jnp.float32)
     scores = jnp.einsum("BKRH,BKSH->BKRS", q_BKRH, k_BKSH, preferred_element_type=wide)
     weights = jax.nn.softmax(jnp.where(mask_B1RS, scores, -jnp.inf), axis=-1).astype(v_BKSH.dtype)
-    return _heads_of_rows(jnp.einsum("BKRS,BKSH->BKRH", weights, v_BKSH), q_BTNH.shape)
-
-
-def _cudnn(q_BTNH, segments_BT, k_BTKH, v_BTKH, _, places_T, window):
-    """Segments become a mask, [B, 1, T, T], with the window; blocks above the diagonal are skipped.
-    A window alone also skips the blocks before it."""
-    mask, local = None, None if window is None else (window - 1, 0)
-    if segments_BT is not None:
-        mask = _mask(places_T, segments_BT, segments_BT, len(places_T), window)[:, None]
-        local = None
-    options = dict(is_causal=True, local_window_size=local, implementation="cudnn")
-    return jax.nn.dot_product_attention(q_BTNH, k_BTKH, v_BTKH, mask=mask, **options)
-
-
-def _flash(q_BTNH, segments_BT, k_BTKH, v_BTKH, _, places_T, window):
-    from lsjax.model.flash import flash_attention  # slow to import
-
-    if segments_BT is None:
-        segments_BT = jnp.zeros(q_BTNH.shape[:2], jnp.int32)
-    return flash_attention(q_BTNH, k_BTKH, v_BTKH, segments_BT, window)
-
-
-def _splash(q_BTNH, segments_BT, k_BSKH, v_BSKH, segments_BS, attend, window):
-    from lsjax.model.splash import splash_attention  # likewise
-
-    return splash_attention(attend, q_BTNH, k_BSKH, v_BSKH, segments_BT, segments_BS)
+    return heads_of_rows(jnp.einsum("BKRS,BKSH->BKRH", weights, v_BKSH), q_BTNH.shape)
 
 
 def cached_attention(
@@ -183,24 +163,24 @@ def cached_attention(
     positions_BT: Int[Array, "B T"],
     window: int | None = None,
 ) -> Float[Array, "B T N H"]:
-    """Attention of T new queries to the slots at or before their own positions, or to as many of
-    them as the window, if given.
+    """Attention of T new queries to the slots at or before their own positions. window: number of
+    slots that a query sees, its own included.
 
     On accelerators it reads all slots at once, because a loop or branch would stall the device.
-    Large prompt chunks are the exception: they are read in blocks to save memory. For few tokens
-    NVIDIA GPUs have a kernel instead (flash_decoding.py).
+    Only large prompt chunks are read in blocks, to save memory. For few tokens NVIDIA GPUs have a
+    kernel instead (flash_decoding.py).
 
     On CPUs it reads blocks with an online softmax (Milakov and Gimelshein, 2018), so cost follows
     the used length. LARGE blocks come first, SMALL blocks cover the rest. If most slots are used,
-    it reads all at once (`reads_all`). Slots beyond a row's length contribute exactly zero. Rows
-    are independent, except that batch length selects the code path, which affects rounding.
-    Unused slots must not contain NaN or infinity.
+    it reads all at once. Slots beyond a row's length contribute exactly zero. Rows are independent,
+    except that batch length selects the code path, which affects rounding. Unused slots must not
+    contain NaN or infinity.
     """
     batch, steps, heads, size = q_BTNH.shape
     kv_heads, capacity = keys.shape[1:3]
     wide = jnp.promote_types(q_BTNH.dtype, jnp.float32)
     rows = heads // kv_heads * steps
-    q_BKRH = _rows_of_heads(q_BTNH, kv_heads)
+    q_BKRH = rows_of_heads(q_BTNH, kv_heads)
     position_BR = jnp.tile(positions_BT, (1, heads // kv_heads))  # of row r = (g, t)
     last = positions_BT.max()
     first = 0 if window is None else jnp.maximum(positions_BT.min() - window + 1, 0)
@@ -227,19 +207,14 @@ def cached_attention(
         shrink = jnp.exp(top - new_top)
         weights = jnp.exp(scores - new_top[..., None])
         added = jnp.einsum("BKRS,BKSH->BKRH", weights.astype(v_block.dtype), v_block)
-        return (
-            new_top,
-            total * shrink + weights.sum(-1),
-            mixed * shrink[..., None] + added.astype(wide),
-        )
+        total = total * shrink + weights.sum(-1)
+        return new_top, total, mixed * shrink[..., None] + added.astype(wide)
 
     def in_blocks():
         # `top` is finite from the start: with a window, a query may see no slot of a block.
-        carry = (
-            jnp.full((batch, kv_heads, rows), jnp.finfo(wide).min, wide),
-            jnp.zeros((batch, kv_heads, rows), wide),
-            jnp.zeros((batch, kv_heads, rows, size), wide),
-        )
+        shape = batch, kv_heads, rows
+        top = jnp.full(shape, jnp.finfo(wide).min, wide)
+        carry = top, jnp.zeros(shape, wide), jnp.zeros((*shape, size), wide)
         # Keeps a loop even for one block. Without a loop or branch, XLA:CPU copies the whole cache
         # before writing.
         small, done = min(SMALL, capacity), 0
@@ -270,28 +245,25 @@ def cached_attention(
     if not on_cpu and steps * capacity <= MOST_SCORES:
         total, mixed = at_once()
     elif on_cpu:
+        # Reading all slots is no slower than copying the used blocks from half of a small cache on,
+        # or nearly all of a large one (docs/performance.md).
+        used = ((last - first) // SMALL + 1) * SMALL
+        most = used >= (capacity // 2 if capacity <= LARGE else capacity * 7 // 8)
         # Divide outside the branches, or XLA:CPU computes the weights twice.
-        total, mixed = lax.cond(reads_all(last - first, capacity), at_once, in_blocks)
+        total, mixed = lax.cond(most, at_once, in_blocks)
     else:
         total, mixed = in_blocks()
-    return _heads_of_rows((mixed / total[..., None]).astype(q_BTNH.dtype), q_BTNH.shape)
+    return heads_of_rows((mixed / total[..., None]).astype(q_BTNH.dtype), q_BTNH.shape)
 
 
-def reads_all(last: Int[Array, ""], capacity: int) -> Bool[Array, ""]:
-    """Whether reading all slots is no slower than copying the used blocks. That holds from half of
-    a small cache on, or nearly all of a large one (docs/performance.md)."""
-    in_blocks = (last // SMALL + 1) * SMALL
-    return in_blocks >= (capacity // 2 if capacity <= LARGE else capacity * 7 // 8)
-
-
-def _rows_of_heads(q_BTNH: Float[Array, "B T N H"], kv_heads: int) -> Float[Array, "B K R H"]:
+def rows_of_heads(q_BTNH: Float[Array, "B T N H"], kv_heads: int) -> Float[Array, "B K R H"]:
     """Queries grouped by K/V head, as rows r = (g, t)."""
     batch, steps, _, size = q_BTNH.shape
     q_BKGTH = q_BTNH.reshape(batch, steps, kv_heads, -1, size).transpose(0, 2, 3, 1, 4)
     return q_BKGTH.reshape(batch, kv_heads, -1, size)
 
 
-def _heads_of_rows(mixed: Float[Array, "B K R H"], shape: tuple[int, ...]) -> Float[Array, "..."]:
-    """The inverse of `_rows_of_heads`; shape: B, T, N, H."""
+def heads_of_rows(mixed: Float[Array, "B K R H"], shape: tuple[int, ...]) -> Float[Array, "..."]:
+    """The inverse of `rows_of_heads`; shape: B, T, N, H."""
     mixed_BKGTH = mixed.reshape(*mixed.shape[:2], -1, shape[1], shape[3])
     return mixed_BKGTH.transpose(0, 3, 1, 2, 4).reshape(shape)

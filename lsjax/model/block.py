@@ -1,8 +1,6 @@
-"""One transformer layer: RMSNorm, rotary grouped-query attention, SwiGLU.
+"""A transformer layer: RMSNorm, rotary grouped-query attention, SwiGLU. Letters as in llama.py."""
 
-Letters as in llama.py.
-"""
-
+from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -17,8 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 from lsjax.config import AttentionKernel, LlamaConfig
 from lsjax.model.attention import cached_attention, self_attention
 from lsjax.model.cache import write
-from lsjax.model.products import gradients_first, linear, split_swiglu, swiglu, with_steps
-from lsjax.model.rope import Rope, rotate
+from lsjax.model.operations import Rope, gradients_first, linear, rotate, swiglu, with_steps
 from lsjax.sharding import constrain, nvidia_capability, on_each_device, platform
 
 # Name of the summed outputs of a matrix and its adapter, for remat policies: it replaces both.
@@ -40,22 +37,17 @@ class RMSNorm(nnx.Module):
         return (wide * lax.rsqrt(mean_square + self.eps) * self.scale[...]).astype(x.dtype)
 
 
+def identity(x: Float[Array, "*batch"]) -> Float[Array, "*batch"]:
+    """Stands in for a norm that the model lacks."""
+    return x
+
+
 class Linear(nnx.Module):
     """A matrix [inputs, *outputs], with an optional bias [*outputs] and adapter."""
 
-    def __init__(
-        self,
-        inputs: int,
-        outputs: tuple[int, ...],
-        *,
-        bias: bool,
-        std: float,
-        dtype: DTypeLike,
-        rngs: nnx.Rngs,
-    ):
-        init = nnx.initializers.normal(std)
-        self.kernel = nnx.Param(init(rngs.params(), (inputs, *outputs), dtype))
-        self.bias = nnx.Param(jnp.zeros(outputs, dtype)) if bias else None
+    def __init__(self, kernel: Float[Array, "I *O"], *, bias: bool):
+        self.kernel = nnx.Param(kernel)
+        self.bias = nnx.Param(jnp.zeros(kernel.shape[1:], kernel.dtype)) if bias else None
         self.adapter = nnx.data(None)  # or an Adapter (lora.py)
 
     def __call__(self, x: Float[Array, "B T I"], again: bool = False) -> Float[Array, "B T ..."]:
@@ -71,24 +63,22 @@ class Linear(nnx.Module):
 
 
 class Attention(nnx.Module):
-    """Grouped-query self-attention.
-
-    One matrix [D, K, G + 2, H] computes queries, keys and values. It stores a K/V head beside its
-    query heads. That needs one matmul instead of three, and shards along K without a gather.
-    """
+    """Grouped-query self-attention. One matrix [D, K, G + 2, H] stores a K/V head beside its query
+    heads. That needs one matmul instead of three, and shards along K without a gather."""
 
     def __init__(self, config: LlamaConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
         d, k, h = config.hidden_size, config.num_kv_heads, config.head_dim
-        self.group = config.num_heads // k
-        rest, bias = dict(dtype=dtype, rngs=rngs), config.attention_bias
-        shape = (k, self.group + 2, h)
-        self.qkv = Linear(d, shape, bias=bias or config.qkv_bias, std=config.init_std, **rest)
-        heads = config.num_heads
-        self.out = Linear(heads * h, (d,), bias=bias, std=config.residual_std, **rest)
+        heads, bias = config.num_heads, config.attention_bias
+        self.group = heads // k
+        normal = nnx.initializers.normal
+        reads, writes = normal(config.init_std), normal(config.residual_std)
+        qkv = reads(rngs.params(), (d, k, self.group + 2, h), dtype)
+        self.qkv = Linear(qkv, bias=bias or config.qkv_bias)
+        self.out = Linear(writes(rngs.params(), (heads * h, d), dtype), bias=bias)
 
-        def norm(count: int) -> RMSNorm | None:
+        def norm(count: int) -> Callable[[Array], Array]:
             size = {"none": None, "head": h, "full": (count, h)}[config.qk_norm]
-            return size and RMSNorm(size, config.norm_eps, dtype)
+            return RMSNorm(size, config.norm_eps, dtype) if size else identity
 
         self.q_norm, self.k_norm = norm(heads), norm(k)
 
@@ -103,28 +93,22 @@ class Attention(nnx.Module):
             q = qkv_BTKPH[:, :, :, : self.group]
             k, v = qkv_BTKPH[:, :, :, self.group], qkv_BTKPH[:, :, :, self.group + 1]
         q = q.reshape(*q.shape[:2], -1, q.shape[-1])
-        return rotate(normed(self.q_norm, q), rope), rotate(normed(self.k_norm, k), rope), v
-
-    def merge(
-        self, mixed_BTNH: Float[Array, "B T N H"], again: bool = False
-    ) -> Float[Array, "B T D"]:
-        """Projects heads back to the model's width; again: as for `linear`."""
-        return self.out(mixed_BTNH.reshape(*mixed_BTNH.shape[:2], -1), again)
+        return rotate(self.q_norm(q), rope), rotate(self.k_norm(k), rope), v
 
 
 class FeedForward(nnx.Module):
     """SwiGLU (Shazeer, 2020): down(silu(gate(x)) * up(x)), gate and up in one matrix [D, 2, F]."""
 
     def __init__(self, config: LlamaConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
-        d, f = config.hidden_size, config.intermediate_size
-        rest = dict(bias=config.mlp_bias, dtype=dtype, rngs=rngs)
-        self.gate_up = Linear(d, (2, f), std=config.init_std, **rest)
-        self.down = Linear(f, (d,), std=config.residual_std, **rest)
+        d, f, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        normal = nnx.initializers.normal
+        reads, writes = normal(config.init_std), normal(config.residual_std)
+        self.gate_up = Linear(reads(rngs.params(), (d, 2, f), dtype), bias=bias)
+        self.down = Linear(writes(rngs.params(), (f, d), dtype), bias=bias)
 
     def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         if isinstance(self.gate_up, nnx.List):  # split_matrices
-            gate, up = (matrix(x_BTD) for matrix in self.gate_up)
-            return self.down(split_swiglu(gate, up))
+            return self.down(swiglu(tuple(matrix(x_BTD) for matrix in self.gate_up)))
         x_BTF, down = gradients_first(swiglu(self.gate_up(x_BTD)), self.down)
         return down(x_BTF)
 
@@ -134,7 +118,8 @@ class Block(nnx.Module):
 
     def __init__(self, config: LlamaConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
         norms = [RMSNorm(config.hidden_size, config.norm_eps, dtype) for _ in range(2)]
-        before, after = ([None] * 2, norms) if config.norm_after else (norms, [None] * 2)
+        none = [identity] * 2
+        before, after = (none, norms) if config.norm_after else (norms, none)
         self.attention_norm, self.feed_forward_norm = before
         self.attention = Attention(config, dtype=dtype, rngs=rngs)
         self.feed_forward = FeedForward(config, dtype=dtype, rngs=rngs)
@@ -149,21 +134,19 @@ class Block(nnx.Module):
         keep_B: Bool[Array, " B"] | None = None,
         window: int | None = None,
     ) -> Float[Array, "B T D"]:
-        """The layer on whole sequences, without a cache; segments do not see one another.
-
-        kernel: attention kernel (attention.py). keep_B: M of equation 1, all rows by default.
-        The other rows stay unchanged: both branches add 0 to them. window: as in LayerKind.
-        """
+        """The layer on whole sequences, without a cache; segments do not see one another. kernel:
+        attention kernel (attention.py). keep_B: M of equation 1, all rows by default; other rows
+        stay unchanged. window: as in LayerKind."""
 
         def kept(y_BTD):
             return y_BTD if keep_B is None else keep_B.astype(y_BTD.dtype)[:, None, None] * y_BTD
 
-        heads = self.attention.project(normed(self.attention_norm, x_BTD), rope, x_BTD.shape[1])
+        heads = self.attention.project(self.attention_norm(x_BTD), rope, x_BTD.shape[1])
         mixed = self_attention(*heads, segments_BT, kernel, window)
         # On GPUs remat keeps the output of attention instead of its projection. Both have the same
         # size, but attention is slower to recompute for long sequences.
-        y_BTD = self.attention.merge(mixed, again=platform() == "gpu")
-        x_BTD = x_BTD + kept(normed(self.attention_post_norm, y_BTD))
+        y_BTD = self.attention.out(mixed.reshape(*mixed.shape[:2], -1), platform() == "gpu")
+        x_BTD = x_BTD + kept(self.attention_post_norm(y_BTD))
         return x_BTD + kept(self._feed_forward(x_BTD))
 
     # Layers of the same form are traced once. `inline` leaves the compiled program as it is.
@@ -178,25 +161,18 @@ class Block(nnx.Module):
         window: int | None = None,
     ) -> tuple[Float[Array, "B U D"], Float[Array, "B K S H"], Float[Array, "B K S H"]]:
         """The layer on T tokens that follow those in the cache; also returns the longer cache.
-
-        x_BUD: U steps; those after the T tokens are padding (`enough_steps`).
-        """
+        x_BUD: U steps; those after the T tokens are padding (`enough_steps`)."""
         steps = positions_BT.shape[1]
-        q, k, v = self.attention.project(normed(self.attention_norm, x_BUD), rope, steps)
+        q, k, v = self.attention.project(self.attention_norm(x_BUD), rope, steps)
         mixed, keys, values = _attend(q, k, v, keys, values, positions_BT, window)
-        y_BUD = self.attention.merge(with_steps(mixed, x_BUD.shape[1]))
-        x_BUD = constrain(x_BUD + normed(self.attention_post_norm, y_BUD), "data")
+        mixed = with_steps(mixed, x_BUD.shape[1])
+        y_BUD = self.attention.out(mixed.reshape(*mixed.shape[:2], -1))
+        x_BUD = constrain(x_BUD + self.attention_post_norm(y_BUD), "data")
         x_BUD = constrain(x_BUD + self._feed_forward(x_BUD), "data")
         return x_BUD, keys, values
 
     def _feed_forward(self, x: Float[Array, "B U D"]) -> Float[Array, "B U D"]:
-        y = self.feed_forward(normed(self.feed_forward_norm, x))
-        return normed(self.feed_forward_post_norm, y)
-
-
-def normed(norm: RMSNorm | None, x: Float[Array, "*batch"]) -> Float[Array, "*batch"]:
-    """norm(x); x without a norm."""
-    return x if norm is None else norm(x)
+        return self.feed_forward_post_norm(self.feed_forward(self.feed_forward_norm(x)))
 
 
 def _attend(q, k, v, keys, values, positions_BT, window):
@@ -204,20 +180,18 @@ def _attend(q, k, v, keys, values, positions_BT, window):
     computes its own rows and heads."""
 
     def attend(q, k, v, keys, values, positions_BT):
+        start_B = positions_BT[:, 0]
         if nvidia_capability() >= 8:
             from lsjax.model import flash_decoding as flash  # Pallas is slow to import
 
             if flash.fits(q, keys):
-                return flash.flash_decoding(q, k, v, keys, values, positions_BT[:, 0], window)
-        start_B = positions_BT[:, 0]
+                return flash.flash_decoding(q, k, v, keys, values, start_B, window)
         keys = write(keys, k.swapaxes(1, 2).astype(keys.dtype), start_B, axis=2)
         values = write(values, v.swapaxes(1, 2).astype(values.dtype), start_B, axis=2)
         return cached_attention(q, keys, values, positions_BT, window), keys, values
 
     new, cache = P("data", None, "tensor"), P("data", "tensor")
+    arguments, specs = (q, k, v, keys, values), (new, new, new, cache, cache)
     return on_each_device(
-        attend,
-        (q, k, v, keys, values, positions_BT),
-        (new, new, new, cache, cache, P("data")),
-        (new, cache, cache),
+        attend, (*arguments, positions_BT), (*specs, P("data")), (new, cache, cache)
     )

@@ -48,16 +48,13 @@ class KVCache:
     ) -> "KVCache":
         """An empty cache for the first `num_layers` layers (by default all), sharded on a mesh."""
         shape = (batch, config.num_kv_heads, capacity, config.head_dim)
-        layers = config.num_layers if num_layers is None else num_layers
+        layers = range(config.num_layers if num_layers is None else num_layers)
+        place = sharding_of("keys.0", shape, mesh)
 
-        def empty(name, layer):
-            device = sharding_of(f"{name}.{layer}", shape, mesh)
-            return jnp.zeros(shape, dtype, device=device)
+        def empty():
+            return tuple(jnp.zeros(shape, dtype, device=place) for _ in layers)
 
-        return cls(
-            keys=tuple(empty("keys", layer) for layer in range(layers)),
-            values=tuple(empty("values", layer) for layer in range(layers)),
-        )
+        return cls(empty(), empty())
 
     @property
     def capacity(self) -> int:
@@ -84,11 +81,8 @@ def write(
     start_B: Int[Array, " B"],
     axis: int = 1,
 ) -> Shaped[Array, "..."]:
-    """Writes `new` into the buffer at `start_B` of each row along `axis`.
-
-    The caller ensures start + T <= S: `dynamic_update_slice` would clamp the start and overwrite
-    older slots.
-    """
+    """Writes `new` into the buffer at `start_B` of each row along `axis`. The caller ensures
+    start + T <= S: `dynamic_update_slice` would clamp the start and overwrite older slots."""
     batch = new.shape[0]
     if batch > (1 if platform() == "gpu" else MAX_UNROLLED_ROWS):
         rows = jnp.arange(batch)[:, None]

@@ -17,6 +17,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 from jaxtyping import Array, Float, Int
 
+from lsjax.model.attention import heads_of_rows, rows_of_heads
+
 # Slots that a program reads at a time, and maximum number of new tokens.
 BLOCK, MOST_STEPS = 64, 16
 # Minimum rows of a matmul; maximum rows that fit a program's registers.
@@ -47,11 +49,9 @@ def flash_decoding(
     interpret: bool = False,
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B K S H"], Float[Array, "B K S H"]]:
     """Causal attention of T tokens, from position `start_B` on, to the cache and to one another.
-    Also returns the caches with their keys and values. Softmax in float32.
-
-    window: keys that a query sees, its own included; by default all.
-    interpret: run the kernel as plain operations, on any device. The caller checks `fits`.
-    """
+    Also returns the caches with their keys and values. Softmax in float32. window: keys that a
+    query sees, its own included; by default all. interpret: run the kernel as plain operations, on
+    any device. The caller checks `fits`."""
     batch, steps, heads, size = q_BTNH.shape
     kv_heads, capacity = keys.shape[1:3]
     rows = heads // kv_heads * steps
@@ -59,17 +59,17 @@ def flash_decoding(
     parts = pl.next_power_of_2(pl.cdiv(PROGRAMS, batch * kv_heads))
     parts = min(parts, MOST_PARTS, pl.next_power_of_2(capacity // BLOCK))
 
-    def rows_of(x_BTKGH, count):
-        x_BKRH = x_BTKGH.transpose(0, 2, 3, 1, 4).reshape(batch, kv_heads, -1, size)
+    def rows_of(x, count):
+        x_BKRH = rows_of_heads(x, kv_heads)
         return jnp.pad(x_BKRH, [(0, 0), (0, 0), (0, count - x_BKRH.shape[2]), (0, 0)])
 
     # One array, so that one kernel makes it: queries, keys and values, padded to blocks.
     new = (
-        (q_BTNH.reshape(batch, steps, kv_heads, -1, size), padded),
-        (k_BTKH[:, :, :, None].astype(keys.dtype), MOST_STEPS),
-        (v_BTKH[:, :, :, None].astype(values.dtype), MOST_STEPS),
+        rows_of(q_BTNH, padded),
+        rows_of(k_BTKH.astype(keys.dtype), MOST_STEPS),
+        rows_of(v_BTKH.astype(values.dtype), MOST_STEPS),
     )
-    new_BKRH = jnp.concatenate([rows_of(*part) for part in new], axis=2)
+    new_BKRH = jnp.concatenate(new, axis=2)
     after = padded // MOST_STEPS
 
     def block(count, index):
@@ -85,18 +85,14 @@ def flash_decoding(
         grid=(batch, kv_heads, parts),
         in_specs=(
             pl.BlockSpec((1,), lambda b, k, p: (b,)),
-            block(padded, 0),
-            block(MOST_STEPS, after),
-            block(MOST_STEPS, after + 1),
-            block(capacity, 0),
-            block(capacity, 0),
+            *(block(padded, 0), block(MOST_STEPS, after), block(MOST_STEPS, after + 1)),
+            *[block(capacity, 0)] * 2,
         ),
         out_specs=(part(padded, size), part(padded), block(capacity, 0), block(capacity, 0)),
         out_shape=(
             jax.ShapeDtypeStruct((*shape, size), jnp.float32),
             jax.ShapeDtypeStruct(shape, jnp.float32),
-            jax.ShapeDtypeStruct(keys.shape, keys.dtype),
-            jax.ShapeDtypeStruct(values.shape, values.dtype),
+            *(jax.ShapeDtypeStruct(cache.shape, cache.dtype) for cache in (keys, values)),
         ),
         input_output_aliases={4: 2, 5: 3},
         compiler_params=triton.CompilerParams(num_warps=4, num_stages=3),
@@ -108,8 +104,7 @@ def flash_decoding(
     weights = [jnp.exp(weigh_BKR - top_BKR)[..., None] for weigh_BKR in weigh_PBKR]
     mixed_BKRH = sum(map(jnp.multiply, weights, mixed_PBKRH)) / sum(weights)
     mixed_BKRH = mixed_BKRH[:, :, :rows].astype(q_BTNH.dtype)
-    mixed = mixed_BKRH.reshape(batch, kv_heads, heads // kv_heads, steps, size)
-    return mixed.transpose(0, 3, 1, 2, 4).reshape(q_BTNH.shape), keys, values
+    return heads_of_rows(mixed_BKRH, q_BTNH.shape), keys, values
 
 
 def _kernel(steps, parts, window, start_ref, q_ref, k_ref, v_ref, keys_ref, values_ref, *outputs):
@@ -139,11 +134,8 @@ def _kernel(steps, parts, window, start_ref, q_ref, k_ref, v_ref, keys_ref, valu
         slots = pl.ds(first, BLOCK)
         return look(keys_ref[slots, :], values_ref[slots, :], visible_RS, carry)
 
-    carry = (
-        jnp.full(rows, LOWEST, jnp.float32),
-        jnp.zeros(rows, jnp.float32),
-        jnp.zeros((rows, size), jnp.float32),
-    )
+    top_R, total_R = jnp.full(rows, LOWEST, jnp.float32), jnp.zeros(rows, jnp.float32)
+    carry = top_R, total_R, jnp.zeros((rows, size), jnp.float32)
     # Row r = (g, t) sees the new tokens up to its own.
     new_S, row_R = jnp.arange(MOST_STEPS), jnp.arange(rows)
     step_R1 = (row_R % steps)[:, None]

@@ -9,6 +9,8 @@ F feed-forward width, N heads, K K/V heads, G = N / K, H head size, V vocabulary
 """
 
 from collections.abc import Callable, Mapping
+from functools import partial
+from operator import itemgetter
 from typing import Any
 
 import jax
@@ -22,9 +24,8 @@ from jaxtyping import Array, Float, Int
 from lsjax.config import AttentionKernel, ComputeDtype, LlamaConfig
 from lsjax.model.block import Block, Linear, RMSNorm
 from lsjax.model.cache import KVCache
-from lsjax.model.parameters import map_named
-from lsjax.model.products import enough_rows, enough_steps
-from lsjax.model.rope import Rope, rope_angles
+from lsjax.model.operations import Rope, enough_rows, enough_steps, rope_angles
+from lsjax.model.parameters import SLOTS, map_named
 from lsjax.sharding import ROWS, constrain, in_context_order, platform
 
 
@@ -37,9 +38,8 @@ class Llama(nnx.Module):
         init = nnx.initializers.normal(config.init_std)
         table = (config.vocab_size, config.hidden_size)
         self.embedding = nnx.Param(init(rngs.params(), table, dtype))
-        self.layers = nnx.List(
-            Block(config, dtype=dtype, rngs=rngs) for _ in range(config.num_layers)
-        )
+        layers = range(config.num_layers)
+        self.layers = nnx.List(Block(config, dtype=dtype, rngs=rngs) for _ in layers)
         self.norm = RMSNorm(config.hidden_size, config.norm_eps, dtype)
         self.head = None if config.tie_embeddings else nnx.Param(init(rngs.params(), table, dtype))
 
@@ -65,11 +65,8 @@ class Llama(nnx.Module):
         return self.embedding[...][tokens_BT].astype(self.compute_dtype)
 
     def embed_rows(self, tokens_BT: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-        """Token embeddings of whole sequences, sharded over a mesh by rows.
-
-        Each device looks up its columns for the rows of its data shard. Then an all-to-all
-        redistributes by row. No device holds the full table or gradient.
-        """
+        """Token embeddings of whole sequences, sharded over a mesh by rows. Each device looks up
+        its columns for the rows of its data shard. Then an all-to-all redistributes by row."""
         x_BTD = self.embed(constrain(tokens_BT, "data", "context"))
         return constrain(constrain(x_BTD, "data", "context", "fsdp"), ROWS, "context")
 
@@ -107,9 +104,9 @@ class Llama(nnx.Module):
     ) -> Any:
         """`read` of each layer's output, stacked as [L, ...]. Index E - 1 belongs to exit E.
 
-        By default `read` returns the output. In packed rows, positions restart at each document,
-        and each document has its own segment number. kernel: attention kernel (attention.py).
-        On a mesh with a context axis, the columns are `in_context_order`.
+        In packed rows, positions restart at each document, and each document has its own segment
+        number. kernel: attention kernel (attention.py). On a mesh with a context axis, the columns
+        are `in_context_order`.
         """
         if positions_BT is None:
             positions_T = in_context_order(np.arange(tokens_BT.shape[1])[None])
@@ -134,9 +131,9 @@ class Llama(nnx.Module):
         """Runs all layers on whole sequences. Returns the model's output, the final carry, and
         `look`'s second result stacked over layers.
 
-        run: (block, x_BTD, inputs, kind) -> the layer's output y_BTD; kind: its LayerKind. look:
-        (carry, x_BTD, y_BTD, inputs) -> (carry, anything). inputs_L: per-layer inputs, for stacked
-        layers only. Layers of different kinds that repeat are one step of the scan.
+        run: (block, x_BTD, inputs, LayerKind) -> the layer's output y_BTD. look: (carry, x_BTD,
+        y_BTD, inputs) -> (carry, anything). inputs_L: per-layer inputs, for stacked layers only.
+        Layers of different kinds that repeat are one step of the scan.
         """
 
         def layer(before, block_and_inputs, index=0):
@@ -154,8 +151,7 @@ class Llama(nnx.Module):
             return before, jax.tree.map(lambda *leaves: jnp.stack(leaves), *found)
 
         def one_period(before, layers):
-            split = (jax.tree.map(lambda leaf, at=at: leaf[at], layers) for at in range(period))
-            return several(before, split)
+            return several(before, (jax.tree.map(itemgetter(at), layers) for at in range(period)))
 
         before, layers, period = (x_BTD, carry), (self.layers, inputs_L), self.config.layer_period
         if not self.is_stacked:
@@ -184,15 +180,11 @@ class Llama(nnx.Module):
         table_VD = (self.head_table if table_VD is None else table_VD).astype(x.dtype)
         x = self.norm(x)
         rows_RD = x.reshape(-1, x.shape[-1])
-        count = len(rows_RD)
         # With the table as left operand, XLA:CPU reads it near memory bandwidth for any number of
         # rows (docs/performance.md).
-        logits_VR = jnp.matmul(
-            table_VD,
-            enough_rows(rows_RD).T,
-            preferred_element_type=jnp.promote_types(x.dtype, jnp.float32),
-        )
-        return logits_VR.T[:count].reshape(*x.shape[:-1], -1)
+        wide = jnp.promote_types(x.dtype, jnp.float32)
+        logits_VR = jnp.matmul(table_VD, enough_rows(rows_RD).T, preferred_element_type=wide)
+        return logits_VR.T[: len(rows_RD)].reshape(*x.shape[:-1], -1)
 
     def __call__(self, tokens_BT: Int[Array, "B T"]) -> Float[Array, "B T V"]:
         """Logits of the full model."""
@@ -203,16 +195,14 @@ def stacked(model: Llama) -> Llama:
     """The same model with its layers in one Block of [L, ...] leaves, for `lax.scan`."""
     if model.is_stacked:
         return model
-    blocks = list(model.layers)
-    return with_parts(model, layers=jax.tree.map(lambda *leaves: jnp.stack(leaves), *blocks))
+    return with_parts(model, layers=jax.tree.map(lambda *leaves: jnp.stack(leaves), *model.layers))
 
 
 def unstacked(model: Llama) -> Llama:
     """The same model with a Block per layer, for decoding."""
     if not model.is_stacked:
         return model
-    layers = range(model.config.num_layers)
-    blocks = [jax.tree.map(lambda leaf, at=at: leaf[at], model.layers) for at in layers]
+    blocks = [jax.tree.map(itemgetter(at), model.layers) for at in range(model.config.num_layers)]
     return with_parts(model, layers=nnx.List(blocks))
 
 
@@ -230,37 +220,30 @@ def cast_matrices(model: Llama, dtype: ComputeDtype) -> Llama:
 
 
 def split_matrices(model: Llama) -> Llama:
-    """The same model, stacked, with a Linear for each part of qkv and gate_up.
+    """The same model, stacked, with a Linear for each part of qkv and gate_up. TPUs train on it,
+    because its matmuls are faster. Autodiff joins the gradients."""
 
-    A training step splits them once, if that speeds up its matmuls. Autodiff joins the gradients.
-    """
-    # Indices along the second-to-last axis: a K/V head has its G queries, its key and its value.
-    slots = {"qkv": (slice(None, -2), -2, -1), "gate_up": (0, 1)}
-
-    def part(matrix, slot):
-        taken = jax.tree.map(lambda leaf: leaf[..., slot, :], matrix)
-        if matrix.adapter is not None:
-            taken.adapter.a = matrix.adapter.a  # [L, D, R] has no slots
-        return taken
+    def taken(slot, name, leaf):  # A of an adapter, [L, D, R], has no slots
+        return leaf if name == "adapter.a" else leaf[..., slot, :]
 
     def parts(name, matrix):
-        if name not in slots:
+        if name not in SLOTS:
             return matrix
-        return nnx.List(part(matrix, slot) for slot in slots[name])
+        return nnx.List(map_named(partial(taken, slot), matrix) for slot in SLOTS[name])
 
     return map_matrices(parts, model)
 
 
 def map_matrices(change: Callable[[str, Linear], Any], model: Llama) -> Llama:
-    """The model, stacked, with `change(name, matrix)` for qkv, out, gate_up and down."""
+    """The model with `change(name, matrix)` for qkv, out, gate_up and down."""
 
-    def changed(part, *names):
-        return with_parts(part, **{name: change(name, getattr(part, name)) for name in names})
+    def is_matrix(part):
+        return isinstance(part, Linear)
 
-    attention = changed(model.layers.attention, "qkv", "out")
-    feed_forward = changed(model.layers.feed_forward, "gate_up", "down")
-    layers = with_parts(model.layers, attention=attention, feed_forward=feed_forward)
-    return with_parts(model, layers=layers)
+    def changed(path, part):
+        return change(path.rpartition(".")[2], part) if is_matrix(part) else part
+
+    return map_named(changed, model, is_matrix)
 
 
 def with_parts(module: Any, **parts: Any) -> Any:

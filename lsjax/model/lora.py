@@ -16,8 +16,8 @@ from jaxtyping import Array, Float
 from lsjax.config import LoraConfig, LoraTarget
 from lsjax.model.block import Linear
 from lsjax.model.llama import Llama, map_matrices, with_parts
+from lsjax.model.operations import linear
 from lsjax.model.parameters import map_named
-from lsjax.model.products import linear
 
 
 class Adapter(nnx.Module):
@@ -59,12 +59,11 @@ def merged(
     wide = jnp.promote_types(kernel.dtype, jnp.float32)
     exact = dict(precision=lax.Precision.HIGHEST, preferred_element_type=wide)
 
-    def merge_layer(layer):
-        kernel, a, b = layer
+    def merge_layer(kernel, a, b):
         return (kernel + scale * jnp.tensordot(a, b, axes=1, **exact)).astype(kernel.dtype)
 
     def merge(*arrays):
-        return lax.map(merge_layer, arrays)
+        return lax.map(lambda layer: merge_layer(*layer), arrays)
 
     return jax.jit(merge, donate_argnums=0, out_shardings=kernel.sharding)(kernel, a, b)
 
@@ -82,9 +81,8 @@ def split(model: Llama) -> tuple[Llama, Llama]:
 
 def joined(trained: Llama, frozen: Llama) -> Llama:
     """Inverse of `split`."""
-    return jax.tree.map(
-        lambda one, other: other if one is None else one,
-        trained,
-        frozen,
-        is_leaf=lambda leaf: leaf is None,
-    )
+
+    def either(one, other):
+        return other if one is None else one
+
+    return jax.tree.map(either, trained, frozen, is_leaf=lambda leaf: leaf is None)

@@ -18,87 +18,67 @@ from lsjax.sharding import ROWS, fitted
 Names = Literal["huggingface", "gguf"]
 
 
-class FileTensor(NamedTuple):
-    """A tensor in files: its names, without layer and ".weight" or ".bias", and its slot."""
-
-    huggingface: str
-    gguf: str
-    # Index in the parameter's second-to-last axis; None if the tensor is the complete parameter.
-    slot: int | slice | None = None
-
-
 class Parameter(NamedTuple):
-    """One parameter, or the same parameter of every layer.
-
-    sharding: candidate mesh axes for each array axis; the first candidate that divides is used.
-    """
+    """One parameter, or the same parameter of every layer. huggingface, gguf: its tensors in files,
+    without layer and ".weight" or ".bias"; several of them are its `SLOTS`. sharding: candidate
+    mesh axes for each array axis; the first candidate that divides is used."""
 
     path: str
-    tensors: tuple[FileTensor, ...]
+    huggingface: str
+    gguf: str
     sharding: tuple[P, ...] = (P(),)
 
 
-# Slots of a K/V head: its G queries, its key and its value.
-_QKV = (
-    FileTensor("self_attn.q_proj", "attn_q", slice(None, -2)),
-    FileTensor("self_attn.k_proj", "attn_k", -2),
-    FileTensor("self_attn.v_proj", "attn_v", -1),
-)
-_OUT = (FileTensor("self_attn.o_proj", "attn_output"),)
-_GATE_UP = (FileTensor("mlp.gate_proj", "ffn_gate", 0), FileTensor("mlp.up_proj", "ffn_up", 1))
-_DOWN = (FileTensor("mlp.down_proj", "ffn_down"),)
+# Matrices of several tensors in files, and the index of each in the second-to-last axis. A K/V head
+# has its G queries, its key and its value.
+SLOTS = {"qkv": (slice(None, -2), -2, -1), "gate_up": (0, 1)}
+
+_QKV = "self_attn.q_proj self_attn.k_proj self_attn.v_proj", "attn_q attn_k attn_v"
+_OUT = "self_attn.o_proj", "attn_output"
+_GATE_UP = "mlp.gate_proj mlp.up_proj", "ffn_gate ffn_up"
+_DOWN = "mlp.down_proj", "ffn_down"
 # Sharded along V, a lookup needs an all-reduce of [B, T, D]; unembedding needs none.
 _TABLE = (P("tensor", "fsdp"), P(None, ("fsdp", "tensor")))
-_ATTENTION = "layers.attention."
-_FEED_FORWARD = "layers.feed_forward."
 
 PARAMETERS = (
-    Parameter("embedding", (FileTensor("model.embed_tokens", "token_embd"),), _TABLE),
-    Parameter("layers.attention_norm.scale", (FileTensor("input_layernorm", "attn_norm"),)),
+    Parameter("embedding", "model.embed_tokens", "token_embd", _TABLE),
+    Parameter("layers.attention_norm.scale", "input_layernorm", "attn_norm"),
     # [D, K, G + 2, H]; sharded along D if the mesh does not divide the K/V heads.
-    Parameter(_ATTENTION + "qkv.kernel", _QKV, (P("fsdp", "tensor"), P(("fsdp", "tensor")))),
-    Parameter(_ATTENTION + "qkv.bias", _QKV, (P("tensor"),)),
-    Parameter(_ATTENTION + "out.kernel", _OUT, (P("tensor", "fsdp"),)),  # [N * H, D]
-    Parameter(_ATTENTION + "out.bias", _OUT),
+    Parameter("layers.attention.qkv.kernel", *_QKV, (P("fsdp", "tensor"), P(("fsdp", "tensor")))),
+    Parameter("layers.attention.qkv.bias", *_QKV, (P("tensor"),)),
+    Parameter("layers.attention.out.kernel", *_OUT, (P("tensor", "fsdp"),)),  # [N * H, D]
+    Parameter("layers.attention.out.bias", *_OUT),
     # [H], or [N, H] and [K, H]
-    Parameter(_ATTENTION + "q_norm.scale", (FileTensor("self_attn.q_norm", "attn_q_norm"),)),
-    Parameter(_ATTENTION + "k_norm.scale", (FileTensor("self_attn.k_norm", "attn_k_norm"),)),
+    Parameter("layers.attention.q_norm.scale", "self_attn.q_norm", "attn_q_norm"),
+    Parameter("layers.attention.k_norm.scale", "self_attn.k_norm", "attn_k_norm"),
     Parameter(
-        "layers.attention_post_norm.scale",
-        (FileTensor("post_attention_layernorm", "post_attention_norm"),),
+        "layers.attention_post_norm.scale", "post_attention_layernorm", "post_attention_norm"
     ),
-    Parameter(
-        "layers.feed_forward_norm.scale", (FileTensor("post_attention_layernorm", "ffn_norm"),)
-    ),
-    Parameter(
-        "layers.feed_forward_post_norm.scale",
-        (FileTensor("post_feedforward_layernorm", "post_ffw_norm"),),
-    ),
+    Parameter("layers.feed_forward_norm.scale", "post_attention_layernorm", "ffn_norm"),
+    Parameter("layers.feed_forward_post_norm.scale", "post_feedforward_layernorm", "post_ffw_norm"),
     # [D, 2, F]
-    Parameter(_FEED_FORWARD + "gate_up.kernel", _GATE_UP, (P("fsdp", None, "tensor"),)),
-    Parameter(_FEED_FORWARD + "gate_up.bias", _GATE_UP, (P(None, "tensor"),)),
-    Parameter(_FEED_FORWARD + "down.kernel", _DOWN, (P("tensor", "fsdp"),)),  # [F, D]
-    Parameter(_FEED_FORWARD + "down.bias", _DOWN),
-    Parameter("norm.scale", (FileTensor("model.norm", "output_norm"),)),
-    Parameter("head", (FileTensor("lm_head", "output"),), _TABLE),
+    Parameter("layers.feed_forward.gate_up.kernel", *_GATE_UP, (P("fsdp", None, "tensor"),)),
+    Parameter("layers.feed_forward.gate_up.bias", *_GATE_UP, (P(None, "tensor"),)),
+    Parameter("layers.feed_forward.down.kernel", *_DOWN, (P("tensor", "fsdp"),)),  # [F, D]
+    Parameter("layers.feed_forward.down.bias", *_DOWN),
+    Parameter("norm.scale", "model.norm", "output_norm"),
+    Parameter("head", "lm_head", "output", _TABLE),
 )
 _BY_PATH = {parameter.path: parameter for parameter in PARAMETERS}
 _LAYER = {"huggingface": "model.layers.{}.", "gguf": "blk.{}."}
 # Caches, states and batches, by the end of their path; array names contain their axes.
 _ARRAYS = (
     (r"table_ND$", _TABLE),
-    (r"(keys|values)(\.\d+)?$", (P("data", "tensor"),)),  # [B, K, S, H]
+    (r"(keys|values)\.\d+$", (P("data", "tensor"),)),  # [B, K, S, H]
     (r"_BT$", (P(ROWS),)),  # of training
     (r"_B\w*$", (P("data"),)),  # of decoding
 )
-_STACKED = re.compile(r"(^|\.)(layers\.\D|(keys|values)$)")
 
 
 def adapter_paths(path: str) -> list[str]:
     """Paths of A and B of a kernel (lora.py); empty for other parameters."""
-    if not path.endswith("kernel"):
-        return []
-    return [path.removesuffix("kernel") + adapter for adapter in ("adapter.a", "adapter.b")]
+    names = ("adapter.a", "adapter.b") if path.endswith("kernel") else ()
+    return [path.removesuffix("kernel") + name for name in names]
 
 
 def stacked_path(path: str) -> str:
@@ -107,12 +87,14 @@ def stacked_path(path: str) -> str:
 
 
 def tensors_of(path: str, names: Names) -> list[tuple[str, int | slice | None]]:
-    """Name and slot of each tensor of a parameter ("layers.3.attention.qkv.kernel") in files."""
+    """Name and slot of each tensor of a parameter ("layers.3.attention.qkv.kernel") in files; slot
+    None if the tensor is the complete parameter."""
     layer = re.match(r"layers\.(\d+)\.", path)
     prefix = _LAYER[names].format(layer[1]) if layer else ""
     kind = "bias" if path.endswith("bias") else "weight"
-    tensors = _BY_PATH[stacked_path(path)].tensors
-    return [(f"{prefix}{getattr(tensor, names)}.{kind}", tensor.slot) for tensor in tensors]
+    tensors = getattr(_BY_PATH[stacked_path(path)], names).split()
+    slots = next((slots for matrix, slots in SLOTS.items() if f".{matrix}." in path), (None,))
+    return [(f"{prefix}{name}.{kind}", slot) for name, slot in zip(tensors, slots, strict=True)]
 
 
 def sharding_of(
@@ -122,7 +104,7 @@ def sharding_of(
     if mesh is None:
         return None
     choices = _choices(stacked_path(path))
-    if _STACKED.search(path):
+    if re.search(r"(^|\.)layers\.\D", path):
         choices = [P(None, *choice) for choice in choices]
     whole = (choice for choice in choices if fitted(choice, shape, mesh) == choice)
     return NamedSharding(mesh, next(whole, fitted(choices[-1], shape, mesh)))
@@ -130,24 +112,27 @@ def sharding_of(
 
 def _choices(path: str) -> tuple[P, ...]:
     kernel = re.sub(r"adapter\.[ab]$", "kernel", path)
-    for parameter in PARAMETERS:
-        if f".{kernel}".endswith(f".{parameter.path}"):
-            if kernel == path:
-                return parameter.sharding
-            # Adapters [I, R] and [R, *O] have the axes of their kernel.
-            inputs, *outputs = parameter.sharding[0]
-            return (P(inputs),) if path.endswith("a") else (P(None, *outputs),)
-    return next((choices for regex, choices in _ARRAYS if re.search(regex, path)), (P(),))
+    found = (one.sharding for one in PARAMETERS if f".{kernel}".endswith(f".{one.path}"))
+    others = (choices for regex, choices in _ARRAYS if re.search(regex, path))
+    choices = next(found, None) or next(others, (P(),))
+    if kernel == path:
+        return choices
+    # Adapters [I, R] and [R, *O] have the axes of their kernel.
+    inputs, *outputs = choices[0]
+    return (P(inputs),) if path.endswith("a") else (P(None, *outputs),)
 
 
-def map_named(function: Callable[[str, Any], Any], tree: Any) -> Any:
-    """Applies `function(path, leaf)` to every leaf of a model, training state or similar tree."""
+def map_named(
+    function: Callable[[str, Any], Any], tree: Any, is_leaf: Callable[[Any], bool] | None = None
+) -> Any:
+    """Applies `function(path, leaf)` to every leaf of a model, training state or similar tree.
+    is_leaf: modules that are leaves too."""
 
     def named(path, leaf):
         name = jax.tree_util.keystr(path, simple=True, separator=".")
         return function(name.removesuffix(".value"), leaf)
 
-    return jax.tree_util.tree_map_with_path(named, tree)
+    return jax.tree_util.tree_map_with_path(named, tree, is_leaf=is_leaf)
 
 
 def named_leaves(tree: Any) -> dict[str, Any]:
@@ -169,8 +154,9 @@ def placed(tree: Any, mesh: Mesh | None) -> Any:
 
 def placed_shapes(tree: Any, mesh: Mesh | AbstractMesh) -> Any:
     """Shapes of the tree's arrays, with their shardings on a mesh."""
-    return jax.tree.map(
-        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
-        tree,
-        shardings(tree, mesh),
-    )
+
+    def shape(path, leaf):
+        place = sharding_of(path, leaf.shape, mesh)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
+
+    return map_named(shape, tree)

@@ -27,8 +27,7 @@ from jaxtyping import Array, Bool, Float, Int
 from lsjax.config import StepConfig
 from lsjax.model.block import ADAPTED
 from lsjax.model.llama import Llama
-from lsjax.model.products import SAVED
-from lsjax.model.rope import Rope, rope_angles
+from lsjax.model.operations import SAVED, Rope, rope_angles
 from lsjax.sharding import ROWS, constrain, over_context, platform, row_shards
 from lsjax.training.layer_dropout import DropRates, keep_counted, keep_mask, row_counts
 

@@ -21,7 +21,7 @@ from lsjax.config import (
     StepConfig,
 )
 from lsjax.evaluation.exits import exit_sums
-from lsjax.model import splash
+from lsjax.model import flash
 from lsjax.model.attention import self_attention
 from lsjax.model.llama import Llama
 from lsjax.model.parameters import named_leaves, placed
@@ -158,8 +158,8 @@ def test_shards_have_equally_many_blocks(shards):
     with jax.set_mesh(make_mesh(MeshConfig(context=shards))):
         places = in_context_order(np.arange(steps)[None]).reshape(shards, -1)
     assert (np.sort(places.ravel()) == np.arange(steps)).all()
-    with patch.object(splash, "BLOCKS", (128,)):
-        kernel = splash.shard_kernels(places)
+    with patch.object(flash, "SPLASH_BLOCKS", (128,)):
+        kernel = flash.shard_kernels(places)
     for info in (kernel.fwd_mask_info, kernel.dq_mask_info, kernel.dkv_mask_info):
         visited = np.asarray(info.block_mask > 0).reshape(shards, -1).sum(1)
         assert (visited == 8 * shards + 2).all()

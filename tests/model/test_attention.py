@@ -9,7 +9,7 @@ import pytest
 
 from lsjax.config import ConfigError
 from lsjax.model import attention as module
-from lsjax.model import splash as splash_module
+from lsjax.model import flash
 from lsjax.model.attention import self_attention
 
 B, T, N, K, H = 2, 200, 4, 2, 16  # no whole number of blocks
@@ -45,7 +45,7 @@ def with_gradients(attend, q, k, v, segments, dy):
 def small_blocks():
     """Several of them, so that some are skipped and some are cut by the diagonal."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(splash_module, "BLOCKS", (128,))
+        patch.setattr(flash, "SPLASH_BLOCKS", (128,))
         yield
 
 

@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 from lsjax.config import LlamaConfig
-from lsjax.model import block, products
+from lsjax.model import block, operations
 from lsjax.model import flash_decoding as flash_decoding_module
 from lsjax.model.attention import cached_attention
 from lsjax.model.cache import KVCache, write
@@ -120,7 +120,7 @@ def test_a_model_as_accelerators_run_it(monkeypatch, platform):
     model = Llama(config, rngs=nnx.Rngs(0))
     tokens_BT = jax.random.randint(jax.random.key(0), (2, 24), 0, 50)
     expected = model(tokens_BT)
-    monkeypatch.setattr(products, "platform", lambda: platform)
+    monkeypatch.setattr(operations, "platform", lambda: platform)
     if platform == "gpu":
         monkeypatch.setattr(block, "nvidia_capability", lambda: 9.0)
         monkeypatch.setattr(flash_decoding_module, "flash_decoding", interpreted)

@@ -197,7 +197,7 @@ def test_attention_to_a_cache_on_accelerators(monkeypatch, device, steps):
     k, v = (jax.random.normal(key, (2, 2, 600, 8)) for key in keys[1:])
     positions_BT = jnp.array([[5], [411]]) + jnp.arange(steps)
     expected = jax.jit(cached_attention)(q, k, v, positions_BT)
-    for module in ("attention", "products"):
+    for module in ("attention", "operations"):
         monkeypatch.setattr(f"lsjax.model.{module}.platform", lambda: device)
     lowered = jax.jit(lambda *arrays: cached_attention(*arrays)).lower(q, k, v, positions_BT)
     np.testing.assert_allclose(lowered.compile()(q, k, v, positions_BT), expected, atol=1e-6)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from lsjax.config import LlamaConfig
-from lsjax.model.rope import rope_angles, rotate
+from lsjax.model.operations import rope_angles, rotate
 
 CONFIG = LlamaConfig.tiny(head_dim=16)
 SHAPE = (2, 5, 3, 16)  # B, T, N, H

@@ -40,7 +40,7 @@ FAULTS = (
     ),
     Fault(
         "wrong rotation phase",
-        "model/rope.py",
+        "model/operations.py",
         "[first * cos - second * sin, second * cos + first * sin]",
         "[first * cos + second * sin, second * cos - first * sin]",
         "tests/checkpoints/test_huggingface.py",
@@ -77,7 +77,7 @@ FAULTS = (
     ),
     Fault(
         "wrong rope scaling",
-        "model/rope.py",
+        "model/operations.py",
         "(keep + (1 - keep) / scaling.factor)",
         "(keep + (1 - keep) * scaling.factor)",
         "tests/model/test_rope.py tests/checkpoints/test_huggingface.py",
@@ -101,8 +101,8 @@ FAULTS = (
     Fault(
         "unsharded head",
         "model/parameters.py",
-        'Parameter("head", (FileTensor("lm_head", "output"),), _TABLE)',
-        'Parameter("head", (FileTensor("lm_head", "output"),))',
+        'Parameter("head", "lm_head", "output", _TABLE)',
+        'Parameter("head", "lm_head", "output")',
         "tests/test_sharding.py",
     ),
 )

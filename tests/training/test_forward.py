@@ -10,8 +10,8 @@ import pytest
 from flax import nnx
 
 from lsjax.config import EarlyExitConfig, LayerDropoutConfig, LlamaConfig, StepConfig
-from lsjax.model import attention, block, splash
-from lsjax.model.rope import rope_angles
+from lsjax.model import attention, block, flash
+from lsjax.model.operations import rope_angles
 from lsjax.training.forward import layer_runner
 from lsjax.training.layer_dropout import keep_mask
 from lsjax.training.loss import objective
@@ -134,7 +134,7 @@ def test_the_kernel_of_attention_changes_nothing(small, packed, evaluate):
 @pytest.mark.parametrize("remat, runs", [("dots_saveable", 1), ("nothing_saveable", 2)])
 def test_what_a_kernel_gives_is_kept_as_products_are(small, packed, monkeypatch, remat, runs):
     """How often the gradient's program for a TPU runs the kernel forward, beside two backward."""
-    for module in (attention, splash):
+    for module in (attention, flash):
         monkeypatch.setattr(module, "platform", lambda: "tpu")
     config = StepConfig(num_steps=1, attention="splash", remat=remat)
     differentiated = jax.jit(jax.grad(partial(objective, config), has_aux=True))
