@@ -14,12 +14,11 @@ from lsjax.config import Checked, ConfigError, check
 from lsjax.data.files import cache_directory
 from lsjax.data.vocabulary import find_counts
 from lsjax.decoding.adaptive import Adaptive
-from lsjax.decoding.autoregressive import Autoregressive, EarlyExit
 from lsjax.decoding.cost import best_draft_vocab
 from lsjax.decoding.draft import DraftVocabulary
 from lsjax.decoding.engine import check_settings
 from lsjax.decoding.self_speculative import SelfSpeculative
-from lsjax.decoding.strategy import Strategy
+from lsjax.decoding.strategy import Autoregressive, EarlyExit, Strategy
 
 StrategyName = Literal["autoregressive", "early_exit", "self_speculative", "auto"]
 MOST_EXITS = 4  # of a model, that auto chooses from

@@ -9,13 +9,14 @@ from jax.sharding import Mesh
 
 from lsjax.config import LlamaConfig, check
 from lsjax.data.tokenizer import Tokenizer
-from lsjax.decoding.autoregressive import Autoregressive
+from lsjax.decoding.adaptive import Adaptive
 from lsjax.decoding.batching import ContinuousBatch, Conversation
 from lsjax.decoding.completion import Completion, Update
+from lsjax.decoding.cost import calibrated
 from lsjax.decoding.programs import Programs
 from lsjax.decoding.request import Request, encode_prompt
 from lsjax.decoding.sampling import GREEDY, Sampling
-from lsjax.decoding.strategy import Strategy
+from lsjax.decoding.strategy import Autoregressive, Strategy
 from lsjax.model.llama import Llama
 from lsjax.model.parameters import placed, sharding_of
 
@@ -74,7 +75,8 @@ class Engine:
         """
         strategy.validate(self.model.config)
         self.strategy = strategy  # `capacity` needs it
-        self.strategy = strategy = strategy.prepared(self)
+        if isinstance(strategy, Adaptive) and strategy.seconds is None:
+            self.strategy = strategy = calibrated(self, strategy)
         self.arguments = placed(strategy.arguments(self.model), self.mesh)
 
     def use_model(self, model: Llama) -> None:

@@ -8,16 +8,18 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise, zip_longest
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from lsjax.config import LlamaConfig
 from lsjax.decoding.draft import AcceptanceRule, Draft, DraftHead, accept_block, accept_equal
 from lsjax.decoding.sampling import Purpose, argmax
 from lsjax.decoding.state import DecodeState
+from lsjax.decoding.strategy import Strategy, check_exit
 from lsjax.model.cache import KVCache
 from lsjax.model.llama import Llama
 from lsjax.model.rope import rope_angles
@@ -52,26 +54,27 @@ def confidence_level(top: Float[Array, "..."]) -> Int[Array, "..."]:
     return (top[..., None] >= jnp.array(LEVELS)).sum(-1)
 
 
-class Verified(NamedTuple):
-    """Result of a verification: the new tokens of each row, and how many of them were drafted (not
-    the last). seen: what `look` returned."""
+class Drafting(Strategy):
+    """A strategy of rounds that draft and verify.
 
-    tokens_BT: Int[Array, "B T"]
-    accepted_B: Int[Array, " B"]
-    seen: Any = None
-
-
-@dataclass(frozen=True)
-class Rounds:
-    """Rounds of one compiled program.
-
-    exits, lengths: those that it serves, ascending. Exit 0 runs no layers. Each round verifies with
-    the shortest length that fits. accept: acceptance rule; None is the lossless one.
+    exits: those that its program serves, ascending. lengths: each round verifies with the shortest
+    that fits. accept: acceptance rule; None is the lossless one.
     """
 
     exits: tuple[int, ...]
-    lengths: tuple[int, ...]
     accept: AcceptanceRule | None = None
+
+    @property
+    def sources(self) -> tuple[int, ...]:
+        """The exits; first exit 0, which runs no layers, if drafts may come from elsewhere."""
+        return self.exits
+
+    def validate(self, config: LlamaConfig) -> None:
+        """Raises ConfigError if an exit is out of range or the vocabulary does not match."""
+        for exit_layer in self.exits:
+            check_exit(exit_layer, config.num_layers - 1)  # the draft does not run all layers
+        if self.vocabulary is not None:
+            self.vocabulary.validate(config)
 
     def limit(self, state: DecodeState, settings: RoundSettings) -> Int[Array, " B"]:
         """Maximum drafts of each row. Leaves room for the token that the verification adds."""
@@ -91,7 +94,7 @@ class Rounds:
         """
         head, draws, limit_B = settings.head, state.draws, self.limit(state, settings)
         table_ND, places_V = (None, None) if head is None else (head.table_ND, head.places_V)
-        if self.exits == (0,):
+        if not self.exits:
             return begun
 
         def choose(x_BTD, i, tokens_BT, log_q_BTN, top_BT, sure_B):
@@ -124,7 +127,7 @@ class Rounds:
             positions_B1 = state.length_B[:, None] - 1 + i
             reached, cache = _run_segments(
                 model,
-                (0, *self.exits),
+                (0, *self.sources),
                 lambda lo, hi: lo == 0 or settings.exit_layer >= hi,
                 model.embed(token_B[:, None]),
                 positions_B1,
@@ -174,7 +177,7 @@ class Rounds:
         none_BTD = jnp.zeros((*shape_BT, model.config.hidden_size), model.dtype)
         return Draft(
             state,
-            (none_BTD,) * len(self.exits),
+            (none_BTD,) * len(self.sources),
             jnp.zeros(shape_BT, jnp.int32),
             jnp.zeros_like(state.length_B),
             None if state.draws is None else jnp.zeros((*shape_BT, size), jnp.float32),
@@ -190,13 +193,14 @@ class Rounds:
         settings: RoundSettings,
         look: Callable | None = None,
         unseen: Any = None,
-    ) -> tuple[DecodeState, Verified]:
+    ) -> tuple[DecodeState, Int[Array, "B T"], Int[Array, " B"], Any]:
         """Runs the other layers on the pending token and the drafts in one pass. Commits the
         accepted drafts and one token of the full model.
 
         look: called with the hidden states [B, T, D] of each exit, the full model's logits after
-        penalties, the new tokens, and the accepted count. The second value has its result, which
-        has the form of `unseen`.
+        penalties, the new tokens, and the accepted count. Its result has the form of `unseen`.
+
+        Returns the state, the new tokens, the accepted count and what `look` returned.
         """
         state, longest, steps = draft.state, draft.count_B.max(), draft.tokens_BT.shape[1]
         rule = self.accept or (accept_equal if state.draws is None else accept_block)
@@ -205,13 +209,13 @@ class Rounds:
         ropes = rope_angles(positions_BT, model.config, model.dtype)
 
         def judge(length: int, cache: KVCache, *_):
-            """Verifies up to `length` drafts. Returns cache, accepted count, and for each position
-            the token and its log-probability; after the count, what `look` gives."""
+            """Verifies up to `length` drafts. Returns cache, accepted count, what `look` gives, and
+            for each position the token and its log-probability."""
             some = draft.first(1 + length)
             reached, cache = _run_segments(
                 model,
-                (*self.exits, model.config.num_layers),
-                lambda lo, hi: lo == self.exits[-1] or settings.exit_layer <= lo,
+                (*self.sources, model.config.num_layers),
+                lambda lo, hi: lo == self.sources[-1] or settings.exit_layer <= lo,
                 some.hidden[0],
                 *jax.tree.map(lambda x: x[:, : 1 + length], (positions_BT, ropes)),
                 cache,
@@ -224,7 +228,8 @@ class Rounds:
             if look is not None:
                 seen = look((some.hidden[0], *reached[:-1]), changed_BTV, new_BT, accepted_B)
             found = new_BT, state.log_probs(logits_BTV, new_BT)
-            return cache, accepted_B, seen, *(_padded(x_BT, steps) for x_BT in found)
+            more = ((0, 0), (0, steps - 1 - length))
+            return cache, accepted_B, seen, *jax.tree.map(lambda x_BT: jnp.pad(x_BT, more), found)
 
         empty_BT, log_probs_BT = jnp.zeros_like(draft.tokens_BT), None
         if state.log_probs_BS is not None:
@@ -243,7 +248,7 @@ class Rounds:
             log_probs_BT=log_probs_BT,
             source=settings.exit_layer,
         )
-        return done, Verified(new_BT, accepted_B, seen)
+        return done, new_BT, accepted_B, seen
 
 
 def _run_segments(model, bounds, runs, x_BTD, positions_BT, ropes, cache, kept=()):
@@ -263,11 +268,6 @@ def _run_segments(model, bounds, runs, x_BTD, positions_BT, ropes, cache, kept=(
             )
         reached.append(x_BTD)
     return reached, cache
-
-
-def _padded(x_BT, steps):
-    """An array with `steps` columns."""
-    return None if x_BT is None else jnp.pad(x_BT, ((0, 0), (0, steps - x_BT.shape[1])))
 
 
 def _run_if(condition: Bool[Array, ""] | bool, run: Callable, *carry):

@@ -24,14 +24,14 @@ import jax.numpy as jnp
 
 from lsjax.config import LlamaConfig, check
 from lsjax.decoding.draft import AcceptanceRule, DraftVocabulary
-from lsjax.decoding.rounds import Rounds, RoundSettings
+from lsjax.decoding.rounds import Drafting, RoundSettings
 from lsjax.decoding.state import DecodeState
-from lsjax.decoding.strategy import Strategy, check_exit
+from lsjax.decoding.strategy import Strategy
 from lsjax.model.llama import Llama
 
 
 @dataclass(frozen=True)
-class SelfSpeculative(Strategy):
+class SelfSpeculative(Drafting):
     """Same greedy tokens as Autoregressive in fewer passes. Sampling keeps the distribution.
 
     exit_layer: E, layers of the draft. num_draft_tokens: d, drafts per round and row; 0 makes each
@@ -65,11 +65,6 @@ class SelfSpeculative(Strategy):
         return tuple(sorted(own | {*self.shared_lengths}))
 
     @property
-    def rounds(self) -> Rounds:
-        """Draft and verification."""
-        return Rounds(self.exits, self.lengths, self.accept)
-
-    @property
     def program(self) -> tuple:
         """Static settings that `step` reads. `arguments` carries the rest at run time."""
         ends_early = self.draft_confidence is not None
@@ -77,19 +72,16 @@ class SelfSpeculative(Strategy):
 
     def validate(self, config: LlamaConfig) -> None:
         """Raises ConfigError if a number is out of range or the vocabulary does not match."""
+        super().validate(config)
         check(
             self.draft_confidence is None or 0 <= self.draft_confidence <= 1,
             f"draft_confidence {self.draft_confidence} is out of range: use a value from 0 to 1",
         )
-        for exit_layer in self.exits:
-            check_exit(exit_layer, config.num_layers - 1)  # the draft does not run all layers
         for drafts in self.lengths:
             check(
                 0 <= drafts <= config.max_context,
                 f"num_draft_tokens {drafts} is out of range: use 0..{config.max_context}",
             )
-        if self.vocabulary is not None:
-            self.vocabulary.validate(config)
 
     def arguments(self, model: Llama) -> RoundSettings:
         """Exit, length and confidence as numbers, and the rows of the head that the draft uses."""
@@ -103,8 +95,7 @@ class SelfSpeculative(Strategy):
 
     def step(self, model: Llama, state: DecodeState, arguments: RoundSettings) -> DecodeState:
         """One round: draft, verify, and commit the accepted tokens plus one."""
-        draft = self.rounds.draft(model, state, arguments)
-        return self.rounds.verify(model, draft, arguments)[0]
+        return self.verify(model, self.draft(model, state, arguments), arguments)[0]
 
 
 def in_one_program(strategies: Sequence[Strategy]) -> list[Strategy]:

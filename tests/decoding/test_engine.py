@@ -12,7 +12,6 @@ from lsjax.data.tokenizer import TokenizerError
 from lsjax.data.tokenizer_backends import ByteTokenizer
 from lsjax.decoding import batching
 from lsjax.decoding import programs as compiled_programs
-from lsjax.decoding.autoregressive import Autoregressive, EarlyExit
 from lsjax.decoding.batching import Conversation
 from lsjax.decoding.completion import Completion
 from lsjax.decoding.draft import DraftVocabulary
@@ -20,6 +19,7 @@ from lsjax.decoding.engine import Engine
 from lsjax.decoding.request import Request, encode_prompt
 from lsjax.decoding.self_speculative import SelfSpeculative
 from lsjax.decoding.state import DecodeState
+from lsjax.decoding.strategy import Autoregressive, EarlyExit
 from lsjax.evaluation.comparison import identity_tail, last_logits
 from lsjax.model.llama import Llama
 
