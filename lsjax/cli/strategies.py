@@ -107,7 +107,7 @@ def make_strategies(
             strategy,
             batch_size=model.flags.batch_size,
             max_length=model.flags.max_length,
-            data_axis=1 if model.mesh is None else model.mesh.shape["data"],
+            mesh=model.mesh,
         )
     return strategies
 
