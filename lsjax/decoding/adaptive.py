@@ -34,7 +34,6 @@ from lsjax.decoding.sampling import argmax
 from lsjax.decoding.state import DecodeState
 from lsjax.model.llama import Llama
 
-LENGTHS = (0, 2, 4, 8, 15)
 # Rounds from one score of all exits to the next, at least, and the share of bytes for their heads.
 SCORED_EVERY, SCORES_SHARE = 4, 0.01
 
@@ -56,18 +55,13 @@ class Adaptive(Drafting):
     name = "auto"
     exits: tuple[int, ...] = ()
     vocabulary: DraftVocabulary | None = None
-    lengths: tuple[int, ...] = LENGTHS
+    lengths: tuple[int, ...] = (0, 2, 4, 8, 15)
     seconds: tuple[tuple[float, ...], ...] | None = None
 
     @property
     def sources(self) -> tuple[int, ...]:
         """Exit 0 for lookups, then the exits."""
         return 0, *self.exits
-
-    @property
-    def program(self) -> tuple:
-        """Static settings that `step` reads. `arguments` carries the rest at run time."""
-        return type(self), self.exits, self.lengths
 
     def validate(self, config: LlamaConfig) -> None:
         """Raises ConfigError if a number is out of range or the vocabulary does not match."""
@@ -98,7 +92,7 @@ class Adaptive(Drafting):
         """One round with the best source and length."""
         learned = state.learned
         matched_B, proposal_BT = look_up(state.tokens_BS, state.length_B, self.lengths[-1])
-        settings = self.choose(model.config.num_layers, state, matched_B, *arguments)
+        settings = self.choose(model.config.num_layers, state, matched_B, arguments)
         begun = self.proposed(model, state, settings, proposal_BT)
         draft = self.draft(model, state, settings, begun)
         due = learned.rounds_B.max() % self.scored_every(model.config) == 0
@@ -109,15 +103,11 @@ class Adaptive(Drafting):
         return replace(done, learned=after)
 
     def choose(
-        self,
-        layers: int,
-        state: DecodeState,
-        matched_B: Int[Array, " B"],
-        seconds_SD: Float[Array, "S D"],
-        head: DraftHead | None,
+        self, layers: int, state: DecodeState, matched_B: Int[Array, " B"], arguments: Arguments
     ) -> RoundSettings:
         """The source and length with the most expected tokens per second. A draft of an exit may be
         longer, until its next token costs more than that."""
+        seconds_SD, head = arguments
         learned, length_D = state.learned, jnp.array(self.lengths)
         chance_BE1 = learned.chance_BE[..., None]
         exit_BED = (1 - chance_BE1 ** (length_D + 1)) / (1 - chance_BE1)
@@ -149,9 +139,9 @@ class Adaptive(Drafting):
     ) -> Float[Array, "B T"]:
         """Seconds of each further draft, over the tokens expected of it if it passes.
 
-        round_D: seconds of a round of each length. verified_D: of its verification. Within a length
-        a draft costs the exit's layers. The first beyond it costs the wider verification as well,
-        which serves all drafts up to the next length.
+        round_D: seconds of a round of each length. verified_D: of its verification. A draft costs
+        the exit's layers. The first beyond a length costs a wider verification as well, which
+        serves all drafts up to the next length.
         """
         lengths = self.lengths
         step = round_D[-1] - round_D[1] - (verified_D[-1] - verified_D[1])
@@ -178,8 +168,7 @@ class Adaptive(Drafting):
         """The draft of exit 0: looked-up tokens, whose distributions are points."""
         none, head = self.no_draft(model, state, settings), settings.head
         tokens_BT = jnp.pad(proposal_BT, ((0, 0), (0, 1)))
-        limit_B = self.limit(state, settings)
-        log_q_BTN = none.log_q_BTN
+        limit_B, log_q_BTN = self.limit(state, settings), none.log_q_BTN
         if log_q_BTN is not None:
             index_BT, size = tokens_BT, log_q_BTN.shape[-1]
             if head is not None:  # tokens outside of the vocabulary end the draft
@@ -209,8 +198,8 @@ class Adaptive(Drafting):
         """Counts of passed and tried drafts, if each exit had drafted the new tokens.
 
         A draft passes if its argmax is the token; in sampling with min(1, q / p) of exit and full
-        model. `exit_layer` is the one that drafted. It is scored in every round, also at the token
-        before which it stopped. The other exits are scored if `due`.
+        model. `exit_layer` drafted: it is always scored, also at the token before which it stopped.
+        The other exits are scored if `due`.
         """
         state, head = draft.state, draft.head
         none = jnp.zeros_like(state.learned.passed_BEC)

@@ -103,11 +103,8 @@ def calibrated(engine: "Engine", strategy: "Adaptive") -> "Adaptive":
 
 
 def measure(engine: "Engine", strategy: "Adaptive") -> np.ndarray:
-    """Seconds [S, D] of a round with each source and length, by the engine's own program.
-
-    Rounds without drafts come first, then medium lengths. Choices that are not measured within the
-    budget are infinite: they are never taken.
-    """
+    """Seconds [S, D] of a round with each source and length, by the engine's own program. Rounds
+    without drafts come first, then medium lengths. Choices beyond the budget are infinite."""
     config, mesh = engine.model.config, engine.mesh
     any_SD, head = placed(strategy.arguments(engine.model), mesh)
     state = DecodeState.create(

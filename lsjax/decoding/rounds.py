@@ -69,6 +69,12 @@ class Drafting(Strategy):
         """The exits; first exit 0, which runs no layers, if drafts may come from elsewhere."""
         return self.exits
 
+    @property
+    def program(self) -> tuple:
+        """Static settings that `step` reads. `arguments` carries the rest at run time."""
+        ends_early = self.draft_confidence is not None
+        return type(self), self.exits, self.lengths, self.draft_vocab, ends_early, self.accept
+
     def validate(self, config: LlamaConfig) -> None:
         """Raises ConfigError if an exit is out of range or the vocabulary does not match."""
         for exit_layer in self.exits:
@@ -87,11 +93,8 @@ class Drafting(Strategy):
         settings: RoundSettings,
         begun: Draft | None = None,
     ) -> Draft:
-        """Up to d tokens per row from the exit.
-
-        A row stops drafting at its limit, at a stop token, or when confidence is too low. begun:
-        the draft of exit 0, which runs no layers.
-        """
+        """Up to d tokens per row from the exit. A row stops drafting at its limit, at a stop token,
+        or when confidence is too low. begun: the draft of exit 0."""
         head, draws, limit_B = settings.head, state.draws, self.limit(state, settings)
         table_ND, places_V = (None, None) if head is None else (head.table_ND, head.places_V)
         if not self.exits:
@@ -191,16 +194,15 @@ class Drafting(Strategy):
         model: Llama,
         draft: Draft,
         settings: RoundSettings,
-        look: Callable | None = None,
+        look: Callable = lambda *_: None,
         unseen: Any = None,
     ) -> tuple[DecodeState, Int[Array, "B T"], Int[Array, " B"], Any]:
         """Runs the other layers on the pending token and the drafts in one pass. Commits the
         accepted drafts and one token of the full model.
 
         look: called with the hidden states [B, T, D] of each exit, the full model's logits after
-        penalties, the new tokens, and the accepted count. Its result has the form of `unseen`.
-
-        Returns the state, the new tokens, the accepted count and what `look` returned.
+        penalties, the new tokens, and the accepted count. Its result has the form of `unseen`, and
+        is the last one returned, after the state, the new tokens and the accepted count.
         """
         state, longest, steps = draft.state, draft.count_B.max(), draft.tokens_BT.shape[1]
         rule = self.accept or (accept_equal if state.draws is None else accept_block)
@@ -209,8 +211,7 @@ class Drafting(Strategy):
         ropes = rope_angles(positions_BT, model.config, model.dtype)
 
         def judge(length: int, cache: KVCache, *_):
-            """Verifies up to `length` drafts. Returns cache, accepted count, what `look` gives, and
-            for each position the token and its log-probability."""
+            """Verifies up to `length` drafts; returns the values of `carry` below."""
             some = draft.first(1 + length)
             reached, cache = _run_segments(
                 model,
@@ -224,16 +225,13 @@ class Drafting(Strategy):
             logits_BTV = model.unembed(reached[-1])
             changed_BTV = state.penalised(logits_BTV, 0, draft.tokens_BT)
             new_BT, accepted_B = rule(changed_BTV, some)
-            seen = unseen
-            if look is not None:
-                seen = look((some.hidden[0], *reached[:-1]), changed_BTV, new_BT, accepted_B)
+            seen = look((some.hidden[0], *reached[:-1]), changed_BTV, new_BT, accepted_B)
             found = new_BT, state.log_probs(logits_BTV, new_BT)
             more = ((0, 0), (0, steps - 1 - length))
             return cache, accepted_B, seen, *jax.tree.map(lambda x_BT: jnp.pad(x_BT, more), found)
 
-        empty_BT, log_probs_BT = jnp.zeros_like(draft.tokens_BT), None
-        if state.log_probs_BS is not None:
-            log_probs_BT = empty_BT.astype(jnp.float32)
+        empty_BT = jnp.zeros_like(draft.tokens_BT)
+        log_probs_BT = None if state.log_probs_BS is None else empty_BT.astype(jnp.float32)
         carry = (state.cache, jnp.zeros_like(draft.count_B), unseen, empty_BT, log_probs_BT)
         for shorter, length in pairwise((-1, *self.lengths)):
             fits = len(self.lengths) == 1 or (shorter < longest) & (longest <= length)
@@ -241,8 +239,7 @@ class Drafting(Strategy):
         cache, accepted_B, seen, new_BT, log_probs_BT = carry
         done = state.with_cache(cache).commit(
             new_BT,
-            accepted_B + 1,
-            accepted_B=accepted_B,
+            accepted_B,
             drafted_B=draft.count_B,
             draft_BT=draft.tokens_BT,
             log_probs_BT=log_probs_BT,
@@ -253,8 +250,7 @@ class Drafting(Strategy):
 
 def _run_segments(model, bounds, runs, x_BTD, positions_BT, ropes, cache, kept=()):
     """Runs layers lo..hi-1 for each adjacent pair in `bounds`, if `runs(lo, hi)`. Returns the
-    hidden states after each pair and the cache. kept: states of pairs that do not run; by default
-    those before the pair."""
+    hidden states after each pair (`kept`, or as before it, if it does not run) and the cache."""
     reached = []
     for (lo, hi), kept_BTD in zip_longest(pairwise(bounds), kept):
         start_BTD = x_BTD
@@ -271,11 +267,8 @@ def _run_segments(model, bounds, runs, x_BTD, positions_BT, ropes, cache, kept=(
 
 
 def _run_if(condition: Bool[Array, ""] | bool, run: Callable, *carry):
-    """`run(*carry)` if the condition holds, else the carry. A static True needs no branch.
-
-    The branch is a loop of at most one trip: loops update the cache in place. Around a `cond`, XLA
-    copies the cache on GPUs.
-    """
+    """`run(*carry)` if the condition holds, else the carry. The branch is a loop of at most one
+    trip, which updates the cache in place. Around a `cond`, XLA copies the cache on GPUs."""
     if condition is True:
         return run(*carry)
 

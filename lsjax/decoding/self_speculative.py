@@ -12,9 +12,8 @@ One round for one row, exit E = 2 of L = 4 layers, d = 3 drafts. The pending tok
     committed     a   b   x                        two accepted drafts and one correction;
                                                    c is dropped: its slots get overwritten
 
-Layers 0..E-1 never run twice on a token: the verification starts from the draft's exit hidden
-states and reads the draft's keys and values. The last draft token passes the first layers
-without a head, because nothing is drafted after it.
+Layers 0..E-1 never run twice on a token: the verification reads the draft's keys and values, too.
+The last draft token passes the first layers without a head, as nothing is drafted after it.
 """
 
 from collections.abc import Sequence
@@ -58,17 +57,10 @@ class SelfSpeculative(Drafting):
 
     @property
     def lengths(self) -> tuple[int, ...]:
-        """Draft lengths that the program serves. If drafts may end early, quarters of d are
-        included. Each round verifies with the shortest length that fits."""
+        """Draft lengths that the program serves; if drafts may end early, with quarters of d."""
         quarters = (4,) if self.draft_confidence is None else range(5)
         own = {self.num_draft_tokens * quarter // 4 for quarter in quarters}
         return tuple(sorted(own | {*self.shared_lengths}))
-
-    @property
-    def program(self) -> tuple:
-        """Static settings that `step` reads. `arguments` carries the rest at run time."""
-        ends_early = self.draft_confidence is not None
-        return type(self), self.exits, self.lengths, self.draft_vocab, ends_early, self.accept
 
     def validate(self, config: LlamaConfig) -> None:
         """Raises ConfigError if a number is out of range or the vocabulary does not match."""
