@@ -12,8 +12,8 @@ rule returns
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
@@ -24,9 +24,7 @@ from lsjax.decoding.state import DecodeState
 from lsjax.model.llama import Llama
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class DraftHead:
+class DraftHead(NamedTuple):
     """The head's rows of the N tokens that may be drafted. places_V: index of each token among
     them, or N if it may not be drafted."""
 

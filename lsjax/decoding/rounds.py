@@ -5,10 +5,9 @@ each verification. Exit and draft length are runtime arguments.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise, zip_longest
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,9 +27,7 @@ DRAFT, BRANCH = "draft", "branch"  # names of loops in compiled programs
 LEVELS = (0.4, 0.6, 0.8, 0.95)  # of an exit's top probability
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class RoundSettings:
+class RoundSettings(NamedTuple):
     """Arguments of a compiled round.
 
     confidence: minimum product of the drafts' chances to pass, for each draft; one row may serve
