@@ -32,7 +32,7 @@ CHECKED = [
     "lsjax.checkpoints",
     "lsjax.data",
     *(f"lsjax.model.{name}" for name in ("attention", "block", "llama", "operations")),
-    *(f"lsjax.decoding.{name}" for name in ("autoregressive", "completion", "engine", "programs")),
+    *(f"lsjax.decoding.{name}" for name in ("strategy", "completion", "engine", "programs")),
     "lsjax.sharding",
 ]
 with jaxtyping.install_import_hook(CHECKED, "beartype.beartype"):

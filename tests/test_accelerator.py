@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from lsjax.decoding.autoregressive import Autoregressive, next_token
+from lsjax.decoding.strategy import Autoregressive, EarlyExit
 
 ROOT = Path(__file__).parents[1]
 PROGRAM = ROOT / "scripts" / "accelerator.py"
@@ -84,7 +84,7 @@ class Shallow(Autoregressive):
     """Leaves out the last layer."""
 
     def step(self, model, state, arguments):
-        return next_token(model, state, model.config.num_layers - 1)
+        return EarlyExit(model.config.num_layers - 1).step(model, state, arguments)
 
 
 def test_a_wrong_token_fails_stage_a(tmp_path, monkeypatch, capsys):

@@ -25,14 +25,13 @@ from lsjax.aot.costs import AMOUNTS, CostAnalysis, ProgramCosts, Trips
 from lsjax.aot.hlo import attention_kernel, parse
 from lsjax.config import LlamaConfig, TrainConfig, check
 from lsjax.decoding.adaptive import Adaptive
-from lsjax.decoding.autoregressive import Autoregressive
 from lsjax.decoding.engine import cache_slots
 from lsjax.decoding.programs import PROMPT_CHUNKS, ROUNDS, Programs, chunk_size, decode, prefill
 from lsjax.decoding.request import Request
 from lsjax.decoding.rounds import BRANCH, DRAFT
 from lsjax.decoding.self_speculative import SelfSpeculative
 from lsjax.decoding.state import DecodeState
-from lsjax.decoding.strategy import Strategy
+from lsjax.decoding.strategy import Autoregressive, Strategy
 from lsjax.model.attention import LARGE, LARGE_BLOCKS, SMALL, SMALL_BLOCKS
 from lsjax.model.llama import Llama
 from lsjax.model.parameters import placed_shapes, sharding_of

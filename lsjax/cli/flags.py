@@ -24,13 +24,12 @@ from lsjax.data.tokenizer import Tokenizer
 from lsjax.data.tokenizer_files import load_tokenizer
 from lsjax.data.vocabulary import find_counts
 from lsjax.decoding.adaptive import Adaptive
-from lsjax.decoding.autoregressive import Autoregressive, EarlyExit
 from lsjax.decoding.cost import best_draft_vocab
 from lsjax.decoding.draft import DraftVocabulary
 from lsjax.decoding.engine import Engine, check_settings
 from lsjax.decoding.sampling import GREEDY, Sampling
 from lsjax.decoding.self_speculative import SelfSpeculative
-from lsjax.decoding.strategy import Strategy
+from lsjax.decoding.strategy import Autoregressive, EarlyExit, Strategy
 from lsjax.model.llama import Llama
 from lsjax.sharding import make_mesh
 
@@ -210,7 +209,7 @@ def make_strategies(
             strategy,
             batch_size=model.flags.batch_size,
             max_length=model.flags.max_length,
-            data_axis=1 if model.mesh is None else model.mesh.shape["data"],
+            mesh=model.mesh,
         )
     return strategies
 

@@ -1,12 +1,12 @@
 """Self-speculation that chooses its drafts: source and length are chosen anew in each round.
 
-A round drafts with an exit, looks its drafts up in the text (lookup.py), or drafts nothing, which
+A round drafts with an exit, looks its drafts up in the text (`look_up`), or drafts nothing, which
 is an autoregressive step. It takes the choice with the most expected tokens per second:
 
     expected tokens   from counts of what the full model accepted lately. An exit whose drafts pass
                       with probability a gives 1 + a + ... + a^d tokens. A lookup passes with a
                       probability that grows with the number of matching tokens.
-    seconds           measured for each choice on this machine (calibration.py)
+    seconds           measured for each choice on this machine (cost.py)
 
 A draft of an exit then ends where the next token costs more seconds than it is worth. Its chance to
 pass depends on the exit's top probability, again by counts.
@@ -20,88 +20,62 @@ import math
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
-from typing import TYPE_CHECKING
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from lsjax.config import LlamaConfig, check
-from lsjax.decoding.calibration import calibrated
 from lsjax.decoding.draft import Draft, DraftHead, DraftVocabulary, of_tokens
-from lsjax.decoding.learned import Learned, by_level
-from lsjax.decoding.lookup import look_up
-from lsjax.decoding.rounds import Rounds, RoundSettings, top_probability
+from lsjax.decoding.learned import Learned, by_level, look_up
+from lsjax.decoding.rounds import Drafting, RoundSettings, top_probability
 from lsjax.decoding.sampling import argmax
 from lsjax.decoding.state import DecodeState
-from lsjax.decoding.strategy import Strategy, check_exit
 from lsjax.model.llama import Llama
 
-if TYPE_CHECKING:
-    from lsjax.decoding.engine import Engine
-
-LENGTHS = (0, 2, 4, 8, 15)
 # Rounds from one score of all exits to the next, at least, and the share of bytes for their heads.
 SCORED_EVERY, SCORES_SHARE = 4, 0.01
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class AdaptiveSettings:
-    """Arguments of a compiled round. seconds_SD: of a round with each source (lookup, then the
-    exits) and draft length; infinite for choices that are never taken."""
-
-    seconds_SD: Float[Array, "S D"]
-    head: DraftHead | None
+# Arguments of a compiled round: seconds of a round with each source (lookup, then the exits) and
+# draft length, infinite for choices that are never taken; and rows of a draft vocabulary.
+Arguments = tuple[Float[Array, "S D"], DraftHead | None]
 
 
 @dataclass(frozen=True)
-class Adaptive(Strategy):
+class Adaptive(Drafting):
     """The same greedy tokens as Autoregressive, and the same distribution of sampled ones.
 
     exits: those that may draft; none for a model without LayerSkip. vocabulary: tokens that exits
     may draft, and lookups too if sampled. lengths: draft lengths, from 0. seconds: of a round with
-    each source and length (`AdaptiveSettings`); an engine measures them by default.
+    each source and length (`Arguments`); an engine measures them by default.
     """
 
     name = "auto"
     exits: tuple[int, ...] = ()
     vocabulary: DraftVocabulary | None = None
-    lengths: tuple[int, ...] = LENGTHS
+    lengths: tuple[int, ...] = (0, 2, 4, 8, 15)
     seconds: tuple[tuple[float, ...], ...] | None = None
 
     @property
-    def rounds(self) -> Rounds:
-        """Draft and verification. Exit 0 runs no layers."""
-        return Rounds((0, *self.exits), self.lengths)
-
-    @property
-    def program(self) -> tuple:
-        """Static settings that `step` reads. `arguments` carries the rest at run time."""
-        return type(self), self.exits, self.lengths
+    def sources(self) -> tuple[int, ...]:
+        """Exit 0 for lookups, then the exits."""
+        return 0, *self.exits
 
     def validate(self, config: LlamaConfig) -> None:
         """Raises ConfigError if a number is out of range or the vocabulary does not match."""
-        for exit_layer in self.exits:
-            check_exit(exit_layer, config.num_layers - 1)
+        super().validate(config)
         good = self.lengths[0] == 0 and self.lengths == tuple(sorted({*self.lengths}))
         check(good, f"lengths {self.lengths} must ascend from 0")
-        if self.vocabulary is not None:
-            self.vocabulary.validate(config)
 
-    def arguments(self, model: Llama) -> AdaptiveSettings:
+    def arguments(self, model: Llama) -> Arguments:
         """Seconds of each choice, and the rows of the head that exits draft with."""
         seconds_SD = np.ones((1 + len(self.exits), len(self.lengths)))  # while they are measured
         if self.seconds is not None:
             seconds_SD = np.array(self.seconds)
         head = None if self.vocabulary is None else self.vocabulary.head(model)
-        return AdaptiveSettings(jnp.asarray(seconds_SD, jnp.float32), head)
-
-    def prepared(self, engine: "Engine") -> "Adaptive":
-        """With measured seconds (calibration.py), unless it has some."""
-        return self if self.seconds is not None else calibrated(engine, self, engine.track)
+        return jnp.asarray(seconds_SD, jnp.float32), head
 
     def scored_every(self, config: LlamaConfig) -> int:
         """Rounds from one score of all exits to the next."""
@@ -114,25 +88,26 @@ class Adaptive(Strategy):
         """Counts before the first round."""
         return Learned.create(batch, len(self.exits))
 
-    def step(self, model: Llama, state: DecodeState, arguments: AdaptiveSettings) -> DecodeState:
+    def step(self, model: Llama, state: DecodeState, arguments: Arguments) -> DecodeState:
         """One round with the best source and length."""
         learned = state.learned
         matched_B, proposal_BT = look_up(state.tokens_BS, state.length_B, self.lengths[-1])
         settings = self.choose(model.config.num_layers, state, matched_B, arguments)
         begun = self.proposed(model, state, settings, proposal_BT)
-        draft = self.rounds.draft(model, state, settings, begun)
+        draft = self.draft(model, state, settings, begun)
         due = learned.rounds_B.max() % self.scored_every(model.config) == 0
         look = partial(self.scores, model, draft, settings.exit_layer, due)
         none = jnp.zeros_like(learned.passed_BEC)
-        done, verified = self.rounds.verify(model, draft, settings, look, (none, none))
-        after = learned.after(verified, matched_B, proposal_BT)
+        done, new_BT, accepted_B, counts = self.verify(model, draft, settings, look, (none, none))
+        after = learned.after(new_BT, accepted_B, matched_B, proposal_BT, counts)
         return replace(done, learned=after)
 
     def choose(
-        self, layers: int, state: DecodeState, matched_B: Int[Array, " B"], given: AdaptiveSettings
+        self, layers: int, state: DecodeState, matched_B: Int[Array, " B"], arguments: Arguments
     ) -> RoundSettings:
         """The source and length with the most expected tokens per second. A draft of an exit may be
         longer, until its next token costs more than that."""
+        seconds_SD, head = arguments
         learned, length_D = state.learned, jnp.array(self.lengths)
         chance_BE1 = learned.chance_BE[..., None]
         exit_BED = (1 - chance_BE1 ** (length_D + 1)) / (1 - chance_BE1)
@@ -140,21 +115,21 @@ class Adaptive(Strategy):
         tokens_BSD = jnp.concatenate([lookup_BD[:, None], exit_BED], axis=1)
         tokens_BSD = jnp.minimum(tokens_BSD, (state.end_B - state.length_B)[:, None, None])
         tokens_SD = jnp.where(state.running_B[:, None, None], tokens_BSD, 0).sum(0)
-        rate_SD = tokens_SD / given.seconds_SD
+        rate_SD = tokens_SD / seconds_SD
         best = argmax(rate_SD.reshape(-1))
         source, length = jnp.divmod(best, len(self.lengths))
-        exit_layer, length = jnp.array((0, *self.exits))[source], length_D[length]
+        exit_layer, length = jnp.array(self.sources)[source], length_D[length]
         if not self.exits:
-            return RoundSettings(exit_layer, length, given.head)
+            return RoundSettings(exit_layer, length, head)
         own, at_most = jnp.maximum(source - 1, 0), jnp.where(source > 0, self.lengths[-1], length)
         rate = rate_SD.max() / state.running_B.sum()  # of a row
         seconds_BT = self.seconds_of_drafts(
-            given.seconds_SD[source],
-            (1 - exit_layer / layers) * given.seconds_SD[0],
+            seconds_SD[source],
+            (1 - exit_layer / layers) * seconds_SD[0],
             learned.chance_BE[:, own],
         )
         chances_BC = learned.chances_BEC[:, own]
-        return RoundSettings(exit_layer, at_most, given.head, rate * seconds_BT, chances_BC)
+        return RoundSettings(exit_layer, at_most, head, rate * seconds_BT, chances_BC)
 
     def seconds_of_drafts(
         self,
@@ -164,9 +139,9 @@ class Adaptive(Strategy):
     ) -> Float[Array, "B T"]:
         """Seconds of each further draft, over the tokens expected of it if it passes.
 
-        round_D: seconds of a round of each length. verified_D: of its verification. Within a length
-        a draft costs the exit's layers. The first beyond it costs the wider verification as well,
-        which serves all drafts up to the next length.
+        round_D: seconds of a round of each length. verified_D: of its verification. A draft costs
+        the exit's layers. The first beyond a length costs a wider verification as well, which
+        serves all drafts up to the next length.
         """
         lengths = self.lengths
         step = round_D[-1] - round_D[1] - (verified_D[-1] - verified_D[1])
@@ -191,10 +166,9 @@ class Adaptive(Strategy):
         proposal_BT: Int[Array, "B T"],
     ) -> Draft:
         """The draft of exit 0: looked-up tokens, whose distributions are points."""
-        none, head = self.rounds.no_draft(model, state, settings), settings.head
+        none, head = self.no_draft(model, state, settings), settings.head
         tokens_BT = jnp.pad(proposal_BT, ((0, 0), (0, 1)))
-        limit_B = self.rounds.limit(state, settings)
-        log_q_BTN = none.log_q_BTN
+        limit_B, log_q_BTN = self.limit(state, settings), none.log_q_BTN
         if log_q_BTN is not None:
             index_BT, size = tokens_BT, log_q_BTN.shape[-1]
             if head is not None:  # tokens outside of the vocabulary end the draft
@@ -224,8 +198,8 @@ class Adaptive(Strategy):
         """Counts of passed and tried drafts, if each exit had drafted the new tokens.
 
         A draft passes if its argmax is the token; in sampling with min(1, q / p) of exit and full
-        model. `exit_layer` is the one that drafted. It is scored in every round, also at the token
-        before which it stopped. The other exits are scored if `due`.
+        model. `exit_layer` drafted: it is always scored, also at the token before which it stopped.
+        The other exits are scored if `due`.
         """
         state, head = draft.state, draft.head
         none = jnp.zeros_like(state.learned.passed_BEC)

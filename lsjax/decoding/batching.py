@@ -23,7 +23,7 @@ import numpy as np
 from lsjax.decoding.completion import Completion, RowText, Trace, Update
 from lsjax.decoding.programs import chunk_size, decode, grow, insert, prefill
 from lsjax.decoding.request import Request
-from lsjax.decoding.state import EOS, RUNNING, STOP, DecodeState
+from lsjax.decoding.state import EOS, LENGTH, RUNNING, STOP, DecodeState
 from lsjax.model.cache import KVCache
 from lsjax.model.llama import Llama
 
@@ -55,10 +55,7 @@ class Conversation:
         self, ids: Sequence[int], capacity: int, num_layers: int, model: Llama
     ) -> tuple[KVCache | None, int]:
         """The cache, grown to `capacity` slots, and how many leading `ids` it holds. The program
-        that reads the rest donates it.
-
-        Returns (None, 0) without a cache, and for a larger cache that shares little.
-        """
+        that reads the rest donates it. (None, 0) without a cache that fits and shares enough."""
         cache, shared = self._cache, shared_prefix(self.ids, ids)
         if (
             cache is None
@@ -121,27 +118,38 @@ class ContinuousBatch:
         total = max(len(request.prompt) + request.max_new_tokens for request in requests)
         engine.check_memory(longest, total, held=self._conversation.device_bytes)
         self._state: DecodeState | None = None
+        config, ends = engine.model.config, () if engine.ignore_end else engine.tokenizer.eos_ids
+        # All states fit the same programs.
+        self._create = partial(
+            DecodeState.create,
+            config,
+            num_layers=self._depth,
+            dtype=engine.model.dtype,
+            # A tokenizer may name end tokens that the model does not have.
+            ends=[token for token in ends if 0 <= token < config.vocab_size],
+            among=requests,
+            mesh=engine.mesh,
+        )
         if not self._is_single:
-            self._state = self._create([FILLER] * engine.batch_size, engine.capacity(longest))
+            rows, learned = engine.batch_size, self._strategy.first_guess(engine.batch_size)
+            capacity = engine.capacity(longest)
+            self._state = self._create([FILLER] * rows, capacity=capacity, learned=learned)
 
     def updates(self) -> Iterator[Update]:
         """Yields updates until all requests have ended."""
-        waiting, free = deque(enumerate(self._requests)), deque(range(self._engine.batch_size))
+        waiting, rows = deque(enumerate(self._requests)), self._engine.batch_size
         try:
             while waiting or self._rows:
-                while waiting and free:
-                    self._admit(free.popleft(), *waiting.popleft())
+                for row in range(rows):
+                    if waiting and row not in self._rows:
+                        self._admit(row, *waiting.popleft())
                 finish_B = np.array(self._state.finish_B)
                 for row in list(self._rows):
-                    update = self._look(row, finish_B)
-                    if update is None:
-                        continue
-                    if update.completion is not None:
-                        free.append(row)
-                    yield update
+                    if (update := self._look(row, finish_B)) is not None:
+                        yield update
                 finish_B = jax.device_put(finish_B, self._state.finish_B.sharding)
                 self._state = dataclasses.replace(self._state, finish_B=finish_B)
-                if self._rows and not (waiting and free):
+                if self._rows and (not waiting or len(self._rows) == rows):
                     self._advance()
         finally:
             self._leave()
@@ -157,50 +165,43 @@ class ContinuousBatch:
         self._leave()
         capacity = engine.capacity(len(ids) + 1) if self._is_single else self._state.capacity
         cache, known = self._conversation.take(ids, capacity, self._depth, engine.model)
-        single = self._create([request], capacity if cache is None else cache.capacity, cache)
+        capacity = capacity if cache is None else cache.capacity
+        learned, before = self._strategy.first_guess(1), self._worked
+        single = self._create([request], capacity=capacity, cache=cache, learned=learned)
         self._rounds(self._state or single)  # compiled before a token is shown
         chunk = chunk_size(len(ids) - known, single.capacity)
         read = partial(prefill, chunk=chunk, depth=self._depth)
         read = engine.programs.get(read, single, np.int32(0))
-        single, seconds = _timed(read, single, np.int32(known))
+        single = self._run(read, single, np.int32(known))
         if self._is_single:
             self._state = single
         else:
             put = engine.programs.get(partial(insert), self._state, single, np.int32(0))
-            self._state, more = _timed(put, self._state, single, np.int32(row))
+            self._state = self._run(put, self._state, single, np.int32(row))
             self._conversation.keep(single, engine.model)
-            seconds += more
-        self._worked += seconds
         text, now = RowText(engine.tokenizer, ids, request.stop), self._worked
-        self._rows[row] = ActiveRow(index, request, text, seconds, now, (now, 0))
+        self._rows[row] = ActiveRow(index, request, text, now - before, now, (now, 0))
 
     def _look(self, row: int, finish_B: np.ndarray) -> Update | None:
-        """Reads the new tokens of a row, if it has ended or its text is needed now. Marks ended
-        rows in `finish_B`."""
-        live, finish = self._rows[row], int(finish_B[row])
-        cancelled = self._cancelled()
-        if finish == RUNNING and not (self._stream or live.request.stop or cancelled):
+        """Reads a row's new tokens, if it has ended or its text is needed. Marks its end."""
+        live, finish, cancelled = self._rows[row], int(finish_B[row]), self._cancelled()
+        request, engine = live.request, self._engine
+        if finish == RUNNING and not (self._stream or request.stop or cancelled):
             return None
-        whole = Trace.of(self._state, row, len(live.request.prompt))
+        whole = Trace.of(self._state, row, len(request.prompt))
         text, trace, reason = live.text.look(whole, finish)
         if reason is None and cancelled:
-            rest, trace, _ = live.text.look(trace, STOP)
+            rest, trace, _ = live.text.look(trace, LENGTH)
             text, reason = text + rest, "interrupt"
-        completion = None
-        if reason is not None:
-            if finish == EOS and trace.tokens_n[-1] in live.request.stop_ids:
-                reason = "stop"
-            finish_B[row] = finish or STOP
-            completion = self._complete(self._rows.pop(row), trace, whole.rounds, reason)
-        live.looked = (self._worked, whole.rounds)
-        return Update(live.index, text, trace, completion)
-
-    def _complete(self, live: ActiveRow, trace: Trace, rounds: int, reason: str) -> Completion:
-        request, engine = live.request, self._engine
+        (looked, before), live.looked = live.looked, (self._worked, whole.rounds)
+        if reason is None:
+            return Update(live.index, text, trace, None)
+        del self._rows[row]
+        finish_B[row] = finish or STOP
         # Rounds after a stop string do not count. The host sees the string only at the next look.
-        looked, before = live.looked
-        share = (trace.rounds - before) / max(1, rounds - before)
-        return Completion.of(
+        share = (trace.rounds - before) / max(1, whole.rounds - before)
+        is_stop = finish == EOS and trace.tokens_n[-1] in request.stop_ids
+        completion = Completion.of(
             trace if request.log_probs else dataclasses.replace(trace, log_probs_n=None),
             strategy=self._strategy,
             seed=request.sampling.seed if request.sampling.temperature else None,
@@ -210,51 +211,33 @@ class ContinuousBatch:
             prefill_seconds=live.prefill_seconds,
             decode_seconds=looked + share * (self._worked - looked) - live.began,
             compile_seconds=engine.programs.compile_seconds - self._compiled_before,
-            finish_reason=reason,
+            finish_reason="stop" if is_stop else reason,
         )
+        return Update(live.index, text, trace, completion)
 
     def _advance(self) -> None:
         """Runs rounds until a row ends or the next look is due; first grows the cache if needed."""
-        state, engine = self._state, self._engine
-        running_B = np.array(state.finish_B) == RUNNING
-        longest = int(np.array(state.length_B)[running_B].max())
+        state, engine, before = self._state, self._engine, self._worked
+        longest = int(np.array(state.length_B)[np.array(state.finish_B) == RUNNING].max())
         if longest + self._strategy.slack > state.capacity:
             larger = partial(grow, capacity=engine.capacity(longest))
-            self._work(engine.programs.get(larger, state, donate=False))
+            self._state = self._run(engine.programs.get(larger, state), state)
         del state  # the smaller cache, before anything is compiled
         looks = self._stream or any(live.request.stop for live in self._rows.values())
         rounds = np.int32(ROUNDS_PER_LOOK if looks else ALL_ROUNDS)
-        self._work(self._rounds(self._state), rounds, self._arguments)
+        program = self._rounds(self._state)
+        self._state = self._run(program, self._state, rounds, self._arguments)
+        engine.decode_seconds += self._worked - before
 
     def _rounds(self, state: DecodeState) -> Callable:
         """The program for rounds of a state."""
         loop = partial(decode, strategy=self._strategy)
         return self._engine.programs.get(loop, state, np.int32(0), self._arguments)
 
-    def _work(self, program: Callable, *rest) -> None:
-        self._state, seconds = _timed(program, self._state, *rest)
+    def _run(self, program: Callable, *arguments) -> DecodeState:
+        state, seconds = _timed(program, *arguments)
         self._worked += seconds
-        self._engine.decode_seconds += seconds
-
-    def _create(
-        self, requests: Sequence[Request], capacity: int, cache: KVCache | None = None
-    ) -> DecodeState:
-        """A state of these requests; it fits the programs for all requests of the batch."""
-        engine, config = self._engine, self._engine.model.config
-        ends = () if engine.ignore_end else engine.tokenizer.eos_ids
-        return DecodeState.create(
-            config,
-            requests,
-            capacity=capacity,
-            num_layers=self._depth,
-            dtype=engine.model.dtype,
-            # A tokenizer may name end tokens that the model does not have.
-            ends=[token for token in ends if 0 <= token < config.vocab_size],
-            among=self._requests,
-            cache=cache,
-            learned=self._strategy.first_guess(len(requests)),
-            mesh=engine.mesh,
-        )
+        return state
 
 
 def shared_prefix(known: Sequence[int], ids: Sequence[int]) -> int:

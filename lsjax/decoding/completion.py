@@ -11,7 +11,7 @@ from lsjax.data.tokenizer import StreamDecoder, Tokenizer
 from lsjax.decoding.state import EOS, LENGTH, RUNNING, STOP, DecodeState
 from lsjax.decoding.strategy import Strategy
 
-FINISH_REASONS = {EOS: "eos", LENGTH: "length", STOP: "stop"}
+FINISH_REASONS = {RUNNING: None, EOS: "eos", LENGTH: "length", STOP: "stop"}
 
 
 @dataclass(frozen=True)
@@ -181,33 +181,27 @@ class RowText:
         reason why the row has ended, or None.
         """
         end = len(trace) - (finish == EOS)  # without the end token
-        while self._read < end:
-            self.text += self._decoder.push([int(trace.tokens_n[self._read])])
+        while self._read < end and finish != STOP:
+            finish = self._add(self._decoder.push([int(trace.tokens_n[self._read])]), finish)
             self._read += 1
-            if self._cut_at_stop():
-                return self._show(0), trace.cut(self._read), FINISH_REASONS[STOP]
-        if finish == RUNNING:
-            return self._show(self._held_back()), trace, None
-        self.text += self._decoder.finish()  # may be U+FFFD, which a stop string may contain
-        reason = STOP if self._cut_at_stop() else finish
-        return self._show(0), trace, FINISH_REASONS[reason]
+            if finish == STOP:
+                trace = trace.cut(self._read)
+        held_back = 0
+        if finish == RUNNING:  # the end of the text may be the beginning of a stop string
+            unseen = self.text[self._shown :]
+            sizes = [(stop, size) for stop in self._stop for size in range(1, len(stop))]
+            held_back = max([0, *(n for stop, n in sizes if unseen.endswith(stop[:n]))])
+        elif finish != STOP:
+            # May add U+FFFD, which a stop string may contain.
+            finish = self._add(self._decoder.finish(), finish)
+        begin, self._shown = self._shown, len(self.text) - held_back
+        return self.text[begin : self._shown], trace, FINISH_REASONS[finish]
 
-    def _cut_at_stop(self) -> bool:
-        """Cuts the text at the first stop string in the text not yet shown."""
+    def _add(self, piece: str, finish: int) -> int:
+        """Adds text, and cuts it at the first stop string. Returns why the row has ended."""
+        self.text += piece
         found = [self.text.find(stop, self._shown) for stop in self._stop]
         found = [at for at in found if at >= 0]
         if found:
             self.text = self.text[: min(found)]
-        return bool(found)
-
-    def _held_back(self) -> int:
-        """Characters at the end of the text that may be the beginning of a stop string."""
-        unseen = self.text[self._shown :]
-        sizes = ((stop, size) for stop in self._stop for size in range(1, len(stop)))
-        return max((size for stop, size in sizes if unseen.endswith(stop[:size])), default=0)
-
-    def _show(self, held_back: int) -> str:
-        end = len(self.text) - held_back
-        piece = self.text[self._shown : end]
-        self._shown = end
-        return piece
+        return STOP if found else finish

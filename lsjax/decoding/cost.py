@@ -1,4 +1,4 @@
-"""Bytes of weights that a round of self-speculation reads, and the gain that they allow.
+"""Costs of a round: bytes of weights that it reads, with the gain that they allow, and seconds.
 
 With L layers, and a head that is as large as k of them, an autoregressive round reads L + k layers.
 A round of exit E and d drafts reads
@@ -6,16 +6,42 @@ A round of exit E and d drafts reads
     d (E + k_d)          in d draft steps; k_d is the head with the draft's vocabulary
     E                    when the last draft token passes the first layers
     L - E + k            in the verification of d + 1 positions
+
+Seconds of a round with each choice of `Adaptive` are measured once for each model and machine.
 """
 
+import contextlib
+import dataclasses
+import hashlib
+import json
+import math
+import time
 from collections.abc import Mapping
+from functools import partial
+from typing import TYPE_CHECKING
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from lsjax.config import LlamaConfig
+from lsjax.data.files import local_cache, write_whole
+from lsjax.decoding.programs import decode
+from lsjax.decoding.request import Request
+from lsjax.decoding.state import DecodeState
+from lsjax.model.parameters import placed
+from lsjax.sharding import machine
+
+if TYPE_CHECKING:
+    from lsjax.decoding.adaptive import Adaptive
+    from lsjax.decoding.engine import Engine
 
 DRAFTS = 8  # of the round for which a draft vocabulary is chosen
 PASSES = 0.8  # share of drafts that pass, for that choice
+LENGTH = 128  # tokens in the cache while rounds are measured
+BUDGET = 20.0  # seconds of measuring; compiling comes before
+REPEATS = 15
+CALL, MOST_ROUNDS = 0.05, 6  # seconds of a call with short rounds, and its most rounds
 
 
 def ideal_speedup(
@@ -51,3 +77,69 @@ def best_draft_vocab(config: LlamaConfig, exit_layer: int, counts: Mapping[int, 
     sizes = [2**n for n in range(8, 20) if 2**n <= config.vocab_size // 2]
     best = max((config.vocab_size, *sizes), key=speedup)
     return None if best == config.vocab_size else best
+
+
+def calibrated(engine: "Engine", strategy: "Adaptive") -> "Adaptive":
+    """The strategy with its measured seconds: those of the cache, or new ones."""
+    # The name of the file has all that the seconds depend on.
+    sizes = [leaf.shape for leaf in jax.tree.leaves(engine.model)]
+    devices = jax.devices()[:1] if engine.mesh is None else list(engine.mesh.devices.flat)
+    kinds = [device.device_kind for device in devices]
+    own = strategy.exits, strategy.lengths, strategy.draft_vocab, engine.batch_size
+    known = [sizes, str(engine.model.dtype), kinds, machine(), *own, jax.__version__]
+    name = hashlib.sha256(repr(known).encode()).hexdigest()[:32]
+    file = local_cache() / "round_seconds" / f"{name}.json"
+    try:
+        seconds_SD = np.array(json.loads(file.read_text()), np.float64)
+        shape = len(strategy.sources), len(strategy.lengths)
+        is_known = seconds_SD.shape == shape and (seconds_SD > 0).all()
+    except (OSError, ValueError):
+        is_known = False
+    if not is_known:
+        seconds_SD = measure(engine, strategy)
+        with contextlib.suppress(OSError):  # a cache that can't be written
+            write_whole(file, json.dumps(seconds_SD.tolist()).encode())
+    return dataclasses.replace(strategy, seconds=tuple(map(tuple, seconds_SD.tolist())))
+
+
+def measure(engine: "Engine", strategy: "Adaptive") -> np.ndarray:
+    """Seconds [S, D] of a round with each source and length, by the engine's own program. Rounds
+    without drafts come first, then medium lengths. Choices beyond the budget are infinite."""
+    config, mesh = engine.model.config, engine.mesh
+    any_SD, head = placed(strategy.arguments(engine.model), mesh)
+    state = DecodeState.create(
+        config,
+        [Request(prompt=(1,) * LENGTH, max_new_tokens=LENGTH)] * engine.batch_size,
+        capacity=engine.capacity(LENGTH + 1),
+        num_layers=config.num_layers,
+        dtype=engine.model.dtype,
+        learned=strategy.first_guess(engine.batch_size),
+        mesh=mesh,
+    )
+    loop = partial(decode, strategy=strategy)
+    program = engine.programs.get(loop, state, np.int32(0), (any_SD, head))
+
+    def seconds(choice: tuple[int, int], rounds: int) -> tuple[float, int]:
+        """Seconds of a call, and its rounds: a full cache ends it early."""
+        only_SD = placed(jnp.full_like(any_SD, jnp.inf).at[choice].set(1.0), mesh)
+        copy = jax.block_until_ready(jax.tree.map(jnp.copy, state))  # the program consumes it
+        begin = time.perf_counter()
+        done = jax.block_until_ready(program(copy, np.int32(rounds), (only_SD, head)))
+        return time.perf_counter() - begin, int(done.learned.rounds_B.max())
+
+    sources, lengths = any_SD.shape
+    order = sorted(range(1, lengths), key=lambda index: abs(index - lengths // 2))
+    choices = [(0, 0), *((source, index) for index in order for source in range(sources))]
+    seconds((0, 0), 1)  # the first call is slower
+    begin = time.perf_counter()
+    call = min(seconds((0, 0), 0)[0] for _ in range(REPEATS))
+    # A small model's first round is slower: its weights are not in the processor's cache yet.
+    rounds = max(1, min(MOST_ROUNDS, round(CALL / seconds((0, 0), 1)[0])))
+    found_RSD = np.full((REPEATS, sources, lengths), math.inf)
+    for repeat, choice in engine.track([(r, choice) for r in range(REPEATS) for choice in choices]):
+        if time.perf_counter() - begin < BUDGET or np.isinf(found_RSD).all():
+            whole, done = seconds(choice, rounds)
+            found_RSD[repeat, *choice] = max(whole - call, 1e-9) / done
+    # The lower quartile: other programs make some rounds slower. Minima vary twice as much.
+    quarter_SD = np.isfinite(found_RSD).sum(0) // 4
+    return np.take_along_axis(np.sort(found_RSD, axis=0), quarter_SD[None], axis=0)[0]

@@ -1,25 +1,19 @@
 """Drafts: the tokens that may be drafted, and the rules by which the full model accepts them.
 
 A rule is a plain function `rule(logits_BTV, draft) -> (tokens_BT, accepted_B)`.
-`SelfSpeculative(..., accept=rule)` uses it instead of the two below. Column t belongs to the t-th
-new token of a row. `draft.tokens_BT[:, t]` is the draft. `logits_BTV[:, t]` are the full model's
-logits, given the earlier drafts and after penalties. The rule returns
+`SelfSpeculative(..., accept=rule)` uses it instead of the two below (docs/extending.md has an
+example). Column t belongs to the t-th new token of a row. `draft.tokens_BT[:, t]` is the draft.
+`logits_BTV[:, t]` are the full model's logits, given the earlier drafts and after penalties. The
+rule returns
 
     tokens_BT    the accepted drafts, and one more token; later columns are not read
     accepted_B   number of accepted drafts of each row, counted from the first
-
-This rule accepts a draft that is among the model's three most probable tokens:
-
-    def accept_top_3(logits_BTV, draft):
-        third_BT = jax.lax.top_k(logits_BTV, 3)[0][..., -1]
-        accepted_B = draft.leading(draft.of_drafts(logits_BTV) >= third_BT)
-        return draft.followed_by(logits_BTV.argmax(-1), accepted_B), accepted_B
 """
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
@@ -30,9 +24,7 @@ from lsjax.decoding.state import DecodeState
 from lsjax.model.llama import Llama
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class DraftHead:
+class DraftHead(NamedTuple):
     """The head's rows of the N tokens that may be drafted. places_V: index of each token among
     them, or N if it may not be drafted."""
 
@@ -45,8 +37,8 @@ class DraftHead:
 class DraftVocabulary:
     """Token ids that may be drafted, in ascending order: of equal logits the lower id wins.
 
-    The head costs as much as several layers, and runs for every draft token. N rows of it are
-    faster than V. The verification uses the full head, so the text stays the same.
+    The head costs as much as several layers, and N rows of it less than V. The verification uses
+    the full head, so the text stays the same.
     """
 
     ids_N: Int[np.ndarray, " N"]
@@ -58,11 +50,8 @@ class DraftVocabulary:
     def most_frequent(
         cls, counts: Mapping[int, int], size: int, vocab_size: int
     ) -> "DraftVocabulary":
-        """The `size` tokens with the highest counts. If fewer were seen, the lowest ids follow:
-        tokenizers give low ids to their first merges.
-
-        Raises ConfigError for a size that is not in 1..vocab_size - 1.
-        """
+        """The `size` tokens with the highest counts, then the lowest ids: tokenizers give these to
+        their first merges. Raises ConfigError for a size that is not in 1..vocab_size - 1."""
         _check_size(size, vocab_size)
         known = sorted({*range(size), *counts}, key=lambda token: (-counts.get(token, 0), token))
         return cls(np.sort(np.array(known[:size], np.int32)))
@@ -145,22 +134,17 @@ class Draft:
         )
 
 
-AcceptanceRule = Callable[
-    [Float[Array, "B T V"], Draft], tuple[Int[Array, "B T"], Int[Array, " B"]]
-]
+Accepted = tuple[Int[Array, "B T"], Int[Array, " B"]]
+AcceptanceRule = Callable[[Float[Array, "B T V"], Draft], Accepted]
 
 
-def accept_equal(
-    logits_BTV: Float[Array, "B T V"], draft: Draft
-) -> tuple[Int[Array, "B T"], Int[Array, " B"]]:
+def accept_equal(logits_BTV: Float[Array, "B T V"], draft: Draft) -> Accepted:
     """Greedy: a draft is accepted if it is the full model's argmax."""
     best_BT = argmax(logits_BTV)
     return best_BT, draft.leading(draft.tokens_BT == best_BT)
 
 
-def accept_block(
-    logits_BTV: Float[Array, "B T V"], draft: Draft
-) -> tuple[Int[Array, "B T"], Int[Array, " B"]]:
+def accept_block(logits_BTV: Float[Array, "B T V"], draft: Draft) -> Accepted:
     """Block verification (Sun et al., 2024): the tokens have the full model's distribution p,
     whatever the draft's distribution q. On average it accepts at least as many drafts as a test of
     each draft in turn.
@@ -168,10 +152,9 @@ def accept_block(
     Accepts the first t drafts, for the largest t whose random number is below `block_chances`. The
     next token comes from max(0, w_t p - q), normalised, with q = 0 after the last draft.
 
-    A draft may end early, if its end depends on its own tokens only. Let it go on with q = p to the
-    full length. There w is constant, and the excess is 0 except after the last token. So all these
-    imagined tokens are accepted, with chance w, or none. They are samples of p, so the next rounds
-    may draw them again.
+    A draft may end early, if its end depends on its own tokens only. Imagine that it goes on with
+    q = p. There w is constant, and the excess is 0 until the end. So all imagined tokens are
+    accepted, with chance w, or none. They are samples of p: the next rounds may draw them.
     """
     state, draws, head = draft.state, draft.state.draws, draft.head
     log_p_BTV = draws.log_probs(logits_BTV)

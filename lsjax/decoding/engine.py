@@ -9,19 +9,21 @@ from jax.sharding import Mesh
 
 from lsjax.config import LlamaConfig, check
 from lsjax.data.tokenizer import Tokenizer
-from lsjax.decoding.autoregressive import Autoregressive
+from lsjax.decoding.adaptive import Adaptive
 from lsjax.decoding.batching import ContinuousBatch, Conversation
 from lsjax.decoding.completion import Completion, Update
+from lsjax.decoding.cost import calibrated
 from lsjax.decoding.programs import Programs
 from lsjax.decoding.request import Request, encode_prompt
 from lsjax.decoding.sampling import GREEDY, Sampling
-from lsjax.decoding.strategy import Strategy
+from lsjax.decoding.strategy import Autoregressive, Strategy
 from lsjax.model.llama import Llama
 from lsjax.model.parameters import placed, sharding_of
 
 MIN_CAPACITY = 256  # slots of a row's cache: this, or a larger power of two
 # Plus a multiple of this for drafts, so that strategies share programs and GPUs need no padding.
 SLACK = 64
+Prompt = str | Sequence[int] | Request
 
 
 class Engine:
@@ -53,9 +55,7 @@ class Engine:
         track: Callable[[Sequence], Iterable] = iter,
     ):
         config, strategy = model.config, strategy or Autoregressive()
-        data_axis = 1 if mesh is None else mesh.shape["data"]
-        sizes = dict(batch_size=batch_size, max_length=max_length, data_axis=data_axis)
-        check_settings(config, strategy, **sizes)
+        check_settings(config, strategy, batch_size=batch_size, max_length=max_length, mesh=mesh)
         self.tokenizer = tokenizer.fitted(config.vocab_size)
         self.batch_size = batch_size
         self.max_length = config.max_context if max_length is None else max_length
@@ -68,20 +68,15 @@ class Engine:
         self.use(strategy)
 
     def use(self, strategy: Strategy) -> None:
-        """Decodes with another strategy from now on; matching programs are reused.
-
-        Raises ConfigError if the strategy does not fit the model.
-        """
+        """Decodes with another strategy from now on. Raises ConfigError if it does not fit."""
         strategy.validate(self.model.config)
         self.strategy = strategy  # `capacity` needs it
-        self.strategy = strategy = strategy.prepared(self)
+        if isinstance(strategy, Adaptive) and strategy.seconds is None:
+            self.strategy = strategy = calibrated(self, strategy)
         self.arguments = placed(strategy.arguments(self.model), self.mesh)
 
     def use_model(self, model: Llama) -> None:
-        """Decodes with another model of the same form from now on, by the same programs.
-
-        Raises ConfigError if the form differs.
-        """
+        """Decodes with another model from now on. Raises ConfigError if its form differs."""
         self.programs.use(placed(model, self.mesh))
         self.use(self.strategy)
 
@@ -100,27 +95,23 @@ class Engine:
         return model_bytes, self._cache_bytes(self.capacity(total), None)
 
     def check_memory(self, first: int, total: int, held: int = 0) -> None:
-        """Raises ConfigError if the devices can't hold the cache for rows that begin with
-        `first` tokens and end with `total`. While the cache grows, the old and the new one are
-        both in memory. held: bytes in use on each device that are freed first.
-        """
-        free = free_memory()
-        if free is None:
-            return
-        slots = last = self.capacity(total)
+        """Raises ConfigError if the devices can't hold the cache for rows that begin with `first`
+        tokens and end with `total`: the last one, and the one before it, while it grows. held:
+        bytes in use on each device that are freed first."""
+        free, last = free_memory() + held, self.capacity(total)
+        slots = last
         if self.capacity(first) < last:
             slots += self.capacity(last // 2 - self.strategy.slack)
         needed = self._cache_bytes(slots, self.mesh)
         check(
-            needed <= free + held,
+            needed <= free,
             f"the cache for texts of {total} tokens needs {needed / 1e6:,.0f} MB on each device, "
-            f"but {(free + held) / 1e6:,.0f} MB are free: lower --max-new-tokens or --batch-size, "
+            f"but {free / 1e6:,.0f} MB are free: lower --max-new-tokens or --batch-size, "
             "or shorten the prompts",
         )
 
     def _cache_bytes(self, slots: int, mesh: Mesh | None) -> int:
-        """Bytes of the cache on each device of a mesh. A batch has one extra row, which reads the
-        next prompt."""
+        """On each device of a mesh. A batch has one extra row, which reads the next prompt."""
         config, rows = self.model.config, self.batch_size + (self.batch_size > 1)
         shape = (rows, config.num_kv_heads, slots, config.head_dim)
         if mesh is not None:
@@ -129,10 +120,10 @@ class Engine:
 
     def generate(
         self,
-        prompts: Sequence[str | Sequence[int] | Request],
+        prompts: Sequence[Prompt],
         *,
         sampling: Sampling = GREEDY,
-        on_completion: Callable[[int, Completion], None] | None = None,
+        on_completion: Callable[[int, Completion], None] = lambda index, completion: None,
         **options,
     ) -> list[Completion]:
         """Continues every prompt; returns completions in the same order.
@@ -152,13 +143,10 @@ class Engine:
         for update in ContinuousBatch(self, requests).updates() if requests else ():
             if update.completion is not None:
                 completions[update.index] = update.completion
-                if on_completion is not None:
-                    on_completion(update.index, update.completion)
+                on_completion(update.index, update.completion)
         return completions
 
-    def stream(
-        self, prompt: str | Sequence[int] | Request, **options
-    ) -> Iterator[str | Completion]:
+    def stream(self, prompt: Prompt, **options) -> Iterator[str | Completion]:
         """Yields pieces of one prompt's new text, and at the end its Completion.
 
         Pieces are complete characters. The possible beginning of a stop string is held back.
@@ -172,7 +160,7 @@ class Engine:
 
     def watch(
         self,
-        prompt: str | Sequence[int] | Request,
+        prompt: Prompt,
         *,
         conversation: Conversation | None = None,
         cancelled: Callable[[], bool] = lambda: False,
@@ -192,7 +180,7 @@ class Engine:
         rest = dict(stream=True, conversation=conversation, cancelled=cancelled)
         yield from ContinuousBatch(self, [request], **rest).updates()
 
-    def _request(self, prompt: str | Sequence[int] | Request, **options) -> Request:
+    def _request(self, prompt: Prompt, **options) -> Request:
         """The request with its prompt as token ids."""
         if not isinstance(prompt, Request):
             options = {k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}
@@ -208,13 +196,11 @@ def check_settings(
     *,
     batch_size: int,
     max_length: int | None,
-    data_axis: int = 1,
+    mesh: Mesh | None,
 ) -> None:
-    """Raises ConfigError if an Engine could not work; needs no weights.
-
-    data_axis: devices over which the rows of a batch are sharded.
-    """
+    """Raises ConfigError if an Engine could not work; needs no weights."""
     strategy.validate(config)
+    data_axis = 1 if mesh is None else mesh.shape["data"]
     check(batch_size >= 1, f"batch size {batch_size} is below 1: choose --batch-size 1 or more")
     check(
         batch_size == 1 or batch_size % data_axis == 0,  # a single row is replicated
@@ -237,9 +223,7 @@ def cache_slots(length: int, strategy: Strategy) -> int:
     return slots + more
 
 
-def free_memory() -> int | None:
-    """Free bytes of the first device; None if the device does not report them."""
+def free_memory() -> float:
+    """Free bytes of the first device; infinite if the device does not report them."""
     stats = jax.local_devices()[0].memory_stats() or {}
-    if "bytes_limit" not in stats:
-        return None
-    return stats["bytes_limit"] - stats["bytes_in_use"]
+    return stats.get("bytes_limit", math.inf) - stats.get("bytes_in_use", 0)

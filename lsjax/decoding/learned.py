@@ -1,15 +1,17 @@
-"""What the strategy auto learns while it decodes: which drafts pass."""
+"""What the strategy auto knows of a text: drafts that it can look up, and which drafts pass."""
 
 from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
-from lsjax.decoding.lookup import LONGEST
-from lsjax.decoding.rounds import Verified, confidence_level
+from lsjax.decoding.rounds import confidence_level
+from lsjax.sharding import on_each_device
 
+LONGEST = 8  # tokens that a lookup compares
 DECAY = 0.97  # weight of the older counts, for each new one
 # Added to the counts: how many drafts of each kind, and what share of them usually passes.
 LEVEL_COUNT, LEVEL_SHARES = 1.2, (0.2, 0.5, 0.7, 0.875, 0.975)
@@ -77,14 +79,16 @@ class Learned:
 
     def after(
         self,
-        verified: Verified,
+        new_BT: Int[Array, "B T"],
+        accepted_B: Int[Array, " B"],
         matched_B: Int[Array, " B"],
         proposal_BT: Int[Array, "B T"],
+        counts: tuple[Float[Array, "B E C"], Float[Array, "B E C"]],
     ) -> "Learned":
-        """The counts after a round. `verified.seen` has those of the exits."""
-        accepted_B1, new_BT = verified.accepted_B[:, None], verified.tokens_BT
+        """The counts after a round. counts: passed and tried drafts of the exits."""
+        accepted_B1 = accepted_B[:, None]
         is_new_BT = jnp.arange(new_BT.shape[1]) <= accepted_B1
-        passed_BEC, tried_BEC = verified.seen
+        passed_BEC, tried_BEC = counts
         kept_BE1 = DECAY ** tried_BEC.sum(-1, keepdims=True)
 
         # Right tokens of the lookup, and the first wrong one.
@@ -112,3 +116,32 @@ def by_level(
     level_BTC = confidence_level(top_BT)[..., None] == jnp.arange(len(LEVEL_SHARES))
     tried_BTC = (level_BTC & tried_BT[..., None]).astype(jnp.float32)
     return (tried_BTC * passed_BT[..., None]).sum(1), tried_BTC.sum(1)
+
+
+def look_up(
+    tokens_BS: Int[Array, "B S"], length_B: Int[Array, " B"], steps: int
+) -> tuple[Int[Array, " B"], Int[Array, "B T"]]:
+    """Finds the last tokens of each row in its earlier text (Saxena, 2023, prompt lookup decoding).
+
+    Returns how many of them match, 0 to LONGEST, and the `steps` tokens that followed. Of several
+    longest matches it takes the last one. If the text ends before that many tokens, they repeat.
+    """
+
+    def find(tokens_BS, length_B):
+        last_B1 = length_B[:, None] - 1
+        slots = jnp.arange(tokens_BS.shape[1])
+        equal_BS, matched_BS = slots < last_B1, 0
+        for back in range(LONGEST):
+            wanted_B1 = jnp.take_along_axis(tokens_BS, jnp.maximum(last_B1 - back, 0), axis=1)
+            # Text before the first token matches nothing.
+            shifted_BS = jnp.pad(tokens_BS, ((0, 0), (back, 0)), constant_values=-1)
+            equal_BS &= shifted_BS[:, : slots.size] == wanted_B1
+            matched_BS += equal_BS
+        at_B = jnp.argmax(jnp.where(matched_BS > 0, matched_BS * slots.size + slots, -1), axis=1)
+        matched_B = jnp.take_along_axis(matched_BS, at_B[:, None], axis=1)[:, 0]
+        period_B1 = jnp.maximum(last_B1 - at_B[:, None], 1)
+        followed_BT = at_B[:, None] + 1 + jnp.arange(steps) % period_B1
+        return matched_B, jnp.take_along_axis(tokens_BS, followed_BT, axis=1)
+
+    rows = P("data")
+    return on_each_device(find, (tokens_BS, length_B), (rows, rows), rows)

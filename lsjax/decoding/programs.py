@@ -1,8 +1,8 @@
 """Compiled programs of decoding: read prompts, put a row into a batch, and run rounds."""
 
 import time
-from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Hashable, Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -23,6 +23,7 @@ from lsjax.sharding import platform
 
 # Names of the loops in compiled programs.
 PROMPT_CHUNKS, ROUNDS = "prompt_chunks", "rounds"
+CODE_LINES = "jax_traceback_in_locations_limit"  # of JAX: lines kept for each operation
 # A prompt is read in one chunk of the smallest size that fits, or in several of the largest size.
 # So prompts of all lengths need only one program per size.
 PREFILL_CHUNKS = (32, 64, 128, 256, 512)
@@ -79,8 +80,8 @@ def decode(
 ) -> DecodeState:
     """Runs at most `rounds` rounds of the strategy with its `arguments`.
 
-    Returns as soon as a row has ended, so that the host can note its time. Also returns before a
-    round that the cache has no room for, so that the host can grow the cache.
+    Returns as soon as a row has ended, for the host to note its time, and before a round that the
+    cache has no room for, for the host to grow it.
     """
 
     def more(carry):
@@ -101,8 +102,8 @@ def decode(
 class Programs:
     """Compiles `function(model, state, *rest)`, one of the above, once for each kind of state.
 
-    lay_out: let the compiler choose layouts of the weights, on accelerators. The first program
-    decides, and the others use the same layouts: otherwise every call would convert some weights.
+    lay_out: let the compiler choose layouts of the weights, on accelerators; on CPUs that has no
+    benefit. The first program decides for all: otherwise every call would convert some weights.
     """
 
     def __init__(self, model: Llama, mesh: Mesh | None = None, *, lay_out: bool = True):
@@ -128,19 +129,16 @@ class Programs:
         self.model, self._leaves = model, leaves
         self._lay_out()
 
-    def get(
-        self, function: partial, state: DecodeState, *rest: Any, donate: bool = True
-    ) -> Callable:
-        """The program for arguments of these shapes. It consumes the state (its buffers are
-        donated) by default. Strategies among the function's keywords count as equal if their
-        `program` is equal."""
+    def get(self, function: partial, state: DecodeState, *rest: Any) -> Callable:
+        """The program for arguments of these shapes. All but `grow` consume the state: its buffers
+        are donated. Strategies are equal keywords of the function if their `program` is equal."""
         static = (getattr(value, "program", value) for value in function.keywords.values())
         leaves, structure = jax.tree.flatten((state, rest))
         key = (function.func, *static, _shapes(leaves), structure)
         if key not in self._compiled:
             begin = time.perf_counter()
-            compiled = self.lower(function, state, *rest, donate=donate).compile()
-            if self._formats is None and self._lays_out and chooses_layouts():
+            compiled = self.lower(function, state, *rest).compile()
+            if self._formats is None and self._lays_out and platform() != "cpu":
                 formats = zip(self._leaves, compiled.input_formats[0][0], strict=True)
                 # A weight that the program does not read has no layout.
                 self._formats = [new if new.layout else old.format for old, new in formats]
@@ -149,9 +147,7 @@ class Programs:
             self.compile_seconds += time.perf_counter() - begin
         return partial(self._compiled[key], self._leaves)
 
-    def lower(
-        self, function: partial, state: DecodeState, *rest: Any, donate: bool = True
-    ) -> Lowered:
+    def lower(self, function: partial, state: DecodeState, *rest: Any) -> Lowered:
         """The program before compilation; shapes suffice, also for the model. Stacked layers are
         unstacked inside the program, so that no copy of them stays."""
 
@@ -161,16 +157,22 @@ class Programs:
 
         mesh, formats = self._mesh, self._formats
         with nullcontext() if mesh is None else jax.set_mesh(mesh):
-            if formats is None and self._lays_out and chooses_layouts():
+            if formats is None and self._lays_out and platform() != "cpu":
                 formats = [Format(Layout.AUTO, leaf.sharding) for leaf in self._leaves]
             program = jax.jit(
                 run,
-                donate_argnums=1 if donate else (),
+                donate_argnums=() if function.func is grow else 1,
                 in_shardings=None if formats is None else (formats, *[None] * (1 + len(rest))),
                 out_shardings=None if mesh is None else shardings(state, mesh),
             )
-            with _without_code_lines():
+            # TPUs' compiler (libtpu 0.0.42) can join the operations' Python lines to a circle. Then
+            # it never ends. Named scopes stay.
+            lines = getattr(jax.config, CODE_LINES)
+            jax.config.update(CODE_LINES, 0)
+            try:
                 return program.lower(self._leaves, state, *rest)
+            finally:
+                jax.config.update(CODE_LINES, lines)
 
     def _lay_out(self) -> None:
         """Converts the model's arrays to the programs' layouts, one after the other."""
@@ -180,26 +182,6 @@ class Programs:
             if leaf.format.layout != format_.layout:
                 self._leaves[index] = jax.device_put(leaf, format_)
         self.model = jax.tree.unflatten(self._structure, self._leaves)
-
-
-def chooses_layouts() -> bool:
-    """Whether the compiler may choose layouts: on CPUs that has no benefit."""
-    return platform() != "cpu"
-
-
-@contextmanager
-def _without_code_lines() -> Iterator[None]:
-    """Lowers programs without the Python lines of their operations. Named scopes stay.
-
-    TPUs' compiler (libtpu 0.0.42) can join these lines to a circle. Then it never ends.
-    """
-    name = "jax_traceback_in_locations_limit"
-    before = getattr(jax.config, name)
-    jax.config.update(name, 0)
-    try:
-        yield
-    finally:
-        jax.config.update(name, before)
 
 
 def _shapes(leaves: Sequence[Any]) -> tuple[tuple, ...]:

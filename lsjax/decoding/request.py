@@ -38,8 +38,8 @@ def encode_prompt(
 ) -> list[int]:
     """Token ids of a request's prompt. max_length: of the text, the model's context by default.
 
-    Raises ConfigError for an empty prompt, for too little room for the new tokens, and for ids (of
-    prompt or `stop_ids`) that the model does not have.
+    Raises ConfigError for an empty prompt, too few new tokens or too little room for them, and ids
+    (of prompt or `stop_ids`) that the model does not have.
     """
     prompt, new = request.prompt, request.max_new_tokens
     ids = tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)

@@ -5,7 +5,6 @@ each verification. Exit and draft length are runtime arguments.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise, zip_longest
 from typing import Any, NamedTuple
@@ -15,9 +14,11 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from lsjax.config import LlamaConfig
 from lsjax.decoding.draft import AcceptanceRule, Draft, DraftHead, accept_block, accept_equal
 from lsjax.decoding.sampling import Purpose, argmax
 from lsjax.decoding.state import DecodeState
+from lsjax.decoding.strategy import Strategy, check_exit
 from lsjax.model.cache import KVCache
 from lsjax.model.llama import Llama
 from lsjax.model.operations import rope_angles
@@ -26,9 +27,7 @@ DRAFT, BRANCH = "draft", "branch"  # names of loops in compiled programs
 LEVELS = (0.4, 0.6, 0.8, 0.95)  # of an exit's top probability
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class RoundSettings:
+class RoundSettings(NamedTuple):
     """Arguments of a compiled round.
 
     confidence: minimum product of the drafts' chances to pass, for each draft; one row may serve
@@ -52,26 +51,33 @@ def confidence_level(top: Float[Array, "..."]) -> Int[Array, "..."]:
     return (top[..., None] >= jnp.array(LEVELS)).sum(-1)
 
 
-class Verified(NamedTuple):
-    """Result of a verification: the new tokens of each row, and how many of them were drafted (not
-    the last). seen: what `look` returned."""
+class Drafting(Strategy):
+    """A strategy of rounds that draft and verify.
 
-    tokens_BT: Int[Array, "B T"]
-    accepted_B: Int[Array, " B"]
-    seen: Any = None
-
-
-@dataclass(frozen=True)
-class Rounds:
-    """Rounds of one compiled program.
-
-    exits, lengths: those that it serves, ascending. Exit 0 runs no layers. Each round verifies with
-    the shortest length that fits. accept: acceptance rule; None is the lossless one.
+    exits: those that its program serves, ascending. lengths: each round verifies with the shortest
+    that fits. accept: acceptance rule; None is the lossless one.
     """
 
     exits: tuple[int, ...]
-    lengths: tuple[int, ...]
     accept: AcceptanceRule | None = None
+
+    @property
+    def sources(self) -> tuple[int, ...]:
+        """The exits; first exit 0, which runs no layers, if drafts may come from elsewhere."""
+        return self.exits
+
+    @property
+    def program(self) -> tuple:
+        """Static settings that `step` reads. `arguments` carries the rest at run time."""
+        ends_early = self.draft_confidence is not None
+        return type(self), self.exits, self.lengths, self.draft_vocab, ends_early, self.accept
+
+    def validate(self, config: LlamaConfig) -> None:
+        """Raises ConfigError if an exit is out of range or the vocabulary does not match."""
+        for exit_layer in self.exits:
+            check_exit(exit_layer, config.num_layers - 1)  # the draft does not run all layers
+        if self.vocabulary is not None:
+            self.vocabulary.validate(config)
 
     def limit(self, state: DecodeState, settings: RoundSettings) -> Int[Array, " B"]:
         """Maximum drafts of each row. Leaves room for the token that the verification adds."""
@@ -84,14 +90,11 @@ class Rounds:
         settings: RoundSettings,
         begun: Draft | None = None,
     ) -> Draft:
-        """Up to d tokens per row from the exit.
-
-        A row stops drafting at its limit, at a stop token, or when confidence is too low. begun:
-        the draft of exit 0, which runs no layers.
-        """
+        """Up to d tokens per row from the exit. A row stops drafting at its limit, at a stop token,
+        or when confidence is too low. begun: the draft of exit 0."""
         head, draws, limit_B = settings.head, state.draws, self.limit(state, settings)
         table_ND, places_V = (None, None) if head is None else (head.table_ND, head.places_V)
-        if self.exits == (0,):
+        if not self.exits:
             return begun
 
         def choose(x_BTD, i, tokens_BT, log_q_BTN, top_BT, sure_B):
@@ -124,7 +127,7 @@ class Rounds:
             positions_B1 = state.length_B[:, None] - 1 + i
             reached, cache = _run_segments(
                 model,
-                (0, *self.exits),
+                (0, *self.sources),
                 lambda lo, hi: lo == 0 or settings.exit_layer >= hi,
                 model.embed(token_B[:, None]),
                 positions_B1,
@@ -174,7 +177,7 @@ class Rounds:
         none_BTD = jnp.zeros((*shape_BT, model.config.hidden_size), model.dtype)
         return Draft(
             state,
-            (none_BTD,) * len(self.exits),
+            (none_BTD,) * len(self.sources),
             jnp.zeros(shape_BT, jnp.int32),
             jnp.zeros_like(state.length_B),
             None if state.draws is None else jnp.zeros((*shape_BT, size), jnp.float32),
@@ -188,15 +191,15 @@ class Rounds:
         model: Llama,
         draft: Draft,
         settings: RoundSettings,
-        look: Callable | None = None,
+        look: Callable = lambda *_: None,
         unseen: Any = None,
-    ) -> tuple[DecodeState, Verified]:
+    ) -> tuple[DecodeState, Int[Array, "B T"], Int[Array, " B"], Any]:
         """Runs the other layers on the pending token and the drafts in one pass. Commits the
         accepted drafts and one token of the full model.
 
         look: called with the hidden states [B, T, D] of each exit, the full model's logits after
-        penalties, the new tokens, and the accepted count. The second value has its result, which
-        has the form of `unseen`.
+        penalties, the new tokens, and the accepted count. Its result has the form of `unseen`, and
+        is the last one returned, after the state, the new tokens and the accepted count.
         """
         state, longest, steps = draft.state, draft.count_B.max(), draft.tokens_BT.shape[1]
         rule = self.accept or (accept_equal if state.draws is None else accept_block)
@@ -205,13 +208,12 @@ class Rounds:
         ropes = rope_angles(positions_BT, model.config, model.dtype)
 
         def judge(length: int, cache: KVCache, *_):
-            """Verifies up to `length` drafts. Returns cache, accepted count, and for each position
-            the token and its log-probability; after the count, what `look` gives."""
+            """Verifies up to `length` drafts; returns the values of `carry` below."""
             some = draft.first(1 + length)
             reached, cache = _run_segments(
                 model,
-                (*self.exits, model.config.num_layers),
-                lambda lo, hi: lo == self.exits[-1] or settings.exit_layer <= lo,
+                (*self.sources, model.config.num_layers),
+                lambda lo, hi: lo == self.sources[-1] or settings.exit_layer <= lo,
                 some.hidden[0],
                 *jax.tree.map(lambda x: x[:, : 1 + length], (positions_BT, ropes)),
                 cache,
@@ -220,15 +222,13 @@ class Rounds:
             logits_BTV = model.unembed(reached[-1])
             changed_BTV = state.penalised(logits_BTV, 0, draft.tokens_BT)
             new_BT, accepted_B = rule(changed_BTV, some)
-            seen = unseen
-            if look is not None:
-                seen = look((some.hidden[0], *reached[:-1]), changed_BTV, new_BT, accepted_B)
+            seen = look((some.hidden[0], *reached[:-1]), changed_BTV, new_BT, accepted_B)
             found = new_BT, state.log_probs(logits_BTV, new_BT)
-            return cache, accepted_B, seen, *(_padded(x_BT, steps) for x_BT in found)
+            more = ((0, 0), (0, steps - 1 - length))
+            return cache, accepted_B, seen, *jax.tree.map(lambda x_BT: jnp.pad(x_BT, more), found)
 
-        empty_BT, log_probs_BT = jnp.zeros_like(draft.tokens_BT), None
-        if state.log_probs_BS is not None:
-            log_probs_BT = empty_BT.astype(jnp.float32)
+        empty_BT = jnp.zeros_like(draft.tokens_BT)
+        log_probs_BT = None if state.log_probs_BS is None else empty_BT.astype(jnp.float32)
         carry = (state.cache, jnp.zeros_like(draft.count_B), unseen, empty_BT, log_probs_BT)
         for shorter, length in pairwise((-1, *self.lengths)):
             fits = len(self.lengths) == 1 or (shorter < longest) & (longest <= length)
@@ -236,20 +236,18 @@ class Rounds:
         cache, accepted_B, seen, new_BT, log_probs_BT = carry
         done = state.with_cache(cache).commit(
             new_BT,
-            accepted_B + 1,
-            accepted_B=accepted_B,
+            accepted_B,
             drafted_B=draft.count_B,
             draft_BT=draft.tokens_BT,
             log_probs_BT=log_probs_BT,
             source=settings.exit_layer,
         )
-        return done, Verified(new_BT, accepted_B, seen)
+        return done, new_BT, accepted_B, seen
 
 
 def _run_segments(model, bounds, runs, x_BTD, positions_BT, ropes, cache, kept=()):
     """Runs layers lo..hi-1 for each adjacent pair in `bounds`, if `runs(lo, hi)`. Returns the
-    hidden states after each pair and the cache. kept: states of pairs that do not run; by default
-    those before the pair."""
+    hidden states after each pair (`kept`, or as before it, if it does not run) and the cache."""
     reached = []
     for (lo, hi), kept_BTD in zip_longest(pairwise(bounds), kept):
         start_BTD = x_BTD
@@ -265,17 +263,9 @@ def _run_segments(model, bounds, runs, x_BTD, positions_BT, ropes, cache, kept=(
     return reached, cache
 
 
-def _padded(x_BT, steps):
-    """An array with `steps` columns."""
-    return None if x_BT is None else jnp.pad(x_BT, ((0, 0), (0, steps - x_BT.shape[1])))
-
-
 def _run_if(condition: Bool[Array, ""] | bool, run: Callable, *carry):
-    """`run(*carry)` if the condition holds, else the carry. A static True needs no branch.
-
-    The branch is a loop of at most one trip: loops update the cache in place. Around a `cond`, XLA
-    copies the cache on GPUs.
-    """
+    """`run(*carry)` if the condition holds, else the carry. The branch is a loop of at most one
+    trip, which updates the cache in place. Around a `cond`, XLA copies the cache on GPUs."""
     if condition is True:
         return run(*carry)
 

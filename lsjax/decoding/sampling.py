@@ -77,9 +77,7 @@ class Draws:
     filters: frozenset[str] = field(metadata=dict(static=True))
 
     @classmethod
-    def create(
-        cls, rows: Sequence[Sampling], among: Sequence[Sampling] | None = None
-    ) -> "Draws | None":
+    def create(cls, rows: Sequence[Sampling], among: Sequence[Sampling] = ()) -> "Draws | None":
         """Settings of these rows; None if all are greedy. among: all rows that share the program,
         these by default."""
         among = among or rows
@@ -137,10 +135,8 @@ class Draws:
         purpose: Purpose,
         offset: Int[Array, ""] | int = 0,
     ) -> Int[Array, " B"]:
-        """Draws an index for each row; weights need not sum to 1.
-
-        Draws a block of tokens by its sum first, then a token of the block. These two short
-        searches replace a random number for every token of the vocabulary.
+        """Draws an index for each row; weights need not sum to 1. First draws a block of tokens by
+        its sum, then a token of it, instead of a random number for every token of the vocabulary.
         """
         batch, size = weight_BV.shape
         weight_BMb = jnp.pad(weight_BV, ((0, 0), (0, -size % DRAW_BLOCK)))
@@ -181,9 +177,7 @@ class Penalties:
     ngram_B: Int[Array, " B"]
 
     @classmethod
-    def create(
-        cls, rows: Sequence[Sampling], among: Sequence[Sampling] | None = None
-    ) -> "Penalties | None":
+    def create(cls, rows: Sequence[Sampling], among: Sequence[Sampling] = ()) -> "Penalties | None":
         """Penalties of these rows; None if no row of `among` requests any."""
         if all(one.repetition_penalty == 1 and one.no_repeat_ngram == 0 for one in among or rows):
             return None
@@ -222,8 +216,7 @@ class Penalties:
     def _completes(
         self, history_BS: Int[Array, "B S"], position_BT: Int[Array, "B T"]
     ) -> Bool[Array, "B T S"]:
-        """Whether repeating token s at the position would repeat the n-gram that ends in slot s.
-        True if the n - 1 tokens before the slot and before the position match."""
+        """Whether the n - 1 tokens before slot s and before the position match."""
         slots = jnp.arange(history_BS.shape[1])
         ngram_B11 = self.ngram_B[:, None, None]
 
@@ -253,8 +246,7 @@ def argmax(logits: Float[Array, "*any V"]) -> Int[Array, "*any"]:
 
 
 def _first_beyond(weight_BN: Float[Array, "B N"], u_B: Float[Array, " B"]) -> Int[Array, " B"]:
-    """First index at which the running sum exceeds the share u of the total; never an index of
-    weight 0, whatever the rounding."""
+    """First index at which the running sum exceeds the share u of the total; never of weight 0."""
     sum_BN = jnp.cumsum(weight_BN, axis=-1)
     index = jnp.arange(weight_BN.shape[-1])
     some_BN = weight_BN > 0

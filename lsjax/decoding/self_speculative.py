@@ -12,9 +12,8 @@ One round for one row, exit E = 2 of L = 4 layers, d = 3 drafts. The pending tok
     committed     a   b   x                        two accepted drafts and one correction;
                                                    c is dropped: its slots get overwritten
 
-Layers 0..E-1 never run twice on a token: the verification starts from the draft's exit hidden
-states and reads the draft's keys and values. The last draft token passes the first layers
-without a head, because nothing is drafted after it.
+Layers 0..E-1 never run twice on a token: the verification reads the draft's keys and values, too.
+The last draft token passes the first layers without a head, as nothing is drafted after it.
 """
 
 from collections.abc import Sequence
@@ -24,14 +23,14 @@ import jax.numpy as jnp
 
 from lsjax.config import LlamaConfig, check
 from lsjax.decoding.draft import AcceptanceRule, DraftVocabulary
-from lsjax.decoding.rounds import Rounds, RoundSettings
+from lsjax.decoding.rounds import Drafting, RoundSettings
 from lsjax.decoding.state import DecodeState
-from lsjax.decoding.strategy import Strategy, check_exit
+from lsjax.decoding.strategy import Strategy
 from lsjax.model.llama import Llama
 
 
 @dataclass(frozen=True)
-class SelfSpeculative(Strategy):
+class SelfSpeculative(Drafting):
     """Same greedy tokens as Autoregressive in fewer passes. Sampling keeps the distribution.
 
     exit_layer: E, layers of the draft. num_draft_tokens: d, drafts per round and row; 0 makes each
@@ -58,38 +57,23 @@ class SelfSpeculative(Strategy):
 
     @property
     def lengths(self) -> tuple[int, ...]:
-        """Draft lengths that the program serves. If drafts may end early, quarters of d are
-        included. Each round verifies with the shortest length that fits."""
+        """Draft lengths that the program serves; if drafts may end early, with quarters of d."""
         quarters = (4,) if self.draft_confidence is None else range(5)
         own = {self.num_draft_tokens * quarter // 4 for quarter in quarters}
         return tuple(sorted(own | {*self.shared_lengths}))
 
-    @property
-    def rounds(self) -> Rounds:
-        """Draft and verification."""
-        return Rounds(self.exits, self.lengths, self.accept)
-
-    @property
-    def program(self) -> tuple:
-        """Static settings that `step` reads. `arguments` carries the rest at run time."""
-        ends_early = self.draft_confidence is not None
-        return type(self), self.exits, self.lengths, self.draft_vocab, ends_early, self.accept
-
     def validate(self, config: LlamaConfig) -> None:
         """Raises ConfigError if a number is out of range or the vocabulary does not match."""
+        super().validate(config)
         check(
             self.draft_confidence is None or 0 <= self.draft_confidence <= 1,
             f"draft_confidence {self.draft_confidence} is out of range: use a value from 0 to 1",
         )
-        for exit_layer in self.exits:
-            check_exit(exit_layer, config.num_layers - 1)  # the draft does not run all layers
         for drafts in self.lengths:
             check(
                 0 <= drafts <= config.max_context,
                 f"num_draft_tokens {drafts} is out of range: use 0..{config.max_context}",
             )
-        if self.vocabulary is not None:
-            self.vocabulary.validate(config)
 
     def arguments(self, model: Llama) -> RoundSettings:
         """Exit, length and confidence as numbers, and the rows of the head that the draft uses."""
@@ -103,8 +87,7 @@ class SelfSpeculative(Strategy):
 
     def step(self, model: Llama, state: DecodeState, arguments: RoundSettings) -> DecodeState:
         """One round: draft, verify, and commit the accepted tokens plus one."""
-        draft = self.rounds.draft(model, state, arguments)
-        return self.rounds.verify(model, draft, arguments)[0]
+        return self.verify(model, self.draft(model, state, arguments), arguments)[0]
 
 
 def in_one_program(strategies: Sequence[Strategy]) -> list[Strategy]:

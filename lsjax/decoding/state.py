@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
-from lsjax.config import LlamaConfig, check
+from lsjax.config import LlamaConfig
 from lsjax.decoding.request import Request
 from lsjax.decoding.sampling import Draws, Penalties, Purpose, argmax
 from lsjax.model.cache import KVCache, write
@@ -69,18 +69,10 @@ class DecodeState:
         num_layers: layers in the cache. ends: tokens that end every row. among: all requests served
         by this compiled program; sets optional buffers. cache: an empty one by default. learned: of
         the strategy's `first_guess`.
-
-        Raises ConfigError if a prompt and a token do not fit the capacity.
         """
         among, batch = among or requests, len(requests)
         length_B = np.array([len(request.prompt) for request in requests], np.int32)
         new_B = np.array([request.max_new_tokens for request in requests], np.int32)
-        longest = int(length_B.max())
-        check(
-            longest < capacity,
-            f"a prompt of {longest} tokens and a new one do not fit the cache of {capacity} slots: "
-            "raise the capacity",
-        )
         room = max(1, *(len({*ends, *request.stop_ids}) for request in among))
         stop_Bn = np.full((batch, -(-room // STOP_IDS) * STOP_IDS), -1, np.int32)
         tokens_BS = np.zeros((batch, capacity), np.int32)
@@ -91,7 +83,7 @@ class DecodeState:
         if cache is None:
             cache = KVCache.create(config, batch, capacity, dtype, num_layers, mesh=mesh)
         log_probs = any(request.log_probs for request in among)
-        samplings = [request.sampling for request in requests], [one.sampling for one in among]
+        samplings = [[one.sampling for one in rows] for rows in (requests, among)]
         state = cls(
             cache=cache,
             length_B=jnp.asarray(length_B),
@@ -117,8 +109,7 @@ class DecodeState:
 
     def grown(self, capacity: int) -> "DecodeState":
         """The same rows with `capacity` slots. New slots are never read before a write."""
-        names = ("tokens_BS", "accepted_BS", "replaced_BS", "round_BS", "log_probs_BS", "source_BS")
-        buffers = {name: getattr(self, name) for name in names}
+        buffers = {name: value for name, value in vars(self).items() if name.endswith("_BS")}
         more = ((0, 0), (0, capacity - self.capacity))
         longer = jax.tree.map(lambda buffer_BS: jnp.pad(buffer_BS, more), buffers)
         return dataclasses.replace(self, cache=self.cache.grown(capacity), **longer)
@@ -150,7 +141,7 @@ class DecodeState:
         places_V: Int[Array, " V"] | None = None,
     ) -> Float[Array, "B T N"]:
         """Applies penalties to logits of T new positions, starting at offset `first`. draft_BT:
-        hypothetical new tokens. places_V: as in DraftHead, for a draft vocabulary."""
+        hypothetical new tokens. places_V: as in DraftHead."""
         if self.penalties is None:
             return logits_BTN
         history_BS = self.tokens_BS
@@ -180,28 +171,26 @@ class DecodeState:
             p_BV = jnp.exp(self.draws.log_probs(changed_BTV)[:, 0])
             token_B = self.draws.token(p_BV, self.length_B, Purpose.TOKEN)
         new_BT = token_B[:, None]
-        return self.commit(new_BT, 1, log_probs_BT=self.log_probs(logits_BTV, new_BT))
+        return self.commit(new_BT, log_probs_BT=self.log_probs(logits_BTV, new_BT))
 
     def commit(
         self,
         new_BT: Int[Array, "B T"],
-        count_B: Int[Array, " B"] | int,
-        *,
         accepted_B: Int[Array, " B"] | int = 0,
+        *,
         drafted_B: Int[Array, " B"] | int = 0,
         draft_BT: Int[Array, "B T"] | None = None,
         log_probs_BT: Float[Array, "B T"] | None = None,
         source: Int[Array, ""] | int = 0,
     ) -> "DecodeState":
-        """Appends the first `count_B` of T tokens to every running row and ends rows.
+        """Appends the first `accepted_B` + 1 of T tokens to every running row and ends rows.
 
-        Tokens after a stop token or past the row's limit are dropped. The first `accepted_B` came
-        from a draft, draft_BT, of `drafted_B` tokens, by `source` layers. log_probs_BT: required if
-        the state keeps it.
+        Tokens after a stop token or past the row's limit are dropped. All but the last came from a
+        draft, draft_BT, of `drafted_B` tokens, by `source` layers. log_probs_BT: required if the
+        state keeps it.
         """
-        steps = new_BT.shape[1]
-        index_T = jnp.arange(steps)
-        stop_BT = self.is_stop(new_BT)
+        count_B, steps = accepted_B + 1, new_BT.shape[1]
+        index_T, stop_BT = jnp.arange(steps), self.is_stop(new_BT)
         to_stop_B = jnp.where(stop_BT.any(1), stop_BT.argmax(1) + 1, steps)
         room_B = self.end_B - self.length_B
         count_B = jnp.minimum(jnp.minimum(count_B, to_stop_B), room_B)

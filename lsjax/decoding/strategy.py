@@ -1,7 +1,8 @@
-"""The interface of a decoding method."""
+"""Interface of a decoding method, and the two methods that produce one token per round."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Hashable
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from lsjax.config import LlamaConfig, check
@@ -10,7 +11,6 @@ from lsjax.model.llama import Llama
 
 if TYPE_CHECKING:
     from lsjax.decoding.draft import DraftVocabulary
-    from lsjax.decoding.engine import Engine
 
 
 class Strategy(ABC):
@@ -53,10 +53,6 @@ class Strategy(ABC):
         """A pytree of arrays that `step` needs beside the model."""
         return ()
 
-    def prepared(self, engine: "Engine") -> "Strategy":
-        """The strategy for this engine; one that needs the costs of rounds measures them."""
-        return self
-
     def first_guess(self, batch: int) -> Any:
         """What the strategy knows of each row before its first round; None for most."""
         return None
@@ -64,6 +60,36 @@ class Strategy(ABC):
     @abstractmethod
     def step(self, model: Llama, state: DecodeState, arguments: Any) -> DecodeState:
         """One round: at least one token for every running row."""
+
+
+@dataclass(frozen=True)
+class Autoregressive(Strategy):
+    """Decoding with all layers: the reference for every other strategy."""
+
+    name = "autoregressive"
+
+    def step(self, model: Llama, state: DecodeState, arguments: tuple[()]) -> DecodeState:
+        """Runs the pending token of each row through the layers and the head; appends a token."""
+        x_BTD, positions_BT = model.embed(state.pending_B[:, None]), state.length_B[:, None] - 1
+        depth = self.depth(model.config)
+        x_BTD, cache = model.run_layers(x_BTD, 0, depth, positions_BT, state.cache)
+        return state.with_cache(cache).append(model.unembed(x_BTD[:, 0]))
+
+
+@dataclass(frozen=True)
+class EarlyExit(Autoregressive):
+    """Decoding with the first layers and the shared head, without verification."""
+
+    name = "early_exit"
+    exit_layer: int = field()
+
+    def validate(self, config: LlamaConfig) -> None:
+        """Raises ConfigError unless 1 <= exit_layer <= L."""
+        check_exit(self.exit_layer, config.num_layers)
+
+    def depth(self, config: LlamaConfig) -> int:
+        """The exit layer."""
+        return self.exit_layer
 
 
 def check_exit(exit_layer: int, last: int) -> None:

@@ -23,13 +23,12 @@ from flax import nnx
 
 from lsjax.config import LlamaConfig
 from lsjax.data.tokenizer import Tokenizer
-from lsjax.decoding.autoregressive import Autoregressive, EarlyExit
 from lsjax.decoding.completion import Completion
 from lsjax.decoding.cost import ideal_speedup
 from lsjax.decoding.draft import DraftVocabulary
 from lsjax.decoding.engine import Engine
 from lsjax.decoding.self_speculative import SelfSpeculative
-from lsjax.decoding.strategy import Strategy
+from lsjax.decoding.strategy import Autoregressive, EarlyExit, Strategy
 from lsjax.evaluation.comparison import FLOAT32_MARGIN, first_difference, identity_tail
 from lsjax.model.llama import Llama
 

@@ -18,10 +18,10 @@ import decode
 from decode import main
 from lsjax.cli.show import ACCEPTED, ADDED, CORRECTED, GAP, REJECTED, coloured, summary
 from lsjax.data.tokenizer_backends import ByteTokenizer
-from lsjax.decoding.autoregressive import Autoregressive
 from lsjax.decoding.completion import Completion, Trace
 from lsjax.decoding.engine import Engine
 from lsjax.decoding.self_speculative import SelfSpeculative
+from lsjax.decoding.strategy import Autoregressive
 
 ROOT = Path(__file__).parents[2]
 NEW = 24

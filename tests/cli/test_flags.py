@@ -19,10 +19,10 @@ from lsjax.cli.flags import (
 from lsjax.cli.setup import parse_flags
 from lsjax.config import ConfigError, LlamaConfig, OptimizerConfig
 from lsjax.decoding.adaptive import Adaptive
-from lsjax.decoding.autoregressive import Autoregressive, EarlyExit
 from lsjax.decoding.cost import best_draft_vocab
 from lsjax.decoding.sampling import GREEDY, Sampling
 from lsjax.decoding.self_speculative import SelfSpeculative
+from lsjax.decoding.strategy import Autoregressive, EarlyExit
 
 
 @dataclass(frozen=True)

@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
-from lsjax.decoding.autoregressive import Autoregressive, EarlyExit
 from lsjax.decoding.draft import DraftVocabulary
 from lsjax.decoding.programs import prefill
 from lsjax.decoding.self_speculative import SelfSpeculative
+from lsjax.decoding.strategy import Autoregressive, EarlyExit
 
 
 @pytest.fixture(

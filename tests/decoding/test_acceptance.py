@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from scipy.stats import chisquare
 
-from lsjax.decoding.autoregressive import Autoregressive
 from lsjax.decoding.draft import Draft, DraftHead, accept_block, accept_equal, block_chances
 from lsjax.decoding.engine import Engine
 from lsjax.decoding.sampling import Draws, Purpose, Sampling
 from lsjax.decoding.self_speculative import SelfSpeculative
+from lsjax.decoding.strategy import Autoregressive
 
 PROMPTS, NEW = [[7], [1, 2, 3], list(range(40, 60))], 24
 

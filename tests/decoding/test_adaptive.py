@@ -11,27 +11,26 @@ import numpy as np
 import pytest
 
 from lsjax.config import ConfigError, LlamaConfig
-from lsjax.decoding import calibration
+from lsjax.decoding import cost
 from lsjax.decoding.adaptive import Adaptive
-from lsjax.decoding.autoregressive import Autoregressive
 from lsjax.decoding.draft import Draft, DraftVocabulary
 from lsjax.decoding.engine import Engine
 from lsjax.decoding.learned import (
     DECAY,
     LEVEL_COUNT,
     LEVEL_SHARES,
+    LONGEST,
     LOOKUP_COUNT,
     LOOKUP_SHARES,
     TEXT_COUNT,
     Learned,
 )
-from lsjax.decoding.lookup import LONGEST
 from lsjax.decoding.programs import decode
 from lsjax.decoding.request import Request
-from lsjax.decoding.rounds import Verified
 from lsjax.decoding.sampling import Sampling
 from lsjax.decoding.self_speculative import SelfSpeculative
 from lsjax.decoding.state import DecodeState
+from lsjax.decoding.strategy import Autoregressive
 
 LENGTHS, EXITS = (0, 2, 5), (1, 2, 3)
 SAME = ((1.0,) * 3, *[(math.inf, 1.0, 1.0)] * 3)
@@ -182,9 +181,14 @@ def test_counts_of_the_exit_that_drafted_by_hand(model, temperature):
 def test_counts_by_hand():
     """Older counts weigh less. The lookup was right about row 0's first token; row 1 had none."""
     seen = np.arange(20.0).reshape(2, 2, 5), np.arange(1, 21.0).reshape(2, 2, 5)
-    verified = Verified(jnp.array(NEW), jnp.array([2, 0]), tuple(map(jnp.array, seen)))
     start = Learned(*map(jnp.ones, [(2, 2, 5)] * 2 + [(2, 8)] * 2), jnp.zeros(2, jnp.int32))
-    after = start.after(verified, jnp.array([7, 0]), jnp.array([[4, 9, 6], [7, 0, 0]]))
+    after = start.after(
+        jnp.array(NEW),
+        jnp.array([2, 0]),
+        jnp.array([7, 0]),
+        jnp.array([[4, 9, 6], [7, 0, 0]]),
+        tuple(map(jnp.array, seen)),
+    )
     kept = DECAY ** seen[1].sum(2, keepdims=True)
     np.testing.assert_allclose(after.passed_BEC, kept + seen[0], rtol=1e-6)
     np.testing.assert_allclose(after.tried_BEC, kept + seen[1], rtol=1e-6)
@@ -285,7 +289,7 @@ def test_measured_seconds_are_kept(model, tokenizer, tmp_path, monkeypatch):
     np.testing.assert_allclose(second, np.array(first) * 2)
     assert len(shown) == 1
     file.write_text("[")
-    monkeypatch.setattr(calibration, "BUDGET", 0.0)
+    monkeypatch.setattr(cost, "BUDGET", 0.0)
     third = np.array(Engine(model, tokenizer, asked, track=track).strategy.seconds)
     assert len(shown) == 2 and np.isfinite(third).sum() == 1 and np.isfinite(third[0, 0])
     file.write_text("[[1, 2]]")  # of another shape

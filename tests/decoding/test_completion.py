@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from lsjax.data.tokenizer import Tokenizer
-from lsjax.decoding.autoregressive import Autoregressive, EarlyExit
 from lsjax.decoding.completion import Completion, RowText, Trace
 from lsjax.decoding.self_speculative import SelfSpeculative
 from lsjax.decoding.state import EOS, LENGTH, RUNNING
+from lsjax.decoding.strategy import Autoregressive, EarlyExit
 
 
 def trace_of(tokens, accepted=None, replaced=None, rounds=None) -> Trace:

@@ -7,10 +7,10 @@ from flax import nnx
 
 from lsjax.config import ConfigError, LlamaConfig
 from lsjax.decoding import batching
-from lsjax.decoding.autoregressive import Autoregressive, EarlyExit
 from lsjax.decoding.batching import Conversation, shared_prefix
 from lsjax.decoding.engine import Engine
 from lsjax.decoding.self_speculative import SelfSpeculative
+from lsjax.decoding.strategy import Autoregressive, EarlyExit
 from lsjax.model.llama import Llama
 
 NEW = 12

@@ -12,7 +12,6 @@ from lsjax.data.tokenizer import TokenizerError
 from lsjax.data.tokenizer_backends import ByteTokenizer
 from lsjax.decoding import batching
 from lsjax.decoding import programs as compiled_programs
-from lsjax.decoding.autoregressive import Autoregressive, EarlyExit
 from lsjax.decoding.batching import Conversation
 from lsjax.decoding.completion import Completion
 from lsjax.decoding.draft import DraftVocabulary
@@ -20,6 +19,7 @@ from lsjax.decoding.engine import Engine
 from lsjax.decoding.request import Request, encode_prompt
 from lsjax.decoding.self_speculative import SelfSpeculative
 from lsjax.decoding.state import DecodeState
+from lsjax.decoding.strategy import Autoregressive, EarlyExit
 from lsjax.evaluation.comparison import identity_tail, last_logits
 from lsjax.model.llama import Llama
 
@@ -276,7 +276,7 @@ def test_weights_are_laid_out_once_as_the_programs_want_them(
 ):
     """On CPUs the compiler may choose layouts too; here it is let to, as on accelerators."""
     (expected,) = Engine(model, tokenizer, strategy).generate([[5, 6]], max_new_tokens=NEW)
-    monkeypatch.setattr(compiled_programs, "chooses_layouts", lambda: True)
+    monkeypatch.setattr(compiled_programs, "platform", lambda: "gpu")
     engine = Engine(model, tokenizer, strategy)
     (found,) = engine.generate([[5, 6]], max_new_tokens=NEW)
     assert found.token_ids == expected.token_ids
@@ -290,34 +290,20 @@ def test_weights_are_laid_out_once_as_the_programs_want_them(
 
 def test_a_model_that_others_go_on_with_is_not_copied(model, tokenizer, monkeypatch):
     """Such as that of a training run, which samples now and then."""
-    monkeypatch.setattr(compiled_programs, "chooses_layouts", lambda: True)
+    monkeypatch.setattr(compiled_programs, "platform", lambda: "gpu")
     engine = Engine(model, tokenizer, lay_out=False)
     engine.generate([[5, 6]], max_new_tokens=2)
     for one, other in zip(jax.tree.leaves(engine.model), jax.tree.leaves(model), strict=True):
         assert one is other
 
 
-@pytest.mark.parametrize("capacity, fits", [(9, True), (8, False)])
-def test_a_state_needs_room_for_the_prompt(config, capacity, fits):
-    """And for a token more; the rest of a row may come later."""
-
-    def create():
-        return DecodeState.create(
-            config,
-            [  # 12 and 15 tokens in the end
-                Request(prompt=[1, 2, 3], max_new_tokens=9),
-                Request(prompt=[4] * 8, max_new_tokens=7),
-            ],
-            capacity=capacity,
-            num_layers=2,
-            dtype=np.float32,
-        )
-
-    if fits:
-        assert create().end_B.tolist() == [12, 15]
-    else:
-        with pytest.raises(ConfigError, match="prompt of 8 tokens .* do not fit the cache of 8"):
-            create()
+def test_a_row_ends_after_its_new_tokens(config):
+    requests = [
+        Request(prompt=[1, 2, 3], max_new_tokens=9),
+        Request(prompt=[4] * 8, max_new_tokens=7),
+    ]
+    options = dict(capacity=9, num_layers=2, dtype=np.float32)
+    assert DecodeState.create(config, requests, **options).end_B.tolist() == [12, 15]
 
 
 @pytest.mark.parametrize("length", [256, 257, 300, 319, 320])

@@ -15,8 +15,8 @@ from lsjax import Engine, load
 from lsjax.checkpoints import open_checkpoint
 from lsjax.checkpoints.huggingface import save
 from lsjax.config import EarlyExitConfig, LayerDropoutConfig, LlamaConfig, StepConfig
-from lsjax.decoding.autoregressive import Autoregressive
 from lsjax.decoding.self_speculative import SelfSpeculative, in_one_program
+from lsjax.decoding.strategy import Autoregressive
 from lsjax.model.cache import KVCache
 from lsjax.model.llama import stacked, unstacked
 from lsjax.training.loss import objective

@@ -6,13 +6,13 @@ import pytest
 
 from lsjax.config import ConfigError
 from lsjax.decoding import engine as engines
-from lsjax.decoding.autoregressive import Autoregressive
 from lsjax.decoding.batching import Conversation
 from lsjax.decoding.engine import Engine
 from lsjax.decoding.request import Request
 from lsjax.decoding.sampling import Sampling
 from lsjax.decoding.self_speculative import SelfSpeculative
 from lsjax.decoding.state import DecodeState
+from lsjax.decoding.strategy import Autoregressive
 
 STRATEGY = SelfSpeculative(2, 3)
 DRAWN = Sampling(temperature=1.0, seed=3)

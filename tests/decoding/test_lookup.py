@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lsjax.decoding.lookup import LONGEST, look_up
+from lsjax.decoding.learned import LONGEST, look_up
 
 
 def by_loops(text: list[int], steps: int) -> tuple[int, list[int]]:

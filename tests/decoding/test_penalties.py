@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from lsjax.config import ConfigError
-from lsjax.decoding.autoregressive import Autoregressive
 from lsjax.decoding.engine import Engine
 from lsjax.decoding.request import Request
 from lsjax.decoding.sampling import Penalties, Sampling
+from lsjax.decoding.strategy import Autoregressive
 
 MARGIN = 1e-4  # where two computations differ in rounding, a tie of this size may fall either way
 NEW = 32

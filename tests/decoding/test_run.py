@@ -10,12 +10,12 @@ import pytest
 from flax import nnx
 
 from lsjax.config import LlamaConfig
-from lsjax.decoding.autoregressive import Autoregressive, EarlyExit
 from lsjax.decoding.draft import DraftVocabulary
 from lsjax.decoding.engine import Engine
 from lsjax.decoding.request import Request
 from lsjax.decoding.sampling import GREEDY, Sampling
 from lsjax.decoding.self_speculative import SelfSpeculative
+from lsjax.decoding.strategy import Autoregressive, EarlyExit
 from lsjax.model.llama import Llama
 
 STRATEGIES = [

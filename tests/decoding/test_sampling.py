@@ -12,13 +12,13 @@ from scipy.stats import chisquare
 
 from lsjax.config import ConfigError, LlamaConfig
 from lsjax.decoding.adaptive import Adaptive
-from lsjax.decoding.autoregressive import Autoregressive
 from lsjax.decoding.draft import DraftVocabulary, accept_block
 from lsjax.decoding.programs import decode, prefill
 from lsjax.decoding.request import Request
 from lsjax.decoding.sampling import Draws, Purpose, Sampling
 from lsjax.decoding.self_speculative import SelfSpeculative
 from lsjax.decoding.state import DecodeState
+from lsjax.decoding.strategy import Autoregressive
 from lsjax.model.llama import Llama
 from tests.decoding.test_penalties import penalised
 

@@ -1,7 +1,6 @@
 """Greedy self-speculation gives the tokens of autoregressive decoding, whatever E, d and batch."""
 
 import copy
-import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -9,10 +8,10 @@ import numpy as np
 import pytest
 
 from lsjax.config import ConfigError
-from lsjax.decoding.autoregressive import Autoregressive, EarlyExit
 from lsjax.decoding.draft import DraftVocabulary
 from lsjax.decoding.engine import Engine
 from lsjax.decoding.self_speculative import SelfSpeculative, in_one_program
+from lsjax.decoding.strategy import Autoregressive, EarlyExit
 from lsjax.evaluation.comparison import identity_tail
 from lsjax.model.llama import stacked
 
@@ -129,7 +128,7 @@ def test_lengths_between_those_compiled_for(model, tokenizer, expected):
     engine = Engine(model, tokenizer, strategy, batch_size=4)
     for drafts in range(5):
         settings = strategy.arguments(engine.model)
-        engine.arguments = dataclasses.replace(settings, num_draft_tokens=jnp.int32(drafts))
+        engine.arguments = settings._replace(num_draft_tokens=jnp.int32(drafts))
         found = engine.generate(PROMPTS, max_new_tokens=NEW)
         for prompt, one, other in zip(PROMPTS, expected, found, strict=True):
             assert_same_tokens(model, prompt, one, other.token_ids)

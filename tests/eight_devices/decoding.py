@@ -16,7 +16,6 @@ from flax import nnx
 import decode as decode_program
 from lsjax.checkpoints.huggingface import save
 from lsjax.config import ConfigError, LlamaConfig, MeshConfig
-from lsjax.decoding.autoregressive import Autoregressive, EarlyExit
 from lsjax.decoding.draft import DraftVocabulary
 from lsjax.decoding.engine import Engine
 from lsjax.decoding.programs import Programs, decode, prefill
@@ -24,6 +23,7 @@ from lsjax.decoding.request import Request
 from lsjax.decoding.sampling import GREEDY, Sampling
 from lsjax.decoding.self_speculative import SelfSpeculative
 from lsjax.decoding.state import DecodeState
+from lsjax.decoding.strategy import Autoregressive, EarlyExit
 from lsjax.evaluation.comparison import FLOAT32_MARGIN, first_difference
 from lsjax.evaluation.exits import Text, score_texts
 from lsjax.model.llama import Llama, stacked

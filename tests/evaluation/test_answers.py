@@ -5,11 +5,11 @@ import json
 import pytest
 
 from lsjax.config import ConfigError
-from lsjax.decoding.autoregressive import Autoregressive, EarlyExit
 from lsjax.decoding.draft import DraftVocabulary
 from lsjax.decoding.request import Request
 from lsjax.decoding.sampling import Sampling
 from lsjax.decoding.self_speculative import SelfSpeculative
+from lsjax.decoding.strategy import Autoregressive, EarlyExit
 from lsjax.evaluation.answers import (
     ALL,
     UNSEEN,

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from lsjax.config import LlamaConfig
-from lsjax.decoding.autoregressive import Autoregressive, EarlyExit
 from lsjax.decoding.completion import Completion
 from lsjax.decoding.engine import Engine
 from lsjax.decoding.request import Request
 from lsjax.decoding.self_speculative import SelfSpeculative
+from lsjax.decoding.strategy import Autoregressive, EarlyExit
 from lsjax.evaluation import comparison
 from lsjax.evaluation.answers import Cell, Question, decode_in_turns
 from lsjax.evaluation.comparison import (

@@ -16,9 +16,9 @@ from lm_eval.api.instance import Instance
 from lsjax.config import ConfigError
 from lsjax.data.chat import ChatTemplateError
 from lsjax.data.tokenizer_backends import ByteTokenizer
-from lsjax.decoding.autoregressive import Autoregressive, EarlyExit
 from lsjax.decoding.engine import Engine
 from lsjax.decoding.self_speculative import SelfSpeculative
+from lsjax.decoding.strategy import Autoregressive, EarlyExit
 from lsjax.evaluation import lm_eval
 from lsjax.evaluation.exits import Text, score_texts
 from lsjax.evaluation.lm_eval import EngineLM, evaluate, find_tasks

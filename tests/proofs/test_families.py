@@ -20,9 +20,9 @@ from lsjax.checkpoints import load
 from lsjax.checkpoints.families import FAMILIES
 from lsjax.checkpoints.huggingface import save
 from lsjax.checkpoints.tensors import CheckpointError
-from lsjax.decoding.autoregressive import Autoregressive
 from lsjax.decoding.engine import Engine
 from lsjax.decoding.self_speculative import SelfSpeculative
+from lsjax.decoding.strategy import Autoregressive
 from lsjax.model.cache import KVCache
 
 transformers = pytest.importorskip("transformers", reason="needs transformers: make peers")

@@ -24,8 +24,8 @@ from lsjax.config import (
     TrainConfig,
 )
 from lsjax.data.tokenizer_backends import ByteTokenizer
-from lsjax.decoding.autoregressive import Autoregressive
 from lsjax.decoding.engine import Engine
+from lsjax.decoding.strategy import Autoregressive
 from lsjax.model.llama import Llama, stacked, unstacked
 from lsjax.model.lora import joined, split, with_adapters
 from lsjax.model.operations import rope_angles
