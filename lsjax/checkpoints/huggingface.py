@@ -1,10 +1,12 @@
-"""Reads and writes Hugging Face directories: safetensors and generation_config.json.
+"""Reads and writes Hugging Face directories: config.json, safetensors, generation_config.json.
 
 The safetensors package reads and writes the files. Its writer takes all tensors of a file at once.
 So an export holds one file in memory beside the model.
 """
 
+import dataclasses
 import math
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -12,9 +14,17 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from lsjax.checkpoints.huggingface_config import read_config_json, to_config_json
+from lsjax.checkpoints.families import (
+    FAMILIES,
+    FIELDS,
+    FULL,
+    ORIGINAL,
+    SCALINGS,
+    SLIDING,
+    llama_config,
+)
 from lsjax.checkpoints.tensors import CheckpointError, Part, TensorSource, Track, parts_of
-from lsjax.config import Checked, ConfigError, Path, as_path, bounded, split_step
+from lsjax.config import Checked, ConfigError, LlamaConfig, Path, as_path, bounded, split_step
 from lsjax.data.files import one_line, read_json, whole_directory, write_json
 from lsjax.model.llama import Llama, unstacked
 from lsjax.model.parameters import named_leaves
@@ -41,13 +51,12 @@ def read_generation_defaults(path: str | Path) -> GenerationDefaults:
     Raises:
         CheckpointError: a file is not JSON, or a value is not a number of at least 1.
     """
-    path, found = split_step(path)[0], {}
+    path, raw = split_step(path)[0], {}
     for file in (path / "config.json", path / "generation_config.json"):
-        raw = read_json(file, CheckpointError) if file.is_file() else {}
-        said = {field: raw.get(name) for field, name in _GENERATION.items()}
-        found |= {field: value for field, value in said.items() if value is not None}
+        said = read_json(file, CheckpointError) if file.is_file() else {}
+        raw |= {key: value for key, value in said.items() if value is not None}
     try:
-        return GenerationDefaults(**found)
+        return GenerationDefaults(**{field: raw.get(key) for field, key in _GENERATION.items()})
     except ConfigError as error:
         names = " and ".join(_GENERATION.values())
         raise CheckpointError(f"{path}: {names} of its configuration: {error}") from error
@@ -59,17 +68,22 @@ class HuggingFaceSource(TensorSource):
     names = "huggingface"
 
     def __init__(self, path: Path):
-        self.path = path
-        self.config = read_config_json(path)
+        self.path, file = path, path / "config.json"
+        if not file.is_file():
+            ggufs = sorted(found.name for found in path.glob("*.gguf"))
+            fix = f"give {ggufs[0]} itself" if ggufs else "give the directory of a complete model"
+            raise CheckpointError(f"{file}: does not exist: {fix}")
+        try:
+            self.config = llama_config(read_json(file, CheckpointError), str(file))
+        except ConfigError as error:
+            raise CheckpointError(f"{file}: {error}") from error
         self.tensors = {
             name: (file, opened.get_slice(name))
             for file in _files(path)
             for opened in [_open(file)]
             for name in opened.keys()  # noqa: SIM118 (no dict)
         }
-        self.shapes = {
-            name: tuple(tensor.get_shape()) for name, (_, tensor) in self.tensors.items()
-        }
+        self.shapes = {name: tuple(each.get_shape()) for name, (_, each) in self.tensors.items()}
 
     def read(self, name: str) -> Any:
         """One tensor in its stored dtype; slicing it reads the file."""
@@ -154,7 +168,7 @@ def save(
     early = {name: getattr(defaults, field) for field, name in _GENERATION.items()}
     said = {key: value for key, value in (ids | early).items() if value is not None}
     with whole_directory(directory, last="config.json") as partial:
-        write_json(partial / "config.json", to_config_json(model.config, model.dtype) | ids)
+        write_json(partial / "config.json", _config_json(model.config, model.dtype) | ids)
         write_json(partial / "generation_config.json", said)
         if tokenizer is not None:
             tokenizer.save(partial)
@@ -171,7 +185,7 @@ def _write_weights(model: Llama, directory: Path, shard_bytes: int, track: Track
     """Writes one file, or several and their index."""
     parameters = named_leaves(model)
     files: list[list[Part]] = [[]]
-    filled = total = 0
+    filled = 0
     for path, parameter in parameters.items():
         for part in parts_of(path, "huggingface"):
             size = math.prod(part.stored_shape(parameter.shape)) * parameter.dtype.itemsize
@@ -179,17 +193,67 @@ def _write_weights(model: Llama, directory: Path, shard_bytes: int, track: Track
                 files.append([])
                 filled = 0
             files[-1].append(part)
-            filled, total = filled + size, total + size
+            filled += size
     tracked = iter(track([part for parts in files for part in parts]))
     weight_map: dict[str, str] = {}
     for number, parts in enumerate(files, 1):
         several = f"model-{number:05d}-of-{len(files):05d}.safetensors"
         file = _WEIGHTS if len(files) == 1 else several
-        tensors = {
-            part.tensor: part.stored(parameters[part.path]) for part in islice(tracked, len(parts))
-        }
+        some = islice(tracked, len(parts))
+        tensors = {part.tensor: part.stored(parameters[part.path]) for part in some}
         save_file(tensors, directory / file, {"format": "pt"})
         weight_map |= dict.fromkeys(tensors, file)
     if len(files) > 1:
+        total = sum(parameter.nbytes for parameter in parameters.values())
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         write_json(directory / _INDEX, index)
+
+
+def _config_json(config: LlamaConfig, dtype: Any) -> dict[str, Any]:
+    """config.json for transformers 4 (torch_dtype, rope_theta, rope_scaling) and 5.
+
+    Its architecture is the first that reads it back as this config. Raises CheckpointError if
+    there is none.
+    """
+    scaling, rope = None, config.rope_scaling
+    if rope is not None:
+        scaling = {"rope_type": rope.kind}
+        scaling |= {name: getattr(rope, name) for name in SCALINGS[rope.kind]}
+        if rope.kind != "linear":
+            scaling[ORIGINAL] = rope.original_context
+    theta = {"rope_theta": config.rope_theta}
+    parameters = (scaling or {"rope_type": "default"}) | theta
+    if config.window_rope_theta is not None:
+        own = {"rope_type": "default", "rope_theta": config.window_rope_theta}
+        parameters = {FULL: parameters, SLIDING: own}
+    layers = range(config.num_layers)
+    full, window = config.full_attention_layers, config.sliding_window
+    values = {key: getattr(config, name) for key, name in FIELDS.items()} | {
+        "attention_bias": config.attention_bias,
+        "mlp_bias": config.mlp_bias,
+        "sliding_window": window,
+        "use_sliding_window": window is not None,
+        "max_window_layers": len(full) if window else config.num_layers,
+        "layer_types": [FULL if window is None or one in full else SLIDING for one in layers],
+        "no_rope_layers": [int(layer not in config.no_rope_layers) for layer in layers],
+    }
+    for architecture, family in FAMILIES.items():
+        keys = FIELDS.keys() | family.defaults.keys()
+        raw = {
+            "architectures": [architecture],
+            "model_type": family.model_type,
+            "hidden_act": "silu",
+            **{key: value for key, value in values.items() if key in keys},
+            **theta,
+            "rope_scaling": scaling,
+            "rope_parameters": parameters,
+            "torch_dtype": str(dtype),
+        }
+        with suppress(ConfigError):
+            read = llama_config(raw, architecture)
+            if dataclasses.replace(read, scaled_init=config.scaled_init) == config:
+                return raw
+    raise CheckpointError(
+        f"no architecture of transformers has the switches of {config} together: keep the run, "
+        "which lsjax reads"
+    )
