@@ -22,6 +22,7 @@ from lsjax.model.parameters import Names, named_leaves, sharding_of, tensors_of
 
 Index = tuple[slice, ...]  # place of a shard in an array, one slice per axis
 Track = Callable[[Sequence[Any]], Iterable[Any]]  # passes a sequence on, and may show progress
+NOT_FINITE = "NaN, infinite or too large for {}: a damaged file, or choose float32 or bfloat16"
 # Constants that transformers < 4.32 and llama.cpp store beside the weights.
 _DERIVED = re.compile(r"(.*\.)?(rotary_emb\.inv_freq|attn_rot_embd\.weight|rope_freqs\.weight)")
 
@@ -167,18 +168,8 @@ def parameter_reader(
             with np.errstate(over="ignore", invalid="ignore"):  # reported below, by name
                 view[...] = tensor[part.slices(index, shape)].reshape(view.shape)
             if bad := view.size - np.count_nonzero(np.isfinite(view)):
-                raise CheckpointError(
-                    f"{source.where(part.tensor)}: {bad} of {view.size} values are "
-                    f"{not_finite(dtype)}"
-                )
+                where = f"{source.where(part.tensor)}: {bad} of {view.size} values are "
+                raise CheckpointError(where + NOT_FINITE.format(dtype.name))
         return shard
 
     return read
-
-
-def not_finite(dtype: np.dtype) -> str:
-    """Fault and fix for values that are not finite in this dtype."""
-    return (
-        f"NaN, infinite or too large for {dtype.name}: the checkpoint is damaged, or needs float32 "
-        "or bfloat16"
-    )
