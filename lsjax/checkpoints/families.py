@@ -43,9 +43,8 @@ _DEFAULTS |= dict(tie_word_embeddings=False, initializer_range=0.02, rope_theta=
 class Family:
     """An architecture of transformers.
 
-    defaults: those that differ from _DEFAULTS, and those of the family's own keys. switches: fields
-    of LlamaConfig that no key sets. slides: whether a layer of a config without layer_types has the
-    sliding window.
+    defaults: beside _DEFAULTS, and those of its own keys. switches: fields of LlamaConfig that no
+    key sets. slides: whether a layer of a config without layer_types has the sliding window.
     """
 
     model_type: str
@@ -163,12 +162,6 @@ def llama_config(raw: Mapping[str, Any], where: str) -> LlamaConfig:
         log.warning("%s: unknown keys are ignored: %s", where, ", ".join(unknown))
     off = {key: None for key in ("head_dim", "sliding_window") if raw.get(key, 0) is None}
     raw = {**_DEFAULTS, **family.defaults, **given, **off}
-    for key in family.defaults.keys() - _DEFAULTS.keys() - off.keys():
-        kind = type(family.defaults[key])
-        check(
-            kind not in (bool, int) or isinstance(raw[key], kind),
-            f"{key} is {raw[key]!r}, but must be of type {kind.__name__}",
-        )
     fields = {name: raw[key] for key, name in FIELDS.items()}
     fields |= {key: raw.get(key, False) for key in BIASES}
     if fields["num_kv_heads"] is None:
@@ -185,15 +178,12 @@ def llama_config(raw: Mapping[str, Any], where: str) -> LlamaConfig:
 
 def _family(given: Mapping[str, Any]) -> Family:
     """The family that a config names."""
-    kind = given.get("model_type")
-    named = [name for name, family in FAMILIES.items() if family.model_type == kind]
-    architectures = given.get("architectures") or named or kind
-    match architectures:
-        case [str(name)] if name in FAMILIES:
-            return FAMILIES[name]
-    raise ConfigError(
-        f"architecture {architectures!r} is not supported; only {', '.join(FAMILIES)} are"
-    )
+    kind, named = given.get("model_type"), given.get("architectures")
+    for name, family in FAMILIES.items():
+        if named == [name] or (not named and kind == family.model_type):
+            return family
+    known = ", ".join(FAMILIES)
+    raise ConfigError(f"architecture {named or kind!r} is not supported; only {known} are")
 
 
 def _kinds_of_layers(raw: Mapping[str, Any], family: Family) -> dict[str, Any]:
@@ -257,7 +247,54 @@ def _read_rope(raw: Mapping[str, Any], slides: bool) -> dict[str, Any]:
         # As YaRN recommends; two factors of its logarithm are DeepSeek's variant.
         above, below = rope.get("mscale"), rope.get("mscale_all_dim")
         by = (above, below) if above and below else (1.0, 0.0)
-        check(all(isinstance(one, int | float) for one in by), f"rope mscale is {by}")
         up, down = (1.0 + 0.1 * one * math.log(scaling.factor) for one in by)
         scaling = dataclasses.replace(scaling, attention_factor=up / down)
     return {**own, "rope_scaling": scaling}
+
+
+def config_json(config: LlamaConfig, dtype: Any) -> dict[str, Any]:
+    """config.json for transformers 4 (torch_dtype, rope_theta, rope_scaling) and 5.
+
+    Its architecture is the first that reads it back as this config. Raises ConfigError if there
+    is none.
+    """
+    scaling, rope = None, config.rope_scaling
+    if rope is not None:
+        scaling = {"rope_type": rope.kind}
+        scaling |= {name: getattr(rope, name) for name in SCALINGS[rope.kind]}
+        if rope.kind != "linear":
+            scaling[ORIGINAL] = rope.original_context
+    parameters = (scaling or {"rope_type": "default"}) | {"rope_theta": config.rope_theta}
+    if config.window_rope_theta is not None:
+        own = {"rope_type": "default", "rope_theta": config.window_rope_theta}
+        parameters = {FULL: parameters, SLIDING: own}
+    layers = range(config.num_layers)
+    full, window = config.full_attention_layers, config.sliding_window
+    values = {key: getattr(config, name) for key, name in FIELDS.items()} | {
+        **{key: getattr(config, key) for key in BIASES},
+        "sliding_window": window,
+        "use_sliding_window": window is not None,
+        "max_window_layers": len(full) if window else config.num_layers,
+        "layer_types": [FULL if window is None or one in full else SLIDING for one in layers],
+        "no_rope_layers": [int(layer not in config.no_rope_layers) for layer in layers],
+    }
+    for architecture, family in FAMILIES.items():
+        keys = FIELDS.keys() | family.defaults.keys()
+        raw = {
+            "architectures": [architecture],
+            "model_type": family.model_type,
+            "hidden_act": "silu",
+            **{key: value for key, value in values.items() if key in keys},
+            "rope_theta": config.rope_theta,
+            "rope_scaling": scaling,
+            "rope_parameters": parameters,
+            "torch_dtype": str(dtype),
+        }
+        with suppress(ConfigError):
+            read = llama_config(raw, architecture)
+            if dataclasses.replace(read, scaled_init=config.scaled_init) == config:
+                return raw
+    raise ConfigError(
+        f"no architecture of transformers has the switches of {config} together: keep the run, "
+        "which lsjax reads"
+    )

@@ -4,9 +4,7 @@ The safetensors package reads and writes the files. Its writer takes all tensors
 So an export holds one file in memory beside the model.
 """
 
-import dataclasses
 import math
-from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -14,17 +12,9 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from lsjax.checkpoints.families import (
-    FAMILIES,
-    FIELDS,
-    FULL,
-    ORIGINAL,
-    SCALINGS,
-    SLIDING,
-    llama_config,
-)
+from lsjax.checkpoints.families import config_json, llama_config
 from lsjax.checkpoints.tensors import CheckpointError, Part, TensorSource, Track, parts_of
-from lsjax.config import Checked, ConfigError, LlamaConfig, Path, as_path, bounded, split_step
+from lsjax.config import Checked, ConfigError, Path, as_path, bounded, split_step
 from lsjax.data.files import one_line, read_json, whole_directory, write_json
 from lsjax.model.llama import Llama, unstacked
 from lsjax.model.parameters import named_leaves
@@ -77,12 +67,14 @@ class HuggingFaceSource(TensorSource):
             self.config = llama_config(read_json(file, CheckpointError), str(file))
         except ConfigError as error:
             raise CheckpointError(f"{file}: {error}") from error
-        self.tensors = {
-            name: (file, opened.get_slice(name))
-            for file in _files(path)
-            for opened in [_open(file)]
-            for name in opened.keys()  # noqa: SIM118 (no dict)
-        }
+        self.tensors = {}
+        for file in _files(path):
+            try:
+                opened = safe_open(file, framework="numpy")
+            except (SafetensorError, OSError) as error:
+                fix = "damaged or cut off, download it again"
+                raise CheckpointError(f"{file}: {one_line(error)}: {fix}") from error
+            self.tensors |= {name: (file, opened.get_slice(name)) for name in [*opened.keys()]}
         self.shapes = {name: tuple(each.get_shape()) for name, (_, each) in self.tensors.items()}
 
     def read(self, name: str) -> Any:
@@ -103,35 +95,23 @@ def _files(directory: Path) -> list[Path]:
     if single.exists():
         return [single]
     if not index.exists():
-        missing = f"{directory}: holds neither {_WEIGHTS} nor {_INDEX}"
-        pickles = sorted(file.name for file in directory.glob("*.bin"))
-        if not pickles:
-            raise CheckpointError(f"{missing}: add the weights as safetensors")
-        convert = f"M.from_pretrained('{directory}').save_pretrained('NEW')"
-        raise CheckpointError(
-            f"{missing}, only {pickles[0]}: pickles can run code and are never read: if you trust "
-            'it, run python -c "from transformers import AutoModelForCausalLM as M; '
-            f'{convert}" and copy the tokenizer files to NEW'
-        )
+        fix = ": add the weights as safetensors"
+        if pickles := sorted(file.name for file in directory.glob("*.bin")):
+            fix = (
+                f", only {pickles[0]}: pickles can run code and are never read: if you trust it, "
+                'run python -c "from transformers import AutoModelForCausalLM as M; '
+                f"M.from_pretrained('{directory}').save_pretrained('NEW')\" and copy the tokenizer "
+                "files to NEW"
+            )
+        raise CheckpointError(f"{directory}: holds neither {_WEIGHTS} nor {_INDEX}{fix}")
     weight_map = read_json(index, CheckpointError).get("weight_map")
-    if not isinstance(weight_map, dict):
-        raise CheckpointError(f"{index}: weight_map is {weight_map!r}, but must be an object")
-    for name, file in weight_map.items():
+    files = [*weight_map.values()] if isinstance(weight_map, dict) else [weight_map]
+    for file in files:
         if not isinstance(file, str) or file in ("", "..") or Path(file).name != file:
             raise CheckpointError(
-                f"{index}: tensor {name!r} is said to be in {file!r}, "
-                "but must be in a file of the same directory"
+                f"{index}: weight_map names {file!r}, but must name files of the same directory"
             )
-    return [directory / file for file in sorted(set(weight_map.values()))]
-
-
-def _open(file: Path) -> Any:
-    try:
-        return safe_open(file, framework="numpy")
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(
-            f"{file}: {one_line(error)}: damaged or cut off, download it again"
-        ) from error
+    return [directory / file for file in sorted({*files})]
 
 
 def save(
@@ -168,7 +148,7 @@ def save(
     early = {name: getattr(defaults, field) for field, name in _GENERATION.items()}
     said = {key: value for key, value in (ids | early).items() if value is not None}
     with whole_directory(directory, last="config.json") as partial:
-        write_json(partial / "config.json", _config_json(model.config, model.dtype) | ids)
+        write_json(partial / "config.json", config_json(model.config, model.dtype) | ids)
         write_json(partial / "generation_config.json", said)
         if tokenizer is not None:
             tokenizer.save(partial)
@@ -207,53 +187,3 @@ def _write_weights(model: Llama, directory: Path, shard_bytes: int, track: Track
         total = sum(parameter.nbytes for parameter in parameters.values())
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         write_json(directory / _INDEX, index)
-
-
-def _config_json(config: LlamaConfig, dtype: Any) -> dict[str, Any]:
-    """config.json for transformers 4 (torch_dtype, rope_theta, rope_scaling) and 5.
-
-    Its architecture is the first that reads it back as this config. Raises CheckpointError if
-    there is none.
-    """
-    scaling, rope = None, config.rope_scaling
-    if rope is not None:
-        scaling = {"rope_type": rope.kind}
-        scaling |= {name: getattr(rope, name) for name in SCALINGS[rope.kind]}
-        if rope.kind != "linear":
-            scaling[ORIGINAL] = rope.original_context
-    theta = {"rope_theta": config.rope_theta}
-    parameters = (scaling or {"rope_type": "default"}) | theta
-    if config.window_rope_theta is not None:
-        own = {"rope_type": "default", "rope_theta": config.window_rope_theta}
-        parameters = {FULL: parameters, SLIDING: own}
-    layers = range(config.num_layers)
-    full, window = config.full_attention_layers, config.sliding_window
-    values = {key: getattr(config, name) for key, name in FIELDS.items()} | {
-        "attention_bias": config.attention_bias,
-        "mlp_bias": config.mlp_bias,
-        "sliding_window": window,
-        "use_sliding_window": window is not None,
-        "max_window_layers": len(full) if window else config.num_layers,
-        "layer_types": [FULL if window is None or one in full else SLIDING for one in layers],
-        "no_rope_layers": [int(layer not in config.no_rope_layers) for layer in layers],
-    }
-    for architecture, family in FAMILIES.items():
-        keys = FIELDS.keys() | family.defaults.keys()
-        raw = {
-            "architectures": [architecture],
-            "model_type": family.model_type,
-            "hidden_act": "silu",
-            **{key: value for key, value in values.items() if key in keys},
-            **theta,
-            "rope_scaling": scaling,
-            "rope_parameters": parameters,
-            "torch_dtype": str(dtype),
-        }
-        with suppress(ConfigError):
-            read = llama_config(raw, architecture)
-            if dataclasses.replace(read, scaled_init=config.scaled_init) == config:
-                return raw
-    raise CheckpointError(
-        f"no architecture of transformers has the switches of {config} together: keep the run, "
-        "which lsjax reads"
-    )

@@ -7,7 +7,7 @@ metrics.jsonl   one line of metrics for each logged step
 checkpoints/    the saved steps (steps.py)
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -20,6 +20,7 @@ from lsjax.checkpoints.steps import (
     PARAMS,
     Report,
     SavedStep,
+    best_first,
     cause,
     first_whole,
     items_of,
@@ -62,10 +63,7 @@ def begin_run(directory: Path, config: TrainConfig, tokenizer: Tokenizer) -> Non
         "data.tokenizer, or set model.vocab_size (a little more than the tokenizer has is fine)",
     )
     begun = (directory / CONFIG).exists()
-    check(
-        not begun or is_run(directory),
-        f"{directory} holds another model: choose a new directory",
-    )
+    check(not begun or is_run(directory), f"{directory} holds another model: choose a new one")
     same = _has_tokenizer(directory, tokenizer) if begun else None
     check(
         same is not False,
@@ -91,14 +89,13 @@ def _has_tokenizer(model: str | Path, tokenizer: Tokenizer) -> bool | None:
         return None
 
 
-def _read_fields(directory: Path) -> dict[str, Any]:
-    file = directory / CONFIG
-    return without_version(read_json(file, CheckpointError), str(file))
-
-
 def read_run_config(directory: Path) -> TrainConfig:
     """The run's configuration. Raises ConfigError if the directory holds no run."""
-    return from_json(TrainConfig, _read_fields(directory), str(directory / CONFIG))
+    return from_json(TrainConfig, _fields(directory / CONFIG), str(directory / CONFIG))
+
+
+def _fields(file: Path) -> dict[str, Any]:
+    return without_version(read_json(file, CheckpointError), str(file))
 
 
 def read_metrics(directory: Path) -> list[dict[str, Any]]:
@@ -115,11 +112,6 @@ def held_out_losses(directory: Path) -> dict[int, float]:
     return {step: loss for step, loss in losses.items() if loss is not None}
 
 
-def _best_first(steps: Iterable[int], losses: Mapping[int, float]) -> list[int]:
-    """Steps with a held-out loss, sorted by it, ties newest first."""
-    return sorted(losses.keys() & steps, key=lambda step: (losses[step], -step))
-
-
 class Restored(NamedTuple):
     """A restored run."""
 
@@ -131,8 +123,7 @@ class Restored(NamedTuple):
 class Checkpoints:
     """Saved steps of one run; a context manager that waits for the last save on exit.
 
-    Orbax saves in the background. A single process continues after a failed save, except that of
-    the last step.
+    A single process continues after a failed save, except that of the last step.
 
     report: called with one line for each step that is damaged or could not be written. losses:
     held-out loss by step, used to select the best steps; it may grow during the run.
@@ -246,7 +237,7 @@ class Checkpoints:
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
         """Orbax callback: which steps to keep. Its own policies need the loss at save time."""
         steps = [checkpoint.step for checkpoint in checkpoints]
-        best = _best_first(steps, self._losses)[: self._config.keep_best]
+        best = best_first(steps, self._losses)[: self._config.keep_best]
         return [step in (*steps[-self._config.keep_last :], *best) for step in steps]
 
 
@@ -255,7 +246,7 @@ class RunSource:
 
     def __init__(self, directory: Path, step: int | str | None = None):
         # Only the model's shape: another version may have written the rest of the config.
-        self.path, self._fields = directory, _read_fields(directory)
+        self.path, self._fields = directory, _fields(directory / CONFIG)
         self.config = from_json(LlamaConfig, self._fields["model"], f"{directory / CONFIG}: model")
         self.early_exit = self._fields.get("early_exit") or {}  # of the config, as JSON
         saved = {one.number: one for one in reversed(saved_steps(directory / CHECKPOINTS))}
@@ -263,18 +254,14 @@ class RunSource:
             raise CheckpointError(f"{directory}: has no saved step yet: wait for the first one")
         numbers = [*reversed(saved)] if step is None else [step]
         if step == "best":
-            numbers = _best_first(saved, held_out_losses(directory))
+            numbers = best_first(saved, held_out_losses(directory))
         self._steps = [saved[number] for number in numbers if number in saved]
         if not self._steps:
             known = ", ".join(map(str, saved))
             raise CheckpointError(f"{directory}: has no step {step}: choose from {known}")
 
-    def assemble(self, *, dtype: Any, track: Track, mesh: Mesh | None) -> Llama:
-        """The model of the first undamaged step, with a Block per layer.
-
-        Raises CheckpointError if all steps are damaged, or if a value does not fit the dtype.
-        """
-        dtype = jnp.dtype(dtype)
+    def assemble(self, *, dtype: jnp.dtype, track: Track, mesh: Mesh | None) -> Llama:
+        """The first undamaged step, with a Block per layer; CheckpointError if there is none."""
         return first_whole(self._steps, lambda step: self._read(step, dtype, track, mesh))[0]
 
     def _read(self, step: SavedStep, dtype: jnp.dtype, track: Track, mesh: Mesh | None) -> Llama:
@@ -288,13 +275,12 @@ class RunSource:
         for stacked, paths in together.items():
             layers = () if stacked in paths else (len(paths),)
             whole = {stacked: layers + shapes[paths[0]]}
-            whole |= {
-                name: saved[name]["shape"] for name in adapter_paths(stacked) if name in saved
-            }
+            adapters = (name for name in adapter_paths(stacked) if name in saved)
+            whole |= {name: tuple(saved[name]["shape"]) for name in adapters}
             for path, shape in whole.items():
                 stored = saved[path]["dtype"] if path in saved else dtype
-                place = sharding_of(path, tuple(shape), mesh)
-                wanted[path] = jax.ShapeDtypeStruct(tuple(shape), stored, sharding=place)
+                place = sharding_of(path, shape, mesh)
+                wanted[path] = jax.ShapeDtypeStruct(shape, stored, sharding=place)
         step.check(PARAMS, wanted)
         arrays = {}
         for stacked, paths in track(list(together.items())):

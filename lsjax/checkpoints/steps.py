@@ -39,8 +39,6 @@ MARKER = "commit_success.txt"
 T = TypeVar("T")
 Report = Callable[[str], None]
 log = logging.getLogger(__name__)
-# Errors of readers that orbax drops when another one fails.
-_ABANDONED = ("Encountered error while reading", "Event loop is closed")
 
 
 class DamagedStep(CheckpointError):
@@ -84,12 +82,7 @@ class SavedStep:
 
         Raises DamagedStep, which names the array.
         """
-        first = SingleDeviceSharding(jax.devices()[0])
-        targets = {
-            name: jax.ShapeDtypeStruct(want.shape, want.dtype, sharding=want.sharding or first)
-            for name, want in wanted.items()
-        }
-        arrays = self._load(item, lambda path: _read_arrays(path, targets))
+        arrays = self._load(item, lambda path: _read_arrays(path, wanted))
         for name, now in fingerprints(arrays).items():
             before = self.meta["arrays"][item][name]["fingerprint"]
             if now != before:
@@ -146,6 +139,11 @@ def first_whole(
     )
 
 
+def best_first(steps: Iterable[int], losses: Mapping[int, float]) -> list[int]:
+    """Steps with a held-out loss, sorted by it, ties newest first."""
+    return sorted(losses.keys() & steps, key=lambda step: (losses[step], -step))
+
+
 def items_of(state: Any) -> dict[str, dict[str, Any]]:
     """Leaves of a training state by item and path, as they are saved."""
     items: dict[str, dict[str, Any]] = {PARAMS: {}, TRAIN: {}}
@@ -181,16 +179,16 @@ def orbax() -> Any:
     before = sys.unraisablehook
 
     def hook(unraisable: Any) -> None:
-        if not str(unraisable.exc_value).startswith(_ABANDONED):
+        """Ignores the readers that orbax drops when another one fails."""
+        said = str(unraisable.exc_value)
+        if not said.startswith(("Encountered error while reading", "Event loop is closed")):
             before(unraisable)
-
-    def is_from_elsewhere(record: logging.LogRecord) -> bool:
-        failed = str(record.exc_info and record.exc_info[1])
-        return "orbax" not in record.pathname and not failed.startswith(_ABANDONED)
 
     sys.unraisablehook = hook
     for name in ("absl", "asyncio"):
-        logging.getLogger(name).addFilter(is_from_elsewhere)
+        logging.getLogger(name).addFilter(
+            lambda record: "orbax" not in f"{record.pathname} {record.getMessage()}"
+        )
     return ocp
 
 
@@ -208,11 +206,15 @@ def _read_meta(path: Path) -> dict[str, Any]:
     return raw["meta"]
 
 
-def _read_arrays(path: Path, targets: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, Array]:
-    ocp = orbax()
-    placed = ocp.checkpoint_utils.construct_restore_args(dict(targets))
-    with ocp.PyTreeCheckpointer() as reader:
-        arrays = reader.restore(path, item=dict(targets), restore_args=placed, partial_restore=True)
+def _read_arrays(path: Path, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, Array]:
+    first = SingleDeviceSharding(jax.devices()[0])
+    targets = {
+        name: jax.ShapeDtypeStruct(want.shape, want.dtype, sharding=want.sharding or first)
+        for name, want in wanted.items()
+    }
+    placed = orbax().checkpoint_utils.construct_restore_args(targets)
+    with orbax().PyTreeCheckpointer() as reader:
+        arrays = reader.restore(path, item=targets, restore_args=placed, partial_restore=True)
     for name, array in arrays.items():
         if isinstance(array, jax.ShapeDtypeStruct):  # orbax returns the target of a missing array
             raise ValueError(f"array {name} is missing")

@@ -183,7 +183,7 @@ def test_what_a_run_begins_with(tmp_path, tokenizer, model):
             begin_run(tmp_path / "new", config, tokenizer)
     assert not (tmp_path / "new").exists()
     lsjax.save(model, tmp_path / "other", tokenizer=tokenizer)
-    with pytest.raises(ConfigError, match="other holds another model: choose a new directory"):
+    with pytest.raises(ConfigError, match="other holds another model: choose a new one"):
         begin_run(tmp_path / "other", CONFIG, tokenizer)
     assert equal(lsjax.load(tmp_path / "other"), model)
 
