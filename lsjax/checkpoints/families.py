@@ -11,8 +11,7 @@ import logging
 import math
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from lsjax.config import ConfigError, LlamaConfig, RopeScaling, check
 from lsjax.config.checked import from_json
@@ -39,8 +38,7 @@ _DEFAULTS = dict.fromkeys(FIELDS) | dict(max_position_embeddings=2048, rms_norm_
 _DEFAULTS |= dict(tie_word_embeddings=False, initializer_range=0.02, rope_theta=1e4)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Family:
+class Family(NamedTuple):
     """An architecture of transformers.
 
     defaults: beside _DEFAULTS, and those of its own keys. switches: fields of LlamaConfig that no
@@ -49,7 +47,7 @@ class Family:
 
     model_type: str
     defaults: Mapping[str, Any]
-    switches: Mapping[str, Any] = field(default_factory=dict)
+    switches: Mapping[str, Any] = {}
     slides: Callable[[int, Mapping[str, Any]], bool] = lambda layer, raw: True
 
 
@@ -86,8 +84,7 @@ FAMILIES: Mapping[str, Family] = {
         defaults=dict(max_position_embeddings=131_072, sliding_window=4096),
     ),
     "Qwen2ForCausalLM": _QWEN2,
-    "Qwen3ForCausalLM": dataclasses.replace(
-        _QWEN2,
+    "Qwen3ForCausalLM": _QWEN2._replace(
         model_type="qwen3",
         defaults={**_QWEN2.defaults, "head_dim": 128, "attention_bias": False},
         switches=dict(qk_norm="head"),
@@ -101,8 +98,7 @@ FAMILIES: Mapping[str, Family] = {
         slides=lambda layer, raw: layer in _no_rope_layers(raw),
     ),
     "Olmo2ForCausalLM": _OLMO2,
-    "Olmo3ForCausalLM": dataclasses.replace(
-        _OLMO2,
+    "Olmo3ForCausalLM": _OLMO2._replace(
         model_type="olmo3",
         defaults={**_OLMO2.defaults, "rope_theta": 5e5, "window_rope_theta": 5e5}
         | dict(sliding_window=4096, layer_types=None),

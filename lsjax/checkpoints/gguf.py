@@ -54,15 +54,11 @@ class GGUFSource(TensorSource):
     def __init__(self, path: Path):
         self.path, parts = path, gguf_parts(path)
         readers = [open_gguf(part, CheckpointError) for part in parts]
-        self.tensors = {
-            tensor.name: (part, tensor)
-            for part, reader in zip(parts, readers, strict=True)
-            for tensor in reader.tensors
-        }
-        self.shapes = {
-            name: tuple(reversed(tensor.shape.tolist()))
-            for name, (_, tensor) in self.tensors.items()
-        }
+        self.tensors, self.shapes = {}, {}
+        for part, reader in zip(parts, readers, strict=True):
+            for tensor in reader.tensors:
+                self.tensors[tensor.name] = part, tensor
+                self.shapes[tensor.name] = tuple(reversed(tensor.shape.tolist()))
         try:
             self._architecture = kind = _value(readers[0].get_field("general.architecture"))
             check(

@@ -80,11 +80,10 @@ class HuggingFaceSource(TensorSource):
     def read(self, name: str) -> Any:
         """One tensor in its stored dtype; slicing it reads the file."""
         file, tensor = self.tensors[name]
-        dtype = tensor.get_dtype()
-        if dtype not in _FLOATS:
+        if tensor.get_dtype() not in _FLOATS:
             raise CheckpointError(
-                f"{file}: dtype {dtype} of a weight is not one of {', '.join(_FLOATS)}: "
-                "convert the checkpoint to bfloat16 first"
+                f"{file}: dtype {tensor.get_dtype()} of a weight is not one of "
+                f"{', '.join(_FLOATS)}: convert the checkpoint to bfloat16 first"
             )
         return tensor
 
@@ -144,8 +143,7 @@ def save(
         "eos_token_id": eos if len(eos) > 1 else next(iter(eos), None),
         "pad_token_id": None,
     }
-    defaults = generation or GenerationDefaults()
-    early = {name: getattr(defaults, field) for field, name in _GENERATION.items()}
+    early = {name: getattr(generation, field, None) for field, name in _GENERATION.items()}
     said = {key: value for key, value in (ids | early).items() if value is not None}
     with whole_directory(directory, last="config.json") as partial:
         write_json(partial / "config.json", config_json(model.config, model.dtype) | ids)

@@ -13,6 +13,7 @@ import hashlib
 import json
 import logging
 import math
+import re
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -111,10 +112,9 @@ class SavedStep:
 
 def saved_steps(directory: Path) -> list[SavedStep]:
     """Steps in a directory of checkpoints, newest first."""
-    try:
-        found = [path for path in directory.iterdir() if path.name.isdecimal()]
-    except (FileNotFoundError, NotADirectoryError):
+    if not directory.is_dir():
         return []
+    found = [path for path in directory.iterdir() if path.name.isdecimal()]
     steps = [SavedStep(path) for path in found if not in_bucket(path) or (path / MARKER).exists()]
     return sorted(steps, key=lambda step: step.number, reverse=True)
 
@@ -184,11 +184,12 @@ def orbax() -> Any:
         if not said.startswith(("Encountered error while reading", "Event loop is closed")):
             before(unraisable)
 
+    def is_from_elsewhere(record: logging.LogRecord) -> bool:
+        return not re.search("orbax|OCDBT", f"{record.pathname} {record.getMessage()}")
+
     sys.unraisablehook = hook
     for name in ("absl", "asyncio"):
-        logging.getLogger(name).addFilter(
-            lambda record: "orbax" not in f"{record.pathname} {record.getMessage()}"
-        )
+        logging.getLogger(name).addFilter(is_from_elsewhere)
     return ocp
 
 
