@@ -33,7 +33,8 @@ def load(
         CheckpointError: the file is missing, damaged or of another model; one line.
     """
     opened = open_checkpoint(source) if isinstance(source, str | Path) else source
-    return opened.assemble(dtype=jnp.float32 if dtype is None else dtype, track=track, mesh=mesh)
+    dtype = jnp.dtype(jnp.float32 if dtype is None else dtype)
+    return opened.assemble(dtype=dtype, track=track, mesh=mesh)
 
 
 def open_checkpoint(path: str | Path) -> TensorSource | RunSource:

@@ -5,11 +5,9 @@ import math
 import re
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 
-from lsjax.checkpoints.families import FULL, SLIDING
-from lsjax.checkpoints.huggingface_config import llama_config
+from lsjax.checkpoints.families import FULL, SLIDING, llama_config
 from lsjax.checkpoints.tensors import CheckpointError, TensorSource
 from lsjax.config import ConfigError, LlamaConfig, Path, RopeScaling, check
 from lsjax.data.tokenizer_files import gguf_parts, open_gguf
@@ -18,20 +16,17 @@ from lsjax.model.operations import rope_frequencies
 # The names are also model_types of config.json, but OLMo 3 is olmo2 with a sliding window.
 _ARCHITECTURES = ("llama", "olmo2", "qwen2", "qwen3", "smollm3")
 # Metadata keys (after "llama.") and config.json's keys.
-_REQUIRED = {
+_KEYS = {
+    "attention.head_count": "num_attention_heads",
+    "attention.head_count_kv": "num_key_value_heads",
+    "attention.key_length": "head_dim",
+    "attention.layer_norm_rms_epsilon": "rms_norm_eps",
+    "attention.sliding_window": "sliding_window",
     "block_count": "num_hidden_layers",
     "context_length": "max_position_embeddings",
     "embedding_length": "hidden_size",
-    "feed_forward_length": "intermediate_size",
-    "attention.head_count": "num_attention_heads",
-    "attention.layer_norm_rms_epsilon": "rms_norm_eps",
-}
-_OPTIONAL = {
-    "vocab_size": "vocab_size",
     "expert_count": "num_local_experts",
-    "attention.head_count_kv": "num_key_value_heads",
-    "attention.key_length": "head_dim",
-    "attention.sliding_window": "sliding_window",
+    "feed_forward_length": "intermediate_size",
     "rope.freq_base": "rope_theta",
 }
 # Metadata keys (after "llama.rope.scaling.") and keys of rope_scaling.
@@ -59,26 +54,25 @@ class GGUFSource(TensorSource):
     def __init__(self, path: Path):
         self.path, parts = path, gguf_parts(path)
         readers = [open_gguf(part, CheckpointError) for part in parts]
-        self._reader = readers[0]
-        self.tensors = {
-            tensor.name: (part, tensor)
-            for part, reader in zip(parts, readers, strict=True)
-            for tensor in reader.tensors
-        }
-        self.shapes = {
-            name: tuple(reversed(tensor.shape.tolist()))
-            for name, (_, tensor) in self.tensors.items()
-        }
+        self.tensors, self.shapes = {}, {}
+        for part, reader in zip(parts, readers, strict=True):
+            for tensor in reader.tensors:
+                self.tensors[tensor.name] = part, tensor
+                self.shapes[tensor.name] = tuple(reversed(tensor.shape.tolist()))
         try:
-            self._architecture = self._get("general.architecture")
+            self._architecture = kind = _value(readers[0].get_field("general.architecture"))
             check(
-                self._architecture in _ARCHITECTURES,
-                f"general.architecture is {self._architecture!r}; only "
-                f"{', '.join(_ARCHITECTURES)} are supported",
+                kind in _ARCHITECTURES,
+                f"general.architecture is {kind!r}; only {', '.join(_ARCHITECTURES)} are supported",
             )
-            config = llama_config(self._config_json(), str(path))
+            own = {
+                key.removeprefix(f"{kind}."): _value(field)
+                for key, field in readers[0].fields.items()
+                if key.startswith(f"{kind}.")
+            }
+            config = llama_config(self._config_json(own), str(path))
             for key in ("attention.value_length", "rope.dimension_count"):
-                size = self._own(key, config.head_dim)
+                size = own.get(key, config.head_dim)
                 good = size == config.head_dim
                 check(good, f"{key} is {size!r}; only {config.head_dim} is supported")
             self.config = self._with_llama3_scaling(config)
@@ -86,65 +80,43 @@ class GGUFSource(TensorSource):
             raise CheckpointError(f"{self.path}: {error}") from error
 
     def read(self, name: str) -> np.ndarray:
-        """One tensor: float32 if quantised; queries and keys in half-split order."""
+        """One tensor in float32; queries and keys in half-split order."""
         from gguf import quants
 
         _, tensor = self.tensors[name]
-        kind = tensor.tensor_type.name
-        if kind == "BF16":
-            value = tensor.data.view(ml_dtypes.bfloat16)
-        elif kind in ("F32", "F16", "F64"):
-            value = tensor.data
-        else:
-            try:
-                with np.errstate(over="ignore", invalid="ignore"):  # parameter_reader checks
-                    value = quants.dequantize(tensor.data, tensor.tensor_type)
-            except NotImplementedError as error:
-                raise CheckpointError(
-                    f"{self.where(name)}: type {kind} cannot be dequantised: use a GGUF of "
-                    "F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0 or a K-quant"
-                ) from error
+        try:
+            with np.errstate(over="ignore", invalid="ignore"):  # parameter_reader checks
+                value = quants.dequantize(tensor.data, tensor.tensor_type)
+        except NotImplementedError as error:
+            raise CheckpointError(
+                f"{self.where(name)}: type {tensor.tensor_type.name} cannot be dequantised: use a "
+                "GGUF of F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0 or a K-quant"
+            ) from error
         interleaved = _INTERLEAVED.fullmatch(name)
         if interleaved is None or self._architecture not in _INTERLEAVED_ROPE:
             return value
-        queries = interleaved[1] == "q"
-        return _half_split(value, self.config.num_heads if queries else self.config.num_kv_heads)
+        # Undoes llama.cpp's interleaving of the two halves of each head's rows [N*H, ...].
+        heads = self.config.num_heads if interleaved[1] == "q" else self.config.num_kv_heads
+        pairs = value.reshape(heads, -1, 2, *value.shape[1:])
+        return pairs.swapaxes(1, 2).reshape(value.shape)
 
-    def _get(self, key: str, default: Any = None) -> Any:
-        """A metadata value."""
-        field = self._reader.get_field(key)
-        value = default if field is None else field.contents()
-        # The shortest spelling of the float32: 1e-05, not 9.999999747e-06.
-        return float(str(np.float32(value))) if isinstance(value, float) else value
-
-    def _own(self, key: str, default: Any = None) -> Any:
-        """A metadata value of the architecture."""
-        return self._get(f"{self._architecture}.{key}", default)
-
-    def _config_json(self) -> dict[str, Any]:
-        """Metadata under config.json's keys; None if missing."""
-        raw = {name: self._own(key) for key, name in (_REQUIRED | _OPTIONAL).items()}
-        for key, name in _REQUIRED.items():
-            check(
-                raw[name] is not None,
-                f"{self._architecture}.{key} is missing from the metadata: convert again",
-            )
-        if raw["vocab_size"] is None:
-            raw["vocab_size"] = self.shapes.get("token_embd.weight", (0,))[0]
-        old = self._own("rope.scale_linear", 1.0)  # the key of 2023
-        factor = self._own("rope.scaling.factor", old)
-        kind = self._own("rope.scaling.type", "none" if factor == 1 else "linear")
-        rope = {"type": kind, "factor": factor}
-        if kind == "yarn":
-            rope |= {name: self._own(f"rope.scaling.{key}") for key, name in _YARN.items()}
-        rope = {"type": "default"} if kind == "none" else rope
+    def _config_json(self, own: dict[str, Any]) -> dict[str, Any]:
+        """The architecture's own metadata under config.json's keys; None if missing."""
+        raw = {name: own.get(key) for key, name in _KEYS.items()}
+        factor = own.get("rope.scaling.factor", own.get("rope.scale_linear", 1.0))  # new, of 2023
+        scaling = own.get("rope.scaling.type", "none" if factor == 1 else "linear")
+        rope = {"type": scaling, "factor": factor}
+        if scaling == "yarn":
+            rope |= {name: own.get(f"rope.scaling.{key}") for key, name in _YARN.items()}
+        rope = {"type": "default"} if scaling == "none" else rope
         kind, theta = self._architecture, {"rope_theta": raw["rope_theta"]}
-        if slides := self._own("attention.sliding_window_pattern"):
+        if slides := own.get("attention.sliding_window_pattern"):
             kind = "olmo3"
             raw["layer_types"] = [SLIDING if one else FULL for one in slides]
             rope = {FULL: rope | theta, SLIDING: theta}
         return raw | {
             "model_type": kind,
+            "vocab_size": own.get("vocab_size", self.shapes.get("token_embd.weight", (0,))[0]),
             "rope_parameters": rope,
             "tie_word_embeddings": "output.weight" not in self.shapes,
             "attention_bias": "blk.0.attn_output.bias" in self.shapes,
@@ -156,13 +128,10 @@ class GGUFSource(TensorSource):
         if _ROPE_FACTORS not in self.tensors:
             return config
         divisors = np.asarray(self.read(_ROPE_FACTORS), np.float32)
-        if config.rope_scaling is None and (divisors == 1).all():
-            return config
         factor = float(divisors.max())
         if config.rope_scaling is None and 1 <= factor < math.inf:
-            scaled = dataclasses.replace(
-                config, rope_scaling=RopeScaling(kind="llama3", factor=factor)
-            )
+            scaling = RopeScaling(kind="llama3", factor=factor) if factor > 1 else None
+            scaled = dataclasses.replace(config, rope_scaling=scaling)
             wanted = rope_frequencies(config) / rope_frequencies(scaled)
             if divisors.shape == wanted.shape and np.allclose(divisors, wanted, rtol=1e-4):
                 return scaled
@@ -172,7 +141,7 @@ class GGUFSource(TensorSource):
         )
 
 
-def _half_split(weight: np.ndarray, heads: int) -> np.ndarray:
-    """Undoes llama.cpp's interleaving of the two halves of each head's rows [N*H, ...]."""
-    pairs = weight.reshape(heads, -1, 2, *weight.shape[1:])
-    return pairs.swapaxes(1, 2).reshape(weight.shape)
+def _value(field: Any) -> Any:
+    """A metadata value; floats in the shortest spelling: 1e-05, not 9.999999747e-06."""
+    value = field and field.contents()
+    return float(str(np.float32(value))) if isinstance(value, float) else value

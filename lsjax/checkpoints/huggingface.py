@@ -1,4 +1,4 @@
-"""Reads and writes Hugging Face directories: safetensors and generation_config.json.
+"""Reads and writes Hugging Face directories: config.json, safetensors, generation_config.json.
 
 The safetensors package reads and writes the files. Its writer takes all tensors of a file at once.
 So an export holds one file in memory beside the model.
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from lsjax.checkpoints.huggingface_config import read_config_json, to_config_json
+from lsjax.checkpoints.families import config_json, llama_config
 from lsjax.checkpoints.tensors import CheckpointError, Part, TensorSource, Track, parts_of
 from lsjax.config import Checked, ConfigError, Path, as_path, bounded, split_step
 from lsjax.data.files import one_line, read_json, whole_directory, write_json
@@ -41,13 +41,12 @@ def read_generation_defaults(path: str | Path) -> GenerationDefaults:
     Raises:
         CheckpointError: a file is not JSON, or a value is not a number of at least 1.
     """
-    path, found = split_step(path)[0], {}
+    path, raw = split_step(path)[0], {}
     for file in (path / "config.json", path / "generation_config.json"):
-        raw = read_json(file, CheckpointError) if file.is_file() else {}
-        said = {field: raw.get(name) for field, name in _GENERATION.items()}
-        found |= {field: value for field, value in said.items() if value is not None}
+        said = read_json(file, CheckpointError) if file.is_file() else {}
+        raw |= {key: value for key, value in said.items() if value is not None}
     try:
-        return GenerationDefaults(**found)
+        return GenerationDefaults(**{field: raw.get(key) for field, key in _GENERATION.items()})
     except ConfigError as error:
         names = " and ".join(_GENERATION.values())
         raise CheckpointError(f"{path}: {names} of its configuration: {error}") from error
@@ -59,26 +58,32 @@ class HuggingFaceSource(TensorSource):
     names = "huggingface"
 
     def __init__(self, path: Path):
-        self.path = path
-        self.config = read_config_json(path)
-        self.tensors = {
-            name: (file, opened.get_slice(name))
-            for file in _files(path)
-            for opened in [_open(file)]
-            for name in opened.keys()  # noqa: SIM118 (no dict)
-        }
-        self.shapes = {
-            name: tuple(tensor.get_shape()) for name, (_, tensor) in self.tensors.items()
-        }
+        self.path, file = path, path / "config.json"
+        if not file.is_file():
+            ggufs = sorted(found.name for found in path.glob("*.gguf"))
+            fix = f"give {ggufs[0]} itself" if ggufs else "give the directory of a complete model"
+            raise CheckpointError(f"{file}: does not exist: {fix}")
+        try:
+            self.config = llama_config(read_json(file, CheckpointError), str(file))
+        except ConfigError as error:
+            raise CheckpointError(f"{file}: {error}") from error
+        self.tensors = {}
+        for file in _files(path):
+            try:
+                opened = safe_open(file, framework="numpy")
+            except (SafetensorError, OSError) as error:
+                fix = "damaged or cut off, download it again"
+                raise CheckpointError(f"{file}: {one_line(error)}: {fix}") from error
+            self.tensors |= {name: (file, opened.get_slice(name)) for name in [*opened.keys()]}
+        self.shapes = {name: tuple(each.get_shape()) for name, (_, each) in self.tensors.items()}
 
     def read(self, name: str) -> Any:
         """One tensor in its stored dtype; slicing it reads the file."""
         file, tensor = self.tensors[name]
-        dtype = tensor.get_dtype()
-        if dtype not in _FLOATS:
+        if tensor.get_dtype() not in _FLOATS:
             raise CheckpointError(
-                f"{file}: dtype {dtype} of a weight is not one of {', '.join(_FLOATS)}: "
-                "convert the checkpoint to bfloat16 first"
+                f"{file}: dtype {tensor.get_dtype()} of a weight is not one of "
+                f"{', '.join(_FLOATS)}: convert the checkpoint to bfloat16 first"
             )
         return tensor
 
@@ -89,35 +94,23 @@ def _files(directory: Path) -> list[Path]:
     if single.exists():
         return [single]
     if not index.exists():
-        missing = f"{directory}: holds neither {_WEIGHTS} nor {_INDEX}"
-        pickles = sorted(file.name for file in directory.glob("*.bin"))
-        if not pickles:
-            raise CheckpointError(f"{missing}: add the weights as safetensors")
-        convert = f"M.from_pretrained('{directory}').save_pretrained('NEW')"
-        raise CheckpointError(
-            f"{missing}, only {pickles[0]}: pickles can run code and are never read: if you trust "
-            'it, run python -c "from transformers import AutoModelForCausalLM as M; '
-            f'{convert}" and copy the tokenizer files to NEW'
-        )
+        fix = ": add the weights as safetensors"
+        if pickles := sorted(file.name for file in directory.glob("*.bin")):
+            fix = (
+                f", only {pickles[0]}: pickles can run code and are never read: if you trust it, "
+                'run python -c "from transformers import AutoModelForCausalLM as M; '
+                f"M.from_pretrained('{directory}').save_pretrained('NEW')\" and copy the tokenizer "
+                "files to NEW"
+            )
+        raise CheckpointError(f"{directory}: holds neither {_WEIGHTS} nor {_INDEX}{fix}")
     weight_map = read_json(index, CheckpointError).get("weight_map")
-    if not isinstance(weight_map, dict):
-        raise CheckpointError(f"{index}: weight_map is {weight_map!r}, but must be an object")
-    for name, file in weight_map.items():
+    files = [*weight_map.values()] if isinstance(weight_map, dict) else [weight_map]
+    for file in files:
         if not isinstance(file, str) or file in ("", "..") or Path(file).name != file:
             raise CheckpointError(
-                f"{index}: tensor {name!r} is said to be in {file!r}, "
-                "but must be in a file of the same directory"
+                f"{index}: weight_map names {file!r}, but must name files of the same directory"
             )
-    return [directory / file for file in sorted(set(weight_map.values()))]
-
-
-def _open(file: Path) -> Any:
-    try:
-        return safe_open(file, framework="numpy")
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(
-            f"{file}: {one_line(error)}: damaged or cut off, download it again"
-        ) from error
+    return [directory / file for file in sorted({*files})]
 
 
 def save(
@@ -150,11 +143,10 @@ def save(
         "eos_token_id": eos if len(eos) > 1 else next(iter(eos), None),
         "pad_token_id": None,
     }
-    defaults = generation or GenerationDefaults()
-    early = {name: getattr(defaults, field) for field, name in _GENERATION.items()}
+    early = {name: getattr(generation, field, None) for field, name in _GENERATION.items()}
     said = {key: value for key, value in (ids | early).items() if value is not None}
     with whole_directory(directory, last="config.json") as partial:
-        write_json(partial / "config.json", to_config_json(model.config, model.dtype) | ids)
+        write_json(partial / "config.json", config_json(model.config, model.dtype) | ids)
         write_json(partial / "generation_config.json", said)
         if tokenizer is not None:
             tokenizer.save(partial)
@@ -171,7 +163,7 @@ def _write_weights(model: Llama, directory: Path, shard_bytes: int, track: Track
     """Writes one file, or several and their index."""
     parameters = named_leaves(model)
     files: list[list[Part]] = [[]]
-    filled = total = 0
+    filled = 0
     for path, parameter in parameters.items():
         for part in parts_of(path, "huggingface"):
             size = math.prod(part.stored_shape(parameter.shape)) * parameter.dtype.itemsize
@@ -179,17 +171,17 @@ def _write_weights(model: Llama, directory: Path, shard_bytes: int, track: Track
                 files.append([])
                 filled = 0
             files[-1].append(part)
-            filled, total = filled + size, total + size
+            filled += size
     tracked = iter(track([part for parts in files for part in parts]))
     weight_map: dict[str, str] = {}
     for number, parts in enumerate(files, 1):
         several = f"model-{number:05d}-of-{len(files):05d}.safetensors"
         file = _WEIGHTS if len(files) == 1 else several
-        tensors = {
-            part.tensor: part.stored(parameters[part.path]) for part in islice(tracked, len(parts))
-        }
+        some = islice(tracked, len(parts))
+        tensors = {part.tensor: part.stored(parameters[part.path]) for part in some}
         save_file(tensors, directory / file, {"format": "pt"})
         weight_map |= dict.fromkeys(tensors, file)
     if len(files) > 1:
+        total = sum(parameter.nbytes for parameter in parameters.values())
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         write_json(directory / _INDEX, index)

@@ -1,30 +1,38 @@
-"""The directory of a training run, and the model in it.
+"""The directory of a training run: begins it, saves and restores steps, and loads it as a model.
 
-    config.json     the run's configuration, with the model's shape (lsjax/config/checked.py)
-    tokenizer.*     the tokenizer's files, and generation_config.json if there is one
-    token_counts.json, prompts.jsonl        for decoding (lsjax/training/prepare.py)
-    metrics.jsonl   one line of metrics for each logged step
-    checkpoints/    the saved steps (steps.py)
-
-A run can be loaded as a model: its newest undamaged step, or the step after an @ in its path.
+config.json     the run's configuration, with the model's shape (lsjax/config/checked.py)
+tokenizer.*     the tokenizer's files, and generation_config.json if there is one
+token_counts.json, prompts.jsonl        for decoding (lsjax/training/prepare.py)
+metrics.jsonl   one line of metrics for each logged step
+checkpoints/    the saved steps (steps.py)
 """
 
-import json
-from contextlib import suppress
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.experimental.multihost_utils import sync_global_devices
 from jax.sharding import Mesh
-from jaxtyping import Array
 
-from lsjax.checkpoints.saving import best_first
-from lsjax.checkpoints.steps import PARAMS, SavedStep, first_whole, saved_steps
-from lsjax.checkpoints.tensors import CheckpointError, Track, not_finite
-from lsjax.config import LlamaConfig, LoraConfig, Path, TrainConfig, check
+from lsjax.checkpoints.steps import (
+    PARAMS,
+    Report,
+    SavedStep,
+    best_first,
+    cause,
+    first_whole,
+    items_of,
+    log,
+    orbax,
+    saved_steps,
+    to_save,
+)
+from lsjax.checkpoints.tensors import NOT_FINITE, CheckpointError, Track
+from lsjax.config import CheckpointConfig, LlamaConfig, LoraConfig, Path, TrainConfig, check
 from lsjax.config.checked import from_json, versioned, without_version
-from lsjax.data.files import read_json, write_json
+from lsjax.data.files import json_rows, read_json, remove_directory, write_json
 from lsjax.data.tokenizer import Tokenizer, TokenizerError
 from lsjax.data.tokenizer_files import load_tokenizer
 from lsjax.model.llama import Llama
@@ -55,10 +63,7 @@ def begin_run(directory: Path, config: TrainConfig, tokenizer: Tokenizer) -> Non
         "data.tokenizer, or set model.vocab_size (a little more than the tokenizer has is fine)",
     )
     begun = (directory / CONFIG).exists()
-    check(
-        not begun or is_run(directory),
-        f"{directory} holds another model: choose a new directory",
-    )
+    check(not begun or is_run(directory), f"{directory} holds another model: choose a new one")
     same = _has_tokenizer(directory, tokenizer) if begun else None
     check(
         same is not False,
@@ -84,36 +89,156 @@ def _has_tokenizer(model: str | Path, tokenizer: Tokenizer) -> bool | None:
         return None
 
 
-def _read_fields(directory: Path) -> dict[str, Any]:
-    file = directory / CONFIG
-    return without_version(read_json(file, CheckpointError), str(file))
-
-
 def read_run_config(directory: Path) -> TrainConfig:
     """The run's configuration. Raises ConfigError if the directory holds no run."""
-    return from_json(TrainConfig, _read_fields(directory), str(directory / CONFIG))
+    return from_json(TrainConfig, _fields(directory / CONFIG), str(directory / CONFIG))
+
+
+def _fields(file: Path) -> dict[str, Any]:
+    return without_version(read_json(file, CheckpointError), str(file))
 
 
 def read_metrics(directory: Path) -> list[dict[str, Any]]:
     """Rows of a run's metrics.jsonl; skips invalid lines, such as one that a crash cut off."""
-    path = directory / METRICS
-    rows = []
-    for line in path.read_text().splitlines() if path.exists() else ():
-        with suppress(ValueError, TypeError, KeyError):
-            row = json.loads(line)
-            row["step"], row["kind"]
-            rows.append(row)
-    return rows
+    file = directory / METRICS
+    rows = json_rows(file, lambda error: None) if file.exists() else ()
+    return [dict(row) for _, row in rows if {"step", "kind"} <= row.keys()]
 
 
 def held_out_losses(directory: Path) -> dict[int, float]:
     """The last exit's held-out loss at each evaluated step."""
-    losses = {
-        row["step"]: row.get("last_exit_loss")
-        for row in read_metrics(directory)
-        if row["kind"] == EVALUATION
-    }
+    rows = [row for row in read_metrics(directory) if row["kind"] == EVALUATION]
+    losses = {row["step"]: row.get("last_exit_loss") for row in rows}
     return {step: loss for step, loss in losses.items() if loss is not None}
+
+
+class Restored(NamedTuple):
+    """A restored run."""
+
+    state: Any
+    step: int
+    data: dict[str, Any]  # position in the data
+
+
+class Checkpoints:
+    """Saved steps of one run; a context manager that waits for the last save on exit.
+
+    A single process continues after a failed save, except that of the last step.
+
+    report: called with one line for each step that is damaged or could not be written. losses:
+    held-out loss by step, used to select the best steps; it may grow during the run.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        config: CheckpointConfig,
+        report: Report = log.warning,
+        losses: Mapping[int, float] | None = None,
+    ):
+        self._directory, self._config, self._report = directory.absolute(), config, report
+        self._losses = {} if losses is None else losses
+        self._manager: Any = None
+        self._begun = 0  # the last step whose save began, and its error if it failed at once
+        self._failure: Exception | None = None
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, error, *_) -> None:
+        if error is not None and jax.process_count() > 1:
+            return  # the other hosts may have ended
+        self.wait() if error is None else self.settle()
+        if self._manager is not None:
+            self._manager.close()
+
+    def restore(self, like: Any) -> Restored | None:
+        """The newest undamaged step; None if nothing has been saved yet.
+
+        Newer, damaged steps are renamed, for example to 80.damaged, and will be saved again.
+
+        like: the state's shapes (`jax.eval_shape`), with shardings if there is a mesh.
+        Raises CheckpointError if all steps are damaged, or saved shapes do not match.
+        """
+
+        def read(step: SavedStep) -> Restored:
+            arrays = {}
+            for item, leaves in items_of(like).items():
+                step.check(item, leaves)
+                arrays |= step.read(item, leaves)
+            leaves = [arrays[path.removeprefix("model.")] for path in named_leaves(like)]
+            state = jax.tree.unflatten(jax.tree.structure(like), leaves)
+            return Restored(state, step.number, step.meta["data"])
+
+        steps = saved_steps(self._directory)
+        if not steps:
+            return None
+        restored, damaged = first_whole(steps, read, self._report)
+        for step in damaged if jax.process_index() == 0 else ():
+            aside = step.directory.with_name(f"{step.number}.damaged")
+            remove_directory(aside)
+            step.directory.rename(aside)
+        if damaged and jax.process_count() > 1:
+            sync_global_devices("damaged steps are renamed")
+        return restored
+
+    def save(self, state: Any, *, step: int, data: Mapping[str, Any]) -> None:
+        """Waits for the last save, then begins to save the state after `step` steps, if unsaved.
+
+        data: JSON-serialisable position in the data.
+        """
+        ocp = orbax()
+        self.settle()
+        if self._manager is None:
+            options = ocp.CheckpointManagerOptions(
+                preservation_policy=self,
+                # Not after a failure: its threads may still be writing.
+                cleanup_tmp_directories=not self._begun,
+                save_root_metadata=False,
+                lightweight_initialize=True,
+            )
+            self._manager = ocp.CheckpointManager(self._directory, options=options)
+        if step in self._manager.all_steps():
+            return
+        self._begun, args = step, to_save(state, data)
+        try:
+            self._manager.save(step, args=args, force=True)
+        except Exception as error:
+            self._failure = error
+
+    def wait(self) -> None:
+        """Waits until the last step is on disk; raises CheckpointError if the save failed."""
+        if self._manager is None:
+            return
+        failure, self._failure = self._failure, None
+        try:
+            self._manager.wait_until_finished()
+        except Exception as error:
+            failure = failure or error
+        if failure is not None:
+            self._manager = None  # it would raise again
+            # The next start removes files that orbax's threads write after this.
+            for left in self._directory.glob(f"{self._begun}.*-tmp"):
+                remove_directory(left)
+            raise CheckpointError(
+                f"step {self._begun} could not be saved ({cause(failure)}): check that "
+                f"{self._directory} is writable and has free space, or lower checkpoints.keep_last"
+            ) from failure
+
+    def settle(self) -> None:
+        """`wait`, but a single process reports a failed save and continues."""
+        try:
+            self.wait()
+        except CheckpointError as error:
+            if jax.process_count() > 1:
+                raise
+            self._report(str(error))
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        """Orbax callback: which steps to keep. Its own policies need the loss at save time."""
+        steps = [checkpoint.step for checkpoint in checkpoints]
+        best = best_first(steps, self._losses)[: self._config.keep_best]
+        return [step in (*steps[-self._config.keep_last :], *best) for step in steps]
 
 
 class RunSource:
@@ -121,33 +246,23 @@ class RunSource:
 
     def __init__(self, directory: Path, step: int | str | None = None):
         # Only the model's shape: another version may have written the rest of the config.
-        self.path, self._fields = directory, _read_fields(directory)
+        self.path, self._fields = directory, _fields(directory / CONFIG)
         self.config = from_json(LlamaConfig, self._fields["model"], f"{directory / CONFIG}: model")
         self.early_exit = self._fields.get("early_exit") or {}  # of the config, as JSON
-        self._steps = saved_steps(directory / CHECKPOINTS)
-        if not self._steps:
+        saved = {one.number: one for one in reversed(saved_steps(directory / CHECKPOINTS))}
+        if not saved:
             raise CheckpointError(f"{directory}: has no saved step yet: wait for the first one")
-        by_number = {saved.number: saved for saved in reversed(self._steps)}
+        numbers = [*reversed(saved)] if step is None else [step]
         if step == "best":
-            losses = held_out_losses(directory)
-            numbers = best_first(by_number.keys() & losses, losses)
-            if not numbers:
-                raise CheckpointError(f"{directory}: no step has a held-out loss: give a number")
-            self._steps = [by_number[number] for number in numbers]
-        elif step is not None:
-            if step not in by_number:
-                known = ", ".join(map(str, by_number))
-                raise CheckpointError(f"{directory}: has no step {step}: choose from {known}")
-            self._steps = [by_number[step]]
+            numbers = best_first(saved, held_out_losses(directory))
+        self._steps = [saved[number] for number in numbers if number in saved]
+        if not self._steps:
+            known = ", ".join(map(str, saved))
+            raise CheckpointError(f"{directory}: has no step {step}: choose from {known}")
 
-    def assemble(self, *, dtype: Any, track: Track, mesh: Mesh | None) -> Llama:
-        """The model of the first undamaged step, with a Block per layer.
-
-        Raises CheckpointError if all steps are damaged, or if a value does not fit the dtype.
-        """
-        return first_whole(
-            self._steps, lambda step: self._read(step, jnp.dtype(dtype), track, mesh)
-        )[0]
+    def assemble(self, *, dtype: jnp.dtype, track: Track, mesh: Mesh | None) -> Llama:
+        """The first undamaged step, with a Block per layer; CheckpointError if there is none."""
+        return first_whole(self._steps, lambda step: self._read(step, dtype, track, mesh))[0]
 
     def _read(self, step: SavedStep, dtype: jnp.dtype, track: Track, mesh: Mesh | None) -> Llama:
         """Reads one stacked parameter after another, so at most one is held twice."""
@@ -156,28 +271,29 @@ class RunSource:
         together: dict[str, list[str]] = {}  # path of stacked layers -> paths here
         for path in shapes:
             together.setdefault(stacked_path(path), []).append(path)
-        adapters = {adapter for path in together for adapter in adapter_paths(path)}
-        step.check_names(PARAMS, together.keys() | adapters)
-        saved = step.meta["arrays"][PARAMS]
-
-        def read(path: str, shape: tuple[int, ...]) -> Array:
-            stored = saved[path]["dtype"] if path in saved else dtype
-            wanted = jax.ShapeDtypeStruct(shape, stored, sharding=sharding_of(path, shape, mesh))
-            return step.read(PARAMS, {path: wanted})[path]
-
-        arrays: dict[str, Array] = {}
-        for stacked, paths in track(list(together.items())):
+        saved, wanted = step.meta["arrays"][PARAMS], {}
+        for stacked, paths in together.items():
             layers = () if stacked in paths else (len(paths),)
-            array = read(stacked, layers + shapes[paths[0]])
-            names = [path for path in adapter_paths(stacked) if path in saved]
-            adapter = [read(path, tuple(saved[path]["shape"])) for path in names]
+            whole = {stacked: layers + shapes[paths[0]]}
+            adapters = (name for name in adapter_paths(stacked) if name in saved)
+            whole |= {name: tuple(saved[name]["shape"]) for name in adapters}
+            for path, shape in whole.items():
+                stored = saved[path]["dtype"] if path in saved else dtype
+                place = sharding_of(path, shape, mesh)
+                wanted[path] = jax.ShapeDtypeStruct(shape, stored, sharding=place)
+        step.check(PARAMS, wanted)
+        arrays = {}
+        for stacked, paths in track(list(together.items())):
+            names = (stacked, *adapter_paths(stacked))
+            found = step.read(PARAMS, {name: wanted[name] for name in names if name in wanted})
+            array, *adapter = (found[name] for name in names if name in found)
             if adapter:
                 lora = from_json(LoraConfig, self._fields["lora"], f"{self.path / CONFIG}: lora")
                 array = merged(array, *adapter, lora.scale)
             if not jnp.isfinite(array.astype(dtype)).all():
-                where = f"{step.directory / PARAMS}: {stacked}"
-                raise CheckpointError(f"{where} has values that are {not_finite(dtype)}")
-            for path, part in zip(paths, array if layers else [array], strict=True):
+                where = f"{step.directory / PARAMS}: {stacked} has values that are "
+                raise CheckpointError(where + NOT_FINITE.format(dtype.name))
+            for path, part in zip(paths, [array] if stacked in paths else array, strict=True):
                 place = sharding_of(path, part.shape, mesh)
                 arrays[path] = jax.device_put(part.astype(dtype), place)
         return jax.tree.unflatten(jax.tree.structure(model), [arrays[path] for path in shapes])

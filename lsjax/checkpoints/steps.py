@@ -1,4 +1,4 @@
-"""Saved steps of a training run on disk, and detection of damaged ones.
+"""Saved steps of a training run: on disk, and detection of damage.
 
     checkpoints/80/params   parameters by their path in the model, layers stacked
     checkpoints/80/train    the rest of the training state by its path
@@ -9,17 +9,15 @@ rename, so there it writes a MARKER last. Storage has no checksum for array valu
 saved with a `fingerprint`.
 """
 
-import gc
 import hashlib
 import json
 import logging
 import math
+import re
 import sys
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any, TypeVar
 
 import jax
@@ -32,9 +30,12 @@ from jaxtyping import Array, UInt32
 
 from lsjax.checkpoints.tensors import CheckpointError
 from lsjax.config import Path, in_bucket
-from lsjax.config.checked import without_version
+from lsjax.config.checked import VERSION, without_version
+from lsjax.data.files import one_line
+from lsjax.model.parameters import named_leaves
 
 PARAMS, TRAIN, META = "params", "train", "meta"
+_MODEL = "model."  # prefix of parameter paths in a state
 MARKER = "commit_success.txt"
 T = TypeVar("T")
 Report = Callable[[str], None]
@@ -64,57 +65,44 @@ class SavedStep:
         """
         return without_version(self._load(META, _read_meta), f"{self.directory / META}")
 
+    def check(self, item: str, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> None:
+        """Raises CheckpointError unless exactly these arrays of an item were saved."""
+        saved = self.meta["arrays"][item]
+        for name in {**wanted, **saved}:
+            found = "{dtype}{shape}".format(**saved[name]) if name in saved else "missing"
+            want = wanted.get(name)
+            asked = f"{want.dtype.name}{list(want.shape)}" if name in wanted else "no such array"
+            if found != asked:
+                raise CheckpointError(
+                    f"{self.directory / item}: {name} is {found}, but the config expects {asked}: "
+                    "it belongs to another model or run"
+                )
+
     def read(self, item: str, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, Array]:
         """Arrays of an item by path, with the sharding in `wanted`, or on the first device.
 
-        Raises CheckpointError for another shape or dtype, and DamagedStep; both name the array.
+        Raises DamagedStep, which names the array.
         """
-        where, saved = self.directory / item, self.meta["arrays"][item]
-        for name, want in wanted.items():
-            found = "{dtype}{shape}".format(**saved[name]) if name in saved else "missing"
-            asked = f"{want.dtype.name}{list(want.shape)}"
-            if found != asked:
-                raise CheckpointError(
-                    f"{where}: {name} is {found}, but the config expects {asked}: it "
-                    "belongs to another model or run"
-                )
-        first = SingleDeviceSharding(jax.devices()[0])
-        targets = {
-            name: jax.ShapeDtypeStruct(want.shape, want.dtype, sharding=want.sharding or first)
-            for name, want in wanted.items()
-        }
-        arrays = self._load(item, lambda path: _read_arrays(path, targets))
+        arrays = self._load(item, lambda path: _read_arrays(path, wanted))
         for name, now in fingerprints(arrays).items():
-            if now != saved[name]["fingerprint"]:
+            before = self.meta["arrays"][item][name]["fingerprint"]
+            if now != before:
                 raise DamagedStep(
-                    f"{where}: {name} has changed since it was saved (its fingerprint is {now}, "
-                    f"but was {saved[name]['fingerprint']})"
+                    f"{self.directory / item}: {name} has changed since it was saved (its "
+                    f"fingerprint is {now}, but was {before})"
                 )
         return arrays
-
-    def check_names(self, item: str, known: Iterable[str]) -> None:
-        """Raises CheckpointError if a saved array is not among these names."""
-        if extra := sorted(self.meta["arrays"][item].keys() - known):
-            raise CheckpointError(
-                f"{self.directory / item}: {extra[0]} has no place in this model or optimizer: the "
-                "config belongs to another run"
-            )
 
     def _load(self, item: str, read: Callable[[Path], T]) -> T:
         """Runs `read`, and turns storage errors into DamagedStep on every host."""
         path = (self.directory / item).absolute()  # orbax requires absolute paths
         result, reason = None, ""
-        with quiet_storage():
-            try:
-                result = read(path)
-            except (MemoryError, jax.errors.JaxRuntimeError):
-                raise
-            except Exception as error:
-                reason = cause(error) if path.is_dir() else "is missing"
-            if reason:  # let the other arrays' readers end before logging resumes
-                gc.collect()
-                time.sleep(0.2)
-                gc.collect()
+        try:
+            result = read(path)
+        except (MemoryError, jax.errors.JaxRuntimeError):
+            raise
+        except Exception as error:
+            reason = cause(error) if path.is_dir() else "is missing"
         if jax.process_count() > 1 and not process_allgather(np.array(not reason)).all():
             reason = reason or "another host cannot read its part"
         if reason:
@@ -124,10 +112,9 @@ class SavedStep:
 
 def saved_steps(directory: Path) -> list[SavedStep]:
     """Steps in a directory of checkpoints, newest first."""
-    try:
-        found = [path for path in directory.iterdir() if path.name.isdecimal()]
-    except (FileNotFoundError, NotADirectoryError):
+    if not directory.is_dir():
         return []
+    found = [path for path in directory.iterdir() if path.name.isdecimal()]
     steps = [SavedStep(path) for path in found if not in_bucket(path) or (path / MARKER).exists()]
     return sorted(steps, key=lambda step: step.number, reverse=True)
 
@@ -152,42 +139,65 @@ def first_whole(
     )
 
 
+def best_first(steps: Iterable[int], losses: Mapping[int, float]) -> list[int]:
+    """Steps with a held-out loss, sorted by it, ties newest first."""
+    return sorted(losses.keys() & steps, key=lambda step: (losses[step], -step))
+
+
+def items_of(state: Any) -> dict[str, dict[str, Any]]:
+    """Leaves of a training state by item and path, as they are saved."""
+    items: dict[str, dict[str, Any]] = {PARAMS: {}, TRAIN: {}}
+    for path, leaf in named_leaves(state).items():
+        items[PARAMS if path.startswith(_MODEL) else TRAIN][path.removeprefix(_MODEL)] = leaf
+    return items
+
+
+def to_save(state: Any, data: Mapping[str, Any]) -> Any:
+    """Arguments with which orbax saves a training state and its position in the data."""
+    arrays, args = {}, {}
+    for item, leaves in items_of(state).items():
+        args[item], found = orbax().args.StandardSave(leaves), fingerprints(leaves)
+        arrays[item] = {
+            name: {"shape": leaf.shape, "dtype": leaf.dtype.name, "fingerprint": found[name]}
+            for name, leaf in leaves.items()
+        }
+    meta = sealed({"version": VERSION, "data": data, "arrays": arrays})
+    return orbax().args.Composite(**args, meta=orbax().args.JsonSave(meta))
+
+
 def sealed(meta: Any) -> dict[str, Any]:
     """A step's metadata as written, with a hash of its text that reveals damage."""
     text = json.dumps(meta, sort_keys=True, allow_nan=False)
     return {"meta": json.loads(text), "sha256": hashlib.sha256(text.encode()).hexdigest()}
 
 
-@contextmanager
-def quiet_storage() -> Iterator[None]:
-    """Hides orbax's logs and warnings about abandoned tasks; the raised error is enough."""
-    before, loggers = sys.unraisablehook, [logging.getLogger(name) for name in ("absl", "asyncio")]
+@cache
+def orbax() -> Any:
+    """The orbax package, slow to import; its logs are hidden, because the raised errors suffice."""
+    import orbax.checkpoint as ocp
+
+    before = sys.unraisablehook
 
     def hook(unraisable: Any) -> None:
+        """Ignores the readers that orbax drops when another one fails."""
         said = str(unraisable.exc_value)
         if not said.startswith(("Encountered error while reading", "Event loop is closed")):
             before(unraisable)
 
     def is_from_elsewhere(record: logging.LogRecord) -> bool:
-        return record.name != "asyncio" and "orbax" not in record.pathname
+        return not re.search("orbax|OCDBT", f"{record.pathname} {record.getMessage()}")
 
     sys.unraisablehook = hook
-    for logger in loggers:
-        logger.addFilter(is_from_elsewhere)
-    try:
-        yield
-    finally:
-        sys.unraisablehook = before
-        for logger in loggers:
-            logger.removeFilter(is_from_elsewhere)
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).addFilter(is_from_elsewhere)
+    return ocp
 
 
 def cause(error: BaseException) -> str:
-    """First line of the innermost error, in which storage names array, file and problem."""
+    """The innermost error, in which storage names array, file and problem, on one line."""
     while error.__cause__ is not None:
         error = error.__cause__
-    line = next(iter(str(error).strip().splitlines()), type(error).__name__)
-    return line if len(line) <= 300 else f"{line[:200]} ... {line[-95:]}"
+    return one_line(error)
 
 
 def _read_meta(path: Path) -> dict[str, Any]:
@@ -197,12 +207,15 @@ def _read_meta(path: Path) -> dict[str, Any]:
     return raw["meta"]
 
 
-def _read_arrays(path: Path, targets: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, Array]:
-    import orbax.checkpoint as ocp  # slow to import, and few programs need it
-
-    placed = ocp.checkpoint_utils.construct_restore_args(dict(targets))
-    with ocp.PyTreeCheckpointer() as reader:
-        arrays = reader.restore(path, item=dict(targets), restore_args=placed, partial_restore=True)
+def _read_arrays(path: Path, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, Array]:
+    first = SingleDeviceSharding(jax.devices()[0])
+    targets = {
+        name: jax.ShapeDtypeStruct(want.shape, want.dtype, sharding=want.sharding or first)
+        for name, want in wanted.items()
+    }
+    placed = orbax().checkpoint_utils.construct_restore_args(targets)
+    with orbax().PyTreeCheckpointer() as reader:
+        arrays = reader.restore(path, item=targets, restore_args=placed, partial_restore=True)
     for name, array in arrays.items():
         if isinstance(array, jax.ShapeDtypeStruct):  # orbax returns the target of a missing array
             raise ValueError(f"array {name} is missing")

@@ -6,7 +6,6 @@ tensor to a parameter.
 
 import math
 import re
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -22,6 +21,7 @@ from lsjax.model.parameters import Names, named_leaves, sharding_of, tensors_of
 
 Index = tuple[slice, ...]  # place of a shard in an array, one slice per axis
 Track = Callable[[Sequence[Any]], Iterable[Any]]  # passes a sequence on, and may show progress
+NOT_FINITE = "NaN, infinite or too large for {}: the file is damaged, or needs float32 or bfloat16"
 # Constants that transformers < 4.32 and llama.cpp store beside the weights.
 _DERIVED = re.compile(r"(.*\.)?(rotary_emb\.inv_freq|attn_rot_embd\.weight|rope_freqs\.weight)")
 
@@ -72,7 +72,7 @@ def parts_of(path: str, names: Names) -> list[Part]:
     return [Part(name, path, slot) for name, slot in tensors_of(path, names)]
 
 
-class TensorSource(ABC):
+class TensorSource:
     """An opened file or directory of tensors: shapes are known, no tensor has been read."""
 
     path: Path
@@ -81,21 +81,21 @@ class TensorSource(ABC):
     tensors: Mapping[str, tuple[Path, Any]]  # file and unread tensor, by name in the file
     shapes: Mapping[str, tuple[int, ...]]  # of every tensor
 
-    @abstractmethod
     def read(self, name: str) -> Any:
-        """One tensor, to be sliced: in its stored dtype, or in float32 if quantised."""
+        """One tensor, to be sliced: in its stored dtype, or in float32 from a GGUF file."""
+        raise NotImplementedError
 
     def where(self, name: str) -> str:
         """File and name of a tensor, for messages."""
         file = self.tensors[name][0] if name in self.tensors else self.path
         return f"{file}: tensor {name!r}"
 
-    def assemble(self, *, dtype: Any, track: Track, mesh: Mesh | None) -> Llama:
+    def assemble(self, *, dtype: np.dtype, track: Track, mesh: Mesh | None) -> Llama:
         """Builds the model; each parameter is created in its final dtype and sharding.
 
         The host holds its shards of one parameter at a time, and reads each once.
         """
-        config, dtype = self.config, jnp.dtype(dtype)
+        config = self.config
         if config.num_layers > len(self.shapes):  # check before building that many layers
             raise CheckpointError(
                 f"{self.path}: the config has {config.num_layers} layers, "
@@ -128,22 +128,19 @@ class TensorSource(ABC):
                 "are): the checkpoint is incomplete or its config is of another model"
             )
         head, embedding = (parts_of(name, self.names)[0].tensor for name in ("head", "embedding"))
-        for name, shape in self.shapes.items():
-            if name in stored and shape != stored[name]:
+        if self.config.tie_embeddings and head in self.shapes:
+            stored[head] = stored[embedding]
+            if not np.array_equal(self.read(head)[:], self.read(embedding)[:]):
                 raise CheckpointError(
-                    f"{self.where(name)}: shape {shape}, but the config expects {stored[name]}: "
-                    "the config is of another model"
+                    f"{self.where(head)}: differs from {embedding}, but the config ties them: "
+                    "set tie_word_embeddings to false to use this head, or remove the tensor"
                 )
-            if name == head and self.config.tie_embeddings:
-                if not np.array_equal(self.read(head)[:], self.read(embedding)[:]):
-                    raise CheckpointError(
-                        f"{self.where(head)}: differs from {embedding}, but the config ties them: "
-                        "set tie_word_embeddings to false to use this head, or remove the tensor"
-                    )
-            elif name not in stored and not _DERIVED.fullmatch(name):
+        for name, shape in self.shapes.items():
+            expected = stored.get(name, "no such tensor")
+            if shape != expected and not _DERIVED.fullmatch(name):
                 raise CheckpointError(
-                    f"{self.where(name)}: tensor has no place in this Llama: the config is of "
-                    "another model, or a variant that is not supported"
+                    f"{self.where(name)}: shape {shape}, but the config expects {expected}: the "
+                    "config is of another model, or a variant that is not supported"
                 )
 
 
@@ -167,18 +164,8 @@ def parameter_reader(
             with np.errstate(over="ignore", invalid="ignore"):  # reported below, by name
                 view[...] = tensor[part.slices(index, shape)].reshape(view.shape)
             if bad := view.size - np.count_nonzero(np.isfinite(view)):
-                raise CheckpointError(
-                    f"{source.where(part.tensor)}: {bad} of {view.size} values are "
-                    f"{not_finite(dtype)}"
-                )
+                where = f"{source.where(part.tensor)}: {bad} of {view.size} values are "
+                raise CheckpointError(where + NOT_FINITE.format(dtype.name))
         return shard
 
     return read
-
-
-def not_finite(dtype: np.dtype) -> str:
-    """Fault and fix for values that are not finite in this dtype."""
-    return (
-        f"NaN, infinite or too large for {dtype.name}: the checkpoint is damaged, or needs float32 "
-        "or bfloat16"
-    )

@@ -12,8 +12,7 @@ from typing import Any
 
 import jax
 
-from lsjax.checkpoints.run import CHECKPOINTS, read_metrics
-from lsjax.checkpoints.saving import Checkpoints
+from lsjax.checkpoints.run import CHECKPOINTS, Checkpoints, read_metrics
 from lsjax.model.llama import Llama
 from lsjax.training.hosts import is_first, signals
 from lsjax.training.metrics import MetricsLog, paced

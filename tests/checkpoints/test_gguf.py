@@ -7,7 +7,6 @@ from pathlib import Path
 
 import gguf
 import jax
-import ml_dtypes
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Kind
@@ -216,12 +215,6 @@ def test_tensors_of_split_files_are_reported_with_their_part(tmp_path):
     assert b"blk.0.ffn_up.weight" in Path(part).read_bytes()
 
 
-def test_bfloat16_is_read_as_stored(tmp_path):
-    config, tensors = from_golden("gqa_tied", Kind.BF16)
-    source = open_checkpoint(write(tmp_path / "m.gguf", metadata(config), tensors))
-    assert source.read("blk.0.attn_q.weight").dtype == ml_dtypes.bfloat16
-
-
 # Of each K-quant: where in its block of 256 numbers the float16 scales lie.
 SCALES = {Kind.Q2_K: [80, 82], Kind.Q3_K: [108], Kind.Q4_K: [0, 2], Kind.Q5_K: [0, 2]}
 SCALES |= {Kind.Q6_K: [208]}
@@ -341,7 +334,7 @@ def cut_row(tensors):
         (lambda t: t.pop("token_embd.weight"), "token_embd.weight': tensor is missing"),
         (
             lambda t: t.update({"blk.0.attn_q_norm.weight": t["output_norm.weight"]}),
-            "blk.0.attn_q_norm.weight': tensor has no place",
+            "blk.0.attn_q_norm.weight': shape .*, but the config expects no such tensor",
         ),
         (cut_row, "blk.1.attn_q.weight': shape .31, 32., but the config expects .32, 32."),
         (nan, "blk.0.ffn_up.weight': 1 of 1536 values are NaN, infinite or"),
@@ -364,10 +357,10 @@ def test_tensors_that_are_not_the_models(tmp_path, change, message):
     [
         ({"general.architecture": "gemma"}, "general.architecture is 'gemma'; only llama, olmo2,"),
         ({"llama.expert_count": 8}, "num_local_experts is 8, .* in which it is 0 or 1"),
-        ({"llama.block_count": None}, "llama.block_count is missing"),
+        ({"llama.block_count": None}, "num_layers None must be a whole number"),
         ({"llama.block_count": 100_000}, "num_hidden_layers is 100000, more than 10000"),
         ({"llama.block_count": "4"}, "num_layers '4' must be a whole number"),
-        ({"llama.block_count": 3}, "blk.3.* has no place"),
+        ({"llama.block_count": 3}, "blk.3.* .*expects no such tensor"),
         ({"llama.attention.head_count": [4, 4, 4, 4]}, "num_heads .4, 4, 4, 4. must be"),
         ({"llama.attention.head_count": 0}, "num_heads 0 must be"),
         ({"llama.attention.value_length": 4}, "value_length is 4; only 8"),

@@ -84,7 +84,7 @@ FAULTS = (
     ),
     Fault(
         "lost optimizer state",
-        "checkpoints/saving.py",
+        "checkpoints/run.py",
         "            state = jax.tree.unflatten(",
         "            leaves = [a if a.ndim == 0 or 'opt_state' not in p else a * 0\n"
         "                      for p, a in zip(named_leaves(like), leaves, strict=True)]\n"
