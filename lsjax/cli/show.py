@@ -14,9 +14,8 @@ from lsjax.decoding.adaptive import Adaptive
 from lsjax.decoding.completion import Completion, Trace, Update
 from lsjax.decoding.self_speculative import SelfSpeculative
 from lsjax.decoding.strategy import Strategy
-from lsjax.evaluation.answers import Answer
-from lsjax.evaluation.comparison import FLOAT32_MARGIN, margin_of
-from lsjax.evaluation.exits import ExitScores
+from lsjax.evaluation.exits import FLOAT32_MARGIN, ExitScores, margin_of
+from lsjax.evaluation.scores import Answer
 
 ACCEPTED = "bold green"
 LOOKED_UP = "bold yellow"

@@ -12,8 +12,8 @@ import numpy as np
 
 from lsjax.config import Path, check
 from lsjax.data.files import write_whole
+from lsjax.evaluation import installed
 from lsjax.evaluation.exits import ExitScores
-from lsjax.evaluation.extras import installed
 
 Row = Mapping[str, Any]  # a line of a run's metrics.jsonl, or of a benchmark's cells.jsonl
 # Legible in print and with red-green colour blindness (Okabe and Ito, 2008).
@@ -127,54 +127,46 @@ def _smooth(values: np.ndarray) -> np.ndarray:
 
 
 def plot_grid(rows: Sequence[Row], file: Path, *, title: str = "") -> None:
-    """Heat maps over exits and draft lengths, with a row of maps for each head and confidence.
+    """Heat maps of the speedup over exits and draft lengths, one for each head and confidence.
 
-    The maps show tokens per second with the speedup, and the acceptance rate. The best speedup is
-    framed. rows: lines of strategies that draft.
+    Each cell has tokens per second, the speedup and the acceptance rate (if anything was drafted).
+    The best speedup is framed. rows: lines of strategies that draft.
     """
 
     def kind(row: Row) -> tuple[int, float]:
         """Draft vocabulary and confidence; 0 means the full head, or no confidence."""
         return row["draft_vocab"] or 0, row["draft_confidence"] or 0.0
 
+    rows = sorted(rows, key=lambda row: (row["exit_layer"], row["num_draft_tokens"]))
     exits = sorted({row["exit_layer"] for row in rows})
     lengths = sorted({row["num_draft_tokens"] for row in rows})
-    kinds = sorted({kind(row) for row in rows})
-
-    def values(name: str) -> np.ndarray:
-        """Kinds by exits by lengths; NaN where a cell was not measured."""
-        found = np.full((len(kinds), len(exits), len(lengths)), np.nan)
-        for row in rows:
-            at = exits.index(row["exit_layer"]), lengths.index(row["num_draft_tokens"])
-            found[kinds.index(kind(row)), *at] = np.nan if row[name] is None else row[name]
-        return found
-
-    size = 2 * max(3.2, 0.75 * len(lengths) + 1.4), len(kinds) * max(2.6, 0.5 * len(exits) + 1.2)
-    drawn, axes = figure(len(kinds), 2, size)
-    speed, speedup, rate = values("tokens_per_second"), values("speedup"), values("acceptance_rate")
-    with_speed = np.vectorize(lambda speed, times: f"{speed:,.1f}\n{times:.2f}x")(speed, speedup)
-    columns = {
-        "tokens/s (speedup)": (speedup, with_speed, np.nanmin(speedup), np.nanmax(speedup)),
-        "acceptance rate": (rate, np.char.mod("%.2f", rate), 0, 1),  # empty if nothing was drafted
-    }
-    for column, (heading, (shown, words, low, high)) in enumerate(columns.items()):
-        for line, (head, confidence) in enumerate(kinds):
-            axis = axes[line, column]
-            axis.imshow(shown[line], vmin=low, vmax=high, aspect="auto", origin="lower")
-            axis.grid(False)
-            axis.spines[:].set_visible(False)
-            axis.set_xticks(range(len(lengths)), lengths)
-            axis.set_yticks(range(len(exits)), exits)
-            axis.set(xlabel="draft length d", ylabel="exit E")
-            of_kind = f", drafts from {head} tokens" if head else ", full head"
-            of_kind += f", confidence {confidence:g}" * (confidence > 0)
-            axis.set_title(heading + of_kind * (len(kinds) > 1), fontsize="medium")
-            for i, j in np.argwhere(np.isfinite(shown[line])):
-                dark = shown[line, i, j] <= low + 0.55 * (high - low)
-                style = dict(color="white" if dark else "black", ha="center", va="center")
-                axis.text(j, i, words[line, i, j], fontsize=8, **style)
-    line, i, j = np.unravel_index(np.nanargmax(speedup), speedup.shape)
-    style = dict(fill=False, edgecolor=COLOURS[1], linewidth=3.5, clip_on=False)
-    frame = installed("matplotlib.patches", "plots").Rectangle((j - 0.5, i - 0.5), 1, 1, **style)
-    axes[line, 0].add_patch(frame)
+    kinds = sorted(set(map(kind, rows)))
+    best = max(rows, key=lambda row: row["speedup"])
+    low, high = min(row["speedup"] for row in rows), best["speedup"]
+    size = max(3.2, 1.2 * len(lengths) + 1.4), len(kinds) * max(2.6, 0.7 * len(exits) + 1.2)
+    drawn, axes = figure(len(kinds), 1, size)
+    for (head, confidence), axis in zip(kinds, axes.flat, strict=True):
+        shown = np.full((len(exits), len(lengths)), np.nan)
+        for row in (row for row in rows if kind(row) == (head, confidence)):
+            i, j = exits.index(row["exit_layer"]), lengths.index(row["num_draft_tokens"])
+            shown[i, j] = row["speedup"]
+            words = f"{row['tokens_per_second']:,.1f} tokens/s\n{row['speedup']:.2f}x"
+            if row["acceptance_rate"] is not None:
+                words += f"\n{row['acceptance_rate']:.2f} accepted"
+            colour = "white" if row["speedup"] <= low + 0.55 * (high - low) else "black"
+            axis.text(j, i, words, fontsize=8, color=colour, ha="center", va="center")
+            if row is best:
+                style = dict(fill=False, edgecolor=COLOURS[1], linewidth=3.5, clip_on=False)
+                patches = installed("matplotlib.patches", "plots")
+                axis.add_patch(patches.Rectangle((j - 0.5, i - 0.5), 1, 1, **style))
+        axis.imshow(shown, vmin=low, vmax=high, aspect="auto", origin="lower")
+        axis.grid(False)
+        axis.spines[:].set_visible(False)
+        axis.set_xticks(range(len(lengths)), lengths)
+        axis.set_yticks(range(len(exits)), exits)
+        axis.set(xlabel="draft length d", ylabel="exit E")
+        if len(kinds) > 1:
+            of_kind = f"drafts from {head} tokens" if head else "full head"
+            of_kind += f", confidence {confidence:g}" if confidence else ""
+            axis.set_title(of_kind, fontsize="medium")
     save(drawn, file, title)

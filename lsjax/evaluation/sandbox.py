@@ -20,7 +20,7 @@ import tempfile
 from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO
 
 SECONDS = 10.0
 MEMORY = 1 << 30  # bytes of address space
@@ -44,15 +44,9 @@ FORBIDDEN = (
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 
 
-class Outcome(NamedTuple):
-    """Whether a program ran to its end without an error, and the reason if not."""
-
-    passed: bool
-    what: str
-
-
-def run_program(source: str, *, seconds: float = SECONDS) -> Outcome:
-    """Runs Python source in a separate interpreter.
+def run_program(source: str, *, seconds: float = SECONDS) -> str | None:
+    """Runs Python source in a separate interpreter. Returns why it failed, or None if it ran to its
+    end without an error.
 
     seconds: limit of wall-clock time. Raises ConfigError on systems other than Linux.
     """
@@ -70,10 +64,11 @@ def run_program(source: str, *, seconds: float = SECONDS) -> Outcome:
         command = [*isolation(), *interpreter, str(program), str(seconds)]
         with printed.open("wb") as stream:
             code = _run(command, folder, stream, seconds)
-        last = printed.read_bytes()[-400:].decode(errors="replace").strip().splitlines()[-1:]
-    what = last[0] if last else f"ended early with exit code {code}"
-    what = f"took longer than {seconds:g} s" if code is None else what
-    return Outcome(code == PASSED, "passed" if code == PASSED else what)
+        lines = printed.read_bytes()[-400:].decode(errors="replace").strip().splitlines()
+    if code is None:
+        return f"took longer than {seconds:g} s"
+    reason = lines[-1] if lines else f"ended early with exit code {code}"
+    return None if code == PASSED else reason
 
 
 @lru_cache
