@@ -15,6 +15,7 @@ cells.jsonl (the table), and benchmark.png if there are several cells.
 """
 
 import math
+import os
 import statistics
 import sys
 from collections import Counter
@@ -31,7 +32,7 @@ from lsjax.cli.prompts import prompt_rows
 from lsjax.cli.setup import check_output
 from lsjax.cli.show import notes_console, show_cells, show_verdict
 from lsjax.cli.strategies import StrategyFlags, StrategyName, make_strategies
-from lsjax.config import ConfigError, LlamaConfig, Path, bounded, check
+from lsjax.config import ConfigError, LlamaConfig, Path, as_path, bounded, check
 from lsjax.decoding.completion import Completion
 from lsjax.decoding.cost import ideal_speedup
 from lsjax.decoding.engine import Engine
@@ -93,34 +94,39 @@ def benchmark(arguments: Arguments) -> int:
     notes, model = notes_console(), open_model(arguments)
     config, tail = model.source.config, arguments.identity_tail
     check_numbers(arguments, config)
-    questions = make_questions(arguments, model, notes)
+    task, rows = TASKS.get(arguments.task, OWN_PROMPTS), None
+    if task is OWN_PROMPTS:
+        texts = PROMPTS if arguments.prompt is None else (arguments.prompt,)
+        rows = partial(prompt_rows, texts, arguments.prompt_file)
+    task = replace(task, max_new_tokens=arguments.new_tokens, stop=())
+    # A text has the same seed under every strategy.
+    questions, *_ = read_questions(task, arguments, model, notes, arguments.repeats, rows)
+    questions.sort(key=lambda question: question.sample)
     strategies = choose_strategies(arguments, model, None if tail is None else {})
-    output, file = arguments.output, None
+    output, file = arguments.output, as_path(os.devnull)
     if output is not None:
         output.mkdir(parents=True, exist_ok=True)
         file = output / "answers.jsonl"
         check_output(file, arguments.prompt_file)
-    engine = load_engine(
-        model,
-        notes,
-        change=lambda model: model if tail is None else exits.identity_tail(model, tail),
-        ignore_end=True,
-    )
+    change = {} if tail is None else {"change": partial(exits.identity_tail, exit_layer=tail)}
+    engine = load_engine(model, notes, ignore_end=True, **change)
     if tail is not None and arguments.draft_vocab is not None:
         said = engine.generate([one.request for one in questions if one.sample == 0])
         counts = Counter(token for one in said for token in one.token_ids)
         strategies = choose_strategies(arguments, model, counts)
     more = {name: getattr(arguments, name) for name in ("identity_tail", "new_tokens")}
     asked = answers.conditions(engine, arguments.model.name, arguments.sampling, **more)
-    found = answers.complete(
-        *(engine, strategies, questions, partial(timed_beside, engine)),
-        asked=asked,
-        file=file,
-        notes=notes,
-        timed=True,
-    )
+    figures = partial(timed_beside, engine)
+    rest = (engine, strategies, questions, asked, file, notes, figures)
+    found = answers.complete(*rest, timed=True)
     rows = list(cell_speeds(config, found))
-    title = describe(arguments, engine, questions)
+    lengths = [len(one.request.prompt) for one in questions]
+    repeats, temperature = arguments.repeats, arguments.sampling.temperature
+    title = f"{arguments.model.name}, {engine.model.dtype}, {len(lengths) // repeats} prompts of "
+    title += f"{min(lengths)} to {max(lengths)} tokens, {arguments.new_tokens} new tokens, "
+    title += f"{repeats} repeat{'s' * (repeats > 1)}"
+    title += f", temperature {temperature:g}" if temperature else ""
+    title += "" if tail is None else f", identity tail from layer {tail} on"
     show_cells(title, [row for row in rows if arguments.groups or row["group"] == ALL])
     print(f"{len(engine.programs)} programs, {engine.programs.compile_seconds:.1f} s compiling")
     if output is not None:
@@ -160,17 +166,6 @@ def choose_strategies(
         asked = replace(arguments, strategies=names, draft_vocab=size)
         found += make_strategies(asked, model, counts)
     return in_one_program(list(dict.fromkeys(found)))
-
-
-def make_questions(arguments: Arguments, model: OpenModel, notes: Console) -> list[Question]:
-    """Every prompt in each repeat. A text has the same seed under every strategy."""
-    task, rows = TASKS.get(arguments.task, OWN_PROMPTS), None
-    if task is OWN_PROMPTS:
-        texts = PROMPTS if arguments.prompt is None else (arguments.prompt,)
-        rows = partial(prompt_rows, texts, arguments.prompt_file)
-    task = replace(task, max_new_tokens=arguments.new_tokens, stop=())
-    questions, *_ = read_questions(task, arguments, model, notes, arguments.repeats, rows)
-    return sorted(questions, key=lambda question: question.sample)
 
 
 def timed_beside(
@@ -220,20 +215,6 @@ def cell_speeds(config: LlamaConfig, answers: Sequence[Answer]) -> Iterator[dict
             "ideal": ideal,
             "share_of_ideal": None if ideal is None else speedup / ideal,
         }
-
-
-def describe(arguments: Arguments, engine: Engine, questions: Sequence[Question]) -> str:
-    """The title of the table."""
-    lengths = [len(one.request.prompt) for one in questions if one.sample == 0]
-    repeats, temperature = arguments.repeats, arguments.sampling.temperature
-    title = f"{arguments.model.name}, {engine.model.dtype}, {len(lengths)} prompts of "
-    title += f"{min(lengths)} to {max(lengths)} tokens, {arguments.new_tokens} new tokens, "
-    title += f"{repeats} repeat{'s' * (repeats > 1)}"
-    if temperature:
-        title += f", temperature {temperature:g}"
-    if arguments.identity_tail is not None:
-        title += f", identity tail from layer {arguments.identity_tail} on"
-    return title
 
 
 def write(output: Path, title: str, rows: Sequence[Answer], notes: Console) -> None:

@@ -116,11 +116,8 @@ def evaluate(arguments: Arguments) -> None:
     more |= {"batch_size": arguments.batch_size, "allow_code_execution": by_running}
     asked = answers.conditions(engine, arguments.model.name, sampling, **more)
     found = answers.complete(
-        *(engine, in_one_program(strategies), questions),
+        *(engine, in_one_program(strategies), questions, asked, output, notes),
         lambda question, done, _: {"scores": score(done.text, question)},
-        asked=asked,
-        file=output,
-        notes=notes,
     )
     rows = summarise(found)
     summary = {"asked": asked, "bad_rows": bad_rows, "figures": rows}
@@ -215,15 +212,16 @@ def show(title: str, rows: Sequence[Mapping[str, Any]]) -> None:
     scores = list(dict.fromkeys(name for row in rows for name in row["scores"]))
     figures = {"equal": ("equal", ".3f"), "accepted": ("acceptance_rate", ".3f")}
     figures |= {"tokens/round": ("tokens_per_round", ".2f")}
-    lines, none = [], {"mean": None, "stderr": None}
+    lines = []
     for before, row in zip([None, *rows], rows, strict=False):
         is_first = before is None or before["strategy"] != row["strategy"]
         line = [row["strategy"] if is_first else "", row["group"], str(row["examples"])]
-        for score in (row["scores"].get(name, none) for name in scores):
-            line += [or_dash(score["mean"], ".4g"), or_dash(score["stderr"], ".2g")]
+        for score in map(row["scores"].get, scores):
+            words = f"{score['mean']:.4g} ± {or_dash(score['stderr'], '.2g')}" if score else "-"
+            line.append(words)
         lines.append(line + [or_dash(row[name], form) for name, form in figures.values()])
-    names = ["strategy", "examples of", "n", *(part for name in scores for part in (name, "±"))]
-    wide_console().print(table(title, [*names, *figures], lines, left=2))
+    names = ["strategy", "examples of", "n", *scores, *figures]
+    wide_console().print(table(title, names, lines, left=2))
 
 
 main = flags.program(Arguments, evaluate, __doc__)

@@ -62,19 +62,18 @@ def run_tasks(arguments: Arguments) -> None:
         )
         output.mkdir(parents=True, exist_ok=True)
     adapter = installed("lsjax.evaluation.lm_eval", "eval")
-    manager, tasks = adapter.find_tasks(arguments.tasks, path)
+    options = adapter.find_tasks(arguments.tasks, path) | {
+        "limit": arguments.limit,
+        "num_fewshot": arguments.num_fewshot,
+        "gen_kwargs": changes,
+        "apply_chat_template": arguments.chat,
+        "system_instruction": arguments.system,
+    }
     engine = load_engine(opened, notes_console(), strategy=strategies[0])
     model = adapter.EngineLM(engine, name=arguments.model.name, seed=arguments.seed)
     for strategy in strategies:
         engine.use(strategy)
-        results = adapter.evaluate(
-            *(model, manager, tasks, output),
-            limit=arguments.limit,
-            num_fewshot=arguments.num_fewshot,
-            gen_kwargs=changes,
-            apply_chat_template=arguments.chat,
-            system_instruction=arguments.system,
-        )
+        results = adapter.evaluate(model, output, **options)
         print(f"{arguments.model.name}, {engine.model.dtype}, {Cell.of(strategy)}")
         print(adapter.make_table(results))
 

@@ -8,7 +8,7 @@ all else that it depends on. An incomplete last line comes from a killed run.
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing, nullcontext
+from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
@@ -90,23 +90,22 @@ def complete(
     engine: Engine,
     strategies: Sequence[Strategy],
     questions: Sequence[Question],
-    figures: Callable[[Question, Completion, Completion | None], dict[str, Any]],
-    *,
     asked: Mapping[str, Any],
-    file: Path | None,
+    file: Path,
     notes: Console,
+    figures: Callable[[Question, Completion, Completion], dict[str, Any]],
     timed: bool = False,
 ) -> list[Answer]:
     """The answers to all questions by all strategies. Missing answers are decoded and written.
 
     Args:
-        figures: more fields of an answer, from its text and the last text of the first strategy.
         asked: `conditions` of the file.
+        figures: more fields of an answer, from its text and the last text of the first strategy.
         timed: warms up every program. Strategies take turns at each question, so that a slowdown
             of the machine affects all. If any answer of a turn is missing, the first strategy is
             rerun as a baseline.
     """
-    known = {} if file is None else resume(file, asked)
+    known = resume(file, asked)
     wanted = [question.key(strategy) for strategy in strategies for question in questions]
     found = {key: known[key] for key in wanted if key in known}
     done, base, turn = set(found), None, 1 if timed else len(questions)
@@ -114,24 +113,18 @@ def complete(
         notes.print(f"{len(done)} of {len(wanted)} answers are already stored")
     if timed and len(done) < len(wanted):
         warm_up(engine, strategies, questions)
-    with (
-        nullcontext() if file is None else closing(Lines(file)) as lines,
-        Progress(console=notes, transient=True) as progress,
-    ):
+    with closing(Lines(file)) as lines, Progress(console=notes, transient=True) as progress:
         bar = progress.add_task("decoding", total=len(wanted), completed=len(found))
 
-        def ended(
-            strategy: Strategy, some: Sequence[Question], index: int, completion: Completion
-        ) -> None:
+        def ended(strategy: Strategy, some: list[Question], index: int, text: Completion) -> None:
             nonlocal base
             question = some[index]
             if strategy == strategies[0]:
-                base = completion
+                base = text
             names = ("id", "sample", "group", "seen", "reference")
             answer = {"key": question.key(strategy)} | {n: getattr(question, n) for n in names}
-            answer |= completion.to_json() | figures(question, completion, base)
-            if lines is not None:
-                lines.write(as_line(answer))
+            answer |= text.to_json() | figures(question, text, base)
+            lines.write(as_line(answer))
             found[answer["key"]] = answer
             progress.update(bar, completed=len(found))
 

@@ -128,12 +128,10 @@ def exit_sums(
             kernel=attention,
             read=lambda x_BTD: _loss_and_argmax(model, table_VD, labels_BT, pieces(x_BTD)),
         )
-        agreed_LBT = token_LBT == token_LBT[-1]
-
-        def count(values_LBT: Array) -> Array:
-            return jnp.where(labelled_BT, values_LBT, 0).sum((1, 2), dtype=loss_LBT.dtype)
-
-        return count(loss_LBT), count(agreed_LBT), labelled_BT.sum()
+        found = loss_LBT, token_LBT == token_LBT[-1]
+        counted = [jnp.where(labelled_BT, values_LBT, 0) for values_LBT in found]
+        sums_L = [values_LBT.sum((1, 2), dtype=loss_LBT.dtype) for values_LBT in counted]
+        return *sums_L, labelled_BT.sum()
 
     if micro_batches == 1:
         return sums(batch)

@@ -123,9 +123,7 @@ class EngineLM(TemplateLM):
             texts.append((tokens, min(len(continuation), len(tokens) - 1)))
         return self._score(texts, disable_tqdm)
 
-    def _score(
-        self, texts: Sequence[tuple[list[int], int]], quiet: bool
-    ) -> list[tuple[float, bool]]:
+    def _score(self, texts: Sequence, quiet: bool) -> list[tuple[float, bool]]:
         options = {name: getattr(self.engine, name) for name in ("batch_size", "mesh")}
         track = partial(tqdm, desc=f"one pass of {self.depth} layers", disable=quiet)
         model = self.engine.model
@@ -176,9 +174,9 @@ class EngineLM(TemplateLM):
         )
 
 
-def find_tasks(names: Sequence[str], directory: Path | None = None) -> tuple[TaskManager, list]:
-    """An index of tasks, and the tasks with these names or patterns: from a directory's .yaml
-    files, or else lm_eval's own. Raises ConfigError for an unknown name."""
+def find_tasks(names: Sequence[str], directory: Path | None = None) -> dict[str, Any]:
+    """Options of `evaluate`: the tasks with these names or patterns, and their index. They come
+    from a directory's .yaml files, or else from lm_eval. Raises ConfigError for an unknown name."""
     include = None if directory is None else str(directory)
     manager = TaskManager(include_path=include, include_defaults=directory is None)
     unknown = ", ".join(name for name in names if not manager.match_tasks([name]))
@@ -187,26 +185,18 @@ def find_tasks(names: Sequence[str], directory: Path | None = None) -> tuple[Tas
         f"no task is called {unknown}: `lm_eval ls tasks` lists lm_eval's own, and --task-path "
         "names a directory with others",
     )
-    return manager, manager.match_tasks(list(names))
+    return {"tasks": manager.match_tasks(list(names)), "task_manager": manager}
 
 
-def evaluate(
-    model: EngineLM, manager: TaskManager, tasks: list, output: Path | None = None, **options: Any
-) -> dict:
-    """Runs `simple_evaluate` with further options, and saves the results in `output`."""
+def evaluate(model: EngineLM, output: Path | None = None, **options: Any) -> dict:
+    """Runs `simple_evaluate` with these options, and saves the results in `output`."""
     # Otherwise lm_eval bootstraps in forks of this process, which are unsafe with JAX.
     os.environ["DISABLE_MULTIPROC"] = "1"
     tracker = None if output is None else EvaluationTracker(output_path=str(output))
     folder = model.get_model_info()["model"].replace(", ", "_").replace(" ", "_")
-    results = simple_evaluate(
-        model,
-        model_args={"model": folder},
-        tasks=tasks,
-        task_manager=manager,
-        bootstrap_iters=1000,  # for standard errors without a formula
-        evaluation_tracker=tracker,
-        **options,
-    )
+    options |= {"model_args": {"model": folder}, "evaluation_tracker": tracker}
+    # Iterations are for standard errors without a formula.
+    results = simple_evaluate(model, bootstrap_iters=1000, **options)
     if tracker is not None:
         tracker.save_results_aggregated(results, results["samples"])
         for task, samples in results["samples"].items():

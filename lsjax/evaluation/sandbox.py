@@ -85,15 +85,8 @@ def isolation() -> tuple[str, ...]:
 
 def _run(command: list[str], folder: str, stream: BinaryIO, seconds: float) -> int | None:
     """The exit code; None if the program was stopped at the deadline."""
-    started = subprocess.Popen(
-        command,
-        cwd=folder,
-        env={},
-        stdin=subprocess.DEVNULL,
-        stdout=stream,
-        stderr=subprocess.STDOUT,
-        start_new_session=True,
-    )
+    streams = dict(stdin=subprocess.DEVNULL, stdout=stream, stderr=subprocess.STDOUT)
+    started = subprocess.Popen(command, cwd=folder, env={}, start_new_session=True, **streams)
     try:
         return started.wait(timeout=seconds)
     except subprocess.TimeoutExpired:

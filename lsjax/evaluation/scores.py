@@ -6,7 +6,6 @@ import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from decimal import Decimal
-from functools import lru_cache
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -33,15 +32,10 @@ def rouge(text: str, reference: str) -> Scores:
     Words are split at white space, as in the paper's benchmark. rouge-score's own tokenizer drops
     punctuation, and so most of a program. Raises ConfigError if rouge-score is not installed.
     """
-    found = _rouge_scorer().score(reference, text)
-    return {kind: float(found[kind].fmeasure) for kind in ROUGE_KINDS}
-
-
-@lru_cache
-def _rouge_scorer() -> Any:
     words = SimpleNamespace(tokenize=lambda text: text.lower().split())
-    scorer = installed("rouge_score.rouge_scorer", "eval").RougeScorer
-    return scorer(list(ROUGE_KINDS), tokenizer=words)
+    library = installed("rouge_score.rouge_scorer", "eval")
+    found = library.RougeScorer(ROUGE_KINDS, tokenizer=words).score(reference, text)
+    return {kind: float(found[kind].fmeasure) for kind in ROUGE_KINDS}
 
 
 def exact_match(text: str, reference: str) -> Scores:
@@ -103,16 +97,12 @@ def decoupled(tree: Tree) -> Tree:
     return tree if label.startswith("SL:") and not trees else (label, *trees)
 
 
-def function_body(text: str) -> str:
-    """The text up to the end of the function (HumanEval)."""
-    return FUNCTION_ENDS.split(text, maxsplit=1)[0]
-
-
 def tested_program(text: str, problem: Mapping[str, Any]) -> str:
-    """A program of a HumanEval problem's prompt, the text, and the tests. It fails if a test
-    fails."""
-    body, test, name = function_body(text), problem["test"], problem["entry_point"]
-    return f"{problem['prompt']}{body}\n\n{test}\n\ncheck({name})\n"
+    """A program of a HumanEval problem's prompt, the text up to the end of the function, and the
+    tests. It fails if a test fails."""
+    prompt, test, name = (problem[key] for key in ("prompt", "test", "entry_point"))
+    body = FUNCTION_ENDS.split(text, maxsplit=1)[0]
+    return f"{prompt}{body}\n\n{test}\n\ncheck({name})\n"
 
 
 class Cell(NamedTuple):
@@ -192,15 +182,14 @@ def example_scores(answers: Iterable[Answer]) -> dict[str, list[float]]:
     for answer in answers:
         for name, value in answer["scores"].items():
             samples[name][answer["id"]].append(value)
-    means = {}
+    tries = [*samples.pop("passed", {}).values()]
+    means = {
+        f"pass@{k}": [pass_at_k(len(one), int(sum(one)), k) for one in tries]
+        for k in PASS_AT
+        if k <= min(map(len, tries), default=0)
+    }
     for name, by_example in samples.items():
-        values = by_example.values()
-        if name != "passed":
-            means[name] = [*map(statistics.fmean, values)]
-            continue
-        for k in PASS_AT:
-            if k <= min(map(len, values)):
-                means[f"pass@{k}"] = [pass_at_k(len(one), int(sum(one)), k) for one in values]
+        means[name] = [*map(statistics.fmean, by_example.values())]
     return means
 
 

@@ -28,12 +28,19 @@ MT_BENCH = (
 )
 
 
+def against_reference(*scores: Callable[[str, str], Scores]) -> Callable[[str, Question], Scores]:
+    """A task's `score` that merges these scores of a text against the reference."""
+    return lambda text, question: {
+        name: value for one in scores for name, value in one(text, question.reference).items()
+    }
+
+
 @dataclass(frozen=True, kw_only=True)
 class Task:
     """One task.
 
     prompt_template, response_template, allow_special: as in DataConfig, with names of fields.
-    score: figures of a text, each from 0 to 1, the main one first; some examples may have none.
+    score: figures of a text, the main one first; ROUGE by default. Some examples may have none.
     score_by_running: like `score`, but runs the text as a program. max_new_tokens, num_shots, stop:
     defaults, which flags override. shot_response: changes the response of a shot. between_shots,
     after_shots: text after each shot, and after all of them.
@@ -47,7 +54,7 @@ class Task:
     prompt_template: str
     response_template: str
     allow_special: bool = False
-    score: Callable[[str, Question], Scores]
+    score: Callable[[str, Question], Scores] = against_reference(rouge)
     score_by_running: Callable[[str, Question], Scores] | None = None
     max_new_tokens: int = 512
     num_shots: int = 0
@@ -96,12 +103,6 @@ def choose_shots(task: Task, rows: Iterable[PlacedRow], count: int, seed: int) -
     return random.Random(seed).sample(found, count)
 
 
-def before_prompts(task: Task, shots: Sequence[Document]) -> str:
-    """The shots as text, which precedes every prompt."""
-    parts = (f"{one.prompt}{task.shot_response(one.text)}{task.between_shots}" for one in shots)
-    return "".join(parts) + task.after_shots if shots else ""
-
-
 def make_questions(
     task: Task,
     rows: Iterable[PlacedRow],
@@ -117,7 +118,8 @@ def make_questions(
     ConfigError for a prompt that the model can't take. refuse: called with the error of each bad
     row; if it returns, the row is skipped.
     """
-    before = before_prompts(task, shots)
+    parts = (f"{one.prompt}{task.shot_response(one.text)}{task.between_shots}" for one in shots)
+    before = "".join(parts) + task.after_shots * bool(shots)
     known = {task.read(where, row)[1].prompt.strip() for _, where, row in seen}
     for name, where, row in rows:
         try:
@@ -145,13 +147,6 @@ def make_questions(
         )
 
 
-def against_reference(*scores: Callable[[str, str], Scores]) -> Callable[[str, Question], Scores]:
-    """A task's `score` that merges these scores of a text against the reference."""
-    return lambda text, question: {
-        name: value for one in scores for name, value in one(text, question.reference).items()
-    }
-
-
 def one_line(text: str) -> str:
     """A shot's summary on one line. CNN/DM has a line per sentence, and a line end ends a shot."""
     return " ".join(text.splitlines())
@@ -174,11 +169,10 @@ def english_columns(row: Fields) -> Fields:
 
 def tested_problem(row: Fields) -> Fields:
     """A row of HumanEval. Raises ConfigError if it has no tests."""
-    for name in ("test", "entry_point"):
-        check(
-            isinstance(row.get(name), str),
-            f"has no text under {name!r}: name HumanEval's own file (docs/evaluation.md)",
-        )
+    check(
+        all(isinstance(row.get(name), str) for name in ("test", "entry_point")),
+        "has no texts under test and entry_point: name HumanEval's own file (docs/evaluation.md)",
+    )
     return row
 
 
@@ -226,7 +220,6 @@ _TASKS = (
         name="cnn_dm_summarization",
         prompt_template="Article: {article}\nSummary:",
         response_template=" {highlights}",
-        score=against_reference(rouge),
         num_shots=1,
         shot_response=one_line,
         after_shots="\n",
@@ -236,7 +229,6 @@ _TASKS = (
         name="xsum_summarization",
         prompt_template="Article: {document}\nSummary:",
         response_template=" {summary}",
-        score=against_reference(rouge),
         shot_response=one_line,
         after_shots="\n",
         tfds="xsum",
@@ -245,7 +237,6 @@ _TASKS = (
         name="cnn_dm_lm",
         prompt_template="{beginning}",
         response_template=" {rest}",
-        score=against_reference(rouge),
         tfds="cnn_dailymail",
         change=beginning_and_rest,
     ),
@@ -253,7 +244,6 @@ _TASKS = (
         name="human_eval",
         prompt_template="{prompt}",
         response_template="{canonical_solution}",
-        score=against_reference(rouge),
         score_by_running=passed,
         change=tested_problem,
         id="task_id",

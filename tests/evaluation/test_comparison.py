@@ -70,13 +70,9 @@ def turns(tmp_path):
         resume(file, {})
         with file.open("a") as stream:
             stream.writelines(as_line({"key": key}) for key in done)
-        complete(
-            *(engine, strategies, QUESTIONS, partial(timed_beside, engine)),
-            asked={},
-            file=file,
-            notes=Console(quiet=True),
-            timed=True,
-        )
+        figures = partial(timed_beside, engine)
+        rest = (engine, strategies, QUESTIONS, {}, file, Console(quiet=True), figures)
+        complete(*rest, timed=True)
         return engine.asked, read(file)[1][len(done) :]
 
     return turns

@@ -49,12 +49,12 @@ def run(engine, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(TASKS)  # where their data is
         patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("datasets"))
-        manager, tasks = find_tasks(["tiny_*"], TASKS)
-        assert sorted(tasks) == NAMES
+        found = find_tasks(["tiny_*"], TASKS)
+        assert sorted(found["tasks"]) == NAMES
 
         def run(strategy, output=None, **options):
             engine.use(strategy)
-            return evaluate(shared, manager, tasks, output, **options)
+            return evaluate(shared, output, **found, **options)
 
         yield run
 

@@ -11,9 +11,10 @@ from lsjax.config import ConfigError, DataConfig
 from lsjax.data.files import file_rows
 from lsjax.data.sources import tfds_builder
 from lsjax.decoding.request import Request
+from lsjax.evaluation import scores
 from lsjax.evaluation.answers import Question
-from lsjax.evaluation.scores import example_scores, final_number, function_body, pass_at_k, rouge
-from lsjax.evaluation.tasks import TASKS, as_trained, before_prompts, choose_shots, make_questions
+from lsjax.evaluation.scores import example_scores, final_number, pass_at_k, rouge
+from lsjax.evaluation.tasks import TASKS, as_trained, choose_shots, make_questions
 
 NUMBERS = " ".join(map(str, range(120)))
 FIRST = " ".join(map(str, range(100)))
@@ -101,8 +102,10 @@ def test_shots_stand_before_the_prompt(tmp_path):
 
     def drawn(seed):
         shots = choose_shots(task, file_rows([str(file)]), 2, seed=seed)
-        return before_prompts(task, shots)
+        (question,) = make_questions(task, [("a", "a", asked)], shots=shots)
+        return question.request.prompt.removesuffix("Article: F\nSummary:")
 
+    asked = {"article": "F", "highlights": "four"}
     # Of a shot the summary is one line; the article is as it is.
     three = {"Article: A, b\nc\nSummary: one . more .\n", "Article: D\nSummary: two\n"}
     three |= {"Article: E\nSummary: three\n"}
@@ -127,7 +130,6 @@ def test_gsm8k_shots_stand_a_line_apart():
     rows = [("a", "a", {"question": "1 + 1?", "answer": "#### 2"})]
     shots = choose_shots(task, rows, 1, seed=0)
     before = "Question: 1 + 1?\nAnswer: #### 2\n\n"
-    assert before_prompts(task, shots) == before
     # A row of which the shot has the letters is not the shot.
     other = ("b", "b", {"question": "1 + 1?", "answer": "#"})
     (example,) = make_questions(task, [other], shots=shots)
@@ -265,7 +267,7 @@ def test_a_text_is_run_with_its_prompt_and_the_problem_s_tests(examples):
 
 @pytest.mark.parametrize("change", [{"test": None}, {"entry_point": 1}])
 def test_a_problem_without_tests_is_a_bad_row(examples, change):
-    with pytest.raises(ConfigError, match=f"line 1 has no text under '{next(iter(change))}'"):
+    with pytest.raises(ConfigError, match="line 1 has no texts under test and entry_point"):
         examples("human_eval", ROWS["human_eval"][0] | change)
 
 
@@ -276,10 +278,12 @@ def test_tensorflow_data_sets_have_these_names(name, tmp_path):
 
 
 def test_a_function_ends_where_the_next_thing_begins():
+    problem = {"prompt": "def f(x):\n", "test": "T", "entry_point": "f"}
     body = "    if x:\n        return 1\n    # no\n    return 2\n"
+    program = f"def f(x):\n{body}\n\nT\n\ncheck(f)\n"
+    assert scores.tested_program(body, problem) == program
     for rest in ("\ndef other():\n    pass", "\nclass A:", "\n# Test", "\nif x:", "\nprint(1)"):
-        assert function_body(body + rest + body) == body
-    assert function_body(body) == body
+        assert scores.tested_program(body + rest + body, problem) == program
 
 
 def test_pass_at_k():
