@@ -213,9 +213,9 @@ def show(title: str, rows: Sequence[Mapping[str, Any]]) -> None:
     figures = {"equal": ("equal", ".3f"), "accepted": ("acceptance_rate", ".3f")}
     figures |= {"tokens/round": ("tokens_per_round", ".2f")}
     lines = []
-    for before, row in zip([None, *rows], rows, strict=False):
-        is_first = before is None or before["strategy"] != row["strategy"]
-        line = [row["strategy"] if is_first else "", row["group"], str(row["examples"])]
+    for row in rows:
+        strategy = row["strategy"] if row["group"] == ALL else ""
+        line = [strategy, row["group"], str(row["examples"])]
         for score in map(row["scores"].get, scores):
             words = f"{score['mean']:.4g} ± {or_dash(score['stderr'], '.2g')}" if score else "-"
             line.append(words)

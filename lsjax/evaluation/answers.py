@@ -150,9 +150,8 @@ def warm_up(engine: Engine, strategies: Sequence[Strategy], questions: Sequence[
         engine.use(strategy)
         sizes = {}
         for request in (question.request for question in questions):
-            length = len(request.prompt)
-            whole = length + request.max_new_tokens
-            sizes[engine.capacity(length + 1), engine.capacity(whole)] = request
+            ends = len(request.prompt) + 1, len(request.prompt) + request.max_new_tokens
+            sizes[tuple(map(engine.capacity, ends))] = request
         for request in sizes.values():
             engine.generate([request])
 

@@ -73,10 +73,9 @@ def score_exits(
     parts = [jax.device_get(compiled(model, dict(batch))) for batch in batches]
     count = sum(int(labelled) for *_, labelled in parts)
     check(count > 0, "no token is labelled: raise the number of batches, or the row length")
-    loss_E, agreed_E = (
-        np.sum([part[kind] for part in parts], 0, np.float64) / count for kind in (0, 1)
-    )
-    return ExitScores(tuple(loss_E.tolist()), tuple(agreed_E.tolist()), count)
+    sums = [np.sum([part[kind] for part in parts], 0, np.float64) for kind in (0, 1)]
+    loss_E, agreed_E = (tuple((sum_E / count).tolist()) for sum_E in sums)
+    return ExitScores(loss_E, agreed_E, count)
 
 
 def evaluation_hook(

@@ -76,9 +76,7 @@ class EngineLM(TemplateLM):
         model = {"model": f"{self.name}, {cell}", "loglikelihood_layers": self.depth}
         return model | cell._asdict()
 
-    def tok_encode(
-        self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
-    ) -> list[int]:
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_) -> list[int]:
         """Token ids. The beginning token is added, unless the text (of a chat template) has it."""
         has_bos = string.startswith(self.tokenizer.special_tokens.get("bos_token", ""))
         add_bos = self.tokenizer.add_bos and add_special_tokens is not False and not has_bos
@@ -110,12 +108,12 @@ class EngineLM(TemplateLM):
         return [sum(log_prob for log_prob, _ in islice(scores, count)) for count in windows]
 
     def _loglikelihood_tokens(
-        self,
-        requests: list[tuple[tuple[str, str], list[int], list[int]]],
-        disable_tqdm: bool = False,
-        **kwargs: Any,
+        self, requests: list[tuple], disable_tqdm: bool = False, **_
     ) -> list[tuple[float, bool]]:
-        """Log-probability of each continuation, and whether greedy decoding would produce it."""
+        """Log-probability of each continuation, and whether greedy decoding would produce it.
+
+        requests: (texts, ids of the context, ids of the continuation).
+        """
         texts = []
         for _, context, continuation in requests:
             tokens = [*(context or [self.prefix_token_id]), *continuation]

@@ -23,8 +23,6 @@ from pathlib import Path
 from typing import BinaryIO
 
 SECONDS = 10.0
-MEMORY = 1 << 30  # bytes of address space
-OUTPUT = 1 << 20  # bytes
 PASSED, STOPPED = 57, 58  # exit codes; a program that exits early has another
 
 UNSHARE = (
@@ -103,8 +101,8 @@ def limit(seconds: float) -> None:
 
     for name, value in (
         ("RLIMIT_CPU", int(seconds) + 10),  # after the deadline, which has a clearer message
-        ("RLIMIT_AS", MEMORY),
-        ("RLIMIT_FSIZE", OUTPUT),
+        ("RLIMIT_AS", 1 << 30),  # bytes of address space
+        ("RLIMIT_FSIZE", 1 << 20),  # bytes
         ("RLIMIT_NOFILE", 32),
         ("RLIMIT_CORE", 0),
         ("RLIMIT_NPROC", 64),  # threads count too; does not bind root
