@@ -37,8 +37,8 @@ from lsjax.data.vocabulary import find_counts
 from lsjax.decoding.draft import DraftVocabulary
 from lsjax.decoding.request import Request, encode_prompt
 from lsjax.decoding.strategy import Strategy
-from lsjax.evaluation.comparison import FLOAT32_MARGIN, first_difference
-from lsjax.evaluation.examples import make_examples, templates
+from lsjax.evaluation.exits import FLOAT32_MARGIN, first_difference
+from lsjax.evaluation.tasks import make_questions
 
 Generate = Callable[[list[int], int], list[int]]  # (prompt, number of new tokens) -> new tokens
 
@@ -89,15 +89,14 @@ def main(arguments: Arguments) -> None:
     console = wide_console()
     tokenizer = lsjax.load_tokenizer(arguments.model)
     model = lsjax.load(arguments.model)
-    examples = make_examples(
+    questions = make_questions(
         OWN_PROMPTS,
-        templates(OWN_PROMPTS, None),
         prompt_rows(PROMPTS, arguments.prompt_file),
         encode=lambda text: encode_prompt(
             Request(prompt=text, max_new_tokens=arguments.new_tokens), tokenizer, model.config
         ),
     )
-    prompts = [list(example.ids) for example in islice(examples, arguments.limit)]
+    prompts = [list(one.request.prompt) for one in islice(questions, arguments.limit)]
     own = [
         Side(name, lsjax_side(model, tokenizer, strategy), exact)
         for name, strategy, exact in strategies(arguments, tokenizer)

@@ -14,32 +14,42 @@ The directory --output gets answers.jsonl (a line per text, from which a killed 
 cells.jsonl (the table), and benchmark.png if there are several cells.
 """
 
-import json
 import math
+import os
+import statistics
 import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 from rich.console import Console
 
-from lsjax.cli import answering, flags
-from lsjax.cli.answering import TaskFlags
-from lsjax.cli.flags import OpenModel, StrategyFlags, StrategyName, load_engine, make_strategies
+from lsjax.cli.evaluate import TaskFlags, read_questions
+from lsjax.cli.flags import (
+    OpenModel,
+    StrategyFlags,
+    StrategyName,
+    check_sampling,
+    load_engine,
+    make_strategies,
+    open_model,
+)
 from lsjax.cli.prompts import prompt_rows
 from lsjax.cli.setup import check_output, program
 from lsjax.cli.show import notes_console, show_cells, show_verdict
-from lsjax.config import ConfigError, LlamaConfig, Path, bounded, check
+from lsjax.config import ConfigError, LlamaConfig, Path, as_path, bounded, check
+from lsjax.decoding.completion import Completion
+from lsjax.decoding.cost import ideal_speedup
 from lsjax.decoding.engine import Engine
-from lsjax.decoding.self_speculative import in_one_program
+from lsjax.decoding.self_speculative import SelfSpeculative, in_one_program
 from lsjax.decoding.strategy import Strategy
-from lsjax.evaluation.answers import ALL, Answer, Question
-from lsjax.evaluation.comparison import cell_speeds, identity_tail, timed_lines
-from lsjax.evaluation.examples import Task
+from lsjax.evaluation import answers, exits
+from lsjax.evaluation.answers import Question
 from lsjax.evaluation.plots import plot_grid
-from lsjax.evaluation.tasks import TASKS, first_turn
+from lsjax.evaluation.scores import ALL, Answer, acceptance, grouped
+from lsjax.evaluation.tasks import TASKS, Task, first_turn
 
 PROMPTS = (
     "Once upon a time, there was a little girl named Lily who",
@@ -51,7 +61,8 @@ OWN_PROMPTS = Task(
     name="prompts",
     prompt_template="{prompt}",
     response_template=" ",
-    score=lambda text, example: {},
+    allow_special=True,
+    score=lambda text, question: {},
     change=first_turn,
     group="category",
     needs_reference=False,
@@ -87,46 +98,53 @@ def benchmark(arguments: Arguments) -> int:
 
     Returns 1 if texts are not exact.
     """
-    notes = notes_console()
-    model = flags.open_model(arguments)
+    notes, model = notes_console(), open_model(arguments)
     config, tail = model.source.config, arguments.identity_tail
     check_numbers(arguments, config)
-    questions = make_questions(arguments, model, notes)
+    task, rows = TASKS.get(arguments.task, OWN_PROMPTS), None
+    if task is OWN_PROMPTS:
+        texts = PROMPTS if arguments.prompt is None else (arguments.prompt,)
+        rows = partial(prompt_rows, texts, arguments.prompt_file)
+    task = replace(task, max_new_tokens=arguments.new_tokens, stop=())
+    # A text has the same seed under every strategy.
+    questions, *_ = read_questions(task, arguments, model, notes, arguments.repeats, rows)
+    questions.sort(key=lambda question: question.sample)
     strategies = choose_strategies(arguments, model, None if tail is None else {})
-    output, file = arguments.output, None
+    output, file = arguments.output, as_path(os.devnull)
     if output is not None:
         output.mkdir(parents=True, exist_ok=True)
         file = output / "answers.jsonl"
         check_output(file, arguments.prompt_file)
-    engine = load_engine(
-        model,
-        notes,
-        change=lambda model: model if tail is None else identity_tail(model, tail),
-        ignore_end=True,
-    )
+    change = {} if tail is None else {"change": partial(exits.identity_tail, exit_layer=tail)}
+    engine = load_engine(model, notes, ignore_end=True, **change)
     if tail is not None and arguments.draft_vocab is not None:
         said = engine.generate([one.request for one in questions if one.sample == 0])
         counts = Counter(token for one in said for token in one.token_ids)
         strategies = choose_strategies(arguments, model, counts)
-
     more = {name: getattr(arguments, name) for name in ("identity_tail", "new_tokens")}
-    asked = answering.conditions(model, engine, strategies, **more)
-    line = timed_lines(engine, strategies[0])
-    rest = (engine, strategies, questions, line, notes)
-    answers = answering.complete(file, asked, *rest, turn=1, timed=True)
-    rows = list(cell_speeds(config, strategies, answers))
-    title = describe(arguments, engine, questions)
+    asked = answers.conditions(engine, arguments.model.name, arguments.sampling, **more)
+    figures = partial(timed_beside, engine)
+    rest = (engine, strategies, questions, asked, file, notes, figures)
+    found = answers.complete(*rest, timed=True)
+    rows = list(cell_speeds(config, found))
+    lengths = [len(one.request.prompt) for one in questions]
+    repeats, temperature = arguments.repeats, arguments.sampling.temperature
+    title = f"{arguments.model.name}, {engine.model.dtype}, {len(lengths) // repeats} prompts of "
+    title += f"{min(lengths)} to {max(lengths)} tokens, {arguments.new_tokens} new tokens, "
+    title += f"{repeats} repeat{'s' * (repeats > 1)}"
+    title += f", temperature {temperature:g}" if temperature else ""
+    title += "" if tail is None else f", identity tail from layer {tail} on"
     show_cells(title, [row for row in rows if arguments.groups or row["group"] == ALL])
     print(f"{len(engine.programs)} programs, {engine.programs.compile_seconds:.1f} s compiling")
     if output is not None:
         write(output, title, rows, notes)
-    return show_verdict(answers, str(engine.model.dtype))
+    return show_verdict(found, str(engine.model.dtype))
 
 
 def check_numbers(arguments: Arguments, config: LlamaConfig) -> None:
     """Raises ConfigError for numbers out of range and for flags without effect."""
     check(arguments.batch_size == 1, "--batch-size must be 1 here: texts are timed one by one")
-    flags.check_sampling(arguments.sampling, 1)
+    check_sampling(arguments.sampling, 1)
     last, tail = config.num_layers - 1, arguments.identity_tail
     check(
         tail is None or 1 <= tail <= last,
@@ -157,41 +175,60 @@ def choose_strategies(
     return in_one_program(list(dict.fromkeys(found)))
 
 
-def make_questions(arguments: Arguments, model: OpenModel, notes: Console) -> list[Question]:
-    """Every prompt in each repeat. A text has the same seed under every strategy."""
-    task, rows = TASKS.get(arguments.task, OWN_PROMPTS), None
-    if task is OWN_PROMPTS:
-        texts = PROMPTS if arguments.prompt is None else (arguments.prompt,)
-        rows = partial(prompt_rows, texts, arguments.prompt_file)
-    task = replace(task, max_new_tokens=arguments.new_tokens)
-    examples, *_ = answering.read_examples(task, arguments, model, notes, rows)
-    questions = answering.make_questions(
-        examples, arguments.repeats, arguments.sampling, max_new_tokens=arguments.new_tokens
-    )
-    return sorted(questions, key=lambda question: question.sample)
+def timed_beside(
+    engine: Engine, question: Question, completion: Completion, base: Completion
+) -> dict[str, Any]:
+    """Seconds of the baseline in the same turn, and the first difference from its text if both
+    texts must be equal. JSON has null for an infinite margin."""
+    config, difference = engine.model.config, None
+    if completion.seed is None and engine.strategy.depth(config) == config.num_layers:
+        tokens = base.token_ids, completion.token_ids
+        difference = exits.first_difference(engine.model, question.request.prompt, *tokens)
+    if difference is not None:
+        margin = difference.margin if math.isfinite(difference.margin) else None
+        difference = asdict(difference) | {"margin": margin}
+    return {"base_seconds": base.decode_seconds, "difference": difference}
 
 
-def describe(arguments: Arguments, engine: Engine, questions: Sequence[Question]) -> str:
-    """The title of the table."""
-    lengths = [len(one.request.prompt) for one in questions if one.sample == 0]
-    repeats, temperature = arguments.repeats, arguments.sampling.temperature
-    parts = [
-        f"{arguments.model.name}, {engine.model.dtype}",
-        f"{len(lengths)} prompts of {min(lengths)} to {max(lengths)} tokens",
-        f"{arguments.new_tokens} new tokens, {repeats} repeat{'s' * (repeats > 1)}",
-    ]
-    parts += [f"temperature {temperature:g}"] if temperature else []
-    if arguments.identity_tail is not None:
-        parts.append(f"identity tail from layer {arguments.identity_tail} on")
-    return ", ".join(parts)
+def cell_speeds(config: LlamaConfig, answers: Sequence[Answer]) -> Iterator[dict[str, Any]]:
+    """Figures of each strategy and group, starting with all answers. Undefined figures are None.
+
+    docs/performance.md defines them. answers: with the fields of `timed_beside`.
+    """
+    for cell, group, own in grouped(answers):
+        speeds = [(one["num_new_tokens"] - 1) / one["decode_seconds"] for one in own]
+        speedup = statistics.median(one["base_seconds"] / one["decode_seconds"] for one in own)
+        greedy = {one["id"] for one in own if one["seed"] is None}
+        found = [one for one in own if one["difference"]]
+        differing = {one["id"] for one in found}
+        passing, ideal = acceptance(own), None
+        if cell.strategy == SelfSpeculative.name:
+            # On average: the last round of a text may be shorter.
+            drafts = sum(one["drafted"] for one in own) / sum(one["rounds"] for one in own)
+            rate = passing["acceptance_rate"] or 0.0
+            ideal = ideal_speedup(config, cell.exit_layer, drafts, rate, cell.draft_vocab)
+        margins = [exits.margin_of(one["difference"]) for one in found]
+        yield {
+            "group": group,
+            **cell._asdict(),
+            "tokens_per_second": statistics.median(speeds),
+            "slowest": min(speeds),
+            "fastest": max(speeds),
+            "speedup": speedup,
+            **passing,
+            "equal": len(greedy - differing) if greedy else None,
+            "differ": len(differing) if greedy else None,
+            "widest_margin": max(margins, default=None),
+            "ideal": ideal,
+            "share_of_ideal": None if ideal is None else speedup / ideal,
+        }
 
 
 def write(output: Path, title: str, rows: Sequence[Answer], notes: Console) -> None:
     """Writes the table as JSON lines, with null for infinity, and plots a grid."""
     with (output / "cells.jsonl").open("w", encoding="utf-8") as lines:
         for row in rows:
-            values = {k: None if v == math.inf else v for k, v in row.items()}
-            print(json.dumps(values), file=lines)
+            lines.write(answers.as_line({k: None if v == math.inf else v for k, v in row.items()}))
     whole = [row for row in rows if row["group"] == ALL and row["num_draft_tokens"] is not None]
     if len({(row["exit_layer"], row["num_draft_tokens"]) for row in whole}) > 1:
         try:

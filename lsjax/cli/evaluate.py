@@ -7,35 +7,73 @@
 The same command resumes a killed run. docs/evaluation.md explains the tasks and the figures.
 """
 
-import dataclasses
-import json
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice, product, tee
 from typing import Annotated, Any, Literal
 
 import tyro
+from rich.console import Console
 
-from lsjax.cli import answering, flags
-from lsjax.cli.answering import TaskFlags
-from lsjax.cli.flags import StrategyFlags, load_engine, make_strategies
+from lsjax.checkpoints.run import is_run, read_run_config
+from lsjax.cli import flags
+from lsjax.cli.flags import (
+    ChatFlags,
+    ModelFlags,
+    OpenModel,
+    SamplingFlags,
+    StrategyFlags,
+    load_engine,
+    make_strategies,
+)
 from lsjax.cli.setup import check_output, program
 from lsjax.cli.show import notes_console, or_dash, table, wide_console
-from lsjax.config import Path, bounded, check
-from lsjax.decoding.completion import Completion
+from lsjax.config import ConfigError, Path, bounded, check, split_step
+from lsjax.data.chat import Dialogue
+from lsjax.data.files import PlacedRow, Refuse, file_rows, stop_at, write_json
+from lsjax.data.sources import tfds_split
+from lsjax.decoding.request import Request, encode_prompt
+from lsjax.decoding.sampling import GREEDY
 from lsjax.decoding.self_speculative import in_one_program
-from lsjax.evaluation.answers import (
-    ALL,
-    UNSEEN,
-    Answer,
-    Question,
-    answer_line,
-    summarise,
-)
-from lsjax.evaluation.examples import Task
-from lsjax.evaluation.tasks import TASKS
+from lsjax.evaluation import answers
+from lsjax.evaluation.answers import Question
+from lsjax.evaluation.scores import ALL, UNSEEN, summarise
+from lsjax.evaluation.tasks import TASKS, Task, as_trained, choose_shots, make_questions
 
-TURN = 8  # questions per batch row before the next strategy takes its turn
+LOOKED_AT = 100  # rows that are tried when templates are chosen
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskFlags(ChatFlags, ModelFlags):
+    """Examples of a task, and how they become prompts."""
+
+    data: tuple[str, ...] = ()
+    """Files of rows, or patterns: .jsonl, .tsv, .csv, each also as .gz. Default: the task's
+    TensorFlow data set."""
+    tfds_data_dir: str = ""
+    """Directory of TensorFlow data sets; empty means TFDS's default, ~/tensorflow_datasets."""
+    offset: int = bounded(0, low=0)
+    """Number of examples to skip at the start."""
+    limit: int | None = bounded(None, low=1)
+    """Maximum number of examples."""
+    bad_rows: Literal["refuse", "skip"] = "refuse"
+    """Whether to stop at a row that is invalid or too long, or to report and skip it."""
+    prompt_template: str | None = None
+    """Prompt of a row, with its fields in braces: '{question}'. Default: the template that the run
+    was finetuned with, if its fields fit, or else the task's."""
+    response_template: str | None = None
+    """Response to compare with, written like --prompt-template."""
+    num_shots: int | None = bounded(None, low=0)
+    """Solved examples before each prompt; the task's own number by default."""
+    shots_data: tuple[str, ...] = ()
+    """Files to draw the shots from, with --seed."""
+    without_seen: tuple[str, ...] = ()
+    """Files of training rows. Adds figures for the examples whose prompts are not in them."""
+    sampling: SamplingFlags = GREEDY
+    groups: bool = False
+    """Also prints each category of examples. Files always contain them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,60 +98,121 @@ class Arguments(TaskFlags, StrategyFlags):
 
 def evaluate(arguments: Arguments) -> None:
     """Makes the missing answers, prints the table and writes the summary."""
-    output, sampling = arguments.output, arguments.sampling
+    output, sampling, notes = arguments.output, arguments.sampling, notes_console()
     check(output.suffix == ".jsonl", f"--output {output} is not a .jsonl file: name one")
     flags.check_sampling(sampling, arguments.num_samples)
-    notes, task = notes_console(), chosen_task(arguments)
-    model = flags.open_model(arguments)
-    strategies = make_strategies(arguments, model)
-    examples, data, bad_rows = answering.read_examples(task, arguments, model, notes)
-    check_output(output)
-    for example in {one.group: one for one in examples}.values():
-        task.score("", example)  # fails before the work if scoring is impossible
-    request = dict(max_new_tokens=task.max_new_tokens, stop=task.stop)
-    questions = answering.make_questions(examples, arguments.num_samples, sampling, **request)
-    longest = max(len(example.ids) for example in examples)
-    engine = load_engine(model, notes, min_capacity=longest + task.max_new_tokens)
-
-    templates = {name: getattr(data, name) for name in ("prompt_template", "response_template")}
-    asked = answering.conditions(
-        *(model, engine, strategies),
-        task=task.name,
-        **templates,
-        max_new_tokens=task.max_new_tokens,
-        stop=list(task.stop),
-        **{name: getattr(arguments, name) for name in ("batch_size", "allow_code_execution")},
-    )
-
-    def line(question: Question, completion: Completion) -> Answer:
-        return answer_line(
-            question, completion, scores=task.score(completion.text, question.example)
-        )
-
-    shared, turn = in_one_program(strategies), TURN * arguments.batch_size
-    answers = answering.complete(output, asked, engine, shared, questions, line, notes, turn=turn)
-    rows = summarise(answers)
-    summary = {"asked": asked, "bad_rows": bad_rows, "figures": rows}
-    output.with_suffix(".summary.json").write_text(
-        json.dumps(summary, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
-    )
-    shown = [row for row in rows if arguments.groups or row["group"] in (ALL, UNSEEN)]
-    show(f"{arguments.model.name}, {engine.model.dtype}, {task.name}", shown)
-
-
-def chosen_task(arguments: Arguments) -> Task:
-    """The task with length, stop strings and scores from the flags."""
     task, by_running = TASKS[arguments.task], arguments.allow_code_execution
     check(
         task.score_by_running is not None or not by_running,
         f"--allow-code-execution has no effect on {task.name}: leave it out",
     )
-    return dataclasses.replace(
-        task,
-        max_new_tokens=arguments.max_new_tokens or task.max_new_tokens,
-        stop=task.stop + arguments.stop,
-        score=task.score_by_running if by_running else task.score,
+    score = task.score_by_running if by_running else task.score
+    length = arguments.max_new_tokens or task.max_new_tokens
+    task = replace(task, max_new_tokens=length, stop=task.stop + arguments.stop)
+    model = flags.open_model(arguments)
+    strategies = make_strategies(arguments, model)
+    samples = arguments.num_samples
+    questions, task, bad_rows = read_questions(task, arguments, model, notes, samples)
+    check_output(output)
+    for question in {one.group: one for one in questions}.values():
+        score("", question)  # fails before the work if scoring is impossible
+    longest = max(len(one.request.prompt) for one in questions)
+    engine = load_engine(model, notes, min_capacity=longest + length)
+    names = ("prompt_template", "response_template", "max_new_tokens", "stop")
+    more = {"task": task.name} | {name: getattr(task, name) for name in names}
+    more |= {"batch_size": arguments.batch_size, "allow_code_execution": by_running}
+    asked = answers.conditions(engine, arguments.model.name, sampling, **more)
+    found = answers.complete(
+        *(engine, in_one_program(strategies), questions, asked, output, notes),
+        lambda question, done, _: {"scores": score(done.text, question)},
     )
+    rows = summarise(found)
+    summary = {"asked": asked, "bad_rows": bad_rows, "figures": rows}
+    write_json(output.with_suffix(".summary.json"), summary)
+    shown = [row for row in rows if arguments.groups or row["group"] in (ALL, UNSEEN)]
+    show(f"{arguments.model.name}, {engine.model.dtype}, {task.name}", shown)
+
+
+def read_questions(
+    task: Task,
+    chosen: TaskFlags,
+    model: OpenModel,
+    notes: Console,
+    num_samples: int,
+    own_rows: Callable[[Refuse], Iterator[PlacedRow]] | None = None,
+) -> tuple[list[Question], Task, list[str]]:
+    """The samples of the chosen examples, the task with its templates, and errors of skipped rows.
+
+    Prompts are tokenised as in training, or with the chat template. Question number i has the
+    seed + i. own_rows: returns rows that are not training data and fit the task's templates; by
+    default, the rows of the flags.
+    """
+    skipped: list[str] = []
+
+    def refuse(error: ConfigError) -> None:
+        if chosen.bad_rows == "refuse":
+            raise error
+        skipped.append(str(error))
+        notes.print(f"skipped: {error}", soft_wrap=True)
+
+    names = ("num_shots", "prompt_template", "response_template")
+    given = {name: getattr(chosen, name) for name in names if getattr(chosen, name) is not None}
+    task = replace(task, **given)
+    found = own_rows(refuse) if own_rows else rows_of(task, chosen, chosen.data, "test", refuse)
+    rows, looked_at = tee(found)
+    directory, _ = split_step(chosen.model)
+    if own_rows is None and not {*names[1:]} & given.keys() and is_run(directory):
+        trained = read_run_config(directory).data
+        task = as_trained(task, trained, islice(looked_at, LOOKED_AT))
+
+    def encode(prompt: str) -> list[int]:
+        tokenizer = model.tokenizer
+        if chosen.chat:
+            _, ids = Dialogue(tokenizer, chosen.system).prompt(prompt)
+        else:
+            ids = tokenizer.encode(prompt, allow_special=task.allow_special)
+        request = Request(prompt=ids, max_new_tokens=task.max_new_tokens)
+        return encode_prompt(request, tokenizer, model.source.config, chosen.max_length)
+
+    shots = []
+    if task.num_shots:
+        check(
+            bool(chosen.shots_data) or (not chosen.data and task.tfds is not None),
+            f"{task.num_shots} shots need rows that are not evaluated: name their files with "
+            "--shots-data, or choose --num-shots 0",
+        )
+        drawn = rows_of(task, chosen, chosen.shots_data, "train")
+        shots = choose_shots(task, drawn, task.num_shots, chosen.sampling.seed)
+    seen = file_rows(chosen.without_seen)
+    made = make_questions(task, rows, shots=shots, seen=seen, encode=encode, refuse=refuse)
+    examples = list(islice(islice(made, chosen.offset, None), chosen.limit))
+    after = f" after the first {chosen.offset}" if chosen.offset else ""
+    check(bool(examples), f"the data have no examples{after}: use other data or a lower --offset")
+    ((id_, times),) = Counter(example.id for example in examples).most_common(1)
+    check(
+        times == 1,
+        f"two rows have the id {id_}, which must be unique: correct the ids, or evaluate one "
+        "file at a time",
+    )
+    questions = []
+    for number, (example, sample) in enumerate(product(examples, range(num_samples))):
+        sampling = replace(chosen.sampling, seed=(chosen.sampling.seed + number) % 2**32)
+        request = replace(example.request, sampling=sampling)
+        questions.append(replace(example, request=request, sample=sample))
+    return questions, task, skipped
+
+
+def rows_of(
+    task: Task, chosen: TaskFlags, files: Sequence[str], split: str, refuse: Refuse = stop_at
+) -> Iterator[PlacedRow]:
+    """Rows of the files, or without files a split of the task's TensorFlow data set."""
+    if files:
+        yield from file_rows(files, refuse)
+        return
+    check(task.tfds is not None, f"{task.name} has no TensorFlow data set: name files with --data")
+    title, _, rows = tfds_split(task.tfds, split, chosen.tfds_data_dir)
+    for number in range(len(rows)):
+        yield f"{split}:{number}", f"{title}, row {number}", rows[number]
 
 
 def show(title: str, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -121,18 +220,16 @@ def show(title: str, rows: Sequence[Mapping[str, Any]]) -> None:
     scores = list(dict.fromkeys(name for row in rows for name in row["scores"]))
     figures = {"equal": ("equal", ".3f"), "accepted": ("acceptance_rate", ".3f")}
     figures |= {"tokens/round": ("tokens_per_round", ".2f")}
-    lines, before = [], None
+    lines = []
     for row in rows:
-        cells = []
-        for name in scores:
-            score = row["scores"].get(name, {"mean": None, "stderr": None})
-            cells += [or_dash(score["mean"], ".4g"), or_dash(score["stderr"], ".2g")]
-        cells += [or_dash(row[name], form) for name, form in figures.values()]
-        strategy = "" if row["strategy"] == before else row["strategy"]
-        lines.append([strategy, row["group"], str(row["examples"]), *cells])
-        before = row["strategy"]
-    names = ["strategy", "examples of", "n", *(part for name in scores for part in (name, "±"))]
-    wide_console().print(table(title, [*names, *figures], lines, left=2))
+        strategy = row["strategy"] if row["group"] == ALL else ""
+        line = [strategy, row["group"], str(row["examples"])]
+        for score in map(row["scores"].get, scores):
+            words = f"{score['mean']:.4g} ± {or_dash(score['stderr'], '.2g')}" if score else "-"
+            line.append(words)
+        lines.append(line + [or_dash(row[name], form) for name, form in figures.values()])
+    names = ["strategy", "examples of", "n", *scores, *figures]
+    wide_console().print(table(title, names, lines, left=2))
 
 
 main = program(Arguments, evaluate, __doc__)

@@ -22,8 +22,8 @@ from lsjax.config import Checked, Path, bounded, check
 from lsjax.data.files import cache_directory
 from lsjax.data.pipeline import OnePass, packed_rows
 from lsjax.data.tokenizer_files import load_tokenizer
+from lsjax.evaluation import installed
 from lsjax.evaluation.exits import AGREEMENT, ExitScores, score_exits
-from lsjax.evaluation.extras import installed
 from lsjax.evaluation.plots import plot_exits
 from lsjax.model.llama import stacked
 
@@ -45,13 +45,13 @@ class Arguments(Checked, prefix="--"):
 def score_models(arguments: Arguments) -> None:
     """Scores the models, prints the table and draws the plot."""
     check(len(arguments.runs) >= 1, "--runs is empty: name the directory of a run")
-    first, output = arguments.runs[0], arguments.output
+    first, *others = arguments.runs
+    output, names = arguments.output, [run.name for run in arguments.runs]
     check(is_run(first), f"{first} is not a training run: name a --workdir of train.py first")
-    names = [run.name for run in arguments.runs]
     check(len(set(names)) == len(names), f"two runs have the same name ({names}): rename one")
     sources = [open_checkpoint(run) for run in arguments.runs]
     tokenizer = load_tokenizer(first).fitted(sources[0].config.vocab_size)
-    for run in arguments.runs[1:]:
+    for run in others:
         check(
             load_tokenizer(run).fingerprint == tokenizer.fingerprint,
             f"{run} and {first} have different tokenizers: compare runs with the same one",
@@ -59,20 +59,13 @@ def score_models(arguments: Arguments) -> None:
     if output is not None:
         check(output.suffix == ".png", f"--output {output} is not a .png file: name one")
         installed("matplotlib", "plots")
-    for file in (output, arguments.json):
-        if file is not None:
-            check_output(file)
-    config = read_run_config(first)
+    for file in {output, arguments.json} - {None}:
+        check_output(file)
+    config, dtype = read_run_config(first), choose_dtype("auto")
     keep_compiled_programs()
-    rows = packed_rows(
-        config.data,
-        tokenizer,
-        seq_len=config.seq_len,
-        split="validation",
-        cache=cache_directory(),
-    )
+    options = {"seq_len": config.seq_len, "split": "validation", "cache": cache_directory()}
+    rows = packed_rows(config.data, tokenizer, **options)
     batches = list(OnePass(rows, batch_size=config.batch_size, max_batches=arguments.batches))
-    dtype = choose_dtype("auto")
     scores: dict[str, ExitScores] = {}
     with Progress(console=Console(stderr=True), transient=True) as progress:
         for name, source in zip(names, sources, strict=True):
@@ -83,8 +76,8 @@ def score_models(arguments: Arguments) -> None:
     console.print(exit_table(f"{scores[names[0]].tokens:,} held-out tokens", scores))
     console.print(AGREEMENT, style="dim")
     if arguments.json is not None:
-        lines = [json.dumps({"run": name, **asdict(one)}) for name, one in scores.items()]
-        arguments.json.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+        lines = [json.dumps({"run": name, **asdict(one)}) + "\n" for name, one in scores.items()]
+        arguments.json.write_text("".join(lines), encoding="utf-8")
     if output is not None:
         plot_exits(scores, output)
 

@@ -18,8 +18,8 @@ from lsjax.cli.setup import program
 from lsjax.cli.show import notes_console
 from lsjax.config import Path, bounded, check, in_bucket
 from lsjax.data.chat import Dialogue
-from lsjax.evaluation.answers import Cell
-from lsjax.evaluation.extras import installed
+from lsjax.evaluation import installed
+from lsjax.evaluation.scores import Cell
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +44,7 @@ class Arguments(StrategyFlags, ChatFlags, ModelFlags):
 
 def run_tasks(arguments: Arguments) -> None:
     """Runs every task with every strategy; lm_eval makes the tables and the files."""
-    changes, path = arguments.gen_kwargs, arguments.task_path
+    changes, path, output = arguments.gen_kwargs, arguments.task_path, arguments.output
     check(bool(arguments.tasks), "--tasks is empty: name one or more")
     check(
         changes is None or all("=" in change for change in changes.split(",")),
@@ -55,27 +55,25 @@ def run_tasks(arguments: Arguments) -> None:
     strategies = make_strategies(arguments, opened)
     if arguments.chat:
         Dialogue(opened.tokenizer, arguments.system).prompt("?")  # fails now without a template
-    if arguments.output is not None:
+    if output is not None:
         check(
-            not in_bucket(arguments.output),
-            f"--output {arguments.output} is in a bucket, where lm_eval cannot write: name a local "
-            "directory",
+            not in_bucket(output),
+            f"--output {output} is in a bucket, where lm_eval cannot write: name a local directory",
         )
-        arguments.output.mkdir(parents=True, exist_ok=True)
+        output.mkdir(parents=True, exist_ok=True)
     adapter = installed("lsjax.evaluation.lm_eval", "eval")
-    manager, tasks = adapter.find_tasks(arguments.tasks, path)
+    options = adapter.find_tasks(arguments.tasks, path) | {
+        "limit": arguments.limit,
+        "num_fewshot": arguments.num_fewshot,
+        "gen_kwargs": changes,
+        "apply_chat_template": arguments.chat,
+        "system_instruction": arguments.system,
+    }
     engine = load_engine(opened, notes_console(), strategy=strategies[0])
     model = adapter.EngineLM(engine, name=arguments.model.name, seed=arguments.seed)
     for strategy in strategies:
         engine.use(strategy)
-        results = adapter.evaluate(
-            *(model, manager, tasks, arguments.output),
-            limit=arguments.limit,
-            num_fewshot=arguments.num_fewshot,
-            gen_kwargs=changes,
-            apply_chat_template=arguments.chat,
-            system_instruction=arguments.system,
-        )
+        results = adapter.evaluate(model, output, **options)
         print(f"{arguments.model.name}, {engine.model.dtype}, {Cell.of(strategy)}")
         print(adapter.make_table(results))
 

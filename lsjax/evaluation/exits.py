@@ -1,7 +1,9 @@
-"""Scores exits on given texts, in one pass and without decoding.
+"""Scores given texts in one pass, without a cache: loss and agreement of every exit (the paper's
+Figures 6 and 8), log-probabilities at one exit, and margins by which two decodings differ.
 
-Loss, perplexity and agreement of every exit on labelled batches (the paper's Figures 6 and 8), and
-the log-probability of given texts at one exit.
+Self-speculation is lossless in exact arithmetic. In floating point, matmuls of one token and of
+d + 1 tokens round differently. If the two best logits are almost equal, either may win. A margin
+wider than rounding explains is a bug.
 """
 
 import math
@@ -9,11 +11,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from itertools import zip_longest
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jax import lax
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
@@ -21,7 +25,7 @@ from jaxtyping import Array, Float, Int
 from lsjax.checkpoints.run import EVALUATION
 from lsjax.config import AttentionKernel, ComputeDtype, check
 from lsjax.decoding.sampling import argmax
-from lsjax.model.llama import Llama, cast_matrices
+from lsjax.model.llama import Llama, cast_matrices, unstacked
 from lsjax.sharding import chunk_steps, constrain, over_context, pieces, split_rows
 from lsjax.training.prepare import TrainingRun
 from lsjax.training.run import Hook
@@ -29,6 +33,8 @@ from lsjax.training.run import Hook
 AGREEMENT = "agreement: share of greedy drafts that would be accepted, teacher-forced"
 CHUNK_LOGITS = 2**25  # logits in memory at once, per device
 MIN_LENGTH = 32  # a scored text is padded to this many tokens, or a larger power of two
+# Widest margin between the two best logits that rounding in float32 may reverse.
+FLOAT32_MARGIN = 1e-4
 
 
 @dataclass(frozen=True)
@@ -64,17 +70,12 @@ def score_exits(
     ConfigError if no token is labelled.
     """
     compiled = partial(exit_sums, dtype=dtype, micro_batches=micro_batches, attention=attention)
-    totals = None
-    for batch in batches:
-        sums = jax.device_get(compiled(model, dict(batch)))
-        sums = jax.tree.map(lambda part: np.asarray(part, np.float64), sums)
-        totals = sums if totals is None else jax.tree.map(np.add, totals, sums)
-    labelled = totals is not None and totals[2] > 0
-    check(labelled, "no token is labelled: raise the number of batches, or the row length")
-    loss_E, agreed_E, count = totals
-    return ExitScores(
-        tuple((loss_E / count).tolist()), tuple((agreed_E / count).tolist()), int(count)
-    )
+    parts = [jax.device_get(compiled(model, dict(batch))) for batch in batches]
+    count = sum(int(labelled) for *_, labelled in parts)
+    check(count > 0, "no token is labelled: raise the number of batches, or the row length")
+    sums = [np.sum([part[kind] for part in parts], 0, np.float64) for kind in (0, 1)]
+    loss_E, agreed_E = (tuple((sum_E / count).tolist()) for sum_E in sums)
+    return ExitScores(loss_E, agreed_E, count)
 
 
 def evaluation_hook(
@@ -84,23 +85,18 @@ def evaluation_hook(
 
     The loss of the last exit decides which saved steps are best. show: called with step and scores.
     """
-    config, batches = run.config, list(run.held_out)
+    batches, names = list(run.held_out), ("dtype", "micro_batches", "attention")
+    settings = {name: getattr(run.config, name) for name in names}
 
     def evaluate(step: int, model: Llama) -> dict[str, Any]:
-        scores = score_exits(
-            model,
-            map(run.place, batches),
-            dtype=config.dtype,
-            micro_batches=config.micro_batches,
-            attention=config.attention,
-        )
+        scores = score_exits(model, map(run.place, batches), **settings)
         loss = scores.loss_E[-1]
         if math.isfinite(loss):
             run.losses[step] = loss
         show(step, scores)
         return {**asdict(scores), "last_exit_loss": loss}
 
-    return Hook(EVALUATION, config.evaluation.every, evaluate)
+    return Hook(EVALUATION, run.config.evaluation.every, evaluate)
 
 
 @partial(jax.jit, static_argnames=("dtype", "micro_batches", "attention"))
@@ -131,12 +127,10 @@ def exit_sums(
             kernel=attention,
             read=lambda x_BTD: _loss_and_argmax(model, table_VD, labels_BT, pieces(x_BTD)),
         )
-        agreed_LBT = token_LBT == token_LBT[-1]
-
-        def count(values_LBT: Array) -> Array:
-            return jnp.where(labelled_BT, values_LBT, 0).sum((1, 2), dtype=loss_LBT.dtype)
-
-        return count(loss_LBT), count(agreed_LBT), labelled_BT.sum()
+        found = loss_LBT, token_LBT == token_LBT[-1]
+        counted = [jnp.where(labelled_BT, values_LBT, 0) for values_LBT in found]
+        sums_L = [values_LBT.sum((1, 2), dtype=loss_LBT.dtype) for values_LBT in counted]
+        return *sums_L, labelled_BT.sum()
 
     if micro_batches == 1:
         return sums(batch)
@@ -144,40 +138,34 @@ def exit_sums(
     return jax.tree.map(lambda leaf: leaf.sum(0), parts)
 
 
-class Text(NamedTuple):
-    """Token ids that fit the context, of which the last `count` are scored, but never the first."""
-
-    tokens: Sequence[int]
-    count: int
-
-
-class TextScore(NamedTuple):
-    """log_prob: joint log-probability of the scored tokens, in nats. is_greedy: whether each scored
-    token is the argmax at its position."""
-
-    log_prob: float
-    is_greedy: bool
-
-
 def score_texts(
     model: Llama,
-    texts: Sequence[Text],
+    texts: Sequence[tuple[Sequence[int], int]],
     *,
     exit_layer: int,
     batch_size: int = 1,
     mesh: Mesh | None = None,
     track: Callable[[Sequence], Iterable] = iter,
-) -> list[TextScore]:
-    """Scores of the texts, in their order, by the first `exit_layer` layers.
+) -> list[tuple[float, bool]]:
+    """Joint log-probability (nats) of each text's scored tokens by the first `exit_layer` layers,
+    and whether each scored token is the argmax at its position.
 
+    texts: token ids that fit the context, and how many of the last are scored, but never the first.
     Texts of similar length share a batch. Each power-of-two length has its own program. track:
     wraps the sequence of batches, for a progress bar.
     """
-    scores = [TextScore(0.0, True)] * len(texts)
-    order = sorted(range(len(texts)), key=lambda index: -len(texts[index].tokens))
+    scores = [(0.0, True)] * len(texts)
+    order = sorted(range(len(texts)), key=lambda index: -len(texts[index][0]))
     for begin in track(range(0, len(texts), batch_size)):
         batch = order[begin : begin + batch_size]
-        tokens_BT, labels_BT = _padded([texts[index] for index in batch], batch_size)
+        length = max(MIN_LENGTH, 1 << (len(texts[batch[0]][0]) - 2).bit_length())  # of the longest
+        tokens_BT = np.zeros((batch_size, length), np.int32)
+        labels_BT = np.full_like(tokens_BT, -1)
+        for row, index in enumerate(batch):
+            tokens, count = texts[index]
+            inputs = len(tokens) - 1
+            tokens_BT[row, :inputs] = tokens[:-1]
+            labels_BT[row, inputs - count : inputs] = tokens[len(tokens) - count :]
         with nullcontext() if mesh is None else jax.set_mesh(mesh):
             found = _score_rows(model, tokens_BT, labels_BT, exit_layer=exit_layer)
         loss_BT, token_BT = jax.device_get(found)
@@ -185,20 +173,8 @@ def score_texts(
             scored = labels_BT[row] >= 0
             log_prob = 0.0 - loss_BT[row, scored].astype(np.float64).sum()
             is_greedy = (token_BT == labels_BT)[row, scored].all()
-            scores[index] = TextScore(float(log_prob), bool(is_greedy))
+            scores[index] = float(log_prob), bool(is_greedy)
     return scores
-
-
-def _padded(batch: Sequence[Text], batch_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Inputs and labels [B, T] of texts, longest first."""
-    length = max(MIN_LENGTH, 1 << (len(batch[0].tokens) - 2).bit_length())
-    tokens_BT = np.zeros((batch_size, length), np.int32)
-    labels_BT = np.full_like(tokens_BT, -1)
-    for row, (tokens, count) in enumerate(batch):
-        inputs = len(tokens) - 1
-        tokens_BT[row, :inputs] = tokens[:-1]
-        labels_BT[row, inputs - count : inputs] = tokens[len(tokens) - count :]
-    return tokens_BT, labels_BT
 
 
 @partial(jax.jit, static_argnames="exit_layer")
@@ -239,3 +215,63 @@ def _loss_and_argmax(
         return parts.swapaxes(0, 1).reshape(batch, chunks * chunk)[:, :steps]
 
     return jax.tree.map(join, lax.map(score, (split(x_BTD), split(labels_BT))))
+
+
+@dataclass(frozen=True)
+class Difference:
+    """First position where two decodings differ.
+
+    index: index of the new token. margin: the full model's best logit there minus the lower logit
+    of the two tokens; infinite if one decoding only ends earlier.
+    """
+
+    index: int
+    expected: int | None
+    found: int | None
+    margin: float
+
+
+def first_difference(
+    model: Llama, prompt: Sequence[int], expected: Sequence[int], found: Sequence[int]
+) -> Difference | None:
+    """First difference of `found` from `expected`, new tokens after `prompt`; None if equal."""
+    if list(expected) == list(found):
+        return None
+    pairs = enumerate(zip_longest(expected, found))
+    index, one, other = next((index, one, other) for index, (one, other) in pairs if one != other)
+    if one is None or other is None:
+        return Difference(index, one, other, math.inf)
+    logits_V = last_logits(model, [*prompt, *expected[:index]])
+    margin = float(logits_V.max() - np.minimum(logits_V[one], logits_V[other]))
+    return Difference(index, one, other, margin)
+
+
+def margin_of(difference: Mapping[str, Any]) -> float:
+    """The margin of a difference in JSON; null means infinite."""
+    return math.inf if difference["margin"] is None else difference["margin"]
+
+
+def last_logits(model: Llama, tokens: Sequence[int]) -> Float[np.ndarray, " V"]:
+    """Logits of the next token, from one pass over the complete text without a cache."""
+    padded = np.zeros((1, -(-len(tokens) // 128) * 128), np.int32)  # few shapes to compile
+    padded[0, : len(tokens)] = tokens
+    return np.asarray(_logits_at(model, padded, np.int32(len(tokens) - 1)))
+
+
+@jax.jit
+def _logits_at(
+    model: Llama, tokens_BT: Int[Array, "1 T"], index: Int[Array, ""]
+) -> Float[Array, " V"]:
+    return model.unembed(jnp.take(model.exits(tokens_BT)[-1, 0], index, axis=0))
+
+
+def identity_tail(model: Llama, exit_layer: int) -> Llama:
+    """The model, except that layers from `exit_layer` on add nothing: drafts of exits from there on
+    are all accepted. The output projections are separate zero arrays, so the cost is unchanged."""
+    tail = jax.tree.map(lambda leaf: leaf, unstacked(model))
+    for block in list(tail.layers)[exit_layer:]:
+        for linear in (block.attention.out, block.feed_forward.down):
+            linear.kernel = nnx.Param(jnp.zeros_like(linear.kernel[...]))
+            if linear.bias is not None:
+                linear.bias = nnx.Param(jnp.zeros_like(linear.bias[...]))
+    return tail

@@ -13,6 +13,7 @@ import dataclasses
 import os
 from collections.abc import Sequence
 from functools import partial
+from itertools import islice
 from typing import Any
 
 from lm_eval import simple_evaluate
@@ -29,8 +30,8 @@ from lsjax.data.chat import render_chat
 from lsjax.decoding.engine import Engine
 from lsjax.decoding.request import Request
 from lsjax.decoding.sampling import Sampling
-from lsjax.evaluation.answers import Cell
-from lsjax.evaluation.exits import Text, TextScore, score_texts
+from lsjax.evaluation.exits import score_texts
+from lsjax.evaluation.scores import Cell
 
 SAMPLING = {field.name for field in dataclasses.fields(Sampling)} - {"seed"}
 
@@ -55,8 +56,7 @@ class EngineLM(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """Context of a text without one: the token that begins texts, or else the one that ends
-        them."""
+        """Context of a text without one: the token that begins texts, or that ends them."""
         bos_id = self.tokenizer.bos_id
         return self.eot_token_id if bos_id is None else bos_id
 
@@ -73,17 +73,11 @@ class EngineLM(TemplateLM):
     def get_model_info(self) -> dict[str, Any]:
         """The model's entries in the config of lm_eval's results."""
         cell = Cell.of(self.engine.strategy)
-        return {
-            "model": f"{self.name}, {cell}",
-            **cell._asdict(),
-            "loglikelihood_layers": self.depth,
-        }
+        model = {"model": f"{self.name}, {cell}", "loglikelihood_layers": self.depth}
+        return model | cell._asdict()
 
-    def tok_encode(
-        self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
-    ) -> list[int]:
-        """Token ids. The tokenizer's beginning token comes first, unless the text has it already,
-        as the text of a chat template may."""
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_) -> list[int]:
+        """Token ids. The beginning token is added, unless the text (of a chat template) has it."""
         has_bos = string.startswith(self.tokenizer.special_tokens.get("bos_token", ""))
         add_bos = self.tokenizer.add_bos and add_special_tokens is not False and not has_bos
         return self.tokenizer.encode(string, add_bos=add_bos)
@@ -100,41 +94,35 @@ class EngineLM(TemplateLM):
         self, requests: list[Instance], disable_tqdm: bool = False
     ) -> list[float]:
         """Log-probability of each complete text, window by window."""
-        texts, owners = [], []
-        for number, request in enumerate(requests):
+        texts, windows = [], []
+        for request in requests:
             ids = self.tok_encode(request.args[0], add_special_tokens=False)
             prefix, length = self.prefix_token_id, self.engine.max_length
-            for inputs, scored in get_rolling_token_windows(ids, prefix, length, context_len=1):
-                texts.append(Text([*inputs, scored[-1]], len(scored)))
-                owners.append(number)
-        found = [0.0] * len(requests)
-        for number, (log_prob, _) in zip(owners, self._score(texts, disable_tqdm), strict=True):
-            found[number] += log_prob
-        return found
+            own = [*get_rolling_token_windows(ids, prefix, length, context_len=1)]
+            texts += [([*inputs, scored[-1]], len(scored)) for inputs, scored in own]
+            windows.append(len(own))
+        scores = iter(self._score(texts, disable_tqdm))
+        return [sum(log_prob for log_prob, _ in islice(scores, count)) for count in windows]
 
     def _loglikelihood_tokens(
-        self,
-        requests: list[tuple[tuple[str, str], list[int], list[int]]],
-        disable_tqdm: bool = False,
-        **kwargs: Any,
+        self, requests: list[tuple], disable_tqdm: bool = False, **_
     ) -> list[tuple[float, bool]]:
-        """Log-probability of each continuation, and whether greedy decoding would produce it."""
+        """Log-probability of each continuation, and whether greedy decoding would produce it.
+
+        requests: (texts, ids of the context, ids of the continuation).
+        """
         texts = []
         for _, context, continuation in requests:
             tokens = [*(context or [self.prefix_token_id]), *continuation]
             tokens = tokens[-self.engine.max_length - 1 :]
-            texts.append(Text(tokens, min(len(continuation), len(tokens) - 1)))
+            texts.append((tokens, min(len(continuation), len(tokens) - 1)))
         return self._score(texts, disable_tqdm)
 
-    def _score(self, texts: Sequence[Text], quiet: bool) -> list[TextScore]:
-        return score_texts(
-            self.engine.model,
-            texts,
-            exit_layer=self.depth,
-            batch_size=self.engine.batch_size,
-            mesh=self.engine.mesh,
-            track=partial(tqdm, desc=f"one pass of {self.depth} layers", disable=quiet),
-        )
+    def _score(self, texts: Sequence, quiet: bool) -> list[tuple[float, bool]]:
+        options = {name: getattr(self.engine, name) for name in ("batch_size", "mesh")}
+        track = partial(tqdm, desc=f"one pass of {self.depth} layers", disable=quiet)
+        model = self.engine.model
+        return score_texts(model, texts, exit_layer=self.depth, track=track, **options)
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """The engine's texts, each up to the first of its `until` strings.
@@ -157,9 +145,9 @@ class EngineLM(TemplateLM):
         except ValueError as error:
             raise ConfigError(f"{error}: correct the task, or --gen-kwargs") from None
         until, room = sampling.pop("until"), sampling.pop("max_gen_toks")
-        is_greedy, beams = not sampling.pop("do_sample", False), sampling.pop("num_beams", 1)
+        draws, beams = sampling.pop("do_sample", False), sampling.pop("num_beams", 1)
         sampling["no_repeat_ngram"] = sampling.pop("no_repeat_ngram_size", 0)
-        sampling["temperature"] = 0.0 if is_greedy else sampling.get("temperature", 1.0)
+        sampling["temperature"] = sampling.get("temperature", 1.0) if draws else 0.0
         check(beams == 1, f"the task requests {beams} beams: add num_beams=1 to --gen-kwargs")
         unknown = ", ".join(sorted(sampling.keys() - SAMPLING))
         check(not unknown, f"the task sets {unknown}, which the engine lacks: drop them")
@@ -181,41 +169,29 @@ class EngineLM(TemplateLM):
         )
 
 
-def find_tasks(names: Sequence[str], directory: Path | None = None) -> tuple[TaskManager, list]:
-    """An index of tasks, and the tasks with these names or patterns: from a directory's .yaml
-    files, or else lm_eval's own. Raises ConfigError for an unknown name."""
+def find_tasks(names: Sequence[str], directory: Path | None = None) -> dict[str, Any]:
+    """Options of `evaluate`: the tasks with these names or patterns, and their index. They come
+    from a directory's .yaml files, or else from lm_eval. Raises ConfigError for an unknown name."""
     include = None if directory is None else str(directory)
     manager = TaskManager(include_path=include, include_defaults=directory is None)
-    found = {name: manager.match_tasks([name]) for name in names}
-    unknown = ", ".join(name for name in names if not found[name])
+    unknown = ", ".join(name for name in names if not manager.match_tasks([name]))
     check(
         not unknown,
         f"no task is called {unknown}: `lm_eval ls tasks` lists lm_eval's own, and --task-path "
         "names a directory with others",
     )
-    return manager, [task for tasks in found.values() for task in tasks]
+    return {"tasks": manager.match_tasks(list(names)), "task_manager": manager}
 
 
-def evaluate(
-    model: EngineLM, manager: TaskManager, tasks: list, output: Path | None = None, **options: Any
-) -> dict:
-    """Runs `lm_eval.simple_evaluate`, and saves the results in the directory `output`.
-
-    options: further arguments of simple_evaluate.
-    """
+def evaluate(model: EngineLM, output: Path | None = None, **options: Any) -> dict:
+    """Runs `simple_evaluate` with these options, and saves the results in `output`."""
     # Otherwise lm_eval bootstraps in forks of this process, which are unsafe with JAX.
     os.environ["DISABLE_MULTIPROC"] = "1"
     tracker = None if output is None else EvaluationTracker(output_path=str(output))
     folder = model.get_model_info()["model"].replace(", ", "_").replace(" ", "_")
-    results = simple_evaluate(
-        model,
-        model_args={"model": folder},
-        tasks=tasks,
-        task_manager=manager,
-        bootstrap_iters=1000,  # for standard errors without a formula
-        evaluation_tracker=tracker,
-        **options,
-    )
+    options |= {"model_args": {"model": folder}, "evaluation_tracker": tracker}
+    # Iterations are for standard errors without a formula.
+    results = simple_evaluate(model, bootstrap_iters=1000, **options)
     if tracker is not None:
         tracker.save_results_aggregated(results, results["samples"])
         for task, samples in results["samples"].items():

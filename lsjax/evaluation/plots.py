@@ -4,7 +4,8 @@ Needs the `plots` extra (matplotlib). Every function writes one PNG.
 """
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import cycle
 from typing import Any
 
@@ -12,8 +13,9 @@ import numpy as np
 
 from lsjax.config import Path, check
 from lsjax.data.files import write_whole
+from lsjax.evaluation import installed
 from lsjax.evaluation.exits import ExitScores
-from lsjax.evaluation.extras import installed
+from lsjax.evaluation.scores import Cell
 
 Row = Mapping[str, Any]  # a line of a run's metrics.jsonl, or of a benchmark's cells.jsonl
 # Legible in print and with red-green colour blindness (Okabe and Ito, 2008).
@@ -23,19 +25,18 @@ DOTS = dict(marker="o", ms=4)
 WIDE = 20  # ratio of largest to smallest from which an axis is logarithmic
 
 
-def figure(rows: int, columns: int, size: tuple[float, float]):
-    """A figure and its array of axes, without pyplot's global state, as plots are also made during
-    training. Raises ConfigError if matplotlib is not installed."""
+@contextmanager
+def figure(
+    rows: int, columns: int, size: tuple[float, float], file: Path, title: str
+) -> Iterator[np.ndarray]:
+    """The axes of a figure, which is written as PNG at the end. Without pyplot's global state, as
+    plots are also made during training. Raises ConfigError if matplotlib is not installed."""
     drawn = installed("matplotlib.figure", "plots").Figure(figsize=size, layout="constrained")
     axes = drawn.subplots(rows, columns, squeeze=False)
     for one in axes.flat:
         one.grid(alpha=0.3)
         one.spines[["top", "right"]].set_visible(False)
-    return drawn, axes
-
-
-def save(drawn, file: Path, title: str) -> None:
-    """Writes a PNG."""
+    yield axes
     drawn.suptitle(title, parse_math=False)
     content = io.BytesIO()
     drawn.savefig(content, dpi=150, format="png")
@@ -48,20 +49,19 @@ def plot_exits(scores: Mapping[str, ExitScores], file: Path, *, title: str = "")
 
     scores: by name in the legend; the models may have different numbers of layers.
     """
-    drawn, ((losses, agreements),) = figure(1, 2, (10, 4))
-    for (name, score), colour in zip(scores.items(), cycle(COLOURS), strict=False):
-        exits = range(1, len(score.loss_E) + 1)
-        style = dict(label=name.replace("$", r"\$"), color=colour, **DOTS)
-        losses.plot(exits, score.loss_E, **style)
-        agreements.plot(exits, score.agreement_E, **style)
-    exit_axis = dict(xlabel="exit (layers run)")
-    losses.set(**exit_axis, ylabel="loss (nats per token)")
-    agreements.set(**exit_axis, ylabel="agreement with the final argmax", ylim=(0, 1.03))
-    for axes in (losses, agreements):
-        axes.xaxis.get_major_locator().set_params(integer=True)
-    if len(scores) > 1:
-        losses.legend(frameon=False)
-    save(drawn, file, title)
+    with figure(1, 2, (10, 4), file, title) as ((losses, agreements),):
+        for (name, score), colour in zip(scores.items(), cycle(COLOURS), strict=False):
+            exits = range(1, len(score.loss_E) + 1)
+            style = dict(label=name.replace("$", r"\$"), color=colour, **DOTS)
+            losses.plot(exits, score.loss_E, **style)
+            agreements.plot(exits, score.agreement_E, **style)
+        losses.set(ylabel="loss (nats per token)")
+        agreements.set(ylabel="agreement with the final argmax", ylim=(0, 1.03))
+        for axes in (losses, agreements):
+            axes.set(xlabel="exit (layers run)")
+            axes.xaxis.get_major_locator().set_params(integer=True)
+        if len(scores) > 1:
+            losses.legend(frameon=False)
 
 
 def plot_training(metrics: Sequence[Row], file: Path, *, title: str = "") -> None:
@@ -72,44 +72,43 @@ def plot_training(metrics: Sequence[Row], file: Path, *, title: str = "") -> Non
     steps = [row for row in metrics if row.get("kind") == "step"]
     evaluations = [row for row in metrics if row.get("kind") == "evaluation"]
     check(bool(steps), "there are no steps to plot: give the metrics.jsonl of a run that started")
-    drawn, ((losses, agreements), (rates, speeds)) = figure(2, 2, (11, 7))
-    at = _numbers(steps, "step")
-    losses.plot(at, _numbers(steps, "last_exit_loss"), color=GREY, lw=0.6, alpha=0.6)
-    by_exit: dict[int, list[tuple[int, float | None]]] = {}
-    for row in steps:
-        for exit_layer, loss in zip(row["exits"], row["exit_losses"], strict=True):
-            by_exit.setdefault(exit_layer, []).append((row["step"], loss))
-    quarters = (max(by_exit) * share / 4 for share in (1, 2, 3, 4))
-    shown = sorted({min(by_exit, key=lambda exit_: abs(exit_ - at)) for at in quarters})
-    seen = _numbers(evaluations, "step")
-    for exit_layer, colour in zip(shown, COLOURS, strict=False):
-        when, values = np.array(by_exit[exit_layer], float).T
-        losses.plot(when, _smooth(values), color=colour, label=f"exit {exit_layer}")
-        held_out = [row["loss_E"][exit_layer - 1] for row in evaluations]
-        agreement = [row["agreement_E"][exit_layer - 1] for row in evaluations]
-        losses.plot(seen, held_out, color=colour, ls="", **DOTS)
-        agreements.plot(seen, agreement, color=colour, label=exit_layer, **DOTS)
-    if evaluations:
-        losses.plot([], [], color=GREY, ls="", label="held out", **DOTS)
-    losses.set(xlabel="step", ylabel="loss (nats per token)")
-    low, high = losses.dataLim.intervaly
-    if 0 < low * WIDE < high:  # exits that finetuning improves a lot
-        losses.set_yscale("log")
-        losses.yaxis.set_major_formatter("{x:g}")
-    losses.legend(frameon=False)
-    agreements.set(xlabel="step", ylabel="held out: agreement with the last exit", ylim=(0, 1.03))
-    rates.plot(at, _numbers(steps, "grad_norm"), color=GREY, lw=0.8)
-    rates.set(xlabel="step", ylabel="gradient norm", yscale="log")
-    twin = rates.twinx()
-    twin.plot(at, _numbers(steps, "learning_rate"), color=COLOURS[0])
-    twin.set_ylabel("learning rate", color=COLOURS[0])
-    twin.set_ylim(bottom=0)
-    speed = _numbers(steps, "tokens") / _numbers(steps, "seconds")
-    speed[0] = np.nan  # the first step compiles
-    speeds.plot(at, speed, color=GREY, lw=0.6, alpha=0.6)
-    speeds.plot(at, _smooth(speed), color=COLOURS[0])
-    speeds.set(xlabel="step", ylabel="labelled tokens per second", ylim=(0, None))
-    save(drawn, file, title)
+    with figure(2, 2, (11, 7), file, title) as ((losses, agreements), (rates, speeds)):
+        at = _numbers(steps, "step")
+        losses.plot(at, _numbers(steps, "last_exit_loss"), color=GREY, lw=0.6, alpha=0.6)
+        by_exit: dict[int, list[tuple[int, float | None]]] = {}
+        for row in steps:
+            for exit_layer, loss in zip(row["exits"], row["exit_losses"], strict=True):
+                by_exit.setdefault(exit_layer, []).append((row["step"], loss))
+        quarters = (max(by_exit) * share / 4 for share in (1, 2, 3, 4))
+        shown = sorted({min(by_exit, key=lambda exit_: abs(exit_ - at)) for at in quarters})
+        seen = _numbers(evaluations, "step")
+        for exit_layer, colour in zip(shown, COLOURS, strict=False):
+            when, values = np.array(by_exit[exit_layer], float).T
+            losses.plot(when, _smooth(values), color=colour, label=f"exit {exit_layer}")
+            held_out = [row["loss_E"][exit_layer - 1] for row in evaluations]
+            agreement = [row["agreement_E"][exit_layer - 1] for row in evaluations]
+            losses.plot(seen, held_out, color=colour, ls="", **DOTS)
+            agreements.plot(seen, agreement, color=colour, label=exit_layer, **DOTS)
+        if evaluations:
+            losses.plot([], [], color=GREY, ls="", label="held out", **DOTS)
+        losses.set(xlabel="step", ylabel="loss (nats per token)")
+        low, high = losses.dataLim.intervaly
+        if 0 < low * WIDE < high:  # exits that finetuning improves a lot
+            losses.set_yscale("log")
+            losses.yaxis.set_major_formatter("{x:g}")
+        losses.legend(frameon=False)
+        agreements.set(xlabel="step", ylabel="held-out agreement with last exit", ylim=(0, 1.03))
+        rates.plot(at, _numbers(steps, "grad_norm"), color=GREY, lw=0.8)
+        rates.set(xlabel="step", ylabel="gradient norm", yscale="log")
+        twin = rates.twinx()
+        twin.plot(at, _numbers(steps, "learning_rate"), color=COLOURS[0])
+        twin.set_ylabel("learning rate", color=COLOURS[0])
+        twin.set_ylim(bottom=0)
+        speed = _numbers(steps, "tokens") / _numbers(steps, "seconds")
+        speed[0] = np.nan  # the first step compiles
+        speeds.plot(at, speed, color=GREY, lw=0.6, alpha=0.6)
+        speeds.plot(at, _smooth(speed), color=COLOURS[0])
+        speeds.set(xlabel="step", ylabel="labelled tokens per second", ylim=(0, None))
 
 
 def _numbers(rows: Sequence[Row], name: str) -> np.ndarray:
@@ -127,54 +126,40 @@ def _smooth(values: np.ndarray) -> np.ndarray:
 
 
 def plot_grid(rows: Sequence[Row], file: Path, *, title: str = "") -> None:
-    """Heat maps over exits and draft lengths, with a row of maps for each head and confidence.
+    """Heat maps of the speedup over exits and draft lengths, one for each head and confidence.
 
-    The maps show tokens per second with the speedup, and the acceptance rate. The best speedup is
-    framed. rows: lines of strategies that draft.
+    Each cell has tokens per second, the speedup and the acceptance rate (if anything was drafted).
+    The best speedup is framed. rows: lines of strategies that draft.
     """
-
-    def kind(row: Row) -> tuple[int, float]:
-        """Draft vocabulary and confidence; 0 means the full head, or no confidence."""
-        return row["draft_vocab"] or 0, row["draft_confidence"] or 0.0
-
+    order = ("draft_vocab", "draft_confidence", "exit_layer", "num_draft_tokens")
+    maps: dict[Cell, list[Row]] = {}
+    for row in sorted(rows, key=lambda row: [row[name] or 0 for name in order]):
+        kind = Cell.of(row)._replace(exit_layer=None, num_draft_tokens=None)
+        maps.setdefault(kind, []).append(row)
     exits = sorted({row["exit_layer"] for row in rows})
     lengths = sorted({row["num_draft_tokens"] for row in rows})
-    kinds = sorted({kind(row) for row in rows})
-
-    def values(name: str) -> np.ndarray:
-        """Kinds by exits by lengths; NaN where a cell was not measured."""
-        found = np.full((len(kinds), len(exits), len(lengths)), np.nan)
-        for row in rows:
-            at = exits.index(row["exit_layer"]), lengths.index(row["num_draft_tokens"])
-            found[kinds.index(kind(row)), *at] = np.nan if row[name] is None else row[name]
-        return found
-
-    size = 2 * max(3.2, 0.75 * len(lengths) + 1.4), len(kinds) * max(2.6, 0.5 * len(exits) + 1.2)
-    drawn, axes = figure(len(kinds), 2, size)
-    speed, speedup, rate = values("tokens_per_second"), values("speedup"), values("acceptance_rate")
-    with_speed = np.vectorize(lambda speed, times: f"{speed:,.1f}\n{times:.2f}x")(speed, speedup)
-    columns = {
-        "tokens/s (speedup)": (speedup, with_speed, np.nanmin(speedup), np.nanmax(speedup)),
-        "acceptance rate": (rate, np.char.mod("%.2f", rate), 0, 1),  # empty if nothing was drafted
-    }
-    for column, (heading, (shown, words, low, high)) in enumerate(columns.items()):
-        for line, (head, confidence) in enumerate(kinds):
-            axis = axes[line, column]
-            axis.imshow(shown[line], vmin=low, vmax=high, aspect="auto", origin="lower")
+    best = max(rows, key=lambda row: row["speedup"])
+    low, high = min(row["speedup"] for row in rows), best["speedup"]
+    size = max(7, 1.2 * len(lengths) + 1.4), len(maps) * max(2.6, 0.7 * len(exits) + 1.2)
+    with figure(len(maps), 1, size, file, title) as axes:
+        for (kind, own), axis in zip(maps.items(), axes.flat, strict=True):
+            shown = np.full((len(exits), len(lengths)), np.nan)
+            for row in own:
+                i, j = exits.index(row["exit_layer"]), lengths.index(row["num_draft_tokens"])
+                shown[i, j] = row["speedup"]
+                words = f"{row['tokens_per_second']:,.1f} tokens/s\n{row['speedup']:.2f}x"
+                if row["acceptance_rate"] is not None:
+                    words += f"\n{row['acceptance_rate']:.2f} accepted"
+                colour = "white" if row["speedup"] <= low + 0.55 * (high - low) else "black"
+                axis.text(j, i, words, fontsize=8, color=colour, ha="center", va="center")
+                if row is best:
+                    style = dict(fill=False, edgecolor=COLOURS[1], linewidth=3.5, clip_on=False)
+                    patches = installed("matplotlib.patches", "plots")
+                    axis.add_patch(patches.Rectangle((j - 0.5, i - 0.5), 1, 1, **style))
+            axis.imshow(shown, vmin=low, vmax=high, aspect="auto", origin="lower")
             axis.grid(False)
             axis.spines[:].set_visible(False)
             axis.set_xticks(range(len(lengths)), lengths)
             axis.set_yticks(range(len(exits)), exits)
             axis.set(xlabel="draft length d", ylabel="exit E")
-            of_kind = f", drafts from {head} tokens" if head else ", full head"
-            of_kind += f", confidence {confidence:g}" * (confidence > 0)
-            axis.set_title(heading + of_kind * (len(kinds) > 1), fontsize="medium")
-            for i, j in np.argwhere(np.isfinite(shown[line])):
-                dark = shown[line, i, j] <= low + 0.55 * (high - low)
-                style = dict(color="white" if dark else "black", ha="center", va="center")
-                axis.text(j, i, words[line, i, j], fontsize=8, **style)
-    line, i, j = np.unravel_index(np.nanargmax(speedup), speedup.shape)
-    style = dict(fill=False, edgecolor=COLOURS[1], linewidth=3.5, clip_on=False)
-    frame = installed("matplotlib.patches", "plots").Rectangle((j - 0.5, i - 0.5), 1, 1, **style)
-    axes[line, 0].add_patch(frame)
-    save(drawn, file, title)
+            axis.set_title(str(kind), fontsize="medium")

@@ -20,11 +20,9 @@ import tempfile
 from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO
 
 SECONDS = 10.0
-MEMORY = 1 << 30  # bytes of address space
-OUTPUT = 1 << 20  # bytes
 PASSED, STOPPED = 57, 58  # exit codes; a program that exits early has another
 
 UNSHARE = (
@@ -44,15 +42,9 @@ FORBIDDEN = (
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 
 
-class Outcome(NamedTuple):
-    """Whether a program ran to its end without an error, and the reason if not."""
-
-    passed: bool
-    what: str
-
-
-def run_program(source: str, *, seconds: float = SECONDS) -> Outcome:
-    """Runs Python source in a separate interpreter.
+def run_program(source: str, *, seconds: float = SECONDS) -> str | None:
+    """Runs Python source in a separate interpreter. Returns why it failed, or None if it ran to its
+    end without an error.
 
     seconds: limit of wall-clock time. Raises ConfigError on systems other than Linux.
     """
@@ -70,10 +62,11 @@ def run_program(source: str, *, seconds: float = SECONDS) -> Outcome:
         command = [*isolation(), *interpreter, str(program), str(seconds)]
         with printed.open("wb") as stream:
             code = _run(command, folder, stream, seconds)
-        last = printed.read_bytes()[-400:].decode(errors="replace").strip().splitlines()[-1:]
-    what = last[0] if last else f"ended early with exit code {code}"
-    what = f"took longer than {seconds:g} s" if code is None else what
-    return Outcome(code == PASSED, "passed" if code == PASSED else what)
+        lines = printed.read_bytes()[-400:].decode(errors="replace").strip().splitlines()
+    if code is None:
+        return f"took longer than {seconds:g} s"
+    reason = lines[-1] if lines else f"ended early with exit code {code}"
+    return None if code == PASSED else reason
 
 
 @lru_cache
@@ -90,15 +83,8 @@ def isolation() -> tuple[str, ...]:
 
 def _run(command: list[str], folder: str, stream: BinaryIO, seconds: float) -> int | None:
     """The exit code; None if the program was stopped at the deadline."""
-    started = subprocess.Popen(
-        command,
-        cwd=folder,
-        env={},
-        stdin=subprocess.DEVNULL,
-        stdout=stream,
-        stderr=subprocess.STDOUT,
-        start_new_session=True,
-    )
+    streams = dict(stdin=subprocess.DEVNULL, stdout=stream, stderr=subprocess.STDOUT)
+    started = subprocess.Popen(command, cwd=folder, env={}, start_new_session=True, **streams)
     try:
         return started.wait(timeout=seconds)
     except subprocess.TimeoutExpired:
@@ -115,8 +101,8 @@ def limit(seconds: float) -> None:
 
     for name, value in (
         ("RLIMIT_CPU", int(seconds) + 10),  # after the deadline, which has a clearer message
-        ("RLIMIT_AS", MEMORY),
-        ("RLIMIT_FSIZE", OUTPUT),
+        ("RLIMIT_AS", 1 << 30),  # bytes of address space
+        ("RLIMIT_FSIZE", 1 << 20),  # bytes
         ("RLIMIT_NOFILE", 32),
         ("RLIMIT_CORE", 0),
         ("RLIMIT_NPROC", 64),  # threads count too; does not bind root

@@ -1,31 +1,26 @@
-"""Table of tasks: how a row becomes a prompt with a reference, and how a text is scored.
+"""Tasks: how rows become examples, prompts with references, and which score rates a text.
 
 Templates, shots and lengths of the summaries, cnn_dm_lm and human_eval are those of the paper's
 benchmark.
 """
 
-import re
-from collections.abc import Callable
-from decimal import Decimal
-from functools import lru_cache
-from types import SimpleNamespace
-from typing import Any
+import random
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from itertools import islice
 
-from lsjax.config import check
-from lsjax.data.files import Fields
-from lsjax.evaluation.examples import Example, Task
-from lsjax.evaluation.extras import installed
+from lsjax.config import ConfigError, DataConfig, check
+from lsjax.data.files import Fields, PlacedRow, Refuse, stop_at
+from lsjax.data.pieces import Document
+from lsjax.data.sources import row_document
+from lsjax.decoding.request import Request
+from lsjax.evaluation.answers import Question
 from lsjax.evaluation.sandbox import run_program
+from lsjax.evaluation.scores import Scores, accuracy, exact_match, rouge, tested_program, tree_match
 
-Scores = dict[str, float]
-Tree = tuple  # an intent (IN) or a slot (SL) of TOPv2: its label, and the words and trees inside
-
-ROUGE_KINDS = ("rouge2", "rouge1", "rouge3", "rougeL")  # ROUGE-2 is the paper's
-ANSWER_MARK = "####"  # before the final number of a GSM8K reference
-# A minus belongs to the number unless it follows something to subtract from.
-NUMBER = re.compile(r"(?:(?<![\w)])-)?\$?(\d[\d,]*(?:\.\d+)?)")
-# Text after a complete function (the stop sequences of Chen et al., 2021, section 2.3).
-FUNCTION_ENDS = re.compile("\nclass|\ndef|\n#|\nif|\nprint")
+TEMPLATES = ("prompt_template", "response_template", "allow_special")
+SHOT_ROWS = 10_000  # rows that shots are drawn from
 # Spec-Bench's file has MT-bench under eight labels.
 MT_BENCH = (
     *("writing", "roleplay", "reasoning", "math"),
@@ -33,94 +28,123 @@ MT_BENCH = (
 )
 
 
-def rouge(text: str, reference: str) -> Scores:
-    """ROUGE F-measures (Lin, 2004) over lower-case words with their punctuation, not stemmed.
-
-    Words are split at white space, as in the paper's benchmark. rouge-score's own tokenizer drops
-    punctuation, and so most of a program. Raises ConfigError if rouge-score is not installed.
-    """
-    found = _rouge_scorer().score(reference, text)
-    return {kind: float(found[kind].fmeasure) for kind in ROUGE_KINDS}
-
-
-@lru_cache
-def _rouge_scorer() -> Any:
-    words = SimpleNamespace(tokenize=lambda text: text.lower().split())
-    scorer = installed("rouge_score.rouge_scorer", "eval").RougeScorer
-    return scorer(list(ROUGE_KINDS), tokenizer=words)
-
-
-def exact_match(text: str, reference: str) -> Scores:
-    """Whether both are equal, apart from white space around them."""
-    return {"exact_match": float(text.strip() == reference.strip())}
-
-
-def accuracy(text: str, reference: str) -> Scores:
-    """Whether both have the same final number (GSM8K)."""
-    found = final_number(text)
-    return {"accuracy": float(found is not None and found == final_number(reference))}
-
-
-def final_number(text: str) -> Decimal | None:
-    """The first number after ####, or else the last number of the text."""
-    before, mark, after = text.partition(ANSWER_MARK)
-    found = list(NUMBER.finditer(after if mark else before))
-    if not found:
-        return None
-    chosen = found[0] if mark else found[-1]
-    value = Decimal(chosen[1].replace(",", ""))
-    return -value if chosen[0].startswith("-") else value
-
-
-def parse_tree(text: str) -> Tree | None:
-    """The tree that a text spells, ignoring white space; None unless it spells exactly one.
-
-    [IN:CREATE_ALARM set alarm [SL:DATE_TIME for 2 hours ] ]
-    """
-    opened: list[list] = []
-    pieces = re.findall(r"\[(?:IN|SL):\w*|\]|[^\s\[\]]+|\[", text)
-    for number, piece in enumerate(pieces, 1):
-        if re.match(r"\[(IN|SL):\w", piece):
-            opened.append([piece[1:]])
-        elif not opened:
-            return None
-        elif piece != "]":
-            opened[-1].append(piece)
-        else:
-            tree = tuple(opened.pop())
-            if not opened:
-                return tree if number == len(pieces) else None
-            opened[-1].append(tree)
-    return None
-
-
-def decoupled(tree: Tree) -> Tree:
-    """The tree without the words that only repeat the utterance (Aghajanyan et al., 2020).
-
-    Words are kept if they are the value of a slot without an intent.
-    """
-    label, *children = tree
-    trees = [decoupled(child) for child in children if isinstance(child, tuple)]
-    return tree if label.startswith("SL:") and not trees else (label, *trees)
-
-
-def tree_match(text: str, reference: str) -> Scores:
-    """Whether both have the same intents, slots and values of slots in the same order."""
-    trees = [parse_tree(text), parse_tree(reference)]
-    same = None not in trees and decoupled(trees[0]) == decoupled(trees[1])
-    return {"tree_match": float(same)}
-
-
-def function_body(text: str) -> str:
-    """The text up to the end of the function (HumanEval)."""
-    return FUNCTION_ENDS.split(text, maxsplit=1)[0]
-
-
-def against_reference(*scores: Callable[[str, str], Scores]) -> Callable[[str, Example], Scores]:
+def against_reference(*scores: Callable[[str, str], Scores]) -> Callable[[str, Question], Scores]:
     """A task's `score` that merges these scores of a text against the reference."""
-    return lambda text, example: {
-        name: value for one in scores for name, value in one(text, example.reference).items()
+    return lambda text, question: {
+        name: value for one in scores for name, value in one(text, question.reference).items()
     }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """One task.
+
+    prompt_template, response_template, allow_special: as in DataConfig, with names of fields.
+    score: figures of a text, the main one first; ROUGE by default. Some examples may have none.
+    score_by_running: like `score`, but runs the text as a program. max_new_tokens, num_shots, stop:
+    defaults, which flags override. shot_response: changes the response of a shot. between_shots,
+    after_shots: text after each shot, and after all of them.
+    tfds: name of the TensorFlow data set, which has the splits test and train (for shots).
+    change: changes a row before the templates read it. Raises ConfigError, whose message continues
+    the row's location.
+    id: field with a row's id; by default, the row's location. group: field with its category.
+    """
+
+    name: str
+    prompt_template: str
+    response_template: str
+    allow_special: bool = False
+    score: Callable[[str, Question], Scores] = against_reference(rouge)
+    score_by_running: Callable[[str, Question], Scores] | None = None
+    max_new_tokens: int = 512
+    num_shots: int = 0
+    shot_response: Callable[[str], str] = str
+    between_shots: str = "\n"
+    after_shots: str = ""
+    stop: tuple[str, ...] = ()
+    tfds: str | None = None
+    change: Callable[[Fields], Fields] = dict
+    id: str | None = None
+    group: str | None = None
+    needs_reference: bool = True
+
+    def read(self, where: str, row: Fields) -> tuple[Fields, Document]:
+        """The changed row, and its document. Raises ConfigError that begins with the location."""
+        try:
+            row = self.change(row)
+        except ConfigError as error:
+            raise ConfigError(f"{where} {error}") from None
+        templates = {name: getattr(self, name) for name in TEMPLATES}
+        data = DataConfig(source="jsonl", paths=(self.name,), **templates)
+        return row, row_document(row, data, where)
+
+
+def as_trained(task: Task, trained: DataConfig, rows: Iterable[PlacedRow]) -> Task:
+    """The task with the templates of training, if the model was finetuned on such rows.
+
+    rows: some rows of the task; the first that fits either template decides.
+    """
+    own = replace(task, **{name: getattr(trained, name) for name in TEMPLATES})
+    for _, where, row in rows if trained.has_prompts else ():
+        for one in (own, task):
+            with suppress(ConfigError):
+                one.read(where, row)
+                return one
+    return task
+
+
+def choose_shots(task: Task, rows: Iterable[PlacedRow], count: int, seed: int) -> list[Document]:
+    """`count` of the first SHOT_ROWS rows, drawn by the seed. Raises ConfigError for fewer rows."""
+    found = [task.read(where, row)[1] for _, where, row in islice(rows, SHOT_ROWS)]
+    check(
+        len(found) >= count,
+        f"{count} shots are requested, but there are {len(found)} rows for them: lower --num-shots",
+    )
+    return random.Random(seed).sample(found, count)
+
+
+def make_questions(
+    task: Task,
+    rows: Iterable[PlacedRow],
+    *,
+    shots: Sequence[Document] = (),
+    seen: Iterable[PlacedRow] = (),
+    encode: Callable[[str], str | Sequence[int]] = str,
+    refuse: Refuse = stop_at,
+) -> Iterator[Question]:
+    """The questions of a task, one per valid row.
+
+    shots: precede each prompt. seen: training rows. encode: returns a prompt's ids, or raises
+    ConfigError for a prompt that the model can't take. refuse: called with the error of each bad
+    row; if it returns, the row is skipped.
+    """
+    parts = (f"{one.prompt}{task.shot_response(one.text)}{task.between_shots}" for one in shots)
+    before = "".join(parts) + task.after_shots * bool(shots)
+    known = {task.read(where, row)[1].prompt.strip() for _, where, row in seen}
+    for name, where, row in rows:
+        try:
+            fields, own = task.read(where, row)
+            check(
+                bool(own.text.strip()) or not task.needs_reference,
+                f"{where} has an empty response: add a text to compare with",
+            )
+            check(own not in shots, f"{where} is one of the shots: draw them from other rows")
+            try:
+                prompt = encode(before + own.prompt)
+            except ConfigError as error:
+                raise ConfigError(f"{where}: {error}") from None
+        except ConfigError as error:
+            refuse(error)
+            continue
+        request = Request(prompt=prompt, max_new_tokens=task.max_new_tokens, stop=task.stop)
+        yield Question(
+            id=str(fields.get(task.id, name)),
+            request=request,
+            reference=own.text,
+            group=str(fields.get(task.group, "")),
+            seen=own.prompt.strip() in known,
+            fields=fields,
+        )
 
 
 def one_line(text: str) -> str:
@@ -145,24 +169,17 @@ def english_columns(row: Fields) -> Fields:
 
 def tested_problem(row: Fields) -> Fields:
     """A row of HumanEval. Raises ConfigError if it has no tests."""
-    for name in ("test", "entry_point"):
-        check(
-            isinstance(row.get(name), str),
-            f"has no text under {name!r}: name HumanEval's own file (docs/evaluation.md)",
-        )
+    check(
+        all(isinstance(row.get(name), str) for name in ("test", "entry_point")),
+        "has no texts under test and entry_point: name HumanEval's own file (docs/evaluation.md)",
+    )
     return row
 
 
-def tested_program(text: str, example: Example) -> str:
-    """A program of HumanEval's prompt, the text, and the tests. It fails if a test fails."""
-    prompt, test, name = (example.fields[key] for key in ("prompt", "test", "entry_point"))
-    return f"{prompt}{function_body(text)}\n\n{test}\n\ncheck({name})\n"
-
-
-def passed(text: str, example: Example) -> Scores:
+def passed(text: str, question: Question) -> Scores:
     """Whether the function passes the problem's tests, and ROUGE."""
-    outcome = run_program(tested_program(text, example))
-    return {"passed": float(outcome.passed), **rouge(text, example.reference)}
+    failure = run_program(tested_program(text, question.fields))
+    return {"passed": float(failure is None), **rouge(text, question.reference)}
 
 
 def first_turn(row: Fields) -> Fields:
@@ -188,13 +205,13 @@ def spec_bench_question(row: Fields) -> Fields:
     return {**row, "reference": reference, "category": category}
 
 
-def score_of_category(text: str, example: Example) -> Scores:
+def score_of_category(text: str, question: Question) -> Scores:
     """Spec-Bench: the final number in mathematics, ROUGE in summarization and translation."""
-    match example.group:
+    match question.group:
         case "math_reasoning":
-            return accuracy(text, example.reference)
+            return accuracy(text, question.reference)
         case "summarization" | "translation":
-            return rouge(text, example.reference)
+            return rouge(text, question.reference)
     return {}
 
 
@@ -203,7 +220,6 @@ _TASKS = (
         name="cnn_dm_summarization",
         prompt_template="Article: {article}\nSummary:",
         response_template=" {highlights}",
-        score=against_reference(rouge),
         num_shots=1,
         shot_response=one_line,
         after_shots="\n",
@@ -213,7 +229,6 @@ _TASKS = (
         name="xsum_summarization",
         prompt_template="Article: {document}\nSummary:",
         response_template=" {summary}",
-        score=against_reference(rouge),
         shot_response=one_line,
         after_shots="\n",
         tfds="xsum",
@@ -222,7 +237,6 @@ _TASKS = (
         name="cnn_dm_lm",
         prompt_template="{beginning}",
         response_template=" {rest}",
-        score=against_reference(rouge),
         tfds="cnn_dailymail",
         change=beginning_and_rest,
     ),
@@ -230,7 +244,6 @@ _TASKS = (
         name="human_eval",
         prompt_template="{prompt}",
         response_template="{canonical_solution}",
-        score=against_reference(rouge),
         score_by_running=passed,
         change=tested_problem,
         id="task_id",

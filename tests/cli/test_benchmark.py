@@ -5,12 +5,12 @@ import json
 import numpy as np
 import pytest
 
-from lsjax.cli import answering, benchmark
+from lsjax.cli import benchmark
 from lsjax.cli.benchmark import main
+from lsjax.data.files import Lines
 from lsjax.decoding.engine import Engine
-from lsjax.evaluation import comparison
-from lsjax.evaluation.answers import as_line
-from lsjax.evaluation.comparison import Difference
+from lsjax.evaluation import exits
+from lsjax.evaluation.exits import Difference
 
 
 @pytest.fixture(autouse=True)
@@ -152,7 +152,7 @@ def test_differences(cells, monkeypatch, capsys, dtype, margin, code, words):
         return difference if calls % 4 == 2 else None
 
     calls, difference = 0, Difference(0, 65, None, margin=margin)
-    monkeypatch.setattr(comparison, "first_difference", first_difference)
+    monkeypatch.setattr(exits, "first_difference", first_difference)
     monkeypatch.setattr(benchmark, "PROMPTS", ("ab", "cd"))
     options = ("--exit-layers", 3, "--num-draft-tokens", 4, "--dtype", dtype, "--repeats", 2)
     _, row = cells(*options, code=code)
@@ -169,16 +169,16 @@ def test_a_killed_run_resumes(model_directory, tmp_path, monkeypatch, capsys):
     prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
     grid = ("--exit-layers", 1, 3, "--num-draft-tokens", 2)
     options = ("--output", output, *grid, "--prompt-file", prompts, "--bad-rows", "skip")
-    written = []
+    written, write = [], Lines.write
 
-    def killed(row):
+    def killed(self, line):
         if len(written) == 5:
             raise KeyboardInterrupt
-        written.append(row)
-        return as_line(row)
+        written.append(line)
+        write(self, line)
 
     with monkeypatch.context() as patch:
-        patch.setattr(answering, "as_line", killed)
+        patch.setattr(Lines, "write", killed)
         with pytest.raises(SystemExit) as stop:
             run(model_directory, *options)
     assert stop.value.code == 130
@@ -198,7 +198,7 @@ def test_a_killed_run_resumes(model_directory, tmp_path, monkeypatch, capsys):
     assert [(row["id"], row["exit_layer"]) for row in answers] == [
         *((f"prompts.jsonl:{n}", exit_layer) for n, exit_layer in order),
     ]
-    assert answers[-1]["base_seconds"] == answers[-2]["seconds"]
+    assert answers[-1]["base_seconds"] == answers[-2]["decode_seconds"]
     found = read(output / "cells.jsonl")
     assert [(row["exit_layer"], row["num_draft_tokens"]) for row in found] == [
         *((None, None), (1, 2), (3, 2)),

@@ -1,8 +1,10 @@
 """Prompts from files, and requests with settings of their own."""
 
+import dataclasses
 import io
 import json
 import re
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,8 +12,9 @@ import pytest
 from rich.console import Console
 
 from lsjax.cli import benchmark
+from lsjax.cli.evaluate import read_questions
 from lsjax.cli.flags import OpenModel
-from lsjax.cli.prompts import Arguments, choose_requests
+from lsjax.cli.prompts import Arguments, choose_requests, prompt_rows
 from lsjax.config import ConfigError, LlamaConfig
 from lsjax.data.tokenizer_backends import ByteTokenizer
 from lsjax.decoding.request import Request
@@ -206,7 +209,10 @@ def prompts_of(file, notes=None, **options) -> list[str]:
     tokenizer = ByteTokenizer(add_bos=False)
     source = SimpleNamespace(config=LlamaConfig.tiny())
     model = OpenModel(arguments, source, tokenizer, None)
-    questions = benchmark.make_questions(arguments, model, notes or Console(quiet=True))
+    rows = partial(prompt_rows, benchmark.PROMPTS, file)
+    task = dataclasses.replace(benchmark.OWN_PROMPTS, max_new_tokens=2)
+    notes = notes or Console(quiet=True)
+    questions, *_ = read_questions(task, arguments, model, notes, 1, rows)
     return [tokenizer.decode(question.request.prompt) for question in questions]
 
 

@@ -24,8 +24,7 @@ from lsjax.decoding.sampling import GREEDY, Sampling
 from lsjax.decoding.self_speculative import SelfSpeculative
 from lsjax.decoding.state import DecodeState
 from lsjax.decoding.strategy import Autoregressive, EarlyExit
-from lsjax.evaluation.comparison import FLOAT32_MARGIN, first_difference
-from lsjax.evaluation.exits import Text, score_texts
+from lsjax.evaluation.exits import FLOAT32_MARGIN, first_difference, score_texts
 from lsjax.model.llama import Llama, stacked
 from lsjax.model.parameters import placed
 from lsjax.sharding import make_mesh
@@ -166,14 +165,15 @@ def test_decode_program(model, tokenizer, texts, tmp_path):
 
 def test_scores(model):
     """Rows of different length, some of them fillers."""
-    texts = [Text(prompt, len(prompt) - 1) for prompt in PROMPTS]
+    texts = [(prompt, len(prompt) - 1) for prompt in PROMPTS]
     expected = score_texts(model, texts, exit_layer=2, batch_size=8)
     mesh = make_mesh(DATA_AND_TENSOR)
     found = score_texts(placed(model, mesh), texts, exit_layer=2, batch_size=8, mesh=mesh)
-    assert [one.is_greedy for one in found] == [one.is_greedy for one in expected]
-    np.testing.assert_allclose(
-        [one.log_prob for one in found], [one.log_prob for one in expected], rtol=1e-5
+    (found, found_greedy), (expected, greedy) = (
+        zip(*scores, strict=True) for scores in (found, expected)
     )
+    assert found_greedy == greedy
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
 def test_engine_refuses_a_batch_that_the_data_axis_does_not_divide(model, tokenizer):

@@ -1,5 +1,6 @@
 """Answers: who decoded them, a file that resumes and never mixes things, and their figures."""
 
+import dataclasses
 import json
 
 import pytest
@@ -10,18 +11,8 @@ from lsjax.decoding.request import Request
 from lsjax.decoding.sampling import Sampling
 from lsjax.decoding.self_speculative import SelfSpeculative
 from lsjax.decoding.strategy import Autoregressive, EarlyExit
-from lsjax.evaluation.answers import (
-    ALL,
-    UNSEEN,
-    Cell,
-    Question,
-    as_line,
-    key_of,
-    read,
-    resume,
-    summarise,
-)
-from lsjax.evaluation.examples import Example
+from lsjax.evaluation.answers import Question, as_line, read, resume
+from lsjax.evaluation.scores import ALL, UNSEEN, Cell, summarise
 
 
 def append(file, answer):
@@ -60,26 +51,32 @@ def test_a_cell(strategy, words, cell):
     assert Cell.of(cell._asdict()) == cell
 
 
-def test_a_document_is_all_that_an_answer_depends_on():
-    """Its prompt, reference and row, and the seed where tokens are drawn."""
+def test_a_key_is_all_that_an_answer_depends_on():
+    """Strategy, id and sample, prompt, reference and row, and the seed where tokens are drawn."""
 
-    def document(prompt=(1, 2), temperature=0.0, seed=0, **example) -> str:
+    def key(prompt=(1, 2), strategy=None, sample=0, temperature=0.0, seed=0, **example) -> str:
         sampling = Sampling(temperature=temperature, seed=seed)
-        example = Example(**{"id": "a", "prompt": "x", **example})
-        return Question(example, 0, Request(prompt=prompt, sampling=sampling)).document
+        request = Request(prompt=prompt, sampling=sampling)
+        question = Question(**{"id": "a", "request": request, "sample": sample, **example})
+        return question.key(strategy or Autoregressive())
 
-    assert document() == document(seed=1) == document(id="b")
-    others = [document(), document([1, 3]), document(reference="r"), document(fields={"a": 1})]
-    others += [document(temperature=1.0), document(temperature=1.0, seed=1), document(seen=True)]
-    assert len(set(others)) == 7
+    assert key() == key(seed=1)
+    others = [key(), key([1, 3]), key(reference="r"), key(fields={"a": 1}), key(id="b")]
+    others += [key(temperature=1.0), key(temperature=1.0, seed=1), key(seen=True), key(sample=1)]
+    other_vocabulary = DraftVocabulary.most_frequent({1: 2, 8: 1}, 2, 258)
+    strategies = [SelfSpeculative(2, 4, one) for one in (None, VOCABULARY, other_vocabulary)]
+    unsure = SelfSpeculative(2, 8, draft_confidence=0.5)
+    strategies += [unsure, dataclasses.replace(unsure, shared_lengths=(3,))]
+    others += [key(strategy=strategy) for strategy in strategies]
+    assert len(set(others)) == len(others)
+    assert key(strategy=SelfSpeculative(2, 4)) == key(strategy=SelfSpeculative(2, 4, None, None))
 
 
 ASKED = {"task": "topv2", "max_new_tokens": 2, "sampling": {"temperature": 0.5}}
 
 
 def line(name: str, **more) -> dict:
-    own = Cell("autoregressive")._asdict() | {"id": name, "sample": 0, "document": "d"}
-    return own | {"text": "\u00fc"} | more
+    return {"key": f"key of {name}", "text": "\u00fc"} | more
 
 
 def resumed(file, asked=ASKED) -> list[dict]:
@@ -99,13 +96,6 @@ def test_begin_append_and_resume(file):
     assert read(file) == (ASKED, [line("a\n"), line("b")])
     append(file, line("b", text="again"))
     assert resumed(file) == [line("a\n"), line("b", text="again")]
-
-
-def test_an_answer_has_the_key_of_its_question(file):
-    example = Example(id="a", prompt="x")
-    question = Question(example, 3, Request(prompt=[1]))
-    answer = line("a", sample=3, document=question.document)
-    assert key_of(answer) == question.key(Autoregressive())
 
 
 def test_every_torn_end_is_dropped(file):
@@ -141,7 +131,7 @@ def test_answers_under_other_conditions_are_kept(file):
 )
 def test_another_file_is_left_alone(file, content):
     file.write_text(content)
-    with pytest.raises(ConfigError, match="line 1 is not an answer|has no answers"):
+    with pytest.raises(ConfigError, match="is not a file of answers"):
         resume(file, ASKED)
     assert file.read_text() == content
 
@@ -151,7 +141,7 @@ def test_a_bad_line_in_the_middle_is_named(file, bad):
     resume(file, ASKED)
     with file.open("a") as stream:
         stream.write(bad + "\n" + json.dumps(line("b")) + "\n")
-    with pytest.raises(ConfigError, match="line 2 is not an answer"):
+    with pytest.raises(ConfigError, match="is not a file of answers"):
         resume(file, ASKED)
 
 

@@ -1,33 +1,31 @@
 """What times and drafts say of strategies, and by how much a difference was decided."""
 
+import dataclasses
 from dataclasses import dataclass, field
+from functools import partial
 from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
+from rich.console import Console
 
+from lsjax.cli.benchmark import cell_speeds, timed_beside
 from lsjax.config import LlamaConfig
 from lsjax.decoding.completion import Completion
 from lsjax.decoding.engine import Engine
 from lsjax.decoding.request import Request
 from lsjax.decoding.self_speculative import SelfSpeculative
 from lsjax.decoding.strategy import Autoregressive, EarlyExit
-from lsjax.evaluation import comparison
-from lsjax.evaluation.answers import Cell, Question, decode_in_turns
-from lsjax.evaluation.comparison import (
-    Difference,
-    cell_speeds,
-    first_difference,
-    identity_tail,
-    timed_lines,
-)
-from lsjax.evaluation.examples import Example
+from lsjax.evaluation import exits
+from lsjax.evaluation.answers import Question, as_line, complete, read, resume
+from lsjax.evaluation.exits import Difference, first_difference, identity_tail
+from lsjax.evaluation.scores import Cell
 
 PLAIN, DRAFTS = Autoregressive(), [SelfSpeculative(1, 2), SelfSpeculative(2, 2)]
 EVERYTHING = [PLAIN, *DRAFTS]
 QUESTIONS = [
-    Question(Example(id=str(prompt), prompt=""), repeat, Request(prompt=[prompt]))
+    Question(id=str(prompt), sample=repeat, request=Request(prompt=[prompt]))
     for repeat in range(2)
     for prompt in (7, 8)
 ]
@@ -46,38 +44,41 @@ class Recorder:
     def use(self, strategy):
         self.strategy = strategy
 
-    def generate(self, requests, *, on_completion):
+    def capacity(self, length):
+        return 256
+
+    def generate(self, requests, *, on_completion=None):
+        if on_completion is None:  # the warm-up
+            return
         (request,) = requests
         cell = Cell.of(self.strategy)
         self.asked.append((cell.exit_layer, request.prompt[0]))
-        tokens = self.tokens.get(cell.exit_layer, [1, 2])
-        names = ("text", "num_prompt_tokens", "num_new_tokens", "rounds", "drafted", "accepted")
-        names += ("drafted_by_position", "accepted_by_position")
-        found = cell._asdict() | dict.fromkeys(names, 1) | {"finish_reason": "length", "seed": None}
-        found |= {"token_ids": tokens, "decode_seconds": len(self.asked)}
-        on_completion(0, completion(found))
+        found = dict.fromkeys((one.name for one in dataclasses.fields(Completion)), None)
+        found |= cell._asdict() | {"decode_seconds": len(self.asked)}
+        found["token_ids"] = self.tokens.get(cell.exit_layer, [1, 2])
+        completion = object.__new__(Completion)  # of which only some fields are known
+        completion.__dict__.update(found)
+        on_completion(0, completion)
 
 
-def completion(fields: dict):
-    """A `Completion` of which some fields are known."""
-    found = object.__new__(Completion)
-    found.__dict__.update(fields)
-    return found
+@pytest.fixture
+def turns(tmp_path):
+    """Completes a file in which some answers are there; who was asked, and the new answers."""
+
+    def turns(done=(), engine=None, strategies=EVERYTHING) -> tuple[list, list[dict]]:
+        engine, file = engine or Recorder(), tmp_path / "answers.jsonl"
+        resume(file, {})
+        with file.open("a") as stream:
+            stream.writelines(as_line({"key": key}) for key in done)
+        figures = partial(timed_beside, engine)
+        rest = (engine, strategies, QUESTIONS, {}, file, Console(quiet=True), figures)
+        complete(*rest, timed=True)
+        return engine.asked, read(file)[1][len(done) :]
+
+    return turns
 
 
-def turns(done=(), engine=None, strategies=EVERYTHING) -> tuple[list, list[dict]]:
-    engine, answers = engine or Recorder(), []
-    line = timed_lines(engine, strategies[0])
-    decode_in_turns(
-        *(engine, strategies, QUESTIONS, set(done)),
-        lambda question, completion: answers.append(line(question, completion)),
-        turn=1,
-        beside_first=True,
-    )
-    return engine.asked, answers
-
-
-def test_strategies_take_turns():
+def test_strategies_take_turns(turns):
     asked, answers = turns()
     assert asked == [(e, p) for p in (7, 8, 7, 8) for e in (None, 1, 2)]
     assert [(one["sample"], one["id"]) for one in answers[::3]] == [
@@ -85,19 +86,19 @@ def test_strategies_take_turns():
     ]
     # Each beside the autoregressive text of its own turn.
     assert [one["base_seconds"] for one in answers] == [n for n in (1, 4, 7, 10) for _ in range(3)]
-    assert [one["seconds"] for one in answers] == [*range(1, 13)]
+    assert [one["decode_seconds"] for one in answers] == [*range(1, 13)]
 
 
-def test_what_is_done_is_left_out_and_has_a_base_beside_it():
+def test_what_is_done_is_left_out_and_has_a_base_beside_it(turns):
     done = [QUESTIONS[0].key(strategy) for strategy in EVERYTHING]
     done += [QUESTIONS[1].key(strategy) for strategy in EVERYTHING[:2]]
     done += [QUESTIONS[2].key(strategy) for strategy in EVERYTHING[1:]]
     asked, answers = turns(done)
     assert asked == [(None, 8), (2, 8), (None, 7), *((e, 8) for e in (None, 1, 2))]
-    assert answers[1]["base_seconds"] == answers[0]["seconds"]
+    assert answers[1]["base_seconds"] == answers[0]["decode_seconds"]
 
 
-def test_differences_are_those_from_the_text_beside(monkeypatch):
+def test_differences_are_those_from_the_text_beside(monkeypatch, turns):
     """Only strategies that must be exact are compared; early exit is not."""
     seen = []
 
@@ -105,7 +106,7 @@ def test_differences_are_those_from_the_text_beside(monkeypatch):
         seen.append((prompt, expected, found))
         return Difference(1, 2, 3, np.nan) if expected != found else None
 
-    monkeypatch.setattr(comparison, "first_difference", first_difference)
+    monkeypatch.setattr(exits, "first_difference", first_difference)
     engine = Recorder(tokens={2: [1, 3], 3: [4, 4]})
     _, answers = turns(engine=engine, strategies=[*EVERYTHING, EarlyExit(3)])
     assert [one["difference"] is None for one in answers[:4]] == [True, True, False, True]
@@ -115,7 +116,7 @@ def test_differences_are_those_from_the_text_beside(monkeypatch):
 
 def timed(strategy, seconds, prompt=0, drafted=(), accepted=(), rounds=9, base=None, **more):
     own = Cell.of(strategy)._asdict() | {"id": str(prompt), "group": "", "seen": False}
-    own |= {"seconds": seconds, "num_new_tokens": 10, "rounds": rounds, "seed": None}
+    own |= {"decode_seconds": seconds, "num_new_tokens": 10, "rounds": rounds, "seed": None}
     own |= {"drafted": sum(drafted), "accepted": sum(accepted)}
     own |= {"drafted_by_position": list(drafted), "accepted_by_position": list(accepted)}
     return own | {"base_seconds": base or seconds, "difference": None} | more
@@ -133,7 +134,7 @@ def test_figures_by_hand():
         timed(two, 3.0, 1, [3], [3], rounds=6, base=12.0),
     ]
     config = LlamaConfig.tiny(vocab_size=100)
-    base, first, second = cell_speeds(config, EVERYTHING, answers)
+    base, first, second = cell_speeds(config, answers)
     assert base["speedup"] == 1 and base["acceptance_rate"] is None
     # 9 tokens in 9 s and 9 in 12 s.
     assert (base["slowest"], base["fastest"]) == (9 / 12, 1.0)
@@ -155,14 +156,14 @@ def test_groups_and_differences_of_prompts():
         timed(PLAIN, 2.0, 1, group="a", difference=narrow),
         timed(PLAIN, 4.0, 2, group="a", difference=wide),
     ]
-    rows = list(cell_speeds(LlamaConfig.tiny(), [PLAIN], answers))
+    rows = list(cell_speeds(LlamaConfig.tiny(), answers))
     assert [(row["group"], row["equal"], row["differ"]) for row in rows] == [
         *(("all", 1, 2), ("a", 0, 2), ("b", 1, 0)),
     ]
     assert [row["widest_margin"] for row in rows] == [np.inf, np.inf, None]
     assert [row["slowest"] for row in rows] == [9 / 4, 9 / 4, 9.0]
     sampled = [answers[0] | {"seed": 3}]
-    (row,) = cell_speeds(LlamaConfig.tiny(), [PLAIN], sampled)
+    (row,) = cell_speeds(LlamaConfig.tiny(), sampled)
     assert row["equal"] is row["differ"] is row["widest_margin"] is None
 
 
@@ -234,7 +235,7 @@ def test_acceptance_by_position_counted_one_by_one(engine):
 def test_margin(model, monkeypatch, logits, found, margin):
     seen = []
     monkeypatch.setattr(
-        comparison, "last_logits", lambda _, tokens: seen.append(tokens) or np.array(logits)
+        exits, "last_logits", lambda _, tokens: seen.append(tokens) or np.array(logits)
     )
     difference = first_difference(model, [7, 8], [4, 0, 2], [4, found, 9])
     assert (difference.index, difference.expected, difference.found) == (1, 0, found)

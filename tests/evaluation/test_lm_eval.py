@@ -20,7 +20,7 @@ from lsjax.decoding.engine import Engine
 from lsjax.decoding.self_speculative import SelfSpeculative
 from lsjax.decoding.strategy import Autoregressive, EarlyExit
 from lsjax.evaluation import lm_eval
-from lsjax.evaluation.exits import Text, score_texts
+from lsjax.evaluation.exits import score_texts
 from lsjax.evaluation.lm_eval import EngineLM, evaluate, find_tasks
 
 TASKS = Path(__file__).parent / "tasks"
@@ -49,12 +49,12 @@ def run(engine, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(TASKS)  # where their data is
         patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("datasets"))
-        manager, tasks = find_tasks(["tiny_*"], TASKS)
-        assert sorted(tasks) == NAMES
+        found = find_tasks(["tiny_*"], TASKS)
+        assert sorted(found["tasks"]) == NAMES
 
         def run(strategy, output=None, **options):
             engine.use(strategy)
-            return evaluate(shared, manager, tasks, output, **options)
+            return evaluate(shared, output, **found, **options)
 
         yield run
 
@@ -82,10 +82,9 @@ def test_figures_are_those_of_the_scores(results, model, name, exit_layer):
 
     def log_prob(context: str, text: str) -> float:
         tokens = [256, *context.encode(), *text.encode()]
-        (found,) = score_texts(
-            model, [Text(tokens, len(text))], exit_layer=exit_layer, batch_size=2
-        )
-        return found.log_prob
+        text = (tokens, len(text))
+        ((found, _),) = score_texts(model, [text], exit_layer=exit_layer, batch_size=2)
+        return found
 
     samples, figures = results[name]["samples"], results[name]["results"]
     right, total, letters = 0, 0.0, 0
@@ -169,9 +168,11 @@ def test_trailing_spaces_go_with_the_continuation_and_empty_contexts_begin_with_
     pairs = [("a ", "b"), ("", "ab"), (" ", "b"), ("a", "")]
     found = lm.loglikelihood(ask("loglikelihood", *pairs), disable_tqdm=True)
     texts = [([97, 32, 98], 2), ([97, 98], 2), ([32, 98], 2), ([97], 0)]
-    texts = [Text([256, *tokens], n) for tokens, n in texts]
+    texts = [([256, *tokens], n) for tokens, n in texts]
     wanted = score_texts(model, texts, exit_layer=4, batch_size=2)
-    assert [log_prob for log_prob, _ in found] == pytest.approx([w.log_prob for w in wanted])
+    assert [log_prob for log_prob, _ in found] == pytest.approx(
+        [log_prob for log_prob, _ in wanted]
+    )
 
 
 def test_until_strings_cut_the_text(lm, engine):

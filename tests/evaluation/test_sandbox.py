@@ -28,8 +28,8 @@ def layers(request, monkeypatch):
 
 
 def test_good_programs_pass(layers):
-    assert run("import math, random, re, typing\nassert math.gcd(4, 6) == 2\nprint('é')").passed
-    assert run("import threading\nt = threading.Thread(target=print); t.start(); t.join()").passed
+    assert run("import math, random, re, typing\nassert math.gcd(4, 6) == 2\nprint('é')") is None
+    assert run("import threading\nt = threading.Thread(target=print); t.start(); t.join()") is None
 
 
 @pytest.mark.parametrize(
@@ -47,8 +47,7 @@ def test_good_programs_pass(layers):
     ],
 )
 def test_a_program_that_fails_or_ends_before_its_end(source, what):
-    outcome = run(source)
-    assert not outcome.passed and what in outcome.what, outcome
+    assert what in run(source)
 
 
 @pytest.mark.parametrize(
@@ -68,26 +67,22 @@ def test_a_program_that_fails_or_ends_before_its_end(source, what):
     ],
 )
 def test_what_is_forbidden_ends_a_program_even_if_it_catches_errors(layers, source, what):
-    outcome = run(CAUGHT.format(source.replace("; ", "\n    ")))
-    assert not outcome.passed and f"was stopped at {what}" in outcome.what, outcome
+    assert f"was stopped at {what}" in run(CAUGHT.format(source.replace("; ", "\n    ")))
 
 
 def test_allocating():
-    outcome = run("x = []\nwhile True:\n    x.append(bytearray(10**7))")
-    assert not outcome.passed and "MemoryError" in outcome.what
+    assert "MemoryError" in run("x = []\nwhile True:\n    x.append(bytearray(10**7))")
 
 
 def test_printing_without_end():
-    outcome = run("while True: print('x' * 1000)")
-    assert not outcome.passed and "took longer" not in outcome.what
+    assert "took longer" not in run("while True: print('x' * 1000)")
 
 
 @pytest.mark.parametrize(
     "source", ["while True: pass", "import time\ntime.sleep(60)", CAUGHT.format("while True: pass")]
 )
 def test_looping(source):
-    outcome = run(source, seconds=1.0)
-    assert not outcome.passed and outcome.what == "took longer than 1 s"
+    assert run(source, seconds=1.0) == "took longer than 1 s"
 
 
 def test_what_sleeps_on_without_anyone_to_stop_it(tmp_path):
@@ -108,7 +103,7 @@ def test_namespaces_are_found_on_the_path_of_this_process(tmp_path, monkeypatch)
     monkeypatch.setattr(sandbox, "UNSHARE", ("unshare", "--all", "--"))
     monkeypatch.setattr(sandbox, "isolation", sandbox.isolation.__wrapped__)
     assert sandbox.isolation() == (str(tool), "--all", "--")
-    assert run("pass").passed
+    assert run("pass") is None
 
 
 def test_what_a_program_leaves_behind_is_killed_with_it(tmp_path):

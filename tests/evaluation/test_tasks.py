@@ -10,16 +10,11 @@ import pytest
 from lsjax.config import ConfigError, DataConfig
 from lsjax.data.files import file_rows
 from lsjax.data.sources import tfds_builder
-from lsjax.evaluation.answers import example_scores, pass_at_k
-from lsjax.evaluation.examples import (
-    Example,
-    before_prompts,
-    choose_shots,
-    make_examples,
-    prompts_of,
-    templates,
-)
-from lsjax.evaluation.tasks import TASKS, final_number, function_body, rouge
+from lsjax.decoding.request import Request
+from lsjax.evaluation import scores
+from lsjax.evaluation.answers import Question
+from lsjax.evaluation.scores import example_scores, final_number, pass_at_k, rouge
+from lsjax.evaluation.tasks import TASKS, as_trained, choose_shots, make_questions
 
 NUMBERS = " ".join(map(str, range(120)))
 FIRST = " ".join(map(str, range(100)))
@@ -71,14 +66,13 @@ ROWS = {  # task: fields, id, prompt, reference, group
 def examples(tmp_path):
     """Examples of a task that is given its rows."""
 
-    def make(name, *rows, problems=None, seen=frozenset()):
+    def make(name, *rows, problems=None, seen=()):
         file = tmp_path / "rows.jsonl"
         file.write_text("".join(json.dumps(row) + "\n" for row in rows))
         task = TASKS[name]
         refuse = {} if problems is None else {"refuse": problems.append}
-        data = templates(task, None)
         rows = file_rows([str(file)])
-        return list(make_examples(task, data, rows, seen=seen, **refuse))
+        return list(make_questions(task, rows, seen=seen, **refuse))
 
     return make
 
@@ -91,64 +85,61 @@ def test_every_task_is_here():
 def test_prompts_and_references(examples, name):
     fields, id_, prompt, reference, group = ROWS[name]
     (example,) = examples(name, fields)
-    assert (example.id, example.prompt, example.reference) == (id_, prompt, reference)
+    assert (example.id, example.request.prompt, example.reference) == (id_, prompt, reference)
     assert example.group == group and not example.seen
 
 
 def test_columns_of_topv2_itself(examples):
     row = {"domain": "timer", "utterance": "stop it", "semantic_parse": "[IN:STOP stop it ]"}
     (example,) = examples("topv2", row)
-    assert (example.prompt, example.reference) == ("stop it\n", "[IN:STOP stop it ]")
+    assert (example.request.prompt, example.reference) == ("stop it\n", "[IN:STOP stop it ]")
 
 
 def test_shots_stand_before_the_prompt(tmp_path):
     file = tmp_path / "train.csv"  # quoted commas and line ends
     file.write_text('article,highlights\n"A, b\nc","one .\nmore ."\nD,two\nE,three\n')
     task = TASKS["cnn_dm_summarization"]
-    data = templates(task, None)
 
     def drawn(seed):
-        shots = choose_shots(task, data, file_rows([str(file)]), 2, seed=seed)
-        return before_prompts(task, shots)
+        shots = choose_shots(task, file_rows([str(file)]), 2, seed=seed)
+        (question,) = make_questions(task, [("a", "a", asked)], shots=shots)
+        return question.request.prompt.removesuffix("Article: F\nSummary:")
 
+    asked = {"article": "F", "highlights": "four"}
     # Of a shot the summary is one line; the article is as it is.
     three = {"Article: A, b\nc\nSummary: one . more .\n", "Article: D\nSummary: two\n"}
     three |= {"Article: E\nSummary: three\n"}
     assert drawn(0) == drawn(0)
     assert {drawn(seed) for seed in range(40)} == {a + b + "\n" for a in three for b in three - {a}}
-    shots = choose_shots(task, data, file_rows([str(file)]), 2, seed=0)
+    shots = choose_shots(task, file_rows([str(file)]), 2, seed=0)
     with pytest.raises(ConfigError, match="4 shots are requested, but there are 3 rows"):
-        choose_shots(task, data, file_rows([str(file)]), 4, seed=0)
+        choose_shots(task, file_rows([str(file)]), 4, seed=0)
 
     found, problems = [], []
     rows = file_rows([str(file)])
-    found = list(make_examples(task, data, rows, shots=shots, refuse=problems.append))
+    found = list(make_questions(task, rows, shots=shots, refuse=problems.append))
     (left,) = {"A, b\nc", "D", "E"} - {
         shot.prompt[len("Article: ") : -len("\nSummary:")] for shot in shots
     }
-    assert [one.prompt for one in found] == [f"{drawn(0)}Article: {left}\nSummary:"]
+    assert [one.request.prompt for one in found] == [f"{drawn(0)}Article: {left}\nSummary:"]
     assert len(problems) == 2 and "is one of the shots" in str(problems[0])
 
 
 def test_gsm8k_shots_stand_a_line_apart():
     task = TASKS["gsm8k"]
     rows = [("a", "a", {"question": "1 + 1?", "answer": "#### 2"})]
-    data = templates(task, None)
-    shots = choose_shots(task, data, rows, 1, seed=0)
+    shots = choose_shots(task, rows, 1, seed=0)
     before = "Question: 1 + 1?\nAnswer: #### 2\n\n"
-    assert before_prompts(task, shots) == before
     # A row of which the shot has the letters is not the shot.
     other = ("b", "b", {"question": "1 + 1?", "answer": "#"})
-    (example,) = make_examples(task, data, [other], shots=shots)
-    assert example.prompt == f"{before}Question: 1 + 1?\nAnswer:"
+    (example,) = make_questions(task, [other], shots=shots)
+    assert example.request.prompt == f"{before}Question: 1 + 1?\nAnswer:"
 
 
 def test_prompts_that_training_has_seen(examples):
     rows = [{"prompt": p, "response": "r"} for p in ("a", " b", "c")]
-    task = TASKS["pairs"]
     training = [("x", "x", {"prompt": "b ", "response": "other"})]
-    seen = prompts_of(task, templates(task, None), training)
-    assert [one.seen for one in examples("pairs", *rows, seen=seen)] == [False, True, False]
+    assert [one.seen for one in examples("pairs", *rows, seen=training)] == [False, True, False]
 
 
 def test_a_finetuned_model_is_asked_as_it_was_trained():
@@ -162,11 +153,10 @@ def test_a_finetuned_model_is_asked_as_it_was_trained():
     )
     task = TASKS["topv2"]
     rows = [("a", "a", fields) for fields in ({}, {"utterance": "x"}, row)]
-    assert templates(task, trained, rows) is trained
-    (example,) = make_examples(task, trained, [("a", "a", row)])
-    assert (example.prompt, example.reference) == ("Parse stop:", " [IN:STOP ]")
-    for other in (None, DataConfig(), dataclasses.replace(trained, prompt_template="{question}")):
-        assert templates(task, other, [("a", "a", row)]).prompt_template == "{en_query}\n"
+    (example,) = make_questions(as_trained(task, trained, rows), [("a", "a", row)])
+    assert (example.request.prompt, example.reference) == ("Parse stop:", " [IN:STOP ]")
+    for other in (DataConfig(), dataclasses.replace(trained, prompt_template="{question}")):
+        assert as_trained(task, other, [("a", "a", row)]) is task
 
 
 @pytest.mark.parametrize(
@@ -248,7 +238,8 @@ def test_final_number(text, number):
 
 
 def test_gsm8k_accuracy():
-    example = Example(id="1", prompt="", reference="9 * 2 = <<9*2=18>>18\n#### 18")
+    request = Request(prompt="?")
+    example = Question(id="1", request=request, reference="9 * 2 = <<9*2=18>>18\n#### 18")
     score = TASKS["gsm8k"].score
     assert score("That makes 18.00.", example) == {"accuracy": 1}
     assert score("18 minus 1", example) == {"accuracy": 0}
@@ -276,7 +267,7 @@ def test_a_text_is_run_with_its_prompt_and_the_problem_s_tests(examples):
 
 @pytest.mark.parametrize("change", [{"test": None}, {"entry_point": 1}])
 def test_a_problem_without_tests_is_a_bad_row(examples, change):
-    with pytest.raises(ConfigError, match=f"line 1 has no text under '{next(iter(change))}'"):
+    with pytest.raises(ConfigError, match="line 1 has no texts under test and entry_point"):
         examples("human_eval", ROWS["human_eval"][0] | change)
 
 
@@ -287,10 +278,12 @@ def test_tensorflow_data_sets_have_these_names(name, tmp_path):
 
 
 def test_a_function_ends_where_the_next_thing_begins():
+    problem = {"prompt": "def f(x):\n", "test": "T", "entry_point": "f"}
     body = "    if x:\n        return 1\n    # no\n    return 2\n"
+    program = f"def f(x):\n{body}\n\nT\n\ncheck(f)\n"
+    assert scores.tested_program(body, problem) == program
     for rest in ("\ndef other():\n    pass", "\nclass A:", "\n# Test", "\nif x:", "\nprint(1)"):
-        assert function_body(body + rest + body) == body
-    assert function_body(body) == body
+        assert scores.tested_program(body + rest + body, problem) == program
 
 
 def test_pass_at_k():

@@ -7,19 +7,18 @@ import numpy as np
 import pytest
 
 from lsjax.evaluation import exits
-from lsjax.evaluation.exits import Text, TextScore
 from lsjax.model.llama import stacked
 
 score_texts = partial(exits.score_texts, exit_layer=4)
 
 
 @pytest.fixture(scope="module")
-def texts(config) -> list[Text]:
+def texts(config) -> list[tuple]:
     """Rows with one to all tokens scored, on both sides of a bucket's border; one whose first token
     alone is given, and one with nothing to score."""
     rng = np.random.default_rng(0)
     sizes = [(2, 1), (9, 8), (33, 5), (34, 20), (60, 59), (21, 1), (5, 0), (65, 40)]
-    return [Text(rng.integers(0, config.vocab_size, n).tolist(), count) for n, count in sizes]
+    return [(rng.integers(0, config.vocab_size, n).tolist(), count) for n, count in sizes]
 
 
 @pytest.fixture(scope="module")
@@ -35,21 +34,20 @@ def log_probs(model):
     return of
 
 
-def expected(log_probs, text: Text, exit_layer: int) -> TextScore:
+def expected(log_probs, text: tuple, exit_layer: int) -> tuple[float, bool]:
     """One token after the other, in a pass over the whole text."""
-    of_LTV = log_probs(text.tokens)[exit_layer - 1]
-    scored = range(len(text.tokens) - text.count, len(text.tokens))
-    return TextScore(
-        float(sum(np.float64(of_LTV[at - 1, text.tokens[at]]) for at in scored)),
-        all(of_LTV[at - 1].argmax() == text.tokens[at] for at in scored),
+    of_LTV = log_probs(text[0])[exit_layer - 1]
+    scored = range(len(text[0]) - text[1], len(text[0]))
+    return (
+        float(sum(np.float64(of_LTV[at - 1, text[0][at]]) for at in scored)),
+        all(of_LTV[at - 1].argmax() == text[0][at] for at in scored),
     )
 
 
-def assert_same(found: list[TextScore], wanted: list[TextScore]) -> None:
-    assert [s.is_greedy for s in found] == [s.is_greedy for s in wanted]
-    np.testing.assert_allclose(
-        [s.log_prob for s in found], [s.log_prob for s in wanted], rtol=1e-5, atol=1e-5
-    )
+def assert_same(found: list[tuple], wanted: list[tuple]) -> None:
+    (found_logs, found_greedy), (logs, greedy) = (zip(*s, strict=True) for s in (found, wanted))
+    assert found_greedy == greedy
+    np.testing.assert_allclose(found_logs, logs, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("exit_layer", [1, 2, 3, 4])
@@ -63,8 +61,8 @@ def test_greedy_texts_are_greedy_until_one_token_is_another(model, log_probs):
     for _ in range(6):
         tokens.append(int(log_probs(tokens)[-1, -1].argmax()))
     changed = [*tokens[:3], (tokens[3] + 1) % 256, *tokens[4:]]
-    texts = [Text(tokens, 6), Text(changed, 6), Text(changed[:4], 1)]
-    assert [s.is_greedy for s in score_texts(model, texts)] == [True, False, False]
+    texts = [(tokens, 6), (changed, 6), (changed[:4], 1)]
+    assert [is_greedy for _, is_greedy in score_texts(model, texts)] == [True, False, False]
 
 
 def test_batch_mates_order_and_padding_do_not_matter(model, texts, monkeypatch):
@@ -83,12 +81,10 @@ def test_stacked_layers(model, texts):
 def test_few_programs(model, config):
     """As many as there are powers of two, whatever lengths and counts there are."""
     program = exits._score_rows
-    score_texts(model, [Text([1] * 33, 1), Text([1] * 65, 64)], batch_size=3)
-    score_texts(model, [Text([1] * 33, 1)], batch_size=3)
+    score_texts(model, [([1] * 33, 1), ([1] * 65, 64)], batch_size=3)
+    score_texts(model, [([1] * 33, 1)], batch_size=3)
     before = program._cache_size()
-    score_texts(
-        model, [Text([n] * n, c) for n in range(2, 66, 3) for c in {1, n - 1}], batch_size=3
-    )
+    score_texts(model, [([n] * n, c) for n in range(2, 66, 3) for c in {1, n - 1}], batch_size=3)
     assert program._cache_size() == before
 
 
@@ -106,4 +102,4 @@ def test_progress_is_seen_batch_by_batch(model, texts):
 
 def test_nothing_to_score(model):
     assert score_texts(model, []) == []
-    assert score_texts(model, [Text([5], 0)]) == [TextScore(0.0, True)]
+    assert score_texts(model, [([5], 0)]) == [(0.0, True)]

@@ -2,8 +2,10 @@
 
 import pytest
 
-from lsjax.evaluation.examples import Example
-from lsjax.evaluation.tasks import TASKS, decoupled, parse_tree, tree_match
+from lsjax.decoding.request import Request
+from lsjax.evaluation.answers import Question
+from lsjax.evaluation.scores import decoupled, parse_tree, tree_match
+from lsjax.evaluation.tasks import TASKS
 
 ALARM = "[IN:CREATE_ALARM set alarm [SL:DATE_TIME for 2 hours ] ]"
 NESTED = (
@@ -47,5 +49,6 @@ def test_words_that_are_no_value_are_left_out():
     ],
 )  # fmt: skip
 def test_scores(text, exact, tree):
-    found = TASKS["topv2"].score(text, Example(id="1", prompt="p", reference=ALARM))
+    question = Question(id="1", request=Request(prompt="p"), reference=ALARM)
+    found = TASKS["topv2"].score(text, question)
     assert found == {"exact_match": exact, "tree_match": tree}

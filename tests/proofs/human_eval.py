@@ -15,9 +15,9 @@ from rich.progress import track
 from lsjax.cli.setup import one_line_errors
 from lsjax.config import check
 from lsjax.data.files import file_rows
-from lsjax.evaluation.examples import make_examples, templates
 from lsjax.evaluation.sandbox import isolation, run_program
-from lsjax.evaluation.tasks import TASKS, tested_program
+from lsjax.evaluation.scores import tested_program
+from lsjax.evaluation.tasks import TASKS, make_questions
 
 
 def main(argv: Sequence[str]) -> int:
@@ -25,14 +25,14 @@ def main(argv: Sequence[str]) -> int:
     check(bool(argv), "no file given: name HumanEval.jsonl.gz")
     rows = file_rows(argv)
     task = TASKS["human_eval"]
-    examples = list(make_examples(task, templates(task, None), rows))
+    examples = list(make_questions(task, rows))
     console, passed, empty_passed = Console(highlight=False, markup=False), 0, 0
     for example in track(examples, console=Console(stderr=True), transient=True):
-        outcome = run_program(tested_program(example.reference, example))
-        passed += outcome.passed
-        if not outcome.passed:
-            console.print(f"{example.id}: {outcome.what}")
-        empty_passed += run_program(tested_program("    pass\n", example)).passed
+        failure = run_program(tested_program(example.reference, example.fields))
+        passed += failure is None
+        if failure is not None:
+            console.print(f"{example.id}: {failure}")
+        empty_passed += run_program(tested_program("    pass\n", example.fields)) is None
     layers = Path(isolation()[0]).name if isolation() else "no namespaces"
     console.print(
         f"{passed} of {len(examples)} canonical and {empty_passed} empty solutions pass ({layers})"

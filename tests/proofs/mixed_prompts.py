@@ -25,7 +25,7 @@ import tyro
 
 from lsjax.cli.benchmark import main as benchmark
 from lsjax.cli.show import table, wide_console
-from lsjax.evaluation.answers import Cell
+from lsjax.evaluation.scores import Cell
 
 QUOTED = 170  # characters of a text that its prompt quotes
 # Of the mixed set: at least this times the best static setting. Of each kind: likewise, and at
@@ -73,7 +73,7 @@ def compare(file: Path) -> bool:
     found = defaultdict(list)  # own and base seconds of each repeat
     for one in lines:
         place = Cell.of(one), one["group"], one["id"]
-        found[place].append((one["seconds"], one["base_seconds"]))
+        found[place].append((one["decode_seconds"], one["base_seconds"]))
     texts = defaultdict(list)  # medians of each text
     for (cell, kind, _), pairs in found.items():
         texts[cell, kind].append([statistics.median(each) for each in zip(*pairs, strict=True)])
