@@ -80,8 +80,7 @@ _OLMO2 = Family(
 FAMILIES: Mapping[str, Family] = {
     "LlamaForCausalLM": Family(model_type="llama", defaults=dict.fromkeys(BIASES, False)),
     "MistralForCausalLM": Family(
-        model_type="mistral",
-        defaults=dict(max_position_embeddings=131_072, sliding_window=4096),
+        "mistral", defaults=dict(max_position_embeddings=131_072, sliding_window=4096)
     ),
     "Qwen2ForCausalLM": _QWEN2,
     "Qwen3ForCausalLM": _QWEN2._replace(
@@ -179,7 +178,6 @@ def llama_config(raw: Mapping[str, Any], where: str) -> LlamaConfig:
 
 
 def _family(given: Mapping[str, Any]) -> Family:
-    """The family that a config names."""
     kind, named = given.get("model_type"), given.get("architectures")
     for name, family in FAMILIES.items():
         if named == [name] or (not named and kind == family.model_type):
@@ -211,10 +209,7 @@ def _kinds_of_layers(raw: Mapping[str, Any], family: Family) -> dict[str, Any]:
 
 
 def _read_rope(raw: Mapping[str, Any], slides: bool) -> dict[str, Any]:
-    """Theta and scaling, from rope_scaling (version 4), else from rope_parameters (version 5).
-
-    slides: whether a layer has the sliding window.
-    """
+    """Theta and scaling, from rope_scaling (version 4), else from rope_parameters (version 5)."""
     rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
     check(isinstance(rope, dict), f"rope_scaling is {rope!r}, but must be an object")
     window, own = rope.get(SLIDING) or {}, {}

@@ -61,10 +61,8 @@ class GGUFSource(TensorSource):
                 self.shapes[tensor.name] = tuple(reversed(tensor.shape.tolist()))
         try:
             self._architecture = kind = _value(readers[0].get_field("general.architecture"))
-            check(
-                kind in _ARCHITECTURES,
-                f"general.architecture is {kind!r}; only {', '.join(_ARCHITECTURES)} are supported",
-            )
+            known = ", ".join(_ARCHITECTURES)
+            check(kind in _ARCHITECTURES, f"general.architecture is {kind!r}, not one of {known}")
             own = {
                 key.removeprefix(f"{kind}."): _value(field)
                 for key, field in readers[0].fields.items()

@@ -7,7 +7,7 @@ So an export holds one file in memory beside the model.
 import math
 from dataclasses import dataclass
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
@@ -16,11 +16,9 @@ from lsjax.checkpoints.families import config_json, llama_config
 from lsjax.checkpoints.tensors import CheckpointError, Part, TensorSource, Track, parts_of
 from lsjax.config import Checked, ConfigError, Path, as_path, bounded, split_step
 from lsjax.data.files import one_line, read_json, whole_directory, write_json
+from lsjax.data.tokenizer import Tokenizer
 from lsjax.model.llama import Llama, unstacked
 from lsjax.model.parameters import named_leaves
-
-if TYPE_CHECKING:
-    from lsjax.data.tokenizer import Tokenizer
 
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _GENERATION = {"exit_layer": "assistant_early_exit", "num_draft_tokens": "num_assistant_tokens"}
@@ -38,8 +36,7 @@ class GenerationDefaults(Checked):
 def read_generation_defaults(path: str | Path) -> GenerationDefaults:
     """Reads generation_config.json, else config.json; empty for a GGUF file.
 
-    Raises:
-        CheckpointError: a file is not JSON, or a value is not a number of at least 1.
+    Raises CheckpointError if a file is not JSON, or a value is not a number of at least 1.
     """
     path, raw = split_step(path)[0], {}
     for file in (path / "config.json", path / "generation_config.json"):
@@ -118,7 +115,7 @@ def save(
     directory: str | Path,
     *,
     generation: GenerationDefaults | None = None,
-    tokenizer: "Tokenizer | None" = None,
+    tokenizer: Tokenizer | None = None,
     shard_bytes: int = 5_000_000_000,
     track: Track = iter,
 ) -> None:
@@ -131,8 +128,8 @@ def save(
         tokenizer: adds its files and the ids of its begin and end tokens.
         shard_bytes: maximum size of a file, unless a single tensor is larger.
         track: wraps the sequence of tensors, for a progress bar.
-    Raises:
-        CheckpointError: the directory is not empty.
+
+    Raises CheckpointError if the directory is not empty.
     """
     directory = as_path(directory).resolve()
     check_destination(directory)

@@ -7,7 +7,7 @@ metrics.jsonl   one line of metrics for each logged step
 checkpoints/    the saved steps (steps.py)
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -16,23 +16,11 @@ from flax import nnx
 from jax.experimental.multihost_utils import sync_global_devices
 from jax.sharding import Mesh
 
-from lsjax.checkpoints.steps import (
-    PARAMS,
-    Report,
-    SavedStep,
-    best_first,
-    cause,
-    first_whole,
-    items_of,
-    log,
-    orbax,
-    saved_steps,
-    to_save,
-)
-from lsjax.checkpoints.tensors import NOT_FINITE, CheckpointError, Track
+from lsjax.checkpoints.steps import PARAMS, SavedStep, first_whole, log, orbax, saved_steps, to_save
+from lsjax.checkpoints.tensors import NOT_FINITE, CheckpointError, Report, Track
 from lsjax.config import CheckpointConfig, LlamaConfig, LoraConfig, Path, TrainConfig, check
 from lsjax.config.checked import from_json, versioned, without_version
-from lsjax.data.files import json_rows, read_json, remove_directory, write_json
+from lsjax.data.files import cause, json_rows, read_json, remove_directory, write_json
 from lsjax.data.tokenizer import Tokenizer, TokenizerError
 from lsjax.data.tokenizer_files import load_tokenizer
 from lsjax.model.llama import Llama
@@ -112,6 +100,11 @@ def held_out_losses(directory: Path) -> dict[int, float]:
     return {step: loss for step, loss in losses.items() if loss is not None}
 
 
+def best_first(steps: Iterable[int], losses: Mapping[int, float]) -> list[int]:
+    """Steps with a held-out loss, sorted by it, ties newest first."""
+    return sorted(losses.keys() & steps, key=lambda step: (losses[step], -step))
+
+
 class Restored(NamedTuple):
     """A restored run."""
 
@@ -162,13 +155,7 @@ class Checkpoints:
         """
 
         def read(step: SavedStep) -> Restored:
-            arrays = {}
-            for item, leaves in items_of(like).items():
-                step.check(item, leaves)
-                arrays |= step.read(item, leaves)
-            leaves = [arrays[path.removeprefix("model.")] for path in named_leaves(like)]
-            state = jax.tree.unflatten(jax.tree.structure(like), leaves)
-            return Restored(state, step.number, step.meta["data"])
+            return Restored(step.read_state(like), step.number, step.meta["data"])
 
         steps = saved_steps(self._directory)
         if not steps:

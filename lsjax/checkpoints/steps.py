@@ -28,17 +28,16 @@ from jax.experimental.multihost_utils import process_allgather
 from jax.sharding import SingleDeviceSharding
 from jaxtyping import Array, UInt32
 
-from lsjax.checkpoints.tensors import CheckpointError
+from lsjax.checkpoints.tensors import CheckpointError, Report
 from lsjax.config import Path, in_bucket
 from lsjax.config.checked import VERSION, without_version
-from lsjax.data.files import one_line
+from lsjax.data.files import cause
 from lsjax.model.parameters import named_leaves
 
 PARAMS, TRAIN, META = "params", "train", "meta"
 _MODEL = "model."  # prefix of parameter paths in a state
 MARKER = "commit_success.txt"
 T = TypeVar("T")
-Report = Callable[[str], None]
 log = logging.getLogger(__name__)
 
 
@@ -93,6 +92,18 @@ class SavedStep:
                 )
         return arrays
 
+    def read_state(self, like: Any) -> Any:
+        """The training state, in the structure, shapes and shardings of `like`.
+
+        Raises as `check` and `read`.
+        """
+        arrays = {}
+        for item, leaves in items_of(like).items():
+            self.check(item, leaves)
+            arrays |= self.read(item, leaves)
+        leaves = [arrays[path.removeprefix(_MODEL)] for path in named_leaves(like)]
+        return jax.tree.unflatten(jax.tree.structure(like), leaves)
+
     def _load(self, item: str, read: Callable[[Path], T]) -> T:
         """Runs `read`, and turns storage errors into DamagedStep on every host."""
         path = (self.directory / item).absolute()  # orbax requires absolute paths
@@ -134,14 +145,7 @@ def first_whole(
             damaged.append(step)
             reason = str(error)
             report(f"step {step.number} is damaged and skipped: {reason}")
-    raise CheckpointError(
-        f"none of the {len(damaged)} saved steps can be read; the last one tried: {reason}"
-    )
-
-
-def best_first(steps: Iterable[int], losses: Mapping[int, float]) -> list[int]:
-    """Steps with a held-out loss, sorted by it, ties newest first."""
-    return sorted(losses.keys() & steps, key=lambda step: (losses[step], -step))
+    raise CheckpointError(f"none of the {len(damaged)} saved steps can be read; the last: {reason}")
 
 
 def items_of(state: Any) -> dict[str, dict[str, Any]]:
@@ -191,13 +195,6 @@ def orbax() -> Any:
     for name in ("absl", "asyncio"):
         logging.getLogger(name).addFilter(is_from_elsewhere)
     return ocp
-
-
-def cause(error: BaseException) -> str:
-    """The innermost error, in which storage names array, file and problem, on one line."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return one_line(error)
 
 
 def _read_meta(path: Path) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from lsjax.model.parameters import Names, named_leaves, sharding_of, tensors_of
 
 Index = tuple[slice, ...]  # place of a shard in an array, one slice per axis
 Track = Callable[[Sequence[Any]], Iterable[Any]]  # passes a sequence on, and may show progress
+Report = Callable[[str], None]  # shows a line
 NOT_FINITE = "NaN, infinite or too large for {}: the file is damaged, or needs float32 or bfloat16"
 # Constants that transformers < 4.32 and llama.cpp store beside the weights.
 _DERIVED = re.compile(r"(.*\.)?(rotary_emb\.inv_freq|attn_rot_embd\.weight|rope_freqs\.weight)")

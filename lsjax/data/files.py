@@ -88,11 +88,10 @@ def json_rows(
     for number, _, line in read_lines(file, refuse, begin, end):
         if not line.strip():
             continue
-        row, problem = None, "is not an object: write {...}"
         try:
-            row = json.loads(line)
+            row, problem = json.loads(line), "is not an object: write {...}"
         except (ValueError, RecursionError) as error:
-            problem = f"is not JSON ({getattr(error, 'msg', error)}): correct it"
+            row, problem = None, f"is not JSON ({getattr(error, 'msg', error)}): correct it"
         if isinstance(row, dict):
             yield number, row
         else:
@@ -140,10 +139,7 @@ READERS = {".jsonl": json_rows, ".tsv": tab_separated_rows, ".csv": comma_separa
 
 
 def file_rows(paths: Sequence[str], refuse: Refuse = stop_at) -> Iterator[PlacedRow]:
-    """Rows of .jsonl, .tsv and .csv files, also compressed as .gz.
-
-    Raises ConfigError for a missing file or another extension.
-    """
+    """Rows of .jsonl, .tsv and .csv files, also as .gz; ConfigError for missing or other files."""
     for file in find_files(paths):
         kind = as_path(file.name.removesuffix(".gz")).suffix
         check(kind in READERS, f"{file}: extension {kind!r} is not one of {', '.join(READERS)}")
@@ -154,6 +150,13 @@ def file_rows(paths: Sequence[str], refuse: Refuse = stop_at) -> Iterator[Placed
 def one_line(error: BaseException) -> str:
     """A library's error message on one line, or the error's type if the message is empty."""
     return " ".join(str(error).split())[:600] or type(error).__name__
+
+
+def cause(error: BaseException) -> str:
+    """The innermost error, in which storage names array, file and problem, on one line."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return one_line(error)
 
 
 def read_json(file: Path, error_type: type[ValueError]) -> dict[str, Any]:
@@ -173,8 +176,7 @@ def write_json(file: Path, content: Mapping[str, Any]) -> None:
 
 
 def write_whole(file: Path, content: bytes) -> None:
-    """Writes a file atomically: under a temporary name first, then renamed. A file in a bucket
-    appears when it is complete."""
+    """Writes a file atomically: it appears under its name when it is complete."""
     if in_bucket(file):
         file.write_bytes(content)
         return

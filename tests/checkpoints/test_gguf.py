@@ -355,7 +355,10 @@ def test_tensors_that_are_not_the_models(tmp_path, change, message):
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"general.architecture": "gemma"}, "general.architecture is 'gemma'; only llama, olmo2,"),
+        (
+            {"general.architecture": "gemma"},
+            "general.architecture is 'gemma', not one of llama, olmo2,",
+        ),
         ({"llama.expert_count": 8}, "num_local_experts is 8, .* in which it is 0 or 1"),
         ({"llama.block_count": None}, "num_layers None must be a whole number"),
         ({"llama.block_count": 100_000}, "num_hidden_layers is 100000, more than 10000"),
