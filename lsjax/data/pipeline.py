@@ -9,6 +9,7 @@ order. It continues across epochs, so its state is the number of rows taken.
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 import grain
 import numpy as np
@@ -80,39 +81,33 @@ class Pipeline:
         self._batches = iter(reader.to_iter_dataset(PREFETCH))
 
 
+@dataclass(frozen=True, eq=False)
 class OnePass:
     """Every row of a split once, in a fixed order, for one host; can be iterated repeatedly.
 
-    max_batches takes evenly spaced rows, because the first ones may all be of one long document.
-    The last batch is padded (segments 0, labels -1).
+    batch_size and own_B: as for Pipeline. max_batches takes evenly spaced rows, because the first
+    ones may all be of one long document. The last batch is padded (segments 0, labels -1).
     """
 
-    def __init__(
-        self,
-        rows: TokenRows,
-        *,
-        batch_size: int,
-        own_B: np.ndarray | None = None,
-        max_batches: int | None = None,
-    ):
-        self.rows, self._batch_size = rows, batch_size
-        self._own_B = np.arange(batch_size) if own_B is None else own_B
-        batches = -(-len(rows) // batch_size)
-        self._num_batches = batches if max_batches is None else min(batches, max_batches)
+    rows: TokenRows
+    batch_size: int
+    own_B: np.ndarray | None = None
+    max_batches: int | None = None
 
     def __len__(self) -> int:
-        return self._num_batches
+        batches = -(-len(self.rows) // self.batch_size)
+        return batches if self.max_batches is None else min(batches, self.max_batches)
 
     def whole(self) -> "OnePass":
         """The same batches with the rows of all hosts."""
-        return OnePass(self.rows, batch_size=self._batch_size, max_batches=self._num_batches)
+        return replace(self, own_B=None)
 
     def __iter__(self) -> Iterator[PackedBatch]:
-        numbers = np.full((len(self), self._batch_size), -1)
+        numbers = np.full((len(self), self.batch_size), -1)
         taken = min(len(self.rows), numbers.size)
         numbers.flat[:taken] = np.arange(taken) * len(self.rows) // taken
         for numbers_B in numbers:
-            yield self.rows.read(numbers_B[self._own_B])
+            yield self.rows.read(numbers_B if self.own_B is None else numbers_B[self.own_B])
 
 
 def packed_rows(
@@ -151,10 +146,8 @@ def packed_rows(
     reason = f"validation_fraction {config.validation_fraction} is too {size}"
     if own_set:
         reason = "all are in the training data too, so choose another validation set"
-    check(
-        rows.num_documents + rows.num_dropped > 0,
-        f"none of {rows.num_all} documents is for {split}: {reason}",
-    )
+    found = rows.num_documents + rows.num_dropped
+    check(found > 0, f"none of {rows.num_all} documents is for {split}: {reason}")
     check(
         len(rows) > 0,
         f"no document fits a row of {seq_len} tokens ({rows.num_dropped} dropped): raise seq_len",

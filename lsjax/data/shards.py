@@ -64,16 +64,21 @@ class Job:
 
 def make_shard(job: Job, number: int, piece: Piece) -> None:
     """Writes the files of a shard."""
+    ids, prompts, keys = [np.empty(0, job.dtype)], [], []
     try:
-        encoded = list(_encoded(job.source.in_piece(piece), job))
+        for batch in _batches(job.source.in_piece(piece)):
+            for one, prompt in encode_documents(batch, job.config, job.tokenizer):
+                ids.append(one.astype(job.dtype))
+                prompts.append(prompt)
+            keys += [document.key for document in batch]
     except ConfigError:
         for index, begin, _ in piece.ranges:
             if begin:  # read the file from its begin, so that the message has the line's number
                 list(job.source.read(job.source.files[index], 0, None))
         raise
-    ids, prompts, keys = zip(*encoded, strict=True) if encoded else ((), (), ())
-    tokens = np.concatenate([np.empty(0, job.dtype), *ids])
-    starts_N1, prompts_N = np.cumsum([0, *map(len, ids)]), np.array(prompts, np.int32)
+    # The first of the ids is an empty array, for the type and the first start.
+    tokens, starts_N1 = np.concatenate(ids), np.cumsum([len(one) for one in ids])
+    prompts_N = np.array(prompts, np.int32)
     keys_N = np.array(keys, np.uint64)
     held_N = is_held_out(keys_N, job.config.held_out_fraction)
     chosen = {"train": ~held_N, "validation": held_N}
@@ -93,14 +98,6 @@ def make_shard(job: Job, number: int, piece: Piece) -> None:
     if job.config.has_validation_set and job.seen is None:
         write_whole(job.directory / f"{number:06d}.keys", np.unique(keys_N).tobytes())
     write_json(job.meta(number), meta)
-
-
-def _encoded(documents: Iterable[Document], job: Job) -> Iterator[tuple[np.ndarray, int, int]]:
-    """Ids, number of prompt tokens and key of each document."""
-    for batch in _batches(documents):
-        found = encode_documents(batch, job.config, job.tokenizer)
-        for document, (ids, prompt) in zip(batch, found, strict=True):
-            yield ids.astype(job.dtype), prompt, document.key
 
 
 def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
@@ -172,9 +169,7 @@ def _continuations(texts: Sequence[str], tokenizer: Tokenizer, special: bool) ->
         split = all(ids[: len(alone)] == alone for ids in batch)
         if tokenizer.decode(alone) == mark and split:
             return [ids[len(alone) :] for ids in batch]
-    raise TokenizerError(
-        f"the tokenizer joins {texts[0][:40]!r} with its prompt: use another tokenizer"
-    )
+    raise TokenizerError(f"the tokenizer joins {texts[0][:40]!r} with its prompt: use another one")
 
 
 def make_shards(

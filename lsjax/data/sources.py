@@ -17,7 +17,7 @@ from typing import Any
 from lsjax.config import ConfigError, DataConfig, Path, as_path, check, in_bucket
 from lsjax.config.paths import find_files
 from lsjax.data.files import READERS, Fields, one_line, read_lines
-from lsjax.data.pieces import LARGEST_PIECE, Document, Source, is_held_out
+from lsjax.data.pieces import LARGEST_PIECE, Document, Source
 
 # Tests are repetitive, installed packages vary, and the rest is specific to one machine.
 LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
@@ -69,10 +69,7 @@ def python_source() -> Source:
         folders[:] = [name for name in folders if name not in LEFT_OUT]  # prunes the walk
         own = (name for name in names if not name.startswith(OF_ONE_MACHINE))
         found += [as_path(folder) / name for name in own if name.endswith(".py")]
-    check(
-        bool(found),
-        f"{root} has no .py files: this Python lacks its source, set another --data.source",
-    )
+    check(bool(found), f"{root} lacks Python's source, .py files: set another --data.source")
 
     def read(file: Path, begin: int, end: int | None) -> Iterator[Document]:
         yield Document(file.read_text(encoding="utf-8", errors="replace"))
@@ -219,12 +216,6 @@ def tfds_builder(name: str, **settings: Any) -> Any:
     )
 
 
-def training_documents(config: DataConfig) -> Iterator[Document]:
-    """Documents that are not held out."""
-    documents, fraction = document_source(config).documents(), config.held_out_fraction
-    return (document for document in documents if not is_held_out(document.key, fraction))
-
-
 def row_document(row: Fields, config: DataConfig, where: str) -> Document:
     """Builds a document from a row with the templates.
 
@@ -247,11 +238,8 @@ def fill(template: str, row: Fields, where: str) -> str:
         parts.append(literal)
         if field is None:
             continue
-        check(
-            field in row,
-            f"{where} has no field {field!r}, it has {', '.join(map(str, row))}: change "
-            "the template",
-        )
+        names = ", ".join(map(str, row))
+        check(field in row, f"{where} has no field {field!r}, it has {names}: change the template")
         value = row[field]
         value = value.decode(errors="replace") if isinstance(value, bytes) else value
         good = isinstance(value, str | numbers.Real) and not isinstance(value, bool)

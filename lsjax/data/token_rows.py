@@ -16,7 +16,6 @@ import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -82,12 +81,8 @@ class TokenRows:
     num_shared: int = 0
     _shards: dict[int, np.ndarray] = field(default_factory=dict, repr=False)  # mapped
 
-    @cached_property
-    def _ends_S(self) -> Int64[np.ndarray, "S"]:
-        return np.cumsum(self.rows_S)
-
     def __len__(self) -> int:
-        return int(self._ends_S[-1])
+        return int(self.rows_S.sum())
 
     def describe(self) -> str:
         """One line: documents, tokens, rows, share that is filled, and documents lost."""
@@ -102,8 +97,9 @@ class TokenRows:
         """Reads rows by number, as int32; number -1 is a row of padding."""
         layout = record_type(self.seq_len, self.dtype)
         records, given = np.zeros(len(rows), layout), np.flatnonzero(rows >= 0)
-        shards = np.searchsorted(self._ends_S, rows[given], side="right")
-        places = rows[given] - self._ends_S[shards] + self.rows_S[shards]
+        ends_S = np.cumsum(self.rows_S)
+        shards = np.searchsorted(ends_S, rows[given], side="right")
+        places = rows[given] - ends_S[shards] + self.rows_S[shards]
         if in_bucket(self.directory):
             from lsjax.config.buckets import file_system
 

@@ -16,8 +16,8 @@ import sentencepiece
 
 from lsjax.config import ConfigError, DataConfig, Path, as_path, check, split_step
 from lsjax.data.files import one_line, write_whole
-from lsjax.data.pieces import Document
-from lsjax.data.sources import document_source, training_documents
+from lsjax.data.pieces import Document, is_held_out
+from lsjax.data.sources import document_source
 from lsjax.data.tokenizer import Tokenizer
 from lsjax.data.tokenizer_backends import ByteTokenizer, SentencePieceTokenizer
 from lsjax.data.tokenizer_files import load_tokenizer
@@ -48,27 +48,26 @@ def make_tokenizer(config: DataConfig, *, cache: Path) -> Tokenizer:
         return ByteTokenizer()
     if config.tokenizer != "sentencepiece":
         return load_tokenizer(as_path(config.tokenizer).expanduser())
+    source, fraction = document_source(config), config.held_out_fraction
     # Found by the files' names, sizes and times, so that a later start reads none of them.
-    known = [sentencepiece.__version__, SETTINGS, repr(config), document_source(config).stats()]
+    known = [sentencepiece.__version__, SETTINGS, repr(config), source.stats()]
     name = hashlib.sha256(json.dumps(known).encode()).hexdigest()[:32]
     file = cache / "vocabularies" / f"of-{name}.model"
     if not file.is_file():
-        made = train_tokenizer(training_documents(config), config.vocab_size)
-        write_whole(file, made.model)
+        training = (one for one in source.documents() if not is_held_out(one.key, fraction))
+        write_whole(file, train_tokenizer(training, config.vocab_size).model)
     return SentencePieceTokenizer(file.read_bytes())
 
 
-def train_tokenizer(
-    documents: Iterable[Document], vocab_size: int, *, sample: int = SAMPLE
-) -> SentencePieceTokenizer:
+def train_tokenizer(documents: Iterable[Document], vocab_size: int) -> SentencePieceTokenizer:
     """Trains a SentencePiece BPE of vocab_size: <unk> 0, <s> 1, </s> 2, 256 bytes, then pieces.
 
     Decoding restores the text exactly. Equal documents in any order give an equal vocabulary.
-    If there are more than `sample` characters, it reads a random part.
+    If there are more than SAMPLE characters, it reads a random part.
 
     Raises ConfigError if there is too little text, or too many different characters.
     """
-    texts = _sample(documents, sample)
+    texts = _sample(documents)
     check(bool(texts), "there are no documents to train a vocabulary on: check the source")
     model, lines = io.BytesIO(), (line for text in texts for line in text.split("\n") if line)
     options = dict(sentence_iterator=lines, model_writer=model, minloglevel=2)
@@ -83,8 +82,8 @@ def train_tokenizer(
     return SentencePieceTokenizer(model.getvalue())
 
 
-def _sample(documents: Iterable[Document], limit: int) -> list[str]:
-    """Texts with the smallest hashes, in that order: up to `limit` characters, or one text."""
+def _sample(documents: Iterable[Document]) -> list[str]:
+    """Texts with the smallest hashes, in that order: up to SAMPLE characters, or one text."""
     kept: list[tuple[int, str]] = []  # a heap, the largest hash on top
     total, bound = 0, 1 << 64
     for document in documents:
@@ -93,7 +92,7 @@ def _sample(documents: Iterable[Document], limit: int) -> list[str]:
         text = document.prompt + document.text
         heapq.heappush(kept, (-document.key, text))
         total += len(text)
-        while total > limit and len(kept) > 1:
+        while total > SAMPLE and len(kept) > 1:
             key, text = heapq.heappop(kept)
             total, bound = total - len(text), -key
     return [text for _, text in sorted(kept, reverse=True)]
@@ -135,10 +134,8 @@ def read_counts(file: Path, tokenizer: Tokenizer) -> Counter[int]:
         fingerprint = content["tokenizer"]
     except Exception as error:  # the file may hold anything
         raise ConfigError(f"{file} has no token counts ({error}): count again") from None
-    check(
-        fingerprint == tokenizer.fingerprint,
-        f"{file} was counted with another tokenizer: count again with the model's own",
-    )
+    same = fingerprint == tokenizer.fingerprint
+    check(same, f"{file} was counted with another tokenizer: count again with the model's own")
     good = all(0 <= token < tokenizer.vocab_size and n >= 0 for token, n in counts.items())
     check(bool(counts) and good, f"{file} has empty or invalid counts: count again")
     return counts

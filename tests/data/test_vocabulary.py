@@ -59,11 +59,12 @@ def test_a_run_directory_reads_it_back(tmp_path):
     assert (again.bos_id, again.eos_ids, again.add_bos) == (1, (2,), True)
 
 
-def test_a_sample_is_of_bounded_size_and_does_not_depend_on_the_order(tmp_path):
-    some = sum(len(document.text) for document in DOCUMENTS) // 2
-    one = train_tokenizer(DOCUMENTS, 300, sample=some)
-    two = train_tokenizer(DOCUMENTS[::-1], 300, sample=some)
+def test_a_sample_is_of_bounded_size_and_does_not_depend_on_the_order(tmp_path, monkeypatch):
     whole = train_tokenizer(DOCUMENTS, 300)
+    some = sum(len(document.text) for document in DOCUMENTS) // 2
+    monkeypatch.setattr("lsjax.data.vocabulary.SAMPLE", some)
+    one = train_tokenizer(DOCUMENTS, 300)
+    two = train_tokenizer(DOCUMENTS[::-1], 300)
     assert saved(one, tmp_path / "a") == saved(two, tmp_path / "b")
     assert saved(one, tmp_path / "a") != saved(whole, tmp_path / "c")
 
