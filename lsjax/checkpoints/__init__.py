@@ -40,9 +40,9 @@ def load(
 def open_checkpoint(path: str | Path) -> TensorSource | RunSource:
     """Opens a checkpoint of any kind and checks everything except its values."""
     path, step = split_step(path)
+    if is_run(path):
+        return RunSource(path, step)
     if path.is_dir():
-        if is_run(path):
-            return RunSource(path, step)
         return HuggingFaceSource(local_copy(path, wanted=WEIGHTS))
     if not path.exists():
         raise CheckpointError(f"{path}: does not exist: give an existing directory or GGUF file")

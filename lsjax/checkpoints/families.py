@@ -39,15 +39,12 @@ _DEFAULTS |= dict(tie_word_embeddings=False, initializer_range=0.02, rope_theta=
 
 
 class Family(NamedTuple):
-    """An architecture of transformers.
-
-    defaults: beside _DEFAULTS, and those of its own keys. switches: fields of LlamaConfig that no
-    key sets. slides: whether a layer of a config without layer_types has the sliding window.
-    """
+    """An architecture of transformers."""
 
     model_type: str
-    defaults: Mapping[str, Any]
-    switches: Mapping[str, Any] = {}
+    defaults: Mapping[str, Any]  # beside _DEFAULTS, and those of its own keys
+    switches: Mapping[str, Any] = {}  # fields of LlamaConfig that no key sets
+    # Whether a layer of a config without layer_types has the sliding window.
     slides: Callable[[int, Mapping[str, Any]], bool] = lambda layer, raw: True
 
 

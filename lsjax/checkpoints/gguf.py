@@ -103,10 +103,9 @@ class GGUFSource(TensorSource):
         raw = {name: own.get(key) for key, name in _KEYS.items()}
         factor = own.get("rope.scaling.factor", own.get("rope.scale_linear", 1.0))  # new, of 2023
         scaling = own.get("rope.scaling.type", "none" if factor == 1 else "linear")
-        rope = {"type": scaling, "factor": factor}
+        rope = {"type": "default" if scaling == "none" else scaling, "factor": factor}
         if scaling == "yarn":
             rope |= {name: own.get(f"rope.scaling.{key}") for key, name in _YARN.items()}
-        rope = {"type": "default"} if scaling == "none" else rope
         kind, theta = self._architecture, {"rope_theta": raw["rope_theta"]}
         if slides := own.get("attention.sliding_window_pattern"):
             kind = "olmo3"

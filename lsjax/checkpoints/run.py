@@ -8,6 +8,7 @@ checkpoints/    the saved steps (steps.py)
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import jax
@@ -113,7 +114,7 @@ class Restored(NamedTuple):
     data: dict[str, Any]  # position in the data
 
 
-class Checkpoints:
+class Checkpoints(AbstractContextManager):
     """Saved steps of one run; a context manager that waits for the last save on exit.
 
     A single process continues after a failed save, except that of the last step.
@@ -134,9 +135,6 @@ class Checkpoints:
         self._manager: Any = None
         self._begun = 0  # the last step whose save began, and its error if it failed at once
         self._failure: Exception | None = None
-
-    def __enter__(self) -> "Checkpoints":
-        return self
 
     def __exit__(self, error, *_) -> None:
         if error is not None and jax.process_count() > 1:

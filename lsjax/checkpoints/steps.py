@@ -58,10 +58,7 @@ class SavedStep:
 
     @cached_property
     def meta(self) -> dict[str, Any]:
-        """Metadata saved beside the arrays.
-
-        Raises DamagedStep, or ConfigError if another version of lsjax saved the step.
-        """
+        """Metadata of the arrays. Raises DamagedStep, or ConfigError for another version's step."""
         return without_version(self._load(META, _read_meta), f"{self.directory / META}")
 
     def check(self, item: str, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> None:
@@ -93,10 +90,7 @@ class SavedStep:
         return arrays
 
     def read_state(self, like: Any) -> Any:
-        """The training state, in the structure, shapes and shardings of `like`.
-
-        Raises as `check` and `read`.
-        """
+        """A training state with the shapes and shardings of `like`. Raises as `check` and `read`."""
         arrays = {}
         for item, leaves in items_of(like).items():
             self.check(item, leaves)

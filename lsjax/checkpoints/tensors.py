@@ -122,8 +122,7 @@ class TensorSource:
             for path, shape in wanted.items()
             for part in parts_of(path, self.names)
         }
-        missing = [name for name in stored if name not in self.shapes]
-        if missing:
+        if missing := [name for name in stored if name not in self.shapes]:
             raise CheckpointError(
                 f"{self.where(missing[0])}: tensor is missing ({len(missing)} of {len(stored)} "
                 "are): the checkpoint is incomplete or its config is of another model"

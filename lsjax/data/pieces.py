@@ -32,15 +32,11 @@ class Document:
 
 
 class Piece(NamedTuple):
-    """The part of a source whose tokens are one shard.
+    """The part of a source whose tokens are one shard."""
 
-    ranges: index of a file, first byte, and first byte after it. rows: the same of rows, for
-    sources of rows without bytes. limit: maximum number of documents.
-    """
-
-    ranges: tuple[tuple[int, int, int], ...]
-    rows: tuple[int, int] | None = None
-    limit: int | None = None
+    ranges: tuple[tuple[int, int, int], ...]  # index of a file, first byte, and first byte after it
+    rows: tuple[int, int] | None = None  # the same of rows, for sources of rows without bytes
+    limit: int | None = None  # maximum number of documents
 
 
 @dataclass(frozen=True)

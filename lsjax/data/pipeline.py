@@ -148,8 +148,6 @@ def packed_rows(
         reason = "all are in the training data too, so choose another validation set"
     found = rows.num_documents + rows.num_dropped
     check(found > 0, f"none of {rows.num_all} documents is for {split}: {reason}")
-    check(
-        len(rows) > 0,
-        f"no document fits a row of {seq_len} tokens ({rows.num_dropped} dropped): raise seq_len",
-    )
+    lost = f"({rows.num_dropped} dropped)"
+    check(len(rows) > 0, f"no document fits a row of {seq_len} tokens {lost}: raise seq_len")
     return rows

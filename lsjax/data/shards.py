@@ -38,18 +38,15 @@ Numbered = Sequence[tuple[int, Piece]]  # pieces with the numbers of their shard
 
 @dataclass(frozen=True)
 class Job:
-    """What all shards of a store have in common.
-
-    settings: hash (hex) of what determines the rows, besides the files. seen: for a separate
-    validation set, the directory of the training rows, whose documents it loses.
-    """
+    """What all shards of a store have in common."""
 
     config: DataConfig
     tokenizer: Tokenizer
     seq_len: int
     source: Source | None  # another process opens its own
     directory: Path
-    settings: str
+    settings: str  # hash (hex) of what determines the rows, besides the files
+    # For a separate validation set: directory of the training rows, whose documents it loses.
     seen: Path | None = None
 
     @property
@@ -126,11 +123,8 @@ def encode_documents(
     if any(document.ids for document in documents):
         size, tokens = tokenizer.vocab_size, chain(*(document.ids for document in documents))
         extra = next((token for token in tokens if not 0 <= token < size), None)
-        check(
-            extra is None,
-            f"token {extra} of a record is not below {size}: set data.tokenizer to the one that "
-            "made the records",
-        )
+        fix = "set data.tokenizer to the one that made the records"
+        check(extra is None, f"token {extra} of a record is not below {size}: {fix}")
         return [(np.array(document.ids), 0) for document in documents]
     special, end = config.allow_special, [*tokenizer.eos_ids[:1]] * config.append_end
     parts = [[*_parts(document.text)] for document in documents]
@@ -172,13 +166,11 @@ def _continuations(texts: Sequence[str], tokenizer: Tokenizer, special: bool) ->
     raise TokenizerError(f"the tokenizer joins {texts[0][:40]!r} with its prompt: use another one")
 
 
-def make_shards(
-    job: Job, pieces: Numbered, workers: int, on_made: Callable[[Numbered], None]
-) -> None:
+def make_shards(job: Job, pieces: Numbered, workers: int, on_made: Callable[[int], None]) -> None:
     """Makes the shards of these pieces in several processes, or in threads of this one.
 
-    on_made: called with the pieces whose shards are made. Raises ConfigError or TokenizerError
-    for bad data, and if a process is killed.
+    on_made: called with the number of shards that are newly made. Raises ConfigError or
+    TokenizerError for bad data, and if a process is killed.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the threads are here
     parts = [pieces[at : at + THREADS] for at in range(0, len(pieces), THREADS)]
@@ -196,7 +188,7 @@ def make_shards(
         made = {pool.submit(_make, here, part): part for part in parts}
         for future in as_completed(made):
             future.result()
-            on_made(made[future])
+            on_made(len(made[future]))
     except BrokenProcessPool:
         raise ConfigError(
             "a process that tokenizes was killed, perhaps because memory ran out: start again to "
@@ -223,8 +215,7 @@ def _start(job: Job) -> None:
 
 
 def _make(job: Job | None, pieces: Numbered) -> None:
-    """Makes a few shards in threads: tokenizers release Python's lock, and packing takes a tenth of
-    the time. Without a job, it is that of this process."""
+    """Makes shards of the job, or of this process's, in threads: encoding releases the lock."""
     own = job or _jobs[0]
     with ThreadPoolExecutor(THREADS) as threads:
         list(threads.map(lambda piece: make_shard(own, *piece), pieces))

@@ -16,6 +16,7 @@ import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -39,16 +40,13 @@ INDEX, FILES = "index.json", "files.json"
 
 @dataclass(frozen=True)
 class Share:
-    """The part of the work of one host: the shards index, index + count, ...
-
-    wait: returns once all hosts have called it; the argument names the occasion. alone: other hosts
-    run at other times, and their shards are left to them.
-    """
+    """The part of the work of one host: the shards index, index + count, ..."""
 
     index: int = 0
     count: int = 1
+    # Returns once all hosts have called it; the argument names the occasion.
     wait: Callable[[str], Any] = lambda what: None
-    alone: bool = False
+    alone: bool = False  # other hosts run at other times, and their shards are left to them
 
 
 ALONE = Share()
@@ -179,8 +177,7 @@ def prepare_directory(job: Job) -> None:
 
 
 def make_missing(job: Job, share: Share, workers: int | None) -> None:
-    """Makes this host's missing shards, then those that other hosts should have made elsewhere, and
-    joins them."""
+    """Makes this host's missing shards, then those that other hosts have not, and joins them."""
     if job.source.warning is not None and share.index == 0:
         log.warning("%s", job.source.warning)
     pieces = job.source.pieces()
@@ -189,15 +186,11 @@ def make_missing(job: Job, share: Share, workers: int | None) -> None:
         missing = [(n, pieces[n]) for n in mine if not job.meta(n).exists()]
         with Progress(console=Console(stderr=True), transient=True) as progress:
             size = sum(end - begin for _, piece in missing for _, begin, end in piece.ranges)
+            most = min((os.cpu_count() or 1) // THREADS, size // WORTH)
             task = progress.add_task(f"tokens of {job.source.name}", total=len(missing))
-            make_shards(
-                *(job, missing),
-                workers or max(1, min((os.cpu_count() or 1) // THREADS, size // WORTH)),
-                lambda made, task=task: progress.advance(task, len(made)),
-            )
+            make_shards(job, missing, workers or max(1, most), partial(progress.advance, task))
         share.wait("shards of tokens are made")
-    left = sum(not job.meta(number).exists() for number in every)
-    if left:
+    if left := sum(not job.meta(number).exists() for number in every):
         raise ShardsMissing(
             f"{left} of {len(pieces)} shards are missing: run the other parts of --shard"
         )

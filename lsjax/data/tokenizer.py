@@ -182,8 +182,7 @@ class StreamDecoder:
         self._tokenizer = tokenizer
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         self._leading_spaces = 0 if prompt_ids is None else tokenizer.leading_spaces
-        if prompt_ids is not None:
-            self.push(prompt_ids)
+        self.push(() if prompt_ids is None else prompt_ids)
 
     def push(self, ids: Iterable[int]) -> str:
         """Text that `ids` complete."""

@@ -226,8 +226,8 @@ def gguf_parts(file: Path) -> list[Path]:
 def open_gguf(file: Path, error_type: type[ValueError]) -> Any:
     """The gguf package's reader for a file.
 
-    Raises `error_type` if the package is not installed. Also raises it unless the file is a
-    complete little-endian GGUF of version 2 or 3.
+    Raises `error_type` without the package, or unless the file is a complete little-endian GGUF of
+    version 2 or 3.
     """
     try:
         import gguf
