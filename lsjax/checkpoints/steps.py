@@ -90,7 +90,7 @@ class SavedStep:
         return arrays
 
     def read_state(self, like: Any) -> Any:
-        """A training state with the shapes and shardings of `like`. Raises as `check` and `read`."""
+        """Training state with the shapes and shardings of `like`. Raises as `check` and `read`."""
         arrays = {}
         for item, leaves in items_of(like).items():
             self.check(item, leaves)
