@@ -26,16 +26,8 @@ from typing import Any, Literal
 
 from rich.console import Console
 
+from lsjax.cli import flags
 from lsjax.cli.evaluate import TaskFlags, read_questions
-from lsjax.cli.flags import (
-    OpenModel,
-    StrategyFlags,
-    StrategyName,
-    check_sampling,
-    load_engine,
-    make_strategies,
-    open_model,
-)
 from lsjax.cli.prompts import prompt_rows
 from lsjax.cli.setup import check_output, program
 from lsjax.cli.show import notes_console, show_cells, show_verdict
@@ -70,10 +62,10 @@ OWN_PROMPTS = Task(
 
 
 @dataclass(frozen=True, kw_only=True)
-class Arguments(TaskFlags, StrategyFlags):
+class Arguments(TaskFlags, flags.StrategyFlags):
     """Compares strategies on the same prompts."""
 
-    strategies: tuple[StrategyName, ...] = ("self_speculative",)
+    strategies: tuple[flags.StrategyName, ...] = ("self_speculative",)
     """Strategies to compare with autoregressive decoding, at every exit."""
     prompt: str | None = None
     """Text to continue; by default, three built-in prompts."""
@@ -98,7 +90,7 @@ def benchmark(arguments: Arguments) -> int:
 
     Returns 1 if texts are not exact.
     """
-    notes, model = notes_console(), open_model(arguments)
+    notes, model = notes_console(), flags.open_model(arguments)
     config, tail = model.source.config, arguments.identity_tail
     check_numbers(arguments, config)
     task, rows = TASKS.get(arguments.task, OWN_PROMPTS), None
@@ -116,7 +108,7 @@ def benchmark(arguments: Arguments) -> int:
         file = output / "answers.jsonl"
         check_output(file, arguments.prompt_file)
     change = {} if tail is None else {"change": partial(exits.identity_tail, exit_layer=tail)}
-    engine = load_engine(model, notes, ignore_end=True, **change)
+    engine = flags.load_engine(model, notes, ignore_end=True, **change)
     if tail is not None and arguments.draft_vocab is not None:
         said = engine.generate([one.request for one in questions if one.sample == 0])
         counts = Counter(token for one in said for token in one.token_ids)
@@ -144,7 +136,7 @@ def benchmark(arguments: Arguments) -> int:
 def check_numbers(arguments: Arguments, config: LlamaConfig) -> None:
     """Raises ConfigError for numbers out of range and for flags without effect."""
     check(arguments.batch_size == 1, "--batch-size must be 1 here: texts are timed one by one")
-    check_sampling(arguments.sampling, 1)
+    flags.check_sampling(arguments.sampling, 1)
     last, tail = config.num_layers - 1, arguments.identity_tail
     check(
         tail is None or 1 <= tail <= last,
@@ -160,7 +152,7 @@ def check_numbers(arguments: Arguments, config: LlamaConfig) -> None:
 
 
 def choose_strategies(
-    arguments: Arguments, model: OpenModel, counts: Mapping[int, int] | None
+    arguments: Arguments, model: flags.OpenModel, counts: Mapping[int, int] | None
 ) -> list[Strategy]:
     """Autoregressive decoding, then each cell of the grid, cells with the full head first.
 
@@ -171,7 +163,7 @@ def choose_strategies(
     found: list[Strategy] = []
     for size in dict.fromkeys((None, arguments.draft_vocab)):
         asked = replace(arguments, strategies=names, draft_vocab=size)
-        found += make_strategies(asked, model, counts)
+        found += flags.make_strategies(asked, model, counts)
     return in_one_program(list(dict.fromkeys(found)))
 
 

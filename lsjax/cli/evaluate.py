@@ -19,15 +19,6 @@ from rich.console import Console
 
 from lsjax.checkpoints.run import is_run, read_run_config
 from lsjax.cli import flags
-from lsjax.cli.flags import (
-    ChatFlags,
-    ModelFlags,
-    OpenModel,
-    SamplingFlags,
-    StrategyFlags,
-    load_engine,
-    make_strategies,
-)
 from lsjax.cli.setup import check_output, program
 from lsjax.cli.show import notes_console, or_dash, table, wide_console
 from lsjax.config import ConfigError, Path, bounded, check, split_step
@@ -46,7 +37,7 @@ LOOKED_AT = 100  # rows that are tried when templates are chosen
 
 
 @dataclass(frozen=True, kw_only=True)
-class TaskFlags(ChatFlags, ModelFlags):
+class TaskFlags(flags.ChatFlags, flags.ModelFlags):
     """Examples of a task, and how they become prompts."""
 
     data: tuple[str, ...] = ()
@@ -71,13 +62,13 @@ class TaskFlags(ChatFlags, ModelFlags):
     """Files to draw the shots from, with --seed."""
     without_seen: tuple[str, ...] = ()
     """Files of training rows. Adds figures for the examples whose prompts are not in them."""
-    sampling: SamplingFlags = GREEDY
+    sampling: flags.SamplingFlags = GREEDY
     groups: bool = False
     """Also prints each category of examples. Files always contain them."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Arguments(TaskFlags, StrategyFlags):
+class Arguments(TaskFlags, flags.StrategyFlags):
     """Evaluates a task at several exits and with several strategies."""
 
     task: Literal[tuple(TASKS)]  # type: ignore[valid-type]
@@ -110,14 +101,14 @@ def evaluate(arguments: Arguments) -> None:
     length = arguments.max_new_tokens or task.max_new_tokens
     task = replace(task, max_new_tokens=length, stop=task.stop + arguments.stop)
     model = flags.open_model(arguments)
-    strategies = make_strategies(arguments, model)
+    strategies = flags.make_strategies(arguments, model)
     samples = arguments.num_samples
     questions, task, bad_rows = read_questions(task, arguments, model, notes, samples)
     check_output(output)
     for question in {one.group: one for one in questions}.values():
         score("", question)  # fails before the work if scoring is impossible
     longest = max(len(one.request.prompt) for one in questions)
-    engine = load_engine(model, notes, min_capacity=longest + length)
+    engine = flags.load_engine(model, notes, min_capacity=longest + length)
     names = ("prompt_template", "response_template", "max_new_tokens", "stop")
     more = {"task": task.name} | {name: getattr(task, name) for name in names}
     more |= {"batch_size": arguments.batch_size, "allow_code_execution": by_running}
@@ -136,7 +127,7 @@ def evaluate(arguments: Arguments) -> None:
 def read_questions(
     task: Task,
     chosen: TaskFlags,
-    model: OpenModel,
+    model: flags.OpenModel,
     notes: Console,
     num_samples: int,
     own_rows: Callable[[Refuse], Iterator[PlacedRow]] | None = None,

@@ -10,14 +10,7 @@ from typing import Annotated
 import tyro
 from rich.console import Console
 
-from lsjax.cli.flags import (
-    FILTERS,
-    ChatFlags,
-    ModelFlags,
-    SamplingFlags,
-    StrategyFlags,
-    check_sampling,
-)
+from lsjax.cli import flags
 from lsjax.cli.show import stream, summary
 from lsjax.config import ConfigError, LlamaConfig, Path, bounded, check
 from lsjax.data.chat import ChatTemplateError, Dialogue
@@ -38,7 +31,7 @@ HELP = "Ctrl-C stops an answer, /new forgets the chat, Ctrl-D ends."
 
 
 @dataclass(frozen=True, kw_only=True)
-class Arguments(ChatFlags, StrategyFlags, ModelFlags):
+class Arguments(flags.ChatFlags, flags.StrategyFlags, flags.ModelFlags):
     """Continues prompts with a Llama."""
 
     prompt: str | None = None
@@ -50,7 +43,7 @@ class Arguments(ChatFlags, StrategyFlags, ModelFlags):
     """Chats in the terminal, with the model's chat template."""
     max_new_tokens: int = 128
     """Maximum number of new tokens."""
-    sampling: SamplingFlags = GREEDY
+    sampling: flags.SamplingFlags = GREEDY
     """Choice of tokens: penalties apply first, then temperature, top_k, top_p and min_p."""
     num_samples: int = bounded(1, low=1)
     """Number of texts per prompt."""
@@ -124,7 +117,7 @@ def choose_requests(arguments: Arguments) -> list[Request]:
         check(bool(requests), f"{file} has no prompts: add at least one")
     hottest = max(request.sampling.temperature for request in requests)
     given = dataclasses.replace(arguments.sampling, temperature=hottest)
-    check_sampling(given, arguments.num_samples)
+    flags.check_sampling(given, arguments.num_samples)
     return requests
 
 
@@ -147,7 +140,7 @@ def read_request(where: str, row: Fields, default: Request, number: int) -> Requ
             given[name] = [given[name]]
     try:
         sampling = dataclasses.replace(default.sampling, **own)
-        ignored = sorted({*FILTERS} & own.keys())
+        ignored = sorted({*flags.FILTERS} & own.keys())
         check(
             sampling.temperature > 0 or not ignored,
             f"{', '.join(ignored)} has no effect on greedy decoding: give a temperature above 0",
