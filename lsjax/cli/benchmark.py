@@ -17,7 +17,6 @@ cells.jsonl (the table), and benchmark.png if there are several cells.
 import math
 import os
 import statistics
-import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -232,4 +231,4 @@ def write(output: Path, title: str, rows: Sequence[Answer], notes: Console) -> N
 main = program(Arguments, benchmark, __doc__)
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

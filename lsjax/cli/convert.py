@@ -4,7 +4,6 @@ The result holds config.json, safetensors and the tokenizer. lsjax and transform
 It appears under its name only when it is complete.
 """
 
-import sys
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -48,4 +47,4 @@ def convert(arguments: Arguments) -> None:
 main = program(Arguments, convert, __doc__)
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

@@ -6,7 +6,6 @@
 The counts are stored in the cache for all models with this tokenizer, or in the --output file.
 """
 
-import sys
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -74,4 +73,4 @@ def _strings(value: object) -> Iterator[str]:
 main = program(Arguments, count, __doc__)
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

@@ -7,7 +7,6 @@
 The same command resumes a killed run. docs/evaluation.md explains the tasks and the figures.
 """
 
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -226,4 +225,4 @@ def show(title: str, rows: Sequence[Mapping[str, Any]]) -> None:
 main = program(Arguments, evaluate, __doc__)
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

@@ -8,7 +8,6 @@ perplexity and agreement by exit. The plot has a line per model (the paper's Fig
 """
 
 import json
-import sys
 from dataclasses import asdict, dataclass
 
 from rich.console import Console
@@ -85,4 +84,4 @@ def score_models(arguments: Arguments) -> None:
 main = program(Arguments, score_models, __doc__)
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

@@ -9,7 +9,6 @@
 docs/evaluation.md explains the figures.
 """
 
-import sys
 from dataclasses import dataclass
 
 from lsjax.cli import flags
@@ -80,4 +79,4 @@ def run_tasks(arguments: Arguments) -> None:
 main = program(Arguments, run_tasks, __doc__)
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())
