@@ -53,7 +53,6 @@ OWN_PROMPTS = Task(
     prompt_template="{prompt}",
     response_template=" ",
     allow_special=True,
-    score=lambda text, question: {},
     change=first_turn,
     group="category",
     needs_reference=False,

@@ -40,8 +40,7 @@ def convert(arguments: Arguments) -> None:
     model = load(opened, dtype=dtype, track=bar(notes, "reading"))
     generation, writing = read_generation_defaults(source), bar(notes, "writing")
     save(model, destination, generation=generation, tokenizer=tokenizer, track=writing)
-    parameters = model.config.num_params / 1e6
-    print(f"{destination}: {parameters:.1f} million parameters in {dtype}")
+    print(f"{destination}: {model.config.num_params / 1e6:.1f} million parameters in {dtype}")
 
 
 main = program(Arguments, convert, __doc__)

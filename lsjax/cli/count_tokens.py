@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain, islice
 
+import jax
 from rich.progress import Progress
 
 from lsjax.cli.setup import program
@@ -54,20 +55,13 @@ def read_pieces(file: Path) -> Iterator[str]:
     ConfigError with the line for text that is not UTF-8, or for a JSON line without object."""
     if file.suffix == ".jsonl":
         for _, row in json_rows(file):
-            yield from _strings(row)
+            texts = (leaf for leaf in jax.tree.leaves(row) if isinstance(leaf, str))
+            # JSON may hold half a surrogate pair.
+            yield from (text.encode(errors="replace").decode() for text in texts)
         return
     lines = (line for *_, line in read_lines(file))
     while piece := "".join(islice(lines, LINES)):
         yield piece
-
-
-def _strings(value: object) -> Iterator[str]:
-    """Every string in a JSON value, except keys."""
-    if isinstance(value, str):
-        yield value.encode(errors="replace").decode()  # JSON may hold half a surrogate pair
-    elif isinstance(value, list | dict):
-        for item in value.values() if isinstance(value, dict) else value:
-            yield from _strings(item)
 
 
 main = program(Arguments, count, __doc__)

@@ -10,13 +10,12 @@ perplexity and agreement by exit. The plot has a line per model (the paper's Fig
 import json
 from dataclasses import asdict, dataclass
 
-from rich.console import Console
 from rich.progress import Progress
 
 from lsjax.checkpoints import load, open_checkpoint
 from lsjax.checkpoints.run import is_run, read_run_config
 from lsjax.cli.setup import check_output, choose_dtype, keep_compiled_programs, program
-from lsjax.cli.show import exit_table, wide_console
+from lsjax.cli.show import exit_table, notes_console, wide_console
 from lsjax.config import Checked, Path, bounded, check
 from lsjax.data.files import cache_directory
 from lsjax.data.pipeline import OnePass, packed_rows
@@ -66,7 +65,7 @@ def score_models(arguments: Arguments) -> None:
     rows = packed_rows(config.data, tokenizer, **options)
     batches = list(OnePass(rows, batch_size=config.batch_size, max_batches=arguments.batches))
     scores: dict[str, ExitScores] = {}
-    with Progress(console=Console(stderr=True), transient=True) as progress:
+    with Progress(console=notes_console(), transient=True) as progress:
         for name, source in zip(names, sources, strict=True):
             model = stacked(load(source, dtype=dtype))
             tracked = progress.track(batches, description=name)

@@ -63,8 +63,7 @@ class Checked:
     def __init_subclass__(cls, prefix: str | None = None) -> None:
         """prefix: of names in messages, "early_exit."; with "--", names are written as flags."""
         super().__init_subclass__()
-        if prefix is not None:
-            cls._prefix = prefix
+        cls._prefix = cls._prefix if prefix is None else prefix
 
     def __post_init__(self):
         kinds = _field_types(type(self))

@@ -25,10 +25,8 @@ from typing import BinaryIO
 SECONDS = 10.0
 PASSED, STOPPED = 57, 58  # exit codes; a program that exits early has another
 
-UNSHARE = (
-    *("unshare", "--user", "--map-root-user", "--net", "--ipc", "--pid"),
-    *("--fork", "--kill-child", "--mount-proc"),
-)
+UNSHARE = ("unshare", "--user", "--map-root-user", "--net", "--ipc", "--pid")
+UNSHARE += ("--fork", "--kill-child", "--mount-proc")
 
 # Prefixes of audit events (docs.python.org) that end the program at once: processes, sockets,
 # foreign functions, limits, and changes of files.

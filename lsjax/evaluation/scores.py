@@ -19,7 +19,6 @@ Tree = tuple  # an intent (IN) or a slot (SL) of TOPv2: its label, and the words
 ALL, UNSEEN = "all", "not seen in training"  # groups besides the task's categories
 PASS_AT = (1, 10, 100)
 ROUGE_KINDS = ("rouge2", "rouge1", "rouge3", "rougeL")  # ROUGE-2 is the paper's
-ANSWER_MARK = "####"  # before the final number of a GSM8K reference
 # A minus belongs to the number unless it follows something to subtract from.
 NUMBER = re.compile(r"(?:(?<![\w)])-)?\$?(\d[\d,]*(?:\.\d+)?)")
 # Text after a complete function (the stop sequences of Chen et al., 2021, section 2.3).
@@ -51,7 +50,7 @@ def accuracy(text: str, reference: str) -> Scores:
 
 def final_number(text: str) -> Decimal | None:
     """The first number after ####, or else the last number of the text."""
-    before, mark, after = text.partition(ANSWER_MARK)
+    before, mark, after = text.partition("####")
     found = list(NUMBER.finditer(after if mark else before))
     if not found:
         return None
