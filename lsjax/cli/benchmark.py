@@ -36,9 +36,7 @@ from lsjax.decoding.cost import ideal_speedup
 from lsjax.decoding.engine import Engine
 from lsjax.decoding.self_speculative import SelfSpeculative, in_one_program
 from lsjax.decoding.strategy import Strategy
-from lsjax.evaluation import answers, exits
-from lsjax.evaluation.answers import Question
-from lsjax.evaluation.plots import plot_grid
+from lsjax.evaluation import answers, exits, plots
 from lsjax.evaluation.scores import ALL, Answer, acceptance, grouped
 from lsjax.evaluation.tasks import TASKS, Task, first_turn
 
@@ -84,10 +82,8 @@ class Arguments(TaskFlags, flags.StrategyFlags):
 
 
 def benchmark(arguments: Arguments) -> int:
-    """Makes the missing measurements, and prints, writes and plots the table.
-
-    Returns 1 if texts are not exact.
-    """
+    """Makes the missing measurements, and prints, writes and plots the table. Returns 1 if texts
+    are not exact."""
     notes, model = notes_console(), flags.open_model(arguments)
     config, tail = model.source.config, arguments.identity_tail
     check_numbers(arguments, config)
@@ -166,7 +162,7 @@ def choose_strategies(
 
 
 def timed_beside(
-    engine: Engine, question: Question, completion: Completion, base: Completion
+    engine: Engine, question: answers.Question, completion: Completion, base: Completion
 ) -> dict[str, Any]:
     """Seconds of the baseline in the same turn, and the first difference from its text if both
     texts must be equal. JSON has null for an infinite margin."""
@@ -222,7 +218,7 @@ def write(output: Path, title: str, rows: Sequence[Answer], notes: Console) -> N
     whole = [row for row in rows if row["group"] == ALL and row["num_draft_tokens"] is not None]
     if len({(row["exit_layer"], row["num_draft_tokens"]) for row in whole}) > 1:
         try:
-            plot_grid(whole, output / "benchmark.png", title=title)
+            plots.plot_grid(whole, output / "benchmark.png", title=title)
         except ConfigError as error:
             notes.print(f"no plot: {error}")
 

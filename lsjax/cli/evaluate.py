@@ -28,7 +28,6 @@ from lsjax.decoding.request import Request, encode_prompt
 from lsjax.decoding.sampling import GREEDY
 from lsjax.decoding.self_speculative import in_one_program
 from lsjax.evaluation import answers
-from lsjax.evaluation.answers import Question
 from lsjax.evaluation.scores import ALL, UNSEEN, summarise
 from lsjax.evaluation.tasks import TASKS, Task, as_trained, choose_shots, make_questions
 
@@ -101,8 +100,7 @@ def evaluate(arguments: Arguments) -> None:
     task = replace(task, max_new_tokens=length, stop=task.stop + arguments.stop)
     model = flags.open_model(arguments)
     strategies = flags.make_strategies(arguments, model)
-    samples = arguments.num_samples
-    questions, task, bad_rows = read_questions(task, arguments, model, notes, samples)
+    questions, task, bad_rows = read_questions(task, arguments, model, notes, arguments.num_samples)
     check_output(output)
     for question in {one.group: one for one in questions}.values():
         score("", question)  # fails before the work if scoring is impossible
@@ -130,7 +128,7 @@ def read_questions(
     notes: Console,
     num_samples: int,
     own_rows: Callable[[Refuse], Iterator[PlacedRow]] | None = None,
-) -> tuple[list[Question], Task, list[str]]:
+) -> tuple[list[answers.Question], Task, list[str]]:
     """The samples of the chosen examples, the task with its templates, and errors of skipped rows.
 
     Prompts are tokenised as in training, or with the chat template. Question number i has the
@@ -214,9 +212,8 @@ def show(title: str, rows: Sequence[Mapping[str, Any]]) -> None:
     for row in rows:
         strategy = row["strategy"] if row["group"] == ALL else ""
         line = [strategy, row["group"], str(row["examples"])]
-        for score in map(row["scores"].get, scores):
-            words = f"{score['mean']:.4g} ± {or_dash(score['stderr'], '.2g')}" if score else "-"
-            line.append(words)
+        for one in map(row["scores"].get, scores):
+            line.append(f"{one['mean']:.4g} ± {or_dash(one['stderr'], '.2g')}" if one else "-")
         lines.append(line + [or_dash(row[name], form) for name, form in figures.values()])
     names = ["strategy", "examples of", "n", *scores, *figures]
     wide_console().print(table(title, names, lines, left=2))

@@ -22,7 +22,6 @@ from functools import lru_cache
 from pathlib import Path
 from typing import BinaryIO
 
-SECONDS = 10.0
 PASSED, STOPPED = 57, 58  # exit codes; a program that exits early has another
 
 UNSHARE = ("unshare", "--user", "--map-root-user", "--net", "--ipc", "--pid")
@@ -40,7 +39,7 @@ FORBIDDEN = (
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 
 
-def run_program(source: str, *, seconds: float = SECONDS) -> str | None:
+def run_program(source: str, *, seconds: float = 10.0) -> str | None:
     """Runs Python source in a separate interpreter. Returns why it failed, or None if it ran to its
     end without an error.
 

@@ -20,7 +20,7 @@ ALL, UNSEEN = "all", "not seen in training"  # groups besides the task's categor
 PASS_AT = (1, 10, 100)
 ROUGE_KINDS = ("rouge2", "rouge1", "rouge3", "rougeL")  # ROUGE-2 is the paper's
 # A minus belongs to the number unless it follows something to subtract from.
-NUMBER = re.compile(r"(?:(?<![\w)])-)?\$?(\d[\d,]*(?:\.\d+)?)")
+NUMBER = re.compile(r"(?:(?<![\w)])-)?\$?\d[\d,]*(?:\.\d+)?")
 # Text after a complete function (the stop sequences of Chen et al., 2021, section 2.3).
 FUNCTION_ENDS = re.compile("\nclass|\ndef|\n#|\nif|\nprint")
 
@@ -51,12 +51,10 @@ def accuracy(text: str, reference: str) -> Scores:
 def final_number(text: str) -> Decimal | None:
     """The first number after ####, or else the last number of the text."""
     before, mark, after = text.partition("####")
-    found = list(NUMBER.finditer(after if mark else before))
+    found = NUMBER.findall(after if mark else before)
     if not found:
         return None
-    chosen = found[0] if mark else found[-1]
-    value = Decimal(chosen[1].replace(",", ""))
-    return -value if chosen[0].startswith("-") else value
+    return Decimal(re.sub("[$,]", "", found[0 if mark else -1]))
 
 
 def tree_match(text: str, reference: str) -> Scores:

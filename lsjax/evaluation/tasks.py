@@ -189,8 +189,7 @@ def first_turn(row: Fields) -> Fields:
 
 
 def spec_bench_question(row: Fields) -> Fields:
-    """A question of Spec-Bench: its first turn, its first reference if that is a text, and one of
-    six categories."""
+    """A question of Spec-Bench: its first turn, its first reference and one of six categories."""
     row, reference = first_turn(row), ""
     check(
         {"turns", "prompt", "category"} <= row.keys(),
