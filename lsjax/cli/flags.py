@@ -158,8 +158,8 @@ def make_strategies(
     counts: token counts for the draft vocabulary; by default those stored for this model. Raises
     ConfigError for a missing or unused number, or for settings that do not fit model or mesh.
     """
-    names, exits = list(dict.fromkeys(flags.strategies)), list(dict.fromkeys(flags.exit_layers))
-    names = names or ["autoregressive"]
+    names = list(dict.fromkeys(flags.strategies)) or ["autoregressive"]
+    exits = list(dict.fromkeys(flags.exit_layers))
     check(
         not exits or names != ["autoregressive"],
         "--exit-layer has no effect on autoregressive decoding: choose another --strategy",

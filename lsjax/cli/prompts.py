@@ -1,10 +1,9 @@
 """Prompts of decode.py: its arguments, prompt files, and the chat in the terminal."""
 
 import contextlib
-import dataclasses
 import signal
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Annotated
 
 import tyro
@@ -26,7 +25,7 @@ from lsjax.evaluation.tasks import first_turn
 
 # Fields that a row of a prompt file may have in addition to its prompt.
 ENDS = ("max_new_tokens", "stop", "stop_ids")
-SAMPLING = tuple(field.name for field in dataclasses.fields(Sampling))
+SAMPLING = tuple(field.name for field in fields(Sampling))
 HELP = "Ctrl-C stops an answer, /new forgets the chat, Ctrl-D ends."
 
 
@@ -92,9 +91,8 @@ def prompt_rows(
 
 
 def choose_requests(arguments: Arguments) -> list[Request]:
-    """One request per text, each with its own seed. A chat has a single request, which every turn
-    copies. Text number i has the seed of the arguments + i. If a row has its own seed, the seeds of
-    its texts count from there. Raises ConfigError for a number that is out of range or ignored."""
+    """One request per text, or one for a chat. Text i has the seed of the arguments + i. If its
+    row has a seed, i counts from there. Raises ConfigError for numbers out of range or ignored."""
     default = Request(
         prompt="?",  # the shortest message of a chat
         max_new_tokens=arguments.max_new_tokens,
@@ -116,7 +114,7 @@ def choose_requests(arguments: Arguments) -> list[Request]:
                 requests.append(read_request(where, row, default, number))
         check(bool(requests), f"{file} has no prompts: add at least one")
     hottest = max(request.sampling.temperature for request in requests)
-    given = dataclasses.replace(arguments.sampling, temperature=hottest)
+    given = replace(arguments.sampling, temperature=hottest)
     flags.check_sampling(given, arguments.num_samples)
     return requests
 
@@ -131,22 +129,20 @@ def read_request(where: str, row: Fields, default: Request, number: int) -> Requ
     )
     prompt = fill("{prompt}", row, where)
     check(bool(prompt), f"{where} is an empty prompt: it needs at least one character")
-    given, own = (
-        {name: row[name] for name in names if row.get(name) is not None}
-        for names in (ENDS, SAMPLING)
-    )
+    given = {name: row[name] for name in ENDS if row.get(name) is not None}
+    own = {name: row[name] for name in SAMPLING if row.get(name) is not None}
     for name in {"stop", "stop_ids"} & given.keys():
         if not isinstance(given[name], list):
             given[name] = [given[name]]
     try:
-        sampling = dataclasses.replace(default.sampling, **own)
+        sampling = replace(default.sampling, **own)
         ignored = sorted({*flags.FILTERS} & own.keys())
         check(
             sampling.temperature > 0 or not ignored,
             f"{', '.join(ignored)} has no effect on greedy decoding: give a temperature above 0",
         )
-        sampling = dataclasses.replace(sampling, seed=sampling.seed + number)
-        return dataclasses.replace(default, prompt=prompt, sampling=sampling, **given)
+        sampling = replace(sampling, seed=sampling.seed + number)
+        return replace(default, prompt=prompt, sampling=sampling, **given)
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from None
 
@@ -160,13 +156,13 @@ def encode_requests(
     for number, request in enumerate(requests, start=1):
         if arguments.chat:
             _, ids = Dialogue(tokenizer, arguments.system).prompt(request.prompt)
-            request = dataclasses.replace(request, prompt=ids)
+            request = replace(request, prompt=ids)
         try:
             ids = encode_prompt(request, tokenizer, config, arguments.max_length)
         except ConfigError as error:
             where = f"prompt {number} of {len(requests)}: " if len(requests) > 1 else ""
             raise ConfigError(f"{where}{error}") from None
-        encoded.append(dataclasses.replace(request, prompt=ids))
+        encoded.append(replace(request, prompt=ids))
     return encoded
 
 
@@ -201,7 +197,7 @@ def chat(
                 dialogue, conversation = Dialogue(engine.tokenizer, system), Conversation()
             elif message.strip():
                 prompt = dialogue.prompt(message)
-                request = dataclasses.replace(default, prompt=prompt[1], sampling=sampling)
+                request = replace(default, prompt=prompt[1], sampling=sampling)
                 options = dict(show_drafts=show_drafts, conversation=conversation)
                 with noted_interrupt() as interrupted:
                     completion = stream(people, engine, request, cancelled=interrupted, **options)
@@ -211,7 +207,7 @@ def chat(
                     ids = completion.token_ids
                     known = {"stop": None, "eos": ids[:-1]}.get(completion.finish_reason, ids)
                     dialogue.add(message, prompt, completion.text, known)
-                sampling = dataclasses.replace(sampling, seed=(sampling.seed + 1) % 2**32)
+                sampling = replace(sampling, seed=(sampling.seed + 1) % 2**32)
         except EOFError:
             people.print()
             return

@@ -43,8 +43,7 @@ def figure(
 
 
 def plot_exits(scores: Mapping[str, ExitScores], file: Path, *, title: str = "") -> None:
-    """Loss and agreement with the final argmax by exit, a line for each model (the paper's Figures
-    6 and 8).
+    """Loss and agreement with the final argmax by exit, by model (the paper's Figures 6 and 8).
 
     scores: by name in the legend; the models may have different numbers of layers.
     """
