@@ -91,8 +91,8 @@ def prompt_rows(
 
 
 def choose_requests(arguments: Arguments) -> list[Request]:
-    """One request per text, or one for a chat. Text i has the seed of the arguments + i. If its
-    row has a seed, i counts from there. Raises ConfigError for numbers out of range or ignored."""
+    """One request per text, or one for a chat. Text i has the seed of the arguments + i. If a row
+    has its own seed, its texts count from it. Raises ConfigError for a bad or ignored number."""
     default = Request(
         prompt="?",  # the shortest message of a chat
         max_new_tokens=arguments.max_new_tokens,

@@ -113,7 +113,9 @@ class DataConfig(Checked, prefix="data."):
             self.has_prompts or "{" in self.text_template,
             f"data.text_template {self.text_template!r} names no field: write one in braces",
         )
-        check(self.tokenizer != "", "data.tokenizer is empty: name bytes, sentencepiece or a path")
+        check(
+            self.tokenizer != "", "data.tokenizer is empty: choose bytes, sentencepiece or a path"
+        )
         check(
             not (self.has_prompts and self.too_long == "split"),
             "data.too_long 'split' would part a response from its prompt: choose truncate or drop",
