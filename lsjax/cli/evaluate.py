@@ -39,8 +39,7 @@ class TaskFlags(flags.ChatFlags, flags.ModelFlags):
     """Examples of a task, and how they become prompts."""
 
     data: tuple[str, ...] = ()
-    """Files of rows, or patterns: .jsonl, .tsv, .csv, each also as .gz. Default: the task's
-    TensorFlow data set."""
+    """Files or patterns of rows: .jsonl, .tsv, .csv, also .gz. Default: the task's set in TFDS."""
     tfds_data_dir: str = ""
     """Directory of TensorFlow data sets; empty means TFDS's default, ~/tensorflow_datasets."""
     offset: int = bounded(0, low=0)

@@ -110,9 +110,7 @@ def stream(
     people: Console, engine: Engine, request: Request, *, show_drafts: bool, **options: Any
 ) -> Completion:
     """Prints the text of a prompt of token ids as it is decoded, and returns its completion.
-
-    show_drafts: in colours. options: of `Engine.watch`.
-    """
+    show_drafts: in colours. options: of `Engine.watch`."""
     colours = Colours(engine.tokenizer, request.prompt)
     with closing(engine.watch(request, **options)) as updates:
         for update in updates:

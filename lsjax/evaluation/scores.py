@@ -52,9 +52,7 @@ def final_number(text: str) -> Decimal | None:
     """The first number after ####, or else the last number of the text."""
     before, mark, after = text.partition("####")
     found = NUMBER.findall(after if mark else before)
-    if not found:
-        return None
-    return Decimal(re.sub("[$,]", "", found[0 if mark else -1]))
+    return Decimal(re.sub("[$,]", "", found[0 if mark else -1])) if found else None
 
 
 def tree_match(text: str, reference: str) -> Scores:
