@@ -54,7 +54,7 @@ def _in_a_line(box: str) -> str:
 def program(
     kind: type[T], work: Callable[[T], int | None], description: str, parse: Callable = parse_flags
 ) -> Callable[[Sequence[str] | None], int]:
-    """Builds a `main` that parses flags and runs `work`. Bad input exits with code 2."""
+    """A `main` that parses flags, runs `work` and returns its code or 0. Bad input exits with 2."""
 
     def main(argv: Sequence[str] | None = None) -> int:
         with one_line_errors():
