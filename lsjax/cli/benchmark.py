@@ -17,7 +17,6 @@ cells.jsonl (the table), and benchmark.png if there are several cells.
 import math
 import os
 import statistics
-import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -26,16 +25,8 @@ from typing import Any, Literal
 
 from rich.console import Console
 
+from lsjax.cli import flags
 from lsjax.cli.evaluate import TaskFlags, read_questions
-from lsjax.cli.flags import (
-    OpenModel,
-    StrategyFlags,
-    StrategyName,
-    check_sampling,
-    load_engine,
-    make_strategies,
-    open_model,
-)
 from lsjax.cli.prompts import prompt_rows
 from lsjax.cli.setup import check_output, program
 from lsjax.cli.show import notes_console, show_cells, show_verdict
@@ -45,9 +36,7 @@ from lsjax.decoding.cost import ideal_speedup
 from lsjax.decoding.engine import Engine
 from lsjax.decoding.self_speculative import SelfSpeculative, in_one_program
 from lsjax.decoding.strategy import Strategy
-from lsjax.evaluation import answers, exits
-from lsjax.evaluation.answers import Question
-from lsjax.evaluation.plots import plot_grid
+from lsjax.evaluation import answers, exits, plots
 from lsjax.evaluation.scores import ALL, Answer, acceptance, grouped
 from lsjax.evaluation.tasks import TASKS, Task, first_turn
 
@@ -62,7 +51,6 @@ OWN_PROMPTS = Task(
     prompt_template="{prompt}",
     response_template=" ",
     allow_special=True,
-    score=lambda text, question: {},
     change=first_turn,
     group="category",
     needs_reference=False,
@@ -70,10 +58,10 @@ OWN_PROMPTS = Task(
 
 
 @dataclass(frozen=True, kw_only=True)
-class Arguments(TaskFlags, StrategyFlags):
+class Arguments(TaskFlags, flags.StrategyFlags):
     """Compares strategies on the same prompts."""
 
-    strategies: tuple[StrategyName, ...] = ("self_speculative",)
+    strategies: tuple[flags.StrategyName, ...] = ("self_speculative",)
     """Strategies to compare with autoregressive decoding, at every exit."""
     prompt: str | None = None
     """Text to continue; by default, three built-in prompts."""
@@ -94,11 +82,9 @@ class Arguments(TaskFlags, StrategyFlags):
 
 
 def benchmark(arguments: Arguments) -> int:
-    """Makes the missing measurements, and prints, writes and plots the table.
-
-    Returns 1 if texts are not exact.
-    """
-    notes, model = notes_console(), open_model(arguments)
+    """Makes the missing measurements, and prints, writes and plots the table. Returns 1 if texts
+    are not exact."""
+    notes, model = notes_console(), flags.open_model(arguments)
     config, tail = model.source.config, arguments.identity_tail
     check_numbers(arguments, config)
     task, rows = TASKS.get(arguments.task, OWN_PROMPTS), None
@@ -116,7 +102,7 @@ def benchmark(arguments: Arguments) -> int:
         file = output / "answers.jsonl"
         check_output(file, arguments.prompt_file)
     change = {} if tail is None else {"change": partial(exits.identity_tail, exit_layer=tail)}
-    engine = load_engine(model, notes, ignore_end=True, **change)
+    engine = flags.load_engine(model, notes, ignore_end=True, **change)
     if tail is not None and arguments.draft_vocab is not None:
         said = engine.generate([one.request for one in questions if one.sample == 0])
         counts = Counter(token for one in said for token in one.token_ids)
@@ -144,7 +130,7 @@ def benchmark(arguments: Arguments) -> int:
 def check_numbers(arguments: Arguments, config: LlamaConfig) -> None:
     """Raises ConfigError for numbers out of range and for flags without effect."""
     check(arguments.batch_size == 1, "--batch-size must be 1 here: texts are timed one by one")
-    check_sampling(arguments.sampling, 1)
+    flags.check_sampling(arguments.sampling, 1)
     last, tail = config.num_layers - 1, arguments.identity_tail
     check(
         tail is None or 1 <= tail <= last,
@@ -160,7 +146,7 @@ def check_numbers(arguments: Arguments, config: LlamaConfig) -> None:
 
 
 def choose_strategies(
-    arguments: Arguments, model: OpenModel, counts: Mapping[int, int] | None
+    arguments: Arguments, model: flags.OpenModel, counts: Mapping[int, int] | None
 ) -> list[Strategy]:
     """Autoregressive decoding, then each cell of the grid, cells with the full head first.
 
@@ -171,12 +157,12 @@ def choose_strategies(
     found: list[Strategy] = []
     for size in dict.fromkeys((None, arguments.draft_vocab)):
         asked = replace(arguments, strategies=names, draft_vocab=size)
-        found += make_strategies(asked, model, counts)
+        found += flags.make_strategies(asked, model, counts)
     return in_one_program(list(dict.fromkeys(found)))
 
 
 def timed_beside(
-    engine: Engine, question: Question, completion: Completion, base: Completion
+    engine: Engine, question: answers.Question, completion: Completion, base: Completion
 ) -> dict[str, Any]:
     """Seconds of the baseline in the same turn, and the first difference from its text if both
     texts must be equal. JSON has null for an infinite margin."""
@@ -232,7 +218,7 @@ def write(output: Path, title: str, rows: Sequence[Answer], notes: Console) -> N
     whole = [row for row in rows if row["group"] == ALL and row["num_draft_tokens"] is not None]
     if len({(row["exit_layer"], row["num_draft_tokens"]) for row in whole}) > 1:
         try:
-            plot_grid(whole, output / "benchmark.png", title=title)
+            plots.plot_grid(whole, output / "benchmark.png", title=title)
         except ConfigError as error:
             notes.print(f"no plot: {error}")
 
@@ -240,4 +226,4 @@ def write(output: Path, title: str, rows: Sequence[Answer], notes: Console) -> N
 main = program(Arguments, benchmark, __doc__)
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

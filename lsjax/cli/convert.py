@@ -4,7 +4,6 @@ The result holds config.json, safetensors and the tokenizer. lsjax and transform
 It appears under its name only when it is complete.
 """
 
-import sys
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -41,11 +40,10 @@ def convert(arguments: Arguments) -> None:
     model = load(opened, dtype=dtype, track=bar(notes, "reading"))
     generation, writing = read_generation_defaults(source), bar(notes, "writing")
     save(model, destination, generation=generation, tokenizer=tokenizer, track=writing)
-    parameters = model.config.num_params / 1e6
-    print(f"{destination}: {parameters:.1f} million parameters in {dtype}")
+    print(f"{destination}: {model.config.num_params / 1e6:.1f} million parameters in {dtype}")
 
 
 main = program(Arguments, convert, __doc__)
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

@@ -6,12 +6,12 @@
 The counts are stored in the cache for all models with this tokenizer, or in the --output file.
 """
 
-import sys
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain, islice
 
+import jax
 from rich.progress import Progress
 
 from lsjax.cli.setup import program
@@ -55,23 +55,16 @@ def read_pieces(file: Path) -> Iterator[str]:
     ConfigError with the line for text that is not UTF-8, or for a JSON line without object."""
     if file.suffix == ".jsonl":
         for _, row in json_rows(file):
-            yield from _strings(row)
+            texts = (leaf for leaf in jax.tree.leaves(row) if isinstance(leaf, str))
+            # JSON may hold half a surrogate pair.
+            yield from (text.encode(errors="replace").decode() for text in texts)
         return
     lines = (line for *_, line in read_lines(file))
     while piece := "".join(islice(lines, LINES)):
         yield piece
 
 
-def _strings(value: object) -> Iterator[str]:
-    """Every string in a JSON value, except keys."""
-    if isinstance(value, str):
-        yield value.encode(errors="replace").decode()  # JSON may hold half a surrogate pair
-    elif isinstance(value, list | dict):
-        for item in value.values() if isinstance(value, dict) else value:
-            yield from _strings(item)
-
-
 main = program(Arguments, count, __doc__)
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

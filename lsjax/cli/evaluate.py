@@ -7,7 +7,6 @@
 The same command resumes a killed run. docs/evaluation.md explains the tasks and the figures.
 """
 
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,15 +18,6 @@ from rich.console import Console
 
 from lsjax.checkpoints.run import is_run, read_run_config
 from lsjax.cli import flags
-from lsjax.cli.flags import (
-    ChatFlags,
-    ModelFlags,
-    OpenModel,
-    SamplingFlags,
-    StrategyFlags,
-    load_engine,
-    make_strategies,
-)
 from lsjax.cli.setup import check_output, program
 from lsjax.cli.show import notes_console, or_dash, table, wide_console
 from lsjax.config import ConfigError, Path, bounded, check, split_step
@@ -38,7 +28,6 @@ from lsjax.decoding.request import Request, encode_prompt
 from lsjax.decoding.sampling import GREEDY
 from lsjax.decoding.self_speculative import in_one_program
 from lsjax.evaluation import answers
-from lsjax.evaluation.answers import Question
 from lsjax.evaluation.scores import ALL, UNSEEN, summarise
 from lsjax.evaluation.tasks import TASKS, Task, as_trained, choose_shots, make_questions
 
@@ -46,12 +35,11 @@ LOOKED_AT = 100  # rows that are tried when templates are chosen
 
 
 @dataclass(frozen=True, kw_only=True)
-class TaskFlags(ChatFlags, ModelFlags):
+class TaskFlags(flags.ChatFlags, flags.ModelFlags):
     """Examples of a task, and how they become prompts."""
 
     data: tuple[str, ...] = ()
-    """Files of rows, or patterns: .jsonl, .tsv, .csv, each also as .gz. Default: the task's
-    TensorFlow data set."""
+    """Files or patterns of rows: .jsonl, .tsv, .csv, also .gz. Default: the task's set in TFDS."""
     tfds_data_dir: str = ""
     """Directory of TensorFlow data sets; empty means TFDS's default, ~/tensorflow_datasets."""
     offset: int = bounded(0, low=0)
@@ -71,13 +59,13 @@ class TaskFlags(ChatFlags, ModelFlags):
     """Files to draw the shots from, with --seed."""
     without_seen: tuple[str, ...] = ()
     """Files of training rows. Adds figures for the examples whose prompts are not in them."""
-    sampling: SamplingFlags = GREEDY
+    sampling: flags.SamplingFlags = GREEDY
     groups: bool = False
     """Also prints each category of examples. Files always contain them."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Arguments(TaskFlags, StrategyFlags):
+class Arguments(TaskFlags, flags.StrategyFlags):
     """Evaluates a task at several exits and with several strategies."""
 
     task: Literal[tuple(TASKS)]  # type: ignore[valid-type]
@@ -110,14 +98,13 @@ def evaluate(arguments: Arguments) -> None:
     length = arguments.max_new_tokens or task.max_new_tokens
     task = replace(task, max_new_tokens=length, stop=task.stop + arguments.stop)
     model = flags.open_model(arguments)
-    strategies = make_strategies(arguments, model)
-    samples = arguments.num_samples
-    questions, task, bad_rows = read_questions(task, arguments, model, notes, samples)
+    strategies = flags.make_strategies(arguments, model)
+    questions, task, bad_rows = read_questions(task, arguments, model, notes, arguments.num_samples)
     check_output(output)
     for question in {one.group: one for one in questions}.values():
         score("", question)  # fails before the work if scoring is impossible
     longest = max(len(one.request.prompt) for one in questions)
-    engine = load_engine(model, notes, min_capacity=longest + length)
+    engine = flags.load_engine(model, notes, min_capacity=longest + length)
     names = ("prompt_template", "response_template", "max_new_tokens", "stop")
     more = {"task": task.name} | {name: getattr(task, name) for name in names}
     more |= {"batch_size": arguments.batch_size, "allow_code_execution": by_running}
@@ -136,11 +123,11 @@ def evaluate(arguments: Arguments) -> None:
 def read_questions(
     task: Task,
     chosen: TaskFlags,
-    model: OpenModel,
+    model: flags.OpenModel,
     notes: Console,
     num_samples: int,
     own_rows: Callable[[Refuse], Iterator[PlacedRow]] | None = None,
-) -> tuple[list[Question], Task, list[str]]:
+) -> tuple[list[answers.Question], Task, list[str]]:
     """The samples of the chosen examples, the task with its templates, and errors of skipped rows.
 
     Prompts are tokenised as in training, or with the chat template. Question number i has the
@@ -224,9 +211,8 @@ def show(title: str, rows: Sequence[Mapping[str, Any]]) -> None:
     for row in rows:
         strategy = row["strategy"] if row["group"] == ALL else ""
         line = [strategy, row["group"], str(row["examples"])]
-        for score in map(row["scores"].get, scores):
-            words = f"{score['mean']:.4g} ± {or_dash(score['stderr'], '.2g')}" if score else "-"
-            line.append(words)
+        for one in map(row["scores"].get, scores):
+            line.append(f"{one['mean']:.4g} ± {or_dash(one['stderr'], '.2g')}" if one else "-")
         lines.append(line + [or_dash(row[name], form) for name, form in figures.values()])
     names = ["strategy", "examples of", "n", *scores, *figures]
     wide_console().print(table(title, names, lines, left=2))
@@ -235,4 +221,4 @@ def show(title: str, rows: Sequence[Mapping[str, Any]]) -> None:
 main = program(Arguments, evaluate, __doc__)
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

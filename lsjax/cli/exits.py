@@ -8,23 +8,19 @@ perplexity and agreement by exit. The plot has a line per model (the paper's Fig
 """
 
 import json
-import sys
 from dataclasses import asdict, dataclass
 
-from rich.console import Console
 from rich.progress import Progress
 
 from lsjax.checkpoints import load, open_checkpoint
 from lsjax.checkpoints.run import is_run, read_run_config
 from lsjax.cli.setup import check_output, choose_dtype, keep_compiled_programs, program
-from lsjax.cli.show import exit_table, wide_console
+from lsjax.cli.show import exit_table, notes_console, wide_console
 from lsjax.config import Checked, Path, bounded, check
 from lsjax.data.files import cache_directory
 from lsjax.data.pipeline import OnePass, packed_rows
 from lsjax.data.tokenizer_files import load_tokenizer
-from lsjax.evaluation import installed
-from lsjax.evaluation.exits import AGREEMENT, ExitScores, score_exits
-from lsjax.evaluation.plots import plot_exits
+from lsjax.evaluation import exits, installed, plots
 from lsjax.model.llama import stacked
 
 
@@ -66,23 +62,23 @@ def score_models(arguments: Arguments) -> None:
     options = {"seq_len": config.seq_len, "split": "validation", "cache": cache_directory()}
     rows = packed_rows(config.data, tokenizer, **options)
     batches = list(OnePass(rows, batch_size=config.batch_size, max_batches=arguments.batches))
-    scores: dict[str, ExitScores] = {}
-    with Progress(console=Console(stderr=True), transient=True) as progress:
+    scores: dict[str, exits.ExitScores] = {}
+    with Progress(console=notes_console(), transient=True) as progress:
         for name, source in zip(names, sources, strict=True):
             model = stacked(load(source, dtype=dtype))
             tracked = progress.track(batches, description=name)
-            scores[name] = score_exits(model, tracked, micro_batches=config.micro_batches)
+            scores[name] = exits.score_exits(model, tracked, micro_batches=config.micro_batches)
     console = wide_console()
     console.print(exit_table(f"{scores[names[0]].tokens:,} held-out tokens", scores))
-    console.print(AGREEMENT, style="dim")
+    console.print(exits.AGREEMENT, style="dim")
     if arguments.json is not None:
         lines = [json.dumps({"run": name, **asdict(one)}) + "\n" for name, one in scores.items()]
         arguments.json.write_text("".join(lines), encoding="utf-8")
     if output is not None:
-        plot_exits(scores, output)
+        plots.plot_exits(scores, output)
 
 
 main = program(Arguments, score_models, __doc__)
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

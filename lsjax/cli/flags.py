@@ -104,6 +104,12 @@ class OpenModel(NamedTuple):
     tokenizer: Tokenizer
     mesh: Mesh | None
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Arguments of `Engine` and `check_settings` that the flags give."""
+        flags = self.flags
+        return dict(batch_size=flags.batch_size, max_length=flags.max_length, mesh=self.mesh)
+
 
 def open_model(flags: ModelFlags) -> OpenModel:
     """Opens a checkpoint and its tokenizer. Raises CheckpointError or TokenizerError for damaged
@@ -119,7 +125,6 @@ def load_engine(
     model: OpenModel,
     notes: Console,
     *,
-    strategy: Strategy | None = None,
     change: Callable[[Llama], Llama] = lambda model: model,
     **options: Any,
 ) -> Engine:
@@ -130,16 +135,8 @@ def load_engine(
     keep_compiled_programs()
     dtype = choose_dtype(model.flags.dtype)
     loaded = load(model.source, dtype=dtype, track=bar(notes, "loading"), mesh=model.mesh)
-    return Engine(
-        change(loaded),
-        model.tokenizer,
-        strategy,
-        track=bar(notes, "timing rounds, once for this machine"),
-        batch_size=model.flags.batch_size,
-        max_length=model.flags.max_length,
-        mesh=model.mesh,
-        **options,
-    )
+    track = bar(notes, "timing rounds, once for this machine")
+    return Engine(change(loaded), model.tokenizer, track=track, **model.settings, **options)
 
 
 def check_sampling(sampling: Sampling, num_samples: int) -> None:
@@ -161,8 +158,8 @@ def make_strategies(
     counts: token counts for the draft vocabulary; by default those stored for this model. Raises
     ConfigError for a missing or unused number, or for settings that do not fit model or mesh.
     """
-    names, exits = list(dict.fromkeys(flags.strategies)), list(dict.fromkeys(flags.exit_layers))
-    names = names or ["autoregressive"]
+    names = list(dict.fromkeys(flags.strategies)) or ["autoregressive"]
+    exits = list(dict.fromkeys(flags.exit_layers))
     check(
         not exits or names != ["autoregressive"],
         "--exit-layer has no effect on autoregressive decoding: choose another --strategy",
@@ -204,13 +201,7 @@ def make_strategies(
         ]
     strategies = [strategy for name in names for strategy in made[name]]
     for strategy in strategies:
-        check_settings(
-            model.source.config,
-            strategy,
-            batch_size=model.flags.batch_size,
-            max_length=model.flags.max_length,
-            mesh=model.mesh,
-        )
+        check_settings(model.source.config, strategy, **model.settings)
     return strategies
 
 

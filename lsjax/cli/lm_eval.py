@@ -9,11 +9,9 @@
 docs/evaluation.md explains the figures.
 """
 
-import sys
 from dataclasses import dataclass
 
 from lsjax.cli import flags
-from lsjax.cli.flags import ChatFlags, ModelFlags, StrategyFlags, load_engine, make_strategies
 from lsjax.cli.setup import program
 from lsjax.cli.show import notes_console
 from lsjax.config import Path, bounded, check, in_bucket
@@ -23,7 +21,7 @@ from lsjax.evaluation.scores import Cell
 
 
 @dataclass(frozen=True, kw_only=True)
-class Arguments(StrategyFlags, ChatFlags, ModelFlags):
+class Arguments(flags.StrategyFlags, flags.ChatFlags, flags.ModelFlags):
     """Tasks of lm-evaluation-harness at several exits and with several strategies."""
 
     tasks: tuple[str, ...]
@@ -52,7 +50,7 @@ def run_tasks(arguments: Arguments) -> None:
     )
     check(path is None or path.is_dir(), f"--task-path {path} is not a directory: name one")
     opened = flags.open_model(arguments)
-    strategies = make_strategies(arguments, opened)
+    strategies = flags.make_strategies(arguments, opened)
     if arguments.chat:
         Dialogue(opened.tokenizer, arguments.system).prompt("?")  # fails now without a template
     if output is not None:
@@ -69,7 +67,7 @@ def run_tasks(arguments: Arguments) -> None:
         "apply_chat_template": arguments.chat,
         "system_instruction": arguments.system,
     }
-    engine = load_engine(opened, notes_console(), strategy=strategies[0])
+    engine = flags.load_engine(opened, notes_console(), strategy=strategies[0])
     model = adapter.EngineLM(engine, name=arguments.model.name, seed=arguments.seed)
     for strategy in strategies:
         engine.use(strategy)
@@ -81,4 +79,4 @@ def run_tasks(arguments: Arguments) -> None:
 main = program(Arguments, run_tasks, __doc__)
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

@@ -1,23 +1,15 @@
 """Prompts of decode.py: its arguments, prompt files, and the chat in the terminal."""
 
 import contextlib
-import dataclasses
 import signal
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Annotated
 
 import tyro
 from rich.console import Console
 
-from lsjax.cli.flags import (
-    FILTERS,
-    ChatFlags,
-    ModelFlags,
-    SamplingFlags,
-    StrategyFlags,
-    check_sampling,
-)
+from lsjax.cli import flags
 from lsjax.cli.show import stream, summary
 from lsjax.config import ConfigError, LlamaConfig, Path, bounded, check
 from lsjax.data.chat import ChatTemplateError, Dialogue
@@ -33,12 +25,12 @@ from lsjax.evaluation.tasks import first_turn
 
 # Fields that a row of a prompt file may have in addition to its prompt.
 ENDS = ("max_new_tokens", "stop", "stop_ids")
-SAMPLING = tuple(field.name for field in dataclasses.fields(Sampling))
+SAMPLING = tuple(field.name for field in fields(Sampling))
 HELP = "Ctrl-C stops an answer, /new forgets the chat, Ctrl-D ends."
 
 
 @dataclass(frozen=True, kw_only=True)
-class Arguments(ChatFlags, StrategyFlags, ModelFlags):
+class Arguments(flags.ChatFlags, flags.StrategyFlags, flags.ModelFlags):
     """Continues prompts with a Llama."""
 
     prompt: str | None = None
@@ -50,7 +42,7 @@ class Arguments(ChatFlags, StrategyFlags, ModelFlags):
     """Chats in the terminal, with the model's chat template."""
     max_new_tokens: int = 128
     """Maximum number of new tokens."""
-    sampling: SamplingFlags = GREEDY
+    sampling: flags.SamplingFlags = GREEDY
     """Choice of tokens: penalties apply first, then temperature, top_k, top_p and min_p."""
     num_samples: int = bounded(1, low=1)
     """Number of texts per prompt."""
@@ -99,9 +91,8 @@ def prompt_rows(
 
 
 def choose_requests(arguments: Arguments) -> list[Request]:
-    """One request per text, each with its own seed. A chat has a single request, which every turn
-    copies. Text number i has the seed of the arguments + i. If a row has its own seed, the seeds of
-    its texts count from there. Raises ConfigError for a number that is out of range or ignored."""
+    """One request per text, or one for a chat. Text i has the seed of the arguments + i. If a row
+    has its own seed, its texts count from it. Raises ConfigError for a bad or ignored number."""
     default = Request(
         prompt="?",  # the shortest message of a chat
         max_new_tokens=arguments.max_new_tokens,
@@ -123,8 +114,8 @@ def choose_requests(arguments: Arguments) -> list[Request]:
                 requests.append(read_request(where, row, default, number))
         check(bool(requests), f"{file} has no prompts: add at least one")
     hottest = max(request.sampling.temperature for request in requests)
-    given = dataclasses.replace(arguments.sampling, temperature=hottest)
-    check_sampling(given, arguments.num_samples)
+    given = replace(arguments.sampling, temperature=hottest)
+    flags.check_sampling(given, arguments.num_samples)
     return requests
 
 
@@ -138,22 +129,20 @@ def read_request(where: str, row: Fields, default: Request, number: int) -> Requ
     )
     prompt = fill("{prompt}", row, where)
     check(bool(prompt), f"{where} is an empty prompt: it needs at least one character")
-    given, own = (
-        {name: row[name] for name in names if row.get(name) is not None}
-        for names in (ENDS, SAMPLING)
-    )
+    given = {name: row[name] for name in ENDS if row.get(name) is not None}
+    own = {name: row[name] for name in SAMPLING if row.get(name) is not None}
     for name in {"stop", "stop_ids"} & given.keys():
         if not isinstance(given[name], list):
             given[name] = [given[name]]
     try:
-        sampling = dataclasses.replace(default.sampling, **own)
-        ignored = sorted({*FILTERS} & own.keys())
+        sampling = replace(default.sampling, **own)
+        ignored = sorted({*flags.FILTERS} & own.keys())
         check(
             sampling.temperature > 0 or not ignored,
             f"{', '.join(ignored)} has no effect on greedy decoding: give a temperature above 0",
         )
-        sampling = dataclasses.replace(sampling, seed=sampling.seed + number)
-        return dataclasses.replace(default, prompt=prompt, sampling=sampling, **given)
+        sampling = replace(sampling, seed=sampling.seed + number)
+        return replace(default, prompt=prompt, sampling=sampling, **given)
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from None
 
@@ -167,13 +156,13 @@ def encode_requests(
     for number, request in enumerate(requests, start=1):
         if arguments.chat:
             _, ids = Dialogue(tokenizer, arguments.system).prompt(request.prompt)
-            request = dataclasses.replace(request, prompt=ids)
+            request = replace(request, prompt=ids)
         try:
             ids = encode_prompt(request, tokenizer, config, arguments.max_length)
         except ConfigError as error:
             where = f"prompt {number} of {len(requests)}: " if len(requests) > 1 else ""
             raise ConfigError(f"{where}{error}") from None
-        encoded.append(dataclasses.replace(request, prompt=ids))
+        encoded.append(replace(request, prompt=ids))
     return encoded
 
 
@@ -208,7 +197,7 @@ def chat(
                 dialogue, conversation = Dialogue(engine.tokenizer, system), Conversation()
             elif message.strip():
                 prompt = dialogue.prompt(message)
-                request = dataclasses.replace(default, prompt=prompt[1], sampling=sampling)
+                request = replace(default, prompt=prompt[1], sampling=sampling)
                 options = dict(show_drafts=show_drafts, conversation=conversation)
                 with noted_interrupt() as interrupted:
                     completion = stream(people, engine, request, cancelled=interrupted, **options)
@@ -218,7 +207,7 @@ def chat(
                     ids = completion.token_ids
                     known = {"stop": None, "eos": ids[:-1]}.get(completion.finish_reason, ids)
                     dialogue.add(message, prompt, completion.text, known)
-                sampling = dataclasses.replace(sampling, seed=(sampling.seed + 1) % 2**32)
+                sampling = replace(sampling, seed=(sampling.seed + 1) % 2**32)
         except EOFError:
             people.print()
             return

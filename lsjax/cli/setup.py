@@ -54,8 +54,7 @@ def _in_a_line(box: str) -> str:
 def program(
     kind: type[T], work: Callable[[T], int | None], description: str, parse: Callable = parse_flags
 ) -> Callable[[Sequence[str] | None], int]:
-    """Builds a `main` that parses flags, runs `work` and returns its exit code (0 for None).
-    Bad input exits with code 2."""
+    """A `main` that parses flags, runs `work` and returns its code or 0. Bad input exits with 2."""
 
     def main(argv: Sequence[str] | None = None) -> int:
         with one_line_errors():
@@ -107,8 +106,7 @@ def ended_by_sigterm() -> Iterator[None]:
 
 
 def check_output(file: Path, prompts: Path | None = None) -> None:
-    """Checks a file before the work starts. Raises ConfigError if it can't be written, or if it is
-    the file of prompts."""
+    """Raises ConfigError if a file can't be written, or if it is the file of prompts."""
     check(
         prompts is None or file.resolve() != prompts.resolve(),
         f"{file} would overwrite the prompts: name another file",

@@ -110,9 +110,7 @@ def stream(
     people: Console, engine: Engine, request: Request, *, show_drafts: bool, **options: Any
 ) -> Completion:
     """Prints the text of a prompt of token ids as it is decoded, and returns its completion.
-
-    show_drafts: in colours. options: of `Engine.watch`.
-    """
+    show_drafts: in colours. options: of `Engine.watch`."""
     colours = Colours(engine.tokenizer, request.prompt)
     with closing(engine.watch(request, **options)) as updates:
         for update in updates:
@@ -135,13 +133,13 @@ def summary(completions: Sequence[Completion], wall_seconds: float) -> str:
     tokens = sum(c.num_new_tokens for c in completions)
     later = tokens - len(completions)
     drafted = sum(c.drafted for c in completions)
-    rounds = sum(c.rounds for c in completions)
     parts = [f"{tokens} new token{'s' * (tokens != 1)}"]
     if later and wall_seconds > 0:
         parts[0] += f" at {later / wall_seconds:.1f} tokens/s"
     if drafted:
         accepted = sum(c.accepted for c in completions)
         parts.append(f"{accepted} of {drafted} drafts accepted ({accepted / drafted:.0%})")
+        rounds = sum(c.rounds for c in completions)
         parts.append(f"{later / rounds:.2f} tokens per round")
     chosen, given = Counter(), Counter()  # rounds and tokens of each source of drafts
     for completion in completions:
@@ -159,8 +157,7 @@ def summary(completions: Sequence[Completion], wall_seconds: float) -> str:
 
 
 def _visible(token: bytes) -> str:
-    """A rejected token's text on one line. Line breaks are escaped. If there are only spaces, they
-    are drawn as ␣."""
+    """A rejected token's text on one line: line breaks are escaped, spaces alone drawn as ␣."""
     text = token.decode("utf-8", errors="replace")
     if text.isspace():
         text = text.replace(" ", "␣")

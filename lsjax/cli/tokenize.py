@@ -10,7 +10,6 @@ shards. Without this program, train.py tokenizes by itself.
 """
 
 import re
-import sys
 from dataclasses import dataclass
 
 from lsjax.checkpoints import open_checkpoint
@@ -58,4 +57,4 @@ def make(arguments: Arguments) -> None:
 main = program(Arguments, make, __doc__, parse_config)
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

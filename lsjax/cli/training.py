@@ -17,8 +17,7 @@ from lsjax.cli.show import coloured, exit_table, verbatim
 from lsjax.config import ConfigError, Path, TrainConfig, check
 from lsjax.decoding.engine import Engine
 from lsjax.decoding.self_speculative import SelfSpeculative
-from lsjax.evaluation.exits import AGREEMENT, ExitScores, evaluation_hook
-from lsjax.evaluation.plots import plot_exits, plot_training
+from lsjax.evaluation import exits, plots
 from lsjax.model.llama import Llama
 from lsjax.training.hosts import Hosts, is_first
 from lsjax.training.metrics import paced
@@ -89,20 +88,20 @@ def shown_evaluation(run: TrainingRun, console: Console) -> Hook:
     """`evaluation_hook` that prints the scores, and plots loss and agreement by exit."""
     workdir = run.workdir
 
-    def show(step: int, scores: ExitScores) -> None:
+    def show(step: int, scores: exits.ExitScores) -> None:
         title = f"step {step}, {scores.tokens:,} held-out tokens"
         console.print(exit_table(title, {workdir.name: scores}))
-        console.print(AGREEMENT, style="dim")
+        console.print(exits.AGREEMENT, style="dim")
         if not is_first():
             return
         row = {"kind": EVALUATION, "step": step, **asdict(scores)}
         try:
-            plot_exits({f"step {step}": scores}, workdir / "exits.png", title=workdir.name)
-            plot_training([*read_metrics(workdir), row], workdir / "training.png")
+            plots.plot_exits({f"step {step}": scores}, workdir / "exits.png", title=workdir.name)
+            plots.plot_training([*read_metrics(workdir), row], workdir / "training.png")
         except (ConfigError, OSError) as error:  # no matplotlib, full disk: metrics.jsonl has it
             console.print(str(error), style="dim", markup=False)
 
-    return evaluation_hook(run, show)
+    return exits.evaluation_hook(run, show)
 
 
 def shown_sample(run: TrainingRun, console: Console) -> Hook:

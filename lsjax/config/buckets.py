@@ -5,7 +5,6 @@ from contextlib import suppress
 from types import SimpleNamespace
 from typing import Any
 
-import fsspec
 import fsspec.config
 from etils import epath
 

@@ -4,16 +4,14 @@ import dataclasses
 import difflib
 import math
 import types
-import typing
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import PurePath
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 VERSION = 3  # format of configurations and of saved steps
-UNIONS = (typing.Union, types.UnionType)
+UNIONS = (Union, types.UnionType)
 T = TypeVar("T", bound="Checked")
 
 
@@ -27,7 +25,7 @@ def check(condition: bool, message: str) -> None:
         raise ConfigError(message)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Bounds:
     """Limits of a field's numbers: `low` and `high` are included, `above` and `below` are not."""
 
@@ -63,8 +61,7 @@ class Checked:
     def __init_subclass__(cls, prefix: str | None = None) -> None:
         """prefix: of names in messages, "early_exit."; with "--", names are written as flags."""
         super().__init_subclass__()
-        if prefix is not None:
-            cls._prefix = prefix
+        cls._prefix = cls._prefix if prefix is None else prefix
 
     def __post_init__(self):
         kinds = _field_types(type(self))
@@ -86,7 +83,7 @@ class Checked:
         return cls._prefix + (field.replace("_", "-") if cls._prefix.startswith("--") else field)
 
 
-_field_types = lru_cache(typing.get_type_hints)
+_field_types = lru_cache(get_type_hints)
 
 
 def shown(value: Any) -> str:
@@ -98,7 +95,7 @@ def shown(value: Any) -> str:
 def described(kind: Any, bounds: Bounds | None = None) -> str:
     """Description of the values of a field of this type."""
     limits = f" {bounds}" if bounds and str(bounds) else ""
-    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    origin, arguments = get_origin(kind), get_args(kind)
     if origin in UNIONS:
         return " or ".join(described(one, bounds) for one in arguments)
     if origin is Literal:
@@ -118,7 +115,7 @@ class _Unfit(Exception):
 def _fitted(value: Any, kind: Any, bounds: Bounds) -> Any:
     """The value in the type of its field. Integers become floats, and what JSON has instead of
     tuples and dataclasses becomes these."""
-    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    origin, arguments = get_origin(kind), get_args(kind)
     if origin in UNIONS:
         for one in arguments:
             with suppress(_Unfit):

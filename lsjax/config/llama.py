@@ -6,10 +6,6 @@ from typing import Any, Literal, NamedTuple
 
 from lsjax.config.checked import Checked, bounded, check
 
-# Of the presets, in their order.
-SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_layers")
-SIZES += ("num_heads", "num_kv_heads", "max_context")
-
 
 @dataclass(frozen=True, kw_only=True)
 class RopeScaling(Checked, prefix="rope_scaling."):
@@ -191,7 +187,9 @@ class LlamaConfig(Checked):
 
 
 def _preset(changes: dict[str, Any], *sizes: int, **rest: Any) -> LlamaConfig:
-    """The config with these `SIZES` and fields."""
-    shape = dict(zip(SIZES, sizes, strict=True))
+    """The config with these sizes and fields."""
+    names = ("vocab_size", "hidden_size", "intermediate_size", "num_layers")
+    names += ("num_heads", "num_kv_heads", "max_context")
+    shape = dict(zip(names, sizes, strict=True))
     shape["head_dim"] = shape["hidden_size"] // shape["num_heads"]
     return LlamaConfig(**(shape | rest | changes))

@@ -12,8 +12,6 @@ from lsjax.config.checked import check
 # Base class of local paths (pathlib.Path) and of paths in buckets (BucketPath). Both have pathlib's
 # methods. It is for annotations; `as_path` makes paths.
 Path = pathlib.PurePath
-_BUCKET = re.compile("gs:/+")  # pathlib turns gs://bucket into gs:/bucket
-_OTHER = re.compile(r"\w+://")
 
 
 def as_path(path: str | Path) -> Path:
@@ -21,7 +19,7 @@ def as_path(path: str | Path) -> Path:
 
     Raises ConfigError for another kind of URL, or without the package that reaches buckets.
     """
-    bucket = _BUCKET.match(str(path))
+    bucket = re.match("gs:/+", str(path))  # pathlib turns gs://bucket into gs:/bucket
     if bucket is not None:
         check(
             find_spec("gcsfs") is not None,
@@ -32,7 +30,7 @@ def as_path(path: str | Path) -> Path:
 
         return BucketPath(f"gs://{str(path)[bucket.end() :]}")
     check(
-        _OTHER.match(str(path)) is None,
+        re.match(r"\w+://", str(path)) is None,
         f"{path} is neither a local path nor one in a gs:// bucket: copy it there",
     )
     return pathlib.Path(path)

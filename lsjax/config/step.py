@@ -1,8 +1,7 @@
 """Configuration of a training step, and of the mesh that it runs on."""
 
-import dataclasses
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Literal
 
 from lsjax.config.checked import Checked, bounded, check
@@ -177,7 +176,7 @@ class MeshConfig(Checked, prefix="mesh."):
 
         The data axis covers all slices. Raises ConfigError if the sizes do not fit the devices.
         """
-        sizes = dataclasses.asdict(self)
+        sizes = asdict(self)
         asked = " x ".join(f"{name} {size}" for name, size in sizes.items() if size != 1)
         slices = sizes.pop("slices")
         for name, size in sizes.items():

@@ -182,10 +182,8 @@ def resume(file: Path, asked: Mapping[str, Any]) -> dict[str, Answer]:
 
 
 def read(file: Path) -> tuple[dict[str, Any], list[Answer]]:
-    """Header and answers of a file, without an incomplete last line.
-
-    Raises ConfigError if the file is not an answers file.
-    """
+    """Header and answers of a file, without an incomplete last line. Raises ConfigError if the
+    file is not an answers file."""
     try:
         header, *rows = [json.loads(line) for line in file.read_bytes().split(b"\n")[:-1]]
         good = HEADER in header and all("key" in row for row in rows)

@@ -108,9 +108,7 @@ class EngineLM(TemplateLM):
         self, requests: list[tuple], disable_tqdm: bool = False, **_
     ) -> list[tuple[float, bool]]:
         """Log-probability of each continuation, and whether greedy decoding would produce it.
-
-        requests: (texts, ids of the context, ids of the continuation).
-        """
+        requests: texts, ids of the context, ids of the continuation."""
         texts = []
         for _, context, continuation in requests:
             tokens = [*(context or [self.prefix_token_id]), *continuation]
@@ -129,10 +127,8 @@ class EngineLM(TemplateLM):
 
         Raises ConfigError for generation settings that the engine does not support.
         """
-        asked = [
-            self._request(*request.args, seed=self.seed + number)
-            for number, request in enumerate(requests)
-        ]
+        seeded = enumerate(requests, self.seed)
+        asked = [self._request(*request.args, seed=seed) for seed, request in seeded]
         who = str(Cell.of(self.engine.strategy))
         with tqdm(total=len(asked), desc=who, disable=disable_tqdm) as bar:
             completions = self.engine.generate(asked, on_completion=lambda *_: bar.update())

@@ -22,7 +22,6 @@ Row = Mapping[str, Any]  # a line of a run's metrics.jsonl, or of a benchmark's 
 COLOURS = ("#2A85C9", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#999999")
 GREY = "#AAAAAA"
 DOTS = dict(marker="o", ms=4)
-WIDE = 20  # ratio of largest to smallest from which an axis is logarithmic
 
 
 @contextmanager
@@ -44,8 +43,7 @@ def figure(
 
 
 def plot_exits(scores: Mapping[str, ExitScores], file: Path, *, title: str = "") -> None:
-    """Loss and agreement with the final argmax by exit, a line for each model (the paper's Figures
-    6 and 8).
+    """Loss and agreement with the final argmax by exit, by model (the paper's Figures 6 and 8).
 
     scores: by name in the legend; the models may have different numbers of layers.
     """
@@ -93,7 +91,7 @@ def plot_training(metrics: Sequence[Row], file: Path, *, title: str = "") -> Non
             losses.plot([], [], color=GREY, ls="", label="held out", **DOTS)
         losses.set(xlabel="step", ylabel="loss (nats per token)")
         low, high = losses.dataLim.intervaly
-        if 0 < low * WIDE < high:  # exits that finetuning improves a lot
+        if 0 < 20 * low < high:  # exits that finetuning improves a lot
             losses.set_yscale("log")
             losses.yaxis.set_major_formatter("{x:g}")
         losses.legend(frameon=False)

@@ -22,13 +22,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import BinaryIO
 
-SECONDS = 10.0
 PASSED, STOPPED = 57, 58  # exit codes; a program that exits early has another
 
-UNSHARE = (
-    *("unshare", "--user", "--map-root-user", "--net", "--ipc", "--pid"),
-    *("--fork", "--kill-child", "--mount-proc"),
-)
+UNSHARE = ("unshare", "--user", "--map-root-user", "--net", "--ipc", "--pid")
+UNSHARE += ("--fork", "--kill-child", "--mount-proc")
 
 # Prefixes of audit events (docs.python.org) that end the program at once: processes, sockets,
 # foreign functions, limits, and changes of files.
@@ -42,9 +39,8 @@ FORBIDDEN = (
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 
 
-def run_program(source: str, *, seconds: float = SECONDS) -> str | None:
-    """Runs Python source in a separate interpreter. Returns why it failed, or None if it ran to its
-    end without an error.
+def run_program(source: str, *, seconds: float = 10.0) -> str | None:
+    """Runs Python source in a separate interpreter. Returns why it did not run to its end, or None.
 
     seconds: limit of wall-clock time. Raises ConfigError on systems other than Linux.
     """
@@ -126,8 +122,7 @@ def guard(event: str, arguments: tuple, write=os.write, leave=os._exit) -> None:
 
 def main(file: str, seconds: str) -> None:
     """Runs the program in `file`. The exit code is PASSED if the program completes."""
-    with open(file, encoding="utf-8") as stream:
-        source = stream.read()
+    source = Path(file).read_text(encoding="utf-8")
     limit(float(seconds))
     sys.argv = ["program"]
     del os.mkfifo, os.mknod  # they make files without an audit event

@@ -19,9 +19,8 @@ Tree = tuple  # an intent (IN) or a slot (SL) of TOPv2: its label, and the words
 ALL, UNSEEN = "all", "not seen in training"  # groups besides the task's categories
 PASS_AT = (1, 10, 100)
 ROUGE_KINDS = ("rouge2", "rouge1", "rouge3", "rougeL")  # ROUGE-2 is the paper's
-ANSWER_MARK = "####"  # before the final number of a GSM8K reference
 # A minus belongs to the number unless it follows something to subtract from.
-NUMBER = re.compile(r"(?:(?<![\w)])-)?\$?(\d[\d,]*(?:\.\d+)?)")
+NUMBER = re.compile(r"(?:(?<![\w)])-)?\$?\d[\d,]*(?:\.\d+)?")
 # Text after a complete function (the stop sequences of Chen et al., 2021, section 2.3).
 FUNCTION_ENDS = re.compile("\nclass|\ndef|\n#|\nif|\nprint")
 
@@ -51,13 +50,9 @@ def accuracy(text: str, reference: str) -> Scores:
 
 def final_number(text: str) -> Decimal | None:
     """The first number after ####, or else the last number of the text."""
-    before, mark, after = text.partition(ANSWER_MARK)
-    found = list(NUMBER.finditer(after if mark else before))
-    if not found:
-        return None
-    chosen = found[0] if mark else found[-1]
-    value = Decimal(chosen[1].replace(",", ""))
-    return -value if chosen[0].startswith("-") else value
+    before, mark, after = text.partition("####")
+    found = NUMBER.findall(after if mark else before)
+    return Decimal(re.sub("[$,]", "", found[0 if mark else -1])) if found else None
 
 
 def tree_match(text: str, reference: str) -> Scores:

@@ -22,10 +22,8 @@ from lsjax.evaluation.scores import Scores, accuracy, exact_match, rouge, tested
 TEMPLATES = ("prompt_template", "response_template", "allow_special")
 SHOT_ROWS = 10_000  # rows that shots are drawn from
 # Spec-Bench's file has MT-bench under eight labels.
-MT_BENCH = (
-    *("writing", "roleplay", "reasoning", "math"),
-    *("coding", "extraction", "stem", "humanities"),
-)
+MT_BENCH = ("writing", "roleplay", "reasoning", "math")
+MT_BENCH += ("coding", "extraction", "stem", "humanities")
 
 
 def against_reference(*scores: Callable[[str, str], Scores]) -> Callable[[str, Question], Scores]:
@@ -191,8 +189,7 @@ def first_turn(row: Fields) -> Fields:
 
 
 def spec_bench_question(row: Fields) -> Fields:
-    """A question of Spec-Bench: its first turn, its first reference if that is a text, and one of
-    six categories."""
+    """A question of Spec-Bench: its first turn, its first reference and one of six categories."""
     row, reference = first_turn(row), ""
     check(
         {"turns", "prompt", "category"} <= row.keys(),
