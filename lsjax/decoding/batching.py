@@ -108,6 +108,7 @@ class ContinuousBatch:
         self._engine, self._requests, self._stream = engine, requests, stream
         self._strategy, self._arguments = engine.strategy, engine.arguments
         self._depth = self._strategy.depth(engine.model.config)
+        self._loop = partial(decode, strategy=self._strategy)
         self._conversation = conversation or Conversation()
         self._cancelled = cancelled
         self._rows: dict[int, ActiveRow] = {}
@@ -168,16 +169,15 @@ class ContinuousBatch:
         capacity = capacity if cache is None else cache.capacity
         learned, before = self._strategy.first_guess(1), self._worked
         single = self._create([request], capacity=capacity, cache=cache, learned=learned)
-        self._rounds(self._state or single)  # compiled before a token is shown
+        # Compiled before a token is shown.
+        engine.programs.get(self._loop, self._state or single, np.int32(0), self._arguments)
         chunk = chunk_size(len(ids) - known, single.capacity)
         read = partial(prefill, chunk=chunk, depth=self._depth)
-        read = engine.programs.get(read, single, np.int32(0))
         single = self._run(read, single, np.int32(known))
         if self._is_single:
             self._state = single
         else:
-            put = engine.programs.get(partial(insert), self._state, single, np.int32(0))
-            self._state = self._run(put, self._state, single, np.int32(row))
+            self._state = self._run(partial(insert), self._state, single, np.int32(row))
             self._conversation.keep(single, engine.model)
         text, now = RowText(engine.tokenizer, ids, request.stop), self._worked
         self._rows[row] = ActiveRow(index, request, text, now - before, now, (now, 0))
@@ -221,22 +221,19 @@ class ContinuousBatch:
         longest = int(np.array(state.length_B)[np.array(state.finish_B) == RUNNING].max())
         if longest + self._strategy.slack > state.capacity:
             larger = partial(grow, capacity=engine.capacity(longest))
-            self._state = self._run(engine.programs.get(larger, state), state)
+            self._state = self._run(larger, state)
         del state  # the smaller cache, before anything is compiled
         looks = self._stream or any(live.request.stop for live in self._rows.values())
         rounds = np.int32(ROUNDS_PER_LOOK if looks else ALL_ROUNDS)
-        program = self._rounds(self._state)
-        self._state = self._run(program, self._state, rounds, self._arguments)
+        self._state = self._run(self._loop, self._state, rounds, self._arguments)
         engine.decode_seconds += self._worked - before
 
-    def _rounds(self, state: DecodeState) -> Callable:
-        """The program for rounds of a state."""
-        loop = partial(decode, strategy=self._strategy)
-        return self._engine.programs.get(loop, state, np.int32(0), self._arguments)
-
-    def _run(self, program: Callable, *arguments) -> DecodeState:
-        state, seconds = _timed(program, *arguments)
-        self._worked += seconds
+    def _run(self, function: partial, *arguments) -> DecodeState:
+        """Runs a function's program. Compiling it first does not count as work."""
+        program = self._engine.programs.get(function, *arguments)
+        begin = time.perf_counter()
+        state = jax.block_until_ready(program(*arguments))
+        self._worked += time.perf_counter() - begin
         return state
 
 
@@ -244,9 +241,3 @@ def shared_prefix(known: Sequence[int], ids: Sequence[int]) -> int:
     """Length of the shared prefix; excludes the last token of `ids`, which must be read."""
     limit = min(len(known), len(ids) - 1)
     return next((i for i in range(limit) if known[i] != ids[i]), limit)
-
-
-def _timed(program: Callable, *arguments) -> tuple[DecodeState, float]:
-    begin = time.perf_counter()
-    state = jax.block_until_ready(program(*arguments))
-    return state, time.perf_counter() - begin
