@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
@@ -126,12 +127,9 @@ class Draft:
 
     def first(self, steps: int) -> "Draft":
         """The first columns of the draft."""
-        return replace(
-            self,
-            hidden=tuple(x_BTD[:, :steps] for x_BTD in self.hidden),
-            tokens_BT=self.tokens_BT[:, :steps],
-            log_q_BTN=None if self.log_q_BTN is None else self.log_q_BTN[:, :steps],
-        )
+        columns = self.hidden, self.tokens_BT, self.log_q_BTN
+        hidden, tokens_BT, log_q_BTN = jax.tree.map(lambda x: x[:, :steps], columns)
+        return replace(self, hidden=hidden, tokens_BT=tokens_BT, log_q_BTN=log_q_BTN)
 
 
 Accepted = tuple[Int[Array, "B T"], Int[Array, " B"]]
