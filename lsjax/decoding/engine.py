@@ -183,7 +183,6 @@ class Engine:
     def _request(self, prompt: Prompt, **options) -> Request:
         """The request with its prompt as token ids."""
         if not isinstance(prompt, Request):
-            options = {k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}
             ids = prompt if isinstance(prompt, str) else list(prompt)
             prompt = Request(prompt=ids, **options)
         ids = encode_prompt(prompt, self.tokenizer, self.model.config, self.max_length)
