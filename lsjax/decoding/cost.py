@@ -91,11 +91,10 @@ def calibrated(engine: "Engine", strategy: "Adaptive") -> "Adaptive":
     file = local_cache() / "round_seconds" / f"{name}.json"
     try:
         seconds_SD = np.array(json.loads(file.read_text()), np.float64)
-        shape = len(strategy.sources), len(strategy.lengths)
-        is_known = seconds_SD.shape == shape and (seconds_SD > 0).all()
     except (OSError, ValueError):
-        is_known = False
-    if not is_known:
+        seconds_SD = np.zeros(())
+    shape = len(strategy.sources), len(strategy.lengths)
+    if seconds_SD.shape != shape or not (seconds_SD > 0).all():
         seconds_SD = measure(engine, strategy)
         with contextlib.suppress(OSError):  # a cache that can't be written
             write_whole(file, json.dumps(seconds_SD.tolist()).encode())
