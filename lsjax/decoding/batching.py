@@ -9,11 +9,10 @@ The cache begins with room for the prompts. If a row has no room for another rou
 buffers grow to the next capacity. The rows continue with the program for that capacity.
 """
 
-import dataclasses
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -32,7 +31,6 @@ if TYPE_CHECKING:
 
 # Rounds between two reads of the text by the host, if it is streamed or may contain a stop string.
 ROUNDS_PER_LOOK = 4
-ALL_ROUNDS = np.iinfo(np.int32).max
 FILLER = Request(prompt=(0,), max_new_tokens=0)  # a row that has ended from the start
 
 
@@ -149,7 +147,7 @@ class ContinuousBatch:
                     if (update := self._look(row, finish_B)) is not None:
                         yield update
                 finish_B = jax.device_put(finish_B, self._state.finish_B.sharding)
-                self._state = dataclasses.replace(self._state, finish_B=finish_B)
+                self._state = replace(self._state, finish_B=finish_B)
                 if self._rows and (not waiting or len(self._rows) == rows):
                     self._advance()
         finally:
@@ -202,7 +200,7 @@ class ContinuousBatch:
         share = (trace.rounds - before) / max(1, whole.rounds - before)
         is_stop = finish == EOS and trace.tokens_n[-1] in request.stop_ids
         completion = Completion.of(
-            trace if request.log_probs else dataclasses.replace(trace, log_probs_n=None),
+            trace if request.log_probs else replace(trace, log_probs_n=None),
             strategy=self._strategy,
             seed=request.sampling.seed if request.sampling.temperature else None,
             prompt=engine.tokenizer.decode(request.prompt),
@@ -224,7 +222,7 @@ class ContinuousBatch:
             self._state = self._run(larger, state)
         del state  # the smaller cache, before anything is compiled
         looks = self._stream or any(live.request.stop for live in self._rows.values())
-        rounds = np.int32(ROUNDS_PER_LOOK if looks else ALL_ROUNDS)
+        rounds = np.int32(ROUNDS_PER_LOOK if looks else np.iinfo(np.int32).max)
         self._state = self._run(self._loop, self._state, rounds, self._arguments)
         engine.decode_seconds += self._worked - before
 

@@ -37,8 +37,7 @@ class Trace:
         buffers = (state.tokens_BS, state.accepted_BS, state.replaced_BS, state.round_BS)
         buffers += (state.log_probs_BS, state.source_BS)
         # Copies: a view would keep the whole batch's buffers.
-        copies = (b if b is None else np.asarray(b)[row, new].copy() for b in buffers)
-        return cls(*copies)
+        return cls(*(b if b is None else np.asarray(b)[row, new].copy() for b in buffers))
 
     def __len__(self) -> int:
         return len(self.tokens_n)
@@ -64,8 +63,7 @@ class Trace:
         if self.source_n is None:
             return None
         found: dict[str, dict[str, int]] = {}
-        ends = np.flatnonzero(self.round_n)
-        for before, end in pairwise(ends):
+        for before, end in pairwise(np.flatnonzero(self.round_n)):
             exit_layer, drafted = self.source_n[end], self.round_n[end] > 1
             name = f"exit {exit_layer}" if exit_layer else "lookup" if drafted else "none"
             one = found.setdefault(name, dict(rounds=0, tokens=0))

@@ -127,7 +127,8 @@ class Programs:
             "new Engine",
         )
         self.model, self._leaves = model, leaves
-        self._lay_out()
+        if self._formats is not None:
+            self._lay_out()
 
     def get(self, function: partial, state: DecodeState, *rest: Any) -> Callable:
         """The program for arguments of these shapes. All but `grow` consume the state: its buffers
@@ -176,8 +177,6 @@ class Programs:
 
     def _lay_out(self) -> None:
         """Converts the model's arrays to the programs' layouts, one after the other."""
-        if self._formats is None:
-            return
         for index, (leaf, format_) in enumerate(zip(self._leaves, self._formats, strict=True)):
             if leaf.format.layout != format_.layout:
                 self._leaves[index] = jax.device_put(leaf, format_)

@@ -1,8 +1,7 @@
 """State of a decoding batch, and the single function (`commit`) that appends tokens."""
 
-import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -112,7 +111,7 @@ class DecodeState:
         buffers = {name: value for name, value in vars(self).items() if name.endswith("_BS")}
         more = ((0, 0), (0, capacity - self.capacity))
         longer = jax.tree.map(lambda buffer_BS: jnp.pad(buffer_BS, more), buffers)
-        return dataclasses.replace(self, cache=self.cache.grown(capacity), **longer)
+        return replace(self, cache=self.cache.grown(capacity), **longer)
 
     @property
     def running_B(self) -> Bool[Array, " B"]:
@@ -131,7 +130,7 @@ class DecodeState:
 
     def with_cache(self, cache: KVCache) -> "DecodeState":
         """The same rows with an updated cache."""
-        return dataclasses.replace(self, cache=cache)
+        return replace(self, cache=cache)
 
     def penalised(
         self,
@@ -208,7 +207,7 @@ class DecodeState:
         put, kept, sources_BS = self._written, self.log_probs_BS, self.source_BS
         if sources_BS is not None:
             sources_BS = put(sources_BS, jnp.full_like(new_BT, source))
-        return dataclasses.replace(
+        return replace(
             self,
             log_probs_BS=None if kept is None else put(kept, log_probs_BT),
             source_BS=sources_BS,
