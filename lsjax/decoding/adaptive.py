@@ -137,8 +137,7 @@ class Adaptive(Drafting):
         """Seconds of each further draft, over the tokens expected of it if it passes.
 
         round_D: seconds of a round of each length. verified_D: of its verification. A draft costs
-        the exit's layers. The first beyond a length costs a wider verification as well, which
-        serves all drafts up to the next length.
+        the exit's layers. The first beyond a length also widens the verification, to the next one.
         """
         lengths = self.lengths
         step = round_D[-1] - round_D[1] - (verified_D[-1] - verified_D[1])
@@ -193,8 +192,7 @@ class Adaptive(Drafting):
         """Counts of passed and tried drafts, if each exit had drafted the new tokens.
 
         A draft passes if its argmax is the token; in sampling with min(1, q / p) of exit and full
-        model. `exit_layer` drafted: it is always scored, also at the token before which it stopped.
-        The other exits are scored if `due`.
+        model. `exit_layer`, which drafted, is always scored, also where it stopped; others if due.
         """
         state, head = draft.state, draft.head
         none = jnp.zeros_like(state.learned.passed_BEC)

@@ -35,8 +35,7 @@ FILLER = Request(prompt=(0,), max_new_tokens=0)  # a row that has ended from the
 
 
 class Conversation:
-    """A cache that is kept from one text to the next: their shared prefix is not read again. Pass
-    it to `Engine.watch` for each turn of a chat."""
+    """A cache for the turns of a chat: pass it to `Engine.watch`. No prefix is read twice."""
 
     def __init__(self):
         self.ids: list[int] = []  # tokens whose keys and values are in the cache
@@ -68,8 +67,7 @@ class Conversation:
         return self._cache, shared
 
     def keep(self, state: DecodeState, model: Llama) -> None:
-        """Keeps the cache of a one-row state that this model filled, unless an interrupted program
-        has consumed it."""
+        """Keeps the cache of this model's one-row state, unless an interrupted program took it."""
         if not state.length_B.is_deleted():
             # Sliced by the host: the device would compile a program for each length.
             self.ids = np.asarray(state.tokens_BS)[0, : int(state.length_B[0]) - 1].tolist()

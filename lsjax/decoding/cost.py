@@ -62,8 +62,7 @@ def ideal_speedup(
 def best_draft_vocab(config: LlamaConfig, exit_layer: int, counts: Mapping[int, int]) -> int | None:
     """Draft vocabulary with the best ideal speedup: a power of two, or None for all tokens.
 
-    counts: occurrences of each token. The share of new tokens is estimated by the share of those
-    seen once (Good, 1953).
+    counts: of each token. The share of those seen once estimates that of new ones (Good, 1953).
     """
     total = sum(counts.values())
     covered = np.cumsum(sorted(counts.values(), reverse=True)) / total

@@ -162,8 +162,7 @@ class Drafting(Strategy):
         with jax.named_scope(DRAFT):
             _, _, cache, _, _, drafts = lax.while_loop(lambda carry: carry[0].any(), step, start)
         hidden, tokens_BT, log_q_BTN, top_BT, count_B = drafts
-        done = state.with_cache(cache)
-        return Draft(done, hidden, tokens_BT, count_B, log_q_BTN, head, top_BT)
+        return Draft(state.with_cache(cache), hidden, tokens_BT, count_B, log_q_BTN, head, top_BT)
 
     def no_draft(self, model: Llama, state: DecodeState, settings: RoundSettings) -> Draft:
         """A draft without tokens."""

@@ -65,9 +65,8 @@ class DecodeState:
         """Rows of requests, whose prompts are token ids, sharded over a mesh (lsjax/sharding.py).
 
         A request of 0 new tokens is a filler. capacity: initial slots per row; `grown` adds more.
-        num_layers: layers in the cache. ends: tokens that end every row. among: all requests served
-        by this compiled program; sets optional buffers. cache: an empty one by default. learned: of
-        the strategy's `first_guess`.
+        num_layers: of the cache. ends: tokens that end every row. among: all requests served by
+        this program; sets optional buffers. cache: empty by default. learned: by `first_guess`.
         """
         among, batch = among or requests, len(requests)
         length_B = np.array([len(request.prompt) for request in requests], np.int32)
@@ -185,8 +184,7 @@ class DecodeState:
         """Appends the first `accepted_B` + 1 of T tokens to every running row and ends rows.
 
         Tokens after a stop token or past the row's limit are dropped. All but the last came from a
-        draft, draft_BT, of `drafted_B` tokens, by `source` layers. log_probs_BT: required if the
-        state keeps it.
+        draft, draft_BT, of `drafted_B` tokens, by `source` layers. log_probs_BT: if they are kept.
         """
         count_B, steps = accepted_B + 1, new_BT.shape[1]
         index_T, stop_BT = jnp.arange(steps), self.is_stop(new_BT)
