@@ -71,9 +71,8 @@ class Adaptive(Drafting):
 
     def arguments(self, model: Llama) -> Arguments:
         """Seconds of each choice, and the rows of the head that exits draft with."""
-        seconds_SD = np.ones((1 + len(self.exits), len(self.lengths)))  # while they are measured
-        if self.seconds is not None:
-            seconds_SD = np.array(self.seconds)
+        # Any seconds while they are measured.
+        seconds_SD = self.seconds or np.ones((len(self.sources), len(self.lengths)))
         head = None if self.vocabulary is None else self.vocabulary.head(model)
         return jnp.asarray(seconds_SD, jnp.float32), head
 
@@ -124,9 +123,7 @@ class Adaptive(Drafting):
         own, at_most = jnp.maximum(source - 1, 0), jnp.where(source > 0, self.lengths[-1], length)
         rate = rate_SD.max() / state.running_B.sum()  # of a row
         seconds_BT = self.seconds_of_drafts(
-            seconds_SD[source],
-            (1 - exit_layer / layers) * seconds_SD[0],
-            learned.chance_BE[:, own],
+            seconds_SD[source], (1 - exit_layer / layers) * seconds_SD[0], learned.chance_BE[:, own]
         )
         chances_BC = learned.chances_BEC[:, own]
         return RoundSettings(exit_layer, at_most, head, rate * seconds_BT, chances_BC)
@@ -140,8 +137,7 @@ class Adaptive(Drafting):
         """Seconds of each further draft, over the tokens expected of it if it passes.
 
         round_D: seconds of a round of each length. verified_D: of its verification. A draft costs
-        the exit's layers. The first beyond a length costs a wider verification as well, which
-        serves all drafts up to the next length.
+        the exit's layers. The first beyond a length also widens the verification, to the next one.
         """
         lengths = self.lengths
         step = round_D[-1] - round_D[1] - (verified_D[-1] - verified_D[1])
@@ -180,9 +176,7 @@ class Adaptive(Drafting):
         count_B = jnp.where(state.running_B & (settings.exit_layer == 0), limit_B, 0)
         drafts_BT = jnp.concatenate([state.pending_B[:, None], proposal_BT], axis=1)
         hidden = (model.embed(drafts_BT), *none.hidden[1:])
-        return replace(
-            none, hidden=hidden, tokens_BT=tokens_BT, count_B=count_B, log_q_BTN=log_q_BTN
-        )
+        return Draft(state, hidden, tokens_BT, count_B, log_q_BTN, head, none.top_BT)
 
     def scores(
         self,
@@ -198,8 +192,7 @@ class Adaptive(Drafting):
         """Counts of passed and tried drafts, if each exit had drafted the new tokens.
 
         A draft passes if its argmax is the token; in sampling with min(1, q / p) of exit and full
-        model. `exit_layer` drafted: it is always scored, also at the token before which it stopped.
-        The other exits are scored if `due`.
+        model. `exit_layer`, which drafted, is always scored, also where it stopped; others if due.
         """
         state, head = draft.state, draft.head
         none = jnp.zeros_like(state.learned.passed_BEC)

@@ -9,11 +9,10 @@ The cache begins with room for the prompts. If a row has no room for another rou
 buffers grow to the next capacity. The rows continue with the program for that capacity.
 """
 
-import dataclasses
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -32,13 +31,11 @@ if TYPE_CHECKING:
 
 # Rounds between two reads of the text by the host, if it is streamed or may contain a stop string.
 ROUNDS_PER_LOOK = 4
-ALL_ROUNDS = np.iinfo(np.int32).max
 FILLER = Request(prompt=(0,), max_new_tokens=0)  # a row that has ended from the start
 
 
 class Conversation:
-    """A cache that is kept from one text to the next: their shared prefix is not read again. Pass
-    it to `Engine.watch` for each turn of a chat."""
+    """A cache for the turns of a chat: pass it to `Engine.watch`. No prefix is read twice."""
 
     def __init__(self):
         self.ids: list[int] = []  # tokens whose keys and values are in the cache
@@ -70,8 +67,7 @@ class Conversation:
         return self._cache, shared
 
     def keep(self, state: DecodeState, model: Llama) -> None:
-        """Keeps the cache of a one-row state that this model filled, unless an interrupted program
-        has consumed it."""
+        """Keeps the cache of this model's one-row state, unless an interrupted program took it."""
         if not state.length_B.is_deleted():
             # Sliced by the host: the device would compile a program for each length.
             self.ids = np.asarray(state.tokens_BS)[0, : int(state.length_B[0]) - 1].tolist()
@@ -108,6 +104,7 @@ class ContinuousBatch:
         self._engine, self._requests, self._stream = engine, requests, stream
         self._strategy, self._arguments = engine.strategy, engine.arguments
         self._depth = self._strategy.depth(engine.model.config)
+        self._loop = partial(decode, strategy=self._strategy)
         self._conversation = conversation or Conversation()
         self._cancelled = cancelled
         self._rows: dict[int, ActiveRow] = {}
@@ -148,7 +145,7 @@ class ContinuousBatch:
                     if (update := self._look(row, finish_B)) is not None:
                         yield update
                 finish_B = jax.device_put(finish_B, self._state.finish_B.sharding)
-                self._state = dataclasses.replace(self._state, finish_B=finish_B)
+                self._state = replace(self._state, finish_B=finish_B)
                 if self._rows and (not waiting or len(self._rows) == rows):
                     self._advance()
         finally:
@@ -168,16 +165,15 @@ class ContinuousBatch:
         capacity = capacity if cache is None else cache.capacity
         learned, before = self._strategy.first_guess(1), self._worked
         single = self._create([request], capacity=capacity, cache=cache, learned=learned)
-        self._rounds(self._state or single)  # compiled before a token is shown
+        # Compiled before a token is shown.
+        engine.programs.get(self._loop, self._state or single, np.int32(0), self._arguments)
         chunk = chunk_size(len(ids) - known, single.capacity)
         read = partial(prefill, chunk=chunk, depth=self._depth)
-        read = engine.programs.get(read, single, np.int32(0))
         single = self._run(read, single, np.int32(known))
         if self._is_single:
             self._state = single
         else:
-            put = engine.programs.get(partial(insert), self._state, single, np.int32(0))
-            self._state = self._run(put, self._state, single, np.int32(row))
+            self._state = self._run(partial(insert), self._state, single, np.int32(row))
             self._conversation.keep(single, engine.model)
         text, now = RowText(engine.tokenizer, ids, request.stop), self._worked
         self._rows[row] = ActiveRow(index, request, text, now - before, now, (now, 0))
@@ -202,7 +198,7 @@ class ContinuousBatch:
         share = (trace.rounds - before) / max(1, whole.rounds - before)
         is_stop = finish == EOS and trace.tokens_n[-1] in request.stop_ids
         completion = Completion.of(
-            trace if request.log_probs else dataclasses.replace(trace, log_probs_n=None),
+            trace if request.log_probs else replace(trace, log_probs_n=None),
             strategy=self._strategy,
             seed=request.sampling.seed if request.sampling.temperature else None,
             prompt=engine.tokenizer.decode(request.prompt),
@@ -221,22 +217,19 @@ class ContinuousBatch:
         longest = int(np.array(state.length_B)[np.array(state.finish_B) == RUNNING].max())
         if longest + self._strategy.slack > state.capacity:
             larger = partial(grow, capacity=engine.capacity(longest))
-            self._state = self._run(engine.programs.get(larger, state), state)
+            self._state = self._run(larger, state)
         del state  # the smaller cache, before anything is compiled
         looks = self._stream or any(live.request.stop for live in self._rows.values())
-        rounds = np.int32(ROUNDS_PER_LOOK if looks else ALL_ROUNDS)
-        program = self._rounds(self._state)
-        self._state = self._run(program, self._state, rounds, self._arguments)
+        rounds = np.int32(ROUNDS_PER_LOOK if looks else np.iinfo(np.int32).max)
+        self._state = self._run(self._loop, self._state, rounds, self._arguments)
         engine.decode_seconds += self._worked - before
 
-    def _rounds(self, state: DecodeState) -> Callable:
-        """The program for rounds of a state."""
-        loop = partial(decode, strategy=self._strategy)
-        return self._engine.programs.get(loop, state, np.int32(0), self._arguments)
-
-    def _run(self, program: Callable, *arguments) -> DecodeState:
-        state, seconds = _timed(program, *arguments)
-        self._worked += seconds
+    def _run(self, function: partial, *arguments) -> DecodeState:
+        """Runs a function's program. Compiling it first does not count as work."""
+        program = self._engine.programs.get(function, *arguments)
+        begin = time.perf_counter()
+        state = jax.block_until_ready(program(*arguments))
+        self._worked += time.perf_counter() - begin
         return state
 
 
@@ -244,9 +237,3 @@ def shared_prefix(known: Sequence[int], ids: Sequence[int]) -> int:
     """Length of the shared prefix; excludes the last token of `ids`, which must be read."""
     limit = min(len(known), len(ids) - 1)
     return next((i for i in range(limit) if known[i] != ids[i]), limit)
-
-
-def _timed(program: Callable, *arguments) -> tuple[DecodeState, float]:
-    begin = time.perf_counter()
-    state = jax.block_until_ready(program(*arguments))
-    return state, time.perf_counter() - begin

@@ -18,9 +18,8 @@ FINISH_REASONS = {RUNNING: None, EOS: "eos", LENGTH: "length", STOP: "stop"}
 class Trace:
     """The n new tokens of a row and where each came from.
 
-    The fields are the buffers of DecodeState; log_probs_n and source_n may be None. round_n is 1 +
-    drafted tokens at a round's last token, else 0. The first token comes from the prefill, which
-    does not count as a round of decoding.
+    The fields are the buffers of DecodeState; log_probs_n and source_n may be None. The first token
+    comes from the prefill, which does not count as a round of decoding.
     """
 
     tokens_n: Int[np.ndarray, " n"]
@@ -37,8 +36,7 @@ class Trace:
         buffers = (state.tokens_BS, state.accepted_BS, state.replaced_BS, state.round_BS)
         buffers += (state.log_probs_BS, state.source_BS)
         # Copies: a view would keep the whole batch's buffers.
-        copies = (b if b is None else np.asarray(b)[row, new].copy() for b in buffers)
-        return cls(*copies)
+        return cls(*(b if b is None else np.asarray(b)[row, new].copy() for b in buffers))
 
     def __len__(self) -> int:
         return len(self.tokens_n)
@@ -59,13 +57,11 @@ class Trace:
         return int((self.round_n[1:] > 0).sum())
 
     def by_source(self) -> dict[str, dict[str, int]] | None:
-        """Rounds and tokens of each source of drafts ("exit 8", "lookup" or "none"); None if the
-        strategy does not choose them."""
+        """Rounds and tokens by source ("exit 8", "lookup" or "none"); None without a choice."""
         if self.source_n is None:
             return None
         found: dict[str, dict[str, int]] = {}
-        ends = np.flatnonzero(self.round_n)
-        for before, end in pairwise(ends):
+        for before, end in pairwise(np.flatnonzero(self.round_n)):
             exit_layer, drafted = self.source_n[end], self.round_n[end] > 1
             name = f"exit {exit_layer}" if exit_layer else "lookup" if drafted else "none"
             one = found.setdefault(name, dict(rounds=0, tokens=0))
@@ -90,9 +86,8 @@ class Completion:
     decode_seconds: from the first new token to the last; in a batch it includes reading other
     prompts. compile_seconds: in neither prefill_seconds nor decode_seconds. tokens_per_second,
     tokens_per_round: without the first new token, so the latter is Spec-Bench's mean acceptance
-    length. sources: rounds and tokens of each source of drafts, if the strategy chooses them. seed:
-    None if greedy. log_probs: before penalties, temperature and filters, from the layers that ran
-    for a token; None if not requested.
+    length. sources: rounds and tokens of each, if the strategy chooses. seed: None if greedy.
+    log_probs: if requested, before penalties, temperature and filters, from the layers that ran.
     """
 
     prompt: str
@@ -175,11 +170,8 @@ class RowText:
         self.text = ""
 
     def look(self, trace: Trace, finish: int) -> tuple[str, Trace, str | None]:
-        """Reads the tokens that are new since the last look.
-
-        Returns the text that is safe to show now, the trace (cut after a stop string) and the
-        reason why the row has ended, or None.
-        """
+        """Reads new tokens. Returns the text that is safe to show now, the trace (cut after a stop
+        string) and the reason why the row has ended, or None."""
         end = len(trace) - (finish == EOS)  # without the end token
         while self._read < end and finish != STOP:
             finish = self._add(self._decoder.push([int(trace.tokens_n[self._read])]), finish)

@@ -62,8 +62,7 @@ def ideal_speedup(
 def best_draft_vocab(config: LlamaConfig, exit_layer: int, counts: Mapping[int, int]) -> int | None:
     """Draft vocabulary with the best ideal speedup: a power of two, or None for all tokens.
 
-    counts: occurrences of each token. The share of new tokens is estimated by the share of those
-    seen once (Good, 1953).
+    counts: of each token. The share of those seen once estimates that of new ones (Good, 1953).
     """
     total = sum(counts.values())
     covered = np.cumsum(sorted(counts.values(), reverse=True)) / total
@@ -91,11 +90,10 @@ def calibrated(engine: "Engine", strategy: "Adaptive") -> "Adaptive":
     file = local_cache() / "round_seconds" / f"{name}.json"
     try:
         seconds_SD = np.array(json.loads(file.read_text()), np.float64)
-        shape = len(strategy.sources), len(strategy.lengths)
-        is_known = seconds_SD.shape == shape and (seconds_SD > 0).all()
     except (OSError, ValueError):
-        is_known = False
-    if not is_known:
+        seconds_SD = np.zeros(())
+    shape = len(strategy.sources), len(strategy.lengths)
+    if seconds_SD.shape != shape or not (seconds_SD > 0).all():
         seconds_SD = measure(engine, strategy)
         with contextlib.suppress(OSError):  # a cache that can't be written
             write_whole(file, json.dumps(seconds_SD.tolist()).encode())

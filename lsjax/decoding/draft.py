@@ -1,10 +1,8 @@
 """Drafts: the tokens that may be drafted, and the rules by which the full model accepts them.
 
-A rule is a plain function `rule(logits_BTV, draft) -> (tokens_BT, accepted_B)`.
-`SelfSpeculative(..., accept=rule)` uses it instead of the two below (docs/extending.md has an
-example). Column t belongs to the t-th new token of a row. `draft.tokens_BT[:, t]` is the draft.
-`logits_BTV[:, t]` are the full model's logits, given the earlier drafts and after penalties. The
-rule returns
+`SelfSpeculative(..., accept=rule)` uses a rule (docs/extending.md has an example). Column t belongs
+to the t-th new token of a row. `draft.tokens_BT[:, t]` is the draft. `logits_BTV[:, t]` are the
+full model's logits, given the earlier drafts and after penalties. `rule(logits_BTV, draft)` returns
 
     tokens_BT    the accepted drafts, and one more token; later columns are not read
     accepted_B   number of accepted drafts of each row, counted from the first
@@ -14,6 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
@@ -25,8 +24,7 @@ from lsjax.model.llama import Llama
 
 
 class DraftHead(NamedTuple):
-    """The head's rows of the N tokens that may be drafted. places_V: index of each token among
-    them, or N if it may not be drafted."""
+    """The head's rows of the N tokens that may be drafted. places_V: index among them, or N."""
 
     ids_N: Int[Array, " N"]
     places_V: Int[Array, " V"]
@@ -91,9 +89,8 @@ class Draft:
     program, hidden states [B, T, D] of the pending token and the drafts; those of exits after the
     drafting one are undefined. tokens_BT: the first count_B[b] columns are drafts of row b, the
     last column is unused. log_q_BTN: log-probabilities of the drafts' distributions, None if
-    greedy. head: rows of a draft vocabulary, if there is one. top_BT: highest probability of each
-    draft, also of the one before which the confidence stopped; 0 where none was computed. None if
-    confidence does not stop drafts.
+    greedy. head: of a draft vocabulary. top_BT: highest probability of each draft, also of the one
+    before which the confidence stopped; 0 where none was computed. None without a confidence.
     """
 
     state: DecodeState
@@ -126,12 +123,9 @@ class Draft:
 
     def first(self, steps: int) -> "Draft":
         """The first columns of the draft."""
-        return replace(
-            self,
-            hidden=tuple(x_BTD[:, :steps] for x_BTD in self.hidden),
-            tokens_BT=self.tokens_BT[:, :steps],
-            log_q_BTN=None if self.log_q_BTN is None else self.log_q_BTN[:, :steps],
-        )
+        columns = self.hidden, self.tokens_BT, self.log_q_BTN
+        hidden, tokens_BT, log_q_BTN = jax.tree.map(lambda x: x[:, :steps], columns)
+        return replace(self, hidden=hidden, tokens_BT=tokens_BT, log_q_BTN=log_q_BTN)
 
 
 Accepted = tuple[Int[Array, "B T"], Int[Array, " B"]]
@@ -146,8 +140,7 @@ def accept_equal(logits_BTV: Float[Array, "B T V"], draft: Draft) -> Accepted:
 
 def accept_block(logits_BTV: Float[Array, "B T V"], draft: Draft) -> Accepted:
     """Block verification (Sun et al., 2024): the tokens have the full model's distribution p,
-    whatever the draft's distribution q. On average it accepts at least as many drafts as a test of
-    each draft in turn.
+    whatever the draft's distribution q. On average, tests of each draft in turn accept no more.
 
     Accepts the first t drafts, for the largest t whose random number is below `block_chances`. The
     next token comes from max(0, w_t p - q), normalised, with q = 0 after the last draft.

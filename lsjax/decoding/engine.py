@@ -130,8 +130,7 @@ class Engine:
 
         prompts: text, token ids, or a `Request`, to which the other arguments do not apply.
         sampling: prompt number i uses its seed + i, so equal prompts give different texts.
-        options: the other fields of `Request`. on_completion: called with index and completion
-        when a text ends.
+        options: other fields of `Request`. on_completion: gets index and completion of each text.
 
         Raises ConfigError as `Request` and `encode_prompt` do.
         """
@@ -149,8 +148,7 @@ class Engine:
     def stream(self, prompt: Prompt, **options) -> Iterator[str | Completion]:
         """Yields pieces of one prompt's new text, and at the end its Completion.
 
-        Pieces are complete characters. The possible beginning of a stop string is held back.
-        options: as for `watch`.
+        Pieces are whole characters. Possible beginnings of stop strings wait. options: of `watch`.
         """
         for update in self.watch(prompt, **options):
             if update.text:
@@ -183,7 +181,6 @@ class Engine:
     def _request(self, prompt: Prompt, **options) -> Request:
         """The request with its prompt as token ids."""
         if not isinstance(prompt, Request):
-            options = {k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}
             ids = prompt if isinstance(prompt, str) else list(prompt)
             prompt = Request(prompt=ids, **options)
         ids = encode_prompt(prompt, self.tokenizer, self.model.config, self.max_length)

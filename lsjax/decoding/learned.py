@@ -86,8 +86,7 @@ class Learned:
         counts: tuple[Float[Array, "B E C"], Float[Array, "B E C"]],
     ) -> "Learned":
         """The counts after a round. counts: passed and tried drafts of the exits."""
-        accepted_B1 = accepted_B[:, None]
-        is_new_BT = jnp.arange(new_BT.shape[1]) <= accepted_B1
+        is_new_BT = jnp.arange(new_BT.shape[1]) <= accepted_B[:, None]
         passed_BEC, tried_BEC = counts
         kept_BE1 = DECAY ** tried_BEC.sum(-1, keepdims=True)
 

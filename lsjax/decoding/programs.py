@@ -24,8 +24,7 @@ from lsjax.sharding import platform
 # Names of the loops in compiled programs.
 PROMPT_CHUNKS, ROUNDS = "prompt_chunks", "rounds"
 CODE_LINES = "jax_traceback_in_locations_limit"  # of JAX: lines kept for each operation
-# A prompt is read in one chunk of the smallest size that fits, or in several of the largest size.
-# So prompts of all lengths need only one program per size.
+# A prompt is read in one chunk of the smallest size that fits, or in several of the largest.
 PREFILL_CHUNKS = (32, 64, 128, 256, 512)
 
 
@@ -78,11 +77,8 @@ def grow(model: Llama, state: DecodeState, *, capacity: int) -> DecodeState:
 def decode(
     model: Llama, state: DecodeState, rounds: Int[Array, ""], arguments: Any, *, strategy: Strategy
 ) -> DecodeState:
-    """Runs at most `rounds` rounds of the strategy with its `arguments`.
-
-    Returns as soon as a row has ended, for the host to note its time, and before a round that the
-    cache has no room for, for the host to grow it.
-    """
+    """Runs at most `rounds` rounds of the strategy. Stops when a row has ended: the host notes its
+    time. Stops before a round that the cache has no room for: the host grows it."""
 
     def more(carry):
         done, current = carry
@@ -127,7 +123,8 @@ class Programs:
             "new Engine",
         )
         self.model, self._leaves = model, leaves
-        self._lay_out()
+        if self._formats is not None:
+            self._lay_out()
 
     def get(self, function: partial, state: DecodeState, *rest: Any) -> Callable:
         """The program for arguments of these shapes. All but `grow` consume the state: its buffers
@@ -165,8 +162,7 @@ class Programs:
                 in_shardings=None if formats is None else (formats, *[None] * (1 + len(rest))),
                 out_shardings=None if mesh is None else shardings(state, mesh),
             )
-            # TPUs' compiler (libtpu 0.0.42) can join the operations' Python lines to a circle. Then
-            # it never ends. Named scopes stay.
+            # Python lines can send TPUs' compiler (libtpu 0.0.42) in a circle. Named scopes stay.
             lines = getattr(jax.config, CODE_LINES)
             jax.config.update(CODE_LINES, 0)
             try:
@@ -176,8 +172,6 @@ class Programs:
 
     def _lay_out(self) -> None:
         """Converts the model's arrays to the programs' layouts, one after the other."""
-        if self._formats is None:
-            return
         for index, (leaf, format_) in enumerate(zip(self._leaves, self._formats, strict=True)):
             if leaf.format.layout != format_.layout:
                 self._leaves[index] = jax.device_put(leaf, format_)

@@ -84,11 +84,7 @@ class Drafting(Strategy):
         return jnp.minimum(state.end_B - state.length_B - 1, settings.num_draft_tokens)
 
     def draft(
-        self,
-        model: Llama,
-        state: DecodeState,
-        settings: RoundSettings,
-        begun: Draft | None = None,
+        self, model: Llama, state: DecodeState, settings: RoundSettings, begun: Draft | None = None
     ) -> Draft:
         """Up to d tokens per row from the exit. A row stops drafting at its limit, at a stop token,
         or when confidence is too low. begun: the draft of exit 0."""
@@ -102,8 +98,7 @@ class Drafting(Strategy):
             logits_BTN = model.unembed(x_BTD, table_ND)
             logits_BTN = state.penalised(logits_BTN, i, tokens_BT, places_V)
             if settings.confidence is not None:
-                # Use the argmax probability. Stopping on the sampled token's probability would bias
-                # the output distribution.
+                # Not the sampled token's probability: that would bias the distribution.
                 top_B1 = top_probability(logits_BTN)
                 top_BT = lax.dynamic_update_slice_in_dim(top_BT, top_B1, i, axis=1)
                 if settings.chances_BC is not None:
@@ -167,8 +162,7 @@ class Drafting(Strategy):
         with jax.named_scope(DRAFT):
             _, _, cache, _, _, drafts = lax.while_loop(lambda carry: carry[0].any(), step, start)
         hidden, tokens_BT, log_q_BTN, top_BT, count_B = drafts
-        done = state.with_cache(cache)
-        return Draft(done, hidden, tokens_BT, count_B, log_q_BTN, head, top_BT)
+        return Draft(state.with_cache(cache), hidden, tokens_BT, count_B, log_q_BTN, head, top_BT)
 
     def no_draft(self, model: Llama, state: DecodeState, settings: RoundSettings) -> Draft:
         """A draft without tokens."""
@@ -256,9 +250,8 @@ def _run_segments(model, bounds, runs, x_BTD, positions_BT, ropes, cache, kept=(
             return model.run_layers(start_BTD, lo, hi, positions_BT, cache, ropes)
 
         if lo < hi:
-            x_BTD, cache = _run_if(
-                runs(lo, hi), run, x_BTD if kept_BTD is None else kept_BTD, cache
-            )
+            other_BTD = x_BTD if kept_BTD is None else kept_BTD
+            x_BTD, cache = _run_if(runs(lo, hi), run, other_BTD, cache)
         reached.append(x_BTD)
     return reached, cache
 

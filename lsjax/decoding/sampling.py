@@ -66,8 +66,7 @@ GREEDY = Sampling()
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class Draws:
-    """Sampling settings of each row of a batch, as arrays. filters: those that some row uses; the
-    program omits the others."""
+    """Sampling settings of each row, as arrays. filters: in use; the program omits the others."""
 
     temperature_B: Float[Array, " B"]
     top_k_B: Int[Array, " B"]
@@ -78,8 +77,7 @@ class Draws:
 
     @classmethod
     def create(cls, rows: Sequence[Sampling], among: Sequence[Sampling] = ()) -> "Draws | None":
-        """Settings of these rows; None if all are greedy. among: all rows that share the program,
-        these by default."""
+        """Settings of these rows; None if all are greedy. among: rows that share the program."""
         among = among or rows
         if all(row.temperature == 0 for row in among):
             return None
@@ -136,8 +134,7 @@ class Draws:
         offset: Int[Array, ""] | int = 0,
     ) -> Int[Array, " B"]:
         """Draws an index for each row; weights need not sum to 1. First draws a block of tokens by
-        its sum, then a token of it, instead of a random number for every token of the vocabulary.
-        """
+        its sum, then a token of it, which spares a random number for each token."""
         batch, size = weight_BV.shape
         weight_BMb = jnp.pad(weight_BV, ((0, 0), (0, -size % DRAW_BLOCK)))
         weight_BMb = weight_BMb.reshape(batch, -1, DRAW_BLOCK)
@@ -169,8 +166,7 @@ class Draws:
 class Penalties:
     """Penalties on repetition for each row of a batch; `Sampling` explains the two numbers.
 
-    Logits of draft and verification are penalised given the earlier drafts. So all strategies
-    produce the same greedy tokens.
+    They apply given the earlier drafts, so all strategies produce the same greedy tokens.
     """
 
     repetition_B: Float[Array, " B"]
@@ -195,8 +191,7 @@ class Penalties:
     ) -> Float[Array, "B T N"]:
         """Penalises the logits at these positions, each by the earlier tokens of the history.
 
-        places_V: index of each token among the N with logits, or N if absent. If all tokens would
-        be forbidden, penalties are skipped.
+        places_V: index of each token among the N, or N. Skipped if they forbid every token.
         """
         batch, steps, size = logits_BTN.shape
         index_BS = history_BS if places_V is None else places_V[history_BS]
@@ -237,8 +232,7 @@ class Penalties:
 
 
 def argmax(logits: Float[Array, "*any V"]) -> Int[Array, "*any"]:
-    """Index of the largest logit, the first of equals. CPUs vectorise these two passes, unlike
-    `jnp.argmax` (docs/performance.md)."""
+    """Index of the first largest logit; on CPUs faster than `jnp.argmax` (docs/performance.md)."""
     size = logits.shape[-1]
     is_top = logits == logits.max(-1, keepdims=True)
     index = jnp.where(is_top, jnp.arange(size, dtype=jnp.int32), size - 1)

@@ -1,8 +1,7 @@
 """State of a decoding batch, and the single function (`commit`) that appends tokens."""
 
-import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -66,9 +65,8 @@ class DecodeState:
         """Rows of requests, whose prompts are token ids, sharded over a mesh (lsjax/sharding.py).
 
         A request of 0 new tokens is a filler. capacity: initial slots per row; `grown` adds more.
-        num_layers: layers in the cache. ends: tokens that end every row. among: all requests served
-        by this compiled program; sets optional buffers. cache: an empty one by default. learned: of
-        the strategy's `first_guess`.
+        num_layers: of the cache. ends: tokens that end every row. among: all requests served by
+        this program; sets optional buffers. cache: empty by default. learned: by `first_guess`.
         """
         among, batch = among or requests, len(requests)
         length_B = np.array([len(request.prompt) for request in requests], np.int32)
@@ -112,7 +110,7 @@ class DecodeState:
         buffers = {name: value for name, value in vars(self).items() if name.endswith("_BS")}
         more = ((0, 0), (0, capacity - self.capacity))
         longer = jax.tree.map(lambda buffer_BS: jnp.pad(buffer_BS, more), buffers)
-        return dataclasses.replace(self, cache=self.cache.grown(capacity), **longer)
+        return replace(self, cache=self.cache.grown(capacity), **longer)
 
     @property
     def running_B(self) -> Bool[Array, " B"]:
@@ -131,7 +129,7 @@ class DecodeState:
 
     def with_cache(self, cache: KVCache) -> "DecodeState":
         """The same rows with an updated cache."""
-        return dataclasses.replace(self, cache=cache)
+        return replace(self, cache=cache)
 
     def penalised(
         self,
@@ -186,8 +184,7 @@ class DecodeState:
         """Appends the first `accepted_B` + 1 of T tokens to every running row and ends rows.
 
         Tokens after a stop token or past the row's limit are dropped. All but the last came from a
-        draft, draft_BT, of `drafted_B` tokens, by `source` layers. log_probs_BT: required if the
-        state keeps it.
+        draft, draft_BT, of `drafted_B` tokens, by `source` layers. log_probs_BT: if they are kept.
         """
         count_B, steps = accepted_B + 1, new_BT.shape[1]
         index_T, stop_BT = jnp.arange(steps), self.is_stop(new_BT)
@@ -208,7 +205,7 @@ class DecodeState:
         put, kept, sources_BS = self._written, self.log_probs_BS, self.source_BS
         if sources_BS is not None:
             sources_BS = put(sources_BS, jnp.full_like(new_BT, source))
-        return dataclasses.replace(
+        return replace(
             self,
             log_probs_BS=None if kept is None else put(kept, log_probs_BT),
             source_BS=sources_BS,

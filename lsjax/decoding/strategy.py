@@ -3,28 +3,25 @@
 from abc import ABC, abstractmethod
 from collections.abc import Hashable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from lsjax.config import LlamaConfig, check
+from lsjax.decoding.draft import DraftVocabulary
 from lsjax.decoding.state import DecodeState
 from lsjax.model.llama import Llama
-
-if TYPE_CHECKING:
-    from lsjax.decoding.draft import DraftVocabulary
 
 
 class Strategy(ABC):
     """A decoding method. Frozen and hashable.
 
-    Only `program` decides what is compiled; each call passes `arguments`. So strategies that
-    differ only in arguments share a compiled loop.
+    Only `program` decides what is compiled; each call passes `arguments`.
     """
 
     name: ClassVar[str]
     exit_layer: int | None = None
     num_draft_tokens: int | None = None
     draft_confidence: float | None = None
-    vocabulary: "DraftVocabulary | None" = None  # tokens that may be drafted, all by default
+    vocabulary: DraftVocabulary | None = None  # tokens that may be drafted, all by default
     lengths: tuple[int, ...] = (0,)  # draft lengths, ascending
 
     @property

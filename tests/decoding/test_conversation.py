@@ -6,8 +6,7 @@ import pytest
 from flax import nnx
 
 from lsjax.config import ConfigError, LlamaConfig
-from lsjax.decoding import batching
-from lsjax.decoding.batching import Conversation, shared_prefix
+from lsjax.decoding.batching import ContinuousBatch, Conversation, shared_prefix
 from lsjax.decoding.engine import Engine
 from lsjax.decoding.self_speculative import SelfSpeculative
 from lsjax.decoding.strategy import Autoregressive, EarlyExit
@@ -104,17 +103,17 @@ def test_a_turn_that_was_left(engine, fresh, count_prefilled):
 @pytest.mark.parametrize("place", ["before", "behind"])
 def test_a_program_that_was_broken_off(engine, fresh, count_prefilled, monkeypatch, place):
     """A Ctrl-C while a program runs: what it has consumed is not taken for a cache."""
-    counts, conversation, timed = count_prefilled(engine), Conversation(), batching._timed
+    counts, conversation, run = count_prefilled(engine), Conversation(), ContinuousBatch._run
     first = say(engine, SAID[0], conversation).token_ids
     history = [*SAID[0], *first, *SAID[1]]
 
-    def broken(program, *arguments):
+    def broken(self, function, *arguments):
         if place == "behind":
-            timed(program, *arguments)
+            run(self, function, *arguments)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(batching, "_timed", broken)
+        patched.setattr(ContinuousBatch, "_run", broken)
         with pytest.raises(KeyboardInterrupt):
             say(engine, history, conversation)
     other = [*SAID[0], *first, *SAID[2]]
