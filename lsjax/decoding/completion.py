@@ -18,8 +18,9 @@ FINISH_REASONS = {RUNNING: None, EOS: "eos", LENGTH: "length", STOP: "stop"}
 class Trace:
     """The n new tokens of a row and where each came from.
 
-    The fields are the buffers of DecodeState; log_probs_n and source_n may be None. The first token
-    comes from the prefill, which does not count as a round of decoding.
+    The fields are the buffers of DecodeState; log_probs_n and source_n may be None. round_n is 1 +
+    drafted tokens at a round's last token, else 0. The first token comes from the prefill, which
+    does not count as a round of decoding.
     """
 
     tokens_n: Int[np.ndarray, " n"]
@@ -57,7 +58,8 @@ class Trace:
         return int((self.round_n[1:] > 0).sum())
 
     def by_source(self) -> dict[str, dict[str, int]] | None:
-        """Rounds and tokens by source ("exit 8", "lookup" or "none"); None without a choice."""
+        """Rounds and tokens of each source of drafts ("exit 8", "lookup" or "none"); None if the
+        strategy does not choose them."""
         if self.source_n is None:
             return None
         found: dict[str, dict[str, int]] = {}
@@ -86,8 +88,9 @@ class Completion:
     decode_seconds: from the first new token to the last; in a batch it includes reading other
     prompts. compile_seconds: in neither prefill_seconds nor decode_seconds. tokens_per_second,
     tokens_per_round: without the first new token, so the latter is Spec-Bench's mean acceptance
-    length. sources: rounds and tokens of each, if the strategy chooses. seed: None if greedy.
-    log_probs: if requested, before penalties, temperature and filters, from the layers that ran.
+    length. sources: rounds and tokens of each source of drafts, if the strategy chooses them. seed:
+    None if greedy. log_probs: if requested, before penalties, temperature and filters, from the
+    layers that ran for a token.
     """
 
     prompt: str

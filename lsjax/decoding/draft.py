@@ -24,7 +24,8 @@ from lsjax.model.llama import Llama
 
 
 class DraftHead(NamedTuple):
-    """The head's rows of the N tokens that may be drafted. places_V: index among them, or N."""
+    """The head's rows of the N tokens that may be drafted. places_V: index of each token among
+    them, or N if it may not be drafted."""
 
     ids_N: Int[Array, " N"]
     places_V: Int[Array, " V"]

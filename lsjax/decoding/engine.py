@@ -130,7 +130,8 @@ class Engine:
 
         prompts: text, token ids, or a `Request`, to which the other arguments do not apply.
         sampling: prompt number i uses its seed + i, so equal prompts give different texts.
-        options: other fields of `Request`. on_completion: gets index and completion of each text.
+        options: the other fields of `Request`. on_completion: called with index and completion
+        when a text ends.
 
         Raises ConfigError as `Request` and `encode_prompt` do.
         """
@@ -148,7 +149,8 @@ class Engine:
     def stream(self, prompt: Prompt, **options) -> Iterator[str | Completion]:
         """Yields pieces of one prompt's new text, and at the end its Completion.
 
-        Pieces are whole characters. Possible beginnings of stop strings wait. options: of `watch`.
+        Pieces are complete characters. The possible beginning of a stop string is held back.
+        options: as for `watch`.
         """
         for update in self.watch(prompt, **options):
             if update.text:

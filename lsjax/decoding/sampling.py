@@ -66,7 +66,8 @@ GREEDY = Sampling()
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class Draws:
-    """Sampling settings of each row, as arrays. filters: in use; the program omits the others."""
+    """Sampling settings of each row, as arrays. filters: those that some row uses; the program
+    omits the others."""
 
     temperature_B: Float[Array, " B"]
     top_k_B: Int[Array, " B"]
@@ -191,7 +192,8 @@ class Penalties:
     ) -> Float[Array, "B T N"]:
         """Penalises the logits at these positions, each by the earlier tokens of the history.
 
-        places_V: index of each token among the N, or N. Skipped if they forbid every token.
+        places_V: index of each token among the N with logits, or N if absent. If all tokens would
+        be forbidden, penalties are skipped.
         """
         batch, steps, size = logits_BTN.shape
         index_BS = history_BS if places_V is None else places_V[history_BS]

@@ -37,7 +37,8 @@ class SelfSpeculative(Drafting):
     round one autoregressive step. vocabulary: tokens that may be drafted, all by default.
     draft_confidence: stops drafting when the product of the exit's top-token probabilities falls
     below this value. accept: acceptance rule (draft.py); by default the lossless rule.
-    shared_exits, shared_lengths: others of the same compiled program (`in_one_program`).
+    shared_exits, shared_lengths: other exits and lengths that share the compiled program
+    (`in_one_program`).
     """
 
     name = "self_speculative"

@@ -14,7 +14,8 @@ from lsjax.model.llama import Llama
 class Strategy(ABC):
     """A decoding method. Frozen and hashable.
 
-    Only `program` decides what is compiled; each call passes `arguments`.
+    Only `program` decides what is compiled; each call passes `arguments`. So strategies that
+    differ only in arguments share a compiled loop.
     """
 
     name: ClassVar[str]
