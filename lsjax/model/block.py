@@ -57,9 +57,7 @@ class Linear(nnx.Module):
             # In float32 or wider: the bias's gradient is a sum over all tokens.
             wide = jnp.promote_types(x.dtype, jnp.float32)
             y = (y.astype(wide) + self.bias[...]).astype(x.dtype)
-        if self.adapter is None:
-            return y
-        return checkpoint_name(y + self.adapter(x), ADAPTED)
+        return y if self.adapter is None else checkpoint_name(y + self.adapter(x), ADAPTED)
 
 
 class Attention(nnx.Module):

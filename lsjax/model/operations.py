@@ -102,11 +102,8 @@ gradients_first.defvjp(lambda *both: (both, None), _gradients_first_backward)
 @jax.custom_vjp
 def swiglu(gate_up: Float[Array, "*batch 2 F"] | tuple[Array, Array]) -> Float[Array, "*batch F"]:
     """silu(gate) * up (Shazeer, 2020); gate and up as one array, or apart for TPUs
-    (`split_matrices`).
-
-    Keeps only its input for the backward pass, and writes the gradient once. If they are apart,
-    barriers keep XLA:TPU from fusing it into the matmuls around it, which would slow them down.
-    """
+    (`split_matrices`). Keeps only its input for the backward pass, and writes the gradient once. If
+    they are apart, barriers keep XLA:TPU from fusing it into matmuls, which would be slower."""
     gate, up = _halves(gate_up)
     y = jax.nn.silu(gate) * up
     return lax.optimization_barrier(y) if isinstance(gate_up, tuple) else y

@@ -52,8 +52,7 @@ def init_state(config: StepConfig, model: Llama) -> TrainState:
 
 def abstract_state(config: TrainConfig, mesh: Mesh | None) -> TrainState:
     """Shapes of the state, with shardings on a mesh."""
-    like = jax.eval_shape(partial(_fresh_state, config), jax.random.key(0))
-    return like if mesh is None else placed_shapes(like, mesh)
+    return placed_shapes(jax.eval_shape(partial(_fresh_state, config), jax.random.key(0)), mesh)
 
 
 def initial_state(config: TrainConfig, mesh: Mesh | None, like: TrainState) -> TrainState:
@@ -165,9 +164,7 @@ def loss_and_gradients(
         model = joined(trained, frozen)
         return objective(config, model, part, state.step, rows_B, num_labels, **knobs)
 
-    def one(part, rows_B):
-        return jax.value_and_grad(loss, has_aux=True)(trained, part, rows_B)
-
+    one = partial(jax.value_and_grad(loss, has_aux=True), trained)
     if config.micro_batches == 1:
         return one(batch, rows_B)
     split_batch = split_rows((batch, rows_B), config.micro_batches)
