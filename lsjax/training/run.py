@@ -59,8 +59,7 @@ def train_run(
 
     Args:
       hooks: functions that make hooks of the loop: evaluation, samples.
-      watch: (run, first step) -> a context around the steps, whose value shows each step; by
-        default their lines are printed at intervals.
+      watch: (run, first step) -> a context whose value shows each step; prints by default.
       say: called with lines about the run, such as the step after which it resumes.
       warn: called with a line for each step that is damaged or could not be saved.
       began: Unix time at which this process began; the start of this call by default.
@@ -127,7 +126,6 @@ def run_loop(
     waiting: tuple[int, Metrics] | None = None  # the last step, while it is not reported
 
     def report(number: int, metrics: Metrics) -> None:
-        """Waits for a step and fetches its metrics."""
         values = jax.device_get(metrics)
         show(number, log.step(number, values))
         in_a_row = int(values["skipped_in_a_row"])

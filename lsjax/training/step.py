@@ -128,9 +128,8 @@ def make_train_step(
             after = jax.tree.map(
                 lambda leaf, move: leaf - learning_rate.astype(leaf.dtype) * move, before, updates
             )
-            after, opt_state = jax.tree.map(
-                partial(jnp.where, finite), (after, opt_state), (before, state.opt_state)
-            )
+            new, old = (after, opt_state), (before, state.opt_state)
+            after, opt_state = jax.tree.map(partial(jnp.where, finite), new, old)
         skipped = jnp.where(finite, state.skipped, state.skipped + 1)
         in_a_row = jnp.where(finite, 0, state.skipped_in_a_row + 1)
         exit_loss_L = sums_L / jnp.maximum(num_labels, 1)
