@@ -11,10 +11,9 @@ Training has many rows, so each layer's weights are gathered along fsdp when the
 (Rajbhandari et al., 2020). Decoding has few rows: the weights stay, and each device multiplies its
 share of D.
 
-If a mesh axis does not divide an array's axis, the array is replicated over it. Some weights have
-another candidate before that (lsjax/model/parameters.py). If there are fewer K/V heads than
-devices, qkv is sharded along D. Heads, cache and attention are then replicated over the tensor
-axis. A table whose vocabulary does not divide is sharded along D too.
+If a mesh axis does not divide an array's axis, the array is replicated over it. Instead, qkv
+and the tables are sharded along D if D divides (lsjax/model/parameters.py). If there are fewer K/V
+heads than devices, heads, cache and attention are replicated over the tensor axis.
 """
 
 import hashlib
@@ -53,8 +52,9 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     sizes, slices = config.sizes(len(devices)), config.slices
     size = math.prod(sizes.values())
     if devices[0].platform == "tpu":
-        devices = sorted(devices, key=_slice)
-        found = len(set(map(_slice, devices)))
+        numbers = [getattr(device, "slice_index", 0) for device in devices]
+        devices = [devices[index] for index in np.argsort(numbers, kind="stable")]
+        found = len(set(numbers))
         check(
             found == slices,
             f"mesh.slices is {slices}, but the devices are in {found}: set it to {found}",
@@ -72,19 +72,14 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     return Mesh(places, tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
 
 
-def _slice(device: Any) -> int:
-    return getattr(device, "slice_index", 0)
-
-
 def own_rows(rows: int, mesh: Mesh | None) -> np.ndarray:
     """Indices of the rows of a training batch on this process's devices, in order. They may be
     non-contiguous. Hosts that share rows and shard only weights have the same indices."""
-    numbers_B = np.arange(rows)
     if mesh is None:
-        return numbers_B
+        return np.arange(rows)
     place = NamedSharding(mesh, fitted(P(ROWS), (rows,), mesh))
     indices = place.addressable_devices_indices_map((rows,)).values()
-    return np.unique(np.concatenate([numbers_B[index[0]] for index in indices]))
+    return np.unique(np.concatenate([np.arange(rows)[index[0]] for index in indices]))
 
 
 def placed_rows(batch: Mapping[str, np.ndarray], rows: int, mesh: Mesh | None) -> dict[str, Any]:
@@ -179,11 +174,9 @@ def context_shards() -> int:
 
 
 def in_context_order(x: Any, *, back: bool = False) -> Any:
-    """Rows [B, T, ...] with their columns in the order in which N context shards hold them.
-
-    Shard i holds chunks i and 2 N - 1 - i of 2 N. So each shard's queries see equally many keys, up
-    to their own chunk: causal attention takes equally long on each. back: the inverse.
-    """
+    """Rows [B, T, ...] with their columns in the order in which N context shards hold them. Shard i
+    holds chunks i and 2 N - 1 - i of 2 N. Causal attention then takes equally long on each. back:
+    the inverse."""
     shards = context_shards()
     if shards == 1:
         return x
@@ -217,10 +210,9 @@ def on_each_device(
 ) -> Any:
     """Runs `function(*arguments)` on each device's own shard; the plain call without a mesh.
 
-    It serves functions that are independent along the sharded axes, or communicate themselves, if
-    the compiler cannot infer this. specs: sharding of all arrays in each argument. A mesh axis that
-    does not divide one of the arrays is dropped for all of them. axes: mesh axes, all by default;
-    the compiler shards over the others.
+    The function is independent along the sharded axes, or communicates itself. specs: sharding of
+    all arrays in each argument. A mesh axis that does not divide one of the arrays is dropped for
+    all of them. axes: mesh axes, all by default; the compiler shards over the others.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:

@@ -111,16 +111,14 @@ def _problem(kernel: str, q_BTNH: Array) -> str | None:
 
 def _run(kernel, window, places_T, q_BTNH, segments_BT, k_BSKH, v_BSKH, segments_BS):
     """Runs a kernel on a device's queries. places_T: their places in the row, or splash's masks."""
+    if kernel in ("splash", "flash"):
+        from lsjax.model import flash  # slow to import
     if kernel == "splash":
-        from lsjax.model.flash import splash_attention  # likewise
-
-        return splash_attention(places_T, q_BTNH, k_BSKH, v_BSKH, segments_BT, segments_BS)
+        return flash.splash_attention(places_T, q_BTNH, k_BSKH, v_BSKH, segments_BT, segments_BS)
     if kernel == "flash":
-        from lsjax.model.flash import flash_attention  # likewise
-
         if segments_BT is None:
             segments_BT = jnp.zeros(q_BTNH.shape[:2], jnp.int32)
-        return flash_attention(q_BTNH, k_BSKH, v_BSKH, segments_BT, window)
+        return flash.flash_attention(q_BTNH, k_BSKH, v_BSKH, segments_BT, window)
     options = dict(is_causal=True, implementation="cudnn")  # skips blocks above the diagonal
     if kernel == "cudnn" and segments_BT is None:
         local = None if window is None else (window - 1, 0)  # skips the blocks before it too
@@ -171,10 +169,9 @@ def cached_attention(
     kernel instead (flash_decoding.py).
 
     On CPUs it reads blocks with an online softmax (Milakov and Gimelshein, 2018), so cost follows
-    the used length. LARGE blocks come first, SMALL blocks cover the rest. If most slots are used,
-    it reads all at once. Slots beyond a row's length contribute exactly zero. Rows are independent,
-    except that batch length selects the code path, which affects rounding. Unused slots must not
-    contain NaN or infinity.
+    the used length. If most slots are used, it reads all at once. Slots beyond a row's length
+    contribute exactly zero. Rows are independent, except that batch length selects the code path,
+    which affects rounding. Unused slots must not contain NaN or infinity.
     """
     batch, steps, heads, size = q_BTNH.shape
     kv_heads, capacity = keys.shape[1:3]
@@ -242,9 +239,7 @@ def cached_attention(
         return total, mixed[:, :, :rows].astype(wide)
 
     on_cpu = platform() == "cpu"
-    if not on_cpu and steps * capacity <= MOST_SCORES:
-        total, mixed = at_once()
-    elif on_cpu:
+    if on_cpu:
         # Reading all slots is no slower than copying the used blocks from half of a small cache on,
         # or nearly all of a large one (docs/performance.md).
         used = ((last - first) // SMALL + 1) * SMALL
@@ -252,7 +247,7 @@ def cached_attention(
         # Divide outside the branches, or XLA:CPU computes the weights twice.
         total, mixed = lax.cond(most, at_once, in_blocks)
     else:
-        total, mixed = in_blocks()
+        total, mixed = at_once() if steps * capacity <= MOST_SCORES else in_blocks()
     return heads_of_rows((mixed / total[..., None]).astype(q_BTNH.dtype), q_BTNH.shape)
 
 

@@ -57,9 +57,7 @@ class Linear(nnx.Module):
             # In float32 or wider: the bias's gradient is a sum over all tokens.
             wide = jnp.promote_types(x.dtype, jnp.float32)
             y = (y.astype(wide) + self.bias[...]).astype(x.dtype)
-        if self.adapter is None:
-            return y
-        return checkpoint_name(y + self.adapter(x), ADAPTED)
+        return y if self.adapter is None else checkpoint_name(y + self.adapter(x), ADAPTED)
 
 
 class Attention(nnx.Module):
@@ -162,9 +160,11 @@ class Block(nnx.Module):
     ) -> tuple[Float[Array, "B U D"], Float[Array, "B K S H"], Float[Array, "B K S H"]]:
         """The layer on T tokens that follow those in the cache; also returns the longer cache.
         x_BUD: U steps; those after the T tokens are padding (`enough_steps`)."""
-        steps = positions_BT.shape[1]
-        q, k, v = self.attention.project(self.attention_norm(x_BUD), rope, steps)
-        mixed, keys, values = _attend(q, k, v, keys, values, positions_BT, window)
+        q, k, v = self.attention.project(self.attention_norm(x_BUD), rope, positions_BT.shape[1])
+        new, cache = P("data", None, "tensor"), P("data", "tensor")
+        arguments = q, k, v, keys, values, positions_BT
+        specs, outputs = (new, new, new, cache, cache, P("data")), (new, cache, cache)
+        mixed, keys, values = on_each_device(partial(_attend, window), arguments, specs, outputs)
         mixed = with_steps(mixed, x_BUD.shape[1])
         y_BUD = self.attention.out(mixed.reshape(*mixed.shape[:2], -1))
         x_BUD = constrain(x_BUD + self.attention_post_norm(y_BUD), "data")
@@ -175,23 +175,14 @@ class Block(nnx.Module):
         return self.feed_forward_post_norm(self.feed_forward(self.feed_forward_norm(x)))
 
 
-def _attend(q, k, v, keys, values, positions_BT, window):
-    """Writes new keys and values to the cache and attends to all of it. On a mesh, each device
-    computes its own rows and heads."""
+def _attend(window, q, k, v, keys, values, positions_BT):
+    """Writes new keys and values to a device's rows and heads of the cache, and attends to it."""
+    start_B = positions_BT[:, 0]
+    if nvidia_capability() >= 8:
+        from lsjax.model import flash_decoding as flash  # Pallas is slow to import
 
-    def attend(q, k, v, keys, values, positions_BT):
-        start_B = positions_BT[:, 0]
-        if nvidia_capability() >= 8:
-            from lsjax.model import flash_decoding as flash  # Pallas is slow to import
-
-            if flash.fits(q, keys):
-                return flash.flash_decoding(q, k, v, keys, values, start_B, window)
-        keys = write(keys, k.swapaxes(1, 2).astype(keys.dtype), start_B, axis=2)
-        values = write(values, v.swapaxes(1, 2).astype(values.dtype), start_B, axis=2)
-        return cached_attention(q, keys, values, positions_BT, window), keys, values
-
-    new, cache = P("data", None, "tensor"), P("data", "tensor")
-    arguments, specs = (q, k, v, keys, values), (new, new, new, cache, cache)
-    return on_each_device(
-        attend, (*arguments, positions_BT), (*specs, P("data")), (new, cache, cache)
-    )
+        if flash.fits(q, keys):
+            return flash.flash_decoding(q, k, v, keys, values, start_B, window)
+    keys = write(keys, k.swapaxes(1, 2).astype(keys.dtype), start_B, axis=2)
+    values = write(values, v.swapaxes(1, 2).astype(values.dtype), start_B, axis=2)
+    return cached_attention(q, keys, values, positions_BT, window), keys, values

@@ -50,11 +50,8 @@ class KVCache:
         shape = (batch, config.num_kv_heads, capacity, config.head_dim)
         layers = range(config.num_layers if num_layers is None else num_layers)
         place = sharding_of("keys.0", shape, mesh)
-
-        def empty():
-            return tuple(jnp.zeros(shape, dtype, device=place) for _ in layers)
-
-        return cls(empty(), empty())
+        keys, values = ([jnp.zeros(shape, dtype, device=place) for _ in layers] for _ in range(2))
+        return cls(tuple(keys), tuple(values))
 
     @property
     def capacity(self) -> int:

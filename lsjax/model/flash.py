@@ -34,8 +34,7 @@ from lsjax.sharding import platform
 
 OTHERS = 64
 HIDDEN = -1e30  # score of hidden keys
-# Arrays that describe a mask of splash, and candidate block sizes: the first that pads the queries
-# least is used.
+# Arrays of a mask of splash, and block sizes: the first that pads the queries least is used.
 SplashKernel = splash.splash_attention_kernel.SplashAttentionKernel
 SPLASH_BLOCKS = (512, 384, 256, 128)
 

@@ -18,6 +18,7 @@ from jax.experimental.pallas import triton
 from jaxtyping import Array, Float, Int
 
 from lsjax.model.attention import heads_of_rows, rows_of_heads
+from lsjax.sharding import platform
 
 # Slots that a program reads at a time, and maximum number of new tokens.
 BLOCK, MOST_STEPS = 64, 16
@@ -45,13 +46,10 @@ def flash_decoding(
     values: Float[Array, "B K S H"],
     start_B: Int[Array, " B"],
     window: int | None = None,
-    *,
-    interpret: bool = False,
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B K S H"], Float[Array, "B K S H"]]:
     """Causal attention of T tokens, from position `start_B` on, to the cache and to one another.
     Also returns the caches with their keys and values. Softmax in float32. window: keys that a
-    query sees, its own included; by default all. interpret: run the kernel as plain operations, on
-    any device. The caller checks `fits`."""
+    query sees, its own included; by default all. Interpreted on CPUs. The caller checks `fits`."""
     batch, steps, heads, size = q_BTNH.shape
     kv_heads, capacity = keys.shape[1:3]
     rows = heads // kv_heads * steps
@@ -96,7 +94,7 @@ def flash_decoding(
         ),
         input_output_aliases={4: 2, 5: 3},
         compiler_params=triton.CompilerParams(num_warps=4, num_stages=3),
-        interpret=interpret,
+        interpret=platform() == "cpu",
         name="flash_decoding",
     )(start_B, new_BKRH, new_BKRH, new_BKRH, keys, values)
     # Written out, the sums over parts need one kernel; as reductions they need three.

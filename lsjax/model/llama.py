@@ -105,8 +105,7 @@ class Llama(nnx.Module):
         """`read` of each layer's output, stacked as [L, ...]. Index E - 1 belongs to exit E.
 
         In packed rows, positions restart at each document, and each document has its own segment
-        number. kernel: attention kernel (attention.py). On a mesh with a context axis, the columns
-        are `in_context_order`.
+        number. kernel: as in `self_attention`. On a mesh, the columns are `in_context_order`.
         """
         if positions_BT is None:
             positions_T = in_context_order(np.arange(tokens_BT.shape[1])[None])
@@ -173,10 +172,8 @@ class Llama(nnx.Module):
     def unembed(
         self, x: Float[Array, "*batch D"], table_VD: Float[Array, "V D"] | None = None
     ) -> Float[Array, "*batch V"]:
-        """Final norm and head, shared by every exit; logits in float32 or wider.
-
-        table_VD: a subset of head rows; only their logits are computed.
-        """
+        """Final norm and head, shared by every exit; logits in float32 or wider. table_VD: a subset
+        of head rows; only their logits are computed."""
         table_VD = (self.head_table if table_VD is None else table_VD).astype(x.dtype)
         x = self.norm(x)
         rows_RD = x.reshape(-1, x.shape[-1])
@@ -237,13 +234,10 @@ def split_matrices(model: Llama) -> Llama:
 def map_matrices(change: Callable[[str, Linear], Any], model: Llama) -> Llama:
     """The model with `change(name, matrix)` for qkv, out, gate_up and down."""
 
-    def is_matrix(part):
-        return isinstance(part, Linear)
-
     def changed(path, part):
-        return change(path.rpartition(".")[2], part) if is_matrix(part) else part
+        return change(path.rpartition(".")[2], part) if isinstance(part, Linear) else part
 
-    return map_named(changed, model, is_matrix)
+    return map_named(changed, model, lambda part: isinstance(part, Linear))
 
 
 def with_parts(module: Any, **parts: Any) -> Any:

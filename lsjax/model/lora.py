@@ -28,7 +28,6 @@ class Adapter(nnx.Module):
         self.scale = scale
 
     def __call__(self, x: Float[Array, "B T I"]) -> Float[Array, "B T ..."]:
-        """scale (x A) B."""
         x_BTR = linear(x, self.a[...].astype(x.dtype)) * self.scale
         return linear(x_BTR, self.b[...].astype(x.dtype))
 

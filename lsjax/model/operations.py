@@ -4,9 +4,8 @@ Custom backward passes are faster or smaller than autodiff's (docs/performance.m
 gradients of the plain expression in the docstring, up to rounding. They have no forward-mode
 derivative.
 
-Rotary embeddings turn channel pairs (i, i + H/2), as Llama checkpoints do. Swapping the halves by
-slices makes arrays of h = H / 2 channels, which leave half of a TPU's 128 lanes empty. Training on
-TPUs multiplies by a permutation matrix instead.
+Rotary embeddings turn channel pairs (i, i + H/2), as Llama checkpoints do. Slices of h = H / 2
+channels leave half of a TPU's 128 lanes empty. Training on TPUs swaps the halves by a matmul.
 """
 
 from collections.abc import Mapping
@@ -102,11 +101,8 @@ gradients_first.defvjp(lambda *both: (both, None), _gradients_first_backward)
 @jax.custom_vjp
 def swiglu(gate_up: Float[Array, "*batch 2 F"] | tuple[Array, Array]) -> Float[Array, "*batch F"]:
     """silu(gate) * up (Shazeer, 2020); gate and up as one array, or apart for TPUs
-    (`split_matrices`).
-
-    Keeps only its input for the backward pass, and writes the gradient once. If they are apart,
-    barriers keep XLA:TPU from fusing it into the matmuls around it, which would slow them down.
-    """
+    (`split_matrices`). Keeps only its input for the backward pass, and writes the gradient once. If
+    they are apart, barriers keep XLA:TPU from fusing it into matmuls, which would be slower."""
     gate, up = _halves(gate_up)
     y = jax.nn.silu(gate) * up
     return lax.optimization_barrier(y) if isinstance(gate_up, tuple) else y

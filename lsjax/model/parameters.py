@@ -152,7 +152,7 @@ def placed(tree: Any, mesh: Mesh | None) -> Any:
     return tree if mesh is None else jax.device_put(tree, shardings(tree, mesh))
 
 
-def placed_shapes(tree: Any, mesh: Mesh | AbstractMesh) -> Any:
+def placed_shapes(tree: Any, mesh: Mesh | AbstractMesh | None) -> Any:
     """Shapes of the tree's arrays, with their shardings on a mesh."""
 
     def shape(path, leaf):

@@ -115,9 +115,8 @@ def in_turn(what: str) -> Iterator[None]:
 
 def check_same(what: str, value: str) -> None:
     """Raises ConfigError on all processes unless they agree on a value."""
-    digests = multihost_utils.process_allgather(
-        np.frombuffer(hashlib.sha256(value.encode()).digest(), np.uint32)
-    )
+    digest = hashlib.sha256(value.encode()).digest()
+    digests = multihost_utils.process_allgather(np.frombuffer(digest, np.uint32))
     different = np.flatnonzero((digests != digests[0]).any(1)).tolist()
     check(
         not different,

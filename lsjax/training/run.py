@@ -45,16 +45,11 @@ class Interrupted(KeyboardInterrupt):
         self.step = step
 
 
-def printed(run: TrainingRun, first: int) -> AbstractContextManager[Show]:
-    """Prints the line of a step at intervals."""
-    return nullcontext(paced(print, run.config.num_steps))
-
-
 def train_run(
     run: TrainingRun,
     *,
     hooks: Sequence[Callable[[TrainingRun], Hook]] = (),
-    watch: Callable[[TrainingRun, int], AbstractContextManager[Show]] = printed,
+    watch: Callable[[TrainingRun, int], AbstractContextManager[Show]] | None = None,
     say: Callable[[str], None] = print,
     warn: Callable[[str], None] = print,
     began: float | None = None,
@@ -64,7 +59,7 @@ def train_run(
 
     Args:
       hooks: functions that make hooks of the loop: evaluation, samples.
-      watch: (run, first step) -> a context around the steps, whose value shows each step.
+      watch: (run, first step) -> a context whose value shows each step; prints by default.
       say: called with lines about the run, such as the step after which it resumes.
       warn: called with a line for each step that is damaged or could not be saved.
       began: Unix time at which this process began; the start of this call by default.
@@ -102,7 +97,8 @@ def train_run(
         log = MetricsLog(run.workdir if is_first() else None, config, first, began)
         tracing = traced(train_step, config.profile, run.workdir / "profile", first)
         try:
-            with closing(log), watch(run, first) as show, tracing as train_step:
+            shown = watch(run, first) if watch else nullcontext(paced(print, config.num_steps))
+            with closing(log), shown as show, tracing as train_step:
                 return run_loop(run, state, checkpoints, log, train_step, due, show)
         finally:
             say(f"{log.clock}")
@@ -130,7 +126,6 @@ def run_loop(
     waiting: tuple[int, Metrics] | None = None  # the last step, while it is not reported
 
     def report(number: int, metrics: Metrics) -> None:
-        """Waits for a step and fetches its metrics."""
         values = jax.device_get(metrics)
         show(number, log.step(number, values))
         in_a_row = int(values["skipped_in_a_row"])

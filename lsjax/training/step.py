@@ -52,8 +52,7 @@ def init_state(config: StepConfig, model: Llama) -> TrainState:
 
 def abstract_state(config: TrainConfig, mesh: Mesh | None) -> TrainState:
     """Shapes of the state, with shardings on a mesh."""
-    like = jax.eval_shape(partial(_fresh_state, config), jax.random.key(0))
-    return like if mesh is None else placed_shapes(like, mesh)
+    return placed_shapes(jax.eval_shape(partial(_fresh_state, config), jax.random.key(0)), mesh)
 
 
 def initial_state(config: TrainConfig, mesh: Mesh | None, like: TrainState) -> TrainState:
@@ -129,9 +128,8 @@ def make_train_step(
             after = jax.tree.map(
                 lambda leaf, move: leaf - learning_rate.astype(leaf.dtype) * move, before, updates
             )
-            after, opt_state = jax.tree.map(
-                partial(jnp.where, finite), (after, opt_state), (before, state.opt_state)
-            )
+            new, old = (after, opt_state), (before, state.opt_state)
+            after, opt_state = jax.tree.map(partial(jnp.where, finite), new, old)
         skipped = jnp.where(finite, state.skipped, state.skipped + 1)
         in_a_row = jnp.where(finite, 0, state.skipped_in_a_row + 1)
         exit_loss_L = sums_L / jnp.maximum(num_labels, 1)
@@ -165,9 +163,7 @@ def loss_and_gradients(
         model = joined(trained, frozen)
         return objective(config, model, part, state.step, rows_B, num_labels, **knobs)
 
-    def one(part, rows_B):
-        return jax.value_and_grad(loss, has_aux=True)(trained, part, rows_B)
-
+    one = partial(jax.value_and_grad(loss, has_aux=True), trained)
     if config.micro_batches == 1:
         return one(batch, rows_B)
     split_batch = split_rows((batch, rows_B), config.micro_batches)

@@ -1,7 +1,5 @@
 """The kernel that decodes on NVIDIA GPUs, interpreted, against plain writes and reads."""
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,13 +8,11 @@ from flax import nnx
 
 from lsjax.config import LlamaConfig
 from lsjax.model import block, operations
-from lsjax.model import flash_decoding as flash_decoding_module
 from lsjax.model.attention import cached_attention
 from lsjax.model.cache import KVCache, write
 from lsjax.model.flash_decoding import BLOCK, MOST_STEPS, fits, flash_decoding
 from lsjax.model.llama import Llama
 
-interpreted = partial(flash_decoding, interpret=True)
 # Heads, K/V heads, head size, slots, new tokens, and where they begin in each row.
 CASES = {
     "an empty cache": (4, 2, 16, 320, 1, [0]),
@@ -47,7 +43,7 @@ def plain(q, k, v, keys, values, start_B, window=None):
 def test_attention_and_cache(name):
     given = arrays(name, jnp.float32)
     assert fits(given[0], given[3])
-    (mixed, *caches), (expected, *filled) = interpreted(*given), plain(*given)
+    (mixed, *caches), (expected, *filled) = flash_decoding(*given), plain(*given)
     np.testing.assert_allclose(mixed, expected, rtol=2e-5, atol=2e-6)
     for one, other in zip(caches, filled, strict=True):
         np.testing.assert_array_equal(one, other)
@@ -57,7 +53,7 @@ def test_attention_and_cache(name):
 @pytest.mark.parametrize("name", CASES)
 def test_a_window_hides_what_lies_before_it(name, window):
     given = arrays(name, jnp.float32)
-    mixed, expected = (f(*given, window=window)[0] for f in (interpreted, plain))
+    mixed, expected = (f(*given, window=window)[0] for f in (flash_decoding, plain))
     np.testing.assert_allclose(mixed, expected, rtol=2e-5, atol=2e-6)
 
 
@@ -66,7 +62,8 @@ def test_bfloat16_is_as_near_as_plain_products(name):
     given = arrays(name, jnp.bfloat16)
     exact = plain(*(x.astype(jnp.float32) for x in given[:-1]), given[-1])
     mine, other = (
-        np.abs(np.asarray(f(*given)[0], np.float32) - exact[0]).max() for f in (interpreted, plain)
+        np.abs(np.asarray(f(*given)[0], np.float32) - exact[0]).max()
+        for f in (flash_decoding, plain)
     )
     assert mine <= max(1.25 * other, 1e-6)
 
@@ -76,14 +73,17 @@ def test_slots_behind_a_row_are_not_seen():
     stale = jnp.arange(keys.shape[2])[:, None] >= start_B[:, None, None, None]
     full = [jnp.where(stale, 1e6, x) for x in (keys, values)]
     np.testing.assert_array_equal(
-        interpreted(q, k, v, *full, start_B)[0], interpreted(q, k, v, keys, values, start_B)[0]
+        flash_decoding(q, k, v, *full, start_B)[0],
+        flash_decoding(q, k, v, keys, values, start_B)[0],
     )
 
 
 def test_a_row_that_has_ended_stays_within_the_cache():
     """Its tokens go nowhere else, whatever its length."""
     q, k, v, keys, values, _ = arrays("the end of the cache", jnp.float32)
-    _, after, _ = interpreted(q, k, v, keys, values, jnp.array([keys.shape[2] - 2, 0], jnp.int32))
+    _, after, _ = flash_decoding(
+        q, k, v, keys, values, jnp.array([keys.shape[2] - 2, 0], jnp.int32)
+    )
     np.testing.assert_array_equal(after[0, :, :-2], keys[0, :, :-2])
     np.testing.assert_array_equal(after[1, :, 9:], keys[1, :, 9:])
 
@@ -123,7 +123,6 @@ def test_a_model_as_accelerators_run_it(monkeypatch, platform):
     monkeypatch.setattr(operations, "platform", lambda: platform)
     if platform == "gpu":
         monkeypatch.setattr(block, "nvidia_capability", lambda: 9.0)
-        monkeypatch.setattr(flash_decoding_module, "flash_decoding", interpreted)
     jax.clear_caches()  # of layers that were traced for CPUs
     cache = KVCache.create(config, 2, BLOCK, jnp.float32)
     first_B = jnp.array([0, 0])
