@@ -23,7 +23,9 @@ FLOORS = (
     ("evaluation", "aot"),
     ("cli",),
 )
-MOST_FILES, MOST_LINES, LONGEST, MOST_LINES_OF_SCRIPTS = 90, 13_000, 300, 2_000
+# 90 files and 13,000 lines. Families, pods and auto may add 6 files and 2,770 lines to them.
+MOST_FILES, MOST_LINES = 96, 15_770
+LONGEST, MOST_LINES_OF_SCRIPTS = 300, 2_000
 
 
 def main() -> int:
