@@ -21,7 +21,6 @@ from lsjax.aot.chips import Chip
 from lsjax.aot.hlo import (
     COLLECTIVES,
     Computation,
-    HloModule,
     Instruction,
     moved_bytes,
     operation_flops,
@@ -68,34 +67,29 @@ class ProgramCosts:
             for key, count in counts.items():
                 getattr(self, name)[key] += times * count
 
-    @property
-    def between_bytes(self) -> float:
-        """Bytes that leave each device for other slices."""
+    def sent_bytes(self, *, between: bool) -> float:
+        """Bytes that leave each device for other slices if `between`, else within its slice."""
         found = self.collectives.items()
-        return sum(one.sent * count for one, count in found if SLICES in one.axes)
-
-    @property
-    def sent_bytes(self) -> float:
-        """Bytes that leave each device within its slice."""
-        every = sum(one.sent * count for one, count in self.collectives.items())
-        return every - self.between_bytes
+        return sum(one.sent * count for one, count in found if (SLICES in one.axes) == between)
 
 
 class CostAnalysis:
     """Counts the costs of a program on a chip. mesh: sizes of its axes, in order, SLICES first if
     there are several; the program numbers its devices along the last axis first."""
 
-    def __init__(self, module: HloModule, mesh: Mapping[str, int], trips: Trips, chip: Chip):
-        self.module, self.mesh, self.trips, self.chip = module, mesh, trips, chip
+    def __init__(
+        self, program: list[Computation], mesh: Mapping[str, int], trips: Trips, chip: Chip
+    ):
+        self.parts, self.mesh, self.trips, self.chip = program, mesh, trips, chip
         self._known: dict[str, ProgramCosts] = {}
 
     def program(self) -> ProgramCosts:
         """Costs of one run of the program."""
-        return self._computation(self.module.entry)
+        return self._computation(self.parts[-1])
 
     def loop(self, scope: str) -> ProgramCosts:
         """Costs of one trip of the loop at jit(run)/.../SCOPE/while."""
-        every = [part.instructions.values() for part in self.module.computations.values()]
+        every = [part.instructions.values() for part in self.parts]
         loops = (one for one in chain(*every) if one.opcode == "while")
         loop = next(one for one in loops if one.op_name.endswith(f"/{scope}/while"))
         return self._all(loop, "condition", "body")

@@ -143,16 +143,8 @@ class Computation:
     root: Instruction | None = None
 
 
-@dataclass(eq=False)
-class HloModule:
-    """All computations of a compiled program, by name."""
-
-    computations: dict[str, Computation]
-    entry: Computation
-
-
-def parse(text: str) -> HloModule:
-    """Parses `compiled.as_text()`, where callees precede their callers and the entry is last."""
+def parse(text: str) -> list[Computation]:
+    """Parses `compiled.as_text()`: callees precede their callers, and the entry is last."""
     computations: dict[str, Computation] = {}
     for line in text.splitlines():
         if found := _COMPUTATION.match(line):
@@ -168,7 +160,7 @@ def parse(text: str) -> HloModule:
                 one.called[role] = [computations[n] for n in re.findall(r"[\w.\-]+", called)]
             computation.instructions[one.name] = one
             computation.root = one if is_root else computation.root
-    return HloModule(computations, computation)
+    return list(computations.values())
 
 
 def runs(one: Instruction) -> bool:
