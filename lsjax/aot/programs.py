@@ -112,11 +112,10 @@ def decoding(
 
     Raises ConfigError for a prompt longer than the model's context.
     """
-    prompt = shape.prompt_tokens
+    prompt, most = shape.prompt_tokens, config.max_context
     check(
-        prompt < config.max_context,
-        f"--decoding.prompt-tokens {prompt} is beyond the model's context of "
-        f"{config.max_context}: choose fewer",
+        prompt < most,
+        f"--decoding.prompt-tokens {prompt} is beyond the model's context of {most}: choose fewer",
     )
     strategy, rows = shape.chosen(config), 1 if name == "prefill" else shape.batch_size
     capacity = cache_slots(prompt + 1, strategy)
