@@ -48,7 +48,7 @@ def test_a_documented_command_is_taken(page, program, flags, monkeypatch):
     if program == "train.py":
         training.parse_config(training.TrainingFlags, given, "").fields.mesh.sizes(64)
     elif program == "lsjax.cli.aot":
-        aot.parse(given).fields.mesh.sizes(128)
+        aot.parse(aot.Arguments, given, "").fields.mesh.sizes(128)
     elif program == "lsjax.cli.tokenize":
         training.parse_config(tokenize.Arguments, given, "")
     else:

@@ -43,12 +43,8 @@ class Chip:
     link_bandwidth: float  # bytes per second that all its links send, one way
     flops_per_cycle: int  # of its matrix units, bfloat16
     slice_bandwidth: float = 0.0  # bytes per second to other slices, or 0
+    platform: str = "tpu"  # key of COMPILERS
     target: str = ""  # for GPUs, a description of the card: a GpuTargetConfigProto as text
-
-    @property
-    def platform(self) -> str:
-        """Key of COMPILERS."""
-        return "cuda" if self.target else "tpu"
 
     @property
     def peak_flops(self) -> float:
@@ -83,7 +79,7 @@ CHIPS = (
     Chip("v5e", "TPU v5 lite", 16 * GIB, 819e9, 200e9, 4 * 2 * 128**2, 3.125e9),
     Chip("v5p", "TPU v5", 95 * GIB, 2765e9, 600e9, 8 * 2 * 128**2, 6.25e9),  # a device is two cores
     Chip("v6e", "TPU v6 lite", 32 * GIB, 1640e9, 400e9, 4 * 2 * 256**2, 12.5e9),
-    Chip("h100", "NVIDIA H100", 80 * 10**9, 3350e9, 450e9, 132 * 4096, target=H100),
+    Chip("h100", "NVIDIA H100", 80 * 10**9, 3350e9, 450e9, 132 * 4096, 0.0, "cuda", H100),
 )
 
 

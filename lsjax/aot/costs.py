@@ -18,15 +18,7 @@ from typing import NamedTuple
 import numpy as np
 
 from lsjax.aot.chips import Chip
-from lsjax.aot.hlo import (
-    COLLECTIVES,
-    Computation,
-    HloModule,
-    Instruction,
-    moved_bytes,
-    operation_flops,
-    runs,
-)
+from lsjax.aot.hlo import COLLECTIVES, Computation, Instruction, moved_bytes, operation_flops, runs
 
 # Regular expression for the op_name of a loop -> its trips, or of a conditional -> the share of
 # runs that take the slowest branch. The first match counts.
@@ -68,34 +60,27 @@ class ProgramCosts:
             for key, count in counts.items():
                 getattr(self, name)[key] += times * count
 
-    @property
-    def between_bytes(self) -> float:
-        """Bytes that leave each device for other slices."""
+    def sent_bytes(self, *, between: bool) -> float:
+        """Bytes that leave each device for other slices if `between`, else within its slice."""
         found = self.collectives.items()
-        return sum(one.sent * count for one, count in found if SLICES in one.axes)
-
-    @property
-    def sent_bytes(self) -> float:
-        """Bytes that leave each device within its slice."""
-        every = sum(one.sent * count for one, count in self.collectives.items())
-        return every - self.between_bytes
+        return sum(one.sent * count for one, count in found if (SLICES in one.axes) == between)
 
 
 class CostAnalysis:
     """Counts the costs of a program on a chip. mesh: sizes of its axes, in order, SLICES first if
     there are several; the program numbers its devices along the last axis first."""
 
-    def __init__(self, module: HloModule, mesh: Mapping[str, int], trips: Trips, chip: Chip):
-        self.module, self.mesh, self.trips, self.chip = module, mesh, trips, chip
+    def __init__(self, parts: list[Computation], mesh: Mapping[str, int], trips: Trips, chip: Chip):
+        self.parts, self.mesh, self.trips, self.chip = parts, mesh, trips, chip
         self._known: dict[str, ProgramCosts] = {}
 
     def program(self) -> ProgramCosts:
         """Costs of one run of the program."""
-        return self._computation(self.module.entry)
+        return self._computation(self.parts[-1])
 
     def loop(self, scope: str) -> ProgramCosts:
         """Costs of one trip of the loop at jit(run)/.../SCOPE/while."""
-        every = [part.instructions.values() for part in self.module.computations.values()]
+        every = [part.instructions.values() for part in self.parts]
         loops = (one for one in chain(*every) if one.opcode == "while")
         loop = next(one for one in loops if one.op_name.endswith(f"/{scope}/while"))
         return self._all(loop, "condition", "body")
@@ -121,8 +106,7 @@ class CostAnalysis:
         return total
 
     def _add(self, total: ProgramCosts, one: Instruction) -> None:
-        """Adds one instruction, except its communication. A fusion's own figures cover its
-        contents."""
+        """Adds an instruction without its communication. A fusion's figures cover its contents."""
         # Trips of a loop, or the share of the slowest branch.
         named = (n for name, n in self.trips.items() if re.search(name, one.op_name))
         match one.opcode:
@@ -171,9 +155,8 @@ class CostAnalysis:
         size = int(sum(array.bytes for array in larger))
         groups = device_groups(one.attributes, math.prod(self.mesh.values()))
         sent = ring_bytes(kind, size, groups.shape[1])
-        places = np.unravel_index(groups, tuple(self.mesh.values()))
-        differ = [(place != place[:, :1]).any() for place in places]
-        axes = tuple(name for name, differs in zip(self.mesh, differ, strict=True) if differs)
+        places = zip(self.mesh, np.unravel_index(groups, tuple(self.mesh.values())), strict=True)
+        axes = tuple(name for name, place in places if (place != place[:, :1]).any())
         channel = one.attribute(r"channel_id=(\d+)") or None
         shape = ", ".join(map(str, larger))
         return {Collective(kind, axes, shape, size, sent, one.op_name, channel): 1}

@@ -143,16 +143,8 @@ class Computation:
     root: Instruction | None = None
 
 
-@dataclass(eq=False)
-class HloModule:
-    """All computations of a compiled program, by name."""
-
-    computations: dict[str, Computation]
-    entry: Computation
-
-
-def parse(text: str) -> HloModule:
-    """Parses `compiled.as_text()`, where callees precede their callers and the entry is last."""
+def parse(text: str) -> list[Computation]:
+    """Parses `compiled.as_text()`: callees precede their callers, and the entry is last."""
     computations: dict[str, Computation] = {}
     for line in text.splitlines():
         if found := _COMPUTATION.match(line):
@@ -168,7 +160,7 @@ def parse(text: str) -> HloModule:
                 one.called[role] = [computations[n] for n in re.findall(r"[\w.\-]+", called)]
             computation.instructions[one.name] = one
             computation.root = one if is_root else computation.root
-    return HloModule(computations, computation)
+    return list(computations.values())
 
 
 def runs(one: Instruction) -> bool:
@@ -212,7 +204,15 @@ def moved_bytes(one: Instruction) -> float:
     """Bytes that an operation reads from the device's memory and writes to it."""
     if not runs(one):
         return 0.0
-    total = _written(one)
+    total, new = 0.0, _new_elements(one)
+    if one.opcode == "custom-call":
+        # {{2}: (4, {}), {3}: (5, {})}: results 2 and 3 share the memory of operands 4 and 5.
+        aliases = one.attribute(r"output_to_operand_aliasing=\{(.*?\}\))\}")
+        for index in re.findall(r"\{(\d+)\}: \(", aliases):
+            new[int(index)] = 0
+    for array, elements in zip(one.arrays, new, strict=True):
+        if array.in_memory:
+            total += array.bytes * min(1.0, elements / max(1, array.elements))
     for index, operand in enumerate(one.operands):
         if _from_memory(operand):
             share = _used(one, index, inside=False) / max(1, operand.elements)
@@ -253,21 +253,6 @@ def _read(one: Instruction, result: bool = True) -> float:
     total = one.elements if result and one is one.inside.root else 0
     total += sum(_used(user, index, result=result) for user, index in one.users)
     return min(one.elements, total)
-
-
-def _written(one: Instruction) -> float:
-    """Bytes of the results; for an in-place update, only the new ones."""
-    new = _new_elements(one)
-    if one.opcode == "custom-call":
-        # {{2}: (4, {}), {3}: (5, {})}: results 2 and 3 share the memory of operands 4 and 5.
-        aliases = one.attribute(r"output_to_operand_aliasing=\{(.*?\}\))\}")
-        for index in re.findall(r"\{(\d+)\}: \(", aliases):
-            new[int(index)] = 0
-    return sum(
-        array.bytes * min(1.0, elements / max(1, array.elements))
-        for array, elements in zip(one.arrays, new, strict=True)
-        if array.in_memory
-    )
 
 
 def _new_elements(one: Instruction, inside: bool = False) -> list[int]:

@@ -112,23 +112,17 @@ def decoding(
 
     Raises ConfigError for a prompt longer than the model's context.
     """
-    prompt = shape.prompt_tokens
+    prompt, most = shape.prompt_tokens, config.max_context
     check(
-        prompt < config.max_context,
-        f"--decoding.prompt-tokens {prompt} is beyond the model's context of "
-        f"{config.max_context}: choose fewer",
+        prompt < most,
+        f"--decoding.prompt-tokens {prompt} is beyond the model's context of {most}: choose fewer",
     )
     strategy, rows = shape.chosen(config), 1 if name == "prefill" else shape.batch_size
     capacity = cache_slots(prompt + 1, strategy)
+    requests = [Request(prompt=[0] * prompt)] * rows
+    sizes = dict(capacity=capacity, num_layers=config.num_layers, dtype=dtype)
     state = jax.eval_shape(
-        lambda: DecodeState.create(
-            config,
-            [Request(prompt=[0] * prompt)] * rows,
-            capacity=capacity,
-            num_layers=config.num_layers,
-            dtype=dtype,
-            learned=strategy.first_guess(rows),
-        )
+        lambda: DecodeState.create(config, requests, learned=strategy.first_guess(rows), **sizes)
     )
     model = jax.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0), dtype=dtype))
     model, state = placed_shapes(model, mesh), placed_shapes(state, mesh)
@@ -222,13 +216,14 @@ def memory_figures(found: Callable[[str], int], chip: Chip) -> dict[str, int]:
 def cost_figures(costs: ProgramCosts, chip: Chip) -> dict[str, Any]:
     """Costs of one run. Its time is the longest of computation and communication within slices and
     between them: a lower bound that assumes full overlap and that all links are busy."""
-    sent_seconds, between = costs.sent_bytes / chip.link_bandwidth, costs.between_bytes
+    within, between = costs.sent_bytes(between=False), costs.sent_bytes(between=True)
+    sent_seconds = within / chip.link_bandwidth
     between_seconds = between / chip.slice_bandwidth if between else 0.0
     largest_first = sorted(costs.collectives.items(), key=lambda item: -item[0].sent * item[1])
     return {
         "attention": attention_kernel(costs.kernels),
         **{name: costs.amounts[name] for name in AMOUNTS},
-        "sent_bytes": costs.sent_bytes,
+        "sent_bytes": within,
         "sent_seconds": sent_seconds,
         "between_bytes": between,
         "between_seconds": between_seconds,

@@ -3,8 +3,6 @@
     python -m lsjax.cli.aot --config configs/continual_llama2_7b.py --topology v5p:4x4x4
     python -m lsjax.cli.aot --config configs/continual_llama2_7b.py --topology v5e:16x16 \\
         --mesh.data 8 --mesh.fsdp 32 --programs train --output report.json
-    python -m lsjax.cli.aot --config configs/continual_llama2_7b.py --topology v5p:4x4x4 \\
-        --mesh.slices 2 --programs train
     python -m lsjax.cli.aot --config configs/continual_llama3_2_1b.py --topology h100:1 \\
         --programs prefill decode --decoding.strategy autoregressive
 
@@ -18,28 +16,21 @@ import sys
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Annotated, Any, Literal, get_args
+from functools import partial
+from typing import Any, Literal, get_args
 
 import jax
-import tyro
 from jax.sharding import Mesh
 from jax.stages import Lowered
 from rich.table import Table
 
+from lsjax.aot import programs
 from lsjax.aot.chips import GIB, slice_of, slice_size
 from lsjax.aot.costs import SLICES, Trips
-from lsjax.aot.programs import (
-    DecodingShape,
-    decoding,
-    evaluation,
-    program_report,
-    round_reads,
-    train_step,
-)
-from lsjax.cli.setup import check_output, one_line_errors
+from lsjax.cli.setup import check_output, program
 from lsjax.cli.show import notes_console, table, wide_console
-from lsjax.cli.training import ConfigFile, parse_config
-from lsjax.config import EarlyExitConfig, LayerDropoutConfig, MeshConfig, Path, TrainConfig, check
+from lsjax.cli.training import ConfigFields, ConfigFile, parse_config
+from lsjax.config import EarlyExitConfig, LayerDropoutConfig, MeshConfig, Path, check
 from lsjax.evaluation.exits import exit_sums
 from lsjax.sharding import make_mesh
 from lsjax.training.profiling import exit_flops, step_flops
@@ -59,29 +50,17 @@ class Slice(ConfigFile):
 class Arguments(Slice):
     """Programs to compile, and the slice to compile for."""
 
-    fields: Annotated[TrainConfig, tyro.conf.arg(name="")]
+    fields: ConfigFields
     programs: tuple[ProgramName, ...] = get_args(ProgramName)
     """Programs to compile: a training step, the scoring of a batch at every exit, the prefill of a
     prompt, a round of decoding."""
     beside_plain: bool = False
     """Also compiles the step without layer dropout and exits, for comparison."""
-    decoding: DecodingShape = DecodingShape()
+    decoding: programs.DecodingShape = programs.DecodingShape()
     decoding_mesh: MeshConfig = MeshConfig(tensor=4)
     """Devices that decode; by default four, or all of a smaller slice."""
     output: Path | None = None
     """Writes a JSON object with all figures to this file."""
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the program. Returns 1 if a program is too large; bad input exits with code 2."""
-    with one_line_errors():
-        found = report(parse(sys.argv[1:] if argv is None else argv))
-    return 1 if any(program["too_large"] for program in found["programs"]) else 0
-
-
-def parse(argv: Sequence[str]) -> Arguments:
-    """Parses the flags and the configuration. Raises ConfigError for a bad value."""
-    return parse_config(Arguments, argv, __doc__, Slice, default_mesh)
 
 
 def default_mesh(found: Slice) -> dict[str, MeshConfig]:
@@ -90,8 +69,8 @@ def default_mesh(found: Slice) -> dict[str, MeshConfig]:
     return {"decoding_mesh": MeshConfig(tensor=min(4, slice_size(found.topology)))}
 
 
-def report(arguments: Arguments) -> dict[str, Any]:
-    """Compiles the programs, prints the tables, and returns all figures.
+def report(arguments: Arguments) -> int:
+    """Compiles the programs and prints the tables. Returns 1 if a program is too large.
 
     Raises ConfigError before compiling if the settings do not fit.
     """
@@ -111,11 +90,12 @@ def report(arguments: Arguments) -> dict[str, Any]:
     # All programs are lowered first, so that errors come before the slow compilation.
     begun = {name: lowered(name, arguments, devices) for name in names}
     meshes = {name: sizes_by_slice(mesh) for name, (mesh, *_) in begun.items()}
-    programs = []
-    for name, (mesh, program, trips) in begun.items():
-        reads = round_reads(shape, arguments.decoding, mesh) if name == "decode" else None
+    reports = []
+    for name, (mesh, *ready) in begun.items():
+        decodes = name == "decode"
+        reads = programs.round_reads(shape, arguments.decoding, mesh) if decodes else None
         with notes_console().status(f"compiling {name} for {arguments.topology}"):
-            programs.append(program_report(name, program, trips, chip, meshes[name], reads))
+            reports.append(programs.program_report(name, *ready, chip, meshes[name], reads))
     rows, length = config.batch_size, config.seq_len
     trained_on = math.prod(meshes.get("train", {}).values())
     found = {
@@ -132,12 +112,12 @@ def report(arguments: Arguments) -> dict[str, Any]:
             "peak_flops": chip.peak_flops * trained_on,
         },
         "decoding": asdict(arguments.decoding),
-        "programs": programs,
+        "programs": reports,
     }
     print_report(found)
     if arguments.output is not None:
         arguments.output.write_text(json.dumps(found, indent=1) + "\n")
-    return found
+    return int(any(one["too_large"] for one in reports))
 
 
 def lowered(name: str, arguments: Arguments, devices: Sequence[Any]) -> tuple[Mesh, Lowered, Trips]:
@@ -146,13 +126,13 @@ def lowered(name: str, arguments: Arguments, devices: Sequence[Any]) -> tuple[Me
     if name in ("prefill", "decode"):
         arguments.decoding_mesh.check_decoding()
         mesh = make_mesh(arguments.decoding_mesh, slice_of(arguments.topology)[1])
-        return mesh, *decoding(name, config.model, arguments.decoding, mesh)
+        return mesh, *programs.decoding(name, config.model, arguments.decoding, mesh)
     if name == "plain":
         config = replace(config, layer_dropout=LayerDropoutConfig(), early_exit=EarlyExitConfig())
     mesh = make_mesh(config.mesh, devices)
     if name == "evaluate":
-        return mesh, *evaluation(config, mesh, exit_sums)
-    return mesh, *train_step(config, mesh)
+        return mesh, *programs.evaluation(config, mesh, exit_sums)
+    return mesh, *programs.train_step(config, mesh)
 
 
 def sizes_by_slice(mesh: Mesh) -> dict[str, int]:
@@ -194,12 +174,11 @@ def programs_table(found: Mapping[str, Any]) -> Table:
             rows.append([one["name"], mesh, "too large"])
             continue
         sizes = [f"{memory[part] / GIB:.2f}" for part in ("arguments", "temporaries", "total")]
-        seconds = [one[name] for name in ("compute_seconds", "sent_seconds", "seconds")]
         useful = ""
         if one["name"] in ("train", "plain"):
             useful = f"{training['plain_flops'] / training['peak_flops'] / one['seconds']:.1%}"
         share = f"{memory['total'] / memory['hbm']:.1%}"
-        times = [f"{1e3 * second:.2f}" for second in seconds]
+        times = [f"{1e3 * one[key]:.2f}" for key in ("compute_seconds", "sent_seconds", "seconds")]
         rows.append([one["name"], mesh, one["attention"], *sizes, share, *times, useful])
     axes = " x ".join(next(iter(found["meshes"].values())))
     names = ["program", axes, "attention", "arguments", "temporaries", "all, GiB"]
@@ -207,21 +186,21 @@ def programs_table(found: Mapping[str, Any]) -> Table:
     return table(f"{found['topology']}, per device", names, rows, left=3)
 
 
-def round_table(program: Mapping[str, Any], strategy: str) -> Table:
+def round_table(figures: Mapping[str, Any], strategy: str) -> Table:
     """Table of a decoding round: its time, the least time for its reads, and its kernels."""
-    weights, cache = (1e3 * seconds for seconds in program["round"].values())
-    whole, reads = 1e3 * program["seconds"], weights + cache
+    weights, cache = (1e3 * seconds for seconds in figures["round"].values())
+    whole, reads = 1e3 * figures["seconds"], weights + cache
     cells = [f"{number:.2f}" for number in (weights, reads, whole, whole / reads)]
-    cells.append(f"{program['operations']:.0f}")
+    cells.append(f"{figures['operations']:.0f}")
     names = ["weights", "and cache", "takes at least", "times that", "kernels"]
     each = "a token" if strategy == "autoregressive" else "a round"
     return table(f"decode: {each}, milliseconds", names, [cells])
 
 
-def collectives_table(program: Mapping[str, Any]) -> Table:
+def collectives_table(figures: Mapping[str, Any]) -> Table:
     """Table of a program's collectives, by kind and mesh axes."""
     groups = defaultdict(list)
-    for one in program["collectives"]:  # sorted by bytes sent
+    for one in figures["collectives"]:  # sorted by bytes sent
         groups[one["kind"], " x ".join(one["axes"])].append(one)
     rows = []
     for names, found in groups.items():
@@ -229,10 +208,13 @@ def collectives_table(program: Mapping[str, Any]) -> Table:
         largest = max(found, key=lambda one: one["bytes"])["shape"]
         count = sum(one["count"] for one in found)
         rows.append([*names, f"{count:.0f}", f"{gb:.3f}", f"{sent:.3f}", largest])
-    within = f"{program['sent_bytes'] / 1e9:.2f} GB sent by each device within its slice"
+    within = f"{figures['sent_bytes'] / 1e9:.2f} GB sent by each device within its slice"
     names = ["kind", "over", "times", "GB", "GB sent", "largest"]
-    return table(f"{program['name']}: {within}", names, rows, left=2)
+    return table(f"{figures['name']}: {within}", names, rows, left=2)
 
+
+parse = partial(parse_config, early=Slice, derived=default_mesh)
+main = program(Arguments, report, __doc__, parse)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -105,7 +105,7 @@ WHOLE, INDEX = 8 * 4 * 2, 4
     ],
 )
 def test_bytes_of_operations(name, expected):
-    assert moved_bytes(parse(TEXT).entry.instructions[name]) == expected
+    assert moved_bytes(parse(TEXT)[-1].instructions[name]) == expected
 
 
 def test_results_in_place_of_a_kernel():
@@ -120,7 +120,7 @@ ENTRY %main (q: f32[4], c: bf16[8,4]) -> (f32[4], bf16[8,4]) {
 custom_call_target="__gpu$xla.gpu.triton", output_to_operand_aliasing={{1}: (1, {})}
 }
 """
-    assert moved_bytes(parse(text).entry.instructions["out"]) == 16 + 64 + 16
+    assert moved_bytes(parse(text)[-1].instructions["out"]) == 16 + 64 + 16
 
 
 FMHA = """backend_config={"cudnn_fmha_backend_config": {"fmha_scale": 0.125, \
@@ -170,7 +170,7 @@ custom_call_target="__gpu$xla.gpu.triton", metadata={{op_name="jit(f)/flash_dkv/
     ],
 )
 def test_flops_of_operations(name, expected):
-    assert operation_flops(parse(PRODUCTS).entry.instructions[name]) == expected
+    assert operation_flops(parse(PRODUCTS)[-1].instructions[name]) == expected
 
 
 def test_flops_of_splash():
@@ -184,7 +184,7 @@ ENTRY %main (n: s32[], q: bf16[2,4,64,32], k: bf16[2,2,256,32]) -> f32[8] {
 }
 """
     forward, backward, other = (
-        operation_flops(parse(text.replace("NAME", name)).entry.root)
+        operation_flops(parse(text.replace("NAME", name))[-1].root)
         for name in ("splash_mha_fwd_residuals", "splash_mha_dkv_x", "other")
     )
     assert forward == 2 * (2 * 64 * 256 * 32) * 2 * 4 / 2
@@ -206,4 +206,4 @@ ENTRY %main (n: s32[], q: bf16[2,4,64,32], k: bf16[2,2,256,32]) -> f32[8] {
 )
 def test_the_attention_is_read_from_the_program(line, kernel):
     program = parse(f"ENTRY %main () -> f32[] {{\n  ROOT %splash_mha_fwd.1 = f32[] {line}\n}}\n")
-    assert attention_kernel([program.entry.root.kernel]) == kernel
+    assert attention_kernel([program[-1].root.kernel]) == kernel
