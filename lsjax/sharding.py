@@ -11,9 +11,10 @@ Training has many rows, so each layer's weights are gathered along fsdp when the
 (Rajbhandari et al., 2020). Decoding has few rows: the weights stay, and each device multiplies its
 share of D.
 
-If a mesh axis does not divide an array's axis, the array is replicated over it. Instead, qkv
-and the tables are sharded along D if D divides (lsjax/model/parameters.py). If there are fewer K/V
-heads than devices, heads, cache and attention are replicated over the tensor axis.
+If a mesh axis does not divide an array's axis, the array is replicated over it. Some weights have
+another candidate before that (lsjax/model/parameters.py). If there are fewer K/V heads than
+devices, qkv is sharded along D. Heads, cache and attention are then replicated over the tensor
+axis. A table whose vocabulary does not divide is sharded along D too.
 """
 
 import hashlib
@@ -174,9 +175,11 @@ def context_shards() -> int:
 
 
 def in_context_order(x: Any, *, back: bool = False) -> Any:
-    """Rows [B, T, ...] with their columns in the order in which N context shards hold them. Shard i
-    holds chunks i and 2 N - 1 - i of 2 N. Causal attention then takes equally long on each. back:
-    the inverse."""
+    """Rows [B, T, ...] with their columns in the order in which N context shards hold them.
+
+    Shard i holds chunks i and 2 N - 1 - i of 2 N. So each shard's queries see equally many keys, up
+    to their own chunk: causal attention takes equally long on each. back: the inverse.
+    """
     shards = context_shards()
     if shards == 1:
         return x
@@ -210,9 +213,10 @@ def on_each_device(
 ) -> Any:
     """Runs `function(*arguments)` on each device's own shard; the plain call without a mesh.
 
-    The function is independent along the sharded axes, or communicates itself. specs: sharding of
-    all arrays in each argument. A mesh axis that does not divide one of the arrays is dropped for
-    all of them. axes: mesh axes, all by default; the compiler shards over the others.
+    It serves functions that are independent along the sharded axes, or communicate themselves, if
+    the compiler cannot infer this. specs: sharding of all arrays in each argument. A mesh axis that
+    does not divide one of the arrays is dropped for all of them. axes: mesh axes, all by default;
+    the compiler shards over the others.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:

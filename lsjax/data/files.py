@@ -139,7 +139,8 @@ READERS = {".jsonl": json_rows, ".tsv": tab_separated_rows, ".csv": comma_separa
 
 
 def file_rows(paths: Sequence[str], refuse: Refuse = stop_at) -> Iterator[PlacedRow]:
-    """Rows of .jsonl, .tsv and .csv files, also as .gz; ConfigError for missing or other files."""
+    """Rows of .jsonl, .tsv and .csv files, also as .gz. Raises ConfigError for a missing file or
+    another extension."""
     for file in find_files(paths):
         kind = as_path(file.name.removesuffix(".gz")).suffix
         check(kind in READERS, f"{file}: extension {kind!r} is not one of {', '.join(READERS)}")

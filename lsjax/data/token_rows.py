@@ -177,7 +177,8 @@ def prepare_directory(job: Job) -> None:
 
 
 def make_missing(job: Job, share: Share, workers: int | None) -> None:
-    """Makes this host's missing shards, then those that other hosts have not, and joins them."""
+    """Makes this host's missing shards, then those that other hosts should have made elsewhere, and
+    joins them."""
     if job.source.warning is not None and share.index == 0:
         log.warning("%s", job.source.warning)
     pieces = job.source.pieces()

@@ -105,7 +105,8 @@ class Llama(nnx.Module):
         """`read` of each layer's output, stacked as [L, ...]. Index E - 1 belongs to exit E.
 
         In packed rows, positions restart at each document, and each document has its own segment
-        number. kernel: as in `self_attention`. On a mesh, the columns are `in_context_order`.
+        number. kernel: as in `self_attention`. On a mesh with a context axis, the columns are
+        `in_context_order`.
         """
         if positions_BT is None:
             positions_T = in_context_order(np.arange(tokens_BT.shape[1])[None])

@@ -4,8 +4,9 @@ Custom backward passes are faster or smaller than autodiff's (docs/performance.m
 gradients of the plain expression in the docstring, up to rounding. They have no forward-mode
 derivative.
 
-Rotary embeddings turn channel pairs (i, i + H/2), as Llama checkpoints do. Slices of h = H / 2
-channels leave half of a TPU's 128 lanes empty. Training on TPUs swaps the halves by a matmul.
+Rotary embeddings turn channel pairs (i, i + H/2), as Llama checkpoints do. Swapping the halves by
+slices makes arrays of h = H / 2 channels, which leave half of a TPU's 128 lanes empty. Training on
+TPUs multiplies by a permutation matrix instead.
 """
 
 from collections.abc import Mapping

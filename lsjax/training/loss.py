@@ -60,8 +60,9 @@ def objective(
     """Loss of some rows, and summed exit loss of each enabled exit (cross entropy for the last).
 
     Losses and gradients of parts of a batch add up to those of the complete batch. model: stacked,
-    in the dtype of the parameters. rows_B: indices in the complete batch. num_labels: labelled
-    tokens in it, by which the loss is divided. exit_loss, drop_rates: as in `make_train_step`.
+    in the dtype of the parameters. rows_B: indices of these rows in the batch. num_labels: labelled
+    tokens in the complete batch; the loss is divided by this number. exit_loss, drop_rates: as in
+    `make_train_step`.
     """
     num_layers = model.config.num_layers
     exit_S, taken_S, weights_S = exit_slots(config.early_exit, num_layers, step, config.num_steps)

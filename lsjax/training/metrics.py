@@ -131,7 +131,8 @@ class MetricsLog:
     """metrics.jsonl, the trackers and the clock of a run. Without a directory it writes nothing."""
 
     def __init__(self, directory: Path | None, config: TrainConfig, from_step: int, began: float):
-        """from_step, began: as in `Clock`. Raises ConfigError if wandb can't start."""
+        """Keeps the rows of steps up to `from_step`, after which the run resumes. began: Unix time
+        at which this process began. Raises ConfigError if wandb can't start."""
         rows = [] if directory is None else read_metrics(directory)
         self.clock = Clock(rows, from_step, began)
         peak, mesh = peak_flops(jax.devices()[0].device_kind), jax.sharding.get_abstract_mesh()
