@@ -27,6 +27,7 @@ from rich.table import Table
 from lsjax.aot import programs
 from lsjax.aot.chips import GIB, slice_of, slice_size
 from lsjax.aot.costs import SLICES, Trips
+from lsjax.aot.programs import DecodingShape
 from lsjax.cli.setup import check_output, program
 from lsjax.cli.show import notes_console, table, wide_console
 from lsjax.cli.training import ConfigFields, ConfigFile, parse_config
@@ -56,7 +57,7 @@ class Arguments(Slice):
     prompt, a round of decoding."""
     beside_plain: bool = False
     """Also compiles the step without layer dropout and exits, for comparison."""
-    decoding: programs.DecodingShape = programs.DecodingShape()
+    decoding: DecodingShape = DecodingShape()
     decoding_mesh: MeshConfig = MeshConfig(tensor=4)
     """Devices that decode; by default four, or all of a smaller slice."""
     output: Path | None = None
