@@ -37,7 +37,7 @@ from lsjax.data.vocabulary import find_counts
 from lsjax.decoding.draft import DraftVocabulary
 from lsjax.decoding.request import Request, encode_prompt
 from lsjax.decoding.strategy import Strategy
-from lsjax.evaluation.exits import FLOAT32_MARGIN, first_difference
+from lsjax.evaluation.comparison import FLOAT32_MARGIN, first_difference
 from lsjax.evaluation.tasks import make_questions
 
 Generate = Callable[[list[int], int], list[int]]  # (prompt, number of new tokens) -> new tokens

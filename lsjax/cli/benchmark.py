@@ -36,7 +36,7 @@ from lsjax.decoding.cost import ideal_speedup
 from lsjax.decoding.engine import Engine
 from lsjax.decoding.self_speculative import SelfSpeculative, in_one_program
 from lsjax.decoding.strategy import Strategy
-from lsjax.evaluation import answers, exits, plots
+from lsjax.evaluation import answers, comparison, plots
 from lsjax.evaluation.scores import ALL, Answer, acceptance, grouped
 from lsjax.evaluation.tasks import TASKS, Task, first_turn
 
@@ -101,7 +101,7 @@ def benchmark(arguments: Arguments) -> int:
         output.mkdir(parents=True, exist_ok=True)
         file = output / "answers.jsonl"
         check_output(file, arguments.prompt_file)
-    change = {} if tail is None else {"change": partial(exits.identity_tail, exit_layer=tail)}
+    change = {} if tail is None else {"change": partial(comparison.identity_tail, exit_layer=tail)}
     engine = flags.load_engine(model, notes, ignore_end=True, **change)
     if tail is not None and arguments.draft_vocab is not None:
         said = engine.generate([one.request for one in questions if one.sample == 0])
@@ -169,7 +169,7 @@ def timed_beside(
     config, difference = engine.model.config, None
     if completion.seed is None and engine.strategy.depth(config) == config.num_layers:
         tokens = base.token_ids, completion.token_ids
-        difference = exits.first_difference(engine.model, question.request.prompt, *tokens)
+        difference = comparison.first_difference(engine.model, question.request.prompt, *tokens)
     if difference is not None:
         margin = difference.margin if math.isfinite(difference.margin) else None
         difference = asdict(difference) | {"margin": margin}
@@ -193,7 +193,7 @@ def cell_speeds(config: LlamaConfig, answers: Sequence[Answer]) -> Iterator[dict
             drafts = sum(one["drafted"] for one in own) / sum(one["rounds"] for one in own)
             rate = passing["acceptance_rate"] or 0.0
             ideal = ideal_speedup(config, cell.exit_layer, drafts, rate, cell.draft_vocab)
-        margins = [exits.margin_of(one["difference"]) for one in found]
+        margins = [comparison.margin_of(one["difference"]) for one in found]
         yield {
             "group": group,
             **cell._asdict(),

@@ -18,7 +18,8 @@ from lsjax.decoding.engine import Engine
 from lsjax.decoding.request import Request
 from lsjax.decoding.self_speculative import SelfSpeculative
 from lsjax.decoding.strategy import Strategy
-from lsjax.evaluation.exits import FLOAT32_MARGIN, ExitScores, margin_of
+from lsjax.evaluation.comparison import FLOAT32_MARGIN, margin_of
+from lsjax.evaluation.exits import ExitScores
 from lsjax.evaluation.scores import Answer
 
 ACCEPTED = "bold green"

@@ -1,23 +1,16 @@
 """Scores given texts in one pass, without a cache: loss and agreement of every exit (the paper's
-Figures 6 and 8), log-probabilities at one exit, and margins by which two decodings differ.
-
-Self-speculation is lossless in exact arithmetic. In floating point, matmuls of one token and of
-d + 1 tokens round differently. If the two best logits are almost equal, either may win. A margin
-wider than rounding explains is a bug.
-"""
+Figures 6 and 8), and log-probabilities at one exit."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
-from itertools import zip_longest
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax import lax
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
@@ -25,7 +18,7 @@ from jaxtyping import Array, Float, Int
 from lsjax.checkpoints.run import EVALUATION
 from lsjax.config import AttentionKernel, ComputeDtype, check
 from lsjax.decoding.sampling import argmax
-from lsjax.model.llama import Llama, cast_matrices, unstacked
+from lsjax.model.llama import Llama, cast_matrices
 from lsjax.sharding import chunk_steps, constrain, over_context, pieces, split_rows
 from lsjax.training.prepare import TrainingRun
 from lsjax.training.run import Hook
@@ -33,8 +26,6 @@ from lsjax.training.run import Hook
 AGREEMENT = "agreement: share of greedy drafts that would be accepted, teacher-forced"
 CHUNK_LOGITS = 2**25  # logits in memory at once, per device
 MIN_LENGTH = 32  # a scored text is padded to this many tokens, or a larger power of two
-# Widest margin between the two best logits that rounding in float32 may reverse.
-FLOAT32_MARGIN = 1e-4
 
 
 @dataclass(frozen=True)
@@ -215,63 +206,3 @@ def _loss_and_argmax(
         return parts.swapaxes(0, 1).reshape(batch, chunks * chunk)[:, :steps]
 
     return jax.tree.map(join, lax.map(score, (split(x_BTD), split(labels_BT))))
-
-
-@dataclass(frozen=True)
-class Difference:
-    """First position where two decodings differ.
-
-    index: index of the new token. margin: the full model's best logit there minus the lower logit
-    of the two tokens; infinite if one decoding only ends earlier.
-    """
-
-    index: int
-    expected: int | None
-    found: int | None
-    margin: float
-
-
-def first_difference(
-    model: Llama, prompt: Sequence[int], expected: Sequence[int], found: Sequence[int]
-) -> Difference | None:
-    """First difference of `found` from `expected`, new tokens after `prompt`; None if equal."""
-    if list(expected) == list(found):
-        return None
-    pairs = enumerate(zip_longest(expected, found))
-    index, one, other = next((index, one, other) for index, (one, other) in pairs if one != other)
-    if one is None or other is None:
-        return Difference(index, one, other, math.inf)
-    logits_V = last_logits(model, [*prompt, *expected[:index]])
-    margin = float(logits_V.max() - np.minimum(logits_V[one], logits_V[other]))
-    return Difference(index, one, other, margin)
-
-
-def margin_of(difference: Mapping[str, Any]) -> float:
-    """The margin of a difference in JSON; null means infinite."""
-    return math.inf if difference["margin"] is None else difference["margin"]
-
-
-def last_logits(model: Llama, tokens: Sequence[int]) -> Float[np.ndarray, " V"]:
-    """Logits of the next token, from one pass over the complete text without a cache."""
-    padded = np.zeros((1, -(-len(tokens) // 128) * 128), np.int32)  # few shapes to compile
-    padded[0, : len(tokens)] = tokens
-    return np.asarray(_logits_at(model, padded, np.int32(len(tokens) - 1)))
-
-
-@jax.jit
-def _logits_at(
-    model: Llama, tokens_BT: Int[Array, "1 T"], index: Int[Array, ""]
-) -> Float[Array, " V"]:
-    return model.unembed(jnp.take(model.exits(tokens_BT)[-1, 0], index, axis=0))
-
-
-def identity_tail(model: Llama, exit_layer: int) -> Llama:
-    """The model, except that layers from `exit_layer` on add nothing: drafts of exits from there on
-    are all accepted. The output projections are separate zero arrays, so the cost is unchanged."""
-    tail = jax.tree.map(lambda leaf: leaf, unstacked(model))
-    for block in list(tail.layers)[exit_layer:]:
-        for linear in (block.attention.out, block.feed_forward.down):
-            linear.kernel = nnx.Param(jnp.zeros_like(linear.kernel[...]))
-            if linear.bias is not None:
-                linear.bias = nnx.Param(jnp.zeros_like(linear.bias[...]))
-    return tail

@@ -29,7 +29,7 @@ from lsjax.decoding.draft import DraftVocabulary
 from lsjax.decoding.engine import Engine
 from lsjax.decoding.self_speculative import SelfSpeculative
 from lsjax.decoding.strategy import Autoregressive, EarlyExit, Strategy
-from lsjax.evaluation.exits import FLOAT32_MARGIN, first_difference, identity_tail
+from lsjax.evaluation.comparison import FLOAT32_MARGIN, first_difference, identity_tail
 from lsjax.model.llama import Llama
 
 ROWS = 4  # of a batch: fewer than the prompts, so that rows are refilled

@@ -9,8 +9,8 @@ from lsjax.cli import benchmark
 from lsjax.cli.benchmark import main
 from lsjax.data.files import Lines
 from lsjax.decoding.engine import Engine
-from lsjax.evaluation import exits
-from lsjax.evaluation.exits import Difference
+from lsjax.evaluation import comparison
+from lsjax.evaluation.comparison import Difference
 
 
 @pytest.fixture(autouse=True)
@@ -152,7 +152,7 @@ def test_differences(cells, monkeypatch, capsys, dtype, margin, code, words):
         return difference if calls % 4 == 2 else None
 
     calls, difference = 0, Difference(0, 65, None, margin=margin)
-    monkeypatch.setattr(exits, "first_difference", first_difference)
+    monkeypatch.setattr(comparison, "first_difference", first_difference)
     monkeypatch.setattr(benchmark, "PROMPTS", ("ab", "cd"))
     options = ("--exit-layers", 3, "--num-draft-tokens", 4, "--dtype", dtype, "--repeats", 2)
     _, row = cells(*options, code=code)
@@ -286,7 +286,7 @@ def test_every_size_of_the_cache_is_warmed_up(model_directory, tmp_path, monkeyp
 )
 def test_bad_input(model_directory, refused, monkeypatch, tmp_path, options, words):
     """Before the model is loaded."""
-    monkeypatch.delattr(benchmark, "load_engine")
+    monkeypatch.delattr("lsjax.cli.flags.load_engine")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "bad.jsonl").write_text('{"prompt": "x"}\n{"prom\n')
     (tmp_path / "long.jsonl").write_text(json.dumps({"prompt": "x" * 600}))
@@ -294,7 +294,7 @@ def test_bad_input(model_directory, refused, monkeypatch, tmp_path, options, wor
 
 
 def test_the_prompts_are_not_overwritten(model_directory, refused, monkeypatch, tmp_path):
-    monkeypatch.delattr(benchmark, "load_engine")
+    monkeypatch.delattr("lsjax.cli.flags.load_engine")
     file = tmp_path / "answers.jsonl"
     file.write_text('{"prompt": "a"}')
     given = ("--model", model_directory, "--prompt-file", file, "--output", tmp_path)

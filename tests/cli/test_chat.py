@@ -27,7 +27,7 @@ from lsjax.decoding.engine import Engine
 from lsjax.decoding.request import Request
 from lsjax.decoding.sampling import Sampling
 from lsjax.decoding.self_speculative import SelfSpeculative
-from lsjax.evaluation.exits import identity_tail
+from lsjax.evaluation.comparison import identity_tail
 from lsjax.model.llama import Llama
 
 ROOT = Path(__file__).parents[2]

@@ -279,7 +279,7 @@ def test_categories(run, tmp_path, capsys):
 )
 def test_bad_input(model_directory, rows, tmp_path, refused, monkeypatch, options, words):
     """Before the model is loaded."""
-    monkeypatch.delattr(evaluate, "load_engine")
+    monkeypatch.delattr("lsjax.cli.flags.load_engine")
     given = ["--model", model_directory, "--task", "topv2"]
     given += [] if "--data" in options else ["--data", rows]
     given += [] if "--output" in options else ["--output", tmp_path / "out.jsonl"]

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 
 import lsjax.evaluation
-from lsjax.cli import lm_eval
 from lsjax.cli.lm_eval import main
 
 TASKS = Path(__file__).parents[1] / "evaluation" / "tasks"
@@ -51,7 +50,7 @@ def no_lm_eval(monkeypatch):
 )
 def test_bad_input(model_directory, refused, no_lm_eval, monkeypatch, options, words):
     """Before the model is loaded."""
-    monkeypatch.delattr(lm_eval, "load_engine")
+    monkeypatch.delattr("lsjax.cli.flags.load_engine")
     given = ("--model", model_directory) if "--model" not in options else ()
     tasks = ("--tasks", "tiny_choice") if "--tasks" not in options else ()
     assert words in refused(main, *given, *tasks, *options)

@@ -19,7 +19,7 @@ from lsjax.decoding.request import Request, encode_prompt
 from lsjax.decoding.self_speculative import SelfSpeculative
 from lsjax.decoding.state import DecodeState
 from lsjax.decoding.strategy import Autoregressive, EarlyExit
-from lsjax.evaluation.exits import identity_tail, last_logits
+from lsjax.evaluation.comparison import identity_tail, last_logits
 from lsjax.model.llama import Llama
 
 PROMPTS = [[7], [1, 2, 3], list(range(40, 60)), [104, 105] * 8]

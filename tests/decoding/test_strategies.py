@@ -12,7 +12,7 @@ from lsjax.decoding.draft import DraftVocabulary
 from lsjax.decoding.engine import Engine
 from lsjax.decoding.self_speculative import SelfSpeculative, in_one_program
 from lsjax.decoding.strategy import Autoregressive, EarlyExit
-from lsjax.evaluation.exits import identity_tail
+from lsjax.evaluation.comparison import identity_tail
 from lsjax.model.llama import stacked
 
 PROMPTS = [[7], [1, 2, 3], list(range(40, 60)), [200, 100] * 17]

@@ -24,7 +24,8 @@ from lsjax.decoding.sampling import GREEDY, Sampling
 from lsjax.decoding.self_speculative import SelfSpeculative
 from lsjax.decoding.state import DecodeState
 from lsjax.decoding.strategy import Autoregressive, EarlyExit
-from lsjax.evaluation.exits import FLOAT32_MARGIN, first_difference, score_texts
+from lsjax.evaluation.comparison import FLOAT32_MARGIN, first_difference
+from lsjax.evaluation.exits import score_texts
 from lsjax.model.llama import Llama, stacked
 from lsjax.model.parameters import placed
 from lsjax.sharding import make_mesh

@@ -17,9 +17,9 @@ from lsjax.decoding.engine import Engine
 from lsjax.decoding.request import Request
 from lsjax.decoding.self_speculative import SelfSpeculative
 from lsjax.decoding.strategy import Autoregressive, EarlyExit
-from lsjax.evaluation import exits
+from lsjax.evaluation import comparison
 from lsjax.evaluation.answers import Question, as_line, complete, read, resume
-from lsjax.evaluation.exits import Difference, first_difference, identity_tail
+from lsjax.evaluation.comparison import Difference, first_difference, identity_tail
 from lsjax.evaluation.scores import Cell
 
 PLAIN, DRAFTS = Autoregressive(), [SelfSpeculative(1, 2), SelfSpeculative(2, 2)]
@@ -106,7 +106,7 @@ def test_differences_are_those_from_the_text_beside(monkeypatch, turns):
         seen.append((prompt, expected, found))
         return Difference(1, 2, 3, np.nan) if expected != found else None
 
-    monkeypatch.setattr(exits, "first_difference", first_difference)
+    monkeypatch.setattr(comparison, "first_difference", first_difference)
     engine = Recorder(tokens={2: [1, 3], 3: [4, 4]})
     _, answers = turns(engine=engine, strategies=[*EVERYTHING, EarlyExit(3)])
     assert [one["difference"] is None for one in answers[:4]] == [True, True, False, True]
@@ -235,7 +235,7 @@ def test_acceptance_by_position_counted_one_by_one(engine):
 def test_margin(model, monkeypatch, logits, found, margin):
     seen = []
     monkeypatch.setattr(
-        exits, "last_logits", lambda _, tokens: seen.append(tokens) or np.array(logits)
+        comparison, "last_logits", lambda _, tokens: seen.append(tokens) or np.array(logits)
     )
     difference = first_difference(model, [7, 8], [4, 0, 2], [4, found, 9])
     assert (difference.index, difference.expected, difference.found) == (1, 0, found)

@@ -84,11 +84,11 @@ FAULTS = (
     ),
     Fault(
         "lost optimizer state",
-        "checkpoints/run.py",
-        "            state = jax.tree.unflatten(",
-        "            leaves = [a if a.ndim == 0 or 'opt_state' not in p else a * 0\n"
-        "                      for p, a in zip(named_leaves(like), leaves, strict=True)]\n"
-        "            state = jax.tree.unflatten(",
+        "checkpoints/steps.py",
+        "        return jax.tree.unflatten(",
+        "        leaves = [a if a.ndim == 0 or 'opt_state' not in p else a * 0\n"
+        "                  for p, a in zip(named_leaves(like), leaves, strict=True)]\n"
+        "        return jax.tree.unflatten(",
         "tests/checkpoints/test_saving.py",
     ),
     Fault(

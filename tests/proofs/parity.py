@@ -16,7 +16,7 @@ import numpy as np
 import lsjax
 from lsjax.cli.setup import exact_products, keep_compiled_programs
 from lsjax.data.chat import Dialogue
-from lsjax.evaluation.exits import FLOAT32_MARGIN, first_difference
+from lsjax.evaluation.comparison import FLOAT32_MARGIN, first_difference
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "smollm2.json"
 LOSS_TOLERANCE = 1e-3
