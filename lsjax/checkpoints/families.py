@@ -33,7 +33,7 @@ FIELDS: Mapping[str, str] = {  # to fields of LlamaConfig
 }
 FULL, SLIDING = "full_attention", "sliding_attention"  # values of layer_types
 BIASES = ("attention_bias", "mlp_bias")
-# Those of transformers. Sizes have none; num_key_value_heads and head_dim follow from others.
+# Those of transformers. Sizes have no default; num_key_value_heads and head_dim follow from others.
 _DEFAULTS = dict.fromkeys(FIELDS) | dict(max_position_embeddings=2048, rms_norm_eps=1e-6)
 _DEFAULTS |= dict(tie_word_embeddings=False, initializer_range=0.02, rope_theta=1e4)
 
@@ -231,7 +231,7 @@ def _read_rope(raw: Mapping[str, Any], slides: bool) -> dict[str, Any]:
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":
         return own
-    check(kind in SCALINGS, f"rope type {kind!r}; only {', '.join(SCALINGS)} are supported")
+    check(kind in [*SCALINGS], f"rope type {kind!r}; only {', '.join(SCALINGS)} are supported")
     values = {name: rope[name] for name in SCALINGS[kind] if rope.get(name) is not None}
     if kind != "linear":
         context = raw["max_position_embeddings"]
@@ -250,8 +250,8 @@ def _read_rope(raw: Mapping[str, Any], slides: bool) -> dict[str, Any]:
 def config_json(config: LlamaConfig, dtype: Any) -> dict[str, Any]:
     """config.json for transformers 4 (torch_dtype, rope_theta, rope_scaling) and 5.
 
-    Its architecture is the first that reads it back as this config. Raises ConfigError if there
-    is none.
+    Its architecture is the first that reads it back as this config. Raises ConfigError if no
+    architecture does.
     """
     scaling, rope = None, config.rope_scaling
     if rope is not None:

@@ -246,7 +246,7 @@ class RunSource:
             raise CheckpointError(f"{directory}: has no step {step}: choose from {known}")
 
     def assemble(self, *, dtype: jnp.dtype, track: Track, mesh: Mesh | None) -> Llama:
-        """The first undamaged step, with a Block per layer; CheckpointError if there is none."""
+        """The first undamaged step, with a Block per layer. Raises CheckpointError."""
         return first_whole(self._steps, lambda step: self._read(step, dtype, track, mesh))[0]
 
     def _read(self, step: SavedStep, dtype: jnp.dtype, track: Track, mesh: Mesh | None) -> Llama:

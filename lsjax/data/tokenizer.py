@@ -122,7 +122,7 @@ class Tokenizer(ABC):
         return self.token_bytes(token_id, skip_special=False).decode(errors="replace")
 
     def token_id(self, spelling: str) -> int | None:
-        """Smallest id of a token with this spelling; None if there is none."""
+        """Smallest id of a token with this spelling, or None."""
         wanted = spelling.encode()
         ids = (i for i in self._pieces if self.token_bytes(i, skip_special=False) == wanted)
         return min(ids, default=None)

@@ -71,7 +71,7 @@ class Adaptive(Drafting):
 
     def arguments(self, model: Llama) -> Arguments:
         """Seconds of each choice, and the rows of the head that exits draft with."""
-        # Any seconds while they are measured.
+        # Equal seconds until they are measured.
         seconds_SD = self.seconds or np.ones((len(self.sources), len(self.lengths)))
         head = None if self.vocabulary is None else self.vocabulary.head(model)
         return jnp.asarray(seconds_SD, jnp.float32), head

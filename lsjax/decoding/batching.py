@@ -35,7 +35,7 @@ FILLER = Request(prompt=(0,), max_new_tokens=0)  # a row that has ended from the
 
 
 class Conversation:
-    """A cache for the turns of a chat: pass it to `Engine.watch`. No prefix is read twice."""
+    """A cache that turns of a chat share: pass it to `Engine.watch`. Each reads only new tokens."""
 
     def __init__(self):
         self.ids: list[int] = []  # tokens whose keys and values are in the cache

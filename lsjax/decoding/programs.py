@@ -162,7 +162,7 @@ class Programs:
                 in_shardings=None if formats is None else (formats, *[None] * (1 + len(rest))),
                 out_shardings=None if mesh is None else shardings(state, mesh),
             )
-            # Python lines can send TPUs' compiler (libtpu 0.0.42) in a circle. Named scopes stay.
+            # With Python lines, TPUs' compiler (libtpu 0.0.42) may never end. Named scopes stay.
             lines = getattr(jax.config, CODE_LINES)
             jax.config.update(CODE_LINES, 0)
             try:

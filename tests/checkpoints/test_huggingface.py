@@ -255,6 +255,7 @@ def test_redundant_head_must_be_the_embedding(tmp_path):
         (dict(rope_parameters={"rope_type": "yarn"}), "rope: rope_scaling.factor is missing"),
         (dict(rope_scaling={"type": 3}), "rope type 3; only linear, llama3, yarn"),
         (dict(rope_scaling={"type": "linear"}), "rope: rope_scaling.factor is missing"),
+        (dict(rope_scaling={"type": []}), "rope type \\[\\]; only linear"),
         (
             dict(rope_scaling={"type": "linear", "factor": 0.5}),
             "factor 0.5 must be a finite number of at least 1",
