@@ -25,11 +25,11 @@ from jax import lax
 import lsjax
 from lsjax.cli.setup import exact_products, keep_compiled_programs
 from lsjax.cli.show import table, wide_console
-from lsjax.decoding.cost import LENGTH
 from lsjax.decoding.self_speculative import SelfSpeculative, in_one_program
 from lsjax.decoding.state import DecodeState
 from lsjax.decoding.strategy import Strategy
 
+LENGTH = 128  # tokens in the cache
 Loop = Callable[[int], None]  # runs a round this many times, and waits for it
 
 

@@ -20,6 +20,7 @@ import jax
 import numpy as np
 
 from lsjax.decoding.completion import Completion, RowText, Trace, Update
+from lsjax.decoding.cost import MEASURING
 from lsjax.decoding.programs import chunk_size, decode, grow, insert, prefill
 from lsjax.decoding.request import Request
 from lsjax.decoding.state import EOS, LENGTH, RUNNING, STOP, DecodeState
@@ -102,7 +103,7 @@ class ContinuousBatch:
         cancelled: Callable[[], bool] = lambda: False,
     ):
         self._engine, self._requests, self._stream = engine, requests, stream
-        self._strategy, self._arguments = engine.strategy, engine.arguments
+        self._strategy = engine.strategy
         self._depth = self._strategy.depth(engine.model.config)
         self._loop = partial(decode, strategy=self._strategy)
         self._conversation = conversation or Conversation()
@@ -114,6 +115,10 @@ class ContinuousBatch:
         longest = 1 + max(len(request.prompt) for request in requests)
         total = max(len(request.prompt) + request.max_new_tokens for request in requests)
         engine.check_memory(longest, total, held=self._conversation.device_bytes)
+        shortest = 1 + min(len(request.prompt) for request in requests)
+        capacities = engine.capacities(shortest if self._is_single else longest, total)
+        for capacity in capacities:  # now, so that no text waits for timings
+            engine.arguments_for(capacity, MEASURING / len(capacities))
         self._state: DecodeState | None = None
         config, ends = engine.model.config, () if engine.ignore_end else engine.tokenizer.eos_ids
         # All states fit the same programs.
@@ -166,7 +171,8 @@ class ContinuousBatch:
         learned, before = self._strategy.first_guess(1), self._worked
         single = self._create([request], capacity=capacity, cache=cache, learned=learned)
         # Compiled before a token is shown.
-        engine.programs.get(self._loop, self._state or single, np.int32(0), self._arguments)
+        arguments = engine.arguments_for(capacity)
+        engine.programs.get(self._loop, self._state or single, np.int32(0), arguments)
         chunk = chunk_size(len(ids) - known, single.capacity)
         read = partial(prefill, chunk=chunk, depth=self._depth)
         single = self._run(read, single, np.int32(known))
@@ -221,7 +227,8 @@ class ContinuousBatch:
         del state  # the smaller cache, before anything is compiled
         looks = self._stream or any(live.request.stop for live in self._rows.values())
         rounds = np.int32(ROUNDS_PER_LOOK if looks else np.iinfo(np.int32).max)
-        self._state = self._run(self._loop, self._state, rounds, self._arguments)
+        arguments = engine.arguments_for(self._state.capacity)
+        self._state = self._run(self._loop, self._state, rounds, arguments)
         engine.decode_seconds += self._worked - before
 
     def _run(self, function: partial, *arguments) -> DecodeState:

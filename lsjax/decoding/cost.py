@@ -7,7 +7,8 @@ A round of exit E and d drafts reads
     E                    when the last draft token passes the first layers
     L - E + k            in the verification of d + 1 positions
 
-Seconds of a round with each choice of `Adaptive` are measured once for each model and machine.
+Seconds of a round with each choice of `Adaptive` are measured once for each model, cache size and
+machine.
 """
 
 import contextlib
@@ -33,13 +34,11 @@ from lsjax.model.parameters import placed
 from lsjax.sharding import machine
 
 if TYPE_CHECKING:
-    from lsjax.decoding.adaptive import Adaptive
     from lsjax.decoding.engine import Engine
 
 DRAFTS = 8  # of the round for which a draft vocabulary is chosen
 PASSES = 0.8  # share of drafts that pass, for that choice
-LENGTH = 128  # tokens in the cache while rounds are measured
-BUDGET = 20.0  # seconds of measuring; compiling comes before
+MEASURING = 20.0  # seconds; compiling comes before
 REPEATS = 15
 CALL, MOST_ROUNDS = 0.05, 6  # seconds of a call with short rounds, and its most rounds
 
@@ -78,13 +77,15 @@ def best_draft_vocab(config: LlamaConfig, exit_layer: int, counts: Mapping[int, 
     return None if best == config.vocab_size else best
 
 
-def calibrated(engine: "Engine", strategy: "Adaptive") -> "Adaptive":
-    """The strategy with its measured seconds: those of the cache, or new ones."""
+def round_seconds(engine: "Engine", capacity: int, budget: float) -> np.ndarray:
+    """Seconds [S, D] of a round with each source and length of the engine's adaptive strategy, for
+    rows of `capacity` slots: those of the cache, or new ones."""
+    strategy = engine.strategy
     # The name of the file has all that the seconds depend on.
     sizes = [leaf.shape for leaf in jax.tree.leaves(engine.model)]
     devices = jax.devices()[:1] if engine.mesh is None else list(engine.mesh.devices.flat)
     kinds = [device.device_kind for device in devices]
-    own = strategy.exits, strategy.lengths, strategy.draft_vocab, engine.batch_size
+    own = strategy.exits, strategy.lengths, strategy.draft_vocab, engine.batch_size, capacity
     known = [sizes, str(engine.model.dtype), kinds, machine(), *own, jax.__version__]
     name = hashlib.sha256(repr(known).encode()).hexdigest()[:32]
     file = local_cache() / "round_seconds" / f"{name}.json"
@@ -94,21 +95,23 @@ def calibrated(engine: "Engine", strategy: "Adaptive") -> "Adaptive":
         seconds_SD = np.zeros(())
     shape = len(strategy.sources), len(strategy.lengths)
     if seconds_SD.shape != shape or not (seconds_SD > 0).all():
-        seconds_SD = measure(engine, strategy)
+        seconds_SD = measure(engine, capacity, budget)
         with contextlib.suppress(OSError):  # a cache that can't be written
             write_whole(file, json.dumps(seconds_SD.tolist()).encode())
-    return dataclasses.replace(strategy, seconds=tuple(map(tuple, seconds_SD.tolist())))
+    return seconds_SD
 
 
-def measure(engine: "Engine", strategy: "Adaptive") -> np.ndarray:
-    """Seconds [S, D] of a round with each source and length, by the engine's own program. Rounds
-    without drafts come first, then medium lengths. Choices beyond the budget are infinite."""
-    config, mesh = engine.model.config, engine.mesh
-    any_SD, head = placed(strategy.arguments(engine.model), mesh)
+def measure(engine: "Engine", capacity: int, budget: float) -> np.ndarray:
+    """Seconds [S, D] of a round with each source and length, by the engine's own program. Rows have
+    filled half of their slots. Rounds without drafts come first, then medium lengths. Choices that
+    take more than `budget` seconds in all are infinite."""
+    config, mesh, strategy = engine.model.config, engine.mesh, engine.strategy
+    any_SD, head = engine.arguments
+    half = capacity // 2
     state = DecodeState.create(
         config,
-        [Request(prompt=(1,) * LENGTH, max_new_tokens=LENGTH)] * engine.batch_size,
-        capacity=engine.capacity(LENGTH + 1),
+        [Request(prompt=(1,) * half, max_new_tokens=half)] * engine.batch_size,
+        capacity=capacity,
         num_layers=config.num_layers,
         dtype=engine.model.dtype,
         learned=strategy.first_guess(engine.batch_size),
@@ -116,14 +119,19 @@ def measure(engine: "Engine", strategy: "Adaptive") -> np.ndarray:
     )
     loop = partial(decode, strategy=strategy)
     program = engine.programs.get(loop, state, np.int32(0), (any_SD, head))
+    changed = {name: getattr(state, name) for name in ("length_B", "finish_B", "learned")}
+    changed = jax.tree.map(jnp.copy, changed)
 
     def seconds(choice: tuple[int, int], rounds: int) -> tuple[float, int]:
         """Seconds of a call, and its rounds: a full cache ends it early."""
+        nonlocal state
         only_SD = placed(jnp.full_like(any_SD, jnp.inf).at[choice].set(1.0), mesh)
-        copy = jax.block_until_ready(jax.tree.map(jnp.copy, state))  # the program consumes it
+        # From the start again, in the same cache: the program consumes its state.
+        state = dataclasses.replace(state, **jax.tree.map(jnp.copy, changed))
+        jax.block_until_ready(state)
         begin = time.perf_counter()
-        done = jax.block_until_ready(program(copy, np.int32(rounds), (only_SD, head)))
-        return time.perf_counter() - begin, int(done.learned.rounds_B.max())
+        state = jax.block_until_ready(program(state, np.int32(rounds), (only_SD, head)))
+        return time.perf_counter() - begin, int(state.learned.rounds_B.max())
 
     sources, lengths = any_SD.shape
     order = sorted(range(1, lengths), key=lambda index: abs(index - lengths // 2))
@@ -135,9 +143,17 @@ def measure(engine: "Engine", strategy: "Adaptive") -> np.ndarray:
     rounds = max(1, min(MOST_ROUNDS, round(CALL / seconds((0, 0), 1)[0])))
     found_RSD = np.full((REPEATS, sources, lengths), math.inf)
     for repeat, choice in engine.track([(r, choice) for r in range(REPEATS) for choice in choices]):
-        if time.perf_counter() - begin < BUDGET or np.isinf(found_RSD).all():
+        if time.perf_counter() - begin < budget or np.isinf(found_RSD).all():
             whole, done = seconds(choice, rounds)
             found_RSD[repeat, *choice] = max(whole - call, 1e-9) / done
-    # The lower quartile: other programs make some rounds slower. Minima vary twice as much.
-    quarter_SD = np.isfinite(found_RSD).sum(0) // 4
-    return np.take_along_axis(np.sort(found_RSD, axis=0), quarter_SD[None], axis=0)[0]
+    return typical(found_RSD)
+
+
+def typical(found_RSD: np.ndarray) -> np.ndarray:
+    """Medians of the repeats. A machine has slow phases, which affect all choices of a repeat. So
+    repeats are compared by the ratios of their seconds."""
+    known_SD = np.isfinite(found_RSD[0])
+    whole_R = np.isfinite(found_RSD[:, known_SD]).all(1)
+    log_RSD = np.log(found_RSD[whole_R])
+    level_R = log_RSD[:, known_SD].mean(1)
+    return np.exp(np.median(log_RSD - level_R[:, None, None], axis=0) + np.median(level_R))

@@ -3,16 +3,19 @@
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
+from jaxtyping import Array
 
 from lsjax.config import LlamaConfig, check
 from lsjax.data.tokenizer import Tokenizer
 from lsjax.decoding.adaptive import Adaptive
 from lsjax.decoding.batching import ContinuousBatch, Conversation
 from lsjax.decoding.completion import Completion, Update
-from lsjax.decoding.cost import calibrated
+from lsjax.decoding.cost import MEASURING, round_seconds
 from lsjax.decoding.programs import Programs
 from lsjax.decoding.request import Request, encode_prompt
 from lsjax.decoding.sampling import GREEDY, Sampling
@@ -65,14 +68,13 @@ class Engine:
         self.programs = Programs(placed(model, mesh), mesh, lay_out=lay_out)
         self.decode_seconds = 0.0  # of all rounds so far
         self.track = track
+        self._seconds: dict[tuple[Strategy, int], Array] = {}  # of rounds, by slots
         self.use(strategy)
 
     def use(self, strategy: Strategy) -> None:
         """Decodes with another strategy from now on. Raises ConfigError if it does not fit."""
         strategy.validate(self.model.config)
-        self.strategy = strategy  # `capacity` needs it
-        if isinstance(strategy, Adaptive) and strategy.seconds is None:
-            self.strategy = strategy = calibrated(self, strategy)
+        self.strategy = strategy
         self.arguments = placed(strategy.arguments(self.model), self.mesh)
 
     def use_model(self, model: Llama) -> None:
@@ -89,10 +91,27 @@ class Engine:
         """Slots of a row's cache for `length` tokens."""
         return cache_slots(max(length, self.min_capacity), self.strategy)
 
+    def arguments_for(self, capacity: int, budget: float = MEASURING) -> Any:
+        """Arguments of the strategy's program for rows of `capacity` slots. If the strategy is
+        adaptive, they include the seconds of its rounds. Unless these are given or stored, they are
+        measured, in `budget` seconds."""
+        if not isinstance(self.strategy, Adaptive) or self.strategy.seconds is not None:
+            return self.arguments
+        key = self.strategy, capacity
+        if key not in self._seconds:
+            seconds_SD = jnp.asarray(round_seconds(self, capacity, budget), jnp.float32)
+            self._seconds[key] = placed(seconds_SD, self.mesh)
+        return self._seconds[key], self.arguments[1]
+
     def memory_bytes(self, total: int) -> tuple[int, int]:
         """Bytes of the model and of the cache for rows of `total` tokens, on all devices."""
         model_bytes = self.model.config.num_params * self.model.dtype.itemsize
         return model_bytes, self._cache_bytes(self.capacity(total), None)
+
+    def capacities(self, first: int, total: int) -> list[int]:
+        """Slots of a row's cache while it grows from `first` to `total` tokens."""
+        lengths = *range(first, total, MIN_CAPACITY), total  # sizes differ by at least that
+        return sorted({self.capacity(length) for length in lengths})
 
     def check_memory(self, first: int, total: int, held: int = 0) -> None:
         """Raises ConfigError if the devices can't hold the cache for rows that begin with `first`

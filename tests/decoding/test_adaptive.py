@@ -273,31 +273,63 @@ def test_tokens_of_lookups_by_hand():
 def test_measured_seconds_are_kept(model, tokenizer, tmp_path, monkeypatch):
     """A second engine reads them; a damaged file is measured again; a budget leaves some out."""
     monkeypatch.setenv("LSJAX_CACHE", str(tmp_path))
-    asked = Adaptive((1, 2), lengths=LENGTHS)
-    shown = []
+    asked, shown = Adaptive((1, 2), lengths=LENGTHS), []
 
     def track(timings):
         shown.append(len(timings))
         return timings
 
-    first = Engine(model, tokenizer, asked, track=track).strategy.seconds
+    def seconds(strategy=asked, **options):
+        engine = Engine(model, tokenizer, strategy, track=track)
+        return np.array(engine.arguments_for(engine.capacity(1), **options)[0])
+
+    first = seconds()
     assert np.isinf(first)[1:, 0].all() and np.isfinite(np.delete(first, 0, axis=1)).all()
-    assert (np.array(first) > 0).all() and len(shown) == 1
+    assert (first > 0).all() and len(shown) == 1
     (file,) = (tmp_path / "round_seconds").iterdir()
-    file.write_text(json.dumps((np.array(first) * 2).tolist()))
-    second = Engine(model, tokenizer, asked, track=track).strategy.seconds
-    np.testing.assert_allclose(second, np.array(first) * 2)
+    file.write_text(json.dumps((first * 2).tolist()))
+    np.testing.assert_allclose(seconds(), first * 2)
     assert len(shown) == 1
     file.write_text("[")
-    monkeypatch.setattr(cost, "BUDGET", 0.0)
-    third = np.array(Engine(model, tokenizer, asked, track=track).strategy.seconds)
+    third = seconds(budget=0.0)
     assert len(shown) == 2 and np.isfinite(third).sum() == 1 and np.isfinite(third[0, 0])
     file.write_text("[[1, 2]]")  # of another shape
-    Engine(model, tokenizer, asked, track=track)
+    seconds()
     assert len(shown) == 3
-    other = Engine(model, tokenizer, dataclasses.replace(asked, exits=(1,)), track=track)
-    assert len(shown) == 4 and len(other.strategy.seconds) == 2
+    assert len(seconds(dataclasses.replace(asked, exits=(1,)))) == 2 and len(shown) == 4
     assert len(list(file.parent.iterdir())) == 2
+
+
+def test_slow_phases_of_the_machine_do_not_count():
+    """One repeat was slow in all choices, one in a single choice, and one was cut off."""
+    true = np.array([[1.0, 2.0, 3.0], [math.inf, 4.0, 5.0]])
+    found = np.stack([true, 3 * true, true, true, true])
+    found[3, 1, 2] = 9.0
+    found[4, 1] = math.inf
+    np.testing.assert_allclose(cost.typical(found), true)
+    found[1:, 1, 1] = math.inf  # only the first repeat is whole
+    np.testing.assert_allclose(cost.typical(found), true)
+
+
+def test_each_size_of_the_cache_has_its_own_seconds(model, tokenizer, monkeypatch):
+    """All are known before the text begins. A small cache makes lookups slow here, a large one
+    makes them fast."""
+    large, known = [], []
+
+    def round_seconds(engine, capacity, budget):
+        known.append((capacity, budget, engine.decode_seconds))
+        return np.array(only(0, 2 * (capacity > 320))[:1])
+
+    monkeypatch.setattr("lsjax.decoding.engine.round_seconds", round_seconds)
+    engine = Engine(model, tokenizer, Adaptive(lengths=LENGTHS), ignore_end=True)
+    for _ in range(2):
+        (one,) = engine.generate([[5, 6, 7] * 80], max_new_tokens=100)
+        large.append(one.trace)
+    assert known == [(320, cost.MEASURING / 2, 0.0), (576, cost.MEASURING / 2, 0.0)]
+    small = 1 + 320 - 240 - (1 + LENGTHS[-1])  # the first token, and rounds until one lacks slots
+    for trace in large:
+        drafted = trace.round_n[trace.round_n > 0] - 1
+        assert (drafted[:small] == 0).all() and (drafted[small : small + 5] > 0).all()
 
 
 @pytest.mark.parametrize(
