@@ -104,7 +104,7 @@ def round_seconds(engine: "Engine", capacity: int, budget: float) -> np.ndarray:
 def measure(engine: "Engine", capacity: int, budget: float) -> np.ndarray:
     """Seconds [S, D] of a round with each source and length, by the engine's own program. Rows have
     filled half of their slots. Rounds without drafts come first, then medium lengths. Choices that
-    take more than `budget` seconds in all are infinite."""
+    were not reached within `budget` seconds are infinite."""
     config, mesh, strategy = engine.model.config, engine.mesh, engine.strategy
     any_SD, head = engine.arguments
     half = capacity // 2
