@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
@@ -116,9 +116,9 @@ class ContinuousBatch:
         total = max(len(request.prompt) + request.max_new_tokens for request in requests)
         engine.check_memory(longest, total, held=self._conversation.device_bytes)
         shortest = 1 + min(len(request.prompt) for request in requests)
-        capacities = engine.capacities(shortest if self._is_single else longest, total)
-        for capacity in capacities:  # now, so that no text waits for timings
-            engine.arguments_for(capacity, MEASURING / len(capacities))
+        sizes = engine.capacities(shortest if self._is_single else longest, total)
+        # By capacity. Known now: no text waits for timings, and the engine may change its strategy.
+        self._arguments = {n: engine.arguments_for(n, MEASURING / len(sizes)) for n in sizes}
         self._state: DecodeState | None = None
         config, ends = engine.model.config, () if engine.ignore_end else engine.tokenizer.eos_ids
         # All states fit the same programs.
@@ -171,8 +171,8 @@ class ContinuousBatch:
         learned, before = self._strategy.first_guess(1), self._worked
         single = self._create([request], capacity=capacity, cache=cache, learned=learned)
         # Compiled before a token is shown.
-        arguments = engine.arguments_for(capacity)
-        engine.programs.get(self._loop, self._state or single, np.int32(0), arguments)
+        loop = self._loop, self._state or single, np.int32(0), self._arguments_for(capacity)
+        engine.programs.get(*loop)
         chunk = chunk_size(len(ids) - known, single.capacity)
         read = partial(prefill, chunk=chunk, depth=self._depth)
         single = self._run(read, single, np.int32(known))
@@ -227,9 +227,13 @@ class ContinuousBatch:
         del state  # the smaller cache, before anything is compiled
         looks = self._stream or any(live.request.stop for live in self._rows.values())
         rounds = np.int32(ROUNDS_PER_LOOK if looks else np.iinfo(np.int32).max)
-        arguments = engine.arguments_for(self._state.capacity)
+        arguments = self._arguments_for(self._state.capacity)
         self._state = self._run(self._loop, self._state, rounds, arguments)
         engine.decode_seconds += self._worked - before
+
+    def _arguments_for(self, capacity: int) -> Any:
+        """The loop's arguments. An earlier turn's cache may be larger than this one needs."""
+        return self._arguments[min(capacity, max(self._arguments))]
 
     def _run(self, function: partial, *arguments) -> DecodeState:
         """Runs a function's program. Compiling it first does not count as work."""

@@ -146,6 +146,16 @@ def test_a_chat_longer_than_the_cache(engine, fresh, count_prefilled):
     assert counts == [480, 2, 2, 2]
 
 
+def test_a_cache_larger_than_a_turn_needs(engine, fresh, count_prefilled):
+    """An earlier turn was longer. Most of this one is in its cache."""
+    counts, conversation = count_prefilled(engine), Conversation()
+    history = np.random.default_rng(0).integers(0, 256, 310).tolist()
+    for length in (310, 300):  # the first needs 512 slots and more
+        answer = say(engine, history[:length], conversation).token_ids
+        assert answer == fresh(Autoregressive(), history[:length])
+    assert counts == [310, 1] and engine.capacity(300 + NEW) < engine.capacity(310 + NEW)
+
+
 def test_another_strategy(engine, fresh, count_prefilled):
     """A cache of as many layers stays, also for longer drafts; one of other layers does not."""
     counts, conversation, history = count_prefilled(engine), Conversation(), SAID[0]
