@@ -115,10 +115,14 @@ class ContinuousBatch:
         longest = 1 + max(len(request.prompt) for request in requests)
         total = max(len(request.prompt) + request.max_new_tokens for request in requests)
         engine.check_memory(longest, total, held=self._conversation.device_bytes)
-        shortest = 1 + min(len(request.prompt) for request in requests)
-        sizes = engine.capacities(shortest if self._is_single else longest, total)
-        # By capacity. Known now: no text waits for timings, and the engine may change its strategy.
-        self._arguments = {n: engine.arguments_for(n, MEASURING / len(sizes)) for n in sizes}
+        # By slots. Known before the first text: none waits for timings, and the engine may change
+        # its strategy. Of larger sizes only one is timed, because each needs another program.
+        first = engine.capacity(longest)
+        sizes = {first, min(engine.capacity(first + 1), engine.capacity(total))}
+        if self._is_single:
+            sizes |= {engine.capacity(1 + len(request.prompt)) for request in requests}
+        budget = MEASURING / len(sizes)
+        self._arguments = {size: engine.arguments_for(size, budget) for size in sorted(sizes)}
         self._state: DecodeState | None = None
         config, ends = engine.model.config, () if engine.ignore_end else engine.tokenizer.eos_ids
         # All states fit the same programs.
@@ -232,8 +236,8 @@ class ContinuousBatch:
         engine.decode_seconds += self._worked - before
 
     def _arguments_for(self, capacity: int) -> Any:
-        """The loop's arguments. An earlier turn's cache may be larger than this one needs."""
-        return self._arguments[min(capacity, max(self._arguments))]
+        """The loop's arguments: those of the largest size up to `capacity`."""
+        return self._arguments[max(size for size in self._arguments if size <= capacity)]
 
     def _run(self, function: partial, *arguments) -> DecodeState:
         """Runs a function's program. Compiling it first does not count as work."""

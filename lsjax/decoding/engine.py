@@ -92,9 +92,9 @@ class Engine:
         return cache_slots(max(length, self.min_capacity), self.strategy)
 
     def arguments_for(self, capacity: int, budget: float = MEASURING) -> Any:
-        """Arguments of the strategy's program for rows of `capacity` slots. If the strategy is
-        adaptive, they include the seconds of its rounds. Unless these are given or stored, they are
-        measured, in `budget` seconds."""
+        """Arguments of the strategy's program for rows of `capacity` slots. Those of an adaptive
+        strategy include the seconds of its rounds. If these are neither given nor stored, they are
+        measured in `budget` seconds."""
         if not isinstance(self.strategy, Adaptive) or self.strategy.seconds is not None:
             return self.arguments
         key = self.strategy, capacity
@@ -107,11 +107,6 @@ class Engine:
         """Bytes of the model and of the cache for rows of `total` tokens, on all devices."""
         model_bytes = self.model.config.num_params * self.model.dtype.itemsize
         return model_bytes, self._cache_bytes(self.capacity(total), None)
-
-    def capacities(self, first: int, total: int) -> list[int]:
-        """Slots of a row's cache while it grows from `first` to `total` tokens."""
-        lengths = *range(first, total, MIN_CAPACITY), total  # sizes differ by at least that
-        return sorted({self.capacity(length) for length in lengths})
 
     def check_memory(self, first: int, total: int, held: int = 0) -> None:
         """Raises ConfigError if the devices can't hold the cache for rows that begin with `first`

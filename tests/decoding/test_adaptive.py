@@ -13,6 +13,7 @@ import pytest
 from lsjax.config import ConfigError, LlamaConfig
 from lsjax.decoding import cost
 from lsjax.decoding.adaptive import Adaptive
+from lsjax.decoding.batching import ContinuousBatch
 from lsjax.decoding.draft import Draft, DraftVocabulary
 from lsjax.decoding.engine import Engine
 from lsjax.decoding.learned import (
@@ -332,6 +333,19 @@ def test_each_size_of_the_cache_has_its_own_seconds(model, tokenizer, monkeypatc
     for trace in large:
         drafted = trace.round_n[trace.round_n > 0] - 1
         assert (drafted[:small] == 0).all() and (drafted[small : small + 5] > 0).all()
+
+
+def test_few_sizes_are_timed(model, tokenizer, monkeypatch):
+    """Those of the prompts and the next one. Each further one would need a program in advance."""
+    monkeypatch.setattr(
+        "lsjax.decoding.engine.round_seconds",
+        lambda engine, capacity, budget: np.full((1, 3), capacity),
+    )
+    engine = Engine(model, tokenizer, Adaptive(lengths=LENGTHS))
+    requests = [Request(prompt=(5,) * length, max_new_tokens=9000) for length in (5, 600)]
+    batch = ContinuousBatch(engine, requests)
+    timed = [int(batch._arguments_for(320 + 256 * n)[0][0, 0]) for n in (0, 1, 3, 7, 15)]
+    assert timed == [320, 320, 1088, 2112, 2112]
 
 
 @pytest.mark.parametrize(
