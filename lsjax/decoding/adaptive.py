@@ -66,8 +66,8 @@ class Adaptive(Drafting):
     def validate(self, config: LlamaConfig) -> None:
         """Raises ConfigError if a number is out of range or the vocabulary does not match."""
         super().validate(config)
-        good = self.lengths[0] == 0 and self.lengths == tuple(sorted({*self.lengths}))
-        check(good, f"lengths {self.lengths} must ascend from 0")
+        good = self.lengths == tuple(sorted({0, *self.lengths})) and len(self.lengths) > 1
+        check(good, f"lengths {self.lengths} must ascend from 0, with at least one draft length")
 
     def arguments(self, model: Llama) -> Arguments:
         """Seconds of each choice, and the rows of the head that exits draft with."""

@@ -354,6 +354,7 @@ def test_few_sizes_are_timed(model, tokenizer, monkeypatch):
         (Adaptive((4,)), "exit layer 4 is out of range: use --exit-layer 1..3"),
         (Adaptive((0, 1)), "exit layer 0 is out of range: use --exit-layer 1..3"),
         (Adaptive(lengths=(1, 3)), "lengths (1, 3) must ascend from 0"),
+        (Adaptive(lengths=(0,)), "lengths (0,) must ascend from 0, with at least one draft length"),
         (Adaptive(vocabulary=DraftVocabulary(np.arange(300))), "a draft vocabulary of 300"),
     ],
 )
