@@ -2,10 +2,10 @@
 
     python benchmarks/rounds.py models/smollm2
 
-Loops on the device repeat a round at a fixed position, and take turns. Rounds of `auto` that always
-makes one choice are compared with static ones of this exit and length, and with static ones in a
-program that serves all of them. The table has medians of the ratios, with quartiles. Its first row
-has autoregressive rounds.
+Loops on the device repeat a round at a fixed position, and take turns. Here `auto` always makes one
+choice. Its rounds are compared with static ones of this exit and length. A second comparison uses a
+static program that serves all choices. The table has medians of the ratios, with quartiles. Its
+first row has autoregressive rounds.
 """
 
 import dataclasses

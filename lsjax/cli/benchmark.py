@@ -148,7 +148,8 @@ def check_numbers(arguments: Arguments, config: LlamaConfig) -> None:
 def choose_strategies(
     arguments: Arguments, model: flags.OpenModel, counts: Mapping[int, int] | None
 ) -> list[Strategy]:
-    """Autoregressive decoding, then each cell of the grid, cells with the full head first.
+    """Autoregressive decoding, then each cell of the grid, cells with the full head first. `auto`
+    is one cell: it chooses its own vocabulary.
 
     counts: token counts for the draft vocabulary; by default those stored for the model.
     """
@@ -156,7 +157,8 @@ def choose_strategies(
     names = ("autoregressive", *(own if arguments.exit_layers or "auto" in own else ()))
     found: list[Strategy] = []
     for size in dict.fromkeys((None, arguments.draft_vocab)):
-        asked = replace(arguments, strategies=names, draft_vocab=size)
+        fitting = tuple(name for name in names if name != "auto" or size is None)
+        asked = replace(arguments, strategies=fitting, draft_vocab=size)
         found += flags.make_strategies(asked, model, counts)
     return in_one_program(list(dict.fromkeys(found)))
 

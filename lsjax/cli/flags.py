@@ -230,10 +230,12 @@ def trained_exits(model: OpenModel) -> tuple[int, ...]:
     if isinstance(model.source, RunSource):
         early_exit = model.source.early_exit
         if early_exit.get("curriculum", "none") in ("none", "subset"):
-            return tuple(sorted(early_exit.get("exits", ())))[:MOST_EXITS]
+            exits = sorted(early_exit.get("exits", ()))
+            return tuple(exit_layer for exit_layer in exits if exit_layer < layers)[:MOST_EXITS]
     else:
         exits = [read_generation_defaults(model.flags.model).exit_layer]
         if exits == [None]:
             return ()
     exits += [max(1, round(layers / part)) for part in (4, 2, 8, 16)]
-    return tuple(sorted([*dict.fromkeys(exits)][:MOST_EXITS]))
+    exits = [exit_layer for exit_layer in dict.fromkeys(exits) if exit_layer < layers]
+    return tuple(sorted(exits[:MOST_EXITS]))

@@ -4,6 +4,7 @@ The counts select a draft vocabulary. They are in the model's directory, or in t
 {"tokenizer": fingerprint, "total": n, "counts": {"id": n, ...}}.
 """
 
+import contextlib
 import hashlib
 import heapq
 import io
@@ -110,9 +111,9 @@ def cached_counts(cache: Path, tokenizer: Tokenizer, kind: str = "") -> Path:
 
 
 def add_written(cache: Path, tokenizer: Tokenizer, ids: Iterable[int]) -> None:
-    """Adds decoded tokens to the counts in the cache."""
+    """Adds decoded tokens to the counts in the cache. A damaged file is replaced."""
     file, counts = cached_counts(cache, tokenizer, WRITTEN), Counter(ids)
-    if file.is_file():
+    with contextlib.suppress(ConfigError):
         counts += read_counts(file, tokenizer)
     if counts:
         write_counts(file, tokenizer, counts)

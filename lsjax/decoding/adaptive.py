@@ -1,7 +1,7 @@
 """Self-speculation that chooses its drafts: source and length are chosen anew in each round.
 
-A round drafts with an exit, looks its drafts up in the text (`look_up`), or drafts nothing, which
-is an autoregressive step. It takes the choice with the most expected tokens per second:
+A round drafts with an exit, looks drafts up in the text (`look_up`), or drafts nothing. Without
+drafts it is an autoregressive step. It takes the choice with the most expected tokens per second:
 
     expected tokens   from counts of what the full model accepted lately. An exit whose drafts pass
                       with probability a gives 1 + a + ... + a^d tokens. A lookup passes with a
@@ -11,9 +11,9 @@ is an autoregressive step. It takes the choice with the most expected tokens per
 A draft of an exit then ends where the next token costs more seconds than it is worth. Its chance to
 pass depends on the exit's top probability, again by counts.
 
-Exits that did not draft are scored too, in every fourth round or less often: a round computes their
-hidden states anyway. Lookups are scored in every round. All of this is part of the compiled
-loop. The choice depends only on earlier rounds, so that sampling stays exact.
+Exits that did not draft are scored too, in every fourth round or less often. A round computes their
+hidden states anyway. Lookups are scored in every round. All of this is part of the compiled loop.
+The choice depends only on earlier rounds, so that sampling stays exact.
 """
 
 import math
@@ -47,9 +47,10 @@ Arguments = tuple[Float[Array, "S D"], DraftHead | None]
 class Adaptive(Drafting):
     """The same greedy tokens as Autoregressive, and the same distribution of sampled ones.
 
-    exits: those that may draft; none for a model without LayerSkip. vocabulary: tokens that exits
-    may draft, and lookups too if sampled. lengths: draft lengths, from 0. seconds: of a round with
-    each source and length (`Arguments`); an engine measures them by default.
+    exits: those that may draft, ascending; none for a model without LayerSkip. vocabulary: tokens
+    that exits may draft; in sampling it limits lookups too. lengths: draft lengths, from 0.
+    seconds: of a round with each source and length (`Arguments`); by default an engine measures
+    them.
     """
 
     name = "auto"
@@ -66,8 +67,12 @@ class Adaptive(Drafting):
     def validate(self, config: LlamaConfig) -> None:
         """Raises ConfigError if a number is out of range or the vocabulary does not match."""
         super().validate(config)
-        good = self.lengths == tuple(sorted({0, *self.lengths})) and len(self.lengths) > 1
-        check(good, f"lengths {self.lengths} must ascend from 0, with at least one draft length")
+        exits, lengths, seconds = self.exits, self.lengths, np.shape(self.seconds)
+        check(exits == tuple(sorted({*exits})), f"exits {exits} must ascend")
+        good = lengths[:1] == (0,) and lengths[1:] and lengths == tuple(sorted({*lengths}))
+        check(good, f"lengths {lengths} must ascend from 0, with at least one draft length")
+        sizes = len(self.sources), len(lengths)
+        check(seconds in ((), sizes), f"seconds have the shape {seconds}, not {sizes}")
 
     def arguments(self, model: Llama) -> Arguments:
         """Seconds of each choice, and the rows of the head that exits draft with."""
@@ -105,7 +110,7 @@ class Adaptive(Drafting):
         self, layers: int, state: DecodeState, matched_B: Int[Array, " B"], arguments: Arguments
     ) -> RoundSettings:
         """The source and length with the most expected tokens per second. A draft of an exit may be
-        longer, until its next token costs more than that."""
+        longer, until its next token costs more time than it is worth."""
         seconds_SD, head = arguments
         learned, length_D = state.learned, jnp.array(self.lengths)
         chance_BE1 = learned.chance_BE[..., None]

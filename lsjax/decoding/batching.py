@@ -116,7 +116,7 @@ class ContinuousBatch:
         total = max(len(request.prompt) + request.max_new_tokens for request in requests)
         engine.check_memory(longest, total, held=self._conversation.device_bytes)
         # By slots. Known before the first text: none waits for timings, and the engine may change
-        # its strategy. Of larger sizes only one is timed, because each needs another program.
+        # its strategy. One larger size is timed: each further one would compile another program.
         first = engine.capacity(longest)
         sizes = {first, min(engine.capacity(first + 1), engine.capacity(total))}
         if self._is_single:
@@ -169,7 +169,10 @@ class ContinuousBatch:
         """Reads a prompt and assigns it a row."""
         engine, ids = self._engine, request.prompt
         self._leave()
-        capacity = engine.capacity(len(ids) + 1) if self._is_single else self._state.capacity
+        if self._is_single:
+            capacity = engine.capacity(len(ids) + 1, self._strategy)
+        else:
+            capacity = self._state.capacity
         cache, known = self._conversation.take(ids, capacity, self._depth, engine.model)
         capacity = capacity if cache is None else cache.capacity
         learned, before = self._strategy.first_guess(1), self._worked
@@ -226,7 +229,7 @@ class ContinuousBatch:
         state, engine, before = self._state, self._engine, self._worked
         longest = int(np.array(state.length_B)[np.array(state.finish_B) == RUNNING].max())
         if longest + self._strategy.slack > state.capacity:
-            larger = partial(grow, capacity=engine.capacity(longest))
+            larger = partial(grow, capacity=engine.capacity(longest, self._strategy))
             self._state = self._run(larger, state)
         del state  # the smaller cache, before anything is compiled
         looks = self._stream or any(live.request.stop for live in self._rows.values())

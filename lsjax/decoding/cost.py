@@ -79,25 +79,30 @@ def best_draft_vocab(config: LlamaConfig, exit_layer: int, counts: Mapping[int, 
 
 def round_seconds(engine: "Engine", capacity: int, budget: float) -> np.ndarray:
     """Seconds [S, D] of a round with each source and length of the engine's adaptive strategy, for
-    rows of `capacity` slots: those of the cache, or new ones."""
-    strategy = engine.strategy
+    rows of `capacity` slots: those of the cache, or new ones. The cache keeps them with the budget.
+    If a larger one may reach more choices, they are measured again."""
+    strategy, mesh = engine.strategy, engine.mesh
     # The name of the file has all that the seconds depend on.
     sizes = [leaf.shape for leaf in jax.tree.leaves(engine.model)]
-    devices = jax.devices()[:1] if engine.mesh is None else list(engine.mesh.devices.flat)
+    devices = jax.devices()[:1] if mesh is None else list(mesh.devices.flat)
     kinds = [device.device_kind for device in devices]
+    layout = None if mesh is None else dict(mesh.shape)
     own = strategy.exits, strategy.lengths, strategy.draft_vocab, engine.batch_size, capacity
-    known = [sizes, str(engine.model.dtype), kinds, machine(), *own, jax.__version__]
-    name = hashlib.sha256(repr(known).encode()).hexdigest()[:32]
+    model = engine.model.config, sizes, str(engine.model.dtype)
+    all_of_it = [*model, kinds, layout, machine(), *own, jax.__version__]
+    name = hashlib.sha256(repr(all_of_it).encode()).hexdigest()[:32]
     file = local_cache() / "round_seconds" / f"{name}.json"
     try:
-        seconds_SD = np.array(json.loads(file.read_text()), np.float64)
-    except (OSError, ValueError):
-        seconds_SD = np.zeros(())
-    shape = len(strategy.sources), len(strategy.lengths)
-    if seconds_SD.shape != shape or not (seconds_SD > 0).all():
+        seconds_SD, spent = map(np.array, json.loads(file.read_text()))
+        good = seconds_SD.shape == (len(strategy.sources), len(strategy.lengths))
+        good &= (seconds_SD > 0).all()
+        good &= np.isfinite(seconds_SD[:, 1:]).all() or spent >= budget
+    except Exception:  # no file, or it may hold anything
+        good = False
+    if not good:
         seconds_SD = measure(engine, capacity, budget)
         with contextlib.suppress(OSError):  # a cache that can't be written
-            write_whole(file, json.dumps(seconds_SD.tolist()).encode())
+            write_whole(file, json.dumps([seconds_SD.tolist(), budget]).encode())
     return seconds_SD
 
 
@@ -107,7 +112,7 @@ def measure(engine: "Engine", capacity: int, budget: float) -> np.ndarray:
     were not reached within `budget` seconds are infinite."""
     config, mesh, strategy = engine.model.config, engine.mesh, engine.strategy
     any_SD, head = engine.arguments
-    half = capacity // 2
+    half = min(capacity // 2, capacity - strategy.slack)
     state = DecodeState.create(
         config,
         [Request(prompt=(1,) * half, max_new_tokens=half)] * engine.batch_size,

@@ -15,7 +15,7 @@ from lsjax.data.tokenizer import Tokenizer
 from lsjax.decoding.adaptive import Adaptive
 from lsjax.decoding.batching import ContinuousBatch, Conversation
 from lsjax.decoding.completion import Completion, Update
-from lsjax.decoding.cost import MEASURING, round_seconds
+from lsjax.decoding.cost import round_seconds
 from lsjax.decoding.programs import Programs
 from lsjax.decoding.request import Request, encode_prompt
 from lsjax.decoding.sampling import GREEDY, Sampling
@@ -87,11 +87,11 @@ class Engine:
         """The model that decodes, on the mesh and laid out for its programs."""
         return self.programs.model
 
-    def capacity(self, length: int) -> int:
-        """Slots of a row's cache for `length` tokens."""
-        return cache_slots(max(length, self.min_capacity), self.strategy)
+    def capacity(self, length: int, strategy: Strategy | None = None) -> int:
+        """Slots of a row's cache for `length` tokens. strategy: by default the engine's."""
+        return cache_slots(max(length, self.min_capacity), strategy or self.strategy)
 
-    def arguments_for(self, capacity: int, budget: float = MEASURING) -> Any:
+    def arguments_for(self, capacity: int, budget: float) -> Any:
         """Arguments of the strategy's program for rows of `capacity` slots. Those of an adaptive
         strategy include the seconds of its rounds. If these are neither given nor stored, they are
         measured in `budget` seconds."""

@@ -24,7 +24,7 @@ class Request(Checked):
     stop_ids: tuple[int, ...] = bounded((), low=0)
     """Tokens that end the text, beside the tokenizer's own."""
     sampling: Sampling = GREEDY
-    """How tokens are chosen; a text depends only on its own request, not on its batch mates."""
+    """How tokens are chosen. A text depends on its own request only, except with `Adaptive`."""
     log_probs: bool = False
     """Whether the completion contains the log-probability of each token."""
 

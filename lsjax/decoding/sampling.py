@@ -4,7 +4,7 @@ A distribution is a row of log-probabilities [V], -inf for a token that may not 
 temperature 0 is greedy: the argmax has probability 1. The filters find a threshold by bisection
 instead of sorting the vocabulary. A draw depends only on the row's key, the draw's purpose, the
 position where its round starts, and its offset from there. So a row's tokens do not depend on its
-batch mates, and no draw of a rejected draft returns in the next round.
+batch mates (except in `Adaptive`), and no draw of a rejected draft returns in the next round.
 """
 
 from collections.abc import Callable, Sequence

@@ -21,6 +21,7 @@ from lsjax.checkpoints.steps import fingerprints
 from lsjax.config import Path, check
 from lsjax.config.checked import differences, shown
 from lsjax.data.files import Fields, Lines, write_whole
+from lsjax.decoding.adaptive import Adaptive
 from lsjax.decoding.completion import Completion
 from lsjax.decoding.engine import Engine
 from lsjax.decoding.request import Request
@@ -57,6 +58,8 @@ class Question:
         drafted = None if strategy.vocabulary is None else strategy.vocabulary.ids_N.tolist()
         # A draft that ends early is verified with the shortest length that fits.
         lengths = None if strategy.draft_confidence is None else strategy.lengths
+        if isinstance(strategy, Adaptive):
+            lengths = strategy.exits, strategy.lengths
         own = [self.id, self.sample, self.reference, self.seen, row, seed]
         return digest([*Cell.of(strategy), drafted, lengths, prompt, *own])
 

@@ -9,6 +9,7 @@ from lsjax.config import ConfigError
 from lsjax.data.tokenizer_backends import ByteTokenizer
 from lsjax.data.vocabulary import (
     COUNTS,
+    WRITTEN,
     add_written,
     cached_counts,
     count_tokens,
@@ -49,6 +50,9 @@ def test_decoded_tokens_count_when_there_are_enough(tmp_path):
         find_counts(model, cache, TOKENIZER)
     add_written(cache, TOKENIZER, [7] * 3_000 + [8] * 1_000)
     assert find_counts(model, cache, TOKENIZER) == {7: 9_000, 8: 1_000}
+    cached_counts(cache, TOKENIZER, WRITTEN).write_bytes(b"")  # damaged: counting begins again
+    add_written(cache, TOKENIZER, [9] * 10_000)
+    assert find_counts(model, cache, TOKENIZER) == {9: 10_000}
     write_counts(cached_counts(cache, TOKENIZER), TOKENIZER, Counter({1: 2}))
     assert find_counts(model, cache, TOKENIZER) == {1: 2}
 

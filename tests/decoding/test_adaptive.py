@@ -280,25 +280,34 @@ def test_measured_seconds_are_kept(model, tokenizer, tmp_path, monkeypatch):
         shown.append(len(timings))
         return timings
 
-    def seconds(strategy=asked, **options):
+    def seconds(strategy=asked, budget=cost.MEASURING):
         engine = Engine(model, tokenizer, strategy, track=track)
-        return np.array(engine.arguments_for(engine.capacity(1), **options)[0])
+        return np.array(engine.arguments_for(engine.capacity(1), budget)[0])
 
     first = seconds()
     assert np.isinf(first)[1:, 0].all() and np.isfinite(np.delete(first, 0, axis=1)).all()
     assert (first > 0).all() and len(shown) == 1
     (file,) = (tmp_path / "round_seconds").iterdir()
-    file.write_text(json.dumps((first * 2).tolist()))
+    file.write_text(json.dumps([(first * 2).tolist(), 0.0]))
     np.testing.assert_allclose(seconds(), first * 2)
     assert len(shown) == 1
-    file.write_text("[")
-    third = seconds(budget=0.0)
-    assert len(shown) == 2 and np.isfinite(third).sum() == 1 and np.isfinite(third[0, 0])
-    file.write_text("[[1, 2]]")  # of another shape
-    seconds()
-    assert len(shown) == 3
-    assert len(seconds(dataclasses.replace(asked, exits=(1,)))) == 2 and len(shown) == 4
+    for damaged in ("[", "{}", "[[[1, 2]], 20]"):  # the last one has another shape
+        file.write_text(damaged)
+        few = seconds(budget=0.0)
+        assert np.isfinite(few).sum() == 1 and np.isfinite(few[0, 0])
+    assert len(shown) == 4
+    np.testing.assert_allclose(seconds(budget=0.0), few)  # more would not be reached now either
+    assert len(shown) == 4
+    assert np.isfinite(seconds()[:, 1:]).all() and len(shown) == 5
+    assert len(seconds(dataclasses.replace(asked, exits=(1,)))) == 2 and len(shown) == 6
     assert len(list(file.parent.iterdir())) == 2
+
+
+def test_long_drafts_are_timed_too(model, tokenizer, monkeypatch, tmp_path):
+    """In the smallest cache, half of the slots have no room for these."""
+    monkeypatch.setenv("LSJAX_CACHE", str(tmp_path))
+    engine = Engine(model, tokenizer, Adaptive(lengths=(0, 300)))
+    assert (np.array(engine.arguments_for(engine.capacity(1), cost.MEASURING)[0]) > 0).all()
 
 
 def test_slow_phases_of_the_machine_do_not_count():
@@ -354,7 +363,10 @@ def test_few_sizes_are_timed(model, tokenizer, monkeypatch):
         (Adaptive((4,)), "exit layer 4 is out of range: use --exit-layer 1..3"),
         (Adaptive((0, 1)), "exit layer 0 is out of range: use --exit-layer 1..3"),
         (Adaptive(lengths=(1, 3)), "lengths (1, 3) must ascend from 0"),
+        (Adaptive(lengths=(-2, 0)), "lengths (-2, 0) must ascend from 0"),
         (Adaptive(lengths=(0,)), "lengths (0,) must ascend from 0, with at least one draft length"),
+        (Adaptive((2, 1)), "exits (2, 1) must ascend"),
+        (Adaptive((1,), seconds=((1.0,) * 5,)), "seconds have the shape (1, 5), not (2, 5)"),
         (Adaptive(vocabulary=DraftVocabulary(np.arange(300))), "a draft vocabulary of 300"),
     ],
 )

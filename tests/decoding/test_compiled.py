@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lsjax.decoding.adaptive import Adaptive
 from lsjax.decoding.draft import DraftVocabulary
 from lsjax.decoding.programs import Programs, decode
 from lsjax.decoding.request import Request
@@ -23,6 +24,7 @@ def compiled_loop(model, strategy, batch, capacity):
         capacity=capacity,
         num_layers=strategy.depth(model.config),
         dtype=jnp.float32,
+        learned=strategy.first_guess(batch),
     )
     program = jax.jit(partial(decode, strategy=strategy), donate_argnums=1)
     arguments = strategy.arguments(model)
@@ -51,8 +53,9 @@ def copies(text: str) -> list[tuple[str, tuple[int, ...]]]:
         SelfSpeculative(2, 3),
         SelfSpeculative(2, 3, shared_exits=(1, 3), shared_lengths=(0, 2)),
         SelfSpeculative(2, 3, DraftVocabulary(np.arange(50))),
+        Adaptive((1, 2), lengths=(0, 2, 3)),
     ],
-    ids=["autoregressive", "early_exit", "self_speculative", "shared", "draft_vocabulary"],
+    ids=["autoregressive", "early_exit", "self_speculative", "shared", "draft_vocabulary", "auto"],
 )
 def test_no_copy_of_weights_or_cache_in_the_loop(model, strategy, batch, capacity):
     program, state = compiled_loop(model, strategy, batch, capacity)

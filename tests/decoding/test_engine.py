@@ -121,13 +121,14 @@ def test_the_time_behind_a_stop_string_is_not_the_text_s(engine_of, stops, monke
 
 
 def test_a_stream_keeps_its_strategy(model, tokenizer):
-    """What the engine is told to use meanwhile is for the next text."""
-    tail = identity_tail(model, 2)
-    engine = Engine(tail, tokenizer, SelfSpeculative(2, 3))
-    (expected,) = Engine(tail, tokenizer).generate([[5, 6]], max_new_tokens=NEW)
+    """What the engine is told to use meanwhile is for the next text. The text outgrows its cache
+    afterwards, where the other strategy would have more room for drafts, or less."""
+    tail, prompt, options = identity_tail(model, 2), [5, 6] * 150, dict(max_new_tokens=40)
+    engine = Engine(tail, tokenizer, SelfSpeculative(2, 3), ignore_end=True)
+    (expected,) = Engine(tail, tokenizer, ignore_end=True).generate([prompt], **options)
     for other in (SelfSpeculative(2, 12), Autoregressive()):
         engine.use(SelfSpeculative(2, 3))
-        stream = engine.stream([5, 6], max_new_tokens=NEW)
+        stream = engine.stream(prompt, **options)
         pieces = [next(stream)]
         engine.use(other)
         *rest, completion = stream

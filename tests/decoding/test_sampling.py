@@ -137,7 +137,8 @@ forward = jax.jit(lambda model, tokens: model(tokens)[:, -1])
 
 def texts(model, strategy, settings=SETTINGS) -> np.ndarray:
     """[settings, prompts, texts, NEW] tokens: the prefill's and those of two rounds. All settings
-    and both prompts are rows of one ragged batch, each row with a seed of its own."""
+    and both prompts are rows of one ragged batch, each row with a seed of its own. `auto` chooses
+    for all rows of a batch together, so there each row is a batch."""
     requests = [
         Request(prompt=prompt, max_new_tokens=7, sampling=sampling)  # two rounds do not end before
         for sampling in settings
@@ -153,7 +154,15 @@ def texts(model, strategy, settings=SETTINGS) -> np.ndarray:
     )
     pairs = np.arange(2 * len(settings)).reshape(-1, 1, 2).repeat(ROWS, axis=1)
     base = jax.tree.map(lambda leaf: leaf[pairs.ravel()], base)
-    run_decode = jax.jit(partial(decode, strategy=strategy), compiler_options=OPTIMISED)
+    loop = partial(decode, strategy=strategy)
+    if isinstance(strategy, Adaptive):
+        alone = jax.vmap(loop, in_axes=(None, 0, None, None))
+
+        def loop(model, state, rounds, arguments):
+            done = alone(model, jax.tree.map(lambda leaf: leaf[:, None], state), rounds, arguments)
+            return jax.tree.map(lambda leaf: leaf[:, 0], done)
+
+    run_decode = jax.jit(loop, compiler_options=OPTIMISED)
     arguments = strategy.arguments(model)
     make_keys = jax.jit(jax.vmap(lambda seed: jax.random.key_data(jax.random.key(seed))))
     rows, out = np.arange(pairs.size), []

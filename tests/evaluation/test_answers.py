@@ -6,6 +6,7 @@ import json
 import pytest
 
 from lsjax.config import ConfigError
+from lsjax.decoding.adaptive import Adaptive
 from lsjax.decoding.draft import DraftVocabulary
 from lsjax.decoding.request import Request
 from lsjax.decoding.sampling import Sampling
@@ -67,6 +68,7 @@ def test_a_key_is_all_that_an_answer_depends_on():
     strategies = [SelfSpeculative(2, 4, one) for one in (None, VOCABULARY, other_vocabulary)]
     unsure = SelfSpeculative(2, 8, draft_confidence=0.5)
     strategies += [unsure, dataclasses.replace(unsure, shared_lengths=(3,))]
+    strategies += [Adaptive(), Adaptive((1,)), Adaptive((1, 2)), Adaptive(lengths=(0, 4))]
     others += [key(strategy=strategy) for strategy in strategies]
     assert len(set(others)) == len(others)
     assert key(strategy=SelfSpeculative(2, 4)) == key(strategy=SelfSpeculative(2, 4, None, None))

@@ -83,7 +83,7 @@ def compare(file: Path) -> bool:
         sums = [map(sum, zip(*texts[cell, kind], strict=True)) for kind in kinds]
         return 1 / statistics.mean(own / base for own, base in sums)
 
-    auto = next(cell for cell in cells if cell.strategy == "auto")
+    (auto,) = (cell for cell in cells if cell.strategy == "auto")
     rows, good = [], True
     for name, own in (("mixed", kinds), *((kind, [kind]) for kind in kinds)):
         best = max(cells - {auto}, key=lambda cell: speedup(cell, own))
