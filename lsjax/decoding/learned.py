@@ -14,7 +14,7 @@ from lsjax.sharding import on_each_device
 LONGEST = 8  # tokens that a lookup compares
 DECAY = 0.97  # weight of the older counts, for each new one
 # Added to the counts: how many drafts of each kind, and what share of them usually passes.
-LEVEL_COUNT, LEVEL_SHARES = 1.2, (0.3, 0.6, 0.8, 0.95, 0.99)
+LEVEL_COUNT, LEVEL_SHARES = 1.2, (0.25, 0.55, 0.75, 0.95, 0.99)
 LOOKUP_COUNT, LOOKUP_SHARES = 2.0, (0.17, 0.3, 0.42, 0.5, 0.6, 0.64, 0.68, 0.72)
 # If lookups of one size fail in a text, others fail too. The same holds for the levels of an exit.
 # The usual shares weigh as much as this many drafts.
