@@ -79,8 +79,8 @@ def best_draft_vocab(config: LlamaConfig, exit_layer: int, counts: Mapping[int, 
 
 def round_seconds(engine: "Engine", capacity: int, budget: float) -> np.ndarray:
     """Seconds [S, D] of a round with each source and length of the engine's adaptive strategy, for
-    rows of `capacity` slots: those of the cache, or new ones. The cache keeps them with the budget.
-    If a larger one may reach more choices, they are measured again."""
+    rows of `capacity` slots. A file keeps them with their budget. If some choices were not reached,
+    a larger budget measures all of them again."""
     strategy, mesh = engine.strategy, engine.mesh
     # The name of the file has all that the seconds depend on.
     sizes = [leaf.shape for leaf in jax.tree.leaves(engine.model)]
@@ -89,8 +89,8 @@ def round_seconds(engine: "Engine", capacity: int, budget: float) -> np.ndarray:
     layout = None if mesh is None else dict(mesh.shape)
     own = strategy.exits, strategy.lengths, strategy.draft_vocab, engine.batch_size, capacity
     model = engine.model.config, sizes, str(engine.model.dtype)
-    all_of_it = [*model, kinds, layout, machine(), *own, jax.__version__]
-    name = hashlib.sha256(repr(all_of_it).encode()).hexdigest()[:32]
+    identity = [*model, kinds, layout, machine(), *own, jax.__version__]
+    name = hashlib.sha256(repr(identity).encode()).hexdigest()[:32]
     file = local_cache() / "round_seconds" / f"{name}.json"
     try:
         seconds_SD, spent = map(np.array, json.loads(file.read_text()))

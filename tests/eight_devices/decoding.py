@@ -67,7 +67,7 @@ def tokens(state, arguments, run_prefill, run_decode) -> list[list[int]]:
     return [row[start:end].tolist() for row, start, end in rows]
 
 
-# Lookups pay only in the last prompt, which repeats itself; so all sources take part.
+# Of rounds with lookups or no drafts, and with each exit.
 SECONDS = ((1.0, 1.2, 1.4), (math.inf, 1.1, 1.3), (math.inf, 1.2, 1.5))
 # Each strategy, each kind of state and each form of the model on some mesh.
 VOCABULARY = DraftVocabulary(np.arange(0, 258, 2))
