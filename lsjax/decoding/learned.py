@@ -14,7 +14,8 @@ from lsjax.sharding import on_each_device
 LONGEST = 8  # tokens that a lookup compares
 DECAY = 0.97  # weight of the older counts, for each new one
 # Added to the counts: how many drafts of each kind, and what share of them usually passes.
-LEVEL_COUNT, LEVEL_SHARES = 1.2, (0.25, 0.55, 0.75, 0.95, 0.99)
+LEVEL_COUNTS = np.array([1.2, 1.2, 1.2, 1.2, 4.0], np.float32)
+LEVEL_SHARES = (0.15, 0.4, 0.7, 0.9, 0.99)
 LOOKUP_COUNT, LOOKUP_SHARES = 2.0, (0.17, 0.3, 0.42, 0.5, 0.6, 0.64, 0.68, 0.72)
 # If lookups of one size fail in a text, others fail too. The same holds for the levels of an exit.
 # The usual shares weigh as much as this many drafts.
@@ -51,14 +52,14 @@ class Learned:
     @property
     def chances_BEC(self) -> Float[Array, "B E C"]:
         """Chance that a draft of each exit passes, by its top probability."""
-        passed_BEC = self.passed_BEC + LEVEL_COUNT * self.usual_BEC
-        return passed_BEC / (self.tried_BEC + LEVEL_COUNT)
+        passed_BEC = self.passed_BEC + LEVEL_COUNTS * self.usual_BEC
+        return passed_BEC / (self.tried_BEC + LEVEL_COUNTS)
 
     @property
     def chance_BE(self) -> Float[Array, "B E"]:
         """Chance that a draft of each exit passes."""
-        passed_BE = (self.passed_BEC + LEVEL_COUNT * self.usual_BEC).sum(-1)
-        tried_BE = (self.tried_BEC + LEVEL_COUNT).sum(-1)
+        passed_BE = (self.passed_BEC + LEVEL_COUNTS * self.usual_BEC).sum(-1)
+        tried_BE = (self.tried_BEC + LEVEL_COUNTS).sum(-1)
         return jnp.minimum(passed_BE / tried_BE, 0.999)
 
     def lookup_tokens(

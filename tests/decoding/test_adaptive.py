@@ -18,7 +18,7 @@ from lsjax.decoding.draft import Draft, DraftVocabulary
 from lsjax.decoding.engine import Engine
 from lsjax.decoding.learned import (
     DECAY,
-    LEVEL_COUNT,
+    LEVEL_COUNTS,
     LEVEL_SHARES,
     LONGEST,
     LOOKUP_COUNT,
@@ -238,8 +238,8 @@ def test_scores_take_a_hundredth_of_the_bytes():
 
 def test_chances_by_hand():
     """One of three sure drafts failed. If more fail than usual, unsure ones do too."""
-    one, count = Learned.create(1, 1), LEVEL_COUNT
-    assert one.chance_BE[0, 0] == pytest.approx(np.mean(LEVEL_SHARES))
+    one, counts = Learned.create(1, 1), LEVEL_COUNTS
+    assert one.chance_BE[0, 0] == pytest.approx(np.average(LEVEL_SHARES, weights=counts))
     np.testing.assert_allclose(one.chances_BEC[0, 0], LEVEL_SHARES, rtol=1e-6)
     one = dataclasses.replace(
         one,
@@ -248,9 +248,9 @@ def test_chances_by_hand():
     )
     factor = (1 + TEXT_COUNT) / (3 * (1 - LEVEL_SHARES[4]) + TEXT_COUNT)
     usual = [max(1 - factor * (1 - share), 0.02) for share in LEVEL_SHARES]
-    expected = [*usual[:4], (usual[4] * count + 2) / (count + 3)]
+    expected = [*usual[:4], (usual[4] * counts[4] + 2) / (counts[4] + 3)]
     np.testing.assert_allclose(one.chances_BEC[0, 0], expected, rtol=1e-6)
-    share = (count * sum(usual) + 2) / (5 * count + 3)
+    share = (counts @ usual + 2) / (counts.sum() + 3)
     assert one.chance_BE[0, 0] == pytest.approx(share)
 
 
