@@ -204,12 +204,10 @@ class Drafting(Strategy):
         def judge(length: int, cache: KVCache, *_):
             """Verifies up to `length` drafts; returns the values of `carry` below."""
             some = draft.first(1 + length)
-            # After an exit that drafted nothing, which is rare, some layers run twice.
-            plain = length == self.sources[0] == 0
             reached, cache = _run_segments(
                 model,
                 (*self.sources, model.config.num_layers),
-                lambda lo, hi: plain or lo == self.sources[-1] or settings.exit_layer <= lo,
+                lambda lo, hi: lo == self.sources[-1] or settings.exit_layer <= lo,
                 some.hidden[0],
                 *jax.tree.map(lambda x: x[:, : 1 + length], (positions_BT, ropes)),
                 cache,
