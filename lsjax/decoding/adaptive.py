@@ -37,7 +37,6 @@ from lsjax.model.llama import Llama
 # Rounds from one score of all exits to the next, at least, and the share of bytes for their heads.
 SCORED_EVERY, SCORES_SHARE = 4, 0.01
 
-
 # Arguments of a compiled round: seconds of a round with each source (lookup, then the exits) and
 # draft length, infinite for choices that are never taken; and rows of a draft vocabulary.
 Arguments = tuple[Float[Array, "S D"], DraftHead | None]
@@ -56,7 +55,7 @@ class Adaptive(Drafting):
     name = "auto"
     exits: tuple[int, ...] = ()
     vocabulary: DraftVocabulary | None = None
-    lengths: tuple[int, ...] = (0, 1, 4, 8, 15)
+    lengths: tuple[int, ...] = (0, 1, 2, 4, 8, 15)
     seconds: tuple[tuple[float, ...], ...] | None = None
 
     @property

@@ -57,10 +57,14 @@ class SelfSpeculative(Drafting):
 
     @property
     def lengths(self) -> tuple[int, ...]:
-        """Draft lengths that the program serves; if drafts may end early, with quarters of d."""
+        """Draft lengths that the program serves."""
+        return tuple(sorted({*self.own_lengths, *self.shared_lengths}))
+
+    @property
+    def own_lengths(self) -> tuple[int, ...]:
+        """Lengths of its own verifications: d, and if drafts may end early, quarters of it."""
         quarters = (4,) if self.draft_confidence is None else range(5)
-        own = {self.num_draft_tokens * quarter // 4 for quarter in quarters}
-        return tuple(sorted(own | {*self.shared_lengths}))
+        return tuple(sorted({self.num_draft_tokens * quarter // 4 for quarter in quarters}))
 
     def validate(self, config: LlamaConfig) -> None:
         """Raises ConfigError if a number is out of range or the vocabulary does not match."""
@@ -78,11 +82,14 @@ class SelfSpeculative(Drafting):
     def arguments(self, model: Llama) -> RoundSettings:
         """Exit, length and confidence as numbers, and the rows of the head that the draft uses."""
         confidence, shape = self.draft_confidence, (1, 1 + self.lengths[-1])
+        own_D = jnp.array(self.own_lengths)
+        fitting_T = jnp.searchsorted(own_D, jnp.arange(shape[1]))
         return RoundSettings(
             jnp.int32(self.exit_layer),
             jnp.int32(self.num_draft_tokens),
             None if self.vocabulary is None else self.vocabulary.head(model),
             None if confidence is None else jnp.full(shape, confidence, jnp.float32),
+            verified_T=own_D.take(fitting_T, mode="clip"),
         )
 
     def step(self, model: Llama, state: DecodeState, arguments: RoundSettings) -> DecodeState:

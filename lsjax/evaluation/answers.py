@@ -56,12 +56,9 @@ class Question:
         seed = sampling.seed if sampling.temperature else None
         row = repr(sorted(self.fields.items()))
         drafted = None if strategy.vocabulary is None else strategy.vocabulary.ids_N.tolist()
-        # A draft that ends early is verified with the shortest length that fits.
-        lengths = None if strategy.draft_confidence is None else strategy.lengths
-        if isinstance(strategy, Adaptive):
-            lengths = strategy.exits, strategy.lengths
+        choices = (strategy.exits, strategy.lengths) if isinstance(strategy, Adaptive) else None
         own = [self.id, self.sample, self.reference, self.seen, row, seed]
-        return digest([*Cell.of(strategy), drafted, lengths, prompt, *own])
+        return digest([*Cell.of(strategy), drafted, choices, prompt, *own])
 
 
 def digest(content: Any) -> str:

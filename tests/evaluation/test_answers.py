@@ -1,6 +1,5 @@
 """Answers: who decoded them, a file that resumes and never mixes things, and their figures."""
 
-import dataclasses
 import json
 
 import pytest
@@ -66,12 +65,12 @@ def test_a_key_is_all_that_an_answer_depends_on():
     others += [key(temperature=1.0), key(temperature=1.0, seed=1), key(seen=True), key(sample=1)]
     other_vocabulary = DraftVocabulary.most_frequent({1: 2, 8: 1}, 2, 258)
     strategies = [SelfSpeculative(2, 4, one) for one in (None, VOCABULARY, other_vocabulary)]
-    unsure = SelfSpeculative(2, 8, draft_confidence=0.5)
-    strategies += [unsure, dataclasses.replace(unsure, shared_lengths=(3,))]
+    strategies += [SelfSpeculative(2, 8, draft_confidence=0.5)]
     strategies += [Adaptive(), Adaptive((1,)), Adaptive((1, 2)), Adaptive(lengths=(0, 4))]
     others += [key(strategy=strategy) for strategy in strategies]
     assert len(set(others)) == len(others)
-    assert key(strategy=SelfSpeculative(2, 4)) == key(strategy=SelfSpeculative(2, 4, None, None))
+    shared = SelfSpeculative(2, 4, shared_exits=(1,), shared_lengths=(3,))
+    assert key(strategy=SelfSpeculative(2, 4)) == key(strategy=shared)
 
 
 ASKED = {"task": "topv2", "max_new_tokens": 2, "sampling": {"temperature": 0.5}}
