@@ -8,8 +8,8 @@ drafts it is an autoregressive step. It takes the choice with the most expected 
                       probability that grows with the number of matching tokens.
     seconds           measured for each choice on this machine (cost.py)
 
-A draft of an exit then ends where the next token costs more seconds than it is worth. Its chance to
-pass depends on the exit's top probability, again by counts.
+A draft of an exit then ends where further tokens cost more seconds than they are worth. Their
+chance to pass depends on the exit's top probability, again by counts. Often nothing is drafted.
 
 Exits that did not draft are scored too, in every fourth round or less often. A round computes their
 hidden states anyway. Lookups are scored in every round. All of this is part of the compiled loop.
@@ -19,7 +19,6 @@ The choice depends only on earlier rounds, so that sampling stays exact.
 import math
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import pairwise
 
 import jax.numpy as jnp
 import numpy as np
@@ -28,7 +27,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from lsjax.config import LlamaConfig, check
 from lsjax.decoding.draft import Draft, DraftHead, DraftVocabulary, of_tokens
-from lsjax.decoding.learned import Learned, by_level, look_up
+from lsjax.decoding.learned import Learned, by_level, expected_tokens, look_up
 from lsjax.decoding.rounds import Drafting, RoundSettings, top_probability
 from lsjax.decoding.sampling import argmax
 from lsjax.decoding.state import DecodeState
@@ -55,7 +54,7 @@ class Adaptive(Drafting):
     name = "auto"
     exits: tuple[int, ...] = ()
     vocabulary: DraftVocabulary | None = None
-    lengths: tuple[int, ...] = (0, 1, 2, 4, 8, 15)
+    lengths: tuple[int, ...] = (0, 1, 4, 8, 15)
     seconds: tuple[tuple[float, ...], ...] | None = None
 
     @property
@@ -108,29 +107,33 @@ class Adaptive(Drafting):
     def choose(
         self, layers: int, state: DecodeState, matched_B: Int[Array, " B"], arguments: Arguments
     ) -> RoundSettings:
-        """The source and length with the most expected tokens per second. A draft of an exit may be
-        longer, until its next token costs more time than it is worth."""
-        seconds_SD, head = arguments
-        learned, length_D = state.learned, jnp.array(self.lengths)
-        chance_BE1 = learned.chance_BE[..., None]
-        exit_BED = (1 - chance_BE1 ** (length_D + 1)) / (1 - chance_BE1)
+        """The source and length with the most expected tokens per second. An exit stops drafting
+        where further tokens cost more time than they are worth: often before its first draft."""
+        learned, (seconds_SD, head) = state.learned, arguments
+        left_B11 = jnp.where(state.running_B, state.end_B - state.length_B, 0)[:, None, None]
+        # An exit drafts if it is sure enough, or if rounds without drafts were not measured.
+        none_E1 = jnp.nan_to_num(seconds_SD[1:, :1], posinf=0)
+        wider_ED = seconds_SD[1:] - none_E1
+        least_ED = jnp.where(none_E1 > 0, wider_ED / seconds_SD[0, 0], 0)
+        exit_BED, drafts_BED = learned.exit_tokens(self.lengths, least_ED)
+        drafts_ED = 1 - jnp.prod(1 - drafts_BED, axis=0, where=left_B11 > 0)
+        exit_ED = jnp.nan_to_num(none_E1 + drafts_ED * wider_ED, nan=jnp.inf, posinf=jnp.inf)
         lookup_BD = learned.lookup_tokens(matched_B, self.lengths)
         tokens_BSD = jnp.concatenate([lookup_BD[:, None], exit_BED], axis=1)
-        tokens_BSD = jnp.minimum(tokens_BSD, (state.end_B - state.length_B)[:, None, None])
-        tokens_SD = jnp.where(state.running_B[:, None, None], tokens_BSD, 0).sum(0)
-        rate_SD = tokens_SD / seconds_SD
-        best = argmax(rate_SD.reshape(-1))
-        source, length = jnp.divmod(best, len(self.lengths))
-        exit_layer, length = jnp.array(self.sources)[source], length_D[length]
+        tokens_SD = jnp.minimum(tokens_BSD, left_B11).sum(0)
+        rate_SD = tokens_SD / jnp.concatenate([seconds_SD[:1], exit_ED])
+        source, index = jnp.divmod(argmax(rate_SD.reshape(-1)), len(self.lengths))
+        exit_layer, length = jnp.array(self.sources)[source], jnp.array(self.lengths)[index]
         if not self.exits:
             return RoundSettings(exit_layer, length, head)
         own, at_most = jnp.maximum(source - 1, 0), jnp.where(source > 0, self.lengths[-1], length)
-        rate = rate_SD.max() / state.running_B.sum()  # of a row
         seconds_BT = self.seconds_of_drafts(
             seconds_SD[source], (1 - exit_layer / layers) * seconds_SD[0], learned.chance_BE[:, own]
         )
-        chances_BC = learned.chances_BEC[:, own]
-        return RoundSettings(exit_layer, at_most, head, rate * seconds_BT, chances_BC)
+        rate = rate_SD.max() / state.running_B.sum()  # of a row
+        # Even if no draft is worth its time, the exit's head runs once: the confidence is 1 before.
+        sure_BT = jnp.minimum(rate * seconds_BT, 1)
+        return RoundSettings(exit_layer, at_most, head, sure_BT, learned.chances_BEC[:, own])
 
     def seconds_of_drafts(
         self,
@@ -138,25 +141,21 @@ class Adaptive(Drafting):
         verified_D: Float[Array, " D"],
         chance_B: Float[Array, " B"],
     ) -> Float[Array, "B T"]:
-        """Seconds of each further draft, over the tokens expected of it if it passes.
+        """Seconds of each further draft, over the tokens expected of it if it passes. A draft costs
+        the exit's layers. The first beyond a length also widens the verification, to the best one.
 
-        round_D: seconds of a round of each length. verified_D: of its verification. A draft costs
-        the exit's layers. The first beyond a length also widens the verification, to the next one.
+        round_D: seconds of a round of each length. verified_D: of its verification.
         """
-        lengths = self.lengths
         step = round_D[-1] - round_D[1] - (verified_D[-1] - verified_D[1])
-        step = step / max(1, lengths[-1] - lengths[1])
+        step = step / max(1, self.lengths[-1] - self.lengths[1])
         step = jnp.where(jnp.isfinite(step), jnp.maximum(step, 0), 0)
-        # Number of drafts up to the next length, and the index of that length; only at a length.
-        ahead_T, next_T = np.ones(1 + lengths[-1]), np.zeros(1 + lengths[-1], int)
-        for index, (length, longer) in enumerate(pairwise(lengths[1:]), start=2):
-            ahead_T[length], next_T[length] = longer - length, index
-        wider_T = jnp.where(next_T > 0, round_D[next_T] - round_D[next_T - 1], 0)
-        chance_B1 = chance_B[:, None]
-        tokens_BT = (1 - chance_B1**ahead_T) / (1 - chance_B1)
-        # Choices that were not measured have infinite seconds.
-        wider_T = jnp.nan_to_num(wider_T, nan=0, posinf=jnp.inf, neginf=0)
-        return jnp.maximum(wider_T / tokens_BT, step)
+        ahead_TD = np.array(self.lengths) - np.arange(1 + self.lengths[-1])[:, None]
+        fits_T = np.argmax(ahead_TD >= 0, axis=1)  # index of the length that holds these drafts
+        wider_TD = round_D - round_D[fits_T, None]
+        wider_TD = jnp.nan_to_num(wider_TD, nan=0, posinf=jnp.inf, neginf=0)
+        tokens_BTD = expected_tokens(chance_B[:, None, None], np.maximum(ahead_TD, 1))
+        further_BT = jnp.where(ahead_TD > 0, wider_TD / tokens_BTD, jnp.inf).min(-1)
+        return jnp.maximum(further_BT, step)
 
     def proposed(
         self,

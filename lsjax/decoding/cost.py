@@ -82,21 +82,21 @@ def round_seconds(engine: "Engine", capacity: int, budget: float) -> np.ndarray:
     rows of `capacity` slots. A file keeps them with their budget. If some choices were not reached,
     a larger budget measures all of them again."""
     strategy, mesh = engine.strategy, engine.mesh
-    # The name of the file has all that the seconds depend on.
+    # The name of the file has all that the seconds depend on, after the version of `measure`.
     sizes = [leaf.shape for leaf in jax.tree.leaves(engine.model)]
     devices = jax.devices()[:1] if mesh is None else list(mesh.devices.flat)
     kinds = [device.device_kind for device in devices]
     layout = None if mesh is None else dict(mesh.shape)
     own = strategy.exits, strategy.lengths, strategy.draft_vocab, engine.batch_size, capacity
     model = engine.model.config, sizes, str(engine.model.dtype)
-    identity = [*model, kinds, layout, machine(), *own, jax.__version__]
+    identity = [2, *model, kinds, layout, machine(), *own, jax.__version__]
     name = hashlib.sha256(repr(identity).encode()).hexdigest()[:32]
     file = local_cache() / "round_seconds" / f"{name}.json"
     try:
         seconds_SD, spent = map(np.array, json.loads(file.read_text()))
         good = seconds_SD.shape == (len(strategy.sources), len(strategy.lengths))
         good &= (seconds_SD > 0).all()
-        good &= np.isfinite(seconds_SD[:, 1:]).all() or spent >= budget
+        good &= np.isfinite(seconds_SD).all() or spent >= budget
     except Exception:  # no file, or it may hold anything
         good = False
     if not good:
@@ -139,8 +139,7 @@ def measure(engine: "Engine", capacity: int, budget: float) -> np.ndarray:
         return time.perf_counter() - begin, int(state.learned.rounds_B.max())
 
     sources, lengths = any_SD.shape
-    order = sorted(range(1, lengths), key=lambda index: abs(index - lengths // 2))
-    choices = [(0, 0), *((source, index) for index in order for source in range(sources))]
+    choices = sorted(np.ndindex(any_SD.shape), key=lambda at: (at[1] > 0, abs(2 * at[1] - lengths)))
     seconds((0, 0), 1)  # the first call is slower
     begin = time.perf_counter()
     call = min(seconds((0, 0), 0)[0] for _ in range(REPEATS))

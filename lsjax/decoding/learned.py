@@ -13,12 +13,11 @@ from lsjax.sharding import on_each_device
 
 LONGEST = 8  # tokens that a lookup compares
 DECAY = 0.97  # weight of the older counts, for each new one
-# Added to the counts: how many drafts of each kind, and what share of them usually passes.
-LEVEL_COUNTS = np.array([1.2, 1.2, 1.2, 1.2, 4.0], np.float32)
-LEVEL_SHARES = (0.15, 0.4, 0.7, 0.9, 0.99)
-LOOKUP_COUNT, LOOKUP_SHARES = 2.0, (0.17, 0.3, 0.42, 0.5, 0.6, 0.64, 0.68, 0.72)
-# If lookups of one size fail in a text, others fail too. The same holds for the levels of an exit.
-# The usual shares weigh as much as this many drafts.
+# Added to the counts: so many drafts of each kind, of which the usual share passes.
+USUAL_COUNT = 2.0
+LEVEL_SHARES = (0.25, 0.5, 0.75, 0.95, 0.99)
+LOOKUP_SHARES = (0.17, 0.3, 0.42, 0.5, 0.6, 0.64, 0.68, 0.72)
+# If lookups of one size fail in a text, others fail too. The usual shares count as many drafts.
 TEXT_COUNT = 4.0
 
 
@@ -41,26 +40,31 @@ class Learned:
         return cls(*map(jnp.zeros, shapes), jnp.zeros(batch, jnp.int32))
 
     @property
-    def usual_BEC(self) -> Float[Array, "B E C"]:
-        """Usual chances, adjusted to how often drafts of the exit failed in this text."""
-        failing_C = 1 - jnp.array(LEVEL_SHARES)
-        failed_BE1 = (self.tried_BEC - self.passed_BEC).sum(-1, keepdims=True)
-        usual_BE1 = (self.tried_BEC * failing_C).sum(-1, keepdims=True)
-        factor_BE1 = (failed_BE1 + TEXT_COUNT) / (usual_BE1 + TEXT_COUNT)
-        return jnp.maximum(1 - factor_BE1 * failing_C, 0.02)
+    def shares_BEC(self) -> Float[Array, "B E C"]:
+        """Share of each level among the drafts of an exit."""
+        tried_BEC = self.tried_BEC + USUAL_COUNT
+        return tried_BEC / tried_BEC.sum(-1, keepdims=True)
 
     @property
     def chances_BEC(self) -> Float[Array, "B E C"]:
         """Chance that a draft of each exit passes, by its top probability."""
-        passed_BEC = self.passed_BEC + LEVEL_COUNTS * self.usual_BEC
-        return passed_BEC / (self.tried_BEC + LEVEL_COUNTS)
+        passed_BEC = self.passed_BEC + USUAL_COUNT * jnp.array(LEVEL_SHARES)
+        return passed_BEC / (self.tried_BEC + USUAL_COUNT)
 
     @property
     def chance_BE(self) -> Float[Array, "B E"]:
         """Chance that a draft of each exit passes."""
-        passed_BE = (self.passed_BEC + LEVEL_COUNTS * self.usual_BEC).sum(-1)
-        tried_BE = (self.tried_BEC + LEVEL_COUNTS).sum(-1)
-        return jnp.minimum(passed_BE / tried_BE, 0.999)
+        return jnp.minimum((self.shares_BEC * self.chances_BEC).sum(-1), 0.999)
+
+    def exit_tokens(
+        self, lengths: tuple[int, ...], least_ED: Float[Array, "E D"]
+    ) -> tuple[Float[Array, "B E D"], Float[Array, "B E D"]]:
+        """Expected tokens of a round with each exit and draft length, and the chance that it drafts
+        at all: that the top probability of its first draft promises `least_ED` accepted drafts."""
+        tokens_BED = expected_tokens(self.chance_BE[..., None], np.array(lengths))
+        passed_BEDC = self.chances_BEC[:, :, None] * tokens_BED[..., None]
+        drafts_BEDC = jnp.where(passed_BEDC >= least_ED[..., None], self.shares_BEC[:, :, None], 0)
+        return 1 + (drafts_BEDC * passed_BEDC).sum(-1), drafts_BEDC.sum(-1)
 
     def lookup_tokens(
         self, matched_B: Int[Array, " B"], lengths: tuple[int, ...]
@@ -70,8 +74,8 @@ class Learned:
         found_B1, usual_B1 = self.found_BM.sum(-1, keepdims=True), usual_BM.sum(-1, keepdims=True)
         factor_B1 = (found_B1 + TEXT_COUNT) / (usual_B1 + TEXT_COUNT)
         expected_BM = jnp.minimum(factor_B1 * jnp.array(LOOKUP_SHARES), 0.98)
-        found_BM = self.found_BM + LOOKUP_COUNT * expected_BM
-        share_BM = found_BM / (self.looked_BM + LOOKUP_COUNT)
+        found_BM = self.found_BM + USUAL_COUNT * expected_BM
+        share_BM = found_BM / (self.looked_BM + USUAL_COUNT)
         place_BT = jnp.clip(matched_B[:, None] + jnp.arange(lengths[-1]), 1, LONGEST) - 1
         passes_BT = jnp.cumprod(jnp.take_along_axis(share_BM, place_BT, axis=1), axis=1)
         passes_BT = jnp.where(matched_B[:, None] > 0, passes_BT, 0)
@@ -107,6 +111,11 @@ class Learned:
             self.looked_BM * kept_BM + looked_BM,
             self.rounds_B + 1,
         )
+
+
+def expected_tokens(chance: Float[Array, "..."], number: np.ndarray) -> Float[Array, "..."]:
+    """Of this many tokens, if the first is certain and each one passes with the chance."""
+    return (1 - chance**number) / (1 - chance)
 
 
 def by_level(

@@ -32,7 +32,6 @@ class RoundSettings(NamedTuple):
 
     confidence: minimum product of the drafts' chances to pass, for each draft; one row may serve
     all. A chance is the exit's top probability, or chances_BC at its level (`confidence_level`).
-    verified_T: length to verify each number of drafts with; by default the shortest that fits.
     """
 
     exit_layer: Int[Array, ""]
@@ -40,7 +39,6 @@ class RoundSettings(NamedTuple):
     head: DraftHead | None
     confidence: Float[Array, "B T"] | None = None
     chances_BC: Float[Array, "B C"] | None = None
-    verified_T: Int[Array, " T"] | None = None
 
 
 def top_probability(logits: Float[Array, "... N"]) -> Float[Array, "..."]:
@@ -198,8 +196,6 @@ class Drafting(Strategy):
         is the last one returned, after the state, the new tokens and the accepted count.
         """
         state, longest, steps = draft.state, draft.count_B.max(), draft.tokens_BT.shape[1]
-        if settings.verified_T is not None:
-            longest = settings.verified_T[longest]
         rule = self.accept or (accept_equal if state.draws is None else accept_block)
         positions_BT = state.length_B[:, None] - 1 + jnp.arange(steps)
         # Inside of the branches, XLA would compute the angles again in each layer.

@@ -57,14 +57,10 @@ class SelfSpeculative(Drafting):
 
     @property
     def lengths(self) -> tuple[int, ...]:
-        """Draft lengths that the program serves."""
-        return tuple(sorted({*self.own_lengths, *self.shared_lengths}))
-
-    @property
-    def own_lengths(self) -> tuple[int, ...]:
-        """Lengths of its own verifications: d, and if drafts may end early, quarters of it."""
+        """Draft lengths that the program serves; if drafts may end early, with quarters of d."""
         quarters = (4,) if self.draft_confidence is None else range(5)
-        return tuple(sorted({self.num_draft_tokens * quarter // 4 for quarter in quarters}))
+        own = {self.num_draft_tokens * quarter // 4 for quarter in quarters}
+        return tuple(sorted(own | {*self.shared_lengths}))
 
     def validate(self, config: LlamaConfig) -> None:
         """Raises ConfigError if a number is out of range or the vocabulary does not match."""
@@ -82,14 +78,11 @@ class SelfSpeculative(Drafting):
     def arguments(self, model: Llama) -> RoundSettings:
         """Exit, length and confidence as numbers, and the rows of the head that the draft uses."""
         confidence, shape = self.draft_confidence, (1, 1 + self.lengths[-1])
-        own_D = jnp.array(self.own_lengths)
-        fitting_T = jnp.searchsorted(own_D, jnp.arange(shape[1]))
         return RoundSettings(
             jnp.int32(self.exit_layer),
             jnp.int32(self.num_draft_tokens),
             None if self.vocabulary is None else self.vocabulary.head(model),
             None if confidence is None else jnp.full(shape, confidence, jnp.float32),
-            verified_T=own_D.take(fitting_T, mode="clip"),
         )
 
     def step(self, model: Llama, state: DecodeState, arguments: RoundSettings) -> DecodeState:
@@ -98,11 +91,15 @@ class SelfSpeculative(Drafting):
 
 
 def in_one_program(strategies: Sequence[Strategy]) -> list[Strategy]:
-    """The same strategies; all self-speculative ones share one compiled program."""
+    """The same strategies. Self-speculative ones share a compiled program. Those with a confidence
+    share it only with others of their length: they would verify fewer positions than alone."""
     drafting = [one for one in strategies if isinstance(one, SelfSpeculative)]
     exits = tuple(sorted({one.exit_layer for one in drafting}))
-    lengths = tuple(sorted({length for one in drafting for length in one.lengths}))
+    lengths = tuple(one.num_draft_tokens for one in drafting if one.draft_confidence is None)
+    shared = {None: tuple(sorted({*lengths}))}
     return [
-        replace(one, shared_exits=exits, shared_lengths=lengths) if one in drafting else one
+        replace(one, shared_exits=exits, shared_lengths=shared.get(one.draft_confidence, ()))
+        if one in drafting
+        else one
         for one in strategies
     ]

@@ -18,12 +18,11 @@ from lsjax.decoding.draft import Draft, DraftVocabulary
 from lsjax.decoding.engine import Engine
 from lsjax.decoding.learned import (
     DECAY,
-    LEVEL_COUNTS,
     LEVEL_SHARES,
     LONGEST,
-    LOOKUP_COUNT,
     LOOKUP_SHARES,
     TEXT_COUNT,
+    USUAL_COUNT,
     Learned,
 )
 from lsjax.decoding.programs import decode
@@ -202,17 +201,25 @@ def test_counts_by_hand():
     np.testing.assert_allclose(after.found_BM, found, rtol=1e-6)
 
 
-def test_seconds_of_drafts_by_hand():
-    """Rounds of 0, 2 and 5 drafts take 4, 10 and 22 seconds, of which verifications take 2, 4, 7: a
-    draft costs (12 - 3) / 3. The third one costs 12 seconds for 1 + 1/2 + 1/4 expected tokens."""
+@pytest.mark.parametrize(
+    ("rounds", "expected"),
+    [
+        # The first draft costs 6 seconds for 1 + 1/2 tokens, the third one 12 for 1 + 1/2 + 1/4.
+        ((4.0, 10.0, 22.0), (4, 3, 12 / 1.75, 3, 3, math.inf)),
+        # Five drafts hardly cost more than two: 18 seconds for 1.9375 tokens, not 16 for 1.5.
+        ((4.0, 20.0, 22.0), (18 / 1.9375, 0, 2 / 1.75, 0, 0, math.inf)),
+        # Rounds of five drafts were not measured, or those without.
+        ((4.0, 10.0, math.inf), (4, 0, math.inf, 0, 0, math.inf)),
+        ((math.inf, 10.0, 22.0), (3, 3, 12 / 1.75, 3, 3, math.inf)),
+    ],
+)
+def test_seconds_of_drafts_by_hand(rounds, expected):
+    """Rounds of 0, 2 and 5 drafts, whose verifications take 2, 4 and 7 seconds. If those of 2 and 5
+    differ by 12 seconds, a draft costs (12 - 3) / 3."""
     found = adaptive().seconds_of_drafts(
-        jnp.array([4.0, 10.0, 22.0]), jnp.array([2.0, 4.0, 7.0]), jnp.array([0.5])
+        jnp.array(rounds), jnp.array([2.0, 4.0, 7.0]), jnp.array([0.5])
     )
-    np.testing.assert_allclose(found, [[3, 3, 12 / 1.75, 3, 3, 3]], rtol=1e-6)
-    unmeasured = adaptive().seconds_of_drafts(
-        jnp.array([4.0, 10.0, math.inf]), jnp.array([2.0, 4.0, 7.0]), jnp.array([0.5])
-    )
-    np.testing.assert_allclose(unmeasured, [[0, 0, math.inf, 0, 0, 0]])
+    np.testing.assert_allclose(found, [expected], rtol=1e-6)
 
 
 def test_dear_drafts_are_shorter(engine, expected):
@@ -237,21 +244,57 @@ def test_scores_take_a_hundredth_of_the_bytes():
 
 
 def test_chances_by_hand():
-    """One of three sure drafts failed. If more fail than usual, unsure ones do too."""
-    one, counts = Learned.create(1, 1), LEVEL_COUNTS
-    assert one.chance_BE[0, 0] == pytest.approx(np.average(LEVEL_SHARES, weights=counts))
-    np.testing.assert_allclose(one.chances_BEC[0, 0], LEVEL_SHARES, rtol=1e-6)
-    one = dataclasses.replace(
-        one,
-        passed_BEC=one.passed_BEC.at[0, 0, 4].set(2),
-        tried_BEC=one.tried_BEC.at[0, 0, 4].set(3),
+    """One of three sure drafts failed: these pass less often than usual, and are more common."""
+    unknown, sure = Learned.create(1, 1), (0, 0, 4)
+    assert unknown.chance_BE[0, 0] == pytest.approx(np.mean(LEVEL_SHARES))
+    np.testing.assert_allclose(unknown.chances_BEC[0, 0], LEVEL_SHARES, rtol=1e-6)
+    known = dataclasses.replace(
+        unknown,
+        passed_BEC=unknown.passed_BEC.at[sure].set(2),
+        tried_BEC=unknown.tried_BEC.at[sure].set(3),
     )
-    factor = (1 + TEXT_COUNT) / (3 * (1 - LEVEL_SHARES[4]) + TEXT_COUNT)
-    usual = [max(1 - factor * (1 - share), 0.02) for share in LEVEL_SHARES]
-    expected = [*usual[:4], (usual[4] * counts[4] + 2) / (counts[4] + 3)]
-    np.testing.assert_allclose(one.chances_BEC[0, 0], expected, rtol=1e-6)
-    share = (counts @ usual + 2) / (counts.sum() + 3)
-    assert one.chance_BE[0, 0] == pytest.approx(share)
+    *unsure, usual = LEVEL_SHARES
+    expected = [*unsure, (2 + USUAL_COUNT * usual) / (3 + USUAL_COUNT)]
+    np.testing.assert_allclose(known.chances_BEC[0, 0], expected, rtol=1e-6)
+    passed, tried = 2 + USUAL_COUNT * sum(LEVEL_SHARES), 3 + 5 * USUAL_COUNT
+    assert known.chance_BE[0, 0] == pytest.approx(passed / tried)
+
+
+@pytest.fixture
+def divided():
+    """An exit with two kinds of drafts, equally likely: those that pass with 0.1, and with 0.9."""
+    tried_BEC = jnp.array([[[1e6, 0, 0, 0, 1e6]]])
+    passed_BEC = tried_BEC * jnp.array([0.1, 0, 0, 0, 0.9])
+    return dataclasses.replace(Learned.create(1, 1), passed_BEC=passed_BEC, tried_BEC=tried_BEC)
+
+
+@pytest.mark.parametrize(
+    ("least", "share", "chance"), [(0.1, 1, 0.5), (0.2, 0.5, 0.9), (1.3, 0.5, 0.9), (1.4, 0, 0)]
+)
+def test_tokens_of_exits_by_hand(divided, least, share, chance):
+    """If the first of two drafts passes, 1 + 1/2 are expected to: 0.15 or 1.35 beforehand."""
+    tokens_BED, drafts_BED = divided.exit_tokens((0, 2), jnp.array([[0.0, least]]))
+    np.testing.assert_allclose(drafts_BED, [[[1, share]]], atol=1e-4)
+    np.testing.assert_allclose(tokens_BED, [[[1, 1 + share * chance * 1.5]]], rtol=1e-4)
+
+
+@pytest.mark.parametrize(("without", "chosen"), [(11.0, 2), (14.0, 0)])
+def test_an_exit_that_is_rarely_sure_pays(model, divided, without, chosen):
+    """An autoregressive round takes 10 seconds, and one with two drafts takes 20 for 1.75 tokens.
+
+    But in half of the rounds the first draft stops the exit. So there are 1 + 0.5 * 1.35 tokens in
+    (11 + 20) / 2 seconds. If 14 seconds pass without drafts, that is too slow."""
+    request = Request(prompt=(1, 2, 3), max_new_tokens=20)
+    options = dict(capacity=64, num_layers=4, dtype=jnp.float32, learned=divided)
+    state = DecodeState.create(model.config, [request], **options)
+    seconds_SD = jnp.array([[10, math.inf], [without, 20.0]])
+    strategy = Adaptive((2,), lengths=(0, 2))
+    settings = strategy.choose(4, state, jnp.array([0]), (seconds_SD, None))
+    assert settings.exit_layer == chosen
+    if chosen:
+        # The first draft widens the verification by 9 seconds, for 1.5 tokens if it passes.
+        rate = (1 + 0.5 * 1.35) / 15.5
+        np.testing.assert_allclose(settings.confidence, [[rate * 6, 0, 1]], rtol=1e-4)
 
 
 def test_tokens_of_lookups_by_hand():
@@ -264,7 +307,7 @@ def test_tokens_of_lookups_by_hand():
     *_, seventh, eighth = LOOKUP_SHARES
     factor = (2 + TEXT_COUNT) / (10 * eighth + TEXT_COUNT)
     seventh, eighth = seventh * factor, eighth * factor
-    eighth = (2 + LOOKUP_COUNT * eighth) / (10 + LOOKUP_COUNT)
+    eighth = (2 + USUAL_COUNT * eighth) / (10 + USUAL_COUNT)
     tokens = one.lookup_tokens(jnp.array([LONGEST - 1]), (0, 1, 3))[0]
     expected = [1, 1 + seventh, 1 + seventh * (1 + eighth + eighth**2)]
     np.testing.assert_allclose(tokens, expected, rtol=1e-6)
@@ -285,8 +328,7 @@ def test_measured_seconds_are_kept(model, tokenizer, tmp_path, monkeypatch):
         return np.array(engine.arguments_for(engine.capacity(1), budget)[0])
 
     first = seconds()
-    assert np.isinf(first)[1:, 0].all() and np.isfinite(np.delete(first, 0, axis=1)).all()
-    assert (first > 0).all() and len(shown) == 1
+    assert np.isfinite(first).all() and (first > 0).all() and len(shown) == 1
     (file,) = (tmp_path / "round_seconds").iterdir()
     file.write_text(json.dumps([(first * 2).tolist(), 0.0]))
     np.testing.assert_allclose(seconds(), first * 2)
@@ -298,7 +340,7 @@ def test_measured_seconds_are_kept(model, tokenizer, tmp_path, monkeypatch):
     assert len(shown) == 4
     np.testing.assert_allclose(seconds(budget=0.0), few)  # more would not be reached now either
     assert len(shown) == 4
-    assert np.isfinite(seconds()[:, 1:]).all() and len(shown) == 5
+    assert np.isfinite(seconds()).all() and len(shown) == 5
     assert len(seconds(dataclasses.replace(asked, exits=(1,)))) == 2 and len(shown) == 6
     assert len(list(file.parent.iterdir())) == 2
 

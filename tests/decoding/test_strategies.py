@@ -10,9 +10,7 @@ import pytest
 from lsjax.config import ConfigError
 from lsjax.decoding.draft import DraftVocabulary
 from lsjax.decoding.engine import Engine
-from lsjax.decoding.request import Request
 from lsjax.decoding.self_speculative import SelfSpeculative, in_one_program
-from lsjax.decoding.state import DecodeState
 from lsjax.decoding.strategy import Autoregressive, EarlyExit
 from lsjax.evaluation.comparison import identity_tail
 from lsjax.model.llama import stacked
@@ -124,9 +122,22 @@ def test_strategies_share_a_program(model, tokenizer, engine, expected):
     assert len(shared.programs) == 4  # two sizes of prompts, into the batch, rounds
 
 
+def test_a_confidence_keeps_its_own_lengths():
+    """With lengths of other settings it would verify fewer positions than alone."""
+    cells = [SelfSpeculative(1, 4), SelfSpeculative(2, 6)]
+    for exit_layer, drafts, confidence in [(1, 8, 0.5), (2, 8, 0.7), (2, 12, 0.5)]:
+        cells.append(SelfSpeculative(exit_layer, drafts, draft_confidence=confidence))
+    shared = in_one_program(cells)
+    assert [one.lengths for one in shared] == [(4, 6)] * 2 + [(0, 2, 4, 6, 8)] * 2 + [
+        (0, 3, 6, 9, 12)
+    ]
+    assert {one.exits for one in shared} == {(1, 2)}
+    assert len({one.program for one in shared}) == 3
+
+
 def test_lengths_between_those_compiled_for(model, tokenizer, expected):
     """A round takes the shortest verification that holds its drafts."""
-    strategy = SelfSpeculative(2, 5, draft_confidence=0.0)  # with lengths 0, 1, 2, 3, 5
+    strategy = SelfSpeculative(2, 5, shared_lengths=(0, 2))
     engine = Engine(model, tokenizer, strategy, batch_size=4)
     for drafts in range(5):
         settings = strategy.arguments(engine.model)
@@ -136,29 +147,6 @@ def test_lengths_between_those_compiled_for(model, tokenizer, expected):
             assert_same_tokens(model, prompt, one, other.token_ids)
             assert len(other.drafted_by_position) == drafts
     assert len(engine.programs) == 4
-
-
-@pytest.mark.parametrize("shared_lengths", [(), (2, 4, 8, 15)])
-def test_lengths_of_other_settings_are_not_used(model, shared_lengths):
-    """So a setting takes as long as in a program of its own."""
-    strategy = SelfSpeculative(2, 12, draft_confidence=0.0, shared_lengths=shared_lengths)
-
-    def positions(drafts):
-        """Of the verification of a round with so many drafts."""
-        requests = [Request(prompt=(1, 2, 3), max_new_tokens=drafts + 1)]
-        state = DecodeState.create(
-            model.config, requests, capacity=32, num_layers=4, dtype=model.dtype
-        )
-        settings = strategy.arguments(model)
-        draft = strategy.draft(model, state, settings)
-        assert draft.count_B.tolist() == [drafts]
-        none = jnp.zeros((), jnp.int32)
-        *_, steps = strategy.verify(
-            model, draft, settings, lambda *seen: none + seen[2].shape[1], none
-        )
-        return int(steps) - 1
-
-    assert [positions(drafts) for drafts in (0, 1, 3, 4, 8, 10, 12)] == [0, 3, 3, 6, 9, 12, 12]
 
 
 @pytest.mark.parametrize("confidence", [0.003, 0.1, 0.9])
