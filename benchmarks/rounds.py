@@ -25,7 +25,7 @@ from jax import lax
 import lsjax
 from lsjax.cli.setup import exact_products, keep_compiled_programs
 from lsjax.cli.show import table, wide_console
-from lsjax.decoding.self_speculative import SelfSpeculative, in_one_program
+from lsjax.decoding.self_speculative import SelfSpeculative, sharing_programs
 from lsjax.decoding.state import DecodeState
 from lsjax.decoding.strategy import Strategy
 
@@ -98,7 +98,7 @@ def main(arguments: Arguments) -> None:
     exits, lengths = sorted(arguments.exit_layers), sorted(arguments.num_draft_tokens)
     cells, llama, rows = [(0, 0), *product(exits, lengths)], lsjax.load(arguments.model), []
     static = [SelfSpeculative(E or exits[0], d) for E, d in cells]
-    for cell, own, shared in zip(cells, static, in_one_program(static), strict=True):
+    for cell, own, shared in zip(cells, static, sharing_programs(static), strict=True):
         own = own if cell[0] else lsjax.Autoregressive()
         each = (own, shared, pinned(cell, exits, lengths))
         seconds = seconds_of([rounds_loop(llama, one) for one in each], arguments.repeats)

@@ -34,7 +34,7 @@ from lsjax.config import ConfigError, LlamaConfig, Path, as_path, bounded, check
 from lsjax.decoding.completion import Completion
 from lsjax.decoding.cost import ideal_speedup
 from lsjax.decoding.engine import Engine
-from lsjax.decoding.self_speculative import SelfSpeculative, in_one_program
+from lsjax.decoding.self_speculative import SelfSpeculative, sharing_programs
 from lsjax.decoding.strategy import Strategy
 from lsjax.evaluation import answers, comparison, plots
 from lsjax.evaluation.scores import ALL, Answer, acceptance, grouped
@@ -160,7 +160,7 @@ def choose_strategies(
         fitting = tuple(name for name in names if name != "auto" or size is None)
         asked = replace(arguments, strategies=fitting, draft_vocab=size)
         found += flags.make_strategies(asked, model, counts)
-    return in_one_program(list(dict.fromkeys(found)))
+    return sharing_programs(list(dict.fromkeys(found)))
 
 
 def timed_beside(

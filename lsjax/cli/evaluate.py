@@ -26,7 +26,7 @@ from lsjax.data.files import PlacedRow, Refuse, file_rows, stop_at, write_json
 from lsjax.data.sources import tfds_split
 from lsjax.decoding.request import Request, encode_prompt
 from lsjax.decoding.sampling import GREEDY
-from lsjax.decoding.self_speculative import in_one_program
+from lsjax.decoding.self_speculative import sharing_programs
 from lsjax.evaluation import answers
 from lsjax.evaluation.scores import ALL, UNSEEN, summarise
 from lsjax.evaluation.tasks import TASKS, Task, as_trained, choose_shots, make_questions
@@ -110,7 +110,7 @@ def evaluate(arguments: Arguments) -> None:
     more |= {"batch_size": arguments.batch_size, "allow_code_execution": by_running}
     asked = answers.conditions(engine, arguments.model.name, sampling, **more)
     found = answers.complete(
-        *(engine, in_one_program(strategies), questions, asked, output, notes),
+        *(engine, sharing_programs(strategies), questions, asked, output, notes),
         lambda question, done, _: {"scores": score(done.text, question)},
     )
     rows = summarise(found)

@@ -54,7 +54,7 @@ class Adaptive(Drafting):
     name = "auto"
     exits: tuple[int, ...] = ()
     vocabulary: DraftVocabulary | None = None
-    lengths: tuple[int, ...] = (0, 1, 4, 8, 15)
+    lengths: tuple[int, ...] = (0, 1, 3, 6, 10, 15)
     seconds: tuple[tuple[float, ...], ...] | None = None
 
     @property

@@ -38,7 +38,7 @@ class SelfSpeculative(Drafting):
     draft_confidence: stops drafting when the product of the exit's top-token probabilities falls
     below this value. accept: acceptance rule (draft.py); by default the lossless rule.
     shared_exits, shared_lengths: other exits and lengths that share the compiled program
-    (`in_one_program`).
+    (`sharing_programs`).
     """
 
     name = "self_speculative"
@@ -90,7 +90,7 @@ class SelfSpeculative(Drafting):
         return self.verify(model, self.draft(model, state, arguments), arguments)[0]
 
 
-def in_one_program(strategies: Sequence[Strategy]) -> list[Strategy]:
+def sharing_programs(strategies: Sequence[Strategy]) -> list[Strategy]:
     """The same strategies. Self-speculative ones share a compiled program. Those with a confidence
     share it only with others of their length: they would verify fewer positions than alone."""
     drafting = [one for one in strategies if isinstance(one, SelfSpeculative)]

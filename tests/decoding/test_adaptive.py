@@ -408,7 +408,7 @@ def test_few_sizes_are_timed(model, tokenizer, monkeypatch):
         (Adaptive(lengths=(-2, 0)), "lengths (-2, 0) must ascend from 0"),
         (Adaptive(lengths=(0,)), "lengths (0,) must ascend from 0, with at least one draft length"),
         (Adaptive((2, 1)), "exits (2, 1) must ascend"),
-        (Adaptive((1,), seconds=((1.0,) * 5,)), "seconds have the shape (1, 5), not (2, 5)"),
+        (Adaptive((1,), seconds=((1.0,) * 6,)), "seconds have the shape (1, 6), not (2, 6)"),
         (Adaptive(vocabulary=DraftVocabulary(np.arange(300))), "a draft vocabulary of 300"),
     ],
 )

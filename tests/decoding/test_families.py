@@ -15,7 +15,7 @@ from lsjax import Engine, load
 from lsjax.checkpoints import open_checkpoint
 from lsjax.checkpoints.huggingface import save
 from lsjax.config import EarlyExitConfig, LayerDropoutConfig, LlamaConfig, StepConfig
-from lsjax.decoding.self_speculative import SelfSpeculative, in_one_program
+from lsjax.decoding.self_speculative import SelfSpeculative, sharing_programs
 from lsjax.decoding.strategy import Autoregressive
 from lsjax.model.cache import KVCache
 from lsjax.model.llama import stacked, unstacked
@@ -57,7 +57,7 @@ def test_self_speculation_is_lossless_at_every_exit(name, small_tokenizer):
     golden, model = np.load(GOLDEN / name / "golden.npz"), load(GOLDEN / name)
     drafting = [SelfSpeculative(exit_layer, 3) for exit_layer in range(1, model.config.num_layers)]
     engine, prompts = Engine(model, small_tokenizer), golden["greedy"][:, :PROMPT].tolist()
-    for strategy in (Autoregressive(), *in_one_program(drafting)):
+    for strategy in (Autoregressive(), *sharing_programs(drafting)):
         engine.use(strategy)
         found = engine.generate(prompts, max_new_tokens=golden["greedy"].shape[1] - PROMPT)
         for completion, expected in zip(found, golden["greedy"], strict=True):

@@ -10,7 +10,7 @@ import pytest
 from lsjax.config import ConfigError
 from lsjax.decoding.draft import DraftVocabulary
 from lsjax.decoding.engine import Engine
-from lsjax.decoding.self_speculative import SelfSpeculative, in_one_program
+from lsjax.decoding.self_speculative import SelfSpeculative, sharing_programs
 from lsjax.decoding.strategy import Autoregressive, EarlyExit
 from lsjax.evaluation.comparison import identity_tail
 from lsjax.model.llama import stacked
@@ -109,7 +109,7 @@ def test_strategies_share_a_program(model, tokenizer, engine, expected):
     and one program for all rounds."""
     cells = [SelfSpeculative(exit_layer, drafts) for exit_layer in (1, 2, 3) for drafts in range(6)]
     shared = Engine(model, tokenizer, batch_size=4)
-    for cell, one_of_many in zip(cells, in_one_program(cells), strict=True):
+    for cell, one_of_many in zip(cells, sharing_programs(cells), strict=True):
         found = complete(shared, one_of_many)
         for prompt, one, other in zip(PROMPTS, expected, found, strict=True):
             assert_same_tokens(model, prompt, one, other.token_ids)
@@ -127,7 +127,7 @@ def test_a_confidence_keeps_its_own_lengths():
     cells = [SelfSpeculative(1, 4), SelfSpeculative(2, 6)]
     for exit_layer, drafts, confidence in [(1, 8, 0.5), (2, 8, 0.7), (2, 12, 0.5)]:
         cells.append(SelfSpeculative(exit_layer, drafts, draft_confidence=confidence))
-    shared = in_one_program(cells)
+    shared = sharing_programs(cells)
     assert [one.lengths for one in shared] == [(4, 6)] * 2 + [(0, 2, 4, 6, 8)] * 2 + [
         (0, 3, 6, 9, 12)
     ]
