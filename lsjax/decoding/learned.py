@@ -17,7 +17,7 @@ DECAY = 0.97  # weight of the older counts, for each new one
 USUAL_COUNT = 2.0
 LEVEL_SHARES = (0.25, 0.5, 0.75, 0.95, 0.99)
 LOOKUP_SHARES = (0.17, 0.3, 0.42, 0.5, 0.6, 0.64, 0.68, 0.72)
-# If lookups of one size fail in a text, others fail too. The usual shares count as many drafts.
+# Lookups of all sizes fail in the same texts. The usual shares weigh as much as this many drafts.
 TEXT_COUNT = 4.0
 
 
