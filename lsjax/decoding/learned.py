@@ -114,7 +114,7 @@ class Learned:
 
 
 def expected_tokens(chance: Float[Array, "..."], number: np.ndarray) -> Float[Array, "..."]:
-    """Of this many tokens, if the first is certain and each one passes with the chance."""
+    """Expected tokens of `number`, if the first is certain and others pass with the chance."""
     return (1 - chance**number) / (1 - chance)
 
 
