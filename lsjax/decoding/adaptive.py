@@ -131,7 +131,7 @@ class Adaptive(Drafting):
             seconds_SD[source], (1 - exit_layer / layers) * seconds_SD[0], learned.chance_BE[:, own]
         )
         rate = rate_SD.max() / state.running_B.sum()  # of a row
-        # Even if no draft is worth its time, the exit's head runs once: the confidence is 1 before.
+        # At most 1, the confidence before the first draft: so the exit's head runs at least once.
         sure_BT = jnp.minimum(rate * seconds_BT, 1)
         return RoundSettings(exit_layer, at_most, head, sure_BT, learned.chances_BEC[:, own])
 

@@ -59,8 +59,8 @@ class Learned:
     def exit_tokens(
         self, lengths: tuple[int, ...], least_ED: Float[Array, "E D"]
     ) -> tuple[Float[Array, "B E D"], Float[Array, "B E D"]]:
-        """Expected tokens of a round with each exit and draft length, and the chance that it drafts
-        at all: that the top probability of its first draft promises `least_ED` accepted drafts."""
+        """Expected tokens of a round with each exit and draft length, and its chance to draft: the
+        level of the first draft must promise `least_ED` accepted drafts."""
         tokens_BED = expected_tokens(self.chance_BE[..., None], np.array(lengths))
         passed_BEDC = self.chances_BEC[:, :, None] * tokens_BED[..., None]
         drafts_BEDC = jnp.where(passed_BEDC >= least_ED[..., None], self.shares_BEC[:, :, None], 0)

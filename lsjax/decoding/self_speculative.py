@@ -91,8 +91,8 @@ class SelfSpeculative(Drafting):
 
 
 def sharing_programs(strategies: Sequence[Strategy]) -> list[Strategy]:
-    """The same strategies. Self-speculative ones share a compiled program. Those with a confidence
-    share it only with others of their length: they would verify fewer positions than alone."""
+    """The same strategies. Self-speculative ones share a compiled program, with a confidence only
+    those of one length: more lengths would let them verify fewer positions than alone."""
     drafting = [one for one in strategies if isinstance(one, SelfSpeculative)]
     exits = tuple(sorted({one.exit_layer for one in drafting}))
     lengths = tuple(one.num_draft_tokens for one in drafting if one.draft_confidence is None)
