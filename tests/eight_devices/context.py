@@ -37,7 +37,7 @@ CONFIG = StepConfig(
     remat="dots_with_no_batch_dims_saveable",
     z_loss=1e-3,
 )
-SHAPE = LlamaConfig.tiny(num_layers=4, sliding_window=7, full_attention_layers=(1, 3))
+SHAPE = LlamaConfig.tiny(num_layers=2, sliding_window=7, full_attention_layers=(1,))
 ROWS, STEPS = 8, 48
 RNG = np.random.default_rng(0)
 TOKENS = RNG.integers(0, 258, (ROWS, STEPS + 1), dtype=np.int32)
