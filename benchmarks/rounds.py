@@ -30,7 +30,7 @@ from lsjax.decoding.state import DecodeState
 from lsjax.decoding.strategy import Strategy
 
 LENGTH = 128  # tokens in the cache
-CALL = 0.1  # seconds of a loop: a slow phase of the machine affects all loops of a repeat
+CALL = 0.1  # seconds of a loop: short, so that all loops of a repeat share a slow phase
 Loop = Callable[[int], None]  # runs a round this many times, and waits for it
 
 
