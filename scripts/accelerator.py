@@ -28,6 +28,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
 from accelerator_stages.results import PartResults, read, write_page  # noqa: E402
+from xla_flags import known_flags  # noqa: E402
 
 # Module and function of each stage, and its parts.
 STAGES = {
@@ -120,10 +121,13 @@ def run_parts(stage: str, arguments: argparse.Namespace) -> bool:
     deadline, good = time.monotonic() + 60 * arguments.minutes, True
     module, function, _ = STAGES[stage]
     for part in arguments.part:
-        # Must be set before jax is imported.
-        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags_of(part)}".strip()
         results = PartResults(arguments.output, stage, part, deadline)
         try:
+            flags = flags_of(part)
+            if flags and not known_flags([flags]):
+                raise RuntimeError(f"XLA does not know {flags}: skip this part")
+            # Must be set before jax is imported.
+            os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}".strip()
             run = getattr(importlib.import_module(f"accelerator_stages.{module}"), function)
             run(part, results, arguments.tiny)
         except Exception as error:  # in one line; the traceback is in the file

@@ -4,6 +4,8 @@ import gc
 import os
 from pathlib import Path
 
+from scripts.xla_flags import known_flags
+
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.setdefault(
     "JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".cache" / "xla")
@@ -13,10 +15,11 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "0"
 # Most of the time goes into compiling. XLA's own passes stay, so that compiled programs read the
 # same. What follows them is as short as it can be, unless XLA_FLAGS asks for more.
 SHORT = (
-    "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false "
-    "--xla_cpu_parallel_codegen_split_count=1"
+    "--xla_backend_optimization_level=0",
+    "--xla_cpu_use_fusion_emitters=false",
+    "--xla_cpu_parallel_codegen_split_count=1",
 )
-os.environ["XLA_FLAGS"] = f"{SHORT} {os.environ.get('XLA_FLAGS', '')}"
+os.environ["XLA_FLAGS"] = f"{known_flags(SHORT)} {os.environ.get('XLA_FLAGS', '')}"
 
 import jax
 import jaxtyping

@@ -111,14 +111,13 @@ def launch(case: Case, task: str, source: Path, target: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    flags = f"--xla_force_host_platform_device_count={case.devices}"
     workers = [
         subprocess.Popen(
             [sys.executable, __file__, "worker"]
             + [str(CASES.index(case)), task, str(source), str(target), str(port), str(number)],
             env=os.environ
-            | {"JAX_PLATFORMS": "cpu", "JAX_ENABLE_X64": "1", "XLA_FLAGS": flags}
-            | {"PYTHONPATH": str(Path(__file__).parents[2])},
+            | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(case.devices)}
+            | {"JAX_ENABLE_X64": "1", "PYTHONPATH": str(Path(__file__).parents[2])},
         )
         for number in range(case.processes)
     ]

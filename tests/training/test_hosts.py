@@ -85,11 +85,10 @@ def test_two_processes(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    flags = os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=2"
     programs = [
         subprocess.Popen(
             [sys.executable, "-c", PROGRAM, str(port), str(number), str(tmp_path)],
-            env=os.environ | {"XLA_FLAGS": flags},
+            env=os.environ | {"JAX_NUM_CPU_DEVICES": "2"},
             cwd=Path(__file__).parents[2],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
