@@ -1,8 +1,13 @@
-# `make quickstart` and `make test` only need Python 3.11 or newer; PYTHON selects the interpreter.
-PYTHON ?= python3
+# `make quickstart` and `make test` take the newest Python from 3.11 to 3.13, or PYTHON.
+ifeq ($(origin PYTHON),undefined)
+PYTHON := $(shell sh scripts/find_python.sh)
+endif
 VENV ?= .venv
 BIN = $(VENV)/bin
-VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+# Such as 3.13, and python-3.13.5-0f86c1a3 for this installation of it.
+VERSION := $(if $(PYTHON),$(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])'))
+INTERPRETER := $(if $(PYTHON),$(shell $(PYTHON) -c 'import sys, zlib; \
+	print("python-%s-%08x" % (sys.version.split()[0], zlib.crc32(sys.base_prefix.encode())))'))
 LOCK := $(wildcard constraints/py$(VERSION).txt)
 SMOLLM2 = models/SmolLM2-135M-Instruct.Q4_1.gguf
 STORY = "Once upon a time, there was a little girl named Lily who"
@@ -46,8 +51,7 @@ accelerator: $(VENV)/accelerator
 	$(BIN)/python scripts/accelerator.py --stage $(STAGES) --output build/accelerator
 endif
 
-$(VENV)/accelerator: pyproject.toml $(LOCK)
-	$(PYTHON) -m venv $(VENV)
+$(VENV)/accelerator: $(VENV)/$(INTERPRETER) pyproject.toml $(LOCK)
 	$(BIN)/python -m pip install -q $(if $(WHEELS),--no-index --find-links $(WHEELS), \
 		$(addprefix -c ,$(LOCK))) -e '.[$(EXTRA)]'
 	touch $@
@@ -83,8 +87,13 @@ parity: $(VENV)/installed $(SMOLLM2)
 peers: $(VENV)/installed
 	$(BIN)/python -m pip install -q -e '.[peers]'
 
-$(VENV)/installed: pyproject.toml $(LOCK)
-	$(PYTHON) -m venv $(VENV)
+# A virtual environment of another Python is removed.
+$(VENV)/$(INTERPRETER):
+	$(if $(PYTHON),,$(error No supported Python was found))
+	$(PYTHON) -m venv --clear $(VENV)
+	touch $@
+
+$(VENV)/installed: $(VENV)/$(INTERPRETER) pyproject.toml $(LOCK)
 	$(BIN)/python -m pip install -q $(addprefix -c ,$(LOCK)) -e '.[test]'
 	touch $@
 
@@ -92,12 +101,16 @@ $(VENV)/installed: pyproject.toml $(LOCK)
 $(SMOLLM2): | $(VENV)/installed
 	$(BIN)/python scripts/get_smollm2.py $@
 
-# Writes the versions that an unconstrained install now resolves to.
-lock:
-	rm -rf build/lock && $(PYTHON) -m venv build/lock
-	build/lock/bin/python -m pip install -q -e '.[test]'
-	mkdir -p constraints
-	build/lock/bin/python -m pip freeze --exclude-editable > constraints/py$(VERSION).txt
+# Writes the newest versions that install together, for each Python. google-tunix is resolved with
+# them, so that both install into one environment. Without a bound, an old transformers is chosen.
+VERSIONS = 3.11 3.12 3.13
+lock: $(VENV)/$(INTERPRETER)
+	$(BIN)/python -m pip install -q uv
+	mkdir -p build
+	printf 'google-tunix>=0.1.7\ntransformers>=4.57\n' > build/lock.in
+	for version in $(VERSIONS); do $(BIN)/uv pip compile -q --upgrade pyproject.toml build/lock.in \
+		--extra test --python-version $$version --no-header --no-annotate \
+		-o constraints/py$$version.txt; done
 
 clean:
 	rm -rf $(VENV) build .cache .pytest_cache .ruff_cache
