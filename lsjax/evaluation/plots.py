@@ -102,10 +102,15 @@ def plot_training(metrics: Sequence[Row], file: Path, *, title: str = "") -> Non
         twin.plot(at, _numbers(steps, "learning_rate"), color=COLOURS[0])
         twin.set_ylabel("learning rate", color=COLOURS[0])
         twin.set_ylim(bottom=0)
-        speed = _numbers(steps, "tokens") / _numbers(steps, "seconds")
-        speed[0] = np.nan  # the first step compiles
-        speeds.plot(at, speed, color=GREY, lw=0.6, alpha=0.6)
-        speeds.plot(at, _smooth(speed), color=COLOURS[0])
+        tokens, seconds = _numbers(steps, "tokens"), _numbers(steps, "seconds")
+        tokens[0] = seconds[0] = np.nan  # the first step compiles
+
+        def speed(fewest: int) -> np.ndarray:
+            """Over several steps: two may share their time unevenly, if the program waited."""
+            return _smooth(tokens, fewest) / _smooth(seconds, fewest)
+
+        speeds.plot(at, speed(3), color=GREY, lw=0.6, alpha=0.6)
+        speeds.plot(at, speed(9), color=COLOURS[0])
         speeds.set(xlabel="step", ylabel="labelled tokens per second", ylim=(0, None))
 
 
@@ -114,9 +119,9 @@ def _numbers(rows: Sequence[Row], name: str) -> np.ndarray:
     return np.array([row.get(name) for row in rows], float)
 
 
-def _smooth(values: np.ndarray) -> np.ndarray:
-    """Moving average over a fortieth of the values; over fewer at both ends."""
-    weights = np.ones(max(1, round(len(values) / 40)))
+def _smooth(values: np.ndarray, fewest: int = 1) -> np.ndarray:
+    """Moving average over a fortieth of the values, or over `fewest`; over fewer at both ends."""
+    weights = np.ones(min(len(values), max(fewest, round(len(values) / 40))))
     known = np.isfinite(values)
     totals = np.convolve(np.where(known, values, 0), weights, "same")
     counts = np.convolve(known, weights, "same")

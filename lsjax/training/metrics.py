@@ -149,9 +149,9 @@ class MetricsLog:
         write_whole(directory / METRICS, "".join(json.dumps(row) + "\n" for row in kept).encode())
         self._lines = self._opened.enter_context(closing(Lines(directory / METRICS)))
 
-    def step(self, step: int, values: Mapping[str, Any]) -> str:
-        """Writes the row of a step that has just ended; returns its line of text."""
-        self.clock.spend("steps")
+    def step(self, step: int, values: Mapping[str, Any], ended: float) -> str:
+        """Writes the row of a step; returns its line of text. ended: Unix time of its end."""
+        self.clock.spend("steps", ended)
         on = np.flatnonzero(values["enabled_L"])
         row = {k: v for k, v in values.items() if k not in ("exit_loss_L", "enabled_L")}
         row |= {"exits": (on + 1).tolist(), "exit_losses": values["exit_loss_L"][on].tolist()}

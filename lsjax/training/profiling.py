@@ -78,15 +78,16 @@ def trace(directory: Path, name: str = "") -> Iterator[None]:
 def traced(train_step: Callable, config: ProfileConfig, directory: Path, done: int):
     """Yields the train step, which traces the configured steps. done: steps done before."""
     begin, end = max(config.start, done + 1), config.start + config.steps
+    writes = config.all_processes or jax.process_index() == 0
 
     def traced_step(state, batch):
         nonlocal done
         done += 1
-        if begin == done < end and (config.all_processes or jax.process_index() == 0):
+        if writes and begin == done < end:
             tracing.enter_context(trace(directory, f"step_{done}_process_{jax.process_index()}"))
         with jax.profiler.StepTraceAnnotation("train", step_num=done):
             state, metrics = train_step(state, batch)
-        if done == end - 1:
+        if writes and begin <= done == end - 1:
             jax.block_until_ready(metrics)
             tracing.close()
         return state, metrics

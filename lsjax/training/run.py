@@ -5,7 +5,7 @@ Evaluation, samples and plots are hooks, so training depends on neither decoding
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -123,11 +123,12 @@ def run_loop(
     """
     config, num_steps, looked = run.config, run.config.num_steps, False
     step = saved = first = int(state.step)
-    waiting: tuple[int, Metrics] | None = None  # the last step, while it is not reported
+    # The last step and the time at which it is done, while it is not reported.
+    waiting: tuple[int, Metrics, Future[float]] | None = None
 
-    def report(number: int, metrics: Metrics) -> None:
+    def report(number: int, metrics: Metrics, ready: Future[float]) -> None:
         values = jax.device_get(metrics)
-        show(number, log.step(number, values))
+        show(number, log.step(number, values, ready.result()))
         in_a_row = int(values["skipped_in_a_row"])
         if in_a_row >= config.max_skipped:
             checkpoints.settle()
@@ -162,7 +163,7 @@ def run_loop(
             step += 1
             if waiting is not None:
                 report(*waiting)  # of the previous step, while this one runs
-            waiting = step, metrics
+            waiting = step, metrics, ready
             stopped_by = stop(step)
             last = step == num_steps or stopped_by is not None
             due = [hook for hook in hooks if step % hook.every == 0 or step == num_steps]

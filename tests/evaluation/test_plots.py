@@ -64,6 +64,15 @@ def test_training(drawn, tmp_path):
     np.testing.assert_equal(speeds.lines[-1].get_ydata(), [np.nan, 200, 200])
 
 
+def test_steps_that_share_their_time_are_no_peak(drawn, tmp_path):
+    rows = [step(number, [1, 4]) for number in range(1, 21)]
+    rows[7]["seconds"], rows[8]["seconds"] = 0.996, 0.004
+    plot_training(rows, tmp_path / "plot.png")
+    each, smooth = (line.get_ydata()[1:] for line in drawn[0].axes[3].lines)
+    assert each.max() < 300 and smooth.max() < 225
+    np.testing.assert_allclose(each[[0, 4, 10, -1]], 200)
+
+
 def test_a_run_that_has_just_begun(drawn, tmp_path):
     plot_training(METRICS[:1], tmp_path / "plot.png")
     assert lines(drawn[0].axes[0])["exit 4"] == [(1, 3.9)]

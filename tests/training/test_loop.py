@@ -219,6 +219,34 @@ def test_the_time_of_a_run_by_use(tmp_path, monkeypatch):
     assert sum(uses.values()) == now - 1000
 
 
+def test_each_step_has_its_own_time(tmp_path, monkeypatch):
+    """Steps take 2 s. The program waits for the end of step 4, as after a trace."""
+    now, ends, count = 1000.0, {0: 1000.0}, counting_step()
+
+    def train_step(state, batch):
+        nonlocal now
+        step = state.step + 1
+        ends[step] = max(now, ends[step - 1]) + 2
+        now = max(now, ends[4]) if step == 4 else now
+        return count(state, batch)
+
+    def end(metrics):
+        return ends[10 - int(metrics["loss"])]
+
+    def device_get(metrics):
+        nonlocal now
+        now = max(now, end(metrics))
+        return metrics
+
+    monkeypatch.setattr(loop.jax, "device_get", device_get)
+    monkeypatch.setattr(time, "time", lambda: now)
+    monkeypatch.setattr(loop, "ThreadPoolExecutor", AtOnce)
+    monkeypatch.setattr(loop, "time_when_ready", end)
+    run(tmp_path, start(), [], [], train_step=train_step, save_every=9)
+    seconds = [row["seconds"] for row in read_metrics(tmp_path) if row["kind"] == "step"]
+    assert seconds == [2] * 7 and now == 1014
+
+
 def test_a_step_is_fetched_while_the_next_one_runs(tmp_path, monkeypatch):
     """Except before what needs a finished step: hooks at 4, the end."""
     order, count, fetch = [], counting_step(), loop.jax.device_get

@@ -37,6 +37,18 @@ def steps_of(tmp_path):
     return run
 
 
+@pytest.mark.parametrize("fields", [dict(), dict(steps=2, start=4), dict(steps=9, start=1)])
+def test_only_the_last_step_of_a_trace_is_waited_for(fields, tmp_path, monkeypatch):
+    """Otherwise the next step would be dispatched too late."""
+    waited, config = [], ProfileConfig(**fields)
+    monkeypatch.setattr(jax, "block_until_ready", waited.append)
+    with traced(lambda state, batch: (state + 1, state + 1), config, tmp_path, 0) as step:
+        state = 0
+        for _ in range(12):
+            state, _ = step(state, None)
+    assert waited == [config.start + config.steps - 1] * (config.steps > 0)
+
+
 @pytest.mark.parametrize(
     "options, numbers",
     [
