@@ -6,6 +6,11 @@
     python decode.py --model PATH --interactive
 """
 
+from lsjax.interrupts import keeps, run_program
+
+if __name__ == "__main__":  # before the other imports, which take seconds
+    run_program("decode")
+
 import json
 import sys
 from collections import deque
@@ -19,7 +24,7 @@ from rich.progress import Progress
 
 from lsjax.cli.flags import load_engine, make_strategies, open_model, trained_exits
 from lsjax.cli.prompts import Arguments, chat, choose_requests, encode_requests
-from lsjax.cli.setup import check_output, ended_by_sigterm, one_line_errors, parse_flags
+from lsjax.cli.setup import check_output, one_line_errors, parse_flags
 from lsjax.cli.show import PLAIN, coloured, legend, notes_console, stream, summary, verbatim
 from lsjax.config import Path, as_path, check
 from lsjax.data.files import cache_directory
@@ -33,7 +38,7 @@ from lsjax.training.profiling import trace
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the program. Bad input exits with code 2."""
-    with one_line_errors(), ended_by_sigterm():
+    with one_line_errors():
         decode(parse_flags(Arguments, argv, __doc__))
     return 0
 
@@ -76,6 +81,7 @@ def decode(arguments: Arguments) -> None:
         f"{weights / 1e6:.0f} MB in {engine.model.dtype}; "
         f"cache {cache / 1e6:.0f} MB for {engine.batch_size} row{'s' * (engine.batch_size > 1)}"
     )
+    keeps("the finished texts are written")
     completions: list[Completion] = []
     tracing = nullcontext() if arguments.profile is None else trace(arguments.profile)
     with json_lines(arguments.json) as lines, tracing:
@@ -168,7 +174,3 @@ def advise(notes: Console, exit_layer: int | None, completions: Sequence[Complet
             f"Few drafts of exit {exit_layer} were accepted. Early-exit drafts slow down "
             "models that were not trained with LayerSkip, though the text stays the same."
         )
-
-
-if __name__ == "__main__":
-    sys.exit(main())

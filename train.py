@@ -9,7 +9,11 @@ Running the same command again resumes a stopped run. Fields of the configuratio
 `python train.py --config configs/quickstart.py --help` lists them.
 """
 
-import sys
+from lsjax.interrupts import keeps, run_program
+
+if __name__ == "__main__":  # before the other imports, which take seconds
+    run_program("train")
+
 from collections.abc import Sequence
 from functools import partial
 
@@ -35,6 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def train(config: TrainConfig, workdir: Path) -> int:
     """Trains as configured, and prints the progress."""
+    keeps("saved steps are kept, and the same command resumes after the newest")
     keep_freed_memory()
     console = Console(highlight=False, soft_wrap=True, emoji=False, quiet=not is_first())
     say = partial(console.print, markup=False)
@@ -60,7 +65,3 @@ def train(config: TrainConfig, workdir: Path) -> int:
         return 1
     say(f"done: python decode.py --model {workdir} --prompt ...")
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

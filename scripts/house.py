@@ -15,7 +15,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 # From the ground up. A room may import those of lower floors.
 FLOORS = (
-    ("config",),
+    ("config", "interrupts"),
     ("sharding", "data"),
     ("model",),
     ("checkpoints",),

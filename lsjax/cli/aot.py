@@ -10,9 +10,13 @@ Needs the chip's compiler (pip install 'lsjax[tpu]' or 'lsjax[cuda]'). Compiling
 Any field of the configuration is a flag, as in train.py. docs/pods.md explains the figures.
 """
 
+from lsjax.interrupts import run_program
+
+if __name__ == "__main__":  # before the other imports, which take seconds
+    run_program("lsjax.cli.aot")
+
 import json
 import math
-import sys
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -216,6 +220,3 @@ def collectives_table(figures: Mapping[str, Any]) -> Table:
 
 parse = partial(parse_config, early=Slice, derived=default_mesh)
 main = program(Arguments, report, __doc__, parse)
-
-if __name__ == "__main__":
-    sys.exit(main())

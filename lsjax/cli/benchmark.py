@@ -14,6 +14,11 @@ The directory --output gets answers.jsonl (a line per text, from which a killed 
 cells.jsonl (the table), and benchmark.png if there are several cells.
 """
 
+from lsjax.interrupts import keeps, run_program
+
+if __name__ == "__main__":  # before the other imports, which take seconds
+    run_program("lsjax.cli.benchmark")
+
 import math
 import os
 import statistics
@@ -101,6 +106,7 @@ def benchmark(arguments: Arguments) -> int:
         output.mkdir(parents=True, exist_ok=True)
         file = output / "answers.jsonl"
         check_output(file, arguments.prompt_file)
+        keeps("the same command adds the missing answers")
     change = {} if tail is None else {"change": partial(comparison.identity_tail, exit_layer=tail)}
     engine = flags.load_engine(model, notes, ignore_end=True, **change)
     if tail is not None and arguments.draft_vocab is not None:
@@ -226,6 +232,3 @@ def write(output: Path, title: str, rows: Sequence[Answer], notes: Console) -> N
 
 
 main = program(Arguments, benchmark, __doc__)
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -4,6 +4,11 @@ The result holds config.json, safetensors and the tokenizer. lsjax and transform
 It appears under its name only when it is complete.
 """
 
+from lsjax.interrupts import run_program
+
+if __name__ == "__main__":  # before the other imports, which take seconds
+    run_program("lsjax.cli.convert")
+
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -44,6 +49,3 @@ def convert(arguments: Arguments) -> None:
 
 
 main = program(Arguments, convert, __doc__)
-
-if __name__ == "__main__":
-    raise SystemExit(main())

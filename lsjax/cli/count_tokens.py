@@ -6,6 +6,11 @@
 The counts are stored in the cache for all models with this tokenizer, or in the --output file.
 """
 
+from lsjax.interrupts import run_program
+
+if __name__ == "__main__":  # before the other imports, which take seconds
+    run_program("lsjax.cli.count_tokens")
+
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -41,7 +46,8 @@ def count(arguments: Arguments) -> None:
     tokenizer = load_tokenizer(arguments.model)
     output = arguments.output or cached_counts(cache_directory(), tokenizer)
     counts, total = Counter(), sum(file.stat().st_size for file in arguments.text)
-    with Progress(console=notes_console(), transient=True) as progress:
+    notes = notes_console()
+    with Progress(console=notes, transient=True, disable=not notes.is_terminal) as progress:
         task = progress.add_task("counting", total=total)
         for piece in chain.from_iterable(map(read_pieces, arguments.text)):
             counts.update(count_tokens(tokenizer, [piece]))
@@ -65,6 +71,3 @@ def read_pieces(file: Path) -> Iterator[str]:
 
 
 main = program(Arguments, count, __doc__)
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -7,6 +7,11 @@
 The same command resumes a killed run. docs/evaluation.md explains the tasks and the figures.
 """
 
+from lsjax.interrupts import keeps, run_program
+
+if __name__ == "__main__":  # before the other imports, which take seconds
+    run_program("lsjax.cli.evaluate")
+
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -109,6 +114,7 @@ def evaluate(arguments: Arguments) -> None:
     more = {"task": task.name} | {name: getattr(task, name) for name in names}
     more |= {"batch_size": arguments.batch_size, "allow_code_execution": by_running}
     asked = answers.conditions(engine, arguments.model.name, sampling, **more)
+    keeps("the same command adds the missing answers")
     found = answers.complete(
         *(engine, sharing_programs(strategies), questions, asked, output, notes),
         lambda question, done, _: {"scores": score(done.text, question)},
@@ -219,6 +225,3 @@ def show(title: str, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 main = program(Arguments, evaluate, __doc__)
-
-if __name__ == "__main__":
-    raise SystemExit(main())

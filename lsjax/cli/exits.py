@@ -7,6 +7,11 @@ The second command compares a run with the model that it started from. The table
 perplexity and agreement by exit. The plot has a line per model (the paper's Figures 6 and 8).
 """
 
+from lsjax.interrupts import run_program
+
+if __name__ == "__main__":  # before the other imports, which take seconds
+    run_program("lsjax.cli.exits")
+
 import json
 from dataclasses import asdict, dataclass
 
@@ -63,7 +68,8 @@ def score_models(arguments: Arguments) -> None:
     rows = packed_rows(config.data, tokenizer, **options)
     batches = list(OnePass(rows, batch_size=config.batch_size, max_batches=arguments.batches))
     scores: dict[str, exits.ExitScores] = {}
-    with Progress(console=notes_console(), transient=True) as progress:
+    notes = notes_console()
+    with Progress(console=notes, transient=True, disable=not notes.is_terminal) as progress:
         for name, source in zip(names, sources, strict=True):
             model = stacked(load(source, dtype=dtype))
             tracked = progress.track(batches, description=name)
@@ -79,6 +85,3 @@ def score_models(arguments: Arguments) -> None:
 
 
 main = program(Arguments, score_models, __doc__)
-
-if __name__ == "__main__":
-    raise SystemExit(main())

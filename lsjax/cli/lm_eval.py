@@ -9,6 +9,11 @@
 docs/evaluation.md explains the figures.
 """
 
+from lsjax.interrupts import run_program
+
+if __name__ == "__main__":  # before the other imports, which take seconds
+    run_program("lsjax.cli.lm_eval")
+
 from dataclasses import dataclass
 
 from lsjax.cli import flags
@@ -77,6 +82,3 @@ def run_tasks(arguments: Arguments) -> None:
 
 
 main = program(Arguments, run_tasks, __doc__)
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -4,6 +4,7 @@ import contextlib
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from typing import Annotated
 
 import tyro
@@ -22,6 +23,7 @@ from lsjax.decoding.engine import Engine
 from lsjax.decoding.request import Request, encode_prompt
 from lsjax.decoding.sampling import GREEDY, Sampling
 from lsjax.evaluation.tasks import first_turn
+from lsjax.interrupts import noted, raised
 
 # Fields that a row of a prompt file may have in addition to its prompt.
 ENDS = ("max_new_tokens", "stop", "stop_ids")
@@ -166,6 +168,7 @@ def encode_requests(
     return encoded
 
 
+@raised()
 def chat(
     engine: Engine,
     default: Request,
@@ -198,9 +201,10 @@ def chat(
             elif message.strip():
                 prompt = dialogue.prompt(message)
                 request = replace(default, prompt=prompt[1], sampling=sampling)
-                options = dict(show_drafts=show_drafts, conversation=conversation)
-                with noted_interrupt() as interrupted:
-                    completion = stream(people, engine, request, cancelled=interrupted, **options)
+                with noted(signal.SIGINT) as interrupts:
+                    options = dict(show_drafts=show_drafts, conversation=conversation)
+                    options["cancelled"] = partial(bool, interrupts)
+                    completion = stream(people, engine, request, **options)
                     notes.print(summary([completion], completion.decode_seconds))
                     finish(message, completion)
                     # A stop string may end inside a token. The end token is not in the text.
@@ -221,20 +225,3 @@ def chat(
             notes.print(f"{error}; /new forgets the chat")
         except (ChatTemplateError, TokenizerError) as error:
             notes.print(str(error))
-
-
-@contextlib.contextmanager
-def noted_interrupt() -> Iterator[Callable[[], bool]]:
-    """Context in which the first Ctrl-C is only noted. The second raises KeyboardInterrupt."""
-    noted = []
-
-    def note(number, frame):
-        if noted:
-            raise KeyboardInterrupt
-        noted.append(number)
-
-    before = signal.signal(signal.SIGINT, note)
-    try:
-        yield lambda: bool(noted)
-    finally:
-        signal.signal(signal.SIGINT, before)

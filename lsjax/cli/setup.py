@@ -3,7 +3,6 @@
 import ctypes
 import io
 import re
-import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
@@ -93,16 +92,6 @@ def one_line_errors() -> Iterator[None]:
         console.print("error: ", style="bold red", end="")
         console.print(" ".join(str(error).split()), markup=False)
         sys.exit(2)
-
-
-@contextmanager
-def ended_by_sigterm() -> Iterator[None]:
-    """Turns SIGTERM into an exception with exit code 143, so that finished work is written."""
-    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)  # None: not set from Python
 
 
 def check_output(file: Path, prompts: Path | None = None) -> None:

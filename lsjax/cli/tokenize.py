@@ -9,6 +9,11 @@ shards that are missing. With --shard, hosts need not run at the same time; the 
 shards. Without this program, train.py tokenizes by itself.
 """
 
+from lsjax.interrupts import keeps, run_program
+
+if __name__ == "__main__":  # before the other imports, which take seconds
+    run_program("lsjax.cli.tokenize")
+
 import re
 from dataclasses import dataclass
 
@@ -46,6 +51,7 @@ def make(arguments: Arguments) -> None:
     tokenizer = make_tokenizer(config.data, cache=cache).fitted(config.model.vocab_size)
     share = Share(index - 1, count, alone=count > 1)
     options = dict(seq_len=config.seq_len, cache=cache, share=share, workers=arguments.workers)
+    keeps("the same command makes the missing shards")
     try:
         for split in SPLITS:
             rows = packed_rows(config.data, tokenizer, split=split, **options)
@@ -55,6 +61,3 @@ def make(arguments: Arguments) -> None:
 
 
 main = program(Arguments, make, __doc__, parse_config)
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -8,14 +8,22 @@ Documents are encoded in batches, and long ones in parts, which bounds the memor
 """
 
 import os
+import signal
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from concurrent.futures import (
+    Executor,
+    Future,
+    ProcessPoolExecutor,
+    ThreadPoolExecutor,
+    as_completed,
+)
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from itertools import chain, islice
-from multiprocessing import get_context, parent_process
+from multiprocessing import Pipe, get_context, resource_tracker
+from multiprocessing.connection import Connection
 from types import ModuleType
 from typing import Any
 
@@ -175,9 +183,10 @@ def make_shards(job: Job, pieces: Numbered, workers: int, on_made: Callable[[int
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the threads are here
     parts = [pieces[at : at + THREADS] for at in range(0, len(pieces), THREADS)]
     pool: Executor = ThreadPoolExecutor(THREADS)
-    workers, here = min(workers, len(parts)), job
+    workers, here, wait = min(workers, len(parts)), job, True
+    until, alive = Pipe(duplex=False)  # only this process holds `alive`
     if workers > 1:
-        told, here = (replace(job, source=None),), None
+        told, here = (replace(job, source=None), until), None
         pool = ProcessPoolExecutor(workers, get_context("spawn"), _start, told)
     else:
         parts = [[piece] for piece in pieces]
@@ -185,7 +194,8 @@ def make_shards(job: Job, pieces: Numbered, workers: int, on_made: Callable[[int
     # takes longer than many texts.
     main, sys.modules["__main__"] = sys.modules["__main__"], ModuleType("__main__")
     try:
-        made = {pool.submit(_make, here, part): part for part in parts}
+        with ThreadPoolExecutor(1) as starter:
+            made = starter.submit(_submit, pool, here, parts).result()
         for future in as_completed(made):
             future.result()
             on_made(len(made[future]))
@@ -194,19 +204,32 @@ def make_shards(job: Job, pieces: Numbered, workers: int, on_made: Callable[[int
             "a process that tokenizes was killed, perhaps because memory ran out: start again to "
             "resume, with fewer --workers"
         ) from None
+    except (KeyboardInterrupt, SystemExit):
+        alive.close()
+        wait = workers > 1  # threads would finish their pieces
+        raise
     finally:
         sys.modules["__main__"] = main
-        pool.shutdown(cancel_futures=True)
+        pool.shutdown(wait, cancel_futures=True)
+
+
+def _submit(pool: Executor, job: Job | None, parts: Sequence[Numbered]) -> dict[Future, Numbered]:
+    """Submits the parts, for which a pool may start processes. In a thread of its own, where no
+    signal interrupts the start. Ctrl-C does not reach the processes, which inherit its mask."""
+    resource_tracker.ensure_running()  # a start of it would reset the mask
+    signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT,))
+    return {pool.submit(_make, job, part): part for part in parts}
 
 
 _jobs: list[Job] = []  # of a process that tokenizes
 
 
-def _start(job: Job) -> None:
-    """Begins a process that tokenizes, and ends with its parent."""
+def _start(job: Job, until: Connection) -> None:
+    """Begins a process that tokenizes. It ends when the other end of `until` is closed, at the
+    latest with the process that holds it."""
 
     def watch() -> None:
-        parent_process().join()
+        until.poll(None)
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()

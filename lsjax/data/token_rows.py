@@ -185,7 +185,8 @@ def make_missing(job: Job, share: Share, workers: int | None) -> None:
     every = range(len(pieces))
     for mine in [every[share.index :: share.count]] + [every] * (not share.alone):
         missing = [(n, pieces[n]) for n in mine if not job.meta(n).exists()]
-        with Progress(console=Console(stderr=True), transient=True) as progress:
+        notes = Console(stderr=True)
+        with Progress(console=notes, transient=True, disable=not notes.is_terminal) as progress:
             size = sum(end - begin for _, piece in missing for _, begin, end in piece.ranges)
             most = min((os.cpu_count() or 1) // THREADS, size // WORTH)
             task = progress.add_task(f"tokens of {job.source.name}", total=len(missing))

@@ -112,7 +112,8 @@ def complete(
         notes.print(f"{len(done)} of {len(wanted)} answers are already stored")
     if timed and len(done) < len(wanted):
         warm_up(engine, strategies, questions)
-    with closing(Lines(file)) as lines, Progress(console=notes, transient=True) as progress:
+    shown = Progress(console=notes, transient=True, disable=not notes.is_terminal)
+    with closing(Lines(file)) as lines, shown as progress:
         bar = progress.add_task("decoding", total=len(wanted), completed=len(found))
 
         def ended(strategy: Strategy, some: list[Question], index: int, text: Completion) -> None:

@@ -11,8 +11,9 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -21,6 +22,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from lsjax.config import Checked, ConfigError, bounded, check
+from lsjax.interrupts import noted
 
 # Matches errors caused by another process ending, whatever their class.
 LOST = re.compile(r"Gloo|UNAVAILABLE|DEADLINE_EXCEEDED|[Hh]eartbeat|Connection (reset|closed)")
@@ -165,28 +167,24 @@ def ending_together() -> Iterator[None]:
 
 @contextmanager
 def signals() -> Iterator[Callable[[int], int | None]]:
-    """Catches SIGTERM and Ctrl-C; a second signal of a type terminates at once. Yields a function
-    to call with each step. It returns the number of the signal that stops the run after the step.
+    """Notes SIGTERM and Ctrl-C from the first step on; a second signal of a type terminates at
+    once. Yields a function to call after each step. It returns the number of the signal that stops
+    the run now. Before the first step a program is compiled, and there is nothing new to save.
     With several processes jax handles SIGTERM, and all stop after the same later step."""
     several = jax.process_count() > 1
-    caught = [signal.SIGINT] if several else [signal.SIGINT, signal.SIGTERM]
-    received: list[int] = []
+    caught = (signal.SIGINT,) if several else (signal.SIGINT, signal.SIGTERM)
+    then = partial(signal.raise_signal, signal.SIGTERM) if several else lambda: None
 
-    def once(number, frame):
-        signal.signal(number, before[number])
-        received.append(number)
-        if several:
-            signal.raise_signal(signal.SIGTERM)
+    with ExitStack() as stack:
+        received: list[int] | None = None
 
-    def stop(step):
-        if several:
-            stopping = multihost_utils.reached_preemption_sync_point(step)
-            return signal.SIGTERM if stopping else None
-        return received[0] if received else None
+        def stop(step: int) -> int | None:
+            nonlocal received
+            if received is None:
+                received = stack.enter_context(noted(*caught, then=then))
+            if several:
+                stopping = multihost_utils.reached_preemption_sync_point(step)
+                return signal.SIGTERM if stopping else None
+            return received[0] if received else None
 
-    before = {number: signal.signal(number, once) for number in caught}
-    try:
         yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
