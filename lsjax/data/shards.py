@@ -214,9 +214,10 @@ def make_shards(job: Job, pieces: Numbered, workers: int, on_made: Callable[[int
 
 
 def _submit(pool: Executor, job: Job | None, parts: Sequence[Numbered]) -> dict[Future, Numbered]:
-    """Submits the parts, for which a pool may start processes. In a thread of its own, where no
-    signal interrupts the start. Ctrl-C does not reach the processes, which inherit its mask."""
-    resource_tracker.ensure_running()  # a start of it would reset the mask
+    """Submits the parts, for which the pool starts its processes. In a thread of its own, whose
+    mask they inherit: Ctrl-C does not reach them. No signal interrupts a thread in their start."""
+    if job is None:
+        resource_tracker.ensure_running()  # resets the mask if it starts
     signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT,))
     return {pool.submit(_make, job, part): part for part in parts}
 

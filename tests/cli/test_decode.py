@@ -1,7 +1,6 @@
 """The decode program: what it prints and writes, and how it refuses."""
 
 import json
-import os
 import re
 import shutil
 import signal
@@ -403,26 +402,42 @@ def test_log_probs_that_nobody_would_see(model_directory, refused):
     assert "--logprobs needs --json" in refused(main, *given)
 
 
-def test_sigterm_leaves_what_is_done(model_directory, tmp_path, monkeypatch):
-    """Texts that wait for the one before them are written too; exit code 143."""
+KILLED = """
+import os
+import signal
+
+from lsjax.decoding.engine import Engine
+from lsjax.interrupts import run_program
+
+generate = Engine.generate
+
+def killed(self, requests, *, on_completion):
+    def ended(index, completion):
+        on_completion(index, completion)
+        os.kill(os.getpid(), {number})
+
+    return generate(self, requests, on_completion=ended)
+
+Engine.generate = killed
+signal.signal(signal.SIGINT, signal.default_int_handler)
+run_program("decode")
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_leaves_what_is_done(model_directory, tmp_path, number):
+    """Texts that wait for the one before them are written too."""
     file, prompts = tmp_path / "lines.jsonl", tmp_path / "prompts.jsonl"
     rows = [{"prompt": "a", "max_new_tokens": 60}, {"prompt": "b", "max_new_tokens": 2}]
     prompts.write_text("\n".join(map(json.dumps, rows)))
-    generate = Engine.generate
-
-    def killed(self, requests, *, on_completion):
-        def ended(index, completion):
-            on_completion(index, completion)
-            os.kill(os.getpid(), signal.SIGTERM)
-
-        return generate(self, requests, on_completion=ended)
-
-    monkeypatch.setattr(Engine, "generate", killed)
-    given = ["--model", model_directory, "--prompt-file", prompts, "--batch-size", 2]
-    with pytest.raises(SystemExit) as end:
-        main([str(part) for part in [*given, "--json", file]])
-    assert end.value.code == 128 + signal.SIGTERM
+    given = ["--model", model_directory, "--prompt-file", prompts, "--batch-size", "2"]
+    program = [sys.executable, "-c", KILLED.format(number=int(number)), *given, "--json", file]
+    ended = subprocess.run(program, cwd=ROOT, capture_output=True, text=True)
+    assert ended.returncode == 128 + number
+    assert ended.stderr.splitlines()[-1] == "interrupted: the finished texts are written"
+    assert "Traceback" not in ended.stderr
     assert [line["prompt"] for line in lines_of(file.read_text())] == ["b"]
+    assert ended.stdout.startswith("b")
 
 
 def test_bad_input_makes_no_file(model_directory, refused, tmp_path):

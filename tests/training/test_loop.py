@@ -17,14 +17,14 @@ from lsjax.training.metrics import MetricsLog
 from lsjax.training.run import Hook, Interrupted, TooManySkipped
 
 
-def counting_step(broken=(), signal_at=None):
-    """state.step + 1; the steps in `broken` are skipped; sends SIGTERM in one of them."""
+def counting_step(broken=(), signal_at=None, number=signal.SIGTERM):
+    """state.step + 1; the steps in `broken` are skipped; sends a signal in one of them."""
 
     def train_step(state, batch):
         step = state.step + 1
         in_a_row = state.in_a_row + 1 if step in broken else 0
         if step == signal_at:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), number)
         metrics = dict(
             loss=np.float32(np.nan if step in broken else 10 - step),
             last_exit_loss=np.float32(9 - step),
@@ -97,6 +97,15 @@ def test_a_signal_ends_the_run_with_its_step_saved(tmp_path):
     assert saved[-1] == 5
     assert read_metrics(tmp_path)[-1]["step"] == 5
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_ctrl_c_before_the_first_step_is_not_noted(tmp_path):
+    """The step is being compiled, and a state that is new or restored need not be saved."""
+    saved, seen = [], []
+    interrupted = counting_step(signal_at=1, number=signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt) as stopped:
+        run(tmp_path, start(), saved, seen, train_step=interrupted)
+    assert not isinstance(stopped.value, Interrupted) and saved == []
 
 
 def test_a_step_is_saved_before_hooks_look_at_it(tmp_path):
