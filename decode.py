@@ -81,7 +81,6 @@ def decode(arguments: Arguments) -> None:
         f"{weights / 1e6:.0f} MB in {engine.model.dtype}; "
         f"cache {cache / 1e6:.0f} MB for {engine.batch_size} row{'s' * (engine.batch_size > 1)}"
     )
-    keeps("the finished texts are written")
     completions: list[Completion] = []
     tracing = nullcontext() if arguments.profile is None else trace(arguments.profile)
     with json_lines(arguments.json) as lines, tracing:
@@ -151,11 +150,15 @@ def generate_all(
                 show(first, waiting.pop(first))
             progress.advance(task)
 
+        def show_waiting() -> None:
+            for index in sorted(waiting):
+                show(index, waiting.pop(index))
+
+        keeps("the finished texts are written", show_waiting)
         try:
             engine.generate(requests, on_completion=ended)
         finally:
-            for index in sorted(waiting):
-                show(index, waiting[index])
+            show_waiting()
 
 
 def json_lines(path: Path | None) -> AbstractContextManager[TextIO | None]:

@@ -32,6 +32,7 @@ class Program:
 
     def __init__(self):
         self.kept = ""  # what remains after an interrupt, for the line on stderr
+        self.finish: Callable[[], None] = lambda: None  # writes what is done
         self._raises = False  # whether `main` runs, so that an exception ends the program
         self._number: int | None = None  # of the signal that raised an exception
         self._said = threading.Lock()
@@ -50,7 +51,7 @@ class Program:
         finally:
             self._raises = False
         if self._number is not None:
-            leave(128 + self._number)
+            self._leave(self._number)
         sys.exit(code)
 
     def take(self) -> None:
@@ -103,11 +104,11 @@ class Program:
         """Ends the process if `_handle` ran in a callback, whose exceptions only get printed."""
         if self._number is None or not issubclass(found.exc_type, KeyboardInterrupt | SystemExit):
             return sys.__unraisablehook__(found)
-        leave(128 + self._number)
+        self._leave(self._number)
 
     def _end(self, number: int) -> NoReturn:
         self._say()
-        leave(128 + number)
+        self._leave(number)
 
     def _say(self) -> None:
         """Prints the line, once. Not by `print`, which the signal may have interrupted."""
@@ -116,24 +117,25 @@ class Program:
             with suppress(OSError):
                 os.write(2, ("\r\x1b[K" * os.isatty(2) + line).encode())
 
+    def _leave(self, number: int) -> NoReturn:
+        """Ends the process without finalizing the interpreter. Shows a hidden cursor."""
+        for write in (self.finish, sys.stdout.flush, sys.stderr.flush):
+            with suppress(Exception):  # such as a closed pipe
+                write()
+        for terminal in filter(os.isatty, (1, 2)):
+            with suppress(OSError):
+                os.write(terminal, b"\x1b[?25h")
+        os._exit(128 + number)
+
 
 _program = Program()
 run_program = _program.run
 
 
-def keeps(what: str) -> None:
-    """Says what remains if the program is interrupted from now on."""
-    _program.kept = what
-
-
-def leave(code: int) -> NoReturn:
-    """Ends the process without finalizing the interpreter. Shows a hidden cursor."""
-    for stream in (sys.stdout, sys.stderr):
-        with suppress(Exception):  # such as a closed pipe
-            stream.flush()
-    for terminal in filter(os.isatty, (1, 2)):
-        os.write(terminal, b"\x1b[?25h")
-    os._exit(code)
+def keeps(what: str, finish: Callable[[], None] = lambda: None) -> None:
+    """Says what remains if the program is interrupted from now on. `finish` writes the rest of it,
+    in another thread if the main one runs native code."""
+    _program.kept, _program.finish = what, finish
 
 
 def ignore_signals() -> None:

@@ -95,9 +95,17 @@ def main():
 
 
 def test_native_code(start):
-    with start("def main():\n    ready()\n    native()", SHORT) as program:
+    main = """
+def main():
+    keeps("the rest is written", lambda: print("rest"))
+    ready()
+    native()
+"""
+    with start(main, SHORT) as program:
         program.send_signal(signal.SIGINT)
-        assert ended(program) == (130, "interrupted\n")
+        output, errors = program.communicate(timeout=120)
+    assert program.returncode == 130
+    assert (output, errors) == ("rest\n", "interrupted: the rest is written\n")
 
 
 def test_compiling(start):
