@@ -37,6 +37,7 @@ class Program:
         self._number: int | None = None  # of the signal that raised an exception
         self._said = threading.Lock()
         self._untaken: socket.socket | None = None  # a byte for each signal without a handler yet
+        self._taken = False  # whether a handler had a signal
 
     def run(self, name: str) -> NoReturn:
         """Runs the `main` of a module, and exits with its code."""
@@ -59,6 +60,7 @@ class Program:
         if self._untaken is not None:
             with suppress(BlockingIOError):
                 self._untaken.recv(64, socket.MSG_DONTWAIT)
+            self._taken = True
 
     def _catch(self) -> None:
         """Installs the handlers. An ignored signal stays ignored, as after `nohup`."""
@@ -81,15 +83,15 @@ class Program:
         raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
 
     def _watch(self) -> None:
-        """Ends the process if a signal waits too long for `_handle`, or if another one comes. A
-        handler of `noted` may come as late as it likes."""
+        """Ends the process if a signal waits too long for `_handle`, or if it is not the first one.
+        Other handlers, such as that of `noted`, may come as late as they like."""
         while True:
             self._waiting()
             time.sleep(POLL)
             first, end = self._waiting(socket.MSG_DONTWAIT), time.monotonic() + PATIENCE
             while found := self._waiting(socket.MSG_DONTWAIT):
-                late = time.monotonic() > end and signal.getsignal(found[0]) == self._handle
-                if late or len(found) > len(first):
+                late = self._taken or time.monotonic() > end
+                if late and signal.getsignal(found[0]) == self._handle or len(found) > len(first):
                     self._end(found[-1])
                 time.sleep(POLL)
 
