@@ -26,6 +26,8 @@ from typing import NamedTuple
 
 import tyro
 
+from lsjax.cli.setup import one_line_errors
+
 ROOT = Path(__file__).parents[2]
 POLL = 0.002  # seconds between looks at a program
 WITHIN = 60.0  # seconds in which a program must end
@@ -193,4 +195,5 @@ def problems_of(ended: Ended) -> list[str]:
 
 
 if __name__ == "__main__":
-    sys.exit(tyro.cli(main, description=__doc__))
+    with one_line_errors():
+        sys.exit(tyro.cli(main, description=__doc__))
