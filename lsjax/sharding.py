@@ -35,8 +35,6 @@ from jaxtyping import Array
 
 from lsjax.config import MeshConfig, as_path, check
 
-# Compute capabilities for ahead-of-time compilation, where JAX knows only the device's name.
-CAPABILITIES = {"NVIDIA A100": 8.0, "NVIDIA H100": 9.0, "NVIDIA H200": 9.0}
 # The axes that shard the rows of a batch in training, and pieces of rows.
 ROWS = ("data", "fsdp")
 PIECES = ("context", *ROWS)
@@ -113,25 +111,6 @@ def constrain(x: Array, *spec: str | tuple[str, ...] | None) -> Array:
     replicated. Without a mesh x is unchanged."""
     mesh = jax.sharding.get_abstract_mesh()
     return x if mesh.empty else lax.with_sharding_constraint(x, fitted(P(*spec), x.shape, mesh))
-
-
-def platform() -> str:
-    """Platform of the program that is being traced: "cpu", "gpu" or "tpu". The current mesh
-    decides, whose devices may be abstract; without a mesh, this machine."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    return jax.default_backend() if device is None else device.platform
-
-
-def nvidia_capability() -> float:
-    """Compute capability of the NVIDIA GPUs that the traced program targets; 0 for others."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    local = jax.local_devices()
-    kind = local[0].device_kind if device is None else device.device_kind
-    here = next((one for one in local if one.device_kind == kind), None)
-    try:
-        return float(here.compute_capability)
-    except (AttributeError, ValueError):  # another kind of device, or not on this machine
-        return next((value for name, value in CAPABILITIES.items() if kind.startswith(name)), 0.0)
 
 
 def machine() -> str:

@@ -17,6 +17,7 @@ ROOT = Path(__file__).parents[1]
 FLOORS = (
     ("config", "interrupts"),
     ("sharding", "data"),
+    ("platforms",),
     ("model",),
     ("checkpoints",),
     ("training", "decoding"),

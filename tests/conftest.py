@@ -36,6 +36,7 @@ CHECKED = [
     "lsjax.data",
     *(f"lsjax.model.{name}" for name in ("attention", "block", "llama", "operations")),
     *(f"lsjax.decoding.{name}" for name in ("strategy", "completion", "engine", "programs")),
+    "lsjax.platforms",
     "lsjax.sharding",
 ]
 with jaxtyping.install_import_hook(CHECKED, "beartype.beartype"):

@@ -23,7 +23,7 @@ from jax.typing import DTypeLike
 from lsjax.aot.chips import GIB, Chip
 from lsjax.aot.costs import AMOUNTS, CostAnalysis, ProgramCosts, Trips
 from lsjax.aot.hlo import attention_kernel, parse
-from lsjax.config import LlamaConfig, TrainConfig, check
+from lsjax.config import Kernels, LlamaConfig, TrainConfig, check
 from lsjax.decoding.adaptive import Adaptive
 from lsjax.decoding.engine import cache_slots
 from lsjax.decoding.programs import PROMPT_CHUNKS, ROUNDS, Programs, chunk_size, decode, prefill
@@ -35,6 +35,7 @@ from lsjax.decoding.strategy import Autoregressive, Strategy
 from lsjax.model.attention import LARGE, LARGE_BLOCKS, SMALL, SMALL_BLOCKS
 from lsjax.model.llama import Llama
 from lsjax.model.parameters import placed_shapes, sharding_of
+from lsjax.platforms import with_kernels
 from lsjax.sharding import context_shards
 from lsjax.training.early_exit import exit_counts
 from lsjax.training.loss import CHUNKS, EXITS, loss_chunk
@@ -78,7 +79,7 @@ def train_step(config: TrainConfig, mesh: Mesh) -> tuple[Lowered, Trips]:
     check_rows(config, mesh)
     state, batch = abstract_state(config, mesh), _batch(config, mesh)
     rows = config.batch_size // config.micro_batches
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(mesh), with_kernels(config.kernels):
         lowered = make_train_step(config).lower(state, batch)
         pieces, steps = rows * context_shards(), config.seq_len // context_shards()
         chunk = loss_chunk(pieces, steps, config.model.vocab_size)
@@ -96,9 +97,9 @@ def evaluation(config: TrainConfig, mesh: Mesh, score: Wrapped) -> tuple[Lowered
     lsjax/evaluation. The program states the trips of all its loops."""
     check_rows(config, mesh)
     model, batch = abstract_state(config, mesh).model, _batch(config, mesh)
-    rest = dict(micro_batches=config.micro_batches, attention=config.attention)
+    names = ("dtype", "micro_batches", "attention", "kernels")
     with jax.set_mesh(mesh):
-        return score.lower(model, batch, dtype=config.dtype, **rest), {}
+        return score.lower(model, batch, **{name: getattr(config, name) for name in names}), {}
 
 
 def decoding(
@@ -107,8 +108,10 @@ def decoding(
     shape: DecodingShape,
     mesh: Mesh,
     dtype: DTypeLike = jnp.bfloat16,
+    kernels: Kernels = "auto",
 ) -> tuple[Lowered, Trips]:
     """The prefill of a prompt in decode.py, or its decoding loop, which counts as one round.
+    kernels: as in `StepConfig`.
 
     Raises ConfigError for a prompt longer than the model's context.
     """
@@ -126,13 +129,14 @@ def decoding(
     )
     model = jax.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0), dtype=dtype))
     model, state = placed_shapes(model, mesh), placed_shapes(state, mesh)
+    compiled = Programs(model, mesh, kernels=kernels)
     number = jax.ShapeDtypeStruct((), jnp.int32, sharding=NamedSharding(mesh, P()))
     if name == "prefill":
         size = chunk_size(prompt, capacity)
         read = partial(prefill, chunk=size, depth=config.num_layers)
         lengths = [min(end, prompt) for end in range(size, prompt + size, size)]
         trips = {rf"/{PROMPT_CHUNKS}/while$": len(lengths), **cache_blocks(lengths, capacity)}
-        return Programs(model, mesh).lower(read, state, number), trips
+        return compiled.lower(read, state, number), trips
     arguments = placed_shapes(jax.eval_shape(strategy.arguments, model), mesh)
     loop, drafts = partial(decode, strategy=strategy), shape.num_draft_tokens
     trips = {
@@ -142,7 +146,7 @@ def decoding(
         DRAFT_HEAD: drafts / (1 + drafts),  # the last trip skips the head
         **cache_blocks([prompt], capacity),
     }
-    return Programs(model, mesh).lower(loop, state, number, arguments), trips
+    return compiled.lower(loop, state, number, arguments), trips
 
 
 def round_reads(config: LlamaConfig, shape: DecodingShape, mesh: Mesh) -> tuple[float, float]:

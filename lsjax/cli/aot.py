@@ -48,7 +48,7 @@ class Slice(ConfigFile):
     """The slice to compile for."""
 
     topology: str | None = None
-    """Chip and slice: v5e:8x8, v5p:4x4x4, v6e:16x16, h100:1, h100:8."""
+    """Chip and slice: v5e:8x8, v5p:4x4x4, v6e:16x16, h100:8, a100:8, l4:1, rtx4090:1."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,6 +105,7 @@ def report(arguments: Arguments) -> int:
     trained_on = math.prod(meshes.get("train", {}).values())
     found = {
         "topology": arguments.topology,
+        "kernels": config.kernels,
         "meshes": meshes,
         "training": {
             "devices": trained_on,
@@ -131,7 +132,8 @@ def lowered(name: str, arguments: Arguments, devices: Sequence[Any]) -> tuple[Me
     if name in ("prefill", "decode"):
         arguments.decoding_mesh.check_decoding()
         mesh = make_mesh(arguments.decoding_mesh, slice_of(arguments.topology)[1])
-        return mesh, *programs.decoding(name, config.model, arguments.decoding, mesh)
+        rest = dict(kernels=config.kernels)
+        return mesh, *programs.decoding(name, config.model, arguments.decoding, mesh, **rest)
     if name == "plain":
         config = replace(config, layer_dropout=LayerDropoutConfig(), early_exit=EarlyExitConfig())
     mesh = make_mesh(config.mesh, devices)

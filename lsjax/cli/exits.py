@@ -73,7 +73,8 @@ def score_models(arguments: Arguments) -> None:
         for name, source in zip(names, sources, strict=True):
             model = stacked(load(source, dtype=dtype))
             tracked = progress.track(batches, description=name)
-            scores[name] = exits.score_exits(model, tracked, micro_batches=config.micro_batches)
+            settings = dict(micro_batches=config.micro_batches, kernels=config.kernels)
+            scores[name] = exits.score_exits(model, tracked, **settings)
     console = wide_console()
     console.print(exit_table(f"{scores[names[0]].tokens:,} held-out tokens", scores))
     console.print(exits.AGREEMENT, style="dim")

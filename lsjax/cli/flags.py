@@ -18,7 +18,7 @@ from lsjax.checkpoints.huggingface import read_generation_defaults
 from lsjax.checkpoints.run import RunSource
 from lsjax.checkpoints.tensors import TensorSource
 from lsjax.cli.setup import bar, choose_dtype, keep_compiled_programs
-from lsjax.config import Checked, ConfigError, MeshConfig, Path, check
+from lsjax.config import Checked, ConfigError, Kernels, MeshConfig, Path, check
 from lsjax.data.files import cache_directory
 from lsjax.data.tokenizer import Tokenizer
 from lsjax.data.tokenizer_files import load_tokenizer
@@ -56,6 +56,8 @@ class ModelFlags(Checked, prefix="--"):
     """Maximum tokens, prompt plus new text; the model's context by default."""
     mesh: MeshConfig = MeshConfig()
     """Devices to decode on; one by default."""
+    kernels: Kernels = "auto"
+    """Tuned code: auto uses what is tuned for the platform, reference none of it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,7 +138,8 @@ def load_engine(
     dtype = choose_dtype(model.flags.dtype)
     loaded = load(model.source, dtype=dtype, track=bar(notes, "loading"), mesh=model.mesh)
     track = bar(notes, "timing rounds, once for this machine")
-    return Engine(change(loaded), model.tokenizer, track=track, **model.settings, **options)
+    options |= dict(kernels=model.flags.kernels, track=track)
+    return Engine(change(loaded), model.tokenizer, **model.settings, **options)
 
 
 def check_sampling(sampling: Sampling, num_samples: int) -> None:

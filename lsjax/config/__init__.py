@@ -13,6 +13,7 @@ from lsjax.config.paths import split_step as split_step
 from lsjax.config.step import AttentionKernel as AttentionKernel
 from lsjax.config.step import ComputeDtype as ComputeDtype
 from lsjax.config.step import EarlyExitConfig as EarlyExitConfig
+from lsjax.config.step import Kernels as Kernels
 from lsjax.config.step import LayerDropoutConfig as LayerDropoutConfig
 from lsjax.config.step import LoraConfig as LoraConfig
 from lsjax.config.step import LoraTarget as LoraTarget

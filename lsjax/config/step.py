@@ -8,6 +8,7 @@ from lsjax.config.checked import Checked, bounded, check
 from lsjax.config.llama import LlamaConfig
 
 AttentionKernel = Literal["auto", "xla", "splash", "flash", "cudnn"]
+Kernels = Literal["auto", "reference"]
 ComputeDtype = Literal["auto", "float32", "bfloat16"]
 LoraTarget = Literal["qkv", "out", "gate_up", "down"]
 
@@ -229,6 +230,9 @@ class StepConfig(Checked):
     attention: AttentionKernel = "auto"
     """Attention kernel. auto is splash on TPUs, flash on GPUs and xla elsewhere. If these do not
     support the arrays, it is cudnn or xla (lsjax/model/attention.py)."""
+    kernels: Kernels = "auto"
+    """Tuned code. auto uses what is tuned for the platform: attention kernels, padded rows, split
+    matrices, barriers and chosen layouts. reference uses none of it (docs/performance.md)."""
     dtype: ComputeDtype = "auto"
     """Dtype of the computation. auto is bfloat16 on accelerators, the parameters' dtype on CPUs."""
 
@@ -238,6 +242,10 @@ class StepConfig(Checked):
             self.optimizer.warmup_steps <= self.num_steps,
             f"optimizer.warmup_steps {self.optimizer.warmup_steps} is more than num_steps "
             f"{self.num_steps}",
+        )
+        check(
+            "auto" in (self.attention, self.kernels),
+            f'attention "{self.attention}" needs kernels "auto": drop one of the two',
         )
 
     def check_model(self, model: LlamaConfig) -> None:

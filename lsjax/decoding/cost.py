@@ -89,7 +89,7 @@ def round_seconds(engine: "Engine", capacity: int, budget: float) -> np.ndarray:
     layout = None if mesh is None else dict(mesh.shape)
     own = strategy.exits, strategy.lengths, strategy.draft_vocab, engine.batch_size, capacity
     model = engine.model.config, sizes, str(engine.model.dtype)
-    identity = [2, *model, kinds, layout, machine(), *own, jax.__version__]
+    identity = [2, *model, kinds, layout, machine(), *own, engine.kernels, jax.__version__]
     name = hashlib.sha256(repr(identity).encode()).hexdigest()[:32]
     file = local_cache() / "round_seconds" / f"{name}.json"
     try:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array
 
-from lsjax.config import LlamaConfig, check
+from lsjax.config import Kernels, LlamaConfig, check
 from lsjax.data.tokenizer import Tokenizer
 from lsjax.decoding.adaptive import Adaptive
 from lsjax.decoding.batching import ContinuousBatch, Conversation
@@ -36,8 +36,9 @@ class Engine:
     max_length: prompt and new tokens of a row; the model's context by default. ignore_end: decode
     past the end of a text. min_capacity: fewest slots of a row's cache. mesh: devices to decode on
     (lsjax/sharding.py). lay_out: let the compiler choose layouts of the weights on accelerators.
-    If the caller keeps `model`, weights with a new layout are then in memory twice. track: wraps
-    the timings of an adaptive strategy, for a progress bar.
+    If the caller keeps `model`, weights with a new layout are then in memory twice. kernels:
+    "reference" uses no tuned code (docs/performance.md). track: wraps the timings of an adaptive
+    strategy, for a progress bar.
 
     Raises ConfigError if the strategy or length does not fit the model, or the batch the mesh.
     Raises TokenizerError if the tokenizer does not fit the model.
@@ -55,6 +56,7 @@ class Engine:
         min_capacity: int = 0,
         mesh: Mesh | None = None,
         lay_out: bool = True,
+        kernels: Kernels = "auto",
         track: Callable[[Sequence], Iterable] = iter,
     ):
         config, strategy = model.config, strategy or Autoregressive()
@@ -65,7 +67,9 @@ class Engine:
         self.ignore_end = ignore_end
         self.min_capacity = min_capacity
         self.mesh = mesh
-        self.programs = Programs(placed(model, mesh), mesh, lay_out=lay_out)
+        self.kernels = kernels
+        layout = dict(lay_out=lay_out, kernels=kernels)
+        self.programs = Programs(placed(model, mesh), mesh, **layout)
         self.decode_seconds = 0.0  # of all rounds so far
         self.track = track
         self._seconds: dict[tuple[Strategy, int], Array] = {}  # of rounds, by slots

@@ -14,12 +14,12 @@ from jax.sharding import Mesh
 from jax.stages import Lowered
 from jaxtyping import Array, Int
 
-from lsjax.config import check
+from lsjax.config import Kernels, check
 from lsjax.decoding.state import DecodeState
 from lsjax.decoding.strategy import Strategy
 from lsjax.model.llama import Llama, unstacked
 from lsjax.model.parameters import shardings
-from lsjax.sharding import platform
+from lsjax.platforms import platform, with_kernels
 
 # Names of the loops in compiled programs.
 PROMPT_CHUNKS, ROUNDS = "prompt_chunks", "rounds"
@@ -100,14 +100,23 @@ class Programs:
 
     lay_out: let the compiler choose layouts of the weights, on accelerators; on CPUs that has no
     benefit. The first program decides for all: otherwise every call would convert some weights.
+    kernels: as in `StepConfig`; "reference" chooses no layouts.
     """
 
-    def __init__(self, model: Llama, mesh: Mesh | None = None, *, lay_out: bool = True):
+    def __init__(
+        self,
+        model: Llama,
+        mesh: Mesh | None = None,
+        *,
+        lay_out: bool = True,
+        kernels: Kernels = "auto",
+    ):
         self.model = model  # its arrays have the programs' layouts
         # A flat list is faster to pass than a module.
         self._leaves, self._structure = jax.tree.flatten(model)
         self._formats: list[Format] | None = None  # layouts of the leaves in the programs
-        self._mesh, self._lays_out = mesh, lay_out
+        self._mesh, self._kernels = mesh, kernels
+        self._lays_out = lay_out and kernels == "auto"
         self._compiled: dict[Hashable, Callable] = {}
         self.compile_seconds = 0.0
 
@@ -153,7 +162,8 @@ class Programs:
             return function(unstacked(model) if model.is_stacked else model, state, *rest)
 
         mesh, formats = self._mesh, self._formats
-        with nullcontext() if mesh is None else jax.set_mesh(mesh):
+        on_mesh = nullcontext() if mesh is None else jax.set_mesh(mesh)
+        with on_mesh, with_kernels(self._kernels):
             if formats is None and self._lays_out and platform() != "cpu":
                 formats = [Format(Layout.AUTO, leaf.sharding) for leaf in self._leaves]
             program = jax.jit(

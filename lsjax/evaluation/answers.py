@@ -79,6 +79,7 @@ def conditions(engine: Engine, name: str, sampling: Sampling, **more: Any) -> di
         "dtype": str(engine.model.dtype),
         "devices": [device.device_kind for device in devices],
         "machine": machine(),
+        "kernels": engine.kernels,
         "jax": jax.__version__,
         "sampling": asdict(sampling),
         **more,

@@ -16,9 +16,10 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from lsjax.checkpoints.run import EVALUATION
-from lsjax.config import AttentionKernel, ComputeDtype, check
+from lsjax.config import AttentionKernel, ComputeDtype, Kernels, check
 from lsjax.decoding.sampling import argmax
 from lsjax.model.llama import Llama, cast_matrices
+from lsjax.platforms import with_kernels
 from lsjax.sharding import chunk_steps, constrain, over_context, pieces, split_rows
 from lsjax.training.prepare import TrainingRun
 from lsjax.training.run import Hook
@@ -54,14 +55,15 @@ def score_exits(
     dtype: ComputeDtype = "auto",
     micro_batches: int = 1,
     attention: AttentionKernel = "auto",
+    kernels: Kernels = "auto",
 ) -> ExitScores:
     """Scores every exit on batches of tokens_BT, labels_BT, segments_BT and positions_BT.
 
-    dtype, micro_batches, attention: as in `StepConfig`. Labels of -1 do not count. Raises
+    dtype, micro_batches, attention, kernels: as in `StepConfig`. Labels of -1 do not count. Raises
     ConfigError if no token is labelled.
     """
-    compiled = partial(exit_sums, dtype=dtype, micro_batches=micro_batches, attention=attention)
-    parts = [jax.device_get(compiled(model, dict(batch))) for batch in batches]
+    settings = dict(dtype=dtype, micro_batches=micro_batches, attention=attention, kernels=kernels)
+    parts = [jax.device_get(exit_sums(model, dict(batch), **settings)) for batch in batches]
     count = sum(int(labelled) for *_, labelled in parts)
     check(count > 0, "no token is labelled: raise the number of batches, or the row length")
     sums = [np.sum([part[kind] for part in parts], 0, np.float64) for kind in (0, 1)]
@@ -76,7 +78,7 @@ def evaluation_hook(
 
     The loss of the last exit decides which saved steps are best. show: called with step and scores.
     """
-    batches, names = list(run.held_out), ("dtype", "micro_batches", "attention")
+    batches, names = list(run.held_out), ("dtype", "micro_batches", "attention", "kernels")
     settings = {name: getattr(run.config, name) for name in names}
 
     def evaluate(step: int, model: Llama) -> dict[str, Any]:
@@ -90,7 +92,7 @@ def evaluation_hook(
     return Hook(EVALUATION, run.config.evaluation.every, evaluate)
 
 
-@partial(jax.jit, static_argnames=("dtype", "micro_batches", "attention"))
+@partial(jax.jit, static_argnames=("dtype", "micro_batches", "attention", "kernels"))
 def exit_sums(
     model: Llama,
     batch: dict[str, Array],
@@ -98,6 +100,7 @@ def exit_sums(
     dtype: ComputeDtype,
     micro_batches: int,
     attention: AttentionKernel,
+    kernels: Kernels,
 ):
     """Sums of loss [L] and agreement [L] over the labelled tokens, and the number of these tokens.
 
@@ -123,9 +126,10 @@ def exit_sums(
         sums_L = [values_LBT.sum((1, 2), dtype=loss_LBT.dtype) for values_LBT in counted]
         return *sums_L, labelled_BT.sum()
 
-    if micro_batches == 1:
-        return sums(batch)
-    parts = lax.map(sums, split_rows(batch, micro_batches))
+    with with_kernels(kernels):
+        if micro_batches == 1:
+            return sums(batch)
+        parts = lax.map(sums, split_rows(batch, micro_batches))
     return jax.tree.map(lambda leaf: leaf.sum(0), parts)
 
 
@@ -136,14 +140,15 @@ def score_texts(
     exit_layer: int,
     batch_size: int = 1,
     mesh: Mesh | None = None,
+    kernels: Kernels = "auto",
     track: Callable[[Sequence], Iterable] = iter,
 ) -> list[tuple[float, bool]]:
     """Joint log-probability (nats) of each text's scored tokens by the first `exit_layer` layers,
     and whether each scored token is the argmax at its position.
 
     texts: token ids that fit the context, and how many of the last are scored, but never the first.
-    Texts of similar length share a batch. Each power-of-two length has its own program. track:
-    wraps the sequence of batches, for a progress bar.
+    Texts of similar length share a batch. Each power-of-two length has its own program. kernels:
+    as in `StepConfig`. track: wraps the sequence of batches, for a progress bar.
     """
     scores = [(0.0, True)] * len(texts)
     order = sorted(range(len(texts)), key=lambda index: -len(texts[index][0]))
@@ -158,7 +163,7 @@ def score_texts(
             tokens_BT[row, :inputs] = tokens[:-1]
             labels_BT[row, inputs - count : inputs] = tokens[len(tokens) - count :]
         with nullcontext() if mesh is None else jax.set_mesh(mesh):
-            found = _score_rows(model, tokens_BT, labels_BT, exit_layer=exit_layer)
+            found = _score_rows(model, tokens_BT, labels_BT, exit_layer=exit_layer, kernels=kernels)
         loss_BT, token_BT = jax.device_get(found)
         for row, index in enumerate(batch):
             scored = labels_BT[row] >= 0
@@ -168,13 +173,19 @@ def score_texts(
     return scores
 
 
-@partial(jax.jit, static_argnames="exit_layer")
+@partial(jax.jit, static_argnames=("exit_layer", "kernels"))
 def _score_rows(
-    model: Llama, tokens_BT: Int[Array, "B T"], labels_BT: Int[Array, "B T"], *, exit_layer: int
+    model: Llama,
+    tokens_BT: Int[Array, "B T"],
+    labels_BT: Int[Array, "B T"],
+    *,
+    exit_layer: int,
+    kernels: Kernels,
 ) -> tuple[Float[Array, "B T"], Int[Array, "B T"]]:
     """Loss and argmax at each position of one exit."""
-    x_BTD = model.exits(tokens_BT)[exit_layer - 1]
-    return _loss_and_argmax(model, model.head_table, labels_BT, x_BTD)
+    with with_kernels(kernels):
+        x_BTD = model.exits(tokens_BT)[exit_layer - 1]
+        return _loss_and_argmax(model, model.head_table, labels_BT, x_BTD)
 
 
 def _loss_and_argmax(

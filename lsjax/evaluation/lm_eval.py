@@ -117,7 +117,7 @@ class EngineLM(TemplateLM):
         return self._score(texts, disable_tqdm)
 
     def _score(self, texts: Sequence, quiet: bool) -> list[tuple[float, bool]]:
-        options = {name: getattr(self.engine, name) for name in ("batch_size", "mesh")}
+        options = {name: getattr(self.engine, name) for name in ("batch_size", "mesh", "kernels")}
         track = partial(tqdm, desc=f"one pass of {self.depth} layers", disable=quiet)
         model = self.engine.model
         return score_texts(model, texts, exit_layer=self.depth, track=track, **options)

@@ -22,14 +22,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from lsjax.config import AttentionKernel, check
 from lsjax.model.operations import FLASH_BLOCK, enough_rows
-from lsjax.sharding import (
-    ROWS,
-    context_shards,
-    in_context_order,
-    nvidia_capability,
-    on_each_device,
-    platform,
-)
+from lsjax.model.shared_memory import training_bytes
+from lsjax.platforms import REFERENCE, nvidia_capability, shared_memory, tuned_for
+from lsjax.sharding import ROWS, context_shards, in_context_order, on_each_device
 
 # Slots of the cache that one step of `cached_attention` reads; LARGE is a multiple of SMALL.
 SMALL, LARGE = 256, 1024
@@ -57,9 +52,7 @@ def self_attention(
     Raises ConfigError if the named kernel does not fit; `_problem` lists each kernel's limits.
     """
     if kernel == "auto":
-        packed = ("flash",) if segments_BT is not None else ()
-        kernels = {"tpu": ("splash",), "gpu": (*packed, "cudnn")}.get(platform(), ())
-        kernel = next((name for name in kernels if _problem(name, q_BTNH) is None), "xla")
+        kernel = _first_supported(q_BTNH, packed=segments_BT is not None)
     problem = _problem(kernel, q_BTNH)
     check(problem is None, f"attention {kernel!r} {problem}: use auto or xla")
     shards, steps = context_shards(), q_BTNH.shape[1]
@@ -83,9 +76,17 @@ def self_attention(
     return on_each_device(own_queries, arguments, (heads, heads, heads, row, P("context")), heads)
 
 
+def _first_supported(q_BTNH: Array, *, packed: bool) -> AttentionKernel:
+    """The kernel of "auto". packed: whether rows have segments."""
+    kernels = {"tpu": ("splash",), "gpu": (*["flash"] * packed, "cudnn")}.get(tuned_for(), ())
+    return next((name for name in kernels if _problem(name, q_BTNH) is None), "xla")
+
+
 def _problem(kernel: str, q_BTNH: Array) -> str | None:
     """Why the kernel can't be used; None if it can."""
-    (_, steps, _, size), dtype, devices = q_BTNH.shape, q_BTNH.dtype, platform()
+    (_, steps, _, size), dtype, devices = q_BTNH.shape, q_BTNH.dtype, tuned_for()
+    if devices == REFERENCE and kernel != "xla":
+        return 'needs kernels "auto"'
     if kernel == "splash":
         if devices not in ("tpu", "cpu"):
             return f"is for TPUs, but this program is for {devices}"
@@ -98,8 +99,14 @@ def _problem(kernel: str, q_BTNH: Array) -> str | None:
             return f"is for NVIDIA GPUs since Ampere, but this program is for {devices}"
         if dtype not in (jnp.float16, jnp.bfloat16):
             return f"takes float16 and bfloat16, not {dtype}"
-    if kernel == "flash" and size not in (16, 32, 64, 128):
-        return f"takes head sizes of 16, 32, 64 and 128, not {size}"
+    if kernel == "flash":
+        if size < 16 or size & (size - 1):
+            return f"takes head sizes of 16, 32, 64, ..., not {size}"
+        capability = nvidia_capability()
+        needed = training_bytes(capability, size, dtype.itemsize)
+        if needed > shared_memory(capability):
+            has = f"but the card has {shared_memory(capability):,}"
+            return f"needs {needed:,} bytes of shared memory for head size {size}, {has}"
     if kernel == "flash" and steps % FLASH_BLOCK:
         return f"takes lengths that {FLASH_BLOCK} divides, not {steps}"
     if kernel == "cudnn" and (size > 128 or size % 8):
@@ -238,7 +245,7 @@ def cached_attention(
         mixed = jnp.einsum("BKRS,BKSH->BKRH", enough_rows(weights.astype(values.dtype)), values)
         return total, mixed[:, :, :rows].astype(wide)
 
-    on_cpu = platform() == "cpu"
+    on_cpu = tuned_for() == "cpu"
     if on_cpu:
         # Reading all slots is no slower than copying the used blocks from half of a small cache on,
         # or nearly all of a large one (docs/performance.md).

@@ -16,7 +16,8 @@ from lsjax.config import AttentionKernel, LlamaConfig
 from lsjax.model.attention import cached_attention, self_attention
 from lsjax.model.cache import write
 from lsjax.model.operations import Rope, gradients_first, linear, rotate, swiglu, with_steps
-from lsjax.sharding import constrain, nvidia_capability, on_each_device, platform
+from lsjax.platforms import nvidia_capability, tuned_for
+from lsjax.sharding import constrain, on_each_device
 
 # Name of the summed outputs of a matrix and its adapter, for remat policies: it replaces both.
 ADAPTED = "adapted"
@@ -143,7 +144,7 @@ class Block(nnx.Module):
         mixed = self_attention(*heads, segments_BT, kernel, window)
         # On GPUs remat keeps the output of attention instead of its projection. Both have the same
         # size, but attention is slower to recompute for long sequences.
-        y_BTD = self.attention.out(mixed.reshape(*mixed.shape[:2], -1), platform() == "gpu")
+        y_BTD = self.attention.out(mixed.reshape(*mixed.shape[:2], -1), tuned_for() == "gpu")
         x_BTD = x_BTD + kept(self.attention_post_norm(y_BTD))
         return x_BTD + kept(self._feed_forward(x_BTD))
 
@@ -178,7 +179,7 @@ class Block(nnx.Module):
 def _attend(window, q, k, v, keys, values, positions_BT):
     """Writes new keys and values to a device's rows and heads of the cache, and attends to it."""
     start_B = positions_BT[:, 0]
-    if nvidia_capability() >= 8:
+    if tuned_for() == "gpu" and nvidia_capability() >= 8:
         from lsjax.model import flash_decoding as flash  # Pallas is slow to import
 
         if flash.fits(q, keys):

@@ -21,7 +21,7 @@ from jaxtyping import Array, Float, Int, Shaped
 
 from lsjax.config import LlamaConfig
 from lsjax.model.parameters import sharding_of
-from lsjax.sharding import platform
+from lsjax.platforms import tuned_for
 
 # Above this many rows, one scatter replaces a chain of slice updates (docs/performance.md).
 MAX_UNROLLED_ROWS = 8
@@ -81,7 +81,7 @@ def write(
     """Writes `new` into the buffer at `start_B` of each row along `axis`. The caller ensures
     start + T <= S: `dynamic_update_slice` would clamp the start and overwrite older slots."""
     batch = new.shape[0]
-    if batch > (1 if platform() == "gpu" else MAX_UNROLLED_ROWS):
+    if batch > (1 if tuned_for() == "gpu" else MAX_UNROLLED_ROWS):
         rows = jnp.arange(batch)[:, None]
         slots = start_B[:, None] + jnp.arange(new.shape[axis])
         where = (rows, *[slice(None)] * (axis - 1), slots)

@@ -30,9 +30,10 @@ from jaxtyping import Array, Float, Int
 
 from lsjax.model.operations import FLASH_BLOCK as OWN
 from lsjax.model.operations import SAVED
-from lsjax.sharding import platform
+from lsjax.model.shared_memory import BLOCK as OTHERS
+from lsjax.model.shared_memory import TRAINING_STAGES
+from lsjax.platforms import platform
 
-OTHERS = 64
 HIDDEN = -1e30  # score of hidden keys
 # Arrays of a mask of splash, and block sizes: the first that pads the queries least is used.
 SplashKernel = splash.splash_attention_kernel.SplashAttentionKernel
@@ -49,7 +50,7 @@ def flash_attention(
 ) -> Float[Array, "B T N H"]:
     """Attention of each token to itself and the earlier tokens of its segment. window: keys that it
     sees, its own included. Segments are contiguous, T is a multiple of OWN, and H is a power of 2
-    and at least 16."""
+    and at least 16. The card has `training_bytes` of shared memory."""
     return _forward(q_BTNH, k_BTKH, v_BTKH, segments_BT, window)[0]
 
 
@@ -98,7 +99,7 @@ def _call(kernel, window, segments, q, k, v, *rest, results):
         in_specs=(row, blocks, queries, keys, keys, *(queries, sums, sums)[: len(rest)]),
         out_specs=[own if x.ndim == 4 else own_sums for x in results],
         out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in results],
-        compiler_params=triton.CompilerParams(num_warps=warps, num_stages=2),
+        compiler_params=triton.CompilerParams(num_warps=warps, num_stages=TRAINING_STAGES),
         interpret=platform() == "cpu",
         name=kernel.__name__.strip("_"),
     )(segments, limits(segments, window), q, k, v, *rest)

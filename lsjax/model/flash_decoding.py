@@ -18,10 +18,9 @@ from jax.experimental.pallas import triton
 from jaxtyping import Array, Float, Int
 
 from lsjax.model.attention import heads_of_rows, rows_of_heads
-from lsjax.sharding import platform
+from lsjax.model.shared_memory import BLOCK, MOST_STEPS, decoding_stages
+from lsjax.platforms import nvidia_capability, platform
 
-# Slots that a program reads at a time, and maximum number of new tokens.
-BLOCK, MOST_STEPS = 64, 16
 # Minimum rows of a matmul; maximum rows that fit a program's registers.
 FEWEST_ROWS, MOST_ROWS = 16, 64
 # Programs that keep a GPU busy, and maximum parts of a row.
@@ -31,11 +30,24 @@ LOWEST = float(jnp.finfo(jnp.float32).min)
 
 
 def fits(q_BTNH: Float[Array, "B T N H"], keys: Float[Array, "B K S H"]) -> bool:
-    """Whether the kernel supports these shapes; Triton requires powers of two."""
+    """Whether the kernel supports these shapes, and fits the card that is compiled for. Triton
+    requires powers of two."""
     (_, steps, heads, size), (_, kv_heads, capacity, _) = q_BTNH.shape, keys.shape
     rows = heads // kv_heads * steps
     few = steps <= MOST_STEPS and rows <= MOST_ROWS
-    return few and size >= 16 and size & (size - 1) == 0 and capacity % BLOCK == 0
+    supported = few and size >= 16 and size & (size - 1) == 0 and capacity % BLOCK == 0
+    return supported and _stages(rows, keys) > 0
+
+
+def _padded(rows: int) -> int:
+    """Rows of a program's matmuls."""
+    return max(FEWEST_ROWS, pl.next_power_of_2(rows))
+
+
+def _stages(rows: int, keys: Float[Array, "B K S H"]) -> int:
+    """Stages of the pipeline; 0 if none fits."""
+    itemsize = keys.dtype.itemsize
+    return decoding_stages(nvidia_capability(), _padded(rows), keys.shape[3], itemsize)
 
 
 def flash_decoding(
@@ -53,7 +65,7 @@ def flash_decoding(
     batch, steps, heads, size = q_BTNH.shape
     kv_heads, capacity = keys.shape[1:3]
     rows = heads // kv_heads * steps
-    padded = max(FEWEST_ROWS, pl.next_power_of_2(rows))
+    padded = _padded(rows)
     parts = pl.next_power_of_2(pl.cdiv(PROGRAMS, batch * kv_heads))
     parts = min(parts, MOST_PARTS, pl.next_power_of_2(capacity // BLOCK))
 
@@ -93,7 +105,7 @@ def flash_decoding(
             *(jax.ShapeDtypeStruct(cache.shape, cache.dtype) for cache in (keys, values)),
         ),
         input_output_aliases={4: 2, 5: 3},
-        compiler_params=triton.CompilerParams(num_warps=4, num_stages=3),
+        compiler_params=triton.CompilerParams(num_warps=4, num_stages=_stages(rows, keys)),
         interpret=platform() == "cpu",
         name="flash_decoding",
     )(start_B, new_BKRH, new_BKRH, new_BKRH, keys, values)

@@ -26,7 +26,8 @@ from lsjax.model.block import Block, Linear, RMSNorm
 from lsjax.model.cache import KVCache
 from lsjax.model.operations import Rope, enough_rows, enough_steps, rope_angles
 from lsjax.model.parameters import SLOTS, map_named
-from lsjax.sharding import ROWS, constrain, in_context_order, platform
+from lsjax.platforms import platform
+from lsjax.sharding import ROWS, constrain, in_context_order
 
 
 class Llama(nnx.Module):

@@ -21,7 +21,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from lsjax.config import LlamaConfig, RopeScaling
-from lsjax.sharding import platform
+from lsjax.platforms import tuned_for
 
 # Sine and cosine, each [B, T, 1, h or H]; None for a layer without rope.
 Rope = tuple[Array, Array] | None
@@ -37,7 +37,7 @@ SAVED = "attention"
 def enough_steps(x_BTD: Float[Array, "B T D"]) -> Float[Array, "B U D"]:
     """Appends zero steps on accelerators, so that B * U is at least ROWS."""
     batch, steps, _ = x_BTD.shape
-    return with_steps(x_BTD, max(steps, -(-ROWS.get(platform(), 0) // batch)))
+    return with_steps(x_BTD, max(steps, -(-ROWS.get(tuned_for(), 0) // batch)))
 
 
 def with_steps(x: Float[Array, "B T *rest"], steps: int) -> Float[Array, "B U *rest"]:
@@ -50,7 +50,7 @@ def enough_rows(x: Float[Array, "*batch R I"]) -> Float[Array, "*batch S I"]:
     """x as the left side of a matmul: on TPUs with zero rows appended up to ROWS. The barrier keeps
     XLA from removing them."""
     missing = ROWS["tpu"] - x.shape[-2]
-    if platform() != "tpu" or missing <= 0:
+    if tuned_for() != "tpu" or missing <= 0:
         return x
     return lax.optimization_barrier(jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, missing), (0, 0)]))
 
@@ -93,7 +93,7 @@ def gradients_first(x: Any, parameters: Any) -> tuple[Any, Any]:
 
 
 def _gradients_first_backward(_, gradients):
-    return lax.optimization_barrier(gradients) if platform() == "gpu" else gradients
+    return lax.optimization_barrier(gradients) if tuned_for() == "gpu" else gradients
 
 
 gradients_first.defvjp(lambda *both: (both, None), _gradients_first_backward)
@@ -122,7 +122,7 @@ def _swiglu_backward(gate_up, dy):
     dgate, dup = dy * up * (sigmoid + silu * (1 - sigmoid)), dy * silu
     if apart:
         return (lax.optimization_barrier((dgate, dup)),)
-    if platform() == "gpu":  # with `where`, XLA:GPU would write both halves first
+    if tuned_for() == "gpu":  # with `where`, XLA:GPU would write both halves first
         return (jnp.stack([dgate, dup], -2),)
     # `where` instead of a concatenation, which XLA:CPU runs on one thread.
     is_gate = jnp.arange(2)[:, None] == 0

@@ -28,7 +28,8 @@ from lsjax.config import StepConfig
 from lsjax.model.block import ADAPTED
 from lsjax.model.llama import Llama
 from lsjax.model.operations import SAVED, Rope, rope_angles
-from lsjax.sharding import ROWS, constrain, over_context, platform, row_shards
+from lsjax.platforms import tuned_for
+from lsjax.sharding import ROWS, constrain, over_context, row_shards
 from lsjax.training.layer_dropout import DropRates, keep_counted, keep_mask, row_counts
 
 
@@ -49,7 +50,7 @@ def exit_states(
     """
     num_slots, num_layers, batch = len(exit_S), model.config.num_layers, over_context(batch)
     x_BTD = model.embed_rows(batch["tokens_BT"])
-    whole = platform() == "tpu"
+    whole = tuned_for() == "tpu"
     ropes = rope_angles(batch["positions_BT"], model.config, x_BTD.dtype, whole=whole)
     run = layer_runner(config, ropes, batch["segments_BT"])
     picks = 1 < num_slots < num_layers

@@ -20,7 +20,8 @@ from jaxtyping import Array, Bool, Float, Int
 from lsjax.config import StepConfig
 from lsjax.model.block import RMSNorm
 from lsjax.model.llama import Llama, cast_matrices, split_matrices
-from lsjax.sharding import PIECES, chunk_steps, in_context_order, on_each_device, pieces, platform
+from lsjax.platforms import REFERENCE, tuned_for
+from lsjax.sharding import PIECES, chunk_steps, in_context_order, on_each_device, pieces
 from lsjax.training.early_exit import EXIT_LOSSES, ExitLoss, cross_entropy, exit_slots, log_z
 from lsjax.training.forward import exit_states
 from lsjax.training.layer_dropout import DropRates, draws, drop_rates
@@ -67,12 +68,12 @@ def objective(
     num_layers = model.config.num_layers
     exit_S, taken_S, weights_S = exit_slots(config.early_exit, num_layers, step, config.num_steps)
     narrow = cast_matrices(model, config.dtype)
-    if platform() == "tpu":
+    if tuned_for() == "tpu":
         narrow = split_matrices(narrow)
     x_SBTD = exit_states(config, narrow, batch, step, rows_B, exit_S, drop_rates)
 
     head = Head(model.norm, model.head_table)
-    if platform() == "gpu":
+    if tuned_for() == "gpu":
         # XLA:GPU would gather the table, and allocate its gradient, before the layers run.
         head, x_SBTD = lax.optimization_barrier((head, x_SBTD))
     weights_S = weights_S / jnp.maximum(num_labels, 1)
@@ -119,7 +120,7 @@ def loss_positions(
 
 def loss_chunk(batch: int, steps: int, vocab: int) -> int:
     """C: positions of each row that pass through the head together."""
-    logits = TPU_CHUNK_LOGITS if platform() == "tpu" else CHUNK_LOGITS
+    logits = TPU_CHUNK_LOGITS if tuned_for() == "tpu" else CHUNK_LOGITS
     return chunk_steps(batch, steps, vocab, logits)
 
 
@@ -192,7 +193,9 @@ def _own_rows(exit_loss, z_loss, chunk, head, x_SBTD, labels_BT, positions, weig
             logits_BCV = product("BCD,DV->BCV", normed_BCD, table_DV)
             losses, dlogits_BCV = jax.value_and_grad(chunk_loss, has_aux=True)(logits_BCV)
             # Cast and barrier: otherwise XLA:TPU recomputes dlogits in both following matmuls.
-            dlogits_BCV = lax.optimization_barrier(dlogits_BCV.astype(x_BCD.dtype))
+            dlogits_BCV = dlogits_BCV.astype(x_BCD.dtype)
+            if tuned_for() != REFERENCE:
+                dlogits_BCV = lax.optimization_barrier(dlogits_BCV)
             dnormed_BCD = jnp.einsum("BCV,VD->BCD", dlogits_BCV, head.table_VD)
             dtable_DV = product("BCD,BCV->DV", normed_BCD, dlogits_BCV)
             dnorm, dx_BCD = norm_backward(dnormed_BCD)

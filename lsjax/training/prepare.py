@@ -37,7 +37,7 @@ COUNTED = 4_000_000  # tokens counted for the draft vocabulary
 # Fields that a resumed run may change: they do not affect the results of steps.
 FREE = {
     *("mesh", "checkpoints", "evaluation", "tensorboard", "wandb", "profile", "max_skipped"),
-    *("micro_batches", "remat", "attention", "dtype", "init_from"),
+    *("micro_batches", "remat", "attention", "kernels", "dtype", "init_from"),
     # Paths of the data and the tokenizer. Fingerprints compare their contents.
     *("data.paths", "data.validation_paths", "data.tfds_data_dir", "data.tokenizer"),
     # Fields of a model that has weights already.

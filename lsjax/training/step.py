@@ -17,6 +17,7 @@ from lsjax.config import OptimizerConfig, StepConfig, TrainConfig, check
 from lsjax.model.llama import Llama, stacked
 from lsjax.model.lora import joined, split, with_adapters
 from lsjax.model.parameters import map_named, placed_shapes, shardings
+from lsjax.platforms import with_kernels
 from lsjax.sharding import ROWS, split_rows
 from lsjax.training.early_exit import ExitLoss, enabled_exits
 from lsjax.training.layer_dropout import DropRates, drop_rates
@@ -115,7 +116,9 @@ def make_train_step(
     @partial(jax.jit, donate_argnums=0)
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         num_labels = (batch["labels_BT"] >= 0).sum()
-        (loss, sums_L), gradients = loss_and_gradients(config, state, batch, num_labels, **knobs)
+        with with_kernels(config.kernels):
+            found = loss_and_gradients(config, state, batch, num_labels, **knobs)
+        (loss, sums_L), gradients = found
         with jax.named_scope("optimizer"):
             grad_norm = optax.tree.norm(gradients)
             finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)

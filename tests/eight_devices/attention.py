@@ -10,7 +10,8 @@ import pytest
 from lsjax.config import MeshConfig
 from lsjax.model import attention as module
 from lsjax.model.attention import self_attention
-from lsjax.sharding import make_mesh, platform
+from lsjax.platforms import platform
+from lsjax.sharding import make_mesh
 
 EIGHTHS = [1, 1, 1, 2, 2, 2, 2, 0]
 

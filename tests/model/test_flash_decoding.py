@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from lsjax import platforms
 from lsjax.config import LlamaConfig
-from lsjax.model import block, operations
+from lsjax.model import block
 from lsjax.model.attention import cached_attention
 from lsjax.model.cache import KVCache, write
 from lsjax.model.flash_decoding import BLOCK, MOST_STEPS, fits, flash_decoding
@@ -120,7 +121,7 @@ def test_a_model_as_accelerators_run_it(monkeypatch, platform):
     model = Llama(config, rngs=nnx.Rngs(0))
     tokens_BT = jax.random.randint(jax.random.key(0), (2, 24), 0, 50)
     expected = model(tokens_BT)
-    monkeypatch.setattr(operations, "platform", lambda: platform)
+    monkeypatch.setattr(platforms, "platform", lambda: platform)
     if platform == "gpu":
         monkeypatch.setattr(block, "nvidia_capability", lambda: 9.0)
     jax.clear_caches()  # of layers that were traced for CPUs

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from lsjax import platforms
 from lsjax.config import ConfigError, LlamaConfig
 from lsjax.model.attention import LARGE, SMALL, attention, cached_attention
 from lsjax.model.cache import MAX_UNROLLED_ROWS, KVCache, write
@@ -197,8 +198,7 @@ def test_attention_to_a_cache_on_accelerators(monkeypatch, device, steps):
     k, v = (jax.random.normal(key, (2, 2, 600, 8)) for key in keys[1:])
     positions_BT = jnp.array([[5], [411]]) + jnp.arange(steps)
     expected = jax.jit(cached_attention)(q, k, v, positions_BT)
-    for module in ("attention", "operations"):
-        monkeypatch.setattr(f"lsjax.model.{module}.platform", lambda: device)
+    monkeypatch.setattr(platforms, "platform", lambda: device)
     lowered = jax.jit(lambda *arrays: cached_attention(*arrays)).lower(q, k, v, positions_BT)
     np.testing.assert_allclose(lowered.compile()(q, k, v, positions_BT), expected, atol=1e-6)
     monkeypatch.setattr("lsjax.model.attention.MOST_SCORES", 600 * steps - 1)

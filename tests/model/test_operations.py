@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lsjax.model import operations
+from lsjax import platforms
 from lsjax.model.operations import enough_rows, enough_steps, linear, swiglu
 
 
@@ -51,7 +51,7 @@ def test_values_and_gradients_of_the_plain_expression(name):
 @pytest.mark.parametrize("platform, rows", [("cpu", 1), ("tpu", 8), ("gpu", 16)])
 def test_rows_of_a_product(monkeypatch, platform, rows):
     """Accelerators get as many as reach the matrix unit, and zeros in what was added."""
-    monkeypatch.setattr(operations, "platform", lambda: platform)
+    monkeypatch.setattr(platforms, "platform", lambda: platform)
     x_BTD = jnp.ones((1, 1, 6))
     for padded in (enough_steps(x_BTD), *([enough_rows(x_BTD)] if platform == "tpu" else [])):
         assert padded.shape == (1, rows, 6)

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from lsjax import platforms
 from lsjax.config import EarlyExitConfig, LayerDropoutConfig, LlamaConfig, StepConfig
-from lsjax.model import attention, block, flash
+from lsjax.model import block, flash
 from lsjax.model.operations import rope_angles
 from lsjax.training.forward import layer_runner
 from lsjax.training.layer_dropout import keep_mask
@@ -134,7 +135,7 @@ def test_the_kernel_of_attention_changes_nothing(small, packed, evaluate):
 @pytest.mark.parametrize("remat, runs", [("dots_saveable", 1), ("nothing_saveable", 2)])
 def test_what_a_kernel_gives_is_kept_as_products_are(small, packed, monkeypatch, remat, runs):
     """How often the gradient's program for a TPU runs the kernel forward, beside two backward."""
-    for module in (attention, flash):
+    for module in (platforms, flash):
         monkeypatch.setattr(module, "platform", lambda: "tpu")
     config = StepConfig(num_steps=1, attention="splash", remat=remat)
     differentiated = jax.jit(jax.grad(partial(objective, config), has_aux=True))
@@ -145,7 +146,7 @@ def test_what_a_kernel_gives_is_kept_as_products_are(small, packed, monkeypatch,
 
 def test_gpus_keep_the_output_of_attention_and_not_its_projection(monkeypatch):
     """Shapes of what a layer keeps for its backward pass, beside its parameters."""
-    monkeypatch.setattr(block, "platform", lambda: "gpu")
+    monkeypatch.setattr(block, "tuned_for", lambda: "gpu")
     shape = LlamaConfig.tiny(hidden_size=48, num_heads=4, num_kv_heads=2, head_dim=16)
     layer = block.Block(shape, dtype=jnp.float32, rngs=nnx.Rngs(0))
     ropes = rope_angles(jnp.arange(128)[None], shape, jnp.float32)
