@@ -5,6 +5,7 @@ import pytest
 from lsjax.aot.chips import CHIPS, Chip, slice_size
 
 CLOCKS = {"v5e": 1.5e9, "v5p": 1.75e9, "v6e": 1.75e9, "h100": 1.83e9}
+CLOCKS |= {"a100": 1.41e9, "l4": 2.04e9, "rtx4090": 2.52e9}
 
 
 @pytest.mark.parametrize("chip", CHIPS, ids=lambda chip: chip.name)

@@ -44,7 +44,7 @@ def test_missing_arguments(refused):
 
 def test_unknown_chips(refused):
     words = refused(main, *QUICKSTART, "--topology", "v9:2x2")
-    assert "'v9:2x2' names no known chip (v5e, v5p, v6e, h100): name" in words
+    assert "'v9:2x2' names no known chip (v5e, v5p, v6e, h100, a100, l4, rtx4090): name" in words
 
 
 def test_no_programs(refused):
@@ -66,7 +66,10 @@ def test_without_a_compiler(refused, monkeypatch, topology, extra):
 def test_one_host_of_gpus(refused, monkeypatch, topology):
     monkeypatch.setattr(chips.importlib.util, "find_spec", lambda name: True)
     words = refused(main, *QUICKSTART, "--topology", topology)
-    assert f"{topology!r} is an unknown slice: use one such as h100:1 or h100:8" in words
+    assert (
+        f"{topology!r} is an unknown slice: use one such as h100:8, a100:8, l4:1 or rtx4090:1"
+        in words
+    )
 
 
 @needs_libtpu
