@@ -12,12 +12,11 @@ if __name__ == "__main__":  # before the other imports, which take seconds
     run_program("decode")
 
 import json
-import sys
 from collections import deque
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import replace
-from typing import TextIO
+from functools import partial
 
 from rich.console import Console
 from rich.progress import Progress
@@ -25,14 +24,16 @@ from rich.progress import Progress
 from lsjax.cli.flags import load_engine, make_strategies, open_model, trained_exits
 from lsjax.cli.prompts import Arguments, chat, choose_requests, encode_requests
 from lsjax.cli.setup import check_output, one_line_errors, parse_flags
-from lsjax.cli.show import PLAIN, coloured, legend, notes_console, stream, summary, verbatim
+from lsjax.cli.show import coloured, legend, notes_console, stream, summary
 from lsjax.config import Path, as_path, check
 from lsjax.data.files import cache_directory
+from lsjax.data.lines import Lines
 from lsjax.data.vocabulary import add_written
 from lsjax.decoding.adaptive import Adaptive
 from lsjax.decoding.completion import Completion
 from lsjax.decoding.engine import Engine
 from lsjax.decoding.request import Request
+from lsjax.terminal import CONTROLS, SafeConsole, verbatim
 from lsjax.training.profiling import trace
 
 
@@ -70,7 +71,7 @@ def decode(arguments: Arguments) -> None:
         check_output(arguments.json, arguments.prompt_file)
 
     quiet = to_stdout and not arguments.interactive
-    people = Console(stderr=to_stdout, quiet=quiet, soft_wrap=True, **PLAIN)
+    people = SafeConsole(stderr=to_stdout, quiet=quiet, soft_wrap=True)
     notes = notes_console()
     engine = load_engine(model, notes, strategy=strategies[0])
     weights, cache = engine.memory_bytes(
@@ -83,13 +84,11 @@ def decode(arguments: Arguments) -> None:
     )
     completions: list[Completion] = []
     tracing = nullcontext() if arguments.profile is None else trace(arguments.profile)
-    with json_lines(arguments.json) as lines, tracing:
+    with json_lines(arguments.json) as write, tracing:
 
         def finish(prompt: str, completion: Completion) -> None:
             completions.append(replace(completion, prompt=prompt))
-            if lines:
-                line = json.dumps(completions[-1].to_json(), ensure_ascii=False)
-                print(line, file=lines, flush=True)
+            write(as_line(completions[-1]))
 
         show_drafts = arguments.show_drafts
         options = dict(show_drafts=show_drafts, finish=finish)
@@ -138,7 +137,8 @@ def generate_all(
         if show_drafts:
             people.print(coloured(engine.tokenizer, requests[index].prompt, completion))
         else:
-            people.print(verbatim(completion.text + "\n"))
+            people.print(verbatim(completion.text))
+        people.print()
 
     with Progress(console=notes, transient=True, disable=not notes.is_terminal) as progress:
         task = progress.add_task("decoding", total=len(requests))
@@ -161,11 +161,23 @@ def generate_all(
             show_waiting()
 
 
-def json_lines(path: Path | None) -> AbstractContextManager[TextIO | None]:
-    """Opens the output for JSON lines, if there is one. An existing file is emptied."""
-    if path is None or path == as_path("-"):
-        return nullcontext(sys.stdout if path else None)
-    return path.open("w", encoding="utf-8")
+@contextmanager
+def json_lines(path: Path | None) -> Iterator[Callable[[str], None]]:
+    """Yields a function that writes a line of JSON to the output, if there is one. An existing file
+    is emptied."""
+    if path is None:
+        yield lambda line: None
+    elif path == as_path("-"):
+        yield partial(print, end="", flush=True)
+    else:
+        with closing(Lines(path, empty=True)) as lines:
+            yield lines.write
+
+
+def as_line(completion: Completion) -> str:
+    """A completion as a line of JSON. It has no control characters, as it may go to a terminal."""
+    line = json.dumps(completion.to_json(), ensure_ascii=False)
+    return CONTROLS.sub(lambda found: f"\\u{ord(found[0]):04x}", line) + "\n"
 
 
 def advise(notes: Console, exit_layer: int | None, completions: Sequence[Completion]) -> None:

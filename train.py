@@ -17,12 +17,11 @@ if __name__ == "__main__":  # before the other imports, which take seconds
 from collections.abc import Sequence
 from functools import partial
 
-from rich.console import Console
-
 import lsjax
 from lsjax.cli import training
 from lsjax.cli.setup import keep_compiled_programs, keep_freed_memory, one_line_errors
-from lsjax.config import Path, TrainConfig
+from lsjax.config import Path, TrainConfig, check
+from lsjax.terminal import SafeConsole
 from lsjax.training.hosts import ending_together, is_first, start
 from lsjax.training.prepare import prepare_run
 from lsjax.training.run import Interrupted, TooManySkipped, train_run
@@ -33,6 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     it. Bad input exits with code 2."""
     with ending_together(), one_line_errors():
         flags = training.parse_config(training.TrainingFlags, argv, __doc__)
+        check(flags.workdir is not None, "--workdir is missing: name the directory of the run")
         start(flags.distributed)
         return train(flags.fields, flags.workdir)
 
@@ -41,8 +41,8 @@ def train(config: TrainConfig, workdir: Path) -> int:
     """Trains as configured, and prints the progress."""
     keeps("saved steps are kept, and the same command resumes after the newest")
     keep_freed_memory()
-    console = Console(highlight=False, soft_wrap=True, emoji=False, quiet=not is_first())
-    say = partial(console.print, markup=False)
+    console = SafeConsole(soft_wrap=True, quiet=not is_first())
+    say = console.print
     with console.status("reading the data"):
         run = prepare_run(config, workdir)
     keep_compiled_programs()

@@ -15,7 +15,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 # From the ground up. A room may import those of lower floors.
 FLOORS = (
-    ("config", "interrupts"),
+    ("config", "interrupts", "terminal"),
     ("sharding", "data"),
     ("platforms",),
     ("model",),

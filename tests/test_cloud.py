@@ -16,8 +16,9 @@ from lsjax.checkpoints.steps import MARKER, saved_steps
 from lsjax.cli import convert
 from lsjax.config import ConfigError, DataConfig, as_path
 from lsjax.config.paths import find_files, split_step
-from lsjax.data import files, pieces
-from lsjax.data.files import Lines, local_copy, read_lines, whole_directory, write_whole
+from lsjax.data import files, lines, pieces
+from lsjax.data.files import local_copy, read_lines, whole_directory, write_whole
+from lsjax.data.lines import Lines
 from lsjax.data.pipeline import packed_rows
 from lsjax.data.tokenizer_backends import ByteTokenizer
 from lsjax.data.tokenizer_files import load_tokenizer
@@ -178,19 +179,23 @@ def test_directories_appear_with_their_last_file_and_stay(bucket, monkeypatch):
 
 def test_lines_of_a_bucket_are_written_at_intervals_and_at_the_end(bucket, monkeypatch):
     file = bucket / "lines.txt"
-    lines = Lines(file)
-    lines.write("one\n")
+    growing = Lines(file)
+    growing.write("one\n")
     assert not file.exists()
-    lines.flush()
+    growing.flush()
     assert file.read_text() == "one\n"
-    monkeypatch.setattr(files, "PAUSE", -1)
-    lines.write("two\n")
+    monkeypatch.setattr(lines, "PAUSE", -1)
+    growing.write("two\n")
     assert file.read_text() == "one\ntwo\n"
-    lines.close()
+    growing.close()
     again = Lines(file)
     again.write("three\n")
     again.close()
     assert file.read_text() == "one\ntwo\nthree\n"
+    emptied = Lines(file, empty=True)
+    emptied.write("four\n")
+    emptied.close()
+    assert file.read_text() == "four\n"
 
 
 def test_a_bucket_that_does_not_exist_or_forbids_is_one_line(bucket, server, tmp_path, capsys):

@@ -23,7 +23,7 @@ from jax.typing import DTypeLike
 from lsjax.aot.chips import GIB, Chip
 from lsjax.aot.costs import AMOUNTS, CostAnalysis, ProgramCosts, Trips
 from lsjax.aot.hlo import attention_kernel, parse
-from lsjax.config import Kernels, LlamaConfig, TrainConfig, check
+from lsjax.config import Checked, Kernels, LlamaConfig, TrainConfig, bounded, check
 from lsjax.decoding.adaptive import Adaptive
 from lsjax.decoding.engine import cache_slots
 from lsjax.decoding.programs import PROMPT_CHUNKS, ROUNDS, Programs, chunk_size, decode, prefill
@@ -46,12 +46,12 @@ DRAFT_HEAD = rf"/{DRAFT}/while/body/cond$"
 
 
 @dataclass(frozen=True)
-class DecodingShape:
+class DecodingShape(Checked, prefix="--decoding."):
     """Rows to decode: greedy, with prompts of one length."""
 
-    batch_size: int = 1
+    batch_size: int = bounded(1, low=1)
     """Number of rows."""
-    prompt_tokens: int = 2_048
+    prompt_tokens: int = bounded(2_048, low=1)
     """Tokens of each prompt, and so in the cache at a round."""
     strategy: Literal["self_speculative", "autoregressive", "auto"] = "self_speculative"
     """A round of autoregressive decoding is one token. auto may draft with the exit, or with the

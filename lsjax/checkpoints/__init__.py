@@ -39,7 +39,7 @@ def load(
 
 def open_checkpoint(path: str | Path) -> TensorSource | RunSource:
     """Opens a checkpoint of any kind and checks everything except its values."""
-    path, step = split_step(path)
+    path, step = find_step(path)
     if is_run(path):
         return RunSource(path, step)
     if path.is_dir():
@@ -53,3 +53,16 @@ def open_checkpoint(path: str | Path) -> TensorSource | RunSource:
         f"{path}: is not a GGUF file: give one, or the directory that holds config.json and "
         "safetensors (pickles are never read, as they can run code)"
     )
+
+
+def find_step(path: str | Path) -> tuple[Path, int | str | None]:
+    """A checkpoint's directory or file, and the step of a run that follows an @ (`split_step`).
+
+    Raises CheckpointError for a step of anything else, as only a run has steps.
+    """
+    directory, step = split_step(path)
+    if step is not None and not is_run(directory):
+        raise CheckpointError(
+            f"{path}: {directory} is not a training run, so it has no steps: leave out @{step}"
+        )
+    return directory, step

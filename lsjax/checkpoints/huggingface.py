@@ -15,7 +15,7 @@ from safetensors.numpy import save_file
 from lsjax.checkpoints.families import config_json, llama_config
 from lsjax.checkpoints.tensors import CheckpointError, Part, TensorSource, Track, parts_of
 from lsjax.config import Checked, ConfigError, Path, as_path, bounded, split_step
-from lsjax.data.files import one_line, read_json, whole_directory, write_json
+from lsjax.data.files import one_line, read_json, whole_directory, write_json, writing
 from lsjax.data.tokenizer import Tokenizer
 from lsjax.model.llama import Llama, unstacked
 from lsjax.model.parameters import named_leaves
@@ -129,7 +129,7 @@ def save(
         shard_bytes: maximum size of a file, unless a single tensor is larger.
         track: wraps the sequence of tensors, for a progress bar.
 
-    Raises CheckpointError if the directory is not empty.
+    Raises CheckpointError if the directory is not empty, or the weights can't be written.
     """
     directory = as_path(directory).resolve()
     check_destination(directory)
@@ -142,12 +142,18 @@ def save(
     }
     early = {name: getattr(generation, field, None) for field, name in _GENERATION.items()}
     said = {key: value for key, value in (ids | early).items() if value is not None}
-    with whole_directory(directory, last="config.json") as partial:
+    with writing(directory), whole_directory(directory, last="config.json") as partial:
         write_json(partial / "config.json", config_json(model.config, model.dtype) | ids)
         write_json(partial / "generation_config.json", said)
         if tokenizer is not None:
             tokenizer.save(partial)
-        _write_weights(unstacked(model), partial, shard_bytes, track)
+        try:
+            _write_weights(unstacked(model), partial, shard_bytes, track)
+        except SafetensorError as error:
+            raise CheckpointError(
+                f"{directory}: can't be written ({one_line(error)}): free space there, or choose "
+                "another place, and start again"
+            ) from error
 
 
 def check_destination(directory: Path) -> None:

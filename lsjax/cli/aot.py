@@ -36,6 +36,7 @@ from lsjax.cli.setup import check_output, program
 from lsjax.cli.show import notes_console, table, wide_console
 from lsjax.cli.training import ConfigFields, ConfigFile, parse_config
 from lsjax.config import EarlyExitConfig, LayerDropoutConfig, MeshConfig, Path, check
+from lsjax.data.files import writing
 from lsjax.evaluation.exits import exit_sums
 from lsjax.sharding import make_mesh
 from lsjax.training.profiling import exit_flops, step_flops
@@ -122,7 +123,8 @@ def report(arguments: Arguments) -> int:
     }
     print_report(found)
     if arguments.output is not None:
-        arguments.output.write_text(json.dumps(found, indent=1) + "\n")
+        with writing(arguments.output):
+            arguments.output.write_text(json.dumps(found, indent=1) + "\n")
     return int(any(one["too_large"] for one in reports))
 
 

@@ -24,6 +24,7 @@ import os
 import statistics
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any, Literal
@@ -36,6 +37,8 @@ from lsjax.cli.prompts import prompt_rows
 from lsjax.cli.setup import check_output, program
 from lsjax.cli.show import notes_console, show_cells, show_verdict
 from lsjax.config import ConfigError, LlamaConfig, Path, as_path, bounded, check
+from lsjax.data.files import writing
+from lsjax.data.lines import Lines
 from lsjax.decoding.completion import Completion
 from lsjax.decoding.cost import ideal_speedup
 from lsjax.decoding.engine import Engine
@@ -103,7 +106,8 @@ def benchmark(arguments: Arguments) -> int:
     strategies = choose_strategies(arguments, model, None if tail is None else {})
     output, file = arguments.output, as_path(os.devnull)
     if output is not None:
-        output.mkdir(parents=True, exist_ok=True)
+        with writing(output):
+            output.mkdir(parents=True, exist_ok=True)
         file = output / "answers.jsonl"
         check_output(file, arguments.prompt_file)
         keeps("the same command adds the missing answers")
@@ -220,7 +224,7 @@ def cell_speeds(config: LlamaConfig, answers: Sequence[Answer]) -> Iterator[dict
 
 def write(output: Path, title: str, rows: Sequence[Answer], notes: Console) -> None:
     """Writes the table as JSON lines, with null for infinity, and plots a grid."""
-    with (output / "cells.jsonl").open("w", encoding="utf-8") as lines:
+    with closing(Lines(output / "cells.jsonl", empty=True)) as lines:
         for row in rows:
             lines.write(answers.as_line({k: None if v == math.inf else v for k, v in row.items()}))
     whole = [row for row in rows if row["group"] == ALL and row["num_draft_tokens"] is not None]

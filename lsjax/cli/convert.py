@@ -18,12 +18,13 @@ from lsjax.checkpoints import load, open_checkpoint
 from lsjax.checkpoints.huggingface import check_destination, read_generation_defaults, save
 from lsjax.cli.setup import bar, program
 from lsjax.cli.show import notes_console
-from lsjax.config import Path
+from lsjax.config import Checked, Path
 from lsjax.data.tokenizer_files import load_tokenizer
+from lsjax.terminal import SafeConsole
 
 
 @dataclass(frozen=True, kw_only=True)
-class Arguments:
+class Arguments(Checked):
     """Converts a model of any kind into a Hugging Face directory."""
 
     source: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
@@ -45,7 +46,8 @@ def convert(arguments: Arguments) -> None:
     model = load(opened, dtype=dtype, track=bar(notes, "reading"))
     generation, writing = read_generation_defaults(source), bar(notes, "writing")
     save(model, destination, generation=generation, tokenizer=tokenizer, track=writing)
-    print(f"{destination}: {model.config.num_params / 1e6:.1f} million parameters in {dtype}")
+    size = f"{model.config.num_params / 1e6:.1f} million parameters in {dtype}"
+    SafeConsole(soft_wrap=True).print(f"{destination}: {size}")
 
 
 main = program(Arguments, convert, __doc__)

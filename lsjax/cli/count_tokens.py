@@ -19,18 +19,20 @@ from itertools import chain, islice
 import jax
 from rich.progress import Progress
 
+from lsjax.checkpoints import find_step
 from lsjax.cli.setup import program
 from lsjax.cli.show import notes_console
-from lsjax.config import Path
+from lsjax.config import Checked, Path
 from lsjax.data.files import cache_directory, json_rows, read_lines
 from lsjax.data.tokenizer_files import load_tokenizer
 from lsjax.data.vocabulary import cached_counts, count_tokens, write_counts
+from lsjax.terminal import SafeConsole
 
 LINES = 1 << 14  # lines of text encoded at a time
 
 
 @dataclass(frozen=True, kw_only=True)
-class Arguments:
+class Arguments(Checked, prefix="--"):
     """Counts the tokens of a text."""
 
     model: Path
@@ -43,7 +45,8 @@ class Arguments:
 
 def count(arguments: Arguments) -> None:
     """Counts the tokens and writes the counts."""
-    tokenizer = load_tokenizer(arguments.model)
+    model, _ = find_step(arguments.model)
+    tokenizer = load_tokenizer(model)
     output = arguments.output or cached_counts(cache_directory(), tokenizer)
     counts, total = Counter(), sum(file.stat().st_size for file in arguments.text)
     notes = notes_console()
@@ -53,7 +56,8 @@ def count(arguments: Arguments) -> None:
             counts.update(count_tokens(tokenizer, [piece]))
             progress.advance(task, len(piece.encode()))
     write_counts(output, tokenizer, counts)
-    print(f"{output}: {counts.total()} tokens, {len(counts)} distinct")
+    found = f"{counts.total()} tokens, {len(counts)} distinct"
+    SafeConsole(soft_wrap=True).print(f"{output}: {found}")
 
 
 def read_pieces(file: Path) -> Iterator[str]:

@@ -189,8 +189,7 @@ def read_questions(
     )
     questions = []
     for number, (example, sample) in enumerate(product(examples, range(num_samples))):
-        sampling = replace(chosen.sampling, seed=(chosen.sampling.seed + number) % 2**32)
-        request = replace(example.request, sampling=sampling)
+        request = replace(example.request, sampling=chosen.sampling.of_text(number))
         questions.append(replace(example, request=request, sample=sample))
     return questions, task, skipped
 

@@ -22,7 +22,7 @@ from lsjax.checkpoints.run import is_run, read_run_config
 from lsjax.cli.setup import check_output, choose_dtype, keep_compiled_programs, program
 from lsjax.cli.show import exit_table, notes_console, wide_console
 from lsjax.config import Checked, Path, bounded, check
-from lsjax.data.files import cache_directory
+from lsjax.data.files import cache_directory, writing
 from lsjax.data.pipeline import OnePass, packed_rows
 from lsjax.data.tokenizer_files import load_tokenizer
 from lsjax.evaluation import exits, installed, plots
@@ -80,7 +80,8 @@ def score_models(arguments: Arguments) -> None:
     console.print(exits.AGREEMENT, style="dim")
     if arguments.json is not None:
         lines = [json.dumps({"run": name, **asdict(one)}) + "\n" for name, one in scores.items()]
-        arguments.json.write_text("".join(lines), encoding="utf-8")
+        with writing(arguments.json):
+            arguments.json.write_text("".join(lines), encoding="utf-8")
     if output is not None:
         plots.plot_exits(scores, output)
 

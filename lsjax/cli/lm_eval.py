@@ -21,8 +21,10 @@ from lsjax.cli.setup import program
 from lsjax.cli.show import notes_console
 from lsjax.config import Path, bounded, check, in_bucket
 from lsjax.data.chat import Dialogue
+from lsjax.data.files import writing
 from lsjax.evaluation import installed
 from lsjax.evaluation.scores import Cell
+from lsjax.terminal import SafeConsole, verbatim
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +41,7 @@ class Arguments(flags.StrategyFlags, flags.ChatFlags, flags.ModelFlags):
     """Number of documents per task, or a share of them if below 1."""
     gen_kwargs: str | None = None
     """Overrides generation settings of tasks: "max_gen_toks=64,do_sample=True,temperature=0.8"."""
-    seed: int = 0
+    seed: int = bounded(0, low=0, high=2**32 - 1)
     """Seed of the first sampled text. Each further text has the next seed."""
     output: Path | None = None
     """Directory for lm_eval's results and samples, with a folder per strategy."""
@@ -63,7 +65,8 @@ def run_tasks(arguments: Arguments) -> None:
             not in_bucket(output),
             f"--output {output} is in a bucket, where lm_eval cannot write: name a local directory",
         )
-        output.mkdir(parents=True, exist_ok=True)
+        with writing(output):
+            output.mkdir(parents=True, exist_ok=True)
     adapter = installed("lsjax.evaluation.lm_eval", "eval")
     options = adapter.find_tasks(arguments.tasks, path) | {
         "limit": arguments.limit,
@@ -73,12 +76,14 @@ def run_tasks(arguments: Arguments) -> None:
         "system_instruction": arguments.system,
     }
     engine = flags.load_engine(opened, notes_console(), strategy=strategies[0])
+    people = SafeConsole(soft_wrap=True)
     model = adapter.EngineLM(engine, name=arguments.model.name, seed=arguments.seed)
     for strategy in strategies:
         engine.use(strategy)
         results = adapter.evaluate(model, output, **options)
-        print(f"{arguments.model.name}, {engine.model.dtype}, {Cell.of(strategy)}")
-        print(adapter.make_table(results))
+        people.print(f"{arguments.model.name}, {engine.model.dtype}, {Cell.of(strategy)}")
+        people.print(verbatim(adapter.make_table(results)))
+        people.print()
 
 
 main = program(Arguments, run_tasks, __doc__)

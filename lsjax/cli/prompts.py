@@ -143,8 +143,7 @@ def read_request(where: str, row: Fields, default: Request, number: int) -> Requ
             sampling.temperature > 0 or not ignored,
             f"{', '.join(ignored)} has no effect on greedy decoding: give a temperature above 0",
         )
-        sampling = replace(sampling, seed=sampling.seed + number)
-        return replace(default, prompt=prompt, sampling=sampling, **given)
+        return replace(default, prompt=prompt, sampling=sampling.of_text(number), **given)
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from None
 
@@ -211,7 +210,7 @@ def chat(
                     ids = completion.token_ids
                     known = {"stop": None, "eos": ids[:-1]}.get(completion.finish_reason, ids)
                     dialogue.add(message, prompt, completion.text, known)
-                sampling = replace(sampling, seed=(sampling.seed + 1) % 2**32)
+                sampling = sampling.of_text(1)
         except EOFError:
             people.print()
             return

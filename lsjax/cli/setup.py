@@ -17,6 +17,7 @@ from rich.progress import track
 from lsjax.config import ConfigError, Path, as_path, check, in_bucket
 from lsjax.data.files import cache_directory, one_line, write_whole
 from lsjax.sharding import machine
+from lsjax.terminal import SafeConsole, shown_warnings, written_output
 
 T = TypeVar("T")
 PATHS = tyro.constructors.ConstructorRegistry()
@@ -64,14 +65,15 @@ def program(
 
 @PATHS.primitive_rule
 def _path_flag(info: Any) -> Any:
-    """Tells tyro how to read and show a path, which may be in a bucket."""
-    if info.type is not Path:
+    """Tells tyro how to read and show a path, which may be in a bucket. An empty text stays a text,
+    which the dataclass refuses with the flag's name."""
+    if info.type not in (Path, Path | None):
         return None
     return tyro.constructors.PrimitiveConstructorSpec(
         nargs=1,
         metavar="PATH",
-        instance_from_str=lambda words: as_path(words[0]),
-        is_instance=lambda value: isinstance(value, Path),
+        instance_from_str=lambda words: as_path(words[0]) if words[0] else "",
+        is_instance=lambda value: isinstance(value, info.type),
         str_from_instance=lambda path: [str(path)],
     )
 
@@ -79,18 +81,21 @@ def _path_flag(info: Any) -> Any:
 @contextmanager
 def one_line_errors() -> Iterator[None]:
     """Turns bad input into one line on stderr and exit code 2, and Ctrl-C into exit code 130. Bad
-    input is an OSError, or an error of this package or of a bucket. Bugs keep their traceback."""
+    input is an OSError, or an error of this package or of a bucket. Bugs keep their traceback.
+
+    If the reader of the output is gone, the program ends without a word, with exit code 141."""
     try:
-        yield
+        with shown_warnings(), written_output():
+            yield
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:
         package = type(error).__module__.partition(".")[0]
         if not isinstance(error, OSError) and package not in ("lsjax", *BUCKETS):
             raise
-        console = Console(stderr=True, soft_wrap=True, highlight=False, emoji=False)
+        console = SafeConsole(stderr=True, soft_wrap=True)
         console.print("error: ", style="bold red", end="")
-        console.print(" ".join(str(error).split()), markup=False)
+        console.print(" ".join(str(error).split()))
         sys.exit(2)
 
 

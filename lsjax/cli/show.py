@@ -8,6 +8,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.segment import Segment, Segments
+from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
@@ -21,6 +22,7 @@ from lsjax.decoding.strategy import Strategy
 from lsjax.evaluation.comparison import FLOAT32_MARGIN, margin_of
 from lsjax.evaluation.exits import ExitScores
 from lsjax.evaluation.scores import Answer
+from lsjax.terminal import SafeConsole, verbatim
 
 ACCEPTED = "bold green"
 LOOKED_UP = "bold yellow"
@@ -28,7 +30,6 @@ CORRECTED = "bold red"
 REJECTED = "dim red strike"
 GAP = "dim red"  # the space before a rejected word; a struck space looks like a dash
 ADDED = "bold blue"
-PLAIN = dict(highlight=False, markup=False, emoji=False)  # of a console that changes no text
 
 # Heading -> name and format of the figure.
 COLUMNS = {
@@ -70,7 +71,7 @@ class Colours:
         self._read = 0  # tokens of the trace
         self._waiting: deque[tuple[str, str]] = deque()  # text and style
 
-    def push(self, trace: Trace, text: str, *, last: bool = False) -> Text:
+    def push(self, trace: Trace, text: str, *, last: bool = False) -> Segments:
         """The next piece of text in colours, with its rejected drafts. last: the text ends with
         this piece. Tokens after it in the trace belong to a stop string."""
         for index in range(self._read, len(trace)):
@@ -86,24 +87,30 @@ class Colours:
         self._read = len(trace)
         if last:
             self._waiting.append((self._decoder.finish(), ""))
-        shown, left = Text(), len(text)
+        shown: list[Segment] = []
+
+        def show(piece: str, style: str) -> None:
+            if piece:
+                shown.append(Segment(piece, Style.parse(style)))
+
+        left = len(text)
         while self._waiting:
             piece, style = self._waiting.popleft()
             if style == REJECTED:
                 word = piece.lstrip(" ")
-                shown.append(piece[: len(piece) - len(word)], GAP)
-                shown.append(word, style)
+                show(piece[: len(piece) - len(word)], GAP)
+                show(word, style)
                 continue
-            shown.append(piece[:left], style)
+            show(piece[:left], style)
             if len(piece) > left and not last:
                 self._waiting.appendleft((piece[left:], style))
                 break
             left -= min(left, len(piece))
-        return shown
+        return Segments(shown)
 
 
-def coloured(tokenizer: Tokenizer, prompt_ids: Sequence[int], completion: Completion) -> Text:
-    """A complete text in colours."""
+def coloured(tokenizer: Tokenizer, prompt_ids: Sequence[int], completion: Completion) -> Segments:
+    """A complete text in colours, for `SafeConsole.print`, which adds no newline to it."""
     return Colours(tokenizer, prompt_ids).push(completion.trace, completion.text, last=True)
 
 
@@ -117,16 +124,11 @@ def stream(
         for update in updates:
             if show_drafts:
                 last = update.completion is not None
-                people.print(colours.push(update.trace, update.text, last=last), end="")
+                people.print(colours.push(update.trace, update.text, last=last))
             else:
                 people.print(verbatim(update.text))
     people.print()
     return update.completion
-
-
-def verbatim(text: str) -> Segments:
-    """Text for `Console.print`, unchanged: rich expands tabs and turns ":smile:" into an emoji."""
-    return Segments([Segment(text)])
 
 
 def summary(completions: Sequence[Completion], wall_seconds: float) -> str:
@@ -167,12 +169,12 @@ def _visible(token: bytes) -> str:
 
 def notes_console() -> Console:
     """A console on stderr, for notes that are not part of the result."""
-    return Console(stderr=True, soft_wrap=True, style="dim", **PLAIN)
+    return SafeConsole(stderr=True, soft_wrap=True, style="dim")
 
 
 def wide_console() -> Console:
     """A console wide enough for tables, even if the output is a file."""
-    console = Console(**PLAIN)
+    console = SafeConsole()
     if not console.is_terminal:
         console.width = 200
     return console
@@ -187,7 +189,7 @@ def table(
     best: int | None = None,
 ) -> Table:
     """A table with its first `left` columns left-aligned. best: index of the row shown in green."""
-    made = Table(title=Text(title), title_justify="left", box=None, pad_edge=False)
+    made = Table(title=title, title_justify="left", box=None, pad_edge=False)
     for column, name in enumerate(names):
         made.add_column(name, justify="left" if column < left else "right")
     for number, row in enumerate(rows):
@@ -231,14 +233,16 @@ def show_cells(title: str, rows: Sequence[Answer]) -> None:
 
 def show_verdict(answers: Sequence[Answer], dtype: str) -> int:
     """Prints whether float32 texts match autoregressive decoding. Returns 1 if one does not."""
-    console = Console(highlight=False, soft_wrap=True)
+    console = SafeConsole(soft_wrap=True)
     differences = [one["difference"] for one in answers if one["difference"]]
     wrong = sum(margin_of(one) > FLOAT32_MARGIN for one in differences)
     drafting = (SelfSpeculative.name, Adaptive.name)
     drafted = {one["seed"] for one in answers if one["strategy"] in drafting}
     if dtype == "float32" and wrong:
-        console.print(f"[bold red]{wrong} texts differ by a margin above {FLOAT32_MARGIN:.0e}")
+        line = f"{wrong} texts differ by a margin above {FLOAT32_MARGIN:.0e}"
+        console.print(line, style="bold red")
         return 1
     if dtype == "float32" and drafted == {None}:
-        console.print("[green]Self-speculation gives the same tokens as autoregressive decoding.")
+        line = "Self-speculation gives the same tokens as autoregressive decoding."
+        console.print(line, style="green")
     return 0

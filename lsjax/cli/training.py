@@ -13,12 +13,13 @@ from rich.progress import BarColumn, Progress, TextColumn
 
 from lsjax.checkpoints.run import EVALUATION, read_metrics
 from lsjax.cli.setup import parse_flags
-from lsjax.cli.show import coloured, exit_table, verbatim
-from lsjax.config import ConfigError, Path, TrainConfig, check
+from lsjax.cli.show import coloured, exit_table
+from lsjax.config import Checked, ConfigError, Path, TrainConfig, check
 from lsjax.decoding.engine import Engine
 from lsjax.decoding.self_speculative import SelfSpeculative
 from lsjax.evaluation import exits, plots
 from lsjax.model.llama import Llama
+from lsjax.terminal import verbatim
 from lsjax.training.hosts import Hosts, is_first
 from lsjax.training.metrics import paced
 from lsjax.training.prepare import TrainingRun
@@ -29,7 +30,7 @@ ConfigFields = Annotated[TrainConfig, tyro.conf.arg(name="")]
 
 
 @dataclass(frozen=True, kw_only=True)
-class ConfigFile:
+class ConfigFile(Checked, prefix="--"):
     """Configuration file. Its fields are also flags: --config FILE --help lists them."""
 
     config: Path | None = None
@@ -40,8 +41,8 @@ class ConfigFile:
 class TrainingFlags(ConfigFile):
     """Flags of train.py."""
 
-    workdir: Path = tyro.MISSING  # required
-    """Directory of the run."""
+    workdir: Path | None = None
+    """Directory of the run; required."""
     distributed: Hosts = Hosts()
     fields: ConfigFields
 
@@ -99,7 +100,7 @@ def shown_evaluation(run: TrainingRun, console: Console) -> Hook:
             plots.plot_exits({f"step {step}": scores}, workdir / "exits.png", title=workdir.name)
             plots.plot_training([*read_metrics(workdir), row], workdir / "training.png")
         except (ConfigError, OSError) as error:  # no matplotlib, full disk: metrics.jsonl has it
-            console.print(str(error), style="dim", markup=False)
+            console.print(str(error), style="dim")
 
     return exits.evaluation_hook(run, show)
 
@@ -123,6 +124,7 @@ def shown_sample(run: TrainingRun, console: Console) -> Hook:
         (done,) = engine.generate([prompt], max_new_tokens=length)
         console.print(verbatim(tokenizer.decode(prompt)), style="dim")
         console.print(coloured(tokenizer, prompt, done))
+        console.print()
         drafts = f"{done.accepted} of {done.drafted} drafts of exit {exit_layer} were accepted"
         console.print(drafts, style="dim")
         names = ("text", "exit_layer", "num_draft_tokens", "acceptance_rate")

@@ -17,8 +17,10 @@ Path = pathlib.PurePath
 def as_path(path: str | Path) -> Path:
     """The path that a text names: in a bucket after gs://, else on a local disk.
 
-    Raises ConfigError for another kind of URL, or without the package that reaches buckets.
+    Raises ConfigError for an empty text, another kind of URL, and without the package that reaches
+    buckets.
     """
+    check(str(path) != "", "a path is empty: name a file or a directory")
     bucket = re.match("gs:/+", str(path))  # pathlib turns gs://bucket into gs:/bucket
     if bucket is not None:
         check(
@@ -45,18 +47,31 @@ def split_step(path: str | Path) -> tuple[Path, int | str | None]:
     """`runs/a@200` is step 200 of runs/a, `runs/a@best` its best one, any other path is itself.
 
     An existing file or directory of that name takes precedence.
-    Raises ConfigError if neither a number nor "best" follows an existing directory and an @.
+    Raises ConfigError if neither a number nor "best" follows an existing path and an @.
     """
     path = as_path(path)
     directory, at, step = path.name.rpartition("@")
     run = path.with_name(directory) if directory else path
-    if not at or not directory or path.exists() or not run.is_dir():
+    if not at or not directory or path.exists() or not run.exists():
         return path, None
     check(
         step == "best" or re.fullmatch(r"\d+", step) is not None,
         f"{path}: {step!r} is not a step of {run}: write a number, or best",
     )
     return run, step if step == "best" else int(step)
+
+
+def find_data(paths: Sequence[str]) -> tuple[list[Path], tuple[str, ...]]:
+    """Files of `find_files` that hold something, and a line about the empty ones, if there are any.
+
+    Raises ConfigError if all are empty.
+    """
+    files = find_files(paths)
+    found = [file for file in files if file.stat().st_size]
+    names = " ".join(paths)
+    check(bool(found) or not paths, f"{names}: every file is empty: name others")
+    warning = f"{names}: {len(files) - len(found)} of {len(files)} files are empty and skipped"
+    return found, (warning,) if len(found) < len(files) else ()
 
 
 def find_files(paths: Sequence[str]) -> list[Path]:

@@ -5,27 +5,28 @@ import gzip
 import hashlib
 import io
 import json
+import logging
 import os
 import re
 import shutil
 import tempfile
-import time
 import uuid
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import chain, islice, repeat
-from typing import IO, Any
+from typing import Any
 
 from lsjax.config import ConfigError, Path, as_path, check, in_bucket
-from lsjax.config.paths import find_files
+from lsjax.config.paths import find_data
+
+log = logging.getLogger(__name__)
 
 Fields = Mapping[str, Any]
 PlacedRow = tuple[str, str, Fields]  # short name, location in words, fields
 Refuse = Callable[[ConfigError], None]  # called with the error of a bad line
 TOKENIZER = re.compile(r"(tokenizer|special|generation).*\.(json|model)|chat_template\.jinja")
 WEIGHTS = re.compile(r"config\.json|.+\.safetensors(\.index\.json)?")
-PAUSE = 60.0  # seconds between two writes of a growing file in a bucket
 
 
 def cache_directory() -> Path:
@@ -139,10 +140,13 @@ READERS = {".jsonl": json_rows, ".tsv": tab_separated_rows, ".csv": comma_separa
 
 
 def file_rows(paths: Sequence[str], refuse: Refuse = stop_at) -> Iterator[PlacedRow]:
-    """Rows of .jsonl, .tsv and .csv files, also as .gz. Raises ConfigError for a missing file or
-    another extension."""
-    for file in find_files(paths):
-        kind = as_path(file.name.removesuffix(".gz")).suffix
+    """Rows of .jsonl, .tsv and .csv files, also as .gz. Logs the number of empty files. Raises
+    ConfigError for a missing file, another extension, and if all files are empty."""
+    files, warnings = find_data(paths)
+    for warning in warnings:
+        log.warning("%s", warning)
+    for file in files:
+        kind = Path(file.name.removesuffix(".gz")).suffix
         check(kind in READERS, f"{file}: extension {kind!r} is not one of {', '.join(READERS)}")
         for number, row in READERS[kind](file, refuse):
             yield f"{file.name}:{number}", f"{file}, line {number}", row
@@ -171,6 +175,23 @@ def read_json(file: Path, error_type: type[ValueError]) -> dict[str, Any]:
     return raw
 
 
+@contextmanager
+def writing(file: Path) -> Iterator[None]:
+    """Raises an error of the system again, as an OSError with the file's name, the reason and the
+    fix. The system's own names no file while an open file is written. Of nested contexts the
+    outermost names the file."""
+    try:
+        yield
+    except OSError as error:
+        cause = error.__cause__ if error.errno is None else error
+        if not isinstance(cause, OSError):  # it has a message of its own, as that of a bucket
+            raise
+        raise OSError(
+            f"{file} can't be written ({cause.strerror}): free space there, or choose another "
+            "place, and start again"
+        ) from cause
+
+
 def write_json(file: Path, content: Mapping[str, Any]) -> None:
     """Writes a JSON file atomically: indented, with a newline at the end."""
     write_whole(file, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
@@ -178,16 +199,17 @@ def write_json(file: Path, content: Mapping[str, Any]) -> None:
 
 def write_whole(file: Path, content: bytes) -> None:
     """Writes a file atomically: it appears under its name when it is complete."""
-    if in_bucket(file):
-        file.write_bytes(content)
-        return
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f".partial-{uuid.uuid4().hex}")
-    try:
-        partial.write_bytes(content)
-        partial.replace(file)
-    finally:
-        partial.unlink(missing_ok=True)
+    with writing(file):
+        if in_bucket(file):
+            file.write_bytes(content)
+            return
+        file.parent.mkdir(parents=True, exist_ok=True)
+        partial = file.with_name(f".partial-{uuid.uuid4().hex}")
+        try:
+            partial.write_bytes(content)
+            partial.replace(file)
+        finally:
+            partial.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -266,35 +288,3 @@ def local_copy(path: Path, *, wanted: re.Pattern = TOKENIZER) -> Path:
             for name in found:
                 file_system().get_file(str(folder / name), str(partial / name))
     return copy / path.name if alone else copy
-
-
-class Lines:
-    """A text file that grows line by line.
-
-    A file in a bucket can only be written as a whole. This happens at most once a minute, and at
-    `flush` and `close`.
-    """
-
-    def __init__(self, file: Path):
-        self._file, self._written = file, time.monotonic()
-        self._text: IO[str] = io.StringIO() if in_bucket(file) else file.open("a", encoding="utf-8")
-        if in_bucket(file) and file.exists():
-            self._text.write(file.read_text())
-
-    def write(self, line: str) -> None:
-        """Appends a line; a local file has it at once."""
-        self._text.write(line)
-        if not in_bucket(self._file) or time.monotonic() - self._written > PAUSE:
-            self.flush()
-
-    def flush(self) -> None:
-        """Writes every line."""
-        self._text.flush()
-        if in_bucket(self._file):
-            write_whole(self._file, self._text.getvalue().encode())
-            self._written = time.monotonic()
-
-    def close(self) -> None:
-        """Writes every line and closes the file."""
-        self.flush()
-        self._text.close()

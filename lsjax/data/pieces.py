@@ -54,7 +54,7 @@ class Source:
     num_rows: int | None = None
     part: str = ""  # names the part of the files, if not all are read
     limit: int | None = None  # maximum number of documents
-    warning: str | None = None  # for when its tokens are made
+    warnings: tuple[str, ...] = ()  # for when its tokens are made
 
     def documents(self) -> Iterator[Document]:
         """The first `limit` documents that are not blank."""
@@ -107,7 +107,7 @@ class Source:
             rows = enumerate(pairwise(ends))
             return [Piece(tuple(files[number::count]), own) for number, own in rows]
         pieces: list[list[tuple[int, int, int]]] = []
-        room = 0
+        room = -1  # also an empty file begins the first piece
         for index, (file, size) in enumerate(zip(self.files, sizes, strict=True)):
             parts = 1 if self.whole or file.suffix == ".gz" else max(1, -(-size // most))
             ends = [number * size // parts for number in range(parts + 1)]

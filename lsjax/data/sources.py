@@ -15,7 +15,7 @@ from dataclasses import replace
 from typing import Any
 
 from lsjax.config import ConfigError, DataConfig, Path, as_path, check, in_bucket
-from lsjax.config.paths import find_files
+from lsjax.config.paths import find_data
 from lsjax.data.files import READERS, Fields, one_line, read_lines
 from lsjax.data.pieces import LARGEST_PIECE, Document, Source
 
@@ -55,7 +55,8 @@ def document_source(config: DataConfig, *, validation: bool = False) -> Source:
                 for number, row in READERS[f".{kind}"](file, begin=begin, end=end):
                     yield row_document(row, config, f"{file}, line {number}")
 
-            source = Source(" ".join(paths), find_files(paths), read_lines_of)
+            files, warnings = find_data(paths)
+            source = Source(" ".join(paths), files, read_lines_of, warnings=warnings)
     return replace(source, limit=None if validation else config.max_documents)
 
 
@@ -84,7 +85,8 @@ def text_files(paths: Sequence[str], separator: str) -> Source:
     separator: "file" makes each file a document, in parts if it is large. "blank_line" splits at
       each run of blank lines. Any other string is a marker between documents.
     """
-    files, whole, blank = find_files(paths), "\n" in separator, separator == "blank_line"
+    files, warnings = find_data(paths)
+    whole, blank = "\n" in separator, separator == "blank_line"
 
     def read(file: Path, begin: int, end: int | None) -> Iterator[Document]:
         if whole or separator == "file":
@@ -113,13 +115,13 @@ def text_files(paths: Sequence[str], separator: str) -> Source:
         yield Document("".join(lines or ()))
 
     size, largest = max((file.stat().st_size, file) for file in files)
-    warning = None
     if separator == "file" and size > LARGE_DOCUMENT:
-        warning = (
+        cut = (
             f"{largest} has {size / 1e6:.1f} MB and no separator, so it is cut into documents at "
             "line ends: set data.separator to blank_line, or to a marker between its documents"
         )
-    return Source(" ".join(paths), files, read, whole=whole, warning=warning)
+        warnings = (*warnings, cut)
+    return Source(" ".join(paths), files, read, whole=whole, warnings=warnings)
 
 
 def array_records(paths: Sequence[str], field: str) -> Source:
@@ -128,7 +130,7 @@ def array_records(paths: Sequence[str], field: str) -> Source:
     from grain.sources import ArrayRecordDataSource
     from tensorflow_datasets.proto import tf_example_pb2
 
-    files, name = find_files(paths), " ".join(paths)
+    (files, warnings), name = find_data(paths), " ".join(paths)
     check(not any(map(in_bucket, files)), f"{name}: ArrayRecord files must be on a disk: copy them")
     try:
         records = ArrayRecordDataSource([str(file) for file in files])
@@ -151,7 +153,7 @@ def array_records(paths: Sequence[str], field: str) -> Source:
             )
             yield Document(ids=ids)
 
-    return Source(name, files, read, num_rows=num_rows)
+    return Source(name, files, read, num_rows=num_rows, warnings=warnings)
 
 
 def tfds_split(

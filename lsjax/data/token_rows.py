@@ -21,7 +21,6 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Int64
-from rich.console import Console
 from rich.progress import Progress
 
 from lsjax.config import ConfigError, DataConfig, Path, check, in_bucket
@@ -30,6 +29,7 @@ from lsjax.data.packing import PackedBatch, from_records, record_type
 from lsjax.data.shards import SPLITS, THREADS, Job, make_shards
 from lsjax.data.sources import document_source
 from lsjax.data.tokenizer import Tokenizer
+from lsjax.terminal import SafeConsole
 
 log = logging.getLogger(__name__)
 
@@ -179,13 +179,13 @@ def prepare_directory(job: Job) -> None:
 def make_missing(job: Job, share: Share, workers: int | None) -> None:
     """Makes this host's missing shards, then those that other hosts should have made elsewhere, and
     joins them."""
-    if job.source.warning is not None and share.index == 0:
-        log.warning("%s", job.source.warning)
+    for warning in job.source.warnings if share.index == 0 else ():
+        log.warning("%s", warning)
     pieces = job.source.pieces()
     every = range(len(pieces))
     for mine in [every[share.index :: share.count]] + [every] * (not share.alone):
         missing = [(n, pieces[n]) for n in mine if not job.meta(n).exists()]
-        notes = Console(stderr=True)
+        notes = SafeConsole(stderr=True)
         with Progress(console=notes, transient=True, disable=not notes.is_terminal) as progress:
             size = sum(end - begin for _, piece in missing for _, begin, end in piece.ranges)
             most = min((os.cpu_count() or 1) // THREADS, size // WORTH)

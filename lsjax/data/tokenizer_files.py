@@ -111,19 +111,19 @@ def _load_model(file: Path) -> SentencePieceTokenizer:
 def _apply_settings(tokenizer: Tokenizer, file: Path) -> dict[str, Any]:
     """Sets bos, eos, add_bos and template by the files beside; returns tokenizer_config.json."""
     names = ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
-    files = (file.with_name(name) for name in names)
+    files = [file.with_name(name) for name in names]
     found = (read_json(one, TokenizerError) if one.exists() else {} for one in files)
     config, special, generation = found
 
     def ids(name: str) -> tuple[int, ...]:
         """Ids of bos or eos: the one that is spelled, then those of generation_config.json."""
-        token, others = config.get(name) or special.get(name), generation.get(f"{name}_id")
+        token, found = config.get(name) or special.get(name), _token_ids(generation, name, files[2])
         spelled = token.get("content") if isinstance(token, dict) else token
-        found = [] if others is None else others if isinstance(others, list) else [others]
         if spelled:
-            found = [tokenizer.token_id(spelled), *found]
-        if not all(isinstance(i, int) for i in found):
-            raise TokenizerError(f"its settings name {spelled or others!r}, which it lacks: add it")
+            first = tokenizer.token_id(spelled)
+            if first is None:
+                raise TokenizerError(f"its settings name {spelled!r}, which it lacks: add it")
+            found = [first, *found]
         return tuple(dict.fromkeys(found))
 
     bos_ids, add_bos = ids("bos_token"), config.get("add_bos_token")
@@ -140,6 +140,18 @@ def _apply_settings(tokenizer: Tokenizer, file: Path) -> dict[str, Any]:
         template = {t["name"]: t["template"] for t in template}.get("default")
     tokenizer.chat_template = template if isinstance(template, str) else None
     return config
+
+
+def _token_ids(generation: dict[str, Any], name: str, file: Path) -> list[int]:
+    """Ids of bos_token or eos_token in generation_config.json: none, one or a list."""
+    given = generation.get(f"{name}_id")
+    found = given if isinstance(given, list) else [] if given is None else [given]
+    if not all(type(i) is int for i in found):
+        raise TokenizerError(
+            f"{file}: {name}_id {given!r} must be the number of a token, or a list of them: "
+            "correct it"
+        )
+    return found
 
 
 def _load_gguf(file: Path) -> Tokenizer:

@@ -155,7 +155,7 @@ class Engine:
         """
         requests = []
         for index, prompt in enumerate(prompts):
-            own = replace(sampling, seed=(sampling.seed + index) % 2**32)
+            own = sampling.of_text(index)
             requests.append(self._request(prompt, sampling=own, **options))
         completions: list[Completion | None] = [None] * len(requests)
         for update in ContinuousBatch(self, requests).updates() if requests else ():

@@ -8,7 +8,7 @@ batch mates (except in `Adaptive`), and no draw of a rejected draft returns in t
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import IntEnum
 
 import jax
@@ -52,12 +52,16 @@ class Sampling(Checked):
     min_p: float = bounded(0.0, low=0, high=1, hint="0 is all tokens")
     """Draws from tokens at least min_p times as probable as the argmax (Nguyen et al., 2024)."""
     seed: int = bounded(0, low=0, high=2**32 - 1)
-    """Seed of the first text; each further text has the next number."""
+    """Seed of the first text; each further text has the next number. 0 follows 2^32 - 1."""
     repetition_penalty: float = bounded(1.0, low=1, high=1e30, hint="1 is no penalty")
     """For tokens of prompt and text, divides logits above 0 and multiplies those below (Keskar et
     al., 2019)."""
     no_repeat_ngram: int = bounded(0, low=0, high=2**31 - 1, hint="0 allows all")
     """Repeats no n-gram of this size, prompt included; 0 allows all."""
+
+    def of_text(self, number: int) -> "Sampling":
+        """Settings of a further text: the seed + number, modulo 2^32."""
+        return replace(self, seed=(self.seed + number) % 2**32)
 
 
 GREEDY = Sampling()

@@ -20,7 +20,8 @@ from rich.progress import Progress
 from lsjax.checkpoints.steps import fingerprints
 from lsjax.config import Path, check
 from lsjax.config.checked import differences, shown
-from lsjax.data.files import Fields, Lines, write_whole
+from lsjax.data.files import Fields, write_whole, writing
+from lsjax.data.lines import Lines
 from lsjax.decoding.adaptive import Adaptive
 from lsjax.decoding.completion import Completion
 from lsjax.decoding.engine import Engine
@@ -167,7 +168,8 @@ def resume(file: Path, asked: Mapping[str, Any]) -> dict[str, Answer]:
     content = file.read_bytes() if file.exists() else b""
     end = content.rfind(b"\n") + 1
     if not end and header.encode().startswith(content):
-        file.write_text(header, encoding="utf-8")
+        with writing(file):
+            file.write_text(header, encoding="utf-8")
         return {}
     before, answers = read(file)
     changes = ", ".join(

@@ -127,8 +127,12 @@ class EngineLM(TemplateLM):
 
         Raises ConfigError for generation settings that the engine does not support.
         """
-        seeded = enumerate(requests, self.seed)
-        asked = [self._request(*request.args, seed=seed) for seed, request in seeded]
+        first = Sampling(seed=self.seed)
+        seeds = [first.of_text(number).seed for number in range(len(requests))]
+        asked = [
+            self._request(*request.args, seed=seed)
+            for request, seed in zip(requests, seeds, strict=True)
+        ]
         who = str(Cell.of(self.engine.strategy))
         with tqdm(total=len(asked), desc=who, disable=disable_tqdm) as bar:
             completions = self.engine.generate(asked, on_completion=lambda *_: bar.update())

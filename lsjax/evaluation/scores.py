@@ -18,6 +18,7 @@ Tree = tuple  # an intent (IN) or a slot (SL) of TOPv2: its label, and the words
 
 ALL, UNSEEN = "all", "not seen in training"  # groups besides the task's categories
 PASS_AT = (1, 10, 100)
+DEEPEST = 100  # levels of a tree, many more than a sentence has
 ROUGE_KINDS = ("rouge2", "rouge1", "rouge3", "rougeL")  # ROUGE-2 is the paper's
 # A minus belongs to the number unless it follows something to subtract from.
 NUMBER = re.compile(r"(?:(?<![\w)])-)?\$?\d[\d,]*(?:\.\d+)?")
@@ -63,7 +64,8 @@ def tree_match(text: str, reference: str) -> Scores:
 
 
 def parse_tree(text: str) -> Tree | None:
-    """The tree that a text spells, ignoring white space; None unless it spells exactly one.
+    """The tree that a text spells, ignoring white space; None unless it spells exactly one, of at
+    most DEEPEST levels.
 
     [IN:CREATE_ALARM set alarm [SL:DATE_TIME for 2 hours ] ]
     """
@@ -71,6 +73,8 @@ def parse_tree(text: str) -> Tree | None:
     for piece in re.findall(r"\[(?:IN|SL):\w+|\]|[^\s\[\]]+|\[", text):
         if piece.startswith(("[IN:", "[SL:")):
             opened.append([piece[1:]])
+            if len(opened) > DEEPEST + 1:  # the first holds the tree itself
+                return None
         elif piece != "]":
             opened[-1].append(piece)
         elif len(opened) == 1:

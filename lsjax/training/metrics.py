@@ -19,7 +19,8 @@ import numpy as np
 
 from lsjax.checkpoints.run import METRICS, read_metrics
 from lsjax.config import ConfigError, Path, TrainConfig, in_bucket
-from lsjax.data.files import Lines, local_cache, one_line, remove_directory, write_whole
+from lsjax.data.files import local_cache, one_line, remove_directory, write_whole, writing
+from lsjax.data.lines import Lines
 from lsjax.training.profiling import peak_flops, step_flops
 
 PAUSE = 10.0  # seconds between printed lines
@@ -191,13 +192,18 @@ def tensorboard(directory: Path, kept: Sequence[Row], opened: ExitStack) -> Trac
     """Event files in tensorboard/. They hide rows of earlier starts after the kept ones."""
     from tensorboardX import SummaryWriter
 
-    files = SummaryWriter(str(directory / "tensorboard"), purge_step=kept[-1]["step"] + 1)
-    board = opened.enter_context(files)
+    folder = directory / "tensorboard"
+    board = SummaryWriter(str(folder), purge_step=kept[-1]["step"] + 1)
 
     def write(row: Row) -> None:
         for name, number in numbers(row).items():
             board.add_scalar(name, number, row["step"])
 
+    def close() -> None:
+        with writing(folder):
+            board.close()
+
+    opened.callback(close)
     return write
 
 

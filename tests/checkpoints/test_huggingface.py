@@ -1,6 +1,8 @@
 """Hugging Face directories: against transformers' own numbers, round trips, and damage."""
 
 import json
+import re
+import resource
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -443,3 +445,28 @@ def test_directory_that_is_no_model(tmp_path):
         CheckpointError, match="config.json: does not exist: give model.gguf itself"
     ):
         load(directory)
+
+
+@pytest.mark.parametrize("step", ["5", "best"])
+def test_a_step_of_what_is_no_run_is_refused(tmp_path, step):
+    directory = copied(tmp_path, "mha_untied")
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    for model in (directory, tmp_path / "model.gguf"):
+        with pytest.raises(CheckpointError) as error:
+            load(f"{model}@{step}")
+        words = f"{model}@{step}: {model} is not a training run, so it has no steps: leave out @"
+        assert str(error.value).startswith(words)
+
+
+@pytest.mark.parametrize("room", [100, 10_000])
+def test_export_to_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, room):
+    """First the configuration does not fit, then the weights."""
+    model, before = load(GOLDEN / "mha_untied"), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, before[1]))
+    try:
+        with pytest.raises((CheckpointError, OSError)) as error:
+            save(model, tmp_path / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert re.match(rf"{tmp_path}/out:? can't be written \(.*File too large", str(error.value))
+    assert list(tmp_path.iterdir()) == []

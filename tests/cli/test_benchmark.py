@@ -7,7 +7,7 @@ import pytest
 
 from lsjax.cli import benchmark
 from lsjax.cli.benchmark import main
-from lsjax.data.files import Lines
+from lsjax.data.lines import Lines
 from lsjax.decoding.engine import Engine
 from lsjax.evaluation import comparison
 from lsjax.evaluation.comparison import Difference

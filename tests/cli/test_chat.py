@@ -45,11 +45,13 @@ sys.exit(os.waitstatus_to_exitcode(pty.spawn(sys.argv[1:])))
 @pytest.fixture(scope="module")
 def alphabet(tmp_path_factory) -> Path:
     """A model that says the alphabet from the last letter of its prompt on, and ends with y; z it
-    says without end. Layers that add nothing, so that a token says which one is next."""
+    says without end. After A it tells a terminal to erase the screen. Layers that add nothing, so
+    that a token says which one is next."""
     config = LlamaConfig.tiny(num_layers=2, max_context=2**17)
     model = identity_tail(jax.jit(lambda: Llama(config, rngs=nnx.Rngs(0)))(), 0)
     following = {ord(a): ord(a) + 1 for a in "abcdefghijklmnopqrstuvwx"}
     following |= {ord("y"): 257, ord("z"): ord("z")}
+    following |= {ord("A"): 0x1B, 0x1B: ord("["), ord("["): ord("J"), ord("J"): 0x0D, 0x0D: 257}
     embedding = np.asarray(model.embedding[...])
     head = np.zeros_like(embedding)
     for token, after in following.items():
@@ -263,3 +265,15 @@ def test_what_no_turn_could_be_asked(alphabet, refused, monkeypatch, options, wo
     """Refused before the model is loaded, and not turn by turn."""
     monkeypatch.delattr(decode, "load_engine")
     assert words in refused(decode.main, "--model", alphabet, "--interactive", *options)
+
+
+def test_a_terminal_is_shown_control_characters(alphabet):
+    """Those of streamed answers, token by token."""
+    options = ["--interactive", "--strategy", "autoregressive", "--model", str(alphabet)]
+    with Terminal([sys.executable, "decode.py", *options]) as terminal:
+        terminal.until("> ")
+        terminal.press("A\n")
+        shown = terminal.until("\n> ")
+        assert r"\x1b[J\r" in shown and "\x1b[J" not in shown and "\r" not in shown
+        terminal.press("\x04")  # lost if it comes just before `input` waits
+        assert terminal.ended(again="\x04") == 0, terminal.shown

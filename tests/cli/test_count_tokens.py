@@ -81,3 +81,9 @@ def test_damaged_text(tmp_path, name, content, words):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ConfigError, match=words):
         list(read_pieces(tmp_path / name))
+
+
+def test_a_step_of_what_is_no_run_is_refused(model_directory, refused, tmp_path):
+    given = ["--model", f"{model_directory}@5", "--text", tmp_path / "text.txt"]
+    words = f"{model_directory} is not a training run, so it has no steps: leave out @5"
+    assert words in refused(main, *given)

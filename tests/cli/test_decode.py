@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from rich.control import strip_control_codes
-from rich.text import Text
+from rich.segment import Segment, Segments
+from rich.style import Style
 
 import decode
 from decode import main
@@ -21,6 +21,7 @@ from lsjax.decoding.completion import Completion, Trace
 from lsjax.decoding.engine import Engine
 from lsjax.decoding.self_speculative import SelfSpeculative
 from lsjax.decoding.strategy import Autoregressive
+from lsjax.terminal import CONTROLS, visible
 
 ROOT = Path(__file__).parents[2]
 NEW = 24
@@ -171,15 +172,9 @@ def test_chat(run, model_directory, tmp_path):
     assert line["prompt"] == "hi" and line["num_prompt_tokens"] == len("system=s;user=hi;")
 
 
-def parts(text: Text) -> list[tuple[str, str]]:
+def parts(shown: Segments) -> list[tuple[str, Style]]:
     """Neighbours of one style are one part."""
-    found = []
-    for span in text.spans:
-        piece = text.plain[span.start : span.end]
-        if found and found[-1][1] == span.style:
-            piece = found.pop()[0] + piece
-        found.append((piece, str(span.style)))
-    return found
+    return [(one.text, one.style) for one in Segment.simplify(shown.segments)]
 
 
 def completion_of(text: str, tokens: bytes, accepted: str, replaced: dict[int, int]) -> Completion:
@@ -225,7 +220,8 @@ def completion_of(text: str, tokens: bytes, accepted: str, replaced: dict[int, i
 )
 def test_colours_of_a_trace(tokenizer, text, tokens, accepted, replaced, shown):
     completion = completion_of(text, tokens, accepted, replaced)
-    assert parts(coloured(tokenizer, [65], completion)) == shown
+    styled = [(piece, Style.parse(style)) for piece, style in shown]
+    assert parts(coloured(tokenizer, [65], completion)) == styled
 
 
 @pytest.mark.parametrize("stop", [[], ["Z"]])
@@ -235,13 +231,9 @@ def test_colours_of_a_real_completion(model, tokenizer, prompt, stop):
     ids = list(prompt) if isinstance(prompt, bytes) else tokenizer.encode(prompt)
     engine = Engine(model, tokenizer, SelfSpeculative(3, 4))
     (completion,) = engine.generate([ids], max_new_tokens=NEW, stop=stop)
-    text = coloured(tokenizer, ids, completion)
-    rejected = [span for span in text.spans if span.style == REJECTED]
-    assert len(rejected) == (completion.trace.replaced_n >= 0).sum()
-    plain = text.plain
-    for span in reversed(rejected):
-        plain = plain[: span.start] + plain[span.end :]
-    assert plain == strip_control_codes(completion.text)  # rich leaves out bells and their like
+    shown, struck = coloured(tokenizer, ids, completion).segments, Style.parse(REJECTED)
+    assert sum(one.style == struck for one in shown) == (completion.trace.replaced_n >= 0).sum()
+    assert "".join(one.text for one in shown if one.style != struck) == completion.text
 
 
 class Words(ByteTokenizer):
@@ -252,9 +244,11 @@ class Words(ByteTokenizer):
 
 
 def test_the_space_before_a_rejected_word_is_not_struck():
-    text = coloured(Words(add_bos=False), [65], completion_of(" w1 w2", b"12", "nn", {1: ord("3")}))
-    assert text.plain == " w1 w3 w2"
-    assert parts(text) == [(" w1", ADDED), (" ", GAP), ("w3", REJECTED), (" w2", CORRECTED)]
+    shown = coloured(
+        Words(add_bos=False), [65], completion_of(" w1 w2", b"12", "nn", {1: ord("3")})
+    )
+    expected = [(" w1", ADDED), (" ", GAP), ("w3", REJECTED), (" w2", CORRECTED)]
+    assert parts(shown) == [(piece, Style.parse(style)) for piece, style in expected]
 
 
 def test_summary():
@@ -290,6 +284,16 @@ def bad(model_directory, tmp_path_factory):
     [
         ("--model nowhere", "nowhere: does not exist: give an existing directory"),
         (f"--model nowhere {' '.join(SELF)}", "nowhere: does not exist"),
+        (
+            "--model {bad}/silent@5",
+            "silent is not a training run, so it has no steps: leave out @5",
+        ),
+        (
+            "--model {bad}/silent@best",
+            "silent is not a training run, so it has no steps: leave out",
+        ),
+        ("--model {bad}/silent@x", "silent@x: 'x' is not a step of .*silent: write a number, or"),
+        ("--model {bad}/notes.bin@5", "notes.bin is not a training run, so it has no steps"),
         ("--model {bad}/empty.gguf", "empty.gguf: is not a GGUF file"),
         ("--model {bad}/notes.bin", "notes.bin: is not a GGUF file"),
         ("--model {bad}/cut", "cut/model.safetensors: "),
@@ -492,3 +496,93 @@ def test_samples(run, tmp_path, options):
     (alone,) = lines_of(run("--prompt", "c", "--seed", "10", *drawn)[0])
     assert alone["token_ids"] == found["c", 10]
     assert run("--prompt", "c", "--json", "-", *options)[0].find('"seed": null') > 0
+
+
+@pytest.fixture
+def in_a_terminal(monkeypatch):
+    """Programs of this test take their output for a terminal without colours."""
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "dumb")
+
+
+@pytest.mark.parametrize("show_drafts", [[], ["--show-drafts"]], ids=["plain", "drafts"])
+@pytest.mark.parametrize("samples", [1, 2])
+def test_a_terminal_is_shown_control_characters(
+    run, model, tokenizer, in_a_terminal, show_drafts, samples
+):
+    """Streamed texts, complete ones, and what is not shown of the prompt."""
+    prompt = "a\x1b[2J"
+    (completion,) = Engine(model, tokenizer).generate([prompt], max_new_tokens=NEW)
+    assert CONTROLS.search(completion.text)
+    drawn = ["--temperature", "1", "--num-samples", "2"] if samples == 2 else []
+    out, err = run("--prompt", prompt, *show_drafts, *drawn, *SELF)
+    assert r"a\x1b[2J" in out and not CONTROLS.search(out) and not CONTROLS.search(err)
+    if not drawn and not show_drafts:
+        assert out == visible(prompt + completion.text) + "\n"
+
+
+def test_json_has_no_control_characters(run, model, tokenizer, tmp_path):
+    """The text is the same once it is read."""
+    prompt = "\x7f\x9b"
+    (completion,) = Engine(model, tokenizer).generate([prompt], max_new_tokens=NEW)
+    out, _ = run("--prompt", prompt, "--json", "-", *PLAIN)
+    assert not CONTROLS.search(out)
+    (line,) = lines_of(out)
+    assert (line["prompt"], line["text"]) == (prompt, completion.text)
+
+
+def test_drafts_in_a_pipe_leave_the_text_as_it_is(run, model, tokenizer):
+    prompt = "a\x1b[2J\t"
+    engine = Engine(model, tokenizer, SelfSpeculative(3, 4))
+    (completion,) = engine.generate([prompt], max_new_tokens=NEW)
+    shown = coloured(tokenizer, tokenizer.encode(prompt), completion)
+    expected = prompt + "".join(one.text for one in shown.segments) + "\n"
+    out, _ = run("--prompt", prompt, "--show-drafts", *SELF)
+    assert out.partition("\n")[2] == expected  # after the legend
+
+
+def test_an_error_of_a_template_is_shown(model_directory, refused, in_a_terminal, tmp_path):
+    directory = shutil.copytree(model_directory, tmp_path / "evil")
+    (directory / "chat_template.jinja").write_text("{{ raise_exception('no \x1b[2J') }}")
+    given = ["--model", directory, "--prompt", "a", "--chat"]
+    assert r"the chat template fails: no \x1b[2J" in refused(main, *given)
+
+
+def test_unknown_keys_of_a_model_are_shown(model_directory, in_a_terminal, tmp_path):
+    directory = shutil.copytree(model_directory, tmp_path / "evil")
+    raw = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(raw | {"evil\x9b2J": 1}))
+    program = [sys.executable, "decode.py", "--model", directory, "--prompt", "a", *PLAIN]
+    done = subprocess.run(program, cwd=ROOT, capture_output=True, encoding="utf-8")
+    assert r"unknown keys are ignored: evil\x9b2J" in done.stderr
+    assert not CONTROLS.search(done.stderr)
+
+
+def test_the_last_seed_is_followed_by_the_first(run, tmp_path):
+    file = tmp_path / "prompts.jsonl"
+    file.write_text('{"prompt": "ab"}\n{"prompt": "ab"}\n{"prompt": "ab", "seed": 4294967295}\n')
+    given = ["--prompt-file", file, "--temperature", "1", "--seed", 2**32 - 1, "--json", "-"]
+    assert [line["seed"] for line in lines_of(run(*given)[0])] == [2**32 - 1, 0, 2**32 - 1]
+
+
+def test_a_full_disk_names_the_file_of_the_lines(model_directory, capsys):
+    given = ["--model", str(model_directory), "--prompt", "a", "--max-new-tokens", "2"]
+    with pytest.raises(SystemExit) as end:
+        main([*given, "--json", "/dev/full"])
+    assert end.value.code == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("error: /dev/full can't be written (No space left on device): free")
+
+
+def test_a_reader_of_lines_that_stops_ends_the_program_quietly(model_directory, tmp_path):
+    file = tmp_path / "prompts.jsonl"
+    file.write_text('{"prompt": "ab"}\n' * 50)
+    given = ["--model", model_directory, "--prompt-file", file, "--max-new-tokens", "8", *PLAIN]
+    program = [sys.executable, "-X", "dev", "decode.py", *map(str, given), "--json", "-"]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    with subprocess.Popen(program, cwd=ROOT, encoding="utf-8", **pipes) as process:
+        assert json.loads(process.stdout.readline())["prompt"] == "ab"
+        process.stdout.close()
+        notes = process.stderr.read()
+    assert process.returncode == 141
+    assert [line for line in notes.splitlines() if "parameters" not in line] == []

@@ -11,7 +11,7 @@ from lsjax.checkpoints.run import Checkpoints, begin_run
 from lsjax.cli import evaluate
 from lsjax.cli.evaluate import main
 from lsjax.config import DataConfig, TrainConfig
-from lsjax.data.files import Lines
+from lsjax.data.lines import Lines
 from lsjax.data.shards import encode_documents
 from lsjax.data.sources import document_source
 from lsjax.evaluation import answers as stored

@@ -1,13 +1,22 @@
 """Flags: what is wrong with them is said in one line."""
 
-from dataclasses import dataclass, field
+import importlib
+import pkgutil
+import re
+from dataclasses import dataclass, field, is_dataclass
 from pathlib import Path
 from types import SimpleNamespace
+from typing import get_args, get_type_hints
 
 import pytest
 from tyro import _fmtlib
 
+import decode
+import train
+from lsjax import cli
+from lsjax.aot.programs import DecodingShape
 from lsjax.checkpoints.run import RunSource
+from lsjax.cli import aot, convert, count_tokens, exits, tokenize
 from lsjax.cli.flags import (
     ModelFlags,
     OpenModel,
@@ -17,12 +26,16 @@ from lsjax.cli.flags import (
     trained_exits,
 )
 from lsjax.cli.setup import parse_flags
-from lsjax.config import ConfigError, LlamaConfig, OptimizerConfig
+from lsjax.cli.training import TrainingFlags
+from lsjax.config import Checked, ConfigError, DataConfig, LlamaConfig, OptimizerConfig
 from lsjax.decoding.adaptive import Adaptive
 from lsjax.decoding.cost import best_draft_vocab
 from lsjax.decoding.sampling import GREEDY, Sampling
 from lsjax.decoding.self_speculative import SelfSpeculative
 from lsjax.decoding.strategy import Autoregressive, EarlyExit
+from lsjax.training.hosts import Hosts
+
+CONFIG = ("--config", Path(__file__).parents[2] / "configs" / "quickstart.py")
 
 
 @dataclass(frozen=True)
@@ -152,3 +165,82 @@ def test_auto_chooses_a_draft_vocabulary(tokenizer, tmp_path):
         parse_flags(Shared, [*auto, "--draft-vocab", "99"], ""), model, counts
     )
     assert chosen.draft_vocab == 99
+
+
+def flag_classes() -> set[type]:
+    """Every dataclass that lsjax.cli defines, and those of their fields."""
+    names = [f"lsjax.cli.{module.name}" for module in pkgutil.iter_modules(cli.__path__)]
+    waiting = [
+        found
+        for module in map(importlib.import_module, names)
+        for found in vars(module).values()
+        if is_dataclass(found) and found.__module__ == module.__name__
+    ]
+    classes: set[type] = set()
+    while waiting:
+        kind = waiting.pop()
+        if is_dataclass(kind) and kind not in classes:
+            classes.add(kind)
+            waiting += get_type_hints(kind).values()
+        waiting += get_args(kind)
+    return classes
+
+
+def test_every_class_of_flags_checks_its_values():
+    classes = flag_classes()
+    assert {TrainingFlags, Hosts, Sampling, DecodingShape, DataConfig} < classes
+    assert [kind for kind in classes if not issubclass(kind, Checked)] == []
+
+
+@pytest.mark.parametrize(
+    ("main", "argv", "flag"),
+    [
+        (train.main, [*CONFIG, "--workdir", ""], "--workdir"),
+        (train.main, ["--config", "", "--workdir", "x"], "--config"),
+        (decode.main, ["--model", "", "--prompt", "a"], "--model"),
+        (decode.main, ["--model", "x", "--prompt-file", ""], "--prompt-file"),
+        (decode.main, ["--model", "x", "--prompt", "a", "--json", ""], "--json"),
+        (exits.main, ["--runs", "x", ""], "--runs"),
+        (tokenize.main, ["--config", ""], "--config"),
+        (aot.main, [*CONFIG, "--topology", "v5e:1", "--output", ""], "--output"),
+        (count_tokens.main, ["--model", "", "--text", "x"], "--model"),
+        (convert.main, ["", "x"], "source"),
+    ],
+)
+def test_an_empty_path_is_refused_with_its_flag(refused, main, argv, flag):
+    assert re.match(rf"error: {flag} .*''.* must be .*a path", refused(main, *argv))
+
+
+def test_a_run_needs_a_directory(refused):
+    assert "--workdir is missing: name the directory of the run" in refused(train.main, *CONFIG)
+
+
+@pytest.mark.parametrize(
+    ("main", "argv", "words"),
+    [
+        (tokenize.main, ["--workers", 0], "--workers 0 must be a whole number of at least 1"),
+        (
+            aot.main,
+            ["--topology", "v5e:1", "--decoding.batch-size", 0],
+            "--decoding.batch-size 0 must be a whole number of at least 1",
+        ),
+        (
+            train.main,
+            ["--workdir", "x", "--distributed.start-timeout", 0],
+            "--distributed.start-timeout 0 must be a whole number of at least 1",
+        ),
+    ],
+)
+def test_a_number_out_of_range_is_refused(refused, main, argv, words):
+    assert words in refused(main, *CONFIG, *argv)
+
+
+def test_a_name_of_control_characters_is_shown_to_a_terminal(refused, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "dumb")
+    shown = refused(decode.main, "--model", "no\x1b[2J\x9bwhere", "--prompt", "a")
+    assert shown.startswith(r"error: no\x1b[2J\x9bwhere: does not exist")
+    monkeypatch.delenv("FORCE_COLOR")
+    assert "no\x1b[2J\x9bwhere" in refused(
+        decode.main, "--model", "no\x1b[2J\x9bwhere", "--prompt", "a"
+    )

@@ -62,7 +62,7 @@ ONE = b'{"prompt": "a"}\n'
         ("p.txt", b"a\nb\xff", "p.txt, line 2 is not UTF-8 text: save it as UTF-8"),
         ("p.md", b"a", "p.md: extension '.md' is not one of .jsonl, .tsv, .csv"),
         ("p", b"a", "p: extension '' is not one of .jsonl, .tsv, .csv"),
-        ("p.jsonl", b"", "p.jsonl has no prompts: add at least one"),
+        ("p.jsonl", b"", "p.jsonl: every file is empty: name others"),
         ("p.jsonl", b"\n \n", "p.jsonl has no prompts: add"),
         ("p.jsonl", ONE + b'{"prompt": "b"', "line 2 is not JSON (Expecting ',' delimiter)"),
         ("p.jsonl", ONE + b"\nhello\n", "line 3 is not JSON (Expecting value)"),

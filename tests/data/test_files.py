@@ -4,7 +4,7 @@ import pytest
 
 from lsjax.config import ConfigError
 from lsjax.config.paths import find_files
-from lsjax.data.files import read_lines
+from lsjax.data.files import file_rows, read_lines
 from lsjax.data.sources import text_files
 
 
@@ -70,3 +70,20 @@ def test_the_hash_is_of_the_contents_in_their_order(folder):
     assert content(moved) == before
     (folder / "z.txt").write_text("fiVe")
     assert content(moved) != before
+
+
+def test_empty_files_of_rows_are_counted_in_a_line(tmp_path, caplog):
+    (tmp_path / "0.csv").touch()
+    (tmp_path / "1.csv").write_text("text\na\n")
+    (tmp_path / "2.tsv").touch()
+    paths = [f"{tmp_path}/*.csv", f"{tmp_path}/2.tsv"]
+    assert [dict(row) for _, _, row in file_rows(paths)] == [{"text": "a"}]
+    assert caplog.messages == [f"{' '.join(paths)}: 2 of 3 files are empty and skipped"]
+    assert list(file_rows([])) == []
+    with pytest.raises(ConfigError, match=r"0.csv .*2.tsv: every file is empty: name others"):
+        list(file_rows([f"{tmp_path}/0.csv", f"{tmp_path}/2.tsv"]))
+
+
+def test_an_empty_path_is_refused():
+    with pytest.raises(ConfigError, match="a path is empty: name a file or a directory"):
+        find_files([""])

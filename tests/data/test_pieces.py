@@ -104,7 +104,7 @@ def test_a_large_file_without_a_separator_is_cut_at_line_ends(tmp_path, monkeypa
     texts, pieces = in_pieces(config)
     assert "".join(texts) == "\n".join(lines) and len(pieces) > 8
     assert all(text.endswith("\n") and len(text) < 1100 for text in texts[:-1])
-    assert "set data.separator to blank_line" in document_source(config).warning
+    assert "set data.separator to blank_line" in document_source(config).warnings[0]
 
 
 def test_a_text_without_its_marker_is_cut_too(tmp_path, monkeypatch):
@@ -122,3 +122,59 @@ def test_lines_are_numbered_from_the_begin_of_a_file(tmp_path):
     source = document_source(DataConfig(source="jsonl", paths=(f"{tmp_path}/a.jsonl",)))
     with pytest.raises(ConfigError, match="a.jsonl, line 31 is not an object"):
         list(source.documents())
+
+
+ROWS = {"jsonl": '{"text": "a b"}\n', "tsv": "text\na b\n", "text": "a b"}
+
+
+def with_empty_files(tmp_path, suffix, content):
+    """Files of which the first, the third and the last are empty."""
+    for name in ("0", "2", "4"):
+        (tmp_path / f"{name}{suffix}").touch()
+    for name in ("1", "3"):
+        (tmp_path / f"{name}{suffix}").write_bytes(content)
+    return f"{tmp_path}/*{suffix}"
+
+
+@pytest.mark.parametrize(
+    ("kind", "separator"),
+    [
+        *(("jsonl", "file"), ("tsv", "file")),
+        *(("text", separator) for separator in ("file", "blank_line", "|", "\n|\n")),
+    ],
+)
+@pytest.mark.parametrize("compressed", [False, True], ids=["plain", "gz"])
+def test_empty_files_are_skipped_and_counted(tmp_path, small_pieces, kind, separator, compressed):
+    content = ROWS[kind].encode()
+    content, suffix = (gzip.compress(content), ".gz") if compressed else (content, ".txt")
+    pattern = with_empty_files(tmp_path, f".{kind}{suffix}", content)
+    config = DataConfig(source=kind, paths=(pattern,), separator=separator)
+    texts, _ = in_pieces(config)
+    assert "".join(texts) == "a ba b"
+    assert document_source(config).warnings == (f"{pattern}: 3 of 5 files are empty and skipped",)
+
+
+@pytest.mark.parametrize("kind", ROWS)
+@pytest.mark.parametrize("validation", [False, True])
+def test_only_empty_files_are_refused(tmp_path, kind, validation):
+    (tmp_path / "a.txt").write_text("a")
+    (tmp_path / "b.empty").touch()
+    (tmp_path / "c.empty").touch()
+    good, empty = (f"{tmp_path}/a.txt",), (f"{tmp_path}/*.empty",)
+    paths = (good, empty) if validation else (empty, good)
+    config = DataConfig(source=kind, paths=paths[0], validation_paths=paths[1])
+    with pytest.raises(ConfigError, match=r"\*\.empty: every file is empty: name others"):
+        document_source(config, validation=validation)
+
+
+def test_compressed_files_without_content_hold_no_document(tmp_path, small_pieces):
+    for name, text in (("a", ""), ("b", "one"), ("c", "")):
+        (tmp_path / f"{name}.txt.gz").write_bytes(gzip.compress(text.encode()))
+    assert in_pieces(DataConfig(source="text", paths=(f"{tmp_path}/*.gz",)))[0] == ["one"]
+
+
+def test_an_empty_module_may_be_the_first_of_the_standard_library(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources.sysconfig, "get_path", lambda _: str(tmp_path))
+    for name, text in (("a", ""), ("b", "one"), ("c", ""), ("d", "two")):
+        (tmp_path / f"{name}.py").write_text(text)
+    assert in_pieces(DataConfig())[0] == ["one", "two"]

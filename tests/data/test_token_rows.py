@@ -404,3 +404,23 @@ def test_an_end_token_without_a_row_is_refused(rows, tmp_path):
     with pytest.raises(ConfigError, match=r"no end token among the 257 rows of the model's table"):
         make(config(rows), tmp_path, fitted)
     assert len(make(config(rows, append_end=False), tmp_path, fitted)) > 0
+
+
+def test_empty_files_make_no_rows_and_are_logged_once(tmp_path, caplog):
+    """A validation set likewise; ArrayRecord files too."""
+    for name in ("0.txt", "2.txt", "v0", "0.array_record"):
+        (tmp_path / name).touch()
+    (tmp_path / "1.txt").write_text("one document")
+    (tmp_path / "v1").write_text("another document")
+    paths, held_out = (f"{tmp_path}/?.txt",), (f"{tmp_path}/v?",)
+    config = DataConfig(source="text", paths=paths, validation_paths=held_out)
+    for _ in range(2):
+        assert [make(config, tmp_path, split=split).num_all for split in shards.SPLITS] == [1, 1]
+    assert [message.rpartition(": ")[2] for message in caplog.messages] == [
+        "2 of 3 files are empty and skipped",
+        "1 of 2 files are empty and skipped",
+    ]
+    array_record(tmp_path / "1.array_record", [[1, 2, 3]])
+    settings = dict(source="array_record", validation_fraction=0.0)
+    config = DataConfig(**settings, paths=(f"{tmp_path}/*.array_record",))
+    assert make(config, tmp_path).num_documents == 1

@@ -49,3 +49,17 @@ def test_added_tokens_that_the_model_lacks(sentencepiece_model, tmp_path):
     (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<|im_end|>"}')
     with pytest.raises(TokenizerError, match="im_end"):
         load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("value", ["a", True, 1.5, [1, "a"], {}])
+@pytest.mark.parametrize("name", ["eos_token_id", "bos_token_id"])
+def test_ids_that_are_none_are_named_with_field_value_and_file(
+    bpe_directory, tmp_path, name, value
+):
+    """And </s>, which the other settings name, is not blamed."""
+    shutil.copytree(bpe_directory, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "generation_config.json").write_text(json.dumps({name: value}))
+    with pytest.raises(TokenizerError) as error:
+        load_tokenizer(tmp_path)
+    assert f"{tmp_path}/generation_config.json: {name} {value!r} must be" in str(error.value)
+    assert "</s>" not in str(error.value)

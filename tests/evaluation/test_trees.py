@@ -4,7 +4,7 @@ import pytest
 
 from lsjax.decoding.request import Request
 from lsjax.evaluation.answers import Question
-from lsjax.evaluation.scores import decoupled, parse_tree, tree_match
+from lsjax.evaluation.scores import DEEPEST, decoupled, parse_tree, tree_match
 from lsjax.evaluation.tasks import TASKS
 
 ALARM = "[IN:CREATE_ALARM set alarm [SL:DATE_TIME for 2 hours ] ]"
@@ -52,3 +52,17 @@ def test_scores(text, exact, tree):
     question = Question(id="1", request=Request(prompt="p"), reference=ALARM)
     found = TASKS["topv2"].score(text, question)
     assert found == {"exact_match": exact, "tree_match": tree}
+
+
+@pytest.mark.parametrize("levels", [600, 100_000])
+@pytest.mark.parametrize("closed", [True, False])
+def test_deep_nesting_is_no_tree(levels, closed):
+    text = "[IN:A " * levels + "] " * (levels if closed else 0)
+    assert tree_match(text, ALARM) == {"tree_match": 0}
+    assert tree_match(text, text) == {"tree_match": 0}
+
+
+def test_nesting_of_the_limit_is_a_tree():
+    text = "[IN:A " * DEEPEST + "] " * DEEPEST
+    assert tree_match(text, f" {text}") == {"tree_match": 1}
+    assert parse_tree(f"[IN:B {text} ]") is None
