@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -196,6 +197,42 @@ def test_a_run_that_is_killed_while_it_evaluates_loses_nothing(config, tmp_path)
     # Of step 3 the scores are lost. The last step is scored when the run goes on.
     rows = [row for row in rows_of(whole) if row["kind"] == "step" or row["step"] != 3]
     assert rows_of(cut) == rows
+
+
+@pytest.mark.parametrize("step, number", [(6, None), (4, signal.SIGTERM)])
+def test_a_last_step_that_can_not_be_saved_is_one_line(
+    config, finished, tmp_path, capsys, monkeypatch, step, number
+):
+    """From step 3 on no file grows beyond 20 kB, as on a full disk. A step before the last is not
+    saved either, but the run continues. With room the same command does the rest."""
+    before, workdir = resource.getrlimit(resource.RLIMIT_FSIZE), tmp_path / "run"
+
+    def full(run, console):
+        def call(step, model):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+            if number is not None:
+                signal.raise_signal(number)
+            return {}
+
+        return Hook("full", 3, call)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as end:
+        patch.setattr(train.training, "shown_evaluation", full)
+        try:
+            launch(config, workdir)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    said = capsys.readouterr()
+    assert end.value.code == 2 and "done:" not in said.out and "is saved" not in said.out
+    assert ("step 4 could not be saved" in said.out) == (number is None)
+    assert re.fullmatch(
+        rf"error: step {step} could not be saved: it needs [\d.]+ kB in {workdir}/checkpoints, "
+        r"where [\d.]+ GB are free: make room there .* resumes after step 3 \(.*\)\n",
+        said.err,
+    )
+    assert launch(config, workdir) == 0
+    assert "resumes after step 3\n" in capsys.readouterr().out
+    assert last_arrays(workdir) == last_arrays(finished)
 
 
 def test_one_seed_repeats_and_two_differ(config, finished, tmp_path):

@@ -1,27 +1,25 @@
-"""The directory of a training run: begins it, saves and restores steps, and loads it as a model.
+"""The directory of a training run: begins it, and loads it as a model.
 
 config.json     the run's configuration, with the model's shape (lsjax/config/checked.py)
 tokenizer.*     the tokenizer's files, and generation_config.json if there is one
 token_counts.json, prompts.jsonl        for decoding (lsjax/training/prepare.py)
 metrics.jsonl   one line of metrics for each logged step
-checkpoints/    the saved steps (steps.py)
+checkpoints/    the saved steps (steps.py, saving.py)
 """
 
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.experimental.multihost_utils import sync_global_devices
 from jax.sharding import Mesh
 
-from lsjax.checkpoints.steps import PARAMS, SavedStep, first_whole, log, orbax, saved_steps, to_save
-from lsjax.checkpoints.tensors import NOT_FINITE, CheckpointError, Report, Track
-from lsjax.config import CheckpointConfig, LlamaConfig, LoraConfig, Path, TrainConfig, check
+from lsjax.checkpoints.steps import PARAMS, SavedStep, first_whole, saved_steps
+from lsjax.checkpoints.tensors import NOT_FINITE, CheckpointError, Track
+from lsjax.config import LlamaConfig, LoraConfig, Path, TrainConfig, check
 from lsjax.config.checked import from_json, versioned, without_version
-from lsjax.data.files import cause, json_rows, read_json, remove_directory, write_json
+from lsjax.data.files import json_rows, read_json, write_json
 from lsjax.data.tokenizer import Tokenizer, TokenizerError
 from lsjax.data.tokenizer_files import load_tokenizer
 from lsjax.model.llama import Llama
@@ -104,126 +102,6 @@ def held_out_losses(directory: Path) -> dict[int, float]:
 def best_first(steps: Iterable[int], losses: Mapping[int, float]) -> list[int]:
     """Steps with a held-out loss, sorted by it, ties newest first."""
     return sorted(losses.keys() & steps, key=lambda step: (losses[step], -step))
-
-
-class Restored(NamedTuple):
-    """A restored run."""
-
-    state: Any
-    step: int
-    data: dict[str, Any]  # position in the data
-
-
-class Checkpoints(AbstractContextManager):
-    """Saved steps of one run; a context manager that waits for the last save on exit.
-
-    A single process continues after a failed save, except that of the last step.
-
-    report: called with one line for each step that is damaged or could not be written. losses:
-    held-out loss by step, used to select the best steps; it may grow during the run.
-    """
-
-    def __init__(
-        self,
-        directory: Path,
-        config: CheckpointConfig,
-        report: Report = log.warning,
-        losses: Mapping[int, float] | None = None,
-    ):
-        self._directory, self._config, self._report = directory.absolute(), config, report
-        self._losses = {} if losses is None else losses
-        self._manager: Any = None
-        self._begun = 0  # the last step whose save began, and its error if it failed at once
-        self._failure: Exception | None = None
-
-    def __exit__(self, error, *_) -> None:
-        if error is not None and jax.process_count() > 1:
-            return  # the other hosts may have ended
-        self.wait() if error is None else self.settle()
-        if self._manager is not None:
-            self._manager.close()
-
-    def restore(self, like: Any) -> Restored | None:
-        """The newest undamaged step; None if nothing has been saved yet.
-
-        Newer, damaged steps are renamed, for example to 80.damaged, and will be saved again.
-
-        like: the state's shapes (`jax.eval_shape`), with shardings if there is a mesh.
-        Raises CheckpointError if all steps are damaged, or saved shapes do not match.
-        """
-
-        def read(step: SavedStep) -> Restored:
-            return Restored(step.read_state(like), step.number, step.meta["data"])
-
-        steps = saved_steps(self._directory)
-        if not steps:
-            return None
-        restored, damaged = first_whole(steps, read, self._report)
-        for step in damaged if jax.process_index() == 0 else ():
-            aside = step.directory.with_name(f"{step.number}.damaged")
-            remove_directory(aside)
-            step.directory.rename(aside)
-        if damaged and jax.process_count() > 1:
-            sync_global_devices("damaged steps are renamed")
-        return restored
-
-    def save(self, state: Any, *, step: int, data: Mapping[str, Any]) -> None:
-        """Waits for the last save, then begins to save the state after `step` steps, if unsaved.
-
-        data: JSON-serialisable position in the data.
-        """
-        ocp = orbax()
-        self.settle()
-        if self._manager is None:
-            options = ocp.CheckpointManagerOptions(
-                preservation_policy=self,
-                # Not after a failure: its threads may still be writing.
-                cleanup_tmp_directories=not self._begun,
-                save_root_metadata=False,
-                lightweight_initialize=True,
-            )
-            self._manager = ocp.CheckpointManager(self._directory, options=options)
-        if step in self._manager.all_steps():
-            return
-        self._begun, args = step, to_save(state, data)
-        try:
-            self._manager.save(step, args=args, force=True)
-        except Exception as error:
-            self._failure = error
-
-    def wait(self) -> None:
-        """Waits until the last step is on disk; raises CheckpointError if the save failed."""
-        if self._manager is None:
-            return
-        failure, self._failure = self._failure, None
-        try:
-            self._manager.wait_until_finished()
-        except Exception as error:
-            failure = failure or error
-        if failure is not None:
-            self._manager = None  # it would raise again
-            # The next start removes files that orbax's threads write after this.
-            for left in self._directory.glob(f"{self._begun}.*-tmp"):
-                remove_directory(left)
-            raise CheckpointError(
-                f"step {self._begun} could not be saved ({cause(failure)}): check that "
-                f"{self._directory} is writable and has free space, or lower checkpoints.keep_last"
-            ) from failure
-
-    def settle(self) -> None:
-        """`wait`, but a single process reports a failed save and continues."""
-        try:
-            self.wait()
-        except CheckpointError as error:
-            if jax.process_count() > 1:
-                raise
-            self._report(str(error))
-
-    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
-        """Orbax callback: which steps to keep. Its own policies need the loss at save time."""
-        steps = [checkpoint.step for checkpoint in checkpoints]
-        best = best_first(steps, self._losses)[: self._config.keep_best]
-        return [step in (*steps[-self._config.keep_last :], *best) for step in steps]
 
 
 class RunSource:

@@ -12,7 +12,8 @@ from typing import Any
 
 import jax
 
-from lsjax.checkpoints.run import CHECKPOINTS, Checkpoints, read_metrics
+from lsjax.checkpoints.run import CHECKPOINTS, read_metrics
+from lsjax.checkpoints.saving import Checkpoints
 from lsjax.model.llama import Llama
 from lsjax.training.hosts import is_first, signals
 from lsjax.training.metrics import MetricsLog, paced
@@ -122,7 +123,7 @@ def run_loop(
     hooks, with the state saved by a single process.
     """
     config, num_steps, looked = run.config, run.config.num_steps, False
-    step = saved = first = int(state.step)
+    step = first = int(state.step)
     # The last step and the time at which it is done, while it is not reported.
     waiting: tuple[int, Metrics, Future[float]] | None = None
 
@@ -136,7 +137,7 @@ def run_loop(
                 f"the loss or gradient of {in_a_row} steps in a row, up to step {number}, was not "
                 f"finite (learning rate {float(values['learning_rate']):.3g}): lower "
                 "--optimizer.learning-rate or lengthen the warm-up; the parameters are those of "
-                f"step {number - in_a_row}, and the last checkpoint is of step {saved}"
+                f"step {number - in_a_row}, and the last checkpoint is of step {checkpoints.newest()}"
             )
 
     def save() -> None:
@@ -175,8 +176,9 @@ def run_loop(
             waiting = None
             if saving:
                 save()
-                saved = step
-                if first_look or last:
+                if last:
+                    checkpoints.wait()
+                elif first_look:
                     checkpoints.settle()
                 log.spent("checkpoints", step)
             if stopped_by is not None and step < num_steps:

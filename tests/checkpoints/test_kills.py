@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-from lsjax.checkpoints.run import Checkpoints
+from lsjax.checkpoints.saving import Checkpoints
 from lsjax.config import ConfigError
 from lsjax.model.llama import Llama
 from lsjax.training.step import init_state

@@ -15,7 +15,8 @@ import pytest
 
 import decode
 import lsjax
-from lsjax.checkpoints.run import METRICS, Checkpoints, begin_run, is_run, read_run_config
+from lsjax.checkpoints.run import METRICS, begin_run, is_run, read_run_config
+from lsjax.checkpoints.saving import Checkpoints
 from lsjax.checkpoints.tensors import CheckpointError
 from lsjax.cli import convert, flags
 from lsjax.config import ConfigError, LlamaConfig, TrainConfig

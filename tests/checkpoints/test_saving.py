@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from contextlib import contextmanager
 from functools import partial
@@ -22,7 +23,7 @@ import pytest
 from flax import nnx
 
 from lsjax.checkpoints import steps
-from lsjax.checkpoints.run import Checkpoints
+from lsjax.checkpoints.saving import Checkpoints, in_units, wait_for_all
 from lsjax.checkpoints.steps import saved_steps, sealed
 from lsjax.checkpoints.tensors import CheckpointError
 from lsjax.config import CheckpointConfig, ConfigError, LlamaConfig, TrainConfig
@@ -334,12 +335,19 @@ def test_what_can_not_be_written_is_said_and_the_next_step_is_saved(
             save(checkpoints, state)
             state = advance(state)
             save(checkpoints, state)
-            with pytest.raises(
-                CheckpointError, match="^step 2 could not be saved .*has free space"
-            ):
+            with pytest.raises(CheckpointError) as error:
                 checkpoints.wait()
         (line,) = lines
-        assert line.startswith("step 1 could not be saved (") and "\n" not in line
+        size = in_units(sum(leaf.nbytes for leaf in jax.tree.leaves(state)))
+        for step, said, then in (
+            (1, line, "; the run continues"),
+            (2, str(error.value), ", then run the same command again, which begins with the first"),
+        ):
+            assert re.fullmatch(
+                rf"step {step} could not be saved: it needs {size} in {tmp_path}, where [\d.]+ GB "
+                rf"are free: make room there and check that it is writable{then}.*File too large.*",
+                said,
+            )
         state = advance(state)
         save(checkpoints, state)
     assert numbers(tmp_path) == [3]
@@ -348,9 +356,53 @@ def test_what_can_not_be_written_is_said_and_the_next_step_is_saved(
 
 
 def test_a_run_does_not_end_well_without_its_last_step(fresh, tmp_path):
-    unsaved = pytest.raises(CheckpointError, match="step 1 could not be saved")
-    with no_room(), unsaved, open_(tmp_path) as checkpoints:
+    """The error names the step that is saved; an older step stays until the new one is saved."""
+    unsaved = pytest.raises(CheckpointError, match="step 2 could .*which resumes after step 1 ")
+    with unsaved, open_(tmp_path, keep_last=1) as checkpoints:
         save(checkpoints, advance(fresh()))
+        checkpoints.wait()
+        with no_room():
+            save(checkpoints, advance(advance(fresh())))
+            checkpoints.wait()
+    assert numbers(tmp_path) == [1]
+    unsaved = pytest.raises(CheckpointError, match="step 2 could .*which resumes after step 1 ")
+    with no_room(), unsaved, open_(tmp_path, keep_last=1) as checkpoints:
+        save(checkpoints, advance(advance(fresh())))
+
+
+def test_a_process_whose_save_failed_does_not_wait_for_the_others(monkeypatch):
+    """A thread of orbax waits in `finally`. The main thread may run in an `except` of the user."""
+    waits, errors = [], []
+    monkeypatch.setattr(
+        steps.orbax().multihost, "get_barrier_sync_fn", lambda: lambda **how: waits.append(how)
+    )
+
+    def fail():
+        try:
+            try:
+                raise OSError("no room")
+            finally:
+                wait_for_all(key="failed", timeout_ms=1)
+        except OSError as error:
+            errors.append(str(error))
+
+    for target in (partial(wait_for_all, key="saved", timeout_ms=2), fail):
+        thread = threading.Thread(target=target)
+        thread.start()
+        thread.join()
+    assert waits == [dict(key="saved", timeout_ms=2)] and errors == ["no room"]
+    fail()
+    assert waits[1:] == [dict(key="failed", timeout_ms=1)]
+
+
+def test_units():
+    assert [in_units(size) for size in (0, 999, 1000, 1_550_000, 7 * 10**15)] == [
+        "0.0 bytes",
+        "999.0 bytes",
+        "1.0 kB",
+        "1.6 MB",
+        "7000.0 TB",
+    ]
 
 
 def test_the_directory_itself_can_not_be_written(fresh, tmp_path):

@@ -7,7 +7,8 @@ import json
 import pytest
 import tensorflow_datasets as tfds
 
-from lsjax.checkpoints.run import Checkpoints, begin_run
+from lsjax.checkpoints.run import begin_run
+from lsjax.checkpoints.saving import Checkpoints
 from lsjax.cli import evaluate
 from lsjax.cli.evaluate import main
 from lsjax.config import DataConfig, TrainConfig

@@ -8,7 +8,8 @@ import pytest
 from flax import nnx
 
 import lsjax
-from lsjax.checkpoints.run import Checkpoints, begin_run
+from lsjax.checkpoints.run import begin_run
+from lsjax.checkpoints.saving import Checkpoints
 from lsjax.checkpoints.steps import fingerprints
 from lsjax.config import LlamaConfig, MeshConfig, TrainConfig
 from lsjax.data.tokenizer_backends import ByteTokenizer

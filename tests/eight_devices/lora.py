@@ -6,7 +6,8 @@ import pytest
 from flax import nnx
 
 import lsjax
-from lsjax.checkpoints.run import Checkpoints, begin_run
+from lsjax.checkpoints.run import begin_run
+from lsjax.checkpoints.saving import Checkpoints
 from lsjax.config import EarlyExitConfig, LlamaConfig, LoraConfig, MeshConfig, TrainConfig
 from lsjax.data.tokenizer_backends import ByteTokenizer
 from lsjax.model.llama import Llama, stacked

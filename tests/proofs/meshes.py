@@ -129,7 +129,7 @@ def worker(case: Case, task: str, source: Path, target: Path, port: int, number:
     """One process of a case."""
     import jax
 
-    from lsjax.checkpoints.run import Checkpoints
+    from lsjax.checkpoints.saving import Checkpoints
     from lsjax.cli.setup import exact_products
     from lsjax.sharding import make_mesh
     from lsjax.training.hosts import Hosts, start

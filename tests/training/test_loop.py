@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from lsjax.checkpoints.run import METRICS, read_metrics
+from lsjax.checkpoints.tensors import CheckpointError
 from lsjax.config import CheckpointConfig, LlamaConfig, TrainConfig
 from lsjax.training import run as loop
 from lsjax.training.metrics import MetricsLog
@@ -57,6 +58,7 @@ def run(tmp_path, state, saved, seen, num_steps=7, max_skipped=10, save_every=3,
         train_step=counting_step(),
         next_batch=lambda: None,
         save=lambda state, step, data: saved.append(step) if step not in saved else None,
+        settle=lambda: None,
         wait=lambda: None,
         hooks=[
             Hook("evaluation", 2, lambda step, model: seen.append((step, model)) or {"x": step})
@@ -66,9 +68,14 @@ def run(tmp_path, state, saved, seen, num_steps=7, max_skipped=10, save_every=3,
     given |= options
     pipeline = SimpleNamespace(next=given.pop("next_batch"))
     known = SimpleNamespace(
-        config=config, pipeline=pipeline, place=lambda batch: batch, data_position=dict
+        config=config,
+        pipeline=pipeline,
+        place=lambda batch: batch,
+        data_position=dict,
     )
-    checkpoints = SimpleNamespace(save=given.pop("save"), settle=given.pop("wait"))
+    names = "save", "settle", "wait"
+    checkpoints = SimpleNamespace(**{name: given.pop(name) for name in names})
+    checkpoints.newest = lambda: max(saved)
     log = MetricsLog(tmp_path, config, state.step, time.time())
     with closing(log):
         return loop.run_loop(known, state, checkpoints, log, **given)
@@ -109,8 +116,8 @@ def test_ctrl_c_before_the_first_step_is_not_noted(tmp_path):
 
 
 def test_a_step_is_saved_before_hooks_look_at_it(tmp_path):
-    """The first look of a start also waits until its step is on disk. So does the last one, as
-    whoever sent a signal may not wait."""
+    """The first look of a start also waits until its step is on disk. So does the last one, which
+    must be saved: whoever sent a signal may not wait."""
     order = []
     run(
         tmp_path,
@@ -119,6 +126,7 @@ def test_a_step_is_saved_before_hooks_look_at_it(tmp_path):
         [],
         train_step=counting_step(signal_at=7),
         save=lambda state, step, data: order.append(("save", step)),
+        settle=lambda: order.append("settle"),
         wait=lambda: order.append("wait"),
         hooks=[
             Hook(kind, 2, lambda step, model: order.append(("look", step)) or {}) for kind in "ab"
@@ -126,11 +134,26 @@ def test_a_step_is_saved_before_hooks_look_at_it(tmp_path):
     )
     looks = {step: [("look", step)] * 2 for step in (2, 4, 6, 7)}
     assert order == [
-        *[("save", 2), "wait", *looks[2]],
+        *[("save", 2), "settle", *looks[2]],
         *[("save", 3), *looks[4]],
         *[("save", 6), *looks[6]],
         *[("save", 7), "wait", *looks[7]],
     ]
+
+
+@pytest.mark.parametrize("signal_at, unsaved", [(None, 7), (5, 5)])
+def test_a_last_step_that_is_not_saved_is_an_error(tmp_path, signal_at, unsaved):
+    """No interruption that claims a saved step, and no hook."""
+    seen = []
+
+    def wait():
+        raise CheckpointError("no room")
+
+    with pytest.raises(CheckpointError, match="no room"):
+        step = counting_step(signal_at=signal_at)
+        run(tmp_path, start(), [], seen, train_step=step, wait=wait)
+    assert read_metrics(tmp_path)[-1]["step"] == unsaved
+    assert [step for step, _ in seen] == [step for step in (2, 4, 6) if step < unsaved]
 
 
 def test_hooks_look_at_a_last_step_that_is_done(tmp_path):
@@ -207,6 +230,7 @@ def test_the_time_of_a_run_by_use(tmp_path, monkeypatch):
     options = dict(
         next_batch=lambda: takes(5),
         save=lambda *_, **__: takes(7),
+        settle=lambda: takes(11),
         wait=lambda: takes(11),
         hooks=[Hook("evaluation", 3, lambda *_: takes(20, {}))],
     )

@@ -11,7 +11,8 @@ import pytest
 from flax import nnx
 
 import lsjax
-from lsjax.checkpoints.run import Checkpoints, begin_run
+from lsjax.checkpoints.run import begin_run
+from lsjax.checkpoints.saving import Checkpoints
 from lsjax.config import (
     ConfigError,
     EarlyExitConfig,
