@@ -25,6 +25,7 @@ from lsjax.terminal import SafeConsole
 from lsjax.training.hosts import ending_together, is_first, start
 from lsjax.training.prepare import prepare_run
 from lsjax.training.run import Interrupted, TooManySkipped, train_run
+from lsjax.training.writer import Writer
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -43,20 +44,22 @@ def train(config: TrainConfig, workdir: Path) -> int:
     keep_freed_memory()
     console = SafeConsole(soft_wrap=True, quiet=not is_first())
     say = console.print
-    with console.status("reading the data"):
-        run = prepare_run(config, workdir)
-    keep_compiled_programs()
+    warn = partial(say, style="yellow")
     hooks = [training.shown_evaluation]
     hooks += [training.shown_sample] * (config.evaluation.sample_tokens > 0)
     try:
-        train_run(
-            run,
-            hooks=[partial(hook, console=console) for hook in hooks],
-            watch=partial(training.shown_progress, console=console),
-            say=say,
-            warn=partial(say, style="yellow"),
-            began=lsjax.IMPORTED,
-        )
+        with Writer(workdir, warn) as writer:
+            with console.status("reading the data"):
+                run = prepare_run(config, writer)
+            keep_compiled_programs()
+            train_run(
+                run,
+                hooks=[partial(hook, console=console) for hook in hooks],
+                watch=partial(training.shown_progress, console=console),
+                say=say,
+                warn=warn,
+                began=lsjax.IMPORTED,
+            )
     except Interrupted as stopped:
         say(f"{stopped}: the same command resumes it")
         return 128 + stopped.number

@@ -65,13 +65,16 @@ def train(
         These scores select the best saved steps.
       options: keywords of `train_run` (lsjax/training/run.py) and of `make_train_step`.
 
-    Raises ConfigError or CheckpointError for bad input.
+    Raises ConfigError or CheckpointError for bad input, and CheckpointError if another process
+    trains there or the last step can't be saved.
     """
     # Imported here: they import grain and orbax, which decoding does not need.
     from lsjax.config import as_path
     from lsjax.evaluation.exits import evaluation_hook
     from lsjax.training.prepare import prepare_run
     from lsjax.training.run import train_run
+    from lsjax.training.writer import Writer
 
     hooks = [evaluation_hook] if hooks is None else hooks
-    return train_run(prepare_run(config, as_path(workdir)), hooks=hooks, **options)
+    with Writer(as_path(workdir), options.get("warn", print)) as writer:
+        return train_run(prepare_run(config, writer), hooks=hooks, **options)

@@ -2,6 +2,9 @@
 
 import json
 import sys
+import time
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,11 +12,16 @@ import numpy as np
 import pytest
 
 import decode
+import lsjax
 import train
 from lsjax.checkpoints import load
-from lsjax.checkpoints.run import CHECKPOINTS, read_metrics
+from lsjax.checkpoints.lease import Lease
+from lsjax.checkpoints.lock import LOCK, new_owner
+from lsjax.checkpoints.run import CHECKPOINTS, METRICS, read_metrics
 from lsjax.checkpoints.steps import MARKER, saved_steps
+from lsjax.checkpoints.tensors import CheckpointError
 from lsjax.cli import convert
+from lsjax.cli.training import read_config_file
 from lsjax.config import ConfigError, DataConfig, as_path
 from lsjax.config.paths import find_files, split_step
 from lsjax.data import files, lines, pieces
@@ -23,20 +31,22 @@ from lsjax.data.pipeline import packed_rows
 from lsjax.data.tokenizer_backends import ByteTokenizer
 from lsjax.data.tokenizer_files import load_tokenizer
 from lsjax.model.parameters import named_leaves
+from lsjax.training import writer
+from lsjax.training.run import Hook
 
 PROOFS = Path(__file__).parent / "proofs"
 TINY = ("--config", PROOFS / "tiny_run.py", "--checkpoints.every", 2, "--evaluation.every", 2)
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory):
+def server():
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(PROOFS)
         import fake_bucket
 
         if fake_bucket.missing():
             pytest.skip(f"needs {fake_bucket.missing()}")
-        with fake_bucket.served(tmp_path_factory.mktemp("buckets")) as server:
+        with fake_bucket.served() as server:
             yield server
 
 
@@ -93,6 +103,41 @@ def test_a_run_in_a_bucket_resumes_decodes_and_converts(bucket, tmp_path, capsys
     leaves = [named_leaves(load(model)) for model in (hf, local)]
     assert all((leaf == leaves[1][path]).all() for path, leaf in leaves[0].items())
     assert load_tokenizer(hf).fingerprint == load_tokenizer(local).fingerprint
+
+
+def test_one_of_two_trainers_in_a_bucket_goes_on(bucket, monkeypatch, capsys):
+    """It waits for a trainer that was killed, and refuses another one while it runs. Once another
+    has taken its lease, it stops before it saves and writes no metrics."""
+    ours, config, refusals = bucket / "run", read_config_file(TINY[1]), []
+    monkeypatch.setattr(writer, "Lease", partial(Lease, seconds=0.6))
+    config = replace(config, num_steps=6, checkpoints=replace(config.checkpoints, every=2))
+
+    def disturbed(run):
+        def call(step, model):
+            if step == 2:
+                refusals.append(message(train.main, *TINY, "--workdir", ours, capsys=capsys))
+            if step == 4:
+                write_whole(ours / LOCK, new_owner())
+                refusals.append((ours / METRICS).read_bytes())
+                while run.writer.holds():
+                    time.sleep(0.01)
+            return {}
+
+        return Hook("disturbed", 2, call)
+
+    write_whole(ours / LOCK, new_owner())
+    said: list[str] = []
+    with pytest.raises(CheckpointError, match="has begun to write there, .* not renew its lease"):
+        lsjax.train(config, ours, hooks=[disturbed], warn=said.append)
+    (line,) = said
+    assert "was writing there: waiting for up to 1 s to see whether it still is" in line
+    refused, metrics = refusals
+    assert "another trainer (process" in refused and "writes there: wait until it ends" in refused
+    assert [step.number for step in saved_steps(ours / CHECKPOINTS)] == [4, 2]
+    assert (ours / METRICS).read_bytes() == metrics
+    assert (ours / LOCK).exists(), "it is the other one's"
+    assert lsjax.train(config, ours, hooks=[], warn=said.append).step == 6
+    assert not (ours / LOCK).exists()
 
 
 def test_damaged_steps_in_a_bucket_are_moved_aside(bucket, capsys):
@@ -201,13 +246,14 @@ def test_lines_of_a_bucket_are_written_at_intervals_and_at_the_end(bucket, monke
 def test_a_bucket_that_does_not_exist_or_forbids_is_one_line(bucket, server, tmp_path, capsys):
     none = "gs://no-bucket/run"
     said = message(train.main, *TINY, "--workdir", none, capsys=capsys)
-    assert "can't be written, as there is no such bucket" in said
-    assert not (server.directory / "no-bucket").exists()
+    assert f"{none} can't be written (NOT_FOUND: Not Found): check that the bucket exists" in said
+    assert not server.has_bucket("no-bucket")
     said = message(decode.main, "--model", none, "--prompt", "a", capsys=capsys)
     assert f"{none}: does not exist" in said
     with server.failing(403):
+        said = message(train.main, *TINY, "--workdir", bucket / "run", capsys=capsys)
+        assert "run can't be written (PERMISSION_DENIED: " in said
         for program, *words in (
-            (train.main, *TINY, "--workdir", bucket / "run"),
             (decode.main, "--model", bucket / "run", "--prompt", "a"),
             (convert.main, bucket / "run", tmp_path / "hf"),
         ):

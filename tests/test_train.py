@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import re
 import resource
 import shutil
@@ -19,6 +20,7 @@ import pytest
 import decode
 import lsjax
 import train
+from lsjax.checkpoints.lock import LOCK
 from lsjax.checkpoints.run import held_out_losses, read_metrics
 from lsjax.checkpoints.steps import saved_steps
 from lsjax.cli import convert, exits
@@ -233,6 +235,33 @@ def test_a_last_step_that_can_not_be_saved_is_one_line(
     assert launch(config, workdir) == 0
     assert "resumes after step 3\n" in capsys.readouterr().out
     assert last_arrays(workdir) == last_arrays(finished)
+
+
+def test_a_second_trainer_is_refused_and_changes_nothing(config, finished, tmp_path, capsys):
+    """In the middle of a run, and for another configuration too."""
+    given, workdir, codes = read_config_file(config), tmp_path / "run", []
+
+    def second(run):
+        def call(step, model):
+            files = {path: path.stat().st_mtime_ns for path in workdir.rglob("*")}
+            for flags in ((), ("--seed", "1")):
+                with pytest.raises(SystemExit) as end:
+                    launch(config, workdir, *flags)
+                codes.append(end.value.code)
+            assert {path: path.stat().st_mtime_ns for path in workdir.rglob("*")} == files
+            return {}
+
+        return Hook("second", 3, call)
+
+    state = lsjax.train(given, workdir, hooks=[evaluation_hook, second])
+    lines = capsys.readouterr().err.splitlines()
+    assert codes == [2] * 4 and len(lines) == 4
+    refused = (
+        rf"error: {workdir}: another trainer \(process {os.getpid()} on .*\) writes there: wait"
+    )
+    assert all(re.match(refused, line) for line in lines)
+    assert state.step == 6 and last_arrays(workdir) == last_arrays(finished)
+    assert not (workdir / LOCK).exists()
 
 
 def test_one_seed_repeats_and_two_differ(config, finished, tmp_path):

@@ -5,6 +5,7 @@ tokenizer.*     the tokenizer's files, and generation_config.json if there is on
 token_counts.json, prompts.jsonl        for decoding (lsjax/training/prepare.py)
 metrics.jsonl   one line of metrics for each logged step
 checkpoints/    the saved steps (steps.py, saving.py)
+writer.lock     of the trainer that writes there (lock.py)
 """
 
 from collections.abc import Iterable, Mapping

@@ -21,11 +21,14 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from lsjax.checkpoints.tensors import CheckpointError
 from lsjax.config import Checked, ConfigError, bounded, check
+from lsjax.data.files import one_line
 from lsjax.interrupts import noted
 
 # Matches errors caused by another process ending, whatever their class.
 LOST = re.compile(r"Gloo|UNAVAILABLE|DEADLINE_EXCEEDED|[Hh]eartbeat|Connection (reset|closed)")
+SAID = 2400  # bytes of an error that is sent to all processes: the 600 characters of `one_line`
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,6 +116,20 @@ def in_turn(what: str) -> Iterator[None]:
     yield
     if is_first():
         multihost_utils.sync_global_devices(what)
+
+
+def first_decides(action: Callable[[], None]) -> None:
+    """Runs an action in the first process. Its CheckpointError or OSError is raised on all."""
+    problem = ""
+    if is_first():
+        try:
+            action()
+        except (CheckpointError, OSError) as error:
+            problem = one_line(error)
+    said = np.frombuffer(problem.encode().ljust(SAID), np.uint8)
+    problem = bytes(multihost_utils.broadcast_one_to_all(said)).decode().rstrip()
+    if problem:
+        raise CheckpointError(problem)
 
 
 def check_same(what: str, value: str) -> None:

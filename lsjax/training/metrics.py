@@ -9,7 +9,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, closing
+from contextlib import ExitStack
 from dataclasses import asdict
 from datetime import timedelta
 from typing import Any
@@ -131,14 +131,23 @@ def so_far(rows: Sequence[Row]) -> Counter[str]:
 class MetricsLog:
     """metrics.jsonl, the trackers and the clock of a run. Without a directory it writes nothing."""
 
-    def __init__(self, directory: Path | None, config: TrainConfig, from_step: int, began: float):
+    def __init__(
+        self,
+        directory: Path | None,
+        config: TrainConfig,
+        from_step: int,
+        began: float,
+        may_write: Callable[[], bool] = lambda: True,
+    ):
         """Keeps the rows of steps up to `from_step`, after which the run resumes. began: Unix time
-        at which this process began. Raises ConfigError if wandb can't start."""
+        at which this process began. may_write: called before each write; rows are dropped once
+        another trainer owns the file. Raises ConfigError if wandb can't start."""
         rows = [] if directory is None else read_metrics(directory)
         self.clock = Clock(rows, from_step, began)
         peak, mesh = peak_flops(jax.devices()[0].device_kind), jax.sharding.get_abstract_mesh()
         self._line = StepLine(config, peak and peak * (1 if mesh.empty else mesh.size))
         self._lines, self._trackers, self._opened = None, [], ExitStack()
+        self._may_write = may_write
         if directory is None:
             return
         kept = [row for row in rows if row["step"] <= from_step]
@@ -148,7 +157,8 @@ class MetricsLog:
         if config.tensorboard:
             self._trackers.append(tensorboard(directory, kept, self._opened))
         write_whole(directory / METRICS, "".join(json.dumps(row) + "\n" for row in kept).encode())
-        self._lines = self._opened.enter_context(closing(Lines(directory / METRICS)))
+        self._lines = Lines(directory / METRICS)
+        self._opened.callback(self._close_lines)
 
     def step(self, step: int, values: Mapping[str, Any], ended: float) -> str:
         """Writes the row of a step; returns its line of text. ended: Unix time of its end."""
@@ -162,7 +172,7 @@ class MetricsLog:
 
     def write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
         """Writes one row. NaN and infinity become null."""
-        if self._lines is None:
+        if self._lines is None or not self._may_write():
             return
         text = json.dumps(dict(values), default=lambda array: array.tolist())
         row = {"kind": kind, "step": step, **json.loads(text, parse_constant=lambda _: None)}
@@ -180,8 +190,12 @@ class MetricsLog:
 
     def flush(self) -> None:
         """Writes rows that wait, as they do if the directory is in a bucket."""
-        if self._lines is not None:
+        if self._lines is not None and self._may_write():
             self._lines.flush()
+
+    def _close_lines(self) -> None:
+        if self._may_write():
+            self._lines.close()
 
     def close(self) -> None:
         """Closes the files."""

@@ -31,6 +31,7 @@ from lsjax.data.vocabulary import COUNTS, make_tokenizer, write_counts
 from lsjax.sharding import make_mesh, own_rows, placed_rows
 from lsjax.training.hosts import check_same, in_turn, is_first, wait_to_see
 from lsjax.training.step import check_rows
+from lsjax.training.writer import Writer
 
 PROMPTS = "prompts.jsonl"
 COUNTED = 4_000_000  # tokens counted for the draft vocabulary
@@ -50,7 +51,7 @@ class TrainingRun:
     """A run that is ready for compilation."""
 
     config: TrainConfig  # with the model's shape
-    workdir: Path
+    writer: Writer  # of the run's directory
     resumes: bool  # whether the directory already contains this run
     mesh: Mesh | None
     tokenizer: Tokenizer
@@ -58,6 +59,11 @@ class TrainingRun:
     held_out: OnePass
     sample_prompt: list[int]  # tokens that samples continue
     losses: dict[int, float]  # held-out loss of the last exit by step; evaluations add more
+
+    @property
+    def workdir(self) -> Path:
+        """Directory of the run."""
+        return self.writer.directory
 
     def place(self, batch: Mapping[str, np.ndarray]) -> dict[str, Any]:
         """Places a batch of this host's rows on their devices."""
@@ -90,9 +96,10 @@ class TrainingRun:
         )
 
 
-def prepare_run(config: TrainConfig, workdir: Path) -> TrainingRun:
+def prepare_run(config: TrainConfig, writer: Writer) -> TrainingRun:
     """Checks the configuration, reads the data, and writes the first files of the run. Raises
     ConfigError, CheckpointError, TokenizerError or OSError for bad input."""
+    workdir = writer.directory
     resumes = is_run(workdir)
     if resumes:
         config = check_same_run(read_run_config(workdir), config, str(workdir))
@@ -122,13 +129,14 @@ def prepare_run(config: TrainConfig, workdir: Path) -> TrainingRun:
     check_same("the tokenizers and the data", f"{fingerprints}")
     prompts = held_out_prompts(held_out.whole(), config.evaluation)  # the same on all hosts
     sampled = sample_prompt(config, tokenizer, prompts)
+    writer.check()  # reading data may take hours
     with in_turn("the run has begun"):
         if is_first():
             begin_run(workdir, config, tokenizer)
             write_run_files(workdir, tokenizer, pipeline.rows, prompts)
         wait_to_see(lambda: is_run(workdir), f"the run in {workdir}")
     read = tokenizer, pipeline, held_out, sampled, held_out_losses(workdir)
-    return TrainingRun(config, workdir, resumes, mesh, *read)
+    return TrainingRun(config, writer, resumes, mesh, *read)
 
 
 def check_same_run(before: TrainConfig, now: TrainConfig, where: str) -> TrainConfig:

@@ -95,7 +95,8 @@ def train_run(
             if not due:
                 say(f"all {first} steps are done: nothing to do")
                 return state
-        log = MetricsLog(run.workdir if is_first() else None, config, first, began)
+        directory = run.workdir if is_first() else None
+        log = MetricsLog(directory, config, first, began, may_write=run.writer.holds)
         tracing = traced(train_step, config.profile, run.workdir / "profile", first)
         try:
             shown = watch(run, first) if watch else nullcontext(paced(print, config.num_steps))
@@ -137,10 +138,11 @@ def run_loop(
                 f"the loss or gradient of {in_a_row} steps in a row, up to step {number}, was not "
                 f"finite (learning rate {float(values['learning_rate']):.3g}): lower "
                 "--optimizer.learning-rate or lengthen the warm-up; the parameters are those of "
-                f"step {number - in_a_row}, and the last checkpoint is of step {checkpoints.newest()}"
+                f"step {number - in_a_row}, and the newest saved step is {checkpoints.newest()}"
             )
 
     def save() -> None:
+        run.writer.check()
         log.flush()  # a resumed run needs the rows up to its step
         checkpoints.save(state, step=step, data=run.data_position())
 

@@ -45,7 +45,7 @@ def main(
     """Runs the drill; exits with 1, or an error, if anything differs.
 
     Args:
-        directory: directory for the runs, their logs, and what the server holds.
+        directory: directory for the runs on the disk, and for all logs.
         kills: number of times to kill the run.
         terms: number of times to stop it by SIGTERM, after that.
         steps: number of steps of the run.
@@ -53,7 +53,7 @@ def main(
         bucket_cache: whether the runs in the bucket also make and read their tokens there.
     """
     here, there = Path(directory), as_path(f"gs://{BUCKET}")
-    with served(here / "buckets") as server:
+    with served() as server:
         files = here / "files"
         if not files.exists():
             make_files(files)

@@ -15,10 +15,15 @@ import sys
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 
 import tyro
 from fake_bucket import BUCKET, served
+
+from lsjax.config import Path as AnyPath
+from lsjax.config import as_path
+from lsjax.config.paths import find_files
 
 CONFIG = """
 from lsjax.config import DataConfig, LlamaConfig, TrainConfig
@@ -48,46 +53,49 @@ class Arguments:
 def main(arguments: Arguments) -> int:
     """Runs both programs. Returns 1 if their files differ."""
     arguments.directory.mkdir(parents=True)
-    with served(arguments.directory) if arguments.bucket else nullcontext():
-        return drill(arguments, f"{BUCKET}/killed" if arguments.bucket else "killed")
+    with served() if arguments.bucket else nullcontext():
+        there = as_path(f"gs://{BUCKET}" if arguments.bucket else arguments.directory)
+        return drill(arguments, there / "killed")
 
 
-def drill(arguments: Arguments, killed: str) -> int:
-    """The same, with the killed store's folder in the directory."""
+def drill(arguments: Arguments, killed: AnyPath) -> int:
+    """The same. killed: directory of the killed store."""
+    whole = as_path(arguments.directory / "whole")
     config = arguments.directory / "config.py"
     config.write_text(CONFIG.format(tokenizer=str(arguments.tokenizer.resolve())))
     command = [sys.executable, "-m", "lsjax.cli.tokenize", "--config", str(config)]
 
-    def environment(name: str) -> dict[str, str]:
-        place = "gs:/" if name.startswith(BUCKET) else arguments.directory
-        return {**os.environ, "LSJAX_CACHE": f"{place}/{name}"}
+    def environment(store: AnyPath) -> dict[str, str]:
+        return {**os.environ, "LSJAX_CACHE": str(store)}
 
-    def made(name: str) -> int:
-        return len(list((arguments.directory / name).rglob("[0-9]*.json")))
+    def made(store: AnyPath) -> int:
+        return sum(fnmatch(file.name, "[0-9]*.json") for file in files_of(store))
 
-    subprocess.run(command, env=environment("whole"), check=True)
+    subprocess.run(command, env=environment(whole), check=True)
     draw = random.Random(arguments.seed)
     for kill in range(arguments.kills):
         process = subprocess.Popen(command, env=environment(killed), stderr=subprocess.DEVNULL)
         # At a moment after which some shards are left for the next program.
-        while made(killed) < kill * made("whole") // (arguments.kills + 1):
+        while made(killed) < kill * made(whole) // (arguments.kills + 1):
             time.sleep(0.01)
         time.sleep(draw.uniform(0.0, 1.0))
         process.send_signal(signal.SIGKILL)
         process.wait()
-        print(f"kill {kill + 1}: {made(killed)} of {made('whole')} shards", flush=True)
+        print(f"kill {kill + 1}: {made(killed)} of {made(whole)} shards", flush=True)
     subprocess.run(command, env=environment(killed), check=True)
-    files = {
-        name: {
-            file.relative_to(arguments.directory / name): file.read_bytes()
-            for file in (arguments.directory / name).rglob("*")
-            if file.is_file() and not file.name.startswith(".partial")
-        }
-        for name in ("whole", killed)
-    }
-    same = files["whole"] == files[killed]
-    print(f"{len(files['whole'])} files, {'equal' if same else 'DIFFERENT'} bit for bit")
+    contents = [
+        {str(file.relative_to(store)): file.read_bytes() for file in files_of(store)}
+        for store in (whole, killed)
+    ]
+    same = contents[0] == contents[1]
+    print(f"{len(contents[0])} files, {'equal' if same else 'DIFFERENT'} bit for bit")
     return int(not same)
+
+
+def files_of(store: AnyPath) -> list[AnyPath]:
+    """Files of a store, without those that a killed program has begun."""
+    files = find_files([f"{store}/**/*"]) if store.is_dir() else []
+    return [file for file in files if ".partial" not in str(file)]
 
 
 if __name__ == "__main__":

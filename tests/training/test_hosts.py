@@ -24,7 +24,8 @@ import numpy as np
 from jax.experimental.multihost_utils import process_allgather
 
 from lsjax.training.hosts import Hosts, check_same, ending_together, in_turn, signals, start
-from lsjax.training.hosts import wait_to_see
+from lsjax.training.hosts import first_decides, wait_to_see
+from lsjax.checkpoints.tensors import CheckpointError
 from lsjax.config import ConfigError, MeshConfig
 from lsjax.sharding import make_mesh, own_rows, placed_rows
 
@@ -37,10 +38,15 @@ def say(*what):
         print(*what, file=file)
 
 
+def check(condition, said):
+    if not condition:
+        raise CheckpointError(said)
+
+
 def refused(function, *arguments):
     try:
         function(*arguments)
-    except ConfigError as error:
+    except (ConfigError, CheckpointError) as error:
         say(error)
 
 
@@ -55,6 +61,8 @@ with ending_together():
     check_same("the files", (directory / "file").read_text())
     refused(check_same, "the numbers", f"{number}")
     refused(make_mesh, MeshConfig())
+    first_decides(lambda: say("first"))
+    refused(first_decides, lambda: check(number > 0, "é" + "x" * 2000))
 
     mesh = make_mesh(MeshConfig(data=2, fsdp=2))
     tokens_BT = np.arange(24, dtype=np.int32).reshape(8, 3)
@@ -110,7 +118,8 @@ def test_two_processes(tmp_path):
     ]
     for number, own in enumerate(["[0, 1, 2, 3]", "[4, 5, 6, 7]"]):  # a slice each
         lines = (tmp_path / f"said_{number}").read_text().splitlines()
-        assert lines == [*said, f"{own} {own}", "stopped after True True"]
+        decided = ["first"] * (number == 0) + ["é" + "x" * 599]
+        assert lines == [*said, *decided, f"{own} {own}", "stopped after True True"]
 
 
 @pytest.mark.parametrize(

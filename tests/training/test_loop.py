@@ -60,6 +60,7 @@ def run(tmp_path, state, saved, seen, num_steps=7, max_skipped=10, save_every=3,
         save=lambda state, step, data: saved.append(step) if step not in saved else None,
         settle=lambda: None,
         wait=lambda: None,
+        check=lambda: None,
         hooks=[
             Hook("evaluation", 2, lambda step, model: seen.append((step, model)) or {"x": step})
         ],
@@ -69,6 +70,7 @@ def run(tmp_path, state, saved, seen, num_steps=7, max_skipped=10, save_every=3,
     pipeline = SimpleNamespace(next=given.pop("next_batch"))
     known = SimpleNamespace(
         config=config,
+        writer=SimpleNamespace(check=given.pop("check")),
         pipeline=pipeline,
         place=lambda batch: batch,
         data_position=dict,
@@ -154,6 +156,18 @@ def test_a_last_step_that_is_not_saved_is_an_error(tmp_path, signal_at, unsaved)
         run(tmp_path, start(), [], seen, train_step=step, wait=wait)
     assert read_metrics(tmp_path)[-1]["step"] == unsaved
     assert [step for step, _ in seen] == [step for step in (2, 4, 6) if step < unsaved]
+
+
+def test_a_run_that_another_trainer_took_over_stops_before_it_saves(tmp_path):
+    saved, seen = [], []
+
+    def check():
+        if saved == [2]:
+            raise CheckpointError("another trainer writes there")
+
+    with pytest.raises(CheckpointError, match="another trainer"):
+        run(tmp_path, start(), saved, seen, check=check)
+    assert saved == [2] and seen == [(2, "model 2")]
 
 
 def test_hooks_look_at_a_last_step_that_is_done(tmp_path):

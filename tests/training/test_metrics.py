@@ -3,8 +3,10 @@
 import io
 from functools import partial
 
+from lsjax.checkpoints.run import METRICS
 from lsjax.config import LlamaConfig, TrainConfig
-from lsjax.training.metrics import StepLine, paced
+from lsjax.data import files
+from lsjax.training.metrics import MetricsLog, StepLine, paced
 from lsjax.training.profiling import step_flops
 
 CONFIG = TrainConfig(num_steps=100, batch_size=10, seq_len=100, model=LlamaConfig.tiny())
@@ -36,3 +38,18 @@ def test_figures_of_a_step():
     ]
     assert "exits 3: 4.50)" in line(*metrics(2, [3, 16], [4.5, 4.0], 2.0))
     assert "0:03:16 left" in line(*metrics(2, [16], [4.0], 2.0))  # 98 steps of 2 s
+
+
+def test_no_row_is_written_once_another_trainer_writes(tmp_path, monkeypatch):
+    """Neither new rows nor those that wait, as they do in a bucket."""
+    monkeypatch.setattr(files, "in_bucket", lambda path: path.name == METRICS)
+    ours = [True]
+    log = MetricsLog(tmp_path, CONFIG, 0, 0.0, may_write=lambda: ours[0])
+    log.write("sample", 1, {"text": "ours"})
+    log.write("step", 2, {"seconds": 1.0})
+    ours[0] = False
+    (tmp_path / METRICS).write_text("of another trainer")
+    log.write("sample", 3, {"text": "late"})
+    log.flush()
+    log.close()
+    assert (tmp_path / METRICS).read_text() == "of another trainer"
