@@ -30,7 +30,7 @@ from lsjax.training.writer import Writer
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the program. Returns 1 if training fails, or 128 + the number of a signal that stopped
-    it. Bad input exits with code 2."""
+    it. Bad input, another trainer on the run, and an unsaved last step exit with code 2."""
     with ending_together(), one_line_errors():
         flags = training.parse_config(training.TrainingFlags, argv, __doc__)
         check(flags.workdir is not None, "--workdir is missing: name the directory of the run")

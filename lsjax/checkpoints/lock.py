@@ -49,10 +49,16 @@ class FileLock:
 
     def __init__(self, directory: Path, report: Report):
         """Makes the directory if it is missing. report: called with a line if the file system has
-        no locks. Raises CheckpointError if another trainer has the lock."""
+        no locks. Raises CheckpointError if another trainer has the lock, OSError without access."""
         self._directory = directory
         self._made = [one for one in (directory, *directory.parents) if not one.exists()]
-        self._file = self._locked(report)
+        try:
+            self._file = self._locked(report)
+        except OSError as error:
+            raise OSError(
+                f"{directory} can't be written ({error.strerror}): make it writable, or choose "
+                "another --workdir"
+            ) from error
         with suppress(OSError):  # on a full disk only the name is missing
             os.ftruncate(self._file.fileno(), 0)
             os.write(self._file.fileno(), new_owner())

@@ -21,6 +21,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from lsjax.checkpoints.steps import orbax
 from lsjax.checkpoints.tensors import CheckpointError
 from lsjax.config import Checked, ConfigError, bounded, check
 from lsjax.data.files import one_line
@@ -28,6 +29,7 @@ from lsjax.interrupts import noted
 
 # Matches errors caused by another process ending, whatever their class.
 LOST = re.compile(r"Gloo|UNAVAILABLE|DEADLINE_EXCEEDED|[Hh]eartbeat|Connection (reset|closed)")
+DECIDES = 600_000  # milliseconds that an action of the first process may take
 SAID = 2400  # bytes of an error that is sent to all processes: the 600 characters of `one_line`
 
 
@@ -126,6 +128,8 @@ def first_decides(action: Callable[[], None]) -> None:
             action()
         except (CheckpointError, OSError) as error:
             problem = one_line(error)
+    # Unlike a collective, this barrier waits for as long as an action may take.
+    orbax().multihost.get_barrier_sync_fn()(key="process 0 decides", timeout_ms=DECIDES)
     said = np.frombuffer(problem.encode().ljust(SAID), np.uint8)
     problem = bytes(multihost_utils.broadcast_one_to_all(said)).decode().rstrip()
     if problem:

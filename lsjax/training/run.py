@@ -121,7 +121,8 @@ def run_loop(
     their step is saved and on disk before. If `state` is at the last step, only the hooks run.
 
     Raises TooManySkipped; Interrupted after SIGTERM or Ctrl-C, with the state saved; and errors of
-    hooks, with the state saved by a single process.
+    hooks, with the state saved by a single process. Raises CheckpointError if the last state can't
+    be saved, or if another trainer has taken over the directory.
     """
     config, num_steps, looked = run.config, run.config.num_steps, False
     step = first = int(state.step)

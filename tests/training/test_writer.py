@@ -23,8 +23,10 @@ def test_a_directory_is_locked_within_the_context(tmp_path):
 
 def test_a_directory_that_can_not_be_made(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(CheckpointError, match="File exists|Not a directory"):
-        Writer(tmp_path / "file", pytest.fail).__enter__()
+    for directory, reason in (("file", "File exists"), ("file/run", "Not a directory")):
+        message = rf"{directory} can't be written \({reason}\): make it writable, or choose another"
+        with pytest.raises(CheckpointError, match=message):
+            Writer(tmp_path / directory, pytest.fail).__enter__()
 
 
 @pytest.mark.parametrize(
