@@ -155,6 +155,26 @@ def test_a_report_of_a_small_model(tmp_path, capsys):
 
 
 @needs_libtpu
+def test_reference_kernels_on_a_tpu(tmp_path):
+    """The compiled programs have no kernels of Pallas, and attention is XLA's."""
+    file = tmp_path / "report.json"
+    flags = ["--model.num-layers", "2", "--early-exit.exits", "1", "--topology", "v5e:1x1"]
+    flags += ["--programs", "train", "decode", "--decoding.prompt-tokens", "64"]
+    found = {}
+    for kernels in ("auto", "reference"):
+        more = ["--kernels", kernels, "--output", str(file)]
+        with jax.default_matmul_precision("default"):
+            assert main([*map(str, QUICKSTART), *flags, *more]) == 0
+        found[kernels] = json.loads(file.read_text())
+        assert found[kernels]["kernels"] == kernels
+    for name, index, attention in (("train", 0, "splash"), ("decode", 1, "xla")):
+        tuned, reference = (found[kernels]["programs"][index] for kernels in found)
+        assert tuned["name"] == reference["name"] == name
+        assert (tuned["attention"], reference["attention"]) == (attention, "xla")
+        assert reference["kernels"] != tuned["kernels"]
+
+
+@needs_libtpu
 def test_two_slices_send_only_gradients(tmp_path):
     """Layers have gradients in bfloat16, the table and the norms in float32."""
     file = tmp_path / "report.json"

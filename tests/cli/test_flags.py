@@ -16,16 +16,30 @@ import train
 from lsjax import cli
 from lsjax.aot.programs import DecodingShape
 from lsjax.checkpoints.run import RunSource
-from lsjax.cli import aot, convert, count_tokens, exits, tokenize
+from lsjax.cli import (
+    aot,
+    benchmark,
+    convert,
+    count_tokens,
+    evaluate,
+    exits,
+    lm_eval,
+    prompts,
+    tokenize,
+    training,
+)
 from lsjax.cli.flags import (
     ModelFlags,
     OpenModel,
     SamplingFlags,
     StrategyFlags,
+    load_engine,
     make_strategies,
+    open_model,
     trained_exits,
 )
 from lsjax.cli.setup import parse_flags
+from lsjax.cli.show import notes_console
 from lsjax.cli.training import TrainingFlags
 from lsjax.config import Checked, ConfigError, DataConfig, LlamaConfig, OptimizerConfig
 from lsjax.decoding.adaptive import Adaptive
@@ -35,7 +49,9 @@ from lsjax.decoding.self_speculative import SelfSpeculative
 from lsjax.decoding.strategy import Autoregressive, EarlyExit
 from lsjax.training.hosts import Hosts
 
-CONFIG = ("--config", Path(__file__).parents[2] / "configs" / "quickstart.py")
+CONFIG = ("--config", str(Path(__file__).parents[2] / "configs" / "quickstart.py"))
+
+REFERENCE = ["--kernels", "reference"]
 
 
 @dataclass(frozen=True)
@@ -244,3 +260,35 @@ def test_a_name_of_control_characters_is_shown_to_a_terminal(refused, monkeypatc
     assert "no\x1b[2J\x9bwhere" in refused(
         decode.main, "--model", "no\x1b[2J\x9bwhere", "--prompt", "a"
     )
+
+
+@pytest.mark.parametrize(
+    "program, needed",
+    [
+        (prompts, []),
+        (benchmark, []),
+        (evaluate, ["--task", "gsm8k", "--output", "answers.jsonl"]),
+        (lm_eval, ["--tasks", "gsm8k"]),
+    ],
+)
+def test_programs_that_decode_take_the_kernels(program, needed):
+    given = ["--model", "m", *needed]
+    assert parse_flags(program.Arguments, given, "").kernels == "auto"
+    assert parse_flags(program.Arguments, [*given, *REFERENCE], "").kernels == "reference"
+
+
+def test_programs_with_a_configuration_take_the_kernels():
+    """A kernel of attention beside them is refused."""
+    for_training = [*CONFIG, "--workdir", "runs/x", *REFERENCE]
+    found = training.parse_config(training.TrainingFlags, for_training, "")
+    assert found.fields.kernels == "reference"
+    for_aot = [*CONFIG, "--topology", "h100:1", *REFERENCE]
+    assert aot.parse(aot.Arguments, for_aot, "").fields.kernels == "reference"
+    message = 'attention "cudnn" needs kernels "auto": drop one of the two'
+    with pytest.raises(ConfigError, match=message):
+        training.parse_config(training.TrainingFlags, [*for_training, "--attention", "cudnn"], "")
+
+
+def test_an_engine_gets_the_kernels(model_directory):
+    opened = open_model(parse_flags(ModelFlags, ["--model", str(model_directory), *REFERENCE], ""))
+    assert load_engine(opened, notes_console()).kernels == "reference"

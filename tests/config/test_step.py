@@ -105,6 +105,12 @@ from lsjax.config import (
             dict(num_steps=9, optimizer=OptimizerConfig(warmup_steps=10)),
             "warmup_steps 10 is more than num_steps 9",
         ),
+        (
+            StepConfig,
+            dict(num_steps=9, attention="flash", kernels="reference"),
+            'attention "flash" needs kernels "auto": drop one of the two',
+        ),
+        (StepConfig, dict(num_steps=9, kernels="none"), "kernels 'none' must be one of auto"),
     ],
 )
 def test_values_that_cannot_be(config, changes, message):

@@ -293,6 +293,19 @@ def test_weights_are_laid_out_once_as_the_programs_want_them(
     assert again.token_ids == expected.token_ids
 
 
+@pytest.mark.parametrize("strategy", [Autoregressive(), SelfSpeculative(2, 3)])
+def test_reference_kernels_give_the_same_tokens(model, tokenizer, monkeypatch, strategy):
+    """And choose no layouts, where the others do."""
+    prompts = [[5, 6], [7] * 40]
+    expected = Engine(model, tokenizer, strategy, batch_size=2).generate(prompts)
+    monkeypatch.setattr(compiled_programs, "platform", lambda: "gpu")
+    engine = Engine(model, tokenizer, strategy, batch_size=2, kernels="reference")
+    found = engine.generate(prompts)
+    assert [one.token_ids for one in found] == [one.token_ids for one in expected]
+    for one, other in zip(jax.tree.leaves(engine.model), jax.tree.leaves(model), strict=True):
+        assert one is other
+
+
 def test_a_model_that_others_go_on_with_is_not_copied(model, tokenizer, monkeypatch):
     """Such as that of a training run, which samples now and then."""
     monkeypatch.setattr(compiled_programs, "platform", lambda: "gpu")

@@ -38,7 +38,7 @@ def changed(**changes) -> TrainConfig:
         dict(model=None, init_from="x"),
         dict(model=LlamaConfig.tiny(max_context=64, init_std=1.0)),
         dict(mesh=MeshConfig(data=2)),
-        dict(micro_batches=4, remat="nothing_saveable"),
+        dict(micro_batches=4, remat="nothing_saveable", kernels="reference"),
         dict(checkpoints=CheckpointConfig(every=7), max_skipped=3),
         dict(data=DataConfig(source="text", paths=("b",), validation_paths=("c",), tokenizer="d")),
     ],
