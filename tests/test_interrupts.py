@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from lsjax.interrupts import noted, raised
+from tests.proofs.interrupts import handles
 
 ROOT = Path(__file__).parents[1]
 # Where the tests run in the background Ctrl-C may be ignored, and a program inherits that.
@@ -258,6 +259,21 @@ def test_a_block_in_which_each_ctrl_c_is_raised():
             with pytest.raises(KeyboardInterrupt):
                 signal.raise_signal(signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) == before
+
+
+@pytest.mark.parametrize("delay", [0.0, 0.3])
+@pytest.mark.parametrize(
+    "program", [("train.py",), ("decode.py",), ("-m", "lsjax.cli.evaluate")], ids=" ".join
+)
+def test_imports_of_a_program(program, delay):
+    command = ["env", "--default-signal=INT", sys.executable, *program]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    with subprocess.Popen(command, cwd=ROOT, **pipes) as started:
+        while not handles(started.pid):
+            assert started.poll() is None
+        time.sleep(delay)
+        started.send_signal(signal.SIGINT)
+        assert ended(started) == (130, "interrupted\n")
 
 
 def test_every_program_begins_with_its_handlers():
