@@ -23,6 +23,7 @@ T = TypeVar("T")
 PATHS = tyro.constructors.ConstructorRegistry()
 # Packages that reach buckets. Their errors tell of the network, of the bucket, or of its rights.
 BUCKETS = ("gcsfs", "google", "aiohttp", "requests")
+LARGEST_KEPT = 1 << 28  # bytes of a block that glibc keeps when it is freed
 
 
 def parse_flags(kind: type[T], argv: Sequence[str] | None, description: str, **settings: Any) -> T:
@@ -146,12 +147,15 @@ def choose_dtype(dtype: str) -> str:
 
 
 def keep_freed_memory() -> None:
-    """Makes glibc keep large freed blocks. Otherwise training steps on CPUs spend time on page
-    faults (docs/training.md). Does nothing with other C libraries."""
+    """Makes glibc keep freed blocks below `LARGEST_KEPT`. Otherwise training steps on CPUs spend
+    time on page faults. Larger blocks are returned to the system, because glibc would not reuse
+    them (docs/training.md). Does nothing with other C libraries."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is None:
         return
-    trim_threshold, mmap_max, arena_max = -1, -4, -8  # M_TRIM_THRESHOLD ... of malloc.h
-    mallopt(mmap_max, 0)  # no separate mapping for a large request
-    mallopt(trim_threshold, -1)  # no memory returned to the system
+    # M_TRIM_THRESHOLD ... of malloc.h
+    trim_threshold, mmap_threshold, mmap_max, arena_max = -1, -3, -4, -8
+    if not mallopt(mmap_threshold, LARGEST_KEPT):
+        mallopt(mmap_max, 0)  # older versions refuse the threshold: they keep all blocks
+    mallopt(trim_threshold, -1)  # no kept memory returned to the system
     mallopt(arena_max, 1)  # one pool for all threads

@@ -1,0 +1,61 @@
+"""Setup of programs: the memory that glibc keeps."""
+
+import ctypes
+import subprocess
+import sys
+
+import pytest
+
+# Each step allocates temporary memory for two devices, as XLA:CPU does: one aligned block each.
+# Small blocks outlive them. No block is touched, so the program reserves memory but uses none.
+STEPS = """
+import ctypes, resource
+from lsjax.cli.setup import keep_freed_memory
+
+glibc = ctypes.CDLL(None)
+glibc.malloc.restype = ctypes.c_void_p
+glibc.free.argtypes = [ctypes.c_void_p]
+LARGE, MEDIUM = 1 << 29, 1 << 26
+
+def aligned(size):
+    block = ctypes.c_void_p()
+    assert glibc.posix_memalign(ctypes.byref(block), 64, ctypes.c_size_t(size)) == 0
+    return block
+
+def allocate_small_blocks():
+    for size in range(24, 120, 16):
+        assert all(glibc.malloc(size) for _ in range(20))
+
+def reserved():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[0]) * resource.getpagesize()
+
+keep_freed_memory()
+before = reserved()
+for step in range(6):
+    first = aligned(LARGE)
+    allocate_small_blocks()
+    second = aligned(LARGE)
+    allocate_small_blocks()
+    highest = reserved() - before
+    glibc.free(first)
+    allocate_small_blocks()
+    glibc.free(second)
+    allocate_small_blocks()
+medium = aligned(MEDIUM)
+allocate_small_blocks()
+used = reserved()
+glibc.free(medium)
+print(highest / LARGE, (used - reserved()) / MEDIUM)
+"""
+
+
+@pytest.mark.skipif(
+    sys.platform != "linux" or not hasattr(ctypes.CDLL(None), "mallopt"), reason="needs glibc"
+)
+def test_steps_reuse_memory():
+    """Steps reserve no more memory than two blocks, and medium blocks are kept when freed."""
+    done = subprocess.run([sys.executable, "-c", STEPS], check=True, stdout=subprocess.PIPE)
+    highest, returned = map(float, done.stdout.split())
+    assert highest < 2.5
+    assert returned < 0.5
