@@ -354,7 +354,7 @@ def test_standard_output_that_is_full_is_named(folder):
     ids=["model", "prompt", "drafts", "train"],
 )
 def test_a_terminal_is_shown_control_characters(folder, program, flags):
-    """Of the program's own only the colours remain, and the ends of lines."""
+    """Only the escape sequences of the program's own colours remain, and the ends of lines."""
     main, terminal = os.openpty()
     words = [sys.executable, *command(program, flags)]
     env = environment(folder, TERM="xterm")
