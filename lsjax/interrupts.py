@@ -90,8 +90,9 @@ class Program:
             time.sleep(POLL)
             first, end = self._waiting(socket.MSG_DONTWAIT), time.monotonic() + PATIENCE
             while found := self._waiting(socket.MSG_DONTWAIT):
-                late = self._taken or time.monotonic() > end
-                if late and signal.getsignal(found[0]) == self._handle or len(found) > len(first):
+                ours = signal.getsignal(found[0]) == self._handle
+                again = len(found) > len(first) or (ours and self._taken)
+                if again or (ours and time.monotonic() > end):
                     self._end(found[-1])
                 time.sleep(POLL)
 
