@@ -49,6 +49,14 @@ def many(tmp_path, monkeypatch):
     return DataConfig(source="jsonl", paths=(str(file),), validation_fraction=0.2)
 
 
+class OtherIds(ByteTokenizer):
+    """As many tokens as the other one, with the ids of bytes in reverse order."""
+
+    def _encode_batch(self, texts, allow_special):
+        encoded = super()._encode_batch(texts, allow_special)
+        return [[255 - token if token < 256 else token for token in ids] for ids in encoded]
+
+
 def config(file, **rest):
     return DataConfig(source="jsonl", paths=(str(file),), **(PAIRS | rest))
 
@@ -200,8 +208,8 @@ def test_rows_are_made_once_for_all_that_does_not_change_them(rows, tmp_path, mo
         assert number == changes.get("max_documents", 12)
         prints.add(changed.fingerprint)
     assert len(prints) == 1 + len(other)
-    other = ByteTokenizer(add_bos=False)
-    assert counted(monkeypatch, config(rows), other, tmp_path)[1] == len(ROWS)
+    for other in (ByteTokenizer(add_bos=False), OtherIds()):
+        assert counted(monkeypatch, config(rows), other, tmp_path)[1] == len(ROWS)
 
 
 def test_moved_files_are_read_and_changed_ones_tokenized_again(rows, tmp_path, monkeypatch):

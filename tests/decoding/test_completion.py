@@ -119,6 +119,17 @@ def test_rounds_and_tokens_of_each_source(trace):
     assert trace.by_source() is None
 
 
+def test_an_exit_that_ends_before_its_first_draft_keeps_its_round():
+    """Four rounds of a token each: of exit 2 without a draft, of none, of exit 2, and of lookup."""
+    trace = trace_of([10, 20, 30, 40, 50], rounds=[1, 1, 1, 2, 2])
+    source_n = np.array([0, 2, 0, 2, 0], np.int32)
+    assert dataclasses.replace(trace, source_n=source_n).by_source() == {
+        "exit 2": dict(rounds=2, tokens=2),
+        "none": dict(rounds=1, tokens=1),
+        "lookup": dict(rounds=1, tokens=1),
+    }
+
+
 @pytest.mark.parametrize(
     "strategy, tokens, seconds, speed, tokens_per_round",
     [
