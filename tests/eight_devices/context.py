@@ -166,7 +166,7 @@ def test_shards_have_equally_many_blocks(shards):
 
 
 def test_scores_of_all_exits_are_those_of_one_device():
-    options = dict(dtype="float32", micro_batches=2, attention="auto")
+    options = dict(dtype="float32", micro_batches=2, attention="auto", kernels="auto")
     model = first_state(CONFIG).model
     expected = exit_sums(model, BATCH, **options)
     mesh = make_mesh(MeshConfig(data=2, context=4))

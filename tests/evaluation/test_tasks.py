@@ -196,7 +196,7 @@ def test_files_of_every_kind(tmp_path):
         ("c.csv:6", {"x": "d", "y": "4"}),
     ]
     assert "c.csv, line 5 has 3 columns, but the header has 2" in str(problems[0])
-    (tmp_path / "d.gz").write_text("")
+    (tmp_path / "d.gz").write_text("no rows")
     with pytest.raises(ConfigError, match="extension '' is not one of .jsonl, .tsv, .csv"):
         next(file_rows([str(tmp_path / "d.gz")]))
     (tmp_path / "e.jsonl.gz").write_text("{}\n")

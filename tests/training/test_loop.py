@@ -112,8 +112,13 @@ def test_ctrl_c_before_the_first_step_is_not_noted(tmp_path):
     """The step is being compiled, and a state that is new or restored need not be saved."""
     saved, seen = [], []
     interrupted = counting_step(signal_at=1, number=signal.SIGINT)
-    with pytest.raises(KeyboardInterrupt) as stopped:
-        run(tmp_path, start(), saved, seen, train_step=interrupted)
+    # Without a terminal, the tests may have been started with Ctrl-C ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt) as stopped:
+            run(tmp_path, start(), saved, seen, train_step=interrupted)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert not isinstance(stopped.value, Interrupted) and saved == []
 
 

@@ -5,7 +5,7 @@ from functools import partial
 
 from lsjax.checkpoints.run import METRICS
 from lsjax.config import LlamaConfig, TrainConfig
-from lsjax.data import files
+from lsjax.data import lines
 from lsjax.training.metrics import MetricsLog, StepLine, paced
 from lsjax.training.profiling import step_flops
 
@@ -42,7 +42,7 @@ def test_figures_of_a_step():
 
 def test_no_row_is_written_once_another_trainer_writes(tmp_path, monkeypatch):
     """Neither new rows nor those that wait, as they do in a bucket."""
-    monkeypatch.setattr(files, "in_bucket", lambda path: path.name == METRICS)
+    monkeypatch.setattr(lines, "in_bucket", lambda path: path.name == METRICS)
     ours = [True]
     log = MetricsLog(tmp_path, CONFIG, 0, 0.0, may_write=lambda: ours[0])
     log.write("sample", 1, {"text": "ours"})
