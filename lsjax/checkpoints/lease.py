@@ -77,11 +77,15 @@ class Lease:
     def _write(self, replaced: bytes) -> bytes:
         """Writes this process as the owner if the file has the generation `replaced`. Returns the
         new generation, or nothing if another trainer was faster."""
-        written = self._store.write(LOCK, self._own, if_equal=replaced).result(self._seconds / 2)
-        if written.generation:
-            return written.generation
-        found = self._read()  # an earlier write may have succeeded without an answer
-        return found.stamp.generation if found.value == self._own else b""
+        while True:
+            writing = self._store.write(LOCK, self._own, if_equal=replaced)
+            written = writing.result(self._seconds / 2)
+            if written.generation:
+                return written.generation
+            found = self._read()
+            if found.value != self._own:
+                return b""
+            replaced = found.stamp.generation  # of an earlier write, whose answer was lost
 
     def _keep(self) -> None:
         while not self._over.wait(self._seconds / 4):

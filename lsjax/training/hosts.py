@@ -128,10 +128,11 @@ def first_decides(action: Callable[[], None]) -> None:
             action()
         except (CheckpointError, OSError) as error:
             problem = one_line(error)
-    # Unlike a collective, this barrier waits for as long as an action may take.
-    orbax().multihost.get_barrier_sync_fn()(key="process 0 decides", timeout_ms=DECIDES)
-    said = np.frombuffer(problem.encode().ljust(SAID), np.uint8)
-    problem = bytes(multihost_utils.broadcast_one_to_all(said)).decode().rstrip()
+    if jax.process_count() > 1:
+        # Unlike a collective, this barrier waits for as long as an action may take.
+        orbax().multihost.get_barrier_sync_fn()(key="process 0 decides", timeout_ms=DECIDES)
+        said = np.frombuffer(problem.encode().ljust(SAID), np.uint8)
+        problem = bytes(multihost_utils.broadcast_one_to_all(said)).decode().rstrip()
     if problem:
         raise CheckpointError(problem)
 

@@ -190,13 +190,16 @@ def test_a_lease_that_can_not_be_renewed_is_lost_after_its_time(store, clock, ta
 
 
 def test_a_renewal_without_an_answer_is_recognised(store, clock, take):
+    """It is renewed anew, as another trainer may count from when it saw the first one."""
     away = Away(store)
     lease = take(store=away)
     away.forgets = True
     lease.renew()
+    seen = store.read(LOCK).result().stamp.generation
     clock.now += 61
     away.forgets = False
     assert lease.lost() == ""
+    assert store.read(LOCK).result().stamp.generation != seen
 
 
 def test_a_removed_lease_is_lost(store, clock, take):

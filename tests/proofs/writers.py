@@ -35,8 +35,8 @@ from lsjax.data.files import remove_directory
 
 COMMAND = (
     f"{sys.executable} train.py --config tests/proofs/tiny_run.py --workdir {{workdir}} "
-    "--num-steps 100000 --batch-size 256 --evaluation.every 100000 "
-    "--checkpoints.every 10 --checkpoints.keep-last 100000"
+    "--num-steps 100000 --batch-size 64 --evaluation.every 100000 "
+    "--checkpoints.every 5 --checkpoints.keep-last 100000"
 )
 APART = 12.0  # most seconds between the two starts: the time until a trainer trains
 LONGEST = 5.0  # most seconds between a refusal and the end of a round
