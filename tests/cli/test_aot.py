@@ -156,9 +156,9 @@ def test_a_report_of_a_small_model(tmp_path, capsys):
 
 @needs_libtpu
 def test_reference_kernels_on_a_tpu(tmp_path):
-    """The compiled programs have no kernels of Pallas, and attention is XLA's."""
+    """Attention is XLA's, and rows are not padded."""
     file = tmp_path / "report.json"
-    flags = ["--model.num-layers", "2", "--early-exit.exits", "1", "--topology", "v5e:1x1"]
+    flags = ["--model.num-layers", "2", "--early-exit.exits", "1", "--topology", "v5e:2x2"]
     flags += ["--programs", "train", "decode", "--decoding.prompt-tokens", "64"]
     found = {}
     for kernels in ("auto", "reference"):
@@ -167,11 +167,16 @@ def test_reference_kernels_on_a_tpu(tmp_path):
             assert main([*map(str, QUICKSTART), *flags, *more]) == 0
         found[kernels] = json.loads(file.read_text())
         assert found[kernels]["kernels"] == kernels
-    for name, index, attention in (("train", 0, "splash"), ("decode", 1, "xla")):
-        tuned, reference = (found[kernels]["programs"][index] for kernels in found)
-        assert tuned["name"] == reference["name"] == name
-        assert (tuned["attention"], reference["attention"]) == (attention, "xla")
-        assert reference["kernels"] != tuned["kernels"]
+    (train, decode), (plain_train, plain_decode) = (one["programs"] for one in found.values())
+    assert (train["attention"], plain_train["attention"]) == ("splash", "xla")
+    # Sums over devices: 5 tokens are verified, padded to 8 rows.
+    sums, plain_sums = (
+        [sum_["shape"] for sum_ in one["collectives"] if sum_["kind"] == "all-reduce"]
+        for one in (decode, plain_decode)
+    )
+    assert any(shape.startswith("bf16[1,8,") for shape in sums)
+    assert any(shape.startswith("bf16[1,5,") for shape in plain_sums)
+    assert not any(shape.startswith("bf16[1,8,") for shape in plain_sums)
 
 
 @needs_libtpu
@@ -194,6 +199,44 @@ def test_two_slices_send_only_gradients(tmp_path):
     layer, table = 512 * (2 * 256 + 2 * 128) + 3 * 512 * 704, 384 * 512
     matrices = 2 * 2 * layer + 4 * 2 * table
     assert matrices / 4 <= train["between_bytes"] <= matrices / 4 + 20_000
+
+
+@needs_cuda
+def test_reference_kernels_on_a_gpu(tmp_path):
+    file = tmp_path / "report.json"
+    flags = [
+        "--model.num-layers",
+        "2",
+        "--early-exit.exits",
+        "1",
+        "--topology",
+        "h100:1",
+        "--kernels",
+        "reference",
+    ]
+    flags += ["--programs", "train", "decode", "--decoding.prompt-tokens", "64"]
+    assert main([*map(str, QUICKSTART), *flags, "--output", str(file)]) == 0
+    assert [one["attention"] for one in json.loads(file.read_text())["programs"]] == ["xla"] * 2
+
+
+@pytest.mark.parametrize("card", ["a100", "l4", "rtx4090"])
+@needs_cuda
+def test_other_cards(tmp_path, card):
+    """A token of a small model."""
+    file = tmp_path / "report.json"
+    flags = ["--model.num-layers", "2", "--early-exit.exits", "1", "--topology", f"{card}:1"]
+    flags += [
+        "--programs",
+        "decode",
+        "--decoding.strategy",
+        "autoregressive",
+        "--decoding.prompt-tokens",
+        "64",
+    ]
+    assert main([*map(str, QUICKSTART), *flags, "--output", str(file)]) == 0
+    (decode,) = json.loads(file.read_text())["programs"]
+    assert decode["attention"] == "flash decoding"
+    assert 0 < decode["round"]["weights_seconds"] < decode["seconds"]
 
 
 @needs_cuda
