@@ -12,7 +12,7 @@ LOCK := $(wildcard constraints/py$(VERSION).txt)
 SMOLLM2 = models/SmolLM2-135M-Instruct.Q4_1.gguf
 STORY = "Once upon a time, there was a little girl named Lily who"
 
-.PHONY: quickstart smollm2 accelerator test test-half test-other-half lint parity peers lock clean
+.PHONY: quickstart smollm2 accelerator test test-half test-other-half smoke lint parity peers lock clean
 
 # Trains with LayerSkip, then decodes held-out prompts with the trained model. Each of two cores is
 # one device, as in docs/results.md (docs/training.md explains the benefit).
@@ -74,6 +74,12 @@ test-half: $(VENV)/installed
 test-other-half: export JAX_COMPILATION_CACHE_DIR = $(CURDIR)/.cache/xla-other-half
 test-other-half: $(VENV)/installed
 	$(BIN)/python -m pytest $(addprefix --ignore=,$(HALF))
+
+# A few minutes of tests from each room, for a Python that is not the newest.
+SMOKE = tests/config tests/data tests/training tests/model/test_llama.py \
+	tests/decoding/test_strategies.py tests/cli/test_decode.py tests/test_interrupts.py
+smoke: $(VENV)/installed
+	$(BIN)/python -m pytest $(SMOKE)
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check --fix .
