@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import track
 
 from lsjax.config import ConfigError, Path, as_path, check, in_bucket
-from lsjax.data.files import cache_directory, one_line, write_whole
+from lsjax.data.files import cache_directory, one_line
 from lsjax.sharding import machine
 from lsjax.terminal import SafeConsole, shown_warnings, written_output
 
@@ -110,7 +110,7 @@ def check_output(file: Path, prompts: Path | None = None) -> None:
         if not in_bucket(file):
             file.open("a").close()
         elif not file.exists():
-            write_whole(file, b"")
+            file.write_bytes(b"")
     except OSError as error:
         raise ConfigError(
             f"{file} can't be written ({error.strerror or one_line(error)}): name a file in a "

@@ -186,9 +186,10 @@ def writing(file: Path) -> Iterator[None]:
         cause = error.__cause__ if error.errno is None else error
         if not isinstance(cause, OSError):  # it has a message of its own, as that of a bucket
             raise
+        reason = cause.strerror or one_line(cause)
         raise OSError(
-            f"{file} can't be written ({cause.strerror}): free space there, or choose another "
-            "place, and start again"
+            f"{file} can't be written ({reason}): free space there, or choose another place, and "
+            "start again"
         ) from cause
 
 
