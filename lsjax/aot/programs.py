@@ -129,14 +129,14 @@ def decoding(
     )
     model = jax.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0), dtype=dtype))
     model, state = placed_shapes(model, mesh), placed_shapes(state, mesh)
-    compiled = Programs(model, mesh, kernels=kernels)
+    programs = Programs(model, mesh, kernels=kernels)
     number = jax.ShapeDtypeStruct((), jnp.int32, sharding=NamedSharding(mesh, P()))
     if name == "prefill":
         size = chunk_size(prompt, capacity)
         read = partial(prefill, chunk=size, depth=config.num_layers)
         lengths = [min(end, prompt) for end in range(size, prompt + size, size)]
         trips = {rf"/{PROMPT_CHUNKS}/while$": len(lengths), **cache_blocks(lengths, capacity)}
-        return compiled.lower(read, state, number), trips
+        return programs.lower(read, state, number), trips
     arguments = placed_shapes(jax.eval_shape(strategy.arguments, model), mesh)
     loop, drafts = partial(decode, strategy=strategy), shape.num_draft_tokens
     trips = {
@@ -146,7 +146,7 @@ def decoding(
         DRAFT_HEAD: drafts / (1 + drafts),  # the last trip skips the head
         **cache_blocks([prompt], capacity),
     }
-    return compiled.lower(loop, state, number, arguments), trips
+    return programs.lower(loop, state, number, arguments), trips
 
 
 def round_reads(config: LlamaConfig, shape: DecodingShape, mesh: Mesh) -> tuple[float, float]:

@@ -134,8 +134,8 @@ def lowered(name: str, arguments: Arguments, devices: Sequence[Any]) -> tuple[Me
     if name in ("prefill", "decode"):
         arguments.decoding_mesh.check_decoding()
         mesh = make_mesh(arguments.decoding_mesh, slice_of(arguments.topology)[1])
-        rest = dict(kernels=config.kernels)
-        return mesh, *programs.decoding(name, config.model, arguments.decoding, mesh, **rest)
+        given = name, config.model, arguments.decoding, mesh
+        return mesh, *programs.decoding(*given, kernels=config.kernels)
     if name == "plain":
         config = replace(config, layer_dropout=LayerDropoutConfig(), early_exit=EarlyExitConfig())
     mesh = make_mesh(config.mesh, devices)

@@ -138,7 +138,7 @@ def load_engine(
     dtype = choose_dtype(model.flags.dtype)
     loaded = load(model.source, dtype=dtype, track=bar(notes, "loading"), mesh=model.mesh)
     track = bar(notes, "timing rounds, once for this machine")
-    options |= dict(kernels=model.flags.kernels, track=track)
+    options |= {"kernels": model.flags.kernels, "track": track}
     return Engine(change(loaded), model.tokenizer, **model.settings, **options)
 
 

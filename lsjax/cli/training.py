@@ -111,14 +111,20 @@ def shown_sample(run: TrainingRun, console: Console) -> Hook:
     exit_layer = config.exit_layer or max(1, model_config.num_layers // 4)
     prompt, tokenizer = run.sample_prompt, run.tokenizer
     length = min(config.sample_tokens, model_config.max_context - len(prompt))
-    shared = dict(mesh=run.mesh, kernels=run.config.kernels)
     engine: Engine | None = None
 
     def sample(step: int, model: Llama) -> dict[str, Any]:
         nonlocal engine  # holds the run's own arrays, which the next step overwrites
         if engine is None:
             strategy = SelfSpeculative(exit_layer, config.num_draft_tokens)
-            engine = Engine(model, tokenizer, strategy, lay_out=False, **shared)
+            engine = Engine(
+                model,
+                tokenizer,
+                strategy,
+                mesh=run.mesh,
+                lay_out=False,
+                kernels=run.config.kernels,
+            )
         else:
             engine.use_model(model)
         (done,) = engine.generate([prompt], max_new_tokens=length)

@@ -68,8 +68,8 @@ class Engine:
         self.min_capacity = min_capacity
         self.mesh = mesh
         self.kernels = kernels
-        layout = dict(lay_out=lay_out, kernels=kernels)
-        self.programs = Programs(placed(model, mesh), mesh, **layout)
+        model = placed(model, mesh)
+        self.programs = Programs(model, mesh, lay_out=lay_out, kernels=kernels)
         self.decode_seconds = 0.0  # of all rounds so far
         self.track = track
         self._seconds: dict[tuple[Strategy, int], Array] = {}  # of rounds, by slots

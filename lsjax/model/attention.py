@@ -78,7 +78,8 @@ def self_attention(
 
 def _first_supported(q_BTNH: Array, *, packed: bool) -> AttentionKernel:
     """The kernel of "auto". packed: whether rows have segments."""
-    kernels = {"tpu": ("splash",), "gpu": (*["flash"] * packed, "cudnn")}.get(tuned_for(), ())
+    on_gpus = ("flash", "cudnn") if packed else ("cudnn",)
+    kernels = {"tpu": ("splash",), "gpu": on_gpus}.get(tuned_for(), ())
     return next((name for name in kernels if _problem(name, q_BTNH) is None), "xla")
 
 

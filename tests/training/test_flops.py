@@ -40,4 +40,5 @@ def test_frozen_matrices_have_no_gradient():
 
 def test_peaks_of_accelerators():
     assert peak_flops("NVIDIA H100 80GB HBM3") == 989e12 and peak_flops("TPU v5 lite") == 197e12
+    assert peak_flops("NVIDIA L4") == 121e12 and peak_flops("NVIDIA L40S") == 362e12
     assert peak_flops("cpu") is None
