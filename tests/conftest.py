@@ -2,6 +2,9 @@
 
 import gc
 import os
+import resource
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 from scripts.xla_flags import known_flags
@@ -65,6 +68,26 @@ def config() -> LlamaConfig:
 def model(config) -> Llama:
     """A random Llama whose exits agree now and then, so that drafts are accepted and refused."""
     return jax.jit(lambda: Llama(config, rngs=nnx.Rngs(0)))()
+
+
+@pytest.fixture
+def full_disk() -> Callable[[int], AbstractContextManager[None]]:
+    """Given a size in bytes, a context in which no file can grow beyond it."""
+
+    @contextmanager
+    def limited(size: int) -> Iterator[None]:
+        # jax would keep broken entries in its cache of programs.
+        name = "jax_persistent_cache_min_compile_time_secs"
+        seconds, before = getattr(jax.config, name), resource.getrlimit(resource.RLIMIT_FSIZE)
+        jax.config.update(name, 1e9)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+            jax.config.update(name, seconds)
+
+    return limited
 
 
 @pytest.fixture(scope="session")

@@ -4,11 +4,11 @@ import dataclasses
 import json
 import os
 import re
-import resource
 import shutil
 import signal
 import subprocess
 import sys
+from contextlib import ExitStack
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
@@ -201,29 +201,27 @@ def test_a_run_that_is_killed_while_it_evaluates_loses_nothing(config, tmp_path)
     assert rows_of(cut) == rows
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # steps.py
 @pytest.mark.parametrize("step, number", [(6, None), (4, signal.SIGTERM)])
 def test_a_last_step_that_can_not_be_saved_is_one_line(
-    config, finished, tmp_path, capsys, monkeypatch, step, number
+    config, finished, tmp_path, capsys, monkeypatch, full_disk, step, number
 ):
     """From step 3 on no file grows beyond 20 kB, as on a full disk. A step before the last is not
     saved either, but the run continues. With room the same command does the rest."""
-    before, workdir = resource.getrlimit(resource.RLIMIT_FSIZE), tmp_path / "run"
+    limits, workdir = ExitStack(), tmp_path / "run"
 
     def full(run, console):
         def call(step, model):
-            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+            limits.enter_context(full_disk(20_000))
             if number is not None:
                 signal.raise_signal(number)
             return {}
 
         return Hook("full", 3, call)
 
-    with monkeypatch.context() as patch, pytest.raises(SystemExit) as end:
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as end, limits:
         patch.setattr(train.training, "shown_evaluation", full)
-        try:
-            launch(config, workdir)
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        launch(config, workdir)
     said = capsys.readouterr()
     assert end.value.code == 2 and "done:" not in said.out and "is saved" not in said.out
     assert ("step 4 could not be saved" in said.out) == (number is None)

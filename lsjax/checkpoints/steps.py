@@ -15,6 +15,7 @@ import logging
 import math
 import re
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -186,6 +187,8 @@ def orbax() -> Any:
         return not re.search("orbax|OCDBT", f"{record.pathname} {record.getMessage()}")
 
     sys.unraisablehook = hook
+    # Of writers that orbax drops when another one fails.
+    warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
     for name in ("absl", "asyncio"):
         logging.getLogger(name).addFilter(is_from_elsewhere)
     return ocp

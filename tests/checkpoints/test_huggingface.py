@@ -2,7 +2,6 @@
 
 import json
 import re
-import resource
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -459,14 +458,10 @@ def test_a_step_of_what_is_no_run_is_refused(tmp_path, step):
 
 
 @pytest.mark.parametrize("room", [100, 10_000])
-def test_export_to_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, room):
+def test_export_to_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, full_disk, room):
     """First the configuration does not fit, then the weights."""
-    model, before = load(GOLDEN / "mha_untied"), resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (room, before[1]))
-    try:
-        with pytest.raises((CheckpointError, OSError)) as error:
-            save(model, tmp_path / "out")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    model = load(GOLDEN / "mha_untied")
+    with full_disk(room), pytest.raises((CheckpointError, OSError)) as error:
+        save(model, tmp_path / "out")
     assert re.match(rf"{tmp_path}/out:? can't be written \(.*File too large", str(error.value))
     assert list(tmp_path.iterdir()) == []

@@ -5,14 +5,12 @@ import gc
 import json
 import os
 import re
-import resource
 import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -314,24 +312,13 @@ def test_another_version_is_no_damage(version, copy, like):
     assert numbers(copy) == [3, 2, 1]
 
 
-@contextmanager
-def no_room():
-    """No file can grow beyond 20 kB, as where a disk is full."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
 def test_what_can_not_be_written_is_said_and_the_next_step_is_saved(
-    fresh, like, tmp_path, capfd, caplog
+    fresh, like, tmp_path, full_disk, capfd, caplog
 ):
     lines: list[str] = []
     with open_(tmp_path, lines.append) as checkpoints:
         state = advance(fresh())
-        with no_room():
+        with full_disk(20_000):
             save(checkpoints, state)
             state = advance(state)
             save(checkpoints, state)
@@ -355,18 +342,18 @@ def test_what_can_not_be_written_is_said_and_the_next_step_is_saved(
     assert "Traceback" not in capfd.readouterr().err + caplog.text
 
 
-def test_a_run_does_not_end_well_without_its_last_step(fresh, tmp_path):
+def test_a_run_does_not_end_well_without_its_last_step(fresh, tmp_path, full_disk):
     """The error names the step that is saved; an older step stays until the new one is saved."""
     unsaved = pytest.raises(CheckpointError, match="step 2 could .*which resumes after step 1 ")
     with unsaved, open_(tmp_path, keep_last=1) as checkpoints:
         save(checkpoints, advance(fresh()))
         checkpoints.wait()
-        with no_room():
+        with full_disk(20_000):
             save(checkpoints, advance(advance(fresh())))
             checkpoints.wait()
     assert numbers(tmp_path) == [1]
     unsaved = pytest.raises(CheckpointError, match="step 2 could .*which resumes after step 1 ")
-    with no_room(), unsaved, open_(tmp_path, keep_last=1) as checkpoints:
+    with full_disk(20_000), unsaved, open_(tmp_path, keep_last=1) as checkpoints:
         save(checkpoints, advance(advance(fresh())))
 
 
