@@ -138,7 +138,7 @@ REPAIRED = [
         f"{TINY} --workdir new --kernels reference --attention flash",
         "attention .*kernels",
     ),
-    Case("decode", "--model tiny --prompt a --kernels fast", "Error parsing --kernels.*fast"),
+    Case("decode", "--model tiny --prompt a --kernels fast", "invalid choice 'fast'.*'--kernels'"),
     # Steps of what is no run.
     Case("decode", "--model tiny@5 --prompt a", "tiny is not a training run, so it has no steps"),
     Case("benchmark", "--model tiny@best", "tiny is not a training run, so it has no steps"),
