@@ -8,7 +8,8 @@ from typing import Any
 import fsspec.config
 from etils import epath
 
-logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it logs errors that it also raises
+for name in ("gcsfs", "fsspec"):
+    logging.getLogger(name).setLevel(logging.CRITICAL)  # they log errors that they also raise
 # Otherwise a listing hides what other processes have written since.
 fsspec.config.conf.setdefault("gs", {}).setdefault("use_listings_cache", False)
 
