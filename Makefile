@@ -12,7 +12,7 @@ LOCK := $(wildcard constraints/py$(VERSION).txt)
 SMOLLM2 = models/SmolLM2-135M-Instruct.Q4_1.gguf
 STORY = "Once upon a time, there was a little girl named Lily who"
 
-.PHONY: quickstart smollm2 accelerator test test-half test-other-half smoke lint parity peers lock clean
+.PHONY: quickstart smollm2 accelerator test test-all smoke lint parity peers lock clean
 
 # Trains with LayerSkip, then decodes held-out prompts with the trained model. Each of two cores is
 # one device, as in docs/results.md (docs/training.md explains the benefit).
@@ -56,30 +56,22 @@ $(VENV)/accelerator: $(VENV)/$(INTERPRETER) pyproject.toml $(LOCK)
 		$(addprefix -c ,$(LOCK))) -e '.[$(EXTRA)]'
 	touch $@
 
-# The tests mostly compile, on one core each, so two processes share the tests. Each prints its
-# output when it ends, if make is 4.0 or newer. Each has its own compilation cache, because jax
-# would also read entries that another process is still writing.
-HALF = tests/cli tests/decoding \
-	tests/test_accelerator.py tests/test_extending.py tests/test_tutorial.py
+# The tests mostly compile, on one core each, so they run in a process for each core.
+PYTEST = $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
 test: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	@echo "The tests run as two parallel halves; each prints its output when it ends."
-	@$(MAKE) --no-print-directory -j2 test-half test-other-half \
-		$(if $(filter output-sync,$(.FEATURES)),--output-sync=target)
+	$(PYTEST)
 
-test-half: $(VENV)/installed
-	$(BIN)/python -m pytest $(HALF)
-
-test-other-half: export JAX_COMPILATION_CACHE_DIR = $(CURDIR)/.cache/xla-other-half
-test-other-half: $(VENV)/installed
-	$(BIN)/python -m pytest $(addprefix --ignore=,$(HALF))
+# The tests of tests/long too. The first line of each file says why it is there.
+test-all: test
+	$(PYTEST) tests/long
 
 # A few minutes of tests from each room, for a Python that is not the newest.
 SMOKE = tests/config tests/data tests/training tests/model/test_llama.py \
 	tests/decoding/test_strategies.py tests/cli/test_decode.py tests/test_interrupts.py
 smoke: $(VENV)/installed
-	$(BIN)/python -m pytest $(SMOKE)
+	$(PYTEST) $(SMOKE)
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check --fix .

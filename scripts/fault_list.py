@@ -177,7 +177,7 @@ FROM_CODE = (
         "model/operations.py",
         "[first * cos - second * sin, second * cos + first * sin]",
         "[first * cos + second * sin, second * cos - first * sin]",
-        "tests/checkpoints/test_huggingface.py",
+        "tests/families/test_transformers.py",
     ),
     Fault(
         "unscaled micro-batch",
@@ -214,7 +214,7 @@ FROM_CODE = (
         "model/operations.py",
         "(keep + (1 - keep) / scaling.factor)",
         "(keep + (1 - keep) * scaling.factor)",
-        "tests/checkpoints/test_huggingface.py",
+        "tests/families/test_transformers.py",
     ),
     Fault(
         "lost optimizer state",
@@ -419,7 +419,7 @@ FROM_CODE = (
         "model/block.py",
         "rotate(self.k_norm(k), rope), v",
         "self.k_norm(rotate(k, rope)), v",
-        "tests/decoding/test_families.py tests/checkpoints/test_huggingface.py",
+        "tests/families/test_decoding.py tests/families/test_transformers.py",
     ),
     Fault(
         "agreement with the labels",

@@ -4,13 +4,14 @@
     python scripts/test_report.py tests/decoding -x   # the arguments are pytest's
     python scripts/test_report.py --report build/tests.jsonl tests/model
 
-Prints a row for each file and for the slowest tests: seconds, how many of them jax traced, lowered
-and compiled, and the number of compiled programs. Programs from the compilation cache count as
-compiled, but take little time. Child processes of a test count for its seconds only. --report also
-writes a line of JSON for each test.
+Prints a row for each file and for the slowest tests: seconds, processor seconds, the seconds in
+which jax traced, lowered and compiled, and the number of compiled programs. Programs from the
+compilation cache count as compiled, but take little time. Child processes of a test count for its
+seconds and its processor seconds only. --report also writes a line of JSON for each test.
 """
 
 import json
+import os
 import sys
 from collections import defaultdict
 from collections.abc import Iterator
@@ -34,6 +35,7 @@ class Spent:
     """Figures of a test, or of all tests of a file. Fixtures belong to the first test with them."""
 
     seconds: float = 0.0
+    processor: float = 0.0
     tracing: float = 0.0
     lowering: float = 0.0
     compiling: float = 0.0
@@ -47,7 +49,7 @@ class Spent:
 
     def row(self, name: str) -> str:
         """A line of the table."""
-        seconds = (self.seconds, self.tracing, self.lowering, self.compiling)
+        seconds = (self.seconds, self.processor, self.tracing, self.lowering, self.compiling)
         figures = "".join(f"{value:>10.2f}" for value in seconds)
         return f"{figures}{self.programs:>10}{self.tests:>7}  {name}"
 
@@ -55,8 +57,9 @@ class Spent:
 class Report:
     """A pytest plugin that counts what each test spends."""
 
-    def __init__(self):
+    def __init__(self, file: Path | None):
         self.tests: dict[str, Spent] = {}
+        self._file = file
         self._now = Spent()
         jax.monitoring.register_event_duration_secs_listener(self._count)
 
@@ -69,8 +72,14 @@ class Report:
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_protocol(self, item: pytest.Item) -> Iterator[None]:
         """Counts a test with its fixtures."""
-        self._now = self.tests[item.nodeid] = Spent(tests=1)
-        return (yield)
+        self._now = spent = self.tests[item.nodeid] = Spent(tests=1)
+        before = sum(os.times()[:4])
+        result = yield
+        spent.processor = sum(os.times()[:4]) - before
+        if self._file is not None:
+            with self._file.open("a", encoding="utf-8") as lines:
+                print(json.dumps({"test": item.nodeid, **asdict(spent)}), file=lines)
+        return result
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """Adds the seconds of setup, call or teardown."""
@@ -83,8 +92,9 @@ def main(arguments: list[str]) -> int:
     if "--report" in arguments:
         at = arguments.index("--report")
         file = Path(arguments[at + 1])
+        file.unlink(missing_ok=True)
         del arguments[at : at + 2]
-    report = Report()
+    report = Report(file)
     code = pytest.main(["-q", *arguments], plugins=[report])
     files: dict[str, Spent] = defaultdict(Spent)
     total = Spent()
@@ -93,13 +103,10 @@ def main(arguments: list[str]) -> int:
         total.add(spent)
     slowest = sorted(report.tests.items(), key=lambda pair: -pair[1].seconds)[:SLOWEST]
     for rows in (sorted(files.items(), key=lambda pair: -pair[1].seconds), slowest):
-        titles = ("seconds", "tracing", "lowering", "compiling", "programs")
+        titles = ("seconds", "processor", "tracing", "lowering", "compiling", "programs")
         print("".join(f"{title:>10}" for title in titles) + "  tests")
         print("\n".join(spent.row(name) for name, spent in rows))
         print(total.row("all") + "\n")
-    if file is not None:
-        lines = [json.dumps({"test": name, **asdict(one)}) for name, one in report.tests.items()]
-        file.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return int(code)
 
 

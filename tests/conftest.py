@@ -4,15 +4,29 @@ import gc
 import os
 import resource
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 
 from scripts.xla_flags import known_flags
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ.setdefault(
-    "JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".cache" / "xla")
-)
+# jax's cache can't be shared by processes that write to it. So each process of pytest-xdist has its
+# own, which begins with links to the entries of the shared one, and links its new ones there.
+ROOT = Path(__file__).parents[1]
+CACHE = Path(os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "xla")))
+OWN_CACHE = CACHE / os.environ.get("PYTEST_XDIST_WORKER", ".")
+os.environ["JAX_COMPILATION_CACHE_DIR"] = str(OWN_CACHE)
+
+
+def link_entries(source: Path, target: Path) -> None:
+    """Makes the compiled programs of one cache known to another."""
+    target.mkdir(parents=True, exist_ok=True)
+    for entry in source.glob("*-cache"):
+        with suppress(FileExistsError):
+            (target / entry.name).hardlink_to(entry)
+
+
+link_entries(CACHE, OWN_CACHE)
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "0"
 # Most of the time goes into compiling. XLA's own passes stay, so that compiled programs read the
@@ -56,6 +70,20 @@ from lsjax.config import LlamaConfig
 from lsjax.data.tokenizer import Tokenizer
 from lsjax.data.tokenizer_backends import ByteTokenizer, HuggingFaceTokenizer, bytes_by_character
 from lsjax.model.llama import Llama
+from tests.shared_programs import SharedPrograms
+
+
+def pytest_sessionfinish() -> None:
+    """The next run finds what this one has compiled."""
+    link_entries(OWN_CACHE, CACHE)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def shared_programs() -> Iterator[None]:
+    """Engines of equal models share their programs. Compiling takes most of the tests' time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lsjax.decoding.engine.Programs", SharedPrograms)
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -68,6 +96,12 @@ def config() -> LlamaConfig:
 def model(config) -> Llama:
     """A random Llama whose exits agree now and then, so that drafts are accepted and refused."""
     return jax.jit(lambda: Llama(config, rngs=nnx.Rngs(0)))()
+
+
+@pytest.fixture(scope="session")
+def shallow() -> Llama:
+    """Two layers: its programs are compiled soon."""
+    return jax.jit(lambda: Llama(LlamaConfig.tiny(num_layers=2), rngs=nnx.Rngs(0)))()
 
 
 @pytest.fixture

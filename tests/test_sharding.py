@@ -1,9 +1,4 @@
-"""The table of what lies where; and what eight devices do with it, in a process of their own."""
-
-import os
-import subprocess
-import sys
-from pathlib import Path
+"""The table of what lies where. tests/long/eight_devices has what devices do with it."""
 
 import jax
 import jax.numpy as jnp
@@ -98,16 +93,3 @@ def test_nothing_happens_without_a_mesh():
     x = jnp.ones((4, 3))
     assert constrain(x, "data", "tensor") is x
     assert on_each_device(lambda x: x, (x,), (P("data"),), P("data")) is x
-
-
-def test_eight_devices():
-    """The checks in eight_devices: the number of devices is fixed when jax starts."""
-    checks = sorted(Path(__file__).with_name("eight_devices").glob("*.py"))
-    result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *checks],
-        env=os.environ | {"JAX_NUM_CPU_DEVICES": "8"},
-        cwd=Path(__file__).parents[1],
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode == 0, result.stdout[-10_000:] + result.stderr[-2_000:]

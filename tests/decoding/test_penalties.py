@@ -11,7 +11,6 @@ from lsjax.config import ConfigError
 from lsjax.decoding.engine import Engine
 from lsjax.decoding.request import Request
 from lsjax.decoding.sampling import Penalties, Sampling
-from lsjax.decoding.strategy import Autoregressive
 
 MARGIN = 1e-4  # where two computations differ in rounding, a tie of this size may fall either way
 NEW = 32
@@ -85,15 +84,9 @@ TEXTS = [  # each prompt with several penalties
 
 
 @pytest.fixture(scope="module")
-def single(model, tokenizer):
-    return Engine(model, tokenizer)
-
-
-@pytest.fixture(scope="module")
-def expected(single):
+def expected(model, tokenizer):
     """What the whole model says, one text at a time."""
-    single.use(Autoregressive())
-    return single.generate(TEXTS)
+    return Engine(model, tokenizer).generate(TEXTS)
 
 
 def test_each_token_is_the_best_of_the_penalised_logits(model, expected):
@@ -112,13 +105,9 @@ def test_each_token_is_the_best_of_the_penalised_logits(model, expected):
     assert changed > 20, "the penalties changed next to nothing"
 
 
-@pytest.mark.parametrize("batch_size", [1, 4])
-def test_all_strategies_give_the_same_text(
-    model, tokenizer, single, expected, strategy, batch_size
-):
+def test_all_strategies_give_the_same_text(model, tokenizer, expected, strategy):
     """Drafts see the drafts before them, and are judged by a verification that does too."""
-    engine = single if batch_size == 1 else Engine(model, tokenizer, batch_size=batch_size)
-    engine.use(strategy)
+    engine = Engine(model, tokenizer, strategy, batch_size=4)
     found = engine.generate(TEXTS)
     for request, one, other in zip(TEXTS, expected, found, strict=True):
         assert one.token_ids == other.token_ids, request

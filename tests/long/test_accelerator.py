@@ -12,7 +12,7 @@ import pytest
 
 from lsjax.decoding.strategy import Autoregressive, EarlyExit
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PROGRAM = ROOT / "scripts" / "accelerator.py"
 # What a machine with an accelerator may lack. Flax imports a few of them for itself, so they are
 # hidden from lsjax and the scripts.

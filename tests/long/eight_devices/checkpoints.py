@@ -1,4 +1,4 @@
-"""Saving from one mesh and resuming with another; run by test_sharding.py with eight devices."""
+"""Saving from one mesh and resuming with another of eight devices."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""A training step on meshes: the same step, and what its program sends; run by test_sharding.py."""
+"""A training step on meshes: the same gradients, and what its program sends."""
 
 import math
 import re

@@ -1,4 +1,4 @@
-"""Finetuning of adapters on a mesh; run by test_sharding.py."""
+"""Finetuning of adapters on a mesh; run by test_eight_devices.py."""
 
 import jax
 import numpy as np

@@ -7,7 +7,7 @@ import matplotlib
 
 import lsjax
 
-PAGE = Path(__file__).parents[1] / "docs" / "tutorial.md"
+PAGE = Path(__file__).parents[2] / "docs" / "tutorial.md"
 
 
 def test_the_tutorial(tmp_path, monkeypatch, capsys):

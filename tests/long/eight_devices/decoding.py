@@ -1,4 +1,4 @@
-"""Decoding on a mesh; run by test_sharding.py in a process that has eight devices."""
+"""Decoding on a mesh; run by test_eight_devices.py in a process that has eight devices."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""Layers computed only for the rows that keep them, on a mesh; run by test_sharding.py."""
+"""Layers computed only for the rows that keep them, on a mesh; run by test_eight_devices.py."""
 
 import dataclasses
 import re

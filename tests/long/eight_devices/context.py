@@ -1,4 +1,4 @@
-"""Rows whose positions are sharded; run by test_sharding.py."""
+"""Rows whose positions are sharded; run by test_eight_devices.py."""
 
 import dataclasses
 import math

@@ -1,4 +1,4 @@
-"""Kernels of attention on a mesh, interpreted; run by test_sharding.py."""
+"""Kernels of attention on a mesh, interpreted; run by test_eight_devices.py."""
 
 from functools import partial
 

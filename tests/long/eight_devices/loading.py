@@ -1,4 +1,4 @@
-"""Loading onto a mesh; run by test_sharding.py in a process that has eight devices."""
+"""Loading onto a mesh; run by test_eight_devices.py in a process that has eight devices."""
 
 import tracemalloc
 from pathlib import Path
