@@ -66,6 +66,8 @@ import tokenizers
 from flax import nnx
 from tokenizers import decoders, models, pre_tokenizers
 
+from lsjax.checkpoints.huggingface import GenerationDefaults
+from lsjax.cli import flags
 from lsjax.config import LlamaConfig
 from lsjax.data.tokenizer import Tokenizer
 from lsjax.data.tokenizer_backends import ByteTokenizer, HuggingFaceTokenizer, bytes_by_character
@@ -102,6 +104,21 @@ def model(config) -> Llama:
 def shallow() -> Llama:
     """Two layers: its programs are compiled soon."""
     return jax.jit(lambda: Llama(LlamaConfig.tiny(num_layers=2), rngs=nnx.Rngs(0)))()
+
+
+@pytest.fixture(scope="session")
+def model_directory(model, tokenizer, tmp_path_factory) -> Path:
+    """The tiny model with a byte tokenizer; it says to draft 4 tokens with 3 layers."""
+    directory = tmp_path_factory.mktemp("models") / "tiny [x] :smile:"  # no markup, no picture
+    defaults = GenerationDefaults(exit_layer=3, num_draft_tokens=4)
+    lsjax.save(model, directory, generation=defaults, tokenizer=tokenizer)
+    return directory
+
+
+@pytest.fixture(autouse=True)
+def programs_keep_the_cache(monkeypatch) -> None:
+    """They would change JAX's settings for all tests that follow."""
+    monkeypatch.setattr(flags, "keep_compiled_programs", lambda: None)
 
 
 @pytest.fixture

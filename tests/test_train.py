@@ -6,10 +6,10 @@ import os
 import re
 import shutil
 import signal
-import subprocess
 import sys
 from contextlib import ExitStack
 from importlib.machinery import ModuleSpec
+from pathlib import Path
 from types import ModuleType
 
 import jax
@@ -57,16 +57,19 @@ def cache(tmp_path_factory):
         yield
 
 
-@pytest.fixture(scope="module")
-def config(tmp_path_factory):
+def write_config(directory: Path) -> Path:
     """A configuration file, and the text that it names."""
-    directory = tmp_path_factory.mktemp("config")
     text = directory / "text.txt"
     numbers = np.random.default_rng(0).integers(0, 1000, (40, 8))
     text.write_text("\n\n".join(" ".join(map(str, line)) for line in numbers))
     file = directory / "tiny.py"
     file.write_text(CONFIG.format(text=str(text)))
     return file
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    return write_config(tmp_path_factory.mktemp("config"))
 
 
 def launch(config, workdir, *flags):
@@ -169,36 +172,6 @@ def test_validation_data_may_not_change(config, tmp_path, capsys):
         launch(config, tmp_path / "run", *flags)
     words = "the validation data differ from those that the run began with (fingerprint "
     assert words in " ".join(capsys.readouterr().err.split())
-
-
-KILLED_WHILE_EVALUATING = """
-import os, signal, sys
-import train
-from lsjax.evaluation import exits
-
-def killed(*arguments, **options):
-    os.kill(os.getpid(), signal.SIGKILL)
-
-exits.score_exits = killed
-train.main(sys.argv[1:])
-"""
-
-
-def test_a_run_that_is_killed_while_it_evaluates_loses_nothing(config, tmp_path):
-    """Before the first regular checkpoint, then after the last step; with accumulation."""
-    flags = ["--micro-batches", "2", "--checkpoints.every", "50", "--evaluation.every", "3"]
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
-    assert launch(config, whole, *flags) == 0
-    argv = ["--config", str(config), "--workdir", str(cut), *flags]
-    for last in (3, 6):
-        killed = subprocess.run([sys.executable, "-c", KILLED_WHILE_EVALUATING, *argv], check=False)
-        assert killed.returncode == -signal.SIGKILL
-        assert saved_steps(cut / "checkpoints")[0].number == last
-    assert launch(config, cut, *flags) == 0
-    assert last_arrays(cut) == last_arrays(whole)
-    # Of step 3 the scores are lost. The last step is scored when the run goes on.
-    rows = [row for row in rows_of(whole) if row["kind"] == "step" or row["step"] != 3]
-    assert rows_of(cut) == rows
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # steps.py

@@ -6,9 +6,6 @@ import json
 import os
 import re
 import shutil
-import signal
-import subprocess
-import sys
 import threading
 import time
 from functools import partial
@@ -398,54 +395,3 @@ def test_the_directory_itself_can_not_be_written(fresh, tmp_path):
     unsaved = pytest.raises(CheckpointError, match="step 1 could not be saved")
     with unsaved, open_(tmp_path / "checkpoints") as checkpoints:
         save(checkpoints, advance(fresh()))
-
-
-LOOP = """
-import sys
-from pathlib import Path
-import jax
-from tests.checkpoints.test_saving import *
-
-def main(directory, steps):
-    make = jax.jit(lambda: init_state(CONFIG, Llama(CONFIG.model, rngs=nnx.Rngs(0))))
-    with Checkpoints(directory, CONFIG.checkpoints, print) as checkpoints:
-        restored = checkpoints.restore(jax.eval_shape(make))
-        state = make() if restored is None else restored.state
-        print("from", int(state.step), flush=True)
-        while int(state.step) < steps:
-            state = advance(state)
-            save(checkpoints, state)
-            print(int(state.step), flush=True)
-
-main(Path(sys.argv[1]), int(sys.argv[2]))
-"""
-
-
-def test_killed_while_saving(fresh, like, tmp_path):
-    """kill -9 in the middle of a save: nothing before it is lost, and the end is the same."""
-    steps, from_ = 12, []
-    for kill_after in (3, 2, None):
-        with subprocess.Popen(
-            [sys.executable, "-c", LOOP, tmp_path, str(10**6 if kill_after else steps)],
-            stdout=subprocess.PIPE,
-            text=True,
-            env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
-        ) as program:
-            lines = iter(program.stdout.readline, "")
-            first = next(lines)
-            assert first.startswith("from "), first  # no damaged step was reported
-            from_.append(int(first.split()[1]))
-            for _ in range(kill_after or steps):
-                reached = int(next(lines, reached if kill_after is None else "0"))
-            if kill_after:
-                program.send_signal(signal.SIGKILL)
-        assert program.returncode == (-signal.SIGKILL if kill_after else 0)
-        if kill_after:  # all but the save that was under way
-            assert numbers(tmp_path)[0] >= reached - 1
-    assert from_[0] == 0 < from_[1] < from_[2]
-    state = fresh()
-    for _ in range(steps):
-        state = advance(state)
-    restored = open_(tmp_path).restore(like)
-    assert restored.step == steps and bits(restored.state) == bits(state)
-    assert not list(tmp_path.glob("*tmp*"))

@@ -3,7 +3,6 @@
 import json
 import re
 import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -406,44 +405,6 @@ def test_log_probs_that_nobody_would_see(model_directory, refused):
     assert "--logprobs needs --json" in refused(main, *given)
 
 
-KILLED = """
-import os
-import signal
-
-from lsjax.decoding.engine import Engine
-from lsjax.interrupts import run_program
-
-generate = Engine.generate
-
-def killed(self, requests, *, on_completion):
-    def ended(index, completion):
-        on_completion(index, completion)
-        os.kill(os.getpid(), {number})
-
-    return generate(self, requests, on_completion=ended)
-
-Engine.generate = killed
-signal.signal(signal.SIGINT, signal.default_int_handler)
-run_program("decode")
-"""
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_leaves_what_is_done(model_directory, tmp_path, number):
-    """Texts that wait for the one before them are written too."""
-    file, prompts = tmp_path / "lines.jsonl", tmp_path / "prompts.jsonl"
-    rows = [{"prompt": "a", "max_new_tokens": 60}, {"prompt": "b", "max_new_tokens": 2}]
-    prompts.write_text("\n".join(map(json.dumps, rows)))
-    given = ["--model", model_directory, "--prompt-file", prompts, "--batch-size", "2"]
-    program = [sys.executable, "-c", KILLED.format(number=int(number)), *given, "--json", file]
-    ended = subprocess.run(program, cwd=ROOT, capture_output=True, text=True)
-    assert ended.returncode == 128 + number
-    assert ended.stderr.splitlines()[-1] == "interrupted: the finished texts are written"
-    assert "Traceback" not in ended.stderr
-    assert [line["prompt"] for line in lines_of(file.read_text())] == ["b"]
-    assert ended.stdout.startswith("b")
-
-
 def test_bad_input_makes_no_file(model_directory, refused, tmp_path):
     given = ["--model", model_directory, "--prompt", "a" * 600]
     refused(main, *given, "--json", tmp_path / "new.jsonl")
@@ -548,21 +509,12 @@ def test_an_error_of_a_template_is_shown(model_directory, refused, in_a_terminal
     assert r"the chat template fails: no \x1b[2J" in refused(main, *given)
 
 
-def test_unknown_keys_of_a_model_are_shown(model_directory, in_a_terminal, tmp_path):
-    directory = shutil.copytree(model_directory, tmp_path / "evil")
-    raw = json.loads((directory / "config.json").read_text())
-    (directory / "config.json").write_text(json.dumps(raw | {"evil\x9b2J": 1}))
-    program = [sys.executable, "decode.py", "--model", directory, "--prompt", "a", *PLAIN]
-    done = subprocess.run(program, cwd=ROOT, capture_output=True, encoding="utf-8")
-    assert r"unknown keys are ignored: evil\x9b2J" in done.stderr
-    assert not CONTROLS.search(done.stderr)
-
-
 def test_the_last_seed_is_followed_by_the_first(run, tmp_path):
     file = tmp_path / "prompts.jsonl"
     file.write_text('{"prompt": "ab"}\n{"prompt": "ab"}\n{"prompt": "ab", "seed": 4294967295}\n')
-    given = ["--prompt-file", file, "--temperature", "1", "--seed", 2**32 - 1, "--json", "-"]
-    assert [line["seed"] for line in lines_of(run(*given)[0])] == [2**32 - 1, 0, 2**32 - 1]
+    drawn = ["--temperature", "1", "--seed", 2**32 - 1, "--json", "-", *PLAIN]
+    lines = lines_of(run("--prompt-file", file, *drawn)[0])
+    assert [line["seed"] for line in lines] == [2**32 - 1, 0, 2**32 - 1]
 
 
 def test_a_full_disk_names_the_file_of_the_lines(model_directory, capsys):
@@ -572,17 +524,3 @@ def test_a_full_disk_names_the_file_of_the_lines(model_directory, capsys):
     assert end.value.code == 2
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.startswith("error: /dev/full can't be written (No space left on device): free")
-
-
-def test_a_reader_of_lines_that_stops_ends_the_program_quietly(model_directory, tmp_path):
-    file = tmp_path / "prompts.jsonl"
-    file.write_text('{"prompt": "ab"}\n' * 50)
-    given = ["--model", model_directory, "--prompt-file", file, "--max-new-tokens", "8", *PLAIN]
-    program = [sys.executable, "-X", "dev", "decode.py", *map(str, given), "--json", "-"]
-    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    with subprocess.Popen(program, cwd=ROOT, encoding="utf-8", **pipes) as process:
-        assert json.loads(process.stdout.readline())["prompt"] == "ab"
-        process.stdout.close()
-        notes = process.stderr.read()
-    assert process.returncode == 141
-    assert [line for line in notes.splitlines() if "parameters" not in line] == []

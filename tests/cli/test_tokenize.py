@@ -1,11 +1,6 @@
 """Tokens made ahead of training, on several hosts one after the other."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -58,33 +53,3 @@ def test_impossible_parts_are_one_line(folder, capsys, part):
         main(["--config", "config.py", "--shard", part])
     assert end.value.code == 2
     assert f"--shard {part} must be i/n with 1 <= i <= n" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("workers", [1, 2])
-def test_ctrl_c_in_a_terminal(folder, workers):
-    """Reaches every process: none goes on, and there is one line in all."""
-    line = json.dumps({"text": "some words " * 1000}) + "\n"
-    (folder / "many.jsonl").write_text(line * 3000)
-    program = ("-m", "lsjax.cli.tokenize", "--config", "config.py", "--workers", str(workers))
-    started = subprocess.Popen(
-        # A shell starts programs of the background with Ctrl-C ignored.
-        ["env", "--default-signal=INT", sys.executable, *program],
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        stderr=subprocess.PIPE,
-        start_new_session=True,
-        text=True,
-    )
-    while not list(folder.rglob("0*.json")):
-        assert started.poll() is None
-        time.sleep(0.01)
-    os.killpg(started.pid, signal.SIGINT)
-    _, errors = started.communicate(timeout=120)
-    said = "interrupted: the same command makes the missing shards\n"
-    assert (started.returncode, errors) == (130, said)
-    for _ in range(100):
-        group = subprocess.run(["pgrep", "-g", str(started.pid)], capture_output=True, check=False)
-        if not group.stdout:
-            break
-        time.sleep(0.1)
-    assert not group.stdout, "a process goes on"
-    assert not list(folder.rglob(INDEX))

@@ -3,10 +3,6 @@
 import json
 import os
 import re
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -291,21 +287,6 @@ def test_a_validation_set_of_its_own_depends_on_the_training_rows(rows, tmp_path
     assert again.fingerprint != found.fingerprint
 
 
-LOOP = """
-import sys
-from pathlib import Path
-from lsjax.config import DataConfig
-from lsjax.data import pieces
-from lsjax.data.pipeline import packed_rows
-from lsjax.data.tokenizer_backends import ByteTokenizer
-if __name__ == "__main__":
-    pieces.SMALLEST_PIECE = 50_000
-    config = DataConfig(source="text", paths=(sys.argv[1],), separator="|")
-    options = dict(split="train", seq_len=64, cache=Path(sys.argv[2]), workers=2)
-    packed_rows(config, ByteTokenizer(), **options)
-"""
-
-
 def array_record(file, rows, field="inputs"):
     writer = ArrayRecordWriter(str(file), "group_size:1")
     for row in rows:
@@ -342,39 +323,6 @@ def test_records_of_token_ids_are_documents(tmp_path):
     array_record(tmp_path / "c.array_record", [[1, 300]])
     with pytest.raises(ConfigError, match="token 300 of a record is not below 258"):
         make(DataConfig(**settings), tmp_path)
-
-
-def test_killed_processes_leave_whole_shards_and_no_process(tmp_path):
-    """kill -9 of the first process in the middle; its workers end, and the end is bit-equal."""
-    corpus = tmp_path / "corpus.txt"
-    corpus.write_text("|".join(f"{n} " * 40 for n in range(5_000)))
-    program = tmp_path / "program.py"
-    program.write_text(LOOP)
-
-    def command(cache):
-        return [sys.executable, program, corpus, tmp_path / cache]
-
-    root = Path(__file__).parents[2]
-    options = dict(cwd=root, env={**os.environ, "PYTHONPATH": str(root)})
-    first = subprocess.Popen(command("killed"), **options, start_new_session=True)
-    while len(list((tmp_path / "killed").rglob("*.json"))) < 3:
-        assert first.poll() is None
-        time.sleep(0.01)
-    first.send_signal(signal.SIGKILL)
-    first.wait()
-    for _ in range(100):
-        group = subprocess.run(["pgrep", "-g", str(first.pid)], capture_output=True, check=False)
-        if not group.stdout:
-            break
-        time.sleep(0.1)
-    assert not group.stdout, "a worker goes on"
-    assert not list((tmp_path / "killed").rglob(INDEX))
-    for cache in ("killed", "whole"):
-        subprocess.run(command(cache), **options, check=True)
-    (one,), (other,) = ((tmp_path / cache / "tokens").iterdir() for cache in ("killed", "whole"))
-    names = sorted(file.name for file in other.iterdir())
-    assert names == sorted(f.name for f in one.iterdir() if not f.name.startswith(".partial"))
-    assert all((one / name).read_bytes() == (other / name).read_bytes() for name in names)
 
 
 def test_nothing_to_learn_from_is_one_clear_line(tmp_path):
