@@ -12,7 +12,7 @@ LOCK := $(wildcard constraints/py$(VERSION).txt)
 SMOLLM2 = models/SmolLM2-135M-Instruct.Q4_1.gguf
 STORY = "Once upon a time, there was a little girl named Lily who"
 
-.PHONY: quickstart smollm2 accelerator test test-all smoke lint parity peers lock clean
+.PHONY: quickstart smollm2 accelerator test test-all test-long smoke lint parity peers lock clean
 
 # Trains with LayerSkip, then decodes held-out prompts with the trained model. Each of two cores is
 # one device, as in docs/results.md (docs/training.md explains the benefit).
@@ -61,17 +61,19 @@ PYTEST = $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
 test: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(PYTEST)
+	$(PYTEST) -m "not long"
 
-# The tests of tests/long too. The first line of each file says why it is there.
-test-all: test
-	$(PYTEST) tests/long
+# What takes long too: tests/long, whose files begin with the reason, and further values of grids.
+test-all: test test-long
+
+test-long: $(VENV)/installed
+	$(PYTEST) -m long
 
 # A few minutes of tests from each room, for a Python that is not the newest.
 SMOKE = tests/config tests/data tests/training tests/model/test_llama.py \
 	tests/decoding/test_strategies.py tests/cli/test_decode.py tests/test_interrupts.py
 smoke: $(VENV)/installed
-	$(PYTEST) $(SMOKE)
+	$(PYTEST) -m "not long" $(SMOKE)
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check --fix .

@@ -449,7 +449,7 @@ FROM_CODE = (
         "training/loss.py",
         "losses, dhead = jax.tree.map(lambda leaf: leaf.sum(0), sums)",
         "losses, dhead = jax.tree.map(lambda leaf: leaf.mean(0), sums)",
-        "tests/test_sharding.py",
+        "tests/long/test_eight_devices.py",
     ),
 )
 

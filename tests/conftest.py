@@ -75,6 +75,13 @@ from lsjax.model.llama import Llama
 from tests.shared_programs import SharedPrograms
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """`make test` leaves out what takes long: tests/long, and tests with the mark."""
+    for item in items:
+        if item.path.is_relative_to(ROOT / "tests" / "long"):
+            item.add_marker(pytest.mark.long)
+
+
 def pytest_sessionfinish() -> None:
     """The next run finds what this one has compiled."""
     link_entries(OWN_CACHE, CACHE)

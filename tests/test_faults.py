@@ -29,7 +29,7 @@ def test_what_is_known_is_not_injected_again(monkeypatch, tmp_path, capsys):
     def measure(fault: Fault, likely_only: bool):
         injected.append(fault.name)
         found = fault != FAULTS[1]
-        run = faults.LIKELY if found or likely_only else faults.COMPLETE
+        run = faults.LIKELY if found or likely_only else faults.LONG
         by = "tests/a.py::test_b" if found else None
         return asdict(fault) | {"found_by": by, "tests_run": run, "seconds": 1.0}
 
@@ -39,7 +39,7 @@ def test_what_is_known_is_not_injected_again(monkeypatch, tmp_path, capsys):
     assert faults.main(**arguments, likely_only=True) == 1
     assert injected == [first, second]
     assert f"{second}: MISSED" in capsys.readouterr().out
-    # The complete suite is still to be run for the second one, once.
+    # All other tests are still to be run for the second one, once.
     for _ in range(2):
         assert faults.main(**arguments) == 1
         assert injected == [first, second, second]

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -24,11 +25,13 @@ from lsjax.decoding.learned import (
     USUAL_COUNT,
     Learned,
 )
+from lsjax.decoding.programs import decode
 from lsjax.decoding.request import Request
 from lsjax.decoding.sampling import Sampling
 from lsjax.decoding.self_speculative import SelfSpeculative
 from lsjax.decoding.state import DecodeState
 from lsjax.decoding.strategy import Autoregressive
+from tests.marks import long
 
 LENGTHS, EXITS = (0, 2, 5), (1, 2, 3)
 SAME = ((1.0,) * 3, *[(math.inf, 1.0, 1.0)] * 3)
@@ -44,6 +47,9 @@ def only(source: int, index: int):
 
 def adaptive(seconds=SAME, vocabulary=None):
     return Adaptive(EXITS, vocabulary, lengths=LENGTHS, seconds=seconds)
+
+
+LOOKUPS = Adaptive(lengths=LENGTHS, seconds=(SAME[0],))
 
 
 @pytest.fixture(scope="module")
@@ -109,14 +115,16 @@ def test_penalties_stops_log_probabilities_and_a_vocabulary(engine, model):
 
 def test_a_model_without_exits_looks_drafts_up(engine, expected):
     """Its text repeats itself: lookups save rounds."""
-    found = generate(engine, Adaptive(lengths=LENGTHS, seconds=(SAME[0],)))
+    found = generate(engine, LOOKUPS)
     assert [one.token_ids for one in found] == expected
     assert {name for one in found for name in one.sources} <= {"lookup", "none"}
-    repeats = generate(engine, Adaptive(lengths=LENGTHS, seconds=(SAME[0],)), max_new_tokens=200)
+    repeats = generate(engine, LOOKUPS, max_new_tokens=200)
     assert max(one.tokens_per_round for one in repeats) > 1.5
 
 
-def assert_seeds_repeat(engine, strategy) -> None:
+@pytest.mark.parametrize("strategy", [LOOKUPS, *long(adaptive())])
+def test_texts_of_a_seed_repeat(engine, strategy):
+    """Whatever was decoded before."""
     options = dict(sampling=Sampling(temperature=0.8, seed=4))
     first = generate(engine, strategy, **options)
     generate(engine, strategy)
@@ -125,9 +133,27 @@ def assert_seeds_repeat(engine, strategy) -> None:
     assert len({tuple(one.token_ids) for one in first}) == 6
 
 
-def test_texts_of_a_seed_repeat(engine):
-    """Whatever was decoded before. tests/long/test_adaptive.py drafts with exits too."""
-    assert_seeds_repeat(engine, Adaptive(lengths=LENGTHS, seconds=(SAME[0],)))
+@pytest.mark.long
+def test_counts_of_sampled_texts_are_finite(model):
+    """Also if filters or a vocabulary give probability 0 to tokens."""
+    strategy = adaptive(vocabulary=DraftVocabulary(np.arange(0, 258, 3)))
+    sampling = Sampling(temperature=1.5, top_k=3, seed=4)
+    state = DecodeState.create(
+        model.config,
+        [Request(prompt=prompt, max_new_tokens=60, sampling=sampling) for prompt in PROMPTS],
+        capacity=128,
+        num_layers=4,
+        dtype=jnp.float32,
+        learned=strategy.first_guess(len(PROMPTS)),
+    )
+    rounds = jax.jit(partial(decode, strategy=strategy))
+    learned = rounds(model, state, np.int32(20), strategy.arguments(model)).learned
+    for name, counts in dataclasses.asdict(learned).items():
+        assert np.isfinite(counts).all(), name
+    assert (learned.passed_BEC <= learned.tried_BEC).all() and (
+        learned.tried_BEC.sum((1, 2)) > 9
+    ).all()
+    assert (learned.rounds_B == 20).all()
 
 
 TOP = [[0.99, 0.7, 0.5, 0.0], [0.3, 0.0, 0.0, 0.0]]

@@ -8,11 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lsjax.decoding.adaptive import Adaptive
+from lsjax.decoding.draft import DraftVocabulary
 from lsjax.decoding.programs import Programs, decode
 from lsjax.decoding.request import Request
 from lsjax.decoding.self_speculative import SelfSpeculative
 from lsjax.decoding.state import DecodeState
 from lsjax.decoding.strategy import Autoregressive, EarlyExit
+from tests.marks import long
 
 
 def compiled_loop(model, strategy, batch, capacity):
@@ -41,8 +44,23 @@ def copies(text: str) -> list[tuple[str, tuple[int, ...]]]:
     return found
 
 
-def assert_no_large_copies(model, strategy, batch: int, capacity: int) -> None:
-    """capacity: a number that no other array has as a dimension."""
+# Capacities below and above LARGE, numbers that no other array has as a dimension.
+@pytest.mark.parametrize("batch, capacity", [(1, 1613), *long((9, 613))])
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        Autoregressive(),
+        SelfSpeculative(2, 3),
+        *long(
+            EarlyExit(2),
+            SelfSpeculative(2, 3, shared_exits=(1, 3), shared_lengths=(0, 2)),
+            SelfSpeculative(2, 3, DraftVocabulary(np.arange(50))),
+            Adaptive((1, 2), lengths=(0, 2, 3)),
+        ),
+    ],
+    ids=["autoregressive", "self_speculative", "early_exit", "shared", "draft_vocabulary", "auto"],
+)
+def test_no_copy_of_weights_or_cache_in_the_loop(model, strategy, batch, capacity):
     program, state = compiled_loop(model, strategy, batch, capacity)
     smallest = min(leaf.size for leaf in jax.tree.leaves(model) if leaf.ndim > 1)
     large = [
@@ -56,14 +74,6 @@ def assert_no_large_copies(model, strategy, batch: int, capacity: int) -> None:
     layer = 2 * state.cache.keys[0].nbytes
     assert memory.temp_size_in_bytes < layer
     assert memory.alias_size_in_bytes >= sum(x.nbytes for x in jax.tree.leaves(state.cache))
-
-
-@pytest.mark.parametrize(
-    "strategy, batch, capacity", [(Autoregressive(), 9, 613), (SelfSpeculative(2, 3), 1, 1613)]
-)
-def test_no_copy_of_weights_or_cache_in_the_loop(model, strategy, batch, capacity):
-    """tests/long/test_compiled.py has the other strategies."""
-    assert_no_large_copies(model, strategy, batch, capacity)
 
 
 def test_the_search_for_copies_finds_one():

@@ -21,6 +21,7 @@ from lsjax.decoding.state import DecodeState
 from lsjax.decoding.strategy import Autoregressive, EarlyExit
 from lsjax.evaluation.comparison import identity_tail, last_logits
 from lsjax.model.llama import Llama
+from tests.marks import long
 
 PROMPTS = [[7], [1, 2, 3], list(range(40, 60)), [104, 105] * 8]
 NEW = 24
@@ -256,8 +257,13 @@ def test_a_prompt_longer_than_the_largest_chunk(tokenizer):
 @pytest.mark.parametrize(
     "strategy, capacity",
     [
-        (Autoregressive(), 512 + 64),
         (SelfSpeculative(3, 63), 512 + 64),  # a round writes as much as the slack
+        *long(
+            (Autoregressive(), 512 + 64),
+            (EarlyExit(4), 512 + 64),
+            (SelfSpeculative(3, 4), 512 + 64),
+            (SelfSpeculative(3, 64), 512 + 128),
+        ),
     ],
     ids=lambda value: getattr(value, "name", value),
 )
@@ -266,14 +272,13 @@ def test_tokens_at_the_end_of_the_cache(model, tokenizer, strategy, capacity):
     prompt = np.random.default_rng(1).integers(0, 256, 500).tolist()
     engine = Engine(model, tokenizer, strategy)
     assert engine.capacity(512) == capacity >= 512 + strategy.slack
-    assert engine.capacity(512, SelfSpeculative(3, 64)) == 512 + 128
     (completion,) = engine.generate([prompt], max_new_tokens=12)
     assert completion.num_new_tokens == 12
     for index, token in enumerate(completion.token_ids):
         assert last_logits(model, prompt + completion.token_ids[:index]).argmax() == token, index
 
 
-@pytest.mark.parametrize("strategy", [SelfSpeculative(2, 3), EarlyExit(2)], ids=lambda s: s.name)
+@pytest.mark.parametrize("strategy", [SelfSpeculative(2, 3), *long(EarlyExit(2))])
 def test_weights_are_laid_out_once_as_the_programs_want_them(
     model, tokenizer, monkeypatch, strategy
 ):
@@ -291,9 +296,10 @@ def test_weights_are_laid_out_once_as_the_programs_want_them(
     assert again.token_ids == expected.token_ids
 
 
-def test_reference_kernels_give_the_same_tokens(model, tokenizer, monkeypatch):
+@pytest.mark.parametrize("strategy", [SelfSpeculative(2, 3), *long(Autoregressive())])
+def test_reference_kernels_give_the_same_tokens(model, tokenizer, monkeypatch, strategy):
     """And choose no layouts, where the others do."""
-    prompts, strategy = [[5, 6], [7] * 40], SelfSpeculative(2, 3)
+    prompts = [[5, 6], [7] * 40]
     expected = Engine(model, tokenizer, strategy, batch_size=2).generate(prompts)
     monkeypatch.setattr(compiled_programs, "platform", lambda: "gpu")
     engine = Engine(model, tokenizer, strategy, batch_size=2, kernels="reference")

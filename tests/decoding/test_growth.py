@@ -6,11 +6,14 @@ import pytest
 
 from lsjax.config import ConfigError
 from lsjax.decoding import engine as engines
+from lsjax.decoding.batching import Conversation
 from lsjax.decoding.engine import Engine
 from lsjax.decoding.request import Request
 from lsjax.decoding.sampling import Sampling
 from lsjax.decoding.self_speculative import SelfSpeculative
 from lsjax.decoding.state import DecodeState
+from lsjax.decoding.strategy import Autoregressive
+from tests.marks import long
 
 STRATEGY = SelfSpeculative(1, 3)
 DRAWN = Sampling(temperature=1.0, seed=3)
@@ -23,7 +26,8 @@ REQUESTS = [
 ]
 
 
-def make_caches_small(monkeypatch) -> None:
+@pytest.fixture
+def small(monkeypatch):
     """Caches of 32, 64 and 128 slots, and 16 more for drafts."""
     monkeypatch.setattr(engines, "MIN_CAPACITY", 32)
     monkeypatch.setattr(engines, "SLACK", 16)
@@ -38,12 +42,11 @@ def same(found, expected):
             np.testing.assert_allclose(one.log_probs, other.log_probs, atol=1e-5)
 
 
-def test_texts_and_refill(shallow, tokenizer, monkeypatch):
-    """Rows of a batch grow together; requests enter rows of every capacity.
-    tests/long/test_growth.py has streams and conversations."""
-    make_caches_small(monkeypatch)
-    grown = Engine(shallow, tokenizer, STRATEGY, batch_size=2)
-    roomy = Engine(shallow, tokenizer, STRATEGY, batch_size=2, min_capacity=128)
+@pytest.mark.parametrize("strategy, batch_size", [(STRATEGY, 2), *long((Autoregressive(), 1))])
+def test_texts_and_refill(shallow, tokenizer, small, strategy, batch_size):
+    """Rows of a batch grow together; requests enter rows of every capacity."""
+    grown = Engine(shallow, tokenizer, strategy, batch_size=batch_size)
+    roomy = Engine(shallow, tokenizer, strategy, batch_size=batch_size, min_capacity=128)
     assert grown.capacity(3) == 48 and grown.capacity(90) == 144 == roomy.capacity(3)
     expected = roomy.generate(REQUESTS)
     same(grown.generate(REQUESTS), expected)
@@ -51,6 +54,41 @@ def test_texts_and_refill(shallow, tokenizer, monkeypatch):
     same(grown.generate(REQUESTS), expected)
     assert len(grown.programs) == programs  # nothing is compiled twice
     same(grown.generate(REQUESTS[3:]), expected[3:])  # a longer prompt is the first
+
+
+@pytest.mark.long
+def test_streams_and_stops(shallow, tokenizer, small):
+    """Pieces of a stream, and a stop string that is found after two growths."""
+    grown = Engine(shallow, tokenizer, STRATEGY)
+    roomy = Engine(shallow, tokenizer, STRATEGY, min_capacity=128)
+    options = dict(max_new_tokens=70, log_probs=True)
+    (whole,) = roomy.generate([[1, 2, 3]], **options)
+    *pieces, done = grown.stream([1, 2, 3], **options)
+    same([done], [whole])
+    assert "".join(pieces) == whole.text
+    at = len(tokenizer.decode(whole.token_ids[:65]))
+    stop = next(
+        whole.text[i : i + 2]
+        for i in range(at, len(whole.text) - 1)
+        if whole.text.find(whole.text[i : i + 2]) == i
+    )
+    same(
+        [list(grown.stream([1, 2, 3], stop=(stop,), **options))[-1]],
+        roomy.generate([[1, 2, 3]], stop=(stop,), **options),
+    )
+
+
+@pytest.mark.long
+def test_conversation(shallow, tokenizer, small):
+    """The cache of a turn that has grown twice is kept, and the next turn grows it once more."""
+    engine, kept = Engine(shallow, tokenizer, STRATEGY), Conversation()
+    fresh = Engine(shallow, tokenizer, STRATEGY, min_capacity=256)
+    prompt = [1, 2, 3]
+    for new in (66, 80):
+        *_, done = engine.stream(prompt, conversation=kept, max_new_tokens=new)
+        same([done], fresh.generate([prompt], max_new_tokens=new))
+        prompt = [*prompt, *done.token_ids, 9]
+        assert len(kept.ids) == len(prompt) - 2  # all but the pending token and the new one
 
 
 def test_grown_state(config):

@@ -11,6 +11,8 @@ from lsjax.config import ConfigError
 from lsjax.decoding.engine import Engine
 from lsjax.decoding.request import Request
 from lsjax.decoding.sampling import Penalties, Sampling
+from lsjax.decoding.strategy import Autoregressive
+from tests.marks import long
 
 MARGIN = 1e-4  # where two computations differ in rounding, a tie of this size may fall either way
 NEW = 32
@@ -84,9 +86,15 @@ TEXTS = [  # each prompt with several penalties
 
 
 @pytest.fixture(scope="module")
-def expected(model, tokenizer):
+def single(model, tokenizer):
+    return Engine(model, tokenizer)
+
+
+@pytest.fixture(scope="module")
+def expected(single):
     """What the whole model says, one text at a time."""
-    return Engine(model, tokenizer).generate(TEXTS)
+    single.use(Autoregressive())
+    return single.generate(TEXTS)
 
 
 def test_each_token_is_the_best_of_the_penalised_logits(model, expected):
@@ -105,9 +113,13 @@ def test_each_token_is_the_best_of_the_penalised_logits(model, expected):
     assert changed > 20, "the penalties changed next to nothing"
 
 
-def test_all_strategies_give_the_same_text(model, tokenizer, expected, strategy):
+@pytest.mark.parametrize("batch_size", [4, *long(1)])
+def test_all_strategies_give_the_same_text(
+    model, tokenizer, single, expected, strategy, batch_size
+):
     """Drafts see the drafts before them, and are judged by a verification that does too."""
-    engine = Engine(model, tokenizer, strategy, batch_size=4)
+    engine = single if batch_size == 1 else Engine(model, tokenizer, batch_size=batch_size)
+    engine.use(strategy)
     found = engine.generate(TEXTS)
     for request, one, other in zip(TEXTS, expected, found, strict=True):
         assert one.token_ids == other.token_ids, request

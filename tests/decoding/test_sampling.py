@@ -12,14 +12,16 @@ from scipy.stats import chisquare
 
 from lsjax.config import ConfigError, LlamaConfig
 from lsjax.decoding.adaptive import Adaptive
-from lsjax.decoding.draft import accept_block
+from lsjax.decoding.draft import DraftVocabulary, accept_block
 from lsjax.decoding.programs import decode, prefill
 from lsjax.decoding.request import Request
 from lsjax.decoding.sampling import Draws, Purpose, Sampling
 from lsjax.decoding.self_speculative import SelfSpeculative
 from lsjax.decoding.state import DecodeState
+from lsjax.decoding.strategy import Autoregressive
 from lsjax.model.llama import Llama
 from tests.decoding.test_penalties import penalised
+from tests.marks import long
 
 V = 12  # a vocabulary so small that every token is drawn often
 ROWS, RUNS = 512, 20  # 10,240 texts of each setting for each of the two prompts
@@ -122,16 +124,12 @@ def test_an_unlikely_token_is_never_drawn_and_streams_are_apart():
         assert 10 < (one == other).sum() < 40
 
 
-def small_model() -> Llama:
+@pytest.fixture(scope="module")
+def small() -> Llama:
     """A model of V tokens whose exits differ from its end, but not in everything."""
     sizes = dict(hidden_size=16, intermediate_size=32, num_heads=2, num_kv_heads=1)
     config = LlamaConfig.tiny(vocab_size=V, num_layers=3, init_std=0.5, **sizes)
     return jax.jit(lambda: Llama(config, rngs=nnx.Rngs(5)))()
-
-
-@pytest.fixture(scope="module")
-def small() -> Llama:
-    return small_model()
 
 
 run_prefill = jax.jit(partial(prefill, chunk=4, depth=3), compiler_options=OPTIMISED)
@@ -207,26 +205,32 @@ def p_value(model, sampling: Sampling, prompt, found) -> float:
     return chisquare(seen, expected * seen.sum() / expected.sum()).pvalue
 
 
-LOOKUPS = ((1.0, 0.8),)  # seconds of rounds: both kinds of drafts are in a part of the texts
-
-
-def assert_distribution(model, strategy) -> None:
-    """The first token is the prefill's, the others come from two rounds."""
-    found = texts(model, strategy)
-    for sampling, of_prompts in zip(SETTINGS, found, strict=True):
-        values = [p_value(model, sampling, *pair) for pair in zip(PROMPTS, of_prompts, strict=True)]
-        assert min(values) > 0.01, sampling
+VOCABULARY = DraftVocabulary(np.array([0, 2, 3, 5, 8, 9]))
+# Of none and lookups, and of two exits: each of these drafts in a part of the texts.
+COSTS = ((1.0, 1.05), (np.inf, 1.9), (np.inf, 1.9))
+LOOKUPS = ((1.0, 0.8),)
 
 
 @pytest.mark.parametrize(
     "strategy",
-    [SelfSpeculative(1, 2), Adaptive(lengths=(0, 2), seconds=LOOKUPS)],
-    ids=["self_speculative", "lookup"],
+    [
+        SelfSpeculative(1, 2),
+        Adaptive(lengths=(0, 2), seconds=LOOKUPS),
+        *long(
+            Autoregressive(),
+            SelfSpeculative(2, 2, VOCABULARY, draft_confidence=0.3),
+            Adaptive((1, 2), VOCABULARY, lengths=(0, 2), seconds=COSTS),
+        ),
+    ],
+    ids=["self_speculative", "lookup", "autoregressive", "vocabulary_and_confidence", "auto"],
 )
 def test_texts_have_the_models_distribution(small, strategy):
-    """Chi-square over 20,480 texts of each setting, drafted, accepted or replaced.
-    tests/long/test_distributions.py has the other strategies."""
-    assert_distribution(small, strategy)
+    """Chi-square over 20,480 texts of each setting: the first token is the prefill's, the others
+    come from two rounds, drafted, accepted or replaced."""
+    found = texts(small, strategy)
+    for sampling, of_prompts in zip(SETTINGS, found, strict=True):
+        values = [p_value(small, sampling, *pair) for pair in zip(PROMPTS, of_prompts, strict=True)]
+        assert min(values) > 0.01, sampling
 
 
 def accept_always(logits_BTV, draft):
@@ -234,15 +238,29 @@ def accept_always(logits_BTV, draft):
     return jnp.where(draft.exists_BT, draft.tokens_BT, drafts_BT), draft.count_B
 
 
-def assert_another_distribution(model, rule) -> None:
-    """Else the tests of distributions would say nothing."""
-    (found,) = texts(model, SelfSpeculative(1, 2, accept=rule), FILTERS[:1])
-    values = [p_value(model, FILTERS[0], *pair) for pair in zip(PROMPTS, found, strict=True)]
+def resample_from_the_target(logits_BTV, draft):
+    """Replaces a refused draft by a token from p instead of max(0, p - q)."""
+    tokens_BT, accepted_B = accept_block(logits_BTV, draft)
+    p_BTV = jnp.exp(draft.state.draws.log_probs(logits_BTV))
+    p_BV = jnp.take_along_axis(p_BTV, accepted_B[:, None, None], axis=1)[:, 0]
+    token_B = draft.state.draws.token(p_BV, draft.state.length_B + accepted_B, Purpose.TOKEN)
+    place_BT = jnp.arange(tokens_BT.shape[1]) == accepted_B[:, None]
+    return jnp.where(place_BT, token_B[:, None], tokens_BT), accepted_B
+
+
+def another_temperature(logits_BTV, draft):
+    """The ratio takes other probabilities than those that the draft was drawn from."""
+    wrong = jax.nn.log_softmax(draft.log_q_BTN / 2)
+    return accept_block(logits_BTV, dataclasses.replace(draft, log_q_BTN=wrong))
+
+
+@pytest.mark.parametrize(
+    "rule", [accept_always, *long(resample_from_the_target, another_temperature)]
+)
+def test_a_broken_rule_is_found(small, rule):
+    (found,) = texts(small, SelfSpeculative(1, 2, accept=rule), FILTERS[:1])
+    values = [p_value(small, FILTERS[0], *pair) for pair in zip(PROMPTS, found, strict=True)]
     assert max(values) < 1e-4
-
-
-def test_a_rule_that_accepts_all_is_found(small):
-    assert_another_distribution(small, accept_always)
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import pytest
 
 from lsjax.decoding.engine import Engine
 from lsjax.decoding.request import Request
+from tests.marks import long
 
 PROMPTS = [[7], [1, 2, 3], list(range(40, 60)), [104, 105] * 8]
 NEW = 24
@@ -28,10 +29,15 @@ def cut(request: Request, whole: list[int]) -> tuple[str, list[int], str]:
 
 
 @pytest.fixture(scope="module")
-def cases(model, tokenizer):
+def single(model, tokenizer):
+    return Engine(model, tokenizer)
+
+
+@pytest.fixture(scope="module")
+def cases(single):
     """Requests with no stop, one, several, of one kind or both, which the texts hold or do not; and
     where each is to be cut."""
-    wholes = Engine(model, tokenizer).generate(PROMPTS, max_new_tokens=NEW)
+    wholes = single.generate(PROMPTS, max_new_tokens=NEW)
     found = []
     for seed in range(24):
         random = np.random.default_rng(seed)
@@ -50,8 +56,12 @@ def cases(model, tokenizer):
     return [*found, (none, cut(none, wholes[0].token_ids))]
 
 
-def test_every_strategy_cuts_at_the_same_place(model, tokenizer, cases, strategy):
-    engine = Engine(model, tokenizer, strategy, batch_size=4)
+@pytest.mark.parametrize("batch_size", [4, *long(1)])
+def test_every_strategy_cuts_at_the_same_place(
+    model, tokenizer, single, cases, strategy, batch_size
+):
+    engine = single if batch_size == 1 else Engine(model, tokenizer, batch_size=batch_size)
+    engine.use(strategy)
     found = engine.generate([request for request, _ in cases])
     for (request, expected), c in zip(cases, found, strict=True):
         assert (c.text, c.token_ids, c.finish_reason) == expected, request

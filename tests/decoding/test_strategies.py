@@ -14,6 +14,7 @@ from lsjax.decoding.self_speculative import SelfSpeculative, sharing_programs
 from lsjax.decoding.strategy import Autoregressive, EarlyExit
 from lsjax.evaluation.comparison import identity_tail
 from lsjax.model.llama import stacked
+from tests.marks import long
 
 PROMPTS = [[7], [1, 2, 3], list(range(40, 60)), [200, 100] * 17]
 NEW = 24
@@ -77,7 +78,7 @@ def test_autoregressive_equals_the_full_forward(model, expected):
         assert_same_tokens(model, prompt, best[len(prompt) - 1 : -1].tolist(), new)
 
 
-@pytest.mark.parametrize("exit_layer", [1, 3])
+@pytest.mark.parametrize("exit_layer", [1, *long(2, 3, 4)])
 def test_early_exit_equals_the_truncated_forward(model, tokenizer, exit_layer):
     found = tokens(model, tokenizer, EarlyExit(exit_layer), PROMPTS[:2])
     for prompt, new in zip(PROMPTS, found, strict=False):
@@ -86,15 +87,18 @@ def test_early_exit_equals_the_truncated_forward(model, tokenizer, exit_layer):
         assert (logits[len(prompt) - 1 : -1].max(-1) - chosen < MARGIN).all()
 
 
-@pytest.mark.parametrize("exit_layer, drafts", [(2, 1), (1, 4), (3, 8)])
+@pytest.mark.parametrize(
+    "exit_layer, drafts",
+    [(2, 1), (1, 4), (3, 8), *long(*((2, drafts) for drafts in range(2, 9)), (1, 1), (3, 3))],
+)
 def test_self_speculation_is_lossless(model, engine, expected, exit_layer, drafts):
-    """Each prompt gives what it gives alone. One program for all exits and lengths is below."""
+    """Each prompt gives what it gives alone."""
     found = complete(engine, SelfSpeculative(exit_layer, drafts))
     for prompt, one, other in zip(PROMPTS, expected, found, strict=True):
         assert_same_tokens(model, prompt, one, other.token_ids)
 
 
-@pytest.mark.parametrize("strategy", [Autoregressive(), SelfSpeculative(1, 4)])
+@pytest.mark.parametrize("strategy", [SelfSpeculative(1, 4), *long(Autoregressive(), EarlyExit(4))])
 def test_stacked_layers_give_the_same_tokens(model, tokenizer, expected, strategy):
     """The form of training: its layers are separated inside the programs."""
     found = tokens(stacked(model), tokenizer, strategy, PROMPTS, batch_size=4)
@@ -172,7 +176,7 @@ def test_a_draft_ends_where_the_exit_is_unsure(model, engine, expected, confiden
     assert ends > 0
 
 
-@pytest.mark.parametrize("size", [1, 257])
+@pytest.mark.parametrize("size", [257, *long(1, 50)])
 def test_a_draft_vocabulary_is_lossless(model, engine, expected, size):
     """The draft proposes no other tokens, and the text is the same."""
     vocabulary = DraftVocabulary(np.arange(258 - size, 258))

@@ -12,6 +12,7 @@ from lsjax.config import ConfigError, LlamaConfig
 from lsjax.evaluation import exits
 from lsjax.evaluation.exits import ExitScores, score_exits
 from lsjax.sharding import chunk_steps
+from tests.marks import long
 
 LENGTHS = ((9, 7), (16,))  # of the documents in each row
 
@@ -71,7 +72,7 @@ def plain_scores(model, batch) -> ExitScores:
     )
 
 
-@pytest.mark.parametrize("chunk_logits", [2 * 37, 2 * 37 * 5, 2**23])
+@pytest.mark.parametrize("chunk_logits", [2 * 37, *long(2 * 37 * 5, 2**23)])
 def test_scores_are_those_of_the_documents_one_by_one(model, batch, chunk_logits, monkeypatch):
     monkeypatch.setattr(exits, "CHUNK_LOGITS", chunk_logits)
     jax.clear_caches()

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from lsjax import Engine, load
-from lsjax.data.tokenizer import Tokenizer
 from lsjax.decoding.self_speculative import SelfSpeculative, sharing_programs
 from lsjax.decoding.strategy import Autoregressive
 from lsjax.model.cache import KVCache
+from tests.marks import long
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 PROMPT = 8
@@ -43,18 +43,13 @@ def test_cached_logits_are_those_of_transformers_past_the_window(name):
     np.testing.assert_allclose(logits, expected, atol=2e-4)
 
 
-def assert_lossless(name: str, tokenizer: Tokenizer) -> None:
-    """At every exit."""
+@pytest.mark.parametrize("name", ["olmo3", *long("mistral", "qwen2", "qwen3", "smollm3", "olmo2")])
+def test_self_speculation_is_lossless_at_every_exit(name, small_tokenizer):
     golden, model = np.load(GOLDEN / name / "golden.npz"), load(GOLDEN / name)
     drafting = [SelfSpeculative(exit_layer, 3) for exit_layer in range(1, model.config.num_layers)]
-    engine, prompts = Engine(model, tokenizer), golden["greedy"][:, :PROMPT].tolist()
+    engine, prompts = Engine(model, small_tokenizer), golden["greedy"][:, :PROMPT].tolist()
     for strategy in (Autoregressive(), *sharing_programs(drafting)):
         engine.use(strategy)
         found = engine.generate(prompts, max_new_tokens=golden["greedy"].shape[1] - PROMPT)
         for completion, expected in zip(found, golden["greedy"], strict=True):
             assert list(completion.token_ids) == expected[PROMPT:].tolist()
-
-
-def test_self_speculation_is_lossless(small_tokenizer):
-    """Windows in some layers, norms behind them. tests/long/test_families.py has the others."""
-    assert_lossless("olmo3", small_tokenizer)

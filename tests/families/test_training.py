@@ -12,11 +12,13 @@ from lsjax.config import EarlyExitConfig, LayerDropoutConfig, StepConfig
 from lsjax.model.cache import KVCache
 from lsjax.model.llama import stacked, unstacked
 from lsjax.training.loss import objective
+from tests.marks import long
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 
 
-def assert_same_gradients(name: str) -> None:
+@pytest.mark.parametrize("name", ["olmo3", *long("mistral", "qwen2", "qwen3", "smollm3", "olmo2")])
+def test_gradients_are_those_of_separate_layers(name):
     """Stacked layers of several kinds are a scan over periods; here with packed rows and remat."""
     model, rng = load(GOLDEN / name), np.random.default_rng(0)
     layers, shape = model.config.num_layers, (3, 20)
@@ -48,12 +50,7 @@ def assert_same_gradients(name: str) -> None:
     assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(results[0]))
 
 
-def test_gradients_are_those_of_separate_layers():
-    """Two kinds of layers. tests/long/test_families.py has the other families."""
-    assert_same_gradients("olmo3")
-
-
-@pytest.mark.parametrize("skip", ["mask", "gather", "batch"])
+@pytest.mark.parametrize("skip", ["mask", "gather", *long("batch")])
 def test_a_dropped_layer_is_the_same_in_every_form(skip):
     """Layers 1 and 3, of two kinds, never run."""
     model = load(GOLDEN / "olmo3")

@@ -12,6 +12,7 @@ from lsjax.config import ConfigError
 from lsjax.model import attention as module
 from lsjax.model import flash
 from lsjax.model.attention import self_attention
+from tests.marks import long
 
 B, T, N, K, H = 2, 200, 4, 2, 16  # no whole number of blocks
 # Two documents and padding; three documents.
@@ -71,9 +72,9 @@ def test_splash_is_the_same_attention_gradients_too(splash, kernel):
         assert np.abs(found - wanted).max() > 0.1
 
 
-@pytest.mark.parametrize("window", [1, 40, 129])
+@pytest.mark.parametrize("window", [40, *long(1, 129)])
 @pytest.mark.parametrize("kernel", ["splash", "xla"])
-@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("packed", [True, *long(False)])
 def test_a_window_hides_what_lies_before_it(kernel, window, packed):
     q, k, v, dy = arrays()
     segments = SEGMENTS if packed else None

@@ -9,6 +9,7 @@ import pytest
 
 from lsjax.model.attention import self_attention
 from lsjax.model.flash import OWN, _first, _last, flash_attention
+from tests.marks import long
 
 T = 3 * OWN
 # Documents that begin within blocks and fill some, of one token too, and padding; two halves.
@@ -32,7 +33,7 @@ def with_gradients(attend, q, k, v, segments, dy):
 xla = partial(self_attention, kernel="xla")
 
 
-@pytest.mark.parametrize("heads, kv_heads, size", [(6, 2, 64), (2, 2, 128), (3, 1, 16)])
+@pytest.mark.parametrize("heads, kv_heads, size", [(6, 2, 64), *long((2, 2, 128), (3, 1, 16))])
 def test_values_and_gradients(heads, kv_heads, size):
     q, k, v, dy = arrays(heads, kv_heads, size)
     found = with_gradients(flash_attention, q, k, v, SEGMENTS, dy)
@@ -43,7 +44,7 @@ def test_values_and_gradients(heads, kv_heads, size):
         assert np.abs(one - without).max() > 0.1
 
 
-@pytest.mark.parametrize("window", [1, 50, OWN + 3])
+@pytest.mark.parametrize("window", [50, *long(1, OWN + 3)])
 def test_a_window_hides_what_lies_before_it(window):
     q, k, v, dy = arrays(4, 2, 16)
     found = with_gradients(partial(flash_attention, window=window), q, k, v, SEGMENTS, dy)
@@ -52,7 +53,7 @@ def test_a_window_hides_what_lies_before_it(window):
         np.testing.assert_allclose(one, other, atol=2e-5)
 
 
-@pytest.mark.parametrize("size", [64, 128])
+@pytest.mark.parametrize("size", [64, *long(128)])
 def test_bfloat16_is_about_as_far_from_float32_as_xla(size):
     """By the root of the mean square."""
     q, k, v, dy = arrays(4, 2, size, jnp.bfloat16)

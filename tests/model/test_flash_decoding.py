@@ -13,6 +13,7 @@ from lsjax.model.attention import cached_attention
 from lsjax.model.cache import KVCache, write
 from lsjax.model.flash_decoding import BLOCK, MOST_STEPS, fits, flash_decoding
 from lsjax.model.llama import Llama
+from tests.marks import long
 
 # Heads, K/V heads, head size, slots, new tokens, and where they begin in each row.
 CASES = {
@@ -22,6 +23,9 @@ CASES = {
     "the end of the cache": (2, 2, 128, 128, 9, [119, 7]),
     "more parts than blocks in use": (8, 8, 16, 1088, MOST_STEPS, [70]),
 }
+
+SHORT = ("rows of all lengths", "the end of the cache")
+SOME = [*SHORT[:1], *long(*(name for name in CASES if name not in SHORT[:1]))]
 
 
 def arrays(name, dtype):
@@ -40,7 +44,7 @@ def plain(q, k, v, keys, values, start_B, window=None):
     return cached_attention(q, keys, values, positions_BT, window), keys, values
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [*SHORT, *long(*(name for name in CASES if name not in SHORT))])
 def test_attention_and_cache(name):
     given = arrays(name, jnp.float32)
     assert fits(given[0], given[3])
@@ -50,15 +54,15 @@ def test_attention_and_cache(name):
         np.testing.assert_array_equal(one, other)
 
 
-@pytest.mark.parametrize("window", [3, 130])
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("window", [3, *long(130)])
+@pytest.mark.parametrize("name", SOME)
 def test_a_window_hides_what_lies_before_it(name, window):
     given = arrays(name, jnp.float32)
     mixed, expected = (f(*given, window=window)[0] for f in (flash_decoding, plain))
     np.testing.assert_allclose(mixed, expected, rtol=2e-5, atol=2e-6)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", SOME)
 def test_bfloat16_is_as_near_as_plain_products(name):
     given = arrays(name, jnp.bfloat16)
     exact = plain(*(x.astype(jnp.float32) for x in given[:-1]), given[-1])
@@ -105,7 +109,7 @@ def test_shapes_that_fit(change, fit):
     assert fits(q, jnp.zeros((1, 2, sizes["slots"], sizes["size"]))) == fit
 
 
-@pytest.mark.parametrize("platform", ["tpu", "gpu"])
+@pytest.mark.parametrize("platform", ["tpu", *long("gpu")])
 def test_a_model_as_accelerators_run_it(monkeypatch, platform):
     """A prompt, then few tokens at a time, rows of two lengths: the logits of whole sequences."""
     config = LlamaConfig(

@@ -11,6 +11,7 @@ from lsjax.config import ConfigError, LlamaConfig
 from lsjax.model.attention import LARGE, SMALL, attention, cached_attention
 from lsjax.model.cache import MAX_UNROLLED_ROWS, KVCache, write
 from lsjax.model.llama import Llama, cast_matrices, stacked, unstacked
+from tests.marks import long
 
 TOKENS = jax.random.randint(jax.random.key(1), (3, 21), 0, 258)
 
@@ -32,7 +33,7 @@ def cached_exits(model, tokens_BT, sizes, capacity=600):
 
 
 @pytest.mark.parametrize("form", [unstacked, stacked])
-@pytest.mark.parametrize("sizes", [(21,), (5, 1, 1, 1, 6, 7)])
+@pytest.mark.parametrize("sizes", [(21,), *long(((5, 1, 1, 1, 6, 7),))])
 def test_cached_equals_the_whole_forward_at_every_exit(model, sizes, form):
     whole = jax.jit(lambda model: model.exits(TOKENS))(model)
     found = jax.jit(lambda model: cached_exits(model, TOKENS, sizes))(form(model))

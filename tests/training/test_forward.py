@@ -16,6 +16,7 @@ from lsjax.model.operations import rope_angles
 from lsjax.training.forward import layer_runner
 from lsjax.training.layer_dropout import keep_mask
 from lsjax.training.loss import objective
+from tests.marks import long
 
 EXITS = EarlyExitConfig(curriculum="rotational", rotation=2, e_scale=0.5)
 PLAIN = StepConfig(num_steps=8, early_exit=EXITS)
@@ -33,7 +34,7 @@ def assert_close(found, expected, atol=1e-12):
     jax.tree.map(partial(np.testing.assert_allclose, atol=atol), found, expected)
 
 
-@pytest.mark.parametrize("skip", ["mask", "gather", "batch"])
+@pytest.mark.parametrize("skip", ["gather", *long("mask", "batch")])
 def test_rate_zero_is_no_dropout_bit_for_bit(small, packed, evaluate, skip):
     """Here with masks, all of which keep."""
     dropout = LayerDropoutConfig(p_max=0.5, distribution="uniform", layers=(), skip=skip)
@@ -45,11 +46,9 @@ def test_rate_zero_is_no_dropout_bit_for_bit(small, packed, evaluate, skip):
 @pytest.mark.parametrize(
     "changes",
     [
-        dict(),
-        dict(skip="batch"),
-        dict(skip="gather"),
-        dict(skip="gather", rescale=True),
         dict(rescale=True),
+        dict(skip="gather", rescale=True),
+        *long(dict(), dict(skip="batch"), dict(skip="gather")),
     ],
 )
 def test_rate_one_is_the_model_without_the_layer(wide, packed, evaluate, changes):
@@ -70,7 +69,7 @@ def test_rate_one_is_the_model_without_the_layer(wide, packed, evaluate, changes
     assert_close(jax.tree.leaves(kept), jax.tree.leaves(expected_gradients.layers))
 
 
-@pytest.mark.parametrize("rescale", [False, True])
+@pytest.mark.parametrize("rescale", [True, *long(False)])
 def test_each_row_goes_without_the_layers_of_its_mask(wide, packed, evaluate, rescale):
     """Against a loop over rows and layers."""
     config = StepConfig(
@@ -117,13 +116,14 @@ def test_segments_never_see_one_another(small, packed):
         np.testing.assert_array_equal(reached, expected)
 
 
-@pytest.mark.parametrize("remat", ["nothing_saveable", "dots_with_no_batch_dims_saveable"])
+@pytest.mark.parametrize("remat", ["nothing_saveable", *long("dots_with_no_batch_dims_saveable")])
 def test_remat_changes_nothing(wide, packed, evaluate, remat):
     plain = dropping(p_max=0.4, distribution="uniform")
     again = dataclasses.replace(plain, remat=remat)
     assert_close(evaluate(again, wide, packed, 1), evaluate(plain, wide, packed, 1))
 
 
+@pytest.mark.long
 def test_the_kernel_of_attention_changes_nothing(small, packed, evaluate):
     """Where it is wrapped most: gathered rows, in branches, with what it gives saved by name."""
     batch = {name: array[:2] for name, array in packed.items()}

@@ -143,6 +143,7 @@ def test_the_loss_of_each_exit_reaches_the_adapters_below_it(finetuned):
             assert (of_exit_L[exit_layer:] < 1e-7).all()
 
 
+@pytest.mark.long
 def test_rows_that_skip_layers_and_micro_batches(base):
     """Against the same masks on all rows at once."""
     dropout = LayerDropoutConfig(p_max=0.8, distribution="linear", skip="gather")
@@ -193,6 +194,7 @@ def test_of_a_matrix_and_its_adapter_one_result_is_kept(finetuned, base, remat):
     assert kept(finetuned.model) == kept(base) + Counter(rank)
 
 
+@pytest.mark.long
 def test_no_gradient_of_the_base_is_computed(base):
     """A third less of the products with matrices, the table included; attention stays."""
 

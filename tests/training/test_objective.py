@@ -10,6 +10,7 @@ import pytest
 from lsjax.config import EarlyExitConfig, LayerDropoutConfig, StepConfig
 from lsjax.training.early_exit import loss_weights
 from lsjax.training.loss import loss_positions, objective
+from tests.marks import long
 
 
 @jax.jit
@@ -47,7 +48,7 @@ CURRICULA = {
 }
 
 
-@pytest.mark.parametrize("name", CURRICULA)
+@pytest.mark.parametrize("name", ["rotational", "gradual", "final", *long("none", "all", "subset")])
 def test_loss_is_the_weighted_sum_over_the_exits_that_are_on(wide, packed, evaluate, name):
     """In every phase; gradients reach every layer."""
     exits = CURRICULA[name]

@@ -55,6 +55,7 @@ def lowered(config, state, batch):
     ).lower(state, batch)
 
 
+@pytest.mark.long
 def test_gradients_are_those_of_float32(state, batch):
     exact, found = (
         named_leaves(

@@ -5,6 +5,7 @@ import pytest
 
 from lsjax.config import ProfileConfig
 from lsjax.training.profiling import traced
+from tests.marks import long
 
 
 @pytest.fixture
@@ -52,15 +53,17 @@ def test_only_the_last_step_of_a_trace_is_waited_for(fields, tmp_path, monkeypat
 @pytest.mark.parametrize(
     "options, numbers",
     [
-        (dict(), [4, 5]),
-        (dict(first=4), [5]),  # resumed within the trace
         (dict(first=5), None),
         (dict(last=3), None),
-        (dict(last=4), [4]),  # the run ends within it
         (dict(last=4, error=OSError()), [4]),
         (dict(steps=0), None),
         (dict(process=1), None),
-        (dict(process=1, all_processes=True), [4, 5]),
+        *long(
+            (dict(), [4, 5]),
+            (dict(first=4), [5]),  # resumed within the trace
+            (dict(last=4), [4]),  # the run ends within it
+            (dict(process=1, all_processes=True), [4, 5]),
+        ),
     ],
 )
 def test_steps_of_a_trace(steps_of, options, numbers):

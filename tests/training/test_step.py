@@ -20,6 +20,7 @@ from lsjax.config import (
 from lsjax.model.llama import Llama, unstacked
 from lsjax.training.early_exit import cross_entropy
 from lsjax.training.step import decays, init_state, learning_rates, make_train_step
+from tests.marks import long
 
 CONFIG = StepConfig(
     num_steps=20,
@@ -81,7 +82,7 @@ def test_norms_and_biases_do_not_decay(small):
         assert decayed == ("norm" not in jax.tree_util.keystr(path))
 
 
-@pytest.mark.parametrize("parts", [2, 4])
+@pytest.mark.parametrize("parts", [2, *long(4)])
 def test_accumulation_is_the_step_of_the_whole_batch(wide, packed, step_of, parts):
     """Rows with 7, 6, 0 and 7 labels."""
     whole = step_of(CONFIG)(init_state(CONFIG, copied(wide)), packed)
