@@ -36,7 +36,8 @@ SHORT = (
     "--xla_cpu_use_fusion_emitters=false",
     "--xla_cpu_parallel_codegen_split_count=1",
 )
-os.environ["XLA_FLAGS"] = f"{known_flags(SHORT)} {os.environ.get('XLA_FLAGS', '')}"
+if "PYTEST_XDIST_WORKER" not in os.environ:  # which inherits them; they are in the cache's keys
+    os.environ["XLA_FLAGS"] = f"{known_flags(SHORT)} {os.environ.get('XLA_FLAGS', '')}"
 
 import jax
 import jaxtyping

@@ -60,6 +60,7 @@ def test_a_drop_schedule(tmp_path):
         assert abs(exit_losses[0] - exit_losses[-1]) > 1e-4
 
 
+@pytest.mark.long
 def test_an_exit_loss(tmp_path):
     """Half of the metric of each target, at the first step of equal runs."""
     config = dataclasses.replace(CONFIG, layer_dropout=LayerDropoutConfig())

@@ -161,6 +161,7 @@ def test_data_and_tokenizer_may_move_but_not_change(config, finished, tmp_path, 
     assert last_arrays(cut) == last_arrays(finished)
 
 
+@pytest.mark.long
 def test_validation_data_may_not_change(config, tmp_path, capsys):
     (text,) = config.parent.glob("*.txt")
     own = tmp_path / "own.txt"
@@ -235,6 +236,7 @@ def test_a_second_trainer_is_refused_and_changes_nothing(config, finished, tmp_p
     assert not (workdir / LOCK).exists()
 
 
+@pytest.mark.long
 def test_one_seed_repeats_and_two_differ(config, finished, tmp_path):
     assert launch(config, tmp_path / "again") == 0
     assert launch(config, tmp_path / "other", "--seed", "1") == 0
@@ -244,9 +246,7 @@ def test_one_seed_repeats_and_two_differ(config, finished, tmp_path):
     assert first["loss"] != other["loss"]
 
 
-def test_a_run_is_a_model_for_decode_and_for_other_runs(
-    config, finished, tmp_path, capsys, monkeypatch
-):
+def test_a_run_is_a_model_for_decode(finished, tmp_path, monkeypatch):
     model, tokenizer = lsjax.load(finished), lsjax.load_tokenizer(finished)
     assert tokenizer.decode(tokenizer.encode("12 34")) == "12 34"
     arguments = ["--model", str(finished), "--prompt", "1", "--max-new-tokens", "8", "--json"]
@@ -261,7 +261,11 @@ def test_a_run_is_a_model_for_decode_and_for_other_runs(
     monkeypatch.chdir(finished.parent)
     again = lsjax.load(finished.name)  # a path relative to the working directory
     assert jax.tree.all(jax.tree.map(jnp.array_equal, again, model))
-    capsys.readouterr()
+
+
+@pytest.mark.long
+def test_a_run_begins_with_the_weights_of_another(config, finished, tmp_path):
+    model = lsjax.load(finished)
     flags = ["--init-from", str(finished), "--num-steps", "1", "--optimizer.learning-rate", "0"]
     for name, adapters in (("finetuned", []), ("adapted", ["--lora.rank", "2"])):
         workdir = tmp_path / name
@@ -270,6 +274,7 @@ def test_a_run_is_a_model_for_decode_and_for_other_runs(
         assert all((a == b).all() for a, b in zip(*leaves, strict=True))
 
 
+@pytest.mark.long
 def test_adapters_go_on_and_the_export_decodes_as_the_run(config, finished, tmp_path, capsys):
     """Bit for bit, beside weights that never change; through the programs."""
     flags = ["--init-from", str(finished), "--lora.rank", "2", "--num-steps", "4"]
@@ -388,6 +393,7 @@ def test_a_tracker_that_does_not_start(config, tmp_path, capsys, monkeypatch):
     assert capsys.readouterr().err.startswith(words)
 
 
+@pytest.mark.long
 def test_traces_of_a_run_and_of_decoding(config, finished, tmp_path):
     """Their steps and named scopes; a run that resumes within its trace writes the rest. Neither
     the trace nor the scopes change a result."""
@@ -456,6 +462,7 @@ def test_a_configuration_file_with_a_value_of_another_type(config, tmp_path):
         read_config_file(file)
 
 
+@pytest.mark.long
 def test_a_run_without_a_saved_step_begins_with_the_model_that_is_given(
     config, finished, tmp_path, capsys
 ):

@@ -18,7 +18,7 @@ from lsjax.checkpoints import load, open_checkpoint
 from lsjax.checkpoints.families import NEUTRAL
 from lsjax.checkpoints.huggingface import GenerationDefaults, read_generation_defaults, save
 from lsjax.checkpoints.tensors import CheckpointError
-from lsjax.config import LlamaConfig
+from lsjax.config import LlamaConfig, RopeScaling
 from lsjax.model.llama import Llama, stacked
 
 GOLDEN = Path(__file__).parents[1] / "golden"

@@ -73,6 +73,7 @@ def test_of_a_trained_model_drafts_are_rejected_too(cells):
     assert sure["ideal"] > row["ideal"]
 
 
+@pytest.mark.long
 def test_sampled_drafts_are_accepted_as_often_as_the_distributions_agree(cells, capsys):
     options = ("--identity-tail", 2, "--exit-layers", 2, "--num-draft-tokens", 3)
     found = cells(*options, "--temperature", 1.5)
@@ -220,6 +221,7 @@ def test_a_killed_run_resumes(model_directory, tmp_path, monkeypatch, capsys):
     assert "new_tokens was 16 and is now 13" in capsys.readouterr().err
 
 
+@pytest.mark.long
 def test_every_size_of_the_cache_is_warmed_up(model_directory, tmp_path, monkeypatch):
     """Before anything is timed: programs that have run before are faster."""
     prompts, order = tmp_path / "prompts.jsonl", []

@@ -21,6 +21,7 @@ from lsjax.decoding.engine import Engine
 from lsjax.decoding.self_speculative import SelfSpeculative
 from lsjax.decoding.strategy import Autoregressive
 from lsjax.terminal import CONTROLS, visible
+from tests.marks import long
 
 ROOT = Path(__file__).parents[2]
 NEW = 24
@@ -443,7 +444,9 @@ def test_as_a_script(model_directory, expected):
     assert line["token_ids"] == expected.token_ids
 
 
-@pytest.mark.parametrize("options", [PLAIN, SELF], ids=["autoregressive", "self_speculative"])
+@pytest.mark.parametrize(
+    "options", [SELF, *long(PLAIN)], ids=["self_speculative", "autoregressive"]
+)
 def test_samples(run, tmp_path, options):
     """Two texts for each of two prompts, seeds in a row; one seed repeats, alone and in a batch."""
     file = tmp_path / "prompts.jsonl"

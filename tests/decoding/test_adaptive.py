@@ -31,7 +31,6 @@ from lsjax.decoding.sampling import Sampling
 from lsjax.decoding.self_speculative import SelfSpeculative
 from lsjax.decoding.state import DecodeState
 from lsjax.decoding.strategy import Autoregressive
-from tests.marks import long
 
 LENGTHS, EXITS = (0, 2, 5), (1, 2, 3)
 SAME = ((1.0,) * 3, *[(math.inf, 1.0, 1.0)] * 3)
@@ -122,7 +121,8 @@ def test_a_model_without_exits_looks_drafts_up(engine, expected):
     assert max(one.tokens_per_round for one in repeats) > 1.5
 
 
-@pytest.mark.parametrize("strategy", [LOOKUPS, *long(adaptive())])
+@pytest.mark.long
+@pytest.mark.parametrize("strategy", [LOOKUPS, adaptive()])
 def test_texts_of_a_seed_repeat(engine, strategy):
     """Whatever was decoded before."""
     options = dict(sampling=Sampling(temperature=0.8, seed=4))
@@ -371,6 +371,7 @@ def test_slow_phases_of_the_machine_do_not_count():
     np.testing.assert_allclose(cost.typical(found), true)
 
 
+@pytest.mark.long
 def test_each_size_of_the_cache_has_its_own_seconds(model, tokenizer, monkeypatch):
     """All are known before the text begins. A small cache makes lookups slow here, a large one
     makes them fast."""

@@ -2,6 +2,7 @@
 
 import heapq
 import logging
+from functools import cache
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from lsjax.decoding.request import Request
 from lsjax.decoding.sampling import GREEDY, Sampling
 from lsjax.decoding.self_speculative import SelfSpeculative
 from lsjax.decoding.strategy import Autoregressive, EarlyExit
+from tests.marks import long
 
 STRATEGIES = [
     Autoregressive(),
@@ -45,20 +47,21 @@ REQUESTS = [
 
 @pytest.fixture(scope="module")
 def together(shallow, tokenizer):
-    """Completions of all requests in batches of four, by strategy."""
-    engine, found = Engine(shallow, tokenizer, batch_size=4), {}
-    for name, strategy in zip(NAMES, STRATEGIES, strict=True):
-        engine.use(strategy)
-        found[name] = engine.generate(REQUESTS)
-    return found
+    """Completions of all requests in batches of four, by the name of the strategy."""
+
+    def complete(name: str):
+        strategy = STRATEGIES[NAMES.index(name)]
+        return Engine(shallow, tokenizer, strategy, batch_size=4).generate(REQUESTS)
+
+    return cache(complete)
 
 
-@pytest.mark.parametrize("name", ["autoregressive", "draft_vocabulary"])
+@pytest.mark.parametrize("name", ["autoregressive", *long("draft_vocabulary")])
 def test_more_requests_than_rows(shallow, tokenizer, together, name):
     """A request gives what it gives with nobody beside it, greedy or sampled."""
     engine = Engine(shallow, tokenizer, STRATEGIES[NAMES.index(name)])
     found = engine.generate(REQUESTS)
-    for alone, beside in zip(found, together[name], strict=True):
+    for alone, beside in zip(found, together(name), strict=True):
         same = ("token_ids", "text", "finish_reason", "seed", "rounds", "drafted", "accepted")
         assert [getattr(alone, key) for key in same] == [getattr(beside, key) for key in same]
     assert found[1].token_ids != found[3].token_ids, "two seeds, one text"
@@ -66,21 +69,22 @@ def test_more_requests_than_rows(shallow, tokenizer, together, name):
     assert own.token_ids == found[1].token_ids
 
 
+@pytest.mark.long
 def test_strategies_agree_where_nothing_is_drawn(together):
     for index, request in enumerate(REQUESTS):
         if request.sampling == GREEDY:
-            ids = [together[name][index].token_ids for name in NAMES if name != "early_exit"]
+            ids = [together(name)[index].token_ids for name in NAMES if name != "early_exit"]
             assert ids == ids[:1] * 2
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ["autoregressive", "early_exit", *long("draft_vocabulary")])
 def test_log_probs_are_those_of_the_plain_forward(shallow, together, name):
     """The exit gives them for early exit. They ignore temperature, filters and who proposed the
     token."""
     index = 0 if name == "early_exit" else 1
     forward = jax.jit(lambda model, ids: model.unembed(model.exits(ids)[index]))
     accepted = 0
-    for request, completion in zip(REQUESTS, together[name], strict=True):
+    for request, completion in zip(REQUESTS, together(name), strict=True):
         if not request.log_probs:
             assert completion.log_probs is None
             continue

@@ -24,7 +24,7 @@ from tests.decoding.test_penalties import penalised
 from tests.marks import long
 
 V = 12  # a vocabulary so small that every token is drawn often
-ROWS, RUNS = 512, 20  # 10,240 texts of each setting for each of the two prompts
+ROWS, RUNS = 512, 10  # 5,120 texts of each setting for each of the two prompts
 PROMPTS = [(3, 1, 4), (7,)]
 NEW = 3  # tokens that are looked at together
 # Many texts are drawn: some of LLVM's passes, which conftest.py leaves out, are worth their time.
@@ -225,7 +225,7 @@ LOOKUPS = ((1.0, 0.8),)
     ids=["self_speculative", "lookup", "autoregressive", "vocabulary_and_confidence", "auto"],
 )
 def test_texts_have_the_models_distribution(small, strategy):
-    """Chi-square over 20,480 texts of each setting: the first token is the prefill's, the others
+    """Chi-square over 10,240 texts of each setting: the first token is the prefill's, the others
     come from two rounds, drafted, accepted or replaced."""
     found = texts(small, strategy)
     for sampling, of_prompts in zip(SETTINGS, found, strict=True):

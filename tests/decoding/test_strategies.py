@@ -210,7 +210,7 @@ def test_drafts_are_accepted_and_refused(engine):
     assert 0.1 < accepted / sum(c.drafted for c in completions) < 0.9
 
 
-@pytest.mark.parametrize("form", [lambda model: model, stacked], ids=["separate", "stacked"])
+@pytest.mark.parametrize("form", [lambda model: model, *long(stacked)], ids=["separate", "stacked"])
 def test_a_draft_by_the_whole_model_is_always_right(model, tokenizer, expected, form):
     """Layers that add nothing behind the exit: every draft is accepted, nothing is overshot."""
     engine = Engine(form(identity_tail(model, 2)), tokenizer)

@@ -11,7 +11,6 @@ from lsjax.config import LlamaConfig, LoraConfig, StepConfig
 from lsjax.model.llama import Llama, split_matrices, stacked
 from lsjax.model.lora import with_adapters
 from lsjax.training.loss import objective
-from tests.marks import long
 
 SHAPE = LlamaConfig.tiny(num_layers=2, num_kv_heads=2, attention_bias=True, mlp_bias=True)
 TOKENS = jax.random.randint(jax.random.key(1), (2, 9), 0, 250)
@@ -26,7 +25,8 @@ def filled(model: Llama) -> Llama:
     return jax.tree.unflatten(structure, noise)
 
 
-@pytest.mark.parametrize("rank", [3, *long(0)])
+@pytest.mark.long
+@pytest.mark.parametrize("rank", [0, 3])
 def test_the_same_values_and_gradients(rank):
     model = stacked(Llama(SHAPE, rngs=nnx.Rngs(0)))
     model = filled(with_adapters(model, LoraConfig(rank=rank), 0) if rank else model)

@@ -124,6 +124,7 @@ def flat(gradients):
     return np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(gradients)])
 
 
+@pytest.mark.long
 def test_mean_gradient_is_that_of_masks(wide, eight_rows):
     """The furthest number is 2.9 standard errors away; 15 with counts rounded to the
     nearest, which for two rows are 2, 2, 1, 1 and 0 instead of 2, 1.6, 1.2, 0.8 and 0.4."""

@@ -177,6 +177,7 @@ def test_learning_rates(changes, expected):
         np.testing.assert_allclose(schedule(step), rate, rtol=1e-6)
 
 
+@pytest.mark.long
 def test_knobs_reach_the_loss_and_the_masks(wide, packed):
     """A loss and rates of one's own, passed to the step."""
     rates = dataclasses.replace(CONFIG.layer_dropout, p_max=0.4, distribution="uniform")
