@@ -68,7 +68,6 @@ COLUMNS = (
     "remat",
     "GiB a device",
     "of HBM",
-    "at least, s",
     "without overlap, s",
     "sending alone, s",
     "plain FLOPs of peak",
@@ -165,14 +164,13 @@ def row(config: str, report: dict) -> list[str]:
     ]
     exits = f"{training['exit_flops'] / training['plain_flops']:.1%}"
     if train["memory"] is None:
-        return [*layout, "too large", "", "", "", "", "", exits]
+        return [*layout, "too large", "", "", "", "", exits]
     memory = train["memory"]
     utilisation = training["plain_flops"] / training["peak_flops"] / train["serial_seconds"]
     return [
         *layout,
         f"{memory['total'] / 2**30:.1f}",
         f"{memory['total'] / memory['hbm']:.0%}",
-        f"{train['seconds']:.2f}",
         f"{train['serial_seconds']:.2f}",
         f"{train['sent_seconds']:.2f}",
         f"{utilisation:.0%}",

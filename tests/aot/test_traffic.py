@@ -6,6 +6,7 @@ from lsjax.aot.chips import CHIPS
 from lsjax.aot.costs import CostAnalysis
 from lsjax.aot.hlo import parse
 from lsjax.aot.traffic import moved_bytes
+from tests.proofs.traffic import megabytes
 
 TEXT = """\
 HloModule jit_step
@@ -283,6 +284,13 @@ def test_a_layer_by_hand():
     moved = (GATE_UP + 4 * SLOTS) / chip.hbm_bandwidth
     cycles = costs["cycles"] - 15199
     assert costs["serial_seconds"] == pytest.approx(cycles / chip.clock + moved)
+
+
+@pytest.mark.parametrize("text", [TEXT, LAYER], ids=["operations", "layer"])
+def test_a_second_count(text):
+    """By code that shares nothing with the first."""
+    counted = CostAnalysis(parse(text), {"tensor": 4}, {}, CHIPS[0]).program().amounts
+    assert counted["moved_bytes"] == pytest.approx(1e6 * megabytes(text, {}))
 
 
 def test_a_prefetch_belongs_to_its_first_reader():
