@@ -272,8 +272,8 @@ GATE_UP, DOWN, SLOTS = 2 * 4096 * 2 * 2752, 2 * 2752 * 4096, 2 * 8 * 2112 * 128
 def test_a_layer_by_hand():
     """The keys and the values are read once and written once, all weights are read once.
 
-    Without overlap: qkv and down take their own cycles in turn with their bytes, gate_up's product
-    waits for its parts, and the cache's copies delay its updates and follow them.
+    Without overlap, most products take their cycles. That of gate_up waits for its two parts, and
+    each update of the cache for its copies.
     """
     chip = CHIPS[0]
     costs = CostAnalysis(parse(LAYER), {"tensor": 4}, {}, chip).program().amounts
