@@ -84,14 +84,13 @@ def program_reports(
         parts = parse(compiled.as_text())
     reports = []
     for kind, trips in counted:
-        costs = around = ProgramCosts()
+        costs = once = ProgramCosts()
         if parts is not None:
             analysis = CostAnalysis(parts, mesh, trips, chip)
             costs = analysis.program() if kind is None else analysis.loop(ROUNDS)
-            around = analysis.around(ROUNDS)
-        found = {"name": name, "too_large": too_large, "memory": memory, "round": None}
-        if kind is not None:
-            found["round"] = {**kind, "once_per_call": time_figures(around, chip)}
+            once = once if kind is None else analysis.around(ROUNDS)
+        of_round = kind and {**kind, "once_per_call": time_figures(once, chip)}
+        found = {"name": name, "too_large": too_large, "memory": memory, "round": of_round}
         reports.append(found | cost_figures(costs, chip))
     return reports
 
@@ -105,9 +104,9 @@ def memory_figures(found: Callable[[str], int], chip: Chip) -> dict[str, int]:
 
 
 def time_figures(costs: ProgramCosts, chip: Chip) -> dict[str, float]:
-    """Times of one run, alone: of the memory, of the core, of links within slices and between
-    them; and two sums. `seconds` is their longest, and a lower bound: all overlap, and all links
-    are busy. `serial_seconds` is without overlap of core and memory."""
+    """Times of one run: of the memory, the core, and links within slices and between them, each
+    alone. `seconds` is the longest, a lower bound: all overlap, and all links are busy.
+    `serial_seconds` is without overlap of core and memory."""
     within, between = costs.sent_bytes(between=False), costs.sent_bytes(between=True)
     sent = within / chip.link_bandwidth
     sent_between = between / chip.slice_bandwidth if between else 0.0
