@@ -89,7 +89,8 @@ def program_reports(
             analysis = CostAnalysis(parts, mesh, trips, chip)
             costs = analysis.program() if kind is None else analysis.loop(ROUNDS)
             once = once if kind is None else analysis.around(ROUNDS)
-        of_round = kind and {**kind, "once_per_call": time_figures(once, chip)}
+        beside = {"once_per_call": time_figures(once, chip)}
+        of_round = None if kind is None else {**kind, **beside}
         found = {"name": name, "too_large": too_large, "memory": memory, "round": of_round}
         reports.append(found | cost_figures(costs, chip))
     return reports
