@@ -437,12 +437,12 @@ FROM_CODE = (
     ),
     Fault(
         "a slice counts in full",
-        "aot/hlo.py",
+        "aot/traffic.py",
         'case "dynamic-slice" | "slice" | "gather" if index == 0:\n'
         "            return user.elements",
         'case "dynamic-slice" | "slice" | "gather" if index == 0:\n'
         "            return user.operands[0].elements",
-        "tests/aot/test_operations.py",
+        "tests/aot/test_traffic.py",
     ),
     Fault(
         "loss averaged over devices",

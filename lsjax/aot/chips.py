@@ -57,10 +57,6 @@ class Chip:
         """Cycles per second at which the matrix units reach the peak."""
         return self.peak_flops / self.flops_per_cycle
 
-    def seconds(self, cycles: float, flops: float, moved: float) -> float:
-        """The least time of an operation with these cycles, FLOPs and bytes."""
-        return max(cycles / self.clock, flops / self.peak_flops, moved / self.hbm_bandwidth)
-
 
 # A GpuTargetConfigProto. Sizes without a figure are those of all cards since Ampere.
 TARGET = """

@@ -1,10 +1,11 @@
 """Costs of one run of a compiled program: time, memory traffic and communication. The body of a
 loop counts once per trip.
 
-An operation takes the longest of its cycles, its FLOPs at the chip's peak, and its bytes at the
-memory's bandwidth. A conditional counts its slowest branch, or the share in `Trips`. The trips of
-a loop are in the program, or are looked up by the loop's name. A loop of unknown length counts once
-and is listed.
+The core takes the longer of an operation's cycles and its FLOPs at the chip's peak. The memory
+takes its bytes at the bandwidth. Both may overlap. Without overlap, an operation takes the longer
+of the two, and a prefetch belongs to the operation that reads it first. A conditional counts its
+slowest branch, or the share in `Trips`. The trips of a loop are in the program, or are looked up by
+the loop's name. A loop of unknown length counts once and is listed.
 """
 
 import math
@@ -18,12 +19,12 @@ from typing import NamedTuple
 import numpy as np
 
 from lsjax.aot.chips import Chip
-from lsjax.aot.hlo import COLLECTIVES, Computation, Instruction, moved_bytes, operation_flops, runs
+from lsjax.aot.hlo import COLLECTIVES, Computation, Instruction, operation_flops, runs
+from lsjax.aot.traffic import is_prefetch, moved_bytes, prefetched
 
 # Regular expression for the op_name of a loop -> its trips, or of a conditional -> the share of
 # runs that take the slowest branch. The first match counts.
 Trips = Mapping[str, float]
-AMOUNTS = ("compute_seconds", "cycles", "flops", "moved_bytes", "operations")
 # The outermost axis of a mesh that covers several slices.
 SLICES = "slices"
 
@@ -44,9 +45,9 @@ class Collective(NamedTuple):
 class ProgramCosts:
     """Costs of one run of a program, or of a part of it.
 
-    amounts: compute_seconds, without overlap; a TPU's cycles; flops of matmuls and attention
-    kernels; moved_bytes, from and to the device's memory; operations (kernels on GPUs). kernels:
-    custom kernels. unknown_loops: names.
+    amounts: core_seconds; serial_seconds, without overlap of core and memory; a TPU's cycles; flops
+    of matmuls and attention kernels; moved_bytes, from and to the device's memory; operations
+    (kernels on GPUs). kernels: custom kernels. unknown_loops: names.
     """
 
     amounts: Counter[str] = field(default_factory=Counter)
@@ -56,6 +57,8 @@ class ProgramCosts:
 
     def add(self, other: "ProgramCosts", times: float = 1) -> None:
         """Adds the costs of a part that runs `times` times."""
+        if times == 0:
+            return
         for name, counts in vars(other).items():
             for key, count in counts.items():
                 getattr(self, name)[key] += times * count
@@ -85,17 +88,29 @@ class CostAnalysis:
         loop = next(one for one in loops if one.op_name.endswith(f"/{scope}/while"))
         return self._all(loop, "condition", "body")
 
+    def around(self, scope: str) -> ProgramCosts:
+        """Costs of one run of the program without that loop."""
+        trips = {**self.trips, rf"/{scope}/while$": 0}
+        return CostAnalysis(self.parts, self.mesh, trips, self.chip).program()
+
     def _computation(self, computation: Computation) -> ProgramCosts:
         if computation.name not in self._known:
             self._known[computation.name] = total = ProgramCosts()
             seen: set[str] = set()
+            unread: dict[Instruction, float] = {}  # bytes of prefetches
             for one in computation.instructions.values():
-                self._add(total, one)
+                if is_prefetch(one):
+                    unread[one] = moved_bytes(one)
+                else:
+                    read = prefetched(one) if runs(one) else ()
+                    self._add(total, one, sum(unread.pop(done, 0.0) for done in read))
                 for collective, count in self._sent(one).items():
                     # A channel that was seen belongs to a part of the same collective.
                     if collective.channel not in seen:
                         seen |= {collective.channel} - {None}
                         total.collectives[collective] += count
+            for moved in unread.values():  # read by another computation
+                self._count(total, moved=moved)
         return self._known[computation.name]
 
     def _all(self, one: Instruction, *roles: str) -> ProgramCosts:
@@ -105,8 +120,18 @@ class CostAnalysis:
             total.add(self._computation(part))
         return total
 
-    def _add(self, total: ProgramCosts, one: Instruction) -> None:
-        """Adds an instruction without its communication. A fusion's figures cover its contents."""
+    def _count(
+        self, total: ProgramCosts, *, cycles: int = 0, flops: float = 0, moved: float = 0
+    ) -> None:
+        """Adds an operation with these cycles, FLOPs and bytes of HBM."""
+        core = max(cycles / self.chip.clock, flops / self.chip.peak_flops)
+        serial = max(core, moved / self.chip.hbm_bandwidth)
+        total.amounts.update(core_seconds=core, serial_seconds=serial)
+        total.amounts.update(cycles=cycles, flops=flops, moved_bytes=moved)
+
+    def _add(self, total: ProgramCosts, one: Instruction, fetched: float) -> None:
+        """Adds an instruction without its communication. A fusion's figures cover its contents.
+        fetched: bytes of the prefetches that it is the first to read."""
         # Trips of a loop, or the share of the slowest branch.
         named = (n for name, n in self.trips.items() if re.search(name, one.op_name))
         match one.opcode:
@@ -118,7 +143,7 @@ class CostAnalysis:
                 total.add(self._all(one, "condition", "body"), 1 if times is None else times)
             case "conditional":
                 branches = [self._computation(part) for part in chain(*one.called.values())]
-                branches.sort(key=lambda b: (b.amounts["compute_seconds"], b.amounts["cycles"]))
+                branches.sort(key=lambda b: (b.amounts["serial_seconds"], b.amounts["cycles"]))
                 share = next(named, 1)
                 total.add(branches[-1], share)
                 if share < 1:
@@ -127,10 +152,9 @@ class CostAnalysis:
                 total.add(self._all(one, "calls", "to_apply"))
             case _:
                 cycles = int(one.attribute(r'"estimated_cycles":"(\d+)"') or 0)  # on TPUs
-                flops, moved = operation_flops(one), moved_bytes(one)
-                seconds = self.chip.seconds(cycles, flops, moved)
-                total.amounts.update(cycles=cycles, flops=flops, moved_bytes=moved)
-                total.amounts.update(compute_seconds=seconds, operations=runs(one))
+                moved = moved_bytes(one) + fetched
+                self._count(total, cycles=cycles, flops=operation_flops(one), moved=moved)
+                total.amounts["operations"] += runs(one)
                 if one.opcode == "custom-call" and runs(one):
                     total.kernels[one.kernel] += 1
 

@@ -1,4 +1,4 @@
-"""Parses the text of a compiled program (optimized HLO), and counts FLOPs and bytes by operation.
+"""Parses the text of a compiled program (optimized HLO), and counts FLOPs by operation.
 
 %body (p: (s32[], f32[8])) -> (s32[], f32[8]) {
   %p = (s32[], f32[8]) parameter(0)
@@ -6,9 +6,7 @@
   %sum = f32[8]{0:T(8)} all-reduce(%x), replica_groups={{0,1},{2,3}}, to_apply=%add
   ...
 
-Only matmuls and attention kernels have FLOPs. An operand counts in full, unless the operation reads
-a slice of it. An in-place update counts the bytes that it writes. On TPUs the fast memory of a core
-is free: a prefetched copy counts at its use.
+Only matmuls and attention kernels have FLOPs. lsjax/aot/traffic.py counts bytes.
 """
 
 import math
@@ -39,7 +37,6 @@ ATTENTION = {
     r"__cudnn\$fmha\w*Backward": ("cudnn", 5, 1),
     r"__cudnn\$fmha": ("cudnn", 2, 1),
 }
-_VIEWS = ("bitcast", "convert", "copy", "reshape", "transpose")
 # Bits of types whose names do not state them, unlike bf16 and f8e4m3.
 BITS = {"pred": 8, "token": 0}
 _ARRAY = re.compile(r"([a-z]+\d*[a-z\d]*)\[([\d,]*)\](\{[^}]*\})?")
@@ -198,72 +195,3 @@ def operation_flops(one: Instruction) -> float:
     sizes = one.operands[0].arrays[0].sizes
     steps = math.prod(sizes[int(axis)] for axis in re.findall(r"\d+", contracted))
     return 2.0 * one.arrays[0].elements * steps
-
-
-def moved_bytes(one: Instruction) -> float:
-    """Bytes that an operation reads from the device's memory and writes to it."""
-    if not runs(one):
-        return 0.0
-    total, new = 0.0, _new_elements(one)
-    if one.opcode == "custom-call":
-        # {{2}: (4, {}), {3}: (5, {})}: results 2 and 3 share the memory of operands 4 and 5.
-        aliases = one.attribute(r"output_to_operand_aliasing=\{(.*?\}\))\}")
-        for index in re.findall(r"\{(\d+)\}: \(", aliases):
-            new[int(index)] = 0
-    for array, elements in zip(one.arrays, new, strict=True):
-        if array.in_memory:
-            total += array.bytes * min(1.0, elements / max(1, array.elements))
-    for index, operand in enumerate(one.operands):
-        if _from_memory(operand):
-            share = _used(one, index, inside=False) / max(1, operand.elements)
-            total += sum(array.bytes for array in operand.arrays) * min(1.0, share)
-    return total
-
-
-def _from_memory(one: Instruction) -> bool:
-    """Whether its bytes come from the device's memory, now or by a prefetched copy."""
-    if one.opcode in ("copy-done", "slice-done") or all(array.in_memory for array in one.arrays):
-        return True
-    is_view = one.opcode in ("bitcast", "get-tuple-element") or one.kernel == "ConcatBitcast"
-    return is_view and _from_memory(one.operands[0])
-
-
-def _used(user: Instruction, index: int, inside: bool = True, result: bool = True) -> float:
-    """Number of elements of an operand that are read. inside: within a fusion, which stores no
-    intermediate results. result: an operand that the fusion returns counts as read."""
-    match user.opcode:
-        case "fusion":
-            inner = user.called["calls"][0].instructions.values()
-            named = (p for p in inner if p.opcode == "parameter" and int(p.inputs) == index)
-            return _read(next(named))
-        case "dynamic-slice" | "slice" | "gather" if index == 0:
-            return user.elements
-        case "dynamic-update-slice" | "scatter" if index == 0:
-            # In place: only elements of the result that others read are read.
-            return _read(user, result=False) if inside else 0.0
-        case opcode if inside and opcode in _VIEWS:
-            return _read(user, result)
-        case "tuple" if not result:
-            return 0.0
-    return user.operands[index].elements
-
-
-def _read(one: Instruction, result: bool = True) -> float:
-    """Number of elements of a value in a fusion that are read."""
-    total = one.elements if result and one is one.inside.root else 0
-    total += sum(_used(user, index, result=result) for user, index in one.users)
-    return min(one.elements, total)
-
-
-def _new_elements(one: Instruction, inside: bool = False) -> list[int]:
-    """Number of elements of each result that an operation writes. inside: within a fusion, where a
-    view has the elements that its operand writes."""
-    if inside and one.opcode in _VIEWS and one.operands[0].opcode != "parameter":
-        return _new_elements(one.operands[0], inside)
-    if one.opcode == "fusion":
-        root = one.called["calls"][0].root
-        sources = root.operands if root.opcode == "tuple" else [root]
-        return [new for source in sources for new in _new_elements(source, inside=True)]
-    if one.opcode in ("dynamic-update-slice", "scatter"):
-        return [one.operands[1 if one.opcode == "dynamic-update-slice" else -1].elements]
-    return [array.elements for array in one.arrays]

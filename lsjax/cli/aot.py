@@ -17,23 +17,23 @@ if __name__ == "__main__":  # before the other imports, which take seconds
 
 import json
 import math
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 from jax.sharding import Mesh
 from jax.stages import Lowered
-from rich.table import Table
 
-from lsjax.aot import programs
-from lsjax.aot.chips import GIB, slice_of, slice_size
-from lsjax.aot.costs import SLICES, Trips
-from lsjax.aot.programs import DecodingShape
+from lsjax.aot import decoding, programs
+from lsjax.aot.chips import slice_of, slice_size
+from lsjax.aot.costs import SLICES
+from lsjax.aot.decoding import DecodingShape
+from lsjax.aot.programs import Counted
+from lsjax.cli.aot_tables import print_report
 from lsjax.cli.setup import check_output, program
-from lsjax.cli.show import notes_console, table, wide_console
+from lsjax.cli.show import notes_console
 from lsjax.cli.training import ConfigFields, ConfigFile, parse_config
 from lsjax.config import EarlyExitConfig, LayerDropoutConfig, MeshConfig, Path, check
 from lsjax.data.files import writing
@@ -94,14 +94,14 @@ def report(arguments: Arguments) -> int:
     if "train" in names and arguments.beside_plain:
         names.insert(1, "plain")
     # All programs are lowered first, so that errors come before the slow compilation.
-    begun = {name: lowered(name, arguments, devices) for name in names}
-    meshes = {name: sizes_by_slice(mesh) for name, (mesh, *_) in begun.items()}
+    begun = [one for name in names for one in lowered(name, arguments, devices)]
+    meshes = {one.name: sizes_by_slice(one.mesh) for one in begun}
     reports = []
-    for name, (mesh, *ready) in begun.items():
-        decodes = name == "decode"
-        reads = programs.round_reads(shape, arguments.decoding, mesh) if decodes else None
-        with notes_console().status(f"compiling {name} for {arguments.topology}"):
-            reports.append(programs.program_report(name, *ready, chip, meshes[name], reads))
+    for one in begun:
+        with notes_console().status(f"compiling {one.name} for {arguments.topology}"):
+            reports += programs.program_reports(
+                one.name, one.lowered, one.counted, chip, meshes[one.name]
+            )
     rows, length = config.batch_size, config.seq_len
     trained_on = math.prod(meshes.get("train", {}).values())
     found = {
@@ -128,20 +128,51 @@ def report(arguments: Arguments) -> int:
     return int(any(one["too_large"] for one in reports))
 
 
-def lowered(name: str, arguments: Arguments, devices: Sequence[Any]) -> tuple[Mesh, Lowered, Trips]:
-    """Mesh, lowered program and loop trips."""
+class Program(NamedTuple):
+    """A program that is ready to be compiled."""
+
+    name: str
+    mesh: Mesh
+    lowered: Lowered
+    counted: list[Counted]
+
+
+def lowered(name: str, arguments: Arguments, devices: Sequence[Any]) -> list[Program]:
+    """The programs of a name: one for each number of rows that decode."""
     config = arguments.fields
     if name in ("prefill", "decode"):
-        arguments.decoding_mesh.check_decoding()
-        mesh = make_mesh(arguments.decoding_mesh, slice_of(arguments.topology)[1])
-        given = name, config.model, arguments.decoding, mesh
-        return mesh, *programs.decoding(*given, kernels=config.kernels)
+        return decoding_programs(name, arguments)
     if name == "plain":
         config = replace(config, layer_dropout=LayerDropoutConfig(), early_exit=EarlyExitConfig())
     mesh = make_mesh(config.mesh, devices)
     if name == "evaluate":
-        return mesh, *programs.evaluation(config, mesh, exit_sums)
-    return mesh, *programs.train_step(config, mesh)
+        program, trips = programs.evaluation(config, mesh, exit_sums)
+    else:
+        program, trips = programs.train_step(config, mesh)
+    return [Program(name, mesh, program, [(None, trips)])]
+
+
+def decoding_programs(name: str, arguments: Arguments) -> list[Program]:
+    """The prefill, or the decoding loop for each number of rows."""
+    model, shape, kernels = arguments.fields.model, arguments.decoding, arguments.fields.kernels
+    arguments.decoding_mesh.check_decoding()
+    chip, devices = slice_of(arguments.topology)
+    mesh = make_mesh(arguments.decoding_mesh, devices)
+    if name == "prefill":
+        program, trips = decoding.prefill_program(model, shape, mesh, kernels=kernels)
+        return [Program(name, mesh, program, [(None, trips)])]
+    found = []
+    for rows in shape.batch_size:
+        program = decoding.decode_program(model, shape, rows, mesh, kernels=kernels)
+        counted = [
+            (
+                decoding.round_figures(model, shape, rows, kind, mesh, chip),
+                decoding.round_trips(model, shape, kind),
+            )
+            for kind in shape.rounds(model)
+        ]
+        found.append(Program(name, mesh, program, counted))
+    return found
 
 
 def sizes_by_slice(mesh: Mesh) -> dict[str, int]:
@@ -149,77 +180,6 @@ def sizes_by_slice(mesh: Mesh) -> dict[str, int]:
     sizes = dict(mesh.shape)
     slices = len({getattr(device, "slice_index", 0) for device in mesh.devices.flat})
     return {SLICES: slices, **sizes, "data": sizes["data"] // slices} if slices > 1 else sizes
-
-
-def print_report(found: Mapping[str, Any]) -> None:
-    """Prints tables of the programs' memory, time and communication."""
-    people = wide_console()
-    people.print(programs_table(found))
-    if "train" in found["meshes"]:
-        plain, exits = (found["training"][f"{name}_flops"] for name in ("plain", "exit"))
-        people.print(f"the exits add {exits / plain:.1%} to the FLOPs of plain training")
-    for one in found["programs"]:
-        lines = [one["too_large"]] if one["too_large"] else []
-        lines += [f"a loop of unknown length: {loop}" for loop in one["unknown_loops"]]
-        if one["between_bytes"]:
-            sent, least = one["between_bytes"] / 1e9, one["between_seconds"] * 1e3
-            lines.append(f"each device sends {sent:.3f} GB to other slices: {least:.2f} ms alone")
-        for line in lines:
-            people.print(f"{one['name']}: {line}")
-        if one["round"] is not None:
-            people.print(round_table(one, found["decoding"]["strategy"]))
-        if one["collectives"]:
-            people.print(collectives_table(one))
-
-
-def programs_table(found: Mapping[str, Any]) -> Table:
-    """Table with a row per program. Only the FLOPs of plain training count as useful."""
-    training, rows = found["training"], []
-    for one in found["programs"]:
-        sizes = dict(found["meshes"][one["name"]])
-        slices = f"{sizes.pop(SLICES)} slices of " if SLICES in sizes else ""
-        mesh = slices + " x ".join(map(str, sizes.values()))
-        if (memory := one["memory"]) is None:
-            rows.append([one["name"], mesh, "too large"])
-            continue
-        sizes = [f"{memory[part] / GIB:.2f}" for part in ("arguments", "temporaries", "total")]
-        useful = ""
-        if one["name"] in ("train", "plain"):
-            useful = f"{training['plain_flops'] / training['peak_flops'] / one['seconds']:.1%}"
-        share = f"{memory['total'] / memory['hbm']:.1%}"
-        times = [f"{1e3 * one[key]:.2f}" for key in ("compute_seconds", "sent_seconds", "seconds")]
-        rows.append([one["name"], mesh, one["attention"], *sizes, share, *times, useful])
-    axes = " x ".join(next(iter(found["meshes"].values())))
-    names = ["program", axes, "attention", "arguments", "temporaries", "all, GiB"]
-    names += ["of HBM", "computing", "sending", "at least, ms", "plain FLOPs of peak"]
-    return table(f"{found['topology']}, per device", names, rows, left=3)
-
-
-def round_table(figures: Mapping[str, Any], strategy: str) -> Table:
-    """Table of a decoding round: its time, the least time for its reads, and its kernels."""
-    weights, cache = (1e3 * seconds for seconds in figures["round"].values())
-    whole, reads = 1e3 * figures["seconds"], weights + cache
-    cells = [f"{number:.2f}" for number in (weights, reads, whole, whole / reads)]
-    cells.append(f"{figures['operations']:.0f}")
-    names = ["weights", "and cache", "takes at least", "times that", "kernels"]
-    each = "a token" if strategy == "autoregressive" else "a round"
-    return table(f"decode: {each}, milliseconds", names, [cells])
-
-
-def collectives_table(figures: Mapping[str, Any]) -> Table:
-    """Table of a program's collectives, by kind and mesh axes."""
-    groups = defaultdict(list)
-    for one in figures["collectives"]:  # sorted by bytes sent
-        groups[one["kind"], " x ".join(one["axes"])].append(one)
-    rows = []
-    for names, found in groups.items():
-        gb, sent = (sum(one[k] * one["count"] for one in found) / 1e9 for k in ("bytes", "sent"))
-        largest = max(found, key=lambda one: one["bytes"])["shape"]
-        count = sum(one["count"] for one in found)
-        rows.append([*names, f"{count:.0f}", f"{gb:.3f}", f"{sent:.3f}", largest])
-    within = f"{figures['sent_bytes'] / 1e9:.2f} GB sent by each device within its slice"
-    names = ["kind", "over", "times", "GB", "GB sent", "largest"]
-    return table(f"{figures['name']}: {within}", names, rows, left=2)
 
 
 parse = partial(parse_config, early=Slice, derived=default_mesh)

@@ -23,8 +23,18 @@ from lsjax.model.cache import KVCache
 from lsjax.model.llama import Llama
 from lsjax.model.operations import rope_angles
 
-DRAFT, BRANCH = "draft", "branch"  # names of loops in compiled programs
+DRAFT, VERIFY = "draft", "verify"  # names of the parts in compiled programs
 LEVELS = (0.4, 0.6, 0.8, 0.95)  # of an exit's top probability
+
+
+def guard_of_length(length: int) -> str:
+    """Name of the branch that verifies up to `length` drafts, in compiled programs."""
+    return f"up_to_{length}_drafts"
+
+
+def guard_of_layers(lo: int, hi: int) -> str:
+    """Name of the branch around layers lo..hi-1, in compiled programs."""
+    return f"layers_{lo}_to_{hi - 1}"
 
 
 class RoundSettings(NamedTuple):
@@ -179,7 +189,7 @@ class Drafting(Strategy):
             None if settings.confidence is None else jnp.zeros(shape_BT, jnp.float32),
         )
 
-    @jax.named_scope("verify")
+    @jax.named_scope(VERIFY)
     def verify(
         self,
         model: Llama,
@@ -226,7 +236,7 @@ class Drafting(Strategy):
         carry = (state.cache, jnp.zeros_like(draft.count_B), unseen, empty_BT, log_probs_BT)
         for shorter, length in pairwise((-1, *self.lengths)):
             fits = len(self.lengths) == 1 or (shorter < longest) & (longest <= length)
-            carry = _run_if(fits, partial(judge, length), *carry)
+            carry = _run_if(guard_of_length(length), fits, partial(judge, length), *carry)
         cache, accepted_B, seen, new_BT, log_probs_BT = carry
         done = state.with_cache(cache).commit(
             new_BT,
@@ -251,19 +261,20 @@ def _run_segments(model, bounds, runs, x_BTD, positions_BT, ropes, cache, kept=(
 
         if lo < hi:
             other_BTD = x_BTD if kept_BTD is None else kept_BTD
-            x_BTD, cache = _run_if(runs(lo, hi), run, other_BTD, cache)
+            x_BTD, cache = _run_if(guard_of_layers(lo, hi), runs(lo, hi), run, other_BTD, cache)
         reached.append(x_BTD)
     return reached, cache
 
 
-def _run_if(condition: Bool[Array, ""] | bool, run: Callable, *carry):
+def _run_if(name: str, condition: Bool[Array, ""] | bool, run: Callable, *carry):
     """`run(*carry)` if the condition holds, else the carry. The branch is a loop of at most one
-    trip, which updates the cache in place. Around a `cond`, XLA copies the cache on GPUs."""
+    trip, which updates the cache in place. Around a `cond`, XLA copies the cache on GPUs. name: of
+    the loop in compiled programs."""
     if condition is True:
         return run(*carry)
 
     def once(carry):
         return jnp.zeros((), bool), *run(*carry[1:])
 
-    with jax.named_scope(BRANCH):
+    with jax.named_scope(name):
         return lax.while_loop(lambda carry: carry[0], once, (condition, *carry))[1:]

@@ -14,14 +14,6 @@ def test_clocks(chip: Chip):
     assert chip.clock == pytest.approx(CLOCKS[chip.name], rel=0.01)
 
 
-def test_the_longest_of_three():
-    """A chip with 1 FLOP a cycle would have the peak as its clock."""
-    chip = CHIPS[0]
-    assert chip.seconds(chip.clock, 0, chip.hbm_bandwidth / 2) == 1
-    assert chip.seconds(chip.clock / 4, 0, chip.hbm_bandwidth / 2) == 0.5
-    assert chip.seconds(0, chip.peak_flops / 4, chip.hbm_bandwidth / 8) == 0.25
-
-
 @pytest.mark.parametrize("topology, size", [("v5p:4x4x4", 64), ("h100:8", 8), ("v5e:2x2", 4)])
 def test_sizes_of_slices(topology, size):
     assert slice_size(topology) == size

@@ -52,6 +52,11 @@ def test_no_programs(refused):
     assert "--programs is empty: choose from train, evaluate, prefill, decode" in words
 
 
+def test_no_rows(refused):
+    words = refused(main, *QUICKSTART, "--topology", "v5e:2x2", "--decoding.batch-size")
+    assert "--decoding.batch-size is empty: give numbers of rows, such as 1 8 64" in words
+
+
 @pytest.mark.parametrize("topology, extra", [("v5e:2x2", "tpu"), ("h100:1", "cuda")])
 def test_without_a_compiler(refused, monkeypatch, topology, extra):
     monkeypatch.setattr(chips.importlib.util, "find_spec", lambda name: None)
@@ -177,6 +182,34 @@ def test_reference_kernels_on_a_tpu(tmp_path):
     assert any(shape.startswith("bf16[1,8,") for shape in sums)
     assert any(shape.startswith("bf16[1,5,") for shape in plain_sums)
     assert not any(shape.startswith("bf16[1,8,") for shape in plain_sums)
+
+
+@needs_libtpu
+def test_rounds_of_two_batches(tmp_path, capsys):
+    """A program for each number of rows. `auto` reports a round with and one without drafts. Each
+    reads its weights, and neither takes all six verifications."""
+    file = tmp_path / "report.json"
+    flags = ["--model.num-layers", "2", "--early-exit.exits", "1", "--topology", "v5e:2x2"]
+    flags += ["--programs", "decode", "--decoding.prompt-tokens", "64", "--output", str(file)]
+    flags += ["--decoding.num-draft-tokens", "1", "--decoding.batch-size", "1", "9"]
+    found = {}
+    for strategy in ("autoregressive", "auto"):
+        more = ["--decoding.strategy", strategy]
+        with jax.default_matmul_precision("default"):
+            assert main([*map(str, QUICKSTART), *flags, *more]) == 0
+        found[strategy] = json.loads(file.read_text())["programs"]
+        printed = capsys.readouterr().out
+        assert "decode, 9 rows" in printed and "once per call" in printed
+    assert [one["round"]["rows"] for one in found["autoregressive"]] == [1, 9]
+    kinds = [(one["round"]["rows"], one["round"]["num_draft_tokens"]) for one in found["auto"]]
+    assert kinds == [(1, 0), (1, 1), (9, 0), (9, 1)]
+    for one in [*found["autoregressive"], *found["auto"]]:
+        assert one["unknown_loops"] == []
+        assert one["seconds"] == max(one[f"{part}_seconds"] for part in ("memory", "core", "sent"))
+        assert one["seconds"] <= one["serial_seconds"]
+        assert one["round"]["once_per_call"]["serial_seconds"] >= 0
+    token, without = found["autoregressive"][0], found["auto"][0]
+    assert token["operations"] < without["operations"] < 3 * token["operations"]
 
 
 @needs_libtpu

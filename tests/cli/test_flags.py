@@ -14,7 +14,7 @@ from tyro import _fmtlib
 import decode
 import train
 from lsjax import cli
-from lsjax.aot.programs import DecodingShape
+from lsjax.aot.decoding import DecodingShape
 from lsjax.checkpoints.run import RunSource
 from lsjax.cli import (
     aot,
@@ -238,7 +238,7 @@ def test_a_run_needs_a_directory(refused):
         (
             aot.main,
             ["--topology", "v5e:1", "--decoding.batch-size", 0],
-            "--decoding.batch-size 0 must be a whole number of at least 1",
+            "--decoding.batch-size (0,) must be a tuple, each item a whole number of at least 1",
         ),
         (
             train.main,

@@ -151,7 +151,7 @@ REPAIRED = [
     Case("train", TINY, "--workdir is missing: name the directory of the run"),
     Case("decode", "--model '' --prompt a", "--model '' must be a path"),
     Case("convert", "tiny ''", "destination '' must be a path"),
-    Case("aot", f"{TINY} --topology v5e:1 --decoding.batch-size 0", "batch-size 0 must be a whole"),
+    Case("aot", f"{TINY} --topology v5e:1 --decoding.batch-size 0", "each item a whole number"),
     # Files of a model.
     Case(
         "decode",

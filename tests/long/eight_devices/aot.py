@@ -10,8 +10,15 @@ import pytest
 
 from lsjax.aot.chips import CHIPS
 from lsjax.aot.costs import CostAnalysis, ProgramCosts, Trips
+from lsjax.aot.decoding import (
+    DecodingShape,
+    Round,
+    decode_program,
+    prefill_program,
+    round_trips,
+)
 from lsjax.aot.hlo import parse
-from lsjax.aot.programs import DecodingShape, decoding, evaluation, train_step
+from lsjax.aot.programs import evaluation, train_step
 from lsjax.config import (
     ConfigError,
     EarlyExitConfig,
@@ -108,13 +115,15 @@ def test_trips_of_the_exits(mesh):
 def test_decoding(mesh):
     """Prefill and a round of self-speculation on two devices that share out the heads."""
     few = make_mesh(MeshConfig(tensor=2), jax.devices())
-    asked = DecodingShape(batch_size=2, prompt_tokens=300, num_draft_tokens=3)
-    for name in ("prefill", "decode"):
-        lowered, trips = decoding(name, CONFIG.model, asked, few, dtype=jax.numpy.float32)
-        costs = costs_of(lowered.compile(), few, trips)
+    asked = DecodingShape(prompt_tokens=300, num_draft_tokens=3)
+    prompt, chunks = prefill_program(CONFIG.model, asked, few, dtype=jax.numpy.float32)
+    rounds = decode_program(CONFIG.model, asked, 2, few, dtype=jax.numpy.float32)
+    trips = round_trips(CONFIG.model, asked, Round(1, 3))
+    for lowered, known in ((prompt, chunks), (rounds, trips)):
+        costs = costs_of(lowered.compile(), few, known)
         assert not costs.unknown_loops
         assert {one.axes for one in costs.collectives} == {("tensor",)}
     assert found(trips, "jit(run)/rounds/while") == 1
     assert found(trips, "jit(run)/rounds/while/body/draft/while") == 4
     with pytest.raises(ConfigError, match="prompt-tokens 99999 is beyond"):
-        decoding("decode", CONFIG.model, DecodingShape(prompt_tokens=99999), few)
+        decode_program(CONFIG.model, DecodingShape(prompt_tokens=99999), 1, few)
