@@ -49,6 +49,7 @@ def test_each_part_has_an_example():
     assert len(BLOCKS) == 4
 
 
+@pytest.mark.long
 def test_a_drop_schedule(tmp_path):
     """Rates of 1 in the upper half: exit 2 and the last exit say the same."""
     run_block("drop_rates=", config=CONFIG, workdir=tmp_path / "run")

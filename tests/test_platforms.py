@@ -21,6 +21,7 @@ from lsjax.model.llama import Llama
 from lsjax.model.operations import gradients_first
 from lsjax.platforms import shared_memory, tuned_for, with_kernels
 from lsjax.training.step import init_state, make_train_step
+from tests.marks import long
 
 SHAPE = LlamaConfig.tiny(num_layers=2, num_heads=4, num_kv_heads=2, head_dim=16)
 DEVICES = {"cpu": "cpu", "tpu": "TPU v6 lite", "gpu": "NVIDIA H100"}
@@ -104,7 +105,9 @@ def traced(program, kernels, platform) -> str:
     return text.replace(f"device_kind={DEVICES[platform]}, num_cores=None, platform={platform}", "")
 
 
-@pytest.mark.parametrize("program", PROGRAMS)
+@pytest.mark.parametrize(
+    "program", [training_step, decoding_round, *long(scored_exits, scored_text, read_prompt)]
+)
 def test_reference_programs_are_the_same_on_every_platform(program):
     """Nothing in them is tuned for one."""
     reference = {platform: traced(program, "reference", platform) for platform in DEVICES}

@@ -32,6 +32,7 @@ from lsjax.training.run import Hook, Interrupted
 
 CONFIG = """
 from lsjax.config import *
+from tests.marks import long
 
 config = TrainConfig(
     model=LlamaConfig.tiny(num_layers=3, hidden_size=32, intermediate_size=32, head_dim=8),
@@ -176,7 +177,7 @@ def test_validation_data_may_not_change(config, tmp_path, capsys):
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # steps.py
-@pytest.mark.parametrize("step, number", [(6, None), (4, signal.SIGTERM)])
+@pytest.mark.parametrize("step, number", [(6, None), *long((4, signal.SIGTERM))])
 def test_a_last_step_that_can_not_be_saved_is_one_line(
     config, finished, tmp_path, capsys, monkeypatch, full_disk, step, number
 ):
@@ -246,6 +247,7 @@ def test_one_seed_repeats_and_two_differ(config, finished, tmp_path):
     assert first["loss"] != other["loss"]
 
 
+@pytest.mark.long
 def test_a_run_is_a_model_for_decode(finished, tmp_path, monkeypatch):
     model, tokenizer = lsjax.load(finished), lsjax.load_tokenizer(finished)
     assert tokenizer.decode(tokenizer.encode("12 34")) == "12 34"

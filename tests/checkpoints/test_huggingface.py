@@ -20,6 +20,7 @@ from lsjax.checkpoints.huggingface import GenerationDefaults, read_generation_de
 from lsjax.checkpoints.tensors import CheckpointError
 from lsjax.config import LlamaConfig, RopeScaling
 from lsjax.model.llama import Llama, stacked
+from tests.marks import long
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 Q0 = "model.layers.0.self_attn.q_proj.weight"
@@ -66,9 +67,9 @@ def test_loaded_model_has_the_structure_of_a_new_one():
     assert isinstance(model.layers, nnx.List)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", *long("float16")])
 @pytest.mark.parametrize("form", ["one file", "stacked, several files"])
-@pytest.mark.parametrize("name", ["mha_untied", "biases", "llama3_rope"])
+@pytest.mark.parametrize("name", ["biases", *long("mha_untied", "llama3_rope")])
 def test_export_then_import_is_bit_equal(tmp_path, name, form, dtype):
     model = load(GOLDEN / name, dtype=dtype)
     assert model.dtype == jnp.dtype(dtype)

@@ -62,6 +62,7 @@ def test_with_an_identity_tail_every_draft_is_accepted(cells, capsys):
     assert "Self-speculation gives the same tokens as autoregressive decoding." in printed
 
 
+@pytest.mark.long
 def test_of_a_trained_model_drafts_are_rejected_too(cells):
     """With the draft length that the model's directory says."""
     options = ("--exit-layers", 3)
@@ -87,6 +88,7 @@ def test_autoregressive_alone(cells):
     assert len(cells()) == 1
 
 
+@pytest.mark.long
 def test_early_exit_may_differ(cells):
     """It is no fault, and it has no ideal."""
     base, early = cells("--strategies", "early_exit", "--exit-layers", 1)

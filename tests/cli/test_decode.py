@@ -147,7 +147,7 @@ def test_text_file_and_stop_strings(run, expected, tmp_path):
 def test_streamed_text_is_printed_as_it_is(run, model, tokenizer):
     (completion,) = Engine(model, tokenizer).generate(["a"], max_new_tokens=NEW)
     assert "\f" in completion.text  # which rich would leave out
-    assert run("--prompt", "a")[0] == "a" + completion.text + "\n"
+    assert run("--prompt", "a", *PLAIN)[0] == "a" + completion.text + "\n"
 
 
 def test_show_drafts(run, model, tokenizer, monkeypatch):

@@ -7,16 +7,16 @@ from lsjax.decoding.draft import DraftVocabulary
 from lsjax.decoding.programs import prefill
 from lsjax.decoding.self_speculative import SelfSpeculative
 from lsjax.decoding.strategy import Autoregressive, EarlyExit
+from tests.marks import long
 
 
 @pytest.fixture(
     params=[
-        Autoregressive(),
-        EarlyExit(4),
         SelfSpeculative(3, 4),
         SelfSpeculative(3, 4, DraftVocabulary(np.arange(0, 258, 2))),
+        *long(Autoregressive(), EarlyExit(4)),
     ],
-    ids=["autoregressive", "early_exit", "self_speculative", "draft_vocabulary"],
+    ids=["self_speculative", "draft_vocabulary", "autoregressive", "early_exit"],
 )
 def strategy(request):
     """Each of those that give the whole tiny model's text."""

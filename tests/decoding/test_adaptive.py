@@ -94,6 +94,7 @@ def test_the_same_tokens_with_whatever_is_chosen(engine, expected):
     assert len(engine.programs) == programs
 
 
+@pytest.mark.long
 def test_penalties_stops_log_probabilities_and_a_vocabulary(engine, model):
     requests = [
         Request(
@@ -351,6 +352,7 @@ def test_measured_seconds_are_kept(model, tokenizer, tmp_path, monkeypatch):
     assert len(list(file.parent.iterdir())) == 2
 
 
+@pytest.mark.long
 def test_long_drafts_are_timed_too(model, tokenizer, monkeypatch, tmp_path):
     """In the smallest cache, half of the slots have no room for these."""
     monkeypatch.setenv("LSJAX_CACHE", str(tmp_path))

@@ -49,16 +49,16 @@ def copies(text: str) -> list[tuple[str, tuple[int, ...]]]:
 @pytest.mark.parametrize(
     "strategy",
     [
-        Autoregressive(),
         SelfSpeculative(2, 3),
         *long(
+            Autoregressive(),
             EarlyExit(2),
             SelfSpeculative(2, 3, shared_exits=(1, 3), shared_lengths=(0, 2)),
             SelfSpeculative(2, 3, DraftVocabulary(np.arange(50))),
             Adaptive((1, 2), lengths=(0, 2, 3)),
         ),
     ],
-    ids=["autoregressive", "self_speculative", "early_exit", "shared", "draft_vocabulary", "auto"],
+    ids=["self_speculative", "autoregressive", "early_exit", "shared", "draft_vocabulary", "auto"],
 )
 def test_no_copy_of_weights_or_cache_in_the_loop(model, strategy, batch, capacity):
     program, state = compiled_loop(model, strategy, batch, capacity)

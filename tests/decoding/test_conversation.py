@@ -135,6 +135,7 @@ def test_another_history(engine, fresh, count_prefilled):
     assert counts == [22, 3, 1, 1, 2]
 
 
+@pytest.mark.long
 def test_a_chat_longer_than_the_cache(engine, fresh, count_prefilled):
     """The cache grows, and what is in it stays."""
     counts, conversation = count_prefilled(engine), Conversation()

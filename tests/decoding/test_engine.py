@@ -121,6 +121,7 @@ def test_the_time_behind_a_stop_string_is_not_the_text_s(engine_of, stops, monke
     assert early, "every text ended at a look"
 
 
+@pytest.mark.long
 def test_a_stream_keeps_its_strategy(model, tokenizer):
     """What the engine is told to use meanwhile is for the next text. The text outgrows its cache
     afterwards, where the other strategy would have more room for drafts, or less."""

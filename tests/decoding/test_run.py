@@ -34,6 +34,7 @@ REQUESTS = [
         ([104, 105] * 20, 5, Sampling(temperature=0.7, top_p=0.6, seed=5), True),
         ([1, 2, 3, 4], 17, Sampling(temperature=1.3, top_p=0.9, seed=5), False),
         ([200], 24, GREEDY, False),
+        ([1, 2, 3] * 3, 9, Sampling(repetition_penalty=1.5, no_repeat_ngram=2), True),
         (
             list(range(40, 60)),
             12,
@@ -77,7 +78,7 @@ def test_strategies_agree_where_nothing_is_drawn(together):
             assert ids == ids[:1] * 2
 
 
-@pytest.mark.parametrize("name", ["autoregressive", "early_exit", *long("draft_vocabulary")])
+@pytest.mark.parametrize("name", ["autoregressive", *long("early_exit", "draft_vocabulary")])
 def test_log_probs_are_those_of_the_plain_forward(shallow, together, name):
     """The exit gives them for early exit. They ignore temperature, filters and who proposed the
     token."""

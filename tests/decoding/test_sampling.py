@@ -254,9 +254,8 @@ def another_temperature(logits_BTV, draft):
     return accept_block(logits_BTV, dataclasses.replace(draft, log_q_BTN=wrong))
 
 
-@pytest.mark.parametrize(
-    "rule", [accept_always, *long(resample_from_the_target, another_temperature)]
-)
+@pytest.mark.long
+@pytest.mark.parametrize("rule", [accept_always, resample_from_the_target, another_temperature])
 def test_a_broken_rule_is_found(small, rule):
     (found,) = texts(small, SelfSpeculative(1, 2, accept=rule), FILTERS[:1])
     values = [p_value(small, FILTERS[0], *pair) for pair in zip(PROMPTS, found, strict=True)]

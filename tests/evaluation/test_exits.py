@@ -100,7 +100,7 @@ def test_more_devices_score_more_positions_at_a_time():
         assert chunk_steps(256, 7, 32_000, exits.CHUNK_LOGITS) == 7
 
 
-@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize("parts", [2, *long(1)])
 def test_scores_in_the_computation_of_a_step(model, batch, parts):
     """In micro-batches the same scores; in bfloat16 close ones, by an embedding in float32."""
     whole = score_exits(model, [batch])

@@ -158,6 +158,7 @@ def test_printing_without_end():
     assert "took longer" not in run("while True: print('x' * 1000)")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "source", ["while True: pass", "import time\ntime.sleep(60)", CAUGHT.format("while True: pass")]
 )
@@ -186,6 +187,7 @@ def test_namespaces_are_found_on_the_path_of_this_process(tmp_path, monkeypatch)
     assert run("pass") is None
 
 
+@pytest.mark.long
 def test_what_a_program_leaves_behind_is_killed_with_it(tmp_path):
     """Were a process started in spite of all."""
     cases = (("sleep 60 & echo $!", 30.0, 0), ("sleep 60 & echo $!; sleep 60", 5.0, None))

@@ -109,7 +109,8 @@ def test_shapes_that_fit(change, fit):
     assert fits(q, jnp.zeros((1, 2, sizes["slots"], sizes["size"]))) == fit
 
 
-@pytest.mark.parametrize("platform", ["tpu", *long("gpu")])
+@pytest.mark.long
+@pytest.mark.parametrize("platform", ["tpu", "gpu"])
 def test_a_model_as_accelerators_run_it(monkeypatch, platform):
     """A prompt, then few tokens at a time, rows of two lengths: the logits of whole sequences."""
     config = LlamaConfig(

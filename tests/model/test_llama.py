@@ -103,8 +103,8 @@ def test_blocks_of_the_cache_equal_plain_attention(position, capacity):
     np.testing.assert_allclose(found, plain, atol=1e-6)
 
 
-@pytest.mark.parametrize("window", [1, 40, SMALL + 9, LARGE + 3])
-@pytest.mark.parametrize("position", [0, 39, SMALL + 10, LARGE + 2, 2 * LARGE - 70])
+@pytest.mark.parametrize("window", [1, SMALL + 9, *long(40, LARGE + 3)])
+@pytest.mark.parametrize("position", [0, SMALL + 10, 2 * LARGE - 70, *long(39, LARGE + 2)])
 def test_a_window_of_the_cache_equals_plain_attention(position, window):
     """Rows of two lengths; blocks before both windows are not read."""
     capacity, keys = 2 * LARGE, jax.random.split(jax.random.key(3), 3)
@@ -148,7 +148,7 @@ def test_writes_land_at_each_row_s_position(batch):
     np.testing.assert_array_equal(write(cache, new.swapaxes(1, 2), start, axis=2), expected)
 
 
-@pytest.mark.parametrize("scaled, expected", [(False, 0.02), (True, 0.005)])
+@pytest.mark.parametrize("scaled, expected", [(True, 0.005), *long((False, 0.02))])
 def test_what_writes_to_the_residual_stream_may_start_smaller(scaled, expected):
     """0.02 / sqrt(2 * 8) is 0.005; what reads from it starts at 0.02 either way."""
     config = LlamaConfig.tiny(num_layers=8, init_std=0.02, scaled_init=scaled)

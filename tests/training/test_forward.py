@@ -34,7 +34,8 @@ def assert_close(found, expected, atol=1e-12):
     jax.tree.map(partial(np.testing.assert_allclose, atol=atol), found, expected)
 
 
-@pytest.mark.parametrize("skip", ["gather", *long("mask", "batch")])
+@pytest.mark.long
+@pytest.mark.parametrize("skip", ["mask", "gather", "batch"])
 def test_rate_zero_is_no_dropout_bit_for_bit(small, packed, evaluate, skip):
     """Here with masks, all of which keep."""
     dropout = LayerDropoutConfig(p_max=0.5, distribution="uniform", layers=(), skip=skip)
@@ -144,6 +145,7 @@ def test_what_a_kernel_gives_is_kept_as_products_are(small, packed, monkeypatch,
     assert program.count("tpu_custom_call") == runs + 2
 
 
+@pytest.mark.long
 def test_gpus_keep_the_output_of_attention_and_not_its_projection(monkeypatch):
     """Shapes of what a layer keeps for its backward pass, beside its parameters."""
     monkeypatch.setattr(block, "tuned_for", lambda: "gpu")

@@ -88,6 +88,7 @@ with ending_together():
 """
 
 
+@pytest.mark.long
 def test_two_processes(tmp_path):
     """They take turns, shard rows, stop together, and end when one fails."""
     with socket.socket() as free:

@@ -82,6 +82,7 @@ def assert_close(found, expected, atol=1e-12):
     jax.tree.map(partial(np.testing.assert_allclose, atol=atol), found, expected)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "rows, remat", [(2, "nothing_saveable"), *long((1, "dots_with_no_batch_dims_saveable"))]
 )

@@ -34,6 +34,7 @@ from lsjax.training.forward import layer_runner
 from lsjax.training.layer_dropout import keep_counted
 from lsjax.training.loss import objective
 from lsjax.training.step import init_state, make_train_step
+from tests.marks import long
 
 SHAPE = LlamaConfig.tiny(num_layers=4, vocab_size=260, init_std=0.1)
 CONFIG = TrainConfig(
@@ -92,7 +93,7 @@ def assert_equal(found, expected):
     jax.tree.map(np.testing.assert_array_equal, found, expected)
 
 
-@pytest.mark.parametrize("targets", [("qkv", "out", "gate_up", "down"), ("qkv",)])
+@pytest.mark.parametrize("targets", [("qkv", "out", "gate_up", "down"), *long((("qkv",),))])
 def test_at_the_start_it_is_the_base(base, targets):
     config = dataclasses.replace(CONFIG.lora, targets=targets)
     model = with_adapters(base, config, seed=0)
@@ -117,6 +118,7 @@ def test_the_optimizer_has_adapters_only(base, finetuned):
     assert held == 2 * trained + 1  # two moments, and a count of steps
 
 
+@pytest.mark.long
 def test_the_loss_of_each_exit_reaches_the_adapters_below_it(finetuned):
     """Exits 1, 2 and 3 are on in steps 0, 1 and 2; the last one is in each loss."""
     config = dataclasses.replace(

@@ -48,7 +48,7 @@ CURRICULA = {
 }
 
 
-@pytest.mark.parametrize("name", ["rotational", "gradual", "final", *long("none", "all", "subset")])
+@pytest.mark.parametrize("name", ["rotational", "final", *long("none", "gradual", "all", "subset")])
 def test_loss_is_the_weighted_sum_over_the_exits_that_are_on(wide, packed, evaluate, name):
     """In every phase; gradients reach every layer."""
     exits = CURRICULA[name]
@@ -64,6 +64,7 @@ def test_loss_is_the_weighted_sum_over_the_exits_that_are_on(wide, packed, evalu
             assert (np.abs(leaf).reshape(5, -1).max(1) > 0).all()
 
 
+@pytest.mark.long
 def test_parts_of_a_batch_add_up(wide, packed, evaluate):
     """Any grouping of the rows: the same masks, the same tokens, sums that add up."""
     config = StepConfig(

@@ -38,7 +38,7 @@ def steps_of(tmp_path):
     return run
 
 
-@pytest.mark.parametrize("fields", [dict(), dict(steps=2, start=4), dict(steps=9, start=1)])
+@pytest.mark.parametrize("fields", [dict(), *long(dict(steps=2, start=4), dict(steps=9, start=1))])
 def test_only_the_last_step_of_a_trace_is_waited_for(fields, tmp_path, monkeypatch):
     """Otherwise the next step would be dispatched too late."""
     waited, config = [], ProfileConfig(**fields)

@@ -127,6 +127,7 @@ def test_a_step_takes_over_the_state_that_it_is_given(small, packed, step_of):
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves((state.model, state.opt_state)))
 
 
+@pytest.mark.long
 def test_one_layer_one_step_and_no_labels(packed):
     """A batch without a label has no gradient, but no division by zero either."""
     shape = LlamaConfig.tiny(num_layers=1, vocab_size=23, hidden_size=16, head_dim=4)
