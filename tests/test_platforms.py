@@ -94,9 +94,6 @@ def state_shapes():
     return jax.eval_shape(lambda: DecodeState.create(SHAPE, [Request(prompt=[1, 2])], **sizes))
 
 
-PROGRAMS = (training_step, scored_exits, scored_text, decoding_round, read_prompt)
-
-
 def traced(program, kernels, platform) -> str:
     """The traced program, without the name of its devices."""
     function, arguments = program(kernels)

@@ -11,11 +11,13 @@ from lsjax.decoding.engine import Engine
 from lsjax.decoding.self_speculative import SelfSpeculative
 from lsjax.decoding.strategy import Autoregressive, EarlyExit
 from lsjax.model.llama import Llama
+from tests.marks import long
 
 NEW = 12
 SAID = [list(range(40, 60)), [1, 2, 3], [7], [200, 100, 5]]  # what the other one says in turn
-STRATEGIES = [Autoregressive(), EarlyExit(1), SelfSpeculative(1, 4)]
-by_name = pytest.mark.parametrize("strategy", STRATEGIES, ids=lambda strategy: strategy.name)
+by_name = pytest.mark.parametrize(
+    "strategy", [Autoregressive(), SelfSpeculative(1, 4), *long(EarlyExit(1))]
+)
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,7 @@
 """Greedy self-speculation gives the tokens of autoregressive decoding, whatever E, d and batch."""
 
 import copy
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -110,9 +111,7 @@ def test_stacked_layers_give_the_same_tokens(model, tokenizer, expected, strateg
 def test_strategies_share_a_program(model, tokenizer, engine, expected):
     """Every exit with every length: the same tokens, the same statistics as a program of its own,
     and one program for all rounds."""
-    cells = [
-        SelfSpeculative(exit_layer, drafts) for exit_layer in (1, 2, 3) for drafts in (0, 2, 5)
-    ]
+    cells = [SelfSpeculative(*cell) for cell in itertools.product((1, 2, 3), (0, 2, 5))]
     shared = Engine(model, tokenizer, batch_size=4)
     for cell, one_of_many in zip(cells, sharing_programs(cells), strict=True):
         found = complete(shared, one_of_many)

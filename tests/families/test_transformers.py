@@ -11,6 +11,7 @@ from lsjax.checkpoints import load, open_checkpoint
 from lsjax.checkpoints.huggingface import save
 from lsjax.config import LlamaConfig, RopeScaling
 from lsjax.model.llama import Llama
+from tests.marks import long
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 VARIANTS = sorted(path.parent.name for path in GOLDEN.glob("*/golden.npz"))
@@ -22,7 +23,10 @@ def all_exits(model: Llama, tokens: jax.Array) -> jax.Array:
     return model.unembed(model.exits(tokens))
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+SHORT = ("biases", "llama3_rope", "gqa_tied", "qwen3", "smollm3", "olmo3")
+
+
+@pytest.mark.parametrize("name", [*SHORT, *long(*(name for name in VARIANTS if name not in SHORT))])
 def test_numbers_of_transformers(name):
     golden = np.load(GOLDEN / name / "golden.npz")
     model, tokens = load(GOLDEN / name), golden["tokens"]

@@ -80,15 +80,23 @@ def test_rows_do_not_see_their_neighbours(model, beyond, atol):
     np.testing.assert_allclose(attend(q, k, v, near)[0], attend(q, k, v, far)[0], rtol=0, atol=atol)
 
 
-BORDERS = [0, 5, SMALL - 1, SMALL, 3 * SMALL - 8]
+BORDERS = [5, SMALL - 1, 3 * SMALL - 8]
 
 
 @pytest.mark.parametrize(
     "position, capacity",
-    [(at, 3 * SMALL - 7) for at in BORDERS]
-    + [(at + LARGE, LARGE + 3 * SMALL - 7) for at in [-SMALL, -1, *BORDERS]]
-    + [(2 * LARGE - 1, 2 * LARGE), (LARGE - 2, LARGE), (99, 100)]
-    + [(2 * LARGE * 7 // 8 + at, 2 * LARGE) for at in (-1, 0, 9)],  # where blocks end
+    [
+        (0, 3 * SMALL - 7),
+        (SMALL, 3 * SMALL - 7),
+        (LARGE - 1, LARGE + 3 * SMALL - 7),
+        (2 * LARGE * 7 // 8, 2 * LARGE),  # where blocks end
+        *long(
+            *((at, 3 * SMALL - 7) for at in BORDERS),
+            *((at + LARGE, LARGE + 3 * SMALL - 7) for at in (-SMALL, 0, SMALL, *BORDERS)),
+            *((2 * LARGE - 1, 2 * LARGE), (LARGE - 2, LARGE), (99, 100)),
+            *((2 * LARGE * 7 // 8 + at, 2 * LARGE) for at in (-1, 9)),
+        ),
+    ],
 )
 def test_blocks_of_the_cache_equal_plain_attention(position, capacity):
     """At every border of the blocks, and in the last block of a capacity that is no multiple."""
