@@ -98,6 +98,7 @@ def test_strategies(run, expected, tmp_path, options, exit_layer, drafts):
     assert ("drafts accepted" in err) == bool(drafts)
 
 
+@pytest.mark.long
 def test_a_model_with_an_exit_chooses_its_drafts(run, expected, tmp_path, monkeypatch):
     """The default, as generation_config.json names an exit. Seconds are measured once."""
     monkeypatch.setenv("LSJAX_CACHE", str(tmp_path / "cache"))

@@ -321,6 +321,7 @@ def test_tokens_of_lookups_by_hand():
     assert one.lookup_tokens(jnp.array([0]), (0, 1, 3)).tolist() == [[1, 1, 1]]
 
 
+@pytest.mark.long
 def test_measured_seconds_are_kept(model, tokenizer, tmp_path, monkeypatch):
     """A second engine reads them; a damaged file is measured again; a budget leaves some out."""
     monkeypatch.setenv("LSJAX_CACHE", str(tmp_path))

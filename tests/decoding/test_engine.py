@@ -297,7 +297,8 @@ def test_weights_are_laid_out_once_as_the_programs_want_them(
     assert again.token_ids == expected.token_ids
 
 
-@pytest.mark.parametrize("strategy", [SelfSpeculative(2, 3), *long(Autoregressive())])
+@pytest.mark.long
+@pytest.mark.parametrize("strategy", [SelfSpeculative(2, 3), Autoregressive()])
 def test_reference_kernels_give_the_same_tokens(model, tokenizer, monkeypatch, strategy):
     """And choose no layouts, where the others do."""
     prompts = [[5, 6], [7] * 40]

@@ -43,7 +43,8 @@ def test_cached_logits_are_those_of_transformers_past_the_window(name):
     np.testing.assert_allclose(logits, expected, atol=2e-4)
 
 
-@pytest.mark.parametrize("name", ["olmo3", *long("mistral", "qwen2", "qwen3", "smollm3", "olmo2")])
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["mistral", "qwen2", "qwen3", "smollm3", "olmo2", "olmo3"])
 def test_self_speculation_is_lossless_at_every_exit(name, small_tokenizer):
     golden, model = np.load(GOLDEN / name / "golden.npz"), load(GOLDEN / name)
     drafting = [SelfSpeculative(exit_layer, 3) for exit_layer in range(1, model.config.num_layers)]
