@@ -57,7 +57,7 @@ $(VENV)/accelerator: $(VENV)/$(INTERPRETER) pyproject.toml $(LOCK)
 	touch $@
 
 # The tests mostly compile, on one core each, so they run in a process for each core.
-PYTEST = $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile
+PYTEST = $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
 test: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .

@@ -29,6 +29,7 @@ from lsjax.evaluation.exits import evaluation_hook
 from lsjax.training import run
 from lsjax.training.prepare import with_model
 from lsjax.training.run import Hook, Interrupted
+from tests.marks import long
 
 CONFIG = """
 from lsjax.config import *
