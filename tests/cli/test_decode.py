@@ -169,7 +169,7 @@ def test_chat(run, model_directory, tmp_path):
     file = directory / "tokenizer_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"chat_template": template}))
     given = ["--chat", "--system", "s", "--prompt", "hi", "--json", "-", "--model", directory]
-    (line,) = lines_of(run(*given)[0])
+    (line,) = lines_of(run(*given, *PLAIN)[0])
     assert line["prompt"] == "hi" and line["num_prompt_tokens"] == len("system=s;user=hi;")
 
 
@@ -445,9 +445,8 @@ def test_as_a_script(model_directory, expected):
     assert line["token_ids"] == expected.token_ids
 
 
-@pytest.mark.parametrize(
-    "options", [SELF, *long(PLAIN)], ids=["self_speculative", "autoregressive"]
-)
+@pytest.mark.long
+@pytest.mark.parametrize("options", [PLAIN, SELF], ids=["autoregressive", "self_speculative"])
 def test_samples(run, tmp_path, options):
     """Two texts for each of two prompts, seeds in a row; one seed repeats, alone and in a batch."""
     file = tmp_path / "prompts.jsonl"
@@ -471,7 +470,7 @@ def in_a_terminal(monkeypatch):
 
 
 @pytest.mark.parametrize("show_drafts", [[], ["--show-drafts"]], ids=["plain", "drafts"])
-@pytest.mark.parametrize("samples", [1, 2])
+@pytest.mark.parametrize("samples", [1, *long(2)])
 def test_a_terminal_is_shown_control_characters(
     run, model, tokenizer, in_a_terminal, show_drafts, samples
 ):

@@ -40,9 +40,10 @@ def test_a_rule_that_accepts_nothing(model, tokenizer, expected):
     assert sum(c.drafted for c in found) > sum(c.accepted for c in found) == 0
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "rule, sampling",
-    [(accept_block, Sampling(temperature=1.0, seed=3)), *long((accept_equal, Sampling()))],
+    [(accept_equal, Sampling()), (accept_block, Sampling(temperature=1.0, seed=3))],
 )
 def test_the_defaults(model, tokenizer, rule, sampling):
     default = texts(model, tokenizer, SelfSpeculative(3, 4), sampling=sampling)

@@ -113,6 +113,7 @@ def test_penalties_stops_log_probabilities_and_a_vocabulary(engine, model):
         np.testing.assert_allclose(one.log_probs, other.log_probs, atol=1e-4)
 
 
+@pytest.mark.long
 def test_a_model_without_exits_looks_drafts_up(engine, expected):
     """Its text repeats itself: lookups save rounds."""
     found = generate(engine, LOOKUPS)

@@ -72,7 +72,7 @@ def test_a_stream_comes_in_pieces(engine_of):
 @pytest.fixture(scope="module")
 def stops(expected):
     """Pairs of characters from all over the texts that the model writes."""
-    return [c.text[at : at + 2] for c in expected[1:3] for at in range(0, len(c.text) - 1, 3)]
+    return [c.text[at : at + 2] for c in expected[1:3] for at in range(0, len(c.text) - 1, 5)]
 
 
 def test_stop_strings_do_not_depend_on_strategy_batch_or_streaming(engine_of, expected, stops):

@@ -215,8 +215,8 @@ LOOKUPS = ((1.0, 0.8),)
     "strategy",
     [
         SelfSpeculative(1, 2),
-        Adaptive(lengths=(0, 2), seconds=LOOKUPS),
         *long(
+            Adaptive(lengths=(0, 2), seconds=LOOKUPS),
             Autoregressive(),
             SelfSpeculative(2, 2, VOCABULARY, draft_confidence=0.3),
             Adaptive((1, 2), VOCABULARY, lengths=(0, 2), seconds=COSTS),

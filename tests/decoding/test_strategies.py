@@ -88,6 +88,7 @@ def test_early_exit_equals_the_truncated_forward(model, tokenizer, exit_layer):
         assert (logits[len(prompt) - 1 : -1].max(-1) - chosen < MARGIN).all()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "exit_layer, drafts",
     [(2, 1), (3, 8), *long(*((2, drafts) for drafts in range(2, 9)), (1, 1), (1, 4), (3, 3))],

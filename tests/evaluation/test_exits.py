@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from jax.sharding import AbstractMesh
+from scipy.special import log_softmax
 
 import lsjax
 from lsjax.cli.show import exit_table
@@ -59,8 +60,8 @@ def plain_scores(model, batch) -> ExitScores:
             labels = batch["labels_BT"][row, piece]
             tokens = batch["tokens_BT"][row, piece]
             padded = np.pad(tokens, (0, 16 - length))  # behind all that is seen
-            logits_LTV = all_logits(model, padded)[:, :length]
-            log_probs = jax.nn.log_softmax(logits_LTV)
+            logits_LTV = np.asarray(all_logits(model, padded))[:, :length]
+            log_probs = log_softmax(logits_LTV, axis=-1)
             counted = labels >= 0
             at = np.flatnonzero(counted)
             losses.append(-log_probs[:, at, labels[counted]])
