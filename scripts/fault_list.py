@@ -89,7 +89,7 @@ FROM_DOCS = (
         "decoding/rounds.py",
         "found = new_BT, state.log_probs(logits_BTV, new_BT)",
         "found = new_BT, state.log_probs(changed_BTV, new_BT)",
-        "tests/decoding/test_run.py",
+        "tests/decoding/test_penalties.py",
     ),
     Fault(
         "seed of the row's last text",

@@ -79,7 +79,7 @@ def test_apply_to_a_draft_vocabulary(seed):
 
 PROMPTS = [[7], [1, 2, 3, 1, 2, 3], [104, 105] * 8, list(range(40, 60))]
 TEXTS = [  # each prompt with several penalties
-    Request(prompt=prompt, max_new_tokens=NEW, sampling=sampling)
+    Request(prompt=prompt, max_new_tokens=NEW, sampling=sampling, log_probs=True)
     for prompt in PROMPTS
     for sampling in (ROWS[1], ROWS[2], ROWS[3], ROWS[5])
 ]
@@ -123,6 +123,7 @@ def test_all_strategies_give_the_same_text(
     found = engine.generate(TEXTS)
     for request, one, other in zip(TEXTS, expected, found, strict=True):
         assert one.token_ids == other.token_ids, request
+        np.testing.assert_allclose(one.log_probs, other.log_probs, atol=1e-4)
     if strategy.num_draft_tokens:
         assert (
             sum(c.accepted for c in found) > 20

@@ -34,7 +34,6 @@ REQUESTS = [
         ([104, 105] * 20, 5, Sampling(temperature=0.7, top_p=0.6, seed=5), True),
         ([1, 2, 3, 4], 17, Sampling(temperature=1.3, top_p=0.9, seed=5), False),
         ([200], 24, GREEDY, False),
-        ([1, 2, 3] * 3, 9, Sampling(repetition_penalty=1.5, no_repeat_ngram=2), True),
         (
             list(range(40, 60)),
             12,
