@@ -22,14 +22,12 @@ class SharedPrograms(Programs):
 
     def lower(self, function, state, *rest):
         """The one that was lowered for an equal model, function and state, if there is one."""
-        arguments, structure = jax.tree.flatten((state, rest))
-        static = (getattr(value, "program", value) for value in function.keywords.values())
-        key = (
-            *(function.func, *static, structure, self._structure, self._mesh),
-            *(self._kernels, self._lays_out, platform(), jax.config.jax_enable_x64),
-            *((leaf.shape, leaf.dtype) for leaf in (*self._leaves, *arguments)),
-            *(leaf.sharding for leaf in self._leaves),
-        )
+        static = tuple(getattr(value, "program", value) for value in function.keywords.values())
+        weights = tuple((leaf.shape, leaf.dtype, leaf.sharding) for leaf in self._leaves)
+        leaves, structure = jax.tree.flatten((state, rest))
+        arguments = tuple((leaf.shape, leaf.dtype) for leaf in leaves)
+        settings = self._mesh, self._kernels, self._lays_out, platform(), jax.config.jax_enable_x64
+        key = function.func, static, self._structure, weights, structure, arguments, settings
         program = self.lowered.pop(key, None) or super().lower(function, state, *rest)
         if len(self.lowered) == MOST:
             del self.lowered[next(iter(self.lowered))]

@@ -1,4 +1,4 @@
-"""Runs, models and results in a bucket, which a server on this machine holds."""
+"""Runs, models and results in a bucket. Long: a server on this machine has it, and leases wait."""
 
 import json
 import sys

@@ -15,6 +15,7 @@ from lsjax.data.token_rows import INDEX
 from lsjax.model.llama import Llama
 from lsjax.training.step import init_state
 from tests.checkpoints.test_saving import CONFIG, advance, bits, numbers, open_
+from tests.long.processes import assert_group_ends
 from tests.test_train import last_arrays, launch, rows_of, write_config
 
 ROOT = Path(__file__).parents[2]
@@ -135,12 +136,7 @@ def test_killed_processes_leave_whole_shards_and_no_process(tmp_path):
         time.sleep(0.01)
     first.send_signal(signal.SIGKILL)
     first.wait()
-    for _ in range(100):
-        group = subprocess.run(["pgrep", "-g", str(first.pid)], capture_output=True, check=False)
-        if not group.stdout:
-            break
-        time.sleep(0.1)
-    assert not group.stdout, "a worker goes on"
+    assert_group_ends(first.pid)
     assert not list((tmp_path / "killed").rglob(INDEX))
     for cache in ("killed", "whole"):
         subprocess.run(command(cache), **options, check=True)

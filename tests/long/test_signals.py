@@ -14,6 +14,7 @@ import pytest
 from lsjax.data.token_rows import INDEX
 from lsjax.terminal import CONTROLS
 from tests.cli.test_tokenize import CONFIG
+from tests.long.processes import assert_group_ends
 
 ROOT = Path(__file__).parents[2]
 PLAIN = ["--strategy", "autoregressive"]
@@ -109,10 +110,5 @@ def test_ctrl_c_in_a_terminal(tmp_path, workers):
     _, errors = started.communicate(timeout=120)
     said = "interrupted: the same command makes the missing shards\n"
     assert (started.returncode, errors) == (130, said)
-    for _ in range(100):
-        group = subprocess.run(["pgrep", "-g", str(started.pid)], capture_output=True, check=False)
-        if not group.stdout:
-            break
-        time.sleep(0.1)
-    assert not group.stdout, "a process goes on"
+    assert_group_ends(started.pid)
     assert not list(tmp_path.rglob(INDEX))
