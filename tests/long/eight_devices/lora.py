@@ -15,6 +15,7 @@ from lsjax.model.lora import split
 from lsjax.model.parameters import placed, shardings
 from lsjax.sharding import make_mesh
 from lsjax.training.step import init_state, make_train_step
+from tests.long.batches import whole_rows
 
 CONFIG = TrainConfig(
     model=LlamaConfig.tiny(num_layers=2, vocab_size=260),
@@ -26,12 +27,7 @@ CONFIG = TrainConfig(
     early_exit=EarlyExitConfig(curriculum="all"),
 )
 TOKENS = np.random.default_rng(0).integers(0, 260, (8, 9), dtype=np.int32)
-BATCH = dict(
-    tokens_BT=TOKENS[:, :-1],
-    labels_BT=TOKENS[:, 1:],
-    segments_BT=np.ones((8, 8), np.int32),
-    positions_BT=np.broadcast_to(np.arange(8, dtype=np.int32), (8, 8)),
-)
+BATCH = whole_rows(TOKENS)
 SIZES = MeshConfig(data=2, fsdp=2, tensor=2)
 
 

@@ -15,6 +15,7 @@ from lsjax.sharding import make_mesh
 from lsjax.training import forward
 from lsjax.training.layer_dropout import keep_counted
 from lsjax.training.step import init_state, make_train_step
+from tests.long.batches import whole_rows
 
 GATHER = StepConfig(
     num_steps=4,
@@ -26,12 +27,7 @@ MASK = dataclasses.replace(
 )
 SHAPE = LlamaConfig.tiny(num_layers=2)
 TOKENS = np.random.default_rng(0).integers(0, 258, (32, 9), dtype=np.int32)
-BATCH = dict(
-    tokens_BT=TOKENS[:, :-1],
-    labels_BT=TOKENS[:, 1:],
-    segments_BT=np.ones((32, 8), np.int32),
-    positions_BT=np.broadcast_to(np.arange(8, dtype=np.int32), (32, 8)),
-)
+BATCH = whole_rows(TOKENS)
 
 
 def step_on(mesh, config):
