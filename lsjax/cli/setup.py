@@ -121,7 +121,8 @@ def check_output(file: Path, prompts: Path | None = None) -> None:
 def bar(console: Console, description: str) -> Callable[[Sequence[Any]], Iterable[Any]]:
     """Passes a sequence on, and shows a progress bar if the console is a terminal."""
     options = dict(console=console, transient=True, disable=not console.is_terminal)
-    return partial(track, description=description, **options)
+    # Without a thread: after an error the interpreter may wait for it at its end, without end.
+    return partial(track, description=description, auto_refresh=False, **options)
 
 
 def keep_compiled_programs() -> None:

@@ -1,4 +1,4 @@
-"""Setup of programs: the memory that glibc keeps."""
+"""Setup of programs: the memory that glibc keeps, and progress bars."""
 
 import ctypes
 import subprocess
@@ -59,3 +59,20 @@ def test_steps_reuse_memory():
     highest, returned = map(float, done.stdout.split())
     assert highest < 2.5
     assert returned < 0.5
+
+
+BROKEN_OFF = """
+from rich.console import Console
+from lsjax.cli.setup import bar, one_line_errors
+
+with one_line_errors():
+    counting = iter(bar(Console(), "counting")([1, 2, 3]))
+    raise OSError(f"no {next(counting)}")
+"""
+
+
+def test_an_error_below_a_progress_bar_ends_the_program():
+    """The bar is still there when the interpreter ends."""
+    command = [sys.executable, "-c", BROKEN_OFF]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (2, "error: no 1\n")
