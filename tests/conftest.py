@@ -10,22 +10,25 @@ from scripts.xla_flags import known_flags
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 # jax's cache can't be shared by processes that write to it. So each process of pytest-xdist has its
-# own, which begins with links to the entries of the shared one, and links its new ones there.
+# own. After each file of tests, it gets links to what the others have compiled, and gives its own.
 ROOT = Path(__file__).parents[1]
 CACHE = Path(os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "xla")))
 OWN_CACHE = CACHE / os.environ.get("PYTEST_XDIST_WORKER", ".")
 os.environ["JAX_COMPILATION_CACHE_DIR"] = str(OWN_CACHE)
 
 
-def link_entries(source: Path, target: Path) -> None:
-    """Makes the compiled programs of one cache known to another."""
-    target.mkdir(parents=True, exist_ok=True)
-    for entry in source.glob("*-cache"):
-        with suppress(FileExistsError):
-            (target / entry.name).hardlink_to(entry)
+def exchange_programs() -> None:
+    """Makes the compiled programs of the shared cache and of this process known to one another."""
+    OWN_CACHE.mkdir(parents=True, exist_ok=True)
+    own, shared = (set(os.listdir(cache)) for cache in (OWN_CACHE, CACHE))
+    for new, source, target in ((own - shared, OWN_CACHE, CACHE), (shared - own, CACHE, OWN_CACHE)):
+        for name in new:
+            if name.endswith("-cache"):
+                with suppress(FileExistsError):
+                    (target / name).hardlink_to(source / name)
 
 
-link_entries(CACHE, OWN_CACHE)
+exchange_programs()
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "0"
 # Most of the time goes into compiling. XLA's own passes stay, so that compiled programs read the
@@ -52,6 +55,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.long)
 
 
-def pytest_sessionfinish() -> None:
-    """The next run finds what this one has compiled."""
-    link_entries(OWN_CACHE, CACHE)
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    """After a file, the other processes find what this one has compiled, and so does a next run."""
+    if nextitem is None or item.path != nextitem.path:
+        exchange_programs()

@@ -65,8 +65,9 @@ def model(config) -> Llama:
 
 @pytest.fixture(scope="session")
 def shallow() -> Llama:
-    """Two layers: its programs are compiled soon."""
-    return jax.jit(lambda: Llama(LlamaConfig.tiny(num_layers=2), rngs=nnx.Rngs(0)))()
+    """Two layers: its programs are compiled soon. It sees more than the smallest cache holds."""
+    config = LlamaConfig.tiny(num_layers=2, max_context=2048)
+    return jax.jit(lambda: Llama(config, rngs=nnx.Rngs(0)))()
 
 
 @pytest.fixture(scope="session")

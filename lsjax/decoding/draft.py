@@ -67,10 +67,9 @@ class DraftVocabulary:
 
     def head(self, model: Llama) -> DraftHead:
         """The rows of the model's head for these tokens."""
-        ids_N = jnp.asarray(self.ids_N)
-        places_V = jnp.full(model.config.vocab_size, len(self), jnp.int32)
-        places_V = places_V.at[ids_N].set(jnp.arange(len(self)))
-        return DraftHead(ids_N, places_V, model.head_table[ids_N])
+        ids_N, places_V = self.ids_N, np.full(model.config.vocab_size, len(self), np.int32)
+        places_V[ids_N] = np.arange(len(self))
+        return DraftHead(*jax.device_put((ids_N, places_V)), model.head_table[ids_N])
 
 
 def _check_size(size: int, vocab_size: int) -> None:

@@ -13,6 +13,7 @@ from enum import IntEnum
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
@@ -87,11 +88,11 @@ class Draws:
         if all(row.temperature == 0 for row in among):
             return None
         return cls(
-            temperature_B=jnp.asarray([row.temperature for row in rows], jnp.float32),
-            top_k_B=jnp.asarray([row.top_k for row in rows], jnp.int32),
-            top_p_B=jnp.asarray([max(row.top_p, 1e-30) for row in rows], jnp.float32),  # not 0
-            min_p_B=jnp.asarray([row.min_p for row in rows], jnp.float32),
-            key_B2=jnp.stack([jax.random.key_data(jax.random.key(row.seed)) for row in rows]),
+            temperature_B=np.array([row.temperature for row in rows], np.float32),
+            top_k_B=np.array([row.top_k for row in rows], np.int32),
+            top_p_B=np.array([max(row.top_p, 1e-30) for row in rows], np.float32),  # not 0
+            min_p_B=np.array([row.min_p for row in rows], np.float32),
+            key_B2=np.stack([jax.random.key_data(jax.random.key(row.seed)) for row in rows]),
             filters=frozenset(
                 name
                 for name in ("top_k", "top_p", "min_p")
@@ -183,8 +184,8 @@ class Penalties:
         if all(one.repetition_penalty == 1 and one.no_repeat_ngram == 0 for one in among or rows):
             return None
         return cls(
-            repetition_B=jnp.asarray([row.repetition_penalty for row in rows], jnp.float32),
-            ngram_B=jnp.asarray([row.no_repeat_ngram for row in rows], jnp.int32),
+            repetition_B=np.array([row.repetition_penalty for row in rows], np.float32),
+            ngram_B=np.array([row.no_repeat_ngram for row in rows], np.int32),
         )
 
     def apply(

@@ -82,18 +82,23 @@ class DecodeState:
             cache = KVCache.create(config, batch, capacity, dtype, num_layers, mesh=mesh)
         log_probs = any(request.log_probs for request in among)
         samplings = [[one.sampling for one in rows] for rows in (requests, among)]
+
+        def filled(value, dtype=np.int32):
+            return np.full((batch, capacity), value, dtype)
+
+        # NumPy's arrays: JAX would compile a small program for each.
         state = cls(
             cache=cache,
-            length_B=jnp.asarray(length_B),
-            end_B=jnp.asarray(length_B + new_B),
-            finish_B=jnp.asarray(np.where(new_B > 0, RUNNING, LENGTH).astype(np.int32)),
-            stop_Bn=jnp.asarray(stop_Bn),
-            tokens_BS=jnp.asarray(tokens_BS),
-            accepted_BS=jnp.zeros((batch, capacity), bool),
-            replaced_BS=jnp.full((batch, capacity), -1, jnp.int32),
-            round_BS=jnp.zeros((batch, capacity), jnp.int32),
-            log_probs_BS=jnp.zeros((batch, capacity), jnp.float32) if log_probs else None,
-            source_BS=None if learned is None else jnp.zeros((batch, capacity), jnp.int32),
+            length_B=length_B,
+            end_B=length_B + new_B,
+            finish_B=np.where(new_B > 0, RUNNING, LENGTH).astype(np.int32),
+            stop_Bn=stop_Bn,
+            tokens_BS=tokens_BS,
+            accepted_BS=filled(False, bool),
+            replaced_BS=filled(-1),
+            round_BS=filled(0),
+            log_probs_BS=filled(0, np.float32) if log_probs else None,
+            source_BS=None if learned is None else filled(0),
             draws=Draws.create(*samplings),
             penalties=Penalties.create(*samplings),
             learned=learned,

@@ -148,8 +148,8 @@ def shardings(tree: Any, mesh: Mesh | AbstractMesh) -> Any:
 
 
 def placed(tree: Any, mesh: Mesh | None) -> Any:
-    """The tree with every array sharded over the mesh; unchanged without a mesh."""
-    return tree if mesh is None else jax.device_put(tree, shardings(tree, mesh))
+    """The tree with every array on devices, sharded over a mesh if there is one."""
+    return jax.device_put(tree, None if mesh is None else shardings(tree, mesh))
 
 
 def placed_shapes(tree: Any, mesh: Mesh | AbstractMesh | None) -> Any:

@@ -104,7 +104,7 @@ def test_every_strategy_answers_every_row(run, rows, tmp_path, capsys):
 
 
 def test_a_killed_run_goes_on(run, rows, tmp_path, monkeypatch):
-    two = ("--strategies", "autoregressive", "early_exit", "--exit-layers", 1, "--limit", 4)
+    two = ("--strategies", "autoregressive", "early_exit", "--exit-layers", 2, "--limit", 4)
     two += ("--batch-size", 2)
     whole = run(*two, output="whole.jsonl")
     write, count = Lines.write, 0
@@ -136,9 +136,9 @@ def test_a_killed_run_goes_on(run, rows, tmp_path, monkeypatch):
 def test_other_conditions_are_not_mixed_in(run, rows, tmp_path, refused, model_directory, capsys):
     """More examples and strategies are answered in the same file."""
     run("--limit", 1)
-    answers = run("--limit", 2, "--strategies", "autoregressive", "early_exit", "--exit-layers", 1)
+    answers = run("--limit", 2, "--strategies", "autoregressive", "early_exit", "--exit-layers", 2)
     assert [(a["exit_layer"], a["id"]) for a in answers] == [
-        *((None, "test.tsv:2"), (None, "test.tsv:3"), (1, "test.tsv:2"), (1, "test.tsv:3")),
+        *((None, "test.tsv:2"), (None, "test.tsv:3"), (2, "test.tsv:2"), (2, "test.tsv:3")),
     ]
     assert "1 of 4 answers are already stored" in capsys.readouterr().err
     words = ("--model", model_directory, "--task", "topv2", "--output", tmp_path / "out.jsonl")

@@ -1,20 +1,35 @@
 """What an engine does, counted; the strategies that must give the same text."""
 
+import jax
 import numpy as np
 import pytest
+from flax import nnx
 
 from lsjax.decoding.draft import DraftVocabulary
 from lsjax.decoding.programs import prefill
 from lsjax.decoding.self_speculative import SelfSpeculative
 from lsjax.decoding.strategy import Autoregressive, EarlyExit
+from lsjax.model.llama import Llama
 from tests.marks import long
+
+
+@pytest.fixture(scope="session")
+def model(shallow) -> Llama:
+    """Here two layers are the usual model."""
+    return shallow
+
+
+@pytest.fixture(scope="session")
+def deep(config) -> Llama:
+    """Four layers, for tests of several exits."""
+    return jax.jit(lambda: Llama(config, rngs=nnx.Rngs(0)))()
 
 
 @pytest.fixture(
     params=[
-        SelfSpeculative(3, 4),
-        SelfSpeculative(3, 4, DraftVocabulary(np.arange(0, 258, 2))),
-        *long(Autoregressive(), EarlyExit(4)),
+        SelfSpeculative(1, 4),
+        SelfSpeculative(1, 4, DraftVocabulary(np.arange(0, 258, 2))),
+        *long(Autoregressive(), EarlyExit(2)),
     ],
     ids=["self_speculative", "draft_vocabulary", "autoregressive", "early_exit"],
 )

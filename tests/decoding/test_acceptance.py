@@ -35,7 +35,7 @@ def expected(model, tokenizer):
 
 
 def test_a_rule_that_accepts_nothing(model, tokenizer, expected):
-    found = texts(model, tokenizer, SelfSpeculative(3, 4, accept=accept_none))
+    found = texts(model, tokenizer, SelfSpeculative(1, 4, accept=accept_none))
     assert [c.token_ids for c in found] == [c.token_ids for c in expected]
     assert sum(c.drafted for c in found) > sum(c.accepted for c in found) == 0
 
@@ -46,8 +46,8 @@ def test_a_rule_that_accepts_nothing(model, tokenizer, expected):
     [(accept_equal, Sampling()), (accept_block, Sampling(temperature=1.0, seed=3))],
 )
 def test_the_defaults(model, tokenizer, rule, sampling):
-    default = texts(model, tokenizer, SelfSpeculative(3, 4), sampling=sampling)
-    named = texts(model, tokenizer, SelfSpeculative(3, 4, accept=rule), sampling=sampling)
+    default = texts(model, tokenizer, SelfSpeculative(1, 4), sampling=sampling)
+    named = texts(model, tokenizer, SelfSpeculative(1, 4, accept=rule), sampling=sampling)
     assert [c.token_ids for c in named] == [c.token_ids for c in default]
 
 
@@ -147,18 +147,15 @@ def as_draft(case: Case, drafts: list[Text], draws=None) -> tuple[jnp.ndarray, D
                 log_p_BTV[row, t] = np.log(case.p[text[:t]])
             for t in range(len(text)):
                 log_q_BTN[row, t] = np.log(case.q[text[:t]][case.drafts])
-    head, count_B = None, jnp.array([len(text) for text in drafts])
+    head, count_B = None, np.array([len(text) for text in drafts], np.int32)
     if len(case.drafts) < N:
-        places_V = (
-            jnp.full(N, len(case.drafts))
-            .at[jnp.array(case.drafts)]
-            .set(jnp.arange(len(case.drafts)))
-        )
-        head = DraftHead(jnp.array(case.drafts), places_V, jnp.zeros((len(case.drafts), 1)))
-    state = SimpleNamespace(draws=draws, length_B=jnp.full(len(drafts), 5))
-    tokens_BT, log_q_BTN = jnp.asarray(tokens_BT), jnp.asarray(log_q_BTN, jnp.float32)
-    draft = Draft(state, jnp.zeros((*shape_BT, 1)), tokens_BT, count_B, log_q_BTN, head)
-    return jnp.asarray(log_p_BTV, jnp.float32), draft
+        places_V = np.full(N, len(case.drafts))
+        places_V[case.drafts] = np.arange(len(case.drafts))
+        head = DraftHead(np.array(case.drafts), places_V, np.zeros((len(case.drafts), 1)))
+    state = SimpleNamespace(draws=draws, length_B=np.full(len(drafts), 5))
+    arrays = jax.device_put((tokens_BT.astype(np.int32), log_q_BTN.astype(np.float32)))
+    draft = Draft(state, np.zeros((*shape_BT, 1)), arrays[0], count_B, arrays[1], head)
+    return jax.device_put(log_p_BTV.astype(np.float32)), draft
 
 
 class FixedDraws:

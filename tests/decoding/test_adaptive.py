@@ -52,6 +52,11 @@ LOOKUPS = Adaptive(lengths=LENGTHS, seconds=(SAME[0],))
 
 
 @pytest.fixture(scope="module")
+def model(deep):
+    return deep
+
+
+@pytest.fixture(scope="module")
 def engine(model, tokenizer):
     return Engine(model, tokenizer, batch_size=3)
 
@@ -175,8 +180,8 @@ def test_counts_of_the_exit_that_drafted_by_hand(model, temperature):
     log_q_BTV = jax.nn.log_softmax(logits_BTV) - math.log(2) if temperature else None
     draft = Draft(state, (), tokens_BT, count_B, log_q_BTV, None, jnp.array(TOP))
     hidden = (jnp.zeros((2, 4, model.config.hidden_size)),) * 3
-    rest = logits_BTV, jnp.array(NEW), jnp.array([2, 0])
-    passed, tried = strategy.scores(model, draft, 2, jnp.array(False), hidden, *rest)
+    rest = jnp.array(False), hidden, logits_BTV, jnp.array(NEW), jnp.array([2, 0])
+    passed, tried = jax.jit(lambda: strategy.scores(model, draft, 2, *rest))()
     assert not passed[:, 0].any() and not tried[:, 0].any()
     # The levels begin at 0, 0.4, 0.6, 0.8 and 0.95.
     np.testing.assert_array_equal(tried[:, 1], [[0, 1, 1, 0, 1], [1, 0, 0, 0, 0]])
@@ -190,13 +195,8 @@ def test_counts_by_hand():
     """Older counts weigh less. The lookup was right about row 0's first token; row 1 had none."""
     seen = np.arange(20.0).reshape(2, 2, 5), np.arange(1, 21.0).reshape(2, 2, 5)
     start = Learned(*map(jnp.ones, [(2, 2, 5)] * 2 + [(2, 8)] * 2), jnp.zeros(2, jnp.int32))
-    after = start.after(
-        jnp.array(NEW),
-        jnp.array([2, 0]),
-        jnp.array([7, 0]),
-        jnp.array([[4, 9, 6], [7, 0, 0]]),
-        tuple(map(jnp.array, seen)),
-    )
+    given = NEW, [2, 0], [7, 0], [[4, 9, 6], [7, 0, 0]]
+    after = jax.jit(Learned.after)(start, *map(np.array, given), seen)
     kept = DECAY ** seen[1].sum(2, keepdims=True)
     np.testing.assert_allclose(after.passed_BEC, kept + seen[0], rtol=1e-6)
     np.testing.assert_allclose(after.tried_BEC, kept + seen[1], rtol=1e-6)
@@ -224,9 +224,8 @@ def test_counts_by_hand():
 def test_seconds_of_drafts_by_hand(rounds, expected):
     """Rounds of 0, 2 and 5 drafts, whose verifications take 2, 4 and 7 seconds. If those of 2 and 5
     differ by 12 seconds, a draft costs (12 - 3) / 3."""
-    found = adaptive().seconds_of_drafts(
-        jnp.array(rounds), jnp.array([2.0, 4.0, 7.0]), jnp.array([0.5])
-    )
+    given = rounds, [2.0, 4.0, 7.0], [0.5]
+    found = jax.jit(adaptive().seconds_of_drafts)(*map(np.array, given))
     np.testing.assert_allclose(found, [expected], rtol=1e-6)
 
 
@@ -271,8 +270,8 @@ def test_chances_by_hand():
 @pytest.fixture
 def divided():
     """An exit with two kinds of drafts, equally likely: those that pass with 0.1, and with 0.9."""
-    tried_BEC = jnp.array([[[1e6, 0, 0, 0, 1e6]]])
-    passed_BEC = tried_BEC * jnp.array([0.1, 0, 0, 0, 0.9])
+    tried_BEC = np.array([[[1e6, 0, 0, 0, 1e6]]], np.float32)
+    passed_BEC = tried_BEC * np.array([0.1, 0, 0, 0, 0.9], np.float32)
     return dataclasses.replace(Learned.create(1, 1), passed_BEC=passed_BEC, tried_BEC=tried_BEC)
 
 
@@ -281,7 +280,8 @@ def divided():
 )
 def test_tokens_of_exits_by_hand(divided, least, share, chance):
     """If the first of two drafts passes, 1 + 1/2 are expected to: 0.15 or 1.35 beforehand."""
-    tokens_BED, drafts_BED = divided.exit_tokens((0, 2), jnp.array([[0.0, least]]))
+    tokens = jax.jit(Learned.exit_tokens, static_argnums=1)
+    tokens_BED, drafts_BED = tokens(divided, (0, 2), np.array([[0.0, least]]))
     np.testing.assert_allclose(drafts_BED, [[[1, share]]], atol=1e-4)
     np.testing.assert_allclose(tokens_BED, [[[1, 1 + share * chance * 1.5]]], rtol=1e-4)
 
@@ -297,7 +297,7 @@ def test_an_exit_that_is_rarely_sure_pays(model, divided, without, chosen):
     state = DecodeState.create(model.config, [request], **options)
     seconds_SD = jnp.array([[10, math.inf], [without, 20.0]])
     strategy = Adaptive((2,), lengths=(0, 2))
-    settings = strategy.choose(4, state, jnp.array([0]), (seconds_SD, None))
+    settings = jax.jit(lambda: strategy.choose(4, state, jnp.array([0]), (seconds_SD, None)))()
     assert settings.exit_layer == chosen
     if chosen:
         # The first draft widens the verification by 9 seconds, for 1.5 tokens if it passes.
@@ -316,10 +316,10 @@ def test_tokens_of_lookups_by_hand():
     factor = (2 + TEXT_COUNT) / (10 * eighth + TEXT_COUNT)
     seventh, eighth = seventh * factor, eighth * factor
     eighth = (2 + USUAL_COUNT * eighth) / (10 + USUAL_COUNT)
-    tokens = one.lookup_tokens(jnp.array([LONGEST - 1]), (0, 1, 3))[0]
+    tokens = one.lookup_tokens(np.array([LONGEST - 1]), (0, 1, 3))[0]
     expected = [1, 1 + seventh, 1 + seventh * (1 + eighth + eighth**2)]
     np.testing.assert_allclose(tokens, expected, rtol=1e-6)
-    assert one.lookup_tokens(jnp.array([0]), (0, 1, 3)).tolist() == [[1, 1, 1]]
+    assert one.lookup_tokens(np.array([0]), (0, 1, 3)).tolist() == [[1, 1, 1]]
 
 
 @pytest.mark.long

@@ -18,6 +18,11 @@ from lsjax.decoding.strategy import Autoregressive, EarlyExit
 from tests.marks import long
 
 
+@pytest.fixture(scope="module")
+def model(deep):
+    return deep
+
+
 def compiled_loop(model, strategy, batch, capacity):
     state = DecodeState.create(
         model.config,

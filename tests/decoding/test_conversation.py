@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from lsjax.config import ConfigError, LlamaConfig
+from lsjax.config import ConfigError
 from lsjax.decoding.batching import ContinuousBatch, Conversation, shared_prefix
 from lsjax.decoding.engine import Engine
 from lsjax.decoding.self_speculative import SelfSpeculative
@@ -18,13 +18,6 @@ SAID = [list(range(40, 60)), [1, 2, 3], [7], [200, 100, 5]]  # what the other on
 by_name = pytest.mark.parametrize(
     "strategy", [Autoregressive(), SelfSpeculative(1, 4), *long(EarlyExit(1))]
 )
-
-
-@pytest.fixture(scope="module")
-def model() -> Llama:
-    """It remembers more than the smallest cache holds."""
-    config = LlamaConfig.tiny(num_layers=2, max_context=2048)
-    return jax.jit(lambda: Llama(config, rngs=nnx.Rngs(0)))()
 
 
 @pytest.fixture(scope="module")

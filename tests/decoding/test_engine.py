@@ -25,7 +25,7 @@ from tests.marks import long
 
 PROMPTS = [[7], [1, 2, 3], list(range(40, 60)), [104, 105] * 8]
 NEW = 24
-STRATEGIES = [Autoregressive(), SelfSpeculative(3, 4)]
+STRATEGIES = [Autoregressive(), SelfSpeculative(1, 4)]
 by_name = pytest.mark.parametrize("strategy", STRATEGIES, ids=lambda strategy: strategy.name)
 
 
@@ -97,7 +97,7 @@ def test_stop_strings_do_not_depend_on_strategy_batch_or_streaming(engine_of, ex
 
 
 def test_figures_of_a_stopped_text_count_what_is_kept(engine_of, stops):
-    engine = engine_of(SelfSpeculative(3, 4), 4)
+    engine = engine_of(SelfSpeculative(1, 4), 4)
     for stop in stops:
         for c in engine.generate(PROMPTS, max_new_tokens=NEW, stop=[stop]):
             own = c.rounds - bool(c.trace.accepted_n[-1])  # the verification's own tokens
@@ -125,11 +125,11 @@ def test_the_time_behind_a_stop_string_is_not_the_text_s(engine_of, stops, monke
 def test_a_stream_keeps_its_strategy(model, tokenizer):
     """What the engine is told to use meanwhile is for the next text. The text outgrows its cache
     afterwards, where the other strategy would have more room for drafts, or less."""
-    tail, prompt, options = identity_tail(model, 2), [5, 6] * 150, dict(max_new_tokens=40)
-    engine = Engine(tail, tokenizer, SelfSpeculative(2, 3), ignore_end=True)
+    tail, prompt, options = identity_tail(model, 1), [5, 6] * 150, dict(max_new_tokens=40)
+    engine = Engine(tail, tokenizer, SelfSpeculative(1, 3), ignore_end=True)
     (expected,) = Engine(tail, tokenizer, ignore_end=True).generate([prompt], **options)
-    for other in (SelfSpeculative(2, 12), Autoregressive()):
-        engine.use(SelfSpeculative(2, 3))
+    for other in (SelfSpeculative(1, 12), Autoregressive()):
+        engine.use(SelfSpeculative(1, 3))
         stream = engine.stream(prompt, **options)
         pieces = [next(stream)]
         engine.use(other)
@@ -142,7 +142,7 @@ def test_vocabularies_of_one_size_share_a_program_and_no_tokens(model, tokenizer
     engine = Engine(model, tokenizer)
     for first in (0, 100):
         vocabulary = DraftVocabulary(np.arange(first, first + 100))
-        engine.use(SelfSpeculative(3, 4, vocabulary))
+        engine.use(SelfSpeculative(1, 4, vocabulary))
         (completion,) = engine.generate([[5, 6]], max_new_tokens=NEW)
         drafts = completion.trace.replaced_n[completion.trace.replaced_n >= 0]
         assert len(drafts) and (first <= drafts).all() and (drafts < first + 100).all()
@@ -151,7 +151,7 @@ def test_vocabularies_of_one_size_share_a_program_and_no_tokens(model, tokenizer
 
 def test_a_bucket_has_one_program(model, tokenizer):
     """Prompts of every length of a bucket share it; the next bucket adds a prefill only."""
-    engine = Engine(model, tokenizer, SelfSpeculative(3, 4))
+    engine = Engine(model, tokenizer, SelfSpeculative(1, 4))
     assert len(engine.programs) == 0
     for length, programs in [(1, 2), (17, 2), (32, 2), (33, 3), (64, 3), (5, 3)]:
         for new in (1, 3):
@@ -196,10 +196,10 @@ def test_text_prompts_are_encoded(engine_of):
         ([5, 258], 5, None, r"token ids 5..258 .* vocabulary of 258: give ids in 0..257"),
         ([-1, 7], 5, None, r"token ids -1..7 .* vocabulary of 258"),
         (
-            [1] * 510,
+            [1] * 2046,
             3,
             None,
-            "a prompt of 510 tokens and 3 new ones .* length of 512: shorten the prompt, lower "
+            "a prompt of 2046 tokens and 3 new ones .* length of 2048: shorten the prompt, lower "
             "--max-new-tokens$",
         ),
         ([1] * 10, 7, 16, "10 tokens and 7 new ones .* length of 16: .* or raise --max-length$"),
@@ -227,8 +227,8 @@ def test_max_length_is_reached(model, tokenizer, length):
 @pytest.mark.parametrize(
     "options, words",
     [
-        ({"max_length": 1}, r"max length 1 is out of range: use --max-length 2..512"),
-        ({"max_length": 513}, r"max length 513 is out of range: use --max-length 2..512"),
+        ({"max_length": 1}, r"max length 1 is out of range: use --max-length 2..2048"),
+        ({"max_length": 2049}, r"max length 2049 is out of range: use --max-length 2..2048"),
         ({"batch_size": 0}, "batch size 0 is below 1: choose --batch-size 1 or more"),
     ],
 )
@@ -243,10 +243,8 @@ def test_the_tokenizer_must_fit(tokenizer):
         Engine(smaller, tokenizer)
 
 
-def test_a_prompt_longer_than_the_largest_chunk(tokenizer):
+def test_a_prompt_longer_than_the_largest_chunk(model, tokenizer):
     """Read in two goes, beside a short one: each new token is the plain forward's best."""
-    config = LlamaConfig.tiny(max_context=2048)
-    model = jax.jit(lambda: Llama(config, rngs=nnx.Rngs(0)))()
     prompts = [np.random.default_rng(0).integers(0, 256, length).tolist() for length in (700, 3)]
     engine = Engine(model, tokenizer, batch_size=2)
     for prompt, completion in zip(prompts, engine.generate(prompts, max_new_tokens=4), strict=True):
@@ -258,12 +256,12 @@ def test_a_prompt_longer_than_the_largest_chunk(tokenizer):
 @pytest.mark.parametrize(
     "strategy, capacity",
     [
-        (SelfSpeculative(3, 63), 512 + 64),  # a round writes as much as the slack
+        (SelfSpeculative(1, 63), 512 + 64),  # a round writes as much as the slack
         *long(
             (Autoregressive(), 512 + 64),
-            (EarlyExit(4), 512 + 64),
-            (SelfSpeculative(3, 4), 512 + 64),
-            (SelfSpeculative(3, 64), 512 + 128),
+            (EarlyExit(2), 512 + 64),
+            (SelfSpeculative(1, 4), 512 + 64),
+            (SelfSpeculative(1, 64), 512 + 128),
         ),
     ],
     ids=lambda value: getattr(value, "name", value),
@@ -279,7 +277,7 @@ def test_tokens_at_the_end_of_the_cache(model, tokenizer, strategy, capacity):
         assert last_logits(model, prompt + completion.token_ids[:index]).argmax() == token, index
 
 
-@pytest.mark.parametrize("strategy", [SelfSpeculative(2, 3), *long(EarlyExit(2))])
+@pytest.mark.parametrize("strategy", [SelfSpeculative(1, 3), *long(EarlyExit(1))])
 def test_weights_are_laid_out_once_as_the_programs_want_them(
     model, tokenizer, monkeypatch, strategy
 ):
@@ -298,7 +296,7 @@ def test_weights_are_laid_out_once_as_the_programs_want_them(
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("strategy", [SelfSpeculative(2, 3), Autoregressive()])
+@pytest.mark.parametrize("strategy", [SelfSpeculative(1, 3), Autoregressive()])
 def test_reference_kernels_give_the_same_tokens(model, tokenizer, monkeypatch, strategy):
     """And choose no layouts, where the others do."""
     prompts = [[5, 6], [7] * 40]

@@ -1,10 +1,13 @@
 """Drafts from the text itself."""
 
-import jax.numpy as jnp
+import jax
 import numpy as np
 import pytest
 
-from lsjax.decoding.learned import LONGEST, look_up
+from lsjax.decoding import learned
+from lsjax.decoding.learned import LONGEST
+
+look_up = jax.jit(learned.look_up, static_argnums=2)
 
 
 def by_loops(text: list[int], steps: int) -> tuple[int, list[int]]:
@@ -26,7 +29,8 @@ def test_the_longest_match_as_by_loops(vocab):
     random, steps = np.random.default_rng(vocab), 6
     tokens_BS = random.integers(0, vocab, (60, 40))
     length_B = random.integers(1, 41, 60)
-    matched_B, proposal_BT = look_up(jnp.asarray(tokens_BS), jnp.asarray(length_B), steps)
+    matched_B, proposal_BT = look_up(tokens_BS, length_B, steps)
+    matched_B, proposal_BT = np.asarray(matched_B), np.asarray(proposal_BT)
     sizes = set()
     for row, length in enumerate(length_B):
         matched, followed = by_loops(tokens_BS[row, :length].tolist(), steps)
@@ -39,5 +43,5 @@ def test_the_longest_match_as_by_loops(vocab):
 def test_a_text_by_hand():
     """The last match of the longest ones; a draft that reaches the end goes on from its start."""
     text = [1, 2, 3, 4, 1, 2, 5, 9, 1, 2]
-    matched_B, proposal_BT = look_up(jnp.array([text + [0, 0]]), jnp.array([10]), 6)
+    matched_B, proposal_BT = look_up(np.array([text + [0, 0]]), np.array([10]), 6)
     assert matched_B.tolist() == [2] and proposal_BT.tolist() == [[5, 9, 1, 2, 5, 9]]

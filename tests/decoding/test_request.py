@@ -11,7 +11,7 @@ from lsjax.decoding.sampling import Sampling
 from lsjax.decoding.self_speculative import SelfSpeculative
 
 PROMPT, NEW = [1, 2, 3], 24
-STRATEGY = SelfSpeculative(3, 4)
+STRATEGY = SelfSpeculative(1, 4)
 
 
 @pytest.fixture(scope="module")

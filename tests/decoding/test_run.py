@@ -65,8 +65,12 @@ def test_more_requests_than_rows(shallow, tokenizer, together, name):
         same = ("token_ids", "text", "finish_reason", "seed", "rounds", "drafted", "accepted")
         assert [getattr(alone, key) for key in same] == [getattr(beside, key) for key in same]
     assert found[1].token_ids != found[3].token_ids, "two seeds, one text"
-    (own,) = engine.generate(REQUESTS[1:2])  # by programs without the settings of others
-    assert own.token_ids == found[1].token_ids
+
+
+@pytest.mark.long
+def test_programs_without_the_settings_of_others(shallow, tokenizer, together):
+    (own,) = Engine(shallow, tokenizer, Autoregressive()).generate(REQUESTS[1:2])
+    assert own.token_ids == together("autoregressive")[1].token_ids
 
 
 @pytest.mark.long
@@ -110,7 +114,7 @@ def ends_of(new_tokens: list[int], rows: int) -> list[int]:
 def test_200_requests(shallow, tokenizer, caplog):
     """Nothing is compiled after the first round, nobody waits for a longer text than theirs."""
     random = np.random.default_rng(0)
-    engine = Engine(shallow, tokenizer, batch_size=8, ignore_end=True)
+    engine = Engine(shallow, tokenizer, batch_size=4, ignore_end=True)
 
     def requests(count):
         return [
@@ -121,7 +125,7 @@ def test_200_requests(shallow, tokenizer, caplog):
             for _ in range(count)
         ]
 
-    engine.generate(requests(9))  # all rows, and one that enters later
+    engine.generate(requests(5))  # all rows, and one that enters later
     many = requests(200)
     many[0] = Request(prompt=[1], max_new_tokens=200)
     many[60] = Request(prompt=[1], max_new_tokens=40)
@@ -134,7 +138,7 @@ def test_200_requests(shallow, tokenizer, caplog):
     assert len(engine.programs) == programs
     assert sorted(order) == list(range(200)) and order[-1] == 0
     assert [c.num_new_tokens for c in found] == [request.max_new_tokens for request in many]
-    ends = ends_of([request.max_new_tokens for request in many], 8)
+    ends = ends_of([request.max_new_tokens for request in many], 4)
     assert [ends[index] for index in order] == sorted(ends)
 
 

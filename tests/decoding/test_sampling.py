@@ -31,6 +31,9 @@ NEW = 3  # tokens that are looked at together
 OPTIMISED = {"xla_backend_optimization_level": 1}
 
 
+log_probs = jax.jit(Draws.log_probs)
+
+
 def by_sorting(logits, sampling: Sampling) -> np.ndarray:
     """The distribution as the definitions give it, one token at a time."""
     x = np.asarray(logits, np.float64) / sampling.temperature
@@ -67,7 +70,7 @@ def test_filters_equal_a_sort(size):
     """In one batch, each row with its own; a greedy row and one without filters beside."""
     rows = [*FILTERS, Sampling(), Sampling(temperature=1.0, top_k=10**6), Sampling(top_k=3)]
     logits = jax.random.normal(jax.random.key(size), (len(rows), 3, size)) * 3
-    found = np.exp(jax.jit(lambda d, x: d.log_probs(x))(Draws.create(rows), logits))
+    found = np.exp(log_probs(Draws.create(rows), logits))
     for row, sampling in enumerate(rows):
         for step in range(3):
             if sampling.temperature == 0:
@@ -79,9 +82,10 @@ def test_filters_equal_a_sort(size):
 
 def test_ties_with_the_last_one_stay():
     draws = Draws.create([Sampling(temperature=1.0, top_k=2)])
-    log = draws.log_probs(jnp.array([[[5.0, 4.0, 4.0, 1.0]]]))
+    log = log_probs(draws, np.array([[[5.0, 4.0, 4.0, 1.0]]], np.float32))
     assert np.isfinite(log[0, 0]).tolist() == [True, True, True, False]
-    equal = draws.log_probs(jnp.zeros((1, 1, 4)))  # of two greedy maxima argmax takes the first
+    # Of two greedy maxima argmax takes the first.
+    equal = log_probs(draws, np.zeros((1, 1, 4), np.float32))
     assert np.isfinite(equal).all()
 
 
@@ -91,7 +95,7 @@ def test_numbers_below_float32(name):
     logits = jax.random.normal(jax.random.key(0), (1, 1, 50)) * 3
     rows = [Sampling(**{"temperature": 1.0, name: value}) for value in (1e-60, 1e-37)]
     draws = Draws.create(rows)
-    found, expected = np.exp(draws.log_probs(jnp.tile(logits, (2, 1, 1))))
+    found, expected = np.exp(log_probs(draws, np.tile(logits, (2, 1, 1))))
     assert expected.sum() == pytest.approx(1)
     np.testing.assert_allclose(found, expected, atol=1e-6)
 
@@ -100,7 +104,7 @@ def test_the_largest_numbers():
     """All tokens, each as probable as the others."""
     draws = Draws.create([Sampling(temperature=1e30, top_k=2**31 - 1)])
     logits = jax.random.normal(jax.random.key(0), (1, 1, 50)) * 3
-    np.testing.assert_allclose(np.exp(draws.log_probs(logits)), 1 / 50, rtol=1e-6)
+    np.testing.assert_allclose(np.exp(log_probs(draws, logits)), 1 / 50, rtol=1e-6)
 
 
 def test_seeds_of_32_bits_differ():
@@ -154,7 +158,7 @@ def texts(model, strategy, settings=SETTINGS) -> np.ndarray:
         learned=strategy.first_guess(len(requests)),
     )
     pairs = np.arange(2 * len(settings)).reshape(-1, 1, 2).repeat(ROWS, axis=1)
-    base = jax.tree.map(lambda leaf: leaf[pairs.ravel()], base)
+    base = jax.tree.map(lambda leaf: np.asarray(leaf)[pairs.ravel()], base)
     loop = partial(decode, strategy=strategy)
     if isinstance(strategy, Adaptive):
         alone = jax.vmap(loop, in_axes=(None, 0, None, None))

@@ -40,6 +40,11 @@ def tokens(model, tokenizer, strategy, prompts, batch_size=1, **options):
 
 
 @pytest.fixture(scope="module")
+def model(deep):
+    return deep
+
+
+@pytest.fixture(scope="module")
 def expected(model, tokenizer):
     return tokens(model, tokenizer, Autoregressive(), PROMPTS)
 
@@ -218,8 +223,9 @@ def test_drafts_are_accepted_and_refused(engine):
 def test_a_draft_by_the_whole_model_is_always_right(model, tokenizer, expected, form):
     """Layers that add nothing behind the exit: every draft is accepted, nothing is overshot."""
     engine = Engine(form(identity_tail(model, 2)), tokenizer)
-    for drafts in (1, 4, 7):
-        engine.use(SelfSpeculative(2, drafts))
+    for strategy in sharing_programs([SelfSpeculative(2, drafts) for drafts in (1, 4, 7)]):
+        engine.use(strategy)
+        drafts = strategy.num_draft_tokens
         (completion,) = engine.generate([[5, 6]], max_new_tokens=NEW)
         assert completion.acceptance_rate == 1.0
         assert completion.num_new_tokens == NEW

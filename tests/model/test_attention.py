@@ -22,7 +22,7 @@ SEGMENTS = jnp.asarray(SEGMENTS.astype(np.int32))
 
 def arrays(dtype=jnp.float32, shapes=((B, T, N, H), (B, T, K, H), (B, T, K, H), (B, T, N, H))):
     rng = np.random.default_rng(0)
-    return [jnp.asarray(rng.normal(size=shape), dtype) for shape in shapes]
+    return [jax.device_put(rng.normal(size=shape).astype(dtype)) for shape in shapes]
 
 
 def plain(q, k, v, segments, window=None):
@@ -142,8 +142,9 @@ def test_the_devices_choose(monkeypatch):
 
 def test_gradients_have_the_dtype_of_the_arrays():
     """The cotangents of bfloat16 are bfloat16, with the softmax in between in float32."""
-    q = jax.random.normal(jax.random.key(1), (1, 4, 1, 8)).astype(jnp.bfloat16)
+    (q,) = arrays(jnp.bfloat16, [(1, 4, 1, 8)])
 
+    @jax.jit
     def gradients(*arrays):
         run = partial(self_attention, kernel="xla")
         return jax.grad(lambda *qkv: run(*qkv).astype(jnp.float32).sum(), (0, 1, 2))(*arrays)

@@ -1,5 +1,7 @@
 """The kernel that decodes on NVIDIA GPUs, interpreted, against plain writes and reads."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -33,10 +35,11 @@ def arrays(name, dtype):
     rng, batch = np.random.default_rng(0), len(starts)
     shapes = [(batch, steps, n, size) for n in (heads, kv_heads, kv_heads)]
     shapes += [(batch, kv_heads, slots, size)] * 2
-    made = [jnp.asarray(rng.normal(size=shape), dtype) for shape in shapes]
-    return *made, jnp.asarray(starts, jnp.int32)
+    made = [jax.device_put(rng.normal(size=shape).astype(dtype)) for shape in shapes]
+    return *made, np.array(starts, np.int32)
 
 
+@partial(jax.jit, static_argnames="window")
 def plain(q, k, v, keys, values, start_B, window=None):
     keys = write(keys, k.swapaxes(1, 2), start_B, axis=2)
     values = write(values, v.swapaxes(1, 2), start_B, axis=2)
@@ -75,8 +78,8 @@ def test_bfloat16_is_as_near_as_plain_products(name):
 
 def test_slots_behind_a_row_are_not_seen():
     q, k, v, keys, values, start_B = arrays("rows of all lengths", jnp.float32)
-    stale = jnp.arange(keys.shape[2])[:, None] >= start_B[:, None, None, None]
-    full = [jnp.where(stale, 1e6, x) for x in (keys, values)]
+    stale = np.arange(keys.shape[2])[:, None] >= start_B[:, None, None, None]
+    full = [np.where(stale, 1e6, x) for x in (keys, values)]
     np.testing.assert_array_equal(
         flash_decoding(q, k, v, *full, start_B)[0],
         flash_decoding(q, k, v, keys, values, start_B)[0],
@@ -86,9 +89,7 @@ def test_slots_behind_a_row_are_not_seen():
 def test_a_row_that_has_ended_stays_within_the_cache():
     """Its tokens go nowhere else, whatever its length."""
     q, k, v, keys, values, _ = arrays("the end of the cache", jnp.float32)
-    _, after, _ = flash_decoding(
-        q, k, v, keys, values, jnp.array([keys.shape[2] - 2, 0], jnp.int32)
-    )
+    _, after, _ = flash_decoding(q, k, v, keys, values, np.array([keys.shape[2] - 2, 0], np.int32))
     np.testing.assert_array_equal(after[0, :, :-2], keys[0, :, :-2])
     np.testing.assert_array_equal(after[1, :, 9:], keys[1, :, 9:])
 

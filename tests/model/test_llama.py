@@ -16,6 +16,12 @@ from tests.marks import long
 TOKENS = jax.random.randint(jax.random.key(1), (3, 21), 0, 258)
 
 
+def normal(*shapes):
+    """Random arrays, by NumPy: JAX would compile a program for each shape."""
+    random = np.random.default_rng(0)
+    return [random.normal(size=shape).astype(np.float32) for shape in shapes]
+
+
 def cached_exits(model, tokens_BT, sizes, capacity=600):
     """Outputs of every layer when the tokens come in pieces of the given sizes."""
     model = unstacked(model)
@@ -37,7 +43,8 @@ def cached_exits(model, tokens_BT, sizes, capacity=600):
 def test_cached_equals_the_whole_forward_at_every_exit(model, sizes, form):
     whole = jax.jit(lambda model: model.exits(TOKENS))(model)
     found = jax.jit(lambda model: cached_exits(model, TOKENS, sizes))(form(model))
-    np.testing.assert_allclose(model.unembed(found), model.unembed(whole), atol=2e-4)
+    logits = jax.jit(lambda model, x: model.unembed(x))
+    np.testing.assert_allclose(logits(model, found), logits(model, whole), atol=2e-4)
 
 
 def test_no_output_depends_on_a_later_token(model):
@@ -72,11 +79,9 @@ def test_rows_do_not_see_their_neighbours(model, beyond, atol):
     """A longer neighbour makes more blocks of the cache be read: they add exact zeros. Only where
     blocks become large ones do sums round differently."""
     attend = jax.jit(cached_attention)
-    keys = jax.random.split(jax.random.key(2), 3)
-    q = jax.random.normal(keys[0], (2, 3, 4, 16))
-    k, v = (jax.random.normal(key, (2, 2, LARGE + SMALL, 16)) for key in keys[1:])
-    near = jnp.array([[5, 6, 7], [5, 6, 7]])
-    far = near.at[1].set(beyond + jnp.arange(3))
+    q, k, v = normal((2, 3, 4, 16), *[(2, 2, LARGE + SMALL, 16)] * 2)
+    near = np.array([[5, 6, 7], [5, 6, 7]])
+    far = near + [[0], [beyond - 5]]
     np.testing.assert_allclose(attend(q, k, v, near)[0], attend(q, k, v, far)[0], rtol=0, atol=atol)
 
 
@@ -100,14 +105,12 @@ BORDERS = [5, SMALL - 1, 3 * SMALL - 8]
 )
 def test_blocks_of_the_cache_equal_plain_attention(position, capacity):
     """At every border of the blocks, and in the last block of a capacity that is no multiple."""
-    keys = jax.random.split(jax.random.key(3), 3)
-    q = jax.random.normal(keys[0], (1, 1, 4, 16))
-    k, v = (jax.random.normal(key, (1, 2, capacity, 16)) for key in keys[1:])
-    mask = jnp.arange(capacity)[None, None] <= position
-    plain = attention(q, k.swapaxes(1, 2), v.swapaxes(1, 2), mask)
+    q, k, v = normal((1, 1, 4, 16), *[(1, 2, capacity, 16)] * 2)
+    mask = np.arange(capacity)[None, None] <= position
+    plain = jax.jit(attention)(q, k.swapaxes(1, 2), v.swapaxes(1, 2), mask)
     # What lies behind the last query may be anything that is a number.
-    v = v.at[:, :, position + 1 :].set(1e30)
-    found = cached_attention(q, k, v, jnp.array([[position]]))
+    v[:, :, position + 1 :] = 1e30
+    found = jax.jit(cached_attention)(q, k, v, np.array([[position]]))
     np.testing.assert_allclose(found, plain, atol=1e-6)
 
 
@@ -115,14 +118,14 @@ def test_blocks_of_the_cache_equal_plain_attention(position, capacity):
 @pytest.mark.parametrize("position", [0, SMALL + 10, 2 * LARGE - 70, *long(39, LARGE + 2)])
 def test_a_window_of_the_cache_equals_plain_attention(position, window):
     """Rows of two lengths; blocks before both windows are not read."""
-    capacity, keys = 2 * LARGE, jax.random.split(jax.random.key(3), 3)
-    q = jax.random.normal(keys[0], (2, 2, 4, 16))
-    k, v = (jax.random.normal(key, (2, 2, capacity, 16)) for key in keys[1:])
-    positions_BT = jnp.array([[position], [position + 60]]) + jnp.arange(2)
-    back = positions_BT[:, :, None] - jnp.arange(capacity)
-    plain = attention(q, k.swapaxes(1, 2), v.swapaxes(1, 2), (back >= 0) & (back < window))
+    capacity = 2 * LARGE
+    q, k, v = normal((2, 2, 4, 16), *[(2, 2, capacity, 16)] * 2)
+    positions_BT = np.array([[position], [position + 60]]) + np.arange(2)
+    back = positions_BT[:, :, None] - np.arange(capacity)
+    seen = (back >= 0) & (back < window)
+    plain = jax.jit(attention)(q, k.swapaxes(1, 2), v.swapaxes(1, 2), seen)
     unseen = (position - window + 1) // LARGE * LARGE
-    k = k.at[:, :, : max(unseen, 0)].set(jnp.nan)
+    k[:, :, : max(unseen, 0)] = np.nan
     found = jax.jit(cached_attention, static_argnums=4)(q, k, v, positions_BT, window)
     np.testing.assert_allclose(found, plain, atol=1e-6)
 
@@ -147,13 +150,13 @@ def test_bfloat16_weights_give_float32_logits(model):
 def test_writes_land_at_each_row_s_position(batch):
     """Both ways of writing, up to the last slot."""
     capacity, steps = 16, 3
-    cache = jax.random.normal(jax.random.key(0), (batch, 2, capacity, 4))
-    new = jax.random.normal(jax.random.key(1), (batch, steps, 2, 4))
-    start = jnp.arange(batch) % (capacity - steps) + 1
-    expected = np.array(cache)
+    cache, new = normal((batch, 2, capacity, 4), (batch, steps, 2, 4))
+    start = np.arange(batch) % (capacity - steps) + 1
+    expected = cache.copy()
     for row in range(batch):
         expected[row, :, start[row] : start[row] + steps] = new[row].swapaxes(0, 1)
-    np.testing.assert_array_equal(write(cache, new.swapaxes(1, 2), start, axis=2), expected)
+    found = jax.jit(write, static_argnums=3)(cache, new.swapaxes(1, 2), start, 2)
+    np.testing.assert_array_equal(found, expected)
 
 
 @pytest.mark.parametrize("scaled, expected", [(True, 0.005), *long((False, 0.02))])
@@ -202,10 +205,8 @@ def test_impossible_shapes_are_refused(changes, words):
 @pytest.mark.parametrize("steps", [1, 3])
 def test_attention_to_a_cache_on_accelerators(monkeypatch, device, steps):
     """The same numbers as on CPUs, without a loop or a branch in the lowered program."""
-    keys = jax.random.split(jax.random.key(0), 3)
-    q = jax.random.normal(keys[0], (2, steps, 4, 8))
-    k, v = (jax.random.normal(key, (2, 2, 600, 8)) for key in keys[1:])
-    positions_BT = jnp.array([[5], [411]]) + jnp.arange(steps)
+    q, k, v = normal((2, steps, 4, 8), *[(2, 2, 600, 8)] * 2)
+    positions_BT = np.array([[5], [411]]) + np.arange(steps)
     expected = jax.jit(cached_attention)(q, k, v, positions_BT)
     monkeypatch.setattr(platforms, "platform", lambda: device)
     lowered = jax.jit(lambda *arrays: cached_attention(*arrays)).lower(q, k, v, positions_BT)
@@ -220,7 +221,7 @@ def test_attention_to_a_cache_on_accelerators(monkeypatch, device, steps):
 
 def test_embed_sums_the_gradient_of_a_row_in_float32(config):
     """Over all places of its token; bfloat16 counts to 256."""
-    model = cast_matrices(Llama(config, rngs=nnx.Rngs(0)), "bfloat16")
+    model = jax.jit(lambda: cast_matrices(Llama(config, rngs=nnx.Rngs(0)), "bfloat16"))()
     tokens_BT = jnp.array([[1, 1, 4], [1, 0, 1]])
     x_BTD = model.embed(tokens_BT)
     assert x_BTD.dtype == jnp.bfloat16
@@ -228,7 +229,8 @@ def test_embed_sums_the_gradient_of_a_row_in_float32(config):
     np.testing.assert_array_equal(x_BTD, table_VD.astype(jnp.bfloat16)[tokens_BT])
 
     many_BT = jnp.ones((1, 3000), int)
-    gradient = jax.grad(lambda model: model.embed(many_BT).astype(jnp.float32).sum())(model)
+    summed = jax.grad(lambda model: model.embed(many_BT).astype(jnp.float32).sum())
+    gradient = jax.jit(summed)(model)
     expected = np.zeros(table_VD.shape)
     expected[1] = 3000
     np.testing.assert_array_equal(gradient.embedding[...], expected)

@@ -81,7 +81,7 @@ def test_each_row_goes_without_the_layers_of_its_mask(wide, packed, evaluate, re
         seed=4,
         layer_dropout=LayerDropoutConfig(p_max=0.5, distribution="uniform", rescale=rescale),
     )
-    keep_LB = np.asarray(keep_mask(jnp.full(5, 0.5), 4, 3, jnp.arange(4)))
+    keep_LB = np.asarray(jax.jit(keep_mask)(jnp.full(5, 0.5), 4, 3, jnp.arange(4)))
     assert (keep_LB.any(1) & ~keep_LB.all(1)).sum() >= 3  # layers that rows differ in
     batch = {name: jnp.asarray(array) for name, array in packed.items()}
     x_BTD = wide.embed(batch["tokens_BT"])
@@ -91,7 +91,7 @@ def test_each_row_goes_without_the_layers_of_its_mask(wide, packed, evaluate, re
         block = jax.tree.map(lambda leaf, index=index: leaf[index], wide.layers)
         added_BTD = run(block, x_BTD) - x_BTD
         x_BTD += keep_B[:, None, None] * added_BTD * (2 if rescale else 1)
-    logp_BTV = jax.nn.log_softmax(wide.unembed(x_BTD))
+    logp_BTV = np.asarray(jax.jit(lambda x: jax.nn.log_softmax(wide.unembed(x)))(x_BTD))
     expected = -sum(
         logp_BTV[row, at, packed["labels_BT"][row, at]]
         for row, at in np.argwhere(packed["labels_BT"] >= 0)

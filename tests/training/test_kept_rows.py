@@ -11,11 +11,12 @@ import pytest
 
 from lsjax.config import EarlyExitConfig, LayerDropoutConfig, OptimizerConfig, StepConfig
 from lsjax.training import forward, layer_dropout
-from lsjax.training.layer_dropout import drop_rates, keep_counted
+from lsjax.training.layer_dropout import drop_rates
 from lsjax.training.loss import objective
 from lsjax.training.step import directions, init_state, make_train_step
 from tests.marks import long
 
+keep_counted = jax.jit(layer_dropout.keep_counted)
 CONFIG = StepConfig(
     num_steps=8,
     seed=6,
@@ -105,6 +106,8 @@ def test_steps_with_rising_rates_and_accumulation(wide, eight_rows):
     state, step = init_state(config, jax.tree.map(jnp.copy, wide)), make_train_step(config)
     optimizer = directions(config.optimizer)
     model, opt_state, counts = wide, optimizer.init(wide), set()
+    update = jax.jit(optimizer.update)
+    moved = jax.jit(partial(jax.tree.map, lambda leaf, by: leaf - 1e-2 * by))
     for at in (0, 3, 7):
         rates_L = drop_rates(config.layer_dropout, 5, at, 8)
         parts = [
@@ -113,8 +116,8 @@ def test_steps_with_rising_rates_and_accumulation(wide, eight_rows):
         counts.add(tuple(tuple(which_L.tolist()) for _, which_L in parts))
         keep_LB = np.stack([keep_LSR[:, 0] for keep_LSR, _ in parts], axis=2).reshape(5, 8)
         (loss, _), gradients = masked(model, eight_rows, at, rates_L, keep_LB)
-        updates, opt_state = optimizer.update(gradients, opt_state, model)
-        model = jax.tree.map(lambda leaf, update: leaf - 1e-2 * update, model, updates)
+        updates, opt_state = update(gradients, opt_state, model)
+        model = moved(model, updates)
         state, metrics = step(dataclasses.replace(state, step=jnp.int32(at)), eight_rows)
         assert_close((metrics["loss"], state.model), (loss, model), atol=1e-7)
     assert step._cache_size() == 1

@@ -7,7 +7,11 @@ import numpy as np
 import pytest
 
 from lsjax.config import LayerDropoutConfig
-from lsjax.training.layer_dropout import drop_rates, keep_counted, keep_mask, row_counts
+from lsjax.training import layer_dropout
+from lsjax.training.layer_dropout import drop_rates, row_counts
+
+# A program for each shape, not for each operation.
+keep_mask, keep_counted = jax.jit(layer_dropout.keep_mask), jax.jit(layer_dropout.keep_counted)
 
 # p_max = 0.2, T = 1001. By hand: D(l) = 2^(l / (L-1)) - 1, S(t) = 2^(t / (T-1)) - 1. At the middle
 # of the run S(500) = sqrt(2) - 1 = 0.41421356; D of layer 8 of 24 is 2^(8/23) - 1 = 0.2726415.
