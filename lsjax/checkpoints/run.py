@@ -9,12 +9,14 @@ writer.lock     of the trainer that writes there (lock.py)
 """
 
 from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
+from jaxtyping import Array, Bool, Shaped
 
 from lsjax.checkpoints.steps import PARAMS, SavedStep, first_whole, saved_steps
 from lsjax.checkpoints.tensors import NOT_FINITE, CheckpointError, Track
@@ -154,10 +156,16 @@ class RunSource:
             if adapter:
                 lora = from_json(LoraConfig, self._fields["lora"], f"{self.path / CONFIG}: lora")
                 array = merged(array, *adapter, lora.scale)
-            if not jnp.isfinite(array.astype(dtype)).all():
+            if not _is_finite(array, dtype):
                 where = f"{step.directory / PARAMS}: {stacked} has values that are "
                 raise CheckpointError(where + NOT_FINITE.format(dtype.name))
             for path, part in zip(paths, [array] if stacked in paths else array, strict=True):
                 place = sharding_of(path, part.shape, mesh)
                 arrays[path] = jax.device_put(part.astype(dtype), place)
         return jax.tree.unflatten(jax.tree.structure(model), [arrays[path] for path in shapes])
+
+
+@partial(jax.jit, static_argnames="dtype")
+def _is_finite(array: Shaped[Array, "..."], dtype: jnp.dtype) -> Bool[Array, ""]:
+    """Whether all values are numbers in this dtype."""
+    return jnp.isfinite(array.astype(dtype)).all()
