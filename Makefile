@@ -79,9 +79,9 @@ lint: $(VENV)/installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# Compares SmolLM2 with numbers that transformers computed (tests/proofs/parity.py).
+# Compares SmolLM2 with numbers that transformers computed (scripts/proofs/parity.py).
 parity: $(VENV)/installed $(SMOLLM2)
-	$(BIN)/python tests/proofs/parity.py $(SMOLLM2)
+	$(BIN)/python scripts/proofs/parity.py $(SMOLLM2)
 
 # Installs torch and transformers, only for benchmarks and tests/golden/make_golden.py.
 peers: $(VENV)/installed

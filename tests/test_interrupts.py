@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from lsjax.interrupts import noted, raised
-from tests.proofs.interrupts import handles
+from scripts.proofs.interrupts import handles
 
 ROOT = Path(__file__).parents[1]
 # Where the tests run in the background Ctrl-C may be ignored, and a program inherits that.

@@ -6,7 +6,7 @@ from lsjax.aot.chips import CHIPS
 from lsjax.aot.costs import CostAnalysis
 from lsjax.aot.hlo import parse
 from lsjax.aot.traffic import moved_bytes
-from tests.proofs.traffic import megabytes
+from scripts.proofs.traffic import megabytes
 
 TEXT = """\
 HloModule jit_step

@@ -12,8 +12,8 @@ from lsjax.checkpoints.saving import Checkpoints
 from lsjax.config import ConfigError
 from lsjax.model.llama import Llama
 from lsjax.training.step import init_state
+from scripts.proofs.kills import Run, check_resumes, differences, newest
 from tests.checkpoints.test_saving import CONFIG
-from tests.proofs.kills import Run, check_resumes, differences, newest
 
 
 @pytest.fixture(scope="module")

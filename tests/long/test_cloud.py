@@ -34,7 +34,7 @@ from lsjax.model.parameters import named_leaves
 from lsjax.training import writer
 from lsjax.training.run import Hook
 
-PROOFS = Path(__file__).parents[1] / "proofs"
+PROOFS = Path(__file__).parents[2] / "scripts" / "proofs"
 TINY = ("--config", PROOFS / "tiny_run.py", "--checkpoints.every", 2, "--evaluation.every", 2)
 
 

@@ -1,4 +1,4 @@
-"""Which GPU kernels fit which cards, by arithmetic. tests/proofs/gpu_kernels.py compiles them."""
+"""Which GPU kernels fit which cards, by arithmetic. scripts/proofs/gpu_kernels.py compiles them."""
 
 import jax
 import jax.numpy as jnp

@@ -27,7 +27,7 @@ from lsjax.terminal import CONTROLS
 ROOT = Path(__file__).parents[2]
 SCRIPTS = ("train", "decode")  # the others are modules of lsjax.cli
 WITHIN = 300  # seconds in which a program must end
-TINY = f"--config {shlex.quote(str(ROOT / 'tests' / 'proofs' / 'tiny_run.py'))}"
+TINY = f"--config {shlex.quote(str(ROOT / 'scripts' / 'proofs' / 'tiny_run.py'))}"
 NOTES = re.compile(r"tiny: 0M parameters|\d+ of \d+ answers are already stored|\s*$")
 # Files may have at most this many bytes: a full disk for everyone, also for root.
 LIMITED = """

@@ -1,6 +1,6 @@
 """Greedy texts of the strategy auto equal those of autoregressive decoding, for 1,000 prompts.
 
-    python tests/proofs/thousand_prompts.py
+    python scripts/proofs/thousand_prompts.py
 
 A tiny random model in float32. Eight rows share the prompts. The costs of rounds are chosen so that
 every source of drafts is used. Exits with 1 if a text differs or a source is missing.

@@ -1,6 +1,6 @@
 """Checks that transformers loads lsjax's exports with equal logits (needs `make peers`).
 
-python tests/proofs/exports.py tests/golden
+python scripts/proofs/exports.py tests/golden
 """
 
 import sys

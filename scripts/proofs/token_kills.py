@@ -1,6 +1,6 @@
 """Kills a program that tokenizes at random moments, and compares its store with a whole one.
 
-    python tests/proofs/token_kills.py --directory build/token_kills --tokenizer models/smollm2
+    python scripts/proofs/token_kills.py --directory build/token_kills --tokenizer models/smollm2
 
 The text is the standard library's source. Each kill is a SIGKILL of the first process; the other
 processes end with it. Exit code 1: the stores differ. With --bucket the killed store is in a bucket

@@ -1,6 +1,6 @@
 """Compares lsjax with transformers' results for SmolLM2-135M (tests/golden/smollm2.json).
 
-    python tests/proofs/parity.py models/SmolLM2-135M-Instruct.Q4_1.gguf
+    python scripts/proofs/parity.py models/SmolLM2-135M-Instruct.Q4_1.gguf
 
 Prints a line for each check; exits with 1 if one fails. `make parity` gets the model and runs this.
 """
@@ -18,7 +18,7 @@ from lsjax.cli.setup import exact_products, keep_compiled_programs
 from lsjax.data.chat import Dialogue
 from lsjax.evaluation.comparison import FLOAT32_MARGIN, first_difference
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "smollm2.json"
+GOLDEN = Path(__file__).parents[2] / "tests" / "golden" / "smollm2.json"
 LOSS_TOLERANCE = 1e-3
 
 

@@ -1,7 +1,7 @@
 """Takes the same training steps on one device, on meshes, and on two processes connected over
 loopback. Also saves a run on one layout and restores it on another.
 
-    python tests/proofs/meshes.py --directory /tmp/meshes
+    python scripts/proofs/meshes.py --directory /tmp/meshes
 
 Prints differences from one device: the relative one of a step's float32 gradient, and that of the
 float64 parameters after ten steps. Layer dropout uses masks, which are equal on every mesh.

@@ -1,6 +1,6 @@
 """Presses Ctrl-C at random moments in the life of four programs.
 
-    python tests/proofs/interrupts.py --directory /tmp/interrupts
+    python scripts/proofs/interrupts.py --directory /tmp/interrupts
 
 Each program first runs undisturbed, which gives its length. Then it starts again and again, with
 empty caches, so that it also compiles. Its process group gets SIGINT at a random moment, from the
@@ -107,7 +107,7 @@ def main(directory: Path, each: int = 10, seed: int = 0) -> int:
 
 def drills(directory: Path) -> list[Drill]:
     """The programs. Training comes first, as the model is its result."""
-    tiny, model = "tests/proofs/tiny_run.py", str(directory / "model")
+    tiny, model = "scripts/proofs/tiny_run.py", str(directory / "model")
     prompts = f"{model}/prompts.jsonl"
     train = ("train.py", "--config", tiny, "--workdir", "{run}", "--num-steps", "60")
     decode = ("decode.py", "--model", model, "--prompt-file", prompts, "--json", "{run}.jsonl")

@@ -1,6 +1,6 @@
 """Is auto faster than every static setting, over four kinds of prompts?
 
-    python tests/proofs/mixed_prompts.py --spec-bench question.jsonl --topv2 topv2/test.tsv \\
+    python scripts/proofs/mixed_prompts.py --spec-bench question.jsonl --topv2 topv2/test.tsv \\
         --code runs/quickstart/prompts.jsonl --output mixed -- --model runs/quickstart \\
         --strategies self_speculative auto --exit-layers 2 4 --num-draft-tokens 4 6 8 12 \\
         --draft-confidence 0 0.3 --new-tokens 128 --repeats 1

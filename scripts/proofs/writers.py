@@ -1,7 +1,7 @@
 """Starts two trainers on one run directory at random moments, and counts saved steps that are lost.
 
-    python tests/proofs/writers.py --directory /tmp/writers
-    python tests/proofs/writers.py --directory /tmp/writers --bucket
+    python scripts/proofs/writers.py --directory /tmp/writers
+    python scripts/proofs/writers.py --directory /tmp/writers --bucket
 
 Each round starts a trainer, and a second one a random time later. One of them must be refused in
 one line with exit code 2, and the other must train. At a random moment that one is stopped by
@@ -34,7 +34,7 @@ from lsjax.config import as_path, check
 from lsjax.data.files import remove_directory
 
 COMMAND = (
-    f"{sys.executable} train.py --config tests/proofs/tiny_run.py --workdir {{workdir}} "
+    f"{sys.executable} train.py --config scripts/proofs/tiny_run.py --workdir {{workdir}} "
     "--num-steps 100000 --batch-size 64 --evaluation.every 100000 "
     "--checkpoints.every 5 --checkpoints.keep-last 100000"
 )

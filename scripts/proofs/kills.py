@@ -1,6 +1,6 @@
 """Kills a training run repeatedly, and compares its result with that of an undisturbed run.
 
-    python tests/proofs/kills.py --directory /tmp/drill --command \\
+    python scripts/proofs/kills.py --directory /tmp/drill --command \\
         "python train.py --config configs/quickstart.py --workdir {workdir} --num-steps 1000 \\
          --checkpoints.every 5 --model.num-layers 4 --model.hidden-size 64"
 
@@ -15,7 +15,7 @@ the other must end by itself, --within a minute and with a message. --terms also
 random process once it trains. All must then end, with the step saved that they report.
 
 With --bucket gs://... the second run is there. The command may name files below {parent}, the
-run's parent directory: they must be both in DIRECTORY and in the bucket (tests/proofs/cloud.py).
+run's parent directory: they must be both in DIRECTORY and in the bucket (scripts/proofs/cloud.py).
 """
 
 import json

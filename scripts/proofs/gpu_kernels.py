@@ -1,7 +1,7 @@
 """Compiles attention in decoding and training for NVIDIA cards, and prints the kernel of each.
 
     pip install -e '.[cuda]'
-    python tests/proofs/gpu_kernels.py
+    python scripts/proofs/gpu_kernels.py
 
 No card is needed. The table has a row for each card, type and head size. Decoding has 8 K/V heads
 and 2,112 slots; its columns are query heads of a K/V head x new tokens. Training has 1,024 packed

@@ -1,6 +1,6 @@
 """Compares token ids and chat prompts with those of transformers (needs `make peers`).
 
-    python -m tests.proofs.tokenizer_ids DIRECTORY [PRE]
+    python -m scripts.proofs.tokenizer_ids DIRECTORY [PRE]
 
 DIRECTORY holds the files of a published tokenizer. With PRE, such as qwen2 or dbrx, a GGUF file of
 the same tokenizer is compared too; PRE is its `tokenizer.ggml.pre`, or `llama` for SentencePiece.

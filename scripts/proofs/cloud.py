@@ -1,6 +1,6 @@
 """Trains in a bucket while processes are killed and the bucket fails, and reads the run there.
 
-    python tests/proofs/cloud.py --directory /tmp/cloud --kills 10
+    python scripts/proofs/cloud.py --directory /tmp/cloud --kills 10
 
 The bucket is a server on this machine (fake_bucket.py). It holds workdir, data, tokenizer and the
 model to start from. One of two processes is killed at random moments (kills.py). The result must
@@ -26,7 +26,7 @@ from lsjax.config import as_path, check
 from lsjax.data.files import whole_directory
 
 OUTAGE = 20.0  # seconds
-TRAIN = f"{sys.executable} train.py --config tests/proofs/tiny_run.py --workdir {{workdir}} "
+TRAIN = f"{sys.executable} train.py --config scripts/proofs/tiny_run.py --workdir {{workdir}} "
 FROM_FILES = (
     "--init-from {parent}/files/model --data.tokenizer {parent}/files/model "
     "--data.source text --data.paths {parent}/files/*.txt --mesh.fsdp -1 "

@@ -1,6 +1,6 @@
 """Counts the HBM traffic of compiled programs a second time, and compares it with lsjax.cli.aot.
 
-    python tests/proofs/traffic.py
+    python scripts/proofs/traffic.py
 
 Reads the text of a program by its own regular expressions, line by line. Each computation gets the
 number of its runs from its callers. Copies count at their start, by the memory of both sides.
