@@ -26,8 +26,9 @@ from lsjax.training.early_exit import EXIT_LOSSES, ExitLoss, cross_entropy, exit
 from lsjax.training.forward import exit_states
 from lsjax.training.layer_dropout import DropRates, draws, drop_rates
 
-# Logits of a chunk, per device. Larger on TPUs: each chunk updates the whole float32 gradient.
-CHUNK_LOGITS, TPU_CHUNK_LOGITS = 2**25, 2**27
+# Logits of a chunk, per device. Accelerators take more: each chunk updates the whole float32
+# gradient of the table.
+CHUNK_LOGITS, ACCELERATOR_CHUNK_LOGITS = 2**25, 2**27
 # Loops whose trip count depends on the step; names in the compiled program.
 EXITS, CHUNKS = "exits", "loss_chunks"
 
@@ -120,7 +121,7 @@ def loss_positions(
 
 def loss_chunk(batch: int, steps: int, vocab: int) -> int:
     """C: positions of each row that pass through the head together."""
-    logits = TPU_CHUNK_LOGITS if tuned_for() == "tpu" else CHUNK_LOGITS
+    logits = ACCELERATOR_CHUNK_LOGITS if tuned_for() in ("tpu", "gpu") else CHUNK_LOGITS
     return chunk_steps(batch, steps, vocab, logits)
 
 
