@@ -189,7 +189,7 @@ FROM_CODE = (
     ),
     Fault(
         "stale cache slot",
-        "model/attention.py",
+        "model/cached_attention.py",
         "seen_BRS = slots <= position_BR[:, :, None]",
         "seen_BRS = slots <= position_BR[:, :, None] + 1",
         "tests/model/test_llama.py",
@@ -367,7 +367,7 @@ FROM_CODE = (
     ),
     Fault(
         "window of the cache too wide",
-        "model/attention.py",
+        "model/cached_attention.py",
         "seen_BRS & (slots > position_BR[:, :, None] - window)",
         "seen_BRS & (slots >= position_BR[:, :, None] - window)",
         "tests/model/test_llama.py",

@@ -19,7 +19,10 @@ gc.set_threshold(200_000, 50, 1000)
 CHECKED = [
     "lsjax.checkpoints",
     "lsjax.data",
-    *(f"lsjax.model.{name}" for name in ("attention", "block", "llama", "operations")),
+    *(
+        f"lsjax.model.{name}"
+        for name in ("attention", "block", "cached_attention", "llama", "operations")
+    ),
     *(f"lsjax.decoding.{name}" for name in ("strategy", "completion", "engine", "programs")),
     "lsjax.platforms",
     "lsjax.sharding",

@@ -1,6 +1,4 @@
-"""Scaled dot-product attention with grouped queries: within whole sequences, and to a cache.
-
-Kernels for whole sequences:
+"""Scaled dot-product attention with grouped queries, within whole sequences. Its kernels:
 
     xla     matmuls and a softmax; materialises [T, T] weights
     splash  TPU kernel that comes with jax: skips blocks above the diagonal
@@ -21,18 +19,10 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
 from lsjax.config import AttentionKernel, check
-from lsjax.model.operations import FLASH_BLOCK, enough_rows
+from lsjax.model.operations import FLASH_BLOCK
 from lsjax.model.shared_memory import training_bytes
 from lsjax.platforms import REFERENCE, nvidia_capability, shared_memory, tuned_for
 from lsjax.sharding import ROWS, context_shards, in_context_order, on_each_device
-
-# Slots of the cache that one step of `cached_attention` reads; LARGE is a multiple of SMALL.
-SMALL, LARGE = 256, 1024
-# Maximum scores of a head (queries times slots) that accelerators compute at once. Admits a chunk
-# of 512 queries with 8,192 slots plus slack, but not with twice as many.
-MOST_SCORES = 2**23
-# Names of the two block loops in compiled programs.
-SMALL_BLOCKS, LARGE_BLOCKS = "small_cache_blocks", "large_cache_blocks"
 
 
 def self_attention(
@@ -160,103 +150,6 @@ def attention(
     scores = jnp.einsum("BKRH,BKSH->BKRS", q_BKRH, k_BKSH, preferred_element_type=wide)
     weights = jax.nn.softmax(jnp.where(mask_B1RS, scores, -jnp.inf), axis=-1).astype(v_BKSH.dtype)
     return heads_of_rows(jnp.einsum("BKRS,BKSH->BKRH", weights, v_BKSH), q_BTNH.shape)
-
-
-def cached_attention(
-    q_BTNH: Float[Array, "B T N H"],
-    keys: Float[Array, "B K S H"],
-    values: Float[Array, "B K S H"],
-    positions_BT: Int[Array, "B T"],
-    window: int | None = None,
-) -> Float[Array, "B T N H"]:
-    """Attention of T new queries to the slots at or before their own positions. window: number of
-    slots that a query sees, its own included.
-
-    On accelerators it reads all slots at once, because a loop or branch would stall the device.
-    Only large prompt chunks are read in blocks, to save memory. For few tokens NVIDIA GPUs have a
-    kernel instead (flash_decoding.py).
-
-    On CPUs it reads blocks with an online softmax (Milakov and Gimelshein, 2018), so cost follows
-    the used length. If most slots are used, it reads all at once. Slots beyond a row's length
-    contribute exactly zero. Rows are independent, except that batch length selects the code path,
-    which affects rounding. Unused slots must not contain NaN or infinity.
-    """
-    batch, steps, heads, size = q_BTNH.shape
-    kv_heads, capacity = keys.shape[1:3]
-    wide = jnp.promote_types(q_BTNH.dtype, jnp.float32)
-    rows = heads // kv_heads * steps
-    q_BKRH = rows_of_heads(q_BTNH, kv_heads)
-    position_BR = jnp.tile(positions_BT, (1, heads // kv_heads))  # of row r = (g, t)
-    last = positions_BT.max()
-    first = 0 if window is None else jnp.maximum(positions_BT.min() - window + 1, 0)
-
-    def visible(slots):
-        seen_BRS = slots <= position_BR[:, :, None]
-        return seen_BRS if window is None else seen_BRS & (slots > position_BR[:, :, None] - window)
-
-    def step(block, index, carry):
-        top, total, mixed = carry
-        # If the block size does not divide the capacity, the last block starts earlier. It then
-        # masks the slots that the previous block has read.
-        start = jnp.minimum(index * block, capacity - block)
-        slots = start + jnp.arange(block)
-        # XLA:CPU copies both blocks before the matmul. Fusing arithmetic into the copy (the scale
-        # and the `where`) parallelises it across threads (docs/performance.md).
-        k_block = lax.dynamic_slice_in_dim(keys, start, block, axis=2) * size**-0.5
-        v_block = lax.dynamic_slice_in_dim(values, start, block, axis=2)
-        v_block = jnp.where((slots <= last)[:, None], v_block, 0)
-        visible_BRS = visible(slots) & (slots >= index * block)
-        scores = jnp.einsum("BKRH,BKSH->BKRS", q_BKRH, k_block, preferred_element_type=wide)
-        scores = jnp.where(visible_BRS[:, None], scores, -jnp.inf)
-        new_top = jnp.maximum(top, scores.max(-1))
-        shrink = jnp.exp(top - new_top)
-        weights = jnp.exp(scores - new_top[..., None])
-        added = jnp.einsum("BKRS,BKSH->BKRH", weights.astype(v_block.dtype), v_block)
-        total = total * shrink + weights.sum(-1)
-        return new_top, total, mixed * shrink[..., None] + added.astype(wide)
-
-    def in_blocks():
-        # `top` is finite from the start: with a window, a query may see no slot of a block.
-        shape = batch, kv_heads, rows
-        top = jnp.full(shape, jnp.finfo(wide).min, wide)
-        carry = top, jnp.zeros(shape, wide), jnp.zeros((*shape, size), wide)
-        # Keeps a loop even for one block. Without a loop or branch, XLA:CPU copies the whole cache
-        # before writing.
-        small, done = min(SMALL, capacity), 0
-        if capacity >= LARGE:
-            full = (last + 1 + LARGE // 2) // LARGE
-            with jax.named_scope(LARGE_BLOCKS):
-                carry = lax.fori_loop(first // LARGE, full, partial(step, LARGE), carry)
-            done = full * (LARGE // SMALL)
-        if window is not None:
-            done = jnp.maximum(done, first // small)
-        with jax.named_scope(SMALL_BLOCKS):
-            carry = lax.fori_loop(done, last // small + 1, partial(step, small), carry)
-        return carry[1:]
-
-    def at_once():
-        q = enough_rows(q_BKRH)
-        scores = jnp.einsum("BKRH,BKSH->BKRS", q, keys, preferred_element_type=wide)[:, :, :rows]
-        visible_BRS = visible(jnp.arange(capacity))
-        scores = jnp.where(visible_BRS[:, None], scores * size**-0.5, -jnp.inf)
-        weights = jnp.exp(scores - scores.max(-1, keepdims=True))
-        total = weights.sum(-1)
-        if not on_cpu:  # saves a kernel; CPUs divide after the matmul, which is cheaper
-            weights, total = weights / total[..., None], jnp.ones_like(total)
-        mixed = jnp.einsum("BKRS,BKSH->BKRH", enough_rows(weights.astype(values.dtype)), values)
-        return total, mixed[:, :, :rows].astype(wide)
-
-    on_cpu = tuned_for() == "cpu"
-    if on_cpu:
-        # Reading all slots is no slower than copying the used blocks from half of a small cache on,
-        # or nearly all of a large one (docs/performance.md).
-        used = ((last - first) // SMALL + 1) * SMALL
-        most = used >= (capacity // 2 if capacity <= LARGE else capacity * 7 // 8)
-        # Divide outside the branches, or XLA:CPU computes the weights twice.
-        total, mixed = lax.cond(most, at_once, in_blocks)
-    else:
-        total, mixed = at_once() if steps * capacity <= MOST_SCORES else in_blocks()
-    return heads_of_rows((mixed / total[..., None]).astype(q_BTNH.dtype), q_BTNH.shape)
 
 
 def rows_of_heads(q_BTNH: Float[Array, "B T N H"], kv_heads: int) -> Float[Array, "B K R H"]:

@@ -13,8 +13,9 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from lsjax.config import AttentionKernel, LlamaConfig
-from lsjax.model.attention import cached_attention, self_attention
+from lsjax.model.attention import self_attention
 from lsjax.model.cache import write
+from lsjax.model.cached_attention import MOST_SCORES, attention_before_writing, cached_attention
 from lsjax.model.operations import Rope, gradients_first, linear, rotate, swiglu, with_steps
 from lsjax.platforms import nvidia_capability, tuned_for
 from lsjax.sharding import constrain, on_each_device
@@ -177,13 +178,19 @@ class Block(nnx.Module):
 
 
 def _attend(window, q, k, v, keys, values, positions_BT):
-    """Writes new keys and values to a device's rows and heads of the cache, and attends to it."""
+    """Attends to a device's rows and heads of the cache, with the new keys and values in it."""
     start_B = positions_BT[:, 0]
     if tuned_for() == "gpu" and nvidia_capability() >= 8:
         from lsjax.model import flash_decoding as flash  # Pallas is slow to import
 
         if flash.fits(q, keys):
             return flash.flash_decoding(q, k, v, keys, values, start_B, window)
-    keys = write(keys, k.swapaxes(1, 2).astype(keys.dtype), start_B, axis=2)
-    values = write(values, v.swapaxes(1, 2).astype(values.dtype), start_B, axis=2)
-    return cached_attention(q, keys, values, positions_BT, window), keys, values
+    k, v = k.swapaxes(1, 2).astype(keys.dtype), v.swapaxes(1, 2).astype(values.dtype)
+    mixed = None
+    if tuned_for() == "tpu" and q.shape[1] * keys.shape[2] <= MOST_SCORES:
+        mixed = attention_before_writing(q, k, v, keys, values, start_B, window)
+        mixed, k, v = lax.optimization_barrier((mixed, k, v))
+    keys, values = (write(*pair, start_B, axis=2) for pair in ((keys, k), (values, v)))
+    if mixed is None:
+        mixed = cached_attention(q, keys, values, positions_BT, window)
+    return mixed, keys, values

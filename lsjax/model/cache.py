@@ -82,10 +82,11 @@ def write(
     start + T <= S: `dynamic_update_slice` would clamp the start and overwrite older slots."""
     batch = new.shape[0]
     if batch > (1 if tuned_for() == "gpu" else MAX_UNROLLED_ROWS):
-        rows = jnp.arange(batch)[:, None]
-        slots = start_B[:, None] + jnp.arange(new.shape[axis])
-        where = (rows, *[slice(None)] * (axis - 1), slots)
-        return buffer.at[where].set(jnp.moveaxis(new, axis, 1), mode="drop")
+        # One index for each axis up to the slots: without those of the heads, XLA:TPU would choose
+        # another layout for the whole cache.
+        where = list(jnp.indices(new.shape[: axis + 1], sparse=True))
+        where[axis] += start_B.reshape(batch, *[1] * axis)
+        return buffer.at[tuple(where)].set(new, mode="drop")
     for row in range(batch):
         start = [row] + [0] * (new.ndim - 1)
         start[axis] = start_B[row]

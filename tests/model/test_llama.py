@@ -8,8 +8,9 @@ from flax import nnx
 
 from lsjax import platforms
 from lsjax.config import ConfigError, LlamaConfig
-from lsjax.model.attention import LARGE, SMALL, attention, cached_attention
+from lsjax.model.attention import attention
 from lsjax.model.cache import MAX_UNROLLED_ROWS, KVCache, write
+from lsjax.model.cached_attention import LARGE, SMALL, attention_before_writing, cached_attention
 from lsjax.model.llama import Llama, cast_matrices, stacked, unstacked
 from tests.marks import long
 
@@ -201,6 +202,27 @@ def test_impossible_shapes_are_refused(changes, words):
         LlamaConfig.tiny(**changes)
 
 
+@pytest.mark.parametrize("window", [None, *long(1, 2, 7)])
+@pytest.mark.parametrize("steps", [1, 3])
+def test_attention_before_the_cache_is_written(steps, window):
+    """An empty row, one that fills its cache, and one between; stale slots are not seen."""
+    q, k, v, keys, values = normal((3, steps, 4, 8), *[(3, 2, steps, 8)] * 2, *[(3, 2, 40, 8)] * 2)
+    start_B = np.array([0, 40 - steps, 23])
+
+    @jax.jit
+    def both(keys, values):
+        written = (write(*pair, start_B, 2) for pair in ((keys, k), (values, v)))
+        positions_BT = start_B[:, None] + jnp.arange(steps)
+        after = cached_attention(q, *written, positions_BT, window)
+        return attention_before_writing(q, k, v, keys, values, start_B, window), after
+
+    found, expected = both(keys, values)
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+    stale = (np.arange(40) >= start_B[:, None])[:, None, :, None]
+    keys, values = (np.where(stale, 1e9, cache).astype(np.float32) for cache in (keys, values))
+    np.testing.assert_array_equal(both(keys, values)[0], found)
+
+
 @pytest.mark.parametrize("device", ["gpu", "tpu"])
 @pytest.mark.parametrize("steps", [1, 3])
 def test_attention_to_a_cache_on_accelerators(monkeypatch, device, steps):
@@ -211,7 +233,7 @@ def test_attention_to_a_cache_on_accelerators(monkeypatch, device, steps):
     monkeypatch.setattr(platforms, "platform", lambda: device)
     lowered = jax.jit(lambda *arrays: cached_attention(*arrays)).lower(q, k, v, positions_BT)
     np.testing.assert_allclose(lowered.compile()(q, k, v, positions_BT), expected, atol=1e-6)
-    monkeypatch.setattr("lsjax.model.attention.MOST_SCORES", 600 * steps - 1)
+    monkeypatch.setattr("lsjax.model.cached_attention.MOST_SCORES", 600 * steps - 1)
     in_blocks = jax.jit(lambda *arrays: cached_attention(*arrays))
     np.testing.assert_allclose(in_blocks(q, k, v, positions_BT), expected, atol=1e-6)
     text = lowered.as_text()
