@@ -5,6 +5,7 @@ Figures are JSON objects, per device.
 """
 
 import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -71,6 +72,7 @@ def program_reports(
     Those of a round leave out what happens once per call, which is beside them.
     """
     memory = too_large = parts = None
+    begin = time.perf_counter()
     try:
         compiled = lowered.compile()
     except JaxRuntimeError as error:
@@ -82,7 +84,7 @@ def program_reports(
         if memory["total"] > chip.hbm:  # the GPU compiler accepts programs of any size
             too_large = f"{name} needs {memory['total'] / GIB:.1f} GiB of {chip.hbm / GIB:.1f}"
         parts = parse(compiled.as_text())
-    reports = []
+    seconds, reports = time.perf_counter() - begin, []
     for kind, trips in counted:
         costs = once = ProgramCosts()
         if parts is not None:
@@ -92,6 +94,7 @@ def program_reports(
         beside = {"once_per_call": time_figures(once, chip)}
         of_round = None if kind is None else {**kind, **beside}
         found = {"name": name, "too_large": too_large, "memory": memory, "round": of_round}
+        found["compile_seconds"] = seconds  # with the parsing of its text
         reports.append(found | cost_figures(costs, chip))
     return reports
 

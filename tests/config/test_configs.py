@@ -39,6 +39,7 @@ FAMILIES = {
 }
 PARAMETERS = {  # as published
     "continual_llama2_13b": 13_015_864_320,
+    "continual_llama3_70b": 70_553_706_496,
     "continual_olmo2_1b": 1_484_916_736,
     "continual_qwen3_0_6b": 596_049_920,
     "continual_qwen3_8b": 8_190_735_360,
@@ -121,6 +122,6 @@ def test_siblings_are_their_papers():
 
 def test_all_of_them_are_there():
     siblings = {"lite", "layerdrop", "pld", "dont_drop_dropout"}
-    ours = {"quickstart", "from_scratch_python"}
+    ours = {"quickstart", "from_scratch_python", "continual_llama3_70b"}
     smollm2 = {"continual_smollm2_135m", "finetune_topv2_smollm2"}
     assert {file.stem for file in FILES} == {*PAPER, *siblings, *ours, *smollm2, *FAMILIES}
