@@ -93,16 +93,15 @@ def cached_attention(
         return carry[1:]
 
     def at_once():
-        q = enough_rows(q_BKRH)
-        scores = jnp.einsum("BKRH,BKSH->BKRS", q, keys, preferred_element_type=wide)[:, :, :rows]
+        scores = jnp.einsum("BKRH,BKSH->BKRS", q_BKRH, keys, preferred_element_type=wide)
         visible_BRS = visible(jnp.arange(capacity))
         scores = jnp.where(visible_BRS[:, None], scores * size**-0.5, -jnp.inf)
         weights = jnp.exp(scores - scores.max(-1, keepdims=True))
         total = weights.sum(-1)
         if not on_cpu:  # saves a kernel; CPUs divide after the matmul, which is cheaper
             weights, total = weights / total[..., None], jnp.ones_like(total)
-        mixed = jnp.einsum("BKRS,BKSH->BKRH", enough_rows(weights.astype(values.dtype)), values)
-        return total, mixed[:, :, :rows].astype(wide)
+        mixed = jnp.einsum("BKRS,BKSH->BKRH", weights.astype(values.dtype), values)
+        return total, mixed.astype(wide)
 
     on_cpu = tuned_for() == "cpu"
     if on_cpu:
@@ -136,19 +135,20 @@ def attention_before_writing(
     wide = jnp.promote_types(q_BTNH.dtype, jnp.float32)
     q_BKRH = rows_of_heads(q_BTNH, kv_heads)
     rows = q_BKRH.shape[2]
+    if rows == 1:  # XLA:TPU multiplies two rows well, but not one
+        q_BKRH = enough_rows(q_BKRH)
     start_B11, slots_S = start_B[:, None, None], jnp.arange(keys.shape[2])
     step_R1 = jnp.tile(jnp.arange(steps), heads // kv_heads)[:, None]  # of row r = (g, t)
 
     def scores(k, seen, back):
         """back: how many positions a key lies before a query."""
         seen = seen if window is None else seen & (back < window)
-        scores = jnp.einsum("BKRH,BKSH->BKRS", enough_rows(q_BKRH), k, preferred_element_type=wide)
-        return jnp.where(seen[:, None], scores[:, :, :rows] * size**-0.5, -jnp.inf)
+        scores = jnp.einsum("BKRH,BKSH->BKRS", q_BKRH, k, preferred_element_type=wide)
+        return jnp.where(seen[:, None], scores * size**-0.5, -jnp.inf)
 
     def mixed(weights, v):
-        weights = enough_rows((weights / total).astype(v.dtype))
-        mixed = jnp.einsum("BKRS,BKSH->BKRH", weights, v, preferred_element_type=wide)
-        return mixed[:, :, :rows]
+        weights = weights.astype(v.dtype)
+        return jnp.einsum("BKRS,BKSH->BKRH", weights, v, preferred_element_type=wide)
 
     old = scores(keys, slots_S < start_B11, start_B11 + step_R1 - slots_S)
     back_1RT = (step_R1 - jnp.arange(steps))[None]
@@ -156,5 +156,5 @@ def attention_before_writing(
     top = jnp.maximum(old.max(-1, keepdims=True), new.max(-1, keepdims=True))
     old, new = jnp.exp(old - top), jnp.exp(new - top)
     total = old.sum(-1, keepdims=True) + new.sum(-1, keepdims=True)
-    y_BKRH = mixed(old, values) + mixed(new, v_BKTH)
+    y_BKRH = ((mixed(old, values) + mixed(new, v_BKTH)) / total)[:, :, :rows]
     return heads_of_rows(y_BKRH.astype(q_BTNH.dtype), q_BTNH.shape)

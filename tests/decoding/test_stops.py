@@ -39,12 +39,12 @@ def cases(single):
     where each is to be cut."""
     wholes = single.generate(PROMPTS, max_new_tokens=NEW)
     found = []
-    for seed in range(24):
+    for seed in range(48):
         random = np.random.default_rng(seed)
         prompt, whole = PROMPTS[seed % len(PROMPTS)], wholes[seed % len(PROMPTS)]
         begins = random.integers(0, len(whole.text) - 4, random.integers(0, 3))
         stop = [whole.text[at : at + random.integers(1, 5)] for at in begins]  # over several tokens
-        stop_ids = random.choice(whole.token_ids, int(seed % 3 == 0)).tolist()
+        stop_ids = random.choice(whole.token_ids, int(seed % 2 == 0)).tolist()
         request = Request(
             prompt=prompt,
             max_new_tokens=NEW,
