@@ -209,20 +209,20 @@ def test_attention_before_the_cache_is_written(monkeypatch, steps, heads, window
     monkeypatch.setattr(platforms, "platform", lambda: "tpu")
     shapes = (3, steps, heads, 8), *[(3, 2, steps, 8)] * 2, *[(3, 2, 40, 8)] * 2
     q, k, v, keys, values = normal(*shapes)
-    start_B = np.array([0, 40 - steps, 23])
 
     @jax.jit
-    def both(keys, values):
+    def both(q, k, v, keys, values, start_B):
         written = (write(*pair, start_B, 2) for pair in ((keys, k), (values, v)))
         positions_BT = start_B[:, None] + jnp.arange(steps)
         after = cached_attention(q, *written, positions_BT, window)
         return attention_before_writing(q, k, v, keys, values, start_B, window), after
 
-    found, expected = both(keys, values)
+    start_B = np.array([0, 40 - steps, 23])
+    found, expected = both(q, k, v, keys, values, start_B)
     np.testing.assert_allclose(found, expected, atol=1e-6)
     stale = (np.arange(40) >= start_B[:, None])[:, None, :, None]
-    keys, values = (np.where(stale, 1e9, cache).astype(np.float32) for cache in (keys, values))
-    np.testing.assert_array_equal(both(keys, values)[0], found)
+    caches = (np.where(stale, 1e9, cache).astype(np.float32) for cache in (keys, values))
+    np.testing.assert_array_equal(both(q, k, v, *caches, start_B)[0], found)
 
 
 @pytest.mark.parametrize("steps", [1, 3])
