@@ -1,7 +1,7 @@
 """Compiles programs for TPUs and GPUs, and prints what docs/pods.md says about each of them.
 
     python scripts/accelerator_programs.py --directory build/accelerator_programs
-    python scripts/accelerator_programs.py --only "7B, v5e"
+    python scripts/accelerator_programs.py --only "7B, token"
 
 Needs libtpu and the CUDA plugin (pip install 'lsjax[tpu]' 'lsjax[cuda]'), but neither a TPU nor a
 GPU. Existing reports in the directory are reused. Times are "without overlap", in milliseconds.
@@ -20,10 +20,9 @@ from pods import is_report, print_row
 LLAMA2_7B = "--config configs/continual_llama2_7b.py"
 LLAMA3_8B = "--config configs/continual_llama3_8b.py"
 LLAMA3_1B = "--config configs/continual_llama3_2_1b.py"
-TOKEN, ROUND, AUTO = (
-    f"--programs decode --decoding.strategy {strategy}"
-    for strategy in ("autoregressive", "self_speculative", "auto")
-)
+TOKEN = "--programs decode --decoding.strategy autoregressive"
+ROUND = "--programs decode --decoding.strategy self_speculative"
+AUTO = "--programs decode --decoding.strategy auto"
 PROMPT = "--programs prefill --model.num-layers 8 --decoding.prompt-tokens 8000"
 TRAIN = "--programs train"
 # Name of a program, slice, and flags.
@@ -71,14 +70,18 @@ class Arguments:
 
 
 def main(arguments: Arguments) -> int:
-    """Prints the rows of a program when they are ready. Returns 1 if one could not be compiled."""
+    """Prints the rows of a program when they are ready. Returns 1 if one could not be compiled, and
+    2 if --only names none."""
+    titles = {f"{name}, {topology}": (name, topology, flags) for name, topology, flags in PROGRAMS}
+    chosen = [title for title in titles if arguments.only in title]
+    if not chosen:
+        print(f"--only {arguments.only!r} names no program of PROGRAMS", file=sys.stderr)
+        return 2
     arguments.directory.mkdir(parents=True, exist_ok=True)
     failed = False
     print_row(COLUMNS, head=True)
-    for name, topology, flags in PROGRAMS:
-        title = f"{name}, {topology}"
-        if arguments.only not in title:
-            continue
+    for title in chosen:
+        name, topology, flags = titles[title]
         words = "".join(letter if letter.isalnum() else "_" for letter in title)
         file = arguments.directory / f"{words}.json"
         if not is_report(file):

@@ -29,8 +29,6 @@ PROMPTS = [(3, 1, 4), (7,)]
 NEW = 3  # tokens that are looked at together
 # Many texts are drawn: some of LLVM's passes, which conftest.py leaves out, are worth their time.
 OPTIMISED = {"xla_backend_optimization_level": 1}
-
-
 log_probs = jax.jit(Draws.log_probs)
 
 
