@@ -34,6 +34,7 @@ ATTENTION = {
     "flash_dq": ("flash", 3, 1),
     "flash_dkv": ("flash", 4, 1),
     "flash_decoding": ("flash decoding", 0, 1),
+    "flash_prefill": ("flash prefill", 2, -2),
     r"__cudnn\$fmha\w*Backward": ("cudnn", 5, 1),
     r"__cudnn\$fmha": ("cudnn", 2, 1),
 }

@@ -15,8 +15,9 @@ from jaxtyping import Array, Bool, Float, Int
 from lsjax.config import AttentionKernel, LlamaConfig
 from lsjax.model.attention import self_attention
 from lsjax.model.cache import write
-from lsjax.model.cached_attention import MOST_SCORES, attention_before_writing, cached_attention
+from lsjax.model.cached_attention import attention_before_writing, cached_attention
 from lsjax.model.operations import Rope, gradients_first, linear, rotate, swiglu, with_steps
+from lsjax.model.shared_memory import MOST_STEPS
 from lsjax.platforms import nvidia_capability, tuned_for
 from lsjax.sharding import constrain, on_each_device
 
@@ -179,18 +180,23 @@ class Block(nnx.Module):
 
 def _attend(window, q, k, v, keys, values, positions_BT):
     """Attends to a device's rows and heads of the cache, with the new keys and values in it."""
-    start_B = positions_BT[:, 0]
-    if tuned_for() == "gpu" and nvidia_capability() >= 8:
+    start_B, devices, few = positions_BT[:, 0], tuned_for(), q.shape[1] <= MOST_STEPS
+    if few and devices == "gpu" and nvidia_capability() >= 8:
         from lsjax.model import flash_decoding as flash  # Pallas is slow to import
 
         if flash.fits(q, keys):
             return flash.flash_decoding(q, k, v, keys, values, start_B, window)
     k, v = k.swapaxes(1, 2).astype(keys.dtype), v.swapaxes(1, 2).astype(values.dtype)
     mixed = None
-    if tuned_for() == "tpu" and q.shape[1] * keys.shape[2] <= MOST_SCORES:
+    if few and devices == "tpu":
         mixed = attention_before_writing(q, k, v, keys, values, start_B, window)
         mixed, k, v = lax.optimization_barrier((mixed, k, v))
     keys, values = (write(*pair, start_B, axis=2) for pair in ((keys, k), (values, v)))
+    if not few and devices in ("tpu", "gpu"):
+        from lsjax.model import flash_prefill as flash
+
+        if flash.fits(q, keys):
+            mixed = flash.flash_prefill(q, keys, values, start_B, window)
     if mixed is None:
         mixed = cached_attention(q, keys, values, positions_BT, window)
     return mixed, keys, values

@@ -31,8 +31,8 @@ def cached_attention(
     slots that a query sees, its own included.
 
     On accelerators it reads all slots at once, because a loop or branch would stall the device.
-    Only large prompt chunks are read in blocks, to save memory. For few tokens NVIDIA GPUs have a
-    kernel instead (flash_decoding.py).
+    Only large prompt chunks are read in blocks, to save memory. Prompts have kernels, where they
+    fit (flash_prefill.py), and so have few tokens on NVIDIA GPUs (flash_decoding.py).
 
     On CPUs it reads blocks with an online softmax (Milakov and Gimelshein, 2018), so cost follows
     the used length. If most slots are used, it reads all at once. Slots beyond a row's length

@@ -3,10 +3,10 @@
     pip install -e '.[cuda]'
     python scripts/proofs/gpu_kernels.py
 
-No card is needed. The table has a row for each card, type and head size. Decoding has 8 K/V heads
-and 2,112 slots; its columns are query heads of a K/V head x new tokens. Training has 1,024 packed
-tokens and is compiled with its gradients. Exits with 1 if a program does not compile, or if its
-kernel is not the one that lsjax chose.
+No card is needed. The table has a row for each card, type and head size. Decoding and prompts have
+8 K/V heads and 2,112 slots; their columns are query heads of a K/V head x new tokens. Training has
+1,024 packed tokens and is compiled with its gradients. Exits with 1 if a program does not compile,
+or if its kernel is not the one that lsjax chose.
 """
 
 import argparse
@@ -23,15 +23,16 @@ from jax.sharding import PartitionSpec as P
 from lsjax.aot.chips import CHIPS, slice_of
 from lsjax.aot.hlo import attention_kernel
 from lsjax.config import MeshConfig
+from lsjax.model import flash_decoding, flash_prefill
 from lsjax.model.attention import _first_supported, self_attention
 from lsjax.model.block import _attend
-from lsjax.model.flash_decoding import fits
+from lsjax.model.shared_memory import MOST_STEPS
 from lsjax.sharding import make_mesh
 
 SIZES = (64, 80, 96, 128, 256)
 DTYPES = (jnp.float32, jnp.bfloat16)
 KV_HEADS, SLOTS, LENGTH = 8, 2112, 1024
-DECODING = ((4, 1), (4, 5), (8, 5))  # query heads of a K/V head, new tokens
+DECODING = ((4, 1), (4, 5), (8, 5), (4, 32), (4, 512))  # query heads of a K/V head, new tokens
 
 
 def main(cards: list[str]) -> int:
@@ -63,7 +64,9 @@ def decoding(mesh: Mesh, dtype: type, size: int, group: int, steps: int) -> tupl
     new = shape(mesh, (1, steps, KV_HEADS, size), dtype)
     cache = shape(mesh, (1, KV_HEADS, SLOTS, size), dtype)
     positions = shape(mesh, (1, steps), jnp.int32)
-    chosen = "flash decoding" if fits(q, cache) else "xla"
+    module = flash_decoding if steps <= MOST_STEPS else flash_prefill
+    name = module.__name__.rpartition(".")[2].replace("_", " ")
+    chosen = name if module.fits(q, cache) else "xla"
     arguments = q, new, new, cache, cache, positions
     return chosen, compiled(partial(_attend, None), *arguments)
 

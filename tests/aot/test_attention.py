@@ -1,6 +1,7 @@
 """Attention is chosen by the devices of the program, which need not be there."""
 
 import importlib.util
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -10,9 +11,10 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from lsjax.aot.chips import CHIPS, COMPILERS, slice_of
-from lsjax.aot.hlo import parse, runs
+from lsjax.aot.hlo import attention_kernel, parse, runs
 from lsjax.config import MeshConfig
 from lsjax.model import attention as module
+from lsjax.model.block import _attend
 from lsjax.model.flash_decoding import flash_decoding
 from lsjax.sharding import make_mesh
 
@@ -84,10 +86,13 @@ def uncached():
     reset_cache()
 
 
-WITH_CUDA = pytest.mark.skipif(
-    not any(importlib.util.find_spec(module) for module in COMPILERS["cuda"][0]),
-    reason="needs the cuda extra",
-)
+def with_extra(name: str) -> pytest.MarkDecorator:
+    packages = COMPILERS[name][0]
+    missing = not any(map(importlib.util.find_spec, packages))
+    return pytest.mark.skipif(missing, reason=f"needs the {name} extra")
+
+
+WITH_CUDA = with_extra("cuda")
 
 
 @WITH_CUDA
@@ -135,3 +140,29 @@ def test_decoding_on_gpus_is_few_kernels(uncached, steps, heads, size):
     caches = 2 * 2 * 2 * 2112 * size * 2
     assert compiled.memory_analysis().alias_size_in_bytes == caches
     assert compiled.memory_analysis().temp_size_in_bytes < caches
+
+
+@pytest.mark.parametrize(
+    "topology",
+    [
+        pytest.param("v5p:2x2x1", marks=with_extra("tpu")),
+        pytest.param("h100:1", marks=WITH_CUDA),
+    ],
+)
+def test_prompts_on_accelerators_keep_no_scores(uncached, topology):
+    """Scores in float32 would take 4 bytes for each query, slot and head."""
+    steps, heads, slots, (_, devices) = 512, 8, 2112, slice_of(topology)
+    mesh = make_mesh(MeshConfig(), devices[:1])
+    given = [
+        jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, P()))
+        for shape, dtype in (
+            ((1, steps, heads, 128), jnp.bfloat16),
+            *[((1, steps, 2, 128), jnp.bfloat16)] * 2,
+            *[((1, 2, slots, 128), jnp.bfloat16)] * 2,
+            ((1, steps), jnp.int32),
+        )
+    ]
+    with jax.set_mesh(mesh), jax.default_matmul_precision("default"):
+        program = jax.jit(partial(_attend, None), donate_argnums=(3, 4)).lower(*given).compile()
+    assert attention_kernel([program.as_text()]) == "flash prefill"
+    assert program.memory_analysis().temp_size_in_bytes < 4 * steps * slots * heads / 8

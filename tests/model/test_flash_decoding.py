@@ -125,7 +125,7 @@ def test_a_model_as_accelerators_run_it(monkeypatch, platform):
         max_context=64,
     )
     model = Llama(config, rngs=nnx.Rngs(0))
-    tokens_BT = jax.random.randint(jax.random.key(0), (2, 24), 0, 50)
+    tokens_BT = jax.random.randint(jax.random.key(0), (2, 40), 0, 50)
     expected = model(tokens_BT)
     monkeypatch.setattr(platforms, "platform", lambda: platform)
     if platform == "gpu":
@@ -134,7 +134,7 @@ def test_a_model_as_accelerators_run_it(monkeypatch, platform):
     cache = KVCache.create(config, 2, BLOCK, jnp.float32)
     first_B = jnp.array([0, 0])
     run = jax.jit(lambda x, at, cache: model.run_layers(x, 0, 2, at, cache))
-    for steps, back_B in ((16, [0, 3]), (1, [0, 0]), (3, [0, 0]), (1, [0, 0])):
+    for steps, back_B in ((32, [0, 3]), (1, [0, 0]), (3, [0, 0]), (1, [0, 0])):
         at_BT = first_B[:, None] + jnp.arange(steps)
         x_BTD, cache = run(model.embed(jnp.take_along_axis(tokens_BT, at_BT, 1)), at_BT, cache)
         found = model.unembed(x_BTD)
