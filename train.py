@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from functools import partial
 
 import lsjax
+from lsjax.aot.remat import with_remat
 from lsjax.cli import training
 from lsjax.cli.setup import keep_compiled_programs, keep_freed_memory, one_line_errors
 from lsjax.config import Path, TrainConfig, check
@@ -53,7 +54,7 @@ def train(config: TrainConfig, workdir: Path) -> int:
                 run = prepare_run(config, writer)
             keep_compiled_programs()
             train_run(
-                run,
+                with_remat(run, say),
                 hooks=[partial(hook, console=console) for hook in hooks],
                 watch=partial(training.shown_progress, console=console),
                 say=say,

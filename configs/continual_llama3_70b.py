@@ -1,9 +1,9 @@
-"""Llama-3 70B, continual pretraining with the paper's settings for Llama-3 8B (its section 5.1).
+"""Llama-3 70B, continual pretraining with the paper's settings for Llama-2 13B (its section 5.1).
 
     python train.py --config configs/continual_llama3_70b.py --workdir runs/continual_llama3_70b \
         --init-from models/llama3-70b --data.paths 'corpus/*.txt' --data.tokenizer models/llama3-70b
 
-The paper has no 70B model: rate, weights and curriculum are those of its 8B. Learning rate, batch,
+The paper has no 70B model: rate, weights and curriculum are those of its 13B. Learning rate, batch,
 context and schedule are ours. The mesh is for 256 devices, such as v5p:4x8x8.
 """
 
@@ -31,9 +31,9 @@ config = TrainConfig(
     batch_size=512,
     seq_len=4_096,
     layer_dropout=LayerDropoutConfig(p_max=0.1),
-    early_exit=EarlyExitConfig(curriculum="rotational", rotation=8, e_scale=0.1),
+    early_exit=EarlyExitConfig(curriculum="rotational", rotation=79, e_scale=0.1),
     optimizer=OptimizerConfig(learning_rate=1.5e-5, warmup_steps=500),
-    remat="nothing_saveable",
+    remat="attention",
     mesh=MeshConfig(data=-1, fsdp=64),
     checkpoints=CheckpointConfig(every=500),
 )

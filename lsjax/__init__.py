@@ -69,6 +69,7 @@ def train(
     trains there or the last step can't be saved.
     """
     # Imported here: they import grain and orbax, which decoding does not need.
+    from lsjax.aot.remat import with_remat
     from lsjax.config import as_path
     from lsjax.evaluation.exits import evaluation_hook
     from lsjax.training.prepare import prepare_run
@@ -77,4 +78,5 @@ def train(
 
     hooks = [evaluation_hook] if hooks is None else hooks
     with Writer(as_path(workdir), options.get("warn", print)) as writer:
-        return train_run(prepare_run(config, writer), hooks=hooks, **options)
+        run = with_remat(prepare_run(config, writer), options.get("say", print))
+        return train_run(run, hooks=hooks, **options)

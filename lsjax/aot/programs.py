@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from jax.stages import Lowered, Wrapped
 
 from lsjax.aot.chips import GIB, Chip
-from lsjax.aot.costs import CostAnalysis, ProgramCosts, Trips
+from lsjax.aot.costs import SLICES, CostAnalysis, ProgramCosts, Trips
 from lsjax.aot.hlo import attention_kernel, parse
 from lsjax.config import TrainConfig
 from lsjax.decoding.programs import ROUNDS
@@ -44,12 +44,14 @@ def train_step(config: TrainConfig, mesh: Mesh) -> tuple[Lowered, Trips]:
     with jax.set_mesh(mesh), with_kernels(config.kernels):
         lowered = make_train_step(config).lower(state, batch)
         pieces, steps = rows * context_shards(), config.seq_len // context_shards()
-        chunk = loss_chunk(pieces, steps, config.model.vocab_size)
+        shape = pieces, steps, config.model.vocab_size
+        chunk = loss_chunk(*shape)
+        exit_chunk = loss_chunk(*shape, config.early_exit.token_share)
     exits = exit_counts(config.early_exit, config.model.num_layers, config.num_steps).mean()
     learned = math.ceil(steps * config.early_exit.token_share)
     return lowered, {
         rf"/{EXITS}/while$": float(exits),
-        rf"/{EXITS}/.*/{CHUNKS}/while$": math.ceil(learned / chunk),
+        rf"/{EXITS}/.*/{CHUNKS}/while$": math.ceil(learned / exit_chunk),
         rf"/{CHUNKS}/while$": math.ceil(steps / chunk),
     }
 
@@ -97,6 +99,13 @@ def program_reports(
         found["compile_seconds"] = seconds  # with the parsing of its text
         reports.append(found | cost_figures(costs, chip))
     return reports
+
+
+def sizes_by_slice(mesh: Mesh) -> dict[str, int]:
+    """Sizes of a mesh's axes. Several slices are an axis of their own, the first."""
+    sizes = dict(mesh.shape)
+    slices = len({getattr(device, "slice_index", 0) for device in mesh.devices.flat})
+    return {SLICES: slices, **sizes, "data": sizes["data"] // slices} if slices > 1 else sizes
 
 
 def memory_figures(found: Callable[[str], int], chip: Chip) -> dict[str, int]:

@@ -28,9 +28,9 @@ from jax.stages import Lowered
 
 from lsjax.aot import decoding, programs
 from lsjax.aot.chips import slice_of, slice_size
-from lsjax.aot.costs import SLICES
 from lsjax.aot.decoding import DecodingShape
 from lsjax.aot.programs import Counted
+from lsjax.aot.remat import AUTO, fastest
 from lsjax.cli.aot_tables import print_report
 from lsjax.cli.setup import check_output, program
 from lsjax.cli.show import notes_console
@@ -90,12 +90,15 @@ def report(arguments: Arguments) -> int:
     if arguments.output is not None:
         check_output(arguments.output)
     chip, devices = slice_of(arguments.topology, config.mesh.slices)
+    if config.remat == AUTO and "train" in arguments.programs:
+        config = fastest(config, make_mesh(config.mesh, devices), chip, notes_console().print)
+        arguments = replace(arguments, fields=config)
     names = [name for name in known if name in arguments.programs]
     if "train" in names and arguments.beside_plain:
         names.insert(1, "plain")
     # All programs are lowered first, so that errors come before the slow compilation.
     begun = [one for name in names for one in lowered(name, arguments, devices)]
-    meshes = {one.name: sizes_by_slice(one.mesh) for one in begun}
+    meshes = {one.name: programs.sizes_by_slice(one.mesh) for one in begun}
     reports = []
     for one in begun:
         with notes_console().status(f"compiling {one.name} for {arguments.topology}"):
@@ -173,13 +176,6 @@ def decoding_programs(name: str, arguments: Arguments) -> list[Program]:
         ]
         found.append(Program(name, mesh, program, counted))
     return found
-
-
-def sizes_by_slice(mesh: Mesh) -> dict[str, int]:
-    """Sizes of a mesh's axes. Several slices are an axis of their own, the first."""
-    sizes = dict(mesh.shape)
-    slices = len({getattr(device, "slice_index", 0) for device in mesh.devices.flat})
-    return {SLICES: slices, **sizes, "data": sizes["data"] // slices} if slices > 1 else sizes
 
 
 parse = partial(parse_config, early=Slice, derived=default_mesh)

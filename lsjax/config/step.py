@@ -10,6 +10,16 @@ from lsjax.config.llama import LlamaConfig
 AttentionKernel = Literal["auto", "xla", "splash", "flash", "cudnn"]
 Kernels = Literal["auto", "reference"]
 ComputeDtype = Literal["auto", "float32", "bfloat16"]
+# "auto", or what the layers keep in training, most first. jax names three of them.
+Remat = Literal[
+    "auto",
+    "none",
+    "dots_saveable",
+    "dots_with_no_batch_dims_saveable",
+    "attention",
+    "attention_output",
+    "nothing_saveable",
+]
 LoraTarget = Literal["qkv", "out", "gate_up", "down"]
 
 
@@ -221,12 +231,11 @@ class StepConfig(Checked):
     """Weight of the squared log of the softmax's denominator (PaLM, 2022: 1e-4)."""
     micro_batches: int = bounded(1, low=1)
     """Number of sequential parts of a batch; their gradients are added."""
-    remat: Literal[
-        "none", "nothing_saveable", "dots_saveable", "dots_with_no_batch_dims_saveable"
-    ] = "none"
-    """Values that a layer keeps for its backward pass: all, or those of jax's checkpoint policy of
-    that name. Others are recomputed. Policies that keep matmuls also keep the attention kernel's
-    output; on GPUs it replaces the projection that follows."""
+    remat: Remat = "none"
+    """Values that a layer keeps for its backward pass; it recomputes the others. none keeps all.
+    dots policies keep matmuls, and attention is one. attention keeps its queries, keys, values and
+    output, and the state that follows; attention_output only the last two. nothing_saveable keeps
+    the layer's input. auto compiles the step with each, and takes the fastest that fits."""
     attention: AttentionKernel = "auto"
     """Attention kernel. auto is splash on TPUs, flash on GPUs and xla elsewhere. If these do not
     support the arrays, it is cudnn or xla (lsjax/model/attention.py)."""

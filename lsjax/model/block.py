@@ -21,8 +21,9 @@ from lsjax.model.shared_memory import MOST_STEPS
 from lsjax.platforms import nvidia_capability, tuned_for
 from lsjax.sharding import constrain, on_each_device
 
-# Name of the summed outputs of a matrix and its adapter, for remat policies: it replaces both.
-ADAPTED = "adapted"
+# Names of values for remat policies. The summed outputs of a matrix and its adapter, which replace
+# both; the queries, keys and values of attention; the layer's state after attention.
+ADAPTED, HEADS, MIDDLE = "adapted", "heads", "middle"
 
 
 class RMSNorm(nnx.Module):
@@ -143,11 +144,12 @@ class Block(nnx.Module):
             return y_BTD if keep_B is None else keep_B.astype(y_BTD.dtype)[:, None, None] * y_BTD
 
         heads = self.attention.project(self.attention_norm(x_BTD), rope, x_BTD.shape[1])
+        heads = checkpoint_name(heads, HEADS)
         mixed = self_attention(*heads, segments_BT, kernel, window)
         # On GPUs remat keeps the output of attention instead of its projection. Both have the same
         # size, but attention is slower to recompute for long sequences.
         y_BTD = self.attention.out(mixed.reshape(*mixed.shape[:2], -1), tuned_for() == "gpu")
-        x_BTD = x_BTD + kept(self.attention_post_norm(y_BTD))
+        x_BTD = checkpoint_name(x_BTD + kept(self.attention_post_norm(y_BTD)), MIDDLE)
         return x_BTD + kept(self._feed_forward(x_BTD))
 
     # Layers of the same form are traced once. `inline` leaves the compiled program as it is.

@@ -25,12 +25,26 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from lsjax.config import StepConfig
-from lsjax.model.block import ADAPTED
+from lsjax.model.block import ADAPTED, HEADS, MIDDLE
 from lsjax.model.llama import Llama
 from lsjax.model.operations import SAVED, Rope, rope_angles
 from lsjax.platforms import tuned_for
 from lsjax.sharding import ROWS, constrain, over_context, row_shards
 from lsjax.training.layer_dropout import DropRates, keep_counted, keep_mask, row_counts
+
+_jax, _keep = jax.checkpoint_policies, jax.checkpoint_policies.save_only_these_names
+# To a policy that keeps matmuls, the attention kernel's output counts as one.
+_MATMULS = _keep(SAVED, ADAPTED)
+# What a layer keeps for its backward pass, by `StepConfig.remat`.
+POLICIES = {
+    "nothing_saveable": _jax.nothing_saveable,
+    "attention_output": _keep(SAVED, MIDDLE),
+    "attention": _keep(HEADS, SAVED, MIDDLE),
+    "dots_saveable": _jax.save_from_both_policies(_jax.dots_saveable, _MATMULS),
+    "dots_with_no_batch_dims_saveable": _jax.save_from_both_policies(
+        _jax.dots_with_no_batch_dims_saveable, _MATMULS
+    ),
+}
 
 
 def exit_states(
@@ -101,14 +115,8 @@ def layer_runner(config: StepConfig, ropes: Mapping[str, Rope], segments_BT: Int
     if remat == "none" and dropout.p_max > 0 and dropout.skip == "gather":
         remat = "dots_saveable"  # residuals are copied once more; recomputing the rest is cheaper
     if remat != "none":
-        policies = jax.checkpoint_policies
-        policy = getattr(policies, remat)
-        if remat != "nothing_saveable":
-            # The attention kernel's output counts as a matmul too.
-            named = policies.save_only_these_names(SAVED, ADAPTED)
-            policy = policies.save_from_both_policies(policy, named)
         # The scan prevents common subexpressions.
-        run = jax.checkpoint(run, policy=policy, prevent_cse=False, static_argnums=0)
+        run = jax.checkpoint(run, policy=POLICIES[remat], prevent_cse=False, static_argnums=0)
 
     def run_or_drop(block, x_BTD, rate_and_kept, kind):
         run_kind, others = partial(run, kind.window), (ropes[kind.rope], segments_BT)

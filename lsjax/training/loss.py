@@ -8,6 +8,7 @@ the head: logits, gradient of the states, gradient of the table.
 Letters: S exit slots (hidden states of exits), C positions of a chunk.
 """
 
+import math
 from functools import partial
 from typing import NamedTuple
 
@@ -20,15 +21,20 @@ from jaxtyping import Array, Bool, Float, Int
 from lsjax.config import StepConfig
 from lsjax.model.block import RMSNorm
 from lsjax.model.llama import Llama, cast_matrices, split_matrices
-from lsjax.platforms import REFERENCE, tuned_for
+from lsjax.platforms import tuned_for
 from lsjax.sharding import PIECES, chunk_steps, in_context_order, on_each_device, pieces
-from lsjax.training.early_exit import EXIT_LOSSES, ExitLoss, cross_entropy, exit_slots, log_z
+from lsjax.training.early_exit import EXIT_LOSSES, ExitLoss, cross_entropy, exit_slots
 from lsjax.training.forward import exit_states
 from lsjax.training.layer_dropout import DropRates, draws, drop_rates
+from lsjax.training.logit_gradients import chunk_loss, of_any_loss, of_cross_entropy
 
 # Logits of a chunk, per device. Accelerators take more: each chunk updates the whole float32
 # gradient of the table.
-CHUNK_LOGITS, ACCELERATOR_CHUNK_LOGITS = 2**25, 2**27
+CHUNK_LOGITS = 2**25
+ACCELERATOR_CHUNK_LOGITS = {"tpu": 2**28, "gpu": 2**27}
+# Smallest vocabulary, in widths of the model, for which `of_cross_entropy` pays: it spares a pass
+# over the logits, and adds work to two matmuls.
+ONE_PASS = 12
 # Loops whose trip count depends on the step; names in the compiled program.
 EXITS, CHUNKS = "exits", "loss_chunks"
 
@@ -82,7 +88,8 @@ def objective(
     x_SBTD, labels_BT = jax.vmap(pieces)(x_SBTD), pieces(in_context_order(batch["labels_BT"]))
     exit_loss = exit_loss or EXIT_LOSSES[config.early_exit.target]
     arrays = head, x_SBTD, labels_BT, positions, weights_S
-    loss, sums_S = head_loss(exit_loss, config.z_loss, *arrays)
+    settings = exit_loss, config.z_loss, config.early_exit.token_share
+    loss, sums_S = head_loss(*settings, *arrays)
     sums_L = jnp.zeros(num_layers, sums_S.dtype).at[exit_S].add(jnp.where(taken_S, sums_S, 0))
     return loss, sums_L
 
@@ -119,16 +126,18 @@ def loss_positions(
     return Positions(order_SBT, counts_SB, jnp.tile(scales_SB, (1, shards)))
 
 
-def loss_chunk(batch: int, steps: int, vocab: int) -> int:
-    """C: positions of each row that pass through the head together."""
-    logits = ACCELERATOR_CHUNK_LOGITS if tuned_for() in ("tpu", "gpu") else CHUNK_LOGITS
-    return chunk_steps(batch, steps, vocab, logits)
+def loss_chunk(batch: int, steps: int, vocab: int, share: float = 1) -> int:
+    """C: positions of each row that pass through the head together. share: of a row's positions
+    that are in the loss."""
+    logits = ACCELERATOR_CHUNK_LOGITS.get(tuned_for(), CHUNK_LOGITS)
+    return chunk_steps(batch, math.ceil(steps * share), vocab, logits)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def head_loss(
     exit_loss: ExitLoss,
     z_loss: float,
+    token_share: float,
     head: Head,
     x_SBTD: Float[Array, "S B T D"],
     labels_BT: Int[Array, "B T"],
@@ -136,18 +145,21 @@ def head_loss(
     weights_S: Float[Array, " S"],
 ) -> tuple[Float[Array, ""], Float[Array, " S"]]:
     """Weighted sum over slots of their summed losses, and each slot's sum. exit_loss: loss of every
-    slot but the last. z_loss: weight of log(Z)^2, included in the weighted sum only."""
-    return _forward(exit_loss, z_loss, head, x_SBTD, labels_BT, positions, weights_S)[0]
+    slot but the last. z_loss: weight of log(Z)^2, included in the weighted sum only. token_share:
+    of a row's positions, in all slots but the last."""
+    settings = exit_loss, z_loss, token_share
+    return _forward(*settings, head, x_SBTD, labels_BT, positions, weights_S)[0]
 
 
 @jax.named_scope("head")
-def _forward(exit_loss, z_loss, head, x_SBTD, labels_BT, positions, weights_S):
+def _forward(exit_loss, z_loss, token_share, head, x_SBTD, labels_BT, positions, weights_S):
     """Each device accumulates the table gradient of its rows. One all-reduce at the end sums it."""
-    _, batch, steps, _ = x_SBTD.shape
-    chunk = loss_chunk(batch, steps, len(head.table_VD))
-    chunks_S = -(-positions.counts_SB.max(1) // chunk)
+    slots, batch, steps, _ = x_SBTD.shape
+    sizes = [loss_chunk(batch, steps, len(head.table_VD), share) for share in (token_share, 1)]
+    size_S = jnp.array([*sizes[:1] * (slots - 1), sizes[1]])
+    chunks_S = -(-positions.counts_SB.max(1) // size_S)
     narrow = Head(head.norm, head.table_VD.astype(x_SBTD.dtype))
-    function = partial(_own_rows, exit_loss, z_loss, chunk)
+    function = partial(_own_rows, exit_loss, z_loss, *sizes)
     arrays = narrow, x_SBTD, labels_BT, positions, weights_S, chunks_S
     specs = P(), P(None, PIECES), P(PIECES), P(None, PIECES), P(), P()
     outputs = P(PIECES), P(None, PIECES)
@@ -157,49 +169,59 @@ def _forward(exit_loss, z_loss, head, x_SBTD, labels_BT, positions, weights_S):
     return losses, (dhead, dx_SBTD)
 
 
-def _own_rows(exit_loss, z_loss, chunk, head, x_SBTD, labels_BT, positions, weights_S, chunks_S):
+def _own_rows(
+    exit_loss,
+    z_loss,
+    exit_chunk,
+    last_chunk,
+    head,
+    x_SBTD,
+    labels_BT,
+    positions,
+    weights_S,
+    chunks_S,
+):
     """Losses and gradients of a device's rows. Values to sum over devices have a leading axis of
-    size 1. chunks_S: number of chunks per slot, set by the row with most positions."""
+    size 1. exit_chunk, last_chunk: positions of a chunk in the last slot, and in the others.
+    chunks_S: number of chunks per slot, set by the row with most positions."""
     slots, batch, steps, width = x_SBTD.shape
-    whole = -(-steps // chunk) * chunk  # steps, padded to full chunks
     wide = jnp.promote_types(x_SBTD.dtype, jnp.float32)
-    order_SBT = jnp.pad(positions.order_SBT, [(0, 0), (0, 0), (0, whole - steps)])
+    one_pass = not z_loss and len(head.table_VD) >= ONE_PASS * width
     table_DV = head.table_VD.T  # once here, or XLA would transpose it in every chunk
     product = partial(jnp.einsum, preferred_element_type=wide)
 
-    def add_slot(slot_loss, slot, carry):
+    def add_slot(slot_loss, chunk, slot, carry):
         """Adds one slot's loss and gradients; the gradient of the states overwrites the states."""
         (total, sums_S), dhead, slots_SBTD = carry
+        whole = -(-steps // chunk) * chunk  # steps, padded to full chunks
+        order_BT = jnp.pad(positions.order_SBT[slot], [(0, 0), (0, whole - steps)])
         x_BTD, final_BTD = slots_SBTD[slot], slots_SBTD[-1]
         weight = weights_S[slot].astype(wide)
 
         def add_chunk(index, carry):
             *sums, dx_BTD = carry
             start = index * chunk
-            at_BC = lax.dynamic_slice_in_dim(order_SBT[slot], start, chunk, 1)
+            at_BC = lax.dynamic_slice_in_dim(order_BT, start, chunk, 1)
             counted_BC = start + jnp.arange(chunk) < positions.counts_SB[slot, :, None]
             scale_BC = jnp.where(counted_BC, positions.scales_SB[slot, :, None], 0).astype(wide)
             label_BC = jnp.take_along_axis(labels_BT, at_BC, 1)
             x_BCD = jnp.take_along_axis(x_BTD, at_BC[:, :, None], 1)
-            final_BCD = jnp.take_along_axis(final_BTD, at_BC[:, :, None], 1)
-            final_BCV = product("BCD,DV->BCV", head.norm(final_BCD), table_DV)
-
-            def chunk_loss(logits_BCV):
-                total = added = (scale_BC * slot_loss(logits_BCV, label_BC, final_BCV)).sum()
-                if z_loss:
-                    total += z_loss * (scale_BC * jnp.square(log_z(logits_BCV))).sum()
-                return weight * total, added
-
             normed_BCD, norm_backward = jax.vjp(lambda norm, x: norm(x), head.norm, x_BCD)
             logits_BCV = product("BCD,DV->BCV", normed_BCD, table_DV)
-            losses, dlogits_BCV = jax.value_and_grad(chunk_loss, has_aux=True)(logits_BCV)
-            # Cast and barrier: otherwise XLA:TPU recomputes dlogits in both following matmuls.
-            dlogits_BCV = dlogits_BCV.astype(x_BCD.dtype)
-            if tuned_for() != REFERENCE:
-                dlogits_BCV = lax.optimization_barrier(dlogits_BCV)
-            dnormed_BCD = jnp.einsum("BCV,VD->BCD", dlogits_BCV, head.table_VD)
-            dtable_DV = product("BCD,BCV->DV", normed_BCD, dlogits_BCV)
-            dnorm, dx_BCD = norm_backward(dnormed_BCD)
+            arrays = logits_BCV, label_BC, scale_BC, weight
+            if one_pass and slot_loss is cross_entropy:
+                losses, factor_BC, dlogits_BCV = of_cross_entropy(*arrays, x_BCD.dtype)
+            else:
+                final_BCD = jnp.take_along_axis(final_BTD, at_BC[:, :, None], 1)
+                final_BCV = product("BCD,DV->BCV", head.norm(final_BCD), table_DV)
+                loss = partial(chunk_loss, slot_loss, z_loss, final_BCV)
+                losses, factor_BC, dlogits_BCV = of_any_loss(loss, *arrays, x_BCD.dtype)
+            dnormed_BCD = product("BCV,VD->BCD", dlogits_BCV, head.table_VD)
+            factor_BC1 = factor_BC[:, :, None]
+            dtable_DV = product(
+                "BCD,BCV->DV", (normed_BCD * factor_BC1).astype(x_BCD.dtype), dlogits_BCV
+            )
+            dnorm, dx_BCD = norm_backward((dnormed_BCD * factor_BC1).astype(x_BCD.dtype))
             sums = jax.tree.map(jnp.add, sums, [losses, Head(dnorm, dtable_DV)])
             return *sums, lax.dynamic_update_slice_in_dim(dx_BTD, dx_BCD, start, 1)
 
@@ -220,16 +242,19 @@ def _own_rows(exit_loss, z_loss, chunk, head, x_SBTD, labels_BT, positions, weig
         order_S = jnp.argsort(~used_S, stable=True)
         with jax.named_scope(EXITS):
             *sums, slots_SBTD = lax.fori_loop(
-                0, used_S.sum(), lambda i, carry: add_slot(exit_loss, order_S[i], carry), carry
+                0,
+                used_S.sum(),
+                lambda i, carry: add_slot(exit_loss, exit_chunk, order_S[i], carry),
+                carry,
             )
         keep_S = jnp.append(used_S, True)[:, None, None, None]
         carry = *sums, jnp.where(keep_S, slots_SBTD, 0)
-    losses, dhead, dx_SBTD = add_slot(cross_entropy, slots - 1, carry)
+    losses, dhead, dx_SBTD = add_slot(cross_entropy, last_chunk, slots - 1, carry)
     dhead = Head(dhead.norm, dhead.table_VD.T)
     return jax.tree.map(lambda leaf: leaf[None], (losses, dhead)), dx_SBTD
 
 
-def _backward(exit_loss, z_loss, gradients, cotangents):
+def _backward(exit_loss, z_loss, token_share, gradients, cotangents):
     """No gradient flows through the per-exit sums: they are metrics only."""
     scale = cotangents[0]
     head, x_SBTD = jax.tree.map(lambda leaf: leaf * scale.astype(leaf.dtype), gradients)

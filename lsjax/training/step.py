@@ -107,8 +107,12 @@ def make_train_step(
     A step whose loss or gradient is not finite changes only the counters. Metrics: loss (of the
     objective), last_exit_loss, exit_loss_L, enabled_L, grad_norm, learning_rate, tokens, skipped,
     skipped_in_a_row. Exit E has index E - 1, and exit_loss_L is 0 for disabled exits. grad_norm is
-    measured before clipping. tokens counts labels.
+    measured before clipping. tokens counts labels. Raises ConfigError for remat "auto".
     """
+    check(
+        config.remat != "auto",
+        "remat 'auto' is chosen by train.py and lsjax.train: name a policy for make_train_step",
+    )
     optimizer = directions(config.optimizer)
     schedule = learning_rates(config.optimizer, config.num_steps)
     knobs = dict(exit_loss=exit_loss, drop_rates=drop_rates)

@@ -98,7 +98,7 @@ from lsjax.config import (
             dict(num_steps=9, micro_batches=0),
             "micro_batches 0 must be a whole number of at least 1",
         ),
-        (StepConfig, dict(num_steps=9, remat="most"), "remat 'most' must be one of none"),
+        (StepConfig, dict(num_steps=9, remat="most"), "remat 'most' must be one of auto"),
         (StepConfig, dict(num_steps=9, dtype="float16"), "dtype 'float16' must be one of auto"),
         (
             StepConfig,

@@ -121,7 +121,9 @@ def test_segments_never_see_one_another(small, packed):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("remat", ["nothing_saveable", "dots_with_no_batch_dims_saveable"])
+@pytest.mark.parametrize(
+    "remat", ["nothing_saveable", "attention", "dots_with_no_batch_dims_saveable"]
+)
 def test_remat_changes_nothing(wide, packed, evaluate, remat):
     plain = dropping(p_max=0.4, distribution="uniform")
     again = dataclasses.replace(plain, remat=remat)
@@ -137,7 +139,9 @@ def test_the_kernel_of_attention_changes_nothing(small, packed, evaluate):
     assert_close(evaluate(splash, small, batch, 1), evaluate(plain, small, batch, 1), atol=2e-5)
 
 
-@pytest.mark.parametrize("remat, runs", [("dots_saveable", 1), ("nothing_saveable", 2)])
+@pytest.mark.parametrize(
+    "remat, runs", [("dots_saveable", 1), ("attention", 1), ("nothing_saveable", 2)]
+)
 def test_what_a_kernel_gives_is_kept_as_products_are(small, packed, monkeypatch, remat, runs):
     """How often the gradient's program for a TPU runs the kernel forward, beside two backward."""
     for module in (platforms, flash):
@@ -149,20 +153,33 @@ def test_what_a_kernel_gives_is_kept_as_products_are(small, packed, monkeypatch,
     assert program.count("tpu_custom_call") == runs + 2
 
 
-@pytest.mark.long
-def test_gpus_keep_the_output_of_attention_and_not_its_projection(monkeypatch):
-    """Shapes of what a layer keeps for its backward pass, beside its parameters."""
+LAYER, QUERIES, KEYS, SUMS = (1, 128, 48), (1, 128, 4, 16), (1, 128, 2, 16), (1, 4, 128)
+
+
+@pytest.mark.parametrize(
+    "remat, kept",
+    [
+        # The joined matrix gives queries, keys and values together. The projection is not kept.
+        ("dots_with_no_batch_dims_saveable", [LAYER, (1, 128, 2, 4, 16), QUERIES, SUMS, "gate_up"]),
+        # Queries, keys, values, and what attention gives; the state before and after it.
+        ("attention", [LAYER, LAYER, QUERIES, KEYS, KEYS, QUERIES, SUMS]),
+        ("attention_output", [LAYER, LAYER, QUERIES, SUMS]),
+        ("nothing_saveable", [LAYER]),
+    ],
+)
+def test_what_a_layer_keeps_on_gpus(monkeypatch, remat, kept):
+    """Shapes of what its backward pass reads, beside its parameters."""
     monkeypatch.setattr(block, "tuned_for", lambda: "gpu")
     shape = LlamaConfig.tiny(hidden_size=48, num_heads=4, num_kv_heads=2, head_dim=16)
     layer = block.Block(shape, dtype=jnp.float32, rngs=nnx.Rngs(0))
     ropes = rope_angles(jnp.arange(128)[None], shape, jnp.float32)
-    config = StepConfig(num_steps=1, attention="flash", remat="dots_with_no_batch_dims_saveable")
+    config = StepConfig(num_steps=1, attention="flash", remat=remat)
     run = layer_runner(config, ropes, jnp.zeros((1, 128), jnp.int32))
     _, pullback = jax.vjp(
-        lambda *arrays: run(*arrays, None, shape.layer_kind(0)), layer, jnp.ones((1, 128, 48))
+        lambda *arrays: run(*arrays, None, shape.layer_kind(0)), layer, jnp.ones(LAYER)
     )
     parameters = {leaf.shape for leaf in jax.tree.leaves(layer)}
-    kept = [leaf.shape for leaf in jax.tree.leaves(pullback) if leaf.ndim > 2]
-    kept = sorted(each for each in kept if each not in parameters and each[-1] != 8)
+    found = [leaf.shape for leaf in jax.tree.leaves(pullback) if leaf.ndim > 2]
+    found = sorted(each for each in found if each not in parameters and each[-1] != 8)
     gate_up = (1, 128, 2, shape.intermediate_size)
-    assert kept == sorted([(1, 128, 48), (1, 128, 2, 4, 16), (1, 128, 4, 16), (1, 4, 128), gate_up])
+    assert found == sorted(gate_up if each == "gate_up" else each for each in kept)

@@ -61,25 +61,32 @@ def plain(exit_loss, z_loss, head, x_SBTD, labels_BT, positions, weights_S):
 
 
 @pytest.mark.parametrize(
-    "exit_loss, z_loss, chunk",
+    "exit_loss, z_loss, share, chunk",
     [
-        (cross_entropy, 0.1, 4),
-        (divergence, 0.1, 3),
-        *long((cross_entropy, 0.0, 1), (cross_entropy, 0.0, 100), (smoothed, 0.1, 3)),
+        (cross_entropy, 0.0, 0.3, 4),  # chunks of 4 positions for exits, and of 4 for the last
+        (divergence, 0.1, 1, 3),
+        *long(
+            (cross_entropy, 0.1, 1, 4),
+            (cross_entropy, 0.0, 1, 1),
+            (cross_entropy, 0.0, 0.5, 100),
+            (smoothed, 0.1, 0.1, 3),
+        ),
     ],
 )
-def test_chunks_equal_all_logits_at_once(exit_loss, z_loss, chunk, wide, monkeypatch):
+def test_chunks_equal_all_logits_at_once(exit_loss, z_loss, share, chunk, wide, monkeypatch):
     monkeypatch.setattr(module, "CHUNK_LOGITS", chunk * B * V)
+    monkeypatch.setattr(module, "ONE_PASS", 2 if share < 1 else 3)  # V is more than two widths
     head, x_SBTD, *rest = example(jnp.float64)
 
-    def compare(function):
+    def compare(function, *settings):
         def scaled(head, x_SBTD):
-            loss, sums_S = function(exit_loss, z_loss, head, x_SBTD, *rest)
+            loss, sums_S = function(*settings, head, x_SBTD, *rest)
             return 1.7 * loss, sums_S
 
         return jax.jit(jax.value_and_grad(scaled, argnums=(0, 1), has_aux=True))(head, x_SBTD)
 
-    found, expected = compare(head_loss), compare(plain)
+    found = compare(head_loss, exit_loss, z_loss, share)
+    expected = compare(plain, exit_loss, z_loss)
     assert found[0][0].dtype == jnp.float64
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-12), found, expected)
 
@@ -88,7 +95,9 @@ def test_chunks_equal_all_logits_at_once(exit_loss, z_loss, chunk, wide, monkeyp
 def test_no_array_holds_the_logits_of_more_than_a_chunk(chunk, monkeypatch):
     monkeypatch.setattr(module, "CHUNK_LOGITS", chunk * B * V)
     head, x_SBTD, *rest = example()
-    run = jax.value_and_grad(lambda *args: head_loss(cross_entropy, 0.0, *args)[0], argnums=(0, 1))
+    run = jax.value_and_grad(
+        lambda *args: head_loss(cross_entropy, 0.0, 1, *args)[0], argnums=(0, 1)
+    )
     text = jax.jit(run).lower(head, x_SBTD, *rest).as_text()
     assert (f"{B}x{T}x{V}xf32" in text) == (chunk >= T)
 
@@ -103,18 +112,21 @@ def test_no_array_holds_the_logits_of_more_than_a_chunk(chunk, monkeypatch):
     ],
 )
 def test_what_is_not_in_the_loss_does_not_pass_the_head(counts, expected, monkeypatch):
-    """A loss is counted when it runs; one pass of the head each."""
+    """A chunk is counted when it runs."""
     monkeypatch.setattr(module, "CHUNK_LOGITS", 3 * B * V)
-    passes = []
+    monkeypatch.setattr(module, "ONE_PASS", 2)
+    passes, of_cross_entropy = [], module.of_cross_entropy
 
-    def counted(logits, labels, final_logits):
+    def counted(logits, *rest):
         jax.debug.callback(lambda: passes.append(logits.shape))
-        return cross_entropy(logits, labels)
+        return of_cross_entropy(logits, *rest)
 
-    monkeypatch.setattr(module, "cross_entropy", counted)
+    monkeypatch.setattr(module, "of_cross_entropy", counted)
     head, x_SBTD, labels_BT, positions, weights_S = example()
     positions = positions._replace(counts_SB=jnp.array(counts))
-    run = jax.value_and_grad(lambda *args: head_loss(counted, 0.0, *args)[0], argnums=(0, 1))
+    run = jax.value_and_grad(
+        lambda *args: head_loss(cross_entropy, 0.0, 1, *args)[0], argnums=(0, 1)
+    )
     jax.block_until_ready(jax.jit(run)(head, x_SBTD, labels_BT, positions, weights_S))
     jax.effects_barrier()
     assert passes == [(B, 3, V)] * expected
@@ -133,9 +145,13 @@ def test_chunks_are_about_equal(batch, steps, vocab, expected):
     assert module.chunk_steps(batch, steps, vocab, module.CHUNK_LOGITS) == expected
 
 
-def test_bfloat16_states_give_float32_sums_and_gradients_of_the_table():
+@pytest.mark.parametrize("one_pass", [2, 3])
+def test_bfloat16_states_give_float32_sums_and_gradients_of_the_table(one_pass, monkeypatch):
+    monkeypatch.setattr(module, "ONE_PASS", one_pass)
     head, x_SBTD, *rest = example()
-    run = jax.value_and_grad(lambda *args: head_loss(cross_entropy, 0.0, *args)[0], argnums=(0, 1))
+    run = jax.value_and_grad(
+        lambda *args: head_loss(cross_entropy, 0.0, 1, *args)[0], argnums=(0, 1)
+    )
     loss, (head_gradient, x_gradient) = jax.jit(run)(head, x_SBTD.astype(jnp.bfloat16), *rest)
     exact, (exact_gradient, _) = jax.jit(run)(head, x_SBTD, *rest)
     assert loss.dtype == head_gradient.table_VD.dtype == jnp.float32
@@ -144,14 +160,15 @@ def test_bfloat16_states_give_float32_sums_and_gradients_of_the_table():
     np.testing.assert_allclose(head_gradient.table_VD, exact_gradient.table_VD, atol=0.2)
 
 
-def test_head_passes_three_times_over_a_token():
+def test_head_passes_three_times_over_a_token(monkeypatch):
     """Four times where the exit's loss looks at the final logits."""
+    monkeypatch.setattr(module, "ONE_PASS", 2)
     head, x_SBTD, *rest = example()
 
-    def products(exit_loss):
-        run = jax.value_and_grad(lambda *args: head_loss(exit_loss, 0.1, *args)[0], argnums=(0, 1))
+    def products(*losses):
+        run = jax.value_and_grad(lambda *args: head_loss(*losses, 1, *args)[0], argnums=(0, 1))
         text = jax.jit(run).lower(head, x_SBTD, *rest).compile().as_text()
         return text.count(" dot(")
 
-    assert products(cross_entropy) == 2 * 3
-    assert products(divergence) == 2 * 3 + 1
+    assert products(cross_entropy, 0.0) == products(cross_entropy, 0.1) == 2 * 3
+    assert products(divergence, 0.1) == 2 * 3 + 1

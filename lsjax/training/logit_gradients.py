@@ -1,0 +1,79 @@
+"""Loss of a chunk of positions, and its gradient with respect to their logits.
+
+The gradient is a product: a factor of each position, and an array of the logits' shape. The matmuls
+that follow read the array in the dtype of the computation; the factors scale their small side.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
+
+from lsjax.platforms import REFERENCE, tuned_for
+from lsjax.training.early_exit import ExitLoss, log_z
+
+# The loss in the objective and that in the metrics; factors; the array.
+LossAndGradient = tuple[tuple[Array, Array], Float[Array, "B C"], Float[Array, "B C V"]]
+
+
+def of_cross_entropy(
+    logits_BCV: Float[Array, "B C V"],
+    label_BC: Int[Array, "B C"],
+    scale_BC: Float[Array, "B C"],
+    weight: Float[Array, ""],
+    dtype: DTypeLike,
+) -> LossAndGradient:
+    """Gives them for the cross entropy, in one pass over the logits and their largest ones.
+
+    The gradient is softmax - 1 at the label, and softmax elsewhere. The array has the numerators of
+    the softmax, and at the label the numerator less their sum. So the sum need not be known first.
+    """
+    top_BC = logits_BCV.max(-1)
+    weights_BCV = jnp.exp(logits_BCV - top_BC[:, :, None])
+    total_BC = weights_BCV.sum(-1)
+    is_label_BCV = jnp.arange(logits_BCV.shape[-1]) == label_BC[:, :, None]
+    chosen_BC = jnp.where(is_label_BCV, logits_BCV, 0).sum(-1)
+    loss = (scale_BC * (top_BC + jnp.log(total_BC) - chosen_BC)).sum()
+    at_label_BC = jnp.exp(chosen_BC - top_BC) - total_BC
+    weights_BCV, at_label_BC = _apart((weights_BCV.astype(dtype), at_label_BC.astype(dtype)))
+    array_BCV = jnp.where(is_label_BCV, at_label_BC[:, :, None], weights_BCV)
+    return (weight * loss, loss), weight * scale_BC / total_BC, array_BCV
+
+
+def of_any_loss(
+    loss: Callable[..., tuple[Array, Array]],
+    logits_BCV: Float[Array, "B C V"],
+    label_BC: Int[Array, "B C"],
+    scale_BC: Float[Array, "B C"],
+    weight: Float[Array, ""],
+    dtype: DTypeLike,
+) -> LossAndGradient:
+    """Handles any loss, such as a `chunk_loss`, by autodiff."""
+    differentiated = jax.value_and_grad(loss, has_aux=True)
+    losses, array_BCV = differentiated(logits_BCV, label_BC, scale_BC, weight)
+    return losses, jnp.ones_like(scale_BC), _apart(array_BCV.astype(dtype))
+
+
+def chunk_loss(
+    exit_loss: ExitLoss,
+    z_loss: float,
+    final_BCV: Float[Array, "B C V"],
+    logits_BCV: Float[Array, "B C V"],
+    label_BC: Int[Array, "B C"],
+    scale_BC: Float[Array, "B C"],
+    weight: Float[Array, ""],
+) -> tuple[Array, Array]:
+    """The loss in the objective, with z_loss, and that in the metrics, without it."""
+    total = added = (scale_BC * exit_loss(logits_BCV, label_BC, final_BCV)).sum()
+    if z_loss:
+        total += z_loss * (scale_BC * jnp.square(log_z(logits_BCV))).sum()
+    return weight * total, added
+
+
+def _apart(x: Any) -> Any:
+    """Keeps XLA:TPU from computing x again in each of the matmuls that read it."""
+    return x if tuned_for() == REFERENCE else lax.optimization_barrier(x)
