@@ -44,7 +44,7 @@ def train_step(config: TrainConfig, mesh: Mesh) -> tuple[Lowered, Trips]:
     with jax.set_mesh(mesh), with_kernels(config.kernels):
         lowered = make_train_step(config).lower(state, batch)
         pieces, steps = rows * context_shards(), config.seq_len // context_shards()
-        shape = pieces, steps, config.model.vocab_size
+        shape = pieces, steps, (config.model.vocab_size, config.model.hidden_size)
         chunk = loss_chunk(*shape)
         exit_chunk = loss_chunk(*shape, config.early_exit.token_share)
     exits = exit_counts(config.early_exit, config.model.num_layers, config.num_steps).mean()

@@ -16,8 +16,8 @@ from jaxtyping import Array, Float, Int
 from lsjax.platforms import REFERENCE, tuned_for
 from lsjax.training.early_exit import ExitLoss, log_z
 
-# The loss in the objective and that in the metrics; factors; the array.
-LossAndGradient = tuple[tuple[Array, Array], Float[Array, "B C"], Float[Array, "B C V"]]
+# The loss in the objective and that in the metrics; factors, if they are not 1; the array.
+LossAndGradient = tuple[tuple[Array, Array], Float[Array, "B C"] | None, Float[Array, "B C V"]]
 
 
 def of_cross_entropy(
@@ -55,7 +55,7 @@ def of_any_loss(
     """Handles any loss, such as a `chunk_loss`, by autodiff."""
     differentiated = jax.value_and_grad(loss, has_aux=True)
     losses, array_BCV = differentiated(logits_BCV, label_BC, scale_BC, weight)
-    return losses, jnp.ones_like(scale_BC), _apart(array_BCV.astype(dtype))
+    return losses, None, _apart(array_BCV.astype(dtype))
 
 
 def chunk_loss(
@@ -72,6 +72,13 @@ def chunk_loss(
     if z_loss:
         total += z_loss * (scale_BC * jnp.square(log_z(logits_BCV))).sum()
     return weight * total, added
+
+
+def scaled(xs: Any, factor_BC: Float[Array, "B C"] | None, dtype: DTypeLike) -> Any:
+    """Arrays [B, C, D] times the factors, in `dtype`."""
+    if factor_BC is not None:
+        xs = jax.tree.map(lambda x_BCD: x_BCD * factor_BC[:, :, None], xs)
+    return jax.tree.map(lambda x_BCD: x_BCD.astype(dtype), xs)
 
 
 def _apart(x: Any) -> Any:

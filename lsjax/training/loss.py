@@ -26,11 +26,11 @@ from lsjax.sharding import PIECES, chunk_steps, in_context_order, on_each_device
 from lsjax.training.early_exit import EXIT_LOSSES, ExitLoss, cross_entropy, exit_slots
 from lsjax.training.forward import exit_states
 from lsjax.training.layer_dropout import DropRates, draws, drop_rates
-from lsjax.training.logit_gradients import chunk_loss, of_any_loss, of_cross_entropy
+from lsjax.training.logit_gradients import chunk_loss, of_any_loss, of_cross_entropy, scaled
 
 # Logits of a chunk, per device. Accelerators take more: each chunk updates the whole float32
-# gradient of the table.
-CHUNK_LOGITS = 2**25
+# gradient of the table. TPUs also limit the elements of its states, which fast memory then holds.
+CHUNK_LOGITS, CHUNK_STATES = 2**25, 2**24
 ACCELERATOR_CHUNK_LOGITS = {"tpu": 2**28, "gpu": 2**27}
 # Smallest vocabulary, in widths of the model, for which `of_cross_entropy` pays: it spares a pass
 # over the logits, and adds work to two matmuls.
@@ -126,11 +126,15 @@ def loss_positions(
     return Positions(order_SBT, counts_SB, jnp.tile(scales_SB, (1, shards)))
 
 
-def loss_chunk(batch: int, steps: int, vocab: int, share: float = 1) -> int:
-    """C: positions of each row that pass through the head together. share: of a row's positions
-    that are in the loss."""
+def loss_chunk(batch: int, steps: int, table: tuple[int, int], share: float = 1) -> int:
+    """C: positions of each row that pass through the head together. table: [V, D]. share: of a
+    row's positions that are in the loss."""
+    (vocab, width), most = table, math.ceil(steps * share)
     logits = ACCELERATOR_CHUNK_LOGITS.get(tuned_for(), CHUNK_LOGITS)
-    return chunk_steps(batch, math.ceil(steps * share), vocab, logits)
+    chunk = chunk_steps(batch, most, vocab, logits)
+    if tuned_for() == "tpu":
+        chunk = min(chunk, chunk_steps(batch, most, width, CHUNK_STATES))
+    return chunk
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
@@ -155,7 +159,7 @@ def head_loss(
 def _forward(exit_loss, z_loss, token_share, head, x_SBTD, labels_BT, positions, weights_S):
     """Each device accumulates the table gradient of its rows. One all-reduce at the end sums it."""
     slots, batch, steps, _ = x_SBTD.shape
-    sizes = [loss_chunk(batch, steps, len(head.table_VD), share) for share in (token_share, 1)]
+    sizes = [loss_chunk(batch, steps, head.table_VD.shape, share) for share in (token_share, 1)]
     size_S = jnp.array([*sizes[:1] * (slots - 1), sizes[1]])
     chunks_S = -(-positions.counts_SB.max(1) // size_S)
     narrow = Head(head.norm, head.table_VD.astype(x_SBTD.dtype))
@@ -217,11 +221,9 @@ def _own_rows(
                 loss = partial(chunk_loss, slot_loss, z_loss, final_BCV)
                 losses, factor_BC, dlogits_BCV = of_any_loss(loss, *arrays, x_BCD.dtype)
             dnormed_BCD = product("BCV,VD->BCD", dlogits_BCV, head.table_VD)
-            factor_BC1 = factor_BC[:, :, None]
-            dtable_DV = product(
-                "BCD,BCV->DV", (normed_BCD * factor_BC1).astype(x_BCD.dtype), dlogits_BCV
-            )
-            dnorm, dx_BCD = norm_backward((dnormed_BCD * factor_BC1).astype(x_BCD.dtype))
+            dnormed_BCD, normed_BCD = scaled((dnormed_BCD, normed_BCD), factor_BC, x_BCD.dtype)
+            dtable_DV = product("BCD,BCV->DV", normed_BCD, dlogits_BCV)
+            dnorm, dx_BCD = norm_backward(dnormed_BCD)
             sums = jax.tree.map(jnp.add, sums, [losses, Head(dnorm, dtable_DV)])
             return *sums, lax.dynamic_update_slice_in_dim(dx_BTD, dx_BCD, start, 1)
 
