@@ -49,7 +49,8 @@ ROWS = (
     ("finetune_topv2", "v5e:4x4", "--remat dots_with_no_batch_dims_saveable"),
     ("finetune_topv2", "v6e:2x4", ""),
     ("continual_qwen3_0_6b", "v5e:8x8", ""),
-    ("continual_qwen3_0_6b", "v6e:4x8", ""),
+    ("continual_qwen3_0_6b", "v6e:4x8", NOTHING),
+    ("continual_llama3_70b", "v5p:4x8x8", ""),
     ("continual_qwen3_8b", "v5p:4x4x4", ""),
     ("continual_qwen3_8b", "v5e:16x16", f"--mesh.fsdp 32 {NOTHING}"),
     ("continual_qwen3_8b", "v6e:8x8", NOTHING),
@@ -74,6 +75,7 @@ COLUMNS = (
     "exits' FLOPs",
 )
 REMAT = {"dots_with_no_batch_dims_saveable": "dots", "nothing_saveable": "nothing", "none": "none"}
+REMAT |= {"attention": "attention", "attention_output": "attention output"}
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ from lsjax.model.parameters import placed_shapes, sharding_of
 
 # Names of the conditionals around the draft's head and around auto's scores.
 DRAFT_HEAD = rf"/{DRAFT}/while/body/cond$"
-SCORES = rf"/{VERIFY}/\w+/while/body/cond$"
+SCORES = rf"/{VERIFY}/(\w+/while/body/)?cond$"
 
 
 class Round(NamedTuple):
@@ -176,7 +176,7 @@ def round_trips(config: LlamaConfig, shape: DecodingShape, kind: Round) -> Trips
         for lo, hi in pairwise((0, *strategy.exits)):
             layers = guard_of_layers(lo, hi)
             trips[rf"/{DRAFT}/while/body/{layers}/while$"] = int(hi <= exit_layer)
-            trips[rf"/{VERIFY}/.*/{layers}/while$"] = int(exit_layer <= lo)
+            trips[rf"/{VERIFY}/(.*/)?{layers}/while$"] = int(exit_layer <= lo)
     if isinstance(strategy, Adaptive):
         trips[SCORES] = 1 / strategy.scored_every(config)
     return trips

@@ -31,10 +31,14 @@ from lsjax.decoding.learned import Learned, by_level, expected_tokens, look_up
 from lsjax.decoding.rounds import Drafting, RoundSettings, top_probability
 from lsjax.decoding.sampling import argmax
 from lsjax.decoding.state import DecodeState
+from lsjax.decoding.strategy import Autoregressive
 from lsjax.model.llama import Llama
+from lsjax.platforms import tuned_for
 
 # Rounds from one score of all exits to the next, at least, and the share of bytes for their heads.
 SCORED_EVERY, SCORES_SHARE = 4, 0.01
+# Tokens that accelerators make without a choice, after a choice to draft nothing.
+IDLE_TOKENS = 3
 
 # Arguments of a compiled round: seconds of a round with each source (lookup, then the exits) and
 # draft length, infinite for choices that are never taken; and rows of a draft vocabulary.
@@ -56,6 +60,11 @@ class Adaptive(Drafting):
     vocabulary: DraftVocabulary | None = None
     lengths: tuple[int, ...] = (0, 1, 3, 6, 10, 15)
     seconds: tuple[tuple[float, ...], ...] | None = None
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """One on accelerators: they read the weights as fast for all positions as for one."""
+        return self.lengths[-1:] if tuned_for() in ("tpu", "gpu") else self.lengths
 
     @property
     def sources(self) -> tuple[int, ...]:
@@ -101,8 +110,41 @@ class Adaptive(Drafting):
         look = partial(self.scores, model, draft, settings.exit_layer, due)
         none = jnp.zeros_like(learned.passed_BEC)
         done, new_BT, accepted_B, counts = self.verify(model, draft, settings, look, (none, none))
-        after = learned.after(new_BT, accepted_B, matched_B, proposal_BT, counts)
+        is_idle = (settings.exit_layer == 0) & (settings.num_draft_tokens == 0)
+        after = learned.after(new_BT, accepted_B, matched_B, proposal_BT, counts, is_idle)
         return replace(done, learned=after)
+
+    def pauses(self, devices: str) -> bool:
+        """On accelerators rounds pause when drafts do not pay: a choice takes many small
+        operations, whose launches cost as much as layers."""
+        return devices in ("tpu", "gpu")
+
+    def goes_on(self, state: DecodeState) -> Bool[Array, ""] | bool:
+        """Whether drafts were chosen, on accelerators."""
+        return ~self._is_idle(state) if self.pauses(tuned_for()) else True
+
+    def pause(self, model: Llama, state: DecodeState) -> DecodeState:
+        """Autoregressive tokens if the last round chose to draft nothing. Stops when a row ends, or
+        the cache has no room for another round."""
+        running_B = state.running_B
+
+        def more(carry):
+            left, current = carry
+            has_room_B = ~current.running_B | (current.length_B + self.slack <= current.capacity)
+            return (left > 0) & ((current.running_B == running_B) & has_room_B).all()
+
+        def append(carry):
+            left, current = carry
+            return left - 1, Autoregressive().step(model, current, ())
+
+        start = jnp.where(self._is_idle(state), IDLE_TOKENS, 0), state
+        _, state = lax.while_loop(more, append, start)
+        learned = replace(state.learned, idle_B=jnp.zeros_like(state.learned.idle_B))
+        return replace(state, learned=learned)
+
+    def _is_idle(self, state: DecodeState) -> Bool[Array, ""]:
+        """Whether the last round of the running rows chose to draft nothing."""
+        return (state.learned.idle_B & state.running_B).any()
 
     def choose(
         self, layers: int, state: DecodeState, matched_B: Int[Array, " B"], arguments: Arguments

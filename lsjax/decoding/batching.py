@@ -21,7 +21,7 @@ import numpy as np
 
 from lsjax.decoding.completion import Completion, RowText, Trace, Update
 from lsjax.decoding.cost import MEASURING
-from lsjax.decoding.programs import chunk_size, decode, grow, insert, prefill
+from lsjax.decoding.programs import chunk_size, decode, grow, insert, pause, prefill
 from lsjax.decoding.request import Request
 from lsjax.decoding.state import EOS, LENGTH, RUNNING, STOP, DecodeState
 from lsjax.model.cache import KVCache
@@ -106,6 +106,9 @@ class ContinuousBatch:
         self._strategy = engine.strategy
         self._depth = self._strategy.depth(engine.model.config)
         self._loop = partial(decode, strategy=self._strategy)
+        self._pause = None
+        if self._strategy.pauses(engine.programs.tuned_for):
+            self._pause = partial(pause, strategy=self._strategy)
         self._conversation = conversation or Conversation()
         self._cancelled = cancelled
         self._rows: dict[int, ActiveRow] = {}
@@ -180,6 +183,8 @@ class ContinuousBatch:
         # Compiled before a token is shown.
         loop = self._loop, self._state or single, np.int32(0), self._arguments_for(capacity)
         engine.programs.get(*loop)
+        if self._pause:
+            engine.programs.get(self._pause, loop[1])
         chunk = chunk_size(len(ids) - known, single.capacity)
         read = partial(prefill, chunk=chunk, depth=self._depth)
         single = self._run(read, single, np.int32(known))
@@ -225,7 +230,8 @@ class ContinuousBatch:
         return Update(live.index, text, trace, completion)
 
     def _advance(self) -> None:
-        """Runs rounds until a row ends or the next look is due; first grows the cache if needed."""
+        """Runs rounds until a row ends, a look is due, or the strategy pauses. First grows the
+        cache if needed."""
         state, engine, before = self._state, self._engine, self._worked
         longest = int(np.array(state.length_B)[np.array(state.finish_B) == RUNNING].max())
         if longest + self._strategy.slack > state.capacity:
@@ -236,6 +242,8 @@ class ContinuousBatch:
         rounds = np.int32(ROUNDS_PER_LOOK if looks else np.iinfo(np.int32).max)
         arguments = self._arguments_for(self._state.capacity)
         self._state = self._run(self._loop, self._state, rounds, arguments)
+        if self._pause:
+            self._state = self._run(self._pause, self._state)
         engine.decode_seconds += self._worked - before
 
     def _arguments_for(self, capacity: int) -> Any:

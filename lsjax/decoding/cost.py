@@ -27,7 +27,7 @@ import numpy as np
 
 from lsjax.config import LlamaConfig
 from lsjax.data.files import local_cache, write_whole
-from lsjax.decoding.programs import decode
+from lsjax.decoding.programs import decode, pause
 from lsjax.decoding.request import Request
 from lsjax.decoding.state import DecodeState
 from lsjax.model.parameters import placed
@@ -89,7 +89,7 @@ def round_seconds(engine: "Engine", capacity: int, budget: float) -> np.ndarray:
     layout = None if mesh is None else dict(mesh.shape)
     own = strategy.exits, strategy.lengths, strategy.draft_vocab, engine.batch_size, capacity
     model = engine.model.config, sizes, str(engine.model.dtype)
-    identity = [2, *model, kinds, layout, machine(), *own, engine.kernels, jax.__version__]
+    identity = [3, *model, kinds, layout, machine(), *own, engine.kernels, jax.__version__]
     name = hashlib.sha256(repr(identity).encode()).hexdigest()[:32]
     file = local_cache() / "round_seconds" / f"{name}.json"
     try:
@@ -124,19 +124,28 @@ def measure(engine: "Engine", capacity: int, budget: float) -> np.ndarray:
     )
     loop = partial(decode, strategy=strategy)
     program = engine.programs.get(loop, state, np.int32(0), (any_SD, head))
+    pausing = None
+    if strategy.pauses(engine.programs.tuned_for):
+        pausing = engine.programs.get(partial(pause, strategy=strategy), state)
     changed = {name: getattr(state, name) for name in ("length_B", "finish_B", "learned")}
     changed = jax.tree.map(jnp.copy, changed)
 
     def seconds(choice: tuple[int, int], rounds: int) -> tuple[float, int]:
-        """Seconds of a call, and its rounds: a full cache ends it early."""
+        """Seconds of a call, and its rounds: a full cache ends it early. Without drafts, its
+        tokens, as a pause makes some."""
         nonlocal state
         only_SD = placed(jnp.full_like(any_SD, jnp.inf).at[choice].set(1.0), mesh)
         # From the start again, in the same cache: the program consumes its state.
         state = dataclasses.replace(state, **jax.tree.map(jnp.copy, changed))
         jax.block_until_ready(state)
         begin = time.perf_counter()
-        state = jax.block_until_ready(program(state, np.int32(rounds), (only_SD, head)))
-        return time.perf_counter() - begin, int(state.learned.rounds_B.max())
+        state = program(state, np.int32(rounds), (only_SD, head))
+        if pausing is not None:
+            state = pausing(state)
+        jax.block_until_ready(state)
+        spent = time.perf_counter() - begin
+        made = state.learned.rounds_B if any(choice) else state.length_B - changed["length_B"]
+        return spent, int(made.max())
 
     sources, lengths = any_SD.shape
     choices = sorted(np.ndindex(any_SD.shape), key=lambda at: (at[1] > 0, abs(2 * at[1] - lengths)))

@@ -32,12 +32,13 @@ class Learned:
     found_BM: Float[Array, "B M"]
     looked_BM: Float[Array, "B M"]
     rounds_B: Int[Array, " B"]
+    idle_B: Bool[Array, " B"]  # whether the last round had no drafts
 
     @classmethod
     def create(cls, batch: int, exits: int) -> "Learned":
         """Nothing is known before the first round."""
         shapes = [(batch, exits, len(LEVEL_SHARES))] * 2 + [(batch, LONGEST)] * 2
-        return cls(*map(jnp.zeros, shapes), jnp.zeros(batch, jnp.int32))
+        return cls(*map(jnp.zeros, shapes), jnp.zeros(batch, jnp.int32), jnp.zeros(batch, bool))
 
     @property
     def shares_BEC(self) -> Float[Array, "B E C"]:
@@ -89,8 +90,10 @@ class Learned:
         matched_B: Int[Array, " B"],
         proposal_BT: Int[Array, "B T"],
         counts: tuple[Float[Array, "B E C"], Float[Array, "B E C"]],
+        is_idle: Bool[Array, ""],
     ) -> "Learned":
-        """The counts after a round. counts: passed and tried drafts of the exits."""
+        """The counts after a round. counts: passed and tried drafts of the exits. is_idle: whether
+        the choice was to draft nothing."""
         is_new_BT = jnp.arange(new_BT.shape[1]) <= accepted_B[:, None]
         passed_BEC, tried_BEC = counts
         kept_BE1 = DECAY ** tried_BEC.sum(-1, keepdims=True)
@@ -110,6 +113,7 @@ class Learned:
             self.found_BM * kept_BM + found_BM,
             self.looked_BM * kept_BM + looked_BM,
             self.rounds_B + 1,
+            jnp.broadcast_to(is_idle, self.idle_B.shape),
         )
 
 

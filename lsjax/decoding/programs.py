@@ -1,8 +1,8 @@
 """Compiled programs of decoding: read prompts, put a row into a batch, and run rounds."""
 
 import time
-from collections.abc import Callable, Hashable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -19,7 +19,7 @@ from lsjax.decoding.state import DecodeState
 from lsjax.decoding.strategy import Strategy
 from lsjax.model.llama import Llama, unstacked
 from lsjax.model.parameters import shardings
-from lsjax.platforms import platform, with_kernels
+from lsjax.platforms import platform, tuned_for, with_kernels
 
 # Names of the loops in compiled programs.
 PROMPT_CHUNKS, ROUNDS = "prompt_chunks", "rounds"
@@ -78,13 +78,15 @@ def decode(
     model: Llama, state: DecodeState, rounds: Int[Array, ""], arguments: Any, *, strategy: Strategy
 ) -> DecodeState:
     """Runs at most `rounds` rounds of the strategy. Stops when a row has ended: the host notes its
-    time. Stops before a round that the cache has no room for: the host grows it."""
+    time. Stops before a round that the cache has no room for: the host grows it. Stops if the
+    strategy does."""
 
     def more(carry):
         done, current = carry
         has_room_B = ~current.running_B | (current.length_B + strategy.slack <= current.capacity)
         go_on_B = (current.running_B == running_B) & has_room_B
-        return (done < rounds) & current.running_B.any() & go_on_B.all()
+        more = (done < rounds) & current.running_B.any() & go_on_B.all()
+        return more & strategy.goes_on(current)
 
     def step(carry):
         done, current = carry
@@ -93,6 +95,12 @@ def decode(
     running_B = state.running_B
     with jax.named_scope(ROUNDS):
         return lax.while_loop(more, step, (0, state))[1]
+
+
+def pause(model: Llama, state: DecodeState, *, strategy: Strategy) -> DecodeState:
+    """The strategy's pause between two calls of `decode`. TPUs load weights ahead in small programs
+    only, so it is not part of `decode`."""
+    return strategy.pause(model, state)
 
 
 class Programs:
@@ -118,6 +126,8 @@ class Programs:
         self._mesh, self._kernels = mesh, kernels
         self._lays_out = lay_out and kernels == "auto"
         self._compiled: dict[Hashable, Callable] = {}
+        with self._context():
+            self.tuned_for = tuned_for()
         self.compile_seconds = 0.0
 
     def __len__(self) -> int:
@@ -162,8 +172,7 @@ class Programs:
             return function(unstacked(model) if model.is_stacked else model, state, *rest)
 
         mesh, formats = self._mesh, self._formats
-        on_mesh = nullcontext() if mesh is None else jax.set_mesh(mesh)
-        with on_mesh, with_kernels(self._kernels):
+        with self._context():
             if formats is None and self._lays_out and platform() != "cpu":
                 formats = [Format(Layout.AUTO, leaf.sharding) for leaf in self._leaves]
             program = jax.jit(
@@ -179,6 +188,13 @@ class Programs:
                 return program.lower(self._leaves, state, *rest)
             finally:
                 jax.config.update(CODE_LINES, lines)
+
+    @contextmanager
+    def _context(self) -> Iterator[None]:
+        """In which programs are traced."""
+        on_mesh = nullcontext() if self._mesh is None else jax.set_mesh(self._mesh)
+        with on_mesh, with_kernels(self._kernels):
+            yield
 
     def _lay_out(self) -> None:
         """Converts the model's arrays to the programs' layouts, one after the other."""

@@ -82,6 +82,11 @@ class Drafting(Strategy):
         ends_early = self.draft_confidence is not None
         return type(self), self.exits, self.lengths, self.draft_vocab, ends_early, self.accept
 
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Lengths for which the program that is traced has a verification of its own."""
+        return self.lengths
+
     def validate(self, config: LlamaConfig) -> None:
         """Raises ConfigError if an exit is out of range or the vocabulary does not match."""
         for exit_layer in self.exits:
@@ -234,8 +239,8 @@ class Drafting(Strategy):
         empty_BT = jnp.zeros_like(draft.tokens_BT)
         log_probs_BT = None if state.log_probs_BS is None else empty_BT.astype(jnp.float32)
         carry = (state.cache, jnp.zeros_like(draft.count_B), unseen, empty_BT, log_probs_BT)
-        for shorter, length in pairwise((-1, *self.lengths)):
-            fits = len(self.lengths) == 1 or (shorter < longest) & (longest <= length)
+        for shorter, length in pairwise((-1, *self.widths)):
+            fits = len(self.widths) == 1 or (shorter < longest) & (longest <= length)
             carry = _run_if(guard_of_length(length), fits, partial(judge, length), *carry)
         cache, accepted_B, seen, new_BT, log_probs_BT = carry
         done = state.with_cache(cache).commit(

@@ -5,6 +5,8 @@ from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+from jaxtyping import Array, Bool
+
 from lsjax.config import LlamaConfig, check
 from lsjax.decoding.draft import DraftVocabulary
 from lsjax.decoding.state import DecodeState
@@ -54,6 +56,18 @@ class Strategy(ABC):
     def first_guess(self, batch: int) -> Any:
         """What the strategy knows of each row before its first round; None for most."""
         return None
+
+    def pauses(self, devices: str) -> bool:
+        """Whether rounds on these devices (`tuned_for`) stop at times, for a `pause`."""
+        return False
+
+    def goes_on(self, state: DecodeState) -> Bool[Array, ""] | bool:
+        """Whether another round follows before a pause."""
+        return True
+
+    def pause(self, model: Llama, state: DecodeState) -> DecodeState:
+        """What the host runs between calls of rounds, as a program of its own."""
+        return state
 
     @abstractmethod
     def step(self, model: Llama, state: DecodeState, arguments: Any) -> DecodeState:

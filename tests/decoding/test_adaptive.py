@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 from lsjax.config import ConfigError, LlamaConfig
-from lsjax.decoding import cost
-from lsjax.decoding.adaptive import Adaptive
+from lsjax.decoding import adaptive as adaptive_module
+from lsjax.decoding import cost, programs
+from lsjax.decoding.adaptive import IDLE_TOKENS, Adaptive
 from lsjax.decoding.batching import ContinuousBatch
 from lsjax.decoding.draft import Draft, DraftVocabulary
 from lsjax.decoding.engine import Engine
@@ -25,7 +26,7 @@ from lsjax.decoding.learned import (
     USUAL_COUNT,
     Learned,
 )
-from lsjax.decoding.programs import decode
+from lsjax.decoding.programs import decode, pause
 from lsjax.decoding.request import Request
 from lsjax.decoding.sampling import Sampling
 from lsjax.decoding.self_speculative import SelfSpeculative
@@ -97,6 +98,55 @@ def test_the_same_tokens_with_whatever_is_chosen(engine, expected):
         assert sum(s["tokens"] for one in found for s in one.sources.values()) == 6 * 29
         programs = programs or len(engine.programs)
     assert len(engine.programs) == programs
+
+
+@pytest.fixture
+def on_tpus(monkeypatch):
+    """Rounds as on accelerators: they pause, and have one verification."""
+    for module in (adaptive_module, programs):
+        monkeypatch.setattr(module, "tuned_for", lambda: "tpu")
+
+
+def test_pauses_on_accelerators(model, on_tpus):
+    """A round that drafts nothing ends a call; the pause appends three tokens. One with drafts does
+    neither."""
+    requests = [Request(prompt=prompt, max_new_tokens=60) for prompt in PROMPTS[:2]]
+    lengths = np.array([len(prompt) for prompt in PROMPTS[:2]])
+
+    def lengths_after(strategy):
+        state = DecodeState.create(
+            model.config,
+            requests,
+            capacity=128,
+            num_layers=model.config.num_layers,
+            dtype=model.dtype,
+            learned=strategy.first_guess(2),
+        )
+        arguments = strategy.arguments(model)
+        for rounds in (5, 0):
+            state = jax.jit(partial(decode, strategy=strategy))(model, state, rounds, arguments)
+            yield state.length_B - lengths
+            state = jax.jit(partial(pause, strategy=strategy))(model, state)
+            yield state.length_B - lengths
+
+    # Positions that no prompt was read for: only their numbers matter here.
+    assert [list(each) for each in lengths_after(adaptive(only(0, 0)))] == [
+        [1, 1],
+        [1 + IDLE_TOKENS] * 2,
+        [1 + IDLE_TOKENS] * 2,  # the next call begins anew, here with no rounds
+        [1 + IDLE_TOKENS] * 2,
+    ]
+    drafted, paused, *_ = lengths_after(adaptive(only(1, 1)))
+    assert (drafted >= 5).all()
+    np.testing.assert_array_equal(drafted, paused)
+
+
+@pytest.mark.parametrize("seconds", [only(0, 0), SAME])
+def test_the_same_tokens_with_pauses(model, tokenizer, expected, seconds, on_tpus):
+    """Without drafts, and with those that are chosen."""
+    engine = Engine(model, tokenizer, batch_size=3)
+    found = generate(engine, adaptive(seconds))
+    assert [one.token_ids for one in found] == expected
 
 
 @pytest.mark.long
@@ -194,10 +244,12 @@ def test_counts_of_the_exit_that_drafted_by_hand(model, temperature):
 def test_counts_by_hand():
     """Older counts weigh less. The lookup was right about row 0's first token; row 1 had none."""
     seen = np.arange(20.0).reshape(2, 2, 5), np.arange(1, 21.0).reshape(2, 2, 5)
-    start = Learned(*map(jnp.ones, [(2, 2, 5)] * 2 + [(2, 8)] * 2), jnp.zeros(2, jnp.int32))
+    ones = map(jnp.ones, [(2, 2, 5)] * 2 + [(2, 8)] * 2)
+    start = Learned(*ones, jnp.zeros(2, jnp.int32), jnp.zeros(2, bool))
     given = NEW, [2, 0], [7, 0], [[4, 9, 6], [7, 0, 0]]
-    after = jax.jit(Learned.after)(start, *map(np.array, given), seen)
+    after = jax.jit(Learned.after)(start, *map(np.array, given), seen, np.array(True))
     kept = DECAY ** seen[1].sum(2, keepdims=True)
+    assert after.idle_B.all() and (after.rounds_B == 1).all()
     np.testing.assert_allclose(after.passed_BEC, kept + seen[0], rtol=1e-6)
     np.testing.assert_allclose(after.tried_BEC, kept + seen[1], rtol=1e-6)
     # Seven tokens matched, then eight.
