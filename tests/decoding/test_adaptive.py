@@ -32,6 +32,7 @@ from lsjax.decoding.sampling import Sampling
 from lsjax.decoding.self_speculative import SelfSpeculative
 from lsjax.decoding.state import DecodeState
 from lsjax.decoding.strategy import Autoregressive
+from tests.marks import long
 
 LENGTHS, EXITS = (0, 2, 5), (1, 2, 3)
 SAME = ((1.0,) * 3, *[(math.inf, 1.0, 1.0)] * 3)
@@ -130,22 +131,22 @@ def test_pauses_on_accelerators(model, on_tpus):
             yield state.length_B - lengths
 
     # Positions that no prompt was read for: only their numbers matter here.
-    assert [list(each) for each in lengths_after(adaptive(only(0, 0)))] == [
+    nothing, lookups = (dataclasses.replace(LOOKUPS, seconds=only(0, n)[:1]) for n in (0, 1))
+    assert [list(each) for each in lengths_after(nothing)] == [
         [1, 1],
         [1 + IDLE_TOKENS] * 2,
         [1 + IDLE_TOKENS] * 2,  # the next call begins anew, here with no rounds
         [1 + IDLE_TOKENS] * 2,
     ]
-    drafted, paused, *_ = lengths_after(adaptive(only(1, 1)))
+    drafted, paused, *_ = lengths_after(lookups)
     assert (drafted >= 5).all()
     np.testing.assert_array_equal(drafted, paused)
 
 
-@pytest.mark.parametrize("seconds", [only(0, 0), SAME])
-def test_the_same_tokens_with_pauses(model, tokenizer, expected, seconds, on_tpus):
-    """Without drafts, and with those that are chosen."""
+@pytest.mark.parametrize("strategy", [LOOKUPS, *long(adaptive(only(0, 0)), adaptive())])
+def test_the_same_tokens_with_pauses(model, tokenizer, expected, strategy, on_tpus):
     engine = Engine(model, tokenizer, batch_size=3)
-    found = generate(engine, adaptive(seconds))
+    found = generate(engine, strategy)
     assert [one.token_ids for one in found] == expected
 
 

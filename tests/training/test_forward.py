@@ -156,6 +156,7 @@ def test_what_a_kernel_gives_is_kept_as_products_are(small, packed, monkeypatch,
 LAYER, QUERIES, KEYS, SUMS = (1, 128, 48), (1, 128, 4, 16), (1, 128, 2, 16), (1, 4, 128)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "remat, kept",
     [

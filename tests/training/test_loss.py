@@ -145,7 +145,7 @@ def test_chunks_are_about_equal(batch, steps, vocab, expected):
     assert module.chunk_steps(batch, steps, vocab, module.CHUNK_LOGITS) == expected
 
 
-@pytest.mark.parametrize("one_pass", [2, 3])
+@pytest.mark.parametrize("one_pass", [2, *long(3)])
 def test_bfloat16_states_give_float32_sums_and_gradients_of_the_table(one_pass, monkeypatch):
     monkeypatch.setattr(module, "ONE_PASS", one_pass)
     head, x_SBTD, *rest = example()
