@@ -32,7 +32,6 @@ from lsjax.decoding.sampling import Sampling
 from lsjax.decoding.self_speculative import SelfSpeculative
 from lsjax.decoding.state import DecodeState
 from lsjax.decoding.strategy import Autoregressive
-from tests.marks import long
 
 LENGTHS, EXITS = (0, 2, 5), (1, 2, 3)
 SAME = ((1.0,) * 3, *[(math.inf, 1.0, 1.0)] * 3)
@@ -143,7 +142,8 @@ def test_pauses_on_accelerators(model, on_tpus):
     np.testing.assert_array_equal(drafted, paused)
 
 
-@pytest.mark.parametrize("strategy", [LOOKUPS, *long(adaptive(only(0, 0)), adaptive())])
+@pytest.mark.long
+@pytest.mark.parametrize("strategy", [LOOKUPS, adaptive(only(0, 0)), adaptive()])
 def test_the_same_tokens_with_pauses(model, tokenizer, expected, strategy, on_tpus):
     engine = Engine(model, tokenizer, batch_size=3)
     found = generate(engine, strategy)

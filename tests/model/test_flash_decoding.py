@@ -65,6 +65,7 @@ def test_a_window_hides_what_lies_before_it(name, window):
     np.testing.assert_allclose(mixed, expected, rtol=2e-5, atol=2e-6)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", SOME)
 def test_bfloat16_is_as_near_as_plain_products(name):
     given = arrays(name, jnp.bfloat16)
