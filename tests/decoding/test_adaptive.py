@@ -107,37 +107,37 @@ def on_tpus(monkeypatch):
         monkeypatch.setattr(module, "tuned_for", lambda: "tpu")
 
 
-def test_pauses_on_accelerators(model, on_tpus):
+def test_pauses_on_accelerators(shallow, on_tpus):
     """A round that drafts nothing ends a call; the pause appends three tokens. One with drafts does
     neither."""
     requests = [Request(prompt=prompt, max_new_tokens=60) for prompt in PROMPTS[:2]]
     lengths = np.array([len(prompt) for prompt in PROMPTS[:2]])
+    first = DecodeState.create(
+        shallow.config,
+        requests,
+        capacity=128,
+        num_layers=2,
+        dtype=shallow.dtype,
+        learned=LOOKUPS.first_guess(2),
+    )
+    run, wait = (jax.jit(partial(function, strategy=LOOKUPS)) for function in (decode, pause))
 
-    def lengths_after(strategy):
-        state = DecodeState.create(
-            model.config,
-            requests,
-            capacity=128,
-            num_layers=model.config.num_layers,
-            dtype=model.dtype,
-            learned=strategy.first_guess(2),
-        )
-        arguments = strategy.arguments(model)
+    def lengths_after(index):
+        state, seconds_SD = first, jnp.array(only(0, index)[:1])
         for rounds in (5, 0):
-            state = jax.jit(partial(decode, strategy=strategy))(model, state, rounds, arguments)
+            state = run(shallow, state, rounds, (seconds_SD, None))
             yield state.length_B - lengths
-            state = jax.jit(partial(pause, strategy=strategy))(model, state)
+            state = wait(shallow, state)
             yield state.length_B - lengths
 
-    # Positions that no prompt was read for: only their numbers matter here.
-    nothing, lookups = (dataclasses.replace(LOOKUPS, seconds=only(0, n)[:1]) for n in (0, 1))
-    assert [list(each) for each in lengths_after(nothing)] == [
+    # The prompts were not read: only the numbers of tokens matter here.
+    assert [list(each) for each in lengths_after(0)] == [
         [1, 1],
         [1 + IDLE_TOKENS] * 2,
         [1 + IDLE_TOKENS] * 2,  # the next call begins anew, here with no rounds
         [1 + IDLE_TOKENS] * 2,
     ]
-    drafted, paused, *_ = lengths_after(lookups)
+    drafted, paused, *_ = lengths_after(1)
     assert (drafted >= 5).all()
     np.testing.assert_array_equal(drafted, paused)
 

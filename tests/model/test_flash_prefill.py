@@ -18,7 +18,7 @@ CASES = {
     "rows that go on": (4, 2, 32, 1344, 64, [1, 700, 1280]),
     "blocks of queries": (12, 1, 16, 640, 256, [0, 300]),  # 3,072 rows: three blocks on TPUs
 }
-LONG = ("blocks of queries",)
+LONG = ("a fresh prompt", "blocks of queries")
 SHORT = [name for name in CASES if name not in LONG]
 
 
@@ -58,7 +58,7 @@ def test_attention(kernel, name):
 
 
 @pytest.mark.parametrize("window", [70, *long(3, TPU_SLOTS + 1)])
-@pytest.mark.parametrize("name", ["rows that go on", *long(*LONG)])
+@pytest.mark.parametrize("name", [*SHORT, *long(*LONG)])
 def test_a_window_hides_what_lies_before_it(kernel, name, window):
     given = arrays(name)
     found, expected = kernel(*given, window=window), plain(*given, window=window)
@@ -66,7 +66,7 @@ def test_a_window_hides_what_lies_before_it(kernel, name, window):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("name", SHORT[1:])
+@pytest.mark.parametrize("name", SHORT)
 def test_bfloat16_is_as_near_as_plain_products(kernel, name):
     given = arrays(name, jnp.bfloat16)
     exact = plain(*(x.astype(jnp.float32) for x in given[:-1]), given[-1])
