@@ -163,6 +163,7 @@ def test_differences(cells, monkeypatch, capsys, dtype, margin, code, words):
     assert words in out and ("gives the same tokens" in out) == (code == 0 and dtype == "float32")
 
 
+@pytest.mark.long
 def test_a_killed_run_resumes(model_directory, tmp_path, monkeypatch, capsys):
     """Killed in the second prompt's second cell, with half a line behind it."""
     output, prompts = tmp_path / "output", tmp_path / "prompts.jsonl"

@@ -103,6 +103,7 @@ def test_every_strategy_answers_every_row(run, rows, tmp_path, capsys):
     assert "weather" not in printed
 
 
+@pytest.mark.long
 def test_a_killed_run_goes_on(run, rows, tmp_path, monkeypatch):
     two = ("--strategies", "autoregressive", "early_exit", "--exit-layers", 2, "--limit", 4)
     two += ("--batch-size", 2)
