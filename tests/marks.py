@@ -1,6 +1,10 @@
 """Marks of tests."""
 
+import importlib.util
+
 import pytest
+
+from lsjax.aot.chips import COMPILERS
 
 
 def long(*values):
@@ -9,3 +13,9 @@ def long(*values):
         pytest.param(*(value if isinstance(value, tuple) else (value,)), marks=pytest.mark.long)
         for value in values
     ]
+
+
+def with_extra(name: str) -> pytest.MarkDecorator:
+    """Skips a test where the compiler of an extra is missing: tpu or cuda."""
+    missing = not any(map(importlib.util.find_spec, COMPILERS[name][0]))
+    return pytest.mark.skipif(missing, reason=f"needs the {name} extra")

@@ -16,8 +16,8 @@ from lsjax.sharding import make_mesh
 from lsjax.training.prepare import TrainingRun
 
 AUTO = "auto"
-# From the least recomputation to the least memory.
-POLICIES = (
+# Policies that are compiled, from the least recomputation to the least memory.
+CANDIDATES = (
     "none",
     "dots_with_no_batch_dims_saveable",
     "attention",
@@ -27,9 +27,9 @@ POLICIES = (
 
 
 def with_remat(run: TrainingRun, say: Callable[[str], None]) -> TrainingRun:
-    """The run with its policy chosen for the devices of this machine. CPUs keep everything: they
-    have no memory of their own to save. say: called with a line for each policy. Raises ConfigError
-    if none fits."""
+    """The run with its policy chosen for the devices of this machine. CPUs keep everything, and
+    nothing is compiled. say: called with a line for each policy. Raises ConfigError if none fits.
+    """
     config = run.config
     if config.remat != AUTO:
         return run
@@ -40,8 +40,8 @@ def with_remat(run: TrainingRun, say: Callable[[str], None]) -> TrainingRun:
 
 
 def local_chip() -> Chip:
-    """The chip of this machine, with the memory that JAX may use. An unknown one has the speed of
-    the first in CHIPS of its platform, which suffices to compare policies."""
+    """The chip of this machine, with the memory that JAX may use. An unknown one gets the speed of
+    the platform's first chip in CHIPS. That suffices to compare policies."""
     device = jax.local_devices()[0]
     platform = "tpu" if device.platform == "tpu" else "cuda"
     chips = [chip for chip in CHIPS if chip.platform == platform]
@@ -53,12 +53,11 @@ def local_chip() -> Chip:
 def fastest(config: TrainConfig, mesh: Mesh, chip: Chip, say: Callable[[str], None]) -> TrainConfig:
     """The config with the policy whose step takes least time without overlap, of those that fit.
 
-    Compiling takes minutes for each policy. With jax's compilation cache it happens once. Raises
-    ConfigError if no policy fits.
+    Compiling may take minutes for each of CANDIDATES. Raises ConfigError if none fits.
     """
     found: dict[float, TrainConfig] = {}
     sizes = sizes_by_slice(mesh)
-    for policy in POLICIES:
+    for policy in CANDIDATES:
         given = replace(config, remat=policy)
         lowered, trips = train_step(given, mesh)
         (report,) = program_reports("train", lowered, [(None, trips)], chip, sizes)

@@ -235,7 +235,8 @@ class StepConfig(Checked):
     """Values that a layer keeps for its backward pass; it recomputes the others. none keeps all.
     dots policies keep matmuls, and attention is one. attention keeps its queries, keys, values and
     output, and the state that follows; attention_output only the last two. nothing_saveable keeps
-    the layer's input. auto compiles the step with each, and takes the fastest that fits."""
+    the layer's input. auto compiles the step with all but dots_saveable, and takes the fastest
+    that fits."""
     attention: AttentionKernel = "auto"
     """Attention kernel. auto is splash on TPUs, flash on GPUs and xla elsewhere. If these do not
     support the arrays, it is cudnn or xla (lsjax/model/attention.py)."""

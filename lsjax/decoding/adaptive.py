@@ -63,7 +63,7 @@ class Adaptive(Drafting):
 
     @property
     def widths(self) -> tuple[int, ...]:
-        """One on accelerators: they read the weights as fast for all positions as for one."""
+        """The longest only on accelerators: there, all its positions take about as long as one."""
         return self.lengths[-1:] if tuned_for() in ("tpu", "gpu") else self.lengths
 
     @property
@@ -115,8 +115,8 @@ class Adaptive(Drafting):
         return replace(done, learned=after)
 
     def pauses(self, devices: str) -> bool:
-        """On accelerators rounds pause when drafts do not pay: a choice takes many small
-        operations, whose launches cost as much as layers."""
+        """On accelerators, when drafts do not pay. A choice takes many small operations, and
+        launching them costs as much as several layers."""
         return devices in ("tpu", "gpu")
 
     def goes_on(self, state: DecodeState) -> Bool[Array, ""] | bool:

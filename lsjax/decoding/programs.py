@@ -98,8 +98,8 @@ def decode(
 
 
 def pause(model: Llama, state: DecodeState, *, strategy: Strategy) -> DecodeState:
-    """The strategy's pause between two calls of `decode`. TPUs load weights ahead in small programs
-    only, so it is not part of `decode`."""
+    """The strategy's pause between two calls of `decode`. It is a program of its own: in a larger
+    one, XLA:TPU loads fewer weights ahead."""
     return strategy.pause(model, state)
 
 

@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 from lsjax.config import AttentionKernel, LlamaConfig
 from lsjax.model.attention import self_attention
 from lsjax.model.cache import write
-from lsjax.model.cached_attention import attention_before_writing, cached_attention
+from lsjax.model.cached_attention import MOST_SCORES, attention_before_writing, cached_attention
 from lsjax.model.operations import Rope, gradients_first, linear, rotate, swiglu, with_steps
 from lsjax.model.shared_memory import MOST_STEPS
 from lsjax.platforms import nvidia_capability, tuned_for
@@ -182,23 +182,22 @@ class Block(nnx.Module):
 
 def _attend(window, q, k, v, keys, values, positions_BT):
     """Attends to a device's rows and heads of the cache, with the new keys and values in it."""
-    start_B, devices, few = positions_BT[:, 0], tuned_for(), q.shape[1] <= MOST_STEPS
-    if few and devices == "gpu" and nvidia_capability() >= 8:
-        from lsjax.model import flash_decoding as flash  # Pallas is slow to import
+    start_B, devices, steps = positions_BT[:, 0], tuned_for(), q.shape[1]
+    reads_prompts = False
+    if devices == "tpu" or (devices == "gpu" and nvidia_capability() >= 8):
+        from lsjax.model import flash_decoding, flash_prefill  # Pallas is slow to import
 
-        if flash.fits(q, keys):
-            return flash.flash_decoding(q, k, v, keys, values, start_B, window)
+        if devices == "gpu" and flash_decoding.fits(q, keys):
+            return flash_decoding.flash_decoding(q, k, v, keys, values, start_B, window)
+        reads_prompts = steps > MOST_STEPS and flash_prefill.fits(q, keys)
     k, v = k.swapaxes(1, 2).astype(keys.dtype), v.swapaxes(1, 2).astype(values.dtype)
     mixed = None
-    if few and devices == "tpu":
+    if devices == "tpu" and not reads_prompts and steps * keys.shape[2] <= MOST_SCORES:
         mixed = attention_before_writing(q, k, v, keys, values, start_B, window)
         mixed, k, v = lax.optimization_barrier((mixed, k, v))
     keys, values = (write(*pair, start_B, axis=2) for pair in ((keys, k), (values, v)))
-    if not few and devices in ("tpu", "gpu"):
-        from lsjax.model import flash_prefill as flash
-
-        if flash.fits(q, keys):
-            mixed = flash.flash_prefill(q, keys, values, start_B, window)
-    if mixed is None:
+    if reads_prompts:
+        mixed = flash_prefill.flash_prefill(q, keys, values, start_B, window)
+    elif mixed is None:
         mixed = cached_attention(q, keys, values, positions_BT, window)
     return mixed, keys, values

@@ -18,6 +18,7 @@ from jax.experimental.pallas import triton
 from jaxtyping import Array, Float, Int
 
 from lsjax.model.attention import heads_of_rows, rows_of_heads
+from lsjax.model.online_softmax import LOWEST, add_block, first_sums
 from lsjax.model.shared_memory import BLOCK, MOST_STEPS, decoding_stages
 from lsjax.platforms import nvidia_capability, platform
 
@@ -25,8 +26,6 @@ from lsjax.platforms import nvidia_capability, platform
 FEWEST_ROWS, MOST_ROWS = 16, 64
 # Programs that keep a GPU busy, and maximum parts of a row.
 PROGRAMS, MOST_PARTS = 256, 16
-# Score of hidden slots: finite, so that differences are finite too.
-LOWEST = float(jnp.finfo(jnp.float32).min)
 
 
 def fits(q_BTNH: Float[Array, "B T N H"], keys: Float[Array, "B K S H"]) -> bool:
@@ -124,17 +123,6 @@ def _kernel(steps, parts, window, start_ref, q_ref, k_ref, v_ref, keys_ref, valu
     q_RH, capacity = q_ref[...], keys_ref.shape[0]
     rows, size = q_RH.shape
 
-    def look(k_SH, v_SH, visible_RS, carry):
-        top_R, total_R, mixed_RH = carry
-        scores_RS = jnp.dot(q_RH, k_SH.T, preferred_element_type=jnp.float32)
-        scores_RS = jnp.where(visible_RS, scores_RS * size**-0.5, LOWEST)
-        new_top_R = jnp.maximum(top_R, scores_RS.max(1))
-        shrink_R = jnp.exp(top_R - new_top_R)
-        weights_RS = jnp.where(visible_RS, jnp.exp(scores_RS - new_top_R[:, None]), 0)
-        added_RH = jnp.dot(weights_RS.astype(v_SH.dtype), v_SH, preferred_element_type=jnp.float32)
-        total_R = total_R * shrink_R + weights_RS.sum(1)
-        return new_top_R, total_R, mixed_RH * shrink_R[:, None] + added_RH
-
     def look_at_block(index, carry):
         first = (part + index * parts) * BLOCK
         slots_S = first + jnp.arange(BLOCK)
@@ -142,28 +130,26 @@ def _kernel(steps, parts, window, start_ref, q_ref, k_ref, v_ref, keys_ref, valu
         if window is not None:
             visible_RS &= slots_S[None] > start + step_R1 - window
         slots = pl.ds(first, BLOCK)
-        return look(keys_ref[slots, :], values_ref[slots, :], visible_RS, carry)
+        return add_block(q_RH, keys_ref[slots, :], values_ref[slots, :], visible_RS, carry)
 
-    top_R, total_R = jnp.full(rows, LOWEST, jnp.float32), jnp.zeros(rows, jnp.float32)
-    carry = top_R, total_R, jnp.zeros((rows, size), jnp.float32)
     # Row r = (g, t) sees the new tokens up to its own.
     new_S, row_R = jnp.arange(MOST_STEPS), jnp.arange(rows)
     step_R1 = (row_R % steps)[:, None]
     visible_RS = (new_S[None] <= step_R1) & (part == 0)
     if window is not None:
         visible_RS &= new_S[None] > step_R1 - window
-    carry = look(k_ref[...], v_ref[...], visible_RS, carry)
+    carry = add_block(q_RH, k_ref[...], v_ref[...], visible_RS, first_sums(rows, size))
     in_use = pl.cdiv(jnp.minimum(start, capacity), BLOCK)
     begin = 0
     if window is not None:  # the part's first block with a slot that a query sees
         unseen = jnp.maximum(start - window + 1, 0) // BLOCK
         begin = pl.cdiv(jnp.maximum(unseen - part, 0), parts)
     carry = lax.fori_loop(begin, pl.cdiv(in_use - part, parts), look_at_block, carry)
-    top_R, total_R, mixed_RH = carry
-    seen_R = total_R > 0
-    total_R = jnp.where(seen_R, total_R, 1)
-    mixed_ref[...] = mixed_RH / total_R[:, None]
-    weigh_ref[...] = jnp.where(seen_R, top_R + jnp.log(total_R), LOWEST)
+    top_R1, total_R1, mixed_RH = carry
+    seen_R1 = total_R1 > 0
+    total_R1 = jnp.where(seen_R1, total_R1, 1)
+    mixed_ref[...] = mixed_RH / total_R1
+    weigh_ref[...] = jnp.where(seen_R1, top_R1 + jnp.log(total_R1), LOWEST).reshape(rows)
 
     @pl.when(part == 0)
     def _():

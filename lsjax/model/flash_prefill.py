@@ -16,19 +16,16 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu, triton
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from lsjax.model.attention import heads_of_rows, rows_of_heads
+from lsjax.model.online_softmax import add_block, columns_and_start, first_sums
 from lsjax.model.shared_memory import BLOCK, decoding_stages
 from lsjax.platforms import nvidia_capability, platform, tuned_for
 
 # On TPUs: slots of a block, most bytes of its queries, and the fewest rows, those of a tile.
 TPU_SLOTS, TPU_BYTES, TPU_TILE = 512, 2**18, 16
 GPU_ROWS = 128  # most rows of queries of a program
-# Score of hidden slots: finite, so that differences are finite too.
-LOWEST = float(jnp.finfo(jnp.float32).min)
-# Sums over the slots so far: largest score, sum of weights, weighted sum of values.
-Sums = tuple[Float[Array, "R 1"], Float[Array, "R 1"], Float[Array, "R H"]]
 
 
 def fits(q_BTNH: Float[Array, "B T N H"], keys: Float[Array, "B K S H"]) -> bool:
@@ -68,33 +65,6 @@ def flash_prefill(
     return run(q_BTNH, keys, values, start_B.astype(jnp.int32), window)
 
 
-def _sums(size: int) -> tuple[tuple[int, float], ...]:
-    """Columns and first value of each of `Sums`."""
-    return (1, LOWEST), (1, 0.0), (size, 0.0)
-
-
-def _look(
-    q_RH: Float[Array, "R H"],
-    k_SH: Float[Array, "S H"],
-    v_SH: Float[Array, "S H"],
-    seen_RS: Bool[Array, "R S"],
-    sums: Sums,
-) -> Sums:
-    """Adds a block of slots to the sums."""
-    top, total, mixed = sums
-    over_H = (((1,), (1,)), ((), ()))
-    scores = lax.dot_general(q_RH, k_SH, over_H, preferred_element_type=jnp.float32)
-    scores = jnp.where(seen_RS, scores * q_RH.shape[1] ** -0.5, LOWEST)
-    larger = jnp.maximum(top, scores.max(1, keepdims=True))
-    shrink = jnp.exp(top - larger)
-    # A query may see nothing of the first blocks of its window. Its weights there are 1, until a
-    # score that it sees shrinks them to 0.
-    weights = jnp.exp(scores - larger)
-    added = jnp.dot(weights.astype(v_SH.dtype), v_SH, preferred_element_type=jnp.float32)
-    total = total * shrink + weights.sum(1, keepdims=True)
-    return larger, total, mixed * shrink + added
-
-
 def _seen(places_R1, slots_1S, window):
     seen_RS = slots_1S <= places_R1
     return seen_RS if window is None else seen_RS & (slots_1S > places_R1 - window)
@@ -122,7 +92,7 @@ def _on_tpu(q_BTNH, keys, values, start_B, window):
 
     queries = pl.BlockSpec((None, None, block, size), of_queries)
     slots = pl.BlockSpec((None, None, TPU_SLOTS, size), of_slots)
-    sums = [tpu.VMEM((block, columns), jnp.float32) for columns, _ in _sums(size)]
+    sums = [tpu.VMEM((block, columns), jnp.float32) for columns, _ in columns_and_start(size)]
     mixed_BKRH = pl.pallas_call(
         partial(_tpu_kernel, steps, capacity, window),
         grid_spec=tpu.PrefetchScalarGridSpec(
@@ -151,7 +121,7 @@ def _tpu_kernel(steps, capacity, window, start_ref, q_ref, keys_ref, values_ref,
 
     @pl.when(step == 0)
     def _():
-        for ref, (_, first) in zip(sums, _sums(q_ref.shape[1]), strict=True):
+        for ref, (_, first) in zip(sums, columns_and_start(q_ref.shape[1]), strict=True):
             ref[...] = jnp.full(ref.shape, first, jnp.float32)
 
     @pl.when(block * TPU_SLOTS < start + steps)
@@ -162,7 +132,8 @@ def _tpu_kernel(steps, capacity, window, start_ref, q_ref, keys_ref, values_ref,
         # Behind the capacity, the last block holds anything, even NaN.
         v_SH = jnp.where(slots_S1 < capacity, values_ref[...], 0)
         seen_RS = _seen(start + lax.rem(row_R1, steps), slots_1S, window)
-        found = _look(q_ref[...], keys_ref[...], v_SH, seen_RS, tuple(ref[...] for ref in sums))
+        before = tuple(ref[...] for ref in sums)
+        found = add_block(q_ref[...], keys_ref[...], v_SH, seen_RS, before)
         for ref, new in zip(sums, found, strict=True):
             ref[...] = new
 
@@ -204,9 +175,8 @@ def _gpu_kernel(window, start_ref, q_ref, keys_ref, values_ref, mixed_ref):
         slots = pl.ds(block * BLOCK, BLOCK)
         slots_1S = block * BLOCK + jnp.arange(BLOCK, dtype=jnp.int32)[None]
         seen_RS = _seen(places_R1, slots_1S, window)
-        return _look(q_RH, keys_ref[slots, :], values_ref[slots, :], seen_RS, sums)
+        return add_block(q_RH, keys_ref[slots, :], values_ref[slots, :], seen_RS, sums)
 
-    sums = tuple(jnp.full((rows, columns), first, jnp.float32) for columns, first in _sums(size))
-    blocks = _first_block(start, window, BLOCK), pl.cdiv(start + rows, BLOCK)
-    _, total, mixed = lax.fori_loop(*blocks, visit, sums)
+    begin, end = _first_block(start, window, BLOCK), pl.cdiv(start + rows, BLOCK)
+    _, total, mixed = lax.fori_loop(begin, end, visit, first_sums(rows, size))
     mixed_ref[...] = (mixed / total).astype(mixed_ref.dtype)

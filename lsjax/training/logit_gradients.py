@@ -1,7 +1,8 @@
 """Loss of a chunk of positions, and its gradient with respect to their logits.
 
-The gradient is a product: a factor of each position, and an array of the logits' shape. The matmuls
-that follow read the array in the dtype of the computation; the factors scale their small side.
+The gradient is a product: a factor of each position, times an array of the logits' shape. The
+matmuls that follow read the array in the dtype of the computation. The factors scale the states
+beside it, which are smaller.
 """
 
 from collections.abc import Callable
@@ -27,10 +28,10 @@ def of_cross_entropy(
     weight: Float[Array, ""],
     dtype: DTypeLike,
 ) -> LossAndGradient:
-    """Gives them for the cross entropy, in one pass over the logits and their largest ones.
+    """The cross entropy, and its gradient. Reads the logits once after their maximum is known.
 
-    The gradient is softmax - 1 at the label, and softmax elsewhere. The array has the numerators of
-    the softmax, and at the label the numerator less their sum. So the sum need not be known first.
+    The gradient is the softmax, less 1 at the label. The array holds the softmax's numerators. At
+    the label it holds the numerator less the sum. The factors divide by the sum.
     """
     top_BC = logits_BCV.max(-1)
     weights_BCV = jnp.exp(logits_BCV - top_BC[:, :, None])
@@ -52,7 +53,7 @@ def of_any_loss(
     weight: Float[Array, ""],
     dtype: DTypeLike,
 ) -> LossAndGradient:
-    """Handles any loss, such as a `chunk_loss`, by autodiff."""
+    """Any loss, such as a `chunk_loss`, and its gradient by autodiff."""
     differentiated = jax.value_and_grad(loss, has_aux=True)
     losses, array_BCV = differentiated(logits_BCV, label_BC, scale_BC, weight)
     return losses, None, _apart(array_BCV.astype(dtype))

@@ -186,7 +186,7 @@ def _own_rows(
     chunks_S,
 ):
     """Losses and gradients of a device's rows. Values to sum over devices have a leading axis of
-    size 1. exit_chunk, last_chunk: positions of a chunk in the last slot, and in the others.
+    size 1. exit_chunk, last_chunk: positions of a chunk in the slots of exits, and in the last.
     chunks_S: number of chunks per slot, set by the row with most positions."""
     slots, batch, steps, width = x_SBTD.shape
     wide = jnp.promote_types(x_SBTD.dtype, jnp.float32)

@@ -1,6 +1,5 @@
 """Attention is chosen by the devices of the program, which need not be there."""
 
-import importlib.util
 from functools import partial
 
 import jax
@@ -10,13 +9,14 @@ from jax.experimental.compilation_cache.compilation_cache import reset_cache
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from lsjax.aot.chips import CHIPS, COMPILERS, slice_of
+from lsjax.aot.chips import CHIPS, slice_of
 from lsjax.aot.hlo import attention_kernel, parse, runs
 from lsjax.config import MeshConfig
 from lsjax.model import attention as module
 from lsjax.model.block import _attend
 from lsjax.model.flash_decoding import flash_decoding
 from lsjax.sharding import make_mesh
+from tests.marks import with_extra
 
 NAMES = ("data", "fsdp", "tensor")
 
@@ -84,12 +84,6 @@ def uncached():
     yield
     jax.config.update("jax_enable_compilation_cache", before)
     reset_cache()
-
-
-def with_extra(name: str) -> pytest.MarkDecorator:
-    packages = COMPILERS[name][0]
-    missing = not any(map(importlib.util.find_spec, packages))
-    return pytest.mark.skipif(missing, reason=f"needs the {name} extra")
 
 
 WITH_CUDA = with_extra("cuda")

@@ -63,7 +63,7 @@ def plain(exit_loss, z_loss, head, x_SBTD, labels_BT, positions, weights_S):
 @pytest.mark.parametrize(
     "exit_loss, z_loss, share, chunk",
     [
-        (cross_entropy, 0.0, 0.3, 4),  # chunks of 4 positions for exits, and of 4 for the last
+        (cross_entropy, 0.0, 0.2, 4),  # chunks of 3 positions for exits, and of 4 for the last
         (divergence, 0.1, 1, 3),
         *long(
             (cross_entropy, 0.1, 1, 4),
