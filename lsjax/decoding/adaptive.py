@@ -120,12 +120,12 @@ class Adaptive(Drafting):
         return devices in ("tpu", "gpu")
 
     def goes_on(self, state: DecodeState) -> Bool[Array, ""] | bool:
-        """Whether drafts were chosen, on accelerators."""
+        """On accelerators: unless the last choice was to draft nothing."""
         return ~self._is_idle(state) if self.pauses(tuned_for()) else True
 
     def pause(self, model: Llama, state: DecodeState) -> DecodeState:
-        """Autoregressive tokens if the last round chose to draft nothing. Stops when a row ends, or
-        the cache has no room for another round."""
+        """Appends IDLE_TOKENS by autoregressive steps, if the last choice was to draft nothing.
+        Stops when a row ends, or the cache has no room for another round."""
         running_B = state.running_B
 
         def more(carry):
@@ -143,7 +143,7 @@ class Adaptive(Drafting):
         return replace(state, learned=learned)
 
     def _is_idle(self, state: DecodeState) -> Bool[Array, ""]:
-        """Whether the last round of the running rows chose to draft nothing."""
+        """Whether the last choice for the running rows was to draft nothing."""
         return (state.learned.idle_B & state.running_B).any()
 
     def choose(

@@ -131,8 +131,8 @@ def measure(engine: "Engine", capacity: int, budget: float) -> np.ndarray:
     changed = jax.tree.map(jnp.copy, changed)
 
     def seconds(choice: tuple[int, int], rounds: int) -> tuple[float, int]:
-        """Seconds of a call, and its rounds: a full cache ends it early. Without drafts, its
-        tokens, as a pause makes some."""
+        """Seconds of a call, and how many rounds it ran: a full cache ends it early. Without
+        drafts, a pause may follow, so the second value is the number of tokens."""
         nonlocal state
         only_SD = placed(jnp.full_like(any_SD, jnp.inf).at[choice].set(1.0), mesh)
         # From the start again, in the same cache: the program consumes its state.

@@ -32,13 +32,19 @@ class Learned:
     found_BM: Float[Array, "B M"]
     looked_BM: Float[Array, "B M"]
     rounds_B: Int[Array, " B"]
-    idle_B: Bool[Array, " B"]  # whether the last round had no drafts
+    idle_B: Bool[Array, " B"]  # whether the last choice was to draft nothing
 
     @classmethod
     def create(cls, batch: int, exits: int) -> "Learned":
         """Nothing is known before the first round."""
-        shapes = [(batch, exits, len(LEVEL_SHARES))] * 2 + [(batch, LONGEST)] * 2
-        return cls(*map(jnp.zeros, shapes), jnp.zeros(batch, jnp.int32), jnp.zeros(batch, bool))
+        return cls(
+            passed_BEC=jnp.zeros((batch, exits, len(LEVEL_SHARES))),
+            tried_BEC=jnp.zeros((batch, exits, len(LEVEL_SHARES))),
+            found_BM=jnp.zeros((batch, LONGEST)),
+            looked_BM=jnp.zeros((batch, LONGEST)),
+            rounds_B=jnp.zeros(batch, jnp.int32),
+            idle_B=jnp.zeros(batch, bool),
+        )
 
     @property
     def shares_BEC(self) -> Float[Array, "B E C"]:

@@ -182,7 +182,9 @@ class Block(nnx.Module):
 
 def _attend(window, q, k, v, keys, values, positions_BT):
     """Attends to a device's rows and heads of the cache, with the new keys and values in it."""
-    start_B, devices, steps = positions_BT[:, 0], tuned_for(), q.shape[1]
+    start_B = positions_BT[:, 0]
+    devices = tuned_for()
+    steps = q.shape[1]
     reads_prompts = False
     if devices == "tpu" or (devices == "gpu" and nvidia_capability() >= 8):
         from lsjax.model import flash_decoding, flash_prefill  # Pallas is slow to import

@@ -32,14 +32,14 @@ from lsjax.platforms import tuned_for
 from lsjax.sharding import ROWS, constrain, over_context, row_shards
 from lsjax.training.layer_dropout import DropRates, keep_counted, keep_mask, row_counts
 
-_jax, _keep = jax.checkpoint_policies, jax.checkpoint_policies.save_only_these_names
+_jax = jax.checkpoint_policies
 # To a policy that keeps matmuls, the attention kernel's output counts as one.
-_MATMULS = _keep(SAVED, ADAPTED)
+_MATMULS = _jax.save_only_these_names(SAVED, ADAPTED)
 # What a layer keeps for its backward pass, by `StepConfig.remat`.
 POLICIES = {
     "nothing_saveable": _jax.nothing_saveable,
-    "attention_output": _keep(SAVED, MIDDLE),
-    "attention": _keep(HEADS, SAVED, MIDDLE),
+    "attention_output": _jax.save_only_these_names(SAVED, MIDDLE),
+    "attention": _jax.save_only_these_names(HEADS, SAVED, MIDDLE),
     "dots_saveable": _jax.save_from_both_policies(_jax.dots_saveable, _MATMULS),
     "dots_with_no_batch_dims_saveable": _jax.save_from_both_policies(
         _jax.dots_with_no_batch_dims_saveable, _MATMULS

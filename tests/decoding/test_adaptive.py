@@ -143,6 +143,19 @@ def test_pauses_on_accelerators(shallow, on_tpus):
 
 
 @pytest.mark.long
+def test_pauses_are_measured_with_the_round_before_them(shallow, tokenizer, on_tpus, monkeypatch):
+    """Each call without drafts makes a token and those of the pause, whatever rounds it may run."""
+    clock = iter(range(1_000_000))
+    monkeypatch.setattr(cost.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(cost, "REPEATS", 1)
+    engine = Engine(shallow, tokenizer, dataclasses.replace(LOOKUPS, seconds=None))
+    # A call takes one tick, and so does one without rounds: the floor, over the tokens or rounds.
+    seconds_SD = cost.measure(engine, 320, 1000.0)
+    np.testing.assert_allclose(seconds_SD[0, 0], 1e-9 / (1 + IDLE_TOKENS))
+    assert (seconds_SD[0, 1:] >= 1e-9 / cost.MOST_ROUNDS).all()
+
+
+@pytest.mark.long
 @pytest.mark.parametrize("strategy", [LOOKUPS, adaptive(only(0, 0)), adaptive()])
 def test_the_same_tokens_with_pauses(model, tokenizer, expected, strategy, on_tpus):
     engine = Engine(model, tokenizer, batch_size=3)
