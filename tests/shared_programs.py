@@ -26,7 +26,7 @@ class SharedPrograms(Programs):
         weights = tuple((leaf.shape, leaf.dtype, leaf.sharding) for leaf in self._leaves)
         leaves, structure = jax.tree.flatten((state, rest))
         arguments = tuple((leaf.shape, leaf.dtype) for leaf in leaves)
-        settings = self._mesh, self.tuned_for, self._lays_out, platform(), jax.config.jax_enable_x64
+        settings = self.mesh, self.tuning, self._lays_out, platform(), jax.config.jax_enable_x64
         key = function.func, static, self._structure, weights, structure, arguments, settings
         program = self.lowered.pop(key, None) or super().lower(function, state, *rest)
         if len(self.lowered) == MOST:

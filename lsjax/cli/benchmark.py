@@ -5,6 +5,8 @@
         --num-draft-tokens 2 4 8 12 --draft-vocab 2048
     python -m lsjax.cli.benchmark --model PATH --task spec_bench --data question.jsonl --groups \\
         --exit-layers 8 --num-draft-tokens 4 --repeats 1 --output benchmarks/model
+    python -m lsjax.cli.benchmark --model PATH --rows 1 8 32 64 --exit-layers 8 \\
+        --num-draft-tokens 1 2 4
 
 After a warm-up, autoregressive decoding and every exit with every draft length take turns in one
 process. docs/performance.md defines the columns. Greedy texts are compared with autoregressive
@@ -12,6 +14,9 @@ decoding. Exit code 1: in float32 they differ by more than rounding explains.
 
 The directory --output gets answers.jsonl (a line per text, from which a killed run resumes),
 cells.jsonl (the table), and benchmark.png if there are several cells.
+
+With --rows it times rounds of many rows instead of texts, and shows the speedup at assumed
+acceptances. --output then gets rows.jsonl and rows.png.
 """
 
 from lsjax.interrupts import keeps, run_program
@@ -21,9 +26,8 @@ if __name__ == "__main__":  # before the other imports, which take seconds
 
 import math
 import os
-import statistics
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -34,18 +38,16 @@ from rich.console import Console
 from lsjax.cli import flags
 from lsjax.cli.evaluate import TaskFlags, read_questions
 from lsjax.cli.prompts import prompt_rows
-from lsjax.cli.setup import check_output, program
-from lsjax.cli.show import notes_console, show_cells, show_verdict
+from lsjax.cli.setup import bar, check_output, program
+from lsjax.cli.show import notes_console, show_cells, show_costs, show_verdict
 from lsjax.config import ConfigError, LlamaConfig, Path, as_path, bounded, check
 from lsjax.data.files import writing
 from lsjax.data.lines import Lines
-from lsjax.decoding.completion import Completion
-from lsjax.decoding.cost import ideal_speedup
-from lsjax.decoding.engine import Engine
 from lsjax.decoding.self_speculative import SelfSpeculative, sharing_programs
 from lsjax.decoding.strategy import Strategy
-from lsjax.evaluation import answers, comparison, plots
-from lsjax.evaluation.scores import ALL, Answer, acceptance, grouped
+from lsjax.evaluation import answers, comparison, plots, speeds
+from lsjax.evaluation.many_rows import RoundCost, time_rounds
+from lsjax.evaluation.scores import ALL, Answer
 from lsjax.evaluation.tasks import TASKS, Task, first_turn
 
 PROMPTS = (
@@ -82,6 +84,8 @@ class Arguments(TaskFlags, flags.StrategyFlags):
     """New tokens per prompt; end-of-text tokens are ignored."""
     repeats: int = bounded(5, low=1)
     """Number of runs of each strategy with each prompt."""
+    rows: tuple[int, ...] = bounded((), low=1)
+    """Times rounds of these numbers of rows instead of texts, such as 1 8 32 64."""
     identity_tail: int | None = None
     """Layers from this one on add nothing. Drafts of this or a later exit are all accepted.
     The draft vocabulary is chosen from the model's own output."""
@@ -95,6 +99,8 @@ def benchmark(arguments: Arguments) -> int:
     notes, model = notes_console(), flags.open_model(arguments)
     config, tail = model.source.config, arguments.identity_tail
     check_numbers(arguments, config)
+    if arguments.rows:
+        return many_rows(arguments, model, notes)
     task, rows = TASKS.get(arguments.task, OWN_PROMPTS), None
     if task is OWN_PROMPTS:
         texts = PROMPTS if arguments.prompt is None else (arguments.prompt,)
@@ -119,10 +125,10 @@ def benchmark(arguments: Arguments) -> int:
         strategies = choose_strategies(arguments, model, counts)
     more = {name: getattr(arguments, name) for name in ("identity_tail", "new_tokens")}
     asked = answers.conditions(engine, arguments.model.name, arguments.sampling, **more)
-    figures = partial(timed_beside, engine)
+    figures = partial(speeds.timed_beside, engine)
     rest = (engine, strategies, questions, asked, file, notes, figures)
     found = answers.complete(*rest, timed=True)
-    rows = list(cell_speeds(config, found))
+    rows = list(speeds.cell_speeds(config, found))
     lengths = [len(one.request.prompt) for one in questions]
     repeats, temperature = arguments.repeats, arguments.sampling.temperature
     title = f"{arguments.model.name}, {engine.model.dtype}, {len(lengths) // repeats} prompts of "
@@ -135,6 +141,40 @@ def benchmark(arguments: Arguments) -> int:
     if output is not None:
         write(output, title, rows, notes)
     return show_verdict(found, str(engine.model.dtype))
+
+
+def many_rows(arguments: Arguments, model: flags.OpenModel, notes: Console) -> int:
+    """Times rounds of --rows, and prints, writes and plots what they cost and gain."""
+    strategies, output = flags.make_strategies(arguments, model), arguments.output
+    check(
+        all(isinstance(one, SelfSpeculative) for one in strategies),
+        "--rows needs --exit-layers and --num-draft-tokens, such as 8 and 1 2 4: it times "
+        "self_speculative",
+    )
+    shards = arguments.mesh.data
+    for rows in arguments.rows:
+        check(
+            rows == 1 or rows % shards == 0,
+            f"--rows {rows} is not a multiple of --mesh.data {shards}: choose such multiples",
+        )
+    if output is not None:
+        with writing(output):
+            output.mkdir(parents=True, exist_ok=True)
+        check_output(output / "rows.jsonl")
+    engine = flags.load_engine(model, notes)
+    capacity = max(engine.capacity(2 * arguments.new_tokens, one) for one in strategies)
+    costs: list[RoundCost] = []
+    for rows in bar(notes, "timing rounds")(arguments.rows):
+        costs += time_rounds(engine.programs, strategies, rows, capacity, arguments.repeats)
+    title = f"{arguments.model.name}, {engine.model.dtype}, {capacity // 2} tokens in the cache, "
+    title += f"{arguments.repeats} repeat{'s' * (arguments.repeats > 1)}"
+    show_costs(title, costs)
+    if output is not None:
+        with closing(Lines(output / "rows.jsonl", empty=True)) as lines:
+            for cost in costs:
+                lines.write(answers.as_line(asdict(cost)))
+        plot(notes, plots.plot_rows, {arguments.model.name: costs}, output / "rows.png", title)
+    return 0
 
 
 def check_numbers(arguments: Arguments, config: LlamaConfig) -> None:
@@ -173,55 +213,6 @@ def choose_strategies(
     return sharing_programs(list(dict.fromkeys(found)))
 
 
-def timed_beside(
-    engine: Engine, question: answers.Question, completion: Completion, base: Completion
-) -> dict[str, Any]:
-    """Seconds of the baseline in the same turn, and the first difference from its text if both
-    texts must be equal. JSON has null for an infinite margin."""
-    config, difference = engine.model.config, None
-    if completion.seed is None and engine.strategy.depth(config) == config.num_layers:
-        tokens = base.token_ids, completion.token_ids
-        difference = comparison.first_difference(engine.model, question.request.prompt, *tokens)
-    if difference is not None:
-        margin = difference.margin if math.isfinite(difference.margin) else None
-        difference = asdict(difference) | {"margin": margin}
-    return {"base_seconds": base.decode_seconds, "difference": difference}
-
-
-def cell_speeds(config: LlamaConfig, answers: Sequence[Answer]) -> Iterator[dict[str, Any]]:
-    """Figures of each strategy and group, starting with all answers. Undefined figures are None.
-
-    docs/performance.md defines them. answers: with the fields of `timed_beside`.
-    """
-    for cell, group, own in grouped(answers):
-        speeds = [(one["num_new_tokens"] - 1) / one["decode_seconds"] for one in own]
-        speedup = statistics.median(one["base_seconds"] / one["decode_seconds"] for one in own)
-        greedy = {one["id"] for one in own if one["seed"] is None}
-        found = [one for one in own if one["difference"]]
-        differing = {one["id"] for one in found}
-        passing, ideal = acceptance(own), None
-        if cell.strategy == SelfSpeculative.name:
-            # On average: the last round of a text may be shorter.
-            drafts = sum(one["drafted"] for one in own) / sum(one["rounds"] for one in own)
-            rate = passing["acceptance_rate"] or 0.0
-            ideal = ideal_speedup(config, cell.exit_layer, drafts, rate, cell.draft_vocab)
-        margins = [comparison.margin_of(one["difference"]) for one in found]
-        yield {
-            "group": group,
-            **cell._asdict(),
-            "tokens_per_second": statistics.median(speeds),
-            "slowest": min(speeds),
-            "fastest": max(speeds),
-            "speedup": speedup,
-            **passing,
-            "equal": len(greedy - differing) if greedy else None,
-            "differ": len(differing) if greedy else None,
-            "widest_margin": max(margins, default=None),
-            "ideal": ideal,
-            "share_of_ideal": None if ideal is None else speedup / ideal,
-        }
-
-
 def write(output: Path, title: str, rows: Sequence[Answer], notes: Console) -> None:
     """Writes the table as JSON lines, with null for infinity, and plots a grid."""
     with closing(Lines(output / "cells.jsonl", empty=True)) as lines:
@@ -229,10 +220,15 @@ def write(output: Path, title: str, rows: Sequence[Answer], notes: Console) -> N
             lines.write(answers.as_line({k: None if v == math.inf else v for k, v in row.items()}))
     whole = [row for row in rows if row["group"] == ALL and row["num_draft_tokens"] is not None]
     if len({(row["exit_layer"], row["num_draft_tokens"]) for row in whole}) > 1:
-        try:
-            plots.plot_grid(whole, output / "benchmark.png", title=title)
-        except ConfigError as error:
-            notes.print(f"no plot: {error}")
+        plot(notes, plots.plot_grid, whole, output / "benchmark.png", title)
+
+
+def plot(notes: Console, draw: Callable[..., None], figures: Any, file: Path, title: str) -> None:
+    """Draws a picture, or notes why there is none."""
+    try:
+        draw(figures, file, title=title)
+    except ConfigError as error:
+        notes.print(f"no plot: {error}")
 
 
 main = program(Arguments, benchmark, __doc__)

@@ -21,6 +21,7 @@ from lsjax.decoding.self_speculative import SelfSpeculative
 from lsjax.decoding.strategy import Strategy
 from lsjax.evaluation.comparison import FLOAT32_MARGIN, margin_of
 from lsjax.evaluation.exits import ExitScores
+from lsjax.evaluation.many_rows import ACCEPTANCES, RoundCost, fastest
 from lsjax.evaluation.scores import Answer
 from lsjax.terminal import SafeConsole, verbatim
 
@@ -183,7 +184,7 @@ def wide_console() -> Console:
 def table(
     title: str,
     names: Sequence[str],
-    rows: Iterable[Sequence[str]],
+    rows: Iterable[Sequence[str | Text]],
     *,
     left: int = 0,
     best: int | None = None,
@@ -229,6 +230,24 @@ def show_cells(title: str, rows: Sequence[Answer]) -> None:
     faster = best if rows[best]["speedup"] > 1 else None
     headings = ["strategy", "prompts", *COLUMNS]
     wide_console().print(table(title, headings, lines, left=2, best=faster))
+
+
+def show_costs(title: str, costs: Sequence[RoundCost]) -> None:
+    """Prints what rounds of many rows cost, from which acceptance on they pay, and their speedups
+    at assumed acceptances. The best ones of a number of rows are green."""
+    headings = ["rows", "E", "d", "token, ms", "round, ms", "round, tokens", "pays from"]
+    headings += [f"at {acceptance}" for acceptance in ACCEPTANCES]
+    lines = []
+    for cost in costs:
+        own = [other for other in costs if other.rows == cost.rows]
+        times = (f"{1e3 * seconds:.1f}" for seconds in (cost.token_seconds, cost.round_seconds))
+        line = [str(cost.rows), str(cost.exit_layer), str(cost.num_draft_tokens), *times]
+        line += [f"{cost.tokens:.2f}", or_dash(cost.pays_from, ".2f")]
+        for acceptance in ACCEPTANCES:
+            is_best = cost == fastest(own, acceptance)
+            line.append(Text(f"{cost.speedup(acceptance):.2f}", "bold green" * is_best))
+        lines.append(line)
+    wide_console().print(table(title, headings, lines))
 
 
 def show_verdict(answers: Sequence[Answer], dtype: str) -> int:

@@ -6,7 +6,7 @@ drafts it is an autoregressive step. It takes the choice with the most expected 
     expected tokens   from counts of what the full model accepted lately. An exit whose drafts pass
                       with probability a gives 1 + a + ... + a^d tokens. A lookup passes with a
                       probability that grows with the number of matching tokens.
-    seconds           measured for each choice on this machine (cost.py)
+    seconds           measured for each choice on this machine (stopwatch.py)
 
 A draft of an exit then ends where further tokens cost more seconds than they are worth. Their
 chance to pass depends on the exit's top probability, again by counts. Often nothing is drafted.
@@ -33,7 +33,7 @@ from lsjax.decoding.sampling import argmax
 from lsjax.decoding.state import DecodeState
 from lsjax.decoding.strategy import Autoregressive
 from lsjax.model.llama import Llama
-from lsjax.platforms import tuned_for
+from lsjax.platforms import Tuning, tuning
 
 # Rounds from one score of all exits to the next, at least, and the share of bytes for their heads.
 SCORED_EVERY, SCORES_SHARE = 4, 0.01
@@ -63,8 +63,8 @@ class Adaptive(Drafting):
 
     @property
     def widths(self) -> tuple[int, ...]:
-        """The longest only on accelerators: there, all its positions take about as long as one."""
-        return self.lengths[-1:] if tuned_for() in ("tpu", "gpu") else self.lengths
+        """The longest only, if all its positions take about as long as one."""
+        return self.lengths[-1:] if tuning().is_wide else self.lengths
 
     @property
     def sources(self) -> tuple[int, ...]:
@@ -114,14 +114,14 @@ class Adaptive(Drafting):
         after = learned.after(new_BT, accepted_B, matched_B, proposal_BT, counts, is_idle)
         return replace(done, learned=after)
 
-    def pauses(self, devices: str) -> bool:
+    def pauses(self, tuning: Tuning) -> bool:
         """On accelerators, when drafts do not pay. A choice takes many small operations, and
         launching them costs as much as several layers."""
-        return devices in ("tpu", "gpu")
+        return tuning.is_wide
 
     def goes_on(self, state: DecodeState) -> Bool[Array, ""] | bool:
         """On accelerators: unless the last choice was to draft nothing."""
-        return ~self._is_idle(state) if self.pauses(tuned_for()) else True
+        return ~self._is_idle(state) if self.pauses(tuning()) else True
 
     def pause(self, model: Llama, state: DecodeState) -> DecodeState:
         """Appends IDLE_TOKENS by autoregressive steps, if the last choice was to draft nothing.

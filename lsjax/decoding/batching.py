@@ -20,10 +20,10 @@ import jax
 import numpy as np
 
 from lsjax.decoding.completion import Completion, RowText, Trace, Update
-from lsjax.decoding.cost import MEASURING
 from lsjax.decoding.programs import chunk_size, decode, grow, insert, pause, prefill
 from lsjax.decoding.request import Request
 from lsjax.decoding.state import EOS, LENGTH, RUNNING, STOP, DecodeState
+from lsjax.decoding.stopwatch import MEASURING
 from lsjax.model.cache import KVCache
 from lsjax.model.llama import Llama
 
@@ -107,7 +107,7 @@ class ContinuousBatch:
         self._depth = self._strategy.depth(engine.model.config)
         self._loop = partial(decode, strategy=self._strategy)
         self._pause = None
-        if self._strategy.pauses(engine.programs.tuned_for):
+        if self._strategy.pauses(engine.programs.tuning):
             self._pause = partial(pause, strategy=self._strategy)
         self._conversation = conversation or Conversation()
         self._cancelled = cancelled

@@ -15,10 +15,10 @@ from lsjax.data.tokenizer import Tokenizer
 from lsjax.decoding.adaptive import Adaptive
 from lsjax.decoding.batching import ContinuousBatch, Conversation
 from lsjax.decoding.completion import Completion, Update
-from lsjax.decoding.cost import round_seconds
 from lsjax.decoding.programs import Programs
 from lsjax.decoding.request import Request, encode_prompt
 from lsjax.decoding.sampling import GREEDY, Sampling
+from lsjax.decoding.stopwatch import round_seconds
 from lsjax.decoding.strategy import Autoregressive, Strategy
 from lsjax.model.llama import Llama
 from lsjax.model.parameters import placed, sharding_of

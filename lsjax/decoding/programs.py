@@ -19,7 +19,7 @@ from lsjax.decoding.state import DecodeState
 from lsjax.decoding.strategy import Strategy
 from lsjax.model.llama import Llama, unstacked
 from lsjax.model.parameters import shardings
-from lsjax.platforms import platform, tuned_for, with_kernels
+from lsjax.platforms import tuning, with_kernels
 
 # Names of the loops in compiled programs.
 PROMPT_CHUNKS, ROUNDS = "prompt_chunks", "rounds"
@@ -106,8 +106,8 @@ def pause(model: Llama, state: DecodeState, *, strategy: Strategy) -> DecodeStat
 class Programs:
     """Compiles `function(model, state, *rest)`, one of the above, once for each kind of state.
 
-    lay_out: let the compiler choose layouts of the weights, on accelerators; on CPUs that has no
-    benefit. The first program decides for all: otherwise every call would convert some weights.
+    lay_out: let the compiler choose layouts of the weights, where that has a benefit. The first
+    program decides for all: otherwise every call would convert some weights.
     kernels: as in `StepConfig`; "reference" chooses no layouts.
     """
 
@@ -123,11 +123,11 @@ class Programs:
         # A flat list is faster to pass than a module.
         self._leaves, self._structure = jax.tree.flatten(model)
         self._formats: list[Format] | None = None  # layouts of the leaves in the programs
-        self._mesh, self._kernels = mesh, kernels
-        self._lays_out = lay_out and kernels == "auto"
+        self.mesh, self._kernels = mesh, kernels
         self._compiled: dict[Hashable, Callable] = {}
         with self._context():
-            self.tuned_for = tuned_for()
+            self.tuning = tuning()
+        self._lays_out = lay_out and self.tuning.lays_out_weights
         self.compile_seconds = 0.0
 
     def __len__(self) -> int:
@@ -154,7 +154,7 @@ class Programs:
         if key not in self._compiled:
             begin = time.perf_counter()
             compiled = self.lower(function, state, *rest).compile()
-            if self._formats is None and self._lays_out and platform() != "cpu":
+            if self._formats is None and self._lays_out:
                 formats = zip(self._leaves, compiled.input_formats[0][0], strict=True)
                 # A weight that the program does not read has no layout.
                 self._formats = [new if new.layout else old.format for old, new in formats]
@@ -171,9 +171,9 @@ class Programs:
             model = jax.tree.unflatten(self._structure, leaves)
             return function(unstacked(model) if model.is_stacked else model, state, *rest)
 
-        mesh, formats = self._mesh, self._formats
+        mesh, formats = self.mesh, self._formats
         with self._context():
-            if formats is None and self._lays_out and platform() != "cpu":
+            if formats is None and self._lays_out:
                 formats = [Format(Layout.AUTO, leaf.sharding) for leaf in self._leaves]
             program = jax.jit(
                 run,
@@ -192,7 +192,7 @@ class Programs:
     @contextmanager
     def _context(self) -> Iterator[None]:
         """In which programs are traced."""
-        on_mesh = nullcontext() if self._mesh is None else jax.set_mesh(self._mesh)
+        on_mesh = nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
         with on_mesh, with_kernels(self._kernels):
             yield
 

@@ -11,6 +11,7 @@ from lsjax.config import LlamaConfig, check
 from lsjax.decoding.draft import DraftVocabulary
 from lsjax.decoding.state import DecodeState
 from lsjax.model.llama import Llama
+from lsjax.platforms import Tuning
 
 
 class Strategy(ABC):
@@ -57,8 +58,8 @@ class Strategy(ABC):
         """What the strategy knows of each row before its first round; None for most."""
         return None
 
-    def pauses(self, devices: str) -> bool:
-        """Whether rounds on these devices (`tuned_for`) stop at times, for a `pause`."""
+    def pauses(self, tuning: Tuning) -> bool:
+        """Whether rounds that are tuned so stop at times, for a `pause`."""
         return False
 
     def goes_on(self, state: DecodeState) -> Bool[Array, ""] | bool:

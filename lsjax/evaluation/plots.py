@@ -1,4 +1,4 @@
-"""Plots: every exit's loss and agreement, a run's curves, and a benchmark's grid.
+"""Plots: every exit's loss and agreement, a run's curves, a benchmark's grid, and many rows.
 
 Needs the `plots` extra (matplotlib). Every function writes one PNG.
 """
@@ -15,6 +15,7 @@ from lsjax.config import Path, check
 from lsjax.data.files import write_whole
 from lsjax.evaluation import installed
 from lsjax.evaluation.exits import ExitScores
+from lsjax.evaluation.many_rows import ACCEPTANCES, RoundCost, fastest
 from lsjax.evaluation.scores import Cell
 
 Row = Mapping[str, Any]  # a line of a run's metrics.jsonl, or of a benchmark's cells.jsonl
@@ -166,3 +167,29 @@ def plot_grid(rows: Sequence[Row], file: Path, *, title: str = "") -> None:
             axis.set_yticks(range(len(exits)), exits)
             axis.set(xlabel="draft length d", ylabel="exit E")
             axis.set_title(str(kind), fontsize="medium")
+
+
+def plot_rows(costs: Mapping[str, Sequence[RoundCost]], file: Path, *, title: str = "") -> None:
+    """Speedup over the number of rows at assumed acceptances, in a panel for each machine. Each
+    point is the best exit and draft length, and names the length.
+
+    costs: by the name of the machine.
+    """
+    size = 1 + 4 * len(costs), 4
+    with figure(1, len(costs), size, file, title) as ((first, *_),):
+        for axes, (name, own) in zip(first.figure.axes, costs.items(), strict=True):
+            rows = sorted({cost.rows for cost in own})
+            for acceptance, colour in zip(ACCEPTANCES, COLOURS, strict=False):
+                best = [fastest((c for c in own if c.rows == one), acceptance) for one in rows]
+                speedups = [cost.speedup(acceptance) for cost in best]
+                axes.plot(rows, speedups, color=colour, label=f"acceptance {acceptance}", **DOTS)
+                for cost, speedup in zip(best, speedups, strict=True):
+                    style = dict(textcoords="offset points", xytext=(0, 5), ha="center", fontsize=8)
+                    axes.annotate(f"d = {cost.num_draft_tokens}", (cost.rows, speedup), **style)
+            axes.axhline(1, color=GREY, lw=1)
+            axes.set_xscale("log", base=2)
+            axes.set_xticks(rows, rows)
+            axes.set(xlabel="rows", ylabel="speedup over autoregressive decoding")
+            axes.set_title(name, fontsize="medium", parse_math=False)
+            axes.margins(x=0.1, y=0.12)
+        first.legend(frameon=False)

@@ -21,7 +21,7 @@ from jaxtyping import Array, Bool, Float, Int
 from lsjax.config import AttentionKernel, check
 from lsjax.model.operations import FLASH_BLOCK
 from lsjax.model.shared_memory import training_bytes
-from lsjax.platforms import REFERENCE, nvidia_capability, shared_memory, tuned_for
+from lsjax.platforms import REFERENCE, nvidia_capability, shared_memory, tuned_for, tuning
 from lsjax.sharding import ROWS, context_shards, in_context_order, on_each_device
 
 
@@ -68,8 +68,7 @@ def self_attention(
 
 def _first_supported(q_BTNH: Array, *, packed: bool) -> AttentionKernel:
     """The kernel of "auto". packed: whether rows have segments."""
-    on_gpus = ("flash", "cudnn") if packed else ("cudnn",)
-    kernels = {"tpu": ("splash",), "gpu": on_gpus}.get(tuned_for(), ())
+    kernels = tuning().packed_kernels if packed else tuning().kernels
     return next((name for name in kernels if _problem(name, q_BTNH) is None), "xla")
 
 

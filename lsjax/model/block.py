@@ -18,7 +18,7 @@ from lsjax.model.cache import write
 from lsjax.model.cached_attention import MOST_SCORES, attention_before_writing, cached_attention
 from lsjax.model.operations import Rope, gradients_first, linear, rotate, swiglu, with_steps
 from lsjax.model.shared_memory import MOST_STEPS
-from lsjax.platforms import nvidia_capability, tuned_for
+from lsjax.platforms import nvidia_capability, tuned_for, tuning
 from lsjax.sharding import constrain, on_each_device
 
 # Names of values for remat policies. The summed outputs of a matrix and its adapter, which replace
@@ -146,9 +146,8 @@ class Block(nnx.Module):
         heads = self.attention.project(self.attention_norm(x_BTD), rope, x_BTD.shape[1])
         heads = checkpoint_name(heads, HEADS)
         mixed = self_attention(*heads, segments_BT, kernel, window)
-        # On GPUs remat keeps the output of attention instead of its projection. Both have the same
-        # size, but attention is slower to recompute for long sequences.
-        y_BTD = self.attention.out(mixed.reshape(*mixed.shape[:2], -1), tuned_for() == "gpu")
+        again = tuning().recomputes_projection
+        y_BTD = self.attention.out(mixed.reshape(*mixed.shape[:2], -1), again)
         x_BTD = checkpoint_name(x_BTD + kept(self.attention_post_norm(y_BTD)), MIDDLE)
         return x_BTD + kept(self._feed_forward(x_BTD))
 
@@ -194,7 +193,8 @@ def _attend(window, q, k, v, keys, values, positions_BT):
         reads_prompts = steps > MOST_STEPS and flash_prefill.fits(q, keys)
     k, v = k.swapaxes(1, 2).astype(keys.dtype), v.swapaxes(1, 2).astype(values.dtype)
     mixed = None
-    if devices == "tpu" and not reads_prompts and steps * keys.shape[2] <= MOST_SCORES:
+    is_short = steps * keys.shape[2] <= MOST_SCORES
+    if tuning().attends_before_writing and is_short and not reads_prompts:
         mixed = attention_before_writing(q, k, v, keys, values, start_B, window)
         mixed, k, v = lax.optimization_barrier((mixed, k, v))
     keys, values = (write(*pair, start_B, axis=2) for pair in ((keys, k), (values, v)))

@@ -21,10 +21,7 @@ from jaxtyping import Array, Float, Int, Shaped
 
 from lsjax.config import LlamaConfig
 from lsjax.model.parameters import sharding_of
-from lsjax.platforms import tuned_for
-
-# Above this many rows, one scatter replaces a chain of slice updates (docs/performance.md).
-MAX_UNROLLED_ROWS = 8
+from lsjax.platforms import tuning
 
 
 @jax.tree_util.register_dataclass
@@ -81,7 +78,7 @@ def write(
     """Writes `new` into the buffer at `start_B` of each row along `axis`. The caller ensures
     start + T <= S: `dynamic_update_slice` would clamp the start and overwrite older slots."""
     batch = new.shape[0]
-    if batch > (1 if tuned_for() == "gpu" else MAX_UNROLLED_ROWS):
+    if batch > tuning().unrolled_writes:
         # One index for each axis up to the slots: without those of the heads, XLA:TPU would choose
         # another layout for the whole cache.
         where = list(jnp.indices(new.shape[: axis + 1], sparse=True))

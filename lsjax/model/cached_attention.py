@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Int
 
 from lsjax.model.attention import heads_of_rows, rows_of_heads
 from lsjax.model.operations import enough_rows
-from lsjax.platforms import tuned_for
+from lsjax.platforms import tuning
 
 # Slots of the cache that one step of `cached_attention` reads; LARGE is a multiple of SMALL.
 SMALL, LARGE = 256, 1024
@@ -41,6 +41,7 @@ def cached_attention(
     """
     batch, steps, heads, size = q_BTNH.shape
     kv_heads, capacity = keys.shape[1:3]
+    by_blocks = tuning().reads_used_blocks
     wide = jnp.promote_types(q_BTNH.dtype, jnp.float32)
     rows = heads // kv_heads * steps
     q_BKRH = rows_of_heads(q_BTNH, kv_heads)
@@ -98,13 +99,12 @@ def cached_attention(
         scores = jnp.where(visible_BRS[:, None], scores * size**-0.5, -jnp.inf)
         weights = jnp.exp(scores - scores.max(-1, keepdims=True))
         total = weights.sum(-1)
-        if not on_cpu:  # saves a kernel; CPUs divide after the matmul, which is cheaper
+        if not by_blocks:  # saves a kernel; CPUs divide after the matmul, which is cheaper
             weights, total = weights / total[..., None], jnp.ones_like(total)
         mixed = jnp.einsum("BKRS,BKSH->BKRH", weights.astype(values.dtype), values)
         return total, mixed.astype(wide)
 
-    on_cpu = tuned_for() == "cpu"
-    if on_cpu:
+    if by_blocks:
         # Reading all slots is no slower than copying the used blocks from half of a small cache on,
         # or nearly all of a large one (docs/performance.md).
         used = ((last - first) // SMALL + 1) * SMALL

@@ -26,7 +26,7 @@ from lsjax.model.block import Block, Linear, RMSNorm
 from lsjax.model.cache import KVCache
 from lsjax.model.operations import Rope, enough_rows, enough_steps, rope_angles
 from lsjax.model.parameters import SLOTS, map_named
-from lsjax.platforms import platform
+from lsjax.platforms import compute_dtype
 from lsjax.sharding import ROWS, constrain, in_context_order
 
 
@@ -210,7 +210,7 @@ def cast_matrices(model: Llama, dtype: ComputeDtype) -> Llama:
     model's own on CPUs. Embedding, norm scales and biases keep their dtype: their gradients are
     sums over all tokens, which bfloat16 would round too coarsely."""
     if dtype == "auto":
-        dtype = model.dtype if platform() == "cpu" else "bfloat16"
+        dtype = compute_dtype() or model.dtype
 
     def cast(name, leaf):
         return leaf if name.endswith(("embedding", "scale", "bias")) else leaf.astype(dtype)
@@ -219,8 +219,8 @@ def cast_matrices(model: Llama, dtype: ComputeDtype) -> Llama:
 
 
 def split_matrices(model: Llama) -> Llama:
-    """The same model, stacked, with a Linear for each part of qkv and gate_up. TPUs train on it,
-    because its matmuls are faster. Autodiff joins the gradients."""
+    """The same model, stacked, with a Linear for each part of qkv and gate_up. Its matmuls are
+    faster on TPUs. Autodiff joins the gradients."""
 
     def taken(slot, name, leaf):  # A of an adapter, [L, D, R], has no slots
         return leaf if name == "adapter.a" else leaf[..., slot, :]

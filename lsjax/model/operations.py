@@ -5,8 +5,8 @@ gradients of the plain expression in the docstring, up to rounding. They have no
 derivative.
 
 Rotary embeddings turn channel pairs (i, i + H/2), as Llama checkpoints do. Swapping the halves by
-slices makes arrays of h = H / 2 channels, which leave half of a TPU's 128 lanes empty. Training on
-TPUs multiplies by a permutation matrix instead.
+slices makes arrays of h = H / 2 channels. `rotates_by_matmul` multiplies by a permutation matrix
+instead.
 """
 
 from collections.abc import Mapping
@@ -21,13 +21,11 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from lsjax.config import LlamaConfig, RopeScaling
-from lsjax.platforms import tuned_for
+from lsjax.platforms import tuning
 
 # Sine and cosine, each [B, T, 1, h or H]; None for a layer without rope.
 Rope = tuple[Array, Array] | None
 
-# Minimum rows for which XLA uses the matrix unit well (docs/performance.md).
-ROWS = {"tpu": 8, "gpu": 16}
 # Tokens per block of flash.py; must divide the sequence length.
 FLASH_BLOCK = 128
 # Name of the residuals of splash and flash, for remat policies.
@@ -35,9 +33,9 @@ SAVED = "attention"
 
 
 def enough_steps(x_BTD: Float[Array, "B T D"]) -> Float[Array, "B U D"]:
-    """Appends zero steps on accelerators, so that B * U is at least ROWS."""
+    """Appends zero steps, so that B * U is at least the platform's `layer_rows`."""
     batch, steps, _ = x_BTD.shape
-    return with_steps(x_BTD, max(steps, -(-ROWS.get(tuned_for(), 0) // batch)))
+    return with_steps(x_BTD, max(steps, -(-tuning().layer_rows // batch)))
 
 
 def with_steps(x: Float[Array, "B T *rest"], steps: int) -> Float[Array, "B U *rest"]:
@@ -47,10 +45,10 @@ def with_steps(x: Float[Array, "B T *rest"], steps: int) -> Float[Array, "B U *r
 
 
 def enough_rows(x: Float[Array, "*batch R I"]) -> Float[Array, "*batch S I"]:
-    """x as the left side of a matmul: on TPUs with zero rows appended up to ROWS. The barrier keeps
-    XLA from removing them."""
-    missing = ROWS["tpu"] - x.shape[-2]
-    if tuned_for() != "tpu" or missing <= 0:
+    """x as the left side of a matmul, with zero rows appended up to the platform's `left_rows`. The
+    barrier keeps XLA from removing them."""
+    missing = tuning().left_rows - x.shape[-2]
+    if missing <= 0:
         return x
     return lax.optimization_barrier(jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, missing), (0, 0)]))
 
@@ -87,13 +85,13 @@ linear.defvjp(_linear_forward, _linear_backward)
 
 @jax.custom_vjp
 def gradients_first(x: Any, parameters: Any) -> tuple[Any, Any]:
-    """Returns both unchanged. On GPUs the parameters' gradients are computed before that of x. XLA
-    would compute them at the end of a layer, and keep their operands until then."""
+    """Returns both unchanged. With `parameters_first`, the gradients of the parameters are computed
+    before that of x."""
     return x, parameters
 
 
 def _gradients_first_backward(_, gradients):
-    return lax.optimization_barrier(gradients) if tuned_for() == "gpu" else gradients
+    return lax.optimization_barrier(gradients) if tuning().parameters_first else gradients
 
 
 gradients_first.defvjp(lambda *both: (both, None), _gradients_first_backward)
@@ -101,9 +99,9 @@ gradients_first.defvjp(lambda *both: (both, None), _gradients_first_backward)
 
 @jax.custom_vjp
 def swiglu(gate_up: Float[Array, "*batch 2 F"] | tuple[Array, Array]) -> Float[Array, "*batch F"]:
-    """silu(gate) * up (Shazeer, 2020); gate and up as one array, or apart for TPUs
-    (`split_matrices`). Keeps only its input for the backward pass, and writes the gradient once. If
-    they are apart, barriers keep XLA:TPU from fusing it into matmuls, which would be slower."""
+    """silu(gate) * up (Shazeer, 2020); gate and up as one array, or apart (`split_matrices`). Keeps
+    only its input for the backward pass, and writes the gradient once. If they are apart, barriers
+    keep XLA from fusing it into matmuls, which would be slower on TPUs."""
     gate, up = _halves(gate_up)
     y = jax.nn.silu(gate) * up
     return lax.optimization_barrier(y) if isinstance(gate_up, tuple) else y
@@ -122,9 +120,8 @@ def _swiglu_backward(gate_up, dy):
     dgate, dup = dy * up * (sigmoid + silu * (1 - sigmoid)), dy * silu
     if apart:
         return (lax.optimization_barrier((dgate, dup)),)
-    if tuned_for() == "gpu":  # with `where`, XLA:GPU would write both halves first
+    if tuning().stacks_gradients:
         return (jnp.stack([dgate, dup], -2),)
-    # `where` instead of a concatenation, which XLA:CPU runs on one thread.
     is_gate = jnp.arange(2)[:, None] == 0
     return (jnp.where(is_gate, dgate[..., None, :], dup[..., None, :]),)
 

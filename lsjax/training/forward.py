@@ -28,7 +28,7 @@ from lsjax.config import StepConfig
 from lsjax.model.block import ADAPTED, HEADS, MIDDLE
 from lsjax.model.llama import Llama
 from lsjax.model.operations import SAVED, Rope, rope_angles
-from lsjax.platforms import tuned_for
+from lsjax.platforms import tuning
 from lsjax.sharding import ROWS, constrain, over_context, row_shards
 from lsjax.training.layer_dropout import DropRates, keep_counted, keep_mask, row_counts
 
@@ -64,7 +64,7 @@ def exit_states(
     """
     num_slots, num_layers, batch = len(exit_S), model.config.num_layers, over_context(batch)
     x_BTD = model.embed_rows(batch["tokens_BT"])
-    whole = tuned_for() == "tpu"
+    whole = tuning().rotates_by_matmul
     ropes = rope_angles(batch["positions_BT"], model.config, x_BTD.dtype, whole=whole)
     run = layer_runner(config, ropes, batch["segments_BT"])
     picks = 1 < num_slots < num_layers

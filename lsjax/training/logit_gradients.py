@@ -14,7 +14,7 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from lsjax.platforms import REFERENCE, tuned_for
+from lsjax.platforms import tuning
 from lsjax.training.early_exit import ExitLoss, log_z
 
 # The loss in the objective and that in the metrics; factors, if they are not 1; the array.
@@ -83,5 +83,5 @@ def scaled(xs: Any, factor_BC: Float[Array, "B C"] | None, dtype: DTypeLike) -> 
 
 
 def _apart(x: Any) -> Any:
-    """Keeps XLA:TPU from computing x again in each of the matmuls that read it."""
-    return x if tuned_for() == REFERENCE else lax.optimization_barrier(x)
+    """Keeps XLA from computing x again in each of the matmuls that read it."""
+    return lax.optimization_barrier(x) if tuning().keeps_logit_gradients else x

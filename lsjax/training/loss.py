@@ -21,17 +21,13 @@ from jaxtyping import Array, Bool, Float, Int
 from lsjax.config import StepConfig
 from lsjax.model.block import RMSNorm
 from lsjax.model.llama import Llama, cast_matrices, split_matrices
-from lsjax.platforms import tuned_for
+from lsjax.platforms import tuning
 from lsjax.sharding import PIECES, chunk_steps, in_context_order, on_each_device, pieces
 from lsjax.training.early_exit import EXIT_LOSSES, ExitLoss, cross_entropy, exit_slots
 from lsjax.training.forward import exit_states
 from lsjax.training.layer_dropout import DropRates, draws, drop_rates
 from lsjax.training.logit_gradients import chunk_loss, of_any_loss, of_cross_entropy, scaled
 
-# Logits of a chunk, per device. Accelerators take more: each chunk updates the whole float32
-# gradient of the table. TPUs also limit the elements of its states, which fast memory then holds.
-CHUNK_LOGITS, CHUNK_STATES = 2**25, 2**24
-ACCELERATOR_CHUNK_LOGITS = {"tpu": 2**28, "gpu": 2**27}
 # Smallest vocabulary, in widths of the model, for which `of_cross_entropy` pays: it spares a pass
 # over the logits, and adds work to two matmuls.
 ONE_PASS = 12
@@ -75,13 +71,12 @@ def objective(
     num_layers = model.config.num_layers
     exit_S, taken_S, weights_S = exit_slots(config.early_exit, num_layers, step, config.num_steps)
     narrow = cast_matrices(model, config.dtype)
-    if tuned_for() == "tpu":
+    if tuning().splits_matrices:
         narrow = split_matrices(narrow)
     x_SBTD = exit_states(config, narrow, batch, step, rows_B, exit_S, drop_rates)
 
     head = Head(model.norm, model.head_table)
-    if tuned_for() == "gpu":
-        # XLA:GPU would gather the table, and allocate its gradient, before the layers run.
+    if tuning().delays_head:
         head, x_SBTD = lax.optimization_barrier((head, x_SBTD))
     weights_S = weights_S / jnp.maximum(num_labels, 1)
     positions = loss_positions(config, batch["labels_BT"], step, rows_B, exit_S, taken_S)
@@ -130,10 +125,9 @@ def loss_chunk(batch: int, steps: int, table: tuple[int, int], share: float = 1)
     """C: positions of each row that pass through the head together. table: [V, D]. share: of a
     row's positions that are in the loss."""
     (vocab, width), most = table, math.ceil(steps * share)
-    logits = ACCELERATOR_CHUNK_LOGITS.get(tuned_for(), CHUNK_LOGITS)
-    chunk = chunk_steps(batch, most, vocab, logits)
-    if tuned_for() == "tpu":
-        chunk = min(chunk, chunk_steps(batch, most, width, CHUNK_STATES))
+    chunk = chunk_steps(batch, most, vocab, tuning().chunk_logits)
+    if (states := tuning().chunk_states) is not None:
+        chunk = min(chunk, chunk_steps(batch, most, width, states))
     return chunk
 
 

@@ -285,6 +285,11 @@ def test_every_size_of_the_cache_is_warmed_up(model_directory, tmp_path, monkeyp
         (("--chat",), "this model has no chat template"),
         (("--system", "x"), "--system needs --chat"),
         (("--output", "bad.jsonl/x"), "bad.jsonl"),
+        (
+            ("--rows", 8, "--strategies", "auto"),
+            "--rows needs --exit-layers and --num-draft-tokens",
+        ),
+        (("--rows", 0), "--rows"),
     ],
 )
 def test_bad_input(model_directory, refused, monkeypatch, tmp_path, options, words):
@@ -303,3 +308,22 @@ def test_the_prompts_are_not_overwritten(model_directory, refused, monkeypatch, 
     given = ("--model", model_directory, "--prompt-file", file, "--output", tmp_path)
     assert "answers.jsonl would overwrite the prompts" in refused(main, *given)
     assert file.read_text() == '{"prompt": "a"}'
+
+
+@pytest.mark.long
+def test_many_rows(model_directory, tmp_path, capsys):
+    """A line for each number of rows and draft length, with the figures of the file."""
+    grid = ("--exit-layers", 1, "--num-draft-tokens", 2, 1)
+    assert run(model_directory, "--rows", 1, 3, *grid, "--output", tmp_path) == 0
+    found = read(tmp_path / "rows.jsonl")
+    assert [(one["rows"], one["num_draft_tokens"]) for one in found] == [(1, 2), (1, 1)] + [
+        (3, 2),
+        (3, 1),
+    ]
+    assert all(0 < one["token_seconds"] and 0 < one["round_seconds"] for one in found)
+    lines = capsys.readouterr().out.splitlines()
+    for one, line in zip(found, lines[-4:], strict=True):
+        tokens = one["round_seconds"] / one["token_seconds"]
+        assert line.split()[:3] == [str(one["rows"]), "1", str(one["num_draft_tokens"])]
+        assert line.split()[5] == f"{tokens:.2f}"
+    assert (tmp_path / "rows.png").read_bytes().startswith(b"\x89PNG")

@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 
 from lsjax.config import ConfigError, LlamaConfig
-from lsjax.decoding import adaptive as adaptive_module
-from lsjax.decoding import cost, programs
+from lsjax.decoding import stopwatch
 from lsjax.decoding.adaptive import IDLE_TOKENS, Adaptive
 from lsjax.decoding.batching import ContinuousBatch
 from lsjax.decoding.draft import Draft, DraftVocabulary
@@ -32,6 +31,7 @@ from lsjax.decoding.sampling import Sampling
 from lsjax.decoding.self_speculative import SelfSpeculative
 from lsjax.decoding.state import DecodeState
 from lsjax.decoding.strategy import Autoregressive
+from tests.tunings import tune
 
 LENGTHS, EXITS = (0, 2, 5), (1, 2, 3)
 SAME = ((1.0,) * 3, *[(math.inf, 1.0, 1.0)] * 3)
@@ -103,8 +103,7 @@ def test_the_same_tokens_with_whatever_is_chosen(engine, expected):
 @pytest.fixture
 def on_tpus(monkeypatch):
     """Rounds as on accelerators: they pause, and have one verification."""
-    for module in (adaptive_module, programs):
-        monkeypatch.setattr(module, "tuned_for", lambda: "tpu")
+    tune(monkeypatch, is_wide=True)
 
 
 def test_pauses_on_accelerators(shallow, on_tpus):
@@ -146,13 +145,13 @@ def test_pauses_on_accelerators(shallow, on_tpus):
 def test_pauses_are_measured_with_the_round_before_them(shallow, tokenizer, on_tpus, monkeypatch):
     """Each call without drafts makes a token and those of the pause, whatever rounds it may run."""
     clock = iter(range(1_000_000))
-    monkeypatch.setattr(cost.time, "perf_counter", lambda: next(clock))
-    monkeypatch.setattr(cost, "REPEATS", 1)
+    monkeypatch.setattr(stopwatch.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(stopwatch, "REPEATS", 1)
     engine = Engine(shallow, tokenizer, dataclasses.replace(LOOKUPS, seconds=None))
     # A call takes one tick, and so does one without rounds: the floor, over the tokens or rounds.
-    seconds_SD = cost.measure(engine, 320, 1000.0)
+    seconds_SD = stopwatch.measure(engine, 320, 1000.0)
     np.testing.assert_allclose(seconds_SD[0, 0], 1e-9 / (1 + IDLE_TOKENS))
-    assert (seconds_SD[0, 1:] >= 1e-9 / cost.MOST_ROUNDS).all()
+    assert (seconds_SD[0, 1:] >= 1e-9 / stopwatch.MOST_ROUNDS).all()
 
 
 @pytest.mark.long
@@ -398,7 +397,7 @@ def test_measured_seconds_are_kept(model, tokenizer, tmp_path, monkeypatch):
         shown.append(len(timings))
         return timings
 
-    def seconds(strategy=asked, budget=cost.MEASURING):
+    def seconds(strategy=asked, budget=stopwatch.MEASURING):
         engine = Engine(model, tokenizer, strategy, track=track)
         return np.array(engine.arguments_for(engine.capacity(1), budget)[0])
 
@@ -425,7 +424,7 @@ def test_long_drafts_are_timed_too(model, tokenizer, monkeypatch, tmp_path):
     """In the smallest cache, half of the slots have no room for these."""
     monkeypatch.setenv("LSJAX_CACHE", str(tmp_path))
     engine = Engine(model, tokenizer, Adaptive(lengths=(0, 300)))
-    assert (np.array(engine.arguments_for(engine.capacity(1), cost.MEASURING)[0]) > 0).all()
+    assert (np.array(engine.arguments_for(engine.capacity(1), stopwatch.MEASURING)[0]) > 0).all()
 
 
 def test_slow_phases_of_the_machine_do_not_count():
@@ -435,10 +434,10 @@ def test_slow_phases_of_the_machine_do_not_count():
     found = np.stack([true, 3 * true, true, true, true])
     found[3, 1, 2] = 9.0
     found[4, 1] = math.inf
-    typical = cost.typical(found)
+    typical = stopwatch.typical(found)
     np.testing.assert_allclose(typical / typical[0, 0], true)
     found[1:, 1, 1] = math.inf  # only the first repeat is whole
-    np.testing.assert_allclose(cost.typical(found), true)
+    np.testing.assert_allclose(stopwatch.typical(found), true)
 
 
 @pytest.mark.long
@@ -456,7 +455,7 @@ def test_each_size_of_the_cache_has_its_own_seconds(model, tokenizer, monkeypatc
     for _ in range(2):
         (one,) = engine.generate([[5, 6, 7] * 80], max_new_tokens=100)
         large.append(one.trace)
-    assert known == [(320, cost.MEASURING / 2, 0.0), (576, cost.MEASURING / 2, 0.0)]
+    assert known == [(320, stopwatch.MEASURING / 2, 0.0), (576, stopwatch.MEASURING / 2, 0.0)]
     small = 1 + 320 - 240 - (1 + LENGTHS[-1])  # the first token, and rounds until one lacks slots
     for trace in large:
         drafted = trace.round_n[trace.round_n > 0] - 1

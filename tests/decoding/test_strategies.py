@@ -114,6 +114,7 @@ def test_stacked_layers_give_the_same_tokens(model, tokenizer, expected, strateg
         assert_same_tokens(model, prompt, one, other)
 
 
+@pytest.mark.long
 def test_strategies_share_a_program(model, tokenizer, engine, expected):
     """Every exit with every length: the same tokens, the same statistics as a program of its own,
     and one program for all rounds."""
@@ -185,7 +186,8 @@ def test_a_draft_ends_where_the_exit_is_unsure(model, engine, expected, confiden
     assert ends > 0
 
 
-@pytest.mark.parametrize("size", [257, *long(1, 50)])
+@pytest.mark.long
+@pytest.mark.parametrize("size", [257, 1, 50])
 def test_a_draft_vocabulary_is_lossless(model, engine, expected, size):
     """The draft proposes no other tokens, and the text is the same."""
     vocabulary = DraftVocabulary(np.arange(258 - size, 258))

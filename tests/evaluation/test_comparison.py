@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from lsjax.cli.benchmark import cell_speeds, timed_beside
 from lsjax.config import LlamaConfig
 from lsjax.decoding.completion import Completion
 from lsjax.decoding.engine import Engine
@@ -21,6 +20,7 @@ from lsjax.evaluation import comparison
 from lsjax.evaluation.answers import Question, as_line, complete, read, resume
 from lsjax.evaluation.comparison import Difference, first_difference, identity_tail
 from lsjax.evaluation.scores import Cell
+from lsjax.evaluation.speeds import cell_speeds, timed_beside
 
 PLAIN, DRAFTS = Autoregressive(), [SelfSpeculative(1, 2), SelfSpeculative(2, 2)]
 EVERYTHING = [PLAIN, *DRAFTS]

@@ -6,7 +6,8 @@ from matplotlib.figure import Figure
 
 from lsjax.config import ConfigError
 from lsjax.evaluation.exits import ExitScores
-from lsjax.evaluation.plots import plot_exits, plot_grid, plot_training
+from lsjax.evaluation.many_rows import RoundCost
+from lsjax.evaluation.plots import plot_exits, plot_grid, plot_rows, plot_training
 from lsjax.evaluation.scores import Cell
 
 
@@ -158,3 +159,17 @@ def test_a_grid(tmp_path, drawn):
     assert [len(axis.patches) for axis in grid.axes] == [0, 1, 0]
     assert grid.axes[1].patches[0].get_xy() == (0.5, 0.5)
     assert (tmp_path / "grid.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_many_rows(tmp_path, drawn):
+    """A panel for each machine, a line for each acceptance, and the best length at each point."""
+    costs = [RoundCost(rows, 2, d, 1.0, rows * s) for rows in (1, 2) for d, s in ((1, 1), (4, 2))]
+    plot_rows({"a $_$": costs, "b": costs[:2]}, tmp_path / "rows.png", title="rows")
+    (figure,) = drawn
+    first, second = figure.axes
+    # Acceptance 0.5: 1.5 tokens in 1 and 2 s beat 1.94 in 2 and 4 s. 0.9: 4.10 beats 1.9.
+    np.testing.assert_allclose(first.lines[0].get_xydata(), [[1, 1.5], [2, 0.75]])
+    np.testing.assert_allclose(first.lines[2].get_ydata(), [4.0951 / 2, 4.0951 / 4])
+    assert read_labels(figure)[0][::2] == ["d = 1", "d = 1", "d = 4"]
+    assert len(second.lines[0].get_xydata()) == 1
+    assert (tmp_path / "rows.png").read_bytes().startswith(b"\x89PNG")

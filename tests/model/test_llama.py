@@ -9,7 +9,7 @@ from flax import nnx
 from lsjax import platforms
 from lsjax.config import ConfigError, LlamaConfig
 from lsjax.model.attention import attention
-from lsjax.model.cache import MAX_UNROLLED_ROWS, KVCache, write
+from lsjax.model.cache import KVCache, write
 from lsjax.model.cached_attention import LARGE, SMALL, attention_before_writing, cached_attention
 from lsjax.model.llama import Llama, cast_matrices, stacked, unstacked
 from tests.marks import long
@@ -147,7 +147,7 @@ def test_bfloat16_weights_give_float32_logits(model):
     assert np.corrcoef(logits.ravel(), forward(model)[0].ravel())[0, 1] > 0.99
 
 
-@pytest.mark.parametrize("batch", [1, 3, MAX_UNROLLED_ROWS + 1])
+@pytest.mark.parametrize("batch", [1, 3, platforms.TUNINGS["cpu"].unrolled_writes + 1])
 def test_writes_land_at_each_row_s_position(batch):
     """Both ways of writing, up to the last slot."""
     capacity, steps = 16, 3

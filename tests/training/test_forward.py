@@ -17,6 +17,7 @@ from lsjax.training.forward import layer_runner
 from lsjax.training.layer_dropout import keep_mask
 from lsjax.training.loss import objective
 from tests.marks import long
+from tests.tunings import tune
 
 EXITS = EarlyExitConfig(curriculum="rotational", rotation=2, e_scale=0.5)
 PLAIN = StepConfig(num_steps=8, early_exit=EXITS)
@@ -170,7 +171,7 @@ LAYER, QUERIES, KEYS, SUMS = (1, 128, 48), (1, 128, 4, 16), (1, 128, 2, 16), (1,
 )
 def test_what_a_layer_keeps_on_gpus(monkeypatch, remat, kept):
     """Shapes of what its backward pass reads, beside its parameters."""
-    monkeypatch.setattr(block, "tuned_for", lambda: "gpu")
+    tune(monkeypatch, recomputes_projection=True)
     shape = LlamaConfig.tiny(hidden_size=48, num_heads=4, num_kv_heads=2, head_dim=16)
     layer = block.Block(shape, dtype=jnp.float32, rngs=nnx.Rngs(0))
     ropes = rope_angles(jnp.arange(128)[None], shape, jnp.float32)

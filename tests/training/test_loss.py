@@ -10,6 +10,7 @@ from lsjax.training import loss as module
 from lsjax.training.early_exit import cross_entropy, divergence
 from lsjax.training.loss import Head, Positions, head_loss
 from tests.marks import long
+from tests.tunings import tune
 
 S, B, T, D, V = 3, 2, 11, 6, 13
 
@@ -74,7 +75,7 @@ def plain(exit_loss, z_loss, head, x_SBTD, labels_BT, positions, weights_S):
     ],
 )
 def test_chunks_equal_all_logits_at_once(exit_loss, z_loss, share, chunk, wide, monkeypatch):
-    monkeypatch.setattr(module, "CHUNK_LOGITS", chunk * B * V)
+    tune(monkeypatch, chunk_logits=chunk * B * V)
     monkeypatch.setattr(module, "ONE_PASS", 2 if share < 1 else 3)  # V is more than two widths
     head, x_SBTD, *rest = example(jnp.float64)
 
@@ -93,7 +94,7 @@ def test_chunks_equal_all_logits_at_once(exit_loss, z_loss, share, chunk, wide, 
 
 @pytest.mark.parametrize("chunk", [3, 100])
 def test_no_array_holds_the_logits_of_more_than_a_chunk(chunk, monkeypatch):
-    monkeypatch.setattr(module, "CHUNK_LOGITS", chunk * B * V)
+    tune(monkeypatch, chunk_logits=chunk * B * V)
     head, x_SBTD, *rest = example()
     run = jax.value_and_grad(
         lambda *args: head_loss(cross_entropy, 0.0, 1, *args)[0], argnums=(0, 1)
@@ -113,7 +114,7 @@ def test_no_array_holds_the_logits_of_more_than_a_chunk(chunk, monkeypatch):
 )
 def test_what_is_not_in_the_loss_does_not_pass_the_head(counts, expected, monkeypatch):
     """A chunk is counted when it runs."""
-    monkeypatch.setattr(module, "CHUNK_LOGITS", 3 * B * V)
+    tune(monkeypatch, chunk_logits=3 * B * V)
     monkeypatch.setattr(module, "ONE_PASS", 2)
     passes, of_cross_entropy = [], module.of_cross_entropy
 
@@ -142,7 +143,7 @@ def test_what_is_not_in_the_loss_does_not_pass_the_head(counts, expected, monkey
     ],
 )
 def test_chunks_are_about_equal(batch, steps, vocab, expected):
-    assert module.chunk_steps(batch, steps, vocab, module.CHUNK_LOGITS) == expected
+    assert module.loss_chunk(batch, steps, (vocab, 1)) == expected
 
 
 @pytest.mark.parametrize("one_pass", [2, *long(3)])

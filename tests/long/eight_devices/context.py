@@ -26,8 +26,8 @@ from lsjax.model.attention import self_attention
 from lsjax.model.llama import Llama
 from lsjax.model.parameters import named_leaves, placed
 from lsjax.sharding import in_context_order, make_mesh, over_context
-from lsjax.training import loss
 from lsjax.training.step import init_state, make_train_step
+from tests.tunings import tune
 
 EXITS = EarlyExitConfig(curriculum="all", token_share=0.4)
 CONFIG = StepConfig(
@@ -62,7 +62,8 @@ def step_on():
 
     def step(sizes, config, shape=SHAPE):
         mesh = make_mesh(sizes)
-        with jax.set_mesh(mesh), patch.object(loss, "CHUNK_LOGITS", SHAPE.vocab_size * 32):
+        with jax.set_mesh(mesh), pytest.MonkeyPatch.context() as monkeypatch:
+            tune(monkeypatch, chunk_logits=SHAPE.vocab_size * 32)
             state, batch = (
                 placed(jax.jit(partial(first_state, config, shape))(), mesh),
                 placed(BATCH, mesh),

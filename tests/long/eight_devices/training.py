@@ -3,7 +3,6 @@
 import math
 import re
 from functools import cache
-from unittest.mock import patch
 
 import jax
 import numpy as np
@@ -14,8 +13,8 @@ from lsjax.config import EarlyExitConfig, LayerDropoutConfig, LlamaConfig, MeshC
 from lsjax.model.llama import Llama
 from lsjax.model.parameters import named_leaves, placed
 from lsjax.sharding import make_mesh
-from lsjax.training import loss
 from lsjax.training.step import init_state, make_train_step
+from tests.tunings import tune
 
 CONFIG = StepConfig(
     num_steps=4,
@@ -37,7 +36,8 @@ BATCH = dict(
 @pytest.fixture(scope="module", autouse=True)
 def several_chunks():
     """Makes the loss take several chunks."""
-    with patch.object(loss, "CHUNK_LOGITS", SHAPE.vocab_size * 32):
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        tune(monkeypatch, chunk_logits=SHAPE.vocab_size * 32)
         yield
 
 
