@@ -67,6 +67,7 @@ def untimed(answers):
     return sorted(rows, key=lambda row: (str(Cell.of(row)), row["id"], row["sample"]))
 
 
+@pytest.mark.long
 def test_every_strategy_answers_every_row(run, rows, tmp_path, capsys):
     (tmp_path / "train.tsv").write_text("\n".join([*ROWS[:2], "set alarm\tx\talarm"]))
     answers = run(*EVERY, "--without-seen", tmp_path / "train.tsv", "--limit", 4, "--offset", 1)

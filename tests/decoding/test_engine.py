@@ -10,7 +10,6 @@ from flax import nnx
 from lsjax.config import ConfigError, LlamaConfig
 from lsjax.data.tokenizer import TokenizerError
 from lsjax.data.tokenizer_backends import ByteTokenizer
-from lsjax.decoding import programs as compiled_programs
 from lsjax.decoding.batching import ContinuousBatch, Conversation
 from lsjax.decoding.completion import Completion
 from lsjax.decoding.draft import DraftVocabulary
@@ -22,6 +21,7 @@ from lsjax.decoding.strategy import Autoregressive, EarlyExit
 from lsjax.evaluation.comparison import identity_tail, last_logits
 from lsjax.model.llama import Llama
 from tests.marks import long
+from tests.tunings import tune
 
 PROMPTS = [[7], [1, 2, 3], list(range(40, 60)), [104, 105] * 8]
 NEW = 24
@@ -75,6 +75,7 @@ def stops(expected):
     return [c.text[at : at + 2] for c in expected[1:3] for at in range(0, len(c.text) - 1, 5)]
 
 
+@pytest.mark.long
 def test_stop_strings_do_not_depend_on_strategy_batch_or_streaming(engine_of, expected, stops):
     inside = 0
     for stop in stops:
@@ -283,7 +284,7 @@ def test_weights_are_laid_out_once_as_the_programs_want_them(
 ):
     """On CPUs the compiler may choose layouts too; here it is let to, as on accelerators."""
     (expected,) = Engine(model, tokenizer, strategy).generate([[5, 6]], max_new_tokens=NEW)
-    monkeypatch.setattr(compiled_programs, "platform", lambda: "gpu")
+    tune(monkeypatch, lays_out_weights=True)
     engine = Engine(model, tokenizer, strategy)
     (found,) = engine.generate([[5, 6]], max_new_tokens=NEW)
     assert found.token_ids == expected.token_ids
@@ -301,7 +302,7 @@ def test_reference_kernels_give_the_same_tokens(model, tokenizer, monkeypatch, s
     """And choose no layouts, where the others do."""
     prompts = [[5, 6], [7] * 40]
     expected = Engine(model, tokenizer, strategy, batch_size=2).generate(prompts)
-    monkeypatch.setattr(compiled_programs, "platform", lambda: "gpu")
+    tune(monkeypatch, lays_out_weights=True)
     engine = Engine(model, tokenizer, strategy, batch_size=2, kernels="reference")
     found = engine.generate(prompts)
     assert [one.token_ids for one in found] == [one.token_ids for one in expected]
@@ -311,7 +312,7 @@ def test_reference_kernels_give_the_same_tokens(model, tokenizer, monkeypatch, s
 
 def test_a_model_that_others_go_on_with_is_not_copied(model, tokenizer, monkeypatch):
     """Such as that of a training run, which samples now and then."""
-    monkeypatch.setattr(compiled_programs, "platform", lambda: "gpu")
+    tune(monkeypatch, lays_out_weights=True)
     engine = Engine(model, tokenizer, lay_out=False)
     engine.generate([[5, 6]], max_new_tokens=2)
     for one, other in zip(jax.tree.leaves(engine.model), jax.tree.leaves(model), strict=True):
