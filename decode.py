@@ -26,13 +26,13 @@ from lsjax.cli.prompts import Arguments, chat, choose_requests, encode_requests
 from lsjax.cli.setup import check_output, one_line_errors, parse_flags
 from lsjax.cli.show import coloured, legend, notes_console, stream, summary
 from lsjax.config import Path, as_path, check
-from lsjax.data.files import cache_directory
-from lsjax.data.lines import Lines
 from lsjax.data.vocabulary import add_written
 from lsjax.decoding.adaptive import Adaptive
 from lsjax.decoding.completion import Completion
 from lsjax.decoding.engine import Engine
 from lsjax.decoding.request import Request
+from lsjax.io.files import cache_directory
+from lsjax.io.lines import Lines
 from lsjax.terminal import CONTROLS, SafeConsole, verbatim
 from lsjax.training.profiling import trace
 

@@ -28,12 +28,12 @@ from rich.console import Console
 from lsjax.cli.setup import one_line_errors
 from lsjax.config import DataConfig
 from lsjax.data import shards
-from lsjax.data.files import write_json
 from lsjax.data.packing import pack
 from lsjax.data.pipeline import Pipeline, packed_rows
 from lsjax.data.sources import document_source
 from lsjax.data.token_rows import join, open_job, prepare_directory
 from lsjax.data.vocabulary import make_tokenizer
+from lsjax.io.files import write_json
 
 OF_A_SHARD, TOKENS = 50_000, 80  # documents of a simulated shard, and tokens of each
 

@@ -31,7 +31,6 @@ from lsjax.cli.prompts import prompt_rows
 from lsjax.cli.setup import exact_products, keep_compiled_programs, one_line_errors
 from lsjax.cli.show import table, wide_console
 from lsjax.config import check
-from lsjax.data.files import cache_directory
 from lsjax.data.tokenizer import Tokenizer
 from lsjax.data.vocabulary import find_counts
 from lsjax.decoding.draft import DraftVocabulary
@@ -39,6 +38,7 @@ from lsjax.decoding.request import Request, encode_prompt
 from lsjax.decoding.strategy import Strategy
 from lsjax.evaluation.comparison import FLOAT32_MARGIN, first_difference
 from lsjax.evaluation.tasks import make_questions
+from lsjax.io.files import cache_directory
 
 Generate = Callable[[list[int], int], list[int]]  # (prompt, number of new tokens) -> new tokens
 

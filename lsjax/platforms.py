@@ -139,11 +139,6 @@ def tuning() -> Tuning:
     return TUNINGS[tuned_for()]
 
 
-def compute_dtype() -> str | None:
-    """dtype of a computation by default: bfloat16 on accelerators, the model's own on CPUs."""
-    return None if platform() == "cpu" else "bfloat16"
-
-
 def nvidia_capability() -> float:
     """Compute capability of the NVIDIA GPUs that the traced program targets; 0 for others."""
     device = jax.sharding.get_abstract_mesh().abstract_device

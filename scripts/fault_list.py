@@ -174,7 +174,7 @@ FROM_CODE = (
     ),
     Fault(
         "wrong rotation phase",
-        "model/operations.py",
+        "model/rope.py",
         "[first * cos - second * sin, second * cos + first * sin]",
         "[first * cos + second * sin, second * cos - first * sin]",
         "tests/families/test_transformers.py",
@@ -189,10 +189,10 @@ FROM_CODE = (
     ),
     Fault(
         "stale cache slot",
-        "model/cached_attention.py",
-        "seen_BRS = slots <= position_BR[:, :, None]",
-        "seen_BRS = slots <= position_BR[:, :, None] + 1",
-        "tests/model/test_llama.py",
+        "kernels/cache_blocks.py",
+        "seen_BRS = slots <= position_BR1",
+        "seen_BRS = slots <= position_BR1 + 1",
+        "tests/kernels/test_cached_attention.py",
     ),
     Fault(
         "unfiltered draft probabilities",
@@ -211,7 +211,7 @@ FROM_CODE = (
     ),
     Fault(
         "wrong rope scaling",
-        "model/operations.py",
+        "model/rope.py",
         "(keep + (1 - keep) / scaling.factor)",
         "(keep + (1 - keep) * scaling.factor)",
         "tests/families/test_transformers.py",
@@ -262,10 +262,10 @@ FROM_CODE = (
     ),
     Fault(
         "gradient of silu",
-        "model/operations.py",
+        "kernels/swiglu.py",
         "dy * up * (sigmoid + silu * (1 - sigmoid))",
         "dy * up * (sigmoid + silu * sigmoid)",
-        "tests/model/test_operations.py",
+        "tests/kernels/test_operations.py",
     ),
     Fault(
         "gradients put back in another order",
@@ -276,7 +276,7 @@ FROM_CODE = (
     ),
     Fault(
         "packed documents see earlier ones",
-        "model/attention.py",
+        "kernels/self_attention.py",
         "mask_BTS &= segments_BT[:, :, None] == segments_BS[:, None]",
         "mask_BTS &= segments_BT[:, :, None] >= segments_BS[:, None]",
         "tests/training/test_forward.py",
@@ -367,10 +367,10 @@ FROM_CODE = (
     ),
     Fault(
         "window of the cache too wide",
-        "model/cached_attention.py",
-        "seen_BRS & (slots > position_BR[:, :, None] - window)",
-        "seen_BRS & (slots >= position_BR[:, :, None] - window)",
-        "tests/model/test_llama.py",
+        "kernels/cache_blocks.py",
+        "seen_BRS & (slots > position_BR1 - self.window)",
+        "seen_BRS & (slots >= position_BR1 - self.window)",
+        "tests/kernels/test_cached_attention.py",
     ),
     Fault(
         "looked-up drafts count as sampled",
@@ -417,8 +417,10 @@ FROM_CODE = (
     Fault(
         "norm of keys after rope",
         "model/block.py",
-        "rotate(self.k_norm(k), rope), v",
-        "self.k_norm(rotate(k, rope)), v",
+        "q, k = self.q_norm(q), self.k_norm(k)\n"
+        "        return kernels.rotate(q, rope, rotate), kernels.rotate(k, rope, rotate), v",
+        "q, k = self.q_norm(q), self.k_norm(kernels.rotate(k, rope, rotate))\n"
+        "        return kernels.rotate(q, rope, rotate), k, v",
         "tests/families/test_decoding.py tests/families/test_transformers.py",
     ),
     Fault(

@@ -16,8 +16,10 @@ ROOT = Path(__file__).parents[1]
 # From the ground up. A room may import those of lower floors.
 FLOORS = (
     ("config", "interrupts", "terminal"),
-    ("sharding", "data"),
-    ("platforms",),
+    ("io",),
+    ("sharding",),
+    ("platforms", "data"),
+    ("kernels",),
     ("model",),
     ("checkpoints",),
     ("training", "decoding"),

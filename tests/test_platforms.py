@@ -17,8 +17,8 @@ from lsjax.decoding.self_speculative import SelfSpeculative
 from lsjax.decoding.state import DecodeState
 from lsjax.decoding.strategy import Autoregressive
 from lsjax.evaluation.exits import _score_rows, exit_sums
+from lsjax.kernels.matmuls import gradients_first
 from lsjax.model.llama import Llama
-from lsjax.model.operations import gradients_first
 from lsjax.platforms import shared_memory, tuned_for, with_kernels
 from lsjax.training.step import init_state, make_train_step
 from tests.marks import long

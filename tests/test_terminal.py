@@ -78,7 +78,7 @@ def test_a_plain_console_would_send_them(monkeypatch):
 def test_logged_warnings_are_shown(monkeypatch, capsys, caplog):
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("TERM", "dumb")
-    log = logging.getLogger("lsjax.data.files")
+    log = logging.getLogger("lsjax.io.files")
     with shown_warnings():
         log.info("no warning")
         log.warning("key %s", EVIL)

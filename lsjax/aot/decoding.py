@@ -29,7 +29,7 @@ from lsjax.decoding.rounds import DRAFT, VERIFY, Drafting, guard_of_layers, guar
 from lsjax.decoding.self_speculative import SelfSpeculative
 from lsjax.decoding.state import DecodeState
 from lsjax.decoding.strategy import Autoregressive, Strategy
-from lsjax.model.cached_attention import LARGE, LARGE_BLOCKS, SMALL, SMALL_BLOCKS
+from lsjax.kernels.cache_blocks import LARGE, LARGE_BLOCKS, SMALL, SMALL_BLOCKS
 from lsjax.model.llama import Llama
 from lsjax.model.parameters import placed_shapes, sharding_of
 

@@ -10,7 +10,7 @@ from lsjax.checkpoints.huggingface import HuggingFaceSource
 from lsjax.checkpoints.run import RunSource, is_run
 from lsjax.checkpoints.tensors import CheckpointError, TensorSource, Track
 from lsjax.config import Path, split_step
-from lsjax.data.files import WEIGHTS, local_copy
+from lsjax.io.files import WEIGHTS, local_copy
 from lsjax.model.llama import Llama
 
 

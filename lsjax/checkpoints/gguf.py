@@ -11,7 +11,7 @@ from lsjax.checkpoints.families import FULL, SLIDING, llama_config
 from lsjax.checkpoints.tensors import CheckpointError, TensorSource
 from lsjax.config import ConfigError, LlamaConfig, Path, RopeScaling, check
 from lsjax.data.tokenizer_files import gguf_parts, open_gguf
-from lsjax.model.operations import rope_frequencies
+from lsjax.model.rope import rope_frequencies
 
 # The names are also model_types of config.json, but OLMo 3 is olmo2 with a sliding window.
 _ARCHITECTURES = ("llama", "olmo2", "qwen2", "qwen3", "smollm3")

@@ -15,8 +15,8 @@ from safetensors.numpy import save_file
 from lsjax.checkpoints.families import config_json, llama_config
 from lsjax.checkpoints.tensors import CheckpointError, Part, TensorSource, Track, parts_of
 from lsjax.config import Checked, ConfigError, Path, as_path, bounded, split_step
-from lsjax.data.files import one_line, read_json, whole_directory, write_json, writing
 from lsjax.data.tokenizer import Tokenizer
+from lsjax.io.files import one_line, read_json, whole_directory, write_json, writing
 from lsjax.model.llama import Llama, unstacked
 from lsjax.model.parameters import named_leaves
 

@@ -9,7 +9,7 @@ from typing import Any
 from lsjax.checkpoints.lock import LOCK, name_of, new_owner, taken
 from lsjax.checkpoints.tensors import CheckpointError, Report
 from lsjax.config import Path
-from lsjax.data.files import one_line
+from lsjax.io.files import one_line
 
 LEASE = 60.0  # seconds without a renewal after which the owner counts as dead
 

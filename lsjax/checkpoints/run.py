@@ -22,9 +22,10 @@ from lsjax.checkpoints.steps import PARAMS, SavedStep, first_whole, saved_steps
 from lsjax.checkpoints.tensors import NOT_FINITE, CheckpointError, Track
 from lsjax.config import LlamaConfig, LoraConfig, Path, TrainConfig, check
 from lsjax.config.checked import from_json, versioned, without_version
-from lsjax.data.files import json_rows, read_json, write_json
 from lsjax.data.tokenizer import Tokenizer, TokenizerError
 from lsjax.data.tokenizer_files import load_tokenizer
+from lsjax.io.files import read_json, write_json
+from lsjax.io.rows import json_rows
 from lsjax.model.llama import Llama
 from lsjax.model.lora import merged
 from lsjax.model.parameters import adapter_paths, named_leaves, sharding_of, stacked_path

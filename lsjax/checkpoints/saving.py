@@ -14,7 +14,7 @@ from lsjax.checkpoints.run import best_first
 from lsjax.checkpoints.steps import SavedStep, first_whole, log, orbax, saved_steps, to_save
 from lsjax.checkpoints.tensors import CheckpointError, Report
 from lsjax.config import CheckpointConfig, Path, in_bucket
-from lsjax.data.files import cause, remove_directory
+from lsjax.io.files import cause, remove_directory
 
 
 class Restored(NamedTuple):

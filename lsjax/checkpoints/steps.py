@@ -32,7 +32,7 @@ from jaxtyping import Array, UInt32
 from lsjax.checkpoints.tensors import CheckpointError, Report
 from lsjax.config import Path, in_bucket
 from lsjax.config.checked import VERSION, without_version
-from lsjax.data.files import cause
+from lsjax.io.files import cause
 from lsjax.model.parameters import named_leaves
 
 PARAMS, TRAIN, META = "params", "train", "meta"

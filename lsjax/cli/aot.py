@@ -36,8 +36,8 @@ from lsjax.cli.setup import check_output, program
 from lsjax.cli.show import notes_console
 from lsjax.cli.training import ConfigFields, ConfigFile, parse_config
 from lsjax.config import EarlyExitConfig, LayerDropoutConfig, MeshConfig, Path, check
-from lsjax.data.files import writing
 from lsjax.evaluation.exits import exit_sums
+from lsjax.io.files import writing
 from lsjax.sharding import make_mesh
 from lsjax.training.profiling import exit_flops, step_flops
 

@@ -41,14 +41,14 @@ from lsjax.cli.prompts import prompt_rows
 from lsjax.cli.setup import bar, check_output, program
 from lsjax.cli.show import notes_console, show_cells, show_costs, show_verdict
 from lsjax.config import ConfigError, LlamaConfig, Path, as_path, bounded, check
-from lsjax.data.files import writing
-from lsjax.data.lines import Lines
 from lsjax.decoding.self_speculative import SelfSpeculative, sharing_programs
 from lsjax.decoding.strategy import Strategy
 from lsjax.evaluation import answers, comparison, plots, speeds
 from lsjax.evaluation.many_rows import RoundCost, time_rounds
 from lsjax.evaluation.scores import ALL, Answer
 from lsjax.evaluation.tasks import TASKS, Task, first_turn
+from lsjax.io.files import writing
+from lsjax.io.lines import Lines
 
 PROMPTS = (
     "Once upon a time, there was a little girl named Lily who",

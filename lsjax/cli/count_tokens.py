@@ -23,9 +23,10 @@ from lsjax.checkpoints import find_step
 from lsjax.cli.setup import program
 from lsjax.cli.show import notes_console
 from lsjax.config import Checked, Path
-from lsjax.data.files import cache_directory, json_rows, read_lines
 from lsjax.data.tokenizer_files import load_tokenizer
 from lsjax.data.vocabulary import cached_counts, count_tokens, write_counts
+from lsjax.io.files import cache_directory
+from lsjax.io.rows import json_rows, read_lines
 from lsjax.terminal import SafeConsole
 
 LINES = 1 << 14  # lines of text encoded at a time

@@ -27,7 +27,6 @@ from lsjax.cli.setup import check_output, program
 from lsjax.cli.show import notes_console, or_dash, table, wide_console
 from lsjax.config import ConfigError, Path, bounded, check, split_step
 from lsjax.data.chat import Dialogue
-from lsjax.data.files import PlacedRow, Refuse, file_rows, stop_at, write_json
 from lsjax.data.sources import tfds_split
 from lsjax.decoding.request import Request, encode_prompt
 from lsjax.decoding.sampling import GREEDY
@@ -35,6 +34,8 @@ from lsjax.decoding.self_speculative import sharing_programs
 from lsjax.evaluation import answers
 from lsjax.evaluation.scores import ALL, UNSEEN, summarise
 from lsjax.evaluation.tasks import TASKS, Task, as_trained, choose_shots, make_questions
+from lsjax.io.files import write_json
+from lsjax.io.rows import PlacedRow, Refuse, file_rows, stop_at
 
 LOOKED_AT = 100  # rows that are tried when templates are chosen
 

@@ -22,10 +22,10 @@ from lsjax.checkpoints.run import is_run, read_run_config
 from lsjax.cli.setup import check_output, choose_dtype, keep_compiled_programs, program
 from lsjax.cli.show import exit_table, notes_console, wide_console
 from lsjax.config import Checked, Path, bounded, check
-from lsjax.data.files import cache_directory, writing
 from lsjax.data.pipeline import OnePass, packed_rows
 from lsjax.data.tokenizer_files import load_tokenizer
 from lsjax.evaluation import exits, installed, plots
+from lsjax.io.files import cache_directory, writing
 from lsjax.model.llama import stacked
 
 

@@ -19,7 +19,6 @@ from lsjax.checkpoints.run import RunSource
 from lsjax.checkpoints.tensors import TensorSource
 from lsjax.cli.setup import bar, choose_dtype, keep_compiled_programs
 from lsjax.config import Checked, ConfigError, Kernels, MeshConfig, Path, check
-from lsjax.data.files import cache_directory
 from lsjax.data.tokenizer import Tokenizer
 from lsjax.data.tokenizer_files import load_tokenizer
 from lsjax.data.vocabulary import find_counts
@@ -30,6 +29,7 @@ from lsjax.decoding.engine import Engine, check_settings
 from lsjax.decoding.sampling import GREEDY, Sampling
 from lsjax.decoding.self_speculative import SelfSpeculative
 from lsjax.decoding.strategy import Autoregressive, EarlyExit, Strategy
+from lsjax.io.files import cache_directory
 from lsjax.model.llama import Llama
 from lsjax.sharding import make_mesh
 

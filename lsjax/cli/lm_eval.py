@@ -21,9 +21,9 @@ from lsjax.cli.setup import program
 from lsjax.cli.show import notes_console
 from lsjax.config import Path, bounded, check, in_bucket
 from lsjax.data.chat import Dialogue
-from lsjax.data.files import writing
 from lsjax.evaluation import installed
 from lsjax.evaluation.scores import Cell
+from lsjax.io.files import writing
 from lsjax.terminal import SafeConsole, verbatim
 
 

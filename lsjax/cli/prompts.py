@@ -14,7 +14,6 @@ from lsjax.cli import flags
 from lsjax.cli.show import stream, summary
 from lsjax.config import ConfigError, LlamaConfig, Path, bounded, check
 from lsjax.data.chat import ChatTemplateError, Dialogue
-from lsjax.data.files import Fields, PlacedRow, Refuse, file_rows, read_lines, stop_at
 from lsjax.data.sources import fill
 from lsjax.data.tokenizer import Tokenizer, TokenizerError
 from lsjax.decoding.batching import Conversation
@@ -24,6 +23,7 @@ from lsjax.decoding.request import Request, encode_prompt
 from lsjax.decoding.sampling import GREEDY, Sampling
 from lsjax.evaluation.tasks import first_turn
 from lsjax.interrupts import noted, raised
+from lsjax.io.rows import Fields, PlacedRow, Refuse, file_rows, read_lines, stop_at
 
 # Fields that a row of a prompt file may have in addition to its prompt.
 ENDS = ("max_new_tokens", "stop", "stop_ids")

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import track
 
 from lsjax.config import ConfigError, Path, as_path, check, in_bucket
-from lsjax.data.files import cache_directory, one_line
+from lsjax.io.files import cache_directory, one_line
 from lsjax.sharding import machine
 from lsjax.terminal import SafeConsole, shown_warnings, written_output
 

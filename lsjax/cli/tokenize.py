@@ -21,11 +21,11 @@ from lsjax.checkpoints import open_checkpoint
 from lsjax.cli.setup import program
 from lsjax.cli.training import ConfigFields, ConfigFile, parse_config
 from lsjax.config import bounded, check
-from lsjax.data.files import cache_directory
 from lsjax.data.pipeline import packed_rows
 from lsjax.data.shards import SPLITS
 from lsjax.data.token_rows import ShardsMissing, Share
 from lsjax.data.vocabulary import make_tokenizer
+from lsjax.io.files import cache_directory
 from lsjax.training.prepare import with_model
 
 

@@ -239,7 +239,7 @@ class StepConfig(Checked):
     that fits."""
     attention: AttentionKernel = "auto"
     """Attention kernel. auto is splash on TPUs, flash on GPUs and xla elsewhere. If these do not
-    support the arrays, it is cudnn or xla (lsjax/model/attention.py)."""
+    support the arrays, it is cudnn or xla (lsjax/kernels/self_attention.py)."""
     kernels: Kernels = "auto"
     """Tuned code. auto uses what is tuned for the platform: attention kernels, padded rows, split
     matrices, barriers and chosen layouts. reference uses none of it (docs/performance.md)."""

@@ -10,8 +10,8 @@ from jinja2 import TemplateError
 from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from lsjax.data.files import one_line
 from lsjax.data.tokenizer import Tokenizer
+from lsjax.io.files import one_line
 
 
 class ChatTemplateError(ValueError):

@@ -30,11 +30,11 @@ from typing import Any
 import numpy as np
 
 from lsjax.config import ConfigError, DataConfig, Path, check
-from lsjax.data.files import write_json, write_whole
 from lsjax.data.packing import pack
 from lsjax.data.pieces import Document, Piece, Source, is_held_out
 from lsjax.data.sources import document_source
 from lsjax.data.tokenizer import Tokenizer, TokenizerError
+from lsjax.io.files import write_json, write_whole
 
 SPLITS = ("train", "validation")
 THREADS = min(4, os.cpu_count() or 1)  # of a process

@@ -16,8 +16,9 @@ from typing import Any
 
 from lsjax.config import ConfigError, DataConfig, Path, as_path, check, in_bucket
 from lsjax.config.paths import find_data
-from lsjax.data.files import READERS, Fields, one_line, read_lines
 from lsjax.data.pieces import LARGEST_PIECE, Document, Source
+from lsjax.io.files import one_line
+from lsjax.io.rows import READERS, Fields, read_lines
 
 # Tests are repetitive, installed packages vary, and the rest is specific to one machine.
 LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}

@@ -24,11 +24,11 @@ from jaxtyping import Int64
 from rich.progress import Progress
 
 from lsjax.config import ConfigError, DataConfig, Path, check, in_bucket
-from lsjax.data.files import read_json, remove_directory, write_json
 from lsjax.data.packing import PackedBatch, from_records, record_type
 from lsjax.data.shards import SPLITS, THREADS, Job, make_shards
 from lsjax.data.sources import document_source
 from lsjax.data.tokenizer import Tokenizer
+from lsjax.io.files import read_json, remove_directory, write_json
 from lsjax.terminal import SafeConsole
 
 log = logging.getLogger(__name__)

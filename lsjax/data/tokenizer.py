@@ -16,7 +16,7 @@ from collections.abc import Iterable, Sequence
 from functools import cached_property
 
 from lsjax.config import Path, as_path
-from lsjax.data.files import read_json, write_json
+from lsjax.io.files import read_json, write_json
 
 # Tokenizers with equal vocabularies may split digits, whitespace or contractions differently.
 PROBE = "Hello  world!\n\n\tdef f(x):\n        return 12345 + 6.78  # it's\r\n ¿Qué? 你好 ﬁ 🙂👍🏽 "

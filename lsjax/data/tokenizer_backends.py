@@ -13,8 +13,8 @@ import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
 from lsjax.config import Path
-from lsjax.data.files import write_whole
 from lsjax.data.tokenizer import PROBE, Tokenizer, TokenizerError
+from lsjax.io.files import write_whole
 
 BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")  # SentencePiece's spelling of a byte
 

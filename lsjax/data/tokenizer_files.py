@@ -10,9 +10,9 @@ import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 
 from lsjax.config import Path, split_step
-from lsjax.data.files import local_copy, one_line, read_json
 from lsjax.data.tokenizer import Tokenizer, TokenizerError
 from lsjax.data.tokenizer_backends import BYTE_PIECE, HuggingFaceTokenizer, SentencePieceTokenizer
+from lsjax.io.files import local_copy, one_line, read_json
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4  # token types of GGUF and of SentencePiece
 LLAMA3_SPLIT = (

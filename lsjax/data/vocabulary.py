@@ -16,12 +16,12 @@ from itertools import chain
 import sentencepiece
 
 from lsjax.config import ConfigError, DataConfig, Path, as_path, check, split_step
-from lsjax.data.files import one_line, write_whole
 from lsjax.data.pieces import Document, is_held_out
 from lsjax.data.sources import document_source
 from lsjax.data.tokenizer import Tokenizer
 from lsjax.data.tokenizer_backends import ByteTokenizer, SentencePieceTokenizer
 from lsjax.data.tokenizer_files import load_tokenizer
+from lsjax.io.files import one_line, write_whole
 
 COUNTS = "token_counts.json"  # in a model's directory
 WRITTEN = "-written"

@@ -21,7 +21,7 @@ from lsjax.decoding.state import DecodeState
 from lsjax.decoding.strategy import Strategy, check_exit
 from lsjax.model.cache import KVCache
 from lsjax.model.llama import Llama
-from lsjax.model.operations import rope_angles
+from lsjax.model.rope import rope_angles
 
 DRAFT, VERIFY = "draft", "verify"  # names of the parts in compiled programs
 LEVELS = (0.4, 0.6, 0.8, 0.95)  # of an exit's top probability

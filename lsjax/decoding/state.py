@@ -15,7 +15,8 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 from lsjax.config import LlamaConfig
 from lsjax.decoding.request import Request
 from lsjax.decoding.sampling import Draws, Penalties, Purpose, argmax
-from lsjax.model.cache import KVCache, write
+from lsjax.kernels.cache_writes import write
+from lsjax.model.cache import KVCache
 from lsjax.model.parameters import placed
 from lsjax.sharding import on_each_device
 

@@ -16,11 +16,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lsjax.data.files import local_cache, write_whole
 from lsjax.decoding.programs import Programs, decode, pause
 from lsjax.decoding.request import Request
 from lsjax.decoding.state import DecodeState
 from lsjax.decoding.strategy import Strategy
+from lsjax.io.files import local_cache, write_whole
 from lsjax.model.parameters import placed
 from lsjax.sharding import machine
 

@@ -20,8 +20,6 @@ from rich.progress import Progress
 from lsjax.checkpoints.steps import fingerprints
 from lsjax.config import Path, check
 from lsjax.config.checked import differences, shown
-from lsjax.data.files import Fields, write_whole, writing
-from lsjax.data.lines import Lines
 from lsjax.decoding.adaptive import Adaptive
 from lsjax.decoding.completion import Completion
 from lsjax.decoding.engine import Engine
@@ -29,6 +27,9 @@ from lsjax.decoding.request import Request
 from lsjax.decoding.sampling import Sampling
 from lsjax.decoding.strategy import Strategy
 from lsjax.evaluation.scores import Answer, Cell
+from lsjax.io.files import write_whole, writing
+from lsjax.io.lines import Lines
+from lsjax.io.rows import Fields
 from lsjax.sharding import machine
 
 HEADER, VERSION = "asked", 7  # of a file of answers

@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 
 from lsjax.config import Path, check
-from lsjax.data.files import write_whole
 from lsjax.evaluation import installed
 from lsjax.evaluation.exits import ExitScores
 from lsjax.evaluation.many_rows import ACCEPTANCES, RoundCost, fastest
 from lsjax.evaluation.scores import Cell
+from lsjax.io.files import write_whole
 
 Row = Mapping[str, Any]  # a line of a run's metrics.jsonl, or of a benchmark's cells.jsonl
 # Legible in print and with red-green colour blindness (Okabe and Ito, 2008).
@@ -189,7 +189,9 @@ def plot_rows(costs: Mapping[str, Sequence[RoundCost]], file: Path, *, title: st
             axes.axhline(1, color=GREY, lw=1)
             axes.set_xscale("log", base=2)
             axes.set_xticks(rows, rows)
-            axes.set(xlabel="rows", ylabel="speedup over autoregressive decoding")
+            axes.set(xlabel="rows")
             axes.set_title(name, fontsize="medium", parse_math=False)
             axes.margins(x=0.1, y=0.12)
-        first.legend(frameon=False)
+        first.set(ylabel="speedup over autoregressive decoding")
+        lines = first.get_legend_handles_labels()
+        first.figure.legend(*lines, loc="outside lower center", ncols=3, frameon=False)

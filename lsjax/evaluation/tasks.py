@@ -11,13 +11,13 @@ from dataclasses import dataclass, replace
 from itertools import islice
 
 from lsjax.config import ConfigError, DataConfig, check
-from lsjax.data.files import Fields, PlacedRow, Refuse, stop_at
 from lsjax.data.pieces import Document
 from lsjax.data.sources import row_document
 from lsjax.decoding.request import Request
 from lsjax.evaluation.answers import Question
 from lsjax.evaluation.sandbox import run_program
 from lsjax.evaluation.scores import Scores, accuracy, exact_match, rouge, tested_program, tree_match
+from lsjax.io.rows import Fields, PlacedRow, Refuse, stop_at
 
 TEMPLATES = ("prompt_template", "response_template", "allow_special")
 SHOT_ROWS = 10_000  # rows that shots are drawn from

@@ -13,12 +13,14 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from lsjax.config import AttentionKernel, LlamaConfig
+from lsjax.kernels import rope as kernels
+from lsjax.kernels.cached_attention import attend
+from lsjax.kernels.matmuls import gradients_first, linear, with_steps
+from lsjax.kernels.rope import Rope
+from lsjax.kernels.swiglu import swiglu
 from lsjax.model.attention import self_attention
-from lsjax.model.cache import write
-from lsjax.model.cached_attention import MOST_SCORES, attention_before_writing, cached_attention
-from lsjax.model.operations import Rope, gradients_first, linear, rotate, swiglu, with_steps
-from lsjax.model.shared_memory import MOST_STEPS
-from lsjax.platforms import nvidia_capability, tuned_for, tuning
+from lsjax.model.cached_attention import cached_attention
+from lsjax.model.rope import rotate
 from lsjax.sharding import constrain, on_each_device
 
 # Names of values for remat policies. The summed outputs of a matrix and its adapter, which replace
@@ -54,9 +56,11 @@ class Linear(nnx.Module):
         self.bias = nnx.Param(jnp.zeros(kernel.shape[1:], kernel.dtype)) if bias else None
         self.adapter = nnx.data(None)  # or an Adapter (lora.py)
 
-    def __call__(self, x: Float[Array, "B T I"], again: bool = False) -> Float[Array, "B T ..."]:
-        """again: as for `linear`."""
-        y = linear(x, self.kernel[...].astype(x.dtype), again)
+    def __call__(
+        self, x: Float[Array, "B T I"], may_recompute: bool = False
+    ) -> Float[Array, "B T ..."]:
+        """may_recompute: as for `linear`."""
+        y = linear(x, self.kernel[...].astype(x.dtype), may_recompute)
         if self.bias is not None:
             # In float32 or wider: the bias's gradient is a sum over all tokens.
             wide = jnp.promote_types(x.dtype, jnp.float32)
@@ -95,7 +99,8 @@ class Attention(nnx.Module):
             q = qkv_BTKPH[:, :, :, : self.group]
             k, v = qkv_BTKPH[:, :, :, self.group], qkv_BTKPH[:, :, :, self.group + 1]
         q = q.reshape(*q.shape[:2], -1, q.shape[-1])
-        return rotate(self.q_norm(q), rope), rotate(self.k_norm(k), rope), v
+        q, k = self.q_norm(q), self.k_norm(k)
+        return kernels.rotate(q, rope, rotate), kernels.rotate(k, rope, rotate), v
 
 
 class FeedForward(nnx.Module):
@@ -146,8 +151,7 @@ class Block(nnx.Module):
         heads = self.attention.project(self.attention_norm(x_BTD), rope, x_BTD.shape[1])
         heads = checkpoint_name(heads, HEADS)
         mixed = self_attention(*heads, segments_BT, kernel, window)
-        again = tuning().recomputes_projection
-        y_BTD = self.attention.out(mixed.reshape(*mixed.shape[:2], -1), again)
+        y_BTD = self.attention.out(mixed.reshape(*mixed.shape[:2], -1), may_recompute=True)
         x_BTD = checkpoint_name(x_BTD + kept(self.attention_post_norm(y_BTD)), MIDDLE)
         return x_BTD + kept(self._feed_forward(x_BTD))
 
@@ -179,27 +183,6 @@ class Block(nnx.Module):
         return self.feed_forward_post_norm(self.feed_forward(self.feed_forward_norm(x)))
 
 
-def _attend(window, q, k, v, keys, values, positions_BT):
+def _attend(window, *arrays):
     """Attends to a device's rows and heads of the cache, with the new keys and values in it."""
-    start_B = positions_BT[:, 0]
-    devices = tuned_for()
-    steps = q.shape[1]
-    reads_prompts = False
-    if devices == "tpu" or (devices == "gpu" and nvidia_capability() >= 8):
-        from lsjax.model import flash_decoding, flash_prefill  # Pallas is slow to import
-
-        if devices == "gpu" and flash_decoding.fits(q, keys):
-            return flash_decoding.flash_decoding(q, k, v, keys, values, start_B, window)
-        reads_prompts = steps > MOST_STEPS and flash_prefill.fits(q, keys)
-    k, v = k.swapaxes(1, 2).astype(keys.dtype), v.swapaxes(1, 2).astype(values.dtype)
-    mixed = None
-    is_short = steps * keys.shape[2] <= MOST_SCORES
-    if tuning().attends_before_writing and is_short and not reads_prompts:
-        mixed = attention_before_writing(q, k, v, keys, values, start_B, window)
-        mixed, k, v = lax.optimization_barrier((mixed, k, v))
-    keys, values = (write(*pair, start_B, axis=2) for pair in ((keys, k), (values, v)))
-    if reads_prompts:
-        mixed = flash_prefill.flash_prefill(q, keys, values, start_B, window)
-    elif mixed is None:
-        mixed = cached_attention(q, keys, values, positions_BT, window)
-    return mixed, keys, values
+    return attend(*arrays, window, reference=cached_attention)

@@ -22,11 +22,12 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from lsjax.config import AttentionKernel, ComputeDtype, LlamaConfig
+from lsjax.kernels.matmuls import default_dtype, enough_rows, enough_steps
+from lsjax.kernels.rope import Rope
 from lsjax.model.block import Block, Linear, RMSNorm
 from lsjax.model.cache import KVCache
-from lsjax.model.operations import Rope, enough_rows, enough_steps, rope_angles
 from lsjax.model.parameters import SLOTS, map_named
-from lsjax.platforms import compute_dtype
+from lsjax.model.rope import rope_angles
 from lsjax.sharding import ROWS, constrain, in_context_order
 
 
@@ -210,7 +211,7 @@ def cast_matrices(model: Llama, dtype: ComputeDtype) -> Llama:
     model's own on CPUs. Embedding, norm scales and biases keep their dtype: their gradients are
     sums over all tokens, which bfloat16 would round too coarsely."""
     if dtype == "auto":
-        dtype = compute_dtype() or model.dtype
+        dtype = default_dtype(model.dtype)
 
     def cast(name, leaf):
         return leaf if name.endswith(("embedding", "scale", "bias")) else leaf.astype(dtype)
@@ -219,8 +220,8 @@ def cast_matrices(model: Llama, dtype: ComputeDtype) -> Llama:
 
 
 def split_matrices(model: Llama) -> Llama:
-    """The same model, stacked, with a Linear for each part of qkv and gate_up. Its matmuls are
-    faster on TPUs. Autodiff joins the gradients."""
+    """The same model, stacked, with a Linear for each part of qkv and gate_up. Autodiff joins the
+    gradients."""
 
     def taken(slot, name, leaf):  # A of an adapter, [L, D, R], has no slots
         return leaf if name == "adapter.a" else leaf[..., slot, :]

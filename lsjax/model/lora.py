@@ -14,9 +14,9 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from lsjax.config import LoraConfig, LoraTarget
+from lsjax.kernels.matmuls import linear
 from lsjax.model.block import Linear
 from lsjax.model.llama import Llama, map_matrices, with_parts
-from lsjax.model.operations import linear
 from lsjax.model.parameters import map_named
 
 

@@ -25,10 +25,11 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from lsjax.config import StepConfig
+from lsjax.kernels.flash_sizes import SAVED
+from lsjax.kernels.rope import Rope, for_training
 from lsjax.model.block import ADAPTED, HEADS, MIDDLE
 from lsjax.model.llama import Llama
-from lsjax.model.operations import SAVED, Rope, rope_angles
-from lsjax.platforms import tuning
+from lsjax.model.rope import rope_angles
 from lsjax.sharding import ROWS, constrain, over_context, row_shards
 from lsjax.training.layer_dropout import DropRates, keep_counted, keep_mask, row_counts
 
@@ -64,8 +65,7 @@ def exit_states(
     """
     num_slots, num_layers, batch = len(exit_S), model.config.num_layers, over_context(batch)
     x_BTD = model.embed_rows(batch["tokens_BT"])
-    whole = tuning().rotates_by_matmul
-    ropes = rope_angles(batch["positions_BT"], model.config, x_BTD.dtype, whole=whole)
+    ropes = for_training(rope_angles(batch["positions_BT"], model.config, x_BTD.dtype))
     run = layer_runner(config, ropes, batch["segments_BT"])
     picks = 1 < num_slots < num_layers
     # Slot of the exit below each layer; without an exit the last slot, which is not read.

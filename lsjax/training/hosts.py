@@ -24,8 +24,8 @@ from jax.experimental import multihost_utils
 from lsjax.checkpoints.steps import orbax
 from lsjax.checkpoints.tensors import CheckpointError
 from lsjax.config import Checked, ConfigError, bounded, check
-from lsjax.data.files import one_line
 from lsjax.interrupts import noted
+from lsjax.io.files import one_line
 
 # Matches errors caused by another process ending, whatever their class.
 LOST = re.compile(r"Gloo|UNAVAILABLE|DEADLINE_EXCEEDED|[Hh]eartbeat|Connection (reset|closed)")

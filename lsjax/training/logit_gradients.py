@@ -10,11 +10,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from lsjax.platforms import tuning
+from lsjax.kernels.matmuls import computed_once
 from lsjax.training.early_exit import ExitLoss, log_z
 
 # The loss in the objective and that in the metrics; factors, if they are not 1; the array.
@@ -40,7 +39,7 @@ def of_cross_entropy(
     chosen_BC = jnp.where(is_label_BCV, logits_BCV, 0).sum(-1)
     loss = (scale_BC * (top_BC + jnp.log(total_BC) - chosen_BC)).sum()
     at_label_BC = jnp.exp(chosen_BC - top_BC) - total_BC
-    weights_BCV, at_label_BC = _apart((weights_BCV.astype(dtype), at_label_BC.astype(dtype)))
+    weights_BCV, at_label_BC = computed_once((weights_BCV.astype(dtype), at_label_BC.astype(dtype)))
     array_BCV = jnp.where(is_label_BCV, at_label_BC[:, :, None], weights_BCV)
     return (weight * loss, loss), weight * scale_BC / total_BC, array_BCV
 
@@ -56,7 +55,7 @@ def of_any_loss(
     """Any loss, such as a `chunk_loss`, and its gradient by autodiff."""
     differentiated = jax.value_and_grad(loss, has_aux=True)
     losses, array_BCV = differentiated(logits_BCV, label_BC, scale_BC, weight)
-    return losses, None, _apart(array_BCV.astype(dtype))
+    return losses, None, computed_once(array_BCV.astype(dtype))
 
 
 def chunk_loss(
@@ -80,8 +79,3 @@ def scaled(xs: Any, factor_BC: Float[Array, "B C"] | None, dtype: DTypeLike) -> 
     if factor_BC is not None:
         xs = jax.tree.map(lambda x_BCD: x_BCD * factor_BC[:, :, None], xs)
     return jax.tree.map(lambda x_BCD: x_BCD.astype(dtype), xs)
-
-
-def _apart(x: Any) -> Any:
-    """Keeps XLA from computing x again in each of the matmuls that read it."""
-    return lax.optimization_barrier(x) if tuning().keeps_logit_gradients else x

@@ -8,7 +8,6 @@ the head: logits, gradient of the states, gradient of the table.
 Letters: S exit slots (hidden states of exits), C positions of a chunk.
 """
 
-import math
 from functools import partial
 from typing import NamedTuple
 
@@ -19,10 +18,11 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
 from lsjax.config import StepConfig
+from lsjax.kernels.loss_chunks import loss_chunk
+from lsjax.kernels.matmuls import after, splits_matrices
 from lsjax.model.block import RMSNorm
 from lsjax.model.llama import Llama, cast_matrices, split_matrices
-from lsjax.platforms import tuning
-from lsjax.sharding import PIECES, chunk_steps, in_context_order, on_each_device, pieces
+from lsjax.sharding import PIECES, in_context_order, on_each_device, pieces
 from lsjax.training.early_exit import EXIT_LOSSES, ExitLoss, cross_entropy, exit_slots
 from lsjax.training.forward import exit_states
 from lsjax.training.layer_dropout import DropRates, draws, drop_rates
@@ -71,13 +71,11 @@ def objective(
     num_layers = model.config.num_layers
     exit_S, taken_S, weights_S = exit_slots(config.early_exit, num_layers, step, config.num_steps)
     narrow = cast_matrices(model, config.dtype)
-    if tuning().splits_matrices:
+    if splits_matrices():
         narrow = split_matrices(narrow)
     x_SBTD = exit_states(config, narrow, batch, step, rows_B, exit_S, drop_rates)
 
-    head = Head(model.norm, model.head_table)
-    if tuning().delays_head:
-        head, x_SBTD = lax.optimization_barrier((head, x_SBTD))
+    x_SBTD, head = after(x_SBTD, Head(model.norm, model.head_table))
     weights_S = weights_S / jnp.maximum(num_labels, 1)
     positions = loss_positions(config, batch["labels_BT"], step, rows_B, exit_S, taken_S)
     x_SBTD, labels_BT = jax.vmap(pieces)(x_SBTD), pieces(in_context_order(batch["labels_BT"]))
@@ -119,16 +117,6 @@ def loss_positions(
     order_SBT = jnp.broadcast_to(order_SBT, (slots, *order_SBT.shape[1:]))
     counts_SB = jnp.where(taken_S[:, None], chosen_SBT.sum(2), 0)
     return Positions(order_SBT, counts_SB, jnp.tile(scales_SB, (1, shards)))
-
-
-def loss_chunk(batch: int, steps: int, table: tuple[int, int], share: float = 1) -> int:
-    """C: positions of each row that pass through the head together. table: [V, D]. share: of a
-    row's positions that are in the loss."""
-    (vocab, width), most = table, math.ceil(steps * share)
-    chunk = chunk_steps(batch, most, vocab, tuning().chunk_logits)
-    if (states := tuning().chunk_states) is not None:
-        chunk = min(chunk, chunk_steps(batch, most, width, states))
-    return chunk
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))

@@ -19,8 +19,8 @@ import numpy as np
 
 from lsjax.checkpoints.run import METRICS, read_metrics
 from lsjax.config import ConfigError, Path, TrainConfig, in_bucket
-from lsjax.data.files import local_cache, one_line, remove_directory, write_whole, writing
-from lsjax.data.lines import Lines
+from lsjax.io.files import local_cache, one_line, remove_directory, write_whole, writing
+from lsjax.io.lines import Lines
 from lsjax.training.profiling import peak_flops, step_flops
 
 PAUSE = 10.0  # seconds between printed lines

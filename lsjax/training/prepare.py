@@ -22,12 +22,12 @@ from lsjax.checkpoints.run import CHECKPOINTS, begin_run, held_out_losses, is_ru
 from lsjax.checkpoints.steps import saved_steps
 from lsjax.config import EvaluationConfig, LlamaConfig, MeshConfig, Path, TrainConfig, check
 from lsjax.config.checked import differences
-from lsjax.data.files import cache_directory, write_whole
 from lsjax.data.pipeline import OnePass, Pipeline, packed_rows
 from lsjax.data.shards import SPLITS
 from lsjax.data.token_rows import Share, TokenRows
 from lsjax.data.tokenizer import Tokenizer
 from lsjax.data.vocabulary import COUNTS, make_tokenizer, write_counts
+from lsjax.io.files import cache_directory, write_whole
 from lsjax.sharding import make_mesh, own_rows, placed_rows
 from lsjax.training.hosts import check_same, in_turn, is_first, wait_to_see
 from lsjax.training.step import check_rows

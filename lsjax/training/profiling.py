@@ -12,7 +12,7 @@ import jax
 from flax import nnx
 
 from lsjax.config import EarlyExitConfig, LlamaConfig, LoraConfig, Path, ProfileConfig, in_bucket
-from lsjax.data.files import whole_directory
+from lsjax.io.files import whole_directory
 from lsjax.model.llama import Llama, stacked
 from lsjax.model.lora import split, with_adapters
 from lsjax.training.early_exit import exit_counts

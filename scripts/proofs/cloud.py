@@ -23,7 +23,7 @@ from fake_bucket import BUCKET, served
 
 from lsjax.cli.setup import one_line_errors
 from lsjax.config import as_path, check
-from lsjax.data.files import whole_directory
+from lsjax.io.files import whole_directory
 
 OUTAGE = 20.0  # seconds
 TRAIN = f"{sys.executable} train.py --config scripts/proofs/tiny_run.py --workdir {{workdir}} "

@@ -23,10 +23,11 @@ from jax.sharding import PartitionSpec as P
 from lsjax.aot.chips import CHIPS, slice_of
 from lsjax.aot.hlo import attention_kernel
 from lsjax.config import MeshConfig
-from lsjax.model import flash_decoding, flash_prefill
-from lsjax.model.attention import _first_supported, self_attention
+from lsjax.kernels import flash_decoding, flash_prefill
+from lsjax.kernels.self_attention import _first_supported
+from lsjax.kernels.shared_memory import MOST_STEPS
+from lsjax.model.attention import self_attention
 from lsjax.model.block import _attend
-from lsjax.model.shared_memory import MOST_STEPS
 from lsjax.sharding import make_mesh
 
 SIZES = (64, 80, 96, 128, 256)

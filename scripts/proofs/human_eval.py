@@ -14,10 +14,10 @@ from rich.progress import track
 
 from lsjax.cli.setup import one_line_errors
 from lsjax.config import check
-from lsjax.data.files import file_rows
 from lsjax.evaluation.sandbox import isolation, run_program
 from lsjax.evaluation.scores import tested_program
 from lsjax.evaluation.tasks import TASKS, make_questions
+from lsjax.io.rows import file_rows
 
 
 def main(argv: Sequence[str]) -> int:

@@ -40,7 +40,7 @@ from lsjax.checkpoints.run import CHECKPOINTS, METRICS
 from lsjax.checkpoints.steps import PARAMS, TRAIN, SavedStep, saved_steps
 from lsjax.cli.setup import one_line_errors
 from lsjax.config import Path, as_path, check, in_bucket
-from lsjax.data.files import remove_directory
+from lsjax.io.files import remove_directory
 from lsjax.training.metrics import TIME, USES
 
 POLL = 0.02  # seconds between looks at the run

@@ -31,7 +31,7 @@ from lsjax.checkpoints.run import CHECKPOINTS, METRICS
 from lsjax.checkpoints.steps import PARAMS, TRAIN, saved_steps
 from lsjax.cli.setup import one_line_errors
 from lsjax.config import as_path, check
-from lsjax.data.files import remove_directory
+from lsjax.io.files import remove_directory
 
 COMMAND = (
     f"{sys.executable} train.py --config scripts/proofs/tiny_run.py --workdir {{workdir}} "

@@ -12,9 +12,10 @@ from jax.sharding import PartitionSpec as P
 from lsjax.aot.chips import CHIPS, slice_of
 from lsjax.aot.hlo import attention_kernel, parse, runs
 from lsjax.config import MeshConfig
-from lsjax.model import attention as module
+from lsjax.kernels import self_attention as module
+from lsjax.kernels.flash_decoding import flash_decoding
+from lsjax.model.attention import self_attention
 from lsjax.model.block import _attend
-from lsjax.model.flash_decoding import flash_decoding
 from lsjax.sharding import make_mesh
 from tests.marks import with_extra
 
@@ -100,7 +101,7 @@ def test_packed_rows_on_gpus_need_no_mask(uncached, size):
         return jax.ShapeDtypeStruct(sizes, dtype, sharding=NamedSharding(mesh, P()))
 
     def backward(q, k, v, segments, dy):
-        return jax.vjp(lambda *qkv: module.self_attention(*qkv, segments), q, k, v)[1](dy)
+        return jax.vjp(lambda *qkv: self_attention(*qkv, segments), q, k, v)[1](dy)
 
     q, k = shape(1, steps, 4, size), shape(1, steps, 2, size)
     # As in the program, where products of bfloat16 are bfloat16's.

@@ -16,7 +16,7 @@ from lsjax.checkpoints import load, open_checkpoint
 from lsjax.checkpoints.huggingface import read_generation_defaults, save
 from lsjax.checkpoints.tensors import CheckpointError
 from lsjax.config import LlamaConfig, RopeScaling
-from lsjax.model.operations import rope_frequencies
+from lsjax.model.rope import rope_frequencies
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 NAMES = {

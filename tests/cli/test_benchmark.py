@@ -7,10 +7,10 @@ import pytest
 
 from lsjax.cli import benchmark
 from lsjax.cli.benchmark import main
-from lsjax.data.lines import Lines
 from lsjax.decoding.engine import Engine
 from lsjax.evaluation import comparison
 from lsjax.evaluation.comparison import Difference
+from lsjax.io.lines import Lines
 from tests.marks import long
 
 

@@ -12,13 +12,13 @@ from lsjax.checkpoints.saving import Checkpoints
 from lsjax.cli import evaluate
 from lsjax.cli.evaluate import main
 from lsjax.config import DataConfig, TrainConfig
-from lsjax.data.lines import Lines
 from lsjax.data.shards import encode_documents
 from lsjax.data.sources import document_source
 from lsjax.evaluation import answers as stored
 from lsjax.evaluation.answers import read
 from lsjax.evaluation.scores import Cell
 from lsjax.evaluation.tasks import TASKS
+from lsjax.io.lines import Lines
 from lsjax.training.step import init_state
 from tests.data import tiny_questions  # noqa: F401 (TFDS knows it from then on)
 

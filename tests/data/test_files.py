@@ -4,8 +4,8 @@ import pytest
 
 from lsjax.config import ConfigError
 from lsjax.config.paths import find_files
-from lsjax.data.files import file_rows, read_lines
 from lsjax.data.sources import text_files
+from lsjax.io.rows import file_rows, read_lines
 
 
 @pytest.fixture

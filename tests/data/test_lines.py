@@ -5,7 +5,7 @@ from contextlib import suppress
 import pytest
 
 from lsjax.config import as_path
-from lsjax.data.lines import Lines
+from lsjax.io.lines import Lines
 
 FULL = r"/dev/full can't be written \(No space left on device\): free space there, or choose"
 

@@ -6,7 +6,7 @@ import os
 import pytest
 
 from lsjax.config import as_path
-from lsjax.data.files import whole_directory, write_whole, writing
+from lsjax.io.files import whole_directory, write_whole, writing
 
 
 def test_a_write_that_fails_leaves_nothing(tmp_path):

@@ -8,13 +8,13 @@ from decimal import Decimal
 import pytest
 
 from lsjax.config import ConfigError, DataConfig
-from lsjax.data.files import file_rows
 from lsjax.data.sources import tfds_builder
 from lsjax.decoding.request import Request
 from lsjax.evaluation import scores
 from lsjax.evaluation.answers import Question
 from lsjax.evaluation.scores import example_scores, final_number, pass_at_k, rouge
 from lsjax.evaluation.tasks import TASKS, as_trained, choose_shots, make_questions
+from lsjax.io.rows import file_rows
 
 NUMBERS = " ".join(map(str, range(120)))
 FIRST = " ".join(map(str, range(100)))

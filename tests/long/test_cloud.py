@@ -24,12 +24,14 @@ from lsjax.cli import convert
 from lsjax.cli.training import read_config_file
 from lsjax.config import ConfigError, DataConfig, as_path
 from lsjax.config.paths import find_files, split_step
-from lsjax.data import files, lines, pieces
-from lsjax.data.files import local_copy, read_lines, whole_directory, write_whole
-from lsjax.data.lines import Lines
+from lsjax.data import pieces
 from lsjax.data.pipeline import packed_rows
 from lsjax.data.tokenizer_backends import ByteTokenizer
 from lsjax.data.tokenizer_files import load_tokenizer
+from lsjax.io import files, lines
+from lsjax.io.files import local_copy, whole_directory, write_whole
+from lsjax.io.lines import Lines
+from lsjax.io.rows import read_lines
 from lsjax.model.parameters import named_leaves
 from lsjax.training import writer
 from lsjax.training.run import Hook

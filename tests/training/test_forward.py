@@ -11,8 +11,9 @@ from flax import nnx
 
 from lsjax import platforms
 from lsjax.config import EarlyExitConfig, LayerDropoutConfig, LlamaConfig, StepConfig
-from lsjax.model import block, flash
-from lsjax.model.operations import rope_angles
+from lsjax.kernels import flash
+from lsjax.model import block
+from lsjax.model.rope import rope_angles
 from lsjax.training.forward import layer_runner
 from lsjax.training.layer_dropout import keep_mask
 from lsjax.training.loss import objective

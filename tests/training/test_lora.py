@@ -28,7 +28,7 @@ from lsjax.decoding.engine import Engine
 from lsjax.decoding.strategy import Autoregressive
 from lsjax.model.llama import Llama, stacked, unstacked
 from lsjax.model.lora import joined, split, with_adapters
-from lsjax.model.operations import rope_angles
+from lsjax.model.rope import rope_angles
 from lsjax.training import forward
 from lsjax.training.forward import layer_runner
 from lsjax.training.layer_dropout import keep_counted

@@ -5,7 +5,7 @@ from functools import partial
 
 from lsjax.checkpoints.run import METRICS
 from lsjax.config import LlamaConfig, TrainConfig
-from lsjax.data import lines
+from lsjax.io import lines
 from lsjax.training.metrics import MetricsLog, StepLine, paced
 from lsjax.training.profiling import step_flops
 

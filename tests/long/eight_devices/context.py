@@ -21,7 +21,7 @@ from lsjax.config import (
     StepConfig,
 )
 from lsjax.evaluation.exits import exit_sums
-from lsjax.model import flash
+from lsjax.kernels import flash
 from lsjax.model.attention import self_attention
 from lsjax.model.llama import Llama
 from lsjax.model.parameters import named_leaves, placed

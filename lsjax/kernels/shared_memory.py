@@ -9,7 +9,7 @@ of blocks, such as keys and values, while it computes with the last one:
                                       there, and the other operands too
 """
 
-from lsjax.model.operations import FLASH_BLOCK
+from lsjax.kernels.flash_sizes import FLASH_BLOCK
 from lsjax.platforms import shared_memory
 
 # Slots or tokens of a block, and maximum number of new tokens in decoding.

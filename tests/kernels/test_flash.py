@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lsjax.kernels.flash import OWN, _first, _last, flash_attention
 from lsjax.model.attention import self_attention
-from lsjax.model.flash import OWN, _first, _last, flash_attention
 from tests.marks import long
 
 T = 3 * OWN

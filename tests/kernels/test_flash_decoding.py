@@ -10,10 +10,11 @@ from flax import nnx
 
 from lsjax import platforms
 from lsjax.config import LlamaConfig
+from lsjax.kernels.cache_writes import write
+from lsjax.kernels.flash_decoding import BLOCK, MOST_STEPS, fits, flash_decoding
 from lsjax.model import block
-from lsjax.model.cache import KVCache, write
+from lsjax.model.cache import KVCache
 from lsjax.model.cached_attention import cached_attention
-from lsjax.model.flash_decoding import BLOCK, MOST_STEPS, fits, flash_decoding
 from lsjax.model.llama import Llama
 from tests.marks import long
 

@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 
 from lsjax import platforms
-from lsjax.model.operations import enough_rows, enough_steps, linear, swiglu
+from lsjax.kernels.matmuls import enough_rows, enough_steps, linear
+from lsjax.kernels.swiglu import swiglu
+from tests.tunings import tune
 
 
 def plain_swiglu(gate_up):
@@ -16,8 +18,8 @@ def plain_swiglu(gate_up):
 
 CASES = {
     "linear": (linear, lambda x, w: jnp.einsum("bti,ikh->btkh", x, w), [(2, 3, 4), (4, 2, 5)]),
-    "linear again": (
-        lambda x, w: linear(x, w, again=True),
+    "linear, computed again": (
+        lambda x, w: linear(x, w, may_recompute=True),
         lambda x, w: jnp.einsum("bti,ikh->btkh", x, w),
         [(2, 3, 4), (4, 2, 5)],
     ),
@@ -26,7 +28,8 @@ CASES = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_values_and_gradients_of_the_plain_expression(name):
+def test_values_and_gradients_of_the_plain_expression(name, monkeypatch):
+    tune(monkeypatch, recomputes_projection=True)
     product, plain, shapes = CASES[name]
     rng = np.random.default_rng(0)
     arrays = [rng.normal(size=shape) for shape in shapes]

@@ -9,8 +9,8 @@ import pytest
 
 from lsjax import platforms
 from lsjax.config import ConfigError
-from lsjax.model import attention as module
-from lsjax.model import flash
+from lsjax.kernels import flash
+from lsjax.kernels import self_attention as module
 from lsjax.model.attention import self_attention
 from tests.marks import long
 

@@ -18,9 +18,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu, triton
 from jaxtyping import Array, Float, Int
 
-from lsjax.model.attention import heads_of_rows, rows_of_heads
-from lsjax.model.online_softmax import add_block, columns_and_start, first_sums
-from lsjax.model.shared_memory import BLOCK, decoding_stages
+from lsjax.kernels.heads import heads_of_rows, rows_of_heads
+from lsjax.kernels.online_softmax import add_block, columns_and_start, first_sums
+from lsjax.kernels.shared_memory import BLOCK, decoding_stages
 from lsjax.platforms import nvidia_capability, platform, tuned_for
 
 # On TPUs: slots of a block, most bytes of its queries, and the fewest rows, those of a tile.

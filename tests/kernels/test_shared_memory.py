@@ -6,9 +6,10 @@ import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 from lsjax.config import ConfigError
-from lsjax.model import attention
-from lsjax.model.flash_decoding import fits
-from lsjax.model.shared_memory import decoding_bytes, decoding_stages, training_bytes
+from lsjax.kernels import self_attention as attention
+from lsjax.kernels.flash_decoding import fits
+from lsjax.kernels.shared_memory import decoding_bytes, decoding_stages, training_bytes
+from lsjax.model.attention import self_attention
 
 CARDS = {"h100": "NVIDIA H100", "a100": "NVIDIA A100", "l4": "NVIDIA L4"}
 CARDS |= {"rtx4090": "NVIDIA GeForce RTX 4090"}
@@ -133,4 +134,4 @@ def test_a_named_kernel_that_does_not_fit_is_refused(card, needed, room):
     message = f"attention 'flash' needs {needed:,} bytes of shared memory for head size 256, but "
     message += f"the card has {room:,}: use auto or xla"
     with on(card), pytest.raises(ConfigError, match=message):
-        attention.self_attention(q_BTNH, q_BTNH, q_BTNH, kernel="flash")
+        self_attention(q_BTNH, q_BTNH, q_BTNH, kernel="flash")

@@ -17,9 +17,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 from jaxtyping import Array, Float, Int
 
-from lsjax.model.attention import heads_of_rows, rows_of_heads
-from lsjax.model.online_softmax import LOWEST, add_block, first_sums
-from lsjax.model.shared_memory import BLOCK, MOST_STEPS, decoding_stages
+from lsjax.kernels.heads import heads_of_rows, rows_of_heads
+from lsjax.kernels.online_softmax import LOWEST, add_block, first_sums
+from lsjax.kernels.shared_memory import BLOCK, MOST_STEPS, decoding_stages
 from lsjax.platforms import nvidia_capability, platform
 
 # Minimum rows of a matmul; maximum rows that fit a program's registers.

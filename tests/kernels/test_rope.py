@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 
 from lsjax.config import LlamaConfig
-from lsjax.model.operations import rope_angles, rotate
+from lsjax.kernels import rope as kernels
+from lsjax.model.rope import rope_angles, rotate
+from tests.tunings import tune
 
 CONFIG = LlamaConfig.tiny(head_dim=16)
 SHAPE = (2, 5, 3, 16)  # B, T, N, H
@@ -16,7 +18,10 @@ POSITIONS = jnp.array([[0, 1, 2, 3, 4], [7, 900, 0, 1, 2]])
 
 
 def angles(dtype, whole):
-    return rope_angles(POSITIONS, CONFIG, dtype, whole=whole)["full"]
+    """whole: of all channels, for the permutation."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        tune(monkeypatch, rotates_by_matmul=whole)
+        return kernels.for_training(rope_angles(POSITIONS, CONFIG, dtype))["full"]
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
@@ -27,7 +32,7 @@ def test_both_forms_turn_alike(dtype):
     def with_gradient(whole):
         sin, cos = angles(dtype, whole)
         assert sin.dtype == jnp.float32 and sin.shape[-1] == (16 if whole else 8)
-        y, pullback = jax.vjp(lambda x: rotate(x, (sin, cos)), x)
+        y, pullback = jax.vjp(lambda x: kernels.rotate(x, (sin, cos), rotate), x)
         return y, *pullback(dy)
 
     results = [with_gradient(whole) for whole in (False, True)]
@@ -45,7 +50,7 @@ def test_remat_keeps_no_swapped_halves(capsys):
 
     @partial(jax.checkpoint, policy=policy)
     def turned(x, w):
-        return jnp.sin(rotate(jnp.sin(x) @ w, rope)).sum()
+        return jnp.sin(kernels.rotate(jnp.sin(x) @ w, rope, rotate)).sum()
 
     jax.ad_checkpoint.print_saved_residuals(turned, jnp.ones(SHAPE), w)
     kept = [line for line in capsys.readouterr().out.splitlines() if "dot_general" in line]

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lsjax.model import flash_prefill as module
+from lsjax.kernels import flash_prefill as module
+from lsjax.kernels.flash_prefill import TPU_SLOTS, flash_prefill
 from lsjax.model.cached_attention import cached_attention
-from lsjax.model.flash_prefill import TPU_SLOTS, flash_prefill
 from tests.marks import long
 
 # Heads, K/V heads, head size, slots, new tokens, and where they begin in each row.

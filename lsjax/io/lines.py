@@ -5,7 +5,7 @@ import time
 from typing import IO
 
 from lsjax.config import Path, in_bucket
-from lsjax.data.files import write_whole, writing
+from lsjax.io.files import write_whole, writing
 
 PAUSE = 60.0  # seconds between two writes of a growing file in a bucket
 
