@@ -33,7 +33,7 @@ from lsjax.cli.show import table, wide_console
 from lsjax.config import check
 from lsjax.data.tokenizer import Tokenizer
 from lsjax.data.vocabulary import find_counts
-from lsjax.decoding.draft import DraftVocabulary
+from lsjax.decoding.draft_vocabulary import DraftVocabulary
 from lsjax.decoding.request import Request, encode_prompt
 from lsjax.decoding.strategy import Strategy
 from lsjax.evaluation.comparison import FLOAT32_MARGIN, first_difference

@@ -3,9 +3,8 @@
     python benchmarks/rounds.py models/smollm2
 
 Loops on the device repeat a round at a fixed position, and take turns. Here `auto` always makes one
-choice. Its rounds are compared with static ones of this exit and length. A second comparison uses a
-static program that serves all choices. The table has medians of the ratios, with quartiles. Its
-first row has autoregressive rounds.
+choice. Its rounds are compared with static ones of this exit and length. The table has medians of
+the ratios, with quartiles. Its first row has autoregressive rounds.
 """
 
 import dataclasses
@@ -25,7 +24,7 @@ from jax import lax
 import lsjax
 from lsjax.cli.setup import exact_products, keep_compiled_programs
 from lsjax.cli.show import table, wide_console
-from lsjax.decoding.self_speculative import SelfSpeculative, sharing_programs
+from lsjax.decoding.self_speculative import SelfSpeculative
 from lsjax.decoding.state import DecodeState
 from lsjax.decoding.strategy import Strategy
 
@@ -36,12 +35,11 @@ Loop = Callable[[int], None]  # runs a round this many times, and waits for it
 
 def rounds_loop(model: lsjax.Llama, strategy: Strategy) -> Loop:
     """Rounds of the strategy for a row with LENGTH tokens; each begins at the old length."""
+    capacity = 2 * LENGTH + strategy.slack
     start = DecodeState.create(
-        model.config,
         [lsjax.Request(prompt=[1] * LENGTH, max_new_tokens=LENGTH)],
-        capacity=2 * LENGTH + strategy.slack,
-        num_layers=model.config.num_layers,
-        dtype=model.dtype,
+        cache=model.new_cache(1, capacity, model.num_layers),
+        capacity=capacity,
         learned=strategy.first_guess(1),
     )
 
@@ -98,15 +96,15 @@ def main(arguments: Arguments) -> None:
     exits, lengths = sorted(arguments.exit_layers), sorted(arguments.num_draft_tokens)
     cells, llama, rows = [(0, 0), *product(exits, lengths)], lsjax.load(arguments.model), []
     static = [SelfSpeculative(E or exits[0], d) for E, d in cells]
-    for cell, own, shared in zip(cells, static, sharing_programs(static), strict=True):
+    for cell, own in zip(cells, static, strict=True):
         own = own if cell[0] else lsjax.Autoregressive()
-        each = (own, shared, pinned(cell, exits, lengths))
+        each = (own, pinned(cell, exits, lengths))
         seconds = seconds_of([rounds_loop(llama, one) for one in each], arguments.repeats)
-        ratios = seconds[:, 2:] / seconds[:, :2]
+        ratios = seconds[:, 1:] / seconds[:, :1]
         words = map("{:.3f} ({:.3f} to {:.3f})".format, *np.quantile(ratios, (0.5, 0.25, 0.75), 0))
         milliseconds = f"{1e3 * np.median(seconds[:, 0]):.2f}"
         rows.append([*(str(n or "-") for n in cell), milliseconds, *words])
-    names = ["E", "d", "ms", "auto over it", "over one program for all"]
+    names = ["E", "d", "ms", "auto over it"]
     wide_console().print(table("a round", names, rows))
 
 

@@ -24,7 +24,7 @@ _PUBLIC = {
     "checkpoints.tensors": ("CheckpointError",),
     "config": ("ConfigError", "LlamaConfig", "MeshConfig", "RopeScaling", "TrainConfig"),
     "data.tokenizer_files": ("load_tokenizer",),
-    "decoding.adaptive": ("Adaptive",),
+    "decoding.auto.adaptive": ("Adaptive",),
     "decoding.batching": ("Conversation",),
     "decoding.completion": ("Completion",),
     "decoding.engine": ("Engine",),

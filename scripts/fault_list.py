@@ -86,9 +86,9 @@ FROM_DOCS = (
     ),
     Fault(
         "log-probabilities after penalties",
-        "decoding/rounds.py",
-        "found = new_BT, state.log_probs(logits_BTV, new_BT)",
-        "found = new_BT, state.log_probs(changed_BTV, new_BT)",
+        "decoding/acceptance.py",
+        "log_probs_BT = state.log_probs(logits_BTV, tokens_BT)",
+        "log_probs_BT = state.log_probs(changed_BTV, tokens_BT)",
         "tests/decoding/test_penalties.py",
     ),
     Fault(
@@ -196,10 +196,9 @@ FROM_CODE = (
     ),
     Fault(
         "unfiltered draft probabilities",
-        "decoding/rounds.py",
-        "log_q_BTN = lax.dynamic_update_slice_in_dim(log_q_BTN, log_BTN, i, axis=1)",
-        "wrong = jax.nn.log_softmax(logits_BTN)\n"
-        "                log_q_BTN = lax.dynamic_update_slice_in_dim(log_q_BTN, wrong, i, axis=1)",
+        "decoding/draft.py",
+        "            log_q_B1N=log_q_B1N,",
+        "            log_q_B1N=None if log_q_B1N is None else jax.nn.log_softmax(logits_B1N),",
         "tests/decoding/test_sampling.py",
     ),
     Fault(
@@ -304,21 +303,21 @@ FROM_CODE = (
     ),
     Fault(
         "replacement without the weight",
-        "decoding/draft.py",
+        "decoding/acceptance.py",
         "rest_BV = here(weight_BT[..., None]) * p_BV",
         "rest_BV = p_BV",
         "tests/decoding/test_acceptance.py",
     ),
     Fault(
         "p and q swapped",
-        "decoding/draft.py",
+        "decoding/acceptance.py",
         "of_tokens(log_p_BTN, index_BT) - of_tokens(draft.log_q_BTN, index_BT)",
         "of_tokens(draft.log_q_BTN, index_BT) - of_tokens(log_p_BTN, index_BT)",
         "tests/decoding/test_acceptance.py",
     ),
     Fault(
         "weights of a block above 1",
-        "decoding/draft.py",
+        "decoding/acceptance.py",
         "log_w_B = jnp.minimum(0, log_w_B + log_ratio_BT[:, t])",
         "log_w_B = log_w_B + log_ratio_BT[:, t]",
         "tests/decoding/test_acceptance.py",
@@ -332,7 +331,7 @@ FROM_CODE = (
     ),
     Fault(
         "draft vocabulary misaligned",
-        "decoding/draft.py",
+        "decoding/acceptance.py",
         "rest_BV.at[:, head.ids_N].add(-q_BN)",
         "rest_BV.at[:, : q_BN.shape[1]].add(-q_BN)",
         "tests/decoding/test_acceptance.py",
@@ -353,7 +352,7 @@ FROM_CODE = (
     ),
     Fault(
         "verification forgets the draft's penalties",
-        "decoding/rounds.py",
+        "decoding/acceptance.py",
         "changed_BTV = state.penalised(logits_BTV, 0, draft.tokens_BT)",
         "changed_BTV = state.penalised(logits_BTV)",
         "tests/decoding/test_penalties.py",
@@ -374,14 +373,14 @@ FROM_CODE = (
     ),
     Fault(
         "looked-up drafts count as sampled",
-        "decoding/adaptive.py",
+        "decoding/auto/adaptive.py",
         "log_q_BTN = jnp.where(is_token_BTN, 0, -jnp.inf)",
         "log_q_BTN = jnp.full_like(log_q_BTN, -math.log(size))",
         "tests/decoding/test_sampling.py",
     ),
     Fault(
         "lookup drafts the matched token",
-        "decoding/learned.py",
+        "decoding/auto/lookup.py",
         "followed_BT = at_B[:, None] + 1 + jnp.arange(steps) % period_B1",
         "followed_BT = at_B[:, None] + jnp.arange(steps) % period_B1",
         "tests/decoding/test_lookup.py",

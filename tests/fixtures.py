@@ -21,8 +21,9 @@ CHECKED = [
     "lsjax.data",
     *(
         f"lsjax.model.{name}"
-        for name in ("attention", "block", "cached_attention", "llama", "operations")
+        for name in ("attention", "block", "cached_attention", "llama", "rope")
     ),
+    "lsjax.kernels",
     *(f"lsjax.decoding.{name}" for name in ("strategy", "completion", "engine", "programs")),
     "lsjax.platforms",
     "lsjax.sharding",
@@ -50,7 +51,7 @@ from tests.shared_programs import SharedPrograms
 def shared_programs() -> Iterator[None]:
     """Engines of equal models share their programs. Compiling takes most of the tests' time."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("lsjax.decoding.engine.Programs", SharedPrograms)
+        patch.setattr("lsjax.decoding.runtime.Programs", SharedPrograms)
         yield
 
 

@@ -7,7 +7,7 @@ import jax
 from jax.stages import Lowered
 
 from lsjax.decoding.programs import Programs
-from lsjax.platforms import platform
+from lsjax.platforms import platform, tuning
 
 # Kept programs, the newest. A process may have 65,530 mappings of memory on Linux, and a program of
 # `auto` has hundreds.
@@ -26,7 +26,9 @@ class SharedPrograms(Programs):
         weights = tuple((leaf.shape, leaf.dtype, leaf.sharding) for leaf in self._leaves)
         leaves, structure = jax.tree.flatten((state, rest))
         arguments = tuple((leaf.shape, leaf.dtype) for leaf in leaves)
-        settings = self.mesh, self.tuning, self._lays_out, platform(), jax.config.jax_enable_x64
+        with self.context():
+            tuned = tuning()
+        settings = self.mesh, tuned, self._lays_out, platform(), jax.config.jax_enable_x64
         key = function.func, static, self._structure, weights, structure, arguments, settings
         program = self.lowered.pop(key, None) or super().lower(function, state, *rest)
         if len(self.lowered) == MOST:

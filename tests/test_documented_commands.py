@@ -53,4 +53,5 @@ def test_a_documented_command_is_taken(page, program, flags, monkeypatch):
         training.parse_config(tokenize.Arguments, given, "")
     else:
         name = program.removesuffix(".py").replace("/", ".")
+        name = "lsjax.cli.decode" if name == "decode" else name
         tyro.cli(importlib.import_module(name).Arguments, args=given)

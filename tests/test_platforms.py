@@ -14,7 +14,6 @@ from lsjax.config import EarlyExitConfig, LayerDropoutConfig, LlamaConfig, StepC
 from lsjax.decoding.programs import Programs, decode, prefill
 from lsjax.decoding.request import Request
 from lsjax.decoding.self_speculative import SelfSpeculative
-from lsjax.decoding.state import DecodeState
 from lsjax.decoding.strategy import Autoregressive
 from lsjax.evaluation.exits import _score_rows, exit_sums
 from lsjax.kernels.matmuls import gradients_first
@@ -22,6 +21,7 @@ from lsjax.model.llama import Llama
 from lsjax.platforms import shared_memory, tuned_for, with_kernels
 from lsjax.training.step import init_state, make_train_step
 from tests.marks import long
+from tests.states import new_state
 
 SHAPE = LlamaConfig.tiny(num_layers=2, num_heads=4, num_kv_heads=2, head_dim=16)
 DEVICES = {"cpu": "cpu", "tpu": "TPU v6 lite", "gpu": "NVIDIA H100"}
@@ -91,7 +91,7 @@ def read_prompt(kernels):
 
 def state_shapes():
     sizes = dict(capacity=320, num_layers=2, dtype=jnp.bfloat16)
-    return jax.eval_shape(lambda: DecodeState.create(SHAPE, [Request(prompt=[1, 2])], **sizes))
+    return jax.eval_shape(lambda: new_state(SHAPE, [Request(prompt=[1, 2])], **sizes))
 
 
 def traced(program, kernels, platform) -> str:

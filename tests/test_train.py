@@ -17,13 +17,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import decode
 import lsjax
-import train
 from lsjax.checkpoints.lock import LOCK
 from lsjax.checkpoints.run import held_out_losses, read_metrics
 from lsjax.checkpoints.steps import saved_steps
-from lsjax.cli import convert, exits
+from lsjax.cli import convert, decode, exits, train
 from lsjax.cli.training import read_config_file
 from lsjax.evaluation.exits import evaluation_hook
 from lsjax.training import run

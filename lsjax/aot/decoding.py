@@ -21,11 +21,18 @@ from jax.typing import DTypeLike
 from lsjax.aot.chips import Chip
 from lsjax.aot.costs import Trips
 from lsjax.config import Checked, Kernels, LlamaConfig, bounded, check
-from lsjax.decoding.adaptive import Adaptive
-from lsjax.decoding.engine import cache_slots
-from lsjax.decoding.programs import PROMPT_CHUNKS, ROUNDS, Programs, chunk_size, decode, prefill
+from lsjax.decoding.auto.adaptive import Adaptive
+from lsjax.decoding.programs import Programs, chunk_size, decode, prefill
 from lsjax.decoding.request import Request
-from lsjax.decoding.rounds import DRAFT, VERIFY, Drafting, guard_of_layers, guard_of_length
+from lsjax.decoding.runtime import cache_slots
+from lsjax.decoding.scopes import (
+    DRAFT,
+    PROMPT_CHUNKS,
+    ROUNDS,
+    VERIFY,
+    guard_of_layers,
+    guard_of_length,
+)
 from lsjax.decoding.self_speculative import SelfSpeculative
 from lsjax.decoding.state import DecodeState
 from lsjax.decoding.strategy import Autoregressive, Strategy
@@ -147,11 +154,14 @@ def _shapes(
     strategy = shape.chosen(config)
     capacity = cache_slots(prompt + 1, strategy)
     requests = [Request(prompt=[0] * prompt)] * rows
-    sizes = dict(capacity=capacity, num_layers=config.num_layers, dtype=dtype)
-    state = jax.eval_shape(
-        lambda: DecodeState.create(config, requests, learned=strategy.first_guess(rows), **sizes)
-    )
     model = jax.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0), dtype=dtype))
+
+    def create(model):
+        cache = model.new_cache(rows, capacity, config.num_layers)
+        learned = strategy.first_guess(rows)
+        return DecodeState.create(requests, cache=cache, capacity=capacity, learned=learned)
+
+    state = jax.eval_shape(create, model)
     programs = Programs(placed_shapes(model, mesh), mesh, kernels=kernels)
     return programs, placed_shapes(state, mesh)
 
@@ -169,7 +179,7 @@ def round_trips(config: LlamaConfig, shape: DecodingShape, kind: Round) -> Trips
         DRAFT_HEAD: drafts / (1 + drafts),  # the last trip skips the head
         **cache_blocks([shape.prompt_tokens], cache_slots(shape.prompt_tokens + 1, strategy)),
     }
-    if isinstance(strategy, Drafting):
+    if strategy.exits:
         verified = next(length for length in strategy.lengths if length >= drafts)
         for length in strategy.lengths:
             trips[rf"/{guard_of_length(length)}/while$"] = int(length == verified)
@@ -178,7 +188,8 @@ def round_trips(config: LlamaConfig, shape: DecodingShape, kind: Round) -> Trips
             trips[rf"/{DRAFT}/while/body/{layers}/while$"] = int(hi <= exit_layer)
             trips[rf"/{VERIFY}/(.*/)?{layers}/while$"] = int(exit_layer <= lo)
     if isinstance(strategy, Adaptive):
-        trips[SCORES] = 1 / strategy.scored_every(config)
+        model = jax.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0)))
+        trips[SCORES] = 1 / strategy.scored_every(model)
     return trips
 
 

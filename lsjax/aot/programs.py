@@ -20,7 +20,7 @@ from lsjax.aot.chips import GIB, Chip
 from lsjax.aot.costs import SLICES, CostAnalysis, ProgramCosts, Trips
 from lsjax.aot.hlo import attention_kernel, parse
 from lsjax.config import TrainConfig
-from lsjax.decoding.programs import ROUNDS
+from lsjax.decoding.scopes import ROUNDS
 from lsjax.model.parameters import placed_shapes
 from lsjax.platforms import with_kernels
 from lsjax.sharding import context_shards

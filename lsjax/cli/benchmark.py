@@ -41,7 +41,7 @@ from lsjax.cli.prompts import prompt_rows
 from lsjax.cli.setup import bar, check_output, program
 from lsjax.cli.show import notes_console, show_cells, show_costs, show_verdict
 from lsjax.config import ConfigError, LlamaConfig, Path, as_path, bounded, check
-from lsjax.decoding.self_speculative import SelfSpeculative, sharing_programs
+from lsjax.decoding.self_speculative import SelfSpeculative
 from lsjax.decoding.strategy import Strategy
 from lsjax.evaluation import answers, comparison, plots, speeds
 from lsjax.evaluation.many_rows import RoundCost, time_rounds
@@ -162,10 +162,11 @@ def many_rows(arguments: Arguments, model: flags.OpenModel, notes: Console) -> i
             output.mkdir(parents=True, exist_ok=True)
         check_output(output / "rows.jsonl")
     engine = flags.load_engine(model, notes)
-    capacity = max(engine.capacity(2 * arguments.new_tokens, one) for one in strategies)
+    runtime, length = engine.runtime, 2 * arguments.new_tokens
+    capacity = max(runtime.capacity(length, one) for one in strategies)
     costs: list[RoundCost] = []
     for rows in bar(notes, "timing rounds")(arguments.rows):
-        costs += time_rounds(engine.programs, strategies, rows, capacity, arguments.repeats)
+        costs += time_rounds(runtime, strategies, rows, capacity, arguments.repeats)
     title = f"{arguments.model.name}, {engine.model.dtype}, {capacity // 2} tokens in the cache, "
     title += f"{arguments.repeats} repeat{'s' * (arguments.repeats > 1)}"
     show_costs(title, costs)
@@ -210,7 +211,7 @@ def choose_strategies(
         fitting = tuple(name for name in names if name != "auto" or size is None)
         asked = replace(arguments, strategies=fitting, draft_vocab=size)
         found += flags.make_strategies(asked, model, counts)
-    return sharing_programs(list(dict.fromkeys(found)))
+    return list(dict.fromkeys(found))
 
 
 def write(output: Path, title: str, rows: Sequence[Answer], notes: Console) -> None:

@@ -30,7 +30,6 @@ from lsjax.data.chat import Dialogue
 from lsjax.data.sources import tfds_split
 from lsjax.decoding.request import Request, encode_prompt
 from lsjax.decoding.sampling import GREEDY
-from lsjax.decoding.self_speculative import sharing_programs
 from lsjax.evaluation import answers
 from lsjax.evaluation.scores import ALL, UNSEEN, summarise
 from lsjax.evaluation.tasks import TASKS, Task, as_trained, choose_shots, make_questions
@@ -117,7 +116,7 @@ def evaluate(arguments: Arguments) -> None:
     asked = answers.conditions(engine, arguments.model.name, sampling, **more)
     keeps("the same command adds the missing answers")
     found = answers.complete(
-        *(engine, sharing_programs(strategies), questions, asked, output, notes),
+        *(engine, strategies, questions, asked, output, notes),
         lambda question, done, _: {"scores": score(done.text, question)},
     )
     rows = summarise(found)
@@ -168,16 +167,7 @@ def read_questions(
         request = Request(prompt=ids, max_new_tokens=task.max_new_tokens)
         return encode_prompt(request, tokenizer, model.source.config, chosen.max_length)
 
-    shots = []
-    if task.num_shots:
-        check(
-            bool(chosen.shots_data) or (not chosen.data and task.tfds is not None),
-            f"{task.num_shots} shots need rows that are not evaluated: name their files with "
-            "--shots-data, or choose --num-shots 0",
-        )
-        drawn = rows_of(task, chosen, chosen.shots_data, "train")
-        shots = choose_shots(task, drawn, task.num_shots, chosen.sampling.seed)
-    seen = file_rows(chosen.without_seen)
+    shots, seen = shots_of(task, chosen), file_rows(chosen.without_seen)
     made = make_questions(task, rows, shots=shots, seen=seen, encode=encode, refuse=refuse)
     examples = list(islice(islice(made, chosen.offset, None), chosen.limit))
     after = f" after the first {chosen.offset}" if chosen.offset else ""
@@ -193,6 +183,19 @@ def read_questions(
         request = replace(example.request, sampling=chosen.sampling.of_text(number))
         questions.append(replace(example, request=request, sample=sample))
     return questions, task, skipped
+
+
+def shots_of(task: Task, chosen: TaskFlags) -> Sequence[str]:
+    """Worked examples to show before each question. Raises ConfigError if they have no source."""
+    if not task.num_shots:
+        return ()
+    check(
+        bool(chosen.shots_data) or (not chosen.data and task.tfds is not None),
+        f"{task.num_shots} shots need rows that are not evaluated: name their files with "
+        "--shots-data, or choose --num-shots 0",
+    )
+    drawn = rows_of(task, chosen, chosen.shots_data, "train")
+    return choose_shots(task, drawn, task.num_shots, chosen.sampling.seed)
 
 
 def rows_of(

@@ -22,9 +22,9 @@ from lsjax.config import Checked, ConfigError, Kernels, MeshConfig, Path, check
 from lsjax.data.tokenizer import Tokenizer
 from lsjax.data.tokenizer_files import load_tokenizer
 from lsjax.data.vocabulary import find_counts
-from lsjax.decoding.adaptive import Adaptive
+from lsjax.decoding.auto.adaptive import Adaptive
 from lsjax.decoding.cost import best_draft_vocab
-from lsjax.decoding.draft import DraftVocabulary
+from lsjax.decoding.draft_vocabulary import DraftVocabulary
 from lsjax.decoding.engine import Engine, check_settings
 from lsjax.decoding.sampling import GREEDY, Sampling
 from lsjax.decoding.self_speculative import SelfSpeculative

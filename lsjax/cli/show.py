@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lsjax.data.tokenizer import StreamDecoder, Tokenizer
-from lsjax.decoding.adaptive import Adaptive
+from lsjax.decoding.auto.adaptive import Adaptive
 from lsjax.decoding.completion import Completion, Trace
 from lsjax.decoding.engine import Engine
 from lsjax.decoding.request import Request
@@ -49,6 +49,7 @@ COLUMNS = {
     "equal": ("equal", ""),
     "differ": ("differ", ""),
     "margin": ("widest_margin", ".1e"),
+    "compiling, s": ("compile_seconds", ".1f"),
 }
 
 

@@ -14,21 +14,20 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import numpy as np
 
+from lsjax.data.tokenizer import Tokenizer
+from lsjax.decoding.auto.measure import MEASURING
 from lsjax.decoding.completion import Completion, RowText, Trace, Update
-from lsjax.decoding.programs import chunk_size, decode, grow, insert, pause, prefill
+from lsjax.decoding.programs import chunk_size, decode, grow, insert, prefill
 from lsjax.decoding.request import Request
+from lsjax.decoding.runtime import Runtime
 from lsjax.decoding.state import EOS, LENGTH, RUNNING, STOP, DecodeState
-from lsjax.decoding.stopwatch import MEASURING
-from lsjax.model.cache import KVCache
-from lsjax.model.llama import Llama
-
-if TYPE_CHECKING:
-    from lsjax.decoding.engine import Engine
+from lsjax.decoding.strategy import Strategy
+from lsjax.model.protocol import Cache, DecoderModel, grow_cache
 
 # Rounds between two reads of the text by the host, if it is streamed or may contain a stop string.
 ROUNDS_PER_LOOK = 4
@@ -40,8 +39,9 @@ class Conversation:
 
     def __init__(self):
         self.ids: list[int] = []  # tokens whose keys and values are in the cache
-        self._cache: KVCache | None = None
-        self._model: Llama | None = None  # the model that computed them
+        self._cache: Cache | None = None
+        self._capacity = self._depth = 0  # of the cache
+        self._model: DecoderModel | None = None  # the model that computed it
 
     @property
     def device_bytes(self) -> int:
@@ -50,29 +50,31 @@ class Conversation:
         return sum(leaf.addressable_shards[0].data.nbytes for leaf in leaves)
 
     def take(
-        self, ids: Sequence[int], capacity: int, num_layers: int, model: Llama
-    ) -> tuple[KVCache | None, int]:
-        """The cache, grown to `capacity` slots, and how many leading `ids` it holds. The program
-        that reads the rest donates it. (None, 0) without a cache that fits and shares enough."""
+        self, ids: Sequence[int], capacity: int, depth: int, model: DecoderModel
+    ) -> tuple[Cache | None, int, int]:
+        """The cache, its slots (at least `capacity`), and how many leading `ids` it holds. The
+        program that reads the rest donates it. None without a cache that fits and shares enough."""
         cache, shared = self._cache, shared_prefix(self.ids, ids)
         if (
             cache is None
-            or cache.keys[0].is_deleted()  # by a program that was interrupted
-            or cache.num_layers != num_layers
+            or jax.tree.leaves(cache)[0].is_deleted()  # by a program that was interrupted
+            or self._depth != depth
             or self._model is not model
-            or (cache.capacity > capacity and shared < capacity // 2)
+            or (self._capacity > capacity and shared < capacity // 2)
         ):
             self._cache, self.ids = None, []
-            return None, 0
-        self._cache = cache.grown(capacity)
-        return self._cache, shared
+            return None, capacity, 0
+        if self._capacity < capacity:
+            self._cache, self._capacity = grow_cache(model, cache, capacity, depth), capacity
+        return self._cache, self._capacity, shared
 
-    def keep(self, state: DecodeState, model: Llama) -> None:
+    def keep(self, state: DecodeState, depth: int, model: DecoderModel) -> None:
         """Keeps the cache of this model's one-row state, unless an interrupted program took it."""
         if not state.length_B.is_deleted():
             # Sliced by the host: the device would compile a program for each length.
             self.ids = np.asarray(state.tokens_BS)[0, : int(state.length_B[0]) - 1].tolist()
-            self._cache, self._model = state.cache, model
+            self._cache, self._capacity, self._depth = state.cache, state.capacity, depth
+            self._model = model
 
 
 @dataclass
@@ -88,65 +90,68 @@ class ActiveRow:
 
 
 class ContinuousBatch:
-    """Decodes requests, whose prompts are token ids, with the engine's current strategy.
+    """Decodes requests, whose prompts are token ids, with one strategy.
 
-    stream: look at the texts every few rounds. Other arguments: as for `Engine.watch`.
+    stream: look at the texts every few rounds. Other arguments: as for `Engine` and `Engine.watch`.
     """
 
     def __init__(
         self,
-        engine: "Engine",
+        runtime: Runtime,
+        strategy: Strategy,
+        tokenizer: Tokenizer,
         requests: Sequence[Request],
         *,
+        ignore_end: bool = False,
         stream: bool = False,
         conversation: Conversation | None = None,
         cancelled: Callable[[], bool] = lambda: False,
     ):
-        self._engine, self._requests, self._stream = engine, requests, stream
-        self._strategy = engine.strategy
-        self._depth = self._strategy.depth(engine.model.config)
-        self._loop = partial(decode, strategy=self._strategy)
-        self._pause = None
-        if self._strategy.pauses(engine.programs.tuning):
-            self._pause = partial(pause, strategy=self._strategy)
+        self._runtime, self._strategy, self._tokenizer = runtime, strategy, tokenizer
+        self._requests, self._stream, self._cancelled = requests, stream, cancelled
+        self._depth = strategy.depth(runtime.model)
+        self._loop, self._pause = partial(decode, strategy=strategy), runtime.pause_of(strategy)
         self._conversation = conversation or Conversation()
-        self._cancelled = cancelled
         self._rows: dict[int, ActiveRow] = {}
         self._worked = 0.0  # seconds, without compiling
-        self._compiled_before = engine.programs.compile_seconds
-        self._is_single = engine.batch_size == 1
+        self._compiled_before = runtime.programs.compile_seconds
+        self._is_single = runtime.batch_size == 1
         longest = 1 + max(len(request.prompt) for request in requests)
         total = max(len(request.prompt) + request.max_new_tokens for request in requests)
-        engine.check_memory(longest, total, held=self._conversation.device_bytes)
-        # By slots. Known before the first text: none waits for timings, and the engine may change
-        # its strategy. One larger size is timed: each further one would compile another program.
-        first = engine.capacity(longest)
-        sizes = {first, min(engine.capacity(first + 1), engine.capacity(total))}
-        if self._is_single:
-            sizes |= {engine.capacity(1 + len(request.prompt)) for request in requests}
-        budget = MEASURING / len(sizes)
-        self._arguments = {size: engine.arguments_for(size, budget) for size in sorted(sizes)}
-        self._state: DecodeState | None = None
-        config, ends = engine.model.config, () if engine.ignore_end else engine.tokenizer.eos_ids
+        runtime.check_memory(longest, total, strategy, held=self._conversation.device_bytes)
+        self._arguments = self._known_arguments(longest, total)
+        # A tokenizer may name end tokens that the model does not have.
+        ends = () if ignore_end else tokenizer.eos_ids
+        ends = [token for token in ends if 0 <= token < runtime.model.vocab_size]
         # All states fit the same programs.
-        self._create = partial(
-            DecodeState.create,
-            config,
-            num_layers=self._depth,
-            dtype=engine.model.dtype,
-            # A tokenizer may name end tokens that the model does not have.
-            ends=[token for token in ends if 0 <= token < config.vocab_size],
-            among=requests,
-            mesh=engine.mesh,
-        )
+        options = dict(ends=ends, among=requests, mesh=runtime.mesh)
+        self._create = partial(DecodeState.create, **options)
+        self._state: DecodeState | None = None
         if not self._is_single:
-            rows, learned = engine.batch_size, self._strategy.first_guess(engine.batch_size)
-            capacity = engine.capacity(longest)
-            self._state = self._create([FILLER] * rows, capacity=capacity, learned=learned)
+            rows, capacity = runtime.batch_size, runtime.capacity(longest, strategy)
+            cache, learned = self._new_cache(rows, capacity), strategy.first_guess(rows)
+            fillers = [FILLER] * rows
+            self._state = self._create(fillers, cache=cache, capacity=capacity, learned=learned)
+
+    def _known_arguments(self, longest: int, total: int) -> dict[int, Any]:
+        """The loop's arguments by slots. Known before the first text: none waits for timings. One
+        larger size is timed: each further one would compile another program."""
+        runtime, strategy = self._runtime, self._strategy
+        first = runtime.capacity(longest, strategy)
+        larger = runtime.capacity(first + 1, strategy)
+        sizes = {first, min(larger, runtime.capacity(total, strategy))}
+        if self._is_single:
+            lengths = (1 + len(request.prompt) for request in self._requests)
+            sizes |= {runtime.capacity(length, strategy) for length in lengths}
+        budget = MEASURING / len(sizes)
+        return {size: runtime.arguments(strategy, size, budget) for size in sorted(sizes)}
+
+    def _new_cache(self, rows: int, capacity: int) -> Cache:
+        return self._runtime.new_cache(rows, capacity, self._depth)
 
     def updates(self) -> Iterator[Update]:
         """Yields updates until all requests have ended."""
-        waiting, rows = deque(enumerate(self._requests)), self._engine.batch_size
+        waiting, rows = deque(enumerate(self._requests)), self._runtime.batch_size
         try:
             while waiting or self._rows:
                 for row in range(rows):
@@ -165,41 +170,43 @@ class ContinuousBatch:
 
     def _leave(self) -> None:
         if self._is_single and self._state is not None:
-            self._conversation.keep(self._state, self._engine.model)
+            self._conversation.keep(self._state, self._depth, self._runtime.model)
             self._state = None
 
     def _admit(self, row: int, index: int, request: Request) -> None:
         """Reads a prompt and assigns it a row."""
-        engine, ids = self._engine, request.prompt
+        runtime, ids, depth = self._runtime, request.prompt, self._depth
         self._leave()
         if self._is_single:
-            capacity = engine.capacity(len(ids) + 1, self._strategy)
+            capacity = runtime.capacity(len(ids) + 1, self._strategy)
         else:
             capacity = self._state.capacity
-        cache, known = self._conversation.take(ids, capacity, self._depth, engine.model)
-        capacity = capacity if cache is None else cache.capacity
+        taken = self._conversation.take(ids, capacity, depth, runtime.model)
+        cache, capacity, known = taken
+        cache = self._new_cache(1, capacity) if cache is None else cache
         learned, before = self._strategy.first_guess(1), self._worked
-        single = self._create([request], capacity=capacity, cache=cache, learned=learned)
+        single = self._create([request], cache=cache, capacity=capacity, learned=learned)
         # Compiled before a token is shown.
         loop = self._loop, self._state or single, np.int32(0), self._arguments_for(capacity)
-        engine.programs.get(*loop)
+        runtime.programs.get(*loop)
         if self._pause:
-            engine.programs.get(self._pause, loop[1])
+            runtime.programs.get(self._pause, loop[1])
         chunk = chunk_size(len(ids) - known, single.capacity)
-        read = partial(prefill, chunk=chunk, depth=self._depth)
+        exits = self._strategy.exits if hasattr(runtime.model, "draft_state") else ()
+        read = partial(prefill, chunk=chunk, depth=depth, exits=exits)
         single = self._run(read, single, np.int32(known))
         if self._is_single:
             self._state = single
         else:
             self._state = self._run(partial(insert), self._state, single, np.int32(row))
-            self._conversation.keep(single, engine.model)
-        text, now = RowText(engine.tokenizer, ids, request.stop), self._worked
+            self._conversation.keep(single, depth, runtime.model)
+        text, now = RowText(self._tokenizer, ids, request.stop), self._worked
         self._rows[row] = ActiveRow(index, request, text, now - before, now, (now, 0))
 
     def _look(self, row: int, finish_B: np.ndarray) -> Update | None:
         """Reads a row's new tokens, if it has ended or its text is needed. Marks its end."""
         live, finish, cancelled = self._rows[row], int(finish_B[row]), self._cancelled()
-        request, engine = live.request, self._engine
+        request = live.request
         if finish == RUNNING and not (self._stream or request.stop or cancelled):
             return None
         whole = Trace.of(self._state, row, len(request.prompt))
@@ -219,12 +226,12 @@ class ContinuousBatch:
             trace if request.log_probs else replace(trace, log_probs_n=None),
             strategy=self._strategy,
             seed=request.sampling.seed if request.sampling.temperature else None,
-            prompt=engine.tokenizer.decode(request.prompt),
+            prompt=self._tokenizer.decode(request.prompt),
             text=live.text.text,
             num_prompt_tokens=len(request.prompt),
             prefill_seconds=live.prefill_seconds,
             decode_seconds=looked + share * (self._worked - looked) - live.began,
-            compile_seconds=engine.programs.compile_seconds - self._compiled_before,
+            compile_seconds=self._runtime.programs.compile_seconds - self._compiled_before,
             finish_reason="stop" if is_stop else reason,
         )
         return Update(live.index, text, trace, completion)
@@ -232,10 +239,11 @@ class ContinuousBatch:
     def _advance(self) -> None:
         """Runs rounds until a row ends, a look is due, or the strategy pauses. First grows the
         cache if needed."""
-        state, engine, before = self._state, self._engine, self._worked
+        state, runtime, before = self._state, self._runtime, self._worked
         longest = int(np.array(state.length_B)[np.array(state.finish_B) == RUNNING].max())
         if longest + self._strategy.slack > state.capacity:
-            larger = partial(grow, capacity=engine.capacity(longest, self._strategy))
+            slots = runtime.capacity(longest, self._strategy)
+            larger = partial(grow, capacity=slots, depth=self._depth)
             self._state = self._run(larger, state)
         del state  # the smaller cache, before anything is compiled
         looks = self._stream or any(live.request.stop for live in self._rows.values())
@@ -244,7 +252,7 @@ class ContinuousBatch:
         self._state = self._run(self._loop, self._state, rounds, arguments)
         if self._pause:
             self._state = self._run(self._pause, self._state)
-        engine.decode_seconds += self._worked - before
+        runtime.decode_seconds += self._worked - before
 
     def _arguments_for(self, capacity: int) -> Any:
         """The loop's arguments: those of the largest size up to `capacity`."""
@@ -252,7 +260,7 @@ class ContinuousBatch:
 
     def _run(self, function: partial, *arguments) -> DecodeState:
         """Runs a function's program. Compiling it first does not count as work."""
-        program = self._engine.programs.get(function, *arguments)
+        program = self._runtime.programs.get(function, *arguments)
         begin = time.perf_counter()
         state = jax.block_until_ready(program(*arguments))
         self._worked += time.perf_counter() - begin

@@ -1,31 +1,21 @@
 """Engine: a model with its compiled programs, which decodes requests."""
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any
 
-import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh
-from jaxtyping import Array
 
-from lsjax.config import Kernels, LlamaConfig, check
+from lsjax.config import Kernels, check
 from lsjax.data.tokenizer import Tokenizer
-from lsjax.decoding.adaptive import Adaptive
 from lsjax.decoding.batching import ContinuousBatch, Conversation
 from lsjax.decoding.completion import Completion, Update
 from lsjax.decoding.programs import Programs
 from lsjax.decoding.request import Request, encode_prompt
+from lsjax.decoding.runtime import Runtime
 from lsjax.decoding.sampling import GREEDY, Sampling
-from lsjax.decoding.stopwatch import round_seconds
 from lsjax.decoding.strategy import Autoregressive, Strategy
-from lsjax.model.llama import Llama
-from lsjax.model.parameters import placed, sharding_of
+from lsjax.model.protocol import DecoderModel, Sizes
 
-MIN_CAPACITY = 256  # slots of a row's cache: this, or a larger power of two
-# Plus a multiple of this for drafts, so that strategies share programs and GPUs need no padding.
-SLACK = 64
 Prompt = str | Sequence[int] | Request
 
 
@@ -46,7 +36,7 @@ class Engine:
 
     def __init__(
         self,
-        model: Llama,
+        model: DecoderModel,
         tokenizer: Tokenizer,
         strategy: Strategy | None = None,
         *,
@@ -59,82 +49,50 @@ class Engine:
         kernels: Kernels = "auto",
         track: Callable[[Sequence], Iterable] = iter,
     ):
-        config, strategy = model.config, strategy or Autoregressive()
-        check_settings(config, strategy, batch_size=batch_size, max_length=max_length, mesh=mesh)
-        self.tokenizer = tokenizer.fitted(config.vocab_size)
+        strategy = strategy or Autoregressive()
+        check_settings(model, strategy, batch_size=batch_size, max_length=max_length, mesh=mesh)
+        self.tokenizer = tokenizer.fitted(model.vocab_size)
         self.batch_size = batch_size
-        self.max_length = config.max_context if max_length is None else max_length
+        self.max_length = model.max_context if max_length is None else max_length
         self.ignore_end = ignore_end
-        self.min_capacity = min_capacity
-        self.mesh = mesh
-        self.kernels = kernels
-        model = placed(model, mesh)
-        self.programs = Programs(model, mesh, lay_out=lay_out, kernels=kernels)
-        self.decode_seconds = 0.0  # of all rounds so far
-        self.track = track
-        self._seconds: dict[tuple[Strategy, int], Array] = {}  # of rounds, by slots
+        self.runtime = Runtime(
+            model,
+            mesh,
+            batch_size=batch_size,
+            min_capacity=min_capacity,
+            lay_out=lay_out,
+            kernels=kernels,
+            track=track,
+        )
         self.use(strategy)
 
     def use(self, strategy: Strategy) -> None:
         """Decodes with another strategy from now on. Raises ConfigError if it does not fit."""
-        strategy.validate(self.model.config)
+        strategy.validate(self.model)
         self.strategy = strategy
-        self.arguments = placed(strategy.arguments(self.model), self.mesh)
 
-    def use_model(self, model: Llama) -> None:
+    def use_model(self, model: DecoderModel) -> None:
         """Decodes with another model from now on. Raises ConfigError if its form differs."""
-        self.programs.use(placed(model, self.mesh))
-        self.use(self.strategy)
+        self.runtime.use_model(model)
 
     @property
-    def model(self) -> Llama:
+    def model(self) -> DecoderModel:
         """The model that decodes, on the mesh and laid out for its programs."""
-        return self.programs.model
+        return self.runtime.model
 
-    def capacity(self, length: int, strategy: Strategy | None = None) -> int:
-        """Slots of a row's cache for `length` tokens. strategy: by default the engine's."""
-        return cache_slots(max(length, self.min_capacity), strategy or self.strategy)
+    @property
+    def programs(self) -> Programs:
+        """The compiled programs."""
+        return self.runtime.programs
 
-    def arguments_for(self, capacity: int, budget: float) -> Any:
-        """Arguments of the strategy's program for rows of `capacity` slots. Those of an adaptive
-        strategy include the seconds of its rounds. If these are neither given nor stored, they are
-        measured in `budget` seconds."""
-        if not isinstance(self.strategy, Adaptive) or self.strategy.seconds is not None:
-            return self.arguments
-        key = self.strategy, capacity
-        if key not in self._seconds:
-            seconds_SD = jnp.asarray(round_seconds(self, capacity, budget), jnp.float32)
-            self._seconds[key] = placed(seconds_SD, self.mesh)
-        return self._seconds[key], self.arguments[1]
+    @property
+    def decode_seconds(self) -> float:
+        """Seconds of all rounds so far."""
+        return self.runtime.decode_seconds
 
     def memory_bytes(self, total: int) -> tuple[int, int]:
         """Bytes of the model and of the cache for rows of `total` tokens, on all devices."""
-        model_bytes = self.model.config.num_params * self.model.dtype.itemsize
-        return model_bytes, self._cache_bytes(self.capacity(total), None)
-
-    def check_memory(self, first: int, total: int, held: int = 0) -> None:
-        """Raises ConfigError if the devices can't hold the cache for rows that begin with `first`
-        tokens and end with `total`: the last one, and the one before it, while it grows. held:
-        bytes in use on each device that are freed first."""
-        free, last = free_memory() + held, self.capacity(total)
-        slots = last
-        if self.capacity(first) < last:
-            slots += self.capacity(last // 2 - self.strategy.slack)
-        needed = self._cache_bytes(slots, self.mesh)
-        check(
-            needed <= free,
-            f"the cache for texts of {total} tokens needs {needed / 1e6:,.0f} MB on each device, "
-            f"but {free / 1e6:,.0f} MB are free: lower --max-new-tokens or --batch-size, "
-            "or shorten the prompts",
-        )
-
-    def _cache_bytes(self, slots: int, mesh: Mesh | None) -> int:
-        """On each device of a mesh. A batch has one extra row, which reads the next prompt."""
-        config, rows = self.model.config, self.batch_size + (self.batch_size > 1)
-        shape = (rows, config.num_kv_heads, slots, config.head_dim)
-        if mesh is not None:
-            shape = sharding_of("keys.0", shape, mesh).shard_shape(shape)
-        return 2 * self.strategy.depth(config) * math.prod(shape) * self.model.dtype.itemsize
+        return self.runtime.memory_bytes(total, self.strategy)
 
     def generate(
         self,
@@ -158,7 +116,7 @@ class Engine:
             own = sampling.of_text(index)
             requests.append(self._request(prompt, sampling=own, **options))
         completions: list[Completion | None] = [None] * len(requests)
-        for update in ContinuousBatch(self, requests).updates() if requests else ():
+        for update in self._batch(requests).updates() if requests else ():
             if update.completion is not None:
                 completions[update.index] = update.completion
                 on_completion(update.index, update.completion)
@@ -196,19 +154,23 @@ class Engine:
         )
         request = self._request(prompt, **options)
         rest = dict(stream=True, conversation=conversation, cancelled=cancelled)
-        yield from ContinuousBatch(self, [request], **rest).updates()
+        yield from self._batch([request], **rest).updates()
+
+    def _batch(self, requests: Sequence[Request], **options) -> ContinuousBatch:
+        options |= {"ignore_end": self.ignore_end}
+        return ContinuousBatch(self.runtime, self.strategy, self.tokenizer, requests, **options)
 
     def _request(self, prompt: Prompt, **options) -> Request:
         """The request with its prompt as token ids."""
         if not isinstance(prompt, Request):
             ids = prompt if isinstance(prompt, str) else list(prompt)
             prompt = Request(prompt=ids, **options)
-        ids = encode_prompt(prompt, self.tokenizer, self.model.config, self.max_length)
+        ids = encode_prompt(prompt, self.tokenizer, self.model, self.max_length)
         return replace(prompt, prompt=ids)
 
 
 def check_settings(
-    config: LlamaConfig,
+    sizes: Sizes,
     strategy: Strategy,
     *,
     batch_size: int,
@@ -216,7 +178,7 @@ def check_settings(
     mesh: Mesh | None,
 ) -> None:
     """Raises ConfigError if an Engine could not work; needs no weights."""
-    strategy.validate(config)
+    strategy.validate(sizes)
     data_axis = 1 if mesh is None else mesh.shape["data"]
     check(batch_size >= 1, f"batch size {batch_size} is below 1: choose --batch-size 1 or more")
     check(
@@ -225,22 +187,7 @@ def check_settings(
         "such a multiple as --batch-size, or another --mesh.data",
     )
     check(
-        max_length is None or 2 <= max_length <= config.max_context,
-        f"max length {max_length} is out of range: use --max-length 2..{config.max_context} (the "
+        max_length is None or 2 <= max_length <= sizes.max_context,
+        f"max length {max_length} is out of range: use --max-length 2..{sizes.max_context} (the "
         "model's context)",
     )
-
-
-def cache_slots(length: int, strategy: Strategy) -> int:
-    """Slots of a cache in which rows of `length` tokens have room for another round. Sizes double,
-    so that few programs are needed and less than half of the slots stay empty for long."""
-    slots, more = MIN_CAPACITY, -(-strategy.slack // SLACK) * SLACK
-    while slots + more < length + strategy.slack:
-        slots *= 2
-    return slots + more
-
-
-def free_memory() -> float:
-    """Free bytes of the first device; infinite if the device does not report them."""
-    stats = jax.local_devices()[0].memory_stats() or {}
-    return stats.get("bytes_limit", math.inf) - stats.get("bytes_in_use", 0)

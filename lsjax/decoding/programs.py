@@ -15,24 +15,31 @@ from jax.stages import Lowered
 from jaxtyping import Array, Int
 
 from lsjax.config import Kernels, check
+from lsjax.decoding.scopes import PROMPT_CHUNKS, ROUNDS
 from lsjax.decoding.state import DecodeState
 from lsjax.decoding.strategy import Strategy
-from lsjax.model.llama import Llama, unstacked
+from lsjax.kernels.decoding import lays_out_weights
 from lsjax.model.parameters import shardings
-from lsjax.platforms import tuning, with_kernels
+from lsjax.model.protocol import DecoderModel, draft_state, for_decoding, grow_cache
+from lsjax.platforms import with_kernels
 
-# Names of the loops in compiled programs.
-PROMPT_CHUNKS, ROUNDS = "prompt_chunks", "rounds"
 CODE_LINES = "jax_traceback_in_locations_limit"  # of JAX: lines kept for each operation
 # A prompt is read in one chunk of the smallest size that fits, or in several of the largest.
 PREFILL_CHUNKS = (32, 64, 128, 256, 512)
 
 
 def prefill(
-    model: Llama, state: DecodeState, start: Int[Array, ""], *, chunk: int, depth: int
+    model: DecoderModel,
+    state: DecodeState,
+    start: Int[Array, ""],
+    *,
+    chunk: int,
+    depth: int,
+    exits: tuple[int, ...] = (),
 ) -> DecodeState:
     """Runs the prompts through the first `depth` layers, and appends each row's first new token.
-    Starts at position `start`, after the cached ones, and reads `chunk` positions at a time."""
+    Starts at position `start`, after the cached ones, and reads `chunk` positions at a time. exits:
+    those that draft from states of their own (`draft_state`)."""
     batch, capacity = state.tokens_BS.shape
 
     def read(index, carry):
@@ -41,13 +48,20 @@ def prefill(
         begin = jnp.minimum(start + index * chunk, capacity - chunk)
         tokens_BT = lax.dynamic_slice_in_dim(state.tokens_BS, begin, chunk, axis=1)
         positions_BT = jnp.broadcast_to(begin + jnp.arange(chunk), (batch, chunk))
-        x_BTD, cache = model.run_layers(model.embed(tokens_BT), 0, depth, positions_BT, cache)
+        x_BTD, lo = model.embed(tokens_BT, positions_BT), 0
+        for exit_layer in exits:
+            x_BTD, cache = model.run_layers(x_BTD, lo, exit_layer, positions_BT, cache)
+            _, cache = draft_state(model, exit_layer, x_BTD, positions_BT, cache)
+            lo = exit_layer
+        x_BTD, cache = model.run_layers(x_BTD, lo, depth, positions_BT, cache)
         offset_B = state.length_B - 1 - begin  # of the prompt's last token in this chunk
         x_BD = jnp.take_along_axis(x_BTD, jnp.clip(offset_B, 0, chunk - 1)[:, None, None], 1)[:, 0]
         here_B = (offset_B >= 0) & (offset_B < chunk)
         return cache, jnp.where(here_B[:, None], x_BD, last_BD)
 
-    last_BD = jnp.zeros((batch, model.config.hidden_size), model.dtype)
+    none_B1 = jnp.zeros((batch, 1), jnp.int32)
+    like = jax.eval_shape(model.embed, none_B1, none_B1)
+    last_BD = jnp.zeros((batch, like.shape[-1]), like.dtype)
     chunks = (state.length_B.max() - start + chunk - 1) // chunk
     with jax.named_scope(PROMPT_CHUNKS):
         cache, last_BD = lax.fori_loop(0, chunks, read, (state.cache, last_BD))
@@ -61,7 +75,7 @@ def chunk_size(unread: int, capacity: int) -> int:
 
 
 def insert(
-    model: Llama, state: DecodeState, single: DecodeState, row: Int[Array, ""]
+    model: DecoderModel, state: DecodeState, single: DecodeState, row: Int[Array, ""]
 ) -> DecodeState:
     """The batch with its row `row` replaced by the one row of `single`."""
     return jax.tree.map(
@@ -69,13 +83,18 @@ def insert(
     )
 
 
-def grow(model: Llama, state: DecodeState, *, capacity: int) -> DecodeState:
+def grow(model: DecoderModel, state: DecodeState, *, capacity: int, depth: int) -> DecodeState:
     """The rows with more slots."""
-    return state.grown(capacity)
+    return state.grown(capacity, grow_cache(model, state.cache, capacity, depth))
 
 
 def decode(
-    model: Llama, state: DecodeState, rounds: Int[Array, ""], arguments: Any, *, strategy: Strategy
+    model: DecoderModel,
+    state: DecodeState,
+    rounds: Int[Array, ""],
+    arguments: Any,
+    *,
+    strategy: Strategy,
 ) -> DecodeState:
     """Runs at most `rounds` rounds of the strategy. Stops when a row has ended: the host notes its
     time. Stops before a round that the cache has no room for: the host grows it. Stops if the
@@ -97,7 +116,7 @@ def decode(
         return lax.while_loop(more, step, (0, state))[1]
 
 
-def pause(model: Llama, state: DecodeState, *, strategy: Strategy) -> DecodeState:
+def pause(model: DecoderModel, state: DecodeState, *, strategy: Strategy) -> DecodeState:
     """The strategy's pause between two calls of `decode`. It is a program of its own: in a larger
     one, XLA:TPU loads fewer weights ahead."""
     return strategy.pause(model, state)
@@ -113,7 +132,7 @@ class Programs:
 
     def __init__(
         self,
-        model: Llama,
+        model: DecoderModel,
         mesh: Mesh | None = None,
         *,
         lay_out: bool = True,
@@ -125,15 +144,14 @@ class Programs:
         self._formats: list[Format] | None = None  # layouts of the leaves in the programs
         self.mesh, self._kernels = mesh, kernels
         self._compiled: dict[Hashable, Callable] = {}
-        with self._context():
-            self.tuning = tuning()
-        self._lays_out = lay_out and self.tuning.lays_out_weights
+        with self.context():
+            self._lays_out = lay_out and lays_out_weights()
         self.compile_seconds = 0.0
 
     def __len__(self) -> int:
         return len(self._compiled)
 
-    def use(self, model: Llama) -> None:
+    def use(self, model: DecoderModel) -> None:
         """Runs the programs on another model. Raises ConfigError if its form differs."""
         leaves, structure = jax.tree.flatten(model)
         check(
@@ -169,10 +187,10 @@ class Programs:
 
         def run(leaves, state, *rest):
             model = jax.tree.unflatten(self._structure, leaves)
-            return function(unstacked(model) if model.is_stacked else model, state, *rest)
+            return function(for_decoding(model), state, *rest)
 
         mesh, formats = self.mesh, self._formats
-        with self._context():
+        with self.context():
             if formats is None and self._lays_out:
                 formats = [Format(Layout.AUTO, leaf.sharding) for leaf in self._leaves]
             program = jax.jit(
@@ -190,7 +208,7 @@ class Programs:
                 jax.config.update(CODE_LINES, lines)
 
     @contextmanager
-    def _context(self) -> Iterator[None]:
+    def context(self) -> Iterator[None]:
         """In which programs are traced."""
         on_mesh = nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
         with on_mesh, with_kernels(self._kernels):

@@ -3,9 +3,10 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lsjax.config import Checked, LlamaConfig, bounded, check
+from lsjax.config import Checked, bounded, check
 from lsjax.data.tokenizer import Tokenizer
 from lsjax.decoding.sampling import GREEDY, Sampling
+from lsjax.model.protocol import Sizes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +35,7 @@ class Request(Checked):
 
 
 def encode_prompt(
-    request: Request, tokenizer: Tokenizer, config: LlamaConfig, max_length: int | None = None
+    request: Request, tokenizer: Tokenizer, sizes: Sizes, max_length: int | None = None
 ) -> list[int]:
     """Token ids of a request's prompt. max_length: of the text, the model's context by default.
 
@@ -43,22 +44,22 @@ def encode_prompt(
     """
     prompt, new = request.prompt, request.max_new_tokens
     ids = tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
-    limit = config.max_context if max_length is None else max_length
-    vocabulary = f"the vocabulary of {config.vocab_size}: give ids in 0..{config.vocab_size - 1}"
+    limit = sizes.max_context if max_length is None else max_length
+    vocabulary = f"the vocabulary of {sizes.vocab_size}: give ids in 0..{sizes.vocab_size - 1}"
     check(
-        max(request.stop_ids, default=0) < config.vocab_size,
+        max(request.stop_ids, default=0) < sizes.vocab_size,
         f"stop ids {list(request.stop_ids)} are not all in {vocabulary}",
     )
     check(len(ids) > 0, "the prompt is empty: it needs at least one token")
     check(new >= 1, f"max_new_tokens {new} is below 1: use 1 or more")
     check(
-        min(ids) >= 0 and max(ids) < config.vocab_size,
+        min(ids) >= 0 and max(ids) < sizes.vocab_size,
         f"token ids {min(ids)}..{max(ids)} are not all in {vocabulary}",
     )
     check(
         len(ids) + new <= limit,
         f"a prompt of {len(ids)} tokens and {new} new ones do not fit the length of "
         f"{limit}: shorten the prompt, lower --max-new-tokens"
-        + (" or raise --max-length" if limit < config.max_context else ""),
+        + (" or raise --max-length" if limit < sizes.max_context else ""),
     )
     return ids

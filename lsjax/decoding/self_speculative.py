@@ -16,29 +16,33 @@ Layers 0..E-1 never run twice on a token: the verification reads the draft's key
 The last draft token passes the first layers without a head, as nothing is drafted after it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
+import jax
 import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
 
-from lsjax.config import LlamaConfig, check
-from lsjax.decoding.draft import AcceptanceRule, DraftVocabulary
-from lsjax.decoding.rounds import Drafting, RoundSettings
+from lsjax.decoding.acceptance import AcceptanceRule, judge
+from lsjax.decoding.confidence import Confidence
+from lsjax.decoding.draft import Draft, DraftArguments
+from lsjax.decoding.draft_vocabulary import DraftVocabulary
+from lsjax.decoding.guards import at_shortest_length
+from lsjax.decoding.scopes import DRAFT, VERIFY
 from lsjax.decoding.state import DecodeState
-from lsjax.decoding.strategy import Strategy
-from lsjax.model.llama import Llama
+from lsjax.decoding.strategy import Strategy, check_drafts, check_exit
+from lsjax.model.protocol import DecoderModel, Sizes, draft_state, prepare, run_through
 
 
 @dataclass(frozen=True)
-class SelfSpeculative(Drafting):
+class SelfSpeculative(Strategy):
     """Same greedy tokens as Autoregressive in fewer passes. Sampling keeps the distribution.
 
     exit_layer: E, layers of the draft. num_draft_tokens: d, drafts per round and row; 0 makes each
     round one autoregressive step. vocabulary: tokens that may be drafted, all by default.
     draft_confidence: stops drafting when the product of the exit's top-token probabilities falls
-    below this value. accept: acceptance rule (draft.py); by default the lossless rule.
-    shared_exits, shared_lengths: other exits and lengths that share the compiled program
-    (`sharing_programs`).
+    below this value. accept: acceptance rule (acceptance.py); by default the lossless rule.
     """
 
     name = "self_speculative"
@@ -47,59 +51,127 @@ class SelfSpeculative(Drafting):
     vocabulary: DraftVocabulary | None = None
     draft_confidence: float | None = None
     accept: AcceptanceRule | None = None
-    shared_exits: tuple[int, ...] = ()
-    shared_lengths: tuple[int, ...] = ()
-
-    @property
-    def exits(self) -> tuple[int, ...]:
-        """Exits that the program serves."""
-        return tuple(sorted({self.exit_layer, *self.shared_exits}))
 
     @property
     def lengths(self) -> tuple[int, ...]:
-        """Draft lengths that the program serves; if drafts may end early, with quarters of d."""
+        """Draft lengths with a verification of their own: quarters of d if drafts may end early."""
         quarters = (4,) if self.draft_confidence is None else range(5)
-        own = {self.num_draft_tokens * quarter // 4 for quarter in quarters}
-        return tuple(sorted(own | {*self.shared_lengths}))
+        return tuple(sorted({self.num_draft_tokens * quarter // 4 for quarter in quarters}))
 
-    def validate(self, config: LlamaConfig) -> None:
+    @property
+    def exits(self) -> tuple[int, ...]:
+        """The exit that drafts."""
+        return (self.exit_layer,)
+
+    @property
+    def program(self) -> tuple:
+        """What decides about the compiled program."""
+        return type(self), self.exit_layer, self.lengths, self.draft_vocab, self.accept
+
+    def validate(self, sizes: Sizes) -> None:
         """Raises ConfigError if a number is out of range or the vocabulary does not match."""
-        super().validate(config)
-        check(
-            self.draft_confidence is None or 0 <= self.draft_confidence <= 1,
-            f"draft_confidence {self.draft_confidence} is out of range: use a value from 0 to 1",
-        )
-        for drafts in self.lengths:
-            check(
-                0 <= drafts <= config.max_context,
-                f"num_draft_tokens {drafts} is out of range: use 0..{config.max_context}",
-            )
+        check_exit(self.exit_layer, sizes.num_layers - 1)  # the draft does not run all layers
+        check_drafts(self, sizes)
 
-    def arguments(self, model: Llama) -> RoundSettings:
-        """Exit, length and confidence as numbers, and the rows of the head that the draft uses."""
-        confidence, shape = self.draft_confidence, (1, 1 + self.lengths[-1])
-        return RoundSettings(
-            jnp.int32(self.exit_layer),
-            jnp.int32(self.num_draft_tokens),
-            None if self.vocabulary is None else self.vocabulary.head(model),
-            None if confidence is None else jnp.full(shape, confidence, jnp.float32),
-        )
+    def arguments(self, model: DecoderModel) -> DraftArguments:
+        """The head's rows of the draft vocabulary, and the confidence."""
+        head = None if self.vocabulary is None else self.vocabulary.head(model)
+        return DraftArguments(head, Confidence.constant(self.draft_confidence, self.slack))
 
-    def step(self, model: Llama, state: DecodeState, arguments: RoundSettings) -> DecodeState:
-        """One round: draft, verify, and commit the accepted tokens plus one."""
-        return self.verify(model, self.draft(model, state, arguments), arguments)[0]
+    def step(
+        self, model: DecoderModel, state: DecodeState, arguments: DraftArguments
+    ) -> DecodeState:
+        """One round."""
+        return speculative_round(self, model, model, self.exit_layer, state, arguments)[0]
 
 
-def sharing_programs(strategies: Sequence[Strategy]) -> list[Strategy]:
-    """The same strategies. Self-speculative ones share a compiled program, with a confidence only
-    those of one length: more lengths would let them verify fewer positions than alone."""
-    drafting = [one for one in strategies if isinstance(one, SelfSpeculative)]
-    exits = tuple(sorted({one.exit_layer for one in drafting}))
-    lengths = tuple(one.num_draft_tokens for one in drafting if one.draft_confidence is None)
-    shared = {None: tuple(sorted({*lengths}))}
-    return [
-        replace(one, shared_exits=exits, shared_lengths=shared.get(one.draft_confidence, ()))
-        if one in drafting
-        else one
-        for one in strategies
-    ]
+def speculative_round(
+    settings: SelfSpeculative,
+    drafter: DecoderModel,
+    model: DecoderModel,
+    verified_from: int,
+    state: DecodeState,
+    arguments: DraftArguments,
+    keep: tuple[int, ...] = (),
+) -> tuple[DecodeState, dict[int, Float[Array, "B T D"]]]:
+    """Drafts, verifies, and commits the accepted tokens plus one.
+
+    verified_from: first layer of the verification: the exit, if `drafter` is the model itself.
+    keep: exits whose states are returned. State t belongs to the position before new token t.
+    """
+    first, last, longest = settings.exit_layer, model.num_layers, settings.num_draft_tokens
+    below = [exit_layer for exit_layer in sorted(keep) if exit_layer < min(first, verified_from)]
+    above = [exit_layer for exit_layer in sorted(keep) if verified_from < exit_layer < last]
+
+    def first_layers(x_B1D, positions_B1, cache):
+        places = positions_B1, prepare(drafter, positions_B1)
+        hidden, cache = run_through(drafter, (0, *below, first), x_B1D, *places, cache)
+        x_B1D, cache = draft_state(drafter, first, hidden[-1], positions_B1, cache)
+        return x_B1D, hidden, cache
+
+    def verify(draft, places):
+        x_BTD, cache = draft.hidden[-1], draft.state.cache
+        if verified_from != first:
+            x_BTD = model.embed(draft.inputs_BT, places[0])
+        bounds = verified_from, *above, last
+        hidden, cache = run_through(model, bounds, x_BTD, *places, cache)
+        verified, _ = judge(model, draft, hidden[-1], cache, settings.accept)
+        seen = dict(zip((*below, first, *above), (*draft.hidden, *hidden[:-1]), strict=True))
+        return replace(verified, seen={exit_layer: seen[exit_layer] for exit_layer in keep})
+
+    limit_B = jnp.minimum(state.end_B - state.length_B - 1, longest)
+    draft = Draft.empty(drafter, state, arguments, 1 + longest, kept=1 + len(below))
+    draft = draft_tokens(drafter, first_layers, draft, limit_B, arguments.confidence)
+    with jax.named_scope(VERIFY):
+        places = draft.positions_BT, prepare(model, draft.positions_BT)
+        verified = at_shortest_length(settings.lengths, draft, places, verify)
+        return verified.commit(draft, first), verified.seen
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class DraftLoop:
+    """The draft before step `at`, which runs the pending token (0) or draft `at` - 1."""
+
+    at: Int[Array, ""]
+    token_B: Int[Array, " B"]
+    active_B: Bool[Array, " B"]  # rows that go on
+    sure_B: Float[Array, " B"]  # product of the drafts' chances to pass
+    draft: Draft
+
+
+def draft_tokens(
+    drafter: DecoderModel,
+    first_layers: Callable,
+    draft: Draft,
+    limit_B: Int[Array, " B"],
+    confidence: Confidence | None,
+    active: Bool[Array, ""] | bool = True,
+) -> Draft:
+    """Drafts up to `limit_B` tokens per row. A row stops at its limit, at a stop token, or when the
+    confidence is too low. first_layers: (x_B1D, positions_B1, cache) -> the state that drafts, the
+    states to keep, and the cache. active: whether to draft at all."""
+    state = draft.state
+
+    def step(loop: DraftLoop) -> DraftLoop:
+        at, draft, sure_B = loop.at, loop.draft, loop.sure_B
+        positions_B1 = state.length_B[:, None] - 1 + at
+        x_B1D = drafter.embed(loop.token_B[:, None], positions_B1)
+        x_B1D, hidden, cache = first_layers(x_B1D, positions_B1, draft.state.cache)
+        draft = draft.with_states(at, hidden, cache)
+        active_B = loop.active_B & (at < limit_B)
+        if confidence is not None:  # the head can't raise sure_B: spare it
+            active_B &= confidence.suffices(sure_B, at)
+        chosen = draft.choose_if(active_B.any(), drafter, x_B1D, at)
+        draft = draft.with_token(at, chosen)
+        if confidence is not None:
+            sure_B = sure_B * confidence.chance(chosen.top_B1)
+            active_B &= confidence.suffices(sure_B, at)
+        draft = replace(draft, count_B=draft.count_B + active_B)
+        active_B &= ~state.is_stop(chosen.token_B)
+        return DraftLoop(at + 1, chosen.token_B, active_B, sure_B, draft)
+
+    sure_B = jnp.ones_like(limit_B, jnp.float32)
+    start = DraftLoop(jnp.int32(0), state.pending_B, state.running_B & active, sure_B, draft)
+    with jax.named_scope(DRAFT):
+        return lax.while_loop(lambda loop: loop.active_B.any(), step, start).draft

@@ -9,15 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
-from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
-from lsjax.config import LlamaConfig
 from lsjax.decoding.request import Request
 from lsjax.decoding.sampling import Draws, Penalties, Purpose, argmax
 from lsjax.kernels.cache_writes import write
-from lsjax.model.cache import KVCache
 from lsjax.model.parameters import placed
+from lsjax.model.protocol import Cache
 from lsjax.sharding import on_each_device
 
 RUNNING, EOS, LENGTH, STOP = range(4)  # why a row ended; the host sets STOP
@@ -33,7 +31,7 @@ class DecodeState:
     are cached. completion.py derives text and statistics from the buffers.
     """
 
-    cache: KVCache
+    cache: Cache
     length_B: Int[Array, " B"]
     end_B: Int[Array, " B"]  # no token at this position or beyond
     finish_B: Int[Array, " B"]  # RUNNING, EOS, LENGTH or STOP
@@ -51,23 +49,20 @@ class DecodeState:
     @classmethod
     def create(
         cls,
-        config: LlamaConfig,
         requests: Sequence[Request],
         *,
+        cache: Cache,
         capacity: int,
-        num_layers: int,
-        dtype: DTypeLike,
         ends: Sequence[int] = (),
         among: Sequence[Request] | None = None,
-        cache: KVCache | None = None,
         learned: Any = None,
         mesh: Mesh | None = None,
     ) -> "DecodeState":
         """Rows of requests, whose prompts are token ids, sharded over a mesh (lsjax/sharding.py).
 
-        A request of 0 new tokens is a filler. capacity: initial slots per row; `grown` adds more.
-        num_layers: of the cache. ends: tokens that end every row. among: all requests served by
-        this program; sets optional buffers. cache: empty by default. learned: by `first_guess`.
+        A request of 0 new tokens is a filler. cache: of `capacity` slots per row. ends: tokens that
+        end every row. among: all requests served by this program; sets optional buffers. learned:
+        by `first_guess`.
         """
         among, batch = among or requests, len(requests)
         length_B = np.array([len(request.prompt) for request in requests], np.int32)
@@ -79,8 +74,6 @@ class DecodeState:
             tokens_BS[row, : len(request.prompt)] = request.prompt
             stop = [*{*ends, *request.stop_ids}]
             stop_Bn[row, : len(stop)] = stop
-        if cache is None:
-            cache = KVCache.create(config, batch, capacity, dtype, num_layers, mesh=mesh)
         log_probs = any(request.log_probs for request in among)
         samplings = [[one.sampling for one in rows] for rows in (requests, among)]
 
@@ -111,12 +104,13 @@ class DecodeState:
         """Slots of each row."""
         return self.tokens_BS.shape[1]
 
-    def grown(self, capacity: int) -> "DecodeState":
-        """The same rows with `capacity` slots. New slots are never read before a write."""
+    def grown(self, capacity: int, cache: Cache) -> "DecodeState":
+        """The same rows with `capacity` slots, and a cache of as many. New slots are never read
+        before a write."""
         buffers = {name: value for name, value in vars(self).items() if name.endswith("_BS")}
         more = ((0, 0), (0, capacity - self.capacity))
         longer = jax.tree.map(lambda buffer_BS: jnp.pad(buffer_BS, more), buffers)
-        return replace(self, cache=self.cache.grown(capacity), **longer)
+        return replace(self, cache=cache, **longer)
 
     @property
     def running_B(self) -> Bool[Array, " B"]:
@@ -133,7 +127,7 @@ class DecodeState:
         stop = jnp.expand_dims(self.stop_Bn, tuple(range(1, tokens.ndim)))
         return (tokens[..., None] == stop).any(-1)
 
-    def with_cache(self, cache: KVCache) -> "DecodeState":
+    def with_cache(self, cache: Cache) -> "DecodeState":
         """The same rows with an updated cache."""
         return replace(self, cache=cache)
 

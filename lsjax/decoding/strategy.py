@@ -7,11 +7,10 @@ from typing import Any, ClassVar
 
 from jaxtyping import Array, Bool
 
-from lsjax.config import LlamaConfig, check
-from lsjax.decoding.draft import DraftVocabulary
+from lsjax.config import check
+from lsjax.decoding.draft_vocabulary import DraftVocabulary
 from lsjax.decoding.state import DecodeState
-from lsjax.model.llama import Llama
-from lsjax.platforms import Tuning
+from lsjax.model.protocol import DecoderModel, Sizes
 
 
 class Strategy(ABC):
@@ -43,14 +42,19 @@ class Strategy(ABC):
         """Strategies with equal keys share a compiled program."""
         return self
 
-    def validate(self, config: LlamaConfig) -> None:  # noqa: B027
+    @property
+    def exits(self) -> tuple[int, ...]:
+        """Exits that draft, ascending."""
+        return ()
+
+    def validate(self, sizes: Sizes) -> None:  # noqa: B027
         """Raises ConfigError if the strategy does not fit the model."""
 
-    def depth(self, config: LlamaConfig) -> int:
+    def depth(self, sizes: Sizes) -> int:
         """Layers run for each committed token: all, or the exit's."""
-        return config.num_layers
+        return sizes.num_layers
 
-    def arguments(self, model: Llama) -> Any:
+    def arguments(self, model: DecoderModel) -> Any:
         """A pytree of arrays that `step` needs beside the model."""
         return ()
 
@@ -58,20 +62,20 @@ class Strategy(ABC):
         """What the strategy knows of each row before its first round; None for most."""
         return None
 
-    def pauses(self, tuning: Tuning) -> bool:
-        """Whether rounds that are tuned so stop at times, for a `pause`."""
+    def pauses(self) -> bool:
+        """Whether rounds of the traced program stop at times, for a `pause`."""
         return False
 
     def goes_on(self, state: DecodeState) -> Bool[Array, ""] | bool:
         """Whether another round follows before a pause."""
         return True
 
-    def pause(self, model: Llama, state: DecodeState) -> DecodeState:
+    def pause(self, model: DecoderModel, state: DecodeState) -> DecodeState:
         """What the host runs between calls of rounds, as a program of its own."""
         return state
 
     @abstractmethod
-    def step(self, model: Llama, state: DecodeState, arguments: Any) -> DecodeState:
+    def step(self, model: DecoderModel, state: DecodeState, arguments: Any) -> DecodeState:
         """One round: at least one token for every running row."""
 
 
@@ -81,12 +85,12 @@ class Autoregressive(Strategy):
 
     name = "autoregressive"
 
-    def step(self, model: Llama, state: DecodeState, arguments: tuple[()]) -> DecodeState:
+    def step(self, model: DecoderModel, state: DecodeState, arguments: tuple[()]) -> DecodeState:
         """Runs the pending token of each row through the layers and the head; appends a token."""
-        x_BTD, positions_BT = model.embed(state.pending_B[:, None]), state.length_B[:, None] - 1
-        depth = self.depth(model.config)
-        x_BTD, cache = model.run_layers(x_BTD, 0, depth, positions_BT, state.cache)
-        return state.with_cache(cache).append(model.unembed(x_BTD[:, 0]))
+        positions_B1 = state.length_B[:, None] - 1
+        x_B1D = model.embed(state.pending_B[:, None], positions_B1)
+        x_B1D, cache = model.run_layers(x_B1D, 0, self.depth(model), positions_B1, state.cache)
+        return state.with_cache(cache).append(model.unembed(x_B1D[:, 0]))
 
 
 @dataclass(frozen=True)
@@ -96,11 +100,11 @@ class EarlyExit(Autoregressive):
     name = "early_exit"
     exit_layer: int = field()
 
-    def validate(self, config: LlamaConfig) -> None:
+    def validate(self, sizes: Sizes) -> None:
         """Raises ConfigError unless 1 <= exit_layer <= L."""
-        check_exit(self.exit_layer, config.num_layers)
+        check_exit(self.exit_layer, sizes.num_layers)
 
-    def depth(self, config: LlamaConfig) -> int:
+    def depth(self, sizes: Sizes) -> int:
         """The exit layer."""
         return self.exit_layer
 
@@ -111,3 +115,16 @@ def check_exit(exit_layer: int, last: int) -> None:
         1 <= exit_layer <= last,
         f"exit layer {exit_layer} is out of range: use --exit-layer 1..{last}",
     )
+
+
+def check_drafts(strategy: Strategy, sizes: Sizes) -> None:
+    """Raises ConfigError for a confidence or number of drafts that is out of range, and for a
+    draft vocabulary that does not fit the model."""
+    confidence, drafts, most = strategy.draft_confidence, strategy.lengths[-1], sizes.max_context
+    check(
+        confidence is None or 0 <= confidence <= 1,
+        f"draft_confidence {confidence} is out of range: use a value from 0 to 1",
+    )
+    check(0 <= drafts <= most, f"num_draft_tokens {drafts} is out of range: use 0..{most}")
+    if strategy.vocabulary is not None:
+        strategy.vocabulary.validate(sizes)

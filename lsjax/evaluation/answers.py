@@ -7,7 +7,7 @@ all else that it depends on. An incomplete last line comes from a killed run.
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -20,7 +20,7 @@ from rich.progress import Progress
 from lsjax.checkpoints.steps import fingerprints
 from lsjax.config import Path, check
 from lsjax.config.checked import differences, shown
-from lsjax.decoding.adaptive import Adaptive
+from lsjax.decoding.auto.adaptive import Adaptive
 from lsjax.decoding.completion import Completion
 from lsjax.decoding.engine import Engine
 from lsjax.decoding.request import Request
@@ -72,7 +72,8 @@ def conditions(engine: Engine, name: str, sampling: Sampling, **more: Any) -> di
     """The header: all that answers depend on, apart from their keys. A file of answers is resumed
     only under the same conditions. name: of the model."""
     leaves = {str(number): leaf for number, leaf in enumerate(jax.tree.leaves(engine.model))}
-    devices = jax.devices()[:1] if engine.mesh is None else engine.mesh.devices.flat
+    mesh = engine.runtime.mesh
+    devices = jax.devices()[:1] if mesh is None else mesh.devices.flat
     return {
         "version": VERSION,
         "model": name,
@@ -81,7 +82,7 @@ def conditions(engine: Engine, name: str, sampling: Sampling, **more: Any) -> di
         "dtype": str(engine.model.dtype),
         "devices": [device.device_kind for device in devices],
         "machine": machine(),
-        "kernels": engine.kernels,
+        "kernels": engine.runtime.kernels,
         "jax": jax.__version__,
         "sampling": asdict(sampling),
         **more,
@@ -113,8 +114,9 @@ def complete(
     done, base, turn = set(found), None, 1 if timed else len(questions)
     if done:
         notes.print(f"{len(done)} of {len(wanted)} answers are already stored")
+    compiling = {}
     if timed and len(done) < len(wanted):
-        warm_up(engine, strategies, questions)
+        compiling = warm_up(engine, strategies, questions)
     shown = Progress(console=notes, transient=True, disable=not notes.is_terminal)
     with closing(Lines(file)) as lines, shown as progress:
         bar = progress.add_task("decoding", total=len(wanted), completed=len(found))
@@ -127,6 +129,8 @@ def complete(
             names = ("id", "sample", "group", "seen", "reference")
             answer = {"key": question.key(strategy)} | {n: getattr(question, n) for n in names}
             answer |= text.to_json() | figures(question, text, base)
+            if timed:
+                answer["compile_seconds"] = compiling[strategy.program]
             lines.write(as_line(answer))
             found[answer["key"]] = answer
             progress.update(bar, completed=len(found))
@@ -147,16 +151,23 @@ def complete(
     return [found[key] for key in wanted]
 
 
-def warm_up(engine: Engine, strategies: Sequence[Strategy], questions: Sequence[Question]) -> None:
-    """Compiles and runs each program once. Prompts with equal cache sizes share a program."""
+def warm_up(
+    engine: Engine, strategies: Sequence[Strategy], questions: Sequence[Question]
+) -> dict[Hashable, float]:
+    """Compiles and runs each program once. Prompts with equal cache sizes share a program. Returns
+    the seconds of compiling, by `Strategy.program`."""
+    compiling = {}
     for strategy in {strategy.program: strategy for strategy in strategies}.values():
+        before, capacity = engine.programs.compile_seconds, engine.runtime.capacity
         engine.use(strategy)
         sizes = {}
         for request in (question.request for question in questions):
             ends = len(request.prompt) + 1, len(request.prompt) + request.max_new_tokens
-            sizes[tuple(map(engine.capacity, ends))] = request
+            sizes[tuple(capacity(end, strategy) for end in ends)] = request
         for request in sizes.values():
             engine.generate([request])
+        compiling[strategy.program] = engine.programs.compile_seconds - before
+    return compiling
 
 
 def resume(file: Path, asked: Mapping[str, Any]) -> dict[str, Answer]:

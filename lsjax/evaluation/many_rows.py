@@ -9,9 +9,8 @@ import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from lsjax.decoding.programs import Programs
+from lsjax.decoding.runtime import Runtime
 from lsjax.decoding.self_speculative import SelfSpeculative
-from lsjax.decoding.stopwatch import Rounds
 from lsjax.decoding.strategy import Autoregressive, Strategy
 
 ACCEPTANCES = (0.5, 0.7, 0.9)
@@ -61,7 +60,7 @@ def fastest(costs: Iterable[RoundCost], acceptance: float) -> RoundCost:
 
 
 def time_rounds(
-    programs: Programs,
+    runtime: Runtime,
     strategies: Sequence[SelfSpeculative],
     rows: int,
     capacity: int,
@@ -70,18 +69,18 @@ def time_rounds(
     """Costs of the strategies' rounds, timed in turns with autoregressive decoding. Half of the
     `capacity` slots of each row are in use."""
     plain = Autoregressive()
-    rounds = {one: Rounds(programs, one, rows, capacity) for one in (plain, *strategies)}
+    rounds = {one: runtime.stopwatch(one, rows, capacity) for one in (plain, *strategies)}
     found: dict[Strategy, list[float]] = {one: [] for one in rounds}
     most: dict[Strategy, int] = {}
     empty: dict[Strategy, float] = {}
     for one, timed in rounds.items():
-        timed.run(1, timed.arguments)  # the first call is slower
-        empty[one] = timed.per_call(timed.arguments)
-        seconds, _ = timed.run(1, timed.arguments)
+        timed.run(1)  # the first call is slower
+        empty[one] = timed.empty_call()
+        seconds, _ = timed.run(1)
         most[one] = max(1, min(MOST_ROUNDS, round(CALL / seconds)))
     for _ in range(repeats):
         for one, timed in rounds.items():
-            seconds, done = timed.run(most[one], timed.arguments)
+            seconds, done = timed.run(most[one])
             found[one].append(max(seconds - empty[one], 1e-9) / done)
     typical = {one: statistics.median(seconds) for one, seconds in found.items()}
     return [

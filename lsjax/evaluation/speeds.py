@@ -60,6 +60,7 @@ def cell_speeds(config: LlamaConfig, answers: Sequence[Answer]) -> Iterator[dict
             "equal": len(greedy - differing) if greedy else None,
             "differ": len(differing) if greedy else None,
             "widest_margin": max(margins, default=None),
+            "compile_seconds": max(one["compile_seconds"] for one in own),
             "ideal": ideal,
             "share_of_ideal": None if ideal is None else speedup / ideal,
         }

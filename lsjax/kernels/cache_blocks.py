@@ -19,7 +19,7 @@ SMALL, LARGE = 256, 1024
 # Names of the two loops in compiled programs.
 SMALL_BLOCKS, LARGE_BLOCKS = "small_cache_blocks", "large_cache_blocks"
 
-Sums = tuple[Float[Array, "B K R 1"], Float[Array, "B K R H"]]  # of weights, of weighted values
+Sums = tuple[Float[Array, "B K R"], Float[Array, "B K R H"]]  # of weights, of weighted values
 
 
 def attend_to_used_slots(

@@ -67,18 +67,7 @@ def flash_decoding(
     padded = _padded(rows)
     parts = pl.next_power_of_2(pl.cdiv(PROGRAMS, batch * kv_heads))
     parts = min(parts, MOST_PARTS, pl.next_power_of_2(capacity // BLOCK))
-
-    def rows_of(x, count):
-        x_BKRH = rows_of_heads(x, kv_heads)
-        return jnp.pad(x_BKRH, [(0, 0), (0, 0), (0, count - x_BKRH.shape[2]), (0, 0)])
-
-    # One array, so that one kernel makes it: queries, keys and values, padded to blocks.
-    new = (
-        rows_of(q_BTNH, padded),
-        rows_of(k_BTKH.astype(keys.dtype), MOST_STEPS),
-        rows_of(v_BTKH.astype(values.dtype), MOST_STEPS),
-    )
-    new_BKRH = jnp.concatenate(new, axis=2)
+    new_BKRH = _joined(padded, q_BTNH, k_BTKH.astype(keys.dtype), v_BTKH.astype(values.dtype))
     after = padded // MOST_STEPS
 
     def block(count, index):
@@ -114,6 +103,18 @@ def flash_decoding(
     mixed_BKRH = sum(map(jnp.multiply, weights, mixed_PBKRH)) / sum(weights)
     mixed_BKRH = mixed_BKRH[:, :, :rows].astype(q_BTNH.dtype)
     return heads_of_rows(mixed_BKRH, q_BTNH.shape), keys, values
+
+
+def _joined(padded, q_BTNH, k_BTKH, v_BTKH):
+    """Queries, keys and values, padded to blocks. One array, so that one kernel makes it."""
+    kv_heads = k_BTKH.shape[2]
+
+    def rows_of(x, count):
+        x_BKRH = rows_of_heads(x, kv_heads)
+        return jnp.pad(x_BKRH, [(0, 0), (0, 0), (0, count - x_BKRH.shape[2]), (0, 0)])
+
+    counts = padded, MOST_STEPS, MOST_STEPS
+    return jnp.concatenate(list(map(rows_of, (q_BTNH, k_BTKH, v_BTKH), counts)), axis=2)
 
 
 def _kernel(steps, parts, window, start_ref, q_ref, k_ref, v_ref, keys_ref, values_ref, *outputs):

@@ -14,12 +14,10 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from lsjax.config import LlamaConfig
-from lsjax.model.parameters import sharding_of
 
 
 @jax.tree_util.register_dataclass
@@ -37,31 +35,10 @@ class KVCache:
         batch: int,
         capacity: int,
         dtype: DTypeLike,
-        num_layers: int | None = None,
-        *,
-        mesh: Mesh | None = None,
+        depth: int | None = None,
     ) -> "KVCache":
-        """An empty cache for the first `num_layers` layers (by default all), sharded on a mesh."""
+        """An empty cache for the first `depth` layers, by default all."""
         shape = (batch, config.num_kv_heads, capacity, config.head_dim)
-        layers = range(config.num_layers if num_layers is None else num_layers)
-        place = sharding_of("keys.0", shape, mesh)
-        keys, values = ([jnp.zeros(shape, dtype, device=place) for _ in layers] for _ in range(2))
-        return cls(tuple(keys), tuple(values))
-
-    @property
-    def capacity(self) -> int:
-        """S: slots of a row."""
-        return self.keys[0].shape[2]
-
-    @property
-    def num_layers(self) -> int:
-        """Number of layers in the cache."""
-        return len(self.keys)
-
-    def grown(self, capacity: int) -> "KVCache":
-        """The cache with empty slots appended up to `capacity`; unchanged if it has as many."""
-        more = capacity - self.capacity
-        if more <= 0:
-            return self
-        padding = [(0, 0), (0, 0), (0, more), (0, 0)]
-        return jax.tree.map(lambda leaf: jnp.pad(leaf, padding), self)
+        layers = range(config.num_layers if depth is None else depth)
+        keys, values = (tuple(jnp.zeros(shape, dtype) for _ in layers) for _ in range(2))
+        return cls(keys, values)

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import lax
-from jax.typing import DTypeLike
+from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Float, Int
 
 from lsjax.config import AttentionKernel, ComputeDtype, LlamaConfig
@@ -51,6 +51,21 @@ class Llama(nnx.Module):
         return isinstance(self.layers, Block)
 
     @property
+    def num_layers(self) -> int:
+        """L."""
+        return self.config.num_layers
+
+    @property
+    def vocab_size(self) -> int:
+        """V."""
+        return self.config.vocab_size
+
+    @property
+    def max_context(self) -> int:
+        """Most tokens of a text."""
+        return self.config.max_context
+
+    @property
     def dtype(self) -> jnp.dtype:
         """Dtype of the parameters."""
         return self.embedding[...].dtype
@@ -61,9 +76,24 @@ class Llama(nnx.Module):
         block = self.layers if self.is_stacked else self.layers[0]
         return block.attention.out.kernel[...].dtype
 
+    def new_cache(self, batch: int, capacity: int, depth: int) -> KVCache:
+        """An empty cache of the first `depth` layers, with `capacity` slots for each row."""
+        return KVCache.create(self.config, batch, capacity, self.dtype, depth)
+
+    def for_decoding(self) -> "Llama":
+        """The same model with a Block per layer."""
+        return unstacked(self)
+
+    def prepare(self, positions_BT: Int[Array, "B T"]) -> Mapping[str, Rope]:
+        """Angles of the positions, for `run_layers`."""
+        return rope_angles(positions_BT, self.config, self.compute_dtype)
+
     @jax.named_scope("embedding")
-    def embed(self, tokens_BT: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-        """Token embeddings: the input of layer 0. Their gradient is summed in the table's dtype."""
+    def embed(
+        self, tokens_BT: Int[Array, "B T"], positions_BT: Int[Array, "B T"] | None = None
+    ) -> Float[Array, "B T D"]:
+        """Token embeddings: the input of layer 0. Their gradient is summed in the table's dtype.
+        Positions are not embedded: layers rotate by them."""
         return self.embedding[...][tokens_BT].astype(self.compute_dtype)
 
     def embed_rows(self, tokens_BT: Int[Array, "B T"]) -> Float[Array, "B T D"]:
@@ -80,11 +110,11 @@ class Llama(nnx.Module):
         hi: int,
         positions_BT: Int[Array, "B T"],
         cache: KVCache,
-        ropes: Mapping[str, Rope] | None = None,
+        prepared: Mapping[str, Rope] | None = None,
     ) -> tuple[Float[Array, "B T D"], KVCache]:
         """Runs unstacked layers lo..hi-1 on T new tokens per row, updating their cache. Positions
-        are consecutive. ropes: their `rope_angles`, if they are known."""
-        ropes = ropes or rope_angles(positions_BT, self.config, x_BTD.dtype)
+        are consecutive. prepared: by `prepare`, if it is known."""
+        ropes = prepared or rope_angles(positions_BT, self.config, x_BTD.dtype)
         steps = x_BTD.shape[1]
         x_BTD = constrain(enough_steps(x_BTD), "data")
         keys, values = list(cache.keys), list(cache.values)
@@ -171,13 +201,17 @@ class Llama(nnx.Module):
         """The head's rows; the embedding if the two are tied."""
         return (self.embedding if self.head is None else self.head)[...]
 
+    def head_rows(self, ids_N: ArrayLike) -> Float[Array, "N D"]:
+        """The head's rows of some tokens, for `unembed`."""
+        return self.head_table[ids_N]
+
     @jax.named_scope("head")
     def unembed(
-        self, x: Float[Array, "*batch D"], table_VD: Float[Array, "V D"] | None = None
-    ) -> Float[Array, "*batch V"]:
-        """Final norm and head, shared by every exit; logits in float32 or wider. table_VD: a subset
-        of head rows; only their logits are computed."""
-        table_VD = (self.head_table if table_VD is None else table_VD).astype(x.dtype)
+        self, x: Float[Array, "*batch D"], rows: Float[Array, "N D"] | None = None
+    ) -> Float[Array, "*batch N"]:
+        """Final norm and head, shared by every exit; logits in float32 or wider. rows: a subset of
+        the head's rows; only their logits are computed."""
+        table_VD = (self.head_table if rows is None else rows).astype(x.dtype)
         x = self.norm(x)
         rows_RD = x.reshape(-1, x.shape[-1])
         # With the table as left operand, XLA:CPU reads it near memory bandwidth for any number of

@@ -70,6 +70,7 @@ _LAYER = {"huggingface": "model.layers.{}.", "gguf": "blk.{}."}
 _ARRAYS = (
     (r"table_ND$", _TABLE),
     (r"(keys|values)\.\d+$", (P("data", "tensor"),)),  # [B, K, S, H]
+    (r"(^|\.)cache\.", (P("data"),)),  # of other models, [B, ...]
     (r"_BT$", (P(ROWS),)),  # of training
     (r"_B\w*$", (P("data"),)),  # of decoding
 )

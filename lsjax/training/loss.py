@@ -42,6 +42,15 @@ class Head(NamedTuple):
     table_VD: Float[Array, "V D"]
 
 
+class HeadSettings(NamedTuple):
+    """How slots pass through the head."""
+
+    exit_loss: ExitLoss  # of every slot but the last
+    z_loss: float
+    exit_chunk: int  # positions of a chunk in the slots of exits
+    last_chunk: int  # and in the last
+
+
 class Positions(NamedTuple):
     """Positions of each exit slot's rows that are in the loss."""
 
@@ -141,11 +150,13 @@ def head_loss(
 def _forward(exit_loss, z_loss, token_share, head, x_SBTD, labels_BT, positions, weights_S):
     """Each device accumulates the table gradient of its rows. One all-reduce at the end sums it."""
     slots, batch, steps, _ = x_SBTD.shape
-    sizes = [loss_chunk(batch, steps, head.table_VD.shape, share) for share in (token_share, 1)]
+    sizes = [
+        loss_chunk(batch, steps, head.table_VD.shape, share) for share in (float(token_share), 1.0)
+    ]
     size_S = jnp.array([*sizes[:1] * (slots - 1), sizes[1]])
     chunks_S = -(-positions.counts_SB.max(1) // size_S)
     narrow = Head(head.norm, head.table_VD.astype(x_SBTD.dtype))
-    function = partial(_own_rows, exit_loss, z_loss, *sizes)
+    function = partial(_own_rows, HeadSettings(exit_loss, z_loss, *sizes))
     arrays = narrow, x_SBTD, labels_BT, positions, weights_S, chunks_S
     specs = P(), P(None, PIECES), P(PIECES), P(None, PIECES), P(), P()
     outputs = P(PIECES), P(None, PIECES)
@@ -155,34 +166,57 @@ def _forward(exit_loss, z_loss, token_share, head, x_SBTD, labels_BT, positions,
     return losses, (dhead, dx_SBTD)
 
 
-def _own_rows(
-    exit_loss,
-    z_loss,
-    exit_chunk,
-    last_chunk,
-    head,
-    x_SBTD,
-    labels_BT,
-    positions,
-    weights_S,
-    chunks_S,
-):
+def _own_rows(settings, head, x_SBTD, labels_BT, positions, weights_S, chunks_S):
     """Losses and gradients of a device's rows. Values to sum over devices have a leading axis of
-    size 1. exit_chunk, last_chunk: positions of a chunk in the slots of exits, and in the last.
-    chunks_S: number of chunks per slot, set by the row with most positions."""
-    slots, batch, steps, width = x_SBTD.shape
-    wide = jnp.promote_types(x_SBTD.dtype, jnp.float32)
-    one_pass = not z_loss and len(head.table_VD) >= ONE_PASS * width
-    table_DV = head.table_VD.T  # once here, or XLA would transpose it in every chunk
-    product = partial(jnp.einsum, preferred_element_type=wide)
+    size 1. chunks_S: number of chunks per slot, set by the row with most positions."""
+    rows = _Rows(settings, head, labels_BT, positions, weights_S, chunks_S)
+    losses, dhead, dx_SBTD = rows.all_slots(x_SBTD)
+    return jax.tree.map(lambda leaf: leaf[None], (losses, dhead)), dx_SBTD
 
-    def add_slot(slot_loss, chunk, slot, carry):
+
+class _Rows:
+    """A device's rows in the loss: chunks of slots pass through the head and back. Their losses and
+    gradients are added up in a carry: ((total, sums_S), dhead, states and their gradients)."""
+
+    def __init__(self, settings, head, labels_BT, positions, weights_S, chunks_S):
+        self.settings, self.head, self.labels_BT = settings, head, labels_BT
+        self.positions, self.weights_S, self.chunks_S = positions, weights_S, chunks_S
+        self.table_DV = head.table_VD.T  # once here, or XLA would transpose it in every chunk
+        self.wide = jnp.promote_types(head.table_VD.dtype, jnp.float32)
+        self.product = partial(jnp.einsum, preferred_element_type=self.wide)
+        large = len(head.table_VD) >= ONE_PASS * head.table_VD.shape[1]
+        self.one_pass = large and not settings.z_loss
+
+    def all_slots(self, x_SBTD):
+        """Sums of the losses, gradients of the head, and those of the states, in their place."""
+        slots, wide, settings = len(x_SBTD), self.wide, self.settings
+        losses = jnp.zeros((), wide), jnp.zeros(slots, wide)
+        dnorm = jax.tree.map(jnp.zeros_like, self.head.norm)
+        carry = losses, Head(dnorm, jnp.zeros(self.table_DV.shape, wide)), x_SBTD
+        if slots > 1:
+            used_S = self.chunks_S[:-1] > 0
+            order_S = jnp.argsort(~used_S, stable=True)
+
+            def add_exit(index, carry):
+                return self.add_slot(settings.exit_loss, settings.exit_chunk, order_S[index], carry)
+
+            with jax.named_scope(EXITS):
+                *sums, slots_SBTD = lax.fori_loop(0, used_S.sum(), add_exit, carry)
+            keep_S = jnp.append(used_S, True)[:, None, None, None]
+            carry = *sums, jnp.where(keep_S, slots_SBTD, 0)
+        carry = self.add_slot(cross_entropy, settings.last_chunk, slots - 1, carry)
+        losses, dhead, dx_SBTD = carry
+        return losses, Head(dhead.norm, dhead.table_VD.T), dx_SBTD
+
+    def add_slot(self, slot_loss, chunk, slot, carry):
         """Adds one slot's loss and gradients; the gradient of the states overwrites the states."""
         (total, sums_S), dhead, slots_SBTD = carry
+        batch, steps, width = slots_SBTD.shape[1:]
         whole = -(-steps // chunk) * chunk  # steps, padded to full chunks
+        positions, wide = self.positions, self.wide
         order_BT = jnp.pad(positions.order_SBT[slot], [(0, 0), (0, whole - steps)])
         x_BTD, final_BTD = slots_SBTD[slot], slots_SBTD[-1]
-        weight = weights_S[slot].astype(wide)
+        weight = self.weights_S[slot].astype(wide)
 
         def add_chunk(index, carry):
             *sums, dx_BTD = carry
@@ -190,52 +224,39 @@ def _own_rows(
             at_BC = lax.dynamic_slice_in_dim(order_BT, start, chunk, 1)
             counted_BC = start + jnp.arange(chunk) < positions.counts_SB[slot, :, None]
             scale_BC = jnp.where(counted_BC, positions.scales_SB[slot, :, None], 0).astype(wide)
-            label_BC = jnp.take_along_axis(labels_BT, at_BC, 1)
+            label_BC = jnp.take_along_axis(self.labels_BT, at_BC, 1)
             x_BCD = jnp.take_along_axis(x_BTD, at_BC[:, :, None], 1)
-            normed_BCD, norm_backward = jax.vjp(lambda norm, x: norm(x), head.norm, x_BCD)
-            logits_BCV = product("BCD,DV->BCV", normed_BCD, table_DV)
-            arrays = logits_BCV, label_BC, scale_BC, weight
-            if one_pass and slot_loss is cross_entropy:
-                losses, factor_BC, dlogits_BCV = of_cross_entropy(*arrays, x_BCD.dtype)
-            else:
-                final_BCD = jnp.take_along_axis(final_BTD, at_BC[:, :, None], 1)
-                final_BCV = product("BCD,DV->BCV", head.norm(final_BCD), table_DV)
-                loss = partial(chunk_loss, slot_loss, z_loss, final_BCV)
-                losses, factor_BC, dlogits_BCV = of_any_loss(loss, *arrays, x_BCD.dtype)
-            dnormed_BCD = product("BCV,VD->BCD", dlogits_BCV, head.table_VD)
-            dnormed_BCD, normed_BCD = scaled((dnormed_BCD, normed_BCD), factor_BC, x_BCD.dtype)
-            dtable_DV = product("BCD,BCV->DV", normed_BCD, dlogits_BCV)
-            dnorm, dx_BCD = norm_backward(dnormed_BCD)
-            sums = jax.tree.map(jnp.add, sums, [losses, Head(dnorm, dtable_DV)])
+            final = partial(jnp.take_along_axis, final_BTD, at_BC[:, :, None], 1)
+            *found, dx_BCD = self.through_head(slot_loss, x_BCD, final, label_BC, scale_BC, weight)
+            sums = jax.tree.map(jnp.add, sums, found)
             return *sums, lax.dynamic_update_slice_in_dim(dx_BTD, dx_BCD, start, 1)
 
-        zeros_BTD = jnp.zeros((batch, whole, width), x_SBTD.dtype)
+        zeros_BTD = jnp.zeros((batch, whole, width), slots_SBTD.dtype)
         carry = (total, jnp.zeros((), wide)), dhead, zeros_BTD
         with jax.named_scope(CHUNKS):
-            (total, sum_), dhead, dx_BTD = lax.fori_loop(0, chunks_S[slot], add_chunk, carry)
+            (total, sum_), dhead, dx_BTD = lax.fori_loop(0, self.chunks_S[slot], add_chunk, carry)
         back_BT = jnp.argsort(positions.order_SBT[slot], axis=1)
         dx_BTD = jnp.take_along_axis(dx_BTD, back_BT[:, :, None], 1)
         slots_SBTD = lax.dynamic_update_index_in_dim(slots_SBTD, dx_BTD, slot, 0)
         return (total, sums_S.at[slot].set(sum_)), dhead, slots_SBTD
 
-    losses = jnp.zeros((), wide), jnp.zeros(slots, wide)
-    dnorm = jax.tree.map(jnp.zeros_like, head.norm)
-    carry = losses, Head(dnorm, jnp.zeros(table_DV.shape, wide)), x_SBTD
-    if slots > 1:
-        used_S = chunks_S[:-1] > 0
-        order_S = jnp.argsort(~used_S, stable=True)
-        with jax.named_scope(EXITS):
-            *sums, slots_SBTD = lax.fori_loop(
-                0,
-                used_S.sum(),
-                lambda i, carry: add_slot(exit_loss, exit_chunk, order_S[i], carry),
-                carry,
-            )
-        keep_S = jnp.append(used_S, True)[:, None, None, None]
-        carry = *sums, jnp.where(keep_S, slots_SBTD, 0)
-    losses, dhead, dx_SBTD = add_slot(cross_entropy, last_chunk, slots - 1, carry)
-    dhead = Head(dhead.norm, dhead.table_VD.T)
-    return jax.tree.map(lambda leaf: leaf[None], (losses, dhead)), dx_SBTD
+    def through_head(self, slot_loss, x_BCD, final, label_BC, scale_BC, weight):
+        """Losses of a chunk, and the gradients of the head and the states. final: returns the last
+        slot's states."""
+        head, product, table_DV = self.head, self.product, self.table_DV
+        normed_BCD, norm_backward = jax.vjp(lambda norm, x: norm(x), head.norm, x_BCD)
+        arrays = product("BCD,DV->BCV", normed_BCD, table_DV), label_BC, scale_BC, weight
+        if self.one_pass and slot_loss is cross_entropy:
+            losses, factor_BC, dlogits_BCV = of_cross_entropy(*arrays, x_BCD.dtype)
+        else:
+            final_BCV = product("BCD,DV->BCV", head.norm(final()), table_DV)
+            loss = partial(chunk_loss, slot_loss, self.settings.z_loss, final_BCV)
+            losses, factor_BC, dlogits_BCV = of_any_loss(loss, *arrays, x_BCD.dtype)
+        dnormed_BCD = product("BCV,VD->BCD", dlogits_BCV, head.table_VD)
+        dnormed_BCD, normed_BCD = scaled((dnormed_BCD, normed_BCD), factor_BC, x_BCD.dtype)
+        dtable_DV = product("BCD,BCV->DV", normed_BCD, dlogits_BCV)
+        dnorm, dx_BCD = norm_backward(dnormed_BCD)
+        return losses, Head(dnorm, dtable_DV), dx_BCD
 
 
 def _backward(exit_loss, z_loss, token_share, gradients, cotangents):

@@ -19,7 +19,14 @@ from lsjax.training.hosts import is_first, signals
 from lsjax.training.metrics import MetricsLog, paced
 from lsjax.training.prepare import TrainingRun
 from lsjax.training.profiling import traced
-from lsjax.training.step import Metrics, TrainState, abstract_state, initial_state, make_train_step
+from lsjax.training.step import (
+    Batch,
+    Metrics,
+    TrainState,
+    abstract_state,
+    initial_state,
+    make_train_step,
+)
 
 Show = Callable[[int, str], None]  # (steps done, line of metrics), called once for each step
 
@@ -67,7 +74,7 @@ def train_run(
       knobs: keywords of `make_train_step`.
 
     Raises CheckpointError if no saved step is intact or the last one can't be written, ConfigError
-    if the data changed, and the errors of `run_loop`.
+    if the data changed, and the errors of `TrainingLoop.run`.
     """
     began = time.time() if began is None else began
     say(run.describe())
@@ -101,99 +108,120 @@ def train_run(
         try:
             shown = watch(run, first) if watch else nullcontext(paced(print, config.num_steps))
             with closing(log), shown as show, tracing as train_step:
-                return run_loop(run, state, checkpoints, log, train_step, due, show)
+                loop = TrainingLoop(run, state, checkpoints, log, due, show)
+                del state  # the loop's first step donates it
+                return loop.run(train_step)
         finally:
             say(f"{log.clock}")
 
 
-def run_loop(
-    run: TrainingRun,
-    state: TrainState,
-    checkpoints: Checkpoints,
-    log: MetricsLog,
-    train_step: Callable[..., tuple[TrainState, Metrics]],
-    hooks: Sequence[Hook],
-    show: Show,
-) -> TrainState:
-    """Trains from the step of `state` to the last; saves and returns the final state.
+class TrainingLoop:
+    """Trains from the step of `state` to the last.
 
     A step is saved before its hooks run. The first hooks after a start may run out of memory, so
     their step is saved and on disk before. If `state` is at the last step, only the hooks run.
-
-    Raises TooManySkipped; Interrupted after SIGTERM or Ctrl-C, with the state saved; and errors of
-    hooks, with the state saved by a single process. Raises CheckpointError if the last state can't
-    be saved, or if another trainer has taken over the directory.
     """
-    config, num_steps, looked = run.config, run.config.num_steps, False
-    step = first = int(state.step)
-    # The last step and the time at which it is done, while it is not reported.
-    waiting: tuple[int, Metrics, Future[float]] | None = None
 
-    def report(number: int, metrics: Metrics, ready: Future[float]) -> None:
+    def __init__(
+        self,
+        run: TrainingRun,
+        state: TrainState,
+        checkpoints: Checkpoints,
+        log: MetricsLog,
+        hooks: Sequence[Hook],
+        show: Show,
+    ):
+        self.state, self.step = state, int(state.step)
+        self._run, self._config, self._checkpoints = run, run.config, checkpoints
+        self._log, self._hooks, self._show = log, hooks, show
+        self._has_evaluated = False
+        # The last step and the time at which it is done, while it is not reported.
+        self._waiting: tuple[int, Metrics, Future[float]] | None = None
+
+    def run(self, train_step: Callable[..., tuple[TrainState, Metrics]]) -> TrainState:
+        """Trains, and returns the final state, which is saved.
+
+        Raises TooManySkipped; Interrupted after SIGTERM or Ctrl-C, with the state saved; and errors
+        of hooks, with the state saved by a single process. Raises CheckpointError if the last state
+        can't be saved, or if another trainer has taken over the directory.
+        """
+        num_steps, first = self._config.num_steps, self.step
+        if first == num_steps:
+            self._evaluate(self._hooks)
+        with signals() as stop, ThreadPoolExecutor(1) as watcher:
+            ready = watcher.submit(time.time)  # time from which the devices have nothing to do
+            while self.step < num_steps:
+                batch = self._next_batch(ready)
+                self.state, metrics = train_step(self.state, batch)
+                if self.step == first:
+                    self._log.spent("compiling", self.step)
+                ready = watcher.submit(time_when_ready, metrics)
+                self.step += 1
+                self._report()  # the previous step, while this one runs
+                self._waiting = self.step, metrics, ready
+                self._after_step(stop(self.step))
+        return self.state
+
+    def _next_batch(self, ready: Future[float]) -> Batch:
+        """The next batch on the devices. ready: gives the time at which the last step is done."""
+        batch = self._run.place(self._run.pipeline.next())
+        self._log.clock.spend("steps", ready.result() if ready.done() else None)
+        self._log.clock.spend("waiting_for_data")
+        return batch
+
+    def _after_step(self, stopped_by: int | None) -> None:
+        """Saves and evaluates, if it is time. stopped_by: number of a signal."""
+        step, num_steps = self.step, self._config.num_steps
+        last = step == num_steps or stopped_by is not None
+        due = [hook for hook in self._hooks if step % hook.every == 0 or step == num_steps]
+        comes_first = bool(due) and not self._has_evaluated
+        saving = last or comes_first or step % self._config.checkpoints.every == 0
+        if not (due or saving):
+            return
+        self._report()
+        if saving:
+            self._save()
+            if last:
+                self._checkpoints.wait()
+            elif comes_first:
+                self._checkpoints.settle()
+            self._log.spent("checkpoints", step)
+        if stopped_by is not None and step < num_steps:
+            raise Interrupted(stopped_by, step)
+        try:
+            self._evaluate(due)
+        except Exception:
+            if jax.process_count() == 1:
+                self._save()
+            raise
+        self._has_evaluated = self._has_evaluated or bool(due)
+
+    def _report(self) -> None:
+        """Shows and logs the last step, if it is not reported yet."""
+        if self._waiting is None:
+            return
+        (step, metrics, ready), self._waiting = self._waiting, None
         values = jax.device_get(metrics)
-        show(number, log.step(number, values, ready.result()))
+        self._show(step, self._log.step(step, values, ready.result()))
         in_a_row = int(values["skipped_in_a_row"])
-        if in_a_row >= config.max_skipped:
-            checkpoints.settle()
+        if in_a_row >= self._config.max_skipped:
+            self._checkpoints.settle()
             raise TooManySkipped(
-                f"the loss or gradient of {in_a_row} steps in a row, up to step {number}, was not "
+                f"the loss or gradient of {in_a_row} steps in a row, up to step {step}, was not "
                 f"finite (learning rate {float(values['learning_rate']):.3g}): lower "
                 "--optimizer.learning-rate or lengthen the warm-up; the parameters are those of "
-                f"step {number - in_a_row}, and the newest saved step is {checkpoints.newest()}"
+                f"step {step - in_a_row}, and the newest saved step is {self._checkpoints.newest()}"
             )
 
-    def save() -> None:
-        run.writer.check()
-        log.flush()  # a resumed run needs the rows up to its step
-        checkpoints.save(state, step=step, data=run.data_position())
+    def _save(self) -> None:
+        self._run.writer.check()
+        self._log.flush()  # a resumed run needs the rows up to its step
+        self._checkpoints.save(self.state, step=self.step, data=self._run.data_position())
 
-    def look(due: Sequence[Hook]) -> None:
+    def _evaluate(self, due: Sequence[Hook]) -> None:
         for hook in due:
-            log.write(hook.kind, step, hook.call(step, state.model))
-            log.spent("evaluation", step)
-
-    if step == num_steps:
-        look(hooks)
-    with signals() as stop, ThreadPoolExecutor(1) as watcher:
-        ready = watcher.submit(time.time)  # time from which the devices have nothing to do
-        while step < num_steps:
-            batch = run.place(run.pipeline.next())
-            log.clock.spend("steps", ready.result() if ready.done() else None)
-            log.clock.spend("waiting_for_data")
-            state, metrics = train_step(state, batch)
-            if step == first:
-                log.spent("compiling", step)
-            ready = watcher.submit(time_when_ready, metrics)
-            step += 1
-            if waiting is not None:
-                report(*waiting)  # of the previous step, while this one runs
-            waiting = step, metrics, ready
-            stopped_by = stop(step)
-            last = step == num_steps or stopped_by is not None
-            due = [hook for hook in hooks if step % hook.every == 0 or step == num_steps]
-            first_look = bool(due) and not looked
-            saving = last or first_look or step % config.checkpoints.every == 0
-            if not (due or saving):
-                continue
-            report(*waiting)
-            waiting = None
-            if saving:
-                save()
-                if last:
-                    checkpoints.wait()
-                elif first_look:
-                    checkpoints.settle()
-                log.spent("checkpoints", step)
-            if stopped_by is not None and step < num_steps:
-                raise Interrupted(stopped_by, step)
-            try:
-                look(due)
-            except Exception:
-                if jax.process_count() == 1:
-                    save()
-                raise
-            looked = looked or bool(due)
-    return state
+            self._log.write(hook.kind, self.step, hook.call(self.step, self.state.model))
+            self._log.spent("evaluation", self.step)
 
 
 def time_when_ready(metrics: Metrics) -> float:

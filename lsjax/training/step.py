@@ -11,7 +11,7 @@ import optax
 from flax import nnx
 from jax import lax
 from jax.sharding import Mesh
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float, Int
 
 from lsjax.config import OptimizerConfig, StepConfig, TrainConfig, check
 from lsjax.model.llama import Llama, stacked
@@ -139,12 +139,9 @@ def make_train_step(
             after, opt_state = jax.tree.map(partial(jnp.where, finite), new, old)
         skipped = jnp.where(finite, state.skipped, state.skipped + 1)
         in_a_row = jnp.where(finite, 0, state.skipped_in_a_row + 1)
-        exit_loss_L = sums_L / jnp.maximum(num_labels, 1)
         metrics = dict(
             loss=loss,
-            last_exit_loss=exit_loss_L[-1],
-            exit_loss_L=exit_loss_L,
-            enabled_L=enabled_exits(config.early_exit, len(sums_L), state.step, config.num_steps),
+            **exit_metrics(config, sums_L / jnp.maximum(num_labels, 1), state.step),
             grad_norm=grad_norm,
             learning_rate=learning_rate,
             tokens=num_labels,
@@ -155,6 +152,14 @@ def make_train_step(
         return TrainState(model, opt_state, state.step + 1, skipped, in_a_row), metrics
 
     return train_step
+
+
+def exit_metrics(
+    config: StepConfig, exit_loss_L: Float[Array, " L"], step: Int[Array, ""]
+) -> Metrics:
+    """The losses of all exits, that of the last one, and which exits are enabled."""
+    enabled_L = enabled_exits(config.early_exit, len(exit_loss_L), step, config.num_steps)
+    return dict(last_exit_loss=exit_loss_L[-1], exit_loss_L=exit_loss_L, enabled_L=enabled_L)
 
 
 def loss_and_gradients(

@@ -25,7 +25,7 @@ from lsjax.config import LlamaConfig
 from lsjax.data.tokenizer import Tokenizer
 from lsjax.decoding.completion import Completion
 from lsjax.decoding.cost import ideal_speedup
-from lsjax.decoding.draft import DraftVocabulary
+from lsjax.decoding.draft_vocabulary import DraftVocabulary
 from lsjax.decoding.engine import Engine
 from lsjax.decoding.self_speculative import SelfSpeculative
 from lsjax.decoding.strategy import Autoregressive, EarlyExit, Strategy
@@ -70,16 +70,14 @@ def strategies(config: LlamaConfig, part: str, tiny: bool) -> list[tuple[str, St
     An early exit gives the same tokens only with the identity tail."""
     layers, half = config.num_layers, config.num_layers // 2
     vocabulary = DraftVocabulary(np.arange(config.vocab_size // 4, dtype=np.int32))
-    several = SelfSpeculative(half, 5, shared_exits=(layers - 1,), shared_lengths=(2,))
     found = [
         ("a quarter of the layers, 4 drafts", SelfSpeculative(max(1, layers // 4), 4), 1),
-        ("half, 5 drafts, of several", several, 1),
+        ("half, 5 drafts by confidence", SelfSpeculative(half, 5, draft_confidence=0.2), 1),
         (f"half, 4 drafts, {ROWS} rows", SelfSpeculative(half, 4), ROWS),
         (f"autoregressive, {ROWS} rows", Autoregressive(), ROWS),
         ("all but one, 8 drafts", SelfSpeculative(layers - 1, 8), 1),
         ("no drafts", SelfSpeculative(half, 0), 1),
         ("half, 4 drafts of a vocabulary", SelfSpeculative(half, 4, vocabulary), 1),
-        ("half, 4 drafts by confidence", SelfSpeculative(half, 4, draft_confidence=0.2), 1),
         ("early exit", EarlyExit(half), 1),
     ]
     return found[: 3 if part == "float32" else 1] if tiny else found

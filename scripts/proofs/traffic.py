@@ -30,7 +30,7 @@ from lsjax.config import (
     MeshConfig,
     TrainConfig,
 )
-from lsjax.decoding.programs import ROUNDS
+from lsjax.decoding.scopes import ROUNDS
 from lsjax.sharding import make_mesh
 
 HEAD = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")

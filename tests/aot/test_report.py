@@ -18,7 +18,7 @@ from lsjax.aot.decoding import (
 from lsjax.aot.hlo import parse
 from lsjax.aot.programs import cost_figures
 from lsjax.config import ConfigError, LlamaConfig, MeshConfig
-from lsjax.decoding.programs import ROUNDS
+from lsjax.decoding.scopes import ROUNDS
 from lsjax.sharding import make_mesh
 
 H100 = next(chip for chip in CHIPS if chip.name == "h100")

@@ -13,12 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import decode
 import lsjax
 from lsjax.checkpoints.run import METRICS, begin_run, is_run, read_run_config
 from lsjax.checkpoints.saving import Checkpoints
 from lsjax.checkpoints.tensors import CheckpointError
-from lsjax.cli import convert, flags
+from lsjax.cli import convert, decode, flags
 from lsjax.config import ConfigError, LlamaConfig, TrainConfig
 from lsjax.data.tokenizer_backends import ByteTokenizer
 from lsjax.data.vocabulary import COUNTS, find_counts

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-import decode
 import lsjax
+from lsjax.cli import decode
 from lsjax.cli.prompts import HELP, chat
 from lsjax.data.tokenizer_backends import ByteTokenizer
 from lsjax.decoding.engine import Engine

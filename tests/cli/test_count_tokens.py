@@ -4,11 +4,10 @@ import json
 
 import pytest
 
-import decode
-from lsjax.cli import count_tokens
+from lsjax.cli import count_tokens, decode
 from lsjax.cli.count_tokens import main, read_pieces
 from lsjax.config import ConfigError
-from lsjax.decoding.draft import DraftVocabulary
+from lsjax.decoding.draft_vocabulary import DraftVocabulary
 
 
 @pytest.fixture(autouse=True)

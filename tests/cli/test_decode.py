@@ -12,8 +12,8 @@ import pytest
 from rich.segment import Segment, Segments
 from rich.style import Style
 
-import decode
-from decode import main
+from lsjax.cli import decode
+from lsjax.cli.decode import main
 from lsjax.cli.show import ACCEPTED, ADDED, CORRECTED, GAP, REJECTED, coloured, summary
 from lsjax.data.tokenizer_backends import ByteTokenizer
 from lsjax.decoding.completion import Completion, Trace

@@ -11,8 +11,6 @@ from typing import get_args, get_type_hints
 import pytest
 from tyro import _fmtlib
 
-import decode
-import train
 from lsjax import cli
 from lsjax.aot.decoding import DecodingShape
 from lsjax.checkpoints.run import RunSource
@@ -21,11 +19,13 @@ from lsjax.cli import (
     benchmark,
     convert,
     count_tokens,
+    decode,
     evaluate,
     exits,
     lm_eval,
     prompts,
     tokenize,
+    train,
     training,
 )
 from lsjax.cli.flags import (
@@ -42,7 +42,7 @@ from lsjax.cli.setup import parse_flags
 from lsjax.cli.show import notes_console
 from lsjax.cli.training import TrainingFlags
 from lsjax.config import Checked, ConfigError, DataConfig, LlamaConfig, OptimizerConfig
-from lsjax.decoding.adaptive import Adaptive
+from lsjax.decoding.auto.adaptive import Adaptive
 from lsjax.decoding.cost import best_draft_vocab
 from lsjax.decoding.sampling import GREEDY, Sampling
 from lsjax.decoding.self_speculative import SelfSpeculative
@@ -291,4 +291,4 @@ def test_programs_with_a_configuration_take_the_kernels():
 
 def test_an_engine_gets_the_kernels(model_directory):
     opened = open_model(parse_flags(ModelFlags, ["--model", str(model_directory), *REFERENCE], ""))
-    assert load_engine(opened, notes_console()).kernels == "reference"
+    assert load_engine(opened, notes_console()).runtime.kernels == "reference"

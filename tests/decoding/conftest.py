@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from lsjax.decoding.draft import DraftVocabulary
+from lsjax.decoding.draft_vocabulary import DraftVocabulary
 from lsjax.decoding.programs import prefill
 from lsjax.decoding.self_speculative import SelfSpeculative
 from lsjax.decoding.strategy import Autoregressive, EarlyExit

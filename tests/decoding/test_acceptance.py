@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 from scipy.stats import chisquare
 
-from lsjax.decoding.draft import Draft, DraftHead, accept_block, accept_equal, block_chances
+from lsjax.decoding.acceptance import accept_block, accept_equal, block_chances
+from lsjax.decoding.draft import Draft
+from lsjax.decoding.draft_vocabulary import DraftHead
 from lsjax.decoding.engine import Engine
 from lsjax.decoding.sampling import Draws, Purpose, Sampling
 from lsjax.decoding.self_speculative import SelfSpeculative

@@ -9,31 +9,39 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from lsjax.config import ConfigError, LlamaConfig
-from lsjax.decoding import stopwatch
-from lsjax.decoding.adaptive import IDLE_TOKENS, Adaptive
-from lsjax.decoding.batching import ContinuousBatch
-from lsjax.decoding.draft import Draft, DraftVocabulary
-from lsjax.decoding.engine import Engine
-from lsjax.decoding.learned import (
+from lsjax.decoding import runtime, stopwatch
+from lsjax.decoding.acceptance import Verified
+from lsjax.decoding.auto import measure as measuring
+from lsjax.decoding.auto.adaptive import IDLE_TOKENS, Adaptive, AutoArguments
+from lsjax.decoding.auto.choose import choose, seconds_of_drafts
+from lsjax.decoding.auto.learned import (
     DECAY,
     LEVEL_SHARES,
-    LONGEST,
     LOOKUP_SHARES,
     TEXT_COUNT,
     USUAL_COUNT,
     Learned,
 )
+from lsjax.decoding.auto.lookup import LONGEST
+from lsjax.decoding.auto.scores import scores
+from lsjax.decoding.batching import ContinuousBatch
+from lsjax.decoding.draft import Draft
+from lsjax.decoding.draft_vocabulary import DraftVocabulary
+from lsjax.decoding.engine import Engine
 from lsjax.decoding.programs import decode, pause
 from lsjax.decoding.request import Request
 from lsjax.decoding.sampling import Sampling
 from lsjax.decoding.self_speculative import SelfSpeculative
-from lsjax.decoding.state import DecodeState
 from lsjax.decoding.strategy import Autoregressive
+from lsjax.model.llama import Llama
+from tests.states import new_state
 from tests.tunings import tune
 
 LENGTHS, EXITS = (0, 2, 5), (1, 2, 3)
+CAPACITY = -3  # index of a cache's slots in what seconds depend on
 SAME = ((1.0,) * 3, *[(math.inf, 1.0, 1.0)] * 3)
 PROMPTS = [[7], [1, 2, 3], list(range(40, 60)), [200, 100] * 17, [5] * 9, list(b"a = b; a = b; a")]
 
@@ -111,7 +119,7 @@ def test_pauses_on_accelerators(shallow, on_tpus):
     neither."""
     requests = [Request(prompt=prompt, max_new_tokens=60) for prompt in PROMPTS[:2]]
     lengths = np.array([len(prompt) for prompt in PROMPTS[:2]])
-    first = DecodeState.create(
+    first = new_state(
         shallow.config,
         requests,
         capacity=128,
@@ -124,7 +132,7 @@ def test_pauses_on_accelerators(shallow, on_tpus):
     def lengths_after(index):
         state, seconds_SD = first, jnp.array(only(0, index)[:1])
         for rounds in (5, 0):
-            state = run(shallow, state, rounds, (seconds_SD, None))
+            state = run(shallow, state, rounds, AutoArguments(seconds_SD, None))
             yield state.length_B - lengths
             state = wait(shallow, state)
             yield state.length_B - lengths
@@ -146,12 +154,13 @@ def test_pauses_are_measured_with_the_round_before_them(shallow, tokenizer, on_t
     """Each call without drafts makes a token and those of the pause, whatever rounds it may run."""
     clock = iter(range(1_000_000))
     monkeypatch.setattr(stopwatch.time, "perf_counter", lambda: next(clock))
-    monkeypatch.setattr(stopwatch, "REPEATS", 1)
-    engine = Engine(shallow, tokenizer, dataclasses.replace(LOOKUPS, seconds=None))
+    monkeypatch.setattr(measuring, "REPEATS", 1)
+    strategy = dataclasses.replace(LOOKUPS, seconds=None)
+    started = Engine(shallow, tokenizer, strategy).runtime.stopwatch(strategy, 1, 320)
     # A call takes one tick, and so does one without rounds: the floor, over the tokens or rounds.
-    seconds_SD = stopwatch.measure(engine, 320, 1000.0)
+    seconds_SD = measuring.measure(started, strategy.arguments(shallow), 1000.0)
     np.testing.assert_allclose(seconds_SD[0, 0], 1e-9 / (1 + IDLE_TOKENS))
-    assert (seconds_SD[0, 1:] >= 1e-9 / stopwatch.MOST_ROUNDS).all()
+    assert (seconds_SD[0, 1:] >= 1e-9 / measuring.MOST_ROUNDS).all()
 
 
 @pytest.mark.long
@@ -208,7 +217,7 @@ def test_counts_of_sampled_texts_are_finite(model):
     """Also if filters or a vocabulary give probability 0 to tokens."""
     strategy = adaptive(vocabulary=DraftVocabulary(np.arange(0, 258, 3)))
     sampling = Sampling(temperature=1.5, top_k=3, seed=4)
-    state = DecodeState.create(
+    state = new_state(
         model.config,
         [Request(prompt=prompt, max_new_tokens=60, sampling=sampling) for prompt in PROMPTS],
         capacity=128,
@@ -237,14 +246,14 @@ def test_counts_of_the_exit_that_drafted_by_hand(model, temperature):
     strategy, sampling = Adaptive((1, 2)), Sampling(temperature=temperature)
     requests = [Request(prompt=[1], max_new_tokens=9, sampling=sampling)] * 2
     options = dict(capacity=128, num_layers=4, dtype=jnp.float32)
-    state = DecodeState.create(model.config, requests, learned=strategy.first_guess(2), **options)
+    state = new_state(model.config, requests, learned=strategy.first_guess(2), **options)
     tokens_BT, count_B = jnp.array([[4, 5, 9, 0], [7, 0, 0, 0]]), jnp.array([3, 0])
     logits_BTV = jax.random.normal(jax.random.key(0), (2, 4, model.config.vocab_size))
     log_q_BTV = jax.nn.log_softmax(logits_BTV) - math.log(2) if temperature else None
     draft = Draft(state, (), tokens_BT, count_B, log_q_BTV, None, jnp.array(TOP))
-    hidden = (jnp.zeros((2, 4, model.config.hidden_size)),) * 3
-    rest = jnp.array(False), hidden, logits_BTV, jnp.array(NEW), jnp.array([2, 0])
-    passed, tried = jax.jit(lambda: strategy.scores(model, draft, 2, *rest))()
+    states = [jnp.zeros((2, 4, model.config.hidden_size))] * 2
+    rest = jnp.array(False), states, logits_BTV, jnp.array(NEW), jnp.array([2, 0])
+    passed, tried = jax.jit(lambda: scores(model, strategy.exits, draft, 2, *rest))()
     assert not passed[:, 0].any() and not tried[:, 0].any()
     # The levels begin at 0, 0.4, 0.6, 0.8 and 0.95.
     np.testing.assert_array_equal(tried[:, 1], [[0, 1, 1, 0, 1], [1, 0, 0, 0, 0]])
@@ -259,8 +268,9 @@ def test_counts_by_hand():
     seen = np.arange(20.0).reshape(2, 2, 5), np.arange(1, 21.0).reshape(2, 2, 5)
     ones = map(jnp.ones, [(2, 2, 5)] * 2 + [(2, 8)] * 2)
     start = Learned(*ones, jnp.zeros(2, jnp.int32), jnp.zeros(2, bool))
-    given = NEW, [2, 0], [7, 0], [[4, 9, 6], [7, 0, 0]]
-    after = jax.jit(Learned.after)(start, *map(np.array, given), seen, np.array(True))
+    verified = Verified(None, np.array(NEW), np.array([2, 0]), None, seen)
+    given = verified, np.array([7, 0]), np.array([[4, 9, 6], [7, 0, 0]]), np.array(True)
+    after = jax.jit(Learned.after)(start, *given)
     kept = DECAY ** seen[1].sum(2, keepdims=True)
     assert after.idle_B.all() and (after.rounds_B == 1).all()
     np.testing.assert_allclose(after.passed_BEC, kept + seen[0], rtol=1e-6)
@@ -290,7 +300,8 @@ def test_seconds_of_drafts_by_hand(rounds, expected):
     """Rounds of 0, 2 and 5 drafts, whose verifications take 2, 4 and 7 seconds. If those of 2 and 5
     differ by 12 seconds, a draft costs (12 - 3) / 3."""
     given = rounds, [2.0, 4.0, 7.0], [0.5]
-    found = jax.jit(adaptive().seconds_of_drafts)(*map(np.array, given))
+    run = jax.jit(seconds_of_drafts, static_argnums=0)
+    found = run(LENGTHS, *map(np.array, given))
     np.testing.assert_allclose(found, [expected], rtol=1e-6)
 
 
@@ -311,8 +322,9 @@ def test_scores_take_a_hundredth_of_the_bytes():
     """A head as large as 8 of 30 layers, scored at two exits: 100 * 16 / 38 rounds apart."""
     config = LlamaConfig.smollm2_135m()
     assert config.head_params / config.layer_params == pytest.approx(8, abs=0.01)
-    assert Adaptive((8, 15)).scored_every(config) == 43
-    assert Adaptive((8, 15), DraftVocabulary(np.arange(1024))).scored_every(config) == 4
+    model = jax.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0)))
+    assert Adaptive((8, 15)).scored_every(model) == 43
+    assert Adaptive((8, 15), DraftVocabulary(np.arange(1024))).scored_every(model) == 4
 
 
 def test_chances_by_hand():
@@ -359,15 +371,16 @@ def test_an_exit_that_is_rarely_sure_pays(model, divided, without, chosen):
     (11 + 20) / 2 seconds. If 14 seconds pass without drafts, that is too slow."""
     request = Request(prompt=(1, 2, 3), max_new_tokens=20)
     options = dict(capacity=64, num_layers=4, dtype=jnp.float32, learned=divided)
-    state = DecodeState.create(model.config, [request], **options)
+    state = new_state(model.config, [request], **options)
     seconds_SD = jnp.array([[10, math.inf], [without, 20.0]])
     strategy = Adaptive((2,), lengths=(0, 2))
-    settings = jax.jit(lambda: strategy.choose(4, state, jnp.array([0]), (seconds_SD, None)))()
-    assert settings.exit_layer == chosen
+    own = strategy.exits, strategy.lengths, 4, state
+    choice = jax.jit(lambda: choose(*own, jnp.array([0]), seconds_SD))()
+    assert choice.exit_layer == chosen
     if chosen:
         # The first draft widens the verification by 9 seconds, for 1.5 tokens if it passes.
         rate = (1 + 0.5 * 1.35) / 15.5
-        np.testing.assert_allclose(settings.confidence, [[rate * 6, 0, 1]], rtol=1e-4)
+        np.testing.assert_allclose(choice.confidence.least_BT, [[rate * 6, 0, 1]], rtol=1e-4)
 
 
 def test_tokens_of_lookups_by_hand():
@@ -387,6 +400,12 @@ def test_tokens_of_lookups_by_hand():
     assert one.lookup_tokens(np.array([0]), (0, 1, 3)).tolist() == [[1, 1, 1]]
 
 
+def seconds_of(engine, budget):
+    """Measured seconds of rounds in the smallest cache."""
+    capacity = engine.runtime.capacity(1, engine.strategy)
+    return np.array(engine.runtime.arguments(engine.strategy, capacity, budget).seconds_SD)
+
+
 @pytest.mark.long
 def test_measured_seconds_are_kept(model, tokenizer, tmp_path, monkeypatch):
     """A second engine reads them; a damaged file is measured again; a budget leaves some out."""
@@ -397,9 +416,8 @@ def test_measured_seconds_are_kept(model, tokenizer, tmp_path, monkeypatch):
         shown.append(len(timings))
         return timings
 
-    def seconds(strategy=asked, budget=stopwatch.MEASURING):
-        engine = Engine(model, tokenizer, strategy, track=track)
-        return np.array(engine.arguments_for(engine.capacity(1), budget)[0])
+    def seconds(strategy=asked, budget=measuring.MEASURING):
+        return seconds_of(Engine(model, tokenizer, strategy, track=track), budget)
 
     first = seconds()
     assert np.isfinite(first).all() and (first > 0).all() and len(shown) == 1
@@ -424,7 +442,7 @@ def test_long_drafts_are_timed_too(model, tokenizer, monkeypatch, tmp_path):
     """In the smallest cache, half of the slots have no room for these."""
     monkeypatch.setenv("LSJAX_CACHE", str(tmp_path))
     engine = Engine(model, tokenizer, Adaptive(lengths=(0, 300)))
-    assert (np.array(engine.arguments_for(engine.capacity(1), stopwatch.MEASURING)[0]) > 0).all()
+    assert (seconds_of(engine, measuring.MEASURING) > 0).all()
 
 
 def test_slow_phases_of_the_machine_do_not_count():
@@ -434,10 +452,10 @@ def test_slow_phases_of_the_machine_do_not_count():
     found = np.stack([true, 3 * true, true, true, true])
     found[3, 1, 2] = 9.0
     found[4, 1] = math.inf
-    typical = stopwatch.typical(found)
+    typical = measuring.typical(found)
     np.testing.assert_allclose(typical / typical[0, 0], true)
     found[1:, 1, 1] = math.inf  # only the first repeat is whole
-    np.testing.assert_allclose(stopwatch.typical(found), true)
+    np.testing.assert_allclose(measuring.typical(found), true)
 
 
 @pytest.mark.long
@@ -446,16 +464,17 @@ def test_each_size_of_the_cache_has_its_own_seconds(model, tokenizer, monkeypatc
     makes them fast."""
     large, known = [], []
 
-    def round_seconds(engine, capacity, budget):
+    def kept_seconds(start, identity, arguments, strategy, budget, track):
+        capacity = identity[CAPACITY]
         known.append((capacity, budget, engine.decode_seconds))
         return np.array(only(0, 2 * (capacity > 320))[:1])
 
-    monkeypatch.setattr("lsjax.decoding.engine.round_seconds", round_seconds)
+    monkeypatch.setattr(runtime, "kept_seconds", kept_seconds)
     engine = Engine(model, tokenizer, Adaptive(lengths=LENGTHS), ignore_end=True)
     for _ in range(2):
         (one,) = engine.generate([[5, 6, 7] * 80], max_new_tokens=100)
         large.append(one.trace)
-    assert known == [(320, stopwatch.MEASURING / 2, 0.0), (576, stopwatch.MEASURING / 2, 0.0)]
+    assert known == [(320, measuring.MEASURING / 2, 0.0), (576, measuring.MEASURING / 2, 0.0)]
     small = 1 + 320 - 240 - (1 + LENGTHS[-1])  # the first token, and rounds until one lacks slots
     for trace in large:
         drafted = trace.round_n[trace.round_n > 0] - 1
@@ -465,13 +484,14 @@ def test_each_size_of_the_cache_has_its_own_seconds(model, tokenizer, monkeypatc
 def test_few_sizes_are_timed(model, tokenizer, monkeypatch):
     """Those of the prompts and the next one. Each further one would need a program in advance."""
     monkeypatch.setattr(
-        "lsjax.decoding.engine.round_seconds",
-        lambda engine, capacity, budget: np.full((1, 3), capacity),
+        runtime, "kept_seconds", lambda _, identity, *__: np.full((1, 3), identity[CAPACITY])
     )
-    engine = Engine(model, tokenizer, Adaptive(lengths=LENGTHS))
+    strategy = Adaptive(lengths=LENGTHS)
+    engine = Engine(model, tokenizer, strategy)
     requests = [Request(prompt=(5,) * length, max_new_tokens=9000) for length in (5, 600)]
-    batch = ContinuousBatch(engine, requests)
-    timed = [int(batch._arguments_for(320 + 256 * n)[0][0, 0]) for n in (0, 1, 3, 7, 15)]
+    batch = ContinuousBatch(engine.runtime, strategy, tokenizer, requests)
+    found = [batch._arguments_for(320 + 256 * n) for n in (0, 1, 3, 7, 15)]
+    timed = [int(one.seconds_SD[0, 0]) for one in found]
     assert timed == [320, 320, 1088, 2112, 2112]
 
 

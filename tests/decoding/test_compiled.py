@@ -8,14 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lsjax.decoding.adaptive import Adaptive
-from lsjax.decoding.draft import DraftVocabulary
+from lsjax.decoding.auto.adaptive import Adaptive
+from lsjax.decoding.draft_vocabulary import DraftVocabulary
 from lsjax.decoding.programs import Programs, decode
 from lsjax.decoding.request import Request
 from lsjax.decoding.self_speculative import SelfSpeculative
-from lsjax.decoding.state import DecodeState
 from lsjax.decoding.strategy import Autoregressive, EarlyExit
 from tests.marks import long
+from tests.states import new_state
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +24,7 @@ def model(deep):
 
 
 def compiled_loop(model, strategy, batch, capacity):
-    state = DecodeState.create(
+    state = new_state(
         model.config,
         [Request(prompt=[1, 2, 3], max_new_tokens=9)] * batch,
         capacity=capacity,
@@ -58,12 +58,19 @@ def copies(text: str) -> list[tuple[str, tuple[int, ...]]]:
         *long(
             Autoregressive(),
             EarlyExit(2),
-            SelfSpeculative(2, 3, shared_exits=(1, 3), shared_lengths=(0, 2)),
+            SelfSpeculative(2, 3, draft_confidence=0.5),
             SelfSpeculative(2, 3, DraftVocabulary(np.arange(50))),
             Adaptive((1, 2), lengths=(0, 2, 3)),
         ),
     ],
-    ids=["self_speculative", "autoregressive", "early_exit", "shared", "draft_vocabulary", "auto"],
+    ids=[
+        "self_speculative",
+        "autoregressive",
+        "early_exit",
+        "confidence",
+        "draft_vocabulary",
+        "auto",
+    ],
 )
 def test_no_copy_of_weights_or_cache_in_the_loop(model, strategy, batch, capacity):
     program, state = compiled_loop(model, strategy, batch, capacity)
@@ -90,7 +97,7 @@ def test_the_search_for_copies_finds_one():
 
 def test_programs_have_no_code_lines(model):
     """TPUs' compiler can join stacks of code lines to a circle."""
-    state = DecodeState.create(
+    state = new_state(
         model.config,
         [Request(prompt=[1, 2, 3], max_new_tokens=9)],
         capacity=32,

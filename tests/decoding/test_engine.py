@@ -12,15 +12,15 @@ from lsjax.data.tokenizer import TokenizerError
 from lsjax.data.tokenizer_backends import ByteTokenizer
 from lsjax.decoding.batching import ContinuousBatch, Conversation
 from lsjax.decoding.completion import Completion
-from lsjax.decoding.draft import DraftVocabulary
+from lsjax.decoding.draft_vocabulary import DraftVocabulary
 from lsjax.decoding.engine import Engine
 from lsjax.decoding.request import Request, encode_prompt
 from lsjax.decoding.self_speculative import SelfSpeculative
-from lsjax.decoding.state import DecodeState
 from lsjax.decoding.strategy import Autoregressive, EarlyExit
 from lsjax.evaluation.comparison import identity_tail, last_logits
 from lsjax.model.llama import Llama
 from tests.marks import long
+from tests.states import new_state
 from tests.tunings import tune
 
 PROMPTS = [[7], [1, 2, 3], list(range(40, 60)), [104, 105] * 8]
@@ -110,7 +110,7 @@ def test_the_time_behind_a_stop_string_is_not_the_text_s(engine_of, stops, monke
 
     def run(self, function, *arguments):
         self._worked += 4.0
-        return self._engine.programs.get(function, *arguments)(*arguments)
+        return self._runtime.programs.get(function, *arguments)(*arguments)
 
     monkeypatch.setattr(ContinuousBatch, "_run", run)
     early = 0
@@ -271,7 +271,7 @@ def test_tokens_at_the_end_of_the_cache(model, tokenizer, strategy, capacity):
     """A row that ends in the last slot before the slack, where a round writes beyond its end."""
     prompt = np.random.default_rng(1).integers(0, 256, 500).tolist()
     engine = Engine(model, tokenizer, strategy)
-    assert engine.capacity(512) == capacity >= 512 + strategy.slack
+    assert engine.runtime.capacity(512, strategy) == capacity >= 512 + strategy.slack
     (completion,) = engine.generate([prompt], max_new_tokens=12)
     assert completion.num_new_tokens == 12
     for index, token in enumerate(completion.token_ids):
@@ -325,7 +325,7 @@ def test_a_row_ends_after_its_new_tokens(config):
         Request(prompt=[4] * 8, max_new_tokens=7),
     ]
     options = dict(capacity=9, num_layers=2, dtype=np.float32)
-    assert DecodeState.create(config, requests, **options).end_B.tolist() == [12, 15]
+    assert new_state(config, requests, **options).end_B.tolist() == [12, 15]
 
 
 @pytest.mark.parametrize("length", [256, 257, 300, 319, 320])
@@ -340,4 +340,4 @@ def test_a_short_text_after_a_long_one_has_a_small_cache(model, tokenizer):
     engine, kept = Engine(model, tokenizer), Conversation()
     for prompt, capacity in (([1] * 400, 576), ([2, 3], 320), ([2, 3, 4], 320)):
         list(engine.stream(prompt, conversation=kept, max_new_tokens=2))
-        assert kept._cache.capacity == capacity
+        assert kept._capacity == capacity

@@ -1,19 +1,23 @@
 """Texts that outgrow their cache, twice: the same as those that had room from the start."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from lsjax.config import ConfigError
-from lsjax.decoding import engine as engines
+from lsjax.decoding import runtime as runtimes
 from lsjax.decoding.batching import Conversation
 from lsjax.decoding.engine import Engine
 from lsjax.decoding.request import Request
 from lsjax.decoding.sampling import Sampling
 from lsjax.decoding.self_speculative import SelfSpeculative
-from lsjax.decoding.state import DecodeState
 from lsjax.decoding.strategy import Autoregressive
+from lsjax.model.llama import Llama
+from lsjax.model.protocol import grow_cache
 from tests.marks import long
+from tests.states import new_state
 
 STRATEGY = SelfSpeculative(1, 3)
 DRAWN = Sampling(temperature=1.0, seed=3)
@@ -29,8 +33,8 @@ REQUESTS = [
 @pytest.fixture
 def small(monkeypatch):
     """Caches of 32, 64 and 128 slots, and 16 more for drafts."""
-    monkeypatch.setattr(engines, "MIN_CAPACITY", 32)
-    monkeypatch.setattr(engines, "SLACK", 16)
+    monkeypatch.setattr(runtimes, "MIN_CAPACITY", 32)
+    monkeypatch.setattr(runtimes, "SLACK", 16)
 
 
 def same(found, expected):
@@ -48,7 +52,8 @@ def test_texts_and_refill(shallow, tokenizer, small, strategy, batch_size, reque
     """Rows of a batch grow together; requests enter rows of every capacity."""
     grown = Engine(shallow, tokenizer, strategy, batch_size=batch_size)
     roomy = Engine(shallow, tokenizer, strategy, batch_size=batch_size, min_capacity=128)
-    assert grown.capacity(3) == 48 and grown.capacity(90) == 144 == roomy.capacity(3)
+    slots = [grown.runtime.capacity(length, strategy) for length in (3, 90)]
+    assert slots == [48, 144] and roomy.runtime.capacity(3, strategy) == 144
     expected = roomy.generate(requests)
     same(grown.generate(requests), expected)
     programs = len(grown.programs)
@@ -94,7 +99,7 @@ def test_conversation(shallow, tokenizer, small):
 
 def test_grown_state(config):
     """More slots behind those that there are; what is in them is kept."""
-    state = DecodeState.create(
+    state = new_state(
         config,
         [
             Request(prompt=[1, 2], max_new_tokens=5, log_probs=True),
@@ -104,8 +109,9 @@ def test_grown_state(config):
         num_layers=2,
         dtype=jnp.float32,
     )
-    grown = state.grown(20)
-    assert grown.capacity == grown.cache.capacity == 20
+    model = jax.jit(lambda: Llama(config, rngs=nnx.Rngs(0)))()
+    grown = state.grown(20, grow_cache(model, state.cache, 20, 2))
+    assert grown.capacity == grown.cache.keys[1].shape[2] == 20
     for name in ("tokens", "accepted", "replaced", "round", "log_probs"):
         before, after = (getattr(one, f"{name}_BS") for one in (state, grown))
         np.testing.assert_array_equal(after[:, :8], before)
@@ -116,10 +122,10 @@ def test_memory_for_the_last_two_caches(model, tokenizer, monkeypatch):
     """2 layers of 2 K/V heads of 16 numbers, keys and values, 4 bytes: 512 bytes a slot."""
     engine = Engine(model, tokenizer)
     needed = 512 * (576 + 320)  # 512 and 64 slots, beside 256 and 64
-    monkeypatch.setattr(engines, "free_memory", lambda: needed)
+    monkeypatch.setattr(runtimes, "free_memory", lambda: needed)
     engine.generate([[1]], max_new_tokens=400)
-    monkeypatch.setattr(engines, "free_memory", lambda: needed - 1)
+    monkeypatch.setattr(runtimes, "free_memory", lambda: needed - 1)
     with pytest.raises(ConfigError, match="texts of 401 tokens needs 0 MB .* lower --max-new"):
         engine.generate([[1]], max_new_tokens=400)
     engine.generate([[1]], max_new_tokens=200)  # one cache of 320
-    engine.check_memory(2, 401, held=1)
+    engine.runtime.check_memory(2, 401, engine.strategy, held=1)

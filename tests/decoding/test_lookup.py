@@ -4,10 +4,10 @@ import jax
 import numpy as np
 import pytest
 
-from lsjax.decoding import learned
-from lsjax.decoding.learned import LONGEST
+from lsjax.decoding.auto import lookup
+from lsjax.decoding.auto.lookup import LONGEST
 
-look_up = jax.jit(learned.look_up, static_argnums=2)
+look_up = jax.jit(lookup.look_up, static_argnums=2)
 
 
 def by_loops(text: list[int], steps: int) -> tuple[int, list[int]]:

@@ -11,17 +11,18 @@ from flax import nnx
 from scipy.stats import chisquare
 
 from lsjax.config import ConfigError, LlamaConfig
-from lsjax.decoding.adaptive import Adaptive
-from lsjax.decoding.draft import DraftVocabulary, accept_block
+from lsjax.decoding.acceptance import accept_block
+from lsjax.decoding.auto.adaptive import Adaptive
+from lsjax.decoding.draft_vocabulary import DraftVocabulary
 from lsjax.decoding.programs import decode, prefill
 from lsjax.decoding.request import Request
 from lsjax.decoding.sampling import Draws, Purpose, Sampling
 from lsjax.decoding.self_speculative import SelfSpeculative
-from lsjax.decoding.state import DecodeState
 from lsjax.decoding.strategy import Autoregressive
 from lsjax.model.llama import Llama
 from tests.decoding.test_penalties import penalised
 from tests.marks import long
+from tests.states import new_state
 
 V = 12  # a vocabulary so small that every token is drawn often
 ROWS, RUNS = 512, 10  # 5,120 texts of each setting for each of the two prompts
@@ -147,7 +148,7 @@ def texts(model, strategy, settings=SETTINGS) -> np.ndarray:
         for sampling in settings
         for prompt in PROMPTS
     ]
-    base = DecodeState.create(
+    base = new_state(
         model.config,
         requests,
         capacity=16,

@@ -1,7 +1,6 @@
 """Greedy self-speculation gives the tokens of autoregressive decoding, whatever E, d and batch."""
 
 import copy
-import itertools
 
 import jax
 import jax.numpy as jnp
@@ -9,9 +8,9 @@ import numpy as np
 import pytest
 
 from lsjax.config import ConfigError
-from lsjax.decoding.draft import DraftVocabulary
+from lsjax.decoding.draft_vocabulary import DraftVocabulary
 from lsjax.decoding.engine import Engine
-from lsjax.decoding.self_speculative import SelfSpeculative, sharing_programs
+from lsjax.decoding.self_speculative import SelfSpeculative
 from lsjax.decoding.strategy import Autoregressive, EarlyExit
 from lsjax.evaluation.comparison import identity_tail
 from lsjax.model.llama import stacked
@@ -114,53 +113,6 @@ def test_stacked_layers_give_the_same_tokens(model, tokenizer, expected, strateg
         assert_same_tokens(model, prompt, one, other)
 
 
-@pytest.mark.long
-def test_strategies_share_a_program(model, tokenizer, engine, expected):
-    """Every exit with every length: the same tokens, the same statistics as a program of its own,
-    and one program for all rounds."""
-    cells = [SelfSpeculative(*cell) for cell in itertools.product((1, 2, 3), (0, 2, 5))]
-    shared = Engine(model, tokenizer, batch_size=4)
-    for cell, one_of_many in zip(cells, sharing_programs(cells), strict=True):
-        found = complete(shared, one_of_many)
-        for prompt, one, other in zip(PROMPTS, expected, found, strict=True):
-            assert_same_tokens(model, prompt, one, other.token_ids)
-            assert cell.num_draft_tokens or other.drafted == 0 and other.tokens_per_round == 1
-        if (cell.exit_layer, cell.num_draft_tokens) in [(2, 5), (3, 2)]:
-            own = complete(engine, cell)
-            for one, other in zip(own, found, strict=True):
-                assert one.trace.round_n.tolist() == other.trace.round_n.tolist()
-                assert one.accepted_by_position == other.accepted_by_position
-    assert len(shared.programs) == 4  # two sizes of prompts, into the batch, rounds
-
-
-def test_a_confidence_keeps_its_own_lengths():
-    """With lengths of other settings it would verify fewer positions than alone."""
-    cells = [SelfSpeculative(1, 4), SelfSpeculative(2, 6)]
-    for exit_layer, drafts, confidence in [(1, 8, 0.5), (2, 8, 0.7), (2, 12, 0.5)]:
-        cells.append(SelfSpeculative(exit_layer, drafts, draft_confidence=confidence))
-    shared = sharing_programs(cells)
-    assert [one.lengths for one in shared] == [(4, 6)] * 2 + [(0, 2, 4, 6, 8)] * 2 + [
-        (0, 3, 6, 9, 12)
-    ]
-    assert {one.exits for one in shared} == {(1, 2)}
-    assert len({one.program for one in shared}) == 3
-
-
-@pytest.mark.long
-def test_lengths_between_those_compiled_for(model, tokenizer, expected):
-    """A round takes the shortest verification that holds its drafts."""
-    strategy = SelfSpeculative(2, 5, shared_lengths=(0, 2))
-    engine = Engine(model, tokenizer, strategy, batch_size=4)
-    for drafts in range(5):
-        settings = strategy.arguments(engine.model)
-        engine.arguments = settings._replace(num_draft_tokens=jnp.int32(drafts))
-        found = engine.generate(PROMPTS, max_new_tokens=NEW)
-        for prompt, one, other in zip(PROMPTS, expected, found, strict=True):
-            assert_same_tokens(model, prompt, one, other.token_ids)
-            assert len(other.drafted_by_position) == drafts
-    assert len(engine.programs) == 4
-
-
 @pytest.mark.parametrize("confidence", [0.1, *long(0.003, 0.9)])
 def test_a_draft_ends_where_the_exit_is_unsure(model, engine, expected, confidence):
     """Every draft is likely enough by a forward pass of its own, and with the token that would have
@@ -225,7 +177,7 @@ def test_drafts_are_accepted_and_refused(engine):
 def test_a_draft_by_the_whole_model_is_always_right(model, tokenizer, expected, form):
     """Layers that add nothing behind the exit: every draft is accepted, nothing is overshot."""
     engine = Engine(form(identity_tail(model, 2)), tokenizer)
-    for strategy in sharing_programs([SelfSpeculative(2, drafts) for drafts in (1, 4, 7)]):
+    for strategy in [SelfSpeculative(2, drafts) for drafts in (1, 4, 7)]:
         engine.use(strategy)
         drafts = strategy.num_draft_tokens
         (completion,) = engine.generate([[5, 6]], max_new_tokens=NEW)
@@ -269,14 +221,6 @@ def test_max_new_tokens_1_needs_no_round(engine, expected):
         (SelfSpeculative(2, 3 * 10**9), "num_draft_tokens 3000000000 is out of range: use 0..512"),
         (SelfSpeculative(1, 2, DraftVocabulary(np.array([3, 9, 7]))), "ids must ascend"),
         (SelfSpeculative(1, 2, DraftVocabulary(np.array([], int))), "a draft vocabulary of 0"),
-        (
-            SelfSpeculative(1, 2, shared_exits=(1, 4)),
-            "exit layer 4 is out of range: use --exit-layer 1..3",
-        ),
-        (
-            SelfSpeculative(1, 2, shared_lengths=(-1,)),
-            "num_draft_tokens -1 is out of range: use 0..512",
-        ),
         (
             SelfSpeculative(1, 2, draft_confidence=1.1),
             "draft_confidence 1.1 is out of range: use a value from 0 to 1",

@@ -5,8 +5,8 @@ import json
 import pytest
 
 from lsjax.config import ConfigError
-from lsjax.decoding.adaptive import Adaptive
-from lsjax.decoding.draft import DraftVocabulary
+from lsjax.decoding.auto.adaptive import Adaptive
+from lsjax.decoding.draft_vocabulary import DraftVocabulary
 from lsjax.decoding.request import Request
 from lsjax.decoding.sampling import Sampling
 from lsjax.decoding.self_speculative import SelfSpeculative
@@ -69,8 +69,6 @@ def test_a_key_is_all_that_an_answer_depends_on():
     strategies += [Adaptive(), Adaptive((1,)), Adaptive((1, 2)), Adaptive(lengths=(0, 4))]
     others += [key(strategy=strategy) for strategy in strategies]
     assert len(set(others)) == len(others)
-    shared = SelfSpeculative(2, 4, shared_exits=(1,), shared_lengths=(3,))
-    assert key(strategy=SelfSpeculative(2, 4)) == key(strategy=shared)
 
 
 ASKED = {"task": "topv2", "max_new_tokens": 2, "sampling": {"temperature": 0.5}}

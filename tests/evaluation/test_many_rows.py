@@ -50,31 +50,31 @@ def test_seconds_are_those_of_the_rounds_alone(shallow, tokenizer, monkeypatch):
     class Clocked:
         made = 0
 
-        def __init__(self, programs, strategy, rows, capacity):
+        def __init__(self, strategy, rows, capacity):
             Clocked.made += 1
             assert (rows, capacity) == (3, 320)
-            self.arguments, self.seconds = strategy.arguments(programs.model), Clocked.made
+            self.seconds = Clocked.made
 
-        def run(self, rounds, arguments):
+        def run(self, rounds):
             done = min(rounds, 7)  # the cache is full
             return 100.0 + self.seconds * done, done
 
-        def per_call(self, arguments):
-            return self.run(0, arguments)[0]
+        def empty_call(self):
+            return self.run(0)[0]
 
-    monkeypatch.setattr(many_rows, "Rounds", Clocked)
+    monkeypatch.setattr(engine.runtime, "stopwatch", Clocked)
     monkeypatch.setattr(many_rows, "CALL", 10_000)
     strategies = [SelfSpeculative(1, 2), SelfSpeculative(1, 4)]
-    found = time_rounds(engine.programs, strategies, 3, 320, repeats=2)
+    found = time_rounds(engine.runtime, strategies, 3, 320, repeats=2)
     assert found == [RoundCost(3, 1, 2, 1.0, 2.0), RoundCost(3, 1, 4, 1.0, 3.0)]
 
 
 def test_every_round_is_counted(shallow, tokenizer):
     """A second call starts from the same state. Rows have room for 160 more tokens."""
     engine = Engine(shallow, tokenizer)
-    rounds = many_rows.Rounds(engine.programs, SelfSpeculative(1, 2), 3, 320)
+    rounds = engine.runtime.stopwatch(SelfSpeculative(1, 2), 3, 320)
     for asked in (0, 4, 1, 4):
-        seconds, done = rounds.run(asked, rounds.arguments)
+        seconds, done = rounds.run(asked)
         assert done == asked and seconds > 0
-    _, most = rounds.run(1_000, rounds.arguments)
+    _, most = rounds.run(1_000)
     assert 160 / 3 - 1 <= most <= 160

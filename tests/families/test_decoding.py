@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from lsjax import Engine, load
-from lsjax.decoding.self_speculative import SelfSpeculative, sharing_programs
+from lsjax.decoding.self_speculative import SelfSpeculative
 from lsjax.decoding.strategy import Autoregressive
 from lsjax.model.cache import KVCache
 from tests.marks import long
@@ -48,7 +48,7 @@ def test_self_speculation_is_lossless_at_every_exit(name, small_tokenizer):
     golden, model = np.load(GOLDEN / name / "golden.npz"), load(GOLDEN / name)
     drafting = [SelfSpeculative(exit_layer, 3) for exit_layer in range(1, model.config.num_layers)]
     engine, prompts = Engine(model, small_tokenizer), golden["greedy"][:, :PROMPT].tolist()
-    for strategy in (Autoregressive(), *sharing_programs(drafting)):
+    for strategy in (Autoregressive(), *drafting):
         engine.use(strategy)
         found = engine.generate(prompts, max_new_tokens=golden["greedy"].shape[1] - PROMPT)
         for completion, expected in zip(found, golden["greedy"], strict=True):

@@ -11,16 +11,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-import decode
 import lsjax
-import train
 from lsjax.checkpoints import load
 from lsjax.checkpoints.lease import Lease
 from lsjax.checkpoints.lock import LOCK, new_owner
 from lsjax.checkpoints.run import CHECKPOINTS, METRICS, read_metrics
 from lsjax.checkpoints.steps import MARKER, saved_steps
 from lsjax.checkpoints.tensors import CheckpointError
-from lsjax.cli import convert
+from lsjax.cli import convert, decode, train
 from lsjax.cli.training import read_config_file
 from lsjax.config import ConfigError, DataConfig, as_path
 from lsjax.config.paths import find_files, split_step

@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 
 KILLED_WHILE_EVALUATING = """
 import os, signal, sys
-import train
+from lsjax.cli import train
 from lsjax.evaluation import exits
 
 def killed(*arguments, **options):

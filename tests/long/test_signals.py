@@ -42,7 +42,7 @@ def killed(self, requests, *, on_completion):
 
 Engine.generate = killed
 signal.signal(signal.SIGINT, signal.default_int_handler)
-run_program("decode")
+run_program("lsjax.cli.decode")
 """
 
 

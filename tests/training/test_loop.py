@@ -45,7 +45,7 @@ def start(step=0):
 
 
 def run(tmp_path, state, saved, seen, num_steps=7, max_skipped=10, save_every=3, **options):
-    """`run_loop` on a run without data, and the log closed however it ends."""
+    """The loop on a run without data, and the log closed however it ends."""
     config = TrainConfig(
         num_steps=num_steps,
         batch_size=1,
@@ -80,7 +80,8 @@ def run(tmp_path, state, saved, seen, num_steps=7, max_skipped=10, save_every=3,
     checkpoints.newest = lambda: max(saved)
     log = MetricsLog(tmp_path, config, state.step, time.time())
     with closing(log):
-        return loop.run_loop(known, state, checkpoints, log, **given)
+        train_step = given.pop("train_step")
+        return loop.TrainingLoop(known, state, checkpoints, log, **given).run(train_step)
 
 
 def test_saves_and_hooks_come_at_their_steps_and_after_the_last(tmp_path):

@@ -13,17 +13,16 @@ import numpy as np
 import pytest
 from flax import nnx
 
-import decode as decode_program
 from lsjax.checkpoints.huggingface import save
+from lsjax.cli import decode as decode_program
 from lsjax.config import ConfigError, LlamaConfig, MeshConfig
-from lsjax.decoding.adaptive import Adaptive
-from lsjax.decoding.draft import DraftVocabulary
+from lsjax.decoding.auto.adaptive import Adaptive
+from lsjax.decoding.draft_vocabulary import DraftVocabulary
 from lsjax.decoding.engine import Engine
 from lsjax.decoding.programs import Programs, decode, prefill
 from lsjax.decoding.request import Request
 from lsjax.decoding.sampling import GREEDY, Sampling
 from lsjax.decoding.self_speculative import SelfSpeculative
-from lsjax.decoding.state import DecodeState
 from lsjax.decoding.strategy import Autoregressive, EarlyExit
 from lsjax.evaluation.comparison import FLOAT32_MARGIN, first_difference
 from lsjax.evaluation.exits import score_texts
@@ -31,6 +30,7 @@ from lsjax.model.llama import Llama, stacked
 from lsjax.model.parameters import placed
 from lsjax.sharding import make_mesh
 from tests.decoding.test_compiled import copies
+from tests.states import new_state
 
 PROMPTS = [[7], [1, 2, 3], list(range(40, 60)), [200, 100] * 7]
 NEW, CAPACITY = 16, 613  # a capacity that no other array has as a dimension
@@ -43,7 +43,7 @@ DRAWN = Sampling(temperature=1.0, top_p=0.95, seed=5)
 def programs(model, strategy, mesh=None, sampling=GREEDY):
     """A state with the prompts, the strategy's arguments and the two programs, on the mesh."""
     model, depth = placed(model, mesh), strategy.depth(model.config)
-    state = DecodeState.create(
+    state = new_state(
         model.config,
         [Request(prompt=ids, max_new_tokens=NEW, sampling=sampling) for ids in PROMPTS],
         capacity=CAPACITY,
@@ -76,7 +76,7 @@ CASES = [
     (DATA_AND_TENSOR, SelfSpeculative(2, 2), GREEDY, "stacked"),
     (FEW_HEADS, SelfSpeculative(2, 2, VOCABULARY), GREEDY, "separate"),
     (FEW_HEADS, EarlyExit(2), GREEDY, "separate"),
-    (ALL_AXES, SelfSpeculative(2, 2, shared_exits=(1,), shared_lengths=(0,)), GREEDY, "separate"),
+    (ALL_AXES, SelfSpeculative(2, 2, draft_confidence=0.3), GREEDY, "separate"),
     (ALL_AXES, Adaptive((1, 2), VOCABULARY, (0, 1, 2), SECONDS), GREEDY, "separate"),
 ]
 

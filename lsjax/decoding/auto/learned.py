@@ -1,17 +1,16 @@
-"""What the strategy auto knows of a text: drafts that it can look up, and which drafts pass."""
+"""What auto has learned of a text: which drafts pass."""
 
 from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
-from lsjax.decoding.rounds import confidence_level
-from lsjax.sharding import on_each_device
+from lsjax.decoding.acceptance import Verified
+from lsjax.decoding.auto.lookup import LONGEST
+from lsjax.decoding.confidence import confidence_level
 
-LONGEST = 8  # tokens that a lookup compares
 DECAY = 0.97  # weight of the older counts, for each new one
 # Added to the counts: so many drafts of each kind, of which the usual share passes.
 USUAL_COUNT = 2.0
@@ -91,17 +90,16 @@ class Learned:
 
     def after(
         self,
-        new_BT: Int[Array, "B T"],
-        accepted_B: Int[Array, " B"],
+        verified: Verified,
         matched_B: Int[Array, " B"],
         proposal_BT: Int[Array, "B T"],
-        counts: tuple[Float[Array, "B E C"], Float[Array, "B E C"]],
         is_idle: Bool[Array, ""],
     ) -> "Learned":
-        """The counts after a round. counts: passed and tried drafts of the exits. is_idle: whether
-        the choice was to draft nothing."""
-        is_new_BT = jnp.arange(new_BT.shape[1]) <= accepted_B[:, None]
-        passed_BEC, tried_BEC = counts
+        """The counts after a round that saw the passed and tried drafts of the exits. proposal_BT:
+        what the lookup found, by `matched_B` tokens. is_idle: whether the choice was to draft
+        nothing."""
+        new_BT, (passed_BEC, tried_BEC) = verified.tokens_BT, verified.seen
+        is_new_BT = jnp.arange(new_BT.shape[1]) <= verified.accepted_B[:, None]
         kept_BE1 = DECAY ** tried_BEC.sum(-1, keepdims=True)
 
         # Right tokens of the lookup, and the first wrong one.
@@ -135,32 +133,3 @@ def by_level(
     level_BTC = confidence_level(top_BT)[..., None] == jnp.arange(len(LEVEL_SHARES))
     tried_BTC = (level_BTC & tried_BT[..., None]).astype(jnp.float32)
     return (tried_BTC * passed_BT[..., None]).sum(1), tried_BTC.sum(1)
-
-
-def look_up(
-    tokens_BS: Int[Array, "B S"], length_B: Int[Array, " B"], steps: int
-) -> tuple[Int[Array, " B"], Int[Array, "B T"]]:
-    """Finds the last tokens of each row in its earlier text (Saxena, 2023, prompt lookup decoding).
-
-    Returns how many of them match, 0 to LONGEST, and the `steps` tokens that followed. Of several
-    longest matches it takes the last one. If the text ends before that many tokens, they repeat.
-    """
-
-    def find(tokens_BS, length_B):
-        last_B1 = length_B[:, None] - 1
-        slots = jnp.arange(tokens_BS.shape[1])
-        equal_BS, matched_BS = slots < last_B1, 0
-        for back in range(LONGEST):
-            wanted_B1 = jnp.take_along_axis(tokens_BS, jnp.maximum(last_B1 - back, 0), axis=1)
-            # Text before the first token matches nothing.
-            shifted_BS = jnp.pad(tokens_BS, ((0, 0), (back, 0)), constant_values=-1)
-            equal_BS &= shifted_BS[:, : slots.size] == wanted_B1
-            matched_BS += equal_BS
-        at_B = jnp.argmax(jnp.where(matched_BS > 0, matched_BS * slots.size + slots, -1), axis=1)
-        matched_B = jnp.take_along_axis(matched_BS, at_B[:, None], axis=1)[:, 0]
-        period_B1 = jnp.maximum(last_B1 - at_B[:, None], 1)
-        followed_BT = at_B[:, None] + 1 + jnp.arange(steps) % period_B1
-        return matched_B, jnp.take_along_axis(tokens_BS, followed_BT, axis=1)
-
-    rows = P("data")
-    return on_each_device(find, (tokens_BS, length_B), (rows, rows), rows)

@@ -1,0 +1,228 @@
+"""The strategy auto: a round of whatever source and length it chooses (lsjax/decoding/auto)."""
+
+import math
+from dataclasses import dataclass, replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
+
+from lsjax.config import check
+from lsjax.decoding.acceptance import judge
+from lsjax.decoding.auto.choose import Choice, choose
+from lsjax.decoding.auto.learned import Learned
+from lsjax.decoding.auto.lookup import look_up
+from lsjax.decoding.auto.scores import scores
+from lsjax.decoding.auto.segments import draft_states, run_segments
+from lsjax.decoding.draft import Draft, DraftArguments
+from lsjax.decoding.draft_vocabulary import DraftHead, DraftVocabulary
+from lsjax.decoding.guards import at_shortest_length
+from lsjax.decoding.scopes import VERIFY
+from lsjax.decoding.self_speculative import draft_tokens
+from lsjax.decoding.state import DecodeState
+from lsjax.decoding.strategy import Autoregressive, Strategy, check_drafts, check_exit
+from lsjax.kernels.decoding import choosing_is_slow, verification_lengths
+from lsjax.model.protocol import DecoderModel, Sizes, num_bytes, prepare
+
+# Rounds from one score of all exits to the next, at least, and the share of bytes for their heads.
+SCORED_EVERY, SCORES_SHARE = 4, 0.01
+# Tokens that accelerators make without a choice, after a choice to draft nothing.
+IDLE_TOKENS = 3
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class AutoArguments:
+    """What a compiled round takes at run time."""
+
+    # Seconds of a round with each source (lookup, then the exits) and draft length; infinite for
+    # choices that are never taken.
+    seconds_SD: Float[Array, "S D"]
+    head: DraftHead | None  # of a draft vocabulary
+
+    def with_seconds(self, seconds_SD: Float[Array, "S D"]) -> "AutoArguments":
+        """The same with other seconds, on the same devices."""
+        place = self.seconds_SD.sharding
+        return replace(self, seconds_SD=jax.device_put(seconds_SD, place))
+
+
+@dataclass(frozen=True)
+class Adaptive(Strategy):
+    """The same greedy tokens as Autoregressive, and the same distribution of sampled ones.
+
+    exits: those that may draft, ascending; none for a model without LayerSkip. vocabulary: tokens
+    that exits may draft; in sampling it limits lookups too. lengths: draft lengths, from 0.
+    seconds: of a round with each source and length; by default an engine measures them.
+    """
+
+    name = "auto"
+    exits: tuple[int, ...] = ()
+    vocabulary: DraftVocabulary | None = None
+    lengths: tuple[int, ...] = (0, 1, 3, 6, 10, 15)
+    seconds: tuple[tuple[float, ...], ...] | None = None
+
+    @property
+    def program(self) -> tuple:
+        """What decides about the compiled program."""
+        return type(self), self.exits, self.lengths, self.draft_vocab
+
+    @property
+    def sources(self) -> tuple[int, ...]:
+        """Exit 0 for lookups, then the exits."""
+        return 0, *self.exits
+
+    def validate(self, sizes: Sizes) -> None:
+        """Raises ConfigError if a number is out of range or the vocabulary does not match."""
+        for exit_layer in self.exits:
+            check_exit(exit_layer, sizes.num_layers - 1)
+        check_drafts(self, sizes)
+        exits, lengths, seconds = self.exits, self.lengths, np.shape(self.seconds)
+        check(exits == tuple(sorted({*exits})), f"exits {exits} must ascend")
+        good = lengths[:1] == (0,) and lengths[1:] and lengths == tuple(sorted({*lengths}))
+        check(good, f"lengths {lengths} must ascend from 0, with at least one draft length")
+        shape = len(self.sources), len(lengths)
+        check(seconds in ((), shape), f"seconds have the shape {seconds}, not {shape}")
+
+    def arguments(self, model: DecoderModel) -> AutoArguments:
+        """Equal seconds until they are measured, and the rows of the head that exits draft with."""
+        seconds_SD = self.seconds or np.ones((len(self.sources), len(self.lengths)))
+        return AutoArguments(
+            jnp.asarray(seconds_SD, jnp.float32),
+            None if self.vocabulary is None else self.vocabulary.head(model),
+        )
+
+    def scored_every(self, model: DecoderModel) -> int:
+        """Rounds from one score of all exits to the next."""
+        ids_N = np.arange(self.draft_vocab or model.vocab_size)
+        rows = jax.eval_shape(lambda model: model.head_rows(ids_N), model)
+        heads = len(self.exits) * num_bytes(rows)
+        return max(SCORED_EVERY, math.ceil(heads / (SCORES_SHARE * num_bytes(model))))
+
+    def first_guess(self, batch: int) -> Learned:
+        """Counts before the first round."""
+        return Learned.create(batch, len(self.exits))
+
+    def step(
+        self, model: DecoderModel, state: DecodeState, arguments: AutoArguments
+    ) -> DecodeState:
+        """One round with the best source and length."""
+        learned, longest = state.learned, self.lengths[-1]
+        matched_B, proposal_BT = look_up(state.tokens_BS, state.length_B, longest)
+        choice = choose(
+            self.exits, self.lengths, model.num_layers, state, matched_B, arguments.seconds_SD
+        )
+        draft = self.proposed(model, state, choice, arguments.head, proposal_BT)
+        draft = self.drafted(model, draft, choice) if self.exits else draft
+        due = learned.rounds_B.max() % self.scored_every(model) == 0
+
+        def verify(draft, places):
+            reached, cache = run_segments(
+                model,
+                (*self.sources, model.num_layers),
+                lambda lo, hi: lo == self.sources[-1] or choice.exit_layer <= lo,
+                draft.hidden[0],
+                *places,
+                draft.state.cache,
+                draft.hidden[1:],
+            )
+            states, cache = draft_states(model, self.exits, reached, places[0], cache)
+            verified, logits_BTV = judge(model, draft, reached[-1], cache, None)
+            new = logits_BTV, verified.tokens_BT, verified.accepted_B
+            seen = scores(model, self.exits, draft, choice.exit_layer, due, states, *new)
+            return replace(verified, seen=seen)
+
+        with jax.named_scope(VERIFY):
+            # Computed here: inside of the branches, XLA would compute them again in each layer.
+            places = draft.positions_BT, prepare(model, draft.positions_BT)
+            lengths = verification_lengths(self.lengths)
+            verified = at_shortest_length(lengths, draft, places, verify)
+            done = verified.commit(draft, choice.exit_layer)
+        after = learned.after(verified, matched_B, proposal_BT, choice.is_idle)
+        return replace(done, learned=after)
+
+    def proposed(
+        self,
+        model: DecoderModel,
+        state: DecodeState,
+        choice: Choice,
+        head: DraftHead | None,
+        proposal_BT: Int[Array, "B T"],
+    ) -> Draft:
+        """The draft of exit 0: looked-up tokens, whose distributions are points."""
+        columns, kept = 1 + self.lengths[-1], len(self.sources)
+        none = Draft.empty(model, state, DraftArguments(head, choice.confidence), columns, kept)
+        tokens_BT = jnp.pad(proposal_BT, ((0, 0), (0, 1)))
+        limit_B, log_q_BTN = self.limit(state, choice), none.log_q_BTN
+        if log_q_BTN is not None:
+            index_BT, size = tokens_BT, log_q_BTN.shape[-1]
+            if head is not None:  # tokens outside of the vocabulary end the draft
+                index_BT = head.places_V[tokens_BT]
+                known_BT = jnp.cumprod(index_BT < size, axis=1)
+                limit_B = jnp.minimum(limit_B, known_BT.sum(1))
+            is_token_BTN = index_BT[..., None] == jnp.arange(size)
+            log_q_BTN = jnp.where(is_token_BTN, 0, -jnp.inf)
+        count_B = jnp.where(state.running_B & (choice.exit_layer == 0), limit_B, 0)
+        proposed = replace(none, tokens_BT=tokens_BT, count_B=count_B, log_q_BTN=log_q_BTN)
+        first_BTD = model.embed(proposed.inputs_BT, proposed.positions_BT)
+        return replace(proposed, hidden=(first_BTD, *none.hidden[1:]))
+
+    def drafted(self, model: DecoderModel, draft: Draft, choice: Choice) -> Draft:
+        """The same, or the draft of the chosen exit."""
+
+        def first_layers(x_B1D, positions_B1, cache):
+            states, cache = run_segments(
+                model,
+                (0, *self.sources),
+                lambda lo, hi: lo == 0 or choice.exit_layer >= hi,
+                x_B1D,
+                positions_B1,
+                prepare(model, positions_B1),
+                cache,
+            )
+            found, cache = draft_states(model, self.exits, states[1:], positions_B1, cache)
+            x_B1D = found[-1]  # if the chosen exit comes earlier, its own state is passed on
+            if hasattr(model, "draft_state"):
+                is_own = [choice.exit_layer == exit_layer for exit_layer in self.exits]
+                x_B1D = jnp.select(is_own, found, x_B1D)
+            return x_B1D, tuple(states), cache
+
+        limit_B, active_B = self.limit(draft.state, choice), choice.exit_layer > 0
+        return draft_tokens(model, first_layers, draft, limit_B, choice.confidence, active_B)
+
+    def limit(self, state: DecodeState, choice: Choice) -> Int[Array, " B"]:
+        """Maximum drafts of each row. Leaves room for the token that the verification adds."""
+        return jnp.minimum(state.end_B - state.length_B - 1, choice.num_draft_tokens)
+
+    def pauses(self) -> bool:
+        """On accelerators, when drafts do not pay: there a choice is slow."""
+        return choosing_is_slow()
+
+    def goes_on(self, state: DecodeState) -> Bool[Array, ""] | bool:
+        """On accelerators: unless the last choice was to draft nothing."""
+        return ~_is_idle(state) if self.pauses() else True
+
+    def pause(self, model: DecoderModel, state: DecodeState) -> DecodeState:
+        """Appends IDLE_TOKENS by autoregressive steps, if the last choice was to draft nothing.
+        Stops when a row ends, or the cache has no room for another round."""
+        running_B = state.running_B
+
+        def more(carry):
+            left, current = carry
+            has_room_B = ~current.running_B | (current.length_B + self.slack <= current.capacity)
+            return (left > 0) & ((current.running_B == running_B) & has_room_B).all()
+
+        def append(carry):
+            left, current = carry
+            return left - 1, Autoregressive().step(model, current, ())
+
+        start = jnp.where(_is_idle(state), IDLE_TOKENS, 0), state
+        _, state = lax.while_loop(more, append, start)
+        learned = replace(state.learned, idle_B=jnp.zeros_like(state.learned.idle_B))
+        return replace(state, learned=learned)
+
+
+def _is_idle(state):
+    """Whether the last choice for the running rows was to draft nothing."""
+    return (state.learned.idle_B & state.running_B).any()

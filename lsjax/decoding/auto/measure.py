@@ -1,0 +1,89 @@
+"""Seconds of a round with each choice, measured once for each model, cache size and machine."""
+
+import contextlib
+import hashlib
+import json
+import math
+import time
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from lsjax.decoding.auto.adaptive import Adaptive, AutoArguments
+from lsjax.decoding.stopwatch import Stopwatch
+from lsjax.io.files import local_cache, write_whole
+
+MEASURING = 20.0  # seconds; compiling comes before
+REPEATS = 15
+CALL, MOST_ROUNDS = 0.05, 6  # seconds of a call with short rounds, and its most rounds
+VERSION = 5  # of `measure`: files of earlier ones are not read
+
+
+def kept_seconds(
+    start: Callable[[], Stopwatch],
+    identity: Sequence[Any],
+    arguments: AutoArguments,
+    strategy: Adaptive,
+    budget: float,
+    track: Callable[[Sequence], Iterable] = iter,
+) -> np.ndarray:
+    """Seconds [S, D] of a round with each source and length. A file keeps them with their budget.
+    If some choices were not reached, a larger budget measures all of them again.
+
+    start: makes the stopwatch, if one is needed. identity: all that the seconds depend on.
+    arguments: of the strategy's program.
+    """
+    name = hashlib.sha256(repr([VERSION, *identity]).encode()).hexdigest()[:32]
+    file = local_cache() / "round_seconds" / f"{name}.json"
+    try:
+        seconds_SD, spent = map(np.array, json.loads(file.read_text()))
+        good = seconds_SD.shape == (len(strategy.sources), len(strategy.lengths))
+        good &= (seconds_SD > 0).all()
+        good &= np.isfinite(seconds_SD).all() or spent >= budget
+    except Exception:  # no file, or it may hold anything
+        good = False
+    if not good:
+        seconds_SD = measure(start(), arguments, budget, track)
+        with contextlib.suppress(OSError):  # a cache that can't be written
+            write_whole(file, json.dumps([seconds_SD.tolist(), budget]).encode())
+    return seconds_SD
+
+
+def measure(
+    stopwatch: Stopwatch,
+    arguments: AutoArguments,
+    budget: float,
+    track: Callable[[Sequence], Iterable] = iter,
+) -> np.ndarray:
+    """Seconds [S, D] of a round with each source and length. Rounds without drafts come first, then
+    medium lengths. Choices that were not reached within `budget` seconds are infinite."""
+    shape = sources, lengths = arguments.seconds_SD.shape
+
+    def only(choice: tuple[int, int]) -> AutoArguments:
+        seconds_SD = jnp.full(shape, jnp.inf, jnp.float32).at[choice].set(1.0)
+        return arguments.with_seconds(seconds_SD)
+
+    choices = sorted(np.ndindex(shape), key=lambda at: (at[1] > 0, abs(2 * at[1] - lengths)))
+    stopwatch.run(1, only((0, 0)))  # the first call is slower
+    begin = time.perf_counter()
+    call = stopwatch.empty_call(only((0, 0)))
+    # A small model's first round is slower: its weights are not in the processor's cache yet.
+    most = max(1, min(MOST_ROUNDS, round(CALL / stopwatch.run(1, only((0, 0)))[0])))
+    found_RSD = np.full((REPEATS, sources, lengths), math.inf)
+    for repeat, choice in track([(r, choice) for r in range(REPEATS) for choice in choices]):
+        if time.perf_counter() - begin < budget or np.isinf(found_RSD).all():
+            whole, done = stopwatch.run(most, only(choice))
+            found_RSD[repeat, *choice] = max(whole - call, 1e-9) / done
+    return typical(found_RSD)
+
+
+def typical(found_RSD: np.ndarray) -> np.ndarray:
+    """Medians of the repeats. A machine has slow phases, which affect all choices of a repeat. So
+    repeats are compared by the ratios of their seconds."""
+    known_SD = np.isfinite(found_RSD[0])
+    whole_R = np.isfinite(found_RSD[:, known_SD]).all(1)
+    log_RSD = np.log(found_RSD[whole_R])
+    level_R = log_RSD[:, known_SD].mean(1)
+    return np.exp(np.median(log_RSD - level_R[:, None, None], axis=0) + np.median(level_R))

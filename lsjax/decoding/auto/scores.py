@@ -1,0 +1,66 @@
+"""Which drafts of each exit would have passed, in a round that any of them drafted."""
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
+
+from lsjax.decoding.auto.learned import by_level
+from lsjax.decoding.draft import Draft, of_tokens, top_probability
+from lsjax.decoding.sampling import argmax
+from lsjax.model.protocol import DecoderModel
+
+Counts = tuple[Float[Array, "B E C"], Float[Array, "B E C"]]  # passed and tried drafts
+
+
+def scores(
+    model: DecoderModel,
+    exits: tuple[int, ...],
+    draft: Draft,
+    exit_layer: Int[Array, ""],
+    due: Bool[Array, ""],
+    states: list[Float[Array, "B T D"]],
+    logits_BTV: Float[Array, "B T V"],
+    tokens_BT: Int[Array, "B T"],
+    accepted_B: Int[Array, " B"],
+) -> Counts:
+    """Counts of passed and tried drafts, if each exit had drafted the new tokens.
+
+    A draft passes if its argmax is the token; in sampling with min(1, q / p) of exit and full
+    model. `exit_layer`, which drafted, is always scored, also where it stopped; others if due.
+    states: that each exit drafts from. logits_BTV: the full model's, after penalties.
+    """
+    state, head = draft.state, draft.head
+    none = jnp.zeros_like(state.learned.passed_BEC)
+    if not exits:
+        return none, none
+    rows, places_V = (None, None) if head is None else (head.rows, head.places_V)
+    index_BT = tokens_BT if head is None else places_V[tokens_BT]
+    is_new_BT = jnp.arange(tokens_BT.shape[1]) <= accepted_B[:, None]
+    if state.draws is not None:
+        log_p_BT = of_tokens(state.draws.log_probs(logits_BTV), tokens_BT)
+
+    def passed(log_q_BTN):
+        # NaN: not in the vocabulary, or beyond the new tokens.
+        log_q_BT = of_tokens(log_q_BTN, index_BT)
+        return jnp.nan_to_num(jnp.exp(jnp.minimum(0, log_q_BT - log_p_BT)))
+
+    def score(x_BTD):
+        logits_BTN = state.penalised(model.unembed(x_BTD, rows), 0, tokens_BT, places_V)
+        top_BT = top_probability(logits_BTN)
+        if state.draws is None:
+            return by_level(top_BT, is_new_BT, argmax(logits_BTN) == index_BT)
+        return by_level(top_BT, is_new_BT, passed(state.draws.log_probs(logits_BTN)))
+
+    def every():
+        counts = [score(x_BTD) for x_BTD in states]
+        return tuple(jnp.stack(each, axis=1) for each in zip(*counts, strict=True))
+
+    greedy = state.draws is None
+    right_BT = draft.tokens_BT == tokens_BT if greedy else passed(draft.log_q_BTN)
+    own_passed_BC, own_tried_BC = by_level(draft.top_BT, is_new_BT & (draft.top_BT > 0), right_BT)
+    passed_BEC, tried_BEC = lax.cond(due, every, lambda: (none, none))
+    is_own_E1 = (jnp.array(exits) == exit_layer)[:, None]
+    return (
+        jnp.where(is_own_E1, own_passed_BC[:, None], passed_BEC),
+        jnp.where(is_own_E1, own_tried_BC[:, None], tried_BEC),
+    )

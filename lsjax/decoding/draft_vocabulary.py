@@ -1,0 +1,71 @@
+"""Tokens that may be drafted: a draft's head is then cheaper."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Array, Int
+
+from lsjax.config import check
+from lsjax.model.protocol import DecoderModel, Sizes
+
+
+class DraftHead(NamedTuple):
+    """The head's rows of the N tokens that may be drafted. places_V: index of each token among
+    them, or N if it may not be drafted."""
+
+    ids_N: Int[Array, " N"]
+    places_V: Int[Array, " V"]
+    rows: Any  # [N, ...], by the model's `head_rows`
+
+
+@dataclass(frozen=True, eq=False)
+class DraftVocabulary:
+    """Token ids that may be drafted, in ascending order: of equal logits the lower id wins.
+
+    The head costs as much as several layers, and N rows of it less than V. The verification uses
+    the full head, so the text stays the same.
+    """
+
+    ids_N: Int[np.ndarray, " N"]
+
+    def __len__(self) -> int:
+        return len(self.ids_N)
+
+    @classmethod
+    def most_frequent(
+        cls, counts: Mapping[int, int], size: int, vocab_size: int
+    ) -> "DraftVocabulary":
+        """The `size` tokens with the highest counts, then the lowest ids: tokenizers give these to
+        their first merges. Raises ConfigError for a size that is not in 1..vocab_size - 1."""
+        _check_size(size, vocab_size)
+        known = sorted({*range(size), *counts}, key=lambda token: (-counts.get(token, 0), token))
+        return cls(np.sort(np.array(known[:size], np.int32)))
+
+    def validate(self, sizes: Sizes) -> None:
+        """Raises ConfigError if the model lacks some of the tokens, or has no others."""
+        _check_size(len(self), sizes.vocab_size)
+        check(bool((np.diff(self.ids_N) > 0).all()), "draft vocabulary ids must ascend: sort them")
+        check(
+            bool(0 <= self.ids_N[0] and self.ids_N[-1] < sizes.vocab_size),
+            f"the draft vocabulary has ids {self.ids_N[0]}..{self.ids_N[-1]}, the model "
+            f"0..{sizes.vocab_size - 1}: count the tokens with the model's own tokenizer",
+        )
+
+    def head(self, model: DecoderModel) -> DraftHead:
+        """The rows of the model's head for these tokens."""
+        places_V = np.full(model.vocab_size, len(self), np.int32)
+        places_V[self.ids_N] = np.arange(len(self))
+        ids_N, places_V = jax.device_put((self.ids_N, places_V))
+        return DraftHead(ids_N, places_V, model.head_rows(self.ids_N))
+
+
+def _check_size(size: int, vocab_size: int) -> None:
+    check(size >= 1, f"a draft vocabulary of {size} is empty: choose --draft-vocab 1 or more")
+    check(
+        size < vocab_size,
+        f"a draft vocabulary of {size} does not make the head of {vocab_size} smaller: choose a "
+        "smaller --draft-vocab, or none",
+    )

@@ -1,0 +1,189 @@
+"""What strategies run on: a model on its devices, compiled programs, and room for rows."""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from lsjax.config import Kernels, check
+from lsjax.decoding.auto.adaptive import Adaptive
+from lsjax.decoding.auto.measure import kept_seconds
+from lsjax.decoding.programs import Programs, decode, pause
+from lsjax.decoding.request import Request
+from lsjax.decoding.state import DecodeState
+from lsjax.decoding.stopwatch import Stopwatch
+from lsjax.decoding.strategy import Strategy
+from lsjax.model.parameters import placed, shardings
+from lsjax.model.protocol import Cache, DecoderModel, num_bytes
+from lsjax.model.protocol import shardings as model_shardings
+from lsjax.sharding import machine
+
+MIN_CAPACITY = 256  # slots of a row's cache: this, or a larger power of two
+# Plus a multiple of this for drafts, so that strategies share programs and GPUs need no padding.
+SLACK = 64
+
+
+class Runtime:
+    """A model on a mesh with its programs, for batches of `batch_size` rows.
+
+    min_capacity: fewest slots of a row's cache. lay_out, kernels: as for `Programs`. track: wraps
+    the timings of an adaptive strategy, for a progress bar.
+    """
+
+    def __init__(
+        self,
+        model: DecoderModel,
+        mesh: Mesh | None = None,
+        *,
+        batch_size: int = 1,
+        min_capacity: int = 1,
+        lay_out: bool = True,
+        kernels: Kernels = "auto",
+        track: Callable[[Sequence], Iterable] = iter,
+    ):
+        self.mesh, self.batch_size, self.track = mesh, batch_size, track
+        self.kernels = kernels
+        self.programs = Programs(self._placed(model), mesh, lay_out=lay_out, kernels=kernels)
+        self.decode_seconds = 0.0  # of all rounds so far
+        self._min_capacity = min_capacity
+        self._seconds: dict[tuple[Strategy, int], jax.Array] = {}  # of rounds, by slots
+        self._last: tuple[Strategy, DecoderModel, Any] | None = None  # arguments of a strategy
+
+    @property
+    def model(self) -> DecoderModel:
+        """The model that decodes, on the mesh and laid out for its programs."""
+        return self.programs.model
+
+    def use_model(self, model: DecoderModel) -> None:
+        """Decodes with another model from now on. Raises ConfigError if its form differs."""
+        self.programs.use(self._placed(model))
+
+    def _placed(self, model: DecoderModel) -> DecoderModel:
+        """The model on the mesh, or on the default device."""
+        return jax.device_put(
+            model, None if self.mesh is None else model_shardings(model, self.mesh)
+        )
+
+    def capacity(self, length: int, strategy: Strategy) -> int:
+        """Slots of a row's cache for `length` tokens."""
+        return cache_slots(max(length, self._min_capacity), strategy)
+
+    def new_cache(self, rows: int, capacity: int, depth: int) -> Cache:
+        """An empty cache of the first `depth` layers, sharded over the mesh."""
+        create = partial(self.model.new_cache, rows, capacity, depth)
+        if self.mesh is None:
+            return create()
+        place = shardings({"cache": jax.eval_shape(create)}, self.mesh)["cache"]
+        return jax.jit(create, out_shardings=place)()
+
+    def arguments(self, strategy: Strategy, capacity: int, budget: float) -> Any:
+        """Arguments of the strategy's program for rows of `capacity` slots. Those of an adaptive
+        strategy include the seconds of its rounds. If these are neither given nor stored, they are
+        measured in `budget` seconds."""
+        arguments = self._plain_arguments(strategy)
+        if not isinstance(strategy, Adaptive) or strategy.seconds is not None:
+            return arguments
+        key = strategy, capacity
+        if key not in self._seconds:
+            seconds_SD = kept_seconds(
+                partial(self.stopwatch, strategy, self.batch_size, capacity),
+                self._identity(strategy, capacity),
+                arguments,
+                strategy,
+                budget,
+                self.track,
+            )
+            self._seconds[key] = jnp.asarray(seconds_SD, jnp.float32)
+        return arguments.with_seconds(self._seconds[key])
+
+    def _plain_arguments(self, strategy: Strategy) -> Any:
+        """Arguments without measured seconds, kept until another strategy is asked for."""
+        if self._last is None or self._last[0] is not strategy or self._last[1] is not self.model:
+            arguments = placed(strategy.arguments(self.model), self.mesh)
+            self._last = strategy, self.model, arguments
+        return self._last[2]
+
+    def stopwatch(self, strategy: Strategy, rows: int, capacity: int) -> Stopwatch:
+        """Times rounds of a strategy on rows that have filled half of their slots."""
+        half, depth = min(capacity // 2, capacity - strategy.slack), strategy.depth(self.model)
+        state = DecodeState.create(
+            [Request(prompt=(1,) * half, max_new_tokens=half)] * rows,
+            cache=self.new_cache(rows, capacity, depth),
+            capacity=capacity,
+            learned=strategy.first_guess(rows),
+            mesh=self.mesh,
+        )
+        arguments = self._plain_arguments(strategy)
+        loop = self.programs.get(partial(decode, strategy=strategy), state, np.int32(0), arguments)
+        waiting = self.pause_of(strategy)
+        return Stopwatch(loop, waiting and self.programs.get(waiting, state), state, arguments)
+
+    def pause_of(self, strategy: Strategy) -> partial | None:
+        """What runs between calls of the strategy's rounds; None for most strategies."""
+        with self.programs.context():
+            return partial(pause, strategy=strategy) if strategy.pauses() else None
+
+    def _identity(self, strategy: Adaptive, capacity: int) -> list[Any]:
+        """All that the seconds of rounds depend on."""
+        model, mesh = self.model, self.mesh
+        sizes = [(leaf.shape, str(leaf.dtype)) for leaf in jax.tree.leaves(model)]
+        devices = jax.devices()[:1] if mesh is None else list(mesh.devices.flat)
+        kinds = [device.device_kind for device in devices]
+        layout = None if mesh is None else dict(mesh.shape)
+        own = strategy.exits, strategy.lengths, strategy.draft_vocab, self.batch_size, capacity
+        form = str(getattr(model, "config", type(model).__name__)), sizes
+        return [*form, kinds, layout, machine(), *own, self.kernels, jax.__version__]
+
+    def memory_bytes(self, total: int, strategy: Strategy) -> tuple[int, int]:
+        """Bytes of the model and of the cache for rows of `total` tokens, on all devices."""
+        slots = self.capacity(total, strategy)
+        return num_bytes(self.model), self._cache_bytes(slots, strategy, None)
+
+    def check_memory(self, first: int, total: int, strategy: Strategy, held: int = 0) -> None:
+        """Raises ConfigError if the devices can't hold the cache for rows that begin with `first`
+        tokens and end with `total`: the last one, and the one before it, while it grows. held:
+        bytes in use on each device that are freed first."""
+        free, last = free_memory() + held, self.capacity(total, strategy)
+        slots = last
+        if self.capacity(first, strategy) < last:
+            slots += self.capacity(last // 2 - strategy.slack, strategy)
+        needed = self._cache_bytes(slots, strategy, self.mesh)
+        check(
+            needed <= free,
+            f"the cache for texts of {total} tokens needs {needed / 1e6:,.0f} MB on each device, "
+            f"but {free / 1e6:,.0f} MB are free: lower --max-new-tokens or --batch-size, "
+            "or shorten the prompts",
+        )
+
+    def _cache_bytes(self, slots: int, strategy: Strategy, mesh: Mesh | None) -> int:
+        """On each device of a mesh. A batch has one extra row, which reads the next prompt."""
+        rows = self.batch_size + (self.batch_size > 1)
+        create = partial(self.model.new_cache, rows, slots, strategy.depth(self.model))
+        cache = jax.eval_shape(create)
+        if mesh is None:
+            return num_bytes(cache)
+        places = shardings({"cache": cache}, mesh)["cache"]
+        pairs = zip(jax.tree.leaves(cache), jax.tree.leaves(places), strict=True)
+        return sum(
+            math.prod(place.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf, place in pairs
+        )
+
+
+def cache_slots(length: int, strategy: Strategy) -> int:
+    """Slots of a cache in which rows of `length` tokens have room for another round. Sizes double,
+    so that few programs are needed and less than half of the slots stay empty for long."""
+    slots, more = MIN_CAPACITY, -(-strategy.slack // SLACK) * SLACK
+    while slots + more < length + strategy.slack:
+        slots *= 2
+    return slots + more
+
+
+def free_memory() -> float:
+    """Free bytes of the first device; infinite if the device does not report them."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    return stats.get("bytes_limit", math.inf) - stats.get("bytes_in_use", 0)

@@ -1,0 +1,14 @@
+"""Names of the parts of compiled programs, which lsjax.aot counts by."""
+
+PROMPT_CHUNKS, ROUNDS = "prompt_chunks", "rounds"  # loops
+DRAFT, VERIFY = "draft", "verify"
+
+
+def guard_of_length(length: int) -> str:
+    """Name of the branch that verifies up to `length` drafts."""
+    return f"up_to_{length}_drafts"
+
+
+def guard_of_layers(lo: int, hi: int) -> str:
+    """Name of the branch around layers lo..hi-1."""
+    return f"layers_{lo}_to_{hi - 1}"
