@@ -42,7 +42,8 @@ from lsjax.cli.setup import exact_products, keep_freed_memory
 from lsjax.config import EarlyExitConfig, LayerDropoutConfig, LlamaConfig, StepConfig
 from lsjax.model.llama import Llama, stacked
 from lsjax.training.early_exit import enabled_exits
-from lsjax.training.layer_dropout import drop_rates, keep_counted
+from lsjax.training.kept_rows import keep_counted
+from lsjax.training.layer_dropout import drop_rates
 from lsjax.training.step import init_state, make_train_step
 
 Kind = Literal["plain", "nothing-on", "rotational", "all", "bfloat16", "gather", "mask", "torch"]

@@ -30,7 +30,7 @@ FROM_DOCS = (
     ),
     Fault(
         "kept rows rounded down",
-        "training/layer_dropout.py",
+        "training/kept_rows.py",
         "return below_L + (draws_L < share_L)",
         "return below_L + (share_L >= 1)",
         "tests/training/test_kept_rows.py",
@@ -38,8 +38,8 @@ FROM_DOCS = (
     Fault(
         "sampled tokens without their weight",
         "training/loss.py",
-        "scales_SB = scales_SB.at[:-1].set(count_B / jnp.maximum(part_B, 1))",
-        "scales_SB = scales_SB.at[:-1].set(1.0)",
+        "scales_EB = scales_EB.at[:-1].set(count_B / jnp.maximum(part_B, 1))",
+        "scales_EB = scales_EB.at[:-1].set(1.0)",
         "tests/training/test_objective.py",
     ),
     Fault(
@@ -197,8 +197,8 @@ FROM_CODE = (
     Fault(
         "unfiltered draft probabilities",
         "decoding/draft.py",
-        "            log_q_B1N=log_q_B1N,",
-        "            log_q_B1N=None if log_q_B1N is None else jax.nn.log_softmax(logits_B1N),",
+        "            log_q_B1W=log_q_B1W,",
+        "            log_q_B1W=None if log_q_B1W is None else jax.nn.log_softmax(logits_B1W),",
         "tests/decoding/test_sampling.py",
     ),
     Fault(
@@ -269,8 +269,8 @@ FROM_CODE = (
     Fault(
         "gradients put back in another order",
         "training/loss.py",
-        "back_BT = jnp.argsort(positions.order_SBT[slot], axis=1)",
-        "back_BT = positions.order_SBT[slot]",
+        "back_BT = jnp.argsort(positions.order_EBT[slot], axis=1)",
+        "back_BT = positions.order_EBT[slot]",
         "tests/training/test_loss.py",
     ),
     Fault(
@@ -311,8 +311,8 @@ FROM_CODE = (
     Fault(
         "p and q swapped",
         "decoding/acceptance.py",
-        "of_tokens(log_p_BTN, index_BT) - of_tokens(draft.log_q_BTN, index_BT)",
-        "of_tokens(draft.log_q_BTN, index_BT) - of_tokens(log_p_BTN, index_BT)",
+        "of_tokens(log_p_BTW, index_BT) - of_tokens(draft.log_q_BTW, index_BT)",
+        "of_tokens(draft.log_q_BTW, index_BT) - of_tokens(log_p_BTW, index_BT)",
         "tests/decoding/test_acceptance.py",
     ),
     Fault(
@@ -332,8 +332,8 @@ FROM_CODE = (
     Fault(
         "draft vocabulary misaligned",
         "decoding/acceptance.py",
-        "rest_BV.at[:, head.ids_N].add(-q_BN)",
-        "rest_BV.at[:, : q_BN.shape[1]].add(-q_BN)",
+        "rest_BV.at[:, head.ids_W].add(-q_BW)",
+        "rest_BV.at[:, : q_BW.shape[1]].add(-q_BW)",
         "tests/decoding/test_acceptance.py",
     ),
     Fault(
@@ -374,8 +374,8 @@ FROM_CODE = (
     Fault(
         "looked-up drafts count as sampled",
         "decoding/auto/adaptive.py",
-        "log_q_BTN = jnp.where(is_token_BTN, 0, -jnp.inf)",
-        "log_q_BTN = jnp.full_like(log_q_BTN, -math.log(size))",
+        "log_q_BTW = jnp.where(is_token_BTW, 0, -jnp.inf)",
+        "log_q_BTW = jnp.full_like(log_q_BTW, -math.log(size))",
         "tests/decoding/test_sampling.py",
     ),
     Fault(

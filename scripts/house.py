@@ -1,14 +1,21 @@
-"""Counts the files and lines of each room of lsjax/, and checks which room imports which.
+"""Measures the code of lsjax/, and checks the rules that its layout follows.
 
     python scripts/house.py
 
-Prints a table. Exits with 1 if a file is too long, modules import each other in a circle, or a room
-imports one from a higher floor. A new room is added to FLOORS. Imports inside functions count;
-imports only for type hints do not.
+Prints the files and lines of each room, and the ways of docs/method.md with their lines. Then it
+prints what breaks a rule, and exits with 1:
+
+    a room imports one from a higher floor (FLOORS), or modules import each other in a circle;
+    imports for types and inside functions count
+    a file, a function or its nesting is too long or too deep
+    a question about the platform is asked outside of the files in MAY_ASK
+    a file of a way does not import the next one, or the way is too long
 """
 
 import ast
+import re
 import sys
+from collections.abc import Iterator
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -26,7 +33,17 @@ FLOORS = (
     ("evaluation", "aot"),
     ("cli",),
 )
-LONGEST = 300  # lines of a file
+LONGEST_FILE, LONGEST_FUNCTION, DEEPEST = 300, 60, 4  # lines, lines, nested statements
+# Functions of lsjax.platforms that say what the platform is, and the rooms that may ask.
+QUESTIONS = {"platform", "tuned_for", "tuning", "nvidia_capability", "TUNINGS"}
+MAY_ASK = {"kernels", "sharding", "platforms"}
+WAYS = ROOT / "docs" / "method.md"
+# Headings of the ways there, with the most files and lines.
+LIMITS = {"From train.py to the loss": (6, 1_000), "From decode.py to a round": (7, 1_300)}
+FILES = {  # of single limits
+    "lsjax/decoding/self_speculative.py": 160,
+}
+NESTED = (ast.If, ast.For, ast.While, ast.With, ast.Try, ast.Match, ast.FunctionDef)
 
 
 def main() -> int:
@@ -42,9 +59,9 @@ def main() -> int:
     print(f"{'lsjax/':<12} {len(package):>3} files {sum(package.values()):>6} lines")
     print(f"{'scripts':<12} {scripts:>23} lines, benchmarks among them")
     wrong = [
-        f"{file.relative_to(ROOT)} has {n} lines, more than {LONGEST}: split it by its ideas"
-        for file, n in package.items()
-        if n > LONGEST
+        f"{file.relative_to(ROOT)} has {lines} lines, more than {most}: split it by its ideas"
+        for file, lines in package.items()
+        if lines > (most := FILES.get(str(file.relative_to(ROOT)), LONGEST_FILE))
     ]
     wrong += [f"{name} has no floor: add its room to FLOORS" for name in modules if no_floor(name)]
     wrong += [
@@ -57,7 +74,12 @@ def main() -> int:
         TopologicalSorter(imports).prepare()
     except CycleError as error:
         wrong.append("a circle: " + " -> ".join(error.args[1]))
-    print("\n".join(wrong) or "no circle, no import upward, no file too long")
+    for file in package:
+        wrong += long_functions(file)
+        wrong += questions(file)
+    for heading, limits in LIMITS.items():
+        wrong += way(heading, *limits, imports)
+    print("\n".join(wrong) or "no rule is broken")
     return int(bool(wrong))
 
 
@@ -91,18 +113,58 @@ def no_floor(module: str) -> bool:
 def imported(name: str, file: Path, modules: dict[str, Path]) -> set[str]:
     """Modules of lsjax that this one imports."""
     found = set()
-    tree = ast.parse(file.read_text(encoding="utf-8"))
-    blocks = [node for node in ast.walk(tree) if isinstance(node, ast.If)]
-    for_types = [block for block in blocks if getattr(block.test, "id", "") == "TYPE_CHECKING"]
-    hidden = {id(node) for block in for_types for node in ast.walk(block)}
-    for node in ast.walk(tree):
-        if id(node) in hidden:
-            continue
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         if isinstance(node, ast.ImportFrom) and node.module:
             found |= {f"{node.module}.{alias.name}" for alias in node.names} | {node.module}
     return {other for other in found & modules.keys() if other not in (name, "lsjax")}
+
+
+def long_functions(file: Path) -> Iterator[str]:
+    """Functions of a file that are too long or too deeply nested."""
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.FunctionDef):
+            lines, levels = node.end_lineno - node.lineno + 1, depth(node)
+            place = f"{file.relative_to(ROOT)}, {node.name}"
+            if lines > LONGEST_FUNCTION:
+                yield f"{place} has {lines} lines, more than {LONGEST_FUNCTION}"
+            if levels > DEEPEST:
+                yield f"{place} is nested {levels} deep, more than {DEEPEST}"
+
+
+def depth(node: ast.AST) -> int:
+    """Nested statements below a node. A chain of elif counts once."""
+    own = []
+    for child in ast.iter_child_nodes(node):
+        is_elif = isinstance(node, ast.If) and node.orelse == [child] and isinstance(child, ast.If)
+        own.append(depth(child) + (isinstance(child, NESTED) and not is_elif))
+    return max(own, default=0)
+
+
+def questions(file: Path) -> Iterator[str]:
+    """Questions about the platform in a file that may not ask."""
+    if room_of(module_of(file)) in MAY_ASK:
+        return
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module == "lsjax.platforms":
+            for name in sorted({alias.name for alias in node.names} & QUESTIONS):
+                yield f"{file.relative_to(ROOT)} asks for the platform by {name}: ask in kernels/"
+
+
+def way(heading: str, most_files: int, most_lines: int, imports: dict) -> Iterator[str]:
+    """Prints the files of a way, and yields what is wrong with it."""
+    text = WAYS.read_text(encoding="utf-8")
+    section = text.partition(f"### {heading}\n")[2].partition("\n#")[0]
+    files = [ROOT / name for name in re.findall(r"^\d+\. \[.*?\]\(\.\./(.+?\.py)\)", section, re.M)]
+    lines = [len(file.read_text(encoding="utf-8").splitlines()) for file in files]
+    print(f"{heading}: {len(files)} files, {sum(lines)} lines")
+    if not files or len(files) > most_files or sum(lines) > most_lines:
+        yield f"{heading}: more than {most_files} files or {most_lines} lines, or none"
+    for first, second in zip(files[1:], files[2:], strict=False):  # the program runs the first
+        pair = module_of(first), module_of(second)
+        if pair[1] not in imports[pair[0]] and pair[0] not in imports[pair[1]]:
+            yield f"{heading}: neither of {pair[0]} and {pair[1]} imports the other"
 
 
 if __name__ == "__main__":

@@ -74,9 +74,8 @@ def decode(arguments: Arguments) -> None:
     people = SafeConsole(stderr=to_stdout, quiet=quiet, soft_wrap=True)
     notes = notes_console()
     engine = load_engine(model, notes, strategy=strategies[0])
-    weights, cache = engine.memory_bytes(
-        max(len(request.prompt) + request.max_new_tokens for request in requests)
-    )
+    longest = max(len(request.prompt) + request.max_new_tokens for request in requests)
+    weights, cache = engine.memory_bytes(longest)
     notes.print(
         f"{arguments.model.name}: {config.num_params / 1e6:.0f}M parameters, "
         f"{weights / 1e6:.0f} MB in {engine.model.dtype}; "
@@ -103,9 +102,21 @@ def decode(arguments: Arguments) -> None:
             generate_all(engine, prompts, requests, people, notes, **options)
     count_written(engine, completions)
     if not arguments.interactive:
-        compiling = f"{engine.programs.compile_seconds:.1f} s compiling"
-        notes.print(f"{summary(completions, engine.decode_seconds)}; {compiling}")
-        advise(notes, engine.strategy.exit_layer, completions)
+        conclude(notes, engine, completions)
+
+
+def conclude(notes: Console, engine: Engine, completions: Sequence[Completion]) -> None:
+    """Prints the speed, and a hint if few drafts were accepted."""
+    compiling = f"{engine.programs.compile_seconds:.1f} s compiling"
+    notes.print(f"{summary(completions, engine.decode_seconds)}; {compiling}")
+    exit_layer = engine.strategy.exit_layer
+    drafted = sum(c.drafted for c in completions)
+    accepted = sum(c.accepted for c in completions)
+    if exit_layer and accepted < 0.3 * drafted:
+        notes.print(
+            f"Few drafts of exit {exit_layer} were accepted. Early-exit drafts slow down "
+            "models that were not trained with LayerSkip, though the text stays the same."
+        )
 
 
 def count_written(engine: Engine, completions: Sequence[Completion]) -> None:
@@ -178,14 +189,3 @@ def as_line(completion: Completion) -> str:
     """A completion as a line of JSON. It has no control characters, as it may go to a terminal."""
     line = json.dumps(completion.to_json(), ensure_ascii=False)
     return CONTROLS.sub(lambda found: f"\\u{ord(found[0]):04x}", line) + "\n"
-
-
-def advise(notes: Console, exit_layer: int | None, completions: Sequence[Completion]) -> None:
-    """Prints a hint if few drafts were accepted."""
-    drafted = sum(c.drafted for c in completions)
-    accepted = sum(c.accepted for c in completions)
-    if exit_layer and accepted < 0.3 * drafted:
-        notes.print(
-            f"Few drafts of exit {exit_layer} were accepted. Early-exit drafts slow down "
-            "models that were not trained with LayerSkip, though the text stays the same."
-        )

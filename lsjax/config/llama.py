@@ -52,7 +52,7 @@ class LayerKind(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class LlamaConfig(Checked):
-    """The shape of a Llama. Letters: V, D, F, L, N, K, H as in lsjax/model/llama.py."""
+    """The shape of a Llama. Letters as in docs/method.md."""
 
     vocab_size: int = bounded(low=1)
     """V: tokens of the vocabulary."""

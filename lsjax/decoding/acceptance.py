@@ -94,10 +94,10 @@ def accept_block(logits_BTV: Float[Array, "B T V"], draft: Draft) -> Accepted:
     def here(values_BTX):
         return jnp.take_along_axis(values_BTX, accepted_B[:, None, None], axis=1)[:, 0]
 
-    p_BV, q_BN = jnp.exp(here(log_p_BTV)), jnp.exp(here(draft.log_q_BTN))
-    q_BN = jnp.where((accepted_B < draft.count_B)[:, None], q_BN, 0)  # no draft: all of p
+    p_BV, q_BW = jnp.exp(here(log_p_BTV)), jnp.exp(here(draft.log_q_BTW))
+    q_BW = jnp.where((accepted_B < draft.count_B)[:, None], q_BW, 0)  # no draft: all of p
     rest_BV = here(weight_BT[..., None]) * p_BV
-    rest_BV = rest_BV - q_BN if head is None else rest_BV.at[:, head.ids_N].add(-q_BN)
+    rest_BV = rest_BV - q_BW if head is None else rest_BV.at[:, head.ids_W].add(-q_BW)
     rest_BV = jnp.maximum(rest_BV, 0)
     # If rounding leaves nothing, p and q are equal.
     rest_BV = jnp.where(rest_BV.sum(1, keepdims=True) > 0, rest_BV, p_BV)
@@ -117,10 +117,10 @@ def block_chances(
     Columns beyond the draft are undefined.
     """
     head = draft.head
-    index_BT, log_p_BTN = draft.tokens_BT, log_p_BTV
+    index_BT, log_p_BTW = draft.tokens_BT, log_p_BTV
     if head is not None:
-        index_BT, log_p_BTN = head.places_V[index_BT], log_p_BTV[..., head.ids_N]
-    log_ratio_BT = of_tokens(log_p_BTN, index_BT) - of_tokens(draft.log_q_BTN, index_BT)
+        index_BT, log_p_BTW = head.places_V[index_BT], log_p_BTV[..., head.ids_W]
+    log_ratio_BT = of_tokens(log_p_BTW, index_BT) - of_tokens(draft.log_q_BTW, index_BT)
     log_w_B = jnp.zeros_like(log_ratio_BT[:, 0])
     log_weights = [log_w_B]
     for t in range(log_ratio_BT.shape[1] - 1):
@@ -128,8 +128,8 @@ def block_chances(
         log_weights.append(log_w_B)
     log_w_BT = jnp.stack(log_weights, axis=1)
     # max(0, a - b) = a - min(a, b): tokens that may not be drafted need no pass.
-    shared_BTN = jnp.minimum(log_w_BT[..., None] + log_p_BTN, draft.log_q_BTN)
-    shared_BT = jnp.where(draft.exists_BT, jnp.exp(shared_BTN).sum(-1), 0)
+    shared_BTW = jnp.minimum(log_w_BT[..., None] + log_p_BTW, draft.log_q_BTW)
+    shared_BT = jnp.where(draft.exists_BT, jnp.exp(shared_BTW).sum(-1), 0)
     weight_BT = jnp.exp(log_w_BT)
     excess_BT = jnp.maximum(weight_BT - shared_BT, 0)
     # Without excess, p and q are equal or the weight is 0: longer drafts decide.

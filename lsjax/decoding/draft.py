@@ -10,7 +10,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from lsjax.decoding.confidence import Confidence
-from lsjax.decoding.draft_vocabulary import DraftHead
+from lsjax.decoding.draft_vocabulary import DraftHead, DraftVocabulary
 from lsjax.decoding.sampling import Purpose, argmax
 from lsjax.decoding.state import DecodeState
 from lsjax.model.protocol import Cache, DecoderModel
@@ -24,6 +24,18 @@ class DraftArguments:
     head: DraftHead | None = None
     confidence: Confidence | None = None
 
+    @classmethod
+    def create(
+        cls,
+        model: DecoderModel,
+        vocabulary: DraftVocabulary | None,
+        least: float | None,
+        columns: int,
+    ) -> "DraftArguments":
+        """least: minimum product of top probabilities for each of `columns` drafts, or None."""
+        head = None if vocabulary is None else vocabulary.head(model)
+        return cls(head, Confidence.constant(least, columns))
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
@@ -31,7 +43,7 @@ class Chosen:
     """One draft token of each row, and what it was chosen from."""
 
     token_B: Int[Array, " B"]
-    log_q_B1N: Float[Array, "B 1 N"] | None  # its distribution, None if greedy
+    log_q_B1W: Float[Array, "B 1 W"] | None  # its distribution, None if greedy
     top_B1: Float[Array, "B 1"] | None  # highest probability; None without a confidence
 
 
@@ -48,7 +60,7 @@ class Draft:
     hidden: tuple[Float[Array, "B T D"], ...]  # states after the first layers, and others to keep
     tokens_BT: Int[Array, "B T"]
     count_B: Int[Array, " B"]
-    log_q_BTN: Float[Array, "B T N"] | None  # the drafts' distributions, None if greedy
+    log_q_BTW: Float[Array, "B T W"] | None  # the drafts' distributions, None if greedy
     head: DraftHead | None  # of a draft vocabulary
     top_BT: Float[Array, "B T"] | None = None  # highest probability, 0 where none was computed
 
@@ -63,7 +75,7 @@ class Draft:
     ) -> "Draft":
         """No drafts, with room for `columns` - 1. kept: number of states for each column."""
         head, shape_BT = arguments.head, (len(state.length_B), columns)
-        size = model.vocab_size if head is None else len(head.ids_N)
+        size = model.vocab_size if head is None else len(head.ids_W)
         none_BT = jnp.zeros(shape_BT, jnp.int32)
         x_BTD = jax.eval_shape(model.embed, none_BT, none_BT)
         return cls(
@@ -71,7 +83,7 @@ class Draft:
             hidden=(jnp.zeros(x_BTD.shape, x_BTD.dtype),) * kept,
             tokens_BT=none_BT,
             count_B=jnp.zeros_like(state.length_B),
-            log_q_BTN=None if state.draws is None else jnp.zeros((*shape_BT, size), jnp.float32),
+            log_q_BTW=None if state.draws is None else jnp.zeros((*shape_BT, size), jnp.float32),
             head=head,
             top_BT=None if arguments.confidence is None else jnp.zeros(shape_BT, jnp.float32),
         )
@@ -112,9 +124,9 @@ class Draft:
 
     def first(self, columns: int) -> "Draft":
         """The first columns of the draft."""
-        own = self.hidden, self.tokens_BT, self.log_q_BTN, self.top_BT
-        hidden, tokens_BT, log_q_BTN, top_BT = jax.tree.map(lambda x: x[:, :columns], own)
-        return replace(self, hidden=hidden, tokens_BT=tokens_BT, log_q_BTN=log_q_BTN, top_BT=top_BT)
+        own = self.hidden, self.tokens_BT, self.log_q_BTW, self.top_BT
+        hidden, tokens_BT, log_q_BTW, top_BT = jax.tree.map(lambda x: x[:, :columns], own)
+        return replace(self, hidden=hidden, tokens_BT=tokens_BT, log_q_BTW=log_q_BTW, top_BT=top_BT)
 
     def with_states(self, at: Int[Array, ""], hidden: Any, cache: Cache) -> "Draft":
         """The draft with states of column `at`, [B, 1, D]."""
@@ -127,7 +139,7 @@ class Draft:
         return replace(
             self,
             tokens_BT=put(self.tokens_BT, chosen.token_B[:, None]),
-            log_q_BTN=None if self.log_q_BTN is None else put(self.log_q_BTN, chosen.log_q_B1N),
+            log_q_BTW=None if self.log_q_BTW is None else put(self.log_q_BTW, chosen.log_q_B1W),
             top_BT=None if self.top_BT is None else put(self.top_BT, chosen.top_B1),
         )
 
@@ -151,19 +163,19 @@ class Draft:
     def _choose(self, model, x_B1D, at):
         state, head = self.state, self.head
         rows, places_V = (None, None) if head is None else (head.rows, head.places_V)
-        logits_B1N = state.penalised(model.unembed(x_B1D, rows), at, self.tokens_BT, places_V)
-        log_q_B1N = None
+        logits_B1W = state.penalised(model.unembed(x_B1D, rows), at, self.tokens_BT, places_V)
+        log_q_B1W = None
         if state.draws is None:
-            index_B = argmax(logits_B1N[:, 0])
+            index_B = argmax(logits_B1W[:, 0])
         else:
-            log_q_B1N = state.draws.log_probs(logits_B1N)
-            q_BN = jnp.exp(log_q_B1N[:, 0])
-            index_B = state.draws.token(q_BN, state.length_B, Purpose.DRAFT, at)
+            log_q_B1W = state.draws.log_probs(logits_B1W)
+            q_BW = jnp.exp(log_q_B1W[:, 0])
+            index_B = state.draws.token(q_BW, state.length_B, Purpose.DRAFT, at)
         return Chosen(
-            token_B=index_B if head is None else head.ids_N[index_B],
-            log_q_B1N=log_q_B1N,
+            token_B=index_B if head is None else head.ids_W[index_B],
+            log_q_B1W=log_q_B1W,
             # Not the sampled token's probability: that would bias the distribution.
-            top_B1=None if self.top_BT is None else top_probability(logits_B1N),
+            top_B1=None if self.top_BT is None else top_probability(logits_B1W),
         )
 
 
@@ -172,12 +184,12 @@ def _put(at, all_BT, one_B1):
 
 
 def of_tokens(
-    values_BTN: Float[Array, "B T N"], index_BT: Int[Array, "B T"]
+    values_BTW: Float[Array, "B T W"], index_BT: Int[Array, "B T"]
 ) -> Float[Array, "B T"]:
     """The value of each token; NaN for an index beyond the last."""
-    return jnp.take_along_axis(values_BTN, index_BT[..., None], axis=2)[..., 0]
+    return jnp.take_along_axis(values_BTW, index_BT[..., None], axis=2)[..., 0]
 
 
-def top_probability(logits: Float[Array, "... N"]) -> Float[Array, "..."]:
+def top_probability(logits: Float[Array, "... W"]) -> Float[Array, "..."]:
     """Highest probability of the distribution that the logits give."""
     return 1 / jnp.exp(logits - logits.max(-1, keepdims=True)).sum(-1)

@@ -16,7 +16,7 @@ class DraftHead(NamedTuple):
     """The head's rows of the N tokens that may be drafted. places_V: index of each token among
     them, or N if it may not be drafted."""
 
-    ids_N: Int[Array, " N"]
+    ids_W: Int[Array, " W"]
     places_V: Int[Array, " V"]
     rows: Any  # [N, ...], by the model's `head_rows`
 
@@ -29,10 +29,10 @@ class DraftVocabulary:
     the full head, so the text stays the same.
     """
 
-    ids_N: Int[np.ndarray, " N"]
+    ids_W: Int[np.ndarray, " W"]
 
     def __len__(self) -> int:
-        return len(self.ids_N)
+        return len(self.ids_W)
 
     @classmethod
     def most_frequent(
@@ -47,19 +47,19 @@ class DraftVocabulary:
     def validate(self, sizes: Sizes) -> None:
         """Raises ConfigError if the model lacks some of the tokens, or has no others."""
         _check_size(len(self), sizes.vocab_size)
-        check(bool((np.diff(self.ids_N) > 0).all()), "draft vocabulary ids must ascend: sort them")
+        check(bool((np.diff(self.ids_W) > 0).all()), "draft vocabulary ids must ascend: sort them")
         check(
-            bool(0 <= self.ids_N[0] and self.ids_N[-1] < sizes.vocab_size),
-            f"the draft vocabulary has ids {self.ids_N[0]}..{self.ids_N[-1]}, the model "
+            bool(0 <= self.ids_W[0] and self.ids_W[-1] < sizes.vocab_size),
+            f"the draft vocabulary has ids {self.ids_W[0]}..{self.ids_W[-1]}, the model "
             f"0..{sizes.vocab_size - 1}: count the tokens with the model's own tokenizer",
         )
 
     def head(self, model: DecoderModel) -> DraftHead:
         """The rows of the model's head for these tokens."""
         places_V = np.full(model.vocab_size, len(self), np.int32)
-        places_V[self.ids_N] = np.arange(len(self))
-        ids_N, places_V = jax.device_put((self.ids_N, places_V))
-        return DraftHead(ids_N, places_V, model.head_rows(self.ids_N))
+        places_V[self.ids_W] = np.arange(len(self))
+        ids_W, places_V = jax.device_put((self.ids_W, places_V))
+        return DraftHead(ids_W, places_V, model.head_rows(self.ids_W))
 
 
 def _check_size(size: int, vocab_size: int) -> None:

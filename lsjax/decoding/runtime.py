@@ -90,7 +90,7 @@ class Runtime:
             return arguments
         key = strategy, capacity
         if key not in self._seconds:
-            seconds_SD = kept_seconds(
+            seconds_QJ = kept_seconds(
                 partial(self.stopwatch, strategy, self.batch_size, capacity),
                 self._identity(strategy, capacity),
                 arguments,
@@ -98,7 +98,7 @@ class Runtime:
                 budget,
                 self.track,
             )
-            self._seconds[key] = jnp.asarray(seconds_SD, jnp.float32)
+            self._seconds[key] = jnp.asarray(seconds_QJ, jnp.float32)
         return arguments.with_seconds(self._seconds[key])
 
     def _plain_arguments(self, strategy: Strategy) -> Any:

@@ -190,30 +190,30 @@ class Penalties:
 
     def apply(
         self,
-        logits_BTN: Float[Array, "B T N"],
+        logits_BTW: Float[Array, "B T W"],
         history_BS: Int[Array, "B S"],
         position_BT: Int[Array, "B T"],
         places_V: Int[Array, " V"] | None = None,
-    ) -> Float[Array, "B T N"]:
+    ) -> Float[Array, "B T W"]:
         """Penalises the logits at these positions, each by the earlier tokens of the history.
 
         places_V: index of each token among the N with logits, or N if absent. If all tokens would
         be forbidden, penalties are skipped.
         """
-        batch, steps, size = logits_BTN.shape
+        batch, steps, size = logits_BTW.shape
         index_BS = history_BS if places_V is None else places_V[history_BS]
         slots = jnp.arange(history_BS.shape[1])
         before_BTS = slots < position_BT[..., None]
         index_BTS = jnp.where(before_BTS, index_BS[:, None], size)  # N is dropped below
         rows, columns = jnp.arange(batch)[:, None, None], jnp.arange(steps)[:, None]
-        said_BTS = logits_BTN.at[rows, columns, index_BTS].get(mode="fill", fill_value=0.0)
+        said_BTS = logits_BTW.at[rows, columns, index_BTS].get(mode="fill", fill_value=0.0)
         penalty_B11 = self.repetition_B[:, None, None]
         lower_BTS = jnp.where(said_BTS > 0, said_BTS / penalty_B11, said_BTS * penalty_B11)
         lower_BTS = jnp.where(self._completes(history_BS, position_BT), -jnp.inf, lower_BTS)
         # A token that occurs several times takes the lowest of its values.
-        found_BTN = logits_BTN.at[rows, columns, index_BTS].min(lower_BTS, mode="drop")
-        left_BT1 = jnp.isfinite(found_BTN.max(-1, keepdims=True))
-        return jnp.where(left_BT1, found_BTN, logits_BTN)
+        found_BTW = logits_BTW.at[rows, columns, index_BTS].min(lower_BTS, mode="drop")
+        left_BT1 = jnp.isfinite(found_BTW.max(-1, keepdims=True))
+        return jnp.where(left_BT1, found_BTW, logits_BTW)
 
     def _completes(
         self, history_BS: Int[Array, "B S"], position_BT: Int[Array, "B T"]
@@ -246,14 +246,14 @@ def argmax(logits: Float[Array, "*any V"]) -> Int[Array, "*any"]:
     return index.min(-1)
 
 
-def _first_beyond(weight_BN: Float[Array, "B N"], u_B: Float[Array, " B"]) -> Int[Array, " B"]:
+def _first_beyond(weight_BW: Float[Array, "B W"], u_B: Float[Array, " B"]) -> Int[Array, " B"]:
     """First index at which the running sum exceeds the share u of the total; never of weight 0."""
-    sum_BN = jnp.cumsum(weight_BN, axis=-1)
-    index = jnp.arange(weight_BN.shape[-1])
-    some_BN = weight_BN > 0
-    beyond_BN = some_BN & (sum_BN > u_B[:, None] * sum_BN[:, -1:])
-    first_B = jnp.where(beyond_BN, index, index.size).min(-1)
-    return jnp.minimum(first_B, jnp.where(some_BN, index, 0).max(-1)).astype(jnp.int32)
+    sum_BW = jnp.cumsum(weight_BW, axis=-1)
+    index = jnp.arange(weight_BW.shape[-1])
+    some_BW = weight_BW > 0
+    beyond_BW = some_BW & (sum_BW > u_B[:, None] * sum_BW[:, -1:])
+    first_B = jnp.where(beyond_BW, index, index.size).min(-1)
+    return jnp.minimum(first_B, jnp.where(some_BW, index, 0).max(-1)).astype(jnp.int32)
 
 
 def _smallest(

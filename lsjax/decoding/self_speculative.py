@@ -25,18 +25,17 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from lsjax.decoding.acceptance import AcceptanceRule, judge
-from lsjax.decoding.confidence import Confidence
 from lsjax.decoding.draft import Draft, DraftArguments
 from lsjax.decoding.draft_vocabulary import DraftVocabulary
 from lsjax.decoding.guards import at_shortest_length
 from lsjax.decoding.scopes import DRAFT, VERIFY
 from lsjax.decoding.state import DecodeState
-from lsjax.decoding.strategy import Strategy, check_drafts, check_exit
-from lsjax.model.protocol import DecoderModel, Sizes, draft_state, prepare, run_through
+from lsjax.decoding.strategy import Speculative
+from lsjax.model.protocol import DecoderModel, draft_state, prepare, run_through
 
 
 @dataclass(frozen=True)
-class SelfSpeculative(Strategy):
+class SelfSpeculative(Speculative):
     """Same greedy tokens as Autoregressive in fewer passes. Sampling keeps the distribution.
 
     exit_layer: E, layers of the draft. num_draft_tokens: d, drafts per round and row; 0 makes each
@@ -58,25 +57,9 @@ class SelfSpeculative(Strategy):
         quarters = (4,) if self.draft_confidence is None else range(5)
         return tuple(sorted({self.num_draft_tokens * quarter // 4 for quarter in quarters}))
 
-    @property
-    def exits(self) -> tuple[int, ...]:
-        """The exit that drafts."""
-        return (self.exit_layer,)
-
-    @property
-    def program(self) -> tuple:
-        """What decides about the compiled program."""
-        return type(self), self.exit_layer, self.lengths, self.draft_vocab, self.accept
-
-    def validate(self, sizes: Sizes) -> None:
-        """Raises ConfigError if a number is out of range or the vocabulary does not match."""
-        check_exit(self.exit_layer, sizes.num_layers - 1)  # the draft does not run all layers
-        check_drafts(self, sizes)
-
     def arguments(self, model: DecoderModel) -> DraftArguments:
         """The head's rows of the draft vocabulary, and the confidence."""
-        head = None if self.vocabulary is None else self.vocabulary.head(model)
-        return DraftArguments(head, Confidence.constant(self.draft_confidence, self.slack))
+        return DraftArguments.create(model, self.vocabulary, self.draft_confidence, self.slack)
 
     def step(
         self, model: DecoderModel, state: DecodeState, arguments: DraftArguments
@@ -121,7 +104,7 @@ def speculative_round(
 
     limit_B = jnp.minimum(state.end_B - state.length_B - 1, longest)
     draft = Draft.empty(drafter, state, arguments, 1 + longest, kept=1 + len(below))
-    draft = draft_tokens(drafter, first_layers, draft, limit_B, arguments.confidence)
+    draft = draft_tokens(drafter, first_layers, draft, limit_B, arguments)
     with jax.named_scope(VERIFY):
         places = draft.positions_BT, prepare(model, draft.positions_BT)
         verified = at_shortest_length(settings.lengths, draft, places, verify)
@@ -145,13 +128,13 @@ def draft_tokens(
     first_layers: Callable,
     draft: Draft,
     limit_B: Int[Array, " B"],
-    confidence: Confidence | None,
+    arguments: DraftArguments,
     active: Bool[Array, ""] | bool = True,
 ) -> Draft:
     """Drafts up to `limit_B` tokens per row. A row stops at its limit, at a stop token, or when the
     confidence is too low. first_layers: (x_B1D, positions_B1, cache) -> the state that drafts, the
     states to keep, and the cache. active: whether to draft at all."""
-    state = draft.state
+    state, confidence = draft.state, arguments.confidence
 
     def step(loop: DraftLoop) -> DraftLoop:
         at, draft, sure_B = loop.at, loop.draft, loop.sure_B

@@ -133,20 +133,20 @@ class DecodeState:
 
     def penalised(
         self,
-        logits_BTN: Float[Array, "B T N"],
+        logits_BTW: Float[Array, "B T W"],
         first: Int[Array, ""] | int = 0,
         draft_BT: Int[Array, "B D"] | None = None,
         places_V: Int[Array, " V"] | None = None,
-    ) -> Float[Array, "B T N"]:
+    ) -> Float[Array, "B T W"]:
         """Applies penalties to logits of T new positions, starting at offset `first`. draft_BT:
         hypothetical new tokens. places_V: as in DraftHead."""
         if self.penalties is None:
-            return logits_BTN
+            return logits_BTW
         history_BS = self.tokens_BS
         if draft_BT is not None:
             history_BS = self._written(history_BS, draft_BT)
-        position_BT = self.length_B[:, None] + first + jnp.arange(logits_BTN.shape[1])
-        arguments = (self.penalties, logits_BTN, history_BS, position_BT, places_V)
+        position_BT = self.length_B[:, None] + first + jnp.arange(logits_BTW.shape[1])
+        arguments = (self.penalties, logits_BTW, history_BS, position_BT, places_V)
         rows = P("data")
         return on_each_device(Penalties.apply, arguments, (*[rows] * 4, P()), rows)
 

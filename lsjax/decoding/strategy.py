@@ -1,7 +1,7 @@
 """Interface of a decoding method, and the two methods that produce one token per round."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -42,10 +42,7 @@ class Strategy(ABC):
         """Strategies with equal keys share a compiled program."""
         return self
 
-    @property
-    def exits(self) -> tuple[int, ...]:
-        """Exits that draft, ascending."""
-        return ()
+    exits: tuple[int, ...] = ()  # those that draft, ascending
 
     def validate(self, sizes: Sizes) -> None:  # noqa: B027
         """Raises ConfigError if the strategy does not fit the model."""
@@ -117,14 +114,31 @@ def check_exit(exit_layer: int, last: int) -> None:
     )
 
 
-def check_drafts(strategy: Strategy, sizes: Sizes) -> None:
-    """Raises ConfigError for a confidence or number of drafts that is out of range, and for a
-    draft vocabulary that does not fit the model."""
-    confidence, drafts, most = strategy.draft_confidence, strategy.lengths[-1], sizes.max_context
-    check(
-        confidence is None or 0 <= confidence <= 1,
-        f"draft_confidence {confidence} is out of range: use a value from 0 to 1",
-    )
-    check(0 <= drafts <= most, f"num_draft_tokens {drafts} is out of range: use 0..{most}")
-    if strategy.vocabulary is not None:
-        strategy.vocabulary.validate(sizes)
+class Speculative(Strategy):
+    """A strategy whose rounds draft and verify. accept: rule (acceptance.py); None is lossless."""
+
+    accept: Callable | None = None
+
+    @property
+    def exits(self) -> tuple[int, ...]:
+        """Exits that draft, ascending."""
+        return (self.exit_layer,)
+
+    @property
+    def program(self) -> Hashable:
+        """What decides about the compiled program. `arguments` carries the rest at run time."""
+        return type(self), self.exits, self.lengths, self.draft_vocab, self.accept
+
+    def validate(self, sizes: Sizes) -> None:
+        """Raises ConfigError if an exit, a length or the confidence is out of range, or the draft
+        vocabulary does not fit the model."""
+        for exit_layer in self.exits:
+            check_exit(exit_layer, sizes.num_layers - 1)  # the draft does not run all layers
+        confidence, drafts, most = self.draft_confidence, self.lengths[-1], sizes.max_context
+        check(
+            confidence is None or 0 <= confidence <= 1,
+            f"draft_confidence {confidence} is out of range: use a value from 0 to 1",
+        )
+        check(0 <= drafts <= most, f"num_draft_tokens {drafts} is out of range: use 0..{most}")
+        if self.vocabulary is not None:
+            self.vocabulary.validate(sizes)

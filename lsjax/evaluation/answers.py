@@ -57,7 +57,7 @@ class Question:
         prompt, sampling = list(self.request.prompt), self.request.sampling
         seed = sampling.seed if sampling.temperature else None
         row = repr(sorted(self.fields.items()))
-        drafted = None if strategy.vocabulary is None else strategy.vocabulary.ids_N.tolist()
+        drafted = None if strategy.vocabulary is None else strategy.vocabulary.ids_W.tolist()
         choices = (strategy.exits, strategy.lengths) if isinstance(strategy, Adaptive) else None
         own = [self.id, self.sample, self.reference, self.seen, row, seed]
         return digest([*Cell.of(strategy), drafted, choices, prompt, *own])

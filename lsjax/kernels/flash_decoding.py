@@ -5,7 +5,7 @@ Rows of a batch, K/V heads and used cache blocks are split among programs. Each 
 attention to its own blocks, and their log-sum-exp as a weight for the sum. The first program also
 sees the new tokens, and writes their keys and values to slots that no program reads.
 
-Letters beside those of llama.py: R = G * T query rows of a K/V head, P parts.
+R = G * T query rows of a K/V head, in P parts of the cache.
 """
 
 from functools import partial, reduce

@@ -1,4 +1,4 @@
-"""A transformer layer: RMSNorm, rotary grouped-query attention, SwiGLU. Letters as in llama.py."""
+"""A transformer layer: RMSNorm, rotary grouped-query attention, SwiGLU.."""
 
 from collections.abc import Callable
 from functools import partial

@@ -1,4 +1,4 @@
-"""Attention of new tokens to a cache, with grouped queries (letters as in llama.py)."""
+"""Attention of new tokens to a cache, with grouped queries."""
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int

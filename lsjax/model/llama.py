@@ -4,8 +4,7 @@ LayerSkip runs ranges of layers. So the model has three pure pieces that everyth
 `embed`, `run_layers(lo, hi)` and `unembed` (final norm and head, the same for every exit). Exit E
 means that layers 0..E-1 have run; E = L is the full model.
 
-Letters, here and everywhere: B batch, T query length, S cache slots, L layers, D model width,
-F feed-forward width, N heads, K K/V heads, G = N / K, H head size, V vocabulary, E exit.
+docs/method.md has a table of the letters in names and shapes.
 """
 
 from collections.abc import Callable, Mapping
@@ -201,14 +200,14 @@ class Llama(nnx.Module):
         """The head's rows; the embedding if the two are tied."""
         return (self.embedding if self.head is None else self.head)[...]
 
-    def head_rows(self, ids_N: ArrayLike) -> Float[Array, "N D"]:
+    def head_rows(self, ids_W: ArrayLike) -> Float[Array, "W D"]:
         """The head's rows of some tokens, for `unembed`."""
-        return self.head_table[ids_N]
+        return self.head_table[ids_W]
 
     @jax.named_scope("head")
     def unembed(
-        self, x: Float[Array, "*batch D"], rows: Float[Array, "N D"] | None = None
-    ) -> Float[Array, "*batch N"]:
+        self, x: Float[Array, "*batch D"], rows: Float[Array, "W D"] | None = None
+    ) -> Float[Array, "*batch W"]:
         """Final norm and head, shared by every exit; logits in float32 or wider. rows: a subset of
         the head's rows; only their logits are computed."""
         table_VD = (self.head_table if rows is None else rows).astype(x.dtype)
@@ -257,7 +256,7 @@ def split_matrices(model: Llama) -> Llama:
     """The same model, stacked, with a Linear for each part of qkv and gate_up. Autodiff joins the
     gradients."""
 
-    def taken(slot, name, leaf):  # A of an adapter, [L, D, R], has no slots
+    def taken(slot, name, leaf):  # A of an adapter, [L, D, r], has no slots
         return leaf if name == "adapter.a" else leaf[..., slot, :]
 
     def parts(name, matrix):

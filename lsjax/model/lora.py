@@ -1,8 +1,8 @@
 """Low-rank adapters for the matrices of a Llama (LoRA; Hu et al., 2021).
 
-    y = x W + scale (x A) B      A [inputs, R] random, B [R, *outputs] zero at the start
+    y = x W + scale (x A) B      A [inputs, r] random, B [r, *outputs] zero at the start
 
-Letters: R rank.
+Letters: r rank.
 """
 
 from typing import get_args
@@ -23,13 +23,13 @@ from lsjax.model.parameters import map_named
 class Adapter(nnx.Module):
     """A and B of one matrix, or of the same matrix in each of L layers."""
 
-    def __init__(self, a: Float[Array, "... R"], b: Float[Array, "..."], scale: float):
+    def __init__(self, a: Float[Array, "... r"], b: Float[Array, "..."], scale: float):
         self.a, self.b = nnx.Param(a), nnx.Param(b)
         self.scale = scale
 
     def __call__(self, x: Float[Array, "B T I"]) -> Float[Array, "B T ..."]:
-        x_BTR = linear(x, self.a[...].astype(x.dtype)) * self.scale
-        return linear(x_BTR, self.b[...].astype(x.dtype))
+        x_BTr = linear(x, self.a[...].astype(x.dtype)) * self.scale
+        return linear(x_BTr, self.b[...].astype(x.dtype))
 
 
 def with_adapters(model: Llama, config: LoraConfig, seed: int) -> Llama:
@@ -50,8 +50,8 @@ def with_adapters(model: Llama, config: LoraConfig, seed: int) -> Llama:
 
 def merged(
     kernel: Float[Array, "L I *O"],
-    a: Float[Array, "L I R"],
-    b: Float[Array, "L R *O"],
+    a: Float[Array, "L I r"],
+    b: Float[Array, "L r *O"],
     scale: float,
 ) -> Float[Array, "L I *O"]:
     """W + scale A B of each layer, in the memory of W; holds one layer's A B at a time."""

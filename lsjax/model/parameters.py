@@ -2,7 +2,7 @@
 
 Import, export, saved runs and sharding read the table. A new parameter needs one more line. Paths
 are those of stacked layers ("layers.attention.qkv.kernel"). Paths of separate layers also have a
-number ("layers.3.attention.qkv.kernel"). Letters as in llama.py.
+number ("layers.3.attention.qkv.kernel")..
 """
 
 import re
@@ -118,7 +118,7 @@ def _choices(path: str) -> tuple[P, ...]:
     choices = next(found, None) or next(others, (P(),))
     if kernel == path:
         return choices
-    # Adapters [I, R] and [R, *O] have the axes of their kernel.
+    # Adapters [I, r] and [r, *O] have the axes of their kernel.
     inputs, *outputs = choices[0]
     return (P(inputs),) if path.endswith("a") else (P(None, *outputs),)
 

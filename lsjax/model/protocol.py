@@ -90,11 +90,11 @@ class DecoderModel(Protocol):
         """Runs layers lo..hi-1 on new tokens: writes their slots, and attends to those at or before
         each token's own."""
 
-    def unembed(self, x: Float[Array, "*batch D"], rows: Any = None) -> Float[Array, "*batch N"]:
+    def unembed(self, x: Float[Array, "*batch D"], rows: Any = None) -> Float[Array, "*batch W"]:
         """Final norm and head: logits in float32 or wider. rows: those of `head_rows`, by default
         all."""
 
-    def head_rows(self, ids_N: ArrayLike) -> Any:
+    def head_rows(self, ids_W: ArrayLike) -> Any:
         """The head's rows of some tokens, for `unembed`."""
 
 

@@ -74,7 +74,7 @@ def exit_counts(config: EarlyExitConfig, num_layers: int, num_steps: int) -> Int
 
 def exit_slots(
     config: EarlyExitConfig, num_layers: int, step: ArrayLike, num_steps: int
-) -> tuple[Int[Array, " S"], Bool[Array, " S"], Float[Array, " S"]]:
+) -> tuple[Int[Array, " E"], Bool[Array, " E"], Float[Array, " E"]]:
     """Each slot's layer, whether the slot is used, and the weight of its exit. There are as many
     slots as a step enables exits at most, and the last exit has the last slot. If these are nearly
     all exits, every exit has its own slot, which makes the scan cheaper."""
@@ -82,11 +82,11 @@ def exit_slots(
     weights_L = loss_weights(config, num_layers, step, num_steps)
     most, last = int(exit_counts(config, num_layers, num_steps).max()), num_layers - 1
     if last and most + 1 >= last:
-        exit_S, taken_S = jnp.arange(num_layers), jnp.append(enabled_L[:-1], True)
+        exit_E, taken_E = jnp.arange(num_layers), jnp.append(enabled_L[:-1], True)
     else:
-        (exit_S,) = jnp.nonzero(enabled_L[:-1], size=most, fill_value=last)
-        exit_S, taken_S = jnp.append(exit_S, last), jnp.append(exit_S < last, True)
-    return exit_S, taken_S, jnp.where(taken_S, weights_L[exit_S], 0)
+        (exit_E,) = jnp.nonzero(enabled_L[:-1], size=most, fill_value=last)
+        exit_E, taken_E = jnp.append(exit_E, last), jnp.append(exit_E < last, True)
+    return exit_E, taken_E, jnp.where(taken_E, weights_L[exit_E], 0)
 
 
 # (logits [..., V], labels [...], final_logits [..., V]) -> losses [...]

@@ -8,7 +8,7 @@ are the same after a restart, with micro-batches, and on any mesh. Masks of `kee
 depend on which rows share a device or a micro-batch.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -17,9 +17,6 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
 from lsjax.config import LayerDropoutConfig
-
-COUNTS = 4  # row counts that a layer is compiled for, beside 0
-ROUNDING = 2**31 - 1  # makes the key of the one draw that all rows share
 
 # (config, num_layers, step, num_steps) -> the rate of each layer
 DropRates = Callable[[LayerDropoutConfig, int, ArrayLike, int], Float[Array, " L"]]
@@ -69,44 +66,10 @@ def keep_mask(
     rates_L: Float[Array, " L"], seed: int, step: ArrayLike, rows_B: Int[Array, " B"]
 ) -> Bool[Array, "L B"]:
     """Layers that each row keeps. rows_B: indices of the rows in the step's complete batch."""
-    return draws(_layer_keys(len(rates_L), seed, step), rows_B) >= rates_L[:, None]
+    return draws(layer_keys(len(rates_L), seed, step), rows_B) >= rates_L[:, None]
 
 
-def row_counts(rows: int) -> tuple[int, ...]:
-    """Row counts that a layer is compiled for: 0, and up to COUNTS even parts of all rows."""
-    parts = min(COUNTS, rows)
-    return tuple(rows * part // parts for part in range(parts + 1))
-
-
-def keep_counted(
-    rates_L: Float[Array, " L"], seed: int, step: ArrayLike, rows_SR: Int[Array, "S R"]
-) -> tuple[Bool[Array, "L S R"], Int[Array, " L"]]:
-    """Layers that each row keeps, and the index of its `row_counts(R)`, which all S shards share.
-
-    The count is (1 - p) R on average, and all sets of that many rows are equally likely. So each
-    row keeps the layer with probability 1 - p. rows_SR: indices of the rows, as in `keep_mask`.
-    """
-    rows = rows_SR.shape[1]
-    counts, layer_keys = row_counts(rows), _layer_keys(len(rates_L), seed, step)
-    rounding_keys = jax.vmap(jax.random.fold_in, (0, None))(layer_keys, ROUNDING)
-    draws_L = draws(rounding_keys, rows_SR[0, :1])[:, 0]
-    which_L = stochastic_rounding((1 - rates_L) * rows, counts, draws_L)
-    draws_LSR = draws(layer_keys, rows_SR.reshape(-1)).reshape(-1, *rows_SR.shape)
-    rank_LSR = jnp.argsort(jnp.argsort(-draws_LSR, axis=2), axis=2)  # the largest draws first
-    return rank_LSR < jnp.array(counts)[which_L][:, None, None], which_L
-
-
-def stochastic_rounding(
-    means_L: Float[Array, " L"], counts: Sequence[int], draws_L: Float[Array, " L"]
-) -> Int[Array, " L"]:
-    """Index of one of the two counts around each mean; unbiased. draws_L: uniform from 0 to 1."""
-    counts = jnp.array(counts)
-    below_L = jnp.searchsorted(counts[1:-1], means_L, side="right")
-    share_L = (means_L - counts[below_L]) / jnp.diff(counts)[below_L]
-    return below_L + (draws_L < share_L)
-
-
-def _layer_keys(num_layers: int, seed: int, step: ArrayLike):
+def layer_keys(num_layers: int, seed: int, step: ArrayLike):
     key = jax.random.fold_in(jax.random.key(seed), step)
     return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(num_layers))
 

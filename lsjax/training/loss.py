@@ -5,7 +5,7 @@ row with most labels sets the chunk count. If a mesh shards positions, each devi
 counts as a row (`pieces`). Each chunk's gradient is computed with its loss, in three matmuls with
 the head: logits, gradient of the states, gradient of the table.
 
-Letters: S exit slots (hidden states of exits), C positions of a chunk.
+E: exits in the loss, with the last one.
 """
 
 from functools import partial
@@ -54,9 +54,9 @@ class HeadSettings(NamedTuple):
 class Positions(NamedTuple):
     """Positions of each exit slot's rows that are in the loss."""
 
-    order_SBT: Int[Array, "S B T"]  # positions in the loss first
-    counts_SB: Int[Array, "S B"]  # number of positions in the loss
-    scales_SB: Float[Array, "S B"]  # weight of each position (more than 1 if sampled)
+    order_EBT: Int[Array, "E B T"]  # positions in the loss first
+    counts_EB: Int[Array, "E B"]  # number of positions in the loss
+    scales_EB: Float[Array, "E B"]  # weight of each position (more than 1 if sampled)
 
 
 def objective(
@@ -78,21 +78,21 @@ def objective(
     `make_train_step`.
     """
     num_layers = model.config.num_layers
-    exit_S, taken_S, weights_S = exit_slots(config.early_exit, num_layers, step, config.num_steps)
+    exit_E, taken_E, weights_E = exit_slots(config.early_exit, num_layers, step, config.num_steps)
     narrow = cast_matrices(model, config.dtype)
     if splits_matrices():
         narrow = split_matrices(narrow)
-    x_SBTD = exit_states(config, narrow, batch, step, rows_B, exit_S, drop_rates)
+    x_EBTD = exit_states(config, narrow, batch, step, rows_B, exit_E, drop_rates)
 
-    x_SBTD, head = after(x_SBTD, Head(model.norm, model.head_table))
-    weights_S = weights_S / jnp.maximum(num_labels, 1)
-    positions = loss_positions(config, batch["labels_BT"], step, rows_B, exit_S, taken_S)
-    x_SBTD, labels_BT = jax.vmap(pieces)(x_SBTD), pieces(in_context_order(batch["labels_BT"]))
+    x_EBTD, head = after(x_EBTD, Head(model.norm, model.head_table))
+    weights_E = weights_E / jnp.maximum(num_labels, 1)
+    positions = loss_positions(config, batch["labels_BT"], step, rows_B, exit_E, taken_E)
+    x_EBTD, labels_BT = jax.vmap(pieces)(x_EBTD), pieces(in_context_order(batch["labels_BT"]))
     exit_loss = exit_loss or EXIT_LOSSES[config.early_exit.target]
-    arrays = head, x_SBTD, labels_BT, positions, weights_S
+    arrays = head, x_EBTD, labels_BT, positions, weights_E
     settings = exit_loss, config.z_loss, config.early_exit.token_share
-    loss, sums_S = head_loss(*settings, *arrays)
-    sums_L = jnp.zeros(num_layers, sums_S.dtype).at[exit_S].add(jnp.where(taken_S, sums_S, 0))
+    loss, sums_E = head_loss(*settings, *arrays)
+    sums_L = jnp.zeros(num_layers, sums_E.dtype).at[exit_E].add(jnp.where(taken_E, sums_E, 0))
     return loss, sums_L
 
 
@@ -101,31 +101,31 @@ def loss_positions(
     labels_BT: Int[Array, "B T"],
     step: Int[Array, ""],
     rows_B: Int[Array, " B"],
-    exit_S: Int[Array, " S"],
-    taken_S: Bool[Array, " S"],
+    exit_E: Int[Array, " E"],
+    taken_E: Bool[Array, " E"],
 ) -> Positions:
     """Positions in the loss, of the pieces of rows. The last exit uses all labelled positions.
     Other exits sample a `token_share` of each row, rounded up and reweighted."""
     labelled_BT = labels_BT >= 0
     count_B = labelled_BT.sum(1)
-    slots, share = len(exit_S), config.early_exit.token_share
-    chosen_SBT, scales_SB = labelled_BT[None], jnp.ones((slots, len(labels_BT)))
+    slots, share = len(exit_E), config.early_exit.token_share
+    chosen_EBT, scales_EB = labelled_BT[None], jnp.ones((slots, len(labels_BT)))
     if slots > 1 and share < 1:
         key = jax.random.fold_in(jax.random.key(config.seed), step)
         key = jax.random.fold_in(key, 2**31 - 1)  # smaller values belong to layer dropout
-        keys_S = jax.vmap(jax.random.fold_in, (None, 0))(key, exit_S[:-1])
-        draws_SBT = draws(keys_S, rows_B, labels_BT.shape[1:])
-        drawn_SBT = jnp.argsort(jnp.where(labelled_BT, draws_SBT, 2), axis=2)
+        keys_E = jax.vmap(jax.random.fold_in, (None, 0))(key, exit_E[:-1])
+        draws_EBT = draws(keys_E, rows_B, labels_BT.shape[1:])
+        drawn_EBT = jnp.argsort(jnp.where(labelled_BT, draws_EBT, 2), axis=2)
         part_B = jnp.ceil(count_B * share).astype(count_B.dtype)
-        drawn_SBT = jnp.argsort(drawn_SBT, axis=2) < part_B[:, None]
-        chosen_SBT = jnp.concatenate([drawn_SBT, chosen_SBT])
-        scales_SB = scales_SB.at[:-1].set(count_B / jnp.maximum(part_B, 1))
-    chosen_SBT = jax.vmap(lambda x_BT: pieces(in_context_order(x_BT)))(chosen_SBT)
-    shards = chosen_SBT.shape[1] // len(labels_BT)  # of the positions
-    order_SBT = jnp.argsort(~chosen_SBT, axis=2, stable=True)
-    order_SBT = jnp.broadcast_to(order_SBT, (slots, *order_SBT.shape[1:]))
-    counts_SB = jnp.where(taken_S[:, None], chosen_SBT.sum(2), 0)
-    return Positions(order_SBT, counts_SB, jnp.tile(scales_SB, (1, shards)))
+        drawn_EBT = jnp.argsort(drawn_EBT, axis=2) < part_B[:, None]
+        chosen_EBT = jnp.concatenate([drawn_EBT, chosen_EBT])
+        scales_EB = scales_EB.at[:-1].set(count_B / jnp.maximum(part_B, 1))
+    chosen_EBT = jax.vmap(lambda x_BT: pieces(in_context_order(x_BT)))(chosen_EBT)
+    shards = chosen_EBT.shape[1] // len(labels_BT)  # of the positions
+    order_EBT = jnp.argsort(~chosen_EBT, axis=2, stable=True)
+    order_EBT = jnp.broadcast_to(order_EBT, (slots, *order_EBT.shape[1:]))
+    counts_EB = jnp.where(taken_E[:, None], chosen_EBT.sum(2), 0)
+    return Positions(order_EBT, counts_EB, jnp.tile(scales_EB, (1, shards)))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
@@ -134,96 +134,96 @@ def head_loss(
     z_loss: float,
     token_share: float,
     head: Head,
-    x_SBTD: Float[Array, "S B T D"],
+    x_EBTD: Float[Array, "E B T D"],
     labels_BT: Int[Array, "B T"],
     positions: Positions,
-    weights_S: Float[Array, " S"],
-) -> tuple[Float[Array, ""], Float[Array, " S"]]:
+    weights_E: Float[Array, " E"],
+) -> tuple[Float[Array, ""], Float[Array, " E"]]:
     """Weighted sum over slots of their summed losses, and each slot's sum. exit_loss: loss of every
     slot but the last. z_loss: weight of log(Z)^2, included in the weighted sum only. token_share:
     of a row's positions, in all slots but the last."""
     settings = exit_loss, z_loss, token_share
-    return _forward(*settings, head, x_SBTD, labels_BT, positions, weights_S)[0]
+    return _forward(*settings, head, x_EBTD, labels_BT, positions, weights_E)[0]
 
 
 @jax.named_scope("head")
-def _forward(exit_loss, z_loss, token_share, head, x_SBTD, labels_BT, positions, weights_S):
+def _forward(exit_loss, z_loss, token_share, head, x_EBTD, labels_BT, positions, weights_E):
     """Each device accumulates the table gradient of its rows. One all-reduce at the end sums it."""
-    slots, batch, steps, _ = x_SBTD.shape
+    slots, batch, steps, _ = x_EBTD.shape
     sizes = [
         loss_chunk(batch, steps, head.table_VD.shape, share) for share in (float(token_share), 1.0)
     ]
-    size_S = jnp.array([*sizes[:1] * (slots - 1), sizes[1]])
-    chunks_S = -(-positions.counts_SB.max(1) // size_S)
-    narrow = Head(head.norm, head.table_VD.astype(x_SBTD.dtype))
+    size_E = jnp.array([*sizes[:1] * (slots - 1), sizes[1]])
+    chunks_E = -(-positions.counts_EB.max(1) // size_E)
+    narrow = Head(head.norm, head.table_VD.astype(x_EBTD.dtype))
     function = partial(_own_rows, HeadSettings(exit_loss, z_loss, *sizes))
-    arrays = narrow, x_SBTD, labels_BT, positions, weights_S, chunks_S
+    arrays = narrow, x_EBTD, labels_BT, positions, weights_E, chunks_E
     specs = P(), P(None, PIECES), P(PIECES), P(None, PIECES), P(), P()
     outputs = P(PIECES), P(None, PIECES)
-    sums, dx_SBTD = on_each_device(function, arrays, specs, outputs, axes=PIECES)
+    sums, dx_EBTD = on_each_device(function, arrays, specs, outputs, axes=PIECES)
     losses, dhead = jax.tree.map(lambda leaf: leaf.sum(0), sums)
     dhead = jax.tree.map(lambda gradient, leaf: gradient.astype(leaf.dtype), dhead, head)
-    return losses, (dhead, dx_SBTD)
+    return losses, (dhead, dx_EBTD)
 
 
-def _own_rows(settings, head, x_SBTD, labels_BT, positions, weights_S, chunks_S):
+def _own_rows(settings, head, x_EBTD, labels_BT, positions, weights_E, chunks_E):
     """Losses and gradients of a device's rows. Values to sum over devices have a leading axis of
-    size 1. chunks_S: number of chunks per slot, set by the row with most positions."""
-    rows = _Rows(settings, head, labels_BT, positions, weights_S, chunks_S)
-    losses, dhead, dx_SBTD = rows.all_slots(x_SBTD)
-    return jax.tree.map(lambda leaf: leaf[None], (losses, dhead)), dx_SBTD
+    size 1. chunks_E: number of chunks per slot, set by the row with most positions."""
+    rows = _Rows(settings, head, labels_BT, positions, weights_E, chunks_E)
+    losses, dhead, dx_EBTD = rows.all_slots(x_EBTD)
+    return jax.tree.map(lambda leaf: leaf[None], (losses, dhead)), dx_EBTD
 
 
 class _Rows:
     """A device's rows in the loss: chunks of slots pass through the head and back. Their losses and
-    gradients are added up in a carry: ((total, sums_S), dhead, states and their gradients)."""
+    gradients are added up in a carry: ((total, sums_E), dhead, states and their gradients)."""
 
-    def __init__(self, settings, head, labels_BT, positions, weights_S, chunks_S):
+    def __init__(self, settings, head, labels_BT, positions, weights_E, chunks_E):
         self.settings, self.head, self.labels_BT = settings, head, labels_BT
-        self.positions, self.weights_S, self.chunks_S = positions, weights_S, chunks_S
+        self.positions, self.weights_E, self.chunks_E = positions, weights_E, chunks_E
         self.table_DV = head.table_VD.T  # once here, or XLA would transpose it in every chunk
         self.wide = jnp.promote_types(head.table_VD.dtype, jnp.float32)
         self.product = partial(jnp.einsum, preferred_element_type=self.wide)
         large = len(head.table_VD) >= ONE_PASS * head.table_VD.shape[1]
         self.one_pass = large and not settings.z_loss
 
-    def all_slots(self, x_SBTD):
+    def all_slots(self, x_EBTD):
         """Sums of the losses, gradients of the head, and those of the states, in their place."""
-        slots, wide, settings = len(x_SBTD), self.wide, self.settings
+        slots, wide, settings = len(x_EBTD), self.wide, self.settings
         losses = jnp.zeros((), wide), jnp.zeros(slots, wide)
         dnorm = jax.tree.map(jnp.zeros_like, self.head.norm)
-        carry = losses, Head(dnorm, jnp.zeros(self.table_DV.shape, wide)), x_SBTD
+        carry = losses, Head(dnorm, jnp.zeros(self.table_DV.shape, wide)), x_EBTD
         if slots > 1:
-            used_S = self.chunks_S[:-1] > 0
-            order_S = jnp.argsort(~used_S, stable=True)
+            used_E = self.chunks_E[:-1] > 0
+            order_E = jnp.argsort(~used_E, stable=True)
 
             def add_exit(index, carry):
-                return self.add_slot(settings.exit_loss, settings.exit_chunk, order_S[index], carry)
+                return self.add_slot(settings.exit_loss, settings.exit_chunk, order_E[index], carry)
 
             with jax.named_scope(EXITS):
-                *sums, slots_SBTD = lax.fori_loop(0, used_S.sum(), add_exit, carry)
-            keep_S = jnp.append(used_S, True)[:, None, None, None]
-            carry = *sums, jnp.where(keep_S, slots_SBTD, 0)
+                *sums, slots_EBTD = lax.fori_loop(0, used_E.sum(), add_exit, carry)
+            keep_E = jnp.append(used_E, True)[:, None, None, None]
+            carry = *sums, jnp.where(keep_E, slots_EBTD, 0)
         carry = self.add_slot(cross_entropy, settings.last_chunk, slots - 1, carry)
-        losses, dhead, dx_SBTD = carry
-        return losses, Head(dhead.norm, dhead.table_VD.T), dx_SBTD
+        losses, dhead, dx_EBTD = carry
+        return losses, Head(dhead.norm, dhead.table_VD.T), dx_EBTD
 
     def add_slot(self, slot_loss, chunk, slot, carry):
         """Adds one slot's loss and gradients; the gradient of the states overwrites the states."""
-        (total, sums_S), dhead, slots_SBTD = carry
-        batch, steps, width = slots_SBTD.shape[1:]
+        (total, sums_E), dhead, slots_EBTD = carry
+        batch, steps, width = slots_EBTD.shape[1:]
         whole = -(-steps // chunk) * chunk  # steps, padded to full chunks
         positions, wide = self.positions, self.wide
-        order_BT = jnp.pad(positions.order_SBT[slot], [(0, 0), (0, whole - steps)])
-        x_BTD, final_BTD = slots_SBTD[slot], slots_SBTD[-1]
-        weight = self.weights_S[slot].astype(wide)
+        order_BT = jnp.pad(positions.order_EBT[slot], [(0, 0), (0, whole - steps)])
+        x_BTD, final_BTD = slots_EBTD[slot], slots_EBTD[-1]
+        weight = self.weights_E[slot].astype(wide)
 
         def add_chunk(index, carry):
             *sums, dx_BTD = carry
             start = index * chunk
             at_BC = lax.dynamic_slice_in_dim(order_BT, start, chunk, 1)
-            counted_BC = start + jnp.arange(chunk) < positions.counts_SB[slot, :, None]
-            scale_BC = jnp.where(counted_BC, positions.scales_SB[slot, :, None], 0).astype(wide)
+            counted_BC = start + jnp.arange(chunk) < positions.counts_EB[slot, :, None]
+            scale_BC = jnp.where(counted_BC, positions.scales_EB[slot, :, None], 0).astype(wide)
             label_BC = jnp.take_along_axis(self.labels_BT, at_BC, 1)
             x_BCD = jnp.take_along_axis(x_BTD, at_BC[:, :, None], 1)
             final = partial(jnp.take_along_axis, final_BTD, at_BC[:, :, None], 1)
@@ -231,14 +231,14 @@ class _Rows:
             sums = jax.tree.map(jnp.add, sums, found)
             return *sums, lax.dynamic_update_slice_in_dim(dx_BTD, dx_BCD, start, 1)
 
-        zeros_BTD = jnp.zeros((batch, whole, width), slots_SBTD.dtype)
+        zeros_BTD = jnp.zeros((batch, whole, width), slots_EBTD.dtype)
         carry = (total, jnp.zeros((), wide)), dhead, zeros_BTD
         with jax.named_scope(CHUNKS):
-            (total, sum_), dhead, dx_BTD = lax.fori_loop(0, self.chunks_S[slot], add_chunk, carry)
-        back_BT = jnp.argsort(positions.order_SBT[slot], axis=1)
+            (total, sum_), dhead, dx_BTD = lax.fori_loop(0, self.chunks_E[slot], add_chunk, carry)
+        back_BT = jnp.argsort(positions.order_EBT[slot], axis=1)
         dx_BTD = jnp.take_along_axis(dx_BTD, back_BT[:, :, None], 1)
-        slots_SBTD = lax.dynamic_update_index_in_dim(slots_SBTD, dx_BTD, slot, 0)
-        return (total, sums_S.at[slot].set(sum_)), dhead, slots_SBTD
+        slots_EBTD = lax.dynamic_update_index_in_dim(slots_EBTD, dx_BTD, slot, 0)
+        return (total, sums_E.at[slot].set(sum_)), dhead, slots_EBTD
 
     def through_head(self, slot_loss, x_BCD, final, label_BC, scale_BC, weight):
         """Losses of a chunk, and the gradients of the head and the states. final: returns the last
@@ -262,8 +262,8 @@ class _Rows:
 def _backward(exit_loss, z_loss, token_share, gradients, cotangents):
     """No gradient flows through the per-exit sums: they are metrics only."""
     scale = cotangents[0]
-    head, x_SBTD = jax.tree.map(lambda leaf: leaf * scale.astype(leaf.dtype), gradients)
-    return head, x_SBTD, None, None, None
+    head, x_EBTD = jax.tree.map(lambda leaf: leaf * scale.astype(leaf.dtype), gradients)
+    return head, x_EBTD, None, None, None
 
 
 head_loss.defvjp(_forward, _backward)

@@ -141,21 +141,21 @@ def as_draft(case: Case, drafts: list[Text], draws=None) -> tuple[jnp.ndarray, D
     are not used hold what no rule should read."""
     shape_BT = len(drafts), D + 1
     tokens_BT, log_p_BTV = np.full(shape_BT, case.drafts[0]), np.full((*shape_BT, N), -np.inf)
-    log_q_BTN = np.full((*shape_BT, len(case.drafts)), -np.inf)
+    log_q_BTW = np.full((*shape_BT, len(case.drafts)), -np.inf)
     for row, text in enumerate(drafts):
         tokens_BT[row, : len(text)] = text
         with np.errstate(divide="ignore"):
             for t in range(len(text) + 1):
                 log_p_BTV[row, t] = np.log(case.p[text[:t]])
             for t in range(len(text)):
-                log_q_BTN[row, t] = np.log(case.q[text[:t]][case.drafts])
+                log_q_BTW[row, t] = np.log(case.q[text[:t]][case.drafts])
     head, count_B = None, np.array([len(text) for text in drafts], np.int32)
     if len(case.drafts) < N:
         places_V = np.full(N, len(case.drafts))
         places_V[case.drafts] = np.arange(len(case.drafts))
         head = DraftHead(np.array(case.drafts), places_V, np.zeros((len(case.drafts), 1)))
     state = SimpleNamespace(draws=draws, length_B=np.full(len(drafts), 5))
-    arrays = jax.device_put((tokens_BT.astype(np.int32), log_q_BTN.astype(np.float32)))
+    arrays = jax.device_put((tokens_BT.astype(np.int32), log_q_BTW.astype(np.float32)))
     draft = Draft(state, np.zeros((*shape_BT, 1)), arrays[0], count_B, arrays[1], head)
     return jax.device_put(log_p_BTV.astype(np.float32)), draft
 

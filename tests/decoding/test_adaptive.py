@@ -130,9 +130,9 @@ def test_pauses_on_accelerators(shallow, on_tpus):
     run, wait = (jax.jit(partial(function, strategy=LOOKUPS)) for function in (decode, pause))
 
     def lengths_after(index):
-        state, seconds_SD = first, jnp.array(only(0, index)[:1])
+        state, seconds_QJ = first, jnp.array(only(0, index)[:1])
         for rounds in (5, 0):
-            state = run(shallow, state, rounds, AutoArguments(seconds_SD, None))
+            state = run(shallow, state, rounds, AutoArguments(seconds_QJ, None))
             yield state.length_B - lengths
             state = wait(shallow, state)
             yield state.length_B - lengths
@@ -158,9 +158,9 @@ def test_pauses_are_measured_with_the_round_before_them(shallow, tokenizer, on_t
     strategy = dataclasses.replace(LOOKUPS, seconds=None)
     started = Engine(shallow, tokenizer, strategy).runtime.stopwatch(strategy, 1, 320)
     # A call takes one tick, and so does one without rounds: the floor, over the tokens or rounds.
-    seconds_SD = measuring.measure(started, strategy.arguments(shallow), 1000.0)
-    np.testing.assert_allclose(seconds_SD[0, 0], 1e-9 / (1 + IDLE_TOKENS))
-    assert (seconds_SD[0, 1:] >= 1e-9 / measuring.MOST_ROUNDS).all()
+    seconds_QJ = measuring.measure(started, strategy.arguments(shallow), 1000.0)
+    np.testing.assert_allclose(seconds_QJ[0, 0], 1e-9 / (1 + IDLE_TOKENS))
+    assert (seconds_QJ[0, 1:] >= 1e-9 / measuring.MOST_ROUNDS).all()
 
 
 @pytest.mark.long
@@ -229,8 +229,8 @@ def test_counts_of_sampled_texts_are_finite(model):
     learned = rounds(model, state, np.int32(20), strategy.arguments(model)).learned
     for name, counts in dataclasses.asdict(learned).items():
         assert np.isfinite(counts).all(), name
-    assert (learned.passed_BEC <= learned.tried_BEC).all() and (
-        learned.tried_BEC.sum((1, 2)) > 9
+    assert (learned.passed_BEU <= learned.tried_BEU).all() and (
+        learned.tried_BEU.sum((1, 2)) > 9
     ).all()
     assert (learned.rounds_B == 20).all()
 
@@ -273,8 +273,8 @@ def test_counts_by_hand():
     after = jax.jit(Learned.after)(start, *given)
     kept = DECAY ** seen[1].sum(2, keepdims=True)
     assert after.idle_B.all() and (after.rounds_B == 1).all()
-    np.testing.assert_allclose(after.passed_BEC, kept + seen[0], rtol=1e-6)
-    np.testing.assert_allclose(after.tried_BEC, kept + seen[1], rtol=1e-6)
+    np.testing.assert_allclose(after.passed_BEU, kept + seen[0], rtol=1e-6)
+    np.testing.assert_allclose(after.tried_BEU, kept + seen[1], rtol=1e-6)
     # Seven tokens matched, then eight.
     looked, found = np.ones((2, 8)), np.ones((2, 8))
     kept = DECAY
@@ -331,15 +331,15 @@ def test_chances_by_hand():
     """One of three sure drafts failed: these pass less often than usual, and are more common."""
     unknown, sure = Learned.create(1, 1), (0, 0, 4)
     assert unknown.chance_BE[0, 0] == pytest.approx(np.mean(LEVEL_SHARES))
-    np.testing.assert_allclose(unknown.chances_BEC[0, 0], LEVEL_SHARES, rtol=1e-6)
+    np.testing.assert_allclose(unknown.chances_BEU[0, 0], LEVEL_SHARES, rtol=1e-6)
     known = dataclasses.replace(
         unknown,
-        passed_BEC=unknown.passed_BEC.at[sure].set(2),
-        tried_BEC=unknown.tried_BEC.at[sure].set(3),
+        passed_BEU=unknown.passed_BEU.at[sure].set(2),
+        tried_BEU=unknown.tried_BEU.at[sure].set(3),
     )
     *unsure, usual = LEVEL_SHARES
     expected = [*unsure, (2 + USUAL_COUNT * usual) / (3 + USUAL_COUNT)]
-    np.testing.assert_allclose(known.chances_BEC[0, 0], expected, rtol=1e-6)
+    np.testing.assert_allclose(known.chances_BEU[0, 0], expected, rtol=1e-6)
     passed, tried = 2 + USUAL_COUNT * sum(LEVEL_SHARES), 3 + 5 * USUAL_COUNT
     assert known.chance_BE[0, 0] == pytest.approx(passed / tried)
 
@@ -347,9 +347,9 @@ def test_chances_by_hand():
 @pytest.fixture
 def divided():
     """An exit with two kinds of drafts, equally likely: those that pass with 0.1, and with 0.9."""
-    tried_BEC = np.array([[[1e6, 0, 0, 0, 1e6]]], np.float32)
-    passed_BEC = tried_BEC * np.array([0.1, 0, 0, 0, 0.9], np.float32)
-    return dataclasses.replace(Learned.create(1, 1), passed_BEC=passed_BEC, tried_BEC=tried_BEC)
+    tried_BEU = np.array([[[1e6, 0, 0, 0, 1e6]]], np.float32)
+    passed_BEU = tried_BEU * np.array([0.1, 0, 0, 0, 0.9], np.float32)
+    return dataclasses.replace(Learned.create(1, 1), passed_BEU=passed_BEU, tried_BEU=tried_BEU)
 
 
 @pytest.mark.parametrize(
@@ -358,9 +358,9 @@ def divided():
 def test_tokens_of_exits_by_hand(divided, least, share, chance):
     """If the first of two drafts passes, 1 + 1/2 are expected to: 0.15 or 1.35 beforehand."""
     tokens = jax.jit(Learned.exit_tokens, static_argnums=1)
-    tokens_BED, drafts_BED = tokens(divided, (0, 2), np.array([[0.0, least]]))
-    np.testing.assert_allclose(drafts_BED, [[[1, share]]], atol=1e-4)
-    np.testing.assert_allclose(tokens_BED, [[[1, 1 + share * chance * 1.5]]], rtol=1e-4)
+    tokens_BEJ, drafts_BEJ = tokens(divided, (0, 2), np.array([[0.0, least]]))
+    np.testing.assert_allclose(drafts_BEJ, [[[1, share]]], atol=1e-4)
+    np.testing.assert_allclose(tokens_BEJ, [[[1, 1 + share * chance * 1.5]]], rtol=1e-4)
 
 
 @pytest.mark.parametrize(("without", "chosen"), [(11.0, 2), (14.0, 0)])
@@ -372,10 +372,10 @@ def test_an_exit_that_is_rarely_sure_pays(model, divided, without, chosen):
     request = Request(prompt=(1, 2, 3), max_new_tokens=20)
     options = dict(capacity=64, num_layers=4, dtype=jnp.float32, learned=divided)
     state = new_state(model.config, [request], **options)
-    seconds_SD = jnp.array([[10, math.inf], [without, 20.0]])
+    seconds_QJ = jnp.array([[10, math.inf], [without, 20.0]])
     strategy = Adaptive((2,), lengths=(0, 2))
     own = strategy.exits, strategy.lengths, 4, state
-    choice = jax.jit(lambda: choose(*own, jnp.array([0]), seconds_SD))()
+    choice = jax.jit(lambda: choose(*own, jnp.array([0]), seconds_QJ))()
     assert choice.exit_layer == chosen
     if chosen:
         # The first draft widens the verification by 9 seconds, for 1.5 tokens if it passes.
@@ -403,7 +403,7 @@ def test_tokens_of_lookups_by_hand():
 def seconds_of(engine, budget):
     """Measured seconds of rounds in the smallest cache."""
     capacity = engine.runtime.capacity(1, engine.strategy)
-    return np.array(engine.runtime.arguments(engine.strategy, capacity, budget).seconds_SD)
+    return np.array(engine.runtime.arguments(engine.strategy, capacity, budget).seconds_QJ)
 
 
 @pytest.mark.long
@@ -491,7 +491,7 @@ def test_few_sizes_are_timed(model, tokenizer, monkeypatch):
     requests = [Request(prompt=(5,) * length, max_new_tokens=9000) for length in (5, 600)]
     batch = ContinuousBatch(engine.runtime, strategy, tokenizer, requests)
     found = [batch._arguments_for(320 + 256 * n) for n in (0, 1, 3, 7, 15)]
-    timed = [int(one.seconds_SD[0, 0]) for one in found]
+    timed = [int(one.seconds_QJ[0, 0]) for one in found]
     assert timed == [320, 320, 1088, 2112, 2112]
 
 

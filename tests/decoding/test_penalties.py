@@ -50,12 +50,12 @@ def test_apply_equals_the_definition(seed):
     random, size, slots, steps = np.random.default_rng(seed), 5, 14, 3
     history_BS = random.integers(0, size, (len(ROWS), slots))
     position_BT = random.integers(1, slots - steps, (len(ROWS), 1)) + np.arange(steps)
-    logits_BTN = random.normal(0, 2, (len(ROWS), steps, size)).astype(np.float32)
-    found = jax.jit(Penalties.apply)(Penalties.create(ROWS), logits_BTN, history_BS, position_BT)
+    logits_BTW = random.normal(0, 2, (len(ROWS), steps, size)).astype(np.float32)
+    found = jax.jit(Penalties.apply)(Penalties.create(ROWS), logits_BTW, history_BS, position_BT)
     for row, sampling in enumerate(ROWS):
         for step in range(steps):
             history = history_BS[row, : position_BT[row, step]].tolist()
-            expected = penalised(logits_BTN[row, step], history, sampling)
+            expected = penalised(logits_BTW[row, step], history, sampling)
             np.testing.assert_allclose(found[row, step], expected, rtol=1e-6)
 
 
@@ -65,14 +65,14 @@ def test_apply_to_a_draft_vocabulary(seed):
     random, ids = np.random.default_rng(seed), [1, 2, 4]
     history_BS = random.integers(0, 6, (len(ROWS), 12))
     position_BT = random.integers(4, 12, (len(ROWS), 1))
-    logits_BTN = random.normal(0, 2, (len(ROWS), 1, len(ids))).astype(np.float32)
+    logits_BTW = random.normal(0, 2, (len(ROWS), 1, len(ids))).astype(np.float32)
     places_V = jnp.array([3, 0, 1, 3, 2, 3])
     apply = partial(Penalties.apply, places_V=places_V)
-    found = jax.jit(apply)(Penalties.create(ROWS), logits_BTN, history_BS, position_BT)
+    found = jax.jit(apply)(Penalties.create(ROWS), logits_BTW, history_BS, position_BT)
     for row, sampling in enumerate(ROWS):
         history = history_BS[row, : position_BT[row, 0]].tolist()
         whole = np.full(6, -np.inf)
-        whole[ids] = logits_BTN[row, 0]
+        whole[ids] = logits_BTW[row, 0]
         expected = penalised(whole, history, sampling)[ids]
         np.testing.assert_allclose(found[row, 0], expected, rtol=1e-6)
 

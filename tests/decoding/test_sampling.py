@@ -253,8 +253,8 @@ def resample_from_the_target(logits_BTV, draft):
 
 def another_temperature(logits_BTV, draft):
     """The ratio takes other probabilities than those that the draft was drawn from."""
-    wrong = jax.nn.log_softmax(draft.log_q_BTN / 2)
-    return accept_block(logits_BTV, dataclasses.replace(draft, log_q_BTN=wrong))
+    wrong = jax.nn.log_softmax(draft.log_q_BTW / 2)
+    return accept_block(logits_BTV, dataclasses.replace(draft, log_q_BTW=wrong))
 
 
 @pytest.mark.long

@@ -148,7 +148,7 @@ def test_a_draft_vocabulary_is_lossless(model, engine, expected, size):
         assert_same_tokens(model, prompt, one, other.token_ids)
         proposed = other.trace.tokens_n[other.trace.accepted_n].tolist()
         proposed += other.trace.replaced_n[other.trace.replaced_n >= 0].tolist()
-        assert set(proposed) <= set(vocabulary.ids_N.tolist())
+        assert set(proposed) <= set(vocabulary.ids_W.tolist())
         assert other.drafted > 0
     if size == 257:  # the whole vocabulary but a token that nobody says
         whole = complete(engine, SelfSpeculative(3, 4))
@@ -158,10 +158,10 @@ def test_a_draft_vocabulary_is_lossless(model, engine, expected, size):
 
 def test_the_most_frequent_tokens():
     counts = {7: 5, 3: 9, 200: 5, 4: 1}
-    assert DraftVocabulary.most_frequent(counts, 1, 258).ids_N.tolist() == [3]
-    assert DraftVocabulary.most_frequent(counts, 2, 258).ids_N.tolist() == [3, 7]
+    assert DraftVocabulary.most_frequent(counts, 1, 258).ids_W.tolist() == [3]
+    assert DraftVocabulary.most_frequent(counts, 2, 258).ids_W.tolist() == [3, 7]
     # Tokens that were never seen: the lowest ids.
-    assert DraftVocabulary.most_frequent(counts, 7, 258).ids_N.tolist() == [0, 1, 2, 3, 4, 7, 200]
+    assert DraftVocabulary.most_frequent(counts, 7, 258).ids_W.tolist() == [0, 1, 2, 3, 4, 7, 200]
     with pytest.raises(ConfigError, match="draft vocabulary of 0 is empty"):
         DraftVocabulary.most_frequent(counts, 0, 258)
 

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 
 from lsjax.config import EarlyExitConfig, LayerDropoutConfig, OptimizerConfig, StepConfig
-from lsjax.training import forward, layer_dropout
+from lsjax.training import forward, kept_rows
 from lsjax.training.layer_dropout import drop_rates
 from lsjax.training.loss import objective
 from lsjax.training.step import directions, init_state, make_train_step
 from tests.marks import long
 
-keep_counted = jax.jit(layer_dropout.keep_counted)
+keep_counted = jax.jit(kept_rows.keep_counted)
 CONFIG = StepConfig(
     num_steps=8,
     seed=6,
@@ -53,13 +53,13 @@ def differentiated(config, model, batch, step, **knobs):
 @partial(jax.jit, static_argnums=0)
 def gathered(config, model, batch, step, nearest=False):
     """nearest: a fault, counts that are rounded to the nearest."""
-    rule = layer_dropout.stochastic_rounding
+    rule = kept_rows.stochastic_rounding
 
     def rounding(means_L, counts, draws_L):
         return rule(means_L, counts, jnp.where(nearest, 0.5, draws_L))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(layer_dropout, "stochastic_rounding", rounding)
+        patch.setattr(kept_rows, "stochastic_rounding", rounding)
         return differentiated(config, model, batch, step)
 
 
@@ -90,10 +90,10 @@ def assert_close(found, expected, atol=1e-12):
 def test_loss_and_gradients_are_those_of_the_same_masks(wide, eight_rows, rows, remat):
     config = dataclasses.replace(CONFIG, remat=remat)
     rates_L = drop_rates(config.layer_dropout, 5, 3, 8)
-    keep_LSR, which_L = keep_counted(rates_L, config.seed, 3, jnp.arange(rows)[None])
+    keep_LPR, which_L = keep_counted(rates_L, config.seed, 3, jnp.arange(rows)[None])
     assert len(set(which_L.tolist())) >= min(3, rows + 1) and 0 in which_L
     keep_LB = np.ones((5, 8), bool)
-    keep_LB[:, -rows:] = keep_LSR[:, 0]
+    keep_LB[:, -rows:] = keep_LPR[:, 0]
     batch = {name: array[-rows:] for name, array in eight_rows.items()}
     found = gathered(config, wide, batch, 3)
     assert_close(found, masked(wide, labelled(eight_rows, slice(-rows, None)), 3, rates_L, keep_LB))
@@ -114,7 +114,7 @@ def test_steps_with_rising_rates_and_accumulation(wide, eight_rows):
             keep_counted(rates_L, config.seed, at, jnp.arange(part, 8, 2)[None]) for part in (0, 1)
         ]
         counts.add(tuple(tuple(which_L.tolist()) for _, which_L in parts))
-        keep_LB = np.stack([keep_LSR[:, 0] for keep_LSR, _ in parts], axis=2).reshape(5, 8)
+        keep_LB = np.stack([keep_LPR[:, 0] for keep_LPR, _ in parts], axis=2).reshape(5, 8)
         (loss, _), gradients = masked(model, eight_rows, at, rates_L, keep_LB)
         updates, opt_state = update(gradients, opt_state, model)
         model = moved(model, updates)

@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 
 from lsjax.config import LayerDropoutConfig
-from lsjax.training import layer_dropout
-from lsjax.training.layer_dropout import drop_rates, row_counts
+from lsjax.training import kept_rows, layer_dropout
+from lsjax.training.kept_rows import row_counts
+from lsjax.training.layer_dropout import drop_rates
 
 # A program for each shape, not for each operation.
-keep_mask, keep_counted = jax.jit(layer_dropout.keep_mask), jax.jit(layer_dropout.keep_counted)
+keep_mask, keep_counted = jax.jit(layer_dropout.keep_mask), jax.jit(kept_rows.keep_counted)
 
 # p_max = 0.2, T = 1001. By hand: D(l) = 2^(l / (L-1)) - 1, S(t) = 2^(t / (T-1)) - 1. At the middle
 # of the run S(500) = sqrt(2) - 1 = 0.41421356; D of layer 8 of 24 is 2^(8/23) - 1 = 0.2726415.
@@ -121,8 +122,8 @@ COUNTED_RATES = jnp.array([0, 0.3, 0.5, 0.9, 1])
 @pytest.fixture(scope="module")
 def counted():
     """Masks of 4,000 steps for three shards of eight rows, and their counts; T L S R, T L."""
-    rows_SR = jnp.arange(24).reshape(3, 8)
-    keep = jax.jit(jax.vmap(lambda step: keep_counted(COUNTED_RATES, 5, step, rows_SR)))
+    rows_PR = jnp.arange(24).reshape(3, 8)
+    keep = jax.jit(jax.vmap(lambda step: keep_counted(COUNTED_RATES, 5, step, rows_PR)))
     return [np.asarray(array) for array in keep(jnp.arange(4_000))]
 
 
@@ -142,8 +143,8 @@ def test_counted_rows_are_one_of_the_two_counts_around_the_mean(counted):
 
 
 def test_each_row_keeps_a_layer_at_its_rate(counted):
-    kept_LSR = counted[0].mean(0)
-    for rate, kept_SR in zip(COUNTED_RATES, kept_LSR, strict=True):
+    kept_LPR = counted[0].mean(0)
+    for rate, kept_SR in zip(COUNTED_RATES, kept_LPR, strict=True):
         error = np.sqrt(rate * (1 - rate) / 4_000)
         np.testing.assert_allclose(kept_SR, 1 - rate, atol=4 * error)
 
@@ -151,8 +152,8 @@ def test_each_row_keeps_a_layer_at_its_rate(counted):
 def test_all_sets_of_rows_are_as_likely():
     """Chi-square over the 70 sets of 4 of 8 rows: 99.9% of such sums with 69 degrees of freedom lie
     below 111."""
-    rows_SR = jnp.arange(8)[None]
-    keep = jax.vmap(lambda step: keep_counted(jnp.array([0.5]), 1, step, rows_SR)[0][0, 0])
+    rows_PR = jnp.arange(8)[None]
+    keep = jax.vmap(lambda step: keep_counted(jnp.array([0.5]), 1, step, rows_PR)[0][0, 0])
     sets = np.asarray(keep(jnp.arange(7_000))) @ 2 ** np.arange(8)
     _, times = np.unique(sets, return_counts=True)
     assert len(times) == 70

@@ -31,7 +31,7 @@ from lsjax.model.lora import joined, split, with_adapters
 from lsjax.model.rope import rope_angles
 from lsjax.training import forward
 from lsjax.training.forward import layer_runner
-from lsjax.training.layer_dropout import keep_counted
+from lsjax.training.kept_rows import keep_counted
 from lsjax.training.loss import objective
 from lsjax.training.step import init_state, make_train_step
 from tests.marks import long
@@ -154,7 +154,7 @@ def test_rows_that_skip_layers_and_micro_batches(base):
 
     def same_masks(rates_L, seed, step, rows_B):
         parts = [keep_counted(rates_L, seed, step, rows_B[None, part::2])[0] for part in (0, 1)]
-        return jnp.stack([keep_LSR[:, 0] for keep_LSR in parts], axis=2).reshape(4, 4)
+        return jnp.stack([keep_LPR[:, 0] for keep_LPR in parts], axis=2).reshape(4, 4)
 
     expected, metrics = make_train_step_with(mask, same_masks)(init_state(mask, copied(base)))
     found, others = make_train_step(gather)(init_state(gather, copied(base)), batch(0))

@@ -27,13 +27,13 @@ def example(dtype=jnp.float32):
     norm = RMSNorm(D, 1e-5, dtype)
     norm.scale[...] = 1 + 0.3 * jax.random.normal(keys[0], D, dtype)
     head = Head(norm, jax.random.normal(keys[1], (V, D), dtype))
-    x_SBTD = jax.random.normal(keys[2], (S, B, T, D), dtype)
+    x_EBTD = jax.random.normal(keys[2], (S, B, T, D), dtype)
     labels_BT = jax.random.randint(keys[3], (B, T), 0, V)
-    order_SBT = jnp.argsort(jax.random.uniform(keys[4], (S, B, T)), axis=2)
-    counts_SB = jnp.array([[3, 0], [0, 0], [11, 7]])
-    scales_SB = jnp.array([[2.5, 9.0], [1.0, 1.0], [1.0, 1.0]])
-    weights_S = jnp.array([0.3, 0.5, 0.7])
-    return head, x_SBTD, labels_BT, Positions(order_SBT, counts_SB, scales_SB), weights_S
+    order_EBT = jnp.argsort(jax.random.uniform(keys[4], (S, B, T)), axis=2)
+    counts_EB = jnp.array([[3, 0], [0, 0], [11, 7]])
+    scales_EB = jnp.array([[2.5, 9.0], [1.0, 1.0], [1.0, 1.0]])
+    weights_E = jnp.array([0.3, 0.5, 0.7])
+    return head, x_EBTD, labels_BT, Positions(order_EBT, counts_EB, scales_EB), weights_E
 
 
 def smoothed(logits, labels, final_logits):
@@ -43,22 +43,22 @@ def smoothed(logits, labels, final_logits):
     return -(logp.mean(-1) + jnp.take_along_axis(logp, choice[..., None], -1)[..., 0]) / 2
 
 
-def plain(exit_loss, z_loss, head, x_SBTD, labels_BT, positions, weights_S):
+def plain(exit_loss, z_loss, head, x_EBTD, labels_BT, positions, weights_E):
     """The same with all logits at once."""
-    logits = head.norm(x_SBTD) @ head.table_VD.T
+    logits = head.norm(x_EBTD) @ head.table_VD.T
     logp = jax.nn.log_softmax(logits)
-    loss_SBT = -jnp.take_along_axis(logp, labels_BT[None, :, :, None], 3)[..., 0]
+    loss_EBT = -jnp.take_along_axis(logp, labels_BT[None, :, :, None], 3)[..., 0]
     final = jax.lax.stop_gradient(logits[-1])
     if exit_loss is divergence:
         final = jax.nn.log_softmax(final)
-        loss_SBT = loss_SBT.at[:-1].set((jnp.exp(final) * (final - logp[:-1])).sum(-1))
+        loss_EBT = loss_EBT.at[:-1].set((jnp.exp(final) * (final - logp[:-1])).sum(-1))
     if exit_loss is smoothed:
-        loss_SBT = loss_SBT.at[:-1].set(jax.vmap(smoothed, (0, None, None))(logits[:-1], 0, final))
-    rank_SBT = jnp.argsort(positions.order_SBT, axis=2)
-    scale_SBT = (rank_SBT < positions.counts_SB[:, :, None]) * positions.scales_SB[:, :, None]
-    z_SBT = jnp.square(jax.nn.logsumexp(logits, axis=-1))
-    sums_S = (scale_SBT * loss_SBT).sum((1, 2))
-    return (weights_S * (scale_SBT * (loss_SBT + z_loss * z_SBT)).sum((1, 2))).sum(), sums_S
+        loss_EBT = loss_EBT.at[:-1].set(jax.vmap(smoothed, (0, None, None))(logits[:-1], 0, final))
+    rank_EBT = jnp.argsort(positions.order_EBT, axis=2)
+    scale_EBT = (rank_EBT < positions.counts_EB[:, :, None]) * positions.scales_EB[:, :, None]
+    z_EBT = jnp.square(jax.nn.logsumexp(logits, axis=-1))
+    sums_E = (scale_EBT * loss_EBT).sum((1, 2))
+    return (weights_E * (scale_EBT * (loss_EBT + z_loss * z_EBT)).sum((1, 2))).sum(), sums_E
 
 
 @pytest.mark.parametrize(
@@ -77,14 +77,14 @@ def plain(exit_loss, z_loss, head, x_SBTD, labels_BT, positions, weights_S):
 def test_chunks_equal_all_logits_at_once(exit_loss, z_loss, share, chunk, wide, monkeypatch):
     tune(monkeypatch, chunk_logits=chunk * B * V)
     monkeypatch.setattr(module, "ONE_PASS", 2 if share < 1 else 3)  # V is more than two widths
-    head, x_SBTD, *rest = example(jnp.float64)
+    head, x_EBTD, *rest = example(jnp.float64)
 
     def compare(function, *settings):
-        def scaled(head, x_SBTD):
-            loss, sums_S = function(*settings, head, x_SBTD, *rest)
-            return 1.7 * loss, sums_S
+        def scaled(head, x_EBTD):
+            loss, sums_E = function(*settings, head, x_EBTD, *rest)
+            return 1.7 * loss, sums_E
 
-        return jax.jit(jax.value_and_grad(scaled, argnums=(0, 1), has_aux=True))(head, x_SBTD)
+        return jax.jit(jax.value_and_grad(scaled, argnums=(0, 1), has_aux=True))(head, x_EBTD)
 
     found = compare(head_loss, exit_loss, z_loss, share)
     expected = compare(plain, exit_loss, z_loss)
@@ -95,11 +95,11 @@ def test_chunks_equal_all_logits_at_once(exit_loss, z_loss, share, chunk, wide, 
 @pytest.mark.parametrize("chunk", [3, 100])
 def test_no_array_holds_the_logits_of_more_than_a_chunk(chunk, monkeypatch):
     tune(monkeypatch, chunk_logits=chunk * B * V)
-    head, x_SBTD, *rest = example()
+    head, x_EBTD, *rest = example()
     run = jax.value_and_grad(
         lambda *args: head_loss(cross_entropy, 0.0, 1, *args)[0], argnums=(0, 1)
     )
-    text = jax.jit(run).lower(head, x_SBTD, *rest).as_text()
+    text = jax.jit(run).lower(head, x_EBTD, *rest).as_text()
     assert (f"{B}x{T}x{V}xf32" in text) == (chunk >= T)
 
 
@@ -123,12 +123,12 @@ def test_what_is_not_in_the_loss_does_not_pass_the_head(counts, expected, monkey
         return of_cross_entropy(logits, *rest)
 
     monkeypatch.setattr(module, "of_cross_entropy", counted)
-    head, x_SBTD, labels_BT, positions, weights_S = example()
-    positions = positions._replace(counts_SB=jnp.array(counts))
+    head, x_EBTD, labels_BT, positions, weights_E = example()
+    positions = positions._replace(counts_EB=jnp.array(counts))
     run = jax.value_and_grad(
         lambda *args: head_loss(cross_entropy, 0.0, 1, *args)[0], argnums=(0, 1)
     )
-    jax.block_until_ready(jax.jit(run)(head, x_SBTD, labels_BT, positions, weights_S))
+    jax.block_until_ready(jax.jit(run)(head, x_EBTD, labels_BT, positions, weights_E))
     jax.effects_barrier()
     assert passes == [(B, 3, V)] * expected
 
@@ -149,12 +149,12 @@ def test_chunks_are_about_equal(batch, steps, vocab, expected):
 @pytest.mark.parametrize("one_pass", [2, *long(3)])
 def test_bfloat16_states_give_float32_sums_and_gradients_of_the_table(one_pass, monkeypatch):
     monkeypatch.setattr(module, "ONE_PASS", one_pass)
-    head, x_SBTD, *rest = example()
+    head, x_EBTD, *rest = example()
     run = jax.value_and_grad(
         lambda *args: head_loss(cross_entropy, 0.0, 1, *args)[0], argnums=(0, 1)
     )
-    loss, (head_gradient, x_gradient) = jax.jit(run)(head, x_SBTD.astype(jnp.bfloat16), *rest)
-    exact, (exact_gradient, _) = jax.jit(run)(head, x_SBTD, *rest)
+    loss, (head_gradient, x_gradient) = jax.jit(run)(head, x_EBTD.astype(jnp.bfloat16), *rest)
+    exact, (exact_gradient, _) = jax.jit(run)(head, x_EBTD, *rest)
     assert loss.dtype == head_gradient.table_VD.dtype == jnp.float32
     assert x_gradient.dtype == jnp.bfloat16
     np.testing.assert_allclose(loss, exact, rtol=0.02)
@@ -164,11 +164,11 @@ def test_bfloat16_states_give_float32_sums_and_gradients_of_the_table(one_pass, 
 def test_head_passes_three_times_over_a_token(monkeypatch):
     """Four times where the exit's loss looks at the final logits."""
     monkeypatch.setattr(module, "ONE_PASS", 2)
-    head, x_SBTD, *rest = example()
+    head, x_EBTD, *rest = example()
 
     def products(*losses):
         run = jax.value_and_grad(lambda *args: head_loss(*losses, 1, *args)[0], argnums=(0, 1))
-        text = jax.jit(run).lower(head, x_SBTD, *rest).compile().as_text()
+        text = jax.jit(run).lower(head, x_EBTD, *rest).compile().as_text()
         return text.count(" dot(")
 
     assert products(cross_entropy, 0.0) == products(cross_entropy, 0.1) == 2 * 3

@@ -102,8 +102,8 @@ def test_a_share_of_the_tokens_stands_for_all(packed, share):
             jnp.array([1, 3, 4]),
             jnp.array([True, False, True]),
         )
-        rank_SBT = jnp.argsort(found.order_SBT, axis=2)
-        return (rank_SBT < found.counts_SB[:, :, None]) * found.scales_SB[:, :, None]
+        rank_EBT = jnp.argsort(found.order_EBT, axis=2)
+        return (rank_EBT < found.counts_EB[:, :, None]) * found.scales_EB[:, :, None]
 
     counts_NSBT = np.asarray(jax.jit(jax.vmap(counts))(jnp.arange(2000)))
     labelled = packed["labels_BT"] >= 0

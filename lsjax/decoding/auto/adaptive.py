@@ -22,7 +22,7 @@ from lsjax.decoding.guards import at_shortest_length
 from lsjax.decoding.scopes import VERIFY
 from lsjax.decoding.self_speculative import draft_tokens
 from lsjax.decoding.state import DecodeState
-from lsjax.decoding.strategy import Autoregressive, Strategy, check_drafts, check_exit
+from lsjax.decoding.strategy import Autoregressive, Speculative
 from lsjax.kernels.decoding import choosing_is_slow, verification_lengths
 from lsjax.model.protocol import DecoderModel, Sizes, num_bytes, prepare
 
@@ -39,17 +39,17 @@ class AutoArguments:
 
     # Seconds of a round with each source (lookup, then the exits) and draft length; infinite for
     # choices that are never taken.
-    seconds_SD: Float[Array, "S D"]
+    seconds_QJ: Float[Array, "Q J"]
     head: DraftHead | None  # of a draft vocabulary
 
-    def with_seconds(self, seconds_SD: Float[Array, "S D"]) -> "AutoArguments":
+    def with_seconds(self, seconds_QJ: Float[Array, "Q J"]) -> "AutoArguments":
         """The same with other seconds, on the same devices."""
-        place = self.seconds_SD.sharding
-        return replace(self, seconds_SD=jax.device_put(seconds_SD, place))
+        place = self.seconds_QJ.sharding
+        return replace(self, seconds_QJ=jax.device_put(seconds_QJ, place))
 
 
 @dataclass(frozen=True)
-class Adaptive(Strategy):
+class Adaptive(Speculative):
     """The same greedy tokens as Autoregressive, and the same distribution of sampled ones.
 
     exits: those that may draft, ascending; none for a model without LayerSkip. vocabulary: tokens
@@ -64,20 +64,13 @@ class Adaptive(Strategy):
     seconds: tuple[tuple[float, ...], ...] | None = None
 
     @property
-    def program(self) -> tuple:
-        """What decides about the compiled program."""
-        return type(self), self.exits, self.lengths, self.draft_vocab
-
-    @property
     def sources(self) -> tuple[int, ...]:
         """Exit 0 for lookups, then the exits."""
         return 0, *self.exits
 
     def validate(self, sizes: Sizes) -> None:
         """Raises ConfigError if a number is out of range or the vocabulary does not match."""
-        for exit_layer in self.exits:
-            check_exit(exit_layer, sizes.num_layers - 1)
-        check_drafts(self, sizes)
+        super().validate(sizes)
         exits, lengths, seconds = self.exits, self.lengths, np.shape(self.seconds)
         check(exits == tuple(sorted({*exits})), f"exits {exits} must ascend")
         good = lengths[:1] == (0,) and lengths[1:] and lengths == tuple(sorted({*lengths}))
@@ -87,16 +80,16 @@ class Adaptive(Strategy):
 
     def arguments(self, model: DecoderModel) -> AutoArguments:
         """Equal seconds until they are measured, and the rows of the head that exits draft with."""
-        seconds_SD = self.seconds or np.ones((len(self.sources), len(self.lengths)))
+        seconds_QJ = self.seconds or np.ones((len(self.sources), len(self.lengths)))
         return AutoArguments(
-            jnp.asarray(seconds_SD, jnp.float32),
+            jnp.asarray(seconds_QJ, jnp.float32),
             None if self.vocabulary is None else self.vocabulary.head(model),
         )
 
     def scored_every(self, model: DecoderModel) -> int:
         """Rounds from one score of all exits to the next."""
-        ids_N = np.arange(self.draft_vocab or model.vocab_size)
-        rows = jax.eval_shape(lambda model: model.head_rows(ids_N), model)
+        ids_W = np.arange(self.draft_vocab or model.vocab_size)
+        rows = jax.eval_shape(lambda model: model.head_rows(ids_W), model)
         heads = len(self.exits) * num_bytes(rows)
         return max(SCORED_EVERY, math.ceil(heads / (SCORES_SHARE * num_bytes(model))))
 
@@ -111,7 +104,7 @@ class Adaptive(Strategy):
         learned, longest = state.learned, self.lengths[-1]
         matched_B, proposal_BT = look_up(state.tokens_BS, state.length_B, longest)
         choice = choose(
-            self.exits, self.lengths, model.num_layers, state, matched_B, arguments.seconds_SD
+            self.exits, self.lengths, model.num_layers, state, matched_B, arguments.seconds_QJ
         )
         draft = self.proposed(model, state, choice, arguments.head, proposal_BT)
         draft = self.drafted(model, draft, choice) if self.exits else draft
@@ -154,17 +147,17 @@ class Adaptive(Strategy):
         columns, kept = 1 + self.lengths[-1], len(self.sources)
         none = Draft.empty(model, state, DraftArguments(head, choice.confidence), columns, kept)
         tokens_BT = jnp.pad(proposal_BT, ((0, 0), (0, 1)))
-        limit_B, log_q_BTN = self.limit(state, choice), none.log_q_BTN
-        if log_q_BTN is not None:
-            index_BT, size = tokens_BT, log_q_BTN.shape[-1]
+        limit_B, log_q_BTW = self.limit(state, choice), none.log_q_BTW
+        if log_q_BTW is not None:
+            index_BT, size = tokens_BT, log_q_BTW.shape[-1]
             if head is not None:  # tokens outside of the vocabulary end the draft
                 index_BT = head.places_V[tokens_BT]
                 known_BT = jnp.cumprod(index_BT < size, axis=1)
                 limit_B = jnp.minimum(limit_B, known_BT.sum(1))
-            is_token_BTN = index_BT[..., None] == jnp.arange(size)
-            log_q_BTN = jnp.where(is_token_BTN, 0, -jnp.inf)
+            is_token_BTW = index_BT[..., None] == jnp.arange(size)
+            log_q_BTW = jnp.where(is_token_BTW, 0, -jnp.inf)
         count_B = jnp.where(state.running_B & (choice.exit_layer == 0), limit_B, 0)
-        proposed = replace(none, tokens_BT=tokens_BT, count_B=count_B, log_q_BTN=log_q_BTN)
+        proposed = replace(none, tokens_BT=tokens_BT, count_B=count_B, log_q_BTW=log_q_BTW)
         first_BTD = model.embed(proposed.inputs_BT, proposed.positions_BT)
         return replace(proposed, hidden=(first_BTD, *none.hidden[1:]))
 
@@ -188,8 +181,12 @@ class Adaptive(Strategy):
                 x_B1D = jnp.select(is_own, found, x_B1D)
             return x_B1D, tuple(states), cache
 
-        limit_B, active_B = self.limit(draft.state, choice), choice.exit_layer > 0
-        return draft_tokens(model, first_layers, draft, limit_B, choice.confidence, active_B)
+        limit_B, arguments = (
+            self.limit(draft.state, choice),
+            DraftArguments(None, choice.confidence),
+        )
+        active = choice.exit_layer > 0
+        return draft_tokens(model, first_layers, draft, limit_B, arguments, active)
 
     def limit(self, state: DecodeState, choice: Choice) -> Int[Array, " B"]:
         """Maximum drafts of each row. Leaves room for the token that the verification adds."""

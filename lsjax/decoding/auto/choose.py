@@ -34,63 +34,63 @@ def choose(
     num_layers: int,
     state: DecodeState,
     matched_B: Int[Array, " B"],
-    seconds_SD: Float[Array, "S D"],
+    seconds_QJ: Float[Array, "Q J"],
 ) -> Choice:
     """The source and length with the most expected tokens per second. An exit stops drafting where
     further tokens cost more time than they are worth: often before its first draft.
 
-    matched_B: tokens that the lookup matched. seconds_SD: of a round with each source (lookup, then
+    matched_B: tokens that the lookup matched. seconds_QJ: of a round with each source (lookup, then
     the exits) and length.
     """
     learned, longest = state.learned, lengths[-1]
     left_B11 = jnp.where(state.running_B, state.end_B - state.length_B, 0)[:, None, None]
     # An exit drafts if it is sure enough, or if rounds without drafts were not measured.
-    none_E1 = jnp.nan_to_num(seconds_SD[1:, :1], posinf=0)
-    wider_ED = seconds_SD[1:] - none_E1
-    least_ED = jnp.where(none_E1 > 0, wider_ED / seconds_SD[0, 0], 0)
-    exit_BED, drafts_BED = learned.exit_tokens(lengths, least_ED)
-    drafts_ED = 1 - jnp.prod(1 - drafts_BED, axis=0, where=left_B11 > 0)
-    exit_ED = jnp.nan_to_num(none_E1 + drafts_ED * wider_ED, nan=jnp.inf, posinf=jnp.inf)
-    lookup_BD = learned.lookup_tokens(matched_B, lengths)
-    tokens_BSD = jnp.concatenate([lookup_BD[:, None], exit_BED], axis=1)
-    tokens_SD = jnp.minimum(tokens_BSD, left_B11).sum(0)
-    rate_SD = tokens_SD / jnp.concatenate([seconds_SD[:1], exit_ED])
-    source, index = jnp.divmod(argmax(rate_SD.reshape(-1)), len(lengths))
+    none_E1 = jnp.nan_to_num(seconds_QJ[1:, :1], posinf=0)
+    wider_EJ = seconds_QJ[1:] - none_E1
+    least_EJ = jnp.where(none_E1 > 0, wider_EJ / seconds_QJ[0, 0], 0)
+    exit_BEJ, drafts_BEJ = learned.exit_tokens(lengths, least_EJ)
+    drafts_EJ = 1 - jnp.prod(1 - drafts_BEJ, axis=0, where=left_B11 > 0)
+    exit_EJ = jnp.nan_to_num(none_E1 + drafts_EJ * wider_EJ, nan=jnp.inf, posinf=jnp.inf)
+    lookup_BJ = learned.lookup_tokens(matched_B, lengths)
+    tokens_BQJ = jnp.concatenate([lookup_BJ[:, None], exit_BEJ], axis=1)
+    tokens_QJ = jnp.minimum(tokens_BQJ, left_B11).sum(0)
+    rate_QJ = tokens_QJ / jnp.concatenate([seconds_QJ[:1], exit_EJ])
+    source, index = jnp.divmod(argmax(rate_QJ.reshape(-1)), len(lengths))
     exit_layer, length = jnp.array((0, *exits))[source], jnp.array(lengths)[index]
     if not exits:
         return Choice(exit_layer, length, None)
     own = jnp.maximum(source - 1, 0)
     seconds_BT = seconds_of_drafts(
         lengths,
-        seconds_SD[source],
-        (1 - exit_layer / num_layers) * seconds_SD[0],
+        seconds_QJ[source],
+        (1 - exit_layer / num_layers) * seconds_QJ[0],
         learned.chance_BE[:, own],
     )
-    rate = rate_SD.max() / state.running_B.sum()  # of a row
+    rate = rate_QJ.max() / state.running_B.sum()  # of a row
     # At most 1, the confidence before the first draft: so the exit's head runs at least once.
     least_BT = jnp.minimum(rate * seconds_BT, 1)
-    confidence = Confidence(least_BT, learned.chances_BEC[:, own])
+    confidence = Confidence(least_BT, learned.chances_BEU[:, own])
     return Choice(exit_layer, jnp.where(source > 0, longest, length), confidence)
 
 
 def seconds_of_drafts(
     lengths: tuple[int, ...],
-    round_D: Float[Array, " D"],
-    verified_D: Float[Array, " D"],
+    round_J: Float[Array, " J"],
+    verified_J: Float[Array, " J"],
     chance_B: Float[Array, " B"],
 ) -> Float[Array, "B T"]:
     """Seconds of each further draft, over the tokens expected of it if it passes. A draft costs the
     exit's layers. The first beyond a length also widens the verification, to the best one.
 
-    round_D: seconds of a round of each length. verified_D: of its verification.
+    round_J: seconds of a round of each length. verified_J: of its verification.
     """
-    step = round_D[-1] - round_D[1] - (verified_D[-1] - verified_D[1])
+    step = round_J[-1] - round_J[1] - (verified_J[-1] - verified_J[1])
     step = step / max(1, lengths[-1] - lengths[1])
     step = jnp.where(jnp.isfinite(step), jnp.maximum(step, 0), 0)
-    ahead_TD = np.array(lengths) - np.arange(1 + lengths[-1])[:, None]
-    fits_T = np.argmax(ahead_TD >= 0, axis=1)  # index of the length that holds these drafts
-    wider_TD = round_D - round_D[fits_T, None]
-    wider_TD = jnp.nan_to_num(wider_TD, nan=0, posinf=jnp.inf, neginf=0)
-    tokens_BTD = expected_tokens(chance_B[:, None, None], np.maximum(ahead_TD, 1))
-    further_BT = jnp.where(ahead_TD > 0, wider_TD / tokens_BTD, jnp.inf).min(-1)
+    ahead_TJ = np.array(lengths) - np.arange(1 + lengths[-1])[:, None]
+    fits_T = np.argmax(ahead_TJ >= 0, axis=1)  # index of the length that holds these drafts
+    wider_TJ = round_J - round_J[fits_T, None]
+    wider_TJ = jnp.nan_to_num(wider_TJ, nan=0, posinf=jnp.inf, neginf=0)
+    tokens_BTJ = expected_tokens(chance_B[:, None, None], np.maximum(ahead_TJ, 1))
+    further_BT = jnp.where(ahead_TJ > 0, wider_TJ / tokens_BTJ, jnp.inf).min(-1)
     return jnp.maximum(further_BT, step)

@@ -29,7 +29,7 @@ def kept_seconds(
     budget: float,
     track: Callable[[Sequence], Iterable] = iter,
 ) -> np.ndarray:
-    """Seconds [S, D] of a round with each source and length. A file keeps them with their budget.
+    """Seconds [Q, J] of a round with each source and length. A file keeps them with their budget.
     If some choices were not reached, a larger budget measures all of them again.
 
     start: makes the stopwatch, if one is needed. identity: all that the seconds depend on.
@@ -38,17 +38,17 @@ def kept_seconds(
     name = hashlib.sha256(repr([VERSION, *identity]).encode()).hexdigest()[:32]
     file = local_cache() / "round_seconds" / f"{name}.json"
     try:
-        seconds_SD, spent = map(np.array, json.loads(file.read_text()))
-        good = seconds_SD.shape == (len(strategy.sources), len(strategy.lengths))
-        good &= (seconds_SD > 0).all()
-        good &= np.isfinite(seconds_SD).all() or spent >= budget
+        seconds_QJ, spent = map(np.array, json.loads(file.read_text()))
+        good = seconds_QJ.shape == (len(strategy.sources), len(strategy.lengths))
+        good &= (seconds_QJ > 0).all()
+        good &= np.isfinite(seconds_QJ).all() or spent >= budget
     except Exception:  # no file, or it may hold anything
         good = False
     if not good:
-        seconds_SD = measure(start(), arguments, budget, track)
+        seconds_QJ = measure(start(), arguments, budget, track)
         with contextlib.suppress(OSError):  # a cache that can't be written
-            write_whole(file, json.dumps([seconds_SD.tolist(), budget]).encode())
-    return seconds_SD
+            write_whole(file, json.dumps([seconds_QJ.tolist(), budget]).encode())
+    return seconds_QJ
 
 
 def measure(
@@ -57,13 +57,13 @@ def measure(
     budget: float,
     track: Callable[[Sequence], Iterable] = iter,
 ) -> np.ndarray:
-    """Seconds [S, D] of a round with each source and length. Rounds without drafts come first, then
+    """Seconds [Q, J] of a round with each source and length. Rounds without drafts come first, then
     medium lengths. Choices that were not reached within `budget` seconds are infinite."""
-    shape = sources, lengths = arguments.seconds_SD.shape
+    shape = sources, lengths = arguments.seconds_QJ.shape
 
     def only(choice: tuple[int, int]) -> AutoArguments:
-        seconds_SD = jnp.full(shape, jnp.inf, jnp.float32).at[choice].set(1.0)
-        return arguments.with_seconds(seconds_SD)
+        seconds_QJ = jnp.full(shape, jnp.inf, jnp.float32).at[choice].set(1.0)
+        return arguments.with_seconds(seconds_QJ)
 
     choices = sorted(np.ndindex(shape), key=lambda at: (at[1] > 0, abs(2 * at[1] - lengths)))
     stopwatch.run(1, only((0, 0)))  # the first call is slower
@@ -71,19 +71,19 @@ def measure(
     call = stopwatch.empty_call(only((0, 0)))
     # A small model's first round is slower: its weights are not in the processor's cache yet.
     most = max(1, min(MOST_ROUNDS, round(CALL / stopwatch.run(1, only((0, 0)))[0])))
-    found_RSD = np.full((REPEATS, sources, lengths), math.inf)
+    found_nQJ = np.full((REPEATS, sources, lengths), math.inf)
     for repeat, choice in track([(r, choice) for r in range(REPEATS) for choice in choices]):
-        if time.perf_counter() - begin < budget or np.isinf(found_RSD).all():
+        if time.perf_counter() - begin < budget or np.isinf(found_nQJ).all():
             whole, done = stopwatch.run(most, only(choice))
-            found_RSD[repeat, *choice] = max(whole - call, 1e-9) / done
-    return typical(found_RSD)
+            found_nQJ[repeat, *choice] = max(whole - call, 1e-9) / done
+    return typical(found_nQJ)
 
 
-def typical(found_RSD: np.ndarray) -> np.ndarray:
+def typical(found_nQJ: np.ndarray) -> np.ndarray:
     """Medians of the repeats. A machine has slow phases, which affect all choices of a repeat. So
     repeats are compared by the ratios of their seconds."""
-    known_SD = np.isfinite(found_RSD[0])
-    whole_R = np.isfinite(found_RSD[:, known_SD]).all(1)
-    log_RSD = np.log(found_RSD[whole_R])
-    level_R = log_RSD[:, known_SD].mean(1)
-    return np.exp(np.median(log_RSD - level_R[:, None, None], axis=0) + np.median(level_R))
+    known_QJ = np.isfinite(found_nQJ[0])
+    whole_n = np.isfinite(found_nQJ[:, known_QJ]).all(1)
+    log_nQJ = np.log(found_nQJ[whole_n])
+    level_n = log_nQJ[:, known_QJ].mean(1)
+    return np.exp(np.median(log_nQJ - level_n[:, None, None], axis=0) + np.median(level_n))

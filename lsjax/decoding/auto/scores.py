@@ -9,7 +9,7 @@ from lsjax.decoding.draft import Draft, of_tokens, top_probability
 from lsjax.decoding.sampling import argmax
 from lsjax.model.protocol import DecoderModel
 
-Counts = tuple[Float[Array, "B E C"], Float[Array, "B E C"]]  # passed and tried drafts
+Counts = tuple[Float[Array, "B E U"], Float[Array, "B E U"]]  # passed and tried drafts
 
 
 def scores(
@@ -30,7 +30,7 @@ def scores(
     states: that each exit drafts from. logits_BTV: the full model's, after penalties.
     """
     state, head = draft.state, draft.head
-    none = jnp.zeros_like(state.learned.passed_BEC)
+    none = jnp.zeros_like(state.learned.passed_BEU)
     if not exits:
         return none, none
     rows, places_V = (None, None) if head is None else (head.rows, head.places_V)
@@ -39,28 +39,28 @@ def scores(
     if state.draws is not None:
         log_p_BT = of_tokens(state.draws.log_probs(logits_BTV), tokens_BT)
 
-    def passed(log_q_BTN):
+    def passed(log_q_BTW):
         # NaN: not in the vocabulary, or beyond the new tokens.
-        log_q_BT = of_tokens(log_q_BTN, index_BT)
+        log_q_BT = of_tokens(log_q_BTW, index_BT)
         return jnp.nan_to_num(jnp.exp(jnp.minimum(0, log_q_BT - log_p_BT)))
 
     def score(x_BTD):
-        logits_BTN = state.penalised(model.unembed(x_BTD, rows), 0, tokens_BT, places_V)
-        top_BT = top_probability(logits_BTN)
+        logits_BTW = state.penalised(model.unembed(x_BTD, rows), 0, tokens_BT, places_V)
+        top_BT = top_probability(logits_BTW)
         if state.draws is None:
-            return by_level(top_BT, is_new_BT, argmax(logits_BTN) == index_BT)
-        return by_level(top_BT, is_new_BT, passed(state.draws.log_probs(logits_BTN)))
+            return by_level(top_BT, is_new_BT, argmax(logits_BTW) == index_BT)
+        return by_level(top_BT, is_new_BT, passed(state.draws.log_probs(logits_BTW)))
 
     def every():
         counts = [score(x_BTD) for x_BTD in states]
         return tuple(jnp.stack(each, axis=1) for each in zip(*counts, strict=True))
 
     greedy = state.draws is None
-    right_BT = draft.tokens_BT == tokens_BT if greedy else passed(draft.log_q_BTN)
-    own_passed_BC, own_tried_BC = by_level(draft.top_BT, is_new_BT & (draft.top_BT > 0), right_BT)
-    passed_BEC, tried_BEC = lax.cond(due, every, lambda: (none, none))
+    right_BT = draft.tokens_BT == tokens_BT if greedy else passed(draft.log_q_BTW)
+    own_passed_BU, own_tried_BU = by_level(draft.top_BT, is_new_BT & (draft.top_BT > 0), right_BT)
+    passed_BEU, tried_BEU = lax.cond(due, every, lambda: (none, none))
     is_own_E1 = (jnp.array(exits) == exit_layer)[:, None]
     return (
-        jnp.where(is_own_E1, own_passed_BC[:, None], passed_BEC),
-        jnp.where(is_own_E1, own_tried_BC[:, None], tried_BEC),
+        jnp.where(is_own_E1, own_passed_BU[:, None], passed_BEU),
+        jnp.where(is_own_E1, own_tried_BU[:, None], tried_BEU),
     )

@@ -13,7 +13,7 @@ from lsjax.model.llama import Llama, stacked
 from lsjax.model.parameters import placed
 from lsjax.sharding import make_mesh
 from lsjax.training import forward
-from lsjax.training.layer_dropout import keep_counted
+from lsjax.training.kept_rows import keep_counted
 from lsjax.training.step import init_state, make_train_step
 from tests.long.batches import whole_rows
 
