@@ -83,6 +83,12 @@ class Llama(nnx.Module):
         """The same model with a Block per layer."""
         return unstacked(self)
 
+    def bytes_per_token(self) -> int:
+        """Bytes of weights that a token of all layers reads: an embedding is one row."""
+        config = self.config
+        count = config.num_layers * config.layer_params + config.head_params
+        return count * jax.tree.leaves(self.embedding)[0].dtype.itemsize
+
     def prepare(self, positions_BT: Int[Array, "B T"]) -> Mapping[str, Rope]:
         """Angles of the positions, for `run_layers`."""
         return rope_angles(positions_BT, self.config, self.compute_dtype)

@@ -14,6 +14,7 @@ A model may also have these methods. The functions below call them, or do what i
                               the cache with more slots. Default: zeros are appended to the axis in
                               which caches of two capacities differ.
     for_decoding()            the same model in the form that decodes fastest. Default: itself.
+    bytes_per_token()         bytes of weights that a token reads. Default: those of the model.
     shardings(mesh)           NamedShardings of the model. Default: by the names of the weights, as
                               for Llama; unknown names are replicated.
 """
@@ -163,6 +164,11 @@ def grow_cache(model: DecoderModel, cache: Cache, capacity: int, depth: int) -> 
 def for_decoding(model: DecoderModel) -> DecoderModel:
     """The model in the form that decodes fastest."""
     return model.for_decoding() if hasattr(model, "for_decoding") else model
+
+
+def bytes_per_token(model: DecoderModel) -> int:
+    """Bytes of weights that a token of all layers reads."""
+    return model.bytes_per_token() if hasattr(model, "bytes_per_token") else num_bytes(model)
 
 
 def shardings(model: DecoderModel, mesh: Mesh) -> Any:

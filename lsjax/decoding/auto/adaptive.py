@@ -24,7 +24,7 @@ from lsjax.decoding.self_speculative import draft_tokens
 from lsjax.decoding.state import DecodeState
 from lsjax.decoding.strategy import Autoregressive, Speculative
 from lsjax.kernels.decoding import choosing_is_slow, verification_lengths
-from lsjax.model.protocol import DecoderModel, Sizes, num_bytes, prepare
+from lsjax.model.protocol import DecoderModel, Sizes, bytes_per_token, num_bytes, prepare
 
 # Rounds from one score of all exits to the next, at least, and the share of bytes for their heads.
 SCORED_EVERY, SCORES_SHARE = 4, 0.01
@@ -91,7 +91,7 @@ class Adaptive(Speculative):
         ids_W = np.arange(self.draft_vocab or model.vocab_size)
         rows = jax.eval_shape(lambda model: model.head_rows(ids_W), model)
         heads = len(self.exits) * num_bytes(rows)
-        return max(SCORED_EVERY, math.ceil(heads / (SCORES_SHARE * num_bytes(model))))
+        return max(SCORED_EVERY, math.ceil(heads / (SCORES_SHARE * bytes_per_token(model))))
 
     def first_guess(self, batch: int) -> Learned:
         """Counts before the first round."""
