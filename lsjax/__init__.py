@@ -12,7 +12,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lsjax.config import Path, TrainConfig
+    from lsjax.config import AnyPath, TrainConfig
     from lsjax.training.step import TrainState
 
 IMPORTED = time.time()  # about when the program began: other imports take seconds
@@ -51,7 +51,7 @@ def __getattr__(name: str) -> Any:
 
 def train(
     config: "TrainConfig",
-    workdir: "str | Path",
+    workdir: "str | AnyPath",
     *,
     hooks: Sequence[Callable] | None = None,
     **options: Any,

@@ -49,7 +49,7 @@ class Tuning:
     lays_out_weights: bool = False
     # Several positions take about as long as one, and launching a small operation about as long as
     # running it. So `auto` verifies with one width, and makes autoregressive steps in between.
-    is_wide: bool = False
+    positions_are_free: bool = False
 
     # Training
     # Attention kernels by preference, for rows with several documents and for others.
@@ -88,7 +88,7 @@ TUNINGS = {
         left_rows=8,
         attends_before_writing=True,
         lays_out_weights=True,
-        is_wide=True,
+        positions_are_free=True,
         packed_kernels=("splash",),
         kernels=("splash",),
         splits_matrices=True,
@@ -101,7 +101,7 @@ TUNINGS = {
         layer_rows=16,
         unrolled_writes=1,
         lays_out_weights=True,
-        is_wide=True,
+        positions_are_free=True,
         packed_kernels=("flash", "cudnn"),
         kernels=("cudnn",),
         stacks_gradients=True,

@@ -154,9 +154,9 @@ def context_shards() -> int:
 
 
 def in_context_order(x: Any, *, back: bool = False) -> Any:
-    """Rows [B, T, ...] with their columns in the order in which N context shards hold them.
+    """Rows [B, T, ...] with their columns in the order in which P context shards hold them.
 
-    Shard i holds chunks i and 2 N - 1 - i of 2 N. So each shard's queries see equally many keys, up
+    Shard i holds chunks i and 2 P - 1 - i of 2 P. So each shard's queries see equally many keys, up
     to their own chunk: causal attention takes equally long on each. back: the inverse.
     """
     shards = context_shards()
@@ -174,8 +174,8 @@ def over_context(batch: Mapping[str, Array]) -> dict[str, Array]:
 
 
 def pieces(x: Array) -> Array:
-    """Rows in context order, [B, T, ...], as rows of their own for each of N context shards,
-    [N B, T / N, ...]. Each device keeps its elements."""
+    """Rows in context order, [B, T, ...], as rows of their own for each of P context shards,
+    [P B, T / P, ...]. Each device keeps its elements."""
     shards = context_shards()
     if shards == 1:
         return x

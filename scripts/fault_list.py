@@ -416,10 +416,9 @@ FROM_CODE = (
     Fault(
         "norm of keys after rope",
         "model/block.py",
-        "q, k = self.q_norm(q), self.k_norm(k)\n"
-        "        return kernels.rotate(q, rope, rotate), kernels.rotate(k, rope, rotate), v",
-        "q, k = self.q_norm(q), self.k_norm(kernels.rotate(k, rope, rotate))\n"
-        "        return kernels.rotate(q, rope, rotate), k, v",
+        "q, k = self.q_norm(q), self.k_norm(k)",
+        "q = rope_kernel.rotate(self.q_norm(q), rope, rotate)\n"
+        "        k, rope = self.k_norm(rope_kernel.rotate(k, rope, rotate)), None",
         "tests/families/test_decoding.py tests/families/test_transformers.py",
     ),
     Fault(

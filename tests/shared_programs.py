@@ -28,7 +28,7 @@ class SharedPrograms(Programs):
         arguments = tuple((leaf.shape, leaf.dtype) for leaf in leaves)
         with self.context():
             tuned = tuning()
-        settings = self.mesh, tuned, self._lays_out, platform(), jax.config.jax_enable_x64
+        settings = self.mesh, tuned, self.lays_out, platform(), jax.config.jax_enable_x64
         key = function.func, static, self._structure, weights, structure, arguments, settings
         program = self.lowered.pop(key, None) or super().lower(function, state, *rest)
         if len(self.lowered) == MOST:

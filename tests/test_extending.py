@@ -20,6 +20,9 @@ from lsjax.config import (
     LlamaConfig,
     TrainConfig,
 )
+from lsjax.decoding import runtime
+from lsjax.decoding.draft_vocabulary import DraftVocabulary
+from tests.marks import long
 
 PAGE = Path(__file__).parents[1] / "docs" / "extending.md"
 BLOCKS = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
@@ -37,16 +40,16 @@ CONFIG = TrainConfig(
 )
 
 
-def run_block(knob: str, **names) -> dict:
-    """What the example with this word defines, given these names."""
+def run_block(knob: str, lines: int = 25, **names) -> dict:
+    """What the example with this word defines, given these names. lines: that it may have."""
     (code,) = [block for block in BLOCKS if knob in block]
-    assert code.count("\n") < 25
+    assert code.count("\n") < lines
     exec(code, names)
     return names
 
 
 def test_each_part_has_an_example():
-    assert len(BLOCKS) == 4
+    assert len(BLOCKS) == 5
 
 
 @pytest.mark.long
@@ -112,3 +115,74 @@ def test_a_strategy(model, tokenizer):
     expected = texts(lsjax.Autoregressive())
     assert texts(whole) == expected
     assert texts(fewer) != expected
+
+
+@pytest.fixture(scope="module")
+def gpt(tokenizer):
+    """The model of the example. Its layers say more, so that texts are not one token repeated."""
+    engine = run_block("class GPT", 90, tokenizer=tokenizer)["engine"]
+    model = jax.tree.map(lambda leaf: leaf, engine.model)
+    model.layers = jax.tree.map(lambda leaf: 2.5 * leaf, model.layers)
+    return model
+
+
+@pytest.fixture(scope="module")
+def greedy(gpt):
+    """The best token after a text, by a pass without earlier keys and values."""
+
+    @jax.jit
+    def logits(ids_1T):
+        places_1T = jnp.arange(64)[None]
+        cache = gpt.new_cache(1, 64, gpt.num_layers)
+        x_1TD, _ = gpt.run_layers(gpt.embed(ids_1T, places_1T), 0, gpt.num_layers, places_1T, cache)
+        return gpt.unembed(x_1TD)[0]
+
+    def text(prompt, new=NEW):
+        ids = list(prompt)
+        for _ in range(new):
+            padded = np.array([ids + [0] * (64 - len(ids))])
+            ids.append(int(logits(padded)[len(ids) - 1].argmax()))
+        return ids[len(prompt) :]
+
+    return text
+
+
+OWN = {
+    "autoregressive": lsjax.Autoregressive(),
+    "drafts": lsjax.SelfSpeculative(2, 3),
+    "confidence": lsjax.SelfSpeculative(1, 4, draft_confidence=0.02),
+    "vocabulary": lsjax.SelfSpeculative(2, 3, DraftVocabulary(np.arange(0, 258, 2))),
+    "auto": lsjax.Adaptive((1, 2), lengths=(0, 2, 4), seconds=((1.0,) * 3,) * 3),
+}
+
+
+@pytest.mark.parametrize(
+    "name", ["drafts", "auto", *long("autoregressive", "confidence", "vocabulary")]
+)
+def test_a_model(gpt, greedy, tokenizer, name, monkeypatch):
+    """Every strategy gives the greedy text. Rows are refilled, and outgrow their cache."""
+    monkeypatch.setattr(runtime, "MIN_CAPACITY", 16)
+    monkeypatch.setattr(runtime, "SLACK", 16)
+    engine = lsjax.Engine(gpt, tokenizer, OWN[name], batch_size=2, ignore_end=True)
+    found = engine.generate(PROMPTS, max_new_tokens=NEW)
+    assert [one.token_ids for one in found] == [greedy(prompt) for prompt in PROMPTS]
+    if name != "autoregressive":
+        assert sum(one.drafted for one in found) > sum(one.accepted for one in found) > 0
+
+
+def test_a_conversation_and_sampling_of_a_model(gpt, greedy, tokenizer):
+    """The second turn reads only what is new. Sampled texts depend on the seed alone."""
+    engine = lsjax.Engine(gpt, tokenizer, OWN["drafts"], ignore_end=True)
+    kept = lsjax.Conversation()
+    *_, first = engine.stream([1, 2, 3], conversation=kept, max_new_tokens=9)
+    prompt = [1, 2, 3, *first.token_ids, 7]
+    *_, second = engine.stream(prompt, conversation=kept, max_new_tokens=9)
+    assert first.token_ids == greedy([1, 2, 3], 9) and second.token_ids == greedy(prompt, 9)
+    drawn = lsjax.Sampling(temperature=1.0, seed=3)
+    assert len({*first.token_ids, *second.token_ids}) > 9
+    texts = [
+        one.token_ids
+        for _ in range(2)
+        for one in engine.generate([[1, 2]], sampling=drawn, max_new_tokens=9)
+    ]
+    assert texts[0] == texts[1] != greedy([1, 2], 9)

@@ -2,14 +2,17 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import nnx
 from jax.sharding import AbstractMesh, AxisType
 from jax.sharding import PartitionSpec as P
 
 from lsjax.config import LlamaConfig
+from lsjax.decoding.draft import DraftArguments
+from lsjax.decoding.draft_vocabulary import DraftHead
 from lsjax.model.llama import Llama, stacked, unstacked
-from lsjax.model.parameters import shardings
+from lsjax.model.parameters import sharding_of, shardings
 from lsjax.sharding import constrain, fitted, on_each_device
 
 CONFIG = LlamaConfig.tiny(num_layers=2, attention_bias=True, mlp_bias=True)  # K 2, V 258, D 64
@@ -93,3 +96,13 @@ def test_nothing_happens_without_a_mesh():
     x = jnp.ones((4, 3))
     assert constrain(x, "data", "tensor") is x
     assert on_each_device(lambda x: x, (x,), (P("data"),), P("data")) is x
+
+
+def test_the_head_of_a_draft_vocabulary_is_sharded():
+    """As the model's own head; other arrays of the arguments are on every device."""
+    names = ("data", "fsdp", "tensor")
+    mesh = AbstractMesh((1, 1, 4), names, axis_types=(AxisType.Auto,) * 3)
+    arguments = DraftArguments(DraftHead(*(np.zeros(shape) for shape in (8, 16, (8, 4)))))
+    places = shardings(arguments, mesh)
+    assert places.head.rows.spec == sharding_of("head", (8, 4), mesh).spec != P()
+    assert places.head.ids_W.spec == places.head.places_V.spec == P()

@@ -9,13 +9,13 @@ from lsjax.checkpoints.gguf import GGUFSource
 from lsjax.checkpoints.huggingface import HuggingFaceSource
 from lsjax.checkpoints.run import RunSource, is_run
 from lsjax.checkpoints.tensors import CheckpointError, TensorSource, Track
-from lsjax.config import Path, split_step
+from lsjax.config import AnyPath, split_step
 from lsjax.io.files import WEIGHTS, local_copy
 from lsjax.model.llama import Llama
 
 
 def load(
-    source: str | Path | TensorSource | RunSource,
+    source: str | AnyPath | TensorSource | RunSource,
     *,
     dtype: Any = None,
     track: Track = iter,
@@ -32,12 +32,12 @@ def load(
     Raises:
         CheckpointError: the file is missing, damaged or of another model; one line.
     """
-    opened = open_checkpoint(source) if isinstance(source, str | Path) else source
+    opened = open_checkpoint(source) if isinstance(source, str | AnyPath) else source
     dtype = jnp.dtype(jnp.float32 if dtype is None else dtype)
     return opened.assemble(dtype=dtype, track=track, mesh=mesh)
 
 
-def open_checkpoint(path: str | Path) -> TensorSource | RunSource:
+def open_checkpoint(path: str | AnyPath) -> TensorSource | RunSource:
     """Opens a checkpoint of any kind and checks everything except its values."""
     path, step = find_step(path)
     if is_run(path):
@@ -55,7 +55,7 @@ def open_checkpoint(path: str | Path) -> TensorSource | RunSource:
     )
 
 
-def find_step(path: str | Path) -> tuple[Path, int | str | None]:
+def find_step(path: str | AnyPath) -> tuple[AnyPath, int | str | None]:
     """A checkpoint's directory or file, and the step of a run that follows an @ (`split_step`).
 
     Raises CheckpointError for a step of anything else, as only a run has steps.

@@ -9,7 +9,7 @@ import numpy as np
 
 from lsjax.checkpoints.families import FULL, SLIDING, llama_config
 from lsjax.checkpoints.tensors import CheckpointError, TensorSource
-from lsjax.config import ConfigError, LlamaConfig, Path, RopeScaling, check
+from lsjax.config import AnyPath, ConfigError, LlamaConfig, RopeScaling, check
 from lsjax.data.tokenizer_files import gguf_parts, open_gguf
 from lsjax.model.rope import rope_frequencies
 
@@ -51,7 +51,7 @@ class GGUFSource(TensorSource):
 
     names = "gguf"
 
-    def __init__(self, path: Path):
+    def __init__(self, path: AnyPath):
         self.path, parts = path, gguf_parts(path)
         readers = [open_gguf(part, CheckpointError) for part in parts]
         self.tensors, self.shapes = {}, {}

@@ -14,7 +14,7 @@ from safetensors.numpy import save_file
 
 from lsjax.checkpoints.families import config_json, llama_config
 from lsjax.checkpoints.tensors import CheckpointError, Part, TensorSource, Track, parts_of
-from lsjax.config import Checked, ConfigError, Path, as_path, bounded, split_step
+from lsjax.config import AnyPath, Checked, ConfigError, as_path, bounded, split_step
 from lsjax.data.tokenizer import Tokenizer
 from lsjax.io.files import one_line, read_json, whole_directory, write_json, writing
 from lsjax.model.llama import Llama, unstacked
@@ -33,7 +33,7 @@ class GenerationDefaults(Checked):
     num_draft_tokens: int | None = bounded(None, low=1)  # drafted per round, d
 
 
-def read_generation_defaults(path: str | Path) -> GenerationDefaults:
+def read_generation_defaults(path: str | AnyPath) -> GenerationDefaults:
     """Reads generation_config.json, else config.json; empty for a GGUF file.
 
     Raises CheckpointError if a file is not JSON, or a value is not a number of at least 1.
@@ -54,7 +54,7 @@ class HuggingFaceSource(TensorSource):
 
     names = "huggingface"
 
-    def __init__(self, path: Path):
+    def __init__(self, path: AnyPath):
         self.path, file = path, path / "config.json"
         if not file.is_file():
             ggufs = sorted(found.name for found in path.glob("*.gguf"))
@@ -85,7 +85,7 @@ class HuggingFaceSource(TensorSource):
         return tensor
 
 
-def _files(directory: Path) -> list[Path]:
+def _files(directory: AnyPath) -> list[AnyPath]:
     """Files with the tensors: model.safetensors, or those that an index names."""
     single, index = directory / _WEIGHTS, directory / _INDEX
     if single.exists():
@@ -112,7 +112,7 @@ def _files(directory: Path) -> list[Path]:
 
 def save(
     model: Llama,
-    directory: str | Path,
+    directory: str | AnyPath,
     *,
     generation: GenerationDefaults | None = None,
     tokenizer: Tokenizer | None = None,
@@ -156,13 +156,13 @@ def save(
             ) from error
 
 
-def check_destination(directory: Path) -> None:
+def check_destination(directory: AnyPath) -> None:
     """Raises CheckpointError unless the directory is new or empty."""
     if directory.exists() and not (directory.is_dir() and not any(directory.iterdir())):
         raise CheckpointError(f"{directory}: is not an empty directory: choose a new one")
 
 
-def _write_weights(model: Llama, directory: Path, shard_bytes: int, track: Track) -> None:
+def _write_weights(model: Llama, directory: AnyPath, shard_bytes: int, track: Track) -> None:
     """Writes one file, or several and their index."""
     parameters = named_leaves(model)
     files: list[list[Part]] = [[]]

@@ -8,7 +8,7 @@ from typing import Any
 
 from lsjax.checkpoints.lock import LOCK, name_of, new_owner, taken
 from lsjax.checkpoints.tensors import CheckpointError, Report
-from lsjax.config import Path
+from lsjax.config import AnyPath
 from lsjax.io.files import one_line
 
 LEASE = 60.0  # seconds without a renewal after which the owner counts as dead
@@ -25,7 +25,7 @@ class Lease:
 
     def __init__(
         self,
-        directory: Path,
+        directory: AnyPath,
         store: Any,
         report: Report,
         seconds: float = LEASE,
@@ -134,7 +134,7 @@ class Lease:
             removed.result(self._seconds / 2)
 
 
-def store_of(directory: Path) -> Any:
+def store_of(directory: AnyPath) -> Any:
     """A directory in a bucket as a tensorstore.KvStore, whose writes can be conditional. It repeats
     failing requests for half a minute."""
     import tensorstore  # slow, and unused by runs on a disk

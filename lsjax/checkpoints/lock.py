@@ -15,7 +15,7 @@ from contextlib import suppress
 from typing import IO
 
 from lsjax.checkpoints.tensors import CheckpointError, Report
-from lsjax.config import Path
+from lsjax.config import AnyPath
 
 LOCK = "writer.lock"
 UNSUPPORTED = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
@@ -35,7 +35,7 @@ def name_of(owner: bytes) -> str:
         return "another trainer"
 
 
-def taken(directory: Path, owner: bytes) -> CheckpointError:
+def taken(directory: AnyPath, owner: bytes) -> CheckpointError:
     """The error of a trainer that is refused."""
     return CheckpointError(
         f"{directory}: {name_of(owner)} writes there: wait until it ends, stop it, or choose "
@@ -47,7 +47,7 @@ class FileLock:
     """flock on a file of the directory. The system releases it when this process ends, however it
     ends. Programs that this process starts do not inherit it."""
 
-    def __init__(self, directory: Path, report: Report):
+    def __init__(self, directory: AnyPath, report: Report):
         """Makes the directory if it is missing. report: called with a line if the file system has
         no locks. Raises CheckpointError if another trainer has the lock, OSError without access."""
         self._directory = directory

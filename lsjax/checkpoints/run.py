@@ -20,7 +20,7 @@ from jaxtyping import Array, Bool, Shaped
 
 from lsjax.checkpoints.steps import PARAMS, SavedStep, first_whole, saved_steps
 from lsjax.checkpoints.tensors import NOT_FINITE, CheckpointError, Track
-from lsjax.config import LlamaConfig, LoraConfig, Path, TrainConfig, check
+from lsjax.config import AnyPath, LlamaConfig, LoraConfig, TrainConfig, check
 from lsjax.config.checked import from_json, versioned, without_version
 from lsjax.data.tokenizer import Tokenizer, TokenizerError
 from lsjax.data.tokenizer_files import load_tokenizer
@@ -34,13 +34,13 @@ CONFIG, CHECKPOINTS, METRICS = "config.json", "checkpoints", "metrics.jsonl"
 EVALUATION = "evaluation"  # kind of the METRICS rows with held-out losses
 
 
-def is_run(directory: Path) -> bool:
+def is_run(directory: AnyPath) -> bool:
     """Whether a training run has begun in this directory."""
     file = directory / CONFIG
     return file.is_file() and {"version", "model"} <= read_json(file, CheckpointError).keys()
 
 
-def begin_run(directory: Path, config: TrainConfig, tokenizer: Tokenizer) -> None:
+def begin_run(directory: AnyPath, config: TrainConfig, tokenizer: Tokenizer) -> None:
     """Writes the first files of a run, config.json last; a resumed run may change that one.
 
     Raises ConfigError if the directory holds another model. Also raises it if the tokenizer does
@@ -72,7 +72,7 @@ def begin_run(directory: Path, config: TrainConfig, tokenizer: Tokenizer) -> Non
     write_json(directory / CONFIG, versioned(config))
 
 
-def _has_tokenizer(model: str | Path, tokenizer: Tokenizer) -> bool | None:
+def _has_tokenizer(model: str | AnyPath, tokenizer: Tokenizer) -> bool | None:
     """Whether a model's tokenizer equals this one; None if it has no readable tokenizer."""
     try:
         return load_tokenizer(model).fingerprint == tokenizer.fingerprint
@@ -80,23 +80,23 @@ def _has_tokenizer(model: str | Path, tokenizer: Tokenizer) -> bool | None:
         return None
 
 
-def read_run_config(directory: Path) -> TrainConfig:
+def read_run_config(directory: AnyPath) -> TrainConfig:
     """The run's configuration. Raises ConfigError if the directory holds no run."""
     return from_json(TrainConfig, _fields(directory / CONFIG), str(directory / CONFIG))
 
 
-def _fields(file: Path) -> dict[str, Any]:
+def _fields(file: AnyPath) -> dict[str, Any]:
     return without_version(read_json(file, CheckpointError), str(file))
 
 
-def read_metrics(directory: Path) -> list[dict[str, Any]]:
+def read_metrics(directory: AnyPath) -> list[dict[str, Any]]:
     """Rows of a run's metrics.jsonl; skips invalid lines, such as one that a crash cut off."""
     file = directory / METRICS
     rows = json_rows(file, lambda error: None) if file.exists() else ()
     return [dict(row) for _, row in rows if {"step", "kind"} <= row.keys()]
 
 
-def held_out_losses(directory: Path) -> dict[int, float]:
+def held_out_losses(directory: AnyPath) -> dict[int, float]:
     """The last exit's held-out loss at each evaluated step."""
     rows = [row for row in read_metrics(directory) if row["kind"] == EVALUATION]
     losses = {row["step"]: row.get("last_exit_loss") for row in rows}
@@ -111,7 +111,7 @@ def best_first(steps: Iterable[int], losses: Mapping[int, float]) -> list[int]:
 class RunSource:
     """A run opened as a model: its shape is known, no array has been read."""
 
-    def __init__(self, directory: Path, step: int | str | None = None):
+    def __init__(self, directory: AnyPath, step: int | str | None = None):
         # Only the model's shape: another version may have written the rest of the config.
         self.path, self._fields = directory, _fields(directory / CONFIG)
         self.config = from_json(LlamaConfig, self._fields["model"], f"{directory / CONFIG}: model")

@@ -13,7 +13,7 @@ from jax.experimental.multihost_utils import sync_global_devices
 from lsjax.checkpoints.run import best_first
 from lsjax.checkpoints.steps import SavedStep, first_whole, log, orbax, saved_steps, to_save
 from lsjax.checkpoints.tensors import CheckpointError, Report
-from lsjax.config import CheckpointConfig, Path, in_bucket
+from lsjax.config import AnyPath, CheckpointConfig, in_bucket
 from lsjax.io.files import cause, remove_directory
 
 
@@ -23,6 +23,20 @@ class Restored(NamedTuple):
     state: Any
     step: int
     data: dict[str, Any]  # position in the data
+
+
+class KeptSteps:
+    """Orbax's preservation policy: the newest steps, and the best ones by their held-out losses,
+    which may come after the save. Orbax's own policies need the loss at save time."""
+
+    def __init__(self, config: CheckpointConfig, losses: Mapping[int, float]):
+        self._config, self._losses = config, losses
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        """Whether to keep each step."""
+        steps = [checkpoint.step for checkpoint in checkpoints]
+        best = best_first(steps, self._losses)[: self._config.keep_best]
+        return [step in (*steps[-self._config.keep_last :], *best) for step in steps]
 
 
 class Checkpoints(AbstractContextManager):
@@ -35,7 +49,7 @@ class Checkpoints(AbstractContextManager):
 
     def __init__(
         self,
-        directory: Path,
+        directory: AnyPath,
         config: CheckpointConfig,
         report: Report = log.warning,
         losses: Mapping[int, float] | None = None,
@@ -87,7 +101,7 @@ class Checkpoints(AbstractContextManager):
         self.settle()
         if self._manager is None:
             options = ocp.CheckpointManagerOptions(
-                preservation_policy=self,
+                preservation_policy=KeptSteps(self._config, self._losses),
                 # Not after a failure: its threads may still be writing.
                 cleanup_tmp_directories=not self._begun,
                 save_root_metadata=False,
@@ -158,12 +172,6 @@ class Checkpoints(AbstractContextManager):
             f"is writable{then} ({cause(failure)})"
         )
 
-    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
-        """Orbax callback: which steps to keep. Its own policies need the loss at save time."""
-        steps = [checkpoint.step for checkpoint in checkpoints]
-        best = best_first(steps, self._losses)[: self._config.keep_best]
-        return [step in (*steps[-self._config.keep_last :], *best) for step in steps]
-
 
 def wait_for_all(*, key: str, timeout_ms: int) -> None:
     """Orbax's wait for all processes. A process whose save failed does not wait: it raises the
@@ -180,7 +188,7 @@ def in_units(size: int) -> str:
     return f"{size / 1000**power:.1f} {('bytes', 'kB', 'MB', 'GB', 'TB')[power]}"
 
 
-def free_space(directory: Path) -> str:
+def free_space(directory: AnyPath) -> str:
     """The free space of a directory in words; empty if it is unknown, as in a bucket."""
     if in_bucket(directory) or not directory.is_dir():
         return ""

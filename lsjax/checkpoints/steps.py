@@ -30,7 +30,7 @@ from jax.sharding import SingleDeviceSharding
 from jaxtyping import Array, UInt32
 
 from lsjax.checkpoints.tensors import CheckpointError, Report
-from lsjax.config import Path, in_bucket
+from lsjax.config import AnyPath, in_bucket
 from lsjax.config.checked import VERSION, without_version
 from lsjax.io.files import cause
 from lsjax.model.parameters import named_leaves
@@ -50,7 +50,7 @@ class DamagedStep(CheckpointError):
 class SavedStep:
     """One step on disk, loaded lazily."""
 
-    directory: Path
+    directory: AnyPath
 
     @property
     def number(self) -> int:
@@ -99,7 +99,7 @@ class SavedStep:
         leaves = [arrays[path.removeprefix(_MODEL)] for path in named_leaves(like)]
         return jax.tree.unflatten(jax.tree.structure(like), leaves)
 
-    def _load(self, item: str, read: Callable[[Path], T]) -> T:
+    def _load(self, item: str, read: Callable[[AnyPath], T]) -> T:
         """Runs `read`, and turns storage errors into DamagedStep on every host."""
         path = (self.directory / item).absolute()  # orbax requires absolute paths
         result, reason = None, ""
@@ -116,7 +116,7 @@ class SavedStep:
         return result
 
 
-def saved_steps(directory: Path) -> list[SavedStep]:
+def saved_steps(directory: AnyPath) -> list[SavedStep]:
     """Steps in a directory of checkpoints, newest first."""
     if not directory.is_dir():
         return []
@@ -194,14 +194,14 @@ def orbax() -> Any:
     return ocp
 
 
-def _read_meta(path: Path) -> dict[str, Any]:
+def _read_meta(path: AnyPath) -> dict[str, Any]:
     raw = json.loads((path / "metadata").read_bytes())
     if raw != sealed(raw["meta"]):
         raise ValueError("it has changed since it was saved")
     return raw["meta"]
 
 
-def _read_arrays(path: Path, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, Array]:
+def _read_arrays(path: AnyPath, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, Array]:
     first = SingleDeviceSharding(jax.devices()[0])
     targets = {
         name: jax.ShapeDtypeStruct(want.shape, want.dtype, sharding=want.sharding or first)

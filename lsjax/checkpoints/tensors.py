@@ -15,7 +15,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from lsjax.config import LlamaConfig, Path
+from lsjax.config import AnyPath, LlamaConfig
 from lsjax.model.llama import Llama
 from lsjax.model.parameters import Names, named_leaves, sharding_of, tensors_of
 
@@ -76,10 +76,10 @@ def parts_of(path: str, names: Names) -> list[Part]:
 class TensorSource:
     """An opened file or directory of tensors: shapes are known, no tensor has been read."""
 
-    path: Path
+    path: AnyPath
     config: LlamaConfig
     names: Names  # column of the table that names the tensors
-    tensors: Mapping[str, tuple[Path, Any]]  # file and unread tensor, by name in the file
+    tensors: Mapping[str, tuple[AnyPath, Any]]  # file and unread tensor, by name in the file
     shapes: Mapping[str, tuple[int, ...]]  # of every tensor
 
     def read(self, name: str) -> Any:

@@ -35,7 +35,7 @@ from lsjax.cli.aot_tables import print_report
 from lsjax.cli.setup import check_output, program
 from lsjax.cli.show import notes_console
 from lsjax.cli.training import ConfigFields, ConfigFile, parse_config
-from lsjax.config import EarlyExitConfig, LayerDropoutConfig, MeshConfig, Path, check
+from lsjax.config import AnyPath, EarlyExitConfig, LayerDropoutConfig, MeshConfig, check
 from lsjax.evaluation.exits import exit_sums
 from lsjax.io.files import writing
 from lsjax.sharding import make_mesh
@@ -65,7 +65,7 @@ class Arguments(Slice):
     decoding: DecodingShape = DecodingShape()
     decoding_mesh: MeshConfig = MeshConfig(tensor=4)
     """Devices that decode; by default four, or all of a smaller slice."""
-    output: Path | None = None
+    output: AnyPath | None = None
     """Writes a JSON object with all figures to this file."""
 
 

@@ -40,7 +40,7 @@ from lsjax.cli.evaluate import TaskFlags, read_questions
 from lsjax.cli.prompts import prompt_rows
 from lsjax.cli.setup import bar, check_output, program
 from lsjax.cli.show import notes_console, show_cells, show_costs, show_verdict
-from lsjax.config import ConfigError, LlamaConfig, Path, as_path, bounded, check
+from lsjax.config import AnyPath, ConfigError, LlamaConfig, as_path, bounded, check
 from lsjax.decoding.self_speculative import SelfSpeculative
 from lsjax.decoding.strategy import Strategy
 from lsjax.evaluation import answers, comparison, plots, speeds
@@ -75,7 +75,7 @@ class Arguments(TaskFlags, flags.StrategyFlags):
     """Strategies to compare with autoregressive decoding, at every exit."""
     prompt: str | None = None
     """Text to continue; by default, three built-in prompts."""
-    prompt_file: Path | None = None
+    prompt_file: AnyPath | None = None
     """File of prompts. A .txt file is one prompt. A .jsonl file has "prompt" (or Spec-Bench's
     "turns") on each line. With --prompt-template, other rows, .tsv and .csv work too; also .gz."""
     task: Literal[tuple(TASKS)] | None = None  # type: ignore[valid-type]
@@ -89,7 +89,7 @@ class Arguments(TaskFlags, flags.StrategyFlags):
     identity_tail: int | None = None
     """Layers from this one on add nothing. Drafts of this or a later exit are all accepted.
     The draft vocabulary is chosen from the model's own output."""
-    output: Path | None = None
+    output: AnyPath | None = None
     """Directory for answers, table and plot; by default, nothing is written."""
 
 
@@ -214,7 +214,7 @@ def choose_strategies(
     return list(dict.fromkeys(found))
 
 
-def write(output: Path, title: str, rows: Sequence[Answer], notes: Console) -> None:
+def write(output: AnyPath, title: str, rows: Sequence[Answer], notes: Console) -> None:
     """Writes the table as JSON lines, with null for infinity, and plots a grid."""
     with closing(Lines(output / "cells.jsonl", empty=True)) as lines:
         for row in rows:
@@ -224,7 +224,9 @@ def write(output: Path, title: str, rows: Sequence[Answer], notes: Console) -> N
         plot(notes, plots.plot_grid, whole, output / "benchmark.png", title)
 
 
-def plot(notes: Console, draw: Callable[..., None], figures: Any, file: Path, title: str) -> None:
+def plot(
+    notes: Console, draw: Callable[..., None], figures: Any, file: AnyPath, title: str
+) -> None:
     """Draws a picture, or notes why there is none."""
     try:
         draw(figures, file, title=title)

@@ -18,7 +18,7 @@ from lsjax.checkpoints import load, open_checkpoint
 from lsjax.checkpoints.huggingface import check_destination, read_generation_defaults, save
 from lsjax.cli.setup import bar, program
 from lsjax.cli.show import notes_console
-from lsjax.config import Checked, Path
+from lsjax.config import AnyPath, Checked
 from lsjax.data.tokenizer_files import load_tokenizer
 from lsjax.terminal import SafeConsole
 
@@ -27,10 +27,10 @@ from lsjax.terminal import SafeConsole
 class Arguments(Checked):
     """Converts a model of any kind into a Hugging Face directory."""
 
-    source: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
+    source: Annotated[AnyPath, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
     """Directory with config.json and safetensors, GGUF file, or directory of a run (RUN@200 and
     RUN@best are steps of it); with its tokenizer."""
-    destination: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DESTINATION")]
+    destination: Annotated[AnyPath, tyro.conf.Positional, tyro.conf.arg(metavar="DESTINATION")]
     """Directory to write; new or empty."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Type of the written weights. GGUF weights are always dequantised."""

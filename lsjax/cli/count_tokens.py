@@ -22,7 +22,7 @@ from rich.progress import Progress
 from lsjax.checkpoints import find_step
 from lsjax.cli.setup import program
 from lsjax.cli.show import notes_console
-from lsjax.config import Checked, Path
+from lsjax.config import AnyPath, Checked
 from lsjax.data.tokenizer_files import load_tokenizer
 from lsjax.data.vocabulary import cached_counts, count_tokens, write_counts
 from lsjax.io.files import cache_directory
@@ -36,11 +36,11 @@ LINES = 1 << 14  # lines of text encoded at a time
 class Arguments(Checked, prefix="--"):
     """Counts the tokens of a text."""
 
-    model: Path
+    model: AnyPath
     """Hugging Face directory, .gguf file, or directory of a training run, for its tokenizer."""
-    text: tuple[Path, ...]
+    text: tuple[AnyPath, ...]
     """Text files. In .jsonl files, every string in the objects counts."""
-    output: Path | None = None
+    output: AnyPath | None = None
     """File to write. decode.py finds token_counts.json in a model's directory."""
 
 
@@ -61,7 +61,7 @@ def count(arguments: Arguments) -> None:
     SafeConsole(soft_wrap=True).print(f"{output}: {found}")
 
 
-def read_pieces(file: Path) -> Iterator[str]:
+def read_pieces(file: AnyPath) -> Iterator[str]:
     """A file's text in pieces: each string of a .jsonl file, or LINES lines of another file. Raises
     ConfigError with the line for text that is not UTF-8, or for a JSON line without object."""
     if file.suffix == ".jsonl":

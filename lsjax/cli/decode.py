@@ -25,7 +25,7 @@ from lsjax.cli.flags import load_engine, make_strategies, open_model, trained_ex
 from lsjax.cli.prompts import Arguments, chat, choose_requests, encode_requests
 from lsjax.cli.setup import check_output, one_line_errors, parse_flags
 from lsjax.cli.show import coloured, legend, notes_console, stream, summary
-from lsjax.config import Path, as_path, check
+from lsjax.config import AnyPath, as_path, check
 from lsjax.data.vocabulary import add_written
 from lsjax.decoding.auto.adaptive import Adaptive
 from lsjax.decoding.completion import Completion
@@ -173,7 +173,7 @@ def generate_all(
 
 
 @contextmanager
-def json_lines(path: Path | None) -> Iterator[Callable[[str], None]]:
+def json_lines(path: AnyPath | None) -> Iterator[Callable[[str], None]]:
     """Yields a function that writes a line of JSON to the output, if there is one. An existing file
     is emptied."""
     if path is None:

@@ -25,7 +25,7 @@ from lsjax.checkpoints.run import is_run, read_run_config
 from lsjax.cli import flags
 from lsjax.cli.setup import check_output, program
 from lsjax.cli.show import notes_console, or_dash, table, wide_console
-from lsjax.config import ConfigError, Path, bounded, check, split_step
+from lsjax.config import AnyPath, ConfigError, bounded, check, split_step
 from lsjax.data.chat import Dialogue
 from lsjax.data.sources import tfds_split
 from lsjax.decoding.request import Request, encode_prompt
@@ -75,7 +75,7 @@ class Arguments(TaskFlags, flags.StrategyFlags):
 
     task: Literal[tuple(TASKS)]  # type: ignore[valid-type]
     """Task to evaluate (docs/evaluation.md)."""
-    output: Path
+    output: AnyPath
     """File of answers, one JSON line each (.jsonl). The summary is written beside it, as
     .summary.json. If the file has answers from the same settings, only missing ones are added."""
     max_new_tokens: int | None = bounded(None, low=1)

@@ -21,7 +21,7 @@ from lsjax.checkpoints import load, open_checkpoint
 from lsjax.checkpoints.run import is_run, read_run_config
 from lsjax.cli.setup import check_output, choose_dtype, keep_compiled_programs, program
 from lsjax.cli.show import exit_table, notes_console, wide_console
-from lsjax.config import Checked, Path, bounded, check
+from lsjax.config import AnyPath, Checked, bounded, check
 from lsjax.data.pipeline import OnePass, packed_rows
 from lsjax.data.tokenizer_files import load_tokenizer
 from lsjax.evaluation import exits, installed, plots
@@ -33,13 +33,13 @@ from lsjax.model.llama import stacked
 class Arguments(Checked, prefix="--"):
     """Scores every exit of training runs and models."""
 
-    runs: tuple[Path, ...]
+    runs: tuple[AnyPath, ...]
     """A training run, then runs or models with the same tokenizer to compare with it."""
     batches: int = bounded(64, low=1)
     """Number of held-out batches, of the first run's batch size."""
-    output: Path | None = None
+    output: AnyPath | None = None
     """Plot to draw (.png)."""
-    json: Path | None = None
+    json: AnyPath | None = None
     """Writes one JSON object per run to this file."""
 
 

@@ -18,7 +18,7 @@ from lsjax.checkpoints.huggingface import read_generation_defaults
 from lsjax.checkpoints.run import RunSource
 from lsjax.checkpoints.tensors import TensorSource
 from lsjax.cli.setup import bar, choose_dtype, keep_compiled_programs
-from lsjax.config import Checked, ConfigError, Kernels, MeshConfig, Path, check
+from lsjax.config import AnyPath, Checked, ConfigError, Kernels, MeshConfig, check
 from lsjax.data.tokenizer import Tokenizer
 from lsjax.data.tokenizer_files import load_tokenizer
 from lsjax.data.vocabulary import find_counts
@@ -45,7 +45,7 @@ StrategyName = Literal["autoregressive", "early_exit", "self_speculative", "auto
 class ModelFlags(Checked, prefix="--"):
     """Model, devices and dtype."""
 
-    model: Path
+    model: AnyPath
     """Hugging Face directory (config.json, safetensors, tokenizer), .gguf file, or directory of a
     training run (RUN@200 and RUN@best are steps of it)."""
     batch_size: int = 1

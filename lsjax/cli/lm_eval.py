@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from lsjax.cli import flags
 from lsjax.cli.setup import program
 from lsjax.cli.show import notes_console
-from lsjax.config import Path, bounded, check, in_bucket
+from lsjax.config import AnyPath, bounded, check, in_bucket
 from lsjax.data.chat import Dialogue
 from lsjax.evaluation import installed
 from lsjax.evaluation.scores import Cell
@@ -33,7 +33,7 @@ class Arguments(flags.StrategyFlags, flags.ChatFlags, flags.ModelFlags):
 
     tasks: tuple[str, ...]
     """Names or patterns of tasks, groups and tags."""
-    task_path: Path | None = None
+    task_path: AnyPath | None = None
     """Directory of .yaml task files, instead of lm_eval's own tasks."""
     num_fewshot: int | None = None
     """Examples before each question; the task's own number by default."""
@@ -43,7 +43,7 @@ class Arguments(flags.StrategyFlags, flags.ChatFlags, flags.ModelFlags):
     """Overrides generation settings of tasks: "max_gen_toks=64,do_sample=True,temperature=0.8"."""
     seed: int = bounded(0, low=0, high=2**32 - 1)
     """Seed of the first sampled text. Each further text has the next seed."""
-    output: Path | None = None
+    output: AnyPath | None = None
     """Directory for lm_eval's results and samples, with a folder per strategy."""
 
 

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from lsjax.cli import flags
 from lsjax.cli.show import stream, summary
-from lsjax.config import ConfigError, LlamaConfig, Path, bounded, check
+from lsjax.config import AnyPath, ConfigError, LlamaConfig, bounded, check
 from lsjax.data.chat import ChatTemplateError, Dialogue
 from lsjax.data.sources import fill
 from lsjax.data.tokenizer import Tokenizer, TokenizerError
@@ -37,7 +37,7 @@ class Arguments(flags.ChatFlags, flags.StrategyFlags, flags.ModelFlags):
 
     prompt: str | None = None
     """Text to continue."""
-    prompt_file: Path | None = None
+    prompt_file: AnyPath | None = None
     """File of prompts. A .txt file is one prompt. A .jsonl file has an object with "prompt" on each
     line, and optionally max_new_tokens, stop, stop_ids, and sampling fields such as temperature."""
     interactive: bool = False
@@ -54,11 +54,11 @@ class Arguments(flags.ChatFlags, flags.StrategyFlags, flags.ModelFlags):
     """Token ids that end a text, in addition to the model's own."""
     logprobs: bool = False
     """Writes the log-probability of each new token to the JSON lines."""
-    json: Path | None = None
+    json: AnyPath | None = None
     """Writes one JSON object per text to this file. With "-", standard output has only these."""
     show_drafts: bool = False
     """Colours accepted drafts, rejected drafts, and the model's own tokens."""
-    profile: Path | None = None
+    profile: AnyPath | None = None
     """Writes a trace of decoding, for xprof or TensorBoard, to this directory."""
 
     def __post_init__(self):
@@ -77,7 +77,7 @@ class Arguments(flags.ChatFlags, flags.StrategyFlags, flags.ModelFlags):
 
 
 def prompt_rows(
-    prompts: Sequence[str], file: Path | None, refuse: Refuse = stop_at
+    prompts: Sequence[str], file: AnyPath | None, refuse: Refuse = stop_at
 ) -> Iterator[PlacedRow]:
     """Rows of a file (.txt is one prompt). Without a file, `prompts` as rows. Raises ConfigError
     with file and line, or passes it to `refuse` and skips the row."""

@@ -14,7 +14,7 @@ import tyro
 from rich.console import Console
 from rich.progress import track
 
-from lsjax.config import ConfigError, Path, as_path, check, in_bucket
+from lsjax.config import AnyPath, ConfigError, as_path, check, in_bucket
 from lsjax.io.files import cache_directory, one_line
 from lsjax.sharding import machine
 from lsjax.terminal import SafeConsole, shown_warnings, written_output
@@ -68,7 +68,7 @@ def program(
 def _path_flag(info: Any) -> Any:
     """Tells tyro how to read and show a path, which may be in a bucket. An empty text stays a text,
     which the dataclass refuses with the flag's name."""
-    if info.type not in (Path, Path | None):
+    if info.type not in (AnyPath, AnyPath | None):
         return None
     return tyro.constructors.PrimitiveConstructorSpec(
         nargs=1,
@@ -100,7 +100,7 @@ def one_line_errors() -> Iterator[None]:
         sys.exit(2)
 
 
-def check_output(file: Path, prompts: Path | None = None) -> None:
+def check_output(file: AnyPath, prompts: AnyPath | None = None) -> None:
     """Raises ConfigError if a file can't be written, or if it is the file of prompts."""
     check(
         prompts is None or file.resolve() != prompts.resolve(),

@@ -21,7 +21,7 @@ import lsjax
 from lsjax.aot.remat import with_remat
 from lsjax.cli import training
 from lsjax.cli.setup import keep_compiled_programs, keep_freed_memory, one_line_errors
-from lsjax.config import Path, TrainConfig, check
+from lsjax.config import AnyPath, TrainConfig, check
 from lsjax.terminal import SafeConsole
 from lsjax.training.hosts import ending_together, is_first, start
 from lsjax.training.prepare import prepare_run
@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return train(flags.fields, flags.workdir)
 
 
-def train(config: TrainConfig, workdir: Path) -> int:
+def train(config: TrainConfig, workdir: AnyPath) -> int:
     """Trains as configured, and prints the progress."""
     keeps("saved steps are kept, and the same command resumes after the newest")
     keep_freed_memory()

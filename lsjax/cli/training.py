@@ -14,7 +14,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 from lsjax.checkpoints.run import EVALUATION, read_metrics
 from lsjax.cli.setup import parse_flags
 from lsjax.cli.show import coloured, exit_table
-from lsjax.config import Checked, ConfigError, Path, TrainConfig, check
+from lsjax.config import AnyPath, Checked, ConfigError, TrainConfig, check
 from lsjax.decoding.engine import Engine
 from lsjax.decoding.self_speculative import SelfSpeculative
 from lsjax.evaluation import exits, plots
@@ -33,7 +33,7 @@ ConfigFields = Annotated[TrainConfig, tyro.conf.arg(name="")]
 class ConfigFile(Checked, prefix="--"):
     """Configuration file. Its fields are also flags: --config FILE --help lists them."""
 
-    config: Path | None = None
+    config: AnyPath | None = None
     """configs/NAME.py"""
 
 
@@ -41,7 +41,7 @@ class ConfigFile(Checked, prefix="--"):
 class TrainingFlags(ConfigFile):
     """Flags of train.py."""
 
-    workdir: Path | None = None
+    workdir: AnyPath | None = None
     """Directory of the run; required."""
     distributed: Hosts = Hosts()
     fields: ConfigFields
@@ -68,7 +68,7 @@ def parse_config(
     return parse_flags(kind, argv, description, default=default, config=config)
 
 
-def read_config_file(file: Path) -> TrainConfig:
+def read_config_file(file: AnyPath) -> TrainConfig:
     """The `config` of a Python file. Raises ConfigError, with the line, if the file is missing or
     fails, defines no `config`, or gives a field a value that it rejects."""
     try:

@@ -6,7 +6,7 @@ from lsjax.config.checked import bounded as bounded
 from lsjax.config.checked import check as check
 from lsjax.config.llama import LlamaConfig as LlamaConfig
 from lsjax.config.llama import RopeScaling as RopeScaling
-from lsjax.config.paths import Path as Path
+from lsjax.config.paths import AnyPath as AnyPath
 from lsjax.config.paths import as_path as as_path
 from lsjax.config.paths import in_bucket as in_bucket
 from lsjax.config.paths import split_step as split_step

@@ -11,10 +11,10 @@ from lsjax.config.checked import check
 
 # Base class of local paths (pathlib.Path) and of paths in buckets (BucketPath). Both have pathlib's
 # methods. It is for annotations; `as_path` makes paths.
-Path = pathlib.PurePath
+AnyPath = pathlib.PurePath
 
 
-def as_path(path: str | Path) -> Path:
+def as_path(path: str | AnyPath) -> AnyPath:
     """The path that a text names: in a bucket after gs://, else on a local disk.
 
     Raises ConfigError for an empty text, another kind of URL, and without the package that reaches
@@ -38,12 +38,12 @@ def as_path(path: str | Path) -> Path:
     return pathlib.Path(path)
 
 
-def in_bucket(path: Path) -> bool:
+def in_bucket(path: AnyPath) -> bool:
     """Whether a path is in a bucket."""
     return not isinstance(path, pathlib.Path)
 
 
-def split_step(path: str | Path) -> tuple[Path, int | str | None]:
+def split_step(path: str | AnyPath) -> tuple[AnyPath, int | str | None]:
     """`runs/a@200` is step 200 of runs/a, `runs/a@best` its best one, any other path is itself.
 
     An existing file or directory of that name takes precedence.
@@ -61,7 +61,7 @@ def split_step(path: str | Path) -> tuple[Path, int | str | None]:
     return run, step if step == "best" else int(step)
 
 
-def find_data(paths: Sequence[str]) -> tuple[list[Path], tuple[str, ...]]:
+def find_data(paths: Sequence[str]) -> tuple[list[AnyPath], tuple[str, ...]]:
     """Files of `find_files` that hold something, and a line about the empty ones, if there are any.
 
     Raises ConfigError if all are empty.
@@ -74,12 +74,12 @@ def find_data(paths: Sequence[str]) -> tuple[list[Path], tuple[str, ...]]:
     return found, (warning,) if len(found) < len(files) else ()
 
 
-def find_files(paths: Sequence[str]) -> list[Path]:
+def find_files(paths: Sequence[str]) -> list[AnyPath]:
     """Files that match the paths and patterns (*, ?, [...], ** for directories), each once.
 
     Matches of a pattern are sorted. Raises ConfigError if a path or pattern matches no file.
     """
-    found: dict[Path, None] = {}
+    found: dict[AnyPath, None] = {}
     for path in paths:
         literal = as_path(path).expanduser()
         check(

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lsjax.config import Path
+from lsjax.config import AnyPath
 
 # Number of pieces that large sources are divided into, and limits of a piece's bytes.
 MANY_PIECES, SMALLEST_PIECE, LARGEST_PIECE = 4096, 1_000_000, 32_000_000
@@ -48,8 +48,8 @@ class Source:
     """
 
     name: str  # in messages
-    files: Sequence[Path]
-    read: Callable[[Path | None, int, int | None], Iterator[Document]]
+    files: Sequence[AnyPath]
+    read: Callable[[AnyPath | None, int, int | None], Iterator[Document]]
     whole: bool = False  # files are not divided
     num_rows: int | None = None
     part: str = ""  # names the part of the files, if not all are read

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import grain
 import numpy as np
 
-from lsjax.config import DataConfig, Path, check
+from lsjax.config import AnyPath, DataConfig, check
 from lsjax.data.packing import PackedBatch
 from lsjax.data.token_rows import ALONE, Share, TokenRows, open_job, stored_rows
 from lsjax.data.tokenizer import Tokenizer
@@ -116,7 +116,7 @@ def packed_rows(
     *,
     split: str,
     seq_len: int,
-    cache: Path,
+    cache: AnyPath,
     share: Share = ALONE,
     workers: int | None = None,
 ) -> TokenRows:

@@ -29,7 +29,7 @@ from typing import Any
 
 import numpy as np
 
-from lsjax.config import ConfigError, DataConfig, Path, check
+from lsjax.config import AnyPath, ConfigError, DataConfig, check
 from lsjax.data.packing import pack
 from lsjax.data.pieces import Document, Piece, Source, is_held_out
 from lsjax.data.sources import document_source
@@ -52,17 +52,17 @@ class Job:
     tokenizer: Tokenizer
     seq_len: int
     source: Source | None  # another process opens its own
-    directory: Path
+    directory: AnyPath
     settings: str  # hash (hex) of what determines the rows, besides the files
     # For a separate validation set: directory of the training rows, whose documents it loses.
-    seen: Path | None = None
+    seen: AnyPath | None = None
 
     @property
     def dtype(self) -> np.dtype:
         """Type of the ids on disk."""
         return np.dtype(np.uint16 if self.tokenizer.vocab_size <= 1 << 16 else np.uint32)
 
-    def meta(self, number: int) -> Path:
+    def meta(self, number: int) -> AnyPath:
         """JSON file of a shard; exists once the shard is complete."""
         return self.directory / f"{number:06d}.json"
 

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
-from lsjax.config import ConfigError, DataConfig, Path, as_path, check, in_bucket
+from lsjax.config import AnyPath, ConfigError, DataConfig, as_path, check, in_bucket
 from lsjax.config.paths import find_data
 from lsjax.data.pieces import LARGEST_PIECE, Document, Source
 from lsjax.io.files import one_line
@@ -52,7 +52,7 @@ def document_source(config: DataConfig, *, validation: bool = False) -> Source:
             source = array_records(paths, config.ids_field)
         case kind:
 
-            def read_lines_of(file: Path, begin: int, end: int | None) -> Iterator[Document]:
+            def read_lines_of(file: AnyPath, begin: int, end: int | None) -> Iterator[Document]:
                 for number, row in READERS[f".{kind}"](file, begin=begin, end=end):
                     yield row_document(row, config, f"{file}, line {number}")
 
@@ -73,11 +73,11 @@ def python_source() -> Source:
         found += [as_path(folder) / name for name in own if name.endswith(".py")]
     check(bool(found), f"{root} lacks Python's source, .py files: set another --data.source")
 
-    def read(file: Path, begin: int, end: int | None) -> Iterator[Document]:
+    def read(file: AnyPath, begin: int, end: int | None) -> Iterator[Document]:
         yield Document(file.read_text(encoding="utf-8", errors="replace"))
 
     name = f"standard library of Python {platform.python_version()}"
-    return Source(name, sorted(found, key=Path.as_posix), read, whole=True)
+    return Source(name, sorted(found, key=AnyPath.as_posix), read, whole=True)
 
 
 def text_files(paths: Sequence[str], separator: str) -> Source:
@@ -89,7 +89,7 @@ def text_files(paths: Sequence[str], separator: str) -> Source:
     files, warnings = find_data(paths)
     whole, blank = "\n" in separator, separator == "blank_line"
 
-    def read(file: Path, begin: int, end: int | None) -> Iterator[Document]:
+    def read(file: AnyPath, begin: int, end: int | None) -> Iterator[Document]:
         if whole or separator == "file":
             text = "".join(line for *_, line in read_lines(file, begin=begin, end=end))
             yield from map(Document, text.split(separator) if whole else [text])
@@ -159,7 +159,7 @@ def array_records(paths: Sequence[str], field: str) -> Source:
 
 def tfds_split(
     name: str, split: str, data_dir: str = ""
-) -> tuple[str, list[Path], Sequence[Fields]]:
+) -> tuple[str, list[AnyPath], Sequence[Fields]]:
     """A split of a TensorFlow data set, or part of one; downloaded if needed.
 
     Returns its name for messages, its files, and its rows, in which texts are bytes.

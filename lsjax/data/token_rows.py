@@ -23,7 +23,7 @@ import numpy as np
 from jaxtyping import Int64
 from rich.progress import Progress
 
-from lsjax.config import ConfigError, DataConfig, Path, check, in_bucket
+from lsjax.config import AnyPath, ConfigError, DataConfig, check, in_bucket
 from lsjax.data.packing import PackedBatch, from_records, record_type
 from lsjax.data.shards import SPLITS, THREADS, Job, make_shards
 from lsjax.data.sources import document_source
@@ -65,7 +65,7 @@ class TokenRows:
     in training, left out. fingerprint: hash (hex) of all that determines the rows.
     """
 
-    directory: Path
+    directory: AnyPath
     split: str
     seq_len: int
     dtype: np.dtype
@@ -111,12 +111,12 @@ class TokenRows:
                 records[b] = self._shards[shard][place]
         return from_records(records)
 
-    def _file(self, shard: int) -> Path:
+    def _file(self, shard: int) -> AnyPath:
         return self.directory / f"{shard:06d}.{self.split}"
 
 
 def open_job(
-    config: DataConfig, tokenizer: Tokenizer, seq_len: int, cache: Path, seen: TokenRows | None
+    config: DataConfig, tokenizer: Tokenizer, seq_len: int, cache: AnyPath, seen: TokenRows | None
 ) -> Job:
     """The job of a store, in the directory that its settings and the sizes of its files name."""
     source = document_source(config, validation=seen is not None)

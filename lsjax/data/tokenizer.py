@@ -15,7 +15,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 
-from lsjax.config import Path, as_path
+from lsjax.config import AnyPath, as_path
 from lsjax.io.files import read_json, write_json
 
 # Tokenizers with equal vocabularies may split digits, whitespace or contractions differently.
@@ -44,7 +44,7 @@ class Tokenizer(ABC):
     def _encode_batch(self, texts: Sequence[str], allow_special: bool) -> list[list[int]]: ...
 
     @abstractmethod
-    def _save_model(self, directory: Path) -> str:
+    def _save_model(self, directory: AnyPath) -> str:
         """Writes the vocabulary; returns the name of the transformers class that reads it."""
 
     def encode(
@@ -127,7 +127,7 @@ class Tokenizer(ABC):
         ids = (i for i in self._pieces if self.token_bytes(i, skip_special=False) == wanted)
         return min(ids, default=None)
 
-    def save(self, directory: str | Path) -> None:
+    def save(self, directory: str | AnyPath) -> None:
         """Writes files that `load_tokenizer` and transformers' AutoTokenizer read."""
         directory = as_path(directory)
         directory.mkdir(parents=True, exist_ok=True)

@@ -12,7 +12,7 @@ import sentencepiece
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
-from lsjax.config import Path
+from lsjax.config import AnyPath
 from lsjax.data.tokenizer import PROBE, Tokenizer, TokenizerError
 from lsjax.io.files import write_whole
 
@@ -60,7 +60,7 @@ class HuggingFaceTokenizer(Tokenizer):
         found = backend.encode_batch_fast(list(texts), add_special_tokens=False)
         return [one.ids for one in found]
 
-    def _save_model(self, directory: Path) -> str:
+    def _save_model(self, directory: AnyPath) -> str:
         if self.add_bos != self.adds_bos:
             bos = [(self.spelling(self.bos_id), self.bos_id)] if self.add_bos else []
             names = [name for name, _ in bos]
@@ -127,7 +127,7 @@ class SentencePieceTokenizer(Tokenizer):
         batch[1::2] = [[self._processor.piece_to_id(part)] for part in parts[1::2]]
         return [*chain.from_iterable(batch)]
 
-    def _save_model(self, directory: Path) -> str:
+    def _save_model(self, directory: AnyPath) -> str:
         """Writes tokenizer.model, and tokenizer.json for transformers if an equal one exists."""
         write_whole(directory / "tokenizer.model", self.model)
         converted, some = self._as_bpe(), range(min(1 << 10, self.vocab_size))

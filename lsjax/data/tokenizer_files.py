@@ -9,7 +9,7 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 
-from lsjax.config import Path, split_step
+from lsjax.config import AnyPath, split_step
 from lsjax.data.tokenizer import Tokenizer, TokenizerError
 from lsjax.data.tokenizer_backends import BYTE_PIECE, HuggingFaceTokenizer, SentencePieceTokenizer
 from lsjax.io.files import local_copy, one_line, read_json
@@ -50,7 +50,7 @@ _WHOLE_WORDS = ("llama-bpe", "smaug-bpe", "tekken")  # a word that is a token sk
 _ADD_BOS = ("llama-bpe", "tekken")  # if the file does not say
 
 
-def load_tokenizer(path: str | Path) -> Tokenizer:
+def load_tokenizer(path: str | AnyPath) -> Tokenizer:
     """Loads a tokenizer.json, a tokenizer.model (SentencePiece), a *.gguf, or a directory with one
     of the first two. The directory may be a training run; a step after @ is ignored.
 
@@ -77,7 +77,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         ) from error
 
 
-def _load(path: Path) -> Tokenizer:
+def _load(path: AnyPath) -> Tokenizer:
     if not path.is_dir():
         return {".gguf": _load_gguf, ".json": _load_json}.get(path.suffix, _load_model)(path)
     json_file, model_file = path / "tokenizer.json", path / "tokenizer.model"
@@ -94,13 +94,13 @@ def _load(path: Path) -> Tokenizer:
     return from_json
 
 
-def _load_json(file: Path) -> HuggingFaceTokenizer:
+def _load_json(file: AnyPath) -> HuggingFaceTokenizer:
     tokenizer = HuggingFaceTokenizer(tokenizers.Tokenizer.from_file(str(file)))
     _apply_settings(tokenizer, file)
     return tokenizer
 
 
-def _load_model(file: Path) -> SentencePieceTokenizer:
+def _load_model(file: AnyPath) -> SentencePieceTokenizer:
     tokenizer = SentencePieceTokenizer(file.read_bytes())
     added = _apply_settings(tokenizer, file).get("added_tokens_decoder") or ()
     if (largest := max(map(int, added), default=-1)) >= tokenizer.vocab_size:
@@ -108,7 +108,7 @@ def _load_model(file: Path) -> SentencePieceTokenizer:
     return tokenizer
 
 
-def _apply_settings(tokenizer: Tokenizer, file: Path) -> dict[str, Any]:
+def _apply_settings(tokenizer: Tokenizer, file: AnyPath) -> dict[str, Any]:
     """Sets bos, eos, add_bos and template by the files beside; returns tokenizer_config.json."""
     names = ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
     files = [file.with_name(name) for name in names]
@@ -142,7 +142,7 @@ def _apply_settings(tokenizer: Tokenizer, file: Path) -> dict[str, Any]:
     return config
 
 
-def _token_ids(generation: dict[str, Any], name: str, file: Path) -> list[int]:
+def _token_ids(generation: dict[str, Any], name: str, file: AnyPath) -> list[int]:
     """Ids of bos_token or eos_token in generation_config.json: none, one or a list."""
     given = generation.get(f"{name}_id")
     found = given if isinstance(given, list) else [] if given is None else [given]
@@ -154,7 +154,7 @@ def _token_ids(generation: dict[str, Any], name: str, file: Path) -> list[int]:
     return found
 
 
-def _load_gguf(file: Path) -> Tokenizer:
+def _load_gguf(file: AnyPath) -> Tokenizer:
     """The tokenizer of a GGUF, from the keys tokenizer.* of its first part."""
     fields = {
         name.removeprefix("tokenizer.").removeprefix("ggml."): field.contents()
@@ -226,7 +226,7 @@ def _sentencepiece_model(
     return model.SerializeToString()
 
 
-def gguf_parts(file: Path) -> list[Path]:
+def gguf_parts(file: AnyPath) -> list[AnyPath]:
     """All files of a split GGUF, named NAME-00001-of-00003.gguf; the file itself if not split."""
     part = re.fullmatch(r"(.+-)\d{5}(-of-(?!0{5})(\d{5})\.gguf)", file.name)
     if part is None:
@@ -235,7 +235,7 @@ def gguf_parts(file: Path) -> list[Path]:
     return [file.with_name(f"{name}{number:05d}{of}") for number in range(1, int(count) + 1)]
 
 
-def open_gguf(file: Path, error_type: type[ValueError]) -> Any:
+def open_gguf(file: AnyPath, error_type: type[ValueError]) -> Any:
     """The gguf package's reader for a file.
 
     Raises `error_type` without the package, or unless the file is a complete little-endian GGUF of

@@ -15,7 +15,7 @@ from itertools import chain
 
 import sentencepiece
 
-from lsjax.config import ConfigError, DataConfig, Path, as_path, check, split_step
+from lsjax.config import AnyPath, ConfigError, DataConfig, as_path, check, split_step
 from lsjax.data.pieces import Document, is_held_out
 from lsjax.data.sources import document_source
 from lsjax.data.tokenizer import Tokenizer
@@ -40,7 +40,7 @@ SETTINGS = dict(
 )
 
 
-def make_tokenizer(config: DataConfig, *, cache: Path) -> Tokenizer:
+def make_tokenizer(config: DataConfig, *, cache: AnyPath) -> Tokenizer:
     """The tokenizer of config.tokenizer; training one reads only the training documents.
 
     Raises ConfigError (no data, or too little text for the vocabulary), TokenizerError (a path).
@@ -105,12 +105,12 @@ def count_tokens(tokenizer: Tokenizer, texts: Iterable[str]) -> Counter[int]:
     return Counter(chain.from_iterable(batch))
 
 
-def cached_counts(cache: Path, tokenizer: Tokenizer, kind: str = "") -> Path:
+def cached_counts(cache: AnyPath, tokenizer: Tokenizer, kind: str = "") -> AnyPath:
     """File of a tokenizer's counts in the cache: of a text, or of decoded tokens (WRITTEN)."""
     return cache / "token_counts" / f"{tokenizer.fingerprint[:16]}{kind}.json"
 
 
-def add_written(cache: Path, tokenizer: Tokenizer, ids: Iterable[int]) -> None:
+def add_written(cache: AnyPath, tokenizer: Tokenizer, ids: Iterable[int]) -> None:
     """Adds decoded tokens to the counts in the cache. A damaged file is replaced."""
     file, counts = cached_counts(cache, tokenizer, WRITTEN), Counter(ids)
     with contextlib.suppress(ConfigError):
@@ -119,7 +119,7 @@ def add_written(cache: Path, tokenizer: Tokenizer, ids: Iterable[int]) -> None:
         write_counts(file, tokenizer, counts)
 
 
-def write_counts(file: Path, tokenizer: Tokenizer, counts: Counter[int]) -> None:
+def write_counts(file: AnyPath, tokenizer: Tokenizer, counts: Counter[int]) -> None:
     """Writes the file atomically. Raises ConfigError if nothing was counted."""
     check(bool(counts), "the text has no tokens: count a longer one")
     content = {"tokenizer": tokenizer.fingerprint, "total": counts.total()}
@@ -127,7 +127,7 @@ def write_counts(file: Path, tokenizer: Tokenizer, counts: Counter[int]) -> None
     write_whole(file, json.dumps(content).encode())
 
 
-def read_counts(file: Path, tokenizer: Tokenizer) -> Counter[int]:
+def read_counts(file: AnyPath, tokenizer: Tokenizer) -> Counter[int]:
     """Counts from a file. Raises ConfigError if it has none, or another tokenizer's."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
@@ -142,7 +142,7 @@ def read_counts(file: Path, tokenizer: Tokenizer) -> Counter[int]:
     return counts
 
 
-def find_counts(model: Path, cache: Path, tokenizer: Tokenizer) -> Counter[int]:
+def find_counts(model: AnyPath, cache: AnyPath, tokenizer: Tokenizer) -> Counter[int]:
     """Counts from the model's directory, else from the cache: of a text, or of ENOUGH decoded
     tokens. Raises ConfigError."""
     model, _ = split_step(model)

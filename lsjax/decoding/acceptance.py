@@ -58,7 +58,7 @@ def judge(
     """Accepts drafts by the full model's states. Also returns its logits, after penalties. rule: by
     default the lossless one."""
     state = draft.state
-    rule = rule or (accept_equal if state.draws is None else accept_block)
+    rule = rule or (accept_equal if state.sampling is None else accept_block)
     logits_BTV = model.unembed(x_BTD)
     changed_BTV = state.penalised(logits_BTV, 0, draft.tokens_BT)
     tokens_BT, accepted_B = rule(changed_BTV, draft)
@@ -83,16 +83,16 @@ def accept_block(logits_BTV: Float[Array, "B T V"], draft: Draft) -> Accepted:
     q = p. There w is constant, and the excess is 0 until the end. So all imagined tokens are
     accepted, with chance w, or none. They are samples of p: the next rounds may draw them.
     """
-    state, draws, head = draft.state, draft.state.draws, draft.head
-    log_p_BTV = draws.log_probs(logits_BTV)
+    state, sampling, head = draft.state, draft.state.sampling, draft.head
+    log_p_BTV = sampling.log_probs(logits_BTV)
     weight_BT, chance_BT = block_chances(log_p_BTV, draft)
     index_T = jnp.arange(chance_BT.shape[1])
     # All tests count, so every round needs fresh numbers: they depend on where it starts.
-    passes_BT = draws.uniform(state.length_B, index_T, Purpose.ACCEPT) < chance_BT
+    passes_BT = sampling.uniform(state.length_B, index_T, Purpose.ACCEPT) < chance_BT
     accepted_B = jnp.where(passes_BT & (index_T <= draft.count_B[:, None]), index_T, 0).max(1)
 
-    def here(values_BTX):
-        return jnp.take_along_axis(values_BTX, accepted_B[:, None, None], axis=1)[:, 0]
+    def here(values_BTn):
+        return jnp.take_along_axis(values_BTn, accepted_B[:, None, None], axis=1)[:, 0]
 
     p_BV, q_BW = jnp.exp(here(log_p_BTV)), jnp.exp(here(draft.log_q_BTW))
     q_BW = jnp.where((accepted_B < draft.count_B)[:, None], q_BW, 0)  # no draft: all of p
@@ -101,7 +101,7 @@ def accept_block(logits_BTV: Float[Array, "B T V"], draft: Draft) -> Accepted:
     rest_BV = jnp.maximum(rest_BV, 0)
     # If rounding leaves nothing, p and q are equal.
     rest_BV = jnp.where(rest_BV.sum(1, keepdims=True) > 0, rest_BV, p_BV)
-    token_B = draws.token(rest_BV, state.length_B + accepted_B, Purpose.TOKEN)
+    token_B = sampling.token(rest_BV, state.length_B + accepted_B, Purpose.TOKEN)
     own_BT = jnp.broadcast_to(token_B[:, None], draft.tokens_BT.shape)
     return draft.followed_by(own_BT, accepted_B), accepted_B
 

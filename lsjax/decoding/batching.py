@@ -30,7 +30,7 @@ from lsjax.decoding.strategy import Strategy
 from lsjax.model.protocol import Cache, DecoderModel, grow_cache
 
 # Rounds between two reads of the text by the host, if it is streamed or may contain a stop string.
-ROUNDS_PER_LOOK = 4
+ROUNDS_PER_READ = 4
 FILLER = Request(prompt=(0,), max_new_tokens=0)  # a row that has ended from the start
 
 
@@ -86,13 +86,13 @@ class ActiveRow:
     text: RowText
     prefill_seconds: float
     began: float  # computing seconds of the batch at the row's first token
-    looked: tuple[float, int]  # when last read: computing seconds, rounds of the row
+    last_read: tuple[float, int]  # when last read: computing seconds, rounds of the row
 
 
 class ContinuousBatch:
     """Decodes requests, whose prompts are token ids, with one strategy.
 
-    stream: look at the texts every few rounds. Other arguments: as for `Engine` and `Engine.watch`.
+    stream: read the texts every few rounds. Other arguments: as for `Engine` and `Engine.watch`.
     """
 
     def __init__(
@@ -159,7 +159,7 @@ class ContinuousBatch:
                         self._admit(row, *waiting.popleft())
                 finish_B = np.array(self._state.finish_B)
                 for row in list(self._rows):
-                    if (update := self._look(row, finish_B)) is not None:
+                    if (update := self._read(row, finish_B)) is not None:
                         yield update
                 finish_B = jax.device_put(finish_B, self._state.finish_B.sharding)
                 self._state = replace(self._state, finish_B=finish_B)
@@ -203,23 +203,23 @@ class ContinuousBatch:
         text, now = RowText(self._tokenizer, ids, request.stop), self._worked
         self._rows[row] = ActiveRow(index, request, text, now - before, now, (now, 0))
 
-    def _look(self, row: int, finish_B: np.ndarray) -> Update | None:
+    def _read(self, row: int, finish_B: np.ndarray) -> Update | None:
         """Reads a row's new tokens, if it has ended or its text is needed. Marks its end."""
         live, finish, cancelled = self._rows[row], int(finish_B[row]), self._cancelled()
         request = live.request
         if finish == RUNNING and not (self._stream or request.stop or cancelled):
             return None
         whole = Trace.of(self._state, row, len(request.prompt))
-        text, trace, reason = live.text.look(whole, finish)
+        text, trace, reason = live.text.read(whole, finish)
         if reason is None and cancelled:
-            rest, trace, _ = live.text.look(trace, LENGTH)
+            rest, trace, _ = live.text.read(trace, LENGTH)
             text, reason = text + rest, "interrupt"
-        (looked, before), live.looked = live.looked, (self._worked, whole.rounds)
+        (last_read, before), live.last_read = live.last_read, (self._worked, whole.rounds)
         if reason is None:
             return Update(live.index, text, trace, None)
         del self._rows[row]
         finish_B[row] = finish or STOP
-        # Rounds after a stop string do not count. The host sees the string only at the next look.
+        # Rounds after a stop string do not count. The host sees the string only when it reads next.
         share = (trace.rounds - before) / max(1, whole.rounds - before)
         is_stop = finish == EOS and trace.tokens_n[-1] in request.stop_ids
         completion = Completion.of(
@@ -230,14 +230,14 @@ class ContinuousBatch:
             text=live.text.text,
             num_prompt_tokens=len(request.prompt),
             prefill_seconds=live.prefill_seconds,
-            decode_seconds=looked + share * (self._worked - looked) - live.began,
+            decode_seconds=last_read + share * (self._worked - last_read) - live.began,
             compile_seconds=self._runtime.programs.compile_seconds - self._compiled_before,
             finish_reason="stop" if is_stop else reason,
         )
         return Update(live.index, text, trace, completion)
 
     def _advance(self) -> None:
-        """Runs rounds until a row ends, a look is due, or the strategy pauses. First grows the
+        """Runs rounds until a row ends, a read is due, or the strategy pauses. First grows the
         cache if needed."""
         state, runtime, before = self._state, self._runtime, self._worked
         longest = int(np.array(state.length_B)[np.array(state.finish_B) == RUNNING].max())
@@ -246,8 +246,8 @@ class ContinuousBatch:
             larger = partial(grow, capacity=slots, depth=self._depth)
             self._state = self._run(larger, state)
         del state  # the smaller cache, before anything is compiled
-        looks = self._stream or any(live.request.stop for live in self._rows.values())
-        rounds = np.int32(ROUNDS_PER_LOOK if looks else np.iinfo(np.int32).max)
+        reads = self._stream or any(live.request.stop for live in self._rows.values())
+        rounds = np.int32(ROUNDS_PER_READ if reads else np.iinfo(np.int32).max)
         arguments = self._arguments_for(self._state.capacity)
         self._state = self._run(self._loop, self._state, rounds, arguments)
         if self._pause:

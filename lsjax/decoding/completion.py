@@ -153,7 +153,7 @@ class Completion:
 
 @dataclass(frozen=True)
 class Update:
-    """Result of one look at a row: new text, the trace so far, and at the end the completion. Text
+    """What was read of a row: new text, the trace so far, and at the end the completion. Text
     that may be the beginning of a stop string is held back."""
 
     index: int  # of the request
@@ -168,19 +168,19 @@ class RowText:
     def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int], stop: Sequence[str]):
         self._decoder = StreamDecoder(tokenizer, prompt_ids)
         self._stop = stop
-        self._read = 0  # tokens of the trace that are in the text
-        self._shown = 0  # characters that `look` has returned
+        self._num_read = 0  # tokens of the trace that are in the text
+        self._shown = 0  # characters that `read` has returned
         self.text = ""
 
-    def look(self, trace: Trace, finish: int) -> tuple[str, Trace, str | None]:
+    def read(self, trace: Trace, finish: int) -> tuple[str, Trace, str | None]:
         """Reads new tokens. Returns the text that is safe to show now, the trace (cut after a stop
         string) and the reason why the row has ended, or None."""
         end = len(trace) - (finish == EOS)  # without the end token
-        while self._read < end and finish != STOP:
-            finish = self._add(self._decoder.push([int(trace.tokens_n[self._read])]), finish)
-            self._read += 1
+        while self._num_read < end and finish != STOP:
+            finish = self._add(self._decoder.push([int(trace.tokens_n[self._num_read])]), finish)
+            self._num_read += 1
             if finish == STOP:
-                trace = trace.cut(self._read)
+                trace = trace.cut(self._num_read)
         held_back = 0
         if finish == RUNNING:  # the end of the text may be the beginning of a stop string
             unseen = self.text[self._shown :]

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ from lsjax.decoding.confidence import Confidence
 from lsjax.decoding.draft_vocabulary import DraftHead, DraftVocabulary
 from lsjax.decoding.sampling import Purpose, argmax
 from lsjax.decoding.state import DecodeState
-from lsjax.model.protocol import Cache, DecoderModel
+from lsjax.model.protocol import Cache, DecoderModel, prepare
 
 
 @jax.tree_util.register_dataclass
@@ -37,6 +37,19 @@ class DraftArguments:
         return cls(head, Confidence.constant(least, columns))
 
 
+class Places(NamedTuple):
+    """Positions of the columns, and what the model prepared for them. The verification computes
+    both before its branches: inside, XLA would compute them again in each layer."""
+
+    positions_BT: Int[Array, "B T"]
+    prepared: Any
+
+    @classmethod
+    def of(cls, model: DecoderModel, positions_BT: Int[Array, "B T"]) -> "Places":
+        """The places of these positions."""
+        return cls(positions_BT, prepare(model, positions_BT))
+
+
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Chosen:
@@ -50,10 +63,10 @@ class Chosen:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Draft:
-    """Drafts of B rows, as input of the verification.
+    """Drafts of B rows, as input of the verification. Arrays have T = d + 1 columns.
 
-    Column t of T holds draft t. Row b has count_B[b] drafts, and the last column is unused. States
-    have one more: state t belongs to the token before draft t, and state 0 to the pending token.
+    tokens_BT[:, t] is draft token t, and the last column is unused. Row b has count_B[b] draft
+    tokens. hidden[:, t] belongs to the token before draft token t: the pending token for t = 0.
     """
 
     state: DecodeState  # the rows before the round, with the draft's keys and values
@@ -83,7 +96,7 @@ class Draft:
             hidden=(jnp.zeros(x_BTD.shape, x_BTD.dtype),) * kept,
             tokens_BT=none_BT,
             count_B=jnp.zeros_like(state.length_B),
-            log_q_BTW=None if state.draws is None else jnp.zeros((*shape_BT, size), jnp.float32),
+            log_q_BTW=None if state.sampling is None else jnp.zeros((*shape_BT, size), jnp.float32),
             head=head,
             top_BT=None if arguments.confidence is None else jnp.zeros(shape_BT, jnp.float32),
         )
@@ -165,12 +178,12 @@ class Draft:
         rows, places_V = (None, None) if head is None else (head.rows, head.places_V)
         logits_B1W = state.penalised(model.unembed(x_B1D, rows), at, self.tokens_BT, places_V)
         log_q_B1W = None
-        if state.draws is None:
+        if state.sampling is None:
             index_B = argmax(logits_B1W[:, 0])
         else:
-            log_q_B1W = state.draws.log_probs(logits_B1W)
+            log_q_B1W = state.sampling.log_probs(logits_B1W)
             q_BW = jnp.exp(log_q_B1W[:, 0])
-            index_B = state.draws.token(q_BW, state.length_B, Purpose.DRAFT, at)
+            index_B = state.sampling.token(q_BW, state.length_B, Purpose.DRAFT, at)
         return Chosen(
             token_B=index_B if head is None else head.ids_W[index_B],
             log_q_B1W=log_q_B1W,

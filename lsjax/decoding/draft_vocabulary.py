@@ -13,19 +13,19 @@ from lsjax.model.protocol import DecoderModel, Sizes
 
 
 class DraftHead(NamedTuple):
-    """The head's rows of the N tokens that may be drafted. places_V: index of each token among
-    them, or N if it may not be drafted."""
+    """The head's rows of the W tokens that may be drafted. places_V: index of each token among
+    them, or W if it may not be drafted."""
 
     ids_W: Int[Array, " W"]
     places_V: Int[Array, " V"]
-    rows: Any  # [N, ...], by the model's `head_rows`
+    rows: Any  # [W, ...], by the model's `head_rows`
 
 
 @dataclass(frozen=True, eq=False)
 class DraftVocabulary:
     """Token ids that may be drafted, in ascending order: of equal logits the lower id wins.
 
-    The head costs as much as several layers, and N rows of it less than V. The verification uses
+    The head costs as much as several layers, and W rows of it less than V. The verification uses
     the full head, so the text stays the same.
     """
 

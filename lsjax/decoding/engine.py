@@ -142,7 +142,7 @@ class Engine:
         cancelled: Callable[[], bool] = lambda: False,
         **options,
     ) -> Iterator[Update]:
-        """Yields an update for every look at one prompt's new text.
+        """Yields an update whenever one prompt's new text is read.
 
         conversation: keeps the cache for the next text, even if this one stops early. It needs an
         engine with one row. cancelled: once it returns true, the text ends with finish_reason

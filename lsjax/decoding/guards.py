@@ -1,7 +1,6 @@
-"""Parts of a round that run only if needed: a verification by the number of drafts.
+"""Branches that run only if needed.
 
-Each is a loop of at most one trip, which updates the cache in place. Around a `cond`, XLA copies
-the cache on GPUs.
+Each is a while loop of at most one trip, because XLA copies the cache around a `cond` on GPUs.
 """
 
 from collections.abc import Callable
@@ -15,27 +14,26 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool
 
-from lsjax.decoding.draft import Draft
+from lsjax.decoding.draft import Draft, Places
 from lsjax.decoding.scopes import guard_of_length
 
 
 def at_shortest_length(
-    lengths: tuple[int, ...], draft: Draft, prepared: Any, verify: Callable[[Draft, Any], Any]
+    lengths: tuple[int, ...], draft: Draft, places: Places, verify: Callable[[Draft, Places], Any]
 ) -> Any:
-    """`verify(draft, prepared)` on the columns of the shortest length that holds all drafts.
+    """`verify(draft, places)` on the columns of the shortest length that holds all drafts.
 
-    The result has a field `cache`; other arrays are padded to all columns. prepared: arrays
-    [B, T, ...] for the columns, computed before: XLA would compute them in each layer of a branch.
+    The result has a field `cache`; other arrays are padded to all columns.
     """
     if len(lengths) == 1:
-        return verify(draft, prepared)
+        return verify(draft, places)
     longest = draft.count_B.max()
-    whole = jax.eval_shape(verify, draft, prepared)
+    whole = jax.eval_shape(verify, draft, places)
     found = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), whole)
     found = replace(found, cache=draft.state.cache)
 
     def first_columns(length: int, found: Any) -> Any:
-        some = jax.tree.map(lambda leaf: leaf[:, : 1 + length], prepared)
+        some = jax.tree.map(lambda leaf: leaf[:, : 1 + length], places)
         one = verify(draft.with_cache(found.cache).first(1 + length), some)
         return jax.tree.map(_padded, one, whole)
 

@@ -145,7 +145,7 @@ class Programs:
         self.mesh, self._kernels = mesh, kernels
         self._compiled: dict[Hashable, Callable] = {}
         with self.context():
-            self._lays_out = lay_out and lays_out_weights()
+            self.lays_out = lay_out and lays_out_weights()
         self.compile_seconds = 0.0
 
     def __len__(self) -> int:
@@ -172,7 +172,7 @@ class Programs:
         if key not in self._compiled:
             begin = time.perf_counter()
             compiled = self.lower(function, state, *rest).compile()
-            if self._formats is None and self._lays_out:
+            if self._formats is None and self.lays_out:
                 formats = zip(self._leaves, compiled.input_formats[0][0], strict=True)
                 # A weight that the program does not read has no layout.
                 self._formats = [new if new.layout else old.format for old, new in formats]
@@ -191,7 +191,7 @@ class Programs:
 
         mesh, formats = self.mesh, self._formats
         with self.context():
-            if formats is None and self._lays_out:
+            if formats is None and self.lays_out:
                 formats = [Format(Layout.AUTO, leaf.sharding) for leaf in self._leaves]
             program = jax.jit(
                 run,
@@ -215,7 +215,9 @@ class Programs:
             yield
 
     def _lay_out(self) -> None:
-        """Converts the model's arrays to the programs' layouts, one after the other."""
+        """Converts the model's arrays to the programs' layouts, one after the other. The old ones
+        are freed, unless the caller holds them."""
+        self.model = None
         for index, (leaf, format_) in enumerate(zip(self._leaves, self._formats, strict=True)):
             if leaf.format.layout != format_.layout:
                 self._leaves[index] = jax.device_put(leaf, format_)

@@ -52,7 +52,7 @@ class Runtime:
         self.decode_seconds = 0.0  # of all rounds so far
         self._min_capacity = min_capacity
         self._seconds: dict[tuple[Strategy, int], jax.Array] = {}  # of rounds, by slots
-        self._last: tuple[Strategy, DecoderModel, Any] | None = None  # arguments of a strategy
+        self._last: tuple[Strategy, Any] | None = None  # arguments of a strategy
 
     @property
     def model(self) -> DecoderModel:
@@ -62,6 +62,7 @@ class Runtime:
     def use_model(self, model: DecoderModel) -> None:
         """Decodes with another model from now on. Raises ConfigError if its form differs."""
         self.programs.use(self._placed(model))
+        self._last = None
 
     def _placed(self, model: DecoderModel) -> DecoderModel:
         """The model on the mesh, or on the default device."""
@@ -77,7 +78,7 @@ class Runtime:
         """An empty cache of the first `depth` layers, sharded over the mesh."""
         create = partial(self.model.new_cache, rows, capacity, depth)
         if self.mesh is None:
-            return create()
+            return _without_shared(create())
         place = shardings({"cache": jax.eval_shape(create)}, self.mesh)["cache"]
         return jax.jit(create, out_shardings=place)()
 
@@ -103,10 +104,9 @@ class Runtime:
 
     def _plain_arguments(self, strategy: Strategy) -> Any:
         """Arguments without measured seconds, kept until another strategy is asked for."""
-        if self._last is None or self._last[0] is not strategy or self._last[1] is not self.model:
-            arguments = placed(strategy.arguments(self.model), self.mesh)
-            self._last = strategy, self.model, arguments
-        return self._last[2]
+        if self._last is None or self._last[0] is not strategy:
+            self._last = strategy, placed(strategy.arguments(self.model), self.mesh)
+        return self._last[1]
 
     def stopwatch(self, strategy: Strategy, rows: int, capacity: int) -> Stopwatch:
         """Times rounds of a strategy on rows that have filled half of their slots."""
@@ -137,7 +137,8 @@ class Runtime:
         layout = None if mesh is None else dict(mesh.shape)
         own = strategy.exits, strategy.lengths, strategy.draft_vocab, self.batch_size, capacity
         form = str(getattr(model, "config", type(model).__name__)), sizes
-        return [*form, kinds, layout, machine(), *own, self.kernels, jax.__version__]
+        lays_out = self.programs.lays_out
+        return [*form, kinds, layout, machine(), lays_out, *own, self.kernels, jax.__version__]
 
     def memory_bytes(self, total: int, strategy: Strategy) -> tuple[int, int]:
         """Bytes of the model and of the cache for rows of `total` tokens, on all devices."""
@@ -172,6 +173,17 @@ class Runtime:
         return sum(
             math.prod(place.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf, place in pairs
         )
+
+
+def _without_shared(cache: Cache) -> Cache:
+    """The cache, whose arrays are all different ones: programs consume each of them."""
+    leaves, structure = jax.tree.flatten(cache)
+    known: set[int] = set()
+    for index, leaf in enumerate(leaves):
+        if id(leaf) in known:
+            leaves[index] = jnp.copy(leaf)
+        known.add(id(leaf))
+    return jax.tree.unflatten(structure, leaves)
 
 
 def cache_slots(length: int, strategy: Strategy) -> int:

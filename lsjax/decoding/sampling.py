@@ -70,7 +70,7 @@ GREEDY = Sampling()
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
-class Draws:
+class RowSampling:
     """Sampling settings of each row, as arrays. filters: those that some row uses; the program
     omits the others."""
 
@@ -82,7 +82,9 @@ class Draws:
     filters: frozenset[str] = field(metadata=dict(static=True))
 
     @classmethod
-    def create(cls, rows: Sequence[Sampling], among: Sequence[Sampling] = ()) -> "Draws | None":
+    def create(
+        cls, rows: Sequence[Sampling], among: Sequence[Sampling] = ()
+    ) -> "RowSampling | None":
         """Settings of these rows; None if all are greedy. among: rows that share the program."""
         among = among or rows
         if all(row.temperature == 0 for row in among):
@@ -142,13 +144,13 @@ class Draws:
         """Draws an index for each row; weights need not sum to 1. First draws a block of tokens by
         its sum, then a token of it, which spares a random number for each token."""
         batch, size = weight_BV.shape
-        weight_BMb = jnp.pad(weight_BV, ((0, 0), (0, -size % DRAW_BLOCK)))
-        weight_BMb = weight_BMb.reshape(batch, -1, DRAW_BLOCK)
+        weight_Bnn = jnp.pad(weight_BV, ((0, 0), (0, -size % DRAW_BLOCK)))
+        weight_Bnn = weight_Bnn.reshape(batch, -1, DRAW_BLOCK)
         keys_B = self._keys(position_B, offset, purpose)
         u_B2 = jax.vmap(lambda key: jax.random.uniform(key, (2,)))(keys_B)
-        block_B = _first_beyond(weight_BMb.sum(-1), u_B2[:, 0])
-        inside_Bb = jnp.take_along_axis(weight_BMb, block_B[:, None, None], axis=1)[:, 0]
-        return block_B * DRAW_BLOCK + _first_beyond(inside_Bb, u_B2[:, 1])
+        block_B = _first_beyond(weight_Bnn.sum(-1), u_B2[:, 0])
+        inside_Bn = jnp.take_along_axis(weight_Bnn, block_B[:, None, None], axis=1)[:, 0]
+        return block_B * DRAW_BLOCK + _first_beyond(inside_Bn, u_B2[:, 1])
 
     def uniform(
         self, position_B: Int[Array, " B"], offset_T: Int[Array, " T"], purpose: Purpose
@@ -197,14 +199,14 @@ class Penalties:
     ) -> Float[Array, "B T W"]:
         """Penalises the logits at these positions, each by the earlier tokens of the history.
 
-        places_V: index of each token among the N with logits, or N if absent. If all tokens would
+        places_V: index of each token among the W with logits, or W if absent. If all tokens would
         be forbidden, penalties are skipped.
         """
         batch, steps, size = logits_BTW.shape
         index_BS = history_BS if places_V is None else places_V[history_BS]
         slots = jnp.arange(history_BS.shape[1])
         before_BTS = slots < position_BT[..., None]
-        index_BTS = jnp.where(before_BTS, index_BS[:, None], size)  # N is dropped below
+        index_BTS = jnp.where(before_BTS, index_BS[:, None], size)  # W is dropped below
         rows, columns = jnp.arange(batch)[:, None, None], jnp.arange(steps)[:, None]
         said_BTS = logits_BTW.at[rows, columns, index_BTS].get(mode="fill", fill_value=0.0)
         penalty_B11 = self.repetition_B[:, None, None]

@@ -25,13 +25,13 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from lsjax.decoding.acceptance import AcceptanceRule, judge
-from lsjax.decoding.draft import Draft, DraftArguments
+from lsjax.decoding.draft import Draft, DraftArguments, Places
 from lsjax.decoding.draft_vocabulary import DraftVocabulary
 from lsjax.decoding.guards import at_shortest_length
 from lsjax.decoding.scopes import DRAFT, VERIFY
 from lsjax.decoding.state import DecodeState
 from lsjax.decoding.strategy import Speculative
-from lsjax.model.protocol import DecoderModel, draft_state, prepare, run_through
+from lsjax.model.protocol import DecoderModel, draft_state, run_through
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class SelfSpeculative(Speculative):
     """
 
     name = "self_speculative"
-    exit_layer: int = field()
+    exit_layer: int = field()  # required: hides the None of the base class
     num_draft_tokens: int = field()
     vocabulary: DraftVocabulary | None = None
     draft_confidence: float | None = None
@@ -87,7 +87,7 @@ def speculative_round(
     above = [exit_layer for exit_layer in sorted(keep) if verified_from < exit_layer < last]
 
     def first_layers(x_B1D, positions_B1, cache):
-        places = positions_B1, prepare(drafter, positions_B1)
+        places = Places.of(drafter, positions_B1)
         hidden, cache = run_through(drafter, (0, *below, first), x_B1D, *places, cache)
         x_B1D, cache = draft_state(drafter, first, hidden[-1], positions_B1, cache)
         return x_B1D, hidden, cache
@@ -95,18 +95,18 @@ def speculative_round(
     def verify(draft, places):
         x_BTD, cache = draft.hidden[-1], draft.state.cache
         if verified_from != first:
-            x_BTD = model.embed(draft.inputs_BT, places[0])
+            x_BTD = model.embed(draft.inputs_BT, places.positions_BT)
         bounds = verified_from, *above, last
         hidden, cache = run_through(model, bounds, x_BTD, *places, cache)
         verified, _ = judge(model, draft, hidden[-1], cache, settings.accept)
-        seen = dict(zip((*below, first, *above), (*draft.hidden, *hidden[:-1]), strict=True))
-        return replace(verified, seen={exit_layer: seen[exit_layer] for exit_layer in keep})
+        found = zip((*below, first, *above), (*draft.hidden, *hidden[:-1]), strict=True)
+        return replace(verified, seen={exit_: x_BTD for exit_, x_BTD in found if exit_ in keep})
 
     limit_B = jnp.minimum(state.end_B - state.length_B - 1, longest)
     draft = Draft.empty(drafter, state, arguments, 1 + longest, kept=1 + len(below))
     draft = draft_tokens(drafter, first_layers, draft, limit_B, arguments)
     with jax.named_scope(VERIFY):
-        places = draft.positions_BT, prepare(model, draft.positions_BT)
+        places = Places.of(model, draft.positions_BT)
         verified = at_shortest_length(settings.lengths, draft, places, verify)
         return verified.commit(draft, first), verified.seen
 

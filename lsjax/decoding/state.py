@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from lsjax.decoding.request import Request
-from lsjax.decoding.sampling import Draws, Penalties, Purpose, argmax
+from lsjax.decoding.sampling import Penalties, Purpose, RowSampling, argmax
 from lsjax.kernels.cache_writes import write
 from lsjax.model.parameters import placed
 from lsjax.model.protocol import Cache
@@ -28,7 +28,8 @@ class DecodeState:
     """Carry of the decode loop: B rows with S slots each.
 
     A row has `length_B` tokens, prompt and new ones. The last one is pending: only earlier tokens
-    are cached. completion.py derives text and statistics from the buffers.
+    are cached. completion.py derives text and statistics from the buffers. Names of fields end in
+    their axes, which decide their sharding (model/parameters.py), and what grows with the slots.
     """
 
     cache: Cache
@@ -42,7 +43,7 @@ class DecodeState:
     round_BS: Int[Array, "B S"]  # 1 + drafted tokens, at a round's last token; else 0
     log_probs_BS: Float[Array, "B S"] | None  # of the tokens, if requested
     source_BS: Int[Array, "B S"] | None  # layers that drafted, if the strategy chooses them
-    draws: Draws | None  # how tokens are sampled; None means argmax
+    sampling: RowSampling | None  # how tokens are sampled; None means argmax
     penalties: Penalties | None
     learned: Any  # what the strategy has learned of each row; None for most
 
@@ -93,7 +94,7 @@ class DecodeState:
             round_BS=filled(0),
             log_probs_BS=filled(0, np.float32) if log_probs else None,
             source_BS=None if learned is None else filled(0),
-            draws=Draws.create(*samplings),
+            sampling=RowSampling.create(*samplings),
             penalties=Penalties.create(*samplings),
             learned=learned,
         )
@@ -135,16 +136,16 @@ class DecodeState:
         self,
         logits_BTW: Float[Array, "B T W"],
         first: Int[Array, ""] | int = 0,
-        draft_BT: Int[Array, "B D"] | None = None,
+        draft_Bn: Int[Array, "B n"] | None = None,
         places_V: Int[Array, " V"] | None = None,
     ) -> Float[Array, "B T W"]:
-        """Applies penalties to logits of T new positions, starting at offset `first`. draft_BT:
+        """Applies penalties to logits of T new positions, starting at offset `first`. draft_Bn:
         hypothetical new tokens. places_V: as in DraftHead."""
         if self.penalties is None:
             return logits_BTW
         history_BS = self.tokens_BS
-        if draft_BT is not None:
-            history_BS = self._written(history_BS, draft_BT)
+        if draft_Bn is not None:
+            history_BS = self._written(history_BS, draft_Bn)
         position_BT = self.length_B[:, None] + first + jnp.arange(logits_BTW.shape[1])
         arguments = (self.penalties, logits_BTW, history_BS, position_BT, places_V)
         rows = P("data")
@@ -163,11 +164,11 @@ class DecodeState:
         """Appends one token to every running row, chosen by these logits."""
         logits_BTV = logits_BV[:, None]
         changed_BTV = self.penalised(logits_BTV)
-        if self.draws is None:
+        if self.sampling is None:
             token_B = argmax(changed_BTV[:, 0])
         else:
-            p_BV = jnp.exp(self.draws.log_probs(changed_BTV)[:, 0])
-            token_B = self.draws.token(p_BV, self.length_B, Purpose.TOKEN)
+            p_BV = jnp.exp(self.sampling.log_probs(changed_BTV)[:, 0])
+            token_B = self.sampling.token(p_BV, self.length_B, Purpose.TOKEN)
         new_BT = token_B[:, None]
         return self.commit(new_BT, log_probs_BT=self.log_probs(logits_BTV, new_BT))
 

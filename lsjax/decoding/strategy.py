@@ -21,7 +21,7 @@ class Strategy(ABC):
     """
 
     name: ClassVar[str]
-    exit_layer: int | None = None
+    exit_layer: int | None = None  # E: layers 0..E-1 run; a number, not an index
     num_draft_tokens: int | None = None
     draft_confidence: float | None = None
     vocabulary: DraftVocabulary | None = None  # tokens that may be drafted, all by default

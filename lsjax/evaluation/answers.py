@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from lsjax.checkpoints.steps import fingerprints
-from lsjax.config import Path, check
+from lsjax.config import AnyPath, check
 from lsjax.config.checked import differences, shown
 from lsjax.decoding.auto.adaptive import Adaptive
 from lsjax.decoding.completion import Completion
@@ -94,7 +94,7 @@ def complete(
     strategies: Sequence[Strategy],
     questions: Sequence[Question],
     asked: Mapping[str, Any],
-    file: Path,
+    file: AnyPath,
     notes: Console,
     figures: Callable[[Question, Completion, Completion], dict[str, Any]],
     timed: bool = False,
@@ -170,7 +170,7 @@ def warm_up(
     return compiling
 
 
-def resume(file: Path, asked: Mapping[str, Any]) -> dict[str, Answer]:
+def resume(file: AnyPath, asked: Mapping[str, Any]) -> dict[str, Answer]:
     """Answers of a file by key. A new file gets a header.
 
     For duplicate keys, the later answer wins. An incomplete last line is cut off. Raises
@@ -197,7 +197,7 @@ def resume(file: Path, asked: Mapping[str, Any]) -> dict[str, Answer]:
     return {answer["key"]: answer for answer in answers}
 
 
-def read(file: Path) -> tuple[dict[str, Any], list[Answer]]:
+def read(file: AnyPath) -> tuple[dict[str, Any], list[Answer]]:
     """Header and answers of a file, without an incomplete last line. Raises ConfigError if the
     file is not an answers file."""
     try:

@@ -25,7 +25,7 @@ from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_table  # noqa: F401
 from tqdm import tqdm
 
-from lsjax.config import ConfigError, Path, check
+from lsjax.config import AnyPath, ConfigError, check
 from lsjax.data.chat import render_chat
 from lsjax.decoding.engine import Engine
 from lsjax.decoding.request import Request
@@ -169,7 +169,7 @@ class EngineLM(TemplateLM):
         )
 
 
-def find_tasks(names: Sequence[str], directory: Path | None = None) -> dict[str, Any]:
+def find_tasks(names: Sequence[str], directory: AnyPath | None = None) -> dict[str, Any]:
     """Options of `evaluate`: the tasks with these names or patterns, and their index. They come
     from a directory's .yaml files, or else from lm_eval. Raises ConfigError for an unknown name."""
     include = None if directory is None else str(directory)
@@ -183,7 +183,7 @@ def find_tasks(names: Sequence[str], directory: Path | None = None) -> dict[str,
     return {"tasks": manager.match_tasks(list(names)), "task_manager": manager}
 
 
-def evaluate(model: EngineLM, output: Path | None = None, **options: Any) -> dict:
+def evaluate(model: EngineLM, output: AnyPath | None = None, **options: Any) -> dict:
     """Runs `simple_evaluate` with these options, and saves the results in `output`."""
     # Otherwise lm_eval bootstraps in forks of this process, which are unsafe with JAX.
     os.environ["DISABLE_MULTIPROC"] = "1"

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from lsjax.config import Path, check
+from lsjax.config import AnyPath, check
 from lsjax.evaluation import installed
 from lsjax.evaluation.exits import ExitScores
 from lsjax.evaluation.many_rows import ACCEPTANCES, RoundCost, fastest
@@ -27,7 +27,7 @@ DOTS = dict(marker="o", ms=4)
 
 @contextmanager
 def figure(
-    rows: int, columns: int, size: tuple[float, float], file: Path, title: str
+    rows: int, columns: int, size: tuple[float, float], file: AnyPath, title: str
 ) -> Iterator[np.ndarray]:
     """The axes of a figure, which is written as PNG at the end. Without pyplot's global state, as
     plots are also made during training. Raises ConfigError if matplotlib is not installed."""
@@ -43,7 +43,7 @@ def figure(
     write_whole(file, content.getvalue())
 
 
-def plot_exits(scores: Mapping[str, ExitScores], file: Path, *, title: str = "") -> None:
+def plot_exits(scores: Mapping[str, ExitScores], file: AnyPath, *, title: str = "") -> None:
     """Loss and agreement with the final argmax by exit, by model (the paper's Figures 6 and 8).
 
     scores: by name in the legend; the models may have different numbers of layers.
@@ -63,7 +63,7 @@ def plot_exits(scores: Mapping[str, ExitScores], file: Path, *, title: str = "")
             losses.legend(frameon=False)
 
 
-def plot_training(metrics: Sequence[Row], file: Path, *, title: str = "") -> None:
+def plot_training(metrics: Sequence[Row], file: AnyPath, *, title: str = "") -> None:
     """A run's losses by exit, held-out agreement, gradient norm with learning rate, and speed.
 
     metrics: lines of metrics.jsonl. Raises ConfigError if they contain no steps.
@@ -129,7 +129,7 @@ def _smooth(values: np.ndarray, fewest: int = 1) -> np.ndarray:
     return np.where(known, totals / np.maximum(counts, 1), np.nan)
 
 
-def plot_grid(rows: Sequence[Row], file: Path, *, title: str = "") -> None:
+def plot_grid(rows: Sequence[Row], file: AnyPath, *, title: str = "") -> None:
     """Heat maps of the speedup over exits and draft lengths, one for each head and confidence.
 
     Each cell has tokens per second, the speedup and the acceptance rate (if anything was drafted).
@@ -169,7 +169,7 @@ def plot_grid(rows: Sequence[Row], file: Path, *, title: str = "") -> None:
             axis.set_title(str(kind), fontsize="medium")
 
 
-def plot_rows(costs: Mapping[str, Sequence[RoundCost]], file: Path, *, title: str = "") -> None:
+def plot_rows(costs: Mapping[str, Sequence[RoundCost]], file: AnyPath, *, title: str = "") -> None:
     """Speedup over the number of rows at assumed acceptances, in a panel for each machine. Each
     point is the best exit and draft length, and names the length.
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from lsjax.config import Path, as_path, check, in_bucket
+from lsjax.config import AnyPath, as_path, check, in_bucket
 
 log = logging.getLogger(__name__)
 
@@ -20,18 +20,18 @@ TOKENIZER = re.compile(r"(tokenizer|special|generation).*\.(json|model)|chat_tem
 WEIGHTS = re.compile(r"config\.json|.+\.safetensors(\.index\.json)?")
 
 
-def cache_directory() -> Path:
+def cache_directory() -> AnyPath:
     """The cache directory: $LSJAX_CACHE, else lsjax in $XDG_CACHE_HOME or ~/.cache."""
     return as_path(os.environ.get("LSJAX_CACHE") or _default_cache())
 
 
-def local_cache() -> Path:
+def local_cache() -> AnyPath:
     """The cache directory, or the default one if $LSJAX_CACHE is in a bucket."""
     directory = cache_directory()
     return _default_cache() if in_bucket(directory) else directory
 
 
-def _default_cache() -> Path:
+def _default_cache() -> AnyPath:
     return as_path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "lsjax"
 
 
@@ -47,7 +47,7 @@ def cause(error: BaseException) -> str:
     return one_line(error)
 
 
-def read_json(file: Path, error_type: type[ValueError]) -> dict[str, Any]:
+def read_json(file: AnyPath, error_type: type[ValueError]) -> dict[str, Any]:
     """The object in a JSON file; raises `error_type` for anything else."""
     try:
         raw = json.loads(file.read_bytes())
@@ -59,7 +59,7 @@ def read_json(file: Path, error_type: type[ValueError]) -> dict[str, Any]:
 
 
 @contextmanager
-def writing(file: Path) -> Iterator[None]:
+def writing(file: AnyPath) -> Iterator[None]:
     """Raises an error of the system again, as an OSError with the file's name, the reason and the
     fix. The system's own names no file while an open file is written. Of nested contexts the
     outermost names the file."""
@@ -76,12 +76,12 @@ def writing(file: Path) -> Iterator[None]:
         ) from cause
 
 
-def write_json(file: Path, content: Mapping[str, Any]) -> None:
+def write_json(file: AnyPath, content: Mapping[str, Any]) -> None:
     """Writes a JSON file atomically: indented, with a newline at the end."""
     write_whole(file, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
 
 
-def write_whole(file: Path, content: bytes) -> None:
+def write_whole(file: AnyPath, content: bytes) -> None:
     """Writes a file atomically: it appears under its name when it is complete."""
     with writing(file):
         if in_bucket(file):
@@ -97,7 +97,7 @@ def write_whole(file: Path, content: bytes) -> None:
 
 
 @contextmanager
-def whole_directory(directory: Path, last: str = "") -> Iterator[Path]:
+def whole_directory(directory: AnyPath, last: str = "") -> Iterator[AnyPath]:
     """Yields a local directory to write into. If the block succeeds, it is renamed to `directory`,
     or its files are copied to the bucket.
 
@@ -128,7 +128,7 @@ def whole_directory(directory: Path, last: str = "") -> Iterator[Path]:
                 file_system().put(here, there)
 
 
-def remove_directory(directory: Path) -> None:
+def remove_directory(directory: AnyPath) -> None:
     """Removes a directory with all that it holds, if it exists."""
     if in_bucket(directory):
         directory.rmtree(missing_ok=True)
@@ -136,7 +136,7 @@ def remove_directory(directory: Path) -> None:
         shutil.rmtree(directory, ignore_errors=True)
 
 
-def local_copy(path: Path, *, wanted: re.Pattern = TOKENIZER) -> Path:
+def local_copy(path: AnyPath, *, wanted: re.Pattern = TOKENIZER) -> AnyPath:
     """The path itself, or a copy in the cache if it is in a bucket. A changed file is copied again.
 
     path: directory of a model, tokenizer file, or GGUF file, which is copied with all its parts.

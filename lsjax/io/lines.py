@@ -4,7 +4,7 @@ import io
 import time
 from typing import IO
 
-from lsjax.config import Path, in_bucket
+from lsjax.config import AnyPath, in_bucket
 from lsjax.io.files import write_whole, writing
 
 PAUSE = 60.0  # seconds between two writes of a growing file in a bucket
@@ -18,7 +18,7 @@ class Lines:
     `flush` and `close`.
     """
 
-    def __init__(self, file: Path, *, empty: bool = False):
+    def __init__(self, file: AnyPath, *, empty: bool = False):
         """empty: whether to empty an existing file, instead of appending to it."""
         self._file, self._written = file, time.monotonic()
         if in_bucket(file):

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import chain, islice, repeat
 from typing import Any
 
-from lsjax.config import ConfigError, Path, check
+from lsjax.config import AnyPath, ConfigError, check
 from lsjax.config.paths import find_data
 
 log = logging.getLogger(__name__)
@@ -26,7 +26,7 @@ def stop_at(error: ConfigError) -> None:
 
 
 def read_lines(
-    file: Path, refuse: Refuse = stop_at, begin: int = 0, end: int | None = None
+    file: AnyPath, refuse: Refuse = stop_at, begin: int = 0, end: int | None = None
 ) -> Iterator[tuple[int, int, str]]:
     """Number, offset of the first byte, and text of each line of a UTF-8 file.
 
@@ -59,7 +59,7 @@ def read_lines(
 
 
 def json_rows(
-    file: Path, refuse: Refuse = stop_at, begin: int = 0, end: int | None = None
+    file: AnyPath, refuse: Refuse = stop_at, begin: int = 0, end: int | None = None
 ) -> Iterator[tuple[int, Fields]]:
     """Line numbers and objects of a .jsonl file; skips blank lines."""
     for number, _, line in read_lines(file, refuse, begin, end):
@@ -76,7 +76,7 @@ def json_rows(
 
 
 def tab_separated_rows(
-    file: Path, refuse: Refuse = stop_at, begin: int = 0, end: int | None = None
+    file: AnyPath, refuse: Refuse = stop_at, begin: int = 0, end: int | None = None
 ) -> Iterator[tuple[int, Fields]]:
     """Line numbers and columns, keyed by the header's names; quotes are plain characters."""
     lines = read_lines(file, refuse, begin, end)
@@ -87,7 +87,7 @@ def tab_separated_rows(
     yield from _named_columns(file, columns, refuse)
 
 
-def comma_separated_rows(file: Path, refuse: Refuse = stop_at) -> Iterator[tuple[int, Fields]]:
+def comma_separated_rows(file: AnyPath, refuse: Refuse = stop_at) -> Iterator[tuple[int, Fields]]:
     """Rows of a .csv file, as of a .tsv; quoted columns may contain commas and line breaks."""
     reader = csv.reader(line for *_, line in read_lines(file, refuse))
     begins = (reader.line_num + 1 for _ in repeat(None))
@@ -99,7 +99,7 @@ def comma_separated_rows(file: Path, refuse: Refuse = stop_at) -> Iterator[tuple
 
 
 def _named_columns(
-    file: Path, lines: Iterator[tuple[int, list[str]]], refuse: Refuse
+    file: AnyPath, lines: Iterator[tuple[int, list[str]]], refuse: Refuse
 ) -> Iterator[tuple[int, Fields]]:
     rows = ((number, columns) for number, columns in lines if "".join(columns).strip())
     _, names = next(rows, (0, []))

@@ -6,13 +6,13 @@ from lsjax.platforms import tuning
 def verification_lengths(lengths: tuple[int, ...]) -> tuple[int, ...]:
     """Draft lengths with a verification of their own in a program of several: the longest only, if
     all its positions take about as long as one."""
-    return lengths[-1:] if tuning().is_wide else lengths
+    return lengths[-1:] if tuning().positions_are_free else lengths
 
 
 def choosing_is_slow() -> bool:
     """Whether a choice costs as much as several layers: it takes many small operations, and each
     has to be launched."""
-    return tuning().is_wide
+    return tuning().positions_are_free
 
 
 def lays_out_weights() -> bool:

@@ -211,13 +211,13 @@ def _product(x, y, axis, other):
     return lax.dot_general(x, y, dimensions, preferred_element_type=jnp.float32)
 
 
-def shard_kernels(places_CT: Int[np.ndarray, "C T"], window: int | None = None) -> SplashKernel:
+def shard_kernels(positions_PT: Int[np.ndarray, "P T"], window: int | None = None) -> SplashKernel:
     """One kernel of jax for C shards of queries, which attend to the keys of the whole row. Its
-    arrays have a leading axis C. places_CT: places of the queries in the row, known when the
+    arrays have a leading axis C. positions_PT: places of the queries in the row, known when the
     program is traced. window: keys that a query sees, its own included."""
-    shards, steps = places_CT.shape
+    shards, steps = positions_PT.shape
     block = _block(steps)
-    places = np.pad(places_CT, ((0, 0), (0, -steps % block)), mode="edge").ravel()
+    places = np.pad(positions_PT, ((0, 0), (0, -steps % block)), mode="edge").ravel()
     shape = len(places), -(-shards * steps // block) * block
     mask = splash.CausalMask(shape)
     if window is not None:

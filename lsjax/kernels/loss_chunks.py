@@ -1,4 +1,4 @@
-"""Sizes of the loss's chunks, and the form of its gradient that pays."""
+"""Sizes of the chunks in which the loss passes through the head."""
 
 import math
 

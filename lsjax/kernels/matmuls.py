@@ -27,7 +27,7 @@ def with_steps(x: Float[Array, "B T *rest"], steps: int) -> Float[Array, "B U *r
     return jnp.pad(x, [(0, 0), (0, more)] + [(0, 0)] * (x.ndim - 2)) if more else x
 
 
-def enough_rows(x: Float[Array, "*batch R I"]) -> Float[Array, "*batch S I"]:
+def enough_rows(x: Float[Array, "*batch R I"]) -> Float[Array, "*batch n I"]:
     """x as the left side of a matmul, with zero rows appended up to the platform's `left_rows`. The
     barrier keeps XLA from removing them."""
     missing = tuning().left_rows - x.shape[-2]
@@ -81,7 +81,7 @@ def _gradients_first_backward(_, gradients):
 gradients_first.defvjp(lambda *both: (both, None), _gradients_first_backward)
 
 
-def after(first: Any, then: Any) -> tuple[Any, Any]:
+def in_order(first: Any, then: Any) -> tuple[Any, Any]:
     """Returns both unchanged. With `delays_head`, `then` is not read before `first` is computed."""
     return lax.optimization_barrier((first, then)) if tuning().delays_head else (first, then)
 

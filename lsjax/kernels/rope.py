@@ -47,7 +47,7 @@ def _rotate_whole(x_BTNH, sin, cos):
     batch, _, _, size = x_BTNH.shape
     swap_HH = jnp.roll(jnp.eye(size, dtype=x_BTNH.dtype), size // 2, axis=0)
     swap_BHH = jnp.broadcast_to(swap_HH, (batch, size, size))
-    swapped = jnp.einsum("BTNH,BHJ->BTNJ", x_BTNH, swap_BHH, precision=lax.Precision.HIGHEST)
+    swapped = jnp.einsum("BTNH,BHn->BTNn", x_BTNH, swap_BHH, precision=lax.Precision.HIGHEST)
     turned = x_BTNH.astype(sin.dtype) * cos + swapped.astype(sin.dtype) * sin
     return turned.astype(x_BTNH.dtype)
 

@@ -113,12 +113,12 @@ def _problem(kernel: str, q_BTNH: Array) -> str | None:
     return None
 
 
-def _run(kernel, window, reference, places_T, q_BTNH, segments_BT, k_BSKH, v_BSKH, segments_BS):
-    """Runs a kernel on a device's queries. places_T: their places in the row, or splash's masks."""
+def _run(kernel, window, reference, positions_T, q_BTNH, segments_BT, k_BSKH, v_BSKH, segments_BS):
+    """Runs a kernel on a device's queries. positions_T: theirs in the row, or splash's masks."""
     if kernel in ("splash", "flash"):
         from lsjax.kernels import flash  # slow to import
     if kernel == "splash":
-        return flash.splash_attention(places_T, q_BTNH, k_BSKH, v_BSKH, segments_BT, segments_BS)
+        return flash.splash_attention(positions_T, q_BTNH, k_BSKH, v_BSKH, segments_BT, segments_BS)
     if kernel == "flash":
         if segments_BT is None:
             segments_BT = jnp.zeros(q_BTNH.shape[:2], jnp.int32)
@@ -129,9 +129,9 @@ def _run(kernel, window, reference, places_T, q_BTNH, segments_BT, k_BSKH, v_BSK
         options |= dict(local_window_size=local)
         return jax.nn.dot_product_attention(q_BTNH, k_BSKH, v_BSKH, **options)
     keys_S = jnp.arange(k_BSKH.shape[1])
-    mask_BTS = (places_T[:, None] >= keys_S)[None]
+    mask_BTS = (positions_T[:, None] >= keys_S)[None]
     if window is not None:
-        mask_BTS &= places_T[:, None] < keys_S + window
+        mask_BTS &= positions_T[:, None] < keys_S + window
     if segments_BT is not None:
         mask_BTS &= segments_BT[:, :, None] == segments_BS[:, None]
     if kernel == "xla":

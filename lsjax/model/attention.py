@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from lsjax.kernels import self_attention as kernels
+from lsjax.kernels import self_attention as attention_kernels
 from lsjax.kernels.heads import heads_of_rows, rows_of_heads
 
 
@@ -30,4 +30,4 @@ def attention(
 
 
 # Within whole sequences, by a kernel or by the above.
-self_attention = partial(kernels.self_attention, reference=attention)
+self_attention = partial(attention_kernels.self_attention, reference=attention)

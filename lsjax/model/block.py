@@ -1,4 +1,4 @@
-"""A transformer layer: RMSNorm, rotary grouped-query attention, SwiGLU.."""
+"""A transformer layer: RMSNorm, rotary grouped-query attention, SwiGLU."""
 
 from collections.abc import Callable
 from functools import partial
@@ -13,7 +13,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from lsjax.config import AttentionKernel, LlamaConfig
-from lsjax.kernels import rope as kernels
+from lsjax.kernels import rope as rope_kernel
 from lsjax.kernels.cached_attention import attend
 from lsjax.kernels.matmuls import gradients_first, linear, with_steps
 from lsjax.kernels.rope import Rope
@@ -23,8 +23,8 @@ from lsjax.model.cached_attention import cached_attention
 from lsjax.model.rope import rotate
 from lsjax.sharding import constrain, on_each_device
 
-# Names of values for remat policies. The summed outputs of a matrix and its adapter, which replace
-# both; the queries, keys and values of attention; the layer's state after attention.
+# Names for remat policies. ADAPTED: output of a matrix plus its adapter. HEADS: queries, keys and
+# values. MIDDLE: hidden state after attention.
 ADAPTED, HEADS, MIDDLE = "adapted", "heads", "middle"
 
 
@@ -95,12 +95,12 @@ class Attention(nnx.Module):
         if isinstance(self.qkv, nnx.List):  # split_matrices
             q, k, v = (matrix(x_BUD) for matrix in self.qkv)
         else:
-            qkv_BTKPH = self.qkv(x_BUD)[:, :steps]
-            q = qkv_BTKPH[:, :, :, : self.group]
-            k, v = qkv_BTKPH[:, :, :, self.group], qkv_BTKPH[:, :, :, self.group + 1]
+            qkv_BTKnH = self.qkv(x_BUD)[:, :steps]
+            q = qkv_BTKnH[:, :, :, : self.group]
+            k, v = qkv_BTKnH[:, :, :, self.group], qkv_BTKnH[:, :, :, self.group + 1]
         q = q.reshape(*q.shape[:2], -1, q.shape[-1])
         q, k = self.q_norm(q), self.k_norm(k)
-        return kernels.rotate(q, rope, rotate), kernels.rotate(k, rope, rotate), v
+        return rope_kernel.rotate(q, rope, rotate), rope_kernel.rotate(k, rope, rotate), v
 
 
 class FeedForward(nnx.Module):

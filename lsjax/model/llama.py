@@ -161,14 +161,14 @@ class Llama(nnx.Module):
         self,
         x_BTD: Float[Array, "B T D"],
         run: Callable,
-        look: Callable,
+        collect: Callable,
         carry: Any = None,
         inputs_L: Any = None,
     ) -> tuple[Float[Array, "B T D"], Any, Any]:
         """Runs all layers on whole sequences. Returns the model's output, the final carry, and
-        `look`'s second result stacked over layers.
+        `collect`'s second result stacked over layers.
 
-        run: (block, x_BTD, inputs, LayerKind) -> the layer's output y_BTD. look: (carry, x_BTD,
+        run: (block, x_BTD, inputs, LayerKind) -> the layer's output y_BTD. collect: (carry, x_BTD,
         y_BTD, inputs) -> (carry, anything). inputs_L: per-layer inputs, for stacked layers only.
         Layers of different kinds that repeat are one step of the scan.
         """
@@ -177,7 +177,7 @@ class Llama(nnx.Module):
             (x_BTD, carry), (block, inputs) = before, block_and_inputs
             y_BTD = run(block, x_BTD, inputs, self.config.layer_kind(index))
             y_BTD = constrain(y_BTD, ROWS, "context")
-            carry, seen = look(carry, x_BTD, y_BTD, inputs)
+            carry, seen = collect(carry, x_BTD, y_BTD, inputs)
             return (y_BTD, carry), seen
 
         def several(before, layers):

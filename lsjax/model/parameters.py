@@ -2,7 +2,7 @@
 
 Import, export, saved runs and sharding read the table. A new parameter needs one more line. Paths
 are those of stacked layers ("layers.attention.qkv.kernel"). Paths of separate layers also have a
-number ("layers.3.attention.qkv.kernel")..
+number ("layers.3.attention.qkv.kernel").
 """
 
 import re
@@ -68,7 +68,7 @@ _BY_PATH = {parameter.path: parameter for parameter in PARAMETERS}
 _LAYER = {"huggingface": "model.layers.{}.", "gguf": "blk.{}."}
 # Caches, states and batches, by the end of their path; array names contain their axes.
 _ARRAYS = (
-    (r"table_ND$", _TABLE),
+    (r"(^|\.)head\.rows$", _TABLE),  # of DraftHead
     (r"(keys|values)\.\d+$", (P("data", "tensor"),)),  # [B, K, S, H]
     (r"(^|\.)cache\.", (P("data"),)),  # of other models, [B, ...]
     (r"_BT$", (P(ROWS),)),  # of training

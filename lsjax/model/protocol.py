@@ -53,20 +53,8 @@ class Sizes(Protocol):
 
 
 @runtime_checkable
-class DecoderModel(Protocol):
+class DecoderModel(Sizes, Protocol):
     """A decoder whose layers can run in parts, with one head for every exit."""
-
-    @property
-    def num_layers(self) -> int:
-        """L."""
-
-    @property
-    def vocab_size(self) -> int:
-        """V."""
-
-    @property
-    def max_context(self) -> int:
-        """Most tokens of a text."""
 
     @property
     def dtype(self) -> DTypeLike:

@@ -82,11 +82,11 @@ def exit_slots(
     weights_L = loss_weights(config, num_layers, step, num_steps)
     most, last = int(exit_counts(config, num_layers, num_steps).max()), num_layers - 1
     if last and most + 1 >= last:
-        exit_E, taken_E = jnp.arange(num_layers), jnp.append(enabled_L[:-1], True)
+        layer_E, taken_E = jnp.arange(num_layers), jnp.append(enabled_L[:-1], True)
     else:
-        (exit_E,) = jnp.nonzero(enabled_L[:-1], size=most, fill_value=last)
-        exit_E, taken_E = jnp.append(exit_E, last), jnp.append(exit_E < last, True)
-    return exit_E, taken_E, jnp.where(taken_E, weights_L[exit_E], 0)
+        (layer_E,) = jnp.nonzero(enabled_L[:-1], size=most, fill_value=last)
+        layer_E, taken_E = jnp.append(layer_E, last), jnp.append(layer_E < last, True)
+    return layer_E, taken_E, jnp.where(taken_E, weights_L[layer_E], 0)
 
 
 # (logits [..., V], labels [...], final_logits [..., V]) -> losses [...]

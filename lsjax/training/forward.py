@@ -21,7 +21,7 @@ from lsjax.training.kept_rows import keep_counted, run_on_kept
 from lsjax.training.layer_dropout import DropRates, keep_mask
 
 _jax = jax.checkpoint_policies
-# To a policy that keeps matmuls, the attention kernel's output counts as one.
+# Policies that keep matmuls also keep the attention kernel's output.
 _MATMULS = _jax.save_only_these_names(SAVED, ADAPTED)
 # What a layer keeps for its backward pass, by `StepConfig.remat`.
 POLICIES = {
@@ -41,22 +41,22 @@ def exit_states(
     batch: dict[str, Array],
     step: Int[Array, ""],
     rows_B: Int[Array, " B"],
-    exit_E: Int[Array, " E"],
+    layer_E: Int[Array, " E"],
     drop_rates: DropRates,
 ) -> Float[Array, "E B T D"]:
-    """Outputs of the layers exit_E, in order; the last slot is the model's output.
+    """Outputs of the layers layer_E, in order; the last slot is the model's output.
 
     model: stacked, in the dtype of the computation. rows_B: indices of the rows in the step's
-    batch. exit_E: each layer but the last at most once. Slots of L - 1 before the last slot are
+    batch. layer_E: each layer but the last at most once. Slots of L - 1 before the last slot are
     unused. At most E outputs are in memory: each is written to its slot, or E = L.
     """
-    num_slots, num_layers, batch = len(exit_E), model.config.num_layers, over_context(batch)
+    num_slots, num_layers, batch = len(layer_E), model.config.num_layers, over_context(batch)
     x_BTD = model.embed_rows(batch["tokens_BT"])
     ropes = for_training(rope_angles(batch["positions_BT"], model.config, x_BTD.dtype))
     run = layer_runner(config, ropes, batch["segments_BT"])
     picks = 1 < num_slots < num_layers
     # Slot of the exit below each layer; without an exit the last slot, which is not read.
-    slot_L = jnp.full(num_layers + 1, num_slots - 1).at[exit_E + 1].set(jnp.arange(num_slots))[:-1]
+    slot_L = jnp.full(num_layers + 1, num_slots - 1).at[layer_E + 1].set(jnp.arange(num_slots))[:-1]
     dropout = None
     if config.layer_dropout.p_max > 0:
         rates_L = drop_rates(config.layer_dropout, num_layers, step, config.num_steps)
@@ -73,7 +73,9 @@ def exit_states(
     def run_layer(block, x_BTD, inputs, kind):
         return run(block, x_BTD, inputs[1], kind)
 
-    def look(slots, x_BTD, y_BTD, inputs):
+    # A layer's input is the output of the layer below, and goes to the slot of the exit there. The
+    # last slot takes those of no exit. Unused slots (of layer L - 1) are cut off below.
+    def collect(slots, x_BTD, y_BTD, inputs):
         if picks:
             slots = lax.dynamic_update_index_in_dim(slots, x_BTD, inputs[0], 0)
         return slots, y_BTD if num_slots == num_layers else None
@@ -81,7 +83,7 @@ def exit_states(
     slots = None
     if picks:  # XLA:GPU would merge zeros with those of the loss, and keep them until then
         slots = jnp.broadcast_to(lax.stop_gradient(x_BTD), (num_slots, *x_BTD.shape))
-    x_BTD, slots, x_LBTD = model.scan_layers(x_BTD, run_layer, look, slots, (slot_L, dropout))
+    x_BTD, slots, x_LBTD = model.scan_layers(x_BTD, run_layer, collect, slots, (slot_L, dropout))
     if num_slots == num_layers:
         return x_LBTD
     return jnp.concatenate([slots[:-1], x_BTD[None]]) if picks else x_BTD[None]
@@ -92,8 +94,8 @@ def layer_runner(config: StepConfig, ropes: Mapping[str, Rope], segments_BT: Int
     it. ropes: by `LayerKind.rope`."""
     dropout, remat = config.layer_dropout, config.remat
 
-    def run(window, block, x_BTD, others, rate=None, keep_B=None):
-        y_BTD = block(x_BTD, *others, config.attention, keep_B, window)
+    def run(window, block, x_BTD, row_inputs, rate=None, keep_B=None):
+        y_BTD = block(x_BTD, *row_inputs, config.attention, keep_B, window)
         if rate is None or not dropout.rescale:
             return y_BTD
         share = jnp.where(rate < 1, 1 - rate, 1).astype(x_BTD.dtype)
@@ -102,17 +104,17 @@ def layer_runner(config: StepConfig, ropes: Mapping[str, Rope], segments_BT: Int
     if remat == "none" and dropout.p_max > 0 and dropout.skip == "gather":
         remat = "dots_saveable"  # residuals are copied once more; recomputing the rest is cheaper
     if remat != "none":
-        # The scan prevents common subexpressions.
+        # Inside a scan, jax needs no barrier against common subexpressions.
         run = jax.checkpoint(run, policy=POLICIES[remat], prevent_cse=False, static_argnums=0)
 
     def run_or_drop(block, x_BTD, rate_and_kept, kind):
-        run_kind, others = partial(run, kind.window), (ropes[kind.rope], segments_BT)
+        run_kind, row_inputs = partial(run, kind.window), (ropes[kind.rope], segments_BT)
         rate, kept = rate_and_kept or (None, None)
         if rate is None or dropout.skip == "mask":
-            return run_kind(block, x_BTD, others, rate, kept)
+            return run_kind(block, x_BTD, row_inputs, rate, kept)
         if dropout.skip == "gather":
-            return run_on_kept(run_kind, block, x_BTD, others, rate, *kept)
-        run_all = partial(run_kind, block, others=others, rate=rate)
+            return run_on_kept(run_kind, block, x_BTD, row_inputs, rate, *kept)
+        run_all = partial(run_kind, block, row_inputs=row_inputs, rate=rate)
         return lax.cond(kept, run_all, lambda x: x, x_BTD)
 
     return run_or_drop

@@ -68,25 +68,25 @@ def run_on_kept(
     run: Callable[[Any, Array, Any, Array], Array],
     block: Any,
     x_BTD: Float[Array, "B T D"],
-    others: Any,
+    row_inputs: Any,
     rate: Float[Array, ""],
     keep_PR: Bool[Array, "P R"],
     which: Int[Array, ""],
 ) -> Float[Array, "B T D"]:
-    """`run(block, x_BTD, others, rate)` on the rows that keep the layer, x_BTD on the others.
+    """`run(block, x_BTD, row_inputs, rate)` on the rows that keep the layer, x_BTD on the others.
 
-    run: computes each row independently, and its residuals of rows have a row axis. others: arrays
-    with a leading axis B. They and the rate get no gradient. which: index in `row_counts`.
+    run: computes each row independently, and its residuals of rows have a row axis. row_inputs:
+    arrays with a leading axis B. They and the rate get no gradient. which: index in `row_counts`.
     """
-    return _forward(run, block, x_BTD, others, rate, keep_PR, which)[0]
+    return _forward(run, block, x_BTD, row_inputs, rate, keep_PR, which)[0]
 
 
-def _forward(run, block, x_BTD, others, rate, keep_PR, which):
+def _forward(run, block, x_BTD, row_inputs, rate, keep_PR, which):
     shards, rows = keep_PR.shape
-    axes = _row_axes(run, shards, rows, block, x_BTD, others, rate)
+    axes = _row_axes(run, shards, rows, block, x_BTD, row_inputs, rate)
 
     def computed(count: int):
-        x, own = jax.tree.map(lambda leaf: _gather(leaf, keep_PR, count), (x_BTD, others))
+        x, own = jax.tree.map(lambda leaf: _gather(leaf, keep_PR, count), (x_BTD, row_inputs))
         y, pullback = jax.vjp(lambda block, x: run(block, x, own, rate), block, x)
         leaves = zip(jax.tree.leaves(pullback), axes, strict=True)
         saved = [_resized(leaf, at, shards, count, rows) for leaf, at in leaves if at is not None]
@@ -99,17 +99,18 @@ def _forward(run, block, x_BTD, others, rate, keep_PR, which):
 
     branches = [partial(computed, count) if count else skipped for count in row_counts(rows)]
     y_BTD, saved = lax.switch(which, branches)
-    return y_BTD, (saved, block, others, rate, keep_PR, which)
+    return y_BTD, (saved, block, row_inputs, rate, keep_PR, which)
 
 
 def _backward(run, residuals, dy_BTD):
-    saved, block, others, rate, keep_PR, which = residuals
+    saved, block, row_inputs, rate, keep_PR, which = residuals
     shards, rows = keep_PR.shape
-    axes = _row_axes(run, shards, rows, block, dy_BTD, others, rate)
+    axes = _row_axes(run, shards, rows, block, dy_BTD, row_inputs, rate)
 
     def computed(count: int):
-        # The compiler removes the computation on zeros. Only residuals of parameters are used.
-        pullback = _pullback_of_zeros(run, shards * count, block, dy_BTD, others, rate)
+        # Residuals that depend on parameters only are made again, from zeros. The compiler removes
+        # what else is computed on zeros.
+        pullback = _pullback_of_zeros(run, shards * count, block, dy_BTD, row_inputs, rate)
         leaves, structure = jax.tree.flatten(pullback)
         of_rows = iter(saved)
         leaves = [
@@ -130,16 +131,18 @@ def _backward(run, residuals, dy_BTD):
 run_on_kept.defvjp(_forward, _backward)
 
 
-def _pullback_of_zeros(run, rows: int, block, x_BTD, others, rate):
+def _pullback_of_zeros(run, rows: int, block, x_BTD, row_inputs, rate):
     """The pullback of `run` on that many rows of zeros."""
-    x_BTD, others = jax.tree.map(
-        lambda leaf: jnp.zeros((rows, *leaf.shape[1:]), leaf.dtype), (x_BTD, others)
+    x_BTD, row_inputs = jax.tree.map(
+        lambda leaf: jnp.zeros((rows, *leaf.shape[1:]), leaf.dtype), (x_BTD, row_inputs)
     )
-    return jax.vjp(lambda block, x: run(block, x, others, rate), block, x_BTD)[1]
+    return jax.vjp(lambda block, x: run(block, x, row_inputs, rate), block, x_BTD)[1]
 
 
 def _row_axes(run, shards: int, rows: int, *arguments) -> list[int | None]:
-    """The axis of each residual that grows with the rows, or None."""
+    """The axis of each residual that grows with the rows, or None. A pullback of jax.vjp is a
+    pytree, and its leaves are the residuals. It is traced for R and R + 1 rows: the axis whose size
+    differs is that of the rows."""
 
     def shapes(rows: int) -> list[tuple[int, ...]]:
         pullback = jax.eval_shape(partial(_pullback_of_zeros, run, rows), *arguments)

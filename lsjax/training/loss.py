@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from lsjax.config import StepConfig
 from lsjax.kernels.loss_chunks import loss_chunk
-from lsjax.kernels.matmuls import after, splits_matrices
+from lsjax.kernels.matmuls import in_order, splits_matrices
 from lsjax.model.block import RMSNorm
 from lsjax.model.llama import Llama, cast_matrices, split_matrices
 from lsjax.sharding import PIECES, in_context_order, on_each_device, pieces
@@ -78,21 +78,21 @@ def objective(
     `make_train_step`.
     """
     num_layers = model.config.num_layers
-    exit_E, taken_E, weights_E = exit_slots(config.early_exit, num_layers, step, config.num_steps)
+    layer_E, taken_E, weights_E = exit_slots(config.early_exit, num_layers, step, config.num_steps)
     narrow = cast_matrices(model, config.dtype)
     if splits_matrices():
         narrow = split_matrices(narrow)
-    x_EBTD = exit_states(config, narrow, batch, step, rows_B, exit_E, drop_rates)
+    x_EBTD = exit_states(config, narrow, batch, step, rows_B, layer_E, drop_rates)
 
-    x_EBTD, head = after(x_EBTD, Head(model.norm, model.head_table))
+    x_EBTD, head = in_order(x_EBTD, Head(model.norm, model.head_table))
     weights_E = weights_E / jnp.maximum(num_labels, 1)
-    positions = loss_positions(config, batch["labels_BT"], step, rows_B, exit_E, taken_E)
+    positions = loss_positions(config, batch["labels_BT"], step, rows_B, layer_E, taken_E)
     x_EBTD, labels_BT = jax.vmap(pieces)(x_EBTD), pieces(in_context_order(batch["labels_BT"]))
     exit_loss = exit_loss or EXIT_LOSSES[config.early_exit.target]
     arrays = head, x_EBTD, labels_BT, positions, weights_E
     settings = exit_loss, config.z_loss, config.early_exit.token_share
     loss, sums_E = head_loss(*settings, *arrays)
-    sums_L = jnp.zeros(num_layers, sums_E.dtype).at[exit_E].add(jnp.where(taken_E, sums_E, 0))
+    sums_L = jnp.zeros(num_layers, sums_E.dtype).at[layer_E].add(jnp.where(taken_E, sums_E, 0))
     return loss, sums_L
 
 
@@ -101,19 +101,19 @@ def loss_positions(
     labels_BT: Int[Array, "B T"],
     step: Int[Array, ""],
     rows_B: Int[Array, " B"],
-    exit_E: Int[Array, " E"],
+    layer_E: Int[Array, " E"],
     taken_E: Bool[Array, " E"],
 ) -> Positions:
     """Positions in the loss, of the pieces of rows. The last exit uses all labelled positions.
     Other exits sample a `token_share` of each row, rounded up and reweighted."""
     labelled_BT = labels_BT >= 0
     count_B = labelled_BT.sum(1)
-    slots, share = len(exit_E), config.early_exit.token_share
+    slots, share = len(layer_E), config.early_exit.token_share
     chosen_EBT, scales_EB = labelled_BT[None], jnp.ones((slots, len(labels_BT)))
     if slots > 1 and share < 1:
         key = jax.random.fold_in(jax.random.key(config.seed), step)
         key = jax.random.fold_in(key, 2**31 - 1)  # smaller values belong to layer dropout
-        keys_E = jax.vmap(jax.random.fold_in, (None, 0))(key, exit_E[:-1])
+        keys_E = jax.vmap(jax.random.fold_in, (None, 0))(key, layer_E[:-1])
         draws_EBT = draws(keys_E, rows_B, labels_BT.shape[1:])
         drawn_EBT = jnp.argsort(jnp.where(labelled_BT, draws_EBT, 2), axis=2)
         part_B = jnp.ceil(count_B * share).astype(count_B.dtype)
@@ -150,13 +150,12 @@ def head_loss(
 def _forward(exit_loss, z_loss, token_share, head, x_EBTD, labels_BT, positions, weights_E):
     """Each device accumulates the table gradient of its rows. One all-reduce at the end sums it."""
     slots, batch, steps, _ = x_EBTD.shape
-    sizes = [
-        loss_chunk(batch, steps, head.table_VD.shape, share) for share in (float(token_share), 1.0)
-    ]
-    size_E = jnp.array([*sizes[:1] * (slots - 1), sizes[1]])
+    shape = batch, steps, head.table_VD.shape
+    exit_chunk, last_chunk = loss_chunk(*shape, float(token_share)), loss_chunk(*shape)
+    size_E = jnp.array([exit_chunk] * (slots - 1) + [last_chunk])
     chunks_E = -(-positions.counts_EB.max(1) // size_E)
     narrow = Head(head.norm, head.table_VD.astype(x_EBTD.dtype))
-    function = partial(_own_rows, HeadSettings(exit_loss, z_loss, *sizes))
+    function = partial(_own_rows, HeadSettings(exit_loss, z_loss, exit_chunk, last_chunk))
     arrays = narrow, x_EBTD, labels_BT, positions, weights_E, chunks_E
     specs = P(), P(None, PIECES), P(PIECES), P(None, PIECES), P(), P()
     outputs = P(PIECES), P(None, PIECES)
@@ -176,7 +175,11 @@ def _own_rows(settings, head, x_EBTD, labels_BT, positions, weights_E, chunks_E)
 
 class _Rows:
     """A device's rows in the loss: chunks of slots pass through the head and back. Their losses and
-    gradients are added up in a carry: ((total, sums_E), dhead, states and their gradients)."""
+    gradients are added up in a carry: ((total, sums_E), dhead, states and their gradients).
+
+    Exits come first: their losses may read the last slot's states, which its own gradient
+    overwrites.
+    """
 
     def __init__(self, settings, head, labels_BT, positions, weights_E, chunks_E):
         self.settings, self.head, self.labels_BT = settings, head, labels_BT

@@ -18,7 +18,7 @@ import jax
 import numpy as np
 
 from lsjax.checkpoints.run import METRICS, read_metrics
-from lsjax.config import ConfigError, Path, TrainConfig, in_bucket
+from lsjax.config import AnyPath, ConfigError, TrainConfig, in_bucket
 from lsjax.io.files import local_cache, one_line, remove_directory, write_whole, writing
 from lsjax.io.lines import Lines
 from lsjax.training.profiling import peak_flops, step_flops
@@ -133,7 +133,7 @@ class MetricsLog:
 
     def __init__(
         self,
-        directory: Path | None,
+        directory: AnyPath | None,
         config: TrainConfig,
         from_step: int,
         began: float,
@@ -202,7 +202,7 @@ class MetricsLog:
         self._opened.close()
 
 
-def tensorboard(directory: Path, kept: Sequence[Row], opened: ExitStack) -> Tracker:
+def tensorboard(directory: AnyPath, kept: Sequence[Row], opened: ExitStack) -> Tracker:
     """Event files in tensorboard/. They hide rows of earlier starts after the kept ones."""
     from tensorboardX import SummaryWriter
 
@@ -222,7 +222,7 @@ def tensorboard(directory: Path, kept: Sequence[Row], opened: ExitStack) -> Trac
 
 
 def weights_and_biases(
-    directory: Path, kept: Sequence[Row], opened: ExitStack, config: TrainConfig
+    directory: AnyPath, kept: Sequence[Row], opened: ExitStack, config: TrainConfig
 ) -> Tracker:
     """One run at Weights & Biases, however often it starts: its id is the time when it began.
 

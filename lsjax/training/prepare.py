@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 from lsjax.checkpoints import open_checkpoint
 from lsjax.checkpoints.run import CHECKPOINTS, begin_run, held_out_losses, is_run, read_run_config
 from lsjax.checkpoints.steps import saved_steps
-from lsjax.config import EvaluationConfig, LlamaConfig, MeshConfig, Path, TrainConfig, check
+from lsjax.config import AnyPath, EvaluationConfig, LlamaConfig, MeshConfig, TrainConfig, check
 from lsjax.config.checked import differences
 from lsjax.data.pipeline import OnePass, Pipeline, packed_rows
 from lsjax.data.shards import SPLITS
@@ -61,7 +61,7 @@ class TrainingRun:
     losses: dict[int, float]  # held-out loss of the last exit by step; evaluations add more
 
     @property
-    def workdir(self) -> Path:
+    def workdir(self) -> AnyPath:
         """Directory of the run."""
         return self.writer.directory
 
@@ -166,7 +166,7 @@ def with_model(config: TrainConfig, model: LlamaConfig) -> TrainConfig:
 
 
 def write_run_files(
-    workdir: Path, tokenizer: Tokenizer, rows: TokenRows, prompts: Sequence[Sequence[int]]
+    workdir: AnyPath, tokenizer: Tokenizer, rows: TokenRows, prompts: Sequence[Sequence[int]]
 ) -> None:
     """Writes the missing files, from the training rows and held-out prompts. Before the first saved
     step it writes all of them, because the data may still change."""

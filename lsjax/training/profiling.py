@@ -11,7 +11,7 @@ from contextlib import ExitStack, contextmanager, nullcontext
 import jax
 from flax import nnx
 
-from lsjax.config import EarlyExitConfig, LlamaConfig, LoraConfig, Path, ProfileConfig, in_bucket
+from lsjax.config import AnyPath, EarlyExitConfig, LlamaConfig, LoraConfig, ProfileConfig, in_bucket
 from lsjax.io.files import whole_directory
 from lsjax.model.llama import Llama, stacked
 from lsjax.model.lora import split, with_adapters
@@ -67,7 +67,7 @@ def exit_flops(
 
 
 @contextmanager
-def trace(directory: Path, name: str = "") -> Iterator[None]:
+def trace(directory: AnyPath, name: str = "") -> Iterator[None]:
     """Adds a trace of this context, named by time by default, to a directory or a bucket's."""
     options = jax.profiler.ProfileOptions()
     options.session_id = name
@@ -79,7 +79,7 @@ def trace(directory: Path, name: str = "") -> Iterator[None]:
 
 
 @contextmanager
-def traced(train_step: Callable, config: ProfileConfig, directory: Path, done: int):
+def traced(train_step: Callable, config: ProfileConfig, directory: AnyPath, done: int):
     """Yields the train step, which traces the configured steps. done: steps done before."""
     begin, end = max(config.start, done + 1), config.start + config.steps
     writes = config.all_processes or jax.process_index() == 0

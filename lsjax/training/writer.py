@@ -7,7 +7,7 @@ import jax
 from lsjax.checkpoints.lease import Lease, store_of
 from lsjax.checkpoints.lock import FileLock
 from lsjax.checkpoints.tensors import CheckpointError, Report
-from lsjax.config import Path, in_bucket
+from lsjax.config import AnyPath, in_bucket
 from lsjax.training.hosts import first_decides
 
 
@@ -19,7 +19,7 @@ class Writer(AbstractContextManager):
     there, or if the directory can't be written.
     """
 
-    def __init__(self, directory: Path, report: Report = print):
+    def __init__(self, directory: AnyPath, report: Report = print):
         self.directory, self._report = directory, report
         self._lock: FileLock | Lease | None = None  # of process 0
 

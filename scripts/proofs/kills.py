@@ -39,7 +39,7 @@ import tyro
 from lsjax.checkpoints.run import CHECKPOINTS, METRICS
 from lsjax.checkpoints.steps import PARAMS, TRAIN, SavedStep, saved_steps
 from lsjax.cli.setup import one_line_errors
-from lsjax.config import Path, as_path, check, in_bucket
+from lsjax.config import AnyPath, as_path, check, in_bucket
 from lsjax.io.files import remove_directory
 from lsjax.training.metrics import TIME, USES
 
@@ -146,10 +146,10 @@ def main(
 class Run(NamedTuple):
     """Directory of a run, and the local directory of its processes' logs."""
 
-    workdir: Path
-    logs: Path
+    workdir: AnyPath
+    logs: AnyPath
 
-    def log(self, process: int = 0) -> Path:
+    def log(self, process: int = 0) -> AnyPath:
         """Log file of a process."""
         return self.logs / f"{self.workdir.name}{f'.{process}' if process else ''}.log"
 
@@ -235,7 +235,7 @@ def newest(run: Run) -> int:
     return max((step.number for step in saved_steps(run.workdir / CHECKPOINTS)), default=0)
 
 
-def rows(file: Path) -> list[dict[str, Any]]:
+def rows(file: AnyPath) -> list[dict[str, Any]]:
     """The complete lines of a metrics file."""
     lines = file.read_text().split("\n")[:-1] if file.exists() else []
     return [json.loads(line) for line in lines if line]

@@ -14,9 +14,9 @@ import tensorstore
 from lsjax.checkpoints.lease import Lease
 from lsjax.checkpoints.lock import LOCK
 from lsjax.checkpoints.tensors import CheckpointError
-from lsjax.config import Path, as_path
+from lsjax.config import AnyPath, as_path
 
-RUN: Path = as_path("runs/a")
+RUN: AnyPath = as_path("runs/a")
 
 
 class Clock:

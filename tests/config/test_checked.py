@@ -5,12 +5,12 @@ from typing import Annotated, Literal
 
 import pytest
 
-from lsjax.config import Checked, ConfigError, Path, bounded
+from lsjax.config import AnyPath, Checked, ConfigError, bounded
 
 
 @dataclass(frozen=True, kw_only=True)
 class Flags(Checked, prefix="--"):
-    file: Path | None = None
+    file: AnyPath | None = None
     kind: Literal["a", 1] = "a"
     num_samples: Annotated[int, "of something else"] = bounded(1, low=1, hint="1 is one answer")
     share: float = bounded(0.5, above=0, below=1)

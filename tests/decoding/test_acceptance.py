@@ -13,7 +13,7 @@ from lsjax.decoding.acceptance import accept_block, accept_equal, block_chances
 from lsjax.decoding.draft import Draft
 from lsjax.decoding.draft_vocabulary import DraftHead
 from lsjax.decoding.engine import Engine
-from lsjax.decoding.sampling import Draws, Purpose, Sampling
+from lsjax.decoding.sampling import Purpose, RowSampling, Sampling
 from lsjax.decoding.self_speculative import SelfSpeculative
 from lsjax.decoding.strategy import Autoregressive
 from tests.marks import long
@@ -136,7 +136,7 @@ def case(kind: str, seed: int = 0) -> Case:
     return Case(p, q)
 
 
-def as_draft(case: Case, drafts: list[Text], draws=None) -> tuple[jnp.ndarray, Draft]:
+def as_draft(case: Case, drafts: list[Text], sampling=None) -> tuple[jnp.ndarray, Draft]:
     """Log-probabilities of the full model, and a batch with one row for each draft. Columns that
     are not used hold what no rule should read."""
     shape_BT = len(drafts), D + 1
@@ -154,7 +154,7 @@ def as_draft(case: Case, drafts: list[Text], draws=None) -> tuple[jnp.ndarray, D
         places_V = np.full(N, len(case.drafts))
         places_V[case.drafts] = np.arange(len(case.drafts))
         head = DraftHead(np.array(case.drafts), places_V, np.zeros((len(case.drafts), 1)))
-    state = SimpleNamespace(draws=draws, length_B=np.full(len(drafts), 5))
+    state = SimpleNamespace(sampling=draws, length_B=np.full(len(drafts), 5))
     arrays = jax.device_put((tokens_BT.astype(np.int32), log_q_BTW.astype(np.float32)))
     draft = Draft(state, np.zeros((*shape_BT, 1)), arrays[0], count_B, arrays[1], head)
     return jax.device_put(log_p_BTV.astype(np.float32)), draft
@@ -271,14 +271,14 @@ def test_the_example_of_the_paper():
 def test_rounds_are_independent(monkeypatch, fresh):
     """Two rounds of the paper's example give p, unless the second draws again the numbers that
     belong to the positions of the first."""
-    rows, steps, of_round = 20_000, 2, Draws._keys
+    rows, steps, of_round = 20_000, 2, RowSampling._keys
     if not fresh:
 
         def of_position(self, position_B, offset, purpose):
             return of_round(self, position_B + offset, 0, purpose)
 
-        monkeypatch.setattr(Draws, "_keys", of_position)
-    alone = Draws.create([Sampling(temperature=1.0)])
+        monkeypatch.setattr(RowSampling, "_keys", of_position)
+    alone = RowSampling.create([Sampling(temperature=1.0)])
     key_B2 = jax.vmap(lambda seed: jax.random.key_data(jax.random.key(seed)))(jnp.arange(rows))
     draws = jax.tree.map(lambda leaf: jnp.repeat(leaf, rows, axis=0), alone)
     draws = replace(draws, key_B2=key_B2)
@@ -290,7 +290,7 @@ def test_rounds_are_independent(monkeypatch, fresh):
     def one_round(length_B):
         drafts = [draws.token(q_BV, length_B, Purpose.DRAFT, i) for i in range(steps)]
         tokens_BT = jnp.stack([*drafts, jnp.zeros_like(length_B)], axis=1)
-        state = SimpleNamespace(draws=draws, length_B=length_B)
+        state = SimpleNamespace(sampling=draws, length_B=length_B)
         count_B = jnp.full(rows, steps)
         draft = Draft(state, jnp.zeros((rows, steps + 1, 1)), tokens_BT, count_B, log_q_BTV, None)
         return accept_block(log_p_BTV, draft)

@@ -111,7 +111,7 @@ def test_the_same_tokens_with_whatever_is_chosen(engine, expected):
 @pytest.fixture
 def on_tpus(monkeypatch):
     """Rounds as on accelerators: they pause, and have one verification."""
-    tune(monkeypatch, is_wide=True)
+    tune(monkeypatch, positions_are_free=True)
 
 
 def test_pauses_on_accelerators(shallow, on_tpus):
@@ -229,8 +229,8 @@ def test_counts_of_sampled_texts_are_finite(model):
     learned = rounds(model, state, np.int32(20), strategy.arguments(model)).learned
     for name, counts in dataclasses.asdict(learned).items():
         assert np.isfinite(counts).all(), name
-    assert (learned.passed_BEU <= learned.tried_BEU).all() and (
-        learned.tried_BEU.sum((1, 2)) > 9
+    assert (learned.passed_BEZ <= learned.tried_BEZ).all() and (
+        learned.tried_BEZ.sum((1, 2)) > 9
     ).all()
     assert (learned.rounds_B == 20).all()
 
@@ -273,8 +273,8 @@ def test_counts_by_hand():
     after = jax.jit(Learned.after)(start, *given)
     kept = DECAY ** seen[1].sum(2, keepdims=True)
     assert after.idle_B.all() and (after.rounds_B == 1).all()
-    np.testing.assert_allclose(after.passed_BEU, kept + seen[0], rtol=1e-6)
-    np.testing.assert_allclose(after.tried_BEU, kept + seen[1], rtol=1e-6)
+    np.testing.assert_allclose(after.passed_BEZ, kept + seen[0], rtol=1e-6)
+    np.testing.assert_allclose(after.tried_BEZ, kept + seen[1], rtol=1e-6)
     # Seven tokens matched, then eight.
     looked, found = np.ones((2, 8)), np.ones((2, 8))
     kept = DECAY
@@ -331,15 +331,15 @@ def test_chances_by_hand():
     """One of three sure drafts failed: these pass less often than usual, and are more common."""
     unknown, sure = Learned.create(1, 1), (0, 0, 4)
     assert unknown.chance_BE[0, 0] == pytest.approx(np.mean(LEVEL_SHARES))
-    np.testing.assert_allclose(unknown.chances_BEU[0, 0], LEVEL_SHARES, rtol=1e-6)
+    np.testing.assert_allclose(unknown.chances_BEZ[0, 0], LEVEL_SHARES, rtol=1e-6)
     known = dataclasses.replace(
         unknown,
-        passed_BEU=unknown.passed_BEU.at[sure].set(2),
-        tried_BEU=unknown.tried_BEU.at[sure].set(3),
+        passed_BEZ=unknown.passed_BEZ.at[sure].set(2),
+        tried_BEZ=unknown.tried_BEZ.at[sure].set(3),
     )
     *unsure, usual = LEVEL_SHARES
     expected = [*unsure, (2 + USUAL_COUNT * usual) / (3 + USUAL_COUNT)]
-    np.testing.assert_allclose(known.chances_BEU[0, 0], expected, rtol=1e-6)
+    np.testing.assert_allclose(known.chances_BEZ[0, 0], expected, rtol=1e-6)
     passed, tried = 2 + USUAL_COUNT * sum(LEVEL_SHARES), 3 + 5 * USUAL_COUNT
     assert known.chance_BE[0, 0] == pytest.approx(passed / tried)
 
@@ -347,9 +347,9 @@ def test_chances_by_hand():
 @pytest.fixture
 def divided():
     """An exit with two kinds of drafts, equally likely: those that pass with 0.1, and with 0.9."""
-    tried_BEU = np.array([[[1e6, 0, 0, 0, 1e6]]], np.float32)
-    passed_BEU = tried_BEU * np.array([0.1, 0, 0, 0, 0.9], np.float32)
-    return dataclasses.replace(Learned.create(1, 1), passed_BEU=passed_BEU, tried_BEU=tried_BEU)
+    tried_BEZ = np.array([[[1e6, 0, 0, 0, 1e6]]], np.float32)
+    passed_BEZ = tried_BEZ * np.array([0.1, 0, 0, 0, 0.9], np.float32)
+    return dataclasses.replace(Learned.create(1, 1), passed_BEZ=passed_BEZ, tried_BEZ=tried_BEZ)
 
 
 @pytest.mark.parametrize(

@@ -174,7 +174,7 @@ def read(pieces, stop=(), finish=LENGTH, looks=None):
     whole, shown = trace_of(range(len(pieces))), []
     for count in [*(range(1, len(pieces)) if looks is None else looks), len(pieces)]:
         last = count == len(pieces)
-        piece, cut, reason = row.look(whole.cut(count), finish if last else RUNNING)
+        piece, cut, reason = row.read(whole.cut(count), finish if last else RUNNING)
         shown.append(piece)
         assert "".join(shown) == row.text[: len("".join(shown))]
         if reason is not None:

@@ -16,7 +16,7 @@ from lsjax.decoding.auto.adaptive import Adaptive
 from lsjax.decoding.draft_vocabulary import DraftVocabulary
 from lsjax.decoding.programs import decode, prefill
 from lsjax.decoding.request import Request
-from lsjax.decoding.sampling import Draws, Purpose, Sampling
+from lsjax.decoding.sampling import Purpose, RowSampling, Sampling
 from lsjax.decoding.self_speculative import SelfSpeculative
 from lsjax.decoding.strategy import Autoregressive
 from lsjax.model.llama import Llama
@@ -30,7 +30,7 @@ PROMPTS = [(3, 1, 4), (7,)]
 NEW = 3  # tokens that are looked at together
 # Many texts are drawn: some of LLVM's passes, which conftest.py leaves out, are worth their time.
 OPTIMISED = {"xla_backend_optimization_level": 1}
-log_probs = jax.jit(Draws.log_probs)
+log_probs = jax.jit(RowSampling.log_probs)
 
 
 def by_sorting(logits, sampling: Sampling) -> np.ndarray:
@@ -69,7 +69,7 @@ def test_filters_equal_a_sort(size):
     """In one batch, each row with its own; a greedy row and one without filters beside."""
     rows = [*FILTERS, Sampling(), Sampling(temperature=1.0, top_k=10**6), Sampling(top_k=3)]
     logits = jax.random.normal(jax.random.key(size), (len(rows), 3, size)) * 3
-    found = np.exp(log_probs(Draws.create(rows), logits))
+    found = np.exp(log_probs(RowSampling.create(rows), logits))
     for row, sampling in enumerate(rows):
         for step in range(3):
             if sampling.temperature == 0:
@@ -80,7 +80,7 @@ def test_filters_equal_a_sort(size):
 
 
 def test_ties_with_the_last_one_stay():
-    draws = Draws.create([Sampling(temperature=1.0, top_k=2)])
+    draws = RowSampling.create([Sampling(temperature=1.0, top_k=2)])
     log = log_probs(draws, np.array([[[5.0, 4.0, 4.0, 1.0]]], np.float32))
     assert np.isfinite(log[0, 0]).tolist() == [True, True, True, False]
     # Of two greedy maxima argmax takes the first.
@@ -93,7 +93,7 @@ def test_numbers_below_float32(name):
     """They do what the smallest numbers do that float32 has."""
     logits = jax.random.normal(jax.random.key(0), (1, 1, 50)) * 3
     rows = [Sampling(**{"temperature": 1.0, name: value}) for value in (1e-60, 1e-37)]
-    draws = Draws.create(rows)
+    draws = RowSampling.create(rows)
     found, expected = np.exp(log_probs(draws, np.tile(logits, (2, 1, 1))))
     assert expected.sum() == pytest.approx(1)
     np.testing.assert_allclose(found, expected, atol=1e-6)
@@ -101,20 +101,20 @@ def test_numbers_below_float32(name):
 
 def test_the_largest_numbers():
     """All tokens, each as probable as the others."""
-    draws = Draws.create([Sampling(temperature=1e30, top_k=2**31 - 1)])
+    draws = RowSampling.create([Sampling(temperature=1e30, top_k=2**31 - 1)])
     logits = jax.random.normal(jax.random.key(0), (1, 1, 50)) * 3
     np.testing.assert_allclose(np.exp(log_probs(draws, logits)), 1 / 50, rtol=1e-6)
 
 
 def test_seeds_of_32_bits_differ():
     seeds = [0, 1, 2**31 - 1, 2**31, 2**32 - 1]
-    draws = Draws.create([Sampling(temperature=1.0, seed=seed) for seed in seeds])
+    draws = RowSampling.create([Sampling(temperature=1.0, seed=seed) for seed in seeds])
     assert len({tuple(key) for key in np.asarray(draws.key_B2).tolist()}) == len(seeds)
 
 
 def test_an_unlikely_token_is_never_drawn_and_streams_are_apart():
     rows = [Sampling(temperature=1.0, seed=seed) for seed in (1, 2, 1)] * 50
-    draws, position_B = Draws.create(rows), jnp.arange(50).repeat(3)
+    draws, position_B = RowSampling.create(rows), jnp.arange(50).repeat(3)
     weight_BV = jnp.tile(jnp.array([0.7, 0.7, 0.0]), (150, 1))  # a sum of 1 is not asked for
     token = jax.jit(draws.token, static_argnums=2)
     first, draft = (
@@ -172,8 +172,8 @@ def texts(model, strategy, settings=SETTINGS) -> np.ndarray:
     rows, out = np.arange(pairs.size), []
     places = np.asarray(base.length_B)[:, None] + np.arange(NEW)
     for run in range(RUNS):
-        draws = dataclasses.replace(base.draws, key_B2=make_keys(run * rows.size + rows))
-        state = run_prefill(model, dataclasses.replace(base, draws=draws), np.int32(0))
+        draws = dataclasses.replace(base.sampling, key_B2=make_keys(run * rows.size + rows))
+        state = run_prefill(model, dataclasses.replace(base, sampling=draws), np.int32(0))
         state = run_decode(model, state, np.int32(2), arguments)
         out.append(np.take_along_axis(np.asarray(state.tokens_BS), places, axis=1))
     found = np.stack(out).reshape(RUNS, len(settings), ROWS, 2, NEW).transpose(1, 3, 0, 2, 4)
@@ -244,9 +244,9 @@ def accept_always(logits_BTV, draft):
 def resample_from_the_target(logits_BTV, draft):
     """Replaces a refused draft by a token from p instead of max(0, p - q)."""
     tokens_BT, accepted_B = accept_block(logits_BTV, draft)
-    p_BTV = jnp.exp(draft.state.draws.log_probs(logits_BTV))
+    p_BTV = jnp.exp(draft.state.sampling.log_probs(logits_BTV))
     p_BV = jnp.take_along_axis(p_BTV, accepted_B[:, None, None], axis=1)[:, 0]
-    token_B = draft.state.draws.token(p_BV, draft.state.length_B + accepted_B, Purpose.TOKEN)
+    token_B = draft.state.sampling.token(p_BV, draft.state.length_B + accepted_B, Purpose.TOKEN)
     place_BT = jnp.arange(tokens_BT.shape[1]) == accepted_B[:, None]
     return jnp.where(place_BT, token_B[:, None], tokens_BT), accepted_B
 

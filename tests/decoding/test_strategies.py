@@ -1,6 +1,8 @@
 """Greedy self-speculation gives the tokens of autoregressive decoding, whatever E, d and batch."""
 
 import copy
+from dataclasses import dataclass, replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -10,11 +12,14 @@ import pytest
 from lsjax.config import ConfigError
 from lsjax.decoding.draft_vocabulary import DraftVocabulary
 from lsjax.decoding.engine import Engine
-from lsjax.decoding.self_speculative import SelfSpeculative
+from lsjax.decoding.programs import decode, prefill
+from lsjax.decoding.request import Request
+from lsjax.decoding.self_speculative import SelfSpeculative, speculative_round
 from lsjax.decoding.strategy import Autoregressive, EarlyExit
 from lsjax.evaluation.comparison import identity_tail
 from lsjax.model.llama import stacked
 from tests.marks import long
+from tests.states import new_state
 
 PROMPTS = [[7], [1, 2, 3], list(range(40, 60)), [200, 100] * 17]
 NEW = 24
@@ -186,6 +191,46 @@ def test_a_draft_by_the_whole_model_is_always_right(model, tokenizer, expected, 
         # The prefill gives one token, a round drafts + 1, and the last round drafts what is left.
         assert completion.rounds == -(-(NEW - 1) // (drafts + 1))
         assert completion.drafted == NEW - 1 - completion.rounds
+
+
+@dataclass(frozen=True)
+class Drafted(SelfSpeculative):
+    """Another model's first layers draft; the model verifies from `verified_from`. What was kept is
+    passed on through the log-probabilities: the sums of each state."""
+
+    verified_from: int = 2
+
+    def step(self, model, state, arguments):
+        drafter = jax.tree.map(lambda leaf: leaf * (1.02 if self.verified_from == 0 else 1), model)
+        rest = drafter, model, self.verified_from, state, arguments
+        done, kept = speculative_round(self, *rest, keep=(3, 1, 2))
+        assert sorted(kept) == [1, 2, 3]
+        steps = kept[1].shape[1]
+        places_BT = state.length_B[:, None] - 1 + jnp.arange(steps)
+        sums_BT = sum(factor * kept[exit_].sum(-1) for exit_, factor in ((1, 1), (2, 3), (3, 9)))
+        rows_B1 = jnp.arange(len(sums_BT))[:, None]
+        return replace(done, log_probs_BS=done.log_probs_BS.at[rows_B1, places_BT].set(sums_BT))
+
+
+@pytest.mark.parametrize("verified_from", [2, *long(0)])
+def test_another_drafter_and_the_states_of_exits(model, expected, verified_from):
+    """The text is the model's own, whoever drafts. States of exits are those of a plain pass."""
+    strategy, prompt = Drafted(2, 3, verified_from=verified_from), PROMPTS[1]
+    request = Request(prompt=prompt, max_new_tokens=NEW, log_probs=True)
+    sizes = dict(capacity=64, num_layers=4, dtype=model.dtype)
+    state = new_state(model.config, [request], **sizes)
+    rest = dict(chunk=32, depth=4)
+    state = jax.jit(partial(prefill, **rest))(model, state, np.int32(0))
+    run = jax.jit(partial(decode, strategy=strategy))
+    state = run(model, state, np.int32(99), strategy.arguments(model))
+    text = np.asarray(state.tokens_BS)[0, : len(prompt) + NEW].tolist()
+    assert_same_tokens(model, prompt, expected[1], text[len(prompt) :])
+    states = jax.jit(lambda model, ids: model.exits(ids))(model, jnp.asarray([text]))[:, 0]
+    sums = np.asarray(states.sum(-1))
+    # The prompt's states are not kept, and the last token has none.
+    here = slice(len(prompt), len(text) - 1)
+    found = np.asarray(state.log_probs_BS)[0, here]
+    np.testing.assert_allclose(found, (sums[0] + 3 * sums[1] + 9 * sums[2])[here], atol=1e-2)
 
 
 def test_end_token_inside_a_draft(model, tokenizer, expected):

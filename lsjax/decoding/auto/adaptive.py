@@ -16,7 +16,7 @@ from lsjax.decoding.auto.learned import Learned
 from lsjax.decoding.auto.lookup import look_up
 from lsjax.decoding.auto.scores import scores
 from lsjax.decoding.auto.segments import draft_states, run_segments
-from lsjax.decoding.draft import Draft, DraftArguments
+from lsjax.decoding.draft import Draft, DraftArguments, Places
 from lsjax.decoding.draft_vocabulary import DraftHead, DraftVocabulary
 from lsjax.decoding.guards import at_shortest_length
 from lsjax.decoding.scopes import VERIFY
@@ -120,15 +120,14 @@ class Adaptive(Speculative):
                 draft.state.cache,
                 draft.hidden[1:],
             )
-            states, cache = draft_states(model, self.exits, reached, places[0], cache)
+            states, cache = draft_states(model, self.exits, reached, places.positions_BT, cache)
             verified, logits_BTV = judge(model, draft, reached[-1], cache, None)
             new = logits_BTV, verified.tokens_BT, verified.accepted_B
             seen = scores(model, self.exits, draft, choice.exit_layer, due, states, *new)
             return replace(verified, seen=seen)
 
         with jax.named_scope(VERIFY):
-            # Computed here: inside of the branches, XLA would compute them again in each layer.
-            places = draft.positions_BT, prepare(model, draft.positions_BT)
+            places = Places.of(model, draft.positions_BT)
             lengths = verification_lengths(self.lengths)
             verified = at_shortest_length(lengths, draft, places, verify)
             done = verified.commit(draft, choice.exit_layer)

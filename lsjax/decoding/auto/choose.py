@@ -69,7 +69,8 @@ def choose(
     rate = rate_QJ.max() / state.running_B.sum()  # of a row
     # At most 1, the confidence before the first draft: so the exit's head runs at least once.
     least_BT = jnp.minimum(rate * seconds_BT, 1)
-    confidence = Confidence(least_BT, learned.chances_BEU[:, own])
+    confidence = Confidence(least_BT, learned.chances_BEZ[:, own])
+    # An exit may draft up to the longest length: the confidence stops it.
     return Choice(exit_layer, jnp.where(source > 0, longest, length), confidence)
 
 
@@ -79,8 +80,8 @@ def seconds_of_drafts(
     verified_J: Float[Array, " J"],
     chance_B: Float[Array, " B"],
 ) -> Float[Array, "B T"]:
-    """Seconds of each further draft, over the tokens expected of it if it passes. A draft costs the
-    exit's layers. The first beyond a length also widens the verification, to the best one.
+    """Cost of each further draft token, in seconds per expected token. It costs the exit's layers.
+    One that needs a wider verification also pays for that, with those that fit beside it.
 
     round_J: seconds of a round of each length. verified_J: of its verification.
     """

@@ -23,11 +23,11 @@ TEXT_COUNT = 4.0
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Learned:
-    """Decayed counts of each row. E: exits. U: levels of their top probability. M: matching tokens
+    """Decayed counts of each row. E: exits. Z: levels of their top probability. M: matching tokens
     of a lookup, 1 to LONGEST."""
 
-    passed_BEU: Float[Array, "B E U"]
-    tried_BEU: Float[Array, "B E U"]
+    passed_BEZ: Float[Array, "B E Z"]
+    tried_BEZ: Float[Array, "B E Z"]
     found_BM: Float[Array, "B M"]
     looked_BM: Float[Array, "B M"]
     rounds_B: Int[Array, " B"]
@@ -37,8 +37,8 @@ class Learned:
     def create(cls, batch: int, exits: int) -> "Learned":
         """Nothing is known before the first round."""
         return cls(
-            passed_BEU=jnp.zeros((batch, exits, len(LEVEL_SHARES))),
-            tried_BEU=jnp.zeros((batch, exits, len(LEVEL_SHARES))),
+            passed_BEZ=jnp.zeros((batch, exits, len(LEVEL_SHARES))),
+            tried_BEZ=jnp.zeros((batch, exits, len(LEVEL_SHARES))),
             found_BM=jnp.zeros((batch, LONGEST)),
             looked_BM=jnp.zeros((batch, LONGEST)),
             rounds_B=jnp.zeros(batch, jnp.int32),
@@ -46,31 +46,31 @@ class Learned:
         )
 
     @property
-    def shares_BEU(self) -> Float[Array, "B E U"]:
+    def shares_BEZ(self) -> Float[Array, "B E Z"]:
         """Share of each level among the drafts of an exit."""
-        tried_BEU = self.tried_BEU + USUAL_COUNT
-        return tried_BEU / tried_BEU.sum(-1, keepdims=True)
+        tried_BEZ = self.tried_BEZ + USUAL_COUNT
+        return tried_BEZ / tried_BEZ.sum(-1, keepdims=True)
 
     @property
-    def chances_BEU(self) -> Float[Array, "B E U"]:
+    def chances_BEZ(self) -> Float[Array, "B E Z"]:
         """Chance that a draft of each exit passes, by its top probability."""
-        passed_BEU = self.passed_BEU + USUAL_COUNT * jnp.array(LEVEL_SHARES)
-        return passed_BEU / (self.tried_BEU + USUAL_COUNT)
+        passed_BEZ = self.passed_BEZ + USUAL_COUNT * jnp.array(LEVEL_SHARES)
+        return passed_BEZ / (self.tried_BEZ + USUAL_COUNT)
 
     @property
     def chance_BE(self) -> Float[Array, "B E"]:
         """Chance that a draft of each exit passes."""
-        return jnp.minimum((self.shares_BEU * self.chances_BEU).sum(-1), 0.999)
+        return jnp.minimum((self.shares_BEZ * self.chances_BEZ).sum(-1), 0.999)
 
     def exit_tokens(
         self, lengths: tuple[int, ...], least_EJ: Float[Array, "E J"]
     ) -> tuple[Float[Array, "B E J"], Float[Array, "B E J"]]:
-        """Expected tokens of a round with each exit and draft length, and its chance to draft: the
-        level of the first draft must promise `least_EJ` accepted drafts."""
+        """Expected tokens of a round with each exit and draft length, and the chance that it
+        drafts: if the level of its first draft token promises `least_EJ` accepted ones."""
         tokens_BEJ = expected_tokens(self.chance_BE[..., None], np.array(lengths))
-        passed_BEJU = self.chances_BEU[:, :, None] * tokens_BEJ[..., None]
-        drafts_BEJU = jnp.where(passed_BEJU >= least_EJ[..., None], self.shares_BEU[:, :, None], 0)
-        return 1 + (drafts_BEJU * passed_BEJU).sum(-1), drafts_BEJU.sum(-1)
+        passed_BEJZ = self.chances_BEZ[:, :, None] * tokens_BEJ[..., None]
+        drafts_BEJZ = jnp.where(passed_BEJZ >= least_EJ[..., None], self.shares_BEZ[:, :, None], 0)
+        return 1 + (drafts_BEJZ * passed_BEJZ).sum(-1), drafts_BEJZ.sum(-1)
 
     def lookup_tokens(
         self, matched_B: Int[Array, " B"], lengths: tuple[int, ...]
@@ -98,9 +98,9 @@ class Learned:
         """The counts after a round that saw the passed and tried drafts of the exits. proposal_BT:
         what the lookup found, by `matched_B` tokens. is_idle: whether the choice was to draft
         nothing."""
-        new_BT, (passed_BEU, tried_BEU) = verified.tokens_BT, verified.seen
+        new_BT, (passed_BEZ, tried_BEZ) = verified.tokens_BT, verified.seen
         is_new_BT = jnp.arange(new_BT.shape[1]) <= verified.accepted_B[:, None]
-        kept_BE1 = DECAY ** tried_BEU.sum(-1, keepdims=True)
+        kept_BE1 = DECAY ** tried_BEZ.sum(-1, keepdims=True)
 
         # Right tokens of the lookup, and the first wrong one.
         right_BT = proposal_BT == new_BT[:, :-1]
@@ -112,8 +112,8 @@ class Learned:
         found_BM = (size_BTM & (looked_BT & right_BT)[..., None]).sum(1)
         kept_BM = DECAY**looked_BM
         return Learned(
-            self.passed_BEU * kept_BE1 + passed_BEU,
-            self.tried_BEU * kept_BE1 + tried_BEU,
+            self.passed_BEZ * kept_BE1 + passed_BEZ,
+            self.tried_BEZ * kept_BE1 + tried_BEZ,
             self.found_BM * kept_BM + found_BM,
             self.looked_BM * kept_BM + looked_BM,
             self.rounds_B + 1,
@@ -128,8 +128,8 @@ def expected_tokens(chance: Float[Array, "..."], number: np.ndarray) -> Float[Ar
 
 def by_level(
     top_BT: Float[Array, "B T"], tried_BT: Bool[Array, "B T"], passed_BT: Float[Array, "B T"]
-) -> tuple[Float[Array, "B U"], Float[Array, "B U"]]:
+) -> tuple[Float[Array, "B Z"], Float[Array, "B Z"]]:
     """Counts of passed and of tried drafts, by their top probability."""
-    level_BTU = confidence_level(top_BT)[..., None] == jnp.arange(len(LEVEL_SHARES))
-    tried_BTU = (level_BTU & tried_BT[..., None]).astype(jnp.float32)
-    return (tried_BTU * passed_BT[..., None]).sum(1), tried_BTU.sum(1)
+    level_BTZ = confidence_level(top_BT)[..., None] == jnp.arange(len(LEVEL_SHARES))
+    tried_BTZ = (level_BTZ & tried_BT[..., None]).astype(jnp.float32)
+    return (tried_BTZ * passed_BT[..., None]).sum(1), tried_BTZ.sum(1)

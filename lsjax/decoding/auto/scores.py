@@ -9,7 +9,7 @@ from lsjax.decoding.draft import Draft, of_tokens, top_probability
 from lsjax.decoding.sampling import argmax
 from lsjax.model.protocol import DecoderModel
 
-Counts = tuple[Float[Array, "B E U"], Float[Array, "B E U"]]  # passed and tried drafts
+Counts = tuple[Float[Array, "B E Z"], Float[Array, "B E Z"]]  # passed and tried drafts
 
 
 def scores(
@@ -30,14 +30,14 @@ def scores(
     states: that each exit drafts from. logits_BTV: the full model's, after penalties.
     """
     state, head = draft.state, draft.head
-    none = jnp.zeros_like(state.learned.passed_BEU)
+    none = jnp.zeros_like(state.learned.passed_BEZ)
     if not exits:
         return none, none
     rows, places_V = (None, None) if head is None else (head.rows, head.places_V)
     index_BT = tokens_BT if head is None else places_V[tokens_BT]
     is_new_BT = jnp.arange(tokens_BT.shape[1]) <= accepted_B[:, None]
-    if state.draws is not None:
-        log_p_BT = of_tokens(state.draws.log_probs(logits_BTV), tokens_BT)
+    if state.sampling is not None:
+        log_p_BT = of_tokens(state.sampling.log_probs(logits_BTV), tokens_BT)
 
     def passed(log_q_BTW):
         # NaN: not in the vocabulary, or beyond the new tokens.
@@ -47,20 +47,20 @@ def scores(
     def score(x_BTD):
         logits_BTW = state.penalised(model.unembed(x_BTD, rows), 0, tokens_BT, places_V)
         top_BT = top_probability(logits_BTW)
-        if state.draws is None:
+        if state.sampling is None:
             return by_level(top_BT, is_new_BT, argmax(logits_BTW) == index_BT)
-        return by_level(top_BT, is_new_BT, passed(state.draws.log_probs(logits_BTW)))
+        return by_level(top_BT, is_new_BT, passed(state.sampling.log_probs(logits_BTW)))
 
     def every():
         counts = [score(x_BTD) for x_BTD in states]
         return tuple(jnp.stack(each, axis=1) for each in zip(*counts, strict=True))
 
-    greedy = state.draws is None
+    greedy = state.sampling is None
     right_BT = draft.tokens_BT == tokens_BT if greedy else passed(draft.log_q_BTW)
-    own_passed_BU, own_tried_BU = by_level(draft.top_BT, is_new_BT & (draft.top_BT > 0), right_BT)
-    passed_BEU, tried_BEU = lax.cond(due, every, lambda: (none, none))
+    own_passed_BZ, own_tried_BZ = by_level(draft.top_BT, is_new_BT & (draft.top_BT > 0), right_BT)
+    passed_BEZ, tried_BEZ = lax.cond(due, every, lambda: (none, none))
     is_own_E1 = (jnp.array(exits) == exit_layer)[:, None]
     return (
-        jnp.where(is_own_E1, own_passed_BU[:, None], passed_BEU),
-        jnp.where(is_own_E1, own_tried_BU[:, None], tried_BEU),
+        jnp.where(is_own_E1, own_passed_BZ[:, None], passed_BEZ),
+        jnp.where(is_own_E1, own_tried_BZ[:, None], tried_BEZ),
     )
