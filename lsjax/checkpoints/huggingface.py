@@ -103,7 +103,7 @@ def _files(directory: AnyPath) -> list[AnyPath]:
     weight_map = read_json(index, CheckpointError).get("weight_map")
     files = [*weight_map.values()] if isinstance(weight_map, dict) else [weight_map]
     for file in files:
-        if not isinstance(file, str) or file in ("", "..") or Path(file).name != file:
+        if not isinstance(file, str) or file in ("", "..") or AnyPath(file).name != file:
             raise CheckpointError(
                 f"{index}: weight_map names {file!r}, but must name files of the same directory"
             )

@@ -102,10 +102,8 @@ def decode(
 
     def more(carry):
         done, current = carry
-        has_room_B = ~current.running_B | (current.length_B + strategy.slack <= current.capacity)
-        go_on_B = (current.running_B == running_B) & has_room_B
-        more = (done < rounds) & current.running_B.any() & go_on_B.all()
-        return more & strategy.goes_on(current)
+        goes_on = current.goes_on(running_B, strategy.slack) & current.running_B.any()
+        return (done < rounds) & goes_on & strategy.goes_on(current)
 
     def step(carry):
         done, current = carry

@@ -118,6 +118,11 @@ class DecodeState:
         """Rows still decoding."""
         return self.finish_B == RUNNING
 
+    def goes_on(self, running_B: Bool[Array, " B"], slack: int) -> Bool[Array, ""]:
+        """Whether the rows `running_B` all still run, and have `slack` free slots."""
+        has_room_B = ~self.running_B | (self.length_B + slack <= self.capacity)
+        return ((self.running_B == running_B) & has_room_B).all()
+
     @property
     def pending_B(self) -> Int[Array, " B"]:
         """The last token of each row."""

@@ -121,7 +121,7 @@ def file_rows(paths: Sequence[str], refuse: Refuse = stop_at) -> Iterator[Placed
     for warning in warnings:
         log.warning("%s", warning)
     for file in files:
-        kind = Path(file.name.removesuffix(".gz")).suffix
+        kind = AnyPath(file.name.removesuffix(".gz")).suffix
         check(kind in READERS, f"{file}: extension {kind!r} is not one of {', '.join(READERS)}")
         for number, row in READERS[kind](file, refuse):
             yield f"{file.name}:{number}", f"{file}, line {number}", row

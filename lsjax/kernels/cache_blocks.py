@@ -19,7 +19,7 @@ SMALL, LARGE = 256, 1024
 # Names of the two loops in compiled programs.
 SMALL_BLOCKS, LARGE_BLOCKS = "small_cache_blocks", "large_cache_blocks"
 
-Sums = tuple[Float[Array, "B K R"], Float[Array, "B K R H"]]  # of weights, of weighted values
+Totals = tuple[Float[Array, "B K R"], Float[Array, "B K R H"]]  # of weights, of weighted values
 
 
 def attend_to_used_slots(
@@ -73,7 +73,7 @@ class CacheReader:
         seen_BRS = slots <= position_BR1
         return seen_BRS if self.window is None else seen_BRS & (slots > position_BR1 - self.window)
 
-    def at_once(self) -> Sums:
+    def at_once(self) -> Totals:
         """Reads all slots."""
         keys, values, size = self.keys, self.values, self.shape[3]
         scores = jnp.einsum("BKRH,BKSH->BKRS", self.q_BKRH, keys, preferred_element_type=self.wide)
@@ -83,7 +83,7 @@ class CacheReader:
         mixed = jnp.einsum("BKRS,BKSH->BKRH", weights.astype(values.dtype), values)
         return weights.sum(-1), mixed.astype(self.wide)
 
-    def in_blocks(self) -> Sums:
+    def in_blocks(self) -> Totals:
         """Reads blocks, large ones first, up to the longest row."""
         # `top` is finite from the start: with a window, a query may see no slot of a block.
         shape, capacity = self.q_BKRH.shape[:3], self.keys.shape[2]

@@ -1,7 +1,7 @@
 """Metrics of a run: the line and the row of a step, metrics.jsonl, trackers, wall time by use.
 
-Rows of kind "time" in metrics.jsonl hold the seconds of each use up to then. The rows of steps that
-follow the last one continue it, so a run that was killed knows its time up to its last row.
+A row of kind "time" in metrics.jsonl holds the seconds of each use so far. Seconds of later rows of
+steps are added. So a killed run loses at most the time after its last row.
 """
 
 import json

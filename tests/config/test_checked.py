@@ -26,7 +26,7 @@ class More(Flags):
 
 
 GOOD = [
-    dict(file=Path("x")),
+    dict(file=AnyPath("x")),
     dict(kind=1),
     dict(num_samples=10**400),
     dict(share=0.1),

@@ -154,7 +154,7 @@ def as_draft(case: Case, drafts: list[Text], sampling=None) -> tuple[jnp.ndarray
         places_V = np.full(N, len(case.drafts))
         places_V[case.drafts] = np.arange(len(case.drafts))
         head = DraftHead(np.array(case.drafts), places_V, np.zeros((len(case.drafts), 1)))
-    state = SimpleNamespace(sampling=draws, length_B=np.full(len(drafts), 5))
+    state = SimpleNamespace(sampling=sampling, length_B=np.full(len(drafts), 5))
     arrays = jax.device_put((tokens_BT.astype(np.int32), log_q_BTW.astype(np.float32)))
     draft = Draft(state, np.zeros((*shape_BT, 1)), arrays[0], count_B, arrays[1], head)
     return jax.device_put(log_p_BTV.astype(np.float32)), draft

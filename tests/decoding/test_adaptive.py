@@ -19,8 +19,8 @@ from lsjax.decoding.auto.adaptive import IDLE_TOKENS, Adaptive, AutoArguments
 from lsjax.decoding.auto.choose import choose, seconds_of_drafts
 from lsjax.decoding.auto.learned import (
     DECAY,
-    LEVEL_SHARES,
-    LOOKUP_SHARES,
+    LEVEL_CHANCES,
+    LOOKUP_CHANCES,
     TEXT_COUNT,
     USUAL_COUNT,
     Learned,
@@ -280,8 +280,8 @@ def test_counts_by_hand():
     kept = DECAY
     looked[0, 6], found[0, 6] = kept + 1, kept + 1
     looked[0, 7], found[0, 7] = kept + 1, kept
-    np.testing.assert_allclose(after.looked_BM, looked, rtol=1e-6)
-    np.testing.assert_allclose(after.found_BM, found, rtol=1e-6)
+    np.testing.assert_allclose(after.lookup_tried_BM, looked, rtol=1e-6)
+    np.testing.assert_allclose(after.lookup_passed_BM, found, rtol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -330,18 +330,18 @@ def test_scores_take_a_hundredth_of_the_bytes():
 def test_chances_by_hand():
     """One of three sure drafts failed: these pass less often than usual, and are more common."""
     unknown, sure = Learned.create(1, 1), (0, 0, 4)
-    assert unknown.chance_BE[0, 0] == pytest.approx(np.mean(LEVEL_SHARES))
-    np.testing.assert_allclose(unknown.chances_BEZ[0, 0], LEVEL_SHARES, rtol=1e-6)
+    assert unknown.mean_chance_BE[0, 0] == pytest.approx(np.mean(LEVEL_CHANCES))
+    np.testing.assert_allclose(unknown.chances_BEZ[0, 0], LEVEL_CHANCES, rtol=1e-6)
     known = dataclasses.replace(
         unknown,
         passed_BEZ=unknown.passed_BEZ.at[sure].set(2),
         tried_BEZ=unknown.tried_BEZ.at[sure].set(3),
     )
-    *unsure, usual = LEVEL_SHARES
+    *unsure, usual = LEVEL_CHANCES
     expected = [*unsure, (2 + USUAL_COUNT * usual) / (3 + USUAL_COUNT)]
     np.testing.assert_allclose(known.chances_BEZ[0, 0], expected, rtol=1e-6)
-    passed, tried = 2 + USUAL_COUNT * sum(LEVEL_SHARES), 3 + 5 * USUAL_COUNT
-    assert known.chance_BE[0, 0] == pytest.approx(passed / tried)
+    passed, tried = 2 + USUAL_COUNT * sum(LEVEL_CHANCES), 3 + 5 * USUAL_COUNT
+    assert known.mean_chance_BE[0, 0] == pytest.approx(passed / tried)
 
 
 @pytest.fixture
@@ -387,10 +387,10 @@ def test_tokens_of_lookups_by_hand():
     """Two of ten drafts with eight matching tokens passed, so those with seven pass less often."""
     one = dataclasses.replace(
         Learned.create(1, 1),
-        found_BM=jnp.zeros((1, LONGEST)).at[0, -1].set(2),
-        looked_BM=jnp.zeros((1, LONGEST)).at[0, -1].set(10),
+        lookup_passed_BM=jnp.zeros((1, LONGEST)).at[0, -1].set(2),
+        lookup_tried_BM=jnp.zeros((1, LONGEST)).at[0, -1].set(10),
     )
-    *_, seventh, eighth = LOOKUP_SHARES
+    *_, seventh, eighth = LOOKUP_CHANCES
     factor = (2 + TEXT_COUNT) / (10 * eighth + TEXT_COUNT)
     seventh, eighth = seventh * factor, eighth * factor
     eighth = (2 + USUAL_COUNT * eighth) / (10 + USUAL_COUNT)

@@ -206,8 +206,7 @@ class Adaptive(Speculative):
 
         def more(carry):
             left, current = carry
-            has_room_B = ~current.running_B | (current.length_B + self.slack <= current.capacity)
-            return (left > 0) & ((current.running_B == running_B) & has_room_B).all()
+            return (left > 0) & current.goes_on(running_B, self.slack)
 
         def append(carry):
             left, current = carry

@@ -64,7 +64,7 @@ def choose(
         lengths,
         seconds_QJ[source],
         (1 - exit_layer / num_layers) * seconds_QJ[0],
-        learned.chance_BE[:, own],
+        learned.mean_chance_BE[:, own],
     )
     rate = rate_QJ.max() / state.running_B.sum()  # of a row
     # At most 1, the confidence before the first draft: so the exit's head runs at least once.

@@ -14,8 +14,8 @@ from lsjax.decoding.confidence import confidence_level
 DECAY = 0.97  # weight of the older counts, for each new one
 # Added to the counts: so many drafts of each kind, of which the usual share passes.
 USUAL_COUNT = 2.0
-LEVEL_SHARES = (0.25, 0.5, 0.75, 0.95, 0.99)
-LOOKUP_SHARES = (0.17, 0.3, 0.42, 0.5, 0.6, 0.64, 0.68, 0.72)
+LEVEL_CHANCES = (0.25, 0.5, 0.75, 0.95, 0.99)
+LOOKUP_CHANCES = (0.17, 0.3, 0.42, 0.5, 0.6, 0.64, 0.68, 0.72)
 # Lookups of all sizes fail in the same texts. The usual shares weigh as much as this many drafts.
 TEXT_COUNT = 4.0
 
@@ -28,8 +28,8 @@ class Learned:
 
     passed_BEZ: Float[Array, "B E Z"]
     tried_BEZ: Float[Array, "B E Z"]
-    found_BM: Float[Array, "B M"]
-    looked_BM: Float[Array, "B M"]
+    lookup_passed_BM: Float[Array, "B M"]
+    lookup_tried_BM: Float[Array, "B M"]
     rounds_B: Int[Array, " B"]
     idle_B: Bool[Array, " B"]  # whether the last choice was to draft nothing
 
@@ -37,16 +37,16 @@ class Learned:
     def create(cls, batch: int, exits: int) -> "Learned":
         """Nothing is known before the first round."""
         return cls(
-            passed_BEZ=jnp.zeros((batch, exits, len(LEVEL_SHARES))),
-            tried_BEZ=jnp.zeros((batch, exits, len(LEVEL_SHARES))),
-            found_BM=jnp.zeros((batch, LONGEST)),
-            looked_BM=jnp.zeros((batch, LONGEST)),
+            passed_BEZ=jnp.zeros((batch, exits, len(LEVEL_CHANCES))),
+            tried_BEZ=jnp.zeros((batch, exits, len(LEVEL_CHANCES))),
+            lookup_passed_BM=jnp.zeros((batch, LONGEST)),
+            lookup_tried_BM=jnp.zeros((batch, LONGEST)),
             rounds_B=jnp.zeros(batch, jnp.int32),
             idle_B=jnp.zeros(batch, bool),
         )
 
     @property
-    def shares_BEZ(self) -> Float[Array, "B E Z"]:
+    def level_share_BEZ(self) -> Float[Array, "B E Z"]:
         """Share of each level among the drafts of an exit."""
         tried_BEZ = self.tried_BEZ + USUAL_COUNT
         return tried_BEZ / tried_BEZ.sum(-1, keepdims=True)
@@ -54,34 +54,39 @@ class Learned:
     @property
     def chances_BEZ(self) -> Float[Array, "B E Z"]:
         """Chance that a draft of each exit passes, by its top probability."""
-        passed_BEZ = self.passed_BEZ + USUAL_COUNT * jnp.array(LEVEL_SHARES)
+        passed_BEZ = self.passed_BEZ + USUAL_COUNT * jnp.array(LEVEL_CHANCES)
         return passed_BEZ / (self.tried_BEZ + USUAL_COUNT)
 
     @property
-    def chance_BE(self) -> Float[Array, "B E"]:
+    def mean_chance_BE(self) -> Float[Array, "B E"]:
         """Chance that a draft of each exit passes."""
-        return jnp.minimum((self.shares_BEZ * self.chances_BEZ).sum(-1), 0.999)
+        return jnp.minimum((self.level_share_BEZ * self.chances_BEZ).sum(-1), 0.999)
 
     def exit_tokens(
         self, lengths: tuple[int, ...], least_EJ: Float[Array, "E J"]
     ) -> tuple[Float[Array, "B E J"], Float[Array, "B E J"]]:
         """Expected tokens of a round with each exit and draft length, and the chance that it
         drafts: if the level of its first draft token promises `least_EJ` accepted ones."""
-        tokens_BEJ = expected_tokens(self.chance_BE[..., None], np.array(lengths))
+        tokens_BEJ = expected_tokens(self.mean_chance_BE[..., None], np.array(lengths))
         passed_BEJZ = self.chances_BEZ[:, :, None] * tokens_BEJ[..., None]
-        drafts_BEJZ = jnp.where(passed_BEJZ >= least_EJ[..., None], self.shares_BEZ[:, :, None], 0)
+        drafts_BEJZ = jnp.where(
+            passed_BEJZ >= least_EJ[..., None], self.level_share_BEZ[:, :, None], 0
+        )
         return 1 + (drafts_BEJZ * passed_BEJZ).sum(-1), drafts_BEJZ.sum(-1)
 
     def lookup_tokens(
         self, matched_B: Int[Array, " B"], lengths: tuple[int, ...]
     ) -> Float[Array, "B J"]:
         """Expected tokens of a round with a lookup of each draft length."""
-        usual_BM = self.looked_BM * jnp.array(LOOKUP_SHARES)
-        found_B1, usual_B1 = self.found_BM.sum(-1, keepdims=True), usual_BM.sum(-1, keepdims=True)
+        usual_BM = self.lookup_tried_BM * jnp.array(LOOKUP_CHANCES)
+        found_B1, usual_B1 = (
+            self.lookup_passed_BM.sum(-1, keepdims=True),
+            usual_BM.sum(-1, keepdims=True),
+        )
         factor_B1 = (found_B1 + TEXT_COUNT) / (usual_B1 + TEXT_COUNT)
-        expected_BM = jnp.minimum(factor_B1 * jnp.array(LOOKUP_SHARES), 0.98)
-        found_BM = self.found_BM + USUAL_COUNT * expected_BM
-        share_BM = found_BM / (self.looked_BM + USUAL_COUNT)
+        expected_BM = jnp.minimum(factor_B1 * jnp.array(LOOKUP_CHANCES), 0.98)
+        lookup_passed_BM = self.lookup_passed_BM + USUAL_COUNT * expected_BM
+        share_BM = lookup_passed_BM / (self.lookup_tried_BM + USUAL_COUNT)
         place_BT = jnp.clip(matched_B[:, None] + jnp.arange(lengths[-1]), 1, LONGEST) - 1
         passes_BT = jnp.cumprod(jnp.take_along_axis(share_BM, place_BT, axis=1), axis=1)
         passes_BT = jnp.where(matched_B[:, None] > 0, passes_BT, 0)
@@ -108,14 +113,14 @@ class Learned:
         looked_BT = (reached_BT[:, :-1] > 0) & is_new_BT[:, :-1] & (matched_B[:, None] > 0)
         size_BT = jnp.minimum(matched_B[:, None] + jnp.arange(right_BT.shape[1]), LONGEST)
         size_BTM = size_BT[..., None] == jnp.arange(1, LONGEST + 1)
-        looked_BM = (size_BTM & looked_BT[..., None]).sum(1)
-        found_BM = (size_BTM & (looked_BT & right_BT)[..., None]).sum(1)
-        kept_BM = DECAY**looked_BM
+        lookup_tried_BM = (size_BTM & looked_BT[..., None]).sum(1)
+        lookup_passed_BM = (size_BTM & (looked_BT & right_BT)[..., None]).sum(1)
+        kept_BM = DECAY**lookup_tried_BM
         return Learned(
             self.passed_BEZ * kept_BE1 + passed_BEZ,
             self.tried_BEZ * kept_BE1 + tried_BEZ,
-            self.found_BM * kept_BM + found_BM,
-            self.looked_BM * kept_BM + looked_BM,
+            self.lookup_passed_BM * kept_BM + lookup_passed_BM,
+            self.lookup_tried_BM * kept_BM + lookup_tried_BM,
             self.rounds_B + 1,
             jnp.broadcast_to(is_idle, self.idle_B.shape),
         )
@@ -130,6 +135,6 @@ def by_level(
     top_BT: Float[Array, "B T"], tried_BT: Bool[Array, "B T"], passed_BT: Float[Array, "B T"]
 ) -> tuple[Float[Array, "B Z"], Float[Array, "B Z"]]:
     """Counts of passed and of tried drafts, by their top probability."""
-    level_BTZ = confidence_level(top_BT)[..., None] == jnp.arange(len(LEVEL_SHARES))
+    level_BTZ = confidence_level(top_BT)[..., None] == jnp.arange(len(LEVEL_CHANCES))
     tried_BTZ = (level_BTZ & tried_BT[..., None]).astype(jnp.float32)
     return (tried_BTZ * passed_BT[..., None]).sum(1), tried_BTZ.sum(1)

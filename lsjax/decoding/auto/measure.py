@@ -38,10 +38,10 @@ def kept_seconds(
     name = hashlib.sha256(repr([VERSION, *identity]).encode()).hexdigest()[:32]
     file = local_cache() / "round_seconds" / f"{name}.json"
     try:
-        seconds_QJ, spent = map(np.array, json.loads(file.read_text()))
+        seconds_QJ, old_budget = map(np.array, json.loads(file.read_text()))
         good = seconds_QJ.shape == (len(strategy.sources), len(strategy.lengths))
         good &= (seconds_QJ > 0).all()
-        good &= np.isfinite(seconds_QJ).all() or spent >= budget
+        good &= np.isfinite(seconds_QJ).all() or old_budget >= budget
     except Exception:  # no file, or it may hold anything
         good = False
     if not good:
