@@ -53,6 +53,7 @@ class Runtime:
         self._min_capacity = min_capacity
         self._seconds: dict[tuple[Strategy, int], jax.Array] = {}  # of rounds, by slots
         self._last: tuple[Strategy, Any] | None = None  # arguments of a strategy
+        self._shapes: dict[tuple[int, int, int], Cache] = {}  # of caches
 
     @property
     def model(self) -> DecoderModel:
@@ -164,8 +165,10 @@ class Runtime:
     def _cache_bytes(self, slots: int, strategy: Strategy, mesh: Mesh | None) -> int:
         """On each device of a mesh. A batch has one extra row, which reads the next prompt."""
         rows = self.batch_size + (self.batch_size > 1)
-        create = partial(self.model.new_cache, rows, slots, strategy.depth(self.model))
-        cache = jax.eval_shape(create)
+        key = rows, slots, strategy.depth(self.model)
+        if key not in self._shapes:  # tracing takes milliseconds
+            self._shapes[key] = jax.eval_shape(partial(self.model.new_cache, *key))
+        cache = self._shapes[key]
         if mesh is None:
             return num_bytes(cache)
         places = shardings({"cache": cache}, mesh)["cache"]
