@@ -21,8 +21,7 @@ from pathlib import Path
 import tyro
 from fake_bucket import BUCKET, served
 
-from lsjax.config import AnyPath
-from lsjax.config import as_path
+from lsjax.config import AnyPath, as_path
 from lsjax.config.paths import find_files
 
 CONFIG = """

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from lsjax.config import MeshConfig
-from lsjax.model import attention as module
+from lsjax.kernels import self_attention as module
 from lsjax.model.attention import self_attention
 from lsjax.platforms import platform
 from lsjax.sharding import make_mesh
@@ -33,9 +33,9 @@ def test_each_device_has_its_rows_and_heads(kernel, steps, size, kv_heads, monke
     shapes = []
     run = module._run
 
-    def noted(kernel, window, places, q, *rest):
+    def noted(kernel, window, reference, places, q, *rest):
         shapes.append(q.shape)
-        return run(kernel, window, places, q, *rest)
+        return run(kernel, window, reference, places, q, *rest)
 
     monkeypatch.setattr(module, "_run", noted)
     with jax.set_mesh(make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))):
