@@ -66,8 +66,8 @@ class Llama(nnx.Module):
 
     @property
     def dtype(self) -> jnp.dtype:
-        """Dtype of the parameters."""
-        return self.embedding[...].dtype
+        """Dtype of the parameters, which may be shapes."""
+        return jax.tree.leaves(self.embedding)[0].dtype
 
     @property
     def compute_dtype(self) -> jnp.dtype:
@@ -87,7 +87,7 @@ class Llama(nnx.Module):
         """Bytes of weights that a token of all layers reads: an embedding is one row."""
         config = self.config
         count = config.num_layers * config.layer_params + config.head_params
-        return count * jax.tree.leaves(self.embedding)[0].dtype.itemsize
+        return count * self.dtype.itemsize
 
     def prepare(self, positions_BT: Int[Array, "B T"]) -> Mapping[str, Rope]:
         """Angles of the positions, for `run_layers`."""
