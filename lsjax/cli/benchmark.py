@@ -227,7 +227,7 @@ def write(output: AnyPath, title: str, rows: Sequence[Answer], notes: Console) -
 def plot(
     notes: Console, draw: Callable[..., None], figures: Any, file: AnyPath, title: str
 ) -> None:
-    """Draws a picture, or notes why there is none."""
+    """Draws a picture. If matplotlib is missing, prints a note instead."""
     try:
         draw(figures, file, title=title)
     except ConfigError as error:

@@ -190,6 +190,19 @@ def chat(
     notes.print(HELP)
     dialogue, conversation = Dialogue(engine.tokenizer, system), Conversation()
     sampling = default.sampling
+
+    def answer(message, prompt, request, dialogue, conversation):
+        with noted(signal.SIGINT) as interrupts:
+            options = dict(show_drafts=show_drafts, conversation=conversation)
+            options["cancelled"] = partial(bool, interrupts)
+            completion = stream(people, engine, request, **options)
+            notes.print(summary([completion], completion.decode_seconds))
+            finish(message, completion)
+            # A stop string may end inside a token. The end token is not in the text.
+            ids = completion.token_ids
+            known = {"stop": None, "eos": ids[:-1]}.get(completion.finish_reason, ids)
+            dialogue.add(message, prompt, completion.text, known)
+
     while True:
         message = ""
         try:
@@ -200,16 +213,7 @@ def chat(
             elif message.strip():
                 prompt = dialogue.prompt(message)
                 request = replace(default, prompt=prompt[1], sampling=sampling)
-                with noted(signal.SIGINT) as interrupts:
-                    options = dict(show_drafts=show_drafts, conversation=conversation)
-                    options["cancelled"] = partial(bool, interrupts)
-                    completion = stream(people, engine, request, **options)
-                    notes.print(summary([completion], completion.decode_seconds))
-                    finish(message, completion)
-                    # A stop string may end inside a token. The end token is not in the text.
-                    ids = completion.token_ids
-                    known = {"stop": None, "eos": ids[:-1]}.get(completion.finish_reason, ids)
-                    dialogue.add(message, prompt, completion.text, known)
+                answer(message, prompt, request, dialogue, conversation)
                 sampling = sampling.of_text(1)
         except EOFError:
             people.print()

@@ -48,7 +48,8 @@ def init_state(config: StepConfig, model: Llama) -> TrainState:
     if config.lora.rank > 0:
         model = with_adapters(model, config.lora, config.seed)
     opt_state = directions(config.optimizer).init(split(model)[0])
-    return TrainState(model, opt_state, *(jnp.zeros((), jnp.int32) for _ in range(3)))
+    step, skipped, in_a_row = (jnp.zeros((), jnp.int32) for _ in range(3))  # all are donated
+    return TrainState(model, opt_state, step, skipped, in_a_row)
 
 
 def abstract_state(config: TrainConfig, mesh: Mesh | None) -> TrainState:
