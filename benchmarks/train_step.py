@@ -41,7 +41,7 @@ from rich.table import Table
 from lsjax.cli.setup import exact_products, keep_freed_memory
 from lsjax.config import EarlyExitConfig, LayerDropoutConfig, LlamaConfig, StepConfig
 from lsjax.model.llama import Llama, stacked
-from lsjax.training.early_exit import enabled_exits
+from lsjax.training.early_exit import exit_counts
 from lsjax.training.kept_rows import keep_counted
 from lsjax.training.layer_dropout import drop_rates
 from lsjax.training.step import init_state, make_train_step
@@ -128,11 +128,8 @@ class Arguments:
         shape, config = self.model, self.step(kind)
         heads, layers = 1.0, 1.0
         if kind in ("rotational", "all"):
-            on = [
-                enabled_exits(config.early_exit, shape.num_layers, t, STEPS).sum()
-                for t in range(PHASES)
-            ]
-            heads = float(np.mean(on))
+            exits = exit_counts(config.early_exit, shape.num_layers, STEPS)[:PHASES]
+            heads = 1 + float(np.mean(exits))
         if kind == "gather":
             rates_L = drop_rates(config.layer_dropout, shape.num_layers, 0, STEPS)
             rows_SR = jnp.arange(self.batch_size)[None]

@@ -7,13 +7,9 @@
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from lsjax.config import AnyPath, TrainConfig
-    from lsjax.training.step import TrainState
 
 IMPORTED = time.time()  # about when the program began: other imports take seconds
 # Public names by module. They are imported when they are used, because JAX is slow to import and
@@ -22,61 +18,168 @@ _PUBLIC = {
     "checkpoints": ("load",),
     "checkpoints.huggingface": ("GenerationDefaults", "read_generation_defaults", "save"),
     "checkpoints.tensors": ("CheckpointError",),
-    "config": ("ConfigError", "LlamaConfig", "MeshConfig", "RopeScaling", "TrainConfig"),
+    "config": (
+        *("CheckpointConfig", "ConfigError", "DataConfig", "EarlyExitConfig", "EvaluationConfig"),
+        *("LayerDropoutConfig", "LlamaConfig", "LoraConfig", "MeshConfig", "OptimizerConfig"),
+        *("ProfileConfig", "RopeScaling", "StepConfig", "TrainConfig"),
+    ),
+    "data.tokenizer": ("Tokenizer", "TokenizerError"),
     "data.tokenizer_files": ("load_tokenizer",),
     "decoding.auto.adaptive": ("Adaptive",),
     "decoding.batching": ("Conversation",),
     "decoding.completion": ("Completion",),
+    "decoding.draft_vocabulary": ("DraftVocabulary",),
     "decoding.engine": ("Engine",),
+    "decoding.exit_outputs": ("ExitOutputs",),
     "decoding.request": ("Request",),
     "decoding.sampling": ("Sampling",),
     "decoding.self_speculative": ("SelfSpeculative",),
-    "decoding.strategy": ("Autoregressive", "EarlyExit"),
+    "decoding.strategy": ("Autoregressive", "EarlyExit", "Strategy"),
     "model.cache": ("KVCache",),
-    "model.llama": ("Llama", "stacked", "unstacked"),
+    "model.llama": ("Llama", "first_layers", "stacked", "unstacked"),
+    "model.protocol": ("DecoderModel",),
     "sharding": ("make_mesh",),
-    "training.early_exit": ("exit_weights",),
-    "training.layer_dropout": ("drop_rates",),
-    "training.step": ("init_state", "make_train_step"),
+    "training.early_exit": (
+        *("cross_entropy", "curriculum", "divergence", "exit_weights", "layer_weights"),
+        "loss_weights",
+    ),
+    "training.layer_dropout": ("drop_rates", "keep_mask"),
+    "training.loss": ("early_exit_loss",),
+    "training.run": ("Hook",),
+    "training.step": ("TrainState", "init_state", "make_train_step"),
 }
 _HOME = {name: module for module, names in _PUBLIC.items() for name in names}
 __all__ = [*_HOME, "train"]
 
+if TYPE_CHECKING:  # the same names for type checkers and editors
+    from optax import GradientTransformation
 
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module 'lsjax' has no attribute {name!r}")
-    return getattr(import_module(f"lsjax.{_HOME[name]}"), name)
+    from lsjax.checkpoints import load as load
+    from lsjax.checkpoints.huggingface import (
+        GenerationDefaults as GenerationDefaults,
+        read_generation_defaults as read_generation_defaults,
+        save as save,
+    )
+    from lsjax.checkpoints.tensors import CheckpointError as CheckpointError
+    from lsjax.cli.shown_run import MakeHook
+    from lsjax.config import (
+        AnyPath,
+        CheckpointConfig as CheckpointConfig,
+        ConfigError as ConfigError,
+        DataConfig as DataConfig,
+        EarlyExitConfig as EarlyExitConfig,
+        EvaluationConfig as EvaluationConfig,
+        LayerDropoutConfig as LayerDropoutConfig,
+        LlamaConfig as LlamaConfig,
+        LoraConfig as LoraConfig,
+        MeshConfig as MeshConfig,
+        OptimizerConfig as OptimizerConfig,
+        ProfileConfig as ProfileConfig,
+        RopeScaling as RopeScaling,
+        StepConfig as StepConfig,
+        TrainConfig as TrainConfig,
+    )
+    from lsjax.data.tokenizer import (
+        Tokenizer as Tokenizer,
+        TokenizerError as TokenizerError,
+    )
+    from lsjax.data.tokenizer_files import load_tokenizer as load_tokenizer
+    from lsjax.decoding.auto.adaptive import Adaptive as Adaptive
+    from lsjax.decoding.batching import Conversation as Conversation
+    from lsjax.decoding.completion import Completion as Completion
+    from lsjax.decoding.draft_vocabulary import DraftVocabulary as DraftVocabulary
+    from lsjax.decoding.engine import Engine as Engine
+    from lsjax.decoding.exit_outputs import ExitOutputs as ExitOutputs
+    from lsjax.decoding.request import Request as Request
+    from lsjax.decoding.sampling import Sampling as Sampling
+    from lsjax.decoding.self_speculative import SelfSpeculative as SelfSpeculative
+    from lsjax.decoding.strategy import (
+        Autoregressive as Autoregressive,
+        EarlyExit as EarlyExit,
+        Strategy as Strategy,
+    )
+    from lsjax.model.cache import KVCache as KVCache
+    from lsjax.model.llama import (
+        Llama as Llama,
+        first_layers as first_layers,
+        stacked as stacked,
+        unstacked as unstacked,
+    )
+    from lsjax.model.protocol import DecoderModel as DecoderModel
+    from lsjax.sharding import make_mesh as make_mesh
+    from lsjax.training.early_exit import (
+        ExitLoss,
+        ExitWeights,
+        cross_entropy as cross_entropy,
+        curriculum as curriculum,
+        divergence as divergence,
+        exit_weights as exit_weights,
+        layer_weights as layer_weights,
+        loss_weights as loss_weights,
+    )
+    from lsjax.training.layer_dropout import (
+        DropRates,
+        drop_rates as drop_rates,
+        keep_mask as keep_mask,
+    )
+    from lsjax.training.loss import early_exit_loss as early_exit_loss
+    from lsjax.training.run import Hook as Hook
+    from lsjax.training.step import (
+        TrainState as TrainState,
+        init_state as init_state,
+        make_train_step as make_train_step,
+    )
+
+    __version__: str
+else:
+
+    def __getattr__(name: str) -> Any:
+        if name == "__version__":
+            return import_module("importlib.metadata").version("lsjax")
+        if name not in _HOME:
+            raise AttributeError(f"module 'lsjax' has no attribute {name!r}")
+        return getattr(import_module(f"lsjax.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, "__version__"])
 
 
 def train(
     config: "TrainConfig",
     workdir: "str | AnyPath",
     *,
-    hooks: Sequence[Callable] | None = None,
-    **options: Any,
+    optimizer: "GradientTransformation | None" = None,
+    drop_rates: "DropRates | None" = None,
+    exit_weights: "ExitWeights | None" = None,
+    exit_loss: "ExitLoss | None" = None,
+    hooks: "Sequence[MakeHook] | None" = None,
+    quiet: bool = False,
 ) -> "TrainState":
-    """Trains or resumes the run in `workdir`; returns the state after the last step.
+    """Trains or resumes the run in `workdir`, and shows what train.py shows, also in a notebook.
 
-    The directory holds the saved steps and metrics.jsonl; `load` reads it as a model.
+    Returns the state after the last step. The directory holds the saved steps and metrics.jsonl;
+    `load` reads it as a model.
 
     Args:
-      hooks: functions that make hooks of the loop. The default scores every exit on held-out rows.
-        These scores select the best saved steps.
-      options: keywords of `train_run` (lsjax/training/run.py) and of `make_train_step`.
+      optimizer, drop_rates, exit_weights, exit_loss: as in `make_train_step`.
+      hooks: functions that make hooks of the loop (lsjax/training/run.py). The default scores every
+        exit on held-out rows, which selects the best saved steps, and writes a sample.
+      quiet: prints nothing, and writes no sample.
 
     Raises ConfigError or CheckpointError for bad input, and CheckpointError if another process
     trains there or the last step can't be saved.
     """
     # Imported here: they import grain and orbax, which decoding does not need.
-    from lsjax.aot.remat import with_remat
+    from lsjax.cli.shown_run import shown_run
     from lsjax.config import as_path
-    from lsjax.evaluation.exits import evaluation_hook
-    from lsjax.training.prepare import prepare_run
-    from lsjax.training.run import train_run
-    from lsjax.training.writer import Writer
+    from lsjax.terminal import SafeConsole
+    from lsjax.training.hosts import is_first
+    from lsjax.training.recipe import Recipe
 
-    hooks = [evaluation_hook] if hooks is None else hooks
-    with Writer(as_path(workdir), options.get("warn", print)) as writer:
-        run = with_remat(prepare_run(config, writer), options.get("say", print))
-        return train_run(run, hooks=hooks, **options)
+    given = dict(
+        optimizer=optimizer, drop_rates=drop_rates, exit_weights=exit_weights, exit_loss=exit_loss
+    )
+    recipe = Recipe(**{name: value for name, value in given.items() if value is not None})
+    console = SafeConsole(soft_wrap=True, quiet=quiet or not is_first())
+    return shown_run(config, as_path(workdir), console, recipe, hooks=hooks)

@@ -29,8 +29,7 @@ import jax
 import numpy as np
 from jax import lax
 from jax.experimental import mesh_utils
-from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec as P
 from jaxtyping import Array
 
 from lsjax.config import MeshConfig, as_path, check

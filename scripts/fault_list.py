@@ -51,7 +51,7 @@ FROM_DOCS = (
     ),
     Fault(
         "norms decay",
-        "training/step.py",
+        "training/optimizer.py",
         'not name.endswith(("scale", "bias"))',
         'not name.endswith("bias")',
         "tests/training/test_step.py",
@@ -59,8 +59,8 @@ FROM_DOCS = (
     Fault(
         "a skipped step changes the optimizer",
         "training/step.py",
-        "new, old = (after, opt_state), (before, state.opt_state)",
-        "new, old = (after, opt_state), (before, opt_state)",
+        "unless_skipped(finite, new, (before, state.opt_state))",
+        "unless_skipped(finite, new, (before, opt_state))",
         "tests/training/test_step.py",
     ),
     Fault(
@@ -182,9 +182,9 @@ FROM_CODE = (
     Fault(
         "unscaled micro-batch",
         "training/step.py",
-        "return objective(config, model, part, state.step, rows_B, num_labels, **knobs)",
+        "return objective(config, model, part, state.step, rows_B, num_labels, recipe)",
         "own = (part['labels_BT'] >= 0).sum()\n"
-        "        return objective(config, model, part, state.step, rows_B, own, **knobs)",
+        "        return objective(config, model, part, state.step, rows_B, own, recipe)",
         "tests/training/test_step.py",
     ),
     Fault(
@@ -255,8 +255,8 @@ FROM_CODE = (
     Fault(
         "weights normalised over all exits",
         "training/early_exit.py",
-        "return on_L / on_L.sum()",
-        "return on_L / (weights_L / weights_L[-1]).astype(np.float32).sum()",
+        "return relative_L / relative_L.sum()",
+        "return relative_L / (layer_weights(config, num_layers) / weights_L[-1]).sum()",
         "tests/training/test_early_exit.py",
     ),
     Fault(
@@ -268,10 +268,10 @@ FROM_CODE = (
     ),
     Fault(
         "gradients put back in another order",
-        "training/loss.py",
+        "training/head_loss.py",
         "back_BT = jnp.argsort(positions.order_EBT[slot], axis=1)",
         "back_BT = positions.order_EBT[slot]",
-        "tests/training/test_loss.py",
+        "tests/training/test_head_loss.py",
     ),
     Fault(
         "packed documents see earlier ones",
@@ -446,7 +446,7 @@ FROM_CODE = (
     ),
     Fault(
         "loss averaged over devices",
-        "training/loss.py",
+        "training/head_loss.py",
         "losses, dhead = jax.tree.map(lambda leaf: leaf.sum(0), sums)",
         "losses, dhead = jax.tree.map(lambda leaf: leaf.mean(0), sums)",
         "tests/long/test_eight_devices.py",

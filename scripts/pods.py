@@ -17,9 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
-from beside_maxtext import COLUMNS as BESIDE
-from beside_maxtext import of_maxtext
-from beside_maxtext import row as row_beside
+from beside_maxtext import COLUMNS as BESIDE, of_maxtext, row as row_beside
 
 NOTHING = "--remat nothing_saveable"
 # Configuration, slice, and flags that differ from the file.

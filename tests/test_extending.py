@@ -1,4 +1,4 @@
-"""The examples of docs/extending.md: three functions that are passed in, and a strategy."""
+"""The examples of docs/extending.md: functions that are passed in, a loop, a strategy, a model."""
 
 import dataclasses
 import re
@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 import lsjax
 from lsjax.checkpoints.run import read_metrics
@@ -49,7 +50,7 @@ def run_block(knob: str, lines: int = 25, **names) -> dict:
 
 
 def test_each_part_has_an_example():
-    assert len(BLOCKS) == 5
+    assert len(BLOCKS) == 8
 
 
 @pytest.mark.long
@@ -65,12 +66,22 @@ def test_a_drop_schedule(tmp_path):
 
 
 @pytest.mark.long
+def test_a_curriculum(tmp_path):
+    """The deeper half first, then all exits."""
+    config = dataclasses.replace(CONFIG, early_exit=EarlyExitConfig(), num_steps=4)
+    run_block("exit_weights=", config=config, workdir=tmp_path / "run")
+    rows = [row for row in read_metrics(tmp_path / "run") if row["kind"] == "step"]
+    assert [row["exits"] for row in rows] == [[3, 4], [3, 4], [1, 2, 3, 4], [1, 2, 3, 4]]
+
+
+@pytest.mark.long
 def test_an_exit_loss(tmp_path):
-    """Half of the metric of each target, at the first step of equal runs."""
+    """A share of the metric of each target, at the first step of equal runs."""
     config = dataclasses.replace(CONFIG, layer_dropout=LayerDropoutConfig())
 
     def losses(run: Path) -> np.ndarray:
-        return np.array(next(row["exit_losses"] for row in read_metrics(run) if row["step"] == 1))
+        rows = read_metrics(run)
+        return np.array(next(row["exit_losses"] for row in rows if row["step"] == 1))
 
     run_block("exit_loss=", config=config, workdir=tmp_path / "mixed")
     for target in ("labels", "final"):
@@ -78,9 +89,65 @@ def test_an_exit_loss(tmp_path):
         other = dataclasses.replace(config, early_exit=early_exit)
         lsjax.train(other, tmp_path / target, hooks=())
     mixed, labels, final = (losses(tmp_path / name) for name in ("mixed", "labels", "final"))
-    assert len(mixed) == config.model.num_layers
-    np.testing.assert_allclose(mixed[:-1], (labels + final)[:-1] / 2, rtol=1e-5)
-    np.testing.assert_allclose(mixed[-1], labels[-1], rtol=1e-6)
+    share = np.array([0.25, 0.5, 0.75, 1])
+    np.testing.assert_allclose(mixed, share * labels + (1 - share) * final, rtol=1e-5)
+
+
+@pytest.mark.long
+def test_an_optimizer(tmp_path):
+    """Lion's step: each parameter moves by the learning rate, and decays."""
+    config = dataclasses.replace(CONFIG, num_steps=1)
+    run_block("optimizer=", config=config, workdir=tmp_path / "run")
+    start = jax.jit(lambda: lsjax.Llama(config.model, rngs=nnx.Rngs(jax.random.key(0))))()
+    pairs = zip(
+        *(jax.tree.leaves(one) for one in (lsjax.load(tmp_path / "run"), start)), strict=True
+    )
+    for after, before in pairs:
+        moved = np.abs(np.asarray(after - before * (1 - 0.5e-4)))
+        assert ((np.abs(moved - 1e-4) < 2e-6) | (moved < 1e-6)).all() and moved.max() > 9e-5
+
+
+@pytest.fixture(scope="module")
+def loop():
+    """The example of a training loop."""
+    return run_block("def train_step(", 42)
+
+
+def test_a_loop_has_the_losses_of_lsjax(loop):
+    """Two steps with the same masks, curriculum and optimizer, on rows with few labels."""
+    config = lsjax.StepConfig(
+        num_steps=100, layer_dropout=loop["dropout"], early_exit=loop["early_exit"]
+    )
+    shape = LlamaConfig.tiny(vocab_size=40, hidden_size=32, intermediate_size=48, head_dim=8)
+    model = jax.jit(lambda: lsjax.Llama(shape, rngs=nnx.Rngs(0)))()
+    rng = np.random.default_rng(0)
+    tokens_BT = rng.integers(0, 40, (4, 12))
+    labels_BT = np.where(rng.random((4, 12)) < 0.7, np.roll(tokens_BT, -1, 1), -1)
+    positions_BT = np.broadcast_to(np.arange(12, dtype=np.int32), (4, 12))
+    batch = dict(tokens_BT=tokens_BT, labels_BT=labels_BT, positions_BT=positions_BT)
+    batch |= dict(segments_BT=np.ones((4, 12), np.int32))
+    optimizer = loop["optimizer"]
+    state = lsjax.init_state(config, jax.tree.map(jnp.copy, model), optimizer)
+    step, opt_state = lsjax.make_train_step(config, optimizer=optimizer), optimizer.init(model)
+    for at in range(2):
+        _, means_L = jax.jit(loop["loss"])(model, tokens_BT, labels_BT, at)
+        model, opt_state, value = loop["train_step"](model, opt_state, tokens_BT, labels_BT, at)
+        state, metrics = step(state, batch)
+        np.testing.assert_allclose(value, metrics["loss"], rtol=1e-5)
+        np.testing.assert_allclose(means_L, metrics["exit_loss_L"], rtol=1e-5)
+        assert (means_L > 0).tolist() == [False, at == 1, at == 0, True]
+
+
+def test_a_model_learns_in_the_loop(gpt, loop):
+    """It repeats the only text that it is trained on."""
+    model = jax.tree.map(jnp.copy, gpt)
+    tokens_BT = jnp.asarray([[*range(10, 34)]] * 4)
+    labels_BT = jnp.roll(tokens_BT, -1, 1)
+    opt_state, values = loop["optimizer"].init(model), []
+    for at in range(100):
+        model, opt_state, value = loop["train_step"](model, opt_state, tokens_BT, labels_BT, at)
+        values.append(float(value))
+    assert values[-1] < 0.2 * values[0]
 
 
 def test_an_acceptance_rule(model, tokenizer):

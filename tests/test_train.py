@@ -15,6 +15,7 @@ from types import ModuleType
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import lsjax
@@ -509,11 +510,61 @@ def test_a_run_from_python_is_that_of_the_command(config, finished, tmp_path, ca
         lsjax.train(given, workdir, hooks=[evaluation_hook, stopping])
     state = lsjax.train(given, workdir)
     assert state.step == 6 and last_arrays(workdir) == last_arrays(finished)
-    own = [row for row in rows_of(workdir) if row["kind"] != "stop"]
-    assert own == [row for row in rows_of(finished) if row["kind"] != "sample"]
-    printed, said = capsys.readouterr().out, []
+    shown = ("stop", "sample")
+    own, others = (
+        [row for row in rows_of(run) if row["kind"] not in shown] for run in (workdir, finished)
+    )
+    assert own == others
+    printed = capsys.readouterr().out
     assert "resumes after step 4\n" in printed and "step 6/6  loss " in printed
-    assert lsjax.train(given, workdir, say=said.append).step == 6
-    assert "all 6 steps are done: nothing to do" in said
+    assert "held-out tokens" in printed and "drafts of exit 1 were accepted" in printed
+    assert (workdir / "exits.png").exists() and (workdir / "training.png").exists()
+    assert repr(state).startswith("TrainState(step 6, skipped 0, 0.0M parameters)")
+    assert lsjax.train(given, workdir).step == 6
+    assert "all 6 steps are done: nothing to do" in capsys.readouterr().out
     with pytest.raises(lsjax.ConfigError, match="num_steps 6, now it is 7"):
         lsjax.train(dataclasses.replace(given, num_steps=7), workdir)
+
+
+def by_ten(logits, labels, final_logits):
+    return 10 * lsjax.cross_entropy(logits, labels)
+
+
+def by_nine(logits, labels, final_logits):
+    return 9 * lsjax.cross_entropy(logits, labels)
+
+
+@pytest.mark.long
+def test_quiet_training_with_functions_of_ones_own(config, tmp_path, capfd):
+    """Nothing is printed but the warning of another function."""
+    given, workdir = read_config_file(config), tmp_path / "run"
+    options = dict(optimizer=optax.sgd(1e-2), exit_loss=by_ten)
+    with pytest.raises(Interrupted):
+        lsjax.train(given, workdir, **options, hooks=[stopping_at(4)], quiet=True)
+    assert lsjax.train(given, workdir, **options, quiet=True).step == 6
+    assert "".join(capfd.readouterr()) == ""
+    found = json.loads((workdir / "recipe.json").read_text())
+    assert found["exit_loss"]["name"] == "by_ten" and "sgd" not in found["exit_loss"]["name"]
+    assert "scale_by_learning_rate" in found["optimizer"]["name"]
+    other = options | dict(exit_loss=by_nine)
+    lsjax.train(given, workdir, **other, hooks=[])
+    (line,) = [line for line in capfd.readouterr().out.splitlines() if "other functions" in line]
+    assert line.endswith("than before: exit_loss from by_ten to by_nine")
+    with pytest.raises(
+        lsjax.CheckpointError, match=r"opt_state\.1\..*belongs to another model or run"
+    ):
+        lsjax.train(given, workdir, exit_loss=by_nine, quiet=True)
+
+
+def stopping_at(step):
+    """A hook that stops the run as SIGTERM does."""
+
+    def make(run):
+        def call(done, model):
+            if done == step - 1:
+                signal.raise_signal(signal.SIGTERM)
+            return {}
+
+        return Hook("stop", step - 1, call)
+
+    return make

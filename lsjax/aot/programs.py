@@ -25,7 +25,8 @@ from lsjax.model.parameters import placed_shapes
 from lsjax.platforms import with_kernels
 from lsjax.sharding import context_shards
 from lsjax.training.early_exit import exit_counts
-from lsjax.training.loss import CHUNKS, EXITS, loss_chunk
+from lsjax.training.head_loss import CHUNKS, EXITS, loss_chunk
+from lsjax.training.recipe import PAPER, Recipe
 from lsjax.training.step import abstract_state, check_rows, make_train_step
 
 # Amounts of `ProgramCosts` in a report, beside its times.
@@ -35,19 +36,20 @@ AMOUNTS = ("cycles", "flops", "moved_bytes", "operations")
 Counted = tuple[Mapping[str, Any] | None, Trips]
 
 
-def train_step(config: TrainConfig, mesh: Mesh) -> tuple[Lowered, Trips]:
+def train_step(config: TrainConfig, mesh: Mesh, recipe: Recipe = PAPER) -> tuple[Lowered, Trips]:
     """The step of train.py and the trips of its loops. Every position is labelled, and the number
     of enabled exits is the run's average."""
     check_rows(config, mesh)
-    state, batch = abstract_state(config, mesh), _batch(config, mesh)
+    state, batch = abstract_state(config, mesh, recipe.optimizer), _batch(config, mesh)
     rows = config.batch_size // config.micro_batches
     with jax.set_mesh(mesh), with_kernels(config.kernels):
-        lowered = make_train_step(config).lower(state, batch)
+        lowered = make_train_step(config, **vars(recipe)).lower(state, batch)
         pieces, steps = rows * context_shards(), config.seq_len // context_shards()
         shape = pieces, steps, (config.model.vocab_size, config.model.hidden_size)
         chunk = loss_chunk(*shape)
         exit_chunk = loss_chunk(*shape, config.early_exit.token_share)
-    exits = exit_counts(config.early_exit, config.model.num_layers, config.num_steps).mean()
+    run = config.early_exit, config.model.num_layers, config.num_steps
+    exits = exit_counts(*run, recipe.exit_weights).mean()
     learned = math.ceil(steps * config.early_exit.token_share)
     return lowered, {
         rf"/{EXITS}/while$": float(exits),

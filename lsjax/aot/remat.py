@@ -14,6 +14,7 @@ from lsjax.aot.programs import program_reports, sizes_by_slice, train_step
 from lsjax.config import ConfigError, MeshConfig, TrainConfig
 from lsjax.sharding import make_mesh
 from lsjax.training.prepare import TrainingRun
+from lsjax.training.recipe import PAPER, Recipe
 
 AUTO = "auto"
 # Policies that are compiled, from the least recomputation to the least memory.
@@ -36,7 +37,7 @@ def with_remat(run: TrainingRun, say: Callable[[str], None]) -> TrainingRun:
     if jax.default_backend() == "cpu":
         return replace(run, config=replace(config, remat="none"))
     mesh = run.mesh or make_mesh(MeshConfig(), jax.devices()[:1])
-    return replace(run, config=fastest(config, mesh, local_chip(), say))
+    return replace(run, config=fastest(config, mesh, local_chip(), say, run.recipe))
 
 
 def local_chip() -> Chip:
@@ -50,7 +51,13 @@ def local_chip() -> Chip:
     return replace(chip, hbm=(device.memory_stats() or {}).get("bytes_limit", chip.hbm))
 
 
-def fastest(config: TrainConfig, mesh: Mesh, chip: Chip, say: Callable[[str], None]) -> TrainConfig:
+def fastest(
+    config: TrainConfig,
+    mesh: Mesh,
+    chip: Chip,
+    say: Callable[[str], None],
+    recipe: Recipe = PAPER,
+) -> TrainConfig:
     """The config with the policy whose step takes least time without overlap, of those that fit.
 
     Compiling may take minutes for each of CANDIDATES. Raises ConfigError if none fits.
@@ -59,7 +66,7 @@ def fastest(config: TrainConfig, mesh: Mesh, chip: Chip, say: Callable[[str], No
     sizes = sizes_by_slice(mesh)
     for policy in CANDIDATES:
         given = replace(config, remat=policy)
-        lowered, trips = train_step(given, mesh)
+        lowered, trips = train_step(given, mesh, recipe)
         (report,) = program_reports("train", lowered, [(None, trips)], chip, sizes)
         if report["too_large"]:
             say(f"remat {policy}: too large")

@@ -18,8 +18,9 @@ from lsjax.checkpoints import load, open_checkpoint
 from lsjax.checkpoints.huggingface import check_destination, read_generation_defaults, save
 from lsjax.cli.setup import bar, program
 from lsjax.cli.show import notes_console
-from lsjax.config import AnyPath, Checked
+from lsjax.config import AnyPath, Checked, bounded, check
 from lsjax.data.tokenizer_files import load_tokenizer
+from lsjax.model.llama import first_layers
 from lsjax.terminal import SafeConsole
 
 
@@ -34,6 +35,9 @@ class Arguments(Checked):
     """Directory to write; new or empty."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Type of the written weights. GGUF weights are always dequantised."""
+    exit_layer: Annotated[int | None, tyro.conf.arg(aliases=("--exit",))] = bounded(None, low=1)
+    """Writes only the first layers up to this exit, with norm and head: a draft model for other
+    engines."""
 
 
 def convert(arguments: Arguments) -> None:
@@ -43,8 +47,15 @@ def convert(arguments: Arguments) -> None:
     check_destination(destination)
     opened, tokenizer = open_checkpoint(source), load_tokenizer(source)
     tokenizer.fitted(opened.config.vocab_size)  # fails before the long part
+    exit_layer, layers = arguments.exit_layer, opened.config.num_layers
+    check(
+        exit_layer is None or exit_layer <= layers,
+        f"--exit-layer {exit_layer} is out of range: use 1..{layers}",
+    )
     model = load(opened, dtype=dtype, track=bar(notes, "reading"))
     generation, writing = read_generation_defaults(source), bar(notes, "writing")
+    if exit_layer is not None:  # defaults of the full model do not fit
+        model, generation = first_layers(model, exit_layer), None
     save(model, destination, generation=generation, tokenizer=tokenizer, track=writing)
     size = f"{model.config.num_params / 1e6:.1f} million parameters in {dtype}"
     SafeConsole(soft_wrap=True).print(f"{destination}: {size}")

@@ -15,18 +15,15 @@ if __name__ == "__main__":  # before the other imports, which take seconds
     run_program("lsjax.cli.train")
 
 from collections.abc import Sequence
-from functools import partial
 
 import lsjax
-from lsjax.aot.remat import with_remat
 from lsjax.cli import training
 from lsjax.cli.setup import keep_compiled_programs, keep_freed_memory, one_line_errors
+from lsjax.cli.shown_run import shown_run
 from lsjax.config import AnyPath, TrainConfig, check
 from lsjax.terminal import SafeConsole
 from lsjax.training.hosts import ending_together, is_first, start
-from lsjax.training.prepare import prepare_run
-from lsjax.training.run import Interrupted, TooManySkipped, train_run
-from lsjax.training.writer import Writer
+from lsjax.training.run import Interrupted, TooManySkipped
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -43,29 +40,15 @@ def train(config: TrainConfig, workdir: AnyPath) -> int:
     """Trains as configured, and prints the progress."""
     keeps("saved steps are kept, and the same command resumes after the newest")
     keep_freed_memory()
+    keep_compiled_programs()
     console = SafeConsole(soft_wrap=True, quiet=not is_first())
-    say = console.print
-    warn = partial(say, style="yellow")
-    hooks = [training.shown_evaluation]
-    hooks += [training.shown_sample] * (config.evaluation.sample_tokens > 0)
     try:
-        with Writer(workdir, warn) as writer:
-            with console.status("reading the data"):
-                run = prepare_run(config, writer)
-            keep_compiled_programs()
-            train_run(
-                with_remat(run, say),
-                hooks=[partial(hook, console=console) for hook in hooks],
-                watch=partial(training.shown_progress, console=console),
-                say=say,
-                warn=warn,
-                began=lsjax.IMPORTED,
-            )
+        shown_run(config, workdir, console, began=lsjax.IMPORTED)
     except Interrupted as stopped:
-        say(f"{stopped}: the same command resumes it")
+        console.print(f"{stopped}: the same command resumes it")
         return 128 + stopped.number
     except TooManySkipped as failure:
-        say(f"error: {failure}", style="bold red")
+        console.print(f"error: {failure}", style="bold red")
         return 1
-    say(f"done: python decode.py --model {workdir} --prompt ...")
+    console.print(f"done: python decode.py --model {workdir} --prompt ...")
     return 0

@@ -22,6 +22,7 @@ import numpy as np
 from lsjax.data.tokenizer import Tokenizer
 from lsjax.decoding.auto.measure import MEASURING
 from lsjax.decoding.completion import Completion, RowText, Trace, Update
+from lsjax.decoding.exit_outputs import exit_outputs
 from lsjax.decoding.programs import chunk_size, decode, grow, insert, prefill
 from lsjax.decoding.request import Request
 from lsjax.decoding.runtime import Runtime
@@ -222,6 +223,9 @@ class ContinuousBatch:
         # Rounds after a stop string do not count. The host sees the string only when it reads next.
         share = (trace.rounds - before) / max(1, whole.rounds - before)
         is_stop = finish == EOS and trace.tokens_n[-1] in request.stop_ids
+        start = len(request.prompt)
+        new = range(start, start + len(trace))
+        read = exit_outputs(self._runtime.programs, self._state, row, new, request.exits)
         completion = Completion.of(
             trace if request.log_probs else replace(trace, log_probs_n=None),
             strategy=self._strategy,
@@ -233,6 +237,7 @@ class ContinuousBatch:
             decode_seconds=last_read + share * (self._worked - last_read) - live.began,
             compile_seconds=self._runtime.programs.compile_seconds - self._compiled_before,
             finish_reason="stop" if is_stop else reason,
+            exits=read,
         )
         return Update(live.index, text, trace, completion)
 

@@ -1,13 +1,14 @@
 """Results of a row of the decode loop: its text and its statistics."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from lsjax.data.tokenizer import StreamDecoder, Tokenizer
+from lsjax.decoding.exit_outputs import ExitOutputs
 from lsjax.decoding.state import EOS, LENGTH, RUNNING, STOP, DecodeState
 from lsjax.decoding.strategy import Strategy
 
@@ -90,7 +91,7 @@ class Completion:
     tokens_per_round: without the first new token, so the latter is Spec-Bench's mean acceptance
     length. sources: rounds and tokens of each source of drafts, if the strategy chooses them. seed:
     None if greedy. log_probs: if requested, before penalties, temperature and filters, from the
-    layers that ran for a token.
+    layers that ran for a token. trace and exits (those of the request) are not in JSON lines.
     """
 
     prompt: str
@@ -119,6 +120,7 @@ class Completion:
     log_probs: list[float] | None
     finish_reason: str
     trace: Trace
+    exits: dict[int, ExitOutputs] = field(default_factory=dict)
 
     @classmethod
     def of(cls, trace: Trace, *, strategy: Strategy, decode_seconds: float, **rest) -> "Completion":
@@ -148,7 +150,7 @@ class Completion:
 
     def to_json(self) -> dict:
         """The fields of a JSON line."""
-        return {key: value for key, value in asdict(self).items() if key != "trace"}
+        return {key: value for key, value in vars(self).items() if key not in ("trace", "exits")}
 
 
 @dataclass(frozen=True)

@@ -166,6 +166,11 @@ class Engine:
             ids = prompt if isinstance(prompt, str) else list(prompt)
             prompt = Request(prompt=ids, **options)
         ids = encode_prompt(prompt, self.tokenizer, self.model, self.max_length)
+        most = self.strategy.depth(self.model)
+        check(
+            max(prompt.exits, default=1) <= most,
+            f"exits {list(prompt.exits)} of a request are out of range: use 1..{most}",
+        )
         return replace(prompt, prompt=ids)
 
 

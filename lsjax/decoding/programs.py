@@ -1,4 +1,4 @@
-"""Compiled programs of decoding: read prompts, put a row into a batch, and run rounds."""
+"""Compiled programs of decoding: read prompts, put a row into a batch, run rounds, read exits."""
 
 import time
 from collections.abc import Callable, Hashable, Iterator, Sequence
@@ -12,7 +12,7 @@ from jax import lax
 from jax.experimental.layout import Format, Layout
 from jax.sharding import Mesh
 from jax.stages import Lowered
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float, Int
 
 from lsjax.config import Kernels, check
 from lsjax.decoding.scopes import PROMPT_CHUNKS, ROUNDS
@@ -20,7 +20,14 @@ from lsjax.decoding.state import DecodeState
 from lsjax.decoding.strategy import Strategy
 from lsjax.kernels.decoding import lays_out_weights
 from lsjax.model.parameters import shardings
-from lsjax.model.protocol import DecoderModel, draft_state, for_decoding, grow_cache
+from lsjax.model.protocol import (
+    DecoderModel,
+    draft_state,
+    for_decoding,
+    grow_cache,
+    prepare,
+    run_through,
+)
 from lsjax.platforms import with_kernels
 
 CODE_LINES = "jax_traceback_in_locations_limit"  # of JAX: lines kept for each operation
@@ -120,6 +127,41 @@ def pause(model: DecoderModel, state: DecodeState, *, strategy: Strategy) -> Dec
     return strategy.pause(model, state)
 
 
+def read_exits(
+    model: DecoderModel,
+    state: DecodeState,
+    row: Int[Array, ""],
+    start: Int[Array, ""],
+    *,
+    exits: tuple[int, ...],
+    chunk: int,
+) -> tuple[tuple[Float[Array, "T D"], Float[Array, " T"], Float[Array, " T"]], ...]:
+    """Fields of `ExitOutputs` for each exit, at `chunk` positions of a row from `start` on. The
+    row's keys and values are in the cache."""
+
+    def of_row(leaf: Array) -> Array:
+        return lax.dynamic_slice_in_dim(leaf, row, 1)
+
+    positions_1T = start + jnp.arange(chunk)[None]
+    tokens_1S, cache = of_row(state.tokens_BS), jax.tree.map(of_row, state.cache)
+    tokens_1T = lax.dynamic_slice_in_dim(tokens_1S, start, chunk, axis=1)
+    next_1T = jnp.take(tokens_1S, positions_1T[0] + 1, axis=1, mode="clip")
+    x_1TD = model.embed(tokens_1T, positions_1T)
+    places = positions_1T, prepare(model, positions_1T)
+    states, cache = run_through(model, (0, *exits), x_1TD, *places, cache)
+    found = []
+    for exit_layer, hidden_1TD in zip(exits, states, strict=True):
+        x_1TD = hidden_1TD
+        if exit_layer < model.num_layers:
+            x_1TD, cache = draft_state(model, exit_layer, hidden_1TD, positions_1T, cache)
+        logits_TV = model.unembed(x_1TD[0])
+        log_z_T = jax.nn.logsumexp(logits_TV, axis=-1)
+        chosen_T = jnp.take_along_axis(logits_TV, next_1T[0, :, None], axis=1)[:, 0]
+        top_probs_T = jnp.exp(logits_TV.max(-1) - log_z_T)
+        found.append((hidden_1TD[0], top_probs_T, chosen_T - log_z_T))
+    return tuple(found)
+
+
 class Programs:
     """Compiles `function(model, state, *rest)`, one of the above, once for each kind of state.
 
@@ -162,8 +204,9 @@ class Programs:
             self._lay_out()
 
     def get(self, function: partial, state: DecodeState, *rest: Any) -> Callable:
-        """The program for arguments of these shapes. All but `grow` consume the state: its buffers
-        are donated. Strategies are equal keywords of the function if their `program` is equal."""
+        """The program for arguments of these shapes. All but `grow` and `read_exits` consume the
+        state: its buffers are donated. Strategies are equal keywords of the function if their
+        `program` is equal."""
         static = (getattr(value, "program", value) for value in function.keywords.values())
         leaves, structure = jax.tree.flatten((state, rest))
         key = (function.func, *static, _shapes(leaves), structure)
@@ -187,15 +230,16 @@ class Programs:
             model = jax.tree.unflatten(self._structure, leaves)
             return function(for_decoding(model), state, *rest)
 
-        mesh, formats = self.mesh, self._formats
+        mesh, formats, called = self.mesh, self._formats, function.func
         with self.context():
             if formats is None and self.lays_out:
                 formats = [Format(Layout.AUTO, leaf.sharding) for leaf in self._leaves]
+            places = None if mesh is None or called is read_exits else shardings(state, mesh)
             program = jax.jit(
                 run,
-                donate_argnums=() if function.func is grow else 1,
+                donate_argnums=() if called in (grow, read_exits) else 1,
                 in_shardings=None if formats is None else (formats, *[None] * (1 + len(rest))),
-                out_shardings=None if mesh is None else shardings(state, mesh),
+                out_shardings=places,
             )
             # With Python lines, TPUs' compiler (libtpu 0.0.42) may never end. Named scopes stay.
             lines = getattr(jax.config, CODE_LINES)

@@ -28,6 +28,8 @@ class Request(Checked):
     """How tokens are chosen. A text depends on its own request only, except with `Adaptive`."""
     log_probs: bool = False
     """Whether the completion contains the log-probability of each token."""
+    exits: tuple[int, ...] = bounded((), low=1)
+    """Exits whose states and probabilities at each new token the completion contains."""
 
     def __post_init__(self):
         super().__post_init__()

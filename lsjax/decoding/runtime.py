@@ -19,8 +19,7 @@ from lsjax.decoding.state import DecodeState
 from lsjax.decoding.stopwatch import Stopwatch
 from lsjax.decoding.strategy import Strategy
 from lsjax.model.parameters import placed, shardings
-from lsjax.model.protocol import Cache, DecoderModel, num_bytes
-from lsjax.model.protocol import shardings as model_shardings
+from lsjax.model.protocol import Cache, DecoderModel, num_bytes, shardings as model_shardings
 from lsjax.sharding import machine
 
 MIN_CAPACITY = 256  # slots of a row's cache: this, or a larger power of two

@@ -99,10 +99,12 @@ def plot_training(metrics: Sequence[Row], file: AnyPath, *, title: str = "") -> 
         agreements.set(xlabel="step", ylabel="held-out agreement with last exit", ylim=(0, 1.03))
         rates.plot(at, _numbers(steps, "grad_norm"), color=GREY, lw=0.8)
         rates.set(xlabel="step", ylabel="gradient norm", yscale="log")
-        twin = rates.twinx()
-        twin.plot(at, _numbers(steps, "learning_rate"), color=COLOURS[0])
-        twin.set_ylabel("learning rate", color=COLOURS[0])
-        twin.set_ylim(bottom=0)
+        learning_rates = _numbers(steps, "learning_rate")
+        if np.isfinite(learning_rates).any():  # an optimizer of one's own may not tell it
+            twin = rates.twinx()
+            twin.plot(at, learning_rates, color=COLOURS[0])
+            twin.set_ylabel("learning rate", color=COLOURS[0])
+            twin.set_ylim(bottom=0)
         tokens, seconds = _numbers(steps, "tokens"), _numbers(steps, "seconds")
         tokens[0] = seconds[0] = np.nan  # the first step compiles
 

@@ -28,10 +28,8 @@ from jax.experimental.pallas import triton
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from jaxtyping import Array, Float, Int
 
-from lsjax.kernels.flash_sizes import FLASH_BLOCK as OWN
-from lsjax.kernels.flash_sizes import SAVED
-from lsjax.kernels.shared_memory import BLOCK as OTHERS
-from lsjax.kernels.shared_memory import TRAINING_STAGES
+from lsjax.kernels.flash_sizes import FLASH_BLOCK as OWN, SAVED
+from lsjax.kernels.shared_memory import BLOCK as OTHERS, TRAINING_STAGES
 from lsjax.platforms import platform
 
 HIDDEN = -1e30  # score of hidden keys

@@ -3,12 +3,14 @@
     J(t) = sum over exits E of w(t, E) CE(unembed(output of layer E - 1), labels)    (eq. 5)
     w(t, E) = C(t, E) e(E - 1) / sum over i of C(t, i) e(i - 1)                      (eq. 6)
 
-C is the curriculum, e the weights before normalisation. Arrays over exits have exit E at index
-E - 1. CE is the loss of each token, a function of an exit's logits, which are float32 or wider. Any
-other function may replace it below exit L (docs/extending.md). Ignored labels are negative.
+C is the curriculum, e the weight of each layer. Arrays over exits have exit E at index E - 1. CE is
+the loss of each token, a function of an exit's logits, which are float32 or wider. Other functions
+may replace `exit_weights`, and CE below exit L (docs/extending.md). Ignored labels are negative.
 """
 
+import inspect
 from collections.abc import Callable, Mapping
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -16,11 +18,17 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
-from lsjax.config import EarlyExitConfig
+from lsjax.config import EarlyExitConfig, check
+
+# (config, num_layers, step, num_steps) -> the weights of exits 1..L before normalisation
+ExitWeights = Callable[[EarlyExitConfig, int, ArrayLike, int], Float[Array, "... L"]]
+# (logits [..., V], labels [...], final_logits [..., V]) -> losses [...]. It may also take the
+# keywords exit (1..L - 1) and step, which are integers.
+ExitLoss = Callable[..., Array]
 
 
-def exit_weights(config: EarlyExitConfig, num_layers: int) -> Float[np.ndarray, " L"]:
-    """Weights before curriculum and normalisation: e(l) for layer l = E - 1."""
+def layer_weights(config: EarlyExitConfig, num_layers: int) -> Float[np.ndarray, " L"]:
+    """e(l): the weight of the exit after each layer, l = E - 1, before the curriculum."""
     config.check_layers(num_layers)
     if config.weights == "custom":
         return np.array(config.custom_weights, float)
@@ -32,11 +40,11 @@ def exit_weights(config: EarlyExitConfig, num_layers: int) -> Float[np.ndarray, 
     return weights
 
 
-def enabled_exits(
+def curriculum(
     config: EarlyExitConfig, num_layers: int, step: ArrayLike, num_steps: int
 ) -> Bool[Array | np.ndarray, "... L"]:
-    """C(t, E): whether each exit is in the loss of step t of T. Exits of weight 0 never are. step:
-    one, or [..., 1] for several. The result is a numpy array if `step` is."""
+    """C(t, E): the exits that are enabled at step t of T. step: one, or [..., 1] for several. The
+    result is a numpy array if `step` is one or a number."""
     exits = np.arange(1, num_layers + 1)
     match config.curriculum:
         case "none":
@@ -51,46 +59,76 @@ def enabled_exits(
             on = np.ones(num_layers, bool)
         case "subset":
             on = np.isin(exits, config.exits)
-    on = on & (exit_weights(config, num_layers) > 0)
     return on | (exits == num_layers)
 
 
-def loss_weights(
+def exit_weights(
     config: EarlyExitConfig, num_layers: int, step: ArrayLike, num_steps: int
+) -> Float[Array | np.ndarray, "... L"]:
+    """C(t, E) e(E - 1): the weights of step t of T before normalisation; 0 disables an exit. step:
+    as in `curriculum`."""
+    enabled_L = curriculum(config, num_layers, step, num_steps)
+    return enabled_L * layer_weights(config, num_layers)
+
+
+def loss_weights(
+    config: EarlyExitConfig,
+    num_layers: int,
+    step: ArrayLike,
+    num_steps: int,
+    exit_weights: ExitWeights = exit_weights,
 ) -> Float[Array, " L"]:
-    """w(t, E) (eq. 6): weights of the enabled exits, which sum to 1; 0 for the others."""
-    enabled_L = enabled_exits(config, num_layers, step, num_steps)
-    weights_L = exit_weights(config, num_layers)
+    """w(t, E) (eq. 6): weights that sum to 1; 0 for disabled exits. step: one."""
+    weights_L = jnp.asarray(exit_weights(config, num_layers, step, num_steps))
     # Relative to the last exit's weight: float32 then holds the weights at any depth.
-    on_L = jnp.where(enabled_L, (weights_L / weights_L[-1]).astype(np.float32), 0)
-    return on_L / on_L.sum()
+    relative_L = (weights_L / weights_L[-1]).astype(jnp.float32)
+    return relative_L / relative_L.sum()
 
 
-def exit_counts(config: EarlyExitConfig, num_layers: int, num_steps: int) -> Int[np.ndarray, " T"]:
-    """Number of enabled intermediate exits at each of the T steps of the run."""
-    enabled = enabled_exits(config, num_layers, np.arange(num_steps)[:, None], num_steps)
-    return np.broadcast_to(enabled, (num_steps, num_layers))[:, :-1].sum(1)
+def exit_counts(
+    config: EarlyExitConfig,
+    num_layers: int,
+    num_steps: int,
+    exit_weights: ExitWeights = exit_weights,
+) -> Int[np.ndarray, " T"]:
+    """Number of enabled intermediate exits at each of the T steps of the run. Raises ConfigError
+    for weights that are not [T, L], negative, not finite, or 0 for the last exit."""
+    shape = num_steps, num_layers
+    with jax.ensure_compile_time_eval():  # the loss calls this while it is traced
+        weights = exit_weights(config, num_layers, np.arange(num_steps)[:, None], num_steps)
+    weights = np.asarray(weights, float)
+    check(
+        weights.shape in (shape, shape[1:], (1, num_layers)),
+        f"exit_weights returned the shape {list(weights.shape)} for all steps [T, 1], instead of "
+        f"{list(shape)}: use operations that broadcast over steps",
+    )
+    check(
+        bool((weights >= 0).all() and np.isfinite(weights).all() and (weights[..., -1] > 0).all()),
+        "exit_weights must return finite weights from 0, and more than 0 for the last exit",
+    )
+    return np.broadcast_to(weights > 0, shape)[:, :-1].sum(1)
 
 
 def exit_slots(
-    config: EarlyExitConfig, num_layers: int, step: ArrayLike, num_steps: int
+    config: EarlyExitConfig,
+    num_layers: int,
+    step: ArrayLike,
+    num_steps: int,
+    exit_weights: ExitWeights = exit_weights,
 ) -> tuple[Int[Array, " E"], Bool[Array, " E"], Float[Array, " E"]]:
     """Each slot's layer, whether the slot is used, and the weight of its exit. There are as many
     slots as a step enables exits at most, and the last exit has the last slot. If these are nearly
     all exits, every exit has its own slot, which makes the scan cheaper."""
-    enabled_L = enabled_exits(config, num_layers, step, num_steps)
-    weights_L = loss_weights(config, num_layers, step, num_steps)
-    most, last = int(exit_counts(config, num_layers, num_steps).max()), num_layers - 1
+    weights_L = loss_weights(config, num_layers, step, num_steps, exit_weights)
+    enabled_L = weights_L > 0
+    most = int(exit_counts(config, num_layers, num_steps, exit_weights).max())
+    last = num_layers - 1
     if last and most + 1 >= last:
         layer_E, taken_E = jnp.arange(num_layers), jnp.append(enabled_L[:-1], True)
     else:
         (layer_E,) = jnp.nonzero(enabled_L[:-1], size=most, fill_value=last)
         layer_E, taken_E = jnp.append(layer_E, last), jnp.append(layer_E < last, True)
     return layer_E, taken_E, jnp.where(taken_E, weights_L[layer_E], 0)
-
-
-# (logits [..., V], labels [...], final_logits [..., V]) -> losses [...]
-ExitLoss = Callable[[Array, Array, Array], Array]
 
 
 @jax.custom_jvp
@@ -125,3 +163,10 @@ def divergence(
 
 # By `early_exit.target`.
 EXIT_LOSSES: Mapping[str, ExitLoss] = {"labels": cross_entropy, "final": divergence}
+
+
+def with_exit(exit_loss: ExitLoss, exit: Int[Array, ""], step: Int[Array, ""]) -> ExitLoss:
+    """The loss with the exit and the step, if it takes them."""
+    taken = inspect.signature(exit_loss).parameters
+    given = {name: value for name, value in (("exit", exit), ("step", step)) if name in taken}
+    return partial(exit_loss, **given) if given else exit_loss

@@ -1,62 +1,27 @@
 """The objective of a step: losses of the enabled exits, through one head.
 
-The logits are never all in memory at once. Labelled positions are sorted first in each row. The
-row with most labels sets the chunk count. If a mesh shards positions, each device's piece of a row
-counts as a row (`pieces`). Each chunk's gradient is computed with its loss, in three matmuls with
-the head: logits, gradient of the states, gradient of the table.
+Labelled positions are sorted first in each row. The row with most labels sets the chunk count. If a
+mesh shards positions, each device's piece of a row counts as a row (`pieces`).
 
 E: exits in the loss, with the last one.
 """
 
-from functools import partial
-from typing import NamedTuple
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jax import lax
-from jax.sharding import PartitionSpec as P
+from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
 from lsjax.config import StepConfig
-from lsjax.kernels.loss_chunks import loss_chunk
 from lsjax.kernels.matmuls import in_order, splits_matrices
-from lsjax.model.block import RMSNorm
 from lsjax.model.llama import Llama, cast_matrices, split_matrices
-from lsjax.sharding import PIECES, in_context_order, on_each_device, pieces
-from lsjax.training.early_exit import EXIT_LOSSES, ExitLoss, cross_entropy, exit_slots
+from lsjax.sharding import in_context_order, pieces
+from lsjax.training.early_exit import ExitLoss, cross_entropy, exit_slots
 from lsjax.training.forward import exit_states
-from lsjax.training.layer_dropout import DropRates, draws, drop_rates
-from lsjax.training.logit_gradients import chunk_loss, of_any_loss, of_cross_entropy, scaled
-
-# Smallest vocabulary, in widths of the model, for which `of_cross_entropy` pays: it spares a pass
-# over the logits, and adds work to two matmuls.
-ONE_PASS = 12
-# Loops whose trip count depends on the step; names in the compiled program.
-EXITS, CHUNKS = "exits", "loss_chunks"
-
-
-class Head(NamedTuple):
-    """Final norm and head, in the dtype of the parameters."""
-
-    norm: RMSNorm
-    table_VD: Float[Array, "V D"]
-
-
-class HeadSettings(NamedTuple):
-    """How slots pass through the head."""
-
-    exit_loss: ExitLoss  # of every slot but the last
-    z_loss: float
-    exit_chunk: int  # positions of a chunk in the slots of exits
-    last_chunk: int  # and in the last
-
-
-class Positions(NamedTuple):
-    """Positions of each exit slot's rows that are in the loss."""
-
-    order_EBT: Int[Array, "E B T"]  # positions in the loss first
-    counts_EB: Int[Array, "E B"]  # number of positions in the loss
-    scales_EB: Float[Array, "E B"]  # weight of each position (more than 1 if sampled)
+from lsjax.training.head_loss import Head, Positions, Slots, head_loss
+from lsjax.training.layer_dropout import draws
+from lsjax.training.recipe import PAPER, Recipe
 
 
 def objective(
@@ -66,32 +31,28 @@ def objective(
     step: Int[Array, ""],
     rows_B: Int[Array, " B"],
     num_labels: Int[Array, ""],
-    *,
-    exit_loss: ExitLoss | None = None,
-    drop_rates: DropRates = drop_rates,
+    recipe: Recipe = PAPER,
 ) -> tuple[Float[Array, ""], Float[Array, " L"]]:
     """Loss of some rows, and summed exit loss of each enabled exit (cross entropy for the last).
 
     Losses and gradients of parts of a batch add up to those of the complete batch. model: stacked,
     in the dtype of the parameters. rows_B: indices of these rows in the batch. num_labels: labelled
-    tokens in the complete batch; the loss is divided by this number. exit_loss, drop_rates: as in
-    `make_train_step`.
+    tokens in the complete batch; the loss is divided by this number.
     """
     num_layers = model.config.num_layers
-    layer_E, taken_E, weights_E = exit_slots(config.early_exit, num_layers, step, config.num_steps)
+    run = config.early_exit, num_layers, step, config.num_steps
+    layer_E, taken_E, weights_E = exit_slots(*run, recipe.exit_weights)
     narrow = cast_matrices(model, config.dtype)
     if splits_matrices():
         narrow = split_matrices(narrow)
-    x_EBTD = exit_states(config, narrow, batch, step, rows_B, layer_E, drop_rates)
+    x_EBTD = exit_states(config, narrow, batch, step, rows_B, layer_E, recipe.drop_rates)
 
     x_EBTD, head = in_order(x_EBTD, Head(model.norm, model.head_table))
-    weights_E = weights_E / jnp.maximum(num_labels, 1)
+    slots = Slots(weights_E / jnp.maximum(num_labels, 1), layer_E + 1, jnp.asarray(step))
     positions = loss_positions(config, batch["labels_BT"], step, rows_B, layer_E, taken_E)
     x_EBTD, labels_BT = jax.vmap(pieces)(x_EBTD), pieces(in_context_order(batch["labels_BT"]))
-    exit_loss = exit_loss or EXIT_LOSSES[config.early_exit.target]
-    arrays = head, x_EBTD, labels_BT, positions, weights_E
-    settings = exit_loss, config.z_loss, config.early_exit.token_share
-    loss, sums_E = head_loss(*settings, *arrays)
+    settings = recipe.loss_of_exits(config), config.z_loss, config.early_exit.token_share
+    loss, sums_E = head_loss(*settings, head, x_EBTD, labels_BT, positions, slots)
     sums_L = jnp.zeros(num_layers, sums_E.dtype).at[layer_E].add(jnp.where(taken_E, sums_E, 0))
     return loss, sums_L
 
@@ -108,9 +69,9 @@ def loss_positions(
     Other exits sample a `token_share` of each row, rounded up and reweighted."""
     labelled_BT = labels_BT >= 0
     count_B = labelled_BT.sum(1)
-    slots, share = len(layer_E), config.early_exit.token_share
-    chosen_EBT, scales_EB = labelled_BT[None], jnp.ones((slots, len(labels_BT)))
-    if slots > 1 and share < 1:
+    num_slots, share = len(layer_E), config.early_exit.token_share
+    chosen_EBT, scales_EB = labelled_BT[None], jnp.ones((num_slots, len(labels_BT)))
+    if num_slots > 1 and share < 1:
         key = jax.random.fold_in(jax.random.key(config.seed), step)
         key = jax.random.fold_in(key, 2**31 - 1)  # smaller values belong to layer dropout
         keys_E = jax.vmap(jax.random.fold_in, (None, 0))(key, layer_E[:-1])
@@ -123,150 +84,44 @@ def loss_positions(
     chosen_EBT = jax.vmap(lambda x_BT: pieces(in_context_order(x_BT)))(chosen_EBT)
     shards = chosen_EBT.shape[1] // len(labels_BT)  # of the positions
     order_EBT = jnp.argsort(~chosen_EBT, axis=2, stable=True)
-    order_EBT = jnp.broadcast_to(order_EBT, (slots, *order_EBT.shape[1:]))
+    order_EBT = jnp.broadcast_to(order_EBT, (num_slots, *order_EBT.shape[1:]))
     counts_EB = jnp.where(taken_E[:, None], chosen_EBT.sum(2), 0)
     return Positions(order_EBT, counts_EB, jnp.tile(scales_EB, (1, shards)))
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def head_loss(
-    exit_loss: ExitLoss,
-    z_loss: float,
-    token_share: float,
-    head: Head,
+def early_exit_loss(
+    norm: Callable[[Array], Array],
+    table_VD: Float[Array, "V D"],
     x_EBTD: Float[Array, "E B T D"],
     labels_BT: Int[Array, "B T"],
-    positions: Positions,
     weights_E: Float[Array, " E"],
+    *,
+    exit_loss: ExitLoss = cross_entropy,
+    z_loss: float = 0.0,
+    step: ArrayLike = 0,
 ) -> tuple[Float[Array, ""], Float[Array, " E"]]:
-    """Weighted sum over slots of their summed losses, and each slot's sum. exit_loss: loss of every
-    slot but the last. z_loss: weight of log(Z)^2, included in the weighted sum only. token_share:
-    of a row's positions, in all slots but the last."""
-    settings = exit_loss, z_loss, token_share
-    return _forward(*settings, head, x_EBTD, labels_BT, positions, weights_E)[0]
+    """The weighted loss of several exits (LayerSkip, eq. 5), and the mean loss of each.
 
+    For a loop of your own: x_EBTD holds the outputs of exits, the last one last, before the norm.
+    Exits of weight 0 cost no time. The logits are made in chunks, with their gradients. Means are
+    over the labels, and no gradient flows through the second result. Ignored labels are negative.
 
-@jax.named_scope("head")
-def _forward(exit_loss, z_loss, token_share, head, x_EBTD, labels_BT, positions, weights_E):
-    """Each device accumulates the table gradient of its rows. One all-reduce at the end sums it."""
-    slots, batch, steps, _ = x_EBTD.shape
-    shape = batch, steps, head.table_VD.shape
-    exit_chunk, last_chunk = loss_chunk(*shape, float(token_share)), loss_chunk(*shape)
-    size_E = jnp.array([exit_chunk] * (slots - 1) + [last_chunk])
-    chunks_E = -(-positions.counts_EB.max(1) // size_E)
-    narrow = Head(head.norm, head.table_VD.astype(x_EBTD.dtype))
-    function = partial(_own_rows, HeadSettings(exit_loss, z_loss, exit_chunk, last_chunk))
-    arrays = narrow, x_EBTD, labels_BT, positions, weights_E, chunks_E
-    specs = P(), P(None, PIECES), P(PIECES), P(None, PIECES), P(), P()
-    outputs = P(PIECES), P(None, PIECES)
-    sums, dx_EBTD = on_each_device(function, arrays, specs, outputs, axes=PIECES)
-    losses, dhead = jax.tree.map(lambda leaf: leaf.sum(0), sums)
-    dhead = jax.tree.map(lambda gradient, leaf: gradient.astype(leaf.dtype), dhead, head)
-    return losses, (dhead, dx_EBTD)
-
-
-def _own_rows(settings, head, x_EBTD, labels_BT, positions, weights_E, chunks_E):
-    """Losses and gradients of a device's rows. Values to sum over devices have a leading axis of
-    size 1. chunks_E: number of chunks per slot, set by the row with most positions."""
-    rows = _Rows(settings, head, labels_BT, positions, weights_E, chunks_E)
-    losses, dhead, dx_EBTD = rows.all_slots(x_EBTD)
-    return jax.tree.map(lambda leaf: leaf[None], (losses, dhead)), dx_EBTD
-
-
-class _Rows:
-    """A device's rows in the loss: chunks of slots pass through the head and back. Their losses and
-    gradients are added up in a carry: ((total, sums_E), dhead, states and their gradients).
-
-    Exits come first: their losses may read the last slot's states, which its own gradient
-    overwrites.
+    Args:
+      norm: the final norm, a module or another tree of arrays that can be called.
+      table_VD: the head, which all exits share.
+      weights_E: such as `loss_weights` of the exits.
+      exit_loss: of each exit but the last. Its `exit`, if it takes one, is the index in E, plus 1.
+      z_loss: weight of log(Z)^2, added to the first result only.
+      step: passed to `exit_loss`, if it takes one.
     """
-
-    def __init__(self, settings, head, labels_BT, positions, weights_E, chunks_E):
-        self.settings, self.head, self.labels_BT = settings, head, labels_BT
-        self.positions, self.weights_E, self.chunks_E = positions, weights_E, chunks_E
-        self.table_DV = head.table_VD.T  # once here, or XLA would transpose it in every chunk
-        self.wide = jnp.promote_types(head.table_VD.dtype, jnp.float32)
-        self.product = partial(jnp.einsum, preferred_element_type=self.wide)
-        large = len(head.table_VD) >= ONE_PASS * head.table_VD.shape[1]
-        self.one_pass = large and not settings.z_loss
-
-    def all_slots(self, x_EBTD):
-        """Sums of the losses, gradients of the head, and those of the states, in their place."""
-        slots, wide, settings = len(x_EBTD), self.wide, self.settings
-        losses = jnp.zeros((), wide), jnp.zeros(slots, wide)
-        dnorm = jax.tree.map(jnp.zeros_like, self.head.norm)
-        carry = losses, Head(dnorm, jnp.zeros(self.table_DV.shape, wide)), x_EBTD
-        if slots > 1:
-            used_E = self.chunks_E[:-1] > 0
-            order_E = jnp.argsort(~used_E, stable=True)
-
-            def add_exit(index, carry):
-                return self.add_slot(settings.exit_loss, settings.exit_chunk, order_E[index], carry)
-
-            with jax.named_scope(EXITS):
-                *sums, slots_EBTD = lax.fori_loop(0, used_E.sum(), add_exit, carry)
-            keep_E = jnp.append(used_E, True)[:, None, None, None]
-            carry = *sums, jnp.where(keep_E, slots_EBTD, 0)
-        carry = self.add_slot(cross_entropy, settings.last_chunk, slots - 1, carry)
-        losses, dhead, dx_EBTD = carry
-        return losses, Head(dhead.norm, dhead.table_VD.T), dx_EBTD
-
-    def add_slot(self, slot_loss, chunk, slot, carry):
-        """Adds one slot's loss and gradients; the gradient of the states overwrites the states."""
-        (total, sums_E), dhead, slots_EBTD = carry
-        batch, steps, width = slots_EBTD.shape[1:]
-        whole = -(-steps // chunk) * chunk  # steps, padded to full chunks
-        positions, wide = self.positions, self.wide
-        order_BT = jnp.pad(positions.order_EBT[slot], [(0, 0), (0, whole - steps)])
-        x_BTD, final_BTD = slots_EBTD[slot], slots_EBTD[-1]
-        weight = self.weights_E[slot].astype(wide)
-
-        def add_chunk(index, carry):
-            *sums, dx_BTD = carry
-            start = index * chunk
-            at_BC = lax.dynamic_slice_in_dim(order_BT, start, chunk, 1)
-            counted_BC = start + jnp.arange(chunk) < positions.counts_EB[slot, :, None]
-            scale_BC = jnp.where(counted_BC, positions.scales_EB[slot, :, None], 0).astype(wide)
-            label_BC = jnp.take_along_axis(self.labels_BT, at_BC, 1)
-            x_BCD = jnp.take_along_axis(x_BTD, at_BC[:, :, None], 1)
-            final = partial(jnp.take_along_axis, final_BTD, at_BC[:, :, None], 1)
-            *found, dx_BCD = self.through_head(slot_loss, x_BCD, final, label_BC, scale_BC, weight)
-            sums = jax.tree.map(jnp.add, sums, found)
-            return *sums, lax.dynamic_update_slice_in_dim(dx_BTD, dx_BCD, start, 1)
-
-        zeros_BTD = jnp.zeros((batch, whole, width), slots_EBTD.dtype)
-        carry = (total, jnp.zeros((), wide)), dhead, zeros_BTD
-        with jax.named_scope(CHUNKS):
-            (total, sum_), dhead, dx_BTD = lax.fori_loop(0, self.chunks_E[slot], add_chunk, carry)
-        back_BT = jnp.argsort(positions.order_EBT[slot], axis=1)
-        dx_BTD = jnp.take_along_axis(dx_BTD, back_BT[:, :, None], 1)
-        slots_EBTD = lax.dynamic_update_index_in_dim(slots_EBTD, dx_BTD, slot, 0)
-        return (total, sums_E.at[slot].set(sum_)), dhead, slots_EBTD
-
-    def through_head(self, slot_loss, x_BCD, final, label_BC, scale_BC, weight):
-        """Losses of a chunk, and the gradients of the head and the states. final: returns the last
-        slot's states."""
-        head, product, table_DV = self.head, self.product, self.table_DV
-        normed_BCD, norm_backward = jax.vjp(lambda norm, x: norm(x), head.norm, x_BCD)
-        arrays = product("BCD,DV->BCV", normed_BCD, table_DV), label_BC, scale_BC, weight
-        if self.one_pass and slot_loss is cross_entropy:
-            losses, factor_BC, dlogits_BCV = of_cross_entropy(*arrays, x_BCD.dtype)
-        else:
-            final_BCV = product("BCD,DV->BCV", head.norm(final()), table_DV)
-            loss = partial(chunk_loss, slot_loss, self.settings.z_loss, final_BCV)
-            losses, factor_BC, dlogits_BCV = of_any_loss(loss, *arrays, x_BCD.dtype)
-        dnormed_BCD = product("BCV,VD->BCD", dlogits_BCV, head.table_VD)
-        dnormed_BCD, normed_BCD = scaled((dnormed_BCD, normed_BCD), factor_BC, x_BCD.dtype)
-        dtable_DV = product("BCD,BCV->DV", normed_BCD, dlogits_BCV)
-        dnorm, dx_BCD = norm_backward(dnormed_BCD)
-        return losses, Head(dnorm, dtable_DV), dx_BCD
-
-
-def _backward(exit_loss, z_loss, token_share, gradients, cotangents):
-    """No gradient flows through the per-exit sums: they are metrics only."""
-    scale = cotangents[0]
-    head, x_EBTD = jax.tree.map(lambda leaf: leaf * scale.astype(leaf.dtype), gradients)
-    return head, x_EBTD, None, None, None
-
-
-head_loss.defvjp(_forward, _backward)
+    exits, rows_B = len(x_EBTD), jnp.arange(len(labels_BT))
+    taken_E = (weights_E > 0).at[-1].set(True)
+    positions = loss_positions(
+        StepConfig(num_steps=1), labels_BT, jnp.asarray(step), rows_B, jnp.arange(exits), taken_E
+    )
+    count = jnp.maximum((labels_BT >= 0).sum(), 1)
+    slots = Slots(weights_E / count, jnp.arange(1, exits + 1), jnp.asarray(step))
+    head = Head(norm, table_VD)
+    x_EBTD, labels_BT = jax.vmap(pieces)(x_EBTD), pieces(in_context_order(labels_BT))
+    loss, sums_E = head_loss(exit_loss, z_loss, 1.0, head, x_EBTD, labels_BT, positions, slots)
+    return loss, sums_E / count

@@ -1,13 +1,14 @@
 """Preparation of a run before anything is compiled: checks its input, reads data, writes files.
 
 Decoding uses two of the files: token_counts.json says how often each token is a label, to choose a
-draft vocabulary. prompts.jsonl holds beginnings of held-out rows, for --prompt-file.
+draft vocabulary. prompts.jsonl holds beginnings of held-out rows, for --prompt-file. recipe.json
+names the functions that the run was given (recipe.py).
 """
 
 import dataclasses
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
@@ -20,6 +21,7 @@ from jax.sharding import Mesh
 from lsjax.checkpoints import open_checkpoint
 from lsjax.checkpoints.run import CHECKPOINTS, begin_run, held_out_losses, is_run, read_run_config
 from lsjax.checkpoints.steps import saved_steps
+from lsjax.checkpoints.tensors import CheckpointError
 from lsjax.config import AnyPath, EvaluationConfig, LlamaConfig, MeshConfig, TrainConfig, check
 from lsjax.config.checked import differences
 from lsjax.data.pipeline import OnePass, Pipeline, packed_rows
@@ -27,13 +29,14 @@ from lsjax.data.shards import SPLITS
 from lsjax.data.token_rows import Share, TokenRows
 from lsjax.data.tokenizer import Tokenizer
 from lsjax.data.vocabulary import COUNTS, make_tokenizer, write_counts
-from lsjax.io.files import cache_directory, write_whole
+from lsjax.io.files import cache_directory, read_json, write_json, write_whole
 from lsjax.sharding import make_mesh, own_rows, placed_rows
 from lsjax.training.hosts import check_same, in_turn, is_first, wait_to_see
+from lsjax.training.recipe import PAPER, Recipe
 from lsjax.training.step import check_rows
 from lsjax.training.writer import Writer
 
-PROMPTS = "prompts.jsonl"
+PROMPTS, RECIPE = "prompts.jsonl", "recipe.json"
 COUNTED = 4_000_000  # tokens counted for the draft vocabulary
 # Fields that a resumed run may change: they do not affect the results of steps.
 FREE = {
@@ -59,6 +62,7 @@ class TrainingRun:
     held_out: OnePass
     sample_prompt: list[int]  # tokens that samples continue
     losses: dict[int, float]  # held-out loss of the last exit by step; evaluations add more
+    recipe: Recipe
 
     @property
     def workdir(self) -> AnyPath:
@@ -96,9 +100,15 @@ class TrainingRun:
         )
 
 
-def prepare_run(config: TrainConfig, writer: Writer) -> TrainingRun:
-    """Checks the configuration, reads the data, and writes the first files of the run. Raises
-    ConfigError, CheckpointError, TokenizerError or OSError for bad input."""
+def prepare_run(
+    config: TrainConfig,
+    writer: Writer,
+    recipe: Recipe = PAPER,
+    warn: Callable[[str], None] = print,
+) -> TrainingRun:
+    """Checks the configuration, reads the data, and writes the first files of the run. warn: called
+    with a line if the run began with another recipe. Raises ConfigError, CheckpointError,
+    TokenizerError or OSError for bad input."""
     workdir = writer.directory
     resumes = is_run(workdir)
     if resumes:
@@ -108,6 +118,7 @@ def prepare_run(config: TrainConfig, writer: Writer) -> TrainingRun:
     alone = jax.process_count() == 1 and config.mesh == MeshConfig()
     mesh = None if alone else make_mesh(config.mesh)
     check_rows(config, mesh)
+    recipe.check(config, config.model.num_layers)
     for extra, package in (("tensorboard", "tensorboardX"), ("wandb", "wandb")):
         check(
             not getattr(config, extra) or find_spec(package) is not None,
@@ -133,10 +144,11 @@ def prepare_run(config: TrainConfig, writer: Writer) -> TrainingRun:
     with in_turn("the run has begun"):
         if is_first():
             begin_run(workdir, config, tokenizer)
+            keep_recipe(workdir, recipe, warn)
             write_run_files(workdir, tokenizer, pipeline.rows, prompts)
         wait_to_see(lambda: is_run(workdir), f"the run in {workdir}")
     read = tokenizer, pipeline, held_out, sampled, held_out_losses(workdir)
-    return TrainingRun(config, writer, resumes, mesh, *read)
+    return TrainingRun(config, writer, resumes, mesh, *read, recipe)
 
 
 def check_same_run(before: TrainConfig, now: TrainConfig, where: str) -> TrainConfig:
@@ -150,6 +162,22 @@ def check_same_run(before: TrainConfig, now: TrainConfig, where: str) -> TrainCo
             "another --workdir or the old value",
         )
     return dataclasses.replace(now, model=before.model)
+
+
+def keep_recipe(workdir: AnyPath, recipe: Recipe, warn: Callable[[str], None]) -> None:
+    """Writes the names and hashes of what the run was given, and warns if they were others."""
+    file, now = workdir / RECIPE, recipe.given()
+    before = read_json(file, CheckpointError) if file.exists() else {}
+    if saved_steps(workdir / CHECKPOINTS) and before != now:
+        unset, changes = {"name": "the default"}, []
+        for key in {**before, **now}:
+            old, new = before.get(key, unset), now.get(key, unset)
+            if old != new:
+                to = new["name"] if old["name"] != new["name"] else "another source"
+                changes.append(f"{key} from {old['name']} to {to}")
+        warn(f"this run resumes with other functions than before: {', '.join(changes)}")
+    if before != now:
+        write_json(file, now)
 
 
 def with_model(config: TrainConfig, model: LlamaConfig) -> TrainConfig:

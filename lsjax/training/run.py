@@ -61,7 +61,6 @@ def train_run(
     say: Callable[[str], None] = print,
     warn: Callable[[str], None] = print,
     began: float | None = None,
-    **knobs: Any,
 ) -> TrainState:
     """Trains from the newest saved step to the last; returns the state after the last step.
 
@@ -71,7 +70,6 @@ def train_run(
       say: called with lines about the run, such as the step after which it resumes.
       warn: called with a line for each step that is damaged or could not be saved.
       began: Unix time at which this process began; the start of this call by default.
-      knobs: keywords of `make_train_step`.
 
     Raises CheckpointError if no saved step is intact or the last one can't be written, ConfigError
     if the data changed, and the errors of `TrainingLoop.run`.
@@ -79,17 +77,17 @@ def train_run(
     began = time.time() if began is None else began
     say(run.describe())
     config, mesh = run.config, run.mesh
-    train_step = make_train_step(config, **knobs)
+    train_step = make_train_step(config, **vars(run.recipe))
     exact = config.dtype == "float32"  # accelerators use fewer bits for matmuls by default
     with (
         jax.default_matmul_precision("highest") if exact else nullcontext(),
         nullcontext() if mesh is None else jax.set_mesh(mesh),
         Checkpoints(run.workdir / CHECKPOINTS, config.checkpoints, warn, run.losses) as checkpoints,
     ):
-        like = abstract_state(config, mesh)
+        like = abstract_state(config, mesh, run.recipe.optimizer)
         restored = checkpoints.restore(like) if run.resumes else None
         if restored is None:
-            state, first = initial_state(config, mesh, like), 0
+            state, first = initial_state(config, mesh, like, run.recipe.optimizer), 0
         else:
             state, first = restored.state, restored.step
             run.resume_data(restored.data)
@@ -206,11 +204,13 @@ class TrainingLoop:
         in_a_row = int(values["skipped_in_a_row"])
         if in_a_row >= self._config.max_skipped:
             self._checkpoints.settle()
+            rate = values.get("learning_rate")
+            rate = "" if rate is None else f" (learning rate {float(rate):.3g})"
             raise TooManySkipped(
                 f"the loss or gradient of {in_a_row} steps in a row, up to step {step}, was not "
-                f"finite (learning rate {float(values['learning_rate']):.3g}): lower "
-                "--optimizer.learning-rate or lengthen the warm-up; the parameters are those of "
-                f"step {step - in_a_row}, and the newest saved step is {self._checkpoints.newest()}"
+                f"finite{rate}: lower --optimizer.learning-rate or lengthen the warm-up; the "
+                f"parameters are those of step {step - in_a_row}, and the newest saved step is "
+                f"{self._checkpoints.newest()}"
             )
 
     def _save(self) -> None:

@@ -1,4 +1,4 @@
-"""One training step (gradients of the objective, AdamW), and the training state."""
+"""One training step (gradients of the objective, then the optimizer), and the training state."""
 
 import math
 from collections.abc import Callable
@@ -13,15 +13,17 @@ from jax import lax
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
-from lsjax.config import OptimizerConfig, StepConfig, TrainConfig, check
+from lsjax.config import StepConfig, TrainConfig, check
 from lsjax.model.llama import Llama, stacked
 from lsjax.model.lora import joined, split, with_adapters
-from lsjax.model.parameters import map_named, placed_shapes, shardings
+from lsjax.model.parameters import placed_shapes, shardings
 from lsjax.platforms import with_kernels
 from lsjax.sharding import ROWS, split_rows
-from lsjax.training.early_exit import ExitLoss, enabled_exits
+from lsjax.training.early_exit import ExitLoss, ExitWeights, exit_weights
 from lsjax.training.layer_dropout import DropRates, drop_rates
 from lsjax.training.loss import objective
+from lsjax.training.optimizer import adamw, learning_rates, unless_skipped
+from lsjax.training.recipe import Recipe
 
 Batch = dict[str, Array]  # tokens_BT, labels_BT, segments_BT, positions_BT
 Metrics = dict[str, Array]
@@ -38,40 +40,58 @@ class TrainState:
     skipped: Int[Array, ""]  # steps whose loss or gradient was not finite
     skipped_in_a_row: Int[Array, ""]  # skipped steps in a row, up to now
 
+    def __repr__(self) -> str:
+        size = sum(leaf.size for leaf in jax.tree.leaves(self.model))
+        return f"TrainState(step {self.step}, skipped {self.skipped}, {size / 1e6:.1f}M parameters)"
 
-def init_state(config: StepConfig, model: Llama) -> TrainState:
+
+def init_state(
+    config: StepConfig, model: Llama, optimizer: optax.GradientTransformation | None = None
+) -> TrainState:
     """State before the first step. It shares the model's arrays, and steps overwrite them. With
-    `lora` the model gets adapters, and only these are trained. model: stacked or not. Raises
-    ConfigError if config and model do not fit."""
+    `lora` the model gets adapters, and only these are trained. model: stacked or not. optimizer:
+    that of `make_train_step`. Raises ConfigError if config and model do not fit."""
     config.check_model(model.config)
     model = stacked(model)
     if config.lora.rank > 0:
         model = with_adapters(model, config.lora, config.seed)
-    opt_state = directions(config.optimizer).init(split(model)[0])
+    optimizer = optimizer or adamw(config.optimizer, config.num_steps)
+    opt_state = optimizer.init(split(model)[0])
     step, skipped, in_a_row = (jnp.zeros((), jnp.int32) for _ in range(3))  # all are donated
     return TrainState(model, opt_state, step, skipped, in_a_row)
 
 
-def abstract_state(config: TrainConfig, mesh: Mesh | None) -> TrainState:
+def abstract_state(
+    config: TrainConfig, mesh: Mesh | None, optimizer: optax.GradientTransformation | None = None
+) -> TrainState:
     """Shapes of the state, with shardings on a mesh."""
-    return placed_shapes(jax.eval_shape(partial(_fresh_state, config), jax.random.key(0)), mesh)
+    fresh = partial(_fresh_state, config, optimizer)
+    return placed_shapes(jax.eval_shape(fresh, jax.random.key(0)), mesh)
 
 
-def initial_state(config: TrainConfig, mesh: Mesh | None, like: TrainState) -> TrainState:
+def initial_state(
+    config: TrainConfig,
+    mesh: Mesh | None,
+    like: TrainState,
+    optimizer: optax.GradientTransformation | None = None,
+) -> TrainState:
     """State before the first step, sharded: from the checkpoint in `init_from`, or random.
     like: its `abstract_state`. Raises CheckpointError for a bad checkpoint."""
     places = None if mesh is None else shardings(like, mesh)
     if not config.init_from:
-        fresh = jax.jit(partial(_fresh_state, config), out_shardings=places)
+        fresh = jax.jit(partial(_fresh_state, config, optimizer), out_shardings=places)
         return fresh(jax.random.key(config.seed))
     from lsjax.checkpoints import load  # training alone needs no file readers
 
+    begin = partial(init_state, config, optimizer=optimizer)
     model = stacked(load(config.init_from, mesh=mesh))
-    return jax.jit(partial(init_state, config), out_shardings=places, donate_argnums=0)(model)
+    return jax.jit(begin, out_shardings=places, donate_argnums=0)(model)
 
 
-def _fresh_state(config: TrainConfig, key: jax.Array) -> TrainState:
-    return init_state(config, Llama(config.model, rngs=nnx.Rngs(key)))
+def _fresh_state(
+    config: TrainConfig, optimizer: optax.GradientTransformation | None, key: jax.Array
+) -> TrainState:
+    return init_state(config, Llama(config.model, rngs=nnx.Rngs(key)), optimizer)
 
 
 def check_rows(config: TrainConfig, mesh: Mesh | None) -> None:
@@ -97,54 +117,58 @@ def check_rows(config: TrainConfig, mesh: Mesh | None) -> None:
 def make_train_step(
     config: StepConfig,
     *,
-    exit_loss: ExitLoss | None = None,
+    optimizer: optax.GradientTransformation | None = None,
     drop_rates: DropRates = drop_rates,
+    exit_weights: ExitWeights = exit_weights,
+    exit_loss: ExitLoss | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """The compiled step (state, batch) -> (state, metrics), which reuses the state's memory.
 
-    exit_loss: loss of the exits below the last one (early_exit.py); by default that of the config's
-    target. drop_rates: replaces the paper's rates of layer dropout, if p_max is not 0.
+    A step whose loss or gradient is not finite changes only counters and the counts of schedules.
+    Metrics: loss (of the objective), last_exit_loss, exit_loss_L, enabled_L, grad_norm,
+    learning_rate, tokens, skipped, skipped_in_a_row. Exit E has index E - 1, and exit_loss_L is 0
+    for disabled exits. grad_norm is that of the gradients before the optimizer. tokens counts
+    labels. An optimizer of your own has a learning_rate here if optax.inject_hyperparams set it.
 
-    A step whose loss or gradient is not finite changes only the counters. Metrics: loss (of the
-    objective), last_exit_loss, exit_loss_L, enabled_L, grad_norm, learning_rate, tokens, skipped,
-    skipped_in_a_row. Exit E has index E - 1, and exit_loss_L is 0 for disabled exits. grad_norm is
-    measured before clipping. tokens counts labels. Raises ConfigError for remat "auto".
+    Args:
+      optimizer: replaces AdamW, clipping and schedule of `config.optimizer`. `init_state` needs it
+        too.
+      drop_rates: replaces the paper's rates of layer dropout. Needs a `p_max` above 0.
+      exit_weights: replaces curriculum and weights of the exits (eq. 6), before normalisation. It
+        is also called once with all steps [T, 1].
+      exit_loss: loss of the exits below the last one; by default that of the config's target. It
+        gets `exit` and `step` too, if it takes them.
+
+    Raises ConfigError for remat "auto", and for a function without effect.
     """
     check(
         config.remat != "auto",
         "remat 'auto' is chosen by train.py and lsjax.train: name a policy for make_train_step",
     )
-    optimizer = directions(config.optimizer)
-    schedule = learning_rates(config.optimizer, config.num_steps)
-    knobs = dict(exit_loss=exit_loss, drop_rates=drop_rates)
+    recipe = Recipe(optimizer, drop_rates, exit_weights, exit_loss)
+    moves = optimizer or adamw(config.optimizer, config.num_steps)
 
     @partial(jax.jit, donate_argnums=0)
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        recipe.check(config, state.model.config.num_layers)
         num_labels = (batch["labels_BT"] >= 0).sum()
         with with_kernels(config.kernels):
-            found = loss_and_gradients(config, state, batch, num_labels, **knobs)
+            found = loss_and_gradients(config, recipe, state, batch, num_labels)
         (loss, sums_L), gradients = found
         with jax.named_scope("optimizer"):
             grad_norm = optax.tree.norm(gradients)
             finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-            if config.optimizer.clip_norm is not None:
-                shrink = jnp.minimum(1, config.optimizer.clip_norm / jnp.maximum(grad_norm, 1e-30))
-                gradients = jax.tree.map(lambda g: g * shrink.astype(g.dtype), gradients)
-            learning_rate = schedule(state.step)
             before, frozen = split(state.model)
-            updates, opt_state = optimizer.update(gradients, state.opt_state, before)
-            after = jax.tree.map(
-                lambda leaf, move: leaf - learning_rate.astype(leaf.dtype) * move, before, updates
-            )
-            new, old = (after, opt_state), (before, state.opt_state)
-            after, opt_state = jax.tree.map(partial(jnp.where, finite), new, old)
+            updates, opt_state = moves.update(gradients, state.opt_state, before)
+            new = optax.apply_updates(before, updates), opt_state
+            after, opt_state = unless_skipped(finite, new, (before, state.opt_state))
         skipped = jnp.where(finite, state.skipped, state.skipped + 1)
         in_a_row = jnp.where(finite, 0, state.skipped_in_a_row + 1)
         metrics = dict(
             loss=loss,
-            **exit_metrics(config, sums_L / jnp.maximum(num_labels, 1), state.step),
+            **exit_metrics(config, recipe, sums_L / jnp.maximum(num_labels, 1), state.step),
             grad_norm=grad_norm,
-            learning_rate=learning_rate,
+            **rate_metrics(config, recipe, state),
             tokens=num_labels,
             skipped=skipped,
             skipped_in_a_row=in_a_row,
@@ -156,25 +180,35 @@ def make_train_step(
 
 
 def exit_metrics(
-    config: StepConfig, exit_loss_L: Float[Array, " L"], step: Int[Array, ""]
+    config: StepConfig, recipe: Recipe, exit_loss_L: Float[Array, " L"], step: Int[Array, ""]
 ) -> Metrics:
     """The losses of all exits, that of the last one, and which exits are enabled."""
-    enabled_L = enabled_exits(config.early_exit, len(exit_loss_L), step, config.num_steps)
+    run = config.early_exit, len(exit_loss_L), step, config.num_steps
+    enabled_L = jnp.asarray(recipe.exit_weights(*run) > 0)
     return dict(last_exit_loss=exit_loss_L[-1], exit_loss_L=exit_loss_L, enabled_L=enabled_L)
 
 
+def rate_metrics(config: StepConfig, recipe: Recipe, state: TrainState) -> Metrics:
+    """The learning rate of this step, if it is known."""
+    if recipe.optimizer is None:
+        return {"learning_rate": learning_rates(config.optimizer, config.num_steps)(state.step)}
+    found = optax.tree_utils.tree_get_all_with_path(
+        state.opt_state, "learning_rate", lambda _, value: isinstance(value, jax.Array)
+    )
+    return {"learning_rate": found[0][1]} if len(found) == 1 else {}
+
+
 def loss_and_gradients(
-    config: StepConfig, state: TrainState, batch: Batch, num_labels: Int[Array, ""], **knobs
-):
-    """Loss, per-exit sums and gradients of the trained parameters, over all micro-batches. knobs:
-    `exit_loss` and `drop_rates`, passed to `objective`."""
+    config: StepConfig, recipe: Recipe, state: TrainState, batch: Batch, num_labels: Int[Array, ""]
+) -> tuple[tuple[Float[Array, ""], Float[Array, " L"]], Llama]:
+    """(loss, per-exit sums) and gradients of the trained parameters, over all micro-batches."""
     rows_B = jnp.arange(len(batch["tokens_BT"]))
     config.check_batch(len(rows_B))
     trained, frozen = split(state.model)
 
     def loss(trained, part, rows_B):
         model = joined(trained, frozen)
-        return objective(config, model, part, state.step, rows_B, num_labels, **knobs)
+        return objective(config, model, part, state.step, rows_B, num_labels, recipe)
 
     one = partial(jax.value_and_grad(loss, has_aux=True), trained)
     if config.micro_batches == 1:
@@ -187,33 +221,3 @@ def loss_and_gradients(
         return jax.tree.map(jnp.add, total, one(*part)), None
 
     return lax.scan(add, zeros, split_batch)[0]
-
-
-def learning_rates(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
-    """Learning rate at step t of T: rises in the warm-up, then follows the schedule. Warm-up
-    starts at the peak over `warmup_steps + 1`, because a rate of 0 would waste step 0."""
-    peak, final = config.learning_rate, config.learning_rate * config.final_share
-    steps = max(1, num_steps - config.warmup_steps)
-    match config.schedule:
-        case "constant":
-            after = optax.constant_schedule(peak)
-        case "cosine":
-            after = optax.cosine_decay_schedule(peak, steps, config.final_share)
-        case "linear":
-            after = optax.linear_schedule(peak, final, steps)
-    up = config.warmup_steps + 1
-    warmup = optax.linear_schedule(peak / up, peak, config.warmup_steps) if up > 1 else after
-    return optax.join_schedules([warmup, after], [config.warmup_steps])
-
-
-def directions(config: OptimizerConfig) -> optax.GradientTransformation:
-    """AdamW without its learning rate; the step multiplies by the rate."""
-    return optax.chain(
-        optax.scale_by_adam(config.b1, config.b2, config.eps),
-        optax.add_decayed_weights(config.weight_decay, mask=decays),
-    )
-
-
-def decays(params):
-    """True for matrices and tables, False for the scales of norms and for biases."""
-    return map_named(lambda name, _: not name.endswith(("scale", "bias")), params)

@@ -17,8 +17,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from jax.errors import JaxRuntimeError
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 
 from lsjax.aot.chips import CHIPS, slice_of
 from lsjax.aot.hlo import attention_kernel

@@ -6,8 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax.experimental.compilation_cache.compilation_cache import reset_cache
-from jax.sharding import AbstractDevice, AbstractMesh, AxisType, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, NamedSharding, PartitionSpec as P
 
 from lsjax.aot.chips import CHIPS, slice_of
 from lsjax.aot.hlo import attention_kernel, parse, runs

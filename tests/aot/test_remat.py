@@ -12,6 +12,7 @@ from lsjax.aot.remat import CANDIDATES, fastest, local_chip, with_remat
 from lsjax.config import ConfigError, DataConfig, LlamaConfig, MeshConfig, StepConfig, TrainConfig
 from lsjax.sharding import make_mesh
 from lsjax.training.prepare import TrainingRun
+from lsjax.training.recipe import PAPER
 from lsjax.training.step import make_train_step
 from tests.marks import with_extra
 
@@ -71,7 +72,7 @@ def test_it_says_by_how_much_none_fits(compiled):
 
 def test_cpus_keep_everything_and_compile_nothing(compiled):
     compiled({})
-    run = TrainingRun(CONFIG, *[None] * 8)
+    run = TrainingRun(CONFIG, *[None] * 8, PAPER)
     assert with_remat(run, print).config.remat == "none"
     named = dataclasses.replace(CONFIG, remat="attention")
     assert with_remat(dataclasses.replace(run, config=named), print).config is named

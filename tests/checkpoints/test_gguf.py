@@ -9,8 +9,7 @@ import gguf
 import jax
 import numpy as np
 import pytest
-from gguf import GGMLQuantizationType as Kind
-from gguf import quants
+from gguf import GGMLQuantizationType as Kind, quants
 
 from lsjax.checkpoints import load, open_checkpoint
 from lsjax.checkpoints.huggingface import read_generation_defaults, save

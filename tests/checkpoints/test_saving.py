@@ -14,6 +14,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 
@@ -395,3 +396,17 @@ def test_the_directory_itself_can_not_be_written(fresh, tmp_path):
     unsaved = pytest.raises(CheckpointError, match="step 1 could not be saved")
     with unsaved, open_(tmp_path / "checkpoints") as checkpoints:
         save(checkpoints, advance(fresh()))
+
+
+def test_a_state_of_version_0_1_is_read(fresh, like, tmp_path):
+    """Its AdamW had no clipping and no schedule. The schedule has counted the steps of the run."""
+    state = dataclasses.replace(advance(fresh()), step=jnp.int32(7))
+    adam = state.opt_state[1]
+    before = dataclasses.replace(state, opt_state=(adam, optax.EmptyState()))
+    with open_(tmp_path) as checkpoints:
+        save(checkpoints, before)
+    with open_(tmp_path) as checkpoints:
+        found = checkpoints.restore(like).state
+    assert bits(found.opt_state[1]) == bits(adam) and bits(found.model) == bits(before.model)
+    assert found.opt_state[3].count == found.step == 7
+    advance(found)  # takes all of its arrays over

@@ -129,3 +129,14 @@ def test_errors_of_the_input(capsys, error, code, printed):
 def test_bugs_keep_their_traceback(error):
     with pytest.raises(type(error), match="a bug"), one_line_errors():
         raise error
+
+
+def test_writes_the_first_layers(tmp_path, capsys):
+    given, made = source(tmp_path), tmp_path / "made"
+    assert main([str(given), str(made), "--exit", "2"]) == 0
+    assert load(made).config.num_layers == 2
+    assert read_generation_defaults(made) == GenerationDefaults()
+    layers = load(given).config.num_layers
+    with pytest.raises(SystemExit):
+        main([str(given), str(tmp_path / "more"), "--exit-layer", str(layers + 1)])
+    assert f"--exit-layer {layers + 1} is out of range: use 1..{layers}" in capsys.readouterr().err

@@ -7,8 +7,7 @@ import random
 import pytest
 
 from lsjax.config import ConfigError, DataConfig
-from lsjax.data import pieces as pieces_module
-from lsjax.data import sources
+from lsjax.data import pieces as pieces_module, sources
 from lsjax.data.pieces import Document
 from lsjax.data.sources import document_source
 

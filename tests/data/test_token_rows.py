@@ -12,8 +12,7 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from tensorflow_datasets.proto import tf_example_pb2
 
 from lsjax.config import ConfigError, DataConfig
-from lsjax.data import pieces as pieces_module
-from lsjax.data import shards
+from lsjax.data import pieces as pieces_module, shards
 from lsjax.data.packing import from_records, pack, record_type
 from lsjax.data.pieces import Document
 from lsjax.data.pipeline import packed_rows

@@ -10,7 +10,7 @@ from safetensors.numpy import load_file
 from lsjax.checkpoints import load, open_checkpoint
 from lsjax.checkpoints.huggingface import save
 from lsjax.config import LlamaConfig, RopeScaling
-from lsjax.model.llama import Llama
+from lsjax.model.llama import Llama, first_layers
 from tests.marks import long
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -39,6 +39,22 @@ def test_numbers_of_transformers(name):
     losses = -np.take_along_axis(log_probs, tokens[None, :, 1:, None], axis=-1)[..., 0]
     np.testing.assert_allclose(losses, golden["exit_losses"], atol=2e-4, rtol=0)
     np.testing.assert_array_equal(greedy[:, 7:-1], golden["greedy"][:, 8:])
+
+
+@pytest.mark.parametrize("name", ["smollm3", *long("gqa_tied", "olmo3")])
+def test_an_exit_as_a_model_of_its_own(name, tmp_path):
+    """Written and read again, it has the losses of that exit in transformers. Layers without rope
+    and with windows stay where they are."""
+    golden = np.load(GOLDEN / name / "golden.npz")
+    whole, tokens = load(GOLDEN / name), golden["tokens"]
+    exit_layer = whole.config.num_layers - 1
+    save(first_layers(whole, exit_layer), tmp_path / "exit")
+    model = load(tmp_path / "exit")
+    assert model.config.num_layers == exit_layer
+    with jax.default_matmul_precision("highest"):
+        log_probs = np.asarray(jax.nn.log_softmax(all_exits(model, tokens)[-1, :, :-1]))
+    losses = -np.take_along_axis(log_probs, tokens[:, 1:, None], axis=-1)[..., 0]
+    np.testing.assert_allclose(losses, golden["exit_losses"][exit_layer - 1], atol=2e-4, rtol=0)
 
 
 def test_variants_exercise_what_they_are_named_for():

@@ -9,8 +9,7 @@ import pytest
 
 from lsjax import platforms
 from lsjax.config import ConfigError
-from lsjax.kernels import flash
-from lsjax.kernels import self_attention as module
+from lsjax.kernels import flash, self_attention as module
 from lsjax.model.attention import self_attention
 from tests.marks import long
 

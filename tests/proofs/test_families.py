@@ -24,6 +24,7 @@ from lsjax.decoding.engine import Engine
 from lsjax.decoding.self_speculative import SelfSpeculative
 from lsjax.decoding.strategy import Autoregressive
 from lsjax.model.cache import KVCache
+from lsjax.model.llama import first_layers
 
 transformers = pytest.importorskip("transformers", reason="needs transformers: make peers")
 torch = pytest.importorskip("torch", reason="needs torch: make peers")
@@ -207,3 +208,14 @@ def test_cached_decoding(tmp_path, small_tokenizer, kind, shape):
         engine = Engine(model, small_tokenizer, strategy, batch_size=2, ignore_end=True)
         texts.append([one.token_ids for one in engine.generate(prompts, max_new_tokens=40)])
     assert all(text == texts[0] for text in texts)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_exported_exit_is_a_model_in_transformers(tmp_path, kind):
+    """Its logits there are those of the exit of the whole model."""
+    expected = exit_logits(make(kind, {}, tmp_path / "theirs"), random_tokens())
+    save(first_layers(load(tmp_path / "theirs"), 3), tmp_path / "exit")
+    shorter = read(tmp_path / "exit")
+    assert shorter.config.num_hidden_layers == 3
+    found = exit_logits(shorter, random_tokens())[-1]
+    np.testing.assert_allclose(found, expected[2], atol=TOLERANCE, rtol=0)

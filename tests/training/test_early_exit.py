@@ -1,18 +1,25 @@
 """The early-exit loss: weights and curricula by hand from the paper's equations."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lsjax.config import EarlyExitConfig
-from lsjax.training.early_exit import enabled_exits, exit_counts, exit_weights, loss_weights
+from lsjax.config import ConfigError, EarlyExitConfig
+from lsjax.training.early_exit import (
+    curriculum,
+    exit_counts,
+    exit_slots,
+    exit_weights,
+    layer_weights,
+    loss_weights,
+)
 
 
 def enabled(config, depth, step, num_steps) -> list[int]:
     """The exits that are on, by their numbers."""
-    return [
-        int(index) + 1 for index in np.flatnonzero(enabled_exits(config, depth, step, num_steps))
-    ]
+    weights = exit_weights(config, depth, step, num_steps)
+    return [int(index) + 1 for index in np.flatnonzero(weights)]
 
 
 # By hand: e(l) = s l (l+1) / 2 for l < L-1, e(L-1) = (L-1) + s (L-2)(L-1) / 2, l = E - 1. The sum
@@ -33,7 +40,7 @@ WEIGHTS = {
 def test_weights_of_the_paper(depth, e_scale):
     expected, total, last = WEIGHTS[depth, e_scale]
     config = EarlyExitConfig(curriculum="all", e_scale=e_scale)
-    weights = exit_weights(config, depth)
+    weights = layer_weights(config, depth)
     for exit, weight in expected.items():
         np.testing.assert_allclose(weights[exit - 1], weight, rtol=1e-12)
     np.testing.assert_allclose(weights.sum(), total, rtol=1e-12)
@@ -110,7 +117,7 @@ def test_normalised_weights(depth, curriculum, step):
 
 def test_a_rotation_visits_every_exit_once():
     config = EarlyExitConfig(curriculum="rotational", rotation=8, weights="uniform")
-    visits = sum(np.asarray(enabled_exits(config, 30, step, 999), int) for step in range(40, 48))
+    visits = sum(np.asarray(curriculum(config, 30, step, 999), int) for step in range(40, 48))
     assert visits.tolist() == [1] * 29 + [8]
 
 
@@ -182,3 +189,40 @@ def test_most_exits_are_those_of_the_fullest_phase_of_the_run():
     assert exit_counts(config, 32, 1).max() == 3  # of 1, 9, 17, 25
     assert exit_counts(EarlyExitConfig(), 32, 1000).max() == 0
     assert exit_counts(EarlyExitConfig(curriculum="gradual"), 32, 1000).max() == 30
+
+
+def test_weights_of_ones_own_replace_curriculum_and_weights():
+    """Two exits in the first half of the run, none in the second."""
+
+    def own(config, num_layers, step, num_steps):
+        exits = jnp.arange(1, num_layers + 1)
+        on = (exits == num_layers) | ((step < num_steps // 2) & (exits % 2 == 0))
+        return jnp.where(on, exits, 0)
+
+    config = EarlyExitConfig()
+    found = [loss_weights(config, 5, step, 4, own) for step in (1, 2)]
+    np.testing.assert_allclose(found, np.array([[0, 2, 0, 4, 5], [0, 0, 0, 0, 11]]) / 11, rtol=1e-6)
+    assert exit_counts(config, 5, 4, own).tolist() == [2, 2, 0, 0]
+    traced = jax.jit(lambda step: (loss_weights(config, 5, step, 4, own), exit_slots_of(own, step)))
+    weights, (layers, taken, slot_weights) = traced(1)
+    np.testing.assert_allclose(weights, found[0], rtol=1e-6)
+    assert layers.tolist() == [1, 3, 4] and taken.all()
+    np.testing.assert_allclose(slot_weights, np.array([2, 4, 5]) / 11, rtol=1e-6)
+
+
+def exit_slots_of(weights, step):
+    return exit_slots(EarlyExitConfig(), 5, step, 4, weights)
+
+
+@pytest.mark.parametrize(
+    "weights, error",
+    [
+        ([1.0, 1.0], r"returned the shape \[2\] for all steps \[T, 1\], instead of \[4, 3\]"),
+        ([1.0, -1.0, 1.0], "finite weights from 0, and more than 0 for the last exit"),
+        ([1.0, np.inf, 1.0], "finite weights from 0, and more than 0 for the last exit"),
+        ([1.0, 1.0, 0.0], "finite weights from 0, and more than 0 for the last exit"),
+    ],
+)
+def test_bad_weights_are_refused(weights, error):
+    with pytest.raises(ConfigError, match=error):
+        exit_counts(EarlyExitConfig(), 3, 4, lambda *_: np.array(weights))

@@ -7,13 +7,16 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from lsjax.config import EarlyExitConfig, LayerDropoutConfig, OptimizerConfig, StepConfig
 from lsjax.training import forward, kept_rows
 from lsjax.training.layer_dropout import drop_rates
 from lsjax.training.loss import objective
-from lsjax.training.step import directions, init_state, make_train_step
+from lsjax.training.optimizer import adamw
+from lsjax.training.recipe import PAPER, Recipe
+from lsjax.training.step import init_state, make_train_step
 from tests.marks import long
 
 keep_counted = jax.jit(kept_rows.keep_counted)
@@ -41,12 +44,12 @@ def changed(config: StepConfig, **dropout) -> StepConfig:
     return dataclasses.replace(config, layer_dropout=dropout)
 
 
-def differentiated(config, model, batch, step, **knobs):
+def differentiated(config, model, batch, step, recipe=PAPER):
     """(loss, sums_L), gradients."""
     rows_B = jnp.arange(len(batch["tokens_BT"]))
     num_labels = (batch["labels_BT"] >= 0).sum()
-    return jax.value_and_grad(partial(objective, config, **knobs), has_aux=True)(
-        model, batch, step, rows_B, num_labels
+    return jax.value_and_grad(partial(objective, config), has_aux=True)(
+        model, batch, step, rows_B, num_labels, recipe
     )
 
 
@@ -69,7 +72,7 @@ def masked(model, batch, step, rates_L, keep_LB):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(forward, "keep_mask", lambda *_: keep_LB)
         config = changed(CONFIG, skip="mask")
-        return differentiated(config, model, batch, step, drop_rates=lambda *_: rates_L)
+        return differentiated(config, model, batch, step, Recipe(drop_rates=lambda *_: rates_L))
 
 
 def labelled(batch, rows):
@@ -104,10 +107,10 @@ def test_steps_with_rising_rates_and_accumulation(wide, eight_rows):
     and their last bit depends on how they are compiled."""
     config = dataclasses.replace(changed(CONFIG, schedule="exponential"), micro_batches=2)
     state, step = init_state(config, jax.tree.map(jnp.copy, wide)), make_train_step(config)
-    optimizer = directions(config.optimizer)
+    optimizer = adamw(config.optimizer, config.num_steps)
     model, opt_state, counts = wide, optimizer.init(wide), set()
     update = jax.jit(optimizer.update)
-    moved = jax.jit(partial(jax.tree.map, lambda leaf, by: leaf - 1e-2 * by))
+    moved = jax.jit(optax.apply_updates)
     for at in (0, 3, 7):
         rates_L = drop_rates(config.layer_dropout, 5, at, 8)
         parts = [

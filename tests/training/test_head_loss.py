@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from lsjax.model.block import RMSNorm
-from lsjax.training import loss as module
+from lsjax.training import head_loss as module
 from lsjax.training.early_exit import cross_entropy, divergence
-from lsjax.training.loss import Head, Positions, head_loss
+from lsjax.training.head_loss import Head, Positions, Slots, head_loss
 from tests.marks import long
 from tests.tunings import tune
 
@@ -32,8 +32,8 @@ def example(dtype=jnp.float32):
     order_EBT = jnp.argsort(jax.random.uniform(keys[4], (S, B, T)), axis=2)
     counts_EB = jnp.array([[3, 0], [0, 0], [11, 7]])
     scales_EB = jnp.array([[2.5, 9.0], [1.0, 1.0], [1.0, 1.0]])
-    weights_E = jnp.array([0.3, 0.5, 0.7])
-    return head, x_EBTD, labels_BT, Positions(order_EBT, counts_EB, scales_EB), weights_E
+    slots = Slots(jnp.array([0.3, 0.5, 0.7]), jnp.array([2, 3, 4]), jnp.int32(9))
+    return head, x_EBTD, labels_BT, Positions(order_EBT, counts_EB, scales_EB), slots
 
 
 def smoothed(logits, labels, final_logits):
@@ -43,7 +43,7 @@ def smoothed(logits, labels, final_logits):
     return -(logp.mean(-1) + jnp.take_along_axis(logp, choice[..., None], -1)[..., 0]) / 2
 
 
-def plain(exit_loss, z_loss, head, x_EBTD, labels_BT, positions, weights_E):
+def plain(exit_loss, z_loss, head, x_EBTD, labels_BT, positions, slots):
     """The same with all logits at once."""
     logits = head.norm(x_EBTD) @ head.table_VD.T
     logp = jax.nn.log_softmax(logits)
@@ -58,7 +58,7 @@ def plain(exit_loss, z_loss, head, x_EBTD, labels_BT, positions, weights_E):
     scale_EBT = (rank_EBT < positions.counts_EB[:, :, None]) * positions.scales_EB[:, :, None]
     z_EBT = jnp.square(jax.nn.logsumexp(logits, axis=-1))
     sums_E = (scale_EBT * loss_EBT).sum((1, 2))
-    return (weights_E * (scale_EBT * (loss_EBT + z_loss * z_EBT)).sum((1, 2))).sum(), sums_E
+    return (slots.weights_E * (scale_EBT * (loss_EBT + z_loss * z_EBT)).sum((1, 2))).sum(), sums_E
 
 
 @pytest.mark.parametrize(
@@ -92,6 +92,17 @@ def test_chunks_equal_all_logits_at_once(exit_loss, z_loss, share, chunk, wide, 
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-12), found, expected)
 
 
+def test_a_loss_gets_its_exit_and_the_step():
+    """A loss that is the exit's number and the step, at each position that counts."""
+    head, *rest = example()
+
+    def told(logits, labels, final_logits, *, step, exit):
+        return jnp.full(labels.shape, 100.0 * exit + step) + 0 * logits.sum(-1)
+
+    sums_E = jax.jit(lambda *args: head_loss(told, 0.0, 1, *args)[1])(head, *rest)
+    np.testing.assert_allclose(sums_E[:2], [3 * 2.5 * 209, 0], rtol=1e-6)
+
+
 @pytest.mark.parametrize("chunk", [3, 100])
 def test_no_array_holds_the_logits_of_more_than_a_chunk(chunk, monkeypatch):
     tune(monkeypatch, chunk_logits=chunk * B * V)
@@ -123,12 +134,12 @@ def test_what_is_not_in_the_loss_does_not_pass_the_head(counts, expected, monkey
         return of_cross_entropy(logits, *rest)
 
     monkeypatch.setattr(module, "of_cross_entropy", counted)
-    head, x_EBTD, labels_BT, positions, weights_E = example()
+    head, x_EBTD, labels_BT, positions, slots = example()
     positions = positions._replace(counts_EB=jnp.array(counts))
     run = jax.value_and_grad(
         lambda *args: head_loss(cross_entropy, 0.0, 1, *args)[0], argnums=(0, 1)
     )
-    jax.block_until_ready(jax.jit(run)(head, x_EBTD, labels_BT, positions, weights_E))
+    jax.block_until_ready(jax.jit(run)(head, x_EBTD, labels_BT, positions, slots))
     jax.effects_barrier()
     assert passes == [(B, 3, V)] * expected
 

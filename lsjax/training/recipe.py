@@ -1,0 +1,112 @@
+"""What a run is given beside its configuration: its optimizer, and functions in place of the
+paper's."""
+
+import hashlib
+import inspect
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import optax
+
+from lsjax.config import StepConfig, check
+from lsjax.training.early_exit import (
+    EXIT_LOSSES,
+    ExitLoss,
+    ExitWeights,
+    exit_counts,
+    exit_weights,
+)
+from lsjax.training.layer_dropout import DropRates, drop_rates
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Keywords of `make_train_step` (lsjax/training/step.py); the defaults are the paper's."""
+
+    optimizer: optax.GradientTransformation | None = None  # by default that of the configuration
+    drop_rates: DropRates = drop_rates
+    exit_weights: ExitWeights = exit_weights
+    exit_loss: ExitLoss | None = None  # by default that of the target in the configuration
+
+    def loss_of_exits(self, config: StepConfig) -> ExitLoss:
+        """The loss of each exit but the last."""
+        return self.exit_loss or EXIT_LOSSES[config.early_exit.target]
+
+    def check(self, config: StepConfig, num_layers: int) -> None:
+        """Raises ConfigError if a function has no effect, or if the weights of exits are bad."""
+        check(
+            self.drop_rates is drop_rates or config.layer_dropout.p_max > 0,
+            "drop_rates has no effect while layer_dropout.p_max is 0: set p_max, or leave "
+            "drop_rates out",
+        )
+        counts = exit_counts(config.early_exit, num_layers, config.num_steps, self.exit_weights)
+        check(
+            self.exit_loss is None or counts.max() > 0,
+            "exit_loss has no effect, as only the last exit is in the loss: set "
+            "early_exit.curriculum, or pass exit_weights",
+        )
+
+    def given(self) -> dict[str, dict[str, str]]:
+        """Name and hash of the source of each function that differs from the default."""
+        default = vars(PAPER)
+        found = {key: value for key, value in vars(self).items() if value is not default[key]}
+        return {key: {"name": _name(value), "sha256": _hash(value)} for key, value in found.items()}
+
+
+PAPER = Recipe()
+
+
+def _name(given: Any) -> str:
+    """The function's name. An optimizer has that of the function that made it, and a chain those of
+    its parts."""
+    function = inspect.unwrap(getattr(given, "update", given))
+    name = getattr(function, "__qualname__", type(function).__qualname__).partition(".<locals>")[0]
+    enclosed = inspect.getclosurevars(function).nonlocals if inspect.isfunction(function) else {}
+    if name == "with_extra_args_support":  # optax's wrapper of a part of a chain
+        return _name(enclosed["tx"])
+    parts = enclosed.get("update_fns", ())  # of optax.chain
+    return f"{name}({', '.join(map(_name, parts))})" if parts else name
+
+
+def _hash(given: Any) -> str:
+    """SHA-256 of the sources of a function and of the values that it encloses."""
+    return hashlib.sha256("\n".join(_sources(given, set())).encode()).hexdigest()
+
+
+def _sources(value: Any, seen: set[int]) -> Iterator[str]:
+    """Texts that change if the source of a function or an enclosed value does."""
+    if id(value) in seen:
+        return
+    seen.add(id(value))
+    match value:
+        case bool() | int() | float() | complex() | str() | bytes() | None:
+            yield repr(value)
+        case partial():
+            yield from _sources((value.func, value.args, value.keywords), seen)
+        case tuple() | list():
+            for part in value:
+                yield from _sources(part, seen)
+        case dict():
+            yield from _sources(list(value.items()), seen)
+        case np.ndarray():
+            yield f"{value.dtype}{value.shape}{value.tobytes().hex()}"
+        case _ if inspect.isroutine(inspect.unwrap(value)):
+            yield from _sources_of_function(inspect.unwrap(value), seen)
+        case _:
+            yield type(value).__qualname__
+
+
+def _sources_of_function(function: Any, seen: set[int]) -> Iterator[str]:
+    try:
+        yield inspect.getsource(function)
+    except (OSError, TypeError):  # typed at a prompt, or not written in Python
+        yield getattr(function, "__qualname__", type(function).__qualname__)
+    yield from _sources(getattr(function, "__defaults__", None), seen)
+    for cell in getattr(function, "__closure__", None) or ():
+        try:
+            yield from _sources(cell.cell_contents, seen)
+        except ValueError:  # the cell is empty: a function that names itself
+            continue
