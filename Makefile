@@ -12,7 +12,7 @@ LOCK := $(wildcard constraints/py$(VERSION).txt)
 SMOLLM2 = models/SmolLM2-135M-Instruct.Q4_1.gguf
 STORY = "Once upon a time, there was a little girl named Lily who"
 
-.PHONY: quickstart smollm2 accelerator test test-all test-long smoke lint parity peers lock clean
+.PHONY: quickstart smollm2 accelerator test test-all test-long smoke lint docs parity peers lock clean
 
 # Trains with LayerSkip, then decodes held-out prompts with the trained model. Each of two cores is
 # one device, as in docs/results.md (docs/training.md explains the benefit).
@@ -26,8 +26,8 @@ quickstart: $(VENV)/installed
 		$(BIN)/python train.py --config configs/quickstart.py --workdir $(RUN) --mesh.data 2
 	$(BIN)/python decode.py --model $(RUN) --prompt-file $(RUN)/prompts.jsonl --max-new-tokens 64 \
 		--strategy auto --show-drafts
-	$(BIN)/python -m lsjax.cli.benchmark $(COMPARE) --exit-layers 2 $(EXIT) --new-tokens 128 --repeats 1
-	$(BIN)/python -m lsjax.cli.benchmark $(COMPARE) --exit-layers $(EXIT) --new-tokens 128 --repeats 1 \
+	$(BIN)/lsjax benchmark $(COMPARE) --exit-layers 2 $(EXIT) --new-tokens 128 --repeats 1
+	$(BIN)/lsjax benchmark $(COMPARE) --exit-layers $(EXIT) --new-tokens 128 --repeats 1 \
 		--temperature 1
 
 # Decodes with SmolLM2-135M. Without LayerSkip training, self-speculation is exact but not faster.
@@ -35,7 +35,7 @@ smollm2: $(VENV)/installed $(SMOLLM2)
 	$(BIN)/python decode.py --model $(SMOLLM2) --prompt $(STORY) --max-new-tokens 48
 	$(BIN)/python decode.py --model $(SMOLLM2) --prompt $(STORY) --max-new-tokens 48 \
 		--strategy self_speculative --exit-layer 24 --num-draft-tokens 3 --show-drafts
-	$(BIN)/python -m lsjax.cli.benchmark --model $(SMOLLM2) --prompt $(STORY) --new-tokens 48 \
+	$(BIN)/lsjax benchmark --model $(SMOLLM2) --prompt $(STORY) --new-tokens 48 \
 		--repeats 1 --exit-layers 24 --num-draft-tokens 3
 
 # Checks and measures on an accelerator, and writes docs/accelerators.md. EXTRA is cuda, cuda12 or
@@ -78,6 +78,11 @@ smoke: $(VENV)/installed
 lint: $(VENV)/installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# The pages of docs/ and an API reference, as a site in build/site.
+docs: $(VENV)/installed
+	$(BIN)/python -m pip install -q -e '.[docs]'
+	$(BIN)/mkdocs build -q
 
 # Compares SmolLM2 with numbers that transformers computed (scripts/proofs/parity.py).
 parity: $(VENV)/installed $(SMOLLM2)

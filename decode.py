@@ -1,6 +1,6 @@
-"""Continues prompts with a Llama (lsjax/cli/decode.py)."""
+"""Continues prompts with a Llama: `lsjax decode` in a checkout."""
 
-from lsjax.interrupts import run_program
+from lsjax.interrupts import command
 
 if __name__ == "__main__":
-    run_program("lsjax.cli.decode")
+    command("decode")

@@ -1,6 +1,6 @@
-"""Trains a Llama with layer dropout and the early-exit loss (lsjax/cli/train.py)."""
+"""Trains a Llama with layer dropout and the early-exit loss: `lsjax train` in a checkout."""
 
-from lsjax.interrupts import run_program
+from lsjax.interrupts import command
 
 if __name__ == "__main__":
-    run_program("lsjax.cli.train")
+    command("train")

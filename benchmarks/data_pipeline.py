@@ -25,7 +25,7 @@ import numpy as np
 import tyro
 from rich.console import Console
 
-from lsjax.cli.setup import one_line_errors
+from lsjax.cli.errors import one_line_errors
 from lsjax.config import DataConfig
 from lsjax.data import shards
 from lsjax.data.packing import pack

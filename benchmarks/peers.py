@@ -1,7 +1,7 @@
 """Compares lsjax with transformers: same weights, prompts, threads, process and tokens.
 
     make peers
-    .venv/bin/python -m lsjax.cli.convert models/SmolLM2-135M-Instruct.Q4_1.gguf models/smollm2
+    lsjax convert models/SmolLM2-135M-Instruct.Q4_1.gguf models/smollm2
     .venv/bin/python benchmarks/peers.py models/smollm2 --exit-layer 8 --num-draft-tokens 4
 
 All sides greedily continue the same prompts by the same number of tokens, in turns, after a
@@ -27,8 +27,9 @@ from rich.progress import Progress
 
 import lsjax
 from lsjax.cli.benchmark import OWN_PROMPTS, PROMPTS
+from lsjax.cli.errors import one_line_errors
 from lsjax.cli.prompts import prompt_rows
-from lsjax.cli.setup import exact_products, keep_compiled_programs, one_line_errors
+from lsjax.cli.setup import exact_products, keep_compiled_programs
 from lsjax.cli.show import table, wide_console
 from lsjax.config import check
 from lsjax.data.tokenizer import Tokenizer
@@ -48,7 +49,7 @@ class Arguments:
     """Compares lsjax with transformers."""
 
     model: tyro.conf.Positional[Path]
-    """Hugging Face directory (see lsjax.cli.convert)."""
+    """Hugging Face directory (see `lsjax convert`)."""
     prompt_file: Path | None = None
     """.txt is one prompt, .jsonl has an object with "prompt" per line; default: built-in ones."""
     limit: int | None = None

@@ -36,7 +36,8 @@ _PUBLIC = {
     "decoding.self_speculative": ("SelfSpeculative",),
     "decoding.strategy": ("Autoregressive", "EarlyExit", "Strategy"),
     "model.cache": ("KVCache",),
-    "model.llama": ("Llama", "first_layers", "stacked", "unstacked"),
+    "model.exit_model": ("first_layers",),
+    "model.llama": ("Llama", "stacked", "unstacked"),
     "model.protocol": ("DecoderModel",),
     "sharding": ("make_mesh",),
     "training.early_exit": (
@@ -99,9 +100,9 @@ if TYPE_CHECKING:  # the same names for type checkers and editors
         Strategy as Strategy,
     )
     from lsjax.model.cache import KVCache as KVCache
+    from lsjax.model.exit_model import first_layers as first_layers
     from lsjax.model.llama import (
         Llama as Llama,
-        first_layers as first_layers,
         stacked as stacked,
         unstacked as unstacked,
     )

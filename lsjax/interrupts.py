@@ -33,7 +33,7 @@ class Program:
     def __init__(self):
         self.kept = ""  # what remains after an interrupt, for the line on stderr
         self.finish: Callable[[], None] = lambda: None  # writes what is done
-        self._raises = False  # whether `main` runs, so that an exception ends the program
+        self.raises = False  # whether `main` runs, so that an exception ends the program
         self._number: int | None = None  # of the signal that raised an exception
         self._said = threading.Lock()
         self._untaken: socket.socket | None = None  # a byte for each signal without a handler yet
@@ -44,13 +44,13 @@ class Program:
         self._catch()
         main, code = import_module(name).main, 0
         try:
-            self._raises = True
+            self.raises = True
             code = main()
         except BaseException:
             if self._number is None:
                 raise
         finally:
-            self._raises = False
+            self.raises = False
         if self._number is not None:
             self._leave(self._number)
         sys.exit(code)
@@ -76,7 +76,7 @@ class Program:
 
     def _handle(self, number: int, frame: Any) -> None:
         self.take()
-        if self._number is not None or not self._raises:
+        if self._number is not None or not self.raises:
             self._end(number)
         self._number = number
         self._say()
@@ -133,6 +133,22 @@ class Program:
 
 _program = Program()
 run_program = _program.run
+
+
+def command(*before: str) -> NoReturn:
+    """Runs the command `lsjax`. before: arguments in front of those of the command line."""
+    sys.argv[1:1] = before
+    run_program("lsjax.cli.main")
+
+
+@contextmanager
+def importing() -> Iterator[None]:
+    """Signals end the process in the block, which imports: an exception would be shown there."""
+    before, _program.raises = _program.raises, False
+    try:
+        yield
+    finally:
+        _program.raises = before
 
 
 def keeps(what: str, finish: Callable[[], None] = lambda: None) -> None:

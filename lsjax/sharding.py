@@ -102,7 +102,8 @@ def fitted(spec: P, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> P:
             names = names[:-1]
         return names if len(names) > 1 else next(iter(names), None)
 
-    return P(*[fit(size, names) for size, names in zip(shape, spec, strict=False)])
+    fits = [fit(size, names) for size, names in zip(shape, spec, strict=False)]
+    return P(*fits)
 
 
 def constrain(x: Array, *spec: str | tuple[str, ...] | None) -> Array:
@@ -208,7 +209,8 @@ def on_each_device(
     }
 
     def without(spec):
-        return P(*[None if name in left_out else name for name in spec])
+        kept = [None if name in left_out else name for name in spec]
+        return P(*kept)
 
     specs, outputs = jax.tree.map(without, (tuple(specs), outputs))
     names = {*(axes or mesh.axis_names)}

@@ -85,7 +85,7 @@ def main(arguments: Arguments) -> int:
         words = "".join(letter if letter.isalnum() else "_" for letter in title)
         file = arguments.directory / f"{words}.json"
         if not is_report(file):
-            command = [sys.executable, "-m", "lsjax.cli.aot", *flags.split()]
+            command = [sys.executable, "-m", "lsjax", "aot", *flags.split()]
             command += ["--topology", topology, "--output", str(file)]
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             if not is_report(file):

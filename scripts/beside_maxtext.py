@@ -1,4 +1,4 @@
-"""Compiles MaxText's training step of Llama-2 7B for the slice of a report of lsjax.cli.aot, and
+"""Compiles MaxText's training step of Llama-2 7B for the slice of a report of `lsjax aot`, and
 counts its costs in the same way, for the second table of scripts/pods.py.
 
 Needs libtpu (pip install 'lsjax[tpu]'), no TPU. MaxText is a checkout of AI-Hypercomputer/maxtext,

@@ -32,6 +32,7 @@ FLOORS = (
     ("training", "decoding"),
     ("evaluation", "aot"),
     ("cli",),
+    ("__main__",),
 )
 LONGEST_FILE, LONGEST_FUNCTION, DEEPEST = 300, 60, 4  # lines, lines, nested statements
 # Functions of lsjax.platforms that say what the platform is, and the rooms that may ask.

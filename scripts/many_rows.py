@@ -4,7 +4,7 @@
     python scripts/many_rows.py --picture docs/many_rows.png \\
         --measured "SmolLM2-135M, 2 CPU cores" build/rows/rows.jsonl
 
-`python -m lsjax.cli.benchmark --rows` measures. Needs libtpu and the CUDA plugin
+`lsjax benchmark --rows` measures. Needs libtpu and the CUDA plugin
 (pip install 'lsjax[tpu]' 'lsjax[cuda]'), but neither a TPU nor a GPU. Existing reports in the
 directory are reused. Times are "without overlap".
 """
@@ -75,7 +75,7 @@ def seconds_by_rows(
     name = "_".join([topology.replace(":", "_"), strategy, *flags[1:]])
     file = directory / f"{name}.json"
     if not is_report(file):
-        command = [sys.executable, "-m", "lsjax.cli.aot", "--config", CONFIG]
+        command = [sys.executable, "-m", "lsjax", "aot", "--config", CONFIG]
         command += ["--topology", topology, "--programs", "decode", "--output", str(file)]
         command += ["--decoding.strategy", strategy, *flags]
         command += ["--decoding.batch-size", *map(str, ROWS)]

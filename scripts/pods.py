@@ -101,7 +101,7 @@ def main(arguments: Arguments) -> int:
         file = arguments.directory / f"{config}-{topology.replace(':', '-')}.json"
         if not is_report(file):
             command = f"--config configs/{config}.py --topology {topology} --programs train {flags}"
-            program = [sys.executable, "-m", "lsjax.cli.aot", *command.split()]
+            program = [sys.executable, "-m", "lsjax", "aot", *command.split()]
             done = subprocess.run(
                 [*program, "--output", str(file)], capture_output=True, text=True, check=False
             )

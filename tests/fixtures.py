@@ -39,7 +39,7 @@ from flax import nnx
 from tokenizers import decoders, models, pre_tokenizers
 
 from lsjax.checkpoints.huggingface import GenerationDefaults
-from lsjax.cli import flags
+from lsjax.cli import engines
 from lsjax.config import LlamaConfig
 from lsjax.data.tokenizer import Tokenizer
 from lsjax.data.tokenizer_backends import ByteTokenizer, HuggingFaceTokenizer, bytes_by_character
@@ -86,7 +86,7 @@ def model_directory(model, tokenizer, tmp_path_factory) -> Path:
 @pytest.fixture(autouse=True)
 def programs_keep_the_cache(monkeypatch) -> None:
     """They would change JAX's settings for all tests that follow."""
-    monkeypatch.setattr(flags, "keep_compiled_programs", lambda: None)
+    monkeypatch.setattr(engines, "keep_compiled_programs", lambda: None)
 
 
 @pytest.fixture

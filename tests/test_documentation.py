@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from scripts.tutorial_notebook import NOTEBOOK, PAGE, notebook
+
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
 GENERATED = "configuration.md"
 LINK = re.compile(r"\[[^]]*\]\((?!https?:)([^)#\s]*)#?([^)\s]*)\)")
 PATH = re.compile(r"(?<![\w./-])(?:lsjax|configs|scripts|tests|benchmarks|docs)/[\w./-]*\w")
@@ -44,6 +46,10 @@ def test_a_page(page):
         assert not anchor or anchor in anchors(file), f"no #{anchor} in {file.name}"
     missing = [path for path in PATH.findall(text) if not (ROOT / path).exists()]
     assert set(missing) <= NOT_THERE
+
+
+def test_the_notebook_is_the_tutorial():
+    assert NOTEBOOK.read_text() == notebook(PAGE.read_text())
 
 
 def test_pages_named_in_code_exist():

@@ -10,12 +10,11 @@ from pathlib import Path
 import pytest
 import tyro
 
-from lsjax.cli import aot, tokenize, training
+from lsjax.cli.main import PROGRAMS, find
 
 ROOT = Path(__file__).parents[1]
-COMMAND = re.compile(
-    r"python (train\.py|decode\.py|-m lsjax\.cli\.\w+|benchmarks/\w+\.py)([^\n`|;]*)"
-)
+SCRIPTS = r"python (train\.py|decode\.py|benchmarks/\w+\.py)"
+COMMAND = re.compile(rf"(?:{SCRIPTS}|lsjax ({'|'.join(PROGRAMS)})\b)([^\n`|;]*)")
 LEFT_OUT = {"benchmarks/peers.py"}  # needs torch
 
 
@@ -23,8 +22,8 @@ def commands() -> Iterator[tuple[str, str, str]]:
     """Page, program and flags."""
     for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
         text = re.sub(r"\\\n\s*", " ", page.read_text())
-        for program, flags in COMMAND.findall(text):
-            program = program.removeprefix("-m ")
+        for script, name, flags in COMMAND.findall(text):
+            program = script or name
             shown_in_part = "..." in flags or flags.strip() in ("", "--help")
             if not shown_in_part and program not in LEFT_OUT:
                 yield page.name, program, flags
@@ -45,13 +44,10 @@ def test_a_documented_command_is_taken(page, program, flags, monkeypatch):
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(sys, "path", [str(ROOT), str(ROOT / "benchmarks"), *sys.path])
     given = words(flags)
-    if program == "train.py":
-        training.parse_config(training.TrainingFlags, given, "").fields.mesh.sizes(64)
-    elif program == "lsjax.cli.aot":
-        aot.parse(aot.Arguments, given, "").fields.mesh.sizes(128)
-    elif program == "lsjax.cli.tokenize":
-        training.parse_config(tokenize.Arguments, given, "")
-    else:
+    if program.startswith("benchmarks/"):
         name = program.removesuffix(".py").replace("/", ".")
-        name = "lsjax.cli.decode" if name == "decode" else name
         tyro.cli(importlib.import_module(name).Arguments, args=given)
+        return
+    found = find(program.removesuffix(".py")).parsed(given)
+    if hasattr(found, "fields"):
+        found.fields.mesh.sizes(128)

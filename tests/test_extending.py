@@ -23,6 +23,7 @@ from lsjax.config import (
 )
 from lsjax.decoding import runtime
 from lsjax.decoding.draft_vocabulary import DraftVocabulary
+from lsjax.model.rope import rope_angles
 from tests.marks import long
 
 PAGE = Path(__file__).parents[1] / "docs" / "extending.md"
@@ -113,13 +114,23 @@ def loop():
     return run_block("def train_step(", 42)
 
 
+class WholeRows(lsjax.Llama):
+    """Its layers run as in training, on rows that begin at position 0."""
+
+    def run_layers(self, x_BTD, lo, hi, positions_BT, cache):
+        rope = rope_angles(positions_BT, self.config, x_BTD.dtype)["full"]
+        for layer in range(lo, hi):
+            x_BTD = self.layers[layer](x_BTD, rope)
+        return x_BTD, cache
+
+
 def test_a_loop_has_the_losses_of_lsjax(loop):
     """Two steps with the same masks, curriculum and optimizer, on rows with few labels."""
     config = lsjax.StepConfig(
         num_steps=100, layer_dropout=loop["dropout"], early_exit=loop["early_exit"]
     )
     shape = LlamaConfig.tiny(vocab_size=40, hidden_size=32, intermediate_size=48, head_dim=8)
-    model = jax.jit(lambda: lsjax.Llama(shape, rngs=nnx.Rngs(0)))()
+    model = jax.jit(lambda: WholeRows(shape, rngs=nnx.Rngs(0)))()
     rng = np.random.default_rng(0)
     tokens_BT = rng.integers(0, 40, (4, 12))
     labels_BT = np.where(rng.random((4, 12)) < 0.7, np.roll(tokens_BT, -1, 1), -1)

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -261,12 +262,20 @@ def test_a_block_in_which_each_ctrl_c_is_raised():
     assert signal.getsignal(signal.SIGINT) == before
 
 
+EVALUATE = "-m lsjax evaluate --model nothing --task gsm8k --output nothing/answers.jsonl"
+
+
 @pytest.mark.parametrize("delay", [0.0, 0.3])
 @pytest.mark.parametrize(
-    "program", [("train.py",), ("decode.py",), ("-m", "lsjax.cli.evaluate")], ids=" ".join
+    "program",
+    [
+        "train.py --config quickstart --workdir nothing/run",
+        "decode.py --model nothing --prompt a",
+        EVALUATE,
+    ],
 )
 def test_imports_of_a_program(program, delay):
-    command = ["env", "--default-signal=INT", sys.executable, *program]
+    command = ["env", "--default-signal=INT", sys.executable, *program.split()]
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     with subprocess.Popen(command, cwd=ROOT, **pipes) as started:
         while not handles(started.pid):
@@ -278,13 +287,9 @@ def test_imports_of_a_program(program, delay):
 
 def test_every_program_begins_with_its_handlers():
     """All other imports come after them."""
-    begins = {}
-    for file in (ROOT / "train.py", ROOT / "decode.py", *(ROOT / "lsjax" / "cli").glob("*.py")):
-        tree = ast.parse(file.read_text())
-        defined = [getattr(node, "name", None) for node in tree.body]
-        defined += [getattr(node, "targets", [node])[0] for node in tree.body]
-        if "main" in [getattr(one, "id", one) for one in defined]:
-            begins[file.stem] = "\n".join(map(ast.unparse, tree.body[1:3]))
-    assert len(begins) == 10
-    for begin in begins.values():
-        assert begin.startswith("from lsjax.interrupts import") and "run_program('" in begin
+    files = (ROOT / "train.py", ROOT / "decode.py", ROOT / "lsjax" / "__main__.py")
+    for file in files:
+        begin, *_ = ast.parse(file.read_text()).body[1:]
+        assert ast.unparse(begin) == "from lsjax.interrupts import command"
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert project["scripts"] == {"lsjax": "lsjax.interrupts:command"}

@@ -22,17 +22,17 @@ import lsjax
 from lsjax.checkpoints.lock import LOCK
 from lsjax.checkpoints.run import held_out_losses, read_metrics
 from lsjax.checkpoints.steps import saved_steps
-from lsjax.cli import convert, decode, exits, train
-from lsjax.cli.training import read_config_file
+from lsjax.cli import shown_run
+from lsjax.cli.flags.config_file import read_config_file
 from lsjax.evaluation.exits import evaluation_hook
 from lsjax.training import run
 from lsjax.training.prepare import with_model
 from lsjax.training.run import Hook, Interrupted
 from tests.marks import long
+from tests.programs import program
 
 CONFIG = """
 from lsjax.config import *
-from tests.marks import long
 
 config = TrainConfig(
     model=LlamaConfig.tiny(num_layers=3, hidden_size=32, intermediate_size=32, head_dim=8),
@@ -74,7 +74,7 @@ def config(tmp_path_factory):
 
 
 def launch(config, workdir, *flags):
-    return train.main(["--config", str(config), "--workdir", str(workdir), *flags])
+    return program("train")(["--config", str(config), "--workdir", str(workdir), *flags])
 
 
 @pytest.fixture(scope="module")
@@ -195,7 +195,7 @@ def test_a_last_step_that_can_not_be_saved_is_one_line(
         return Hook("full", 3, call)
 
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as end, limits:
-        patch.setattr(train.training, "shown_evaluation", full)
+        patch.setattr(shown_run, "shown_evaluation", full)
         launch(config, workdir)
     said = capsys.readouterr()
     assert end.value.code == 2 and "done:" not in said.out and "is saved" not in said.out
@@ -255,7 +255,7 @@ def test_a_run_is_a_model_for_decode(finished, tmp_path, monkeypatch):
     speculative = ["--strategy", "self_speculative", "--exit-layer", "1"]
     speculative += ["--num-draft-tokens", "2", "--draft-vocab", "64"]  # counts come with the run
     for name, flags in (("plain", []), ("drafted", speculative)):
-        assert decode.main([*arguments, str(tmp_path / name), *flags]) == 0
+        assert program("decode")([*arguments, str(tmp_path / name), *flags]) == 0
     texts = [
         json.loads((tmp_path / name).read_text())["token_ids"] for name in ("plain", "drafted")
     ]
@@ -296,10 +296,10 @@ def test_adapters_go_on_and_the_export_decodes_as_the_run(config, finished, tmp_
     assert {name: saved[name] for name in base} == base
 
     exported, texts = tmp_path / "exported", []
-    assert convert.main([str(whole), str(exported)]) == 0
+    assert program("convert")([str(whole), str(exported)]) == 0
     for model in (whole, exported, finished):
         arguments = ["--model", str(model), "--prompt", "1", "--max-new-tokens", "12"]
-        assert decode.main([*arguments, "--json", str(tmp_path / "text")]) == 0
+        assert program("decode")([*arguments, "--json", str(tmp_path / "text")]) == 0
         texts.append(json.loads((tmp_path / "text").read_text())["token_ids"])
     assert texts[0] == texts[1] != texts[2]
 
@@ -310,9 +310,9 @@ def test_the_exits_of_runs_are_compared_on_the_held_out_data(finished, tmp_path,
     shutil.rmtree(other / "checkpoints" / "6")
     picture, file = tmp_path / "exits.png", tmp_path / "scores.jsonl"
     exported = tmp_path / "exported"
-    assert convert.main([str(other), str(exported)]) == 0
+    assert program("convert")([str(other), str(exported)]) == 0
     flags = ["--runs", str(finished), str(other), str(exported), "--batches", "1"]
-    assert exits.main([*flags, "--output", str(picture), "--json", str(file)]) == 0
+    assert program("exits")([*flags, "--output", str(picture), "--json", str(file)]) == 0
     first, second, third = map(json.loads, file.read_text().splitlines())
     (*_, evaluated) = (row for row in rows_of(finished) if row["kind"] == "evaluation")
     assert first["loss_E"] == pytest.approx(evaluated["loss_E"], rel=1e-6)
@@ -326,7 +326,7 @@ def test_the_exits_of_runs_are_compared_on_the_held_out_data(finished, tmp_path,
         ([flags[1], "--output", "scores.txt"], "is not a .png file"),
     ):
         with pytest.raises(SystemExit) as end:
-            exits.main(["--runs", *wrong])
+            program("exits")(["--runs", *wrong])
         assert end.value.code == 2 and words in capsys.readouterr().err
 
 
@@ -341,7 +341,7 @@ def test_the_exits_of_runs_are_compared_on_the_held_out_data(finished, tmp_path,
         (["--micro-batches", "3"], "micro_batches 3 does not divide the batch of 4 rows"),
         (
             ["--optimizer.learning-rat", "1"],
-            "learning-rat, 1; Perhaps you meant: --optimizer.learning-rate FLOAT",
+            "learning-rat is not a flag: did you mean --optimizer.learning-rate? ",
         ),
         (
             ["--data.tokenizer", "sentencepiece", "--data.vocab-size", "270"],
@@ -415,7 +415,7 @@ def test_traces_of_a_run_and_of_decoding(config, finished, tmp_path):
 
     flags = ["--model", str(finished), "--prompt", "1", "--max-new-tokens", "8"]
     flags += ["--strategy", "self_speculative", "--exit-layer", "1", "--num-draft-tokens", "2"]
-    assert decode.main([*flags, "--profile", str(tmp_path / "trace")]) == 0
+    assert program("decode")([*flags, "--profile", str(tmp_path / "trace")]) == 0
     (file,) = (tmp_path / "trace").glob("plugins/profile/*/*.xplane.pb")
     assert {"embedding", "layers", "head", "draft", "verify"} <= traced(file)[2]
 

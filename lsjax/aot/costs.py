@@ -116,8 +116,9 @@ class CostAnalysis:
     def _all(self, one: Instruction, *roles: str) -> ProgramCosts:
         """Costs of one run of everything that an instruction calls in these roles."""
         total = ProgramCosts()
-        for part in chain(*(one.called.get(role, ()) for role in roles)):
-            total.add(self._computation(part))
+        for role in roles:
+            for part in one.called.get(role, ()):
+                total.add(self._computation(part))
         return total
 
     def _count(

@@ -5,10 +5,9 @@ A program of `auto` has rounds of several kinds. Each kind is counted by itself.
 
 import math
 import statistics
-from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +18,7 @@ from jax.typing import DTypeLike
 
 from lsjax.aot.chips import Chip
 from lsjax.aot.costs import Trips
-from lsjax.config import Checked, Kernels, LlamaConfig, bounded, check
+from lsjax.config import DecodingShape, Kernels, LlamaConfig, check
 from lsjax.decoding.auto.adaptive import Adaptive
 from lsjax.decoding.programs import Programs, chunk_size, decode, prefill
 from lsjax.decoding.request import Request
@@ -51,51 +50,27 @@ class Round(NamedTuple):
     num_draft_tokens: int
 
 
-@dataclass(frozen=True)
-class DecodingShape(Checked, prefix="--decoding."):
-    """Rows to decode: greedy, with prompts of one length."""
+def chosen_strategy(shape: DecodingShape, model: LlamaConfig) -> Strategy:
+    """The strategy. Raises ConfigError if it does not fit the model."""
+    if shape.strategy == "autoregressive":
+        return Autoregressive()
+    strategy = SelfSpeculative(shape.exit_of(model), shape.num_draft_tokens)
+    if shape.strategy == "auto":
+        strategy = Adaptive(tuple(sorted({shape.exit_of(model), model.num_layers // 2})))
+        drafts, most = shape.num_draft_tokens, strategy.lengths[-1]
+        check(
+            1 <= drafts <= most,
+            f"--decoding.num-draft-tokens {drafts} must be in 1..{most} for auto",
+        )
+    strategy.validate(model)
+    return strategy
 
-    batch_size: tuple[int, ...] = bounded((1,), low=1)
-    """Number of rows; each of several numbers is a program."""
-    prompt_tokens: int = bounded(2_048, low=1)
-    """Tokens of each prompt, and so in the cache at a round."""
-    strategy: Literal["self_speculative", "autoregressive", "auto"] = "self_speculative"
-    """A round of autoregressive decoding is one token. auto may draft with the exit, or with the
-    one at half of the layers. Its rounds with and without drafts are reported."""
-    exit_layer: int | None = None
-    """Exit that drafts; a quarter of the layers by default."""
-    num_draft_tokens: int = 4
-    """Tokens drafted per round."""
 
-    def __post_init__(self):
-        super().__post_init__()
-        given = bool(self.batch_size)
-        check(given, "--decoding.batch-size is empty: give numbers of rows, such as 1 8 64")
-
-    def exit_of(self, model: LlamaConfig) -> int:
-        """The exit that drafts."""
-        return self.exit_layer or max(1, model.num_layers // 4)
-
-    def chosen(self, model: LlamaConfig) -> Strategy:
-        """The strategy. Raises ConfigError if it does not fit the model."""
-        if self.strategy == "autoregressive":
-            return Autoregressive()
-        strategy = SelfSpeculative(self.exit_of(model), self.num_draft_tokens)
-        if self.strategy == "auto":
-            strategy = Adaptive(tuple(sorted({self.exit_of(model), model.num_layers // 2})))
-            drafts, most = self.num_draft_tokens, strategy.lengths[-1]
-            check(
-                1 <= drafts <= most,
-                f"--decoding.num-draft-tokens {drafts} must be in 1..{most} for auto",
-            )
-        strategy.validate(model)
-        return strategy
-
-    def rounds(self, model: LlamaConfig) -> list[Round]:
-        """The kinds of rounds to report."""
-        without, drafting = Round(0, 0), Round(self.exit_of(model), self.num_draft_tokens)
-        kinds = dict(autoregressive=[without], self_speculative=[drafting])
-        return kinds.get(self.strategy, [without, drafting])
+def kinds_of_rounds(shape: DecodingShape, model: LlamaConfig) -> list[Round]:
+    """The kinds of rounds to report."""
+    without, drafting = Round(0, 0), Round(shape.exit_of(model), shape.num_draft_tokens)
+    kinds = dict(autoregressive=[without], self_speculative=[drafting])
+    return kinds.get(shape.strategy, [without, drafting])
 
 
 def prefill_program(
@@ -130,7 +105,7 @@ def decode_program(
 
     Raises ConfigError for a prompt longer than the model's context.
     """
-    strategy = shape.chosen(config)
+    strategy = chosen_strategy(shape, config)
     programs, state = _shapes(config, shape, rows, mesh, dtype, kernels)
     arguments = placed_shapes(jax.eval_shape(strategy.arguments, programs.model), mesh)
     return programs.lower(partial(decode, strategy=strategy), state, _number(mesh), arguments)
@@ -150,7 +125,7 @@ def _shapes(
         prompt < most,
         f"--decoding.prompt-tokens {prompt} is beyond the model's context of {most}: choose fewer",
     )
-    strategy = shape.chosen(config)
+    strategy = chosen_strategy(shape, config)
     capacity = cache_slots(prompt + 1, strategy)
     requests = [Request(prompt=[0] * prompt)] * rows
     model = jax.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0), dtype=dtype))
@@ -171,7 +146,7 @@ def _number(mesh: Mesh) -> jax.ShapeDtypeStruct:
 
 def round_trips(config: LlamaConfig, shape: DecodingShape, kind: Round) -> Trips:
     """Trips of the loops in `decode_program`, and shares of its conditionals, in one round."""
-    strategy, (exit_layer, drafts) = shape.chosen(config), kind
+    strategy, (exit_layer, drafts) = chosen_strategy(shape, config), kind
     trips = {
         rf"/{ROUNDS}/while$": 1,
         rf"/{DRAFT}/while$": 1 + drafts if exit_layer else 0,

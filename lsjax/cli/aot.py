@@ -1,78 +1,28 @@
-"""Compiles a run for TPUs or GPUs on a machine without them, and reports its time and memory.
-
-    python -m lsjax.cli.aot --config configs/continual_llama2_7b.py --topology v5p:4x4x4
-    python -m lsjax.cli.aot --config configs/continual_llama2_7b.py --topology v5e:16x16 \\
-        --mesh.data 8 --mesh.fsdp 32 --programs train --output report.json
-    python -m lsjax.cli.aot --config configs/continual_llama3_2_1b.py --topology h100:1 \\
-        --programs prefill decode --decoding.strategy autoregressive
-
-Needs the chip's compiler (pip install 'lsjax[tpu]' or 'lsjax[cuda]'). Compiling may take minutes.
-Any field of the configuration is a flag, as in train.py. docs/pods.md explains the figures.
-"""
-
-from lsjax.interrupts import run_program
-
-if __name__ == "__main__":  # before the other imports, which take seconds
-    run_program("lsjax.cli.aot")
+"""Compiles a run for TPUs or GPUs on a machine without them, and reports its time and memory."""
 
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
-from functools import partial
-from typing import Any, Literal, NamedTuple, get_args
+from dataclasses import asdict, replace
+from typing import Any, NamedTuple, get_args
 
 import jax
 from jax.sharding import Mesh
 from jax.stages import Lowered
 
 from lsjax.aot import decoding, programs
-from lsjax.aot.chips import slice_of, slice_size
-from lsjax.aot.decoding import DecodingShape
+from lsjax.aot.chips import slice_of
 from lsjax.aot.programs import Counted
 from lsjax.aot.remat import AUTO, fastest
 from lsjax.cli.aot_tables import print_report
-from lsjax.cli.setup import check_output, program
+from lsjax.cli.flags.aot import Arguments, ProgramName
+from lsjax.cli.setup import check_output
 from lsjax.cli.show import notes_console
-from lsjax.cli.training import ConfigFields, ConfigFile, parse_config
-from lsjax.config import AnyPath, EarlyExitConfig, LayerDropoutConfig, MeshConfig, check
+from lsjax.config import EarlyExitConfig, LayerDropoutConfig, check
 from lsjax.evaluation.exits import exit_sums
 from lsjax.io.files import writing
 from lsjax.sharding import make_mesh
 from lsjax.training.profiling import exit_flops, step_flops
-
-ProgramName = Literal["train", "evaluate", "prefill", "decode"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Slice(ConfigFile):
-    """The slice to compile for."""
-
-    topology: str | None = None
-    """Chip and slice: v5e:8x8, v5p:4x4x4, v6e:16x16, h100:8, a100:8, l4:1, rtx4090:1."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Arguments(Slice):
-    """Programs to compile, and the slice to compile for."""
-
-    fields: ConfigFields
-    programs: tuple[ProgramName, ...] = get_args(ProgramName)
-    """Programs to compile: a training step, the scoring of a batch at every exit, the prefill of a
-    prompt, a round of decoding."""
-    beside_plain: bool = False
-    """Also compiles the step without layer dropout and exits, for comparison."""
-    decoding: DecodingShape = DecodingShape()
-    decoding_mesh: MeshConfig = MeshConfig(tensor=4)
-    """Devices that decode; by default four, or all of a smaller slice."""
-    output: AnyPath | None = None
-    """Writes a JSON object with all figures to this file."""
-
-
-def default_mesh(found: Slice) -> dict[str, MeshConfig]:
-    """The devices that decode by default."""
-    check(found.topology is not None, "--topology is missing: name a slice such as v5p:4x4x4")
-    return {"decoding_mesh": MeshConfig(tensor=min(4, slice_size(found.topology)))}
 
 
 def report(arguments: Arguments) -> int:
@@ -172,11 +122,7 @@ def decoding_programs(name: str, arguments: Arguments) -> list[Program]:
                 decoding.round_figures(model, shape, rows, kind, mesh, chip),
                 decoding.round_trips(model, shape, kind),
             )
-            for kind in shape.rounds(model)
+            for kind in decoding.kinds_of_rounds(shape, model)
         ]
         found.append(Program(name, mesh, program, counted))
     return found
-
-
-parse = partial(parse_config, early=Slice, derived=default_mesh)
-main = program(Arguments, report, __doc__, parse)

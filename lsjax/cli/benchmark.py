@@ -1,52 +1,30 @@
-"""Compares strategies on the same prompts: speed, share of the ideal speedup, and exactness.
-
-    python -m lsjax.cli.benchmark --model PATH --exit-layers 4 8 --num-draft-tokens 4 8
-    python -m lsjax.cli.benchmark --model PATH --identity-tail 2 --exit-layers 2 4 8 15 \\
-        --num-draft-tokens 2 4 8 12 --draft-vocab 2048
-    python -m lsjax.cli.benchmark --model PATH --task spec_bench --data question.jsonl --groups \\
-        --exit-layers 8 --num-draft-tokens 4 --repeats 1 --output benchmarks/model
-    python -m lsjax.cli.benchmark --model PATH --rows 1 8 32 64 --exit-layers 8 \\
-        --num-draft-tokens 1 2 4
-
-After a warm-up, autoregressive decoding and every exit with every draft length take turns in one
-process. docs/performance.md defines the columns. Greedy texts are compared with autoregressive
-decoding. Exit code 1: in float32 they differ by more than rounding explains.
-
-The directory --output gets answers.jsonl (a line per text, from which a killed run resumes),
-cells.jsonl (the table), and benchmark.png if there are several cells.
-
-With --rows it times rounds of many rows instead of texts, and shows the speedup at assumed
-acceptances. --output then gets rows.jsonl and rows.png.
-"""
-
-from lsjax.interrupts import keeps, run_program
-
-if __name__ == "__main__":  # before the other imports, which take seconds
-    run_program("lsjax.cli.benchmark")
+"""Compares strategies on the same prompts: speed, share of the ideal speedup, and exactness."""
 
 import math
 import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 from rich.console import Console
 
-from lsjax.cli import flags
-from lsjax.cli.evaluate import TaskFlags, read_questions
+from lsjax.cli import engines
+from lsjax.cli.evaluate import read_questions
+from lsjax.cli.flags.benchmark import Arguments
 from lsjax.cli.prompts import prompt_rows
-from lsjax.cli.setup import bar, check_output, program
+from lsjax.cli.setup import bar, check_output
 from lsjax.cli.show import notes_console, show_cells, show_costs, show_verdict
-from lsjax.config import AnyPath, ConfigError, LlamaConfig, as_path, bounded, check
+from lsjax.config import AnyPath, ConfigError, LlamaConfig, as_path, check
 from lsjax.decoding.self_speculative import SelfSpeculative
 from lsjax.decoding.strategy import Strategy
 from lsjax.evaluation import answers, comparison, plots, speeds
 from lsjax.evaluation.many_rows import RoundCost, time_rounds
 from lsjax.evaluation.scores import ALL, Answer
 from lsjax.evaluation.tasks import TASKS, Task, first_turn
+from lsjax.interrupts import keeps
 from lsjax.io.files import writing
 from lsjax.io.lines import Lines
 
@@ -67,36 +45,10 @@ OWN_PROMPTS = Task(
 )
 
 
-@dataclass(frozen=True, kw_only=True)
-class Arguments(TaskFlags, flags.StrategyFlags):
-    """Compares strategies on the same prompts."""
-
-    strategies: tuple[flags.StrategyName, ...] = ("self_speculative",)
-    """Strategies to compare with autoregressive decoding, at every exit."""
-    prompt: str | None = None
-    """Text to continue; by default, three built-in prompts."""
-    prompt_file: AnyPath | None = None
-    """File of prompts. A .txt file is one prompt. A .jsonl file has "prompt" (or Spec-Bench's
-    "turns") on each line. With --prompt-template, other rows, .tsv and .csv work too; also .gz."""
-    task: Literal[tuple(TASKS)] | None = None  # type: ignore[valid-type]
-    """Prompts of a task (docs/evaluation.md)."""
-    new_tokens: int = bounded(64, low=2)
-    """New tokens per prompt; end-of-text tokens are ignored."""
-    repeats: int = bounded(5, low=1)
-    """Number of runs of each strategy with each prompt."""
-    rows: tuple[int, ...] = bounded((), low=1)
-    """Times rounds of these numbers of rows instead of texts, such as 1 8 32 64."""
-    identity_tail: int | None = None
-    """Layers from this one on add nothing. Drafts of this or a later exit are all accepted.
-    The draft vocabulary is chosen from the model's own output."""
-    output: AnyPath | None = None
-    """Directory for answers, table and plot; by default, nothing is written."""
-
-
 def benchmark(arguments: Arguments) -> int:
     """Makes the missing measurements, and prints, writes and plots the table. Returns 1 if texts
     are not exact."""
-    notes, model = notes_console(), flags.open_model(arguments)
+    notes, model = notes_console(), engines.open_model(arguments)
     config, tail = model.source.config, arguments.identity_tail
     check_numbers(arguments, config)
     if arguments.rows:
@@ -118,7 +70,7 @@ def benchmark(arguments: Arguments) -> int:
         check_output(file, arguments.prompt_file)
         keeps("the same command adds the missing answers")
     change = {} if tail is None else {"change": partial(comparison.identity_tail, exit_layer=tail)}
-    engine = flags.load_engine(model, notes, ignore_end=True, **change)
+    engine = engines.load_engine(model, notes, ignore_end=True, **change)
     if tail is not None and arguments.draft_vocab is not None:
         said = engine.generate([one.request for one in questions if one.sample == 0])
         counts = Counter(token for one in said for token in one.token_ids)
@@ -143,9 +95,9 @@ def benchmark(arguments: Arguments) -> int:
     return show_verdict(found, str(engine.model.dtype))
 
 
-def many_rows(arguments: Arguments, model: flags.OpenModel, notes: Console) -> int:
+def many_rows(arguments: Arguments, model: engines.OpenModel, notes: Console) -> int:
     """Times rounds of --rows, and prints, writes and plots what they cost and gain."""
-    strategies, output = flags.make_strategies(arguments, model), arguments.output
+    strategies, output = engines.make_strategies(arguments, model), arguments.output
     check(
         all(isinstance(one, SelfSpeculative) for one in strategies),
         "--rows needs --exit-layers and --num-draft-tokens, such as 8 and 1 2 4: it times "
@@ -161,7 +113,7 @@ def many_rows(arguments: Arguments, model: flags.OpenModel, notes: Console) -> i
         with writing(output):
             output.mkdir(parents=True, exist_ok=True)
         check_output(output / "rows.jsonl")
-    engine = flags.load_engine(model, notes)
+    engine = engines.load_engine(model, notes)
     runtime, length = engine.runtime, 2 * arguments.new_tokens
     capacity = max(runtime.capacity(length, one) for one in strategies)
     costs: list[RoundCost] = []
@@ -181,7 +133,7 @@ def many_rows(arguments: Arguments, model: flags.OpenModel, notes: Console) -> i
 def check_numbers(arguments: Arguments, config: LlamaConfig) -> None:
     """Raises ConfigError for numbers out of range and for flags without effect."""
     check(arguments.batch_size == 1, "--batch-size must be 1 here: texts are timed one by one")
-    flags.check_sampling(arguments.sampling, 1)
+    engines.check_sampling(arguments.sampling, 1)
     last, tail = config.num_layers - 1, arguments.identity_tail
     check(
         tail is None or 1 <= tail <= last,
@@ -197,7 +149,7 @@ def check_numbers(arguments: Arguments, config: LlamaConfig) -> None:
 
 
 def choose_strategies(
-    arguments: Arguments, model: flags.OpenModel, counts: Mapping[int, int] | None
+    arguments: Arguments, model: engines.OpenModel, counts: Mapping[int, int] | None
 ) -> list[Strategy]:
     """Autoregressive decoding, then each cell of the grid, cells with the full head first. `auto`
     is one cell: it chooses its own vocabulary.
@@ -210,7 +162,7 @@ def choose_strategies(
     for size in dict.fromkeys((None, arguments.draft_vocab)):
         fitting = tuple(name for name in names if name != "auto" or size is None)
         asked = replace(arguments, strategies=fitting, draft_vocab=size)
-        found += flags.make_strategies(asked, model, counts)
+        found += engines.make_strategies(asked, model, counts)
     return list(dict.fromkeys(found))
 
 
@@ -232,6 +184,3 @@ def plot(
         draw(figures, file, title=title)
     except ConfigError as error:
         notes.print(f"no plot: {error}")
-
-
-main = program(Arguments, benchmark, __doc__)

@@ -1,43 +1,14 @@
-"""Converts a Hugging Face directory, a GGUF file or a training run into a Hugging Face directory.
-
-The result holds config.json, safetensors and the tokenizer. lsjax and transformers can load it.
-It appears under its name only when it is complete.
-"""
-
-from lsjax.interrupts import run_program
-
-if __name__ == "__main__":  # before the other imports, which take seconds
-    run_program("lsjax.cli.convert")
-
-from dataclasses import dataclass
-from typing import Annotated, Literal
-
-import tyro
+"""Converts a Hugging Face directory, GGUF file or training run into a Hugging Face directory."""
 
 from lsjax.checkpoints import load, open_checkpoint
 from lsjax.checkpoints.huggingface import check_destination, read_generation_defaults, save
-from lsjax.cli.setup import bar, program
+from lsjax.cli.flags.convert import Arguments
+from lsjax.cli.setup import bar
 from lsjax.cli.show import notes_console
-from lsjax.config import AnyPath, Checked, bounded, check
+from lsjax.config import check
 from lsjax.data.tokenizer_files import load_tokenizer
-from lsjax.model.llama import first_layers
+from lsjax.model.exit_model import first_layers
 from lsjax.terminal import SafeConsole
-
-
-@dataclass(frozen=True, kw_only=True)
-class Arguments(Checked):
-    """Converts a model of any kind into a Hugging Face directory."""
-
-    source: Annotated[AnyPath, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
-    """Directory with config.json and safetensors, GGUF file, or directory of a run (RUN@200 and
-    RUN@best are steps of it); with its tokenizer."""
-    destination: Annotated[AnyPath, tyro.conf.Positional, tyro.conf.arg(metavar="DESTINATION")]
-    """Directory to write; new or empty."""
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Type of the written weights. GGUF weights are always dequantised."""
-    exit_layer: Annotated[int | None, tyro.conf.arg(aliases=("--exit",))] = bounded(None, low=1)
-    """Writes only the first layers up to this exit, with norm and head: a draft model for other
-    engines."""
 
 
 def convert(arguments: Arguments) -> None:
@@ -59,6 +30,3 @@ def convert(arguments: Arguments) -> None:
     save(model, destination, generation=generation, tokenizer=tokenizer, track=writing)
     size = f"{model.config.num_params / 1e6:.1f} million parameters in {dtype}"
     SafeConsole(soft_wrap=True).print(f"{destination}: {size}")
-
-
-main = program(Arguments, convert, __doc__)

@@ -1,28 +1,16 @@
-"""Counts the tokens of a text, so that self-speculation can draft from the most frequent ones.
-
-    python -m lsjax.cli.count_tokens --model PATH --text domain.txt more.jsonl
-    python decode.py --model PATH --strategy self_speculative ... --draft-vocab 2048
-
-The counts are stored in the cache for all models with this tokenizer, or in the --output file.
-"""
-
-from lsjax.interrupts import run_program
-
-if __name__ == "__main__":  # before the other imports, which take seconds
-    run_program("lsjax.cli.count_tokens")
+"""Counts the tokens of a text, so that self-speculation can draft from the most frequent ones."""
 
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
 from itertools import chain, islice
 
 import jax
 from rich.progress import Progress
 
 from lsjax.checkpoints import find_step
-from lsjax.cli.setup import program
+from lsjax.cli.flags.count_tokens import Arguments
 from lsjax.cli.show import notes_console
-from lsjax.config import AnyPath, Checked
+from lsjax.config import AnyPath
 from lsjax.data.tokenizer_files import load_tokenizer
 from lsjax.data.vocabulary import cached_counts, count_tokens, write_counts
 from lsjax.io.files import cache_directory
@@ -30,18 +18,6 @@ from lsjax.io.rows import json_rows, read_lines
 from lsjax.terminal import SafeConsole
 
 LINES = 1 << 14  # lines of text encoded at a time
-
-
-@dataclass(frozen=True, kw_only=True)
-class Arguments(Checked, prefix="--"):
-    """Counts the tokens of a text."""
-
-    model: AnyPath
-    """Hugging Face directory, .gguf file, or directory of a training run, for its tokenizer."""
-    text: tuple[AnyPath, ...]
-    """Text files. In .jsonl files, every string in the objects counts."""
-    output: AnyPath | None = None
-    """File to write. decode.py finds token_counts.json in a model's directory."""
 
 
 def count(arguments: Arguments) -> None:
@@ -73,6 +49,3 @@ def read_pieces(file: AnyPath) -> Iterator[str]:
     lines = (line for *_, line in read_lines(file))
     while piece := "".join(islice(lines, LINES)):
         yield piece
-
-
-main = program(Arguments, count, __doc__)

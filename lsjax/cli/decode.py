@@ -1,15 +1,4 @@
-"""Continues prompts with a Llama: autoregressively, from an early exit, or self-speculatively.
-
-    python decode.py --model PATH --prompt "Once upon a time"
-    python decode.py --model PATH --prompt-file prompts.jsonl --strategy self_speculative \\
-        --exit-layer 8 --num-draft-tokens 4 --json results.jsonl
-    python decode.py --model PATH --interactive
-"""
-
-from lsjax.interrupts import keeps, run_program
-
-if __name__ == "__main__":  # before the other imports, which take seconds
-    run_program("lsjax.cli.decode")
+"""Continues prompts with a Llama: autoregressively, from an early exit, or self-speculatively."""
 
 import json
 from collections import deque
@@ -21,9 +10,10 @@ from functools import partial
 from rich.console import Console
 from rich.progress import Progress
 
-from lsjax.cli.flags import load_engine, make_strategies, open_model, trained_exits
-from lsjax.cli.prompts import Arguments, chat, choose_requests, encode_requests
-from lsjax.cli.setup import check_output, one_line_errors, parse_flags
+from lsjax.cli.engines import load_engine, make_strategies, open_model, trained_exits
+from lsjax.cli.flags.decode import Arguments
+from lsjax.cli.prompts import chat, choose_requests, encode_requests
+from lsjax.cli.setup import check_output
 from lsjax.cli.show import coloured, legend, notes_console, stream, summary
 from lsjax.config import AnyPath, as_path, check
 from lsjax.data.vocabulary import add_written
@@ -31,17 +21,11 @@ from lsjax.decoding.auto.adaptive import Adaptive
 from lsjax.decoding.completion import Completion
 from lsjax.decoding.engine import Engine
 from lsjax.decoding.request import Request
+from lsjax.interrupts import keeps
 from lsjax.io.files import cache_directory
 from lsjax.io.lines import Lines
 from lsjax.terminal import CONTROLS, SafeConsole, verbatim
 from lsjax.training.profiling import trace
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the program. Bad input exits with code 2."""
-    with one_line_errors():
-        decode(parse_flags(Arguments, argv, __doc__))
-    return 0
 
 
 def decode(arguments: Arguments) -> None:

@@ -1,99 +1,37 @@
-"""Answers a task at several exits and with several strategies, and scores the answers.
-
-    python -m lsjax.cli.evaluate --model RUN --task topv2 --data topv2/test.tsv --limit 1000 \\
-        --strategies autoregressive early_exit self_speculative --exit-layers 8 15 23 \\
-        --num-draft-tokens 4 --without-seen topv2/train.tsv --output topv2.jsonl
-
-The same command resumes a killed run. docs/evaluation.md explains the tasks and the figures.
-"""
-
-from lsjax.interrupts import keeps, run_program
-
-if __name__ == "__main__":  # before the other imports, which take seconds
-    run_program("lsjax.cli.evaluate")
+"""Answers a task at several exits and with several strategies, and scores the answers."""
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import islice, product, tee
-from typing import Annotated, Any, Literal
+from typing import Any
 
-import tyro
 from rich.console import Console
 
 from lsjax.checkpoints.run import is_run, read_run_config
-from lsjax.cli import flags
-from lsjax.cli.setup import check_output, program
+from lsjax.cli import engines
+from lsjax.cli.flags.evaluate import Arguments, TaskFlags
+from lsjax.cli.setup import check_output
 from lsjax.cli.show import notes_console, or_dash, table, wide_console
-from lsjax.config import AnyPath, ConfigError, bounded, check, split_step
+from lsjax.config import ConfigError, check, split_step
 from lsjax.data.chat import Dialogue
 from lsjax.data.sources import tfds_split
 from lsjax.decoding.request import Request, encode_prompt
-from lsjax.decoding.sampling import GREEDY
 from lsjax.evaluation import answers
 from lsjax.evaluation.scores import ALL, UNSEEN, summarise
 from lsjax.evaluation.tasks import TASKS, Task, as_trained, choose_shots, make_questions
+from lsjax.interrupts import keeps
 from lsjax.io.files import write_json
 from lsjax.io.rows import PlacedRow, Refuse, file_rows, stop_at
 
 LOOKED_AT = 100  # rows that are tried when templates are chosen
 
 
-@dataclass(frozen=True, kw_only=True)
-class TaskFlags(flags.ChatFlags, flags.ModelFlags):
-    """Examples of a task, and how they become prompts."""
-
-    data: tuple[str, ...] = ()
-    """Files or patterns of rows: .jsonl, .tsv, .csv, also .gz. Default: the task's set in TFDS."""
-    tfds_data_dir: str = ""
-    """Directory of TensorFlow data sets; empty means TFDS's default, ~/tensorflow_datasets."""
-    offset: int = bounded(0, low=0)
-    """Number of examples to skip at the start."""
-    limit: int | None = bounded(None, low=1)
-    """Maximum number of examples."""
-    bad_rows: Literal["refuse", "skip"] = "refuse"
-    """Whether to stop at a row that is invalid or too long, or to report and skip it."""
-    prompt_template: str | None = None
-    """Prompt of a row, with its fields in braces: '{question}'. Default: the template that the run
-    was finetuned with, if its fields fit, or else the task's."""
-    response_template: str | None = None
-    """Response to compare with, written like --prompt-template."""
-    num_shots: int | None = bounded(None, low=0)
-    """Solved examples before each prompt; the task's own number by default."""
-    shots_data: tuple[str, ...] = ()
-    """Files to draw the shots from, with --seed."""
-    without_seen: tuple[str, ...] = ()
-    """Files of training rows. Adds figures for the examples whose prompts are not in them."""
-    sampling: flags.SamplingFlags = GREEDY
-    groups: bool = False
-    """Also prints each category of examples. Files always contain them."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Arguments(TaskFlags, flags.StrategyFlags):
-    """Evaluates a task at several exits and with several strategies."""
-
-    task: Literal[tuple(TASKS)]  # type: ignore[valid-type]
-    """Task to evaluate (docs/evaluation.md)."""
-    output: AnyPath
-    """File of answers, one JSON line each (.jsonl). The summary is written beside it, as
-    .summary.json. If the file has answers from the same settings, only missing ones are added."""
-    max_new_tokens: int | None = bounded(None, low=1)
-    """Maximum number of new tokens; the task's own number by default."""
-    num_samples: int = bounded(1, low=1)
-    """Number of texts per example; scores are means over them."""
-    stop: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
-    """Ends a text before this string, in addition to the task's strings; may be repeated."""
-    allow_code_execution: bool = False
-    """Runs the texts of human_eval against its tests. The limits guard against accidents; they are
-    not a security boundary (docs/evaluation.md)."""
-
-
 def evaluate(arguments: Arguments) -> None:
     """Makes the missing answers, prints the table and writes the summary."""
     output, sampling, notes = arguments.output, arguments.sampling, notes_console()
     check(output.suffix == ".jsonl", f"--output {output} is not a .jsonl file: name one")
-    flags.check_sampling(sampling, arguments.num_samples)
+    engines.check_sampling(sampling, arguments.num_samples)
     task, by_running = TASKS[arguments.task], arguments.allow_code_execution
     check(
         task.score_by_running is not None or not by_running,
@@ -102,14 +40,14 @@ def evaluate(arguments: Arguments) -> None:
     score = task.score_by_running if by_running else task.score
     length = arguments.max_new_tokens or task.max_new_tokens
     task = replace(task, max_new_tokens=length, stop=task.stop + arguments.stop)
-    model = flags.open_model(arguments)
-    strategies = flags.make_strategies(arguments, model)
+    model = engines.open_model(arguments)
+    strategies = engines.make_strategies(arguments, model)
     questions, task, bad_rows = read_questions(task, arguments, model, notes, arguments.num_samples)
     check_output(output)
     for question in {one.group: one for one in questions}.values():
         score("", question)  # fails before the work if scoring is impossible
     longest = max(len(one.request.prompt) for one in questions)
-    engine = flags.load_engine(model, notes, min_capacity=longest + length)
+    engine = engines.load_engine(model, notes, min_length=longest + length)
     names = ("prompt_template", "response_template", "max_new_tokens", "stop")
     more = {"task": task.name} | {name: getattr(task, name) for name in names}
     more |= {"batch_size": arguments.batch_size, "allow_code_execution": by_running}
@@ -129,7 +67,7 @@ def evaluate(arguments: Arguments) -> None:
 def read_questions(
     task: Task,
     chosen: TaskFlags,
-    model: flags.OpenModel,
+    model: engines.OpenModel,
     notes: Console,
     num_samples: int,
     own_rows: Callable[[Refuse], Iterator[PlacedRow]] | None = None,
@@ -225,6 +163,3 @@ def show(title: str, rows: Sequence[Mapping[str, Any]]) -> None:
         lines.append(line + [or_dash(row[name], form) for name, form in figures.values()])
     names = ["strategy", "examples of", "n", *scores, *figures]
     wide_console().print(table(title, names, lines, left=2))
-
-
-main = program(Arguments, evaluate, __doc__)

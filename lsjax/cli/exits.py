@@ -1,46 +1,21 @@
-"""Scores every exit of several models on the held-out data of the first one, a training run.
-
-    python -m lsjax.cli.exits --runs runs/quickstart runs/plain --output exits.png
-    python -m lsjax.cli.exits --runs runs/smollm2 models/smollm2 --output exits.png
-
-The second command compares a run with the model that it started from. The table has loss,
-perplexity and agreement by exit. The plot has a line per model (the paper's Figures 6 and 8).
-"""
-
-from lsjax.interrupts import run_program
-
-if __name__ == "__main__":  # before the other imports, which take seconds
-    run_program("lsjax.cli.exits")
+"""Scores every exit of several models on the held-out data of the first one, a training run."""
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 
 from rich.progress import Progress
 
 from lsjax.checkpoints import load, open_checkpoint
 from lsjax.checkpoints.run import is_run, read_run_config
-from lsjax.cli.setup import check_output, choose_dtype, keep_compiled_programs, program
+from lsjax.cli.flags.exits import Arguments
+from lsjax.cli.setup import check_output, choose_dtype, keep_compiled_programs
 from lsjax.cli.show import exit_table, notes_console, wide_console
-from lsjax.config import AnyPath, Checked, bounded, check
+from lsjax.config import check
 from lsjax.data.pipeline import OnePass, packed_rows
 from lsjax.data.tokenizer_files import load_tokenizer
 from lsjax.evaluation import exits, installed, plots
 from lsjax.io.files import cache_directory, writing
 from lsjax.model.llama import stacked
-
-
-@dataclass(frozen=True, kw_only=True)
-class Arguments(Checked, prefix="--"):
-    """Scores every exit of training runs and models."""
-
-    runs: tuple[AnyPath, ...]
-    """A training run, then runs or models with the same tokenizer to compare with it."""
-    batches: int = bounded(64, low=1)
-    """Number of held-out batches, of the first run's batch size."""
-    output: AnyPath | None = None
-    """Plot to draw (.png)."""
-    json: AnyPath | None = None
-    """Writes one JSON object per run to this file."""
 
 
 def score_models(arguments: Arguments) -> None:
@@ -84,6 +59,3 @@ def score_models(arguments: Arguments) -> None:
             arguments.json.write_text("".join(lines), encoding="utf-8")
     if output is not None:
         plots.plot_exits(scores, output)
-
-
-main = program(Arguments, score_models, __doc__)

@@ -1,18 +1,17 @@
-"""Prompts of decode.py: its arguments, prompt files, and the chat in the terminal."""
+"""Prompts of decode.py: prompt files, and the chat in the terminal."""
 
 import contextlib
 import signal
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from functools import partial
-from typing import Annotated
 
-import tyro
 from rich.console import Console
 
-from lsjax.cli import flags
+from lsjax.cli import engines
+from lsjax.cli.flags.decode import Arguments
 from lsjax.cli.show import stream, summary
-from lsjax.config import AnyPath, ConfigError, LlamaConfig, bounded, check
+from lsjax.config import AnyPath, ConfigError, LlamaConfig, Sampling, check
 from lsjax.data.chat import ChatTemplateError, Dialogue
 from lsjax.data.sources import fill
 from lsjax.data.tokenizer import Tokenizer, TokenizerError
@@ -20,7 +19,6 @@ from lsjax.decoding.batching import Conversation
 from lsjax.decoding.completion import Completion
 from lsjax.decoding.engine import Engine
 from lsjax.decoding.request import Request, encode_prompt
-from lsjax.decoding.sampling import GREEDY, Sampling
 from lsjax.evaluation.tasks import first_turn
 from lsjax.interrupts import noted, raised
 from lsjax.io.rows import Fields, PlacedRow, Refuse, file_rows, read_lines, stop_at
@@ -29,51 +27,6 @@ from lsjax.io.rows import Fields, PlacedRow, Refuse, file_rows, read_lines, stop
 ENDS = ("max_new_tokens", "stop", "stop_ids")
 SAMPLING = tuple(field.name for field in fields(Sampling))
 HELP = "Ctrl-C stops an answer, /new forgets the chat, Ctrl-D ends."
-
-
-@dataclass(frozen=True, kw_only=True)
-class Arguments(flags.ChatFlags, flags.StrategyFlags, flags.ModelFlags):
-    """Continues prompts with a Llama."""
-
-    prompt: str | None = None
-    """Text to continue."""
-    prompt_file: AnyPath | None = None
-    """File of prompts. A .txt file is one prompt. A .jsonl file has an object with "prompt" on each
-    line, and optionally max_new_tokens, stop, stop_ids, and sampling fields such as temperature."""
-    interactive: bool = False
-    """Chats in the terminal, with the model's chat template."""
-    max_new_tokens: int = 128
-    """Maximum number of new tokens."""
-    sampling: flags.SamplingFlags = GREEDY
-    """Choice of tokens: penalties apply first, then temperature, top_k, top_p and min_p."""
-    num_samples: int = bounded(1, low=1)
-    """Number of texts per prompt."""
-    stop: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
-    """Ends a text before this string; may be repeated."""
-    stop_ids: tuple[int, ...] = ()
-    """Token ids that end a text, in addition to the model's own."""
-    logprobs: bool = False
-    """Writes the log-probability of each new token to the JSON lines."""
-    json: AnyPath | None = None
-    """Writes one JSON object per text to this file. With "-", standard output has only these."""
-    show_drafts: bool = False
-    """Colours accepted drafts, rejected drafts, and the model's own tokens."""
-    profile: AnyPath | None = None
-    """Writes a trace of decoding, for xprof or TensorBoard, to this directory."""
-
-    def __post_init__(self):
-        if self.interactive:
-            object.__setattr__(self, "chat", True)
-        super().__post_init__()
-        check(
-            self.json is not None or not self.logprobs,
-            "--logprobs needs --json, the file to write them to: add --json or drop --logprobs",
-        )
-        for name in ("prompt", "prompt_file", "num_samples", "batch_size"):
-            check(
-                not self.interactive or getattr(self, name) == getattr(Arguments, name),
-                f"{self.name_of(name)} has no effect with --interactive: leave it out",
-            )
 
 
 def prompt_rows(
@@ -117,7 +70,7 @@ def choose_requests(arguments: Arguments) -> list[Request]:
         check(bool(requests), f"{file} has no prompts: add at least one")
     hottest = max(request.sampling.temperature for request in requests)
     given = replace(arguments.sampling, temperature=hottest)
-    flags.check_sampling(given, arguments.num_samples)
+    engines.check_sampling(given, arguments.num_samples)
     return requests
 
 
@@ -138,7 +91,7 @@ def read_request(where: str, row: Fields, default: Request, number: int) -> Requ
             given[name] = [given[name]]
     try:
         sampling = replace(default.sampling, **own)
-        ignored = sorted({*flags.FILTERS} & own.keys())
+        ignored = sorted({*engines.FILTERS} & own.keys())
         check(
             sampling.temperature > 0 or not ignored,
             f"{', '.join(ignored)} has no effect on greedy decoding: give a temperature above 0",

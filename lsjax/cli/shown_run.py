@@ -54,7 +54,7 @@ def shown_run(
             run = prepare_run(config, writer, recipe, warn)
         watch = partial(shown_progress, console=console)
         run = with_remat(run, say)
-        return train_run(run, hooks=hooks, watch=watch, say=say, warn=warn, began=began)
+        return train_run(run, make_hooks=hooks, watch=watch, say=say, warn=warn, began=began)
 
 
 def shown_evaluation(run: TrainingRun, console: Console) -> Hook:

@@ -6,6 +6,12 @@ from lsjax.config.checked import (
     bounded as bounded,
     check as check,
 )
+from lsjax.config.decoding import (
+    GREEDY as GREEDY,
+    DecodingShape as DecodingShape,
+    Sampling as Sampling,
+)
+from lsjax.config.hosts import Hosts as Hosts
 from lsjax.config.llama import LlamaConfig as LlamaConfig, RopeScaling as RopeScaling
 from lsjax.config.paths import (
     AnyPath as AnyPath,

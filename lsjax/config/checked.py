@@ -151,7 +151,7 @@ def without_version(raw: Any, where: str) -> dict[str, Any]:
     check(
         version == VERSION,
         f"{where}: version is {shown(version)}, but this lsjax reads {VERSION}: convert the "
-        "run with the lsjax that wrote it (lsjax.cli.convert), or start a new one",
+        "run with the lsjax that wrote it (`lsjax convert`), or start a new one",
     )
     return fields
 

@@ -123,7 +123,7 @@ class OptimizerConfig(Checked, prefix="optimizer."):
     schedule: Literal["constant", "cosine", "linear"] = "cosine"
     """Decay of the learning rate after warm-up."""
     warmup_steps: int = bounded(0, low=0)
-    """Steps in which the learning rate rises from 0."""
+    """Steps in which the learning rate rises from 0. A shorter run ends before it is highest."""
     final_share: float = bounded(0.1, low=0, high=1)
     """Final learning rate, as a share of the highest; read by cosine and linear."""
     b1: float = bounded(0.9, low=0, below=1)
@@ -248,11 +248,6 @@ class StepConfig(Checked):
 
     def __post_init__(self):
         super().__post_init__()
-        check(
-            self.optimizer.warmup_steps <= self.num_steps,
-            f"optimizer.warmup_steps {self.optimizer.warmup_steps} is more than num_steps "
-            f"{self.num_steps}",
-        )
         check(
             "auto" in (self.attention, self.kernels),
             f'attention "{self.attention}" needs kernels "auto": drop one of the two',

@@ -27,9 +27,10 @@ class DataConfig(Checked, prefix="data."):
     or a prompt with its response. docs/training.md has examples of sources."""
 
     source: Source = "python_source"
-    """python_source: the standard library of the running Python. text: text files. jsonl: files
-    with an object on each line. tsv: files with columns under a header. tfds: a TensorFlow data
-    set. array_record: ArrayRecord files of tf.train.Example with token ids, as MaxText reads."""
+    """Where documents come from. python_source: the standard library of the running Python. text:
+    text files. jsonl: files with an object on each line. tsv: files with columns under a header.
+    tfds: a TensorFlow data set. array_record: ArrayRecord files of tf.train.Example with token ids,
+    as MaxText reads."""
     paths: tuple[str, ...] = ()
     """Files for text, jsonl, tsv and array_record, or patterns such as books/**/*.txt."""
     separator: str = "file"

@@ -42,7 +42,7 @@ class PackedBatch(TypedDict):
 
 def pack(
     tokens: np.ndarray,
-    starts_N1: Int64[np.ndarray, "N+1"],
+    starts_N1: Int64[np.ndarray, " N1"],
     prompts_N: Int32[np.ndarray, "N"],
     documents_M: Int64[np.ndarray, "M"],
     seq_len: int,

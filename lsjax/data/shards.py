@@ -129,7 +129,8 @@ def encode_documents(
     text is encoded in parts of at most BATCH characters.
     """
     if any(document.ids for document in documents):
-        size, tokens = tokenizer.vocab_size, chain(*(document.ids for document in documents))
+        size = tokenizer.vocab_size
+        tokens = chain.from_iterable(document.ids for document in documents)
         extra = next((token for token in tokens if not 0 <= token < size), None)
         fix = "set data.tokenizer to the one that made the records"
         check(extra is None, f"token {extra} of a record is not below {size}: {fix}")

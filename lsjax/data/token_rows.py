@@ -101,11 +101,12 @@ class TokenRows:
         if in_bucket(self.directory):
             from lsjax.config.buckets import file_system
 
-            names, begins = [str(self._file(shard)) for shard in shards], places * layout.itemsize
+            names = [str(self._file(shard)) for shard in shards.tolist()]
+            begins = places * layout.itemsize
             found = file_system().cat_ranges(names, begins, begins + layout.itemsize)
             records[given] = np.frombuffer(b"".join(found), layout)
         else:
-            for b, shard, place in zip(given, shards, places, strict=True):
+            for b, shard, place in zip(given, shards.tolist(), places, strict=True):
                 if shard not in self._shards:
                     self._shards[shard] = np.memmap(self._file(shard), layout, "r")
                 records[b] = self._shards[shard][place]

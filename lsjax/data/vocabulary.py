@@ -154,5 +154,5 @@ def find_counts(model: AnyPath, cache: AnyPath, tokenizer: Tokenizer) -> Counter
                 return counts
     raise ConfigError(
         "a draft vocabulary needs token counts, and this tokenizer's are missing: make them "
-        f"with python -m lsjax.cli.count_tokens --model {model} --text FILE, of your domain"
+        f"with lsjax count-tokens --model {model} --text FILE, of your domain"
     )

@@ -125,7 +125,7 @@ class ContinuousBatch:
         ends = () if ignore_end else tokenizer.eos_ids
         ends = [token for token in ends if 0 <= token < runtime.model.vocab_size]
         # All states fit the same programs.
-        options = dict(ends=ends, among=requests, mesh=runtime.mesh)
+        options = dict(ends=ends, all_requests=requests, mesh=runtime.mesh)
         self._create = partial(DecodeState.create, **options)
         self._state: DecodeState | None = None
         if not self._is_single:

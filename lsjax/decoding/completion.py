@@ -38,7 +38,8 @@ class Trace:
         buffers = (state.tokens_BS, state.accepted_BS, state.replaced_BS, state.round_BS)
         buffers += (state.log_probs_BS, state.source_BS)
         # Copies: a view would keep the whole batch's buffers.
-        return cls(*(b if b is None else np.asarray(b)[row, new].copy() for b in buffers))
+        copies = [b if b is None else np.asarray(b)[row, new].copy() for b in buffers]
+        return cls(*copies)
 
     def __len__(self) -> int:
         return len(self.tokens_n)
@@ -46,7 +47,8 @@ class Trace:
     def cut(self, count: int) -> "Trace":
         """The first `count` tokens. Tokens after the cut count neither as drafted nor as accepted.
         If the cut is inside a round, only its kept tokens count as drafted."""
-        cut = Trace(*(None if buffer is None else buffer[:count] for buffer in vars(self).values()))
+        kept = {name: b if b is None else b[:count] for name, b in vars(self).items()}
+        cut = Trace(**kept)
         if count and not cut.round_n[-1]:
             round_n = cut.round_n.copy()
             round_n[-1] = count - np.flatnonzero(round_n)[-1]
@@ -175,8 +177,8 @@ class RowText:
         self.text = ""
 
     def read(self, trace: Trace, finish: int) -> tuple[str, Trace, str | None]:
-        """Reads new tokens. Returns the text that is safe to show now, the trace (cut after a stop
-        string) and the reason why the row has ended, or None."""
+        """Reads new tokens. Returns the text that is safe to show now, and the trace, which is cut
+        after a stop string. Also returns why the row has ended, or None."""
         end = len(trace) - (finish == EOS)  # without the end token
         while self._num_read < end and finish != STOP:
             finish = self._add(self._decoder.push([int(trace.tokens_n[self._num_read])]), finish)

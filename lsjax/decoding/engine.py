@@ -5,14 +5,13 @@ from dataclasses import replace
 
 from jax.sharding import Mesh
 
-from lsjax.config import Kernels, check
+from lsjax.config import GREEDY, Kernels, Sampling, check
 from lsjax.data.tokenizer import Tokenizer
 from lsjax.decoding.batching import ContinuousBatch, Conversation
 from lsjax.decoding.completion import Completion, Update
 from lsjax.decoding.programs import Programs
 from lsjax.decoding.request import Request, encode_prompt
 from lsjax.decoding.runtime import Runtime
-from lsjax.decoding.sampling import GREEDY, Sampling
 from lsjax.decoding.strategy import Autoregressive, Strategy
 from lsjax.model.protocol import DecoderModel, Sizes
 
@@ -24,11 +23,11 @@ class Engine:
 
     batch_size: rows that decode side by side; the next request takes an ended row at once.
     max_length: prompt and new tokens of a row; the model's context by default. ignore_end: decode
-    past the end of a text. min_capacity: fewest slots of a row's cache. mesh: devices to decode on
-    (lsjax/sharding.py). lay_out: let the compiler choose layouts of the weights on accelerators.
-    If the caller keeps `model`, weights with a new layout are then in memory twice. kernels:
-    "reference" uses no tuned code (docs/performance.md). track: wraps the timings of an adaptive
-    strategy, for a progress bar.
+    past the end of a text. min_length: tokens that a row's cache has room for from the start.
+    mesh: devices to decode on (lsjax/sharding.py). lay_out: let the compiler choose layouts of the
+    weights on accelerators. If the caller keeps `model`, weights with a new layout are then in
+    memory twice. kernels: "reference" uses no tuned code (docs/performance.md). track: wraps the
+    timings of an adaptive strategy, for a progress bar.
 
     Raises ConfigError if the strategy or length does not fit the model, or the batch the mesh.
     Raises TokenizerError if the tokenizer does not fit the model.
@@ -43,7 +42,7 @@ class Engine:
         batch_size: int = 1,
         max_length: int | None = None,
         ignore_end: bool = False,
-        min_capacity: int = 0,
+        min_length: int = 0,
         mesh: Mesh | None = None,
         lay_out: bool = True,
         kernels: Kernels = "auto",
@@ -59,7 +58,7 @@ class Engine:
             model,
             mesh,
             batch_size=batch_size,
-            min_capacity=min_capacity,
+            min_length=min_length,
             lay_out=lay_out,
             kernels=kernels,
             track=track,

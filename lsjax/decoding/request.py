@@ -3,9 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lsjax.config import Checked, bounded, check
+from lsjax.config import GREEDY, Checked, Sampling, bounded, check
 from lsjax.data.tokenizer import Tokenizer
-from lsjax.decoding.sampling import GREEDY, Sampling
 from lsjax.model.protocol import Sizes
 
 
@@ -41,8 +40,8 @@ def encode_prompt(
 ) -> list[int]:
     """Token ids of a request's prompt. max_length: of the text, the model's context by default.
 
-    Raises ConfigError for an empty prompt, too few new tokens or too little room for them, and ids
-    (of prompt or `stop_ids`) that the model does not have.
+    Raises ConfigError for an empty prompt, and for too few new tokens or too little room for them.
+    Also raises it for ids of prompt or `stop_ids` that the model does not have.
     """
     prompt, new = request.prompt, request.max_new_tokens
     ids = tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)

@@ -30,8 +30,8 @@ SLACK = 64
 class Runtime:
     """A model on a mesh with its programs, for batches of `batch_size` rows.
 
-    min_capacity: fewest slots of a row's cache. lay_out, kernels: as for `Programs`. track: wraps
-    the timings of an adaptive strategy, for a progress bar.
+    min_length: tokens that a row's cache has room for from the start. lay_out, kernels: as for
+    `Programs`. track: wraps the timings of an adaptive strategy, for a progress bar.
     """
 
     def __init__(
@@ -40,7 +40,7 @@ class Runtime:
         mesh: Mesh | None = None,
         *,
         batch_size: int = 1,
-        min_capacity: int = 1,
+        min_length: int = 1,
         lay_out: bool = True,
         kernels: Kernels = "auto",
         track: Callable[[Sequence], Iterable] = iter,
@@ -49,7 +49,7 @@ class Runtime:
         self.kernels = kernels
         self.programs = Programs(self._placed(model), mesh, lay_out=lay_out, kernels=kernels)
         self.decode_seconds = 0.0  # of all rounds so far
-        self._min_capacity = min_capacity
+        self._min_length = min_length
         self._seconds: dict[tuple[Strategy, int], jax.Array] = {}  # of rounds, by slots
         self._last: tuple[Strategy, Any] | None = None  # arguments of a strategy
         self._shapes: dict[tuple[int, int, int], Cache] = {}  # of caches
@@ -72,7 +72,7 @@ class Runtime:
 
     def capacity(self, length: int, strategy: Strategy) -> int:
         """Slots of a row's cache for `length` tokens."""
-        return cache_slots(max(length, self._min_capacity), strategy)
+        return cache_slots(max(length, self._min_length), strategy)
 
     def new_cache(self, rows: int, capacity: int, depth: int) -> Cache:
         """An empty cache of the first `depth` layers, sharded over the mesh."""

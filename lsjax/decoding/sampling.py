@@ -2,13 +2,14 @@
 
 A distribution is a row of log-probabilities [V], -inf for a token that may not be drawn. A row of
 temperature 0 is greedy: the argmax has probability 1. The filters find a threshold by bisection
-instead of sorting the vocabulary. A draw depends only on the row's key, the draw's purpose, the
-position where its round starts, and its offset from there. So a row's tokens do not depend on its
-batch mates (except in `Adaptive`), and no draw of a rejected draft returns in the next round.
+instead of sorting the vocabulary. A draw depends on the row's key and on the draw's purpose. It
+also depends on the position where its round starts, and on its offset from there. So a row's tokens
+do not depend on its batch mates, except in `Adaptive`. And no draw of a rejected draft returns in
+the next round.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from enum import IntEnum
 
 import jax
@@ -17,7 +18,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
-from lsjax.config import Checked, bounded
+from lsjax.config import GREEDY, Sampling
 from lsjax.sharding import constrain
 
 DRAW_BLOCK = 256  # tokens per block in the first search of a draw
@@ -29,43 +30,6 @@ class Purpose(IntEnum):
     TOKEN = 0  # the full model's own token, or the replacement of a rejected draft
     DRAFT = 1
     ACCEPT = 2
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sampling(Checked):
-    """How the tokens of a text are chosen.
-
-    Penalties come first, then the temperature, then top_k, top_p and min_p in this order. Each
-    filter applies to the tokens that the previous one has left.
-
-    Raises ConfigError for a number out of its range.
-    """
-
-    temperature: float = bounded(
-        0.0, low=0, high=1e30, hint="0 is greedy, 1 draws as the model says"
-    )
-    """0 is greedy: the argmax, whatever the filters and the seed. Above 0, tokens are drawn with
-    logits divided by this value."""
-    top_k: int = bounded(0, low=0, high=2**31 - 1, hint="0 is all tokens")
-    """Draws from the k most probable tokens, ties with the last one included. 0 is all."""
-    top_p: float = bounded(1.0, above=0, high=1, hint="1 is all tokens")
-    """Draws from the fewest tokens with total probability p or more (Holtzman et al., 2020)."""
-    min_p: float = bounded(0.0, low=0, high=1, hint="0 is all tokens")
-    """Draws from tokens at least min_p times as probable as the argmax (Nguyen et al., 2024)."""
-    seed: int = bounded(0, low=0, high=2**32 - 1)
-    """Seed of the first text; each further text has the next number. 0 follows 2^32 - 1."""
-    repetition_penalty: float = bounded(1.0, low=1, high=1e30, hint="1 is no penalty")
-    """For tokens of prompt and text, divides logits above 0 and multiplies those below (Keskar et
-    al., 2019)."""
-    no_repeat_ngram: int = bounded(0, low=0, high=2**31 - 1, hint="0 allows all")
-    """Repeats no n-gram of this size, prompt included; 0 allows all."""
-
-    def of_text(self, number: int) -> "Sampling":
-        """Settings of a further text: the seed + number, modulo 2^32."""
-        return replace(self, seed=(self.seed + number) % 2**32)
-
-
-GREEDY = Sampling()
 
 
 @jax.tree_util.register_dataclass
@@ -83,11 +47,11 @@ class RowSampling:
 
     @classmethod
     def create(
-        cls, rows: Sequence[Sampling], among: Sequence[Sampling] = ()
+        cls, rows: Sequence[Sampling], all_rows: Sequence[Sampling] = ()
     ) -> "RowSampling | None":
-        """Settings of these rows; None if all are greedy. among: rows that share the program."""
-        among = among or rows
-        if all(row.temperature == 0 for row in among):
+        """Settings of these rows; None if all are greedy. all_rows: those of the program."""
+        all_rows = all_rows or rows
+        if all(row.temperature == 0 for row in all_rows):
             return None
         return cls(
             temperature_B=np.array([row.temperature for row in rows], np.float32),
@@ -98,7 +62,7 @@ class RowSampling:
             filters=frozenset(
                 name
                 for name in ("top_k", "top_p", "min_p")
-                if any(getattr(row, name) != getattr(GREEDY, name) for row in among)
+                if any(getattr(row, name) != getattr(GREEDY, name) for row in all_rows)
             ),
         )
 
@@ -181,9 +145,13 @@ class Penalties:
     ngram_B: Int[Array, " B"]
 
     @classmethod
-    def create(cls, rows: Sequence[Sampling], among: Sequence[Sampling] = ()) -> "Penalties | None":
-        """Penalties of these rows; None if no row of `among` requests any."""
-        if all(one.repetition_penalty == 1 and one.no_repeat_ngram == 0 for one in among or rows):
+    def create(
+        cls, rows: Sequence[Sampling], all_rows: Sequence[Sampling] = ()
+    ) -> "Penalties | None":
+        """Penalties of these rows; None if no row of `all_rows` requests any."""
+        if all(
+            one.repetition_penalty == 1 and one.no_repeat_ngram == 0 for one in all_rows or rows
+        ):
             return None
         return cls(
             repetition_B=np.array([row.repetition_penalty for row in rows], np.float32),

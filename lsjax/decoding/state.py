@@ -54,28 +54,29 @@ class DecodeState:
         cache: Cache,
         capacity: int,
         ends: Sequence[int] = (),
-        among: Sequence[Request] | None = None,
+        all_requests: Sequence[Request] | None = None,
         learned: Any = None,
         mesh: Mesh | None = None,
     ) -> "DecodeState":
         """Rows of requests, whose prompts are token ids, sharded over a mesh (lsjax/sharding.py).
 
         A request of 0 new tokens is a filler. cache: of `capacity` slots per row. ends: tokens that
-        end every row. among: all requests served by this program; sets optional buffers. learned:
+        end every row. all_requests: those that this program serves; sets optional buffers. learned:
         by `first_guess`.
         """
-        among, batch = among or requests, len(requests)
+        all_requests, batch = all_requests or requests, len(requests)
         length_B = np.array([len(request.prompt) for request in requests], np.int32)
         new_B = np.array([request.max_new_tokens for request in requests], np.int32)
-        room = max(1, *(len({*ends, *request.stop_ids}) for request in among))
+        most_stops = max(len({*ends, *request.stop_ids}) for request in all_requests)
+        room = max(1, most_stops)
         stop_Bn = np.full((batch, -(-room // STOP_IDS) * STOP_IDS), -1, np.int32)
         tokens_BS = np.zeros((batch, capacity), np.int32)
         for row, request in enumerate(requests):
             tokens_BS[row, : len(request.prompt)] = request.prompt
             stop = [*{*ends, *request.stop_ids}]
             stop_Bn[row, : len(stop)] = stop
-        log_probs = any(request.log_probs for request in among)
-        samplings = [[one.sampling for one in rows] for rows in (requests, among)]
+        log_probs = any(request.log_probs for request in all_requests)
+        samplings = [[one.sampling for one in rows] for rows in (requests, all_requests)]
 
         def filled(value, dtype=np.int32):
             return np.full((batch, capacity), value, dtype)

@@ -18,13 +18,12 @@ from rich.console import Console
 from rich.progress import Progress
 
 from lsjax.checkpoints.steps import fingerprints
-from lsjax.config import AnyPath, check
+from lsjax.config import AnyPath, Sampling, check
 from lsjax.config.checked import differences, shown
 from lsjax.decoding.auto.adaptive import Adaptive
 from lsjax.decoding.completion import Completion
 from lsjax.decoding.engine import Engine
 from lsjax.decoding.request import Request
-from lsjax.decoding.sampling import Sampling
 from lsjax.decoding.strategy import Strategy
 from lsjax.evaluation.scores import Answer, Cell
 from lsjax.io.files import write_whole, writing

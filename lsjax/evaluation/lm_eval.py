@@ -25,11 +25,10 @@ from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_table  # noqa: F401
 from tqdm import tqdm
 
-from lsjax.config import AnyPath, ConfigError, check
+from lsjax.config import AnyPath, ConfigError, Sampling, check
 from lsjax.data.chat import render_chat
 from lsjax.decoding.engine import Engine
 from lsjax.decoding.request import Request
-from lsjax.decoding.sampling import Sampling
 from lsjax.evaluation.exits import score_texts
 from lsjax.evaluation.scores import Cell
 

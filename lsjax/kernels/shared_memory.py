@@ -1,8 +1,8 @@
 """Shared memory that the GPU kernels need. It decides which cards can run them.
 
-The figures are bytes of a block of threads, and upper bounds of what Triton allocates in jax 0.10
-and 0.12 (scripts/proofs/gpu_kernels.py compiles the kernels). A kernel's loop loads the next pair
-of blocks, such as keys and values, while it computes with the last one:
+The figures are bytes of a block of threads. They are upper bounds of what Triton allocates in jax
+0.10 and 0.12: scripts/proofs/gpu_kernels.py compiles the kernels. A kernel's loop loads the next
+pair of blocks, such as keys and values, while it computes with the last one:
 
     Ampere, Ada, GeForce Blackwell    matmuls read registers: all pairs but one are in shared memory
     Hopper, data-center Blackwell     matmuls of 64 rows or more read shared memory: all pairs are

@@ -8,7 +8,6 @@ docs/method.md has a table of the letters in names and shapes.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from functools import partial
 from operator import itemgetter
 from typing import Any
@@ -244,19 +243,6 @@ def unstacked(model: Llama) -> Llama:
         return model
     blocks = [jax.tree.map(itemgetter(at), model.layers) for at in range(model.config.num_layers)]
     return with_parts(model, layers=nnx.List(blocks))
-
-
-def first_layers(model: Llama, depth: int) -> Llama:
-    """Layers 0..depth-1 with norm and head, unstacked, as a model of its own."""
-    config = model.config
-    shorter = replace(
-        config,
-        num_layers=depth,
-        no_rope_layers=tuple(layer for layer in config.no_rope_layers if layer < depth),
-        full_attention_layers=tuple(one for one in config.full_attention_layers if one < depth),
-    )
-    blocks = list(unstacked(model).layers)[:depth]
-    return with_parts(model, config=shorter, layers=nnx.List(blocks))
 
 
 def cast_matrices(model: Llama, dtype: ComputeDtype) -> Llama:

@@ -56,7 +56,7 @@ class Interrupted(KeyboardInterrupt):
 def train_run(
     run: TrainingRun,
     *,
-    hooks: Sequence[Callable[[TrainingRun], Hook]] = (),
+    make_hooks: Sequence[Callable[[TrainingRun], Hook]] = (),
     watch: Callable[[TrainingRun, int], AbstractContextManager[Show]] | None = None,
     say: Callable[[str], None] = print,
     warn: Callable[[str], None] = print,
@@ -65,14 +65,14 @@ def train_run(
     """Trains from the newest saved step to the last; returns the state after the last step.
 
     Args:
-      hooks: functions that make hooks of the loop: evaluation, samples.
+      make_hooks: functions that make hooks of the loop: evaluation, samples.
       watch: (run, first step) -> a context whose value shows each step; prints by default.
       say: called with lines about the run, such as the step after which it resumes.
       warn: called with a line for each step that is damaged or could not be saved.
       began: Unix time at which this process began; the start of this call by default.
 
-    Raises CheckpointError if no saved step is intact or the last one can't be written, ConfigError
-    if the data changed, and the errors of `TrainingLoop.run`.
+    Raises CheckpointError if no saved step is intact or the last one can't be written. Raises
+    ConfigError if the data changed. Also raises the errors of `TrainingLoop.run`.
     """
     began = time.time() if began is None else began
     say(run.describe())
@@ -92,7 +92,7 @@ def train_run(
             state, first = restored.state, restored.step
             run.resume_data(restored.data)
             say(f"resumes after step {first}")
-        due = [make(run) for make in hooks]
+        due = [make_hook(run) for make_hook in make_hooks]
         if first == config.num_steps:
             # The program may have been killed during the hooks of the last step.
             done = {row["kind"] for row in read_metrics(run.workdir) if row["step"] == first}

@@ -125,21 +125,17 @@ def make_train_step(
     """The compiled step (state, batch) -> (state, metrics), which reuses the state's memory.
 
     A step whose loss or gradient is not finite changes only counters and the counts of schedules.
-    Metrics: loss (of the objective), last_exit_loss, exit_loss_L, enabled_L, grad_norm,
-    learning_rate, tokens, skipped, skipped_in_a_row. Exit E has index E - 1, and exit_loss_L is 0
-    for disabled exits. grad_norm is that of the gradients before the optimizer. tokens counts
-    labels. An optimizer of your own has a learning_rate here if optax.inject_hyperparams set it.
+    Metrics: loss (of the objective), last_exit_loss, exit_loss_L, enabled_L, grad_norm (before the
+    optimizer), learning_rate, tokens (labels), skipped, skipped_in_a_row. Exit E has index E - 1,
+    and exit_loss_L is 0 for disabled exits. Other optimizers have a learning_rate if
+    optax.inject_hyperparams set it. Raises ConfigError for remat "auto", and for a function without
+    effect (docs/extending.md).
 
     Args:
-      optimizer: replaces AdamW, clipping and schedule of `config.optimizer`. `init_state` needs it
-        too.
-      drop_rates: replaces the paper's rates of layer dropout. Needs a `p_max` above 0.
-      exit_weights: replaces curriculum and weights of the exits (eq. 6), before normalisation. It
-        is also called once with all steps [T, 1].
-      exit_loss: loss of the exits below the last one; by default that of the config's target. It
-        gets `exit` and `step` too, if it takes them.
-
-    Raises ConfigError for remat "auto", and for a function without effect.
+      optimizer: replaces that of `config.optimizer`, in `init_state` too.
+      drop_rates: replaces the paper's rates of layer dropout.
+      exit_weights: replaces curriculum and weights of the exits, before normalisation (eq. 6).
+      exit_loss: loss of the exits below the last one; by default that of the config's target.
     """
     check(
         config.remat != "auto",

@@ -14,9 +14,9 @@ from lsjax.training.hosts import first_decides
 class Writer(AbstractContextManager):
     """The only writer of a run directory, within the context. The directory is made if missing.
 
-    report: called with a line before it waits for another trainer to show a sign of life, and if
-    the file system has no locks. Raises CheckpointError on all hosts if another trainer writes
-    there, or if the directory can't be written.
+    report: called with a line before it waits for a sign of life of another trainer. Also called
+    with a line if the file system has no locks. Raises CheckpointError on all hosts if another
+    trainer writes there, or if the directory can't be written.
     """
 
     def __init__(self, directory: AnyPath, report: Report = print):

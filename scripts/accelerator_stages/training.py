@@ -101,7 +101,7 @@ def run_quickstart(part: str, results: PartResults, tiny: bool) -> None:
         + [str(work), *(SHORT.split() if tiny else [])],
         "decode": ["decode.py", *texts, "--max-new-tokens", new]
         + ["--strategy", "self_speculative", "--exit-layer", "4"],
-        "benchmark": ["-m", "lsjax.cli.benchmark", *texts, "--new-tokens", new]
+        "benchmark": ["-m", "lsjax", "benchmark", *texts, "--new-tokens", new]
         + f"--exit-layers 2 4 --repeats 1 --output {work}/benchmark".split(),
     }
 

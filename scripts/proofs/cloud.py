@@ -21,7 +21,7 @@ import kills as drill
 import tyro
 from fake_bucket import BUCKET, served
 
-from lsjax.cli.setup import one_line_errors
+from lsjax.cli.errors import one_line_errors
 from lsjax.config import as_path, check
 from lsjax.io.files import whole_directory
 
@@ -98,10 +98,10 @@ def main(
 
 READERS = (
     "decode.py --model {run} --prompt import --max-new-tokens 16 --json {out}",
-    "-m lsjax.cli.convert {run} {out}",
+    "-m lsjax convert {run} {out}",
     "decode.py --model {model} --prompt import --max-new-tokens 16",
-    "-m lsjax.cli.exits --runs {run} --batches 2 --json {out}",
-    "-m lsjax.cli.evaluate --task gsm8k --model {run} --data {files}/questions.jsonl"
+    "-m lsjax exits --runs {run} --batches 2 --json {out}",
+    "-m lsjax evaluate --task gsm8k --model {run} --data {files}/questions.jsonl"
     " --max-new-tokens 8 --output {out}.jsonl",
 )
 
@@ -126,7 +126,7 @@ def make_files(files: Path) -> None:
     """A model trained for a few steps, with its tokenizer, and text."""
     start = files.parent / "start"
     run = f"{TRAIN.format(workdir=start)}--num-steps 4"
-    for words in (run, f"{sys.executable} -m lsjax.cli.convert {start} {files}/model"):
+    for words in (run, f"{sys.executable} -m lsjax convert {start} {files}/model"):
         subprocess.run(words.split(), check=True, stdout=subprocess.DEVNULL)
     rows = "".join(f'{{"question": "{n} + 1?", "answer": "#### {n + 1}"}}\n' for n in range(4))
     (files / "questions.jsonl").write_text(rows)

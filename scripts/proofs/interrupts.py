@@ -26,7 +26,7 @@ from typing import NamedTuple
 
 import tyro
 
-from lsjax.cli.setup import one_line_errors
+from lsjax.cli.errors import one_line_errors
 
 ROOT = Path(__file__).parents[2]
 POLL = 0.002  # seconds between looks at a program
@@ -113,9 +113,9 @@ def drills(directory: Path) -> list[Drill]:
     decode = ("decode.py", "--model", model, "--prompt-file", prompts, "--json", "{run}.jsonl")
     decode += ("--strategy", "self_speculative", "--exit-layer", "1", "--num-draft-tokens", "3")
     decode += ("--batch-size", "4", "--max-new-tokens", "100")
-    benchmark = ("-m", "lsjax.cli.benchmark", "--model", model, "--exit-layers", "1", "2")
+    benchmark = ("-m", "lsjax", "benchmark", "--model", model, "--exit-layers", "1", "2")
     benchmark += ("--num-draft-tokens", "3", "--output", "{run}", "--repeats", "8")
-    tokenize = ("-m", "lsjax.cli.tokenize", "--config", str(directory / "corpus.py"))
+    tokenize = ("-m", "lsjax", "tokenize", "--config", str(directory / "corpus.py"))
     commands = {
         "train": train,
         "decode": decode,

@@ -38,7 +38,7 @@ import tyro
 
 from lsjax.checkpoints.run import CHECKPOINTS, METRICS
 from lsjax.checkpoints.steps import PARAMS, TRAIN, SavedStep, saved_steps
-from lsjax.cli.setup import one_line_errors
+from lsjax.cli.errors import one_line_errors
 from lsjax.config import AnyPath, as_path, check, in_bucket
 from lsjax.io.files import remove_directory
 from lsjax.training.metrics import TIME, USES

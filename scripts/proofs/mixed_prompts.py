@@ -5,7 +5,7 @@
         --strategies self_speculative auto --exit-layers 2 4 --num-draft-tokens 4 6 8 12 \\
         --draft-confidence 0 0.3 --new-tokens 128 --repeats 1
 
-What follows `--` goes to lsjax.cli.benchmark, which runs all settings in turns and checks that all
+What follows `--` goes to `lsjax benchmark`, which runs all settings in turns and checks that all
 texts are equal. The same command resumes. A speedup is the time of autoregressive decoding over
 that of the setting, for all texts of a kind; of repeats the median counts. The kinds weigh the
 same: the mixed speedup is the harmonic mean of theirs. Quartiles are those of the texts. Exits with
@@ -23,7 +23,7 @@ from pathlib import Path
 
 import tyro
 
-from lsjax.cli.benchmark import main as benchmark
+from lsjax.cli import main as command
 from lsjax.cli.show import table, wide_console
 from lsjax.evaluation.scores import Cell
 
@@ -108,7 +108,7 @@ def main() -> int:
             for text in texts:
                 print(json.dumps({"category": kind, "prompt": text}), file=file)
     own = ["--prompt-file", str(prompts), "--output", str(arguments.output)]
-    code = benchmark([*sys.argv[at + 1 :], *own])
+    code = command.main(["benchmark", *sys.argv[at + 1 :], *own])
     return code or int(not compare(arguments.output / "answers.jsonl"))
 
 

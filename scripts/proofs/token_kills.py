@@ -62,7 +62,7 @@ def drill(arguments: Arguments, killed: AnyPath) -> int:
     whole = as_path(arguments.directory / "whole")
     config = arguments.directory / "config.py"
     config.write_text(CONFIG.format(tokenizer=str(arguments.tokenizer.resolve())))
-    command = [sys.executable, "-m", "lsjax.cli.tokenize", "--config", str(config)]
+    command = [sys.executable, "-m", "lsjax", "tokenize", "--config", str(config)]
 
     def environment(store: AnyPath) -> dict[str, str]:
         return {**os.environ, "LSJAX_CACHE": str(store)}

@@ -1,4 +1,4 @@
-"""Counts the HBM traffic of compiled programs a second time, and compares it with lsjax.cli.aot.
+"""Counts the HBM traffic of compiled programs a second time, and compares it with `lsjax aot`.
 
     python scripts/proofs/traffic.py
 
@@ -20,10 +20,11 @@ import jax
 
 from lsjax.aot.chips import slice_of
 from lsjax.aot.costs import CostAnalysis, Trips
-from lsjax.aot.decoding import DecodingShape, decode_program, round_trips
+from lsjax.aot.decoding import decode_program, kinds_of_rounds, round_trips
 from lsjax.aot.hlo import parse
 from lsjax.aot.programs import train_step
 from lsjax.config import (
+    DecodingShape,
     EarlyExitConfig,
     LayerDropoutConfig,
     LlamaConfig,
@@ -304,7 +305,7 @@ def main() -> int:
     equal = []
     for title, (model, shape, rows, index, own) in DECODING.items():
         text = decode_program(model, shape, rows, mesh).compile().as_text()
-        trips = round_trips(model, shape, shape.rounds(model)[index])
+        trips = round_trips(model, shape, kinds_of_rounds(shape, model)[index])
         own = {"/rounds/while": 1, **own}
         equal.append(same(title, text, trips, own, mesh, chip))
         trips, own = trips | {rf"/{ROUNDS}/while$": 0}, own | {"/rounds/while": 0}

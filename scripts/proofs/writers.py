@@ -29,7 +29,7 @@ from kills import Run, arrays, ends, rows, start, until_it_trains
 
 from lsjax.checkpoints.run import CHECKPOINTS, METRICS
 from lsjax.checkpoints.steps import PARAMS, TRAIN, saved_steps
-from lsjax.cli.setup import one_line_errors
+from lsjax.cli.errors import one_line_errors
 from lsjax.config import as_path, check
 from lsjax.io.files import remove_directory
 

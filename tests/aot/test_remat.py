@@ -48,7 +48,7 @@ def compiled(monkeypatch):
                 found["serial_seconds"] = seconds
             return [found]
 
-        monkeypatch.setattr(module, "train_step", lambda config, mesh: (config.remat, {}))
+        monkeypatch.setattr(module, "train_step", lambda config, mesh, recipe: (config.remat, {}))
         monkeypatch.setattr(module, "program_reports", reports)
 
     return use

@@ -9,15 +9,16 @@ from lsjax.aot.chips import CHIPS
 from lsjax.aot.costs import CostAnalysis
 from lsjax.aot.decoding import (
     DRAFT_HEAD,
-    DecodingShape,
     Round,
+    chosen_strategy,
     decode_program,
+    kinds_of_rounds,
     round_reads,
     round_trips,
 )
 from lsjax.aot.hlo import parse
 from lsjax.aot.programs import cost_figures
-from lsjax.config import ConfigError, LlamaConfig, MeshConfig
+from lsjax.config import ConfigError, DecodingShape, LlamaConfig, MeshConfig
 from lsjax.decoding.scopes import ROUNDS
 from lsjax.sharding import make_mesh
 
@@ -123,12 +124,12 @@ def test_kinds_of_rounds():
     """`auto` has a round without drafts and one that drafts."""
     model = LlamaConfig.tiny(num_layers=32)
     without, drafting = Round(0, 0), Round(8, 4)
-    assert DecodingShape(strategy="autoregressive").rounds(model) == [without]
-    assert DecodingShape().rounds(model) == [drafting]
-    assert DecodingShape(strategy="auto").rounds(model) == [without, drafting]
+    assert kinds_of_rounds(DecodingShape(strategy="autoregressive"), model) == [without]
+    assert kinds_of_rounds(DecodingShape(), model) == [drafting]
+    assert kinds_of_rounds(DecodingShape(strategy="auto"), model) == [without, drafting]
     wrong = DecodingShape(strategy="auto", num_draft_tokens=16)
     with pytest.raises(ConfigError, match=r"num-draft-tokens 16 must be in 1\.\.15 for auto"):
-        wrong.chosen(model)
+        chosen_strategy(wrong, model)
 
 
 # The loops of `auto`, with exits 1 and 2 of 4 layers, that run in a round of each kind.

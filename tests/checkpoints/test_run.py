@@ -17,11 +17,12 @@ import lsjax
 from lsjax.checkpoints.run import METRICS, begin_run, is_run, read_run_config
 from lsjax.checkpoints.saving import Checkpoints
 from lsjax.checkpoints.tensors import CheckpointError
-from lsjax.cli import convert, decode, flags
+from lsjax.cli import engines
 from lsjax.config import ConfigError, LlamaConfig, TrainConfig
 from lsjax.data.tokenizer_backends import ByteTokenizer
 from lsjax.data.vocabulary import COUNTS, find_counts
 from lsjax.training.step import init_state
+from tests.programs import program
 
 CONFIG = TrainConfig(num_steps=9, batch_size=2, seq_len=8, model=LlamaConfig.tiny())
 
@@ -107,15 +108,15 @@ def test_too_large_for_the_dtype(run, tokenizer, model):
 
 def test_decode_and_convert(made, run, tmp_path, capsys, monkeypatch):
     """Through a run and through what is exported of it: the same text."""
-    monkeypatch.setattr(flags, "keep_compiled_programs", lambda: None)
+    monkeypatch.setattr(engines, "keep_compiled_programs", lambda: None)
     exported = tmp_path / "exported"
-    assert convert.main([str(run), str(exported)]) == 0
+    assert program("convert")([str(run), str(exported)]) == 0
     assert equal(lsjax.load(exported), made[1][9])
     found = []
     for path in (run, exported):
         lines = tmp_path / "lines.jsonl"
         argv = ["--model", path, "--prompt", "ab", "--max-new-tokens", "8", "--json", lines]
-        assert decode.main(list(map(str, argv))) == 0
+        assert program("decode")(list(map(str, argv))) == 0
         found.append(json.loads(lines.read_text())["token_ids"])
     assert found[0] == found[1] and len(found[0]) == 8
     capsys.readouterr()

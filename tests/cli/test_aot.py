@@ -12,9 +12,11 @@ import pytest
 from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
 from lsjax.aot import chips
-from lsjax.cli.aot import main
 from lsjax.config import ConfigError, MeshConfig
 from lsjax.sharding import make_mesh
+from tests.programs import program
+
+main = program("aot")
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 QUICKSTART = ("--config", CONFIGS / "quickstart.py")

@@ -6,12 +6,14 @@ import numpy as np
 import pytest
 
 from lsjax.cli import benchmark
-from lsjax.cli.benchmark import main
 from lsjax.decoding.engine import Engine
 from lsjax.evaluation import comparison
 from lsjax.evaluation.comparison import Difference
 from lsjax.io.lines import Lines
 from tests.marks import long
+from tests.programs import program
+
+main = program("benchmark")
 
 
 @pytest.fixture(autouse=True)
@@ -295,7 +297,7 @@ def test_every_size_of_the_cache_is_warmed_up(model_directory, tmp_path, monkeyp
 )
 def test_bad_input(model_directory, refused, monkeypatch, tmp_path, options, words):
     """Before the model is loaded."""
-    monkeypatch.delattr("lsjax.cli.flags.load_engine")
+    monkeypatch.delattr("lsjax.cli.engines.load_engine")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "bad.jsonl").write_text('{"prompt": "x"}\n{"prom\n')
     (tmp_path / "long.jsonl").write_text(json.dumps({"prompt": "x" * 600}))
@@ -303,7 +305,7 @@ def test_bad_input(model_directory, refused, monkeypatch, tmp_path, options, wor
 
 
 def test_the_prompts_are_not_overwritten(model_directory, refused, monkeypatch, tmp_path):
-    monkeypatch.delattr("lsjax.cli.flags.load_engine")
+    monkeypatch.delattr("lsjax.cli.engines.load_engine")
     file = tmp_path / "answers.jsonl"
     file.write_text('{"prompt": "a"}')
     given = ("--model", model_directory, "--prompt-file", file, "--output", tmp_path)

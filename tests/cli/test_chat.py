@@ -10,11 +10,12 @@ from rich.console import Console
 import lsjax
 from lsjax.cli import decode
 from lsjax.cli.prompts import HELP, chat
+from lsjax.config import Sampling
 from lsjax.data.tokenizer_backends import ByteTokenizer
 from lsjax.decoding.engine import Engine
 from lsjax.decoding.request import Request
-from lsjax.decoding.sampling import Sampling
 from lsjax.decoding.self_speculative import SelfSpeculative
+from tests.programs import program
 
 ROOT = Path(__file__).parents[2]
 TEMPLATE = (
@@ -136,4 +137,4 @@ def test_what_no_turn_could_be_asked(model, tmp_path, refused, monkeypatch, opti
     lsjax.save(model, tmp_path / "model", tokenizer=tokenizer)
     monkeypatch.delattr(decode, "load_engine")
     given = ["--model", tmp_path / "model", "--interactive", *options]
-    assert words in refused(decode.main, *given)
+    assert words in refused(program("decode"), *given)

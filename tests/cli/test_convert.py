@@ -11,13 +11,15 @@ from tokenizers import Tokenizer, decoders, models
 
 from lsjax.checkpoints import load
 from lsjax.checkpoints.huggingface import GenerationDefaults, read_generation_defaults
-from lsjax.cli.convert import main
-from lsjax.cli.setup import one_line_errors
+from lsjax.cli.errors import one_line_errors
 from lsjax.config import ConfigError
 from lsjax.data.tokenizer import MOST_EXTRA
 from lsjax.data.tokenizer_backends import bytes_by_character
 from lsjax.data.tokenizer_files import load_tokenizer
 from tests.checkpoints.test_gguf import from_golden, metadata, write
+from tests.programs import program
+
+main = program("convert")
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 

@@ -4,10 +4,13 @@ import json
 
 import pytest
 
-from lsjax.cli import count_tokens, decode
-from lsjax.cli.count_tokens import main, read_pieces
+from lsjax.cli import count_tokens
+from lsjax.cli.count_tokens import read_pieces
 from lsjax.config import ConfigError
 from lsjax.decoding.draft_vocabulary import DraftVocabulary
+from tests.programs import program
+
+main = program("count-tokens")
 
 
 @pytest.fixture(autouse=True)
@@ -32,7 +35,7 @@ def test_counts_are_kept_and_used(model_directory, tmp_path, capsys, monkeypatch
     )
     results = []
     for vocabulary in ([], ["--draft-vocab", "100"]):
-        assert decode.main([*drafts, *vocabulary, "--json", "-"]) == 0
+        assert program("decode")([*drafts, *vocabulary, "--json", "-"]) == 0
         results.append(json.loads(capsys.readouterr().out))
     assert results[0]["token_ids"] == results[1]["token_ids"]
     assert [result["draft_vocab"] for result in results] == [None, 100]
@@ -41,14 +44,14 @@ def test_counts_are_kept_and_used(model_directory, tmp_path, capsys, monkeypatch
 
 def test_draft_vocabularies_without_counts(model_directory, refused):
     given = ["--model", model_directory, "--prompt", "a", "--strategy", "self_speculative"]
-    words = "make them with python -m lsjax.cli.count_tokens --model"
-    assert words in refused(decode.main, *given, "--draft-vocab", 100)
+    words = "make them with lsjax count-tokens --model"
+    assert words in refused(program("decode"), *given, "--draft-vocab", 100)
 
 
 def test_other_strategies_have_none(model_directory, refused):
     given = ["--model", model_directory, "--prompt", "a", "--strategy", "autoregressive"]
     words = "--draft-vocab has no effect on autoregressive"
-    assert words in refused(decode.main, *given, "--draft-vocab", 100)
+    assert words in refused(program("decode"), *given, "--draft-vocab", 100)
 
 
 @pytest.mark.parametrize("lines", [2, 1 << 14])

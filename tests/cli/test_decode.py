@@ -13,7 +13,6 @@ from rich.segment import Segment, Segments
 from rich.style import Style
 
 from lsjax.cli import decode
-from lsjax.cli.decode import main
 from lsjax.cli.show import ACCEPTED, ADDED, CORRECTED, GAP, REJECTED, coloured, summary
 from lsjax.data.tokenizer_backends import ByteTokenizer
 from lsjax.decoding.completion import Completion, Trace
@@ -22,6 +21,9 @@ from lsjax.decoding.self_speculative import SelfSpeculative
 from lsjax.decoding.strategy import Autoregressive
 from lsjax.terminal import CONTROLS, visible
 from tests.marks import long
+from tests.programs import program
+
+main = program("decode")
 
 ROOT = Path(__file__).parents[2]
 NEW = 24

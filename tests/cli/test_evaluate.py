@@ -10,7 +10,6 @@ import tensorflow_datasets as tfds
 from lsjax.checkpoints.run import begin_run
 from lsjax.checkpoints.saving import Checkpoints
 from lsjax.cli import evaluate
-from lsjax.cli.evaluate import main
 from lsjax.config import DataConfig, TrainConfig
 from lsjax.data.shards import encode_documents
 from lsjax.data.sources import document_source
@@ -21,6 +20,9 @@ from lsjax.evaluation.tasks import TASKS
 from lsjax.io.lines import Lines
 from lsjax.training.step import init_state
 from tests.data import tiny_questions  # noqa: F401 (TFDS knows it from then on)
+from tests.programs import program
+
+main = program("evaluate")
 
 ROWS = ["en_query\ten_parse\tdomain"] + [
     f"{text}\t[IN:GET_{domain.upper()} {text} ]\t{domain}"
@@ -282,7 +284,7 @@ def test_categories(run, tmp_path, capsys):
 )
 def test_bad_input(model_directory, rows, tmp_path, refused, monkeypatch, options, words):
     """Before the model is loaded."""
-    monkeypatch.delattr("lsjax.cli.flags.load_engine")
+    monkeypatch.delattr("lsjax.cli.engines.load_engine")
     given = ["--model", model_directory, "--task", "topv2"]
     given += [] if "--data" in options else ["--data", rows]
     given += [] if "--output" in options else ["--output", tmp_path / "out.jsonl"]

@@ -3,6 +3,8 @@
 import importlib
 import pkgutil
 import re
+import subprocess
+import sys
 from dataclasses import dataclass, field, is_dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,43 +13,33 @@ from typing import get_args, get_type_hints
 import pytest
 from tyro import _fmtlib
 
-from lsjax import cli
-from lsjax.aot.decoding import DecodingShape
+import lsjax
 from lsjax.checkpoints.run import RunSource
-from lsjax.cli import (
-    aot,
-    benchmark,
-    convert,
-    count_tokens,
-    decode,
-    evaluate,
-    exits,
-    lm_eval,
-    prompts,
-    tokenize,
-    train,
-    training,
-)
-from lsjax.cli.flags import (
-    ModelFlags,
-    OpenModel,
-    SamplingFlags,
-    StrategyFlags,
-    load_engine,
-    make_strategies,
-    open_model,
-    trained_exits,
-)
-from lsjax.cli.setup import parse_flags
+from lsjax.cli import flags
+from lsjax.cli.engines import OpenModel, load_engine, make_strategies, open_model, trained_exits
+from lsjax.cli.flags.evaluate import TaskName
+from lsjax.cli.flags.fields import flags_of
+from lsjax.cli.flags.parse import Program, parse_as
+from lsjax.cli.flags.shared import ModelFlags, SamplingFlags, StrategyFlags
+from lsjax.cli.main import PROGRAMS, find, main
 from lsjax.cli.show import notes_console
-from lsjax.cli.training import TrainingFlags
-from lsjax.config import Checked, ConfigError, DataConfig, LlamaConfig, OptimizerConfig
+from lsjax.config import (
+    GREEDY,
+    Checked,
+    ConfigError,
+    DataConfig,
+    DecodingShape,
+    Hosts,
+    LlamaConfig,
+    OptimizerConfig,
+    Sampling,
+)
 from lsjax.decoding.auto.adaptive import Adaptive
 from lsjax.decoding.cost import best_draft_vocab
-from lsjax.decoding.sampling import GREEDY, Sampling
 from lsjax.decoding.self_speculative import SelfSpeculative
 from lsjax.decoding.strategy import Autoregressive, EarlyExit
-from lsjax.training.hosts import Hosts
+from lsjax.evaluation.tasks import TASKS
+from tests.programs import program
 
 CONFIG = ("--config", str(Path(__file__).parents[2] / "configs" / "quickstart.py"))
 
@@ -64,7 +56,7 @@ class Flags:
 
 
 def test_good_flags():
-    flags = parse_flags(Flags, ["--number", "3", "--optimizer.learning-rate", "0.5"], "")
+    flags = parse_as(Flags, ["--number", "3", "--optimizer.learning-rate", "0.5"])
     assert flags == Flags(3, optimizer=OptimizerConfig(learning_rate=0.5))
 
 
@@ -77,16 +69,16 @@ def test_good_flags():
         ),
         (
             ["--optimizer.learning-rat", "1"],
-            "Unrecognized options: --optimizer.learning-rat, 1; Perhaps you meant: "
-            "--optimizer.learning-rate FLOAT Highest learning rate, reached after warm-up. "
-            "(default: 0.0003); --help lists all flags",
+            "--optimizer.learning-rat is not a flag: did you mean --optimizer.learning-rate? "
+            "--help-all lists all flags",
         ),
+        (["--colour=1"], "--colour is not a flag: --help-all lists all flags"),
         (
             ["--number", "x"],
-            "Error parsing --number: invalid literal for int() with base 10: 'x'; Argument "
-            "helptext: --number INT (default: 1); --help lists all flags",
+            "Error parsing --number: invalid literal for int() with base 10: 'x'; "
+            "--help-all lists all flags",
         ),
-        (["y"], "Unrecognized options: y; --help lists all flags"),
+        (["y"], "y is not expected here: --help-all lists all flags"),
     ],
 )
 @pytest.mark.parametrize("terminal", [False, True])
@@ -95,16 +87,72 @@ def test_one_line(argv, message, terminal, capsys, monkeypatch):
         monkeypatch.setattr(_fmtlib, "_FORCE_UTF8_BOXES", True)
         monkeypatch.setattr(_fmtlib, "_FORCE_ANSI", True)
     with pytest.raises(ConfigError) as error:
-        parse_flags(Flags, argv, "")
+        parse_as(Flags, argv)
     assert str(error.value) == message
     assert capsys.readouterr().err == ""
 
 
-def test_help_goes_to_the_terminal(capsys):
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_help_fits_a_screen(name, capsys):
+    """And names what people use. All flags are in the long one, with their texts and defaults."""
+    screen, everything = (shown_help(capsys, name, flag) for flag in ("--help", "--help-all"))
+    assert len(screen) <= 50 and all(len(line) <= 100 for line in screen), len(screen)
+    assert screen[0].startswith(f"usage: lsjax {name}") and "--help-all" in screen[-1]
+    about = find(name).about.strip().splitlines()[0]
+    for lines in (screen, everything):
+        text = "\n".join(lines)
+        assert about in text and "(default" not in text and "Checked" not in text
+        assert all(len(line) <= 100 for line in lines)
+    names = [flag.names[0] for flag in flags_of(find(name).flags)]
+    assert len(names) == len({*names})
+    for flag in names:
+        assert any(line.lstrip().startswith(flag) for line in everything), flag
+
+
+def test_help_of_a_configuration_has_its_values(capsys):
+    lines = " ".join(line.strip() for line in shown_help(capsys, "train", *CONFIG, "--help"))
+    assert "stretched over them. [800]" in lines
+    shown = {flag for name in ("train", "aot") for flag in shown_flags(capsys, name)}
+    assert {"--config", "--workdir", "--programs"} <= shown
+
+
+def shown_help(capsys, *argv) -> list[str]:
     with pytest.raises(SystemExit) as end:
-        parse_flags(Flags, ["--help"], "What it does.")
+        main(argv)
     assert not end.value.code
-    assert "What it does." in capsys.readouterr().out
+    return capsys.readouterr().out.splitlines()
+
+
+def shown_flags(capsys, name) -> set[str]:
+    return {
+        line.split()[0] for line in shown_help(capsys, name, "--help") if line.startswith("  --")
+    }
+
+
+def test_the_command_lists_its_programs(capsys, refused):
+    assert main([]) == main(["--help"]) == 0
+    shown = capsys.readouterr().out
+    for name in PROGRAMS:
+        assert f"\n  {name} " in shown
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"{lsjax.__version__}\n"
+    assert "lsjax has no program trian: did you mean train?" in refused(main, "trian")
+
+
+def test_flags_import_no_jax():
+    """So that help appears at once."""
+    code = (
+        "import sys\nfrom lsjax.cli.main import PROGRAMS, find, overview\noverview()\n"
+        "from lsjax.cli.flags.help import help_text\n"
+        "for name in PROGRAMS: help_text(find(name).flags, None)\n"
+        "assert 'jax' not in sys.modules and 'numpy' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_tasks_are_those_of_the_flags():
+    assert get_args(TaskName) == tuple(TASKS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,7 +169,7 @@ def test_shared_flags_have_no_prefix_and_two_names(tokenizer, strategy, exits):
     """Each exit with each draft length; doubles count once."""
     argv = [strategy, "autoregressive", "early_exit", "self_speculative", exits, "2", "3", "2"]
     argv += ["--num-draft-tokens", "1", "4", "--draft-confidence", "0.5", "--temperature", "0.5"]
-    flags = parse_flags(Shared, argv, "")
+    flags = parse_as(Shared, argv)
     assert flags.sampling == Sampling(temperature=0.5)
     source = SimpleNamespace(config=LlamaConfig.tiny())
     model = OpenModel(ModelFlags(model=Path("nowhere")), source, tokenizer, None)
@@ -153,7 +201,7 @@ def test_exits_that_a_run_was_trained_with(tokenizer, early_exit, exits):
     source.config, source.early_exit = LlamaConfig.tiny(num_layers=32), early_exit
     model = OpenModel(ModelFlags(model=Path("nowhere")), source, tokenizer, None)
     assert trained_exits(model) == exits
-    flags = parse_flags(Shared, ["--strategy", "auto"], "")
+    flags = parse_as(Shared, ["--strategy", "auto"])
     assert make_strategies(flags, model) == [Adaptive(exits)]
 
 
@@ -175,22 +223,20 @@ def test_auto_chooses_a_draft_vocabulary(tokenizer, tmp_path):
         ModelFlags(model=Path("nowhere")), SimpleNamespace(config=config), tokenizer, None
     )
     auto = ["--strategy", "auto", "--exit-layers", "8", "15"]
-    (chosen,) = make_strategies(parse_flags(Shared, auto, ""), model, counts)
+    (chosen,) = make_strategies(parse_as(Shared, auto), model, counts)
     assert chosen.exits == (8, 15) and chosen.draft_vocab == best_draft_vocab(config, 15, counts)
-    (chosen,) = make_strategies(
-        parse_flags(Shared, [*auto, "--draft-vocab", "99"], ""), model, counts
-    )
+    (chosen,) = make_strategies(parse_as(Shared, [*auto, "--draft-vocab", "99"]), model, counts)
     assert chosen.draft_vocab == 99
 
 
 def flag_classes() -> set[type]:
-    """Every dataclass that lsjax.cli defines, and those of their fields."""
-    names = [f"lsjax.cli.{module.name}" for module in pkgutil.iter_modules(cli.__path__)]
+    """Every dataclass of flags, and those of their fields."""
+    names = [f"lsjax.cli.flags.{module.name}" for module in pkgutil.iter_modules(flags.__path__)]
     waiting = [
         found
         for module in map(importlib.import_module, names)
         for found in vars(module).values()
-        if is_dataclass(found) and found.__module__ == module.__name__
+        if is_dataclass(found) and found.__module__ == module.__name__ and found is not Program
     ]
     classes: set[type] = set()
     while waiting:
@@ -204,23 +250,23 @@ def flag_classes() -> set[type]:
 
 def test_every_class_of_flags_checks_its_values():
     classes = flag_classes()
-    assert {TrainingFlags, Hosts, Sampling, DecodingShape, DataConfig} < classes
+    assert {find("train").flags, Hosts, Sampling, DecodingShape, DataConfig} < classes
     assert [kind for kind in classes if not issubclass(kind, Checked)] == []
 
 
 @pytest.mark.parametrize(
     ("main", "argv", "flag"),
     [
-        (train.main, [*CONFIG, "--workdir", ""], "--workdir"),
-        (train.main, ["--config", "", "--workdir", "x"], "--config"),
-        (decode.main, ["--model", "", "--prompt", "a"], "--model"),
-        (decode.main, ["--model", "x", "--prompt-file", ""], "--prompt-file"),
-        (decode.main, ["--model", "x", "--prompt", "a", "--json", ""], "--json"),
-        (exits.main, ["--runs", "x", ""], "--runs"),
-        (tokenize.main, ["--config", ""], "--config"),
-        (aot.main, [*CONFIG, "--topology", "v5e:1", "--output", ""], "--output"),
-        (count_tokens.main, ["--model", "", "--text", "x"], "--model"),
-        (convert.main, ["", "x"], "source"),
+        (program("train"), [*CONFIG, "--workdir", ""], "--workdir"),
+        (program("train"), ["--config", "", "--workdir", "x"], "--config"),
+        (program("decode"), ["--model", "", "--prompt", "a"], "--model"),
+        (program("decode"), ["--model", "x", "--prompt-file", ""], "--prompt-file"),
+        (program("decode"), ["--model", "x", "--prompt", "a", "--json", ""], "--json"),
+        (program("exits"), ["--runs", "x", ""], "--runs"),
+        (program("tokenize"), ["--config", ""], "--config"),
+        (program("aot"), [*CONFIG, "--topology", "v5e:1", "--output", ""], "--output"),
+        (program("count-tokens"), ["--model", "", "--text", "x"], "--model"),
+        (program("convert"), ["", "x"], "source"),
     ],
 )
 def test_an_empty_path_is_refused_with_its_flag(refused, main, argv, flag):
@@ -228,20 +274,22 @@ def test_an_empty_path_is_refused_with_its_flag(refused, main, argv, flag):
 
 
 def test_a_run_needs_a_directory(refused):
-    assert "--workdir is missing: name the directory of the run" in refused(train.main, *CONFIG)
+    assert "--workdir is missing: name the directory of the run" in refused(
+        program("train"), *CONFIG
+    )
 
 
 @pytest.mark.parametrize(
     ("main", "argv", "words"),
     [
-        (tokenize.main, ["--workers", 0], "--workers 0 must be a whole number of at least 1"),
+        (program("tokenize"), ["--workers", 0], "--workers 0 must be a whole number of at least 1"),
         (
-            aot.main,
+            program("aot"),
             ["--topology", "v5e:1", "--decoding.batch-size", 0],
             "--decoding.batch-size (0,) must be a tuple, each item a whole number of at least 1",
         ),
         (
-            train.main,
+            program("train"),
             ["--workdir", "x", "--distributed.start-timeout", 0],
             "--distributed.start-timeout 0 must be a whole number of at least 1",
         ),
@@ -254,41 +302,48 @@ def test_a_number_out_of_range_is_refused(refused, main, argv, words):
 def test_a_name_of_control_characters_is_shown_to_a_terminal(refused, monkeypatch):
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("TERM", "dumb")
-    shown = refused(decode.main, "--model", "no\x1b[2J\x9bwhere", "--prompt", "a")
+    shown = refused(program("decode"), "--model", "no\x1b[2J\x9bwhere", "--prompt", "a")
     assert shown.startswith(r"error: no\x1b[2J\x9bwhere: does not exist")
     monkeypatch.delenv("FORCE_COLOR")
     assert "no\x1b[2J\x9bwhere" in refused(
-        decode.main, "--model", "no\x1b[2J\x9bwhere", "--prompt", "a"
+        program("decode"), "--model", "no\x1b[2J\x9bwhere", "--prompt", "a"
     )
 
 
 @pytest.mark.parametrize(
-    "program, needed",
+    "name, needed",
     [
-        (prompts, []),
-        (benchmark, []),
-        (evaluate, ["--task", "gsm8k", "--output", "answers.jsonl"]),
-        (lm_eval, ["--tasks", "gsm8k"]),
+        ("decode", []),
+        ("benchmark", []),
+        ("evaluate", ["--task", "gsm8k", "--output", "answers.jsonl"]),
+        ("lm-eval", ["--tasks", "gsm8k"]),
     ],
 )
-def test_programs_that_decode_take_the_kernels(program, needed):
+def test_programs_that_decode_take_the_kernels(name, needed):
     given = ["--model", "m", *needed]
-    assert parse_flags(program.Arguments, given, "").kernels == "auto"
-    assert parse_flags(program.Arguments, [*given, *REFERENCE], "").kernels == "reference"
+    assert find(name).parsed(given).kernels == "auto"
+    assert find(name).parsed([*given, *REFERENCE]).kernels == "reference"
 
 
 def test_programs_with_a_configuration_take_the_kernels():
     """A kernel of attention beside them is refused."""
     for_training = [*CONFIG, "--workdir", "runs/x", *REFERENCE]
-    found = training.parse_config(training.TrainingFlags, for_training, "")
-    assert found.fields.kernels == "reference"
+    assert find("train").parsed(for_training).fields.kernels == "reference"
     for_aot = [*CONFIG, "--topology", "h100:1", *REFERENCE]
-    assert aot.parse(aot.Arguments, for_aot, "").fields.kernels == "reference"
+    assert find("aot").parsed(for_aot).fields.kernels == "reference"
     message = 'attention "cudnn" needs kernels "auto": drop one of the two'
     with pytest.raises(ConfigError, match=message):
-        training.parse_config(training.TrainingFlags, [*for_training, "--attention", "cudnn"], "")
+        find("train").parsed([*for_training, "--attention", "cudnn"])
+
+
+def test_a_configuration_has_a_name():
+    """That of a file, or of one of those that lsjax comes with."""
+    by_name = find("train").parsed(["--config", "quickstart", "--workdir", "x"])
+    assert by_name.fields == find("train").parsed([*CONFIG, "--workdir", "x"]).fields
+    with pytest.raises(ConfigError, match="--config nothing is no file.*choose from .*quickstart"):
+        find("train").parsed(["--config", "nothing"])
 
 
 def test_an_engine_gets_the_kernels(model_directory):
-    opened = open_model(parse_flags(ModelFlags, ["--model", str(model_directory), *REFERENCE], ""))
+    opened = open_model(parse_as(ModelFlags, ["--model", str(model_directory), *REFERENCE]))
     assert load_engine(opened, notes_console()).runtime.kernels == "reference"

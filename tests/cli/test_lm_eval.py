@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 
 import lsjax.evaluation
-from lsjax.cli.lm_eval import main
+from tests.programs import program
+
+main = program("lm-eval")
 
 TASKS = Path(__file__).parents[1] / "evaluation" / "tasks"
 EARLY = ("--strategy", "early_exit")
@@ -50,7 +52,7 @@ def no_lm_eval(monkeypatch):
 )
 def test_bad_input(model_directory, refused, no_lm_eval, monkeypatch, options, words):
     """Before the model is loaded."""
-    monkeypatch.delattr("lsjax.cli.flags.load_engine")
+    monkeypatch.delattr("lsjax.cli.engines.load_engine")
     given = ("--model", model_directory) if "--model" not in options else ()
     tasks = ("--tasks", "tiny_choice") if "--tasks" not in options else ()
     assert words in refused(main, *given, *tasks, *options)

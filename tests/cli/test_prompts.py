@@ -12,13 +12,12 @@ import pytest
 from rich.console import Console
 
 from lsjax.cli import benchmark
+from lsjax.cli.engines import OpenModel
 from lsjax.cli.evaluate import read_questions
-from lsjax.cli.flags import OpenModel
 from lsjax.cli.prompts import Arguments, choose_requests, prompt_rows
-from lsjax.config import ConfigError, LlamaConfig
+from lsjax.config import ConfigError, LlamaConfig, Sampling
 from lsjax.data.tokenizer_backends import ByteTokenizer
 from lsjax.decoding.request import Request
-from lsjax.decoding.sampling import Sampling
 
 MODEL = Path("nowhere")
 

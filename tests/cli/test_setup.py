@@ -63,7 +63,8 @@ def test_steps_reuse_memory():
 
 BROKEN_OFF = """
 from rich.console import Console
-from lsjax.cli.setup import bar, one_line_errors
+from lsjax.cli.errors import one_line_errors
+from lsjax.cli.setup import bar
 
 with one_line_errors():
     counting = iter(bar(Console(), "counting")([1, 2, 3]))

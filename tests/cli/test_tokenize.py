@@ -5,14 +5,17 @@ from pathlib import Path
 
 import pytest
 
-from lsjax.cli.tokenize import main
 from lsjax.data import pieces as pieces_module
 from lsjax.data.token_rows import INDEX
+from tests.programs import program
+
+main = program("tokenize")
 
 ROOT = Path(__file__).parents[2]
 
 CONFIG = """
 from lsjax.config import DataConfig, LlamaConfig, TrainConfig
+
 config = TrainConfig(
     model=LlamaConfig.tiny(),
     data=DataConfig(source="jsonl", paths=("many.jsonl",), tokenizer="bytes"),

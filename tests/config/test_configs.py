@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lsjax.cli.training import read_config_file
+from lsjax.cli.flags.config_file import read_config_file
 from lsjax.training.layer_dropout import layer_rates
 
 CONFIGS = Path(__file__).parents[2] / "configs"

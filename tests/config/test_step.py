@@ -102,11 +102,6 @@ from lsjax.config import (
         (StepConfig, dict(num_steps=9, dtype="float16"), "dtype 'float16' must be one of auto"),
         (
             StepConfig,
-            dict(num_steps=9, optimizer=OptimizerConfig(warmup_steps=10)),
-            "warmup_steps 10 is more than num_steps 9",
-        ),
-        (
-            StepConfig,
             dict(num_steps=9, attention="flash", kernels="reference"),
             'attention "flash" needs kernels "auto": drop one of the two',
         ),

@@ -134,7 +134,7 @@ def test_first_fit_looks_at_the_newest_rows_only():
     assert first_fit(np.array([6, 5, 3, 4, 2, 1]), 8).tolist() == [0, 1, 1, 2, 0, 2]
     lengths = np.array([7, *[8] * OPEN_ROWS, 1])
     assert first_fit(lengths[1:], 8)[-1] == OPEN_ROWS
-    assert first_fit(lengths[:-2].tolist() + [1], 8)[-1] == 0
+    assert first_fit(np.append(lengths[:-2], 1), 8)[-1] == 0
     assert first_fit(lengths, 8)[-1] == OPEN_ROWS + 1  # the first row is closed by then
 
 

@@ -31,7 +31,7 @@ def test_counts_every_token_but_special_ones():
 def test_the_models_own_file_comes_first(tmp_path):
     model, cache = tmp_path / "model", tmp_path / "cache"
     model.mkdir()
-    command = rf"python -m lsjax.cli.count_tokens --model {model} --text FILE"
+    command = rf"lsjax count-tokens --model {model} --text FILE"
     with pytest.raises(ConfigError, match=command):
         find_counts(model, cache, TOKENIZER)
     write_counts(cached_counts(cache, TOKENIZER), TOKENIZER, Counter({1: 2}))

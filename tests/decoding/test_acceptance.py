@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 from scipy.stats import chisquare
 
+from lsjax.config import Sampling
 from lsjax.decoding.acceptance import accept_block, accept_equal, block_chances
 from lsjax.decoding.draft import Draft
 from lsjax.decoding.draft_vocabulary import DraftHead
 from lsjax.decoding.engine import Engine
-from lsjax.decoding.sampling import Purpose, RowSampling, Sampling
+from lsjax.decoding.sampling import Purpose, RowSampling
 from lsjax.decoding.self_speculative import SelfSpeculative
 from lsjax.decoding.strategy import Autoregressive
 from tests.marks import long

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from lsjax.config import ConfigError, LlamaConfig
+from lsjax.config import ConfigError, LlamaConfig, Sampling
 from lsjax.decoding import runtime, stopwatch
 from lsjax.decoding.acceptance import Verified
 from lsjax.decoding.auto import measure as measuring
@@ -33,7 +33,6 @@ from lsjax.decoding.draft_vocabulary import DraftVocabulary
 from lsjax.decoding.engine import Engine
 from lsjax.decoding.programs import decode, pause
 from lsjax.decoding.request import Request
-from lsjax.decoding.sampling import Sampling
 from lsjax.decoding.self_speculative import SelfSpeculative
 from lsjax.decoding.strategy import Autoregressive
 from lsjax.model.llama import Llama

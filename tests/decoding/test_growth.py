@@ -6,12 +6,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from lsjax.config import ConfigError
+from lsjax.config import ConfigError, Sampling
 from lsjax.decoding import runtime as runtimes
 from lsjax.decoding.batching import Conversation
 from lsjax.decoding.engine import Engine
 from lsjax.decoding.request import Request
-from lsjax.decoding.sampling import Sampling
 from lsjax.decoding.self_speculative import SelfSpeculative
 from lsjax.decoding.strategy import Autoregressive
 from lsjax.model.llama import Llama
@@ -51,7 +50,7 @@ def same(found, expected):
 def test_texts_and_refill(shallow, tokenizer, small, strategy, batch_size, requests):
     """Rows of a batch grow together; requests enter rows of every capacity."""
     grown = Engine(shallow, tokenizer, strategy, batch_size=batch_size)
-    roomy = Engine(shallow, tokenizer, strategy, batch_size=batch_size, min_capacity=128)
+    roomy = Engine(shallow, tokenizer, strategy, batch_size=batch_size, min_length=128)
     slots = [grown.runtime.capacity(length, strategy) for length in (3, 90)]
     assert slots == [48, 144] and roomy.runtime.capacity(3, strategy) == 144
     expected = roomy.generate(requests)
@@ -66,7 +65,7 @@ def test_texts_and_refill(shallow, tokenizer, small, strategy, batch_size, reque
 def test_streams_and_stops(shallow, tokenizer, small):
     """Pieces of a stream, and a stop string that is found after two growths."""
     grown = Engine(shallow, tokenizer, STRATEGY)
-    roomy = Engine(shallow, tokenizer, STRATEGY, min_capacity=128)
+    roomy = Engine(shallow, tokenizer, STRATEGY, min_length=128)
     options = dict(max_new_tokens=70, log_probs=True)
     (whole,) = roomy.generate([[1, 2, 3]], **options)
     *pieces, done = grown.stream([1, 2, 3], **options)
@@ -88,7 +87,7 @@ def test_streams_and_stops(shallow, tokenizer, small):
 def test_conversation(shallow, tokenizer, small):
     """The cache of a turn that has grown twice is kept, and the next turn grows it once more."""
     engine, kept = Engine(shallow, tokenizer, STRATEGY), Conversation()
-    fresh = Engine(shallow, tokenizer, STRATEGY, min_capacity=256)
+    fresh = Engine(shallow, tokenizer, STRATEGY, min_length=256)
     prompt = [1, 2, 3]
     for new in (66, 80):
         *_, done = engine.stream(prompt, conversation=kept, max_new_tokens=new)

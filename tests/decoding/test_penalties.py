@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lsjax.config import ConfigError
+from lsjax.config import ConfigError, Sampling
 from lsjax.decoding.engine import Engine
 from lsjax.decoding.request import Request
-from lsjax.decoding.sampling import Penalties, Sampling
+from lsjax.decoding.sampling import Penalties
 from lsjax.decoding.strategy import Autoregressive
 from tests.marks import long
 

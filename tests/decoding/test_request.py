@@ -4,10 +4,9 @@ import copy
 
 import pytest
 
-from lsjax.config import ConfigError
+from lsjax.config import ConfigError, Sampling
 from lsjax.decoding.engine import Engine
 from lsjax.decoding.request import Request
-from lsjax.decoding.sampling import Sampling
 from lsjax.decoding.self_speculative import SelfSpeculative
 
 PROMPT, NEW = [1, 2, 3], 24

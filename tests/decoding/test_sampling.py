@@ -10,13 +10,13 @@ import pytest
 from flax import nnx
 from scipy.stats import chisquare
 
-from lsjax.config import ConfigError, LlamaConfig
+from lsjax.config import ConfigError, LlamaConfig, Sampling
 from lsjax.decoding.acceptance import accept_block
 from lsjax.decoding.auto.adaptive import Adaptive
 from lsjax.decoding.draft_vocabulary import DraftVocabulary
 from lsjax.decoding.programs import decode, prefill
 from lsjax.decoding.request import Request
-from lsjax.decoding.sampling import Purpose, RowSampling, Sampling
+from lsjax.decoding.sampling import Purpose, RowSampling
 from lsjax.decoding.self_speculative import SelfSpeculative
 from lsjax.decoding.strategy import Autoregressive
 from lsjax.model.llama import Llama

@@ -4,11 +4,10 @@ import json
 
 import pytest
 
-from lsjax.config import ConfigError
+from lsjax.config import ConfigError, Sampling
 from lsjax.decoding.auto.adaptive import Adaptive
 from lsjax.decoding.draft_vocabulary import DraftVocabulary
 from lsjax.decoding.request import Request
-from lsjax.decoding.sampling import Sampling
 from lsjax.decoding.self_speculative import SelfSpeculative
 from lsjax.decoding.strategy import Autoregressive, EarlyExit
 from lsjax.evaluation.answers import Question, as_line, read, resume

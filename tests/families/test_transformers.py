@@ -10,7 +10,8 @@ from safetensors.numpy import load_file
 from lsjax.checkpoints import load, open_checkpoint
 from lsjax.checkpoints.huggingface import save
 from lsjax.config import LlamaConfig, RopeScaling
-from lsjax.model.llama import Llama, first_layers
+from lsjax.model.exit_model import first_layers
+from lsjax.model.llama import Llama
 from tests.marks import long
 
 GOLDEN = Path(__file__).parents[1] / "golden"

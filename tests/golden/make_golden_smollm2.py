@@ -3,7 +3,7 @@
 The numbers are those of torch in float32 on a CPU; `make parity` compares lsjax with them. Needs
 torch and transformers >= 5 (`make peers`) and the model as a Hugging Face directory:
 
-    python -m lsjax.cli.convert models/SmolLM2-135M-Instruct.Q4_1.gguf models/smollm2
+    lsjax convert models/SmolLM2-135M-Instruct.Q4_1.gguf models/smollm2
     python tests/golden/make_golden_smollm2.py models/smollm2 tests/golden/smollm2.json
 """
 

@@ -18,8 +18,7 @@ from lsjax.checkpoints.lock import LOCK, new_owner
 from lsjax.checkpoints.run import CHECKPOINTS, METRICS, read_metrics
 from lsjax.checkpoints.steps import MARKER, saved_steps
 from lsjax.checkpoints.tensors import CheckpointError
-from lsjax.cli import convert, decode, train
-from lsjax.cli.training import read_config_file
+from lsjax.cli.flags.config_file import read_config_file
 from lsjax.config import ConfigError, DataConfig, as_path
 from lsjax.config.paths import find_files, split_step
 from lsjax.data import pieces
@@ -33,6 +32,7 @@ from lsjax.io.rows import read_lines
 from lsjax.model.parameters import named_leaves
 from lsjax.training import writer
 from lsjax.training.run import Hook
+from tests.programs import program
 
 PROOFS = Path(__file__).parents[2] / "scripts" / "proofs"
 TINY = ("--config", PROOFS / "tiny_run.py", "--checkpoints.every", 2, "--evaluation.every", 2)
@@ -72,13 +72,13 @@ def message(program, *words, capsys) -> str:
 @pytest.mark.filterwarnings("ignore:Sending a large body:ResourceWarning")  # by gcsfs, of a trace
 def test_a_run_in_a_bucket_resumes_decodes_and_converts(bucket, tmp_path, capsys):
     ours, local = bucket / "run", tmp_path / "run"
-    assert run(train.main, *TINY, "--workdir", ours, "--num-steps", 4) == 0
+    assert run(program("train"), *TINY, "--workdir", ours, "--num-steps", 4) == 0
     assert [step.number for step in saved_steps(ours / CHECKPOINTS)] == [4, 2]
     # As if the process had been killed while it saved step 4.
     (ours / CHECKPOINTS / "4" / MARKER).unlink()
     capsys.readouterr()
     for workdir in (ours, local):
-        assert run(train.main, *TINY, "--workdir", workdir, "--num-steps", 4) == 0
+        assert run(program("train"), *TINY, "--workdir", workdir, "--num-steps", 4) == 0
     assert "resumes after step 2" in capsys.readouterr().out
     rows = [
         [
@@ -91,12 +91,12 @@ def test_a_run_in_a_bucket_resumes_decodes_and_converts(bucket, tmp_path, capsys
     assert rows[0] == rows[1] and rows[0][-1]["kind"] == "evaluation"
 
     hf, output = bucket / "hf", bucket / "texts.jsonl"
-    assert run(convert.main, f"{ours}@best", hf) == 0
-    assert "not an empty directory" in message(convert.main, ours, hf, capsys=capsys)
+    assert run(program("convert"), f"{ours}@best", hf) == 0
+    assert "not an empty directory" in message(program("convert"), ours, hf, capsys=capsys)
     words = ("--prompt", "import", "--max-new-tokens", 4, "--json", output)
     texts = []
     for model in (ours, hf, local):
-        run(decode.main, "--model", model, *words, "--profile", bucket / "trace")
+        run(program("decode"), "--model", model, *words, "--profile", bucket / "trace")
         texts.append(json.loads(output.read_text())["token_ids"])
     assert texts[0] == texts[1] == texts[2]
     assert find_files([f"{bucket}/trace/plugins/profile/*/*.xplane.pb"])
@@ -115,7 +115,7 @@ def test_one_of_two_trainers_in_a_bucket_goes_on(bucket, monkeypatch, capsys):
     def disturbed(run):
         def call(step, model):
             if step == 2:
-                refusals.append(message(train.main, *TINY, "--workdir", ours, capsys=capsys))
+                refusals.append(message(program("train"), *TINY, "--workdir", ours, capsys=capsys))
             if step == 4:
                 write_whole(ours / LOCK, new_owner())
                 refusals.append((ours / METRICS).read_bytes())
@@ -141,9 +141,9 @@ def test_one_of_two_trainers_in_a_bucket_goes_on(bucket, monkeypatch, capsys):
 
 def test_damaged_steps_in_a_bucket_are_moved_aside(bucket, capsys):
     workdir = bucket / "run"
-    assert run(train.main, *TINY, "--workdir", workdir, "--num-steps", 4) == 0
+    assert run(program("train"), *TINY, "--workdir", workdir, "--num-steps", 4) == 0
     write_whole(workdir / CHECKPOINTS / "4" / "meta" / "metadata", b"{}")
-    assert run(train.main, *TINY, "--workdir", workdir, "--num-steps", 4) == 0
+    assert run(program("train"), *TINY, "--workdir", workdir, "--num-steps", 4) == 0
     assert "step 4 is damaged and skipped" in capsys.readouterr().out
     assert {path.name for path in (workdir / CHECKPOINTS).iterdir()} == {"2", "4", "4.damaged"}
     assert saved_steps(workdir / CHECKPOINTS)[0].meta["data"]
@@ -244,19 +244,19 @@ def test_lines_of_a_bucket_are_written_at_intervals_and_at_the_end(bucket, monke
 
 def test_a_bucket_that_does_not_exist_or_forbids_is_one_line(bucket, server, tmp_path, capsys):
     none = "gs://no-bucket/run"
-    said = message(train.main, *TINY, "--workdir", none, capsys=capsys)
+    said = message(program("train"), *TINY, "--workdir", none, capsys=capsys)
     assert f"{none} can't be written (NOT_FOUND: Not Found): check that the bucket exists" in said
     assert not server.has_bucket("no-bucket")
-    said = message(decode.main, "--model", none, "--prompt", "a", capsys=capsys)
+    said = message(program("decode"), "--model", none, "--prompt", "a", capsys=capsys)
     assert f"{none}: does not exist" in said
     with server.failing(403):
-        said = message(train.main, *TINY, "--workdir", bucket / "run", capsys=capsys)
+        said = message(program("train"), *TINY, "--workdir", bucket / "run", capsys=capsys)
         assert "run can't be written (PERMISSION_DENIED: " in said
-        for program, *words in (
-            (decode.main, "--model", bucket / "run", "--prompt", "a"),
-            (convert.main, bucket / "run", tmp_path / "hf"),
+        for run_program, *words in (
+            (program("decode"), "--model", bucket / "run", "--prompt", "a"),
+            (program("convert"), bucket / "run", tmp_path / "hf"),
         ):
-            said = message(program, *words, capsys=capsys)
+            said = message(run_program, *words, capsys=capsys)
             assert "run cannot be reached (Forbidden" in said or "run/config.json cannot" in said
 
 
@@ -272,5 +272,5 @@ def test_text_becomes_a_path_in_a_bucket_or_a_local_one(bucket, monkeypatch):
 def test_without_gcsfs_the_fix_is_named(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "gcsfs", None)
     monkeypatch.setattr("lsjax.config.paths.find_spec", lambda _: None)
-    said = message(decode.main, "--model", "gs://a/b", "--prompt", "a", capsys=capsys)
+    said = message(program("decode"), "--model", "gs://a/b", "--prompt", "a", capsys=capsys)
     assert said == "error: gs:// paths need the gcsfs package: pip install 'lsjax[gcs]'\n"

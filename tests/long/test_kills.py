@@ -22,14 +22,14 @@ ROOT = Path(__file__).parents[2]
 
 KILLED_WHILE_EVALUATING = """
 import os, signal, sys
-from lsjax.cli import train
+from lsjax.cli.main import main
 from lsjax.evaluation import exits
 
 def killed(*arguments, **options):
     os.kill(os.getpid(), signal.SIGKILL)
 
 exits.score_exits = killed
-train.main(sys.argv[1:])
+main(["train", *sys.argv[1:]])
 """
 
 

@@ -29,7 +29,7 @@ import os
 import signal
 
 from lsjax.decoding.engine import Engine
-from lsjax.interrupts import run_program
+from lsjax.interrupts import command
 
 generate = Engine.generate
 
@@ -42,7 +42,7 @@ def killed(self, requests, *, on_completion):
 
 Engine.generate = killed
 signal.signal(signal.SIGINT, signal.default_int_handler)
-run_program("lsjax.cli.decode")
+command("decode")
 """
 
 
@@ -93,7 +93,7 @@ def test_ctrl_c_in_a_terminal(tmp_path, workers):
     (tmp_path / "config.py").write_text(CONFIG)
     line = json.dumps({"text": "some words " * 1000}) + "\n"
     (tmp_path / "many.jsonl").write_text(line * 3000)
-    program = ("-m", "lsjax.cli.tokenize", "--config", "config.py", "--workers", str(workers))
+    program = ("-m", "lsjax", "tokenize", "--config", "config.py", "--workers", str(workers))
     started = subprocess.Popen(
         # A shell starts programs of the background with Ctrl-C ignored.
         ["env", "--default-signal=INT", sys.executable, *program],

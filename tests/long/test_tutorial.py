@@ -1,28 +1,36 @@
-"""docs/tutorial.md, block by block. Long: it trains a model of eight layers for five steps."""
+"""docs/tutorial.md as a notebook. Long: a kernel trains a model of eight layers for five steps."""
 
 import re
 from pathlib import Path
 
-import matplotlib
+import nbformat
+import pytest
+from nbclient import NotebookClient
 
-import lsjax
+NOTEBOOK = Path(__file__).parents[2] / "docs" / "tutorial.ipynb"
+# Of Jupyter's own.
+pytestmark = pytest.mark.filterwarnings("default")
 
-PAGE = Path(__file__).parents[2] / "docs" / "tutorial.md"
 
-
-def test_the_tutorial(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
+def test_the_tutorial(tmp_path, monkeypatch):
+    """Each cell runs. Training shows its progress, exits and pictures in the notebook."""
     monkeypatch.setenv("LSJAX_CACHE", str(tmp_path / "cache"))
-    matplotlib.use("Agg")
-    code = "\n".join(re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL))
+    monkeypatch.setenv("PYTHONPATH", str(NOTEBOOK.parents[1]))
+    text = NOTEBOOK.read_text()
     for long, short in (("num_steps=400", "num_steps=5"), ("every=200", "every=5")):
-        assert long in code
-        code = code.replace(long, short)
-    names: dict = {}
-    exec(code, names)
-    assert isinstance(names["model"], lsjax.Llama) and names["agreement"].shape == (8,)
-    assert float(names["agreement"][-1]) == 1
-    assert names["done"].drafted > 0
+        assert long in text
+        text = text.replace(long, short)
+    notebook = nbformat.reads(text, as_version=4)
+    checks = (
+        "assert isinstance(model, lsjax.Llama) and agreement.shape == (8,)",
+        "assert float(agreement[-1]) == 1 and done.drafted > 0",
+    )
+    notebook.cells.append(nbformat.v4.new_code_cell("\n".join(checks)))
+    NotebookClient(notebook, timeout=600, resources={"metadata": {"path": tmp_path}}).execute()
     assert (tmp_path / "runs" / "tutorial" / "agreement.png").stat().st_size > 1000
-    printed = capsys.readouterr().out
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", ())]
+    shown = [output.get("data", {}) for output in outputs]
+    assert sum("image/png" in data for data in shown) >= 2  # of exits and training
+    printed = re.sub(r"<[^>]*>", "", "".join(str(output) for output in outputs))
+    assert "step 5/5" in printed and "held-out tokens" in printed
     assert "exit 8 agrees with the last one at 100%" in printed and "tokens a round" in printed

@@ -24,7 +24,7 @@ from lsjax.decoding.engine import Engine
 from lsjax.decoding.self_speculative import SelfSpeculative
 from lsjax.decoding.strategy import Autoregressive
 from lsjax.model.cache import KVCache
-from lsjax.model.llama import first_layers
+from lsjax.model.exit_model import first_layers
 
 transformers = pytest.importorskip("transformers", reason="needs transformers: make peers")
 torch = pytest.importorskip("torch", reason="needs torch: make peers")

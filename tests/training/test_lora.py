@@ -115,7 +115,7 @@ def test_only_adapters_move_those_of_every_layer(base, finetuned):
 def test_the_optimizer_has_adapters_only(base, finetuned):
     trained = sum(leaf.size for leaf in jax.tree.leaves(split(finetuned.model)[0]))
     held = sum(leaf.size for leaf in jax.tree.leaves(finetuned.opt_state))
-    assert held == 2 * trained + 1  # two moments, and a count of steps
+    assert held == 2 * trained + 2  # two moments, and two counts of steps
 
 
 @pytest.mark.long

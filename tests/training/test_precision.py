@@ -11,6 +11,7 @@ from flax import nnx
 from lsjax.config import LlamaConfig, StepConfig
 from lsjax.model.llama import Llama
 from lsjax.model.parameters import named_leaves
+from lsjax.training.recipe import PAPER
 from lsjax.training.step import init_state, loss_and_gradients
 
 ROWS, STEPS, VOCAB, WIDTH = 64, 512, 512, 32
@@ -51,7 +52,7 @@ def batch():
 
 def lowered(config, state, batch):
     return jax.jit(
-        lambda state, batch: loss_and_gradients(config, state, batch, ROWS * STEPS)[1]
+        lambda state, batch: loss_and_gradients(config, PAPER, state, batch, ROWS * STEPS)[1]
     ).lower(state, batch)
 
 

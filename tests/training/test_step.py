@@ -172,6 +172,7 @@ def test_config_and_model_must_fit(small, packed):
         # (1 + cos(pi / 3)) / 2 = 0.75 at a third, 0.1 + 0.9 * 0.75 with a floor of 0.1.
         (dict(schedule="cosine", warmup_steps=10), {10: 1, 40: 0.775, 55: 0.55, 100: 0.1}),
         (dict(schedule="cosine", warmup_steps=100), {99: 100 / 101}),
+        (dict(schedule="cosine", warmup_steps=199), {0: 1 / 200, 99: 0.5}),  # longer than the run
     ],
 )
 def test_learning_rates(changes, expected):

@@ -15,13 +15,12 @@ from flax import nnx
 
 from lsjax.checkpoints.huggingface import save
 from lsjax.cli import decode as decode_program
-from lsjax.config import ConfigError, LlamaConfig, MeshConfig
+from lsjax.config import GREEDY, ConfigError, LlamaConfig, MeshConfig, Sampling
 from lsjax.decoding.auto.adaptive import Adaptive
 from lsjax.decoding.draft_vocabulary import DraftVocabulary
 from lsjax.decoding.engine import Engine
 from lsjax.decoding.programs import Programs, decode, prefill
 from lsjax.decoding.request import Request
-from lsjax.decoding.sampling import GREEDY, Sampling
 from lsjax.decoding.self_speculative import SelfSpeculative
 from lsjax.decoding.strategy import Autoregressive, EarlyExit
 from lsjax.evaluation.comparison import FLOAT32_MARGIN, first_difference

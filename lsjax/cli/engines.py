@@ -1,15 +1,9 @@
-"""Shared command-line flags, and the engine and strategies made from them.
-
-A program's arguments are a dataclass that inherits `ModelFlags` and `StrategyFlags`, and has
-`sampling: SamplingFlags = GREEDY`. All flags are flat: --model, --exit-layer, --temperature.
-"""
+"""The engine and the strategies that flags ask for (lsjax/cli/flags/shared.py)."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from itertools import product
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
-import tyro
 from jax.sharding import Mesh
 from rich.console import Console
 
@@ -17,8 +11,9 @@ from lsjax.checkpoints import load, open_checkpoint
 from lsjax.checkpoints.huggingface import read_generation_defaults
 from lsjax.checkpoints.run import RunSource
 from lsjax.checkpoints.tensors import TensorSource
+from lsjax.cli.flags.shared import ModelFlags, StrategyFlags
 from lsjax.cli.setup import bar, choose_dtype, keep_compiled_programs
-from lsjax.config import AnyPath, Checked, ConfigError, Kernels, MeshConfig, check
+from lsjax.config import GREEDY, ConfigError, MeshConfig, Sampling, check
 from lsjax.data.tokenizer import Tokenizer
 from lsjax.data.tokenizer_files import load_tokenizer
 from lsjax.data.vocabulary import find_counts
@@ -26,7 +21,6 @@ from lsjax.decoding.auto.adaptive import Adaptive
 from lsjax.decoding.cost import best_draft_vocab
 from lsjax.decoding.draft_vocabulary import DraftVocabulary
 from lsjax.decoding.engine import Engine, check_settings
-from lsjax.decoding.sampling import GREEDY, Sampling
 from lsjax.decoding.self_speculative import SelfSpeculative
 from lsjax.decoding.strategy import Autoregressive, EarlyExit, Strategy
 from lsjax.io.files import cache_directory
@@ -36,66 +30,6 @@ from lsjax.sharding import make_mesh
 FILTERS = ("top_k", "top_p", "min_p")  # fields of `Sampling` without effect on greedy decoding
 MOST_EXITS = 4  # of a model, that auto chooses from
 Counts = Mapping[int, int]  # token id -> occurrences
-# `Sampling` itself, without a prefix on the command line.
-SamplingFlags = tyro.conf.OmitArgPrefixes[Sampling]
-StrategyName = Literal["autoregressive", "early_exit", "self_speculative", "auto"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelFlags(Checked, prefix="--"):
-    """Model, devices and dtype."""
-
-    model: AnyPath
-    """Hugging Face directory (config.json, safetensors, tokenizer), .gguf file, or directory of a
-    training run (RUN@200 and RUN@best are steps of it)."""
-    batch_size: int = 1
-    """Prompts decoded in parallel."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Type of weights and cache; auto is float32 on CPUs and bfloat16 on accelerators."""
-    max_length: int | None = None
-    """Maximum tokens, prompt plus new text; the model's context by default."""
-    mesh: MeshConfig = MeshConfig()
-    """Devices to decode on; one by default."""
-    kernels: Kernels = "auto"
-    """Tuned code: auto uses what is tuned for the platform, reference none of it."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ChatFlags(Checked, prefix="--"):
-    """Prompts as chat messages."""
-
-    chat: bool = False
-    """Formats prompts with the model's chat template."""
-    system: str | None = None
-    """System message, with --chat."""
-
-    def __post_init__(self):
-        super().__post_init__()
-        check(self.chat or self.system is None, "--system needs --chat: add it, or drop --system")
-
-
-@dataclass(frozen=True, kw_only=True)
-class StrategyFlags(Checked, prefix="--"):
-    """Every combination of strategy, exit and draft length."""
-
-    strategies: Annotated[tuple[StrategyName, ...], tyro.conf.arg(aliases=("--strategy",))] = ()
-    """autoregressive runs all layers. early_exit runs only the first layers. self_speculative
-    drafts with the first layers and verifies with the others. auto chooses exit and draft length in
-    each round, or looks drafts up in the text. These two give the tokens of greedy autoregressive
-    decoding, up to rounding, or the same distribution of sampled text. Default: autoregressive, but
-    decode.py takes auto if the model was trained with exits."""
-    exit_layers: Annotated[tuple[int, ...], tyro.conf.arg(aliases=("--exit-layer",))] = ()
-    """Number of layers that draft, or that early_exit runs. Default for self_speculative:
-    assistant_early_exit in the model's generation_config.json. Default for auto: exits that the
-    model was trained with."""
-    num_draft_tokens: tuple[int, ...] = ()
-    """Tokens drafted per round. Default: num_assistant_tokens in generation_config.json."""
-    draft_vocab: int | None = None
-    """Drafts only from this many of the most frequent tokens, which makes the draft's head cheaper.
-    python -m lsjax.cli.count_tokens counts the tokens."""
-    draft_confidence: tuple[float, ...] = ()
-    """Stops drafting before the product of the exit's highest probabilities falls below this, so
-    that fewer draft tokens are rejected. With 0, the default, drafts have their full length."""
 
 
 class OpenModel(NamedTuple):

@@ -1,0 +1,1 @@
+"""What programs accept. Nothing here imports jax, so that help appears at once."""

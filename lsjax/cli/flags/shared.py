@@ -1,0 +1,70 @@
+"""Flags that several programs share: the model, chat messages and strategies."""
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import tyro
+
+from lsjax.config import AnyPath, Checked, Kernels, MeshConfig, Sampling, check
+
+# `Sampling` itself, without a prefix on the command line.
+SamplingFlags = tyro.conf.OmitArgPrefixes[Sampling]
+StrategyName = Literal["autoregressive", "early_exit", "self_speculative", "auto"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelFlags(Checked, prefix="--"):
+    """Model, devices and dtype."""
+
+    model: AnyPath
+    """Hugging Face directory (config.json, safetensors, tokenizer), .gguf file, or directory of a
+    training run (RUN@200 and RUN@best are steps of it)."""
+    batch_size: int = 1
+    """Prompts decoded in parallel."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Type of weights and cache; auto is float32 on CPUs and bfloat16 on accelerators."""
+    max_length: int | None = None
+    """Maximum tokens, prompt plus new text; the model's context by default."""
+    mesh: MeshConfig = MeshConfig()
+    """Devices to decode on; one by default."""
+    kernels: Kernels = "auto"
+    """Tuned code: auto uses what is tuned for the platform, reference none of it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatFlags(Checked, prefix="--"):
+    """Prompts as chat messages."""
+
+    chat: bool = False
+    """Formats prompts with the model's chat template."""
+    system: str | None = None
+    """System message, with --chat."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        check(self.chat or self.system is None, "--system needs --chat: add it, or drop --system")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StrategyFlags(Checked, prefix="--"):
+    """Every combination of strategy, exit and draft length."""
+
+    strategies: Annotated[tuple[StrategyName, ...], tyro.conf.arg(aliases=("--strategy",))] = ()
+    """How text is made: one or several of these. autoregressive runs all layers. early_exit runs
+    only the first layers. self_speculative drafts with the first layers and verifies with the
+    others. auto chooses exit and draft length in each round, or looks drafts up in the text. These
+    two give the tokens of greedy autoregressive decoding, up to rounding, or the same distribution
+    of sampled text. Default: autoregressive, but decode.py takes auto if the model was trained with
+    exits."""
+    exit_layers: Annotated[tuple[int, ...], tyro.conf.arg(aliases=("--exit-layer",))] = ()
+    """Number of layers that draft, or that early_exit runs. Default for self_speculative:
+    assistant_early_exit in the model's generation_config.json. Default for auto: exits that the
+    model was trained with."""
+    num_draft_tokens: tuple[int, ...] = ()
+    """Tokens drafted per round. Default: num_assistant_tokens in generation_config.json."""
+    draft_vocab: int | None = None
+    """Drafts only from this many of the most frequent tokens, which makes the draft's head cheaper.
+    lsjax count-tokens counts the tokens."""
+    draft_confidence: tuple[float, ...] = ()
+    """Stops drafting before the product of the exit's highest probabilities falls below this, so
+    that fewer draft tokens are rejected. With 0, the default, drafts have their full length."""
