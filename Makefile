@@ -81,7 +81,6 @@ lint: $(VENV)/installed
 
 # The pages of docs/ and an API reference, as a site in build/site.
 docs: $(VENV)/installed
-	$(BIN)/python -m pip install -q -e '.[docs]'
 	$(BIN)/mkdocs build -q
 
 # Compares SmolLM2 with numbers that transformers computed (scripts/proofs/parity.py).

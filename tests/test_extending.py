@@ -97,7 +97,7 @@ def test_an_exit_loss(tmp_path):
 @pytest.mark.long
 def test_an_optimizer(tmp_path):
     """Lion's step: each parameter moves by the learning rate, and decays."""
-    config = dataclasses.replace(CONFIG, num_steps=1)
+    config = dataclasses.replace(CONFIG, num_steps=1, layer_dropout=LayerDropoutConfig())
     run_block("optimizer=", config=config, workdir=tmp_path / "run")
     start = jax.jit(lambda: lsjax.Llama(config.model, rngs=nnx.Rngs(jax.random.key(0))))()
     pairs = zip(
