@@ -1,4 +1,4 @@
-"""`make docs`. Long: it builds the whole site, in which every link and public name must be found."""
+"""`make docs`. Long: it builds the whole site, and every link and public name must be found."""
 
 import re
 import subprocess

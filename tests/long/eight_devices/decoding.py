@@ -14,7 +14,7 @@ import pytest
 from flax import nnx
 
 from lsjax.checkpoints.huggingface import save
-from lsjax.cli import decode as decode_program
+from lsjax.cli.main import main
 from lsjax.config import GREEDY, ConfigError, LlamaConfig, MeshConfig, Sampling
 from lsjax.decoding.auto.adaptive import Adaptive
 from lsjax.decoding.draft_vocabulary import DraftVocabulary
@@ -164,7 +164,7 @@ def test_decode_program(model, tokenizer, texts, tmp_path):
     output = tmp_path / "out.jsonl"
     with patch.dict(os.environ, LSJAX_CACHE=str(tmp_path)):
         model, output = ["--model", str(tmp_path / "model")], ["--json", str(output)]
-        assert decode_program.main([*options.split(), *model, *output]) == 0
+        assert main(["decode", *options.split(), *model, *output]) == 0
     assert json.loads(Path(output[1]).read_text())["token_ids"] == texts[-1]
 
 
