@@ -46,7 +46,7 @@ _PUBLIC = {
     ),
     "training.layer_dropout": ("drop_rates", "keep_mask"),
     "training.loss": ("early_exit_loss",),
-    "training.run": ("Hook",),
+    "training.run": ("Hook", "Interrupted", "TooManySkipped"),
     "training.step": ("TrainState", "init_state", "make_train_step"),
 }
 _HOME = {name: module for module, names in _PUBLIC.items() for name in names}
@@ -124,7 +124,11 @@ if TYPE_CHECKING:  # the same names for type checkers and editors
         keep_mask as keep_mask,
     )
     from lsjax.training.loss import early_exit_loss as early_exit_loss
-    from lsjax.training.run import Hook as Hook
+    from lsjax.training.run import (
+        Hook as Hook,
+        Interrupted as Interrupted,
+        TooManySkipped as TooManySkipped,
+    )
     from lsjax.training.step import (
         TrainState as TrainState,
         init_state as init_state,
@@ -169,7 +173,8 @@ def train(
       quiet: prints nothing, and writes no sample.
 
     Raises ConfigError or CheckpointError for bad input, and CheckpointError if another process
-    trains there or the last step can't be saved.
+    trains there or the last step can't be saved. Raises Interrupted, a KeyboardInterrupt, after
+    SIGTERM or Ctrl-C, when the state is saved. Raises TooManySkipped if the loss stays not finite.
     """
     # Imported here: they import grain and orbax, which decoding does not need.
     from lsjax.cli.shown_run import shown_run

@@ -551,7 +551,7 @@ def test_quiet_training_with_functions_of_ones_own(config, tmp_path, capfd):
     (line,) = [line for line in capfd.readouterr().out.splitlines() if "other functions" in line]
     assert line.endswith("than before: exit_loss from by_ten to by_nine")
     with pytest.raises(
-        lsjax.CheckpointError, match=r"opt_state\.1\..*belongs to another model or run"
+        lsjax.CheckpointError, match=r"opt_state\.1\..*belongs to another model, optimizer or run"
     ):
         lsjax.train(given, workdir, exit_loss=by_nine, quiet=True)
 

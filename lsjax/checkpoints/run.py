@@ -3,6 +3,7 @@
 config.json     the run's configuration, with the model's shape (lsjax/config/checked.py)
 tokenizer.*     the tokenizer's files, and generation_config.json if there is one
 token_counts.json, prompts.jsonl        for decoding (lsjax/training/prepare.py)
+recipe.json     the functions that the run was given (lsjax/training/recipe.py)
 metrics.jsonl   one line of metrics for each logged step
 checkpoints/    the saved steps (steps.py, saving.py)
 writer.lock     of the trainer that writes there (lock.py)
@@ -31,6 +32,7 @@ from lsjax.model.lora import merged
 from lsjax.model.parameters import adapter_paths, named_leaves, sharding_of, stacked_path
 
 CONFIG, CHECKPOINTS, METRICS = "config.json", "checkpoints", "metrics.jsonl"
+RECIPE = "recipe.json"
 EVALUATION = "evaluation"  # kind of the METRICS rows with held-out losses
 
 
@@ -89,6 +91,12 @@ def _fields(file: AnyPath) -> dict[str, Any]:
     return without_version(read_json(file, CheckpointError), str(file))
 
 
+def read_recipe(directory: AnyPath) -> dict[str, dict[str, str]]:
+    """Name and hash of each function that the run was given."""
+    file = directory / RECIPE
+    return read_json(file, CheckpointError) if file.is_file() else {}
+
+
 def read_metrics(directory: AnyPath) -> list[dict[str, Any]]:
     """Rows of a run's metrics.jsonl; skips invalid lines, such as one that a crash cut off."""
     file = directory / METRICS
@@ -116,6 +124,8 @@ class RunSource:
         self.path, self._fields = directory, _fields(directory / CONFIG)
         self.config = from_json(LlamaConfig, self._fields["model"], f"{directory / CONFIG}: model")
         self.early_exit = self._fields.get("early_exit") or {}  # of the config, as JSON
+        if "exit_weights" in read_recipe(directory):  # which replace the curriculum
+            self.early_exit = {"curriculum": "all"}
         saved = {one.number: one for one in reversed(saved_steps(directory / CHECKPOINTS))}
         if not saved:
             raise CheckpointError(f"{directory}: has no saved step yet: wait for the first one")

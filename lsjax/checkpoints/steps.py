@@ -74,7 +74,7 @@ class SavedStep:
             if found != asked:
                 raise CheckpointError(
                     f"{self.directory / item}: {name} is {found}, but the config expects {asked}: "
-                    "it belongs to another model or run"
+                    "it belongs to another model, optimizer or run"
                 )
 
     def read(self, item: str, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, Array]:

@@ -16,6 +16,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from lsjax.config import check
+from lsjax.config.checked import shown
 from lsjax.decoding.draft import Draft, of_tokens
 from lsjax.decoding.sampling import Purpose, argmax
 from lsjax.decoding.state import DecodeState
@@ -58,12 +60,29 @@ def judge(
     """Accepts drafts by the full model's states. Also returns its logits, after penalties. rule: by
     default the lossless one."""
     state = draft.state
-    rule = rule or (accept_equal if state.sampling is None else accept_block)
     logits_BTV = model.unembed(x_BTD)
     changed_BTV = state.penalised(logits_BTV, 0, draft.tokens_BT)
-    tokens_BT, accepted_B = rule(changed_BTV, draft)
+    if rule is None:
+        lossless = accept_equal if state.sampling is None else accept_block
+        tokens_BT, accepted_B = lossless(changed_BTV, draft)
+    else:
+        tokens_BT, accepted_B = checked(rule, changed_BTV, draft)
     log_probs_BT = state.log_probs(logits_BTV, tokens_BT)
     return Verified(cache, tokens_BT, accepted_B, log_probs_BT), changed_BTV
+
+
+def checked(rule: AcceptanceRule, logits_BTV: Float[Array, "B T V"], draft: Draft) -> Accepted:
+    """The result of a rule, which accepts at most the drafts that there are. Raises ConfigError for
+    a result of another form."""
+    result, expected = rule(logits_BTV, draft), (draft.tokens_BT.shape, draft.count_B.shape)
+    found = [jnp.shape(part) for part in result] if isinstance(result, tuple | list) else result
+    check(
+        found == [*expected],
+        f"the acceptance rule returned {shown(found)} instead of tokens and counts of the shapes "
+        f"{list(expected)}",
+    )
+    tokens_BT, accepted_B = result
+    return tokens_BT, jnp.clip(accepted_B, 0, draft.count_B)
 
 
 def accept_equal(logits_BTV: Float[Array, "B T V"], draft: Draft) -> Accepted:

@@ -168,7 +168,8 @@ class Engine:
         most = self.strategy.depth(self.model)
         check(
             max(prompt.exits, default=1) <= most,
-            f"exits {list(prompt.exits)} of a request are out of range: use 1..{most}",
+            f"exits {list(prompt.exits)} of a request are out of range: {self.strategy.name} runs "
+            f"{most} layers, so use 1..{most}",
         )
         return replace(prompt, prompt=ids)
 

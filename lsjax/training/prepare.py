@@ -1,8 +1,7 @@
 """Preparation of a run before anything is compiled: checks its input, reads data, writes files.
 
 Decoding uses two of the files: token_counts.json says how often each token is a label, to choose a
-draft vocabulary. prompts.jsonl holds beginnings of held-out rows, for --prompt-file. recipe.json
-names the functions that the run was given (recipe.py).
+draft vocabulary. prompts.jsonl holds beginnings of held-out rows, for --prompt-file.
 """
 
 import dataclasses
@@ -19,9 +18,15 @@ from jax.experimental.multihost_utils import sync_global_devices
 from jax.sharding import Mesh
 
 from lsjax.checkpoints import open_checkpoint
-from lsjax.checkpoints.run import CHECKPOINTS, begin_run, held_out_losses, is_run, read_run_config
+from lsjax.checkpoints.run import (
+    CHECKPOINTS,
+    begin_run,
+    held_out_losses,
+    is_run,
+    read_recipe,
+    read_run_config,
+)
 from lsjax.checkpoints.steps import saved_steps
-from lsjax.checkpoints.tensors import CheckpointError
 from lsjax.config import AnyPath, EvaluationConfig, LlamaConfig, MeshConfig, TrainConfig, check
 from lsjax.config.checked import differences
 from lsjax.data.pipeline import OnePass, Pipeline, packed_rows
@@ -29,14 +34,14 @@ from lsjax.data.shards import SPLITS
 from lsjax.data.token_rows import Share, TokenRows
 from lsjax.data.tokenizer import Tokenizer
 from lsjax.data.vocabulary import COUNTS, make_tokenizer, write_counts
-from lsjax.io.files import cache_directory, read_json, write_json, write_whole
+from lsjax.io.files import cache_directory, write_whole
 from lsjax.sharding import make_mesh, own_rows, placed_rows
 from lsjax.training.hosts import check_same, in_turn, is_first, wait_to_see
 from lsjax.training.recipe import PAPER, Recipe
 from lsjax.training.step import check_rows
 from lsjax.training.writer import Writer
 
-PROMPTS, RECIPE = "prompts.jsonl", "recipe.json"
+PROMPTS = "prompts.jsonl"
 COUNTED = 4_000_000  # tokens counted for the draft vocabulary
 # Fields that a resumed run may change: they do not affect the results of steps.
 FREE = {
@@ -144,7 +149,7 @@ def prepare_run(
     with in_turn("the run has begun"):
         if is_first():
             begin_run(workdir, config, tokenizer)
-            keep_recipe(workdir, recipe, warn)
+            compare_recipe(workdir, recipe, warn)
             write_run_files(workdir, tokenizer, pipeline.rows, prompts)
         wait_to_see(lambda: is_run(workdir), f"the run in {workdir}")
     read = tokenizer, pipeline, held_out, sampled, held_out_losses(workdir)
@@ -164,20 +169,18 @@ def check_same_run(before: TrainConfig, now: TrainConfig, where: str) -> TrainCo
     return dataclasses.replace(now, model=before.model)
 
 
-def keep_recipe(workdir: AnyPath, recipe: Recipe, warn: Callable[[str], None]) -> None:
-    """Writes the names and hashes of what the run was given, and warns if they were others."""
-    file, now = workdir / RECIPE, recipe.given()
-    before = read_json(file, CheckpointError) if file.exists() else {}
-    if saved_steps(workdir / CHECKPOINTS) and before != now:
-        unset, changes = {"name": "the default"}, []
-        for key in {**before, **now}:
-            old, new = before.get(key, unset), now.get(key, unset)
-            if old != new:
-                to = new["name"] if old["name"] != new["name"] else "another source"
-                changes.append(f"{key} from {old['name']} to {to}")
-        warn(f"this run resumes with other functions than before: {', '.join(changes)}")
-    if before != now:
-        write_json(file, now)
+def compare_recipe(workdir: AnyPath, recipe: Recipe, warn: Callable[[str], None]) -> None:
+    """Warns in one line if the saved steps of a run were trained with other functions."""
+    before, now = read_recipe(workdir), recipe.given()
+    if before == now or not saved_steps(workdir / CHECKPOINTS):
+        return
+    unset, changes = {"name": "the default"}, []
+    for key in {**before, **now}:
+        old, new = before.get(key, unset), now.get(key, unset)
+        if old != new:
+            to = new["name"] if old["name"] != new["name"] else "another source or other values"
+            changes.append(f"{key} from {old['name']} to {to}")
+    warn(f"this run resumes with other functions than before: {', '.join(changes)}")
 
 
 def with_model(config: TrainConfig, model: LlamaConfig) -> TrainConfig:

@@ -6,8 +6,10 @@ import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
+from types import ModuleType
 from typing import Any
 
+import jax
 import numpy as np
 import optax
 
@@ -73,40 +75,44 @@ def _name(given: Any) -> str:
 
 def _hash(given: Any) -> str:
     """SHA-256 of the sources of a function and of the values that it encloses."""
-    return hashlib.sha256("\n".join(_sources(given, set())).encode()).hexdigest()
+    return hashlib.sha256("\n".join(_sources(given, {})).encode()).hexdigest()
 
 
-def _sources(value: Any, seen: set[int]) -> Iterator[str]:
-    """Texts that change if the source of a function or an enclosed value does."""
+def _sources(value: Any, seen: dict[int, Any]) -> Iterator[str]:
+    """Texts that change if the source of a function does, or a value that it uses. seen: by id, and
+    kept, so that no other object gets the id."""
     if id(value) in seen:
         return
-    seen.add(id(value))
+    seen[id(value)] = value
     match value:
         case bool() | int() | float() | complex() | str() | bytes() | None:
             yield repr(value)
-        case partial():
-            yield from _sources((value.func, value.args, value.keywords), seen)
+        case type() | ModuleType():
+            yield value.__name__
         case tuple() | list():
             for part in value:
                 yield from _sources(part, seen)
         case dict():
             yield from _sources(list(value.items()), seen)
-        case np.ndarray():
-            yield f"{value.dtype}{value.shape}{value.tobytes().hex()}"
-        case _ if inspect.isroutine(inspect.unwrap(value)):
+        case np.ndarray() | jax.Array():
+            yield f"{value.dtype}{value.shape}{np.asarray(value).tobytes().hex()}"
+        case partial():
+            yield from _sources((value.func, value.args, value.keywords), seen)
+        case _ if inspect.isfunction(inspect.unwrap(value)):
             yield from _sources_of_function(inspect.unwrap(value), seen)
         case _:
             yield type(value).__qualname__
+            yield from _sources(getattr(value, "__dict__", {}), seen)
 
 
-def _sources_of_function(function: Any, seen: set[int]) -> Iterator[str]:
+def _sources_of_function(function: Any, seen: dict[int, Any]) -> Iterator[str]:
     try:
         yield inspect.getsource(function)
-    except (OSError, TypeError):  # typed at a prompt, or not written in Python
-        yield getattr(function, "__qualname__", type(function).__qualname__)
-    yield from _sources(getattr(function, "__defaults__", None), seen)
-    for cell in getattr(function, "__closure__", None) or ():
-        try:
-            yield from _sources(cell.cell_contents, seen)
-        except ValueError:  # the cell is empty: a function that names itself
-            continue
+    except OSError:  # typed at a prompt
+        yield function.__qualname__
+    yield from _sources((function.__defaults__, function.__kwdefaults__), seen)
+    used = inspect.getclosurevars(function)
+    yield from _sources(dict(used.nonlocals), seen)
+    for name, value in used.globals.items():
+        if getattr(value, "__module__", function.__module__) == function.__module__:
+            yield from _sources((name, value), seen)

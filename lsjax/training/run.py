@@ -12,8 +12,9 @@ from typing import Any
 
 import jax
 
-from lsjax.checkpoints.run import CHECKPOINTS, read_metrics
+from lsjax.checkpoints.run import CHECKPOINTS, RECIPE, read_metrics
 from lsjax.checkpoints.saving import Checkpoints
+from lsjax.io.files import write_json
 from lsjax.model.llama import Llama
 from lsjax.training.hosts import is_first, signals
 from lsjax.training.metrics import MetricsLog, paced
@@ -101,6 +102,8 @@ def train_run(
                 say(f"all {first} steps are done: nothing to do")
                 return state
         directory = run.workdir if is_first() else None
+        if directory is not None:
+            write_json(directory / RECIPE, run.recipe.given())
         log = MetricsLog(directory, config, first, began, may_write=run.writer.holds)
         tracing = traced(train_step, config.profile, run.workdir / "profile", first)
         try:

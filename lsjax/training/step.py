@@ -164,7 +164,7 @@ def make_train_step(
             loss=loss,
             **exit_metrics(config, recipe, sums_L / jnp.maximum(num_labels, 1), state.step),
             grad_norm=grad_norm,
-            **rate_metrics(config, recipe, state),
+            **rate_metrics(config, recipe, state.step, opt_state),
             tokens=num_labels,
             skipped=skipped,
             skipped_in_a_row=in_a_row,
@@ -184,12 +184,14 @@ def exit_metrics(
     return dict(last_exit_loss=exit_loss_L[-1], exit_loss_L=exit_loss_L, enabled_L=enabled_L)
 
 
-def rate_metrics(config: StepConfig, recipe: Recipe, state: TrainState) -> Metrics:
-    """The learning rate of this step, if it is known."""
+def rate_metrics(
+    config: StepConfig, recipe: Recipe, step: Int[Array, ""], opt_state: optax.OptState
+) -> Metrics:
+    """The learning rate of this step, if it is known. opt_state: after the step."""
     if recipe.optimizer is None:
-        return {"learning_rate": learning_rates(config.optimizer, config.num_steps)(state.step)}
+        return {"learning_rate": learning_rates(config.optimizer, config.num_steps)(step)}
     found = optax.tree_utils.tree_get_all_with_path(
-        state.opt_state, "learning_rate", lambda _, value: isinstance(value, jax.Array)
+        opt_state, "learning_rate", lambda _, value: isinstance(value, jax.Array)
     )
     return {"learning_rate": found[0][1]} if len(found) == 1 else {}
 

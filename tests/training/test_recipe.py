@@ -1,6 +1,7 @@
 """What a step is given beside its config: optimizer, rates, weights and loss of exits."""
 
 import dataclasses
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -103,10 +104,12 @@ def test_a_skipped_step_keeps_all_but_the_counts_of_schedules():
 
 
 def test_an_injected_learning_rate_is_a_metric(small, packed):
-    optimizer = optax.inject_hyperparams(optax.sgd)(learning_rate=0.25)
+    optimizer = optax.inject_hyperparams(optax.sgd)(learning_rate=lambda count: 0.25 * (count + 1))
     state = init_state(CONFIG, copied(small), optimizer)
-    _, metrics = make_train_step(CONFIG, optimizer=optimizer)(state, packed)
-    assert metrics["learning_rate"] == 0.25
+    step = make_train_step(CONFIG, optimizer=optimizer)
+    for expected in (0.25, 0.5, 0.75):
+        state, metrics = step(state, packed)
+        assert metrics["learning_rate"] == expected
 
 
 @pytest.mark.parametrize(
@@ -145,7 +148,14 @@ def scaled_loss(factor):
     return own
 
 
-def test_what_is_given_has_a_name_and_a_hash():
+FACTOR = 2.0
+
+
+def scaled_by_factor(logits, labels, final_logits):
+    return FACTOR * cross_entropy(logits, labels)
+
+
+def test_what_is_given_has_a_name_and_a_hash(monkeypatch):
     assert PAPER.given() == {}
     given = Recipe(exit_loss=by_exit, drop_rates=even_rates).given()
     assert {key: one["name"] for key, one in given.items()} == {
@@ -167,7 +177,12 @@ def test_what_is_given_has_a_name_and_a_hash():
     found = [told(optimizer=one)["sha256"] for one in optimizers]
     assert len({*found}) == len(found)
     assert told(optimizer=optax.lion(1e-3)) == told(optimizer=optax.lion(1e-3))
-    assert told(optimizer=optax.inject_hyperparams(optax.sgd)(learning_rate=0.1))["sha256"]
+    inject = optax.inject_hyperparams(optax.sgd)
+    found = [told(optimizer=inject(learning_rate=rate)) for rate in (cosine, linear, 0.1, cosine)]
+    assert found[0] == found[3] and len({one["sha256"] for one in found}) == 3
+    before = told(exit_loss=scaled_by_factor)
+    monkeypatch.setattr(sys.modules[__name__], "FACTOR", 3.0)
+    assert told(exit_loss=scaled_by_factor) != before
     # So are the values that a function encloses, and arguments that are bound.
     one, other = told(exit_loss=scaled_loss(1.0)), told(exit_loss=scaled_loss(2.0))
     assert one["name"] == other["name"] == "scaled_loss"
