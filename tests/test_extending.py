@@ -249,6 +249,7 @@ def test_a_model(gpt, greedy, tokenizer, name, monkeypatch):
         assert sum(one.drafted for one in found) > sum(one.accepted for one in found) > 0
 
 
+@pytest.mark.long
 def test_a_conversation_and_sampling_of_a_model(gpt, greedy, tokenizer):
     """The second turn reads only what is new. Sampled texts depend on the seed alone."""
     engine = lsjax.Engine(gpt, tokenizer, OWN["drafts"], ignore_end=True)

@@ -43,6 +43,7 @@ def cells(model_directory, tmp_path):
     return cells
 
 
+@pytest.mark.long
 def test_with_an_identity_tail_every_draft_is_accepted(cells, capsys):
     grid = ("--exit-layers", 2, "--num-draft-tokens", 2, 4)
     found = cells("--identity-tail", 1, "--draft-vocab", 64, *grid)

@@ -118,7 +118,8 @@ def test_stacked_layers_give_the_same_tokens(model, tokenizer, expected, strateg
         assert_same_tokens(model, prompt, one, other)
 
 
-@pytest.mark.parametrize("confidence", [0.1, *long(0.003, 0.9)])
+@pytest.mark.long
+@pytest.mark.parametrize("confidence", [0.1, 0.003, 0.9])
 def test_a_draft_ends_where_the_exit_is_unsure(model, engine, expected, confidence):
     """Every draft is likely enough by a forward pass of its own, and with the token that would have
     come next it is not, unless the draft ended for another reason."""
@@ -178,7 +179,8 @@ def test_drafts_are_accepted_and_refused(engine):
     assert 0.1 < accepted / sum(c.drafted for c in completions) < 0.9
 
 
-@pytest.mark.parametrize("form", [lambda model: model, *long(stacked)], ids=["separate", "stacked"])
+@pytest.mark.long
+@pytest.mark.parametrize("form", [lambda model: model, stacked], ids=["separate", "stacked"])
 def test_a_draft_by_the_whole_model_is_always_right(model, tokenizer, expected, form):
     """Layers that add nothing behind the exit: every draft is accepted, nothing is overshot."""
     engine = Engine(form(identity_tail(model, 2)), tokenizer)
@@ -212,7 +214,8 @@ class Drafted(SelfSpeculative):
         return replace(done, log_probs_BS=done.log_probs_BS.at[rows_B1, places_BT].set(sums_BT))
 
 
-@pytest.mark.parametrize("verified_from", [2, *long(0)])
+@pytest.mark.long
+@pytest.mark.parametrize("verified_from", [2, 0])
 def test_another_drafter_and_the_states_of_exits(model, expected, verified_from):
     """The text is the model's own, whoever drafts. States of exits are those of a plain pass."""
     strategy, prompt = Drafted(2, 3, verified_from=verified_from), PROMPTS[1]

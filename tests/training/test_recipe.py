@@ -43,8 +43,9 @@ def by_exit(logits, labels, final_logits, exit, step):
 
 
 def test_a_step_does_what_it_is_given(wide, packed, evaluate):
-    """Plain descent on the sum of the losses, each scaled by its exit and step, at other rates."""
-    rate = 0.3
+    """Step 1 is plain descent on the sum of the losses, each scaled by its exit and step, at other
+    rates."""
+    rate, weights, t = 0.3, np.array([0, 1, 0, 0, 4]), 1
     given = dict(
         optimizer=optax.sgd(rate),
         drop_rates=even_rates,
@@ -52,31 +53,26 @@ def test_a_step_does_what_it_is_given(wide, packed, evaluate):
         exit_loss=by_exit,
     )
     state = init_state(CONFIG, copied(wide), given["optimizer"])
-    step = make_train_step(CONFIG, **given)
+    state = dataclasses.replace(state, step=jnp.int32(t))
+    state, metrics = make_train_step(CONFIG, **given)(state, packed)
+    # The paper's loss with custom weights, which include the factors.
+    factors = np.array([exit + 10 * t for exit in range(1, 5)] + [1])
+    custom = weights * factors
     dropout = dataclasses.replace(CONFIG.layer_dropout, distribution="uniform")
-    before = wide
-    for t, weights in enumerate(([0, 1, 0, 3, 4], [0, 1, 0, 0, 4])):
-        state, metrics = step(state, packed)
-        # The paper's loss with custom weights, which include the factors.
-        factors = np.array([exit + 10 * t for exit in range(1, 5)] + [1])
-        custom = np.array(weights) * factors
-        early_exit = EarlyExitConfig(
-            curriculum="all", weights="custom", custom_weights=tuple(map(float, custom))
-        )
-        config = dataclasses.replace(CONFIG, layer_dropout=dropout, early_exit=early_exit)
-        (loss, sums_L), gradients = evaluate(config, before, packed, t)
-        scale = custom.sum() / sum(weights)
-        tokens = (packed["labels_BT"] >= 0).sum()
-        np.testing.assert_allclose(metrics["loss"], loss * scale, rtol=2e-6)
-        expected = np.where(np.array(weights) > 0, sums_L * factors / tokens, 0)
-        np.testing.assert_allclose(metrics["exit_loss_L"], expected, rtol=2e-6)
-        assert metrics["enabled_L"].tolist() == [weight > 0 for weight in weights]
-        assert "learning_rate" not in metrics
-        before = jax.tree.map(lambda p, g: p - rate * scale * g, before, gradients)  # noqa: B023
-        close = dict(atol=1e-6, rtol=1e-5)
-        for found, wanted in zip(*map(jax.tree.leaves, (state.model, before)), strict=True):
-            np.testing.assert_allclose(found, wanted, **close)
-        before = copied(state.model)
+    early_exit = EarlyExitConfig(
+        curriculum="all", weights="custom", custom_weights=tuple(map(float, custom))
+    )
+    config = dataclasses.replace(CONFIG, layer_dropout=dropout, early_exit=early_exit)
+    (loss, sums_L), gradients = evaluate(config, wide, packed, t)
+    scale, tokens = custom.sum() / weights.sum(), (packed["labels_BT"] >= 0).sum()
+    np.testing.assert_allclose(metrics["loss"], loss * scale, rtol=2e-6)
+    expected = np.where(weights > 0, sums_L * factors / tokens, 0)
+    np.testing.assert_allclose(metrics["exit_loss_L"], expected, rtol=2e-6)
+    assert metrics["enabled_L"].tolist() == [False, True, False, False, True]
+    assert "learning_rate" not in metrics
+    moved = jax.tree.map(lambda p, g: p - rate * scale * g, wide, gradients)
+    for found, wanted in zip(*map(jax.tree.leaves, (state.model, moved)), strict=True):
+        np.testing.assert_allclose(found, wanted, atol=1e-6, rtol=1e-5)
 
 
 def test_a_skipped_step_keeps_all_but_the_counts_of_schedules():
