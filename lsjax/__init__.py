@@ -188,4 +188,5 @@ def train(
     )
     recipe = Recipe(**{name: value for name, value in given.items() if value is not None})
     console = SafeConsole(soft_wrap=True, quiet=quiet or not is_first())
-    return shown_run(config, as_path(workdir), console, recipe, hooks=hooks)
+    options = dict(hooks=hooks, samples=not quiet)
+    return shown_run(config, as_path(workdir), console, recipe, **options)

@@ -38,8 +38,9 @@ from lsjax.model.parameters import named_leaves
 PARAMS, TRAIN, META = "params", "train", "meta"
 _MODEL = "model."  # prefix of parameter paths in a state
 MARKER = "commit_success.txt"
-# Paths in the state of AdamW, and those of version 0.1. Its schedule counted the steps of the run.
-EARLIER_PATHS = ((r"opt_state\.1\.", "opt_state.0."), (r"opt_state\.3\.count$", "step"))
+# Counts in the state of AdamW, and what version 0.1 saved. Its schedule counted the run's steps.
+EARLIER_PATHS = {"opt_state.1.count": "opt_state.0.count", "opt_state.3.count": "step"}
+EARLIER_ADAMW = {*EARLIER_PATHS.values()}
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 
@@ -96,22 +97,25 @@ class SavedStep:
         """Training state with the shapes and shardings of `like`. Raises as `check` and `read`."""
         arrays = {}
         for item, leaves in items_of(like).items():
-            names = {path: self._saved_name(item, path) for path in leaves}
+            names = self._saved_names(item, leaves)
             wanted = {names[path]: leaf for path, leaf in leaves.items()}
             self.check(item, wanted)
             found = self.read(item, wanted)
             for path, name in names.items():
-                # Two paths with one name need two arrays: a step donates both.
+                # Those of step and schedule of 0.1 are one, but a training step donates both.
                 shared = path != name and name in names
                 arrays[path] = jnp.copy(found[name]) if shared else found[name]
         leaves = [arrays[path.removeprefix(_MODEL)] for path in named_leaves(like)]
         return jax.tree.unflatten(jax.tree.structure(like), leaves)
 
-    def _saved_name(self, item: str, path: str) -> str:
-        """The path under which version 0.1 saved an array, if this one is missing."""
-        saved = self.meta["arrays"][item]
-        earlier = [re.sub(now, before, path) for now, before in EARLIER_PATHS]
-        return next((name for name in (path, *earlier) if name in saved), path)
+    def _saved_names(self, item: str, paths: Iterable[str]) -> dict[str, str]:
+        """The saved name of each array: another one if version 0.1 saved the state of AdamW."""
+        saved, paths = self.meta["arrays"][item], [*paths]
+        if not EARLIER_ADAMW <= saved.keys() or not {*EARLIER_PATHS} <= {*paths}:
+            return {path: path for path in paths}
+        earlier = [path.replace("opt_state.1.", "opt_state.0.") for path in paths]
+        earlier = [EARLIER_PATHS.get(path, name) for path, name in zip(paths, earlier, strict=True)]
+        return dict(zip(paths, earlier, strict=True))
 
     def _load(self, item: str, read: Callable[[AnyPath], T]) -> T:
         """Runs `read`, and turns storage errors into DamagedStep on every host."""

@@ -5,7 +5,6 @@ from lsjax.checkpoints.huggingface import check_destination, read_generation_def
 from lsjax.cli.flags.convert import Arguments
 from lsjax.cli.setup import bar
 from lsjax.cli.show import notes_console
-from lsjax.config import check
 from lsjax.data.tokenizer_files import load_tokenizer
 from lsjax.model.exit_model import first_layers
 from lsjax.terminal import SafeConsole
@@ -18,11 +17,7 @@ def convert(arguments: Arguments) -> None:
     check_destination(destination)
     opened, tokenizer = open_checkpoint(source), load_tokenizer(source)
     tokenizer.fitted(opened.config.vocab_size)  # fails before the long part
-    exit_layer, layers = arguments.exit_layer, opened.config.num_layers
-    check(
-        exit_layer is None or exit_layer <= layers,
-        f"--exit-layer {exit_layer} is out of range: use 1..{layers}",
-    )
+    exit_layer = arguments.exit_layer
     model = load(opened, dtype=dtype, track=bar(notes, "reading"))
     generation, writing = read_generation_defaults(source), bar(notes, "writing")
     if exit_layer is not None:  # defaults of the full model do not fit

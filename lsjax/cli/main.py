@@ -26,13 +26,13 @@ PROGRAMS = (
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a program and returns its exit code. Bad input exits with code 2."""
     name, *flags = (sys.argv[1:] if argv is None else argv) or HELP[:1]
-    if name in HELP:
-        print(overview())
-        return 0
-    if name == "--version":
-        print(import_module("lsjax").__version__)
-        return 0
     with one_line_errors():
+        if name in HELP:
+            print(overview())
+            return 0
+        if name == "--version":
+            print(import_module("lsjax").__version__)
+            return 0
         near = difflib.get_close_matches(name, PROGRAMS, n=1)
         fix = f"did you mean {near[0]}?" if near else f"choose from {', '.join(PROGRAMS)}"
         check(name in PROGRAMS, f"lsjax has no program {name}: {fix}")

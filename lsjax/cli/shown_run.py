@@ -36,18 +36,20 @@ def shown_run(
     console: Console,
     recipe: Recipe = PAPER,
     *,
+    samples: bool = True,
     hooks: Sequence[MakeHook] | None = None,
     began: float | None = None,
 ) -> TrainState:
     """Trains or resumes the run in `workdir`; returns the state after the last step.
 
-    hooks: by default those that score and plot the exits, and write a sample. began: Unix time at
+    samples: whether the configured samples are written. hooks: by default those that score and plot
+    the exits, and write samples. began: Unix time at
     which the program began. Raises as `prepare_run`, `Writer`, `with_remat` and `train_run`.
     """
     say, warn = console.print, partial(console.print, style="yellow")
     if hooks is None:
         hooks = [partial(shown_evaluation, console=console)]
-        if config.evaluation.sample_tokens > 0 and not console.quiet:
+        if config.evaluation.sample_tokens > 0 and samples:  # on all hosts, or on none
             hooks.append(partial(shown_sample, console=console))
     with Writer(workdir, warn) as writer:
         with console.status("reading the data"):

@@ -17,7 +17,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from lsjax.config import check
-from lsjax.config.checked import shown
 from lsjax.decoding.draft import Draft, of_tokens
 from lsjax.decoding.sampling import Purpose, argmax
 from lsjax.decoding.state import DecodeState
@@ -74,12 +73,13 @@ def judge(
 def checked(rule: AcceptanceRule, logits_BTV: Float[Array, "B T V"], draft: Draft) -> Accepted:
     """The result of a rule, which accepts at most the drafts that there are. Raises ConfigError for
     a result of another form."""
-    result, expected = rule(logits_BTV, draft), (draft.tokens_BT.shape, draft.count_B.shape)
-    found = [jnp.shape(part) for part in result] if isinstance(result, tuple | list) else result
+    result, expected = rule(logits_BTV, draft), [draft.tokens_BT.shape, draft.count_B.shape]
+    parts = result if isinstance(result, tuple | list) else [result]
+    found = [jnp.shape(part) for part in parts]
     check(
-        found == [*expected],
-        f"the acceptance rule returned {shown(found)} instead of tokens and counts of the shapes "
-        f"{list(expected)}",
+        found == expected,
+        f"the acceptance rule returned arrays of the shapes {found}, instead of tokens and counts "
+        f"of the shapes {expected}",
     )
     tokens_BT, accepted_B = result
     return tokens_BT, jnp.clip(accepted_B, 0, draft.count_B)

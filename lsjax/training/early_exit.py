@@ -80,6 +80,11 @@ def loss_weights(
 ) -> Float[Array, " L"]:
     """w(t, E) (eq. 6): weights that sum to 1; 0 for disabled exits. step: one."""
     weights_L = jnp.asarray(exit_weights(config, num_layers, step, num_steps))
+    check(
+        weights_L.shape == (num_layers,),
+        f"exit_weights returned the shape {list(weights_L.shape)} for one step, instead of "
+        f"[{num_layers}]",
+    )
     # Relative to the last exit's weight: float32 then holds the weights at any depth.
     relative_L = (weights_L / weights_L[-1]).astype(jnp.float32)
     return relative_L / relative_L.sum()
@@ -98,7 +103,7 @@ def exit_counts(
         weights = exit_weights(config, num_layers, np.arange(num_steps)[:, None], num_steps)
     weights = np.asarray(weights, float)
     check(
-        weights.shape in (shape, shape[1:], (1, num_layers)),
+        weights.shape in (shape, shape[1:]),
         f"exit_weights returned the shape {list(weights.shape)} for all steps [T, 1], instead of "
         f"{list(shape)}: use operations that broadcast over steps",
     )

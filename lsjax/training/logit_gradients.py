@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from lsjax.config import check
 from lsjax.kernels.matmuls import computed_once
 from lsjax.training.early_exit import ExitLoss, log_z
 
@@ -68,7 +69,13 @@ def chunk_loss(
     weight: Float[Array, ""],
 ) -> tuple[Array, Array]:
     """The loss in the objective, with z_loss, and that in the metrics, without it."""
-    total = added = (scale_BC * exit_loss(logits_BCV, label_BC, final_BCV)).sum()
+    losses = exit_loss(logits_BCV, label_BC, final_BCV)
+    check(
+        jnp.shape(losses) == label_BC.shape,
+        f"exit_loss returned the shape {list(jnp.shape(losses))} for labels of the shape "
+        f"{list(label_BC.shape)}: return the loss of each token",
+    )
+    total = added = (scale_BC * losses).sum()
     if z_loss:
         total += z_loss * (scale_BC * jnp.square(log_z(logits_BCV))).sum()
     return weight * total, added

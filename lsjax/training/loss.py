@@ -104,7 +104,8 @@ def early_exit_loss(
 
     For a loop of your own: x_EBTD holds the outputs of exits, the last one last, before the norm.
     Exits of weight 0 cost no time. The logits are made in chunks, with their gradients. Means are
-    over the labels, and no gradient flows through the second result. Ignored labels are negative.
+    over the labels. Gradients flow to norm, table and x_EBTD, through the first result only.
+    Ignored labels are negative.
 
     Args:
       norm: the final norm, a module or another tree of arrays that can be called.
@@ -115,6 +116,7 @@ def early_exit_loss(
       step: passed to `exit_loss`, if it takes one.
     """
     exits, rows_B = len(x_EBTD), jnp.arange(len(labels_BT))
+    weights_E = jnp.asarray(weights_E)
     taken_E = (weights_E > 0).at[-1].set(True)
     positions = loss_positions(
         StepConfig(num_steps=1), labels_BT, jnp.asarray(step), rows_B, jnp.arange(exits), taken_E

@@ -45,9 +45,8 @@ def decays(params):
     return map_named(lambda name, _: not name.endswith(("scale", "bias")), params)
 
 
-# States of optax that count steps for a schedule, with the updates of other states inside or not.
+# States of optax whose hyperparameters follow schedules, around the state of an optimizer.
 _INJECTED = (optax.InjectHyperparamsState, optax.InjectStatefulHyperparamsState)
-_SCHEDULES = (optax.ScaleByScheduleState, *_INJECTED)
 
 
 def unless_skipped(finite: Bool[Array, ""], new: Any, old: Any) -> Any:
@@ -55,9 +54,21 @@ def unless_skipped(finite: Bool[Array, ""], new: Any, old: Any) -> Any:
     steps that schedules have counted."""
 
     def choose(new: Any, old: Any) -> Any:
+        if counts_steps(new):
+            return new
         if isinstance(new, _INJECTED):
-            return new._replace(inner_state=chosen(new.inner_state, old.inner_state))
-        return new if isinstance(new, _SCHEDULES) else jnp.where(finite, new, old)
+            inner_state = unless_skipped(finite, new.inner_state, old.inner_state)
+            return new._replace(inner_state=inner_state)
+        return jax.tree.map(partial(jnp.where, finite), new, old)
 
-    chosen = partial(jax.tree.map, choose, is_leaf=lambda part: isinstance(part, _SCHEDULES))
-    return chosen(new, old)
+    return jax.tree.map(choose, new, old, is_leaf=has_schedules)
+
+
+def counts_steps(state: Any) -> bool:
+    """Whether this is the state of a schedule: it has nothing but a count."""
+    return getattr(state, "_fields", None) == ("count",)
+
+
+def has_schedules(state: Any) -> bool:
+    """Whether `choose` knows the whole state. Steps of MultiSteps count as they are applied."""
+    return counts_steps(state) or isinstance(state, (*_INJECTED, optax.MultiStepsState))

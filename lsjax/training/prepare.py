@@ -129,7 +129,8 @@ def prepare_run(
             not getattr(config, extra) or find_spec(package) is not None,
             f"--{extra} needs {package}: pip install 'lsjax[{extra}]', or turn it off",
         )
-    check_same("the configurations and the states of --workdir", f"{config} {resumes}")
+    given = f"{config} {resumes} {recipe.given()}"
+    check_same("the configurations, given functions and states of --workdir", given)
 
     with in_turn("the tokenizer is read"):
         tokenizer = make_tokenizer(config.data, cache=cache_directory())

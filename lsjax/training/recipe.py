@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from types import ModuleType
+from types import MethodType, ModuleType
 from typing import Any
 
 import jax
@@ -38,7 +38,13 @@ class Recipe:
         return self.exit_loss or EXIT_LOSSES[config.early_exit.target]
 
     def check(self, config: StepConfig, num_layers: int) -> None:
-        """Raises ConfigError if a function has no effect, or if the weights of exits are bad."""
+        """Raises ConfigError if the optimizer is none, if a function has no effect, or if the
+        weights of exits are bad."""
+        check(
+            self.optimizer is None or isinstance(self.optimizer, optax.GradientTransformation),
+            f"optimizer {self.optimizer!r} is not an optax.GradientTransformation: call the "
+            "function that makes one, such as optax.lion(1e-4)",
+        )
         check(
             self.drop_rates is drop_rates or config.layer_dropout.p_max > 0,
             "drop_rates has no effect while layer_dropout.p_max is 0: set p_max, or leave "
@@ -79,13 +85,10 @@ def _hash(given: Any) -> str:
 
 
 def _sources(value: Any, seen: dict[int, Any]) -> Iterator[str]:
-    """Texts that change if the source of a function does, or a value that it uses. seen: by id, and
-    kept, so that no other object gets the id."""
-    if id(value) in seen:
-        return
-    seen[id(value)] = value
+    """Texts that change if the source of a function does, or a value that it uses. seen: functions
+    and objects by id, which are kept, so that no other one gets the id."""
     match value:
-        case bool() | int() | float() | complex() | str() | bytes() | None:
+        case bool() | int() | float() | complex() | str() | bytes() | None | np.generic():
             yield repr(value)
         case type() | ModuleType():
             yield value.__name__
@@ -98,11 +101,17 @@ def _sources(value: Any, seen: dict[int, Any]) -> Iterator[str]:
             yield f"{value.dtype}{value.shape}{np.asarray(value).tobytes().hex()}"
         case partial():
             yield from _sources((value.func, value.args, value.keywords), seen)
-        case _ if inspect.isfunction(inspect.unwrap(value)):
-            yield from _sources_of_function(inspect.unwrap(value), seen)
+        case MethodType():
+            yield from _sources((value.__func__, value.__self__), seen)
+        case _ if id(value) in seen:
+            yield f"number {[*seen].index(id(value))}"
         case _:
-            yield type(value).__qualname__
-            yield from _sources(getattr(value, "__dict__", {}), seen)
+            seen[id(value)] = value
+            if inspect.isfunction(inspect.unwrap(value)):
+                yield from _sources_of_function(inspect.unwrap(value), seen)
+            else:
+                yield type(value).__qualname__
+                yield from _sources(getattr(value, "__dict__", {}), seen)
 
 
 def _sources_of_function(function: Any, seen: dict[int, Any]) -> Iterator[str]:

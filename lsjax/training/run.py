@@ -211,7 +211,7 @@ class TrainingLoop:
             rate = "" if rate is None else f" (learning rate {float(rate):.3g})"
             raise TooManySkipped(
                 f"the loss or gradient of {in_a_row} steps in a row, up to step {step}, was not "
-                f"finite{rate}: lower --optimizer.learning-rate or lengthen the warm-up; the "
+                f"finite{rate}: lower the learning rate or lengthen the warm-up; the "
                 f"parameters are those of step {step - in_a_row}, and the newest saved step is "
                 f"{self._checkpoints.newest()}"
             )

@@ -57,6 +57,10 @@ def init_state(
         model = with_adapters(model, config.lora, config.seed)
     optimizer = optimizer or adamw(config.optimizer, config.num_steps)
     opt_state = optimizer.init(split(model)[0])
+    # Some optimizers keep the parameters themselves, but a step donates each array once.
+    own = {id(leaf) for leaf in jax.tree.leaves(model)}
+    copied = partial(jax.tree.map, lambda leaf: jnp.copy(leaf) if id(leaf) in own else leaf)
+    opt_state = copied(opt_state)
     step, skipped, in_a_row = (jnp.zeros((), jnp.int32) for _ in range(3))  # all are donated
     return TrainState(model, opt_state, step, skipped, in_a_row)
 
@@ -65,8 +69,14 @@ def abstract_state(
     config: TrainConfig, mesh: Mesh | None, optimizer: optax.GradientTransformation | None = None
 ) -> TrainState:
     """Shapes of the state, with shardings on a mesh."""
-    fresh = partial(_fresh_state, config, optimizer)
-    return placed_shapes(jax.eval_shape(fresh, jax.random.key(0)), mesh)
+    state = jax.eval_shape(partial(_fresh_state, config, optimizer), jax.random.key(0))
+    dtypes = (leaf.dtype for leaf in jax.tree.leaves(state.opt_state))
+    check(
+        not any(jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key) for dtype in dtypes),
+        "the optimizer's state holds a random key of JAX's new type, which can't be saved: use an "
+        "optimizer without noise, or with a key of jax.random.PRNGKey",
+    )
+    return placed_shapes(state, mesh)
 
 
 def initial_state(
@@ -124,38 +134,38 @@ def make_train_step(
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """The compiled step (state, batch) -> (state, metrics), which reuses the state's memory.
 
-    A step whose loss or gradient is not finite changes only counters and the counts of schedules.
-    Metrics: loss (of the objective), last_exit_loss, exit_loss_L, enabled_L, grad_norm (before the
-    optimizer), learning_rate, tokens (labels), skipped, skipped_in_a_row. Exit E has index E - 1,
-    and exit_loss_L is 0 for disabled exits. Other optimizers have a learning_rate if
-    optax.inject_hyperparams set it. Raises ConfigError for remat "auto", and for a function without
-    effect (docs/extending.md).
+    docs/extending.md explains the functions. A step whose loss, gradient or update is not finite
+    changes only counters and the counts of schedules. Metrics: loss (of the objective),
+    last_exit_loss, exit_loss_L, enabled_L, grad_norm (before the optimizer), learning_rate, tokens
+    (labels), skipped, skipped_in_a_row. Exit E has index E - 1, and exit_loss_L is 0 for disabled
+    exits. Raises ConfigError for remat "auto".
 
     Args:
       optimizer: replaces that of `config.optimizer`, in `init_state` too.
       drop_rates: replaces the paper's rates of layer dropout.
       exit_weights: replaces curriculum and weights of the exits, before normalisation (eq. 6).
-      exit_loss: loss of the exits below the last one; by default that of the config's target.
+      exit_loss: loss of the exits below the last; by default that of the config's target.
     """
-    check(
-        config.remat != "auto",
-        "remat 'auto' is chosen by train.py and lsjax.train: name a policy for make_train_step",
-    )
+    auto = "remat 'auto' is chosen by train.py and lsjax.train: name a policy for make_train_step"
+    check(config.remat != "auto", auto)
     recipe = Recipe(optimizer, drop_rates, exit_weights, exit_loss)
-    moves = optimizer or adamw(config.optimizer, config.num_steps)
+    # Some optimizers want the value of the loss.
+    moves = optax.with_extra_args_support(optimizer or adamw(config.optimizer, config.num_steps))
 
     @partial(jax.jit, donate_argnums=0)
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         recipe.check(config, state.model.config.num_layers)
         num_labels = (batch["labels_BT"] >= 0).sum()
         with with_kernels(config.kernels):
-            found = loss_and_gradients(config, recipe, state, batch, num_labels)
-        (loss, sums_L), gradients = found
+            losses, gradients = loss_and_gradients(config, recipe, state, batch, num_labels)
+        loss, sums_L = losses
+        grad_norm = optax.tree.norm(gradients)
+        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+        before, frozen = split(state.model)
         with jax.named_scope("optimizer"):
-            grad_norm = optax.tree.norm(gradients)
-            finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-            before, frozen = split(state.model)
-            updates, opt_state = moves.update(gradients, state.opt_state, before)
+            updates, opt_state = moves.update(gradients, state.opt_state, before, value=loss)
+            if optimizer is not None:  # AdamW's updates are finite if the gradients are
+                finite &= jnp.isfinite(optax.tree.norm(updates))
             new = optax.apply_updates(before, updates), opt_state
             after, opt_state = unless_skipped(finite, new, (before, state.opt_state))
         skipped = jnp.where(finite, state.skipped, state.skipped + 1)

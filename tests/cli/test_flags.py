@@ -52,6 +52,7 @@ class Flags:
 
     number: int = 1
     kind: str = "a"
+    switch: bool = False
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
 
 
@@ -73,6 +74,10 @@ def test_good_flags():
             "--help-all lists all flags",
         ),
         (["--colour=1"], "--colour is not a flag: --help-all lists all flags"),
+        (
+            ["--no-switch-on"],
+            "--no-switch-on is not a flag: did you mean --no-switch? --help-all lists all flags",
+        ),
         (
             ["--number", "x"],
             "Error parsing --number: invalid literal for int() with base 10: 'x'; "
@@ -334,6 +339,11 @@ def test_programs_with_a_configuration_take_the_kernels():
     message = 'attention "cudnn" needs kernels "auto": drop one of the two'
     with pytest.raises(ConfigError, match=message):
         find("train").parsed([*for_training, "--attention", "cudnn"])
+
+
+def test_a_mistyped_config_is_named():
+    with pytest.raises(ConfigError, match="--confg is not a flag: did you mean --config?"):
+        find("train").parsed(["--confg", "quickstart"])
 
 
 def test_a_configuration_has_a_name():

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scipy.stats import chisquare
 
-from lsjax.config import Sampling
+from lsjax.config import ConfigError, Sampling
 from lsjax.decoding.acceptance import accept_block, accept_equal, block_chances
 from lsjax.decoding.draft import Draft
 from lsjax.decoding.draft_vocabulary import DraftHead
@@ -304,3 +304,18 @@ def test_rounds_are_independent(monkeypatch, fresh):
     seen = np.bincount(text_BS[:, 0] * 2 + text_BS[:, 1], minlength=4)
     p_value = chisquare(seen, np.array([1, 2, 2, 4]) / 9 * rows).pvalue
     assert p_value > 0.01 if fresh else p_value < 1e-12
+
+
+def test_results_of_a_rule_are_checked(model, tokenizer):
+    """More accepted drafts than there are count as all; another form is refused."""
+
+    def too_many(logits_BTV, draft):
+        return logits_BTV.argmax(-1), jnp.full_like(draft.count_B, 99)
+
+    strategy = SelfSpeculative(1, 3, accept=too_many)
+    (done,) = Engine(model, tokenizer, strategy, ignore_end=True).generate([[1]], max_new_tokens=9)
+    assert done.accepted == done.drafted > 0 and done.num_new_tokens == 9
+    for result in (lambda logits_BTV, draft: draft.count_B, lambda *_: (0, 1)):
+        engine = Engine(model, tokenizer, SelfSpeculative(1, 3, accept=result))
+        with pytest.raises(ConfigError, match="the acceptance rule returned .* instead of tokens"):
+            engine.generate([[1]], max_new_tokens=9)

@@ -99,6 +99,58 @@ def test_a_skipped_step_keeps_all_but_the_counts_of_schedules():
     jax.tree.map(np.testing.assert_array_equal, taken, after)
 
 
+@pytest.mark.long
+@pytest.mark.parametrize(
+    "name", ["adafactor", "prodigy", "reduce_on_plateau", "multi_steps", "weight_decay_schedule"]
+)
+def test_optimizers_of_optax(name, small, packed):
+    """Their states hold the parameters, want the loss, are of other shapes, or count steps."""
+    decay = optax.linear_schedule(0.1, 0.0, 10)
+    optimizer = {
+        "adafactor": lambda: optax.adafactor(1e-2),
+        "prodigy": lambda: optax.contrib.prodigy(1e-1),
+        "reduce_on_plateau": lambda: optax.chain(
+            optax.sgd(1e-2), optax.contrib.reduce_on_plateau()
+        ),
+        "multi_steps": lambda: optax.MultiSteps(
+            optax.sgd(decay), every_k_schedule=2
+        ).gradient_transformation(),
+        "weight_decay_schedule": lambda: optax.adamw(1e-2, weight_decay=decay),
+    }[name]()
+    state, step = (
+        init_state(CONFIG, copied(small), optimizer),
+        make_train_step(CONFIG, optimizer=optimizer),
+    )
+    values = []
+    for _ in range(4):
+        state, metrics = step(state, packed)
+        values.append(float(metrics["loss"]))
+    assert np.isfinite(values).all() and metrics["skipped"] == 0
+    assert any(jax.tree.leaves(jax.tree.map(lambda a, b: (a != b).any(), state.model, small)))
+    # A step that is skipped counts for schedules, but not as one of two that are added.
+    scale = state.model.norm.scale[...]
+    state.model.norm.scale[...] = scale.at[0].set(jnp.nan)
+    before = copied(state.opt_state)
+    state, metrics = step(state, packed)
+    counts = [leaf for leaf in jax.tree.leaves(state.opt_state) if leaf.shape == ()]
+    earlier = [leaf for leaf in jax.tree.leaves(before) if leaf.shape == ()]
+    advanced = sum(int(a != b) for a, b in zip(counts, earlier, strict=True))
+    assert metrics["skipped"] == 1 and advanced == (name == "weight_decay_schedule")
+
+
+def test_updates_that_are_not_finite_are_never_applied(small, packed):
+    """Of finite gradients, by an optimizer that divides by zero at its second step."""
+    optimizer = optax.scale_by_schedule(lambda count: 0.1 / (1 - count))
+    state = init_state(CONFIG, copied(small), optimizer)
+    step = make_train_step(CONFIG, optimizer=optimizer)
+    for skipped in (0, 1, 1):
+        before = copied(state.model)
+        state, metrics = step(state, packed)
+        assert np.isfinite(metrics["loss"]) and metrics["skipped"] == skipped
+        moved = jax.tree.map(lambda a, b: bool((a != b).any()), state.model, before)
+        assert any(jax.tree.leaves(moved)) == (metrics["skipped_in_a_row"] == 0)
+
+
 def test_an_injected_learning_rate_is_a_metric(small, packed):
     optimizer = optax.inject_hyperparams(optax.sgd)(learning_rate=lambda count: 0.25 * (count + 1))
     state = init_state(CONFIG, copied(small), optimizer)
@@ -122,14 +174,36 @@ def test_an_injected_learning_rate_is_a_metric(small, packed):
             "exit_loss has no effect, as only the last exit is in the loss",
         ),
         (Recipe(exit_weights=lambda *_: np.zeros(5)), {}, "more than 0 for the last exit"),
+        (Recipe(optimizer=optax.sgd), {}, "is not an optax.GradientTransformation: call the"),
     ],
 )
 def test_functions_without_effect_are_refused(recipe, changes, error, small, packed):
     config = dataclasses.replace(CONFIG, **changes)
     with pytest.raises(ConfigError, match=error):
         recipe.check(config, 5)
+    state = init_state(config, small)
+    given = vars(recipe) | dict(optimizer=None)
+    if recipe.optimizer is None:
+        with pytest.raises(ConfigError, match=error):
+            make_train_step(config, **given).lower(state, packed)
+
+
+@pytest.mark.parametrize(
+    "functions, error",
+    [
+        (
+            dict(exit_weights=lambda *_: jnp.ones((1, 5))),
+            r"exit_weights returned the shape \[1, 5\] for all steps",
+        ),
+        (
+            dict(exit_loss=lambda logits, labels, final: cross_entropy(logits, labels).mean()),
+            r"exit_loss returned the shape \[\] for labels of the shape \[4, \d+\]",
+        ),
+    ],
+)
+def test_results_of_another_shape_are_refused(functions, error, small, packed):
     with pytest.raises(ConfigError, match=error):
-        make_train_step(config, **vars(recipe)).lower(init_state(config, small), packed)
+        make_train_step(CONFIG, **functions).lower(init_state(CONFIG, small), packed)
 
 
 def test_weights_of_ones_own_may_enable_exits_for_a_loss():
@@ -179,7 +253,18 @@ def test_what_is_given_has_a_name_and_a_hash(monkeypatch):
     before = told(exit_loss=scaled_by_factor)
     monkeypatch.setattr(sys.modules[__name__], "FACTOR", 3.0)
     assert told(exit_loss=scaled_by_factor) != before
+    parts = [dict(a=1e-3, b=1e-4), dict(a=1e-3, b=5e-4)]
+    found = [
+        told(
+            optimizer=optax.partition(
+                {key: optax.sgd(rate) for key, rate in rates.items()}, lambda params: params
+            )
+        )
+        for rates in parts
+    ]
+    assert found[0] != found[1]
     # So are the values that a function encloses, and arguments that are bound.
+    assert told(exit_loss=scaled_loss((1, 2, 1))) != told(exit_loss=scaled_loss((1, 2, 2)))
     one, other = told(exit_loss=scaled_loss(1.0)), told(exit_loss=scaled_loss(2.0))
     assert one["name"] == other["name"] == "scaled_loss"
     assert one["sha256"] != other["sha256"] and one == told(exit_loss=scaled_loss(1.0))

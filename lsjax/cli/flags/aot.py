@@ -17,6 +17,7 @@ from typing import Literal, get_args
 from lsjax.cli.flags.config_file import ConfigFields, ConfigFile, parse_config
 from lsjax.cli.flags.parse import Program
 from lsjax.config import AnyPath, DecodingShape, MeshConfig, check
+from lsjax.interrupts import importing
 
 ProgramName = Literal["train", "evaluate", "prefill", "decode"]
 
@@ -48,7 +49,8 @@ class Arguments(Slice):
 
 def default_mesh(found: Slice) -> dict[str, MeshConfig]:
     """The devices that decode by default."""
-    from lsjax.aot.chips import slice_size  # which imports jax
+    with importing():  # jax
+        from lsjax.aot.chips import slice_size
 
     check(found.topology is not None, "--topology is missing: name a slice such as v5p:4x4x4")
     return {"decoding_mesh": MeshConfig(tensor=min(4, slice_size(found.topology)))}

@@ -1,5 +1,6 @@
 """Flags of programs that read a configuration file, whose fields are flags too."""
 
+import difflib
 import importlib.resources
 import runpy
 import traceback
@@ -38,9 +39,9 @@ def parse_config(
     found, rest = parse_known(early, argv)
     if found.config is None:
         program.show_help(rest)
-    check(
-        found.config is not None, "--config is missing: name a file or a recipe, such as quickstart"
-    )
+        near = difflib.get_close_matches("--config", rest, n=1, cutoff=0.8)
+        check(not near, f"{' '.join(near)} is not a flag: did you mean --config?")
+    check(found.config is not None, "--config is missing: name a file, or one such as quickstart")
     config = read_config_file(found_config(found.config))
     program.show_help(rest, config)
     default = program.flags(fields=config, **derived(found))

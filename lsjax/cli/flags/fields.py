@@ -26,6 +26,7 @@ class Flag(NamedTuple):
     values: str  # what follows
     default: Any
     text: str
+    negated: str = ""  # the flag that turns it off
 
 
 def flags_of(kind: type, default: Any = None, prefix: str = "", path: str = "") -> Iterator[Flag]:
@@ -51,7 +52,9 @@ def flags_of(kind: type, default: Any = None, prefix: str = "", path: str = "") 
             names = [f"--{prefix}{name}".replace("_", "-")]
             names += [alias for arg in args for alias in arg.aliases or ()]
             text = texts.get(field.name, "")
-            yield Flag(path + field.name, tuple(names), described_values(annotation), value, text)
+            off = f"--{prefix}no-{name}".replace("_", "-") if annotation is bool else ""
+            values = described_values(annotation)
+            yield Flag(path + field.name, tuple(names), values, value, text, off)
 
 
 def _is_part(kind: Any) -> bool:

@@ -27,7 +27,9 @@ def help_text(kind: type, common: Sequence[str] | None, default: Any = None) -> 
 
 
 def _lines(flag: Flag, is_short: bool) -> list[str]:
-    name = flag.names[-1] if is_short else ", ".join(flag.names)  # the last one is the usual one
+    name = flag.names[-1]  # the usual one
+    if not is_short:
+        name = ", ".join([*flag.names, *[flag.negated] * bool(flag.negated)])
     text = flag.text
     if is_short:
         first, end, _ = text.partition(". ")

@@ -61,8 +61,7 @@ def parse_as(kind: type[T], argv: Sequence[str], **settings: Any) -> T:
     an unknown flag, a value of the wrong type, or a value that the dataclass rejects."""
     found, rest = parse_known(kind, argv, **settings)
     if rest:
-        known = [name for flag in flags_of(kind) for name in flag.names]
-        known += [name.replace("--", "--no-", 1) for name in known]
+        known = [name for flag in flags_of(kind) for name in (*flag.names, flag.negated)]
         unknown = rest[0].partition("=")[0]
         near = difflib.get_close_matches(unknown.replace("_", "-"), known, n=1)
         fix = f"did you mean {near[0]}? " if near else ""
