@@ -16,11 +16,22 @@ def adamw(config: OptimizerConfig, num_steps: int) -> optax.GradientTransformati
     """AdamW with clipping by the norm of all gradients, and the schedule over T steps."""
     clip = config.clip_norm
     return optax.chain(
-        optax.identity() if clip is None else optax.clip_by_global_norm(clip),
+        optax.identity() if clip is None else clipping(clip),
         optax.scale_by_adam(config.b1, config.b2, config.eps),
         optax.add_decayed_weights(config.weight_decay, mask=decays),
         optax.scale_by_learning_rate(learning_rates(config, num_steps)),
     )
+
+
+def clipping(most: float) -> optax.GradientTransformation:
+    """Clipping by the norm of all gradients, by one factor. `optax.clip_by_global_norm` divides
+    each number instead, which takes 3% of a training step on a CPU."""
+
+    def update(gradients, params=None):
+        factor = jnp.minimum(1, most / jnp.maximum(optax.tree.norm(gradients), 1e-30))
+        return jax.tree.map(lambda g: g * factor.astype(g.dtype), gradients)
+
+    return optax.stateless(update)
 
 
 def learning_rates(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
