@@ -139,7 +139,7 @@ def test_optimizers_of_optax(name, small, packed):
 
 
 def test_updates_that_are_not_finite_are_never_applied(small, packed):
-    """Of finite gradients, by an optimizer that divides by zero at its second step."""
+    """Updates of finite gradients, by an optimizer that divides by zero at its second step."""
     optimizer = optax.scale_by_schedule(lambda count: 0.1 / (1 - count))
     state = init_state(CONFIG, copied(small), optimizer)
     step = make_train_step(CONFIG, optimizer=optimizer)
