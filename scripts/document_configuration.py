@@ -5,13 +5,11 @@
 tests/config/test_documentation.py fails if the page is out of date.
 """
 
-import ast
 import dataclasses
 import inspect
-import textwrap
-from itertools import pairwise
 from pathlib import Path
 
+from lsjax.cli.flags.fields import field_texts
 from lsjax.config import LlamaConfig, TrainConfig
 from lsjax.config.checked import described
 
@@ -34,7 +32,7 @@ def page() -> str:
 
 def _tables(kind: type, path: str) -> list[str]:
     rows, parts = [], []
-    texts = _texts(kind)
+    texts = field_texts(kind)
     for field in dataclasses.fields(kind):
         part = LlamaConfig if field.name == "model" else field.type
         name = f"{path}{field.name}"
@@ -46,23 +44,12 @@ def _tables(kind: type, path: str) -> list[str]:
                 f"`{name}`",
                 values,
                 _default(field),
-                " ".join(texts[field.name].split()).replace("|", "\\|"),
+                texts[field.name].replace("|", "\\|"),
             )
             rows.append(f"| {' | '.join(cells)} |")
     lines = [f"## {path.rstrip('.') or 'The run'}", "", inspect.getdoc(kind), ""]
     header = ["| field | values | default | what |", "|---|---|---|---|"]
     return ["\n".join([*lines, *header, *rows, ""]), *parts]
-
-
-def _texts(kind: type) -> dict[str, str]:
-    """The docstring below each field, from the source of the class and its bases."""
-    found: dict[str, str] = {}
-    for base in filter(dataclasses.is_dataclass, reversed(kind.__mro__)):
-        (tree,) = ast.parse(textwrap.dedent(inspect.getsource(base))).body
-        for field, text in pairwise(tree.body):
-            if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr):
-                found[field.target.id] = ast.literal_eval(text.value)
-    return found
 
 
 def _default(field: dataclasses.Field) -> str:

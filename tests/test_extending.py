@@ -196,8 +196,7 @@ def test_a_strategy(model, tokenizer):
     assert texts(fewer) != expected
 
 
-@pytest.fixture(scope="module")
-def gpt(tokenizer):
+def gpt_of_the_page(tokenizer):
     """The model of the example. Its layers say more, so that texts are not one token repeated."""
     engine = run_block("class GPT", 90, tokenizer=tokenizer)["engine"]
     model = jax.tree.map(lambda leaf: leaf, engine.model)
@@ -206,21 +205,32 @@ def gpt(tokenizer):
 
 
 @pytest.fixture(scope="module")
-def greedy(gpt):
-    """The best token after a text, by a pass without earlier keys and values."""
+def gpt(tokenizer):
+    return gpt_of_the_page(tokenizer)
+
+
+@pytest.fixture(scope="module")
+def following(gpt):
+    """Logits of the token after a text, by a pass without earlier keys and values."""
 
     @jax.jit
-    def logits(ids_1T):
+    def run(ids_1T):
         places_1T = jnp.arange(64)[None]
         cache = gpt.new_cache(1, 64, gpt.num_layers)
         x_1TD, _ = gpt.run_layers(gpt.embed(ids_1T, places_1T), 0, gpt.num_layers, places_1T, cache)
         return gpt.unembed(x_1TD)[0]
 
+    return lambda ids: np.asarray(run(np.array([ids + [0] * (64 - len(ids))]))[len(ids) - 1], float)
+
+
+@pytest.fixture(scope="module")
+def greedy(following):
+    """The best tokens after a text."""
+
     def text(prompt, new=NEW):
         ids = list(prompt)
         for _ in range(new):
-            padded = np.array([ids + [0] * (64 - len(ids))])
-            ids.append(int(logits(padded)[len(ids) - 1].argmax()))
+            ids.append(int(following(ids).argmax()))
         return ids[len(prompt) :]
 
     return text
@@ -270,24 +280,16 @@ def test_a_conversation_and_sampling_of_a_model(gpt, greedy, tokenizer):
 
 @pytest.mark.long
 @pytest.mark.parametrize("name", ["drafts", "auto"])
-def test_sampled_texts_of_a_model_have_its_distribution(gpt, tokenizer, name):
+def test_sampled_texts_of_a_model_have_its_distribution(gpt, following, tokenizer, name):
     """Chi-square over 1,500 texts of three tokens, against full forward passes."""
     sampling, texts = lsjax.Sampling(temperature=1.5, top_k=4), 1_500
     engine = lsjax.Engine(gpt, tokenizer, OWN[name], batch_size=60, ignore_end=True)
     done = engine.generate([[1, 2, 3]] * texts, sampling=sampling, max_new_tokens=3)
     seen = Counter(tuple(one.token_ids) for one in done)
 
-    @jax.jit
-    def logits(ids_1T):
-        places_1T = jnp.arange(8)[None]
-        cache = gpt.new_cache(1, 8, gpt.num_layers)
-        x_1TD, _ = gpt.run_layers(gpt.embed(ids_1T, places_1T), 0, gpt.num_layers, places_1T, cache)
-        return gpt.unembed(x_1TD)[0]
-
-    def following(ids) -> dict[int, float]:
+    def shares(ids) -> dict[int, float]:
         """The four best tokens with their probabilities."""
-        padded = np.array([ids + [0] * (8 - len(ids))])
-        logits_V = np.asarray(logits(padded)[len(ids) - 1], float)
+        logits_V = following(ids)
         best = np.argsort(-logits_V)[:4]
         weights = np.exp((logits_V[best] - logits_V[best[0]]) / 1.5)
         return dict(zip(best.tolist(), weights / weights.sum(), strict=True))
@@ -297,7 +299,7 @@ def test_sampled_texts_of_a_model_have_its_distribution(gpt, tokenizer, name):
         expected = {
             (*text, token): count * share
             for text, count in expected.items()
-            for token, share in following([1, 2, 3, *text]).items()
+            for token, share in shares([1, 2, 3, *text]).items()
         }
     assert seen.keys() <= expected.keys() and len(expected) == 64
     rare = sum(count for count in expected.values() if count < 5)

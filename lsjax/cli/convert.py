@@ -6,6 +6,7 @@ from lsjax.cli.flags.convert import Arguments
 from lsjax.cli.setup import bar
 from lsjax.cli.show import notes_console
 from lsjax.data.tokenizer_files import load_tokenizer
+from lsjax.decoding.strategy import check_exit
 from lsjax.model.exit_model import first_layers
 from lsjax.terminal import SafeConsole
 
@@ -18,6 +19,7 @@ def convert(arguments: Arguments) -> None:
     opened, tokenizer = open_checkpoint(source), load_tokenizer(source)
     tokenizer.fitted(opened.config.vocab_size)  # fails before the long part
     exit_layer = arguments.exit_layer
+    check_exit(exit_layer or 1, opened.config.num_layers)
     model = load(opened, dtype=dtype, track=bar(notes, "reading"))
     generation, writing = read_generation_defaults(source), bar(notes, "writing")
     if exit_layer is not None:  # defaults of the full model do not fit

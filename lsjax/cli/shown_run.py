@@ -43,8 +43,8 @@ def shown_run(
     """Trains or resumes the run in `workdir`; returns the state after the last step.
 
     samples: whether the configured samples are written. hooks: by default those that score and plot
-    the exits, and write samples. began: Unix time at
-    which the program began. Raises as `prepare_run`, `Writer`, `with_remat` and `train_run`.
+    the exits, and write samples. began: Unix time at which the program began. Raises as
+    `prepare_run`, `Writer`, `with_remat` and `train_run`.
     """
     say, warn = console.print, partial(console.print, style="yellow")
     if hooks is None:

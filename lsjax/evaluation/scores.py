@@ -117,8 +117,9 @@ class Cell(NamedTuple):
     def of(cls, found: Strategy | Answer) -> "Cell":
         """The cell of a strategy, or of an answer."""
         if isinstance(found, Strategy):
-            return cls(found.name, *(getattr(found, name) for name in cls._fields[1:]))
-        return cls(*(found[name] for name in cls._fields))
+            settings = {name: getattr(found, name) for name in cls._fields[1:]}
+            return cls(found.name, **settings)
+        return cls._make(found[name] for name in cls._fields)
 
     def __str__(self) -> str:
         forms = ("{}", "exit {}", "{} drafts", "vocabulary {}", "confidence {:g}")

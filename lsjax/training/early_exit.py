@@ -43,8 +43,8 @@ def layer_weights(config: EarlyExitConfig, num_layers: int) -> Float[np.ndarray,
 def curriculum(
     config: EarlyExitConfig, num_layers: int, step: ArrayLike, num_steps: int
 ) -> Bool[Array | np.ndarray, "... L"]:
-    """C(t, E): the exits that are enabled at step t of T. step: one, or [..., 1] for several. The
-    result is a numpy array if `step` is one or a number."""
+    """C(t, E): the exits that are enabled at step t of T. step: a number, or [..., 1] for several.
+    The result is NumPy's, unless `step` is an array of JAX."""
     exits = np.arange(1, num_layers + 1)
     match config.curriculum:
         case "none":
@@ -78,7 +78,7 @@ def loss_weights(
     num_steps: int,
     exit_weights: ExitWeights = exit_weights,
 ) -> Float[Array, " L"]:
-    """w(t, E) (eq. 6): weights that sum to 1; 0 for disabled exits. step: one."""
+    """w(t, E) (eq. 6): weights that sum to 1; 0 for disabled exits. step: a number."""
     weights_L = jnp.asarray(exit_weights(config, num_layers, step, num_steps))
     check(
         weights_L.shape == (num_layers,),

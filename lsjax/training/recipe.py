@@ -38,8 +38,8 @@ class Recipe:
         return self.exit_loss or EXIT_LOSSES[config.early_exit.target]
 
     def check(self, config: StepConfig, num_layers: int) -> None:
-        """Raises ConfigError if the optimizer is none, if a function has no effect, or if the
-        weights of exits are bad."""
+        """Raises ConfigError for an optimizer of another type, for a function without effect, and
+        for bad weights of exits."""
         check(
             self.optimizer is None or isinstance(self.optimizer, optax.GradientTransformation),
             f"optimizer {self.optimizer!r} is not an optax.GradientTransformation: call the "

@@ -56,11 +56,12 @@ def init_state(
     if config.lora.rank > 0:
         model = with_adapters(model, config.lora, config.seed)
     optimizer = optimizer or adamw(config.optimizer, config.num_steps)
-    opt_state = optimizer.init(split(model)[0])
     # Some optimizers keep the parameters themselves, but a step donates each array once.
     own = {id(leaf) for leaf in jax.tree.leaves(model)}
-    copied = partial(jax.tree.map, lambda leaf: jnp.copy(leaf) if id(leaf) in own else leaf)
-    opt_state = copied(opt_state)
+    opt_state = jax.tree.map(
+        lambda leaf: jnp.copy(leaf) if id(leaf) in own else leaf,
+        optimizer.init(split(model)[0]),
+    )
     step, skipped, in_a_row = (jnp.zeros((), jnp.int32) for _ in range(3))  # all are donated
     return TrainState(model, opt_state, step, skipped, in_a_row)
 

@@ -141,7 +141,5 @@ def test_writes_the_first_layers(tmp_path, capsys):
     layers = load(given).config.num_layers
     with pytest.raises(SystemExit):
         main([str(given), str(tmp_path / "more"), "--exit-layer", str(layers + 1)])
-    message = (
-        f"the model has {layers} layers, so exit {layers + 1} is out of range: use 1..{layers}"
-    )
+    message = f"exit layer {layers + 1} is out of range: use --exit-layer 1..{layers}"
     assert message in capsys.readouterr().err

@@ -36,7 +36,7 @@ class Program:
     usage: str = ""
     parse: Callable[..., Any] | None = None
 
-    def parsed(self, argv: Sequence[str] | None) -> Any:
+    def parsed(self, argv: Sequence[str]) -> Any:
         """The flags of a command line. Prints help and exits if they ask for it. Raises
         ConfigError."""
         return (self.parse or parse_flags)(self, argv)

@@ -7,15 +7,12 @@ import pytest
 import lsjax
 from lsjax.decoding import runtime
 from lsjax.decoding.programs import decode, insert, prefill
-from tests.test_extending import NEW, OWN, PROMPTS, run_block
+from tests.test_extending import NEW, OWN, PROMPTS, gpt_of_the_page
 
 
 @pytest.fixture(scope="module")
 def gpt(tokenizer):
-    engine = run_block("class GPT", 90, tokenizer=tokenizer)["engine"]
-    model = jax.tree.map(lambda leaf: leaf, engine.model)
-    model.layers = jax.tree.map(lambda leaf: 2.5 * leaf, model.layers)
-    return model
+    return gpt_of_the_page(tokenizer)
 
 
 @pytest.fixture
