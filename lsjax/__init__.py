@@ -26,7 +26,7 @@ _PUBLIC = {
     "data.tokenizer": ("Tokenizer", "TokenizerError"),
     "data.tokenizer_files": ("load_tokenizer",),
     "decoding.auto.adaptive": ("Adaptive",),
-    "decoding.batching": ("Conversation",),
+    "decoding.conversation": ("Conversation",),
     "decoding.completion": ("Completion",),
     "decoding.draft_vocabulary": ("DraftVocabulary",),
     "decoding.engine": ("Engine",),
@@ -86,8 +86,8 @@ if TYPE_CHECKING:  # the same names for type checkers and editors
     )
     from lsjax.data.tokenizer_files import load_tokenizer as load_tokenizer
     from lsjax.decoding.auto.adaptive import Adaptive as Adaptive
-    from lsjax.decoding.batching import Conversation as Conversation
     from lsjax.decoding.completion import Completion as Completion
+    from lsjax.decoding.conversation import Conversation as Conversation
     from lsjax.decoding.draft_vocabulary import DraftVocabulary as DraftVocabulary
     from lsjax.decoding.engine import Engine as Engine
     from lsjax.decoding.exit_outputs import ExitOutputs as ExitOutputs

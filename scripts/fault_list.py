@@ -108,7 +108,7 @@ FROM_DOCS = (
     ),
     Fault(
         "cache of another history",
-        "decoding/batching.py",
+        "decoding/conversation.py",
         "return next((i for i in range(limit) if known[i] != ids[i]), limit)",
         "return limit",
         "tests/decoding/test_conversation.py",
@@ -359,7 +359,7 @@ FROM_CODE = (
     ),
     Fault(
         "pending token counted as cached",
-        "decoding/batching.py",
+        "decoding/conversation.py",
         "[0, : int(state.length_B[0]) - 1]",
         "[0, : int(state.length_B[0])]",
         "tests/decoding/test_conversation.py",

@@ -37,7 +37,7 @@ class Arguments:
     measured: tuple[str, Path] | None = None
     """Name of a machine, and the rows.jsonl that was measured there."""
     picture: Path | None = None
-    """RowSampling the picture to this file."""
+    """Draws the picture to this file."""
 
 
 def main(arguments: Arguments) -> int:

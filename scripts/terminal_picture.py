@@ -1,4 +1,4 @@
-"""RowSampling a program's terminal output as an SVG, with its colours.
+"""Draws a program's terminal output as an SVG, with its colours.
 
     FORCE_COLOR=1 python decode.py --model PATH --prompt "..." --strategy self_speculative \\
         --exit-layer 4 --num-draft-tokens 4 --show-drafts | \\

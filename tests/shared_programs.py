@@ -6,7 +6,7 @@ from typing import ClassVar
 import jax
 from jax.stages import Lowered
 
-from lsjax.decoding.programs import Programs
+from lsjax.decoding.compiler import Programs
 from lsjax.platforms import platform, tuning
 
 # Kept programs, the newest. A process may have 65,530 mappings of memory on Linux, and a program of

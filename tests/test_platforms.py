@@ -5,13 +5,15 @@ from threading import Thread
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import nnx
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 from lsjax import platforms
 from lsjax.config import EarlyExitConfig, LayerDropoutConfig, LlamaConfig, StepConfig
-from lsjax.decoding.programs import Programs, decode, prefill
+from lsjax.decoding.compiler import Programs
+from lsjax.decoding.programs import decode, prefill
 from lsjax.decoding.request import Request
 from lsjax.decoding.self_speculative import SelfSpeculative
 from lsjax.decoding.strategy import Autoregressive
@@ -167,7 +169,8 @@ def test_an_engine_compiles_its_programs_under_the_setting():
     def branches(kernels):
         loop = partial(decode, strategy=Autoregressive())
         programs = Programs(model_shapes(), kernels=kernels)
-        return programs.lower(loop, state_shapes(), 1, ()).as_text().count("stablehlo.case")
+        program = programs.lower(loop, state_shapes(), np.int32(1), ())
+        return program.as_text().count("stablehlo.case")
 
     assert branches("reference") == 0 < branches("auto")
 

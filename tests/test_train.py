@@ -517,7 +517,7 @@ def test_a_run_from_python_is_that_of_the_command(config, finished, tmp_path, ca
     assert own == others
     printed = capsys.readouterr().out
     assert "resumes after step 4\n" in printed and "step 6/6  loss " in printed
-    assert "held-out tokens" in printed and "drafts of exit 1 were accepted" in printed
+    assert "held-out tokens" in printed and "drafts of exit 2 were accepted" in printed
     assert (workdir / "exits.png").exists() and (workdir / "training.png").exists()
     assert repr(state).startswith("TrainState(step 6, skipped 0, 0.0M parameters)")
     assert lsjax.train(given, workdir).step == 6

@@ -1,5 +1,6 @@
 """Reads and writes models and training runs, and rejects damaged or unsupported files."""
 
+import re
 from typing import Any
 
 import jax.numpy as jnp
@@ -12,6 +13,8 @@ from lsjax.checkpoints.tensors import CheckpointError, TensorSource, Track
 from lsjax.config import AnyPath, split_step
 from lsjax.io.files import WEIGHTS, local_copy
 from lsjax.model.llama import Llama
+
+HUB_NAME = re.compile(r"\w[\w.-]*/[\w.-]+")  # owner/name, as on huggingface.co
 
 
 def load(
@@ -45,7 +48,13 @@ def open_checkpoint(path: str | AnyPath) -> TensorSource | RunSource:
     if path.is_dir():
         return HuggingFaceSource(local_copy(path, wanted=WEIGHTS))
     if not path.exists():
-        raise CheckpointError(f"{path}: does not exist: give an existing directory or GGUF file")
+        fix = "give an existing directory or GGUF file"
+        if HUB_NAME.fullmatch(f"{path}"):
+            fix += (
+                f"; a model of that name on the Hugging Face hub is copied by hf download {path} "
+            )
+            fix += f"--local-dir models/{path.name}"
+        raise CheckpointError(f"{path}: does not exist: {fix}")
     with path.open("rb") as file:
         if file.read(4) == b"GGUF":
             return GGUFSource(local_copy(path))

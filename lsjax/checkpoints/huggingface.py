@@ -5,8 +5,11 @@ So an export holds one file in memory beside the model.
 """
 
 import math
+import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import islice
+from types import MappingProxyType
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
@@ -16,7 +19,14 @@ from lsjax.checkpoints.families import config_json, llama_config
 from lsjax.checkpoints.tensors import CheckpointError, Part, TensorSource, Track, parts_of
 from lsjax.config import AnyPath, Checked, ConfigError, as_path, bounded, split_step
 from lsjax.data.tokenizer import Tokenizer
-from lsjax.io.files import one_line, read_json, whole_directory, write_json, writing
+from lsjax.io.files import (
+    one_line,
+    read_json,
+    whole_directory,
+    write_json,
+    write_whole,
+    writing,
+)
 from lsjax.model.llama import Llama, unstacked
 from lsjax.model.parameters import named_leaves
 
@@ -31,6 +41,11 @@ class GenerationDefaults(Checked):
 
     exit_layer: int | None = bounded(None, low=1)  # layers that draft, E
     num_draft_tokens: int | None = bounded(None, low=1)  # drafted per round, d
+
+    def to_json(self) -> dict[str, int]:
+        """The set fields by their names in generation_config.json."""
+        early = {name: getattr(self, field) for field, name in _GENERATION.items()}
+        return {name: value for name, value in early.items() if value is not None}
 
 
 def read_generation_defaults(path: str | AnyPath) -> GenerationDefaults:
@@ -116,6 +131,7 @@ def save(
     *,
     generation: GenerationDefaults | None = None,
     tokenizer: Tokenizer | None = None,
+    files: Mapping[str, bytes] = MappingProxyType({}),
     shard_bytes: int = 5_000_000_000,
     track: Track = iter,
 ) -> None:
@@ -126,6 +142,7 @@ def save(
         directory: new or empty; it appears under its name once it is complete.
         generation: defaults for decoding, for generation_config.json.
         tokenizer: adds its files and the ids of its begin and end tokens.
+        files: contents of further files by name, such as README.md.
         shard_bytes: maximum size of a file, unless a single tensor is larger.
         track: wraps the sequence of tensors, for a progress bar.
 
@@ -140,13 +157,15 @@ def save(
         "eos_token_id": eos if len(eos) > 1 else next(iter(eos), None),
         "pad_token_id": None,
     }
-    early = {name: getattr(generation, field, None) for field, name in _GENERATION.items()}
-    said = {key: value for key, value in (ids | early).items() if value is not None}
+    said = {key: value for key, value in ids.items() if value is not None}
+    said |= generation.to_json() if generation else {}
     with writing(directory), whole_directory(directory, last="config.json") as partial:
         write_json(partial / "config.json", config_json(model.config, model.dtype) | ids)
         write_json(partial / "generation_config.json", said)
         if tokenizer is not None:
             tokenizer.save(partial)
+        for name, content in files.items():
+            write_whole(partial / name, content)
         try:
             _write_weights(unstacked(model), partial, shard_bytes, track)
         except SafetensorError as error:
@@ -183,6 +202,8 @@ def _write_weights(model: Llama, directory: AnyPath, shard_bytes: int, track: Tr
         some = islice(tracked, len(parts))
         tensors = {part.tensor: part.stored(parameters[part.path]) for part in some}
         save_file(tensors, directory / file, {"format": "pt"})
+        # safetensors makes files that only their owner reads, whatever the umask.
+        shutil.copymode(directory / "config.json", directory / file)
         weight_map |= dict.fromkeys(tensors, file)
     if len(files) > 1:
         total = sum(parameter.nbytes for parameter in parameters.values())

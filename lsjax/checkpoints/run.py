@@ -16,8 +16,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import lax
 from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Shaped
+from jaxtyping import Array, Bool, Int, Shaped
 
 from lsjax.checkpoints.steps import PARAMS, SavedStep, first_whole, saved_steps
 from lsjax.checkpoints.tensors import NOT_FINITE, CheckpointError, Track
@@ -121,9 +122,9 @@ class RunSource:
 
     def __init__(self, directory: AnyPath, step: int | str | None = None):
         # Only the model's shape: another version may have written the rest of the config.
-        self.path, self._fields = directory, _fields(directory / CONFIG)
-        self.config = from_json(LlamaConfig, self._fields["model"], f"{directory / CONFIG}: model")
-        self.early_exit = self._fields.get("early_exit") or {}  # of the config, as JSON
+        self.path, self.settings = directory, _fields(directory / CONFIG)  # as JSON
+        self.config = from_json(LlamaConfig, self.settings["model"], f"{directory / CONFIG}: model")
+        self.early_exit = self.settings.get("early_exit") or {}
         if "exit_weights" in read_recipe(directory):  # which replace the curriculum
             self.early_exit = {"curriculum": "all"}
         saved = {one.number: one for one in reversed(saved_steps(directory / CHECKPOINTS))}
@@ -136,6 +137,19 @@ class RunSource:
         if not self._steps:
             known = ", ".join(map(str, saved))
             raise CheckpointError(f"{directory}: has no step {step}: choose from {known}")
+
+    @property
+    def step(self) -> int:
+        """Number of the step that is read, unless it is damaged."""
+        return self._steps[0].number
+
+    @property
+    def evaluation(self) -> dict[str, Any] | None:
+        """The last evaluation up to that step: a row of metrics.jsonl with loss_E and agreement_E
+        at index E - 1."""
+        rows = (row for row in read_metrics(self.path) if {"loss_E", "agreement_E"} <= row.keys())
+        done = [row for row in rows if row["step"] <= self.step]
+        return max(done, key=lambda row: row["step"], default=None)
 
     def assemble(self, *, dtype: jnp.dtype, track: Track, mesh: Mesh | None) -> Llama:
         """The first undamaged step, with a Block per layer. Raises CheckpointError."""
@@ -165,15 +179,22 @@ class RunSource:
             found = step.read(PARAMS, {name: wanted[name] for name in names if name in wanted})
             array, *adapter = (found[name] for name in names if name in found)
             if adapter:
-                lora = from_json(LoraConfig, self._fields["lora"], f"{self.path / CONFIG}: lora")
+                lora = from_json(LoraConfig, self.settings["lora"], f"{self.path / CONFIG}: lora")
                 array = merged(array, *adapter, lora.scale)
             if not _is_finite(array, dtype):
                 where = f"{step.directory / PARAMS}: {stacked} has values that are "
                 raise CheckpointError(where + NOT_FINITE.format(dtype.name))
-            for path, part in zip(paths, [array] if stacked in paths else array, strict=True):
+            for layer, path in enumerate(paths):
+                part = array if stacked in paths else _layer(array, layer)
                 place = sharding_of(path, part.shape, mesh)
                 arrays[path] = jax.device_put(part.astype(dtype), place)
         return jax.tree.unflatten(jax.tree.structure(model), [arrays[path] for path in shapes])
+
+
+@jax.jit
+def _layer(array: Shaped[Array, "L ..."], layer: Int[Array, ""]) -> Shaped[Array, "..."]:
+    """One of the layers. Slicing all of them at once takes longer to compile."""
+    return lax.dynamic_index_in_dim(array, layer, keepdims=False)
 
 
 @partial(jax.jit, static_argnames="dtype")

@@ -9,6 +9,7 @@ rename, so there it writes a MARKER last. Storage has no checksum for array valu
 saved with a `fingerprint`.
 """
 
+import gc
 import hashlib
 import json
 import logging
@@ -16,7 +17,8 @@ import math
 import re
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, cached_property
 from typing import Any, TypeVar
@@ -193,23 +195,35 @@ def orbax() -> Any:
     """The orbax package, slow to import; its logs are hidden, because the raised errors suffice."""
     import orbax.checkpoint as ocp
 
-    before = sys.unraisablehook
-
-    def hook(unraisable: Any) -> None:
-        """Ignores the readers that orbax drops when another one fails."""
-        said = str(unraisable.exc_value)
-        if not said.startswith(("Encountered error while reading", "Event loop is closed")):
-            before(unraisable)
-
     def is_from_elsewhere(record: logging.LogRecord) -> bool:
         return not re.search("orbax|OCDBT", f"{record.pathname} {record.getMessage()}")
 
-    sys.unraisablehook = hook
     # Of writers that orbax drops when another one fails.
     warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
     for name in ("absl", "asyncio"):
         logging.getLogger(name).addFilter(is_from_elsewhere)
     return ocp
+
+
+@contextmanager
+def without_dropped_readers() -> Iterator[None]:
+    """Python prints what fails in the readers that orbax drops when another one fails. The error of
+    that one is enough."""
+    before = sys.unraisablehook
+
+    def hook(unraisable: Any) -> None:
+        said = str(unraisable.exc_value)
+        if not said.startswith(("Encountered error while reading", "Event loop is closed")):
+            before(unraisable)
+
+    sys.unraisablehook = hook
+    try:
+        yield
+    except Exception:
+        gc.collect()  # drops them now
+        raise
+    finally:
+        sys.unraisablehook = before
 
 
 def _read_meta(path: AnyPath) -> dict[str, Any]:
@@ -226,7 +240,7 @@ def _read_arrays(path: AnyPath, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> d
         for name, want in wanted.items()
     }
     placed = orbax().checkpoint_utils.construct_restore_args(targets)
-    with orbax().PyTreeCheckpointer() as reader:
+    with orbax().PyTreeCheckpointer() as reader, without_dropped_readers():
         arrays = reader.restore(path, item=targets, restore_args=placed, partial_restore=True)
     for name, array in arrays.items():
         if isinstance(array, jax.ShapeDtypeStruct):  # orbax returns the target of a missing array

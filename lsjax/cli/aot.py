@@ -16,8 +16,8 @@ from lsjax.aot.programs import Counted
 from lsjax.aot.remat import AUTO, fastest
 from lsjax.cli.aot_tables import print_report
 from lsjax.cli.flags.aot import Arguments, ProgramName
+from lsjax.cli.notes import notes_console
 from lsjax.cli.setup import check_output
-from lsjax.cli.show import notes_console
 from lsjax.config import EarlyExitConfig, LayerDropoutConfig, check
 from lsjax.evaluation.exits import exit_sums
 from lsjax.io.files import writing

@@ -14,9 +14,10 @@ from rich.console import Console
 from lsjax.cli import engines
 from lsjax.cli.evaluate import read_questions
 from lsjax.cli.flags.benchmark import Arguments
+from lsjax.cli.notes import notes_console
 from lsjax.cli.prompts import prompt_rows
 from lsjax.cli.setup import bar, check_output
-from lsjax.cli.show import notes_console, show_cells, show_costs, show_verdict
+from lsjax.cli.show import show_cells, show_costs, show_verdict
 from lsjax.config import AnyPath, ConfigError, LlamaConfig, as_path, check
 from lsjax.decoding.self_speculative import SelfSpeculative
 from lsjax.decoding.strategy import Strategy
@@ -173,7 +174,8 @@ def write(output: AnyPath, title: str, rows: Sequence[Answer], notes: Console) -
             lines.write(answers.as_line({k: None if v == math.inf else v for k, v in row.items()}))
     whole = [row for row in rows if row["group"] == ALL and row["num_draft_tokens"] is not None]
     if len({(row["exit_layer"], row["num_draft_tokens"]) for row in whole}) > 1:
-        plot(notes, plots.plot_grid, whole, output / "benchmark.png", title)
+        titles = [title, *filter(None, [speeds.doubts(rows)])]
+        plot(notes, plots.plot_grid, whole, output / "benchmark.png", "\n".join(titles))
 
 
 def plot(

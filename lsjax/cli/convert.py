@@ -1,11 +1,21 @@
 """Converts a Hugging Face directory, GGUF file or training run into a Hugging Face directory."""
 
 from lsjax.checkpoints import load, open_checkpoint
-from lsjax.checkpoints.huggingface import check_destination, read_generation_defaults, save
+from lsjax.checkpoints.card import model_card
+from lsjax.checkpoints.huggingface import (
+    GenerationDefaults,
+    check_destination,
+    read_generation_defaults,
+    save,
+)
+from lsjax.checkpoints.run import RunSource
 from lsjax.cli.flags.convert import Arguments
+from lsjax.cli.notes import notes_console
 from lsjax.cli.setup import bar
-from lsjax.cli.show import notes_console
+from lsjax.config import AnyPath
 from lsjax.data.tokenizer_files import load_tokenizer
+from lsjax.data.vocabulary import COUNTS
+from lsjax.decoding.cost import best_exit
 from lsjax.decoding.strategy import check_exit
 from lsjax.model.exit_model import first_layers
 from lsjax.terminal import SafeConsole
@@ -14,16 +24,33 @@ from lsjax.terminal import SafeConsole
 def convert(arguments: Arguments) -> None:
     """Reads and writes the model. Raises CheckpointError if model and tokenizer do not match."""
     source, destination, dtype = arguments.source, arguments.destination, arguments.dtype
-    notes = notes_console()
+    notes, options = notes_console(), {}
     check_destination(destination)
     opened, tokenizer = open_checkpoint(source), load_tokenizer(source)
     tokenizer.fitted(opened.config.vocab_size)  # fails before the long part
     exit_layer = arguments.exit_layer
     check_exit(exit_layer or 1, opened.config.num_layers)
     model = load(opened, dtype=dtype, track=bar(notes, "reading"))
-    generation, writing = read_generation_defaults(source), bar(notes, "writing")
-    if exit_layer is not None:  # defaults of the full model do not fit
-        model, generation = first_layers(model, exit_layer), None
-    save(model, destination, generation=generation, tokenizer=tokenizer, track=writing)
+    if exit_layer is not None:  # defaults and card of the full model do not fit
+        model = first_layers(model, exit_layer)
+    elif isinstance(opened, RunSource):
+        options = of_run(opened, destination.name)
+    else:
+        options = {"generation": read_generation_defaults(source)}
+    save(model, destination, tokenizer=tokenizer, track=bar(notes, "writing"), **options)
     size = f"{model.config.num_params / 1e6:.1f} million parameters in {dtype}"
     SafeConsole(soft_wrap=True).print(f"{destination}: {size}")
+
+
+def of_run(run: RunSource, name: str) -> dict[str, GenerationDefaults | dict[str, bytes]]:
+    """Arguments of `save` that only a run has: its best exit, its token counts and a model card.
+    name: of the exported model."""
+    generation = read_generation_defaults(run.path)
+    if run.evaluation is not None:
+        best = best_exit(run.config, run.evaluation["agreement_E"]) or (None, None)
+        generation = GenerationDefaults(exit_layer=best[0], num_draft_tokens=best[1])
+    files = {"README.md": model_card(name, run, generation).encode()}
+    counts: AnyPath = run.path / COUNTS
+    if counts.is_file():
+        files[COUNTS] = counts.read_bytes()
+    return {"generation": generation, "files": files}

@@ -9,7 +9,7 @@ from rich.progress import Progress
 
 from lsjax.checkpoints import find_step
 from lsjax.cli.flags.count_tokens import Arguments
-from lsjax.cli.show import notes_console
+from lsjax.cli.notes import notes_console
 from lsjax.config import AnyPath
 from lsjax.data.tokenizer_files import load_tokenizer
 from lsjax.data.vocabulary import cached_counts, count_tokens, write_counts

@@ -10,11 +10,13 @@ from functools import partial
 from rich.console import Console
 from rich.progress import Progress
 
+from lsjax.cli.chat import Chat
+from lsjax.cli.drafts import legend, marked, show_unmarked, stream
 from lsjax.cli.engines import load_engine, make_strategies, open_model, trained_exits
 from lsjax.cli.flags.decode import Arguments
-from lsjax.cli.prompts import chat, choose_requests, encode_requests
+from lsjax.cli.notes import notes_console, summary
+from lsjax.cli.prompts import choose_requests, encode_requests
 from lsjax.cli.setup import check_output
-from lsjax.cli.show import coloured, legend, notes_console, stream, summary
 from lsjax.config import AnyPath, as_path, check
 from lsjax.data.vocabulary import add_written
 from lsjax.decoding.auto.adaptive import Adaptive
@@ -65,28 +67,74 @@ def decode(arguments: Arguments) -> None:
         f"{weights / 1e6:.0f} MB in {engine.model.dtype}; "
         f"cache {cache / 1e6:.0f} MB for {engine.batch_size} row{'s' * (engine.batch_size > 1)}"
     )
-    completions: list[Completion] = []
     tracing = nullcontext() if arguments.profile is None else trace(arguments.profile)
     with json_lines(arguments.json) as write, tracing:
-
-        def finish(prompt: str, completion: Completion) -> None:
-            completions.append(replace(completion, prompt=prompt))
-            write(as_line(completions[-1]))
-
-        show_drafts = arguments.show_drafts
-        options = dict(show_drafts=show_drafts, finish=finish)
-        if show_drafts:
-            people.print(legend(engine.strategy))
+        texts = Texts(engine, arguments, prompts, requests, people, write)
+        if arguments.show_drafts:
+            people.print(legend(people, engine.strategy))
         if arguments.interactive:
-            chat(engine, requests[0], people, notes, system=arguments.system, **options)
+            options = dict(system=arguments.system, show_drafts=arguments.show_drafts)
+            Chat(engine, requests[0], people, notes, finish=texts.add, **options).run()
         elif len(requests) == 1 and not to_stdout:
-            people.print(verbatim(prompts[0]), style="dim")
-            finish(prompts[0], stream(people, engine, requests[0], show_drafts=show_drafts))
+            texts.stream()
         else:
-            generate_all(engine, prompts, requests, people, notes, **options)
-    count_written(engine, completions)
+            generate_all(engine, requests, notes, texts.show)
+    count_written(engine, texts.completions)
     if not arguments.interactive:
-        conclude(notes, engine, completions)
+        conclude(notes, engine, texts.completions)
+
+
+class Texts:
+    """The finished texts: shows them to people, and passes them to `write` as lines of JSON.
+
+    prompts: as they were given. requests: with token ids.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        arguments: Arguments,
+        prompts: Sequence[str],
+        requests: Sequence[Request],
+        people: Console,
+        write: Callable[[str], None],
+    ):
+        self.completions: list[Completion] = []
+        self._engine, self._people, self._write = engine, people, write
+        self._prompts, self._requests = prompts, requests
+        self._show_drafts, self._is_chat = arguments.show_drafts, arguments.chat
+
+    def add(self, prompt: str, completion: Completion) -> None:
+        """Keeps and writes a completion."""
+        self.completions.append(replace(completion, prompt=prompt))
+        self._write(as_line(self.completions[-1]))
+
+    def stream(self) -> None:
+        """Shows the text of the only prompt as it is decoded."""
+        options = dict(show_drafts=self._show_drafts, opening=self._opening(0))
+        completion = stream(self._people, self._engine, self._requests[0], **options)
+        self.add(self._prompts[0], completion)
+        self._show_alone(0, completion)
+
+    def show(self, index: int, completion: Completion) -> None:
+        """Shows a finished text."""
+        self.add(self._prompts[index], completion)
+        self._people.print(verbatim(self._opening(index)), style="dim")
+        text = verbatim(completion.text)
+        if self._show_drafts:
+            ids = self._requests[index].prompt
+            text = marked(self._people, self._engine.tokenizer, ids, completion)
+        self._people.print(text)
+        self._people.print()
+        self._show_alone(index, completion)
+
+    def _opening(self, index: int) -> str:
+        """The prompt as it stands before its text. An answer of a chat begins on a line below."""
+        return self._prompts[index] + "\n\n" * self._is_chat
+
+    def _show_alone(self, index: int, completion: Completion) -> None:
+        if self._show_drafts:
+            show_unmarked(self._people, self._opening(index) + completion.text)
 
 
 def conclude(notes: Console, engine: Engine, completions: Sequence[Completion]) -> None:
@@ -114,26 +162,13 @@ def count_written(engine: Engine, completions: Sequence[Completion]) -> None:
 
 def generate_all(
     engine: Engine,
-    prompts: Sequence[str],
     requests: Sequence[Request],
-    people: Console,
     notes: Console,
-    *,
-    show_drafts: bool,
-    finish: Callable[[str, Completion], None],
+    show: Callable[[int, Completion], None],
 ) -> None:
-    """Prints texts in prompt order, with a progress bar if `notes` is a terminal. If decoding is
-    interrupted, texts that wait for earlier ones are printed at the end."""
+    """Shows texts in prompt order, with a progress bar if `notes` is a terminal. If decoding is
+    interrupted, texts that wait for earlier ones are shown at the end."""
     missing, waiting = deque(range(len(requests))), {}
-
-    def show(index: int, completion: Completion) -> None:
-        finish(prompts[index], completion)
-        people.print(verbatim(prompts[index]), style="dim")
-        if show_drafts:
-            people.print(coloured(engine.tokenizer, requests[index].prompt, completion))
-        else:
-            people.print(verbatim(completion.text))
-        people.print()
 
     with Progress(console=notes, transient=True, disable=not notes.is_terminal) as progress:
         task = progress.add_task("decoding", total=len(requests))

@@ -1,6 +1,7 @@
 """The engine and the strategies that flags ask for (lsjax/cli/flags/shared.py)."""
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from itertools import product
 from typing import Any, NamedTuple
 
@@ -12,7 +13,7 @@ from lsjax.checkpoints.huggingface import read_generation_defaults
 from lsjax.checkpoints.run import RunSource
 from lsjax.checkpoints.tensors import TensorSource
 from lsjax.cli.flags.shared import ModelFlags, StrategyFlags
-from lsjax.cli.setup import bar, choose_dtype, keep_compiled_programs
+from lsjax.cli.setup import bar, choose_dtype, keep_compiled_programs, waiting
 from lsjax.config import GREEDY, ConfigError, MeshConfig, Sampling, check
 from lsjax.data.tokenizer import Tokenizer
 from lsjax.data.tokenizer_files import load_tokenizer
@@ -70,9 +71,11 @@ def load_engine(
     """
     keep_compiled_programs()
     dtype = choose_dtype(model.flags.dtype)
-    loaded = load(model.source, dtype=dtype, track=bar(notes, "loading"), mesh=model.mesh)
-    track = bar(notes, "timing rounds, once for this machine")
-    options |= {"kernels": model.flags.kernels, "track": track}
+    with waiting(notes, f"loading {model.flags.model.name}"):
+        loaded = load(model.source, dtype=dtype, track=bar(notes, "loading"), mesh=model.mesh)
+    options["kernels"] = model.flags.kernels
+    options["compiling"] = partial(waiting, notes)
+    options["track"] = bar(notes, "timing rounds, once for this machine")
     return Engine(change(loaded), model.tokenizer, **model.settings, **options)
 
 

@@ -11,8 +11,9 @@ from rich.console import Console
 from lsjax.checkpoints.run import is_run, read_run_config
 from lsjax.cli import engines
 from lsjax.cli.flags.evaluate import Arguments, TaskFlags
+from lsjax.cli.notes import notes_console
 from lsjax.cli.setup import check_output
-from lsjax.cli.show import notes_console, or_dash, table, wide_console
+from lsjax.cli.show import or_dash, table, wide_console
 from lsjax.config import ConfigError, check, split_step
 from lsjax.data.chat import Dialogue
 from lsjax.data.sources import tfds_split

@@ -8,8 +8,9 @@ from rich.progress import Progress
 from lsjax.checkpoints import load, open_checkpoint
 from lsjax.checkpoints.run import is_run, read_run_config
 from lsjax.cli.flags.exits import Arguments
+from lsjax.cli.notes import notes_console
 from lsjax.cli.setup import check_output, choose_dtype, keep_compiled_programs
-from lsjax.cli.show import exit_table, notes_console, wide_console
+from lsjax.cli.show import exit_table, wide_console
 from lsjax.config import check
 from lsjax.data.pipeline import OnePass, packed_rows
 from lsjax.data.tokenizer_files import load_tokenizer

@@ -2,7 +2,7 @@
 
 from lsjax.cli import engines
 from lsjax.cli.flags.lm_eval import Arguments
-from lsjax.cli.show import notes_console
+from lsjax.cli.notes import notes_console
 from lsjax.config import check, in_bucket
 from lsjax.data.chat import Dialogue
 from lsjax.evaluation import installed

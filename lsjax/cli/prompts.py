@@ -1,32 +1,22 @@
-"""Prompts of decode.py: prompt files, and the chat in the terminal."""
+"""Prompts of decode.py, from flags and files."""
 
-import contextlib
-import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import fields, replace
-from functools import partial
-
-from rich.console import Console
 
 from lsjax.cli import engines
 from lsjax.cli.flags.decode import Arguments
-from lsjax.cli.show import stream, summary
 from lsjax.config import AnyPath, ConfigError, LlamaConfig, Sampling, check
-from lsjax.data.chat import ChatTemplateError, Dialogue
+from lsjax.data.chat import Dialogue
 from lsjax.data.sources import fill
-from lsjax.data.tokenizer import Tokenizer, TokenizerError
-from lsjax.decoding.batching import Conversation
-from lsjax.decoding.completion import Completion
-from lsjax.decoding.engine import Engine
+from lsjax.data.tokenizer import Tokenizer
 from lsjax.decoding.request import Request, encode_prompt
 from lsjax.evaluation.tasks import first_turn
-from lsjax.interrupts import noted, raised
 from lsjax.io.rows import Fields, PlacedRow, Refuse, file_rows, read_lines, stop_at
 
 # Fields that a row of a prompt file may have in addition to its prompt.
 ENDS = ("max_new_tokens", "stop", "stop_ids")
 SAMPLING = tuple(field.name for field in fields(Sampling))
-HELP = "Ctrl-C stops an answer, /new forgets the chat, Ctrl-D ends."
+COMMANDS = "Ctrl-C stops an answer, /new forgets the chat, Ctrl-D ends."
 
 
 def prompt_rows(
@@ -118,66 +108,3 @@ def encode_requests(
             raise ConfigError(f"{where}{error}") from None
         encoded.append(replace(request, prompt=ids))
     return encoded
-
-
-@raised()
-def chat(
-    engine: Engine,
-    default: Request,
-    people: Console,
-    notes: Console,
-    *,
-    system: str | None = None,
-    show_drafts: bool = False,
-    finish: Callable[[str, Completion], None],
-) -> None:
-    """Reads messages and streams replies until the input ends. The cache is kept between turns, so
-    only new tokens are processed. Each turn has the next seed.
-
-    Ctrl-C stops an answer, and the chat continues from there. A second Ctrl-C in the same turn
-    discards the turn. finish: called with message and completion after each turn.
-    """
-    with contextlib.suppress(ImportError):
-        import readline  # noqa: F401  (editing and history for `input`)
-
-    notes.print(HELP)
-    dialogue, conversation = Dialogue(engine.tokenizer, system), Conversation()
-    sampling = default.sampling
-
-    def answer(message, prompt, request, dialogue, conversation):
-        with noted(signal.SIGINT) as interrupts:
-            options = dict(show_drafts=show_drafts, conversation=conversation)
-            options["cancelled"] = partial(bool, interrupts)
-            completion = stream(people, engine, request, **options)
-            notes.print(summary([completion], completion.decode_seconds))
-            finish(message, completion)
-            # A stop string may end inside a token. The end token is not in the text.
-            ids = completion.token_ids
-            known = {"stop": None, "eos": ids[:-1]}.get(completion.finish_reason, ids)
-            dialogue.add(message, prompt, completion.text, known)
-
-    while True:
-        message = ""
-        try:
-            with contextlib.redirect_stdout(people.file):  # where the prompt goes
-                message = input("> ")
-            if message.strip() == "/new":
-                dialogue, conversation = Dialogue(engine.tokenizer, system), Conversation()
-            elif message.strip():
-                prompt = dialogue.prompt(message)
-                request = replace(default, prompt=prompt[1], sampling=sampling)
-                answer(message, prompt, request, dialogue, conversation)
-                sampling = sampling.of_text(1)
-        except EOFError:
-            people.print()
-            return
-        except KeyboardInterrupt:
-            people.print()
-            forgotten = "cancelled: this message and its answer are forgotten"
-            notes.print(forgotten if message else HELP)
-        except UnicodeDecodeError:
-            notes.print("that was not UTF-8: type it again")
-        except ConfigError as error:  # the chat has become too long
-            notes.print(f"{error}; /new forgets the chat")
-        except (ChatTemplateError, TokenizerError) as error:
-            notes.print(str(error))

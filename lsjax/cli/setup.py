@@ -2,7 +2,9 @@
 
 import ctypes
 import sys
-from collections.abc import Callable, Iterable, Sequence
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -14,6 +16,7 @@ from lsjax.config import AnyPath, ConfigError, check, in_bucket
 from lsjax.io.files import cache_directory, one_line
 from lsjax.sharding import machine
 
+PATIENCE = 2.0  # seconds without a word
 LARGEST_KEPT = 1 << 28  # bytes of a block that glibc keeps when it is freed
 
 
@@ -42,12 +45,29 @@ def bar(console: Console, description: str) -> Callable[[Sequence[Any]], Iterabl
     return partial(track, description=description, auto_refresh=False, **options)
 
 
+@contextmanager
+def waiting(console: Console, what: str) -> Iterator[None]:
+    """Says what the user waits for: at once in a terminal, where the line vanishes at the end, and
+    elsewhere only if it takes a while."""
+    if console.is_terminal:
+        with console.status(what):
+            yield
+        return
+    line = threading.Timer(PATIENCE, console.print, [f"{what} ..."])
+    line.daemon = True
+    line.start()
+    try:
+        yield
+    finally:
+        line.cancel()
+
+
 def keep_compiled_programs() -> None:
     """Caches compiled programs on disk, so that a second run starts at once. Each kind of machine
     has its own cache, as machines may share a home. JAX_COMPILATION_CACHE_DIR takes precedence."""
     if jax.config.jax_compilation_cache_dir is None:
         jax.config.update("jax_compilation_cache_dir", str(cache_directory() / "xla" / machine()))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
 def exact_products() -> None:

@@ -1,36 +1,20 @@
-"""Terminal output: texts coloured by origin, and tables of figures."""
+"""Terminal output: a line of figures about texts, and tables."""
 
-from collections import Counter, deque
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import closing
 from itertools import islice
-from typing import Any
 
 from rich.console import Console
-from rich.segment import Segment, Segments
-from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
-from lsjax.data.tokenizer import StreamDecoder, Tokenizer
 from lsjax.decoding.auto.adaptive import Adaptive
-from lsjax.decoding.completion import Completion, Trace
-from lsjax.decoding.engine import Engine
-from lsjax.decoding.request import Request
 from lsjax.decoding.self_speculative import SelfSpeculative
-from lsjax.decoding.strategy import Strategy
 from lsjax.evaluation.comparison import FLOAT32_MARGIN, margin_of
 from lsjax.evaluation.exits import ExitScores
 from lsjax.evaluation.many_rows import ACCEPTANCES, RoundCost, fastest
 from lsjax.evaluation.scores import Answer
-from lsjax.terminal import SafeConsole, verbatim
-
-ACCEPTED = "bold green"
-LOOKED_UP = "bold yellow"
-CORRECTED = "bold red"
-REJECTED = "dim red strike"
-GAP = "dim red"  # the space before a rejected word; a struck space looks like a dash
-ADDED = "bold blue"
+from lsjax.evaluation.speeds import doubts
+from lsjax.terminal import SafeConsole
 
 # Heading -> name and format of the figure.
 COLUMNS = {
@@ -44,6 +28,7 @@ COLUMNS = {
     "speedup": ("speedup", ".2f"),
     "accepted": ("acceptance_rate", ".3f"),
     "tokens/round": ("tokens_per_round", ".2f"),
+    "repeated": ("repeated_4grams", ".2f"),
     "ideal": ("ideal", ".2f"),
     "share": ("share_of_ideal", ".2f"),
     "equal": ("equal", ""),
@@ -51,127 +36,12 @@ COLUMNS = {
     "margin": ("widest_margin", ".1e"),
     "compiling, s": ("compile_seconds", ".1f"),
 }
-
-
-def legend(strategy: Strategy) -> Text:
-    """The colours of a strategy's texts."""
-    return Text.assemble(
-        ("accepted draft   ", ACCEPTED),
-        ("draft found in the text   " if isinstance(strategy, Adaptive) else "", LOOKED_UP),
-        ("rejected draft", REJECTED),
-        (" its correction   ", CORRECTED),
-        ("the model's own, after a draft that was all right", ADDED),
-    )
-
-
-class Colours:
-    """New text as it is decoded, each token coloured by its origin (see `legend`)."""
-
-    def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int]):
-        self._tokenizer = tokenizer
-        self._decoder = StreamDecoder(tokenizer, prompt_ids)
-        self._read = 0  # tokens of the trace
-        self._waiting: deque[tuple[str, str]] = deque()  # text and style
-
-    def push(self, trace: Trace, text: str, *, last: bool = False) -> Segments:
-        """The next piece of text in colours, with its rejected drafts. last: the text ends with
-        this piece. Tokens after it in the trace belong to a stop string."""
-        for index in range(self._read, len(trace)):
-            style, replaced = ADDED, int(trace.replaced_n[index])
-            if replaced >= 0:
-                rejected = self._tokenizer.token_bytes(replaced, skip_special=False)
-                self._waiting.append((_visible(rejected), REJECTED))
-                style = CORRECTED
-            if trace.accepted_n[index]:
-                looked_up = trace.source_n is not None and trace.source_n[index] == 0
-                style = LOOKED_UP if looked_up else ACCEPTED
-            self._waiting.append((self._decoder.push([int(trace.tokens_n[index])]), style))
-        self._read = len(trace)
-        if last:
-            self._waiting.append((self._decoder.finish(), ""))
-        shown: list[Segment] = []
-
-        def show(piece: str, style: str) -> None:
-            if piece:
-                shown.append(Segment(piece, Style.parse(style)))
-
-        left = len(text)
-        while self._waiting:
-            piece, style = self._waiting.popleft()
-            if style == REJECTED:
-                word = piece.lstrip(" ")
-                show(piece[: len(piece) - len(word)], GAP)
-                show(word, style)
-                continue
-            show(piece[:left], style)
-            if len(piece) > left and not last:
-                self._waiting.appendleft((piece[left:], style))
-                break
-            left -= min(left, len(piece))
-        return Segments(shown)
-
-
-def coloured(tokenizer: Tokenizer, prompt_ids: Sequence[int], completion: Completion) -> Segments:
-    """A complete text in colours, for `SafeConsole.print`, which adds no newline to it."""
-    return Colours(tokenizer, prompt_ids).push(completion.trace, completion.text, last=True)
-
-
-def stream(
-    people: Console, engine: Engine, request: Request, *, show_drafts: bool, **options: Any
-) -> Completion:
-    """Prints the text of a prompt of token ids as it is decoded, and returns its completion.
-    show_drafts: in colours. options: of `Engine.watch`."""
-    colours = Colours(engine.tokenizer, request.prompt)
-    with closing(engine.watch(request, **options)) as updates:
-        for update in updates:
-            if show_drafts:
-                last = update.completion is not None
-                people.print(colours.push(update.trace, update.text, last=last))
-            else:
-                people.print(verbatim(update.text))
-    people.print()
-    return update.completion
-
-
-def summary(completions: Sequence[Completion], wall_seconds: float) -> str:
-    """One line with tokens, speed, acceptance of drafts, and reasons for ending."""
-    tokens = sum(c.num_new_tokens for c in completions)
-    later = tokens - len(completions)
-    drafted = sum(c.drafted for c in completions)
-    parts = [f"{tokens} new token{'s' * (tokens != 1)}"]
-    if later and wall_seconds > 0:
-        parts[0] += f" at {later / wall_seconds:.1f} tokens/s"
-    if drafted:
-        accepted = sum(c.accepted for c in completions)
-        parts.append(f"{accepted} of {drafted} drafts accepted ({accepted / drafted:.0%})")
-        rounds = sum(c.rounds for c in completions)
-        parts.append(f"{later / rounds:.2f} tokens per round")
-    chosen, given = Counter(), Counter()  # rounds and tokens of each source of drafts
-    for completion in completions:
-        for name, one in (completion.sources or {}).items():
-            chosen[name] += one["rounds"]
-            given[name] += one["tokens"]
-    sources = [
-        f"{name}: {times / chosen.total():.0%} of rounds, {given[name] / times:.2f} tokens each"
-        for name, times in chosen.most_common()
-    ]
-    parts += [", ".join(sources)] if sources else []
-    reasons = Counter(c.finish_reason for c in completions)
-    parts.append(", ".join(f"{n} ended by {reason}" for reason, n in sorted(reasons.items())))
-    return "; ".join(parts)
-
-
-def _visible(token: bytes) -> str:
-    """A rejected token's text on one line: line breaks are escaped, spaces alone drawn as ␣."""
-    text = token.decode("utf-8", errors="replace")
-    if text.isspace():
-        text = text.replace(" ", "␣")
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
-
-
-def notes_console() -> Console:
-    """A console on stderr, for notes that are not part of the result."""
-    return SafeConsole(stderr=True, soft_wrap=True, style="dim")
+TIMED = ("tokens_per_second", "speedup", "share_of_ideal")  # figures that a busy machine changes
+LEGEND = (
+    "E exit, d draft tokens, N draft vocabulary, c draft confidence, repeated: share of 4-grams "
+    "that the text contains earlier, ideal: speedup by bytes read, share: speedup / ideal, equal "
+    "and differ: greedy texts beside those of autoregressive decoding"
+)
 
 
 def wide_console() -> Console:
@@ -222,15 +92,21 @@ def or_dash(value: object, form: str = "") -> str:
 
 
 def show_cells(title: str, rows: Sequence[Answer]) -> None:
-    """Prints the benchmark's rows as a table, with the best speedup in green."""
-    best = max(range(len(rows)), key=lambda number: rows[number]["speedup"])
+    """Prints the benchmark's rows as a table, with the best trusted speedup in green."""
+    best = max(range(len(rows)), key=lambda n: (rows[n]["trusted"], rows[n]["speedup"]))
     lines = []
     for row in rows:
-        figures = [or_dash(row[name], form) for name, form in COLUMNS.values()]
+        figures = []
+        for name, form in COLUMNS.values():
+            doubt = "?" * (name in TIMED and row[name] is not None and not row["trusted"])
+            figures.append(or_dash(row[name], form) + doubt)
         lines.append([row["strategy"].replace("_", " "), row["group"], *figures])
     faster = best if rows[best]["speedup"] > 1 else None
-    headings = ["strategy", "prompts", *COLUMNS]
-    wide_console().print(table(title, headings, lines, left=2, best=faster))
+    headings, console = ["strategy", "prompts", *COLUMNS], wide_console()
+    console.print(table(title, headings, lines, left=2, best=faster))
+    console.print(LEGEND, style="dim")
+    if doubt := doubts(rows):
+        console.print(doubt, style="bold yellow")
 
 
 def show_costs(title: str, costs: Sequence[RoundCost]) -> None:

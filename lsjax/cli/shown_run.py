@@ -7,18 +7,21 @@ from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from lsjax.aot.remat import with_remat
 from lsjax.checkpoints.run import EVALUATION, read_metrics
-from lsjax.cli.show import coloured, exit_table
+from lsjax.cli.drafts import legend, marked, show_unmarked
+from lsjax.cli.show import exit_table
 from lsjax.config import AnyPath, ConfigError, TrainConfig
 from lsjax.decoding.engine import Engine
 from lsjax.decoding.self_speculative import SelfSpeculative
 from lsjax.evaluation import exits, plots
 from lsjax.model.llama import Llama
 from lsjax.terminal import verbatim
+from lsjax.training.early_exit import enabled_by_step
 from lsjax.training.hosts import is_first
 from lsjax.training.metrics import paced
 from lsjax.training.prepare import TrainingRun, prepare_run
@@ -80,10 +83,21 @@ def shown_evaluation(run: TrainingRun, console: Console) -> Hook:
     return exits.evaluation_hook(run, show)
 
 
+def default_exit(run: TrainingRun) -> int:
+    """The exit that drafts samples: of those with a loss, the one closest to L / 4."""
+    config, layers = run.config, run.config.model.num_layers
+    weights = run.recipe.exit_weights
+    enabled_TL = enabled_by_step(config.early_exit, layers, config.num_steps, weights)
+    trained = (np.flatnonzero(enabled_TL.any(0)[:-1]) + 1).tolist()
+    return min(
+        trained or range(1, max(2, layers)), key=lambda exit_layer: abs(exit_layer - layers / 4)
+    )
+
+
 def shown_sample(run: TrainingRun, console: Console) -> Hook:
     """Hook that continues a prompt by self-speculation, and prints the text in colours."""
     config, model_config = run.config.evaluation, run.config.model
-    exit_layer = config.exit_layer or max(1, model_config.num_layers // 4)
+    exit_layer = config.exit_layer or default_exit(run)
     prompt, tokenizer = run.sample_prompt, run.tokenizer
     length = min(config.sample_tokens, model_config.max_context - len(prompt))
     engine: Engine | None = None
@@ -103,9 +117,11 @@ def shown_sample(run: TrainingRun, console: Console) -> Hook:
         else:
             engine.use_model(model)
         (done,) = engine.generate([prompt], max_new_tokens=length)
+        console.print(legend(console, engine.strategy))
         console.print(verbatim(tokenizer.decode(prompt)), style="dim")
-        console.print(coloured(tokenizer, prompt, done))
+        console.print(marked(console, tokenizer, prompt, done))
         console.print()
+        show_unmarked(console, tokenizer.decode(prompt) + done.text)
         drafts = f"{done.accepted} of {done.drafted} drafts of exit {exit_layer} were accepted"
         console.print(drafts, style="dim")
         names = ("text", "exit_layer", "num_draft_tokens", "acceptance_rate")

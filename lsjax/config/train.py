@@ -168,7 +168,8 @@ class EvaluationConfig(Checked, prefix="evaluation."):
     sample_prompt: str = ""
     """Beginning of the sample text; the start of a held-out document by default."""
     exit_layer: int | None = None
-    """Exit that drafts the sample text; a quarter of the layers by default."""
+    """Exit that drafts the sample text. By default the nearest to a quarter of the layers, of those
+    with a loss."""
     num_draft_tokens: int = bounded(4, low=1)
     """Draft tokens per round of the sample text."""
     num_prompts: int = bounded(8, low=1)

@@ -22,60 +22,18 @@ import numpy as np
 from lsjax.data.tokenizer import Tokenizer
 from lsjax.decoding.auto.measure import MEASURING
 from lsjax.decoding.completion import Completion, RowText, Trace, Update
+from lsjax.decoding.conversation import Conversation
 from lsjax.decoding.exit_outputs import exit_outputs
 from lsjax.decoding.programs import chunk_size, decode, grow, insert, prefill
 from lsjax.decoding.request import Request
 from lsjax.decoding.runtime import Runtime
 from lsjax.decoding.state import EOS, LENGTH, RUNNING, STOP, DecodeState
 from lsjax.decoding.strategy import Strategy
-from lsjax.model.protocol import Cache, DecoderModel, grow_cache
+from lsjax.model.protocol import Cache
 
 # Rounds between two reads of the text by the host, if it is streamed or may contain a stop string.
 ROUNDS_PER_READ = 4
 FILLER = Request(prompt=(0,), max_new_tokens=0)  # a row that has ended from the start
-
-
-class Conversation:
-    """A cache that turns of a chat share: pass it to `Engine.watch`. Each reads only new tokens."""
-
-    def __init__(self):
-        self.ids: list[int] = []  # tokens whose keys and values are in the cache
-        self._cache: Cache | None = None
-        self._capacity = self._depth = 0  # of the cache
-        self._model: DecoderModel | None = None  # the model that computed it
-
-    @property
-    def device_bytes(self) -> int:
-        """Bytes of the cache on each device."""
-        leaves = [leaf for leaf in jax.tree.leaves(self._cache) if not leaf.is_deleted()]
-        return sum(leaf.addressable_shards[0].data.nbytes for leaf in leaves)
-
-    def take(
-        self, ids: Sequence[int], capacity: int, depth: int, model: DecoderModel
-    ) -> tuple[Cache | None, int, int]:
-        """The cache, its slots (at least `capacity`), and how many leading `ids` it holds. The
-        program that reads the rest donates it. None without a cache that fits and shares enough."""
-        cache, shared = self._cache, shared_prefix(self.ids, ids)
-        if (
-            cache is None
-            or jax.tree.leaves(cache)[0].is_deleted()  # by a program that was interrupted
-            or self._depth != depth
-            or self._model is not model
-            or (self._capacity > capacity and shared < capacity // 2)
-        ):
-            self._cache, self.ids = None, []
-            return None, capacity, 0
-        if self._capacity < capacity:
-            self._cache, self._capacity = grow_cache(model, cache, capacity, depth), capacity
-        return self._cache, self._capacity, shared
-
-    def keep(self, state: DecodeState, depth: int, model: DecoderModel) -> None:
-        """Keeps the cache of this model's one-row state, unless an interrupted program took it."""
-        if not state.length_B.is_deleted():
-            # Sliced by the host: the device would compile a program for each length.
-            self.ids = np.asarray(state.tokens_BS)[0, : int(state.length_B[0]) - 1].tolist()
-            self._cache, self._capacity, self._depth = state.cache, state.capacity, depth
-            self._model = model
 
 
 @dataclass
@@ -120,7 +78,6 @@ class ContinuousBatch:
         longest = 1 + max(len(request.prompt) for request in requests)
         total = max(len(request.prompt) + request.max_new_tokens for request in requests)
         runtime.check_memory(longest, total, strategy, held=self._conversation.device_bytes)
-        self._arguments = self._known_arguments(longest, total)
         # A tokenizer may name end tokens that the model does not have.
         ends = () if ignore_end else tokenizer.eos_ids
         ends = [token for token in ends if 0 <= token < runtime.model.vocab_size]
@@ -128,13 +85,46 @@ class ContinuousBatch:
         options = dict(ends=ends, all_requests=requests, mesh=runtime.mesh)
         self._create = partial(DecodeState.create, **options)
         self._state: DecodeState | None = None
+        self._prepare(runtime.capacity(longest, strategy))
+        served = [replace(one, stop_ids=(*ends, *one.stop_ids)) for one in requests]
+        self._arguments = self._known_arguments(longest, total, served)
         if not self._is_single:
             rows, capacity = runtime.batch_size, runtime.capacity(longest, strategy)
-            cache, learned = self._new_cache(rows, capacity), strategy.first_guess(rows)
-            fillers = [FILLER] * rows
-            self._state = self._create(fillers, cache=cache, capacity=capacity, learned=learned)
+            self._state = self._rows_of([FILLER] * rows, self._new_cache(rows, capacity), capacity)
 
-    def _known_arguments(self, longest: int, total: int) -> dict[int, Any]:
+    def _rows_of(self, requests: Sequence[Request], cache: Cache, capacity: int) -> DecodeState:
+        learned = self._strategy.first_guess(len(requests))
+        return self._create(requests, cache=cache, capacity=capacity, learned=learned)
+
+    def _prepare(self, capacity: int) -> None:
+        """Compiles the programs of the first text side by side. capacity: slots of a batch's
+        rows."""
+        runtime, strategy, first = self._runtime, self._strategy, self._requests[0]
+        rows = 1 if self._is_single else runtime.batch_size
+        if self._is_single:
+            capacity = runtime.capacity(len(first.prompt) + 1, strategy)
+        shapes = partial(runtime.cache_shapes, capacity=capacity, depth=self._depth)
+        single = self._rows_of([first], None, capacity).with_cache(shapes(1))
+        state = single
+        if not self._is_single:
+            state = self._rows_of([FILLER] * rows, None, capacity).with_cache(shapes(rows))
+        calls = [(self._loop, state, np.int32(0), runtime.plain_arguments(strategy))]
+        calls += [(self._pause, state)] if self._pause else []
+        calls += [] if self._is_single else [(partial(insert), state, single, np.int32(0))]
+        if not self._conversation.ids:  # otherwise a part of the prompt is known
+            calls.append((self._reader(len(first.prompt), capacity), single, np.int32(0)))
+        runtime.programs.prepare(*calls)
+
+    def _reader(self, unread: int, capacity: int) -> partial:
+        """The function that reads a prompt with so many unread tokens."""
+        has_states = hasattr(self._runtime.model, "draft_state")
+        exits = self._strategy.exits if has_states else ()
+        chunk = chunk_size(unread, capacity)
+        return partial(prefill, chunk=chunk, depth=self._depth, exits=exits)
+
+    def _known_arguments(
+        self, longest: int, total: int, served: Sequence[Request]
+    ) -> dict[int, Any]:
         """The loop's arguments by slots. Known before the first text: none waits for timings. One
         larger size is timed: each further one would compile another program."""
         runtime, strategy = self._runtime, self._strategy
@@ -145,7 +135,8 @@ class ContinuousBatch:
             lengths = (1 + len(request.prompt) for request in self._requests)
             sizes |= {runtime.capacity(length, strategy) for length in lengths}
         budget = MEASURING / len(sizes)
-        return {size: runtime.arguments(strategy, size, budget) for size in sorted(sizes)}
+        timed = partial(runtime.arguments, strategy, budget=budget, serves=served)
+        return {size: timed(size) for size in sorted(sizes)}
 
     def _new_cache(self, rows: int, capacity: int) -> Cache:
         return self._runtime.new_cache(rows, capacity, self._depth)
@@ -185,17 +176,13 @@ class ContinuousBatch:
         taken = self._conversation.take(ids, capacity, depth, runtime.model)
         cache, capacity, known = taken
         cache = self._new_cache(1, capacity) if cache is None else cache
-        learned, before = self._strategy.first_guess(1), self._worked
-        single = self._create([request], cache=cache, capacity=capacity, learned=learned)
+        before, single = self._worked, self._rows_of([request], cache, capacity)
         # Compiled before a token is shown.
         loop = self._loop, self._state or single, np.int32(0), self._arguments_for(capacity)
         runtime.programs.get(*loop)
         if self._pause:
             runtime.programs.get(self._pause, loop[1])
-        chunk = chunk_size(len(ids) - known, single.capacity)
-        exits = self._strategy.exits if hasattr(runtime.model, "draft_state") else ()
-        read = partial(prefill, chunk=chunk, depth=depth, exits=exits)
-        single = self._run(read, single, np.int32(known))
+        single = self._run(self._reader(len(ids) - known, capacity), single, np.int32(known))
         if self._is_single:
             self._state = single
         else:
@@ -270,9 +257,3 @@ class ContinuousBatch:
         state = jax.block_until_ready(program(*arguments))
         self._worked += time.perf_counter() - begin
         return state
-
-
-def shared_prefix(known: Sequence[int], ids: Sequence[int]) -> int:
-    """Length of the shared prefix; excludes the last token of `ids`, which must be read."""
-    limit = min(len(known), len(ids) - 1)
-    return next((i for i in range(limit) if known[i] != ids[i]), limit)

@@ -10,13 +10,14 @@ A round of exit E and d drafts reads
 stopwatch.py measures seconds.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import product
 
 import numpy as np
 
 from lsjax.config import LlamaConfig
 
-DRAFTS = 8  # of the round for which a draft vocabulary is chosen
+DRAFTS = 8  # of the round for which a draft vocabulary is chosen, and the most that are chosen
 PASSES = 0.8  # share of drafts that pass, for that choice
 
 
@@ -33,6 +34,23 @@ def ideal_speedup(
     draft_head = head * (draft_vocab or config.vocab_size) / config.vocab_size
     token = config.num_layers + head
     return (1 + acceptance * drafts) * token / (drafts * (exit_layer + draft_head) + token)
+
+
+def best_exit(config: LlamaConfig, agreement_E: Sequence[float]) -> tuple[int, int] | None:
+    """Exit and draft length with the best ideal speedup; None if no exit is faster.
+
+    agreement_E: probability that a draft of exit E, at index E - 1, passes after others that did.
+    """
+
+    def speedup(choice: tuple[int, int]) -> float:
+        exit_layer, drafts = choice
+        passes = agreement_E[exit_layer - 1]
+        acceptance = sum(passes**n for n in range(1, drafts + 1)) / drafts
+        return ideal_speedup(config, exit_layer, drafts, acceptance)
+
+    choices = product(range(1, config.num_layers), range(1, DRAFTS + 1))
+    best = max(choices, key=speedup, default=None)
+    return best if best is not None and speedup(best) > 1 else None
 
 
 def best_draft_vocab(config: LlamaConfig, exit_layer: int, counts: Mapping[int, int]) -> int | None:

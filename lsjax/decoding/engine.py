@@ -1,15 +1,17 @@
 """Engine: a model with its compiled programs, which decodes requests."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 
 from jax.sharding import Mesh
 
 from lsjax.config import GREEDY, Kernels, Sampling, check
 from lsjax.data.tokenizer import Tokenizer
-from lsjax.decoding.batching import ContinuousBatch, Conversation
+from lsjax.decoding.batching import ContinuousBatch
+from lsjax.decoding.compiler import Programs
 from lsjax.decoding.completion import Completion, Update
-from lsjax.decoding.programs import Programs
+from lsjax.decoding.conversation import Conversation
 from lsjax.decoding.request import Request, encode_prompt
 from lsjax.decoding.runtime import Runtime
 from lsjax.decoding.strategy import Autoregressive, Strategy
@@ -27,7 +29,8 @@ class Engine:
     mesh: devices to decode on (lsjax/sharding.py). lay_out: let the compiler choose layouts of the
     weights on accelerators. If the caller keeps `model`, weights with a new layout are then in
     memory twice. kernels: "reference" uses no tuned code (docs/performance.md). track: wraps the
-    timings of an adaptive strategy, for a progress bar.
+    timings of an adaptive strategy, for a progress bar. compiling: entered with a line that says
+    what is compiled, while it is.
 
     Raises ConfigError if the strategy or length does not fit the model, or the batch the mesh.
     Raises TokenizerError if the tokenizer does not fit the model.
@@ -47,6 +50,7 @@ class Engine:
         lay_out: bool = True,
         kernels: Kernels = "auto",
         track: Callable[[Sequence], Iterable] = iter,
+        compiling: Callable[[str], AbstractContextManager] = nullcontext,
     ):
         strategy = strategy or Autoregressive()
         check_settings(model, strategy, batch_size=batch_size, max_length=max_length, mesh=mesh)
@@ -62,6 +66,7 @@ class Engine:
             lay_out=lay_out,
             kernels=kernels,
             track=track,
+            compiling=compiling,
         )
         self.use(strategy)
 

@@ -13,7 +13,8 @@ import jax
 import numpy as np
 from jaxtyping import Float
 
-from lsjax.decoding.programs import Programs, chunk_size, read_exits
+from lsjax.decoding.compiler import Programs
+from lsjax.decoding.programs import chunk_size, read_exits
 from lsjax.decoding.state import DecodeState
 
 

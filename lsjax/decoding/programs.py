@@ -1,36 +1,23 @@
-"""Compiled programs of decoding: read prompts, put a row into a batch, run rounds, read exits."""
+"""Programs of decoding: read prompts, put a row into a batch, run rounds, read exits."""
 
-import time
-from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental.layout import Format, Layout
-from jax.sharding import Mesh
-from jax.stages import Lowered
 from jaxtyping import Array, Float, Int
 
-from lsjax.config import Kernels, check
 from lsjax.decoding.scopes import PROMPT_CHUNKS, ROUNDS
 from lsjax.decoding.state import DecodeState
 from lsjax.decoding.strategy import Strategy
-from lsjax.kernels.decoding import lays_out_weights
-from lsjax.model.parameters import shardings
 from lsjax.model.protocol import (
     DecoderModel,
     draft_state,
-    for_decoding,
     grow_cache,
     prepare,
     run_through,
 )
-from lsjax.platforms import with_kernels
 
-CODE_LINES = "jax_traceback_in_locations_limit"  # of JAX: lines kept for each operation
 # A prompt is read in one chunk of the smallest size that fits, or in several of the largest.
 PREFILL_CHUNKS = (32, 64, 128, 256, 512)
 
@@ -160,111 +147,3 @@ def read_exits(
         top_probs_T = jnp.exp(logits_TV.max(-1) - log_z_T)
         found.append((hidden_1TD[0], top_probs_T, chosen_T - log_z_T))
     return tuple(found)
-
-
-class Programs:
-    """Compiles `function(model, state, *rest)`, one of the above, once for each kind of state.
-
-    lay_out: let the compiler choose layouts of the weights, where that has a benefit. The first
-    program decides for all: otherwise every call would convert some weights.
-    kernels: as in `StepConfig`; "reference" chooses no layouts.
-    """
-
-    def __init__(
-        self,
-        model: DecoderModel,
-        mesh: Mesh | None = None,
-        *,
-        lay_out: bool = True,
-        kernels: Kernels = "auto",
-    ):
-        self.model = model  # its arrays have the programs' layouts
-        # A flat list is faster to pass than a module.
-        self._leaves, self._structure = jax.tree.flatten(model)
-        self._formats: list[Format] | None = None  # layouts of the leaves in the programs
-        self.mesh, self._kernels = mesh, kernels
-        self._compiled: dict[Hashable, Callable] = {}
-        with self.context():
-            self.lays_out = lay_out and lays_out_weights()
-        self.compile_seconds = 0.0
-
-    def __len__(self) -> int:
-        return len(self._compiled)
-
-    def use(self, model: DecoderModel) -> None:
-        """Runs the programs on another model. Raises ConfigError if its form differs."""
-        leaves, structure = jax.tree.flatten(model)
-        check(
-            structure == self._structure and _shapes(leaves) == _shapes(self._leaves),
-            "the model differs in form from the one that the programs were compiled for: make a "
-            "new Engine",
-        )
-        self.model, self._leaves = model, leaves
-        if self._formats is not None:
-            self._lay_out()
-
-    def get(self, function: partial, state: DecodeState, *rest: Any) -> Callable:
-        """The program for arguments of these shapes. All but `grow` and `read_exits` consume the
-        state: its buffers are donated. Strategies are equal keywords of the function if their
-        `program` is equal."""
-        static = (getattr(value, "program", value) for value in function.keywords.values())
-        leaves, structure = jax.tree.flatten((state, rest))
-        key = (function.func, *static, _shapes(leaves), structure)
-        if key not in self._compiled:
-            begin = time.perf_counter()
-            compiled = self.lower(function, state, *rest).compile()
-            if self._formats is None and self.lays_out:
-                formats = zip(self._leaves, compiled.input_formats[0][0], strict=True)
-                # A weight that the program does not read has no layout.
-                self._formats = [new if new.layout else old.format for old, new in formats]
-                self._lay_out()
-            self._compiled[key] = compiled
-            self.compile_seconds += time.perf_counter() - begin
-        return partial(self._compiled[key], self._leaves)
-
-    def lower(self, function: partial, state: DecodeState, *rest: Any) -> Lowered:
-        """The program before compilation; shapes suffice, also for the model. Stacked layers are
-        unstacked inside the program, so that no copy of them stays."""
-
-        def run(leaves, state, *rest):
-            model = jax.tree.unflatten(self._structure, leaves)
-            return function(for_decoding(model), state, *rest)
-
-        mesh, formats, called = self.mesh, self._formats, function.func
-        with self.context():
-            if formats is None and self.lays_out:
-                formats = [Format(Layout.AUTO, leaf.sharding) for leaf in self._leaves]
-            places = None if mesh is None or called is read_exits else shardings(state, mesh)
-            program = jax.jit(
-                run,
-                donate_argnums=() if called in (grow, read_exits) else 1,
-                in_shardings=None if formats is None else (formats, *[None] * (1 + len(rest))),
-                out_shardings=places,
-            )
-            # With Python lines, TPUs' compiler (libtpu 0.0.42) may never end. Named scopes stay.
-            lines = getattr(jax.config, CODE_LINES)
-            jax.config.update(CODE_LINES, 0)
-            try:
-                return program.lower(self._leaves, state, *rest)
-            finally:
-                jax.config.update(CODE_LINES, lines)
-
-    @contextmanager
-    def context(self) -> Iterator[None]:
-        """In which programs are traced."""
-        on_mesh = nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
-        with on_mesh, with_kernels(self._kernels):
-            yield
-
-    def _lay_out(self) -> None:
-        """Converts the model's arrays to the programs' layouts, one after the other. The old ones
-        are freed, unless the caller holds them."""
-        self.model = None
-        for index, (leaf, format_) in enumerate(zip(self._leaves, self._formats, strict=True)):
-            if leaf.format.layout != format_.layout:
-                self._leaves[index] = jax.device_put(leaf, format_)
-        self.model = jax.tree.unflatten(self._structure, self._leaves)
-
-
-def _shapes(leaves: Sequence[Any]) -> tuple[tuple, ...]:
-    return tuple((leaf.shape, leaf.dtype) for leaf in leaves)

@@ -2,18 +2,20 @@
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, Sharding
 
-from lsjax.config import Kernels, check
+from lsjax.config import GREEDY, Kernels, check
 from lsjax.decoding.auto.adaptive import Adaptive
 from lsjax.decoding.auto.measure import kept_seconds
-from lsjax.decoding.programs import Programs, decode, pause
+from lsjax.decoding.compiler import Programs
+from lsjax.decoding.programs import decode, pause
 from lsjax.decoding.request import Request
 from lsjax.decoding.state import DecodeState
 from lsjax.decoding.stopwatch import Stopwatch
@@ -30,8 +32,8 @@ SLACK = 64
 class Runtime:
     """A model on a mesh with its programs, for batches of `batch_size` rows.
 
-    min_length: tokens that a row's cache has room for from the start. lay_out, kernels: as for
-    `Programs`. track: wraps the timings of an adaptive strategy, for a progress bar.
+    min_length: tokens that a row's cache has room for from the start. lay_out, kernels, compiling:
+    as for `Programs`. track: wraps the timings of an adaptive strategy, for a progress bar.
     """
 
     def __init__(
@@ -44,13 +46,15 @@ class Runtime:
         lay_out: bool = True,
         kernels: Kernels = "auto",
         track: Callable[[Sequence], Iterable] = iter,
+        compiling: Callable[[str], AbstractContextManager] = nullcontext,
     ):
         self.mesh, self.batch_size, self.track = mesh, batch_size, track
         self.kernels = kernels
-        self.programs = Programs(self._placed(model), mesh, lay_out=lay_out, kernels=kernels)
+        options = dict(lay_out=lay_out, kernels=kernels, compiling=compiling)
+        self.programs = Programs(self._placed(model), mesh, **options)
         self.decode_seconds = 0.0  # of all rounds so far
         self._min_length = min_length
-        self._seconds: dict[tuple[Strategy, int], jax.Array] = {}  # of rounds, by slots
+        self._seconds: dict[tuple[Any, ...], jax.Array] = {}  # of rounds, by slots and requests
         self._last: tuple[Strategy, Any] | None = None  # arguments of a strategy
         self._shapes: dict[tuple[int, int, int], Cache] = {}  # of caches
 
@@ -79,21 +83,34 @@ class Runtime:
         create = partial(self.model.new_cache, rows, capacity, depth)
         if self.mesh is None:
             return _without_shared(create())
-        place = shardings({"cache": jax.eval_shape(create)}, self.mesh)["cache"]
-        return jax.jit(create, out_shardings=place)()
+        places = jax.tree.map(lambda leaf: leaf.sharding, self.cache_shapes(rows, capacity, depth))
+        return jax.jit(create, out_shardings=places)()
 
-    def arguments(self, strategy: Strategy, capacity: int, budget: float) -> Any:
+    def cache_shapes(self, rows: int, capacity: int, depth: int) -> Cache:
+        """Shapes of such a cache, and their shardings if there is a mesh."""
+        key = rows, capacity, depth
+        if key not in self._shapes:  # tracing takes milliseconds
+            shapes = jax.eval_shape(partial(self.model.new_cache, *key))
+            if self.mesh is not None:
+                places = shardings({"cache": shapes}, self.mesh)["cache"]
+                shapes = jax.tree.map(_placed_shape, shapes, places)
+            self._shapes[key] = shapes
+        return self._shapes[key]
+
+    def arguments(
+        self, strategy: Strategy, capacity: int, budget: float, serves: Sequence[Request] = ()
+    ) -> Any:
         """Arguments of the strategy's program for rows of `capacity` slots. Those of an adaptive
         strategy include the seconds of its rounds. If these are neither given nor stored, they are
-        measured in `budget` seconds."""
-        arguments = self._plain_arguments(strategy)
+        measured in `budget` seconds. serves: requests that the program can decode."""
+        arguments = self.plain_arguments(strategy)
         if not isinstance(strategy, Adaptive) or strategy.seconds is not None:
             return arguments
-        key = strategy, capacity
+        key = strategy, capacity, _kind(serves)
         if key not in self._seconds:
             seconds_QJ = kept_seconds(
-                partial(self.stopwatch, strategy, self.batch_size, capacity),
-                self._identity(strategy, capacity),
+                partial(self.stopwatch, strategy, self.batch_size, capacity, serves),
+                self._identity(*key),
                 arguments,
                 strategy,
                 budget,
@@ -102,23 +119,29 @@ class Runtime:
             self._seconds[key] = jnp.asarray(seconds_QJ, jnp.float32)
         return arguments.with_seconds(self._seconds[key])
 
-    def _plain_arguments(self, strategy: Strategy) -> Any:
+    def plain_arguments(self, strategy: Strategy) -> Any:
         """Arguments without measured seconds, kept until another strategy is asked for."""
         if self._last is None or self._last[0] is not strategy:
             self._last = strategy, placed(strategy.arguments(self.model), self.mesh)
         return self._last[1]
 
-    def stopwatch(self, strategy: Strategy, rows: int, capacity: int) -> Stopwatch:
-        """Times rounds of a strategy on rows that have filled half of their slots."""
+    def stopwatch(
+        self, strategy: Strategy, rows: int, capacity: int, serves: Sequence[Request] = ()
+    ) -> Stopwatch:
+        """Times rounds of a strategy on rows that have filled half of their slots. serves: requests
+        that the timed program can decode."""
         half, depth = min(capacity // 2, capacity - strategy.slack), strategy.depth(self.model)
+        sampling = serves[0].sampling if serves else GREEDY
+        own = Request(prompt=(1,) * half, max_new_tokens=half, sampling=sampling)
         state = DecodeState.create(
-            [Request(prompt=(1,) * half, max_new_tokens=half)] * rows,
+            [own] * rows,
             cache=self.new_cache(rows, capacity, depth),
             capacity=capacity,
+            all_requests=serves,
             learned=strategy.first_guess(rows),
             mesh=self.mesh,
         )
-        arguments = self._plain_arguments(strategy)
+        arguments = self.plain_arguments(strategy)
         loop = self.programs.get(partial(decode, strategy=strategy), state, np.int32(0), arguments)
         waiting = self.pause_of(strategy)
         return Stopwatch(loop, waiting and self.programs.get(waiting, state), state, arguments)
@@ -128,7 +151,7 @@ class Runtime:
         with self.programs.context():
             return partial(pause, strategy=strategy) if strategy.pauses() else None
 
-    def _identity(self, strategy: Adaptive, capacity: int) -> list[Any]:
+    def _identity(self, strategy: Adaptive, capacity: int, kind: str) -> list[Any]:
         """All that the seconds of rounds depend on."""
         model, mesh = self.model, self.mesh
         sizes = [(leaf.shape, str(leaf.dtype)) for leaf in jax.tree.leaves(model)]
@@ -138,7 +161,8 @@ class Runtime:
         own = strategy.exits, strategy.lengths, strategy.draft_vocab, self.batch_size, capacity
         form = str(getattr(model, "config", type(model).__name__)), sizes
         lays_out = self.programs.lays_out
-        return [*form, kinds, layout, machine(), lays_out, *own, self.kernels, jax.__version__]
+        here = kinds, layout, machine(), lays_out
+        return [*form, *here, *own, kind, self.kernels, jax.__version__]
 
     def memory_bytes(self, total: int, strategy: Strategy) -> tuple[int, int]:
         """Bytes of the model and of the cache for rows of `total` tokens, on all devices."""
@@ -164,17 +188,24 @@ class Runtime:
     def _cache_bytes(self, slots: int, strategy: Strategy, mesh: Mesh | None) -> int:
         """On each device of a mesh. A batch has one extra row, which reads the next prompt."""
         rows = self.batch_size + (self.batch_size > 1)
-        key = rows, slots, strategy.depth(self.model)
-        if key not in self._shapes:  # tracing takes milliseconds
-            self._shapes[key] = jax.eval_shape(partial(self.model.new_cache, *key))
-        cache = self._shapes[key]
+        cache = self.cache_shapes(rows, slots, strategy.depth(self.model))
         if mesh is None:
             return num_bytes(cache)
-        places = shardings({"cache": cache}, mesh)["cache"]
-        pairs = zip(jax.tree.leaves(cache), jax.tree.leaves(places), strict=True)
         return sum(
-            math.prod(place.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf, place in pairs
+            math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+            for leaf in jax.tree.leaves(cache)
         )
+
+
+def _kind(serves: Sequence[Request]) -> str:
+    """What differs between programs for the same rows: sampling, penalties, log-probabilities."""
+    one = Request(prompt=(1,), max_new_tokens=1)
+    state = DecodeState.create([one], cache=None, capacity=1, all_requests=serves)
+    return str(jax.tree.map(lambda leaf: leaf.shape, state))
+
+
+def _placed_shape(leaf: jax.ShapeDtypeStruct, place: Sharding) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
 
 
 def _without_shared(cache: Cache) -> Cache:

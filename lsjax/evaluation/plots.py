@@ -135,7 +135,8 @@ def plot_grid(rows: Sequence[Row], file: AnyPath, *, title: str = "") -> None:
     """Heat maps of the speedup over exits and draft lengths, one for each head and confidence.
 
     Each cell has tokens per second, the speedup and the acceptance rate (if anything was drafted).
-    The best speedup is framed. rows: lines of strategies that draft.
+    The best speedup is framed. Figures that are not to be trusted have a question mark. rows: lines
+    of strategies that draft.
     """
     order = ("draft_vocab", "draft_confidence", "exit_layer", "num_draft_tokens")
     maps: dict[Cell, list[Row]] = {}
@@ -144,8 +145,9 @@ def plot_grid(rows: Sequence[Row], file: AnyPath, *, title: str = "") -> None:
         maps.setdefault(kind, []).append(row)
     exits = sorted({row["exit_layer"] for row in rows})
     lengths = sorted({row["num_draft_tokens"] for row in rows})
-    best = max(rows, key=lambda row: row["speedup"])
-    low, high = min(row["speedup"] for row in rows), best["speedup"]
+    best = max(rows, key=lambda row: (row["trusted"], row["speedup"]))
+    speedups = [row["speedup"] for row in rows]
+    low, high = min(speedups), max(speedups)
     size = max(7, 1.2 * len(lengths) + 1.4), len(maps) * max(2.6, 0.7 * len(exits) + 1.2)
     with figure(len(maps), 1, size, file, title) as axes:
         for (kind, own), axis in zip(maps.items(), axes.flat, strict=True):
@@ -153,7 +155,9 @@ def plot_grid(rows: Sequence[Row], file: AnyPath, *, title: str = "") -> None:
             for row in own:
                 i, j = exits.index(row["exit_layer"]), lengths.index(row["num_draft_tokens"])
                 shown[i, j] = row["speedup"]
-                words = f"{row['tokens_per_second']:,.1f} tokens/s\n{row['speedup']:.2f}x"
+                doubt = "" if row["trusted"] else "?"
+                words = f"{row['tokens_per_second']:,.1f}{doubt} tokens/s\n"
+                words += f"{row['speedup']:.2f}{doubt}x"
                 if row["acceptance_rate"] is not None:
                     words += f"\n{row['acceptance_rate']:.2f} accepted"
                 colour = "white" if row["speedup"] <= low + 0.55 * (high - low) else "black"

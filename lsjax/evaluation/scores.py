@@ -152,6 +152,12 @@ def acceptance(answers: Sequence[Answer]) -> dict[str, float | None]:
     }
 
 
+def repeated_share(tokens: Sequence[int], size: int = 4) -> float:
+    """Share of a text's n-grams of `size` tokens that it contains earlier; 0 without n-grams."""
+    grams = [tuple(tokens[at : at + size]) for at in range(len(tokens) - size + 1)]
+    return 1 - len({*grams}) / len(grams) if grams else 0.0
+
+
 def summarise(answers: Sequence[Answer]) -> list[dict[str, Any]]:
     """Figures of each strategy and group (`grouped`). Undefined ones are None.
 

@@ -2,7 +2,7 @@
 
 import math
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -13,7 +13,11 @@ from lsjax.decoding.engine import Engine
 from lsjax.decoding.self_speculative import SelfSpeculative
 from lsjax.evaluation import comparison
 from lsjax.evaluation.answers import Question
-from lsjax.evaluation.scores import Answer, acceptance, grouped
+from lsjax.evaluation.scores import Answer, acceptance, grouped, repeated_share
+
+# Beyond these, a machine was busy with other work: repeats take as long as each other, and no
+# speedup is far above the ideal one.
+MOST_DISAGREEMENT, MOST_SHARE = 1.5, 1.1
 
 
 def timed_beside(
@@ -36,6 +40,10 @@ def cell_speeds(config: LlamaConfig, answers: Sequence[Answer]) -> Iterator[dict
 
     docs/performance.md defines them. answers: with the fields of `timed_beside`.
     """
+    base: dict[int, float] = {}  # fewest seconds of an autoregressive token by size
+    for one in answers:
+        size, seconds = _base_token(one)
+        base[size] = min(base.get(size, math.inf), seconds)
     for cell, group, own in grouped(answers):
         speeds = [(one["num_new_tokens"] - 1) / one["decode_seconds"] for one in own]
         speedup = statistics.median(one["base_seconds"] / one["decode_seconds"] for one in own)
@@ -48,6 +56,8 @@ def cell_speeds(config: LlamaConfig, answers: Sequence[Answer]) -> Iterator[dict
             drafts = sum(one["drafted"] for one in own) / sum(one["rounds"] for one in own)
             rate = passing["acceptance_rate"] or 0.0
             ideal = ideal_speedup(config, cell.exit_layer, drafts, rate, cell.draft_vocab)
+        share = None if ideal is None else speedup / ideal
+        slowdown = disagreement(own, base)
         margins = [comparison.margin_of(one["difference"]) for one in found]
         yield {
             "group": group,
@@ -62,5 +72,42 @@ def cell_speeds(config: LlamaConfig, answers: Sequence[Answer]) -> Iterator[dict
             "widest_margin": max(margins, default=None),
             "compile_seconds": max(one["compile_seconds"] for one in own),
             "ideal": ideal,
-            "share_of_ideal": None if ideal is None else speedup / ideal,
+            "share_of_ideal": share,
+            "repeated_4grams": statistics.fmean(repeated_share(one["token_ids"]) for one in own),
+            "disagreement": slowdown,
+            "trusted": slowdown <= MOST_DISAGREEMENT and (share or 0) <= MOST_SHARE,
         }
+
+
+def _base_token(answer: Answer) -> tuple[int, float]:
+    """Size and seconds of a token of autoregressive decoding. Texts of one size take equally long
+    for a token: their lengths differ by less than a factor of two."""
+    length = answer["num_prompt_tokens"] + answer["num_new_tokens"]
+    return length.bit_length(), answer["base_seconds"] / (answer["num_new_tokens"] - 1)
+
+
+def disagreement(own: Sequence[Answer], base: Mapping[int, float]) -> float:
+    """Largest ratio of two times that must be equal: those of a token of autoregressive decoding,
+    and those of repeats of a strategy's greedy text. base: as in `cell_speeds`."""
+    fastest: dict[str, float] = {}
+    greedy = [one for one in own if one["seed"] is None]
+    for one in greedy:
+        fastest[one["id"]] = min(fastest.get(one["id"], math.inf), one["decode_seconds"])
+    ratios = [seconds / base[size] for size, seconds in map(_base_token, own)]
+    return max(ratios + [one["decode_seconds"] / fastest[one["id"]] for one in greedy])
+
+
+def doubts(rows: Sequence[Mapping[str, Any]]) -> str:
+    """What to say of a busy machine's figures; empty if all are to be trusted."""
+    doubtful = [row for row in rows if not row["trusted"]]
+    if not doubtful:
+        return ""
+    causes = []
+    if (worst := max(row["disagreement"] for row in doubtful)) > MOST_DISAGREEMENT:
+        causes.append(f"times that must be equal differ by up to {worst:.1f}x")
+    if (share := max(row["share_of_ideal"] or 0 for row in doubtful)) > MOST_SHARE:
+        causes.append(f"a share of the ideal speedup is {share:.2f}")
+    return (
+        f"This machine was busy ({' and '.join(causes)}): do not trust figures with a question "
+        "mark. Repeat on a quiet machine."
+    )

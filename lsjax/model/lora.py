@@ -13,10 +13,10 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float
 
-from lsjax.config import LoraConfig, LoraTarget
+from lsjax.config import LlamaConfig, LoraConfig, LoraTarget
 from lsjax.kernels.matmuls import linear
 from lsjax.model.block import Linear
-from lsjax.model.llama import Llama, map_matrices, with_parts
+from lsjax.model.llama import Llama, map_matrices, stacked, with_parts
 from lsjax.model.parameters import map_named
 
 
@@ -76,6 +76,15 @@ def split(model: Llama) -> tuple[Llama, Llama]:
     trained = jax.tree.map(lambda leaf, on: leaf if on else None, model, found)
     frozen = jax.tree.map(lambda leaf, on: None if on else leaf, model, found)
     return trained, frozen
+
+
+def num_adapter_params(config: LlamaConfig, lora: LoraConfig) -> int:
+    """Number of parameters of the adapters, which are the trained ones."""
+
+    def adapters():
+        return split(with_adapters(stacked(Llama(config, rngs=nnx.Rngs(0))), lora, 0))[0]
+
+    return sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(adapters)))
 
 
 def joined(trained: Llama, frozen: Llama) -> Llama:

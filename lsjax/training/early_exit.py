@@ -90,14 +90,14 @@ def loss_weights(
     return relative_L / relative_L.sum()
 
 
-def exit_counts(
+def enabled_by_step(
     config: EarlyExitConfig,
     num_layers: int,
     num_steps: int,
     exit_weights: ExitWeights = exit_weights,
-) -> Int[np.ndarray, " T"]:
-    """Number of enabled intermediate exits at each of the T steps of the run. Raises ConfigError
-    for weights that are not [T, L], negative, not finite, or 0 for the last exit."""
+) -> Bool[np.ndarray, "T L"]:
+    """Exits with a weight at each of the T steps of the run. Raises ConfigError for weights that
+    are not [T, L], negative, not finite, or 0 for the last exit."""
     shape = num_steps, num_layers
     with jax.ensure_compile_time_eval():  # the loss calls this while it is traced
         weights = exit_weights(config, num_layers, np.arange(num_steps)[:, None], num_steps)
@@ -111,7 +111,17 @@ def exit_counts(
         bool((weights >= 0).all() and np.isfinite(weights).all() and (weights[..., -1] > 0).all()),
         "exit_weights must return finite weights from 0, and more than 0 for the last exit",
     )
-    return np.broadcast_to(weights > 0, shape)[:, :-1].sum(1)
+    return np.broadcast_to(weights > 0, shape)
+
+
+def exit_counts(
+    config: EarlyExitConfig,
+    num_layers: int,
+    num_steps: int,
+    exit_weights: ExitWeights = exit_weights,
+) -> Int[np.ndarray, " T"]:
+    """Number of enabled intermediate exits at each of the T steps of the run."""
+    return enabled_by_step(config, num_layers, num_steps, exit_weights)[:, :-1].sum(1)
 
 
 def exit_slots(

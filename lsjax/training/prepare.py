@@ -35,6 +35,7 @@ from lsjax.data.token_rows import Share, TokenRows
 from lsjax.data.tokenizer import Tokenizer
 from lsjax.data.vocabulary import COUNTS, make_tokenizer, write_counts
 from lsjax.io.files import cache_directory, write_whole
+from lsjax.model.lora import num_adapter_params
 from lsjax.sharding import make_mesh, own_rows, placed_rows
 from lsjax.training.hosts import check_same, in_turn, is_first, wait_to_see
 from lsjax.training.recipe import PAPER, Recipe
@@ -97,8 +98,13 @@ class TrainingRun:
         """Two lines: the model and the data."""
         config, rows = self.config, self.pipeline.rows
         tokens = config.num_steps * config.batch_size * config.seq_len
+        adapters = ""
+        if config.lora.rank > 0:
+            trained = num_adapter_params(config.model, config.lora)
+            share = trained / config.model.num_params
+            adapters = f" ({trained / 1e6:.2f}M of adapters are trained, {share:.1%})"
         return (
-            f"{self.workdir}: {config.model.num_params / 1e6:.1f}M parameters, "
+            f"{self.workdir}: {config.model.num_params / 1e6:.1f}M parameters{adapters}, "
             f"{config.model.num_layers} layers; {config.num_steps} steps of {config.batch_size} x "
             f"{config.seq_len} tokens, {tokens / len(rows) / rows.seq_len:.2g} passes over\n"
             f"{rows.describe()}"
@@ -161,11 +167,12 @@ def check_same_run(before: TrainConfig, now: TrainConfig, where: str) -> TrainCo
     """The configuration to resume with; its model is that of the run. Raises ConfigError for the
     first changed field that a run can't change."""
     given = dataclasses.replace(now, model=now.model or before.model)
+    longer = f", or train it further in a new run with --init-from {where}"
     for path, old, new in differences(dataclasses.asdict(before), dataclasses.asdict(given)):
         check(
             path in FREE or path.partition(".")[0] in FREE,
             f"{where} was started with {path} {old}, now it is {new}: a run can't change it; use "
-            "another --workdir or the old value",
+            f"another --workdir or the old value{longer * (path == 'num_steps')}",
         )
     return dataclasses.replace(now, model=before.model)
 

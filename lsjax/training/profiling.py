@@ -9,12 +9,10 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 
 import jax
-from flax import nnx
 
 from lsjax.config import AnyPath, EarlyExitConfig, LlamaConfig, LoraConfig, ProfileConfig, in_bucket
 from lsjax.io.files import whole_directory
-from lsjax.model.llama import Llama, stacked
-from lsjax.model.lora import split, with_adapters
+from lsjax.model.lora import num_adapter_params
 from lsjax.training.early_exit import exit_counts
 
 # Dense bfloat16 FLOPs per second of one jax device, by the start of its `device_kind`.
@@ -49,11 +47,7 @@ def step_flops(
     attention = config.num_layers * config.num_heads * config.head_dim * seq_len
     products = 3.0 * (2.0 * matrices + 2.0 * attention)
     if lora is not None and lora.rank > 0:
-        adapters = jax.eval_shape(
-            lambda: split(with_adapters(stacked(Llama(config, rngs=nnx.Rngs(0))), lora, 0))[0]
-        )
-        adapter_params = sum(leaf.size for leaf in jax.tree.leaves(adapters))
-        products += 3 * 2.0 * adapter_params - 2.0 * matrices
+        products += 3 * 2.0 * num_adapter_params(config, lora) - 2.0 * matrices
     return products * batch_size * seq_len
 
 

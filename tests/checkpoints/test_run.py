@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import logging
+import os
 import shutil
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from lsjax.checkpoints.run import METRICS, begin_run, is_run, read_run_config
 from lsjax.checkpoints.saving import Checkpoints
 from lsjax.checkpoints.tensors import CheckpointError
 from lsjax.cli import engines
+from lsjax.cli.flags.shared import ModelFlags
 from lsjax.config import ConfigError, LlamaConfig, TrainConfig
 from lsjax.data.tokenizer_backends import ByteTokenizer
 from lsjax.data.vocabulary import COUNTS, find_counts
@@ -119,6 +121,62 @@ def test_decode_and_convert(made, run, tmp_path, capsys, monkeypatch):
         assert program("decode")(list(map(str, argv))) == 0
         found.append(json.loads(lines.read_text())["token_ids"])
     assert found[0] == found[1] and len(found[0]) == 8
+    capsys.readouterr()
+
+
+def test_what_an_exported_run_says_of_itself(made, run, tokenizer, tmp_path, capsys):
+    """Exits and counts for decoding, a card for people, and files that all may read."""
+    figures = [(3, [0.9, 0.0, 0.0, 1.0]), (6, [0.1, 0.9, 0.95, 1.0])]
+    with (run / METRICS).open("a") as file:
+        for step, agreement_E in figures:
+            row = {"kind": "evaluation", "step": step, "tokens": 1234}
+            row |= {"loss_E": [3.25, 2.5, 2.25, None], "agreement_E": agreement_E}
+            file.write(json.dumps(row) + "\n")
+    counts = {"tokenizer": tokenizer.fingerprint, "total": 3, "counts": {"97": 2, "98": 1}}
+    (run / COUNTS).write_text(json.dumps(counts))
+    change_config(run, init_from="/home/somebody/models/base", layer_dropout={"p_max": 0.25})
+    recipe = {"optimizer": {"name": "lion", "sha256": "ab" * 9}}
+    (run / "recipe.json").write_text(json.dumps(recipe))
+    before, exits = os.umask(0o027), {}
+    try:
+        for name in ("run", "run@3"):
+            exported = tmp_path / f"of-{name}"
+            assert program("convert")([f"{tmp_path / name}", f"{exported}"]) == 0
+            exits[name] = lsjax.read_generation_defaults(exported).exit_layer
+    finally:
+        os.umask(before)
+    assert exits == {"run": 2, "run@3": 1}  # of the last evaluation up to the exported step
+    exported = tmp_path / "of-run"
+    assert find_counts(exported, tmp_path, tokenizer) == {97: 2, 98: 1}
+    modes = {file.name: file.stat().st_mode & 0o777 for file in exported.iterdir()}
+    assert set(modes.values()) == {0o640} and exported.stat().st_mode & 0o777 == 0o750
+    card = (exported / "README.md").read_text()
+    for words in (
+        "from the weights of base with",
+        "Step 9 of 9, each of 2 rows of 8 tokens.",
+        "| layer_dropout.p_max | 0.25 |",
+        "| optimizer | lion (sha256 abababababab) |",
+        "On 1,234 held-out tokens, at step 6.",
+        "| 2 | 2.500 | 0.900 |",
+        "| 4 | infinite | 1.000 |",
+        "generate(**inputs, assistant_early_exit=2, num_assistant_tokens=",
+    ):
+        assert words in card
+    assert "somebody" not in card
+    opened = engines.open_model(ModelFlags(model=exported))
+    assert 2 in engines.trained_exits(opened)
+    capsys.readouterr()
+
+
+def test_a_run_without_a_useful_exit_exports_none(run, tmp_path, capsys):
+    """Whatever the model said that it began with."""
+    row = {"kind": "evaluation", "step": 9, "tokens": 5, "loss_E": [2.0] * 4}
+    (run / METRICS).write_text(json.dumps(row | {"agreement_E": [0, 0, 0, 1]}) + "\n")
+    (run / "generation_config.json").write_text('{"assistant_early_exit": 2}')
+    assert program("convert")([str(run), str(tmp_path / "exported")]) == 0
+    assert lsjax.read_generation_defaults(tmp_path / "exported") == lsjax.GenerationDefaults()
+    card = (tmp_path / "exported" / "README.md").read_text()
+    assert "do_sample=False" in card and "from random weights with" in card
     capsys.readouterr()
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from lsjax.cli import benchmark
 from lsjax.decoding.engine import Engine
-from lsjax.evaluation import comparison
+from lsjax.evaluation import comparison, speeds
 from lsjax.evaluation.comparison import Difference
 from lsjax.io.lines import Lines
 from tests.marks import long
@@ -61,7 +61,7 @@ def test_with_an_identity_tail_every_draft_is_accepted(cells, capsys):
     # Two to read prompts of two sizes, one without drafts, and one for each other line.
     assert all(row["compile_seconds"] > 0 for row in others)
     printed = capsys.readouterr().out
-    assert "7 programs" in printed
+    assert "7 programs" in printed and "E exit, d draft tokens" in printed
     assert "Self-speculation gives the same tokens as autoregressive decoding." in printed
 
 
@@ -163,6 +163,15 @@ def test_differences(cells, monkeypatch, capsys, dtype, margin, code, words):
     out = capsys.readouterr().out
     assert row["widest_margin"] == (margin if np.isfinite(margin) else None)
     assert words in out and ("gives the same tokens" in out) == (code == 0 and dtype == "float32")
+
+
+def test_a_busy_machine_is_named(cells, monkeypatch, capsys):
+    monkeypatch.setattr(speeds, "MOST_DISAGREEMENT", 0.9)  # so that no time is trusted
+    base, row = cells("--prompt", "ab", "--exit-layers", 3, "--num-draft-tokens", 4)
+    assert not base["trusted"] and not row["trusted"]
+    out = capsys.readouterr().out
+    assert f" {row['speedup']:.2f}? " in out
+    assert "This machine was busy (times that must be equal differ by up to " in out
 
 
 @pytest.mark.long

@@ -9,7 +9,7 @@ from rich.console import Console
 
 import lsjax
 from lsjax.cli import decode
-from lsjax.cli.prompts import HELP, chat
+from lsjax.cli.chat import COMMANDS, Chat
 from lsjax.config import Sampling
 from lsjax.data.tokenizer_backends import ByteTokenizer
 from lsjax.decoding.engine import Engine
@@ -65,13 +65,13 @@ def talk(model, monkeypatch):
         monkeypatch.setattr("builtins.input", read)
         monkeypatch.setattr(engine, "watch", watched)
         default = Request(prompt="", max_new_tokens=max_new_tokens, sampling=sampling or Sampling())
-        chat(
+        Chat(
             engine,
             default,
             Console(file=shown, soft_wrap=True),
             Console(file=notes, soft_wrap=True),
             finish=lambda message, completion: completions.append(completion),
-        )
+        ).run()
         return prompts, completions, shown.getvalue(), notes.getvalue()
 
     return run
@@ -107,8 +107,16 @@ def test_what_is_no_message(talk):
     broken = UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid start byte")
     prompts, found, _, notes = talk("", "  ", broken, KeyboardInterrupt, "\udcff", "a" * 600, "hi")
     assert prompts[-1] == list(b"hi") and len(found) == 1
-    for words in ("that was not UTF-8", HELP, "lone surrogate", "do not fit the length of 512"):
+    for words in ("that was not UTF-8", COMMANDS, "lone surrogate", "do not fit the length of 512"):
         assert words in notes
+
+
+def test_unknown_commands_are_refused(talk):
+    """A message may begin with a slash."""
+    prompts, _, _, notes = talk("/exit", " /Help ", "/usr/bin", "/a b")
+    assert prompts[0] == list(b"/usr/bin") and len(prompts) == 2
+    for command in ("/exit", "/Help"):
+        assert f"{command} is not a command. {COMMANDS}" in notes
 
 
 def test_each_turn_has_the_next_seed(talk):

@@ -9,17 +9,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from rich.segment import Segment, Segments
-from rich.style import Style
 
 from lsjax.cli import decode
-from lsjax.cli.show import ACCEPTED, ADDED, CORRECTED, GAP, REJECTED, coloured, summary
+from lsjax.cli.drafts import marked
+from lsjax.cli.notes import summary
 from lsjax.data.tokenizer_backends import ByteTokenizer
-from lsjax.decoding.completion import Completion, Trace
 from lsjax.decoding.engine import Engine
 from lsjax.decoding.self_speculative import SelfSpeculative
 from lsjax.decoding.strategy import Autoregressive
 from lsjax.terminal import CONTROLS, visible
+from tests.cli.test_drafts import completion_of, console
 from tests.marks import long
 from tests.programs import program
 
@@ -165,6 +164,21 @@ def test_show_drafts(run, model, tokenizer, monkeypatch):
     assert "\n".join(rest).count("\x1b[2;9;31m") == rejected > 0
 
 
+def test_show_drafts_in_a_file(run, model, tokenizer, tmp_path):
+    """Marks without colours, and then each text by itself."""
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in "ab"))
+    engine = Engine(model, tokenizer, SelfSpeculative(3, 4))
+    completions = engine.generate(["a", "b"], max_new_tokens=NEW)
+    rejected = [int((one.trace.replaced_n >= 0).sum()) for one in completions]
+    for given, number in ((("--prompt", "a"), 1), (("--prompt-file", prompts), 2)):
+        out, _ = run(*given, "--show-drafts", *SELF)
+        assert out.startswith("New text begins at the first mark: {+token of the full model+}")
+        assert out.count("[-") == 1 + sum(rejected[:number])
+        for prompt, one in zip("ab"[:number], completions, strict=False):
+            assert f"\n\n{prompt}{one.text}\n" in out
+
+
 def test_chat(run, model_directory, tmp_path):
     directory = shutil.copytree(model_directory, tmp_path / "chat")
     template = "{% for m in messages %}{{ m.role }}={{ m.content }};{% endfor %}"
@@ -173,91 +187,14 @@ def test_chat(run, model_directory, tmp_path):
     given = ["--chat", "--system", "s", "--prompt", "hi", "--json", "-", "--model", directory]
     (line,) = lines_of(run(*given, *PLAIN)[0])
     assert line["prompt"] == "hi" and line["num_prompt_tokens"] == len("system=s;user=hi;")
-
-
-def parts(shown: Segments) -> list[tuple[str, Style]]:
-    """Neighbours of one style are one part."""
-    return [(one.text, one.style) for one in Segment.simplify(shown.segments)]
-
-
-def completion_of(text: str, tokens: bytes, accepted: str, replaced: dict[int, int]) -> Completion:
-    """accepted: y or n for each token; replaced: by index, the draft's token."""
-    n = len(tokens)
-    trace = Trace(
-        np.frombuffer(tokens, np.uint8).astype(np.int32),
-        np.array([letter == "y" for letter in accepted]),
-        np.array([replaced.get(i, -1) for i in range(n)], np.int32),
-        np.ones(n, np.int32),
-    )
-    rest = dict(prompt="", num_prompt_tokens=1, prefill_seconds=0.0, compile_seconds=0.0)
-    return Completion.of(
-        trace,
-        strategy=SelfSpeculative(1, 2),
-        decode_seconds=1.0,
-        text=text,
-        seed=None,
-        finish_reason="stop",
-        **rest,
-    )
-
-
-@pytest.mark.parametrize(
-    "text, tokens, accepted, replaced, shown",
-    [
-        (
-            "abcXdef",
-            b"abcXdef",
-            "nyynyyn",
-            {3: ord("\r")},
-            [("a", ADDED), ("bc", ACCEPTED), ("\\r", REJECTED), ("X", CORRECTED)]
-            + [("de", ACCEPTED), ("f", ADDED)],
-        ),
-        ("ab", b"ab", "nn", {1: 257}, [("a", ADDED), ("</s>", REJECTED), ("b", CORRECTED)]),
-        ("ab", b"ab", "nn", {1: 0xC3}, [("a", ADDED), ("�", REJECTED), ("b", CORRECTED)]),
-        ("ab", b"ab", "nn", {1: ord(" ")}, [("a", ADDED), ("␣", REJECTED), ("b", CORRECTED)]),
-        ("é", "é".encode(), "ny", {}, [("é", ACCEPTED)]),  # of the token that completes it
-        ("a", b"aEND", "nyyy", {}, [("a", ADDED)]),  # ended by a stop string
-        ("a", b"aN\xc3D", "nyyy", {}, [("a", ADDED)]),  # the last token adds two characters
-        ("aE", b"aE", "nn", {}, [("aE", ADDED)]),
-    ],
-)
-def test_colours_of_a_trace(tokenizer, text, tokens, accepted, replaced, shown):
-    completion = completion_of(text, tokens, accepted, replaced)
-    styled = [(piece, Style.parse(style)) for piece, style in shown]
-    assert parts(coloured(tokenizer, [65], completion)) == styled
-
-
-@pytest.mark.parametrize("stop", [[], ["Z"]])
-@pytest.mark.parametrize("prompt", [PROMPT, "é".encode()[:1], "a", "bc"])
-def test_colours_of_a_real_completion(model, tokenizer, prompt, stop):
-    """Without the rejected tokens it is the completion's text; each rejected token is there."""
-    ids = list(prompt) if isinstance(prompt, bytes) else tokenizer.encode(prompt)
-    engine = Engine(model, tokenizer, SelfSpeculative(3, 4))
-    (completion,) = engine.generate([ids], max_new_tokens=NEW, stop=stop)
-    shown, struck = coloured(tokenizer, ids, completion).segments, Style.parse(REJECTED)
-    assert sum(one.style == struck for one in shown) == (completion.trace.replaced_n >= 0).sum()
-    assert "".join(one.text for one in shown if one.style != struck) == completion.text
-
-
-class Words(ByteTokenizer):
-    """A byte that is a digit stands for a word with a space before it."""
-
-    def token_bytes(self, token_id: int, *, skip_special: bool = True) -> bytes:
-        return f" w{chr(token_id)}".encode() if chr(token_id).isdigit() else b"-"
-
-
-def test_the_space_before_a_rejected_word_is_not_struck():
-    shown = coloured(
-        Words(add_bos=False), [65], completion_of(" w1 w2", b"12", "nn", {1: ord("3")})
-    )
-    expected = [(" w1", ADDED), (" ", GAP), ("w3", REJECTED), (" w2", CORRECTED)]
-    assert parts(shown) == [(piece, Style.parse(style)) for piece, style in expected]
+    shown, _ = run("--chat", "--prompt", "hi", "--model", directory, *PLAIN)
+    assert shown.startswith("hi\n\n")  # the answer begins below the question
 
 
 def test_summary():
-    completion = completion_of("abcXdef", b"abcXdef", "nnnnnnn", {})
+    completion = completion_of("abababa", b"abababa", "nnnnnnn", {})
     assert summary([completion] * 2, wall_seconds=4.0) == (
-        "14 new tokens at 3.0 tokens/s; 2 ended by stop"
+        "14 new tokens at 3.0 tokens/s; 50% of 4-grams are repeated; 2 ended by stop"
     )
 
 
@@ -501,8 +438,9 @@ def test_drafts_in_a_pipe_leave_the_text_as_it_is(run, model, tokenizer):
     prompt = "a\x1b[2J\t"
     engine = Engine(model, tokenizer, SelfSpeculative(3, 4))
     (completion,) = engine.generate([prompt], max_new_tokens=NEW)
-    shown = coloured(tokenizer, tokenizer.encode(prompt), completion)
+    shown = marked(console(colours=False), tokenizer, tokenizer.encode(prompt), completion)
     expected = prompt + "".join(one.text for one in shown.segments) + "\n"
+    expected += f"\n{prompt}{completion.text}\n"
     out, _ = run("--prompt", prompt, "--show-drafts", *SELF)
     assert out.partition("\n")[2] == expected  # after the legend
 

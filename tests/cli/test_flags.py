@@ -22,7 +22,7 @@ from lsjax.cli.flags.fields import flags_of
 from lsjax.cli.flags.parse import Program, parse_as
 from lsjax.cli.flags.shared import ModelFlags, SamplingFlags, StrategyFlags
 from lsjax.cli.main import PROGRAMS, find, main
-from lsjax.cli.show import notes_console
+from lsjax.cli.notes import notes_console
 from lsjax.config import (
     GREEDY,
     Checked,

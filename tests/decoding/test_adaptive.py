@@ -40,7 +40,7 @@ from tests.states import new_state
 from tests.tunings import tune
 
 LENGTHS, EXITS = (0, 2, 5), (1, 2, 3)
-CAPACITY = -3  # index of a cache's slots in what seconds depend on
+CAPACITY = -4  # index of a cache's slots in what seconds depend on
 SAME = ((1.0,) * 3, *[(math.inf, 1.0, 1.0)] * 3)
 PROMPTS = [[7], [1, 2, 3], list(range(40, 60)), [200, 100] * 17, [5] * 9, list(b"a = b; a = b; a")]
 
@@ -451,10 +451,42 @@ def test_slow_phases_of_the_machine_do_not_count():
     found = np.stack([true, 3 * true, true, true, true])
     found[3, 1, 2] = 9.0
     found[4, 1] = math.inf
-    typical = measuring.typical(found)
+    typical, error = measuring.typical(found)
     np.testing.assert_allclose(typical / typical[0, 0], true)
+    assert error < 1e-9  # of most repeats
     found[1:, 1, 1] = math.inf  # only the first repeat is whole
-    np.testing.assert_allclose(measuring.typical(found), true)
+    np.testing.assert_allclose(measuring.typical(found)[0], true)
+
+
+def test_the_error_of_medians_by_hand():
+    """Ratios of the second choice to the first: 2 e^-0.2, 2, 2 e^0.2 and 2 e^0.6. Each repeat's
+    level is half of that, so logarithms deviate from their median 0.05 by 0.15, 0.05, 0.05, 0.25:
+    by 0.1 in the median, of both choices."""
+    ratios = 2 * np.exp([-0.2, 0.0, 0.2, 0.6])
+    found = np.stack([np.ones(4), ratios], axis=1)[:, None]
+    assert measuring.typical(found)[1] == pytest.approx(1.25 * 1.48 * 0.1 / 2)
+
+
+class Clock:
+    """A stopwatch of rounds that take 1 ms, up to a share that swings from call to call."""
+
+    def __init__(self, share: float):
+        self.calls, self._share = 0, share
+
+    def run(self, rounds, arguments):
+        self.calls += 1
+        return 0.001 * rounds * (1 + self._share * (self.calls % 7 - 3)), rounds
+
+    def empty_call(self, arguments):
+        return 0.0
+
+
+@pytest.mark.parametrize("share, repeats", [(0.001, measuring.FEWEST), (0.2, measuring.REPEATS)])
+def test_repeats_end_once_they_agree(share, repeats):
+    clock = Clock(share)
+    seconds_QJ = measuring.measure(clock, AutoArguments(jnp.ones((2, 2)), None), budget=60)
+    np.testing.assert_allclose(seconds_QJ, 0.001, rtol=3 * share)
+    assert clock.calls == 2 + 4 * repeats
 
 
 @pytest.mark.long
@@ -503,7 +535,7 @@ def test_few_sizes_are_timed(model, tokenizer, monkeypatch):
         (Adaptive(lengths=(-2, 0)), "lengths (-2, 0) must ascend from 0"),
         (Adaptive(lengths=(0,)), "lengths (0,) must ascend from 0, with at least one draft length"),
         (Adaptive((2, 1)), "exits (2, 1) must ascend"),
-        (Adaptive((1,), seconds=((1.0,) * 6,)), "seconds have the shape (1, 6), not (2, 6)"),
+        (Adaptive((1,), seconds=((1.0,) * 6,)), "seconds have the shape (1, 6), not (2, 4)"),
         (Adaptive(vocabulary=DraftVocabulary(np.arange(300))), "a draft vocabulary of 300"),
     ],
 )

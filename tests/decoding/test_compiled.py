@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from lsjax.decoding.auto.adaptive import Adaptive
+from lsjax.decoding.compiler import Programs
 from lsjax.decoding.draft_vocabulary import DraftVocabulary
-from lsjax.decoding.programs import Programs, decode
+from lsjax.decoding.programs import decode
 from lsjax.decoding.request import Request
 from lsjax.decoding.self_speculative import SelfSpeculative
 from lsjax.decoding.strategy import Autoregressive, EarlyExit

@@ -6,7 +6,8 @@ import pytest
 from flax import nnx
 
 from lsjax.config import ConfigError
-from lsjax.decoding.batching import ContinuousBatch, Conversation, shared_prefix
+from lsjax.decoding.batching import ContinuousBatch
+from lsjax.decoding.conversation import Conversation, shared_prefix
 from lsjax.decoding.engine import Engine
 from lsjax.decoding.self_speculative import SelfSpeculative
 from lsjax.decoding.strategy import Autoregressive, EarlyExit

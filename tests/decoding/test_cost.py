@@ -3,7 +3,7 @@
 import pytest
 
 from lsjax.config import LlamaConfig
-from lsjax.decoding.cost import best_draft_vocab, ideal_speedup
+from lsjax.decoding.cost import best_draft_vocab, best_exit, ideal_speedup
 
 SMOL = LlamaConfig.smollm2_135m()
 
@@ -21,6 +21,21 @@ def test_ideal_speedup_of_a_draft_vocabulary_by_hand():
     # k_d = 7.9975 x 2,048 / 49,152 = 0.33323: 13 x 37.9975 / (12 x 2.33323 + 37.9975).
     assert ideal_speedup(SMOL, 2, 12, 1.0, 2048) == pytest.approx(7.484, rel=1e-3)
     assert ideal_speedup(SMOL, 2, 12, 1.0, SMOL.vocab_size) == ideal_speedup(SMOL, 2, 12, 1.0)
+
+
+@pytest.mark.parametrize(
+    "agreements, expected",
+    [
+        ({}, None),  # no draft passes: a round costs more than a token
+        ({8: 1.0}, (8, 8)),
+        # One draft: 1.5 x 37.9975 / (9.9975 + 37.9975) = 1.1875; two: 1.75 x ... / 57.99 = 1.147.
+        ({2: 0.5, 30: 1.0}, (2, 1)),
+        ({2: 0.5, 8: 0.9}, (8, 4)),  # 1.63 at 3 and 5 drafts, 1.64 at 4; exit 2 has 1.19
+    ],
+)
+def test_the_exit_with_the_best_ideal_speedup(agreements, expected):
+    agreement_E = [agreements.get(exit_layer, 0.0) for exit_layer in range(1, 31)]
+    assert best_exit(SMOL, agreement_E) == expected
 
 
 def test_the_paper_has_a_share_of_its_ideal():

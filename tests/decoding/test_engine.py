@@ -10,8 +10,9 @@ from flax import nnx
 from lsjax.config import ConfigError, LlamaConfig
 from lsjax.data.tokenizer import TokenizerError
 from lsjax.data.tokenizer_backends import ByteTokenizer
-from lsjax.decoding.batching import ContinuousBatch, Conversation
+from lsjax.decoding.batching import ContinuousBatch
 from lsjax.decoding.completion import Completion
+from lsjax.decoding.conversation import Conversation
 from lsjax.decoding.draft_vocabulary import DraftVocabulary
 from lsjax.decoding.engine import Engine
 from lsjax.decoding.request import Request, encode_prompt

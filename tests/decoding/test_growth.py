@@ -8,7 +8,7 @@ from flax import nnx
 
 from lsjax.config import ConfigError, Sampling
 from lsjax.decoding import runtime as runtimes
-from lsjax.decoding.batching import Conversation
+from lsjax.decoding.conversation import Conversation
 from lsjax.decoding.engine import Engine
 from lsjax.decoding.request import Request
 from lsjax.decoding.self_speculative import SelfSpeculative

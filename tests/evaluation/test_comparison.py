@@ -20,7 +20,7 @@ from lsjax.evaluation import comparison
 from lsjax.evaluation.answers import Question, as_line, complete, read, resume
 from lsjax.evaluation.comparison import Difference, first_difference, identity_tail
 from lsjax.evaluation.scores import Cell
-from lsjax.evaluation.speeds import cell_speeds, timed_beside
+from lsjax.evaluation.speeds import cell_speeds, doubts, timed_beside
 
 PLAIN, DRAFTS = Autoregressive(), [SelfSpeculative(1, 2), SelfSpeculative(2, 2)]
 EVERYTHING = [PLAIN, *DRAFTS]
@@ -122,7 +122,8 @@ def timed(strategy, seconds, prompt=0, drafted=(), accepted=(), rounds=9, base=N
     own |= {"drafted": sum(drafted), "accepted": sum(accepted)}
     own |= {"drafted_by_position": list(drafted), "accepted_by_position": list(accepted)}
     own |= {"base_seconds": base or seconds, "difference": None, "compile_seconds": 3.0}
-    return own | more
+    own["num_prompt_tokens"] = 5
+    return own | {"token_ids": [1, 2, 3, 4, 1, 2, 3, 4, 5, 6]} | more
 
 
 def test_figures_by_hand():
@@ -148,6 +149,34 @@ def test_figures_by_hand():
     ideal = (1 + 6 / 12) * (4 + k) / (11 / 12 * (1 + k) + 4 + k)
     assert first["ideal"] == pytest.approx(ideal)
     assert first["share_of_ideal"] == pytest.approx(first["speedup"] / ideal)
+    # Of 7 4-grams one stood earlier. Autoregressive decoding took 9, 12 and 100 s.
+    assert first["repeated_4grams"] == pytest.approx(1 / 7)
+    assert [row["disagreement"] for row in (base, first, second)] == [12 / 9, 100 / 9, 12 / 9]
+    assert [row["trusted"] for row in (base, first, second)] == [True, False, False]
+    assert second["share_of_ideal"] > 1.1
+    words = doubts([base, first, second])
+    assert "differ by up to 11.1x" in words and f"is {second['share_of_ideal']:.2f}" in words
+    assert doubts([base]) == ""
+
+
+@pytest.mark.parametrize(
+    "seconds, bases, seed, expected",
+    [
+        ([10.0, 10.2, 11.0], [9, 9, 9], None, 1.1),
+        ([10.0, 10.2, 21.0], [9, 9, 9], None, 2.1),  # its own repeats
+        ([10.0, 10.2, 21.0], [9, 9, 9], 5, 1),  # sampled texts differ, and so do their times
+        ([10.0, 10.0, 10.0], [9, 18, 9], 5, 2),  # autoregressive decoding
+    ],
+)
+def test_repeats_that_disagree(seconds, bases, seed, expected):
+    one = DRAFTS[0]
+    answers = [
+        timed(one, own, base=base, seed=seed) for own, base in zip(seconds, bases, strict=True)
+    ]
+    longer = timed(DRAFTS[1], 50.0, num_prompt_tokens=500)  # of another size
+    row, _ = cell_speeds(LlamaConfig.tiny(), [*answers, longer])
+    assert row["disagreement"] == pytest.approx(expected)
+    assert row["trusted"] == (expected <= 1.5)
 
 
 def test_groups_and_differences_of_prompts():

@@ -120,7 +120,7 @@ def test_exits_of_several_models(drawn, tmp_path):
 def row(exit_layer, drafts, vocab, speedup, confidence=None) -> dict:
     figures = {"tokens_per_second": 10 * speedup, "speedup": speedup}
     cell = Cell("self_speculative", exit_layer, drafts, vocab, confidence)
-    return cell._asdict() | figures | {"acceptance_rate": 0.4}
+    return cell._asdict() | figures | {"acceptance_rate": 0.4, "trusted": True}
 
 
 ROWS = [
@@ -141,6 +141,15 @@ def test_where_nothing_was_drafted_there_is_no_acceptance(drawn, tmp_path):
     """Drafts that end before their first token, in every cell."""
     plot_grid([row(8, 4, None, 0.9) | {"acceptance_rate": None}], tmp_path / "plot.png")
     assert read_labels(drawn[0]) == [["9.0 tokens/s\n0.90x"]]
+
+
+def test_doubtful_figures_have_a_question_mark(drawn, tmp_path):
+    """They are not the best, and the colours still cover them."""
+    doubtful = row(8, 1, None, 7.0) | {"trusted": False}
+    plot_grid([row(8, 4, None, 1.5), doubtful], tmp_path / "plot.png")
+    assert read_labels(drawn[0])[0][0] == "70.0? tokens/s\n7.00?x\n0.40 accepted"
+    (axis,) = drawn[0].axes
+    assert axis.patches[0].get_xy() == (0.5, -0.5) and axis.images[0].get_clim() == (1.5, 7.0)
 
 
 def test_a_grid(tmp_path, drawn):

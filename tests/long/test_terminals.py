@@ -16,7 +16,7 @@ from flax import nnx
 
 import lsjax
 from lsjax.checkpoints.huggingface import GenerationDefaults
-from lsjax.cli.prompts import HELP
+from lsjax.cli.chat import COMMANDS
 from lsjax.config import LlamaConfig
 from lsjax.data.tokenizer_backends import ByteTokenizer
 from lsjax.evaluation.comparison import identity_tail
@@ -111,7 +111,7 @@ def test_ten_turns_in_a_terminal(alphabet, tmp_path):
     options = ["--interactive", "--strategy", "self_speculative", "--max-new-tokens", "100000"]
     options += ["--model", str(alphabet), "--json", str(tmp_path / "chat.jsonl")]
     with Terminal([sys.executable, "-W", "error", "decode.py", *options]) as terminal:
-        assert HELP in terminal.until("> ")
+        assert COMMANDS in terminal.until("> ")
         for message in ("a", "k", "x", "hello", "z", "v", "/new", "m", "", "zz", "q", "a"):
             terminal.press(message + "\n")
             if "z" in message:
@@ -124,7 +124,7 @@ def test_ten_turns_in_a_terminal(alphabet, tmp_path):
                 answer = "abcdefghijklmnopqrstuvwxy".partition(message[-1])[2]
                 assert f"\n{answer}\n" in shown and "1 ended by eos" in shown
         terminal.press("\x03")  # lost if it comes just before `input` waits
-        terminal.until(HELP, again="\x03")
+        terminal.until(COMMANDS, again="\x03")
         terminal.until("> ")
         terminal.press("\x04")  # lost likewise
         assert terminal.ended(again="\x04") == 0, terminal.shown

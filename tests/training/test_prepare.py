@@ -51,7 +51,11 @@ def test_what_may_change(changes):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        (dict(num_steps=101), "num_steps 100, now it is 101"),
+        (
+            dict(num_steps=101),
+            "num_steps 100, now it is 101: a run can't change it; use another --workdir or the old "
+            "value, or train it further in a new run with --init-from runs/a",
+        ),
         (dict(seed=1), "seed 0, now it is 1"),
         (dict(batch_size=16), "batch_size 8, now it is 16"),
         (dict(model=LlamaConfig.tiny(num_layers=5)), "model.num_layers 4, now it is 5"),

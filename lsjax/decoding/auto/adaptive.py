@@ -60,7 +60,7 @@ class Adaptive(Speculative):
     name = "auto"
     exits: tuple[int, ...] = ()
     vocabulary: DraftVocabulary | None = None
-    lengths: tuple[int, ...] = (0, 1, 3, 6, 10, 15)
+    lengths: tuple[int, ...] = (0, 2, 6, 15)
     seconds: tuple[tuple[float, ...], ...] | None = None
 
     @property

@@ -16,9 +16,10 @@ from lsjax.decoding.stopwatch import Stopwatch
 from lsjax.io.files import local_cache, write_whole
 
 MEASURING = 20.0  # seconds; compiling comes before
-REPEATS = 15
+REPEATS, FEWEST = 15, 4  # of each choice
+ENOUGH = 0.04  # error of the medians at which no further repeat is needed
 CALL, MOST_ROUNDS = 0.05, 6  # seconds of a call with short rounds, and its most rounds
-VERSION = 5  # of `measure`: files of earlier ones are not read
+VERSION = 6  # of `measure`: files of earlier ones are not read
 
 
 def kept_seconds(
@@ -58,7 +59,8 @@ def measure(
     track: Callable[[Sequence], Iterable] = iter,
 ) -> np.ndarray:
     """Seconds [Q, J] of a round with each source and length. Rounds without drafts come first, then
-    medium lengths. Choices that were not reached within `budget` seconds are infinite."""
+    medium lengths. Ends after FEWEST repeats if these agree, as they do on a quiet machine. Choices
+    that were not reached within `budget` seconds are infinite."""
     shape = sources, lengths = arguments.seconds_QJ.shape
 
     def only(choice: tuple[int, int]) -> AutoArguments:
@@ -72,18 +74,30 @@ def measure(
     # A small model's first round is slower: its weights are not in the processor's cache yet.
     most = max(1, min(MOST_ROUNDS, round(CALL / stopwatch.run(1, only((0, 0)))[0])))
     found_nQJ = np.full((REPEATS, sources, lengths), math.inf)
-    for repeat, choice in track([(r, choice) for r in range(REPEATS) for choice in choices]):
-        if time.perf_counter() - begin < budget or np.isinf(found_nQJ).all():
+    agreed = False
+    for repeat in track(range(REPEATS)):
+        for choice in choices:
+            late = time.perf_counter() - begin >= budget
+            if agreed or (late and not np.isinf(found_nQJ).all()):
+                break
             whole, done = stopwatch.run(most, only(choice))
             found_nQJ[repeat, *choice] = max(whole - call, 1e-9) / done
-    return typical(found_nQJ)
+        agreed = agreed or (repeat + 1 >= FEWEST and typical(found_nQJ)[1] < ENOUGH)
+    return typical(found_nQJ)[0]
 
 
-def typical(found_nQJ: np.ndarray) -> np.ndarray:
-    """Medians of the repeats. A machine has slow phases, which affect all choices of a repeat. So
-    repeats are compared by the ratios of their seconds."""
+def typical(found_nQJ: np.ndarray) -> tuple[np.ndarray, float]:
+    """Medians of the repeats, and their relative error: the average of their standard errors, from
+    median deviations. A machine has slow phases, which affect all choices of a repeat. So repeats
+    are compared by the ratios of their seconds."""
     known_QJ = np.isfinite(found_nQJ[0])
     whole_n = np.isfinite(found_nQJ[:, known_QJ]).all(1)
     log_nQJ = np.log(found_nQJ[whole_n])
     level_n = log_nQJ[:, known_QJ].mean(1)
-    return np.exp(np.median(log_nQJ - level_n[:, None, None], axis=0) + np.median(level_n))
+    ratio_nQJ = log_nQJ - level_n[:, None, None]
+    typical_QJ = np.median(ratio_nQJ, axis=0)
+    # Of a normal distribution: 1.48 median deviations are a standard deviation, and a median's
+    # error is 1.25 times that of a mean.
+    deviations = np.median(np.abs(ratio_nQJ[:, known_QJ] - typical_QJ[known_QJ]), axis=0)
+    error = 1.25 * 1.48 * float(deviations.mean()) / math.sqrt(whole_n.sum())
+    return np.exp(typical_QJ + np.median(level_n)), error

@@ -17,9 +17,10 @@ from lsjax.checkpoints.huggingface import save
 from lsjax.cli.main import main
 from lsjax.config import GREEDY, ConfigError, LlamaConfig, MeshConfig, Sampling
 from lsjax.decoding.auto.adaptive import Adaptive
+from lsjax.decoding.compiler import Programs
 from lsjax.decoding.draft_vocabulary import DraftVocabulary
 from lsjax.decoding.engine import Engine
-from lsjax.decoding.programs import Programs, decode, prefill
+from lsjax.decoding.programs import decode, prefill
 from lsjax.decoding.request import Request
 from lsjax.decoding.self_speculative import SelfSpeculative
 from lsjax.decoding.strategy import Autoregressive, EarlyExit

@@ -1,0 +1,122 @@
+"""The model card (README.md) of an exported run: what it is, how it was trained, how to decode."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from importlib.metadata import version
+from typing import Any
+
+from lsjax.checkpoints.huggingface import GenerationDefaults
+from lsjax.checkpoints.run import RunSource, read_recipe
+from lsjax.config import EarlyExitConfig, LayerDropoutConfig, LoraConfig, OptimizerConfig, as_path
+from lsjax.config.checked import differences
+
+# Parts of the configuration that the card lists where they differ from the defaults.
+SECTIONS = {
+    "layer_dropout": LayerDropoutConfig(),
+    "early_exit": EarlyExitConfig(),
+    "optimizer": OptimizerConfig(),
+    "lora": LoraConfig(),
+}
+CARD = """\
+---
+library_name: transformers
+tags: [layerskip, llama, lsjax]
+---
+
+# {name}
+
+A model with {parameters:.1f} million parameters and {layers} layers, trained from {origin} with
+[LayerSkip](https://arxiv.org/abs/2404.16710) by lsjax {version}. Its first layers draft tokens, and
+the other layers verify them, so texts are those of the complete model.
+
+## Training
+
+{training}
+
+{recipe}
+
+## Exits
+
+{exits}
+
+## Decoding
+
+With lsjax:
+
+```sh
+lsjax decode --model {name} --prompt "..." --strategy auto
+```
+
+With transformers:
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("{name}")
+tokenizer = AutoTokenizer.from_pretrained("{name}")
+inputs = tokenizer("...", return_tensors="pt")
+output = model.generate(**inputs, {options})
+print(tokenizer.decode(output[0], skip_special_tokens=True))
+```
+"""
+
+
+def model_card(name: str, run: RunSource, generation: GenerationDefaults) -> str:
+    """Markdown text. name: of the exported directory. generation: the decoding defaults in it."""
+    settings = run.settings
+    steps, rows, length = (settings.get(key) for key in ("num_steps", "batch_size", "seq_len"))
+    origin = settings.get("init_from")
+    options = generation.to_json() or {"do_sample": False}
+    return CARD.format(
+        name=name,
+        parameters=run.config.num_params / 1e6,
+        layers=run.config.num_layers,
+        version=version("lsjax"),
+        origin=f"the weights of {as_path(origin).name}" if origin else "random weights",
+        training=f"Step {run.step} of {steps}, each of {rows} rows of {length} tokens.",
+        recipe=_table(("setting", "value"), _recipe(run)),
+        exits=_exits(run, generation),
+        options=", ".join(f"{key}={value}" for key, value in options.items()),
+    )
+
+
+def _recipe(run: RunSource) -> Iterator[tuple[str, str]]:
+    """Settings that differ from the defaults, and functions that the run was given."""
+    for name, default in SECTIONS.items():
+        given = run.settings.get(name) or {}
+        before = {key: value for key, value in asdict(default).items() if key in given}
+        for path, _, value in differences(_as_json(before), given, name):
+            yield path, str(value)
+    for name, function in read_recipe(run.path).items():
+        yield name, f"{function['name']} (sha256 {function['sha256'][:12]})"
+
+
+def _as_json(section: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: list(v) if isinstance(v, tuple) else v for key, v in section.items()}
+
+
+def _exits(run: RunSource, generation: GenerationDefaults) -> str:
+    scores = run.evaluation
+    if scores is None:
+        return "The exits were not evaluated."
+    figures = zip(scores["loss_E"], scores["agreement_E"], strict=True)
+    rows = [
+        (f"{number}", "infinite" if loss is None else f"{loss:.3f}", f"{agreement:.3f}")
+        for number, (loss, agreement) in enumerate(figures, start=1)
+    ]
+    lines = [
+        f"On {scores['tokens']:,} held-out tokens, at step {scores['step']}. The agreement of an "
+        "exit is the share of tokens at which its argmax is that of the last exit.",
+        _table(("exit", "loss (nats per token)", "agreement"), rows),
+    ]
+    if generation.exit_layer:
+        lines.append(
+            f"Exit {generation.exit_layer} with {generation.num_draft_tokens} draft tokens has the "
+            "best ideal speedup, by bytes of weights, and is the default here."
+        )
+    return "\n\n".join(lines)
+
+
+def _table(heading: tuple[str, ...], rows: Any) -> str:
+    lines = [heading, ("---",) * len(heading), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
