@@ -49,11 +49,8 @@ def open_checkpoint(path: str | AnyPath) -> TensorSource | RunSource:
         return HuggingFaceSource(local_copy(path, wanted=WEIGHTS))
     if not path.exists():
         fix = "give an existing directory or GGUF file"
-        if HUB_NAME.fullmatch(f"{path}"):
-            fix += (
-                f"; a model of that name on the Hugging Face hub is copied by hf download {path} "
-            )
-            fix += f"--local-dir models/{path.name}"
+        if HUB_NAME.fullmatch(f"{path}") and not path.parent.exists():
+            fix += f", or download it: hf download {path} --local-dir models/{path.name}"
         raise CheckpointError(f"{path}: does not exist: {fix}")
     with path.open("rb") as file:
         if file.read(4) == b"GGUF":

@@ -20,14 +20,13 @@ SECTIONS = {
 CARD = """\
 ---
 library_name: transformers
-tags: [layerskip, llama, lsjax]
+tags: [{tags}]
 ---
 
 # {name}
 
-A model with {parameters:.1f} million parameters and {layers} layers, trained from {origin} with
-[LayerSkip](https://arxiv.org/abs/2404.16710) by lsjax {version}. Its first layers draft tokens, and
-the other layers verify them, so texts are those of the complete model.
+A model with {parameters:.1f} million parameters and {layers} layers, trained from {origin} by lsjax
+{version}. {method}
 
 ## Training
 
@@ -58,6 +57,13 @@ inputs = tokenizer("...", return_tensors="pt")
 output = model.generate(**inputs, {options})
 print(tokenizer.decode(output[0], skip_special_tokens=True))
 ```
+{batches}"""
+LAYERSKIP = """\
+It was trained with [LayerSkip](https://arxiv.org/abs/2404.16710): its first layers draft tokens,
+and the other layers verify them. So texts are those of the complete model."""
+PLAIN = "It was trained without layer dropout and early exits."
+BATCHES = """
+transformers drafts for one text at a time. For batches pass `assistant_early_exit=None`.
 """
 
 
@@ -66,7 +72,10 @@ def model_card(name: str, run: RunSource, generation: GenerationDefaults) -> str
     settings = run.settings
     steps, rows, length = (settings.get(key) for key in ("num_steps", "batch_size", "seq_len"))
     origin = settings.get("init_from")
-    options = generation.to_json() or {"do_sample": False}
+    options = generation.to_json()
+    has_exits = (settings.get("early_exit") or {}).get("curriculum", "none") != "none"
+    is_layerskip = has_exits or (settings.get("layer_dropout") or {}).get("p_max", 0) > 0
+    is_layerskip |= bool(read_recipe(run.path))
     return CARD.format(
         name=name,
         parameters=run.config.num_params / 1e6,
@@ -76,7 +85,10 @@ def model_card(name: str, run: RunSource, generation: GenerationDefaults) -> str
         training=f"Step {run.step} of {steps}, each of {rows} rows of {length} tokens.",
         recipe=_table(("setting", "value"), _recipe(run)),
         exits=_exits(run, generation),
-        options=", ".join(f"{key}={value}" for key, value in options.items()),
+        tags="layerskip, lsjax" if is_layerskip else "lsjax",
+        method=LAYERSKIP if is_layerskip else PLAIN,
+        options=", ".join(f"{key}={value}" for key, value in options.items()) or "do_sample=False",
+        batches=BATCHES if options else "",
     )
 
 

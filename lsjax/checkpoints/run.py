@@ -137,11 +137,7 @@ class RunSource:
         if not self._steps:
             known = ", ".join(map(str, saved))
             raise CheckpointError(f"{directory}: has no step {step}: choose from {known}")
-
-    @property
-    def step(self) -> int:
-        """Number of the step that is read, unless it is damaged."""
-        return self._steps[0].number
+        self.step = self._steps[0].number  # that is read; an earlier one if it is damaged
 
     @property
     def evaluation(self) -> dict[str, Any] | None:
@@ -188,6 +184,7 @@ class RunSource:
                 part = array if stacked in paths else _layer(array, layer)
                 place = sharding_of(path, part.shape, mesh)
                 arrays[path] = jax.device_put(part.astype(dtype), place)
+        self.step = step.number
         return jax.tree.unflatten(jax.tree.structure(model), [arrays[path] for path in shapes])
 
 

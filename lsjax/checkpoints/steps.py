@@ -207,8 +207,7 @@ def orbax() -> Any:
 
 @contextmanager
 def without_dropped_readers() -> Iterator[None]:
-    """Python prints what fails in the readers that orbax drops when another one fails. The error of
-    that one is enough."""
+    """Hides errors of readers that orbax drops after another one failed."""
     before = sys.unraisablehook
 
     def hook(unraisable: Any) -> None:

@@ -6,7 +6,7 @@ In colours where the console has them. Elsewhere, such as in files, as git diff 
 
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing, contextmanager, nullcontext
 from typing import Any
 
 from rich.console import Console
@@ -122,9 +122,9 @@ class WordDiff:
                 yield Segment("{+" if added else "+}")
                 self._is_open = added
             if added:  # a line break is named, as its mark would not be seen at the end of a line
+                self._is_open = not piece.endswith("\n")
                 piece = piece.replace("\n", "\\n+}\n{+")
-                if piece.endswith("{+"):
-                    piece, self._is_open = piece.removesuffix("{+"), False
+                piece = piece if self._is_open else piece.removesuffix("{+")
             yield Segment(f"[-{piece}-]" if style == REJECTED else piece)
         if last and self._is_open:
             yield Segment("+}")
@@ -146,6 +146,16 @@ def show_unmarked(console: Console, text: str) -> None:
         console.print()
 
 
+@contextmanager
+def silent(engine: Engine) -> Iterator[None]:
+    """Does not say what is compiled: a terminal would erase the unfinished line of text."""
+    before, engine.programs.compiling = engine.programs.compiling, nullcontext
+    try:
+        yield
+    finally:
+        engine.programs.compiling = before
+
+
 def stream(
     people: Console,
     engine: Engine,
@@ -156,14 +166,15 @@ def stream(
     **options: Any,
 ) -> Completion:
     """Prints the text of a prompt of token ids as it is decoded, and returns its completion.
-    show_drafts: with marks. opening: printed before the text, once this begins: what is shown until
-    then needs a line of its own. options: of `Engine.watch`."""
-    text, begun = MarkedText(people, engine.tokenizer, request.prompt), False
-    with closing(engine.watch(request, **options)) as updates:
-        for update in updates:
-            if not begun:
+    show_drafts: with marks. opening: printed when the text begins. Progress has its own line before
+    that, and none after. options: of `Engine.watch`."""
+    text = MarkedText(people, engine.tokenizer, request.prompt)
+    with ExitStack() as stack:
+        updates = stack.enter_context(closing(engine.watch(request, **options)))
+        for number, update in enumerate(updates):
+            if number == 0:
                 people.print(verbatim(opening), style="dim")
-                begun = True
+                stack.enter_context(silent(engine))
             if show_drafts:
                 last = update.completion is not None
                 people.print(text.push(update.trace, update.text, last=last))

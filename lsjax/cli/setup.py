@@ -67,7 +67,9 @@ def keep_compiled_programs() -> None:
     has its own cache, as machines may share a home. JAX_COMPILATION_CACHE_DIR takes precedence."""
     if jax.config.jax_compilation_cache_dir is None:
         jax.config.update("jax_compilation_cache_dir", str(cache_directory() / "xla" / machine()))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    # A bucket takes longer to answer than a small program takes to compile.
+    seconds = 0.5 if "://" in jax.config.jax_compilation_cache_dir else 0.0
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", seconds)
 
 
 def exact_products() -> None:

@@ -54,7 +54,7 @@ class Programs:
         # A flat list is faster to pass than a module.
         self._leaves, self._structure = jax.tree.flatten(model)
         self._formats: list[Format] | None = None  # layouts of the leaves in the programs
-        self.mesh, self._kernels, self._compiling = mesh, kernels, compiling
+        self.mesh, self._kernels, self.compiling = mesh, kernels, compiling
         self._compiled: dict[Hashable, Callable] = {}
         with self.context():
             self.lays_out = lay_out and lays_out_weights()
@@ -90,7 +90,7 @@ class Programs:
             return
         begin, names = time.perf_counter(), ", ".join(_name(call[0]) for call in missing.values())
         several = f"{len(missing)} programs" if len(missing) > 1 else "a program"
-        with self._compiling(f"compiling {several}, once for this machine: {names}"):
+        with self.compiling(f"compiling {several}, once for this machine: {names}"):
             if self._formats is None and self.lays_out:
                 key = next(iter(missing))
                 self._compiled[key] = self.lower(*missing.pop(key)).compile()
@@ -100,9 +100,12 @@ class Programs:
                 self._formats = [new if new.layout else old.format for old, new in pairs]
                 self._lay_out()
             lowered = [self.lower(*call) for call in missing.values()]
-            with ThreadPoolExecutor() as pool:
+            pool = ThreadPoolExecutor()
+            try:
                 compiled = pool.map(Lowered.compile, lowered)
                 self._compiled |= zip(missing, compiled, strict=True)
+            finally:
+                pool.shutdown(wait=False)  # after Ctrl-C nobody waits for the others
         self.compile_seconds += time.perf_counter() - begin
 
     def lower(self, function: partial, state: DecodeState, *rest: Any) -> Lowered:

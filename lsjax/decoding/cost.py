@@ -17,7 +17,8 @@ import numpy as np
 
 from lsjax.config import LlamaConfig
 
-DRAFTS = 8  # of the round for which a draft vocabulary is chosen, and the most that are chosen
+DRAFTS = 8  # of the round for which a draft vocabulary is chosen
+MOST_DRAFTS = 8  # that are chosen beside an exit
 PASSES = 0.8  # share of drafts that pass, for that choice
 
 
@@ -48,7 +49,7 @@ def best_exit(config: LlamaConfig, agreement_E: Sequence[float]) -> tuple[int, i
         acceptance = sum(passes**n for n in range(1, drafts + 1)) / drafts
         return ideal_speedup(config, exit_layer, drafts, acceptance)
 
-    choices = product(range(1, config.num_layers), range(1, DRAFTS + 1))
+    choices = product(range(1, config.num_layers), range(1, MOST_DRAFTS + 1))
     best = max(choices, key=speedup, default=None)
     return best if best is not None and speedup(best) > 1 else None
 

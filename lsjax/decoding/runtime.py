@@ -106,7 +106,7 @@ class Runtime:
         arguments = self.plain_arguments(strategy)
         if not isinstance(strategy, Adaptive) or strategy.seconds is not None:
             return arguments
-        key = strategy, capacity, _kind(serves)
+        key = strategy, capacity, kind_of(serves)
         if key not in self._seconds:
             seconds_QJ = kept_seconds(
                 partial(self.stopwatch, strategy, self.batch_size, capacity, serves),
@@ -197,11 +197,13 @@ class Runtime:
         )
 
 
-def _kind(serves: Sequence[Request]) -> str:
+def kind_of(serves: Sequence[Request]) -> str:
     """What differs between programs for the same rows: sampling, penalties, log-probabilities."""
     one = Request(prompt=(1,), max_new_tokens=1)
     state = DecodeState.create([one], cache=None, capacity=1, all_requests=serves)
-    return str(jax.tree.map(lambda leaf: leaf.shape, state))
+    leaves, _ = jax.tree_util.tree_flatten_with_path(state)
+    shapes = [(jax.tree_util.keystr(path), leaf.shape) for path, leaf in leaves]
+    return f"{shapes} {sorted(state.sampling.filters) if state.sampling else ()}"
 
 
 def _placed_shape(leaf: jax.ShapeDtypeStruct, place: Sharding) -> jax.ShapeDtypeStruct:

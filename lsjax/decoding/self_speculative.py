@@ -1,5 +1,4 @@
-"""Self-speculative decoding (the paper's section 4.3): draft with the first layers, verify with
-the rest, on one cache.
+"""Self-speculative decoding (section 4.3): the first layers draft, the others verify, on one cache.
 
 One round for one row, exit E = 2 of L = 4 layers, d = 3 drafts. The pending token is p:
 
@@ -25,6 +24,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from lsjax.decoding.acceptance import AcceptanceRule, judge
+from lsjax.decoding.confidence import Confidence
 from lsjax.decoding.draft import Draft, DraftArguments, Places
 from lsjax.decoding.draft_vocabulary import DraftVocabulary
 from lsjax.decoding.guards import at_shortest_length
@@ -104,7 +104,7 @@ def speculative_round(
 
     limit_B = jnp.minimum(state.end_B - state.length_B - 1, longest)
     draft = Draft.empty(drafter, state, arguments, 1 + longest, kept=1 + len(below))
-    draft = draft_tokens(drafter, first_layers, draft, limit_B, arguments)
+    draft = draft_tokens(drafter, first_layers, draft, limit_B, arguments.confidence)
     with jax.named_scope(VERIFY):
         places = Places.of(model, draft.positions_BT)
         verified = at_shortest_length(settings.lengths, draft, places, verify)
@@ -128,13 +128,13 @@ def draft_tokens(
     first_layers: Callable,
     draft: Draft,
     limit_B: Int[Array, " B"],
-    arguments: DraftArguments,
+    confidence: Confidence | None,
     active: Bool[Array, ""] | bool = True,
 ) -> Draft:
     """Drafts up to `limit_B` tokens per row. A row stops at its limit, at a stop token, or when the
     confidence is too low. first_layers: (x_B1D, positions_B1, cache) -> the state that drafts, the
     states to keep, and the cache. active: whether to draft at all."""
-    state, confidence = draft.state, arguments.confidence
+    state = draft.state
 
     def step(loop: DraftLoop) -> DraftLoop:
         at, draft, sure_B = loop.at, loop.draft, loop.sure_B

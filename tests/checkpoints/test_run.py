@@ -23,6 +23,7 @@ from lsjax.cli.flags.shared import ModelFlags
 from lsjax.config import ConfigError, LlamaConfig, TrainConfig
 from lsjax.data.tokenizer_backends import ByteTokenizer
 from lsjax.data.vocabulary import COUNTS, find_counts
+from lsjax.decoding.cost import best_exit
 from lsjax.training.step import init_state
 from tests.programs import program
 
@@ -150,21 +151,31 @@ def test_what_an_exported_run_says_of_itself(made, run, tokenizer, tmp_path, cap
     assert find_counts(exported, tmp_path, tokenizer) == {97: 2, 98: 1}
     modes = {file.name: file.stat().st_mode & 0o777 for file in exported.iterdir()}
     assert set(modes.values()) == {0o640} and exported.stat().st_mode & 0o777 == 0o750
-    card = (exported / "README.md").read_text()
+    card, best = (exported / "README.md").read_text(), best_exit(CONFIG.model, figures[1][1])
     for words in (
-        "from the weights of base with",
+        "trained from the weights of base by lsjax\n",
+        "tags: [layerskip, lsjax]",
         "Step 9 of 9, each of 2 rows of 8 tokens.",
         "| layer_dropout.p_max | 0.25 |",
         "| optimizer | lion (sha256 abababababab) |",
         "On 1,234 held-out tokens, at step 6.",
         "| 2 | 2.500 | 0.900 |",
         "| 4 | infinite | 1.000 |",
-        "generate(**inputs, assistant_early_exit=2, num_assistant_tokens=",
+        f"generate(**inputs, assistant_early_exit=2, num_assistant_tokens={best[1]})",
+        "For batches pass `assistant_early_exit=None`.",
     ):
         assert words in card
     assert "somebody" not in card
     opened = engines.open_model(ModelFlags(model=exported))
     assert 2 in engines.trained_exits(opened)
+    capsys.readouterr()
+
+
+def test_the_card_of_a_run_whose_newest_step_is_damaged(run, tmp_path, capsys):
+    """It names the step that was read."""
+    shutil.rmtree(run / "checkpoints" / "9" / "params")
+    assert program("convert")([str(run), str(tmp_path / "exported")]) == 0
+    assert "Step 6 of 9, each of" in (tmp_path / "exported" / "README.md").read_text()
     capsys.readouterr()
 
 
@@ -176,7 +187,8 @@ def test_a_run_without_a_useful_exit_exports_none(run, tmp_path, capsys):
     assert program("convert")([str(run), str(tmp_path / "exported")]) == 0
     assert lsjax.read_generation_defaults(tmp_path / "exported") == lsjax.GenerationDefaults()
     card = (tmp_path / "exported" / "README.md").read_text()
-    assert "do_sample=False" in card and "from random weights with" in card
+    assert "do_sample=False" in card and "trained from random weights by lsjax" in card
+    assert "trained without layer dropout and early exits" in card and "batches" not in card
     capsys.readouterr()
 
 

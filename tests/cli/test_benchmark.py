@@ -171,7 +171,7 @@ def test_a_busy_machine_is_named(cells, monkeypatch, capsys):
     assert not base["trusted"] and not row["trusted"]
     out = capsys.readouterr().out
     assert f" {row['speedup']:.2f}? " in out
-    assert "This machine was busy (times that must be equal differ by up to " in out
+    assert "This machine was probably busy (times that must be equal differ by up to " in out
 
 
 @pytest.mark.long

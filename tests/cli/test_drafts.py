@@ -2,6 +2,7 @@
 
 import io
 import re
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -21,10 +22,12 @@ from lsjax.cli.drafts import (
     legend,
     marked,
     show_unmarked,
+    stream,
 )
 from lsjax.data.tokenizer_backends import ByteTokenizer
 from lsjax.decoding.completion import Completion, Trace
 from lsjax.decoding.engine import Engine
+from lsjax.decoding.request import Request
 from lsjax.decoding.self_speculative import SelfSpeculative
 from lsjax.terminal import SafeConsole
 
@@ -120,7 +123,7 @@ def test_the_space_before_a_rejected_word_is_not_struck():
 def unmarked(text: str) -> str:
     """What `WordDiff` was given: without rejected drafts and marks."""
     text = re.sub(r"\[-.*?-\]", "", text, flags=re.DOTALL)
-    return text.replace("\\n+}\n", "\n").replace("{+", "").replace("+}", "")
+    return re.sub(r"{\+(.*?)\+}", r"\1", text.replace("\\n+}\n", "+}\n"), flags=re.DOTALL)
 
 
 @pytest.mark.parametrize(
@@ -131,6 +134,7 @@ def unmarked(text: str) -> str:
         ("a\n\nb", b"a\n\nb", "nnnn", {}, "{+a\\n+}\n{+\\n+}\n{+b+}"),
         ("a\nb", b"a\nb", "nyn", {}, "{+a+}\n{+b+}"),
         ("a\n", b"a\n", "yn", {}, "a{+\\n+}\n"),
+        ("x{+y", b"x{+y", "nnnn", {}, "{+x{+y+}"),  # a model's own marks
         ("é", "é".encode(), "ny", {}, "é"),
         ("é", "é".encode(), "yn", {}, "{+é+}"),
         ("a", b"aEND", "nyyy", {}, "{+a+}"),
@@ -169,6 +173,26 @@ def test_streamed_marks_equal_those_of_the_whole(model, tokenizer):
     assert unmarked(shown) == update.completion.text
     trace = update.completion.trace
     assert shown.count("[-") == (trace.replaced_n >= 0).sum() > 0
+
+
+def test_nothing_is_said_in_the_middle_of_a_text(model, tokenizer):
+    """A larger cache needs further programs there; a terminal would erase the unfinished line."""
+    said = []
+
+    @contextmanager
+    def compiling(line):
+        said.append((line, people.file.getvalue()))
+        yield
+
+    people = console(colours=True)
+    engine = Engine(model, tokenizer, compiling=compiling)
+    request = Request(prompt=[5, 6, 7] * 80, max_new_tokens=100)
+    completion = stream(people, engine, request, show_drafts=False, opening="prompt")
+    assert completion.num_new_tokens > 81 and len(engine.programs) == 4
+    ((line, shown),) = said
+    assert line.startswith("compiling 2 programs, once for this machine: rounds") and not shown
+    assert people.file.getvalue().startswith("\x1b[2mprompt\x1b[0m")
+    assert engine.programs.compiling is compiling
 
 
 def test_where_colours_are_seen(monkeypatch):

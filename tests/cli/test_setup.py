@@ -1,10 +1,16 @@
 """Setup of programs: the memory that glibc keeps, and progress bars."""
 
 import ctypes
+import io
 import subprocess
 import sys
+import time
 
 import pytest
+
+from lsjax.cli import setup
+from lsjax.cli.setup import waiting
+from lsjax.terminal import SafeConsole
 
 # Each step allocates temporary memory for two devices, as XLA:CPU does: one aligned block each.
 # Small blocks outlive them. No block is touched, so the program reserves memory but uses none.
@@ -77,3 +83,24 @@ def test_an_error_below_a_progress_bar_ends_the_program():
     command = [sys.executable, "-c", BROKEN_OFF]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr) == (2, "error: no 1\n")
+
+
+def test_a_terminal_shows_what_the_user_waits_for():
+    """The line vanishes at the end."""
+    console = SafeConsole(file=io.StringIO(), force_terminal=True)
+    with waiting(console, "compiling rounds"):
+        pass
+    shown = console.file.getvalue()
+    assert "compiling rounds" in shown and shown.endswith("\x1b[2K")
+
+
+def test_a_log_names_only_long_waits(monkeypatch):
+    monkeypatch.setattr(setup, "PATIENCE", 0.1)
+    console = SafeConsole(file=io.StringIO())
+    with waiting(console, "loading"):
+        pass
+    with waiting(console, "compiling rounds"):
+        end = time.monotonic() + 60
+        while not console.file.getvalue() and time.monotonic() < end:
+            time.sleep(0.01)
+    assert console.file.getvalue() == "compiling rounds ...\n"

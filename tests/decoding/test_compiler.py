@@ -2,12 +2,15 @@
 
 from contextlib import contextmanager
 from functools import partial
+from threading import Barrier
 
 import jax
 import numpy as np
 import pytest
+from jax.stages import Lowered
 
 from lsjax.config import Sampling
+from lsjax.decoding import runtime
 from lsjax.decoding.auto.adaptive import Adaptive
 from lsjax.decoding.compiler import Programs
 from lsjax.decoding.engine import Engine
@@ -46,6 +49,28 @@ def test_the_first_text_says_what_it_compiles(model, tokenizer, said, compiling,
     assert names.format("autoregressive") in said[0] and len(engine.programs) == count
 
 
+def test_programs_are_compiled_side_by_side(shallow, tokenizer, monkeypatch):
+    """Each waits for the other one to begin."""
+    both, compile_ = Barrier(2, timeout=60), Lowered.compile
+
+    def waiting(lowered):
+        both.wait()
+        return compile_(lowered)
+
+    monkeypatch.setattr(Lowered, "compile", waiting)
+    engine = Engine(shallow, tokenizer, Autoregressive())
+    engine.generate(["ab"], max_new_tokens=2)
+    assert len(engine.programs) == 2
+
+
+def test_what_differs_between_programs_is_named_in_a_fixed_order():
+    """A set's order changes from process to process."""
+    sampling = Sampling(temperature=1.0, top_k=3, top_p=0.5, min_p=0.1)
+    kind = runtime.kind_of([Request(prompt="a", sampling=sampling)])
+    assert kind.endswith(" ['min_p', 'top_k', 'top_p']")
+    assert kind != runtime.kind_of([Request(prompt="a", sampling=Sampling(temperature=1.0))])
+
+
 def test_rounds_are_timed_by_the_program_that_decodes(shallow, tokenizer, monkeypatch, tmp_path):
     """So that no program is compiled only to be timed: sampled texts have their own seconds."""
     monkeypatch.setenv("LSJAX_CACHE", str(tmp_path))
@@ -71,7 +96,7 @@ def test_a_program_is_one_on_disk_whatever_holds_its_arguments(shallow):
 
 
 def test_shapes_of_a_cache(shallow):
-    runtime = Runtime(shallow)
-    shapes, cache = (make(2, 320, 1) for make in (runtime.cache_shapes, runtime.new_cache))
+    own = Runtime(shallow)
+    shapes, cache = (make(2, 320, 1) for make in (own.cache_shapes, own.new_cache))
     found = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), (shapes, cache))
     assert found[0] == found[1] and jax.tree.leaves(shapes)

@@ -180,12 +180,8 @@ class Adaptive(Speculative):
                 x_B1D = jnp.select(is_own, found, x_B1D)
             return x_B1D, tuple(states), cache
 
-        limit_B, arguments = (
-            self.limit(draft.state, choice),
-            DraftArguments(None, choice.confidence),
-        )
-        active = choice.exit_layer > 0
-        return draft_tokens(model, first_layers, draft, limit_B, arguments, active)
+        limit_B, active = self.limit(draft.state, choice), choice.exit_layer > 0
+        return draft_tokens(model, first_layers, draft, limit_B, choice.confidence, active)
 
     def limit(self, state: DecodeState, choice: Choice) -> Int[Array, " B"]:
         """Maximum drafts of each row. Leaves room for the token that the verification adds."""

@@ -17,7 +17,7 @@ from lsjax.io.files import local_cache, write_whole
 
 MEASURING = 20.0  # seconds; compiling comes before
 REPEATS, FEWEST = 15, 4  # of each choice
-ENOUGH = 0.04  # error of the medians at which no further repeat is needed
+ENOUGH = 0.05  # error of the medians at which no further repeat is needed
 CALL, MOST_ROUNDS = 0.05, 6  # seconds of a call with short rounds, and its most rounds
 VERSION = 6  # of `measure`: files of earlier ones are not read
 
@@ -87,7 +87,7 @@ def measure(
 
 
 def typical(found_nQJ: np.ndarray) -> tuple[np.ndarray, float]:
-    """Medians of the repeats, and their relative error: the average of their standard errors, from
+    """Medians of the repeats, and their relative error: the root mean square of standard errors, by
     median deviations. A machine has slow phases, which affect all choices of a repeat. So repeats
     are compared by the ratios of their seconds."""
     known_QJ = np.isfinite(found_nQJ[0])
@@ -99,5 +99,5 @@ def typical(found_nQJ: np.ndarray) -> tuple[np.ndarray, float]:
     # Of a normal distribution: 1.48 median deviations are a standard deviation, and a median's
     # error is 1.25 times that of a mean.
     deviations = np.median(np.abs(ratio_nQJ[:, known_QJ] - typical_QJ[known_QJ]), axis=0)
-    error = 1.25 * 1.48 * float(deviations.mean()) / math.sqrt(whole_n.sum())
+    error = 1.25 * 1.48 * math.sqrt(np.mean(deviations**2) / whole_n.sum())
     return np.exp(typical_QJ + np.median(level_n)), error
