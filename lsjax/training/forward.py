@@ -4,6 +4,7 @@ in the loss.
 
 from collections.abc import Mapping
 from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -68,7 +69,7 @@ def exit_states(
             case "gather":
                 rows_PR = rows_B.reshape(row_shards(len(rows_B)), -1)
                 kept = keep_counted(rates_L, config.seed, step, rows_PR)
-        dropout = rates_L, kept
+        dropout = Dropout(rates_L, kept)
 
     def run_layer(block, x_BTD, inputs, kind):
         return run(block, x_BTD, inputs[1], kind)
@@ -89,31 +90,41 @@ def exit_states(
     return jnp.concatenate([slots[:-1], x_BTD[None]]) if picks else x_BTD[None]
 
 
+class Dropout(NamedTuple):
+    """Rate of each layer, or of one, and who keeps it: rows, by the way of skipping."""
+
+    rate: Float[Array, "*L"]
+    kept: Any
+
+
 def layer_runner(config: StepConfig, ropes: Mapping[str, Rope], segments_BT: Int[Array, "B T"]):
-    """(block, x_BTD, None or (rate, kept), kind) -> x_BTD after one layer, for the rows that keep
-    it. ropes: by `LayerKind.rope`."""
-    dropout, remat = config.layer_dropout, config.remat
+    """(block, x_BTD, Dropout or None, kind) -> x_BTD after one layer, for the rows that keep it.
+    ropes: by `LayerKind.rope`."""
+    settings, remat = config.layer_dropout, config.remat
 
     def run(window, block, x_BTD, row_inputs, rate=None, keep_B=None):
         y_BTD = block(x_BTD, *row_inputs, config.attention, keep_B, window)
-        if rate is None or not dropout.rescale:
+        if rate is None or not settings.rescale:
             return y_BTD
         share = jnp.where(rate < 1, 1 - rate, 1).astype(x_BTD.dtype)
         return x_BTD + (y_BTD - x_BTD) / share
 
-    if remat == "none" and dropout.p_max > 0 and dropout.skip == "gather":
+    if remat == "none" and settings.p_max > 0 and settings.skip == "gather":
         remat = "dots_saveable"  # residuals are copied once more; recomputing the rest is cheaper
     if remat != "none":
         # Inside a scan, jax needs no barrier against common subexpressions.
         run = jax.checkpoint(run, policy=POLICIES[remat], prevent_cse=False, static_argnums=0)
 
-    def run_or_drop(block, x_BTD, rate_and_kept, kind):
+    def run_or_drop(block, x_BTD, dropout, kind):
         run_kind, row_inputs = partial(run, kind.window), (ropes[kind.rope], segments_BT)
-        rate, kept = rate_and_kept or (None, None)
-        if rate is None or dropout.skip == "mask":
-            return run_kind(block, x_BTD, row_inputs, rate, kept)
-        if dropout.skip == "gather":
-            return run_on_kept(run_kind, block, x_BTD, row_inputs, rate, *kept)
+        if dropout is None:
+            return run_kind(block, x_BTD, row_inputs)
+        rate, kept = dropout
+        match settings.skip:
+            case "mask":
+                return run_kind(block, x_BTD, row_inputs, rate, kept)
+            case "gather":
+                return run_on_kept(run_kind, block, x_BTD, row_inputs, rate, *kept)
         run_all = partial(run_kind, block, row_inputs=row_inputs, rate=rate)
         return lax.cond(kept, run_all, lambda x: x, x_BTD)
 

@@ -19,7 +19,13 @@ from jaxtyping import Array, Float, Int
 from lsjax.kernels.loss_chunks import loss_chunk
 from lsjax.sharding import PIECES, on_each_device
 from lsjax.training.early_exit import ExitLoss, cross_entropy, with_exit
-from lsjax.training.logit_gradients import chunk_loss, of_any_loss, of_cross_entropy, scaled
+from lsjax.training.logit_gradients import (
+    Losses,
+    chunk_loss,
+    of_any_loss,
+    of_cross_entropy,
+    scaled,
+)
 
 # Smallest vocabulary, in widths of the model, for which `of_cross_entropy` pays: it spares a pass
 # over the logits, and adds work to two matmuls.
@@ -108,7 +114,7 @@ def _own_rows(settings, head, x_EBTD, labels_BT, positions, slots, chunks_E):
 
 class _Rows:
     """A device's rows in the loss: chunks of slots pass through the head and back. Their losses and
-    gradients are added up in a carry: ((total, sums_E), dhead, states and their gradients).
+    gradients are added up in a carry: (losses, dhead, states and their gradients).
 
     Exits come first: their losses may read the last slot's states, which its own gradient
     overwrites.
@@ -126,7 +132,7 @@ class _Rows:
     def all_slots(self, x_EBTD):
         """Sums of the losses, gradients of the head, and those of the states, in their place."""
         num_slots, wide, settings = len(x_EBTD), self.wide, self.settings
-        losses = jnp.zeros((), wide), jnp.zeros(num_slots, wide)
+        losses = Losses(jnp.zeros((), wide), jnp.zeros(num_slots, wide))
         dnorm = jax.tree.map(jnp.zeros_like, self.head.norm)
         carry = losses, Head(dnorm, jnp.zeros(self.table_DV.shape, wide)), x_EBTD
         if num_slots > 1:
@@ -148,7 +154,7 @@ class _Rows:
 
     def add_slot(self, slot_loss, chunk, slot, carry):
         """Adds one slot's loss and gradients; the gradient of the states overwrites the states."""
-        (total, sums_E), dhead, slots_EBTD = carry
+        losses, dhead, slots_EBTD = carry
         batch, steps, width = slots_EBTD.shape[1:]
         whole = -(-steps // chunk) * chunk  # steps, padded to full chunks
         positions, wide = self.positions, self.wide
@@ -170,13 +176,14 @@ class _Rows:
             return *sums, lax.dynamic_update_slice_in_dim(dx_BTD, dx_BCD, start, 1)
 
         zeros_BTD = jnp.zeros((batch, whole, width), slots_EBTD.dtype)
-        carry = (total, jnp.zeros((), wide)), dhead, zeros_BTD
+        carry = losses._replace(metric=jnp.zeros((), wide)), dhead, zeros_BTD
         with jax.named_scope(CHUNKS):
-            (total, sum_), dhead, dx_BTD = lax.fori_loop(0, self.chunks_E[slot], add_chunk, carry)
+            own, dhead, dx_BTD = lax.fori_loop(0, self.chunks_E[slot], add_chunk, carry)
         back_BT = jnp.argsort(positions.order_EBT[slot], axis=1)
         dx_BTD = jnp.take_along_axis(dx_BTD, back_BT[:, :, None], 1)
         slots_EBTD = lax.dynamic_update_index_in_dim(slots_EBTD, dx_BTD, slot, 0)
-        return (total, sums_E.at[slot].set(sum_)), dhead, slots_EBTD
+        losses = Losses(own.objective, losses.metric.at[slot].set(own.metric))
+        return losses, dhead, slots_EBTD
 
     def through_head(self, slot_loss, x_BCD, final, label_BC, scale_BC, weight):
         """Losses of a chunk, and the gradients of the head and the states. final: returns the last
@@ -185,16 +192,16 @@ class _Rows:
         normed_BCD, norm_backward = jax.vjp(lambda norm, x: norm(x), head.norm, x_BCD)
         arrays = product("BCD,DV->BCV", normed_BCD, table_DV), label_BC, scale_BC, weight
         if self.one_pass and slot_loss is cross_entropy:
-            losses, factor_BC, dlogits_BCV = of_cross_entropy(*arrays, x_BCD.dtype)
+            found = of_cross_entropy(*arrays, x_BCD.dtype)
         else:
             final_BCV = product("BCD,DV->BCV", head.norm(final()), table_DV)
             loss = partial(chunk_loss, slot_loss, self.settings.z_loss, final_BCV)
-            losses, factor_BC, dlogits_BCV = of_any_loss(loss, *arrays, x_BCD.dtype)
-        dnormed_BCD = product("BCV,VD->BCD", dlogits_BCV, head.table_VD)
-        dnormed_BCD, normed_BCD = scaled((dnormed_BCD, normed_BCD), factor_BC, x_BCD.dtype)
-        dtable_DV = product("BCD,BCV->DV", normed_BCD, dlogits_BCV)
+            found = of_any_loss(loss, *arrays, x_BCD.dtype)
+        dnormed_BCD = product("BCV,VD->BCD", found.array_BCV, head.table_VD)
+        dnormed_BCD, normed_BCD = scaled((dnormed_BCD, normed_BCD), found.factor_BC, x_BCD.dtype)
+        dtable_DV = product("BCD,BCV->DV", normed_BCD, found.array_BCV)
         dnorm, dx_BCD = norm_backward(dnormed_BCD)
-        return losses, Head(dnorm, dtable_DV), dx_BCD
+        return found.losses, Head(dnorm, dtable_DV), dx_BCD
 
 
 def _backward(exit_loss, z_loss, token_share, gradients, cotangents):

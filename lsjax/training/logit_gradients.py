@@ -6,7 +6,7 @@ beside it, which are smaller.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +17,20 @@ from lsjax.config import check
 from lsjax.kernels.matmuls import computed_once
 from lsjax.training.early_exit import ExitLoss, log_z
 
-# The loss in the objective and that in the metrics; factors, if they are not 1; the array.
-LossAndGradient = tuple[tuple[Array, Array], Float[Array, "B C"] | None, Float[Array, "B C V"]]
+
+class Losses(NamedTuple):
+    """Sums of losses: as the objective has them, weighted and with z_loss, and as metrics do."""
+
+    objective: Float[Array, ""]
+    metric: Float[Array, "*E"]
+
+
+class LossAndGradient(NamedTuple):
+    """Losses of a chunk, and its gradient: the factors, if they are not 1, times the array."""
+
+    losses: Losses
+    factor_BC: Float[Array, "B C"] | None
+    array_BCV: Float[Array, "B C V"]
 
 
 def of_cross_entropy(
@@ -42,7 +54,7 @@ def of_cross_entropy(
     at_label_BC = jnp.exp(chosen_BC - top_BC) - total_BC
     weights_BCV, at_label_BC = computed_once((weights_BCV.astype(dtype), at_label_BC.astype(dtype)))
     array_BCV = jnp.where(is_label_BCV, at_label_BC[:, :, None], weights_BCV)
-    return (weight * loss, loss), weight * scale_BC / total_BC, array_BCV
+    return LossAndGradient(Losses(weight * loss, loss), weight * scale_BC / total_BC, array_BCV)
 
 
 def of_any_loss(
@@ -56,7 +68,7 @@ def of_any_loss(
     """Any loss, such as a `chunk_loss`, and its gradient by autodiff."""
     differentiated = jax.value_and_grad(loss, has_aux=True)
     losses, array_BCV = differentiated(logits_BCV, label_BC, scale_BC, weight)
-    return losses, None, computed_once(array_BCV.astype(dtype))
+    return LossAndGradient(Losses(*losses), None, computed_once(array_BCV.astype(dtype)))
 
 
 def chunk_loss(
@@ -68,7 +80,7 @@ def chunk_loss(
     scale_BC: Float[Array, "B C"],
     weight: Float[Array, ""],
 ) -> tuple[Array, Array]:
-    """The loss in the objective, with z_loss, and that in the metrics, without it."""
+    """`Losses` of the chunk, as a loss and something beside it."""
     losses = exit_loss(logits_BCV, label_BC, final_BCV)
     check(
         jnp.shape(losses) == label_BC.shape,
