@@ -45,7 +45,7 @@ def rounds_loop(model: lsjax.Llama, strategy: Strategy) -> Loop:
 
     def rounds(model, arguments, state, times):
         def body(_, state):
-            done = strategy.step(model, state, arguments)
+            done = strategy.round(model, state, arguments)
             return dataclasses.replace(done, length_B=state.length_B, finish_B=state.finish_B)
 
         return lax.fori_loop(0, times, body, state)

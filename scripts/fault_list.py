@@ -269,8 +269,8 @@ FROM_CODE = (
     Fault(
         "gradients put back in another order",
         "training/head_loss.py",
-        "back_BT = jnp.argsort(positions.order_EBT[slot], axis=1)",
-        "back_BT = positions.order_EBT[slot]",
+        "back_BT = jnp.argsort(positions.order_EBT[entry], axis=1)",
+        "back_BT = positions.order_EBT[entry]",
         "tests/training/test_head_loss.py",
     ),
     Fault(

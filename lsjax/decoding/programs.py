@@ -99,13 +99,13 @@ def decode(
         goes_on = current.goes_on(running_B, strategy.slack) & current.running_B.any()
         return (done < rounds) & goes_on & strategy.goes_on(current)
 
-    def step(carry):
+    def go_on(carry):
         done, current = carry
-        return done + 1, strategy.step(model, current, arguments)
+        return done + 1, strategy.round(model, current, arguments)
 
     running_B = state.running_B
     with jax.named_scope(ROUNDS):
-        return lax.while_loop(more, step, (0, state))[1]
+        return lax.while_loop(more, go_on, (0, state))[1]
 
 
 def pause(model: DecoderModel, state: DecodeState, *, strategy: Strategy) -> DecodeState:

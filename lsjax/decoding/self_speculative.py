@@ -61,7 +61,7 @@ class SelfSpeculative(Speculative):
         """The head's rows of the draft vocabulary, and the confidence."""
         return DraftArguments.create(model, self.vocabulary, self.draft_confidence, self.slack)
 
-    def step(
+    def round(
         self, model: DecoderModel, state: DecodeState, arguments: DraftArguments
     ) -> DecodeState:
         """One round."""

@@ -52,7 +52,7 @@ class Strategy(ABC):
         return sizes.num_layers
 
     def arguments(self, model: DecoderModel) -> Any:
-        """A pytree of arrays that `step` needs beside the model."""
+        """A pytree of arrays that `round` needs beside the model."""
         return ()
 
     def first_guess(self, batch: int) -> Any:
@@ -72,7 +72,7 @@ class Strategy(ABC):
         return state
 
     @abstractmethod
-    def step(self, model: DecoderModel, state: DecodeState, arguments: Any) -> DecodeState:
+    def round(self, model: DecoderModel, state: DecodeState, arguments: Any) -> DecodeState:
         """One round: at least one token for every running row."""
 
 
@@ -82,7 +82,7 @@ class Autoregressive(Strategy):
 
     name = "autoregressive"
 
-    def step(self, model: DecoderModel, state: DecodeState, arguments: tuple[()]) -> DecodeState:
+    def round(self, model: DecoderModel, state: DecodeState, arguments: tuple[()]) -> DecodeState:
         """Runs the pending token of each row through the layers and the head; appends a token."""
         positions_B1 = state.length_B[:, None] - 1
         x_B1D = model.embed(state.pending_B[:, None], positions_B1)

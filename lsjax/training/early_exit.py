@@ -124,16 +124,16 @@ def exit_counts(
     return enabled_by_step(config, num_layers, num_steps, exit_weights)[:, :-1].sum(1)
 
 
-def exit_slots(
+def exit_entries(
     config: EarlyExitConfig,
     num_layers: int,
     step: ArrayLike,
     num_steps: int,
     exit_weights: ExitWeights = exit_weights,
 ) -> tuple[Int[Array, " E"], Bool[Array, " E"], Float[Array, " E"]]:
-    """Each slot's layer, whether the slot is used, and the weight of its exit. There are as many
-    slots as a step enables exits at most, and the last exit has the last slot. If these are nearly
-    all exits, every exit has its own slot, which makes the scan cheaper."""
+    """Each entry's layer, whether the entry is used, and the weight of its exit. There are as many
+    entries as a step enables exits at most, and the last exit has the last entry. If these are
+    nearly all exits, every exit has its own entry, which makes the scan cheaper."""
     weights_L = loss_weights(config, num_layers, step, num_steps, exit_weights)
     enabled_L = weights_L > 0
     most = int(exit_counts(config, num_layers, num_steps, exit_weights).max())

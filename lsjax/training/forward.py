@@ -45,19 +45,20 @@ def exit_states(
     layer_E: Int[Array, " E"],
     drop_rates: DropRates,
 ) -> Float[Array, "E B T D"]:
-    """Outputs of the layers layer_E, in order; the last slot is the model's output.
+    """Outputs of the layers layer_E, in order; the last entry is the model's output.
 
     model: stacked, in the dtype of the computation. rows_B: indices of the rows in the step's
-    batch. layer_E: each layer but the last at most once. Slots of L - 1 before the last slot are
-    unused. At most E outputs are in memory: each is written to its slot, or E = L.
+    batch. layer_E: each layer but the last at most once. Entries of L - 1 before the last entry are
+    unused. At most E outputs are in memory: each is written to its entry, or E = L.
     """
-    num_slots, num_layers, batch = len(layer_E), model.config.num_layers, over_context(batch)
+    num_entries, num_layers, batch = len(layer_E), model.config.num_layers, over_context(batch)
     x_BTD = model.embed_rows(batch["tokens_BT"])
     ropes = for_training(rope_angles(batch["positions_BT"], model.config, x_BTD.dtype))
     run = layer_runner(config, ropes, batch["segments_BT"])
-    picks = 1 < num_slots < num_layers
-    # Slot of the exit below each layer; without an exit the last slot, which is not read.
-    slot_L = jnp.full(num_layers + 1, num_slots - 1).at[layer_E + 1].set(jnp.arange(num_slots))[:-1]
+    picks = 1 < num_entries < num_layers
+    # Entry of the exit below each layer; without an exit the last entry, which is not read.
+    last_L1 = jnp.full(num_layers + 1, num_entries - 1)
+    entry_L = last_L1.at[layer_E + 1].set(jnp.arange(num_entries))[:-1]
     dropout = None
     if config.layer_dropout.p_max > 0:
         rates_L = drop_rates(config.layer_dropout, num_layers, step, config.num_steps)
@@ -74,20 +75,21 @@ def exit_states(
     def run_layer(block, x_BTD, inputs, kind):
         return run(block, x_BTD, inputs[1], kind)
 
-    # A layer's input is the output of the layer below, and goes to the slot of the exit there. The
-    # last slot takes those of no exit. Unused slots (of layer L - 1) are cut off below.
-    def collect(slots, x_BTD, y_BTD, inputs):
+    # A layer's input is the output of the layer below, and goes to the entry of the exit there. The
+    # last entry takes those of no exit. Unused entries (of layer L - 1) are cut off below.
+    def collect(entries, x_BTD, y_BTD, inputs):
         if picks:
-            slots = lax.dynamic_update_index_in_dim(slots, x_BTD, inputs[0], 0)
-        return slots, y_BTD if num_slots == num_layers else None
+            entries = lax.dynamic_update_index_in_dim(entries, x_BTD, inputs[0], 0)
+        return entries, y_BTD if num_entries == num_layers else None
 
-    slots = None
+    entries = None
     if picks:  # XLA:GPU would merge zeros with those of the loss, and keep them until then
-        slots = jnp.broadcast_to(lax.stop_gradient(x_BTD), (num_slots, *x_BTD.shape))
-    x_BTD, slots, x_LBTD = model.scan_layers(x_BTD, run_layer, collect, slots, (slot_L, dropout))
-    if num_slots == num_layers:
+        entries = jnp.broadcast_to(lax.stop_gradient(x_BTD), (num_entries, *x_BTD.shape))
+    inputs = entry_L, dropout
+    x_BTD, entries, x_LBTD = model.scan_layers(x_BTD, run_layer, collect, entries, inputs)
+    if num_entries == num_layers:
         return x_LBTD
-    return jnp.concatenate([slots[:-1], x_BTD[None]]) if picks else x_BTD[None]
+    return jnp.concatenate([entries[:-1], x_BTD[None]]) if picks else x_BTD[None]
 
 
 class Dropout(NamedTuple):

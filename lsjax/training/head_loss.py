@@ -3,7 +3,7 @@
 The logits are never all in memory at once. Each chunk's gradient is computed with its loss, in
 three matmuls with the head: logits, gradient of the states, gradient of the table.
 
-E: slots of exits, the last exit last.
+E: entries of exits, the last exit last.
 """
 
 from collections.abc import Callable
@@ -42,8 +42,8 @@ class Head(NamedTuple):
     table_VD: Float[Array, "V D"]
 
 
-class Slots(NamedTuple):
-    """What the loss reads of each slot."""
+class Entries(NamedTuple):
+    """What the loss reads of each entry."""
 
     weights_E: Float[Array, " E"]
     exit_E: Int[Array, " E"]  # 1..L
@@ -51,16 +51,16 @@ class Slots(NamedTuple):
 
 
 class HeadSettings(NamedTuple):
-    """How slots pass through the head."""
+    """How entries pass through the head."""
 
-    exit_loss: ExitLoss  # of every slot but the last
+    exit_loss: ExitLoss  # of every entry but the last
     z_loss: float
-    exit_chunk: int  # positions of a chunk in the slots of exits
+    exit_chunk: int  # positions of a chunk in the entries of exits
     last_chunk: int  # and in the last
 
 
 class Positions(NamedTuple):
-    """Positions of each exit slot's rows that are in the loss."""
+    """Positions of each entry's rows that are in the loss."""
 
     order_EBT: Int[Array, "E B T"]  # positions in the loss first
     counts_EB: Int[Array, "E B"]  # number of positions in the loss
@@ -76,26 +76,26 @@ def head_loss(
     x_EBTD: Float[Array, "E B T D"],
     labels_BT: Int[Array, "B T"],
     positions: Positions,
-    slots: Slots,
+    entries: Entries,
 ) -> tuple[Float[Array, ""], Float[Array, " E"]]:
-    """Weighted sum over slots of their summed losses, and each slot's sum. exit_loss: loss of every
-    slot but the last. z_loss: weight of log(Z)^2, included in the weighted sum only. token_share:
-    of a row's positions, in all slots but the last."""
+    """Weighted sum over entries of their summed losses, and each entry's sum. exit_loss: loss of
+    every entry but the last. z_loss: weight of log(Z)^2, included in the weighted sum only.
+    token_share: of a row's positions, in all entries but the last."""
     settings = exit_loss, z_loss, token_share
-    return _forward(*settings, head, x_EBTD, labels_BT, positions, slots)[0]
+    return _forward(*settings, head, x_EBTD, labels_BT, positions, entries)[0]
 
 
 @jax.named_scope("head")
-def _forward(exit_loss, z_loss, token_share, head, x_EBTD, labels_BT, positions, slots):
+def _forward(exit_loss, z_loss, token_share, head, x_EBTD, labels_BT, positions, entries):
     """Each device accumulates the table gradient of its rows. One all-reduce at the end sums it."""
-    num_slots, batch, steps, _ = x_EBTD.shape
+    num_entries, batch, steps, _ = x_EBTD.shape
     shape = batch, steps, head.table_VD.shape
     exit_chunk, last_chunk = loss_chunk(*shape, float(token_share)), loss_chunk(*shape)
-    size_E = jnp.array([exit_chunk] * (num_slots - 1) + [last_chunk])
+    size_E = jnp.array([exit_chunk] * (num_entries - 1) + [last_chunk])
     chunks_E = -(-positions.counts_EB.max(1) // size_E)
     narrow = Head(head.norm, head.table_VD.astype(x_EBTD.dtype))
     function = partial(_own_rows, HeadSettings(exit_loss, z_loss, exit_chunk, last_chunk))
-    arrays = narrow, x_EBTD, labels_BT, positions, slots, chunks_E
+    arrays = narrow, x_EBTD, labels_BT, positions, entries, chunks_E
     specs = P(), P(None, PIECES), P(PIECES), P(None, PIECES), P(), P()
     outputs = P(PIECES), P(None, PIECES)
     sums, dx_EBTD = on_each_device(function, arrays, specs, outputs, axes=PIECES)
@@ -104,98 +104,98 @@ def _forward(exit_loss, z_loss, token_share, head, x_EBTD, labels_BT, positions,
     return losses, (dhead, dx_EBTD)
 
 
-def _own_rows(settings, head, x_EBTD, labels_BT, positions, slots, chunks_E):
+def _own_rows(settings, head, x_EBTD, labels_BT, positions, entries, chunks_E):
     """Losses and gradients of a device's rows. Values to sum over devices have a leading axis of
-    size 1. chunks_E: number of chunks per slot, set by the row with most positions."""
-    rows = _Rows(settings, head, labels_BT, positions, slots, chunks_E)
-    losses, dhead, dx_EBTD = rows.all_slots(x_EBTD)
+    size 1. chunks_E: number of chunks per entry, set by the row with most positions."""
+    rows = _Rows(settings, head, labels_BT, positions, entries, chunks_E)
+    losses, dhead, dx_EBTD = rows.all_entries(x_EBTD)
     return jax.tree.map(lambda leaf: leaf[None], (losses, dhead)), dx_EBTD
 
 
 class _Rows:
-    """A device's rows in the loss: chunks of slots pass through the head and back. Their losses and
-    gradients are added up in a carry: (losses, dhead, states and their gradients).
+    """A device's rows in the loss: chunks of entries pass through the head and back. Their losses
+    and gradients are added up in a carry: (losses, dhead, states and their gradients).
 
-    Exits come first: their losses may read the last slot's states, which its own gradient
+    Exits come first: their losses may read the last entry's states, which its own gradient
     overwrites.
     """
 
-    def __init__(self, settings, head, labels_BT, positions, slots, chunks_E):
+    def __init__(self, settings, head, labels_BT, positions, entries, chunks_E):
         self.settings, self.head, self.labels_BT = settings, head, labels_BT
-        self.positions, self.slots, self.chunks_E = positions, slots, chunks_E
+        self.positions, self.entries, self.chunks_E = positions, entries, chunks_E
         self.table_DV = head.table_VD.T  # once here, or XLA would transpose it in every chunk
         self.wide = jnp.promote_types(head.table_VD.dtype, jnp.float32)
         self.product = partial(jnp.einsum, preferred_element_type=self.wide)
         large = len(head.table_VD) >= ONE_PASS * head.table_VD.shape[1]
         self.one_pass = large and not settings.z_loss
 
-    def all_slots(self, x_EBTD):
+    def all_entries(self, x_EBTD):
         """Sums of the losses, gradients of the head, and those of the states, in their place."""
-        num_slots, wide, settings = len(x_EBTD), self.wide, self.settings
-        losses = Losses(jnp.zeros((), wide), jnp.zeros(num_slots, wide))
+        num_entries, wide, settings = len(x_EBTD), self.wide, self.settings
+        losses = Losses(jnp.zeros((), wide), jnp.zeros(num_entries, wide))
         dnorm = jax.tree.map(jnp.zeros_like, self.head.norm)
         carry = losses, Head(dnorm, jnp.zeros(self.table_DV.shape, wide)), x_EBTD
-        if num_slots > 1:
+        if num_entries > 1:
             used_E = self.chunks_E[:-1] > 0
             order_E = jnp.argsort(~used_E, stable=True)
 
             def add_exit(index, carry):
-                slot = order_E[index]
-                loss = with_exit(settings.exit_loss, self.slots.exit_E[slot], self.slots.step)
-                return self.add_slot(loss, settings.exit_chunk, slot, carry)
+                entry = order_E[index]
+                loss = with_exit(settings.exit_loss, self.entries.exit_E[entry], self.entries.step)
+                return self.add_entry(loss, settings.exit_chunk, entry, carry)
 
             with jax.named_scope(EXITS):
-                *sums, slots_EBTD = lax.fori_loop(0, used_E.sum(), add_exit, carry)
+                *sums, entries_EBTD = lax.fori_loop(0, used_E.sum(), add_exit, carry)
             keep_E = jnp.append(used_E, True)[:, None, None, None]
-            carry = *sums, jnp.where(keep_E, slots_EBTD, 0)
-        carry = self.add_slot(cross_entropy, settings.last_chunk, num_slots - 1, carry)
+            carry = *sums, jnp.where(keep_E, entries_EBTD, 0)
+        carry = self.add_entry(cross_entropy, settings.last_chunk, num_entries - 1, carry)
         losses, dhead, dx_EBTD = carry
         return losses, Head(dhead.norm, dhead.table_VD.T), dx_EBTD
 
-    def add_slot(self, slot_loss, chunk, slot, carry):
-        """Adds one slot's loss and gradients; the gradient of the states overwrites the states."""
-        losses, dhead, slots_EBTD = carry
-        batch, steps, width = slots_EBTD.shape[1:]
+    def add_entry(self, entry_loss, chunk, entry, carry):
+        """Adds one entry's loss and gradients; the gradient of the states overwrites the states."""
+        losses, dhead, entries_EBTD = carry
+        batch, steps, width = entries_EBTD.shape[1:]
         whole = -(-steps // chunk) * chunk  # steps, padded to full chunks
         positions, wide = self.positions, self.wide
-        order_BT = jnp.pad(positions.order_EBT[slot], [(0, 0), (0, whole - steps)])
-        x_BTD, final_BTD = slots_EBTD[slot], slots_EBTD[-1]
-        weight = self.slots.weights_E[slot].astype(wide)
+        order_BT = jnp.pad(positions.order_EBT[entry], [(0, 0), (0, whole - steps)])
+        x_BTD, final_BTD = entries_EBTD[entry], entries_EBTD[-1]
+        weight = self.entries.weights_E[entry].astype(wide)
 
         def add_chunk(index, carry):
             *sums, dx_BTD = carry
             start = index * chunk
             at_BC = lax.dynamic_slice_in_dim(order_BT, start, chunk, 1)
-            counted_BC = start + jnp.arange(chunk) < positions.counts_EB[slot, :, None]
-            scale_BC = jnp.where(counted_BC, positions.scales_EB[slot, :, None], 0).astype(wide)
+            counted_BC = start + jnp.arange(chunk) < positions.counts_EB[entry, :, None]
+            scale_BC = jnp.where(counted_BC, positions.scales_EB[entry, :, None], 0).astype(wide)
             label_BC = jnp.take_along_axis(self.labels_BT, at_BC, 1)
             x_BCD = jnp.take_along_axis(x_BTD, at_BC[:, :, None], 1)
             final = partial(jnp.take_along_axis, final_BTD, at_BC[:, :, None], 1)
-            *found, dx_BCD = self.through_head(slot_loss, x_BCD, final, label_BC, scale_BC, weight)
+            *found, dx_BCD = self.through_head(entry_loss, x_BCD, final, label_BC, scale_BC, weight)
             sums = jax.tree.map(jnp.add, sums, found)
             return *sums, lax.dynamic_update_slice_in_dim(dx_BTD, dx_BCD, start, 1)
 
-        zeros_BTD = jnp.zeros((batch, whole, width), slots_EBTD.dtype)
+        zeros_BTD = jnp.zeros((batch, whole, width), entries_EBTD.dtype)
         carry = losses._replace(metric=jnp.zeros((), wide)), dhead, zeros_BTD
         with jax.named_scope(CHUNKS):
-            own, dhead, dx_BTD = lax.fori_loop(0, self.chunks_E[slot], add_chunk, carry)
-        back_BT = jnp.argsort(positions.order_EBT[slot], axis=1)
+            own, dhead, dx_BTD = lax.fori_loop(0, self.chunks_E[entry], add_chunk, carry)
+        back_BT = jnp.argsort(positions.order_EBT[entry], axis=1)
         dx_BTD = jnp.take_along_axis(dx_BTD, back_BT[:, :, None], 1)
-        slots_EBTD = lax.dynamic_update_index_in_dim(slots_EBTD, dx_BTD, slot, 0)
-        losses = Losses(own.objective, losses.metric.at[slot].set(own.metric))
-        return losses, dhead, slots_EBTD
+        entries_EBTD = lax.dynamic_update_index_in_dim(entries_EBTD, dx_BTD, entry, 0)
+        losses = Losses(own.objective, losses.metric.at[entry].set(own.metric))
+        return losses, dhead, entries_EBTD
 
-    def through_head(self, slot_loss, x_BCD, final, label_BC, scale_BC, weight):
+    def through_head(self, entry_loss, x_BCD, final, label_BC, scale_BC, weight):
         """Losses of a chunk, and the gradients of the head and the states. final: returns the last
-        slot's states."""
+        entry's states."""
         head, product, table_DV = self.head, self.product, self.table_DV
         normed_BCD, norm_backward = jax.vjp(lambda norm, x: norm(x), head.norm, x_BCD)
         arrays = product("BCD,DV->BCV", normed_BCD, table_DV), label_BC, scale_BC, weight
-        if self.one_pass and slot_loss is cross_entropy:
+        if self.one_pass and entry_loss is cross_entropy:
             found = of_cross_entropy(*arrays, x_BCD.dtype)
         else:
             final_BCV = product("BCD,DV->BCV", head.norm(final()), table_DV)
-            loss = partial(chunk_loss, slot_loss, self.settings.z_loss, final_BCV)
+            loss = partial(chunk_loss, entry_loss, self.settings.z_loss, final_BCV)
             found = of_any_loss(loss, *arrays, x_BCD.dtype)
         dnormed_BCD = product("BCV,VD->BCD", found.array_BCV, head.table_VD)
         dnormed_BCD, normed_BCD = scaled((dnormed_BCD, normed_BCD), found.factor_BC, x_BCD.dtype)

@@ -17,9 +17,9 @@ from lsjax.config import StepConfig
 from lsjax.kernels.matmuls import in_order, splits_matrices
 from lsjax.model.llama import Llama, cast_matrices, split_matrices
 from lsjax.sharding import in_context_order, pieces
-from lsjax.training.early_exit import ExitLoss, cross_entropy, exit_slots
+from lsjax.training.early_exit import ExitLoss, cross_entropy, exit_entries
 from lsjax.training.forward import exit_states
-from lsjax.training.head_loss import Head, Positions, Slots, head_loss
+from lsjax.training.head_loss import Entries, Head, Positions, head_loss
 from lsjax.training.layer_dropout import draws
 from lsjax.training.recipe import PAPER, Recipe
 
@@ -41,18 +41,18 @@ def objective(
     """
     num_layers = model.config.num_layers
     run = config.early_exit, num_layers, step, config.num_steps
-    layer_E, taken_E, weights_E = exit_slots(*run, recipe.exit_weights)
+    layer_E, taken_E, weights_E = exit_entries(*run, recipe.exit_weights)
     narrow = cast_matrices(model, config.dtype)
     if splits_matrices():
         narrow = split_matrices(narrow)
     x_EBTD = exit_states(config, narrow, batch, step, rows_B, layer_E, recipe.drop_rates)
 
     x_EBTD, head = in_order(x_EBTD, Head(model.norm, model.head_table))
-    slots = Slots(weights_E / jnp.maximum(num_labels, 1), layer_E + 1, jnp.asarray(step))
+    entries = Entries(weights_E / jnp.maximum(num_labels, 1), layer_E + 1, jnp.asarray(step))
     positions = loss_positions(config, batch["labels_BT"], step, rows_B, layer_E, taken_E)
     x_EBTD, labels_BT = jax.vmap(pieces)(x_EBTD), pieces(in_context_order(batch["labels_BT"]))
     settings = recipe.loss_of_exits(config), config.z_loss, config.early_exit.token_share
-    loss, sums_E = head_loss(*settings, head, x_EBTD, labels_BT, positions, slots)
+    loss, sums_E = head_loss(*settings, head, x_EBTD, labels_BT, positions, entries)
     sums_L = jnp.zeros(num_layers, sums_E.dtype).at[layer_E].add(jnp.where(taken_E, sums_E, 0))
     return loss, sums_L
 
@@ -69,9 +69,9 @@ def loss_positions(
     Other exits sample a `token_share` of each row, rounded up and reweighted."""
     labelled_BT = labels_BT >= 0
     count_B = labelled_BT.sum(1)
-    num_slots, share = len(layer_E), config.early_exit.token_share
-    chosen_EBT, scales_EB = labelled_BT[None], jnp.ones((num_slots, len(labels_BT)))
-    if num_slots > 1 and share < 1:
+    num_entries, share = len(layer_E), config.early_exit.token_share
+    chosen_EBT, scales_EB = labelled_BT[None], jnp.ones((num_entries, len(labels_BT)))
+    if num_entries > 1 and share < 1:
         key = jax.random.fold_in(jax.random.key(config.seed), step)
         key = jax.random.fold_in(key, 2**31 - 1)  # smaller values belong to layer dropout
         keys_E = jax.vmap(jax.random.fold_in, (None, 0))(key, layer_E[:-1])
@@ -84,7 +84,7 @@ def loss_positions(
     chosen_EBT = jax.vmap(lambda x_BT: pieces(in_context_order(x_BT)))(chosen_EBT)
     shards = chosen_EBT.shape[1] // len(labels_BT)  # of the positions
     order_EBT = jnp.argsort(~chosen_EBT, axis=2, stable=True)
-    order_EBT = jnp.broadcast_to(order_EBT, (num_slots, *order_EBT.shape[1:]))
+    order_EBT = jnp.broadcast_to(order_EBT, (num_entries, *order_EBT.shape[1:]))
     counts_EB = jnp.where(taken_E[:, None], chosen_EBT.sum(2), 0)
     return Positions(order_EBT, counts_EB, jnp.tile(scales_EB, (1, shards)))
 
@@ -122,8 +122,8 @@ def early_exit_loss(
         StepConfig(num_steps=1), labels_BT, jnp.asarray(step), rows_B, jnp.arange(exits), taken_E
     )
     count = jnp.maximum((labels_BT >= 0).sum(), 1)
-    slots = Slots(weights_E / count, jnp.arange(1, exits + 1), jnp.asarray(step))
+    entries = Entries(weights_E / count, jnp.arange(1, exits + 1), jnp.asarray(step))
     head = Head(norm, table_VD)
     x_EBTD, labels_BT = jax.vmap(pieces)(x_EBTD), pieces(in_context_order(labels_BT))
-    loss, sums_E = head_loss(exit_loss, z_loss, 1.0, head, x_EBTD, labels_BT, positions, slots)
+    loss, sums_E = head_loss(exit_loss, z_loss, 1.0, head, x_EBTD, labels_BT, positions, entries)
     return loss, sums_E / count

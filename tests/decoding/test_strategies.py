@@ -202,7 +202,7 @@ class Drafted(SelfSpeculative):
 
     verified_from: int = 2
 
-    def step(self, model, state, arguments):
+    def round(self, model, state, arguments):
         drafter = jax.tree.map(lambda leaf: leaf * (1.02 if self.verified_from == 0 else 1), model)
         rest = drafter, model, self.verified_from, state, arguments
         done, kept = speculative_round(self, *rest, keep=(3, 1, 2))

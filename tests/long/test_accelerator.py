@@ -83,8 +83,8 @@ def test_the_tiny_form_measures_and_writes_a_page(tmp_path):
 class Shallow(Autoregressive):
     """Leaves out the last layer."""
 
-    def step(self, model, state, arguments):
-        return EarlyExit(model.config.num_layers - 1).step(model, state, arguments)
+    def round(self, model, state, arguments):
+        return EarlyExit(model.config.num_layers - 1).round(model, state, arguments)
 
 
 def test_a_wrong_token_fails_stage_a(tmp_path, monkeypatch, capsys):

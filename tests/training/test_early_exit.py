@@ -9,7 +9,7 @@ from lsjax.config import ConfigError, EarlyExitConfig
 from lsjax.training.early_exit import (
     curriculum,
     exit_counts,
-    exit_slots,
+    exit_entries,
     exit_weights,
     layer_weights,
     loss_weights,
@@ -203,15 +203,17 @@ def test_weights_of_ones_own_replace_curriculum_and_weights():
     found = [loss_weights(config, 5, step, 4, own) for step in (1, 2)]
     np.testing.assert_allclose(found, np.array([[0, 2, 0, 4, 5], [0, 0, 0, 0, 11]]) / 11, rtol=1e-6)
     assert exit_counts(config, 5, 4, own).tolist() == [2, 2, 0, 0]
-    traced = jax.jit(lambda step: (loss_weights(config, 5, step, 4, own), exit_slots_of(own, step)))
-    weights, (layers, taken, slot_weights) = traced(1)
+    traced = jax.jit(
+        lambda step: (loss_weights(config, 5, step, 4, own), exit_entries_of(own, step))
+    )
+    weights, (layers, taken, entry_weights) = traced(1)
     np.testing.assert_allclose(weights, found[0], rtol=1e-6)
     assert layers.tolist() == [1, 3, 4] and taken.all()
-    np.testing.assert_allclose(slot_weights, np.array([2, 4, 5]) / 11, rtol=1e-6)
+    np.testing.assert_allclose(entry_weights, np.array([2, 4, 5]) / 11, rtol=1e-6)
 
 
-def exit_slots_of(weights, step):
-    return exit_slots(EarlyExitConfig(), 5, step, 4, weights)
+def exit_entries_of(weights, step):
+    return exit_entries(EarlyExitConfig(), 5, step, 4, weights)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import pytest
 from lsjax.model.block import RMSNorm
 from lsjax.training import head_loss as module
 from lsjax.training.early_exit import cross_entropy, divergence
-from lsjax.training.head_loss import Head, Positions, Slots, head_loss
+from lsjax.training.head_loss import Entries, Head, Positions, head_loss
 from tests.marks import long
 from tests.tunings import tune
 
@@ -22,7 +22,7 @@ def wide():
 
 
 def example(dtype=jnp.float32):
-    """Hidden states of three slots, ragged labels, and other positions for each slot."""
+    """Hidden states of three entries, ragged labels, and other positions for each entry."""
     keys = jax.random.split(jax.random.key(0), 6)
     norm = RMSNorm(D, 1e-5, dtype)
     norm.scale[...] = 1 + 0.3 * jax.random.normal(keys[0], D, dtype)
@@ -32,8 +32,8 @@ def example(dtype=jnp.float32):
     order_EBT = jnp.argsort(jax.random.uniform(keys[4], (S, B, T)), axis=2)
     counts_EB = jnp.array([[3, 0], [0, 0], [11, 7]])
     scales_EB = jnp.array([[2.5, 9.0], [1.0, 1.0], [1.0, 1.0]])
-    slots = Slots(jnp.array([0.3, 0.5, 0.7]), jnp.array([2, 3, 4]), jnp.int32(9))
-    return head, x_EBTD, labels_BT, Positions(order_EBT, counts_EB, scales_EB), slots
+    entries = Entries(jnp.array([0.3, 0.5, 0.7]), jnp.array([2, 3, 4]), jnp.int32(9))
+    return head, x_EBTD, labels_BT, Positions(order_EBT, counts_EB, scales_EB), entries
 
 
 def smoothed(logits, labels, final_logits):
@@ -43,7 +43,7 @@ def smoothed(logits, labels, final_logits):
     return -(logp.mean(-1) + jnp.take_along_axis(logp, choice[..., None], -1)[..., 0]) / 2
 
 
-def plain(exit_loss, z_loss, head, x_EBTD, labels_BT, positions, slots):
+def plain(exit_loss, z_loss, head, x_EBTD, labels_BT, positions, entries):
     """The same with all logits at once."""
     logits = head.norm(x_EBTD) @ head.table_VD.T
     logp = jax.nn.log_softmax(logits)
@@ -58,7 +58,7 @@ def plain(exit_loss, z_loss, head, x_EBTD, labels_BT, positions, slots):
     scale_EBT = (rank_EBT < positions.counts_EB[:, :, None]) * positions.scales_EB[:, :, None]
     z_EBT = jnp.square(jax.nn.logsumexp(logits, axis=-1))
     sums_E = (scale_EBT * loss_EBT).sum((1, 2))
-    return (slots.weights_E * (scale_EBT * (loss_EBT + z_loss * z_EBT)).sum((1, 2))).sum(), sums_E
+    return (entries.weights_E * (scale_EBT * (loss_EBT + z_loss * z_EBT)).sum((1, 2))).sum(), sums_E
 
 
 @pytest.mark.parametrize(
@@ -119,7 +119,7 @@ def test_no_array_holds_the_logits_of_more_than_a_chunk(chunk, monkeypatch):
     [
         # Chunks of 3 positions, as many as the fullest row needs.
         ([[3, 0], [0, 0], [11, 7]], 1 + 0 + 4),
-        ([[0, 0], [0, 0], [11, 7]], 4),  # slots without an exit that is on
+        ([[0, 0], [0, 0], [11, 7]], 4),  # entries without an exit that is on
         ([[4, 7], [1, 1], [0, 1]], 3 + 1 + 1),
     ],
 )
@@ -134,12 +134,12 @@ def test_what_is_not_in_the_loss_does_not_pass_the_head(counts, expected, monkey
         return of_cross_entropy(logits, *rest)
 
     monkeypatch.setattr(module, "of_cross_entropy", counted)
-    head, x_EBTD, labels_BT, positions, slots = example()
+    head, x_EBTD, labels_BT, positions, entries = example()
     positions = positions._replace(counts_EB=jnp.array(counts))
     run = jax.value_and_grad(
         lambda *args: head_loss(cross_entropy, 0.0, 1, *args)[0], argnums=(0, 1)
     )
-    jax.block_until_ready(jax.jit(run)(head, x_EBTD, labels_BT, positions, slots))
+    jax.block_until_ready(jax.jit(run)(head, x_EBTD, labels_BT, positions, entries))
     jax.effects_barrier()
     assert passes == [(B, 3, V)] * expected
 

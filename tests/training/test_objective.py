@@ -108,7 +108,7 @@ def test_a_share_of_the_tokens_stands_for_all(packed, share):
     counts_NSBT = np.asarray(jax.jit(jax.vmap(counts))(jnp.arange(2000)))
     labelled = packed["labels_BT"] >= 0
     assert (counts_NSBT[:, 2] == labelled).all()  # the last exit has all of them
-    assert (counts_NSBT[:, 1] == 0).all()  # no exit took this slot
+    assert (counts_NSBT[:, 1] == 0).all()  # no exit took this entry
     assert (counts_NSBT[:, 0][:, ~labelled] == 0).all()
     np.testing.assert_allclose(
         counts_NSBT[:, 0].sum(2), np.broadcast_to(labelled.sum(1), (2000, 4)), rtol=1e-6

@@ -97,7 +97,7 @@ class Adaptive(Speculative):
         """Counts before the first round."""
         return Learned.create(batch, len(self.exits))
 
-    def step(
+    def round(
         self, model: DecoderModel, state: DecodeState, arguments: AutoArguments
     ) -> DecodeState:
         """One round with the best source and length."""
@@ -196,7 +196,7 @@ class Adaptive(Speculative):
         return ~_is_idle(state) if self.pauses() else True
 
     def pause(self, model: DecoderModel, state: DecodeState) -> DecodeState:
-        """Appends IDLE_TOKENS by autoregressive steps, if the last choice was to draft nothing.
+        """Appends IDLE_TOKENS by autoregressive rounds, if the last choice was to draft nothing.
         Stops when a row ends, or the cache has no room for another round."""
         running_B = state.running_B
 
@@ -206,7 +206,7 @@ class Adaptive(Speculative):
 
         def append(carry):
             left, current = carry
-            return left - 1, Autoregressive().step(model, current, ())
+            return left - 1, Autoregressive().round(model, current, ())
 
         start = jnp.where(_is_idle(state), IDLE_TOKENS, 0), state
         _, state = lax.while_loop(more, append, start)
