@@ -101,7 +101,7 @@ class Llama(nnx.Module):
         Positions are not embedded: layers rotate by them."""
         return self.embedding[...][tokens_BT].astype(self.compute_dtype)
 
-    def embed_rows(self, tokens_BT: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+    def embed_sharded(self, tokens_BT: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """Token embeddings of whole sequences, sharded over a mesh by rows. Each device looks up
         its columns for the rows of its data shard. Then an all-to-all redistributes by row."""
         x_BTD = self.embed(constrain(tokens_BT, "data", "context"))
@@ -148,7 +148,7 @@ class Llama(nnx.Module):
         if positions_BT is None:
             positions_T = in_context_order(np.arange(tokens_BT.shape[1])[None])
             positions_BT = jnp.broadcast_to(positions_T, tokens_BT.shape)
-        x_BTD = self.embed_rows(tokens_BT)
+        x_BTD = self.embed_sharded(tokens_BT)
         ropes = rope_angles(positions_BT, self.config, x_BTD.dtype)
 
         def run(block, x_BTD, _, kind):

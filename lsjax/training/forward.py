@@ -52,7 +52,7 @@ def exit_states(
     unused. At most E outputs are in memory: each is written to its entry, or E = L.
     """
     num_entries, num_layers, batch = len(layer_E), model.config.num_layers, over_context(batch)
-    x_BTD = model.embed_rows(batch["tokens_BT"])
+    x_BTD = model.embed_sharded(batch["tokens_BT"])
     ropes = for_training(rope_angles(batch["positions_BT"], model.config, x_BTD.dtype))
     run = layer_runner(config, ropes, batch["segments_BT"])
     picks = 1 < num_entries < num_layers
