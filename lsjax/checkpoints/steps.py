@@ -196,7 +196,8 @@ def orbax() -> Any:
     import orbax.checkpoint as ocp
 
     def is_from_elsewhere(record: logging.LogRecord) -> bool:
-        return not re.search("orbax|OCDBT", f"{record.pathname} {record.getMessage()}")
+        said = f"{record.pathname} {record.getMessage()}"
+        return not re.search("orbax|ocdbt|tensorstore", said, re.IGNORECASE)
 
     # Of writers that orbax drops when another one fails.
     warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)

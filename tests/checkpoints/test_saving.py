@@ -3,6 +3,7 @@
 import dataclasses
 import gc
 import json
+import logging
 import os
 import re
 import shutil
@@ -20,7 +21,7 @@ from flax import nnx
 
 from lsjax.checkpoints import steps
 from lsjax.checkpoints.saving import Checkpoints, in_units, wait_for_all
-from lsjax.checkpoints.steps import saved_steps, sealed
+from lsjax.checkpoints.steps import orbax, saved_steps, sealed
 from lsjax.checkpoints.tensors import CheckpointError
 from lsjax.config import CheckpointConfig, ConfigError, LlamaConfig, TrainConfig
 from lsjax.model.llama import Llama
@@ -308,6 +309,15 @@ def test_another_version_is_no_damage(version, copy, like):
     with pytest.raises(ConfigError, match=message):
         open_(copy).restore(like)
     assert numbers(copy) == [3, 2, 1]
+
+
+def test_readers_that_orbax_drops_are_not_logged(caplog):
+    """Their errors come whenever Python collects them. Those of others are logged."""
+    orbax()
+    log = logging.getLogger("asyncio")
+    log.error("future exception was never retrieved: TensorStore({'driver': 'ocdbt'})")
+    log.error("future exception was never retrieved: another")
+    assert [record.getMessage()[-7:] for record in caplog.records] == ["another"]
 
 
 def test_what_can_not_be_written_is_said_and_the_next_step_is_saved(
