@@ -224,6 +224,7 @@ def bad(model_directory, tmp_path_factory):
     [
         ("--model nowhere", "nowhere: does not exist: give an existing directory"),
         (f"--model nowhere {' '.join(SELF)}", "nowhere: does not exist"),
+        ("--model owner/it", "or download it: hf download owner/it --local-dir models/it$"),
         (
             "--model {bad}/silent@5",
             "silent is not a training run, so it has no steps: leave out @5",

@@ -27,7 +27,7 @@ from lsjax.data.tokenizer_backends import ByteTokenizer
 from lsjax.decoding.engine import Engine
 from lsjax.decoding.strategy import Autoregressive
 from lsjax.model.llama import Llama, stacked, unstacked
-from lsjax.model.lora import joined, split, with_adapters
+from lsjax.model.lora import joined, num_adapter_params, split, with_adapters
 from lsjax.model.rope import rope_angles
 from lsjax.training import forward
 from lsjax.training.forward import layer_runner
@@ -173,6 +173,16 @@ def make_train_step_with(config, keep_mask):
             return make_train_step(config)(state, batch(0))
 
     return step
+
+
+def test_number_of_adapter_parameters_by_hand():
+    """A and B of the four matrices of each layer: inputs and outputs, times the rank."""
+    width, inner = SHAPE.hidden_size, SHAPE.intermediate_size
+    queries, keys = (heads * SHAPE.head_dim for heads in (SHAPE.num_heads, SHAPE.num_kv_heads))
+    ends = width + queries + 2 * keys, queries + width, width + 2 * inner, inner + width
+    assert num_adapter_params(SHAPE, LoraConfig(rank=3)) == 4 * 3 * sum(ends)
+    only = LoraConfig(rank=3, targets=("out",))
+    assert num_adapter_params(SHAPE, only) == 4 * 3 * ends[1]
 
 
 @pytest.mark.parametrize("remat", ["dots_saveable", "dots_with_no_batch_dims_saveable"])
