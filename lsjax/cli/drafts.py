@@ -139,10 +139,9 @@ def marked(
 
 
 def show_unmarked(console: Console, text: str) -> None:
-    """Prints the text once more, by itself, if marks stand in it."""
+    """Prints the text once more, by itself between empty lines, if marks stand in it."""
     if not has_colours(console):
-        console.print()
-        console.print(verbatim(text))
+        console.print(verbatim(f"\n{text}\n"))
         console.print()
 
 

@@ -441,7 +441,7 @@ def test_drafts_in_a_pipe_leave_the_text_as_it_is(run, model, tokenizer):
     (completion,) = engine.generate([prompt], max_new_tokens=NEW)
     shown = marked(console(colours=False), tokenizer, tokenizer.encode(prompt), completion)
     expected = prompt + "".join(one.text for one in shown.segments) + "\n"
-    expected += f"\n{prompt}{completion.text}\n"
+    expected += f"\n{prompt}{completion.text}\n\n"
     out, _ = run("--prompt", prompt, "--show-drafts", *SELF)
     assert out.partition("\n")[2] == expected  # after the legend
 

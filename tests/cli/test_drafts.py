@@ -205,6 +205,6 @@ def test_where_colours_are_seen(monkeypatch):
 def test_the_text_by_itself_follows_marks_only(colours):
     shown = console(colours=colours)
     show_unmarked(shown, "a\tb")
-    assert shown.file.getvalue() == ("" if colours else "\na\tb\n")
+    assert shown.file.getvalue() == ("" if colours else "\na\tb\n\n")
     words = legend(shown, SelfSpeculative(1, 2)).plain
     assert ("[-rejected draft-]{+its correction+}" in words) == (not colours)
