@@ -39,7 +39,7 @@ def test_both_hosts_end_and_the_first_one_speaks(tmp_path):
         for host in hosts:
             host.kill()
     assert [host.returncode for host in hosts] == [0, 0], said
-    assert "step 6/6" in said[0][0] and "drafts of exit 1 were accepted" in said[0][0]
+    assert "step 6/6" in said[0][0] and "drafts of exit 2 were accepted" in said[0][0]
     own = [line for line in said[1][0].splitlines() if not line.startswith("[Gloo]")]
     assert own == []
     kinds = [row["kind"] for row in read_metrics(run) if row["kind"] in ("sample", "evaluation")]
