@@ -175,7 +175,7 @@ def test_streamed_marks_equal_those_of_the_whole(model, tokenizer):
     assert shown.count("[-") == (trace.replaced_n >= 0).sum() > 0
 
 
-def test_nothing_is_said_in_the_middle_of_a_text(model, tokenizer):
+def test_nothing_is_said_in_the_middle_of_a_text(shallow, tokenizer):
     """A larger cache needs further programs there; a terminal would erase the unfinished line."""
     said = []
 
@@ -185,10 +185,10 @@ def test_nothing_is_said_in_the_middle_of_a_text(model, tokenizer):
         yield
 
     people = console(colours=True)
-    engine = Engine(model, tokenizer, compiling=compiling)
+    engine = Engine(shallow, tokenizer, compiling=compiling, ignore_end=True)
     request = Request(prompt=[5, 6, 7] * 80, max_new_tokens=100)
     completion = stream(people, engine, request, show_drafts=False, opening="prompt")
-    assert completion.num_new_tokens > 81 and len(engine.programs) == 4
+    assert completion.num_new_tokens == 100 and len(engine.programs) == 4
     ((line, shown),) = said
     assert line.startswith("compiling 2 programs, once for this machine: rounds") and not shown
     assert people.file.getvalue().startswith("\x1b[2mprompt\x1b[0m")

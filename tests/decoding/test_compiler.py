@@ -71,6 +71,7 @@ def test_what_differs_between_programs_is_named_in_a_fixed_order():
     assert kind != runtime.kind_of([Request(prompt="a", sampling=Sampling(temperature=1.0))])
 
 
+@pytest.mark.long
 def test_rounds_are_timed_by_the_program_that_decodes(shallow, tokenizer, monkeypatch, tmp_path):
     """So that no program is compiled only to be timed: sampled texts have their own seconds."""
     monkeypatch.setenv("LSJAX_CACHE", str(tmp_path))
