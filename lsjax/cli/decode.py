@@ -16,7 +16,7 @@ from lsjax.cli.engines import load_engine, make_strategies, open_model, trained_
 from lsjax.cli.flags.decode import Arguments
 from lsjax.cli.notes import notes_console, summary
 from lsjax.cli.prompts import choose_requests, encode_requests
-from lsjax.cli.setup import check_output
+from lsjax.cli.setup import check_output, waiting
 from lsjax.config import AnyPath, as_path, check
 from lsjax.data.vocabulary import add_written
 from lsjax.decoding.auto.adaptive import Adaptive
@@ -36,8 +36,9 @@ def decode(arguments: Arguments) -> None:
     Raises ConfigError, CheckpointError, TokenizerError or OSError, each in one line, for bad input.
     """
     to_stdout = arguments.json == as_path("-")
-    requests = choose_requests(arguments)
-    model = open_model(arguments)
+    requests, notes = choose_requests(arguments), notes_console()
+    with waiting(notes, f"opening {arguments.model.name}"):
+        model = open_model(arguments)
     config = model.source.config
     data_axis = 1 if model.mesh is None else model.mesh.shape["data"]
     needed = -(-len(requests) // data_axis) * data_axis
@@ -58,7 +59,6 @@ def decode(arguments: Arguments) -> None:
 
     quiet = to_stdout and not arguments.interactive
     people = SafeConsole(stderr=to_stdout, quiet=quiet, soft_wrap=True)
-    notes = notes_console()
     engine = load_engine(model, notes, strategy=strategies[0])
     longest = max(len(request.prompt) + request.max_new_tokens for request in requests)
     weights, cache = engine.memory_bytes(longest)

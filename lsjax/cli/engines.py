@@ -1,6 +1,7 @@
 """The engine and the strategies that flags ask for (lsjax/cli/flags/shared.py)."""
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from functools import partial
 from itertools import product
 from typing import Any, NamedTuple
@@ -71,7 +72,8 @@ def load_engine(
     """
     keep_compiled_programs()
     dtype = choose_dtype(model.flags.dtype)
-    with waiting(notes, f"loading {model.flags.model.name}"):
+    what = f"loading {model.flags.model.name}"
+    with nullcontext() if notes.is_terminal else waiting(notes, what):  # a terminal shows a bar
         loaded = load(model.source, dtype=dtype, track=bar(notes, "loading"), mesh=model.mesh)
     options["kernels"] = model.flags.kernels
     options["compiling"] = partial(waiting, notes)
