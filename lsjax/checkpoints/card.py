@@ -69,13 +69,11 @@ transformers drafts for one text at a time. For batches pass `assistant_early_ex
 
 def model_card(name: str, run: RunSource, generation: GenerationDefaults) -> str:
     """Markdown text. name: of the exported directory. generation: the decoding defaults in it."""
-    settings = run.settings
+    settings, options = run.settings, generation.to_json()
     steps, rows, length = (settings.get(key) for key in ("num_steps", "batch_size", "seq_len"))
     origin = settings.get("init_from")
-    options = generation.to_json()
-    has_exits = (settings.get("early_exit") or {}).get("curriculum", "none") != "none"
+    has_exits = run.early_exit.get("curriculum", "none") != "none"
     is_layerskip = has_exits or (settings.get("layer_dropout") or {}).get("p_max", 0) > 0
-    is_layerskip |= bool(read_recipe(run.path))
     return CARD.format(
         name=name,
         parameters=run.config.num_params / 1e6,

@@ -14,8 +14,8 @@ from lsjax.cli.notes import summary
 from lsjax.config import ConfigError
 from lsjax.data.chat import ChatTemplateError, Dialogue
 from lsjax.data.tokenizer import TokenizerError
-from lsjax.decoding.batching import Conversation
 from lsjax.decoding.completion import Completion
+from lsjax.decoding.conversation import Conversation
 from lsjax.decoding.engine import Engine
 from lsjax.decoding.request import Request
 from lsjax.interrupts import noted, raised

@@ -12,7 +12,6 @@ from lsjax.checkpoints.run import RunSource
 from lsjax.cli.flags.convert import Arguments
 from lsjax.cli.notes import notes_console
 from lsjax.cli.setup import bar
-from lsjax.config import AnyPath
 from lsjax.data.tokenizer_files import load_tokenizer
 from lsjax.data.vocabulary import COUNTS
 from lsjax.decoding.cost import best_exit
@@ -50,7 +49,7 @@ def of_run(run: RunSource, name: str) -> dict[str, GenerationDefaults | dict[str
         best = best_exit(run.config, run.evaluation["agreement_E"]) or (None, None)
         generation = GenerationDefaults(exit_layer=best[0], num_draft_tokens=best[1])
     files = {"README.md": model_card(name, run, generation).encode()}
-    counts: AnyPath = run.path / COUNTS
+    counts = run.path / COUNTS
     if counts.is_file():
         files[COUNTS] = counts.read_bytes()
     return {"generation": generation, "files": files}

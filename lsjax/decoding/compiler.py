@@ -33,7 +33,7 @@ NAMES = {
 
 
 class Programs:
-    """Compiles `function(model, state, *rest)`, one of the above, once for each kind of state.
+    """Compiles `function(model, state, *rest)` of programs.py, once for each kind of state.
 
     lay_out: let the compiler choose layouts of the weights, where that has a benefit. The first
     program decides for all: otherwise every call would convert some weights.

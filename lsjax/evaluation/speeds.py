@@ -15,8 +15,8 @@ from lsjax.evaluation import comparison
 from lsjax.evaluation.answers import Question
 from lsjax.evaluation.scores import Answer, acceptance, grouped, repeated_share
 
-# Beyond these, a machine was busy with other work: repeats take as long as each other, and no
-# speedup is far above the ideal one.
+# A machine was probably busy if equal work takes this many times as long, or if a speedup is this
+# many times the ideal one.
 MOST_DISAGREEMENT, MOST_SHARE = 1.5, 1.1
 
 

@@ -184,6 +184,8 @@ def test_a_run_without_a_useful_exit_exports_none(run, tmp_path, capsys):
     row = {"kind": "evaluation", "step": 9, "tokens": 5, "loss_E": [2.0] * 4}
     (run / METRICS).write_text(json.dumps(row | {"agreement_E": [0, 0, 0, 1]}) + "\n")
     (run / "generation_config.json").write_text('{"assistant_early_exit": 2}')
+    recipe = {"optimizer": {"name": "lion", "sha256": "ab" * 9}}  # which is no LayerSkip
+    (run / "recipe.json").write_text(json.dumps(recipe))
     assert program("convert")([str(run), str(tmp_path / "exported")]) == 0
     assert lsjax.read_generation_defaults(tmp_path / "exported") == lsjax.GenerationDefaults()
     card = (tmp_path / "exported" / "README.md").read_text()
