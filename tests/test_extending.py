@@ -126,6 +126,7 @@ class WholeRows(lsjax.Llama):
         return x_BTD, cache
 
 
+@pytest.mark.long
 def test_a_loop_has_the_losses_of_lsjax(loop):
     """Two steps with the same masks, curriculum and optimizer, on rows with few labels."""
     config = lsjax.StepConfig(

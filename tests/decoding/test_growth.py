@@ -15,7 +15,6 @@ from lsjax.decoding.self_speculative import SelfSpeculative
 from lsjax.decoding.strategy import Autoregressive
 from lsjax.model.llama import Llama
 from lsjax.model.protocol import grow_cache
-from tests.marks import long
 from tests.states import new_state
 
 STRATEGY = SelfSpeculative(1, 3)
@@ -45,8 +44,9 @@ def same(found, expected):
             np.testing.assert_allclose(one.log_probs, other.log_probs, atol=1e-5)
 
 
-@pytest.mark.parametrize("strategy, batch_size", [(STRATEGY, 2), *long((Autoregressive(), 1))])
-@pytest.mark.parametrize("requests", [REQUESTS[2:4], *long(REQUESTS)], ids=["greedy", "all"])
+@pytest.mark.long
+@pytest.mark.parametrize("strategy, batch_size", [(STRATEGY, 2), (Autoregressive(), 1)])
+@pytest.mark.parametrize("requests", [REQUESTS[2:4], REQUESTS], ids=["greedy", "all"])
 def test_texts_and_refill(shallow, tokenizer, small, strategy, batch_size, requests):
     """Rows of a batch grow together; requests enter rows of every capacity."""
     grown = Engine(shallow, tokenizer, strategy, batch_size=batch_size)

@@ -42,6 +42,7 @@ def by_exit(logits, labels, final_logits, exit, step):
     return (exit + 10 * step) * cross_entropy(logits, labels)
 
 
+@pytest.mark.long
 def test_a_step_does_what_it_is_given(wide, packed, evaluate):
     """Step 1 is plain descent on the sum of the losses, each scaled by its exit and step, at other
     rates."""
