@@ -14,22 +14,18 @@ STORY = "Once upon a time, there was a little girl named Lily who"
 
 .PHONY: quickstart smollm2 accelerator test test-all test-long smoke lint docs parity peers lock clean
 
-# Trains with LayerSkip, then decodes held-out prompts with the trained model: sampled, since greedy
-# texts of small models repeat themselves, and repetitions are easy to draft. Each of two cores is
-# one device, as in docs/results.md (docs/training.md explains the benefit).
+# Trains with LayerSkip, decodes held-out prompts with the trained model, and writes a page about
+# it. Texts are sampled, since greedy texts of small models repeat themselves, and repetitions are
+# easy to draft. Each of two cores is one device, as in docs/results.md (docs/training.md explains
+# the benefit).
 RUN ?= runs/quickstart
-EXIT = 4
-DRAFTS = 5
-COMPARE = --model $(RUN) --prompt-file $(RUN)/prompts.jsonl --num-draft-tokens $(DRAFTS) \
-	--strategies self_speculative auto
 quickstart: $(VENV)/installed
 	JAX_PLATFORMS=cpu JAX_NUM_CPU_DEVICES=2 GLIBC_TUNABLES=glibc.malloc.hugetlb=1 \
 		$(BIN)/python train.py --config configs/quickstart.py --workdir $(RUN) --mesh.data 2
 	$(BIN)/python decode.py --model $(RUN) --prompt-file $(RUN)/prompts.jsonl --max-new-tokens 64 \
 		--strategy auto --temperature 0.8 --show-drafts
-	$(BIN)/lsjax benchmark $(COMPARE) --exit-layers $(EXIT) --new-tokens 128 --repeats 1 \
-		--temperature 1
-	$(BIN)/lsjax benchmark $(COMPARE) --exit-layers 2 $(EXIT) --new-tokens 128 --repeats 1
+	$(BIN)/lsjax report --no-training --model $(RUN) --prompts 16 --new-tokens 128 \
+		--num-draft-tokens 5 --output $(RUN)/report
 
 # Decodes with SmolLM2-135M. Without LayerSkip training, self-speculation is exact but not faster.
 smollm2: $(VENV)/installed $(SMOLLM2)

@@ -35,10 +35,12 @@ _PUBLIC = {
     "decoding.sampling": ("Sampling",),
     "decoding.self_speculative": ("SelfSpeculative",),
     "decoding.strategy": ("Autoregressive", "EarlyExit", "Strategy"),
+    "evaluation.acceptance": ("Acceptance", "acceptance"),
     "model.cache": ("KVCache",),
     "model.exit_model": ("first_layers",),
     "model.llama": ("Llama", "stacked", "unstacked"),
     "model.protocol": ("DecoderModel",),
+    "reporting.record": ("Report",),
     "sharding": ("make_mesh",),
     "training.early_exit": (
         *("cross_entropy", "curriculum", "divergence", "exit_weights", "layer_weights"),
@@ -50,7 +52,7 @@ _PUBLIC = {
     "training.step": ("TrainState", "init_state", "make_train_step"),
 }
 _HOME = {name: module for module, names in _PUBLIC.items() for name in names}
-__all__ = [*_HOME, "train"]
+__all__ = [*_HOME, "report", "train"]
 
 if TYPE_CHECKING:  # the same names for type checkers and editors
     from optax import GradientTransformation
@@ -99,6 +101,10 @@ if TYPE_CHECKING:  # the same names for type checkers and editors
         EarlyExit as EarlyExit,
         Strategy as Strategy,
     )
+    from lsjax.evaluation.acceptance import (
+        Acceptance as Acceptance,
+        acceptance as acceptance,
+    )
     from lsjax.model.cache import KVCache as KVCache
     from lsjax.model.exit_model import first_layers as first_layers
     from lsjax.model.llama import (
@@ -107,6 +113,7 @@ if TYPE_CHECKING:  # the same names for type checkers and editors
         unstacked as unstacked,
     )
     from lsjax.model.protocol import DecoderModel as DecoderModel
+    from lsjax.reporting.record import Report as Report
     from lsjax.sharding import make_mesh as make_mesh
     from lsjax.training.early_exit import (
         ExitLoss,
@@ -190,3 +197,37 @@ def train(
     console = SafeConsole(soft_wrap=True, quiet=quiet or not is_first())
     options = dict(hooks=hooks, samples=not quiet)
     return shown_run(config, as_path(workdir), console, recipe, **options)
+
+
+def report(
+    output: "str | AnyPath",
+    *,
+    model: "str | AnyPath | None" = None,
+    config: "TrainConfig | None" = None,
+    data: "DataConfig | None" = None,
+    quiet: bool = False,
+    **options: Any,
+) -> "Report":
+    """Trains, measures and writes the page of `lsjax report`; returns what is behind the page.
+
+    The same call resumes it. `Report.answer` is the answer in words.
+
+    Args:
+      output: directory of the report.
+      model: to train further or to report on. Without it, training starts from random weights.
+      config: of the training; by default a recipe for the model, which needs `data`.
+      data: replaces that of the configuration or run.
+      quiet: prints nothing.
+      options: task, training, minutes, seeds, prompts, new_tokens, exit_layers, num_draft_tokens
+        and temperature, as the flags of `lsjax report`.
+
+    Raises as `train` does.
+    """
+    # Imported here: they import grain and orbax, which decoding does not need.
+    from lsjax.cli.report import report_of
+    from lsjax.config import as_path
+    from lsjax.terminal import SafeConsole
+
+    console = SafeConsole(soft_wrap=True, quiet=quiet)
+    given = dict(model=None if model is None else as_path(model), config=config, data=data)
+    return report_of(as_path(output), console, **given, **options)

@@ -31,6 +31,7 @@ FLOORS = (
     ("checkpoints",),
     ("training", "decoding"),
     ("evaluation", "aot"),
+    ("reporting",),
     ("cli",),
     ("__main__",),
 )

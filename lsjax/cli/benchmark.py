@@ -21,7 +21,7 @@ from lsjax.cli.show import show_cells, show_costs, show_verdict
 from lsjax.config import AnyPath, ConfigError, LlamaConfig, as_path, check
 from lsjax.decoding.self_speculative import SelfSpeculative
 from lsjax.decoding.strategy import Strategy
-from lsjax.evaluation import answers, comparison, plots, speeds
+from lsjax.evaluation import answers, comparison, speed_plots, speeds
 from lsjax.evaluation.many_rows import RoundCost, time_rounds
 from lsjax.evaluation.scores import ALL, Answer
 from lsjax.evaluation.tasks import TASKS, Task, first_turn
@@ -127,7 +127,7 @@ def many_rows(arguments: Arguments, model: engines.OpenModel, notes: Console) ->
         with closing(Lines(output / "rows.jsonl", empty=True)) as lines:
             for cost in costs:
                 lines.write(answers.as_line(asdict(cost)))
-        plot(notes, plots.plot_rows, {arguments.model.name: costs}, output / "rows.png", title)
+        plot(notes, speed_plots.plot_rows, by_name, output / "rows.png", title)
     return 0
 
 
@@ -172,10 +172,10 @@ def write(output: AnyPath, title: str, rows: Sequence[Answer], notes: Console) -
     with closing(Lines(output / "cells.jsonl", empty=True)) as lines:
         for row in rows:
             lines.write(answers.as_line({k: None if v == math.inf else v for k, v in row.items()}))
-    whole = [row for row in rows if row["group"] == ALL and row["num_draft_tokens"] is not None]
-    if len({(row["exit_layer"], row["num_draft_tokens"]) for row in whole}) > 1:
+    whole = [row for row in rows if row["group"] == ALL]
+    if len(whole) > 1:
         titles = [title, *filter(None, [speeds.doubts(rows)])]
-        plot(notes, plots.plot_grid, whole, output / "benchmark.png", "\n".join(titles))
+        plot(notes, speed_plots.plot_speeds, whole, output / "benchmark.png", "\n".join(titles))
 
 
 def plot(

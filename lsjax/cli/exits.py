@@ -59,4 +59,6 @@ def score_models(arguments: Arguments) -> None:
         with writing(arguments.json):
             arguments.json.write_text("".join(lines), encoding="utf-8")
     if output is not None:
-        plots.plot_exits(scores, output)
+        losses = {name: plots.estimates(one.loss_E) for name, one in scores.items()}
+        agreements = {name: plots.estimates(one.agreement_E) for name, one in scores.items()}
+        plots.plot_exits(losses, agreements, output)

@@ -19,7 +19,7 @@ from lsjax.interrupts import importing
 
 PROGRAMS = (
     *("train", "decode", "benchmark", "evaluate", "lm-eval", "exits", "convert", "tokenize"),
-    *("count-tokens", "aot"),
+    *("count-tokens", "aot", "report"),
 )
 
 

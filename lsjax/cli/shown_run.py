@@ -74,8 +74,12 @@ def shown_evaluation(run: TrainingRun, console: Console) -> Hook:
             return
         row = {"kind": EVALUATION, "step": step, **asdict(scores)}
         try:
-            plots.plot_exits({f"step {step}": scores}, workdir / "exits.png", title=workdir.name)
-            plots.plot_training([*read_metrics(workdir), row], workdir / "training.png")
+            found = (plots.estimates(values) for values in (scores.loss_E, scores.agreement_E))
+            by_name = ({f"step {step}": values} for values in found)
+            options = dict(trained=exits_with_loss(run), title=workdir.name)
+            plots.plot_exits(*by_name, workdir / "exits.png", **options)
+            rows, title = [*read_metrics(workdir), row], workdir.name
+            plots.plot_training(rows, workdir / "training.png", title=title)
             pictures.show(workdir / "exits.png", workdir / "training.png")
         except (ConfigError, OSError) as error:  # no matplotlib, full disk: metrics.jsonl has it
             console.print(str(error), style="dim")
@@ -83,15 +87,19 @@ def shown_evaluation(run: TrainingRun, console: Console) -> Hook:
     return exits.evaluation_hook(run, show)
 
 
+def exits_with_loss(run: TrainingRun) -> list[int]:
+    """Exits with a loss in training, besides the last one."""
+    config, weights = run.config, run.recipe.exit_weights
+    layers = config.model.num_layers
+    enabled_TL = enabled_by_step(config.early_exit, layers, config.num_steps, weights)
+    return (np.flatnonzero(enabled_TL.any(0)[:-1]) + 1).tolist()
+
+
 def default_exit(run: TrainingRun) -> int:
     """The exit that drafts samples: of those with a loss, the one closest to L / 4."""
-    config, layers = run.config, run.config.model.num_layers
-    weights = run.recipe.exit_weights
-    enabled_TL = enabled_by_step(config.early_exit, layers, config.num_steps, weights)
-    trained = (np.flatnonzero(enabled_TL.any(0)[:-1]) + 1).tolist()
-    return min(
-        trained or range(1, max(2, layers)), key=lambda exit_layer: abs(exit_layer - layers / 4)
-    )
+    layers = run.config.model.num_layers
+    exits = exits_with_loss(run) or range(1, max(2, layers))
+    return min(exits, key=lambda exit_layer: abs(exit_layer - layers / 4))
 
 
 def shown_sample(run: TrainingRun, console: Console) -> Hook:

@@ -37,10 +37,13 @@ def ideal_speedup(
     return (1 + acceptance * drafts) * token / (drafts * (exit_layer + draft_head) + token)
 
 
-def best_exit(config: LlamaConfig, agreement_E: Sequence[float]) -> tuple[int, int] | None:
+def best_exit(
+    config: LlamaConfig, agreement_E: Sequence[float], exits: Sequence[int] | None = None
+) -> tuple[int, int] | None:
     """Exit and draft length with the best ideal speedup; None if no exit is faster.
 
     agreement_E: probability that a draft of exit E, at index E - 1, passes after others that did.
+    exits: that are considered; all by default.
     """
 
     def speedup(choice: tuple[int, int]) -> float:
@@ -49,7 +52,8 @@ def best_exit(config: LlamaConfig, agreement_E: Sequence[float]) -> tuple[int, i
         acceptance = sum(passes**n for n in range(1, drafts + 1)) / drafts
         return ideal_speedup(config, exit_layer, drafts, acceptance)
 
-    choices = product(range(1, config.num_layers), range(1, MOST_DRAFTS + 1))
+    exits = range(1, config.num_layers) if exits is None else exits
+    choices = product(exits, range(1, MOST_DRAFTS + 1))
     best = max(choices, key=speedup, default=None)
     return best if best is not None and speedup(best) > 1 else None
 

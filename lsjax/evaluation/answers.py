@@ -31,7 +31,7 @@ from lsjax.io.lines import Lines
 from lsjax.io.rows import Fields
 from lsjax.sharding import machine
 
-HEADER, VERSION = "asked", 7  # of a file of answers
+HEADER, VERSION = "asked", 8  # of a file of answers
 
 
 @dataclass(frozen=True, kw_only=True)

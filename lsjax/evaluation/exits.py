@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +29,15 @@ CHUNK_LOGITS = 2**25  # logits in memory at once, per device
 MIN_LENGTH = 32  # a scored text is padded to this many tokens, or a larger power of two
 
 
+class BatchSums(NamedTuple):
+    """Sums over the labelled tokens of each batch: losses in nats, and tokens where the argmax of
+    an exit equals that of exit L. Index E - 1 is exit E. tokens_n: labelled tokens."""
+
+    loss_nE: Float[np.ndarray, "n E"]
+    agreed_nE: Float[np.ndarray, "n E"]
+    tokens_n: Int[np.ndarray, " n"]
+
+
 @dataclass(frozen=True)
 class ExitScores:
     """Scores of the exits 1..L on labelled batches; index E - 1 is exit E.
@@ -47,8 +56,22 @@ class ExitScores:
         """exp(loss); infinite if it overflows."""
         return tuple(math.exp(loss) if loss < 700 else math.inf for loss in self.loss_E)
 
+    @classmethod
+    def of(cls, sums: BatchSums) -> "ExitScores":
+        """The scores over all batches."""
+        count = int(sums.tokens_n.sum())
+        loss_E, agreed_E = (sum_nE.sum(0) / count for sum_nE in sums[:2])
+        return cls(tuple(loss_E.tolist()), tuple(agreed_E.tolist()), count)
+
 
 def score_exits(
+    model: Llama, batches: Iterable[Mapping[str, np.ndarray]], **options: Any
+) -> ExitScores:
+    """Scores every exit on batches. Arguments and errors are those of `score_batches`."""
+    return ExitScores.of(score_batches(model, batches, **options))
+
+
+def score_batches(
     model: Llama,
     batches: Iterable[Mapping[str, np.ndarray]],
     *,
@@ -56,19 +79,20 @@ def score_exits(
     micro_batches: int = 1,
     attention: AttentionKernel = "auto",
     kernels: Kernels = "auto",
-) -> ExitScores:
-    """Scores every exit on batches of tokens_BT, labels_BT, segments_BT and positions_BT.
+) -> BatchSums:
+    """Scores every exit on each batch of tokens_BT, labels_BT, segments_BT and positions_BT.
 
     dtype, micro_batches, attention, kernels: as in `StepConfig`. Labels of -1 do not count. Raises
     ConfigError if no token is labelled.
     """
     settings = dict(dtype=dtype, micro_batches=micro_batches, attention=attention, kernels=kernels)
     parts = [jax.device_get(exit_sums(model, dict(batch), **settings)) for batch in batches]
-    count = sum(int(labelled) for *_, labelled in parts)
-    check(count > 0, "no token is labelled: raise the number of batches, or the row length")
-    sums = [np.sum([part[kind] for part in parts], 0, np.float64) for kind in (0, 1)]
-    loss_E, agreed_E = (tuple((sum_E / count).tolist()) for sum_E in sums)
-    return ExitScores(loss_E, agreed_E, count)
+    check(
+        any(labelled > 0 for *_, labelled in parts),
+        "no token is labelled: raise the number of batches, or the row length",
+    )
+    loss_nE, agreed_nE, tokens_n = (np.array(column) for column in zip(*parts, strict=True))
+    return BatchSums(loss_nE.astype(np.float64), agreed_nE.astype(np.float64), tokens_n)
 
 
 def evaluation_hook(

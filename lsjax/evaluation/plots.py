@@ -1,6 +1,7 @@
-"""Plots: every exit's loss and agreement, a run's curves, a benchmark's grid, and many rows.
+"""Plots of a model: loss and agreement of every exit, and the curves of a training.
 
-Needs the `plots` extra (matplotlib). Every function writes one PNG.
+They need the `plots` extra (matplotlib). Every function writes one file, .png or .svg. In an SVG,
+text and axes have the colour of the text around it (currentColor), on no background.
 """
 
 import io
@@ -13,9 +14,7 @@ import numpy as np
 
 from lsjax.config import AnyPath, check
 from lsjax.evaluation import installed
-from lsjax.evaluation.exits import ExitScores
-from lsjax.evaluation.many_rows import ACCEPTANCES, RoundCost, fastest
-from lsjax.evaluation.scores import Cell
+from lsjax.evaluation.intervals import Estimate
 from lsjax.io.files import write_whole
 
 Row = Mapping[str, Any]  # a line of a run's metrics.jsonl, or of a benchmark's cells.jsonl
@@ -23,44 +22,88 @@ Row = Mapping[str, Any]  # a line of a run's metrics.jsonl, or of a benchmark's 
 COLOURS = ("#2A85C9", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#999999")
 GREY = "#AAAAAA"
 DOTS = dict(marker="o", ms=4)
+SVG = {"svg.fonttype": "none", "svg.hashsalt": "lsjax"}  # text stays text; equal plots, equal files
 
 
 @contextmanager
 def figure(
     rows: int, columns: int, size: tuple[float, float], file: AnyPath, title: str
 ) -> Iterator[np.ndarray]:
-    """The axes of a figure, which is written as PNG at the end. Without pyplot's global state, as
-    plots are also made during training. Raises ConfigError if matplotlib is not installed."""
+    """The axes of a figure, which is written at the end. Without pyplot's global state, as plots
+    are also made during training. Raises ConfigError if matplotlib is not installed."""
     drawn = installed("matplotlib.figure", "plots").Figure(figsize=size, layout="constrained")
     axes = drawn.subplots(rows, columns, squeeze=False)
     for one in axes.flat:
         one.grid(alpha=0.3)
         one.spines[["top", "right"]].set_visible(False)
     yield axes
-    drawn.suptitle(title, parse_math=False)
+    if title:
+        drawn.suptitle(title, parse_math=False)
     content = io.BytesIO()
-    drawn.savefig(content, dpi=150, format="png")
-    write_whole(file, content.getvalue())
+    if file.suffix != ".svg":
+        drawn.savefig(content, dpi=150, format="png")
+        write_whole(file, content.getvalue())
+        return
+    with installed("matplotlib", "plots").rc_context(SVG):
+        drawn.savefig(content, format="svg", transparent=True, metadata={"Date": None})
+    whole = content.getvalue().decode()
+    svg = whole[whole.index("<svg") :].replace("#000000", "currentColor")
+    write_whole(file, svg.replace("<svg ", '<svg fill="currentColor" ', 1).encode())
 
 
-def plot_exits(scores: Mapping[str, ExitScores], file: AnyPath, *, title: str = "") -> None:
+def estimates(values_E: Sequence[float]) -> list[Estimate]:
+    """Figures of exits without intervals."""
+    return [Estimate(value) for value in values_E]
+
+
+def plot_exits(
+    losses: Mapping[str, Sequence[Estimate]],
+    agreements: Mapping[str, Sequence[Estimate]],
+    file: AnyPath,
+    *,
+    trained: Sequence[int] = (),
+    title: str = "",
+) -> None:
     """Loss and agreement with the final argmax by exit, by model (the paper's Figures 6 and 8).
 
-    scores: by name in the legend; the models may have different numbers of layers.
+    losses, agreements: of exits 1, 2 and so on, by name in the legend; the models may have
+    different numbers of layers. Intervals are shaded. trained: exits with a loss, which are marked.
     """
-    with figure(1, 2, (10, 4), file, title) as ((losses, agreements),):
-        for (name, score), colour in zip(scores.items(), cycle(COLOURS), strict=False):
-            exits = range(1, len(score.loss_E) + 1)
-            style = dict(label=name.replace("$", r"\$"), color=colour, **DOTS)
-            losses.plot(exits, score.loss_E, **style)
-            agreements.plot(exits, score.agreement_E, **style)
-        losses.set(ylabel="loss (nats per token)")
-        agreements.set(ylabel="agreement with the final argmax", ylim=(0, 1.03))
-        for axes in (losses, agreements):
+    with figure(1, 2, (10, 4), file, title) as ((loss_axes, agreement_axes),):
+        for by_name, axes in ((losses, loss_axes), (agreements, agreement_axes)):
+            for exit_layer in trained:
+                axes.axvline(exit_layer, color=GREY, lw=5, alpha=0.35, zorder=0)
+            for (name, found), colour in zip(by_name.items(), cycle(COLOURS), strict=False):
+                exits = range(1, len(found) + 1)
+                values = [one.value for one in found]
+                axes.plot(exits, values, label=escaped(name), color=colour, **DOTS)
+                if found[0].low is not None:
+                    low, high = ([getattr(one, end) for one in found] for end in ("low", "high"))
+                    axes.fill_between(exits, low, high, color=colour, alpha=0.2, lw=0)
             axes.set(xlabel="exit (layers run)")
             axes.xaxis.get_major_locator().set_params(integer=True)
-        if len(scores) > 1:
-            losses.legend(frameon=False)
+        if trained:
+            words = f"exit{'s' * (len(trained) > 1)} with a loss in training"
+            loss_axes.plot([], [], color=GREY, lw=5, alpha=0.35, label=words)
+        loss_axes.set(ylabel="held-out loss (nats per token)")
+        loss_axes.set_title("loss", fontsize="medium")
+        widened(loss_axes)
+        agreement_axes.set(ylabel="share of tokens", ylim=(0, 1.03))
+        agreement_axes.set_title("agreement with the last exit's choice", fontsize="medium")
+        loss_axes.legend(frameon=False)
+
+
+def escaped(name: str) -> str:
+    """A name for a legend, in which $ would begin a formula."""
+    return name.replace("$", r"\$")
+
+
+def widened(axes: Any, fewest: float = 0.2) -> None:
+    """Shows at least `fewest` units, so that small differences look small."""
+    low, high = axes.get_ylim()
+    if high - low < fewest:
+        middle = (low + high) / 2
+        axes.set_ylim(middle - fewest / 2, middle + fewest / 2)
 
 
 def plot_training(metrics: Sequence[Row], file: AnyPath, *, title: str = "") -> None:
@@ -74,30 +117,8 @@ def plot_training(metrics: Sequence[Row], file: AnyPath, *, title: str = "") -> 
     with figure(2, 2, (11, 7), file, title) as ((losses, agreements), (rates, speeds)):
         at = _numbers(steps, "step")
         losses.plot(at, _numbers(steps, "last_exit_loss"), color=GREY, lw=0.6, alpha=0.6)
-        by_exit: dict[int, list[tuple[int, float | None]]] = {}
-        for row in steps:
-            for exit_layer, loss in zip(row["exits"], row["exit_losses"], strict=True):
-                by_exit.setdefault(exit_layer, []).append((row["step"], loss))
-        quarters = (max(by_exit) * share / 4 for share in (1, 2, 3, 4))
-        shown = sorted({min(by_exit, key=lambda exit_: abs(exit_ - at)) for at in quarters})
-        seen = _numbers(evaluations, "step")
-        for exit_layer, colour in zip(shown, COLOURS, strict=False):
-            when, values = np.array(by_exit[exit_layer], float).T
-            losses.plot(when, _smooth(values), color=colour, label=f"exit {exit_layer}")
-            held_out = [row["loss_E"][exit_layer - 1] for row in evaluations]
-            agreement = [row["agreement_E"][exit_layer - 1] for row in evaluations]
-            losses.plot(seen, held_out, color=colour, ls="", **DOTS)
-            agreements.plot(seen, agreement, color=colour, label=exit_layer, **DOTS)
-        if evaluations:
-            losses.plot([], [], color=GREY, ls="", label="held out", **DOTS)
-        losses.set(xlabel="step", ylabel="loss (nats per token)")
-        low, high = losses.dataLim.intervaly
-        if 0 < 20 * low < high:  # exits that finetuning improves a lot
-            losses.set_yscale("log")
-            losses.yaxis.set_major_formatter("{x:g}")
-        losses.legend(frameon=False)
-        agreements.set(xlabel="step", ylabel="held-out agreement with last exit", ylim=(0, 1.03))
-        rates.plot(at, _numbers(steps, "grad_norm"), color=GREY, lw=0.8)
+        plot_losses(losses, agreements, steps, evaluations)
+        rates.plot(at, _numbers(steps, "grad_norm"), color=GREY, lw=0.8, label="gradient norm")
         rates.set(xlabel="step", ylabel="gradient norm", yscale="log")
         learning_rates = _numbers(steps, "learning_rate")
         if np.isfinite(learning_rates).any():  # an optimizer of one's own may not tell it
@@ -115,6 +136,50 @@ def plot_training(metrics: Sequence[Row], file: AnyPath, *, title: str = "") -> 
         speeds.plot(at, speed(3), color=GREY, lw=0.6, alpha=0.6)
         speeds.plot(at, speed(9), color=COLOURS[0])
         speeds.set(xlabel="step", ylabel="labelled tokens per second", ylim=(0, None))
+        names = ("loss by exit", "held-out agreement", "gradient and learning rate", "speed")
+        for axes, name in zip((losses, agreements, rates, speeds), names, strict=True):
+            axes.set_title(name, fontsize="medium")
+            axes.set_xlim(min(0, at[0]), at[-1] * 1.02)
+
+
+def plot_losses(
+    losses: Any,
+    agreements: Any,
+    steps: Sequence[Row],
+    evaluations: Sequence[Row],
+    exits: Sequence[int] = (),
+) -> None:
+    """Losses and held-out agreement of each exit with a loss in training, on two axes. exits:
+    others that are shown as well."""
+    by_exit: dict[int, list[tuple[int, float | None]]] = {}
+    for row in steps:
+        for exit_layer, loss in zip(row["exits"], row["exit_losses"], strict=True):
+            by_exit.setdefault(exit_layer, []).append((row["step"], loss))
+    shown = sorted({*by_exit, *exits})
+    # Many exits have neighbouring shades, and some of them names.
+    shades: Sequence[Any] = COLOURS
+    if len(shown) > len(COLOURS):
+        colours = installed("matplotlib", "plots").colormaps["viridis"]
+        shades = colours(np.linspace(0, 0.9, len(shown)))
+    named = {shown[round(at)] for at in np.linspace(0, len(shown) - 1, min(len(shown), 7))}
+    seen = _numbers(evaluations, "step")
+    for exit_layer, colour in zip(shown, shades, strict=False):
+        when, values = np.array(by_exit.get(exit_layer, [(np.nan, np.nan)]), float).T
+        label = f"exit {exit_layer}" if exit_layer in named else None
+        losses.plot(when, _smooth(values), color=colour, label=label)
+        held_out = [row["loss_E"][exit_layer - 1] for row in evaluations]
+        agreement = [row["agreement_E"][exit_layer - 1] for row in evaluations]
+        losses.plot(seen, held_out, color=colour, ls="", **DOTS)
+        agreements.plot(seen, agreement, color=colour, label=label, **DOTS)
+    if evaluations:
+        losses.plot([], [], color=GREY, ls="", label="held out", **DOTS)
+    losses.set(xlabel="step", ylabel="loss (nats per token)")
+    low, high = losses.dataLim.intervaly
+    if 0 < 20 * low < high:  # exits that finetuning improves a lot
+        losses.set_yscale("log")
+        losses.yaxis.set_major_formatter("{x:g}")
+    losses.legend(frameon=False)
+    agreements.set(xlabel="step", ylabel="share of tokens", ylim=(0, 1.03))
 
 
 def _numbers(rows: Sequence[Row], name: str) -> np.ndarray:
@@ -129,75 +194,3 @@ def _smooth(values: np.ndarray, fewest: int = 1) -> np.ndarray:
     totals = np.convolve(np.where(known, values, 0), weights, "same")
     counts = np.convolve(known, weights, "same")
     return np.where(known, totals / np.maximum(counts, 1), np.nan)
-
-
-def plot_grid(rows: Sequence[Row], file: AnyPath, *, title: str = "") -> None:
-    """Heat maps of the speedup over exits and draft lengths, one for each head and confidence.
-
-    Each cell has tokens per second, the speedup and the acceptance rate (if anything was drafted).
-    The best speedup is framed. Figures that are not to be trusted have a question mark. rows: lines
-    of strategies that draft.
-    """
-    order = ("draft_vocab", "draft_confidence", "exit_layer", "num_draft_tokens")
-    maps: dict[Cell, list[Row]] = {}
-    for row in sorted(rows, key=lambda row: [row[name] or 0 for name in order]):
-        kind = Cell.of(row)._replace(exit_layer=None, num_draft_tokens=None)
-        maps.setdefault(kind, []).append(row)
-    exits = sorted({row["exit_layer"] for row in rows})
-    lengths = sorted({row["num_draft_tokens"] for row in rows})
-    best = max(rows, key=lambda row: (row["trusted"], row["speedup"]))
-    speedups = [row["speedup"] for row in rows]
-    low, high = min(speedups), max(speedups)
-    size = max(7, 1.2 * len(lengths) + 1.4), len(maps) * max(2.6, 0.7 * len(exits) + 1.2)
-    with figure(len(maps), 1, size, file, title) as axes:
-        for (kind, own), axis in zip(maps.items(), axes.flat, strict=True):
-            shown = np.full((len(exits), len(lengths)), np.nan)
-            for row in own:
-                i, j = exits.index(row["exit_layer"]), lengths.index(row["num_draft_tokens"])
-                shown[i, j] = row["speedup"]
-                doubt = "" if row["trusted"] else "?"
-                words = f"{row['tokens_per_second']:,.1f}{doubt} tokens/s\n"
-                words += f"{row['speedup']:.2f}{doubt}x"
-                if row["acceptance_rate"] is not None:
-                    words += f"\n{row['acceptance_rate']:.2f} accepted"
-                colour = "white" if row["speedup"] <= low + 0.55 * (high - low) else "black"
-                axis.text(j, i, words, fontsize=8, color=colour, ha="center", va="center")
-                if row is best:
-                    style = dict(fill=False, edgecolor=COLOURS[1], linewidth=3.5, clip_on=False)
-                    patches = installed("matplotlib.patches", "plots")
-                    axis.add_patch(patches.Rectangle((j - 0.5, i - 0.5), 1, 1, **style))
-            axis.imshow(shown, vmin=low, vmax=high, aspect="auto", origin="lower")
-            axis.grid(False)
-            axis.spines[:].set_visible(False)
-            axis.set_xticks(range(len(lengths)), lengths)
-            axis.set_yticks(range(len(exits)), exits)
-            axis.set(xlabel="draft length d", ylabel="exit E")
-            axis.set_title(str(kind), fontsize="medium")
-
-
-def plot_rows(costs: Mapping[str, Sequence[RoundCost]], file: AnyPath, *, title: str = "") -> None:
-    """Speedup over the number of rows at assumed acceptances, in a panel for each machine. Each
-    point is the best exit and draft length, and names the length.
-
-    costs: by the name of the machine.
-    """
-    size = 1 + 4 * len(costs), 4
-    with figure(1, len(costs), size, file, title) as ((first, *_),):
-        for axes, (name, own) in zip(first.figure.axes, costs.items(), strict=True):
-            rows = sorted({cost.rows for cost in own})
-            for acceptance, colour in zip(ACCEPTANCES, COLOURS, strict=False):
-                best = [fastest((c for c in own if c.rows == one), acceptance) for one in rows]
-                speedups = [cost.speedup(acceptance) for cost in best]
-                axes.plot(rows, speedups, color=colour, label=f"acceptance {acceptance}", **DOTS)
-                for cost, speedup in zip(best, speedups, strict=True):
-                    style = dict(textcoords="offset points", xytext=(0, 5), ha="center", fontsize=8)
-                    axes.annotate(f"d = {cost.num_draft_tokens}", (cost.rows, speedup), **style)
-            axes.axhline(1, color=GREY, lw=1)
-            axes.set_xscale("log", base=2)
-            axes.set_xticks(rows, rows)
-            axes.set(xlabel="rows")
-            axes.set_title(name, fontsize="medium", parse_math=False)
-            axes.margins(x=0.1, y=0.12)
-        first.set(ylabel="speedup over autoregressive decoding")
-        lines = first.get_legend_handles_labels()
-        first.figure.legend(*lines, loc="outside lower center", ncols=3, frameon=False)

@@ -6,6 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
+import numpy as np
+
 from lsjax.config import LlamaConfig
 from lsjax.decoding.completion import Completion
 from lsjax.decoding.cost import ideal_speedup
@@ -13,6 +15,7 @@ from lsjax.decoding.engine import Engine
 from lsjax.decoding.self_speculative import SelfSpeculative
 from lsjax.evaluation import comparison
 from lsjax.evaluation.answers import Question
+from lsjax.evaluation.intervals import from_samples
 from lsjax.evaluation.scores import Answer, acceptance, grouped, repeated_share
 
 # A machine was probably busy if equal work takes this many times as long, or if a speedup is this
@@ -23,8 +26,9 @@ MOST_DISAGREEMENT, MOST_SHARE = 1.5, 1.1
 def timed_beside(
     engine: Engine, question: Question, completion: Completion, base: Completion
 ) -> dict[str, Any]:
-    """Seconds of the baseline in the same turn, and the first difference from its text if both
-    texts must be equal. JSON has null for an infinite margin."""
+    """Seconds of the baseline in the same turn, the first difference from its text if both texts
+    must be equal, and the share of 4-grams that repeat earlier ones. JSON has null for an infinite
+    margin."""
     config, difference = engine.model.config, None
     if completion.seed is None and engine.strategy.depth(config) == config.num_layers:
         tokens = base.token_ids, completion.token_ids
@@ -32,7 +36,12 @@ def timed_beside(
     if difference is not None:
         margin = difference.margin if math.isfinite(difference.margin) else None
         difference = asdict(difference) | {"margin": margin}
-    return {"base_seconds": base.decode_seconds, "difference": difference}
+    repeated = repeated_share(completion.token_ids)
+    return {
+        "base_seconds": base.decode_seconds,
+        "difference": difference,
+        "repeated_4grams": repeated,
+    }
 
 
 def cell_speeds(config: LlamaConfig, answers: Sequence[Answer]) -> Iterator[dict[str, Any]]:
@@ -46,7 +55,12 @@ def cell_speeds(config: LlamaConfig, answers: Sequence[Answer]) -> Iterator[dict
         base[size] = min(base.get(size, math.inf), seconds)
     for cell, group, own in grouped(answers):
         speeds = [(one["num_new_tokens"] - 1) / one["decode_seconds"] for one in own]
-        speedup = statistics.median(one["base_seconds"] / one["decode_seconds"] for one in own)
+        by_text: dict[str, list[float]] = {}
+        for one in own:
+            by_text.setdefault(one["id"], []).append(one["base_seconds"] / one["decode_seconds"])
+        speedups = [statistics.median(repeats) for repeats in by_text.values()]
+        estimate = from_samples(np.median, speedups, of="prompts")
+        speedup = estimate.value
         greedy = {one["id"] for one in own if one["seed"] is None}
         found = [one for one in own if one["difference"]]
         differing = {one["id"] for one in found}
@@ -66,6 +80,9 @@ def cell_speeds(config: LlamaConfig, answers: Sequence[Answer]) -> Iterator[dict
             "slowest": min(speeds),
             "fastest": max(speeds),
             "speedup": speedup,
+            "speedup_low": estimate.low,
+            "speedup_high": estimate.high,
+            "texts": estimate.count,
             **passing,
             "equal": len(greedy - differing) if greedy else None,
             "differ": len(differing) if greedy else None,
@@ -73,7 +90,7 @@ def cell_speeds(config: LlamaConfig, answers: Sequence[Answer]) -> Iterator[dict
             "compile_seconds": max(one["compile_seconds"] for one in own),
             "ideal": ideal,
             "share_of_ideal": share,
-            "repeated_4grams": statistics.fmean(repeated_share(one["token_ids"]) for one in own),
+            "repeated_4grams": statistics.fmean(one["repeated_4grams"] for one in own),
             "disagreement": slowdown,
             "trusted": slowdown <= MOST_DISAGREEMENT and (share or 0) <= MOST_SHARE,
         }

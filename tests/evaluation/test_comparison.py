@@ -19,7 +19,7 @@ from lsjax.decoding.strategy import Autoregressive, EarlyExit
 from lsjax.evaluation import comparison
 from lsjax.evaluation.answers import Question, as_line, complete, read, resume
 from lsjax.evaluation.comparison import Difference, first_difference, identity_tail
-from lsjax.evaluation.scores import Cell
+from lsjax.evaluation.scores import Cell, repeated_share
 from lsjax.evaluation.speeds import cell_speeds, doubts, timed_beside
 
 PLAIN, DRAFTS = Autoregressive(), [SelfSpeculative(1, 2), SelfSpeculative(2, 2)]
@@ -123,7 +123,8 @@ def timed(strategy, seconds, prompt=0, drafted=(), accepted=(), rounds=9, base=N
     own |= {"drafted_by_position": list(drafted), "accepted_by_position": list(accepted)}
     own |= {"base_seconds": base or seconds, "difference": None, "compile_seconds": 3.0}
     own["num_prompt_tokens"] = 5
-    return own | {"token_ids": [1, 2, 3, 4, 1, 2, 3, 4, 5, 6]} | more
+    own["repeated_4grams"] = repeated_share([1, 2, 3, 4, 1, 2, 3, 4, 5, 6])
+    return own | more
 
 
 def test_figures_by_hand():
@@ -143,6 +144,8 @@ def test_figures_by_hand():
     # 9 tokens in 9 s and 9 in 12 s.
     assert (base["slowest"], base["fastest"]) == (9 / 12, 1.0)
     assert first["speedup"] == (3.0 + 2.0) / 2 and second["speedup"] == (1.5 + 4.0) / 2
+    # Resamples of two prompts have the median of either, or of both.
+    assert (first["speedup_low"], first["speedup_high"], first["texts"]) == (2.0, 3.0, 2)
     assert first["acceptance_rate"] == 6 / 11 and second["tokens_per_round"] == 18 / 11
     # 11 drafts in 12 rounds of exit 1 of 4 layers, and a head as large as k of them.
     k = config.head_params / config.layer_params

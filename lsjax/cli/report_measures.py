@@ -1,0 +1,237 @@
+"""What a report measures of a model: its exits on held-out rows, and texts by all strategies."""
+
+import math
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+
+from lsjax.checkpoints import load
+from lsjax.checkpoints.run import EVALUATION, read_metrics
+from lsjax.cli import engines
+from lsjax.cli.flags.shared import ModelFlags, StrategyFlags
+from lsjax.cli.notes import notes_console
+from lsjax.cli.setup import bar, choose_dtype
+from lsjax.config import AnyPath, ConfigError, LlamaConfig, TrainConfig, as_path
+from lsjax.config.checked import from_json
+from lsjax.decoding.auto.adaptive import Adaptive
+from lsjax.decoding.completion import Completion
+from lsjax.decoding.cost import best_exit
+from lsjax.decoding.engine import Engine
+from lsjax.decoding.self_speculative import SelfSpeculative
+from lsjax.decoding.strategy import Autoregressive, Strategy
+from lsjax.evaluation import answers, exits, speeds
+from lsjax.evaluation.exits import BatchSums, ExitScores
+from lsjax.evaluation.scores import Scores, exact_match
+from lsjax.evaluation.tasks import TASKS
+from lsjax.io.files import read_json, write_json
+from lsjax.model.llama import stacked
+from lsjax.reporting import machine
+from lsjax.reporting.held_out import HeldOut, held_out
+from lsjax.reporting.plan import Plan
+from lsjax.reporting.recipes import without_layerskip
+from lsjax.reporting.record import Kind, Measured
+from lsjax.reporting.texts import with_origins
+from lsjax.training.metrics import TIME
+
+CURVE = 200  # steps of a training that a report keeps
+NUM_TEXTS = 3  # with the origin of their tokens
+DEPTHS = (8, 4, 2)  # parts of the depth at which a model without LayerSkip has static settings
+# Of an answer's line, what a report keeps.
+KEPT = (
+    *("id", "sample", "group", "seen", "seed", "strategy", "exit_layer", "num_draft_tokens"),
+    *("draft_vocab", "draft_confidence", "num_prompt_tokens", "num_new_tokens", "decode_seconds"),
+    *("base_seconds", "compile_seconds", "rounds", "drafted", "accepted", "drafted_by_position"),
+    *("accepted_by_position", "sources", "difference", "repeated_4grams", "scores"),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecodingFlags(ModelFlags, StrategyFlags):
+    """Flags of a model and of the strategies that decode with it."""
+
+
+class Measures:
+    """Measures the models of one report, which are trained already."""
+
+    def __init__(self, plan: Plan, directory: AnyPath, console: Console):
+        self.plan, self.directory, self.console = plan, directory, console
+        self.notes = notes_console()
+
+    @property
+    def is_task(self) -> bool:
+        """Whether the data have prompts with responses."""
+        return self.plan.config.data.has_prompts
+
+    def path(self, kind: Kind, seed: int) -> AnyPath:
+        """The model: the directory of its training, or the one that was given."""
+        if kind == "given":
+            return as_path(self.plan.asked.model)
+        return self.directory / "runs" / f"{kind}-{seed}"
+
+    def config(self, kind: Kind, seed: int) -> TrainConfig:
+        """The configuration of a training."""
+        own = self.plan.config
+        own = without_layerskip(own) if kind == "plain" else own
+        return replace(own, seed=own.seed + seed)
+
+    def open(self, path: AnyPath) -> engines.OpenModel:
+        """The checkpoint with its tokenizer."""
+        return engines.open_model(ModelFlags(model=path))
+
+    def engine(self, path: AnyPath) -> Engine:
+        """An engine for the model. Texts that are no answers go on past their end."""
+        return engines.load_engine(self.open(path), self.notes, ignore_end=not self.is_task)
+
+    @cached_property
+    def first(self) -> AnyPath:
+        """The model that drafts, of the first seed."""
+        return self.path("layerskip" if self.plan.asked.training else "given", 0)
+
+    @cached_property
+    def shape(self) -> LlamaConfig:
+        """Shape of all models."""
+        return self.open(self.first).source.config
+
+    @cached_property
+    def held_out(self) -> HeldOut:
+        """Rows and prompts. The tokenizer is that of the first model, as of all others."""
+        asked = self.plan.asked
+        return held_out(
+            replace(self.plan.config, model=self.shape),
+            self.open(self.first).tokenizer,
+            num_batches=self.plan.num_batches,
+            num_prompts=self.plan.num_prompts,
+            max_new_tokens=asked.new_tokens,
+            sampling=asked.sampling,
+            stop=TASKS[asked.task].stop if asked.task else (),
+        )
+
+    def measured(self, kind: Kind, seed: int) -> Measured:
+        """Measures one model, if it has not been measured."""
+        file = self.directory / f"measured-{kind}-{seed}.json"
+        if file.exists():
+            return from_json(Measured, read_json(file, ConfigError), str(file))
+        path = self.path(kind, seed)
+        sums = self.scored(path)
+        rows = () if kind == "given" else read_metrics(path)
+        clocks = [row["wall"] for row in rows if row["kind"] == TIME]
+        found = Measured(
+            kind=kind,
+            seed=seed,
+            exits=() if kind == "plain" else engines.trained_exits(self.open(path)),
+            loss_nE=tuple(map(tuple, sums.loss_nE.tolist())),
+            agreed_nE=tuple(map(tuple, sums.agreed_nE.tolist())),
+            tokens_n=tuple(sums.tokens_n.tolist()),
+            training=curve(rows),
+            training_seconds=clocks[-1] if clocks else 0.0,
+            answers=self.answered(kind, seed),
+        )
+        write_json(file, asdict(found))
+        return found
+
+    def scored(self, path: AnyPath) -> BatchSums:
+        """Loss and agreement of every exit on the held-out rows."""
+        names = ("dtype", "micro_batches", "attention", "kernels")
+        settings = {name: getattr(self.plan.config, name) for name in names}
+        model = stacked(load(path, dtype=choose_dtype("auto")))
+        batches = bar(self.notes, "scoring the exits")(list(self.held_out.rows))
+        return exits.score_batches(model, batches, **settings)
+
+    def answered(self, kind: Kind, seed: int) -> tuple[dict[str, Any], ...]:
+        """Decodes the held-out prompts; without LayerSkip only for the score of a task."""
+        if kind == "plain" and not self.is_task:
+            return ()
+        path = self.path(kind, seed)
+        engine, held = self.engine(path), self.held_out
+        strategies = [Autoregressive()] if kind == "plain" else self.strategies(path)
+        asked = answers.conditions(
+            engine, path.name, self.plan.asked.sampling, prompts=held.fingerprint
+        )
+
+        def figures(question: answers.Question, done: Completion, base: Completion) -> dict:
+            scores = self.score(done.text, question) if self.is_task else {}
+            return speeds.timed_beside(engine, question, done, base) | {"scores": scores}
+
+        file = self.directory / f"answers-{kind}-{seed}.jsonl"
+        given = (engine, strategies, held.questions, asked, file, self.notes, figures)
+        found = answers.complete(*given, timed=True)
+        return tuple({name: one[name] for name in KEPT} for one in found)
+
+    def strategies(self, path: AnyPath) -> list[Strategy]:
+        """Autoregressive decoding, auto, and each exit with each draft length."""
+        asked, model = self.plan.asked, self.open(path)
+        layers, own = model.source.config.num_layers, asked.exit_layers
+        own = own or engines.trained_exits(model)
+        own = own or tuple(sorted({max(1, layers // part) for part in DEPTHS} - {layers}))
+        settings = dict(model=path, exit_layers=own, num_draft_tokens=asked.num_draft_tokens)
+        static = DecodingFlags(strategies=("self_speculative",), **settings)
+        chosen = DecodingFlags(strategies=("autoregressive", "auto"), model=path)
+        return [
+            *engines.make_strategies(chosen, model),
+            *(engines.make_strategies(static, model) if own else ()),
+        ]
+
+    @property
+    def score_name(self) -> str:
+        """Name of the task's main score; empty for text."""
+        question = answers.Question(id="", request=self.held_out.questions[0].request)
+        return next(iter(self.score("", question))) if self.is_task else ""
+
+    def score(self, text: str, question: answers.Question) -> Scores:
+        """Scores of an answer: the task's, or whether it equals the reference."""
+        task = self.plan.asked.task
+        if task is not None:
+            return TASKS[task].score(text, question)
+        return exact_match(text, question.reference)
+
+    def texts(self, model: Measured) -> list[dict[str, Any]]:
+        """The first texts. The trained exit and draft length with the best ideal speedup draft; a
+        model without trained exits looks drafts up."""
+        file = self.directory / "texts.json"
+        if file.exists():
+            return read_json(file, ConfigError)["texts"]
+        engine = self.engine(self.path(model.kind, model.seed))
+        sums = BatchSums(*map(np.array, (model.loss_nE, model.agreed_nE, model.tokens_n)))
+        best = best_exit(self.shape, ExitScores.of(sums).agreement_E, model.exits)
+        engine.use(SelfSpeculative(*best) if best else Adaptive(()))
+        found = []
+        for question in self.held_out.questions[:NUM_TEXTS]:
+            (done,) = engine.generate([replace(question.request, log_probs=True)])
+            found.append(with_origins(engine.tokenizer, question.request.prompt, done))
+        write_json(file, {"texts": found})
+        return found
+
+    def about(self) -> dict[str, str]:
+        """What was held out and how it was decoded."""
+        asked, held = self.plan.asked, self.held_out
+        how = "greedy" if not asked.sampling.temperature else "sampled, temperature "
+        how += f"{asked.sampling.temperature:g}" * bool(asked.sampling.temperature)
+        return {
+            "held out": f"{held.rows.rows.describe()}; {len(held.rows)} batches are scored",
+            "prompts": f"{len(held.questions)}, at most {asked.new_tokens} new tokens, {how}",
+            "dtype": f"{choose_dtype('auto')} for decoding",
+        }
+
+    def alike(self) -> dict[str, Any]:
+        """What must be equal in reports that are compared."""
+        asked = self.plan.asked
+        return {
+            "machine": machine.machine_name(),
+            "dtype": choose_dtype("auto"),
+            "held-out rows and prompts": self.held_out.fingerprint,
+            "new tokens": asked.new_tokens,
+            "sampling": asdict(asked.sampling),
+            "score": self.score_name,
+        }
+
+
+def curve(rows: Any) -> tuple[dict[str, Any], ...]:
+    """Evaluations of a run, and evenly spaced steps with their losses."""
+    steps = [row for row in rows if row["kind"] == "step"]
+    names = ("kind", "step", "last_exit_loss", "exits", "exit_losses", "loss_E", "agreement_E")
+    shown = steps[:: math.ceil(len(steps) / CURVE) or 1]
+    shown += [row for row in rows if row["kind"] == EVALUATION]
+    return tuple({name: row[name] for name in names if name in row} for row in shown)

@@ -1,0 +1,101 @@
+"""The recipe of a report: which exits, weights, dropout and learning rate for which model.
+
+docs/results.md has the measurements behind the choices. Each field is a flag, which replaces it.
+"""
+
+import math
+from dataclasses import asdict
+from typing import Any
+
+import jax
+
+from lsjax.config import (
+    CheckpointConfig,
+    DataConfig,
+    EarlyExitConfig,
+    EvaluationConfig,
+    LayerDropoutConfig,
+    LlamaConfig,
+    OptimizerConfig,
+    TrainConfig,
+)
+from lsjax.config.checked import differences, from_json
+from lsjax.reporting.machine import multiplies_bfloat16
+
+SAMPLE_STEPS = 10_000  # of the recipe that is shown before the number of steps is known
+EVALUATIONS, SAVES = 4, 4  # in a run, evenly spaced
+HELD_OUT_BATCHES = 4  # of an evaluation during the run
+PROMPT_TOKENS = 64
+# Fields that count steps of a run.
+_IN_STEPS = (("optimizer", "warmup_steps"), ("checkpoints", "every"), ("evaluation", "every"))
+
+
+def recipe(model: LlamaConfig, init_from: str, data: DataConfig, num_steps: int) -> TrainConfig:
+    """LayerSkip finetuning of a trained model in little time.
+
+    The exits are at a quarter, a half and three quarters of the depth, with equal weights: those of
+    the paper grow with the depth and would leave the first exits behind. The learning rate is
+    inversely proportional to the width, and 1e-3 at 576. Steps are computed in bfloat16 where that is faster.
+    """
+    layers, on_cpu, early_exit = model.num_layers, jax.default_backend() == "cpu", EarlyExitConfig()
+    exits = sorted({max(1, round(layers * share / 4)) for share in (1, 2, 3)} - {layers})
+    if exits:
+        early_exit = EarlyExitConfig(
+            curriculum="subset",
+            exits=tuple(exits),
+            weights="uniform",
+            token_share=0.5 if on_cpu else 1.0,
+        )
+    return TrainConfig(
+        model=model,
+        init_from=init_from,
+        data=data,
+        num_steps=num_steps,
+        batch_size=4 if on_cpu else 8 * jax.device_count(),
+        seq_len=min(model.max_context, 192 if on_cpu else 2_048),
+        layer_dropout=LayerDropoutConfig(p_max=0.1),
+        early_exit=early_exit,
+        optimizer=OptimizerConfig(
+            learning_rate=round(min(1e-3, 0.576 / model.hidden_size), 6),
+            warmup_steps=max(1, num_steps // 25),
+        ),
+        dtype="bfloat16" if multiplies_bfloat16() else "float32",
+        checkpoints=CheckpointConfig(every=max(1, num_steps // SAVES), keep_last=1, keep_best=0),
+        evaluation=EvaluationConfig(
+            every=max(1, num_steps // EVALUATIONS),
+            batches=HELD_OUT_BATCHES,
+            sample_tokens=0,
+            prompt_tokens=PROMPT_TOKENS,
+        ),
+    )
+
+
+def with_steps(config: TrainConfig, base: TrainConfig, num_steps: int) -> TrainConfig:
+    """A configuration with another number of steps. Steps of the warm-up, and between evaluations
+    and saved steps, keep their share of it, unless they were changed from those of `base`."""
+    raw, before = asdict(config), asdict(base)
+    raw["num_steps"] = num_steps
+    for section, name in _IN_STEPS:
+        steps = raw[section][name]
+        if steps == before[section][name]:
+            steps = math.ceil(steps * num_steps / base.num_steps)
+        raw[section][name] = max(1, min(num_steps, steps))
+    return from_json(TrainConfig, raw, "the configuration")
+
+
+def without_layerskip(config: TrainConfig) -> TrainConfig:
+    """The control: the same training without layer dropout and without early exits in the loss."""
+    raw = asdict(config)
+    raw["layer_dropout"] = asdict(LayerDropoutConfig())
+    raw["early_exit"] = asdict(EarlyExitConfig())
+    return from_json(TrainConfig, raw, "the configuration")
+
+
+def chosen(config: TrainConfig) -> dict[str, Any]:
+    """Fields by dotted path, apart from the model's shape and those with their default."""
+    plain = TrainConfig(
+        model=config.model, num_steps=config.num_steps, batch_size=1, seq_len=config.seq_len
+    )
+    changed = differences(asdict(plain), asdict(config))
+    paths = {path: value for path, _, value in changed if not path.startswith("model")}
+    return {"num_steps": config.num_steps, "seq_len": config.seq_len} | paths

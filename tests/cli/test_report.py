@@ -1,0 +1,145 @@
+"""`lsjax report`: what the flags mean, and whole reports of tiny models."""
+
+import json
+import re
+from dataclasses import replace
+
+import pytest
+
+import lsjax
+from lsjax.cli.flags.report import PROGRAM
+from lsjax.cli.main import main
+from lsjax.config import ConfigError, DataConfig
+from lsjax.reporting.record import read_report
+
+TEXT = "\n\n".join(f"Number {n} is a number, and {n + 1} follows it." for n in range(400))
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("LSJAX_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def text(tmp_path):
+    file = tmp_path / "text.txt"
+    file.write_text(TEXT)
+    return file
+
+
+def parsed(*flags):
+    return PROGRAM.parsed([str(flag) for flag in flags])
+
+
+def test_the_source_follows_from_the_files(model_directory, text):
+    """Few texts are divided at blank lines. The tokenizer is the model's."""
+    given = ["--model", model_directory, "--output", "x", "--data.paths"]
+    data = parsed(*given, text).flags.fields.data
+    assert (data.source, data.separator) == ("text", "blank_line")
+    assert data.tokenizer == str(model_directory)
+    assert parsed(*given, "rows.jsonl.gz").flags.fields.data.source == "jsonl"
+    assert parsed(*given, "rows.csv").flags.fields.data.source == "tsv"
+    many = parsed(*given, *[text] * 40).flags.fields.data
+    assert many.separator == "file"
+    task = parsed(*given, "rows.jsonl", "--task", "gsm8k").flags.fields.data
+    assert task.prompt_template == "Question: {question}\nAnswer:"
+    own = parsed(*given, text, "--data.separator", "|", "--early-exit.exits", 1, 2).flags.fields
+    assert own.data.separator == "|" and own.early_exit.exits == (1, 2)
+
+
+def test_a_configuration_file_is_the_recipe(text):
+    found = parsed("--config", "quickstart", "--output", "x", "--num-steps", 7)
+    assert found.flags.fields.num_steps == 7 and found.base.num_steps == 800
+    assert found.base.data.source == "python_source"
+    changed = parsed("--config", "quickstart", "--output", "x", "--data.paths", text)
+    assert changed.base.data.source == "text" and changed.base.data.vocab_size == 512
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ([], "--model is missing: name a model to train further"),
+        (["--model", "MODEL"], "there are no data: name files with --data.paths"),
+        (["--model", "nowhere"], "nowhere: does not exist"),
+        (["--model", "MODEL", "--data.paths", "a.txt", "--minute", "3"], "did you mean --minutes"),
+        (["--model", "MODEL", "--data.paths", "a.txt", "--minutes", "0"], "--minutes 0.0 must be"),
+    ],
+)
+def test_bad_flags_are_refused(flags, message, model_directory):
+    flags = [str(model_directory) if flag == "MODEL" else flag for flag in flags]
+    with pytest.raises((ConfigError, lsjax.CheckpointError), match=message):
+        parsed(*flags)
+
+
+def test_a_model_as_it_is(model_directory, text, tmp_path, capsys):
+    """Nothing is trained. The same command reads what is there, and other flags are refused."""
+    output = tmp_path / "report"
+    flags = ["report", "--no-training", "--model", str(model_directory), "--data.paths", str(text)]
+    flags += ["--exit-layers", "2", "--num-draft-tokens", "3", "--prompts", "2", "--seq-len", "48"]
+    flags += ["--new-tokens", "8", "--output", str(output)]
+    assert main(flags) == 0
+    said = capsys.readouterr().out
+    made = read_report(output)
+    assert made.answer in " ".join(said.split()) and f"page: {output / 'report.html'}" in said
+    assert [one.kind for one in made.models] == ["given"] and made.recipe == {}
+    names = [(one["strategy"], one["exit_layer"], one["id"]) for one in made.models[0].answers]
+    assert names == [
+        *(("autoregressive", None, "0"), ("autoregressive", None, "1")),
+        *(("auto", None, "0"), ("auto", None, "1")),
+        *(("self_speculative", 2, "0"), ("self_speculative", 2, "1")),
+    ]
+    assert all(
+        one["num_new_tokens"] == 8 and one["seed"] is not None for one in made.models[0].answers
+    )
+    page = (output / "report.html").read_text()
+    (output / "report.html").unlink()
+    assert main(flags) == 0
+    assert (output / "report.html").read_text() == page
+    with pytest.raises(SystemExit, match="2"):
+        main([*flags, "--new-tokens", "9"])
+    assert "was begun with new_tokens 8, now it is 9" in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.long
+def test_training_and_its_control(model_directory, tmp_path, capsys):
+    """A task from Python: both are trained on as many tokens, with two seeds, and scored."""
+    rows = [{"q": f"{n}+1=", "a": f"{n + 1}"} for n in range(300)]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = DataConfig(
+        source="jsonl",
+        paths=(str(file),),
+        prompt_template="{q}",
+        response_template="{a}",
+        tokenizer=str(model_directory),
+        validation_fraction=0.2,
+    )
+    steps = dict(seeds=2, prompts=3, new_tokens=6, num_draft_tokens=(2,), minutes=30.0)
+    config = lsjax.TrainConfig(
+        model=lsjax.LlamaConfig.tiny(),
+        num_steps=6,
+        batch_size=2,
+        seq_len=32,
+        data=data,
+        early_exit=lsjax.EarlyExitConfig(curriculum="subset", exits=(2,)),
+        evaluation=lsjax.EvaluationConfig(every=3, batches=1, sample_tokens=0),
+    )
+    given = dict(config=config, quiet=True, **steps | {"minutes": None})
+    made = lsjax.report(tmp_path / "report", **given)
+    assert [(one.kind, one.seed) for one in made.models] == [
+        *(("layerskip", 0), ("plain", 0), ("layerskip", 1), ("plain", 1)),
+    ]
+    assert made.score == "exact_match" and made.recipe["num_steps"] == 6
+    first, plain, second, _ = made.models
+    assert first.exits == (2,) and plain.exits == ()
+    assert first.loss_nE != second.loss_nE and first.tokens_n == plain.tokens_n
+    assert {row["kind"] for row in plain.training} == {"step", "evaluation"}
+    assert [one["strategy"] for one in plain.answers] == ["autoregressive"] * 3
+    assert re.search("exact_match", made.answer) and made.texts[0]["tokens"]
+    assert not (tmp_path / "report" / "trial").exists()
+    assert lsjax.report(tmp_path / "report", **given) == made
+    with pytest.raises(ConfigError, match="was begun with seeds 2, now it is 1"):
+        lsjax.report(tmp_path / "report", **given | {"seeds": 1})
+    with pytest.raises(ConfigError, match="model and config are both None"):
+        lsjax.report(tmp_path / "other")
+    assert replace(made, answer="") != made
