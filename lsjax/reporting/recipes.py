@@ -35,7 +35,8 @@ def recipe(model: LlamaConfig, init_from: str, data: DataConfig, num_steps: int)
 
     The exits are at a quarter, a half and three quarters of the depth, with equal weights: those of
     the paper grow with the depth and would leave the first exits behind. The learning rate is
-    inversely proportional to the width, and 1e-3 at 576. Steps are computed in bfloat16 where that is faster.
+    inversely proportional to the width, and 1e-3 at 576. Steps are computed in bfloat16 where that
+    is faster.
     """
     layers, on_cpu, early_exit = model.num_layers, jax.default_backend() == "cpu", EarlyExitConfig()
     exits = sorted({max(1, round(layers * share / 4)) for share in (1, 2, 3)} - {layers})
