@@ -181,8 +181,9 @@ def write(output: AnyPath, title: str, rows: Sequence[Answer], notes: Console) -
 def plot(
     notes: Console, draw: Callable[..., None], figures: Any, file: AnyPath, title: str
 ) -> None:
-    """Draws a picture. If matplotlib is missing, prints a note instead."""
+    """Draws a picture and names it. If matplotlib is missing, prints a note instead."""
     try:
         draw(figures, file, title=title)
+        notes.print(f"picture: {file}")
     except ConfigError as error:
         notes.print(f"no plot: {error}")

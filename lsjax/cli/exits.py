@@ -62,3 +62,4 @@ def score_models(arguments: Arguments) -> None:
         losses = {name: plots.estimates(one.loss_E) for name, one in scores.items()}
         agreements = {name: plots.estimates(one.agreement_E) for name, one in scores.items()}
         plots.plot_exits(losses, agreements, output)
+        notes.print(f"picture: {output}")

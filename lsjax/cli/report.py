@@ -14,13 +14,14 @@ import shlex
 import statistics
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from datetime import date
 from typing import Any
 
 from rich.console import Console
 
-from lsjax.checkpoints.run import CHECKPOINTS, read_metrics
+from lsjax.checkpoints.run import CHECKPOINTS, is_run, read_metrics, read_run_config
 from lsjax.checkpoints.steps import saved_steps
 from lsjax.cli.flags.report import Arguments, Parsed, base_config
 from lsjax.cli.report_measures import Measures
@@ -45,11 +46,12 @@ from lsjax.reporting.plan import (
     write_plan,
 )
 from lsjax.reporting.recipes import chosen, with_steps, without_layerskip
-from lsjax.reporting.record import Kind, Report, write_report
+from lsjax.reporting.record import REPORT, Kind, Report, write_report
 from lsjax.terminal import SafeConsole
 from lsjax.training.run import Interrupted, TooManySkipped
 
 TRIAL_STEPS, TRIAL_TOKENS = 5, 32  # that are timed in the first minutes
+COMPARED_PROMPTS = 16  # of runs and models that have no report
 
 
 def report(parsed: Parsed) -> int:
@@ -57,12 +59,12 @@ def report(parsed: Parsed) -> int:
     signal that stopped it."""
     output, console = parsed.given.output, SafeConsole(soft_wrap=True)
     check(output is not None, "--output is missing: name the directory of the report")
-    if parsed.given.compare:
-        sentence, page = compare(parsed.given.compare, output)
-        return show(sentence, page, console)
     keeps("the same command goes on with what is missing")
     keep_freed_memory()
     keep_compiled_programs()
+    if parsed.given.compare:
+        reports = as_reports(parsed.given.compare, output, console)
+        return show(*compare(reports, output), console)
     command = shlex.join(["lsjax", "report", *sys.argv[2:]])
     try:
         wanted = asked(parsed.flags, parsed.base, has_config=parsed.given.config is not None)
@@ -84,6 +86,30 @@ def show(sentence: str, page: AnyPath, console: Console) -> int:
     console.print(sentence, style="bold")
     console.print(f"page: {page}")
     return 0
+
+
+def as_reports(paths: Sequence[AnyPath], output: AnyPath, console: Console) -> list[AnyPath]:
+    """Report directories of reports, runs and models. Reports on runs and models as they are get
+    made in the output, on the held-out data of the first run. Raises ConfigError if there is none.
+    """
+    config = next((read_run_config(path) for path in paths if is_run(path)), None)
+    found = []
+    for path in paths:
+        if not (path / REPORT).exists():
+            check(
+                config is not None,
+                f"{path} has no {REPORT}, and no run tells which text is held out: name reports or "
+                "a run",
+            )
+            console.rule(path.name)
+            data = replace(config.data, tokenizer=str(path))
+            given = replace(config, model=None, init_from=str(path), data=data)
+            flags = Arguments(model=path, training=False, prompts=COMPARED_PROMPTS, fields=given)
+            wanted, path = asked(flags, given, has_config=False), output / path.name
+            command = f"lsjax report --compare {shlex.join(map(str, paths))}"
+            make_report(wanted, path, console, command)
+        found.append(path)
+    return found
 
 
 def report_of(

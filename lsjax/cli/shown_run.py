@@ -30,6 +30,7 @@ from lsjax.training.run import Hook, Show, train_run
 from lsjax.training.step import TrainState
 from lsjax.training.writer import Writer
 
+PICTURES = EXITS, CURVES = "exits.png", "training.png"  # of a run's directory
 MakeHook = Callable[[TrainingRun], Hook]
 
 
@@ -77,10 +78,10 @@ def shown_evaluation(run: TrainingRun, console: Console) -> Hook:
             found = (plots.estimates(values) for values in (scores.loss_E, scores.agreement_E))
             by_name = ({f"step {step}": values} for values in found)
             options = dict(trained=exits_with_loss(run), title=workdir.name)
-            plots.plot_exits(*by_name, workdir / "exits.png", **options)
+            plots.plot_exits(*by_name, workdir / EXITS, **options)
             rows, title = [*read_metrics(workdir), row], workdir.name
-            plots.plot_training(rows, workdir / "training.png", title=title)
-            pictures.show(workdir / "exits.png", workdir / "training.png")
+            plots.plot_training(rows, workdir / CURVES, title=title)
+            pictures.show(workdir / EXITS, workdir / CURVES)
         except (ConfigError, OSError) as error:  # no matplotlib, full disk: metrics.jsonl has it
             console.print(str(error), style="dim")
 

@@ -4,7 +4,7 @@ import lsjax
 from lsjax.cli.errors import one_line_errors
 from lsjax.cli.flags.train import Arguments
 from lsjax.cli.setup import keep_compiled_programs, keep_freed_memory
-from lsjax.cli.shown_run import shown_run
+from lsjax.cli.shown_run import PICTURES, shown_run
 from lsjax.config import check
 from lsjax.interrupts import keeps
 from lsjax.terminal import SafeConsole
@@ -31,5 +31,8 @@ def train(arguments: Arguments) -> int:
         except TooManySkipped as failure:
             console.print(f"error: {failure}", style="bold red")
             return 1
+        drawn = [str(workdir / name) for name in PICTURES if (workdir / name).exists()]
+        if drawn:
+            console.print(f"pictures: {', '.join(drawn)}")
         console.print(f"done: python decode.py --model {workdir} --prompt ...")
         return 0

@@ -51,7 +51,7 @@ def compare(directories: Sequence[AnyPath], output: AnyPath) -> tuple[str, AnyPa
     content = shown_content(f"{len(names)} reports", answer)
     content["facts"] = [fact for name, one in by_name.items() for fact in _facts(name, one, first)]
     content["about"] = {name: one.about.get("command", "") for name, one in by_name.items()}
-    content["about"] |= {key: shown(value) for key, value in first.alike.items()}
+    content["about"] |= {name: str(value) for name, value in first.alike.items() if value}
     return answer, write_forms(content | {"pictures": [EXITS]}, output)
 
 

@@ -45,9 +45,9 @@ def processor() -> dict[str, str]:
 
 
 def has(flag: str) -> bool:
-    """Whether the processor has these instructions, and XLA may use them."""
+    """Whether the processor has these instructions, and XLA may use them. A limit counts as AVX2."""
     limited = "xla_cpu_max_isa" in os.environ.get("XLA_FLAGS", "")
-    return flag in processor().get("flags", "").split() and not (limited and "bf16" in flag)
+    return flag in processor().get("flags", "").split() and (flag == "avx2" or not limited)
 
 
 def multiplies_bfloat16() -> bool:

@@ -57,7 +57,8 @@ class Given(Checked, prefix="--"):
     task: TaskName | None = None
     """Task that the data are rows of (docs/evaluation.md). It gives their templates and a score."""
     compare: tuple[AnyPath, ...] = ()
-    """Reports to show on one page, with their differences; nothing is trained or measured."""
+    """Reports to show on one page, with their differences; nothing is trained. Runs and models are
+    measured first, on the held-out data of the first run."""
     training: bool = True
     """Whether to train. --no-training reports on the model as it is."""
 
