@@ -45,7 +45,7 @@ def processor() -> dict[str, str]:
 
 
 def has(flag: str) -> bool:
-    """Whether the processor has these instructions, and XLA may use them. A limit counts as AVX2."""
+    """Whether the processor has these instructions and XLA may use them. A limit is AVX2."""
     limited = "xla_cpu_max_isa" in os.environ.get("XLA_FLAGS", "")
     return flag in processor().get("flags", "").split() and (flag == "avx2" or not limited)
 
