@@ -180,6 +180,7 @@ def plot_losses(
         losses.yaxis.set_major_formatter("{x:g}")
     losses.legend(frameon=False)
     agreements.set(xlabel="step", ylabel="share of tokens", ylim=(0, 1.03))
+    agreements.legend(frameon=False)
 
 
 def _numbers(rows: Sequence[Row], name: str) -> np.ndarray:

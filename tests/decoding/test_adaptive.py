@@ -19,7 +19,7 @@ from lsjax.decoding.auto.adaptive import IDLE_TOKENS, Adaptive, AutoArguments
 from lsjax.decoding.auto.choose import choose, seconds_of_drafts
 from lsjax.decoding.auto.learned import (
     DECAY,
-    LEVEL_CHANCES,
+    GREEDY_CHANCES,
     LOOKUP_CHANCES,
     TEXT_COUNT,
     USUAL_COUNT,
@@ -329,18 +329,18 @@ def test_scores_take_a_hundredth_of_the_bytes():
 def test_chances_by_hand():
     """One of three sure drafts failed: these pass less often than usual, and are more common."""
     unknown, sure = Learned.create(1, 1), (0, 0, 4)
-    assert unknown.mean_chance_BE[0, 0] == pytest.approx(np.mean(LEVEL_CHANCES))
-    np.testing.assert_allclose(unknown.chances_BEZ[0, 0], LEVEL_CHANCES, rtol=1e-6)
+    assert unknown.mean_chance(GREEDY_CHANCES)[0, 0] == pytest.approx(np.mean(GREEDY_CHANCES))
+    np.testing.assert_allclose(unknown.chances(GREEDY_CHANCES)[0, 0], GREEDY_CHANCES, rtol=1e-6)
     known = dataclasses.replace(
         unknown,
         passed_BEZ=unknown.passed_BEZ.at[sure].set(2),
         tried_BEZ=unknown.tried_BEZ.at[sure].set(3),
     )
-    *unsure, usual = LEVEL_CHANCES
+    *unsure, usual = GREEDY_CHANCES
     expected = [*unsure, (2 + USUAL_COUNT * usual) / (3 + USUAL_COUNT)]
-    np.testing.assert_allclose(known.chances_BEZ[0, 0], expected, rtol=1e-6)
-    passed, tried = 2 + USUAL_COUNT * sum(LEVEL_CHANCES), 3 + 5 * USUAL_COUNT
-    assert known.mean_chance_BE[0, 0] == pytest.approx(passed / tried)
+    np.testing.assert_allclose(known.chances(GREEDY_CHANCES)[0, 0], expected, rtol=1e-6)
+    passed, tried = 2 + USUAL_COUNT * sum(GREEDY_CHANCES), 3 + 5 * USUAL_COUNT
+    assert known.mean_chance(GREEDY_CHANCES)[0, 0] == pytest.approx(passed / tried)
 
 
 @pytest.fixture
@@ -357,7 +357,9 @@ def divided():
 def test_tokens_of_exits_by_hand(divided, least, share, chance):
     """If the first of two drafts passes, 1 + 1/2 are expected to: 0.15 or 1.35 beforehand."""
     tokens = jax.jit(Learned.exit_tokens, static_argnums=1)
-    tokens_BEJ, drafts_BEJ = tokens(divided, (0, 2), np.array([[0.0, least]]))
+    tokens_BEJ, drafts_BEJ = tokens(
+        divided, (0, 2), np.array([[0.0, least]]), np.array(GREEDY_CHANCES)
+    )
     np.testing.assert_allclose(drafts_BEJ, [[[1, share]]], atol=1e-4)
     np.testing.assert_allclose(tokens_BEJ, [[[1, 1 + share * chance * 1.5]]], rtol=1e-4)
 
@@ -380,6 +382,19 @@ def test_an_exit_that_is_rarely_sure_pays(model, divided, without, chosen):
         # The first draft widens the verification by 9 seconds, for 1.5 tokens if it passes.
         rate = (1 + 0.5 * 1.35) / 15.5
         np.testing.assert_allclose(choice.confidence.least_BT, [[rate * 6, 0, 1]], rtol=1e-4)
+
+
+@pytest.mark.parametrize(("temperature", "chosen"), [(0.0, 0), (1.0, 2)])
+def test_drafts_of_a_new_text_are_trusted_more_if_it_is_sampled(model, temperature, chosen):
+    """A token takes 10 seconds, and six drafts 40. The usual chances promise 1 + 1.98 tokens of
+    greedy drafts, and 1 + 3.73 of sampled ones."""
+    sampling = Sampling(temperature=temperature)
+    request = Request(prompt=(1, 2, 3), max_new_tokens=20, sampling=sampling)
+    options = dict(capacity=64, num_layers=4, dtype=jnp.float32, learned=Learned.create(1, 1))
+    state = new_state(model.config, [request], **options)
+    seconds_QJ = jnp.array([[10, math.inf], [math.inf, 40.0]])
+    choice = jax.jit(lambda: choose((2,), (0, 6), 4, state, jnp.array([0]), seconds_QJ))()
+    assert choice.exit_layer == chosen
 
 
 def test_tokens_of_lookups_by_hand():

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from lsjax.decoding.auto.learned import expected_tokens
+from lsjax.decoding.auto.learned import GREEDY_CHANCES, SAMPLED_CHANCES, expected_tokens
 from lsjax.decoding.confidence import Confidence
 from lsjax.decoding.sampling import argmax
 from lsjax.decoding.state import DecodeState
@@ -43,12 +43,13 @@ def choose(
     the exits) and length.
     """
     learned, longest = state.learned, lengths[-1]
+    usual_Z = GREEDY_CHANCES if state.sampling is None else SAMPLED_CHANCES
     left_B11 = jnp.where(state.running_B, state.end_B - state.length_B, 0)[:, None, None]
     # An exit drafts if it is sure enough, or if rounds without drafts were not measured.
     none_E1 = jnp.nan_to_num(seconds_QJ[1:, :1], posinf=0)
     wider_EJ = seconds_QJ[1:] - none_E1
     least_EJ = jnp.where(none_E1 > 0, wider_EJ / seconds_QJ[0, 0], 0)
-    exit_BEJ, drafts_BEJ = learned.exit_tokens(lengths, least_EJ)
+    exit_BEJ, drafts_BEJ = learned.exit_tokens(lengths, least_EJ, usual_Z)
     drafts_EJ = 1 - jnp.prod(1 - drafts_BEJ, axis=0, where=left_B11 > 0)
     exit_EJ = jnp.nan_to_num(none_E1 + drafts_EJ * wider_EJ, nan=jnp.inf, posinf=jnp.inf)
     lookup_BJ = learned.lookup_tokens(matched_B, lengths)
@@ -64,12 +65,12 @@ def choose(
         lengths,
         seconds_QJ[source],
         (1 - exit_layer / num_layers) * seconds_QJ[0],
-        learned.mean_chance_BE[:, own],
+        learned.mean_chance(usual_Z)[:, own],
     )
     rate = rate_QJ.max() / state.running_B.sum()  # of a row
     # At most 1, the confidence before the first draft: so the exit's head runs at least once.
     least_BT = jnp.minimum(rate * seconds_BT, 1)
-    confidence = Confidence(least_BT, learned.chances_BEZ[:, own])
+    confidence = Confidence(least_BT, learned.chances(usual_Z)[:, own])
     # An exit may draft up to the longest length: the confidence stops it.
     return Choice(exit_layer, jnp.where(source > 0, longest, length), confidence)
 

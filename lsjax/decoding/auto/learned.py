@@ -1,5 +1,6 @@
 """What auto has learned of a text: which drafts pass."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import jax
@@ -14,7 +15,10 @@ from lsjax.decoding.confidence import confidence_level
 DECAY = 0.97  # weight of the older counts, for each new one
 # Added to the counts: so many drafts of each kind, of which the usual share passes.
 USUAL_COUNT = 2.0
-LEVEL_CHANCES = (0.25, 0.5, 0.75, 0.95, 0.99)
+# By level of the exit's top probability. A sampled draft passes with the overlap of two
+# distributions, which is large for flat ones too.
+GREEDY_CHANCES = (0.25, 0.5, 0.75, 0.95, 0.99)
+SAMPLED_CHANCES = (0.75, 0.8, 0.87, 0.93, 0.98)
 LOOKUP_CHANCES = (0.17, 0.3, 0.42, 0.5, 0.6, 0.64, 0.68, 0.72)
 # Lookups of all sizes fail in the same texts. The usual shares weigh as much as this many drafts.
 TEXT_COUNT = 4.0
@@ -37,8 +41,8 @@ class Learned:
     def create(cls, batch: int, exits: int) -> "Learned":
         """Nothing is known before the first round."""
         return cls(
-            passed_BEZ=jnp.zeros((batch, exits, len(LEVEL_CHANCES))),
-            tried_BEZ=jnp.zeros((batch, exits, len(LEVEL_CHANCES))),
+            passed_BEZ=jnp.zeros((batch, exits, len(GREEDY_CHANCES))),
+            tried_BEZ=jnp.zeros((batch, exits, len(GREEDY_CHANCES))),
             lookup_passed_BM=jnp.zeros((batch, LONGEST)),
             lookup_tried_BM=jnp.zeros((batch, LONGEST)),
             rounds_B=jnp.zeros(batch, jnp.int32),
@@ -51,24 +55,23 @@ class Learned:
         tried_BEZ = self.tried_BEZ + USUAL_COUNT
         return tried_BEZ / tried_BEZ.sum(-1, keepdims=True)
 
-    @property
-    def chances_BEZ(self) -> Float[Array, "B E Z"]:
-        """Chance that a draft of each exit passes, by its top probability."""
-        passed_BEZ = self.passed_BEZ + USUAL_COUNT * jnp.array(LEVEL_CHANCES)
+    def chances(self, usual_Z: Sequence[float]) -> Float[Array, "B E Z"]:
+        """Chance that a draft of each exit passes, by its top probability. usual_Z: before anything
+        is known, GREEDY_CHANCES or SAMPLED_CHANCES."""
+        passed_BEZ = self.passed_BEZ + USUAL_COUNT * jnp.array(usual_Z)
         return passed_BEZ / (self.tried_BEZ + USUAL_COUNT)
 
-    @property
-    def mean_chance_BE(self) -> Float[Array, "B E"]:
+    def mean_chance(self, usual_Z: Sequence[float]) -> Float[Array, "B E"]:
         """Chance that a draft of each exit passes."""
-        return jnp.minimum((self.level_share_BEZ * self.chances_BEZ).sum(-1), 0.999)
+        return jnp.minimum((self.level_share_BEZ * self.chances(usual_Z)).sum(-1), 0.999)
 
     def exit_tokens(
-        self, lengths: tuple[int, ...], least_EJ: Float[Array, "E J"]
+        self, lengths: tuple[int, ...], least_EJ: Float[Array, "E J"], usual_Z: Sequence[float]
     ) -> tuple[Float[Array, "B E J"], Float[Array, "B E J"]]:
         """Expected tokens of a round with each exit and draft length, and the chance that it
         drafts: if the level of its first draft token promises `least_EJ` accepted ones."""
-        tokens_BEJ = expected_tokens(self.mean_chance_BE[..., None], np.array(lengths))
-        passed_BEJZ = self.chances_BEZ[:, :, None] * tokens_BEJ[..., None]
+        tokens_BEJ = expected_tokens(self.mean_chance(usual_Z)[..., None], np.array(lengths))
+        passed_BEJZ = self.chances(usual_Z)[:, :, None] * tokens_BEJ[..., None]
         drafts_BEJZ = jnp.where(
             passed_BEJZ >= least_EJ[..., None], self.level_share_BEZ[:, :, None], 0
         )
@@ -135,6 +138,6 @@ def by_level(
     top_BT: Float[Array, "B T"], tried_BT: Bool[Array, "B T"], passed_BT: Float[Array, "B T"]
 ) -> tuple[Float[Array, "B Z"], Float[Array, "B Z"]]:
     """Counts of passed and of tried drafts, by their top probability."""
-    level_BTZ = confidence_level(top_BT)[..., None] == jnp.arange(len(LEVEL_CHANCES))
+    level_BTZ = confidence_level(top_BT)[..., None] == jnp.arange(len(GREEDY_CHANCES))
     tried_BTZ = (level_BTZ & tried_BT[..., None]).astype(jnp.float32)
     return (tried_BTZ * passed_BT[..., None]).sum(1), tried_BTZ.sum(1)
