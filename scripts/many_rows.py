@@ -20,7 +20,7 @@ from pods import is_report
 
 from lsjax.cli.show import show_costs
 from lsjax.evaluation.many_rows import RoundCost
-from lsjax.evaluation.plots import plot_rows
+from lsjax.evaluation.speed_plots import plot_rows
 
 CONFIG, NAME = "configs/continual_llama3_8b.py", "Llama-3 8B"
 TOPOLOGIES = ("v5e:2x2", "h100:1")

@@ -127,6 +127,7 @@ def many_rows(arguments: Arguments, model: engines.OpenModel, notes: Console) ->
         with closing(Lines(output / "rows.jsonl", empty=True)) as lines:
             for cost in costs:
                 lines.write(answers.as_line(asdict(cost)))
+        by_name = {arguments.model.name: costs}
         plot(notes, speed_plots.plot_rows, by_name, output / "rows.png", title)
     return 0
 
