@@ -1,21 +1,33 @@
 """What a report measures of a model: its exits on held-out rows, and texts by all strategies."""
 
-import math
 from dataclasses import asdict, dataclass, replace
+from datetime import date
 from functools import cached_property
+from itertools import product
 from typing import Any
 
 import numpy as np
 from rich.console import Console
 
-from lsjax.checkpoints import load
-from lsjax.checkpoints.run import EVALUATION, read_metrics
+from lsjax.checkpoints import load, open_checkpoint
+from lsjax.checkpoints.run import is_run, read_metrics, read_run_config
 from lsjax.cli import engines
 from lsjax.cli.flags.shared import ModelFlags, StrategyFlags
 from lsjax.cli.notes import notes_console
 from lsjax.cli.setup import bar, choose_dtype
-from lsjax.config import AnyPath, ConfigError, LlamaConfig, TrainConfig, as_path
+from lsjax.config import (
+    AnyPath,
+    ConfigError,
+    LlamaConfig,
+    TrainConfig,
+    as_path,
+    check,
+    split_step,
+)
 from lsjax.config.checked import from_json
+from lsjax.data.tokenizer import Tokenizer
+from lsjax.data.tokenizer_files import load_tokenizer
+from lsjax.data.vocabulary import make_tokenizer
 from lsjax.decoding.auto.adaptive import Adaptive
 from lsjax.decoding.completion import Completion
 from lsjax.decoding.cost import best_exit
@@ -24,26 +36,34 @@ from lsjax.decoding.self_speculative import SelfSpeculative
 from lsjax.decoding.strategy import Autoregressive, Strategy
 from lsjax.evaluation import answers, exits, speeds
 from lsjax.evaluation.exits import BatchSums, ExitScores
-from lsjax.evaluation.scores import Scores, exact_match
+from lsjax.evaluation.scores import Cell, Scores, exact_match
 from lsjax.evaluation.tasks import TASKS
-from lsjax.io.files import read_json, write_json
+from lsjax.io.files import cache_directory, read_json, write_json
 from lsjax.model.llama import stacked
 from lsjax.reporting import machine
 from lsjax.reporting.held_out import HeldOut, held_out
 from lsjax.reporting.plan import Plan
 from lsjax.reporting.recipes import without_layerskip
-from lsjax.reporting.record import Kind, Measured
+from lsjax.reporting.record import Kind, Measured, curve
 from lsjax.reporting.texts import with_origins
+from lsjax.training.early_exit import enabled_by_step
 from lsjax.training.metrics import TIME
 
-CURVE = 200  # steps of a training that a report keeps
 NUM_TEXTS = 3  # with the origin of their tokens
 DEPTHS = (8, 4, 2)  # parts of the depth at which a model without LayerSkip has static settings
 # Of an answer's line, what a report keeps.
 KEPT = (
     *("id", "sample", "group", "seen", "seed", "strategy", "exit_layer", "num_draft_tokens"),
     *("draft_vocab", "draft_confidence", "num_prompt_tokens", "num_new_tokens", "decode_seconds"),
-    *("base_seconds", "compile_seconds", "rounds", "drafted", "accepted", "drafted_by_position"),
+    *(
+        "base_seconds",
+        "base_num_new_tokens",
+        "compile_seconds",
+        "rounds",
+        "drafted",
+        "accepted",
+        "drafted_by_position",
+    ),
     *("accepted_by_position", "sources", "difference", "repeated_4grams", "scores"),
 )
 
@@ -59,6 +79,7 @@ class Measures:
     def __init__(self, plan: Plan, directory: AnyPath, console: Console):
         self.plan, self.directory, self.console = plan, directory, console
         self.notes = notes_console()
+        self.notes.quiet = console.quiet
 
     @property
     def is_task(self) -> bool:
@@ -98,16 +119,35 @@ class Measures:
     @cached_property
     def held_out(self) -> HeldOut:
         """Rows and prompts. The tokenizer is that of the first model, as of all others."""
+        return self.held_out_of(self.open(self.first).tokenizer, self.shape)
+
+    def held_out_of(self, tokenizer: Tokenizer, shape: LlamaConfig) -> HeldOut:
+        """Rows and prompts in the tokens of a model."""
         asked = self.plan.asked
         return held_out(
-            replace(self.plan.config, model=self.shape),
-            self.open(self.first).tokenizer,
+            self.plan.config,
+            tokenizer,
             num_batches=self.plan.num_batches,
             num_prompts=self.plan.num_prompts,
             max_new_tokens=asked.new_tokens,
+            max_context=shape.max_context,
             sampling=asked.sampling,
             stop=TASKS[asked.task].stop if asked.task else (),
         )
+
+    def check(self) -> None:
+        """Raises ConfigError if the work would fail later: for bad data, prompts without room,
+        exits or draft lengths that do not fit, or a missing package of the score."""
+        config, asked = self.plan.config, self.plan.asked
+        source = open_checkpoint(config.init_from or asked.model) if asked.model else None
+        shape = config.model if source is None else source.config
+        tokenizer = make_tokenizer(config.data, cache=cache_directory())
+        tokenizer = load_tokenizer(asked.model) if not asked.training else tokenizer
+        questions = self.held_out_of(tokenizer.fitted(shape.vocab_size), shape).questions
+        if self.is_task:
+            self.score("", questions[0])
+        for exit_layer, length in product(self.exits(shape, ()), asked.num_draft_tokens):
+            SelfSpeculative(exit_layer, length).validate(shape)
 
     def measured(self, kind: Kind, seed: int) -> Measured:
         """Measures one model, if it has not been measured."""
@@ -116,21 +156,45 @@ class Measures:
             return from_json(Measured, read_json(file, ConfigError), str(file))
         path = self.path(kind, seed)
         sums = self.scored(path)
+        lost = np.argwhere(~np.isfinite(sums.loss_nE).all(0))
+        check(
+            lost.size == 0,
+            f"the held-out loss of exit {lost.min(initial=0) + 1} of {path} is not a number: its "
+            "training diverged; lower the learning rate in a new --output",
+        )
         rows = () if kind == "given" else read_metrics(path)
-        clocks = [row["wall"] for row in rows if row["kind"] == TIME]
+        # Without the time between a kill and the next start.
+        clocks = [row["wall"] - row["restarts"] for row in rows if row["kind"] == TIME]
         found = Measured(
             kind=kind,
             seed=seed,
-            exits=() if kind == "plain" else engines.trained_exits(self.open(path)),
+            exits=self.trained(path, kind),
             loss_nE=tuple(map(tuple, sums.loss_nE.tolist())),
             agreed_nE=tuple(map(tuple, sums.agreed_nE.tolist())),
             tokens_n=tuple(sums.tokens_n.tolist()),
             training=curve(rows),
             training_seconds=clocks[-1] if clocks else 0.0,
             answers=self.answered(kind, seed),
+            about=self.about(),
+            alike=self.alike(),
         )
         write_json(file, asdict(found))
         return found
+
+    def trained(self, path: AnyPath, kind: Kind) -> tuple[int, ...]:
+        """Exits with a loss in training, besides the last one; none if that is not known."""
+        directory, _ = split_step(path)
+        if kind == "plain" or not is_run(directory):
+            return ()
+        config, layers = read_run_config(directory), self.shape.num_layers
+        enabled_TL = enabled_by_step(config.early_exit, layers, config.num_steps)
+        return tuple((np.flatnonzero(enabled_TL.any(0)[:-1]) + 1).tolist())
+
+    def exits(self, shape: LlamaConfig, trained: tuple[int, ...]) -> tuple[int, ...]:
+        """Exits of the static settings. trained: those that auto chooses from."""
+        asked, layers = self.plan.asked, shape.num_layers
+        usual = tuple(sorted({max(1, layers // part) for part in DEPTHS} - {layers}))
+        return asked.exit_layers or trained or usual
 
     def scored(self, path: AnyPath) -> BatchSums:
         """Loss and agreement of every exit on the held-out rows."""
@@ -148,7 +212,7 @@ class Measures:
         engine, held = self.engine(path), self.held_out
         strategies = [Autoregressive()] if kind == "plain" else self.strategies(path)
         asked = answers.conditions(
-            engine, path.name, self.plan.asked.sampling, prompts=held.fingerprint
+            engine, path.name, self.plan.asked.sampling, prompts=held.alike["prompts"]
         )
 
         def figures(question: answers.Question, done: Completion, base: Completion) -> dict:
@@ -163,9 +227,7 @@ class Measures:
     def strategies(self, path: AnyPath) -> list[Strategy]:
         """Autoregressive decoding, auto, and each exit with each draft length."""
         asked, model = self.plan.asked, self.open(path)
-        layers, own = model.source.config.num_layers, asked.exit_layers
-        own = own or engines.trained_exits(model)
-        own = own or tuple(sorted({max(1, layers // part) for part in DEPTHS} - {layers}))
+        own = self.exits(model.source.config, engines.trained_exits(model))
         settings = dict(model=path, exit_layers=own, num_draft_tokens=asked.num_draft_tokens)
         static = DecodingFlags(strategies=("self_speculative",), **settings)
         chosen = DecodingFlags(strategies=("autoregressive", "auto"), model=path)
@@ -196,20 +258,26 @@ class Measures:
         engine = self.engine(self.path(model.kind, model.seed))
         sums = BatchSums(*map(np.array, (model.loss_nE, model.agreed_nE, model.tokens_n)))
         best = best_exit(self.shape, ExitScores.of(sums).agreement_E, model.exits)
-        engine.use(SelfSpeculative(*best) if best else Adaptive(()))
+        strategy = SelfSpeculative(*best) if best else Adaptive(())
+        engine.use(strategy)
         found = []
         for question in self.held_out.questions[:NUM_TEXTS]:
             (done,) = engine.generate([replace(question.request, log_probs=True)])
-            found.append(with_origins(engine.tokenizer, question.request.prompt, done))
+            text = with_origins(engine.tokenizer, question.request.prompt, done)
+            found.append({"by": str(Cell.of(strategy)), **text})
         write_json(file, {"texts": found})
         return found
 
     def about(self) -> dict[str, str]:
-        """What was held out and how it was decoded."""
+        """Where, when and on what a model was measured."""
         asked, held = self.plan.asked, self.held_out
         how = "greedy" if not asked.sampling.temperature else "sampled, temperature "
         how += f"{asked.sampling.temperature:g}" * bool(asked.sampling.temperature)
         return {
+            "date": f"{date.today()}",
+            "machine": machine.machine_name(),
+            "versions": machine.versions(),
+            **({"commit": machine.commit()} if machine.commit() else {}),
             "held out": f"{held.rows.rows.describe()}; {len(held.rows)} batches are scored",
             "prompts": f"{len(held.questions)}, at most {asked.new_tokens} new tokens, {how}",
             "dtype": f"{choose_dtype('auto')} for decoding",
@@ -221,17 +289,8 @@ class Measures:
         return {
             "machine": machine.machine_name(),
             "dtype": choose_dtype("auto"),
-            "held-out rows and prompts": self.held_out.fingerprint,
+            **self.held_out.alike,
             "new tokens": asked.new_tokens,
-            "sampling": asdict(asked.sampling),
+            "temperature": asked.sampling.temperature,
             "score": self.score_name,
         }
-
-
-def curve(rows: Any) -> tuple[dict[str, Any], ...]:
-    """Evaluations of a run, and evenly spaced steps with their losses."""
-    steps = [row for row in rows if row["kind"] == "step"]
-    names = ("kind", "step", "last_exit_loss", "exits", "exit_losses", "loss_E", "agreement_E")
-    shown = steps[:: math.ceil(len(steps) / CURVE) or 1]
-    shown += [row for row in rows if row["kind"] == EVALUATION]
-    return tuple({name: row[name] for name in names if name in row} for row in shown)

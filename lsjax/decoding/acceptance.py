@@ -103,7 +103,7 @@ def accept_block(logits_BTV: Float[Array, "B T V"], draft: Draft) -> Accepted:
     accepted, with chance w, or none. They are samples of p: the next rounds may draw them.
     """
     state, sampling, head = draft.state, draft.state.sampling, draft.head
-    log_p_BTV = sampling.log_probs(logits_BTV)
+    log_p_BTV = sampling.log_distribution(logits_BTV)
     weight_BT, chance_BT = block_chances(log_p_BTV, draft)
     index_T = jnp.arange(chance_BT.shape[1])
     # All tests count, so every round needs fresh numbers: they depend on where it starts.
@@ -133,6 +133,7 @@ def block_chances(
         w_0 = 1    w_t = min(1, w_{t-1} p(x_t) / q(x_t))
         h_t = e_t / (e_t + 1 - w_t)    with the excess e_t = sum of max(0, w_t p - q) over tokens
 
+    x_t is `draft.tokens_BT[:, t - 1]`, and column t of p and q is the distribution after it.
     Columns beyond the draft are undefined.
     """
     head = draft.head

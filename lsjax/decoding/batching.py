@@ -158,9 +158,10 @@ class ContinuousBatch:
                 if self._rows and (not waiting or len(self._rows) == rows):
                     self._advance()
         finally:
-            self._leave()
+            self._keep_cache()
 
-    def _leave(self) -> None:
+    def _keep_cache(self) -> None:
+        """Returns the cache of a single row to the conversation."""
         if self._is_single and self._state is not None:
             self._conversation.keep(self._state, self._depth, self._runtime.model)
             self._state = None
@@ -168,7 +169,7 @@ class ContinuousBatch:
     def _admit(self, row: int, index: int, request: Request) -> None:
         """Reads a prompt and assigns it a row."""
         runtime, ids, depth = self._runtime, request.prompt, self._depth
-        self._leave()
+        self._keep_cache()
         if self._is_single:
             capacity = runtime.capacity(len(ids) + 1, self._strategy)
         else:
@@ -206,7 +207,7 @@ class ContinuousBatch:
         if reason is None:
             return Update(live.index, text, trace, None)
         del self._rows[row]
-        finish_B[row] = finish or STOP
+        finish_B[row] = STOP if finish == RUNNING else finish
         # Rounds after a stop string do not count. The host sees the string only when it reads next.
         share = (trace.rounds - before) / max(1, whole.rounds - before)
         is_stop = finish == EOS and trace.tokens_n[-1] in request.stop_ids

@@ -70,7 +70,9 @@ class Draft:
     """
 
     state: DecodeState  # the rows before the round, with the draft's keys and values
-    hidden: tuple[Float[Array, "B T D"], ...]  # states after the first layers, and others to keep
+    # States that are kept, ascending by layer. Self-speculation: of exits below its own, then of
+    # its own, which drafts. `auto`: the embedding, then each exit's.
+    hidden: tuple[Float[Array, "B T D"], ...]
     tokens_BT: Int[Array, "B T"]
     count_B: Int[Array, " B"]
     log_q_BTW: Float[Array, "B T W"] | None  # the drafts' distributions, None if greedy
@@ -181,7 +183,7 @@ class Draft:
         if state.sampling is None:
             index_B = argmax(logits_B1W[:, 0])
         else:
-            log_q_B1W = state.sampling.log_probs(logits_B1W)
+            log_q_B1W = state.sampling.log_distribution(logits_B1W)
             q_BW = jnp.exp(log_q_B1W[:, 0])
             index_B = state.sampling.token(q_BW, state.length_B, Purpose.DRAFT, at)
         return Chosen(

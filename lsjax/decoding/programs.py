@@ -94,18 +94,19 @@ def decode(
     time. Stops before a round that the cache has no room for: the host grows it. Stops if the
     strategy does."""
 
-    def more(carry):
-        done, current = carry
-        goes_on = current.goes_on(running_B, strategy.slack) & current.running_B.any()
-        return (done < rounds) & goes_on & strategy.goes_on(current)
+    running_B = state.running_B
 
-    def go_on(carry):
+    def another(carry):
+        done, current = carry
+        fits = current.same_rows_and_room(running_B, strategy.slack) & current.running_B.any()
+        return (done < rounds) & fits & strategy.wants_another(current)
+
+    def run_round(carry):
         done, current = carry
         return done + 1, strategy.round(model, current, arguments)
 
-    running_B = state.running_B
     with jax.named_scope(ROUNDS):
-        return lax.while_loop(more, go_on, (0, state))[1]
+        return lax.while_loop(another, run_round, (0, state))[1]
 
 
 def pause(model: DecoderModel, state: DecodeState, *, strategy: Strategy) -> DecodeState:

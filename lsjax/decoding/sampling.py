@@ -2,10 +2,12 @@
 
 A distribution is a row of log-probabilities [V], -inf for a token that may not be drawn. A row of
 temperature 0 is greedy: the argmax has probability 1. The filters find a threshold by bisection
-instead of sorting the vocabulary. A draw depends on the row's key and on the draw's purpose. It
-also depends on the position where its round starts, and on its offset from there. So a row's tokens
-do not depend on its batch mates, except in `Adaptive`. And no draw of a rejected draft returns in
-the next round.
+instead of sorting the vocabulary.
+
+A draw depends on the row's key and on the draw's purpose. The full model's own tokens also depend
+on their position. Drafts and their tests depend on the position where their round starts, and on
+their offset from there: so no draw of a rejected draft returns in the next round. A row's tokens do
+not depend on its batch mates, except in `Adaptive`.
 """
 
 from collections.abc import Callable, Sequence
@@ -66,7 +68,7 @@ class RowSampling:
             ),
         )
 
-    def log_probs(self, logits_BTV: Float[Array, "B T V"]) -> Float[Array, "B T V"]:
+    def log_distribution(self, logits_BTV: Float[Array, "B T V"]) -> Float[Array, "B T V"]:
         """The distributions that a token is drawn from, normalised."""
         # Gathered once, instead of an all-reduce in every step of a bisection.
         logits_BTV = constrain(logits_BTV, "data")

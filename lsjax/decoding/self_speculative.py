@@ -149,7 +149,7 @@ def draft_tokens(
         draft = draft.with_token(at, chosen)
         if confidence is not None:
             sure_B = sure_B * confidence.chance(chosen.top_B1)
-            active_B &= confidence.suffices(sure_B, at)
+            active_B &= confidence.suffices(sure_B, at)  # else the new token does not count
         draft = replace(draft, count_B=draft.count_B + active_B)
         active_B &= ~state.is_stop(chosen.token_B)
         return DraftLoop(at + 1, chosen.token_B, active_B, sure_B, draft)

@@ -118,7 +118,7 @@ class DecodeState:
         """Rows still decoding."""
         return self.finish_B == RUNNING
 
-    def goes_on(self, running_B: Bool[Array, " B"], slack: int) -> Bool[Array, ""]:
+    def same_rows_and_room(self, running_B: Bool[Array, " B"], slack: int) -> Bool[Array, ""]:
         """Whether the rows `running_B` all still run, and have `slack` free slots."""
         has_room_B = ~self.running_B | (self.length_B + slack <= self.capacity)
         return ((self.running_B == running_B) & has_room_B).all()
@@ -172,7 +172,7 @@ class DecodeState:
         if self.sampling is None:
             token_B = argmax(changed_BTV[:, 0])
         else:
-            p_BV = jnp.exp(self.sampling.log_probs(changed_BTV)[:, 0])
+            p_BV = jnp.exp(self.sampling.log_distribution(changed_BTV)[:, 0])
             token_B = self.sampling.token(p_BV, self.length_B, Purpose.TOKEN)
         new_BT = token_B[:, None]
         return self.commit(new_BT, log_probs_BT=self.log_probs(logits_BTV, new_BT))

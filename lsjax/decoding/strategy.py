@@ -63,7 +63,7 @@ class Strategy(ABC):
         """Whether rounds of the traced program stop at times, for a `pause`."""
         return False
 
-    def goes_on(self, state: DecodeState) -> Bool[Array, ""] | bool:
+    def wants_another(self, state: DecodeState) -> Bool[Array, ""] | bool:
         """Whether another round follows before a pause."""
         return True
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 
-from lsjax.config import GREEDY, Sampling
+from lsjax.config import GREEDY, Sampling, check
 from lsjax.data.tokenizer import Tokenizer
 from lsjax.decoding.engine import Engine, Prompt
 from lsjax.decoding.self_speculative import SelfSpeculative
@@ -45,10 +45,11 @@ class Acceptance:
         return self.accepted_EJ / drafted_EJ
 
     def estimate(self, exit_layer: int, position: int) -> Estimate:
-        """The rate at a position, with its interval from the texts."""
+        """The rate at a position, with its interval from the texts that drafted there."""
         at = self.exits.index(exit_layer), position
-        counts = (counts_nEJ[:, *at] for counts_nEJ in (self.accepted_nEJ, self.drafted_nEJ))
-        return from_samples(ratio, *counts, of="prompts")
+        accepted_n, drafted_n = self.accepted_nEJ[:, *at], self.drafted_nEJ[:, *at]
+        has_drafts_n = drafted_n > 0
+        return from_samples(ratio, accepted_n[has_drafts_n], drafted_n[has_drafts_n], of="prompts")
 
     @classmethod
     def of(cls, answers: Sequence[Answer]) -> "Acceptance":
@@ -82,6 +83,7 @@ def acceptance(
     `Engine.generate`. options: of `Engine`, such as batch_size and mesh. Raises ConfigError as
     `Engine` does.
     """
+    check(len(exits) > 0, "exits is empty: name at least one exit")
     rows: list[Mapping[str, Any]] = []
     engine = Engine(model, tokenizer, SelfSpeculative(exits[0], num_draft_tokens), **options)
     for exit_layer in exits:

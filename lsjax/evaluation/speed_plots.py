@@ -1,6 +1,7 @@
 """Plots of decoding: speeds of strategies, acceptance of drafts, and rounds of many rows."""
 
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 
 import numpy as np
 
@@ -51,7 +52,9 @@ def plot_speeds(rows: Sequence[Row], file: AnyPath, *, title: str = "") -> None:
             style = dict(marker="|", ms=13, mew=2, color=COLOURS[1], ls="")
             axes.plot([], [], label="ideal, by bytes of weights", **style)
         if any(row["speedup_low"] is not None for row in rows):
-            axes.plot([], [], color="#000000", lw=1.5, label="95% interval over prompts")
+            sources = {row.get("interval_of", "prompts") for row in rows}
+            label = f"95% interval over {' and '.join(sorted(sources))}"
+            axes.plot([], [], color="#000000", lw=1.5, label=label)
         if axes.get_legend_handles_labels()[1]:
             axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
 
@@ -75,15 +78,15 @@ def plot_acceptance(found: Acceptance, file: AnyPath, *, title: str = "") -> Non
     intervals over the texts."""
     positions = np.arange(found.drafted_EJ.shape[1])
     with figure(1, 1, (10, 4), file, title) as ((axes,),):
-        for exit_layer, colour in zip(found.exits, COLOURS, strict=False):
+        for exit_layer, colour in zip(found.exits, cycle(COLOURS), strict=False):
             at = [j for j in positions if found.drafted_EJ[found.exits.index(exit_layer), j]]
             own = [found.estimate(exit_layer, j) for j in at]
             numbers = np.array(at) + 1
             values = [one.value for one in own]
             axes.plot(numbers, values, color=colour, label=f"exit {exit_layer}", **DOTS)
-            if own and own[0].low is not None:
-                low, high = ([getattr(one, end) for one in own] for end in ("low", "high"))
-                axes.fill_between(numbers, low, high, color=colour, alpha=0.2, lw=0)
+            ends = [[one.low, one.high] for one in own]  # None, which is not drawn, for one text
+            low, high = np.array(ends, float).reshape(-1, 2).T
+            axes.fill_between(numbers, low, high, color=colour, alpha=0.2, lw=0)
         axes.set(xlabel="position in the draft", ylabel="share that is accepted", ylim=(0, 1.03))
         axes.set_xticks(positions + 1)
         axes.set_xlim(0.5, len(positions) + 0.5)

@@ -26,9 +26,9 @@ MOST_DISAGREEMENT, MOST_SHARE = 1.5, 1.1
 def timed_beside(
     engine: Engine, question: Question, completion: Completion, base: Completion
 ) -> dict[str, Any]:
-    """Seconds of the baseline in the same turn, the first difference from its text if both texts
-    must be equal, and the share of 4-grams that repeat earlier ones. JSON has null for an infinite
-    margin."""
+    """Seconds and tokens of the baseline in the same turn, the first difference from its text if
+    both texts must be equal, and the share of 4-grams that repeat earlier ones. JSON has null for
+    an infinite margin."""
     config, difference = engine.model.config, None
     if completion.seed is None and engine.strategy.depth(config) == config.num_layers:
         tokens = base.token_ids, completion.token_ids
@@ -39,6 +39,7 @@ def timed_beside(
     repeated = repeated_share(completion.token_ids)
     return {
         "base_seconds": base.decode_seconds,
+        "base_num_new_tokens": base.num_new_tokens,
         "difference": difference,
         "repeated_4grams": repeated,
     }
@@ -54,10 +55,12 @@ def cell_speeds(config: LlamaConfig, answers: Sequence[Answer]) -> Iterator[dict
         size, seconds = _base_token(one)
         base[size] = min(base.get(size, math.inf), seconds)
     for cell, group, own in grouped(answers):
-        speeds = [(one["num_new_tokens"] - 1) / one["decode_seconds"] for one in own]
+        speeds = [_rate(one) for one in own]
         by_text: dict[str, list[float]] = {}
         for one in own:
-            by_text.setdefault(one["id"], []).append(one["base_seconds"] / one["decode_seconds"])
+            tokens = (one["num_new_tokens"] - 1) / (one["base_num_new_tokens"] - 1)
+            times = one["base_seconds"] / one["decode_seconds"] * tokens
+            by_text.setdefault(one["id"], []).append(times)
         speedups = [statistics.median(repeats) for repeats in by_text.values()]
         estimate = from_samples(np.median, speedups, of="prompts")
         speedup = estimate.value
@@ -96,11 +99,17 @@ def cell_speeds(config: LlamaConfig, answers: Sequence[Answer]) -> Iterator[dict
         }
 
 
+def _rate(answer: Answer) -> float:
+    """Tokens per second, without the first token, which comes from the prompt."""
+    return (answer["num_new_tokens"] - 1) / answer["decode_seconds"]
+
+
 def _base_token(answer: Answer) -> tuple[int, float]:
     """Size and seconds of a token of autoregressive decoding. Texts of one size take equally long
     for a token: their lengths differ by less than a factor of two."""
-    length = answer["num_prompt_tokens"] + answer["num_new_tokens"]
-    return length.bit_length(), answer["base_seconds"] / (answer["num_new_tokens"] - 1)
+    tokens = answer["base_num_new_tokens"]
+    length = answer["num_prompt_tokens"] + tokens
+    return length.bit_length(), answer["base_seconds"] / (tokens - 1)
 
 
 def disagreement(own: Sequence[Answer], base: Mapping[int, float]) -> float:

@@ -73,18 +73,18 @@ class Attention(nnx.Module):
     heads. That needs one matmul instead of three, and shards along K without a gather."""
 
     def __init__(self, config: LlamaConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
-        d, k, h = config.hidden_size, config.num_kv_heads, config.head_dim
+        width, k, size = config.hidden_size, config.num_kv_heads, config.head_dim
         heads, bias = config.num_heads, config.attention_bias
         self.group = heads // k
         normal = nnx.initializers.normal
         reads, writes = normal(config.init_std), normal(config.residual_std)
-        qkv = reads(rngs.params(), (d, k, self.group + 2, h), dtype)
+        qkv = reads(rngs.params(), (width, k, self.group + 2, size), dtype)
         self.qkv = Linear(qkv, bias=bias or config.qkv_bias)
-        self.out = Linear(writes(rngs.params(), (heads * h, d), dtype), bias=bias)
+        self.out = Linear(writes(rngs.params(), (heads * size, width), dtype), bias=bias)
 
         def norm(count: int) -> Callable[[Array], Array]:
-            size = {"none": None, "head": h, "full": (count, h)}[config.qk_norm]
-            return RMSNorm(size, config.norm_eps, dtype) if size else identity
+            shape = {"none": None, "head": size, "full": (count, size)}[config.qk_norm]
+            return RMSNorm(shape, config.norm_eps, dtype) if shape else identity
 
         self.q_norm, self.k_norm = norm(heads), norm(k)
 

@@ -5,23 +5,24 @@ from typing import Any
 
 import numpy as np
 
-from lsjax.config import AnyPath, check
+from lsjax.config import AnyPath, ConfigError
 from lsjax.config.checked import differences, shown
-from lsjax.evaluation.intervals import Estimate, from_samples, from_seeds
+from lsjax.decoding.auto.adaptive import Adaptive
+from lsjax.evaluation.intervals import Estimate, from_samples
 from lsjax.evaluation.plots import plot_exits
-from lsjax.evaluation.scores import Cell
+from lsjax.evaluation.speeds import doubts
 from lsjax.reporting.figures import (
+    Speed,
     agreements,
-    loss_difference,
+    in_doubt,
+    loss_differences,
     losses,
-    score,
+    speeds,
     summarised,
 )
 from lsjax.reporting.page import shown_content, with_source, write_forms
 from lsjax.reporting.pictures import EXITS
 from lsjax.reporting.record import Report, read_report
-
-AUTO = Cell("auto")
 
 
 def compare(directories: Sequence[AnyPath], output: AnyPath) -> tuple[str, AnyPath]:
@@ -30,66 +31,60 @@ def compare(directories: Sequence[AnyPath], output: AnyPath) -> tuple[str, AnyPa
     Raises ConfigError if a directory holds no report, or if two were not measured alike: on other
     machines, with other held-out text, prompts or settings.
     """
-    names = [directory.name for directory in directories]
-    check(len(names) > 1, f"--compare has only {names[0]}: name at least two reports")
-    check(len({*names}) == len(names), f"two reports have the same name ({names}): rename one")
-    reports = [read_report(directory) for directory in directories]
-    first = reports[0]
-    for name, other in zip(names[1:], reports[1:], strict=True):
+    by_name = {directory.name: read_report(directory) for directory in directories}
+    (first_name, first), *others = by_name.items()
+    for name, other in others:
         for path, one, two in differences(first.alike, other.alike):
-            check(
-                False,
-                f"{names[0]} and {name} were not measured alike ({path}: {shown(one)} and "
-                f"{shown(two)}): repeat one of them like the other",
+            raise ConfigError(
+                f"{first_name} and {name} were not measured alike ({path}: {shown(one)} and "
+                f"{shown(two)}): repeat one of them like the other"
             )
-    by_name = dict(zip(names, reports, strict=True))
     output.mkdir(parents=True, exist_ok=True)
-    of_exits = ({name: of(one, one.main) for name, one in by_name.items()} for of in CURVES)
-    trained = sorted({exit_layer for one in reports for exit_layer in one.of(one.main)[0].exits})
+    of_exits = (
+        {name: figures(one, one.main) for name, one in by_name.items()}
+        for figures in (losses, agreements)
+    )
+    trained = sorted({exit_ for one in by_name.values() for exit_ in one.of(one.main)[0].exits})
     plot_exits(*of_exits, output / EXITS, trained=trained)
     answer = "; ".join(f"{name}: {_sentence(first, one)}" for name, one in by_name.items())
-    content = shown_content(f"{len(names)} reports", answer)
+    content = shown_content(f"{len(by_name)} reports", answer)
+    content["warning"] = doubts([row.figures for one in by_name.values() for row in speeds(one)])
     content["facts"] = [fact for name, one in by_name.items() for fact in _facts(name, one, first)]
     content["about"] = {name: one.about.get("command", "") for name, one in by_name.items()}
     content["about"] |= {name: str(value) for name, value in first.alike.items() if value}
     return answer, write_forms(content | {"pictures": [EXITS]}, output)
 
 
-CURVES = (losses, agreements)
-
-
 def _sentence(first: Report, other: Report) -> str:
-    """Loss and the best speed of a report, and how they differ from the first one's."""
+    """Loss and speeds of a report, and how its loss differs from the first one's."""
     found = summarised(other)
-    best = "nothing drafts"
-    if found.best is not None:
-        best = f"{found.best.cell} at {found.best.speedup.value:.2f}x"
-    if other is first:
-        return f"loss {found.loss.value:.3f}, {best}"
-    gap = loss_differences(first, other)
-    return f"loss {found.loss.value:.3f} ({gap.text('+.3f')}), {best}"
+    parts = [f"loss {found.loss.value:.3f}"]
+    if other is not first:
+        gap = loss_differences(other.of(other.main), first.of(first.main))
+        parts.append(f"difference {gap.text('+.3f')}")
+    parts += [f"{one.cell} {in_doubt(one)}x" for one in _fast(found.auto, found.fixed)]
+    return ", ".join(parts)
+
+
+def _fast(*given: Speed | None) -> list[Speed]:
+    return [one for one in given if one is not None]
 
 
 def _facts(name: str, report: Report, first: Report) -> list[tuple[str, str]]:
-    found, others = summarised(report), report is not first
+    found, is_other = summarised(report), report is not first
     rows = [(f"{name}: held-out loss", with_source(found.loss, ".3f"))]
-    if others:
-        gap = loss_differences(first, report)
+    if is_other:
+        gap = loss_differences(report.of(report.main), first.of(first.main))
         rows.append((f"{name}: difference of the loss", with_source(gap, "+.3f")))
-    if report.score and (own := score(report, report.main)) is not None:
-        rows.append((f"{name}: {report.score}", with_source(own, ".3f")))
-    best = found.best
-    if best is not None:
-        rows.append((f"{name}: speedup of {best.cell}", with_source(best.speedup, ".2f")))
-    if others and (times := auto_ratio(first, report)) is not None:
+    if report.main in found.scores:
+        rows.append((f"{name}: {report.score}", with_source(found.scores[report.main], ".3f")))
+    rows += [
+        (f"{name}: speedup of {one.cell}", with_source(one.speedup, ".2f"))
+        for one in _fast(found.auto, found.fixed)
+    ]
+    if is_other and (times := auto_ratio(first, report)) is not None:
         rows.append((f"{name}: speed of auto over the first's", with_source(times, ".2f")))
     return rows
-
-
-def loss_differences(first: Report, other: Report) -> Estimate:
-    """Loss of the last exit minus that of the first report, on the same batches."""
-    pairs = zip(other.of(other.main), first.of(first.main), strict=False)
-    return from_seeds([loss_difference(one, two) for one, two in pairs])
 
 
 def auto_ratio(first: Report, other: Report) -> Estimate | None:
@@ -103,7 +98,7 @@ def auto_ratio(first: Report, other: Report) -> Estimate | None:
 
 
 def _rates(report: Report) -> dict[Any, float]:
-    """Tokens per second of auto by prompt, in the models of the first seed."""
+    """Tokens per second of auto by prompt, in the model of the first seed."""
     own = report.of(report.main)[0].answers
-    timed = (one for one in own if Cell.of(one) == AUTO and one["num_new_tokens"] > 1)
-    return {one["id"]: (one["num_new_tokens"] - 1) / one["decode_seconds"] for one in timed}
+    timed = (a for a in own if a["strategy"] == Adaptive.name and a["num_new_tokens"] > 1)
+    return {a["id"]: (a["num_new_tokens"] - 1) / a["decode_seconds"] for a in timed}

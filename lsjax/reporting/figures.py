@@ -7,13 +7,17 @@ from typing import Any
 
 import numpy as np
 
+from lsjax.decoding.auto.adaptive import Adaptive
 from lsjax.decoding.self_speculative import SelfSpeculative
+from lsjax.decoding.strategy import Autoregressive
 from lsjax.evaluation.acceptance import Acceptance
 from lsjax.evaluation.intervals import Estimate, from_samples, from_seeds, ratio
 from lsjax.evaluation.scores import ALL, Cell
 from lsjax.evaluation.speeds import cell_speeds
 from lsjax.reporting.record import Kind, Measured, Report
 
+# Figures of which a report shows the mean over its seeds.
+MEANS = ("tokens_per_second", "acceptance_rate", "tokens_per_round", "ideal", "repeated_4grams")
 NAMES: dict[Kind, str] = {
     "layerskip": "with LayerSkip",
     "plain": "without LayerSkip",
@@ -23,11 +27,10 @@ NAMES: dict[Kind, str] = {
 
 @dataclass(frozen=True)
 class Speed:
-    """A strategy on the held-out prompts. figures: of the first training (`cell_speeds`)."""
+    """A strategy on the held-out prompts. figures: of `cell_speeds`, as means over the seeds."""
 
     cell: Cell
     speedup: Estimate
-    tokens_per_second: float
     figures: dict[str, Any]
 
 
@@ -35,7 +38,8 @@ class Speed:
 class Summary:
     """The figures behind the answer. Differences are with LayerSkip minus without."""
 
-    best: Speed | None  # None if no strategy drafted
+    auto: Speed | None  # None if nothing was decoded
+    fixed: Speed | None  # the fastest static setting, chosen on the same prompts
     loss: Estimate
     plain_loss: Estimate | None
     loss_difference: Estimate | None
@@ -43,29 +47,29 @@ class Summary:
 
     @property
     def pays(self) -> bool | None:
-        """Whether drafting is faster, beyond the interval; None if that stays open."""
-        if self.best is None:
+        """Whether auto is faster, beyond its interval; None if that stays open."""
+        found = self.auto
+        if found is None:
             return False
-        low, high = self.best.speedup.low, self.best.speedup.high
-        if low is None or high is None or low <= 1 <= high:
+        low, high = found.speedup.low, found.speedup.high
+        if low is None or high is None or low <= 1 <= high or not found.figures["trusted"]:
             return None
         return low > 1
 
 
 def summarised(report: Report) -> Summary:
     """The answer's figures."""
-    main, plain = report.main, report.of("plain")
-    loss = losses(report, main)[-1]
-    drafted = [one for one in speeds(report) if one.cell.strategy != "autoregressive"]
-    own = [one for one in drafted if one.cell.strategy != "early_exit"]
-    best = max(own, key=lambda one: (one.figures["trusted"], one.speedup.value), default=None)
-    found = {kind: score(report, kind) for kind in NAMES if report.score and report.of(kind)}
-    scores = {kind: one for kind, one in found.items() if one is not None}
-    if not plain:
-        return Summary(best, loss, None, None, scores)
-    pairs = zip(report.of(main), plain, strict=True)
-    differences = from_seeds([loss_difference(one, other) for one, other in pairs])
-    return Summary(best, loss, losses(report, "plain")[-1], differences, scores)
+    main, plain, found = report.main, report.of("plain"), speeds(report)
+    fixed = [one for one in found if one.cell.strategy == SelfSpeculative.name]
+    scores = {kind: score(report, kind) for kind in NAMES if report.score and report.of(kind)}
+    return Summary(
+        auto=next((one for one in found if one.cell.strategy == Adaptive.name), None),
+        fixed=max(fixed, key=lambda one: (one.figures["trusted"], one.speedup.value), default=None),
+        loss=losses(report, main)[-1],
+        plain_loss=losses(report, "plain")[-1] if plain else None,
+        loss_difference=loss_differences(report.of(main), plain) if plain else None,
+        scores={kind: one for kind, one in scores.items() if one is not None},
+    )
 
 
 def losses(report: Report, kind: Kind) -> list[Estimate]:
@@ -91,6 +95,12 @@ def _by_exit(
     return found
 
 
+def loss_differences(ones: Sequence[Measured], others: Sequence[Measured]) -> Estimate:
+    """Loss of the last exit minus that of other models with the same seeds, on the same batches."""
+    pairs = zip(ones, others, strict=True)
+    return from_seeds([loss_difference(one, other) for one, other in pairs])
+
+
 def loss_difference(one: Measured, other: Measured) -> Estimate:
     """Difference of the last exit's loss on the same batches."""
     gaps = np.array(one.loss_nE)[:, -1] - np.array(other.loss_nE)[:, -1]
@@ -101,14 +111,13 @@ def score(report: Report, kind: Kind) -> Estimate | None:
     """Mean score of the full model's answers; None without answers."""
     found = []
     for one in report.of(kind):
-        own = [a["scores"][report.score] for a in one.answers if Cell.of(a) == Cell(PLAIN)]
+        own = [
+            a["scores"][report.score] for a in one.answers if a["strategy"] == Autoregressive.name
+        ]
         if not own:
             return None
         found.append(from_samples(np.mean, own, of="prompts"))
     return from_seeds(found)
-
-
-PLAIN = "autoregressive"
 
 
 def speeds(report: Report) -> list[Speed]:
@@ -116,29 +125,33 @@ def speeds(report: Report) -> list[Speed]:
     by_cell: dict[Cell, list[dict[str, Any]]] = {}
     for one in report.of(report.main):
         # A text of one token has no speed.
-        timed = [answer for answer in one.answers if answer["num_new_tokens"] > 1]
+        names = ("num_new_tokens", "base_num_new_tokens")
+        timed = [answer for answer in one.answers if min(answer[name] for name in names) > 1]
         for row in cell_speeds(report.shape, timed) if timed else ():
             if row["group"] == ALL:
                 by_cell.setdefault(Cell.of(row), []).append(row)
-    found = []
-    for cell, rows in by_cell.items():
-        each = [
-            Estimate(
-                row["speedup"], row["speedup_low"], row["speedup_high"], "prompts", row["texts"]
-            )
-            for row in rows
-        ]
-        rate = statistics.fmean(row["tokens_per_second"] for row in rows)
-        found.append(Speed(cell, from_seeds(each), rate, rows[0]))
-    return found
+    return [_over_seeds(cell, rows) for cell, rows in by_cell.items()]
+
+
+def _over_seeds(cell: Cell, rows: Sequence[dict[str, Any]]) -> Speed:
+    """Means over the trainings. Figures are trusted if those of all are."""
+    names = ("speedup", "speedup_low", "speedup_high")
+    speedup = from_seeds(
+        [Estimate(*(row[n] for n in names), "prompts", row["texts"]) for row in rows]
+    )
+    figures = dict(rows[0])
+    for name in MEANS:
+        known = [row[name] for row in rows if row[name] is not None]
+        figures[name] = statistics.fmean(known) if known else None
+    figures |= dict(zip(names, (speedup.value, speedup.low, speedup.high), strict=True))
+    figures |= {"interval_of": speedup.of, "trusted": all(row["trusted"] for row in rows)}
+    return Speed(cell, speedup, figures)
 
 
 def accepted(report: Report) -> Acceptance | None:
     """Counts of drafts of the longest draft length, over all seeds; None if nothing drafted."""
-    rows = []
-    for one in report.of(report.main):
-        own = [a for a in one.answers if a["strategy"] == SelfSpeculative.name]
-        rows += [{**answer, "id": f"{one.seed} {answer['id']}"} for answer in own]
+    models = report.of(report.main)
+    rows = [row for one in models for row in one.answers if row["strategy"] == SelfSpeculative.name]
     most = max((row["num_draft_tokens"] for row in rows), default=None)
     rows = [row for row in rows if row["num_draft_tokens"] == most]
     return Acceptance.of(rows) if rows else None
@@ -146,38 +159,28 @@ def accepted(report: Report) -> Acceptance | None:
 
 def in_words(report: Report) -> str:
     """The answer in a few sentences."""
-    found = summarised(report)
-    parts = []
-    if found.best is None:
-        parts.append("Nothing was drafted.")
+    found, parts = summarised(report), []
+    if found.auto is None:
+        parts.append("Nothing was decoded.")
     else:
         verdict = {True: "Yes", False: "No", None: "Not clear"}[found.pays]
-        name = described(found.best.cell)
         parts.append(
-            f"{verdict}: {name} writes {found.best.speedup.text()} times as many tokens a second "
-            f"as autoregressive decoding."
+            f"{verdict}: auto writes {in_doubt(found.auto)} times as many tokens a second as "
+            "autoregressive decoding."
         )
-    losses_ = f"Held-out loss {found.loss.value:.3f}"
+    if found.fixed is not None:
+        parts.append(f"The best fixed setting, {found.fixed.cell}, writes {in_doubt(found.fixed)}.")
+    loss = f"Held-out loss {found.loss.value:.3f}"
     if found.plain_loss is not None and found.loss_difference is not None:
-        losses_ += f", without LayerSkip {found.plain_loss.value:.3f}"
-        losses_ += f" (difference {found.loss_difference.text('+.3f')})"
-    parts.append(f"{losses_}.")
+        loss += f", without LayerSkip {found.plain_loss.value:.3f}"
+        loss += f"; difference {found.loss_difference.text('+.3f')}"
+    parts.append(f"{loss}.")
     if found.scores:
         each = (f"{one.text('.3f')} {NAMES[kind]}" for kind, one in found.scores.items())
         parts.append(f"Score ({report.score}): {', '.join(each)}.")
     return " ".join(parts)
 
 
-def described(cell: Cell) -> str:
-    """A strategy in words: exit 8 with 4 drafts."""
-    if cell.exit_layer is None:
-        return cell.strategy.replace("_", " ")
-    if cell.num_draft_tokens is None:
-        return f"early exit {cell.exit_layer}"
-    drafts = f"{cell.num_draft_tokens} draft{'s' * (cell.num_draft_tokens != 1)}"
-    words = f"exit {cell.exit_layer} with {drafts}"
-    if cell.draft_vocab is not None:
-        words += f", vocabulary {cell.draft_vocab:,}"
-    if cell.draft_confidence is not None:
-        words += f", confidence {cell.draft_confidence:g}"
-    return words
+def in_doubt(one: Speed) -> str:
+    """A speedup, with a question mark if the machine was probably busy."""
+    return one.speedup.text() + "?" * (not one.figures["trusted"])

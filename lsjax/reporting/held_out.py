@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -21,10 +22,15 @@ class HeldOut:
     questions: list[Question]
 
     @property
-    def fingerprint(self) -> str:
-        """Hash of the rows and the prompts."""
+    def alike(self) -> dict[str, Any]:
+        """What must be equal in models that are compared."""
         prompts = [list(question.request.prompt) for question in self.questions]
-        return digest([self.rows.rows.fingerprint, len(self.rows), self.rows.batch_size, prompts])
+        return {
+            "number of prompts": len(self.questions),
+            "scored batches": len(self.rows),
+            "held-out rows": digest([self.rows.rows.fingerprint, self.rows.batch_size]),
+            "prompts": digest(prompts),
+        }
 
 
 def held_out(
@@ -34,25 +40,30 @@ def held_out(
     num_batches: int,
     num_prompts: int,
     max_new_tokens: int,
+    max_context: int,
     sampling: Sampling,
     stop: tuple[str, ...] = (),
 ) -> HeldOut:
     """Reads the held-out rows of a run, and evenly spaced prompts from them.
 
-    Question number i has the seed + i. Raises ConfigError if the data has too few documents, or no
-    prompt with room for new tokens.
+    Question number i has the seed + i. max_context: of the model. Raises ConfigError if the data
+    has too few documents, or no prompt with room for new tokens.
     """
+    check(
+        not (config.data.has_prompts and config.data.train_on_prompt),
+        "data.train_on_prompt hides which tokens are the answer: a report on a task needs it off",
+    )
     options = dict(seq_len=config.seq_len, split="validation", cache=cache_directory())
     rows = packed_rows(config.data, tokenizer, **options)
     batches = OnePass(rows, config.batch_size, max_batches=num_batches)
     every_row = replace(batches, max_batches=None)
     read = _examples if config.data.has_prompts else _beginnings
-    room = config.model.max_context - max_new_tokens
+    room = max_context - max_new_tokens
     found = [one for one in read(every_row, config, tokenizer) if len(one[0]) <= room]
     check(
         bool(found),
         f"no held-out prompt leaves room for {max_new_tokens} new tokens in the context of "
-        f"{config.model.max_context}: lower --new-tokens",
+        f"{max_context}: lower --new-tokens",
     )
     most = min(num_prompts, len(found))
     chosen = [found[(2 * number + 1) * len(found) // (2 * most)] for number in range(most)]

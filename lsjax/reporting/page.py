@@ -11,7 +11,15 @@ from lsjax.evaluation.intervals import Estimate
 from lsjax.evaluation.speeds import doubts
 from lsjax.io.files import write_whole
 from lsjax.reporting import pictures
-from lsjax.reporting.figures import NAMES, agreements, losses, speeds, summarised
+from lsjax.reporting.figures import (
+    NAMES,
+    Speed,
+    agreements,
+    in_doubt,
+    losses,
+    speeds,
+    summarised,
+)
 from lsjax.reporting.record import Report
 
 HTML, MARKDOWN = "report.html", "report.md"
@@ -37,15 +45,23 @@ def template(name: str, autoescape: bool = False) -> jinja2.Template:
     """One of the templates beside this file."""
     source = files("lsjax.reporting").joinpath(name).read_text("utf-8")
     settings = dict(trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
-    return jinja2.Environment(autoescape=autoescape, **settings).from_string(source)
+    environment = jinja2.Environment(autoescape=autoescape, **settings)
+    environment.filters["cell"] = in_cell
+    return environment.from_string(source)
+
+
+def in_cell(value: str) -> str:
+    """A text in a cell of a Markdown table, which ends at a | or a line break."""
+    return str(value).replace("\n", "\\n").replace("|", "\\|")
 
 
 def content(report: Report) -> dict[str, Any]:
     """All that the templates show, but for the pictures."""
+    found = speeds(report)
     return shown_content(f"Does LayerSkip pay for {report.title}?", report.answer) | {
-        "warning": doubts([one.figures for one in speeds(report)]),
+        "warning": doubts([one.figures for one in found]),
         "facts": facts(report),
-        "tables": {"exits": exit_table(report), "speeds": speed_table(report)},
+        "tables": {"exits": exit_table(report), "speeds": speed_table(found)},
         "texts": report.texts,
         "about": report.about,
         "recipe": {path: plain(value) for path, value in report.recipe.items()},
@@ -70,18 +86,21 @@ def facts(report: Report) -> list[tuple[str, str]]:
         (f"{report.score}, {NAMES[kind]}", with_source(one, ".3f"))
         for kind, one in found.scores.items()
     ]
-    if found.best is not None:
-        rows.append((f"speedup of {found.best.cell}", with_source(found.best.speedup, ".2f")))
-    trained = [one for one in report.models if one.training_seconds]
-    for one in trained:
-        name = f"training {NAMES[one.kind]}, seed {one.seed}"
-        rows.append((name, f"{one.training_seconds / 60:.1f} minutes"))
+    for one in (found.auto, found.fixed):
+        if one is not None:
+            rows.append((f"speedup of {one.cell}", with_source(one.speedup, ".2f")))
+    for model in report.models:
+        if model.training_seconds:
+            name = f"training {NAMES[model.kind]}, seed {model.seed}"
+            rows.append((name, f"{model.training_seconds / 60:.1f} minutes"))
     return rows
 
 
 def with_source(found: Estimate, form: str) -> str:
     """A figure with its interval, and what the interval comes from."""
-    return found.text(form) + (f", 95% over {found.count} {found.of}" if found.low else "")
+    if found.low is None:
+        return found.text(form)
+    return f"{found.text(form)}, 95% interval from {found.count} {found.of}"
 
 
 def exit_table(report: Report) -> list[list[str]]:
@@ -91,38 +110,37 @@ def exit_table(report: Report) -> list[list[str]]:
     layers = report.shape.num_layers
     most = min(SHOWN_EXITS, layers)
     shown = sorted({*trained, *(-(-layers * part // most) for part in range(1, most + 1))})
-    heading = ["exit"]
+    heading, columns = ["exit"], []
     for kind in kinds:
         heading += [f"loss {NAMES[kind]}", f"agreement {NAMES[kind]}"]
-    table = [heading]
-    for exit_layer in shown:
-        row = [f"{exit_layer}{'*' * (exit_layer in trained)}"]
-        for kind in kinds:
-            row.append(losses(report, kind)[exit_layer - 1].text(".3f"))
-            row.append(agreements(report, kind)[exit_layer - 1].text(".3f"))
-        table.append(row)
-    return table
+        columns += [losses(report, kind), agreements(report, kind)]
+    rows = [
+        [f"{exit_layer}{'*' * (exit_layer in trained)}"]
+        + [column[exit_layer - 1].text(".3f") for column in columns]
+        for exit_layer in shown
+    ]
+    return [heading, *rows]
 
 
-def speed_table(report: Report) -> list[list[str]]:
-    """Speed of each strategy, the fastest first."""
-    names = ["strategy", "speedup", "tokens/s", "accepted", "tokens/round", "ideal", "repeated"]
-    table = [names] if speeds(report) else []
-    for one in sorted(speeds(report), key=lambda one: -one.speedup.value):
-        row, doubt = one.figures, "" if one.figures["trusted"] else "?"
-        cells = [str(one.cell), one.speedup.text() + doubt, f"{one.tokens_per_second:.1f}{doubt}"]
-        for name, form in FIGURES.items():
-            cells.append("-" if row[name] is None else format(row[name], form))
-        table.append(cells)
-    return table
-
-
-FIGURES = {
+FIGURES = {  # of a strategy, after its speed, with their formats
     "acceptance_rate": ".3f",
     "tokens_per_round": ".2f",
     "ideal": ".2f",
     "repeated_4grams": ".2f",
 }
+
+
+def speed_table(found: Sequence[Speed]) -> list[list[str]]:
+    """Speed of each strategy, the fastest first; empty without any."""
+    names = ["strategy", "speedup", "tokens/s", "accepted", "tokens/round", "ideal", "repeated"]
+    table = [names] if found else []
+    for one in sorted(found, key=lambda one: -one.speedup.value):
+        row, doubt = one.figures, "" if one.figures["trusted"] else "?"
+        cells = [str(one.cell), in_doubt(one), f"{row['tokens_per_second']:.1f}{doubt}"]
+        for name, form in FIGURES.items():
+            cells.append("-" if row[name] is None else format(row[name], form))
+        table.append(cells)
+    return table
 
 
 def plain(value: Any) -> str:

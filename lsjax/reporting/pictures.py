@@ -21,16 +21,7 @@ def draw(report: Report, directory: AnyPath) -> list[str]:
     if counts is not None and counts.drafted_EJ.any():
         drawn.append(ACCEPTANCE)
         plot_acceptance(counts, directory / ACCEPTANCE)
-    rows = [
-        {
-            **one.figures,
-            "speedup": one.speedup.value,
-            "speedup_low": one.speedup.low,
-            "speedup_high": one.speedup.high,
-            "tokens_per_second": one.tokens_per_second,
-        }
-        for one in speeds(report)
-    ]
+    rows = [one.figures for one in speeds(report)]
     if rows:
         drawn.append(SPEEDS)
         plot_speeds(rows, directory / SPEEDS)

@@ -4,6 +4,7 @@ The plan is kept in the report's directory. A resumed report reads it, so it is 
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 from lsjax.config import AnyPath, Checked, ConfigError, Sampling, TrainConfig, check
@@ -13,8 +14,9 @@ from lsjax.reporting.recipes import with_steps
 
 PLAN = "plan.json"
 DECODING, SCORING = 0.25, 0.05  # shares of the time, at most, but for the fewest
-FEWEST_PROMPTS, MOST_PROMPTS = 8, 32
-FEWEST_BATCHES, MOST_BATCHES = 8, 64  # of held-out rows, on which the exits are scored
+# Few numbers of prompts, and of batches of held-out rows on which the exits are scored: so reports
+# of equal times can be compared.
+PROMPTS, BATCHES = (8, 16, 32), (8, 16, 32, 64)
 FEWEST_STEPS = 20
 DEFAULT_MINUTES = 60.0
 SLOWER = 1.06  # steps and tokens may take longer than in the first minute
@@ -40,6 +42,11 @@ class Asked(Checked):
     """The recipe or configuration before further flags."""
     config: TrainConfig
     """With further flags."""
+
+    @property
+    def keeps_steps(self) -> bool:
+        """Whether the number of steps is given, and not found from the time."""
+        return self.minutes is None or self.config.num_steps != self.base.num_steps
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +76,7 @@ class Plan(Checked):
     asked: Asked
     config: TrainConfig
     num_prompts: int
-    num_batches: int = MOST_BATCHES
+    num_batches: int = BATCHES[-1]
     speeds: Speeds | None = None
 
 
@@ -79,34 +86,42 @@ def make_plan(asked: Asked, speeds: Speeds, strategies: int, spent: float) -> Pl
     strategies: that decode each prompt, autoregressive decoding included. spent: seconds so far.
     Raises ConfigError if the time is too short.
     """
-    total = 60 * (asked.minutes or DEFAULT_MINUTES)
-    models = asked.seeds * (2 if asked.training else 1)
-    compiling, prompt = _decoding_seconds(asked, speeds, strategies)
-    share = DECODING if asked.training else 1.0
-    num_prompts = asked.prompts or _within(
-        FEWEST_PROMPTS, (share * total - spent - compiling) / prompt, MOST_PROMPTS
-    )
-    batch = models * speeds.plain_step * FORWARD
-    num_batches = MOST_BATCHES
-    if batch:
-        num_batches = _within(FEWEST_BATCHES, SCORING * total / batch, MOST_BATCHES)
+    minutes = asked.minutes or DEFAULT_MINUTES
+    num_prompts, num_batches, steps = _affordable(asked, speeds, strategies, spent, minutes)
     made = dict(asked=asked, num_prompts=num_prompts, num_batches=num_batches, speeds=speeds)
     if not asked.training:
         return Plan(config=asked.config, **made)
-    evaluation = asked.config.evaluation
-    scored = num_batches + math.ceil(asked.base.num_steps / evaluation.every) * evaluation.batches
-    fixed = spent + compiling + num_prompts * prompt + scored * batch + models * speeds.start
-    step = asked.seeds * (speeds.step + speeds.plain_step) * SLOWER
-    steps = int((total - fixed) / step)
-    if asked.minutes is None or asked.config.num_steps != asked.base.num_steps:
-        steps = asked.config.num_steps
-    needed = math.ceil((fixed + FEWEST_STEPS * step) / 60)
-    check(
-        steps >= FEWEST_STEPS or steps == asked.config.num_steps,
-        f"--minutes {asked.minutes} is too short for this model on this machine: give at least "
-        f"{needed}, or choose fewer --prompts, --num-draft-tokens or --new-tokens",
-    )
+    if asked.keeps_steps:
+        return Plan(config=with_steps(asked.config, asked.base, asked.config.num_steps), **made)
+    if steps < FEWEST_STEPS:
+        needed = minutes
+        while _affordable(asked, speeds, strategies, spent, needed)[2] < FEWEST_STEPS:
+            needed += max(1.0, 0.05 * needed)
+        raise ConfigError(
+            f"--minutes {minutes:g} is too short for this model on this machine: give at least "
+            f"{math.ceil(needed)}, or choose fewer --prompts, --num-draft-tokens or --new-tokens"
+        )
     return Plan(config=with_steps(asked.config, asked.base, steps), **made)
+
+
+def _affordable(
+    asked: Asked, speeds: Speeds, strategies: int, spent: float, minutes: float
+) -> tuple[int, int, int]:
+    """Prompts, batches of held-out rows, and steps of each training that fit into the time."""
+    total, models = 60 * minutes, asked.seeds * (2 if asked.training else 1)
+    compiling, prompt = _decoding_seconds(asked, speeds, strategies)
+    share = DECODING if asked.training else 1.0
+    num_prompts = asked.prompts or _largest(PROMPTS, (share * total - spent - compiling) / prompt)
+    batch = models * speeds.plain_step * FORWARD
+    num_batches = _largest(BATCHES, SCORING * total / batch if batch else math.inf)
+    fixed = spent + compiling + num_prompts * prompt + num_batches * batch + models * speeds.start
+    step = asked.seeds * (speeds.step + speeds.plain_step) * SLOWER
+    evaluation, every = asked.config.evaluation, asked.base.evaluation.every
+    if evaluation.every == every:  # so many evaluations, however long the training is
+        fixed += math.ceil(asked.base.num_steps / every) * evaluation.batches * batch
+    else:
+        step += evaluation.batches * batch / evaluation.every
+    return num_prompts, num_batches, int((total - fixed) / step) if step else 0
 
 
 def _decoding_seconds(asked: Asked, speeds: Speeds, strategies: int) -> tuple[float, float]:
@@ -118,8 +133,9 @@ def _decoding_seconds(asked: Asked, speeds: Speeds, strategies: int) -> tuple[fl
     return programs * speeds.compiling + prompt, prompt
 
 
-def _within(fewest: int, affordable: float, most: int) -> int:
-    return max(fewest, min(most, int(affordable)))
+def _largest(choices: Sequence[int], affordable: float) -> int:
+    """The largest choice that is affordable, or else the smallest."""
+    return max([choices[0], *(choice for choice in choices if choice <= affordable)])
 
 
 def read_plan(directory: AnyPath, asked: Asked) -> Plan | None:
@@ -129,12 +145,16 @@ def read_plan(directory: AnyPath, asked: Asked) -> Plan | None:
     if not file.exists():
         return None
     plan = from_json(Plan, read_json(file, ConfigError), str(file))
-    changes = differences(asdict(plan.asked), asdict(asked))
-    path, before, now = next(iter(changes), ("", None, None))
+    before, now = asdict(plan.asked), asdict(asked)
+    # The fields that flags give come first, then the recipe that this machine has chosen.
+    order = sorted(now, key=lambda name: (name == "base", name == "config"))
+    changes = [change for name in order for change in differences(before[name], now[name], name)]
+    path, was, is_ = next(iter(changes), ("", None, None))
     check(
         not changes,
-        f"{directory} was begun with {path.removeprefix('config.')} {shown(before)}, now it is "
-        f"{shown(now)}: use the same flags to resume it, or another --output",
+        f"{directory} was begun with {path.removeprefix('config.').removeprefix('base.')} "
+        f"{shown(was)}, now it is {shown(is_)}: use the same flags and machine to resume it, or "
+        "another --output",
     )
     return plan
 

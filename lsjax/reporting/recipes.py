@@ -22,8 +22,11 @@ from lsjax.config import (
 from lsjax.config.checked import differences, from_json
 from lsjax.reporting.machine import multiplies_bfloat16
 
-SAMPLE_STEPS = 10_000  # of the recipe that is shown before the number of steps is known
-EVALUATIONS, SAVES = 4, 4  # in a run, evenly spaced
+# Steps of the recipe before their number is known. Nobody asks for this number.
+SAMPLE_STEPS = 9_960
+# In a run, evenly spaced. Both come together at the last step only: a run that resumes at a saved
+# step does not repeat the evaluation there.
+EVALUATIONS, SAVES = 4, 5
 HELD_OUT_BATCHES = 4  # of an evaluation during the run
 PROMPT_TOKENS = 64
 # Fields that count steps of a run.
@@ -52,7 +55,7 @@ def recipe(model: LlamaConfig, init_from: str, data: DataConfig, num_steps: int)
         init_from=init_from,
         data=data,
         num_steps=num_steps,
-        batch_size=4 if on_cpu else 8 * jax.device_count(),
+        batch_size=4 if on_cpu else 8,
         seq_len=min(model.max_context, 192 if on_cpu else 2_048),
         layer_dropout=LayerDropoutConfig(p_max=0.1),
         early_exit=early_exit,
@@ -61,7 +64,7 @@ def recipe(model: LlamaConfig, init_from: str, data: DataConfig, num_steps: int)
             warmup_steps=max(1, num_steps // 25),
         ),
         dtype="bfloat16" if multiplies_bfloat16() else "float32",
-        checkpoints=CheckpointConfig(every=max(1, num_steps // SAVES), keep_last=1, keep_best=0),
+        checkpoints=CheckpointConfig(every=max(1, num_steps // SAVES), keep_best=0),
         evaluation=EvaluationConfig(
             every=max(1, num_steps // EVALUATIONS),
             batches=HELD_OUT_BATCHES,
@@ -80,7 +83,7 @@ def with_steps(config: TrainConfig, base: TrainConfig, num_steps: int) -> TrainC
         steps = raw[section][name]
         if steps == before[section][name]:
             steps = math.ceil(steps * num_steps / base.num_steps)
-        raw[section][name] = max(1, min(num_steps, steps))
+        raw[section][name] = min(num_steps, steps)
     return from_json(TrainConfig, raw, "the configuration")
 
 
@@ -94,9 +97,9 @@ def without_layerskip(config: TrainConfig) -> TrainConfig:
 
 def chosen(config: TrainConfig) -> dict[str, Any]:
     """Fields by dotted path, apart from the model's shape and those with their default."""
-    plain = TrainConfig(
-        model=config.model, num_steps=config.num_steps, batch_size=1, seq_len=config.seq_len
-    )
+    needed = {name: getattr(config, name) for name in ("model", "num_steps", "seq_len")}
+    plain = TrainConfig(init_from=config.init_from, batch_size=1, **needed)
     changed = differences(asdict(plain), asdict(config))
     paths = {path: value for path, _, value in changed if not path.startswith("model")}
-    return {"num_steps": config.num_steps, "seq_len": config.seq_len} | paths
+    needed.pop("model")
+    return needed | ({"init_from": config.init_from} if config.init_from else {}) | paths

@@ -1,15 +1,19 @@
 """The content of report.json: what was measured, and how. All figures of a page come from it."""
 
 import json
+import math
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from lsjax.checkpoints.run import EVALUATION
 from lsjax.config import AnyPath, Checked, ConfigError, LlamaConfig, check
 from lsjax.config.checked import from_json
 from lsjax.io.files import read_json, write_whole
 
 FORMAT = 1
 REPORT = "report.json"
+CURVE = 200  # steps of a training that a report keeps
 Kind = Literal["layerskip", "plain", "given"]
 
 
@@ -35,6 +39,10 @@ class Measured(Checked):
     """Wall time of the training, its start and compilation included."""
     answers: tuple[dict[str, Any], ...] = ()
     """One for each strategy and prompt (lsjax/evaluation/answers.py), without texts and tokens."""
+    about: dict[str, str]
+    """Machine, versions and date of the measurement, by heading."""
+    alike: dict[str, Any]
+    """What must be equal in models that are compared: machine, prompts, held-out text."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,8 +59,6 @@ class Report(Checked):
     """How it was made, by heading: command, machine, versions, data, and the like."""
     recipe: dict[str, Any]
     """Fields of the training's configuration that differ from their defaults."""
-    alike: dict[str, Any]
-    """What must be equal in reports that are compared: machine, prompts, held-out text."""
     score: str = ""
     """Name of the task's main score; empty if the data is no task."""
     models: tuple[Measured, ...]
@@ -62,6 +68,11 @@ class Report(Checked):
     def of(self, kind: Kind) -> list[Measured]:
         """The models of a kind, one for each seed."""
         return [one for one in self.models if one.kind == kind]
+
+    @property
+    def alike(self) -> dict[str, Any]:
+        """What must be equal in reports that are compared."""
+        return {"seeds": len(self.of(self.main)), **self.models[0].alike}
 
     @property
     def main(self) -> Kind:
@@ -83,3 +94,13 @@ def read_report(directory: AnyPath) -> Report:
     version = raw.pop("format", None)
     check(version == FORMAT, f"{file} has format {version}, but this lsjax reads {FORMAT}: redo it")
     return from_json(Report, raw, str(file))
+
+
+def curve(rows: Iterable[Mapping[str, Any]]) -> tuple[dict[str, Any], ...]:
+    """Evaluations of a run, and evenly spaced steps with their losses."""
+    rows = list(rows)
+    steps = [row for row in rows if row["kind"] == "step"]
+    names = ("kind", "step", "last_exit_loss", "exits", "exit_losses", "loss_E", "agreement_E")
+    shown = steps[:: math.ceil(len(steps) / CURVE) or 1]
+    shown += [row for row in rows if row["kind"] == EVALUATION]
+    return tuple({name: row[name] for name in names if name in row} for row in shown)

@@ -138,7 +138,7 @@ def exit_entries(
     enabled_L = weights_L > 0
     most = int(exit_counts(config, num_layers, num_steps, exit_weights).max())
     last = num_layers - 1
-    if last and most + 1 >= last:
+    if num_layers > 1 and most + 1 >= last:
         layer_E, taken_E = jnp.arange(num_layers), jnp.append(enabled_L[:-1], True)
     else:
         (layer_E,) = jnp.nonzero(enabled_L[:-1], size=most, fill_value=last)

@@ -56,9 +56,10 @@ def exit_states(
     ropes = for_training(rope_angles(batch["positions_BT"], model.config, x_BTD.dtype))
     run = layer_runner(config, ropes, batch["segments_BT"])
     picks = 1 < num_entries < num_layers
-    # Entry of the exit below each layer; without an exit the last entry, which is not read.
-    last_L1 = jnp.full(num_layers + 1, num_entries - 1)
-    entry_L = last_L1.at[layer_E + 1].set(jnp.arange(num_entries))[:-1]
+    # Entry of the exit below each layer; without an exit the last entry, which is not read. Above
+    # the last layer there is none: so its entry is set one beyond the end, and cut off.
+    none_n = jnp.full(num_layers + 1, num_entries - 1)
+    entry_L = none_n.at[layer_E + 1].set(jnp.arange(num_entries))[:-1]
     dropout = None
     if config.layer_dropout.p_max > 0:
         rates_L = drop_rates(config.layer_dropout, num_layers, step, config.num_steps)
@@ -93,7 +94,11 @@ def exit_states(
 
 
 class Dropout(NamedTuple):
-    """Rate of each layer, or of one, and who keeps it: rows, by the way of skipping."""
+    """Rate of each layer, or of one, and who keeps it.
+
+    kept: with skip "mask" which rows do, with "batch" whether all do, and with "gather" the rows
+    and the number of their count (kept_rows.py).
+    """
 
     rate: Float[Array, "*L"]
     kept: Any
@@ -127,7 +132,8 @@ def layer_runner(config: StepConfig, ropes: Mapping[str, Rope], segments_BT: Int
                 return run_kind(block, x_BTD, row_inputs, rate, kept)
             case "gather":
                 return run_on_kept(run_kind, block, x_BTD, row_inputs, rate, *kept)
-        run_all = partial(run_kind, block, row_inputs=row_inputs, rate=rate)
-        return lax.cond(kept, run_all, lambda x: x, x_BTD)
+            case "batch":
+                run_all = partial(run_kind, block, row_inputs=row_inputs, rate=rate)
+                return lax.cond(kept, run_all, lambda x: x, x_BTD)
 
     return run_or_drop

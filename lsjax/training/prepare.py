@@ -159,8 +159,18 @@ def prepare_run(
             compare_recipe(workdir, recipe, warn)
             write_run_files(workdir, tokenizer, pipeline.rows, prompts)
         wait_to_see(lambda: is_run(workdir), f"the run in {workdir}")
-    read = tokenizer, pipeline, held_out, sampled, held_out_losses(workdir)
-    return TrainingRun(config, writer, resumes, mesh, *read, recipe)
+    return TrainingRun(
+        config=config,
+        writer=writer,
+        resumes=resumes,
+        mesh=mesh,
+        tokenizer=tokenizer,
+        pipeline=pipeline,
+        held_out=held_out,
+        sample_prompt=sampled,
+        losses=held_out_losses(workdir),
+        recipe=recipe,
+    )
 
 
 def check_same_run(before: TrainConfig, now: TrainConfig, where: str) -> TrainConfig:

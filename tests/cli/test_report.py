@@ -5,11 +5,15 @@ import re
 from dataclasses import replace
 
 import pytest
+from rich.console import Console
 
 import lsjax
 from lsjax.cli.flags.report import PROGRAM
 from lsjax.cli.main import main
+from lsjax.cli.report_compare import as_reports
+from lsjax.cli.report_making import as_flag, asked, make_report
 from lsjax.config import ConfigError, DataConfig
+from lsjax.reporting.recipes import chosen
 from lsjax.reporting.record import read_report
 
 TEXT = "\n\n".join(f"Number {n} is a number, and {n + 1} follows it." for n in range(400))
@@ -43,15 +47,24 @@ def test_the_source_follows_from_the_files(model_directory, text):
     assert many.separator == "file"
     task = parsed(*given, "rows.jsonl", "--task", "gsm8k").flags.fields.data
     assert task.prompt_template == "Question: {question}\nAnswer:"
+    same = parsed(*given, "rows.jsonl", "--task", "gsm8k", "--data.source", "jsonl").flags.fields
+    assert same.data == task
+    assert parsed(*given[:4], "--task", "gsm8k").flags.fields.data.tfds_name == "gsm8k"
     own = parsed(*given, text, "--data.separator", "|", "--early-exit.exits", 1, 2).flags.fields
     assert own.data.separator == "|" and own.early_exit.exits == (1, 2)
 
 
-def test_a_configuration_file_is_the_recipe(text):
+def test_a_configuration_file_is_the_recipe(text, model_directory):
     found = parsed("--config", "quickstart", "--output", "x", "--num-steps", 7)
     assert found.flags.fields.num_steps == 7 and found.base.num_steps == 800
     assert found.base.data.source == "python_source"
     changed = parsed("--config", "quickstart", "--output", "x", "--data.paths", text)
+    other = replace(found.base, model=lsjax.LlamaConfig.tiny())
+    file = text.with_name("own.py")
+    file.write_text(f"from lsjax import *\nconfig = {other!r}")
+    finetuned = parsed("--config", file, "--model", model_directory, "--output", "x").flags.fields
+    assert finetuned.model == other.model and finetuned.init_from == str(model_directory)
+    assert chosen(finetuned)["init_from"] == str(model_directory)
     assert changed.base.data.source == "text" and changed.base.data.vocab_size == 512
 
 
@@ -59,6 +72,12 @@ def test_a_configuration_file_is_the_recipe(text):
     "flags, message",
     [
         ([], "--model is missing: name a model to train further"),
+        (
+            ["--no-training", "--config", "quickstart"],
+            "--no-training needs --model: name the model",
+        ),
+        (["--model", "MODEL", "--task", "human_eval"], "--task human_eval is for lsjax evaluate"),
+        (["--model", "MODEL", "--task", "pairs"], "pairs has no data set: name files with"),
         (["--model", "MODEL"], "there are no data: name files with --data.paths"),
         (["--model", "nowhere"], "nowhere: does not exist"),
         (["--model", "MODEL", "--data.paths", "a.txt", "--minute", "3"], "did you mean --minutes"),
@@ -98,6 +117,49 @@ def test_a_model_as_it_is(model_directory, text, tmp_path, capsys):
     with pytest.raises(SystemExit, match="2"):
         main([*flags, "--new-tokens", "9"])
     assert "was begun with new_tokens 8, now it is 9" in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--exit-layers", "9"], "exit layer 9 is out of range: use --exit-layer 1..3"),
+        (["--new-tokens", "512"], "no held-out prompt leaves room for 512 new tokens"),
+        (["--num-draft-tokens", "9999"], "num_draft_tokens 9999 is out of range"),
+    ],
+)
+def test_what_would_fail_later_fails_before_the_work(
+    flags, message, model_directory, text, tmp_path, monkeypatch
+):
+    """Nothing is written that would refuse the corrected flags."""
+    output = tmp_path / "report"
+    given = ["--model", model_directory, "--data.paths", text, "--seq-len", 48, "--output", output]
+    found = parsed(*given, *flags)
+    wanted = asked(found.flags, found.base, has_config=False)
+    monkeypatch.setattr("lsjax.cli.report_making.timed", lambda *_: pytest.fail("it began"))
+    with pytest.raises(ConfigError, match=message):
+        make_report(wanted, output, Console(quiet=True), "")
+    assert [*output.iterdir()] == []
+
+
+def test_what_can_not_be_compared(model_directory, tmp_path):
+    console, output = Console(quiet=True), tmp_path / "out"
+    with pytest.raises(ConfigError, match="--compare has only"):
+        as_reports([model_directory], output, console)
+    with pytest.raises(ConfigError, match="have the same name"):
+        as_reports([model_directory, model_directory], output, console)
+    with pytest.raises(ConfigError, match="would overwrite what is compared"):
+        as_reports([model_directory, tmp_path], model_directory.parent, console)
+    with pytest.raises(ConfigError, match="has no report.json, and no run tells which text"):
+        as_reports([model_directory, tmp_path], output, console)
+    assert not output.exists()
+
+
+def test_flags_of_fields():
+    """What is announced can be given."""
+    assert as_flag("early_exit.exits", (4, 8)) == "--early-exit.exits 4 8"
+    assert as_flag("data.append_end", False) == "--data.no-append-end"
+    assert as_flag("layer_dropout.rescale", True) == "--layer-dropout.rescale"
+    assert as_flag("optimizer.learning_rate", 1e-3) == "--optimizer.learning-rate 0.001"
 
 
 @pytest.mark.long

@@ -167,7 +167,7 @@ class FixedDraws:
     def __init__(self, passing: int):
         self.passing = passing
 
-    def log_probs(self, logits_BTV):
+    def log_distribution(self, logits_BTV):
         return logits_BTV
 
     def uniform(self, position_B, offset_T, purpose):

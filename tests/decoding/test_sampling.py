@@ -30,7 +30,7 @@ PROMPTS = [(3, 1, 4), (7,)]
 NEW = 3  # tokens that are looked at together
 # Many texts are drawn: some of LLVM's passes, which conftest.py leaves out, are worth their time.
 OPTIMISED = {"xla_backend_optimization_level": 1}
-log_probs = jax.jit(RowSampling.log_probs)
+log_probs = jax.jit(RowSampling.log_distribution)
 
 
 def by_sorting(logits, sampling: Sampling) -> np.ndarray:
@@ -244,7 +244,7 @@ def accept_always(logits_BTV, draft):
 def resample_from_the_target(logits_BTV, draft):
     """Replaces a refused draft by a token from p instead of max(0, p - q)."""
     tokens_BT, accepted_B = accept_block(logits_BTV, draft)
-    p_BTV = jnp.exp(draft.state.sampling.log_probs(logits_BTV))
+    p_BTV = jnp.exp(draft.state.sampling.log_distribution(logits_BTV))
     p_BV = jnp.take_along_axis(p_BTV, accepted_B[:, None, None], axis=1)[:, 0]
     token_B = draft.state.sampling.token(p_BV, draft.state.length_B + accepted_B, Purpose.TOKEN)
     place_BT = jnp.arange(tokens_BT.shape[1]) == accepted_B[:, None]

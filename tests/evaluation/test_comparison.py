@@ -121,7 +121,8 @@ def timed(strategy, seconds, prompt=0, drafted=(), accepted=(), rounds=9, base=N
     own |= {"decode_seconds": seconds, "num_new_tokens": 10, "rounds": rounds, "seed": None}
     own |= {"drafted": sum(drafted), "accepted": sum(accepted)}
     own |= {"drafted_by_position": list(drafted), "accepted_by_position": list(accepted)}
-    own |= {"base_seconds": base or seconds, "difference": None, "compile_seconds": 3.0}
+    own |= {"base_seconds": base or seconds, "base_num_new_tokens": 10}
+    own |= {"difference": None, "compile_seconds": 3.0}
     own["num_prompt_tokens"] = 5
     own["repeated_4grams"] = repeated_share([1, 2, 3, 4, 1, 2, 3, 4, 5, 6])
     return own | more

@@ -18,7 +18,8 @@ def answer(
     own = strategy._asdict() if isinstance(strategy, Cell) else Cell.of(strategy)._asdict()
     own |= {"id": str(prompt), "sample": 0, "group": "", "seen": False, "seed": None}
     own |= {"num_prompt_tokens": 5, "num_new_tokens": 11, "compile_seconds": 1.0, "rounds": 4}
-    own |= {"decode_seconds": seconds, "base_seconds": 10.0, "difference": None, "sources": None}
+    own |= {"decode_seconds": seconds, "base_seconds": 10.0, "base_num_new_tokens": 11}
+    own |= {"difference": None, "sources": None}
     own |= {"drafted": sum(drafted), "accepted": sum(accepted), "repeated_4grams": 0.25}
     own |= {"drafted_by_position": [*drafted], "accepted_by_position": [*accepted]}
     return own | {"scores": {}} | more
@@ -44,6 +45,7 @@ def measured(kind: str, last: float, seed: int = 0, **more) -> Measured:
     losses = tuple(tuple(n * (last + 16 - e) for e in range(1, 17)) for n in tokens)
     agreed = tuple(tuple(n * e / 16 for e in range(1, 17)) for n in tokens)
     own = dict(kind=kind, seed=seed, loss_nE=losses, agreed_nE=agreed, tokens_n=tokens)
+    own |= dict(about={"machine": "a & b"}, alike={"machine": "m"})
     return Measured(**own | more)
 
 
@@ -51,5 +53,5 @@ def report(*models: Measured, **more) -> Report:
     """With LayerSkip and without, if no models are given."""
     if not models:
         models = measured("layerskip", 2.5, exits=(1, 2), answers=answers()), measured("plain", 2.0)
-    own = dict(title="tiny <model>", shape=SHAPE, about={"machine": "a & b"}, recipe={}, alike={})
+    own = dict(title="tiny <model>", shape=SHAPE, about={"machine": "a & b"}, recipe={})
     return Report(models=models, **own | more)

@@ -29,7 +29,8 @@ def config(**data) -> TrainConfig:
 
 
 def found(given: TrainConfig, **more):
-    own = dict(num_batches=3, num_prompts=4, max_new_tokens=8, sampling=Sampling(temperature=1.0))
+    own = dict(num_batches=3, num_prompts=4, max_new_tokens=8, max_context=64)
+    own |= dict(sampling=Sampling(temperature=1.0))
     return held_out(given, TOKENIZER, **own | more)
 
 
@@ -49,7 +50,10 @@ def test_prompts_of_a_task(tmp_path):
         assert one.request.sampling.seed == int(one.id) and one.request.max_new_tokens == 8
     fewer = found(own)
     assert len(fewer.questions) == 4 and len(fewer.rows) <= 3
-    assert fewer.fingerprint != held.fingerprint and fewer.fingerprint == found(own).fingerprint
+    assert fewer.alike["prompts"] != held.alike["prompts"] and fewer.alike == found(own).alike
+    assert fewer.alike["held-out rows"] == held.alike["held-out rows"]
+    with pytest.raises(ConfigError, match="data.train_on_prompt hides which tokens are the answer"):
+        found(config(source="jsonl", paths=(str(file),), train_on_prompt=True, **templates))
 
 
 def test_beginnings_of_texts(tmp_path):

@@ -25,7 +25,8 @@ def seconds(plan, strategies: int, speeds: Speeds = SPEEDS, spent: float = 0.0) 
     found, given = plan.config, plan.asked
     models = given.seeds * 2
     texts = (plan.num_prompts + 1) * (1 + plans.CHEAPER * (strategies - 1) + 1) * given.seeds
-    scored = plan.num_batches + 4 * found.evaluation.batches
+    evaluations = -(-found.num_steps // found.evaluation.every)
+    scored = plan.num_batches + evaluations * found.evaluation.batches
     total = spent + models * speeds.start + (strategies + 1) * given.seeds * speeds.compiling
     total += texts * given.new_tokens * speeds.token
     total += models * scored * speeds.plain_step * plans.FORWARD
@@ -37,18 +38,32 @@ def test_a_plan_fills_its_time(minutes, seeds):
     """All but the margin for slower steps, which is 6%."""
     found = make_plan(asked(minutes=minutes, seeds=seeds), SPEEDS, strategies=11, spent=60)
     assert 0.9 < seconds(found, 11, spent=60) / (60 * minutes) <= 1
-    assert plans.FEWEST_PROMPTS <= found.num_prompts <= plans.MOST_PROMPTS
-    assert plans.FEWEST_BATCHES <= found.num_batches <= plans.MOST_BATCHES
+    assert found.num_prompts in plans.PROMPTS and found.num_batches in plans.BATCHES
     assert found.config.optimizer.warmup_steps == -(-found.config.num_steps // 25)
 
 
 def test_too_short_a_time_is_refused_with_one_that_works():
-    with pytest.raises(
-        ConfigError, match=r"--minutes 2.0 is too short .* give at least (\d+)"
-    ) as no:
+    with pytest.raises(ConfigError, match=r"--minutes 2 is too short .* give at least (\d+)") as no:
         make_plan(asked(minutes=2.0), SPEEDS, strategies=11, spent=60)
     needed = float(str(no.value).partition("at least ")[2].partition(",")[0])
     assert make_plan(asked(minutes=needed), SPEEDS, 11, 60).config.num_steps >= plans.FEWEST_STEPS
+
+
+@pytest.mark.parametrize("slow", [10.0, 60.0])
+def test_a_time_that_is_enough_for_more_prompts_is_enough_for_the_steps(slow):
+    """The minutes that an error names work, though they also allow more prompts."""
+    speeds = Speeds(step=slow, plain_step=slow / 2, start=30.0, token=0.01, compiling=1.0)
+    with pytest.raises(ConfigError) as no:
+        make_plan(asked(minutes=2.0), speeds, 11, 10)
+    needed = float(str(no.value).partition("at least ")[2].partition(",")[0])
+    assert make_plan(asked(minutes=needed), speeds, 11, 10).config.num_steps >= plans.FEWEST_STEPS
+
+
+def test_frequent_evaluations_take_time():
+    often = replace(BASE, evaluation=replace(BASE.evaluation, every=2))
+    few, many = (make_plan(asked(config=config), SPEEDS, 11, 60) for config in (BASE, often))
+    assert many.config.num_steps < 0.9 * few.config.num_steps
+    assert seconds(many, 11, spent=60) < 1800
 
 
 def test_given_steps_and_configurations_keep_theirs():
@@ -59,8 +74,11 @@ def test_given_steps_and_configurations_keep_theirs():
 
 
 def test_without_training_all_the_time_is_for_texts():
-    found = make_plan(asked(training=False), Speeds(token=0.2, compiling=5.0), 11, 60)
-    assert found.config == BASE and found.num_prompts == 12  # (1800 - 60 - 55 - 122) / 122.1
+    # (1800 - 60 - 55 - 122) / 122.1 = 12.8 prompts, and half as long ones.
+    for tokens, prompts in ((64, 8), (32, 16)):
+        own = asked(training=False, new_tokens=tokens)
+        found = make_plan(own, Speeds(token=0.2, compiling=5.0), 11, 60)
+        assert found.config == BASE and found.num_prompts == prompts
     assert make_plan(asked(training=False, prompts=3), SPEEDS, 11, 60).num_prompts == 3
 
 
@@ -69,8 +87,11 @@ def test_fields_in_steps_keep_their_share_unless_they_were_given():
     found = with_steps(changed, BASE, 200)
     assert found.num_steps == 200 and found.optimizer.warmup_steps == 8
     assert found.evaluation.every == 50 and found.checkpoints.every == 50
+    plain = replace(BASE, optimizer=replace(BASE.optimizer, warmup_steps=0))
+    assert with_steps(plain, plain, 200).optimizer.warmup_steps == 0
     assert with_steps(changed, BASE, 30).checkpoints.every == 30
-    assert with_steps(BASE, BASE, 85).evaluation.every == 22  # four evaluations, not five
+    short = with_steps(BASE, BASE, 85)
+    assert short.evaluation.every == 22 and short.checkpoints.every == 17  # four, and five
 
 
 def test_recipes():

@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from glob import glob
+from typing import Any
 
 import tyro
 
@@ -38,6 +39,8 @@ from lsjax.config.train import FILES
 
 # Sources by the last suffix of a file, apart from .gz. Other files are text.
 SOURCES = {".jsonl": "jsonl", ".tsv": "tsv", ".csv": "tsv", ".array_record": "array_record"}
+# Tasks whose rows become training examples by their templates alone.
+TRAINABLE = ("gsm8k", "topv2", "pairs", "xsum_summarization", "cnn_dm_summarization")
 MANY_FILES = 40  # from as many text files on, each is one document
 
 
@@ -88,8 +91,9 @@ class Arguments(Given):
     """Number of trainings of each kind, with the seeds 0, 1 and so on."""
     prompts: int | None = bounded(None, low=1)
     """Number of held-out prompts to decode; by default what the time allows, from 8 to 32."""
-    new_tokens: int = bounded(64, low=2)
-    """New tokens of each text, or the most that the answer to a task has."""
+    new_tokens: int | None = bounded(None, low=2)
+    """New tokens of each text, or the most of an answer; by default 64, or the task's own number.
+    """
     exit_layers: tuple[int, ...] = ()
     """Exits of the static settings; by default those with a loss in training."""
     num_draft_tokens: tuple[int, ...] = bounded((2, 4, 8), low=1)
@@ -120,6 +124,10 @@ def parse_report(program: Program, argv: Sequence[str]) -> Parsed:
             "--model is missing: name a model to train further, or the --config of a new one",
         )
         return Parsed(given=parse_as(Given, argv))
+    check(
+        early.training or early.model is not None,
+        "--no-training needs --model: name the model to report on",
+    )
     base = base_config(
         early.model,
         early.training,
@@ -146,7 +154,9 @@ def base_config(
     from lsjax.reporting import recipes
 
     if config is not None:
-        given = {} if model is None else {"init_from": str(model), "model": None}
+        given = {}
+        if model is not None:
+            given = {"init_from": str(model), "model": open_checkpoint(model).config}
         return replace(config, data=data(config.data), **given)
     directory, _ = split_step(model)
     own = read_run_config(directory) if is_run(directory) else None
@@ -161,28 +171,45 @@ def data_config(early: Early, own: DataConfig | None) -> DataConfig:
 
     own: of the configuration or run. Raises ConfigError if there are no data.
     """
-    settings = {} if early.model is None else {"tokenizer": str(early.model)}
-    paths = early.data.paths
-    if early.task is not None:
-        from lsjax.evaluation.tasks import TASKS, TEMPLATES
+    settings, paths, source = templates_of(early.task), early.data.paths, early.data.source
+    if early.model is not None:
+        settings["tokenizer"] = str(early.model)
+    if early.task is not None and not paths and source in (None, "tfds"):
+        from lsjax.evaluation.tasks import TASKS
 
-        task = TASKS[early.task]
-        settings |= {name: getattr(task, name) for name in TEMPLATES}
-        if not paths and task.tfds is not None:
-            return DataConfig(source="tfds", tfds_name=task.tfds, **settings)
+        name = TASKS[early.task].tfds
+        check(name is not None, f"{early.task} has no data set: name files with --data.paths")
+        return DataConfig(source="tfds", tfds_name=name, **settings)
     if own is not None and (not paths or own.source in FILES):
         return replace(own, **{**settings, "tokenizer": own.tokenizer})
     check(
-        bool(paths) or early.data.source is not None,
+        bool(paths) or source is not None,
         "there are no data: name files with --data.paths, or a --data.source",
     )
-    if not paths or early.data.source is not None:
+    if source in FILES:
+        return DataConfig(source=source, paths=paths, **settings)
+    if source is not None:  # its own flags say the rest
         return DataConfig(tokenizer=settings.get("tokenizer", DataConfig.tokenizer))
     suffix = as_path(paths[0].removesuffix(".gz")).suffix
     source = SOURCES.get(suffix, "text")
     if source == "text" and sum(len(glob(one, recursive=True)) for one in paths) < MANY_FILES:
         settings["separator"] = "blank_line"
     return DataConfig(source=source, paths=paths, **settings)
+
+
+def templates_of(task: TaskName | None) -> dict[str, Any]:
+    """Fields of the data that a task decides about. Raises ConfigError for a task whose rows or
+    scores need more than templates and a reference."""
+    if task is None:
+        return {}
+    from lsjax.evaluation.tasks import TASKS, TEMPLATES
+
+    check(
+        task in TRAINABLE,
+        f"--task {task} is for lsjax evaluate only: choose from {', '.join(TRAINABLE)}, or give "
+        "--data.prompt-template and --data.response-template",
+    )
+    return {name: getattr(TASKS[task], name) for name in TEMPLATES}
 
 
 PROGRAM = Program(

@@ -14,4 +14,8 @@ chance to pass depends on the exit's top probability, again by counts. Often not
 Exits that did not draft are scored too, in every fourth round or less often. A round computes their
 hidden states anyway. Lookups are scored in every round. All of this is part of the compiled loop.
 The choice depends only on earlier rounds, so that sampling stays exact.
+
+On accelerators a choice is slow. If one was to draft nothing (`Choice.is_idle`), the loop of rounds
+ends (`Adaptive.wants_another`). The host then runs another program, which appends a few tokens
+without a choice (`Adaptive.pause`), and returns to the loop.
 """

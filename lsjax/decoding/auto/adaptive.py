@@ -191,7 +191,7 @@ class Adaptive(Speculative):
         """On accelerators, when drafts do not pay: there a choice is slow."""
         return choosing_is_slow()
 
-    def goes_on(self, state: DecodeState) -> Bool[Array, ""] | bool:
+    def wants_another(self, state: DecodeState) -> Bool[Array, ""] | bool:
         """On accelerators: unless the last choice was to draft nothing."""
         return ~_is_idle(state) if self.pauses() else True
 
@@ -202,7 +202,7 @@ class Adaptive(Speculative):
 
         def more(carry):
             left, current = carry
-            return (left > 0) & current.goes_on(running_B, self.slack)
+            return (left > 0) & current.same_rows_and_room(running_B, self.slack)
 
         def append(carry):
             left, current = carry

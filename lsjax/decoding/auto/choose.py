@@ -45,13 +45,14 @@ def choose(
     learned, longest = state.learned, lengths[-1]
     usual_Z = GREEDY_CHANCES if state.sampling is None else SAMPLED_CHANCES
     left_B11 = jnp.where(state.running_B, state.end_B - state.length_B, 0)[:, None, None]
-    # An exit drafts if it is sure enough, or if rounds without drafts were not measured.
-    none_E1 = jnp.nan_to_num(seconds_QJ[1:, :1], posinf=0)
-    wider_EJ = seconds_QJ[1:] - none_E1
-    least_EJ = jnp.where(none_E1 > 0, wider_EJ / seconds_QJ[0, 0], 0)
-    exit_BEJ, drafts_BEJ = learned.exit_tokens(lengths, least_EJ, usual_Z)
-    drafts_EJ = 1 - jnp.prod(1 - drafts_BEJ, axis=0, where=left_B11 > 0)
-    exit_EJ = jnp.nan_to_num(none_E1 + drafts_EJ * wider_EJ, nan=jnp.inf, posinf=jnp.inf)
+    # Infinite seconds: not measured, or a choice that is ruled out. An exit drafts if it is sure
+    # enough, or if its rounds without drafts were not measured. drafted: the chance that it does.
+    idle_E1 = jnp.nan_to_num(seconds_QJ[1:, :1], posinf=0)
+    wider_EJ = seconds_QJ[1:] - idle_E1
+    least_EJ = jnp.where(idle_E1 > 0, wider_EJ / seconds_QJ[0, 0], 0)
+    exit_BEJ, drafted_BEJ = learned.exit_tokens(lengths, least_EJ, usual_Z)
+    drafted_EJ = 1 - jnp.prod(1 - drafted_BEJ, axis=0, where=left_B11 > 0)
+    exit_EJ = jnp.nan_to_num(idle_E1 + drafted_EJ * wider_EJ, nan=jnp.inf, posinf=jnp.inf)
     lookup_BJ = learned.lookup_tokens(matched_B, lengths)
     tokens_BQJ = jnp.concatenate([lookup_BJ[:, None], exit_BEJ], axis=1)
     tokens_QJ = jnp.minimum(tokens_BQJ, left_B11).sum(0)

@@ -37,7 +37,7 @@ def scores(
     index_BT = tokens_BT if head is None else places_V[tokens_BT]
     is_new_BT = jnp.arange(tokens_BT.shape[1]) <= accepted_B[:, None]
     if state.sampling is not None:
-        log_p_BT = of_tokens(state.sampling.log_probs(logits_BTV), tokens_BT)
+        log_p_BT = of_tokens(state.sampling.log_distribution(logits_BTV), tokens_BT)
 
     def passed(log_q_BTW):
         # NaN: not in the vocabulary, or beyond the new tokens.
@@ -49,7 +49,7 @@ def scores(
         top_BT = top_probability(logits_BTW)
         if state.sampling is None:
             return by_level(top_BT, is_new_BT, argmax(logits_BTW) == index_BT)
-        return by_level(top_BT, is_new_BT, passed(state.sampling.log_probs(logits_BTW)))
+        return by_level(top_BT, is_new_BT, passed(state.sampling.log_distribution(logits_BTW)))
 
     def every():
         counts = [score(x_BTD) for x_BTD in states]
