@@ -26,7 +26,6 @@ from lsjax.config import (
 from lsjax.decoding import runtime
 from lsjax.decoding.draft_vocabulary import DraftVocabulary
 from lsjax.model.rope import rope_angles
-from tests.marks import long
 
 PAGE = Path(__file__).parents[1] / "docs" / "extending.md"
 BLOCKS = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
@@ -183,6 +182,7 @@ def test_an_acceptance_rule(model, tokenizer):
     assert {0, 1} <= set(ranks)
 
 
+@pytest.mark.long
 def test_a_strategy(model, tokenizer):
     """With no layer to skip it decodes autoregressively; otherwise it says something else."""
     names = run_block("Strategy)")
@@ -246,9 +246,8 @@ OWN = {
 }
 
 
-@pytest.mark.parametrize(
-    "name", ["drafts", *long("autoregressive", "confidence", "vocabulary", "auto")]
-)
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["drafts", "autoregressive", "confidence", "vocabulary", "auto"])
 def test_a_model(gpt, greedy, tokenizer, name, monkeypatch):
     """Every strategy gives the greedy text. Rows are refilled, and outgrow their cache."""
     monkeypatch.setattr(runtime, "MIN_CAPACITY", 16)

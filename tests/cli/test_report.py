@@ -90,6 +90,7 @@ def test_bad_flags_are_refused(flags, message, model_directory):
         parsed(*flags)
 
 
+@pytest.mark.long
 def test_a_model_as_it_is(model_directory, text, tmp_path, capsys):
     """Nothing is trained. The same command reads what is there, and other flags are refused."""
     output = tmp_path / "report"

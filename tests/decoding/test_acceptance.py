@@ -17,7 +17,6 @@ from lsjax.decoding.engine import Engine
 from lsjax.decoding.sampling import Purpose, RowSampling
 from lsjax.decoding.self_speculative import SelfSpeculative
 from lsjax.decoding.strategy import Autoregressive
-from tests.marks import long
 
 PROMPTS, NEW = [[7], [1, 2, 3], list(range(40, 60))], 24
 
@@ -268,7 +267,8 @@ def test_the_example_of_the_paper():
     assert accepted_by_block(one) == pytest.approx(11 / 9, abs=1e-6)
 
 
-@pytest.mark.parametrize("fresh", [True, *long(False)], ids=["as it is", "by position"])
+@pytest.mark.long
+@pytest.mark.parametrize("fresh", [True, False], ids=["as it is", "by position"])
 def test_rounds_are_independent(monkeypatch, fresh):
     """Two rounds of the paper's example give p, unless the second draws again the numbers that
     belong to the positions of the first."""

@@ -143,6 +143,7 @@ def test_a_chat_longer_than_the_cache(engine, fresh, count_prefilled):
     assert counts == [480, 2, 2, 2]
 
 
+@pytest.mark.long
 def test_a_cache_larger_than_a_turn_needs(engine, fresh, count_prefilled):
     """An earlier turn was longer. Most of this one is in its cache."""
     counts, conversation = count_prefilled(engine), Conversation()

@@ -12,7 +12,6 @@ from lsjax.decoding.engine import Engine
 from lsjax.decoding.request import Request
 from lsjax.decoding.self_speculative import SelfSpeculative
 from lsjax.decoding.strategy import Autoregressive, EarlyExit
-from tests.marks import long
 
 PROMPTS, LONGEST = ([1, 2, 3], [9] * 20, [7]), 64
 
@@ -42,15 +41,14 @@ def check(passes, completion, prompt, exits):
         np.testing.assert_allclose(found.log_probs_n, chosen_n, rtol=1e-4)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "strategy, exits",
     [
         (SelfSpeculative(1, 4), (2, 1)),
-        *long(
-            (Autoregressive(), (1,)),
-            (EarlyExit(1), (1,)),
-            (Adaptive((1,), lengths=(0, 2), seconds=((1.0,) * 2,) * 2), (1, 2)),
-        ),
+        (Autoregressive(), (1,)),
+        (EarlyExit(1), (1,)),
+        (Adaptive((1,), lengths=(0, 2), seconds=((1.0,) * 2,) * 2), (1, 2)),
     ],
     ids=lambda value: getattr(value, "name", ""),
 )

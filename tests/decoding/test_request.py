@@ -98,6 +98,7 @@ def test_lists_of_ends_share_a_program(engine, monkeypatch):
         assert len(engine.programs) == programs
 
 
+@pytest.mark.long
 def test_equal_prompts_are_sampled_with_seeds_that_count_up(engine):
     """Prompt number i of all has the seed + i, as in decode.py; a request keeps its own seed."""
     drawn = Sampling(temperature=1, seed=5)

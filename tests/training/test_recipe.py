@@ -139,6 +139,7 @@ def test_optimizers_of_optax(name, small, packed):
     assert metrics["skipped"] == 1 and advanced == (name == "weight_decay_schedule")
 
 
+@pytest.mark.long
 def test_updates_that_are_not_finite_are_never_applied(small, packed):
     """Updates of finite gradients, by an optimizer that divides by zero at its second step."""
     optimizer = optax.scale_by_schedule(lambda count: 0.1 / (1 - count))
@@ -152,6 +153,7 @@ def test_updates_that_are_not_finite_are_never_applied(small, packed):
         assert any(jax.tree.leaves(moved)) == (metrics["skipped_in_a_row"] == 0)
 
 
+@pytest.mark.long
 def test_an_injected_learning_rate_is_a_metric(small, packed):
     optimizer = optax.inject_hyperparams(optax.sgd)(learning_rate=lambda count: 0.25 * (count + 1))
     state = init_state(CONFIG, copied(small), optimizer)
