@@ -52,20 +52,12 @@ from lsjax.training.metrics import TIME
 NUM_TEXTS = 3  # with the origin of their tokens
 DEPTHS = (8, 4, 2)  # parts of the depth at which a model without LayerSkip has static settings
 # Of an answer's line, what a report keeps.
-KEPT = (
-    *("id", "sample", "group", "seen", "seed", "strategy", "exit_layer", "num_draft_tokens"),
-    *("draft_vocab", "draft_confidence", "num_prompt_tokens", "num_new_tokens", "decode_seconds"),
-    *(
-        "base_seconds",
-        "base_num_new_tokens",
-        "compile_seconds",
-        "rounds",
-        "drafted",
-        "accepted",
-        "drafted_by_position",
-    ),
-    *("accepted_by_position", "sources", "difference", "repeated_4grams", "scores"),
-)
+KEPT = """
+    id sample group seen seed strategy exit_layer num_draft_tokens draft_vocab draft_confidence
+    num_prompt_tokens num_new_tokens decode_seconds base_seconds base_num_new_tokens compile_seconds
+    rounds drafted accepted drafted_by_position accepted_by_position sources difference
+    repeated_4grams scores
+""".split()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,8 +133,10 @@ class Measures:
         config, asked = self.plan.config, self.plan.asked
         source = open_checkpoint(config.init_from or asked.model) if asked.model else None
         shape = config.model if source is None else source.config
-        tokenizer = make_tokenizer(config.data, cache=cache_directory())
-        tokenizer = load_tokenizer(asked.model) if not asked.training else tokenizer
+        if asked.training:
+            tokenizer = make_tokenizer(config.data, cache=cache_directory())
+        else:
+            tokenizer = load_tokenizer(asked.model)
         questions = self.held_out_of(tokenizer.fitted(shape.vocab_size), shape).questions
         if self.is_task:
             self.score("", questions[0])
@@ -156,10 +150,10 @@ class Measures:
             return from_json(Measured, read_json(file, ConfigError), str(file))
         path = self.path(kind, seed)
         sums = self.scored(path)
-        lost = np.argwhere(~np.isfinite(sums.loss_nE).all(0))
+        finite_E = np.isfinite(sums.loss_nE).all(0)
         check(
-            lost.size == 0,
-            f"the held-out loss of exit {lost.min(initial=0) + 1} of {path} is not a number: its "
+            finite_E.all(),
+            f"the held-out loss of exit {finite_E.argmin() + 1} of {path} is not a number: its "
             "training diverged; lower the learning rate in a new --output",
         )
         rows = () if kind == "given" else read_metrics(path)
