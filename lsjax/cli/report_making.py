@@ -21,7 +21,7 @@ from lsjax.checkpoints.run import EVALUATION, is_run, read_metrics
 from lsjax.cli.flags.report import Arguments
 from lsjax.cli.report_measures import Measures
 from lsjax.cli.shown_run import shown_run
-from lsjax.config import AnyPath, Sampling, TrainConfig, as_path, check
+from lsjax.config import AnyPath, ConfigError, Sampling, TrainConfig, as_path
 from lsjax.config.checked import differences, shown
 from lsjax.evaluation import installed
 from lsjax.evaluation.tasks import TASKS
@@ -96,10 +96,9 @@ def make_report(
     first = models[0]
     for one in models:
         for name, was, is_ in differences(first.alike, one.alike):
-            check(
-                False,
+            raise ConfigError(
                 f"{directory} was measured under different conditions ({name}: {shown(was)} and "
-                f"{shown(is_)}): delete its measured-*.json and answers-*.jsonl to measure again",
+                f"{shown(is_)}): delete its measured-*.json and answers-*.jsonl to measure again"
             )
     made = Report(
         title=as_path(asked.model).name if asked.model else "a new model",

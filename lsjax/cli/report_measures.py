@@ -51,13 +51,8 @@ from lsjax.training.metrics import TIME
 
 NUM_TEXTS = 3  # with the origin of their tokens
 DEPTHS = (8, 4, 2)  # parts of the depth at which a model without LayerSkip has static settings
-# Of an answer's line, what a report keeps.
-KEPT = """
-    id sample group seen seed strategy exit_layer num_draft_tokens draft_vocab draft_confidence
-    num_prompt_tokens num_new_tokens decode_seconds base_seconds base_num_new_tokens compile_seconds
-    rounds drafted accepted drafted_by_position accepted_by_position sources difference
-    repeated_4grams scores
-""".split()
+# Fields of an answer's line that a report does not keep.
+LEFT_OUT = {"key", "prompt", "text", "token_ids", "reference", "log_probs"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -216,7 +211,7 @@ class Measures:
         file = self.directory / f"answers-{kind}-{seed}.jsonl"
         given = (engine, strategies, held.questions, asked, file, self.notes, figures)
         found = answers.complete(*given, timed=True)
-        return tuple({name: one[name] for name in KEPT} for one in found)
+        return tuple({k: v for k, v in one.items() if k not in LEFT_OUT} for one in found)
 
     def strategies(self, path: AnyPath) -> list[Strategy]:
         """Autoregressive decoding, auto, and each exit with each draft length."""
