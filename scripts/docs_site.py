@@ -25,6 +25,7 @@ TOPICS = {
     "Models and files": ("checkpoints", "model", "sharding", "data"),
     "Decoding": ("decoding",),
     "Training": ("training", "cli"),
+    "Measuring": ("evaluation", "reporting"),
     "Configuration": ("config",),
 }
 
@@ -68,11 +69,11 @@ def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
 
 def api() -> str:
     """A page with every public name, by the module where it is defined."""
-    lines, home = [ABOUT_API], {**lsjax._HOME, "train": ""}
+    lines, home = [ABOUT_API], {**lsjax._HOME, "train": "", "report": ""}
     for topic, rooms in TOPICS.items():
         lines.append(f"## {topic}\n")
         for name, module in home.items():
-            room = module.partition(".")[0] or "training"
+            room = module.partition(".")[0] or {"train": "training", "report": "reporting"}[name]
             if room in rooms:
                 path = f"lsjax.{module}.{name}" if module else f"lsjax.{name}"
                 lines.append(f"::: {path}\n")

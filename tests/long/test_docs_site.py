@@ -16,7 +16,7 @@ def test_the_site(tmp_path):
     assert done.returncode == 0, done.stderr + done.stdout
     api = (tmp_path / "api.html").read_text()
     anchors = set(re.findall(r'id="lsjax\.([\w.]+)"', api))
-    home = {**lsjax._HOME, "train": ""}
+    home = {**lsjax._HOME, "train": "", "report": ""}
     missing = [name for name in home if f"{home[name]}.{name}".strip(".") not in anchors]
     assert not missing
     for page in ("index.html", "extending.html", "changes.html", "limitations.html"):
