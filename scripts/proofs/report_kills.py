@@ -23,7 +23,7 @@ REPORT = "--config quickstart --model.num-layers 4 --num-steps 120 --checkpoints
 REPORT += "--evaluation.every 60 --prompts 6 --new-tokens 32 --num-draft-tokens 2 4"
 # Of report.json: measured seconds, and what depends on them or on the time of day.
 LEFT_OUT = {"date", "command", "training_seconds", "decode_seconds", "base_seconds"}
-LEFT_OUT |= {"compile_seconds", "answer"}
+LEFT_OUT |= {"compile_seconds", "prefill_seconds", "tokens_per_second", "answer"}
 
 
 @dataclass(frozen=True)
