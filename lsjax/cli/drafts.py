@@ -16,7 +16,7 @@ from rich.text import Text
 
 from lsjax.data.tokenizer import StreamDecoder, Tokenizer
 from lsjax.decoding.auto.adaptive import Adaptive
-from lsjax.decoding.completion import Completion, Trace
+from lsjax.decoding.completion import Completion, Origin, Trace
 from lsjax.decoding.engine import Engine
 from lsjax.decoding.request import Request
 from lsjax.decoding.strategy import Strategy
@@ -28,6 +28,12 @@ CORRECTED = "bold red"
 REJECTED = "dim red strike"
 GAP = "dim red"  # the space before a rejected word; a struck space looks like a dash
 ADDED = "bold blue"
+STYLES: dict[Origin, str] = {
+    "accepted": ACCEPTED,
+    "looked-up": LOOKED_UP,
+    "corrected": CORRECTED,
+    "added": ADDED,
+}
 
 Piece = tuple[str, str]  # text and style
 
@@ -68,15 +74,11 @@ class MarkedText:
         """The next piece of text with its rejected drafts. last: the text ends with this piece.
         Tokens after it in the trace belong to a stop string."""
         for index in range(self._read, len(trace)):
-            style, replaced = ADDED, int(trace.replaced_n[index])
-            if replaced >= 0:
+            if (replaced := int(trace.replaced_n[index])) >= 0:
                 rejected = self._tokenizer.token_bytes(replaced, skip_special=False)
                 self._waiting.append((_visible(rejected), REJECTED))
-                style = CORRECTED
-            if trace.accepted_n[index]:
-                looked_up = trace.source_n is not None and trace.source_n[index] == 0
-                style = LOOKED_UP if looked_up else ACCEPTED
-            self._waiting.append((self._decoder.push([int(trace.tokens_n[index])]), style))
+            piece = self._decoder.push([int(trace.tokens_n[index])])
+            self._waiting.append((piece, STYLES[trace.origin(index)]))
         self._read = len(trace)
         if last:
             self._waiting.append((self._decoder.finish(), ADDED))

@@ -13,13 +13,13 @@ from lsjax.cli.report_compare import as_reports
 from lsjax.cli.report_making import asked, make_report
 from lsjax.cli.setup import keep_compiled_programs, keep_freed_memory
 from lsjax.cli.show import show_cells
+from lsjax.cli.shown_run import to_its_end
 from lsjax.config import AnyPath, DataConfig, TrainConfig, check
 from lsjax.interrupts import keeps
 from lsjax.reporting.compared import compare
 from lsjax.reporting.figures import speeds
 from lsjax.reporting.record import Report
 from lsjax.terminal import SafeConsole
-from lsjax.training.run import Interrupted, TooManySkipped
 
 
 def report(parsed: Parsed) -> int:
@@ -32,28 +32,25 @@ def report(parsed: Parsed) -> int:
     keep_compiled_programs()
     if parsed.given.compare:
         reports = as_reports(parsed.given.compare, output, console)
-        return show(*compare(reports, output), console)
+        show(*compare(reports, output), console)
+        return 0
     command = shlex.join(["lsjax", "report", *sys.argv[2:]])
-    try:
-        wanted = asked(parsed.flags, parsed.base, has_config=parsed.given.config is not None)
+    wanted = asked(parsed.flags, parsed.base, has_config=parsed.given.config is not None)
+
+    def make() -> None:
         made, page = make_report(wanted, output, console, command)
-    except Interrupted as stopped:
-        console.print(f"{stopped}: the same command resumes it")
-        return 128 + stopped.number
-    except TooManySkipped as failure:
-        console.print(f"error: {failure}", style="bold red")
-        return 1
-    rows = [one.figures for one in speeds(made)]
-    if rows:
-        show_cells(made.title, rows)
-    return show(made.answer, page, console)
+        rows = [one.figures for one in speeds(made)]
+        if rows:
+            show_cells(made.title, rows)
+        show(made.answer, page, console)
+
+    return to_its_end(make, console)
 
 
-def show(sentence: str, page: AnyPath, console: Console) -> int:
+def show(sentence: str, page: AnyPath, console: Console) -> None:
     """Prints the answer, and where its page is."""
     console.print(sentence, style="bold")
     console.print(f"page: {page}")
-    return 0
 
 
 def report_of(

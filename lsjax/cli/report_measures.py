@@ -46,7 +46,7 @@ from lsjax.reporting.plan import Plan
 from lsjax.reporting.recipes import without_layerskip
 from lsjax.reporting.record import Kind, Measured, curve
 from lsjax.reporting.texts import with_origins
-from lsjax.training.early_exit import enabled_by_step
+from lsjax.training.early_exit import exits_with_loss
 from lsjax.training.metrics import TIME
 
 NUM_TEXTS = 3  # with the origin of their tokens
@@ -64,7 +64,7 @@ class Measures:
     """Measures the models of one report, which are trained already."""
 
     def __init__(self, plan: Plan, directory: AnyPath, console: Console):
-        self.plan, self.directory, self.console = plan, directory, console
+        self.plan, self.directory = plan, directory
         self.notes = notes_console()
         self.notes.quiet = console.quiet
 
@@ -175,9 +175,8 @@ class Measures:
         directory, _ = split_step(path)
         if kind == "plain" or not is_run(directory):
             return ()
-        config, layers = read_run_config(directory), self.shape.num_layers
-        enabled_TL = enabled_by_step(config.early_exit, layers, config.num_steps)
-        return tuple((np.flatnonzero(enabled_TL.any(0)[:-1]) + 1).tolist())
+        config = read_run_config(directory)
+        return exits_with_loss(config.early_exit, self.shape.num_layers, config.num_steps)
 
     def exits(self, shape: LlamaConfig, trained: tuple[int, ...]) -> tuple[int, ...]:
         """Exits of the static settings. trained: those that auto chooses from."""

@@ -7,7 +7,6 @@ from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
-import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
@@ -21,12 +20,12 @@ from lsjax.decoding.self_speculative import SelfSpeculative
 from lsjax.evaluation import exits, plots
 from lsjax.model.llama import Llama
 from lsjax.terminal import verbatim
-from lsjax.training.early_exit import enabled_by_step
+from lsjax.training.early_exit import exits_with_loss
 from lsjax.training.hosts import is_first
 from lsjax.training.metrics import paced
 from lsjax.training.prepare import TrainingRun, prepare_run
 from lsjax.training.recipe import PAPER, Recipe
-from lsjax.training.run import Hook, Show, train_run
+from lsjax.training.run import Hook, Interrupted, Show, TooManySkipped, train_run
 from lsjax.training.step import TrainState
 from lsjax.training.writer import Writer
 
@@ -75,12 +74,15 @@ def shown_evaluation(run: TrainingRun, console: Console) -> Hook:
             return
         row = {"kind": EVALUATION, "step": step, **asdict(scores)}
         try:
-            found = (plots.estimates(values) for values in (scores.loss_E, scores.agreement_E))
-            by_name = ({f"step {step}": values} for values in found)
-            options = dict(trained=exits_with_loss(run), title=workdir.name)
-            plots.plot_exits(*by_name, workdir / EXITS, **options)
-            rows, title = [*read_metrics(workdir), row], workdir.name
-            plots.plot_training(rows, workdir / CURVES, title=title)
+            plots.plot_exits(
+                {f"step {step}": plots.estimates(scores.loss_E)},
+                {f"step {step}": plots.estimates(scores.agreement_E)},
+                workdir / EXITS,
+                trained=exits_of(run),
+                title=workdir.name,
+            )
+            rows = [*read_metrics(workdir), row]
+            plots.plot_training(rows, workdir / CURVES, title=workdir.name)
             pictures.show(workdir / EXITS, workdir / CURVES)
         except (ConfigError, OSError) as error:  # no matplotlib, full disk: metrics.jsonl has it
             console.print(str(error), style="dim")
@@ -88,18 +90,17 @@ def shown_evaluation(run: TrainingRun, console: Console) -> Hook:
     return exits.evaluation_hook(run, show)
 
 
-def exits_with_loss(run: TrainingRun) -> list[int]:
+def exits_of(run: TrainingRun) -> tuple[int, ...]:
     """Exits with a loss in training, besides the last one."""
-    config, weights = run.config, run.recipe.exit_weights
-    layers = config.model.num_layers
-    enabled_TL = enabled_by_step(config.early_exit, layers, config.num_steps, weights)
-    return (np.flatnonzero(enabled_TL.any(0)[:-1]) + 1).tolist()
+    config, layers = run.config, run.config.model.num_layers
+    weights = run.recipe.exit_weights
+    return exits_with_loss(config.early_exit, layers, config.num_steps, weights)
 
 
 def default_exit(run: TrainingRun) -> int:
     """The exit that drafts samples: of those with a loss, the one closest to L / 4."""
     layers = run.config.model.num_layers
-    exits = exits_with_loss(run) or range(1, max(2, layers))
+    exits = exits_of(run) or range(1, max(2, layers))
     return min(exits, key=lambda exit_layer: abs(exit_layer - layers / 4))
 
 
@@ -150,6 +151,20 @@ def shown_progress(run: TrainingRun, first: int, console: Console) -> Iterator[S
     with Progress(BarColumn(20), TextColumn("{task.description}"), console=console) as bar:
         task = bar.add_task("compiling", total=num_steps, completed=first)
         yield lambda step, line: bar.update(task, completed=step, description=line)
+
+
+def to_its_end(work: Callable[[], Any], console: Console) -> int:
+    """Runs work that trains, and prints why it ended early. Returns the exit code: 1 if training
+    failed, 128 + the number of a signal that stopped it, or 0."""
+    try:
+        work()
+    except Interrupted as stopped:
+        console.print(f"{stopped}: the same command resumes it")
+        return 128 + stopped.number
+    except TooManySkipped as failure:
+        console.print(f"error: {failure}", style="bold red")
+        return 1
+    return 0
 
 
 class Pictures:

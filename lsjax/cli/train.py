@@ -1,15 +1,16 @@
 """Trains a Llama with layer dropout and the early-exit loss, from scratch or from a checkpoint."""
 
+from functools import partial
+
 import lsjax
 from lsjax.cli.errors import one_line_errors
 from lsjax.cli.flags.train import Arguments
 from lsjax.cli.setup import keep_compiled_programs, keep_freed_memory
-from lsjax.cli.shown_run import PICTURES, shown_run
+from lsjax.cli.shown_run import PICTURES, shown_run, to_its_end
 from lsjax.config import check
 from lsjax.interrupts import keeps
 from lsjax.terminal import SafeConsole
 from lsjax.training.hosts import ending_together, is_first, start
-from lsjax.training.run import Interrupted, TooManySkipped
 
 
 def train(arguments: Arguments) -> int:
@@ -23,14 +24,10 @@ def train(arguments: Arguments) -> int:
         keep_freed_memory()
         keep_compiled_programs()
         console = SafeConsole(soft_wrap=True, quiet=not is_first())
-        try:
-            shown_run(arguments.fields, workdir, console, began=lsjax.IMPORTED)
-        except Interrupted as stopped:
-            console.print(f"{stopped}: the same command resumes it")
-            return 128 + stopped.number
-        except TooManySkipped as failure:
-            console.print(f"error: {failure}", style="bold red")
-            return 1
+        given = arguments.fields, workdir, console
+        code = to_its_end(partial(shown_run, *given, began=lsjax.IMPORTED), console)
+        if code:
+            return code
         drawn = [str(workdir / name) for name in PICTURES if (workdir / name).exists()]
         if drawn:
             console.print(f"pictures: {', '.join(drawn)}")

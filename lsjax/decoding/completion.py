@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
+from typing import Literal
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -12,6 +13,7 @@ from lsjax.decoding.exit_outputs import ExitOutputs
 from lsjax.decoding.state import EOS, LENGTH, RUNNING, STOP, DecodeState
 from lsjax.decoding.strategy import Strategy
 
+Origin = Literal["accepted", "looked-up", "corrected", "added"]
 FINISH_REASONS = {RUNNING: None, EOS: "eos", LENGTH: "length", STOP: "stop"}
 
 
@@ -54,6 +56,14 @@ class Trace:
             round_n[-1] = count - np.flatnonzero(round_n)[-1]
             return replace(cut, round_n=round_n)
         return cut
+
+    def origin(self, index: int) -> Origin:
+        """Who wrote a token: an accepted draft of an exit or of a lookup, the correction of a
+        rejected draft, or the full model after a draft that was all right."""
+        if self.accepted_n[index]:
+            looked_up = self.source_n is not None and self.source_n[index] == 0
+            return "looked-up" if looked_up else "accepted"
+        return "corrected" if self.replaced_n[index] >= 0 else "added"
 
     @property
     def rounds(self) -> int:

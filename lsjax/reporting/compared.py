@@ -40,12 +40,13 @@ def compare(directories: Sequence[AnyPath], output: AnyPath) -> tuple[str, AnyPa
                 f"{shown(two)}): repeat one of them like the other"
             )
     output.mkdir(parents=True, exist_ok=True)
-    of_exits = (
-        {name: figures(one, one.main) for name, one in by_name.items()}
-        for figures in (losses, agreements)
-    )
     trained = sorted({exit_ for one in by_name.values() for exit_ in one.of(one.main)[0].exits})
-    plot_exits(*of_exits, output / EXITS, trained=trained)
+    plot_exits(
+        {name: losses(one, one.main) for name, one in by_name.items()},
+        {name: agreements(one, one.main) for name, one in by_name.items()},
+        output / EXITS,
+        trained=trained,
+    )
     answer = "; ".join(f"{name}: {_sentence(first, one)}" for name, one in by_name.items())
     content = shown_content(f"{len(by_name)} reports", answer)
     content["warning"] = doubts([row.figures for one in by_name.values() for row in speeds(one)])

@@ -135,16 +135,28 @@ def speeds(report: Report) -> list[Speed]:
 
 def _over_seeds(cell: Cell, rows: Sequence[dict[str, Any]]) -> Speed:
     """Means over the trainings. Figures are trusted if those of all are."""
-    names = ("speedup", "speedup_low", "speedup_high")
-    speedup = from_seeds(
-        [Estimate(*(row[n] for n in names), "prompts", row["texts"]) for row in rows]
-    )
+    each = [
+        Estimate(
+            value=row["speedup"],
+            low=row["speedup_low"],
+            high=row["speedup_high"],
+            of="prompts",
+            count=row["texts"],
+        )
+        for row in rows
+    ]
+    speedup = from_seeds(each)
     figures = dict(rows[0])
     for name in MEANS:
         known = [row[name] for row in rows if row[name] is not None]
         figures[name] = statistics.fmean(known) if known else None
-    figures |= dict(zip(names, (speedup.value, speedup.low, speedup.high), strict=True))
-    figures |= {"interval_of": speedup.of, "trusted": all(row["trusted"] for row in rows)}
+    figures |= {
+        "speedup": speedup.value,
+        "speedup_low": speedup.low,
+        "speedup_high": speedup.high,
+        "interval_of": speedup.of,
+        "trusted": all(row["trusted"] for row in rows),
+    }
     return Speed(cell, speedup, figures)
 
 

@@ -15,8 +15,12 @@ def draw(report: Report, directory: AnyPath) -> list[str]:
     """Draws the pictures that the report has figures for; returns the names of their files."""
     drawn, kinds = [EXITS], [kind for kind in NAMES if report.of(kind)]
     main = report.of(report.main)
-    by_name = [{NAMES[kind]: of(report, kind) for kind in kinds} for of in (losses, agreements)]
-    plot_exits(*by_name, directory / EXITS, trained=main[0].exits)
+    plot_exits(
+        {NAMES[kind]: losses(report, kind) for kind in kinds},
+        {NAMES[kind]: agreements(report, kind) for kind in kinds},
+        directory / EXITS,
+        trained=main[0].exits,
+    )
     counts = accepted(report)
     if counts is not None and counts.drafted_EJ.any():
         drawn.append(ACCEPTANCE)
@@ -45,7 +49,7 @@ def draw_training(report: Report, file: AnyPath) -> None:
             agreement_axes.set_title(f"held-out agreement, {NAMES[kind]}", fontsize="medium")
             for axes in (loss_axes, agreement_axes):
                 axes.set_xlim(0, steps[-1]["step"] * 1.02)
-        bottom, top = zip(*(row[0].get_ylim() for row in rows), strict=True)
-        for row in rows:
+        ends = [end for row in rows for end in row[0].get_ylim()]
+        for row in rows:  # one scale for all kinds
             if row[0].get_yscale() == "linear":
-                row[0].set_ylim(min(bottom), max(top))
+                row[0].set_ylim(min(ends), max(ends))

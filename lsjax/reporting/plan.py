@@ -139,8 +139,8 @@ def _largest(choices: Sequence[int], affordable: float) -> int:
 
 
 def read_plan(directory: AnyPath, asked: Asked) -> Plan | None:
-    """The plan of an earlier start; None if there is none. Raises ConfigError, with the first
-    difference, if that start was asked for something else."""
+    """The plan of an earlier start; None if there is none. Raises ConfigError if the flags have
+    changed since; it names the first change."""
     file = directory / PLAN
     if not file.exists():
         return None

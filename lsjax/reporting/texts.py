@@ -8,8 +8,6 @@ import numpy as np
 from lsjax.data.tokenizer import StreamDecoder, Tokenizer
 from lsjax.decoding.completion import Completion
 
-ACCEPTED, LOOKED_UP, CORRECTED, ADDED = "accepted", "looked-up", "corrected", "added"
-
 
 def with_origins(
     tokenizer: Tokenizer, prompt_ids: Sequence[int], done: Completion
@@ -17,18 +15,12 @@ def with_origins(
     """A text as JSON: its prompt, and for each new token the text, origin, exit that drafted it,
     probability by the full model, and rejected draft. done: with log_probs."""
     trace, decoder, tokens = done.trace, StreamDecoder(tokenizer, prompt_ids), []
-    ends = np.flatnonzero(trace.round_n)  # the last token of each round
     for index, token in enumerate(trace.tokens_n.tolist()):
-        end = ends[min(np.searchsorted(ends, index), len(ends) - 1)]
-        exit_layer = done.exit_layer if trace.source_n is None else int(trace.source_n[end])
-        replaced, origin = int(trace.replaced_n[index]), ADDED
-        if trace.accepted_n[index]:
-            origin = ACCEPTED if exit_layer else LOOKED_UP
-        elif replaced >= 0:
-            origin = CORRECTED
+        origin, replaced = trace.origin(index), int(trace.replaced_n[index])
         one: dict[str, Any] = {"text": decoder.push([token]), "origin": origin}
-        if origin == ACCEPTED:
-            one["exit"] = exit_layer
+        if origin == "accepted":
+            chosen = trace.source_n is not None
+            one["exit"] = int(trace.source_n[index]) if chosen else done.exit_layer
         if replaced >= 0:
             rejected = tokenizer.token_bytes(replaced, skip_special=False)
             one["rejected"] = rejected.decode("utf-8", errors="replace")

@@ -114,6 +114,17 @@ def enabled_by_step(
     return np.broadcast_to(weights > 0, shape)
 
 
+def exits_with_loss(
+    config: EarlyExitConfig,
+    num_layers: int,
+    num_steps: int,
+    exit_weights: ExitWeights = exit_weights,
+) -> tuple[int, ...]:
+    """Exits with a loss in some step, besides the last one."""
+    enabled_TL = enabled_by_step(config, num_layers, num_steps, exit_weights)
+    return tuple((np.flatnonzero(enabled_TL[:, :-1].any(0)) + 1).tolist())
+
+
 def exit_counts(
     config: EarlyExitConfig,
     num_layers: int,

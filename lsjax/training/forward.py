@@ -56,8 +56,8 @@ def exit_states(
     ropes = for_training(rope_angles(batch["positions_BT"], model.config, x_BTD.dtype))
     run = layer_runner(config, ropes, batch["segments_BT"])
     picks = 1 < num_entries < num_layers
-    # Entry of the exit below each layer; without an exit the last entry, which is not read. Above
-    # the last layer there is none: so its entry is set one beyond the end, and cut off.
+    # Entry of the exit below each layer; without an exit the last entry, which is not read. The
+    # last exit has no layer above it: its number falls one beyond the end, and is cut off.
     none_n = jnp.full(num_layers + 1, num_entries - 1)
     entry_L = none_n.at[layer_E + 1].set(jnp.arange(num_entries))[:-1]
     dropout = None
