@@ -12,7 +12,7 @@ LOCK := $(wildcard constraints/py$(VERSION).txt)
 SMOLLM2 = models/SmolLM2-135M-Instruct.Q4_1.gguf
 STORY = "Once upon a time, there was a little girl named Lily who"
 
-.PHONY: quickstart smollm2 accelerator test test-all test-long smoke lint docs parity peers lock clean
+.PHONY: quickstart smollm2 evidence accelerator test test-all test-long smoke lint docs parity peers lock clean
 
 # Trains with LayerSkip, decodes held-out prompts with the trained model, and writes a page about
 # it. Texts are sampled, since greedy texts of small models repeat themselves, and repetitions are
@@ -34,6 +34,11 @@ smollm2: $(VENV)/installed $(SMOLLM2)
 		--strategy self_speculative --exit-layer 24 --num-draft-tokens 3 --show-drafts
 	$(BIN)/lsjax benchmark --model $(SMOLLM2) --prompt $(STORY) --new-tokens 48 \
 		--repeats 1 --exit-layers 24 --num-draft-tokens 3
+
+# Makes the reports of docs/results.md and README.md, hours in all, and writes both. ONLY names some.
+evidence: $(VENV)/installed
+	$(BIN)/python scripts/evidence.py $(ONLY)
+	$(BIN)/python scripts/results.py
 
 # Checks and measures on an accelerator, and writes docs/accelerators.md. EXTRA is cuda, cuda12 or
 # tpu. INSTALL=no installs nothing: stages a to c need jax, flax, optax, jaxtyping and numpy.

@@ -304,32 +304,6 @@ def test_adapters_go_on_and_the_export_decodes_as_the_run(config, finished, tmp_
     assert texts[0] == texts[1] != texts[2]
 
 
-def test_the_exits_of_runs_are_compared_on_the_held_out_data(finished, tmp_path, capsys):
-    other = tmp_path / "other"
-    shutil.copytree(finished, other)
-    shutil.rmtree(other / "checkpoints" / "6")
-    picture, file = tmp_path / "exits.png", tmp_path / "scores.jsonl"
-    exported = tmp_path / "exported"
-    assert program("convert")([str(other), str(exported)]) == 0
-    flags = ["--runs", str(finished), str(other), str(exported), "--batches", "1"]
-    assert program("exits")([*flags, "--output", str(picture), "--json", str(file)]) == 0
-    first, second, third = map(json.loads, file.read_text().splitlines())
-    (*_, evaluated) = (row for row in rows_of(finished) if row["kind"] == "evaluation")
-    assert first["loss_E"] == pytest.approx(evaluated["loss_E"], rel=1e-6)
-    assert second["loss_E"][-1] > first["loss_E"][-1], "it has learned for two steps less"
-    assert third["loss_E"] == second["loss_E"], "the run's weights without the run around them"
-    assert picture.read_bytes().startswith(b"\x89PNG")
-    assert f"{first['loss_E'][-1]:.3f}" in capsys.readouterr().out
-    for wrong, words in (
-        ([str(tmp_path)], "is not a training run"),
-        ([flags[1]] * 2, "rename"),
-        ([flags[1], "--output", "scores.txt"], "is not a .png file"),
-    ):
-        with pytest.raises(SystemExit) as end:
-            program("exits")(["--runs", *wrong])
-        assert end.value.code == 2 and words in capsys.readouterr().err
-
-
 @pytest.mark.parametrize(
     "flags, message",
     [

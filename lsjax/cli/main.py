@@ -18,7 +18,7 @@ from lsjax.config import check
 from lsjax.interrupts import importing
 
 PROGRAMS = (
-    *("train", "decode", "benchmark", "evaluate", "lm-eval", "exits", "convert", "tokenize"),
+    *("train", "decode", "benchmark", "evaluate", "lm-eval", "convert", "tokenize"),
     *("count-tokens", "aot", "report"),
 )
 

@@ -1,7 +1,6 @@
 """What a report measures of a model: its exits on held-out rows, and texts by all strategies."""
 
 from dataclasses import asdict, dataclass, replace
-from datetime import date
 from functools import cached_property
 from itertools import product
 from typing import Any
@@ -262,10 +261,7 @@ class Measures:
         how = "greedy" if not asked.sampling.temperature else "sampled, temperature "
         how += f"{asked.sampling.temperature:g}" * bool(asked.sampling.temperature)
         return {
-            "date": f"{date.today()}",
-            "machine": machine.machine_name(),
-            "versions": machine.versions(),
-            **({"commit": machine.commit()} if machine.commit() else {}),
+            **machine.made_on(),
             "held out": f"{held.rows.rows.describe()}; {len(held.rows)} batches are scored",
             "prompts": f"{len(held.questions)}, at most {asked.new_tokens} new tokens, {how}",
             "dtype": f"{choose_dtype('auto')} for decoding",

@@ -3,6 +3,7 @@
 import os
 import platform
 import subprocess
+from datetime import date
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -64,6 +65,12 @@ def versions() -> str:
         except PackageNotFoundError:
             continue
     return ", ".join(found)
+
+
+def made_on() -> dict[str, str]:
+    """When, where and by which code a figure is made."""
+    made = {"date": f"{date.today()}", "machine": machine_name(), "versions": versions()}
+    return made | ({"commit": commit()} if commit() else {})
 
 
 def commit() -> str:

@@ -20,6 +20,7 @@ from lsjax.reporting.figures import (
     speeds,
     summarised,
 )
+from lsjax.reporting.markdown import table
 from lsjax.reporting.record import Report
 
 HTML, MARKDOWN = "report.html", "report.md"
@@ -46,13 +47,9 @@ def template(name: str, autoescape: bool = False) -> jinja2.Template:
     source = files("lsjax.reporting").joinpath(name).read_text("utf-8")
     settings = dict(trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
     environment = jinja2.Environment(autoescape=autoescape, **settings)
-    environment.filters["cell"] = in_cell
+    environment.filters["table"] = lambda rows: "\n".join(table(rows))
+    environment.filters["as_code"] = lambda named: [(k, f"`{v}`") for k, v in named.items()]
     return environment.from_string(source)
-
-
-def in_cell(value: str) -> str:
-    """A text in a cell of a Markdown table, which ends at a | or a line break."""
-    return str(value).replace("\n", "\\n").replace("|", "\\|")
 
 
 def content(report: Report) -> dict[str, Any]:
@@ -133,14 +130,14 @@ FIGURES = {  # of a strategy, after its speed, with their formats
 def speed_table(found: Sequence[Speed]) -> list[list[str]]:
     """Speed of each strategy, the fastest first; empty without any."""
     names = ["strategy", "speedup", "tokens/s", "accepted", "tokens/round", "ideal", "repeated"]
-    table = [names] if found else []
+    rows = [names] if found else []
     for one in sorted(found, key=lambda one: -one.speedup.value):
         row, doubt = one.figures, "" if one.figures["trusted"] else "?"
         cells = [str(one.cell), in_doubt(one), f"{row['tokens_per_second']:.1f}{doubt}"]
         for name, form in FIGURES.items():
             cells.append("-" if row[name] is None else format(row[name], form))
-        table.append(cells)
-    return table
+        rows.append(cells)
+    return rows
 
 
 def plain(value: Any) -> str:

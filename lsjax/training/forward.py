@@ -74,19 +74,19 @@ def exit_states(
         dropout = Dropout(rates_L, kept)
 
     def run_layer(block, x_BTD, inputs, kind):
-        return run(block, x_BTD, inputs[1], kind)
+        return run(block, x_BTD, inputs.dropout, kind)
 
     # A layer's input is the output of the layer below, and goes to the entry of the exit there. The
     # last entry takes those of no exit. Unused entries (of layer L - 1) are cut off below.
     def collect(entries, x_BTD, y_BTD, inputs):
         if picks:
-            entries = lax.dynamic_update_index_in_dim(entries, x_BTD, inputs[0], 0)
+            entries = lax.dynamic_update_index_in_dim(entries, x_BTD, inputs.entry, 0)
         return entries, y_BTD if num_entries == num_layers else None
 
     entries = None
     if picks:  # XLA:GPU would merge zeros with those of the loss, and keep them until then
         entries = jnp.broadcast_to(lax.stop_gradient(x_BTD), (num_entries, *x_BTD.shape))
-    inputs = entry_L, dropout
+    inputs = LayerInputs(entry_L, dropout)
     x_BTD, entries, x_LBTD = model.scan_layers(x_BTD, run_layer, collect, entries, inputs)
     if num_entries == num_layers:
         return x_LBTD
@@ -102,6 +102,13 @@ class Dropout(NamedTuple):
 
     rate: Float[Array, "*L"]
     kept: Any
+
+
+class LayerInputs(NamedTuple):
+    """What the scan over layers reads of each layer."""
+
+    entry: Int[Array, "*L"]  # where the layer's input goes
+    dropout: Dropout | None
 
 
 def layer_runner(config: StepConfig, ropes: Mapping[str, Rope], segments_BT: Int[Array, "B T"]):

@@ -67,6 +67,14 @@ class Positions(NamedTuple):
     scales_EB: Float[Array, "E B"]  # weight of each position (more than 1 if sampled)
 
 
+class Found(NamedTuple):
+    """Losses so far, and the gradients of the head (its table as [D, V]) and of the states."""
+
+    losses: Losses
+    dhead: Head
+    dx: Float[Array, "*shape D"]
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def head_loss(
     exit_loss: ExitLoss,
@@ -107,17 +115,16 @@ def _forward(exit_loss, z_loss, token_share, head, x_EBTD, labels_BT, positions,
 def _own_rows(settings, head, x_EBTD, labels_BT, positions, entries, chunks_E):
     """Losses and gradients of a device's rows. Values to sum over devices have a leading axis of
     size 1. chunks_E: number of chunks per entry, set by the row with most positions."""
-    rows = _Rows(settings, head, labels_BT, positions, entries, chunks_E)
-    losses, dhead, dx_EBTD = rows.all_entries(x_EBTD)
-    return jax.tree.map(lambda leaf: leaf[None], (losses, dhead)), dx_EBTD
+    found = _Rows(settings, head, labels_BT, positions, entries, chunks_E).all_entries(x_EBTD)
+    dhead = Head(found.dhead.norm, found.dhead.table_VD.T)
+    return jax.tree.map(lambda leaf: leaf[None], (found.losses, dhead)), found.dx
 
 
 class _Rows:
     """A device's rows in the loss: chunks of entries pass through the head and back. Their losses
-    and gradients are added up in a carry: (losses, dhead, states and their gradients).
+    and gradients are added up. The gradient of an entry's states overwrites the states.
 
-    Exits come first: their losses may read the last entry's states, which its own gradient
-    overwrites.
+    Exits come first: their losses may read the last entry's states.
     """
 
     def __init__(self, settings, head, labels_BT, positions, entries, chunks_E):
@@ -129,32 +136,30 @@ class _Rows:
         large = len(head.table_VD) >= ONE_PASS * head.table_VD.shape[1]
         self.one_pass = large and not settings.z_loss
 
-    def all_entries(self, x_EBTD):
-        """Sums of the losses, gradients of the head, and those of the states, in their place."""
+    def all_entries(self, x_EBTD) -> Found:
+        """Losses and gradients of all entries."""
         num_entries, wide, settings = len(x_EBTD), self.wide, self.settings
         losses = Losses(jnp.zeros((), wide), jnp.zeros(num_entries, wide))
         dnorm = jax.tree.map(jnp.zeros_like, self.head.norm)
-        carry = losses, Head(dnorm, jnp.zeros(self.table_DV.shape, wide)), x_EBTD
+        found = Found(losses, Head(dnorm, jnp.zeros(self.table_DV.shape, wide)), x_EBTD)
         if num_entries > 1:
             used_E = self.chunks_E[:-1] > 0
             order_E = jnp.argsort(~used_E, stable=True)
 
-            def add_exit(index, carry):
+            def add_exit(index, found):
                 entry = order_E[index]
                 loss = with_exit(settings.exit_loss, self.entries.exit_E[entry], self.entries.step)
-                return self.add_entry(loss, settings.exit_chunk, entry, carry)
+                return self.add_entry(loss, settings.exit_chunk, entry, found)
 
             with jax.named_scope(EXITS):
-                *sums, entries_EBTD = lax.fori_loop(0, used_E.sum(), add_exit, carry)
+                found = lax.fori_loop(0, used_E.sum(), add_exit, found)
             keep_E = jnp.append(used_E, True)[:, None, None, None]
-            carry = *sums, jnp.where(keep_E, entries_EBTD, 0)
-        carry = self.add_entry(cross_entropy, settings.last_chunk, num_entries - 1, carry)
-        losses, dhead, dx_EBTD = carry
-        return losses, Head(dhead.norm, dhead.table_VD.T), dx_EBTD
+            found = found._replace(dx=jnp.where(keep_E, found.dx, 0))
+        return self.add_entry(cross_entropy, settings.last_chunk, num_entries - 1, found)
 
-    def add_entry(self, entry_loss, chunk, entry, carry):
-        """Adds one entry's loss and gradients; the gradient of the states overwrites the states."""
-        losses, dhead, entries_EBTD = carry
+    def add_entry(self, entry_loss, chunk, entry, found) -> Found:
+        """Adds one entry's loss and gradients."""
+        losses, dhead, entries_EBTD = found
         batch, steps, width = entries_EBTD.shape[1:]
         whole = -(-steps // chunk) * chunk  # steps, padded to full chunks
         positions, wide = self.positions, self.wide
@@ -162,8 +167,7 @@ class _Rows:
         x_BTD, final_BTD = entries_EBTD[entry], entries_EBTD[-1]
         weight = self.entries.weights_E[entry].astype(wide)
 
-        def add_chunk(index, carry):
-            *sums, dx_BTD = carry
+        def add_chunk(index, own):
             start = index * chunk
             at_BC = lax.dynamic_slice_in_dim(order_BT, start, chunk, 1)
             counted_BC = start + jnp.arange(chunk) < positions.counts_EB[entry, :, None]
@@ -171,21 +175,24 @@ class _Rows:
             label_BC = jnp.take_along_axis(self.labels_BT, at_BC, 1)
             x_BCD = jnp.take_along_axis(x_BTD, at_BC[:, :, None], 1)
             final = partial(jnp.take_along_axis, final_BTD, at_BC[:, :, None], 1)
-            *found, dx_BCD = self.through_head(entry_loss, x_BCD, final, label_BC, scale_BC, weight)
-            sums = jax.tree.map(jnp.add, sums, found)
-            return *sums, lax.dynamic_update_slice_in_dim(dx_BTD, dx_BCD, start, 1)
+            new = self.through_head(entry_loss, x_BCD, final, label_BC, scale_BC, weight)
+            return Found(
+                losses=jax.tree.map(jnp.add, own.losses, new.losses),
+                dhead=jax.tree.map(jnp.add, own.dhead, new.dhead),
+                dx=lax.dynamic_update_slice_in_dim(own.dx, new.dx, start, 1),
+            )
 
         zeros_BTD = jnp.zeros((batch, whole, width), entries_EBTD.dtype)
-        carry = losses._replace(metric=jnp.zeros((), wide)), dhead, zeros_BTD
+        own = Found(losses._replace(metric=jnp.zeros((), wide)), dhead, zeros_BTD)
         with jax.named_scope(CHUNKS):
-            own, dhead, dx_BTD = lax.fori_loop(0, self.chunks_E[entry], add_chunk, carry)
+            own = lax.fori_loop(0, self.chunks_E[entry], add_chunk, own)
         back_BT = jnp.argsort(positions.order_EBT[entry], axis=1)
-        dx_BTD = jnp.take_along_axis(dx_BTD, back_BT[:, :, None], 1)
+        dx_BTD = jnp.take_along_axis(own.dx, back_BT[:, :, None], 1)
         entries_EBTD = lax.dynamic_update_index_in_dim(entries_EBTD, dx_BTD, entry, 0)
-        losses = Losses(own.objective, losses.metric.at[entry].set(own.metric))
-        return losses, dhead, entries_EBTD
+        metric_E = losses.metric.at[entry].set(own.losses.metric)
+        return Found(Losses(own.losses.objective, metric_E), own.dhead, entries_EBTD)
 
-    def through_head(self, entry_loss, x_BCD, final, label_BC, scale_BC, weight):
+    def through_head(self, entry_loss, x_BCD, final, label_BC, scale_BC, weight) -> Found:
         """Losses of a chunk, and the gradients of the head and the states. final: returns the last
         entry's states."""
         head, product, table_DV = self.head, self.product, self.table_DV
@@ -201,7 +208,7 @@ class _Rows:
         dnormed_BCD, normed_BCD = scaled((dnormed_BCD, normed_BCD), found.factor_BC, x_BCD.dtype)
         dtable_DV = product("BCD,BCV->DV", normed_BCD, found.array_BCV)
         dnorm, dx_BCD = norm_backward(dnormed_BCD)
-        return found.losses, Head(dnorm, dtable_DV), dx_BCD
+        return Found(found.losses, Head(dnorm, dtable_DV), dx_BCD)
 
 
 def _backward(exit_loss, z_loss, token_share, gradients, cotangents):

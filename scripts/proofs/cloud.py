@@ -100,7 +100,7 @@ READERS = (
     "decode.py --model {run} --prompt import --max-new-tokens 16 --json {out}",
     "-m lsjax convert {run} {out}",
     "decode.py --model {model} --prompt import --max-new-tokens 16",
-    "-m lsjax exits --runs {run} --batches 2 --json {out}",
+    "-m lsjax report --no-training --model {run} --prompts 2 --new-tokens 8 --output {out}",
     "-m lsjax evaluate --task gsm8k --model {run} --data {files}/questions.jsonl"
     " --max-new-tokens 8 --output {out}.jsonl",
 )

@@ -267,7 +267,7 @@ def test_every_class_of_flags_checks_its_values():
         (program("decode"), ["--model", "", "--prompt", "a"], "--model"),
         (program("decode"), ["--model", "x", "--prompt-file", ""], "--prompt-file"),
         (program("decode"), ["--model", "x", "--prompt", "a", "--json", ""], "--json"),
-        (program("exits"), ["--runs", "x", ""], "--runs"),
+        (program("report"), ["--compare", "x", "", "--output", "y"], "--compare"),
         (program("tokenize"), ["--config", ""], "--config"),
         (program("aot"), [*CONFIG, "--topology", "v5e:1", "--output", ""], "--output"),
         (program("count-tokens"), ["--model", "", "--text", "x"], "--model"),

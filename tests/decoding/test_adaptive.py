@@ -23,6 +23,7 @@ from lsjax.decoding.auto.learned import (
     LOOKUP_CHANCES,
     TEXT_COUNT,
     USUAL_COUNT,
+    Counts,
     Learned,
 )
 from lsjax.decoding.auto.lookup import LONGEST
@@ -264,7 +265,7 @@ def test_counts_of_the_exit_that_drafted_by_hand(model, temperature):
 
 def test_counts_by_hand():
     """Older counts weigh less. The lookup was right about row 0's first token; row 1 had none."""
-    seen = np.arange(20.0).reshape(2, 2, 5), np.arange(1, 21.0).reshape(2, 2, 5)
+    seen = Counts(np.arange(20.0).reshape(2, 2, 5), np.arange(1, 21.0).reshape(2, 2, 5))
     ones = map(jnp.ones, [(2, 2, 5)] * 2 + [(2, 8)] * 2)
     start = Learned(*ones, jnp.zeros(2, jnp.int32), jnp.zeros(2, bool))
     verified = Verified(None, np.array(NEW), np.array([2, 0]), None, seen)

@@ -112,8 +112,8 @@ OTHERS = [
     ("count_tokens", "--model tiny --text bad.jsonl", "bad.jsonl, line 2 is not an object"),
     ("aot", TINY, "--topology is missing"),
     ("aot", f"{TINY} --topology v9z:1", "v9z"),
-    ("exits", "--runs tiny", "tiny is not a training run"),
-    ("exits", "--runs run --output plot.jpg", "plot.jpg is not a .png file"),
+    ("report", "--compare tiny tiny2 --output out", "no run tells which text is held out"),
+    ("report", "--compare run --output out", "--compare has only run"),
     ("lm_eval", "--model tiny --tasks a --gen-kwargs x", "--gen-kwargs x must look like"),
     ("lm_eval", "--model tiny --tasks a --limit 0", "--limit 0.0 must be a finite number above 0"),
 ]
@@ -321,7 +321,7 @@ def test_the_last_seed_is_followed_by_the_first(folder):
         ("tokenize", TINY),
         ("count_tokens", "--model tiny --text notes.txt"),
         ("convert", "tiny piped_model"),
-        ("exits", "--runs run --batches 1"),
+        ("report", "--no-training --model run --prompts 1 --new-tokens 2 --output piped_report"),
     ],
     ids=lambda value: re.sub(r"\W+", "-", value.replace(TINY, ""))[:40],
 )

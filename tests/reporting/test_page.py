@@ -94,7 +94,7 @@ def test_markdown(whole, tmp_path):
         assert (tmp_path / name).exists()
     for block in re.findall(r"(?:^\|.*\n)+", text, re.M):
         assert len({line.replace(r"\|", "").count("|") for line in block.splitlines()}) == 1, block
-    assert r"| `data.separator` | a\|\n |" in text
+    assert r"| data.separator | `a\|\n` |" in text
     assert "| 1* | 17.500" in text and "| autoregressive | 1.00" in text
 
 

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ from lsjax.decoding.auto.choose import Choice, choose
 from lsjax.decoding.auto.learned import Learned
 from lsjax.decoding.auto.lookup import look_up
 from lsjax.decoding.auto.scores import scores
-from lsjax.decoding.auto.segments import draft_states, run_segments
+from lsjax.decoding.auto.segments import Segment, draft_states, run_segments
 from lsjax.decoding.draft import Draft, DraftArguments, Places
 from lsjax.decoding.draft_vocabulary import DraftHead, DraftVocabulary
 from lsjax.decoding.guards import at_shortest_length
@@ -24,7 +25,7 @@ from lsjax.decoding.self_speculative import draft_tokens
 from lsjax.decoding.state import DecodeState
 from lsjax.decoding.strategy import Autoregressive, Speculative
 from lsjax.kernels.decoding import choosing_is_slow, verification_lengths
-from lsjax.model.protocol import DecoderModel, Sizes, bytes_per_token, num_bytes, prepare
+from lsjax.model.protocol import DecoderModel, Sizes, bytes_per_token, num_bytes
 
 # Rounds from one score of all exits to the next, at least, and the share of bytes for their heads.
 SCORED_EVERY, SCORES_SHARE = 4, 0.01
@@ -111,14 +112,15 @@ class Adaptive(Speculative):
         due = learned.rounds_B.max() % self.scored_every(model) == 0
 
         def verify(draft, places):
+            # Segments below the exit ran in the draft, which kept their states.
+            last = self.sources[-1]
+            segments = [
+                Segment(lo, hi, choice.exit_layer <= lo, kept_BTD)
+                for (lo, hi), kept_BTD in zip(pairwise(self.sources), draft.hidden[1:], strict=True)
+            ]
+            segments.append(Segment(last, model.num_layers, True))
             reached, cache = run_segments(
-                model,
-                (*self.sources, model.num_layers),
-                lambda lo, hi: lo == self.sources[-1] or choice.exit_layer <= lo,
-                draft.hidden[0],
-                *places,
-                draft.state.cache,
-                draft.hidden[1:],
+                model, segments, draft.hidden[0], places, draft.state.cache
             )
             states, cache = draft_states(model, self.exits, reached, places.positions_BT, cache)
             verified, logits_BTV = judge(model, draft, reached[-1], cache, None)
@@ -164,21 +166,18 @@ class Adaptive(Speculative):
         """The same, or the draft of the chosen exit."""
 
         def first_layers(x_B1D, positions_B1, cache):
-            states, cache = run_segments(
-                model,
-                (0, *self.sources),
-                lambda lo, hi: lo == 0 or choice.exit_layer >= hi,
-                x_B1D,
-                positions_B1,
-                prepare(model, positions_B1),
-                cache,
-            )
-            found, cache = draft_states(model, self.exits, states[1:], positions_B1, cache)
-            x_B1D = found[-1]  # if the chosen exit comes earlier, its own state is passed on
+            segments = [
+                Segment(lo, hi, lo == 0 or choice.exit_layer >= hi)
+                for lo, hi in pairwise(self.sources)
+            ]
+            places = Places.of(model, positions_B1)
+            states, cache = run_segments(model, segments, x_B1D, places, cache)
+            found, cache = draft_states(model, self.exits, states, positions_B1, cache)
+            drafting_B1D = found[-1]  # if the chosen exit comes earlier, its state is passed on
             if hasattr(model, "draft_state"):
                 is_own = [choice.exit_layer == exit_layer for exit_layer in self.exits]
-                x_B1D = jnp.select(is_own, found, x_B1D)
-            return x_B1D, tuple(states), cache
+                drafting_B1D = jnp.select(is_own, found, drafting_B1D)
+            return drafting_B1D, (x_B1D, *states), cache
 
         limit_B, active = self.limit(draft.state, choice), choice.exit_layer > 0
         return draft_tokens(model, first_layers, draft, limit_B, choice.confidence, active)

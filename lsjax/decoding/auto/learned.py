@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +23,13 @@ SAMPLED_CHANCES = (0.75, 0.8, 0.87, 0.93, 0.98)
 LOOKUP_CHANCES = (0.17, 0.3, 0.42, 0.5, 0.6, 0.64, 0.68, 0.72)
 # Lookups of all sizes fail in the same texts. The usual shares weigh as much as this many drafts.
 TEXT_COUNT = 4.0
+
+
+class Counts(NamedTuple):
+    """Counts of passed and of tried drafts, by exit and level (Z) of the exit's top probability."""
+
+    passed: Float[Array, "B *E Z"]
+    tried: Float[Array, "B *E Z"]
 
 
 @jax.tree_util.register_dataclass
@@ -103,12 +111,12 @@ class Learned:
         proposal_BT: Int[Array, "B T"],
         is_idle: Bool[Array, ""],
     ) -> "Learned":
-        """The counts after a round that saw the passed and tried drafts of the exits. proposal_BT:
+        """The counts after a round. `verified.seen` holds the `Counts` of its exits. proposal_BT:
         what the lookup found, by `matched_B` tokens. is_idle: whether the choice was to draft
         nothing."""
-        new_BT, (passed_BEZ, tried_BEZ) = verified.tokens_BT, verified.seen
+        new_BT, seen = verified.tokens_BT, verified.seen
         is_new_BT = jnp.arange(new_BT.shape[1]) <= verified.accepted_B[:, None]
-        kept_BE1 = DECAY ** tried_BEZ.sum(-1, keepdims=True)
+        kept_BE1 = DECAY ** seen.tried.sum(-1, keepdims=True)
 
         # Right tokens of the lookup, and the first wrong one.
         right_BT = proposal_BT == new_BT[:, :-1]
@@ -120,8 +128,8 @@ class Learned:
         lookup_passed_BM = (size_BTM & (looked_BT & right_BT)[..., None]).sum(1)
         kept_BM = DECAY**lookup_tried_BM
         return Learned(
-            self.passed_BEZ * kept_BE1 + passed_BEZ,
-            self.tried_BEZ * kept_BE1 + tried_BEZ,
+            self.passed_BEZ * kept_BE1 + seen.passed,
+            self.tried_BEZ * kept_BE1 + seen.tried,
             self.lookup_passed_BM * kept_BM + lookup_passed_BM,
             self.lookup_tried_BM * kept_BM + lookup_tried_BM,
             self.rounds_B + 1,
@@ -136,8 +144,8 @@ def expected_tokens(chance: Float[Array, "..."], number: np.ndarray) -> Float[Ar
 
 def by_level(
     top_BT: Float[Array, "B T"], tried_BT: Bool[Array, "B T"], passed_BT: Float[Array, "B T"]
-) -> tuple[Float[Array, "B Z"], Float[Array, "B Z"]]:
-    """Counts of passed and of tried drafts, by their top probability."""
+) -> Counts:
+    """Counts of an exit's drafts, [B, Z], by their top probability."""
     level_BTZ = confidence_level(top_BT)[..., None] == jnp.arange(len(GREEDY_CHANCES))
     tried_BTZ = (level_BTZ & tried_BT[..., None]).astype(jnp.float32)
-    return (tried_BTZ * passed_BT[..., None]).sum(1), tried_BTZ.sum(1)
+    return Counts((tried_BTZ * passed_BT[..., None]).sum(1), tried_BTZ.sum(1))

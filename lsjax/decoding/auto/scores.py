@@ -1,15 +1,14 @@
 """Which drafts of each exit would have passed, in a round that any of them drafted."""
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from lsjax.decoding.auto.learned import by_level
+from lsjax.decoding.auto.learned import Counts, by_level
 from lsjax.decoding.draft import Draft, of_tokens, top_probability
 from lsjax.decoding.sampling import argmax
 from lsjax.model.protocol import DecoderModel
-
-Counts = tuple[Float[Array, "B E Z"], Float[Array, "B E Z"]]  # passed and tried drafts
 
 
 def scores(
@@ -32,7 +31,7 @@ def scores(
     state, head = draft.state, draft.head
     none = jnp.zeros_like(state.learned.passed_BEZ)
     if not exits:
-        return none, none
+        return Counts(none, none)
     rows, places_V = (None, None) if head is None else (head.rows, head.places_V)
     index_BT = tokens_BT if head is None else places_V[tokens_BT]
     is_new_BT = jnp.arange(tokens_BT.shape[1]) <= accepted_B[:, None]
@@ -52,15 +51,11 @@ def scores(
         return by_level(top_BT, is_new_BT, passed(state.sampling.log_distribution(logits_BTW)))
 
     def every():
-        counts = [score(x_BTD) for x_BTD in states]
-        return tuple(jnp.stack(each, axis=1) for each in zip(*counts, strict=True))
+        return jax.tree.map(lambda *ns_BZ: jnp.stack(ns_BZ, axis=1), *map(score, states))
 
     greedy = state.sampling is None
     right_BT = draft.tokens_BT == tokens_BT if greedy else passed(draft.log_q_BTW)
-    own_passed_BZ, own_tried_BZ = by_level(draft.top_BT, is_new_BT & (draft.top_BT > 0), right_BT)
-    passed_BEZ, tried_BEZ = lax.cond(due, every, lambda: (none, none))
+    own = by_level(draft.top_BT, is_new_BT & (draft.top_BT > 0), right_BT)
+    found = lax.cond(due, every, lambda: Counts(none, none))
     is_own_E1 = (jnp.array(exits) == exit_layer)[:, None]
-    return (
-        jnp.where(is_own_E1, own_passed_BZ[:, None], passed_BEZ),
-        jnp.where(is_own_E1, own_tried_BZ[:, None], tried_BEZ),
-    )
+    return jax.tree.map(lambda n_BZ, n_BEZ: jnp.where(is_own_E1, n_BZ[:, None], n_BEZ), own, found)

@@ -1,43 +1,47 @@
 """Layers between exits, each segment of them under a guard."""
 
-from collections.abc import Callable, Sequence
-from itertools import pairwise, zip_longest
-from typing import Any
+from collections.abc import Sequence
+from typing import NamedTuple
 
 from jaxtyping import Array, Bool, Float, Int
 
+from lsjax.decoding.draft import Places
 from lsjax.decoding.guards import run_if
 from lsjax.decoding.scopes import guard_of_layers
 from lsjax.model.protocol import Cache, DecoderModel, draft_state, run_layers
 
 
+class Segment(NamedTuple):
+    """Layers lo..hi-1, and when they run. If they do not, the states after them are `kept_BTD`, by
+    default those before them."""
+
+    lo: int
+    hi: int
+    runs: Bool[Array, ""] | bool  # True needs no guard
+    kept_BTD: Float[Array, "B T D"] | None = None
+
+
 def run_segments(
     model: DecoderModel,
-    bounds: Sequence[int],
-    runs: Callable[[int, int], Bool[Array, ""] | bool],
+    segments: Sequence[Segment],
     x_BTD: Float[Array, "B T D"],
-    positions_BT: Int[Array, "B T"],
-    prepared: Any,
+    places: Places,
     cache: Cache,
-    kept: Sequence[Float[Array, "B T D"]] = (),
 ) -> tuple[list[Float[Array, "B T D"]], Cache]:
-    """Runs layers lo..hi-1 for each adjacent pair in `bounds`, if `runs(lo, hi)`; True always does.
-    Returns the states after each pair, and the cache. Where a pair does not run, its states are
-    those of `kept`, or as before it."""
+    """Runs segments that follow each other. Returns the states after each, and the cache."""
     reached = []
-    for (lo, hi), kept_BTD in zip_longest(pairwise(bounds), kept):
+    for lo, hi, runs, kept_BTD in segments:
         start_BTD = x_BTD
 
         def run(carry, lo=lo, hi=hi, start_BTD=start_BTD):
-            return run_layers(model, start_BTD, lo, hi, positions_BT, carry[1], prepared)
+            _, cache = carry
+            return run_layers(model, start_BTD, lo, hi, places.positions_BT, cache, places.prepared)
 
-        if lo < hi:
-            carry = (x_BTD if kept_BTD is None else kept_BTD), cache
-            condition = runs(lo, hi)
-            if condition is True:
-                x_BTD, cache = run(carry)
-            else:
-                x_BTD, cache = run_if(guard_of_layers(lo, hi), condition, run, carry)
+        carry = (x_BTD if kept_BTD is None else kept_BTD), cache
+        if runs is True:
+            x_BTD, cache = run(carry)
+        else:
+            x_BTD, cache = run_if(guard_of_layers(lo, hi), runs, run, carry)
         reached.append(x_BTD)
     return reached, cache
 

@@ -1,0 +1,185 @@
+"""The experiments of docs/results.md. scripts/evidence.py makes them, and scripts/results.py writes
+the page. An experiment leaves a report, or a table.md, in its directory.
+
+Inputs are in the repository's folder:
+
+    smollm2         lsjax convert models/SmolLM2-135M-Instruct.Q4_1.gguf smollm2   (make smollm2)
+    topv2           Human Annotated Data of google-research-datasets/Hinglish-TOP-Dataset
+    python_doc      the unpacked package python3.13-doc of Debian
+    question.jsonl  Spec-Bench's questions
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from lsjax.reporting.record import REPORT
+
+TABLE = "table.md"
+SETTINGS = "--strategies self_speculative auto"
+CODE = "build/evidence/quickstart/runs/layerskip-0/prompts.jsonl"
+MIXED = f"--spec-bench question.jsonl --topv2 topv2/test.tsv --code {CODE}"
+PUBLISHED = """
+| published, Llama-2 7B | speedup | over the best fixed setting |
+|---|---|---|
+| DEL (COLM 2025) | 2.50x | 1.26 |
+| LEDE (arXiv 2606.03113) | 2.58x to 2.72x | 1.17 |
+"""
+TOPV2 = "--task topv2 --data.paths topv2/train.tsv --data.validation-paths topv2/validation.tsv"
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A section of docs/results.md."""
+
+    name: str  # of the report's directory
+    title: str
+    text: str  # what was trained on what
+    flags: str  # of the command
+    program: str = "lsjax report"
+    needs: tuple[str, ...] = ()  # inputs
+    paper: str = ""  # the paper's figures, as a table
+
+    @property
+    def directory(self) -> Path:
+        """Where its report or its table is."""
+        return Path("build/evidence") / self.name
+
+    @property
+    def is_done(self) -> bool:
+        """Whether it has left a report or a table."""
+        return any((self.directory / name).exists() for name in (REPORT, TABLE))
+
+    @property
+    def command(self) -> str:
+        """The command that makes it, and goes on after it was stopped."""
+        own, dashes, benchmark = self.flags.partition(" -- ")
+        return f"{self.program} {own} --output {self.directory}{dashes}{benchmark}"
+
+
+EXPERIMENTS = (
+    Experiment(
+        "quickstart",
+        "The quickstart, with and without LayerSkip",
+        "16 layers of width 256 learn the source code of Python's standard library from random "
+        "weights, three times with LayerSkip and three times without.",
+        "--config quickstart --seeds 3 --prompts 16 --new-tokens 128 --num-draft-tokens 4 8",
+    ),
+    Experiment(
+        "from_scratch",
+        "From scratch",
+        "16 layers of width 384, which read bytes, learn the same source code for longer.",
+        "--config from_scratch_python --minutes 140 --new-tokens 128 --num-draft-tokens 4 8",
+        paper="""
+| the paper's models from scratch on CNN/DM (Table 4) | exit | accepted | speedup |
+|---|---|---|---|
+| Llama 1.5B | 8 of 24 | 0.774 | 1.76x |
+| Llama 7B | 8 of 32 | 0.778 | 2.16x |
+""",
+    ),
+    Experiment(
+        "topv2",
+        "Finetuning on a task: TOPv2",
+        "SmolLM2-135M learns to turn an English request into its semantic tree.",
+        f"--config finetune_topv2_smollm2 --model smollm2 {TOPV2} --prompts 64 --dtype bfloat16 "
+        "--num-draft-tokens 4 8",
+        needs=("smollm2", "topv2"),
+        paper="""
+| the paper's Llama 1.5B on TOPv2 (Table 6) | exact match | accepted | speedup |
+|---|---|---|---|
+| exit 6 of 24, 8 drafts | 62.9 | 0.760 | 2.0x |
+| exit 12 | 79.4 | 0.976 | 1.64x |
+| exit 18 | 83.3 | 0.989 | 1.24x |
+| all layers, with LayerSkip | 82.9 | | |
+| all layers, without LayerSkip | 85.9 | | |
+""",
+    ),
+    Experiment(
+        "continual_text",
+        "Continual pretraining on text",
+        "SmolLM2-135M reads Python's documentation for an hour, by the recipe of `lsjax report`. "
+        "The paper's models read 52 billion tokens.",
+        "--model smollm2 --data.paths 'python_doc/**/*.rst.txt' --minutes 60",
+        needs=("smollm2", "python_doc"),
+        paper="""
+| the paper's continual pretraining on text (Table 3) | exit, drafts | accepted | speedup |
+|---|---|---|---|
+| Llama2 7B, CNN/DM | 8 of 32, 12 | 0.689 | 1.86x |
+| Llama2 13B, CNN/DM | 15 of 40, 12 | 0.745 | 1.81x |
+| Llama2 7B, XSUM | 8 of 32, 12 | 0.546 | 1.54x |
+| Llama2 13B, XSUM | 15 of 40, 4 | 0.677 | 1.34x |
+""",
+    ),
+    Experiment(
+        "continual_code",
+        "Continual pretraining on code",
+        "The same on the source code of Python's standard library.",
+        "--model smollm2 --data.source python_source --minutes 60",
+        needs=("smollm2",),
+        paper="""
+| the paper's models on HumanEval (Tables 3 and 5) | exit, drafts | accepted | speedup |
+|---|---|---|---|
+| Llama2 7B, continual pretraining | 8 of 32, 6 | 0.671 | 1.83x |
+| Llama2 13B, continual pretraining | 7 of 40, 4 | 0.570 | 1.66x |
+| Llama1 7B, finetuned on code | 6 of 32, 12 | 0.45 | 1.82x |
+""",
+    ),
+    Experiment(
+        "released",
+        "SmolLM2-135M as released",
+        "Nothing is trained. Exits of a model without LayerSkip draft badly, so `auto` copies from "
+        "earlier text.",
+        "--no-training --model smollm2 --data.source python_source --prompts 16 --new-tokens 128",
+        needs=("smollm2",),
+    ),
+    Experiment(
+        "mixed_quickstart",
+        "Choosing drafts automatically: the quickstart",
+        "`auto` and fixed settings take turns on four kinds of prompts. Greedy texts, all equal.",
+        f"{MIXED} -- --model build/evidence/quickstart/runs/layerskip-0 {SETTINGS} "
+        "--exit-layers 2 4 --num-draft-tokens 4 6 8 12 --new-tokens 128 --repeats 3",
+        program="python scripts/proofs/mixed_prompts.py",
+        needs=("question.jsonl", "topv2", "build/evidence/quickstart/report.json"),
+        paper=PUBLISHED,
+    ),
+    Experiment(
+        "mixed_topv2",
+        "Choosing drafts automatically: finetuned on TOPv2",
+        "The same with the model of the section on TOPv2.",
+        f"{MIXED} -- --model build/evidence/topv2/runs/layerskip-0 {SETTINGS} --exit-layers 8 15 "
+        "--num-draft-tokens 4 8 12 --draft-vocab 0 4096 --new-tokens 64 --repeats 2",
+        program="python scripts/proofs/mixed_prompts.py",
+        needs=("question.jsonl", "topv2", "build/evidence/topv2/report.json"),
+    ),
+    Experiment(
+        "mixed_released",
+        "Choosing drafts automatically: SmolLM2-135M as released",
+        "The same with a model without LayerSkip.",
+        f"{MIXED} -- --model smollm2 --strategies self_speculative auto --exit-layers 15 "
+        "--num-draft-tokens 4 --new-tokens 96 --repeats 2",
+        program="python scripts/proofs/mixed_prompts.py",
+        needs=("question.jsonl", "topv2", "smollm2", "build/evidence/quickstart/report.json"),
+    ),
+    Experiment(
+        "recipes",
+        "Recipes: one factor at a time",
+        "The quickstart's recipe with one change, 400 steps, one seed. Losses differ from those of "
+        "the same training without LayerSkip. The ideal is that of the best exit and length.",
+        "factors",
+        program="python scripts/recipe_study.py",
+    ),
+    Experiment(
+        "recipes_seeds",
+        "Recipes: three seeds",
+        "The best recipes and the paper's, 800 steps.",
+        "seeds",
+        program="python scripts/recipe_study.py",
+    ),
+    Experiment(
+        "recipes_task",
+        "Recipes: three seeds on TOPv2",
+        "SmolLM2-135M, 150 steps.",
+        "task",
+        program="python scripts/recipe_study.py",
+        needs=("smollm2", "topv2"),
+    ),
+)

@@ -1,0 +1,199 @@
+"""Compares recipes for small budgets: one factor at a time, then the best ones with three seeds.
+
+    python scripts/recipe_study.py factors --output build/evidence/recipes
+    python scripts/recipe_study.py seeds --output build/evidence/recipes_seeds
+    python scripts/recipe_study.py task --output build/evidence/recipes_task
+
+All recipes of a part train as many steps, and get a report (`lsjax report --no-training`) on the
+same held-out text. What is finished in the directory is left out, so a killed study goes on.
+Prints a table, and writes it for scripts/results.py.
+"""
+
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+from evidence_list import TABLE
+
+from lsjax.checkpoints.run import read_metrics
+from lsjax.evaluation.intervals import from_seeds
+from lsjax.reporting.figures import Speed, agreements, loss_differences, losses, speeds
+from lsjax.reporting.machine import made_on
+from lsjax.reporting.markdown import table
+from lsjax.reporting.record import REPORT, read_report
+
+PLAIN, BASE, PAPER = "without LayerSkip", "the recipe", "the paper's"
+WITHOUT = "--early-exit.curriculum none --early-exit.exits --layer-dropout.p-max 0"
+EXPONENTIAL = "--layer-dropout.distribution exponential"
+# Changes of the quickstart's recipe, as flags. The paper's is that of its training from scratch.
+FACTORS = {
+    PLAIN: WITHOUT,
+    BASE: "",
+    PAPER: "--early-exit.curriculum rotational --early-exit.rotation 8 --early-exit.exits "
+    "--early-exit.weights paper --early-exit.e-scale 0.2 --layer-dropout.p-max 0.1 "
+    f"--layer-dropout.schedule exponential {EXPONENTIAL}",
+    "exit 2": "--early-exit.exits 2",
+    "exit 4": "--early-exit.exits 4",
+    "exits 1, 2, 4": "--early-exit.exits 1 2 4",
+    "exits 2, 4, 8": "--early-exit.exits 2 4 8",
+    "exits weigh a half": "--early-exit.weights custom --early-exit.custom-weights "
+    "0 1 0 1 0 0 0 0 0 0 0 0 0 0 0 2",
+    "the paper's weights": "--early-exit.weights paper",
+    "no dropout": "--layer-dropout.p-max 0",
+    "dropout 0.1": "--layer-dropout.p-max 0.1",
+    "dropout 0.5": "--layer-dropout.p-max 0.5",
+    "exponential dropout": EXPONENTIAL,
+    "half of the tokens": "--early-exit.token-share 0.5",
+    "learning rate 1e-3": "--optimizer.learning-rate 1e-3",
+    "learning rate 4e-3": "--optimizer.learning-rate 4e-3",
+}
+# The same for TOPv2. The paper's is that of its finetuning on TOPv2.
+TASK = {
+    PLAIN: WITHOUT,
+    BASE: "",
+    PAPER: "--early-exit.curriculum gradual --early-exit.exits --early-exit.weights paper "
+    "--early-exit.custom-weights --early-exit.token-share 1 --layer-dropout.p-max 0.2",
+}
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of the study: recipes that are compared, as changes of a configuration."""
+
+    config: str
+    recipes: Mapping[str, str]
+    steps: int
+    seeds: tuple[int, ...]
+    decoding: str  # flags of the report
+
+    @property
+    def warmup_steps(self) -> int:
+        """As a share of the steps, that of the quickstart."""
+        return self.steps * 60 // 800
+
+
+HEADING = ("recipe", "loss", "difference", "agreement by exit", "ideal", "auto", "time of a step")
+TEXTS, ANSWERS = "--prompts 16 --new-tokens 128", "--prompts 32 --task topv2"
+PARTS = {
+    "factors": Part("quickstart", FACTORS, 400, (0,), TEXTS),
+    "seeds": Part("quickstart", FACTORS, 800, (0, 1, 2), TEXTS),
+    "task": Part("finetune_topv2_smollm2", TASK, 150, (0, 1, 2), ANSWERS),
+}
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """What to train."""
+
+    part: Annotated[Literal["factors", "seeds", "task"], tyro.conf.Positional]
+    """factors: one at a time, on the quickstart. seeds: three seeds of --recipes, on it. task:
+    the same on TOPv2."""
+    output: Path
+    """Folder of the trainings and reports."""
+    recipes: tuple[str, ...] = ()
+    """Names of recipes; all of the part by default."""
+    model: str = "smollm2"
+    """For the task: SmolLM2 in the format of Hugging Face."""
+    data: str = "topv2"
+    """For the task: the folder of TOPv2's files."""
+
+
+def main(arguments: Arguments) -> int:
+    """Trains what is missing, and prints the table. Returns the exit code of what failed."""
+    part, directory = PARTS[arguments.part], arguments.output
+    directory.mkdir(parents=True, exist_ok=True)
+    names = arguments.recipes or tuple(part.recipes)
+    data = (
+        f"--dtype bfloat16 --data.tokenizer {arguments.model} --init-from {arguments.model}".split()
+    )
+    for name in ("train", "validation"):
+        flag = "--data.paths" if name == "train" else "--data.validation-paths"
+        data += [flag, f"{arguments.data}/{name}.tsv"]
+    for seed in part.seeds:  # first one seed of all: a study that stops there can be read
+        for name in names:
+            code = measure(part, name, seed, directory, data if arguments.part == "task" else [])
+            if code:
+                return code
+    lines = table(rows(directory, part, names))
+    lines += ["", *table([("made", ""), *made_on().items()]), ""]
+    (directory / TABLE).write_text("\n".join(lines) + "\n", "utf-8")
+    print("\n".join(lines))
+    return 0
+
+
+def measure(part: Part, name: str, seed: int, directory: Path, data: list[str]) -> int:
+    """Trains a recipe and reports on it; returns the exit code of what failed."""
+    run, report = directory / run_name(name, seed), report_of(directory, name, seed)
+    if (report / REPORT).exists():
+        return 0
+    common = (
+        f"--num-steps {part.steps} --seed {seed} --optimizer.warmup-steps {part.warmup_steps} "
+        f"--evaluation.every {part.steps} --evaluation.sample-tokens 0 --mesh.data 2 "
+        f"--checkpoints.every {max(1, part.steps // 4)} --workdir"
+    )
+    train = ["train.py", "--config", part.config, *common.split(), str(run), *data]
+    show = ["-m", "lsjax", "report", "--no-training", "--model", str(run), *part.decoding.split()]
+    show += ["--num-draft-tokens", "4", "8", "--output", str(report)]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "2"}
+    print(f"{run.name}", flush=True)
+    with run.with_name(run.name + ".log").open("a") as log:
+        for command, own in (([*train, *part.recipes[name].split()], environment), (show, None)):
+            found = subprocess.run([sys.executable, *command], env=own, stdout=log, stderr=log)
+            if found.returncode:
+                return found.returncode
+    return 0
+
+
+def run_name(name: str, seed: int) -> str:
+    """Name of a training's directory."""
+    return f"{name.replace(',', '').replace(' ', '_')}-{seed}"
+
+
+def report_of(directory: Path, name: str, seed: int) -> Path:
+    """Directory of a training's report."""
+    return directory / f"{run_name(name, seed)}.report"
+
+
+def rows(directory: Path, part: Part, names: Iterable[str]) -> list[tuple[str, ...]]:
+    """A heading, and a row for each recipe."""
+    reports = {
+        name: [read_report(report_of(directory, name, s)) for s in part.seeds] for name in names
+    }
+    plain, plain_step = reports[PLAIN], step_seconds(directory, part, PLAIN)
+    found = [HEADING]
+    for name, own in reports.items():
+        first, *_ = models = [one.models[0] for one in own]
+        gap = loss_differences(models, [one.models[0] for one in plain])
+        agreed = []
+        for exit_ in first.exits:
+            each = from_seeds([agreements(one, one.main)[exit_ - 1] for one in own])
+            agreed.append(f"{exit_}: {each.value:.3f}")
+        fast = [speeds(one) for one in own]
+        ideal = statistics.fmean(max(s.figures["ideal"] or 1 for s in one) for one in fast)
+        auto = from_seeds([speed_of(one, "auto").speedup for one in fast])
+        step = step_seconds(directory, part, name) / plain_step
+        loss = from_seeds([losses(one, one.main)[-1] for one in own]).value
+        shown = f"{loss:.3f}", "" if name == PLAIN else gap.text("+.3f"), ", ".join(agreed)
+        found.append((name, *shown, f"{ideal:.2f}x", f"{auto.text()}x", f"{step:.2f}"))
+    return found
+
+
+def speed_of(found: Iterable[Speed], strategy: str) -> Speed:
+    """The speed of a strategy."""
+    return next(one for one in found if one.cell.strategy == strategy)
+
+
+def step_seconds(directory: Path, part: Part, name: str) -> float:
+    """Median seconds of a training step."""
+    rows = [row for s in part.seeds for row in read_metrics(directory / run_name(name, s))]
+    return statistics.median(row["seconds"] for row in rows if row["kind"] == "step")
+
+
+if __name__ == "__main__":
+    sys.exit(main(tyro.cli(Arguments)))

@@ -1,0 +1,89 @@
+"""Writes docs/results.md, and the table of README.md, from the reports of scripts/evidence.py.
+
+    python scripts/results.py
+
+A section stands between two comments with its name. Sections without a report or table in
+build/evidence keep what they have, so the experiments can be made on several days.
+"""
+
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from textwrap import wrap
+
+from evidence_list import EXPERIMENTS, TABLE, Experiment
+
+from lsjax.reporting.figures import in_doubt, speeds, summarised
+from lsjax.reporting.markdown import table
+from lsjax.reporting.page import exit_table, facts, speed_table
+from lsjax.reporting.record import REPORT, Report, read_report
+
+PAGE, README = Path("docs/results.md"), Path("README.md")
+HEADING = ("what", "auto", "best fixed setting", "loss, with LayerSkip less without")
+COLUMNS = 100
+ABOUT = ("machine", "versions", "commit", "date", "held out", "prompts")
+
+
+def main() -> int:
+    """Writes what has a report."""
+    page, rows = PAGE.read_text("utf-8"), {}
+    for one in filter(lambda one: one.is_done, EXPERIMENTS):
+        page = replaced(page, one.name, section(one))
+        if (one.directory / REPORT).exists():
+            rows[one.title] = row(one, read_report(one.directory))
+    PAGE.write_text(page, "utf-8")
+    readme = README.read_text("utf-8")
+    README.write_text(replaced(readme, "results", table_of(readme, rows)), "utf-8")
+    return 0
+
+
+def table_of(readme: str, new: dict[str, Sequence[str]]) -> list[str]:
+    """README's table with new rows. Others keep what they have."""
+    old = readme.partition("<!-- results -->\n")[2].partition("<!-- end results -->")[0]
+    rows = [line.strip("| ").split(" | ") for line in old.splitlines()[2:]]
+    all_rows = {cells[0]: cells for cells in rows} | new
+    order = [one.title for one in EXPERIMENTS if one.title in all_rows]
+    return table([HEADING, *(all_rows[title] for title in order)])
+
+
+def replaced(page: str, name: str, lines: Iterable[str]) -> str:
+    """The page with another text between the comments of a name."""
+    begin, end = f"<!-- {name} -->\n", f"<!-- end {name} -->\n"
+    if begin not in page or end not in page:
+        raise SystemExit(f"the comments {begin.strip()} and {end.strip()} are missing")
+    before, _, rest = page.partition(begin)
+    return "".join([before, begin, *(f"{line}\n" for line in lines), end, rest.partition(end)[2]])
+
+
+def section(experiment: Experiment) -> list[str]:
+    """A section of docs/results.md."""
+    file = experiment.directory / TABLE
+    if file.exists():
+        own = file.read_text("utf-8").splitlines()
+    else:
+        own = of_report(read_report(experiment.directory))
+    text = wrap(experiment.text, COLUMNS, break_on_hyphens=False)
+    heading = [f"## {experiment.title}", "", *text, "", f"    {experiment.command}", ""]
+    return [*heading, *own, *experiment.paper.strip().splitlines()]
+
+
+def of_report(report: Report) -> list[str]:
+    """The tables of a report, and where it was made."""
+    about = [(name, report.about[name]) for name in ABOUT if name in report.about]
+    parts = [("figure", "value"), *facts(report), *about], speed_table(speeds(report))
+    return [line for rows in (*parts, exit_table(report)) for line in (*table(rows), "")]
+
+
+def row(experiment: Experiment, report: Report) -> list[str]:
+    """A row of README's table."""
+    found = summarised(report)
+    cells = [experiment.title]
+    for one in (found.auto, found.fixed):
+        cells.append("-" if one is None else f"{in_doubt(one)}x")
+    cells[-1] += "" if found.fixed is None else f", {found.fixed.cell}"
+    gap = found.loss_difference
+    return [*cells, "-" if gap is None else gap.text("+.3f")]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
