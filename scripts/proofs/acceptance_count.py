@@ -1,12 +1,12 @@
 """Are the drafts of a report counted right? Counts them from the JSON lines of decode.py.
 
-    lsjax report --no-training --model RUN --temperature 0 --prompts 8 --output DIR
-    python scripts/proofs/acceptance_count.py RUN DIR
+    python scripts/proofs/acceptance_count.py RUN DIRECTORY
 
-decode.py writes the same texts, for each exit and draft length. A round appends its accepted drafts
-and one more token, so a text's tokens, drafts and rounds must add up. Sums over the texts must
-equal the report's counts at each position. Uses nothing of lsjax but decode.py's output. Exits with
-1 on a difference.
+RUN is a finished training, such as runs/quickstart. Its prompts become a task, so that prompts are
+texts, which both programs read alike. The report and decode.py write the same greedy texts, for
+each exit and draft length. Sums over the texts must equal the report's counts at each position. A
+round appends its accepted drafts and one more token, so tokens, drafts and rounds of a text must
+add up. Uses nothing of lsjax but its output. Exits with 1 on a difference.
 """
 
 import json
@@ -16,26 +16,32 @@ import tempfile
 from collections import defaultdict
 from pathlib import Path
 
+NEW_TOKENS = 64
+LSJAX = [sys.executable, "-m", "lsjax"]
 FIELDS = ("drafted_by_position", "accepted_by_position")
 
 
 def main(model: str, directory: str) -> int:
     """Compares each exit and draft length; returns 1 on a difference."""
-    _, *answers = map(json.loads, next(Path(directory).glob("answers-*.jsonl")).open())
+    prompts = [row["prompt"] for row in lines_of(Path(model, "prompts.jsonl"))]
+    files = Path(directory, "train.jsonl"), Path(directory, "validation.jsonl")
+    files[0].parent.mkdir(parents=True, exist_ok=True)
+    for file, own in zip(files, (["unused"], prompts), strict=True):
+        rows = (json.dumps({"prompt": one, "response": "pass"}) for one in own)
+        file.write_text("\n".join(rows))
+    command = [*LSJAX, "report", "--no-training", "--model", model, "--output", directory]
+    command += ["--task", "pairs", "--prompts", str(len(prompts)), "--new-tokens", str(NEW_TOKENS)]
+    command += ["--data.paths", str(files[0]), "--data.validation-paths", str(files[1])]
+    subprocess.run([*command, "--num-draft-tokens", "3", "5"], check=True)
     report = json.loads(Path(directory, "report.json").read_text())
     own = [one for one in report["models"][0]["answers"] if one["strategy"] == "self_speculative"]
-    longest = max(one["num_new_tokens"] for one in report["models"][0]["answers"])
-    prompts = list(dict.fromkeys(one["prompt"] for one in answers))
     settings = sorted({(one["exit_layer"], one["num_draft_tokens"]) for one in own})
     wrong = 0
     for exit_layer, drafts in settings:
-        rows = [
-            one
-            for one in own
-            if (one["exit_layer"], one["num_draft_tokens"]) == (exit_layer, drafts)
-        ]
+        setting = {"exit_layer": exit_layer, "num_draft_tokens": drafts}
+        rows = [one for one in own if setting.items() <= one.items()]
         expected = [summed(rows, name) for name in FIELDS]
-        texts = decoded(model, prompts, exit_layer, drafts, longest)
+        texts = decoded(model, prompts, exit_layer, drafts)
         found = [summed(texts, name) for name in FIELDS]
         wrong += found != expected
         for one in texts:  # the first token comes from the prompt
@@ -54,19 +60,22 @@ def summed(rows: list[dict], name: str) -> list[int]:
     return [total[position] for position in sorted(total)]
 
 
-def decoded(
-    model: str, prompts: list[str], exit_layer: int, drafts: int, tokens: int
-) -> list[dict]:
+def decoded(model: str, prompts: list[str], exit_layer: int, drafts: int) -> list[dict]:
     """The JSON lines of decode.py."""
     with tempfile.TemporaryDirectory() as folder:
         given, found = Path(folder, "prompts.jsonl"), Path(folder, "found.jsonl")
         given.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
         command = [sys.executable, "decode.py", "--model", model, "--prompt-file", str(given)]
         command += ["--strategy", "self_speculative", "--exit-layer", str(exit_layer)]
-        command += ["--num-draft-tokens", str(drafts), "--max-new-tokens", str(tokens)]
+        command += ["--num-draft-tokens", str(drafts), "--max-new-tokens", str(NEW_TOKENS)]
         command += ["--json", str(found)]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-        return [json.loads(line) for line in found.open()]
+        return lines_of(found)
+
+
+def lines_of(file: Path) -> list[dict]:
+    """The objects of a file of JSON lines."""
+    return [json.loads(line) for line in file.read_text().splitlines()]
 
 
 if __name__ == "__main__":
