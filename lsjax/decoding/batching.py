@@ -29,7 +29,7 @@ from lsjax.decoding.request import Request
 from lsjax.decoding.runtime import Runtime
 from lsjax.decoding.state import EOS, LENGTH, RUNNING, STOP, DecodeState
 from lsjax.decoding.strategy import Strategy
-from lsjax.model.protocol import Cache
+from lsjax.model.protocol import Cache, has_draft_state
 
 # Rounds between two reads of the text by the host, if it is streamed or may contain a stop string.
 ROUNDS_PER_READ = 4
@@ -117,8 +117,7 @@ class ContinuousBatch:
 
     def _reader(self, unread: int, capacity: int) -> partial:
         """The function that reads a prompt with so many unread tokens."""
-        has_states = hasattr(self._runtime.model, "draft_state")
-        exits = self._strategy.exits if has_states else ()
+        exits = self._strategy.exits if has_draft_state(self._runtime.model) else ()
         chunk = chunk_size(unread, capacity)
         return partial(prefill, chunk=chunk, depth=self._depth, exits=exits)
 

@@ -15,6 +15,7 @@ from lsjax.model.protocol import (
     draft_state,
     grow_cache,
     prepare,
+    run_past_exits,
     run_through,
 )
 
@@ -33,7 +34,7 @@ def prefill(
 ) -> DecodeState:
     """Runs the prompts through the first `depth` layers, and appends each row's first new token.
     Starts at position `start`, after the cached ones, and reads `chunk` positions at a time. exits:
-    those that draft from states of their own (`draft_state`)."""
+    those that draft, some perhaps from states of their own (`draft_state`)."""
     batch, capacity = state.tokens_BS.shape
 
     def read(index, carry):
@@ -42,12 +43,8 @@ def prefill(
         begin = jnp.minimum(start + index * chunk, capacity - chunk)
         tokens_BT = lax.dynamic_slice_in_dim(state.tokens_BS, begin, chunk, axis=1)
         positions_BT = jnp.broadcast_to(begin + jnp.arange(chunk), (batch, chunk))
-        x_BTD, lo = model.embed(tokens_BT, positions_BT), 0
-        for exit_layer in exits:
-            x_BTD, cache = model.run_layers(x_BTD, lo, exit_layer, positions_BT, cache)
-            _, cache = draft_state(model, exit_layer, x_BTD, positions_BT, cache)
-            lo = exit_layer
-        x_BTD, cache = model.run_layers(x_BTD, lo, depth, positions_BT, cache)
+        x_BTD = model.embed(tokens_BT, positions_BT)
+        x_BTD, cache = run_past_exits(model, exits, depth, x_BTD, positions_BT, cache)
         offset_B = state.length_B - 1 - begin  # of the prompt's last token in this chunk
         x_BD = jnp.take_along_axis(x_BTD, jnp.clip(offset_B, 0, chunk - 1)[:, None, None], 1)[:, 0]
         here_B = (offset_B >= 0) & (offset_B < chunk)

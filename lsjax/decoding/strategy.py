@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool
 from lsjax.config import check
 from lsjax.decoding.draft_vocabulary import DraftVocabulary
 from lsjax.decoding.state import DecodeState
-from lsjax.model.protocol import DecoderModel, Sizes
+from lsjax.model.protocol import DecoderModel, Sizes, run_past_exits
 
 
 class Strategy(ABC):
@@ -76,6 +76,17 @@ class Strategy(ABC):
         """One round: at least one token for every running row."""
 
 
+def with_next_token(
+    model: DecoderModel, state: DecodeState, depth: int, exits: tuple[int, ...] = ()
+) -> DecodeState:
+    """Runs the pending token of each row through the layers and the head; appends a token. exits:
+    whose part of the cache is written too."""
+    positions_B1 = state.length_B[:, None] - 1
+    x_B1D = model.embed(state.pending_B[:, None], positions_B1)
+    x_B1D, cache = run_past_exits(model, exits, depth, x_B1D, positions_B1, state.cache)
+    return state.with_cache(cache).append(model.unembed(x_B1D[:, 0]))
+
+
 @dataclass(frozen=True)
 class Autoregressive(Strategy):
     """Decoding with all layers: the reference for every other strategy."""
@@ -83,11 +94,8 @@ class Autoregressive(Strategy):
     name = "autoregressive"
 
     def round(self, model: DecoderModel, state: DecodeState, arguments: tuple[()]) -> DecodeState:
-        """Runs the pending token of each row through the layers and the head; appends a token."""
-        positions_B1 = state.length_B[:, None] - 1
-        x_B1D = model.embed(state.pending_B[:, None], positions_B1)
-        x_B1D, cache = model.run_layers(x_B1D, 0, self.depth(model), positions_B1, state.cache)
-        return state.with_cache(cache).append(model.unembed(x_B1D[:, 0]))
+        """One token for every running row."""
+        return with_next_token(model, state, self.depth(model))
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,8 @@ from jaxtyping import Array, Float, Int
 from lsjax.checkpoints.run import EVALUATION
 from lsjax.config import AttentionKernel, ComputeDtype, Kernels, check
 from lsjax.decoding.sampling import argmax
-from lsjax.model.llama import Llama, cast_matrices
+from lsjax.model.llama import Llama
+from lsjax.model.matrices import cast_matrices
 from lsjax.platforms import with_kernels
 from lsjax.sharding import chunk_steps, constrain, over_context, pieces, split_rows
 from lsjax.training.prepare import TrainingRun

@@ -121,16 +121,26 @@ class FeedForward(nnx.Module):
 
 
 class Block(nnx.Module):
-    """One transformer layer: f_l in x_{l+1} = x_l + f_l(x_l) of the paper's equation 1."""
+    """One transformer layer: f_l in x_{l+1} = x_l + f_l(x_l) of the paper's equation 1. An exit
+    block may lack the feed-forward part."""
 
-    def __init__(self, config: LlamaConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        config: LlamaConfig,
+        *,
+        dtype: DTypeLike,
+        rngs: nnx.Rngs,
+        feed_forward: bool = True,
+    ):
         norms = [RMSNorm(config.hidden_size, config.norm_eps, dtype) for _ in range(2)]
         none = [identity] * 2
         before, after = (none, norms) if config.norm_after else (norms, none)
-        self.attention_norm, self.feed_forward_norm = before
+        self.attention_norm, self.attention_post_norm = before[0], after[0]
         self.attention = Attention(config, dtype=dtype, rngs=rngs)
-        self.feed_forward = FeedForward(config, dtype=dtype, rngs=rngs)
-        self.attention_post_norm, self.feed_forward_post_norm = after
+        own = dict(dtype=dtype, rngs=rngs)
+        self.feed_forward = FeedForward(config, **own) if feed_forward else None
+        if feed_forward:
+            self.feed_forward_norm, self.feed_forward_post_norm = before[1], after[1]
 
     def __call__(
         self,
@@ -153,7 +163,7 @@ class Block(nnx.Module):
         mixed = self_attention(*heads, segments_BT, kernel, window)
         y_BTD = self.attention.out(mixed.reshape(*mixed.shape[:2], -1), may_recompute=True)
         x_BTD = checkpoint_name(x_BTD + kept(self.attention_post_norm(y_BTD)), MIDDLE)
-        return x_BTD + kept(self._feed_forward(x_BTD))
+        return x_BTD if self.feed_forward is None else x_BTD + kept(self._feed_forward(x_BTD))
 
     # Layers of the same form are traced once. `inline` leaves the compiled program as it is.
     @partial(jax.jit, static_argnames="window", inline=True)
@@ -176,7 +186,8 @@ class Block(nnx.Module):
         mixed = with_steps(mixed, x_BUD.shape[1])
         y_BUD = self.attention.out(mixed.reshape(*mixed.shape[:2], -1))
         x_BUD = constrain(x_BUD + self.attention_post_norm(y_BUD), "data")
-        x_BUD = constrain(x_BUD + self._feed_forward(x_BUD), "data")
+        if self.feed_forward is not None:
+            x_BUD = constrain(x_BUD + self._feed_forward(x_BUD), "data")
         return x_BUD, keys, values
 
     def _feed_forward(self, x: Float[Array, "B U D"]) -> Float[Array, "B U D"]:

@@ -10,7 +10,8 @@ row's next position (DecodeState.length_B). That needs no crop and no copy, and 
                                                  token has position 2 and overwrites x
 """
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 
 import jax
 import jax.numpy as jnp
@@ -23,10 +24,15 @@ from lsjax.config import LlamaConfig
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class KVCache:
-    """Keys and values of every layer, [B, K, S, H] so that a head's slots are contiguous."""
+    """Keys and values of every layer, [B, K, S, H] so that a head's slots are contiguous.
+
+    block_keys, block_values: those of exit blocks (exit_blocks.py), by their exits.
+    """
 
     keys: tuple[Float[Array, "B K S H"], ...]
     values: tuple[Float[Array, "B K S H"], ...]
+    block_keys: dict[str, Float[Array, "B K S H"]] = field(default_factory=dict)
+    block_values: dict[str, Float[Array, "B K S H"]] = field(default_factory=dict)
 
     @classmethod
     def create(
@@ -36,9 +42,13 @@ class KVCache:
         capacity: int,
         dtype: DTypeLike,
         depth: int | None = None,
+        block_exits: Iterable[str] = (),
     ) -> "KVCache":
-        """An empty cache for the first `depth` layers, by default all."""
+        """An empty cache for the first `depth` layers, by default all, and for the exit blocks
+        among them."""
         shape = (batch, config.num_kv_heads, capacity, config.head_dim)
-        layers = range(config.num_layers if depth is None else depth)
-        keys, values = (tuple(jnp.zeros(shape, dtype) for _ in layers) for _ in range(2))
-        return cls(keys, values)
+        depth = config.num_layers if depth is None else depth
+        blocks = [exit_layer for exit_layer in block_exits if int(exit_layer) <= depth]
+        keys, values = (tuple(jnp.zeros(shape, dtype) for _ in range(depth)) for _ in range(2))
+        of_blocks = ({name: jnp.zeros(shape, dtype) for name in blocks} for _ in range(2))
+        return cls(keys, values, *of_blocks)

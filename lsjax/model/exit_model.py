@@ -23,4 +23,4 @@ def first_layers(model: Llama, depth: int) -> Llama:
         full_attention_layers=tuple(one for one in config.full_attention_layers if one < depth),
     )
     blocks = list(unstacked(model).layers)[:depth]
-    return with_parts(model, config=shorter, layers=nnx.List(blocks))
+    return with_parts(model, config=shorter, layers=nnx.List(blocks), exit_blocks=nnx.Dict())

@@ -8,7 +8,7 @@ docs/method.md has a table of the letters in names and shapes.
 """
 
 from collections.abc import Callable, Mapping
-from functools import partial
+from dataclasses import replace
 from operator import itemgetter
 from typing import Any
 
@@ -20,12 +20,11 @@ from jax import lax
 from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Float, Int
 
-from lsjax.config import AttentionKernel, ComputeDtype, LlamaConfig
-from lsjax.kernels.matmuls import default_dtype, enough_rows, enough_steps
+from lsjax.config import AttentionKernel, LlamaConfig
+from lsjax.kernels.matmuls import enough_rows, enough_steps
 from lsjax.kernels.rope import Rope
-from lsjax.model.block import Block, Linear, RMSNorm
+from lsjax.model.block import Block, RMSNorm
 from lsjax.model.cache import KVCache
-from lsjax.model.parameters import SLOTS, map_named
 from lsjax.model.rope import rope_angles
 from lsjax.sharding import ROWS, constrain, in_context_order
 
@@ -42,6 +41,7 @@ class Llama(nnx.Module):
         layers = range(config.num_layers)
         self.layers = nnx.List(Block(config, dtype=dtype, rngs=rngs) for _ in layers)
         self.norm = RMSNorm(config.hidden_size, config.norm_eps, dtype)
+        self.exit_blocks = nnx.Dict()  # by exit, such as "8" (exit_blocks.py)
         self.head = None if config.tie_embeddings else nnx.Param(init(rngs.params(), table, dtype))
 
     @property
@@ -77,7 +77,7 @@ class Llama(nnx.Module):
 
     def new_cache(self, batch: int, capacity: int, depth: int) -> KVCache:
         """An empty cache of the first `depth` layers, with `capacity` slots for each row."""
-        return KVCache.create(self.config, batch, capacity, self.dtype, depth)
+        return KVCache.create(self.config, batch, capacity, self.dtype, depth, self.exit_blocks)
 
     def for_decoding(self) -> "Llama":
         """The same model with a Block per layer."""
@@ -128,7 +128,29 @@ class Llama(nnx.Module):
             x_BTD, keys[layer], values[layer] = self.layers[layer].extend(
                 x_BTD, ropes[rope], positions_BT, keys[layer], values[layer], window
             )
-        return x_BTD[:, :steps], KVCache(tuple(keys), tuple(values))
+        return x_BTD[:, :steps], replace(cache, keys=tuple(keys), values=tuple(values))
+
+    @property
+    def draft_state(self) -> Callable | None:
+        """Of the protocol: an exit with a block drafts from its output. None without any block."""
+        return self._through_block if len(self.exit_blocks) else None
+
+    @jax.named_scope("exit_block")
+    def _through_block(self, exit_layer, x_BTD, positions_BT, cache):
+        name, steps = str(exit_layer), x_BTD.shape[1]
+        if name not in self.exit_blocks:
+            return x_BTD, cache
+        rope, window = self.config.layer_kind(exit_layer)
+        x_BTD, keys, values = self.exit_blocks[name].extend(
+            constrain(enough_steps(x_BTD), "data"),
+            rope_angles(positions_BT, self.config, x_BTD.dtype)[rope],
+            positions_BT,
+            cache.block_keys[name],
+            cache.block_values[name],
+            window,
+        )
+        keys, values = cache.block_keys | {name: keys}, cache.block_values | {name: values}
+        return x_BTD[:, :steps], replace(cache, block_keys=keys, block_values=values)
 
     def exits(
         self,
@@ -243,43 +265,6 @@ def unstacked(model: Llama) -> Llama:
         return model
     blocks = [jax.tree.map(itemgetter(at), model.layers) for at in range(model.config.num_layers)]
     return with_parts(model, layers=nnx.List(blocks))
-
-
-def cast_matrices(model: Llama, dtype: ComputeDtype) -> Llama:
-    """Casts the matrices to the dtype of a computation; auto is bfloat16 on accelerators and the
-    model's own on CPUs. Embedding, norm scales and biases keep their dtype: their gradients are
-    sums over all tokens, which bfloat16 would round too coarsely."""
-    if dtype == "auto":
-        dtype = default_dtype(model.dtype)
-
-    def cast(name, leaf):
-        return leaf if name.endswith(("embedding", "scale", "bias")) else leaf.astype(dtype)
-
-    return map_named(cast, model)
-
-
-def split_matrices(model: Llama) -> Llama:
-    """The same model, stacked, with a Linear for each part of qkv and gate_up. Autodiff joins the
-    gradients."""
-
-    def taken(slot, name, leaf):  # A of an adapter, [L, D, r], has no slots
-        return leaf if name == "adapter.a" else leaf[..., slot, :]
-
-    def parts(name, matrix):
-        if name not in SLOTS:
-            return matrix
-        return nnx.List(map_named(partial(taken, slot), matrix) for slot in SLOTS[name])
-
-    return map_matrices(parts, model)
-
-
-def map_matrices(change: Callable[[str, Linear], Any], model: Llama) -> Llama:
-    """The model with `change(name, matrix)` for qkv, out, gate_up and down."""
-
-    def changed(path, part):
-        return change(path.rpartition(".")[2], part) if isinstance(part, Linear) else part
-
-    return map_named(changed, model, lambda part: isinstance(part, Linear))
 
 
 def with_parts(module: Any, **parts: Any) -> Any:

@@ -16,7 +16,8 @@ from jaxtyping import Array, Float
 from lsjax.config import LlamaConfig, LoraConfig, LoraTarget
 from lsjax.kernels.matmuls import linear
 from lsjax.model.block import Linear
-from lsjax.model.llama import Llama, map_matrices, stacked, with_parts
+from lsjax.model.llama import Llama, stacked, with_parts
+from lsjax.model.matrices import map_matrices
 from lsjax.model.parameters import map_named
 
 

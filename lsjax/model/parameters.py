@@ -82,8 +82,8 @@ def adapter_paths(path: str) -> list[str]:
 
 
 def stacked_path(path: str) -> str:
-    """The path of a parameter in the same model with stacked layers."""
-    return re.sub(r"(^|\.)layers\.\d+\.", r"\1layers.", path)
+    """The path of a parameter in the same model with stacked layers. Exit blocks are layers too."""
+    return re.sub(r"(^|\.)(layers|exit_blocks)\.\d+\.", r"\1layers.", path)
 
 
 def tensors_of(path: str, names: Names) -> list[tuple[str, int | slice | None]]:

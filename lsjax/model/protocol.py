@@ -9,7 +9,8 @@ A model may also have these methods. The functions below call them, or do what i
     prepare(positions_BT)     what layers need for positions, such as angles; `run_layers` then
                               takes it as `prepared`. Its arrays are [B, T, ...]. Default: nothing.
     draft_state(exit_layer, x_BTD, positions_BT, cache)
-                              the state that exit drafts from, and the cache. Default: x_BTD.
+                              the state that exit drafts from, and the cache. May be None.
+                              Default: x_BTD.
     grow_cache(cache, capacity)
                               the cache with more slots. Default: zeros are appended to the axis in
                               which caches of two capacities differ.
@@ -130,9 +131,31 @@ def draft_state(
     cache: Cache,
 ) -> tuple[Float[Array, "B T D"], Cache]:
     """The states that an exit drafts from, for new tokens whose states after it are x_BTD."""
-    if hasattr(model, "draft_state"):
+    if has_draft_state(model):
         return model.draft_state(exit_layer, x_BTD, positions_BT, cache)
     return x_BTD, cache
+
+
+def has_draft_state(model: DecoderModel) -> bool:
+    """Whether exits draft from other states than those after their layers."""
+    return getattr(model, "draft_state", None) is not None
+
+
+def run_past_exits(
+    model: DecoderModel,
+    exits: Sequence[int],
+    depth: int,
+    x_BTD: Float[Array, "B T D"],
+    positions_BT: Int[Array, "B T"],
+    cache: Cache,
+) -> tuple[Float[Array, "B T D"], Cache]:
+    """Runs the first `depth` layers, and what each exit drafts from, for its part of the cache."""
+    lo = 0
+    for exit_layer in exits if has_draft_state(model) else ():
+        x_BTD, cache = model.run_layers(x_BTD, lo, exit_layer, positions_BT, cache)
+        _, cache = draft_state(model, exit_layer, x_BTD, positions_BT, cache)
+        lo = exit_layer
+    return model.run_layers(x_BTD, lo, depth, positions_BT, cache)
 
 
 def grow_cache(model: DecoderModel, cache: Cache, capacity: int, depth: int) -> Cache:

@@ -15,7 +15,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from lsjax.config import StepConfig
 from lsjax.kernels.matmuls import in_order, splits_matrices
-from lsjax.model.llama import Llama, cast_matrices, split_matrices
+from lsjax.model.llama import Llama
+from lsjax.model.matrices import cast_matrices, split_matrices
 from lsjax.sharding import in_context_order, pieces
 from lsjax.training.early_exit import ExitLoss, cross_entropy, exit_entries
 from lsjax.training.forward import exit_states

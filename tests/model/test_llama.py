@@ -8,7 +8,8 @@ from flax import nnx
 
 from lsjax.config import ConfigError, LlamaConfig
 from lsjax.model.cache import KVCache
-from lsjax.model.llama import Llama, cast_matrices, stacked, unstacked
+from lsjax.model.llama import Llama, stacked, unstacked
+from lsjax.model.matrices import cast_matrices
 from tests.marks import long
 
 TOKENS = jax.random.randint(jax.random.key(1), (3, 21), 0, 258)

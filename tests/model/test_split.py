@@ -8,8 +8,9 @@ from flax import nnx
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 from lsjax.config import LlamaConfig, LoraConfig, StepConfig
-from lsjax.model.llama import Llama, split_matrices, stacked
+from lsjax.model.llama import Llama, stacked
 from lsjax.model.lora import with_adapters
+from lsjax.model.matrices import split_matrices
 from lsjax.training.loss import objective
 
 SHAPE = LlamaConfig.tiny(num_layers=2, num_kv_heads=2, attention_bias=True, mlp_bias=True)

@@ -16,14 +16,14 @@ from lsjax.decoding.auto.choose import Choice, choose
 from lsjax.decoding.auto.learned import Learned
 from lsjax.decoding.auto.lookup import look_up
 from lsjax.decoding.auto.scores import scores
-from lsjax.decoding.auto.segments import Segment, draft_states, run_segments
+from lsjax.decoding.auto.segments import Segment, chosen_state, draft_states, run_segments
 from lsjax.decoding.draft import Draft, DraftArguments, Places
 from lsjax.decoding.draft_vocabulary import DraftHead, DraftVocabulary
 from lsjax.decoding.guards import at_shortest_length
 from lsjax.decoding.scopes import VERIFY
 from lsjax.decoding.self_speculative import draft_tokens
 from lsjax.decoding.state import DecodeState
-from lsjax.decoding.strategy import Autoregressive, Speculative
+from lsjax.decoding.strategy import Speculative, with_next_token
 from lsjax.kernels.decoding import choosing_is_slow, verification_lengths
 from lsjax.model.protocol import DecoderModel, Sizes, bytes_per_token, num_bytes
 
@@ -172,11 +172,8 @@ class Adaptive(Speculative):
             ]
             places = Places.of(model, positions_B1)
             states, cache = run_segments(model, segments, x_B1D, places, cache)
-            found, cache = draft_states(model, self.exits, states, positions_B1, cache)
-            drafting_B1D = found[-1]  # if the chosen exit comes earlier, its state is passed on
-            if hasattr(model, "draft_state"):
-                is_own = [choice.exit_layer == exit_layer for exit_layer in self.exits]
-                drafting_B1D = jnp.select(is_own, found, drafting_B1D)
+            given = states, positions_B1, cache
+            drafting_B1D, cache = chosen_state(model, self.exits, choice.exit_layer, *given)
             return drafting_B1D, (x_B1D, *states), cache
 
         limit_B, active = self.limit(draft.state, choice), choice.exit_layer > 0
@@ -205,7 +202,7 @@ class Adaptive(Speculative):
 
         def append(carry):
             left, current = carry
-            return left - 1, Autoregressive().round(model, current, ())
+            return left - 1, with_next_token(model, current, model.num_layers, self.exits)
 
         start = jnp.where(_is_idle(state), IDLE_TOKENS, 0), state
         _, state = lax.while_loop(more, append, start)

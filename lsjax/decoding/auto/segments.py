@@ -7,8 +7,14 @@ from jaxtyping import Array, Bool, Float, Int
 
 from lsjax.decoding.draft import Places
 from lsjax.decoding.guards import run_if
-from lsjax.decoding.scopes import guard_of_layers
-from lsjax.model.protocol import Cache, DecoderModel, draft_state, run_layers
+from lsjax.decoding.scopes import guard_of_exit, guard_of_layers
+from lsjax.model.protocol import (
+    Cache,
+    DecoderModel,
+    draft_state,
+    has_draft_state,
+    run_layers,
+)
 
 
 class Segment(NamedTuple):
@@ -46,6 +52,27 @@ def run_segments(
     return reached, cache
 
 
+def chosen_state(
+    model: DecoderModel,
+    exits: Sequence[int],
+    exit_layer: Int[Array, ""],
+    states: Sequence[Float[Array, "B T D"]],
+    positions_BT: Int[Array, "B T"],
+    cache: Cache,
+) -> tuple[Float[Array, "B T D"], Cache]:
+    """What the chosen exit drafts from, and the cache. states: after the exits; those after the
+    chosen one are equal to its own."""
+    carry = states[-1], cache
+    for own, x_BTD in zip(exits if has_draft_state(model) else (), states, strict=False):
+
+        def run(carry, own=own, x_BTD=x_BTD):
+            _, cache = carry
+            return draft_state(model, own, x_BTD, positions_BT, cache)
+
+        carry = run_if(guard_of_exit(own), exit_layer == own, run, carry)
+    return carry
+
+
 def draft_states(
     model: DecoderModel,
     exits: Sequence[int],
@@ -53,7 +80,7 @@ def draft_states(
     positions_BT: Int[Array, "B T"],
     cache: Cache,
 ) -> tuple[list[Float[Array, "B T D"]], Cache]:
-    """What each exit drafts from, and the cache. states: after the exits."""
+    """What every exit drafts from, and the cache. states: after the exits."""
     found = []
     for exit_layer, x_BTD in zip(exits, states, strict=False):
         x_BTD, cache = draft_state(model, exit_layer, x_BTD, positions_BT, cache)

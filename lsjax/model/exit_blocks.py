@@ -1,0 +1,74 @@
+"""Exit blocks: a small layer behind an exit, so that a model that may not change drafts well.
+
+Exit block E reads the states after layer E-1, and predicts what the full model says, through the
+model's own final norm and head (Kangaroo; Liu et al., 2024). The layers stay as they are, so their
+keys, values and exit states are exact and shared with the verification. A block has a cache of its
+own. Only drafts depend on it: the text is that of the model without it.
+
+    layers E..L-1   verification, from the exit state
+         |
+         +------->  exit block E  -->  norm, head: drafts
+         |
+    layers 0..E-1
+"""
+
+from collections.abc import Iterable
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from lsjax.config import check
+from lsjax.model.block import Block
+from lsjax.model.llama import Llama, with_parts
+from lsjax.model.parameters import map_named
+
+Start = Literal["copy", "zero"]
+ATTENTION = ("attention_norm", "attention", "attention_post_norm")
+FEED_FORWARD = ("feed_forward_norm", "feed_forward", "feed_forward_post_norm")
+
+
+def with_exit_blocks(
+    model: Llama,
+    exits: Iterable[int],
+    *,
+    feed_forward: bool = True,
+    start: Start = "copy",
+    seed: int = 0,
+) -> Llama:
+    """The model with new exit blocks, in the dtype of its matrices. It shares all other arrays.
+
+    start: the copy of the layer above the exit, or a random block whose output is the exit state.
+    Raises ConfigError for an exit out of range.
+    """
+    last, blocks = model.num_layers - 1, {}
+    for exit_layer in exits:
+        check(1 <= exit_layer <= last, f"exit block {exit_layer} is out of range: use 1..{last}")
+        rngs = nnx.Rngs(jax.random.fold_in(jax.random.key(seed), exit_layer))
+        settings = dict(dtype=model.compute_dtype, rngs=rngs, feed_forward=feed_forward)
+        block = Block(model.config, **settings)
+        if start == "copy":
+            layer, parts = _layer(model, exit_layer), ATTENTION + FEED_FORWARD * feed_forward
+            block = with_parts(block, **{name: getattr(layer, name) for name in parts})
+        else:
+            block = map_named(_silent, block)
+        blocks[str(exit_layer)] = block
+    return with_parts(model, exit_blocks=nnx.Dict(blocks))
+
+
+def without_exit_blocks(model: Llama) -> Llama:
+    """The model that the blocks hang off."""
+    return with_parts(model, exit_blocks=nnx.Dict())
+
+
+def _layer(model, index):
+    if model.is_stacked:
+        return jax.tree.map(lambda leaf: leaf[index], model.layers)
+    return jax.tree.map(lambda leaf: leaf, model.layers[index])
+
+
+def _silent(name, leaf):
+    """Zeros in the matrices that write to the residual stream."""
+    writes = name.endswith(("out.kernel", "out.bias", "down.kernel", "down.bias"))
+    return jnp.zeros_like(leaf) if writes else leaf
