@@ -132,7 +132,8 @@ class Llama(nnx.Module):
 
     @property
     def draft_state(self) -> Callable | None:
-        """Of the protocol: an exit with a block drafts from its output. None without any block."""
+        """What the protocol asks for: an exit with a block drafts from the block's output. None
+        without any block."""
         return self._through_block if len(self.exit_blocks) else None
 
     @jax.named_scope("exit_block")
