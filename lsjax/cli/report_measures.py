@@ -17,6 +17,7 @@ from lsjax.cli.setup import bar, choose_dtype
 from lsjax.config import (
     AnyPath,
     ConfigError,
+    DataConfig,
     LlamaConfig,
     TrainConfig,
     as_path,
@@ -29,17 +30,17 @@ from lsjax.data.tokenizer_files import load_tokenizer
 from lsjax.data.vocabulary import make_tokenizer
 from lsjax.decoding.auto.adaptive import Adaptive
 from lsjax.decoding.completion import Completion
-from lsjax.decoding.cost import best_exit
 from lsjax.decoding.engine import Engine
 from lsjax.decoding.self_speculative import SelfSpeculative
 from lsjax.decoding.strategy import Autoregressive, Strategy
 from lsjax.evaluation import answers, exits, speeds
-from lsjax.evaluation.exits import BatchSums, ExitScores
+from lsjax.evaluation.exits import BatchSums
 from lsjax.evaluation.scores import Cell, Scores, exact_match
 from lsjax.evaluation.tasks import TASKS
 from lsjax.io.files import cache_directory, read_json, write_json
 from lsjax.model.llama import stacked
 from lsjax.reporting import machine
+from lsjax.reporting.figures import rows_of
 from lsjax.reporting.held_out import HeldOut, held_out
 from lsjax.reporting.plan import Plan
 from lsjax.reporting.recipes import without_layerskip
@@ -237,15 +238,17 @@ class Measures:
         return exact_match(text, question.reference)
 
     def texts(self, model: Measured) -> list[dict[str, Any]]:
-        """The first texts. The trained exit and draft length with the best ideal speedup draft; a
-        model without trained exits looks drafts up."""
+        """The first texts, by the fixed setting with the best ideal speedup. If none is faster than
+        autoregressive decoding, drafts are looked up."""
         file = self.directory / "texts.json"
         if file.exists():
             return read_json(file, ConfigError)["texts"]
         engine = self.engine(self.path(model.kind, model.seed))
-        sums = BatchSums(*map(np.array, (model.loss_nE, model.agreed_nE, model.tokens_n)))
-        best = best_exit(self.shape, ExitScores.of(sums).agreement_E, model.exits)
-        strategy = SelfSpeculative(*best) if best else Adaptive(())
+        fixed = [row for row in rows_of(self.shape, model) if row["ideal"] is not None]
+        best = max(fixed, key=lambda row: row["ideal"], default={"ideal": 0})
+        strategy: Strategy = Adaptive(())
+        if best["ideal"] > 1:
+            strategy = SelfSpeculative(best["exit_layer"], best["num_draft_tokens"])
         engine.use(strategy)
         found = []
         for question in self.held_out.questions[:NUM_TEXTS]:
@@ -262,6 +265,7 @@ class Measures:
         how += f"{asked.sampling.temperature:g}" * bool(asked.sampling.temperature)
         return {
             **machine.made_on(),
+            "data": described(self.plan.config.data),
             "held out": f"{held.rows.rows.describe()}; {len(held.rows)} batches are scored",
             "prompts": f"{len(held.questions)}, at most {asked.new_tokens} new tokens, {how}",
             "dtype": f"{choose_dtype('auto')} for decoding",
@@ -278,3 +282,9 @@ class Measures:
             "temperature": asked.sampling.temperature,
             "score": self.score_name,
         }
+
+
+def described(data: DataConfig) -> str:
+    """The source of the documents, and its files."""
+    named = data.paths or ((data.tfds_name,) if data.tfds_name else ())
+    return " ".join([data.source, *named])

@@ -1,12 +1,14 @@
 """Figures of a report, with their intervals: the answer, and what its tables and pictures show."""
 
 import statistics
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from lsjax.config import LlamaConfig
 from lsjax.decoding.auto.adaptive import Adaptive
 from lsjax.decoding.self_speculative import SelfSpeculative
 from lsjax.decoding.strategy import Autoregressive
@@ -124,13 +126,16 @@ def speeds(report: Report) -> list[Speed]:
     """Each strategy of the models that draft, autoregressive decoding first."""
     by_cell: dict[Cell, list[dict[str, Any]]] = {}
     for one in report.of(report.main):
-        # A text of one token has no speed.
-        names = ("num_new_tokens", "base_num_new_tokens")
-        timed = [answer for answer in one.answers if min(answer[name] for name in names) > 1]
-        for row in cell_speeds(report.shape, timed) if timed else ():
-            if row["group"] == ALL:
-                by_cell.setdefault(Cell.of(row), []).append(row)
+        for row in rows_of(report.shape, one):
+            by_cell.setdefault(Cell.of(row), []).append(row)
     return [_over_seeds(cell, rows) for cell, rows in by_cell.items()]
+
+
+def rows_of(shape: LlamaConfig, model: Measured) -> list[dict[str, Any]]:
+    """`cell_speeds` of a model, over all of its answers. A text of one token has no speed."""
+    names = ("num_new_tokens", "base_num_new_tokens")
+    timed = [answer for answer in model.answers if min(answer[name] for name in names) > 1]
+    return [row for row in cell_speeds(shape, timed) if row["group"] == ALL] if timed else []
 
 
 def _over_seeds(cell: Cell, rows: Sequence[dict[str, Any]]) -> Speed:
@@ -158,6 +163,20 @@ def _over_seeds(cell: Cell, rows: Sequence[dict[str, Any]]) -> Speed:
         "trusted": all(row["trusted"] for row in rows),
     }
     return Speed(cell, speedup, figures)
+
+
+def choices(report: Report) -> list[tuple[str, float, float]]:
+    """What auto drafted with: the source ("exit 2", "lookup" or "none"), its share of the rounds,
+    and tokens of such a round. The most frequent one comes first."""
+    rounds: Counter[str] = Counter()
+    tokens: Counter[str] = Counter()
+    for one in report.of(report.main):
+        for answer in one.answers:
+            for name, own in (answer["sources"] or {}).items():
+                rounds[name] += own["rounds"]
+                tokens[name] += own["tokens"]
+    total = sum(rounds.values())
+    return [(name, count / total, tokens[name] / count) for name, count in rounds.most_common()]
 
 
 def accepted(report: Report) -> Acceptance | None:

@@ -7,6 +7,7 @@ from typing import Any
 import jinja2
 
 from lsjax.config import AnyPath
+from lsjax.decoding.self_speculative import SelfSpeculative
 from lsjax.evaluation.intervals import Estimate
 from lsjax.evaluation.speeds import doubts
 from lsjax.io.files import write_whole
@@ -15,6 +16,7 @@ from lsjax.reporting.figures import (
     NAMES,
     Speed,
     agreements,
+    choices,
     in_doubt,
     losses,
     speeds,
@@ -55,11 +57,14 @@ def template(name: str, autoescape: bool = False) -> jinja2.Template:
 def content(report: Report) -> dict[str, Any]:
     """All that the templates show, but for the pictures."""
     found = speeds(report)
+    drafting = [answer for one in report.of(report.main) for answer in one.answers]
+    drafting = [one for one in drafting if one["strategy"] == SelfSpeculative.name]
     return shown_content(f"Does LayerSkip pay for {report.title}?", report.answer) | {
         "warning": doubts([one.figures for one in found]),
         "facts": facts(report),
         "tables": {"exits": exit_table(report), "speeds": speed_table(found)},
         "texts": report.texts,
+        "longest": max((len(one["drafted_by_position"]) for one in drafting), default=0),
         "about": report.about,
         "recipe": {path: plain(value) for path, value in report.recipe.items()},
     }
@@ -86,6 +91,15 @@ def facts(report: Report) -> list[tuple[str, str]]:
     for one in (found.auto, found.fixed):
         if one is not None:
             rows.append((f"speedup of {one.cell}", with_source(one.speedup, ".2f")))
+    drafted = [
+        f"{name} in {share:.0%} of its rounds, {tokens:.1f} tokens each"
+        for name, share, tokens in choices(report)
+    ]
+    if drafted:
+        rows.append(("auto drafted with", "; ".join(drafted)))
+    shape = report.shape
+    size = f"{shape.num_params / 1e6:,.1f} million parameters, {shape.num_layers} layers"
+    rows.append(("model", f"{size} of width {shape.hidden_size}"))
     for model in report.models:
         if model.training_seconds:
             name = f"training {NAMES[model.kind]}, seed {model.seed}"

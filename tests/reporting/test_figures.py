@@ -11,6 +11,7 @@ from lsjax.evaluation.scores import Cell
 from lsjax.reporting.figures import (
     accepted,
     agreements,
+    choices,
     in_words,
     loss_difference,
     losses,
@@ -18,6 +19,7 @@ from lsjax.reporting.figures import (
     speeds,
     summarised,
 )
+from lsjax.reporting.page import facts
 from tests.reporting.reports import SHAPE, answer, answers, measured, report
 
 
@@ -56,6 +58,25 @@ def test_acceptance_is_that_of_the_longest_drafts():
     np.testing.assert_array_equal(found.drafted_EJ, [[8, 8, 8]])
     np.testing.assert_array_equal(found.accepted_EJ, [[8, 6, 1]])
     assert accepted(report(measured("given", 2.0))) is None
+
+
+def test_what_auto_drafted_with():
+    """Rounds and tokens of all prompts. Other strategies have one source."""
+    found = answers()
+    for one, sources in zip(
+        [one for one in found if one["strategy"] == "auto"],
+        (
+            {"exit 1": {"rounds": 3, "tokens": 9}, "none": {"rounds": 2, "tokens": 2}},
+            {"exit 1": {"rounds": 1, "tokens": 1}, "lookup": {"rounds": 2, "tokens": 7}},
+        ),
+        strict=True,
+    ):
+        one["sources"] = sources
+    given = report(measured("layerskip", 2.5, answers=found))
+    assert choices(given) == [("exit 1", 0.5, 2.5), ("none", 0.25, 1.0), ("lookup", 0.25, 3.5)]
+    assert choices(report()) == []
+    words = dict(facts(given))["auto drafted with"]
+    assert words.startswith("exit 1 in 50% of its rounds, 2.5 tokens each; none in 25%")
 
 
 def test_the_answer():
