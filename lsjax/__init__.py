@@ -20,6 +20,7 @@ _PUBLIC = {
     "checkpoints.tensors": ("CheckpointError",),
     "config": (
         *("CheckpointConfig", "ConfigError", "DataConfig", "EarlyExitConfig", "EvaluationConfig"),
+        "ExitBlocksConfig",
         *("LayerDropoutConfig", "LlamaConfig", "LoraConfig", "MeshConfig", "OptimizerConfig"),
         *("ProfileConfig", "RopeScaling", "StepConfig", "TrainConfig"),
     ),
@@ -72,6 +73,7 @@ if TYPE_CHECKING:  # the same names for type checkers and editors
         DataConfig as DataConfig,
         EarlyExitConfig as EarlyExitConfig,
         EvaluationConfig as EvaluationConfig,
+        ExitBlocksConfig as ExitBlocksConfig,
         LayerDropoutConfig as LayerDropoutConfig,
         LlamaConfig as LlamaConfig,
         LoraConfig as LoraConfig,

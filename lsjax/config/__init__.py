@@ -23,6 +23,7 @@ from lsjax.config.step import (
     AttentionKernel as AttentionKernel,
     ComputeDtype as ComputeDtype,
     EarlyExitConfig as EarlyExitConfig,
+    ExitBlocksConfig as ExitBlocksConfig,
     Kernels as Kernels,
     LayerDropoutConfig as LayerDropoutConfig,
     LoraConfig as LoraConfig,

@@ -114,6 +114,33 @@ class EarlyExitConfig(Checked, prefix="early_exit."):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ExitBlocksConfig(Checked, prefix="exit_blocks."):
+    """Exit blocks: small layers behind exits that are trained to say what the last exit says. The
+    model itself is frozen, so its texts do not change."""
+
+    exits: tuple[int, ...] = ()
+    """Exits that get a block; none trains the model itself."""
+    feed_forward: bool = True
+    """Whether a block has a feed-forward part, as a layer has, or attention only."""
+    start: Literal["copy", "zero"] = "copy"
+    """What a block begins as. copy: the layer above its exit. zero: random weights whose output is
+    the exit's state."""
+    acceptance_from: float = bounded(2 / 3, low=0, high=1)
+    """Share of the run after which the loss is -log sum min(p, q), of the block's distribution q
+    and the last exit's p (arXiv 2602.23881). Before, it is KL(p || q)."""
+
+    def check_layers(self, num_layers: int) -> None:
+        """Raises ConfigError for an exit that a model of L layers lacks, or that is named twice."""
+        wrong = next((exit for exit in self.exits if not 1 <= exit < num_layers), None)
+        check(
+            wrong is None,
+            f"exit_blocks.exits has {wrong}, but blocks belong to exits 1..{num_layers - 1}",
+        )
+        unique = self.exits == tuple(sorted({*self.exits}))
+        check(unique, f"exit_blocks.exits {self.exits} must ascend, and name each exit once")
+
+
+@dataclass(frozen=True, kw_only=True)
 class OptimizerConfig(Checked, prefix="optimizer."):
     """AdamW (Loshchilov and Hutter, 2019). The LayerSkip paper gives learning rates only. The other
     defaults are common for Llamas."""
@@ -227,6 +254,7 @@ class StepConfig(Checked):
     early_exit: EarlyExitConfig = EarlyExitConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     lora: LoraConfig = LoraConfig()
+    exit_blocks: ExitBlocksConfig = ExitBlocksConfig()
     z_loss: float = bounded(0.0, low=0)
     """Weight of the squared log of the softmax's denominator (PaLM, 2022: 1e-4)."""
     micro_batches: int = bounded(1, low=1)
@@ -252,11 +280,25 @@ class StepConfig(Checked):
             "auto" in (self.attention, self.kernels),
             f'attention "{self.attention}" needs kernels "auto": drop one of the two',
         )
+        if self.exit_blocks.exits:
+            plain = {
+                "layer_dropout": LayerDropoutConfig(),
+                "early_exit": EarlyExitConfig(),
+                "lora": LoraConfig(),
+                "z_loss": 0.0,
+            }
+            changed = [name for name, value in plain.items() if getattr(self, name) != value]
+            check(
+                not changed,
+                f"{', '.join(changed)} would change the model, which exit blocks leave as it is: "
+                "drop exit_blocks.exits, or what changes the model",
+            )
 
     def check_model(self, model: LlamaConfig) -> None:
         """Raises ConfigError if the config names layers or exits that the model lacks."""
         self.layer_dropout.check_layers(model.num_layers)
         self.early_exit.check_layers(model.num_layers)
+        self.exit_blocks.check_layers(model.num_layers)
 
     def check_batch(self, batch_size: int) -> None:
         """Raises ConfigError if the number of micro-batches does not divide the rows."""

@@ -69,9 +69,9 @@ def merged(
 
 
 def split(model: Llama) -> tuple[Llama, Llama]:
-    """The trained part and the frozen rest. Without adapters, all parameters are trained. Each part
-    has None in place of the other's parameters."""
-    found = map_named(lambda name, _: ".adapter." in name, model)
+    """The trained part and the frozen rest: adapters or exit blocks are trained, or else all
+    parameters. Each part has None in place of the other's parameters."""
+    found = map_named(lambda name, _: ".adapter." in name or name.startswith("exit_blocks."), model)
     if not any(jax.tree.leaves(found)):
         found = jax.tree.map(lambda _: True, model)
     trained = jax.tree.map(lambda leaf, on: leaf if on else None, model, found)

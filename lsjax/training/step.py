@@ -14,11 +14,13 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from lsjax.config import StepConfig, TrainConfig, check
+from lsjax.model.exit_blocks import with_exit_blocks
 from lsjax.model.llama import Llama, stacked
 from lsjax.model.lora import joined, split, with_adapters
 from lsjax.model.parameters import placed_shapes, shardings
 from lsjax.platforms import with_kernels
 from lsjax.sharding import ROWS, split_rows
+from lsjax.training.block_loss import block_objective
 from lsjax.training.early_exit import ExitLoss, ExitWeights, exit_weights
 from lsjax.training.layer_dropout import DropRates, drop_rates
 from lsjax.training.loss import objective
@@ -55,6 +57,10 @@ def init_state(
     model = stacked(model)
     if config.lora.rank > 0:
         model = with_adapters(model, config.lora, config.seed)
+    if config.exit_blocks.exits:
+        own = config.exit_blocks
+        settings = dict(feed_forward=own.feed_forward, start=own.start, seed=config.seed)
+        model = with_exit_blocks(model, own.exits, **settings)
     optimizer = optimizer or adamw(config.optimizer, config.num_steps)
     # Some optimizers keep the parameters themselves, but a step donates each array once.
     own = {id(leaf) for leaf in jax.tree.leaves(model)}
@@ -192,6 +198,8 @@ def exit_metrics(
     """The losses of all exits, that of the last one, and which exits are enabled."""
     run = config.early_exit, len(exit_loss_L), step, config.num_steps
     enabled_L = jnp.asarray(recipe.exit_weights(*run) > 0)
+    if config.exit_blocks.exits:
+        enabled_L = enabled_L.at[jnp.array(config.exit_blocks.exits) - 1].set(True)
     return dict(last_exit_loss=exit_loss_L[-1], exit_loss_L=exit_loss_L, enabled_L=enabled_L)
 
 
@@ -217,7 +225,10 @@ def loss_and_gradients(
 
     def loss(trained, part, rows_B):
         model = joined(trained, frozen)
-        return objective(config, model, part, state.step, rows_B, num_labels, recipe)
+        given = config, model, part, state.step, rows_B, num_labels
+        if config.exit_blocks.exits:
+            return block_objective(*given, recipe.exit_loss)
+        return objective(*given, recipe)
 
     one = partial(jax.value_and_grad(loss, has_aux=True), trained)
     if config.micro_batches == 1:

@@ -1,0 +1,205 @@
+"""Training of exit blocks: the loss against plain arithmetic, and a model that stays as it is."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from lsjax.config import (
+    ConfigError,
+    ExitBlocksConfig,
+    LayerDropoutConfig,
+    LlamaConfig,
+    LoraConfig,
+    OptimizerConfig,
+    StepConfig,
+)
+from lsjax.decoding.engine import Engine
+from lsjax.decoding.self_speculative import SelfSpeculative
+from lsjax.model.block import RMSNorm
+from lsjax.model.exit_blocks import with_exit_blocks, without_exit_blocks
+from lsjax.model.llama import Llama, stacked, unstacked
+from lsjax.model.lora import split
+from lsjax.model.parameters import named_leaves
+from lsjax.model.rope import rope_angles
+from lsjax.training import block_loss
+from lsjax.training.block_loss import acceptance_loss, block_losses, block_objective, rejection
+from lsjax.training.early_exit import divergence
+from lsjax.training.head_loss import Head
+from lsjax.training.step import init_state, make_train_step
+
+E, B, T, D, V = 2, 3, 11, 6, 13
+CONFIG = StepConfig(
+    num_steps=60,
+    exit_blocks=ExitBlocksConfig(exits=(1, 2)),
+    optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=1, weight_decay=0.0),
+)
+
+
+@pytest.fixture(scope="module")
+def base() -> Llama:
+    config = LlamaConfig.tiny(num_layers=4, init_std=0.2)
+    return stacked(jax.jit(lambda: Llama(config, rngs=nnx.Rngs(0)))())
+
+
+def batch_of(seed: int = 0, rows: int = 4, steps: int = 24) -> dict[str, jax.Array]:
+    """Two documents in each row; the second half of each is labelled."""
+    tokens = jax.random.randint(jax.random.key(seed), (rows, steps), 0, 256)
+    half = steps // 2
+    positions = jnp.broadcast_to(jnp.arange(steps) % half, (rows, steps))
+    labels = jnp.where(positions >= half // 2, jnp.roll(tokens, -1, 1), -1)
+    segments = jnp.broadcast_to(1 + jnp.arange(steps) // half, (rows, steps))
+    own = dict(tokens_BT=tokens, labels_BT=labels)
+    return own | dict(segments_BT=segments, positions_BT=positions)
+
+
+def plain(loss, head, x_EBTD, final_BTD, labels_BT):
+    """The same with all logits at once."""
+    q_EBTV, p_BTV = head.norm(x_EBTD) @ head.table_VD.T, head.norm(final_BTD) @ head.table_VD.T
+    log_p, log_q = jax.nn.log_softmax(p_BTV), jax.nn.log_softmax(q_EBTV)
+    if loss is divergence:
+        each_EBT = (jnp.exp(log_p) * (log_p - log_q)).sum(-1)
+    else:
+        each_EBT = -jnp.log(jnp.minimum(jnp.exp(log_p), jnp.exp(log_q)).sum(-1))
+    labelled_BT = labels_BT >= 0
+    own_BT = -jnp.take_along_axis(log_p, jnp.maximum(labels_BT, 0)[..., None], 2)[..., 0]
+    sums_E = (each_EBT * labelled_BT).sum((1, 2))
+    return sums_E.sum(), jnp.append(sums_E, (own_BT * labelled_BT).sum())
+
+
+@pytest.mark.parametrize("loss", [divergence, rejection])
+@pytest.mark.parametrize("chunk", [4, 11])
+def test_chunks_equal_all_logits_at_once(monkeypatch, loss, chunk):
+    """In float64: values and the gradient of the blocks' states. Some rows have few labels."""
+    monkeypatch.setattr(block_loss, "loss_chunk", lambda *_: chunk)
+    with jax.enable_x64(True):
+        keys = jax.random.split(jax.random.key(0), 5)
+        norm = RMSNorm(D, 1e-5, jnp.float64)
+        norm.scale[...] = 1 + 0.3 * jax.random.normal(keys[0], D)
+        head = Head(norm, jax.random.normal(keys[1], (V, D)))
+        x_EBTD = jax.random.normal(keys[2], (E, B, T, D))
+        final_BTD = jax.random.normal(keys[3], (B, T, D))
+        labels_BT = jax.random.randint(keys[4], (B, T), -4, V).at[1, 1:].set(-1)
+        fixed = final_BTD, labels_BT
+
+        def ours(x_EBTD):
+            return block_losses(loss, head, x_EBTD, *fixed, jnp.array([1, 2]), jnp.int32(0))
+
+        found = jax.value_and_grad(ours, has_aux=True)(x_EBTD)
+        expected = jax.value_and_grad(lambda x: plain(loss, head, x, *fixed), has_aux=True)(x_EBTD)
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12), found, expected
+        )
+        assert np.abs(found[1]).max() > 0
+
+
+def test_the_loss_changes_in_the_last_third():
+    logits = jax.random.normal(jax.random.key(0), (2, 1, 3, V))
+    given = logits[0], jnp.zeros((1, 3), jnp.int32), logits[1]
+    loss = acceptance_loss(CONFIG)
+    for step, expected in ((0, divergence), (39, divergence), (40, rejection), (59, rejection)):
+        np.testing.assert_allclose(loss(*given, step=step), expected(*given), rtol=1e-6)
+    assert not np.allclose(divergence(*given), rejection(*given))
+
+
+def test_blocks_alone_are_trained(base):
+    """The model keeps every bit, and the optimizer holds nothing for it. The blocks' loss falls,
+    and the last exit's is that of the model."""
+    state = init_state(CONFIG, jax.tree.map(jnp.copy, base))
+    before = jax.tree.map(np.asarray, named_leaves(state.model))
+    blocks = {name for name in before if name.startswith("exit_blocks.")}
+    assert {name for name in named_leaves(split(state.model)[0])} == blocks
+    sizes = sum(leaf.size for name, leaf in before.items() if name in blocks)
+    assert sum(leaf.size for leaf in jax.tree.leaves(state.opt_state)) < 2.1 * sizes
+    step, batch, losses = make_train_step(CONFIG), batch_of(), []
+    for _ in range(20):
+        state, metrics = step(state, batch)
+        losses.append(np.asarray(metrics["exit_loss_L"]))
+    after = named_leaves(state.model)
+    for name, leaf in before.items():
+        assert np.array_equal(leaf, after[name]) == (name not in blocks), name
+    first, last = losses[0], losses[-1]
+    assert (last[:2] < 0.7 * first[:2]).all() and last[2] == 0 and last[3] == first[3] > 0
+    np.testing.assert_array_equal(metrics["enabled_L"], [True, True, False, True])
+    assert float(metrics["loss"]) == pytest.approx(last[:2].mean(), rel=1e-6)
+
+
+def test_gradients_are_those_of_plain_layers(base):
+    """Of the blocks, by autodiff through a model that runs layer by layer."""
+    model, batch = with_exit_blocks(base, (1, 2), start="copy"), batch_of()
+    count = (batch["labels_BT"] >= 0).sum()
+    rows = jnp.arange(4)
+
+    def ours(model):
+        return block_objective(CONFIG, model, batch, jnp.int32(3), rows, count)[0]
+
+    def by_layers(model):
+        flat = unstacked(model)
+        rope = rope_angles(batch["positions_BT"], model.config, jnp.float32)
+        x_BTD, states = flat.embed(batch["tokens_BT"]), []
+        for layer in flat.layers:
+            kind = model.config.layer_kind(0)
+            x_BTD = layer(x_BTD, rope[kind.rope], batch["segments_BT"], "xla")
+            states.append(x_BTD)
+        outputs = [
+            flat.exit_blocks[f"{exit_}"](
+                states[exit_ - 1], rope[kind.rope], batch["segments_BT"], "xla"
+            )
+            for exit_ in (1, 2)
+        ]
+        head = Head(model.norm, model.head_table)
+        return plain(divergence, head, jnp.stack(outputs), x_BTD, batch["labels_BT"])[0] / (
+            2 * count
+        )
+
+    def of_blocks(function):
+        def own(blocks):
+            found = without_exit_blocks(model)
+            found.exit_blocks = blocks
+            return function(found)
+
+        return jax.jit(jax.value_and_grad(own))(model.exit_blocks)
+
+    found, expected = of_blocks(ours), of_blocks(by_layers)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-6), found, expected
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"layer_dropout": LayerDropoutConfig(p_max=0.1)}, "layer_dropout would change the model"),
+        ({"lora": LoraConfig(rank=2)}, "lora would change the model"),
+        ({"exit_blocks": ExitBlocksConfig(exits=(4,))}, "exit_blocks.exits has 4"),
+        ({"exit_blocks": ExitBlocksConfig(exits=(2, 1))}, "must ascend"),
+    ],
+)
+def test_bad_settings(base, changes, words):
+    with pytest.raises(ConfigError, match=words):
+        init_state(dataclasses.replace(CONFIG, **changes), base)
+
+
+def test_trained_blocks_draft_better(base, tokenizer):
+    """On the model's own text, that they were trained on."""
+    flat, prompts, steps = unstacked(base), [[n] for n in range(1, 9)], 40
+    plain_engine = Engine(flat, tokenizer, SelfSpeculative(1, 3), ignore_end=True)
+    texts = plain_engine.generate(prompts, max_new_tokens=steps)
+    rows = jnp.array([[*p, *one.token_ids] for p, one in zip(prompts, texts, strict=True)])
+    batch = batch_of(rows=len(rows), steps=steps)
+    batch |= dict(tokens_BT=rows[:, :-1], labels_BT=rows[:, 1:])
+    batch |= dict(segments_BT=jnp.ones_like(rows[:, 1:]))
+    batch |= dict(positions_BT=jnp.broadcast_to(jnp.arange(steps), (len(rows), steps)))
+    state, step = init_state(CONFIG, jax.tree.map(jnp.copy, base)), make_train_step(CONFIG)
+    for _ in range(CONFIG.num_steps):
+        state, _ = step(state, batch)
+    engine = Engine(unstacked(state.model), tokenizer, SelfSpeculative(1, 3), ignore_end=True)
+    found = engine.generate(prompts, max_new_tokens=steps)
+    assert [one.token_ids for one in found] == [one.token_ids for one in texts]
+    share, before = (
+        sum(one.accepted for one in own) / sum(one.drafted for one in own) for own in (found, texts)
+    )
+    assert share > before + 0.2
