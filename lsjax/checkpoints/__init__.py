@@ -6,9 +6,10 @@ from typing import Any
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from lsjax.checkpoints.exit_blocks import BASE, ExitBlocksSource
 from lsjax.checkpoints.gguf import GGUFSource
 from lsjax.checkpoints.huggingface import HuggingFaceSource
-from lsjax.checkpoints.run import RunSource, is_run
+from lsjax.checkpoints.run import RunSource, is_run, read_run_config
 from lsjax.checkpoints.tensors import CheckpointError, TensorSource, Track
 from lsjax.config import AnyPath, split_step
 from lsjax.io.files import WEIGHTS, local_copy
@@ -43,6 +44,8 @@ def load(
 def open_checkpoint(path: str | AnyPath) -> TensorSource | RunSource:
     """Opens a checkpoint of any kind and checks everything except its values."""
     path, step = find_step(path)
+    if (path / BASE).is_file():
+        return ExitBlocksSource(path, step, open_checkpoint(read_run_config(path).init_from))
     if is_run(path):
         return RunSource(path, step)
     if path.is_dir():

@@ -68,17 +68,18 @@ class Checkpoints(AbstractContextManager):
         if self._manager is not None:
             self._manager.close()
 
-    def restore(self, like: Any) -> Restored | None:
+    def restore(self, like: Any, rest: Any = None) -> Restored | None:
         """The newest undamaged step; None if nothing has been saved yet.
 
         Newer, damaged steps are renamed, for example to 80.damaged, and will be saved again.
 
-        like: the state's shapes (`jax.eval_shape`), with shardings if there is a mesh.
+        like: the state's shapes (`jax.eval_shape`), with shardings if there is a mesh. rest: as in
+        `SavedStep.read_state`.
         Raises CheckpointError if all steps are damaged, or saved shapes do not match.
         """
 
         def read(step: SavedStep) -> Restored:
-            return Restored(step.read_state(like), step.number, step.meta["data"])
+            return Restored(step.read_state(like, rest), step.number, step.meta["data"])
 
         steps = saved_steps(self._directory)
         if not steps:

@@ -1,6 +1,7 @@
 """Saved steps of a training run: on disk, and detection of damage.
 
-    checkpoints/80/params   parameters by their path in the model, layers stacked
+    checkpoints/80/params   parameters by their path in the model, layers stacked; of a model with
+                            exit blocks, which alone are trained, only these
     checkpoints/80/train    the rest of the training state by its path
     checkpoints/80/meta     JSON: position in the data, fingerprints
 
@@ -39,6 +40,7 @@ from lsjax.model.parameters import named_leaves
 
 PARAMS, TRAIN, META = "params", "train", "meta"
 _MODEL = "model."  # prefix of parameter paths in a state
+EXIT_BLOCKS = "exit_blocks."  # and of those of exit blocks
 MARKER = "commit_success.txt"
 # Counts in the state of AdamW, and what version 0.1 saved. Its schedule counted the run's steps.
 EARLIER_PATHS = {"opt_state.1.count": "opt_state.0.count", "opt_state.3.count": "step"}
@@ -95,8 +97,9 @@ class SavedStep:
                 )
         return arrays
 
-    def read_state(self, like: Any) -> Any:
-        """Training state with the shapes and shardings of `like`. Raises as `check` and `read`."""
+    def read_state(self, like: Any, rest: Any = None) -> Any:
+        """Training state with the shapes and shardings of `like`. rest: a state with the arrays
+        that are not saved. Raises as `check` and `read`."""
         arrays = {}
         for item, leaves in items_of(like).items():
             names = self._saved_names(item, leaves)
@@ -107,7 +110,10 @@ class SavedStep:
                 # Those of step and schedule of 0.1 are one, but a training step donates both.
                 shared = path != name and name in names
                 arrays[path] = jnp.copy(found[name]) if shared else found[name]
-        leaves = [arrays[path.removeprefix(_MODEL)] for path in named_leaves(like)]
+        others = {} if rest is None else named_leaves(rest)
+        leaves = [
+            arrays.get(path.removeprefix(_MODEL), others.get(path)) for path in named_leaves(like)
+        ]
         return jax.tree.unflatten(jax.tree.structure(like), leaves)
 
     def _saved_names(self, item: str, paths: Iterable[str]) -> dict[str, str]:
@@ -166,8 +172,13 @@ def first_whole(
 def items_of(state: Any) -> dict[str, dict[str, Any]]:
     """Leaves of a training state by item and path, as they are saved."""
     items: dict[str, dict[str, Any]] = {PARAMS: {}, TRAIN: {}}
-    for path, leaf in named_leaves(state).items():
-        items[PARAMS if path.startswith(_MODEL) else TRAIN][path.removeprefix(_MODEL)] = leaf
+    leaves = named_leaves(state)
+    blocks = {path for path in leaves if path.startswith(_MODEL + EXIT_BLOCKS)}
+    for path, leaf in leaves.items():
+        if not path.startswith(_MODEL):
+            items[TRAIN][path] = leaf
+        elif not blocks or path in blocks:
+            items[PARAMS][path.removeprefix(_MODEL)] = leaf
     return items
 
 

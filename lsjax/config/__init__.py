@@ -1,5 +1,10 @@
 """Configurations: frozen, hashable dataclasses that check their values."""
 
+from lsjax.config.adapters import (
+    ExitBlocksConfig as ExitBlocksConfig,
+    LoraConfig as LoraConfig,
+    LoraTarget as LoraTarget,
+)
 from lsjax.config.checked import (
     Checked as Checked,
     ConfigError as ConfigError,
@@ -23,11 +28,8 @@ from lsjax.config.step import (
     AttentionKernel as AttentionKernel,
     ComputeDtype as ComputeDtype,
     EarlyExitConfig as EarlyExitConfig,
-    ExitBlocksConfig as ExitBlocksConfig,
     Kernels as Kernels,
     LayerDropoutConfig as LayerDropoutConfig,
-    LoraConfig as LoraConfig,
-    LoraTarget as LoraTarget,
     MeshConfig as MeshConfig,
     OptimizerConfig as OptimizerConfig,
     StepConfig as StepConfig,

@@ -4,6 +4,7 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Literal
 
+from lsjax.config.adapters import ExitBlocksConfig, LoraConfig
 from lsjax.config.checked import Checked, bounded, check
 from lsjax.config.llama import LlamaConfig
 
@@ -20,7 +21,6 @@ Remat = Literal[
     "attention_output",
     "nothing_saveable",
 ]
-LoraTarget = Literal["qkv", "out", "gate_up", "down"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,33 +114,6 @@ class EarlyExitConfig(Checked, prefix="early_exit."):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExitBlocksConfig(Checked, prefix="exit_blocks."):
-    """Exit blocks: small layers behind exits that are trained to say what the last exit says. The
-    model itself is frozen, so its texts do not change."""
-
-    exits: tuple[int, ...] = ()
-    """Exits that get a block; none trains the model itself."""
-    feed_forward: bool = True
-    """Whether a block has a feed-forward part, as a layer has, or attention only."""
-    start: Literal["copy", "zero"] = "copy"
-    """What a block begins as. copy: the layer above its exit. zero: random weights whose output is
-    the exit's state."""
-    acceptance_from: float = bounded(2 / 3, low=0, high=1)
-    """Share of the run after which the loss is -log sum min(p, q), of the block's distribution q
-    and the last exit's p (arXiv 2602.23881). Before, it is KL(p || q)."""
-
-    def check_layers(self, num_layers: int) -> None:
-        """Raises ConfigError for an exit that a model of L layers lacks, or that is named twice."""
-        wrong = next((exit for exit in self.exits if not 1 <= exit < num_layers), None)
-        check(
-            wrong is None,
-            f"exit_blocks.exits has {wrong}, but blocks belong to exits 1..{num_layers - 1}",
-        )
-        unique = self.exits == tuple(sorted({*self.exits}))
-        check(unique, f"exit_blocks.exits {self.exits} must ascend, and name each exit once")
-
-
-@dataclass(frozen=True, kw_only=True)
 class OptimizerConfig(Checked, prefix="optimizer."):
     """AdamW (Loshchilov and Hutter, 2019). The LayerSkip paper gives learning rates only. The other
     defaults are common for Llamas."""
@@ -163,33 +136,6 @@ class OptimizerConfig(Checked, prefix="optimizer."):
     """Weight decay of matrices and tables; norms and biases do not decay."""
     clip_norm: float | None = bounded(1.0, above=0)
     """Largest norm of the gradient; larger gradients are scaled down. None disables clipping."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class LoraConfig(Checked, prefix="lora."):
-    """LoRA (Hu et al., 2021): W + alpha / rank A B replaces W, and only A and B are trained.
-
-    Queries, keys and values are one matrix, so they share an A; so do gate and up.
-    """
-
-    rank: int = bounded(0, low=0, hint="0 trains the full model")
-    """Columns of A and rows of B; 0 trains the full model."""
-    alpha: float = bounded(16.0, above=0)
-    """Scale of A B, times the rank."""
-    targets: tuple[LoraTarget, ...] = ("qkv", "out", "gate_up", "down")
-    """Matrices of each layer that get an adapter."""
-
-    def __post_init__(self):
-        super().__post_init__()
-        check(
-            len(self.targets) > 0 and len(set(self.targets)) == len(self.targets),
-            f"lora.targets {self.targets} must name at least one matrix, and each once",
-        )
-
-    @property
-    def scale(self) -> float:
-        """alpha / rank."""
-        return self.alpha / self.rank
 
 
 @dataclass(frozen=True, kw_only=True)

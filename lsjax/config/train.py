@@ -225,6 +225,10 @@ class TrainConfig(StepConfig):
             f"lora.rank {self.lora.rank} trains adapters of a trained model: name it in init_from",
         )
         check(
+            not self.exit_blocks.exits or self.init_from != "",
+            "exit_blocks.exits needs a trained model, which stays as it is: name it in init_from",
+        )
+        check(
             self.profile.steps == 0 or self.profile.start <= self.num_steps,
             f"profile.start {self.profile.start} is after the last step: use 1..{self.num_steps}",
         )

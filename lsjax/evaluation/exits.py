@@ -16,12 +16,13 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from lsjax.checkpoints.run import EVALUATION
-from lsjax.config import AttentionKernel, ComputeDtype, Kernels, check
+from lsjax.config import AttentionKernel, ComputeDtype, Kernels, StepConfig, check
 from lsjax.decoding.sampling import argmax
 from lsjax.model.llama import Llama
 from lsjax.model.matrices import cast_matrices
 from lsjax.platforms import with_kernels
 from lsjax.sharding import chunk_steps, constrain, over_context, pieces, split_rows
+from lsjax.training.block_loss import block_states
 from lsjax.training.prepare import TrainingRun
 from lsjax.training.run import Hook
 
@@ -146,6 +147,13 @@ def exit_sums(
             kernel=attention,
             read=lambda x_BTD: _loss_and_argmax(model, table_VD, labels_BT, pieces(x_BTD)),
         )
+        if len(model.exit_blocks):  # which draft in place of their exits
+            config = StepConfig(num_steps=1, attention=attention)
+            x_EBTD, _ = block_states(config, model, part)
+            for exit_layer, x_BTD in zip(sorted(map(int, model.exit_blocks)), x_EBTD, strict=True):
+                loss_BT, token_BT = _loss_and_argmax(model, table_VD, labels_BT, pieces(x_BTD))
+                loss_LBT = loss_LBT.at[exit_layer - 1].set(loss_BT)
+                token_LBT = token_LBT.at[exit_layer - 1].set(token_BT)
         found = loss_LBT, token_LBT == token_LBT[-1]
         counted = [jnp.where(labelled_BT, values_LBT, 0) for values_LBT in found]
         sums_L = [values_LBT.sum((1, 2), dtype=loss_LBT.dtype) for values_LBT in counted]

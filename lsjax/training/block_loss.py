@@ -43,27 +43,35 @@ def block_objective(
     """Mean loss of the blocks over some rows, and the summed loss of each exit with a block. For
     the last exit it is the model's cross entropy. Arguments as of `objective`."""
     exits, num_layers = config.exit_blocks.exits, model.config.num_layers
-    narrow = cast_matrices(model, config.dtype)
-    layers = jnp.array([exit_layer - 1 for exit_layer in exits] + [num_layers - 1])
-    frozen = replace(config, layer_dropout=LayerDropoutConfig())
-    states = exit_states(frozen, narrow, batch, step, rows_B, layers, drop_rates)
-    *before, final_BTD = lax.stop_gradient(states)
-
-    batch = over_context(batch)
-    ropes = rope_angles(batch["positions_BT"], model.config, final_BTD.dtype)
-    ropes = for_training(ropes)
-    after = []
-    for exit_layer, x_BTD in zip(exits, before, strict=True):
-        rope, window = model.config.layer_kind(exit_layer)
-        given = ropes[rope], batch["segments_BT"], config.attention
-        after.append(narrow.exit_blocks[f"{exit_layer}"](x_BTD, *given, window=window))
-    x_EBTD, final_BTD = jax.vmap(pieces)(jnp.stack(after)), pieces(final_BTD)
+    x_EBTD, final_BTD = block_states(config, cast_matrices(model, config.dtype), batch)
+    x_EBTD, final_BTD = jax.vmap(pieces)(x_EBTD), pieces(final_BTD)
     labels_BT = pieces(in_context_order(batch["labels_BT"]))
     head = lax.stop_gradient(Head(model.norm, model.head_table))
     given = x_EBTD, final_BTD, labels_BT, jnp.array(exits), step
     loss, sums_n = block_losses(exit_loss or acceptance_loss(config), head, *given)
     scale = 1 / (len(exits) * jnp.maximum(num_labels, 1))
+    layers = jnp.array([*exits, num_layers]) - 1
     return loss * scale, jnp.zeros(num_layers, sums_n.dtype).at[layers].set(sums_n)
+
+
+def block_states(
+    config: StepConfig, model: Llama, batch: dict[str, Array]
+) -> tuple[Float[Array, "E B T D"], Float[Array, "B T D"]]:
+    """What each exit block makes of the states after its exit, and the states after the last layer,
+    in one pass. Gradients flow to the blocks alone. model: stacked, in the computation's dtype."""
+    exits = sorted(map(int, model.exit_blocks))
+    layer_E = jnp.array([*exits, model.config.num_layers]) - 1
+    frozen, rows_B = replace(config, layer_dropout=LayerDropoutConfig()), jnp.zeros(0, jnp.int32)
+    states = exit_states(frozen, model, batch, jnp.int32(0), rows_B, layer_E, drop_rates)
+    *before, final_BTD = lax.stop_gradient(states)
+    batch = over_context(batch)
+    ropes = for_training(rope_angles(batch["positions_BT"], model.config, final_BTD.dtype))
+    after = []
+    for exit_layer, x_BTD in zip(exits, before, strict=True):
+        rope, window = model.config.layer_kind(exit_layer)
+        given = ropes[rope], batch["segments_BT"], config.attention
+        after.append(model.exit_blocks[f"{exit_layer}"](x_BTD, *given, window=window))
+    return jnp.stack(after), final_BTD
 
 
 def acceptance_loss(config: StepConfig) -> ExitLoss:
@@ -87,8 +95,8 @@ def rejection(
 
 
 class Sums(NamedTuple):
-    """Of the losses: their sum over blocks, and the sum of each block and of the last exit; and the
-    gradients of the blocks' states."""
+    """The loss of all blocks, that of each and of the last exit, and the gradients of the blocks'
+    states. Losses are sums over positions."""
 
     loss: Float[Array, ""]
     each_n: Float[Array, " n"]

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 
+from lsjax.checkpoints.exit_blocks import check_base
 from lsjax.checkpoints.run import CHECKPOINTS, RECIPE, read_metrics
 from lsjax.checkpoints.saving import Checkpoints
 from lsjax.io.files import write_json
@@ -86,12 +87,8 @@ def train_run(
         Checkpoints(run.workdir / CHECKPOINTS, config.checkpoints, warn, run.losses) as checkpoints,
     ):
         like = abstract_state(config, mesh, run.recipe.optimizer)
-        restored = checkpoints.restore(like) if run.resumes else None
-        if restored is None:
-            state, first = initial_state(config, mesh, like, run.recipe.optimizer), 0
-        else:
-            state, first = restored.state, restored.step
-            run.resume_data(restored.data)
+        state = newest_state(run, checkpoints, like)
+        if (first := int(state.step)) > 0:
             say(f"resumes after step {first}")
         due = [make_hook(run) for make_hook in make_hooks]
         if first == config.num_steps:
@@ -114,6 +111,24 @@ def train_run(
                 return loop.run(train_step)
         finally:
             say(f"{log.clock}")
+
+
+def newest_state(run: TrainingRun, checkpoints: Checkpoints, like: TrainState) -> TrainState:
+    """The newest undamaged saved state, with its position in the data, or that before the first
+    step. The model that exit blocks hang off is not saved: it is read again. like: its shapes."""
+
+    def begin() -> TrainState:
+        return initial_state(run.config, run.mesh, like, run.recipe.optimizer)
+
+    base = None
+    if run.config.exit_blocks.exits:
+        base = begin()
+        check_base(run.workdir, run.config.init_from, base.model, is_first())
+    restored = checkpoints.restore(like, base) if run.resumes else None
+    if restored is None:
+        return begin() if base is None else base
+    run.resume_data(restored.data)
+    return restored.state
 
 
 class TrainingLoop:

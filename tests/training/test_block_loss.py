@@ -128,7 +128,7 @@ def test_blocks_alone_are_trained(base):
 
 
 def test_gradients_are_those_of_plain_layers(base):
-    """Of the blocks, by autodiff through a model that runs layer by layer."""
+    """The blocks' gradients equal those of autodiff, layer by layer."""
     model, batch = with_exit_blocks(base, (1, 2), start="copy"), batch_of()
     count = (batch["labels_BT"] >= 0).sum()
     rows = jnp.arange(4)

@@ -1,0 +1,38 @@
+"""Exit blocks for a model that may not change: drafts get better, and the text stays the same.
+
+    python train.py --config configs/exit_blocks.py --workdir runs/blocks --init-from PATH \
+        --data.tokenizer PATH --data.paths answers.jsonl
+    python decode.py --model runs/blocks --prompt "..." --strategy auto
+
+Each block is a small layer behind an exit. It learns to say what the last exit says, on text that
+the model wrote itself: `decode.py --prompt-file FILE --json answers.jsonl` writes it. The model is frozen, so a step
+is one forward pass, and a saved step holds the blocks alone. Kangaroo (arXiv 2404.18911) drafts so
+with exit 2 of 32; the loss of the last third of the steps is that of arXiv 2602.23881.
+"""
+
+from lsjax.config import (
+    CheckpointConfig,
+    DataConfig,
+    EvaluationConfig,
+    ExitBlocksConfig,
+    OptimizerConfig,
+    TrainConfig,
+)
+
+config = TrainConfig(
+    init_from="models/SmolLM2-135M-Instruct.Q4_1.gguf",
+    data=DataConfig(
+        source="jsonl",
+        paths=("answers.jsonl",),
+        prompt_template="{prompt}",
+        response_template="{text}",
+        tokenizer="models/SmolLM2-135M-Instruct.Q4_1.gguf",
+    ),
+    num_steps=2_000,
+    batch_size=8,
+    seq_len=512,
+    exit_blocks=ExitBlocksConfig(exits=(4, 8)),
+    optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=50),
+    checkpoints=CheckpointConfig(every=500),
+    evaluation=EvaluationConfig(every=500, batches=16, sample_tokens=0),
+)

@@ -1,0 +1,141 @@
+"""Runs of exit blocks: what they save, how they resume, and the models that they decode with."""
+
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+import lsjax
+from lsjax.checkpoints.run import read_metrics
+from lsjax.checkpoints.steps import saved_steps
+from lsjax.model.exit_blocks import without_exit_blocks
+from lsjax.model.parameters import named_leaves
+from tests.programs import program
+
+SHAPE = lsjax.LlamaConfig.tiny(num_layers=3, hidden_size=32, intermediate_size=32, head_dim=8)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LSJAX_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, tokenizer):
+    """A base, another model of the same shape, text, and a finished run."""
+    root = tmp_path_factory.mktemp("blocks")
+    for seed, name in enumerate(("base", "other")):
+        model = jax.jit(lambda seed=seed: lsjax.Llama(SHAPE, rngs=nnx.Rngs(seed)))()
+        lsjax.save(model, root / name, tokenizer=tokenizer)
+    numbers = np.random.default_rng(0).integers(0, 1000, (40, 8))
+    (root / "text.txt").write_text("\n\n".join(" ".join(map(str, line)) for line in numbers))
+    assert train(root, root / "run") == 0
+    return root
+
+
+def train(root, workdir, *flags, base="base"):
+    given = ["--config", "configs/exit_blocks.py", "--workdir", str(workdir)]
+    given += ["--init-from", str(root / base), "--data.tokenizer", str(root / base)]
+    given += ["--data.source", "text", "--data.paths", str(root / "text.txt")]
+    given += ["--data.separator", "blank_line"]
+    given += ["--data.prompt-template", "", "--data.response-template", ""]
+    given += ["--data.validation-fraction", "0.3", "--exit-blocks.exits", "1", "2"]
+    given += [
+        "--num-steps",
+        "6",
+        "--batch-size",
+        "4",
+        "--seq-len",
+        "16",
+        "--checkpoints.every",
+        "2",
+    ]
+    given += ["--checkpoints.keep-last", "9", "--optimizer.warmup-steps", "1"]
+    given += ["--evaluation.every", "3", "--evaluation.batches", "1"]
+    return program("train")([*given, *flags])
+
+
+def tokens(capsys, tmp_path, model, *flags):
+    file = tmp_path / "out.jsonl"
+    given = ["--model", str(model), "--prompt", "12", "--max-new-tokens", "24", "--json", str(file)]
+    code = program("decode")([*given, *flags])
+    assert code == 0, capsys.readouterr().err
+    return json.loads(file.read_text())
+
+
+def test_a_step_holds_the_blocks_alone(folder):
+    (newest, *_) = saved_steps(folder / "run" / "checkpoints")
+    saved = newest.meta["arrays"]["params"]
+    assert {name.split(".")[1] for name in saved} == {"1", "2"}
+    assert all(name.startswith("exit_blocks.") for name in saved)
+    sizes = sum(np.prod(one["shape"]) for one in saved.values())
+    assert sizes == 2 * SHAPE.layer_params
+
+
+def test_the_base_is_read_bit_for_bit(folder):
+    model, base = lsjax.load(folder / "run"), lsjax.load(folder / "base")
+    assert sorted(model.exit_blocks) == ["1", "2"]
+    own, before = named_leaves(without_exit_blocks(model)), named_leaves(base)
+    assert own.keys() == before.keys()
+    for name, leaf in before.items():
+        np.testing.assert_array_equal(own[name], leaf)
+
+
+def test_evaluations_are_of_the_blocks(folder):
+    """The last exit's loss stays; the blocks' agreement is that of their drafts."""
+    first, last = (row for row in read_metrics(folder / "run") if row["kind"] == "evaluation")
+    assert first["last_exit_loss"] == last["last_exit_loss"]
+    assert first["loss_E"][0] != last["loss_E"][0]
+
+
+@pytest.mark.parametrize("strategy", ["auto", "self_speculative"])
+def test_a_run_decodes_by_itself(folder, capsys, tmp_path, strategy):
+    plain = tokens(capsys, tmp_path, folder / "base", "--strategy", "autoregressive")
+    flags = ["--exit-layer", "1", "--num-draft-tokens", "2"] if strategy != "auto" else []
+    found = tokens(capsys, tmp_path, folder / "run", "--strategy", strategy, *flags)
+    assert found["token_ids"] == plain["token_ids"]
+
+
+def test_a_killed_run_goes_on(folder, capsys):
+    """From step 2: the same arrays at the end, bit for bit."""
+    cut = folder / "cut"
+    shutil.copytree(folder / "run", cut)
+    for step in saved_steps(cut / "checkpoints"):
+        if step.number > 2:
+            shutil.rmtree(step.directory)
+    capsys.readouterr()
+    assert train(folder, cut) == 0
+    assert "resumes after step 2\n" in capsys.readouterr().out
+    ends = [saved_steps(run / "checkpoints")[0].meta["arrays"] for run in (folder / "run", cut)]
+    assert ends[0] == ends[1]
+
+
+def test_another_base_is_refused(folder, capsys, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(folder / "run", run)
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as end:
+        train(folder, run, base="other")
+    assert end.value.code == 2
+    assert "is not the model that the exit blocks of" in capsys.readouterr().err
+    config = json.loads((run / "config.json").read_text())
+    config["init_from"] = str(folder / "other")
+    (run / "config.json").write_text(json.dumps(config))
+    with pytest.raises(lsjax.CheckpointError, match="is not the model that the exit blocks"):
+        lsjax.load(run)
+
+
+def test_blocks_need_a_model():
+    with pytest.raises(lsjax.ConfigError, match="exit_blocks.exits needs a trained model"):
+        lsjax.TrainConfig(
+            model=SHAPE,
+            num_steps=1,
+            batch_size=1,
+            exit_blocks=lsjax.ExitBlocksConfig(exits=(1,)),
+            seq_len=8,
+        )
