@@ -5,9 +5,10 @@
     python decode.py --model runs/blocks --prompt "..." --strategy auto
 
 Each block is a small layer behind an exit. It learns to say what the last exit says, on text that
-the model wrote itself: `decode.py --prompt-file FILE --json answers.jsonl` writes it. The model is frozen, so a step
-is one forward pass, and a saved step holds the blocks alone. Kangaroo (arXiv 2404.18911) drafts so
-with exit 2 of 32; the loss of the last third of the steps is that of arXiv 2602.23881.
+the model wrote itself: `decode.py --prompt-file FILE --json answers.jsonl` writes it. The model is
+frozen, so a step is one forward pass, and a saved step holds the blocks alone. Kangaroo (arXiv
+2404.18911) drafts so with exit 2 of 32. The loss of the last third of the steps is that of arXiv
+2602.23881.
 """
 
 from lsjax.config import (
