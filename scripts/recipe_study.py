@@ -5,7 +5,8 @@
     python scripts/recipe_study.py task --output build/evidence/recipes_task
 
 All recipes of a part train as many steps, and get a report (`lsjax report --no-training`) on the
-same held-out text. What is finished in the directory is left out, so a killed study goes on.
+same held-out text. What is finished in the directory is left out, so a killed study goes on. The
+ideal speedup and the agreement are those of the best fixed setting.
 Prints a table, and writes it for scripts/results.py.
 """
 
@@ -57,6 +58,8 @@ FACTORS = {
 TASK = {
     PLAIN: WITHOUT,
     BASE: "",
+    "early exits": "--early-exit.exits 2 4 8 --early-exit.weights uniform "
+    "--early-exit.custom-weights",
     PAPER: "--early-exit.curriculum gradual --early-exit.exits --early-exit.weights paper "
     "--early-exit.custom-weights --early-exit.token-share 1 --layer-dropout.p-max 0.2",
 }
@@ -78,7 +81,7 @@ class Part:
         return self.steps * 60 // 800
 
 
-HEADING = ("recipe", "loss", "difference", "agreement by exit", "ideal", "auto", "time of a step")
+HEADING = ("recipe", "loss", "difference", "best exit: agreement", "ideal", "auto", "step")
 TEXTS, ANSWERS = "--prompts 16 --new-tokens 128", "--prompts 32 --task topv2"
 PARTS = {
     "factors": Part("quickstart", FACTORS, 400, (0,), TEXTS),
@@ -168,18 +171,16 @@ def rows(directory: Path, part: Part, names: Iterable[str]) -> list[tuple[str, .
     plain, plain_step = reports[PLAIN], step_seconds(directory, part, PLAIN)
     found = [HEADING]
     for name, own in reports.items():
-        first, *_ = models = [one.models[0] for one in own]
-        gap = loss_differences(models, [one.models[0] for one in plain])
-        agreed = []
-        for exit_ in first.exits:
-            each = from_seeds([agreements(one, one.main)[exit_ - 1] for one in own])
-            agreed.append(f"{exit_}: {each.value:.3f}")
+        gap = loss_differences([one.models[0] for one in own], [one.models[0] for one in plain])
         fast = [speeds(one) for one in own]
-        ideal = statistics.fmean(max(s.figures["ideal"] or 1 for s in one) for one in fast)
+        best = [max(each, key=lambda one: one.figures["ideal"] or 1) for each in fast]
+        ideal = statistics.fmean(one.figures["ideal"] or 1 for one in best)
+        exit_ = best[0].cell.exit_layer
+        agreed = from_seeds([agreements(one, one.main)[exit_ - 1] for one in own]).value
         auto = from_seeds([speed_of(one, "auto").speedup for one in fast])
         step = step_seconds(directory, part, name) / plain_step
         loss = from_seeds([losses(one, one.main)[-1] for one in own]).value
-        shown = f"{loss:.3f}", "" if name == PLAIN else gap.text("+.3f"), ", ".join(agreed)
+        shown = f"{loss:.3f}", "" if name == PLAIN else gap.text("+.3f"), f"{exit_}: {agreed:.3f}"
         found.append((name, *shown, f"{ideal:.2f}x", f"{auto.text()}x", f"{step:.2f}"))
     return found
 
