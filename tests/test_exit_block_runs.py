@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 
 import lsjax
+from lsjax.checkpoints.exit_blocks import check_base
 from lsjax.checkpoints.run import read_metrics
 from lsjax.checkpoints.steps import saved_steps
 from lsjax.model.exit_blocks import without_exit_blocks
@@ -123,11 +124,52 @@ def test_another_base_is_refused(folder, capsys, tmp_path):
         train(folder, run, base="other")
     assert end.value.code == 2
     assert "is not the model that the exit blocks of" in capsys.readouterr().err
+    assert lsjax.load(run).exit_blocks, "the run still knows its base"
+    with pytest.raises(lsjax.ConfigError, match="is the run itself"):
+        check_base(run, str(run), lsjax.load(folder / "base"), may_write=False)
     config = json.loads((run / "config.json").read_text())
     config["init_from"] = str(folder / "other")
     (run / "config.json").write_text(json.dumps(config))
     with pytest.raises(lsjax.CheckpointError, match="is not the model that the exit blocks"):
         lsjax.load(run)
+
+
+def test_the_base_may_move(folder, tmp_path, capsys):
+    """A resumed run notes the new place. Without one, a line says what is missing."""
+    root = tmp_path
+    for name in ("base", "run", "text.txt"):
+        copy = shutil.copytree if (folder / name).is_dir() else shutil.copy
+        copy(folder / name, root / name)
+    config = json.loads((root / "run" / "config.json").read_text())
+    (root / "run" / "config.json").write_text(json.dumps(config | {"init_from": "gone"}))
+    with pytest.raises(lsjax.CheckpointError, match="its exit blocks need the model in init_from"):
+        lsjax.load(root / "run")
+    assert train(root, root / "run", "--data.paths", str(folder / "text.txt")) == 0
+    assert lsjax.load(root / "run").exit_blocks
+
+
+def test_narrower_dtypes_know_their_base(folder):
+    """Values are rounded, and compared in the same dtype."""
+    for dtype in ("bfloat16", "float16"):
+        assert sorted(lsjax.load(folder / "run", dtype=dtype).exit_blocks) == ["1", "2"]
+
+
+def test_blocks_are_not_exported(folder, tmp_path, capsys):
+    with pytest.raises(SystemExit) as end:
+        program("convert")([str(folder / "run"), str(tmp_path / "out")])
+    assert end.value.code == 2 and "no exit blocks" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_from_blocks_begins_with_them(folder):
+    """A run that starts from blocks trains these; one without exit blocks drops them."""
+    model = lsjax.load(folder / "run")
+    config = lsjax.StepConfig(num_steps=1, exit_blocks=lsjax.ExitBlocksConfig(exits=(1, 2)))
+    state = lsjax.init_state(config, model)
+    own, before = named_leaves(state.model.exit_blocks), named_leaves(model.exit_blocks)
+    for name, leaf in before.items():
+        np.testing.assert_array_equal(own[name], leaf)
+    assert not lsjax.init_state(lsjax.StepConfig(num_steps=1), model).model.exit_blocks
 
 
 def test_blocks_need_a_model():

@@ -9,9 +9,9 @@ from jax.sharding import Mesh
 from lsjax.checkpoints.exit_blocks import BASE, ExitBlocksSource
 from lsjax.checkpoints.gguf import GGUFSource
 from lsjax.checkpoints.huggingface import HuggingFaceSource
-from lsjax.checkpoints.run import RunSource, is_run, read_run_config
+from lsjax.checkpoints.run import CONFIG, RunSource, is_run, read_run_config
 from lsjax.checkpoints.tensors import CheckpointError, TensorSource, Track
-from lsjax.config import AnyPath, split_step
+from lsjax.config import AnyPath, as_path, check, split_step
 from lsjax.io.files import WEIGHTS, local_copy
 from lsjax.model.llama import Llama
 
@@ -45,7 +45,7 @@ def open_checkpoint(path: str | AnyPath) -> TensorSource | RunSource:
     """Opens a checkpoint of any kind and checks everything except its values."""
     path, step = find_step(path)
     if (path / BASE).is_file():
-        return ExitBlocksSource(path, step, open_checkpoint(read_run_config(path).init_from))
+        return ExitBlocksSource(path, step, open_base(path))
     if is_run(path):
         return RunSource(path, step)
     if path.is_dir():
@@ -62,6 +62,18 @@ def open_checkpoint(path: str | AnyPath) -> TensorSource | RunSource:
         f"{path}: is not a GGUF file: give one, or the directory that holds config.json and "
         "safetensors (pickles are never read, as they can run code)"
     )
+
+
+def open_base(run: AnyPath) -> TensorSource | RunSource:
+    """The model that a run's exit blocks hang off. Raises CheckpointError."""
+    base = read_run_config(run).init_from
+    try:
+        check(as_path(base).resolve() != run.resolve(), f"{base} is the run itself")
+        return open_checkpoint(base)
+    except ValueError as error:
+        raise CheckpointError(
+            f"{run}: its exit blocks need the model in init_from of its {CONFIG} ({error})"
+        ) from error
 
 
 def find_step(path: str | AnyPath) -> tuple[AnyPath, int | str | None]:

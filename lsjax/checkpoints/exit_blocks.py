@@ -5,21 +5,21 @@ a narrower dtype rounds the values, so base.json has a fingerprint for each dtyp
 """
 
 import hashlib
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from jax.sharding import Mesh
 
-from lsjax.checkpoints.run import RunSource
-from lsjax.checkpoints.steps import EXIT_BLOCKS, PARAMS, SavedStep, fingerprints
-from lsjax.checkpoints.tensors import CheckpointError, Track
-from lsjax.config import AnyPath, ConfigError, ExitBlocksConfig, check
+from lsjax.checkpoints.run import CONFIG, RunSource, is_finite
+from lsjax.checkpoints.steps import EXIT_BLOCKS, PARAMS, SavedStep, fingerprints, first_whole
+from lsjax.checkpoints.tensors import NOT_FINITE, CheckpointError, Track
+from lsjax.config import AnyPath, ConfigError, ExitBlocksConfig, as_path, check
 from lsjax.config.checked import from_json
 from lsjax.io.files import read_json, write_json
 from lsjax.model.exit_blocks import with_exit_blocks, without_exit_blocks
-from lsjax.model.llama import Llama, unstacked
+from lsjax.model.llama import Llama, with_parts
 from lsjax.model.parameters import named_leaves, sharding_of
 
 BASE = "base.json"
@@ -41,42 +41,50 @@ class ExitBlocksSource(RunSource):
         self.blocks = from_json(ExitBlocksConfig, self.settings["exit_blocks"], where)
         self.early_exit = {"curriculum": "subset", "exits": self.blocks.exits}
 
-    def _read(self, step: SavedStep, dtype: jnp.dtype, track: Track, mesh: Mesh | None) -> Llama:
-        """The base with the blocks of a step."""
+    def assemble(self, *, dtype: jnp.dtype, track: Track, mesh: Mesh | None) -> Llama:
+        """The base with the blocks of the first undamaged step. Raises CheckpointError."""
         model = self.base.assemble(dtype=dtype, track=track, mesh=mesh)
         known = read_json(self.path / BASE, CheckpointError)
-        if known.get(dtype.name) != base_fingerprint(model, dtype):
+        if known.get(dtype.name, "") not in ("", base_fingerprint(model, dtype)):
             raise CheckpointError(
                 f"{self.base.path} is not the model that the exit blocks of {self.path} were "
-                f"trained for ({known['path']}): name that one"
+                f"trained for ({known['path']}): set init_from in {self.path / CONFIG} to that one"
             )
-        own = self.blocks
-        like = jax.eval_shape(
-            lambda: with_exit_blocks(model, own.exits, feed_forward=own.feed_forward)
-        )
-        saved = step.meta["arrays"][PARAMS]
-        wanted = {
-            name: jax.ShapeDtypeStruct(
-                leaf.shape,
-                saved[name]["dtype"] if name in saved else dtype,
-                sharding=sharding_of(name, leaf.shape, mesh),
-            )
-            for name, leaf in named_leaves(like).items()
-            if name.startswith(EXIT_BLOCKS)
-        }
+        found, _ = first_whole(self._steps, lambda step: self._blocks(step, model, dtype, mesh))
+        return with_parts(model, exit_blocks=found)
+
+    def _blocks(self, step: SavedStep, model: Llama, dtype: jnp.dtype, mesh: Mesh | None) -> Any:
+        """The blocks of a step."""
+        own, saved = self.blocks, step.meta["arrays"][PARAMS]
+        make = partial(with_exit_blocks, exits=own.exits, feed_forward=own.feed_forward)
+        like, wanted = jax.eval_shape(make, without_exit_blocks(model)), {}
+        for name, leaf in named_leaves(like).items():
+            if name.startswith(EXIT_BLOCKS):
+                stored = saved[name]["dtype"] if name in saved else dtype
+                place = sharding_of(name, leaf.shape, mesh)
+                wanted[name] = jax.ShapeDtypeStruct(leaf.shape, stored, sharding=place)
         step.check(PARAMS, wanted)
         arrays = step.read(PARAMS, wanted)
-        leaves = [arrays[name].astype(dtype) for name in wanted]
-        blocks = jax.tree.unflatten(jax.tree.structure(like.exit_blocks), leaves)
+        for name in wanted:
+            if not is_finite(arrays[name], dtype):
+                where = f"{step.directory / PARAMS}: {name} has values that are "
+                raise CheckpointError(where + NOT_FINITE.format(dtype.name))
         self.step = step.number
-        model.exit_blocks = nnx.Dict(blocks)
-        return model
+        leaves = [arrays[name].astype(dtype) for name in wanted]
+        return jax.tree.unflatten(jax.tree.structure(like.exit_blocks), leaves)
 
 
 def base_fingerprint(model: Llama, dtype: Any) -> str:
-    """Hash of the model's parameters in a dtype, without exit blocks."""
-    leaves = named_leaves(unstacked(without_exit_blocks(model)))
-    found = fingerprints({name: leaf.astype(dtype) for name, leaf in leaves.items()})
+    """Hash of the model's parameters in a dtype, without exit blocks. Takes one array, or one layer
+    of it, at a time. On several hosts, all call it."""
+    found = {}
+    for path, leaf in named_leaves(without_exit_blocks(model)).items():
+        parts = {path: leaf}
+        if model.is_stacked and path.startswith("layers."):
+            rest = path.removeprefix("layers.")
+            parts = {f"layers.{index}.{rest}": leaf[index] for index in range(len(leaf))}
+        for name, part in parts.items():
+            found |= fingerprints({name: part.astype(dtype)})
     text = "\n".join(f"{name} {found[name]}" for name in sorted(found))
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
@@ -84,14 +92,17 @@ def base_fingerprint(model: Llama, dtype: Any) -> str:
 def check_base(directory: AnyPath, path: str, model: Llama, may_write: bool) -> None:
     """Notes the base of a new run. may_write: on one host. Raises ConfigError if the run began with
     another base."""
-    now, file = base_fingerprint(model, jnp.float32), directory / BASE
-    if file.exists():
-        before = read_json(file, ConfigError)
-        check(
-            before["float32"] == now,
-            f"init_from {path} is not the model that the exit blocks of {directory} hang off "
-            f"({before['path']}): give that one, or begin a new run",
-        )
-    elif may_write:
-        others = {name: base_fingerprint(model, jnp.dtype(name)) for name in DTYPES[1:]}
-        write_json(file, {"path": path, "float32": now, **others})
+    check(
+        as_path(path).resolve() != directory.resolve(),
+        f"init_from {path} is the run itself: name the model that its blocks hang off",
+    )
+    file = directory / BASE
+    before = read_json(file, ConfigError) if file.exists() else {}
+    now = {name: base_fingerprint(model, jnp.dtype(name)) for name in DTYPES}
+    check(
+        before.get("float32", now["float32"]) == now["float32"],
+        f"init_from {path} is not the model that the exit blocks of {directory} hang off "
+        f"({before.get('path')}): give that one, or begin a new run",
+    )
+    if may_write and not before:
+        write_json(file, {"path": path, **now})

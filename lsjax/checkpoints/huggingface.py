@@ -146,8 +146,14 @@ def save(
         shard_bytes: maximum size of a file, unless a single tensor is larger.
         track: wraps the sequence of tensors, for a progress bar.
 
-    Raises CheckpointError if the directory is not empty, or the weights can't be written.
+    Raises CheckpointError if the directory is not empty, the model has exit blocks, or the weights
+    can't be written.
     """
+    if len(model.exit_blocks):
+        raise CheckpointError(
+            f"{directory}: the format has no exit blocks: save without_exit_blocks(model), or use "
+            "the run that trained them"
+        )
     directory = as_path(directory).resolve()
     check_destination(directory)
     eos = list(tokenizer.eos_ids) if tokenizer else []

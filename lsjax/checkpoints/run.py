@@ -177,7 +177,7 @@ class RunSource:
             if adapter:
                 lora = from_json(LoraConfig, self.settings["lora"], f"{self.path / CONFIG}: lora")
                 array = merged(array, *adapter, lora.scale)
-            if not _is_finite(array, dtype):
+            if not is_finite(array, dtype):
                 where = f"{step.directory / PARAMS}: {stacked} has values that are "
                 raise CheckpointError(where + NOT_FINITE.format(dtype.name))
             for layer, path in enumerate(paths):
@@ -195,6 +195,6 @@ def _layer(array: Shaped[Array, "L ..."], layer: Int[Array, ""]) -> Shaped[Array
 
 
 @partial(jax.jit, static_argnames="dtype")
-def _is_finite(array: Shaped[Array, "..."], dtype: jnp.dtype) -> Bool[Array, ""]:
+def is_finite(array: Shaped[Array, "..."], dtype: jnp.dtype) -> Bool[Array, ""]:
     """Whether all values are numbers in this dtype."""
     return jnp.isfinite(array.astype(dtype)).all()

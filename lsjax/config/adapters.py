@@ -48,8 +48,8 @@ class ExitBlocksConfig(Checked, prefix="exit_blocks."):
     """What a block begins as. copy: the layer above its exit. zero: random weights whose output is
     the exit's state."""
     acceptance_from: float = bounded(2 / 3, low=0, high=1)
-    """Share of the run after which the loss is -log sum min(p, q), of the block's distribution q
-    and the last exit's p (arXiv 2602.23881). Before, it is KL(p || q)."""
+    """Share of the run after which the loss is -log sum min(p, q) (arXiv 2602.23881). Before, it is
+    KL(p || q). q is the block's distribution, and p the last exit's."""
 
     def check_layers(self, num_layers: int) -> None:
         """Raises ConfigError for an exit that a model of L layers lacks, or that is named twice."""

@@ -117,9 +117,13 @@ class ContinuousBatch:
 
     def _reader(self, unread: int, capacity: int) -> partial:
         """The function that reads a prompt with so many unread tokens."""
-        exits = self._strategy.exits if has_draft_state(self._runtime.model) else ()
         chunk = chunk_size(unread, capacity)
-        return partial(prefill, chunk=chunk, depth=self._depth, exits=exits)
+        return partial(prefill, chunk=chunk, depth=self._depth, exits=self._exits)
+
+    @property
+    def _exits(self) -> tuple[int, ...]:
+        """Exits whose draft states are in the cache."""
+        return self._strategy.exits if has_draft_state(self._runtime.model) else ()
 
     def _known_arguments(
         self, longest: int, total: int, served: Sequence[Request]
@@ -162,7 +166,7 @@ class ContinuousBatch:
     def _keep_cache(self) -> None:
         """Returns the cache of a single row to the conversation."""
         if self._is_single and self._state is not None:
-            self._conversation.keep(self._state, self._depth, self._runtime.model)
+            self._conversation.keep(self._state, self._depth, self._runtime.model, self._exits)
             self._state = None
 
     def _admit(self, row: int, index: int, request: Request) -> None:
@@ -173,7 +177,7 @@ class ContinuousBatch:
             capacity = runtime.capacity(len(ids) + 1, self._strategy)
         else:
             capacity = self._state.capacity
-        taken = self._conversation.take(ids, capacity, depth, runtime.model)
+        taken = self._conversation.take(ids, capacity, depth, runtime.model, self._exits)
         cache, capacity, known = taken
         cache = self._new_cache(1, capacity) if cache is None else cache
         before, single = self._worked, self._rows_of([request], cache, capacity)
@@ -187,7 +191,7 @@ class ContinuousBatch:
             self._state = single
         else:
             self._state = self._run(partial(insert), self._state, single, np.int32(row))
-            self._conversation.keep(single, depth, runtime.model)
+            self._conversation.keep(single, depth, runtime.model, self._exits)
         text, now = RowText(self._tokenizer, ids, request.stop), self._worked
         self._rows[row] = ActiveRow(index, request, text, now - before, now, (now, 0))
 

@@ -12,7 +12,6 @@ from lsjax.decoding.state import DecodeState
 from lsjax.decoding.strategy import Strategy
 from lsjax.model.protocol import (
     DecoderModel,
-    draft_state,
     grow_cache,
     prepare,
     run_past_exits,
@@ -121,8 +120,8 @@ def read_exits(
     exits: tuple[int, ...],
     chunk: int,
 ) -> tuple[tuple[Float[Array, "T D"], Float[Array, " T"], Float[Array, " T"]], ...]:
-    """Fields of `ExitOutputs` for each exit, at `chunk` positions of a row from `start` on. The
-    row's keys and values are in the cache."""
+    """Fields of `ExitOutputs` for each exit, at `chunk` positions of a row from `start` on, by its
+    own states, whatever it drafts from. The row's keys and values are in the cache."""
 
     def of_row(leaf: Array) -> Array:
         return lax.dynamic_slice_in_dim(leaf, row, 1)
@@ -133,13 +132,10 @@ def read_exits(
     next_1T = jnp.take(tokens_1S, positions_1T[0] + 1, axis=1, mode="clip")
     x_1TD = model.embed(tokens_1T, positions_1T)
     places = positions_1T, prepare(model, positions_1T)
-    states, cache = run_through(model, (0, *exits), x_1TD, *places, cache)
+    states, _ = run_through(model, (0, *exits), x_1TD, *places, cache)
     found = []
-    for exit_layer, hidden_1TD in zip(exits, states, strict=True):
-        x_1TD = hidden_1TD
-        if exit_layer < model.num_layers:
-            x_1TD, cache = draft_state(model, exit_layer, hidden_1TD, positions_1T, cache)
-        logits_TV = model.unembed(x_1TD[0])
+    for hidden_1TD in states:
+        logits_TV = model.unembed(hidden_1TD[0])
         log_z_T = jax.nn.logsumexp(logits_TV, axis=-1)
         chosen_T = jnp.take_along_axis(logits_TV, next_1T[0, :, None], axis=1)[:, 0]
         top_probs_T = jnp.exp(logits_TV.max(-1) - log_z_T)

@@ -136,8 +136,8 @@ def exit_sums(
     # Cast and gathered once, not in each chunk.
     table_VD = constrain(model.head_table.astype(model.compute_dtype), "tensor")
 
-    def sums(part: dict[str, Array]):
-        part = over_context(part)
+    def sums(whole: dict[str, Array]):
+        part = over_context(whole)
         labels_BT = pieces(part["labels_BT"])
         labelled_BT = labels_BT >= 0
         loss_LBT, token_LBT = model.exits(
@@ -149,7 +149,7 @@ def exit_sums(
         )
         if len(model.exit_blocks):  # which draft in place of their exits
             config = StepConfig(num_steps=1, attention=attention)
-            x_EBTD, _ = block_states(config, model, part)
+            x_EBTD, _ = block_states(config, model, whole)
             for exit_layer, x_BTD in zip(sorted(map(int, model.exit_blocks)), x_EBTD, strict=True):
                 loss_BT, token_BT = _loss_and_argmax(model, table_VD, labels_BT, pieces(x_BTD))
                 loss_LBT = loss_LBT.at[exit_layer - 1].set(loss_BT)

@@ -1,9 +1,9 @@
 """Exit blocks: a small layer behind an exit, so that a model that may not change drafts well.
 
-Exit block E reads the states after layer E-1, and predicts what the full model says, through the
-model's own final norm and head (Kangaroo; Liu et al., 2024). The layers stay as they are, so their
-keys, values and exit states are exact and shared with the verification. A block has a cache of its
-own. Only drafts depend on it: the text is that of the model without it.
+Exit block E reads the states after layer E-1. It predicts what the full model says, through the
+model's own final norm and head (Kangaroo; Liu et al., 2024). The layers stay as they are. So their
+keys, values and exit states are exact, and the verification shares them. A block has a cache of its
+own. Only drafts depend on it.
 
     layers E..L-1   verification, from the exit state
          |
@@ -37,7 +37,8 @@ def with_exit_blocks(
     start: Start = "copy",
     seed: int = 0,
 ) -> Llama:
-    """The model with new exit blocks, in the dtype of its matrices. It shares all other arrays.
+    """The model with blocks of these exits alone, in the dtype of its matrices. It shares all other
+    arrays. Blocks that it has already stay as they are.
 
     start: the copy of the layer above the exit, or a random block whose output is the exit state.
     Raises ConfigError for an exit out of range.
@@ -45,6 +46,9 @@ def with_exit_blocks(
     last, blocks = model.num_layers - 1, {}
     for exit_layer in exits:
         check(1 <= exit_layer <= last, f"exit block {exit_layer} is out of range: use 1..{last}")
+        if f"{exit_layer}" in model.exit_blocks:
+            blocks[f"{exit_layer}"] = model.exit_blocks[f"{exit_layer}"]
+            continue
         rngs = nnx.Rngs(jax.random.fold_in(jax.random.key(seed), exit_layer))
         settings = dict(dtype=model.compute_dtype, rngs=rngs, feed_forward=feed_forward)
         block = Block(model.config, **settings)

@@ -1,8 +1,8 @@
 """The loss of exit blocks (lsjax/model/exit_blocks.py): how far they are from the last exit.
 
 The model is frozen. One forward pass gives the states after the exits and after the last layer, and
-nothing flows back through it. Labelled positions pass through the head in chunks. A chunk has the
-last exit's logits once, and for each block its logits, its loss, and the gradient of its states.
+nothing flows back through it. Labelled positions pass through the head in chunks. A chunk computes
+the last exit's logits once. For each block it computes logits, loss and the gradient of the states.
 The head gets no gradient.
 
 E: exit blocks.
@@ -21,7 +21,7 @@ from jaxtyping import Array, Float, Int
 from lsjax.config import LayerDropoutConfig, StepConfig
 from lsjax.kernels.loss_chunks import loss_chunk
 from lsjax.kernels.rope import for_training
-from lsjax.model.llama import Llama
+from lsjax.model.llama import Llama, stacked
 from lsjax.model.matrices import cast_matrices
 from lsjax.model.rope import rope_angles
 from lsjax.sharding import PIECES, in_context_order, on_each_device, over_context, pieces
@@ -58,7 +58,8 @@ def block_states(
     config: StepConfig, model: Llama, batch: dict[str, Array]
 ) -> tuple[Float[Array, "E B T D"], Float[Array, "B T D"]]:
     """What each exit block makes of the states after its exit, and the states after the last layer,
-    in one pass. Gradients flow to the blocks alone. model: stacked, in the computation's dtype."""
+    in one pass. Gradients flow to the blocks alone. model: in the computation's dtype."""
+    model = stacked(model)
     exits = sorted(map(int, model.exit_blocks))
     layer_E = jnp.array([*exits, model.config.num_layers]) - 1
     frozen, rows_B = replace(config, layer_dropout=LayerDropoutConfig()), jnp.zeros(0, jnp.int32)
@@ -91,7 +92,7 @@ def rejection(
 ) -> Float[Array, "..."]:
     """-log sum min(p, q) of this exit's distribution q and the last one's, p."""
     log_p, log_q = (x - log_z(x)[..., None] for x in (final_logits, logits))
-    return -jnp.log(jnp.exp(jnp.minimum(log_p, log_q)).sum(-1))
+    return -log_z(jnp.minimum(log_p, log_q))
 
 
 class Sums(NamedTuple):
@@ -150,7 +151,7 @@ def _own_rows(exit_loss, chunk, head, x_EBTD, final_BTD, labels_BT, exit_E, step
     def add_chunk(index, sums):
         start = index * chunk
         at_BC = lax.dynamic_slice_in_dim(padded_BT, start, chunk, 1)
-        counted_BC = (start + jnp.arange(chunk) < counts_B1).astype(wide)
+        counted_BC = start + jnp.arange(chunk) < counts_B1
         label_BC = jnp.take_along_axis(labels_BT, at_BC, 1)
         take = partial(jnp.take_along_axis, indices=at_BC[:, :, None], axis=1)
         final_BCV = logits(head.norm(take(final_BTD)))
@@ -160,14 +161,14 @@ def _own_rows(exit_loss, chunk, head, x_EBTD, final_BTD, labels_BT, exit_E, step
             of_exit = with_exit(exit_loss, exit_E[entry], step)
 
             def loss(logits_BCV, of_exit=of_exit):
-                return (counted_BC * of_exit(logits_BCV, label_BC, final_BCV)).sum()
+                return jnp.where(counted_BC, of_exit(logits_BCV, label_BC, final_BCV), 0).sum()
 
             value, dlogits_BCV = jax.value_and_grad(loss)(logits(normed_BCD))
             dnormed_BCD = product("BCV,VD->BCD", dlogits_BCV.astype(x_BTD.dtype), head.table_VD)
             (dx_BCD,) = norm_backward(dnormed_BCD.astype(x_BTD.dtype))
             dx_EBTD = lax.dynamic_update_slice(dx_EBTD, dx_BCD[None], (entry, 0, start, 0))
             found.append(value)
-        last = (counted_BC * cross_entropy(final_BCV, label_BC)).sum()
+        last = jnp.where(counted_BC, cross_entropy(final_BCV, label_BC), 0).sum()
         each_n = sums.each_n + jnp.stack([*found, last])
         return Sums(sums.loss + sum(found), each_n, dx_EBTD)
 

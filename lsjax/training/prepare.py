@@ -155,7 +155,7 @@ def prepare_run(
     writer.check()  # reading data may take hours
     with in_turn("the run has begun"):
         if is_first():
-            begin_run(workdir, config, tokenizer)
+            begin_run(workdir, with_known_base(workdir, config), tokenizer)
             compare_recipe(workdir, recipe, warn)
             write_run_files(workdir, tokenizer, pipeline.rows, prompts)
         wait_to_see(lambda: is_run(workdir), f"the run in {workdir}")
@@ -185,6 +185,14 @@ def check_same_run(before: TrainConfig, now: TrainConfig, where: str) -> TrainCo
             f"another --workdir or the old value{longer * (path == 'num_steps')}",
         )
     return dataclasses.replace(now, model=before.model)
+
+
+def with_known_base(workdir: AnyPath, config: TrainConfig) -> TrainConfig:
+    """The configuration to write. The base of exit blocks may have moved, but a new place is noted
+    only when it holds the same model (`check_base`)."""
+    if not (config.exit_blocks.exits and is_run(workdir)):
+        return config
+    return dataclasses.replace(config, init_from=read_run_config(workdir).init_from)
 
 
 def compare_recipe(workdir: AnyPath, recipe: Recipe, warn: Callable[[str], None]) -> None:

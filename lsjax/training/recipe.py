@@ -50,6 +50,12 @@ class Recipe:
             "drop_rates has no effect while layer_dropout.p_max is 0: set p_max, or leave "
             "drop_rates out",
         )
+        if config.exit_blocks.exits:
+            check(
+                self.exit_weights is exit_weights,
+                "exit_weights has no effect on exit blocks, which weigh the same: leave it out",
+            )
+            return
         counts = exit_counts(config.early_exit, num_layers, config.num_steps, self.exit_weights)
         check(
             self.exit_loss is None or counts.max() > 0,

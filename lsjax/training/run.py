@@ -13,8 +13,9 @@ from typing import Any
 import jax
 
 from lsjax.checkpoints.exit_blocks import check_base
-from lsjax.checkpoints.run import CHECKPOINTS, RECIPE, read_metrics
+from lsjax.checkpoints.run import CHECKPOINTS, CONFIG, RECIPE, read_metrics
 from lsjax.checkpoints.saving import Checkpoints
+from lsjax.config.checked import versioned
 from lsjax.io.files import write_json
 from lsjax.model.llama import Llama
 from lsjax.training.hosts import is_first, signals
@@ -123,7 +124,9 @@ def newest_state(run: TrainingRun, checkpoints: Checkpoints, like: TrainState) -
     base = None
     if run.config.exit_blocks.exits:
         base = begin()
-        check_base(run.workdir, run.config.init_from, base.model, is_first())
+        check_base(run.workdir, run.config.init_from, base.model, may_write=is_first())
+        if is_first():  # the place where the base was found
+            write_json(run.workdir / CONFIG, versioned(run.config))
     restored = checkpoints.restore(like, base) if run.resumes else None
     if restored is None:
         return begin() if base is None else base

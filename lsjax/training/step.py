@@ -50,17 +50,24 @@ class TrainState:
 def init_state(
     config: StepConfig, model: Llama, optimizer: optax.GradientTransformation | None = None
 ) -> TrainState:
-    """State before the first step. It shares the model's arrays, and steps overwrite them. With
-    `lora` the model gets adapters, and only these are trained. model: stacked or not. optimizer:
-    that of `make_train_step`. Raises ConfigError if config and model do not fit."""
+    """State before the first step. It shares the model's arrays, and steps overwrite them.
+
+    With `lora` the model gets adapters, with `exit_blocks` blocks, and only these are trained.
+    Other blocks are dropped. model: stacked or not. optimizer: that of `make_train_step`. Raises
+    ConfigError if config and model do not fit.
+    """
     config.check_model(model.config)
     model = stacked(model)
     if config.lora.rank > 0:
         model = with_adapters(model, config.lora, config.seed)
-    if config.exit_blocks.exits:
-        own = config.exit_blocks
-        settings = dict(feed_forward=own.feed_forward, start=own.start, seed=config.seed)
-        model = with_exit_blocks(model, own.exits, **settings)
+    blocks = config.exit_blocks
+    model = with_exit_blocks(
+        model,
+        blocks.exits,
+        feed_forward=blocks.feed_forward,
+        start=blocks.start,
+        seed=config.seed,
+    )
     optimizer = optimizer or adamw(config.optimizer, config.num_steps)
     # Some optimizers keep the parameters themselves, but a step donates each array once.
     own = {id(leaf) for leaf in jax.tree.leaves(model)}

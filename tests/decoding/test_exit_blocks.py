@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 
 from lsjax.config import LlamaConfig
+from lsjax.decoding import runtime
 from lsjax.decoding.auto.adaptive import Adaptive
 from lsjax.decoding.conversation import Conversation
 from lsjax.decoding.draft_vocabulary import DraftVocabulary
@@ -62,8 +63,12 @@ def noisy(model):
 
 @pytest.mark.parametrize("name", ["static", "auto", *long("confidence", "without")])
 @pytest.mark.parametrize("batch_size", [2, *long(1)])
-def test_texts_are_those_of_the_model_without_blocks(base, blocks, tokenizer, name, batch_size):
+def test_texts_are_those_of_the_model_without_blocks(
+    base, blocks, tokenizer, monkeypatch, name, batch_size
+):
     """With refill and growth."""
+    monkeypatch.setattr(runtime, "MIN_CAPACITY", 32)
+    monkeypatch.setattr(runtime, "SLACK", 16)
     requests = [Request(prompt=prompt, max_new_tokens=60) for prompt in PROMPTS]
     plain = Engine(base, tokenizer, Autoregressive()).generate(requests)
     found = Engine(blocks, tokenizer, STRATEGIES[name], batch_size=batch_size).generate(requests)
@@ -103,9 +108,21 @@ def test_the_cache_of_a_block_is_that_of_the_text(base, name, feed_forward):
     read = partial(prefill, depth=model.num_layers, exits=strategy.exits)
     state = jax.jit(partial(read, chunk=chunk_size(20, capacity)))(model, state, jnp.int32(0))
     arguments, round_ = strategy.arguments(model), jax.jit(strategy.round)
-    for _ in range(8):
+    pause = jax.jit(strategy.pause)
+    for number in range(9):
+        if name == "auto":  # each source in turn is the only one that is not infinitely slow
+            forced = np.full((3, 3), INF, np.float32)
+            forced[0, 0] = 1e6 if number % 4 else 1
+            if number % 4:
+                forced[number % 4 - 1, 1:] = 1, 2
+            arguments = arguments.with_seconds(forced)
         state = round_(model, state, arguments)
-        state = jax.jit(strategy.pause)(model, state)
+        state = pause(model, state)
+    if name == "auto":
+        ends = np.asarray(state.round_BS) > 0
+        sources, drafted = np.asarray(state.source_BS)[ends], np.asarray(state.round_BS)[ends] > 1
+        chosen = {(int(s), bool(d)) for s, d in zip(sources, drafted, strict=True)}
+        assert {(1, True), (2, True), (0, True), (0, False)} <= chosen
     assert (np.asarray(state.length_B) > [len(prompt) + 8 for prompt in PROMPTS]).all()
     for exit_layer in strategy.exits:
         keys, values = expected(model, exit_layer, np.asarray(state.tokens_BS))
@@ -132,10 +149,11 @@ def expected(model, exit_layer, tokens_BS):
 
 @pytest.mark.long
 def test_turns_of_a_conversation_share_the_cache_of_blocks(blocks, tokenizer):
-    """A turn drafts as it does without the cache of the turn before."""
+    """A turn drafts as it does without the cache of the turn before, by another strategy too."""
     engine = Engine(blocks, tokenizer, STRATEGIES["static"])
     shared, ids = Conversation(), [1, 2, 3]
-    for _ in range(3):
+    for turn in range(4):
+        engine.use(Autoregressive() if turn == 2 else STRATEGIES["static"])
         request = Request(prompt=ids, max_new_tokens=12)
         *_, last = engine.watch(ids, conversation=shared, max_new_tokens=12)
         (alone,) = engine.generate([request])
