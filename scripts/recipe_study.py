@@ -25,7 +25,6 @@ from evidence_list import TABLE
 from lsjax.checkpoints.run import read_metrics
 from lsjax.evaluation.intervals import from_seeds
 from lsjax.reporting.figures import Speed, agreements, loss_differences, losses, speeds
-from lsjax.reporting.machine import made_on
 from lsjax.reporting.markdown import table
 from lsjax.reporting.record import REPORT, read_report
 
@@ -124,7 +123,9 @@ def main(arguments: Arguments) -> int:
             if code:
                 return code
     lines = table(rows(directory, part, names))
-    lines += ["", *table([("made", ""), *made_on().items()]), ""]
+    about = read_report(report_of(directory, names[0], part.seeds[0])).about
+    made = [(name, about[name]) for name in ("machine", "versions", "commit", "date")]
+    lines += ["", *table([("measured on", ""), *made, ("prompts", about["prompts"])]), ""]
     (directory / TABLE).write_text("\n".join(lines) + "\n", "utf-8")
     print("\n".join(lines))
     return 0
@@ -177,11 +178,13 @@ def rows(directory: Path, part: Part, names: Iterable[str]) -> list[tuple[str, .
         ideal = statistics.fmean(one.figures["ideal"] or 1 for one in best)
         exit_ = best[0].cell.exit_layer
         agreed = from_seeds([agreements(one, one.main)[exit_ - 1] for one in own]).value
-        auto = from_seeds([speed_of(one, "auto").speedup for one in fast])
+        auto = [speed_of(one, "auto") for one in fast]
+        doubt = "" if all(one.figures["trusted"] for one in auto) else "?"
+        speedup = from_seeds([one.speedup for one in auto]).text()
         step = step_seconds(directory, part, name) / plain_step
         loss = from_seeds([losses(one, one.main)[-1] for one in own]).value
         shown = f"{loss:.3f}", "" if name == PLAIN else gap.text("+.3f"), f"{exit_}: {agreed:.3f}"
-        found.append((name, *shown, f"{ideal:.2f}x", f"{auto.text()}x", f"{step:.2f}"))
+        found.append((name, *shown, f"{ideal:.2f}x", f"{speedup}x{doubt}", f"{step:.2f}"))
     return found
 
 
