@@ -163,7 +163,8 @@ EXPERIMENTS = (
         "recipes",
         "Recipes: one factor at a time",
         "The quickstart's recipe with one change, 400 steps, one seed. Losses differ from those of "
-        "the same training without LayerSkip. The ideal is that of the best exit and length.",
+        "the same training without LayerSkip. The ideal is that of the best exit and length. Other "
+        "programs ran beside some of these trainings, so times are rough.",
         "factors",
         program="python scripts/recipe_study.py",
     ),

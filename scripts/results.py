@@ -32,8 +32,9 @@ def main() -> int:
         if (one.directory / REPORT).exists():
             rows[one.title] = row(one, read_report(one.directory))
     PAGE.write_text(page, "utf-8")
-    readme = README.read_text("utf-8")
-    README.write_text(replaced(readme, "results", table_of(readme, rows)), "utf-8")
+    if rows:
+        readme = README.read_text("utf-8")
+        README.write_text(replaced(readme, "results", table_of(readme, rows)), "utf-8")
     return 0
 
 
