@@ -182,9 +182,9 @@ FROM_CODE = (
     Fault(
         "unscaled micro-batch",
         "training/step.py",
-        "return objective(config, model, part, state.step, rows_B, num_labels, recipe)",
+        "given = config, model, part, state.step, rows_B, num_labels",
         "own = (part['labels_BT'] >= 0).sum()\n"
-        "        return objective(config, model, part, state.step, rows_B, own, recipe)",
+        "        given = config, model, part, state.step, rows_B, own",
         "tests/training/test_step.py",
     ),
     Fault(

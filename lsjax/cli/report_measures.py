@@ -176,7 +176,8 @@ class Measures:
         if kind == "plain" or not is_run(directory):
             return ()
         config = read_run_config(directory)
-        return exits_with_loss(config.early_exit, self.shape.num_layers, config.num_steps)
+        with_loss = exits_with_loss(config.early_exit, self.shape.num_layers, config.num_steps)
+        return config.exit_blocks.exits or with_loss
 
     def exits(self, shape: LlamaConfig, trained: tuple[int, ...]) -> tuple[int, ...]:
         """Exits of the static settings. trained: those that auto chooses from."""

@@ -91,10 +91,11 @@ def shown_evaluation(run: TrainingRun, console: Console) -> Hook:
 
 
 def exits_of(run: TrainingRun) -> tuple[int, ...]:
-    """Exits with a loss in training, besides the last one."""
+    """Exits with a loss in training, besides the last one, or with a block."""
     config, layers = run.config, run.config.model.num_layers
     weights = run.recipe.exit_weights
-    return exits_with_loss(config.early_exit, layers, config.num_steps, weights)
+    with_loss = exits_with_loss(config.early_exit, layers, config.num_steps, weights)
+    return config.exit_blocks.exits or with_loss
 
 
 def default_exit(run: TrainingRun) -> int:

@@ -61,8 +61,9 @@ def noisy(model):
     return found
 
 
-@pytest.mark.parametrize("name", ["static", "auto", *long("confidence", "without")])
-@pytest.mark.parametrize("batch_size", [2, *long(1)])
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["static", "auto", "confidence", "without"])
+@pytest.mark.parametrize("batch_size", [2, 1])
 def test_texts_are_those_of_the_model_without_blocks(
     base, blocks, tokenizer, monkeypatch, name, batch_size
 ):

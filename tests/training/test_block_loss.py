@@ -183,6 +183,7 @@ def test_bad_settings(base, changes, words):
         init_state(dataclasses.replace(CONFIG, **changes), base)
 
 
+@pytest.mark.long
 def test_trained_blocks_draft_better(base, tokenizer):
     """On the model's own text, that they were trained on."""
     flat, prompts, steps = unstacked(base), [[n] for n in range(1, 9)], 40

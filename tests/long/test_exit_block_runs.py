@@ -1,4 +1,7 @@
-"""Runs of exit blocks: what they save, how they resume, and the models that they decode with."""
+"""Runs of exit blocks: what they save, how they resume, and the models that they decode with.
+
+Long: trainings, and programs of decoding that no other test compiles.
+"""
 
 import json
 import shutil
@@ -92,6 +95,7 @@ def test_evaluations_are_of_the_blocks(folder):
     first, last = (row for row in read_metrics(folder / "run") if row["kind"] == "evaluation")
     assert first["last_exit_loss"] == last["last_exit_loss"]
     assert first["loss_E"][0] != last["loss_E"][0]
+    assert (folder / "run" / "exits.png").exists()
 
 
 @pytest.mark.parametrize("strategy", ["auto", "self_speculative"])
