@@ -3,8 +3,8 @@
     make evidence                  all that are missing, one after the other
     make evidence ONLY=quickstart
 
-What was stopped goes on. What lacks an input is left out; evidence_list.py says where they come
-from. scripts/results.py then writes the page.
+The same command resumes. Experiments that lack an input are skipped; evidence_list.py says where
+inputs come from. scripts/results.py then writes the page.
 """
 
 import shlex

@@ -4,10 +4,10 @@
     python scripts/recipe_study.py seeds --output build/evidence/recipes_seeds
     python scripts/recipe_study.py task --output build/evidence/recipes_task
 
-All recipes of a part train as many steps, and get a report (`lsjax report --no-training`) on the
-same held-out text. What is finished in the directory is left out, so a killed study goes on. The
-ideal speedup and the agreement are those of the best fixed setting.
-Prints a table, and writes it for scripts/results.py.
+All recipes of a part train as many steps. Each gets a report (`lsjax report --no-training`) on the
+same held-out text. The same command resumes a killed study, and skips what is finished. The ideal
+speedup and the agreement are those of the best fixed setting. Prints a table, and writes it for
+scripts/results.py.
 """
 
 import os

@@ -1,6 +1,7 @@
 """Configurations: frozen, hashable dataclasses that check their values."""
 
 from lsjax.config.adapters import (
+    BlockStart as BlockStart,
     ExitBlocksConfig as ExitBlocksConfig,
     LoraConfig as LoraConfig,
     LoraTarget as LoraTarget,

@@ -6,6 +6,7 @@ from typing import Literal
 from lsjax.config.checked import Checked, bounded, check
 
 LoraTarget = Literal["qkv", "out", "gate_up", "down"]
+BlockStart = Literal["copy", "zero"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +45,7 @@ class ExitBlocksConfig(Checked, prefix="exit_blocks."):
     """Exits that get a block; none trains the model itself."""
     feed_forward: bool = True
     """Whether a block has a feed-forward part, as a layer has, or attention only."""
-    start: Literal["copy", "zero"] = "copy"
+    start: BlockStart = "copy"
     """What a block begins as. copy: the layer above its exit. zero: random weights whose output is
     the exit's state."""
     acceptance_from: float = bounded(2 / 3, low=0, high=1)

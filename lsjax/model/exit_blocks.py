@@ -13,18 +13,16 @@ own. Only drafts depend on it.
 """
 
 from collections.abc import Iterable
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from lsjax.config import check
+from lsjax.config import BlockStart, check
 from lsjax.model.block import Block
 from lsjax.model.llama import Llama, with_parts
 from lsjax.model.parameters import map_named
 
-Start = Literal["copy", "zero"]
 ATTENTION = ("attention_norm", "attention", "attention_post_norm")
 FEED_FORWARD = ("feed_forward_norm", "feed_forward", "feed_forward_post_norm")
 
@@ -34,7 +32,7 @@ def with_exit_blocks(
     exits: Iterable[int],
     *,
     feed_forward: bool = True,
-    start: Start = "copy",
+    start: BlockStart = "copy",
     seed: int = 0,
 ) -> Llama:
     """The model with blocks of these exits alone, in the dtype of its matrices. It shares all other
@@ -62,7 +60,7 @@ def with_exit_blocks(
 
 
 def without_exit_blocks(model: Llama) -> Llama:
-    """The model that the blocks hang off."""
+    """The same model without its blocks."""
     return with_parts(model, exit_blocks=nnx.Dict())
 
 

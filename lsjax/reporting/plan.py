@@ -139,8 +139,8 @@ def _largest(choices: Sequence[int], affordable: float) -> int:
 
 
 def read_plan(directory: AnyPath, asked: Asked) -> Plan | None:
-    """The plan of an earlier start; None if there is none. Raises ConfigError if the flags have
-    changed since; it names the first change."""
+    """The plan of an earlier start, or None. Raises ConfigError, which names the first change, if
+    the flags have changed since."""
     file = directory / PLAN
     if not file.exists():
         return None
