@@ -23,7 +23,7 @@ from lsjax.config import (
 
 config = TrainConfig(
     model=LlamaConfig(
-        vocab_size=384,
+        vocab_size=1_024,
         hidden_size=256,
         intermediate_size=704,
         num_layers=16,
@@ -35,12 +35,12 @@ config = TrainConfig(
         init_std=0.05,
         scaled_init=True,
     ),
-    data=DataConfig(vocab_size=384),
+    data=DataConfig(vocab_size=1_024),
     num_steps=800,
     batch_size=4,
     seq_len=128,
     layer_dropout=LayerDropoutConfig(distribution="linear", p_max=0.3),
-    early_exit=EarlyExitConfig(curriculum="subset", exits=(2, 4), weights="uniform"),
+    early_exit=EarlyExitConfig(curriculum="subset", exits=(1, 2, 4), weights="uniform"),
     optimizer=OptimizerConfig(learning_rate=2e-3, warmup_steps=60),
     checkpoints=CheckpointConfig(every=400),
     evaluation=EvaluationConfig(every=400, batches=32, num_draft_tokens=5, num_prompts=16),

@@ -169,9 +169,17 @@ EXPERIMENTS = (
         program="python scripts/recipe_study.py",
     ),
     Experiment(
+        "recipes_texts",
+        "Recipes: vocabulary and shape",
+        "The quickstart before this study with another tokenizer or shape, 400 steps, one seed.",
+        "texts",
+        program="python scripts/recipe_study.py",
+    ),
+    Experiment(
         "recipes_seeds",
         "Recipes: three seeds",
-        "The best recipes and the paper's, 800 steps.",
+        "The quickstart as it is now, 800 steps. Losses differ from those of the same training "
+        "without LayerSkip.",
         "seeds",
         program="python scripts/recipe_study.py",
     ),

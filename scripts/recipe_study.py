@@ -1,6 +1,7 @@
 """Compares recipes for small budgets: one factor at a time, then the best ones with three seeds.
 
     python scripts/recipe_study.py factors --output build/evidence/recipes
+    python scripts/recipe_study.py texts --output build/evidence/recipes_texts
     python scripts/recipe_study.py seeds --output build/evidence/recipes_seeds
     python scripts/recipe_study.py task --output build/evidence/recipes_task
 
@@ -22,7 +23,10 @@ from typing import Annotated, Literal
 import tyro
 from evidence_list import TABLE
 
-from lsjax.checkpoints.run import read_metrics
+from lsjax.checkpoints.run import read_metrics, read_run_config
+from lsjax.data.pieces import is_held_out
+from lsjax.data.sources import document_source
+from lsjax.data.tokenizer_files import load_tokenizer
 from lsjax.evaluation.intervals import from_seeds
 from lsjax.reporting.figures import Speed, agreements, loss_differences, losses, speeds
 from lsjax.reporting.markdown import table
@@ -31,7 +35,9 @@ from lsjax.reporting.record import REPORT, read_report
 PLAIN, BASE, PAPER = "without LayerSkip", "the recipe", "the paper's"
 WITHOUT = "--early-exit.curriculum none --early-exit.exits --layer-dropout.p-max 0"
 EXPONENTIAL = "--layer-dropout.distribution exponential"
-# Changes of the quickstart's recipe, as flags. The paper's is that of its training from scratch.
+# The quickstart's recipe before this study, and changes of it. The paper's is that of its training
+# from scratch.
+OLD = "--data.vocab-size 384 --model.vocab-size 384 --early-exit.exits 2 4"
 FACTORS = {
     PLAIN: WITHOUT,
     BASE: "",
@@ -53,6 +59,18 @@ FACTORS = {
     "learning rate 1e-3": "--optimizer.learning-rate 1e-3",
     "learning rate 4e-3": "--optimizer.learning-rate 4e-3",
 }
+# Tokenizers and shapes, whose losses are compared by the byte.
+SIZES = {
+    BASE: "",
+    **{
+        f"vocabulary {size:,}": f"--data.vocab-size {size} --model.vocab-size {size}"
+        for size in (1024, 2048, 4096)
+    },
+    "12 wider layers": "--model.num-layers 12 --model.hidden-size 320 "
+    "--model.intermediate-size 832 --model.num-heads 5 --model.num-kv-heads 1",
+}
+# The best recipes on the quickstart as it is now.
+BEST = {PLAIN: WITHOUT, BASE: "", "dropout 0.1": FACTORS["dropout 0.1"], PAPER: FACTORS[PAPER]}
 # The same for TOPv2. The paper's is that of its finetuning on TOPv2.
 TASK = {
     PLAIN: WITHOUT,
@@ -73,6 +91,7 @@ class Part:
     steps: int
     seeds: tuple[int, ...]
     decoding: str  # flags of the report
+    base: str = ""  # flags of all recipes
 
     @property
     def warmup_steps(self) -> int:
@@ -80,11 +99,21 @@ class Part:
         return self.steps * 60 // 800
 
 
-HEADING = ("recipe", "loss", "difference", "best exit: agreement", "ideal", "auto", "step")
+HEADING = (
+    "recipe",
+    "loss",
+    "of a byte",
+    "difference",
+    "best exit: agreement",
+    "ideal",
+    "auto",
+    "step",
+)
 TEXTS, ANSWERS = "--prompts 16 --new-tokens 128", "--prompts 32 --task topv2"
 PARTS = {
-    "factors": Part("quickstart", FACTORS, 400, (0,), TEXTS),
-    "seeds": Part("quickstart", FACTORS, 800, (0, 1, 2), TEXTS),
+    "factors": Part("quickstart", FACTORS, 400, (0,), TEXTS, OLD),
+    "texts": Part("quickstart", SIZES, 400, (0,), TEXTS, OLD),
+    "seeds": Part("quickstart", BEST, 800, (0, 1, 2), TEXTS),
     "task": Part("finetune_topv2_smollm2", TASK, 150, (0, 1, 2), ANSWERS),
 }
 
@@ -93,9 +122,9 @@ PARTS = {
 class Arguments:
     """What to train."""
 
-    part: Annotated[Literal["factors", "seeds", "task"], tyro.conf.Positional]
-    """factors: one at a time, on the quickstart. seeds: three seeds of --recipes, on it. task:
-    the same on TOPv2."""
+    part: Annotated[Literal["factors", "texts", "seeds", "task"], tyro.conf.Positional]
+    """factors: one at a time, on the quickstart. texts: its vocabulary and shape. seeds: three
+    seeds of the best recipes. task: three seeds on TOPv2."""
     output: Path
     """Folder of the trainings and reports."""
     recipes: tuple[str, ...] = ()
@@ -147,7 +176,8 @@ def measure(part: Part, name: str, seed: int, directory: Path, data: list[str]) 
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "2"}
     print(f"{run.name}", flush=True)
     with run.with_name(run.name + ".log").open("a") as log:
-        for command, own in (([*train, *part.recipes[name].split()], environment), (show, None)):
+        flags = f"{part.base} {part.recipes[name]}".split()
+        for command, own in (([*train, *flags], environment), (show, None)):
             found = subprocess.run([sys.executable, *command], env=own, stdout=log, stderr=log)
             if found.returncode:
                 return found.returncode
@@ -169,10 +199,14 @@ def rows(directory: Path, part: Part, names: Iterable[str]) -> list[tuple[str, .
     reports = {
         name: [read_report(report_of(directory, name, s)) for s in part.seeds] for name in names
     }
-    plain, plain_step = reports[PLAIN], step_seconds(directory, part, PLAIN)
+    first = next(iter(reports))
+    plain, plain_step = reports.get(PLAIN, ()), step_seconds(directory, part, first)
     found = [HEADING]
     for name, own in reports.items():
-        gap = loss_differences([one.models[0] for one in own], [one.models[0] for one in plain])
+        gap = ""
+        if plain and name != PLAIN:
+            both = ([one.models[0] for one in some] for some in (own, plain))
+            gap = loss_differences(*both).text("+.3f")
         fast = [speeds(one) for one in own]
         best = [max(each, key=lambda one: one.figures["ideal"] or 1) for each in fast]
         ideal = statistics.fmean(one.figures["ideal"] or 1 for one in best)
@@ -183,9 +217,24 @@ def rows(directory: Path, part: Part, names: Iterable[str]) -> list[tuple[str, .
         speedup = from_seeds([one.speedup for one in auto]).text()
         step = step_seconds(directory, part, name) / plain_step
         loss = from_seeds([losses(one, one.main)[-1] for one in own]).value
-        shown = f"{loss:.3f}", "" if name == PLAIN else gap.text("+.3f"), f"{exit_}: {agreed:.3f}"
+        of_byte = loss / bytes_per_token(directory / run_name(name, part.seeds[0]))
+        shown = f"{loss:.3f}", f"{of_byte:.3f}", gap, f"{exit_}: {agreed:.3f}"
         found.append((name, *shown, f"{ideal:.2f}x", f"{speedup}x{doubt}", f"{step:.2f}"))
     return found
+
+
+def bytes_per_token(run: Path) -> float:
+    """Bytes of a token of the held-out documents."""
+    data, tokenizer = read_run_config(run).data, load_tokenizer(run)
+    source = document_source(data, validation=data.has_validation_set)
+    documents = [
+        one
+        for one in source.documents()
+        if data.has_validation_set or is_held_out(one.key, data.held_out_fraction)
+    ]
+    texts = [one.prompt + one.text for one in documents]
+    tokens = sum(map(len, tokenizer.encode_batch(texts, add_bos=False)))
+    return sum(len(text.encode()) for text in texts) / tokens
 
 
 def speed_of(found: Iterable[Speed], strategy: str) -> Speed:

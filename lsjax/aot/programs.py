@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.errors import JaxRuntimeError
 from jax.sharding import Mesh
 from jax.stages import Lowered, Wrapped
@@ -41,11 +42,12 @@ def train_step(config: TrainConfig, mesh: Mesh, recipe: Recipe = PAPER) -> tuple
     of enabled exits is the run's average."""
     check_rows(config, mesh)
     state, batch = abstract_state(config, mesh, recipe.optimizer), _batch(config, mesh)
-    rows = config.batch_size // config.micro_batches
+    rows, drafted = config.batch_size // config.micro_batches, config.exit_blocks.draft_vocab
+    ids = None if drafted is None else np.arange(drafted)
     with jax.set_mesh(mesh), with_kernels(config.kernels):
-        lowered = make_train_step(config, **vars(recipe)).lower(state, batch)
+        lowered = make_train_step(config, **vars(recipe), draft_ids=ids).lower(state, batch)
         pieces, steps = rows * context_shards(), config.seq_len // context_shards()
-        shape = pieces, steps, (config.model.vocab_size, config.model.hidden_size)
+        shape = pieces, steps, (drafted or config.model.vocab_size, config.model.hidden_size)
         chunk = loss_chunk(*shape)
         exit_chunk = loss_chunk(*shape, config.early_exit.token_share)
     run = config.early_exit, config.model.num_layers, config.num_steps

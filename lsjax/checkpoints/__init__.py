@@ -24,6 +24,7 @@ def load(
     dtype: Any = None,
     track: Track = iter,
     mesh: Mesh | None = None,
+    exit_blocks: str | AnyPath | None = None,
 ) -> Llama:
     """Loads a Hugging Face directory, a GGUF file or a training run, with a Block per layer.
 
@@ -33,16 +34,27 @@ def load(
         dtype: dtype of the parameters, whatever the file has; float32 by default.
         track: wraps the sequence of parameters, for a progress bar.
         mesh: devices to shard the parameters over; one device by default.
+        exit_blocks: run of exit blocks that hang off this model.
     Raises:
         CheckpointError: the file is missing, damaged or of another model; one line.
     """
-    opened = open_checkpoint(source) if isinstance(source, str | AnyPath) else source
+    opened = source
+    if isinstance(source, str | AnyPath):
+        opened = open_checkpoint(source, exit_blocks)
     dtype = jnp.dtype(jnp.float32 if dtype is None else dtype)
     return opened.assemble(dtype=dtype, track=track, mesh=mesh)
 
 
-def open_checkpoint(path: str | AnyPath) -> TensorSource | RunSource:
-    """Opens a checkpoint of any kind and checks everything except its values."""
+def open_checkpoint(
+    path: str | AnyPath, exit_blocks: str | AnyPath | None = None
+) -> TensorSource | RunSource:
+    """Opens a checkpoint of any kind and checks everything except its values. exit_blocks: run of
+    exit blocks that hang off this model."""
+    if exit_blocks is not None:
+        run, step = find_step(exit_blocks)
+        if not (run / BASE).is_file():
+            raise CheckpointError(f"{run}: is not a run of exit blocks: train some first")
+        return ExitBlocksSource(run, step, open_checkpoint(path))
     path, step = find_step(path)
     if (path / BASE).is_file():
         return ExitBlocksSource(path, step, open_base(path))
@@ -72,7 +84,8 @@ def open_base(run: AnyPath) -> TensorSource | RunSource:
         return open_checkpoint(base)
     except ValueError as error:
         raise CheckpointError(
-            f"{run}: its exit blocks need the model in init_from of its {CONFIG} ({error})"
+            f"{run}: its exit blocks need the model in init_from of its {CONFIG} ({error}). If it "
+            f"has moved: --model MODEL --exit-blocks {run}"
         ) from error
 
 

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from lsjax.checkpoints.run import CONFIG, RunSource, is_finite
+from lsjax.checkpoints.run import RunSource, is_finite
 from lsjax.checkpoints.steps import EXIT_BLOCKS, PARAMS, SavedStep, fingerprints, first_whole
 from lsjax.checkpoints.tensors import NOT_FINITE, CheckpointError, Track
 from lsjax.config import AnyPath, ConfigError, ExitBlocksConfig, as_path, check
@@ -48,7 +48,7 @@ class ExitBlocksSource(RunSource):
         if known.get(dtype.name, "") not in ("", base_fingerprint(model, dtype)):
             raise CheckpointError(
                 f"{self.base.path} is not the model that the exit blocks of {self.path} were "
-                f"trained for ({known['path']}): set init_from in {self.path / CONFIG} to that one"
+                f"trained for ({known['path']}): name that one, and --exit-blocks {self.path}"
             )
         found, _ = first_whole(self._steps, lambda step: self._blocks(step, model, dtype, mesh))
         return with_parts(model, exit_blocks=found)

@@ -67,7 +67,7 @@ def report(arguments: Arguments) -> int:
             "micro_batches": config.micro_batches,
             "seq_len": length,
             "remat": config.remat,
-            "plain_flops": step_flops(shape, rows, length, config.lora),
+            "plain_flops": step_flops(shape, rows, length, config.lora, config.exit_blocks),
             "exit_flops": exit_flops(config.early_exit, shape, rows * length, config.num_steps),
             "peak_flops": chip.peak_flops * trained_on,
         },

@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 from rich.console import Console
 
 from lsjax.checkpoints import load, open_checkpoint
+from lsjax.checkpoints.exit_blocks import ExitBlocksSource
 from lsjax.checkpoints.huggingface import read_generation_defaults
 from lsjax.checkpoints.run import RunSource
 from lsjax.checkpoints.tensors import TensorSource
@@ -53,7 +54,7 @@ def open_model(flags: ModelFlags) -> OpenModel:
     """Opens a checkpoint and its tokenizer. Raises CheckpointError or TokenizerError for damaged
     files, and ConfigError if the mesh does not fit."""
     flags.mesh.check_decoding()
-    source = open_checkpoint(flags.model)
+    source = open_checkpoint(flags.model, flags.exit_blocks)
     tokenizer = load_tokenizer(flags.model).fitted(source.config.vocab_size)
     mesh = None if flags.mesh == MeshConfig() else make_mesh(flags.mesh)
     return OpenModel(flags, source, tokenizer, mesh)
@@ -154,10 +155,13 @@ def _vocabulary(
     `size` and counts it is None, which drafts all tokens."""
     try:
         if counts is None:
-            counts = find_counts(model.flags.model, cache_directory(), model.tokenizer)
+            counted = model.flags.exit_blocks or model.flags.model
+            counts = find_counts(counted, cache_directory(), model.tokenizer)
     except ConfigError:
         if size is not None:
             raise
+    if size is None and isinstance(model.source, ExitBlocksSource):
+        size = model.source.blocks.draft_vocab
     if size is None and counts:
         size = best_draft_vocab(model.source.config, exit_layer, counts)
     if size is None:

@@ -19,7 +19,7 @@ from lsjax.interrupts import importing
 
 PROGRAMS = (
     *("train", "decode", "benchmark", "evaluate", "lm-eval", "convert", "tokenize"),
-    *("count-tokens", "aot", "report"),
+    *("count-tokens", "aot", "report", "answers"),
 )
 
 

@@ -51,9 +51,23 @@ class ExitBlocksConfig(Checked, prefix="exit_blocks."):
     acceptance_from: float = bounded(2 / 3, low=0, high=1)
     """Share of the run after which the loss is -log sum min(p, q) (arXiv 2602.23881). Before, it is
     KL(p || q). q is the block's distribution, and p the last exit's."""
+    draft_vocab: int | None = bounded(None, low=1)
+    """Number of tokens that the blocks learn to draft: the most frequent ones of the data. A step
+    is then cheaper. Both distributions are those over these tokens, and positions with another
+    token are left out. Decode with a --draft-vocab of this size or less."""
+    keep_states: bool = False
+    """Whether the states of the exits, and the last exit's most probable tokens, are computed once
+    and kept in the cache. Each later pass over the data then skips the model's layers. For small
+    data: the run names the bytes."""
 
-    def check_layers(self, num_layers: int) -> None:
-        """Raises ConfigError for an exit that a model of L layers lacks, or that is named twice."""
+    def check_layers(self, num_layers: int, vocab_size: int) -> None:
+        """Raises ConfigError for an exit that a model of L layers lacks, or that is named twice,
+        and for a draft vocabulary that is not smaller than the model's."""
+        check(
+            (self.draft_vocab or 1) < vocab_size,
+            f"exit_blocks.draft_vocab {self.draft_vocab} is not below the model's vocabulary of "
+            f"{vocab_size}: choose a smaller one, or none",
+        )
         wrong = next((exit for exit in self.exits if not 1 <= exit < num_layers), None)
         check(
             wrong is None,

@@ -244,7 +244,7 @@ class StepConfig(Checked):
         """Raises ConfigError if the config names layers or exits that the model lacks."""
         self.layer_dropout.check_layers(model.num_layers)
         self.early_exit.check_layers(model.num_layers)
-        self.exit_blocks.check_layers(model.num_layers)
+        self.exit_blocks.check_layers(model.num_layers, model.vocab_size)
 
     def check_batch(self, batch_size: int) -> None:
         """Raises ConfigError if the number of micro-batches does not divide the rows."""

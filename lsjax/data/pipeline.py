@@ -8,7 +8,8 @@ order. It continues across epochs, so its state is the number of rows taken.
         another's [2, 3]:       r2 r3 |       r6 r7 | ...
 """
 
-from collections.abc import Iterator
+from collections import ChainMap
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import grain
@@ -32,16 +33,21 @@ class Pipeline:
     def __init__(
         self, rows: TokenRows, *, batch_size: int, seed: int, own_B: np.ndarray | None = None
     ):
-        self.rows, self._batch_size, self._seed = rows, batch_size, seed
+        self.rows, self.batch_size, self._seed = rows, batch_size, seed
         self._own_B = np.arange(batch_size) if own_B is None else own_B
         self._order = grain.MapDataset.range(len(rows)).seed(seed).shuffle().repeat()
-        self._taken = 0
+        self._taken, self._beside = 0, []
+        self._start()
+
+    def beside(self, read: Callable[[np.ndarray], Mapping[str, np.ndarray]]) -> None:
+        """Adds arrays to each batch from now on. read: (numbers of rows) -> arrays by name."""
+        self._beside.append(read)
         self._start()
 
     def next(self) -> PackedBatch:
         """The next rows of this host, [own rows, T]."""
         batch = next(self._batches)
-        self._taken += self._batch_size
+        self._taken += self.batch_size
         return batch
 
     def state(self) -> dict:
@@ -75,9 +81,13 @@ class Pipeline:
         self._start()
 
     def _start(self) -> None:
-        rows, own_B = self.rows, self._own_B
-        batches = self._order[self._taken :].batch(self._batch_size, drop_remainder=True)
-        reader = batches.map(lambda numbers_B: rows.read(numbers_B[own_B]))
+        readers, own_B = [self.rows.read, *self._beside], self._own_B
+
+        def read(numbers_B: np.ndarray) -> dict[str, np.ndarray]:
+            return dict(ChainMap(*(reader(numbers_B[own_B]) for reader in readers)))
+
+        batches = self._order[self._taken :].batch(self.batch_size, drop_remainder=True)
+        reader = batches.map(read)
         self._batches = iter(reader.to_iter_dataset(PREFETCH))
 
 

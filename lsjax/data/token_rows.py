@@ -15,16 +15,17 @@ import json
 import logging
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
 from jaxtyping import Int64
 from rich.progress import Progress
 
-from lsjax.config import AnyPath, ConfigError, DataConfig, check, in_bucket
+from lsjax.config import AnyPath, ConfigError, DataConfig, check
 from lsjax.data.packing import PackedBatch, from_records, record_type
+from lsjax.data.records import Records
 from lsjax.data.shards import SPLITS, THREADS, Job, make_shards
 from lsjax.data.sources import document_source
 from lsjax.data.tokenizer import Tokenizer
@@ -77,10 +78,14 @@ class TokenRows:
     num_truncated: int = 0
     num_dropped: int = 0
     num_shared: int = 0
-    _shards: dict[int, np.ndarray] = field(default_factory=dict, repr=False)  # mapped
 
     def __len__(self) -> int:
-        return int(self.rows_S.sum())
+        return len(self._records)
+
+    @cached_property
+    def _records(self) -> Records:
+        layout = record_type(self.seq_len, self.dtype)
+        return Records(self.directory, self.split, layout, self.rows_S)
 
     def describe(self) -> str:
         """One line: documents, tokens, rows, share that is filled, and documents lost."""
@@ -93,27 +98,7 @@ class TokenRows:
 
     def read(self, rows: np.ndarray) -> PackedBatch:
         """Reads rows by number, as int32; number -1 is a row of padding."""
-        layout = record_type(self.seq_len, self.dtype)
-        records, given = np.zeros(len(rows), layout), np.flatnonzero(rows >= 0)
-        ends_S = np.cumsum(self.rows_S)
-        shards = np.searchsorted(ends_S, rows[given], side="right")
-        places = rows[given] - ends_S[shards] + self.rows_S[shards]
-        if in_bucket(self.directory):
-            from lsjax.config.buckets import file_system
-
-            names = [str(self._file(shard)) for shard in shards.tolist()]
-            begins = places * layout.itemsize
-            found = file_system().cat_ranges(names, begins, begins + layout.itemsize)
-            records[given] = np.frombuffer(b"".join(found), layout)
-        else:
-            for b, shard, place in zip(given, shards.tolist(), places, strict=True):
-                if shard not in self._shards:
-                    self._shards[shard] = np.memmap(self._file(shard), layout, "r")
-                records[b] = self._shards[shard][place]
-        return from_records(records)
-
-    def _file(self, shard: int) -> AnyPath:
-        return self.directory / f"{shard:06d}.{self.split}"
+        return from_records(self._records.read(rows))
 
 
 def open_job(

@@ -10,10 +10,12 @@ import heapq
 import io
 import json
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from itertools import chain
 
+import numpy as np
 import sentencepiece
+from jaxtyping import Int32
 
 from lsjax.config import AnyPath, ConfigError, DataConfig, as_path, check, split_step
 from lsjax.data.pieces import Document, is_held_out
@@ -140,6 +142,13 @@ def read_counts(file: AnyPath, tokenizer: Tokenizer) -> Counter[int]:
     good = all(0 <= token < tokenizer.vocab_size and n >= 0 for token, n in counts.items())
     check(bool(counts) and good, f"{file} has empty or invalid counts: count again")
     return counts
+
+
+def most_frequent(counts: Mapping[int, int], size: int) -> Int32[np.ndarray, " W"]:
+    """The `size` ids with the highest counts, then the lowest ids, which tokenizers give to their
+    first merges. In ascending order."""
+    known = sorted({*range(size), *counts}, key=lambda token: (-counts.get(token, 0), token))
+    return np.sort(np.array(known[:size], np.int32))
 
 
 def find_counts(model: AnyPath, cache: AnyPath, tokenizer: Tokenizer) -> Counter[int]:

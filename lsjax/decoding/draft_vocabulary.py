@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Array, Int
 
 from lsjax.config import check
+from lsjax.data.vocabulary import most_frequent
 from lsjax.model.protocol import DecoderModel, Sizes
 
 
@@ -38,11 +39,10 @@ class DraftVocabulary:
     def most_frequent(
         cls, counts: Mapping[int, int], size: int, vocab_size: int
     ) -> "DraftVocabulary":
-        """The `size` tokens with the highest counts, then the lowest ids: tokenizers give these to
-        their first merges. Raises ConfigError for a size that is not in 1..vocab_size - 1."""
+        """The `size` most frequent tokens (lsjax/data/vocabulary.py). Raises ConfigError for a
+        size that is not in 1..vocab_size - 1."""
         _check_size(size, vocab_size)
-        known = sorted({*range(size), *counts}, key=lambda token: (-counts.get(token, 0), token))
-        return cls(np.sort(np.array(known[:size], np.int32)))
+        return cls(most_frequent(counts, size))
 
     def validate(self, sizes: Sizes) -> None:
         """Raises ConfigError if the model lacks some of the tokens, or has no others."""

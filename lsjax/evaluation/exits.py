@@ -2,6 +2,7 @@
 Figures 6 and 8), and log-probabilities at one exit."""
 
 import math
+import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
@@ -15,14 +16,15 @@ from jax import lax
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
-from lsjax.checkpoints.run import EVALUATION
+from lsjax.checkpoints.run import BLOCKS_LOSS, EVALUATION
 from lsjax.config import AttentionKernel, ComputeDtype, Kernels, StepConfig, check
 from lsjax.decoding.sampling import argmax
+from lsjax.model.exit_blocks import block_exits
 from lsjax.model.llama import Llama
 from lsjax.model.matrices import cast_matrices
 from lsjax.platforms import with_kernels
 from lsjax.sharding import chunk_steps, constrain, over_context, pieces, split_rows
-from lsjax.training.block_loss import block_states
+from lsjax.training.block_loss import block_states, frozen_states
 from lsjax.training.prepare import TrainingRun
 from lsjax.training.run import Hook
 
@@ -102,18 +104,23 @@ def evaluation_hook(
 ) -> Hook:
     """Hook that scores every exit of a run on its held-out batches, computed as in a training step.
 
-    The loss of the last exit decides which saved steps are best. show: called with step and scores.
+    The loss of the last exit decides which saved steps are best, or the mean loss of exit blocks.
+    show: called with step and scores.
     """
     batches, names = list(run.held_out), ("dtype", "micro_batches", "attention", "kernels")
     settings = {name: getattr(run.config, name) for name in names}
 
     def evaluate(step: int, model: Llama) -> dict[str, Any]:
         scores = score_exits(model, map(run.place, batches), **settings)
-        loss = scores.loss_E[-1]
+        row = {**asdict(scores), "last_exit_loss": scores.loss_E[-1]}
+        loss, blocks = scores.loss_E[-1], run.config.exit_blocks.exits
+        if blocks:
+            loss = statistics.fmean(scores.loss_E[exit_layer - 1] for exit_layer in blocks)
+            row[BLOCKS_LOSS] = loss
         if math.isfinite(loss):
             run.losses[step] = loss
         show(step, scores)
-        return {**asdict(scores), "last_exit_loss": loss}
+        return row
 
     return Hook(EVALUATION, run.config.evaluation.every, evaluate)
 
@@ -149,8 +156,9 @@ def exit_sums(
         )
         if len(model.exit_blocks):  # which draft in place of their exits
             config = StepConfig(num_steps=1, attention=attention)
-            x_EBTD, _ = block_states(config, model, whole)
-            for exit_layer, x_BTD in zip(sorted(map(int, model.exit_blocks)), x_EBTD, strict=True):
+            *before, _ = frozen_states(config, model, whole)
+            x_EBTD = block_states(config, model, jnp.stack(before), whole)
+            for exit_layer, x_BTD in zip(block_exits(model), x_EBTD, strict=True):
                 loss_BT, token_BT = _loss_and_argmax(model, table_VD, labels_BT, pieces(x_BTD))
                 loss_LBT = loss_LBT.at[exit_layer - 1].set(loss_BT)
                 token_LBT = token_LBT.at[exit_layer - 1].set(token_BT)

@@ -116,7 +116,8 @@ def plot_training(metrics: Sequence[Row], file: AnyPath, *, title: str = "") -> 
     check(bool(steps), "there are no steps to plot: give the metrics.jsonl of a run that started")
     with figure(2, 2, (11, 7), file, title) as ((losses, agreements), (rates, speeds)):
         at = _numbers(steps, "step")
-        losses.plot(at, _numbers(steps, "last_exit_loss"), color=GREY, lw=0.6, alpha=0.6)
+        name = "last_exit_loss" if "last_exit_loss" in steps[0] else "loss"  # of exit blocks
+        losses.plot(at, _numbers(steps, name), color=GREY, lw=0.6, alpha=0.6)
         plot_losses(losses, agreements, steps, evaluations)
         rates.plot(at, _numbers(steps, "grad_norm"), color=GREY, lw=0.8, label="gradient norm")
         rates.set(xlabel="step", ylabel="gradient norm", yscale="log")

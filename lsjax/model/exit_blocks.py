@@ -59,6 +59,11 @@ def with_exit_blocks(
     return with_parts(model, exit_blocks=nnx.Dict(blocks))
 
 
+def block_exits(model: Llama) -> tuple[int, ...]:
+    """Exits that have a block, in ascending order."""
+    return tuple(sorted(map(int, model.exit_blocks)))
+
+
 def without_exit_blocks(model: Llama) -> Llama:
     """The same model without its blocks."""
     return with_parts(model, exit_blocks=nnx.Dict())

@@ -44,7 +44,9 @@ class StepLine:
         """peak_flops: FLOPs per second of all devices together, if known."""
         shape = config.batch_size, config.seq_len
         self._num_steps, self._tokens = config.num_steps, math.prod(shape)
-        self._flops, self._peak = step_flops(config.model, *shape, config.lora), peak_flops
+        beside = config.lora, config.exit_blocks
+        self._flops, self._peak = step_flops(config.model, *shape, *beside), peak_flops
+        self._num_layers = config.model.num_layers
         self._seconds: float | None = None  # of a step, as a moving average
 
     def __call__(self, step: int, row: Mapping[str, Any]) -> str:
@@ -52,12 +54,14 @@ class StepLine:
         old = row["seconds"] if self._seconds is None else self._seconds
         self._seconds = old + WINDOW * (row["seconds"] - old)
         # Evenly spaced exits, if many are enabled.
-        pairs = list(zip(row["exits"], row["exit_losses"], strict=True))[:-1]
+        pairs = list(zip(row["exits"], row["exit_losses"], strict=True))
+        pairs = [(exit, loss) for exit, loss in pairs if exit < self._num_layers]
         pairs = pairs[:: -(-len(pairs) // 4)] if pairs else []
         exits = ", ".join(f"{exit}: {loss:.2f}" for exit, loss in pairs)
+        name = "last_exit_loss" if "last_exit_loss" in row else "loss"  # of exit blocks
         parts = [
             f"step {step}/{self._num_steps}",
-            f"loss {float(row['last_exit_loss']):.3f}" + (f" (exits {exits})" if exits else ""),
+            f"loss {float(row[name]):.3f}" + (f" (exits {exits})" if exits else ""),
             f"{self._tokens / self._seconds:,.0f} tokens/s",
         ]
         if self._peak:

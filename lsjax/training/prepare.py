@@ -67,7 +67,7 @@ class TrainingRun:
     pipeline: Pipeline  # the training rows of this host
     held_out: OnePass
     sample_prompt: list[int]  # tokens that samples continue
-    losses: dict[int, float]  # held-out loss of the last exit by step; evaluations add more
+    losses: dict[int, float]  # held-out loss by step (`held_out_losses`); evaluations add more
     recipe: Recipe
 
     @property

@@ -10,7 +10,15 @@ from contextlib import ExitStack, contextmanager, nullcontext
 
 import jax
 
-from lsjax.config import AnyPath, EarlyExitConfig, LlamaConfig, LoraConfig, ProfileConfig, in_bucket
+from lsjax.config import (
+    AnyPath,
+    EarlyExitConfig,
+    ExitBlocksConfig,
+    LlamaConfig,
+    LoraConfig,
+    ProfileConfig,
+    in_bucket,
+)
 from lsjax.io.files import whole_directory
 from lsjax.model.lora import num_adapter_params
 from lsjax.training.early_exit import exit_counts
@@ -38,17 +46,36 @@ def peak_flops(device_kind: str) -> float | None:
 
 
 def step_flops(
-    config: LlamaConfig, batch_size: int, seq_len: int, lora: LoraConfig | None = None
+    config: LlamaConfig,
+    batch_size: int,
+    seq_len: int,
+    lora: LoraConfig | None = None,
+    exit_blocks: ExitBlocksConfig | None = None,
 ) -> float:
     """FLOPs of one plain training step: one forward pass, one backward pass for the inputs, and one
     for the trained weights. Counts two FLOPs per matrix weight and token, with the head and without
-    the lookup. Attention counts the causal half of T^2."""
+    the lookup. Attention counts the causal half of T^2. With exit blocks, the model has a forward
+    pass alone."""
+    if exit_blocks is not None and exit_blocks.exits:
+        return _block_flops(config, exit_blocks, seq_len) * batch_size * seq_len
     matrices = config.num_layers * config.layer_params + config.head_params
     attention = config.num_layers * config.num_heads * config.head_dim * seq_len
     products = 3.0 * (2.0 * matrices + 2.0 * attention)
     if lora is not None and lora.rank > 0:
         products += 3 * 2.0 * num_adapter_params(config, lora) - 2.0 * matrices
     return products * batch_size * seq_len
+
+
+def _block_flops(config: LlamaConfig, blocks: ExitBlocksConfig, seq_len: int) -> float:
+    """FLOPs for a token. The head gets no gradient, and kept states need no layer."""
+    attention = 2.0 * config.num_heads * config.head_dim * seq_len
+    layer = 2.0 * config.layer_params + attention
+    head = 2.0 * (blocks.draft_vocab or config.vocab_size) * config.hidden_size
+    block = layer
+    if not blocks.feed_forward:
+        block -= 2.0 * 3 * config.hidden_size * config.intermediate_size
+    model = 0.0 if blocks.keep_states else config.num_layers * layer + head
+    return model + len(blocks.exits) * (3 * block + 2 * head)
 
 
 def exit_flops(

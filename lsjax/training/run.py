@@ -11,14 +11,19 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import numpy as np
+from jaxtyping import Int32
 
-from lsjax.checkpoints.exit_blocks import check_base
+from lsjax.checkpoints.exit_blocks import BASE, check_base
 from lsjax.checkpoints.run import CHECKPOINTS, CONFIG, RECIPE, read_metrics
 from lsjax.checkpoints.saving import Checkpoints
+from lsjax.config import ConfigError
 from lsjax.config.checked import versioned
-from lsjax.io.files import write_json
+from lsjax.data.vocabulary import COUNTS, most_frequent, read_counts
+from lsjax.io.files import cache_directory, read_json, write_json
 from lsjax.model.llama import Llama
 from lsjax.training.hosts import is_first, signals
+from lsjax.training.kept_states import keep_states
 from lsjax.training.metrics import MetricsLog, paced
 from lsjax.training.prepare import TrainingRun
 from lsjax.training.profiling import traced
@@ -79,8 +84,8 @@ def train_run(
     """
     began = time.time() if began is None else began
     say(run.describe())
-    config, mesh = run.config, run.mesh
-    train_step = make_train_step(config, **vars(run.recipe))
+    config, mesh, drafted = run.config, run.mesh, draft_ids(run)
+    train_step = make_train_step(config, **vars(run.recipe), draft_ids=drafted)
     exact = config.dtype == "float32"  # accelerators use fewer bits for matmuls by default
     with (
         jax.default_matmul_precision("highest") if exact else nullcontext(),
@@ -99,6 +104,17 @@ def train_run(
             if not due:
                 say(f"all {first} steps are done: nothing to do")
                 return state
+        if config.exit_blocks.keep_states:
+            keep_states(
+                config,
+                run.pipeline,
+                state.model,
+                read_json(run.workdir / BASE, ConfigError)["float32"],
+                drafted,
+                place=run.place,
+                cache=cache_directory(),
+                say=say,
+            )
         directory = run.workdir if is_first() else None
         if directory is not None:
             write_json(directory / RECIPE, run.recipe.given())
@@ -132,6 +148,14 @@ def newest_state(run: TrainingRun, checkpoints: Checkpoints, like: TrainState) -
         return begin() if base is None else base
     run.resume_data(restored.data)
     return restored.state
+
+
+def draft_ids(run: TrainingRun) -> Int32[np.ndarray, " W"] | None:
+    """Tokens that exit blocks learn to draft; None for all. They stay the same in a resumed run."""
+    size = run.config.exit_blocks.draft_vocab
+    if size is None:
+        return None
+    return most_frequent(read_counts(run.workdir / COUNTS, run.tokenizer), size)
 
 
 class TrainingLoop:

@@ -11,6 +11,7 @@ import optax
 from flax import nnx
 from jax import lax
 from jax.sharding import Mesh
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
 from lsjax.config import StepConfig, TrainConfig, check
@@ -145,6 +146,7 @@ def make_train_step(
     drop_rates: DropRates = drop_rates,
     exit_weights: ExitWeights = exit_weights,
     exit_loss: ExitLoss | None = None,
+    draft_ids: Int[ArrayLike, " W"] | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """The compiled step (state, batch) -> (state, metrics), which reuses the state's memory.
 
@@ -152,16 +154,20 @@ def make_train_step(
     changes only counters and the counts of schedules. Metrics: loss (of the objective),
     last_exit_loss, exit_loss_L, enabled_L, grad_norm (before the optimizer), learning_rate, tokens
     (labels), skipped, skipped_in_a_row. Exit E has index E - 1, and exit_loss_L is 0 for disabled
-    exits. Raises ConfigError for remat "auto".
+    exits. With exit blocks, the exits are theirs, and there is no last_exit_loss. Raises
+    ConfigError for remat "auto", and if there is a draft vocabulary without ids.
 
     Args:
       optimizer: replaces that of `config.optimizer`, in `init_state` too.
       drop_rates: replaces the paper's rates of layer dropout.
       exit_weights: replaces curriculum and weights of the exits, before normalisation (eq. 6).
       exit_loss: loss of the exits below the last; by default that of the config's target.
+      draft_ids: ids of `exit_blocks.draft_vocab`, in ascending order.
     """
     auto = "remat 'auto' is chosen by train.py and lsjax.train: name a policy for make_train_step"
     check(config.remat != "auto", auto)
+    size, given = config.exit_blocks.draft_vocab, None if draft_ids is None else len(draft_ids)
+    check(given == size, f"exit_blocks.draft_vocab is {size}, but draft_ids has {given} ids")
     recipe = Recipe(optimizer, drop_rates, exit_weights, exit_loss)
     # Some optimizers want the value of the loss.
     moves = optax.with_extra_args_support(optimizer or adamw(config.optimizer, config.num_steps))
@@ -171,7 +177,8 @@ def make_train_step(
         recipe.check(config, state.model.config.num_layers)
         num_labels = (batch["labels_BT"] >= 0).sum()
         with with_kernels(config.kernels):
-            losses, gradients = loss_and_gradients(config, recipe, state, batch, num_labels)
+            given = config, recipe, state, batch, num_labels, draft_ids
+            losses, gradients = loss_and_gradients(*given)
         loss, sums_L = losses
         grad_norm = optax.tree.norm(gradients)
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
@@ -203,10 +210,12 @@ def exit_metrics(
     config: StepConfig, recipe: Recipe, exit_loss_L: Float[Array, " L"], step: Int[Array, ""]
 ) -> Metrics:
     """The losses of all exits, that of the last one, and which exits are enabled."""
+    if config.exit_blocks.exits:
+        layers = jnp.arange(1, len(exit_loss_L) + 1)
+        blocks_L = jnp.isin(layers, jnp.array(config.exit_blocks.exits))
+        return dict(exit_loss_L=exit_loss_L, enabled_L=blocks_L)
     run = config.early_exit, len(exit_loss_L), step, config.num_steps
     enabled_L = jnp.asarray(recipe.exit_weights(*run) > 0)
-    if config.exit_blocks.exits:
-        enabled_L = enabled_L.at[jnp.array(config.exit_blocks.exits) - 1].set(True)
     return dict(last_exit_loss=exit_loss_L[-1], exit_loss_L=exit_loss_L, enabled_L=enabled_L)
 
 
@@ -223,7 +232,12 @@ def rate_metrics(
 
 
 def loss_and_gradients(
-    config: StepConfig, recipe: Recipe, state: TrainState, batch: Batch, num_labels: Int[Array, ""]
+    config: StepConfig,
+    recipe: Recipe,
+    state: TrainState,
+    batch: Batch,
+    num_labels: Int[Array, ""],
+    draft_ids: Int[ArrayLike, " W"] | None,
 ) -> tuple[tuple[Float[Array, ""], Float[Array, " L"]], Llama]:
     """(loss, per-exit sums) and gradients of the trained parameters, over all micro-batches."""
     rows_B = jnp.arange(len(batch["tokens_BT"]))
@@ -232,10 +246,11 @@ def loss_and_gradients(
 
     def loss(trained, part, rows_B):
         model = joined(trained, frozen)
-        given = config, model, part, state.step, rows_B, num_labels
+        given = config, model, part, state.step
         if config.exit_blocks.exits:
-            return block_objective(*given, recipe.exit_loss)
-        return objective(*given, recipe)
+            ids_W = None if draft_ids is None else jnp.asarray(draft_ids)
+            return block_objective(*given, num_labels, recipe.exit_loss, ids_W)
+        return objective(*given, rows_B, num_labels, recipe)
 
     one = partial(jax.value_and_grad(loss, has_aux=True), trained)
     if config.micro_batches == 1:

@@ -13,7 +13,7 @@ from flax import nnx
 
 import lsjax
 from lsjax.checkpoints.exit_blocks import check_base
-from lsjax.checkpoints.run import read_metrics
+from lsjax.checkpoints.run import held_out_losses, read_metrics
 from lsjax.checkpoints.steps import saved_steps
 from lsjax.model.exit_blocks import without_exit_blocks
 from lsjax.model.parameters import named_leaves
@@ -156,6 +156,57 @@ def test_narrower_dtypes_know_their_base(folder):
     """Values are rounded, and compared in the same dtype."""
     for dtype in ("bfloat16", "float16"):
         assert sorted(lsjax.load(folder / "run", dtype=dtype).exit_blocks) == ["1", "2"]
+
+
+def test_kept_states_train_the_same_blocks(folder, capsys, tmp_path, monkeypatch):
+    """With few draft tokens, all are among the kept ones. A second run computes nothing, and a lost
+    file is made again. Block 2 begins as the last layer, so its loss is rounding."""
+    monkeypatch.setattr("lsjax.training.kept_states.FILE_BYTES", 1 << 14)
+    monkeypatch.setenv("LSJAX_CACHE", str(tmp_path / "cache"))
+    few = "--exit-blocks.draft-vocab", "20", "--dtype", "float32"
+    kept = *few, "--exit-blocks.keep-states"
+    runs = [tmp_path / name for name in ("plain", "kept", "again", "lost")]
+    outputs = []
+    for run, flags in zip(runs, (few, kept, kept, kept), strict=True):
+        if run.name == "lost":
+            first, *others = sorted((tmp_path / "cache" / "states").glob("*/*.states"))
+            assert others
+            first.unlink()
+        assert train(folder, run, *flags) == 0
+        outputs.append(capsys.readouterr().out)
+    said = ["computes states of" in output for output in outputs]
+    assert said == [False, True, False, True]
+    losses = [
+        [row["exit_losses"][0] for row in read_metrics(run) if row["kind"] == "step"]
+        for run in runs
+    ]
+    assert losses[1] == losses[2] == losses[3]
+    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-4)
+
+
+def test_blocks_hang_off_a_model_that_has_moved(folder, capsys, tmp_path):
+    """--exit-blocks names them, and another model is refused."""
+    moved = shutil.copytree(folder / "base", tmp_path / "moved")
+    run = shutil.copytree(folder / "run", tmp_path / "run")
+    config = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps(config | {"init_from": "gone"}))
+    expected = tokens(capsys, tmp_path, folder / "run", "--strategy", "auto")
+    found = tokens(capsys, tmp_path, moved, "--exit-blocks", str(run), "--strategy", "auto")
+    assert found["token_ids"] == expected["token_ids"]
+    assert lsjax.load(moved, exit_blocks=f"{run}@2").exit_blocks
+    for given, words in (
+        (folder / "other", "is not the model that the exit blocks"),
+        (folder / "base", "is not a run of exit blocks"),
+    ):
+        blocks = run if given.name == "other" else folder / "base"
+        with pytest.raises(lsjax.CheckpointError, match=words):
+            lsjax.load(given, exit_blocks=blocks)
+
+
+def test_the_best_step_is_that_of_the_blocks(folder):
+    rows = [row for row in read_metrics(folder / "run") if row["kind"] == "evaluation"]
+    losses = {row["step"]: (row["loss_E"][0] + row["loss_E"][1]) / 2 for row in rows}
+    assert held_out_losses(folder / "run") == pytest.approx(losses)
 
 
 def test_blocks_are_not_exported(folder, tmp_path, capsys):

@@ -1,6 +1,6 @@
 """FLOPs of a step, counted by hand."""
 
-from lsjax.config import LlamaConfig, LoraConfig
+from lsjax.config import ExitBlocksConfig, LlamaConfig, LoraConfig
 from lsjax.training.profiling import peak_flops, step_flops
 
 
@@ -36,6 +36,20 @@ def test_frozen_matrices_have_no_gradient():
     found = step_flops(config, 3, 10, LoraConfig(rank=5))
     added = qkv + out + gate_up + down
     assert found == whole - 2 * weights * tokens + 3 * 2 * 2 * added * tokens
+
+
+def test_exit_blocks_spare_the_model_a_backward_pass():
+    config = LlamaConfig.tiny(num_layers=3, tie_embeddings=True)  # D 64, F 128, V 258
+    tokens, attention = 2 * 10, 2 * (4 * 16) * (10 / 2) * (2 + 2) / 2
+    layer = 2 * (64 * 64 + 2 * 64 * 32 + 64 * 64 + 3 * 64 * 128 + 2 * 64) + attention
+    head = 2 * 258 * 64
+    one, two = ExitBlocksConfig(exits=(1,)), ExitBlocksConfig(exits=(1, 2))
+    forward = 3 * layer + head
+    assert step_flops(config, 2, 10, None, one) == tokens * (forward + 3 * layer + 2 * head)
+    assert step_flops(config, 2, 10, None, two) == tokens * (forward + 6 * layer + 4 * head)
+    kept = ExitBlocksConfig(exits=(1,), keep_states=True, draft_vocab=16, feed_forward=False)
+    attention_only = 3 * (layer - 2 * 3 * 64 * 128)
+    assert step_flops(config, 2, 10, None, kept) == tokens * (attention_only + 2 * 2 * 16 * 64)
 
 
 def test_peaks_of_accelerators():
